@@ -1,0 +1,76 @@
+"""Every error that slidetl raises on purpose.
+
+Each inherits the builtin that a caller would catch, and each message says what was
+expected, what came, and what to do about it::
+
+    SlidetlError
+    |-- UsageError (ValueError)             an option or argument that cannot be meant
+    |-- ManifestError (ValueError)          faults in a manifest, all of them, with line numbers
+    |-- SlideError (OSError)
+    |   |-- SlideOpenError                  not a slide, or not one that can be read
+    |   |-- SlideReadError                  opened, but a region of it is damaged
+    |   `-- SpacingError (ValueError)       no physical spacing, or coarser than asked for
+    |-- CacheError (OSError)
+    |   |-- CacheMissingError (FileNotFoundError)
+    |   |-- CacheMismatchError (ValueError) made with other parameters or from another slide
+    |   `-- CacheCorruptError               bytes that fail their checksum
+    |-- WeightsError (ValueError)           weights that do not fit, or cannot be found
+    |-- CheckpointError (ValueError)        a checkpoint that is not ours, or not allowed
+    `-- ModelFileError (ValueError)         an exported model that is not ours, or damaged
+"""
+
+
+class SlidetlError(Exception):
+    """Base class: catch this to catch whatever slidetl raises on purpose."""
+
+
+class UsageError(SlidetlError, ValueError):
+    """An option or argument that cannot be meant."""
+
+
+class ManifestError(SlidetlError, ValueError):
+    """Faults in a manifest: all of them together, each with its line number."""
+
+
+class SlideError(SlidetlError, OSError):
+    """Something is wrong with one slide; the others are unharmed."""
+
+
+class SlideOpenError(SlideError):
+    """The file is not a slide, or not one that can be read."""
+
+
+class SlideReadError(SlideError):
+    """The slide opened, but a region of it cannot be decoded."""
+
+
+class SpacingError(SlideError, ValueError):
+    """The slide has no physical spacing, or is coarser than the spacing asked for."""
+
+
+class CacheError(SlidetlError, OSError):
+    """Something is wrong with a tile cache."""
+
+
+class CacheMissingError(CacheError, FileNotFoundError):
+    """There is no finished cache where one was expected."""
+
+
+class CacheMismatchError(CacheError, ValueError):
+    """The cache was made with other parameters, or from another slide."""
+
+
+class CacheCorruptError(CacheError):
+    """Bytes in the cache fail their checksum."""
+
+
+class WeightsError(SlidetlError, ValueError):
+    """Pretrained weights cannot be found, or do not fit the network."""
+
+
+class CheckpointError(SlidetlError, ValueError):
+    """The checkpoint is not one of ours, or names something that is not allowed."""
+
+
+class ModelFileError(SlidetlError, ValueError):
+    """The exported model is not one of ours, or is damaged."""
