@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, Self
@@ -16,8 +19,8 @@ class SlideInfo:
 
     Attributes:
         path: the file (of several files, the one that was named).
-        fingerprint: SHA-256 over the content of the slide, hexadecimal; it identifies the slide
-            wherever the file lies.
+        fingerprint: SHA-256 over the content of the slide (:func:`fingerprint_of`), hexadecimal; it
+            identifies the slide wherever the file lies.
         vendor: as the reader calls it, e.g. ``aperio``.
         size_level0: width and height, level-0 pixels.
         mpp_level0: spacing along x and y, micrometres per level-0 pixel.
@@ -40,7 +43,9 @@ class Slide(Protocol):
     """A slide that is open. Not shared between processes or threads: each opens its own."""
 
     @property
-    def info(self) -> SlideInfo: ...
+    def info(self) -> SlideInfo:
+        """What is known of the slide without reading its pixels."""
+        ...
 
     def mpp_read(self, mpp: float, mpp_tolerance: float = 0.01) -> tuple[float, float]:
         """The spacing ``(x, y)`` of the pixels that :meth:`read` returns for ``mpp``.
@@ -85,3 +90,40 @@ class Slide(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *exc: object) -> None: ...
+
+
+# Up to this size a file is hashed whole; beyond it by so many blocks of so many bytes.
+_WHOLE_BYTES = 64 * 2**20
+_BLOCKS = 64
+_BLOCK_BYTES = 2**20
+
+
+def fingerprint_of(files: Iterable[Path]) -> str:
+    """The identity of a slide's content: SHA-256, hexadecimal, whatever its files are called.
+
+    A file of up to 64 MiB is hashed whole. Of a larger one, its size and 64 blocks of 1 MiB are: the first
+    (which holds the metadata or the pointer to it), the last, and 62 evenly between. Another slide, or the
+    same slide scanned, cut or written again, differs everywhere, and so here; hashing 5 GB whole would cost
+    more than tiling a small slide. What this cannot see is a few bytes flipped in a large file. Of a slide in
+    several files, the sorted digests are hashed.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    digests = sorted(_file_digest(path) for path in files)
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size <= _WHOLE_BYTES:
+            while block := file.read(_BLOCK_BYTES):
+                digest.update(block)
+        else:
+            digest.update(size.to_bytes(8, "little"))
+            for index in range(_BLOCKS):
+                file.seek((size - _BLOCK_BYTES) * index // (_BLOCKS - 1))
+                digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()

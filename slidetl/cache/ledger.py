@@ -1,0 +1,142 @@
+"""What became of every slide: one CSV beside the caches, one row per input slide."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Self
+
+from slidetl.errors import CacheError
+
+USED, EXCLUDED, FAILED = "used", "excluded", "failed"
+
+# A spreadsheet takes a cell that starts like this for a formula, and slides are named by strangers.
+_FORMULA = ("=", "+", "-", "@", "'")
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """What became of one slide.
+
+    Attributes:
+        slide_id: its identifier.
+        path: its file, as it was named.
+        status: ``used`` (its tiles are in the cache), ``excluded`` (in order, but nothing to be had of it) or
+            ``failed``.
+        reason: why, one line; empty if used.
+        tiles: tiles in the cache.
+        tiles_without_tissue: places on the grid left out for having too little tissue.
+        tiles_unreadable: tiles lost because the slide is damaged there.
+        mpp_x: spacing of the tiles along x, micrometres per pixel; 0 if not known.
+        mpp_y: along y.
+        vendor: of the scanner, as the reader calls it.
+        width: of the slide, level-0 pixels; 0 if not known.
+        height: of the slide.
+        fingerprint: SHA-256 of its content.
+        seconds: how long it took in the last run.
+        host: the machine that did it.
+        finished_at: UTC, ISO 8601.
+    """
+
+    slide_id: str
+    path: str
+    status: str
+    reason: str = ""
+    tiles: int = 0
+    tiles_without_tissue: int = 0
+    tiles_unreadable: int = 0
+    mpp_x: float = 0.0
+    mpp_y: float = 0.0
+    vendor: str = ""
+    width: int = 0
+    height: int = 0
+    fingerprint: str = ""
+    seconds: float = 0.0
+    host: str = ""
+    finished_at: str = ""
+
+    def to_cells(self) -> dict[str, str]:
+        """As written: one line per cell, and nothing that a spreadsheet would run."""
+        return {name: _safe(str(value)) for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_cells(cls, cells: dict[str, str]) -> Self:
+        """Inverse of :meth:`to_cells`, except for line breaks.
+
+        Raises:
+            CacheError: a column is missing or not a number.
+        """
+        try:
+            return cls(**{f.name: _PARSE[str(f.type)](_plain(cells[f.name])) for f in fields(cls)})  # type: ignore[arg-type]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CacheError(f"not a row of a ledger: {cells} ({error}); move the ledger away") from error
+
+
+class Ledger:
+    """``ledger.csv`` in a cache folder. Rows of slides that are not recorded anew stay as they are.
+
+    Args:
+        path: the CSV; it need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def rows(self) -> list[LedgerRow]:
+        """All rows, in the order in which the slides first came.
+
+        Raises:
+            CacheError: the file is not a ledger.
+        """
+        if not self._path.exists():
+            return []
+        with self._path.open(newline="", encoding="utf-8") as file:
+            return [LedgerRow.from_cells(cells) for cells in csv.DictReader(file)]
+
+    def record(self, new: Iterable[LedgerRow]) -> None:
+        """Adds rows, or replaces those of the same slide; the file is replaced at once.
+
+        Raises:
+            CacheError: the file is not a ledger, or cannot be written.
+        """
+        try:
+            locks = self._path.parent / ".locks"
+            locks.mkdir(parents=True, exist_ok=True)
+            with (locks / f"{self._path.name}.lock").open("ab") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                rows = {row.slide_id: row for row in self.rows()}
+                rows.update((row.slide_id, row) for row in new)
+                self._write(rows.values())
+        except CacheError:
+            raise
+        except OSError as error:
+            raise CacheError(f"{self._path}: the ledger cannot be written: {error.strerror}") from error
+
+    def _write(self, rows: Iterable[LedgerRow]) -> None:
+        temporary = self._path.with_name(f".{self._path.name}.tmp")
+        # A file name that is no UTF-8 must not stop the run.
+        with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            writer = csv.DictWriter(file, [f.name for f in fields(LedgerRow)], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(row.to_cells() for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self._path)
+
+
+_PARSE = {"str": str, "int": int, "float": float}
+
+
+def _safe(text: str) -> str:
+    line = " ".join(
+        "".join(c if c.isprintable() or 0xD800 <= ord(c) <= 0xDFFF else " " for c in text).split(" ")
+    )
+    return f"'{line}" if line.startswith(_FORMULA) else line
+
+
+def _plain(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") else cell

@@ -1,0 +1,573 @@
+"""A slide's tiles on disk: layout, crash-safe writing, fast random reading. See docs/design/cache.md.
+
+The folder is a zarr v3 group that zarr writes the metadata of and opens; the tiles themselves are written and
+read here, by zarr's sharding specification, since a shard must be committed at once and a tile be found fast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Self
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+import slidetl
+from slidetl.cache.codec import TileCodec, decode_zstd, tile_codec
+from slidetl.errors import CacheCorruptError, CacheMismatchError, CacheMissingError, UsageError
+from slidetl.grid import TileSpec
+from slidetl.tissue import TissueMask
+
+# Raised whenever the same slide and TileSpec would give other tiles, or the same tiles in another layout.
+FORMAT_VERSION = 1
+
+# 256 tiles are 5 to 10 MB: few files, little lost when a run is killed, and little held in memory.
+TILES_PER_SHARD = 256
+
+_MISSING = 2**64 - 1  # in a shard's index: no such chunk (zarr sharding specification)
+_INDEX_BYTES = TILES_PER_SHARD * 16 + 4
+
+
+@dataclass(frozen=True)
+class CacheHeader:
+    """What is said of all the tiles of a slide together; stored as the attributes of the group.
+
+    Attributes:
+        slide_id: the name under which the slide is cached.
+        fingerprint: SHA-256 of the slide's content, :func:`slidetl.slides.base.fingerprint_of`.
+        vendor: of the scanner, as the reader calls it.
+        size_level0: width and height of the slide, level-0 pixels.
+        mpp_level0: spacing of level 0 along x and y, micrometres per pixel.
+        mpp_read: spacing of the tiles along x and y, within ``spec.mpp_tolerance`` of ``spec.mpp``.
+        extent_level0: size of a tile ``(x, y)``, level-0 pixels.
+        spec: how the tiles were made.
+        tiles_without_tissue: places on the grid left out for having too little tissue.
+        tiles_unreadable: tiles left out because the slide is damaged there.
+    """
+
+    slide_id: str
+    fingerprint: str
+    vendor: str
+    size_level0: tuple[int, int]
+    mpp_level0: tuple[float, float]
+    mpp_read: tuple[float, float]
+    extent_level0: tuple[float, float]
+    spec: TileSpec
+    tiles_without_tissue: int = 0
+    tiles_unreadable: int = 0
+
+    def to_attributes(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        values = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+        return {
+            "format_version": FORMAT_VERSION,
+            "software": f"slidetl {slidetl.__version__}",
+            **values,
+            "spec": self.spec.to_dict(),
+        }
+
+    @classmethod
+    def from_attributes(cls, attributes: dict[str, Any]) -> Self:
+        """Inverse of :meth:`to_attributes`."""
+        values = {name: attributes[name] for name in cls.__dataclass_fields__}
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**{**values, "spec": TileSpec.from_dict(attributes["spec"])})
+
+
+@dataclass(frozen=True, eq=False)
+class SlideCache:
+    """The finished tiles of one slide, to be read at random.
+
+    It holds no open file, so it can be pickled, and used after a fork or a spawn alike.
+
+    Attributes:
+        path: the folder, ``<cache>/<slide_id>.zarr``.
+        header: what is said of all tiles together; its fields are properties here as well.
+        origins_level0: ``[N, 2] int32``, upper-left corner ``(x, y)`` of each tile, level-0 pixels.
+        tissue_fraction: ``[N] float32``, share of each tile that is tissue, 0..1.
+    """
+
+    path: Path
+    header: CacheHeader
+    origins_level0: NDArray[np.int32]
+    tissue_fraction: NDArray[np.float32]
+    _codec: TileCodec = field(repr=False)
+    _indices: dict[int, NDArray[np.uint64]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def open(cls, path: str | Path, spec: TileSpec | None = None) -> Self:
+        """Opens a finished cache.
+
+        Args:
+            path: the folder.
+            spec: how the tiles must have been made; None takes them as they are.
+
+        Raises:
+            CacheMissingError: there is no cache, or it was never finished.
+            CacheMismatchError: it was made in another format, or by another ``spec``.
+            CacheCorruptError: its metadata fail their checksum.
+        """
+        path = Path(path)
+        header = read_header(path)
+        if spec is not None and header.spec != spec:
+            raise CacheMismatchError(f"{path}: {describe_difference(header.spec, spec)}")
+        return cls(
+            path,
+            header,
+            _read_array(path / "origin_level0"),
+            _read_array(path / "tissue_fraction"),
+            tile_codec(header.spec),
+        )
+
+    def __len__(self) -> int:
+        return len(self.origins_level0)
+
+    @property
+    def slide_id(self) -> str:
+        """The name under which the slide is cached."""
+        return self.header.slide_id
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the slide's content."""
+        return self.header.fingerprint
+
+    @property
+    def spec(self) -> TileSpec:
+        """How the tiles were made."""
+        return self.header.spec
+
+    @property
+    def size_level0(self) -> tuple[int, int]:
+        """Width and height of the slide, level-0 pixels."""
+        return self.header.size_level0
+
+    @property
+    def mpp_level0(self) -> tuple[float, float]:
+        """Spacing of level 0 along x and y, micrometres per pixel."""
+        return self.header.mpp_level0
+
+    @property
+    def mpp_read(self) -> tuple[float, float]:
+        """Spacing of the tiles along x and y, micrometres per pixel."""
+        return self.header.mpp_read
+
+    @property
+    def extent_level0(self) -> tuple[float, float]:
+        """Size of a tile ``(x, y)``, level-0 pixels."""
+        return self.header.extent_level0
+
+    @property
+    def thumbnail(self) -> NDArray[np.uint8]:
+        """The whole slide, ``[h, w, 3] uint8``, read anew each time."""
+        return _read_array(self.path / "thumbnail")
+
+    @property
+    def thumbnail_mpp(self) -> float:
+        """Spacing of :attr:`thumbnail`, micrometres per pixel."""
+        return float(_read_json(self.path / "thumbnail")["attributes"]["mpp"])
+
+    @property
+    def tissue_mask(self) -> TissueMask:
+        """Where there is tissue; the frame of :attr:`thumbnail`."""
+        mpp = float(_read_json(self.path / "tissue_mask")["attributes"]["mpp"])
+        return TissueMask(_read_array(self.path / "tissue_mask"), mpp)
+
+    def read(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
+        """Reads tiles in the order asked for; a tile may be asked for more than once.
+
+        Returns:
+            ``[n, S, S, 3] uint8`` RGB.
+
+        Raises:
+            IndexError: there is no such tile.
+            CacheCorruptError: a tile fails its checksum; the message names it.
+            CacheMissingError: a file of the cache is gone.
+        """
+        wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if len(wanted) and not (wanted.min() >= 0 and wanted.max() < len(self)):
+            raise IndexError(
+                f"{self.path}: tiles are numbered 0 to {len(self) - 1}, asked for {wanted.tolist()}"
+            )
+        size = self.spec.tile_size_px
+        tiles = np.empty((len(wanted), size, size, 3), np.uint8)
+        shards = wanted // TILES_PER_SHARD
+        for shard in np.unique(shards):
+            with self._open_shard(int(shard)) as file:
+                for place in np.flatnonzero(shards == shard):
+                    tiles[place] = self._read_tile(file, int(wanted[place]))
+        return tiles
+
+    def _open_shard(self, shard: int) -> IO[bytes]:
+        path = _shard_path(self.path, shard)
+        try:
+            # Unbuffered: a tile is read by one call, at a place of its own.
+            return path.open("rb", buffering=0)
+        except FileNotFoundError as error:
+            raise CacheMissingError(
+                f"{path}: the shard is missing; delete {self.path.name} and tile the slide again"
+            ) from error
+
+    def _read_tile(self, file: IO[bytes], tile: int) -> NDArray[np.uint8]:
+        shard, place = divmod(tile, TILES_PER_SHARD)
+        if shard not in self._indices:
+            self._indices[shard] = _read_index(file)
+        offset, length = (int(n) for n in self._indices[shard][place])
+        if offset == _MISSING:
+            raise CacheCorruptError(
+                f"{file.name}: tile {tile} of {self.slide_id} is not in its shard's index"
+            )
+        data = os.pread(file.fileno(), length, offset)
+        try:
+            return self._codec.decode(_checked(data))
+        except CacheCorruptError as error:
+            raise CacheCorruptError(
+                f"{file.name}: tile {tile} of {self.slide_id} is damaged ({error}); "
+                f"delete {self.path.name} and tile the slide again"
+            ) from error
+
+
+class CacheWriter:
+    """Writes one slide's cache, shard by shard, so that a killed run loses at most one shard.
+
+    The group grows in ``<cache>/.building/<slide_id>/group`` and is renamed to its place when it is whole.
+    ``progress.json`` beside it says how far it came, and for which slide and parameters: what was begun for
+    others is thrown away. The caller holds :func:`slide_lock`.
+
+    Args:
+        cache_dir: the folder of all caches.
+        header: of the slide; ``tiles_unreadable`` is counted here.
+        origins_level0: ``[N, 2] int32``, all the tiles wanted, readable or not.
+        tissue_fraction: ``[N] float32``.
+        thumbnail: ``[h, w, 3] uint8``.
+        tissue_mask: its mask, and the spacing of both.
+    """
+
+    def __init__(
+        self,
+        cache_dir: Path,
+        header: CacheHeader,
+        origins_level0: NDArray[np.int32],
+        tissue_fraction: NDArray[np.float32],
+        thumbnail: NDArray[np.uint8],
+        tissue_mask: TissueMask,
+    ) -> None:
+        self._header = header
+        self._origins = origins_level0
+        self._fraction = tissue_fraction
+        self._thumbnail = thumbnail
+        self._mask = tissue_mask
+        self._target = cache_path(cache_dir, header.slide_id)
+        self._building = _building_path(cache_dir, header.slide_id)
+        self._group = self._building / "group"
+        self._pending: list[bytes] = []
+        self._unreadable: list[int] = []
+        self._next = 0
+        self._shards = 0
+        self._resume()
+
+    @property
+    def next_tile(self) -> int:
+        """The first of the tiles wanted that is still to be added."""
+        return self._next
+
+    @property
+    def unreadable(self) -> int:
+        """How many tiles could not be read so far."""
+        return len(self._unreadable)
+
+    def add(self, tile: int, payload: bytes | None) -> None:
+        """Adds the next tile.
+
+        Args:
+            tile: its number among the tiles wanted; it must be :attr:`next_tile`.
+            payload: its bytes as :class:`~slidetl.cache.codec.TileCodec` makes them; None if unreadable.
+
+        Raises:
+            UsageError: tiles come out of order.
+        """
+        if tile != self._next:
+            raise UsageError(f"tile {self._next} was to be added next, not {tile}")
+        self._next += 1
+        if payload is None:
+            self._unreadable.append(tile)
+        else:
+            self._pending.append(payload)
+            if len(self._pending) == TILES_PER_SHARD:
+                self._commit_shard()
+
+    def finish(self) -> SlideCache:
+        """Writes what is pending and all metadata, then puts the cache in its place.
+
+        Raises:
+            UsageError: not all tiles were added.
+        """
+        if self._next != len(self._origins):
+            raise UsageError(f"{self._next} of {len(self._origins)} tiles were added")
+        if self._pending:
+            self._commit_shard()
+        self._write_metadata()
+        _fsync_tree(self._group)
+        old = self._building / "old"
+        if self._target.exists():
+            self._target.rename(old)
+        self._group.rename(self._target)
+        _fsync(self._target.parent)
+        shutil.rmtree(self._building)
+        return SlideCache.open(self._target, self._header.spec)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for tiles that were begun to be continued."""
+        plan = google_crc32c.value(self._origins.tobytes() + self._fraction.tobytes())
+        return {**self._header.to_attributes(), "tiles_wanted": len(self._origins), "plan": plan}
+
+    def _resume(self) -> None:
+        try:
+            progress = json.loads((self._building / "progress.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            progress = {}
+        shards = (progress.get("next_tile", 0) - len(progress.get("unreadable", ()))) // TILES_PER_SHARD
+        # After a power cut the note may be there and a shard's folder not.
+        is_there = all(_shard_path(self._group, shard).is_file() for shard in range(shards))
+        if progress.get("identity") == self._identity() and is_there:
+            self._next, self._unreadable, self._shards = progress["next_tile"], progress["unreadable"], shards
+        elif self._building.exists():
+            shutil.rmtree(self._building)
+        self._group.mkdir(parents=True, exist_ok=True)
+
+    def _commit_shard(self) -> None:
+        """A shard first, then the note that it is there: a kill between the two costs only its repetition."""
+        path = _shard_path(self._group, self._shards)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, pack_shard(self._pending), self._building / "shard.tmp")
+        is_whole = len(self._pending) == TILES_PER_SHARD
+        self._pending = []
+        self._shards += 1
+        if is_whole:
+            progress = {
+                "identity": self._identity(),
+                "next_tile": self._next,
+                "unreadable": self._unreadable,
+            }
+            _replace(
+                self._building / "progress.json",
+                json.dumps(progress).encode(),
+                self._building / "progress.tmp",
+            )
+
+    def _write_metadata(self) -> None:
+        import zarr
+        from zarr.codecs import Crc32cCodec, ZstdCodec
+
+        # A run killed in here left some of it.
+        for entry in self._group.iterdir():
+            if entry.name == "tiles":
+                (entry / "zarr.json").unlink(missing_ok=True)
+            elif entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+        is_readable = np.ones(len(self._origins), bool)
+        is_readable[self._unreadable] = False
+        count, size = int(is_readable.sum()), self._header.spec.tile_size_px
+        serializer, compressors = tile_codec(self._header.spec).zarr_codecs()
+        attributes = {**self._header.to_attributes(), "tiles_unreadable": len(self._unreadable)}
+        group = zarr.create_group(self._group, attributes=attributes)
+        group.create_array(
+            "tiles",
+            shape=(count, size, size, 3),
+            dtype="uint8",
+            chunks=(1, size, size, 3),
+            shards=(TILES_PER_SHARD, size, size, 3),
+            serializer=serializer,
+            compressors=(*compressors, Crc32cCodec()),
+            fill_value=0,
+            dimension_names=("tile", "y", "x", "channel"),
+            config={"write_empty_chunks": True},
+        )
+        spacing = {"mpp": self._mask.mpp}
+        arrays: dict[str, tuple[NDArray[Any], dict[str, Any]]] = {
+            "origin_level0": (self._origins[is_readable], {}),
+            "tissue_fraction": (self._fraction[is_readable], {}),
+            "thumbnail": (self._thumbnail, spacing),
+            "tissue_mask": (self._mask.mask, spacing),
+        }
+        for name, (values, about) in arrays.items():
+            group.create_array(
+                name,
+                data=np.ascontiguousarray(values),
+                chunks=values.shape,
+                compressors=(ZstdCodec(level=3), Crc32cCodec()),
+                attributes=about,
+                config={"write_empty_chunks": True},
+            )
+        group.attrs["complete"] = True
+
+
+def cache_path(cache_dir: Path, slide_id: str) -> Path:
+    """Where the tiles of a slide lie."""
+    return cache_dir / f"{slide_id}.zarr"
+
+
+def discard(cache_dir: Path, slide_id: str, finished: bool = False) -> None:
+    """Removes what was begun for a slide, and on request what is finished; under :func:`slide_lock`."""
+    building = _building_path(cache_dir, slide_id)
+    if finished and cache_path(cache_dir, slide_id).exists():
+        # Renamed first, so that a kill never leaves half a cache under the name of a whole one.
+        building.mkdir(parents=True, exist_ok=True)
+        cache_path(cache_dir, slide_id).rename(building / "discarded")
+    if building.exists():
+        shutil.rmtree(building)
+
+
+def read_header(path: Path) -> CacheHeader:
+    """Reads what a finished cache says of itself.
+
+    Raises:
+        CacheMissingError: there is no cache, or it was never finished.
+        CacheMismatchError: another version of the format.
+    """
+    try:
+        attributes = _read_json(path).get("attributes", {})
+    except CacheMissingError as error:
+        raise CacheMissingError(f"{path}: no tile cache here; make it with 'slidetl tile'") from error
+    if attributes.get("complete") is not True:
+        raise CacheMissingError(f"{path}: the tile cache was never finished; run 'slidetl tile' again")
+    if attributes["format_version"] != FORMAT_VERSION:
+        raise CacheMismatchError(
+            f"{path}: made in format {attributes['format_version']}, this slidetl reads {FORMAT_VERSION}; "
+            "tile into another folder, or with --overwrite"
+        )
+    return CacheHeader.from_attributes(attributes)
+
+
+def describe_difference(cached: TileSpec, wanted: TileSpec) -> str:
+    """In what two specifications differ, for an error message."""
+    now, then = wanted.to_dict(), cached.to_dict()
+    differences = [f"{name} {then[name]} (wanted: {now[name]})" for name in now if now[name] != then[name]]
+    return f"the cache was made with {', '.join(differences)}"
+
+
+@contextlib.contextmanager
+def slide_lock(cache_dir: Path, slide_id: str) -> Iterator[None]:
+    """Keeps other processes from writing the same slide; waits while one does. It dies with its owner."""
+    locks = cache_dir / ".locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    # The file stays: to unlink it would let two processes hold locks on two files of one name.
+    with (locks / f"{slide_id}.lock").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def pack_shard(payloads: Sequence[bytes]) -> bytes:
+    """A shard by zarr's sharding specification: chunks with their crc32c, then the index with its own.
+
+    Args:
+        payloads: at most ``TILES_PER_SHARD`` encoded tiles, in order.
+    """
+    index = np.full((TILES_PER_SHARD, 2), _MISSING, "<u8")
+    parts: list[bytes] = []
+    offset = 0
+    for place, payload in enumerate(payloads):
+        chunk = payload + _checksum(payload)
+        index[place] = offset, len(chunk)
+        offset += len(chunk)
+        parts.append(chunk)
+    packed = index.tobytes()
+    return b"".join((*parts, packed, _checksum(packed)))
+
+
+def _checksum(data: bytes) -> bytes:
+    return int(google_crc32c.value(data)).to_bytes(4, "little")
+
+
+def _checked(data: bytes) -> bytes:
+    """Bytes without the crc32c at their end, once it agrees."""
+    content, stored = data[:-4], data[-4:]
+    if _checksum(content) != stored:
+        raise CacheCorruptError(
+            f"crc32c is {_checksum(content).hex()}, stored is {stored.hex()}, over {len(content)} bytes"
+        )
+    return content
+
+
+def _building_path(cache_dir: Path, slide_id: str) -> Path:
+    return cache_dir / ".building" / slide_id
+
+
+def _shard_path(group: Path, shard: int) -> Path:
+    return group / "tiles" / "c" / str(shard) / "0" / "0" / "0"
+
+
+def _read_index(file: IO[bytes]) -> NDArray[np.uint64]:
+    size = os.fstat(file.fileno()).st_size
+    try:
+        packed = _checked(os.pread(file.fileno(), _INDEX_BYTES, max(size - _INDEX_BYTES, 0)))
+        return np.frombuffer(packed, "<u8").reshape(TILES_PER_SHARD, 2)
+    except (CacheCorruptError, ValueError) as error:
+        raise CacheCorruptError(
+            f"{file.name}: the shard's index is damaged ({error}); delete the slide's cache and tile it again"
+        ) from error
+
+
+def _read_json(node: Path) -> dict[str, Any]:
+    path = node / "zarr.json"
+    try:
+        values: dict[str, Any] = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CacheMissingError(f"{path}: no such file") from error
+    except ValueError as error:
+        raise CacheCorruptError(
+            f"{path}: not JSON ({error}); delete the slide's cache and tile it again"
+        ) from error
+    return values
+
+
+def _read_array(node: Path) -> NDArray[Any]:
+    """One of the small arrays, which are a single chunk each: no need to start zarr in every worker."""
+    about = _read_json(node)
+    shape, dtype = about["shape"], np.dtype(about["data_type"]).newbyteorder("<")
+    chunk = node.joinpath("c", *("0" for _ in shape))
+    try:
+        content = decode_zstd(_checked(chunk.read_bytes()))
+    except FileNotFoundError as error:
+        raise CacheMissingError(
+            f"{chunk}: no such file; delete the slide's cache and tile it again"
+        ) from error
+    except CacheCorruptError as error:
+        raise CacheCorruptError(f"{chunk}: {error}; delete the slide's cache and tile it again") from error
+    return np.frombuffer(content, dtype).reshape(shape).copy()  # a buffer of bytes is read-only
+
+
+def _replace(path: Path, data: bytes, temporary: Path) -> None:
+    """Writes a file so that after a crash it has all of the new content, or none."""
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fsync_tree(folder: Path) -> None:
+    for entry in sorted(folder.rglob("*"), reverse=True):
+        _fsync(entry)
+    _fsync(folder)

@@ -1,0 +1,519 @@
+"""From slides to caches: which tiles, their bytes, and many slides at once in processes of their own.
+
+Selection (:func:`plan_tiles`) is apart from reading (:func:`encode_tiles`), and both from storing
+(:func:`tile_slide`), so that whoever grades a slide without a cache sees the very pixels a cache would hold.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidetl.cache.codec import tile_codec
+from slidetl.cache.ledger import EXCLUDED, FAILED, USED, Ledger, LedgerRow
+from slidetl.cache.store import (
+    CacheHeader,
+    CacheWriter,
+    SlideCache,
+    cache_path,
+    describe_difference,
+    discard,
+    read_header,
+    slide_lock,
+)
+from slidetl.errors import (
+    CacheMismatchError,
+    CacheMissingError,
+    SlideReadError,
+    SlidetlError,
+    UsageError,
+)
+from slidetl.grid import TileGrid, TileSpec
+from slidetl.slides import Slide, SlideInfo, open_slide
+from slidetl.tissue import TissueMask, find_tissue, thumbnail_mpp
+
+# A slide of which more than this share cannot be read is not to be trusted for the rest. It also bounds how
+# often a damaged slide is opened anew.
+MAX_UNREADABLE = 0.1
+
+# Where the thumbnail cannot be read at once, it is read in squares of so many of its pixels (half a
+# millimetre at 16 um): fine enough to lose little, coarse enough not to open the slide too often.
+_THUMBNAIL_SQUARE_PX = 32
+
+# Least tissue is compared with float32 shares of an area.
+_ROUNDING = 1e-6
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True)
+class SlideSource:
+    """A slide to be tiled.
+
+    Attributes:
+        slide_id: the name of its cache.
+        path: its file.
+        mpp_override: micrometres per level-0 pixel, instead of what the file says.
+
+    Raises:
+        UsageError: ``slide_id`` cannot be the name of a folder.
+    """
+
+    slide_id: str
+    path: Path
+    mpp_override: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.slide_id.startswith(".") or self.slide_id != Path(self.slide_id).name:
+            raise UsageError(f"a slide's identifier must do as the name of a folder, not {self.slide_id!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class TilePlan:
+    """Which tiles of a slide are wanted, before any is read.
+
+    Attributes:
+        spec: what was asked for.
+        info: the slide.
+        mpp_read: spacing of the tiles along x and y, micrometres per pixel.
+        origins_level0: ``[N, 2] int32``, upper-left corners ``(x, y)``, level-0 pixels, row by row.
+        extent_level0: size of a tile ``(x, y)``, level-0 pixels.
+        tissue_fraction: ``[N] float32``, at least ``spec.min_tissue``.
+        tiles_without_tissue: places on the grid that are not wanted.
+        thumbnail: ``[h, w, 3] uint8``, the whole slide.
+        tissue_mask: its tissue; what of the slide cannot be read counts as tissue, so that damage shows as
+            unreadable tiles instead of passing for glass.
+    """
+
+    spec: TileSpec
+    info: SlideInfo
+    mpp_read: tuple[float, float]
+    origins_level0: NDArray[np.int32]
+    extent_level0: tuple[float, float]
+    tissue_fraction: NDArray[np.float32]
+    tiles_without_tissue: int
+    thumbnail: NDArray[np.uint8]
+    tissue_mask: TissueMask
+
+    def __len__(self) -> int:
+        return len(self.origins_level0)
+
+
+@dataclass(frozen=True, eq=False)
+class TileBatch:
+    """Tiles as a cache holds them.
+
+    Attributes:
+        origins_level0: ``[n, 2] int32``, upper-left corners ``(x, y)``, level-0 pixels.
+        tissue_fraction: ``[n] float32``.
+        pixels: ``[n, S, S, 3] uint8`` RGB.
+    """
+
+    origins_level0: NDArray[np.int32]
+    tissue_fraction: NDArray[np.float32]
+    pixels: NDArray[np.uint8]
+
+
+def plan_tiles(slide: Slide, spec: TileSpec) -> TilePlan:
+    """Looks at a slide from afar and decides which tiles are worth reading.
+
+    Raises:
+        SpacingError: the slide is coarser than ``spec.mpp``.
+        SlideReadError: more than a tenth of the slide cannot be read.
+    """
+    info = slide.info
+    mpp_read = slide.mpp_read(spec.mpp, spec.mpp_tolerance)
+    mpp = thumbnail_mpp(info.size_level0, info.mpp_level0, spec)
+    thumbnail, is_unreadable = _read_thumbnail(slide, mpp)
+    found = find_tissue(thumbnail, mpp, info.background_rgb)
+    tissue_mask = TissueMask(found.mask | is_unreadable, mpp)
+    grid = TileGrid.over(info.size_level0, info.mpp_level0, mpp_read, spec)
+    origins = grid.origins_level0()
+    fraction = tissue_mask.fraction(origins, grid.extent_level0, info.mpp_level0)
+    is_wanted = fraction >= spec.min_tissue - _ROUNDING
+    return TilePlan(
+        spec=spec,
+        info=info,
+        mpp_read=mpp_read,
+        origins_level0=origins[is_wanted],
+        extent_level0=grid.extent_level0,
+        tissue_fraction=fraction[is_wanted],
+        tiles_without_tissue=int((~is_wanted).sum()),
+        thumbnail=thumbnail,
+        tissue_mask=tissue_mask,
+    )
+
+
+def encode_tiles(
+    slide: Slide, plan: TilePlan, first: int = 0, unreadable: int = 0
+) -> Iterator[tuple[int, bytes | None]]:
+    """Reads the tiles of a plan, as the bytes that a cache holds.
+
+    Args:
+        slide: the slide of the plan.
+        plan: which tiles.
+        first: the number of the tile to begin with.
+        unreadable: how many of those before it could not be read.
+
+    Yields:
+        The number of the tile in the plan, and its bytes; None instead of them if it cannot be read.
+
+    Raises:
+        SlideReadError: more than a tenth of all tiles cannot be read.
+    """
+    spec = plan.spec
+    codec = tile_codec(spec)
+    size_px = (spec.tile_size_px, spec.tile_size_px)
+    for tile in range(first, len(plan)):
+        x, y = plan.origins_level0[tile].tolist()
+        try:
+            rgb = slide.read((x, y), size_px, spec.mpp, spec.mpp_tolerance)
+        except SlideReadError as error:
+            unreadable += 1
+            if unreadable > MAX_UNREADABLE * len(plan):
+                raise SlideReadError(
+                    f"more than {MAX_UNREADABLE:.0%} of the {len(plan)} tiles wanted cannot be read; "
+                    f"the last: {error}"
+                ) from error
+            yield tile, None
+        else:
+            yield tile, codec.encode(rgb)
+
+
+def stream_tiles(slide: Slide, plan: TilePlan, batch_size: int = 64) -> Iterator[TileBatch]:
+    """Yields the tiles of a plan exactly as a cache would, compression included, in bounded memory.
+
+    Raises:
+        SlideReadError: more than a tenth of all tiles cannot be read.
+    """
+    codec = tile_codec(plan.spec)
+    tiles: list[int] = []
+    pixels: list[NDArray[np.uint8]] = []
+    for tile, payload in encode_tiles(slide, plan):
+        if payload is not None:
+            tiles.append(tile)
+            pixels.append(codec.decode(payload))
+        if pixels and (len(pixels) == batch_size or tile == len(plan) - 1):
+            yield TileBatch(plan.origins_level0[tiles], plan.tissue_fraction[tiles], np.stack(pixels))
+            tiles, pixels = [], []
+
+
+def tile_slide(source: SlideSource, cache_dir: Path, spec: TileSpec, overwrite: bool = False) -> LedgerRow:
+    """Makes the cache of one slide, or keeps the one that is there for the same slide and ``spec``.
+
+    A slide that cannot be tiled does not raise: its row says ``failed``, and why.
+
+    Args:
+        source: the slide.
+        cache_dir: the folder of all caches.
+        spec: which tiles.
+        overwrite: replace a cache of other parameters or of another slide, instead of failing.
+    """
+    started = time.monotonic()
+    row = LedgerRow(source.slide_id, str(source.path), FAILED)
+    try:
+        with (
+            slide_lock(cache_dir, source.slide_id),
+            open_slide(source.path, source.mpp_override) as slide,
+        ):
+            row = _described(row, slide.info)
+            row = _tile_open_slide(row, slide, cache_dir, spec, overwrite)
+    except (SlidetlError, OSError) as error:
+        row = replace(row, status=FAILED, reason=str(error))
+    return _stamped(row, started)
+
+
+def tile_slides(
+    sources: Sequence[SlideSource],
+    cache_dir: Path,
+    spec: TileSpec,
+    workers: int = 1,
+    overwrite: bool = False,
+    on_done: Callable[[LedgerRow], None] | None = None,
+) -> list[LedgerRow]:
+    """Tiles many slides in processes of their own, and records each in ``ledger.csv`` as it is done.
+
+    A process that dies (killed for memory, crashed in a decoder) costs the slide it was at. If this process
+    dies, however suddenly, its workers die with it, so that the next run can begin at once.
+
+    Args:
+        sources: the slides; their identifiers differ.
+        cache_dir: where the caches go; made if it is not there.
+        spec: which tiles.
+        workers: processes; 0 does it all in this one, where a crash ends the run.
+        overwrite: replace caches of other parameters or other slides.
+        on_done: called with each row, in the order in which slides are done.
+
+    Returns:
+        The rows, in the order of ``sources``.
+
+    Raises:
+        UsageError: two sources have the same identifier.
+        CacheMismatchError: the cache holds some of these slides tiled with other parameters, and
+            ``overwrite`` is not set. Nothing was done then.
+        CacheError: the ledger cannot be read or written.
+    """
+    twice = [name for name, count in Counter(source.slide_id for source in sources).items() if count > 1]
+    if twice:
+        raise UsageError(f"slide identifiers must differ; more than once: {', '.join(twice)}")
+    if not overwrite:
+        _refuse_other_spec(sources, cache_dir, spec)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(cache_dir / "ledger.csv")
+    ledger.rows()  # a file of that name that is no ledger is found before the work, not after it
+    rows: dict[str, LedgerRow] = {}
+    done = (
+        _in_processes(sources, cache_dir, spec, overwrite, min(workers, len(sources)))
+        if workers
+        else (tile_slide(source, cache_dir, spec, overwrite) for source in sources)
+    )
+    for row in done:
+        ledger.record([row])
+        rows[row.slide_id] = row
+        if on_done is not None:
+            on_done(row)
+    return [rows[source.slide_id] for source in sources]
+
+
+def _tile_open_slide(
+    row: LedgerRow, slide: Slide, cache_dir: Path, spec: TileSpec, overwrite: bool
+) -> LedgerRow:
+    kept = _kept_header(slide.info, cache_path(cache_dir, row.slide_id), spec, overwrite)
+    if kept is not None:
+        discard(cache_dir, row.slide_id)
+        return _used(row, SlideCache.open(cache_path(cache_dir, row.slide_id), spec))
+
+    plan = plan_tiles(slide, spec)
+    row = replace(
+        row,
+        mpp_x=plan.mpp_read[0],
+        mpp_y=plan.mpp_read[1],
+        tiles_without_tissue=plan.tiles_without_tissue,
+    )
+    if not len(plan):
+        discard(cache_dir, row.slide_id, finished=True)
+        reason = (
+            f"no tile has {spec.min_tissue:.0%} tissue"
+            if plan.tiles_without_tissue
+            else "the slide is smaller than one tile"
+        )
+        return replace(row, status=EXCLUDED, reason=reason)
+    writer = CacheWriter(
+        cache_dir,
+        CacheHeader(
+            slide_id=row.slide_id,
+            fingerprint=plan.info.fingerprint,
+            vendor=plan.info.vendor,
+            size_level0=plan.info.size_level0,
+            mpp_level0=plan.info.mpp_level0,
+            mpp_read=plan.mpp_read,
+            extent_level0=plan.extent_level0,
+            spec=spec,
+            tiles_without_tissue=plan.tiles_without_tissue,
+        ),
+        plan.origins_level0,
+        plan.tissue_fraction,
+        plan.thumbnail,
+        plan.tissue_mask,
+    )
+    for tile, payload in encode_tiles(slide, plan, writer.next_tile, writer.unreadable):
+        writer.add(tile, payload)
+    return _used(row, writer.finish())
+
+
+def _kept_header(info: SlideInfo, path: Path, spec: TileSpec, overwrite: bool) -> CacheHeader | None:
+    """The header of a finished cache of this very slide; None if it is to be made (again)."""
+    try:
+        header = read_header(path)
+        if header.spec != spec:
+            raise CacheMismatchError(f"{path}: {describe_difference(header.spec, spec)}")
+        if (header.fingerprint, header.mpp_level0) != (info.fingerprint, info.mpp_level0):
+            raise CacheMismatchError(
+                f"{path}: made from another slide, or from this one at another spacing of level 0; "
+                "replace it with --overwrite, or tile into another folder"
+            )
+    except CacheMissingError:
+        return None
+    except CacheMismatchError:
+        if overwrite:
+            return None
+        raise
+    return header
+
+
+def _refuse_other_spec(sources: Sequence[SlideSource], cache_dir: Path, spec: TileSpec) -> None:
+    others: list[tuple[Path, TileSpec]] = []
+    for source in sources:
+        path = cache_path(cache_dir, source.slide_id)
+        try:
+            header = read_header(path)
+        except CacheMissingError:
+            continue
+        if header.spec != spec:
+            others.append((path, header.spec))
+    if others:
+        path, cached = others[0]
+        raise CacheMismatchError(
+            f"{path}: {describe_difference(cached, spec)}; so are {len(others)} slides in all: "
+            "tile into another folder with --cache, or replace them with --overwrite"
+        )
+
+
+def _read_thumbnail(slide: Slide, mpp: float) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """The whole slide at a coarse spacing, and which of its pixels ``[h, w]`` could not be read."""
+    info = slide.info
+    width, height = (
+        # The allowance keeps a size that fits exactly from being one more when the product rounds.
+        math.ceil(size * m / mpp - 1e-6)
+        for size, m in zip(info.size_level0, info.mpp_level0, strict=True)
+    )
+    is_unreadable = np.zeros((height, width), bool)
+    try:
+        return slide.read((0, 0), (width, height), mpp, mpp_tolerance=0.0), is_unreadable
+    except SlideReadError as error:
+        whole_error = error
+    image = np.empty((height, width, 3), np.uint8)
+    image[:] = info.background_rgb
+    side = _THUMBNAIL_SQUARE_PX
+    squares = [(x, y) for y in range(0, height, side) for x in range(0, width, side)]
+    lost = 0
+    for x, y in squares:
+        size = (min(side, width - x), min(side, height - y))
+        origin = (round(x * mpp / info.mpp_level0[0]), round(y * mpp / info.mpp_level0[1]))
+        try:
+            image[y : y + size[1], x : x + size[0]] = slide.read(origin, size, mpp, mpp_tolerance=0.0)
+        except SlideReadError:
+            is_unreadable[y : y + size[1], x : x + size[0]] = True
+            lost += 1
+            if lost > MAX_UNREADABLE * len(squares):
+                raise SlideReadError(
+                    f"more than {MAX_UNREADABLE:.0%} of the slide cannot be read; first: {whole_error}"
+                ) from whole_error
+    return image, is_unreadable
+
+
+def _described(row: LedgerRow, info: SlideInfo) -> LedgerRow:
+    width, height = info.size_level0
+    return replace(row, vendor=info.vendor, width=width, height=height, fingerprint=info.fingerprint)
+
+
+def _used(row: LedgerRow, cache: SlideCache) -> LedgerRow:
+    return replace(
+        row,
+        status=USED,
+        tiles=len(cache),
+        tiles_without_tissue=cache.header.tiles_without_tissue,
+        tiles_unreadable=cache.header.tiles_unreadable,
+        mpp_x=cache.mpp_read[0],
+        mpp_y=cache.mpp_read[1],
+    )
+
+
+def _stamped(row: LedgerRow, started: float) -> LedgerRow:
+    return replace(
+        row,
+        seconds=round(time.monotonic() - started, 3),
+        host=socket.gethostname(),
+        finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+@dataclass
+class _Worker:
+    """A process that tiles one slide after another, and what it is at."""
+
+    process: SpawnProcess
+    connection: Connection
+    source: SlideSource
+    started: float
+
+
+def _in_processes(
+    sources: Sequence[SlideSource], cache_dir: Path, spec: TileSpec, overwrite: bool, count: int
+) -> Iterator[LedgerRow]:
+    """Rows as slides are done. Spawned, not forked: OpenSlide and zarr hold threads and locks."""
+    context = multiprocessing.get_context("spawn")
+    waiting = list(reversed(sources))
+    workers: dict[Connection, _Worker] = {}
+
+    def start() -> None:
+        ours, theirs = context.Pipe()
+        process = context.Process(
+            target=_work, args=(theirs, os.getpid(), cache_dir, spec, overwrite), daemon=True
+        )
+        process.start()
+        theirs.close()  # else its death would not show as the end of the pipe
+        source = waiting.pop()
+        workers[ours] = _Worker(process, ours, source, time.monotonic())
+        ours.send(source)
+
+    try:
+        for _ in range(count):
+            start()
+        while workers:
+            for ready in multiprocessing.connection.wait(list(workers)):
+                assert isinstance(ready, Connection)  # what `wait` was given
+                worker = workers[ready]
+                try:
+                    yield ready.recv()
+                except (EOFError, ConnectionResetError):
+                    del workers[ready]
+                    ready.close()
+                    worker.process.join()
+                    row = LedgerRow(worker.source.slide_id, str(worker.source.path), FAILED)
+                    row = replace(row, reason=_cause_of_death(worker.process.exitcode))
+                    yield _stamped(row, worker.started)
+                    if waiting:
+                        start()
+                    continue
+                if waiting:
+                    worker.source, worker.started = waiting.pop(), time.monotonic()
+                    ready.send(worker.source)
+                else:
+                    del workers[ready]
+                    ready.close()  # the worker sees the end and returns
+                    worker.process.join()
+    finally:
+        for worker in workers.values():
+            worker.process.terminate()
+            worker.process.join()
+            worker.connection.close()
+
+
+def _cause_of_death(exitcode: int | None) -> str:
+    if exitcode is not None and exitcode < 0:
+        name = signal.Signals(-exitcode).name
+        hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
+        return f"the process that tiled it was ended by {name}{hint}"
+    return f"the process that tiled it ended with exit code {exitcode}"
+
+
+def _work(connection: Connection, parent: int, cache_dir: Path, spec: TileSpec, overwrite: bool) -> None:
+    """The life of a worker."""
+    # Without this, workers of a killed run would go on and hold the locks of their slides.
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return  # it died before the line above
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    while True:
+        try:
+            source = connection.recv()
+        except EOFError:
+            return
+        connection.send(tile_slide(source, cache_dir, spec, overwrite))

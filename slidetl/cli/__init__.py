@@ -1,0 +1,100 @@
+"""The command line: ``slidetl COMMAND``, the same as ``python -m slidetl COMMAND``.
+
+Each command is a module with ``SUMMARY``, ``add_arguments`` and ``run``; the training commands are
+Lightning's own. A user's mistake ends with one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import slidetl
+from slidetl.errors import SlidetlError
+
+COMMANDS = ("synth", "tile", "export", "grade")
+TRAINING_COMMANDS = {
+    "fit": "train a network (LightningCLI; see 'slidetl fit --help')",
+    "validate": "evaluate a checkpoint on the validation part",
+    "test": "evaluate a checkpoint on the test part: accuracy, QWK, MAE, confusion matrix, predictions",
+    "predict": "predict every slide of a manifest or folder",
+}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        args: the words after ``slidetl``; those of the process by default.
+
+    Returns:
+        The exit code: 0 done, 1 some slides failed, 2 a user's mistake, 130 interrupted.
+    """
+    words = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    _stay_offline()
+    try:
+        command = words[0] if words else ""
+        if command in TRAINING_COMMANDS:
+            from slidetl.cli import training
+
+            return training.run(command, words[1:])
+        parser = _parser(command)
+        options = parser.parse_args(words)
+        code: int = options.run(options)
+        return code
+    except KeyboardInterrupt:
+        print("slidetl: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (SlidetlError, OSError) as error:
+        if debug:
+            raise
+        print(f"slidetl: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    """The parser; only the command that is asked for is imported, so that help answers at once."""
+    parser = _OneLineParser(
+        prog="slidetl",
+        description="Transfer learning that grades gigapixel slides. For research; not a medical device.",
+        epilog="Every command takes --help, and --debug to show the traceback of an error.",
+    )
+    parser.add_argument("--version", action="version", version=f"slidetl {slidetl.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    summaries = {
+        "synth": "draw synthetic lung slides whose grade is known",
+        "tile": "cut slides into a tile cache",
+        **TRAINING_COMMANDS,
+        "export": "write a checkpoint as one TorchScript file",
+        "grade": "grade slides with an exported file",
+    }
+    for name, summary in summaries.items():
+        child = commands.add_parser(
+            name, help=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        if name == command and name in COMMANDS:
+            module = importlib.import_module(f"slidetl.cli.{name}")
+            child.description = module.SUMMARY
+            module.add_arguments(child)
+            child.set_defaults(run=module.run)
+    return parser
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        print(f"{self.prog}: error: {message} (see '{self.prog} --help')", file=sys.stderr)
+        sys.exit(2)
+
+
+def _stay_offline() -> None:
+    """Switches off the update checks and telemetry of dependencies; patient data lives here."""
+    for name in ("NO_ALBUMENTATIONS_UPDATE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+        os.environ.setdefault(name, "1")

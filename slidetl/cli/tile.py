@@ -1,0 +1,149 @@
+"""``slidetl tile``: slides to caches."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from slidetl.cache.ledger import LedgerRow
+
+SUMMARY = "cut slides into tiles and store those with tissue in a cache"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    parser.add_argument(
+        "manifest", type=Path, metavar="MANIFEST", help="a manifest (CSV), or a folder of slides"
+    )
+    parser.add_argument("--cache", type=Path, required=True, help="folder for the caches and ledger.csv")
+    parser.add_argument(
+        "--mpp", type=float, required=True, help="spacing of the tiles, micrometres per pixel"
+    )
+    parser.add_argument("--tile-size", type=int, default=224, metavar="PX", help="side of a tile, pixels")
+    parser.add_argument(
+        "--stride",
+        type=int,
+        default=0,
+        metavar="PX",
+        help="distance between neighbouring tiles, pixels; 0: the tile size",
+    )
+    parser.add_argument(
+        "--min-tissue", type=float, default=0.25, metavar="SHARE", help="least tissue in a tile, 0 to 1"
+    )
+    parser.add_argument(
+        "--mpp-override",
+        type=float,
+        metavar="UM",
+        help="micrometres per level-0 pixel, for slides without mpp in the manifest; replaces what they say",
+    )
+    parser.add_argument(
+        "--mpp-tolerance",
+        type=float,
+        default=0.01,
+        metavar="SHARE",
+        help="a pyramid level that is so close to --mpp is read as it is",
+    )
+    parser.add_argument(
+        "--codec",
+        choices=["jpeg", "zstd"],
+        default="jpeg",
+        help="zstd: lossless, and any zarr reader opens it",
+    )
+    parser.add_argument("--jpeg-quality", type=int, default=90, metavar="Q", help="1 to 100")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="processes, each at a slide of its own",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace caches made with other options or from other slides; those that match are kept",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Tiles every slide of the manifest.
+
+    Returns:
+        0, or 1 if any slide failed.
+    """
+    from slidetl.cache.ledger import EXCLUDED, FAILED, USED
+    from slidetl.cache.tiler import SlideSource, tile_slides
+    from slidetl.data.manifest import read_manifest
+    from slidetl.errors import UsageError
+    from slidetl.grid import TileSpec
+
+    if options.workers < 1:
+        raise UsageError(f"--workers must be at least 1, not {options.workers}")
+    spec = TileSpec(
+        mpp=options.mpp,
+        tile_size_px=options.tile_size,
+        stride_px=options.stride,
+        min_tissue=options.min_tissue,
+        mpp_tolerance=options.mpp_tolerance,
+        codec=options.codec,
+        jpeg_quality=options.jpeg_quality,
+    )
+    sources = [
+        SlideSource(row.slide_id, row.path, row.mpp if row.mpp is not None else options.mpp_override)
+        for row in read_manifest(options.manifest).rows
+    ]
+    started = time.monotonic()
+    with _Progress(len(sources)) as progress:
+        rows = tile_slides(
+            sources, options.cache, spec, options.workers, options.overwrite, on_done=progress.advance
+        )
+    seconds = time.monotonic() - started
+
+    failed = [row for row in rows if row.status == FAILED]
+    for row in failed:
+        print(f"failed: {row.slide_id}: {row.reason}", file=sys.stderr)
+    counts = ", ".join(f"{sum(row.status == s for row in rows)} {s}" for s in (USED, EXCLUDED, FAILED))
+    tiles = sum(row.tiles for row in rows)
+    print(f"{len(rows)} slides: {counts}; {tiles} tiles in {seconds:.1f} s ({tiles / seconds:.0f} tiles/s)")
+    return 1 if failed else 0
+
+
+class _Progress:
+    """A bar on a terminal, else one line per slide."""
+
+    def __init__(self, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._total = total
+        self._done = 0
+        console = Console(stderr=True)
+        self._is_terminal = console.is_terminal
+        self._bar = Progress(
+            TextColumn("slides"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[last]}", markup=False),
+            console=console,
+            disable=not self._is_terminal,
+        )
+        self._task = self._bar.add_task("slides", total=total, last="")
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    def advance(self, row: LedgerRow) -> None:
+        self._done += 1
+        line = f"{row.slide_id}: {row.status}, {row.tiles} tiles, {row.seconds:.1f} s"
+        if self._is_terminal:
+            self._bar.update(self._task, advance=1, last=line)
+        else:
+            print(f"[{self._done}/{self._total}] {line}", file=sys.stderr)

@@ -1,0 +1,140 @@
+"""``slidetl fit``, ``validate``, ``test`` and ``predict``: LightningCLI, with our defaults."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentError
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_info
+
+from slidetl.data.datamodule import SlideDataModule
+from slidetl.errors import UsageError
+from slidetl.tasks.checkpoint import read_checkpoint
+from slidetl.tasks.slide import SlideGrader
+
+
+def run(command: str, args: list[str]) -> int:
+    """Runs one of Lightning's commands.
+
+    Raises:
+        UsageError: the configuration is wrong; one line says where.
+    """
+    _quieten()
+    # LightningCLI wants its arguments in sys.argv, and warns when they come another way.
+    before, sys.argv = sys.argv, [f"{Path(sys.argv[0]).name}", command, *args]
+    try:
+        GradingCLI(
+            SlideGrader,
+            SlideDataModule,
+            seed_everything_default=0,
+            trainer_defaults={
+                "max_epochs": 30,
+                "precision": "bf16-mixed" if torch.cuda.is_available() else "32-true",
+                "deterministic": True,
+                "use_distributed_sampler": False,  # the data module shares out whole slides
+                "num_sanity_val_steps": 0,  # a slide is several steps; half a slide cannot be graded
+                "log_every_n_steps": 1,
+            },
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,
+            parser_kwargs={
+                "exit_on_error": False,
+                **{key: {"exit_on_error": False} for key in LightningCLI.subcommands()},
+            },
+        )
+    except ArgumentError as error:
+        raise UsageError(_one_line(str(error))) from error
+    except MisconfigurationException as error:
+        raise UsageError(_one_line(str(error))) from error
+    finally:
+        sys.argv = before
+    return 0
+
+
+class GradingCLI(LightningCLI):
+    """Links the grades, keeps the run in one folder, finds the checkpoint, and distrusts it."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds what every run has: early stopping, the best checkpoint, and names that may be imported."""
+        parser.link_arguments("data.grades", "model.grades")
+        parser.add_lightning_class_args(EarlyStopping, "early_stopping")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "early_stopping.monitor": "val/qwk",
+                "early_stopping.mode": "max",
+                "early_stopping.patience": 10,
+                "checkpoint.monitor": "val/qwk",
+                "checkpoint.mode": "max",
+                "checkpoint.filename": "best",
+                "checkpoint.save_last": True,
+            }
+        )
+        parser.add_argument(
+            "--allow",
+            type=list[str],
+            default=[],
+            help="Names or packages outside slidetl whose classes a checkpoint may import.",
+        )
+
+    def _parse_ckpt_path(self) -> None:
+        """Lets Lightning take the hyper-parameters from the checkpoint, once they are found harmless."""
+        options = self.config[self.config.subcommand]
+        if options.get("ckpt_path") is None and self.config.subcommand != "fit":
+            options["ckpt_path"] = str(_best_checkpoint(Path(options.trainer.default_root_dir or ".")))
+            rank_zero_info(f"checkpoint: {options['ckpt_path']}")
+        if options.get("ckpt_path") is not None:
+            read_checkpoint(Path(options["ckpt_path"]), options.get("allow") or ())
+        options["weights_only"] = True
+        super()._parse_ckpt_path()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Keeps everything of a run in ``<default_root_dir>/logs/version_N`` unless loggers are given."""
+        if self._get(self.config_init, "trainer").get("logger") is None:
+            kwargs["logger"] = False
+            if self.subcommand == "fit":
+                root = self._get(self.config_init, "trainer").get("default_root_dir") or "."
+                table = CSVLogger(root, name="logs")
+                board = TensorBoardLogger(root, name="logs", version=table.version, default_hp_metric=False)
+                kwargs["logger"] = [table, board]
+                kwargs["callbacks"] = [
+                    *(self._get(self.config_init, "trainer").get("callbacks") or []),
+                    LearningRateMonitor("epoch"),
+                ]
+        return super().instantiate_trainer(**kwargs)
+
+
+def _best_checkpoint(root: Path) -> Path:
+    """The best checkpoint of the latest fit below a run's folder."""
+    found = sorted(root.glob("logs/version_*/checkpoints/best*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UsageError(
+            f"no checkpoint of 'slidetl fit' below {root.absolute()}; name one with --ckpt_path FILE"
+        )
+    return found[-1]
+
+
+def _one_line(message: str) -> str:
+    """The last line that says something: parsers put the cause behind pages of context."""
+    lines = [line.strip(" -:") for line in message.splitlines() if line.strip(" -:")]
+    return " ".join(lines[:4]) if len(lines) <= 4 else f"{lines[0]} ... {lines[-1]}"
+
+
+def _quieten() -> None:
+    """Leaves out what a user can do nothing about."""
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(
+        lambda record: "Tip" not in record.getMessage()
+    )
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*Experiment logs directory.*exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*number of training batches.*is smaller than the logging interval.*")

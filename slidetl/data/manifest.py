@@ -1,0 +1,259 @@
+"""The manifest: which slides there are, whose they are, and how they were graded."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from slidetl.errors import ManifestError
+
+SPLITS = ("train", "val", "test")
+REQUIRED = ("slide_id", "path", "patient_id", "grade")
+OPTIONAL = ("site", "scanner", "stain", "block", "mpp", "split")
+_READER = re.compile(r"grade_reader(\d+)")
+# What OpenSlide 4 reads, by file name; whether a file really is a slide is found out when it is opened.
+SLIDE_SUFFIXES = frozenset(
+    ".svs .tif .tiff .ndpi .vms .vmu .scn .mrxs .svslide .bif .dcm .czi".split()  # noqa: SIM905 (reads better)
+)
+
+
+@dataclass(frozen=True)
+class ManifestRow:
+    """One slide.
+
+    Attributes:
+        line: line in the CSV, 1 being the header; 0 for a slide found in a folder.
+        slide_id: identifier, safe as the name of a folder.
+        path: the slide's file, absolute.
+        patient_id: whose slide it is; equal to ``slide_id`` where nothing is known.
+        grade: 0..K-1, or None for a slide that nobody graded.
+        site, scanner, stain, block: as given, empty where not.
+        reader_grades: each reader's grade, in the order of their numbers.
+        mpp: spacing of level 0 in micrometres per pixel, for slides whose metadata has none.
+        split: ``train``, ``val`` or ``test``; empty where the split is left to a seed.
+    """
+
+    line: int
+    slide_id: str
+    path: Path
+    patient_id: str
+    grade: int | None = None
+    site: str = ""
+    scanner: str = ""
+    stain: str = ""
+    block: str = ""
+    reader_grades: tuple[int | None, ...] = ()
+    mpp: float | None = None
+    split: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All slides of a study, checked.
+
+    Attributes:
+        rows: one per slide, in the order of the file.
+    """
+
+    rows: tuple[ManifestRow, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def read_manifest(path: Path, n_grades: int | None = None) -> Manifest:
+    """Reads a CSV, or lists a folder of slides.
+
+    Args:
+        path: a CSV with the columns ``slide_id, path, patient_id, grade`` and optionally ``site``,
+            ``scanner``, ``stain``, ``block``, ``mpp``, ``split``, ``grade_reader1``, ...; or a folder,
+            searched with its sub-folders, whose slides have no grades.
+        n_grades: number of grades K on the scale; None checks only that a grade is a whole number.
+
+    Raises:
+        ManifestError: every fault found, each with its line number.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _list_folder(path)
+    if not path.is_file():
+        raise ManifestError(
+            f"{path}: expected a CSV manifest or a folder of slides, found neither; check the path"
+        )
+    return _read_csv(path, n_grades)
+
+
+def safe_slide_id(name: str) -> str:
+    """Turns a name into one that is safe as a single folder name on any file system; may be empty."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name.strip()).lstrip(".-")[:150]
+
+
+def _read_csv(path: Path, n_grades: int | None) -> Manifest:
+    faults: list[str] = []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            lines = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ManifestError(f"{path}: expected a CSV in UTF-8: {error}") from error
+    if not lines:
+        raise ManifestError(f"{path}: the file is empty; expected a header with {', '.join(REQUIRED)}")
+    header = [name.strip() for name in lines[0][1]]
+    missing = [name for name in REQUIRED if name not in header]
+    if missing:
+        hint = "; separate the columns by commas" if ";" in header[0] else ""
+        raise ManifestError(
+            f"{path}, line 1: missing column {', '.join(missing)}; found {', '.join(header)}{hint}"
+        )
+    repeated = [name for name, count in Counter(header).items() if count > 1]
+    if repeated:
+        raise ManifestError(f"{path}, line 1: column {', '.join(repeated)} occurs more than once")
+    if len(lines) == 1:
+        raise ManifestError(f"{path}: a header but no slides; expected one line per slide")
+    unknown = [name for name in header if name not in REQUIRED + OPTIONAL and not _READER.fullmatch(name)]
+    if unknown:
+        warnings.warn(f"{path}: unknown column {', '.join(unknown)} is ignored", stacklevel=3)
+    rows = []
+    for line, cells in lines[1:]:
+        if len(cells) != len(header):
+            faults.append(f"line {line}: expected {len(header)} cells as in the header, found {len(cells)}")
+            continue
+        values = {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
+        rows.append(_parse_row(line, values, path.parent, n_grades, faults))
+    faults += _faults_between(rows)
+    if faults:
+        faults.sort(key=lambda fault: int(re.search(r"\d+", fault)[0]))  # type: ignore[index] # each has its line
+        listed = "\n  ".join(faults)
+        raise ManifestError(
+            f"{path}: {len(faults)} fault{'s' * (len(faults) > 1)} in the manifest:\n  {listed}"
+        )
+    return Manifest(tuple(rows))
+
+
+def _parse_row(
+    line: int, values: dict[str, str], folder: Path, n_grades: int | None, faults: list[str]
+) -> ManifestRow:
+    def fault(text: str) -> None:
+        faults.append(f"line {line}: {text}")
+
+    def grade(column: str) -> int | None:
+        text = values[column]
+        if not text:
+            return None
+        highest = "K-1" if n_grades is None else n_grades - 1
+        if not re.fullmatch(r"\d{1,3}", text) or (n_grades is not None and int(text) >= n_grades):
+            fault(f"{column} must be a whole number from 0 to {highest} (empty: not graded), found {text!r}")
+            return None
+        return int(text)
+
+    slide_id = safe_slide_id(values["slide_id"])
+    if not slide_id:
+        fault(f"slide_id must have letters or digits, found {values['slide_id']!r}")
+    if not values["patient_id"]:
+        fault("patient_id is empty; without it patients would leak between splits")
+    slide = Path(os.path.normpath(folder.absolute() / values["path"]))
+    if not values["path"] or not slide.exists():
+        fault(f"no file {values['path']!r}; paths are absolute or relative to the manifest's folder")
+    mpp: float | None = None
+    if text := values.get("mpp", ""):
+        try:
+            mpp = float(text)
+        except ValueError:
+            mpp = math.nan
+        if not (math.isfinite(mpp) and mpp > 0):
+            fault(f"mpp must be a positive number of micrometres per pixel, found {text!r}")
+    split = values.get("split", "")
+    if split and split not in SPLITS:
+        fault(f"split must be train, val or test, found {split!r}")
+    readers = sorted((int(match[1]), name) for name in values if (match := _READER.fullmatch(name)))
+    return ManifestRow(
+        line=line,
+        slide_id=slide_id,
+        path=slide,
+        patient_id=values["patient_id"],
+        grade=grade("grade"),
+        site=values.get("site", ""),
+        scanner=values.get("scanner", ""),
+        stain=values.get("stain", ""),
+        block=values.get("block", ""),
+        reader_grades=tuple(grade(name) for _, name in readers),
+        mpp=mpp,
+        split=split,
+    )
+
+
+def _faults_between(rows: Iterable[ManifestRow]) -> list[str]:
+    """Faults that take two rows to see."""
+    rows = list(rows)
+    faults = []
+    first_with_id: dict[str, ManifestRow] = {}
+    first_with_path: dict[Path, ManifestRow] = {}
+    first_of_patient: dict[str, ManifestRow] = {}
+    some_split = any(row.split for row in rows)
+    for row in rows:
+        # Compared without case, since some file systems do not tell A.zarr from a.zarr.
+        other = first_with_id.setdefault(row.slide_id.lower(), row)
+        if other is not row and row.slide_id:
+            faults.append(f"line {row.line}: slide_id {row.slide_id!r} is already on line {other.line}")
+        other = first_with_path.setdefault(row.path, row)
+        if other is not row:
+            faults.append(f"line {row.line}: the same file as on line {other.line}")
+        other = first_of_patient.setdefault(row.patient_id, row)
+        if row.patient_id and row.split and other.split and row.split != other.split:
+            faults.append(
+                f"line {row.line}: patient {row.patient_id!r} is in split {row.split!r} here "
+                f"and in {other.split!r} on line {other.line}; a patient belongs to one split"
+            )
+        if some_split and not row.split:
+            faults.append(f"line {row.line}: split is empty, though other lines have one; give all or none")
+    return faults
+
+
+def _list_folder(folder: Path) -> Manifest:
+    """The slides below a folder. Files of one slide (DICOM instances) count once."""
+    folder = folder.absolute()
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SLIDE_SUFFIXES and path.is_file() and not path.name.startswith(".")
+    )
+    slides: dict[object, Path] = {}
+    for path in paths:
+        series = _dicom_series(path) if path.suffix.lower() == ".dcm" else None
+        slides.setdefault((path.parent, series) if series else path, path)
+    if not slides:
+        known = " ".join(sorted(SLIDE_SUFFIXES))
+        raise ManifestError(f"{folder}: no slides in this folder; expected files ending in one of {known}")
+    rows = [ManifestRow(0, safe_slide_id(path.stem), path, "") for path in slides.values()]
+    rows = _rename_clashes(rows, lambda path: "_".join([*path.relative_to(folder).parent.parts, path.stem]))
+    rows = _rename_clashes(rows, lambda path: "_".join(path.relative_to(folder).parts))
+    for number, row in enumerate(rows):
+        if not row.slide_id or row.slide_id.lower() in {other.slide_id.lower() for other in rows[:number]}:
+            raise ManifestError(f"{row.path}: no identifier can be made from this name; list it in a CSV")
+    return Manifest(tuple(replace(row, patient_id=row.slide_id) for row in rows))
+
+
+def _rename_clashes(rows: list[ManifestRow], name: Callable[[Path], str]) -> list[ManifestRow]:
+    counts = Counter(row.slide_id.lower() for row in rows)
+    return [
+        replace(row, slide_id=safe_slide_id(name(row.path))) if counts[row.slide_id.lower()] > 1 else row
+        for row in rows
+    ]
+
+
+def _dicom_series(path: Path) -> str | None:
+    """SeriesInstanceUID (0020,000E) of a DICOM file in explicit little endian, as slides are; else None."""
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+    at = head.find(b"\x20\x00\x0e\x00UI")
+    if at < 0:
+        return None
+    length = int.from_bytes(head[at + 6 : at + 8], "little")
+    return head[at + 8 : at + 8 + length].rstrip(b"\0 ").decode("ascii", "replace")

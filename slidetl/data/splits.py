@@ -1,0 +1,66 @@
+"""Splits in which no patient is on two sides."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+
+from slidetl.data.manifest import ManifestRow
+from slidetl.errors import UsageError
+
+
+def split_patients(
+    rows: Sequence[ManifestRow], *, val_fraction: float, test_fraction: float, seed: int
+) -> dict[str, str]:
+    """Splits slides into train, val and test by patient, each with about the same mix of grades.
+
+    The test part is one fold of scikit-learn's ``StratifiedGroupKFold``, the validation part one fold
+    of what remains; so the fractions are met as closely as whole folds and whole patients allow.
+
+    Args:
+        rows: graded slides.
+        val_fraction: share of all slides wanted for validation, 0..0.5.
+        test_fraction: share of all slides wanted for the test, 0..0.5.
+        seed: decides who goes where; the order of the rows does not matter.
+
+    Returns:
+        ``slide_id`` -> ``train``, ``val`` or ``test``.
+
+    Raises:
+        UsageError: a fraction is out of range, or there are too few patients.
+    """
+    for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+        if not 0 <= fraction <= 0.5:
+            raise UsageError(f"{name} must be from 0 to 0.5, not {fraction}")
+    rows = sorted(rows, key=lambda row: row.slide_id)
+    split = {row.slide_id: "train" for row in rows}
+    for row in _fold(rows, test_fraction, seed, "test"):
+        split[row.slide_id] = "test"
+    rest = [row for row in rows if split[row.slide_id] == "train"]
+    for row in _fold(rest, val_fraction / (1 - test_fraction), seed, "val"):
+        split[row.slide_id] = "val"
+    return split
+
+
+def _fold(rows: list[ManifestRow], fraction: float, seed: int, part: str) -> list[ManifestRow]:
+    if fraction == 0:
+        return []
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    n_folds = max(2, round(1 / fraction))
+    grades = np.array([row.grade for row in rows])
+    patients = np.array([row.patient_id for row in rows])
+    n_patients = len(set(patients))
+    if n_patients < n_folds:
+        raise UsageError(
+            f"a {part} part of {fraction:.0%} needs at least {n_folds} patients, found {n_patients}; "
+            "add slides, choose larger fractions, or give the manifest a 'split' column"
+        )
+    folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        # A grade with fewer slides than folds cannot be in each; the report of the split shows it.
+        warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+        parts = [part for _, part in folds.split(np.zeros(len(grades)), grades, patients)]
+    return [rows[index] for index in next(part for part in parts if len(part))]

@@ -1,0 +1,1 @@
+"""How good predictions are, and how sure of it one may be: NumPy in, frozen results out."""

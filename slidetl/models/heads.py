@@ -1,0 +1,64 @@
+"""Heads: a slide's embedding -> logits -> probabilities of the grades."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class CumulativeLink(nn.Module):
+    """Proportional odds: one score per slide, and ordered thresholds that cut it into K grades.
+
+    McCullagh, "Regression models for ordinal data", JRSS B 1980: ``P(grade <= k) =
+    sigmoid(threshold_k - score)``. Thresholds are kept in order by construction: the first is free,
+    the gaps between them are softplus of free parameters. A logit is ``score - threshold_k``, that of
+    ``grade > k``. Computed in float32 whatever the precision of training.
+
+    Args:
+        in_features: length D' of a slide's embedding.
+        n_grades: K, at least 2.
+    """
+
+    def __init__(self, in_features: int, n_grades: int) -> None:
+        super().__init__()
+        self.n_grades = n_grades
+        self.score = nn.Linear(in_features, 1, bias=False)  # the first threshold is the bias
+        # Equal shares of a standard logistic, so that no grade is favoured at the start.
+        shares = torch.arange(1, n_grades) / n_grades
+        thresholds = torch.logit(shares)
+        self.first = nn.Parameter(thresholds[:1].clone())  # [1]
+        self.gaps = nn.Parameter(torch.log(torch.expm1(thresholds.diff())))  # [K-2]
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """``[B, D']`` -> logits ``[B, K-1]`` of ``grade > k``, decreasing along the last axis."""
+        thresholds = torch.cat([self.first, self.first + functional.softplus(self.gaps).cumsum(0)])  # [K-1]
+        score: Tensor = self.score(embedding.to(torch.float32))
+        return score.to(torch.float32) - thresholds
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Logits ``[B, K-1]`` -> probabilities ``[B, K]``, which sum to one."""
+        above = torch.sigmoid(logits)  # P(grade > k)
+        one = torch.ones_like(above[:, :1])
+        bounds = torch.cat([one, above, torch.zeros_like(one)], dim=1)  # [B, K+1]
+        return bounds[:, :-1] - bounds[:, 1:]
+
+    def loss(self, logits: Tensor, grades: Tensor) -> Tensor:
+        """Mean negative log-likelihood.
+
+        Args:
+            logits: ``[B, K-1]``.
+            grades: ``[B]`` int64, 0..K-1.
+
+        Returns:
+            A scalar. It stays finite, with a gradient, however wrong a confident score is:
+            ``log(sigmoid(a) - sigmoid(b)) = logsigmoid(a) + logsigmoid(-b) + log(1 - exp(b - a))``.
+        """
+        far = torch.full_like(logits[:, :1], 1e4)  # sigmoid is exactly 1 there, and its gradient 0
+        bounds = torch.cat([far, logits, -far], dim=1)  # [B, K+1]
+        upper = bounds.gather(1, grades[:, None]).squeeze(1)
+        lower = bounds.gather(1, grades[:, None] + 1).squeeze(1)
+        log_likelihood = (
+            functional.logsigmoid(upper)
+            + functional.logsigmoid(-lower)
+            + torch.log(-torch.expm1(torch.clamp(lower - upper, max=-1e-6)))
+        )
+        return -log_likelihood.mean()

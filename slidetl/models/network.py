@@ -1,0 +1,41 @@
+"""The network that grades a slide; what is trained is what is exported."""
+
+from torch import Tensor, nn
+
+from slidetl.models.aggregators import Aggregated
+from slidetl.models.backbones import Backbone
+
+
+class GradingNetwork(nn.Module):
+    """Normalisation and backbone per tile, then aggregator and head per slide.
+
+    Args:
+        backbone: tile -> embedding.
+        aggregator: an :class:`~slidetl.models.aggregators.Aggregator`.
+        head: from :mod:`slidetl.models.heads`.
+    """
+
+    def __init__(self, backbone: Backbone, aggregator: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.aggregator = aggregator
+        self.head = head
+
+    def forward(self, tiles: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Grades bags of tiles.
+
+        Args:
+            tiles: ``[B, N, 3, H, W] uint8`` RGB.
+            mask: ``[B, N]`` bool, False for padding.
+
+        Returns:
+            The head's logits ``[B, K-1]``, and the attention ``[B, H, N]``.
+        """
+        embeddings = self.backbone(tiles.flatten(0, 1)).unflatten(0, mask.shape)  # [B, N, D]
+        return self.grade(embeddings, mask)
+
+    def grade(self, embeddings: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The second half of :meth:`forward`, from embeddings ``[B, N, D]``."""
+        pooled: Aggregated = self.aggregator(embeddings, mask)
+        logits: Tensor = self.head(pooled.embedding)
+        return logits, pooled.attention

@@ -1,0 +1,76 @@
+"""Averaging of areas: how pixels of a pyramid level become pixels at another spacing. Pure arithmetic."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Edges closer than this to a source pixel's edge are on it: spacings such as 0.2527 are not exact in
+# binary, and an edge at 3.9999999 would otherwise drag a further source pixel in with weight zero.
+_SNAP_PX = 1e-6
+
+
+def pixel_edges(start: float, step: float, first: int, stop: int) -> NDArray[np.float64]:
+    """Edges of the output pixels ``first .. stop - 1`` along one axis, in source pixels.
+
+    Args:
+        start: where output pixel 0 begins, source pixels.
+        step: width of an output pixel, source pixels, at least 1.
+        first: first output pixel.
+        stop: one past the last.
+
+    Returns:
+        ``[stop - first + 1] float64``. An edge does not depend on ``first``, so an image put together
+        from bands equals one made at once.
+    """
+    edges = start + step * np.arange(first, stop + 1, dtype=np.float64)
+    nearest = np.round(edges)
+    return np.where(np.abs(edges - nearest) < _SNAP_PX, nearest, edges)
+
+
+def average_areas(
+    source: NDArray[np.uint8], edges_x: NDArray[np.float64], edges_y: NDArray[np.float64]
+) -> NDArray[np.uint8]:
+    """Averages the source over the rectangles between the edges: a box filter with fractional ends.
+
+    Every output pixel is the mean of exactly the area it covers, a source pixel that lies in it by a
+    third counting one third; so there is no shift, whatever the phase.
+
+    Args:
+        source: ``[h, w, 3] uint8``.
+        edges_x: ``[width + 1]`` increasing, within ``0 .. w``, source pixels.
+        edges_y: ``[height + 1]`` increasing, within ``0 .. h``, source pixels.
+
+    Returns:
+        ``[height, width, 3] uint8``, rounded half up.
+    """
+    size_px = (len(edges_y) - 1, len(edges_x) - 1)
+    if _is_identity(edges_x) and _is_identity(edges_y):
+        y, x = int(edges_y[0]), int(edges_x[0])
+        return np.ascontiguousarray(source[y : y + size_px[0], x : x + size_px[1]])
+    rows = _average_axis(source, edges_y, axis=0)
+    return (_average_axis(rows, edges_x, axis=1) + np.float32(0.5)).astype(np.uint8)
+
+
+def _is_identity(edges: NDArray[np.float64]) -> bool:
+    return bool(edges[0] == np.floor(edges[0]) and np.all(np.diff(edges) == 1))
+
+
+def _average_axis(
+    source: NDArray[np.uint8] | NDArray[np.float32], edges: NDArray[np.float64], axis: int
+) -> NDArray[np.float32]:
+    """The mean between neighbouring edges along one axis, a tap at a time, which bounds memory."""
+    first = np.floor(edges[:-1])
+    taps = int(np.max(np.ceil(edges[1:]) - first))
+    shape = list(source.shape)
+    shape[axis] = len(first)
+    mean = np.zeros(shape, np.float32)
+    along = [1, 1, 1]
+    along[axis] = -1
+    for tap in range(taps):
+        position = first + tap
+        overlap = np.minimum(edges[1:], position + 1) - np.maximum(edges[:-1], position)
+        weight = (np.maximum(overlap, 0) / np.diff(edges)).astype(np.float32)
+        index = np.minimum(position, source.shape[axis] - 1).astype(np.intp)
+        mean += source.take(index, axis=axis) * weight.reshape(along)
+    return mean

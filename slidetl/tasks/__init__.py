@@ -1,0 +1,1 @@
+"""How a network is trained and tested: LightningModules, and what they write."""

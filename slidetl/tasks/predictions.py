@@ -1,0 +1,90 @@
+"""Predictions of slides, as a table on disk."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from slidetl.errors import UsageError
+
+
+@dataclass(frozen=True)
+class SlidePrediction:
+    """What was predicted for one slide.
+
+    Attributes:
+        slide_id, patient_id: from the manifest.
+        grade: the true one, 0..K-1, or None.
+        probabilities: of the grades 0..K-1; they sum to one.
+        tiles: how many tiles the slide has.
+    """
+
+    slide_id: str
+    patient_id: str
+    grade: int | None
+    probabilities: tuple[float, ...]
+    tiles: int
+
+    @property
+    def predicted_grade(self) -> int:
+        """The most probable grade, the lower one in a tie."""
+        return self.probabilities.index(max(self.probabilities))
+
+    @property
+    def expected_grade(self) -> float:
+        """The mean of the grades, weighted by their probabilities."""
+        return sum(grade * probability for grade, probability in enumerate(self.probabilities))
+
+
+def write_predictions(path: Path, predictions: Iterable[SlidePrediction]) -> None:
+    """Writes one row per slide, in the order of the identifiers."""
+    predictions = sorted(predictions, key=lambda prediction: prediction.slide_id)
+    n_grades = len(predictions[0].probabilities) if predictions else 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(
+            ["slide_id", "patient_id", "grade", "predicted_grade"]
+            + [f"probability_{grade}" for grade in range(n_grades)]
+            + ["expected_grade", "tiles"]
+        )
+        for row in predictions:
+            writer.writerow(
+                [
+                    row.slide_id,
+                    _safe_cell(row.patient_id),
+                    "" if row.grade is None else row.grade,
+                    row.predicted_grade,
+                ]
+                + [f"{probability:.7f}" for probability in row.probabilities]
+                + [f"{row.expected_grade:.5f}", row.tiles]
+            )
+
+
+def read_predictions(path: Path) -> list[SlidePrediction]:
+    """Reads what :func:`write_predictions` wrote.
+
+    Raises:
+        UsageError: not such a table.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [
+                SlidePrediction(
+                    slide_id=row["slide_id"],
+                    patient_id=row["patient_id"],
+                    grade=int(row["grade"]) if row["grade"] else None,
+                    probabilities=tuple(float(row[key]) for key in row if key.startswith("probability_")),
+                    tiles=int(row["tiles"]),
+                )
+                for row in csv.DictReader(file)
+            ]
+    except (OSError, KeyError, ValueError) as error:
+        raise UsageError(f"{path}: expected predictions as 'slidetl test' writes them: {error!r}") from error
+
+
+def _safe_cell(text: str) -> str:
+    """Keeps a spreadsheet from running text that came from outside as a formula."""
+    return f"'{text}" if text[:1] in tuple("=+-@\t\r") else text

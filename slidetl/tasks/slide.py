@@ -1,0 +1,248 @@
+"""The LightningModule that trains and tests the grading of slides."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from jsonargparse import lazy_instance  # type: ignore[attr-defined] # not in its __all__
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from slidetl.data.datasets import Bag, Chunk
+from slidetl.errors import UsageError
+from slidetl.evaluation.metrics import GradeMetrics, grade_metrics
+from slidetl.grid import TileSpec
+from slidetl.models.aggregators import GatedAttention
+from slidetl.models.backbones import Backbone, BackboneSpec
+from slidetl.models.heads import CumulativeLink
+from slidetl.models.network import GradingNetwork
+from slidetl.models.transfer import TransferStrategy, WarmRestart
+from slidetl.tasks.predictions import SlidePrediction, write_predictions
+
+# The form in which jsonargparse takes an instance as the default of a protocol.
+_WARM_RESTART = lazy_instance(WarmRestart)
+
+
+class SlideGrader(pl.LightningModule):
+    """Grades slides end to end: bags of tiles in training, every tile in evaluation.
+
+    The rate follows one cycle: a linear warm-up, then a cosine down to nearly zero.
+
+    Args:
+        backbone: which network embeds a tile, and its pretrained weights.
+        aggregator: makes an :class:`~slidetl.models.aggregators.Aggregator` for a length of embedding.
+        head: makes a head for a given length of embedding and number of grades.
+        transfer: how the pretrained weights are leaned on.
+        grades: names of the grades, lowest first; set by ``data.grades``.
+        lr: peak learning rate of the new layers; the strategy scales that of the backbone.
+        weight_decay: of kernels, decoupled (AdamW).
+        warmup_fraction: share of all training steps in which the rate rises, 0..1.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneSpec = BackboneSpec(),  # noqa: B008 (frozen)
+        aggregator: Callable[[int], nn.Module] = GatedAttention,
+        head: Callable[[int, int], nn.Module] = CumulativeLink,
+        transfer: TransferStrategy = _WARM_RESTART,
+        grades: list[str] = ["0", "1", "2", "3", "4"],  # noqa: B006 (never changed)
+        lr: float = 1e-3,
+        weight_decay: float = 0.01,
+        warmup_fraction: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if not lr > 0 or weight_decay < 0 or not 0 < warmup_fraction < 1:
+            raise UsageError(
+                f"expected model.lr > 0, model.weight_decay >= 0 and model.warmup_fraction between 0 and 1, "
+                f"not {lr}, {weight_decay}, {warmup_fraction}"
+            )
+        self.grades = tuple(grades)
+        self.transfer = transfer
+        self.lr, self.weight_decay, self.warmup_fraction = lr, weight_decay, warmup_fraction
+        embedder = Backbone(backbone)
+        pooling = aggregator(embedder.num_features)
+        out_features: int = pooling.out_features  # type: ignore[assignment] # a protocol's attribute
+        self.network = GradingNetwork(embedder, pooling, head(out_features, len(grades)))
+        self.tile_spec: TileSpec | None = None
+        self._embeddings: list[Tensor] = []  # of the slide whose chunks are coming in
+        self._predictions: list[SlidePrediction] = []
+
+    def setup(self, stage: str) -> None:
+        """Takes the tiles' specification from the data, and starts the backbone where the strategy says."""
+        data_spec: TileSpec | None = getattr(self.trainer.datamodule, "tile_spec", None)  # type: ignore[attr-defined]
+        if stage == "fit":
+            self.transfer.start(self.network.backbone)
+            self.tile_spec = data_spec
+        elif self.tile_spec is not None and data_spec is not None and self.tile_spec != data_spec:
+            _refuse_other_tiles(self.tile_spec, data_spec)
+
+    def train(self, mode: bool = True) -> SlideGrader:
+        """Switches to training, all but what the strategy keeps still."""
+        super().train(mode)
+        if mode:
+            self.transfer.set_training_mode(self.network.backbone)
+        return self
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with the strategy's parameter groups, under one cycle stepped per batch."""
+        groups = self.transfer.parameter_groups(self.network, self.lr, self.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            max_lr=[group["lr"] for group in groups],
+            total_steps=max(2, int(self.trainer.estimated_stepping_batches)),
+            pct_start=self.warmup_fraction,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: Bag, batch_idx: int) -> Tensor:
+        """Loss of a batch of bags."""
+        logits, _ = self.network(batch["tiles"], batch["mask"])
+        loss: Tensor = self.network.head.loss(logits, batch["grade"])  # type: ignore[operator]
+        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(logits), prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Chunk, batch_idx: int) -> None:
+        """Takes one chunk of a slide."""
+        self._evaluate(batch)
+
+    def test_step(self, batch: Chunk, batch_idx: int) -> None:
+        """Takes one chunk of a slide."""
+        self._evaluate(batch)
+
+    def predict_step(self, batch: Chunk, batch_idx: int) -> None:
+        """Takes one chunk of a slide."""
+        self._evaluate(batch)
+
+    def _evaluate(self, chunk: Chunk) -> None:
+        self._embeddings.append(self.network.backbone(chunk["tiles"]).float())
+        if not chunk["last"]:
+            return
+        embeddings = torch.cat(self._embeddings).unsqueeze(0)  # [1, N, D]
+        self._embeddings = []
+        mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+        logits, _ = self.network.grade(embeddings, mask)
+        probabilities = self.network.head.probabilities(logits)[0].tolist()  # type: ignore[operator]
+        self._predictions.append(
+            SlidePrediction(
+                slide_id=chunk["slide_id"],
+                patient_id=chunk["patient_id"],
+                grade=None if chunk["grade"] < 0 else chunk["grade"],
+                probabilities=tuple(probabilities),
+                tiles=embeddings.shape[1],
+            )
+        )
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the figures of the validation part."""
+        self._log_metrics("val", self._take_predictions())
+
+    def on_test_epoch_end(self) -> None:
+        """Logs, prints and saves the figures and predictions of the test part."""
+        predictions = self._take_predictions()
+        metrics = self._log_metrics("test", predictions)
+        if self.trainer.is_global_zero:
+            folder = Path(self.trainer.default_root_dir) / "test"
+            write_predictions(folder / "predictions.csv", predictions)
+            figures = {**asdict(metrics), "grades": self.grades}
+            (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+            _draw_confusion(folder / "confusion.png", metrics, self.grades)
+            rank_zero_info(f"{_describe(metrics, self.grades)}\nwritten to {folder}")
+
+    def on_predict_epoch_end(self) -> None:
+        """Saves the predictions."""
+        predictions = self._take_predictions()
+        if self.trainer.is_global_zero:
+            path = Path(self.trainer.default_root_dir) / "predict" / "predictions.csv"
+            write_predictions(path, predictions)
+            rank_zero_info(f"{len(predictions)} slides predicted, written to {path}")
+
+    def _take_predictions(self) -> list[SlidePrediction]:
+        """The predictions of all processes, each slide once."""
+        mine, self._predictions = self._predictions, []
+        everyone = [mine]
+        if self.trainer.world_size > 1:
+            everyone = [[] for _ in range(self.trainer.world_size)]
+            torch.distributed.all_gather_object(everyone, mine)
+        by_slide = {prediction.slide_id: prediction for part in everyone for prediction in part}
+        return [by_slide[slide_id] for slide_id in sorted(by_slide)]
+
+    def _log_metrics(self, part: str, predictions: list[SlidePrediction]) -> GradeMetrics:
+        true = [prediction.grade for prediction in predictions if prediction.grade is not None]
+        metrics = grade_metrics(
+            true, [prediction.predicted_grade for prediction in predictions], len(self.grades)
+        )
+        likelihoods = [row.probabilities[grade] for row, grade in zip(predictions, true, strict=True)]
+        figures = {
+            f"{part}/accuracy": metrics.accuracy,
+            f"{part}/qwk": metrics.qwk,
+            f"{part}/mae": metrics.mae,
+            f"{part}/loss": -sum(math.log(max(value, 1e-7)) for value in likelihoods) / len(likelihoods),
+        }
+        # Every process computed the same figures from all predictions: nothing is left to reduce.
+        self.log_dict(figures, prog_bar=part == "val", rank_zero_only=False, batch_size=1)
+        return metrics
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps what the tiles were like; a network graded on others would be wrong without a word."""
+        checkpoint["tile_spec"] = self.tile_spec.to_dict() if self.tile_spec else None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores what :meth:`on_save_checkpoint` kept, and refuses data tiled otherwise."""
+        trained_on = TileSpec.from_dict(checkpoint["tile_spec"]) if checkpoint.get("tile_spec") else None
+        datamodule = getattr(self._trainer, "datamodule", None)
+        data_spec = getattr(datamodule, "tile_spec", None)
+        if trained_on and data_spec and trained_on != data_spec:
+            _refuse_other_tiles(trained_on, data_spec)
+        self.tile_spec = trained_on
+
+
+def _refuse_other_tiles(trained_on: TileSpec, found: TileSpec) -> None:
+    ours, theirs = trained_on.to_dict(), found.to_dict()
+    differences = ", ".join(f"{key} {ours[key]} -> {theirs[key]}" for key in ours if ours[key] != theirs[key])
+    raise UsageError(
+        f"the checkpoint was trained on other tiles ({differences}); use the cache that it was trained on"
+    )
+
+
+def _describe(metrics: GradeMetrics, grades: tuple[str, ...]) -> str:
+    width = max(5, *(len(name) + 1 for name in grades))
+    lines = [
+        f"{metrics.n} slides: accuracy {metrics.accuracy:.3f}, QWK {metrics.qwk:.3f}, "
+        f"mean absolute error {metrics.mae:.3f} grades",
+        "true \\ predicted".ljust(18) + "".join(name.rjust(width) for name in grades),
+    ]
+    for name, counts in zip(grades, metrics.confusion, strict=True):
+        lines.append(name.rjust(17) + " " + "".join(str(count).rjust(width) for count in counts))
+    return "\n".join(lines)
+
+
+def _draw_confusion(path: Path, metrics: GradeMetrics, grades: tuple[str, ...]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2, 4), layout="constrained")
+    axes = figure.add_subplot(
+        title=f"{metrics.n} slides: accuracy {metrics.accuracy:.2f}, QWK {metrics.qwk:.2f}",
+        xlabel="predicted grade",
+        ylabel="true grade",
+        xticks=range(len(grades)),
+        yticks=range(len(grades)),
+        xticklabels=grades,
+        yticklabels=grades,
+    )
+    highest = max(max(row) for row in metrics.confusion)
+    axes.imshow(metrics.confusion, cmap="Blues", vmin=0)
+    for row, counts in enumerate(metrics.confusion):
+        for column, count in enumerate(counts):
+            axes.text(
+                column, row, str(count), ha="center", va="center", color="w" if count > highest / 2 else "k"
+            )
+    figure.savefig(path, dpi=120)

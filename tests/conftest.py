@@ -1,0 +1,86 @@
+"""Fixtures that more than one part of the tests needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+Picture = NDArray[np.uint8]
+PyramidTiff = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of real files: ``SLIDETL_TEST_DATA``, or ``../shared/data`` beside the repository."""
+    named = os.environ.get("SLIDETL_TEST_DATA")
+    folder = Path(named) if named else Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        if named:
+            pytest.fail(f"SLIDETL_TEST_DATA names {folder}, which is not a folder")
+        pytest.skip("no real files: SLIDETL_TEST_DATA is not set and ../shared/data is not there")
+    return folder
+
+
+@pytest.fixture
+def pyramid_tiff(tmp_path: Path) -> PyramidTiff:
+    """Writes a picture as a slide that OpenSlide opens: a tiled pyramid with resolution tags.
+
+    ``pyramid_tiff(picture, mpp=0.5, factors=(4,), name="slide", jpeg=False, tile_px=256)``: ``mpp`` is one
+    number or ``(x, y)``; every factor adds a level of block means, what is left over dropped.
+    """
+
+    def write(
+        picture: Picture,
+        mpp: float | tuple[float, float] | None = 0.5,
+        factors: tuple[int, ...] = (),
+        name: str = "slide",
+        jpeg: bool = False,
+        tile_px: int = 256,
+    ) -> Path:
+        # Imported here: the learning wing's tests share this file.
+        import tifffile
+
+        path = tmp_path / f"{name}.tiff"
+        x, y = mpp if isinstance(mpp, tuple) else (mpp, mpp)
+        with tifffile.TiffWriter(path) as file:
+            for factor in (1, *factors):
+                file.write(
+                    block_means(picture, factor),
+                    tile=(tile_px, tile_px),
+                    photometric="rgb",
+                    compression="jpeg" if jpeg else "deflate",
+                    compressionargs={"level": 90} if jpeg else {},
+                    subfiletype=0 if factor == 1 else 1,
+                    resolution=(1e4 / (x * factor), 1e4 / (y * factor)) if x and y else None,
+                    resolutionunit="CENTIMETER" if x else None,
+                    software="test",  # nothing that depends on the clock or the version
+                )
+        return path
+
+    return write
+
+
+def block_means(picture: Picture, factor: int) -> Picture:
+    height, width = picture.shape[0] // factor, picture.shape[1] // factor
+    blocks = picture[: height * factor, : width * factor].reshape(height, factor, width, factor, 3)
+    return (blocks.mean(axis=(1, 3)) + 0.5).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def tissue_picture() -> Callable[[int, int], Picture]:
+    """``tissue_picture(side_px, seed)``: textured pink tissue on the left, white glass on the right quarter."""
+
+    def draw(side_px: int, seed: int = 0) -> Picture:
+        rng = np.random.default_rng(seed)
+        coarse = rng.integers(-40, 40, (side_px // 8 + 1, side_px // 8 + 1, 3))
+        texture = np.repeat(np.repeat(coarse, 8, axis=0), 8, axis=1)[:side_px, :side_px]
+        picture = np.clip(np.array([200, 120, 170]) + texture, 0, 255).astype(np.uint8)
+        picture[:, side_px * 3 // 4 :] = 255
+        return picture
+
+    return draw

@@ -1,0 +1,209 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from slidetl.errors import SlideOpenError, SlideReadError, SpacingError, UsageError
+from slidetl.slides import open_slide
+from slidetl.slides import openslide as reader
+from slidetl.slides.base import Slide
+from slidetl.slides.openslide import composite
+from tests.conftest import Picture, PyramidTiff
+from tests.contracts.slide import SlideContract
+
+
+def noise(height: int, width: int, seed: int = 0) -> Picture:
+    """Smooth noise: every place looks different, and neighbours are alike, as in a real image."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3)).astype(float)
+    y, x = np.arange(height) / 8, np.arange(width) / 8
+    rows = coarse[y.astype(int)] * (1 - y % 1)[:, None, None] + coarse[y.astype(int) + 1] * (y % 1)[:, None, None]
+    both = rows[:, x.astype(int)] * (1 - x % 1)[:, None] + rows[:, x.astype(int) + 1] * (x % 1)[:, None]
+    return both.astype(np.uint8)
+
+
+def area_means(picture: Picture, start: tuple[float, float], step: tuple[float, float]) -> NDArray[np.float64]:
+    """Means over rectangles, by an integral image: another way than the reader's."""
+    integral = np.zeros((picture.shape[0] + 1, picture.shape[1] + 1, 3))
+    integral[1:, 1:] = picture.astype(float).cumsum(0).cumsum(1)
+    x = np.arange(start[0], picture.shape[1] + 1e-9, step[0])
+    y = np.arange(start[1], picture.shape[0] + 1e-9, step[1])
+    places = np.arange(integral.shape[0]), np.arange(integral.shape[1])
+    rows = np.stack(
+        [
+            np.stack([np.interp(y, places[0], integral[:, i, c]) for i in range(integral.shape[1])], 1)
+            for c in range(3)
+        ],
+        -1,
+    )
+    both = np.stack(
+        [np.stack([np.interp(x, places[1], rows[j, :, c]) for j in range(len(y))], 0) for c in range(3)], -1
+    )
+    return np.asarray(np.diff(np.diff(both, axis=0), axis=1) / (step[0] * step[1]))
+
+
+class TestWithPyramid(SlideContract):
+    @pytest.fixture
+    def picture(self) -> Picture:
+        return noise(640, 820)
+
+    @pytest.fixture
+    def slide(self, picture: Picture, pyramid_tiff: PyramidTiff) -> Iterator[Slide]:
+        with open_slide(pyramid_tiff(picture, factors=(2, 4))) as slide:
+            yield slide
+
+
+class TestWithoutPyramid(SlideContract):
+    mpp = 0.25
+
+    @pytest.fixture
+    def picture(self) -> Picture:
+        return noise(300, 404, seed=1)
+
+    @pytest.fixture
+    def slide(self, picture: Picture, pyramid_tiff: PyramidTiff) -> Iterator[Slide]:
+        with open_slide(pyramid_tiff(picture, mpp=None), mpp_override=0.25) as slide:
+            yield slide
+
+
+@pytest.mark.parametrize("mpp", [(0.2527, 0.2527), (0.25, 0.2305)])
+def test_fractional_reduction_averages_exactly_the_area(pyramid_tiff: PyramidTiff, mpp: tuple[float, float]) -> None:
+    picture = noise(400, 420)
+    with open_slide(pyramid_tiff(picture, mpp=mpp)) as slide:
+        own = slide.info.mpp_level0
+        assert own == pytest.approx(mpp, rel=1e-6)
+        tile = slide.read((13, 7), (150, 160), 0.5)
+    wanted = area_means(picture, (13, 7), (0.5 / own[0], 0.5 / own[1]))[:160, :150]
+    assert np.abs(tile - wanted).max() <= 0.51
+
+
+def test_the_coarsest_level_that_is_fine_enough_is_read(pyramid_tiff: PyramidTiff) -> None:
+    dark, light = np.zeros((512, 512, 3), np.uint8), np.full((256, 256, 3), 200, np.uint8)
+    import tifffile
+
+    path = pyramid_tiff(dark, mpp=0.25)
+    with tifffile.TiffWriter(path) as file:  # levels that differ, to tell which was read
+        for image, mpp in ((dark, 0.25), (light, 0.5)):
+            file.write(
+                image,
+                tile=(256, 256),
+                photometric="rgb",
+                subfiletype=int(mpp > 0.25),
+                resolution=(1e4 / mpp, 1e4 / mpp),
+                resolutionunit="CENTIMETER",
+            )
+    with open_slide(path) as slide:
+        for mpp, value in [(0.25, 0), (0.49, 0), (0.496, 200), (0.5, 200), (0.505, 200), (2.0, 200)]:
+            assert (slide.read((0, 0), (10, 10), mpp) == value).all(), mpp
+        assert slide.mpp_read(0.496) == (0.5, 0.5)
+        assert slide.mpp_read(0.49) == (0.49, 0.49)
+
+
+def test_levels_whose_odd_remainder_was_dropped_keep_their_place(pyramid_tiff: PyramidTiff) -> None:
+    picture = noise(1003, 1001)  # the level has 501 x 500 pixels, each still two wide
+    with open_slide(pyramid_tiff(picture, factors=(2,))) as slide:
+        assert slide.info.mpp_levels == pytest.approx((0.5, 1.0))
+        for origin in [(0, 0), (300, 400), (801, 799)]:
+            tile = slide.read(origin, (50, 50), 2.0).astype(float)
+            wanted = area_means(picture, origin, (4.0, 4.0))[:50, :50]
+            # OpenSlide itself interpolates here by a fraction of a pixel.
+            assert np.abs(tile - wanted).mean() < 1.0
+
+
+def test_bands_bound_memory_and_leave_no_seam(pyramid_tiff: PyramidTiff, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = pyramid_tiff(noise(600, 700))
+    with open_slide(path) as slide:
+        whole = slide.read((3, 5), (150, 140), 2.1)
+        for limit in (4000, 200):
+            monkeypatch.setattr(reader, "_MAX_SOURCE_PX", limit)
+            assert np.array_equal(slide.read((3, 5), (150, 140), 2.1), whole)
+
+
+def test_the_same_picture_at_two_spacings_gives_the_same_tiles_by_place(pyramid_tiff: PyramidTiff) -> None:
+    fine = np.kron(noise(300, 300), np.ones((2, 2, 1))).astype(np.uint8)
+    coarse = noise(300, 300)
+    with (
+        open_slide(pyramid_tiff(fine, mpp=0.25, factors=(4,), name="fine")) as a,
+        open_slide(pyramid_tiff(coarse, mpp=0.5, name="coarse")) as b,
+    ):
+        for origin in [(0, 0), (40, 100)]:
+            from_fine = a.read((2 * origin[0], 2 * origin[1]), (64, 64), 0.5)
+            assert np.array_equal(from_fine, b.read(origin, (64, 64), 0.5))
+
+
+def test_transparent_becomes_background_not_black() -> None:
+    rgba = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [100, 0, 50, 51]]], np.uint8)
+    assert composite(rgba, (250, 240, 230)).tolist() == [[[10, 20, 30], [250, 240, 230], [220, 192, 194]]]
+    opaque = rgba[:, :1]
+    assert composite(opaque, (250, 240, 230)).tolist() == [[[10, 20, 30]]]
+
+
+def test_what_is_not_a_slide_says_so(tmp_path: Path) -> None:
+    with pytest.raises(SlideOpenError, match="no such file"):
+        open_slide(tmp_path / "missing.svs")
+    with pytest.raises(SlideOpenError, match="not a file"):
+        open_slide(tmp_path)
+    (tmp_path / "text.svs").write_text("not a slide")
+    with pytest.raises(SlideOpenError, match="not a slide in a format that OpenSlide reads"):
+        open_slide(tmp_path / "text.svs")
+
+
+def test_a_slide_without_spacing_names_the_remedies(pyramid_tiff: PyramidTiff) -> None:
+    path = pyramid_tiff(noise(300, 300), mpp=None)
+    with pytest.raises(SpacingError, match=r"--mpp-override or in the manifest's mpp column"):
+        open_slide(path)
+    with open_slide(path, mpp_override=0.31) as slide:
+        assert slide.info.mpp_level0 == (0.31, 0.31)
+    for senseless in (0.0, -1.0, float("nan")):
+        with pytest.raises(UsageError, match="positive"):
+            open_slide(path, mpp_override=senseless)
+
+
+def test_objective_power_is_a_hint_and_never_a_guess(test_data: Path, tmp_path: Path) -> None:
+    slide = (test_data / "slides" / "CMU-1-Small-Region.svs").read_bytes()
+    path = tmp_path / "no-spacing.svs"
+    path.write_bytes(slide.replace(b"MPP = 0.4990", b"XPP = 0.4990"))
+    with pytest.raises(SpacingError, match="objective power is 20"):
+        open_slide(path)
+
+
+def test_damage_costs_its_region_and_the_rest_still_reads(test_data: Path, tmp_path: Path) -> None:
+    whole = test_data / "slides" / "CMU-1-Small-Region.svs"
+    data = bytearray(whole.read_bytes())
+    middle = data.index(b"\xff\xd8", 600_000) + 4  # the head of some JPEG tile
+    data[middle : middle + 3000] = bytes(3000)
+    path = tmp_path / "damaged.svs"
+    path.write_bytes(data)
+    good = bad = 0
+    with open_slide(path) as slide, open_slide(whole) as intact:
+        for y in range(0, 2880, 240):
+            for x in range(0, 2160, 240):
+                try:
+                    tile = slide.read((x, y), (240, 240), 0.499)
+                except SlideReadError as error:
+                    assert "cannot be read" in str(error)
+                    bad += 1
+                else:
+                    good += int(np.array_equal(tile, intact.read((x, y), (240, 240), 0.499)))
+        with pytest.raises(SlideReadError, match="closed"):
+            slide.close()
+            slide.read((0, 0), (8, 8), 0.499)
+    assert 1 <= bad <= 4
+    assert good >= 9 * 12 - 8
+
+
+def test_all_instances_of_a_dicom_series_count(test_data: Path, tmp_path: Path) -> None:
+    names = ["openslide-python-boxes_0.dcm", "openslide-python-boxes_1.dcm"]
+    for name in names:
+        (tmp_path / name).write_bytes((test_data / "slides" / name).read_bytes())
+    (tmp_path / "other.dcm").write_bytes((test_data / "slides" / "gcp-camelyon-jpeg.dcm").read_bytes())
+    prints = [open_slide(tmp_path / name).info.fingerprint for name in names]
+    assert prints[0] == prints[1]
+    (tmp_path / "other.dcm").unlink()
+    assert open_slide(tmp_path / names[0]).info.fingerprint == prints[0]
+    (tmp_path / names[1]).unlink()
+    assert open_slide(tmp_path / names[0]).info.fingerprint != prints[0]
