@@ -19,6 +19,8 @@ _MAX_SIDE_PX = 4096
 # septa belongs to the lung; a fleck smaller than one alveolus is dust.
 _AIR_UM = 300.0
 _FLECK_UM = 200.0
+# In a field of view that is itself not much wider than an alveolus, what fills so much of it is no dust.
+_FLECK_SHARE = 0.1
 
 # The threshold on optical density may move between these: below is the unevenness of clean glass, above is
 # no longer pale.
@@ -28,9 +30,9 @@ _LIGHT_RANGE = (0.02, 0.14)
 
 # Scanned glass is at least this share of unscanned glass in brightness, and nearly grey (in grey levels).
 _GLASS_SHARE = 0.76
-_GLASS_CHROMA = 14
+_GLASS_CHROMA = 10
 # It is believed in only if it covers so much of the image.
-_GLASS_LEAST = 0.02
+_GLASS_LEAST = 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,14 +117,14 @@ def find_tissue(
         if is_dark_ground
         else (_density(thumbnail_rgb, _glass_rgb(thumbnail_rgb, background_rgb)), _DENSITY_RANGE)
     )
-    # Single pixels of noise would be joined to a web when air spaces are closed.
-    signal = ndimage.gaussian_filter(signal, sigma=min(1.0, _MASK_MPP / mpp / 2), mode="nearest")
     mask = signal > _threshold(signal, bounds)
+    # Lone pixels of noise would be joined to a web when air spaces are closed; a septum has company.
+    mask &= ndimage.uniform_filter(mask.astype(np.float32), size=3) > 2.5 / 9
     mask = _close(mask, round(_AIR_UM / 2 / mpp))
 
     labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
     areas = np.bincount(labels.ravel(), minlength=count + 1)
-    is_kept = areas * mpp**2 >= math.pi / 4 * _FLECK_UM**2
+    is_kept = areas >= min(math.pi / 4 * (_FLECK_UM / mpp) ** 2, _FLECK_SHARE * mask.size)
     is_kept[0] = False
     return TissueMask(is_kept[labels], mpp)
 

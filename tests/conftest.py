@@ -68,12 +68,12 @@ def pyramid_tiff(tmp_path: Path) -> PyramidTiff:
 def block_means(picture: Picture, factor: int) -> Picture:
     height, width = picture.shape[0] // factor, picture.shape[1] // factor
     blocks = picture[: height * factor, : width * factor].reshape(height, factor, width, factor, 3)
-    return (blocks.mean(axis=(1, 3)) + 0.5).astype(np.uint8)
+    return np.asarray(blocks.mean(axis=(1, 3)) + 0.5, dtype=np.float64).astype(np.uint8)
 
 
 @pytest.fixture(scope="session")
 def tissue_picture() -> Callable[[int, int], Picture]:
-    """``tissue_picture(side_px, seed)``: textured pink tissue on the left, white glass on the right quarter."""
+    """``tissue_picture(side_px, seed)``: textured pink tissue, white glass on the right quarter."""
 
     def draw(side_px: int, seed: int = 0) -> Picture:
         rng = np.random.default_rng(seed)

@@ -47,7 +47,7 @@ WHOLE_SIZE_PX = 2 * CROP_SIZE_PX - IMAGE_SIZE_PX
 # Held-out images are numbered from here; training would need 2**40 drawn images to reach them.
 HELDOUT_START = 2**40
 
-Field = NDArray[np.float32]  # [size, size], 0..1: what is drawn before it gets colours
+Field = NDArray[np.floating[Any]]  # [size, size], 0..1: what is drawn before it gets colours
 Image = NDArray[np.uint8]  # [size, size, 3], RGB
 Draw = Callable[[np.random.Generator, int], Field]
 
@@ -64,7 +64,7 @@ def _frequencies(size: int) -> tuple[Field, Field]:
     return np.broadcast_to(fy, (size, fx.size)), np.broadcast_to(fx, (size, fx.size))
 
 
-def _filtered_noise(rng: np.random.Generator, size: int, amplitude: Field) -> Field:
+def _filtered_noise(rng: np.random.Generator, size: int, amplitude: NDArray[Any]) -> Field:
     """White noise with the given amplitude spectrum: zero mean, unit standard deviation."""
     spectrum = np.fft.rfft2(rng.standard_normal((size, size), dtype=np.float32)) * amplitude
     spectrum[0, 0] = 0
@@ -145,7 +145,8 @@ def ridged(rng: np.random.Generator, size: int) -> Field:
     total = np.zeros((size, size), np.float32)
     for octave in range(3):
         total += np.abs(_band_noise(rng, size, rng.uniform(26, 34) / 2**octave, None)) / 2**octave
-    return np.clip(1.1 - 0.75 * total, 0, 1)
+    veins: Field = np.clip(1.1 - 0.75 * total, 0, 1)
+    return veins
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -282,7 +283,8 @@ _POLYGONS = {"triangle": _regular(3) * 1.25, "square": _regular(4) * 1.15}
 
 def _turn(points: NDArray[np.float64], angle: float) -> NDArray[np.float64]:
     cos, sin = math.cos(angle), math.sin(angle)
-    return points @ np.array([[cos, sin], [-sin, cos]])
+    turned: NDArray[np.float64] = points @ np.array([[cos, sin], [-sin, cos]])
+    return turned
 
 
 def _mark(
@@ -304,7 +306,7 @@ def _mark(
         cv2.fillConvexPoly(canvas, corners, tone, cv2.LINE_AA, _SHIFT)
 
 
-def _field(canvas: NDArray[np.uint8]) -> Field:
+def _field(canvas: NDArray[Any]) -> Field:
     return canvas.astype(np.float32) / np.float32(255)
 
 
@@ -441,7 +443,9 @@ def julia(rng: np.random.Generator, size: int, degree: int, folded: bool = False
         escape += squared < 16
         z[squared > 16] = 16  # stays far outside, without overflow
     low, high = np.quantile(escape, [0.02, 0.98])
-    return np.clip((escape - low) / max(float(high - low), 1.0), 0, 1).astype(np.float32) ** np.float32(0.7)
+    spread = np.clip((escape - low) / max(float(high - low), 1.0), 0, 1).astype(np.float32)
+    brightened: Field = spread ** np.float32(0.7)
+    return brightened
 
 
 def newton(rng: np.random.Generator, size: int) -> Field:
@@ -454,7 +458,8 @@ def newton(rng: np.random.Generator, size: int) -> Field:
     for _ in range(9):
         power = z ** (degree - 1)
         z = z - (z * power - 1) / (degree * power + np.complex64(1e-4))
-    return ((np.angle(z) / (2 * math.pi)) % 1).astype(np.float32)
+    turns: Field = ((np.angle(z) / (2 * math.pi)) % 1).astype(np.float32)
+    return turns
 
 
 def _maps(*rows: tuple[float, ...]) -> NDArray[np.float32]:
@@ -513,7 +518,9 @@ def attractor(rng: np.random.Generator, size: int, system: str) -> Field:
     place = place[:, ((place >= 0) & (place < size)).all(axis=0)].astype(np.int64)
     density = np.bincount(place[1] * size + place[0], minlength=size * size).reshape(size, size)
     field = cv2.GaussianBlur(density.astype(np.float32), (0, 0), rng.uniform(0.6, 1.0))
-    return np.clip(np.log1p(3 * field) / np.log1p(3 * max(float(np.quantile(field, 0.99)), 0.3)), 0, 1)
+    brightest = max(float(np.quantile(field, 0.99)), 0.3)
+    tones: Field = np.clip(np.log1p(3 * field) / np.log1p(3 * brightest), 0, 1)
+    return tones
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -571,7 +578,8 @@ def _backdrop(rng: np.random.Generator, size: int, mask: Field) -> Field:
     ground, figure = (
         rng.uniform(0.0, 0.16) * _power_noise(rng, size, rng.uniform(0.5, 3.5)) for _ in range(2)
     )
-    return np.clip(0.2 + ground + mask * (0.6 + figure - ground), 0, 1).astype(np.float32)
+    scene: Field = np.clip(0.2 + ground + mask * (0.6 + figure - ground), 0, 1).astype(np.float32)
+    return scene
 
 
 def shape(rng: np.random.Generator, size: int, name: str) -> Field:
@@ -717,14 +725,14 @@ def _colour(rng: np.random.Generator, field: Field) -> Image:
         u, _ = _plane(rng, size)
         image *= (1 + rng.uniform(0, 0.4) * (u - u.mean()) / size)[:, :, None]
     if rng.random() < 0.5:
-        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 0.9))
+        image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 0.9)).astype(np.float32, copy=False)
     if rng.random() < 0.5:
         image += rng.uniform(1, 12) * rng.standard_normal(image.shape, dtype=np.float32)
     pixels: Image = np.clip(image, 0, 255).astype(np.uint8)
     if rng.random() < 0.4:
         quality = int(rng.integers(35, 95))
         _, jpeg = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])
-        pixels = cv2.imdecode(jpeg, cv2.IMREAD_COLOR).astype(np.uint8, copy=False)
+        pixels = np.asarray(cv2.imdecode(jpeg, cv2.IMREAD_COLOR), np.uint8)
     return pixels
 
 
@@ -973,7 +981,7 @@ def train(settings: Settings, output: Path, minutes: float = math.inf) -> float:
     print(
         f"{len(CLASSES)} classes, {pool.size + len(heldout)} images drawn in {time.monotonic() - start:.0f} s"
     )
-    while step < settings.steps and time.monotonic() - start < 60 * minutes:
+    while step < settings.steps:
         began, losses = time.monotonic(), []
         network.train()
         for images, labels in pool.batches(np.random.default_rng([settings.seed, 1, passes]), settings.batch):
@@ -1018,6 +1026,8 @@ def train(settings: Settings, output: Path, minutes: float = math.inf) -> float:
             f"  {(time.monotonic() - start) / 60:.1f} min",
             flush=True,
         )
+        if time.monotonic() - start > 60 * minutes:
+            break
     return accuracy
 
 

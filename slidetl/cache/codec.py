@@ -103,7 +103,7 @@ class _Zstd:
     def encode(self, rgb: NDArray[np.uint8]) -> bytes:
         import imagecodecs
 
-        return bytes(imagecodecs.zstd_encode(np.ascontiguousarray(rgb), level=ZSTD_LEVEL))
+        return bytes(imagecodecs.zstd_encode(rgb.tobytes(), level=ZSTD_LEVEL))
 
     def decode(self, data: bytes) -> NDArray[np.uint8]:
         return np.frombuffer(decode_zstd(data), np.uint8).reshape(self.size_px, self.size_px, 3)

@@ -71,7 +71,7 @@ class LedgerRow:
             CacheError: a column is missing or not a number.
         """
         try:
-            return cls(**{f.name: _PARSE[str(f.type)](_plain(cells[f.name])) for f in fields(cls)})  # type: ignore[arg-type]
+            return cls(**{f.name: _PARSE[str(f.type)](_plain(cells[f.name])) for f in fields(cls)})
         except (KeyError, TypeError, ValueError) as error:
             raise CacheError(f"not a row of a ledger: {cells} ({error}); move the ledger away") from error
 

@@ -52,10 +52,6 @@ from slidetl.tissue import TissueMask, find_tissue, thumbnail_mpp
 # often a damaged slide is opened anew.
 MAX_UNREADABLE = 0.1
 
-# Where the thumbnail cannot be read at once, it is read in squares of so many of its pixels (half a
-# millimetre at 16 um): fine enough to lose little, coarse enough not to open the slide too often.
-_THUMBNAIL_SQUARE_PX = 32
-
 # Least tissue is compared with float32 shares of an area.
 _ROUNDING = 1e-6
 
@@ -80,7 +76,7 @@ class SlideSource:
     mpp_override: float | None = None
 
     def __post_init__(self) -> None:
-        if self.slide_id.startswith(".") or self.slide_id != Path(self.slide_id).name:
+        if not self.slide_id or self.slide_id.startswith(".") or self.slide_id != Path(self.slide_id).name:
             raise UsageError(f"a slide's identifier must do as the name of a folder, not {self.slide_id!r}")
 
 
@@ -140,7 +136,7 @@ def plan_tiles(slide: Slide, spec: TileSpec) -> TilePlan:
     info = slide.info
     mpp_read = slide.mpp_read(spec.mpp, spec.mpp_tolerance)
     mpp = thumbnail_mpp(info.size_level0, info.mpp_level0, spec)
-    thumbnail, is_unreadable = _read_thumbnail(slide, mpp)
+    thumbnail, is_unreadable = _read_thumbnail(slide, mpp, spec.tile_size_px * spec.mpp)
     found = find_tissue(thumbnail, mpp, info.background_rgb)
     tissue_mask = TissueMask(found.mask | is_unreadable, mpp)
     grid = TileGrid.over(info.size_level0, info.mpp_level0, mpp_read, spec)
@@ -375,8 +371,11 @@ def _refuse_other_spec(sources: Sequence[SlideSource], cache_dir: Path, spec: Ti
         )
 
 
-def _read_thumbnail(slide: Slide, mpp: float) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """The whole slide at a coarse spacing, and which of its pixels ``[h, w]`` could not be read."""
+def _read_thumbnail(slide: Slide, mpp: float, tile_um: float) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """The whole slide at a coarse spacing, and which of its pixels ``[h, w]`` could not be read.
+
+    Where it cannot be read at once, it is read in squares as wide as a tile.
+    """
     info = slide.info
     width, height = (
         # The allowance keeps a size that fits exactly from being one more when the product rounds.
@@ -390,7 +389,7 @@ def _read_thumbnail(slide: Slide, mpp: float) -> tuple[NDArray[np.uint8], NDArra
         whole_error = error
     image = np.empty((height, width, 3), np.uint8)
     image[:] = info.background_rgb
-    side = _THUMBNAIL_SQUARE_PX
+    side = max(1, round(tile_um / mpp))
     squares = [(x, y) for y in range(0, height, side) for x in range(0, width, side)]
     lost = 0
     for x, y in squares:

@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from slidetl.slides.synthetic import SyntheticCohort, write_cohort
+    from slidetl.slides.cohort import SyntheticCohort, write_cohort
 
     cohort = SyntheticCohort(
         slides=options.slides,

@@ -57,10 +57,10 @@ def colour_baseline(
         raise UsageError("features of a baseline must be finite numbers; leave out slides without tissue")
     known, counts = np.unique(truth, return_counts=True)
     if len(known) < 2 or counts.min() < n_splits or len(np.unique(groups)) < n_splits:
+        by_grade = dict(zip(known.tolist(), counts.tolist(), strict=True))
         raise UsageError(
-            f"a baseline over {n_splits} folds needs two grades or more with at least {n_splits} slides each, "
-            f"and {n_splits} patients; there are {dict(zip(known.tolist(), counts.tolist(), strict=True))} "
-            f"slides by grade and {len(np.unique(groups))} patients"
+            f"a baseline over {n_splits} folds needs at least two grades with {n_splits} slides each, and "
+            f"{n_splits} patients; there are {len(np.unique(groups))} patients, and by grade {by_grade}"
         )
 
     from sklearn.ensemble import HistGradientBoostingClassifier

@@ -48,29 +48,32 @@ def average_areas(
     if _is_identity(edges_x) and _is_identity(edges_y):
         y, x = int(edges_y[0]), int(edges_x[0])
         return np.ascontiguousarray(source[y : y + size_px[0], x : x + size_px[1]])
-    rows = _average_axis(source, edges_y, axis=0)
-    return (_average_axis(rows, edges_x, axis=1) + np.float32(0.5)).astype(np.uint8)
+    rows = _sum_axis(source, edges_y, axis=0)
+    sums = _sum_axis(rows, edges_x, axis=1)
+    # Divided once, at the end: over whole pixels the sums are integers, and so the means exact.
+    areas = np.diff(edges_y)[:, None] * np.diff(edges_x)[None, :]
+    return (sums / areas[..., None].astype(np.float32) + np.float32(0.5)).astype(np.uint8)
 
 
 def _is_identity(edges: NDArray[np.float64]) -> bool:
     return bool(edges[0] == np.floor(edges[0]) and np.all(np.diff(edges) == 1))
 
 
-def _average_axis(
+def _sum_axis(
     source: NDArray[np.uint8] | NDArray[np.float32], edges: NDArray[np.float64], axis: int
 ) -> NDArray[np.float32]:
-    """The mean between neighbouring edges along one axis, a tap at a time, which bounds memory."""
+    """The integral between neighbouring edges along one axis, a tap at a time, which bounds memory."""
     first = np.floor(edges[:-1])
     taps = int(np.max(np.ceil(edges[1:]) - first))
     shape = list(source.shape)
     shape[axis] = len(first)
-    mean = np.zeros(shape, np.float32)
+    total = np.zeros(shape, np.float32)
     along = [1, 1, 1]
     along[axis] = -1
     for tap in range(taps):
         position = first + tap
         overlap = np.minimum(edges[1:], position + 1) - np.maximum(edges[:-1], position)
-        weight = (np.maximum(overlap, 0) / np.diff(edges)).astype(np.float32)
+        weight = np.maximum(overlap, 0).astype(np.float32)
         index = np.minimum(position, source.shape[axis] - 1).astype(np.intp)
-        mean += source.take(index, axis=axis) * weight.reshape(along)
-    return mean
+        total += source.take(index, axis=axis) * weight.reshape(along)
+    return total

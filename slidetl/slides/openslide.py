@@ -136,25 +136,32 @@ class OpenSlideSlide:
         finest = max(self._info.mpp_level0)
         raise SpacingError(
             f"{self._path}: its finest spacing is {finest:.6g} um per pixel, coarser than "
-            f"the {mpp:.6g} asked for; a slide is never enlarged: ask for a coarser spacing or leave the slide out"
+            f"the {mpp:.6g} asked for; a slide is never enlarged: ask for a coarser "
+            "spacing or leave the slide out"
         )
 
     def _read_level(
         self, level: _Level, first: tuple[int, int], size: tuple[int, int]
     ) -> tuple[NDArray[np.uint8], list[float]]:
         """Pixels of one level, background outside; and where their corner really lies, level pixels."""
-        image = np.empty((size[1], size[0], 3), np.uint8)
-        image[:] = self._info.background_rgb
         low = [max(f, 0) for f in first]
         high = [min(f + s, limit) for f, s, limit in zip(first, size, level.size_px, strict=True)]
-        if low[0] >= high[0] or low[1] >= high[1]:
-            return image, [float(f) for f in first]
+        inside = [h - p for h, p in zip(high, low, strict=True)]
+        if min(inside) <= 0:
+            return self._glass(size), [float(f) for f in first]
         location = [round(p * level.downsample) for p in low]
-        rgb = self._read_region((location[0], location[1]), level.index, (high[0] - low[0], high[1] - low[1]))
-        y, x = low[1] - first[1], low[0] - first[0]
-        image[y : y + rgb.shape[0], x : x + rgb.shape[1]] = rgb
+        image = self._read_region((location[0], location[1]), level.index, (inside[0], inside[1]))
+        if inside != list(size):
+            y, x = low[1] - first[1], low[0] - first[0]
+            rgb, image = image, self._glass(size)
+            image[y : y + inside[1], x : x + inside[0]] = rgb
         missed = [at / level.downsample - p for at, p in zip(location, low, strict=True)]
         return image, [f + m for f, m in zip(first, missed, strict=True)]
+
+    def _glass(self, size: tuple[int, int]) -> NDArray[np.uint8]:
+        image = np.empty((size[1], size[0], 3), np.uint8)
+        image[:] = self._info.background_rgb
+        return image
 
     def _read_region(
         self, location_level0: tuple[int, int], level: int, size_px: tuple[int, int]
@@ -164,7 +171,7 @@ class OpenSlideSlide:
         try:
             if self._handle is None:
                 self._handle = openslide.OpenSlide(self._path)
-            rgba = np.asarray(self._handle.read_region(location_level0, level, size_px))
+            image = self._handle.read_region(location_level0, level, size_px)
         except openslide.OpenSlideError as error:
             if self._handle is not None:
                 self._handle.close()
@@ -173,7 +180,10 @@ class OpenSlideSlide:
                 f"{self._path}: {size_px[0]} x {size_px[1]} pixels at level-0 {location_level0} "
                 f"cannot be read; OpenSlide says: {error}"
             ) from error
-        return composite(rgba, self._info.background_rgb)
+        # The common case by Pillow's own code: to pick three of four channels costs NumPy as much as to decode.
+        if image.getchannel("A").getextrema() == (255, 255):
+            return np.asarray(image.convert("RGB"))
+        return composite(np.asarray(image), self._info.background_rgb)
 
 
 def composite(rgba: NDArray[np.uint8], background_rgb: tuple[int, int, int]) -> NDArray[np.uint8]:
@@ -184,11 +194,9 @@ def composite(rgba: NDArray[np.uint8], background_rgb: tuple[int, int, int]) -> 
         background_rgb: 0..255.
 
     Returns:
-        ``[h, w, 3] uint8``; may share memory with ``rgba``.
+        ``[h, w, 3] uint8``.
     """
     rgb, alpha = rgba[..., :3], rgba[..., 3:]
-    if alpha.min() == 255:
-        return rgb
     over = rgb.astype(np.uint32) * alpha + np.asarray(background_rgb, np.uint32) * (
         255 - alpha.astype(np.uint32)
     )

@@ -11,16 +11,11 @@ Coordinates are micrometres from the slide's upper-left corner; amounts of dye a
 
 from __future__ import annotations
 
-import csv
 import functools
 import math
-import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing import get_context
-from pathlib import Path
-from typing import BinaryIO
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,12 +29,10 @@ SHARE_PER_GRADE = 0.12
 TRUTH_CELL_UM = 64.0
 """Side of a cell of the truth arrays, micrometres."""
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]  # float32 but for coordinates
 
-_TILE_PX = 256
-_LEVEL_FACTOR = 4
 _BLOCK_PX = 512  # drawn at once: a few dozen float32 planes of it stay within the CPU's caches
-_PLAN_UM = 32.0  # spacing of the fields that need to be known over the whole slide
+_PLAN_UM = 32.0  # spacing, at the coarsest, of the fields that need to be known over the whole slide
 _FINE_UM = 2.0  # everything but round nuclei is drawn at this spacing at the finest
 _ALVEOLI_UM = 4.0
 _PERIOD_UM = 1024.0  # of the texture swatches
@@ -148,7 +141,8 @@ class SyntheticSlide:
 
 def _ramp(distance_um: Array, width_um: float) -> Array:
     """0 outside, 1 inside an edge at distance 0, linear over ``width_um``: an antialiased edge."""
-    return np.clip(distance_um * np.float32(1 / width_um) + np.float32(0.5), 0, 1)
+    inside: Array = np.clip(distance_um * (1 / width_um) + 0.5, 0, 1)
+    return inside
 
 
 def _hash01(seed: int, row: NDArray[np.int64], column: NDArray[np.int64]) -> Array:
@@ -161,12 +155,14 @@ def _hash01(seed: int, row: NDArray[np.int64], column: NDArray[np.int64]) -> Arr
     return (value >> np.uint32(8)).astype(np.float32) * np.float32(2**-24)
 
 
-def _interpolate(nodes: Array, row: NDArray[np.float64], column: NDArray[np.float64]) -> Array:
+def _interpolate(nodes: Array, row: Array, column: Array) -> Array:
     """Bilinear values of ``nodes [..., R, C]`` at fractional rows ``[h]`` and columns ``[w]``."""
     top = np.clip(row.astype(np.intp), 0, nodes.shape[-2] - 2)
     left = np.clip(column.astype(np.intp), 0, nodes.shape[-1] - 2)
     down = np.clip(row - top, 0, 1).astype(np.float32)[:, None]
     right = np.clip(column - left, 0, 1).astype(np.float32)
+    nodes = nodes[..., left[0] : left[-1] + 2]  # both ascend, and nodes may span a whole slide
+    left = left - left[0]
     upper = np.take(nodes, top, axis=-2)
     strip = upper + (np.take(nodes, top + 1, axis=-2) - upper) * down
     slope = np.diff(strip, axis=-1)
@@ -177,10 +173,10 @@ def _interpolate(nodes: Array, row: NDArray[np.float64], column: NDArray[np.floa
 
 
 def _on_lattice(
-    field: Callable[[NDArray[np.float64], NDArray[np.float64]], Array],
+    field: Callable[[Array, Array], Array],
     step_um: float,
-    y: NDArray[np.float64],
-    x: NDArray[np.float64],
+    y: Array,
+    x: Array,
 ) -> Array:
     """``field(y, x)`` drawn on a lattice of ``step_um`` that is fixed to the slide, and interpolated."""
     if y[1] - y[0] >= step_um:
@@ -193,7 +189,7 @@ def _on_lattice(
     )
 
 
-def _noise(seed: int, wavelength_um: float, y: NDArray[np.float64], x: NDArray[np.float64]) -> Array:
+def _noise(seed: int, wavelength_um: float, y: Array, x: Array) -> Array:
     """Smooth noise in [-1, 1] of about the given wavelength, ``[len(y), len(x)]``."""
     step = wavelength_um / 2
     row, column = np.floor(y / step), np.floor(x / step)
@@ -229,7 +225,7 @@ def _wall_distance(seed: int, pitch_um: float, y: Array, x: Array) -> Array:
             distance = (np.take(centre_y, cell) - y) ** 2 + (np.take(centre_x, cell) - x) ** 2
             np.minimum(second, np.maximum(nearest, distance), out=second)
             np.minimum(nearest, distance, out=nearest)
-    return (np.sqrt(second) - np.sqrt(nearest)) * np.float32(0.5)
+    return (np.sqrt(second) - np.sqrt(nearest)) * 0.5
 
 
 # --------------------------------------------------------------------------------------------------
@@ -293,25 +289,25 @@ def _matrix_swatch() -> Array:
     along, across = frequency[None, :], frequency[:, None]
     radius = np.hypot(along, across)
 
-    def filtered(gain: NDArray[np.float64]) -> NDArray[np.float64]:
+    def filtered(gain: Array) -> Array:
         image = np.fft.ifft2(np.fft.fft2(rng.standard_normal((size, size))) * gain).real
-        return image / image.std()
+        normal: Array = image / image.std()
+        return normal
 
-    def band(value: NDArray[np.float64], centre_um: float) -> NDArray[np.float64]:
-        return np.exp(-(((np.abs(value) - 1 / centre_um) * centre_um * 2.5) ** 2))
+    def band(value: Array, centre_um: float) -> Array:
+        return np.asarray(np.exp(-(((np.abs(value) - 1 / centre_um) * centre_um * 2.5) ** 2)))
 
-    fibres = sum(
-        weight * filtered(band(across, width_um) * np.exp(-((along * length_um) ** 2)))
-        for weight, width_um, length_um in ((1.0, 24.0, 160.0), (0.7, 12.0, 90.0))
-    )
-    clumps = sum(weight * filtered(band(radius, width_um)) for weight, width_um in ((1.0, 24.0), (0.7, 12.0)))
+    fibres, clumps = np.zeros((2, size, size))
+    for weight, width_um, length_um in ((1.0, 24.0, 160.0), (0.7, 12.0, 90.0)):
+        fibres += weight * filtered(band(across, width_um) * np.exp(-((along * length_um) ** 2)))
+        clumps += weight * filtered(band(radius, width_um))
     shown, rank = _cells(rng, _FINE_UM, (8.0, 22.0), (2.2, 7.5))
     # A wave of about 90 micrometres that bends the fibres and what lies among them alike.
     wave = filtered(np.exp(-(((along * 90) - 1) ** 2) * 4 - (across * 120) ** 2)) * 5.0
     row = (np.arange(size)[:, None] + np.round(wave / _FINE_UM).astype(int)) % size
     column = np.arange(size)[None, :]
 
-    def uniform(image: NDArray[np.float64]) -> NDArray[np.float64]:
+    def uniform(image: Array) -> Array:
         order = np.empty(image.size)
         order[np.argsort(image, axis=None, kind="stable")] = (np.arange(image.size) + 0.5) / image.size
         return order.reshape(image.shape)
@@ -324,8 +320,8 @@ def _sample_matrix(along_um: Array, across_um: Array) -> Array:
     """The matrix swatch at fibre coordinates of any shape: ``[..., 4]``."""
     size = round(_PERIOD_UM / _FINE_UM)
     # The offset keeps the coordinates positive, where truncation rounds down.
-    column = (along_um * np.float32(1 / _FINE_UM) + np.float32(64 * size)).astype(np.int32) % size
-    row = (across_um * np.float32(1 / _FINE_UM) + np.float32(64 * size)).astype(np.int32) % size
+    column = (along_um * (1 / _FINE_UM) + 64 * size).astype(np.int32) % size
+    row = (across_um * (1 / _FINE_UM) + 64 * size).astype(np.int32) % size
     return np.take(_matrix_swatch(), row * size + column, axis=0)
 
 
@@ -355,18 +351,34 @@ class _Tube:
     def reach(self) -> float:
         return self.lumen + self.lining + self.muscle + self.collagen
 
-    def within(self, y: NDArray[np.float64], x: NDArray[np.float64]) -> tuple[slice, slice] | None:
+    def within(self, y: Array, x: Array) -> tuple[slice, slice] | None:
         """The rows and columns that it can reach, if any."""
+        if abs(2 * self.y - y[0] - y[-1]) > y[-1] - y[0] + 2 * self.reach:  # cheap, and true of most
+            return None
         rows = slice(*np.searchsorted(y, [self.y - self.reach, self.y + self.reach]).tolist())
         columns = slice(*np.searchsorted(x, [self.x - self.reach, self.x + self.reach]).tolist())
         return (rows, columns) if rows.stop > rows.start and columns.stop > columns.start else None
 
-    def polar(self, y: NDArray[np.float64], x: NDArray[np.float64]) -> tuple[Array, Array]:
+    def polar(self, y: Array, x: Array) -> tuple[Array, Array]:
         """Distance from its middle, stretched to make its cut oval, and the angle around it."""
         dy, dx = (y[:, None] - self.y).astype(np.float32), (x[None, :] - self.x).astype(np.float32)
         angle = np.arctan2(dy, dx)
-        stretch = np.float32(1.12) + np.float32(0.12) * np.cos(2 * (angle - np.float32(self.slant)))
+        stretch = 1.12 + 0.12 * np.cos(2 * (angle - self.slant))
         return np.hypot(dy, dx) * stretch, angle
+
+
+class TissueTruth(NamedTuple):
+    """Shares of the area of each cell of 64 micrometres, 0..1, ``[rows, columns] float16``.
+
+    Attributes:
+        collagen_fraction: fibrotic tissue; the normal collagen of vessels, bronchi and pleura is not in it.
+        lesion_fraction: fibrotic or inflamed tissue.
+        tissue_fraction: the section, its airspaces included.
+    """
+
+    collagen_fraction: Array
+    lesion_fraction: Array
+    tissue_fraction: Array
 
 
 @dataclass(frozen=True)
@@ -394,13 +406,15 @@ class LungSection:
         rng = np.random.default_rng([slide.seed, 0x1046])
         self._salt = int(rng.integers(1 << 32))
         self._extent_um = (slide.size_px[1] * slide.mpp, slide.size_px[0] * slide.mpp)
+        self._plan_um = min(_PLAN_UM, min(self._extent_um) / 64)
 
         # Drawn independently of the fibrotic share, all of it before the share is first used.
         gains = np.exp(rng.normal(0, [0.14, 0.14, 0.14])) * np.exp(rng.normal(0, 0.08))
-        self._dyes = (
+        self._log_light = (
             np.array(_DYES[slide.stain])
             * (np.array(slide.appearance.dye_gain) * gains)[:, None]
             * np.array(slide.appearance.hue_shift)
+            * -math.log(10)  # so that the sum of dyes goes straight into exp()
         )
         self._alveolus_um = float(rng.uniform(170, 250))  # inflation
         self._septum_um = float(rng.uniform(5.0, 8.0))
@@ -421,12 +435,12 @@ class LungSection:
             rng.uniform(0, 2 * math.pi, 6),
         )
         collagen_load = float(np.exp(rng.normal(0, 0.35)))
-        self._pleura_um = 55 * collagen_load
+        self._pleura_um = min(55 * collagen_load, min(self._extent_um) / 16)
         self._pleura_angle = float(rng.uniform(-math.pi, math.pi))
         self._tubes = self._lay_tubes(rng, collagen_load)
         self._plan = self._lay_lesions()
 
-    def _polar(self, y: NDArray[np.float64], x: NDArray[np.float64]) -> tuple[Array, Array]:
+    def _polar(self, y: Array, x: Array) -> tuple[Array, Array]:
         """Distance from the outline (positive inside, micrometres) and the angle around the centre."""
         half_y, half_x = self._extent_um[0] / 2, self._extent_um[1] / 2
         dy, dx = (y / half_y - 1)[:, None], (x / half_x - 1)[None, :]
@@ -440,7 +454,8 @@ class LungSection:
 
     def _lay_tubes(self, rng: np.random.Generator, collagen_load: float) -> list[_Tube]:
         height, width = self._extent_um
-        tubes = []
+        tubes: list[_Tube] = []
+        taken = np.empty((0, 3))  # y, x, reach
         for per_mm2, least, most, is_airway in ((0.3, 110, 320, True), (1.3, 25, 130, False)):
             for _ in range(rng.poisson(per_mm2 * height * width / 1e6)):
                 y, x, lumen = rng.uniform(0, height), rng.uniform(0, width), rng.uniform(least, most)
@@ -455,32 +470,31 @@ class LungSection:
                     slant=float(rng.uniform(0, math.pi)),
                 )
                 distance, _ = self._polar(np.array([y]), np.array([x]))
-                apart = all(math.hypot(y - t.y, x - t.x) > tube.reach + t.reach for t in tubes)
-                if apart and distance[0, 0] > tube.reach + self._pleura_um:
+                gaps = np.hypot(taken[:, 0] - y, taken[:, 1] - x) - taken[:, 2]
+                if (gaps > tube.reach).all() and distance[0, 0] > tube.reach + self._pleura_um:
                     tubes.append(tube)
+                    taken = np.vstack([taken, [y, x, tube.reach]])
         return tubes
 
     def _lay_lesions(self) -> Array:
-        """Fields over the whole slide, ``[5, rows, columns]`` at 32 micrometres.
+        """Fields over the whole slide, ``[5, rows, columns]`` at ``_plan_um``.
 
         Ranks of the lesions, of the fibrotic among them, and of the cystic among them: positive
         inside, 0 at the border; a rank is a share of area, so the shares come out as asked. Then the
         distance from the outline, micrometres, and the cosine of the angle from the pleura's middle.
         """
-        rows = np.arange(math.ceil(self._extent_um[0] / _PLAN_UM) + 2) * _PLAN_UM
-        columns = np.arange(math.ceil(self._extent_um[1] / _PLAN_UM) + 2) * _PLAN_UM
+        rows = np.arange(math.ceil(self._extent_um[0] / self._plan_um) + 2) * self._plan_um
+        columns = np.arange(math.ceil(self._extent_um[1] / self._plan_um) + 2) * self._plan_um
         distance, angle = self._polar(rows, columns)
         in_section = distance > 0
-        free = in_section & ~self._in_anatomy(
-            rows, columns, distance, np.cos(angle - np.float32(self._pleura_angle))
-        )
+        free = in_section & ~self._in_anatomy(rows, columns, distance, np.cos(angle - self._pleura_angle))
         if not free.any():
             free = in_section
 
         def focal(salt: int, *octaves_um: float) -> Array:
             total = np.zeros(free.shape, np.float32)
             for k, wavelength in enumerate(octaves_um):
-                total += _noise(self._salt + salt + k, wavelength, rows, columns) * np.float32(0.6**k)
+                total += _noise(self._salt + salt + k, wavelength, rows, columns) * 0.6**k
             return total
 
         def rank(field: Array, among: NDArray[np.bool_]) -> Array:
@@ -497,29 +511,27 @@ class LungSection:
             np.float32
         )
 
-    def _in_anatomy(
-        self, y: NDArray[np.float64], x: NDArray[np.float64], distance: Array, pleural: Array
-    ) -> NDArray[np.bool_]:
+    def _in_anatomy(self, y: Array, x: Array, distance: Array, pleural: Array) -> NDArray[np.bool_]:
         inside = (distance < self._pleura_um) & (pleural > _PLEURA_COSINE)
         for tube in self._tubes:
             if part := tube.within(y, x):
                 inside[part] |= tube.polar(y[part[0]], x[part[1]])[0] < tube.reach
         return inside
 
-    def _regions(self, y: NDArray[np.float64], x: NDArray[np.float64]) -> _Regions | None:
+    def _regions(self, y: Array, x: Array) -> _Regions | None:
         """The tissue at rows ``y`` and columns ``x``; None where there is only glass."""
         lesion_rank, fibrotic_rank, cystic_rank, distance, pleural = _interpolate(
-            self._plan, y / _PLAN_UM, x / _PLAN_UM
+            self._plan, y / self._plan_um, x / self._plan_um
         )
         if distance.max() < -20:
             return None
-        distance = distance + np.float32(14) * _noise(self._salt + 1, 110, y, x)
-        section = _ramp(distance, max(_FINE_UM, y[1] - y[0]))
+        distance = distance + 14 * _noise(self._salt + 1, 110, y, x)
+        section = _ramp(distance, max(_FINE_UM, float(y[1] - y[0])))
         anatomy = self._in_anatomy(y, x, distance, pleural).astype(np.float32) * section
         ragged = _noise(self._salt + 2, 140, y, x)
         free = section - anatomy
-        lesion = np.clip((lesion_rank + 0.05 * ragged) * np.float32(25) + 0.5, 0, 1) * free
-        fibrotic = np.clip((fibrotic_rank - 0.03 * ragged) * np.float32(40) + 0.5, 0, 1) * lesion
+        lesion = np.clip((lesion_rank + 0.05 * ragged) * 25 + 0.5, 0, 1) * free
+        fibrotic = np.clip((fibrotic_rank - 0.03 * ragged) * 40 + 0.5, 0, 1) * lesion
         if self.slide.fibrotic_share == 0:
             fibrotic = np.zeros_like(fibrotic)
         cystic = np.clip(cystic_rank * 25 + 0.5, 0, 1) * lesion
@@ -527,24 +539,24 @@ class LungSection:
         in_pleura = (distance < self._pleura_um) & (pleural > _PLEURA_COSINE)
         return _Regions(section, lesion, fibrotic, cystic, depth, in_pleura, distance)
 
-    def _alveoli(self, y: NDArray[np.float64], x: NDArray[np.float64]) -> Array:
+    def _alveoli(self, y: Array, x: Array) -> Array:
         """Distances to alveolar and to cyst walls (far the larger), ``[2, h, w]``, micrometres."""
-        warp_y = y[:, None].astype(np.float32) + np.float32(30) * _noise(self._salt + 3, 260, y, x)
-        warp_x = x[None, :].astype(np.float32) + np.float32(30) * _noise(self._salt + 4, 260, y, x)
+        warp_y = y[:, None].astype(np.float32) + 30 * _noise(self._salt + 3, 260, y, x)
+        warp_x = x[None, :].astype(np.float32) + 30 * _noise(self._salt + 4, 260, y, x)
         alveoli = _wall_distance(self._salt + 5, self._alveolus_um, warp_y, warp_x)
         return np.stack([alveoli, _wall_distance(self._salt + 6, 420, warp_y, warp_x)])
 
-    def _fibre_coordinates(self, y: NDArray[np.float64], x: NDArray[np.float64]) -> Array:
+    def _fibre_coordinates(self, y: Array, x: Array) -> Array:
         """Along and across the fibres, ``[2, h, w]``, micrometres: two interwoven sets of bundles."""
-        swirl_y = y[:, None].astype(np.float32) + np.float32(80) * _noise(self._salt + 7, 640, y, x)
-        swirl_x = x[None, :].astype(np.float32) + np.float32(80) * _noise(self._salt + 8, 640, y, x)
+        swirl_y = y[:, None].astype(np.float32) + 80 * _noise(self._salt + 7, 640, y, x)
+        swirl_x = x[None, :].astype(np.float32) + 80 * _noise(self._salt + 8, 640, y, x)
         layers = []
         for angle in (self._fibre_angle, self._fibre_angle + 1.2):
-            sine, cosine = np.float32(math.sin(angle)), np.float32(math.cos(angle))
+            sine, cosine = math.sin(angle), math.cos(angle)
             layers.append(np.stack([swirl_x * cosine + swirl_y * sine, swirl_y * cosine - swirl_x * sine]))
         return np.where(_noise(self._salt + 9, 420, y, x) > 0, layers[0], layers[1])
 
-    def _dye(self, y: NDArray[np.float64], x: NDArray[np.float64]) -> Array:
+    def _dye(self, y: Array, x: Array) -> Array:
         """Amounts over rows ``y`` and columns ``x``, ``[4, h, w]``.
 
         Nuclear dye of everything but round nuclei, cytoplasm dye, collagen dye, and the share of
@@ -553,7 +565,7 @@ class LungSection:
         regions = self._regions(y, x)
         if regions is None:
             return np.zeros((4, len(y), len(x)), np.float32)
-        edge = max(_FINE_UM, y[1] - y[0])
+        edge = max(_FINE_UM, float(y[1] - y[0]))
         section, lesion, fibrotic = regions.section, regions.lesion, regions.fibrotic
         inflamed = lesion - fibrotic
         texture = _sample_matrix(*self._fibre_coordinates(y, x))
@@ -562,28 +574,26 @@ class LungSection:
         patchy = _noise(self._salt + 10, 500, y, x)
 
         # Architecture, blind to what kind of lesion it is: septa thicken, then the airspaces are gone.
-        collapse = np.clip(_noise(self._salt + 11, 900, y, x) + np.float32(self._atelectasis), 0, 1)
-        septum = np.float32(self._septum_um) * (1 + 2 * collapse + 5 * lesion * regions.depth)
+        collapse = np.clip(_noise(self._salt + 11, 900, y, x) + self._atelectasis, 0, 1)
+        septum = self._septum_um * (1 + 2 * collapse + 5 * lesion * regions.depth)
         filled = np.clip((regions.depth - 0.12 + 0.10 * patchy) * 15, 0, 1) * lesion
         body = np.maximum(_ramp(septum - walls, edge), filled)
         body *= 1 - regions.cystic * _ramp(cyst_walls - (32 + 14 * patchy), edge)
 
-        matrix_fibrotic = np.float32(0.75) + np.float32(_FIBRE_CONTRAST) * (fibres - np.float32(0.5))
-        matrix_inflamed = np.float32(0.75) + np.float32(_FIBRE_CONTRAST) * (clumps - np.float32(0.5))
-        hyaline = np.float32(0.85 * self._hyalinity)
-        collagen = fibrotic * matrix_fibrotic * np.float32(0.85) + inflamed * matrix_inflamed * hyaline
+        matrix_fibrotic = 0.75 + _FIBRE_CONTRAST * (fibres - 0.5)
+        matrix_inflamed = 0.75 + _FIBRE_CONTRAST * (clumps - 0.5)
+        hyaline = 0.85 * self._hyalinity
+        collagen = fibrotic * matrix_fibrotic * 0.85 + inflamed * matrix_inflamed * hyaline
         matrix = fibrotic * matrix_fibrotic + inflamed * matrix_inflamed
         healthy = 1 - lesion
-        cytoplasm = (
-            matrix - collagen + healthy * (np.float32(0.62) + np.float32(0.3) * (clumps - np.float32(0.5)))
-        )
-        nuclear = fibrotic * spindle * (spindle_rank < np.float32(self._spindle_rank))
-        inflammation = self._cellularity * (np.float32(0.25) + np.float32(0.15) * patchy)
-        crowding = healthy * inflammation + inflamed * np.float32(self._round_rank)
+        cytoplasm = matrix - collagen + healthy * (0.62 + 0.3 * (clumps - 0.5))
+        nuclear = fibrotic * spindle * (spindle_rank < self._spindle_rank)
+        inflammation = self._cellularity * (0.25 + 0.15 * patchy)
+        crowding = healthy * inflammation + inflamed * self._round_rank
         planes = np.stack([nuclear, cytoplasm, collagen, crowding])
         planes *= body * section
-        oedema = np.clip(_noise(self._salt + 12, 1200, y, x) + np.float32(self._oedema), 0, 1)
-        planes[1] += np.float32(0.30) * oedema * (1 - body) * section
+        oedema = np.clip(_noise(self._salt + 12, 1200, y, x) + self._oedema, 0, 1)
+        planes[1] += 0.30 * oedema * (1 - body) * section
         self._draw_anatomy(planes, regions, y, x, edge)
         return planes
 
@@ -595,33 +605,29 @@ class LungSection:
         self,
         planes: Array,
         regions: _Regions,
-        y: NDArray[np.float64],
-        x: NDArray[np.float64],
+        y: Array,
+        x: Array,
         edge: float,
     ) -> None:
         """Vessels, bronchi and pleura with their normal collagen, over ``planes`` in place."""
         pleura = regions.in_pleura & (regions.edge_um > -edge)
         if pleura.any():
             _, angle = self._polar(y, x)
-            fibres = _sample_matrix(angle * np.float32(min(self._extent_um) / 2), regions.edge_um)[..., 0]
+            fibres = _sample_matrix(angle * (min(self._extent_um) / 2), regions.edge_um)[..., 0]
             planes[:, pleura] = 0
-            planes[2] += (
-                pleura * regions.section * (np.float32(0.6) + np.float32(0.6) * (fibres - np.float32(0.5)))
-            )
-            planes[3] += pleura * regions.section * np.float32(0.04)
+            planes[2] += pleura * regions.section * (0.6 + 0.6 * (fibres - 0.5))
+            planes[3] += pleura * regions.section * 0.04
         for tube in self._tubes:
             part = tube.within(y, x)
             if part is None:
                 continue
             radius, angle = tube.polar(y[part[0]], x[part[1]])
-            outside = radius - np.float32(tube.lumen)
-            fibres = _sample_matrix(angle * np.float32(tube.lumen), outside)[..., 0]
+            outside = radius - tube.lumen
+            fibres = _sample_matrix(angle * tube.lumen, outside)[..., 0]
             inside = radius < tube.reach
             wall = _ramp(outside, edge)
-            lining = (
-                _ramp(np.float32(tube.lining) - outside, edge) * wall if tube.lining else np.zeros_like(wall)
-            )
-            muscle_end = np.float32(tube.lining + tube.muscle)
+            lining = _ramp(tube.lining - outside, edge) * wall if tube.lining else np.zeros_like(wall)
+            muscle_end = tube.lining + tube.muscle
             muscle = _ramp(muscle_end - outside, edge) * wall - lining
             collagen = wall - lining - muscle
             lumen = 1 - wall
@@ -629,7 +635,7 @@ class LungSection:
                 [
                     0.25 * lining,
                     0.6 * lining + 0.9 * muscle + tube.blood * lumen,
-                    collagen * (np.float32(0.75) + np.float32(0.6) * (fibres - np.float32(0.5))),
+                    collagen * (0.75 + 0.6 * (fibres - 0.5)),
                     0.40 * lining + 0.10 * muscle + 0.06 * collagen,
                 ]
             )
@@ -659,7 +665,7 @@ class LungSection:
         columns = np.arange(left - 1, left + block.shape[1] + 1)
         y, x = (rows + 0.5) * mpp, (columns + 0.5) * mpp
         grain = np.take(np.take(_grain(), rows[1:-1] % 509, axis=0), columns[1:-1] % 509, axis=1)
-        grain = grain * np.float32(site.grain) + np.float32(0.5)  # 0.5: truncation then rounds
+        grain = grain * site.grain + 0.5  # 0.5: truncation then rounds
         planes = _on_lattice(self._dye, _FINE_UM, y, x) if self._touches(y, x) else None
         if planes is not None:
             shown, rank = (_at(swatch, y, x) for swatch in _round_nuclei(self._nuclei_spacing_um))
@@ -668,398 +674,46 @@ class LungSection:
             if planes is None:
                 light: Array = np.full(grain.shape, site.white_rgb[channel], np.float32)
             else:
-                light = planes[0] * np.float32(self._dyes[0, channel] * -math.log(10))
-                light += planes[1] * np.float32(self._dyes[1, channel] * -math.log(10))
-                light += planes[2] * np.float32(self._dyes[2, channel] * -math.log(10))
+                light = planes[0] * float(self._log_light[0, channel])
+                light += planes[1] * float(self._log_light[1, channel])
+                light += planes[2] * float(self._log_light[2, channel])
                 np.exp(light, out=light)
                 light *= np.float32(site.white_rgb[channel])
                 light = _blurred(light, site.blur)
             light += grain
             block[..., channel] = np.clip(light, 0, 255, out=light)
 
-    def _touches(self, y: NDArray[np.float64], x: NDArray[np.float64]) -> bool:
+    def _touches(self, y: Array, x: Array) -> bool:
         """Whether the rectangle can hold tissue; looked up on a few points with room to spare."""
         probe_y, probe_x = np.linspace(y[0], y[-1], 5), np.linspace(x[0], x[-1], 5)
         reach = math.hypot(probe_y[1] - probe_y[0], probe_x[1] - probe_x[0])
         return bool(self._polar(probe_y, probe_x)[0].max() > -(2 * reach + 40))
 
-    def truth(self) -> dict[str, NDArray[np.float16]]:
-        """What is where, on cells of 64 micrometres from the upper-left corner.
-
-        Returns:
-            ``collagen_fraction`` (pathological alone), ``lesion_fraction`` and ``tissue_fraction``
-            (the section, its airspaces included): shares of each cell's area, 0..1,
-            ``[rows, columns] float16``.
-        """
+    def truth(self) -> TissueTruth:
+        """What is where; none of it depends on the slide's pixels or their spacing."""
         rows, columns = (math.ceil(extent / TRUTH_CELL_UM) for extent in self._extent_um)
-        step = TRUTH_CELL_UM / 4
-        x = (np.arange(columns * 4) + 0.5) * step
-        found = np.zeros((3, rows, columns), np.float16)
+        x = (np.arange(columns * 4) + 0.5) * (TRUTH_CELL_UM / 4)
+        cells = np.zeros((3, rows, columns), np.float16)
         for row in range(rows):
-            y = (row * 4 + np.arange(4) + 0.5) * step
+            y = (row * 4 + np.arange(4) + 0.5) * (TRUTH_CELL_UM / 4)
             regions = self._regions(y, x)
             if regions is not None:
                 fields = np.stack([regions.fibrotic, regions.lesion, regions.section])
-                found[:, row] = fields.reshape(3, 4, columns, 4).mean(axis=(1, 3))
-        return dict(zip(("collagen_fraction", "lesion_fraction", "tissue_fraction"), found, strict=True))
+                cells[:, row] = fields.reshape(3, 4, columns, 4).mean(axis=(1, 3))
+        return TissueTruth(*cells)
 
 
-def _at(swatch: Array, y: NDArray[np.float64], x: NDArray[np.float64]) -> Array:
+def _at(swatch: Array, y: Array, x: Array) -> Array:
     """A periodic swatch at the pixels nearest to rows ``y`` and columns ``x``."""
     scale = len(swatch) / _PERIOD_UM
     row, column = (np.floor(c * scale).astype(np.intp) % len(swatch) for c in (y, x))
-    return np.take(np.take(swatch, row, axis=0), column, axis=1)
+    sampled: Array = np.take(np.take(swatch, row, axis=0), column, axis=1)
+    return sampled
 
 
 def _blurred(image: Array, weight: float) -> Array:
     """A three-pixel blur along each axis; one pixel is lost on every side."""
-    centre, side = np.float32(1 - 2 * weight), np.float32(weight)
-    tall = image[:, 1:-1] * centre + (image[:, :-2] + image[:, 2:]) * side
-    blurred: Array = tall[1:-1] * centre + (tall[:-2] + tall[2:]) * side
+    centre = 1 - 2 * weight
+    tall = image[:, 1:-1] * centre + (image[:, :-2] + image[:, 2:]) * weight
+    blurred: Array = tall[1:-1] * centre + (tall[:-2] + tall[2:]) * weight
     return blurred
-
-
-# --------------------------------------------------------------------------------------------------
-# One slide on disk.
-
-
-@dataclass(frozen=True)
-class ColourSummary:
-    """What colour and area alone say of a slide: the baseline that must not solve the grading.
-
-    Attributes:
-        mean_rgb: mean colour of what is stained, 0..255.
-        stained_share: share of the slide that is stained, 0..1.
-    """
-
-    mean_rgb: tuple[float, float, float]
-    stained_share: float
-
-
-def write_slide(slide: SyntheticSlide, slide_path: Path, truth_path: Path) -> ColourSummary:
-    """Draws a slide band by band into a tiled JPEG pyramid, and its truth beside it.
-
-    Level 0 streams straight into the file; the coarser levels, each a quarter as wide as the last,
-    wait in a temporary file. Memory is that of a band of 512 rows. Equal slides give equal bytes.
-
-    Args:
-        slide: what is drawn.
-        slide_path: the TIFF to write.
-        truth_path: the ``.npz`` to write: the arrays of :meth:`LungSection.truth` and ``cell_um``.
-    """
-    import tifffile
-
-    section = LungSection(slide)
-    width, height = slide.size_px
-    quality = slide.appearance.jpeg_quality
-    colour = _ColourSum(slide.appearance.white_rgb)
-    levels: list[_CoarseLevel] = []
-    with tempfile.TemporaryFile() as spool:
-        size = (width // _LEVEL_FACTOR, height // _LEVEL_FACTOR)
-        while min(size) >= 128:
-            levels.append(_CoarseLevel(size, quality, spool))
-            size = (size[0] // _LEVEL_FACTOR, size[1] // _LEVEL_FACTOR)
-
-        def finest() -> Iterator[bytes]:
-            for top in range(0, height, _BLOCK_PX):
-                band = section.draw((0, top), (width, min(_BLOCK_PX, height - top)))
-                colour.add(band)
-                rows = band
-                for level in levels:
-                    rows = level.push(rows)
-                yield from _jpeg_tiles(band, quality)
-
-        with tifffile.TiffWriter(slide_path, bigtiff=width * height > 1 << 31) as file:
-            for number in range(len(levels) + 1):
-                level_size = levels[number - 1].size_px if number else slide.size_px
-                spacing_um = slide.mpp * _LEVEL_FACTOR**number
-                file.write(
-                    levels[number - 1].tiles() if number else finest(),
-                    shape=(level_size[1], level_size[0], 3),
-                    dtype=np.uint8,
-                    tile=(_TILE_PX, _TILE_PX),
-                    photometric="ycbcr",
-                    compression="jpeg",
-                    subsampling=(2, 2),
-                    subfiletype=1 if number else 0,
-                    resolution=(1e4 / spacing_um, 1e4 / spacing_um),
-                    resolutionunit="CENTIMETER",
-                    software="slidetl",
-                    metadata=None,  # no description: nothing in the file may tell the grade
-                )
-    np.savez_compressed(truth_path, cell_um=np.float64(TRUTH_CELL_UM), **section.truth())
-    return colour.summary(width * height)
-
-
-def _jpeg_tiles(rows: NDArray[np.uint8], quality: int) -> Iterator[bytes]:
-    """The JPEG tiles of whole rows of pixels, row by row; the last ones are filled by their edge."""
-    import imagecodecs
-
-    padding = [(0, -rows.shape[0] % _TILE_PX), (0, -rows.shape[1] % _TILE_PX), (0, 0)]
-    padded = np.pad(rows, padding, mode="edge")
-    for top in range(0, padded.shape[0], _TILE_PX):
-        for left in range(0, padded.shape[1], _TILE_PX):
-            tile = np.ascontiguousarray(padded[top : top + _TILE_PX, left : left + _TILE_PX])
-            # Everything that has a default is stated, so that another version gives the same bytes.
-            yield imagecodecs.jpeg8_encode(
-                tile, quality, colorspace="rgb", outcolorspace="ycbcr", subsampling="420", optimize=False
-            )
-
-
-class _CoarseLevel:
-    """A reduced level that grows by rows; its encoded tiles wait in a shared spool file."""
-
-    def __init__(self, size_px: tuple[int, int], quality: int, spool: BinaryIO) -> None:
-        self.size_px = size_px
-        self._quality = quality
-        self._spool = spool
-        self._unreduced: NDArray[np.uint8] | None = None
-        self._unencoded = np.empty((0, size_px[0], 3), np.uint8)
-        self._places: list[tuple[int, int]] = []
-
-    def push(self, finer: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Takes the next rows of the finer level and returns the rows of this one that they complete."""
-        if self._unreduced is not None:
-            finer = np.concatenate([self._unreduced, finer])
-        count, width = len(finer) // _LEVEL_FACTOR, self.size_px[0]
-        self._unreduced = finer[count * _LEVEL_FACTOR :]
-        whole = finer[: count * _LEVEL_FACTOR, : width * _LEVEL_FACTOR]
-        total = np.zeros((count, width, 3), np.uint16)
-        for row in range(_LEVEL_FACTOR):
-            for column in range(_LEVEL_FACTOR):
-                total += whole[row::_LEVEL_FACTOR, column::_LEVEL_FACTOR]
-        area = _LEVEL_FACTOR**2
-        rows = ((total + area // 2) // area).astype(np.uint8)
-        self._unencoded = np.concatenate([self._unencoded, rows])
-        self._encode(len(self._unencoded) // _TILE_PX * _TILE_PX)
-        return rows
-
-    def _encode(self, count: int) -> None:
-        for tile in _jpeg_tiles(self._unencoded[:count], self._quality):
-            self._places.append((self._spool.tell(), len(tile)))
-            self._spool.write(tile)
-        self._unencoded = self._unencoded[count:]
-
-    def tiles(self) -> Iterator[bytes]:
-        """All tiles in order, once every row has been pushed."""
-        self._spool.seek(0, 2)
-        self._encode(len(self._unencoded))
-        for offset, length in self._places:
-            self._spool.seek(offset)
-            yield self._spool.read(length)
-
-
-class _ColourSum:
-    """Sums the colour of what is visibly darker than glass, over bands."""
-
-    def __init__(self, white_rgb: tuple[float, float, float]) -> None:
-        self._darker_than = np.floor(np.array(white_rgb) - 24).astype(np.uint8)
-        self._pixels = 0
-        self._rgb = np.zeros(3)
-
-    def add(self, band: NDArray[np.uint8]) -> None:
-        stained = np.zeros(band.shape[:2], bool)
-        for channel in range(3):
-            stained |= band[..., channel] < self._darker_than[channel]
-        self._pixels += int(stained.sum())
-        self._rgb += [float(band[..., channel][stained].sum(dtype=np.float64)) for channel in range(3)]
-
-    def summary(self, slide_pixels: int) -> ColourSummary:
-        red, green, blue = (self._rgb / max(1, self._pixels)).tolist()
-        return ColourSummary((red, green, blue), self._pixels / slide_pixels)
-
-
-# --------------------------------------------------------------------------------------------------
-# A cohort.
-
-
-@dataclass(frozen=True)
-class CohortSlide:
-    """A slide with its row of the manifest.
-
-    Attributes:
-        slide_id: names its files.
-        patient_id: all slides of a patient come from one site and differ by at most one grade.
-        site: where it was stained and scanned.
-        readers: grades 0 to 4 that two noisy readers gave it.
-        slide: how it is drawn; ``slide.grade`` is the truth.
-    """
-
-    slide_id: str
-    patient_id: str
-    site: str
-    readers: tuple[int, int]
-    slide: SyntheticSlide
-
-
-@dataclass(frozen=True)
-class SyntheticCohort:
-    """Slides of known grade from several patients and sites.
-
-    Attributes:
-        slides: how many.
-        patients: of how many patients, at most ``slides``.
-        sites: from how many sites, at most ``patients``.
-        size_px: width and height of each slide, pixels of level 0; at least 512.
-        mpp: micrometres per pixel of level 0, 0.1 to 8.
-        stain: ``he``, ``trichrome`` or ``sirius``.
-        seed: of everything.
-        reader_sd: standard deviation of each reader's error, grades.
-
-    Raises:
-        UsageError: a value is out of range; the message names it.
-    """
-
-    slides: int = 60
-    patients: int = 48
-    sites: int = 3
-    size_px: int = 4096
-    mpp: float = 0.5
-    stain: str = "he"
-    seed: int = 0
-    reader_sd: float = 0.4
-
-    def __post_init__(self) -> None:
-        if self.slides < 1:
-            raise UsageError(f"a cohort needs at least 1 slide, not {self.slides}")
-        if not 1 <= self.patients <= self.slides:
-            raise UsageError(
-                f"{self.patients} patients need at least as many slides, and there must be at least 1 "
-                f"patient; there are {self.slides} slides"
-            )
-        if not 1 <= self.sites <= self.patients:
-            raise UsageError(
-                f"{self.sites} sites need at least as many patients, and there must be at least 1 site; "
-                f"there are {self.patients} patients"
-            )
-        if self.seed < 0:
-            raise UsageError(f"seed must not be negative, and is {self.seed}")
-        if not (math.isfinite(self.reader_sd) and self.reader_sd >= 0):
-            raise UsageError(f"reader sd must be a number of grades from 0, not {self.reader_sd}")
-        # The rest is what a slide checks; better now than in the middle of the work.
-        SyntheticSlide(0.0, 0, SiteAppearance.of(0, 0), self.stain, (self.size_px, self.size_px), self.mpp)
-
-    def plan(self) -> list[CohortSlide]:
-        """The slides, in the order of the manifest; a pure function of the cohort's values.
-
-        Grades are as balanced as the patients allow, overall and at each site.
-        """
-        rng = np.random.default_rng([self.seed, 0xC0407])
-        appearances = [SiteAppearance.of(site, self.seed) for site in range(self.sites)]
-        # Walking grades and sites in step visits every pair, once the shift has undone common factors.
-        cycle = math.lcm(GRADES, self.sites)
-        pairs = [(k % GRADES, (k + k // cycle) % self.sites) for k in range(self.patients)]
-        patients = [pairs[k] for k in rng.permutation(self.patients)]
-        leaning = rng.uniform(-1, 1, self.patients)  # a patient's place within the grade
-        neighbour = [
-            g + (1 if g == 0 else -1 if g == GRADES - 1 else int(rng.choice([-1, 1]))) for g, _ in patients
-        ]
-        counts = np.bincount([grade for grade, _ in patients], minlength=GRADES)
-        grades: list[tuple[int, int]] = [(k, grade) for k, (grade, _) in enumerate(patients)]
-        for extra in range(self.slides - self.patients):
-            k = extra % self.patients
-            own, other = patients[k][0], neighbour[k]
-            grade = other if counts[other] < counts[own] or (counts[other] == counts[own] and k % 2) else own
-            counts[grade] += 1
-            grades.append((k, grade))
-        digits = len(str(self.slides - 1))
-        planned = []
-        for number, (k, grade) in enumerate(sorted(grades, key=lambda pair: pair[0])):
-            within = 0.2 * leaning[k] + rng.uniform(-0.15, 0.15)  # stays clear of the borders between grades
-            severity = max(0.0, grade + within)
-            read = np.clip(np.rint(severity + rng.normal(0, self.reader_sd, 2)), 0, GRADES - 1).astype(int)
-            site = patients[k][1]
-            slide = SyntheticSlide(
-                fibrotic_share=float(severity * SHARE_PER_GRADE),
-                seed=int(rng.integers(1 << 32)),
-                appearance=appearances[site],
-                stain=self.stain,
-                size_px=(self.size_px, self.size_px),
-                mpp=self.mpp,
-            )
-            planned.append(
-                CohortSlide(
-                    slide_id=f"slide-{number:0{digits}d}",
-                    patient_id=f"patient-{k:0{digits}d}",
-                    site=f"site-{site}",
-                    readers=(int(read[0]), int(read[1])),
-                    slide=slide,
-                )
-            )
-        return planned
-
-
-def write_cohort(
-    cohort: SyntheticCohort,
-    out: Path,
-    *,
-    workers: int = 1,
-    overwrite: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> list[ColourSummary]:
-    """Writes ``slides/*.tiff``, ``truth/*.npz`` and, last, ``manifest.csv`` into a folder.
-
-    Args:
-        cohort: what to write.
-        out: the folder; made where there is none.
-        workers: processes that draw; the bytes do not depend on them.
-        overwrite: whether to replace an earlier cohort in ``out``.
-        progress: called with the number of slides done and of all slides.
-
-    Returns:
-        Colour and stained area of each slide, in the order of the manifest and of
-        :meth:`SyntheticCohort.plan`.
-
-    Raises:
-        UsageError: ``out`` is not empty and ``overwrite`` is off, or ``workers`` is less than 1.
-    """
-    if workers < 1:
-        raise UsageError(f"workers must be at least 1, not {workers}")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; a folder is needed for the slides")
-    if out.exists() and any(out.iterdir()):
-        if not overwrite:
-            raise UsageError(f"{out} is not empty; name another folder, or allow overwriting")
-        for stale in [out / "manifest.csv", *out.glob("slides/slide-*.tiff"), *out.glob("truth/slide-*.npz")]:
-            stale.unlink(missing_ok=True)
-    (out / "slides").mkdir(parents=True, exist_ok=True)
-    (out / "truth").mkdir(exist_ok=True)
-    planned = cohort.plan()
-    jobs = [
-        (entry.slide, out / "slides" / f"{entry.slide_id}.tiff", out / "truth" / f"{entry.slide_id}.npz")
-        for entry in planned
-    ]
-    summaries: dict[int, ColourSummary] = {}
-    if workers == 1:
-        for number, job in enumerate(jobs):
-            summaries[number] = write_slide(*job)
-            progress(len(summaries), len(jobs))
-    else:
-        # Fresh processes: forking one that holds threads (as OpenMP's or a progress bar's) may hang.
-        with ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn")) as pool:
-            futures = {pool.submit(write_slide, *job): number for number, job in enumerate(jobs)}
-            for future in as_completed(futures):
-                summaries[futures[future]] = future.result()
-                progress(len(summaries), len(jobs))
-    _write_manifest(planned, out / "manifest.csv")
-    return [summaries[number] for number in range(len(jobs))]
-
-
-def _write_manifest(planned: list[CohortSlide], path: Path) -> None:
-    columns = "slide_id path patient_id grade site scanner stain grade_reader1 grade_reader2".split()
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        for entry in planned:
-            writer.writerow(
-                [
-                    entry.slide_id,
-                    f"slides/{entry.slide_id}.tiff",
-                    entry.patient_id,
-                    entry.slide.grade,
-                    entry.site,
-                    entry.site.replace("site", "scanner"),
-                    entry.slide.stain,
-                    *entry.readers,
-                ]
-            )

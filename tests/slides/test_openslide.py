@@ -21,12 +21,17 @@ def noise(height: int, width: int, seed: int = 0) -> Picture:
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3)).astype(float)
     y, x = np.arange(height) / 8, np.arange(width) / 8
-    rows = coarse[y.astype(int)] * (1 - y % 1)[:, None, None] + coarse[y.astype(int) + 1] * (y % 1)[:, None, None]
+    rows = (
+        coarse[y.astype(int)] * (1 - y % 1)[:, None, None]
+        + coarse[y.astype(int) + 1] * (y % 1)[:, None, None]
+    )
     both = rows[:, x.astype(int)] * (1 - x % 1)[:, None] + rows[:, x.astype(int) + 1] * (x % 1)[:, None]
-    return both.astype(np.uint8)
+    return np.asarray(both, dtype=np.float64).astype(np.uint8)
 
 
-def area_means(picture: Picture, start: tuple[float, float], step: tuple[float, float]) -> NDArray[np.float64]:
+def area_means(
+    picture: Picture, start: tuple[float, float], step: tuple[float, float]
+) -> NDArray[np.float64]:
     """Means over rectangles, by an integral image: another way than the reader's."""
     integral = np.zeros((picture.shape[0] + 1, picture.shape[1] + 1, 3))
     integral[1:, 1:] = picture.astype(float).cumsum(0).cumsum(1)
@@ -71,7 +76,9 @@ class TestWithoutPyramid(SlideContract):
 
 
 @pytest.mark.parametrize("mpp", [(0.2527, 0.2527), (0.25, 0.2305)])
-def test_fractional_reduction_averages_exactly_the_area(pyramid_tiff: PyramidTiff, mpp: tuple[float, float]) -> None:
+def test_fractional_reduction_averages_exactly_the_area(
+    pyramid_tiff: PyramidTiff, mpp: tuple[float, float]
+) -> None:
     picture = noise(400, 420)
     with open_slide(pyramid_tiff(picture, mpp=mpp)) as slide:
         own = slide.info.mpp_level0
@@ -107,14 +114,21 @@ def test_levels_whose_odd_remainder_was_dropped_keep_their_place(pyramid_tiff: P
     picture = noise(1003, 1001)  # the level has 501 x 500 pixels, each still two wide
     with open_slide(pyramid_tiff(picture, factors=(2,))) as slide:
         assert slide.info.mpp_levels == pytest.approx((0.5, 1.0))
-        for origin in [(0, 0), (300, 400), (801, 799)]:
-            tile = slide.read(origin, (50, 50), 2.0).astype(float)
-            wanted = area_means(picture, origin, (4.0, 4.0))[:50, :50]
-            # OpenSlide itself interpolates here by a fraction of a pixel.
-            assert np.abs(tile - wanted).mean() < 1.0
+        for x, y in [(0, 0), (300, 400), (800, 796)]:
+            tile = slide.read((x, y), (49, 49), 2.0).astype(float)
+            # OpenSlide itself interpolates here by a fraction of a pixel: a blur, but no shift.
+            error = {
+                shift: np.abs(tile - area_means(picture, (x + shift, y), (4.0, 4.0))[:49, :49]).mean()
+                for shift in (0.0, 0.3, -0.3)
+                if x + shift >= 0
+            }
+            assert error[0.0] == min(error.values())
+            assert error[0.0] < 3
 
 
-def test_bands_bound_memory_and_leave_no_seam(pyramid_tiff: PyramidTiff, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bands_bound_memory_and_leave_no_seam(
+    pyramid_tiff: PyramidTiff, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = pyramid_tiff(noise(600, 700))
     with open_slide(path) as slide:
         whole = slide.read((3, 5), (150, 140), 2.1)

@@ -1,0 +1,124 @@
+"""The last step of scripts/demo: sets the figures of the run against chance and mean colour.
+
+Usage: summarise_demo.py DEMO_FOLDER. Writes summary.json there and prints a table.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from slidetl.cache.store import SlideCache
+from slidetl.data.manifest import read_manifest
+from slidetl.evaluation.baselines import colour_baseline
+from slidetl.evaluation.bootstrap import Interval, patient_bootstrap
+from slidetl.evaluation.metrics import quadratic_weighted_kappa
+from slidetl.experiments.colour import colour_features
+from slidetl.tasks.predictions import read_predictions
+
+N_GRADES = 5
+
+
+def main(folder: Path) -> int:
+    """Summarises one run."""
+    predictions = read_predictions(folder / "predictions.csv")
+    patients = [row.patient_id for row in predictions]
+    true = np.array([row.grade for row in predictions])
+    model = np.array([row.predicted_grade for row in predictions])
+
+    rows = read_manifest(folder / "data" / "manifest.csv", N_GRADES).rows
+    features = colour_features(SlideCache.open(folder / "cache" / f"{row.slide_id}.zarr") for row in rows)
+    # Out of fold over all slides of the demo, training slides included: more than the network had.
+    baseline = colour_baseline(features, [row.grade for row in rows], [row.patient_id for row in rows])
+    by_slide = dict(zip((row.slide_id for row in rows), baseline.predictions.tolist(), strict=True))
+    colour = np.array([by_slide[row.slide_id] for row in predictions])
+    tested = {row.slide_id for row in predictions}
+    others = Counter(row.grade for row in rows if row.slide_id not in tested)
+    chance = np.full(len(true), others.most_common(1)[0][0])
+
+    def accuracy(predicted: NDArray[np.int64]) -> Interval:
+        return patient_bootstrap(lambda index: float((true[index] == predicted[index]).mean()), patients)
+
+    def qwk(predicted: NDArray[np.int64]) -> Interval:
+        return patient_bootstrap(
+            lambda index: quadratic_weighted_kappa(true[index], predicted[index], N_GRADES), patients
+        )
+
+    def gain(predicted: NDArray[np.int64]) -> Interval:
+        return patient_bootstrap(
+            lambda index: (
+                quadratic_weighted_kappa(true[index], model[index], N_GRADES)
+                - quadratic_weighted_kappa(true[index], predicted[index], N_GRADES)
+            ),
+            patients,
+            level=0.9,
+        )
+
+    table = Table(title=f"{len(true)} test slides of {len(set(patients))} patients, none of them seen in training")
+    for heading in ("", "accuracy [95 %]", "QWK [95 %]", "QWK of slidetl minus this [90 %]"):
+        table.add_column(heading)
+    arms = {
+        "slidetl": model,
+        f"mean colour and tissue area ({baseline.name})": colour,
+        "chance (the most common grade)": chance,
+    }
+    for name, predicted in arms.items():
+        table.add_row(
+            name,
+            _text(accuracy(predicted)),
+            _text(qwk(predicted)),
+            "" if predicted is model else _text(gain(predicted)),
+        )
+    console = Console(width=120)
+    console.print(table)
+
+    graded = [json.loads(line) for line in (folder / "grades.jsonl").read_text(encoding="utf-8").splitlines()]
+    by_stem = {Path(row["slide"]).stem: row["probabilities"] for row in graded}
+    difference = max(
+        float(np.abs(np.subtract(row.probabilities, by_stem[row.slide_id])).max()) for row in predictions
+    )
+    seconds = dict(line.split() for line in (folder / "seconds.txt").read_text(encoding="utf-8").splitlines())
+    console.print(
+        f"Intervals are patient bootstraps, conditional on this one training.\n"
+        f"slidetl grade and slidetl test differ by at most {difference:.1e} in a probability.\n"
+        f"Heat maps: {folder / 'maps'}/*.png   model: {folder / 'model.pt'}   logs: {folder / 'logs'}"
+    )
+    summary = {
+        "accuracy": _values(accuracy(model)),
+        "qwk": _values(qwk(model)),
+        "mean_colour_accuracy": _values(accuracy(colour)),
+        "mean_colour_qwk": _values(qwk(colour)),
+        "chance_accuracy": _values(accuracy(chance)),
+        "qwk_gain_over_mean_colour": _values(gain(colour)),
+        "qwk_gain_over_chance": _values(gain(chance)),
+        "greatest_probability_difference_grade_test": difference,
+        "test_slides": len(true),
+        "test_patients": len(set(patients)),
+        "seconds": {step: int(value) for step, value in seconds.items()},
+    }
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _text(interval: Interval) -> str:
+    return f"{interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+
+
+def _values(interval: Interval) -> dict[str, float]:
+    return {
+        "estimate": round(interval.estimate, 4),
+        "low": round(interval.low, 4),
+        "high": round(interval.high, 4),
+        "level": interval.level,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

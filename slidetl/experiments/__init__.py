@@ -1,0 +1,1 @@
+"""Runners that bring the parts together to answer a question."""

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import csv
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from slidetl.cache.ledger import FAILED, USED, Ledger
+from slidetl.cache.store import SlideCache, cache_path, slide_lock
+from slidetl.cli import main
+from tests.conftest import Picture, PyramidTiff
+
+Draw = Callable[..., Picture]
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "slidetl", "tile", *map(str, words)]
+
+
+def write_manifest(path: Path, slides: dict[str, Path], mpp: dict[str, float] | None = None) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["slide_id", "path", "patient_id", "grade", "mpp"])
+        for name, slide in slides.items():
+            writer.writerow([name, slide, f"P-{name}", 1, (mpp or {}).get(name, "")])
+    return path
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def groups(cache: Path) -> dict[str, dict[str, bytes]]:
+    return {path.name: tree(path) for path in sorted(cache.glob("*.zarr"))}
+
+
+def test_a_run_with_one_bad_slide_does_the_others_and_exits_with_1(
+    pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.svs").write_text("not a slide")
+    slides = {
+        "good": pyramid_tiff(tissue_picture(512), name="good"),
+        "bad": tmp_path / "bad.svs",
+        "scaled": pyramid_tiff(tissue_picture(512), mpp=None, name="scaled"),
+    }
+    manifest = write_manifest(tmp_path / "manifest.csv", slides, {"scaled": 0.25})
+    words = ["tile", str(manifest), "--cache", str(tmp_path / "cache"), "--mpp", "1", "--tile-size", "32"]
+    assert main(words) == 1
+    out, err = capfd.readouterr()
+    assert "3 slides: 2 used, 0 excluded, 1 failed; " in out
+    assert "failed: bad: " in err and "not a slide" in err
+    assert err.count("[3/3]") == 1
+    rows = {row.slide_id: row for row in Ledger(tmp_path / "cache" / "ledger.csv").rows()}
+    assert [rows[name].status for name in slides] == [USED, FAILED, USED]
+    # The manifest's spacing makes that slide half as wide.
+    assert rows["good"].tiles == 48 and rows["scaled"].tiles == 12
+    (tmp_path / "bad.svs").unlink()
+    write_manifest(manifest, {"good": slides["good"]})
+    assert main(words) == 0
+
+
+def test_every_option_reaches_the_specification(
+    pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path
+) -> None:
+    pyramid_tiff(tissue_picture(512), mpp=None)
+    options = (
+        "--mpp 1 --tile-size 40 --stride 20 --min-tissue 0.5 --mpp-override 0.495 --mpp-tolerance 0.02 "
+        "--codec zstd --jpeg-quality 80 --workers 1"
+    )
+    assert main(["tile", str(tmp_path), "--cache", str(tmp_path / "cache"), *options.split()]) == 0
+    cache = SlideCache.open(cache_path(tmp_path / "cache", "slide"))
+    assert cache.mpp_level0 == (0.495, 0.495)
+    assert cache.spec.to_dict() == {
+        "mpp": 1.0,
+        "tile_size_px": 40,
+        "stride_px": 20,
+        "min_tissue": 0.5,
+        "mpp_tolerance": 0.02,
+        "codec": "zstd",
+        "jpeg_quality": 80,
+    }
+
+
+def test_mistakes_end_with_one_line_and_2(
+    pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pyramid_tiff(tissue_picture(512))
+    words = ["tile", str(tmp_path), "--cache", str(tmp_path / "cache"), "--mpp"]
+    assert main([*words, "1"]) == 0
+    capfd.readouterr()
+    for more, says in [
+        (["2"], "--overwrite"),
+        (["-1"], "mpp must be a positive number"),
+        (["1", "--workers", "0"], "--workers must be at least 1"),
+    ]:
+        assert main([*words, *more]) == 2
+        err = capfd.readouterr().err
+        assert says in err and err.count("\n") == 1
+    assert main([*words, "2", "--overwrite"]) == 0
+
+
+def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(
+    pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path
+) -> None:
+    slides = {f"S{n}": pyramid_tiff(tissue_picture(768, n), name=f"s{n}") for n in range(2)}
+    manifest = write_manifest(tmp_path / "manifest.csv", slides)
+    options = [
+        "--mpp",
+        0.5,
+        "--tile-size",
+        24,
+        "--workers",
+        2,
+    ]
+    started = time.monotonic()
+    subprocess.run(command(manifest, "--cache", tmp_path / "calm", *options), check=True, capture_output=True)
+    needed = time.monotonic() - started
+    chance = random.Random(0)
+    kills = 0
+    for _ in range(6):
+        process = subprocess.Popen(
+            command(manifest, "--cache", tmp_path / "stormy", *options),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            process.wait(chance.uniform(0.3, 0.8) * needed)
+        except subprocess.TimeoutExpired:
+            kills += 1
+        process.kill()
+        process.wait()
+    assert kills >= 3
+    subprocess.run(
+        command(manifest, "--cache", tmp_path / "stormy", *options), check=True, capture_output=True
+    )
+    assert groups(tmp_path / "stormy") == groups(tmp_path / "calm")
+    assert len(groups(tmp_path / "calm")) == 2
+    assert list((tmp_path / "stormy" / ".building").iterdir()) == []
+    assert {row.status for row in Ledger(tmp_path / "stormy" / "ledger.csv").rows()} == {USED}
+
+
+def test_workers_die_with_a_run_that_is_killed(
+    pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path
+) -> None:
+    pyramid_tiff(tissue_picture(512))
+    cache = tmp_path / "cache"
+    with slide_lock(cache, "slide"):  # keeps the worker waiting
+        run = subprocess.Popen(
+            command(tmp_path, "--cache", cache, "--mpp", 1),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        worker = _wait_for(lambda: _one_that_waits())
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        _wait_for(lambda: not Path(f"/proc/{worker}").exists())
+
+
+def _one_that_waits() -> int:
+    """The process that sleeps until our lock is free, by the kernel's own list; 0 if none does."""
+    lines = Path("/proc/locks").read_text().splitlines()
+    held = {line.split()[0] for line in lines if "->" not in line and f" {os.getpid()} " in line}
+    waiting = [line.split() for line in lines if "->" in line]
+    return next((int(words[5]) for words in waiting if words[0] in held), 0)
+
+
+def _wait_for(condition: Callable[[], int | bool]) -> int:
+    deadline = time.monotonic() + 20
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "waited for too long"
+        time.sleep(0.05)
+    return int(value)
+
+
+def test_help_answers_at_once_with_units_and_defaults() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command("--help"), check=True, capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 0.6
+    text = " ".join(done.stdout.split())
+    for words in (
+        "micrometres per pixel",
+        "(default: 224)",
+        "(default: 0.25)",
+        "(default: jpeg)",
+        "--overwrite",
+    ):
+        assert words in text

