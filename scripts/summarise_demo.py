@@ -61,7 +61,7 @@ def main(folder: Path) -> int:
             level=0.9,
         )
 
-    table = Table(title=f"{len(true)} test slides of {len(set(patients))} patients, none of them seen in training")
+    table = Table(title=f"{len(true)} test slides of {len(set(patients))} patients, none seen in training")
     for heading in ("", "accuracy [95 %]", "QWK [95 %]", "QWK of slidetl minus this [90 %]"):
         table.add_column(heading)
     arms = {

@@ -63,8 +63,8 @@ class TissueMask:
         Returns:
             ``[N] float32``, 0..1. What lies outside the mask counts as no tissue.
         """
-        integral = np.zeros((self.mask.shape[0] + 1, self.mask.shape[1] + 1))
-        integral[1:, 1:] = self.mask.cumsum(0, dtype=np.float64).cumsum(1)
+        integral = np.zeros((self.mask.shape[0] + 1, self.mask.shape[1] + 1), np.int32)
+        integral[1:, 1:] = self.mask.cumsum(0, dtype=np.int32).cumsum(1, dtype=np.int32)
         scale = np.asarray(mpp_level0) / self.mpp
         low = origins_level0 * scale
         high = (origins_level0 + np.asarray(extent_level0)) * scale
@@ -130,7 +130,7 @@ def find_tissue(
 
 
 def _interpolate(
-    integral: NDArray[np.float64], x: NDArray[np.float64], y: NDArray[np.float64]
+    integral: NDArray[np.int32], x: NDArray[np.float64], y: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """The integral image at fractional places: between its nodes it is bilinear, so this is exact."""
     rows, columns = integral.shape
@@ -160,19 +160,21 @@ def _glass_rgb(rgb: NDArray[np.uint8], background_rgb: tuple[int, int, int]) -> 
     return np.asarray(np.median(glass[brightness >= np.percentile(brightness, 90)], axis=0))
 
 
-def _density(rgb: NDArray[np.uint8], glass_rgb: NDArray[np.float64]) -> NDArray[np.float64]:
+def _density(rgb: NDArray[np.uint8], glass_rgb: NDArray[np.float64]) -> NDArray[np.float32]:
     """Optical density against glass, length of the vector over the channels; 0 where brighter than glass."""
-    table = np.log10((glass_rgb + 1) / (np.arange(256.0)[:, None] + 1)).clip(0)
-    return np.asarray(np.sqrt(sum(table[rgb[..., channel], channel] ** 2 for channel in range(3))))
+    table = np.log10((glass_rgb + 1) / (np.arange(256.0)[:, None] + 1)).clip(0) ** 2
+    squares = table.astype(np.float32)
+    return np.asarray(np.sqrt(sum(squares[:, channel][rgb[..., channel]] for channel in range(3))))
 
 
-def _light(rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
+def _light(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Light above the dark ground, as a share of full scale."""
-    brightest = rgb.max(axis=2) / 255.0
-    return np.asarray((brightest - np.percentile(brightest, 5)).clip(0))
+    brightest = rgb.max(axis=2)
+    ground = np.percentile(brightest, 5)
+    return np.asarray((brightest - np.float32(ground)).clip(0) / np.float32(255))
 
 
-def _threshold(signal: NDArray[np.float64], bounds: tuple[float, float]) -> float:
+def _threshold(signal: NDArray[np.float32], bounds: tuple[float, float]) -> float:
     """Otsu's threshold on the logarithm of a signal, within bounds.
 
     On the logarithm, because stained tissue is many times denser than pale tissue, and on a linear scale the

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from numpy.typing import NDArray
+
+# How long an example takes depends on what else the machine does.
+settings.register_profile("slidetl", deadline=None)
+settings.load_profile("slidetl")
 
 Picture = NDArray[np.uint8]
 PyramidTiff = Callable[..., Path]
@@ -84,3 +90,38 @@ def tissue_picture() -> Callable[[int, int], Picture]:
         return picture
 
     return draw
+
+
+@dataclass(frozen=True)
+class Study:
+    """Synthetic slides with their manifest and tile cache, made once by the real commands."""
+
+    manifest: Path
+    cache: Path
+
+
+@pytest.fixture(scope="session")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """Twenty small slides of five grades, tiled at 4 um/px in tiles of 64 px."""
+    from slidetl.cli import main
+
+    folder = tmp_path_factory.mktemp("study")
+    drawn = [
+        "--slides",
+        "20",
+        "--patients",
+        "20",
+        "--sites",
+        "2",
+        "--size",
+        "512",
+        "--mpp",
+        "4",
+        "--seed",
+        "3",
+    ]
+    assert main(["synth", str(folder / "data"), *drawn, "--workers", "1"]) == 0
+    study = Study(folder / "data" / "manifest.csv", folder / "cache")
+    options = ["--cache", str(study.cache), "--mpp", "4", "--tile-size", "64", "--workers", "1"]
+    assert main(["tile", str(study.manifest), *options]) == 0
+    return study

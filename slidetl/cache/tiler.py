@@ -6,6 +6,7 @@ Selection (:func:`plan_tiles`) is apart from reading (:func:`encode_tiles`), and
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import multiprocessing
@@ -15,7 +16,7 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
@@ -279,11 +280,12 @@ def tile_slides(
         if workers
         else (tile_slide(source, cache_dir, spec, overwrite) for source in sources)
     )
-    for row in done:
-        ledger.record([row])
-        rows[row.slide_id] = row
-        if on_done is not None:
-            on_done(row)
+    with contextlib.closing(done):  # whatever is raised in here ends the workers
+        for row in done:
+            ledger.record([row])
+            rows[row.slide_id] = row
+            if on_done is not None:
+                on_done(row)
     return [rows[source.slide_id] for source in sources]
 
 
@@ -345,7 +347,12 @@ def _kept_header(info: SlideInfo, path: Path, spec: TileSpec, overwrite: bool) -
                 "replace it with --overwrite, or tile into another folder"
             )
     except CacheMissingError:
-        return None
+        if not path.exists() or overwrite:
+            return None
+        # A cache gets its name when it is whole, so this is not ours, or was tampered with.
+        raise CacheMismatchError(
+            f"{path}: in the way, and not a finished tile cache; move it, or replace it with --overwrite"
+        ) from None
     except CacheMismatchError:
         if overwrite:
             return None
@@ -445,7 +452,7 @@ class _Worker:
 
 def _in_processes(
     sources: Sequence[SlideSource], cache_dir: Path, spec: TileSpec, overwrite: bool, count: int
-) -> Iterator[LedgerRow]:
+) -> Generator[LedgerRow, None, None]:
     """Rows as slides are done. Spawned, not forked: OpenSlide and zarr hold threads and locks."""
     context = multiprocessing.get_context("spawn")
     waiting = list(reversed(sources))
@@ -458,9 +465,15 @@ def _in_processes(
         )
         process.start()
         theirs.close()  # else its death would not show as the end of the pipe
-        source = waiting.pop()
-        workers[ours] = _Worker(process, ours, source, time.monotonic())
-        ours.send(source)
+        worker = _Worker(process, ours, waiting[-1], time.monotonic())
+        workers[ours] = worker
+        give(worker)
+
+    def give(worker: _Worker) -> None:
+        worker.source, worker.started = waiting.pop(), time.monotonic()
+        # If it has just died, the end of its pipe tells so below, and the slide is known.
+        with contextlib.suppress(BrokenPipeError):
+            worker.connection.send(worker.source)
 
     try:
         for _ in range(count):
@@ -482,8 +495,7 @@ def _in_processes(
                         start()
                     continue
                 if waiting:
-                    worker.source, worker.started = waiting.pop(), time.monotonic()
-                    ready.send(worker.source)
+                    give(worker)
                 else:
                     del workers[ready]
                     ready.close()  # the worker sees the end and returns

@@ -12,7 +12,9 @@ SUMMARY = "draw synthetic lung slides of known grade, with their manifest"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of ``slidetl synth``."""
-    parser.add_argument("out", type=Path, help="folder to write slides/, truth/ and manifest.csv into")
+    parser.add_argument(
+        "out", metavar="OUT", type=Path, help="folder to write slides/, truth/ and manifest.csv into"
+    )
     parser.add_argument("--slides", type=int, default=60, help="number of slides")
     parser.add_argument(
         "--patients", type=int, default=48, help="number of patients, at most as many as slides"

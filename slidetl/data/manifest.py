@@ -92,7 +92,8 @@ def read_manifest(path: Path, n_grades: int | None = None) -> Manifest:
 
 def safe_slide_id(name: str) -> str:
     """Turns a name into one that is safe as a single folder name on any file system; may be empty."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", name.strip()).lstrip(".-")[:150]
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name.strip()).lstrip(".-")[:150]
+    return safe if re.search("[A-Za-z0-9]", safe) else ""
 
 
 def _read_csv(path: Path, n_grades: int | None) -> Manifest:

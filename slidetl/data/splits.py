@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -49,14 +50,16 @@ def _fold(rows: list[ManifestRow], fraction: float, seed: int, part: str) -> lis
         return []
     from sklearn.model_selection import StratifiedGroupKFold
 
-    n_folds = max(2, round(1 / fraction))
     grades = np.array([row.grade for row in rows])
     patients = np.array([row.patient_id for row in rows])
     n_patients = len(set(patients))
-    if n_patients < n_folds:
+    # In a small study no grade may have a slide for each fold; then the part is larger than asked for.
+    commonest = max(Counter(grades.tolist()).values(), default=0)
+    n_folds = max(2, min(round(1 / fraction), commonest))
+    if min(n_patients, commonest) < n_folds:
         raise UsageError(
-            f"a {part} part of {fraction:.0%} needs at least {n_folds} patients, found {n_patients}; "
-            "add slides, choose larger fractions, or give the manifest a 'split' column"
+            f"{len(rows)} slides of {n_patients} patients are too few for a {part} part of {fraction:.0%}; "
+            "add slides, or give the manifest a 'split' column"
         )
     folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():

@@ -106,7 +106,7 @@ class OpenSlideSlide:
             first = [math.floor(e[0]) - m for e, m in zip(edges, margin, strict=True)]
             size = [math.ceil(e[-1]) + m - f for e, m, f in zip(edges, margin, first, strict=True)]
             source, corner = self._read_level(level, (first[0], first[1]), (size[0], size[1]))
-            # A level that is read as it is stays untouched, so there the fraction is left alone.
+            # A level that is read as it is is not resampled again for the sake of that fraction.
             corner = [f if same else c for f, c, same in zip(first, corner, as_it_is, strict=True)]
             image[y0:y1, x0:x1] = average_areas(source, edges[0] - corner[0], edges[1] - corner[1])
         return image
@@ -180,7 +180,7 @@ class OpenSlideSlide:
                 f"{self._path}: {size_px[0]} x {size_px[1]} pixels at level-0 {location_level0} "
                 f"cannot be read; OpenSlide says: {error}"
             ) from error
-        # The common case by Pillow's own code: to pick three of four channels costs NumPy as much as to decode.
+        # The common case by Pillow's own code: in NumPy, to pick three of four channels costs milliseconds.
         if image.getchannel("A").getextrema() == (255, 255):
             return np.asarray(image.convert("RGB"))
         return composite(np.asarray(image), self._info.background_rgb)

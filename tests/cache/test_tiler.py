@@ -213,6 +213,16 @@ def test_the_cache_of_another_slide_is_not_served(
     assert SlideCache.open(cache_path(tmp_path, "S1")).size_level0 == (512, 512)
 
 
+def test_a_folder_of_someone_else_is_not_replaced(source: SlideSource, tmp_path: Path) -> None:
+    theirs = cache_path(tmp_path, "S1") / "precious.txt"
+    theirs.parent.mkdir()
+    theirs.write_text("data")
+    row = tile_slide(source, tmp_path, SPEC)
+    assert row.status == FAILED and "in the way" in row.reason
+    assert theirs.read_text() == "data"
+    assert tile_slide(source, tmp_path, SPEC, overwrite=True).status == USED
+
+
 def test_processes_give_the_same_bytes_and_the_ledger_all_rows(
     source: SlideSource, pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path
 ) -> None:

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import pytest
+
+from slidetl.cli import synth
+from slidetl.errors import UsageError
+
+
+def parsed(out: Path, options: str = "") -> argparse.Namespace:
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    synth.add_arguments(parser)
+    return parser.parse_args([str(out), *options.split()])
+
+
+def test_writes_a_cohort_and_prints_the_colour_baseline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = parsed(tmp_path / "new", "--slides 40 --patients 36 --size 512 --mpp 8 --seed 1000 --workers 1")
+    assert synth.run(options) == 0
+    output, progress = capsys.readouterr()
+    found = re.search(r"stained area alone: (\d+)% accuracy", output)
+    assert found is not None
+    assert int(found[1]) <= 40
+    assert "drawn 40 of 40 slides" in progress
+    assert len(list((tmp_path / "new" / "slides").glob("*.tiff"))) == 40
+    with pytest.raises(UsageError, match="is not empty"):
+        synth.run(options)
+
+
+def test_few_slides_are_not_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = parsed(tmp_path, "--slides 2 --patients 2 --sites 1 --size 512 --mpp 8 --workers 1")
+    assert synth.run(options) == 0
+    assert "alone" not in capsys.readouterr().out
+
+
+def test_defaults_are_those_of_the_cohort() -> None:
+    options = parsed(Path("somewhere"))
+    assert (options.slides, options.patients, options.sites) == (60, 48, 3)
+    assert (options.size, options.mpp, options.stain, options.seed) == (4096, 0.5, "he", 0)

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from slidetl.data.datamodule import SlideDataModule
+from slidetl.errors import CacheMismatchError, CacheMissingError, UsageError
+from slidetl.grid import TileSpec
+from tests.conftest import Study
+
+
+def rewrite(study: Study, path: Path, **columns: list[str]) -> Path:
+    """The study's manifest with columns replaced or added, and absolute paths."""
+    with study.manifest.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row["path"] = str(study.manifest.parent / row["path"])
+    for name, values in columns.items():
+        for row, value in zip(rows, values, strict=True):
+            row[name] = value
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_parts_are_disjoint_by_patient_and_cover_the_study(study: Study) -> None:
+    data = SlideDataModule(str(study.manifest), str(study.cache), num_workers=0)
+    data.setup("fit")
+    assert data.tile_spec == TileSpec(mpp=4, tile_size_px=64)
+    patients = {
+        part: {slide.row.patient_id for slide in data.slides[part]} for part in ("train", "val", "test")
+    }
+    assert all(patients.values())
+    assert not patients["train"] & patients["val"] | patients["train"] & patients["test"]
+    assert (
+        sum(len(data.slides[part]) for part in ("train", "val", "test")) == 20 == len(data.slides["predict"])
+    )
+    batch = next(iter(data.train_dataloader()))
+    assert batch["tiles"].shape == (4, 48, 3, 64, 64) and batch["mask"].shape == (4, 48)
+
+
+def test_workers_read_the_same_bags_as_the_process_itself(study: Study) -> None:
+    batches = []
+    for workers in (0, 2):
+        data = SlideDataModule(str(study.manifest), str(study.cache), num_workers=workers, bag_size=4)
+        data.setup("fit")
+        batches.append([batch["tiles"] for batch in data.train_dataloader()])
+    assert len(batches[0]) == len(batches[1])
+    assert all(bool((here == there).all()) for here, there in zip(*batches, strict=True))
+
+
+def test_split_column_decides(study: Study, tmp_path: Path) -> None:
+    split = ["train"] * 10 + ["val"] * 4 + ["test"] * 6
+    data = SlideDataModule(str(rewrite(study, tmp_path / "m.csv", split=split)), str(study.cache))
+    data.setup("fit")
+    assert [len(data.slides[part]) for part in ("train", "val", "test")] == [10, 4, 6]
+
+
+def test_slides_lost_in_tiling_are_said_and_move_no_other_patient(study: Study, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    names = sorted(path.name for path in study.cache.glob("*.zarr"))
+    for name in names[1:]:
+        (cache / name).symlink_to(study.cache / name)
+    whole = SlideDataModule(str(study.manifest), str(study.cache))
+    whole.setup("fit")
+    some = SlideDataModule(str(study.manifest), str(cache))
+    with pytest.warns(UserWarning, match=f"1 of 20 slides are not in the cache.*{names[0][:-5]}"):
+        some.setup("fit")
+    for part in ("train", "val", "test"):
+        kept = {slide.row.slide_id for slide in whole.slides[part]} - {names[0].removesuffix(".zarr")}
+        assert {slide.row.slide_id for slide in some.slides[part]} == kept
+
+
+def test_slides_without_a_grade_are_left_out_but_predicted(study: Study, tmp_path: Path) -> None:
+    grades = ["", ""] + [str(number % 5) for number in range(18)]
+    data = SlideDataModule(str(rewrite(study, tmp_path / "m.csv", grade=grades)), str(study.cache))
+    with pytest.warns(UserWarning, match="2 of 20 slides have no grade"):
+        data.setup("fit")
+    assert sum(len(data.slides[part]) for part in ("train", "val", "test")) == 18
+    assert len(data.slides["predict"]) == 20
+
+
+def test_missing_training_grade_is_a_warning(study: Study, tmp_path: Path) -> None:
+    split, grades = ["train"] * 16 + ["val"] * 2 + ["test"] * 2, ["0", "1"] * 10
+    data = SlideDataModule(
+        str(rewrite(study, tmp_path / "m.csv", split=split, grade=grades)), str(study.cache)
+    )
+    with pytest.warns(UserWarning, match="no training slide has grade 2, 3, 4"):
+        data.setup("fit")
+
+
+def test_errors_name_the_remedy(study: Study, tmp_path: Path) -> None:
+    with pytest.raises(CacheMissingError, match="run 'slidetl tile' first"):
+        SlideDataModule(str(study.manifest), str(tmp_path)).setup("fit")
+    with pytest.raises(UsageError, match="data.bag_size must be at least 1, not 0"):
+        SlideDataModule("m", "c", bag_size=0)
+    with pytest.raises(UsageError, match="two different names"):
+        SlideDataModule("m", "c", grades=["a", "a"])
+    empty_part = rewrite(study, tmp_path / "m.csv", split=["train"] * 20)
+    with pytest.raises(UsageError, match="the val part has no slide"):
+        SlideDataModule(str(empty_part), str(study.cache)).setup("fit")
+
+
+def test_slides_tiled_differently_are_refused(study: Study, tmp_path: Path) -> None:
+    from slidetl.cli import main
+
+    names = sorted(path.name for path in study.cache.glob("*.zarr"))
+    for name in names[1:]:
+        (tmp_path / name).symlink_to(study.cache / name)
+    lone = tmp_path / "slides"
+    lone.mkdir()
+    slide = study.manifest.parent / "slides" / names[0].replace(".zarr", ".tiff")
+    (lone / slide.name).symlink_to(slide)
+    assert main(["tile", str(lone), "--cache", str(tmp_path), "--mpp", "8", "--tile-size", "32"]) == 0
+    with pytest.raises(CacheMismatchError, match=r"tiled in 2 different ways \(mpp \[4.0, 8.0\]"):
+        SlideDataModule(str(study.manifest), str(tmp_path)).setup("fit")

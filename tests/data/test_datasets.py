@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from slidetl.cache.store import SlideCache
+from slidetl.data.augment import Augmentation
+from slidetl.data.datasets import BagDataset, CachedSlide, ChunkDataset, EpochSampler
+from slidetl.data.manifest import read_manifest
+from tests.conftest import Study
+
+
+def slides(study: Study, n: int = 3) -> list[CachedSlide]:
+    rows = read_manifest(study.manifest).rows[:n]
+    return [CachedSlide(row, SlideCache.open(study.cache / f"{row.slide_id}.zarr")) for row in rows]
+
+
+def test_bags_depend_on_seed_and_epoch_alone(study: Study) -> None:
+    dataset = BagDataset(slides(study), 8, Augmentation(), seed=1)
+    bag = dataset[(0, 2)]
+    assert bag["tiles"].shape == (8, 3, 64, 64) and bag["tiles"].dtype == torch.uint8
+    assert bag["mask"].all() and bag["grade"] == dataset.slides[2].row.grade
+    again = BagDataset(slides(study), 8, Augmentation(), seed=1)[(0, 2)]
+    assert torch.equal(bag["tiles"], again["tiles"])
+    assert not torch.equal(bag["tiles"], dataset[(1, 2)]["tiles"])
+    assert not torch.equal(
+        bag["tiles"], BagDataset(slides(study), 8, Augmentation(), seed=2)[(0, 2)]["tiles"]
+    )
+
+
+def test_bag_draws_without_replacement_and_pads(study: Study) -> None:
+    (slide,) = slides(study, 1)
+    n = len(slide.cache)
+    bag = BagDataset([slide], n + 5, None, seed=0)[(0, 0)]
+    assert bag["mask"].tolist() == [True] * n + [False] * 5
+    every = slide.cache.read(np.arange(n))
+    np.testing.assert_array_equal(bag["tiles"][:n].permute(0, 2, 3, 1).numpy(), every)
+    assert not bag["tiles"][n:].any()
+
+
+def test_chunks_cover_each_slide_once_in_order(study: Study) -> None:
+    chosen = slides(study)
+    dataset = ChunkDataset(chosen, 7)
+    seen: dict[str, list[torch.Tensor]] = {}
+    ended: list[str] = []
+    for index in range(len(dataset)):
+        chunk = dataset[index]
+        assert chunk["slide_id"] not in ended
+        seen.setdefault(chunk["slide_id"], []).append(chunk["tiles"])
+        if chunk["last"]:
+            ended.append(chunk["slide_id"])
+    assert ended == [slide.row.slide_id for slide in chosen]
+    for slide in chosen:
+        tiles = torch.cat(seen[slide.row.slide_id]).permute(0, 2, 3, 1).numpy()
+        np.testing.assert_array_equal(tiles, slide.cache.read(np.arange(len(slide.cache))))
+
+
+def test_sampler_shuffles_each_epoch_and_shares_among_ranks() -> None:
+    sampler = EpochSampler(10, seed=0)
+    first = list(sampler)
+    assert sorted(first) == [(0, number) for number in range(10)]
+    sampler.set_epoch(1)
+    assert [number for _, number in sampler] != [number for _, number in first]
+    ranks = [list(EpochSampler(10, 0, rank, 3)) for rank in range(3)]
+    assert [len(rank) for rank in ranks] == [3, 3, 3] == [len(EpochSampler(10, 0, 0, 3))] * 3
+    assert len({number for rank in ranks for _, number in rank}) == 9

@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slidetl.data.manifest import read_manifest, safe_slide_id
+from slidetl.errors import ManifestError
+
+
+def write(folder: Path, text: str, slides: str = "a.svs b.svs c.svs d.svs") -> Path:
+    for name in slides.split():
+        (folder / name).touch()
+    path = folder / "manifest.csv"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_reads_every_column(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "\ufeffslide_id,path,patient_id,grade,site,scanner,stain,block,mpp,split,grade_reader2,grade_reader1\n"
+        "S 1,a.svs,P1,4,lab,x,he,B2,0.5,train,3,4\n"
+        f"S2,{tmp_path}/b.svs,P2,,,,,,,test,,\n",
+    )
+    first, second = read_manifest(path, 5).rows
+    assert (first.slide_id, first.path, first.patient_id, first.grade) == ("S_1", tmp_path / "a.svs", "P1", 4)
+    assert (first.site, first.scanner, first.stain, first.block) == ("lab", "x", "he", "B2")
+    assert (first.mpp, first.split, first.reader_grades) == (0.5, "train", (4, 3))
+    assert (second.path, second.grade, second.mpp) == (tmp_path / "b.svs", None, None)
+    assert second.reader_grades == (None, None)
+
+
+def test_reports_all_faults_together_with_their_lines(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "slide_id,path,patient_id,grade,mpp,split\n"
+        "one,a.svs,P1,0,,train\n"
+        "ONE,b.svs,P2,5,,val\n"
+        "two,missing.svs,P1,1,-1,test\n"
+        "three,a.svs,,x,,\n"
+        "four,c.svs,P4\n",
+    )
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(path, 5)
+    message = str(caught.value)
+    for part in (
+        "line 3: slide_id 'ONE' is already on line 2",
+        "line 3: grade must be a whole number from 0 to 4 (empty: not graded), found '5'",
+        "line 4: no file 'missing.svs'",
+        "line 4: mpp must be a positive number of micrometres per pixel, found '-1'",
+        "line 4: patient 'P1' is in split 'test' here and in 'train' on line 2",
+        "line 5: the same file as on line 2",
+        "line 5: patient_id is empty",
+        "line 5: grade must be",
+        "line 5: split is empty, though other lines have one",
+        "line 6: expected 6 cells as in the header, found 3",
+    ):
+        assert part in message
+    lines = [int(line.split()[1].rstrip(":")) for line in message.splitlines()[1:]]
+    assert lines == sorted(lines)
+
+
+def test_grade_range_follows_the_scale(tmp_path: Path) -> None:
+    path = write(tmp_path, "slide_id,path,patient_id,grade\na,a.svs,P,8\n")
+    assert read_manifest(path, 9).rows[0].grade == 8
+    assert read_manifest(path).rows[0].grade == 8
+    with pytest.raises(ManifestError, match="from 0 to 6"):
+        read_manifest(path, 7)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "is empty"),
+        ("\n\n", "is empty"),
+        ("slide_id,path,patient_id,grade\n", "no slides"),
+        ("slide_id,path,grade\na,a.svs,1\n", "missing column patient_id"),
+        ("slide_id;path;patient_id;grade\na;a.svs;P;1\n", "separate the columns by commas"),
+        ("slide_id,path,patient_id,grade,grade\na,a.svs,P,1,1\n", "more than once"),
+        ("slide_id,path,patient_id,grade\n../,a.svs,P,1\n", "slide_id must have letters or digits"),
+        ('slide_id,path,patient_id,grade\n"a,a.svs,P,1\n', "expected a CSV"),
+    ],
+)
+def test_unusable_files_say_why(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ManifestError, match=said):
+        read_manifest(write(tmp_path, text))
+
+
+def test_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "m.csv"
+    path.write_bytes(b"slide_id,path,patient_id,grade\n\xff\xfe,a,b,1\n")
+    with pytest.raises(ManifestError, match="UTF-8"):
+        read_manifest(path)
+
+
+def test_unknown_column_is_a_warning(tmp_path: Path) -> None:
+    path = write(tmp_path, "slide_id,path,patient_id,grade,colour\na,a.svs,P,1,red\n")
+    with pytest.warns(UserWarning, match="unknown column colour is ignored"):
+        assert len(read_manifest(path)) == 1
+
+
+def test_neither_file_nor_folder(tmp_path: Path) -> None:
+    with pytest.raises(ManifestError, match="found neither"):
+        read_manifest(tmp_path / "nothing.csv")
+
+
+@given(st.text(max_size=300))
+def test_identifiers_are_single_safe_names(name: str) -> None:
+    safe = safe_slide_id(name)
+    assert safe == safe_slide_id(safe)
+    assert "/" not in safe and not safe.startswith((".", "-")) and len(safe) <= 150
+    assert safe.isascii() and safe.isprintable()
+
+
+def test_folder_lists_slides_and_makes_clashing_names_unique(tmp_path: Path) -> None:
+    for name in ("x/one.svs", "y/one.svs", "y/two.v2.ndpi", "two.svs", "notes.txt", ".hidden.svs", "two.tif"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    rows = read_manifest(tmp_path).rows
+    assert {row.slide_id: str(row.path.relative_to(tmp_path)) for row in rows} == {
+        "x_one": "x/one.svs",
+        "y_one": "y/one.svs",
+        "two.v2": "y/two.v2.ndpi",
+        "two.svs": "two.svs",
+        "two.tif": "two.tif",
+    }
+    assert all(row.grade is None and row.patient_id == row.slide_id for row in rows)
+
+
+def test_folder_without_slides(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ManifestError, match="no slides in this folder"):
+        read_manifest(tmp_path)
+
+
+def test_instances_of_a_dicom_slide_count_once(test_data: Path) -> None:
+    names = [row.path.name for row in read_manifest(test_data / "slides").rows]
+    assert "openslide-python-boxes_0.dcm" in names
+    assert "openslide-python-boxes_1.dcm" not in names
+    assert "gcp-camelyon-jpeg.dcm" in names

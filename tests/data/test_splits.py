@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slidetl.data.manifest import ManifestRow
+from slidetl.data.splits import split_patients
+from slidetl.errors import UsageError
+
+
+def cohort(n_patients: int, seed: int) -> list[ManifestRow]:
+    """Patients with one to three slides of neighbouring grades."""
+    rng = np.random.default_rng(seed)
+    return [
+        ManifestRow(0, f"s{patient}-{slide}", Path("x"), f"p{patient}", int((patient + slide) % 5))
+        for patient in range(n_patients)
+        for slide in range(rng.integers(1, 4))
+    ]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(20, 60), st.integers(0, 1000), st.sampled_from([0.15, 0.2, 0.25, 0.34]))
+def test_patients_are_on_one_side_and_grades_on_every(n_patients: int, seed: int, fraction: float) -> None:
+    rows = cohort(n_patients, seed)
+    split = split_patients(rows, val_fraction=0.2, test_fraction=fraction, seed=seed)
+    assert split.keys() == {row.slide_id for row in rows}
+    sides: dict[str, set[str]] = {}
+    for row in rows:
+        sides.setdefault(row.patient_id, set()).add(split[row.slide_id])
+    assert all(len(side) == 1 for side in sides.values())
+    shares = {part: count / len(rows) for part, count in Counter(split.values()).items()}
+    assert abs(shares["test"] - fraction) < 0.12
+    assert shares["val"] > 0
+    for part in ("train", "test"):
+        assert {row.grade for row in rows if split[row.slide_id] == part} == set(range(5))
+
+
+def test_depends_on_the_seed_and_not_on_the_order() -> None:
+    rows = cohort(40, 0)
+    first = split_patients(rows, val_fraction=0.2, test_fraction=0.25, seed=1)
+    assert first == split_patients(rows[::-1], val_fraction=0.2, test_fraction=0.25, seed=1)
+    assert first != split_patients(rows, val_fraction=0.2, test_fraction=0.25, seed=2)
+
+
+def test_no_fraction_no_part() -> None:
+    split = split_patients(cohort(20, 0), val_fraction=0.2, test_fraction=0, seed=0)
+    assert set(split.values()) == {"train", "val"}
+
+
+def test_too_few_patients_and_bad_fractions() -> None:
+    with pytest.raises(UsageError, match="slides of 3 patients are too few for a test part of 25%"):
+        split_patients(cohort(3, 0), val_fraction=0.2, test_fraction=0.25, seed=0)
+    with pytest.raises(UsageError, match="val_fraction must be from 0 to 0.5, not 0.6"):
+        split_patients(cohort(30, 0), val_fraction=0.6, test_fraction=0.25, seed=0)
