@@ -127,7 +127,7 @@ def draw_map(result: SlideGrade, path: Path) -> None:
     )
     panel_width = 5.0
     figure = Figure(
-        figsize=(3 * panel_width, panel_width * min(2.0, max(0.5, height / width)) + 0.9),
+        figsize=(3 * panel_width, 0.9 * panel_width * min(2.0, max(0.5, height / width)) + 0.9),
         layout="constrained",
     )
     axes = figure.subplots(1, 3)

@@ -99,6 +99,19 @@ class Study:
     manifest: Path
     cache: Path
 
+    def options(self, root: Path) -> list[str]:
+        """Options of the training commands: this study, everything written below ``root``."""
+        return [
+            f"--data.manifest={self.manifest}",
+            f"--data.cache={self.cache}",
+            "--data.bag_size=8",
+            "--data.num_workers=0",
+            f"--trainer.default_root_dir={root}",
+            "--trainer.accelerator=cpu",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.enable_model_summary=false",
+        ]
+
 
 @pytest.fixture(scope="session")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
@@ -125,3 +138,14 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     options = ["--cache", str(study.cache), "--mpp", "4", "--tile-size", "64", "--workers", "1"]
     assert main(["tile", str(study.manifest), *options]) == 0
     return study
+
+
+@pytest.fixture(scope="session")
+def trained(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short ``slidetl fit`` and ``slidetl test`` on the study."""
+    from slidetl.cli import main
+
+    root = tmp_path_factory.mktemp("trained")
+    assert main(["fit", *study.options(root), "--trainer.max_epochs=2"]) == 0
+    assert main(["test", *study.options(root)]) == 0
+    return root

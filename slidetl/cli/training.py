@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -40,7 +41,7 @@ def run(command: str, args: list[str]) -> int:
             trainer_defaults={
                 "max_epochs": 30,
                 "precision": "bf16-mixed" if torch.cuda.is_available() else "32-true",
-                "deterministic": True,
+                "deterministic": "warn",  # a GPU lacks some operations in a deterministic form
                 "use_distributed_sampler": False,  # the data module shares out whole slides
                 "num_sanity_val_steps": 0,  # a slide is several steps; half a slide cannot be graded
                 "log_every_n_steps": 1,
@@ -96,6 +97,8 @@ class GradingCLI(LightningCLI):
         if options.get("ckpt_path") is not None:
             read_checkpoint(Path(options["ckpt_path"]), options.get("allow") or ())
         options["weights_only"] = True
+        if self.config.subcommand == "test":
+            options["verbose"] = False  # the module prints the figures, with the confusion matrix
         super()._parse_ckpt_path()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -135,6 +138,10 @@ def _quieten() -> None:
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(
         lambda record: "Tip" not in record.getMessage()
     )
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they are about LightningCLI's code
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*Experiment logs directory.*exists and is not empty.*")
+    warnings.filterwarnings("ignore", "predict returned None")
+    warnings.filterwarnings("ignore", ".*The dirpath has changed.*")
+    warnings.filterwarnings("ignore", ".*LeafSpec.*is deprecated.*")
     warnings.filterwarnings("ignore", ".*number of training batches.*is smaller than the logging interval.*")

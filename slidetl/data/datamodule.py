@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from slidetl.cache.store import SlideCache
 from slidetl.data.augment import Augmentation
 from slidetl.data.datasets import Bag, BagDataset, CachedSlide, Chunk, ChunkDataset, EpochSampler
-from slidetl.data.manifest import ManifestRow, read_manifest
+from slidetl.data.manifest import ManifestRow, check_scale, read_manifest
 from slidetl.data.splits import split_patients
 from slidetl.errors import CacheMismatchError, CacheMissingError, UsageError
 from slidetl.grid import TileSpec
@@ -53,8 +53,7 @@ class SlideDataModule(pl.LightningDataModule):
         augmentation: Augmentation | None = Augmentation(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
-        if len(grades) < 2 or len(set(grades)) < len(grades):
-            raise UsageError(f"data.grades must be at least two different names, lowest first, not {grades}")
+        check_scale(grades)
         for name, value, least in (
             ("bag_size", bag_size, 1),
             ("batch_size", batch_size, 1),

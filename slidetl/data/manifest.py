@@ -8,11 +8,11 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from slidetl.errors import ManifestError
+from slidetl.errors import ManifestError, UsageError
 
 SPLITS = ("train", "val", "test")
 REQUIRED = ("slide_id", "path", "patient_id", "grade")
@@ -88,6 +88,18 @@ def read_manifest(path: Path, n_grades: int | None = None) -> Manifest:
             f"{path}: expected a CSV manifest or a folder of slides, found neither; check the path"
         )
     return _read_csv(path, n_grades)
+
+
+def check_scale(grades: Sequence[str]) -> None:
+    """Checks a scale's names, lowest first.
+
+    Raises:
+        UsageError: fewer than two, or the same name twice.
+    """
+    if len(grades) < 2 or len(set(grades)) < len(grades):
+        raise UsageError(
+            f"data.grades must be at least two different names, lowest first, not {list(grades)}"
+        )
 
 
 def safe_slide_id(name: str) -> str:

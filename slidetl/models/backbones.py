@@ -75,7 +75,8 @@ class Backbone(nn.Module):
         Returns:
             ``[N, D] float32`` (lower precision under autocast).
         """
-        x = tiles.to(self.mean.dtype).div(255.0).sub(self.mean).div(self.std)
+        scale = 1.0 / (255.0 * self.std)
+        x = torch.addcmul(-self.mean / self.std, tiles.to(self.mean.dtype), scale)  # one pass, not three
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         embeddings: Tensor = self.net(x)

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+_GAP = 3.0  # between neighbouring thresholds at the start, in units of the logistic's scale
+
 
 class CumulativeLink(nn.Module):
     """Proportional odds: one score per slide, and ordered thresholds that cut it into K grades.
@@ -22,11 +24,10 @@ class CumulativeLink(nn.Module):
         super().__init__()
         self.n_grades = n_grades
         self.score = nn.Linear(in_features, 1, bias=False)  # the first threshold is the bias
-        # Equal shares of a standard logistic, so that no grade is favoured at the start.
-        shares = torch.arange(1, n_grades) / n_grades
-        thresholds = torch.logit(shares)
-        self.first = nn.Parameter(thresholds[:1].clone())  # [1]
-        self.gaps = nn.Parameter(torch.log(torch.expm1(thresholds.diff())))  # [K-2]
+        # Wide enough apart that each grade is somewhere the most probable one. From closer thresholds the
+        # middle grades are never predicted until training has moved the thresholds, which is slow.
+        self.first = nn.Parameter(torch.tensor([-_GAP * (n_grades - 2) / 2]))  # [1]
+        self.gaps = nn.Parameter(torch.full((n_grades - 2,), _GAP).expm1().log())  # [K-2]
 
     def forward(self, embedding: Tensor) -> Tensor:
         """``[B, D']`` -> logits ``[B, K-1]`` of ``grade > k``, decreasing along the last axis."""

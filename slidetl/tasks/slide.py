@@ -16,6 +16,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from slidetl.data.datasets import Bag, Chunk
+from slidetl.data.manifest import check_scale
 from slidetl.errors import UsageError
 from slidetl.evaluation.metrics import GradeMetrics, grade_metrics
 from slidetl.grid import TileSpec
@@ -25,6 +26,7 @@ from slidetl.models.heads import CumulativeLink
 from slidetl.models.network import GradingNetwork
 from slidetl.models.transfer import TransferStrategy, WarmRestart
 from slidetl.tasks.predictions import SlidePrediction, write_predictions
+from slidetl.tasks.schedules import one_cycle
 
 # The form in which jsonargparse takes an instance as the default of a protocol.
 _WARM_RESTART = lazy_instance(WarmRestart)
@@ -64,6 +66,7 @@ class SlideGrader(pl.LightningModule):
                 f"expected model.lr > 0, model.weight_decay >= 0 and model.warmup_fraction between 0 and 1, "
                 f"not {lr}, {weight_decay}, {warmup_fraction}"
             )
+        check_scale(grades)
         self.grades = tuple(grades)
         self.transfer = transfer
         self.lr, self.weight_decay, self.warmup_fraction = lr, weight_decay, warmup_fraction
@@ -95,11 +98,9 @@ class SlideGrader(pl.LightningModule):
         """AdamW with the strategy's parameter groups, under one cycle stepped per batch."""
         groups = self.transfer.parameter_groups(self.network, self.lr, self.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.lr)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer,
-            max_lr=[group["lr"] for group in groups],
-            total_steps=max(2, int(self.trainer.estimated_stepping_batches)),
-            pct_start=self.warmup_fraction,
+        total_steps = self.trainer.estimated_stepping_batches
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: one_cycle(step / total_steps, self.warmup_fraction)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

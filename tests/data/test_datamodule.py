@@ -97,7 +97,7 @@ def test_missing_training_grade_is_a_warning(study: Study, tmp_path: Path) -> No
 def test_errors_name_the_remedy(study: Study, tmp_path: Path) -> None:
     with pytest.raises(CacheMissingError, match="run 'slidetl tile' first"):
         SlideDataModule(str(study.manifest), str(tmp_path)).setup("fit")
-    with pytest.raises(UsageError, match="data.bag_size must be at least 1, not 0"):
+    with pytest.raises(UsageError, match=r"data\.bag_size must be at least 1, not 0"):
         SlideDataModule("m", "c", bag_size=0)
     with pytest.raises(UsageError, match="two different names"):
         SlideDataModule("m", "c", grades=["a", "a"])

@@ -55,5 +55,5 @@ def test_no_fraction_no_part() -> None:
 def test_too_few_patients_and_bad_fractions() -> None:
     with pytest.raises(UsageError, match="slides of 3 patients are too few for a test part of 25%"):
         split_patients(cohort(3, 0), val_fraction=0.2, test_fraction=0.25, seed=0)
-    with pytest.raises(UsageError, match="val_fraction must be from 0 to 0.5, not 0.6"):
+    with pytest.raises(UsageError, match=r"val_fraction must be from 0 to 0\.5, not 0\.6"):
         split_patients(cohort(30, 0), val_fraction=0.6, test_fraction=0.25, seed=0)

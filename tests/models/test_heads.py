@@ -24,10 +24,14 @@ def test_probabilities_follow_the_closed_form(n_grades: int) -> None:
     np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-6)
 
 
-def test_starts_without_a_favourite() -> None:
-    head = CumulativeLink(3, 5)
-    probabilities = head.probabilities(head(torch.zeros(1, 3)))
-    torch.testing.assert_close(probabilities, torch.full((1, 5), 0.2))
+@pytest.mark.parametrize("n_grades", [2, 5, 9])
+def test_starts_with_every_grade_within_reach(n_grades: int) -> None:
+    head = CumulativeLink(1, n_grades)
+    with torch.no_grad():
+        head.score.weight.fill_(1.0)
+        probabilities = head.probabilities(head(torch.linspace(-20, 20, 400)[:, None]))
+    assert set(probabilities.argmax(1).tolist()) == set(range(n_grades))
+    torch.testing.assert_close(probabilities, probabilities.flip(0, 1), atol=1e-5, rtol=0)
 
 
 def test_loss_is_the_mean_negative_log_likelihood() -> None:

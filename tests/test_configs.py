@@ -1,0 +1,25 @@
+"""Every configuration that ships goes through the real commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from slidetl.cli import main
+from slidetl.tasks.predictions import read_predictions
+from tests.conftest import Study
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+
+
+def test_there_are_some() -> None:
+    assert {path.name for path in CONFIGS} >= {"fibrosis.yaml", "demo.yaml"}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_fit_and_test(config: Path, study: Study, tmp_path: Path) -> None:
+    options = ["--config", str(config), *study.options(tmp_path)]
+    assert main(["fit", *options, "--trainer.max_epochs=1"]) == 0
+    assert main(["test", *options]) == 0
+    assert len(read_predictions(tmp_path / "test" / "predictions.csv")) >= 4
