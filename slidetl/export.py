@@ -55,7 +55,7 @@ class ExportedNetwork(nn.Module):
         """Embeddings of one slide ``[N, D]`` -> probabilities ``[K]``, expected grade, attention ``[N]``."""
         mask = torch.ones(1, embeddings.shape[0], dtype=torch.bool, device=embeddings.device)
         logits, attention = self.network.grade(embeddings.unsqueeze(0), mask)
-        probabilities: Tensor = self.network.head.probabilities(logits)[0]  # type: ignore[operator]
+        probabilities: Tensor = self.network.head.probabilities(logits)[0]
         grades = torch.arange(probabilities.shape[0], dtype=torch.float32, device=probabilities.device)
         return probabilities, (probabilities * grades).sum(), attention[0].mean(0)
 
@@ -64,7 +64,7 @@ class ExportedNetwork(nn.Module):
         """Embeddings ``[N, D]`` -> the grade ``[N]`` expected if a slide had that tile alone; for maps."""
         mask = torch.ones(embeddings.shape[0], 1, dtype=torch.bool, device=embeddings.device)
         logits, _ = self.network.grade(embeddings.unsqueeze(1), mask)
-        probabilities: Tensor = self.network.head.probabilities(logits)  # type: ignore[operator]
+        probabilities: Tensor = self.network.head.probabilities(logits)
         grades = torch.arange(probabilities.shape[1], dtype=torch.float32, device=probabilities.device)
         return probabilities @ grades
 
@@ -148,7 +148,7 @@ def load_model(path: Path, device: str = "cpu") -> ModelFile:
     extra = {_METADATA: ""}
     try:
         with _without_deprecation():
-            network = torch.jit.load(str(path), device, _extra_files=extra)  # type: ignore[no-untyped-call]
+            network = torch.jit.load(str(path), device, _extra_files=extra)
     except (RuntimeError, ValueError) as error:
         first_line = next((line for line in str(error).splitlines() if line.strip()), "unreadable")
         raise ModelFileError(f"{path}: not a TorchScript file, or damaged: {first_line}") from error

@@ -109,28 +109,27 @@ def grade_slide(
 def draw_map(result: SlideGrade, path: Path) -> None:
     """Draws the attention and the tiles' own grades over the thumbnail, as a PNG.
 
-    Attention is shown relative to a slide whose tiles all count alike: 1 is the average tile.
+    Attention is shown relative to a slide whose tiles all count alike: 1 is the average tile. A model that
+    pools by the mean has no attention to show.
     """
     from matplotlib.figure import Figure
 
     plan = result.plan
     height, width = plan.thumbnail.shape[:2]
     relative = result.attention * len(result.attention)
-    panels = (
-        ("attention (1: average tile)", relative, "inferno", (0.0, max(2.0, float(relative.max())))),
-        (
-            "grade of each tile by itself",
-            result.tile_grades,
-            "viridis",
-            (0.0, len(result.probabilities) - 1.0),
-        ),
-    )
+    highest = len(result.probabilities) - 1.0
+    panels = [("grade of each tile by itself", result.tile_grades, "viridis", (0.0, highest))]
+    if np.ptp(relative) > 1e-3:
+        panels.insert(0, ("attention (1: average tile)", relative, "inferno", (0.0, float(relative.max()))))
     panel_width = 5.0
     figure = Figure(
-        figsize=(3 * panel_width, 0.9 * panel_width * min(2.0, max(0.5, height / width)) + 0.9),
+        figsize=(
+            (1 + len(panels)) * panel_width,
+            0.9 * panel_width * min(2.0, max(0.5, height / width)) + 0.9,
+        ),
         layout="constrained",
     )
-    axes = figure.subplots(1, 3)
+    axes = figure.subplots(1, 1 + len(panels))
     axes[0].imshow(plan.thumbnail)
     axes[0].set_title(f"{result.slide.name}: {len(result.attention)} tiles")
     for panel, (title, values, colours, (low, high)) in zip(axes[1:], panels, strict=True):

@@ -40,7 +40,20 @@ class Aggregator(Protocol):
         ...
 
 
-class MeanPooling(nn.Module):
+class Pooling(nn.Module):
+    """Base of the aggregators that a configuration can name: an attention, and what it pools.
+
+    A configuration finds classes by their base, which a protocol is not.
+    """
+
+    out_features: int
+
+    def pool(self, attention: Tensor, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """Weighted sum ``[B, H, D]`` in float32; what padding holds, even NaN, does not count."""
+        return attention @ embeddings.to(torch.float32).masked_fill(~mask.unsqueeze(-1), 0.0)
+
+
+class MeanPooling(Pooling):
     """Every tile counts alike.
 
     Args:
@@ -55,10 +68,10 @@ class MeanPooling(nn.Module):
         """See :class:`Aggregator`; H is 1."""
         weights = mask.to(torch.float32)  # [B, N]
         attention = (weights / weights.sum(1, keepdim=True)).unsqueeze(1)  # [B, 1, N]
-        return Aggregated(_pool(attention, embeddings, mask).squeeze(1), attention, None)
+        return Aggregated(self.pool(attention, embeddings, mask).squeeze(1), attention, None)
 
 
-class GatedAttention(nn.Module):
+class GatedAttention(Pooling):
     """Attention with a gate: a learned score per tile decides how much it counts.
 
     Ilse, Tomczak and Welling, "Attention-based deep multiple instance learning", ICML 2018,
@@ -81,9 +94,4 @@ class GatedAttention(nn.Module):
         hidden = torch.tanh(self.value(embeddings)) * torch.sigmoid(self.gate(embeddings))  # [B, N, L]
         scores = self.score(hidden).squeeze(-1).to(torch.float32)  # [B, N]
         attention = torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=1).unsqueeze(1)  # [B, 1, N]
-        return Aggregated(_pool(attention, embeddings, mask).squeeze(1), attention, None)
-
-
-def _pool(attention: Tensor, embeddings: Tensor, mask: Tensor) -> Tensor:
-    """Weighted sum ``[B, H, D]`` in float32; what padding holds, even NaN, does not count."""
-    return attention @ embeddings.to(torch.float32).masked_fill(~mask.unsqueeze(-1), 0.0)
+        return Aggregated(self.pool(attention, embeddings, mask).squeeze(1), attention, None)

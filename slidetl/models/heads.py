@@ -7,7 +7,23 @@ from torch.nn import functional
 _GAP = 3.0  # between neighbouring thresholds at the start, in units of the logistic's scale
 
 
-class CumulativeLink(nn.Module):
+class Head(nn.Module):
+    """Base of the heads; each has these three methods and is made from D' and K."""
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """``[B, D']`` -> logits, whose length is the head's own affair."""
+        raise NotImplementedError
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Logits -> probabilities ``[B, K]``, which sum to one."""
+        raise NotImplementedError
+
+    def loss(self, logits: Tensor, grades: Tensor) -> Tensor:
+        """Logits and grades ``[B]`` int64 -> the mean loss, a scalar."""
+        raise NotImplementedError
+
+
+class CumulativeLink(Head):
     """Proportional odds: one score per slide, and ordered thresholds that cut it into K grades.
 
     McCullagh, "Regression models for ordinal data", JRSS B 1980: ``P(grade <= k) =

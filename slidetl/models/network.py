@@ -2,8 +2,9 @@
 
 from torch import Tensor, nn
 
-from slidetl.models.aggregators import Aggregated
+from slidetl.models.aggregators import Aggregated, Pooling
 from slidetl.models.backbones import Backbone
+from slidetl.models.heads import Head
 
 
 class GradingNetwork(nn.Module):
@@ -11,11 +12,11 @@ class GradingNetwork(nn.Module):
 
     Args:
         backbone: tile -> embedding.
-        aggregator: an :class:`~slidetl.models.aggregators.Aggregator`.
+        aggregator: pools; an :class:`~slidetl.models.aggregators.Aggregator`.
         head: from :mod:`slidetl.models.heads`.
     """
 
-    def __init__(self, backbone: Backbone, aggregator: nn.Module, head: nn.Module) -> None:
+    def __init__(self, backbone: Backbone, aggregator: Pooling, head: Head) -> None:
         super().__init__()
         self.backbone = backbone
         self.aggregator = aggregator

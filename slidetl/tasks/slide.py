@@ -13,16 +13,16 @@ import pytorch_lightning as pl
 import torch
 from jsonargparse import lazy_instance  # type: ignore[attr-defined] # not in its __all__
 from pytorch_lightning.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 
 from slidetl.data.datasets import Bag, Chunk
 from slidetl.data.manifest import check_scale
 from slidetl.errors import UsageError
 from slidetl.evaluation.metrics import GradeMetrics, grade_metrics
 from slidetl.grid import TileSpec
-from slidetl.models.aggregators import GatedAttention
+from slidetl.models.aggregators import GatedAttention, Pooling
 from slidetl.models.backbones import Backbone, BackboneSpec
-from slidetl.models.heads import CumulativeLink
+from slidetl.models.heads import CumulativeLink, Head
 from slidetl.models.network import GradingNetwork
 from slidetl.models.transfer import TransferStrategy, WarmRestart
 from slidetl.tasks.predictions import SlidePrediction, write_predictions
@@ -51,8 +51,8 @@ class SlideGrader(pl.LightningModule):
     def __init__(
         self,
         backbone: BackboneSpec = BackboneSpec(),  # noqa: B008 (frozen)
-        aggregator: Callable[[int], nn.Module] = GatedAttention,
-        head: Callable[[int, int], nn.Module] = CumulativeLink,
+        aggregator: Callable[[int], Pooling] = GatedAttention,
+        head: Callable[[int, int], Head] = CumulativeLink,
         transfer: TransferStrategy = _WARM_RESTART,
         grades: list[str] = ["0", "1", "2", "3", "4"],  # noqa: B006 (never changed)
         lr: float = 1e-3,
@@ -72,8 +72,7 @@ class SlideGrader(pl.LightningModule):
         self.lr, self.weight_decay, self.warmup_fraction = lr, weight_decay, warmup_fraction
         embedder = Backbone(backbone)
         pooling = aggregator(embedder.num_features)
-        out_features: int = pooling.out_features  # type: ignore[assignment] # a protocol's attribute
-        self.network = GradingNetwork(embedder, pooling, head(out_features, len(grades)))
+        self.network = GradingNetwork(embedder, pooling, head(pooling.out_features, len(grades)))
         self.tile_spec: TileSpec | None = None
         self._embeddings: list[Tensor] = []  # of the slide whose chunks are coming in
         self._predictions: list[SlidePrediction] = []
@@ -107,7 +106,7 @@ class SlideGrader(pl.LightningModule):
     def training_step(self, batch: Bag, batch_idx: int) -> Tensor:
         """Loss of a batch of bags."""
         logits, _ = self.network(batch["tiles"], batch["mask"])
-        loss: Tensor = self.network.head.loss(logits, batch["grade"])  # type: ignore[operator]
+        loss: Tensor = self.network.head.loss(logits, batch["grade"])
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(logits), prog_bar=True)
         return loss
 
@@ -131,7 +130,7 @@ class SlideGrader(pl.LightningModule):
         self._embeddings = []
         mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
         logits, _ = self.network.grade(embeddings, mask)
-        probabilities = self.network.head.probabilities(logits)[0].tolist()  # type: ignore[operator]
+        probabilities = self.network.head.probabilities(logits)[0].tolist()
         self._predictions.append(
             SlidePrediction(
                 slide_id=chunk["slide_id"],

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
-from slidetl.models.aggregators import Aggregated
+from slidetl.models.aggregators import Aggregated, Pooling
 
 N_FEATURES = 12
 
@@ -15,9 +14,9 @@ N_FEATURES = 12
 class AggregatorContract:
     """Subclass it and set ``make``: length of an embedding -> aggregator."""
 
-    make: Callable[[int], nn.Module]
+    make: Callable[[int], Pooling]
 
-    def aggregator(self) -> nn.Module:
+    def aggregator(self) -> Pooling:
         torch.manual_seed(0)
         return type(self).make(N_FEATURES).eval()
 
