@@ -225,7 +225,7 @@ def test_training_lowers_the_loss_on_its_own_images() -> None:
         for images, labels in pool.batches(np.random.default_rng(turn), 54):
             loss = torch.nn.functional.cross_entropy(network(images), labels)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             losses.append(float(loss.detach()))
     assert np.mean(losses[-4:]) < np.log(len(NAMES)) - 0.5  # the logarithm is what guessing costs
