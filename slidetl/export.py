@@ -5,6 +5,7 @@ TorchScript is deprecated upstream; everything that touches it is in this file.
 
 import hashlib
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import slidetl
 from slidetl.card import ModelCard
-from slidetl.errors import ModelFileError
+from slidetl.errors import ModelFileError, UsageError
 from slidetl.models.backbones import weights_sha256
 from slidetl.models.network import GradingNetwork
 from slidetl.tasks.slide import SlideGrader
@@ -118,6 +119,7 @@ def export_model(grader: SlideGrader, path: Path) -> float:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
         torch.jit.save(scripted, str(partial), _extra_files={_METADATA: card.to_json()})
+    _leave_out_source_paths(partial)
     try:
         worst = _parity(network, load_model(partial), grader.tile_spec.tile_size_px)
         if not worst <= PARITY_TOLERANCE:
@@ -142,13 +144,14 @@ def load_model(path: Path, device: str = "cpu") -> ModelFile:
 
     Raises:
         ModelFileError: no such file, not one of ours, or damaged.
+        UsageError: no such device here.
     """
     if not path.is_file():
         raise ModelFileError(f"{path}: no such model file; 'slidetl export' writes one")
     extra = {_METADATA: ""}
     try:
         with _without_deprecation():
-            network = torch.jit.load(str(path), device, _extra_files=extra)
+            network = torch.jit.load(str(path), "cpu", _extra_files=extra)
     except (RuntimeError, ValueError) as error:
         first_line = next((line for line in str(error).splitlines() if line.strip()), "unreadable")
         raise ModelFileError(f"{path}: not a TorchScript file, or damaged: {first_line}") from error
@@ -159,8 +162,23 @@ def load_model(path: Path, device: str = "cpu") -> ModelFile:
     network.eval()
     if weights_sha256(network) != card.weights_sha256:
         raise ModelFileError(f"{path}: its weights do not match the hash inside; it is damaged, get it again")
+    try:
+        network.to(device)
+    except (RuntimeError, AssertionError) as error:  # the latter: a build without CUDA
+        raise UsageError(
+            f"device {device!r} cannot be used: {str(error).splitlines()[0]}; try cpu"
+        ) from error
     with path.open("rb") as file:
         return ModelFile(network, card, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def _leave_out_source_paths(path: Path) -> None:
+    """Drops the debug records, in which TorchScript notes where on this machine each source file lies."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist() if not name.endswith(".debug_pkl")}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in records.items():
+            archive.writestr(zipfile.ZipInfo(name), content)
 
 
 def _parity(network: ExportedNetwork, loaded: ModelFile, tile_size_px: int) -> float:

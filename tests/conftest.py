@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,16 @@ settings.load_profile("slidetl")
 
 Picture = NDArray[np.uint8]
 PyramidTiff = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patient data lies on these machines: a connection to anywhere fails the test that opens it."""
+
+    def refuse(self: socket.socket, address: object) -> None:
+        pytest.fail(f"a connection to {address} that nobody asked for")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 @pytest.fixture(scope="session")

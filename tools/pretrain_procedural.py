@@ -72,25 +72,17 @@ def _filtered_noise(rng: np.random.Generator, size: int, amplitude: NDArray[Any]
     return noise / max(float(noise.std()), 1e-6)
 
 
-def _power_noise(rng: np.random.Generator, size: int, exponent: float, stretch: float = 1.0) -> Field:
-    """Noise whose power falls as frequency to the minus ``exponent``, drawn out ``stretch`` times one way."""
+def _power_noise(rng: np.random.Generator, size: int, exponent: float) -> Field:
+    """Noise whose power falls as frequency to the minus ``exponent``."""
     fy, fx = _frequencies(size)
-    angle = rng.uniform(0, math.pi)
-    along = fx * math.cos(angle) + fy * math.sin(angle)
-    across = fy * math.cos(angle) - fx * math.sin(angle)
-    radius_squared = along**2 * stretch + across**2 / stretch
-    return _filtered_noise(rng, size, (radius_squared + 0.25 / size**2) ** np.float32(-exponent / 4))
+    return _filtered_noise(rng, size, (fx**2 + fy**2 + 0.25 / size**2) ** np.float32(-exponent / 4))
 
 
-def _band_noise(rng: np.random.Generator, size: int, period_px: float, spread_deg: float | None) -> Field:
-    """Noise of one spatial period; ``spread_deg`` is the deviation of its orientations (None: all)."""
+def _band_noise(rng: np.random.Generator, size: int, period_px: float) -> Field:
+    """Noise of one spatial period, without a direction."""
     fy, fx = _frequencies(size)
     radius = np.sqrt(fx**2 + fy**2) + np.float32(1e-6)
     amplitude = np.exp(-0.5 * (np.log(radius * period_px) / 0.22) ** 2)
-    if spread_deg is not None:
-        offset = np.arctan2(fy, fx) - rng.uniform(0, math.pi)
-        offset -= math.pi * np.round(offset / math.pi)  # an orientation repeats after 180 degrees
-        amplitude *= np.exp(-0.5 * (offset / math.radians(spread_deg)) ** 2)
     return _filtered_noise(rng, size, amplitude)
 
 
@@ -121,18 +113,13 @@ def _polar(rng: np.random.Generator, size: int) -> tuple[Field, Field]:
     return np.hypot(x, y), np.arctan2(y, x)
 
 
-def power_noise(rng: np.random.Generator, size: int, exponent: float, stretch: float) -> Field:
-    return _unit(_power_noise(rng, size, exponent + rng.uniform(-0.2, 0.2), stretch * rng.uniform(0.85, 1.2)))
-
-
-def band_noise(rng: np.random.Generator, size: int, period_px: float, spread_deg: float | None) -> Field:
-    spread = None if spread_deg is None else spread_deg * rng.uniform(0.8, 1.25)
-    return _unit(_band_noise(rng, size, period_px * rng.uniform(0.85, 1.18), spread))
+def power_noise(rng: np.random.Generator, size: int, exponent: float) -> Field:
+    return _unit(_power_noise(rng, size, exponent + rng.uniform(-0.2, 0.2)))
 
 
 def threshold_noise(rng: np.random.Generator, size: int, period_px: float, level: float) -> Field:
     """Labyrinths (level 0) and spots (level about 1), as reaction and diffusion leave them."""
-    noise = _band_noise(rng, size, period_px * rng.uniform(0.85, 1.18), None)
+    noise = _band_noise(rng, size, period_px * rng.uniform(0.85, 1.18))
     return _step(noise - level, rng.uniform(1.5, 5))
 
 
@@ -144,7 +131,7 @@ def coast(rng: np.random.Generator, size: int, exponent: float) -> Field:
 def ridged(rng: np.random.Generator, size: int) -> Field:
     total = np.zeros((size, size), np.float32)
     for octave in range(3):
-        total += np.abs(_band_noise(rng, size, rng.uniform(26, 34) / 2**octave, None)) / 2**octave
+        total += np.abs(_band_noise(rng, size, rng.uniform(26, 34) / 2**octave)) / 2**octave
     veins: Field = np.clip(1.1 - 0.75 * total, 0, 1)
     return veins
 
@@ -392,27 +379,17 @@ def arrangement(rng: np.random.Generator, size: int, kind: str) -> Field:
 
 
 def _covering(rng: np.random.Generator, size: int, share: float, period_px: float) -> Field:
-    noise = cv2.GaussianBlur(_band_noise(rng, size, period_px, None), (0, 0), 2)
+    noise = cv2.GaussianBlur(_band_noise(rng, size, period_px), (0, 0), 2)
     return _step(noise - np.quantile(noise, 1 - share), 4)
-
-
-def coherent_share(rng: np.random.Generator, size: int, share: float, period_px: float) -> Field:
-    """Oriented texture covers ``share`` of the frame, the same texture without orientation the rest."""
-    mask = _covering(rng, size, share + rng.uniform(-0.05, 0.05), period_px * rng.uniform(0.85, 1.18))
-    period = rng.uniform(5, 9)
-    oriented, plain = _band_noise(rng, size, period, 7.0), _band_noise(rng, size, period, None)
-    return _unit(1.2 * (plain + mask * (oriented - plain)))
 
 
 def textured_share(rng: np.random.Generator, size: int, share: float) -> Field:
     """Some texture covers ``share`` of the frame, evenness the rest."""
     mask = _covering(rng, size, share + rng.uniform(-0.05, 0.05), rng.uniform(36, 70))
-    kind = rng.integers(0, 4)
+    kind = rng.integers(0, 3)
     if kind == 0:
         texture = segments(rng, size, None if rng.random() < 0.5 else 10.0, 90)
     elif kind == 1:
-        texture = _unit(1.4 * _band_noise(rng, size, rng.uniform(4, 8), None))
-    elif kind == 2:
         texture = grating(rng, size, 6.0)
     else:
         texture = elements(rng, size, str(rng.choice(["disc", "ring", "cross"])), 80)
@@ -638,13 +615,8 @@ def _classes() -> dict[str, Draw]:
     part = functools.partial
     drawn: dict[str, Draw] = {}
     for exponent in (0.8, 1.8, 2.8, 3.8):
-        drawn[f"noise-{exponent}"] = part(power_noise, exponent=exponent, stretch=1.0)
-    for name, stretch in {"stretched": 4.0, "streaked": 14.0}.items():
-        drawn[f"noise-{name}"] = part(power_noise, exponent=2.3, stretch=stretch)
+        drawn[f"noise-{exponent}"] = part(power_noise, exponent=exponent)
     for name, period in _SCALES_PX.items():
-        drawn[f"band-{name}-any"] = part(band_noise, period_px=period, spread_deg=None)
-        drawn[f"band-{name}-wide"] = part(band_noise, period_px=period, spread_deg=26.0)
-        drawn[f"band-{name}-narrow"] = part(band_noise, period_px=period, spread_deg=7.0)
         drawn[f"grating-{name}"] = part(grating, period_px=period)
     for name, period in {"fine": 7.0, "coarse": 16.0}.items():
         drawn[f"labyrinth-{name}"] = part(threshold_noise, period_px=period, level=0.0)
@@ -675,9 +647,7 @@ def _classes() -> dict[str, Draw]:
     for kind in ("square", "hexagonal", "jittered", "rows", "clustered"):
         drawn[f"arranged-{kind}"] = part(arrangement, kind=kind)
     for share in (15, 38, 62, 85):
-        drawn[f"coherent-{share}"] = part(coherent_share, share=share / 100, period_px=64.0)
         drawn[f"textured-{share}"] = part(textured_share, share=share / 100)
-    drawn["coherent-patchy"] = part(coherent_share, share=0.5, period_px=22.0)
     drawn["julia-2"] = part(julia, degree=2)
     drawn["julia-3"] = part(julia, degree=3)
     drawn["julia-folded"] = part(julia, degree=2, folded=True)

@@ -35,6 +35,10 @@ TILES_PER_SHARD = 256
 _MISSING = 2**64 - 1  # in a shard's index: no such chunk (zarr sharding specification)
 _INDEX_BYTES = TILES_PER_SHARD * 16 + 4
 
+# What to do about damage that shows when a cache is opened; damaged tiles show only when they are read, and
+# --overwrite would keep them.
+_TILE_AGAIN = "tile the slide again with --overwrite"
+
 
 @dataclass(frozen=True)
 class CacheHeader:
@@ -436,19 +440,25 @@ def read_header(path: Path) -> CacheHeader:
     Raises:
         CacheMissingError: there is no cache, or it was never finished.
         CacheMismatchError: another version of the format.
+        CacheCorruptError: what it says cannot be understood.
     """
     try:
         attributes = _read_json(path).get("attributes", {})
     except CacheMissingError as error:
         raise CacheMissingError(f"{path}: no tile cache here; make it with 'slidetl tile'") from error
-    if attributes.get("complete") is not True:
-        raise CacheMissingError(f"{path}: the tile cache was never finished; run 'slidetl tile' again")
-    if attributes["format_version"] != FORMAT_VERSION:
-        raise CacheMismatchError(
-            f"{path}: made in format {attributes['format_version']}, this slidetl reads {FORMAT_VERSION}; "
-            "tile into another folder, or with --overwrite"
-        )
-    return CacheHeader.from_attributes(attributes)
+    try:
+        if attributes.get("complete") is not True:
+            raise CacheMissingError(f"{path}: the tile cache was never finished; run 'slidetl tile' again")
+        if attributes["format_version"] != FORMAT_VERSION:
+            raise CacheMismatchError(
+                f"{path}: made in format {attributes['format_version']}, this slidetl reads "
+                f"{FORMAT_VERSION}; tile into another folder, or with --overwrite"
+            )
+        return CacheHeader.from_attributes(attributes)
+    except (AttributeError, KeyError, TypeError, UsageError) as error:
+        raise CacheCorruptError(
+            f"{path / 'zarr.json'}: not the attributes of a tile cache ({error!r}); {_TILE_AGAIN}"
+        ) from error
 
 
 def describe_difference(cached: TileSpec, wanted: TileSpec) -> str:
@@ -523,30 +533,28 @@ def _read_index(file: IO[bytes]) -> NDArray[np.uint64]:
 def _read_json(node: Path) -> dict[str, Any]:
     path = node / "zarr.json"
     try:
-        values: dict[str, Any] = json.loads(path.read_bytes())
+        values = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CacheMissingError(f"{path}: no such file") from error
     except ValueError as error:
-        raise CacheCorruptError(
-            f"{path}: not JSON ({error}); delete the slide's cache and tile it again"
-        ) from error
+        raise CacheCorruptError(f"{path}: not JSON ({error}); {_TILE_AGAIN}") from error
+    if not isinstance(values, dict):
+        raise CacheCorruptError(f"{path}: expected a JSON object, found another value; {_TILE_AGAIN}")
     return values
 
 
 def _read_array(node: Path) -> NDArray[Any]:
     """One of the small arrays, which are a single chunk each: no need to start zarr in every worker."""
     about = _read_json(node)
-    shape, dtype = about["shape"], np.dtype(about["data_type"]).newbyteorder("<")
-    chunk = node.joinpath("c", *("0" for _ in shape))
     try:
+        shape, dtype = about["shape"], np.dtype(about["data_type"]).newbyteorder("<")
+        chunk = node.joinpath("c", *("0" for _ in shape))
         content = decode_zstd(_checked(chunk.read_bytes()))
+        return np.frombuffer(content, dtype).reshape(shape).copy()  # a buffer of bytes is read-only
     except FileNotFoundError as error:
-        raise CacheMissingError(
-            f"{chunk}: no such file; delete the slide's cache and tile it again"
-        ) from error
-    except CacheCorruptError as error:
-        raise CacheCorruptError(f"{chunk}: {error}; delete the slide's cache and tile it again") from error
-    return np.frombuffer(content, dtype).reshape(shape).copy()  # a buffer of bytes is read-only
+        raise CacheMissingError(f"{chunk}: no such file; {_TILE_AGAIN}") from error
+    except (CacheCorruptError, KeyError, TypeError, ValueError) as error:
+        raise CacheCorruptError(f"{node}: the array is damaged ({error}); {_TILE_AGAIN}") from error
 
 
 def _replace(path: Path, data: bytes, temporary: Path) -> None:

@@ -39,8 +39,10 @@ from slidetl.cache.store import (
     slide_lock,
 )
 from slidetl.errors import (
+    CacheCorruptError,
     CacheMismatchError,
     CacheMissingError,
+    SlideError,
     SlideReadError,
     SlidetlError,
     UsageError,
@@ -214,7 +216,9 @@ def stream_tiles(slide: Slide, plan: TilePlan, batch_size: int = 64) -> Iterator
 def tile_slide(source: SlideSource, cache_dir: Path, spec: TileSpec, overwrite: bool = False) -> LedgerRow:
     """Makes the cache of one slide, or keeps the one that is there for the same slide and ``spec``.
 
-    A slide that cannot be tiled does not raise: its row says ``failed``, and why.
+    A slide that cannot be tiled does not raise: its row says ``failed``, and why. What was begun for it is
+    kept for the next run if the machine failed (a full disk), and thrown away if the slide did. A finished
+    cache stays in either case, and only the row tells that it is not of this slide.
 
     Args:
         source: the slide.
@@ -225,12 +229,14 @@ def tile_slide(source: SlideSource, cache_dir: Path, spec: TileSpec, overwrite: 
     started = time.monotonic()
     row = LedgerRow(source.slide_id, str(source.path), FAILED)
     try:
-        with (
-            slide_lock(cache_dir, source.slide_id),
-            open_slide(source.path, source.mpp_override) as slide,
-        ):
-            row = _described(row, slide.info)
-            row = _tile_open_slide(row, slide, cache_dir, spec, overwrite)
+        with slide_lock(cache_dir, source.slide_id):
+            try:
+                with open_slide(source.path, source.mpp_override) as slide:
+                    row = _described(row, slide.info)
+                    row = _tile_open_slide(row, slide, cache_dir, spec, overwrite)
+            except SlideError:
+                discard(cache_dir, source.slide_id)
+                raise
     except (SlidetlError, OSError) as error:
         row = replace(row, status=FAILED, reason=str(error))
     return _stamped(row, started)
@@ -292,10 +298,10 @@ def tile_slides(
 def _tile_open_slide(
     row: LedgerRow, slide: Slide, cache_dir: Path, spec: TileSpec, overwrite: bool
 ) -> LedgerRow:
-    kept = _kept_header(slide.info, cache_path(cache_dir, row.slide_id), spec, overwrite)
+    kept = _kept_cache(slide.info, cache_path(cache_dir, row.slide_id), spec, overwrite)
     if kept is not None:
         discard(cache_dir, row.slide_id)
-        return _used(row, SlideCache.open(cache_path(cache_dir, row.slide_id), spec))
+        return _used(row, kept)
 
     plan = plan_tiles(slide, spec)
     row = replace(
@@ -335,13 +341,11 @@ def _tile_open_slide(
     return _used(row, writer.finish())
 
 
-def _kept_header(info: SlideInfo, path: Path, spec: TileSpec, overwrite: bool) -> CacheHeader | None:
-    """The header of a finished cache of this very slide; None if it is to be made (again)."""
+def _kept_cache(info: SlideInfo, path: Path, spec: TileSpec, overwrite: bool) -> SlideCache | None:
+    """The finished cache of this very slide; None if it is to be made (again)."""
     try:
-        header = read_header(path)
-        if header.spec != spec:
-            raise CacheMismatchError(f"{path}: {describe_difference(header.spec, spec)}")
-        if (header.fingerprint, header.mpp_level0) != (info.fingerprint, info.mpp_level0):
+        cache = SlideCache.open(path, spec)
+        if (cache.fingerprint, cache.mpp_level0) != (info.fingerprint, info.mpp_level0):
             raise CacheMismatchError(
                 f"{path}: made from another slide, or from this one at another spacing of level 0; "
                 "replace it with --overwrite, or tile into another folder"
@@ -353,11 +357,11 @@ def _kept_header(info: SlideInfo, path: Path, spec: TileSpec, overwrite: bool) -
         raise CacheMismatchError(
             f"{path}: in the way, and not a finished tile cache; move it, or replace it with --overwrite"
         ) from None
-    except CacheMismatchError:
+    except (CacheMismatchError, CacheCorruptError):
         if overwrite:
             return None
         raise
-    return header
+    return cache
 
 
 def _refuse_other_spec(sources: Sequence[SlideSource], cache_dir: Path, spec: TileSpec) -> None:
@@ -366,8 +370,8 @@ def _refuse_other_spec(sources: Sequence[SlideSource], cache_dir: Path, spec: Ti
         path = cache_path(cache_dir, source.slide_id)
         try:
             header = read_header(path)
-        except CacheMissingError:
-            continue
+        except (CacheMissingError, CacheCorruptError):
+            continue  # what is damaged fails by itself, when its turn comes
         if header.spec != spec:
             others.append((path, header.spec))
     if others:

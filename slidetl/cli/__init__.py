@@ -56,7 +56,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except (SlidetlError, OSError) as error:
         if debug:
             raise
-        print(f"slidetl: error: {error}", file=sys.stderr)
+        print(f"slidetl: error: {_cause(str(error))}", file=sys.stderr)
         return 2
 
 
@@ -84,6 +84,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
             module = importlib.import_module(f"slidetl.cli.{name}")
             child.description = module.SUMMARY
             module.add_arguments(child)
+            child.add_argument("--debug", action="store_true", help="show the traceback of an error")
             child.set_defaults(run=module.run)
     return parser
 
@@ -92,6 +93,13 @@ class _OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         print(f"{self.prog}: error: {message} (see '{self.prog} --help')", file=sys.stderr)
         sys.exit(2)
+
+
+def _cause(message: str) -> str:
+    """The error itself where a DataLoader's worker met it: there the traceback is part of the message."""
+    if message.startswith("Caught ") and "Traceback" in message:
+        return message.strip().splitlines()[-1].partition(": ")[2]
+    return message
 
 
 def _stay_offline() -> None:

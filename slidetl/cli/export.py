@@ -11,7 +11,14 @@ SUMMARY = "Write a checkpoint as one TorchScript file that grades slides by itse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("checkpoint", metavar="CKPT", type=Path, help="checkpoint that 'slidetl fit' wrote")
-    parser.add_argument("--output", metavar="MODEL.pt", type=Path, required=True, help="file to write")
+    parser.add_argument(
+        "--output",
+        metavar="MODEL.pt",
+        type=Path,
+        required=True,
+        default=argparse.SUPPRESS,  # else its help says "(default: None)"
+        help="file to write",
+    )
     parser.add_argument(
         "--allow",
         metavar="NAME",

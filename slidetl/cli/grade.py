@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 SUMMARY = (
@@ -21,16 +23,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "slides", metavar="SLIDE", type=Path, nargs="+", help="slides in any supported format"
     )
+    # SUPPRESS, here and below: else the help of an option without a default says "(default: None)".
     parser.add_argument(
         "--output",
         metavar="DIR",
         type=Path,
+        default=argparse.SUPPRESS,
         help="write for each slide an attention map (PNG) and the result (JSON) here",
     )
     parser.add_argument(
         "--mpp-override",
         metavar="UM",
         type=float,
+        default=argparse.SUPPRESS,
         help="micrometres per level-0 pixel, instead of the metadata's",
     )
     parser.add_argument(
@@ -43,7 +48,6 @@ def run(options: argparse.Namespace) -> int:
     """Grades every slide; a bad one costs itself alone."""
     import torch
 
-    from slidetl.data.manifest import safe_slide_id
     from slidetl.errors import SlideError, UsageError
     from slidetl.export import load_model
     from slidetl.inference import draw_map, grade_slide
@@ -54,23 +58,40 @@ def run(options: argparse.Namespace) -> int:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(options.model, device)
-    names: dict[str, Path] = {}
+    output: Path | None = getattr(options, "output", None)
+    mpp_override: float | None = getattr(options, "mpp_override", None)
+    names = output_names(options.slides)
     failed = 0
     for path in options.slides:
         try:
-            result = grade_slide(model, path, options.mpp_override, options.batch_size)
+            result = grade_slide(model, path, mpp_override, options.batch_size)
         except SlideError as error:
             failed += 1
             print(f"slidetl: failed: {error}", file=sys.stderr)
             continue
         line = json.dumps(result.to_dict())
-        if options.output is not None:
-            name = safe_slide_id(path.stem) or "slide"
-            if names.setdefault(name, path) != path:
-                name = safe_slide_id("_".join(path.parts[-2:]))
-            draw_map(result, options.output / f"{name}.png")
-            (options.output / f"{name}.json").write_text(line + "\n", encoding="utf-8")
+        if output is not None:
+            draw_map(result, output / f"{names[path]}.png")
+            (output / f"{names[path]}.json").write_text(line + "\n", encoding="utf-8")
         print(line, flush=True)
     if failed:
         print(f"slidetl: {failed} of {len(options.slides)} slides failed", file=sys.stderr)
     return 1 if failed else 0
+
+
+def output_names(slides: Sequence[Path]) -> dict[Path, str]:
+    """Names for the files written for each slide: its own, if taken its folder's as well, then numbered.
+
+    No two are equal, even on a file system that does not tell ``A`` from ``a``.
+    """
+    from slidetl.data.manifest import safe_slide_id
+
+    names: dict[Path, str] = {}
+    taken: set[str] = set()
+    for path in dict.fromkeys(slides):
+        short = safe_slide_id(path.stem) or "slide"
+        long = safe_slide_id("_".join(path.parts[-2:])) or short
+        candidates = itertools.chain((short, long), (f"{long}_{n}" for n in itertools.count(2)))
+        names[path] = next(name for name in candidates if name.lower() not in taken)
+        taken.add(names[path].lower())
+    return names

@@ -17,10 +17,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--slides", type=int, default=60, help="number of slides")
     parser.add_argument(
-        "--patients", type=int, default=48, help="number of patients, at most as many as slides"
+        "--patients",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="number of patients, at most as many as slides (default: 48, or as many as slides)",
     )
     parser.add_argument(
-        "--sites", type=int, default=3, help="number of sites, each with its stain and scanner"
+        "--sites",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="number of sites, each with its stain and scanner (default: 3, or as many as patients)",
     )
     parser.add_argument("--size", type=int, default=4096, help="width and height of a slide, pixels")
     parser.add_argument(
@@ -29,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stain", default="he", help="he, trichrome or sirius")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes")
     parser.add_argument("--reader-sd", type=float, default=0.4, help="standard deviation of a reader, grades")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that draw")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that draw"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier cohort in OUT")
 
 
@@ -40,10 +48,11 @@ def run(options: argparse.Namespace) -> int:
 
     from slidetl.slides.cohort import SyntheticCohort, write_cohort
 
+    patients = getattr(options, "patients", min(48, options.slides))
     cohort = SyntheticCohort(
         slides=options.slides,
-        patients=options.patients,
-        sites=options.sites,
+        patients=patients,
+        sites=getattr(options, "sites", min(3, patients)),
         size_px=options.size,
         mpp=options.mpp,
         stain=options.stain,
@@ -63,8 +72,8 @@ def run(options: argparse.Namespace) -> int:
         colours = write_cohort(
             cohort, options.out, workers=options.workers, overwrite=options.overwrite, progress=progress
         )
-    print(f"{options.slides} slides of {options.patients} patients: {options.out / 'manifest.csv'}")
-    if options.slides >= 30 and options.patients >= 10:
+    print(f"{options.slides} slides of {patients} patients: {options.out / 'manifest.csv'}")
+    if options.slides >= 30 and patients >= 10:
         from slidetl.evaluation.baselines import colour_baseline
 
         planned = cohort.plan()

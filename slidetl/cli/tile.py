@@ -20,9 +20,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "manifest", type=Path, metavar="MANIFEST", help="a manifest (CSV), or a folder of slides"
     )
-    parser.add_argument("--cache", type=Path, required=True, help="folder for the caches and ledger.csv")
+    # SUPPRESS, here and below: else the help of an option without a default says "(default: None)".
     parser.add_argument(
-        "--mpp", type=float, required=True, help="spacing of the tiles, micrometres per pixel"
+        "--cache",
+        type=Path,
+        required=True,
+        default=argparse.SUPPRESS,
+        help="folder for the caches and ledger.csv",
+    )
+    parser.add_argument(
+        "--mpp",
+        type=float,
+        required=True,
+        default=argparse.SUPPRESS,
+        help="spacing of the tiles, micrometres per pixel",
     )
     parser.add_argument("--tile-size", type=int, default=224, metavar="PX", help="side of a tile, pixels")
     parser.add_argument(
@@ -38,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mpp-override",
         type=float,
+        default=argparse.SUPPRESS,
         metavar="UM",
         help="micrometres per level-0 pixel, for slides without mpp in the manifest; replaces what they say",
     )
@@ -55,6 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="zstd: lossless, and any zarr reader opens it",
     )
     parser.add_argument("--jpeg-quality", type=int, default=90, metavar="Q", help="1 to 100")
+    parser.add_argument(
+        "--grades",
+        type=int,
+        default=5,
+        metavar="K",
+        help="number of grades on the scale: the manifest's must be from 0 to K-1",
+    )
     parser.add_argument(
         "--workers",
         type=int,
@@ -82,6 +101,9 @@ def run(options: argparse.Namespace) -> int:
 
     if options.workers < 1:
         raise UsageError(f"--workers must be at least 1, not {options.workers}")
+    if options.grades < 2:
+        raise UsageError(f"--grades must be at least 2, not {options.grades}")
+    mpp_override = getattr(options, "mpp_override", None)
     spec = TileSpec(
         mpp=options.mpp,
         tile_size_px=options.tile_size,
@@ -92,8 +114,8 @@ def run(options: argparse.Namespace) -> int:
         jpeg_quality=options.jpeg_quality,
     )
     sources = [
-        SlideSource(row.slide_id, row.path, row.mpp if row.mpp is not None else options.mpp_override)
-        for row in read_manifest(options.manifest).rows
+        SlideSource(row.slide_id, row.path, row.mpp if row.mpp is not None else mpp_override)
+        for row in read_manifest(options.manifest, options.grades).rows
     ]
     started = time.monotonic()
     with _Progress(len(sources)) as progress:

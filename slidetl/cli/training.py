@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ def run(command: str, args: list[str]) -> int:
         UsageError: the configuration is wrong; one line says where.
     """
     _quieten()
-    # LightningCLI wants its arguments in sys.argv, and warns when they come another way.
-    before, sys.argv = sys.argv, [f"{Path(sys.argv[0]).name}", command, *args]
+    # LightningCLI wants its arguments in sys.argv. The program's name stays whole: Lightning starts the other
+    # processes of a DDP run by it.
+    before, sys.argv = sys.argv, [sys.argv[0], command, *args]
     try:
         GradingCLI(
             SlideGrader,
@@ -89,17 +91,31 @@ class GradingCLI(LightningCLI):
         )
 
     def _parse_ckpt_path(self) -> None:
-        """Lets Lightning take the hyper-parameters from the checkpoint, once they are found harmless."""
-        options = self.config[self.config.subcommand]
-        if options.get("ckpt_path") is None and self.config.subcommand != "fit":
-            options["ckpt_path"] = str(_best_checkpoint(Path(options.trainer.default_root_dir or ".")))
-            rank_zero_info(f"checkpoint: {options['ckpt_path']}")
-        if options.get("ckpt_path") is not None:
-            read_checkpoint(Path(options["ckpt_path"]), options.get("allow") or ())
+        """Takes the model from the checkpoint, once its hyper-parameters are found harmless."""
+        command = self.config.subcommand
+        options = self.config[command]
+        allow = options.get("allow") or ()
         options["weights_only"] = True
-        if self.config.subcommand == "test":
+        if command == "test":
             options["verbose"] = False  # the module prints the figures, with the confusion matrix
-        super()._parse_ckpt_path()
+        if options.get("ckpt_path") is None:
+            if command == "fit":
+                return
+            root = Path(options.trainer.default_root_dir or ".")
+            options["ckpt_path"] = str(_best_checkpoint(root, allow))
+            rank_zero_info(f"checkpoint: {options['ckpt_path']}")
+        path = Path(options["ckpt_path"])
+        values = read_checkpoint(path, allow)["hyper_parameters"]
+        wanted = options.model.as_dict()
+        self.config = self.parser.parse_object({command: {"model": values}}, self.config)
+        found = self.config[command].model.as_dict()
+        # A test takes the model as it was trained, if the grades agree; a resumed fit agrees in all.
+        for key in found if command == "fit" else ("grades",):
+            if found[key] != wanted[key]:
+                raise UsageError(
+                    f"{path} was trained with {key} {found[key]}, the configuration says {wanted[key]}; "
+                    "use the configuration of that training (config.yaml, where its logs are)"
+                )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Keeps everything of a run in ``<default_root_dir>/logs/version_N`` unless loggers are given."""
@@ -117,19 +133,29 @@ class GradingCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def _best_checkpoint(root: Path) -> Path:
-    """The best checkpoint of the latest fit below a run's folder."""
-    found = sorted(root.glob("logs/version_*/checkpoints/best*.ckpt"), key=lambda path: path.stat().st_mtime)
+def _best_checkpoint(root: Path, allow: Sequence[str]) -> Path:
+    """The best checkpoint of the latest fit below a run's folder, as its last checkpoint names it."""
+    found = sorted(
+        root.glob("logs/version_*/checkpoints/last.ckpt"), key=lambda path: int(path.parts[-3].split("_")[1])
+    )
     if not found:
         raise UsageError(
             f"no checkpoint of 'slidetl fit' below {root.absolute()}; name one with --ckpt_path FILE"
         )
-    return found[-1]
+    states = read_checkpoint(found[-1], allow).get("callbacks", {}).values()
+    names = [Path(state["best_model_path"]).name for state in states if state.get("best_model_path")]
+    best = found[-1].with_name(names[0]) if names else found[-1]
+    if not best.is_file():
+        raise UsageError(
+            f"{best}: the best checkpoint of that fit is gone; name another with --ckpt_path FILE"
+        )
+    return best
 
 
 def _one_line(message: str) -> str:
     """The last line that says something: parsers put the cause behind pages of context."""
     lines = [line.strip(" -:") for line in message.splitlines() if line.strip(" -:")]
+    lines = [line for line in lines if not line.startswith("Expected a path")]  # never what was meant
     return " ".join(lines[:4]) if len(lines) <= 4 else f"{lines[0]} ... {lines[-1]}"
 
 

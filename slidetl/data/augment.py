@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from slidetl.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,11 @@ class Augmentation:
     contrast: float = 0.15
     saturation: float = 0.15
 
+    def __post_init__(self) -> None:
+        for name in ("brightness", "contrast", "saturation"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"augmentation.{name} must be from 0 to below 1, not {getattr(self, name)}")
+
     def __call__(self, tiles: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
         """Augments each tile by itself.
 
@@ -36,25 +43,23 @@ class Augmentation:
             tiles: ``[N, S, S, 3] uint8``.
             seed: the same seed gives the same result.
         """
-        self._pipeline.set_random_seed(seed)
-        return np.stack([self._pipeline(image=tile)["image"] for tile in tiles])
+        pipeline = _pipeline(self)
+        pipeline.set_random_seed(seed)
+        return np.stack([pipeline(image=tile)["image"] for tile in tiles])
 
-    @cached_property
-    def _pipeline(self) -> Any:
-        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask its server for news
-        import albumentations
 
-        steps: list[Any] = []
-        if self.flips:
-            steps.append(albumentations.D4(p=1))
-        if self.brightness or self.contrast or self.saturation:
-            steps.append(
-                albumentations.ColorJitter(
-                    brightness=(1 - self.brightness, 1 + self.brightness),
-                    contrast=(1 - self.contrast, 1 + self.contrast),
-                    saturation=(1 - self.saturation, 1 + self.saturation),
-                    hue=(0, 0),
-                    p=0.8,
-                )
-            )
-        return albumentations.Compose(steps)
+@lru_cache
+def _pipeline(augmentation: Augmentation) -> Any:
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask its server for news
+    import albumentations
+
+    steps: list[Any] = []
+    if augmentation.flips:
+        steps.append(albumentations.D4(p=1))
+    changes = {
+        name: (1 - getattr(augmentation, name), 1 + getattr(augmentation, name))
+        for name in ("brightness", "contrast", "saturation")
+    }
+    if any(low < high for low, high in changes.values()):
+        steps.append(albumentations.ColorJitter(**changes, hue=(0, 0), p=0.8))
+    return albumentations.Compose(steps)

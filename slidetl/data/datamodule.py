@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
+from slidetl.cache.ledger import USED, Ledger
 from slidetl.cache.store import SlideCache
 from slidetl.data.augment import Augmentation
 from slidetl.data.datasets import Bag, BagDataset, CachedSlide, Chunk, ChunkDataset, EpochSampler
@@ -17,6 +18,7 @@ from slidetl.data.manifest import ManifestRow, check_scale, read_manifest
 from slidetl.data.splits import split_patients
 from slidetl.errors import CacheMismatchError, CacheMissingError, UsageError
 from slidetl.grid import TileSpec
+from slidetl.slides import open_slide
 
 FIVE_GRADES = ("0", "1", "2", "3", "4")
 
@@ -59,6 +61,7 @@ class SlideDataModule(pl.LightningDataModule):
             ("batch_size", batch_size, 1),
             ("chunk_size", chunk_size, 1),
             ("num_workers", num_workers, 0),
+            ("seed", seed, 0),
         ):
             if value < least:
                 raise UsageError(f"data.{name} must be at least {least}, not {value}")
@@ -129,12 +132,20 @@ class SlideDataModule(pl.LightningDataModule):
                 )
 
     def _open(self, rows: tuple[ManifestRow, ...]) -> list[CachedSlide]:
+        ledger = {entry.slide_id: entry for entry in Ledger(self.cache / "ledger.csv").rows()}
         slides, lost = [], []
         for row in rows:
+            entry = ledger.get(row.slide_id)
             try:
-                slides.append(CachedSlide(row, SlideCache.open(self.cache / f"{row.slide_id}.zarr")))
+                if entry is not None and entry.status != USED:
+                    raise CacheMissingError(entry.reason)
+                cache = SlideCache.open(self.cache / f"{row.slide_id}.zarr")
             except CacheMissingError:
                 lost.append(row.slide_id)
+                continue
+            if entry is None or entry.path != str(row.path):
+                _check_same_slide(row, cache)
+            slides.append(CachedSlide(row, cache))
         if not slides:
             raise CacheMissingError(
                 f"{self.cache}: none of the {len(rows)} slides of {self.manifest} is here; "
@@ -191,3 +202,13 @@ class SlideDataModule(pl.LightningDataModule):
     @property
     def _n_ranks(self) -> int:
         return self.trainer.world_size if self.trainer is not None else 1
+
+
+def _check_same_slide(row: ManifestRow, cache: SlideCache) -> None:
+    """Refuses tiles of one slide under the name, and so with the grade, of another."""
+    with open_slide(row.path, row.mpp or cache.mpp_level0[0]) as slide:
+        if slide.info.fingerprint != cache.fingerprint:
+            raise CacheMismatchError(
+                f"slide {row.slide_id!r}: the cache holds the tiles of another file than {row.path}; "
+                "tile this manifest into a cache of its own, or again with --overwrite"
+            )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slidetl.errors import ManifestError, UsageError
+from slidetl.slides.dicom import series_instance_uid
 
 SPLITS = ("train", "val", "test")
 REQUIRED = ("slide_id", "path", "patient_id", "grade")
@@ -110,12 +111,21 @@ def safe_slide_id(name: str) -> str:
 
 def _read_csv(path: Path, n_grades: int | None) -> Manifest:
     faults: list[str] = []
+    lines: list[tuple[int, list[str]]] = []
+    begins = 1  # the line of the next row; with a quote left open, a row goes on to the end of the file
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, strict=True)
-            lines = [(reader.line_num, cells) for cells in reader if any(cell.strip() for cell in cells)]
-    except (UnicodeDecodeError, csv.Error) as error:
+            for cells in reader:
+                if any(cell.strip() for cell in cells):
+                    lines.append((begins, cells))
+                begins = reader.line_num + 1
+    except UnicodeDecodeError as error:
         raise ManifestError(f"{path}: expected a CSV in UTF-8: {error}") from error
+    except csv.Error as error:
+        raise ManifestError(
+            f"{path}, line {begins}: expected a row of a CSV, found a fault ({error}); check its quotes"
+        ) from error
     if not lines:
         raise ManifestError(f"{path}: the file is empty; expected a header with {', '.join(REQUIRED)}")
     header = [name.strip() for name in lines[0][1]]
@@ -172,7 +182,11 @@ def _parse_row(
     if not values["patient_id"]:
         fault("patient_id is empty; without it patients would leak between splits")
     slide = Path(os.path.normpath(folder.absolute() / values["path"]))
-    if not values["path"] or not slide.exists():
+    try:
+        is_there = bool(values["path"]) and slide.exists()
+    except (OSError, ValueError):  # it cannot be a path: too long, or with a NUL
+        is_there = False
+    if not is_there:
         fault(f"no file {values['path']!r}; paths are absolute or relative to the manifest's folder")
     mpp: float | None = None
     if text := values.get("mpp", ""):
@@ -239,7 +253,7 @@ def _list_folder(folder: Path) -> Manifest:
     )
     slides: dict[object, Path] = {}
     for path in paths:
-        series = _dicom_series(path) if path.suffix.lower() == ".dcm" else None
+        series = series_instance_uid(path) if path.suffix.lower() == ".dcm" else None
         slides.setdefault((path.parent, series) if series else path, path)
     if not slides:
         known = " ".join(sorted(SLIDE_SUFFIXES))
@@ -259,14 +273,3 @@ def _rename_clashes(rows: list[ManifestRow], name: Callable[[Path], str]) -> lis
         replace(row, slide_id=safe_slide_id(name(row.path))) if counts[row.slide_id.lower()] > 1 else row
         for row in rows
     ]
-
-
-def _dicom_series(path: Path) -> str | None:
-    """SeriesInstanceUID (0020,000E) of a DICOM file in explicit little endian, as slides are; else None."""
-    with path.open("rb") as file:
-        head = file.read(1 << 16)
-    at = head.find(b"\x20\x00\x0e\x00UI")
-    if at < 0:
-        return None
-    length = int.from_bytes(head[at + 6 : at + 8], "little")
-    return head[at + 8 : at + 8 + length].rstrip(b"\0 ").decode("ascii", "replace")

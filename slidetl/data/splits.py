@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
@@ -17,8 +18,8 @@ def split_patients(
 ) -> dict[str, str]:
     """Splits slides into train, val and test by patient, each with about the same mix of grades.
 
-    The test part is one fold of scikit-learn's ``StratifiedGroupKFold``, the validation part one fold
-    of what remains; so the fractions are met as closely as whole folds and whole patients allow.
+    The test part is some folds of scikit-learn's ``StratifiedGroupKFold``, the validation part some folds
+    of what remains; so the fractions are met as closely as ten folds and whole patients allow.
 
     Args:
         rows: graded slides.
@@ -32,6 +33,10 @@ def split_patients(
     Raises:
         UsageError: a fraction is out of range, or there are too few patients.
     """
+    if val_fraction + test_fraction >= 1:
+        raise UsageError(
+            f"nothing is left to train on with {val_fraction} for validation, {test_fraction} for test"
+        )
     for name, fraction in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
         if not 0 <= fraction <= 0.5:
             raise UsageError(f"{name} must be from 0 to 0.5, not {fraction}")
@@ -55,15 +60,17 @@ def _fold(rows: list[ManifestRow], fraction: float, seed: int, part: str) -> lis
     n_patients = len(set(patients))
     # In a small study no grade may have a slide for each fold; then the part is larger than asked for.
     commonest = max(Counter(grades.tolist()).values(), default=0)
-    n_folds = max(2, min(round(1 / fraction), commonest))
-    if min(n_patients, commonest) < n_folds:
+    share = Fraction(fraction).limit_denominator(max(2, min(10, commonest)))
+    share = max(share, Fraction(1, max(2, min(10, commonest))))
+    if min(n_patients, commonest) < share.denominator:
         raise UsageError(
             f"{len(rows)} slides of {n_patients} patients are too few for a {part} part of {fraction:.0%}; "
             "add slides, or give the manifest a 'split' column"
         )
-    folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
+    folds = StratifiedGroupKFold(share.denominator, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         # A grade with fewer slides than folds cannot be in each; the report of the split shows it.
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)
         parts = [part for _, part in folds.split(np.zeros(len(grades)), grades, patients)]
-    return [rows[index] for index in next(part for part in parts if len(part))]
+    parts = [part for part in parts if len(part)][: share.numerator]
+    return [rows[index] for part in parts for index in part]

@@ -75,7 +75,7 @@ class GatedAttention(Pooling):
     """Attention with a gate: a learned score per tile decides how much it counts.
 
     Ilse, Tomczak and Welling, "Attention-based deep multiple instance learning", ICML 2018,
-    equation 9. The softmax is taken in float32 whatever the precision of training.
+    equation 9. The softmax is taken in float32.
 
     Args:
         in_features: length D of a tile's embedding.

@@ -30,6 +30,12 @@ class BackboneSpec:
     pretrained: str = "procedural"
     channels_last: bool = True
 
+    def __post_init__(self) -> None:
+        if not self.name or not self.pretrained:
+            raise WeightsError(
+                f"backbone needs a name and pretrained weights, not {self.name!r}, {self.pretrained!r}"
+            )
+
 
 class Backbone(nn.Module):
     """A timm network without its classifier, with the normalisation that its weights expect.
@@ -51,7 +57,7 @@ class Backbone(nn.Module):
         import timm
 
         super().__init__()
-        if spec.name not in timm.list_models():
+        if not timm.is_model(spec.name):
             close = timm.list_models(f"*{spec.name.split('_')[0]}*")[:5]
             raise WeightsError(
                 f"timm knows no backbone {spec.name!r}; names like it: {', '.join(close) or 'none'}"

@@ -29,7 +29,7 @@ class CumulativeLink(Head):
     McCullagh, "Regression models for ordinal data", JRSS B 1980: ``P(grade <= k) =
     sigmoid(threshold_k - score)``. Thresholds are kept in order by construction: the first is free,
     the gaps between them are softplus of free parameters. A logit is ``score - threshold_k``, that of
-    ``grade > k``. Computed in float32 whatever the precision of training.
+    ``grade > k``.
 
     Args:
         in_features: length D' of a slide's embedding.
@@ -48,8 +48,8 @@ class CumulativeLink(Head):
     def forward(self, embedding: Tensor) -> Tensor:
         """``[B, D']`` -> logits ``[B, K-1]`` of ``grade > k``, decreasing along the last axis."""
         thresholds = torch.cat([self.first, self.first + functional.softplus(self.gaps).cumsum(0)])  # [K-1]
-        score: Tensor = self.score(embedding.to(torch.float32))
-        return score.to(torch.float32) - thresholds
+        score: Tensor = self.score(embedding)
+        return score - thresholds
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Logits ``[B, K-1]`` -> probabilities ``[B, K]``, which sum to one."""

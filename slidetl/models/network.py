@@ -32,11 +32,15 @@ class GradingNetwork(nn.Module):
         Returns:
             The head's logits ``[B, K-1]``, and the attention ``[B, H, N]``.
         """
-        embeddings = self.backbone(tiles.flatten(0, 1)).unflatten(0, mask.shape)  # [B, N, D]
-        return self.grade(embeddings, mask)
+        return self.grade(self.embed(tiles), mask)
+
+    def embed(self, tiles: Tensor) -> Tensor:
+        """Bags ``[B, N, 3, H, W] uint8`` -> embeddings ``[B, N, D]``."""
+        embeddings: Tensor = self.backbone(tiles.flatten(0, 1))
+        return embeddings.view(tiles.shape[0], tiles.shape[1], -1)
 
     def grade(self, embeddings: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The second half of :meth:`forward`, from embeddings ``[B, N, D]``."""
+        """The second half of :meth:`forward`, from embeddings ``[B, N, D]``; not for lower precisions."""
         pooled: Aggregated = self.aggregator(embeddings, mask)
         logits: Tensor = self.head(pooled.embedding)
         return logits, pooled.attention

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from slidetl.errors import UsageError
 from slidetl.models.backbones import Backbone
 from slidetl.models.network import GradingNetwork
 
@@ -68,6 +69,10 @@ class WarmRestart:
 
     backbone_lr_scale: float = 0.1
     batch_statistics: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.backbone_lr_scale > 0:
+            raise UsageError(f"backbone_lr_scale must be above 0, not {self.backbone_lr_scale}")
 
     def start(self, backbone: Backbone) -> None:
         """Loads the pretrained weights."""

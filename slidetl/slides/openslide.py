@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from slidetl.errors import SlideOpenError, SlideReadError, SpacingError, UsageError
 from slidetl.slides.area import average_areas, pixel_edges
 from slidetl.slides.base import SlideInfo, fingerprint_of
+from slidetl.slides.dicom import series_instance_uid
 
 # One read from OpenSlide is at most this many pixels (4 bytes each), whatever is asked for.
 _MAX_SOURCE_PX = 8 * 2**20
@@ -286,19 +287,11 @@ def _positive(text: str | None) -> float | None:
 def _files(path: Path, dicom_series: str | None) -> Iterable[Path]:
     """All the files of the slide that ``path`` names."""
     if dicom_series is not None:
-        # The element (0020,000E), explicit little endian, as OpenSlide matches it beside the named file.
-        uid = dicom_series.encode()
-        uid += b"\0" * (len(uid) % 2)
-        element = b"\x20\x00\x0e\x00UI" + len(uid).to_bytes(2, "little") + uid
-        return [p for p in path.parent.iterdir() if p == path or (p.is_file() and element in _head(p))]
+        beside = (p for p in path.parent.iterdir() if p != path and p.is_file())
+        return [path, *(p for p in beside if series_instance_uid(p) == dicom_series)]
     if path.suffix.lower() == ".mrxs":
         return [path, *(p for p in path.with_suffix("").rglob("*") if p.is_file())]
     if path.suffix.lower() in (".vms", ".vmu"):
         values = (line.partition("=")[2].strip() for line in path.read_text("latin-1").splitlines())
         return [path, *(path.parent / v for v in values if v and (path.parent / v).is_file())]
     return [path]
-
-
-def _head(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(1 << 16)

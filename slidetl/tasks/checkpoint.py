@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+import re
+from argparse import ArgumentError
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from pytorch_lightning.cli import instantiate_module
 
-from slidetl.errors import CheckpointError
+from slidetl.errors import CheckpointError, SlidetlError
+from slidetl.models.backbones import BackboneSpec
 from slidetl.tasks.slide import SlideGrader
+
+_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_CLASSES = ("aggregator", "head", "transfer")
+_PARAMETERS = frozenset(inspect.signature(SlideGrader).parameters)
 
 
 def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
-    """Reads a checkpoint as plain values and tensors, and checks the names in its hyper-parameters.
+    """Reads a checkpoint as plain values and tensors, and checks its hyper-parameters.
 
-    Building the module imports every class that they name, and an import runs code. So only names
-    below ``slidetl.`` are accepted, and those that the user allows.
+    Building a module imports every class that they name, and an import runs code. So they must have the
+    very form in which ``slidetl fit`` writes them, and name nothing but ``slidetl.*`` and what the user
+    allows.
 
     Args:
         path: a ``.ckpt`` file.
         allow: further names or packages whose classes may be imported, e.g. ``mylab.heads``.
 
+    Returns:
+        The checkpoint. Its ``hyper_parameters`` are the arguments of
+        :class:`~slidetl.tasks.slide.SlideGrader`, as plain values.
+
     Raises:
-        CheckpointError: unreadable without unpickling objects, or it names a class not allowed.
+        CheckpointError: unreadable without unpickling objects, of another form, or it names a class that
+            is not allowed.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
@@ -33,19 +49,17 @@ def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
         raise CheckpointError(
             f"{path}: not loaded, holds more than plain values and tensors: {str(error).splitlines()[0]}"
         ) from error
-    if (
-        not isinstance(checkpoint, dict)
-        or "hyper_parameters" not in checkpoint
-        or "state_dict" not in checkpoint
-    ):
+    is_ours = isinstance(checkpoint, dict) and {"hyper_parameters", "state_dict"} <= checkpoint.keys()
+    if not is_ours or not isinstance(checkpoint["hyper_parameters"], dict):
         raise CheckpointError(f"{path}: expected a checkpoint of 'slidetl fit', found something else")
-    for name in _class_paths(checkpoint["hyper_parameters"]):
-        if not any(name == prefix or name.startswith(f"{prefix}.") for prefix in ("slidetl", *allow)):
-            raise CheckpointError(
-                f"{path}: it would import {name!r}, which is neither slidetl's nor allowed; "
-                f"if you trust it, add --allow {name}"
-            )
-    return checkpoint
+    loaded: dict[str, Any] = checkpoint
+    values = loaded["hyper_parameters"]
+    values.pop("_instantiator", None)  # how Lightning would build the module; we do it ourselves
+    try:
+        _check_hyper_parameters(values, allow)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return loaded
 
 
 def load_grader(path: Path, allow: Sequence[str] = ()) -> SlideGrader:
@@ -58,27 +72,69 @@ def load_grader(path: Path, allow: Sequence[str] = ()) -> SlideGrader:
     Raises:
         CheckpointError: see :func:`read_checkpoint`; or the state does not fit.
     """
-    read_checkpoint(path, allow)
+    checkpoint = read_checkpoint(path, allow)
     try:
-        grader = SlideGrader.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: its state does not fit: {str(error).splitlines()[0]}") from error
+        grader = instantiate_module(SlideGrader, checkpoint["hyper_parameters"])
+        grader.load_state_dict(checkpoint["state_dict"])
+        grader.on_load_checkpoint(checkpoint)
+    except (ArgumentError, RuntimeError, KeyError, TypeError, ValueError, SlidetlError) as error:
+        reason = next(line for line in reversed(str(error).splitlines()) if line.strip()).strip()
+        raise CheckpointError(f"{path}: no network can be built from it: {reason}") from error
     return grader.eval()
 
 
-def _class_paths(values: Any) -> Iterator[str]:
-    """Every name that would be imported: ``class_path`` entries, and bare names of callables."""
-    if isinstance(values, dict):
-        for key, value in values.items():
-            if key == "_instantiator":
-                if value != "pytorch_lightning.cli.instantiate_module":
-                    yield str(value)
-            elif key in ("class_path", "_class_path", "aggregator", "head", "transfer") and isinstance(
-                value, str
+def _check_hyper_parameters(values: dict[Any, Any], allow: Sequence[str]) -> None:
+    unknown = [key for key in values if key not in _PARAMETERS]
+    if unknown:
+        raise CheckpointError(
+            f"unknown hyper-parameter {unknown[0]!r}; it is not from this version of slidetl fit"
+        )
+    for key, value in values.items():
+        if key in _CLASSES:
+            _check_class(key, value, allow)
+        elif key == "backbone":
+            known = {field.name for field in fields(BackboneSpec)}
+            if (
+                not isinstance(value, dict)
+                or not value.keys() <= known
+                or not all(map(_is_scalar, value.values()))
             ):
-                yield value
-            else:
-                yield from _class_paths(value)
-    elif isinstance(values, (list, tuple)):
-        for value in values:
-            yield from _class_paths(value)
+                raise CheckpointError(
+                    f"expected backbone to have {', '.join(sorted(known))}, found {value!r}"
+                )
+        elif not all(map(_is_scalar, value if isinstance(value, list) else [value])):
+            raise CheckpointError(f"expected a plain value for {key}, found {value!r}")
+
+
+def _check_class(key: str, value: Any, allow: Sequence[str]) -> None:
+    """Exactly ``{class_path: NAME, init_args: {NAME: plain value}}``, the name an allowed one."""
+    if (
+        not isinstance(value, dict)
+        or not value.keys() <= {"class_path", "init_args"}
+        or "class_path" not in value
+    ):
+        raise CheckpointError(f"expected {key} to be a class_path with init_args, found {value!r}")
+    name, arguments = value["class_path"], value.get("init_args", {})
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise CheckpointError(f"expected the class_path of {key} to be the name of a class, found {name!r}")
+    if not any(name == prefix or name.startswith(f"{prefix}.") for prefix in ("slidetl", *allow)):
+        raise CheckpointError(
+            f"it would import {name!r}, which is neither slidetl's nor allowed; "
+            f"if you trust it, add --allow {name}"
+        )
+    if not isinstance(arguments, dict):
+        raise CheckpointError(f"expected the init_args of {key} to be names and values, found {arguments!r}")
+    for argument, content in arguments.items():
+        # A text could name a class or a file with a configuration; none of our classes takes one.
+        if (
+            not isinstance(argument, str)
+            or not argument.isidentifier()
+            or not _is_scalar(content, text=False)
+        ):
+            raise CheckpointError(
+                f"expected plain numbers as init_args of {key}, found {argument!r}: {content!r}"
+            )
+
+
+def _is_scalar(value: Any, text: bool = True) -> bool:
+    return value is None or isinstance(value, (bool, int, float)) or (text and isinstance(value, str))

@@ -79,19 +79,15 @@ class SlideGrader(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Takes the tiles' specification from the data, and starts the backbone where the strategy says."""
-        data_spec: TileSpec | None = getattr(self.trainer.datamodule, "tile_spec", None)  # type: ignore[attr-defined]
         if stage == "fit":
-            self.transfer.start(self.network.backbone)
-            self.tile_spec = data_spec
-        elif self.tile_spec is not None and data_spec is not None and self.tile_spec != data_spec:
-            _refuse_other_tiles(self.tile_spec, data_spec)
+            self.tile_spec = self._data_spec()
+            if self.trainer.ckpt_path is None:  # a training that goes on has its weights already
+                self.transfer.start(self.network.backbone)
 
-    def train(self, mode: bool = True) -> SlideGrader:
-        """Switches to training, all but what the strategy keeps still."""
-        super().train(mode)
-        if mode:
-            self.transfer.set_training_mode(self.network.backbone)
-        return self
+    def on_train_epoch_start(self) -> None:
+        """Switches to training, all but what the strategy keeps still; Lightning leaves modes as they are."""
+        self.train()
+        self.transfer.set_training_mode(self.network.backbone)
 
     def configure_optimizers(self) -> Any:
         """AdamW with the strategy's parameter groups, under one cycle stepped per batch."""
@@ -105,8 +101,9 @@ class SlideGrader(pl.LightningModule):
 
     def training_step(self, batch: Bag, batch_idx: int) -> Tensor:
         """Loss of a batch of bags."""
-        logits, _ = self.network(batch["tiles"], batch["mask"])
-        loss: Tensor = self.network.head.loss(logits, batch["grade"])
+        embeddings = self.network.embed(batch["tiles"])
+        logits = self._grade(embeddings, batch["mask"])
+        loss = self.network.head.loss(logits, batch["grade"])
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(logits), prog_bar=True)
         return loss
 
@@ -122,6 +119,19 @@ class SlideGrader(pl.LightningModule):
         """Takes one chunk of a slide."""
         self._evaluate(batch)
 
+    def on_validation_epoch_start(self) -> None:
+        """Forgets what an evaluation that was cut short has left behind."""
+        self._embeddings, self._predictions = [], []
+
+    on_test_epoch_start = on_validation_epoch_start
+    on_predict_epoch_start = on_validation_epoch_start
+
+    def _grade(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """Logits, in float32 also where the backbone runs in a lower precision."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            logits, _ = self.network.grade(embeddings.float(), mask)
+        return logits
+
     def _evaluate(self, chunk: Chunk) -> None:
         self._embeddings.append(self.network.backbone(chunk["tiles"]).float())
         if not chunk["last"]:
@@ -129,8 +139,7 @@ class SlideGrader(pl.LightningModule):
         embeddings = torch.cat(self._embeddings).unsqueeze(0)  # [1, N, D]
         self._embeddings = []
         mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
-        logits, _ = self.network.grade(embeddings, mask)
-        probabilities = self.network.head.probabilities(logits)[0].tolist()
+        probabilities = self.network.head.probabilities(self._grade(embeddings, mask))[0].tolist()
         self._predictions.append(
             SlidePrediction(
                 slide_id=chunk["slide_id"],
@@ -176,6 +185,10 @@ class SlideGrader(pl.LightningModule):
         return [by_slide[slide_id] for slide_id in sorted(by_slide)]
 
     def _log_metrics(self, part: str, predictions: list[SlidePrediction]) -> GradeMetrics:
+        if not predictions:
+            raise UsageError(
+                f"the {part} part ended before a slide was complete; raise trainer.limit_{part}_batches"
+            )
         true = [prediction.grade for prediction in predictions if prediction.grade is not None]
         metrics = grade_metrics(
             true, [prediction.predicted_grade for prediction in predictions], len(self.grades)
@@ -198,11 +211,13 @@ class SlideGrader(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores what :meth:`on_save_checkpoint` kept, and refuses data tiled otherwise."""
         trained_on = TileSpec.from_dict(checkpoint["tile_spec"]) if checkpoint.get("tile_spec") else None
-        datamodule = getattr(self._trainer, "datamodule", None)
-        data_spec = getattr(datamodule, "tile_spec", None)
+        data_spec = self._data_spec()
         if trained_on and data_spec and trained_on != data_spec:
             _refuse_other_tiles(trained_on, data_spec)
         self.tile_spec = trained_on
+
+    def _data_spec(self) -> TileSpec | None:
+        return getattr(getattr(self._trainer, "datamodule", None), "tile_spec", None)
 
 
 def _refuse_other_tiles(trained_on: TileSpec, found: TileSpec) -> None:

@@ -218,8 +218,35 @@ def test_only_a_finished_cache_of_the_right_kind_opens(tmp_path: Path) -> None:
     (cache.path / "zarr.json").write_text(json.dumps(about))
     with pytest.raises(CacheMissingError, match="never finished"):
         SlideCache.open(cache.path)
-    (cache.path / "zarr.json").write_text("{")
-    with pytest.raises(CacheCorruptError, match="not JSON"):
+
+
+@pytest.mark.parametrize(
+    ("node", "content", "says"),
+    [
+        (".", "{", "not JSON"),
+        (".", "[]", "expected a JSON object"),
+        (".", '{"attributes": []}', "not the attributes of a tile cache"),
+        (".", '{"attributes": {"complete": true}}', "not the attributes .*format_version"),
+        (".", '{"attributes": {"complete": true, "format_version": 1}}', "not the attributes .*slide_id"),
+        ("origin_level0", "{", "not JSON"),
+        ("origin_level0", "{}", "array is damaged .*shape"),
+        ("origin_level0", '{"shape": [7, 2], "data_type": "int32"}', "array is damaged"),
+        ("tissue_fraction", '{"shape": [5], "data_type": "what"}', "array is damaged"),
+    ],
+)
+def test_damaged_metadata_say_so_and_what_to_do(tmp_path: Path, node: str, content: str, says: str) -> None:
+    cache = write(tmp_path, 5)
+    (cache.path / node / "zarr.json").write_text(content)
+    with pytest.raises(CacheCorruptError, match=f"{says}.*--overwrite"):
+        SlideCache.open(cache.path)
+
+
+def test_attributes_that_are_no_specification_are_corrupt(tmp_path: Path) -> None:
+    cache = write(tmp_path, 5)
+    about = json.loads((cache.path / "zarr.json").read_text())
+    about["attributes"]["spec"]["mpp"] = -1.0
+    (cache.path / "zarr.json").write_text(json.dumps(about))
+    with pytest.raises(CacheCorruptError, match=r"not the attributes .*mpp must"):
         SlideCache.open(cache.path)
 
 

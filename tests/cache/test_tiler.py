@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import resource
 import threading
 import time
 from collections.abc import Callable
@@ -211,6 +212,49 @@ def test_the_cache_of_another_slide_is_not_served(
         assert row.status == FAILED and "--overwrite" in row.reason
     assert tile_slide(changed, tmp_path, SPEC, overwrite=True).tiles == 48
     assert SlideCache.open(cache_path(tmp_path, "S1")).size_level0 == (512, 512)
+
+
+@pytest.mark.parametrize("node", [".", "origin_level0"])
+@pytest.mark.parametrize("content", ["{", '{"attributes": {"complete": true}}'])
+def test_a_damaged_cache_costs_its_slide_only(
+    source: SlideSource, tmp_path: Path, node: str, content: str
+) -> None:
+    tile_slides([source], tmp_path, SPEC, workers=0)
+    before = tree(cache_path(tmp_path, "S1"))
+    (cache_path(tmp_path, "S1") / node / "zarr.json").write_text(content)
+    sources = [source, SlideSource("S2", source.path)]
+    rows = tile_slides(sources, tmp_path, SPEC, workers=0)
+    assert [row.status for row in rows] == [FAILED, USED]
+    assert "--overwrite" in rows[0].reason and "\n" not in rows[0].reason
+    rows = tile_slides(sources, tmp_path, SPEC, workers=0, overwrite=True)
+    assert [row.status for row in rows] == [USED, USED]
+    assert tree(cache_path(tmp_path, "S1")) == before
+
+
+def test_what_was_begun_outlives_a_full_disk_but_not_a_broken_slide(
+    source: SlideSource, tmp_path: Path
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, before[1]))
+    try:
+        row = tile_slide(source, tmp_path / "cache", SPEC)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert row.status == FAILED and "too large" in row.reason
+    assert [path.name for path in (tmp_path / "cache" / ".building").iterdir()] == ["S1"]
+    source.path.write_text("junk")
+    assert tile_slide(source, tmp_path / "cache", SPEC).status == FAILED
+    assert not list((tmp_path / "cache" / ".building").iterdir())
+
+
+def test_the_ledger_tells_that_a_cache_is_no_longer_of_its_slide(source: SlideSource, tmp_path: Path) -> None:
+    assert tile_slides([source], tmp_path / "cache", SPEC, workers=0)[0].status == USED
+    before = tree(cache_path(tmp_path / "cache", "S1"))
+    source.path.write_text("junk")
+    assert tile_slides([source], tmp_path / "cache", SPEC, workers=0)[0].status == FAILED
+    (row,) = Ledger(tmp_path / "cache" / "ledger.csv").rows()
+    assert (row.slide_id, row.path, row.status, row.fingerprint) == ("S1", str(source.path), FAILED, "")
+    assert tree(cache_path(tmp_path / "cache", "S1")) == before
 
 
 def test_a_folder_of_someone_else_is_not_replaced(source: SlideSource, tmp_path: Path) -> None:

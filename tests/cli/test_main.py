@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,11 @@ def test_module_and_version() -> None:
             "timm knows no backbone",
         ),
         (["fit", "--data.manifest=m", "--data.cache=c"], "m: expected a CSV manifest"),
+        (["fit", "--data.manifest=m", "--data.cache=c", "--data.seed=-1"], "data.seed must be at least 0"),
+        (
+            ["fit", "--data.manifest=m", "--data.cache=c", "--data.augmentation.contrast=2"],
+            "augmentation.contrast",
+        ),
         (["test", "--data.manifest=m", "--data.cache=c"], "no checkpoint of 'slidetl fit' below"),
         (
             ["test", "--data.manifest=m", "--data.cache=c", "--ckpt_path=none.ckpt"],
@@ -80,8 +86,12 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     options = ["--trainer.accelerator=cpu"] if words[0] in ("fit", "test") else []
     assert main([*words, *options]) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if "slidetl: error:" in line]
-    assert len(errors) == 1 and said in errors[0]
+    out, err = capsys.readouterr()
+    *others, last = err.splitlines()
+    assert last.startswith("slidetl: error:") and said in last
+    # What Lightning says of the machine may stand before it; neither a traceback nor usage may.
+    assert all(re.match("Seed set|GPU available|TPU available", line) for line in others), others
+    assert not out
     assert not list(tmp_path.glob("*.pt"))
 
 

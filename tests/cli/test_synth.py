@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import os
 import re
 from pathlib import Path
 
@@ -31,13 +33,27 @@ def test_writes_a_cohort_and_prints_the_colour_baseline(
         synth.run(options)
 
 
-def test_few_slides_are_not_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = parsed(tmp_path, "--slides 2 --patients 2 --sites 1 --size 512 --mpp 8 --workers 1")
-    assert synth.run(options) == 0
-    assert "alone" not in capsys.readouterr().out
+def test_few_slides_need_no_other_option_and_are_not_judged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert synth.run(parsed(tmp_path, "--slides 2 --size 512 --mpp 8")) == 0
+    out = capsys.readouterr().out
+    assert "2 slides of 2 patients" in out and "alone" not in out
+
+
+def test_patients_and_sites_that_are_given_count(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        synth.run(parsed(tmp_path, "--slides 3 --patients 2 --sites 1 --size 512 --mpp 8 --workers 1")) == 0
+    )
+    assert "3 slides of 2 patients" in capsys.readouterr().out
+    with (tmp_path / "manifest.csv").open(newline="") as file:
+        assert len({row["site"] for row in csv.DictReader(file)}) == 1
+    with pytest.raises(UsageError, match="4 patients need at least as many slides"):
+        synth.run(parsed(tmp_path, "--slides 3 --patients 4"))
 
 
 def test_defaults_are_those_of_the_cohort() -> None:
     options = parsed(Path("somewhere"))
-    assert (options.slides, options.patients, options.sites) == (60, 48, 3)
+    assert options.slides == 60
+    assert options.workers == len(os.sched_getaffinity(0))
     assert (options.size, options.mpp, options.stain, options.seed) == (4096, 0.5, "he", 0)

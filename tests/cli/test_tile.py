@@ -107,6 +107,22 @@ def test_mistakes_end_with_one_line_and_2(
     assert main([*words, "2", "--overwrite"]) == 0
 
 
+def test_a_grade_off_the_scale_is_found_before_the_work(
+    pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    manifest = tmp_path / "manifest.csv"
+    slide = pyramid_tiff(tissue_picture(256))
+    manifest.write_text(f"slide_id,path,patient_id,grade\nS,{slide},P,7\n")
+    words = ["tile", str(manifest), "--cache", str(tmp_path / "cache"), "--mpp", "1", "--tile-size", "32"]
+    words += ["--workers", "1"]
+    assert main(words) == 2
+    assert "line 2: grade must be a whole number from 0 to 4" in capfd.readouterr().err
+    assert not (tmp_path / "cache").exists()
+    assert main([*words, "--grades", "1"]) == 2
+    assert "--grades must be at least 2" in capfd.readouterr().err
+    assert main([*words, "--grades", "8"]) == 0
+
+
 def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(
     pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path
 ) -> None:

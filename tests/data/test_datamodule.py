@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -119,3 +121,44 @@ def test_slides_tiled_differently_are_refused(study: Study, tmp_path: Path) -> N
     assert main(["tile", str(lone), "--cache", str(tmp_path), "--mpp", "8", "--tile-size", "32"]) == 0
     with pytest.raises(CacheMismatchError, match=r"tiled in 2 different ways \(mpp \[4.0, 8.0\]"):
         SlideDataModule(str(study.manifest), str(tmp_path)).setup("fit")
+
+
+def test_tiles_of_another_slide_under_the_same_name_are_refused(study: Study, tmp_path: Path) -> None:
+    with study.manifest.open(newline="") as file:
+        paths = [str(study.manifest.parent / row["path"]) for row in csv.DictReader(file)]
+    moved = rewrite(study, tmp_path / "m.csv", path=paths[1:] + paths[:1])
+    with pytest.raises(CacheMismatchError, match="the cache holds the tiles of another file"):
+        SlideDataModule(str(moved), str(study.cache)).setup("fit")
+
+
+def test_a_study_that_was_moved_is_known_by_its_content(study: Study, tmp_path: Path) -> None:
+    shutil.copytree(study.manifest.parent, tmp_path / "data")
+    data = SlideDataModule(str(tmp_path / "data" / "manifest.csv"), str(study.cache))
+    data.setup("fit")
+    assert len(data.slides["predict"]) == 20
+
+
+def test_slides_that_failed_when_tiled_again_are_left_out(study: Study, tmp_path: Path) -> None:
+    shutil.copytree(study.cache, tmp_path / "cache")
+    ledger = tmp_path / "cache" / "ledger.csv"
+    header, first, *others = ledger.read_text().splitlines()
+    ledger.write_text("\n".join([header, first.replace(",used,", ",failed,"), *others]) + "\n")
+    data = SlideDataModule(str(study.manifest), str(tmp_path / "cache"))
+    with pytest.warns(UserWarning, match="1 of 20 slides are not in the cache"):
+        data.setup("fit")
+
+
+@pytest.mark.parametrize("n_ranks", [2, 3])
+def test_processes_share_out_whole_slides(study: Study, n_ranks: int) -> None:
+    seen = []
+    for rank in range(n_ranks):
+        data = SlideDataModule(str(study.manifest), str(study.cache), num_workers=0)
+        data.trainer = SimpleNamespace(  # type: ignore[assignment] # what a process of a DDP run is told
+            global_rank=rank,
+            world_size=n_ranks,
+            strategy=SimpleNamespace(root_device=SimpleNamespace(type="cpu")),
+        )
+        data.setup("test")
+        seen.append([chunk["slide_id"] for chunk in data.test_dataloader()])
+    assert len({len(slides) for slides in seen}) == 1  # no process waits for another
+    assert set().union(*seen) == {slide.row.slide_id for slide in data.slides["test"]}

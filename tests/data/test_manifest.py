@@ -81,12 +81,35 @@ def test_grade_range_follows_the_scale(tmp_path: Path) -> None:
         ("slide_id;path;patient_id;grade\na;a.svs;P;1\n", "separate the columns by commas"),
         ("slide_id,path,patient_id,grade,grade\na,a.svs,P,1,1\n", "more than once"),
         ("slide_id,path,patient_id,grade\n../,a.svs,P,1\n", "slide_id must have letters or digits"),
-        ('slide_id,path,patient_id,grade\n"a,a.svs,P,1\n', "expected a CSV"),
+        ('slide_id,path,patient_id,grade\na,a.svs,P,1\n\nb,"b.svs,P,1\nc,c.svs,P,1\n', "line 4: .*quotes"),
     ],
 )
 def test_unusable_files_say_why(tmp_path: Path, text: str, said: str) -> None:
     with pytest.raises(ManifestError, match=said):
         read_manifest(write(tmp_path, text))
+
+
+def test_what_cannot_be_a_path_is_a_fault_among_others(tmp_path: Path) -> None:
+    lines = [f"one,{'a' * 300}.svs,P1,1", "two,a\0.svs,P2,1", "three,,P3,1", "four,a.svs,P4,x"]
+    path = write(tmp_path, "\n".join(["slide_id,path,patient_id,grade", *lines]))
+    with pytest.raises(ManifestError, match="4 faults") as caught:
+        read_manifest(path)
+    for part in (
+        "line 2: no file 'aaa",
+        r"line 3: no file 'a\x00.svs'",
+        "line 4: no file ''",
+        "line 5: grade",
+    ):
+        assert part in str(caught.value)
+
+
+def test_lines_are_counted_where_a_row_begins(tmp_path: Path) -> None:
+    path = write(tmp_path, 'slide_id,path,patient_id,grade\na,a.svs,"P\n1",1\nb,b.svs,P2,x\n')
+    with pytest.raises(ManifestError, match="line 4: grade"):
+        read_manifest(path)
+    path.write_text('slide_id,path,patient_id,grade\na,a.svs,"P\n1",x\n')
+    with pytest.raises(ManifestError, match="line 2: grade"):
+        read_manifest(path)
 
 
 def test_not_utf8(tmp_path: Path) -> None:

@@ -52,8 +52,19 @@ def test_no_fraction_no_part() -> None:
     assert set(split.values()) == {"train", "val"}
 
 
+@pytest.mark.parametrize("fraction", [0.2, 0.25, 0.3, 0.4, 0.5])
+def test_fractions_are_met(fraction: float) -> None:
+    rows = [ManifestRow(0, f"s{number}", Path("x"), f"p{number}", number % 5) for number in range(200)]
+    split = Counter(split_patients(rows, val_fraction=0.2, test_fraction=fraction, seed=0).values())
+    assert abs(split["test"] / 200 - fraction) <= 0.01
+    assert abs(split["val"] / 200 - 0.2) <= 0.02
+
+
 def test_too_few_patients_and_bad_fractions() -> None:
-    with pytest.raises(UsageError, match="slides of 3 patients are too few for a test part of 25%"):
-        split_patients(cohort(3, 0), val_fraction=0.2, test_fraction=0.25, seed=0)
+    rows = [ManifestRow(0, f"s{number}", Path("x"), f"p{number}", number) for number in range(4)]
+    with pytest.raises(UsageError, match="4 slides of 4 patients are too few for a test part of 25%"):
+        split_patients(rows, val_fraction=0.2, test_fraction=0.25, seed=0)
     with pytest.raises(UsageError, match=r"val_fraction must be from 0 to 0\.5, not 0\.6"):
         split_patients(cohort(30, 0), val_fraction=0.6, test_fraction=0.25, seed=0)
+    with pytest.raises(UsageError, match="nothing is left to train on"):
+        split_patients(cohort(30, 0), val_fraction=0.5, test_fraction=0.5, seed=0)

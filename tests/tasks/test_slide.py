@@ -2,14 +2,20 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from slidetl.cli import main
+from slidetl.data.datamodule import SlideDataModule
 from slidetl.evaluation.metrics import grade_metrics
+from slidetl.models.backbones import find_weights
 from slidetl.tasks.checkpoint import load_grader, read_checkpoint
 from slidetl.tasks.predictions import read_predictions
 from tests.conftest import Study
@@ -106,3 +112,96 @@ def test_evaluation_in_chunks_is_evaluation_at_once(study: Study, trained: Path,
     small, large = (read_predictions(tmp_path / size / "test" / "predictions.csv") for size in ("3", "500"))
     for here, there in zip(small, large, strict=True):
         np.testing.assert_allclose(here.probabilities, there.probabilities, atol=1e-5)
+
+
+def test_stored_batch_statistics_stay_as_they_are(trained: Path) -> None:
+    grader = load_grader(trained / "logs" / "version_0" / "checkpoints" / "last.ckpt")
+    weights, _ = find_weights(grader.network.backbone.spec)
+    state = grader.network.backbone.net.state_dict()
+    running = [key for key in weights if "running_" in key]
+    assert running and all(torch.equal(state[key], weights[key]) for key in running)
+    assert any(not torch.equal(state[key], weights[key]) for key in weights)
+
+
+def test_statistics_of_the_batches_are_learned_from_scratch(study: Study, tmp_path: Path) -> None:
+    options = ["--model.transfer=slidetl.models.transfer.Scratch", "--trainer.max_epochs=1"]
+    assert main(["fit", *study.options(tmp_path), *options]) == 0
+    grader = load_grader(tmp_path / "logs" / "version_0" / "checkpoints" / "last.ckpt")
+    state = grader.network.backbone.net.state_dict()
+    assert not any((value == 0).all() for key, value in state.items() if key.endswith("running_mean"))
+
+
+def test_an_evaluation_cut_short_leaves_nothing_behind(study: Study, trained: Path, tmp_path: Path) -> None:
+    checkpoint = trained / "logs" / "version_0" / "checkpoints" / "best.ckpt"
+    grader = load_grader(checkpoint)
+    data = SlideDataModule(str(study.manifest), str(study.cache), num_workers=0, chunk_size=7)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        limit_test_batches=8,
+    )
+    written = []
+    for _ in range(2):
+        trainer.test(grader, data, verbose=False)
+        written.append((tmp_path / "test" / "predictions.csv").read_bytes())
+    assert written[0] == written[1]
+    whole = {row.slide_id: row.tiles for row in read_predictions(trained / "test" / "predictions.csv")}
+    some = read_predictions(tmp_path / "test" / "predictions.csv")
+    assert some and all(row.tiles == whole[row.slide_id] for row in some)
+    assert (
+        main(["test", *study.options(trained), "--data.chunk_size=7", "--trainer.limit_test_batches=1"]) == 2
+    )
+
+
+def test_pooling_and_head_stay_in_float32_under_autocast(trained: Path) -> None:
+    grader = load_grader(trained / "logs" / "version_0" / "checkpoints" / "best.ckpt")
+    tiles = torch.randint(0, 256, (1, 4, 3, 64, 64), dtype=torch.uint8)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        embeddings = grader.network.embed(tiles)
+        logits = grader._grade(embeddings, torch.ones(1, 4, dtype=torch.bool))
+    assert embeddings.dtype == torch.bfloat16 and logits.dtype == torch.float32
+
+
+def test_two_processes_train_together_and_test_alike(study: Study, tmp_path: Path) -> None:
+    options = [*study.options(tmp_path), "--trainer.devices=2", "--trainer.strategy=ddp"]
+    command = [sys.executable, "-W", "ignore", "-m", "slidetl"]
+    for words in (["fit", *options, "--trainer.max_epochs=1"], ["test", *options]):
+        done = subprocess.run([*command, *words], capture_output=True, text=True, check=False, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+    together = read_predictions(tmp_path / "test" / "predictions.csv")
+    assert main(["test", *study.options(tmp_path)]) == 0
+    alone = read_predictions(tmp_path / "test" / "predictions.csv")
+    assert [row.slide_id for row in together] == [row.slide_id for row in alone]
+    for here, there in zip(together, alone, strict=True):
+        np.testing.assert_allclose(here.probabilities, there.probabilities, atol=1e-6)
+
+
+def test_a_resumed_training_keeps_its_model(
+    study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = trained / "logs" / "version_0" / "checkpoints" / "last.ckpt"
+    capsys.readouterr()
+    assert main(["fit", *study.options(tmp_path), f"--ckpt_path={last}", "--model.lr=0.5"]) == 2
+    assert "was trained with lr 0.001, the configuration says 0.5" in capsys.readouterr().err
+    grades = "--data.grades=[a,b,c,d,e]"
+    assert main(["test", *study.options(tmp_path), f"--ckpt_path={last}", grades]) == 2
+    assert "was trained with grades" in capsys.readouterr().err
+
+
+def test_a_damaged_tile_is_one_line_from_a_worker_too(
+    study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(study.cache, cache)
+    for shard in cache.glob("*.zarr/tiles/c/*/*/*/*"):
+        content = bytearray(shard.read_bytes())
+        content[50] ^= 0xFF
+        shard.write_bytes(content)
+    capsys.readouterr()
+    options = ["--data.num_workers=1", f"--data.cache={cache}", f"--trainer.default_root_dir={trained}"]
+    assert main(["test", *study.options(trained), *options]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("slidetl: error:") and "tile" in last

@@ -115,18 +115,32 @@ def test_segments_are_ordered_by_coherence() -> None:
         assert means[0] > 2 * means[3]
 
 
-def test_bands_are_ordered_by_period_and_by_spread() -> None:
-    def mean(measure: Any, name: str) -> float:
-        return float(np.mean([measure(_field(name, seed)) for seed in range(12)]))
+def test_textures_are_ordered_by_period() -> None:
+    def roughness(name: str) -> float:
+        return float(np.mean([_roughness(_field(name, seed)) for seed in range(12)]))
 
-    for spread in ("any", "wide", "narrow"):
-        fine, medium, coarse = (
-            mean(_roughness, f"band-{scale}-{spread}") for scale in ("fine", "medium", "coarse")
-        )
-        assert fine > 2 * medium > 4 * coarse
-    for scale in ("fine", "medium"):
-        narrow, wide, none = (mean(_coherence, f"band-{scale}-{s}") for s in ("narrow", "wide", "any"))
-        assert narrow > wide + 0.1 > none + 0.2
+    assert roughness("grating-fine") > 2 * roughness("grating-medium") > 4 * roughness("grating-coarse")
+    for texture in ("labyrinth", "spots"):
+        assert roughness(f"{texture}-fine") > 2 * roughness(f"{texture}-coarse")
+    spectra = [roughness(f"noise-{exponent}") for exponent in (0.8, 1.8, 2.8, 3.8)]
+    assert spectra == sorted(spectra, reverse=True)
+    assert spectra[0] > 5 * spectra[3]
+
+
+def test_marble_is_ordered_by_turbulence() -> None:
+    calm, stirred, wild = (
+        np.mean([_coherence(_field(f"marble-{name}", seed)) for seed in range(12)])
+        for name in ("calm", "stirred", "wild")
+    )
+    assert calm > stirred + 0.2 > wild + 0.4
+
+
+def test_no_noise_has_a_direction() -> None:
+    # Noise with a direction beside noise without one is what the synthetic slides' grade rests on.
+    names = [name for name in NAMES if name.startswith(("noise", "labyrinth", "spots", "coast", "ridged"))]
+    assert len(names) == 11
+    for name in names:
+        assert np.mean([_coherence(_field(name, seed)) for seed in range(12)]) < 0.2, name
 
 
 @pytest.mark.parametrize("number", [2, 3, 5, 8])
@@ -166,7 +180,7 @@ def test_shapes_and_glyphs_stay_inside_every_crop() -> None:
 
 
 def _settings(**changes: Any) -> Any:
-    small = {"steps": 10, "batch": 16, "pool": 100, "heldout": 100, "refresh": 0.3, "seed": 4}
+    small = {"steps": 10, "batch": 14, "pool": 90, "heldout": 90, "refresh": 0.3, "seed": 4}
     return tool.Settings(**{**small, **changes})
 
 
@@ -222,7 +236,7 @@ def test_training_lowers_the_loss_on_its_own_images() -> None:
     losses = []
     for turn in range(16):
         network.train()
-        for images, labels in pool.batches(np.random.default_rng(turn), 54):
+        for images, labels in pool.batches(np.random.default_rng(turn), 46):
             loss = torch.nn.functional.cross_entropy(network(images), labels)
             optimizer.zero_grad()
             loss.backward()
@@ -244,7 +258,7 @@ def test_a_refreshed_pool_equals_one_drawn_later() -> None:
 
 def test_batches_cover_the_pool_once_with_matching_labels() -> None:
     pool = tool.Pool(_settings())
-    seen = torch.cat([labels for _, labels in pool.batches(np.random.default_rng(0), 27)])
+    seen = torch.cat([labels for _, labels in pool.batches(np.random.default_rng(0), 23)])
     assert sorted(seen.tolist()) == list(range(len(NAMES)))
 
 
@@ -257,7 +271,7 @@ def test_the_rate_rises_once_and_falls() -> None:
     assert 0 < rates[-1] < 1e-4
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch": 200, "pool": 100}, {"refresh": 1.5}])
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"batch": 200}, {"refresh": 1.5}])
 def test_impossible_settings_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"must"):
         _settings(**wrong)
@@ -271,16 +285,15 @@ def test_the_bundled_weights_load_and_agree_with_their_card() -> None:
     timm.create_model(tool.ARCHITECTURE, num_classes=0).load_state_dict(state, strict=True)
     assert WEIGHTS.stat().st_size <= 4_000_000
     assert all(torch.isfinite(value).all() for value in state.values() if value.is_floating_point())
-    assert {value.dtype for value in state.values()} == {
-        torch.float32,
-        torch.int64,
-    }  # int64: BatchNorm counts
+    # BatchNorm counts its batches in int64.
+    assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
     card = WEIGHTS.with_suffix(".md").read_text()
     digest = re.search(r"[0-9a-f]{64}", card)
     assert digest is not None and digest.group() == hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
     with safe_open(WEIGHTS, "pt") as file:
         metadata = file.metadata()
     assert json.loads(metadata["classes"]) == NAMES
+    assert f"{len(NAMES)} classes" in card
     assert f"{100 * float(metadata['heldout_accuracy']):.1f} %" in card
     assert f"--steps {json.loads(metadata['settings'])['steps']}" in card
 

@@ -1,0 +1,22 @@
+"""Which files of a folder are one DICOM slide: each level of its pyramid is a file of the same series."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+# StudyInstanceUID (0020,000D) and, next to it, SeriesInstanceUID (0020,000E), explicit little endian. Only at
+# the top level of a file are they neighbours: a series that is merely referred to stands without its study.
+_STUDY_AND_SERIES = re.compile(rb"\x20\x00\x0d\x00UI..[0-9.]*[\0 ]?\x20\x00\x0e\x00UI..([0-9.]+)", re.DOTALL)
+_HEAD_BYTES = 1 << 16
+
+
+def series_instance_uid(path: Path) -> str | None:
+    """The series that a DICOM file belongs to; None if it is not DICOM in explicit little endian.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        match = _STUDY_AND_SERIES.search(file.read(_HEAD_BYTES))
+    return match[1].decode("ascii") if match else None
