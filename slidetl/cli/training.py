@@ -106,9 +106,9 @@ class GradingCLI(LightningCLI):
             rank_zero_info(f"checkpoint: {options['ckpt_path']}")
         path = Path(options["ckpt_path"])
         values = read_checkpoint(path, allow)["hyper_parameters"]
-        wanted = options.model.as_dict()
+        wanted = {**options.model.as_dict(), "grades": options.data.grades}
         self.config = self.parser.parse_object({command: {"model": values}}, self.config)
-        found = self.config[command].model.as_dict()
+        found = {**self.config[command].model.as_dict(), "grades": values.get("grades")}
         # A test takes the model as it was trained, if the grades agree; a resumed fit agrees in all.
         for key in found if command == "fit" else ("grades",):
             if found[key] != wanted[key]:

@@ -37,7 +37,7 @@ class SlideDataModule(pl.LightningDataModule):
         test_fraction: share of the slides for the test, likewise.
         seed: of the split, the draws of tiles and the augmentation.
         num_workers: processes that read tiles ahead.
-        augmentation: changes of training tiles that leave the grade as it is; null for none.
+        augmentation: changes of training tiles that leave the grade as it is.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class SlideDataModule(pl.LightningDataModule):
         test_fraction: float = 0.25,
         seed: int = 0,
         num_workers: int = 2,
-        augmentation: Augmentation | None = Augmentation(),  # noqa: B008 (frozen)
+        augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
     ) -> None:
         super().__init__()
         check_scale(grades)

@@ -13,7 +13,7 @@ from slidetl.grid import TileSpec
 from tests.conftest import Study
 
 
-def rewrite(study: Study, path: Path, **columns: list[str]) -> Path:
+def rewrite(study: Study, target: Path, /, **columns: list[str]) -> Path:
     """The study's manifest with columns replaced or added, and absolute paths."""
     with study.manifest.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -22,11 +22,11 @@ def rewrite(study: Study, path: Path, **columns: list[str]) -> Path:
     for name, values in columns.items():
         for row, value in zip(rows, values, strict=True):
             row[name] = value
-    with path.open("w", newline="") as file:
+    with target.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    return path
+    return target
 
 
 def test_parts_are_disjoint_by_patient_and_cover_the_study(study: Study) -> None:
