@@ -91,14 +91,21 @@ def main(folder: Path) -> int:
         f"slidetl grade and slidetl test differ by at most {difference:.1e} in a probability.\n"
         f"Heat maps: {folder / 'maps'}/*.png   model: {folder / 'model.pt'}   logs: {folder / 'logs'}"
     )
+    figures = {
+        "accuracy": accuracy(model),
+        "qwk": qwk(model),
+        "mean_colour_accuracy": accuracy(colour),
+        "mean_colour_qwk": qwk(colour),
+        "chance": accuracy(chance),
+        "qwk_gain_over_mean_colour": gain(colour),
+        "qwk_gain_over_chance": gain(chance),
+    }
     summary = {
-        "accuracy": _values(accuracy(model)),
-        "qwk": _values(qwk(model)),
-        "mean_colour_accuracy": _values(accuracy(colour)),
-        "mean_colour_qwk": _values(qwk(colour)),
-        "chance_accuracy": _values(accuracy(chance)),
-        "qwk_gain_over_mean_colour": _values(gain(colour)),
-        "qwk_gain_over_chance": _values(gain(chance)),
+        **{name: round(interval.estimate, 4) for name, interval in figures.items()},
+        "intervals": {
+            name: {"low": round(interval.low, 4), "high": round(interval.high, 4), "level": interval.level}
+            for name, interval in figures.items()
+        },
         "greatest_probability_difference_grade_test": difference,
         "test_slides": len(true),
         "test_patients": len(set(patients)),
@@ -113,15 +120,6 @@ def main(folder: Path) -> int:
 
 def _text(interval: Interval) -> str:
     return f"{interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
-
-
-def _values(interval: Interval) -> dict[str, float]:
-    return {
-        "estimate": round(interval.estimate, 4),
-        "low": round(interval.low, 4),
-        "high": round(interval.high, 4),
-        "level": interval.level,
-    }
 
 
 if __name__ == "__main__":

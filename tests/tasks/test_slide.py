@@ -205,3 +205,10 @@ def test_a_damaged_tile_is_one_line_from_a_worker_too(
     assert main(["test", *study.options(trained), *options]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("slidetl: error:") and "tile" in last
+
+
+def test_mixed_precision_trains_and_tests(study: Study, tmp_path: Path) -> None:
+    options = [*study.options(tmp_path), "--trainer.precision=bf16-mixed"]
+    assert main(["fit", *options, "--trainer.max_epochs=1"]) == 0
+    assert main(["test", *options]) == 0
+    assert len(read_predictions(tmp_path / "test" / "predictions.csv")) >= 4
