@@ -10,6 +10,7 @@ import argparse
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 import slidetl
@@ -37,6 +38,7 @@ def main(args: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     _stay_offline()
+    warnings.formatwarning = lambda message, *_, **__: f"slidetl: warning: {message}\n"
     try:
         command = words[0] if words else ""
         if command in TRAINING_COMMANDS:

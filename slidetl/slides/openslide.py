@@ -59,7 +59,7 @@ class OpenSlideSlide:
         try:
             self._levels = _levels(self._handle)
             self._info = _describe(path, self._handle, self._levels, mpp_override)
-        except BaseException:
+        except BaseException:  # whatever it was, the file must not stay open
             self.close()
             raise
 
