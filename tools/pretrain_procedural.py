@@ -756,7 +756,7 @@ class Settings:
     """
 
     seed: int = 0
-    steps: int = 9_500
+    steps: int = 4_500
     batch: int = 256
     pool: int = 60_000
     refresh: float = 0.1
