@@ -164,7 +164,7 @@ class JpegCodec(ArrayBytesCodec):
             raise UsageError(f"slidetl.jpeg holds arrays [n, h, w, 3] of uint8, not {shape} of {dtype}")
 
     def compute_encoded_size(self, input_byte_length: int, chunk_spec: ArraySpec) -> int:
-        """Not known before encoding."""
+        """Not known before encoding, which zarr's interface has a codec say in this way."""
         raise NotImplementedError
 
     async def _encode_single(self, chunk_data: NDBuffer, chunk_spec: ArraySpec) -> Buffer | None:

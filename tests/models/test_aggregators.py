@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import torch
 
-from slidetl.models.aggregators import GatedAttention, MeanPooling
+from slidetl.models.aggregators import Aggregator, GatedAttention, MeanPooling
 from tests.contracts.aggregator import AggregatorContract
+
+# The type checker holds every aggregator to the protocol.
+AGGREGATORS: tuple[Aggregator, ...] = (MeanPooling(2), GatedAttention(2))
 
 
 class TestMeanPooling(AggregatorContract):
