@@ -30,7 +30,6 @@ from slidetl.cache.codec import tile_codec
 from slidetl.cache.ledger import EXCLUDED, FAILED, USED, Ledger, LedgerRow
 from slidetl.cache.store import (
     CacheHeader,
-    CacheWriter,
     SlideCache,
     cache_path,
     describe_difference,
@@ -38,6 +37,7 @@ from slidetl.cache.store import (
     read_header,
     slide_lock,
 )
+from slidetl.cache.writer import CacheWriter
 from slidetl.errors import (
     CacheCorruptError,
     CacheMismatchError,

@@ -18,12 +18,11 @@ from slidetl.cache.codec import JpegCodec, tile_codec
 from slidetl.cache.store import (
     TILES_PER_SHARD,
     CacheHeader,
-    CacheWriter,
     SlideCache,
     cache_path,
     discard,
-    pack_shard,
 )
+from slidetl.cache.writer import CacheWriter, pack_shard
 from slidetl.errors import CacheCorruptError, CacheMismatchError, CacheMissingError, UsageError
 from slidetl.grid import TileSpec
 from slidetl.tissue import TissueMask
