@@ -30,7 +30,16 @@ class TileSpec:
         mpp_tolerance: relative difference within which a pyramid level counts as being at ``mpp``
             and is read as it is.
         codec: ``"jpeg"``, or ``"zstd"`` for lossless tiles that any zarr reader opens.
-        jpeg_quality: 1..100; unused by ``"zstd"``.
+        jpeg_quality: 1..100; unused by ``"zstd"``. Where the grid coincides with the slide's own JPEG tiles
+            these are copied as they are, and it is unused as well.
+        edge: what becomes of tiles that the right and bottom border cut: ``"drop"``, or ``"pad"``, which
+            fills them with the slide's background. What lies outside the slide is no tissue.
+        icc: whether colours are converted to sRGB by the slide's ICC profile, if it has one.
+        min_focus: least sharpness of a tile (:func:`slidetl.quality.focus_of`); 0 measures none, and
+            spares the decoding of tiles that can be copied.
+        max_pen: greatest share of a tile that may be covered by a pen, 0..1; 1 keeps all.
+        max_fold: greatest share of folded tissue, 0..1; 1 keeps all.
+        max_air: greatest share of air or fat, 0..1; 1 keeps all.
 
     Raises:
         UsageError: a value is out of range; the message names it.
@@ -43,6 +52,12 @@ class TileSpec:
     mpp_tolerance: float = 0.01
     codec: str = "jpeg"
     jpeg_quality: int = 90
+    edge: str = "drop"
+    icc: bool = False
+    min_focus: float = 0.0
+    max_pen: float = 1.0
+    max_fold: float = 1.0
+    max_air: float = 1.0
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.mpp) and self.mpp > 0):
@@ -61,6 +76,14 @@ class TileSpec:
             raise UsageError(f"codec must be 'jpeg' or 'zstd', not {self.codec!r}")
         if not 1 <= self.jpeg_quality <= 100:
             raise UsageError(f"JPEG quality must be from 1 to 100, not {self.jpeg_quality}")
+        if self.edge not in ("drop", "pad"):
+            raise UsageError(f"edge must be 'drop' or 'pad', not {self.edge!r}")
+        if not (np.isfinite(self.min_focus) and self.min_focus >= 0):
+            raise UsageError(f"least focus must be a number from 0 up, not {self.min_focus}")
+        for name in ("pen", "fold", "air"):
+            share = getattr(self, f"max_{name}")
+            if not 0 <= share <= 1:
+                raise UsageError(f"greatest share of {name} must be from 0 to 1, not {share}")
 
     def to_dict(self) -> dict[str, Any]:
         """The specification as plain JSON values, as stored beside the tiles."""
@@ -81,7 +104,10 @@ class TileSpec:
 
 @dataclass(frozen=True)
 class TileGrid:
-    """A regular grid of whole tiles over a slide; what does not fit at the right and bottom is dropped.
+    """A regular grid of tiles over a slide, from its upper-left corner.
+
+    Tiles that would reach over the right or bottom border are dropped, or kept and padded, as
+    :attr:`TileSpec.edge` says.
 
     Attributes:
         columns: tiles along x.
@@ -115,11 +141,8 @@ class TileGrid:
         scale = (mpp_read[0] / mpp_level0[0], mpp_read[1] / mpp_level0[1])
         extent = (spec.tile_size_px * scale[0], spec.tile_size_px * scale[1])
         stride = (spec.stride_px * scale[0], spec.stride_px * scale[1])
-        # The small allowance keeps a tile that ends exactly at the border when the division rounds.
-        counts = [
-            int(np.floor((size - size_px) / step + 1e-9)) + 1 if size + 1e-6 >= size_px else 0
-            for size, size_px, step in zip(size_level0, extent, stride, strict=True)
-        ]
+        count = _count_whole if spec.edge == "drop" else _count_covering
+        counts = [count(*axis) for axis in zip(size_level0, extent, stride, strict=True)]
         return cls(counts[0], counts[1], stride, extent)
 
     def __len__(self) -> int:
@@ -130,3 +153,16 @@ class TileGrid:
         x = np.round(np.arange(self.columns) * self.stride_level0[0]).astype(np.int32)
         y = np.round(np.arange(self.rows) * self.stride_level0[1]).astype(np.int32)
         return np.stack(np.broadcast_arrays(x[None, :], y[:, None]), axis=-1).reshape(-1, 2)
+
+
+def _count_whole(size: int, extent: float, stride: float) -> int:
+    """How many tiles fit along an axis."""
+    # The small allowance keeps a tile that ends exactly at the border when the division rounds.
+    return int(np.floor((size - extent) / stride + 1e-9)) + 1 if size + 1e-6 >= extent else 0
+
+
+def _count_covering(size: int, extent: float, stride: float) -> int:
+    """How many tiles it takes to reach the border of an axis, each beginning inside it."""
+    # Origins are rounded to pixels: half a pixel that is left over would give a tile outside the slide.
+    rest = max(size - 0.5 - extent, 0.0)
+    return min(int(np.ceil(rest / stride)) + 1, int(np.ceil((size - 0.5) / stride)))

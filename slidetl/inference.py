@@ -78,7 +78,7 @@ def grade_slide(
     device = next(model.network.parameters()).device
     embeddings: list[torch.Tensor] = []
     origins: list[NDArray[np.int32]] = []
-    with open_slide(path, mpp_override) as slide, torch.inference_mode():
+    with open_slide(path, mpp_override, spec.icc) as slide, torch.inference_mode():
         plan = plan_tiles(slide, spec)
         for batch in stream_tiles(slide, plan, batch_size):
             embeddings.append(model.network.embed(channels_first(batch.pixels).to(device)))

@@ -111,13 +111,11 @@ def find_tissue(
     # Imported here: half a second that `slidetl --help` need not pay.
     from scipy import ndimage
 
-    is_dark_ground = np.median(thumbnail_rgb.max(axis=2)) < 64
-    signal, bounds = (
-        (_light(thumbnail_rgb), _LIGHT_RANGE)
-        if is_dark_ground
-        else (_density(thumbnail_rgb, _glass_rgb(thumbnail_rgb, background_rgb)), _DENSITY_RANGE)
-    )
-    mask = signal > _threshold(signal, bounds)
+    if is_dark_ground(thumbnail_rgb):
+        signal = _light(thumbnail_rgb)
+        mask = signal > _threshold(signal, _LIGHT_RANGE)
+    else:
+        mask = is_stained(optical_density(thumbnail_rgb, glass_rgb(thumbnail_rgb, background_rgb)))
     # Lone pixels of noise would be joined to a web when air spaces are closed; a septum has company.
     mask &= ndimage.uniform_filter(mask.astype(np.float32), size=3) > 2.5 / 9
     mask = _close(mask, round(_AIR_UM / 2 / mpp))
@@ -127,6 +125,20 @@ def find_tissue(
     is_kept = areas >= min(math.pi / 4 * (_FLECK_UM / mpp) ** 2, _FLECK_SHARE * mask.size)
     is_kept[0] = False
     return TissueMask(is_kept[labels], mpp)
+
+
+def is_dark_ground(thumbnail_rgb: NDArray[np.uint8]) -> bool:
+    """Whether the tissue shines on a dark ground (fluorescence), instead of taking light away."""
+    return bool(np.median(thumbnail_rgb.max(axis=2)) < 64)
+
+
+def is_stained(density: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Which pixels are denser than glass, by the threshold that :func:`find_tissue` uses.
+
+    Args:
+        density: ``[h, w] float32`` of :func:`optical_density`, of a whole slide.
+    """
+    return density > _threshold(density, _DENSITY_RANGE)
 
 
 def _interpolate(
@@ -143,7 +155,7 @@ def _interpolate(
     return np.asarray(upper * (1 - v) + lower * v)
 
 
-def _glass_rgb(rgb: NDArray[np.uint8], background_rgb: tuple[int, int, int]) -> NDArray[np.float64]:
+def glass_rgb(rgb: NDArray[np.uint8], background_rgb: tuple[int, int, int]) -> NDArray[np.float64]:
     """The colour of clean glass on this slide: scanned glass is seldom the white of the metadata.
 
     It is the brightest that is nearly grey, nearly as bright as the unscanned background, and not that very
@@ -160,9 +172,9 @@ def _glass_rgb(rgb: NDArray[np.uint8], background_rgb: tuple[int, int, int]) -> 
     return np.asarray(np.median(glass[brightness >= np.percentile(brightness, 90)], axis=0))
 
 
-def _density(rgb: NDArray[np.uint8], glass_rgb: NDArray[np.float64]) -> NDArray[np.float32]:
+def optical_density(rgb: NDArray[np.uint8], glass: NDArray[np.float64]) -> NDArray[np.float32]:
     """Optical density against glass, length of the vector over the channels; 0 where brighter than glass."""
-    table = np.log10((glass_rgb + 1) / (np.arange(256.0)[:, None] + 1)).clip(0) ** 2
+    table = np.log10((glass + 1) / (np.arange(256.0)[:, None] + 1)).clip(0) ** 2
     squares = table.astype(np.float32)
     return np.asarray(np.sqrt(sum(squares[:, channel][rgb[..., channel]] for channel in range(3))))
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from slidetl.cli import main
+from slidetl.models import transfer
 from slidetl.tasks.predictions import read_predictions
 from tests.conftest import Study
 
@@ -15,6 +18,14 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
 def test_there_are_some() -> None:
     assert {path.name for path in CONFIGS} >= {"fibrosis.yaml", "demo.yaml"}
+
+
+def test_every_strategy_has_one() -> None:
+    known = vars(transfer).values()
+    classes = {item.__name__ for item in known if is_dataclass(item) and isinstance(item, type)}
+    configs = [yaml.safe_load(path.read_text()) for path in CONFIGS if path.parent.name == "transfer"]
+    named = {config["model"]["transfer"]["class_path"].rpartition(".")[2] for config in configs}
+    assert named == {name for name in classes if not name.startswith("_")}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -35,6 +37,42 @@ def test_the_grid_holds_exactly_the_whole_tiles(
         assert np.array_equal(np.unique(origins[:, axis]), np.unique(places))
 
 
+@given(
+    st.tuples(st.integers(1, 5000), st.integers(1, 5000)),
+    st.tuples(spacings, spacings),
+    st.floats(1.0, 20.0),
+    st.integers(1, 300),
+    st.floats(0.1, 1.0),
+)
+def test_padding_covers_the_whole_slide_with_no_tile_to_spare(
+    size: tuple[int, int], mpp_level0: tuple[float, float], scale: float, tile_px: int, overlap: float
+) -> None:
+    mpp = scale * max(mpp_level0)
+    stride_px = max(1, int(tile_px * overlap))
+    dropped = TileSpec(mpp=mpp, tile_size_px=tile_px, stride_px=stride_px)
+    padded = dataclasses.replace(dropped, edge="pad")
+    whole = TileGrid.over(size, mpp_level0, (mpp, mpp), dropped)
+    grid = TileGrid.over(size, mpp_level0, (mpp, mpp), padded)
+    assert (grid.stride_level0, grid.extent_level0) == (whole.stride_level0, whole.extent_level0)
+    origins = grid.origins_level0()
+    assert len(np.unique(origins, axis=0)) == len(origins) == len(grid)
+    for axis, (count, count_whole) in enumerate([(grid.columns, whole.columns), (grid.rows, whole.rows)]):
+        stride, extent = grid.stride_level0[axis], grid.extent_level0[axis]
+        assert count >= 1 and count_whole <= count <= count_whole + max(1, -(-tile_px // stride_px))
+        last = (count - 1) * stride
+        assert last + extent >= size[axis] - 0.5
+        assert count == 1 or last - stride + extent < size[axis]
+        assert origins[:, axis].min() >= 0 and origins[:, axis].max() < size[axis]
+
+
+@given(st.integers(1, 3000), st.integers(1, 300), st.integers(1, 900))
+def test_padded_tiles_begin_inside_even_with_gaps(size: int, tile_px: int, stride_px: int) -> None:
+    spec = TileSpec(mpp=1, tile_size_px=tile_px, stride_px=stride_px, edge="pad")
+    grid = TileGrid.over((size, size), (1, 1), (1, 1), spec)
+    starts = [x for x in range(0, size, stride_px) if x == 0 or x - stride_px + tile_px < size]
+    assert np.unique(grid.origins_level0()[:, 0]).tolist() == starts
+
+
 def test_tiles_lie_by_physical_spacing_whatever_the_pixels() -> None:
     spec = TileSpec(mpp=0.5, tile_size_px=224)
     fine = TileGrid.over((8960, 8960), (0.25, 0.25), (0.5, 0.5), spec)
@@ -61,7 +99,9 @@ def test_a_slide_smaller_than_a_tile_has_none() -> None:
 
 
 def test_specification_round_trips_and_fills_in_the_stride() -> None:
-    spec = TileSpec(mpp=0.5, tile_size_px=224, min_tissue=0.5, codec="zstd")
+    spec = TileSpec(
+        mpp=0.5, tile_size_px=224, min_tissue=0.5, codec="zstd", edge="pad", icc=True, max_air=0.5
+    )
     assert spec.stride_px == 224
     assert TileSpec.from_dict(spec.to_dict()) == spec
     with pytest.raises(UsageError, match="not a tile specification"):
@@ -79,6 +119,12 @@ def test_specification_round_trips_and_fills_in_the_stride() -> None:
         ("mpp_tolerance", 0.5, "tolerance"),
         ("codec", "png", "'jpeg' or 'zstd', not 'png'"),
         ("jpeg_quality", 0, "quality"),
+        ("edge", "mirror", "'drop' or 'pad', not 'mirror'"),
+        ("min_focus", -0.1, "least focus"),
+        ("min_focus", float("nan"), "least focus"),
+        ("max_pen", 1.5, "share of pen must be from 0 to 1"),
+        ("max_fold", -0.5, "share of fold"),
+        ("max_air", float("nan"), "share of air"),
     ],
 )
 def test_senseless_values_are_refused_by_name(name: str, value: float | str, says: str) -> None:

@@ -26,8 +26,7 @@ BROKEN = {
     "openslide-python-unopenable.tiff": "cannot be opened",
     "openslide-python-unreadable.svs": "cannot be read",
     "histolab-broken.svs": "not a slide",
-    "histolab-kidney-48-5.tif": "not a slide",
-    "petebankhead-OS-2-ndpi.ome.tif": "not a slide",
+    "histolab-kidney-48-5.tif": "does not say how many micrometres",
 }
 
 

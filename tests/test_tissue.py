@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from slidetl.grid import TileSpec
+from slidetl.slides.synthetic import STAINS as SYNTHETIC_STAINS
+from slidetl.slides.synthetic import LungSection, SiteAppearance, SyntheticSlide
 from slidetl.tissue import TissueMask, find_tissue, thumbnail_mpp
 
 WHITE = (255, 255, 255)
@@ -96,6 +98,19 @@ def test_lung_is_one_tissue_with_its_air(mpp: float) -> None:
     truth = (np.abs(x - 2400) < 1600) & (np.abs(y - 2400) < 1600)
     found = find_tissue(painted(septa & truth, "he", WHITE), mpp, WHITE)
     assert overlap(found.mask, truth) > 0.9
+
+
+@pytest.mark.parametrize("stain", SYNTHETIC_STAINS)
+@pytest.mark.parametrize(("share", "seed"), [(0.0, 2), (0.4, 3)])
+def test_overlap_with_the_known_tissue_of_synthetic_slides(stain: str, share: float, seed: int) -> None:
+    slide = SyntheticSlide(share, seed, SiteAppearance.of(seed, seed), stain, (1536, 1536), 4.0)
+    drawn = LungSection(slide)
+    pixels = drawn.draw((0, 0), slide.size_px).reshape(384, 4, 384, 4, 3).mean(axis=(1, 3))
+    found = find_tissue((pixels + 0.5).astype(np.uint8), 16.0, WHITE)
+    truth = drawn.truth().tissue_fraction.astype(float)  # cells of 64 um, 16 pixels of level 0
+    cells = np.stack(np.meshgrid(*(np.arange(n) * 16 for n in truth.shape[::-1])), axis=-1)
+    shares = found.fraction(cells.reshape(-1, 2).astype(np.int32), (16, 16), (4, 4)).reshape(truth.shape)
+    assert np.minimum(shares, truth).sum() / np.maximum(shares, truth).sum() >= 0.95
 
 
 def test_a_wide_airway_stays_open_and_dust_is_dropped() -> None:

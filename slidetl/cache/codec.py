@@ -50,13 +50,14 @@ def decode_jpeg(data: bytes) -> NDArray[np.uint8]:
         ``[h, w, 3] uint8`` RGB.
 
     Raises:
-        CacheCorruptError: the bytes are not a JPEG.
+        CacheCorruptError: the bytes are not a JPEG, or a damaged one: where other decoders would warn and
+            make up pixels, this fails, as OpenSlide does.
     """
-    import imagecodecs
+    import simplejpeg
 
     try:
-        rgb: NDArray[np.uint8] = imagecodecs.jpeg8_decode(data, outcolorspace="RGB")
-    except imagecodecs.Jpeg8Error as error:
+        rgb: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, strict=True)
+    except ValueError as error:
         raise CacheCorruptError(f"expected a JPEG, but its decoder says: {error}") from error
     return rgb
 

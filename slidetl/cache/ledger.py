@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Self
 
+from slidetl.cache.store import describe_write_error
 from slidetl.errors import CacheError
 
 USED, EXCLUDED, FAILED = "used", "excluded", "failed"
@@ -30,6 +31,10 @@ class LedgerRow:
         reason: why, one line; empty if used.
         tiles: tiles in the cache.
         tiles_without_tissue: places on the grid left out for having too little tissue.
+        tiles_pen: tiles with tissue left out for ink of a pen.
+        tiles_fold: for folded tissue.
+        tiles_air: for air or fat.
+        tiles_out_of_focus: for want of sharpness.
         tiles_unreadable: tiles lost because the slide is damaged there.
         mpp_x: spacing of the tiles along x, micrometres per pixel; 0 if not known.
         mpp_y: along y.
@@ -48,6 +53,10 @@ class LedgerRow:
     reason: str = ""
     tiles: int = 0
     tiles_without_tissue: int = 0
+    tiles_pen: int = 0
+    tiles_fold: int = 0
+    tiles_air: int = 0
+    tiles_out_of_focus: int = 0
     tiles_unreadable: int = 0
     mpp_x: float = 0.0
     mpp_y: float = 0.0
@@ -71,7 +80,8 @@ class LedgerRow:
             CacheError: a column is missing or not a number.
         """
         try:
-            return cls(**{f.name: _PARSE[str(f.type)](_plain(cells[f.name])) for f in fields(cls)})
+            known = [f for f in fields(cls) if f.name in cells]  # an older ledger lacks the newest columns
+            return cls(**{f.name: _PARSE[str(f.type)](_plain(cells[f.name])) for f in known})
         except (KeyError, TypeError, ValueError) as error:
             raise CacheError(f"not a row of a ledger: {cells} ({error}); move the ledger away") from error
 
@@ -85,6 +95,7 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._temporary = path.with_name(f".{path.name}.tmp")
 
     def rows(self) -> list[LedgerRow]:
         """All rows, in the order in which the slides first came.
@@ -114,18 +125,22 @@ class Ledger:
         except CacheError:
             raise
         except OSError as error:
-            raise CacheError(f"{self._path}: the ledger cannot be written: {error.strerror}") from error
+            why = describe_write_error(error, self._path.parent)
+            raise CacheError(f"{self._path}: the ledger cannot be written: {why}") from error
 
     def _write(self, rows: Iterable[LedgerRow]) -> None:
-        temporary = self._path.with_name(f".{self._path.name}.tmp")
-        # A file name that is no UTF-8 must not stop the run.
-        with temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(LedgerRow)], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(row.to_cells() for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._path)
+        try:
+            # A file name that is no UTF-8 must not stop the run.
+            with self._temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+                writer = csv.DictWriter(file, [f.name for f in fields(LedgerRow)], lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(row.to_cells() for row in rows)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            self._temporary.unlink(missing_ok=True)  # on a full disk it would keep the space that is wanting
+            raise
+        self._temporary.replace(self._path)
 
 
 _PARSE = {"str": str, "int": int, "float": float}

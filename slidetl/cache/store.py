@@ -6,15 +6,16 @@ read here, by zarr's sharding specification, since a shard must be committed at 
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
+import errno
+import functools
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 import google_crc32c
 import numpy as np
@@ -22,22 +23,30 @@ from numpy.typing import NDArray
 
 import slidetl
 from slidetl.cache.codec import TileCodec, decode_zstd, tile_codec
+from slidetl.cache.lock import slide_lock as slide_lock
 from slidetl.errors import CacheCorruptError, CacheMismatchError, CacheMissingError, UsageError
 from slidetl.grid import TileSpec
 from slidetl.tissue import TissueMask
 
 # Raised whenever the same slide and TileSpec would give other tiles, or the same tiles in another layout.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # 256 tiles are 5 to 10 MB: few files, little lost when a run is killed, and little held in memory.
 TILES_PER_SHARD = 256
 
 MISSING = 2**64 - 1  # in a shard's index: no such chunk (zarr sharding specification)
-_INDEX_BYTES = TILES_PER_SHARD * 16 + 4
+INDEX_BYTES = TILES_PER_SHARD * 16 + 4
 
 # What to do about damage that shows when a cache is opened; damaged tiles show only when they are read, and
 # --overwrite would keep them.
-_TILE_AGAIN = "tile the slide again with --overwrite"
+_TILE_AGAIN = "mend it with 'slidetl cache verify --repair', or tile the slide again with --overwrite"
+_REPAIR = "mend it with 'slidetl cache verify --repair'"
+
+# Shards that a process keeps open: a tile is then found by one call, and 1,000 slides cost no 1,000 files.
+_OPEN_SHARDS = 64
+
+FEATURES = "features"  # the part of a group that is stored after the rest, and checked by its own seals
+_SEAL = re.compile(rb'"crc32c": "([0-9a-f]{8})"')
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,7 @@ class CacheHeader:
         extent_level0: size of a tile ``(x, y)``, level-0 pixels.
         spec: how the tiles were made.
         tiles_without_tissue: places on the grid left out for having too little tissue.
+        tiles_pen, tiles_fold, tiles_air, tiles_out_of_focus: tiles with tissue left out for their quality.
         tiles_unreadable: tiles left out because the slide is damaged there.
     """
 
@@ -66,6 +76,10 @@ class CacheHeader:
     extent_level0: tuple[float, float]
     spec: TileSpec
     tiles_without_tissue: int = 0
+    tiles_pen: int = 0
+    tiles_fold: int = 0
+    tiles_air: int = 0
+    tiles_out_of_focus: int = 0
     tiles_unreadable: int = 0
 
     def to_attributes(self) -> dict[str, Any]:
@@ -79,8 +93,15 @@ class CacheHeader:
             "spec": self.spec.to_dict(),
         }
 
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for tiles that were begun to be continued.
+
+        The content of the slide, the format, and all that shapes a pixel; not the software's release.
+        """
+        return {name: value for name, value in self.to_attributes().items() if name != "software"}
+
     @classmethod
-    def from_attributes(cls, attributes: dict[str, Any]) -> Self:
+    def from_attributes(cls, attributes: Mapping[str, Any]) -> Self:
         """Inverse of :meth:`to_attributes`."""
         values = {name: attributes[name] for name in cls.__dataclass_fields__}
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
@@ -91,7 +112,8 @@ class CacheHeader:
 class SlideCache:
     """The finished tiles of one slide, to be read at random.
 
-    It holds no open file, so it can be pickled, and used after a fork or a spawn alike.
+    It can be pickled, and used after a fork or a spawn alike; each process keeps the shards open that it read
+    last.
 
     Attributes:
         path: the folder, ``<cache>/<slide_id>.zarr``.
@@ -105,7 +127,7 @@ class SlideCache:
     origins_level0: NDArray[np.int32]
     tissue_fraction: NDArray[np.float32]
     _codec: TileCodec = field(repr=False)
-    _indices: dict[int, NDArray[np.uint64]] = field(default_factory=dict, repr=False)
+    _lifetime: _Lifetime = field(default_factory=lambda: _Lifetime(), repr=False)
 
     @classmethod
     def open(cls, path: str | Path, spec: TileSpec | None = None) -> Self:
@@ -127,8 +149,8 @@ class SlideCache:
         return cls(
             path,
             header,
-            _read_array(path / "origin_level0"),
-            _read_array(path / "tissue_fraction"),
+            read_array(path / "origin_level0"),
+            read_array(path / "tissue_fraction"),
             tile_codec(header.spec),
         )
 
@@ -173,18 +195,24 @@ class SlideCache:
     @property
     def thumbnail(self) -> NDArray[np.uint8]:
         """The whole slide, ``[h, w, 3] uint8``, read anew each time."""
-        return _read_array(self.path / "thumbnail")
+        return read_array(self.path / "thumbnail")
 
     @property
     def thumbnail_mpp(self) -> float:
         """Spacing of :attr:`thumbnail`, micrometres per pixel."""
-        return float(_read_json(self.path / "thumbnail")["attributes"]["mpp"])
+        return float(read_json(self.path / "thumbnail")["attributes"]["mpp"])
 
     @property
     def tissue_mask(self) -> TissueMask:
         """Where there is tissue; the frame of :attr:`thumbnail`."""
-        mpp = float(_read_json(self.path / "tissue_mask")["attributes"]["mpp"])
-        return TissueMask(_read_array(self.path / "tissue_mask"), mpp)
+        mpp = float(read_json(self.path / "tissue_mask")["attributes"]["mpp"])
+        return TissueMask(read_array(self.path / "tissue_mask"), mpp)
+
+    @property
+    def quality(self) -> dict[str, NDArray[np.float32]]:
+        """``[N] float32`` each, read anew each time: see :attr:`slidetl.cache.tiler.TilePlan.quality`."""
+        names = ("pen", "fold", "air", "focus")
+        return {name: read_array(self.path / name) for name in names if (self.path / name).is_dir()}
 
     def read(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
         """Reads tiles in the order asked for; a tile may be asked for more than once.
@@ -202,47 +230,97 @@ class SlideCache:
             raise IndexError(
                 f"{self.path}: tiles are numbered 0 to {len(self) - 1}, asked for {wanted.tolist()}"
             )
-        size = self.spec.tile_size_px
+        if len(wanted) == 1:
+            return self._read_tile(int(wanted[0]))[None]
+        size = self.header.spec.tile_size_px
         tiles = np.empty((len(wanted), size, size, 3), np.uint8)
-        shards = wanted // TILES_PER_SHARD
-        for shard in np.unique(shards):
-            with self._open_shard(int(shard)) as file:
-                for place in np.flatnonzero(shards == shard):
-                    tiles[place] = self._read_tile(file, int(wanted[place]))
+        # Shard by shard, so that each is opened once however many there are.
+        for place in np.argsort(wanted, kind="stable").tolist():
+            tiles[place] = self._read_tile(int(wanted[place]))
         return tiles
 
-    def _open_shard(self, shard: int) -> IO[bytes]:
-        path = shard_path(self.path, shard)
+    def _read_tile(self, tile: int) -> NDArray[np.uint8]:
+        number, place = divmod(tile, TILES_PER_SHARD)
         try:
-            # Unbuffered: a tile is read by one call, at a place of its own.
-            return path.open("rb", buffering=0)
+            shard = _open_shard(self._lifetime, self.path, number)
         except FileNotFoundError as error:
-            raise CacheMissingError(
-                f"{path}: the shard is missing; delete {self.path.name} and tile the slide again"
-            ) from error
-
-    def _read_tile(self, file: IO[bytes], tile: int) -> NDArray[np.uint8]:
-        shard, place = divmod(tile, TILES_PER_SHARD)
-        if shard not in self._indices:
-            self._indices[shard] = _read_index(file)
-        offset, length = (int(n) for n in self._indices[shard][place])
+            raise CacheMissingError(f"{error.filename}: the shard is missing; {_REPAIR}") from error
+        offset, length = shard.index[place]
         if offset == MISSING:
             raise CacheCorruptError(
-                f"{file.name}: tile {tile} of {self.slide_id} is not in its shard's index"
+                f"{shard.path}: tile {tile} of {self.slide_id} is not in its shard's index; {_REPAIR}"
             )
-        data = os.pread(file.fileno(), length, offset)
         try:
-            return self._codec.decode(_checked(data))
+            return self._codec.decode(checked(os.pread(shard.descriptor, length, offset)))
         except CacheCorruptError as error:
             raise CacheCorruptError(
-                f"{file.name}: tile {tile} of {self.slide_id} is damaged ({error}); "
-                f"delete {self.path.name} and tile the slide again"
+                f"{shard.path}: tile {tile} of {self.slide_id} is damaged ({error}); {_REPAIR}"
             ) from error
+
+
+class _Lifetime:
+    """Marks one opening of a cache in one process: files opened for another are not used for it."""
+
+
+class Shard:
+    """An open shard and its index. Reading has no position, so that threads and forks may share it.
+
+    Attributes:
+        path: the file.
+        descriptor: for ``os.pread``.
+        size: bytes.
+        index: (offset, length) of each chunk with its crc32c; offset :data:`MISSING` for none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CacheCorruptError: the index fails its checksum.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY)
+        self.size = os.fstat(self.descriptor).st_size
+        try:
+            packed = checked(os.pread(self.descriptor, INDEX_BYTES, max(self.size - INDEX_BYTES, 0)))
+            index = np.frombuffer(packed, "<u8").reshape(TILES_PER_SHARD, 2)
+        except (CacheCorruptError, ValueError) as error:
+            raise CacheCorruptError(f"{path}: the shard's index is damaged ({error}); {_REPAIR}") from error
+        self.index: list[tuple[int, int]] = [(offset, length) for offset, length in index.tolist()]
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+    def digest(self) -> str:
+        """A crc32c over those of all chunks and the index: a shard of other tiles has another."""
+        crcs = (
+            os.pread(self.descriptor, 4, offset + length - 4)
+            for offset, length in self.index
+            if offset != MISSING
+        )
+        packed = os.pread(self.descriptor, INDEX_BYTES, self.size - INDEX_BYTES)
+        return checksum(b"".join((*crcs, packed))).hex()
+
+
+@functools.lru_cache(maxsize=_OPEN_SHARDS)
+def _open_shard(lifetime: _Lifetime, group: Path, number: int) -> Shard:
+    return Shard(shard_path(group, number))
 
 
 def cache_path(cache_dir: Path, slide_id: str) -> Path:
     """Where the tiles of a slide lie."""
     return cache_dir / f"{slide_id}.zarr"
+
+
+def groups(cache_dir: Path) -> list[Path]:
+    """The groups in a cache folder, by name.
+
+    Raises:
+        CacheMissingError: there is no such folder.
+    """
+    if not cache_dir.is_dir():
+        raise CacheMissingError(f"{cache_dir}: no such folder; make a cache with 'slidetl tile'")
+    return sorted(path for path in cache_dir.glob("*.zarr") if path.is_dir())
 
 
 def discard(cache_dir: Path, slide_id: str, finished: bool = False) -> None:
@@ -265,7 +343,7 @@ def read_header(path: Path) -> CacheHeader:
         CacheCorruptError: what it says cannot be understood.
     """
     try:
-        attributes = _read_json(path).get("attributes", {})
+        attributes = read_json(path).get("attributes", {})
     except CacheMissingError as error:
         raise CacheMissingError(f"{path}: no tile cache here; make it with 'slidetl tile'") from error
     try:
@@ -290,28 +368,18 @@ def describe_difference(cached: TileSpec, wanted: TileSpec) -> str:
     return f"the cache was made with {', '.join(differences)}"
 
 
-@contextlib.contextmanager
-def slide_lock(cache_dir: Path, slide_id: str) -> Iterator[None]:
-    """Keeps other processes from writing the same slide; waits while one does. It dies with its owner."""
-    locks = cache_dir / ".locks"
-    locks.mkdir(parents=True, exist_ok=True)
-    # The file stays: to unlink it would let two processes hold locks on two files of one name.
-    with (locks / f"{slide_id}.lock").open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def checksum(data: bytes) -> bytes:
     """The crc32c that zarr's codec of that name appends, 4 bytes, little-endian."""
     return int(google_crc32c.value(data)).to_bytes(4, "little")
 
 
-def _checked(data: bytes) -> bytes:
+def checked(data: bytes) -> bytes:
     """Bytes without the crc32c at their end, once it agrees."""
     content, stored = data[:-4], data[-4:]
-    if checksum(content) != stored:
+    computed = checksum(content)
+    if computed != stored:
         raise CacheCorruptError(
-            f"crc32c is {checksum(content).hex()}, stored is {stored.hex()}, over {len(content)} bytes"
+            f"crc32c is {computed.hex()}, stored is {stored.hex()}, over {len(content)} bytes"
         )
     return content
 
@@ -326,18 +394,75 @@ def shard_path(group: Path, shard: int) -> Path:
     return group / "tiles" / "c" / str(shard) / "0" / "0" / "0"
 
 
-def _read_index(file: IO[bytes]) -> NDArray[np.uint64]:
-    size = os.fstat(file.fileno()).st_size
-    try:
-        packed = _checked(os.pread(file.fileno(), _INDEX_BYTES, max(size - _INDEX_BYTES, 0)))
-        return np.frombuffer(packed, "<u8").reshape(TILES_PER_SHARD, 2)
-    except (CacheCorruptError, ValueError) as error:
-        raise CacheCorruptError(
-            f"{file.name}: the shard's index is damaged ({error}); delete the slide's cache and tile it again"
-        ) from error
+def seal_group(group: Path) -> None:
+    """Lists the checksums of a finished group in its attributes, so that damage to any byte can be found.
+
+    The metadata document of the group seals itself and lists all other files; that of ``tiles`` bears a copy
+    of what the group says of itself, and a seal too, so that either can be mended from the other.
+    """
+    about = read_json(group)
+    header = {name: value for name, value in about["attributes"].items() if name != "complete"}
+    tiles = read_json(group / "tiles")
+    (group / "tiles" / "zarr.json").write_bytes(_sealed({**tiles, "attributes": header}))
+    about["attributes"] = {**about["attributes"], "checksums": file_checksums(group)}
+    (group / "zarr.json").write_bytes(_sealed(about))
 
 
-def _read_json(node: Path) -> dict[str, Any]:
+def seal_node(node: Path) -> None:
+    """Seals the metadata document of an array or group that is added to a finished cache, as features are."""
+    (node / "zarr.json").write_bytes(_sealed(read_json(node)))
+
+
+def read_sealed(node: Path) -> dict[str, Any]:
+    """Reads a sealed metadata document.
+
+    Raises:
+        CacheMissingError: there is none.
+        CacheCorruptError: it is damaged, or has no seal.
+    """
+    about = read_json(node)
+    data = (node / "zarr.json").read_bytes()
+    seals = _SEAL.findall(data)
+    if not seals:
+        raise CacheCorruptError(f"{node / 'zarr.json'}: it has no checksum; {_TILE_AGAIN}")
+    if _crc_of_document(data) != seals[0].decode():
+        raise CacheCorruptError(f"{node / 'zarr.json'}: it fails its checksum; {_TILE_AGAIN}")
+    return about
+
+
+def file_checksums(group: Path) -> dict[str, str]:
+    """Checksums of the files of a group by their names in it; of features, and of ``zarr.json``, none.
+
+    That of a shard is :meth:`Shard.digest`, since to read all tiles again would cost more than to copy them.
+    """
+    found: dict[str, str] = {}
+    for path in sorted(group.rglob("*")):
+        name = path.relative_to(group)
+        if path.is_file() and name.parts[0] not in (FEATURES, "zarr.json"):
+            is_shard = name.parts[:2] == ("tiles", "c")
+            found[str(name)] = Shard(path).digest() if is_shard else checksum(path.read_bytes()).hex()
+    return found
+
+
+def _sealed(document: dict[str, Any]) -> bytes:
+    attributes = {name: value for name, value in document["attributes"].items() if name != "crc32c"}
+    # In front, so that no attribute of that name can be taken for it.
+    document = {**document, "attributes": {"crc32c": "00000000", **attributes}}
+    data = json.dumps(document, indent=2).encode()
+    return _SEAL.sub(f'"crc32c": "{_crc_of_document(data)}"'.encode(), data, count=1)
+
+
+def _crc_of_document(data: bytes) -> str:
+    return checksum(_SEAL.sub(b'"crc32c": "00000000"', data, count=1)).hex()
+
+
+def read_json(node: Path) -> dict[str, Any]:
+    """Reads the metadata document of a group or array.
+
+    Raises:
+        CacheMissingError: there is none.
+        CacheCorruptError: it is no JSON object.
+    """
     path = node / "zarr.json"
     try:
         values = json.loads(path.read_bytes())
@@ -350,15 +475,35 @@ def _read_json(node: Path) -> dict[str, Any]:
     return values
 
 
-def _read_array(node: Path) -> NDArray[Any]:
-    """One of the small arrays, which are a single chunk each: no need to start zarr in every worker."""
-    about = _read_json(node)
+def read_array(node: Path) -> NDArray[Any]:
+    """Reads one of the small arrays, which are a single chunk each: no need to start zarr in every worker.
+
+    Raises:
+        CacheMissingError: a file of it is gone.
+        CacheCorruptError: it fails its checksum.
+    """
+    about = read_json(node)
     try:
         shape, dtype = about["shape"], np.dtype(about["data_type"]).newbyteorder("<")
         chunk = node.joinpath("c", *("0" for _ in shape))
-        content = decode_zstd(_checked(chunk.read_bytes()))
+        content = decode_zstd(checked(chunk.read_bytes()))
         return np.frombuffer(content, dtype).reshape(shape).copy()  # a buffer of bytes is read-only
     except FileNotFoundError as error:
         raise CacheMissingError(f"{chunk}: no such file; {_TILE_AGAIN}") from error
     except (CacheCorruptError, KeyError, TypeError, ValueError) as error:
         raise CacheCorruptError(f"{node}: the array is damaged ({error}); {_TILE_AGAIN}") from error
+
+
+def describe_write_error(error: Exception, folder: Path) -> str:
+    """One line for what ended the writing below a folder: what to do if the disk is full, else as it is."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return str(error)
+    free = shutil.disk_usage(folder).free / 2**20
+    return (
+        f"{folder}: the disk is full ({free:.1f} MiB free, a shard takes some 10); make space and run again: "
+        "what was written is kept, and continued"
+    )
+
+
+# Under their former names, until slidetl.cache.features takes the new ones.
+_read_array, _read_json = read_array, read_json

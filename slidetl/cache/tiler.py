@@ -33,6 +33,7 @@ from slidetl.cache.store import (
     SlideCache,
     cache_path,
     describe_difference,
+    describe_write_error,
     discard,
     read_header,
     slide_lock,
@@ -48,12 +49,16 @@ from slidetl.errors import (
     UsageError,
 )
 from slidetl.grid import TileGrid, TileSpec
+from slidetl.quality import focus_of, measure_quality
 from slidetl.slides import Slide, SlideInfo, open_slide
 from slidetl.tissue import TissueMask, find_tissue, thumbnail_mpp
 
 # A slide of which more than this share cannot be read is not to be trusted for the rest. It also bounds how
 # often a damaged slide is opened anew.
 MAX_UNREADABLE = 0.1
+
+# Between two writings of the ledger, seconds.
+_LEDGER_SECONDS = 1.0
 
 # Least tissue is compared with float32 shares of an area.
 _ROUNDING = 1e-6
@@ -98,6 +103,10 @@ class TilePlan:
         thumbnail: ``[h, w, 3] uint8``, the whole slide.
         tissue_mask: its tissue; what of the slide cannot be read counts as tissue, so that damage shows as
             unreadable tiles instead of passing for glass.
+        quality: ``[N] float32`` each: shares of the tile by ``pen``, ``fold`` and ``air``
+            (:mod:`slidetl.quality`); its ``focus`` too if ``spec.min_focus`` asks for it, NaN if unreadable.
+        left_out_level0: ``[n, 2] int32``, corners of tiles with tissue left out for their quality, by the
+            first reason that applies: ``pen``, ``fold``, ``air``, ``out of focus``.
     """
 
     spec: TileSpec
@@ -109,9 +118,16 @@ class TilePlan:
     tiles_without_tissue: int
     thumbnail: NDArray[np.uint8]
     tissue_mask: TissueMask
+    quality: dict[str, NDArray[np.float32]]
+    left_out_level0: dict[str, NDArray[np.int32]]
 
     def __len__(self) -> int:
         return len(self.origins_level0)
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """How many tiles were left out for their quality, by the names of the ledger's columns."""
+        return {f"tiles_{reason.replace(' ', '_')}": len(o) for reason, o in self.left_out_level0.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,8 +145,10 @@ class TileBatch:
     pixels: NDArray[np.uint8]
 
 
-def plan_tiles(slide: Slide, spec: TileSpec) -> TilePlan:
+def plan_tiles(slide: Slide, spec: TileSpec, threads: int = 1) -> TilePlan:
     """Looks at a slide from afar and decides which tiles are worth reading.
+
+    Focus, where it is asked for, cannot be seen from afar: all tiles are then read once for it.
 
     Raises:
         SpacingError: the slide is coarser than ``spec.mpp``.
@@ -146,29 +164,65 @@ def plan_tiles(slide: Slide, spec: TileSpec) -> TilePlan:
     origins = grid.origins_level0()
     fraction = tissue_mask.fraction(origins, grid.extent_level0, info.mpp_level0)
     is_wanted = fraction >= spec.min_tissue - _ROUNDING
+    without_tissue = int((~is_wanted).sum())
+    origins, fraction = origins[is_wanted], fraction[is_wanted]
+    maps = measure_quality(thumbnail, mpp, found.mask, info.background_rgb)
+    quality = maps.fractions(origins, grid.extent_level0, info.mpp_level0)
+    left_out: dict[str, NDArray[np.int32]] = {}
+
+    def leave_out(reason: str, is_spoilt: NDArray[np.bool_]) -> None:
+        nonlocal origins, fraction, quality
+        left_out[reason] = origins[is_spoilt]
+        origins, fraction = origins[~is_spoilt], fraction[~is_spoilt]
+        quality = {name: values[~is_spoilt] for name, values in quality.items()}
+
+    for reason, most in (("pen", spec.max_pen), ("fold", spec.max_fold), ("air", spec.max_air)):
+        leave_out(reason, quality[reason] > most + _ROUNDING)
+    if spec.min_focus > 0:
+        quality["focus"] = _focus(slide, origins, spec, threads)
+        leave_out("out of focus", quality["focus"] < spec.min_focus)  # NaN, unreadable, is not
     return TilePlan(
         spec=spec,
         info=info,
         mpp_read=mpp_read,
-        origins_level0=origins[is_wanted],
+        origins_level0=origins,
         extent_level0=grid.extent_level0,
-        tissue_fraction=fraction[is_wanted],
-        tiles_without_tissue=int((~is_wanted).sum()),
+        tissue_fraction=fraction,
+        tiles_without_tissue=without_tissue,
         thumbnail=thumbnail,
         tissue_mask=tissue_mask,
+        quality=quality,
+        left_out_level0=left_out,
     )
 
 
+def _focus(slide: Slide, origins: NDArray[np.int32], spec: TileSpec, threads: int) -> NDArray[np.float32]:
+    """Sharpness of each tile, ``[N]``; NaN where it cannot be read."""
+
+    def measure(rgb: NDArray[np.uint8]) -> float:
+        return focus_of(rgb, spec.mpp)
+
+    results = slide.map_tiles(
+        measure, origins, spec.tile_size_px, spec.mpp, spec.mpp_tolerance, threads=threads
+    )
+    values = [math.nan if isinstance(result, SlideReadError) else result for result in results]
+    return np.array(values, np.float32)
+
+
 def encode_tiles(
-    slide: Slide, plan: TilePlan, first: int = 0, unreadable: int = 0
+    slide: Slide, plan: TilePlan, first: int = 0, unreadable: int = 0, threads: int = 1
 ) -> Iterator[tuple[int, bytes | None]]:
     """Reads the tiles of a plan, as the bytes that a cache holds.
+
+    Where they coincide with the slide's own JPEGs, those are copied as they are, whatever
+    ``spec.jpeg_quality`` says: to compress them again would lose once more.
 
     Args:
         slide: the slide of the plan.
         plan: which tiles.
         first: the number of the tile to begin with.
         unreadable: how many of those before it could not be read.
+        threads: that read and compress at a time; the bytes do not depend on it.
 
     Yields:
         The number of the tile in the plan, and its bytes; None instead of them if it cannot be read.
@@ -176,27 +230,51 @@ def encode_tiles(
     Raises:
         SlideReadError: more than a tenth of all tiles cannot be read.
     """
+    for tile, result in enumerate(_encoded(slide, plan, first, threads), first):
+        if not isinstance(result, SlideReadError):
+            yield tile, result
+            continue
+        unreadable += 1
+        if unreadable > MAX_UNREADABLE * len(plan):
+            raise SlideReadError(
+                f"more than {MAX_UNREADABLE:.0%} of the {len(plan)} tiles wanted cannot be read; "
+                f"the last: {result}"
+            ) from result
+        yield tile, None
+
+
+def _encoded(slide: Slide, plan: TilePlan, first: int, threads: int) -> Iterator[bytes | SlideReadError]:
+    """The bytes of each tile, or why it cannot be read."""
     spec = plan.spec
-    codec = tile_codec(spec)
-    size_px = (spec.tile_size_px, spec.tile_size_px)
-    for tile in range(first, len(plan)):
+    encode = tile_codec(spec).encode
+    copies = None
+    if spec.codec == "jpeg":
+        copies = slide.copy_tiles(plan.origins_level0, spec.tile_size_px, spec.mpp, spec.mpp_tolerance, first)
+    if copies is None:
+        yield from slide.map_tiles(
+            encode, plan.origins_level0, spec.tile_size_px, spec.mpp, spec.mpp_tolerance, first, threads
+        )
+        return
+    for tile, copied in enumerate(copies, first):
+        if copied is not None:
+            yield copied
+            continue
         x, y = plan.origins_level0[tile].tolist()
+        size_px = (spec.tile_size_px, spec.tile_size_px)
         try:
-            rgb = slide.read((x, y), size_px, spec.mpp, spec.mpp_tolerance)
+            yield encode(slide.read((x, y), size_px, spec.mpp, spec.mpp_tolerance))
         except SlideReadError as error:
-            unreadable += 1
-            if unreadable > MAX_UNREADABLE * len(plan):
-                raise SlideReadError(
-                    f"more than {MAX_UNREADABLE:.0%} of the {len(plan)} tiles wanted cannot be read; "
-                    f"the last: {error}"
-                ) from error
-            yield tile, None
-        else:
-            yield tile, codec.encode(rgb)
+            yield error
 
 
-def stream_tiles(slide: Slide, plan: TilePlan, batch_size: int = 64) -> Iterator[TileBatch]:
+def stream_tiles(slide: Slide, plan: TilePlan, batch_size: int = 64, threads: int = 1) -> Iterator[TileBatch]:
     """Yields the tiles of a plan exactly as a cache would, compression included, in bounded memory.
+
+    Args:
+        slide: the slide of the plan.
+        plan: which tiles.
+        batch_size: tiles in a batch.
+        threads: that read and compress at a time.
 
     Raises:
         SlideReadError: more than a tenth of all tiles cannot be read.
@@ -204,16 +282,76 @@ def stream_tiles(slide: Slide, plan: TilePlan, batch_size: int = 64) -> Iterator
     codec = tile_codec(plan.spec)
     tiles: list[int] = []
     pixels: list[NDArray[np.uint8]] = []
-    for tile, payload in encode_tiles(slide, plan):
+    for tile, payload in encode_tiles(slide, plan, threads=threads):
         if payload is not None:
-            tiles.append(tile)
-            pixels.append(codec.decode(payload))
+            # A copied JPEG may turn out to be damaged; a cache that is read says so then as well.
+            with contextlib.suppress(CacheCorruptError):
+                pixels.append(codec.decode(payload))
+                tiles.append(tile)
         if pixels and (len(pixels) == batch_size or tile == len(plan) - 1):
             yield TileBatch(plan.origins_level0[tiles], plan.tissue_fraction[tiles], np.stack(pixels))
             tiles, pixels = [], []
 
 
-def tile_slide(source: SlideSource, cache_dir: Path, spec: TileSpec, overwrite: bool = False) -> LedgerRow:
+def write_tiles(
+    slide: Slide,
+    plan: TilePlan,
+    cache_dir: Path,
+    slide_id: str,
+    threads: int = 1,
+    check: Callable[[], object] | None = None,
+) -> SlideCache:
+    """Reads the tiles of a plan into a cache, or continues where a killed run stopped.
+
+    The caller holds :func:`~slidetl.cache.store.slide_lock`; a cache that is there is replaced.
+
+    Args:
+        slide: the slide of the plan.
+        plan: which tiles; at least one.
+        cache_dir: the folder of all caches.
+        slide_id: the name of the cache.
+        threads: that read and compress at a time; the cache does not depend on it.
+        check: called before every commit, in another thread; what it raises ends the writing.
+
+    Raises:
+        SlideReadError: more than a tenth of all tiles cannot be read.
+        OSError: the cache cannot be written.
+    """
+    header = CacheHeader(
+        slide_id=slide_id,
+        fingerprint=plan.info.fingerprint,
+        vendor=plan.info.vendor,
+        size_level0=plan.info.size_level0,
+        mpp_level0=plan.info.mpp_level0,
+        mpp_read=plan.mpp_read,
+        extent_level0=plan.extent_level0,
+        spec=plan.spec,
+        tiles_without_tissue=plan.tiles_without_tissue,
+        **plan.left_out,
+    )
+    with CacheWriter(
+        cache_dir,
+        header,
+        plan.origins_level0,
+        plan.tissue_fraction,
+        plan.quality,
+        plan.thumbnail,
+        plan.tissue_mask,
+        check,
+    ) as writer:
+        for tile, payload in encode_tiles(slide, plan, writer.next_tile, writer.unreadable, threads):
+            writer.add(tile, payload)
+        return writer.finish()
+
+
+def tile_slide(
+    source: SlideSource,
+    cache_dir: Path,
+    spec: TileSpec,
+    overwrite: bool = False,
+    threads: int = 1,
+    preview: bool = False,
+) -> LedgerRow:
     """Makes the cache of one slide, or keeps the one that is there for the same slide and ``spec``.
 
     A slide that cannot be tiled does not raise: its row says ``failed``, and why. What was begun for it is
@@ -225,20 +363,25 @@ def tile_slide(source: SlideSource, cache_dir: Path, spec: TileSpec, overwrite: 
         cache_dir: the folder of all caches.
         spec: which tiles.
         overwrite: replace a cache of other parameters or of another slide, instead of failing.
+        threads: that read and compress at a time; the cache does not depend on it.
+        preview: draw ``previews/<slide_id>.png``, :mod:`slidetl.cache.preview`.
     """
     started = time.monotonic()
+    picture = cache_dir / "previews" / f"{source.slide_id}.png" if preview else None
     row = LedgerRow(source.slide_id, str(source.path), FAILED)
     try:
-        with slide_lock(cache_dir, source.slide_id):
+        with slide_lock(cache_dir, source.slide_id) as lock:
             try:
-                with open_slide(source.path, source.mpp_override) as slide:
+                with open_slide(source.path, source.mpp_override, spec.icc) as slide:
                     row = _described(row, slide.info)
-                    row = _tile_open_slide(row, slide, cache_dir, spec, overwrite)
+                    row = _tile_open_slide(
+                        row, slide, cache_dir, spec, overwrite, threads, lock.check, picture
+                    )
             except SlideError:
                 discard(cache_dir, source.slide_id)
                 raise
     except (SlidetlError, OSError) as error:
-        row = replace(row, status=FAILED, reason=str(error))
+        row = replace(row, status=FAILED, reason=describe_write_error(error, cache_dir))
     return _stamped(row, started)
 
 
@@ -248,6 +391,7 @@ def tile_slides(
     spec: TileSpec,
     workers: int = 1,
     overwrite: bool = False,
+    preview: bool = False,
     on_done: Callable[[LedgerRow], None] | None = None,
 ) -> list[LedgerRow]:
     """Tiles many slides in processes of their own, and records each in ``ledger.csv`` as it is done.
@@ -259,8 +403,10 @@ def tile_slides(
         sources: the slides; their identifiers differ.
         cache_dir: where the caches go; made if it is not there.
         spec: which tiles.
-        workers: processes; 0 does it all in this one, where a crash ends the run.
+        workers: processes, each at a slide of its own; where there are fewer slides, so many threads in all.
+            0 does it all in this process and thread, where a crash ends the run.
         overwrite: replace caches of other parameters or other slides.
+        preview: draw ``previews/<slide_id>.png`` of each, :mod:`slidetl.cache.preview`.
         on_done: called with each row, in the order in which slides are done.
 
     Returns:
@@ -272,6 +418,28 @@ def tile_slides(
             ``overwrite`` is not set. Nothing was done then.
         CacheError: the ledger cannot be read or written.
     """
+
+    def start() -> Iterator[LedgerRow]:
+        if workers:
+            return _in_processes(sources, cache_dir, spec, overwrite, preview, workers)
+        return (tile_slide(source, cache_dir, spec, overwrite, preview=preview) for source in sources)
+
+    return record_as_done(sources, cache_dir, spec, overwrite, start, on_done)
+
+
+def record_as_done(
+    sources: Sequence[SlideSource],
+    cache_dir: Path,
+    spec: TileSpec,
+    overwrite: bool,
+    start: Callable[[], Iterator[LedgerRow]],
+    on_done: Callable[[LedgerRow], None] | None = None,
+) -> list[LedgerRow]:
+    """Checks that the slides can be tiled into a cache, has it done, and writes the ledger meanwhile.
+
+    It is :func:`tile_slides` for whoever does the work elsewhere: ``start`` begins it, and a row comes as its
+    slide is done, in any order.
+    """
     twice = [name for name, count in Counter(source.slide_id for source in sources).items() if count > 1]
     if twice:
         raise UsageError(f"slide identifiers must differ; more than once: {', '.join(twice)}")
@@ -281,14 +449,20 @@ def tile_slides(
     ledger = Ledger(cache_dir / "ledger.csv")
     ledger.rows()  # a file of that name that is no ledger is found before the work, not after it
     rows: dict[str, LedgerRow] = {}
-    done = (
-        _in_processes(sources, cache_dir, spec, overwrite, min(workers, len(sources)))
-        if workers
-        else (tile_slide(source, cache_dir, spec, overwrite) for source in sources)
-    )
-    with contextlib.closing(done):  # whatever is raised in here ends the workers
+    # It is written whole each time, which for thousands of small images is not to be done for each.
+    waiting: list[LedgerRow] = []
+    written = -_LEDGER_SECONDS
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: ledger.record(waiting) if waiting else None)
+        done = start()
+        if isinstance(done, Generator):
+            stack.enter_context(contextlib.closing(done))  # whatever is raised in here ends the workers
         for row in done:
-            ledger.record([row])
+            waiting.append(row)
+            if time.monotonic() - written >= _LEDGER_SECONDS:
+                ledger.record(waiting)
+                waiting.clear()
+                written = time.monotonic()
             rows[row.slide_id] = row
             if on_done is not None:
                 on_done(row)
@@ -296,49 +470,61 @@ def tile_slides(
 
 
 def _tile_open_slide(
-    row: LedgerRow, slide: Slide, cache_dir: Path, spec: TileSpec, overwrite: bool
+    row: LedgerRow,
+    slide: Slide,
+    cache_dir: Path,
+    spec: TileSpec,
+    overwrite: bool,
+    threads: int,
+    check: Callable[[], object],
+    preview: Path | None,
 ) -> LedgerRow:
     kept = _kept_cache(slide.info, cache_path(cache_dir, row.slide_id), spec, overwrite)
     if kept is not None:
+        if preview is not None and not preview.exists():
+            _draw(plan_tiles(slide, spec, threads), row.slide_id, preview)
         discard(cache_dir, row.slide_id)
         return _used(row, kept)
 
-    plan = plan_tiles(slide, spec)
+    plan = plan_tiles(slide, spec, threads)
+    left_out = plan.left_out
     row = replace(
         row,
         mpp_x=plan.mpp_read[0],
         mpp_y=plan.mpp_read[1],
         tiles_without_tissue=plan.tiles_without_tissue,
+        tiles_pen=left_out["tiles_pen"],
+        tiles_fold=left_out["tiles_fold"],
+        tiles_air=left_out["tiles_air"],
+        tiles_out_of_focus=left_out.get("tiles_out_of_focus", 0),
     )
+    if preview is not None:
+        _draw(plan, row.slide_id, preview)
     if not len(plan):
         discard(cache_dir, row.slide_id, finished=True)
-        reason = (
-            f"no tile has {spec.min_tissue:.0%} tissue"
-            if plan.tiles_without_tissue
-            else "the slide is smaller than one tile"
-        )
+        if any(left_out.values()):
+            reason = "no tile with tissue is good enough"
+        elif plan.tiles_without_tissue:
+            reason = f"no tile has {spec.min_tissue:.0%} tissue"
+        else:
+            reason = "the slide is smaller than one tile"
         return replace(row, status=EXCLUDED, reason=reason)
-    writer = CacheWriter(
-        cache_dir,
-        CacheHeader(
-            slide_id=row.slide_id,
-            fingerprint=plan.info.fingerprint,
-            vendor=plan.info.vendor,
-            size_level0=plan.info.size_level0,
-            mpp_level0=plan.info.mpp_level0,
-            mpp_read=plan.mpp_read,
-            extent_level0=plan.extent_level0,
-            spec=spec,
-            tiles_without_tissue=plan.tiles_without_tissue,
-        ),
-        plan.origins_level0,
-        plan.tissue_fraction,
+    return _used(row, write_tiles(slide, plan, cache_dir, row.slide_id, threads, check))
+
+
+def _draw(plan: TilePlan, slide_id: str, path: Path) -> None:
+    from slidetl.cache.preview import draw_preview
+
+    draw_preview(
+        path,
         plan.thumbnail,
         plan.tissue_mask,
+        plan.origins_level0,
+        plan.left_out_level0,
+        plan.extent_level0,
+        plan.info.mpp_level0,
+        slide_id,
     )
-    for tile, payload in encode_tiles(slide, plan, writer.next_tile, writer.unreadable):
-        writer.add(tile, payload)
-    return _used(row, writer.finish())
 
 
 def _kept_cache(info: SlideInfo, path: Path, spec: TileSpec, overwrite: bool) -> SlideCache | None:
@@ -429,6 +615,10 @@ def _used(row: LedgerRow, cache: SlideCache) -> LedgerRow:
         status=USED,
         tiles=len(cache),
         tiles_without_tissue=cache.header.tiles_without_tissue,
+        tiles_pen=cache.header.tiles_pen,
+        tiles_fold=cache.header.tiles_fold,
+        tiles_air=cache.header.tiles_air,
+        tiles_out_of_focus=cache.header.tiles_out_of_focus,
         tiles_unreadable=cache.header.tiles_unreadable,
         mpp_x=cache.mpp_read[0],
         mpp_y=cache.mpp_read[1],
@@ -455,22 +645,31 @@ class _Worker:
 
 
 def _in_processes(
-    sources: Sequence[SlideSource], cache_dir: Path, spec: TileSpec, overwrite: bool, count: int
+    sources: Sequence[SlideSource],
+    cache_dir: Path,
+    spec: TileSpec,
+    overwrite: bool,
+    preview: bool,
+    workers: int,
 ) -> Generator[LedgerRow, None, None]:
     """Rows as slides are done. Spawned, not forked: OpenSlide and zarr hold threads and locks."""
     context = multiprocessing.get_context("spawn")
     waiting = list(reversed(sources))
-    workers: dict[Connection, _Worker] = {}
+    count = min(workers, len(sources))
+    threads = workers // max(1, count)
+    busy: dict[Connection, _Worker] = {}
 
     def start() -> None:
         ours, theirs = context.Pipe()
         process = context.Process(
-            target=_work, args=(theirs, os.getpid(), cache_dir, spec, overwrite), daemon=True
+            target=_work,
+            args=(theirs, os.getpid(), cache_dir, spec, overwrite, threads, preview),
+            daemon=True,
         )
         process.start()
         theirs.close()  # else its death would not show as the end of the pipe
         worker = _Worker(process, ours, waiting[-1], time.monotonic())
-        workers[ours] = worker
+        busy[ours] = worker
         give(worker)
 
     def give(worker: _Worker) -> None:
@@ -482,14 +681,14 @@ def _in_processes(
     try:
         for _ in range(count):
             start()
-        while workers:
-            for ready in multiprocessing.connection.wait(list(workers)):
+        while busy:
+            for ready in multiprocessing.connection.wait(list(busy)):
                 assert isinstance(ready, Connection)  # what `wait` was given
-                worker = workers[ready]
+                worker = busy[ready]
                 try:
                     yield ready.recv()
                 except (EOFError, ConnectionResetError):
-                    del workers[ready]
+                    del busy[ready]
                     ready.close()
                     worker.process.join()
                     row = LedgerRow(worker.source.slide_id, str(worker.source.path), FAILED)
@@ -501,11 +700,11 @@ def _in_processes(
                 if waiting:
                     give(worker)
                 else:
-                    del workers[ready]
+                    del busy[ready]
                     ready.close()  # the worker sees the end and returns
                     worker.process.join()
     finally:
-        for worker in workers.values():
+        for worker in busy.values():
             worker.process.terminate()
             worker.process.join()
             worker.connection.close()
@@ -519,7 +718,15 @@ def _cause_of_death(exitcode: int | None) -> str:
     return f"the process that tiled it ended with exit code {exitcode}"
 
 
-def _work(connection: Connection, parent: int, cache_dir: Path, spec: TileSpec, overwrite: bool) -> None:
+def _work(
+    connection: Connection,
+    parent: int,
+    cache_dir: Path,
+    spec: TileSpec,
+    overwrite: bool,
+    threads: int,
+    preview: bool,
+) -> None:
     """The life of a worker."""
     # Without this, workers of a killed run would go on and hold the locks of their slides.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -531,4 +738,4 @@ def _work(connection: Connection, parent: int, cache_dir: Path, spec: TileSpec, 
             source = connection.recv()
         except EOFError:
             return
-        connection.send(tile_slide(source, cache_dir, spec, overwrite))
+        connection.send(tile_slide(source, cache_dir, spec, overwrite, threads, preview))

@@ -5,12 +5,16 @@ See docs/design/cache.md for the layout, and :mod:`slidetl.cache.store` for read
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import google_crc32c
 import numpy as np
@@ -18,6 +22,7 @@ from numpy.typing import NDArray
 
 from slidetl.cache.codec import tile_codec
 from slidetl.cache.store import (
+    FEATURES,
     MISSING,
     TILES_PER_SHARD,
     CacheHeader,
@@ -25,26 +30,38 @@ from slidetl.cache.store import (
     building_path,
     cache_path,
     checksum,
+    seal_group,
     shard_path,
 )
 from slidetl.errors import UsageError
 from slidetl.tissue import TissueMask
 
+# A note of what is safe on the disk is made at most so often. Every one waits for the disk, which would hold
+# up the copying of tiles more than all else; what it may cost a killed run is the work of that time.
+_NOTE_SECONDS = 0.5
+
+_SYNCED_TOGETHER = 16
+
 
 class CacheWriter:
-    """Writes one slide's cache, shard by shard, so that a killed run loses at most one shard.
+    """Writes one slide's cache, shard by shard, so that a killed run loses next to nothing.
 
     The group grows in ``<cache>/.building/<slide_id>/group`` and is renamed to its place when it is whole.
     ``progress.json`` beside it says how far it came, and for which slide and parameters: what was begun for
     others is thrown away. The caller holds :func:`slide_lock`.
+
+    Shards are committed in a thread of their own, so that the next tiles are read while the disk works. It is
+    a context manager: on leaving, nothing writes any more, and what was written is noted.
 
     Args:
         cache_dir: the folder of all caches.
         header: of the slide; ``tiles_unreadable`` is counted here.
         origins_level0: ``[N, 2] int32``, all the tiles wanted, readable or not.
         tissue_fraction: ``[N] float32``.
+        quality: ``[N] float32`` each, by name.
         thumbnail: ``[h, w, 3] uint8``.
         tissue_mask: its mask, and the spacing of both.
+        check: called before every commit; it raises if the slide is no longer this writer's.
     """
 
     def __init__(
@@ -53,14 +70,18 @@ class CacheWriter:
         header: CacheHeader,
         origins_level0: NDArray[np.int32],
         tissue_fraction: NDArray[np.float32],
+        quality: Mapping[str, NDArray[np.float32]],
         thumbnail: NDArray[np.uint8],
         tissue_mask: TissueMask,
+        check: Callable[[], object] | None = None,
     ) -> None:
         self._header = header
         self._origins = origins_level0
         self._fraction = tissue_fraction
+        self._quality = quality
         self._thumbnail = thumbnail
         self._mask = tissue_mask
+        self._check = check or (lambda: None)
         self._target = cache_path(cache_dir, header.slide_id)
         self._building = building_path(cache_dir, header.slide_id)
         self._group = self._building / "group"
@@ -68,7 +89,22 @@ class CacheWriter:
         self._unreadable: list[int] = []
         self._next = 0
         self._shards = 0
+        self._committer = ThreadPoolExecutor(1)
+        self._commit: Future[None] | None = None
+        self._unsynced: list[Path] = []
+        self._safe: set[Path] = set()
+        self._unnoted: dict[str, Any] | None = None
+        self._noted_s = -math.inf
         self._resume()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._committer.shutdown()
+        # Whoever lost the slide, or the disk, has another error on its way.
+        with contextlib.suppress(OSError):
+            self._note()
 
     @property
     def next_tile(self) -> int:
@@ -89,6 +125,7 @@ class CacheWriter:
 
         Raises:
             UsageError: tiles come out of order.
+            OSError: an earlier shard could not be written.
         """
         if tile != self._next:
             raise UsageError(f"tile {self._next} was to be added next, not {tile}")
@@ -110,8 +147,13 @@ class CacheWriter:
             raise UsageError(f"{self._next} of {len(self._origins)} tiles were added")
         if self._pending:
             self._commit_shard()
+        self._committed()
+        self._committer.shutdown()
+        self._unnoted = None  # the group is whole before anyone could read the note
         self._write_metadata()
-        _fsync_tree(self._group)
+        seal_group(self._group)
+        _fsync_all([self._group, *(path for path in self._group.rglob("*") if path not in self._safe)])
+        self._check()
         old = self._building / "old"
         if self._target.exists():
             self._target.rename(old)
@@ -123,7 +165,7 @@ class CacheWriter:
     def _identity(self) -> dict[str, Any]:
         """What must be equal for tiles that were begun to be continued."""
         plan = google_crc32c.value(self._origins.tobytes() + self._fraction.tobytes())
-        return {**self._header.to_attributes(), "tiles_wanted": len(self._origins), "plan": plan}
+        return {**self._header.identity(), "tiles_wanted": len(self._origins), "plan": plan}
 
     def _resume(self) -> None:
         try:
@@ -135,29 +177,52 @@ class CacheWriter:
         is_there = all(shard_path(self._group, shard).is_file() for shard in range(shards))
         if progress.get("identity") == self._identity() and is_there:
             self._next, self._unreadable, self._shards = progress["next_tile"], progress["unreadable"], shards
+            self._safe.update(shard_path(self._group, shard) for shard in range(shards))
         elif self._building.exists():
             shutil.rmtree(self._building)
         self._group.mkdir(parents=True, exist_ok=True)
 
     def _commit_shard(self) -> None:
-        """A shard first, then the note that it is there: a kill between the two costs only its repetition."""
-        path = shard_path(self._group, self._shards)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, pack_shard(self._pending), self._building / "shard.tmp")
-        is_whole = len(self._pending) == TILES_PER_SHARD
-        self._pending = []
-        self._shards += 1
-        if is_whole:
+        """Has the pending tiles committed once those before them are: no more than two shards are held."""
+        self._committed()
+        progress: dict[str, Any] | None = None
+        if len(self._pending) == TILES_PER_SHARD:
             progress = {
                 "identity": self._identity(),
                 "next_tile": self._next,
-                "unreadable": self._unreadable,
+                "unreadable": self._unreadable.copy(),
             }
-            _replace(
-                self._building / "progress.json",
-                json.dumps(progress).encode(),
-                self._building / "progress.tmp",
-            )
+        self._commit = self._committer.submit(self._write_shard, self._shards, self._pending, progress)
+        self._pending = []
+        self._shards += 1
+
+    def _committed(self) -> None:
+        """Waits for the shard that is being written, and raises what went wrong with it."""
+        if self._commit is not None:
+            self._commit.result()
+
+    def _write_shard(self, shard: int, payloads: list[bytes], progress: dict[str, Any] | None) -> None:
+        """Until it is noted, a shard is not trusted; so it needs no temporary name."""
+        self._check()
+        path = shard_path(self._group, shard)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pack_shard(payloads))
+        self._unsynced.append(path)
+        self._unnoted = progress
+        if time.monotonic() - self._noted_s >= _NOTE_SECONDS:
+            self._note()
+
+    def _note(self) -> None:
+        """Shards first, then the note that they are there: a kill between the two costs their repetition."""
+        if self._unnoted is None:
+            return
+        self._check()
+        _fsync_all([each for path in self._unsynced for each in (path, path.parent)])
+        note = json.dumps(self._unnoted).encode()
+        _replace(self._building / "progress.json", note, self._building / "progress.tmp")
+        self._safe.update(self._unsynced)
+        self._unsynced, self._unnoted = [], None
+        self._noted_s = time.monotonic()
 
     def _write_metadata(self) -> None:
         import zarr
@@ -167,6 +232,8 @@ class CacheWriter:
         for entry in self._group.iterdir():
             if entry.name == "tiles":
                 (entry / "zarr.json").unlink(missing_ok=True)
+            elif entry.name == FEATURES:
+                continue  # of a cache under repair
             elif entry.is_dir():
                 shutil.rmtree(entry)
             else:
@@ -194,6 +261,7 @@ class CacheWriter:
         arrays: dict[str, tuple[NDArray[Any], dict[str, Any]]] = {
             "origin_level0": (self._origins[is_readable], {}),
             "tissue_fraction": (self._fraction[is_readable], {}),
+            **{name: (values[is_readable], {}) for name, values in self._quality.items()},
             "thumbnail": (self._thumbnail, spacing),
             "tissue_mask": (self._mask.mask, spacing),
         }
@@ -219,20 +287,23 @@ def pack_shard(payloads: Sequence[bytes]) -> bytes:
     parts: list[bytes] = []
     offset = 0
     for place, payload in enumerate(payloads):
-        chunk = payload + checksum(payload)
-        index[place] = offset, len(chunk)
-        offset += len(chunk)
-        parts.append(chunk)
+        index[place] = offset, len(payload) + 4
+        offset += len(payload) + 4
+        parts += (payload, checksum(payload))
     packed = index.tobytes()
     return b"".join((*parts, packed, checksum(packed)))
 
 
 def _replace(path: Path, data: bytes, temporary: Path) -> None:
     """Writes a file so that after a crash it has all of the new content, or none."""
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)  # on a full disk it would keep the space that is wanting
+        raise
     temporary.replace(path)
     _fsync(path.parent)
 
@@ -245,7 +316,8 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _fsync_tree(folder: Path) -> None:
-    for entry in sorted(folder.rglob("*"), reverse=True):
-        _fsync(entry)
-    _fsync(folder)
+def _fsync_all(paths: Sequence[Path]) -> None:
+    """Several at a time, which the file system makes durable together."""
+    with ThreadPoolExecutor(_SYNCED_TOGETHER) as pool:
+        for done in [pool.submit(_fsync, path) for path in paths]:
+            done.result()

@@ -16,12 +16,24 @@ from collections.abc import Sequence
 import slidetl
 from slidetl.errors import SlidetlError
 
-COMMANDS = ("synth", "tile", "export", "grade")
 TRAINING_COMMANDS = {
     "fit": "train a network (LightningCLI; see 'slidetl fit --help')",
     "validate": "evaluate a checkpoint on the validation part",
     "test": "evaluate a checkpoint on the test part: accuracy, QWK, MAE, confusion matrix, predictions",
     "predict": "predict every slide of a manifest or folder",
+}
+# In the order of the help; each is a module of its own but for the training commands.
+COMMANDS = {
+    "synth": "draw synthetic lung slides whose grade is known",
+    "tile": "cut slides into a tile cache",
+    "cache": "look into a tile cache, verify it, or mend it",
+    "embed": "store the features of every tile of a cache",
+    "fit-features": "grade slides by classical models on stored features",
+    **TRAINING_COMMANDS,
+    "backbones": "list networks, their size, and whether their weights are at hand",
+    "similarity": "compare the layers of networks before and after training",
+    "export": "write a checkpoint as one TorchScript file",
+    "grade": "grade slides with an exported file",
 }
 
 
@@ -71,19 +83,12 @@ def _parser(command: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"slidetl {slidetl.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    summaries = {
-        "synth": "draw synthetic lung slides whose grade is known",
-        "tile": "cut slides into a tile cache",
-        **TRAINING_COMMANDS,
-        "export": "write a checkpoint as one TorchScript file",
-        "grade": "grade slides with an exported file",
-    }
-    for name, summary in summaries.items():
+    for name, summary in COMMANDS.items():
         child = commands.add_parser(
             name, help=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
-        if name == command and name in COMMANDS:
-            module = importlib.import_module(f"slidetl.cli.{name}")
+        if name == command and name not in TRAINING_COMMANDS:
+            module = importlib.import_module(f"slidetl.cli.{name.replace('-', '_')}")
             child.description = module.SUMMARY
             module.add_arguments(child)
             child.add_argument("--debug", action="store_true", help="show the traceback of an error")

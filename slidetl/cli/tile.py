@@ -18,7 +18,15 @@ SUMMARY = "cut slides into tiles and store those with tissue in a cache"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument(
-        "manifest", type=Path, metavar="MANIFEST", help="a manifest (CSV), or a folder of slides"
+        "manifest",
+        type=Path,
+        metavar="MANIFEST",
+        help="a manifest (CSV), a folder of slides, one of labelled images (LABEL/*.png), or an .npz of them",
+    )
+    parser.add_argument(
+        "--images",
+        action="store_true",
+        help="the folder holds labelled images, even if TIFFs or slides are among them",
     )
     # SUPPRESS, here and below: else the help of an option without a default says "(default: None)".
     parser.add_argument(
@@ -47,6 +55,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-tissue", type=float, default=0.25, metavar="SHARE", help="least tissue in a tile, 0 to 1"
     )
     parser.add_argument(
+        "--edge",
+        choices=["drop", "pad"],
+        default="drop",
+        help="tiles cut by the right and bottom border: left out, or filled with background",
+    )
+    parser.add_argument(
+        "--max-pen",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="leave out tiles with more ink of a pen, 0 to 1; 1 keeps all",
+    )
+    parser.add_argument(
+        "--max-fold",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="leave out tiles with more folded tissue, 0 to 1; 1 keeps all",
+    )
+    parser.add_argument(
+        "--max-air",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="leave out tiles with more air or fat within the tissue, 0 to 1; 1 keeps all",
+    )
+    parser.add_argument(
+        "--min-focus",
+        type=float,
+        default=0.0,
+        metavar="F",
+        help="leave out tiles less sharp than this (0.08: blurred by 2 um); 0 measures none, which is faster",
+    )
+    parser.add_argument(
+        "--icc", action="store_true", help="convert colours to sRGB by the slide's ICC profile, if it has one"
+    )
+    parser.add_argument(
         "--mpp-override",
         type=float,
         default=argparse.SUPPRESS,
@@ -66,7 +111,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="jpeg",
         help="zstd: lossless, and any zarr reader opens it",
     )
-    parser.add_argument("--jpeg-quality", type=int, default=90, metavar="Q", help="1 to 100")
+    parser.add_argument(
+        "--jpeg-quality",
+        type=int,
+        default=90,
+        metavar="Q",
+        help="1 to 100; unused where the slide's own JPEG tiles fit the grid and are copied",
+    )
     parser.add_argument(
         "--grades",
         type=int,
@@ -75,10 +126,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="number of grades on the scale: the manifest's must be from 0 to K-1",
     )
     parser.add_argument(
+        "--preview",
+        action="store_true",
+        help="write CACHE/previews/SLIDE.png: tissue, tiles kept, and those left out with the reason",
+    )
+    parser.add_argument(
         "--workers",
         type=int,
         default=len(os.sched_getaffinity(0)),
         help="processes, each at a slide of its own",
+    )
+    parser.add_argument(
+        "--scheduler",
+        default=argparse.SUPPRESS,
+        metavar="tcp://HOST:8786",
+        help="tile on the workers of this Dask scheduler instead (needs the extra slidetl[cluster])",
     )
     parser.add_argument(
         "--overwrite",
@@ -112,16 +174,44 @@ def run(options: argparse.Namespace) -> int:
         mpp_tolerance=options.mpp_tolerance,
         codec=options.codec,
         jpeg_quality=options.jpeg_quality,
+        edge=options.edge,
+        icc=options.icc,
+        min_focus=options.min_focus,
+        max_pen=options.max_pen,
+        max_fold=options.max_fold,
+        max_air=options.max_air,
     )
+    manifest = read_manifest(options.manifest, options.grades, options.images)
+    if manifest.grades:
+        print(f"labels by folder, in this order: --data.grades='{list(manifest.grades)}'")
     sources = [
         SlideSource(row.slide_id, row.path, row.mpp if row.mpp is not None else mpp_override)
-        for row in read_manifest(options.manifest, options.grades).rows
+        for row in manifest.rows
     ]
     started = time.monotonic()
     with _Progress(len(sources)) as progress:
-        rows = tile_slides(
-            sources, options.cache, spec, options.workers, options.overwrite, on_done=progress.advance
-        )
+        if "scheduler" in options:
+            from slidetl.cache.cluster import tile_on_cluster
+
+            rows = tile_on_cluster(
+                sources,
+                options.cache,
+                spec,
+                options.scheduler,
+                options.overwrite,
+                options.preview,
+                progress.advance,
+            )
+        else:
+            rows = tile_slides(
+                sources,
+                options.cache,
+                spec,
+                options.workers,
+                options.overwrite,
+                options.preview,
+                progress.advance,
+            )
     seconds = time.monotonic() - started
 
     failed = [row for row in rows if row.status == FAILED]

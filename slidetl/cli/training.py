@@ -22,6 +22,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.errors import UsageError
 from slidetl.tasks.checkpoint import read_checkpoint
+from slidetl.tasks.drift import DriftReport
 from slidetl.tasks.slide import SlideGrader
 
 
@@ -130,6 +131,7 @@ class GradingCLI(LightningCLI):
                 kwargs["callbacks"] = [
                     *(self._get(self.config_init, "trainer").get("callbacks") or []),
                     LearningRateMonitor("epoch"),
+                    DriftReport(),
                 ]
         return super().instantiate_trainer(**kwargs)
 

@@ -80,7 +80,7 @@ class SlideDataModule(pl.LightningDataModule):
             ManifestError: the manifest has faults.
             CacheMissingError: no slide of the manifest is in the cache.
             CacheMismatchError: the slides were not all tiled alike.
-            UsageError: a part that is needed has no slide.
+            UsageError: a part that is needed has no slide, or training would lack a grade.
         """
         if self.slides:
             return
@@ -127,8 +127,10 @@ class SlideDataModule(pl.LightningDataModule):
             rank_zero_info(f"{part}: {len(self.slides[part])} slides of {patients} patients ({mix})")
             absent = [name for grade, name in enumerate(self.grades) if not counts[grade]]
             if part == "train" and absent:
-                rank_zero_warn(
-                    f"no training slide has grade {', '.join(absent)}; it will hardly be predicted"
+                raise UsageError(
+                    f"no training slide has grade {', '.join(absent)}, so it could not be learned; add such "
+                    "slides, move some to the training part (the manifest's 'split', or another data.seed), "
+                    "or give data.grades a scale without it"
                 )
 
     def _open(self, rows: tuple[ManifestRow, ...]) -> list[CachedSlide]:

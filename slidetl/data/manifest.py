@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from slidetl.errors import ManifestError, UsageError
+from slidetl.errors import ManifestError, SlideOpenError, UsageError
 from slidetl.slides.dicom import series_instance_uid
+from slidetl.slides.npz import NpzItem, read_labels
+from slidetl.slides.raster import IMAGE_SUFFIXES, TIFF_SUFFIXES
 
 SPLITS = ("train", "val", "test")
 REQUIRED = ("slide_id", "path", "patient_id", "grade")
@@ -32,7 +34,7 @@ class ManifestRow:
     Attributes:
         line: line in the CSV, 1 being the header; 0 for a slide found in a folder.
         slide_id: identifier, safe as the name of a folder.
-        path: the slide's file, absolute.
+        path: the slide's file, absolute; of an image in an ``.npz``, ``FILE.npz#SPLIT/INDEX``.
         patient_id: whose slide it is; equal to ``slide_id`` where nothing is known.
         grade: 0..K-1, or None for a slide that nobody graded.
         site, scanner, stain, block: as given, empty where not.
@@ -61,32 +63,47 @@ class Manifest:
 
     Attributes:
         rows: one per slide, in the order of the file.
+        grades: names of the grades, lowest first, where folders of labelled images name them; else empty.
     """
 
     rows: tuple[ManifestRow, ...]
+    grades: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
-def read_manifest(path: Path, n_grades: int | None = None) -> Manifest:
-    """Reads a CSV, or lists a folder of slides.
+def read_manifest(path: Path, n_grades: int | None = None, images: bool = False) -> Manifest:
+    """Reads a CSV, or lists a folder of slides, a folder of labelled images, or an ``.npz`` of both.
+
+    Labelled images lie in one folder for each label, ``FOLDER/LABEL/...`` or ``FOLDER/SPLIT/LABEL/...`` with
+    ``train``, ``val`` and ``test`` as splits. The labels become grades in the order of their names, of
+    numbers in the order of their values; each image counts as a patient of its own. In an ``.npz`` they lie
+    as :mod:`slidetl.slides.npz` says.
 
     Args:
         path: a CSV with the columns ``slide_id, path, patient_id, grade`` and optionally ``site``,
             ``scanner``, ``stain``, ``block``, ``mpp``, ``split``, ``grade_reader1``, ...; or a folder,
-            searched with its sub-folders, whose slides have no grades.
+            searched with its sub-folders, whose slides have no grades; or labelled images. A folder without
+            slides is searched for images (PNG, JPEG, BMP).
         n_grades: number of grades K on the scale; None checks only that a grade is a whole number.
+        images: whether a folder is one of labelled images even if there are TIFFs or slides in it.
 
     Raises:
         ManifestError: every fault found, each with its line number.
     """
     path = Path(path)
     if path.is_dir():
-        return _list_folder(path)
+        return (
+            _list_images(path, n_grades, IMAGE_SUFFIXES | TIFF_SUFFIXES)
+            if images
+            else _list_folder(path, n_grades)
+        )
+    if path.suffix.lower() == ".npz" and path.is_file():
+        return _list_arrays(path, n_grades)
     if not path.is_file():
         raise ManifestError(
-            f"{path}: expected a CSV manifest or a folder of slides, found neither; check the path"
+            f"{path}: expected a CSV manifest, an .npz or a folder of slides, found neither; check the path"
         )
     return _read_csv(path, n_grades)
 
@@ -183,7 +200,8 @@ def _parse_row(
         fault("patient_id is empty; without it patients would leak between splits")
     slide = Path(os.path.normpath(folder.absolute() / values["path"]))
     try:
-        is_there = bool(values["path"]) and slide.exists()
+        item = NpzItem.of(slide)
+        is_there = bool(values["path"]) and (item.file if item else slide).exists()
     except (OSError, ValueError):  # it cannot be a path: too long, or with a NUL
         is_there = False
     if not is_there:
@@ -243,28 +261,97 @@ def _faults_between(rows: Iterable[ManifestRow]) -> list[str]:
     return faults
 
 
-def _list_folder(folder: Path) -> Manifest:
-    """The slides below a folder. Files of one slide (DICOM instances) count once."""
+def _list_folder(folder: Path, n_grades: int | None) -> Manifest:
+    """The slides below a folder, files of one slide (DICOM instances) once; its images if it has none."""
     folder = folder.absolute()
-    paths = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SLIDE_SUFFIXES and path.is_file() and not path.name.startswith(".")
-    )
     slides: dict[object, Path] = {}
-    for path in paths:
+    for path in _files(folder, SLIDE_SUFFIXES):
         series = series_instance_uid(path) if path.suffix.lower() == ".dcm" else None
         slides.setdefault((path.parent, series) if series else path, path)
-    if not slides:
-        known = " ".join(sorted(SLIDE_SUFFIXES))
-        raise ManifestError(f"{folder}: no slides in this folder; expected files ending in one of {known}")
-    rows = [ManifestRow(0, safe_slide_id(path.stem), path, "") for path in slides.values()]
+    if slides:
+        return Manifest(_named([ManifestRow(0, "", path, "") for path in slides.values()], folder))
+    if _files(folder, IMAGE_SUFFIXES):
+        return _list_images(folder, n_grades, IMAGE_SUFFIXES)
+    known = " ".join(sorted(SLIDE_SUFFIXES | IMAGE_SUFFIXES))
+    raise ManifestError(f"{folder}: no slides in this folder; expected files ending in one of {known}")
+
+
+def _list_images(folder: Path, n_grades: int | None, suffixes: frozenset[str]) -> Manifest:
+    """The images below a folder, graded by the folders in it; not graded if some lie beside those."""
+    folder = folder.absolute()
+    paths = _files(folder, suffixes)
+    if not paths:
+        raise ManifestError(
+            f"{folder}: no images in this folder; expected files ending in {' '.join(sorted(suffixes))}"
+        )
+    folders = [path.relative_to(folder).parts[:-1] for path in paths]
+    has_splits = all(parts and parts[0] in SPLITS for parts in folders)
+    labels = [parts[has_splits : has_splits + 1] for parts in folders]
+    if not all(labels):
+        return Manifest(_named([ManifestRow(0, "", path, "") for path in paths], folder))
+    names = {label[0] for label in labels}
+    grades = tuple(
+        sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
+    )
+    _check_labels(folder, len(grades), n_grades)
+    rows = [
+        ManifestRow(0, "", path, "", grade=grades.index(label[0]), split=parts[0] if has_splits else "")
+        for path, parts, label in zip(paths, folders, labels, strict=True)
+    ]
+    return Manifest(_named(rows, folder), grades)
+
+
+def _list_arrays(file: Path, n_grades: int | None) -> Manifest:
+    """The images of an ``.npz``."""
+    file = file.absolute()
+    try:
+        labels = read_labels(file)
+    except SlideOpenError as error:
+        raise ManifestError(str(error)) from error
+    lowest = min((int(values.min()) for values in labels.values() if len(values)), default=0)
+    if lowest < 0:
+        raise ManifestError(f"{file}: labels must be from 0 up, found {lowest}")
+    _check_labels(
+        file, 1 + max((int(values.max()) for values in labels.values() if len(values)), default=0), n_grades
+    )
+    stem = safe_slide_id(file.stem) or "images"
+    rows = []
+    for split, values in labels.items():
+        for index, grade in enumerate(values.tolist()):
+            name = f"{stem}_{split}_{index}"
+            rows.append(ManifestRow(0, name, NpzItem(file, split, index).path, name, grade, split=split))
+    if not rows:
+        raise ManifestError(f"{file}: its arrays hold no images")
+    return Manifest(tuple(rows))
+
+
+def _check_labels(path: Path, count: int, n_grades: int | None) -> None:
+    if n_grades is not None and count > n_grades:
+        raise ManifestError(
+            f"{path}: its images have {count} labels, the scale has {n_grades} grades; "
+            f"name {count} (slidetl tile: --grades {count})"
+        )
+
+
+def _files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
+    )
+
+
+def _named(rows: list[ManifestRow], folder: Path) -> tuple[ManifestRow, ...]:
+    """Gives every row an identifier, from its file's name and as much of its folders as it takes."""
+    rows = [replace(row, slide_id=safe_slide_id(row.path.stem)) for row in rows]
     rows = _rename_clashes(rows, lambda path: "_".join([*path.relative_to(folder).parent.parts, path.stem]))
     rows = _rename_clashes(rows, lambda path: "_".join(path.relative_to(folder).parts))
-    for number, row in enumerate(rows):
-        if not row.slide_id or row.slide_id.lower() in {other.slide_id.lower() for other in rows[:number]}:
+    taken: set[str] = set()
+    for row in rows:
+        if not row.slide_id or row.slide_id.lower() in taken:
             raise ManifestError(f"{row.path}: no identifier can be made from this name; list it in a CSV")
-    return Manifest(tuple(replace(row, patient_id=row.slide_id) for row in rows))
+        taken.add(row.slide_id.lower())
+    return tuple(replace(row, patient_id=row.slide_id) for row in rows)
 
 
 def _rename_clashes(rows: list[ManifestRow], name: Callable[[Path], str]) -> list[ManifestRow]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
+from numpy.typing import NDArray
 
 from slidetl.data.manifest import ManifestRow
 from slidetl.errors import UsageError
@@ -19,7 +20,8 @@ def split_patients(
     """Splits slides into train, val and test by patient, each with about the same mix of grades.
 
     The test part is some folds of scikit-learn's ``StratifiedGroupKFold``, the validation part some folds
-    of what remains; so the fractions are met as closely as ten folds and whole patients allow.
+    of what remains; so the fractions are met as closely as ten folds and whole patients allow. The only
+    slide of a grade goes to neither, where that can be avoided.
 
     Args:
         rows: graded slides.
@@ -71,6 +73,15 @@ def _fold(rows: list[ManifestRow], fraction: float, seed: int, part: str) -> lis
     with warnings.catch_warnings():
         # A grade with fewer slides than folds cannot be in each; the report of the split shows it.
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)
-        parts = [part for _, part in folds.split(np.zeros(len(grades)), grades, patients)]
-    parts = [part for part in parts if len(part)][: share.numerator]
-    return [rows[index] for part in parts for index in part]
+        parts = [members for _, members in folds.split(np.zeros(len(grades)), grades, patients)]
+    parts = [members for members in parts if len(members)]
+    # A rare grade stays where it can be learned: parts that hold the last slides of one come last.
+    left = Counter(grades.tolist())
+    chosen: list[NDArray[np.intp]] = []
+    others: list[NDArray[np.intp]] = []
+    for members in parts:
+        held = Counter(grades[members].tolist())
+        spares = len(chosen) < share.numerator and all(left[grade] > held[grade] for grade in held)
+        (chosen if spares else others).append(members)
+        left -= held if spares else Counter()
+    return [rows[index] for members in (chosen + others)[: share.numerator] for index in members]

@@ -1,9 +1,18 @@
-"""Aggregators: the embeddings of a slide's tiles -> one embedding of the slide."""
+"""Aggregators: the embeddings of a slide's tiles -> one embedding of the slide.
+
+All of them compute in float32 from the scores on, whatever precision the tiles come in, and none looks at
+what padding holds, even where that is NaN.
+"""
 
 from typing import NamedTuple, Optional, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from slidetl.errors import UsageError
+
+# Named here, since TorchScript takes a comment on types in the function itself for a type comment.
+_is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined] # torch does not list it
 
 
 class Aggregated(NamedTuple):
@@ -12,8 +21,11 @@ class Aggregated(NamedTuple):
     Attributes:
         embedding: ``[B, D']``, one vector per slide.
         attention: ``[B, H, N]``, weight of each tile per head or hop; sums to one over the tiles of a
-            slide, zero where padded.
-        contributions: ``[B, N, K]``, share of each tile in each logit, for aggregators that have one.
+            slide, zero where padded. Where tiles are chosen and not weighted, it is the tile's share of
+            the gradient of the embedding's sum, and carries no gradient itself.
+        contributions: ``[B, N, D']``, share of each tile in each entry of the embedding, for aggregators
+            that add such shares up; :meth:`~slidetl.models.network.GradingNetwork.contributions` carries
+            them on to the logits.
     """
 
     embedding: Tensor
@@ -41,16 +53,12 @@ class Aggregator(Protocol):
 
 
 class Pooling(nn.Module):
-    """Base of the aggregators that a configuration can name: an attention, and what it pools.
+    """Base of the aggregators that a configuration can name.
 
     A configuration finds classes by their base, which a protocol is not.
     """
 
     out_features: int
-
-    def pool(self, attention: Tensor, embeddings: Tensor, mask: Tensor) -> Tensor:
-        """Weighted sum ``[B, H, D]`` in float32; what padding holds, even NaN, does not count."""
-        return attention @ embeddings.to(torch.float32).masked_fill(~mask.unsqueeze(-1), 0.0)
 
 
 class MeanPooling(Pooling):
@@ -68,7 +76,151 @@ class MeanPooling(Pooling):
         """See :class:`Aggregator`; H is 1."""
         weights = mask.to(torch.float32)  # [B, N]
         attention = (weights / weights.sum(1, keepdim=True)).unsqueeze(1)  # [B, 1, N]
-        return Aggregated(self.pool(attention, embeddings, mask).squeeze(1), attention, None)
+        return Aggregated(_read(attention, _present(embeddings, mask)).squeeze(1), attention, None)
+
+
+class MaxPooling(Pooling):
+    """The greatest value of each feature, over the tiles (the "embedding, max" of Ilse et al. 2018).
+
+    Tiles that share the greatest value share its gradient, so that order does not matter.
+
+    Args:
+        in_features: length D of a tile's embedding.
+    """
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__()
+        self.out_features = in_features
+
+    def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
+        """See :class:`Aggregator`; H is 1, the share of the features that a tile decides."""
+        tiles = _present(embeddings, mask, float("-inf")).to(torch.float32)
+        embedding = tiles.amax(1)  # [B, D]
+        with torch.no_grad():
+            chosen = tiles == embedding.unsqueeze(1)  # [B, N, D]
+            share = (embedding.shape[1] * chosen.sum(1)).to(torch.float32).reciprocal()  # [B, D]
+            attention = _read(share.unsqueeze(1), chosen.transpose(1, 2))  # [B, 1, N]
+        return Aggregated(embedding, attention, None)
+
+
+class TopKPooling(Pooling):
+    """The mean of the k greatest values of each feature; of all of them where there are fewer tiles.
+
+    Between the maximum (k = 1) and the mean. For top and bottom tiles by a learned score, see
+    :class:`Chowder`.
+
+    Args:
+        in_features: length D of a tile's embedding.
+        k: number of values that count, at least 1.
+    """
+
+    def __init__(self, in_features: int, k: int = 10) -> None:
+        super().__init__()
+        if k < 1:
+            raise UsageError(f"TopKPooling takes the k greatest values, k at least 1, not {k}")
+        self.out_features = in_features
+        self.k = k
+
+    def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
+        """See :class:`Aggregator`; H is 1, the share of the values that come from a tile."""
+        tiles = _present(embeddings, mask, float("-inf")).to(torch.float32)
+        values, chosen = tiles.topk(min(self.k, tiles.shape[1]), dim=1)  # [B, k, D]
+        weights = mask.sum(1, keepdim=True) > torch.arange(values.shape[1], device=mask.device)  # [B, k]
+        weights = weights / weights.sum(1, keepdim=True)
+        embedding = (values.masked_fill(weights.unsqueeze(2) == 0, 0.0) * weights.unsqueeze(2)).sum(1)
+        with torch.no_grad():
+            share = (weights / tiles.shape[2]).unsqueeze(2).expand_as(values)  # [B, k, D]
+            attention = torch.zeros(mask.shape, device=mask.device)
+            attention = attention.scatter_add(1, chosen.flatten(1), share.flatten(1))
+        return Aggregated(embedding, attention.unsqueeze(1), None)
+
+
+class Chowder(Pooling):
+    """A learned score per tile; the k highest and the k lowest scores are the slide's embedding.
+
+    Courtiol et al., "Classification and disease localization in histopathology using only global labels",
+    2018. Departures: the head takes the place of the network above the scores, and a slide with fewer than
+    k tiles repeats its last one.
+
+    Args:
+        in_features: length D of a tile's embedding.
+        k: number of scores from each end, at least 1 (R in the paper, 5 there).
+    """
+
+    def __init__(self, in_features: int, k: int = 5) -> None:
+        super().__init__()
+        if k < 1:
+            raise UsageError(f"Chowder takes k scores from each end, k at least 1, not {k}")
+        self.out_features = 2 * k
+        self.k = k
+        self.score = nn.Linear(in_features, 1)
+
+    def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
+        """See :class:`Aggregator`; H is 1, the share of the 2k scores that are a tile's."""
+        scores = self.score(_present(embeddings, mask)).squeeze(2).to(torch.float32)  # [B, N]
+        k = min(self.k, scores.shape[1])
+        rank = torch.arange(self.k, device=mask.device).unsqueeze(0)  # [1, k]
+        rank = torch.minimum(rank, mask.sum(1, keepdim=True) - 1)  # [B, k], repeating the last tile
+        top = scores.masked_fill(~mask, float("-inf")).topk(k, dim=1)[1].gather(1, rank)
+        bottom = scores.masked_fill(~mask, float("inf")).topk(k, dim=1, largest=False)[1].gather(1, rank)
+        chosen = torch.cat([top, bottom], dim=1)  # [B, 2k]
+        embedding = scores.gather(1, chosen)
+        share = torch.full(chosen.shape, 1.0 / chosen.shape[1], device=mask.device)
+        attention = torch.zeros(mask.shape, device=mask.device).scatter_add(1, chosen, share)
+        return Aggregated(embedding, attention.unsqueeze(1), None)
+
+
+class LogSumExpPooling(Pooling):
+    """A smooth maximum of each feature: ``log(mean(exp(r x))) / r``.
+
+    Pinheiro and Collobert, "From image-level to pixel-level labeling with convolutional networks",
+    CVPR 2015, equation 6. Towards r = 0 it is the mean, towards infinity the maximum.
+
+    Args:
+        in_features: length D of a tile's embedding.
+        sharpness: r, above 0.
+    """
+
+    def __init__(self, in_features: int, sharpness: float = 1.0) -> None:
+        super().__init__()
+        if not sharpness > 0:
+            raise UsageError(f"the sharpness of LogSumExpPooling must be above 0, not {sharpness}")
+        self.out_features = in_features
+        self.sharpness = sharpness
+
+    def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
+        """See :class:`Aggregator`; H is 1, the mean over the features of the softmax over the tiles."""
+        tiles = self.sharpness * _present(embeddings, mask, float("-inf")).to(torch.float32)
+        count = mask.sum(1, keepdim=True)  # [B, 1]
+        embedding = (tiles.logsumexp(1) - count.log()) / self.sharpness  # [B, D]
+        with torch.no_grad():
+            attention = tiles.softmax(1).mean(2).unsqueeze(1)  # [B, 1, N]
+        return Aggregated(embedding, attention, None)
+
+
+class Attention(Pooling):
+    """A learned score per tile decides how much it counts.
+
+    Ilse, Tomczak and Welling, "Attention-based deep multiple instance learning", ICML 2018,
+    equation 8. The softmax is taken in float32.
+
+    Args:
+        in_features: length D of a tile's embedding.
+        hidden_features: length of the hidden layer (L in the paper, 128 there).
+    """
+
+    def __init__(self, in_features: int, hidden_features: int = 128) -> None:
+        super().__init__()
+        self.out_features = in_features
+        self.value = nn.Linear(in_features, hidden_features)
+        self.score = nn.Linear(hidden_features, 1)
+
+    def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
+        """See :class:`Aggregator`; H is 1."""
+        tiles = _present(embeddings, mask)
+        scores = self.score(torch.tanh(self.value(tiles)))  # [B, N, 1]
+        attention = _softmax(scores.transpose(1, 2), mask)  # [B, 1, N]
+        return Aggregated(_read(attention, tiles).squeeze(1), attention, None)
 
 
 class GatedAttention(Pooling):
@@ -91,7 +243,94 @@ class GatedAttention(Pooling):
 
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
         """See :class:`Aggregator`; H is 1."""
-        hidden = torch.tanh(self.value(embeddings)) * torch.sigmoid(self.gate(embeddings))  # [B, N, L]
-        scores = self.score(hidden).squeeze(-1).to(torch.float32)  # [B, N]
-        attention = torch.softmax(scores.masked_fill(~mask, float("-inf")), dim=1).unsqueeze(1)  # [B, 1, N]
-        return Aggregated(self.pool(attention, embeddings, mask).squeeze(1), attention, None)
+        tiles = _present(embeddings, mask)
+        hidden = torch.tanh(self.value(tiles)) * torch.sigmoid(self.gate(tiles))  # [B, N, L]
+        attention = _softmax(self.score(hidden).transpose(1, 2), mask)  # [B, 1, N]
+        return Aggregated(_read(attention, tiles).squeeze(1), attention, None)
+
+
+class MultiHopAttention(Pooling):
+    """A query attends to the tiles, is updated by what it read, and attends again.
+
+    Sukhbaatar et al., "End-to-end memory networks", NeurIPS 2015, section 2.2, the slide being the memory:
+    keys and values are shared by all hops, ``query += update(read)``. Departures: the first query is
+    learned instead of given, and scores are divided by the square root of their length.
+
+    Args:
+        in_features: length D of a tile's embedding.
+        hidden_features: length D' of query, keys, values and of the slide's embedding, the last query.
+        hops: how often it attends, H, at least 1.
+    """
+
+    def __init__(self, in_features: int, hidden_features: int = 128, hops: int = 3) -> None:
+        super().__init__()
+        if hops < 1:
+            raise UsageError(f"MultiHopAttention attends at least once, not {hops} times")
+        self.out_features = hidden_features
+        self.hops = hops
+        self.query = nn.Parameter(torch.randn(1, hidden_features))
+        self.key = nn.Linear(in_features, hidden_features, bias=False)  # the softmax would not see a bias
+        self.value = nn.Linear(in_features, hidden_features)
+        self.update = nn.Linear(hidden_features, hidden_features, bias=False)
+
+    def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
+        """See :class:`Aggregator`; H is the number of hops, in their order."""
+        tiles = _present(embeddings, mask)
+        keys = self.key(tiles) * self.out_features**-0.5  # [B, N, L]; scaled first, so as not to overflow
+        values = self.value(tiles)  # [B, N, L]
+        query = self.query.unsqueeze(0).expand(tiles.shape[0], 1, self.out_features)  # [B, 1, L]
+        hops: list[Tensor] = []
+        for _ in range(self.hops):
+            attention = _softmax(_read(query, keys.transpose(1, 2)), mask)  # [B, 1, N]
+            query = query + self.update(_read(attention, values).to(self.query.dtype))
+            hops.append(attention)
+        return Aggregated(query.squeeze(1).to(torch.float32), torch.cat(hops, dim=1), None)
+
+
+class AdditiveAttention(Pooling):
+    """Gated attention over tiles that each pass through a network of their own; what a tile adds is known.
+
+    Javed et al., "Additive MIL: intrinsically interpretable multiple instance learning for pathology",
+    NeurIPS 2022, equation 4: the sum over the tiles of ``f(a x)``, attention times tile through a network.
+    Ours is two layers with a ReLU and without biases, so that ``f(a x) = a f(x)`` and a slide with more
+    tiles has no more bias. The head above is affine and adds no interaction; it shares out its own bias by
+    the attention.
+
+    Args:
+        in_features: length D of a tile's embedding.
+        hidden_features: length of the hidden layers, and D'.
+    """
+
+    def __init__(self, in_features: int, hidden_features: int = 128) -> None:
+        super().__init__()
+        self.out_features = hidden_features
+        self.attend = GatedAttention(in_features, hidden_features)
+        self.first = nn.Linear(in_features, hidden_features, bias=False)
+        self.second = nn.Linear(hidden_features, hidden_features, bias=False)
+
+    def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
+        """See :class:`Aggregator`; H is 1."""
+        tiles = _present(embeddings, mask)
+        attention = self.attend(tiles, mask).attention  # [B, 1, N]
+        parts = self.second(torch.relu(self.first(tiles))).to(torch.float32)  # [B, N, D']
+        parts = parts * attention.transpose(1, 2)
+        return Aggregated(parts.sum(1), attention, parts)
+
+
+def _present(embeddings: Tensor, mask: Tensor, padding: float = 0.0) -> Tensor:
+    """The tiles ``[B, N, D]``, and a constant in place of padding: a zero gradient times NaN is NaN."""
+    return embeddings.masked_fill(~mask.unsqueeze(2), padding)
+
+
+def _softmax(scores: Tensor, mask: Tensor) -> Tensor:
+    """Scores ``[B, H, N]`` -> float32 weights of the tiles, zero for padding."""
+    return scores.to(torch.float32).masked_fill(~mask.unsqueeze(1), float("-inf")).softmax(2)
+
+
+def _read(weights: Tensor, tiles: Tensor) -> Tensor:
+    """``[B, H, N]`` times ``[B, N, D]`` -> ``[B, H, D]``, in float32 also under autocast."""
+    if _is_scripting():  # an exported file runs as the caller says
+        return weights.to(torch.float32) @ tiles.to(torch.float32)
+    else:
+        with torch.autocast(tiles.device.type, enabled=False):
+            return weights.to(torch.float32) @ tiles.to(torch.float32)

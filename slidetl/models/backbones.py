@@ -2,15 +2,21 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slidetl.errors import WeightsError
+from slidetl.errors import UsageError, WeightsError
+from slidetl.models.cbr import CBR
 
 BUNDLED = Path(__file__).parent / "weights"
+
+# How the weights that timm or the Hugging Face hub publishes for a network may be asked for.
+PUBLISHED = ("imagenet", "hub")
 
 
 @dataclass(frozen=True)
@@ -18,57 +24,81 @@ class BackboneSpec:
     """Which network embeds a tile, and which weights count as its pretrained ones.
 
     Attributes:
-        name: any model name that timm knows, e.g. ``resnet18``.
-        pretrained: ``procedural`` (bundled, no network needed), ``imagenet`` (timm downloads it), or
-            the path of a ``.safetensors`` or ``.pth`` file. Whether a training starts from them is the
-            transfer strategy's choice.
+        name: a model that timm knows, e.g. ``resnet18``; one of timm's form on the Hugging Face hub,
+            ``hf-hub:OWNER/MODEL``, or in a folder, ``local-dir:FOLDER`` (``config.json`` and weights); or one
+            of the CBR family, e.g. ``cbr_tiny`` (:class:`~slidetl.models.cbr.CBR`).
+        pretrained: ``procedural`` (bundled, no network needed); ``imagenet`` or ``hub``, both for the weights
+            published under the name, downloaded where they are not on this machine; or the path of a
+            ``.safetensors`` or ``.pth`` file. Whether a training starts from them is the transfer strategy's
+            choice.
         channels_last: keep tiles and kernels in that memory layout; faster for most convolutional
             networks, on a CPU too.
+        in_channels: channels of a tile, 1 to 4. Weights made for three are adapted: their sum over the
+            channels for one, else repeated in order and scaled by ``3 / in_channels``.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them: less
+            memory, about a third more time. Batch norm in training mode then counts a batch twice in its
+            running statistics.
+        gated_mlp: the transformer's feed-forward layers are gated (SwiGLU, packed), as those of UNI2-h,
+            Virchow and Virchow2 are. A configuration on the hub cannot say so.
+        layer_scale: the transformer's blocks scale their outputs by learned factors, as those of UNI and
+            H-optimus are. To be set where weights are refused for their ``ls1.gamma``: the configuration on
+            the hub may leave it out.
     """
 
     name: str = "mobilenetv3_small_050"
     pretrained: str = "procedural"
     channels_last: bool = True
+    in_channels: int = 3
+    gradient_checkpointing: bool = False
+    gated_mlp: bool = False
+    layer_scale: bool = False
 
     def __post_init__(self) -> None:
         if not self.name or not self.pretrained:
             raise WeightsError(
                 f"backbone needs a name and pretrained weights, not {self.name!r}, {self.pretrained!r}"
             )
+        if not 1 <= self.in_channels <= 4:
+            raise UsageError(f"backbone.in_channels must be 1 to 4, not {self.in_channels}")
 
 
 class Backbone(nn.Module):
-    """A timm network without its classifier, with the normalisation that its weights expect.
+    """A network without its classifier, with the normalisation that its weights expect.
 
-    It starts from random weights; :meth:`load_pretrained` replaces them.
+    It starts from random weights; :meth:`load_pretrained` replaces them. Convolutional networks take tiles of
+    any size, transformers of timm's ViT, EVA and Swin families whole multiples of their patch; the few others
+    that know one size (timm marks them ``fixed_input_size``) take tiles of that size alone.
 
     Attributes:
         num_features: length D of an embedding.
-        mean, std: buffers ``[1, 3, 1, 1]``, of pixel values in 0..1. They travel with the weights.
+        mean, std: buffers ``[1, C, 1, 1]``, of pixel values in 0..1. They travel with the weights.
 
     Raises:
-        WeightsError: timm knows no such model.
+        WeightsError: there is no such model, or its configuration cannot be had.
+        UsageError: the network cannot do what the specification asks for.
     """
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, spec: BackboneSpec) -> None:
-        import timm
-
         super().__init__()
-        if not timm.is_model(spec.name):
-            close = timm.list_models(f"*{spec.name.split('_')[0]}*")[:5]
-            raise WeightsError(
-                f"timm knows no backbone {spec.name!r}; names like it: {', '.join(close) or 'none'}"
-            )
         self.spec = spec
         self.channels_last = spec.channels_last
-        self.net: nn.Module = timm.create_model(spec.name, pretrained=False, num_classes=0)
+        self.net: nn.Module = _build_network(spec)
+        if spec.gradient_checkpointing:
+            try:
+                self.net.set_grad_checkpointing(True)  # type: ignore[operator] # timm is untyped
+            except (
+                AssertionError,
+                AttributeError,
+            ) as error:  # how timm's networks refuse; CBR has no such method
+                raise UsageError(
+                    f"{spec.name} has no gradient checkpointing; set backbone.gradient_checkpointing to false"
+                ) from error
         self.num_features: int = self.net.head_hidden_size  # type: ignore[assignment] # timm is untyped
         for key in ("mean", "std"):
-            values = torch.tensor(self.net.pretrained_cfg[key], dtype=torch.float32)  # type: ignore[index]
-            self.register_buffer(key, values.view(1, 3, 1, 1))
+            self.register_buffer(key, _per_channel(_config(self.net)[key], spec.in_channels))
         if self.channels_last:
             self.net.to(memory_format=torch.channels_last)
 
@@ -76,7 +106,7 @@ class Backbone(nn.Module):
         """Embeds tiles.
 
         Args:
-            tiles: ``[N, 3, H, W] uint8`` RGB.
+            tiles: ``[N, C, H, W] uint8``; RGB where there are three channels.
 
         Returns:
             ``[N, D] float32`` (lower precision under autocast).
@@ -95,13 +125,16 @@ class Backbone(nn.Module):
             WeightsError: they cannot be found or read, or their names or shapes differ.
         """
         weights, normalisation = find_weights(self.spec)
-        classifier = self.net.pretrained_cfg.get("classifier") or ()  # type: ignore[union-attr, operator]
-        names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-        prefixes = tuple(f"{name}." for name in names)
+        config = _config(self.net)
+        prefixes = tuple(f"{name}." for name in _names(config.get("classifier")))
         expected = self.net.state_dict()
         weights = {
             key: value for key, value in weights.items() if key in expected or not key.startswith(prefixes)
         }
+        for name in _names(config.get("first_conv")):
+            kernel = weights.get(f"{name}.weight")
+            if kernel is not None and kernel.ndim == 4 and kernel.shape[1] == 3:
+                weights[f"{name}.weight"] = _adapt_kernel(kernel, self.spec.in_channels)
         wrong = sorted(set(expected) ^ set(weights)) + sorted(
             key for key in set(expected) & set(weights) if expected[key].shape != weights[key].shape
         )
@@ -112,7 +145,135 @@ class Backbone(nn.Module):
             )
         self.net.load_state_dict(weights)
         for key, values in normalisation.items():
-            getattr(self, key).copy_(torch.tensor(values).view(1, 3, 1, 1))
+            getattr(self, key).copy_(_per_channel(values, self.spec.in_channels))
+
+    def blocks(self) -> dict[str, nn.Module]:
+        """The parts of the network whose outputs timm counts as its features, lowest first.
+
+        Returns:
+            Modules by their names in ``net``, e.g. ``layer1`` to ``layer4`` of a ResNet after its stem; for a
+            network that lists none, its children.
+        """
+        listed = getattr(self.net, "feature_info", None)
+        if not listed:
+            return dict(self.net.named_children())
+        names = dict.fromkeys(entry["module"] for entry in listed)
+        return {name: self.net.get_submodule(name) for name in names}
+
+
+def _config(network: nn.Module) -> dict[str, Any]:
+    """What timm says of the weights published for a network."""
+    config: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment] # timm is untyped
+    return config
+
+
+def _names(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    """What timm's configurations give as a name, as several, or as nothing."""
+    return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def _per_channel(values: Sequence[float], in_channels: int) -> Tensor:
+    """Mean or std ``[1, C, 1, 1]``: those given, or three of them adapted as the kernels are."""
+    given = torch.tensor(values, dtype=torch.float32)
+    if len(given) != in_channels:
+        given = given.mean().view(1) if in_channels == 1 else given.repeat(2)[:in_channels]
+    return given.view(1, -1, 1, 1)
+
+
+def _adapt_kernel(kernel: Tensor, in_channels: int) -> Tensor:
+    """A first layer's kernel ``[O, 3, h, w]`` for another number of channels, as timm adapts it."""
+    if in_channels == 3:
+        return kernel
+    if in_channels == 1:
+        return kernel.sum(1, keepdim=True)
+    return kernel.repeat(1, 2, 1, 1)[:, :in_channels] * (3 / in_channels)
+
+
+def _build_network(spec: BackboneSpec) -> nn.Module:
+    if spec.name.startswith("cbr_"):
+        return CBR(spec.name, spec.in_channels)
+    name = spec.name
+    folder = _hub_folder(name, "config.json")
+    if folder is not None:
+        name = f"local-dir:{folder}"  # by the hub's name timm would ask the hub first
+    return _timm_network(name, spec, in_chans=spec.in_channels)
+
+
+def _timm_network(name: str, spec: BackboneSpec, **options: Any) -> nn.Module:
+    import timm
+
+    if ":" not in name and not timm.is_model(name):
+        close = timm.list_models(f"*{name.split('_')[0]}*")[:5]
+        raise WeightsError(f"timm knows no backbone {name!r}; names like it: {', '.join(close) or 'none'}")
+    if spec.gated_mlp:
+        from timm.layers.mlp import SwiGLUPacked
+
+        options.update(mlp_layer=SwiGLUPacked, act_layer=nn.SiLU)
+    if spec.layer_scale:
+        options.update(init_values=1e-5)  # at the start; loaded weights replace it
+    # Tiles of any size: so the ViT and EVA families are told, so the Swin family; the rest knows neither.
+    any_size: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
+    for number, size in enumerate(any_size):
+        try:
+            network: nn.Module = timm.create_model(name, num_classes=0, **size, **options)
+        except TypeError as error:
+            if number + 1 < len(any_size):
+                continue
+            raise WeightsError(
+                f"{spec.name} cannot be built with {', '.join(sorted(options))}: {error}"
+            ) from error
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            wanted = "the published weights" if options.get("pretrained") else "the configuration"
+            raise WeightsError(
+                f"{wanted} of {spec.name!r} could not be downloaded or read ({type(error).__name__}); "
+                "without a network connection give local files: pretrained: PATH.safetensors, "
+                "name: local-dir:FOLDER"
+            ) from error
+        break
+    if getattr(network, "global_pool", None) == "":  # every token comes out; one vector per tile is needed
+        network.reset_classifier(0, "token")  # type: ignore[operator]
+    return network
+
+
+def local_weights(name: str) -> Path | None:
+    """Where the published weights of a model lie on this machine, without asking any network.
+
+    Args:
+        name: a timm name, ``hf-hub:OWNER/MODEL`` or ``local-dir:FOLDER``.
+
+    Returns:
+        A file in the cache of the Hugging Face hub or of torch's hub, or in the folder; None for none.
+    """
+    import timm
+
+    if name.startswith("local-dir:"):
+        files = (Path(name.removeprefix("local-dir:")) / file for file in _HUB_FILES)
+        return next((file for file in files if file.is_file()), None)
+    config = None if ":" in name or not timm.is_model(name) else timm.get_pretrained_cfg(name)
+    repository = name if config is None else f"hf-hub:{config.hf_hub_id}" if config.hf_hub_id else ""
+    for file in _HUB_FILES:
+        folder = _hub_folder(repository, file)
+        if folder is not None:
+            return folder / file
+    url = config.url if config is not None else None
+    if isinstance(url, str) and url.endswith((".pth", ".safetensors")):
+        path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+        return path if path.is_file() else None
+    return None
+
+
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # timm's names for weights, in its order
+
+
+def _hub_folder(name: str, file: str) -> Path | None:
+    """The folder in the Hugging Face cache with this file of ``hf-hub:OWNER/MODEL[@REVISION]``, or None."""
+    if not name.startswith("hf-hub:"):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    repository, _, revision = name.removeprefix("hf-hub:").partition("@")
+    found = try_to_load_from_cache(repository, file, revision=revision or None)
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def find_weights(spec: BackboneSpec) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
@@ -125,8 +286,8 @@ def find_weights(spec: BackboneSpec) -> tuple[dict[str, Tensor], dict[str, list[
     Raises:
         WeightsError: nothing there, or not readable without unpickling objects.
     """
-    if spec.pretrained == "imagenet":
-        return _timm_weights(spec.name), {}
+    if spec.pretrained in PUBLISHED:
+        return _published_weights(spec), {}
     if spec.pretrained == "procedural":
         path = BUNDLED / f"procedural_{spec.name}.safetensors"
         if not path.is_file():
@@ -138,22 +299,25 @@ def find_weights(spec: BackboneSpec) -> tuple[dict[str, Tensor], dict[str, list[
         path = Path(spec.pretrained)
         if not path.is_file():
             raise WeightsError(
-                f"pretrained: expected 'procedural', 'imagenet' or the path of a .safetensors or .pth file, "
-                f"found {spec.pretrained!r}, which is no file"
+                f"pretrained: expected 'procedural', 'imagenet', 'hub' or the path of a .safetensors or .pth "
+                f"file, found {spec.pretrained!r}, which is no file"
             )
     return _file_weights(path)
 
 
-def _timm_weights(name: str) -> dict[str, Tensor]:
-    import timm
-
-    try:
-        state: dict[str, Tensor] = timm.create_model(name, pretrained=True).state_dict()
-    except (OSError, RuntimeError, ValueError) as error:
+def _published_weights(spec: BackboneSpec) -> dict[str, Tensor]:
+    if spec.name.startswith("cbr_"):
         raise WeightsError(
-            f"timm could not download the ImageNet weights of {name!r} ({type(error).__name__}); "
-            "without a network give a file: pretrained: PATH.safetensors"
-        ) from error
+            f"no weights were published for {spec.name}; give a file: pretrained: PATH.safetensors"
+        )
+    name, options = spec.name, {}
+    path = local_weights(name)
+    if path is not None and name.startswith("hf-hub:") and (path.parent / "config.json").is_file():
+        name = f"local-dir:{path.parent}"
+    elif path is not None and ":" not in name:
+        options = {"pretrained_cfg_overlay": {"file": str(path)}}
+    network = _timm_network(name, spec, pretrained=True, **options)
+    state: dict[str, Tensor] = network.state_dict()
     return state
 
 

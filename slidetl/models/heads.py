@@ -1,26 +1,75 @@
-"""Heads: a slide's embedding -> logits -> probabilities of the grades."""
+"""Heads: a slide's embedding -> logits -> probabilities of the grades.
+
+Every head's logits are an affine map of the embedding, on which
+:meth:`~slidetl.models.network.GradingNetwork.contributions` relies.
+"""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slidetl.models.labels import one_hot_grades
+
 _GAP = 3.0  # between neighbouring thresholds at the start, in units of the logistic's scale
 
 
 class Head(nn.Module):
-    """Base of the heads; each has these three methods and is made from D' and K."""
+    """Base of the heads; each is made from D' and K, and has the three methods that raise here.
+
+    Attributes:
+        n_grades: K, at least 2.
+    """
+
+    n_grades: int
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """``[B, D']`` -> logits, whose length is the head's own affair."""
+        """``[B, D']`` -> logits ``[B, L]``, whose length is the head's own affair."""
         raise NotImplementedError
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Logits -> probabilities ``[B, K]``, which sum to one."""
         raise NotImplementedError
 
-    def loss(self, logits: Tensor, grades: Tensor) -> Tensor:
-        """Logits and grades ``[B]`` int64 -> the mean loss, a scalar."""
+    def grade_losses(self, logits: Tensor) -> Tensor:
+        """Logits -> ``[B, K]``, the loss of each slide if its grade were 0, ..., K-1."""
         raise NotImplementedError
+
+    def expected_grade(self, logits: Tensor) -> Tensor:
+        """Logits -> the mean ``[B]`` of the grades, 0..K-1, weighted by their probabilities."""
+        probabilities = self.probabilities(logits)
+        grades = torch.arange(probabilities.shape[1], dtype=probabilities.dtype, device=logits.device)
+        return (probabilities * grades).sum(1)
+
+    def loss(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        class_weight: Tensor | None = None,
+    ) -> Tensor:
+        """The weighted mean loss, a scalar.
+
+        Args:
+            logits: as :meth:`forward` returns them.
+            target: grades ``[B]`` int64, below 0 for none; or probabilities ``[B, K]``
+                (:mod:`slidetl.models.labels`), a row of zeros for none. The loss is linear in them: the
+                mean over the grades that the slide may have.
+            weight: ``[B]`` of the slides, not negative.
+            class_weight: ``[K]`` of the grades, not negative.
+
+        Returns:
+            The mean over the slides that have a grade; 0, with a gradient of 0, where none has one.
+        """
+        losses = self.grade_losses(logits)
+        if not target.is_floating_point():
+            target = one_hot_grades(target, self.n_grades)
+        weights = target.to(losses.dtype)
+        if class_weight is not None:
+            weights = weights * class_weight.to(losses.dtype)
+        if weight is not None:
+            weights = weights * weight.to(losses.dtype).unsqueeze(1)
+        total = weights.sum()
+        return (weights * losses).sum() / torch.where(total > 0, total, torch.ones_like(total))
 
 
 class CumulativeLink(Head):
@@ -29,7 +78,7 @@ class CumulativeLink(Head):
     McCullagh, "Regression models for ordinal data", JRSS B 1980: ``P(grade <= k) =
     sigmoid(threshold_k - score)``. Thresholds are kept in order by construction: the first is free,
     the gaps between them are softplus of free parameters. A logit is ``score - threshold_k``, that of
-    ``grade > k``.
+    ``grade > k``. The loss is the negative log-likelihood.
 
     Args:
         in_features: length D' of a slide's embedding.
@@ -47,35 +96,177 @@ class CumulativeLink(Head):
 
     def forward(self, embedding: Tensor) -> Tensor:
         """``[B, D']`` -> logits ``[B, K-1]`` of ``grade > k``, decreasing along the last axis."""
-        thresholds = torch.cat([self.first, self.first + functional.softplus(self.gaps).cumsum(0)])  # [K-1]
         score: Tensor = self.score(embedding)
-        return score - thresholds
+        return score - _ordered(self.first, self.gaps)
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Logits ``[B, K-1]`` -> probabilities ``[B, K]``, which sum to one."""
-        above = torch.sigmoid(logits)  # P(grade > k)
-        one = torch.ones_like(above[:, :1])
-        bounds = torch.cat([one, above, torch.zeros_like(one)], dim=1)  # [B, K+1]
-        return bounds[:, :-1] - bounds[:, 1:]
+        return _differences(torch.sigmoid(logits))
 
-    def loss(self, logits: Tensor, grades: Tensor) -> Tensor:
-        """Mean negative log-likelihood.
+    def grade_losses(self, logits: Tensor) -> Tensor:
+        """Negative log-likelihood ``[B, K]`` of each grade."""
+        return _cumulative_losses(logits)
 
-        Args:
-            logits: ``[B, K-1]``.
-            grades: ``[B]`` int64, 0..K-1.
 
-        Returns:
-            A scalar. It stays finite, with a gradient, however wrong a confident score is:
-            ``log(sigmoid(a) - sigmoid(b)) = logsigmoid(a) + logsigmoid(-b) + log(1 - exp(b - a))``.
-        """
-        far = torch.full_like(logits[:, :1], 1e4)  # sigmoid is exactly 1 there, and its gradient 0
-        bounds = torch.cat([far, logits, -far], dim=1)  # [B, K+1]
-        upper = bounds.gather(1, grades[:, None]).squeeze(1)
-        lower = bounds.gather(1, grades[:, None] + 1).squeeze(1)
-        log_likelihood = (
-            functional.logsigmoid(upper)
-            + functional.logsigmoid(-lower)
-            + torch.log(-torch.expm1(torch.clamp(lower - upper, max=-1e-6)))
-        )
-        return -log_likelihood.mean()
+class Coral(Head):
+    """CORAL: K-1 binary questions "is the grade above k?", which share one score and differ in bias.
+
+    Cao, Mirjalili and Raschka, "Rank consistent ordinal regression for neural networks", Pattern
+    Recognition Letters 2020. The loss is the sum of the questions' cross-entropies. Departures: biases
+    start three apart, as the thresholds of :class:`CumulativeLink` do; and since they are in order only
+    where training has converged, probabilities come from the running minimum of the answers.
+
+    Args:
+        in_features: length D' of a slide's embedding.
+        n_grades: K, at least 2.
+    """
+
+    def __init__(self, in_features: int, n_grades: int) -> None:
+        super().__init__()
+        self.n_grades = n_grades
+        self.score = nn.Linear(in_features, 1, bias=False)
+        self.bias = nn.Parameter(_GAP * ((n_grades - 2) / 2 - torch.arange(n_grades - 1.0)))  # [K-1]
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """``[B, D']`` -> logits ``[B, K-1]`` of ``grade > k``."""
+        score: Tensor = self.score(embedding)
+        return score + self.bias
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Logits ``[B, K-1]`` -> probabilities ``[B, K]``, which sum to one."""
+        return _differences(torch.sigmoid(torch.cummin(logits, dim=1)[0]))
+
+    def grade_losses(self, logits: Tensor) -> Tensor:
+        """For each grade the sum of the K-1 cross-entropies, ``[B, K]``."""
+        yes, no = functional.softplus(-logits), functional.softplus(logits)  # [B, K-1]
+        zero = torch.zeros_like(logits[:, :1])
+        below = torch.cat([zero, yes.cumsum(1)], dim=1)  # questions before the grade: the answer is yes
+        above = torch.cat([no.flip(1).cumsum(1).flip(1), zero], dim=1)
+        return below + above
+
+
+class Corn(Head):
+    """CORN: "is the grade above k, given that it is above k-1?", K-1 questions, each with its own weights.
+
+    Shi, Cao and Raschka, "Deep neural networks for rank-consistent ordinal regression based on conditional
+    probabilities", 2021. Departure: cross-entropies are summed over the questions of a slide and averaged
+    over slides, where the paper divides by the number of questions asked in the batch; a slide's share so
+    does not depend on its batch.
+
+    Args:
+        in_features: length D' of a slide's embedding.
+        n_grades: K, at least 2.
+    """
+
+    def __init__(self, in_features: int, n_grades: int) -> None:
+        super().__init__()
+        self.n_grades = n_grades
+        self.questions = nn.Linear(in_features, n_grades - 1)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """``[B, D']`` -> logits ``[B, K-1]`` of ``grade > k``, given ``grade > k-1``."""
+        logits: Tensor = self.questions(embedding)
+        return logits
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Logits ``[B, K-1]`` -> probabilities ``[B, K]``, which sum to one."""
+        return _differences(torch.sigmoid(logits).cumprod(1))
+
+    def grade_losses(self, logits: Tensor) -> Tensor:
+        """For each grade the sum of the cross-entropies of the questions that it is asked, ``[B, K]``."""
+        yes, no = functional.softplus(-logits), functional.softplus(logits)  # [B, K-1]
+        zero = torch.zeros_like(logits[:, :1])
+        # All questions up to the grade are answered yes, the next no, and the rest not asked.
+        return torch.cat([zero, yes.cumsum(1)], dim=1) + torch.cat([no, zero], dim=1)
+
+
+class RegressionWithThresholds(Head):
+    """Regresses the grade as a number, and learns apart from it where to cut that number into grades.
+
+    The squared error alone moves the score. The thresholds and the slope at them are fitted to the score
+    as it is, by the likelihood of a cumulative link; no gradient of theirs reaches the score. That is
+    regression with thresholds tuned afterwards, in one pass and on the training slides alone.
+
+    Args:
+        in_features: length D' of a slide's embedding.
+        n_grades: K, at least 2.
+    """
+
+    def __init__(self, in_features: int, n_grades: int) -> None:
+        super().__init__()
+        self.n_grades = n_grades
+        self.score = nn.Linear(in_features, 1)
+        nn.init.constant_(self.score.bias, (n_grades - 1) / 2)
+        self.first = nn.Parameter(torch.tensor([0.5]))  # [1]
+        self.gaps = nn.Parameter(torch.ones(n_grades - 2).expm1().log())  # [K-2]
+        self.log_slope = nn.Parameter(torch.tensor([_GAP]).log())  # [1]
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """``[B, D']`` -> ``[B, K]``: the score in grades, then the logits of ``grade > k``."""
+        score: Tensor = self.score(embedding)
+        cumulative = (score.detach() - _ordered(self.first, self.gaps)) * self.log_slope.exp()
+        return torch.cat([score, cumulative], dim=1)
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Logits ``[B, K]`` -> probabilities ``[B, K]``, which sum to one."""
+        return _differences(torch.sigmoid(logits[:, 1:]))
+
+    def grade_losses(self, logits: Tensor) -> Tensor:
+        """Half the squared error plus the negative log-likelihood, ``[B, K]``."""
+        grades = torch.arange(self.n_grades, dtype=logits.dtype, device=logits.device)
+        return (logits[:, :1] - grades).square() / 2 + _cumulative_losses(logits[:, 1:])
+
+
+class CrossEntropy(Head):
+    """The grades as classes without an order: softmax and cross-entropy.
+
+    Args:
+        in_features: length D' of a slide's embedding.
+        n_grades: K, at least 2.
+    """
+
+    def __init__(self, in_features: int, n_grades: int) -> None:
+        super().__init__()
+        self.n_grades = n_grades
+        self.classes = nn.Linear(in_features, n_grades)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """``[B, D']`` -> logits ``[B, K]`` of the grades."""
+        logits: Tensor = self.classes(embedding)
+        return logits
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Logits ``[B, K]`` -> probabilities ``[B, K]``, which sum to one."""
+        return logits.softmax(1)
+
+    def grade_losses(self, logits: Tensor) -> Tensor:
+        """Negative log-likelihood ``[B, K]`` of each grade."""
+        return -logits.log_softmax(1)
+
+
+def _ordered(first: Tensor, gaps: Tensor) -> Tensor:
+    """Thresholds ``[K-1]`` that increase, whatever the parameters ``[1]`` and ``[K-2]``."""
+    return torch.cat([first, first + functional.softplus(gaps).cumsum(0)])
+
+
+def _differences(above: Tensor) -> Tensor:
+    """``P(grade > k)`` ``[B, K-1]``, decreasing -> ``P(grade = k)`` ``[B, K]``."""
+    one = torch.ones_like(above[:, :1])
+    bounds = torch.cat([one, above, torch.zeros_like(one)], dim=1)  # [B, K+1]
+    return bounds[:, :-1] - bounds[:, 1:]
+
+
+def _cumulative_losses(logits: Tensor) -> Tensor:
+    """Logits ``[B, K-1]`` of ``grade > k`` -> negative log-likelihood ``[B, K]`` of each grade.
+
+    It stays finite, with a gradient, however wrong a confident score is:
+    ``log(sigmoid(a) - sigmoid(b)) = logsigmoid(a) + logsigmoid(-b) + log(1 - exp(b - a))``.
+    """
+    far = torch.full_like(logits[:, :1], 1e4)  # sigmoid is exactly 1 there, and its gradient 0
+    bounds = torch.cat([far, logits, -far], dim=1)  # [B, K+1]
+    upper, lower = bounds[:, :-1], bounds[:, 1:]
+    return -(
+        functional.logsigmoid(upper)
+        + functional.logsigmoid(-lower)
+        + torch.log(-torch.expm1(torch.clamp(lower - upper, max=-1e-6)))
+    )

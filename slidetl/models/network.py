@@ -1,5 +1,6 @@
 """The network that grades a slide; what is trained is what is exported."""
 
+import torch
 from torch import Tensor, nn
 
 from slidetl.models.aggregators import Aggregated, Pooling
@@ -30,7 +31,7 @@ class GradingNetwork(nn.Module):
             mask: ``[B, N]`` bool, False for padding.
 
         Returns:
-            The head's logits ``[B, K-1]``, and the attention ``[B, H, N]``.
+            The head's logits ``[B, L]``, and the attention ``[B, H, N]``.
         """
         return self.grade(self.embed(tiles), mask)
 
@@ -44,3 +45,28 @@ class GradingNetwork(nn.Module):
         pooled: Aggregated = self.aggregator(embeddings, mask)
         logits: Tensor = self.head(pooled.embedding)
         return logits, pooled.attention
+
+    def contributions(self, embeddings: Tensor, mask: Tensor) -> Tensor:
+        """What each tile adds to the logits, for an aggregator that adds tiles up.
+
+        A head is affine, so the share of a tile in the embedding is carried on by its linear part; its
+        constant is shared out by the attention.
+
+        Args:
+            embeddings: ``[B, N, D]``.
+            mask: ``[B, N]`` bool, False for padding.
+
+        Returns:
+            ``[B, N, L]``: over the tiles they sum to the logits of :meth:`grade`; 0 for padding.
+
+        Raises:
+            ValueError: the aggregator does not add tiles up.
+        """
+        pooled: Aggregated = self.aggregator(embeddings, mask)
+        parts = pooled.contributions  # [B, N, D']
+        if parts is None:
+            raise ValueError("this aggregator has no contributions of tiles; AdditiveAttention has")
+        constant: Tensor = self.head(torch.zeros_like(parts[0, :1]))  # [1, L]
+        logits: Tensor = self.head(parts.flatten(0, 1))
+        linear = (logits - constant).view(parts.shape[0], parts.shape[1], -1)
+        return linear + pooled.attention.mean(1).unsqueeze(2) * constant

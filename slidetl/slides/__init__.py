@@ -3,24 +3,44 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from slidetl.slides.base import Slide, SlideInfo
+
+if TYPE_CHECKING:
+    from slidetl.slides.openslide import OpenSlideSlide
+    from slidetl.slides.raster import RasterSlide
 
 __all__ = ["Slide", "SlideInfo", "open_slide"]
 
 
-def open_slide(path: str | Path, mpp_override: float | None = None) -> Slide:
-    """Opens a slide of any format that OpenSlide reads. Use it as a context manager.
+def open_slide(path: str | Path, mpp_override: float | None = None, icc: bool = False) -> Slide:
+    """Opens a slide of any format that OpenSlide reads, or an image. Use it as a context manager.
 
     Args:
-        path: the slide; of several files, the one that the vendor's software would open.
+        path: the slide; of several files, the one that the vendor's software would open. Or a PNG, JPEG,
+            TIFF, OME-TIFF, or an image in an ``.npz`` (:mod:`slidetl.slides.npz`).
         mpp_override: micrometres per level-0 pixel along both axes, instead of what the file says.
+        icc: convert colours to sRGB by the slide's ICC profile, if it has one.
 
     Raises:
         SlideOpenError: the file is missing, or not a slide that can be read.
         SpacingError: the file gives no physical spacing, and there is no ``mpp_override``.
     """
     # Imported here: the library costs a tenth of a second, which `slidetl --help` need not pay.
-    from slidetl.slides.openslide import OpenSlideSlide
+    from slidetl.slides.raster import RasterSlide, is_raster
 
-    return OpenSlideSlide(Path(path), mpp_override)
+    path = Path(path)
+    slide: RasterSlide | OpenSlideSlide
+    if is_raster(path):
+        slide = RasterSlide(path, mpp_override)
+    else:
+        from slidetl.slides.openslide import OpenSlideSlide
+
+        slide = OpenSlideSlide(path, mpp_override)
+    profile = slide.colour_profile if icc else None
+    if profile is None:
+        return slide
+    from slidetl.slides.colour import SrgbSlide
+
+    return SrgbSlide(slide, profile)

@@ -48,6 +48,11 @@ def average_areas(
     if _is_identity(edges_x) and _is_identity(edges_y):
         y, x = int(edges_y[0]), int(edges_x[0])
         return np.ascontiguousarray(source[y : y + size_px[0], x : x + size_px[1]])
+    whole = _whole_step(edges_x), _whole_step(edges_y)
+    if whole[0] and whole[1]:
+        y, x = int(edges_y[0]), int(edges_x[0])
+        inside = source[y : y + size_px[0] * whole[1], x : x + size_px[1] * whole[0]]
+        return _block_means(inside, (whole[1], whole[0]))
     rows = _sum_axis(source, edges_y, axis=0)
     sums = _sum_axis(rows, edges_x, axis=1)
     # Divided once, at the end: over whole pixels the sums are integers, and so the means exact.
@@ -57,6 +62,27 @@ def average_areas(
 
 def _is_identity(edges: NDArray[np.float64]) -> bool:
     return bool(edges[0] == np.floor(edges[0]) and np.all(np.diff(edges) == 1))
+
+
+def _whole_step(edges: NDArray[np.float64]) -> int:
+    """The distance between the edges if all are whole pixels and equally far apart, else 0."""
+    step = int(edges[1] - edges[0]) if len(edges) > 1 else 0
+    is_whole = step > 0 and edges[0] == np.floor(edges[0]) and np.all(np.diff(edges) == step)
+    return step if is_whole else 0
+
+
+def _block_means(source: NDArray[np.uint8], step: tuple[int, int]) -> NDArray[np.uint8]:
+    """Means of whole blocks, ``step`` rows by columns, in whole numbers, which is faster."""
+    area = step[0] * step[1]
+    kind = np.uint16 if 255 * area + area // 2 < 2**16 else np.uint64
+    # Whole rows first: they lie together in memory.
+    rows: NDArray[np.unsignedinteger] = source[:: step[0]].astype(kind)
+    for row in range(1, step[0]):
+        np.add(rows, source[row :: step[0]], out=rows)
+    sums = rows[:, :: step[1]] + kind(area // 2)
+    for column in range(1, step[1]):
+        np.add(sums, rows[:, column :: step[1]], out=sums)
+    return np.asarray(sums // kind(area)).astype(np.uint8)
 
 
 def _sum_axis(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from slidetl.errors import SlideReadError
+
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,10 @@ class SlideInfo:
 
 
 class Slide(Protocol):
-    """A slide that is open. Not shared between processes or threads: each opens its own."""
+    """A slide that is open. Not shared between processes or threads: each opens its own.
+
+    A reader inherits from it: :meth:`map_tiles` and :meth:`copy_tiles` then work without being fast.
+    """
 
     @property
     def info(self) -> SlideInfo:
@@ -82,6 +89,60 @@ class Slide(Protocol):
             SpacingError: the slide is coarser than ``mpp``.
         """
         ...
+
+    def map_tiles(
+        self,
+        work: Callable[[NDArray[np.uint8]], _Result],
+        origins_level0: NDArray[np.int32],
+        side_px: int,
+        mpp: float,
+        mpp_tolerance: float = 0.01,
+        first: int = 0,
+        threads: int = 1,
+    ) -> Iterator[_Result | SlideReadError]:
+        """Reads many tiles, sharing among them what can be shared, and does something with each.
+
+        Args:
+            work: given the pixels of a tile, as :meth:`read` would; called in several threads.
+            origins_level0: ``[N, 2] int32``, upper-left corners ``(x, y)``, level-0 pixels, row by row. The
+                pixels of a tile depend on all of them, so give the same ones to continue.
+            side_px: of a tile, pixels of :meth:`mpp_read` micrometres.
+            mpp: spacing of the tiles, micrometres per pixel.
+            mpp_tolerance: relative difference within which a level is read as it is.
+            first: the tile to begin with.
+            threads: that read and work at a time.
+
+        Yields:
+            In order, from the tile ``first`` on, what ``work`` returned; instead of it the error, where the
+            slide is damaged.
+
+        Raises:
+            SpacingError: the slide is coarser than ``mpp``.
+        """
+        for x, y in origins_level0[first:].tolist():
+            try:
+                yield work(self.read((x, y), (side_px, side_px), mpp, mpp_tolerance))
+            except SlideReadError as error:
+                yield error
+
+    def copy_tiles(
+        self,
+        origins_level0: NDArray[np.int32],
+        side_px: int,
+        mpp: float,
+        mpp_tolerance: float = 0.01,
+        first: int = 0,
+    ) -> Iterator[bytes | None] | None:
+        """The slide's own JPEGs, where they coincide with the tiles wanted; see :meth:`map_tiles`.
+
+        Returns:
+            None if they do not. Else, in order, each tile as a JPEG that stands alone and has exactly the
+            pixels of :meth:`read`; None for a tile that must be read instead.
+
+        Raises:
+            SpacingError: the slide is coarser than ``mpp``.
+        """
+        return None
 
     def close(self) -> None:
         """Releases the file. Closing twice is harmless."""

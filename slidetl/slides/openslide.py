@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import IO, Any, Self, TypeVar
 
 import numpy as np
 import openslide
@@ -14,11 +15,33 @@ from numpy.typing import NDArray
 
 from slidetl.errors import SlideOpenError, SlideReadError, SpacingError, UsageError
 from slidetl.slides.area import average_areas, pixel_edges
-from slidetl.slides.base import SlideInfo, fingerprint_of
+from slidetl.slides.base import Slide, SlideInfo, fingerprint_of
+from slidetl.slides.decoding import JpegCutter, Placement, map_in_order, reduction_for
 from slidetl.slides.dicom import series_instance_uid
+from slidetl.slides.tiff import JpegTiles, read_jpeg_level
+
+_Result = TypeVar("_Result")
 
 # One read from OpenSlide is at most this many pixels (4 bytes each), whatever is asked for.
 _MAX_SOURCE_PX = 8 * 2**20
+
+# Tiles that are read, or decoded, together: so many, of at most so many pixels of their level.
+_MAX_RUN = 16
+_MAX_RUN_PX = 4 * 2**20
+
+# Neighbours that have gaps between them are not read together beyond so many times their own pixels.
+_MAX_WASTE = 1.5
+
+# Tiles that are copied at once.
+_COPIED_TOGETHER = 64
+
+# Vendors, in OpenSlide's words, whose levels are the directories of a TIFF and nothing else.
+_PLAIN_TIFF = ("aperio", "generic-tiff")
+
+# How much decoded JPEGs may differ from OpenSlide where either of them resamples, grey levels on average:
+# over the tiles that are compared, and in the worst of them.
+_MEAN_DIFFERENCE = 1.5
+_MAX_DIFFERENCE = 3.0
 
 # Spacings that differ by less are the same number, written with other digits.
 _SAME = 1e-9
@@ -33,40 +56,53 @@ class _Level:
         size_px: width and height.
         scale: level-0 pixels per pixel of this level, along x and y.
         downsample: the same as OpenSlide reckons it, one mean for both axes.
+        tile_px: width and height of its tiles in the file, where OpenSlide says so.
     """
 
     index: int
     size_px: tuple[int, int]
     scale: tuple[float, float]
     downsample: float
+    tile_px: tuple[int, int] | None
 
 
-class OpenSlideSlide:
+class OpenSlideSlide(Slide):
     """A slide read through OpenSlide; see :class:`slidetl.slides.base.Slide` for the interface.
 
     The coarsest level that is fine enough is read, at an integer pixel of that level, and averaged over
     areas in bands, so memory stays below about 100 MB for any region. Where OpenSlide can't be asked for
     an integer pixel (a level whose size is no whole fraction of level 0) it interpolates by a fraction of a
     pixel; that fraction is put into the weights, so nothing shifts.
+
+    Many tiles at once are copied or decoded from the file itself where it is a TIFF of JPEGs and the first,
+    middle and last of them prove equal to what OpenSlide reads. See docs/design/fast-paths.md.
     """
 
     def __init__(self, path: Path, mpp_override: float | None = None) -> None:
         if mpp_override is not None and not (math.isfinite(mpp_override) and mpp_override > 0):
             raise UsageError(f"the spacing of a slide must be a positive number, not {mpp_override}")
         self._path = path
-        self._closed = False
-        self._handle: openslide.OpenSlide | None = _open(path)
+        handle = _open(path)
         try:
-            self._levels = _levels(self._handle)
-            self._info = _describe(path, self._handle, self._levels, mpp_override)
+            self._levels = _levels(handle)
+            self._info = _describe(path, handle, self._levels, mpp_override)
         except BaseException:  # whatever it was, the file must not stay open
-            self.close()
+            handle.close()
             raise
+        profile = handle.color_profile
+        self._profile = profile.tobytes() if profile is not None else None
+        self._regions = _Regions(path, self._info.background_rgb, handle)
+        self._file: IO[bytes] | None = None
 
     @property
     def info(self) -> SlideInfo:
         """What is known of the slide without reading its pixels."""
         return self._info
+
+    @property
+    def colour_profile(self) -> bytes | None:
+        """Its ICC profile, if it has one."""
+        return self._profile
 
     def mpp_read(self, mpp: float, mpp_tolerance: float = 0.01) -> tuple[float, float]:
         """The spacing ``(x, y)`` that :meth:`read` returns for ``mpp``.
@@ -92,32 +128,74 @@ class OpenSlideSlide:
                 refuses everything after an error.
             SpacingError: the slide is coarser than ``mpp``.
         """
-        level = self._level_for(mpp, mpp_tolerance)
-        spacing = self._spacing(level)
-        as_it_is = tuple(_is_close(s, mpp, mpp_tolerance) for s in spacing)
-        start = [o / s for o, s in zip(origin_level0, level.scale, strict=True)]
-        start = [float(round(s)) if same else s for s, same in zip(start, as_it_is, strict=True)]
-        step = [1.0 if same else mpp / s for s, same in zip(spacing, as_it_is, strict=True)]
+        view = self._view(mpp, mpp_tolerance)
+        (start,) = view.starts(np.array([origin_level0])).tolist()
+        return view.read(self._regions, (start[0], start[1]), size_px)
 
-        image = np.empty((size_px[1], size_px[0], 3), np.uint8)
-        for x0, x1, y0, y1 in _blocks(size_px, step):
-            edges = [pixel_edges(start[0], step[0], x0, x1), pixel_edges(start[1], step[1], y0, y1)]
-            # Room for the fraction of a pixel by which OpenSlide may miss the corner.
-            margin = [0 if same or level.downsample.is_integer() else 1 for same in as_it_is]
-            first = [math.floor(e[0]) - m for e, m in zip(edges, margin, strict=True)]
-            size = [math.ceil(e[-1]) + m - f for e, m, f in zip(edges, margin, first, strict=True)]
-            source, corner = self._read_level(level, (first[0], first[1]), (size[0], size[1]))
-            # A level that is read as it is is not resampled again for the sake of that fraction.
-            corner = [f if same else c for f, c, same in zip(first, corner, as_it_is, strict=True)]
-            image[y0:y1, x0:x1] = average_areas(source, edges[0] - corner[0], edges[1] - corner[1])
-        return image
+    def map_tiles(
+        self,
+        work: Callable[[NDArray[np.uint8]], _Result],
+        origins_level0: NDArray[np.int32],
+        side_px: int,
+        mpp: float,
+        mpp_tolerance: float = 0.01,
+        first: int = 0,
+        threads: int = 1,
+    ) -> Iterator[_Result | SlideReadError]:
+        """Reads many tiles and does something with each; see :meth:`slidetl.slides.base.Slide.map_tiles`.
+
+        The JPEGs of a TIFF are decoded, each once; of other slides, neighbours are read together. Every
+        thread reads through a handle of its own, since OpenSlide refuses everything after an error.
+        """
+        view = self._view(mpp, mpp_tolerance)
+        placement = Placement(view.starts(origins_level0), view.step, side_px)
+        extent_px = placement.extent[0] * placement.extent[1]
+        most = min(_MAX_RUN, max(1, int(_MAX_RUN_PX / max(1.0, extent_px))))
+        cutter = self._cutter(view, placement, list(placement.runs(first, most)))
+        handles = _Handles(self._regions, threads)
+
+        def at(run: range) -> list[_Result | SlideReadError]:
+            cut = cutter.cut(run) if cutter is not None else view.read_run(handles.mine(), placement, run)
+            results: list[_Result | SlideReadError] = []
+            for tile, rgb in zip(run, cut, strict=True):
+                try:
+                    results.append(
+                        work(view.read_tile(handles.mine(), placement, tile) if rgb is None else rgb)
+                    )
+                except SlideReadError as error:
+                    results.append(error)
+            return results
+
+        try:
+            for results in map_in_order(at, placement.runs(first, most), threads):
+                yield from results
+        finally:
+            handles.close()
+
+    def copy_tiles(
+        self,
+        origins_level0: NDArray[np.int32],
+        side_px: int,
+        mpp: float,
+        mpp_tolerance: float = 0.01,
+        first: int = 0,
+    ) -> Iterator[bytes | None] | None:
+        """The slide's own JPEGs; see :meth:`slidetl.slides.base.Slide.copy_tiles`."""
+        view = self._view(mpp, mpp_tolerance)
+        placement = Placement(view.starts(origins_level0), view.step, side_px)
+        jpegs = self._jpegs(view.level)
+        if jpegs is None or not all(view.as_it_is) or jpegs.level.tile_px != (side_px, side_px):
+            return None
+        if np.any(placement.start % side_px) or not self._agrees(JpegCutter(jpegs, placement), view):
+            return None
+        return _copies(jpegs, placement, first)
 
     def close(self) -> None:
         """Releases the file. Closing twice is harmless."""
-        self._closed = True
-        if self._handle is not None:
-            self._handle.close()
-            self._handle = None
+        self._regions.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def __enter__(self) -> Self:
         return self
@@ -141,7 +219,186 @@ class OpenSlideSlide:
             "spacing or leave the slide out"
         )
 
-    def _read_level(
+    def _view(self, mpp: float, mpp_tolerance: float) -> _View:
+        level = self._level_for(mpp, mpp_tolerance)
+        x, y = self._spacing(level)
+        as_it_is = (_is_close(x, mpp, mpp_tolerance), _is_close(y, mpp, mpp_tolerance))
+        step = (1.0 if as_it_is[0] else mpp / x, 1.0 if as_it_is[1] else mpp / y)
+        return _View(level, step, as_it_is)
+
+    def _jpegs(self, level: _Level) -> JpegTiles | None:
+        """The level's tiles as they lie in the file, if it is of a kind that can be read so."""
+        if self._info.vendor not in _PLAIN_TIFF or level.tile_px is None:
+            return None
+        if self._regions.is_closed:
+            raise SlideReadError(f"{self._path}: the slide is closed")
+        if self._file is None:
+            self._file = self._path.open("rb", buffering=0)
+        found = read_jpeg_level(self._file, level.size_px, level.tile_px)
+        return None if found is None else JpegTiles(self._file, found)
+
+    def _cutter(self, view: _View, placement: Placement, runs: list[range]) -> JpegCutter | None:
+        if not runs or placement.extent[0] * placement.extent[1] > _MAX_SOURCE_PX:
+            return None
+        jpegs = self._jpegs(view.level)
+        if jpegs is None:
+            return None
+        for reduction in sorted({reduction_for(placement, jpegs.level.tile_px), 1}, reverse=True):
+            if self._agrees(JpegCutter(jpegs, placement, reduction), view):
+                return JpegCutter(jpegs, placement, reduction, runs)
+        return None
+
+    def _agrees(self, cutter: JpegCutter, view: _View) -> bool:
+        """Whether some of the tiles that lie whole on the level are what OpenSlide reads there."""
+        placement = cutter.placement
+        count = len(placement.start)
+        differences: list[float] = []
+        for tile in sorted({0, count // 2, count - 1}) if count else ():
+            (rgb,) = cutter.cut(range(tile, tile + 1))
+            if rgb is None:
+                continue
+            try:
+                wanted = view.read_tile(self._regions, placement, tile)
+            except SlideReadError:
+                continue  # damage, which shows in its turn
+            differences.append(float(np.abs(rgb.astype(np.int16) - wanted).mean()))
+        if cutter.reduction == 1 and view.level.downsample.is_integer():
+            return bool(differences) and not any(differences)
+        return (
+            bool(differences)
+            and max(differences) <= _MAX_DIFFERENCE
+            and sum(differences) <= _MEAN_DIFFERENCE * len(differences)
+        )
+
+
+@dataclass(frozen=True)
+class _View:
+    """A level, and how it is seen at a spacing.
+
+    Attributes:
+        level: that is read.
+        step: level pixels per pixel of the result, along x and y.
+        as_it_is: the axes along which nothing is resampled.
+    """
+
+    level: _Level
+    step: tuple[float, float]
+    as_it_is: tuple[bool, bool]
+
+    def starts(self, origins_level0: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
+        """``[N, 2] int`` level-0 pixels as ``[N, 2] float64`` level pixels, whole ones as the level is."""
+        start = origins_level0 / np.array(self.level.scale)
+        return np.asarray(np.where(self.as_it_is, np.round(start), start))
+
+    def read(
+        self, regions: _Regions, start: tuple[float, float], size_px: tuple[int, int]
+    ) -> NDArray[np.uint8]:
+        """Reads a rectangle of ``size_px`` that begins at ``start``, level pixels."""
+        image = np.empty((size_px[1], size_px[0], 3), np.uint8)
+        for x0, x1, y0, y1 in _blocks(size_px, self.step):
+            edges = [pixel_edges(start[0], self.step[0], x0, x1), pixel_edges(start[1], self.step[1], y0, y1)]
+            # Room for the fraction of a pixel by which OpenSlide may miss the corner.
+            exact = self.level.downsample.is_integer()
+            margin = [0 if same or exact else 1 for same in self.as_it_is]
+            first = [math.floor(e[0]) - m for e, m in zip(edges, margin, strict=True)]
+            size = [math.ceil(e[-1]) + m - f for e, m, f in zip(edges, margin, first, strict=True)]
+            source, corner = regions.read_level(self.level, (first[0], first[1]), (size[0], size[1]))
+            # A level that is read as it is is not resampled again for the sake of that fraction.
+            corner = [f if same else c for f, c, same in zip(first, corner, self.as_it_is, strict=True)]
+            image[y0:y1, x0:x1] = average_areas(source, edges[0] - corner[0], edges[1] - corner[1])
+        return image
+
+    def read_tile(self, regions: _Regions, placement: Placement, tile: int) -> NDArray[np.uint8]:
+        """Reads one tile."""
+        x, y = placement.start[tile].tolist()
+        return self.read(regions, (x, y), (placement.side_px, placement.side_px))
+
+    def read_run(self, regions: _Regions, placement: Placement, run: range) -> list[NDArray[np.uint8] | None]:
+        """Reads neighbours at once.
+
+        Returns:
+            The tiles as :meth:`read_tile` returns them; None for those that must be read by it.
+        """
+        edges = [placement.edges(tile) for tile in run]
+        low = [min(math.floor(e[axis][0]) for e in edges) for axis in (0, 1)]
+        high = [max(math.ceil(e[axis][-1]) for e in edges) for axis in (0, 1)]
+        size = (high[0] - low[0], high[1] - low[1])
+        alone = placement.extent[0] * placement.extent[1]
+        # Where OpenSlide interpolates, what it shows of a place depends on where the reading begins.
+        is_exact = self.level.downsample.is_integer()
+        if len(run) == 1 or not is_exact or size[0] * size[1] > _MAX_WASTE * alone * len(run):
+            return [None] * len(run)
+        try:
+            source, _ = regions.read_level(self.level, (low[0], low[1]), size)
+        except SlideReadError:
+            return [None] * len(run)
+        tiles: list[NDArray[np.uint8] | None] = []
+        for x, y in edges:
+            left, right = math.floor(x[0]), math.ceil(x[-1])
+            tiles.append(average_areas(source[:, left - low[0] : right - low[0]], x - left, y - low[1]))
+        return tiles
+
+
+def _copies(jpegs: JpegTiles, placement: Placement, first: int) -> Iterator[bytes | None]:
+    places = (placement.start // placement.side_px).astype(np.intp)
+    # A tile that the border of the slide cuts is not whole in the file either.
+    is_whole = np.all(
+        (placement.start >= 0) & (placement.start + placement.side_px <= jpegs.level.size_px), 1
+    )
+    for at in range(first, len(places), _COPIED_TOGETHER):
+        columns, rows = places[at : at + _COPIED_TOGETHER].T
+        whole = is_whole[at : at + _COPIED_TOGETHER]
+        found = iter(jpegs.read(rows[whole], columns[whole]))
+        for is_in in whole.tolist():
+            jpeg = next(found) if is_in else None
+            yield None if jpeg is None else jpeg.data
+
+
+class _Handles:
+    """For every thread a handle of its own, opened when it first asks; for one thread, the slide's."""
+
+    def __init__(self, regions: _Regions, threads: int) -> None:
+        self._regions = regions
+        self._is_shared = threads <= 1
+        self._local = threading.local()
+        self._opened: list[_Regions] = []
+
+    def mine(self) -> _Regions:
+        if self._is_shared:
+            return self._regions
+        if not hasattr(self._local, "regions"):
+            self._local.regions = self._regions.another()
+            self._opened.append(self._local.regions)
+        mine: _Regions = self._local.regions
+        return mine
+
+    def close(self) -> None:
+        for regions in self._opened:
+            regions.close()
+
+
+class _Regions:
+    """OpenSlide's handle of a slide, opened anew after an error."""
+
+    def __init__(
+        self, path: Path, background_rgb: tuple[int, int, int], handle: openslide.OpenSlide | None
+    ) -> None:
+        self._path = path
+        self._background_rgb = background_rgb
+        self._handle = handle
+        self.is_closed = False
+
+    def another(self) -> _Regions:
+        """A handle of the same slide for another thread."""
+        return _Regions(self._path, self._background_rgb, None)
+
+    def close(self) -> None:
+        self.is_closed = True
+        if self._handle is not None:
+            self._handle.close()
+            self._handle = None
+
+    def read_level(
         self, level: _Level, first: tuple[int, int], size: tuple[int, int]
     ) -> tuple[NDArray[np.uint8], list[float]]:
         """Pixels of one level, background outside; and where their corner really lies, level pixels."""
@@ -151,7 +408,7 @@ class OpenSlideSlide:
         if min(inside) <= 0:
             return self._glass(size), [float(f) for f in first]
         location = [round(p * level.downsample) for p in low]
-        image = self._read_region((location[0], location[1]), level.index, (inside[0], inside[1]))
+        image = self._read((location[0], location[1]), level.index, (inside[0], inside[1]))
         if inside != list(size):
             y, x = low[1] - first[1], low[0] - first[0]
             rgb, image = image, self._glass(size)
@@ -161,13 +418,13 @@ class OpenSlideSlide:
 
     def _glass(self, size: tuple[int, int]) -> NDArray[np.uint8]:
         image = np.empty((size[1], size[0], 3), np.uint8)
-        image[:] = self._info.background_rgb
+        image[:] = self._background_rgb
         return image
 
-    def _read_region(
+    def _read(
         self, location_level0: tuple[int, int], level: int, size_px: tuple[int, int]
     ) -> NDArray[np.uint8]:
-        if self._closed:
+        if self.is_closed:
             raise SlideReadError(f"{self._path}: the slide is closed")
         try:
             if self._handle is None:
@@ -184,7 +441,7 @@ class OpenSlideSlide:
         # The common case by Pillow's own code: in NumPy, to pick three of four channels costs milliseconds.
         if image.getchannel("A").getextrema() == (255, 255):
             return np.asarray(image.convert("RGB"))
-        return composite(np.asarray(image), self._info.background_rgb)
+        return composite(np.asarray(image), self._background_rgb)
 
 
 def composite(rgba: NDArray[np.uint8], background_rgb: tuple[int, int, int]) -> NDArray[np.uint8]:
@@ -208,7 +465,7 @@ def _is_close(spacing: float, mpp: float, mpp_tolerance: float) -> bool:
     return abs(spacing / mpp - 1) <= max(mpp_tolerance, _SAME)
 
 
-def _blocks(size_px: tuple[int, int], step: list[float]) -> Iterator[tuple[int, int, int, int]]:
+def _blocks(size_px: tuple[int, int], step: tuple[float, float]) -> Iterator[tuple[int, int, int, int]]:
     """Splits an output image so that each block's source stays below ``_MAX_SOURCE_PX``, in full rows."""
     per_pixel = step[0] * step[1]
     columns = min(size_px[0], max(1, int(_MAX_SOURCE_PX / per_pixel)))
@@ -241,7 +498,9 @@ def _levels(handle: openslide.OpenSlide) -> tuple[_Level, ...]:
         whole = round(downsample)
         is_whole = all(s in (s0 // whole, -(-s0 // whole)) for s, s0 in zip(size, size0, strict=True))
         scale = (float(whole), float(whole)) if is_whole else (size0[0] / size[0], size0[1] / size[1])
-        levels.append(_Level(index, size, scale, float(downsample)))
+        sides = [handle.properties.get(f"openslide.level[{index}].tile-{s}") for s in ("width", "height")]
+        tile_px = (int(sides[0]), int(sides[1])) if sides[0] and sides[1] else None
+        levels.append(_Level(index, size, scale, float(downsample), tile_px))
     return tuple(levels)
 
 

@@ -6,14 +6,15 @@ import inspect
 import re
 from argparse import ArgumentError
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_origin, get_type_hints
 
 import torch
 from pytorch_lightning.cli import instantiate_module
 
 from slidetl.errors import CheckpointError, SlidetlError
+from slidetl.models import transfer
 from slidetl.models.backbones import BackboneSpec
 from slidetl.tasks.slide import SlideGrader
 
@@ -124,16 +125,32 @@ def _check_class(key: str, value: Any, allow: Sequence[str]) -> None:
         )
     if not isinstance(arguments, dict):
         raise CheckpointError(f"expected the init_args of {key} to be names and values, found {arguments!r}")
+    texts = _text_arguments(name)
     for argument, content in arguments.items():
-        # A text could name a class or a file with a configuration; none of our classes takes one.
+        # A text could name a class or a file with a configuration, except where nothing but text is meant.
+        is_text = argument in texts
+        values = content if is_text and isinstance(content, (list, tuple)) else [content]
         if (
             not isinstance(argument, str)
             or not argument.isidentifier()
-            or not _is_scalar(content, text=False)
+            or not all(_is_scalar(value, text=is_text) for value in values)
         ):
             raise CheckpointError(
                 f"expected plain numbers as init_args of {key}, found {argument!r}: {content!r}"
             )
+
+
+def _text_arguments(class_path: str) -> frozenset[str]:
+    """Which arguments of slidetl's own strategies are typed as text or as one of a few words."""
+    module, _, name = class_path.rpartition(".")
+    strategy = getattr(transfer, name, None) if module == transfer.__name__ else None
+    if not is_dataclass(strategy):
+        return frozenset()
+    types = get_type_hints(strategy)
+    is_text = {
+        key: types[key] in (str, tuple[str, ...]) or get_origin(types[key]) is Literal for key in types
+    }
+    return frozenset(key for key in is_text if is_text[key])
 
 
 def _is_scalar(value: Any, text: bool = True) -> bool:

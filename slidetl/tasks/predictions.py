@@ -19,6 +19,9 @@ class SlidePrediction:
         grade: the true one, 0..K-1, or None.
         probabilities: of the grades 0..K-1; they sum to one.
         tiles: how many tiles the slide has.
+        site: from the manifest, empty where not given.
+        fold: which fold of a cross-validation predicted it, empty outside of one.
+        checkpoint: SHA-256 of the checkpoint's file, hexadecimal; empty where there is none.
     """
 
     slide_id: str
@@ -26,6 +29,9 @@ class SlidePrediction:
     grade: int | None
     probabilities: tuple[float, ...]
     tiles: int
+    site: str = ""
+    fold: str = ""
+    checkpoint: str = ""
 
     @property
     def predicted_grade(self) -> int:
@@ -46,20 +52,21 @@ def write_predictions(path: Path, predictions: Iterable[SlidePrediction]) -> Non
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(
-            ["slide_id", "patient_id", "grade", "predicted_grade"]
+            ["slide_id", "patient_id", "site", "grade", "predicted_grade"]
             + [f"probability_{grade}" for grade in range(n_grades)]
-            + ["expected_grade", "tiles"]
+            + ["expected_grade", "tiles", "fold", "checkpoint"]
         )
         for row in predictions:
             writer.writerow(
                 [
                     row.slide_id,
                     _safe_cell(row.patient_id),
+                    _safe_cell(row.site),
                     "" if row.grade is None else row.grade,
                     row.predicted_grade,
                 ]
                 + [f"{probability:.7f}" for probability in row.probabilities]
-                + [f"{row.expected_grade:.5f}", row.tiles]
+                + [f"{row.expected_grade:.5f}", row.tiles, _safe_cell(row.fold), row.checkpoint]
             )
 
 
@@ -78,6 +85,10 @@ def read_predictions(path: Path) -> list[SlidePrediction]:
                     grade=int(row["grade"]) if row["grade"] else None,
                     probabilities=tuple(float(row[key]) for key in row if key.startswith("probability_")),
                     tiles=int(row["tiles"]),
+                    # The first tables had no such columns.
+                    site=row.get("site", ""),
+                    fold=row.get("fold", ""),
+                    checkpoint=row.get("checkpoint", ""),
                 )
                 for row in csv.DictReader(file)
             ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,18 @@ import torch
 from jsonargparse import lazy_instance  # type: ignore[attr-defined] # not in its __all__
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from slidetl.data.datasets import Bag, Chunk
 from slidetl.data.manifest import check_scale
-from slidetl.errors import UsageError
+from slidetl.errors import CheckpointError, UsageError
 from slidetl.evaluation.metrics import GradeMetrics, grade_metrics
 from slidetl.grid import TileSpec
 from slidetl.models.aggregators import GatedAttention, Pooling
 from slidetl.models.backbones import Backbone, BackboneSpec
 from slidetl.models.heads import CumulativeLink, Head
 from slidetl.models.network import GradingNetwork
+from slidetl.models.penalties import Batch, Reference, Seen, recorded
 from slidetl.models.transfer import TransferStrategy, WarmRestart
 from slidetl.tasks.predictions import SlidePrediction, write_predictions
 from slidetl.tasks.schedules import one_cycle
@@ -71,9 +73,13 @@ class SlideGrader(pl.LightningModule):
         self.transfer = transfer
         self.lr, self.weight_decay, self.warmup_fraction = lr, weight_decay, warmup_fraction
         embedder = Backbone(backbone)
+        transfer.adapt(embedder)
         pooling = aggregator(embedder.num_features)
         self.network = GradingNetwork(embedder, pooling, head(pooling.out_features, len(grades)))
+        self.reference: Reference | None = None
         self.tile_spec: TileSpec | None = None
+        self._total_steps = 1.0
+        self._applied: dict[str, Tensor] = {}  # penalties of the step just done, outside the loss
         self._embeddings: list[Tensor] = []  # of the slide whose chunks are coming in
         self._predictions: list[SlidePrediction] = []
 
@@ -83,29 +89,94 @@ class SlideGrader(pl.LightningModule):
             self.tile_spec = self._data_spec()
             if self.trainer.ckpt_path is None:  # a training that goes on has its weights already
                 self.transfer.start(self.network.backbone)
+            self.reference = self.transfer.reference(self.network.backbone)
+            if self.reference is not None:  # it is the same everywhere; DDP need not send it around each step
+                names = [f"reference.{name}" for name, _ in self.reference.named_buffers()]
+                DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)  # type: ignore[no-untyped-call] # torch's
+
+    def on_train_start(self) -> None:
+        """Lets the strategy learn from training data what its penalties need."""
+        if self.reference is not None and self.trainer.ckpt_path is None:
+            self.transfer.prepare(self.network, self.reference, self._training_batches())
+            self.reference.attention = {  # every process has seen slides of its own
+                layer: self.trainer.strategy.reduce(weights, reduce_op="mean")
+                for layer, weights in self.reference.attention.items()
+            }
 
     def on_train_epoch_start(self) -> None:
         """Switches to training, all but what the strategy keeps still; Lightning leaves modes as they are."""
         self.train()
-        self.transfer.set_training_mode(self.network.backbone)
+        self.transfer.set_training_mode(self.network.backbone, self.current_epoch)
+        if self.trainer.world_size == 1:  # DDP has counted on a gradient of everything that trains
+            frozen = set(self._frozen())
+            for group in self.trainer.optimizers[0].param_groups:
+                for parameter in group["params"]:
+                    parameter.requires_grad_(parameter not in frozen)
 
     def configure_optimizers(self) -> Any:
         """AdamW with the strategy's parameter groups, under one cycle stepped per batch."""
         groups = self.transfer.parameter_groups(self.network, self.lr, self.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.lr)
-        total_steps = self.trainer.estimated_stepping_batches
+        self._total_steps = self.trainer.estimated_stepping_batches
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: one_cycle(step / total_steps, self.warmup_fraction)
+            optimizer, lambda step: one_cycle(step / self._total_steps, self.warmup_fraction)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: Bag, batch_idx: int) -> Tensor:
-        """Loss of a batch of bags."""
-        embeddings = self.network.embed(batch["tiles"])
-        logits = self._grade(embeddings, batch["mask"])
+        """Loss of a batch of bags, with the strategy's penalties."""
+        tiles, mask, backbone = batch["tiles"], batch["mask"], self.network.backbone
+        with recorded(backbone, self._watched) as activations:
+            embeddings = self.network.embed(tiles)
+        logits = self._grade(embeddings, mask)
         loss = self.network.head.loss(logits, batch["grade"])
         self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(logits), prog_bar=True)
-        return loss
+        if self.reference is None:
+            return loss
+        seen = Seen(tiles, mask, activations)
+        penalties = self.transfer.penalties(self.network, self.reference, seen, self._progress)
+        self._log_penalties(penalties, len(logits))
+        return loss + sum(penalties.values())
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Drops the gradients that DDP made of what rests in this epoch."""
+        for parameter in self._frozen():
+            parameter.grad = None
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
+        """Steps, and lets the strategy apply what is decoupled from the optimiser's moments."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.reference is not None:
+            self._applied = self.transfer.after_step(
+                self.network, self.reference, optimizer.param_groups, self._progress
+            )
+
+    def on_train_batch_end(self, outputs: Any, batch: Bag, batch_idx: int) -> None:
+        """Logs what the step has applied; within the step Lightning takes no figures."""
+        self._log_penalties(self._applied, len(batch["mask"]))
+        self._applied = {}
+
+    @property
+    def _watched(self) -> tuple[str, ...]:
+        return self.transfer.watched(self.network.backbone) if self.reference is not None else ()
+
+    @property
+    def _progress(self) -> float:
+        return self.global_step / self._total_steps
+
+    def _frozen(self) -> list[torch.nn.Parameter]:
+        return self.transfer.frozen(self.network.backbone, self.current_epoch)
+
+    def _log_penalties(self, penalties: dict[str, Tensor], batch_size: int) -> None:
+        figures = {f"penalty/{name}": value.detach() for name, value in penalties.items()}
+        self.log_dict(figures, on_step=False, on_epoch=True, batch_size=batch_size)
+
+    def _training_batches(self) -> Iterator[Batch]:
+        for batch in self.trainer.datamodule.train_dataloader():  # type: ignore[attr-defined] # set by fit
+            moved = self.trainer.strategy.batch_to_device(batch, self.device)
+            yield moved["tiles"], moved["mask"], moved["grade"]
 
     def validation_step(self, batch: Chunk, batch_idx: int) -> None:
         """Takes one chunk of a slide."""
@@ -207,6 +278,11 @@ class SlideGrader(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what the tiles were like; a network graded on others would be wrong without a word."""
         checkpoint["tile_spec"] = self.tile_spec.to_dict() if self.tile_spec else None
+        if self.reference is not None:  # its weights are those of a file; the hash says which
+            checkpoint["reference"] = {
+                "sha256": self.reference.sha256,
+                "attention": self.reference.attention,
+            }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores what :meth:`on_save_checkpoint` kept, and refuses data tiled otherwise."""
@@ -215,6 +291,17 @@ class SlideGrader(pl.LightningModule):
         if trained_on and data_spec and trained_on != data_spec:
             _refuse_other_tiles(trained_on, data_spec)
         self.tile_spec = trained_on
+        if self.reference is not None:
+            self._restore_reference(self.reference, checkpoint.get("reference") or {})
+
+    def _restore_reference(self, reference: Reference, kept: dict[str, Any]) -> None:
+        if kept.get("sha256") != reference.sha256:
+            raise CheckpointError(
+                f"the training leaned on pretrained weights with sha256 {str(kept.get('sha256'))[:12]}, "
+                f"those of {self.network.backbone.spec.pretrained!r} now have {reference.sha256[:12]}; "
+                "go on with the weights of then"
+            )
+        reference.attention = kept["attention"]
 
     def _data_spec(self) -> TileSpec | None:
         return getattr(getattr(self._trainer, "datamodule", None), "tile_spec", None)

@@ -60,6 +60,7 @@ def writer(cache: Path, count: int, about: CacheHeader | None = None) -> CacheWr
         about or header(),
         np.arange(2 * count, dtype=np.int32).reshape(count, 2),
         np.linspace(0.25, 1, count, dtype=np.float32),
+        {"pen": np.zeros(count, np.float32)},
         thumbnail,
         TissueMask(thumbnail[..., 0] > 100, 25.0),
     )
@@ -150,11 +151,11 @@ def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
 def test_a_stopped_writer_continues_from_its_last_whole_shard(
     tmp_path: Path, unreadable: tuple[int, ...]
 ) -> None:
-    first = writer(tmp_path / "a", 600)
     encode = tile_codec(header().spec).encode
     tiles = pictures(600)
-    for tile in range(590):
-        first.add(tile, None if tile in unreadable else encode(tiles[tile]))
+    with writer(tmp_path / "a", 600) as first:
+        for tile in range(590):
+            first.add(tile, None if tile in unreadable else encode(tiles[tile]))
     assert not cache_path(tmp_path / "a", "S1").exists()
     again = writer(tmp_path / "a", 600)
     assert again.next_tile == 2 * TILES_PER_SHARD + len(unreadable)
@@ -166,18 +167,18 @@ def test_a_stopped_writer_continues_from_its_last_whole_shard(
 
 
 def test_what_was_begun_for_others_is_not_continued(tmp_path: Path) -> None:
-    first = writer(tmp_path, 300)
-    for tile in range(300):
-        first.add(tile, b"x")
+    with writer(tmp_path, 300) as first:
+        for tile in range(300):
+            first.add(tile, b"x")
     assert writer(tmp_path, 300).next_tile == 256
     assert writer(tmp_path, 299).next_tile == 0  # another plan
     assert writer(tmp_path, 300).next_tile == 0  # and the former is gone
 
 
 def test_a_note_without_its_shard_is_not_believed(tmp_path: Path) -> None:
-    first = writer(tmp_path, 300)
-    for tile in range(300):
-        first.add(tile, b"x")
+    with writer(tmp_path, 300) as first:
+        for tile in range(300):
+            first.add(tile, b"x")
     next((tmp_path / ".building").rglob("c/0/0/0/0")).unlink()
     assert writer(tmp_path, 300).next_tile == 0
 
@@ -226,7 +227,7 @@ def test_only_a_finished_cache_of_the_right_kind_opens(tmp_path: Path) -> None:
         (".", "[]", "expected a JSON object"),
         (".", '{"attributes": []}', "not the attributes of a tile cache"),
         (".", '{"attributes": {"complete": true}}', "not the attributes .*format_version"),
-        (".", '{"attributes": {"complete": true, "format_version": 1}}', "not the attributes .*slide_id"),
+        (".", '{"attributes": {"complete": true, "format_version": 2}}', "not the attributes .*slide_id"),
         ("origin_level0", "{", "not JSON"),
         ("origin_level0", "{}", "array is damaged .*shape"),
         ("origin_level0", '{"shape": [7, 2], "data_type": "int32"}', "array is damaged"),
@@ -304,3 +305,25 @@ def test_it_reads_in_other_processes(tmp_path: Path, method: str) -> None:
     process.start()
     assert results.get(timeout=30) == here.tobytes()
     process.join()
+
+
+def test_another_release_of_the_software_continues_what_was_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with writer(tmp_path, 300) as first:
+        for tile in range(300):
+            first.add(tile, b"x")
+    monkeypatch.setattr("slidetl.__version__", "99.0")
+    assert "99.0" in str(header().to_attributes()) and "99.0" not in str(header().identity())
+    assert writer(tmp_path, 300).next_tile == 256
+    assert writer(tmp_path, 300, header(codec="zstd")).next_tile == 0
+
+
+def test_few_files_stay_open_however_many_slides_are_read(tmp_path: Path) -> None:
+    caches = [write(tmp_path / str(number), 300) for number in range(60)]
+    for cache in caches:
+        assert len(cache.read([0, 299])) == 2
+    assert len(list(Path("/proc/self/fd").iterdir())) < 64 + 60
+    write(tmp_path / "0", 280)
+    again = SlideCache.open(caches[0].path)
+    assert len(again) == 280 and len(again.read([279])) == 1

@@ -73,7 +73,8 @@ def test_every_option_reaches_the_specification(
     pyramid_tiff(tissue_picture(512), mpp=None)
     options = (
         "--mpp 1 --tile-size 40 --stride 20 --min-tissue 0.5 --mpp-override 0.495 --mpp-tolerance 0.02 "
-        "--codec zstd --jpeg-quality 80 --workers 1"
+        "--codec zstd --jpeg-quality 80 --edge pad --icc --min-focus 0.01 --max-pen 0.9 --max-fold 0.8 "
+        "--max-air 0.7 --workers 1"
     )
     assert main(["tile", str(tmp_path), "--cache", str(tmp_path / "cache"), *options.split()]) == 0
     cache = SlideCache.open(cache_path(tmp_path / "cache", "slide"))
@@ -86,6 +87,12 @@ def test_every_option_reaches_the_specification(
         "mpp_tolerance": 0.02,
         "codec": "zstd",
         "jpeg_quality": 80,
+        "edge": "pad",
+        "icc": True,
+        "min_focus": 0.01,
+        "max_pen": 0.9,
+        "max_fold": 0.8,
+        "max_air": 0.7,
     }
 
 

@@ -87,13 +87,22 @@ def test_slides_without_a_grade_are_left_out_but_predicted(study: Study, tmp_pat
     assert len(data.slides["predict"]) == 20
 
 
-def test_missing_training_grade_is_a_warning(study: Study, tmp_path: Path) -> None:
+def test_missing_training_grade_is_refused(study: Study, tmp_path: Path) -> None:
     split, grades = ["train"] * 16 + ["val"] * 2 + ["test"] * 2, ["0", "1"] * 10
+    manifest = str(rewrite(study, tmp_path / "m.csv", split=split, grade=grades))
+    with pytest.raises(UsageError, match=r"no training slide has grade 2, 3, 4.*'split'.*data\.grades"):
+        SlideDataModule(manifest, str(study.cache)).setup("fit")
+    SlideDataModule(manifest, str(study.cache)).setup("test")  # elsewhere predictions are pooled
+
+
+def test_a_grade_may_be_missing_from_validation_and_test(study: Study, tmp_path: Path) -> None:
+    split = ["train"] * 16 + ["val"] * 2 + ["test"] * 2
+    grades = [str(number % 5) for number in range(16)] + ["0"] * 4
     data = SlideDataModule(
         str(rewrite(study, tmp_path / "m.csv", split=split, grade=grades)), str(study.cache)
     )
-    with pytest.warns(UserWarning, match="no training slide has grade 2, 3, 4"):
-        data.setup("fit")
+    data.setup("fit")
+    assert {slide.row.grade for slide in data.slides["val"]} == {0}
 
 
 def test_errors_name_the_remedy(study: Study, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -164,3 +166,98 @@ def test_instances_of_a_dicom_slide_count_once(test_data: Path) -> None:
     assert "openslide-python-boxes_0.dcm" in names
     assert "openslide-python-boxes_1.dcm" not in names
     assert "gcp-camelyon-jpeg.dcm" in names
+
+
+def images(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def test_folders_of_images_are_labels_in_the_order_of_their_names(tmp_path: Path) -> None:
+    images(tmp_path, "b/1.png", "a/1.JPG", "a/deep/2.jpeg", "c/3.bmp", "a/notes.txt", "a/.4.png")
+    manifest = read_manifest(tmp_path, 3)
+    assert manifest.grades == ("a", "b", "c")
+    assert {row.slide_id: row.grade for row in manifest.rows} == {"a_1": 0, "2": 0, "b_1": 1, "3": 2}
+    assert all(row.patient_id == row.slide_id and not row.split for row in manifest.rows)
+    with pytest.raises(ManifestError, match=r"3 labels, the scale has 2 grades.*--grades 3"):
+        read_manifest(tmp_path, 2)
+
+
+def test_numbered_folders_are_in_the_order_of_their_values(tmp_path: Path) -> None:
+    images(tmp_path, *(f"{n}/{n}.png" for n in (10, 9, 2)))
+    assert read_manifest(tmp_path).grades == ("2", "9", "10")
+
+
+def test_folders_of_splits_hold_folders_of_labels(tmp_path: Path) -> None:
+    images(tmp_path, "train/a/1.png", "train/b/2.png", "test/a/3.png")
+    rows = {row.slide_id: (row.split, row.grade) for row in read_manifest(tmp_path).rows}
+    assert rows == {"1": ("train", 0), "2": ("train", 1), "3": ("test", 0)}
+
+
+def test_images_beside_the_folders_leave_all_without_labels(tmp_path: Path) -> None:
+    manifest = read_manifest(images(tmp_path, "1.png", "a/2.png"))
+    assert [row.grade for row in manifest.rows] == [None, None] and manifest.grades == ()
+
+
+def test_slides_come_first_unless_images_are_asked_for(tmp_path: Path) -> None:
+    images(tmp_path, "a/1.png", "a/2.tif", "b/3.png")
+    assert [row.slide_id for row in read_manifest(tmp_path).rows] == ["2"]
+    assert [row.slide_id for row in read_manifest(tmp_path, images=True).rows] == ["1", "2", "3"]
+    with pytest.raises(ManifestError, match="no images in this folder"):
+        read_manifest(images(tmp_path / "a" / "empty", "x.txt"), images=True)
+
+
+def test_arrays_bring_labels_and_splits(tmp_path: Path) -> None:
+    pixels = np.zeros((3, 8, 8, 3), np.uint8)
+    np.savez(
+        tmp_path / "set.npz",
+        train_images=pixels,
+        train_labels=np.array([[2], [0], [1]], np.uint8),
+        test_images=pixels[:1],
+        test_labels=np.array([1]),
+    )
+    rows = read_manifest(tmp_path / "set.npz", 3).rows
+    assert [(row.slide_id, row.grade, row.split) for row in rows] == [
+        ("set_train_0", 2, "train"),
+        ("set_train_1", 0, "train"),
+        ("set_train_2", 1, "train"),
+        ("set_test_0", 1, "test"),
+    ]
+    assert rows[1].path == tmp_path / "set.npz#train" / "1"
+    with pytest.raises(ManifestError, match="3 labels, the scale has 2 grades"):
+        read_manifest(tmp_path / "set.npz", 2)
+    table = tmp_path / "manifest.csv"
+    table.write_text("slide_id,path,patient_id,grade\na,set.npz#train/2,P,1\nb,other.npz#train/2,P,1\n")
+    with pytest.raises(ManifestError, match=r"1 fault in.*\n.*line 3: no file 'other\.npz#train/2'"):
+        read_manifest(table)
+
+
+def test_arrays_that_are_no_labelled_images_say_why(tmp_path: Path) -> None:
+    pixels = np.zeros((3, 8, 8, 3), np.uint8)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"x": pixels}, "expected train_images and train_labels"),
+        ({"train_images": pixels}, "train_labels"),
+        ({"train_images": pixels, "train_labels": np.zeros(2, int)}, "each of 3 images"),
+        ({"train_images": pixels, "train_labels": np.zeros((3, 14), int)}, "one whole number for each"),
+        ({"train_images": pixels, "train_labels": np.zeros(3)}, "one whole number for each"),
+        ({"train_images": pixels, "train_labels": np.array([0, -1, 0])}, "from 0 up, found -1"),
+        ({"train_images": pixels[:0], "train_labels": np.zeros(0, int)}, "no images"),
+    ]
+    for arrays, says in cases:
+        np.savez(tmp_path / "a.npz", **arrays)
+        with pytest.raises(ManifestError, match=says):
+            read_manifest(tmp_path / "a.npz")
+    (tmp_path / "a.npz").write_text("not an archive")
+    with pytest.raises(ManifestError, match=r"not an \.npz"):
+        read_manifest(tmp_path / "a.npz")
+
+
+def test_public_patch_sets_are_read(test_data: Path) -> None:
+    crc = read_manifest(test_data / "patches" / "crc5", 5)
+    assert crc.grades == ("AC", "H", "S", "T", "V") and len(crc) == 1200
+    assert [sum(row.grade == k for row in crc.rows) for k in range(5)] == [240] * 5
+    retina = read_manifest(test_data / "ordinal" / "retinamnist.npz", 5)
+    counts = {s: sum(row.split == s for row in retina.rows) for s in ("train", "val", "test")}
+    assert counts == {"train": 1080, "val": 120, "test": 400}

@@ -70,3 +70,11 @@ def test_too_few_patients_and_bad_fractions() -> None:
         split_patients(cohort(30, 0), val_fraction=0.6, test_fraction=0.25, seed=0)
     with pytest.raises(UsageError, match="nothing is left to train on"):
         split_patients(cohort(30, 0), val_fraction=0.5, test_fraction=0.5, seed=0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_only_slide_of_a_grade_is_trained_on(seed: int) -> None:
+    rows = [ManifestRow(0, f"s{number}", Path("x"), f"p{number}", number % 3) for number in range(30)]
+    rows.append(ManifestRow(0, "rare", Path("x"), "p30", 3))
+    split = split_patients(rows, val_fraction=0.2, test_fraction=0.25, seed=seed)
+    assert split["rare"] == "train"

@@ -4,10 +4,26 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, cohen_kappa_score, mean_absolute_error
+from numpy.typing import NDArray
+from sklearn.metrics import (
+    accuracy_score,
+    cohen_kappa_score,
+    f1_score,
+    log_loss,
+    mean_absolute_error,
+    recall_score,
+    roc_auc_score,
+)
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 
-from slidetl.evaluation.metrics import confusion_matrix, grade_metrics, quadratic_weighted_kappa
+from slidetl.evaluation.metrics import (
+    auroc,
+    calibration_error,
+    confusion_matrix,
+    grade_metrics,
+    probability_metrics,
+    quadratic_weighted_kappa,
+)
 
 grades = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=60)
 
@@ -20,6 +36,9 @@ def test_agrees_with_scikit_learn(pairs: list[tuple[int, int]]) -> None:
     assert metrics.n == len(pairs)
     assert metrics.accuracy == pytest.approx(accuracy_score(true, predicted))
     assert metrics.mae == pytest.approx(mean_absolute_error(true, predicted))
+    recalls = recall_score(true, predicted, labels=sorted(set(true)), average=None, zero_division=0)
+    assert metrics.balanced_accuracy == pytest.approx(recalls.mean())
+    assert metrics.macro_f1 == pytest.approx(f1_score(true, predicted, average="macro", zero_division=0))
     np.testing.assert_array_equal(metrics.confusion, sklearn_confusion(true, predicted, labels=range(5)))
     if len(set(true) | set(predicted)) > 1:
         expected = cohen_kappa_score(true, predicted, labels=range(5), weights="quadratic")
@@ -33,8 +52,88 @@ def test_kappa_where_it_is_not_defined_shows_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("true", "predicted"), [([], []), ([0, 1], [0]), ([5], [0]), ([-1], [0]), ([0.5], [0])]
+    ("true", "predicted"),
+    [([], []), ([0, 1], [0]), ([5], [0]), ([-1], [0]), ([0.5], [0]), ([float("nan")], [0])],
 )
 def test_grades_off_the_scale_are_refused(true: list[float], predicted: list[float]) -> None:
     with pytest.raises(ValueError, match="grades"):
         confusion_matrix(true, predicted, 5)
+
+
+def graded(n: int, seed: int = 0, decimals: int = 2) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Grades and probabilities with many ties."""
+    rng = np.random.default_rng(seed)
+    rows = np.round(rng.dirichlet(np.ones(5), n), decimals)
+    rows[:, 0] += 1 - rows.sum(1)
+    rows = abs(rows)
+    return rng.integers(0, 5, n), rows / rows.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_probabilities_agree_with_scikit_learn(seed: int) -> None:
+    true, rows = graded(40, seed, decimals=1 if seed % 2 else 3)
+    metrics = probability_metrics(true, rows)
+    assert metrics.n == 40
+    above = np.stack([rows[:, k + 1 :].sum(1) for k in range(4)], 1)
+    for k in range(4):
+        assert metrics.auroc[k] == pytest.approx(roc_auc_score(true > k, np.round(above[:, k], 9)))
+    floored = np.maximum(rows, 1e-7)
+    expected = log_loss(true, floored / floored.sum(1, keepdims=True), labels=range(5))
+    assert metrics.log_loss == pytest.approx(expected, rel=1e-5)
+    by_hand = np.mean(
+        [sum((above[i, k] - (true[i] > k)) ** 2 for k in range(4)) / 4 for i in range(len(true))]
+    )
+    assert metrics.rps == pytest.approx(by_hand)
+
+
+@settings(max_examples=100)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 6)), min_size=1, max_size=30))
+def test_auroc_agrees_with_scikit_learn(pairs: list[tuple[bool, int]]) -> None:
+    positive, scores = map(np.array, zip(*pairs, strict=True))
+    if positive.all() or not positive.any():
+        assert auroc(positive, scores) is None
+    else:
+        assert auroc(positive, scores) == pytest.approx(roc_auc_score(positive, scores))
+
+
+def test_probabilities_at_their_extremes() -> None:
+    true = np.array([0, 1, 2, 2])
+    sure = probability_metrics(true, np.eye(3)[true])
+    assert (sure.auroc, sure.rps, sure.log_loss, sure.calibration_error) == ((1.0, 1.0), 0.0, 0.0, 0.0)
+    wrong = probability_metrics([0, 2], np.eye(3)[[2, 0]])
+    assert (wrong.auroc, wrong.rps, wrong.calibration_error) == ((0.0, 0.0), 1.0, 1.0)
+    assert wrong.log_loss == pytest.approx(-np.log(1e-7))
+
+
+def test_a_threshold_without_two_sides_has_no_auroc() -> None:
+    metrics = probability_metrics([0, 1, 1], [[0.8, 0.1, 0.1], [0.2, 0.5, 0.3], [0.1, 0.6, 0.3]])
+    assert metrics.auroc == (1.0, None)
+
+
+def test_calibration_error_is_the_mean_gap_of_the_bins() -> None:
+    rows = np.array([[0.9, 0.1], [0.85, 0.15], [0.4, 0.6], [0.45, 0.55]])
+    # Bin (.8, .9]: confidence .875, accuracy .5. Bin (.5, .6]: confidence .575, accuracy 1.
+    assert calibration_error([0, 1, 1, 1], rows) == pytest.approx((0.375 + 0.425) / 2)
+
+
+def test_calibration_error_of_true_probabilities_goes_to_zero() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.dirichlet(np.ones(4), 100_000)
+    true = (rng.random((len(rows), 1)) > rows.cumsum(1)).sum(1).clip(max=3)
+    assert calibration_error(true, rows) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("true", "rows", "message"),
+    [
+        ([], np.zeros((0, 3)), "expected grades"),
+        ([0], [[1.0]], "expected grades"),
+        ([3], [[0.2, 0.3, 0.5]], "whole numbers from 0 to 2"),
+        ([0, 0], [[0.5, 0.5], [float("nan"), 0.5]], "row 1 is"),
+        ([0], [[0.5, 0.6]], "sum to one"),
+        ([0], [[-0.5, 1.5]], "sum to one"),
+    ],
+)
+def test_what_is_no_distribution_is_refused(true: list[int], rows: list[list[float]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        probability_metrics(true, rows)

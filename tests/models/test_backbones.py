@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,8 +13,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_image
 
-from slidetl.errors import WeightsError
-from slidetl.models.backbones import BUNDLED, Backbone, BackboneSpec, find_weights, weights_sha256
+from slidetl.errors import UsageError, WeightsError
+from slidetl.models.backbones import (
+    BUNDLED,
+    Backbone,
+    BackboneSpec,
+    find_weights,
+    local_weights,
+    weights_sha256,
+)
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "resnet18"])
@@ -87,6 +96,182 @@ def test_weights_files_of_both_kinds_and_the_normalisation_in_the_file(tmp_path:
         torch.testing.assert_close(backbone.net.state_dict()["conv1.weight"], state["conv1.weight"])
     torch.testing.assert_close(backbone.mean.flatten(), torch.tensor([0.5, 0.6, 0.7]))
     torch.testing.assert_close(backbone.std.flatten(), torch.tensor([0.1, 0.2, 0.3]))
+
+
+# Two sides of tiles, and whether gradient checkpointing exists.
+FAMILIES = {
+    "resnet18": (64, 48, True),
+    "convnext_atto": (64, 96, True),
+    "vit_tiny_patch16_224": (80, 48, True),  # its own is 224 px
+    "inception_v3": (80, 96, False),
+    "swin_tiny_patch4_window7_224": (64, 96, True),
+    "cbr_tiny_published": (64, 48, False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_takes_other_tiles_and_channels_trains_and_scripts_after_it(name: str) -> None:
+    side, other_side, checkpoints = FAMILIES[name]
+    torch.manual_seed(0)
+    backbone = Backbone(BackboneSpec(name, in_channels=4, gradient_checkpointing=checkpoints)).train()
+    tiles = torch.randint(0, 256, (2, 4, side, side), dtype=torch.uint8)
+    kernel = next(value for value in backbone.net.parameters() if value.ndim == 4)  # the first layer's
+    before = kernel.detach().clone()
+    optimizer = torch.optim.SGD(backbone.parameters(), lr=1e-3)
+    backbone(tiles).square().mean().backward()
+    optimizer.step()
+    assert kernel.shape[1] == 4 and not torch.equal(kernel, before)
+    backbone.eval()
+    scripted = torch.jit.script(backbone)
+    with torch.inference_mode():
+        embeddings = backbone(tiles)
+        assert embeddings.shape == (2, backbone.num_features) and embeddings.isfinite().all()
+        torch.testing.assert_close(scripted(tiles), embeddings, atol=1e-4, rtol=1e-4)
+        other = torch.randint(0, 256, (1, 4, other_side, other_side), dtype=torch.uint8)
+        torch.testing.assert_close(scripted(other), backbone(other), atol=1e-4, rtol=1e-4)
+    assert len(backbone.blocks()) >= 4
+
+
+def test_gradient_checkpointing_changes_memory_and_nothing_else() -> None:
+    tiles = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    gradients, kept = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        backbone = Backbone(BackboneSpec("vit_tiny_patch16_224", gradient_checkpointing=checkpointing))
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda value, saved=saved: saved.append(value.numel()) or value,  # type: ignore[misc]
+            lambda value: value,
+        ):
+            loss = backbone(tiles).square().mean()
+        loss.backward()
+        kept.append(sum(saved))
+        gradients.append([value.grad for value in backbone.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert kept[1] < kept[0] / 3
+    with pytest.raises(UsageError, match="inception_v3 has no gradient checkpointing"):
+        Backbone(BackboneSpec("inception_v3", gradient_checkpointing=True))
+
+
+@pytest.mark.parametrize("in_channels", [1, 2, 4])
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "vit_tiny_patch16_224"])
+def test_pretrained_kernels_are_adapted_to_the_channels_as_timm_does(
+    name: str, in_channels: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    state = timm.create_model(name, num_classes=0).state_dict()
+    path = tmp_path / "w.safetensors"
+    save_file(state, path, {"mean": "[0.5, 0.6, 0.7]", "std": "[0.1, 0.2, 0.3]"})
+    backbone = Backbone(BackboneSpec(name, str(path), in_channels=in_channels))
+    backbone.load_pretrained()
+    overlay = {"file": str(path)}
+    by_timm = timm.create_model(
+        name, num_classes=0, in_chans=in_channels, pretrained=True, pretrained_cfg_overlay=overlay
+    )
+    for key, value in by_timm.state_dict().items():
+        torch.testing.assert_close(backbone.net.state_dict()[key], value)
+    expected = {1: [0.6], 2: [0.5, 0.6], 4: [0.5, 0.6, 0.7, 0.5]}[in_channels]
+    torch.testing.assert_close(backbone.mean.flatten(), torch.tensor(expected))
+    # A tile whose channels all say the same gives what the same tile in RGB gives, under one normalisation.
+    in_rgb = Backbone(BackboneSpec(name, str(path))).eval()
+    in_rgb.load_pretrained()
+    for buffer in (in_rgb.mean, in_rgb.std, backbone.eval().mean, backbone.std):
+        buffer.fill_(0.5)
+    if in_channels == 1:
+        tile = torch.randint(0, 256, (1, 1, 64, 64), dtype=torch.uint8)
+        with torch.inference_mode():
+            in_grey = in_rgb(tile.expand(1, 3, 64, 64))
+            torch.testing.assert_close(backbone(tile), in_grey, atol=1e-4, rtol=1e-4)
+
+
+def hub_repository(folder: Path, **model_args: Any) -> None:
+    """The files of a small transformer, as timm's form on the Hugging Face hub has them."""
+    torch.manual_seed(0)
+    arguments: dict[str, Any] = {"depth": 1, "img_size": 32, "num_classes": 0, **model_args}
+    network = timm.create_model("vit_tiny_patch16_224", **arguments)
+    folder.mkdir(parents=True)
+    save_file(network.state_dict(), folder / "model.safetensors")
+    about = {
+        "mean": [0.7, 0.5, 0.7],
+        "std": [0.2, 0.2, 0.2],
+        "first_conv": "patch_embed.proj",
+        "input_size": [3, 32, 32],
+        "fixed_input_size": True,
+        "classifier": "head",
+    }
+    config = {"architecture": "vit_tiny_patch16_224", "model_args": arguments, "pretrained_cfg": about}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("global_pool", ["token", ""])
+def test_hub_models_come_from_the_folder_or_cache_without_a_connection(
+    global_pool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "models--lab--pathology"
+    hub_repository(repository / "snapshots" / "abc", global_pool=global_pool)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    tiles = torch.randint(0, 256, (2, 3, 48, 48), dtype=torch.uint8)
+    stored = load_file(repository / "snapshots" / "abc" / "model.safetensors")
+    for name in ("hf-hub:lab/pathology", f"local-dir:{repository / 'snapshots' / 'abc'}"):
+        assert local_weights(name) == repository / "snapshots" / "abc" / "model.safetensors"
+        backbone = Backbone(BackboneSpec(name, "hub")).eval()
+        backbone.load_pretrained()
+        torch.testing.assert_close(backbone.net.state_dict()["cls_token"], stored["cls_token"])
+        torch.testing.assert_close(backbone.mean.flatten(), torch.tensor([0.7, 0.5, 0.7]))
+        assert backbone(tiles).shape == (2, 192)
+
+
+def test_published_weights_are_found_in_the_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    assert local_weights("resnet18") is None
+    torch.manual_seed(0)
+    state = timm.create_model("resnet18").state_dict()
+    repository = str(timm.get_pretrained_cfg_value("resnet18", "hf_hub_id"))
+    snapshot = tmp_path / "hf" / f"models--{repository.replace('/', '--')}" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    save_file(state, snapshot / "model.safetensors")
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    assert local_weights("resnet18") == snapshot / "model.safetensors"
+    backbone = Backbone(BackboneSpec("resnet18", "imagenet"))
+    backbone.load_pretrained()
+    torch.testing.assert_close(backbone.net.state_dict()["conv1.weight"], state["conv1.weight"])
+
+
+def test_without_a_connection_a_download_fails_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(WeightsError, match="the configuration of 'hf-hub:lab/none' could not be downloaded"):
+        Backbone(BackboneSpec("hf-hub:lab/none"))
+    backbone = Backbone(BackboneSpec("resnet18", "imagenet"))
+    with pytest.raises(WeightsError, match="give local files: pretrained: PATH") as caught:
+        backbone.load_pretrained()
+    assert "\n" not in str(caught.value)
+    with pytest.raises(WeightsError, match="the configuration of 'local-dir:/none' could not be"):
+        Backbone(BackboneSpec("local-dir:/none"))
+
+
+def test_transformers_are_built_as_asked() -> None:
+    weights = Backbone(BackboneSpec("vit_tiny_patch16_224", gated_mlp=True)).net.state_dict()
+    wide, narrow = weights["blocks.0.mlp.fc1.weight"].shape[0], weights["blocks.0.mlp.fc2.weight"].shape[1]
+    assert wide == 2 * narrow
+    assert "blocks.0.ls1.gamma" not in weights
+    scaled = Backbone(BackboneSpec("vit_tiny_patch16_224", layer_scale=True)).net.state_dict()
+    assert scaled["blocks.0.ls1.gamma"].shape == (192,)
+    with pytest.raises(WeightsError, match="resnet18 cannot be built with act_layer, in_chans, mlp_layer"):
+        Backbone(BackboneSpec("resnet18", gated_mlp=True))
+
+
+@pytest.mark.parametrize("in_channels", [0, 5])
+def test_a_tile_has_one_to_four_channels(in_channels: int) -> None:
+    with pytest.raises(UsageError, match=f"in_channels must be 1 to 4, not {in_channels}"):
+        BackboneSpec(in_channels=in_channels)
 
 
 class Evil:

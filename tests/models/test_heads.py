@@ -1,11 +1,154 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
+from coral_pytorch.losses import coral_loss, corn_loss
 from scipy.special import expit
 
-from slidetl.models.heads import CumulativeLink
+from slidetl.models.heads import Coral, Corn, CrossEntropy, CumulativeLink, Head, RegressionWithThresholds
+
+HEADS: tuple[type[Head], ...] = (CumulativeLink, Coral, Corn, RegressionWithThresholds, CrossEntropy)
+every_head = pytest.mark.parametrize("make", HEADS)
+
+
+@every_head
+@pytest.mark.parametrize("n_grades", [2, 5, 9])
+def test_probabilities_sum_to_one_and_expect_a_grade(make: type[Head], n_grades: int) -> None:
+    torch.manual_seed(0)
+    head = make(3, n_grades)
+    logits = head(10 * torch.randn(20, 3))
+    probabilities = head.probabilities(logits)
+    assert probabilities.shape == (20, n_grades) and (probabilities >= 0).all()
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(20))
+    expected = [sum(k * p for k, p in enumerate(row)) for row in probabilities.tolist()]
+    torch.testing.assert_close(head.expected_grade(logits), torch.tensor(expected))
+
+
+@every_head
+def test_slides_without_a_grade_do_not_count(make: type[Head]) -> None:
+    torch.manual_seed(0)
+    head = make(3, 5)
+    logits = head(torch.randn(4, 3))
+    loss = head.loss(logits, torch.tensor([2, -1, 0, -1]))
+    torch.testing.assert_close(loss, head.loss(logits[[0, 2]], torch.tensor([2, 0])))
+    nothing = head.loss(logits, torch.full((4,), -1))
+    nothing.backward()
+    assert nothing.item() == 0
+    assert all(value.grad is not None and not value.grad.any() for value in head.parameters())
+
+
+@every_head
+def test_weights_are_repetitions(make: type[Head]) -> None:
+    torch.manual_seed(0)
+    head = make(3, 5)
+    logits, grades = head(torch.randn(3, 3)), torch.tensor([0, 3, 4])
+    repeated = head.loss(logits[[0, 0, 1, 2, 2, 2]], grades[[0, 0, 1, 2, 2, 2]])
+    torch.testing.assert_close(head.loss(logits, grades, weight=torch.tensor([2, 1, 3])), repeated)
+    by_class = torch.tensor([2.0, 9.0, 9.0, 1.0, 3.0])
+    torch.testing.assert_close(head.loss(logits, grades, class_weight=by_class), repeated)
+
+
+@every_head
+def test_a_soft_target_is_the_mean_over_the_grades(make: type[Head]) -> None:
+    torch.manual_seed(0)
+    head = make(3, 5)
+    logits = head(torch.randn(2, 3))
+    target = torch.tensor([[0.0, 0.25, 0.75, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 1.0]])
+    hard = [head.loss(logits[row : row + 1], torch.tensor([k])) for row, k in [(0, 1), (0, 2), (1, 4)]]
+    torch.testing.assert_close(head.loss(logits, target), (0.25 * hard[0] + 0.75 * hard[1] + hard[2]) / 2)
+
+
+@every_head
+def test_learns_its_way_to_the_right_grades(make: type[Head]) -> None:
+    torch.manual_seed(0)
+    x = torch.linspace(-3, 3, 200)[:, None]
+    grades = torch.bucketize(x[:, 0], torch.tensor([-1.8, -0.6, 0.6, 1.8]))
+    head = make(1, 5)
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.1)
+    for _ in range(600):
+        optimizer.zero_grad()
+        head.loss(head(x), grades).backward()
+        optimizer.step()
+    assert (head.probabilities(head(x)).argmax(1) == grades).float().mean() > 0.95
+
+
+@every_head
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_computes_the_same(make: type[Head]) -> None:
+    class Graded(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = make(3, 5)
+
+        def forward(self, embedding: torch.Tensor) -> torch.Tensor:
+            probabilities: torch.Tensor = self.head.probabilities(self.head(embedding))
+            return probabilities
+
+    head, x = Graded(), torch.randn(6, 3)
+    torch.testing.assert_close(torch.jit.script(head)(x), head(x))
+
+
+def test_coral_agrees_with_its_authors() -> None:
+    torch.manual_seed(0)
+    head, grades = Coral(4, 5), torch.randint(0, 5, (12,))
+    logits = head(3 * torch.randn(12, 4))
+    levels = (grades[:, None] > torch.arange(4)).float()
+    torch.testing.assert_close(head.loss(logits, grades), coral_loss(logits, levels))
+
+
+def test_coral_stays_a_distribution_where_its_biases_are_out_of_order() -> None:
+    head = Coral(2, 4)
+    with torch.no_grad():
+        head.bias.copy_(torch.tensor([0.0, 2.0, -1.0]))
+    probabilities = head.probabilities(head(torch.zeros(1, 2)))[0]
+    torch.testing.assert_close(probabilities, torch.tensor([0.5, 0.0, 0.5 - expit(-1), expit(-1)]).float())
+
+
+def test_corn_agrees_with_its_authors() -> None:
+    torch.manual_seed(0)
+    head, grades = Corn(4, 5), torch.randint(0, 5, (12,))
+    logits = head(3 * torch.randn(12, 4))
+    asked = sum(min(grade + 1, 4) for grade in grades.tolist())  # theirs is the mean over these
+    torch.testing.assert_close(head.loss(logits, grades), corn_loss(logits, grades, 5) * asked / 12)
+
+
+def test_corn_multiplies_its_answers() -> None:
+    head = Corn(2, 3)
+    yes = torch.sigmoid(torch.tensor([0.3, -0.8])).tolist()
+    expected = torch.tensor([[1 - yes[0], yes[0] * (1 - yes[1]), yes[0] * yes[1]]])
+    torch.testing.assert_close(head.probabilities(torch.tensor([[0.3, -0.8]])), expected)
+
+
+def test_regression_is_moved_by_the_squared_error_alone() -> None:
+    torch.manual_seed(0)
+    head, x = RegressionWithThresholds(3, 5), torch.randn(6, 3)
+    grades = torch.arange(6) % 5
+    head.loss(head(x), grades).backward()
+    residual = (x @ head.score.weight.T + head.score.bias)[:, 0] - grades
+    torch.testing.assert_close(head.score.weight.grad, residual @ x[None] / 6)
+    assert head.first.grad is not None and head.first.grad.any()
+
+
+def test_regression_starts_by_rounding() -> None:
+    head = RegressionWithThresholds(1, 5)
+    with torch.no_grad():
+        head.score.weight.fill_(1.0)
+        head.score.bias.fill_(0.0)
+        scores = torch.tensor([[-3.0], [0.4], [0.6], [2.0], [3.4], [9.0]])
+        assert head.probabilities(head(scores)).argmax(1).tolist() == [0, 0, 1, 2, 3, 4]
+        probability = head.probabilities(head(scores))[3, 2].item()
+    assert probability == pytest.approx(1 / (1 + math.exp(-1.5)) - 1 / (1 + math.exp(1.5)), abs=1e-6)
+
+
+def test_cross_entropy_is_torchs() -> None:
+    torch.manual_seed(0)
+    head, grades = CrossEntropy(4, 5), torch.tensor([0, 4, 2, -1])
+    logits, weights = head(torch.randn(4, 4)), torch.rand(5)
+    expected = torch.nn.functional.cross_entropy(logits, grades, weight=weights, ignore_index=-1)
+    torch.testing.assert_close(head.loss(logits, grades, class_weight=weights), expected)
 
 
 @pytest.mark.parametrize("n_grades", [2, 5, 9])

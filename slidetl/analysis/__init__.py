@@ -1,0 +1,1 @@
+"""What representations have in common: arrays in, frozen results out."""

@@ -1,0 +1,45 @@
+"""``slidetl backbones``."""
+
+from __future__ import annotations
+
+import argparse
+
+SUMMARY = (
+    "list networks that can embed tiles: parameters in millions, length of an embedding, side in pixels of "
+    "the tiles that their weights were made for (others may be given), and where those weights are"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    parser.add_argument(
+        "pattern",
+        nargs="?",
+        default=argparse.SUPPRESS,  # else its help says "(default: None)"
+        metavar="PATTERN",
+        help="part of a name, or a name with * and ?, among all that timm knows; without it, those that are "
+        "bundled, that have weights on this machine, and a few recommended ones",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints a table."""
+    from slidetl.errors import UsageError
+    from slidetl.models.catalogue import MOST_COUNTED, list_backbones
+
+    pattern = getattr(options, "pattern", None)
+    entries = list_backbones(pattern)
+    if not entries:
+        raise UsageError(f"no backbone is called anything like {pattern!r}; try a shorter part of the name")
+    width = max(len(entry.name) for entry in entries)
+    print(f"{'name':<{width}}  {'parameters':>10}  {'embedding':>9}  {'tile':>6}  weights")
+    for entry in entries:
+        counted = (
+            f"{entry.parameters / 1e6:>8.2f} M" if entry.parameters is not None else f"{'-':>10}",
+            f"{'-' if entry.features is None else entry.features:>9}",
+            f"{'-' if entry.input_size_px is None else f'{entry.input_size_px} px':>6}",
+        )
+        print(f"{entry.name:<{width}}  {'  '.join(counted)}  {entry.weights}")
+    if len(entries) > MOST_COUNTED:
+        print(f"{len(entries)} names; those after the first {MOST_COUNTED} were not counted")
+    return 0

@@ -1,0 +1,140 @@
+"""``slidetl embed``: tiles to stored features."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+SUMMARY = "embed every tile of a cache with a pretrained backbone, and store the features beside the tiles"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    parser.add_argument("cache", type=Path, metavar="CACHE", help="the folder that 'slidetl tile' wrote")
+    parser.add_argument("--backbone", default="mobilenetv3_small_050", help="any model that timm knows")
+    parser.add_argument(
+        "--pretrained",
+        default="procedural",
+        metavar="WEIGHTS",
+        help="procedural (bundled), imagenet (downloaded by timm), or a .safetensors or .pth file",
+    )
+    parser.add_argument(
+        "--blocks",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="B1,B2",
+        help="inner blocks whose output, averaged over space, is stored too, as NAME.BLOCK",
+    )
+    # SUPPRESS: else the help of an option without a default says "(default: None)".
+    parser.add_argument(
+        "--name",
+        default=argparse.SUPPRESS,
+        help="of the features, instead of the backbone's; tells weights of one network apart",
+    )
+    parser.add_argument(
+        "--slides",
+        nargs="+",
+        default=argparse.SUPPRESS,
+        metavar="ID",
+        help="only these slides, instead of all in the cache",
+    )
+    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="tiles in one pass")
+    parser.add_argument(
+        "--device",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="auto: a GPU if there is one; on a GPU in bfloat16",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="embed anew what is there, from other weights too"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Embeds the tiles of every slide.
+
+    Returns:
+        0, or 1 if any slide failed.
+    """
+    from slidetl.experiments.embed import EmbeddedSlide, embed_cache
+    from slidetl.models.backbones import BackboneSpec
+
+    started = time.monotonic()
+    with _Progress() as progress:
+
+        def report(slide: EmbeddedSlide) -> None:
+            state = slide.reason or ("embedded" if slide.is_new else "there already")
+            progress.line(f"{slide.slide_id}: {slide.tiles} tiles, {state}")
+
+        slides = embed_cache(
+            options.cache,
+            BackboneSpec(options.backbone, options.pretrained),
+            options.blocks,
+            name=getattr(options, "name", None),
+            slide_ids=getattr(options, "slides", ()),
+            batch_size=options.batch_size,
+            device=options.device,
+            overwrite=options.overwrite,
+            on_plan=progress.start,
+            on_batch=progress.advance,
+            on_slide=report,
+        )
+    seconds = time.monotonic() - started
+    failed = [slide for slide in slides if slide.reason]
+    for slide in failed:
+        print(f"failed: {slide.slide_id}: {slide.reason}", file=sys.stderr)
+    new = [slide for slide in slides if slide.is_new]
+    tiles = sum(slide.tiles for slide in new)
+    kept = len(slides) - len(new) - len(failed)
+    print(
+        f"{len(slides)} slides: {len(new)} embedded, {kept} there already, {len(failed)} failed; "
+        f"{tiles} tiles in {seconds:.1f} s ({tiles / seconds:.0f} tiles/s)"
+    )
+    return 1 if failed else 0
+
+
+class _Progress:
+    """A bar of tiles on a terminal, else one line per slide."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        self._is_terminal = console.is_terminal
+        self._bar = Progress(
+            TextColumn("tiles"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]:.0f} tiles/s"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[last]}", markup=False),
+            console=console,
+            disable=not self._is_terminal,
+        )
+        self._task = self._bar.add_task("tiles", total=None, last="", rate=0.0)
+        self._started = 0.0
+        self._done = 0
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    def start(self, tiles: int) -> None:
+        self._started = time.monotonic()  # loading the network is no part of the rate
+        self._bar.update(self._task, total=tiles)
+
+    def advance(self, tiles: int) -> None:
+        self._done += tiles
+        rate = self._done / max(time.monotonic() - self._started, 1e-9)
+        self._bar.update(self._task, completed=self._done, rate=rate)
+
+    def line(self, text: str) -> None:
+        self._bar.update(self._task, last=text)
+        if not self._is_terminal:
+            print(text, file=sys.stderr)

@@ -1,0 +1,196 @@
+"""The parts of a backbone from its input upwards: in their order, copied, or narrowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from slidetl.errors import UsageError
+from slidetl.models.backbones import Backbone
+
+_TRIAL_SIZE_PX = 128  # of the tile that finds out which channels arrive where; Inception needs 75
+
+
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
+
+def pretrained_backbone(backbone: Backbone) -> Backbone:
+    """Another backbone of the same specification, with the pretrained weights.
+
+    Raises:
+        WeightsError: they cannot be had.
+    """
+    with torch.random.fork_rng(devices=[]):  # its random start is thrown away; no later draw shall notice
+        other = Backbone(backbone.spec)
+    other.load_pretrained()
+    return other
+
+
+def blocks_of(backbone: Backbone) -> list[list[nn.Parameter]]:
+    """The backbone's parameters, block by block from the input to the embedding.
+
+    A block is a child of the network, or an entry of a child that is a sequence; what has no kernel of its
+    own, such as a norm, belongs to the block before it.
+    """
+    sequences = tuple(
+        f"{name}."
+        for name, child in backbone.net.named_children()
+        if isinstance(child, (nn.Sequential, nn.ModuleList))
+    )
+    by_name: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in backbone.net.named_parameters():
+        depth = 2 if name.startswith(sequences) else min(1, name.count("."))
+        by_name.setdefault(".".join(name.split(".")[:depth]), []).append(parameter)
+    loose = by_name.pop("", [])  # the network's own, such as a transformer's positions: they go in first
+    blocks: list[list[nn.Parameter]] = []
+    for parameters in by_name.values():
+        if blocks and not any(parameter.ndim > 1 for parameter in parameters):
+            blocks[-1] += parameters
+        else:
+            blocks.append(list(parameters))
+    blocks[0] += loose
+    return blocks
+
+
+def copy_up_to(backbone: Backbone, block: str) -> None:
+    """Gives everything up to and including a block the pretrained weights and statistics.
+
+    Raises:
+        UsageError: no such block.
+        WeightsError: the pretrained weights cannot be had.
+    """
+    keys = keys_up_to(backbone, block)
+    pretrained = pretrained_backbone(backbone)
+    copy_normalisation(pretrained, backbone)
+    weights, state = pretrained.net.state_dict(), backbone.net.state_dict()
+    for key in keys:
+        state[key].copy_(weights[key])
+
+
+def copy_normalisation(source: Backbone, target: Backbone) -> None:
+    """Makes one backbone normalise its tiles as another does."""
+    target.mean.copy_(source.mean)
+    target.std.copy_(source.std)
+
+
+def keep_statistics_up_to(backbone: Backbone, block: str) -> None:
+    """Puts the batch norms up to and including a block into evaluation mode."""
+    keys = set(keys_up_to(backbone, block))
+    for name, module in backbone.net.named_modules():
+        if isinstance(module, _BATCH_NORM) and f"{name}.running_mean" in keys:
+            module.eval()
+
+
+def keys_up_to(backbone: Backbone, block: str) -> tuple[str, ...]:
+    """Names in the state of ``backbone.net`` from the input up to and including a block.
+
+    The order is that in which the network declares its modules; in timm it is that of execution.
+
+    Raises:
+        UsageError: no block of that name has weights.
+    """
+    keys = list(backbone.net.state_dict())
+    inside = [index for index, key in enumerate(keys) if key.startswith(f"{block}.")]
+    if not inside:
+        blocks = dict.fromkeys(".".join(key.split(".")[:2][: key.count(".")]) for key in keys if "." in key)
+        raise UsageError(
+            f"{backbone.spec.name} has no block {block!r} with weights; it has {', '.join(blocks)}"
+        )
+    return tuple(keys[: inside[-1] + 1])
+
+
+def narrow_above(backbone: Backbone, block: str, width: float) -> None:
+    """Gives everything above a block fewer channels and fresh random weights, in place.
+
+    A tile is sent through, and each layer above the block is rebuilt as it comes: it takes the channels
+    that arrive and gives ``width`` times as many as before. Kernels are drawn as by He et al. 2015 (normal,
+    by the fan-out).
+
+    Args:
+        backbone: made of convolutions, batch or layer norms and linear layers above the block.
+        block: name of a module of ``backbone.net``.
+        width: share of the channels that is kept, above 0 and up to 1.
+
+    Raises:
+        UsageError: no such block; or the network cannot be narrowed there.
+    """
+    below = set(keys_up_to(backbone, block))
+    hooks = []
+    for name, module in backbone.net.named_modules():
+        own = [key for key, _ in module.named_parameters(recurse=False)]
+        if not own or f"{name}.{own[0]}" in below:
+            continue
+        if not isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm, nn.Linear)):
+            raise UsageError(
+                f"{backbone.spec.name} cannot be narrowed above {block!r}: {name} is a "
+                f"{type(module).__name__}; choose a network of convolutions"
+            )
+
+        def rebuild(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            _rebuild(module, inputs[0], width)
+
+        hooks.append(module.register_forward_pre_hook(rebuild))
+    training = [module for module in backbone.modules() if module.training]
+    tile = torch.zeros(1, backbone.mean.shape[1], _TRIAL_SIZE_PX, _TRIAL_SIZE_PX, dtype=torch.uint8)
+    try:
+        with torch.no_grad():
+            embedding = backbone.eval()(tile)
+    except RuntimeError as error:
+        raise UsageError(
+            f"{backbone.spec.name} cannot be narrowed above {block!r}: what follows adds to its output "
+            "or keeps its channels; choose a block after which their number changes"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module in training:
+            module.training = True
+    backbone.num_features = embedding.shape[1]
+    if backbone.channels_last:
+        backbone.net.to(memory_format=torch.channels_last)
+
+
+def _rebuild(module: nn.Module, arriving: Tensor, width: float) -> None:
+    if isinstance(module, nn.Conv2d):
+        channels, depthwise = arriving.shape[1], module.groups == module.in_channels > 1
+        if not depthwise and module.groups > 1:
+            raise UsageError("grouped convolutions cannot be narrowed; choose another network")
+        kept = channels if depthwise else _narrowed(module.out_channels, width)
+        module.groups = channels if depthwise else 1
+        module.in_channels, module.out_channels = channels, kept
+        _fill(module, (kept, channels // module.groups, *module.kernel_size))
+    elif isinstance(module, nn.Linear):
+        module.in_features, module.out_features = arriving.shape[-1], _narrowed(module.out_features, width)
+        _fill(module, (module.out_features, module.in_features))
+    elif isinstance(module, nn.BatchNorm2d):
+        module.num_features = arriving.shape[1]
+        module.running_mean, module.running_var = (
+            torch.zeros(arriving.shape[1]),
+            torch.ones(arriving.shape[1]),
+        )
+        _reset_scale(module, arriving.shape[1])
+    elif isinstance(module, nn.LayerNorm):
+        # timm's norm of images has channels on axis 1, the plain one on the last
+        channels = arriving.shape[1 if type(module) is not nn.LayerNorm and arriving.ndim == 4 else -1]
+        module.normalized_shape = (channels,)
+        _reset_scale(module, channels)
+
+
+def _narrowed(channels: int, width: float) -> int:
+    return max(1, round(width * channels))
+
+
+def _fill(module: nn.Conv2d | nn.Linear, shape: Sequence[int]) -> None:
+    fan_out = math.prod(shape[2:]) * shape[0] / (module.groups if isinstance(module, nn.Conv2d) else 1)
+    module.weight = nn.Parameter(torch.randn(*shape) * math.sqrt(2 / fan_out))
+    if module.bias is not None:
+        module.bias = nn.Parameter(torch.zeros(shape[0]))
+
+
+def _reset_scale(module: nn.Module, channels: int) -> None:
+    for name, value in (("weight", torch.ones(channels)), ("bias", torch.zeros(channels))):
+        if getattr(module, name) is not None:
+            setattr(module, name, nn.Parameter(value))

@@ -1,0 +1,121 @@
+"""Which backbones are at hand: their size, and whether their weights are on this machine."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from slidetl.errors import SlidetlError
+from slidetl.models.backbones import BUNDLED, Backbone, BackboneSpec, local_weights
+from slidetl.models.cbr import CBR_NAMES
+
+# A choice from small to large, and pathology models published in timm's form.
+RECOMMENDED = (
+    "mobilenetv2_100",
+    "resnet18",
+    "resnet50",
+    "inception_v3",
+    "convnext_tiny",
+    "vit_small_patch16_224",
+    "hf-hub:MahmoodLab/UNI",
+    "hf-hub:prov-gigapath/prov-gigapath",
+    "hf-hub:bioptimus/H-optimus-0",
+)
+# To count parameters a network must be laid out, without memory: some 50 ms each.
+MOST_COUNTED = 40
+
+
+@dataclass(frozen=True)
+class BackboneEntry:
+    """One line of the list.
+
+    Attributes:
+        name: for :class:`~slidetl.models.backbones.BackboneSpec`.
+        parameters: without a classifier; None where it was not counted.
+        features: length D of an embedding, likewise.
+        input_size_px: side of the tiles that its weights were made for, likewise.
+        weights: ``bundled``, the path of a file on this machine, ``download`` or ``none``.
+    """
+
+    name: str
+    parameters: int | None
+    features: int | None
+    input_size_px: int | None
+    weights: str
+
+
+def list_backbones(pattern: str | None = None) -> list[BackboneEntry]:
+    """Lists backbones; opens no connection.
+
+    Args:
+        pattern: part of a name, or a name with ``*`` and ``?``: every model of timm and of the CBR family
+            that it fits. None lists what is bundled, the CBR family, whatever has weights on this machine,
+            and a few recommended ones.
+
+    Returns:
+        Entries, counted up to :data:`MOST_COUNTED`.
+    """
+    import timm
+
+    bundled = [path.stem.removeprefix("procedural_") for path in sorted(BUNDLED.glob("*.safetensors"))]
+    if pattern is None:
+        names = [*bundled, *CBR_NAMES, *RECOMMENDED, *_with_local_weights()]
+    else:
+        glob = pattern if set("*?[") & set(pattern) else f"*{pattern}*"
+        names = [*fnmatch.filter([*CBR_NAMES, *RECOMMENDED], glob), *timm.list_models(glob)]
+    names = list(dict.fromkeys(names))
+    return [_entry(name, name in bundled, number < MOST_COUNTED) for number, name in enumerate(names)]
+
+
+def _with_local_weights() -> list[str]:
+    import timm
+
+    published = [name for name in timm.list_models(pretrained=True) if local_weights(name)]
+    default = {name: name.partition(".")[0] for name in published}
+    # Without its tag where that is the default: shorter, and the same weights.
+    names = [
+        short if local_weights(short) == local_weights(name) else name for name, short in default.items()
+    ]
+    return names + _cached_repositories()
+
+
+def _cached_repositories() -> list[str]:
+    """Models of timm's form in the Hugging Face cache that are not timm's own."""
+    from huggingface_hub import constants
+
+    names = []
+    for config in sorted(Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*/config.json")):
+        owner, _, model = config.parents[2].name.removeprefix("models--").partition("--")
+        if owner != "timm" and "architecture" in json.loads(config.read_text(encoding="utf-8")):
+            names.append(f"hf-hub:{owner}/{model}")
+    return [name for name in names if local_weights(name)]
+
+
+def _entry(name: str, is_bundled: bool, is_counted: bool) -> BackboneEntry:
+    import timm
+
+    path = None if name in CBR_NAMES else local_weights(name)
+    if is_bundled:
+        weights = "bundled"
+    elif path is not None:
+        weights = str(path)
+    elif name in CBR_NAMES or (":" not in name and not timm.is_model_pretrained(name)):
+        weights = "none"
+    else:
+        weights = "download"
+    needs_a_connection = name.startswith("hf-hub:") and path is None
+    if not is_counted or needs_a_connection:
+        return BackboneEntry(name, None, None, None, weights)
+    try:
+        with torch.device("meta"):
+            backbone = Backbone(BackboneSpec(name))
+    except SlidetlError:  # a configuration in the cache that is damaged, or lacks what gated_mlp would say
+        return BackboneEntry(name, None, None, None, weights)
+    parameters = sum(parameter.numel() for parameter in backbone.parameters())
+    config = backbone.net.pretrained_cfg
+    side: int = config["input_size"][-1]  # type: ignore[index, assignment] # timm is untyped
+    return BackboneEntry(name, parameters, backbone.num_features, side, weights)

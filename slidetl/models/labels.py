@@ -1,0 +1,80 @@
+"""Grades that are not quite certain, as probabilities ``[B, K]`` that a head's loss takes as its target.
+
+In each of them a row of zeros is a slide without a grade.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from slidetl.errors import UsageError
+
+
+def one_hot_grades(grades: Tensor, n_grades: int) -> Tensor:
+    """Grades ``[...]`` int64, below 0 for none -> ``[..., K] float32``.
+
+    Raises:
+        UsageError: a grade of K or more.
+    """
+    if grades.numel() and int(grades.max()) >= n_grades:
+        raise UsageError(f"expected grades 0..{n_grades - 1}, found {int(grades.max())}")
+    present = (grades >= 0).unsqueeze(-1)
+    return functional.one_hot(grades.clamp_min(0), n_grades).to(torch.float32) * present
+
+
+def smoothed_grades(target: Tensor, amount: float) -> Tensor:
+    """Moves a share of each probability to the neighbouring grades, half to either side.
+
+    Label smoothing (Szegedy et al., CVPR 2016, section 7) for an ordered scale: a reader who errs mostly
+    errs by one grade. At an end of the scale all of the share goes to the one neighbour.
+
+    Args:
+        target: ``[B, K]`` probabilities, K at least 2.
+        amount: the share, 0..1.
+    """
+    if not 0 <= amount <= 1:
+        raise UsageError(f"label smoothing moves a share between 0 and 1, not {amount}")
+    moved = amount * target
+    up, down = moved / 2, moved / 2
+    up = torch.cat([moved[:, :1], up[:, 1:-1], torch.zeros_like(up[:, :1])], dim=1)
+    down = torch.cat([torch.zeros_like(down[:, :1]), down[:, 1:-1], moved[:, -1:]], dim=1)
+    return target - moved + up.roll(1, dims=1) + down.roll(-1, dims=1)
+
+
+def reader_grades(grades: Tensor, n_grades: int) -> Tensor:
+    """What several readers said, as the share of them that gave each grade.
+
+    Args:
+        grades: ``[B, R]`` int64, below 0 where a reader gave none.
+        n_grades: K.
+
+    Returns:
+        ``[B, K] float32``; zeros where no reader gave a grade.
+    """
+    votes = one_hot_grades(grades, n_grades).sum(1)
+    return votes / votes.sum(1, keepdim=True).clamp_min(1)
+
+
+def bootstrapped_grades(target: Tensor, probabilities: Tensor, beta: float, hard: bool = False) -> Tensor:
+    """Mixes what the network itself believes into the target, for labels that are often wrong.
+
+    Reed et al., "Training deep neural networks on noisy labels with bootstrapping", ICLR 2015 workshop,
+    section 3: ``beta t + (1 - beta) q``, q the probabilities (equation 6; beta .95 there) or their most
+    probable grade (equation 7; .8). No gradient passes through it. Train on the plain target first: what
+    an untrained network believes is noise.
+
+    Args:
+        target: ``[B, K]`` probabilities.
+        probabilities: ``[B, K]``, the head's.
+        beta: how far the target is trusted, 0..1.
+        hard: whether only the most probable grade counts.
+    """
+    if not 0 <= beta <= 1:
+        raise UsageError(f"bootstrapping trusts the target by a share between 0 and 1, not {beta}")
+    believed = probabilities.detach()
+    if hard:
+        believed = functional.one_hot(believed.argmax(1), believed.shape[1]).to(target.dtype)
+    present = target.sum(1, keepdim=True) > 0
+    return (beta * target + (1 - beta) * believed) * present

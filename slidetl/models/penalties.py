@@ -1,0 +1,273 @@
+"""How far a backbone is from a pretrained one: in its weights, and in its activations on the same tiles."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from slidetl.errors import UsageError
+from slidetl.models.backbones import Backbone, weights_sha256
+from slidetl.models.network import GradingNetwork
+
+Shape = Literal["linear", "cosine"]
+Batch = tuple[Tensor, Tensor, Tensor]  # tiles [B, N, 3, H, W] uint8, mask [B, N] bool, grades [B] int64
+_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
+
+class Seen(NamedTuple):
+    """What went through the network in one forward pass of a training.
+
+    Attributes:
+        tiles: ``[B, N, 3, H, W] uint8``.
+        mask: ``[B, N]`` bool, False for padding, which must not count.
+        activations: what modules of ``backbone.net`` gave, by their names.
+    """
+
+    tiles: Tensor
+    mask: Tensor
+    activations: dict[str, Tensor]
+
+
+class Reference(nn.Module):
+    """A frozen pretrained backbone, to measure distances from.
+
+    Its parameters are turned into buffers that no state dict contains. So it moves with ``.to()``, and no
+    optimiser, no checkpoint, no exported file and no gradient of DDP ever holds it.
+
+    Args:
+        backbone: with its pretrained weights; it is taken over, not copied.
+
+    Attributes:
+        sha256: of the weights, as :func:`~slidetl.models.backbones.weights_sha256` gives it.
+    """
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self.sha256 = weights_sha256(backbone)
+        self.backbone = backbone
+        self._attention: dict[str, str] = {}  # layer -> name of its buffer
+        for module in backbone.modules():
+            for name, value in [
+                *module.named_parameters(recurse=False),
+                *module.named_buffers(recurse=False),
+            ]:
+                delattr(module, name)
+                module.register_buffer(name, value.detach(), persistent=False)
+            if isinstance(module, _BATCH_NORM):
+                # With this off, `training` only chooses between batch and stored statistics; it updates none.
+                module.track_running_stats = False
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The pretrained parameters and statistics by their name in ``backbone.net``."""
+        return dict(self.backbone.net.named_buffers())
+
+    @property
+    def attention(self) -> dict[str, Tensor]:
+        """Weights ``[C]`` of a layer's channels, which sum to one; layers without weigh them alike."""
+        return {layer: self.get_buffer(name) for layer, name in self._attention.items()}
+
+    @attention.setter
+    def attention(self, weights: Mapping[str, Tensor]) -> None:
+        for index, (layer, value) in enumerate(weights.items()):
+            self._attention[layer] = f"attention{index}"
+            self.register_buffer(f"attention{index}", value.detach(), persistent=False)
+
+    def activations(self, tiles: Tensor, layers: Sequence[str], like: Backbone) -> dict[str, Tensor]:
+        """What the layers give for tiles ``[N, 3, H, W] uint8``.
+
+        Args:
+            tiles: the tiles.
+            layers: names of modules of ``backbone.net``.
+            like: batch norms that use batch statistics there use them here too in this call.
+        """
+        self.eval()
+        for mine, other in zip(self.backbone.modules(), like.modules(), strict=True):
+            if isinstance(mine, _BATCH_NORM):
+                mine.training = other.training
+        with torch.no_grad(), recorded(self.backbone, layers) as found:
+            self.backbone(tiles)
+        return found
+
+
+def ramp(start: float, end: float | None, shape: Shape, progress: float) -> float:
+    """A weight on its way from ``start`` to ``end`` (None: it stays) as training progresses 0..1."""
+    if end is None:
+        return start
+    done = min(max(progress, 0.0), 1.0)
+    return start + (end - start) * (done if shape == "linear" else (1 - math.cos(math.pi * done)) / 2)
+
+
+def squared_distance(parameters: Sequence[Tensor], anchors: Sequence[Tensor]) -> Tensor:
+    """``sum ||p - p0||^2`` over pairs of tensors, a scalar with a gradient, in float32 at least."""
+    distances = [(_wide(p) - _wide(p0)).square().sum() for p, p0 in zip(parameters, anchors, strict=True)]
+    return torch.stack(distances).sum()
+
+
+@torch.no_grad()
+def pull(parameters: Sequence[Tensor], anchors: Sequence[Tensor], factor: float) -> Tensor:
+    """Moves parameters towards their anchors in place: ``p -= factor (p - p0)``.
+
+    Args:
+        parameters: what is moved.
+        anchors: a tensor of equal shape for each.
+        factor: 0 leaves them, 1 puts them onto the anchors; more would overshoot and counts as 1.
+
+    Returns:
+        ``sum ||p - p0||^2`` before the move.
+    """
+    differences = torch._foreach_sub(list(parameters), list(anchors))
+    torch._foreach_add_(list(parameters), differences, alpha=-min(factor, 1.0))
+    return torch.stack(torch._foreach_norm(differences)).square().sum()
+
+
+def activation_distance(
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    mask: Tensor,
+    attention: Mapping[str, Tensor],
+) -> Tensor:
+    """Sum over layers of the squared difference of activations, a mean over the slides of a batch.
+
+    Per tile and layer it is ``sum_c W_c mean_xy (a_cxy - a0_cxy)^2`` with weights W that sum to one. A
+    slide counts by the mean over its tiles, so that neither padding nor the sharing out of slides over
+    processes changes the figure.
+
+    Args:
+        found: activations ``[B*N, C, ...]`` (or ``[B*N, T, C]``, tokens) by layer; they get the gradient.
+        expected: those of the reference.
+        mask: ``[B, N]`` bool, False for padding.
+        attention: ``[C]`` by layer; layers that are missing weigh their channels alike.
+    """
+    share = (mask / (mask.sum(1, keepdim=True) * len(mask))).flatten()  # [B*N], sums to one
+    total = share.new_zeros(())
+    for layer, activation in found.items():
+        squares = (_wide(activation) - _wide(expected[layer])).square()
+        squares = squares.movedim(_channel_axis(squares), 1).flatten(2) if squares.ndim > 2 else squares
+        by_channel = squares.mean(2) if squares.ndim == 3 else squares  # [B*N, C]
+        by_tile = by_channel @ attention[layer] if layer in attention else by_channel.mean(1)
+        total = total + by_tile.masked_fill(share == 0, 0.0) @ share.to(by_tile.dtype)
+    return total
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _channel_axis(activation: Tensor) -> int:
+    return 2 if activation.ndim == 3 else 1  # tokens [N, T, C], images [N, C, H, W]
+
+
+def channel_attention(
+    reference: Reference,
+    network: GradingNetwork,
+    layers: Sequence[str],
+    batches: Sequence[Batch],
+    steps: int = 100,
+) -> dict[str, Tensor]:
+    """How much each channel of the pretrained network matters to the task.
+
+    DELTA (Li et al., ICLR 2019), section 3.3: a classifier is fitted on the pretrained network's frozen
+    features; a channel's weight is the softmax, over the channels of its layer, of how much the loss rises
+    when that channel is set to zero. The classifier here is a copy of the network's aggregator and head.
+
+    Args:
+        reference: the pretrained network.
+        network: whose aggregator and head are copied.
+        layers: names of modules of ``backbone.net``.
+        batches: training data; each channel costs one forward pass over them.
+        steps: of Adam for the classifier.
+
+    Returns:
+        Weights ``[C]`` by layer, which sum to one.
+    """
+    reference.eval()
+    aggregator, head = copy.deepcopy(network.aggregator).eval(), copy.deepcopy(network.head).eval()
+    classifier = GradingNetwork(reference.backbone, aggregator, head)
+
+    def loss(embedded: Sequence[Tensor]) -> Tensor:
+        losses = [
+            head.loss(classifier.grade(embeddings, mask)[0], grades)
+            for embeddings, (_, mask, grades) in zip(embedded, batches, strict=True)
+        ]
+        return torch.stack(losses).mean()
+
+    def embed() -> list[Tensor]:
+        with torch.no_grad():
+            return [classifier.embed(tiles).float() for tiles, _, _ in batches]
+
+    whole = embed()
+    with torch.enable_grad():
+        optimizer = torch.optim.Adam([*aggregator.parameters(), *head.parameters()], lr=1e-2)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss(whole).backward()  # type: ignore[no-untyped-call] # torch's
+            optimizer.step()
+
+    weights = {}
+    for layer in layers:
+        with recorded(reference.backbone, [layer]) as found, torch.no_grad():
+            classifier.embed(batches[0][0])
+        axis = _channel_axis(found[layer])
+        rises = []
+        for channel in range(found[layer].shape[axis]):
+            with _silenced(reference.backbone, layer, axis, channel), torch.no_grad():
+                rises.append(loss(embed()) - loss(whole))
+        weights[layer] = torch.softmax(torch.stack(rises), 0)
+    return weights
+
+
+@contextmanager
+def recorded(backbone: Backbone, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Collects what the named modules of ``backbone.net`` give while the context is open."""
+    found: dict[str, Tensor] = {}
+    hooks = []
+    for layer in layers:
+
+        def keep(module: nn.Module, inputs: object, output: Tensor, layer: str = layer) -> None:
+            found[layer] = output
+
+        hooks.append(find_module(backbone, layer).register_forward_hook(keep))
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+    missing = [layer for layer in layers if layer not in found]
+    if missing:
+        raise UsageError(
+            f"layer {missing[0]!r} of {backbone.spec.name} is never called as a whole; "
+            "name one inside it, such as its last entry"
+        )
+
+
+@contextmanager
+def _silenced(backbone: Backbone, layer: str, axis: int, channel: int) -> Iterator[None]:
+    def silence(module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        return output.index_fill(axis, torch.tensor([channel], device=output.device), 0.0)
+
+    hook = find_module(backbone, layer).register_forward_hook(silence)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def find_module(backbone: Backbone, name: str) -> nn.Module:
+    """The module of that name in ``backbone.net``.
+
+    Raises:
+        UsageError: there is none; the message names some.
+    """
+    modules = dict(backbone.net.named_modules())
+    if not name or name not in modules:
+        some = [key for key in modules if key and key.count(".") <= 1]
+        raise UsageError(f"{backbone.spec.name} has no layer {name!r}; it has {', '.join(some[:30])}")
+    module: nn.Module = modules[name]
+    return module

@@ -1,0 +1,130 @@
+"""Colour management: from what the scanner's ICC profile describes to sRGB."""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Self, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageCms
+
+from slidetl.errors import SlideOpenError, SlideReadError
+from slidetl.slides.base import Slide, SlideInfo
+
+_Result = TypeVar("_Result")
+
+
+class SrgbSlide(Slide):
+    """A slide whose pixels are converted to sRGB; otherwise the slide itself.
+
+    The profile is applied to what :meth:`read` returns, after areas were averaged: on averaged pixels it is
+    the cheaper by the square of the reduction, and within a grey level of the other order but at hard edges.
+
+    Args:
+        slide: the slide, which this one owns from now on.
+        profile: its ICC profile.
+
+    Raises:
+        SlideOpenError: the profile cannot be used; the slide is closed then.
+    """
+
+    def __init__(self, slide: Slide, profile: bytes) -> None:
+        self._slide = slide
+        self._profile = profile
+        glass = np.array(slide.info.background_rgb, np.uint8).reshape(1, 1, 3)
+        try:
+            red, green, blue = to_srgb(glass, profile)[0, 0].tolist()
+        except ImageCms.PyCMSError as error:
+            slide.close()
+            raise SlideOpenError(
+                f"{slide.info.path}: its ICC profile cannot be used ({error}); tile it without --icc"
+            ) from error
+        self._info = replace(slide.info, background_rgb=(red, green, blue))
+
+    @property
+    def info(self) -> SlideInfo:
+        """As the slide's own, but for the background's colour."""
+        return self._info
+
+    def mpp_read(self, mpp: float, mpp_tolerance: float = 0.01) -> tuple[float, float]:
+        """See :meth:`slidetl.slides.base.Slide.mpp_read`."""
+        return self._slide.mpp_read(mpp, mpp_tolerance)
+
+    def read(
+        self,
+        origin_level0: tuple[int, int],
+        size_px: tuple[int, int],
+        mpp: float,
+        mpp_tolerance: float = 0.01,
+    ) -> NDArray[np.uint8]:
+        """See :meth:`slidetl.slides.base.Slide.read`."""
+        return to_srgb(self._slide.read(origin_level0, size_px, mpp, mpp_tolerance), self._profile)
+
+    def map_tiles(
+        self,
+        work: Callable[[NDArray[np.uint8]], _Result],
+        origins_level0: NDArray[np.int32],
+        side_px: int,
+        mpp: float,
+        mpp_tolerance: float = 0.01,
+        first: int = 0,
+        threads: int = 1,
+    ) -> Iterator[_Result | SlideReadError]:
+        """As fast as the slide's own; see :meth:`slidetl.slides.base.Slide.map_tiles`."""
+        return self._slide.map_tiles(
+            lambda rgb: work(to_srgb(rgb, self._profile)),
+            origins_level0,
+            side_px,
+            mpp,
+            mpp_tolerance,
+            first,
+            threads,
+        )
+
+    def close(self) -> None:
+        """Releases the file. Closing twice is harmless."""
+        self._slide.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def to_srgb(rgb: NDArray[np.uint8], profile: bytes) -> NDArray[np.uint8]:
+    """Converts colours from a profile's space to sRGB, by relative colorimetry: white glass stays white.
+
+    Args:
+        rgb: ``[h, w, 3] uint8``.
+        profile: an ICC profile of an RGB device.
+
+    Returns:
+        ``[h, w, 3] uint8``.
+
+    Raises:
+        PIL.ImageCms.PyCMSError: the profile is damaged, or not one of an RGB device.
+    """
+    converted = ImageCms.applyTransform(Image.fromarray(rgb), _transform(profile))
+    assert converted is not None  # None is for a conversion in place
+    return np.asarray(converted)
+
+
+@functools.lru_cache(maxsize=4)
+def _transform(profile: bytes) -> ImageCms.ImageCmsTransform:
+    """Building a transform costs milliseconds, and the slides of one scanner share theirs."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    except OSError as error:  # what Pillow raises for bytes that are no profile
+        raise ImageCms.PyCMSError(error) from error
+    return ImageCms.buildTransform(
+        source,
+        ImageCms.createProfile("sRGB"),
+        "RGB",
+        "RGB",
+        renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+    )

@@ -1,0 +1,144 @@
+"""Images kept in an ``.npz`` of arrays: one item of an array is an image, and has a path of its own.
+
+The layout is that of the public patch sets in MedMNIST form (Yang et al. 2023, Scientific Data 10:41):
+``train_images [N, h, w, 3]`` or ``[N, h, w]``, ``train_labels [N, 1]``, and so for ``val`` and ``test``.
+Item 17 of the first is named ``FILE.npz#train/17``.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidetl.errors import SlideOpenError
+
+SPLITS = ("train", "val", "test")
+
+_ITEM = re.compile(rf"(?P<file>.+\.npz)#(?P<split>{'|'.join(SPLITS)})/(?P<index>\d{{1,9}})", re.IGNORECASE)
+
+# An array is held whole, once in each process: 90,000 colour images of 64 pixels are 1.1 GB.
+_MAX_BYTES = 2 * 2**30
+# What a damaged or foreign file makes of NumPy and zipfile.
+_DAMAGE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
+
+
+@dataclass(frozen=True)
+class NpzItem:
+    """One image in an ``.npz``.
+
+    Attributes:
+        file: the archive.
+        split: ``train``, ``val`` or ``test``.
+        index: its place in ``<split>_images``, from 0.
+    """
+
+    file: Path
+    split: str
+    index: int
+
+    @classmethod
+    def of(cls, path: Path) -> NpzItem | None:
+        """What a path ``FILE.npz#SPLIT/INDEX`` names; None for any other path."""
+        found = _ITEM.fullmatch(str(path))
+        return cls(Path(found["file"]), found["split"].lower(), int(found["index"])) if found else None
+
+    @property
+    def path(self) -> Path:
+        """The path that names it."""
+        return Path(f"{self.file}#{self.split}/{self.index}")
+
+    def read(self) -> NDArray[np.uint8]:
+        """The image, ``[h, w] or [h, w, C] uint8``.
+
+        Raises:
+            SlideOpenError: the file is damaged, too large or has no such item.
+        """
+        try:
+            about = self.file.stat()
+        except OSError as error:
+            raise SlideOpenError(f"{self.file}: no such file") from error
+        images = _load(self.file, f"{self.split}_images", about.st_mtime_ns, about.st_size)
+        if self.index >= len(images):
+            raise SlideOpenError(
+                f"{self.path}: {self.split}_images has items 0 to {len(images) - 1}, not {self.index}"
+            )
+        return np.asarray(images[self.index])
+
+
+def read_labels(file: Path) -> dict[str, NDArray[np.integer[Any]]]:
+    """The labels of every split that an ``.npz`` holds, ``[N]`` each.
+
+    Raises:
+        SlideOpenError: the file is no ``.npz`` in this form; the message says what is wrong with it.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = set(archive.namelist())
+            splits = [split for split in SPLITS if f"{split}_images.npy" in names]
+            labels = {split: _member(archive, f"{split}_labels") for split in splits}
+            counts = {split: _header(archive, f"{split}_images")[0] for split in splits}
+    except _DAMAGE as error:
+        raise SlideOpenError(f"{file}: not an .npz of images that can be read: {error}") from error
+    if not splits:
+        raise SlideOpenError(
+            f"{file}: expected train_images and train_labels (or val_, test_), found {sorted(names)[:6]}"
+        )
+    for split, values in labels.items():
+        one_each = values.ndim == 1 or (values.ndim == 2 and values.shape[1] == 1)
+        if not one_each or values.dtype.kind not in "ui" or len(values) != counts[split][0]:
+            raise SlideOpenError(
+                f"{file}: {split}_labels must be one whole number for each of {counts[split][0]} images, "
+                f"not {list(values.shape)} {values.dtype}"
+            )
+    return {split: values.reshape(-1) for split, values in labels.items()}
+
+
+@functools.lru_cache(maxsize=1)
+def _load(file: Path, name: str, mtime_ns: int, size: int) -> NDArray[np.uint8]:
+    """An array of images. One is kept, since items are asked for one after another."""
+    del mtime_ns, size  # they only make another file another key
+    try:
+        with zipfile.ZipFile(file) as archive:
+            shape, dtype = _header(archive, name)
+            if dtype != np.uint8 or len(shape) not in (3, 4):
+                raise SlideOpenError(
+                    f"{file}: {name} must be [N, h, w] or [N, h, w, 3] uint8, not {list(shape)} {dtype}"
+                )
+            return np.asarray(_member(archive, name), np.uint8)
+    except _DAMAGE as error:
+        if isinstance(error, SlideOpenError):
+            raise
+        raise SlideOpenError(f"{file}: {name} cannot be read: {error}") from error
+
+
+def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and type of an array, without its values."""
+    with archive.open(f"{name}.npy") as stream:
+        version = np.lib.format.read_magic(stream)
+        read = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, _, dtype = read(stream)
+    bytes_wanted = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    if bytes_wanted > _MAX_BYTES:
+        raise ValueError(
+            f"{name} would take {bytes_wanted / 2**30:.1f} GiB, more than {_MAX_BYTES / 2**30:.0f}; "
+            "write its images into folders, one for each label"
+        )
+    return shape, dtype
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    _header(archive, name)
+    with archive.open(f"{name}.npy") as stream:
+        # Never a pickle: it could run anything.
+        return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))

@@ -1,0 +1,498 @@
+"""Images that no scanner's software wrote: PNG, JPEG, TIFF without a vendor, OME-TIFF, items of ``.npz``."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import struct
+import warnings
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+from xml.etree import ElementTree
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidetl.errors import SlideOpenError, SlideReadError, SpacingError, UsageError
+from slidetl.slides.area import average_areas, pixel_edges
+from slidetl.slides.base import Slide, SlideInfo, fingerprint_of
+from slidetl.slides.npz import NpzItem
+
+IMAGE_SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".bmp"])
+TIFF_SUFFIXES = frozenset([".tif", ".tiff"])
+
+# A PNG or JPEG is decoded whole; 80 megapixels are 240 MB. It is below Pillow's own limit of 89.
+_MAX_PLAIN_PX = 80 * 2**20
+# A strip or tile of a TIFF is decoded whole.
+_MAX_SEGMENT_PX = 64 * 2**20
+# Decoded strips and tiles that are kept, since neighbours share them.
+_KEPT_BYTES = 48 * 2**20
+# One band that is averaged has at most this many pixels of the level, three bytes each.
+_MAX_SOURCE_PX = 8 * 2**20
+
+# Spacings that differ by less are the same number, written with other digits.
+_SAME = 1e-9
+
+_MINISWHITE, _MINISBLACK, _RGB, _YCBCR = 0, 1, 2, 6  # TIFF 6.0, PhotometricInterpretation
+_JPEG_COMPRESSION = 7
+_ICC_PROFILE = 34675  # TIFF tag, ICC.1:2010 annex B.4
+
+_GLASS = (255, 255, 255)
+
+# Micrometres in those units of OME-XML (schema 2016-06, UnitsLength) that microscopes use; a pixel is none.
+_OME_UNITS = {"nm": 1e-3, "µm": 1.0, "μm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6, "Å": 1e-4}
+
+# What decoders raise on damaged or hostile files; imagecodecs' own errors are RuntimeErrors.
+_DAMAGE = (
+    OSError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    SyntaxError,
+    ArithmeticError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zlib.error,
+)
+
+# A rectangle of one level, wholly inside it: left, top, width, height, to [height, width, 3] uint8.
+_ReadPixels = Callable[[int, int, int, int], NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
+class _Level:
+    """One level of the pyramid.
+
+    Attributes:
+        size_px: width and height.
+        scale: level-0 pixels per pixel of this level, along x and y.
+        read: its pixels.
+    """
+
+    size_px: tuple[int, int]
+    scale: tuple[float, float]
+    read: _ReadPixels
+
+
+class RasterSlide(Slide):
+    """An image read as a slide; see :class:`slidetl.slides.base.Slide` for the interface.
+
+    A tiled or striped TIFF is decoded a piece at a time, so memory stays bounded; a PNG or JPEG is held
+    whole, and refused above 80 megapixels. Transparent pixels lie over white. Grey becomes RGB, and what is
+    not 8 bits of grey or RGB is refused.
+
+    Args:
+        path: a PNG, JPEG, BMP or TIFF, or ``FILE.npz#SPLIT/INDEX``.
+        mpp_override: micrometres per pixel. Only OME-TIFF says its own: the resolution of other images is
+            that of a printer.
+
+    Raises:
+        SlideOpenError: the file is missing, or not an image that can be read.
+        SpacingError: its spacing is not known.
+    """
+
+    def __init__(self, path: Path, mpp_override: float | None = None) -> None:
+        if mpp_override is not None and not (math.isfinite(mpp_override) and mpp_override > 0):
+            raise UsageError(f"the spacing of a slide must be a positive number, not {mpp_override}")
+        self._path = path
+        self._tiff: _Tiff | None = None
+        self._closed = False
+        self._profile: bytes | None = None
+        try:
+            vendor, fingerprint, mpp, sizes, readers = self._open()
+            self._levels = tuple(
+                _Level(size, _scale(sizes[0], size), read) for size, read in zip(sizes, readers, strict=True)
+            )
+            if mpp_override is not None:
+                mpp = (mpp_override, mpp_override)
+            if mpp is None:
+                raise SpacingError(
+                    f"{path}: the image does not say how many micrometres a pixel is; give it with "
+                    "--mpp-override or in the manifest's mpp column (to take pixels as the unit: "
+                    "--mpp 1 --mpp-override 1)"
+                )
+        except BaseException:  # whatever it was, the file must not stay open
+            self.close()
+            raise
+        self._info = SlideInfo(
+            path=path,
+            fingerprint=fingerprint,
+            vendor=vendor,
+            size_level0=sizes[0],
+            mpp_level0=mpp,
+            mpp_levels=tuple(
+                math.sqrt(mpp[0] * mpp[1] * level.scale[0] * level.scale[1]) for level in self._levels
+            ),
+            background_rgb=_GLASS,
+            objective_power=None,
+        )
+
+    @property
+    def info(self) -> SlideInfo:
+        """What is known of the image without reading its pixels."""
+        return self._info
+
+    @property
+    def colour_profile(self) -> bytes | None:
+        """Its ICC profile, if it has one."""
+        return self._profile
+
+    def mpp_read(self, mpp: float, mpp_tolerance: float = 0.01) -> tuple[float, float]:
+        """The spacing ``(x, y)`` that :meth:`read` returns for ``mpp``.
+
+        Raises:
+            SpacingError: the image is coarser than ``mpp``.
+        """
+        spacing = self._spacing(self._level_for(mpp, mpp_tolerance))
+        x, y = (s if _is_close(s, mpp, mpp_tolerance) else mpp for s in spacing)
+        return x, y
+
+    def read(
+        self,
+        origin_level0: tuple[int, int],
+        size_px: tuple[int, int],
+        mpp: float,
+        mpp_tolerance: float = 0.01,
+    ) -> NDArray[np.uint8]:
+        """Reads a rectangle at a physical spacing; see :meth:`slidetl.slides.base.Slide.read`.
+
+        Raises:
+            SlideReadError: the region is damaged, or the image is closed.
+            SpacingError: the image is coarser than ``mpp``.
+        """
+        if self._closed:
+            raise SlideReadError(f"{self._path}: the slide is closed")
+        level = self._level_for(mpp, mpp_tolerance)
+        spacing = self._spacing(level)
+        as_it_is = tuple(_is_close(s, mpp, mpp_tolerance) for s in spacing)
+        start = [o / s for o, s in zip(origin_level0, level.scale, strict=True)]
+        start = [float(round(s)) if same else s for s, same in zip(start, as_it_is, strict=True)]
+        step = [1.0 if same else mpp / s for s, same in zip(spacing, as_it_is, strict=True)]
+        image = np.empty((size_px[1], size_px[0], 3), np.uint8)
+        for x0, x1, y0, y1 in _blocks(size_px, step):
+            edges = [pixel_edges(start[0], step[0], x0, x1), pixel_edges(start[1], step[1], y0, y1)]
+            first = [math.floor(e[0]) for e in edges]
+            size = [math.ceil(e[-1]) - f for e, f in zip(edges, first, strict=True)]
+            source = self._window(level, (first[0], first[1]), (size[0], size[1]))
+            image[y0:y1, x0:x1] = average_areas(source, edges[0] - first[0], edges[1] - first[1])
+        return image
+
+    def close(self) -> None:
+        """Releases the file. Closing twice is harmless."""
+        self._closed = True
+        if self._tiff is not None:
+            self._tiff.close()
+            self._tiff = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _open(
+        self,
+    ) -> tuple[str, str, tuple[float, float] | None, list[tuple[int, int]], list[_ReadPixels]]:
+        """Vendor, fingerprint, spacing, and for every level its size and how its pixels are read."""
+        item = NpzItem.of(self._path)
+        if item is not None:
+            image = _as_rgb(item.read(), str(self._path))
+            digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
+            return "npz", digest, None, [_size(image)], [_whole(image)]
+        if not self._path.is_file():
+            raise SlideOpenError(f"{self._path}: {'not a file' if self._path.exists() else 'no such file'}")
+        fingerprint = fingerprint_of([self._path])
+        if self._path.suffix.lower() in TIFF_SUFFIXES:
+            self._tiff = _Tiff(self._path)
+            self._profile = self._tiff.profile
+            vendor = "ome-tiff" if self._tiff.is_ome else "plain-tiff"
+            return vendor, fingerprint, self._tiff.mpp, self._tiff.sizes_px, self._tiff.readers
+        image, self._profile, name = _read_plain(self._path)
+        return name, fingerprint, None, [_size(image)], [_whole(image)]
+
+    def _spacing(self, level: _Level) -> tuple[float, float]:
+        mpp = self._info.mpp_level0
+        return mpp[0] * level.scale[0], mpp[1] * level.scale[1]
+
+    def _level_for(self, mpp: float, mpp_tolerance: float) -> _Level:
+        """The coarsest level that is as fine as ``mpp`` on both axes, or within the tolerance of it."""
+        for level in reversed(self._levels):
+            if all(s <= mpp or _is_close(s, mpp, mpp_tolerance) for s in self._spacing(level)):
+                return level
+        raise SpacingError(
+            f"{self._path}: its finest spacing is {max(self._info.mpp_level0):.6g} um per pixel, coarser "
+            f"than the {mpp:.6g} asked for; a slide is never enlarged: ask for a coarser "
+            "spacing or leave the slide out"
+        )
+
+    def _window(self, level: _Level, first: tuple[int, int], size: tuple[int, int]) -> NDArray[np.uint8]:
+        """Pixels of one level, background outside."""
+        low = [max(f, 0) for f in first]
+        high = [min(f + s, limit) for f, s, limit in zip(first, size, level.size_px, strict=True)]
+        width, height = high[0] - low[0], high[1] - low[1]
+        if (width, height) == size:
+            return self._inside(level, low[0], low[1], width, height)
+        image = np.full((size[1], size[0], 3), _GLASS, np.uint8)
+        if width > 0 and height > 0:
+            x, y = low[0] - first[0], low[1] - first[1]
+            image[y : y + height, x : x + width] = self._inside(level, low[0], low[1], width, height)
+        return image
+
+    def _inside(self, level: _Level, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        try:
+            return level.read(x, y, width, height)
+        except _DAMAGE as error:
+            raise SlideReadError(
+                f"{self._path}: {width} x {height} pixels at {(x, y)} cannot be read: {_line(error)}"
+            ) from error
+
+
+class _Tiff:
+    """A TIFF as tifffile understands it: the levels of its first image, decoded piece by piece."""
+
+    def __init__(self, path: Path) -> None:
+        # Imported here: PNGs and arrays need not pay for it.
+        import tifffile
+
+        self._path = path
+        self._kept: OrderedDict[tuple[int, int], NDArray[np.uint8] | None] = OrderedDict()
+        self._kept_bytes = 0
+        try:
+            self._file = tifffile.TiffFile(path)
+        except _DAMAGE as error:
+            raise SlideOpenError(f"{path}: not a slide or image that can be read: {_line(error)}") from error
+        try:
+            try:
+                self.is_ome = bool(self._file.is_ome)
+                self.mpp = _ome_mpp(self._file.ome_metadata) if self.is_ome else None
+                levels = list(self._file.series[0].levels)
+                pages = [level.keyframe for level in levels]
+                for level, page in zip(levels, pages, strict=True):
+                    self._check(level, page)
+                self.sizes_px = [(int(page.imagewidth), int(page.imagelength)) for page in pages]
+                tag = pages[0].tags.get(_ICC_PROFILE)
+                self.profile = bytes(tag.value) if tag is not None else None
+            except SlideOpenError:
+                raise
+            except _DAMAGE as error:
+                raise SlideOpenError(
+                    f"{path}: not a slide or image that can be read: {_line(error)}"
+                ) from error
+        except BaseException:  # whatever it was, the file must not stay open
+            self.close()
+            raise
+        self.readers: list[_ReadPixels] = [self._reader(number, page) for number, page in enumerate(pages)]
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _check(self, level: Any, page: Any) -> None:
+        if len(level.pages) != 1 or level.axes not in ("YX", "YXS", "SYX"):
+            raise SlideOpenError(
+                f"{self._path}: expected one grey or RGB image, found {level.axes} of {tuple(level.shape)}; "
+                "write the plane that is meant to a file of its own"
+            )
+        samples = int(page.samplesperpixel)
+        photometric = int(page.photometric)
+        is_known = photometric in (_MINISWHITE, _MINISBLACK, _RGB) or (
+            photometric == _YCBCR and int(page.compression) == _JPEG_COMPRESSION
+        )
+        wanted = (1, 2) if photometric in (_MINISWHITE, _MINISBLACK) else (3, 4)
+        if not is_known or samples not in wanted or page.dtype != np.uint8 or page.bitspersample != 8:
+            raise SlideOpenError(
+                f"{self._path}: expected 8-bit grey or RGB, found {samples} samples of {page.dtype}, "
+                f"photometric {page.photometric!s}; convert it"
+            )
+        if not page.is_memmappable and math.prod(page.chunks) > _MAX_SEGMENT_PX * samples:
+            raise SlideOpenError(
+                f"{self._path}: its pixels are compressed in pieces of {page.chunks[1]} x {page.chunks[0]}, "
+                f"more than {_MAX_SEGMENT_PX} each; convert it to a tiled TIFF"
+            )
+
+    def _reader(self, number: int, page: Any) -> _ReadPixels:
+        if page.is_memmappable:
+            shape = (int(page.imagelength), int(page.imagewidth), int(page.samplesperpixel))
+            is_planar = shape[2] > 1 and int(page.planarconfig) == 2
+            stored = (shape[2], shape[0], shape[1]) if is_planar else shape
+            # Left to the kernel: an uncompressed image may be larger than memory.
+            mapped = np.memmap(self._path, np.uint8, "r", offset=page.dataoffsets[0], shape=stored)
+            pixels = np.moveaxis(mapped, 0, 2) if is_planar else mapped
+            return lambda x, y, width, height: self._rgb(
+                page, np.asarray(pixels[y : y + height, x : x + width])
+            )
+        return lambda x, y, width, height: self._decode(number, page, x, y, width, height)
+
+    def _decode(self, number: int, page: Any, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+        """A rectangle put together from the strips or tiles that it touches."""
+        samples = int(page.samplesperpixel)
+        image = np.full((height, width, samples), 255, np.uint8)
+        is_planar = samples > 1 and int(page.planarconfig) == 2
+        chunk_width = int(page.tilewidth) if page.is_tiled else int(page.imagewidth)
+        chunk_height = (
+            int(page.tilelength) if page.is_tiled else min(int(page.rowsperstrip), page.imagelength)
+        )
+        across, down = -(-page.imagewidth // chunk_width), -(-page.imagelength // chunk_height)
+        for plane in range(samples if is_planar else 1):
+            for row in range(y // chunk_height, (y + height - 1) // chunk_height + 1):
+                for column in range(x // chunk_width, (x + width - 1) // chunk_width + 1):
+                    piece = self._segment(number, page, (plane * down + row) * across + column)
+                    if piece is None:
+                        continue
+                    top, left = row * chunk_height, column * chunk_width
+                    rows = slice(max(top, y), min(top + piece.shape[0], y + height))
+                    columns = slice(max(left, x), min(left + piece.shape[1], x + width))
+                    part = piece[
+                        rows.start - top : rows.stop - top, columns.start - left : columns.stop - left
+                    ]
+                    channels = slice(plane, plane + 1) if is_planar else slice(None)
+                    image[rows.start - y : rows.stop - y, columns.start - x : columns.stop - x, channels] = (
+                        part
+                    )
+        return self._rgb(page, image)
+
+    def _segment(self, number: int, page: Any, index: int) -> NDArray[np.uint8] | None:
+        """A decoded strip or tile, ``[h, w, S]``, cut to the image; None where the file has none."""
+        key = (number, index)
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        handle = self._file.filehandle
+        handle.seek(page.dataoffsets[index])
+        data = handle.read(page.databytecounts[index])
+        decoded, _, shape = page.decode(data, index, jpegtables=page.jpegtables)
+        piece = None if decoded is None else decoded[0, : shape[1], : shape[2]]
+        self._kept[key] = piece
+        self._kept_bytes += 0 if piece is None else piece.nbytes
+        while self._kept_bytes > _KEPT_BYTES and len(self._kept) > 1:
+            _, old = self._kept.popitem(last=False)
+            self._kept_bytes -= 0 if old is None else old.nbytes
+        return piece
+
+    @staticmethod
+    def _rgb(page: Any, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if int(page.photometric) == _MINISWHITE:
+            pixels = pixels.copy()
+            pixels[..., 0] = 255 - pixels[..., 0]
+        # An extra sample that is not alpha has no meaning that we know.
+        has_alpha = bool(page.extrasamples) and int(page.extrasamples[0]) in (1, 2)
+        colours = pixels.shape[-1] - (pixels.shape[-1] in (2, 4))
+        return _as_rgb(pixels if has_alpha else pixels[..., :colours], page.parent.filename)
+
+
+def _read_plain(path: Path) -> tuple[NDArray[np.uint8], bytes | None, str]:
+    """The pixels of a PNG, JPEG or BMP, its ICC profile, and the name of its format."""
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            # Our own limit is lower, and has a remedy.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            opened = Image.open(path)
+        with opened as image:
+            if image.width * image.height > _MAX_PLAIN_PX:
+                raise SlideOpenError(
+                    f"{path}: {image.width} x {image.height} pixels in one piece, more than {_MAX_PLAIN_PX}; "
+                    "convert it to a tiled TIFF"
+                )
+            if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
+                raise SlideOpenError(
+                    f"{path}: expected 8-bit grey or RGB, found {image.format} {image.mode}; convert it"
+                )
+            profile = image.info.get("icc_profile")
+            has_alpha = image.has_transparency_data
+            pixels = np.asarray(image.convert("RGBA" if has_alpha else "RGB"))
+            return _as_rgb(pixels, str(path)), profile or None, str(image.format).lower()
+    except Image.DecompressionBombError as error:
+        raise SlideOpenError(f"{path}: {_line(error)}; convert it to a tiled TIFF") from error
+    except SlideOpenError:
+        raise
+    except _DAMAGE as error:
+        raise SlideOpenError(f"{path}: not a slide or image that can be read: {_line(error)}") from error
+
+
+def _as_rgb(pixels: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
+    """Grey, RGB, and either with alpha, as ``[h, w, 3]``; what is transparent lies over white."""
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    channels = pixels.shape[-1]
+    if channels not in (1, 2, 3, 4) or 0 in pixels.shape:
+        raise SlideOpenError(f"{name}: expected a grey or RGB image, found {list(pixels.shape)}; convert it")
+    colours = pixels if channels in (1, 3) else pixels[..., :-1]
+    if channels in (2, 4):
+        alpha = pixels[..., -1:].astype(np.uint16)
+        colours = ((colours * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    return np.repeat(colours, 3, axis=2) if colours.shape[2] == 1 else np.ascontiguousarray(colours)
+
+
+def _whole(image: NDArray[np.uint8]) -> _ReadPixels:
+    return lambda x, y, width, height: image[y : y + height, x : x + width]
+
+
+def _size(image: NDArray[np.uint8]) -> tuple[int, int]:
+    return image.shape[1], image.shape[0]
+
+
+def _ome_mpp(xml: str | None) -> tuple[float, float] | None:
+    """Micrometres per pixel of the first image of an OME-XML description, if it says so."""
+    try:
+        root = ElementTree.fromstring((xml or "").encode())
+    except ElementTree.ParseError:
+        return None
+    pixels = next((element for element in root.iter() if element.tag.rpartition("}")[2] == "Pixels"), None)
+    if pixels is None:
+        return None
+    spacing = []
+    for axis in "XY":
+        unit = _OME_UNITS.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
+        try:
+            value = float(pixels.get(f"PhysicalSize{axis}", "nan"))
+        except ValueError:
+            return None
+        if unit is None or not (math.isfinite(value) and value > 0):
+            return None
+        spacing.append(value * unit)
+    return spacing[0], spacing[1]
+
+
+def _scale(size0: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
+    """Level-0 pixels per pixel; a whole number where what is left over was dropped or filled."""
+    whole = round(math.sqrt(size0[0] * size0[1] / (size[0] * size[1])))
+    if all(s in (s0 // whole, -(-s0 // whole)) for s, s0 in zip(size, size0, strict=True)):
+        return float(whole), float(whole)
+    return size0[0] / size[0], size0[1] / size[1]
+
+
+def _is_close(spacing: float, mpp: float, mpp_tolerance: float) -> bool:
+    return abs(spacing / mpp - 1) <= max(mpp_tolerance, _SAME)
+
+
+def _blocks(size_px: tuple[int, int], step: list[float]) -> Iterator[tuple[int, int, int, int]]:
+    """Splits an output image so that each block's source stays below ``_MAX_SOURCE_PX``, in full rows."""
+    per_pixel = step[0] * step[1]
+    columns = min(size_px[0], max(1, int(_MAX_SOURCE_PX / per_pixel)))
+    rows = min(size_px[1], max(1, int(_MAX_SOURCE_PX / (per_pixel * columns))))
+    for y in range(0, size_px[1], rows):
+        for x in range(0, size_px[0], columns):
+            yield x, min(x + columns, size_px[0]), y, min(y + rows, size_px[1])
+
+
+def _line(error: BaseException) -> str:
+    """What a decoder says, in one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def is_raster(path: Path) -> bool:
+    """Whether a path is for :class:`RasterSlide`: an image by its name, or a TIFF that OpenSlide refuses."""
+    if NpzItem.of(path) is not None or path.suffix.lower() in IMAGE_SUFFIXES:
+        return True
+    if path.suffix.lower() not in TIFF_SUFFIXES or not path.is_file():
+        return False
+    import openslide
+
+    return openslide.OpenSlide.detect_format(path) is None

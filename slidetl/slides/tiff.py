@@ -1,0 +1,384 @@
+"""JPEG tiles of TIFF and SVS files as they lie in the file: copied, or decoded without OpenSlide.
+
+What OpenSlide says of a slide stays the truth; this only finds, for a level that OpenSlide named, the very
+tiles that it would decode. Nothing in the file is trusted: a structure that is not exactly the plain one
+described in :func:`read_jpeg_level` gives None, and its caller reads through OpenSlide instead.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+
+# TIFF 6.0 and BigTIFF: tag numbers, and types that hold whole numbers.
+_WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
+_SAMPLES, _PLANAR, _TILE_WIDTH, _TILE_HEIGHT = 277, 284, 322, 323
+_TILE_OFFSETS, _TILE_BYTE_COUNTS, _JPEG_TABLES = 324, 325, 347
+_INTEGER_TYPES = {3: "u2", 4: "u4", 16: "u8"}
+_BYTE_TYPES = {1: "u1", 7: "u1"}
+_JPEG, _RGB, _YCBCR = 7, 2, 6
+
+# More than any scanner writes; beyond it a file is left to OpenSlide.
+_MAX_DIRECTORIES = 64
+_MAX_ENTRIES = 512
+_MAX_TILES = 2**24
+_MAX_TILE_PX = 4096
+_MAX_TABLES_BYTES = 2**16
+_MAX_JPEG_BYTES = 2**26
+
+# ITU-T T.81, table B.1.
+_SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
+_DHT, _SOF0, _SOS, _DQT, _DRI, _COM = 0xC4, 0xC0, 0xDA, 0xDB, 0xDD, 0xFE
+
+# One read takes tiles that lie beside one another, with so much between them that nobody asked for.
+_MAX_READ_BYTES = 2**23
+_MAX_GAP_BYTES = 2**16
+
+# Compressed data of so many zero bytes would say nothing, 256 times.
+_ZEROS = bytes(32)
+
+
+@dataclass(frozen=True, eq=False)
+class JpegLevel:
+    """One level of a pyramid whose tiles are baseline JPEGs.
+
+    Attributes:
+        size_px: width and height of the level.
+        tile_px: width and height of a tile; the last ones reach beyond the level.
+        is_rgb: the JPEGs hold RGB, not YCbCr.
+        tables: quantisation and Huffman tables that the tiles share, as segments of a JPEG; may be empty.
+        offsets: ``[rows, columns] int64``, where each tile begins in the file.
+        byte_counts: ``[rows, columns] int64``, 0 for a tile that is not there.
+    """
+
+    size_px: tuple[int, int]
+    tile_px: tuple[int, int]
+    is_rgb: bool
+    tables: bytes
+    offsets: NDArray[np.int64]
+    byte_counts: NDArray[np.int64]
+
+
+def read_jpeg_level(file: IO[bytes], size_px: tuple[int, int], tile_px: tuple[int, int]) -> JpegLevel | None:
+    """Finds the one directory of a TIFF with this size and these tiles, if its tiles are JPEGs we know.
+
+    Known are classic TIFF and BigTIFF, of either byte order; 8 bits, three interleaved samples, RGB or YCbCr;
+    compression 7 (TIFF technical note 2), with ``JPEGTables`` or without.
+
+    Args:
+        file: the TIFF, unbuffered.
+        size_px: width and height of the level, as OpenSlide says.
+        tile_px: width and height of its tiles, as OpenSlide says.
+
+    Returns:
+        None if there is no such directory, or several, or anything in it is unusual.
+    """
+    try:
+        directories = _directories(file)
+        matching = [
+            d
+            for d in directories
+            if (d.number(_WIDTH), d.number(_HEIGHT)) == size_px
+            and (d.number(_TILE_WIDTH), d.number(_TILE_HEIGHT)) == tile_px
+        ]
+        return _jpeg_level(matching[0], size_px, tile_px) if len(matching) == 1 else None
+    except _UnusualError:
+        return None
+
+
+@dataclass(frozen=True)
+class Jpeg:
+    """A JPEG that stands alone.
+
+    Attributes:
+        data: its bytes.
+        subsampling: ``"444"``, ``"422"`` or ``"420"``.
+    """
+
+    data: bytes
+    subsampling: str
+
+
+class JpegTiles:
+    """Reads the tiles of one level as standalone JPEGs. Threads may share it.
+
+    Args:
+        file: the TIFF, unbuffered; the caller closes it.
+        level: of that file.
+    """
+
+    def __init__(self, file: IO[bytes], level: JpegLevel) -> None:
+        self.level = level
+        self._descriptor = file.fileno()
+        # The heads of tiles are alike, so one comparison spares most of them the reading of markers.
+        self._known = _Head(b"\0", b"", "")
+
+    def read(self, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> list[Jpeg | None]:
+        """Reads tiles in the order asked for; what lies together in the file is read at once.
+
+        Args:
+            rows: ``[n]``.
+            columns: ``[n]``.
+
+        Returns:
+            For each tile a JPEG that stands alone; None for one that is missing, or not as it should be.
+        """
+        offsets = self.level.offsets[rows, columns].tolist()
+        counts = self.level.byte_counts[rows, columns].tolist()
+        jpegs: list[Jpeg | None] = []
+        first = 0
+        for last in range(1, len(offsets) + 1):
+            if last < len(offsets):
+                gap = offsets[last] - offsets[last - 1] - counts[last - 1]
+                span = offsets[last] + counts[last] - offsets[first]
+                if 0 <= gap <= _MAX_GAP_BYTES and span <= _MAX_READ_BYTES:
+                    continue
+            start = offsets[first]
+            data = os.pread(self._descriptor, offsets[last - 1] + counts[last - 1] - start, start)
+            for place in range(first, last):
+                at = offsets[place] - start
+                jpegs.append(self._standalone(data[at : at + counts[place]], counts[place]))
+            first = last
+        return jpegs
+
+    def _standalone(self, data: bytes, count: int) -> Jpeg | None:
+        # Some writers pad to an even length.
+        end = len(data) if data.endswith(_EOI) else len(data) - 1
+        if len(data) != count or not data.endswith(_EOI, 0, end):
+            return None
+        head = self._known
+        if not data.startswith(head.raw):
+            parsed = _head(data, self.level)
+            if parsed is None:
+                return None
+            self._known = head = parsed
+        body = data[len(head.raw) : end]
+        return Jpeg(head.prefix + body, head.subsampling) if _is_plausible(body) else None
+
+
+def _is_plausible(body: bytes) -> bool:
+    """Whether compressed data, up to the end of the image, can be whole; far cheaper than to decode it.
+
+    Within it 0xFF is followed by 0 or is a restart marker (T.81, B.1.1.5); zeros are a block lost on a disk.
+    """
+    stuffed = body.count(b"\xff\x00")
+    markers = body.count(b"\xff") - 1 - stuffed
+    if markers:
+        markers -= sum(body.count(bytes((0xFF, 0xD0 + number))) for number in range(8))
+    return markers == 0 and _ZEROS not in body
+
+
+class _UnusualError(Exception):
+    """The file has a structure that this reader leaves to OpenSlide."""
+
+
+def _need(is_usual: bool) -> None:
+    if not is_usual:
+        raise _UnusualError
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tag of a directory: its type and count, and its values if they fit in the entry, or their place."""
+
+    kind: int
+    count: int
+    value: bytes
+
+
+@dataclass(frozen=True)
+class _Directory:
+    file: IO[bytes]
+    order: str
+    file_bytes: int
+    entries: dict[int, _Entry]
+
+    def number(self, tag: int, default: int | None = None) -> int:
+        if tag not in self.entries and default is not None:
+            return default
+        values = self.numbers(tag, 1)
+        return int(values[0])
+
+    def numbers(self, tag: int, count: int) -> NDArray[np.int64]:
+        """The ``count`` whole numbers of a tag."""
+        return self._values(tag, count, _INTEGER_TYPES).astype(np.int64)
+
+    def bytes(self, tag: int, most: int) -> bytes:
+        """The content of a tag; nothing if it is not there."""
+        if tag not in self.entries:
+            return b""
+        count = self.entries[tag].count
+        _need(count <= most)
+        return self._values(tag, count, _BYTE_TYPES).tobytes()
+
+    def _values(self, tag: int, count: int, types: dict[int, str]) -> NDArray[np.unsignedinteger]:
+        _need(tag in self.entries)
+        entry = self.entries[tag]
+        _need(entry.kind in types and entry.count == count)
+        dtype = np.dtype(self.order + types[entry.kind])
+        size = count * dtype.itemsize
+        if size <= len(entry.value):
+            return np.frombuffer(entry.value[:size], dtype)
+        offset = int.from_bytes(entry.value, "little" if self.order == "<" else "big")
+        _need(offset + size <= self.file_bytes)
+        return np.frombuffer(_read(self.file, offset, size), dtype)
+
+
+def _read(file: IO[bytes], offset: int, size: int) -> bytes:
+    data = os.pread(file.fileno(), size, offset)
+    _need(len(data) == size)
+    return data
+
+
+def _directories(file: IO[bytes]) -> list[_Directory]:
+    """The main chain of directories."""
+    file_bytes = os.fstat(file.fileno()).st_size
+    head = _read(file, 0, 16)
+    _need(head[:2] in (b"II", b"MM"))
+    order = "<" if head[:2] == b"II" else ">"
+    (version,) = struct.unpack(order + "H", head[2:4])
+    _need(version in (42, 43))
+    is_big = version == 43
+    if is_big:
+        _need(struct.unpack(order + "HH", head[4:8]) == (8, 0))
+        (offset,) = struct.unpack(order + "Q", head[8:16])
+    else:
+        (offset,) = struct.unpack(order + "I", head[4:8])
+    count_format, entry_format, next_format = ("Q", "HHQ8s", "Q") if is_big else ("H", "HHI4s", "I")
+    entry_size = struct.calcsize(order + entry_format)
+
+    directories: list[_Directory] = []
+    seen: set[int] = set()
+    while offset:
+        _need(offset not in seen and len(seen) < _MAX_DIRECTORIES)
+        seen.add(offset)
+        count_size = struct.calcsize(order + count_format)
+        (count,) = struct.unpack(order + count_format, _read(file, offset, count_size))
+        _need(count <= _MAX_ENTRIES)
+        packed = _read(file, offset + count_size, count * entry_size)
+        entries: dict[int, _Entry] = {}
+        for tag, kind, values, value in struct.iter_unpack(order + entry_format, packed):
+            _need(tag not in entries)
+            entries[tag] = _Entry(kind, values, value)
+        directories.append(_Directory(file, order, file_bytes, entries))
+        at = offset + count_size + count * entry_size
+        (offset,) = struct.unpack(order + next_format, _read(file, at, struct.calcsize(order + next_format)))
+    return directories
+
+
+def _jpeg_level(directory: _Directory, size_px: tuple[int, int], tile_px: tuple[int, int]) -> JpegLevel:
+    _need(directory.number(_COMPRESSION) == _JPEG)
+    _need(directory.number(_SAMPLES) == 3)
+    _need(directory.numbers(_BITS, 3).tolist() == [8, 8, 8])
+    _need(directory.number(_PLANAR, 1) == 1)
+    photometric = directory.number(_PHOTOMETRIC)
+    _need(photometric in (_RGB, _YCBCR))
+    _need(all(0 < t <= _MAX_TILE_PX for t in tile_px) and all(s > 0 for s in size_px))
+    columns, rows = (-(-s // t) for s, t in zip(size_px, tile_px, strict=True))
+    _need(columns * rows <= _MAX_TILES)
+    offsets = directory.numbers(_TILE_OFFSETS, columns * rows)
+    byte_counts = directory.numbers(_TILE_BYTE_COUNTS, columns * rows)
+    limit = directory.file_bytes
+    _need(bool(np.all((offsets >= 0) & (offsets <= limit))))
+    _need(bool(np.all((byte_counts >= 0) & (byte_counts <= min(limit, _MAX_JPEG_BYTES)))))
+    _need(bool(np.all(offsets + byte_counts <= limit)))
+    return JpegLevel(
+        size_px=size_px,
+        tile_px=tile_px,
+        is_rgb=photometric == _RGB,
+        tables=_tables(directory.bytes(_JPEG_TABLES, _MAX_TABLES_BYTES)),
+        offsets=offsets.reshape(rows, columns),
+        byte_counts=byte_counts.reshape(rows, columns),
+    )
+
+
+def _tables(data: bytes) -> bytes:
+    """The segments between the markers at both ends of a stream of tables."""
+    if not data:
+        return b""
+    _need(data.startswith(_SOI))
+    kept, at = [], 2
+    while data[at : at + 2] != _EOI:
+        marker, segment = _segment(data, at)
+        _need(marker in (_DQT, _DHT, _DRI) or _is_comment(marker))
+        if not _is_comment(marker):
+            kept.append(segment)
+        at += len(segment)
+    return b"".join(kept)
+
+
+def _segment(data: bytes, at: int) -> tuple[int, bytes]:
+    """The marker at a place, and its segment whole."""
+    _need(len(data) >= at + 4 and data[at] == 0xFF)
+    size = int.from_bytes(data[at + 2 : at + 4], "big")
+    _need(size >= 2 and at + 2 + size <= len(data))
+    return data[at + 1], data[at : at + 2 + size]
+
+
+def _is_comment(marker: int) -> bool:
+    """Application data and comments: they tell decoders how to guess colours, which the TIFF states."""
+    return marker == _COM or 0xE0 <= marker <= 0xEF
+
+
+@dataclass(frozen=True)
+class _Head:
+    """What precedes the compressed data of a tile.
+
+    Attributes:
+        raw: as it is in the file.
+        prefix: what stands for it in a JPEG that stands alone.
+        subsampling: of the colours.
+    """
+
+    raw: bytes
+    prefix: bytes
+    subsampling: str
+
+
+# Sampling factors of the three components, T.81 B.2.2.
+_SUBSAMPLINGS = {(0x11, 0x11, 0x11): "444", (0x21, 0x11, 0x11): "422", (0x22, 0x11, 0x11): "420"}
+
+
+def _head(data: bytes, level: JpegLevel) -> _Head | None:
+    """Reads the markers of a tile up to its compressed data; None if it is no plain baseline JPEG."""
+    try:
+        _need(data.startswith(_SOI))
+        kept, at, subsampling = [], 2, None
+        while True:
+            marker, segment = _segment(data, at)
+            at += len(segment)
+            if marker == _SOF0:
+                _need(subsampling is None)
+                subsampling = _subsampling(segment, level.tile_px)
+            elif marker == _SOS:
+                _need(segment[4:5] == b"\x03")  # one scan of all three components
+            else:
+                _need(marker in (_DQT, _DHT, _DRI) or _is_comment(marker))
+            if not _is_comment(marker):
+                kept.append(segment)
+            if marker == _SOS:
+                break
+        _need(subsampling is not None)
+    except _UnusualError:
+        return None
+    assert subsampling is not None
+    # An Adobe marker with its transform, 0 for RGB and 1 for YCbCr: else decoders guess from the components'
+    # names, and OpenSlide goes by the TIFF.
+    adobe = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([0 if level.is_rgb else 1])
+    prefix = b"".join((_SOI, adobe, level.tables, *kept))
+    return _Head(data[:at], prefix, subsampling)
+
+
+def _subsampling(frame: bytes, tile_px: tuple[int, int]) -> str:
+    """Of a start-of-frame segment, which must be of a whole tile."""
+    _need(len(frame) == 19)
+    precision, height, width, components = struct.unpack(">BHHB", frame[4:10])
+    _need((precision, components) == (8, 3) and (width, height) == tile_px)
+    factors = (frame[11], frame[14], frame[17])
+    _need(factors in _SUBSAMPLINGS)
+    return _SUBSAMPLINGS[factors]

@@ -1,0 +1,48 @@
+"""Trains in two processes and in one: ``python -m tests.models.ddp_trainings FILE`` saves the weights."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slidetl.models.backbones import BackboneSpec
+from slidetl.tasks.slide import SlideGrader
+from tests.contracts.strategy import fit
+from tests.models.test_transfer import DDP
+
+
+class PlainDescent(SlideGrader):
+    """Without Adam, which makes a whole step of the rounding where a gradient is nearly zero."""
+
+    def configure_optimizers(self) -> Any:
+        super().configure_optimizers()
+        return torch.optim.SGD(
+            self.transfer.parameter_groups(self.network, self.lr, self.weight_decay), momentum=0.9
+        )
+
+
+def weights(grader: SlideGrader) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in grader.state_dict().items()}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    states = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, options in (
+            ("together", {"devices": 2, "strategy": "ddp_fork"}),
+            ("alone", {"devices": 1}),
+        ):
+            for name, strategy in DDP.items():
+                torch.manual_seed(0)
+                grader = PlainDescent(BackboneSpec(), transfer=strategy, lr=0.02)
+                strategy.start(grader.network.backbone)
+                states[f"{name}/start"] = weights(grader)
+                root = Path(folder) / kind / name.replace(" ", "-")
+                states[f"{name}/{kind}"] = weights(fit(grader, root, **options))
+    torch.save(states, sys.argv[1])

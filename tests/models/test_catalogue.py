@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from slidetl.models.backbones import BackboneSpec
+from slidetl.models.catalogue import MOST_COUNTED, RECOMMENDED, list_backbones
+from slidetl.models.cbr import CBR_NAMES
+
+
+@pytest.fixture(autouse=True)
+def empty_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+
+def test_the_short_list_is_what_is_bundled_small_or_recommended() -> None:
+    entries = {entry.name: entry for entry in list_backbones()}
+    assert set(entries) == {BackboneSpec().name, *CBR_NAMES, *RECOMMENDED}
+    assert entries[BackboneSpec().name].weights == "bundled"
+    assert entries["cbr_tiny"].weights == "none"
+    resnet = entries["resnet18"]
+    # torchvision's figure without the classifier of 1,000 classes
+    assert (resnet.parameters, resnet.features) == (11_689_512 - 513 * 1000, 512)
+    assert (resnet.input_size_px, resnet.weights) == (224, "download")
+    unseen = entries["hf-hub:MahmoodLab/UNI"]
+    assert (unseen.parameters, unseen.features, unseen.weights) == (None, None, "download")
+
+
+def test_weights_on_this_machine_are_found_and_named(tmp_path: Path) -> None:
+    tagged, default = "resnet34.tv_in1k", "resnet26"
+    for name in (tagged, default):
+        repository = str(timm.get_pretrained_cfg_value(name, "hf_hub_id"))
+        cache(tmp_path / "hf", repository, "model.safetensors").write_bytes(b"")
+    url = str(timm.get_pretrained_cfg_value("inception_v3", "url"))
+    downloaded = tmp_path / "torch" / "hub" / "checkpoints" / url.rpartition("/")[2]
+    has_url = url.endswith(".pth")
+    if has_url:
+        downloaded.parent.mkdir(parents=True)
+        downloaded.write_bytes(b"")
+    lab = cache(tmp_path / "hf", "lab/pathology", "config.json")
+    lab.write_text('{"architecture": "resnet10t", "pretrained_cfg": {"mean": [0.5], "std": [0.5]}}')
+    torch.manual_seed(0)
+    save_file(timm.create_model("resnet10t").state_dict(), lab.with_name("model.safetensors"))
+    entries = {entry.name: entry for entry in list_backbones()}
+    assert entries["resnet26"].weights.endswith("model.safetensors")
+    assert entries[tagged].weights.endswith("model.safetensors") and "resnet34" not in entries
+    assert entries["hf-hub:lab/pathology"].weights == str(lab.with_name("model.safetensors"))
+    if has_url:
+        assert entries["inception_v3"].weights == str(downloaded)
+
+
+def cache(folder: Path, repository: str, file: str) -> Path:
+    """A file's place in the cache of the Hugging Face hub."""
+    place = folder / f"models--{repository.replace('/', '--')}"
+    (place / "refs").mkdir(parents=True)
+    (place / "refs" / "main").write_text("abc")
+    (place / "snapshots" / "abc").mkdir(parents=True)
+    return place / "snapshots" / "abc" / file
+
+
+def test_a_pattern_searches_all_names() -> None:
+    assert {"resnet18", "resnet18d"} <= {entry.name for entry in list_backbones("resnet18")}
+    assert [entry.name for entry in list_backbones("cbr_tiny*")] == ["cbr_tiny", "cbr_tiny_published"]
+    assert list_backbones("no such network") == []
+    many = list_backbones("vit_*")
+    assert len(many) > MOST_COUNTED
+    assert [entry.parameters is None for entry in many] == [i >= MOST_COUNTED for i in range(len(many))]

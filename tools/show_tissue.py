@@ -1,0 +1,66 @@
+"""Writes what slidetl sees on a slide as PNGs for people to look at: tissue, tiles, and what spoils them.
+
+Example::
+
+    python tools/show_tissue.py OUT slide.svs other.ndpi --mpp 0.5 --tile-size 224
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from slidetl.cache.preview import draw_preview
+from slidetl.cache.tiler import plan_tiles
+from slidetl.errors import SlideError
+from slidetl.grid import TileSpec
+from slidetl.quality import measure_quality
+from slidetl.slides import open_slide
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("out", type=Path, help="folder for the PNGs")
+    parser.add_argument("slides", type=Path, nargs="+")
+    parser.add_argument("--mpp", type=float, default=0.5, help="spacing of the tiles, micrometres per pixel")
+    parser.add_argument("--tile-size", type=int, default=224, help="side of a tile, pixels")
+    parser.add_argument("--mpp-override", type=float, help="micrometres per level-0 pixel")
+    parser.add_argument("--most", type=float, default=0.25, help="share of a tile from which it is spoilt")
+    options = parser.parse_args(words)
+    spec = TileSpec(options.mpp, options.tile_size)
+    for path in options.slides:
+        try:
+            with open_slide(path, options.mpp_override) as slide:
+                plan = plan_tiles(slide, spec)
+        except SlideError as error:
+            print(f"{path.name}: {error}")
+            continue
+        maps = measure_quality(
+            plan.thumbnail, plan.tissue_mask.mpp, plan.tissue_mask.mask, plan.info.background_rgb
+        )
+        shares = maps.fractions(plan.origins_level0, plan.extent_level0, plan.info.mpp_level0)
+        is_kept = np.ones(len(plan), bool)
+        left_out = {}
+        for reason, share in shares.items():
+            is_spoilt = (share > options.most) & is_kept
+            left_out[reason] = plan.origins_level0[is_spoilt]
+            is_kept &= ~is_spoilt
+        draw_preview(
+            options.out / f"{path.stem}.png",
+            plan.thumbnail,
+            plan.tissue_mask,
+            plan.origins_level0[is_kept],
+            left_out,
+            plan.extent_level0,
+            plan.info.mpp_level0,
+            path.name,
+        )
+        counts = ", ".join(f"{len(places)} {reason}" for reason, places in left_out.items())
+        print(f"{path.name}: {is_kept.sum()} tiles, {plan.tissue_mask.mask.mean():.0%} tissue; {counts}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
