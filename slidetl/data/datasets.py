@@ -46,6 +46,7 @@ class Chunk(TypedDict):
     tiles: Tensor
     slide_id: str
     patient_id: str
+    site: str
     grade: int
     last: bool
 
@@ -117,6 +118,7 @@ class ChunkDataset(Dataset[Chunk]):
             "tiles": channels_first(cache.read(np.arange(start, stop))),
             "slide_id": row.slide_id,
             "patient_id": row.patient_id,
+            "site": row.site,
             "grade": -1 if row.grade is None else row.grade,
             "last": stop == len(cache),
         }

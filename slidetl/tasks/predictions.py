@@ -21,7 +21,7 @@ class SlidePrediction:
         tiles: how many tiles the slide has.
         site: from the manifest, empty where not given.
         fold: which fold of a cross-validation predicted it, empty outside of one.
-        checkpoint: SHA-256 of the checkpoint's file, hexadecimal; empty where there is none.
+        checkpoint: SHA-256 of the network's weights, hexadecimal; empty where there are none.
     """
 
     slide_id: str

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -19,10 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from slidetl.data.datasets import Bag, Chunk
 from slidetl.data.manifest import check_scale
 from slidetl.errors import CheckpointError, UsageError
-from slidetl.evaluation.metrics import GradeMetrics, grade_metrics
+from slidetl.evaluation.metrics import GradeMetrics, ProbabilityMetrics, grade_metrics, probability_metrics
 from slidetl.grid import TileSpec
 from slidetl.models.aggregators import GatedAttention, Pooling
-from slidetl.models.backbones import Backbone, BackboneSpec
+from slidetl.models.backbones import Backbone, BackboneSpec, weights_sha256
 from slidetl.models.heads import CumulativeLink, Head
 from slidetl.models.network import GradingNetwork
 from slidetl.models.penalties import Batch, Reference, Seen, recorded
@@ -80,6 +79,7 @@ class SlideGrader(pl.LightningModule):
         self.tile_spec: TileSpec | None = None
         self._total_steps = 1.0
         self._applied: dict[str, Tensor] = {}  # penalties of the step just done, outside the loss
+        self._checkpoint = ""  # SHA-256 of the weights that predict
         self._embeddings: list[Tensor] = []  # of the slide whose chunks are coming in
         self._predictions: list[SlidePrediction] = []
 
@@ -194,8 +194,12 @@ class SlideGrader(pl.LightningModule):
         """Forgets what an evaluation that was cut short has left behind."""
         self._embeddings, self._predictions = [], []
 
-    on_test_epoch_start = on_validation_epoch_start
-    on_predict_epoch_start = on_validation_epoch_start
+    def on_test_epoch_start(self) -> None:
+        """Notes which weights it is that predict."""
+        self.on_validation_epoch_start()
+        self._checkpoint = weights_sha256(self.network)
+
+    on_predict_epoch_start = on_test_epoch_start
 
     def _grade(self, embeddings: Tensor, mask: Tensor) -> Tensor:
         """Logits, in float32 also where the backbone runs in a lower precision."""
@@ -218,6 +222,8 @@ class SlideGrader(pl.LightningModule):
                 grade=None if chunk["grade"] < 0 else chunk["grade"],
                 probabilities=tuple(probabilities),
                 tiles=embeddings.shape[1],
+                site=chunk["site"],
+                checkpoint=self._checkpoint,
             )
         )
 
@@ -228,11 +234,11 @@ class SlideGrader(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Logs, prints and saves the figures and predictions of the test part."""
         predictions = self._take_predictions()
-        metrics = self._log_metrics("test", predictions)
+        metrics, quality = self._log_metrics("test", predictions)
         if self.trainer.is_global_zero:
             folder = Path(self.trainer.default_root_dir) / "test"
             write_predictions(folder / "predictions.csv", predictions)
-            figures = {**asdict(metrics), "grades": self.grades}
+            figures = {**asdict(quality), **asdict(metrics), "grades": self.grades}
             (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
             _draw_confusion(folder / "confusion.png", metrics, self.grades)
             rank_zero_info(f"{_describe(metrics, self.grades)}\nwritten to {folder}")
@@ -255,7 +261,9 @@ class SlideGrader(pl.LightningModule):
         by_slide = {prediction.slide_id: prediction for part in everyone for prediction in part}
         return [by_slide[slide_id] for slide_id in sorted(by_slide)]
 
-    def _log_metrics(self, part: str, predictions: list[SlidePrediction]) -> GradeMetrics:
+    def _log_metrics(
+        self, part: str, predictions: list[SlidePrediction]
+    ) -> tuple[GradeMetrics, ProbabilityMetrics]:
         if not predictions:
             raise UsageError(
                 f"the {part} part ended before a slide was complete; raise trainer.limit_{part}_batches"
@@ -264,16 +272,25 @@ class SlideGrader(pl.LightningModule):
         metrics = grade_metrics(
             true, [prediction.predicted_grade for prediction in predictions], len(self.grades)
         )
-        likelihoods = [row.probabilities[grade] for row, grade in zip(predictions, true, strict=True)]
+        quality = probability_metrics(true, [row.probabilities for row in predictions])
         figures = {
             f"{part}/accuracy": metrics.accuracy,
+            f"{part}/balanced_accuracy": metrics.balanced_accuracy,
             f"{part}/qwk": metrics.qwk,
             f"{part}/mae": metrics.mae,
-            f"{part}/loss": -sum(math.log(max(value, 1e-7)) for value in likelihoods) / len(likelihoods),
+            f"{part}/macro_f1": metrics.macro_f1,
+            f"{part}/rps": quality.rps,
+            f"{part}/calibration_error": quality.calibration_error,
+            f"{part}/loss": quality.log_loss,
         }
+        for threshold, value in enumerate(quality.auroc):
+            if value is not None:  # a part with no slide on one side of it has none
+                figures[f"{part}/auroc_above_{threshold}"] = value
         # Every process computed the same figures from all predictions: nothing is left to reduce.
-        self.log_dict(figures, prog_bar=part == "val", rank_zero_only=False, batch_size=1)
-        return metrics
+        shown = {f"{part}/{name}" for name in ("accuracy", "qwk", "loss")} if part == "val" else set()
+        for name, value in figures.items():
+            self.log(name, value, prog_bar=name in shown, rank_zero_only=False, batch_size=1)
+        return metrics, quality
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what the tiles were like; a network graded on others would be wrong without a word."""

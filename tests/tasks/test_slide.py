@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from sklearn.metrics import log_loss
 
 from slidetl.cli import main
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.errors import CheckpointError
 from slidetl.evaluation.metrics import grade_metrics
-from slidetl.models.backbones import BackboneSpec, find_weights
+from slidetl.models.backbones import BackboneSpec, find_weights, weights_sha256
 from slidetl.tasks.checkpoint import load_grader, read_checkpoint
 from slidetl.tasks.predictions import read_predictions
 from tests.conftest import Study
@@ -288,3 +289,16 @@ def test_head_first_leaves_the_backbone_alone_in_the_first_epoch(study: Study, t
         state = read_checkpoint(root / "logs" / "version_0" / "checkpoints" / "last.ckpt")["state_dict"]
         same = [torch.equal(state[f"network.backbone.net.{key}"], value) for key, value in weights.items()]
         assert all(same) != moved
+
+
+def test_predictions_say_whose_they_are_and_by_which_weights(trained: Path) -> None:
+    grader = load_grader(trained / "logs" / "version_0" / "checkpoints" / "best.ckpt")
+    rows = read_predictions(trained / "test" / "predictions.csv")
+    assert {row.checkpoint for row in rows} == {weights_sha256(grader.network)}
+    assert all(row.site for row in rows)
+    figures = json.loads((trained / "test" / "metrics.json").read_text())
+    probabilities = np.array([row.probabilities for row in rows])
+    probabilities /= probabilities.sum(1, keepdims=True)  # written with seven digits
+    expected = log_loss([row.grade for row in rows], probabilities, labels=range(5))
+    assert figures["log_loss"] == pytest.approx(expected, rel=1e-4)
+    assert len(figures["auroc"]) == 4 and 0 <= figures["rps"] <= 1
