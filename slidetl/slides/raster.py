@@ -106,6 +106,8 @@ class RasterSlide(Slide):
         self._profile: bytes | None = None
         try:
             vendor, fingerprint, mpp, sizes, readers = self._open()
+            if not all(side > 0 for size in sizes for side in size):
+                raise SlideOpenError(f"{path}: its header is damaged: an image of no pixels")
             self._levels = tuple(
                 _Level(size, _scale(sizes[0], size), read) for size, read in zip(sizes, readers, strict=True)
             )

@@ -308,3 +308,12 @@ def test_which_files_are_images_and_which_are_slides(test_data: Path, tmp_path: 
         tmp_path / "missing.tif": False,
     }.items():
         assert is_raster(path) == expected, path
+
+
+def test_an_image_of_no_pixels_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.tif"
+    tifffile.imwrite(path, np.zeros((64, 64, 3), np.uint8), photometric="rgb")
+    with tifffile.TiffFile(path, mode="r+") as file:
+        file.pages.first.tags["ImageWidth"].overwrite(0)
+    with pytest.raises(SlideOpenError, match=r"x\.tif: "):
+        RasterSlide(path, 0.5)
