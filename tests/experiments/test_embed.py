@@ -151,7 +151,8 @@ def test_tokens_and_channels_last_maps_are_averaged_over_space(name: str, block:
 def test_a_run_that_is_interrupted_loses_one_slide(study: Study, tmp_path: Path) -> None:
     cache_dir = tmp_path / "cache"
     shutil.copytree(study.cache, cache_dir)
-    words = ["embed", str(cache_dir), "--device", "cpu", "--batch-size", "4"]
+    # One tile at a time, the slowest way: many seconds are left when the first slide is done.
+    words = ["embed", str(cache_dir), "--device", "cpu", "--batch-size", "1"]
     process = subprocess.Popen(
         [sys.executable, "-m", "slidetl", *words],
         stderr=subprocess.PIPE,
@@ -160,7 +161,7 @@ def test_a_run_that_is_interrupted_loses_one_slide(study: Study, tmp_path: Path)
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert process.stderr is not None
-    lines = [process.stderr.readline() for _ in range(3)]  # slides as they are stored
+    lines = [process.stderr.readline()]  # a slide that is stored
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "Traceback" not in err
