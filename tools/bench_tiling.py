@@ -152,6 +152,7 @@ def slidetl_engine(threads: int, general: bool = False) -> Callable[[Path, Work,
                 plan,
                 origins_level0=plan.origins_level0[:count],
                 tissue_fraction=plan.tissue_fraction[:count],
+                quality={name: values[:count] for name, values in plan.quality.items()},
             )
             start = time.perf_counter()
             cache = write_tiles(slide, plan, folder, "slide", threads)
