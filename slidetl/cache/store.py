@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 
 import slidetl
 from slidetl.cache.codec import TileCodec, decode_zstd, tile_codec
-from slidetl.cache.lock import slide_lock as slide_lock
 from slidetl.errors import CacheCorruptError, CacheMismatchError, CacheMissingError, UsageError
 from slidetl.grid import TileSpec
 from slidetl.tissue import TissueMask
@@ -324,7 +323,7 @@ def groups(cache_dir: Path) -> list[Path]:
 
 
 def discard(cache_dir: Path, slide_id: str, finished: bool = False) -> None:
-    """Removes what was begun for a slide, and on request what is finished; under :func:`slide_lock`."""
+    """Removes what was begun for a slide, and on request what is finished; under :func:`slidetl.cache.lock.slide_lock`."""
     building = building_path(cache_dir, slide_id)
     if finished and cache_path(cache_dir, slide_id).exists():
         # Renamed first, so that a kill never leaves half a cache under the name of a whole one.
@@ -503,7 +502,3 @@ def describe_write_error(error: Exception, folder: Path) -> str:
         f"{folder}: the disk is full ({free:.1f} MiB free, a shard takes some 10); make space and run again: "
         "what was written is kept, and continued"
     )
-
-
-# Under their former names, until slidetl.cache.features takes the new ones.
-_read_array, _read_json = read_array, read_json

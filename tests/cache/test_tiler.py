@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from slidetl.cache.ledger import EXCLUDED, FAILED, USED, Ledger, LedgerRow
-from slidetl.cache.store import SlideCache, cache_path, slide_lock
+from slidetl.cache.lock import slide_lock
+from slidetl.cache.store import SlideCache, cache_path
 from slidetl.cache.tiler import (
     SlideSource,
     encode_tiles,

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from slidetl.cache.ledger import FAILED, USED, Ledger
-from slidetl.cache.store import SlideCache, cache_path, slide_lock
+from slidetl.cache.lock import slide_lock
+from slidetl.cache.store import SlideCache, cache_path
 from slidetl.cli import main
 from tests.conftest import Picture, PyramidTiff
 
