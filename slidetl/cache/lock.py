@@ -125,7 +125,7 @@ class SlideLock:
                 else:
                     self._beat_when_due()
                     time.sleep(min(1.0, self._heartbeat_s / 4))
-        except BaseException:
+        except BaseException:  # whatever it was, an open file would go on holding the kernel's lock
             self._file.close()
             raise
         finally:

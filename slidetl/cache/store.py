@@ -323,7 +323,7 @@ def groups(cache_dir: Path) -> list[Path]:
 
 
 def discard(cache_dir: Path, slide_id: str, finished: bool = False) -> None:
-    """Removes what was begun for a slide, and on request what is finished; under :func:`slidetl.cache.lock.slide_lock`."""
+    """Removes what was begun for a slide, and on request what is finished; the caller holds its lock."""
     building = building_path(cache_dir, slide_id)
     if finished and cache_path(cache_dir, slide_id).exists():
         # Renamed first, so that a kill never leaves half a cache under the name of a whole one.

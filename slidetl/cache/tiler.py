@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from slidetl.cache.codec import tile_codec
 from slidetl.cache.ledger import EXCLUDED, FAILED, USED, Ledger, LedgerRow
+from slidetl.cache.lock import slide_lock
 from slidetl.cache.store import (
     CacheHeader,
     SlideCache,
@@ -36,7 +37,6 @@ from slidetl.cache.store import (
     describe_write_error,
     discard,
     read_header,
-    slide_lock,
 )
 from slidetl.cache.writer import CacheWriter
 from slidetl.errors import (
@@ -303,7 +303,7 @@ def write_tiles(
 ) -> SlideCache:
     """Reads the tiles of a plan into a cache, or continues where a killed run stopped.
 
-    The caller holds :func:`~slidetl.cache.store.slide_lock`; a cache that is there is replaced.
+    The caller holds :func:`~slidetl.cache.lock.slide_lock`; a cache that is there is replaced.
 
     Args:
         slide: the slide of the plan.

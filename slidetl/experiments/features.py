@@ -30,7 +30,7 @@ from slidetl.evaluation.classical import (
 )
 from slidetl.evaluation.metrics import GradeMetrics, grade_metrics, probability_metrics
 from slidetl.tasks.predictions import SlidePrediction, write_predictions
-from slidetl.tasks.slide import _describe, _draw_confusion
+from slidetl.tasks.slide import describe_metrics, draw_confusion
 
 MODELS: dict[str, Callable[..., LinearGrader | TreesGrader]] = {
     "ridge": fit_ridge,
@@ -246,10 +246,10 @@ def _write(
     write_predictions(output / "predictions.csv", predictions)
     figures = {**asdict(metrics), **asdict(probability_metrics(true, probabilities)), "grades": study.grades}
     (output / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    _draw_confusion(output / "confusion.png", metrics, study.grades)
+    draw_confusion(output / "confusion.png", metrics, study.grades)
     return metrics
 
 
 def describe(metrics: GradeMetrics, grades: tuple[str, ...]) -> str:
     """The figures and the confusion matrix, for people."""
-    return _describe(metrics, grades)
+    return describe_metrics(metrics, grades)

@@ -169,7 +169,7 @@ class JpegCutter:
             for key, jpeg in zip(mine, self._jpegs.read(places[:, 0], places[:, 1]), strict=True):
                 try:
                     slots[key].set_result(None if jpeg is None else self._decode(jpeg))
-                except BaseException as error:  # another thread may wait for it
+                except BaseException as error:  # whoever waits for it in another thread must be told
                     slots[key].set_exception(error)
         # Whoever took one before is at it now, and waits for nobody before it is done.
         return {key: slot.result() for key, slot in slots.items()}

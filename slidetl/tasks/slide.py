@@ -240,8 +240,8 @@ class SlideGrader(pl.LightningModule):
             write_predictions(folder / "predictions.csv", predictions)
             figures = {**asdict(quality), **asdict(metrics), "grades": self.grades}
             (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-            _draw_confusion(folder / "confusion.png", metrics, self.grades)
-            rank_zero_info(f"{_describe(metrics, self.grades)}\nwritten to {folder}")
+            draw_confusion(folder / "confusion.png", metrics, self.grades)
+            rank_zero_info(f"{describe_metrics(metrics, self.grades)}\nwritten to {folder}")
 
     def on_predict_epoch_end(self) -> None:
         """Saves the predictions."""
@@ -332,7 +332,8 @@ def _refuse_other_tiles(trained_on: TileSpec, found: TileSpec) -> None:
     )
 
 
-def _describe(metrics: GradeMetrics, grades: tuple[str, ...]) -> str:
+def describe_metrics(metrics: GradeMetrics, grades: tuple[str, ...]) -> str:
+    """The figures and the confusion matrix as lines of text."""
     width = max(5, *(len(name) + 1 for name in grades))
     lines = [
         f"{metrics.n} slides: accuracy {metrics.accuracy:.3f}, QWK {metrics.qwk:.3f}, "
@@ -344,7 +345,8 @@ def _describe(metrics: GradeMetrics, grades: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
-def _draw_confusion(path: Path, metrics: GradeMetrics, grades: tuple[str, ...]) -> None:
+def draw_confusion(path: Path, metrics: GradeMetrics, grades: tuple[str, ...]) -> None:
+    """Draws the confusion matrix as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4.2, 4), layout="constrained")

@@ -68,7 +68,7 @@ def fit(grader: SlideGrader, root: Path, ckpt_path: Path | None = None, **option
             **options,
         }
     )
-    trainer.fit(grader, Bags(), ckpt_path=ckpt_path, weights_only=False)
+    trainer.fit(grader, Bags(), ckpt_path=ckpt_path, weights_only=True)
     return grader
 
 
@@ -171,7 +171,7 @@ class StrategyContract:
     def test_saved_and_loaded_it_goes_on_alike(self, tmp_path: Path) -> None:
         at_once = fit(make_grader(self.strategy), tmp_path)
         first = tmp_path / "epoch=0.ckpt"
-        checkpoint = torch.load(first, weights_only=False)
+        checkpoint = torch.load(first, weights_only=True)
         assert {key.split(".")[0] for key in checkpoint["state_dict"]} == {"network"}
         assert ("reference" in checkpoint) == (at_once.reference is not None)
         resumed = fit(make_grader(self.strategy), tmp_path / "resumed", ckpt_path=first)

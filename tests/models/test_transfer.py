@@ -349,7 +349,7 @@ def together_and_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
         timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    states: dict[str, Any] = torch.load(path)
+    states: dict[str, Any] = torch.load(path, weights_only=True)
     return states
 
 
