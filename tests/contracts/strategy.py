@@ -171,7 +171,8 @@ class StrategyContract:
     def test_saved_and_loaded_it_goes_on_alike(self, tmp_path: Path) -> None:
         at_once = fit(make_grader(self.strategy), tmp_path)
         first = tmp_path / "epoch=0.ckpt"
-        checkpoint = torch.load(first, weights_only=True)
+        # Written a moment ago, with the strategy as an object: a command's own holds plain values only.
+        checkpoint = torch.load(first, weights_only=False)
         assert {key.split(".")[0] for key in checkpoint["state_dict"]} == {"network"}
         assert ("reference" in checkpoint) == (at_once.reference is not None)
         resumed = fit(make_grader(self.strategy), tmp_path / "resumed", ckpt_path=first)
