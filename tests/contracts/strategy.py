@@ -68,7 +68,7 @@ def fit(grader: SlideGrader, root: Path, ckpt_path: Path | None = None, **option
             **options,
         }
     )
-    trainer.fit(grader, Bags(), ckpt_path=ckpt_path, weights_only=True)
+    trainer.fit(grader, Bags(), ckpt_path=ckpt_path, weights_only=False)
     return grader
 
 
