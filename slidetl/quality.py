@@ -7,6 +7,7 @@ cost next to nothing; focus takes the pixels of every tile.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,21 +15,23 @@ from numpy.typing import NDArray
 
 from slidetl.tissue import TissueMask, glass_rgb, is_dark_ground, is_stained, optical_density
 
-# Ink is denser than this (length of the optical density over the channels).
-_INK_DENSITY = 0.35
-# A colour that makes up more of the stained area is a stain (aniline blue, light green) and no ink ...
-_STAIN_SHARE = 0.2
-# ... but where it is denser in red light than collagen gets.
-_INK_RED_DENSITY = 0.8
-# Black ink: so dense in every channel, which differ by at most this share.
-_BLACK_DENSITY = 0.55
+# Ink is laid on in one film: over clear places its density (length of the optical density over the channels)
+# varies within a window this wide, micrometres, by at most this share of it. Stained tissue varies by more.
+_FILM_UM = 80.0
+_FILM_SPREAD = 0.06
+# Black ink: channels that differ by at most this share.
 _BLACK_SPREAD = 0.3
-# A stroke covers at least so much, square micrometres: a quarter of a millimetre wide, and as long.
+# So dense is a film at least, by its colour: blue and red are colours of stains, too, and paler there.
+_FILM_DENSITY = {"black": 0.8, "green": 0.4, "blue": 0.7, "red": 0.8}
+# What touches such a film and is so dense is its continuation over tissue, whose colour it then mixes with.
+_INK_ON_TISSUE = 0.85
+# A film shows over so many square micrometres; a stroke is a quarter of a millimetre wide, and as long.
+_FILM_UM2 = 100.0**2
 _STROKE_UM2 = 250.0**2
 
 # Two layers take the light away twice. In units of the density above which a tenth of the tissue lies: what
 # cannot be flat, and what may be the rest of the fold beside it.
-_FOLD_CORE = 1.4
+_FOLD_CORE = 1.3
 _FOLD_REST = 1.15
 # A fold is wider and longer than a nucleus or a vessel full of blood.
 _FOLD_UM2 = 120.0**2
@@ -87,13 +90,22 @@ def measure_quality(
 ) -> QualityMaps:
     """Looks for pen marks, folds and air on a slide seen from afar.
 
-    *Pen*: blue, green and black ink, by the direction of its optical density: no histological stain is black
-    or, Goldner's trichrome apart, green; and blue ink takes more red light than green, unlike haematoxylin.
-    A colour that dominates the slide is taken for its stain, so pale blue ink on Masson's trichrome goes
-    unseen; red ink is not told from eosin or Sirius red. *Folds*: tissue denser than flat tissue of this
-    slide gets. The idea of an adaptive threshold on colour is that of Kothari et al. 2013 (IEEE JBHI 17:813);
-    density takes the place of their saturation minus intensity, so that it holds for any stain. *Air*: what
-    is as clear as glass within the tissue. On a dark ground nothing is measured.
+    *Pen*: blue, green, black and red ink. Ink is a film: where nothing lies under it, it is dense, even,
+    and of its own colour; from there a stroke is followed over tissue, with which its colour mixes, by
+    density alone. Ink paler than a stain of its colour gets goes unseen (optical density below 0.7 for
+    blue, 0.8 for red), and so does a stroke with nothing but tissue under it unless its colour still shows.
+    A fold wider than 200 micrometres through solid collagen can be taken for ink of the collagen's colour
+    (blue on Masson's trichrome, red on Sirius red): both are even, and both are dense.
+
+    *Folds*: tissue denser than flat tissue of this slide gets. Pale tissue, doubled, is not denser than
+    that, so about 70 % of the tissue in a fold is found. The idea of an adaptive threshold on colour is
+    that of Kothari et al. 2013 (IEEE JBHI 17:813); density takes the place of their saturation minus
+    intensity, so that it holds for any stain.
+
+    *Air*: what is as clear as glass within the tissue.
+
+    On a dark ground nothing is measured. ``tools/bench_quality.py`` prints the share of ink and folds
+    found, by stain, and of clean slides taken for them.
 
     Args:
         thumbnail_rgb: ``[h, w, 3] uint8``, the whole slide.
@@ -115,12 +127,8 @@ def measure_quality(
     density = optical_density(smooth, glass)
 
     pen = np.zeros(tissue_mask.shape, bool)
-    strokes = _inks(smooth, glass)
-    stained = max(int((is_dense & tissue_mask).sum()), 1)
-    for coloured, dense in (strokes["green"], strokes["blue"]):
-        is_stain = (coloured & tissue_mask).sum() > _STAIN_SHARE * stained
-        pen |= _pieces(dense if is_stain else coloured, _STROKE_UM2, mpp)
-    pen |= _pieces(strokes["black"][0], _STROKE_UM2, mpp)
+    for film, stroke in _inks(smooth, glass, density, mpp):
+        pen |= _touched(_pieces(stroke, _STROKE_UM2, mpp), _pieces(film, _FILM_UM2, mpp))
     # A stroke fades at its edge, where its colour is mixed with what lies under it.
     pen = ndimage.binary_dilation(pen, np.ones((3, 3)), iterations=max(1, round(32 / mpp)))
 
@@ -130,7 +138,9 @@ def measure_quality(
         relative = density / np.percentile(flat, 90)
         relative[~tissue_mask | pen] = 0
         core = _pieces(relative > _FOLD_CORE, _FOLD_UM2, mpp)
-        fold = np.asarray(ndimage.binary_propagation(core, np.ones((3, 3)), mask=relative > _FOLD_REST))
+        fold = ndimage.binary_propagation(core, np.ones((3, 3)), mask=relative > _FOLD_REST)
+        # Smoothing has mixed its edge with the flat tissue, or the air, beside it.
+        fold = np.asarray(ndimage.binary_dilation(fold, np.ones((3, 3))) & tissue_mask & ~pen)
     return QualityMaps(pen, fold, tissue_mask & ~is_dense & ~pen, mpp)
 
 
@@ -167,29 +177,51 @@ def _power(grey: NDArray[np.float32], step: int) -> float:
 
 
 def _inks(
-    rgb: NDArray[np.uint8], glass: NDArray[np.float64]
-) -> dict[str, tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
-    """For each ink the pixels of its colour, and those of them too dense for a stain of that colour."""
+    rgb: NDArray[np.uint8], glass: NDArray[np.float64], density: NDArray[np.float32], mpp: float
+) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
+    """For each ink, where its film is seen, and that with all that may be the rest of a stroke."""
+    from scipy import ndimage
+
     table = np.log10((glass + 1) / (np.arange(256.0)[:, None] + 1)).clip(0).astype(np.float32)
-    found = {
-        name: (np.zeros(rgb.shape[:2], bool), np.zeros(rgb.shape[:2], bool))
-        for name in ("green", "blue", "black")
-    }
+    width = max(3, round(_FILM_UM / mpp))
+    coloured = {name: np.zeros(density.shape, bool) for name in _FILM_DENSITY}
+    is_even = np.zeros(density.shape, bool)
     for top in range(0, len(rgb), _BAND_ROWS):
         rows = slice(top, top + _BAND_ROWS)
-        red, green, blue = (table[:, channel][rgb[rows, :, channel]] for channel in range(3))
-        is_ink = np.sqrt(red * red + green * green + blue * blue) > _INK_DENSITY
-        highest, lowest = (pick(pick(red, green), blue) for pick in (np.maximum, np.minimum))
-        is_black = (lowest > _BLACK_DENSITY) & (highest - lowest < _BLACK_SPREAD * highest)
-        colours = {
-            "green": is_ink & (red > 1.25 * green) & (blue > 1.1 * green),
-            "blue": is_ink & (red > 1.2 * green) & (green > 1.05 * blue),
-            "black": is_black,
-        }
-        for name, mask in colours.items():
-            found[name][0][rows] = mask & (is_black if name == "black" else ~is_black)
-            found[name][1][rows] = found[name][0][rows] & (red > _INK_RED_DENSITY)
-    return found
+        for name, mask in _colours(table, rgb[rows]).items():
+            coloured[name][rows] = mask
+        around = density[max(top - width, 0) : top + _BAND_ROWS + width]
+        mean = ndimage.uniform_filter(around, width)
+        variance = ndimage.uniform_filter(around * around, width) - mean * mean
+        inner = slice(min(top, width), min(top, width) + _BAND_ROWS)
+        is_even[rows] = (variance < (_FILM_SPREAD * mean) ** 2)[inner][: len(is_even[rows])]
+    for name, mask in coloured.items():
+        film = mask & (density > _FILM_DENSITY[name])
+        yield film & is_even, film | (density > _INK_ON_TISSUE)
+
+
+def _colours(table: NDArray[np.float32], rgb: NDArray[np.uint8]) -> dict[str, NDArray[np.bool_]]:
+    """Which pixels have the colour of each ink, however dense, by the direction of their optical density."""
+    red, green, blue = (table[:, channel][rgb[..., channel]] for channel in range(3))
+    highest, lowest = (pick(pick(red, green), blue) for pick in (np.maximum, np.minimum))
+    is_black = highest - lowest < _BLACK_SPREAD * highest
+    return {
+        "black": is_black,
+        "green": (red > 1.25 * green) & (blue > 1.1 * green) & ~is_black,
+        "blue": (red > 1.2 * green) & (green > 1.05 * blue) & ~is_black,
+        "red": (green > 3 * red) & (blue > 0.45 * green),
+    }
+
+
+def _touched(mask: NDArray[np.bool_], seeds: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The connected parts of a mask that hold a seed."""
+    from scipy import ndimage
+
+    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    is_touched = np.zeros(count + 1, bool)
+    is_touched[labels[seeds]] = True
+    is_touched[0] = False
+    return np.asarray(is_touched[labels])
 
 
 def _pieces(mask: NDArray[np.bool_], least_um2: float, mpp: float) -> NDArray[np.bool_]:

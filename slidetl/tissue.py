@@ -15,9 +15,9 @@ _MASK_MPP = 16.0
 _PIXELS_PER_TILE = 4
 _MAX_SIDE_PX = 4096
 
-# A human alveolus is about 200 um wide (Ochs 2004), an inflated one up to 300. Air up to that width between
-# septa belongs to the lung; a fleck smaller than one alveolus is dust.
-_AIR_UM = 300.0
+# A human alveolus is about 200 um wide (Ochs 2004), an inflated one up to 300, more from corner to corner.
+# Air up to that width between septa belongs to the lung; a fleck smaller than one alveolus is dust.
+_AIR_UM = 360.0
 _FLECK_UM = 200.0
 # In a field of view that is itself not much wider than an alveolus, what fills so much of it is no dust.
 _FLECK_SHARE = 0.1
@@ -96,7 +96,7 @@ def find_tissue(
 
     The optical density of each pixel against the slide's own glass is compared with a threshold that Otsu's
     method (1979) finds on the logarithm of the density, kept within bounds so that neither an image without
-    glass nor one without tissue is cut in two. Air spaces up to 300 um across are closed, since lung is
+    glass nor one without tissue is cut in two. Air spaces up to 360 um across are closed, since lung is
     mostly air; flecks smaller than an alveolus are dropped. On a dark ground (fluorescence) light takes
     the place of density.
 
@@ -113,6 +113,9 @@ def find_tissue(
 
     if is_dark_ground(thumbnail_rgb):
         signal = _light(thumbnail_rgb)
+        # The last pixels may cover some of what lies beyond the slide, which is bright.
+        signal[-1] = signal[max(len(signal) - 2, 0)]
+        signal[:, -1] = signal[:, max(signal.shape[1] - 2, 0)]
         mask = signal > _threshold(signal, _LIGHT_RANGE)
     else:
         mask = is_stained(optical_density(thumbnail_rgb, glass_rgb(thumbnail_rgb, background_rgb)))
@@ -209,11 +212,23 @@ def _threshold(signal: NDArray[np.float32], bounds: tuple[float, float]) -> floa
 
 
 def _close(mask: NDArray[np.bool_], radius_px: int) -> NDArray[np.bool_]:
-    """Closing by a square, as if the image lay on an endless empty plane: its border adds no tissue."""
+    """Closing by an octagon, as if the image lay on an endless empty plane: its border adds no tissue.
+
+    An octagon is a square grown by a diamond. A square alone would reach half as far again along the
+    diagonals, and leave boxes around whatever is scattered beside the tissue.
+    """
     from scipy import ndimage
 
-    size = 2 * radius_px + 1
-    padded = np.pad(mask.astype(np.uint8), radius_px)
-    closed = ndimage.minimum_filter(ndimage.maximum_filter(padded, size), size)
+    # So shared out, the octagon is a regular one.
+    diamond = round(radius_px * (2 - math.sqrt(2)))
+    square = 2 * (radius_px - diamond) + 1
+    padded = np.pad(mask, radius_px)
+    cross = ndimage.generate_binary_structure(2, 1)
+    if diamond:
+        padded = ndimage.binary_dilation(padded, cross, iterations=diamond)
+    closed = ndimage.maximum_filter(padded.view(np.uint8), square)
+    closed = ndimage.minimum_filter(closed, square, mode="constant").astype(bool)
+    if diamond:
+        closed = ndimage.binary_erosion(closed, cross, iterations=diamond)
     height, width = mask.shape
-    return np.asarray(closed[radius_px : radius_px + height, radius_px : radius_px + width] > 0)
+    return np.asarray(closed[radius_px : radius_px + height, radius_px : radius_px + width])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,13 @@ from slidetl.tissue import find_tissue
 
 WHITE = (255, 255, 255)
 MPP = 16.0
-INKS = {"blue": (40, 60, 160), "green": (30, 130, 70), "black": (35, 35, 40)}
+INKS = {
+    "blue": (40, 60, 160),
+    "light blue": (60, 90, 190),
+    "green": (30, 130, 70),
+    "black": (35, 35, 40),
+    "red": (190, 30, 40),
+}
 
 Picture = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -46,11 +53,18 @@ def band(shape: tuple[int, ...], width_um: float, slope: float) -> Mask:
     return np.asarray(np.abs(y - shape[0] * MPP / 2 + slope * (x - shape[1] * MPP / 2)) < width_um / 2)
 
 
-def inked(image: Picture, stroke: Mask, ink: tuple[int, int, int]) -> Picture:
+def opaque(image: Picture, stroke: Mask, ink: tuple[int, int, int]) -> Picture:
     """Ink that lets a seventh of what lies under it through."""
     image = image.copy()
     image[stroke] = np.array(ink) * (0.85 + 0.15 * image[stroke] / 255)
     return image
+
+
+def translucent(image: Picture, stroke: Mask, ink: tuple[int, int, int]) -> Picture:
+    """Ink that takes its share of the light that the tissue leaves, streaky, and soft at its edge."""
+    streaks = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=stroke.shape), 3)
+    film = (1 + 0.08 * streaks / streaks.std()) * ndimage.gaussian_filter(stroke.astype(float), 1)
+    return np.asarray(image * (np.array(ink) / 255) ** film[..., None], np.float64).astype(np.uint8)
 
 
 def test_a_clean_slide_of_any_stain_raises_no_alarm(thumbnail: Picture) -> None:
@@ -59,19 +73,26 @@ def test_a_clean_slide_of_any_stain_raises_no_alarm(thumbnail: Picture) -> None:
     assert (maps.fold & mask).sum() < 0.001 * mask.sum()
 
 
+@pytest.mark.parametrize("pen", [opaque, translucent])
 @pytest.mark.parametrize("ink", INKS)
 def test_pen_strokes_are_found_over_tissue_and_glass(
-    thumbnail: Picture, ink: str, request: pytest.FixtureRequest
+    thumbnail: Picture, ink: str, pen: Callable[[Picture, Mask, tuple[int, int, int]], Picture]
 ) -> None:
     stroke = band(thumbnail.shape, 300, 0.4)
-    maps, _ = measure(inked(thumbnail, stroke, INKS[ink]))
-    found = (maps.pen & stroke).sum() / stroke.sum()
-    # Where collagen is blue, only the densest of blue ink is told from it.
-    is_hidden = ink == "blue" and request.node.callspec.params["thumbnail"] == "trichrome"
-    assert found > (0.3 if is_hidden else 0.95)
+    maps, _ = measure(pen(thumbnail, stroke, INKS[ink]))
+    assert (maps.pen & stroke).sum() > 0.95 * stroke.sum()
     beside = ~ndimage.binary_dilation(stroke, iterations=4)
-    assert (maps.pen & beside).sum() < 0.001 * beside.sum()
+    assert (maps.pen & beside).sum() < 0.01 * beside.sum()
     assert not (maps.pen & (maps.fold | maps.air)).any()
+
+
+def test_pen_is_followed_over_a_picture_of_many_bands() -> None:
+    image = np.full((1600, 200, 3), 245, np.uint8)
+    image[:, 60:] = (200, 130, 170)
+    stroke = np.zeros(image.shape[:2], bool)
+    stroke[20:1580, 40:70] = True
+    maps, _ = measure(translucent(image, stroke, INKS["green"]))
+    assert (maps.pen & stroke).sum() > 0.95 * stroke.sum()
 
 
 def test_tissue_that_lies_double_is_a_fold(thumbnail: Picture) -> None:
@@ -80,8 +101,9 @@ def test_tissue_that_lies_double_is_a_fold(thumbnail: Picture) -> None:
     image = thumbnail.copy()
     image[crease] = (image[crease].astype(float) ** 2 / 240).clip(0, 255)
     maps, _ = measure(image)
-    # In lung half of a fold is air, which stays as clear as it was.
-    assert (maps.fold & crease).sum() > 0.25 * crease.sum()
+    is_tissue = crease & (thumbnail.min(axis=2) < 200)  # half of a fold of lung is air, which stays clear
+    assert (maps.fold & is_tissue).sum() > 0.6 * is_tissue.sum()
+    assert not (maps.pen & crease).any()
     beside = mask & ~ndimage.binary_dilation(crease, iterations=3)
     assert (maps.fold & beside).sum() < 0.001 * beside.sum()
 

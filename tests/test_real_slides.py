@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slidetl.cache.ledger import EXCLUDED, FAILED, USED, LedgerRow
+from slidetl.cache.ledger import EXCLUDED, FAILED, USED, Ledger, LedgerRow
 from slidetl.cache.store import SlideCache, cache_path
 from slidetl.cache.tiler import SlideSource, tile_slide, tile_slides
+from slidetl.cli import main
 from slidetl.grid import TileSpec
 
 # Spacing of level 0, what the file says or, for the second, what is likely; and a tile that fits.
@@ -120,3 +121,58 @@ def test_a_hole_in_a_slide_costs_tiles_that_are_counted_or_the_slide(
 def test_a_slide_smaller_than_a_tile_is_excluded(slides: Path, tmp_path: Path) -> None:
     row = tile(slides / "openslide-python-small.svs", tmp_path, TileSpec(0.5, 224), None)
     assert (row.status, row.reason) == (EXCLUDED, "the slide is smaller than one tile")
+
+
+def test_a_folder_of_all_sorts_is_told_apart(slides: Path, tmp_path: Path) -> None:
+    words = ["--cache", str(tmp_path), "--mpp", "0.5", "--tile-size", "224", "--workers", "2"]
+    assert main(["tile", str(slides), *words]) == 1
+    rows = {row.slide_id: row for row in Ledger(tmp_path / "ledger.csv").rows()}
+    assert {name for name, row in rows.items() if row.status == USED} == {
+        "CMU-1-Small-Region",
+        "petebankhead-OS-2-ndpi.ome",
+        "stritt-test3-DAPI-2-387",
+    }
+    # The other file of the same series, openslide-python-boxes_1.dcm, is no slide of its own.
+    assert {name for name, row in rows.items() if row.status == EXCLUDED} == {
+        "openslide-python-boxes_0",
+        "openslide-python-small",
+    }
+    for name, says in {
+        "TCGA-CR-7395-01A-01-TS1": "--mpp-override",
+        "gcp-camelyon-jpeg": "28.969 um per pixel, coarser than the 0.5 asked for",
+        "histolab-broken": "not a slide",
+        "histolab-kidney-48-5": "--mpp-override",
+        "openslide-python-boxes": "352.778 um per pixel, coarser than the 0.5 asked for",
+        "openslide-python-unopenable": "cannot be opened",
+        "openslide-python-unreadable": "more than 10% of the slide cannot be read",
+    }.items():
+        row = rows.pop(name)
+        assert row.status == FAILED and says in row.reason, row
+    assert len(rows) == 5
+
+
+def test_light_on_a_dark_ground_is_tiled_where_it_shines(slides: Path, tmp_path: Path) -> None:
+    spec = TileSpec(mpp=0.5, tile_size_px=224)
+    row = tile(slides / "stritt-test3-DAPI-2-387.ndpi", tmp_path, spec, None)
+    cache = SlideCache.open(cache_path(tmp_path, "S"), spec)
+    assert (row.tiles_pen, row.tiles_fold, row.tiles_air) == (0, 0, 0)
+    assert row.tiles_without_tissue >= 2  # the corner beside the section
+    assert cache.read(range(len(cache))).max(axis=(1, 2, 3)).min() > 40
+
+
+def test_a_profile_that_is_damaged_fails_the_slide_unless_it_is_not_asked_for(
+    slides: Path, tmp_path: Path
+) -> None:
+    import tifffile
+
+    path = tmp_path / "slide.svs"
+    path.write_bytes((slides / "TCGA-CR-7395-01A-01-TS1.svs").read_bytes())
+    with tifffile.TiffFile(path) as file:
+        tag = file.pages.first.tags[34675]
+    data = bytearray(path.read_bytes())
+    data[tag.valueoffset + 128 : tag.valueoffset + tag.count] = bytes(tag.count - 128)  # its table of tags
+    path.write_bytes(data)
+    row = tile(path, tmp_path / "cache", TileSpec(0.5, 224, icc=True), 0.25)
+    assert row.status == FAILED
+    assert "its ICC profile cannot be used" in row.reason and "without --icc" in row.reason
+    assert tile(path, tmp_path / "cache", TileSpec(0.5, 224), 0.25).status == USED

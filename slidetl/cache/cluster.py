@@ -68,7 +68,7 @@ def tile_on_cluster(
     # Workers run in folders of their own.
     cache_dir = cache_dir.absolute()
     sources = [replace(source, path=source.path.absolute()) for source in sources]
-    with _connect(scheduler) as client:
+    with connect(scheduler) as client:
         return record_as_done(
             sources,
             cache_dir,
@@ -79,7 +79,12 @@ def tile_on_cluster(
         )
 
 
-def _connect(address: str) -> Client:
+def connect(address: str) -> Client:
+    """Connects to a Dask scheduler, and warns where it has no workers.
+
+    Raises:
+        UsageError: Dask is not installed, or no scheduler answers at the address.
+    """
     found = re.fullmatch(r"(?:tcp|tls)://\[?([^\[\]]+)\]?:(\d{1,5})", address)
     if found is None:
         raise UsageError(f"--scheduler: expected an address such as tcp://HOST:8786, not {address!r}")

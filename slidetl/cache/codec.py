@@ -43,19 +43,26 @@ def encode_jpeg(rgb: NDArray[np.uint8], quality: int) -> bytes:
     )
 
 
-def decode_jpeg(data: bytes) -> NDArray[np.uint8]:
+def decode_jpeg(data: bytes, size_px: tuple[int, int] | None = None) -> NDArray[np.uint8]:
     """Decompresses a JPEG of any subsampling.
+
+    Args:
+        data: the JPEG.
+        size_px: height and width that it must have; of a stranger's it must be known, since its header may
+            claim gigabytes.
 
     Returns:
         ``[h, w, 3] uint8`` RGB.
 
     Raises:
-        CacheCorruptError: the bytes are not a JPEG, or a damaged one: where other decoders would warn and
-            make up pixels, this fails, as OpenSlide does.
+        CacheCorruptError: the bytes are not a JPEG of that size, or a damaged one: where other decoders
+            would warn and make up pixels, this fails, as OpenSlide does.
     """
     import simplejpeg
 
     try:
+        if size_px is not None and simplejpeg.decode_jpeg_header(data)[:2] != size_px:
+            raise CacheCorruptError(f"expected a JPEG of {size_px[1]} x {size_px[0]} pixels, it has others")
         rgb: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, strict=True)
     except ValueError as error:
         raise CacheCorruptError(f"expected a JPEG, but its decoder says: {error}") from error
@@ -80,18 +87,19 @@ class TileCodec(Protocol):
 
 def tile_codec(spec: TileSpec) -> TileCodec:
     """The codec that a specification asks for."""
-    return _Jpeg(spec.jpeg_quality) if spec.codec == "jpeg" else _Zstd(spec.tile_size_px)
+    return _Jpeg(spec.jpeg_quality, spec.tile_size_px) if spec.codec == "jpeg" else _Zstd(spec.tile_size_px)
 
 
 @dataclass(frozen=True)
 class _Jpeg:
     quality: int
+    size_px: int
 
     def encode(self, rgb: NDArray[np.uint8]) -> bytes:
         return encode_jpeg(rgb, self.quality)
 
     def decode(self, data: bytes) -> NDArray[np.uint8]:
-        return decode_jpeg(data)
+        return decode_jpeg(data, (self.size_px, self.size_px))
 
     def zarr_codecs(self) -> tuple[ArrayBytesCodec, tuple[BytesBytesCodec, ...]]:
         return JpegCodec(self.quality), ()
@@ -102,29 +110,42 @@ class _Zstd:
     size_px: int
 
     def encode(self, rgb: NDArray[np.uint8]) -> bytes:
-        import imagecodecs
-
-        return bytes(imagecodecs.zstd_encode(rgb.tobytes(), level=ZSTD_LEVEL))
+        return encode_zstd(rgb.tobytes())
 
     def decode(self, data: bytes) -> NDArray[np.uint8]:
-        return np.frombuffer(decode_zstd(data), np.uint8).reshape(self.size_px, self.size_px, 3)
+        pixels = np.frombuffer(decode_zstd(data, self.size_px**2 * 3), np.uint8)
+        return pixels.reshape(self.size_px, self.size_px, 3)
 
     def zarr_codecs(self) -> tuple[ArrayBytesCodec, tuple[BytesBytesCodec, ...]]:
         return BytesCodec(endian=None), (ZstdCodec(level=ZSTD_LEVEL),)
 
 
-def decode_zstd(data: bytes) -> bytes:
+def encode_zstd(data: bytes) -> bytes:
+    """Compresses as zarr's codec of that name does, without a checksum."""
+    import imagecodecs
+
+    return bytes(imagecodecs.zstd_encode(data, level=ZSTD_LEVEL))
+
+
+def decode_zstd(data: bytes, size_bytes: int) -> bytes:
     """Decompresses zstd.
 
+    Args:
+        data: compressed.
+        size_bytes: how many bytes must come out; no more are unpacked.
+
     Raises:
-        CacheCorruptError: the bytes are not zstd.
+        CacheCorruptError: the bytes are not zstd, or not of that size.
     """
     import imagecodecs
 
     try:
-        return bytes(imagecodecs.zstd_decode(data))
+        content = bytes(imagecodecs.zstd_decode(data, out=size_bytes))
     except imagecodecs.ZstdError as error:
         raise CacheCorruptError(f"expected zstd, but its decoder says: {error}") from error
+    if len(content) != size_bytes:
+        raise CacheCorruptError(f"expected {size_bytes} bytes, {len(content)} came out")
+    return content
 
 
 @dataclass(frozen=True)
@@ -174,4 +195,6 @@ class JpegCodec(ArrayBytesCodec):
         )
 
     async def _decode_single(self, chunk_data: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
-        return chunk_spec.prototype.nd_buffer.from_numpy_array(decode_jpeg(chunk_data.to_bytes())[None])
+        return chunk_spec.prototype.nd_buffer.from_numpy_array(
+            decode_jpeg(chunk_data.to_bytes(), (chunk_spec.shape[1], chunk_spec.shape[2]))[None]
+        )

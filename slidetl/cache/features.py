@@ -44,8 +44,8 @@ class FeatureSource:
     backbone: str
     block: str
     weights_sha256: str
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     precision: str = "float32"
 
     def to_attributes(self) -> dict[str, Any]:

@@ -130,7 +130,7 @@ class SlideLock:
             raise
         finally:
             mine.unlink()
-        self._beat()
+        self._beat_when_due()
         self._thread.start()
 
     def _release(self) -> None:
@@ -176,7 +176,9 @@ class SlideLock:
             line = json.dumps({**about, "pid": os.getpid(), "beat": f"{self._beats:012}"}) + "\n"
             # In place: if the file was renamed away, the new lease is unharmed. The length stays the same.
             os.pwrite(self._file.fileno(), line.encode(), 0)
-            os.fsync(self._file.fileno())  # else other machines would not see it
+            # To close a file sends it to its server (NFS, SMB), where other machines see it. The disk is not
+            # waited for: no lease outlives its machine.
+            os.close(os.dup(self._file.fileno()))
             self._beaten_at = started
 
 

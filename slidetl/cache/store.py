@@ -9,10 +9,12 @@ from __future__ import annotations
 import errno
 import functools
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -28,7 +30,7 @@ from slidetl.grid import TileSpec
 from slidetl.tissue import TissueMask
 
 # Raised whenever the same slide and TileSpec would give other tiles, or the same tiles in another layout.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 # 256 tiles are 5 to 10 MB: few files, little lost when a run is killed, and little held in memory.
 TILES_PER_SHARD = 256
@@ -41,8 +43,14 @@ INDEX_BYTES = TILES_PER_SHARD * 16 + 4
 _TILE_AGAIN = "mend it with 'slidetl cache verify --repair', or tile the slide again with --overwrite"
 _REPAIR = "mend it with 'slidetl cache verify --repair'"
 
+# Its bytes are those that were written, so they were copied from a slide that is damaged there.
+_LEAVE_OUT = "so is the slide; leave out such tiles with 'slidetl cache verify --decode --repair'"
+
 # Shards that a process keeps open: a tile is then found by one call, and 1,000 slides cost no 1,000 files.
 _OPEN_SHARDS = 64
+
+# What a small array may claim to be: features of 400,000 tiles, 2,560 numbers each.
+_MAX_ARRAY_BYTES = 2 * 2**30
 
 FEATURES = "features"  # the part of a group that is stored after the rest, and checked by its own seals
 _SEAL = re.compile(rb'"crc32c": "([0-9a-f]{8})"')
@@ -244,16 +252,14 @@ class SlideCache:
             shard = _open_shard(self._lifetime, self.path, number)
         except FileNotFoundError as error:
             raise CacheMissingError(f"{error.filename}: the shard is missing; {_REPAIR}") from error
-        offset, length = shard.index[place]
-        if offset == MISSING:
-            raise CacheCorruptError(
-                f"{shard.path}: tile {tile} of {self.slide_id} is not in its shard's index; {_REPAIR}"
-            )
+        remedy = _REPAIR
         try:
-            return self._codec.decode(checked(os.pread(shard.descriptor, length, offset)))
+            chunk = shard.chunk(place)
+            remedy = _LEAVE_OUT
+            return self._codec.decode(chunk)
         except CacheCorruptError as error:
             raise CacheCorruptError(
-                f"{shard.path}: tile {tile} of {self.slide_id} is damaged ({error}); {_REPAIR}"
+                f"{shard.path}: tile {tile} of {self.slide_id} is damaged ({error}); {remedy}"
             ) from error
 
 
@@ -282,6 +288,10 @@ class Shard:
         try:
             packed = checked(os.pread(self.descriptor, INDEX_BYTES, max(self.size - INDEX_BYTES, 0)))
             index = np.frombuffer(packed, "<u8").reshape(TILES_PER_SHARD, 2)
+            offsets, lengths = index[index[:, 0] != MISSING].T
+            # Room is made for what the index says, before it is read.
+            if len(lengths) and (lengths.max() > self.size or (offsets > self.size - lengths).any()):
+                raise CacheCorruptError(f"it names tiles beyond the {self.size} bytes of the file")
         except (CacheCorruptError, ValueError) as error:
             raise CacheCorruptError(f"{path}: the shard's index is damaged ({error}); {_REPAIR}") from error
         self.index: list[tuple[int, int]] = [(offset, length) for offset, length in index.tolist()]
@@ -291,14 +301,33 @@ class Shard:
             os.close(self.descriptor)
 
     def digest(self) -> str:
-        """A crc32c over those of all chunks and the index: a shard of other tiles has another."""
-        crcs = (
+        """See :func:`shard_digest`."""
+        crcs = [
             os.pread(self.descriptor, 4, offset + length - 4)
             for offset, length in self.index
             if offset != MISSING
-        )
-        packed = os.pread(self.descriptor, INDEX_BYTES, self.size - INDEX_BYTES)
-        return checksum(b"".join((*crcs, packed))).hex()
+        ]
+        return shard_digest(crcs, os.pread(self.descriptor, INDEX_BYTES, self.size - INDEX_BYTES))
+
+    def chunk(self, place: int) -> bytes:
+        """The bytes of one tile, once they agree with their crc32c.
+
+        Raises:
+            CacheCorruptError: they do not, or there is no such tile.
+        """
+        offset, length = self.index[place]
+        if offset == MISSING:
+            raise CacheCorruptError("it is not in its shard's index")
+        return checked(os.pread(self.descriptor, length, offset))
+
+    def damaged(self) -> Iterator[int]:
+        """The places of tiles that fail their checksum; reads them all."""
+        for place, (offset, _) in enumerate(self.index):
+            if offset != MISSING:
+                try:
+                    self.chunk(place)
+                except CacheCorruptError:
+                    yield place
 
 
 @functools.lru_cache(maxsize=_OPEN_SHARDS)
@@ -339,7 +368,7 @@ def read_header(path: Path) -> CacheHeader:
     Raises:
         CacheMissingError: there is no cache, or it was never finished.
         CacheMismatchError: another version of the format.
-        CacheCorruptError: what it says cannot be understood.
+        CacheCorruptError: what it says cannot be understood, or fails its checksum.
     """
     try:
         attributes = read_json(path).get("attributes", {})
@@ -353,11 +382,13 @@ def read_header(path: Path) -> CacheHeader:
                 f"{path}: made in format {attributes['format_version']}, this slidetl reads "
                 f"{FORMAT_VERSION}; tile into another folder, or with --overwrite"
             )
-        return CacheHeader.from_attributes(attributes)
+        header = CacheHeader.from_attributes(attributes)
     except (AttributeError, KeyError, TypeError, UsageError) as error:
         raise CacheCorruptError(
             f"{path / 'zarr.json'}: not the attributes of a tile cache ({error!r}); {_TILE_AGAIN}"
         ) from error
+    read_sealed(path)
+    return header
 
 
 def describe_difference(cached: TileSpec, wanted: TileSpec) -> str:
@@ -390,26 +421,17 @@ def building_path(cache_dir: Path, slide_id: str) -> Path:
 
 def shard_path(group: Path, shard: int) -> Path:
     """The file of a shard in a slide's group."""
-    return group / "tiles" / "c" / str(shard) / "0" / "0" / "0"
+    return group / shard_name(shard)
 
 
-def seal_group(group: Path) -> None:
-    """Lists the checksums of a finished group in its attributes, so that damage to any byte can be found.
-
-    The metadata document of the group seals itself and lists all other files; that of ``tiles`` bears a copy
-    of what the group says of itself, and a seal too, so that either can be mended from the other.
-    """
-    about = read_json(group)
-    header = {name: value for name, value in about["attributes"].items() if name != "complete"}
-    tiles = read_json(group / "tiles")
-    (group / "tiles" / "zarr.json").write_bytes(_sealed({**tiles, "attributes": header}))
-    about["attributes"] = {**about["attributes"], "checksums": file_checksums(group)}
-    (group / "zarr.json").write_bytes(_sealed(about))
+def shard_name(shard: int) -> str:
+    """Its name in the group."""
+    return f"tiles/c/{shard}/0/0/0"
 
 
 def seal_node(node: Path) -> None:
     """Seals the metadata document of an array or group that is added to a finished cache, as features are."""
-    (node / "zarr.json").write_bytes(_sealed(read_json(node)))
+    (node / "zarr.json").write_bytes(sealed(read_json(node)))
 
 
 def read_sealed(node: Path) -> dict[str, Any]:
@@ -429,21 +451,52 @@ def read_sealed(node: Path) -> dict[str, Any]:
     return about
 
 
-def file_checksums(group: Path) -> dict[str, str]:
-    """Checksums of the files of a group by their names in it; of features, and of ``zarr.json``, none.
+def file_digest(content: bytes) -> str:
+    """What the seal of a group lists for each of its files, shards apart.
 
-    That of a shard is :meth:`Shard.digest`, since to read all tiles again would cost more than to copy them.
+    Not crc32c: over data that end with their own, as the chunks of zarr do, it is the same for all.
     """
-    found: dict[str, str] = {}
-    for path in sorted(group.rglob("*")):
-        name = path.relative_to(group)
-        if path.is_file() and name.parts[0] not in (FEATURES, "zarr.json"):
-            is_shard = name.parts[:2] == ("tiles", "c")
-            found[str(name)] = Shard(path).digest() if is_shard else checksum(path.read_bytes()).hex()
-    return found
+    return f"{zlib.crc32(content):08x}"
 
 
-def _sealed(document: dict[str, Any]) -> bytes:
+def shard_digest(crcs: Sequence[bytes], index: bytes) -> str:
+    """What the seal of a group lists for a shard: a shard of other tiles has another.
+
+    Args:
+        crcs: of its chunks, 4 bytes each, which themselves vouch for the tiles.
+        index: with its crc32c.
+    """
+    return checksum(b"".join((*crcs, index))).hex()
+
+
+def is_small(group: Path) -> bool:
+    """Whether a group is of a single shard; such are written without waiting for the disk.
+
+    Raises:
+        CacheMissingError: there is no such group.
+        CacheCorruptError: its seal is damaged.
+    """
+    return shard_name(1) not in read_sealed(group)["attributes"]["checksums"]
+
+
+def is_intact(group: Path) -> bool:
+    """Whether every byte of a finished group, features apart, is what its seal says; reads all of it."""
+    try:
+        listed = read_sealed(group)["attributes"]["checksums"]
+        for name, digest in listed.items():
+            if name.startswith("tiles/c/"):
+                shard = Shard(group / name)
+                if shard.digest() != digest or any(shard.damaged()):
+                    return False
+            elif file_digest((group / name).read_bytes()) != digest:
+                return False
+    except (CacheCorruptError, CacheMissingError, KeyError, TypeError, OSError):
+        return False
+    return True
+
+
+def sealed(document: Mapping[str, Any]) -> bytes:
+    """A metadata document of zarr with a crc32c of itself in its attributes."""
     attributes = {name: value for name, value in document["attributes"].items() if name != "crc32c"}
     # In front, so that no attribute of that name can be taken for it.
     document = {**document, "attributes": {"crc32c": "00000000", **attributes}}
@@ -485,7 +538,10 @@ def read_array(node: Path) -> NDArray[Any]:
     try:
         shape, dtype = about["shape"], np.dtype(about["data_type"]).newbyteorder("<")
         chunk = node.joinpath("c", *("0" for _ in shape))
-        content = decode_zstd(checked(chunk.read_bytes()))
+        size = math.prod(shape) * dtype.itemsize
+        if not 0 <= size <= _MAX_ARRAY_BYTES:
+            raise CacheCorruptError(f"{shape} {dtype} would be {size} bytes, more than {_MAX_ARRAY_BYTES}")
+        content = decode_zstd(checked(chunk.read_bytes()), size)
         return np.frombuffer(content, dtype).reshape(shape).copy()  # a buffer of bytes is read-only
     except FileNotFoundError as error:
         raise CacheMissingError(f"{chunk}: no such file; {_TILE_AGAIN}") from error

@@ -36,11 +36,14 @@ from slidetl.cache.store import (
     describe_difference,
     describe_write_error,
     discard,
+    is_intact,
+    is_small,
     read_header,
 )
 from slidetl.cache.writer import CacheWriter
 from slidetl.errors import (
     CacheCorruptError,
+    CacheError,
     CacheMismatchError,
     CacheMissingError,
     SlideError,
@@ -235,12 +238,32 @@ def encode_tiles(
             yield tile, result
             continue
         unreadable += 1
-        if unreadable > MAX_UNREADABLE * len(plan):
-            raise SlideReadError(
-                f"more than {MAX_UNREADABLE:.0%} of the {len(plan)} tiles wanted cannot be read; "
-                f"the last: {result}"
-            ) from result
+        check_unreadable(plan, unreadable, result)
         yield tile, None
+
+
+def check_unreadable(plan: TilePlan, unreadable: int, last: SlideReadError) -> None:
+    """Ends the reading of a slide of which too much is damaged.
+
+    Raises:
+        SlideReadError: more than a tenth of the tiles wanted cannot be read.
+    """
+    if unreadable > MAX_UNREADABLE * len(plan):
+        raise SlideReadError(
+            f"more than {MAX_UNREADABLE:.0%} of the {len(plan)} tiles wanted cannot be read; the last: {last}"
+        ) from last
+
+
+def encode_tile(slide: Slide, plan: TilePlan, tile: int) -> bytes:
+    """Reads one tile of a plan, never copying the slide's own JPEG, as the bytes that a cache holds.
+
+    Raises:
+        SlideReadError: the slide is damaged there.
+    """
+    spec = plan.spec
+    x, y = plan.origins_level0[tile].tolist()
+    size_px = (spec.tile_size_px, spec.tile_size_px)
+    return tile_codec(spec).encode(slide.read((x, y), size_px, spec.mpp, spec.mpp_tolerance))
 
 
 def _encoded(slide: Slide, plan: TilePlan, first: int, threads: int) -> Iterator[bytes | SlideReadError]:
@@ -259,10 +282,8 @@ def _encoded(slide: Slide, plan: TilePlan, first: int, threads: int) -> Iterator
         if copied is not None:
             yield copied
             continue
-        x, y = plan.origins_level0[tile].tolist()
-        size_px = (spec.tile_size_px, spec.tile_size_px)
         try:
-            yield encode(slide.read((x, y), size_px, spec.mpp, spec.mpp_tolerance))
+            yield encode_tile(slide, plan, tile)
         except SlideReadError as error:
             yield error
 
@@ -279,15 +300,24 @@ def stream_tiles(slide: Slide, plan: TilePlan, batch_size: int = 64, threads: in
     Raises:
         SlideReadError: more than a tenth of all tiles cannot be read.
     """
-    codec = tile_codec(plan.spec)
+    decode = tile_codec(plan.spec).decode
     tiles: list[int] = []
     pixels: list[NDArray[np.uint8]] = []
+    unreadable = 0
     for tile, payload in encode_tiles(slide, plan, threads=threads):
-        if payload is not None:
-            # A copied JPEG may turn out to be damaged; a cache that is read says so then as well.
-            with contextlib.suppress(CacheCorruptError):
-                pixels.append(codec.decode(payload))
+        try:
+            if payload is not None:
+                pixels.append(decode(payload))
                 tiles.append(tile)
+            else:
+                unreadable += 1
+        except CacheCorruptError:  # copied from a slide that is damaged within the JPEG
+            try:
+                pixels.append(decode(encode_tile(slide, plan, tile)))
+                tiles.append(tile)
+            except SlideReadError as error:
+                unreadable += 1
+                check_unreadable(plan, unreadable, error)
         if pixels and (len(pixels) == batch_size or tile == len(plan) - 1):
             yield TileBatch(plan.origins_level0[tiles], plan.tissue_fraction[tiles], np.stack(pixels))
             tiles, pixels = [], []
@@ -424,7 +454,9 @@ def tile_slides(
             return _in_processes(sources, cache_dir, spec, overwrite, preview, workers)
         return (tile_slide(source, cache_dir, spec, overwrite, preview=preview) for source in sources)
 
-    return record_as_done(sources, cache_dir, spec, overwrite, start, on_done)
+    rows = record_as_done(sources, cache_dir, spec, overwrite, start, on_done)
+    _sync_file_system(cache_dir)
+    return rows
 
 
 def record_as_done(
@@ -467,6 +499,16 @@ def record_as_done(
             if on_done is not None:
                 on_done(row)
     return [rows[source.slide_id] for source in sources]
+
+
+def _sync_file_system(folder: Path) -> None:
+    """Makes durable, at once, the many small caches that were written without waiting for the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if ctypes.CDLL(None, use_errno=True).syncfs(descriptor):
+            raise CacheError(f"{folder}: cannot be made durable: {os.strerror(ctypes.get_errno())}")
+    finally:
+        os.close(descriptor)
 
 
 def _tile_open_slide(
@@ -530,12 +572,16 @@ def _draw(plan: TilePlan, slide_id: str, path: Path) -> None:
 def _kept_cache(info: SlideInfo, path: Path, spec: TileSpec, overwrite: bool) -> SlideCache | None:
     """The finished cache of this very slide; None if it is to be made (again)."""
     try:
-        cache = SlideCache.open(path, spec)
-        if (cache.fingerprint, cache.mpp_level0) != (info.fingerprint, info.mpp_level0):
+        header = read_header(path)
+        if header.spec != spec:
+            raise CacheMismatchError(f"{path}: {describe_difference(header.spec, spec)}")
+        if (header.fingerprint, header.mpp_level0) != (info.fingerprint, info.mpp_level0):
             raise CacheMismatchError(
                 f"{path}: made from another slide, or from this one at another spacing of level 0; "
                 "replace it with --overwrite, or tile into another folder"
             )
+        # Nobody waited for the disk when it was written, so after a power cut it may not be whole.
+        return None if is_small(path) and not is_intact(path) else SlideCache.open(path, spec)
     except CacheMissingError:
         if not path.exists() or overwrite:
             return None
@@ -547,7 +593,6 @@ def _kept_cache(info: SlideInfo, path: Path, spec: TileSpec, overwrite: bool) ->
         if overwrite:
             return None
         raise
-    return cache
 
 
 def _refuse_other_spec(sources: Sequence[SlideSource], cache_dir: Path, spec: TileSpec) -> None:

@@ -1,7 +1,7 @@
 """Is every byte of a cache what was written? And if not, the damaged tiles made again.
 
 A group is checked against itself: its metadata document seals itself and lists the checksums of all other
-files (:func:`slidetl.cache.store.seal_group`), each tile has its own crc32c, and a shard must consist of its
+files (:func:`slidetl.cache.store.sealed`), each tile has its own crc32c, and a shard must consist of its
 tiles and its index and nothing else. Features are stored later, and seal themselves.
 """
 
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from slidetl.cache.codec import TileCodec, tile_codec
 from slidetl.cache.ledger import LedgerRow
 from slidetl.cache.lock import slide_lock
 from slidetl.cache.store import (
@@ -24,15 +25,15 @@ from slidetl.cache.store import (
     CacheHeader,
     Shard,
     building_path,
-    checked,
-    checksum,
+    file_digest,
     read_array,
     read_header,
     read_json,
     read_sealed,
+    shard_name,
     shard_path,
 )
-from slidetl.cache.tiler import TilePlan, encode_tiles, plan_tiles
+from slidetl.cache.tiler import TilePlan, check_unreadable, encode_tile, encode_tiles, plan_tiles
 from slidetl.cache.writer import CacheWriter
 from slidetl.errors import (
     CacheCorruptError,
@@ -42,6 +43,7 @@ from slidetl.errors import (
     SpacingError,
 )
 from slidetl.slides import Slide, open_slide
+from slidetl.slides.decoding import map_in_order
 
 _FAILS = "it fails its checksum"
 _FEATURES_FAIL = "these features fail their checksum; run 'slidetl embed' again"
@@ -89,12 +91,17 @@ class Verification:
         return not self.findings
 
 
-def verify_cache(path: Path, row: LedgerRow | None = None) -> Verification:
+def verify_cache(
+    path: Path, row: LedgerRow | None = None, decode: bool = False, threads: int = 1
+) -> Verification:
     """Reads a slide's cache whole and finds any byte that is not what was written.
 
     Args:
         path: the group, ``<cache>/<slide_id>.zarr``.
         row: of the slide in the ledger; its fingerprint must be that of the cache.
+        decode: also decode every tile. One that was copied from a slide which is damaged within its
+            compressed data is exactly what was written, and still cannot be read.
+        threads: that decode at a time.
 
     Raises:
         CacheMissingError: there is no such folder.
@@ -124,6 +131,10 @@ def verify_cache(path: Path, row: LedgerRow | None = None) -> Verification:
     for name in sorted(set(listed or ()) - core):
         findings.append(Finding(name, "missing", _tiles_of(name, tiles)))
     findings.extend(_check_features(path, files - core - {"zarr.json"}))
+    if decode and header is not None:
+        damaged = {tile for finding in findings for tile in finding.tiles}
+        sound = [tile for tile in range(tiles) if tile not in damaged]
+        findings.extend(_check_pixels(path, header, sound, threads))
     return Verification(path, header, tiles, size, tuple(findings))
 
 
@@ -131,7 +142,8 @@ def repair_cache(found: Verification, slide_path: Path) -> Verification:
     """Makes the damaged parts of a cache again, byte for byte, from the slide; sound tiles are copied.
 
     The group is built beside the old one and put in its place at once. Features that are damaged are not
-    made again here; they are dropped, and the others kept.
+    made again here; they are dropped, and the others kept. A tile that the slide cannot give (any more) is
+    left out and counted, as when tiling; features, which have a row for each tile, are then dropped as well.
 
     Args:
         found: what :func:`verify_cache` said.
@@ -143,7 +155,7 @@ def repair_cache(found: Verification, slide_path: Path) -> Verification:
     Raises:
         CacheMismatchError: the slide is another one.
         CacheCorruptError: both copies of the cache's description are damaged.
-        SlideError: the slide cannot be read.
+        SlideError: the slide cannot be read, or more than a tenth of its tiles cannot.
     """
     path, header = found.path, found.header
     if header is None:
@@ -177,8 +189,12 @@ def repair_cache(found: Verification, slide_path: Path) -> Verification:
                 elif number in tile_of:
                     writer.add(number, _payload(path, tile_of[number]))
                 else:
-                    writer.add(number, next(made))
-            _link_sound_features(found, building_path(path.parent, slide_id) / "group")
+                    payload, error = next(made)
+                    writer.add(number, payload)
+                    if error is not None:
+                        check_unreadable(plan, writer.unreadable, error)
+            if writer.unreadable == len(left_out):
+                _link_sound_features(found, building_path(path.parent, slide_id) / "group")
             lock.check()
             writer.finish()
     return verify_cache(path)
@@ -226,7 +242,7 @@ def _check_file(path: Path, name: str, listed: dict[str, str] | None, tiles: int
         except OSError as error:
             yield Finding(name, f"cannot be read: {error.strerror}")
         else:
-            if checksum(content).hex() != listed[name]:
+            if file_digest(content) != listed[name]:
                 yield Finding(name, _FAILS)
 
 
@@ -245,19 +261,36 @@ def _check_shard(path: Path, name: str, expected: str | None, tiles: int) -> Ite
             yield Finding(name, "it has bytes that belong to no tile", every)
             return
         damaged = False
-        for place, offset, length in chunks:
-            try:
-                checked(os.pread(shard.descriptor, length, offset))
-            except CacheCorruptError:
-                damaged = True
-                tile = every[0] + place if every else place
-                yield Finding(name, f"tile {tile} fails its checksum", (tile,))
+        for place in shard.damaged():
+            damaged = True
+            tile = every[0] + place if every else place
+            yield Finding(name, f"tile {tile} fails its checksum", (tile,))
         if not damaged and expected is not None and shard.digest() != expected:
             yield Finding(name, "sound, but not the shard that was written here", every)
     except CacheCorruptError:
         yield Finding(name, "its index fails its checksum", every)
     except OSError as error:
         yield Finding(name, f"cannot be read: {error.strerror}", every)
+
+
+def _check_pixels(path: Path, header: CacheHeader, tiles: list[int], threads: int) -> Iterator[Finding]:
+    codec = tile_codec(header.spec)
+    side = header.spec.tile_size_px
+
+    def is_readable(tile: int) -> bool:
+        return _is_readable(codec, _payload(path, tile), side)
+
+    for tile, is_sound in zip(tiles, map_in_order(is_readable, tiles, threads), strict=True):
+        if not is_sound:
+            name = shard_name(tile // TILES_PER_SHARD)
+            yield Finding(name, f"tile {tile} cannot be decoded: the slide is damaged there", (tile,))
+
+
+def _is_readable(codec: TileCodec, payload: bytes, side_px: int) -> bool:
+    try:
+        return codec.decode(payload).shape == (side_px, side_px, 3)
+    except CacheCorruptError:
+        return False
 
 
 def _tiles_of(name: str, tiles: int) -> tuple[int, ...]:
@@ -344,8 +377,15 @@ def _kept_in_plan(found: Verification, header: CacheHeader, plan: TilePlan) -> l
         ) from error
 
 
-def _encoded(slide: Slide, plan: TilePlan, numbers: list[int]) -> Iterator[bytes]:
-    """Tiles of a plan, made as they were: neighbours share reads, so the plan stays whole."""
+def _encoded(
+    slide: Slide, plan: TilePlan, numbers: list[int]
+) -> Iterator[tuple[bytes | None, SlideReadError | None]]:
+    """Tiles of a plan, made as they were; neighbours share reads, so the plan stays whole.
+
+    Yields:
+        The bytes of a tile, or why it cannot be read.
+    """
+    codec = tile_codec(plan.spec)
     tiles: Iterator[tuple[int, bytes | None]] = iter(())
     at = -1
     for number in numbers:
@@ -353,13 +393,15 @@ def _encoded(slide: Slide, plan: TilePlan, numbers: list[int]) -> Iterator[bytes
             tiles = encode_tiles(slide, plan, number)
         at = number
         payload = next(payload for tile, payload in tiles if tile == number)
-        if payload is None:
-            raise SlideReadError(f"{plan.info.path}: a tile that is to be mended cannot be read any more")
-        yield payload
+        if payload is not None and _is_readable(codec, payload, plan.spec.tile_size_px):
+            yield payload, None
+            continue
+        try:
+            yield encode_tile(slide, plan, number), None
+        except SlideReadError as error:
+            yield None, error
 
 
 def _payload(path: Path, tile: int) -> bytes:
     number, place = divmod(tile, TILES_PER_SHARD)
-    shard = Shard(shard_path(path, number))
-    offset, length = shard.index[place]
-    return checked(os.pread(shard.descriptor, length, offset))
+    return Shard(shard_path(path, number)).chunk(place)

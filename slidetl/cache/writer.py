@@ -20,20 +20,24 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from slidetl.cache.codec import tile_codec
+from slidetl.cache.codec import ZSTD_LEVEL, encode_zstd, tile_codec
 from slidetl.cache.store import (
     FEATURES,
     MISSING,
     TILES_PER_SHARD,
     CacheHeader,
+    Shard,
     SlideCache,
     building_path,
     cache_path,
     checksum,
-    seal_group,
+    file_digest,
+    sealed,
+    shard_digest,
+    shard_name,
     shard_path,
 )
-from slidetl.errors import UsageError
+from slidetl.errors import CacheCorruptError, UsageError
 from slidetl.tissue import TissueMask
 
 # A note of what is safe on the disk is made at most so often. Every one waits for the disk, which would hold
@@ -91,8 +95,12 @@ class CacheWriter:
         self._shards = 0
         self._committer = ThreadPoolExecutor(1)
         self._commit: Future[None] | None = None
-        self._unsynced: list[Path] = []
-        self._safe: set[Path] = set()
+        self._syncer = ThreadPoolExecutor(_SYNCED_TOGETHER)
+        self._syncing: list[Future[None]] = []
+        # A single shard is sooner made again than its thirty files and folders are made durable one by one.
+        # After a power cut, the seal tells whether it is whole (`slidetl.cache.store.is_intact`).
+        self._is_small = len(origins_level0) <= TILES_PER_SHARD
+        self._digests: dict[str, str] = {}
         self._unnoted: dict[str, Any] | None = None
         self._noted_s = -math.inf
         self._resume()
@@ -105,6 +113,7 @@ class CacheWriter:
         # Whoever lost the slide, or the disk, has another error on its way.
         with contextlib.suppress(OSError):
             self._note()
+        self._syncer.shutdown()
 
     @property
     def next_tile(self) -> int:
@@ -145,20 +154,20 @@ class CacheWriter:
         """
         if self._next != len(self._origins):
             raise UsageError(f"{self._next} of {len(self._origins)} tiles were added")
-        if self._pending:
-            self._commit_shard()
         self._committed()
         self._committer.shutdown()
+        if self._pending:
+            self._write_shard(self._shards, self._pending, None)
         self._unnoted = None  # the group is whole before anyone could read the note
         self._write_metadata()
-        seal_group(self._group)
-        _fsync_all([self._group, *(path for path in self._group.rglob("*") if path not in self._safe)])
+        if not self._is_small:
+            self._sync_group()
         self._check()
-        old = self._building / "old"
         if self._target.exists():
-            self._target.rename(old)
+            self._target.rename(self._building / "old")
         self._group.rename(self._target)
-        _fsync(self._target.parent)
+        if not self._is_small:
+            _fsync(self._target.parent)
         shutil.rmtree(self._building)
         return SlideCache.open(self._target, self._header.spec)
 
@@ -173,11 +182,15 @@ class CacheWriter:
         except (FileNotFoundError, json.JSONDecodeError):
             progress = {}
         shards = (progress.get("next_tile", 0) - len(progress.get("unreadable", ()))) // TILES_PER_SHARD
-        # After a power cut the note may be there and a shard's folder not.
-        is_there = all(shard_path(self._group, shard).is_file() for shard in range(shards))
-        if progress.get("identity") == self._identity() and is_there:
+        try:
+            digests = {
+                shard_name(shard): Shard(shard_path(self._group, shard)).digest() for shard in range(shards)
+            }
+        except (FileNotFoundError, CacheCorruptError):
+            digests = None  # after a power cut the note may be there and a shard not
+        if progress.get("identity") == self._identity() and digests is not None:
             self._next, self._unreadable, self._shards = progress["next_tile"], progress["unreadable"], shards
-            self._safe.update(shard_path(self._group, shard) for shard in range(shards))
+            self._digests = digests
         elif self._building.exists():
             shutil.rmtree(self._building)
         self._group.mkdir(parents=True, exist_ok=True)
@@ -206,8 +219,12 @@ class CacheWriter:
         self._check()
         path = shard_path(self._group, shard)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(pack_shard(payloads))
-        self._unsynced.append(path)
+        parts, self._digests[shard_name(shard)] = pack_shard(payloads)
+        _write(path, parts)
+        if self._is_small:
+            return
+        # While the next tiles are read, the disk takes these.
+        self._sync(path, *list(path.parents)[:3])
         self._unnoted = progress
         if time.monotonic() - self._noted_s >= _NOTE_SECONDS:
             self._note()
@@ -217,46 +234,39 @@ class CacheWriter:
         if self._unnoted is None:
             return
         self._check()
-        _fsync_all([each for path in self._unsynced for each in (path, path.parent)])
+        self._synced()
         note = json.dumps(self._unnoted).encode()
         _replace(self._building / "progress.json", note, self._building / "progress.tmp")
-        self._safe.update(self._unsynced)
-        self._unsynced, self._unnoted = [], None
+        self._unnoted = None
         self._noted_s = time.monotonic()
 
-    def _write_metadata(self) -> None:
-        import zarr
-        from zarr.codecs import Crc32cCodec, ZstdCodec
+    def _sync(self, *paths: Path) -> None:
+        """Begins to make files and folders durable; several at a time, which the disk does together."""
+        self._syncing += [self._syncer.submit(_fsync, path) for path in paths]
 
+    def _synced(self) -> None:
+        """Waits for them, and raises what went wrong."""
+        for done in self._syncing:
+            done.result()
+        self._syncing = []
+
+    def _sync_group(self) -> None:
+        """Makes all of the group durable."""
+        shards = self._group / "tiles" / "c"
+        self._sync(self._group, shards)
+        for node in self._group.iterdir():
+            self._sync(node, *(path for path in node.rglob("*") if shards not in (path, *path.parents)))
+        self._synced()
+
+    def _write_metadata(self) -> None:
+        """Writes all but the shards, by zarr's specification; the document with the seal comes last."""
         # A run killed in here left some of it.
         for entry in self._group.iterdir():
-            if entry.name == "tiles":
-                (entry / "zarr.json").unlink(missing_ok=True)
-            elif entry.name == FEATURES:
-                continue  # of a cache under repair
-            elif entry.is_dir():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+            if entry.name not in ("tiles", FEATURES):  # those of a cache under repair
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
         is_readable = np.ones(len(self._origins), bool)
         is_readable[self._unreadable] = False
-        count, size = int(is_readable.sum()), self._header.spec.tile_size_px
-        serializer, compressors = tile_codec(self._header.spec).zarr_codecs()
-        attributes = {**self._header.to_attributes(), "tiles_unreadable": len(self._unreadable)}
-        group = zarr.create_group(self._group, attributes=attributes)
-        group.create_array(
-            "tiles",
-            shape=(count, size, size, 3),
-            dtype="uint8",
-            chunks=(1, size, size, 3),
-            shards=(TILES_PER_SHARD, size, size, 3),
-            serializer=serializer,
-            compressors=(*compressors, Crc32cCodec()),
-            fill_value=0,
-            dimension_names=("tile", "y", "x", "channel"),
-            config={"write_empty_chunks": True},
-        )
         spacing = {"mpp": self._mask.mpp}
         arrays: dict[str, tuple[NDArray[Any], dict[str, Any]]] = {
             "origin_level0": (self._origins[is_readable], {}),
@@ -266,22 +276,96 @@ class CacheWriter:
             "tissue_mask": (self._mask.mask, spacing),
         }
         for name, (values, about) in arrays.items():
-            group.create_array(
-                name,
-                data=np.ascontiguousarray(values),
-                chunks=values.shape,
-                compressors=(ZstdCodec(level=3), Crc32cCodec()),
-                attributes=about,
-                config={"write_empty_chunks": True},
-            )
-        group.attrs["complete"] = True
+            self._put(f"{name}/zarr.json", json.dumps(_array_document(values, about), indent=2).encode())
+            chunk = encode_zstd(values.astype(values.dtype.newbyteorder("<")).tobytes())
+            self._put("/".join((name, "c", *"0" * values.ndim)), chunk + checksum(chunk))
+
+        attributes = {**self._header.to_attributes(), "tiles_unreadable": len(self._unreadable)}
+        tiles = _tiles_document(int(is_readable.sum()), self._header, attributes)
+        self._put("tiles/zarr.json", sealed(tiles))
+        attributes = {**attributes, "complete": True, "checksums": dict(sorted(self._digests.items()))}
+        group = {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
+        (self._group / "zarr.json").write_bytes(sealed(group))
+
+    def _put(self, name: str, content: bytes) -> None:
+        path = self._group / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        self._digests[name] = file_digest(content)
 
 
-def pack_shard(payloads: Sequence[bytes]) -> bytes:
+def _tiles_document(count: int, header: CacheHeader, attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of the tiles, as zarr writes them."""
+    side = header.spec.tile_size_px
+    serializer, compressors = tile_codec(header.spec).zarr_codecs()
+    codecs = [serializer.to_dict(), *(codec.to_dict() for codec in compressors), _CRC32C]
+    return _document(
+        shape=[count, side, side, 3],
+        dtype="uint8",
+        chunk_shape=[TILES_PER_SHARD, side, side, 3],
+        codecs=[
+            {
+                "name": "sharding_indexed",
+                "configuration": {
+                    "chunk_shape": [1, side, side, 3],
+                    "codecs": codecs,
+                    "index_codecs": [_LITTLE_ENDIAN, _CRC32C],
+                    "index_location": "end",
+                },
+            }
+        ],
+        attributes=attributes,
+        dimension_names=["tile", "y", "x", "channel"],
+    )
+
+
+def _array_document(values: NDArray[Any], attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of an array in one chunk, as zarr writes them."""
+    zstd = {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}}
+    return _document(
+        shape=list(values.shape),
+        dtype=values.dtype.name,
+        chunk_shape=list(values.shape),
+        codecs=[_LITTLE_ENDIAN if values.dtype.itemsize > 1 else {"name": "bytes"}, zstd, _CRC32C],
+        attributes=attributes,
+    )
+
+
+_CRC32C = {"name": "crc32c"}
+_LITTLE_ENDIAN = {"name": "bytes", "configuration": {"endian": "little"}}
+
+
+def _document(
+    shape: list[int],
+    dtype: str,
+    chunk_shape: list[int],
+    codecs: list[dict[str, Any]],
+    attributes: Mapping[str, Any],
+    **more: Any,
+) -> dict[str, Any]:
+    return {
+        "shape": shape,
+        "data_type": dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk_shape}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": np.dtype(dtype).type().item(),
+        "codecs": codecs,
+        "attributes": dict(attributes),
+        **more,
+        "zarr_format": 3,
+        "node_type": "array",
+        "storage_transformers": [],
+    }
+
+
+def pack_shard(payloads: Sequence[bytes]) -> tuple[list[bytes], str]:
     """A shard by zarr's sharding specification: chunks with their crc32c, then the index with its own.
 
     Args:
         payloads: at most ``TILES_PER_SHARD`` encoded tiles, in order.
+
+    Returns:
+        The shard in parts, and its digest (:func:`slidetl.cache.store.shard_digest`).
     """
     index = np.full((TILES_PER_SHARD, 2), MISSING, "<u8")
     parts: list[bytes] = []
@@ -291,7 +375,17 @@ def pack_shard(payloads: Sequence[bytes]) -> bytes:
         offset += len(payload) + 4
         parts += (payload, checksum(payload))
     packed = index.tobytes()
-    return b"".join((*parts, packed, checksum(packed)))
+    packed += checksum(packed)
+    return [*parts, packed], shard_digest(parts[1::2], packed)
+
+
+def _write(path: Path, parts: Sequence[bytes]) -> None:
+    """Writes a file without putting its parts together first, which would cost as much as to write them."""
+    with path.open("wb", buffering=0) as file:
+        written = os.writev(file.fileno(), parts)
+        rest = memoryview(b"".join(parts))[written:] if written < sum(map(len, parts)) else b""
+        while rest:
+            rest = rest[file.write(rest) :]  # says why, if it is the disk that is full
 
 
 def _replace(path: Path, data: bytes, temporary: Path) -> None:
@@ -314,10 +408,3 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _fsync_all(paths: Sequence[Path]) -> None:
-    """Several at a time, which the file system makes durable together."""
-    with ThreadPoolExecutor(_SYNCED_TOGETHER) as pool:
-        for done in [pool.submit(_fsync, path) for path in paths]:
-            done.result()

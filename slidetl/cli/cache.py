@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from slidetl.cache.ledger import Ledger, LedgerRow
     from slidetl.cache.verify import Verification
 
 SUMMARY = "look into a tile cache, verify it, or mend it"
@@ -31,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verify.add_argument("cache", type=Path, metavar="CACHE", help="the folder that 'slidetl tile' wrote")
     verify.add_argument(
         "--repair", action="store_true", help="make what is damaged again, from the slides in the ledger"
+    )
+    verify.add_argument(
+        "--decode",
+        action="store_true",
+        help="also decode every tile: of a damaged slide, some may have been copied that cannot be; with "
+        "--repair these are left out and counted as unreadable",
     )
     # SUPPRESS: else the help of an option without a default says "(default: None)".
     verify.add_argument(
@@ -61,20 +69,22 @@ def _verify(options: argparse.Namespace) -> int:
     from slidetl.errors import CacheError, SlideError, UsageError
 
     paths = groups(options.cache)
-    rows = {row.slide_id: row for row in Ledger(options.cache / "ledger.csv").rows()}
+    ledger = Ledger(options.cache / "ledger.csv")
+    rows = {row.slide_id: row for row in ledger.rows()}
     slides = {slide_id: Path(row.path) for slide_id, row in rows.items()}
     if hasattr(options, "slides"):
         if not options.repair:
             raise UsageError("--slides says where --repair finds the slides; give both, or neither")
         slides.update(_slide_paths(options.slides))
     damaged = tiles = 0
+    threads = len(os.sched_getaffinity(0))
     console = Console(stderr=True)
     columns = (TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         for path in bar.track(paths):
             slide_id = path.name.removesuffix(".zarr")
             try:
-                found = verify_cache(path, rows.get(slide_id))
+                found = verify_cache(path, rows.get(slide_id), options.decode, threads)
                 _print_findings(slide_id, found)
                 tiles += found.tiles
                 if options.repair and not found.is_sound:
@@ -82,6 +92,7 @@ def _verify(options: argparse.Namespace) -> int:
                         raise UsageError(f"{path}: its slide is not in the ledger; say where it is: --slides")
                     found = repair_cache(found, slides[slide_id])
                     print(f"{slide_id}: {'mended' if found.is_sound else 'still damaged'}")
+                    _record(ledger, rows.get(slide_id), found)
                 damaged += not found.is_sound
             except (CacheError, SlideError, UsageError) as error:
                 print(f"{slide_id}: {error}")
@@ -92,6 +103,18 @@ def _verify(options: argparse.Namespace) -> int:
                 damaged += 1
     print(f"{len(paths)} slides, {tiles} tiles: {f'{damaged} damaged' if damaged else 'all sound'}")
     return 1 if damaged else 0
+
+
+def _record(ledger: Ledger, row: LedgerRow | None, found: Verification) -> None:
+    """Counts the tiles that a repair had to leave out."""
+    if row is None or found.header is None:
+        return
+    lost = found.header.tiles_unreadable - row.tiles_unreadable
+    if lost:
+        print(f"{row.slide_id}: {lost} tiles left out, which the slide cannot give")
+        ledger.record(
+            [dataclasses.replace(row, tiles=found.tiles, tiles_unreadable=found.header.tiles_unreadable)]
+        )
 
 
 def _print_findings(slide_id: str, found: Verification) -> None:

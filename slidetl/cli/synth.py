@@ -36,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes")
     parser.add_argument("--reader-sd", type=float, default=0.4, help="standard deviation of a reader, grades")
     parser.add_argument(
+        "--label",
+        default="truth",
+        help="grade in the manifest: truth (as drawn), or consensus (what the two noisy readers agree on)",
+    )
+    parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that draw"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier cohort in OUT")
@@ -58,6 +63,7 @@ def run(options: argparse.Namespace) -> int:
         stain=options.stain,
         seed=options.seed,
         reader_sd=options.reader_sd,
+        label=options.label,
     )
     console = Console(stderr=True)
     columns = (TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -79,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
         planned = cohort.plan()
         baseline = colour_baseline(
             [[*colour.mean_rgb, colour.stained_share] for colour in colours],
-            [entry.slide.grade for entry in planned],
+            [entry.grade for entry in planned],
             [entry.patient_id for entry in planned],
             seed=options.seed,
         )

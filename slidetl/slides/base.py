@@ -46,7 +46,8 @@ class SlideInfo:
 class Slide(Protocol):
     """A slide that is open. Not shared between processes or threads: each opens its own.
 
-    A reader inherits from it: :meth:`map_tiles` and :meth:`copy_tiles` then work without being fast.
+    A reader inherits from it: it is then a context manager, and :meth:`map_tiles` and :meth:`copy_tiles` work
+    without being fast.
     """
 
     @property
@@ -148,9 +149,11 @@ class Slide(Protocol):
         """Releases the file. Closing twice is harmless."""
         ...
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
-    def __exit__(self, *exc: object) -> None: ...
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 # Up to this size a file is hashed whole; beyond it by so many blocks of so many bytes.

@@ -24,6 +24,9 @@ from slidetl.slides.synthetic import (
     SyntheticSlide,
 )
 
+LABELS = ("truth", "consensus")
+"""What may stand as the grade in a manifest: the drawn one, or the one that its two readers agree on."""
+
 
 @dataclass(frozen=True)
 class ColourSummary:
@@ -98,6 +101,8 @@ class CohortSlide:
         patient_id: all slides of a patient come from one site and differ by at most one grade.
         site: where it was stained and scanned.
         readers: grades 0 to 4 that two noisy readers gave it.
+        consensus: the grade on which they settle when they look together: the mean of what each saw, rounded.
+        grade: what the manifest says, ``slide.grade`` or ``consensus``.
         slide: how it is drawn; ``slide.grade`` is the truth.
     """
 
@@ -105,6 +110,8 @@ class CohortSlide:
     patient_id: str
     site: str
     readers: tuple[int, int]
+    consensus: int
+    grade: int
     slide: SyntheticSlide
 
 
@@ -121,6 +128,7 @@ class SyntheticCohort:
         stain: ``he``, ``trichrome`` or ``sirius``.
         seed: of everything.
         reader_sd: standard deviation of each reader's error, grades.
+        label: what the manifest gives as the grade: ``truth``, or ``consensus`` of the two readers.
 
     Raises:
         UsageError: a value is out of range; the message names it.
@@ -134,6 +142,7 @@ class SyntheticCohort:
     stain: str = "he"
     seed: int = 0
     reader_sd: float = 0.4
+    label: str = "truth"
 
     def __post_init__(self) -> None:
         if self.slides < 1:
@@ -152,6 +161,8 @@ class SyntheticCohort:
             raise UsageError(f"seed must not be negative, and is {self.seed}")
         if not (math.isfinite(self.reader_sd) and self.reader_sd >= 0):
             raise UsageError(f"reader sd must be a number of grades from 0, not {self.reader_sd}")
+        if self.label not in LABELS:
+            raise UsageError(f"label must be one of {', '.join(LABELS)}, not {self.label!r}")
         # The rest is what a slide checks; better now than in the middle of the work.
         SyntheticSlide(0.0, 0, SiteAppearance.of(0, 0), self.stain, (self.size_px, self.size_px), self.mpp)
 
@@ -183,7 +194,8 @@ class SyntheticCohort:
         for number, (k, grade) in enumerate(sorted(drawn, key=lambda pair: pair[0])):
             within = 0.2 * leaning[k] + rng.uniform(-0.15, 0.15)  # stays clear of the borders between grades
             severity = max(0.0, grade + within)
-            read = np.clip(np.rint(severity + rng.normal(0, self.reader_sd, 2)), 0, GRADES - 1).astype(int)
+            seen = severity + rng.normal(0, self.reader_sd, 2)
+            *read, consensus = np.clip(np.rint([*seen, seen.mean()]), 0, GRADES - 1).astype(int).tolist()
             site = patients[k][1]
             slide = SyntheticSlide(
                 fibrotic_share=float(severity * SHARE_PER_GRADE),
@@ -198,7 +210,9 @@ class SyntheticCohort:
                     slide_id=f"slide-{number:0{digits}d}",
                     patient_id=f"patient-{k:0{digits}d}",
                     site=f"site-{site}",
-                    readers=(int(read[0]), int(read[1])),
+                    readers=(read[0], read[1]),
+                    consensus=consensus,
+                    grade=slide.grade if self.label == "truth" else consensus,
                     slide=slide,
                 )
             )
@@ -272,7 +286,7 @@ def _write_manifest(planned: list[CohortSlide], path: Path) -> None:
                     entry.slide_id,
                     f"slides/{entry.slide_id}.tiff",
                     entry.patient_id,
-                    entry.slide.grade,
+                    entry.grade,
                     entry.site,
                     entry.site.replace("site", "scanner"),
                     entry.slide.stain,

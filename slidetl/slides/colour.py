@@ -6,7 +6,7 @@ import functools
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Self, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,12 +88,6 @@ class SrgbSlide(Slide):
     def close(self) -> None:
         """Releases the file. Closing twice is harmless."""
         self._slide.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 def to_srgb(rgb: NDArray[np.uint8], profile: bytes) -> NDArray[np.uint8]:

@@ -26,8 +26,8 @@ _KEPT_BYTES = 96 * 2**20
 _REDUCTIONS = (8, 4, 2)
 
 # A pixel of the decoder's is taken for the mean of its area. Where tiles do not end at such pixels, so many
-# of them per pixel of the result keep what that costs below one grey level.
-_LEAST_STEP = 1.5
+# of them per pixel of the result keep what that costs below two grey levels in any tile.
+_LEAST_STEP = 2.5
 
 
 @dataclass(frozen=True, eq=False)

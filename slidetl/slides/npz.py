@@ -26,6 +26,7 @@ _ITEM = re.compile(rf"(?P<file>.+\.npz)#(?P<split>{'|'.join(SPLITS)})/(?P<index>
 
 # An array is held whole, once in each process: 90,000 colour images of 64 pixels are 1.1 GB.
 _MAX_BYTES = 2 * 2**30
+_MAX_HEADER_BYTES = 10_000  # NumPy's own limit; three numbers and a type are 128
 # What a damaged or foreign file makes of NumPy and zipfile.
 _DAMAGE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
 
@@ -121,6 +122,12 @@ def _load(file: Path, name: str, mtime_ns: int, size: int) -> NDArray[np.uint8]:
 
 def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Shape and type of an array, without its values."""
+    with archive.open(f"{name}.npy") as stream:
+        # NumPy reads a header whole before it finds it too long; packed, 4 GB of spaces are 4 MB.
+        start = stream.read(12)
+        length = int.from_bytes(start[8:10] if start[6:7] == b"\x01" else start[8:12], "little")
+        if length > _MAX_HEADER_BYTES:
+            raise ValueError(f"{name} has a header of {length} bytes, more than {_MAX_HEADER_BYTES}")
     with archive.open(f"{name}.npy") as stream:
         version = np.lib.format.read_magic(stream)
         read = {

@@ -7,23 +7,29 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self, TypeVar
+from typing import IO, TypeVar
 
 import numpy as np
 import openslide
 from numpy.typing import NDArray
 
-from slidetl.errors import SlideOpenError, SlideReadError, SpacingError, UsageError
-from slidetl.slides.area import average_areas, pixel_edges
-from slidetl.slides.base import Slide, SlideInfo, fingerprint_of
+from slidetl.errors import SlideOpenError, SlideReadError, SpacingError
+from slidetl.slides.area import average_areas
+from slidetl.slides.base import SlideInfo, fingerprint_of
 from slidetl.slides.decoding import JpegCutter, Placement, map_in_order, reduction_for
 from slidetl.slides.dicom import series_instance_uid
+from slidetl.slides.levels import (
+    MAX_SOURCE_PX,
+    Level,
+    PyramidSlide,
+    View,
+    check_override,
+    nominal_mpp,
+    scale_of,
+)
 from slidetl.slides.tiff import JpegTiles, read_jpeg_level
 
 _Result = TypeVar("_Result")
-
-# One read from OpenSlide is at most this many pixels (4 bytes each), whatever is asked for.
-_MAX_SOURCE_PX = 8 * 2**20
 
 # Tiles that are read, or decoded, together: so many, of at most so many pixels of their level.
 _MAX_RUN = 16
@@ -43,44 +49,40 @@ _PLAIN_TIFF = ("aperio", "generic-tiff")
 _MEAN_DIFFERENCE = 1.5
 _MAX_DIFFERENCE = 3.0
 
-# Spacings that differ by less are the same number, written with other digits.
-_SAME = 1e-9
-
 
 @dataclass(frozen=True)
-class _Level:
-    """One level of the pyramid.
+class _Level(Level):
+    """One level of the pyramid; beside what every level has:
 
     Attributes:
         index: OpenSlide's number for it.
-        size_px: width and height.
-        scale: level-0 pixels per pixel of this level, along x and y.
-        downsample: the same as OpenSlide reckons it, one mean for both axes.
+        downsample: the scale as OpenSlide reckons it, one mean for both axes.
         tile_px: width and height of its tiles in the file, where OpenSlide says so.
     """
 
     index: int
-    size_px: tuple[int, int]
-    scale: tuple[float, float]
     downsample: float
     tile_px: tuple[int, int] | None
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether OpenSlide can be asked for any pixel of it."""
+        return self.downsample.is_integer()
 
-class OpenSlideSlide(Slide):
+
+class OpenSlideSlide(PyramidSlide[_Level]):
     """A slide read through OpenSlide; see :class:`slidetl.slides.base.Slide` for the interface.
 
-    The coarsest level that is fine enough is read, at an integer pixel of that level, and averaged over
-    areas in bands, so memory stays below about 100 MB for any region. Where OpenSlide can't be asked for
-    an integer pixel (a level whose size is no whole fraction of level 0) it interpolates by a fraction of a
-    pixel; that fraction is put into the weights, so nothing shifts.
+    Where OpenSlide can't be asked for an integer pixel (a level whose size is no whole fraction of level 0)
+    it interpolates by a fraction of a pixel; that fraction is put into the weights, so nothing shifts. After
+    an error the slide is opened anew by the next read, since OpenSlide refuses everything after one.
 
     Many tiles at once are copied or decoded from the file itself where it is a TIFF of JPEGs and the first,
     middle and last of them prove equal to what OpenSlide reads. See docs/design/fast-paths.md.
     """
 
     def __init__(self, path: Path, mpp_override: float | None = None) -> None:
-        if mpp_override is not None and not (math.isfinite(mpp_override) and mpp_override > 0):
-            raise UsageError(f"the spacing of a slide must be a positive number, not {mpp_override}")
+        check_override(mpp_override)
         self._path = path
         handle = _open(path)
         try:
@@ -95,42 +97,9 @@ class OpenSlideSlide(Slide):
         self._file: IO[bytes] | None = None
 
     @property
-    def info(self) -> SlideInfo:
-        """What is known of the slide without reading its pixels."""
-        return self._info
-
-    @property
     def colour_profile(self) -> bytes | None:
         """Its ICC profile, if it has one."""
         return self._profile
-
-    def mpp_read(self, mpp: float, mpp_tolerance: float = 0.01) -> tuple[float, float]:
-        """The spacing ``(x, y)`` that :meth:`read` returns for ``mpp``.
-
-        Raises:
-            SpacingError: the slide is coarser than ``mpp``.
-        """
-        spacing = self._spacing(self._level_for(mpp, mpp_tolerance))
-        x, y = (s if _is_close(s, mpp, mpp_tolerance) else mpp for s in spacing)
-        return x, y
-
-    def read(
-        self,
-        origin_level0: tuple[int, int],
-        size_px: tuple[int, int],
-        mpp: float,
-        mpp_tolerance: float = 0.01,
-    ) -> NDArray[np.uint8]:
-        """Reads a rectangle at a physical spacing; see :meth:`slidetl.slides.base.Slide.read`.
-
-        Raises:
-            SlideReadError: the region is damaged. The next read opens the slide anew, since OpenSlide
-                refuses everything after an error.
-            SpacingError: the slide is coarser than ``mpp``.
-        """
-        view = self._view(mpp, mpp_tolerance)
-        (start,) = view.starts(np.array([origin_level0])).tolist()
-        return view.read(self._regions, (start[0], start[1]), size_px)
 
     def map_tiles(
         self,
@@ -155,12 +124,12 @@ class OpenSlideSlide(Slide):
         handles = _Handles(self._regions, threads)
 
         def at(run: range) -> list[_Result | SlideReadError]:
-            cut = cutter.cut(run) if cutter is not None else view.read_run(handles.mine(), placement, run)
+            cut = cutter.cut(run) if cutter is not None else _read_run(view, handles.mine(), placement, run)
             results: list[_Result | SlideReadError] = []
             for tile, rgb in zip(run, cut, strict=True):
                 try:
                     results.append(
-                        work(view.read_tile(handles.mine(), placement, tile) if rgb is None else rgb)
+                        work(_read_tile(view, handles.mine(), placement, tile) if rgb is None else rgb)
                     )
                 except SlideReadError as error:
                     results.append(error)
@@ -197,34 +166,10 @@ class OpenSlideSlide(Slide):
             self._file.close()
             self._file = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def _spacing(self, level: _Level) -> tuple[float, float]:
-        mpp = self._info.mpp_level0
-        return mpp[0] * level.scale[0], mpp[1] * level.scale[1]
-
-    def _level_for(self, mpp: float, mpp_tolerance: float) -> _Level:
-        """The coarsest level that is as fine as ``mpp`` on both axes, or within the tolerance of it."""
-        for level in reversed(self._levels):
-            if all(s <= mpp or _is_close(s, mpp, mpp_tolerance) for s in self._spacing(level)):
-                return level
-        finest = max(self._info.mpp_level0)
-        raise SpacingError(
-            f"{self._path}: its finest spacing is {finest:.6g} um per pixel, coarser than "
-            f"the {mpp:.6g} asked for; a slide is never enlarged: ask for a coarser "
-            "spacing or leave the slide out"
-        )
-
-    def _view(self, mpp: float, mpp_tolerance: float) -> _View:
-        level = self._level_for(mpp, mpp_tolerance)
-        x, y = self._spacing(level)
-        as_it_is = (_is_close(x, mpp, mpp_tolerance), _is_close(y, mpp, mpp_tolerance))
-        step = (1.0 if as_it_is[0] else mpp / x, 1.0 if as_it_is[1] else mpp / y)
-        return _View(level, step, as_it_is)
+    def _window(
+        self, level: _Level, first: tuple[int, int], size: tuple[int, int]
+    ) -> tuple[NDArray[np.uint8], list[float]]:
+        return self._regions.read_level(level, first, size)
 
     def _jpegs(self, level: _Level) -> JpegTiles | None:
         """The level's tiles as they lie in the file, if it is of a kind that can be read so."""
@@ -237,8 +182,8 @@ class OpenSlideSlide(Slide):
         found = read_jpeg_level(self._file, level.size_px, level.tile_px)
         return None if found is None else JpegTiles(self._file, found)
 
-    def _cutter(self, view: _View, placement: Placement, runs: list[range]) -> JpegCutter | None:
-        if not runs or placement.extent[0] * placement.extent[1] > _MAX_SOURCE_PX:
+    def _cutter(self, view: View[_Level], placement: Placement, runs: list[range]) -> JpegCutter | None:
+        if not runs or placement.extent[0] * placement.extent[1] > MAX_SOURCE_PX:
             return None
         jpegs = self._jpegs(view.level)
         if jpegs is None:
@@ -248,7 +193,7 @@ class OpenSlideSlide(Slide):
                 return JpegCutter(jpegs, placement, reduction, runs)
         return None
 
-    def _agrees(self, cutter: JpegCutter, view: _View) -> bool:
+    def _agrees(self, cutter: JpegCutter, view: View[_Level]) -> bool:
         """Whether some of the tiles that lie whole on the level are what OpenSlide reads there."""
         placement = cutter.placement
         count = len(placement.start)
@@ -258,11 +203,11 @@ class OpenSlideSlide(Slide):
             if rgb is None:
                 continue
             try:
-                wanted = view.read_tile(self._regions, placement, tile)
+                wanted = _read_tile(view, self._regions, placement, tile)
             except SlideReadError:
                 continue  # damage, which shows in its turn
             differences.append(float(np.abs(rgb.astype(np.int16) - wanted).mean()))
-        if cutter.reduction == 1 and view.level.downsample.is_integer():
+        if cutter.reduction == 1 and view.level.is_exact:
             return bool(differences) and not any(differences)
         return (
             bool(differences)
@@ -271,72 +216,40 @@ class OpenSlideSlide(Slide):
         )
 
 
-@dataclass(frozen=True)
-class _View:
-    """A level, and how it is seen at a spacing.
+def _read_tile(view: View[_Level], regions: _Regions, placement: Placement, tile: int) -> NDArray[np.uint8]:
+    """Reads one tile."""
+    x, y = placement.start[tile].tolist()
+    side_px = placement.side_px
+    return view.read(
+        lambda first, size: regions.read_level(view.level, first, size), (x, y), (side_px, side_px)
+    )
 
-    Attributes:
-        level: that is read.
-        step: level pixels per pixel of the result, along x and y.
-        as_it_is: the axes along which nothing is resampled.
+
+def _read_run(
+    view: View[_Level], regions: _Regions, placement: Placement, run: range
+) -> list[NDArray[np.uint8] | None]:
+    """Reads neighbours at once.
+
+    Returns:
+        The tiles as :func:`_read_tile` returns them; None for those that must be read by it.
     """
-
-    level: _Level
-    step: tuple[float, float]
-    as_it_is: tuple[bool, bool]
-
-    def starts(self, origins_level0: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
-        """``[N, 2] int`` level-0 pixels as ``[N, 2] float64`` level pixels, whole ones as the level is."""
-        start = origins_level0 / np.array(self.level.scale)
-        return np.asarray(np.where(self.as_it_is, np.round(start), start))
-
-    def read(
-        self, regions: _Regions, start: tuple[float, float], size_px: tuple[int, int]
-    ) -> NDArray[np.uint8]:
-        """Reads a rectangle of ``size_px`` that begins at ``start``, level pixels."""
-        image = np.empty((size_px[1], size_px[0], 3), np.uint8)
-        for x0, x1, y0, y1 in _blocks(size_px, self.step):
-            edges = [pixel_edges(start[0], self.step[0], x0, x1), pixel_edges(start[1], self.step[1], y0, y1)]
-            # Room for the fraction of a pixel by which OpenSlide may miss the corner.
-            exact = self.level.downsample.is_integer()
-            margin = [0 if same or exact else 1 for same in self.as_it_is]
-            first = [math.floor(e[0]) - m for e, m in zip(edges, margin, strict=True)]
-            size = [math.ceil(e[-1]) + m - f for e, m, f in zip(edges, margin, first, strict=True)]
-            source, corner = regions.read_level(self.level, (first[0], first[1]), (size[0], size[1]))
-            # A level that is read as it is is not resampled again for the sake of that fraction.
-            corner = [f if same else c for f, c, same in zip(first, corner, self.as_it_is, strict=True)]
-            image[y0:y1, x0:x1] = average_areas(source, edges[0] - corner[0], edges[1] - corner[1])
-        return image
-
-    def read_tile(self, regions: _Regions, placement: Placement, tile: int) -> NDArray[np.uint8]:
-        """Reads one tile."""
-        x, y = placement.start[tile].tolist()
-        return self.read(regions, (x, y), (placement.side_px, placement.side_px))
-
-    def read_run(self, regions: _Regions, placement: Placement, run: range) -> list[NDArray[np.uint8] | None]:
-        """Reads neighbours at once.
-
-        Returns:
-            The tiles as :meth:`read_tile` returns them; None for those that must be read by it.
-        """
-        edges = [placement.edges(tile) for tile in run]
-        low = [min(math.floor(e[axis][0]) for e in edges) for axis in (0, 1)]
-        high = [max(math.ceil(e[axis][-1]) for e in edges) for axis in (0, 1)]
-        size = (high[0] - low[0], high[1] - low[1])
-        alone = placement.extent[0] * placement.extent[1]
-        # Where OpenSlide interpolates, what it shows of a place depends on where the reading begins.
-        is_exact = self.level.downsample.is_integer()
-        if len(run) == 1 or not is_exact or size[0] * size[1] > _MAX_WASTE * alone * len(run):
-            return [None] * len(run)
-        try:
-            source, _ = regions.read_level(self.level, (low[0], low[1]), size)
-        except SlideReadError:
-            return [None] * len(run)
-        tiles: list[NDArray[np.uint8] | None] = []
-        for x, y in edges:
-            left, right = math.floor(x[0]), math.ceil(x[-1])
-            tiles.append(average_areas(source[:, left - low[0] : right - low[0]], x - left, y - low[1]))
-        return tiles
+    edges = [placement.edges(tile) for tile in run]
+    low = [min(math.floor(e[axis][0]) for e in edges) for axis in (0, 1)]
+    high = [max(math.ceil(e[axis][-1]) for e in edges) for axis in (0, 1)]
+    size = (high[0] - low[0], high[1] - low[1])
+    alone = placement.extent[0] * placement.extent[1]
+    # Where OpenSlide interpolates, what it shows of a place depends on where the reading begins.
+    if len(run) == 1 or not view.level.is_exact or size[0] * size[1] > _MAX_WASTE * alone * len(run):
+        return [None] * len(run)
+    try:
+        source, _ = regions.read_level(view.level, (low[0], low[1]), size)
+    except SlideReadError:
+        return [None] * len(run)
+    tiles: list[NDArray[np.uint8] | None] = []
+    for x, y in edges:
+        left, right = math.floor(x[0]), math.ceil(x[-1])
+        tiles.append(average_areas(source[:, left - low[0] : right - low[0]], x - left, y - low[1]))
+    return tiles
 
 
 def _copies(jpegs: JpegTiles, placement: Placement, first: int) -> Iterator[bytes | None]:
@@ -461,20 +374,6 @@ def composite(rgba: NDArray[np.uint8], background_rgb: tuple[int, int, int]) -> 
     return ((over + 127) // 255).astype(np.uint8)
 
 
-def _is_close(spacing: float, mpp: float, mpp_tolerance: float) -> bool:
-    return abs(spacing / mpp - 1) <= max(mpp_tolerance, _SAME)
-
-
-def _blocks(size_px: tuple[int, int], step: tuple[float, float]) -> Iterator[tuple[int, int, int, int]]:
-    """Splits an output image so that each block's source stays below ``_MAX_SOURCE_PX``, in full rows."""
-    per_pixel = step[0] * step[1]
-    columns = min(size_px[0], max(1, int(_MAX_SOURCE_PX / per_pixel)))
-    rows = min(size_px[1], max(1, int(_MAX_SOURCE_PX / (per_pixel * columns))))
-    for y in range(0, size_px[1], rows):
-        for x in range(0, size_px[0], columns):
-            yield x, min(x + columns, size_px[0]), y, min(y + rows, size_px[1])
-
-
 def _open(path: Path) -> openslide.OpenSlide:
     if not path.is_file():
         raise SlideOpenError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
@@ -494,13 +393,10 @@ def _levels(handle: openslide.OpenSlide) -> tuple[_Level, ...]:
     for index, (size, downsample) in enumerate(
         zip(handle.level_dimensions, handle.level_downsamples, strict=True)
     ):
-        # Scanners halve and drop what is left over: 3567 pixels become 1783, and each still covers two.
-        whole = round(downsample)
-        is_whole = all(s in (s0 // whole, -(-s0 // whole)) for s, s0 in zip(size, size0, strict=True))
-        scale = (float(whole), float(whole)) if is_whole else (size0[0] / size[0], size0[1] / size[1])
+        scale = scale_of(size0, size, downsample)
         sides = [handle.properties.get(f"openslide.level[{index}].tile-{s}") for s in ("width", "height")]
         tile_px = (int(sides[0]), int(sides[1])) if sides[0] and sides[1] else None
-        levels.append(_Level(index, size, scale, float(downsample), tile_px))
+        levels.append(_Level(size, scale, index, float(downsample), tile_px))
     return tuple(levels)
 
 
@@ -528,7 +424,7 @@ def _describe(
         vendor=str(properties.get(openslide.PROPERTY_NAME_VENDOR, "unknown")),
         size_level0=handle.dimensions,
         mpp_level0=mpp,
-        mpp_levels=tuple(math.sqrt(mpp[0] * mpp[1] * level.scale[0] * level.scale[1]) for level in levels),
+        mpp_levels=nominal_mpp(mpp, levels),
         background_rgb=(int(background[0:2], 16), int(background[2:4], 16), int(background[4:6], 16)),
         objective_power=objective,
     )

@@ -8,18 +8,19 @@ import struct
 import warnings
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slidetl.errors import SlideOpenError, SlideReadError, SpacingError, UsageError
-from slidetl.slides.area import average_areas, pixel_edges
-from slidetl.slides.base import Slide, SlideInfo, fingerprint_of
+from slidetl.errors import SlideOpenError, SlideReadError, SpacingError
+from slidetl.slides.base import SlideInfo, fingerprint_of
+from slidetl.slides.declared import READABLE, check_declared
+from slidetl.slides.levels import Level, PyramidSlide, check_override, nominal_mpp, scale_of
 from slidetl.slides.npz import NpzItem
 
 IMAGE_SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".bmp"])
@@ -31,12 +32,6 @@ _MAX_PLAIN_PX = 80 * 2**20
 _MAX_SEGMENT_PX = 64 * 2**20
 # Decoded strips and tiles that are kept, since neighbours share them.
 _KEPT_BYTES = 48 * 2**20
-# One band that is averaged has at most this many pixels of the level, three bytes each.
-_MAX_SOURCE_PX = 8 * 2**20
-
-# Spacings that differ by less are the same number, written with other digits.
-_SAME = 1e-9
-
 _MINISWHITE, _MINISBLACK, _RGB, _YCBCR = 0, 1, 2, 6  # TIFF 6.0, PhotometricInterpretation
 _JPEG_COMPRESSION = 7
 _ICC_PROFILE = 34675  # TIFF tag, ICC.1:2010 annex B.4
@@ -66,21 +61,13 @@ _ReadPixels = Callable[[int, int, int, int], NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
-class _Level:
-    """One level of the pyramid.
+class _Level(Level):
+    """One level of the pyramid; beside what every level has, how its pixels are read."""
 
-    Attributes:
-        size_px: width and height.
-        scale: level-0 pixels per pixel of this level, along x and y.
-        read: its pixels.
-    """
-
-    size_px: tuple[int, int]
-    scale: tuple[float, float]
     read: _ReadPixels
 
 
-class RasterSlide(Slide):
+class RasterSlide(PyramidSlide[_Level]):
     """An image read as a slide; see :class:`slidetl.slides.base.Slide` for the interface.
 
     A tiled or striped TIFF is decoded a piece at a time, so memory stays bounded; a PNG or JPEG is held
@@ -98,8 +85,7 @@ class RasterSlide(Slide):
     """
 
     def __init__(self, path: Path, mpp_override: float | None = None) -> None:
-        if mpp_override is not None and not (math.isfinite(mpp_override) and mpp_override > 0):
-            raise UsageError(f"the spacing of a slide must be a positive number, not {mpp_override}")
+        check_override(mpp_override)
         self._path = path
         self._tiff: _Tiff | None = None
         self._closed = False
@@ -128,62 +114,15 @@ class RasterSlide(Slide):
             vendor=vendor,
             size_level0=sizes[0],
             mpp_level0=mpp,
-            mpp_levels=tuple(
-                math.sqrt(mpp[0] * mpp[1] * level.scale[0] * level.scale[1]) for level in self._levels
-            ),
+            mpp_levels=nominal_mpp(mpp, self._levels),
             background_rgb=_GLASS,
             objective_power=None,
         )
 
     @property
-    def info(self) -> SlideInfo:
-        """What is known of the image without reading its pixels."""
-        return self._info
-
-    @property
     def colour_profile(self) -> bytes | None:
         """Its ICC profile, if it has one."""
         return self._profile
-
-    def mpp_read(self, mpp: float, mpp_tolerance: float = 0.01) -> tuple[float, float]:
-        """The spacing ``(x, y)`` that :meth:`read` returns for ``mpp``.
-
-        Raises:
-            SpacingError: the image is coarser than ``mpp``.
-        """
-        spacing = self._spacing(self._level_for(mpp, mpp_tolerance))
-        x, y = (s if _is_close(s, mpp, mpp_tolerance) else mpp for s in spacing)
-        return x, y
-
-    def read(
-        self,
-        origin_level0: tuple[int, int],
-        size_px: tuple[int, int],
-        mpp: float,
-        mpp_tolerance: float = 0.01,
-    ) -> NDArray[np.uint8]:
-        """Reads a rectangle at a physical spacing; see :meth:`slidetl.slides.base.Slide.read`.
-
-        Raises:
-            SlideReadError: the region is damaged, or the image is closed.
-            SpacingError: the image is coarser than ``mpp``.
-        """
-        if self._closed:
-            raise SlideReadError(f"{self._path}: the slide is closed")
-        level = self._level_for(mpp, mpp_tolerance)
-        spacing = self._spacing(level)
-        as_it_is = tuple(_is_close(s, mpp, mpp_tolerance) for s in spacing)
-        start = [o / s for o, s in zip(origin_level0, level.scale, strict=True)]
-        start = [float(round(s)) if same else s for s, same in zip(start, as_it_is, strict=True)]
-        step = [1.0 if same else mpp / s for s, same in zip(spacing, as_it_is, strict=True)]
-        image = np.empty((size_px[1], size_px[0], 3), np.uint8)
-        for x0, x1, y0, y1 in _blocks(size_px, step):
-            edges = [pixel_edges(start[0], step[0], x0, x1), pixel_edges(start[1], step[1], y0, y1)]
-            first = [math.floor(e[0]) for e in edges]
-            size = [math.ceil(e[-1]) - f for e, f in zip(edges, first, strict=True)]
-            source = self._window(level, (first[0], first[1]), (size[0], size[1]))
-            image[y0:y1, x0:x1] = average_areas(source, edges[0] - first[0], edges[1] - first[1])
-        return image
 
     def close(self) -> None:
         """Releases the file. Closing twice is harmless."""
@@ -191,12 +130,6 @@ class RasterSlide(Slide):
         if self._tiff is not None:
             self._tiff.close()
             self._tiff = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def _open(
         self,
@@ -218,33 +151,23 @@ class RasterSlide(Slide):
         image, self._profile, name = _read_plain(self._path)
         return name, fingerprint, None, [_size(image)], [_whole(image)]
 
-    def _spacing(self, level: _Level) -> tuple[float, float]:
-        mpp = self._info.mpp_level0
-        return mpp[0] * level.scale[0], mpp[1] * level.scale[1]
-
-    def _level_for(self, mpp: float, mpp_tolerance: float) -> _Level:
-        """The coarsest level that is as fine as ``mpp`` on both axes, or within the tolerance of it."""
-        for level in reversed(self._levels):
-            if all(s <= mpp or _is_close(s, mpp, mpp_tolerance) for s in self._spacing(level)):
-                return level
-        raise SpacingError(
-            f"{self._path}: its finest spacing is {max(self._info.mpp_level0):.6g} um per pixel, coarser "
-            f"than the {mpp:.6g} asked for; a slide is never enlarged: ask for a coarser "
-            "spacing or leave the slide out"
-        )
-
-    def _window(self, level: _Level, first: tuple[int, int], size: tuple[int, int]) -> NDArray[np.uint8]:
+    def _window(
+        self, level: _Level, first: tuple[int, int], size: tuple[int, int]
+    ) -> tuple[NDArray[np.uint8], list[float]]:
         """Pixels of one level, background outside."""
+        if self._closed:
+            raise SlideReadError(f"{self._path}: the slide is closed")
         low = [max(f, 0) for f in first]
         high = [min(f + s, limit) for f, s, limit in zip(first, size, level.size_px, strict=True)]
         width, height = high[0] - low[0], high[1] - low[1]
+        corner = [float(f) for f in first]
         if (width, height) == size:
-            return self._inside(level, low[0], low[1], width, height)
+            return self._inside(level, low[0], low[1], width, height), corner
         image = np.full((size[1], size[0], 3), _GLASS, np.uint8)
         if width > 0 and height > 0:
             x, y = low[0] - first[0], low[1] - first[1]
             image[y : y + height, x : x + width] = self._inside(level, low[0], low[1], width, height)
-        return image
+        return image, corner
 
     def _inside(self, level: _Level, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
         try:
@@ -311,6 +234,10 @@ class _Tiff:
                 f"{self._path}: expected 8-bit grey or RGB, found {samples} samples of {page.dtype}, "
                 f"photometric {page.photometric!s}; convert it"
             )
+        if int(page.compression) not in READABLE:
+            raise SlideOpenError(
+                f"{self._path}: compressed by {page.compression!s}, which is not read; convert it to JPEG"
+            )
         if not page.is_memmappable and math.prod(page.chunks) > _MAX_SEGMENT_PX * samples:
             raise SlideOpenError(
                 f"{self._path}: its pixels are compressed in pieces of {page.chunks[1]} x {page.chunks[0]}, "
@@ -367,6 +294,8 @@ class _Tiff:
         handle = self._file.filehandle
         handle.seek(page.dataoffsets[index])
         data = handle.read(page.databytecounts[index])
+        piece_px = math.prod(page.chunks) // (int(page.samplesperpixel) if int(page.planarconfig) == 1 else 1)
+        check_declared(int(page.compression), data, page.jpegtables, piece_px)
         decoded, _, shape = page.decode(data, index, jpegtables=page.jpegtables)
         piece = None if decoded is None else decoded[0, : shape[1], : shape[2]]
         self._kept[key] = piece
@@ -463,25 +392,7 @@ def _ome_mpp(xml: str | None) -> tuple[float, float] | None:
 
 
 def _scale(size0: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
-    """Level-0 pixels per pixel; a whole number where what is left over was dropped or filled."""
-    whole = round(math.sqrt(size0[0] * size0[1] / (size[0] * size[1])))
-    if all(s in (s0 // whole, -(-s0 // whole)) for s, s0 in zip(size, size0, strict=True)):
-        return float(whole), float(whole)
-    return size0[0] / size[0], size0[1] / size[1]
-
-
-def _is_close(spacing: float, mpp: float, mpp_tolerance: float) -> bool:
-    return abs(spacing / mpp - 1) <= max(mpp_tolerance, _SAME)
-
-
-def _blocks(size_px: tuple[int, int], step: list[float]) -> Iterator[tuple[int, int, int, int]]:
-    """Splits an output image so that each block's source stays below ``_MAX_SOURCE_PX``, in full rows."""
-    per_pixel = step[0] * step[1]
-    columns = min(size_px[0], max(1, int(_MAX_SOURCE_PX / per_pixel)))
-    rows = min(size_px[1], max(1, int(_MAX_SOURCE_PX / (per_pixel * columns))))
-    for y in range(0, size_px[1], rows):
-        for x in range(0, size_px[0], columns):
-            yield x, min(x + columns, size_px[0]), y, min(y + rows, size_px[1])
+    return scale_of(size0, size, math.sqrt(size0[0] * size0[1] / (size[0] * size[1])))
 
 
 def _line(error: BaseException) -> str:

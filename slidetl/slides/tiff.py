@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import struct
+from bisect import bisect_left
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,10 +34,11 @@ _MAX_JPEG_BYTES = 2**26
 
 # ITU-T T.81, table B.1.
 _SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
-_DHT, _SOF0, _SOS, _DQT, _DRI, _COM = 0xC4, 0xC0, 0xDA, 0xDB, 0xDD, 0xFE
+_DHT, _SOF0, _RST0, _SOS, _DQT, _DRI, _COM = 0xC4, 0xC0, 0xD0, 0xDA, 0xDB, 0xDD, 0xFE
 
-# One read takes tiles that lie beside one another, with so much between them that nobody asked for.
-_MAX_READ_BYTES = 2**23
+# One read takes tiles that lie beside one another, with so much between them that nobody asked for. Larger
+# ones are slower: for each of them the system would clear new memory.
+_MAX_READ_BYTES = 2**18
 _MAX_GAP_BYTES = 2**16
 
 # Compressed data of so many zero bytes would say nothing, 256 times.
@@ -91,8 +93,7 @@ def read_jpeg_level(file: IO[bytes], size_px: tuple[int, int], tile_px: tuple[in
         return None
 
 
-@dataclass(frozen=True)
-class Jpeg:
+class Jpeg(NamedTuple):
     """A JPEG that stands alone.
 
     Attributes:
@@ -116,7 +117,7 @@ class JpegTiles:
         self.level = level
         self._descriptor = file.fileno()
         # The heads of tiles are alike, so one comparison spares most of them the reading of markers.
-        self._known = _Head(b"\0", b"", "")
+        self._known: _Head | None = None
 
     def read(self, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> list[Jpeg | None]:
         """Reads tiles in the order asked for; what lies together in the file is read at once.
@@ -139,38 +140,55 @@ class JpegTiles:
                 if 0 <= gap <= _MAX_GAP_BYTES and span <= _MAX_READ_BYTES:
                     continue
             start = offsets[first]
-            data = os.pread(self._descriptor, offsets[last - 1] + counts[last - 1] - start, start)
+            data = _Data(os.pread(self._descriptor, offsets[last - 1] + counts[last - 1] - start, start))
             for place in range(first, last):
                 at = offsets[place] - start
-                jpegs.append(self._standalone(data[at : at + counts[place]], counts[place]))
+                jpegs.append(self._standalone(data, at, at + counts[place]))
             first = last
         return jpegs
 
-    def _standalone(self, data: bytes, count: int) -> Jpeg | None:
-        # Some writers pad to an even length.
-        end = len(data) if data.endswith(_EOI) else len(data) - 1
-        if len(data) != count or not data.endswith(_EOI, 0, end):
+    def _standalone(self, data: _Data, begin: int, end: int) -> Jpeg | None:
+        raw = data.raw
+        if begin == end or end > len(raw):
             return None
-        head = self._known
-        if not data.startswith(head.raw):
-            parsed = _head(data, self.level)
-            if parsed is None:
+        # Some writers pad to an even length.
+        if not raw.endswith(_EOI, begin, end):
+            end -= 1
+            if not raw.endswith(_EOI, begin, end):
                 return None
-            self._known = head = parsed
-        body = data[len(head.raw) : end]
-        return Jpeg(head.prefix + body, head.subsampling) if _is_plausible(body) else None
+        head = self._known
+        if head is None or not raw.startswith(head.raw, begin, end):
+            head = _head(raw[begin:end], self.level)
+            if head is None:
+                return None
+            self._known = head
+        begin += len(head.raw)
+        if not data.is_plausible(begin, end):
+            return None
+        return Jpeg(b"".join((head.prefix, data.view[begin:end])), head.subsampling)
 
 
-def _is_plausible(body: bytes) -> bool:
-    """Whether compressed data, up to the end of the image, can be whole; far cheaper than to decode it.
+class _Data:
+    """Part of a file with many tiles, looked through once for what compressed data never holds.
 
     Within it 0xFF is followed by 0 or is a restart marker (T.81, B.1.1.5); zeros are a block lost on a disk.
+    To find that is far cheaper than to decode the tiles, all the more for all of them at once.
     """
-    stuffed = body.count(b"\xff\x00")
-    markers = body.count(b"\xff") - 1 - stuffed
-    if markers:
-        markers -= sum(body.count(bytes((0xFF, 0xD0 + number))) for number in range(8))
-    return markers == 0 and _ZEROS not in body
+
+    def __init__(self, raw: bytes) -> None:
+        self.raw = raw
+        self.view = memoryview(raw)
+        values = np.frombuffer(raw, np.uint8)
+        places = np.flatnonzero(values[:-1] == 0xFF)
+        following = values[places + 1]
+        self._markers = places[(following != 0) & (following & 0xF8 != _RST0)].tolist()
+        self._has_zeros = _ZEROS in raw
+
+    def is_plausible(self, begin: int, end: int) -> bool:
+        """Whether compressed data, up to and with the end of the image, can be whole."""
+        # The marker that ends the image is the last of them.
+        is_clean = bisect_left(self._markers, begin) == bisect_left(self._markers, end - len(_EOI))
+        return is_clean and not (self._has_zeros and self.raw.find(_ZEROS, begin, end) >= 0)
 
 
 class _UnusualError(Exception):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import Crc32cCodec
+from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from slidetl.cache.codec import JpegCodec, tile_codec
 from slidetl.cache.store import (
@@ -21,6 +21,8 @@ from slidetl.cache.store import (
     SlideCache,
     cache_path,
     discard,
+    is_intact,
+    is_small,
 )
 from slidetl.cache.writer import CacheWriter, pack_shard
 from slidetl.errors import CacheCorruptError, CacheMismatchError, CacheMissingError, UsageError
@@ -95,6 +97,28 @@ def test_shards_are_byte_for_byte_what_zarr_writes(tmp_path: Path, count: int) -
     )
     by_zarr[:] = pictures(count)
     assert tree(cache.path / "tiles" / "c") == tree(tmp_path / "by_zarr" / "c")
+
+
+@pytest.mark.parametrize("codec", ["jpeg", "zstd"])
+def test_metadata_are_what_zarr_writes(tmp_path: Path, codec: str) -> None:
+    cache = write(tmp_path, 300, codec)
+    group = zarr.open_group(cache.path, mode="r")
+    serializer, compressors = tile_codec(cache.spec).zarr_codecs()
+    for name, ours in group.arrays():
+        is_tiles = name == "tiles"
+        zarr.create_array(
+            tmp_path / name,
+            shape=ours.shape,
+            dtype=ours.dtype,
+            chunks=(1, *ours.shape[1:]) if is_tiles else ours.shape,
+            shards=(TILES_PER_SHARD, *ours.shape[1:]) if is_tiles else None,
+            serializer=serializer if is_tiles else "auto",
+            compressors=(*compressors, Crc32cCodec()) if is_tiles else (ZstdCodec(level=3), Crc32cCodec()),
+            attributes=ours.attrs.asdict(),
+            dimension_names=("tile", "y", "x", "channel") if is_tiles else None,
+        )
+        by_zarr = (tmp_path / name / "zarr.json").read_text()
+        assert json.loads((cache.path / name / "zarr.json").read_text()) == json.loads(by_zarr), name
 
 
 @pytest.mark.parametrize("codec", ["jpeg", "zstd"])
@@ -227,7 +251,7 @@ def test_only_a_finished_cache_of_the_right_kind_opens(tmp_path: Path) -> None:
         (".", "[]", "expected a JSON object"),
         (".", '{"attributes": []}', "not the attributes of a tile cache"),
         (".", '{"attributes": {"complete": true}}', "not the attributes .*format_version"),
-        (".", '{"attributes": {"complete": true, "format_version": 2}}', "not the attributes .*slide_id"),
+        (".", '{"attributes": {"complete": true, "format_version": 3}}', "not the attributes .*slide_id"),
         ("origin_level0", "{", "not JSON"),
         ("origin_level0", "{}", "array is damaged .*shape"),
         ("origin_level0", '{"shape": [7, 2], "data_type": "int32"}', "array is damaged"),
@@ -273,6 +297,39 @@ def test_a_flipped_byte_is_found_and_its_tile_named(tmp_path: Path) -> None:
         SlideCache.open(cache.path).read([0])
 
 
+def test_a_description_that_fails_its_checksum_is_not_believed(tmp_path: Path) -> None:
+    cache = write(tmp_path, 5)
+    document = cache.path / "zarr.json"
+    document.write_text(
+        document.read_text().replace('"tiles_without_tissue": 7', '"tiles_without_tissue": 8')
+    )
+    with pytest.raises(CacheCorruptError, match="fails its checksum"):
+        SlideCache.open(cache.path)
+
+
+def test_any_file_that_a_power_cut_tore_is_found(tmp_path: Path) -> None:
+    cache = write(tmp_path, 5)
+    assert is_small(cache.path) and is_intact(cache.path)
+    assert not is_small(write(tmp_path / "large", 300).path)
+    for name, content in tree(cache.path).items():
+        for torn in (b"", bytes(len(content)), content[: len(content) // 2], None):
+            if torn is None:
+                (cache.path / name).unlink()
+            else:
+                (cache.path / name).write_bytes(torn)
+            assert not is_intact(cache.path), name
+        (cache.path / name).write_bytes(content)
+    assert is_intact(cache.path)
+
+
+def test_an_array_of_another_slide_is_found(tmp_path: Path) -> None:
+    cache = write(tmp_path, 5)
+    other = write(tmp_path / "other", 5, unreadable=(2,))
+    chunk = "origin_level0/c/0/0"
+    (cache.path / chunk).write_bytes((other.path / chunk).read_bytes())
+    assert not is_intact(cache.path)
+
+
 @pytest.mark.parametrize("name", ["origin_level0", "tissue_fraction"])
 def test_a_flipped_byte_in_the_small_arrays_is_found(tmp_path: Path, name: str) -> None:
     cache = write(tmp_path, 5)
@@ -282,7 +339,8 @@ def test_a_flipped_byte_in_the_small_arrays_is_found(tmp_path: Path, name: str) 
 
 
 def test_a_shard_ends_with_its_index_and_missing_places_say_so() -> None:
-    shard = pack_shard([b"one", b"three"])
+    parts, _ = pack_shard([b"one", b"three"])
+    shard = b"".join(parts)
     assert shard[:3] == b"one" and shard[7:12] == b"three"
     assert int.from_bytes(shard[3:7], "little") == google_crc32c.value(b"one")
     index = np.frombuffer(shard[-4 - 16 * TILES_PER_SHARD : -4], "<u8").reshape(-1, 2)

@@ -189,6 +189,18 @@ def test_a_finished_cache_is_kept(source: SlideSource, tmp_path: Path) -> None:
         assert getattr(again, name) == getattr(first, name)
 
 
+def test_a_small_cache_that_a_power_cut_tore_is_made_again(source: SlideSource, tmp_path: Path) -> None:
+    tile_slide(source, tmp_path, SPEC)
+    path = cache_path(tmp_path, "S1")
+    sound = tree(path)
+    assert len(SlideCache.open(path)) <= 256  # one shard, written without waiting for the disk
+    for name in ("tiles/c/0/0/0/0", "origin_level0/c/0/0", "pen/zarr.json"):
+        (path / name).write_bytes(b"")
+        row = tile_slide(source, tmp_path, SPEC)
+        assert (row.status, row.tiles) == (USED, 192)
+        assert tree(path) == sound
+
+
 def test_another_specification_is_refused_before_any_work(source: SlideSource, tmp_path: Path) -> None:
     tile_slides([source], tmp_path, SPEC, workers=0)
     other = TileSpec(mpp=2.0, tile_size_px=32, codec="zstd")
@@ -220,14 +232,15 @@ def test_the_cache_of_another_slide_is_not_served(
 def test_a_damaged_cache_costs_its_slide_only(
     source: SlideSource, tmp_path: Path, node: str, content: str
 ) -> None:
-    tile_slides([source], tmp_path, SPEC, workers=0)
+    spec = TileSpec(mpp=1.0, tile_size_px=24, codec="zstd")  # tiles in more than one shard
+    tile_slides([source], tmp_path, spec, workers=0)
     before = tree(cache_path(tmp_path, "S1"))
     (cache_path(tmp_path, "S1") / node / "zarr.json").write_text(content)
     sources = [source, SlideSource("S2", source.path)]
-    rows = tile_slides(sources, tmp_path, SPEC, workers=0)
+    rows = tile_slides(sources, tmp_path, spec, workers=0)
     assert [row.status for row in rows] == [FAILED, USED]
     assert "--overwrite" in rows[0].reason and "\n" not in rows[0].reason
-    rows = tile_slides(sources, tmp_path, SPEC, workers=0, overwrite=True)
+    rows = tile_slides(sources, tmp_path, spec, workers=0, overwrite=True)
     assert [row.status for row in rows] == [USED, USED]
     assert tree(cache_path(tmp_path, "S1")) == before
 

@@ -2,13 +2,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from slidetl.cache.store import shard_path
+from slidetl.cache.ledger import Ledger
+from slidetl.cache.store import SlideCache, shard_path
+from slidetl.cache.tiler import plan_tiles, stream_tiles
 from slidetl.cli import main
-from tests.conftest import Study
+from slidetl.errors import CacheCorruptError
+from slidetl.slides import open_slide
+from slidetl.slides.tiff import read_jpeg_level
+from tests.conftest import Picture, Study
+from tests.slides.jpeg_tiff import write_jpeg_tiff
 
 
 @pytest.fixture
@@ -95,6 +103,70 @@ def test_what_cannot_be_meant(cache: Path, tmp_path: Path, capsys: pytest.Captur
     assert "no such folder" in capsys.readouterr().err
     assert main(["cache", "verify", str(cache), "--slides", str(tmp_path)]) == 2
     assert "give both, or neither" in capsys.readouterr().err
+
+
+def test_tiles_copied_from_a_damaged_slide_are_found_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tissue_picture: Callable[[int], Picture]
+) -> None:
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    slide = write_jpeg_tiff(slides / "S1.tiff", tissue_picture(512))
+    sound = slide.read_bytes()
+    damage_inside(slide, level_px=512, row=2, column=3)
+    assert slide.read_bytes() != sound
+    cache = tmp_path / "cache"
+    tiling = ["tile", str(slides), f"--cache={cache}", "--mpp=0.5", "--tile-size=64", "--workers=1"]
+    assert main(tiling) == 0
+    (row,) = Ledger(cache / "ledger.csv").rows()
+    assert (row.tiles, row.tiles_unreadable) == (48, 0)  # it was copied, not decoded
+    with pytest.raises(CacheCorruptError, match=r"tile 15 of S1 .*cache verify --decode --repair"):
+        SlideCache.open(cache / "S1.zarr").read(range(48))
+
+    capsys.readouterr()
+    assert main(["cache", "verify", str(cache)]) == 0  # every byte is what was written
+    assert main(["cache", "verify", str(cache), "--decode"]) == 1
+    assert "S1: tiles/c/0/0/0/0: tile 15 cannot be decoded: the slide is damaged there" in (
+        capsys.readouterr().out
+    )
+    assert main(["cache", "verify", str(cache), "--decode", "--repair"]) == 0
+    assert "S1: 1 tiles left out, which the slide cannot give" in capsys.readouterr().out
+    (row,) = Ledger(cache / "ledger.csv").rows()
+    assert (row.status, row.tiles, row.tiles_unreadable) == ("used", 47, 1)
+    assert main(["cache", "verify", str(cache), "--decode"]) == 0
+    mended = SlideCache.open(cache / "S1.zarr")
+    assert [192, 128] not in mended.origins_level0.tolist()
+    assert main(tiling) == 0  # and kept so
+    assert len(SlideCache.open(cache / "S1.zarr")) == 47
+    with open_slide(slide) as opened:  # who grades the slide without a cache sees the same tiles
+        batches = list(stream_tiles(opened, plan_tiles(opened, mended.spec)))
+    assert np.array_equal(np.concatenate([batch.pixels for batch in batches]), mended.read(range(47)))
+
+
+def test_a_slide_damaged_all_over_is_not_mended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tissue_picture: Callable[[int], Picture]
+) -> None:
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    slide = write_jpeg_tiff(slides / "S1.tiff", tissue_picture(512))
+    for row in range(1, 7):
+        damage_inside(slide, level_px=512, row=row, column=2)
+    cache = tmp_path / "cache"
+    assert main(["tile", str(slides), f"--cache={cache}", "--mpp=0.5", "--tile-size=64", "--workers=1"]) == 0
+    assert main(["cache", "verify", str(cache), "--decode", "--repair"]) == 1
+    assert "more than 10% of the 48 tiles wanted cannot be read" in capsys.readouterr().out
+
+
+def damage_inside(slide: Path, level_px: int, row: int, column: int) -> None:
+    """Damages the compressed data of one tile so that only decoding it can tell."""
+    with slide.open("rb", buffering=0) as file:
+        level = read_jpeg_level(file, (level_px, level_px), (64, 64))
+        assert level is not None
+        begin, size = int(level.offsets[row, column]), int(level.byte_counts[row, column])
+    data = bytearray(slide.read_bytes())
+    middle = begin + size * 3 // 4
+    # A pattern without 0xFF, which no Huffman code of the tile follows for long.
+    data[middle : middle + 40] = b"\xfe\xfd" * 20
+    slide.write_bytes(data)
 
 
 def test_info_lists_what_is_there(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from slidetl.cli import synth
 from slidetl.errors import UsageError
+from slidetl.slides.cohort import SyntheticCohort
 
 
 def parsed(out: Path, options: str = "") -> argparse.Namespace:
@@ -52,8 +53,21 @@ def test_patients_and_sites_that_are_given_count(tmp_path: Path, capsys: pytest.
         synth.run(parsed(tmp_path, "--slides 3 --patients 4"))
 
 
+def test_the_grade_may_be_what_the_readers_agree_on(tmp_path: Path) -> None:
+    grades = {}
+    for label in ("truth", "consensus"):
+        options = "--slides 5 --size 512 --mpp 8 --reader-sd 3 --seed 1000 --workers 1 --label "
+        assert synth.run(parsed(tmp_path / label, options + label)) == 0
+        with (tmp_path / label / "manifest.csv").open(newline="") as file:
+            grades[label] = [int(row["grade"]) for row in csv.DictReader(file)]
+    assert sorted(grades["truth"]) == [0, 1, 2, 3, 4]
+    cohort = SyntheticCohort(5, 5, 3, 512, 8.0, seed=1000, reader_sd=3.0)
+    assert grades["consensus"] == [entry.consensus for entry in cohort.plan()] != grades["truth"]
+
+
 def test_defaults_are_those_of_the_cohort() -> None:
     options = parsed(Path("somewhere"))
     assert options.slides == 60
     assert options.workers == len(os.sched_getaffinity(0))
     assert (options.size, options.mpp, options.stain, options.seed) == (4096, 0.5, "he", 0)
+    assert options.label == "truth"

@@ -4,6 +4,7 @@ import csv
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from slidetl.cache.ledger import FAILED, USED, Ledger
@@ -97,6 +99,85 @@ def test_every_option_reaches_the_specification(
     }
 
 
+def area_means(
+    picture: Picture, corner: tuple[float, float], step: tuple[float, float], side: int
+) -> Picture:
+    """Exact means over fractional rectangles: differences of the interpolated integral of the picture."""
+    integral = np.zeros((picture.shape[0] + 1, picture.shape[1] + 1, 3))
+    integral[1:, 1:] = picture.astype(float).cumsum(axis=0).cumsum(axis=1)
+    for axis in (0, 1):
+        edges = corner[1 - axis] + np.arange(side + 1) * step[1 - axis]
+        whole = np.minimum(edges.astype(int), integral.shape[axis] - 2)
+        low, high = (integral.take(whole + n, axis) for n in (0, 1))
+        share = (edges - whole).reshape((-1, 1, 1) if axis == 0 else (1, -1, 1))
+        integral = np.diff(low + (high - low) * share, axis=axis)
+    means: Picture = np.round(integral / (step[0] * step[1])).astype(np.uint8)
+    return means
+
+
+@pytest.mark.parametrize("slide_mpp", [(0.2527, 0.2527), (0.25, 0.2305)])
+def test_a_fraction_of_a_pixel_is_not_lost(
+    pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path, slide_mpp: tuple[float, float]
+) -> None:
+    picture = tissue_picture(600)
+    pyramid_tiff(picture, mpp=slide_mpp)
+    words = f"--cache {tmp_path / 'cache'} --mpp 0.5 --tile-size 32 --codec zstd --workers 1"
+    assert main(["tile", str(tmp_path), *words.split()]) == 0
+    cache = SlideCache.open(cache_path(tmp_path / "cache", "slide"))
+    assert cache.mpp_level0 == pytest.approx(slide_mpp, rel=1e-6)
+    assert cache.mpp_read == (0.5, 0.5)
+    step = (0.5 / cache.mpp_level0[0], 0.5 / cache.mpp_level0[1])
+    assert cache.extent_level0 == pytest.approx((32 * step[0], 32 * step[1]))
+    (row,) = Ledger(tmp_path / "cache" / "ledger.csv").rows()
+    assert (row.mpp_x, row.mpp_y, row.tiles) == (0.5, 0.5, len(cache))
+    corners = cache.origins_level0.tolist()
+    assert max(x for x, _ in corners) > 300  # far enough for a lost fraction to show
+    for (x, y), tile in zip(corners, cache.read(range(len(cache))), strict=True):
+        wanted = area_means(picture, (x, y), step, 32)
+        assert np.abs(tile.astype(int) - wanted).max() <= 1
+
+
+def test_a_level_close_to_the_spacing_is_read_as_it_is(
+    pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path
+) -> None:
+    picture = tissue_picture(512)
+    (tmp_path / "slides").mkdir()
+    pyramid_tiff(picture, mpp=0.4962, name="slides/slide")
+    words = ["tile", str(tmp_path / "slides"), "--mpp=0.5", "--tile-size=32", "--codec=zstd", "--workers=1"]
+    assert main([*words, f"--cache={tmp_path / 'near'}"]) == 0
+    near = SlideCache.open(cache_path(tmp_path / "near", "slide"))
+    assert near.mpp_read == pytest.approx((0.4962, 0.4962), rel=1e-5)  # what is stored is what it really is
+    assert near.extent_level0 == pytest.approx((32, 32))
+    for (x, y), tile in zip(near.origins_level0.tolist(), near.read(range(len(near))), strict=True):
+        assert np.array_equal(tile, picture[y : y + 32, x : x + 32])
+    assert main([*words, f"--cache={tmp_path / 'far'}", "--mpp-tolerance=0.005"]) == 0
+    far = SlideCache.open(cache_path(tmp_path / "far", "slide"))
+    assert far.mpp_read == (0.5, 0.5)
+    assert far.extent_level0[0] == pytest.approx(32 * 0.5 / 0.4962, rel=1e-5)
+
+
+def test_a_slide_without_spacing_fails_with_the_remedy_and_the_remedies_work(
+    test_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    slide = tmp_path / "S1.svs"
+    content = (test_data / "slides" / "CMU-1-Small-Region.svs").read_bytes()
+    slide.write_bytes(content.replace(b"MPP = 0.4990", b"XPP = 0.4990"))
+    plain = write_manifest(tmp_path / "plain.csv", {"S1": slide})
+    with_mpp = write_manifest(tmp_path / "with_mpp.csv", {"S1": slide}, {"S1": 0.499})
+    words = [f"--cache={tmp_path / 'cache'}", "--mpp=2", "--tile-size=128", "--workers=1"]
+    assert main(["tile", str(plain), *words]) == 1
+    failed = next(line for line in capfd.readouterr().err.splitlines() if line.startswith("failed: S1: "))
+    for part in ("--mpp-override", "manifest's mpp column", "objective power is 20"):
+        assert part in failed
+    (row,) = Ledger(tmp_path / "cache" / "ledger.csv").rows()
+    assert row.status == FAILED and row.reason in failed
+    assert main(["tile", str(with_mpp), *words]) == 0
+    assert SlideCache.open(cache_path(tmp_path / "cache", "S1")).mpp_level0 == (0.499, 0.499)
+    assert main(["tile", str(plain), *words, "--mpp-override=0.499"]) == 0
+    assert main(["tile", str(with_mpp), *words, "--mpp-override=0.25"]) == 0  # the manifest knows better
+    assert SlideCache.open(cache_path(tmp_path / "cache", "S1")).mpp_level0 == (0.499, 0.499)
+
+
 def test_mistakes_end_with_one_line_and_2(
     pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,7 +230,7 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(
     needed = time.monotonic() - started
     chance = random.Random(0)
     kills = 0
-    for _ in range(5):
+    while kills < 4:
         process = subprocess.Popen(
             command(manifest, "--cache", tmp_path / "stormy", *options),
             stdout=subprocess.DEVNULL,
@@ -157,11 +238,13 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(
         )
         try:
             process.wait(chance.uniform(0.3, 0.7) * needed)
+            # Done before it was killed: another time, on a machine that is busy now and then.
+            shutil.rmtree(tmp_path / "stormy")
+            needed *= 0.8
         except subprocess.TimeoutExpired:
             kills += 1
         process.kill()
         process.wait()
-    assert kills >= 3
     subprocess.run(
         command(manifest, "--cache", tmp_path / "stormy", *options), check=True, capture_output=True
     )

@@ -60,6 +60,21 @@ def test_readers_scatter_around_the_truth() -> None:
     assert all(entry.readers == (entry.slide.grade, entry.slide.grade) for entry in exact)
 
 
+def test_readers_who_look_together_err_less_than_either_alone() -> None:
+    plan = SyntheticCohort(400, 400, 3, seed=1000, label="consensus").plan()
+    truth = np.array([entry.slide.grade for entry in plan])
+    consensus = np.array([entry.consensus for entry in plan])
+    readers = np.array([entry.readers for entry in plan])
+    # Of two errors, normal with sd 0.4 each, the mean has sd 0.28; with the slide's own place within
+    # its grade, uniform sums of sd 0.14, P(|error| < 0.5) = 0.886, and half as many errors at either end.
+    assert 0.86 < (consensus == truth).mean() < 0.95
+    assert ((readers.min(axis=1) <= consensus) & (consensus <= readers.max(axis=1))).all()
+    assert [entry.grade for entry in plan] == consensus.tolist()
+    drawn = SyntheticCohort(400, 400, 3, seed=1000).plan()
+    assert [entry.grade for entry in drawn] == truth.tolist()
+    assert [entry.slide for entry in drawn] == [entry.slide for entry in plan]
+
+
 def test_neither_names_nor_order_tell_the_grade() -> None:
     grades = [entry.slide.grade for entry in SyntheticCohort(300, 300, 3, seed=1000).plan()]
     assert abs(np.corrcoef(grades, np.arange(300))[0, 1]) < 0.15
@@ -148,6 +163,7 @@ def test_a_folder_in_use_is_left_alone_unless_overwriting_is_allowed(tmp_path: P
         ({"stain": "pas"}, "not 'pas'"),
         ({"seed": -1}, "seed"),
         ({"reader_sd": float("nan")}, "reader sd"),
+        ({"label": "reader1"}, "label must be one of truth, consensus, not 'reader1'"),
     ],
 )
 def test_values_that_cannot_be_meant(values: dict[str, object], message: str) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import struct
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,10 +9,17 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from slidetl.cache.ledger import USED
+from slidetl.cache.store import SlideCache, cache_path
+from slidetl.cache.tiler import SlideSource, tile_slide
 from slidetl.errors import SlideOpenError, SlideReadError
+from slidetl.grid import TileSpec
+from slidetl.slides import open_slide
 from slidetl.slides.colour import SrgbSlide, to_srgb
+from slidetl.slides.openslide import OpenSlideSlide
 from slidetl.slides.raster import RasterSlide
 from tests.contracts.slide import Picture
+from tests.slides.jpeg_tiff import write_jpeg_tiff
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -105,3 +113,49 @@ def test_damaged_and_foreign_profiles_are_refused_with_the_remedy(tmp_path: Path
 def test_an_image_without_a_profile_has_none(tmp_path: Path) -> None:
     with image(tmp_path, None) as slide:
         assert slide.colour_profile is None
+
+
+def test_a_slide_is_tiled_in_the_colours_that_pillow_makes_of_its_profile(tmp_path: Path) -> None:
+    import tifffile
+
+    path = tmp_path / "slide.tiff"
+    smooth = np.asarray(Image.fromarray(picture()).resize((600, 400), Image.Resampling.BICUBIC))
+    tifffile.imwrite(
+        path,
+        smooth,
+        tile=(64, 64),
+        photometric="rgb",
+        compression="jpeg",
+        resolution=(2e4, 2e4),  # 0.5 um, per centimetre
+        resolutionunit="CENTIMETER",
+        iccprofile=scanner_profile(),
+    )
+    caches = {}
+    for icc in (False, True):
+        # Aligned with the file's own tiles, which may then only be copied where colours stay as they are.
+        spec = TileSpec(mpp=0.5, tile_size_px=64, codec="zstd", min_tissue=0, icc=icc)
+        folder = tmp_path / f"icc-{icc}"
+        assert tile_slide(SlideSource("S", path), folder, spec).status == USED
+        caches[icc] = SlideCache.open(cache_path(folder, "S"), spec)
+        assert caches[icc].header.spec.icc == icc
+    plain, managed = (caches[icc].read(range(len(caches[icc]))) for icc in (False, True))
+    source = ImageCms.ImageCmsProfile(io.BytesIO(scanner_profile()))
+    for before, after in zip(plain, managed, strict=True):
+        wanted = ImageCms.profileToProfile(
+            Image.fromarray(before),
+            source,
+            ImageCms.createProfile("sRGB"),
+            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+        )
+        assert np.array_equal(after, np.asarray(wanted))
+    assert np.abs(managed.astype(int) - plain).mean() > 5
+
+
+def test_tiles_of_a_managed_slide_are_never_copied(tmp_path: Path) -> None:
+    path = write_jpeg_tiff(tmp_path / "slide.tiff", np.zeros((128, 128, 3), np.uint8) + np.uint8(90))
+    origins = np.array([[0, 0], [64, 0]], np.int32)
+    with open_slide(path) as slide:
+        assert isinstance(slide, OpenSlideSlide)
+        assert slide.copy_tiles(origins, 64, 0.5) is not None
+        with SrgbSlide(slide, scanner_profile()) as managed:
+            assert managed.copy_tiles(origins, 64, 0.5) is None

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from slidetl.errors import SlideReadError
+from slidetl.grid import TileGrid, TileSpec
 from slidetl.slides import openslide as reader
 from slidetl.slides.decoding import JpegCutter, Placement, map_in_order, reduction_for
 from slidetl.slides.openslide import OpenSlideSlide
@@ -43,7 +44,7 @@ def refuse_openslide(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("read through OpenSlide, not by the fast path")
 
-    monkeypatch.setattr(reader._View, "read_run", refuse)
+    monkeypatch.setattr(reader, "_read_run", refuse)
 
 
 @pytest.mark.parametrize("subsampling", ["rgb", "444", "422", "420"])
@@ -78,6 +79,22 @@ def test_what_is_resampled_is_nearly_so(
     with OpenSlideSlide(path) as slide:
         at = origins(640, side * mpp / slide_mpp, side * mpp / slide_mpp)
         found, wanted = (np.stack(f(slide, at, side, mpp)).astype(float) for f in (mapped, singly))
+    errors = np.abs(found - wanted).mean(axis=(1, 2, 3))
+    assert errors.mean() <= 1.5
+    assert errors.max() <= 3
+
+
+@pytest.mark.parametrize("mpp", [1.5, 3.0, 4.0, 6.0])
+@pytest.mark.parametrize("edge", ["drop", "pad"])
+def test_a_real_slide_at_spacings_that_are_no_multiple_of_its_own(
+    test_data: Path, mpp: float, edge: str
+) -> None:
+    with OpenSlideSlide(test_data / "slides" / "CMU-1-Small-Region.svs") as slide:
+        info = slide.info
+        spec = TileSpec(mpp=mpp, tile_size_px=64, edge=edge)
+        grid = TileGrid.over(info.size_level0, info.mpp_level0, slide.mpp_read(mpp), spec)
+        at = grid.origins_level0()
+        found, wanted = (np.stack(f(slide, at, 64, mpp)).astype(float) for f in (mapped, singly))
     errors = np.abs(found - wanted).mean(axis=(1, 2, 3))
     assert errors.mean() <= 1.5
     assert errors.max() <= 3

@@ -8,12 +8,12 @@ import pytest
 from numpy.typing import NDArray
 
 from slidetl.errors import SlideOpenError, SlideReadError, SpacingError, UsageError
-from slidetl.slides import open_slide
-from slidetl.slides import openslide as reader
+from slidetl.slides import levels, open_slide
 from slidetl.slides.base import Slide
 from slidetl.slides.openslide import composite
 from tests.conftest import Picture, PyramidTiff
 from tests.contracts.slide import SlideContract
+from tests.slides.vendor_files import FILL, write_mirax, write_philips
 
 
 def noise(height: int, width: int, seed: int = 0) -> Picture:
@@ -133,7 +133,7 @@ def test_bands_bound_memory_and_leave_no_seam(
     with open_slide(path) as slide:
         whole = slide.read((3, 5), (150, 140), 2.1)
         for limit in (4000, 200):
-            monkeypatch.setattr(reader, "_MAX_SOURCE_PX", limit)
+            monkeypatch.setattr(levels, "MAX_SOURCE_PX", limit)
             assert np.array_equal(slide.read((3, 5), (150, 140), 2.1), whole)
 
 
@@ -221,3 +221,74 @@ def test_all_instances_of_a_dicom_series_count(test_data: Path, tmp_path: Path) 
     assert open_slide(tmp_path / names[0]).info.fingerprint == prints[0]
     (tmp_path / names[1]).unlink()
     assert open_slide(tmp_path / names[0]).info.fingerprint != prints[0]
+
+
+class TestMirax(SlideContract):
+    glass_rgb = FILL
+
+    @pytest.fixture
+    def picture(self) -> Picture:
+        return noise(384, 512)
+
+    @pytest.fixture
+    def slide(self, picture: Picture, tmp_path: Path) -> Iterator[Slide]:
+        with open_slide(write_mirax(tmp_path / "slide.mrxs", picture)) as slide:
+            yield slide
+
+
+def test_regions_of_a_mirax_slide_keep_their_place_and_holes_are_glass(tmp_path: Path) -> None:
+    picture = noise(384, 512)
+    # Two regions, one of them with a hole; between them, and before the first, nothing was scanned.
+    absent = {(0, row) for row in range(6)} | {(4, row) for row in range(6)} | {(2, 2)}
+    with open_slide(write_mirax(tmp_path / "slide.mrxs", picture, absent)) as slide:
+        assert (slide.info.vendor, slide.info.objective_power) == ("mirax", 20)
+        assert slide.info.size_level0 == (512, 384) and slide.info.mpp_levels == (0.5, 1.0)
+        for mpp in (0.5, 0.7, 1.0, 2.0):  # level 0, between the levels, level 1, below it
+            seen = slide.read((0, 0), (int(512 * 0.5 / mpp), int(384 * 0.5 / mpp)), mpp).astype(int)
+            filled = picture.copy()
+            for column, row in absent:
+                filled[row * 64 : row * 64 + 64, column * 64 : column * 64 + 64] = FILL
+            wanted = area_means(filled, (0, 0), (mpp / 0.5, mpp / 0.5))[: seen.shape[0], : seen.shape[1]]
+            assert np.abs(seen - wanted).max() <= 1.01
+        origins = np.array([[64 * column, 64 * row] for row in range(6) for column in range(8)], np.int32)
+        for threads in (1, 2):
+            tiles = slide.map_tiles(np.copy, origins, 64, 0.5, threads=threads)
+            for (x, y), tile in zip(origins.tolist(), tiles, strict=True):
+                assert not isinstance(tile, SlideReadError)
+                assert np.array_equal(tile, filled[y : y + 64, x : x + 64])
+
+
+def test_a_mirax_slide_is_all_of_its_files(tmp_path: Path) -> None:
+    picture = noise(128, 128)
+    paths = [write_mirax(tmp_path / f"{name}.mrxs", picture) for name in "ab"]
+    paths.append(write_mirax(tmp_path / "c.mrxs", picture, {(1, 1)}))
+    prints = [open_slide(path).info.fingerprint for path in paths]
+    assert prints[0] == prints[1] != prints[2]
+    (tmp_path / "a" / "Index.dat").unlink()
+    with pytest.raises(SlideOpenError, match=r"a\.mrxs: the slide cannot be opened; OpenSlide says: .*Index"):
+        open_slide(paths[0])
+
+
+def test_a_philips_slide_is_read_at_the_spacing_of_its_xml(tmp_path: Path) -> None:
+    picture = noise(500, 600)
+    with open_slide(write_philips(tmp_path / "slide.tiff", picture, mpp=(0.25, 0.26))) as slide:
+        assert slide.info.vendor == "philips"
+        assert slide.info.mpp_level0 == pytest.approx((0.25, 0.26))
+        assert slide.mpp_read(0.255, 0.03) == slide.info.mpp_level0
+        assert np.array_equal(slide.read((30, 40), (100, 90), 0.255, 0.03), picture[40:130, 30:130])
+        tile = slide.read((0, 0), (120, 110), 0.45)
+        assert (
+            np.abs(tile - area_means(picture, (0, 0), (0.45 / 0.25, 0.45 / 0.26))[:110, :120]).max() <= 1.01
+        )
+
+
+@pytest.mark.parametrize("mpp", [0.25, 0.4, 0.5, 0.8])  # the second level is 2.0005 times as coarse
+def test_jpeg_2000_read_together_is_what_it_is_read_alone(test_data: Path, mpp: float) -> None:
+    with open_slide(test_data / "slides" / "TCGA-CR-7395-01A-01-TS1.svs", mpp_override=0.25) as slide:
+        assert slide.info.vendor == "aperio" and slide.info.objective_power is None
+        step = int(200 * mpp / 0.25)
+        origins = np.array([[x, 901 + y] for y in (0, step) for x in range(801, 2800, step)], np.int32)
+        tiles = slide.map_tiles(np.copy, origins, 200, mpp, threads=2)
+        for (x, y), tile in zip(origins.tolist(), tiles, strict=True):
+            assert not isinstance(tile, SlideReadError)
+            assert np.array_equal(tile, slide.read((x, y), (200, 200), mpp))
