@@ -7,7 +7,8 @@ learning" (ICML 2018), with the network and the rates that Wang et al., "Revisit
 networks" (Pattern Recognition 2018) publish for the classical sets. Where we depart from them:
 
 - every training runs for a fixed number of epochs and its last state counts, so no test fold chooses an
-  epoch; the threshold is one half;
+  epoch; the threshold is one half; on digits it is the 20 epochs that the authors' published code defaults
+  to, where the paper stops by a validation set;
 - features are standardised by the training bags alone, and folds are stratified;
 - MNIST-bags are drawn from two halves of the 10,000 test digits; the paper has 60,000 and 10,000.
 
@@ -54,12 +55,13 @@ AGGREGATORS: dict[str, type[Pooling]] = {
     "MultiHopAttention": aggregators.MultiHopAttention,
     "AdditiveAttention": aggregators.AdditiveAttention,
 }
+FEWEST_COMPARED = 3  # repetitions; the interval from two is too wide to contradict anything
 MNIST_SIZES = (50, 100, 150, 200, 300)  # training bags
 N_FOLDS = 10
 
 # Ilse et al. 2018: table 1 (accuracy) and the table of MNIST-bags with ten instances on average (AUC), mean
-# and standard error. Quoted from memory; "MI-Net" is the paper's name for maximum pooling of embeddings.
-# Aggregators that are not here have no column.
+# and standard error. Quoted from memory. Pooling of embeddings by their maximum is "MI-Net" in the first and
+# "embedding + max" in the second, which also has a mean. Aggregators that are not here have no column.
 PUBLISHED: dict[tuple[str, str], tuple[float, float]] = {
     ("musk1", "Attention"): (0.892, 0.040),
     ("musk2", "Attention"): (0.858, 0.048),
@@ -76,6 +78,16 @@ PUBLISHED: dict[tuple[str, str], tuple[float, float]] = {
     ("fox", "MaxPooling"): (0.622, 0.038),
     ("tiger", "MaxPooling"): (0.830, 0.032),
     ("elephant", "MaxPooling"): (0.862, 0.034),
+    ("mnist50", "MaxPooling"): (0.713, 0.016),
+    ("mnist100", "MaxPooling"): (0.914, 0.011),
+    ("mnist150", "MaxPooling"): (0.954, 0.005),
+    ("mnist200", "MaxPooling"): (0.968, 0.001),
+    ("mnist300", "MaxPooling"): (0.980, 0.001),
+    ("mnist50", "MeanPooling"): (0.695, 0.026),
+    ("mnist100", "MeanPooling"): (0.841, 0.023),
+    ("mnist150", "MeanPooling"): (0.926, 0.004),
+    ("mnist200", "MeanPooling"): (0.953, 0.004),
+    ("mnist300", "MeanPooling"): (0.974, 0.002),
     ("mnist50", "Attention"): (0.768, 0.054),
     ("mnist100", "Attention"): (0.948, 0.007),
     ("mnist150", "Attention"): (0.949, 0.006),
@@ -324,17 +336,18 @@ def draw_bags(
 
 def convolutional_encoder() -> nn.Module:
     """The paper's network for digits: LeNet-5 with 20 and 50 channels, and 500 features."""
-    return nn.Sequential(
+    network = nn.Sequential(
         nn.Conv2d(1, 20, 5),
+        nn.MaxPool2d(2),  # the paper's ReLU comes before it; after it is the same, at a quarter of the work
         nn.ReLU(),
-        nn.MaxPool2d(2),
         nn.Conv2d(20, 50, 5),
-        nn.ReLU(),
         nn.MaxPool2d(2),
+        nn.ReLU(),
         nn.Flatten(),
         nn.Linear(800, 500),
         nn.ReLU(),
     )
+    return network.to(memory_format=torch.channels_last)
 
 
 def mnist_auc(
@@ -354,7 +367,7 @@ def mnist_auc(
     test, truth = draw_bags(digits[test_half], n_test_bags, rng)
     torch.manual_seed(seed)
     network = BagNetwork(convolutional_encoder(), make(500))
-    optimizer = torch.optim.Adam(network.parameters(), lr=5e-4, weight_decay=1e-4)
+    optimizer = torch.optim.Adam(network.parameters(), lr=5e-4, weight_decay=1e-4, fused=True)
     targets = torch.from_numpy(labels)
     network.train()
     for _ in range(epochs):
@@ -419,18 +432,25 @@ def difference(figures: Sequence[float], published: tuple[float, float]) -> tupl
     return gap, gap - half, gap + half
 
 
+def _place(name: str, aggregator: str) -> tuple[bool, int, str, int]:
+    """Sorts the classical sets by name, then bags of digits by their number; aggregators in our order."""
+    size = int(name.removeprefix("mnist")) if name.startswith("mnist") else 0
+    return size > 0, size, name, list(AGGREGATORS).index(aggregator)
+
+
 def report(results: Results, epochs: int, mnist_epochs: int) -> str:
     """The table, as Markdown."""
     text = (
         "`tools/bench_mil.py`: accuracy by 10-fold cross-validation for the classical sets, area under the "
         "ROC curve for MNIST-bags (by the number of training bags). The published column is that of Ilse, "
         "Tomczak and Welling (ICML 2018) for the same aggregator, mean and standard error, quoted from "
-        "memory (the standard errors and the column of the maximum unchecked); an aggregator without a "
-        "column has nothing to be compared with. The interval is the 95 % one of the difference; "
-        "most of its width is the published standard error. Every "
-        f"training runs for a fixed number of epochs ({epochs} for the classical sets, {mnist_epochs} for "
-        "MNIST-bags); no test fold chose an epoch or a threshold. What else departs from the paper stands "
-        "at the head of the program."
+        "memory (of all, only the .768 of attention with 50 bags was checked); an aggregator without a "
+        "column has nothing to be compared with. The interval is the 95 % one of the difference, from our "
+        f"repetitions and the published standard error. Every training runs for a fixed number of epochs "
+        f"({epochs} for the classical sets, {mnist_epochs} for MNIST-bags); no test fold chose an epoch or a "
+        "threshold. Bags of digits for training and for testing are drawn from disjoint halves of the "
+        "10,000 digits of MNIST's test part, 5,000 each, where the paper has 60,000 and 10,000. What else "
+        "departs from the paper stands at the head of the program."
     )
     lines = [
         "# Multiple-instance benchmarks",
@@ -441,8 +461,8 @@ def report(results: Results, epochs: int, mnist_epochs: int) -> str:
         "| holds 0 |",
         "|---|---|---|---|---|---|---|",
     ]
-    missed = []
-    for (name, aggregator), figures in results.items():
+    missed: list[str] = []
+    for (name, aggregator), figures in sorted(results.items(), key=lambda row: _place(*row[0])):
         spread = f" ({np.std(figures, ddof=1):.3f})" if len(figures) > 1 else ""
         cells = [name, aggregator, str(len(figures)), f"{np.mean(figures):.3f}{spread}"]
         published = PUBLISHED.get((name, aggregator))
@@ -451,19 +471,19 @@ def report(results: Results, epochs: int, mnist_epochs: int) -> str:
         else:
             gap, low, high = difference(figures, published)
             held = low <= 0 <= high
-            cells += [
-                f"{published[0]:.3f} ± {published[1]:.3f}",
-                f"{gap:+.3f} [{low:+.3f}, {high:+.3f}]",
-                "yes" if held else "**no**",
-            ]
-            if not held:
+            cells.append(f"{published[0]:.3f} ± {published[1]:.3f}")
+            if len(figures) < FEWEST_COMPARED:
+                cells += [f"{gap:+.3f}", "too few repetitions"]
+            else:
+                cells += [f"{gap:+.3f} [{low:+.3f}, {high:+.3f}]", "yes" if held else "**no**"]
+            if not held and len(figures) >= FEWEST_COMPARED:
                 missed.append(f"{aggregator} on {name} ({'above' if gap > 0 else 'below'} by {abs(gap):.3f})")
         lines.append("| " + " | ".join(cells) + " |")
     lines += [
         "",
         "Not reproduced: " + "; ".join(missed) + "."
         if missed
-        else "The interval holds 0 wherever there is a column.",
+        else "The interval holds 0 wherever there is a column and the repetitions suffice.",
         "",
         f"Python {platform.python_version()}, torch {torch.__version__}, NumPy {np.__version__}, on the CPU.",
         "",
@@ -482,7 +502,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--aggregators", nargs="*", choices=AGGREGATORS, default=list(AGGREGATORS))
     parser.add_argument("--repeats", type=int, default=5, help="repetitions, each with new folds or bags")
     parser.add_argument("--epochs", type=int, default=50, help="passes through the bags of a classical set")
-    parser.add_argument("--mnist-epochs", type=int, default=50, help="passes through the bags of digits")
+    parser.add_argument("--mnist-epochs", type=int, default=20, help="passes through the bags of digits")
     parser.add_argument("--output", type=Path, required=True, help="Markdown; the CSV lies beside it")
     options = parser.parse_args(arguments)
 

@@ -3,7 +3,8 @@
 A representation is an array ``[n, D]``: row i is what a network makes of tile i. Row i of both arrays must
 be the same tile; the numbers of columns may differ. Sums run over blocks of rows in float64, whatever the
 arrays' own precision; arrays may be memory-mapped. Beside them memory holds a few matrices ``[D, D]`` and
-blocks of rows.
+blocks of rows. Only the entries of Gaussian kernels are computed in single precision, where the arrays have
+no more.
 
 The permutation noise floor is the same figure after the rows of the second array were shuffled: what remains
 when nothing is shared. It is far from zero where rows are few, and is part of every result. A representation
@@ -23,12 +24,12 @@ from slidetl.errors import UsageError
 
 Features = NDArray[np.floating[Any]]
 _Matrix = NDArray[np.float64]
+_Block = NDArray[np.float32] | NDArray[np.float64]
 _Order = NDArray[np.int64]
 
 BLOCK_ROWS = 2048
-_ROWS_KEPT = (
-    4096  # up to here a whole kernel matrix is kept, 128 MiB, and a permutation costs next to nothing
-)
+# Up to here a whole kernel matrix is kept, 64 or 128 MiB, and a permutation costs next to nothing.
+_ROWS_KEPT = 4096
 
 
 @dataclass(frozen=True)
@@ -161,8 +162,10 @@ def rbf_cka(
     Sources as for :func:`linear_cka`; the kernel is ``exp(-|a - b|^2 / (2 s^2))``, and ``s`` a share of the
     median distance between rows, for each array its own. Unchanged by rotation and uniform scaling. The
     kernel matrices are made block by block: memory does not grow with ``n^2``, time does, and beyond 4,096
-    rows again for each permutation. The median is that of 2,048 rows drawn where there are more; where it is
-    zero, more than half of the tiles being alike, the value is nan.
+    rows again for each permutation. Their entries have the precision of the arrays, at least single: products
+    of rows are nearly all of the time, and in double precision take twice as long. The median is that of
+    2,048 rows drawn where there are more; where it is zero, more than half of the tiles being alike, the
+    value is nan.
 
     Args:
         x: ``[n, D]``.
@@ -192,15 +195,15 @@ def rbf_cka(
             times = 1 if rows == columns else 2
             block_x = kernel_x(rows, columns)
             block_y = kernel_y(rows, columns)
-            own_x += times * float(np.vdot(block_x, block_x))
-            own_y += times * float(np.vdot(block_y, block_y))
+            own_x += times * _total(block_x, block_x)
+            own_y += times * _total(block_y, block_y)
             for block, sums in ((block_x, sums_x), (block_y, sums_y)):
                 sums[rows] += block.sum(1)
                 if times == 2:
                     sums[columns] += block.sum(0)
             for number, order in enumerate(orders):
                 shuffled = block_y if order is None else kernel_y(rows, columns, order)
-                totals[number] += times * float(np.vdot(block_x, shuffled))
+                totals[number] += times * _total(block_x, shuffled)
 
     def criterion(total: float, sums_a: _Matrix, sums_b: _Matrix) -> float:
         if unbiased:
@@ -213,6 +216,11 @@ def rbf_cka(
         for total, order in zip(totals, orders, strict=True)
     ]
     return _similarity(values)
+
+
+def _total(a: _Block, b: _Block) -> float:
+    """Sum of the products of their entries; each row in the blocks' precision, the rows in float64."""
+    return float(np.vecdot(a, b).sum(dtype=np.float64))
 
 
 def _unbiased_hsic(total: float, sums_a: _Matrix, sums_b: _Matrix) -> float:
@@ -346,7 +354,7 @@ class _Gaussian:
 
     rows: _Centred
     precision: float  # 1 / (2 s^2)
-    whole: _Matrix | None
+    whole: _Block | None
 
     @classmethod
     def of(cls, rows: _Centred, bandwidth: float, some: _Order) -> _Gaussian | None:
@@ -362,7 +370,7 @@ class _Gaussian:
         everything = np.arange(n)
         return cls(rows, kernel.precision, kernel._block(everything, everything))
 
-    def __call__(self, rows: slice, columns: slice, order: _Order | None = None) -> _Matrix:
+    def __call__(self, rows: slice, columns: slice, order: _Order | None = None) -> _Block:
         everything = np.arange(len(self.rows.array)) if order is None else order
         if self.whole is None:
             return self._block(everything[rows], everything[columns])
@@ -370,16 +378,21 @@ class _Gaussian:
             return self.whole[rows, columns]
         return self.whole[np.ix_(order[rows], order[columns])]
 
-    def _block(self, rows: _Order, columns: _Order) -> _Matrix:
+    def _block(self, rows: _Order, columns: _Order) -> _Block:
         block = self._squared_distances(rows, columns)
         block *= -self.precision
         np.exp(block, out=block)
         block[rows[:, None] == columns] = 0.0
         return block
 
-    def _squared_distances(self, rows: _Order, columns: _Order) -> _Matrix:
-        block = self.rows.read(rows) @ self.rows.read(columns).T
+    def _squared_distances(self, rows: _Order, columns: _Order) -> _Block:
+        """``[len(rows), len(columns)]``, never below 0."""
+        lengths = self.rows.squared_lengths
+        dtype = np.result_type(self.rows.array.dtype, np.float32)
+        # The mean goes in double precision: far from the origin a row's last digits are its differences.
+        left, right = (self.rows.read(some).astype(dtype, copy=False) for some in (rows, columns))
+        block: _Block = left @ right.T
         block *= -2.0
-        block += self.rows.squared_lengths[rows, None]
-        block += self.rows.squared_lengths[columns]
+        block += lengths[rows, None].astype(dtype)
+        block += lengths[columns].astype(dtype)
         return np.maximum(block, 0.0, out=block)

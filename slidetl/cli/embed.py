@@ -18,7 +18,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pretrained",
         default="procedural",
         metavar="WEIGHTS",
-        help="procedural (bundled), imagenet (downloaded by timm), or a .safetensors or .pth file",
+        help="procedural (bundled), imagenet or hub (those published, downloaded unless they are on this "
+        "machine), or a .safetensors or .pth file",
     )
     parser.add_argument(
         "--blocks",

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         default=argparse.SUPPRESS,
         metavar="CACHE",
-        help="the folder that 'slidetl tile' wrote",
+        help="the folder that 'slidetl tile' wrote; images and slides are to be tiled first",
     )
     parser.add_argument(
         "--output",

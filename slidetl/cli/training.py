@@ -1,4 +1,4 @@
-"""``slidetl fit``, ``validate``, ``test`` and ``predict``: LightningCLI, with our defaults."""
+"""``slidetl fit``, ``find-lr``, ``validate``, ``test`` and ``predict``: LightningCLI, with our defaults."""
 
 from __future__ import annotations
 
@@ -23,23 +23,27 @@ from slidetl.data.datamodule import SlideDataModule
 from slidetl.errors import UsageError
 from slidetl.tasks.checkpoint import read_checkpoint
 from slidetl.tasks.drift import DriftReport
+from slidetl.tasks.range_test import RangeTest, find_rate, write_range
 from slidetl.tasks.slide import SlideGrader
+from slidetl.tasks.waiting import WaitingReport
 
 
 def run(command: str, args: list[str]) -> int:
-    """Runs one of Lightning's commands.
+    """Runs one of Lightning's commands, or ``find-lr``, which takes what ``fit`` does.
 
     Raises:
         UsageError: the configuration is wrong; one line says where.
     """
     _quieten()
-    # LightningCLI wants its arguments in sys.argv. The program's name stays whole: Lightning starts the other
-    # processes of a DDP run by it.
+    # Lightning starts the other processes of a DDP run by sys.argv; so the program's name stays whole there,
+    # and the command is ours.
+    finds = command == "find-lr"
     before, sys.argv = sys.argv, [sys.argv[0], command, *args]
     try:
-        GradingCLI(
+        (RangeTestCLI if finds else GradingCLI)(
             SlideGrader,
             SlideDataModule,
+            args=["fit" if finds else command, *args],
             seed_everything_default=0,
             trainer_defaults={
                 "max_epochs": 30,
@@ -69,11 +73,17 @@ def run(command: str, args: list[str]) -> int:
 class GradingCLI(LightningCLI):
     """Links the grades, keeps the run in one folder, finds the checkpoint, and distrusts it."""
 
+    keeps_logs = True
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what every run has: early stopping, the best checkpoint, and names that may be imported."""
         parser.link_arguments("data.grades", "model.grades")
+        parser.link_arguments("model.tasks", "data.tasks")
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        # One callback for both would leave `last` at the epoch that was the best (Lightning 2.6). This one
+        # comes second, so that it knows the best one's path.
+        parser.add_lightning_class_args(ModelCheckpoint, "last_checkpoint")
         parser.set_defaults(
             {
                 "early_stopping.monitor": "val/qwk",
@@ -82,7 +92,8 @@ class GradingCLI(LightningCLI):
                 "checkpoint.monitor": "val/qwk",
                 "checkpoint.mode": "max",
                 "checkpoint.filename": "best",
-                "checkpoint.save_last": True,
+                "last_checkpoint.filename": "last",
+                "last_checkpoint.enable_version_counter": False,
             }
         )
         parser.add_argument(
@@ -123,7 +134,7 @@ class GradingCLI(LightningCLI):
         """Keeps everything of a run in ``<default_root_dir>/logs/version_N`` unless loggers are given."""
         if self._get(self.config_init, "trainer").get("logger") is None:
             kwargs["logger"] = False
-            if self.subcommand == "fit":
+            if self.subcommand == "fit" and self.keeps_logs:
                 root = self._get(self.config_init, "trainer").get("default_root_dir") or "."
                 table = CSVLogger(root, name="logs")
                 board = TensorBoardLogger(root, name="logs", version=table.version, default_hp_metric=False)
@@ -132,8 +143,38 @@ class GradingCLI(LightningCLI):
                     *(self._get(self.config_init, "trainer").get("callbacks") or []),
                     LearningRateMonitor("epoch"),
                     DriftReport(),
+                    WaitingReport(),
                 ]
         return super().instantiate_trainer(**kwargs)
+
+
+class RangeTestCLI(GradingCLI):
+    """Runs a range test in the place of a fit; nothing is kept but its result."""
+
+    keeps_logs = False
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the rates to try."""
+        super().add_arguments_to_parser(parser)
+        parser.add_class_arguments(RangeTest, "range")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Without validation, and as many epochs as it takes."""
+        steps = self._get(self.config_init, "range").steps
+        alone = {"max_epochs": steps, "max_steps": -1, "check_val_every_n_epoch": steps + 1}
+        return super().instantiate_trainer(**kwargs, **alone)
+
+    def fit(self, model: SlideGrader, datamodule: SlideDataModule, **_: Any) -> None:
+        """Tests, writes and says what it found."""
+        result = find_rate(self.trainer, model, datamodule, self._get(self.config_init, "range"))
+        if not self.trainer.is_global_zero:
+            return
+        folder = Path(self.trainer.default_root_dir) / "find-lr"
+        write_range(folder, result)
+        if result.suggestion is None:
+            print(f"the loss does not fall anywhere between these rates; see {folder}")
+        else:
+            print(f"the loss falls fastest at --model.lr {result.suggestion:.2g}; written to {folder}")
 
 
 def _best_checkpoint(root: Path, allow: Sequence[str]) -> Path:
@@ -146,7 +187,11 @@ def _best_checkpoint(root: Path, allow: Sequence[str]) -> Path:
             f"no checkpoint of 'slidetl fit' below {root.absolute()}; name one with --ckpt_path FILE"
         )
     states = read_checkpoint(found[-1], allow).get("callbacks", {}).values()
-    names = [Path(state["best_model_path"]).name for state in states if state.get("best_model_path")]
+    names = [  # further checkpoints, each so many steps, have a path but no figure to be the best in
+        Path(state["best_model_path"]).name
+        for state in states
+        if state.get("best_model_path") and state.get("monitor")
+    ]
     best = found[-1].with_name(names[0]) if names else found[-1]
     if not best.is_file():
         raise UsageError(
@@ -168,7 +213,9 @@ def _quieten() -> None:
         lambda record: "Tip" not in record.getMessage()
     )
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they are about LightningCLI's code
+    warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended to run from within Python")
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")  # the figures are of all
     warnings.filterwarnings("ignore", ".*Experiment logs directory.*exists and is not empty.*")
     warnings.filterwarnings("ignore", "predict returned None")
     warnings.filterwarnings("ignore", ".*The dirpath has changed.*")

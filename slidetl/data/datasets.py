@@ -2,52 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypedDict
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.nn import functional
+from torch.utils.data import Dataset, Sampler, default_collate
 
+from slidetl.cache.features import read_features
 from slidetl.cache.store import SlideCache
 from slidetl.data.augment import Augmentation
 from slidetl.data.manifest import ManifestRow
+from slidetl.data.sampling import Sampling, Uniform
 
 
 @dataclass(frozen=True)
 class CachedSlide:
-    """A slide of the manifest whose tiles are in the cache."""
+    """A slide of the manifest whose tiles are in the cache.
+
+    Attributes:
+        row, cache: the two.
+        labels: of the further tasks by their names, -1 for none: of the slide, or ``[N] int64`` of its tiles.
+    """
 
     row: ManifestRow
     cache: SlideCache
+    labels: Mapping[str, int | NDArray[np.int64]] = field(default_factory=dict)
 
 
 class Bag(TypedDict):
     """Tiles drawn from a slide; collated, every entry has a leading axis B.
 
-    ``tiles [N, 3, S, S] uint8``; ``mask [N] bool``, False for padding; ``grade`` int64.
+    ``tiles [N, 3, S, S] uint8``; ``mask [N] bool``, False for padding; ``grade`` int64; ``readers [R]``
+    int64, each reader's grade or -1; ``labels`` of the further tasks by their names, int64, -1 for none: of
+    the slide, or ``[N]`` of its tiles. Where features are stored also ``stored [M, D] float16``, those of
+    the tiles that were not drawn, and ``stored_mask [M] bool``.
     """
 
     tiles: Tensor
     mask: Tensor
     grade: Tensor
+    readers: Tensor
+    labels: dict[str, Tensor]
+    stored: NotRequired[Tensor]
+    stored_mask: NotRequired[Tensor]
 
 
 class Chunk(TypedDict):
     """A run of a slide's tiles. Chunks of a slide come in order, without another slide's between.
 
-    ``tiles [n, 3, S, S] uint8``; whose they are; ``grade`` 0..K-1, or -1 for none; ``last`` whether the
-    chunk ends the slide.
+    ``tiles [n, 3, S, S] uint8``, or in their place ``stored [n, D] float16``, their features; whose they
+    are; ``grade`` 0..K-1, or -1 for none; ``labels`` of the further tasks by their names, likewise: of the
+    slide, or ``[n]`` of its tiles; ``last`` whether the chunk ends the slide.
     """
 
-    tiles: Tensor
+    tiles: NotRequired[Tensor]
+    stored: NotRequired[Tensor]
     slide_id: str
     patient_id: str
     site: str
     grade: int
+    labels: dict[str, int | Tensor]
     last: bool
 
 
@@ -59,15 +81,35 @@ class BagDataset(Dataset[Bag]):
         bag_size: tiles drawn per slide without replacement; slides with fewer are padded.
         augmentation: applied to each tile, or None.
         seed: of the draws and the augmentation.
+        sampling: how likely each tile is.
+        features: name of stored features, of which a bag has those of the tiles that are not drawn; empty
+            for none.
+        threads: how many read and augment the tiles of a bag at once; the result is the same.
     """
 
     def __init__(
-        self, slides: Sequence[CachedSlide], bag_size: int, augmentation: Augmentation | None, seed: int
+        self,
+        slides: Sequence[CachedSlide],
+        bag_size: int,
+        augmentation: Augmentation | None,
+        seed: int,
+        sampling: Sampling = Uniform(),  # noqa: B008 (frozen)
+        features: str = "",
+        threads: int = 1,
     ) -> None:
         self.slides = tuple(slides)
         self.bag_size = bag_size
         self.augmentation = augmentation
         self.seed = seed
+        self.sampling = sampling
+        self.features = features
+        self.threads = threads
+        ends = np.cumsum([len(slide.cache) for slide in self.slides])
+        # What the model last gave to each tile, slide after slide; in memory that the workers see too.
+        self.attention = torch.zeros(int(ends[-1])) if sampling.attends_every else None
+        if self.attention is not None:
+            self.attention.share_memory_()  # type: ignore[no-untyped-call] # torch's
+        self._starts = [0, *ends.tolist()]
 
     def __len__(self) -> int:
         return len(self.slides)
@@ -77,17 +119,73 @@ class BagDataset(Dataset[Bag]):
         slide = self.slides[number]
         rng = np.random.default_rng((self.seed, epoch, number))
         size = min(self.bag_size, len(slide.cache))
-        drawn = np.sort(rng.choice(len(slide.cache), size, replace=False))  # neighbours share a shard
-        tiles = slide.cache.read(drawn)
-        if self.augmentation is not None:
-            tiles = self.augmentation(tiles, int(rng.integers(2**31)))
-        padded = np.zeros((self.bag_size, *tiles.shape[1:]), np.uint8)
-        padded[:size] = tiles
-        return {
-            "tiles": channels_first(padded),
+        weights = self.sampling.weights(slide.cache.tissue_fraction, self._attention(number))
+        drawn = rng.choice(len(slide.cache), size, replace=False, p=weights)
+        drawn.sort()  # neighbours share a shard
+        tiles = self._read(slide.cache, drawn, int(rng.integers(2**31)))
+        bag: Bag = {
+            "tiles": channels_first(tiles),
             "mask": torch.arange(self.bag_size) < size,
             "grade": torch.tensor(slide.row.grade),
+            "readers": torch.tensor([-1 if g is None else g for g in slide.row.reader_grades]).long(),
+            "labels": {name: _padded(label, drawn, self.bag_size) for name, label in slide.labels.items()},
         }
+        if self.features:
+            rest = np.setdiff1d(np.arange(len(slide.cache)), drawn, assume_unique=True)
+            bag["stored"] = torch.from_numpy(read_features(slide.cache, self.features)[rest])
+            bag["stored_mask"] = torch.ones(len(rest), dtype=torch.bool)
+        return bag
+
+    def _read(self, cache: SlideCache, drawn: NDArray[np.int64], seed: int) -> NDArray[np.uint8]:
+        """The tiles that were drawn, augmented, and zeros behind them up to the size of a bag."""
+        side = cache.spec.tile_size_px
+        bag = np.zeros((self.bag_size, side, side, 3), np.uint8)
+        changes = self.augmentation.draw(len(drawn), seed) if self.augmentation is not None else None
+
+        def fill(places: NDArray[np.intp]) -> None:
+            tiles = cache.read(drawn[places])
+            if self.augmentation is None or changes is None:
+                bag[places] = tiles
+                return
+            for place, tile in zip(places, tiles, strict=True):
+                self.augmentation.apply(tile, changes[place], bag[place])
+
+        parts = np.array_split(np.arange(len(drawn)), self.threads)
+        if self.threads == 1:
+            fill(parts[0])
+        else:
+            list(_pool(os.getpid(), self.threads).map(fill, parts))  # waits, and raises what they raised
+        return bag
+
+    def _attention(self, number: int) -> NDArray[np.float32] | None:
+        if self.attention is None:
+            return None
+        values: NDArray[np.float32] = self.attention[self._starts[number] : self._starts[number + 1]].numpy()
+        return values
+
+    def attend(self, attention: Mapping[str, NDArray[np.float32]]) -> None:
+        """Takes what the model gives to the tiles of each slide, by the slides' identifiers."""
+        if self.attention is not None:
+            every = [attention[slide.row.slide_id] for slide in self.slides]
+            self.attention.copy_(torch.from_numpy(np.concatenate(every)))
+
+
+@cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """Of a worker process: threads do not survive the fork that it began with."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="tiles")
+
+
+def collate_bags(bags: list[Bag]) -> Bag:
+    """Stacks bags; stored features, of which each slide has another number, are padded."""
+    if "stored" in bags[0]:
+        most = max(len(bag["stored"]) for bag in bags)
+        for bag in bags:
+            missing = most - len(bag["stored"])
+            bag["stored"] = functional.pad(bag["stored"], (0, 0, 0, missing))
+            bag["stored_mask"] = functional.pad(bag["stored_mask"], (0, missing))
+    stacked: Bag = default_collate(bags)
+    return stacked
 
 
 class ChunkDataset(Dataset[Chunk]):
@@ -96,15 +194,18 @@ class ChunkDataset(Dataset[Chunk]):
     Args:
         slides: the slides, in the order in which they will come.
         chunk_size: greatest number of tiles in a chunk.
+        features: name of stored features that come in the place of tiles, a whole slide in a chunk; empty
+            for tiles.
     """
 
-    def __init__(self, slides: Sequence[CachedSlide], chunk_size: int) -> None:
+    def __init__(self, slides: Sequence[CachedSlide], chunk_size: int, features: str = "") -> None:
         self.slides = tuple(slides)
-        self.chunk_size = chunk_size
+        self.chunk_size = max(len(slide.cache) for slide in self.slides) if features else chunk_size
+        self.features = features
         self._chunks = [
             (number, start)
             for number, slide in enumerate(self.slides)
-            for start in range(0, len(slide.cache), chunk_size)
+            for start in range(0, len(slide.cache), self.chunk_size)
         ]
 
     def __len__(self) -> int:
@@ -114,14 +215,22 @@ class ChunkDataset(Dataset[Chunk]):
         number, start = self._chunks[index]
         row, cache = self.slides[number].row, self.slides[number].cache
         stop = min(start + self.chunk_size, len(cache))
-        return {
-            "tiles": channels_first(cache.read(np.arange(start, stop))),
+        chunk: Chunk = {
             "slide_id": row.slide_id,
             "patient_id": row.patient_id,
             "site": row.site,
             "grade": -1 if row.grade is None else row.grade,
+            "labels": {
+                name: label if isinstance(label, int) else torch.from_numpy(label[start:stop])
+                for name, label in self.slides[number].labels.items()
+            },
             "last": stop == len(cache),
         }
+        if self.features:
+            chunk["stored"] = torch.from_numpy(read_features(cache, self.features))
+        else:
+            chunk["tiles"] = channels_first(cache.read(np.arange(start, stop)))
+        return chunk
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -134,18 +243,33 @@ class EpochSampler(Sampler[tuple[int, int]]):
     def __init__(self, n_slides: int, seed: int, rank: int = 0, n_ranks: int = 1) -> None:
         self.n_slides, self.seed, self.rank, self.n_ranks = n_slides, seed, rank, n_ranks
         self.epoch = 0
+        self._skipped = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch whose order comes next."""
         self.epoch = epoch
+
+    def skip(self, n_slides: int) -> None:
+        """Leaves out the first slides of the next iteration: a training that goes on has seen them."""
+        self._skipped = n_slides
 
     def __len__(self) -> int:
         return self.n_slides // self.n_ranks
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n_slides)
-        for number in order[self.rank :: self.n_ranks][: len(self)]:
+        skipped, self._skipped = self._skipped, 0
+        for number in order[self.rank :: self.n_ranks][skipped : len(self)]:
             yield self.epoch, int(number)
+
+
+def _padded(label: int | NDArray[np.int64], drawn: NDArray[np.int64], bag_size: int) -> Tensor:
+    """The slide's label, or ``[N]`` those of its drawn tiles, -1 for padding."""
+    if isinstance(label, int):
+        return torch.tensor(label)
+    padded = torch.full((bag_size,), -1)
+    padded[: len(drawn)] = torch.from_numpy(label[drawn])
+    return padded
 
 
 def channels_first(tiles: NDArray[np.uint8]) -> Tensor:

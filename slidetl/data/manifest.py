@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from slidetl.data.tasks import Task
 from slidetl.errors import ManifestError, SlideOpenError, UsageError
 from slidetl.slides.dicom import series_instance_uid
 from slidetl.slides.npz import NpzItem, read_labels
@@ -41,6 +42,7 @@ class ManifestRow:
         reader_grades: each reader's grade, in the order of their numbers.
         mpp: spacing of level 0 in micrometres per pixel, for slides whose metadata has none.
         split: ``train``, ``val`` or ``test``; empty where the split is left to a seed.
+        labels: what it says about each further task: 0..K-1, the table of its tiles' labels, or None.
     """
 
     line: int
@@ -55,6 +57,7 @@ class ManifestRow:
     reader_grades: tuple[int | None, ...] = ()
     mpp: float | None = None
     split: str = ""
+    labels: tuple[int | Path | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,9 @@ class Manifest:
         return len(self.rows)
 
 
-def read_manifest(path: Path, n_grades: int | None = None, images: bool = False) -> Manifest:
+def read_manifest(
+    path: Path, n_grades: int | None = None, images: bool = False, tasks: Sequence[Task] = ()
+) -> Manifest:
     """Reads a CSV, or lists a folder of slides, a folder of labelled images, or an ``.npz`` of both.
 
     Labelled images lie in one folder for each label, ``FOLDER/LABEL/...`` or ``FOLDER/SPLIT/LABEL/...`` with
@@ -88,24 +93,23 @@ def read_manifest(path: Path, n_grades: int | None = None, images: bool = False)
             slides is searched for images (PNG, JPEG, BMP).
         n_grades: number of grades K on the scale; None checks only that a grade is a whole number.
         images: whether a folder is one of labelled images even if there are TIFFs or slides in it.
+        tasks: further scales whose columns are read where they are there.
 
     Raises:
         ManifestError: every fault found, each with its line number.
     """
     path = Path(path)
+    if path.is_dir() and images:
+        return _with_labels(_list_images(path, n_grades, IMAGE_SUFFIXES | TIFF_SUFFIXES), tasks)
     if path.is_dir():
-        return (
-            _list_images(path, n_grades, IMAGE_SUFFIXES | TIFF_SUFFIXES)
-            if images
-            else _list_folder(path, n_grades)
-        )
+        return _with_labels(_list_folder(path, n_grades), tasks)
     if path.suffix.lower() == ".npz" and path.is_file():
-        return _list_arrays(path, n_grades)
+        return _with_labels(_list_arrays(path, n_grades), tasks)
     if not path.is_file():
         raise ManifestError(
             f"{path}: expected a CSV manifest, an .npz or a folder of slides, found neither; check the path"
         )
-    return _read_csv(path, n_grades)
+    return _read_csv(path, n_grades, tasks)
 
 
 def check_scale(grades: Sequence[str]) -> None:
@@ -126,7 +130,7 @@ def safe_slide_id(name: str) -> str:
     return safe if re.search("[A-Za-z0-9]", safe) else ""
 
 
-def _read_csv(path: Path, n_grades: int | None) -> Manifest:
+def _read_csv(path: Path, n_grades: int | None, tasks: Sequence[Task]) -> Manifest:
     faults: list[str] = []
     lines: list[tuple[int, list[str]]] = []
     begins = 1  # the line of the next row; with a quote left open, a row goes on to the end of the file
@@ -157,7 +161,8 @@ def _read_csv(path: Path, n_grades: int | None) -> Manifest:
         raise ManifestError(f"{path}, line 1: column {', '.join(repeated)} occurs more than once")
     if len(lines) == 1:
         raise ManifestError(f"{path}: a header but no slides; expected one line per slide")
-    unknown = [name for name in header if name not in REQUIRED + OPTIONAL and not _READER.fullmatch(name)]
+    known = {*REQUIRED, *OPTIONAL, *(task.column for task in tasks)}
+    unknown = [name for name in header if name not in known and not _READER.fullmatch(name)]
     if unknown:
         warnings.warn(f"{path}: unknown column {', '.join(unknown)} is ignored", stacklevel=3)
     rows = []
@@ -166,7 +171,7 @@ def _read_csv(path: Path, n_grades: int | None) -> Manifest:
             faults.append(f"line {line}: expected {len(header)} cells as in the header, found {len(cells)}")
             continue
         values = {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
-        rows.append(_parse_row(line, values, path.parent, n_grades, faults))
+        rows.append(_parse_row(line, values, path.parent, n_grades, tasks, faults))
     faults += _faults_between(rows)
     if faults:
         faults.sort(key=lambda fault: int(re.search(r"\d+", fault)[0]))  # type: ignore[index] # each has its line
@@ -178,7 +183,12 @@ def _read_csv(path: Path, n_grades: int | None) -> Manifest:
 
 
 def _parse_row(
-    line: int, values: dict[str, str], folder: Path, n_grades: int | None, faults: list[str]
+    line: int,
+    values: dict[str, str],
+    folder: Path,
+    n_grades: int | None,
+    tasks: Sequence[Task],
+    faults: list[str],
 ) -> ManifestRow:
     def fault(text: str) -> None:
         faults.append(f"line {line}: {text}")
@@ -192,6 +202,21 @@ def _parse_row(
             fault(f"{column} must be a whole number from 0 to {highest} (empty: not graded), found {text!r}")
             return None
         return int(text)
+
+    def label(task: Task) -> int | Path | None:
+        text = values.get(task.column, "")
+        if not text:
+            return None
+        if re.fullmatch(r"\d{1,3}", text) and int(text) < len(task.grades):
+            return int(text)
+        table = folder.absolute() / text
+        if task.of_tiles and table.is_file():
+            return table
+        fault(
+            f"{task.column} must be a whole number from 0 to {len(task.grades) - 1} "
+            f"{'or a table of tile labels ' if task.of_tiles else ''}(empty: no label), found {text!r}"
+        )
+        return None
 
     slide_id = safe_slide_id(values["slide_id"])
     if not slide_id:
@@ -231,6 +256,7 @@ def _parse_row(
         reader_grades=tuple(grade(name) for _, name in readers),
         mpp=mpp,
         split=split,
+        labels=tuple(label(task) for task in tasks),
     )
 
 
@@ -259,6 +285,15 @@ def _faults_between(rows: Iterable[ManifestRow]) -> list[str]:
         if some_split and not row.split:
             faults.append(f"line {row.line}: split is empty, though other lines have one; give all or none")
     return faults
+
+
+def _with_labels(manifest: Manifest, tasks: Sequence[Task]) -> Manifest:
+    """Where there are no columns, the grade is all that is known."""
+    rows = (
+        replace(row, labels=tuple(row.grade if task.column == "grade" else None for task in tasks))
+        for row in manifest.rows
+    )
+    return replace(manifest, rows=tuple(rows))
 
 
 def _list_folder(folder: Path, n_grades: int | None) -> Manifest:

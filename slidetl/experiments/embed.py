@@ -173,8 +173,8 @@ def embed_cache(
         backbone=spec.name,
         block="",
         weights_sha256=weights_sha256(backbone),
-        mean=_triple(backbone.mean),
-        std=_triple(backbone.std),
+        mean=_by_channel(backbone.mean),
+        std=_by_channel(backbone.std),
         precision="bfloat16" if place.type == "cuda" else "float32",
     )
     sources = {
@@ -304,9 +304,8 @@ def _stack(rows: Sequence[Mapping[str, Tensor]], source: FeatureSource) -> NDArr
     return stacked
 
 
-def _triple(values: Tensor) -> tuple[float, float, float]:
-    red, green, blue = values.flatten().tolist()
-    return red, green, blue
+def _by_channel(values: Tensor) -> tuple[Any, ...]:
+    return tuple(values.flatten().tolist())
 
 
 def _device(name: str) -> torch.device:

@@ -218,20 +218,15 @@ class Attention(Pooling):
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
         """See :class:`Aggregator`; H is 1."""
         tiles = _present(embeddings, mask)
-        scores = self.score(torch.tanh(self.value(tiles)))  # [B, N, 1]
-        attention = _softmax(scores.transpose(1, 2), mask)  # [B, 1, N]
-        return Aggregated(_read(attention, tiles).squeeze(1), attention, None)
+        return _weighted(tiles, self.score(torch.tanh(self.value(tiles))), mask)
 
 
 class GatedAttention(Pooling):
-    """Attention with a gate: a learned score per tile decides how much it counts.
-
-    Ilse, Tomczak and Welling, "Attention-based deep multiple instance learning", ICML 2018,
-    equation 9. The softmax is taken in float32.
+    """:class:`Attention` whose hidden layer has a gate: equation 9 of the same paper.
 
     Args:
         in_features: length D of a tile's embedding.
-        hidden_features: length of the hidden layer (L in the paper, 128 there).
+        hidden_features: as there.
     """
 
     def __init__(self, in_features: int, hidden_features: int = 128) -> None:
@@ -245,8 +240,7 @@ class GatedAttention(Pooling):
         """See :class:`Aggregator`; H is 1."""
         tiles = _present(embeddings, mask)
         hidden = torch.tanh(self.value(tiles)) * torch.sigmoid(self.gate(tiles))  # [B, N, L]
-        attention = _softmax(self.score(hidden).transpose(1, 2), mask)  # [B, 1, N]
-        return Aggregated(_read(attention, tiles).squeeze(1), attention, None)
+        return _weighted(tiles, self.score(hidden), mask)
 
 
 class MultiHopAttention(Pooling):
@@ -320,6 +314,12 @@ class AdditiveAttention(Pooling):
 def _present(embeddings: Tensor, mask: Tensor, padding: float = 0.0) -> Tensor:
     """The tiles ``[B, N, D]``, and a constant in place of padding: a zero gradient times NaN is NaN."""
     return embeddings.masked_fill(~mask.unsqueeze(2), padding)
+
+
+def _weighted(tiles: Tensor, scores: Tensor, mask: Tensor) -> Aggregated:
+    """The tiles ``[B, N, D]`` by the softmax of their scores ``[B, N, 1]``."""
+    attention = _softmax(scores.transpose(1, 2), mask)  # [B, 1, N]
+    return Aggregated(_read(attention, tiles).squeeze(1), attention, None)
 
 
 def _softmax(scores: Tensor, mask: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slidetl.errors import UsageError, WeightsError
+from slidetl.errors import ModelFileError, UsageError, WeightsError
 from slidetl.models.cbr import CBR
+from slidetl.zoo.card import WEIGHTS
+from slidetl.zoo.local import SCHEME, pulled_file
 
 BUNDLED = Path(__file__).parent / "weights"
 
+# Named here, since TorchScript takes a comment on types in the function itself for a type comment.
+_is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined] # torch does not list it
+
 # How the weights that timm or the Hugging Face hub publishes for a network may be asked for.
 PUBLISHED = ("imagenet", "hub")
+
+# Where the state of an exported network (`slidetl.export.ExportedNetwork`) has its first backbone.
+_FIRST_MEMBER = "networks.0.backbone."
 
 
 @dataclass(frozen=True)
@@ -28,13 +36,15 @@ class BackboneSpec:
             ``hf-hub:OWNER/MODEL``, or in a folder, ``local-dir:FOLDER`` (``config.json`` and weights); or one
             of the CBR family, e.g. ``cbr_tiny`` (:class:`~slidetl.models.cbr.CBR`).
         pretrained: ``procedural`` (bundled, no network needed); ``imagenet`` or ``hub``, both for the weights
-            published under the name, downloaded where they are not on this machine; or the path of a
-            ``.safetensors`` or ``.pth`` file. Whether a training starts from them is the transfer strategy's
-            choice.
+            published under the name, downloaded where they are not on this machine; ``zoo://NAME``, a model
+            that ``slidetl zoo pull`` brought here; or the path of a ``.safetensors`` or ``.pth`` file.
+            Whether a training starts from them is the transfer strategy's choice.
         channels_last: keep tiles and kernels in that memory layout; faster for most convolutional
             networks, on a CPU too.
-        in_channels: channels of a tile, 1 to 4. Weights made for three are adapted: their sum over the
-            channels for one, else repeated in order and scaled by ``3 / in_channels``.
+        in_channels: channels that the network takes, 1 to 4. Weights made for three are adapted: their sum
+            over the channels for one, else repeated in order and scaled by ``3 / in_channels``. A network of
+            one channel sees the luma of RGB tiles; two and four are for tiles that have as many, which
+            those of a cache have not.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them: less
             memory, about a third more time. Batch norm in training mode then counts a batch twice in its
             running statistics.
@@ -71,7 +81,10 @@ class Backbone(nn.Module):
 
     Attributes:
         num_features: length D of an embedding.
+        description: the network's name, and how it was changed since.
         mean, std: buffers ``[1, C, 1, 1]``, of pixel values in 0..1. They travel with the weights.
+        lineage: SHA-256 of the weights that it began from, and those began from, nearest first; see
+            :class:`Pretrained`.
 
     Raises:
         WeightsError: there is no such model, or its configuration cannot be had.
@@ -84,6 +97,9 @@ class Backbone(nn.Module):
     def __init__(self, spec: BackboneSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.description = spec.name
+        self.lineage: tuple[str, ...] = ()
+        self.in_channels = spec.in_channels
         self.channels_last = spec.channels_last
         self.net: nn.Module = _build_network(spec)
         if spec.gradient_checkpointing:
@@ -106,11 +122,20 @@ class Backbone(nn.Module):
         """Embeds tiles.
 
         Args:
-            tiles: ``[N, C, H, W] uint8``; RGB where there are three channels.
+            tiles: ``[N, C, H, W] uint8``; RGB where there are three channels, of which a network of one takes
+                the luma, ``0.299 R + 0.587 G + 0.114 B`` (ITU-R BT.601), not rounded.
 
         Returns:
             ``[N, D] float32`` (lower precision under autocast).
+
+        Raises:
+            UsageError: the tiles have another number of channels.
         """
+        if self.in_channels == 1 and tiles.shape[1] == 3:
+            rgb = tiles.to(self.mean.dtype)
+            tiles = 0.299 * rgb[:, :1] + 0.587 * rgb[:, 1:2] + 0.114 * rgb[:, 2:]
+        if not _is_scripting():  # an exported file raises what its convolution does
+            self._check_channels(tiles)
         scale = 1.0 / (255.0 * self.std)
         x = torch.addcmul(-self.mean / self.std, tiles.to(self.mean.dtype), scale)  # one pass, not three
         if self.channels_last:
@@ -118,13 +143,21 @@ class Backbone(nn.Module):
         embeddings: Tensor = self.net(x)
         return embeddings
 
+    def _check_channels(self, tiles: Tensor) -> None:
+        if tiles.shape[1] != self.in_channels:
+            raise UsageError(
+                f"{self.spec.name} takes {self.in_channels} channels, the tiles have {tiles.shape[1]}; "
+                "set backbone.in_channels to 3 for RGB tiles, or to 1 for their luma"
+            )
+
     def load_pretrained(self) -> None:
         """Replaces the weights by the pretrained ones that the specification names.
 
         Raises:
             WeightsError: they cannot be found or read, or their names or shapes differ.
         """
-        weights, normalisation = find_weights(self.spec)
+        found = read_pretrained(self.spec)
+        weights, normalisation = found.weights, found.normalisation
         config = _config(self.net)
         prefixes = tuple(f"{name}." for name in _names(config.get("classifier")))
         expected = self.net.state_dict()
@@ -146,6 +179,7 @@ class Backbone(nn.Module):
         self.net.load_state_dict(weights)
         for key, values in normalisation.items():
             getattr(self, key).copy_(_per_channel(values, self.spec.in_channels))
+        self.lineage = found.lineage
 
     def blocks(self) -> dict[str, nn.Module]:
         """The parts of the network whose outputs timm counts as its features, lowest first.
@@ -276,18 +310,38 @@ def _hub_folder(name: str, file: str) -> Path | None:
     return Path(found).parent if isinstance(found, str) else None
 
 
-def find_weights(spec: BackboneSpec) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
-    """Finds the pretrained weights that a specification names.
+@dataclass(frozen=True)
+class Pretrained:
+    """The weights that a specification names.
 
-    Returns:
-        The state dict on the CPU, and ``mean`` and ``std`` where the file states them (else empty:
-        timm's own for this model hold).
+    Attributes:
+        weights: a state dict on the CPU.
+        normalisation: ``mean`` and ``std`` where the file states them, else empty: timm's own hold.
+        lineage: SHA-256 of where a training that begins with them begins, nearest first. Of a model that
+            slidetl exported, its card's ``weights_sha256`` and ``lineage``; of other weights, their own hash
+            (:func:`state_sha256`), for nothing is known of what they began from.
+    """
+
+    weights: dict[str, Tensor]
+    normalisation: dict[str, list[float]]
+    lineage: tuple[str, ...]
+
+
+def find_weights(spec: BackboneSpec) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
+    """Weights and normalisation of :func:`read_pretrained`."""
+    found = read_pretrained(spec)
+    return found.weights, found.normalisation
+
+
+def read_pretrained(spec: BackboneSpec) -> Pretrained:
+    """Finds the pretrained weights that a specification names.
 
     Raises:
         WeightsError: nothing there, or not readable without unpickling objects.
     """
     if spec.pretrained in PUBLISHED:
-        return _published_weights(spec), {}
+        weights = _published_weights(spec)
+        return Pretrained(weights, {}, (state_sha256(weights),))
     if spec.pretrained == "procedural":
         path = BUNDLED / f"procedural_{spec.name}.safetensors"
         if not path.is_file():
@@ -295,12 +349,17 @@ def find_weights(spec: BackboneSpec) -> tuple[dict[str, Tensor], dict[str, list[
                 sorted(file.stem.removeprefix("procedural_") for file in BUNDLED.glob("*.safetensors"))
             )
             raise WeightsError(f"no bundled weights for {spec.name!r}; they exist for: {have}")
+    elif spec.pretrained.startswith(SCHEME):
+        try:
+            path = pulled_file(spec.pretrained.removeprefix(SCHEME), WEIGHTS)
+        except (ModelFileError, UsageError) as error:
+            raise WeightsError(f"pretrained: {spec.pretrained}: {error}") from error
     else:
         path = Path(spec.pretrained)
         if not path.is_file():
             raise WeightsError(
-                f"pretrained: expected 'procedural', 'imagenet', 'hub' or the path of a .safetensors or .pth "
-                f"file, found {spec.pretrained!r}, which is no file"
+                f"pretrained: expected 'procedural', 'imagenet', 'hub', 'zoo://NAME' or the path of a "
+                f".safetensors or .pth file, found {spec.pretrained!r}, which is no file"
             )
     return _file_weights(path)
 
@@ -321,7 +380,7 @@ def _published_weights(spec: BackboneSpec) -> dict[str, Tensor]:
     return state
 
 
-def _file_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
+def _file_weights(path: Path) -> Pretrained:
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError, safe_open
 
@@ -331,7 +390,12 @@ def _file_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, list[float]]
                 weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
         except SafetensorError as error:
             raise WeightsError(f"{path}: not a readable safetensors file: {error}") from error
-        return weights, {key: json.loads(metadata[key]) for key in ("mean", "std") if key in metadata}
+        if any(key.startswith(_FIRST_MEMBER) for key in weights):
+            return _backbone_of(weights, metadata, path)
+        normalisation: dict[str, list[float]] = {
+            key: json.loads(metadata[key]) for key in ("mean", "std") if key in metadata
+        }
+        return Pretrained(weights, normalisation, (state_sha256(weights),))
     if path.suffix in (".pth", ".pt"):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -340,14 +404,36 @@ def _file_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, list[float]]
         state = state.get("state_dict", state) if isinstance(state, dict) else state
         if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
             raise WeightsError(f"{path}: expected a dictionary of tensors; save the model's state_dict()")
-        return state, {}
+        return Pretrained(state, {}, (state_sha256(state),))
     raise WeightsError(f"{path}: expected a .safetensors or .pth file")
 
 
+def _backbone_of(state: dict[str, Tensor], metadata: dict[str, str], path: Path) -> Pretrained:
+    """The backbone in the state of a whole exported network; of several that vote, the first one's."""
+    own = state_sha256(state)
+    try:
+        lineage = tuple(str(sha256) for sha256 in json.loads(metadata["lineage"]))
+        normalisation: dict[str, list[float]] = {
+            key: state[_FIRST_MEMBER + key].flatten().tolist() for key in ("mean", "std")
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path}: not the weights of a model that slidetl published: {error!r}") from error
+    if lineage[:1] != (own,):
+        raise WeightsError(f"{path}: its weights have SHA-256 {own}, it says {lineage[:1]}; it was changed")
+    prefix = f"{_FIRST_MEMBER}net."
+    weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return Pretrained(weights, normalisation, lineage)
+
+
 def weights_sha256(module: nn.Module) -> str:
-    """SHA-256 over a module's state: names, dtypes, shapes and bytes, in the order of the names."""
+    """SHA-256 over a module's state, :func:`state_sha256`."""
+    return state_sha256(module.state_dict())
+
+
+def state_sha256(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over named tensors: names, dtypes, shapes and bytes, in the order of the names."""
     digest = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
+    for key, value in sorted(state.items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -71,7 +71,8 @@ def copy_up_to(backbone: Backbone, block: str) -> None:
 
 
 def copy_normalisation(source: Backbone, target: Backbone) -> None:
-    """Makes one backbone normalise its tiles as another does."""
+    """Makes one backbone, which begins from weights of another, normalise its tiles as that does."""
+    target.lineage = source.lineage
     target.mean.copy_(source.mean)
     target.std.copy_(source.std)
 
@@ -149,6 +150,7 @@ def narrow_above(backbone: Backbone, block: str, width: float) -> None:
         for module in training:
             module.training = True
     backbone.num_features = embedding.shape[1]
+    backbone.description += f", above {block} {width:g} times as wide"
     if backbone.channels_last:
         backbone.net.to(memory_format=torch.channels_last)
 

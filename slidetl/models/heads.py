@@ -60,6 +60,20 @@ class Head(nn.Module):
         Returns:
             The mean over the slides that have a grade; 0, with a gradient of 0, where none has one.
         """
+        summed, total = self.summed_loss(logits, target, weight, class_weight)
+        return summed / torch.where(total > 0, total, torch.ones_like(total))
+
+    def summed_loss(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        class_weight: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What :meth:`loss` is the quotient of: the weighted sum, and the sum of the weights.
+
+        Where several processes share a batch, each has a part of both.
+        """
         losses = self.grade_losses(logits)
         if not target.is_floating_point():
             target = one_hot_grades(target, self.n_grades)
@@ -68,8 +82,7 @@ class Head(nn.Module):
             weights = weights * class_weight.to(losses.dtype)
         if weight is not None:
             weights = weights * weight.to(losses.dtype).unsqueeze(1)
-        total = weights.sum()
-        return (weights * losses).sum() / torch.where(total > 0, total, torch.ones_like(total))
+        return (weights * losses).sum(), weights.sum()
 
 
 class CumulativeLink(Head):
@@ -134,7 +147,10 @@ class Coral(Head):
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Logits ``[B, K-1]`` -> probabilities ``[B, K]``, which sum to one."""
-        return _differences(torch.sigmoid(torch.cummin(logits, dim=1)[0]))
+        falling = [logits[:, 0]]  # the running minimum; ONNX has no cummin
+        for threshold in range(1, logits.shape[1]):
+            falling.append(torch.minimum(falling[-1], logits[:, threshold]))
+        return _differences(torch.sigmoid(torch.stack(falling, dim=1)))
 
     def grade_losses(self, logits: Tensor) -> Tensor:
         """For each grade the sum of the K-1 cross-entropies, ``[B, K]``."""
@@ -170,7 +186,8 @@ class Corn(Head):
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Logits ``[B, K-1]`` -> probabilities ``[B, K]``, which sum to one."""
-        return _differences(torch.sigmoid(logits).cumprod(1))
+        # The product of the conditional probabilities; ONNX has no cumprod.
+        return _differences(functional.logsigmoid(logits).cumsum(1).exp())
 
     def grade_losses(self, logits: Tensor) -> Tensor:
         """For each grade the sum of the cross-entropies of the questions that it is asked, ``[B, K]``."""

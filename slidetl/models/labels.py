@@ -5,6 +5,10 @@ In each of them a row of zeros is a slide without a grade.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -78,3 +82,64 @@ def bootstrapped_grades(target: Tensor, probabilities: Tensor, beta: float, hard
         believed = functional.one_hot(believed.argmax(1), believed.shape[1]).to(target.dtype)
     present = target.sum(1, keepdim=True) > 0
     return (beta * target + (1 - beta) * believed) * present
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What a training takes as the truth, for labels that are not quite certain.
+
+    First what the readers said, then smoothing, then bootstrapping, each where it is asked for.
+
+    Attributes:
+        smoothing: share of each grade that goes to its neighbours, 0..1 (:func:`smoothed_grades`).
+        readers: whether a slide's target is the readers' votes (:func:`reader_grades`); where no reader has
+            graded it, its grade.
+        bootstrap: whether what the network believes is mixed in, ``soft`` or ``hard``
+            (:func:`bootstrapped_grades`).
+        beta: how far the labels are then trusted, 0..1; None: .95 soft and .8 hard, as in the paper.
+        bootstrap_after: share of the training steps, 0..1, before the first that mixes it in.
+    """
+
+    smoothing: float = 0.0
+    readers: bool = False
+    bootstrap: Literal["none", "soft", "hard"] = "none"
+    beta: float | None = None
+    bootstrap_after: float = 0.3
+
+    def __post_init__(self) -> None:
+        for name in ("smoothing", "beta", "bootstrap_after"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise UsageError(f"targets.{name} must be from 0 to 1, not {value}")
+
+    def __call__(self, grades: Tensor, readers: Tensor, probabilities: Tensor, progress: float) -> Tensor:
+        """The target ``[B, K]`` of a step; zeros for a slide without a grade.
+
+        Args:
+            grades: ``[B]`` int64, below 0 for none.
+            readers: ``[B, R]`` int64, below 0 where a reader gave none; R may be 0.
+            probabilities: ``[B, K]``, the head's.
+            progress: share of all training steps that are done, 0..1.
+        """
+        n_grades = probabilities.shape[1]
+        target = one_hot_grades(grades, n_grades)
+        if self.readers:
+            votes = reader_grades(readers, n_grades)
+            target = torch.where(votes.sum(1, keepdim=True) > 0, votes, target)
+        if self.smoothing:
+            target = smoothed_grades(target, self.smoothing)
+        if self.bootstrap != "none" and progress >= self.bootstrap_after:
+            hard = self.bootstrap == "hard"
+            beta = self.beta if self.beta is not None else 0.8 if hard else 0.95
+            target = bootstrapped_grades(target, probabilities.float(), beta, hard)
+        return target
+
+
+def balanced_weights(counts: Sequence[int]) -> Tensor:
+    """Weights ``[K]`` of the grades under which each has the same total, and the mean slide weighs 1.
+
+    Args:
+        counts: slides of each grade; a grade without any weighs 0.
+    """
+    present = sum(count > 0 for count in counts)
+    return torch.tensor([sum(counts) / (present * count) if count else 0.0 for count in counts])

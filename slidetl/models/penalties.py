@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
 from slidetl.errors import UsageError
 from slidetl.models.backbones import Backbone, weights_sha256
@@ -106,7 +107,10 @@ def ramp(start: float, end: float | None, shape: Shape, progress: float) -> floa
 
 def squared_distance(parameters: Sequence[Tensor], anchors: Sequence[Tensor]) -> Tensor:
     """``sum ||p - p0||^2`` over pairs of tensors, a scalar with a gradient, in float32 at least."""
-    distances = [(_wide(p) - _wide(p0)).square().sum() for p, p0 in zip(parameters, anchors, strict=True)]
+    # One kernel forward and one backward, where a difference and its square are three and more.
+    distances = [
+        mse_loss(_wide(p), _wide(p0), reduction="sum") for p, p0 in zip(parameters, anchors, strict=True)
+    ]
     return torch.stack(distances).sum()
 
 
@@ -148,7 +152,7 @@ def activation_distance(
     share = (mask / (mask.sum(1, keepdim=True) * len(mask))).flatten()  # [B*N], sums to one
     total = share.new_zeros(())
     for layer, activation in found.items():
-        squares = (_wide(activation) - _wide(expected[layer])).square()
+        squares = mse_loss(_wide(activation), _wide(expected[layer]), reduction="none")
         squares = squares.movedim(_channel_axis(squares), 1).flatten(2) if squares.ndim > 2 else squares
         by_channel = squares.mean(2) if squares.ndim == 3 else squares  # [B*N, C]
         by_tile = by_channel @ attention[layer] if layer in attention else by_channel.mean(1)

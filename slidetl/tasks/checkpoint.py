@@ -13,13 +13,16 @@ from typing import Any, Literal, get_origin, get_type_hints
 import torch
 from pytorch_lightning.cli import instantiate_module
 
+from slidetl.data.tasks import Task
 from slidetl.errors import CheckpointError, SlidetlError
 from slidetl.models import transfer
 from slidetl.models.backbones import BackboneSpec
+from slidetl.models.labels import Targets
 from slidetl.tasks.slide import SlideGrader
 
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
-_CLASSES = ("aggregator", "head", "transfer")
+_CLASSES = ("aggregator", "head", "transfer", "schedule")
+_VALUES = {"backbone": BackboneSpec, "targets": Targets}
 _PARAMETERS = frozenset(inspect.signature(SlideGrader).parameters)
 
 
@@ -93,18 +96,24 @@ def _check_hyper_parameters(values: dict[Any, Any], allow: Sequence[str]) -> Non
     for key, value in values.items():
         if key in _CLASSES:
             _check_class(key, value, allow)
-        elif key == "backbone":
-            known = {field.name for field in fields(BackboneSpec)}
-            if (
-                not isinstance(value, dict)
-                or not value.keys() <= known
-                or not all(map(_is_scalar, value.values()))
-            ):
-                raise CheckpointError(
-                    f"expected backbone to have {', '.join(sorted(known))}, found {value!r}"
-                )
-        elif not all(map(_is_scalar, value if isinstance(value, list) else [value])):
+        elif key in _VALUES:
+            _check_values(key, value, _VALUES[key])
+        elif key == "tasks":
+            for task in value if isinstance(value, list) else [value]:
+                _check_values(key, task, Task)
+        elif not _is_plain(value):
             raise CheckpointError(f"expected a plain value for {key}, found {value!r}")
+
+
+def _check_values(key: str, value: Any, of: type[Any]) -> None:
+    """The fields of a frozen dataclass, each a plain value or a list of such."""
+    known = {field.name for field in fields(of)}
+    if (
+        not isinstance(value, dict)
+        or not value.keys() <= known
+        or not all(_is_plain(content) for content in value.values())
+    ):
+        raise CheckpointError(f"expected {key} to have {', '.join(sorted(known))}, found {value!r}")
 
 
 def _check_class(key: str, value: Any, allow: Sequence[str]) -> None:
@@ -151,6 +160,10 @@ def _text_arguments(class_path: str) -> frozenset[str]:
         key: types[key] in (str, tuple[str, ...]) or get_origin(types[key]) is Literal for key in types
     }
     return frozenset(key for key in is_text if is_text[key])
+
+
+def _is_plain(value: Any) -> bool:
+    return all(map(_is_scalar, value if isinstance(value, (list, tuple)) else [value]))
 
 
 def _is_scalar(value: Any, text: bool = True) -> bool:

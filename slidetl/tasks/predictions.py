@@ -60,13 +60,13 @@ def write_predictions(path: Path, predictions: Iterable[SlidePrediction]) -> Non
             writer.writerow(
                 [
                     row.slide_id,
-                    _safe_cell(row.patient_id),
-                    _safe_cell(row.site),
+                    safe_cell(row.patient_id),
+                    safe_cell(row.site),
                     "" if row.grade is None else row.grade,
                     row.predicted_grade,
                 ]
                 + [f"{probability:.7f}" for probability in row.probabilities]
-                + [f"{row.expected_grade:.5f}", row.tiles, _safe_cell(row.fold), row.checkpoint]
+                + [f"{row.expected_grade:.5f}", row.tiles, safe_cell(row.fold), row.checkpoint]
             )
 
 
@@ -96,6 +96,6 @@ def read_predictions(path: Path) -> list[SlidePrediction]:
         raise UsageError(f"{path}: expected predictions as 'slidetl test' writes them: {error!r}") from error
 
 
-def _safe_cell(text: str) -> str:
+def safe_cell(text: str) -> str:
     """Keeps a spreadsheet from running text that came from outside as a formula."""
     return f"'{text}" if text[:1] in tuple("=+-@\t\r") else text

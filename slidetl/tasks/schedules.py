@@ -3,43 +3,107 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from slidetl.errors import UsageError
 
 
-def one_cycle(progress: float, warmup_fraction: float) -> float:
-    """The rate relative to its peak: a linear rise, then a half cosine down to a hundredth.
+class Schedule:
+    """Base of the schedules: pure functions of how far the training is."""
 
-    Smith and Topin, "Super-convergence", 2018, without the cycle of the momentum. It depends on the
-    progress alone, so that a training may go on for longer than was planned when it began.
+    def rate(self, epochs: float, planned_epochs: float) -> float:
+        """The rate relative to its peak, above 0 and up to 1.
 
-    Args:
-        progress: share of all training steps that are done, 0..1; beyond 1 the rate stays at its lowest.
-        warmup_fraction: share of the steps in which the rate rises, between 0 and 1.
+        Args:
+            epochs: how many epochs of training are done; after each step a part of one more.
+            planned_epochs: of the whole training, above 0; infinite where no end is planned.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class OneCycle(Schedule):
+    """A linear rise, then a half cosine down to a hundredth.
+
+    Smith and Topin, "Super-convergence", 2018, without the cycle of the momentum. It depends on the share of
+    the training alone, so that a training may go on for longer than was planned when it began; beyond its
+    end the rate stays at its lowest.
+
+    Attributes:
+        warmup_fraction: share of the training in which the rate rises, between 0 and 1.
     """
-    if progress < warmup_fraction:
-        return 0.04 + 0.96 * progress / warmup_fraction
-    remaining = max(0.0, 1 - progress) / (1 - warmup_fraction)
-    return 0.01 + 0.99 * (1 - math.cos(math.pi * remaining)) / 2
+
+    warmup_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.warmup_fraction < 1:
+            raise UsageError(f"warmup_fraction must be between 0 and 1, not {self.warmup_fraction}")
+
+    def rate(self, epochs: float, planned_epochs: float) -> float:
+        """The rate relative to its peak.
+
+        Raises:
+            UsageError: no end is planned.
+        """
+        if math.isinf(planned_epochs):
+            raise UsageError(
+                "one cycle needs to know how long the training is; set trainer.max_epochs or max_steps, "
+                "or choose another model.schedule"
+            )
+        progress = epochs / planned_epochs
+        if progress < self.warmup_fraction:
+            return 0.04 + 0.96 * progress / self.warmup_fraction
+        remaining = max(0.0, 1 - progress) / (1 - self.warmup_fraction)
+        return 0.01 + 0.99 * (1 - math.cos(math.pi * remaining)) / 2
 
 
-def triangular(step: int, half_cycle_steps: int, base: float = 0.25) -> float:
-    """The rate relative to its peak: up and down in straight lines, again and again.
+@dataclass(frozen=True)
+class Triangular(Schedule):
+    """Up and down in straight lines, again and again.
 
     Smith, "Cyclical learning rates for training neural networks", WACV 2017, section 3.1.
 
-    Args:
-        step: training steps done, from 0.
-        half_cycle_steps: steps from the lowest to the highest rate (2 to 10 epochs in the paper).
-        base: the lowest rate, relative to the peak, 0..1 (a quarter to a third in the paper).
+    Attributes:
+        half_cycle_epochs: epochs from the lowest to the highest rate; 2 to 10 in the paper.
+        base: the lowest rate, relative to the peak, 0..1; a quarter to a third in the paper.
     """
-    return base + (1 - base) * _rise(step, half_cycle_steps, base)
+
+    half_cycle_epochs: float = 4.0
+    base: float = 0.25
+
+    def __post_init__(self) -> None:
+        if not (self.half_cycle_epochs > 0 and 0 <= self.base <= 1):
+            raise UsageError(
+                f"expected half_cycle_epochs above 0 and base from 0 to 1, not {self.half_cycle_epochs}, "
+                f"{self.base}"
+            )
+
+    def rate(self, epochs: float, planned_epochs: float) -> float:
+        """The rate relative to its peak; the planned end plays no part."""
+        rise = 1 - abs(epochs % (2 * self.half_cycle_epochs) / self.half_cycle_epochs - 1)
+        return self.base + (1 - self.base) * rise * self.height(epochs)
+
+    def height(self, epochs: float) -> float:
+        """How high the present cycle goes, relative to the first."""
+        return 1.0
 
 
-def triangular2(step: int, half_cycle_steps: int, base: float = 0.25) -> float:
-    """As :func:`triangular`, the range from base to peak halved with each cycle."""
-    rise = _rise(step, half_cycle_steps, base)
-    return base + (1 - base) * rise * 0.5 ** (step // (2 * half_cycle_steps))
+@dataclass(frozen=True)
+class Triangular2(Triangular):
+    """As :class:`Triangular`, the range from base to peak halved with each cycle."""
+
+    def height(self, epochs: float) -> float:
+        """How high the present cycle goes, relative to the first."""
+        return float(0.5 ** (epochs // (2 * self.half_cycle_epochs)))
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """The same rate throughout."""
+
+    def rate(self, epochs: float, planned_epochs: float) -> float:
+        """The peak."""
+        return 1.0
 
 
 def rate_for_batch(lr: float, reference: int, *, devices: int, accumulation: int, bags: int) -> float:
@@ -61,12 +125,3 @@ def rate_for_batch(lr: float, reference: int, *, devices: int, accumulation: int
             f"reference {reference}, devices {devices}, accumulation {accumulation}, bags {bags}"
         )
     return lr * devices * accumulation * bags / reference
-
-
-def _rise(step: int, half_cycle_steps: int, base: float) -> float:
-    """How far the rate is above its base, 0 (lowest) to 1 (highest)."""
-    if half_cycle_steps < 1 or not 0 <= base <= 1:
-        raise UsageError(
-            f"expected half_cycle_steps of at least 1 and base from 0 to 1, not {half_cycle_steps}, {base}"
-        )
-    return 1 - abs(step % (2 * half_cycle_steps) / half_cycle_steps - 1)

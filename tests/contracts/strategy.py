@@ -37,7 +37,10 @@ class Bags(pl.LightningDataModule):
             tiles = torch.randint(0, 256, (3, 3, TILE_PX, TILE_PX), dtype=torch.uint8, generator=generator)
             mask = torch.arange(3) < 1 + number % 3
             tiles[~mask] = 0
-            bags.append({"tiles": tiles, "mask": mask, "grade": torch.tensor(number % 5)})
+            grade = torch.tensor(number % 5)
+            bags.append(
+                {"tiles": tiles, "mask": mask, "grade": grade, "readers": grade.view(1), "labels": {}}
+            )
         rank, size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return DataLoader(bags[rank::size], batch_size=4 // size)  # type: ignore[arg-type]
 

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
+import pytest
 import torch
 
 from slidetl.cache.store import SlideCache
 from slidetl.data.augment import Augmentation
 from slidetl.data.datasets import BagDataset, CachedSlide, ChunkDataset, EpochSampler
 from slidetl.data.manifest import read_manifest
+from slidetl.errors import CacheCorruptError
 from tests.conftest import Study
 
 
@@ -36,6 +41,28 @@ def test_bag_draws_without_replacement_and_pads(study: Study) -> None:
     every = slide.cache.read(np.arange(n))
     np.testing.assert_array_equal(bag["tiles"][:n].permute(0, 2, 3, 1).numpy(), every)
     assert not bag["tiles"][n:].any()
+
+
+def test_threads_read_the_same_bags(study: Study) -> None:
+    for size in (1, 8, 60):
+        alone, shared = (
+            BagDataset(slides(study), size, Augmentation(), seed=1, threads=threads)[(3, 1)]
+            for threads in (1, 3)
+        )
+        assert torch.equal(alone["tiles"], shared["tiles"])
+        assert torch.equal(alone["mask"], shared["mask"])
+
+
+def test_a_damaged_tile_is_an_error_of_its_thread_too(study: Study, tmp_path: Path) -> None:
+    (slide,) = slides(study, 1)
+    shutil.copytree(slide.cache.path, tmp_path / slide.cache.path.name)
+    for shard in tmp_path.glob("*.zarr/tiles/c/*/*/*/*"):
+        content = bytearray(shard.read_bytes())
+        content[50] ^= 0xFF
+        shard.write_bytes(content)
+    damaged = CachedSlide(slide.row, SlideCache.open(tmp_path / slide.cache.path.name))
+    with pytest.raises(CacheCorruptError, match="is damaged"):
+        BagDataset([damaged], 60, None, seed=0, threads=2)[(0, 0)]
 
 
 def test_chunks_cover_each_slide_once_in_order(study: Study) -> None:

@@ -57,6 +57,23 @@ def test_stored_features_are_what_the_network_gives(cache_dir: Path) -> None:
         assert source.weights_sha256 == weights_sha256(backbone)
 
 
+def test_a_network_of_one_channel_embeds_the_luma(cache_dir: Path) -> None:
+    grey, cache = BackboneSpec(in_channels=1), opened(cache_dir)[0]
+    (slide,) = embed_cache(cache_dir, grey, name="grey", slide_ids=[cache.path.stem], device="cpu")
+    backbone = Backbone(grey).eval()
+    backbone.load_pretrained()
+    luma = (cache.read(range(len(cache))) @ np.array([0.299, 0.587, 0.114])).astype(np.float32)
+    with torch.inference_mode():
+        scaled = (torch.from_numpy(luma)[:, None] / 255 - backbone.mean) / backbone.std
+        expected = backbone.net(scaled)
+    assert slide.is_new
+    np.testing.assert_allclose(read_features(cache, "grey"), expected, atol=2e-2, rtol=2e-2)
+    source = read_source(cache, "grey")
+    assert (len(source.mean), len(source.std)) == (1, 1)
+    with pytest.raises(UsageError, match="takes 4 channels, the tiles have 3; set"):
+        embed_cache(cache_dir, BackboneSpec(in_channels=4), name="four", device="cpu")
+
+
 def test_what_is_there_is_kept_and_other_weights_are_refused(cache_dir: Path, tmp_path: Path) -> None:
     assert all(slide.is_new for slide in embed_cache(cache_dir, SPEC, device="cpu"))
     first = read_features(opened(cache_dir)[0], NAME)

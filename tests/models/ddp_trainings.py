@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slidetl.models.backbones import BackboneSpec
+from slidetl.models.backbones import Backbone, BackboneSpec
 from slidetl.tasks.slide import SlideGrader
 from tests.contracts.strategy import fit
-from tests.models.test_transfer import DDP
+from tests.models.test_transfer import DDP, DDP_WITHOUT_NORM
 
 
 class PlainDescent(SlideGrader):
@@ -34,13 +34,18 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     states = {}
     with tempfile.TemporaryDirectory() as folder:
+        plain = BackboneSpec("cbr_tiny_published_nobn", f"{folder}/weights.pth")
+        torch.manual_seed(2)
+        torch.save(Backbone(plain).net.state_dict(), plain.pretrained)
+        runs = {name: (strategy, BackboneSpec()) for name, strategy in DDP.items()}
+        runs |= {name: (strategy, plain) for name, strategy in DDP_WITHOUT_NORM.items()}
         for kind, options in (
             ("together", {"devices": 2, "strategy": "ddp_fork"}),
             ("alone", {"devices": 1}),
         ):
-            for name, strategy in DDP.items():
+            for name, (strategy, spec) in runs.items():
                 torch.manual_seed(0)
-                grader = PlainDescent(BackboneSpec(), transfer=strategy, lr=0.02)
+                grader = PlainDescent(spec, transfer=strategy, lr=0.02)
                 strategy.start(grader.network.backbone)
                 states[f"{name}/start"] = weights(grader)
                 root = Path(folder) / kind / name.replace(" ", "-")

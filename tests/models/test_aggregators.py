@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from slidetl.errors import UsageError
+from slidetl.models import aggregators
 from slidetl.models.aggregators import (
     AdditiveAttention,
     Aggregator,
@@ -199,8 +200,16 @@ def test_what_cannot_be_meant_is_refused(make: Callable[[], Pooling]) -> None:
         make()
 
 
+def test_every_aggregator_is_held_to_the_contract() -> None:
+    defined = {item for item in vars(aggregators).values() if isinstance(item, type)}
+    poolings = {item for item in defined if issubclass(item, Pooling)} - {Pooling}
+    assert {type(aggregator) for aggregator in AGGREGATORS} == poolings
+    contracts = [item for item in globals().values() if isinstance(item, type) and hasattr(item, "make")]
+    assert {type(contract().aggregator()) for contract in contracts} == poolings
+
+
 def test_a_hundred_thousand_tiles_stay_below_two_gigabytes() -> None:
-    # In a process of its own: the peak of this one is that of all tests before.
+    # In a process of its own: the peak of this one is that of all tests before. Trained on stored features.
     names = [type(aggregator).__name__ for aggregator in AGGREGATORS]
     program = f"""
 import resource
@@ -208,9 +217,13 @@ import torch
 from slidetl.models import aggregators
 embeddings, mask = torch.rand(1, 100_000, 512), torch.ones(1, 100_000, dtype=torch.bool)
 for name in {names}:
-    with torch.inference_mode():
-        out = getattr(aggregators, name)(512)(embeddings, mask)
+    aggregator = getattr(aggregators, name)(512)
+    out = aggregator(embeddings, mask)
     assert out.embedding.isfinite().all(), name
+    if out.embedding.requires_grad:
+        out.embedding.square().sum().backward()
+        assert all(value.grad.isfinite().all() for value in aggregator.parameters()), name
+    del aggregator, out
     gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # KiB on Linux
     assert gigabytes < 2, f"{{name}}: {{gigabytes:.2f}} GB"
 """

@@ -185,6 +185,34 @@ def test_pretrained_kernels_are_adapted_to_the_channels_as_timm_does(
             torch.testing.assert_close(backbone(tile), in_grey, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_a_network_of_one_channel_sees_the_luma_of_rgb_tiles() -> None:
+    tiles = torch.randint(
+        0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    grey = [np.asarray(Image.fromarray(tile.permute(1, 2, 0).numpy()).convert("L")) for tile in tiles]
+    luma = torch.from_numpy(np.stack(grey)).unsqueeze(1)  # Pillow rounds it
+    torch.manual_seed(0)
+    backbone = Backbone(BackboneSpec("cbr_tiny", in_channels=1)).eval()
+    seen: list[torch.Tensor] = []
+    backbone.net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.inference_mode():
+        embedded = backbone(tiles)
+        backbone(luma)
+        rounding = 0.51 / 255 / backbone.std.item()
+        torch.testing.assert_close(seen[0], seen[1], atol=rounding, rtol=0)
+        backbone.net._forward_pre_hooks.clear()
+        torch.testing.assert_close(torch.jit.script(backbone)(tiles), embedded, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("in_channels", "tile_channels"), [(2, 3), (4, 3), (3, 1), (1, 4)])
+def test_tiles_of_other_channels_are_one_line(in_channels: int, tile_channels: int) -> None:
+    backbone = Backbone(BackboneSpec("cbr_tiny", in_channels=in_channels))
+    expected = f"cbr_tiny takes {in_channels} channels, the tiles have {tile_channels}; set"
+    with pytest.raises(UsageError, match=expected):
+        backbone(torch.zeros(1, tile_channels, 64, 64, dtype=torch.uint8))
+
+
 def hub_repository(folder: Path, **model_args: Any) -> None:
     """The files of a small transformer, as timm's form on the Hugging Face hub has them."""
     torch.manual_seed(0)

@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import pytest
 import torch
 
 from slidetl.errors import UsageError
 from slidetl.models.heads import CrossEntropy
-from slidetl.models.labels import bootstrapped_grades, one_hot_grades, reader_grades, smoothed_grades
+from slidetl.models.labels import (
+    Targets,
+    balanced_weights,
+    bootstrapped_grades,
+    one_hot_grades,
+    reader_grades,
+    smoothed_grades,
+)
 
 
 def test_no_grade_is_a_row_of_zeros() -> None:
@@ -65,3 +74,49 @@ def test_bootstrapping_invents_no_grade() -> None:
     torch.testing.assert_close(mixed, torch.tensor([[0.0, 0.0], [0.9, 0.1]]))
     with pytest.raises(UsageError, match="not -1"):
         bootstrapped_grades(target, target, -1)
+
+
+def test_targets_are_the_grades_unless_told_otherwise() -> None:
+    grades, nobody = torch.tensor([1, -1, 0]), torch.empty(3, 0, dtype=torch.int64)
+    believed = torch.full((3, 2), 0.5)
+    assert torch.equal(Targets()(grades, nobody, believed, 1.0), one_hot_grades(grades, 2))
+
+
+def test_readers_stand_in_for_the_grade_where_there_are_any() -> None:
+    grades = torch.tensor([1, 2, -1])
+    readers = torch.tensor([[0, 1], [-1, -1], [2, 2]])
+    target = Targets(readers=True)(grades, readers, torch.full((3, 3), 1 / 3), 0.0)
+    torch.testing.assert_close(target, torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]]))
+    smoothed = Targets(readers=True, smoothing=0.2)(grades, readers, torch.full((3, 3), 1 / 3), 0.0)
+    torch.testing.assert_close(smoothed, smoothed_grades(target, 0.2))
+
+
+@pytest.mark.parametrize(("kind", "beta"), [("soft", 0.95), ("hard", 0.8)])
+def test_bootstrapping_begins_after_the_warm_up(kind: Literal["soft", "hard"], beta: float) -> None:
+    grades, nobody = torch.tensor([0, -1]), torch.empty(2, 0, dtype=torch.int64)
+    believed = torch.tensor([[0.4, 0.6], [0.4, 0.6]])
+    targets = Targets(bootstrap=kind, bootstrap_after=0.3)
+    plain = one_hot_grades(grades, 2)
+    assert torch.equal(targets(grades, nobody, believed, 0.29), plain)
+    expected = bootstrapped_grades(plain, believed, beta, kind == "hard")
+    assert torch.equal(targets(grades, nobody, believed, 0.3), expected)
+    assert not torch.equal(expected, plain)
+    mine = Targets(bootstrap=kind, beta=0.5, bootstrap_after=0)(grades, nobody, believed, 0.0)
+    assert torch.equal(mine, bootstrapped_grades(plain, believed, 0.5, kind == "hard"))
+
+
+@pytest.mark.parametrize("name", ["smoothing", "beta", "bootstrap_after"])
+def test_targets_are_checked(name: str) -> None:
+    values: dict[str, Any] = {name: 1.5}
+    with pytest.raises(UsageError, match=rf"targets\.{name} must be from 0 to 1, not 1\.5"):
+        Targets(**values)
+
+
+def test_balanced_weights_give_each_grade_the_same_total() -> None:
+    weights = balanced_weights([6, 3, 0, 1])
+    torch.testing.assert_close(weights * torch.tensor([6, 3, 0, 1]), torch.tensor([10, 10, 0, 10]) / 3)
+    head, grades = CrossEntropy(2, 3), torch.tensor([0, 0, 0, 2])
+    logits = torch.randn(4, 3)
+    balanced = head.loss(logits, grades, class_weight=balanced_weights([3, 0, 1]))
+    each = head.loss(logits[:3], grades[:3]), head.loss(logits[3:], grades[3:])
+    torch.testing.assert_close(balanced, (each[0] + each[1]) / 2)

@@ -222,6 +222,8 @@ class TestSlimHybrid(StrategyContract):
         backbone = self.network().backbone
         whole = Backbone(BackboneSpec())
         assert backbone.num_features == whole.num_features // 2
+        assert whole.description == "mobilenetv3_small_050"
+        assert backbone.description == "mobilenetv3_small_050, above blocks.1 0.5 times as wide"
         here, there = backbone.net.state_dict(), whole.net.state_dict()
         same = is_pretrained(backbone)
         for key, value in here.items():
@@ -326,12 +328,21 @@ def test_blocks_hold_every_parameter_once_in_order(name: str) -> None:
     assert all(any(parameter.ndim > 1 for parameter in block) for block in blocks)
 
 
+# Where batch norm keeps its stored statistics, on the bundled network; the others on one without batch norm.
 DDP: dict[str, TransferStrategy] = {
     "frozen": FrozenFeatures(),
     "stepwise": WarmRestart(layer_lr_decay=0.5, head_first_epochs=1),
     "weights": SharedWeights(alpha=10.0),
     "weights in the loss": SharedWeights(alpha=0.1, decoupled=False, parameters="all"),
     "both": SharedBoth(weight=2.0),
+}
+DDP_WITHOUT_NORM: dict[str, TransferStrategy] = {
+    "scratch": Scratch(),
+    "activations from random": SharedActivations(start_from="random"),
+    "transfusion": WeightTransfusion(up_to="layers.1"),
+    "mean-var": MeanVarInit(),
+    "slim": SlimHybrid(up_to="layers.1"),
+    "gabor": GaborInit(),
 }
 
 
@@ -353,11 +364,12 @@ def together_and_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     return states
 
 
-@pytest.mark.parametrize("name", DDP)
+@pytest.mark.parametrize("name", [*DDP, *DDP_WITHOUT_NORM])
 def test_two_processes_compute_what_one_does(name: str, together_and_alone: dict[str, Any]) -> None:
     start, alone, together = (together_and_alone[f"{name}/{kind}"] for kind in ("start", "alone", "together"))
     moved = 0.0
     for key, value in alone.items():
-        np.testing.assert_allclose(together[key], value, atol=2e-6, rtol=2e-4, err_msg=key)
+        # A hundredth of the least that counts as moved: sums over other batches round otherwise.
+        np.testing.assert_allclose(together[key], value, atol=1e-5, rtol=2e-4, err_msg=key)
         moved = max(moved, (value - start[key]).abs().max().item())
     assert moved > 1e-3

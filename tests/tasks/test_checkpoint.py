@@ -36,6 +36,12 @@ ATTACKS: dict[str, dict[Any, Any]] = {
     "path": {"head": {"class_path": "slidetl./../evilmod.Head"}},
     "class of the module": {"_class_path": "evilmod.Head"},
     "grades": {"grades": [EVIL]},
+    "schedule": {"schedule": EVIL},
+    "targets": {"targets": EVIL},
+    "value of a target": {"targets": {"smoothing": EVIL}},
+    "task": {"tasks": [EVIL]},
+    "value of a task": {"tasks": [{"name": "a", "column": "a", "grades": [EVIL]}]},
+    "tasks in a file": {"tasks": "slidetl.yaml"},
     "number": {1: EVIL},
 }
 

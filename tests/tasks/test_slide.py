@@ -164,7 +164,7 @@ def test_pooling_and_head_stay_in_float32_under_autocast(trained: Path) -> None:
     tiles = torch.randint(0, 256, (1, 4, 3, 64, 64), dtype=torch.uint8)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         embeddings = grader.network.embed(tiles)
-        logits = grader._grade(embeddings, torch.ones(1, 4, dtype=torch.bool))
+        logits, _ = grader._grade(embeddings, torch.ones(1, 4, dtype=torch.bool))
     assert embeddings.dtype == torch.bfloat16 and logits.dtype == torch.float32
 
 

@@ -1,0 +1,120 @@
+"""Heads for what is learned beside the grade, and how well they do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from slidetl.data.tasks import Task, check_tasks
+from slidetl.evaluation.metrics import GradeMetrics, grade_metrics
+from slidetl.models.heads import CrossEntropy, CumulativeLink, Head
+
+
+@dataclass(frozen=True, eq=False)
+class TaskOutcome:
+    """What came out for one task on one slide.
+
+    Attributes:
+        labels: ``[n]`` int64, of the slide (n is 1) or of its tiles; below 0 for none.
+        probabilities: ``[n, K]``.
+    """
+
+    labels: NDArray[np.int64]
+    probabilities: NDArray[np.float32]
+
+
+class TaskHeads(nn.Module):
+    """One head for each further task, on the slide's embedding or on those of its tiles.
+
+    They stand beside the network that grades, and are no part of the exported file.
+
+    Args:
+        tasks: what is learned; none is fine.
+        tile_features: length D of a tile's embedding.
+        slide_features: length D' of a slide's.
+    """
+
+    def __init__(self, tasks: Sequence[Task], tile_features: int, slide_features: int) -> None:
+        super().__init__()
+        check_tasks(tasks)
+        self.tasks = tuple(tasks)
+        self.heads = nn.ModuleList(
+            (CumulativeLink if task.ordinal else CrossEntropy)(
+                tile_features if task.of_tiles else slide_features, len(task.grades)
+            )
+            for task in tasks
+        )
+
+    def forward(self, tiles: Tensor, slides: Tensor) -> dict[str, Tensor]:
+        """Logits by the tasks' names: ``[B, L]``, or ``[B, N, L]`` of tiles.
+
+        Args:
+            tiles: embeddings ``[B, N, D]``.
+            slides: embeddings ``[B, D']``.
+        """
+        logits = {}
+        for task, head in self._each():
+            if task.of_tiles:
+                logits[task.name] = head(tiles.flatten(0, 1)).view(*tiles.shape[:2], -1)
+            else:
+                logits[task.name] = head(slides)
+        return logits
+
+    def summed_losses(
+        self, logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """By the tasks' names the sum of the losses, not yet weighed, and how many labels there were.
+
+        Every head takes part in every step, with a gradient of 0 where there is no label: DDP waits for it.
+
+        Args:
+            logits: as :meth:`forward` gives them.
+            labels: ``[B]`` or ``[B, N]`` int64, below 0 for none.
+        """
+        return {
+            task.name: head.summed_loss(logits[task.name].flatten(0, -2), labels[task.name].flatten())
+            for task, head in self._each()
+        }
+
+    def outcomes(
+        self, logits: Mapping[str, Tensor], chunks: Sequence[Mapping[str, int | Tensor]]
+    ) -> dict[str, TaskOutcome]:
+        """What came out for one slide, by the tasks' names.
+
+        Args:
+            logits: of the slide and all its tiles, as :meth:`forward` gives them (B is 1).
+            chunks: the labels that came with each chunk of the slide.
+        """
+        found = {}
+        for task, head in self._each():
+            told = [torch.as_tensor(chunk[task.name]).reshape(-1).cpu().numpy() for chunk in chunks]
+            found[task.name] = TaskOutcome(
+                np.concatenate(told if task.of_tiles else told[:1]),
+                head.probabilities(logits[task.name].flatten(0, -2)).cpu().numpy(),
+            )
+        return found
+
+    def _each(self) -> Iterable[tuple[Task, Head]]:
+        for task, head in zip(self.tasks, self.heads, strict=True):
+            assert isinstance(head, Head)
+            yield task, head
+
+
+def task_metrics(task: Task, outcomes: Sequence[TaskOutcome]) -> GradeMetrics | None:
+    """The figures over all labels of a task, every tile counting alike; None where there is no label.
+
+    Args:
+        task: whose they are.
+        outcomes: one per slide, at least one.
+    """
+    labels = np.concatenate([outcome.labels for outcome in outcomes])
+    predicted = np.concatenate([outcome.probabilities for outcome in outcomes]).argmax(1)
+    known = labels >= 0
+    if not known.any():
+        return None
+    return grade_metrics(labels[known], predicted[known], len(task.grades))

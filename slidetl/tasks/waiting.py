@@ -1,0 +1,131 @@
+"""How long a training waits for its data, and how long it computes."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+
+
+@dataclass(frozen=True)
+class EpochTimes:
+    """Of one epoch, in the process that logs.
+
+    Attributes:
+        epoch: its number, from 0.
+        data_wait_s: seconds between the end of a step and the beginning of the next, when its batch is there.
+        compute_s: seconds within steps.
+    """
+
+    epoch: int
+    data_wait_s: float
+    compute_s: float
+
+    @property
+    def share(self) -> float:
+        """Of the time of training that was spent waiting, 0..1."""
+        total = self.data_wait_s + self.compute_s
+        return self.data_wait_s / total if total else 0.0
+
+
+class WaitingReport(pl.Callback):
+    """Logs ``time/data_wait`` and ``time/compute`` in seconds and ``time/data_wait_share`` for each epoch.
+
+    At the end it prints them as a table. Evaluation is not counted. A GPU works through a queue behind the
+    processor, so its times are taken by marks in that queue, and nothing is held up for them.
+    """
+
+    def __init__(self) -> None:
+        self.epochs: list[EpochTimes] = []
+        self._marks: list[Any] = []  # in turn: the end of a step, the beginning of the next
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begins a new table, also when Lightning goes on in the middle of an epoch."""
+        self.epochs = []
+        self._marks = [_mark(pl_module.device)]
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Waits for the first batch from here on."""
+        self._marks = [_mark(pl_module.device)]
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The batch is there, and on its way to the device."""
+        self._marks.append(_mark(pl_module.device))
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """The step is done."""
+        self._marks.append(_mark(pl_module.device))
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes the times; what goes on until training does is not counted."""
+        self._take(trainer.current_epoch)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Waits for the next batch from here on."""
+        self._marks = [_mark(pl_module.device)]
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Logs the times of the epoch."""
+        self._take(trainer.current_epoch)
+        if self.epochs and self.epochs[-1].epoch == trainer.current_epoch:
+            times = self.epochs[-1]
+            figures = {"data_wait": times.data_wait_s, "compute": times.compute_s}
+            figures["data_wait_share"] = times.share
+            for name, value in figures.items():
+                pl_module.log(f"time/{name}", value, batch_size=1, rank_zero_only=True)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prints the table."""
+        if self.epochs:
+            rank_zero_info(describe_times(self.epochs))
+
+    def _take(self, epoch: int) -> None:
+        """Adds what the marks say to the times of the epoch."""
+        marks, self._marks = self._marks, []
+        if len(marks) < 3:  # no step has ended
+            return
+        gaps = [_seconds(*pair) for pair in itertools.pairwise(marks)]
+        waited, computed = sum(gaps[0::2]), sum(gaps[1::2])
+        if self.epochs and self.epochs[-1].epoch == epoch:  # evaluated in the middle of it
+            waited += self.epochs[-1].data_wait_s
+            computed += self.epochs.pop().compute_s
+        self.epochs.append(EpochTimes(epoch, waited, computed))
+
+
+def describe_times(epochs: list[EpochTimes]) -> str:
+    """A table of the times, a row for each epoch (the first five and the last five) and their sum."""
+    lines = [f"{'epoch':>8}{'data wait':>12}{'compute':>12}{'waiting':>10}"]
+    shown = epochs if len(epochs) <= 10 else epochs[:5] + epochs[-5:]
+    total = EpochTimes(
+        -1, sum(times.data_wait_s for times in epochs), sum(times.compute_s for times in epochs)
+    )
+    for number, times in enumerate([*shown, total]):
+        if len(shown) < len(epochs) and number == 5:
+            lines.append(f"{'...':>8}")
+        name = "all" if times is total else str(times.epoch)
+        lines.append(f"{name:>8}{times.data_wait_s:10.1f} s{times.compute_s:10.1f} s{times.share:10.1%}")
+    return "\n".join(lines)
+
+
+def _mark(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call] # torch's
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _seconds(begin: Any, end: Any) -> float:
+    if isinstance(begin, float):
+        return float(end - begin)
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3

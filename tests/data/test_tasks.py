@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slidetl.data.datamodule import SlideDataModule
+from slidetl.data.datasets import BagDataset, ChunkDataset
+from slidetl.data.manifest import read_manifest
+from slidetl.data.tasks import LabelledPoints, Task, check_tasks, read_points
+from slidetl.errors import ManifestError, UsageError
+from slidetl.slides.synthetic import grade_of_share
+from tests.conftest import Study
+from tests.data.test_datamodule import rewrite
+
+ISHAK = Task("ishak", "ishak", ("0", "1", "2", "3", "4", "5", "6"))
+NESTS = Task("nests", "nests", ("no", "yes"), of_tiles=True, ordinal=False)
+
+
+def points(*rows: tuple[float, float, int]) -> LabelledPoints:
+    table = np.array(rows, float).reshape(-1, 3)
+    return LabelledPoints(table[:, :2], table[:, 2].astype(np.int64))
+
+
+def test_a_tile_has_the_commonest_label_of_its_points() -> None:
+    origins = np.array([[0, 0], [10, 0], [0, 10], [10, 10]], np.int32)
+    places = points((1, 1, 2), (2, 2, 0), (9.9, 9.9, 2), (10, 0, 1), (10, 9, 3), (19.9, 10, 4), (20, 10, 0))
+    assert places.of_tiles(origins, (10.0, 10.0)).tolist() == [2, 1, -1, 4]
+    assert points().of_tiles(origins, (10.0, 10.0)).tolist() == [-1] * 4
+
+
+@given(st.floats(1.5, 40), st.integers(2, 9))
+def test_a_table_of_the_tiles_corners_labels_each_tile(extent: float, n: int) -> None:
+    steps = np.rint(np.arange(n) * extent).astype(np.int32)  # as the tiler rounds them
+    origins = np.stack(np.meshgrid(steps, steps), -1).reshape(-1, 2)
+    labels = np.arange(n * n, dtype=np.int64)
+    found = LabelledPoints(origins.astype(float), labels).of_tiles(origins, (extent, extent))
+    assert found.tolist() == labels.tolist()
+
+
+def test_a_table_is_read_and_its_faults_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text("label,x_level0,y_level0,by\n1,10,20.5,anna\n0,3,4,ben\n")
+    found = read_points(path, 2)
+    assert found.xy_level0.tolist() == [[10, 20.5], [3, 4]] and found.labels.tolist() == [1, 0]
+    for row in ("2,1,1", "-1,1,1", "1,nan,1", "1,x,1", "1,1"):
+        path.write_text(f"label,x_level0,y_level0\n0,1,1\n{row}\n")
+        with pytest.raises(ManifestError, match=r"labels\.csv, line 3: expected two numbers of pixels"):
+            read_points(path, 2)
+    path.write_text("label,x,y\n")
+    with pytest.raises(ManifestError, match="missing column x_level0, y_level0"):
+        read_points(path, 2)
+    with pytest.raises(ManifestError, match="expected a CSV of tile labels"):
+        read_points(tmp_path / "none.csv", 2)
+
+
+def test_the_manifest_has_the_labels_of_each_task(study: Study, tmp_path: Path) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text("x_level0,y_level0,label\n0,0,1\n")
+    nests = ["labels.csv", "1", *[""] * 18]
+    path = rewrite(study, tmp_path / "m.csv", ishak=["6", *[""] * 19], nests=nests)
+    readers = Task("reader1", "grade_reader1", ("0", "1", "2", "3", "4"))
+    absent = Task("absent", "absent", ("0", "1"))
+    rows = read_manifest(path, 5, tasks=[ISHAK, NESTS, readers, absent]).rows
+    assert [row.labels for row in rows[:2]] == [
+        (6, table, rows[0].reader_grades[0], None),
+        (None, 1, rows[1].reader_grades[0], None),
+    ]
+    path = rewrite(study, tmp_path / "m.csv", ishak=["7", *[""] * 19], nests=["none.csv", *[""] * 19])
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(path, 5, tasks=[ISHAK, NESTS])
+    assert "line 2: ishak must be a whole number from 0 to 6 (empty: no label), found '7'" in str(
+        caught.value
+    )
+    assert "line 2: nests must be a whole number from 0 to 1 or a table of tile labels" in str(caught.value)
+
+
+def test_what_cannot_be_a_task_is_refused() -> None:
+    with pytest.raises(UsageError, match="only letters, digits, - and _; 'a b' has others"):
+        Task("a b", "a", ("0", "1"))
+    with pytest.raises(UsageError, match="task a: expected at least two different grades"):
+        Task("a", "a", ("0", "0"))
+    with pytest.raises(UsageError, match="task a: the weight must be above 0, not 0"):
+        Task("a", "a", ("0", "1"), weight=0)
+    with pytest.raises(UsageError, match="a name of its own, found ishak, ishak"):
+        check_tasks([ISHAK, ISHAK])
+
+
+def test_a_task_without_any_label_is_refused(study: Study, tmp_path: Path) -> None:
+    data = SlideDataModule(str(study.manifest), str(study.cache), num_workers=0, tasks=[ISHAK])
+    with pytest.raises(UsageError, match="no training slide has a label for task ishak"):
+        data.setup("fit")
+    data = SlideDataModule(str(study.manifest), str(study.cache), num_workers=0, tasks=[ISHAK])
+    data.setup("predict")
+    assert data.slides["predict"][0].labels == {"ishak": -1}
+
+
+def test_labels_of_tiles_go_with_the_tiles(study: Study, tmp_path: Path) -> None:
+    """A table made from the truth of a synthetic slide: each of its cells with the grade of that place."""
+    names = [row.slide_id for row in read_manifest(study.manifest).rows]
+    for name in names:
+        with np.load(study.manifest.parent / "truth" / f"{name}.npz") as truth:
+            row, column = np.nonzero(truth["tissue_fraction"] > 0.5)
+            share = (truth["collagen_fraction"] / np.maximum(truth["tissue_fraction"], 1e-6))[row, column]
+            centre = (np.stack([column, row], 1) + 0.5) * truth["cell_um"] / 4  # at 4 um/px
+        grades = [grade_of_share(min(1.0, float(value))) for value in share]
+        table = np.column_stack([centre, grades])
+        np.savetxt(tmp_path / f"{name}.csv", table, "%g", ",", header="x_level0,y_level0,label", comments="")
+    path = rewrite(study, tmp_path / "m.csv", places=[f"{name}.csv" for name in names])
+    task = Task("places", "places", ("0", "1", "2", "3", "4"), of_tiles=True)
+    data = SlideDataModule(str(path), str(study.cache), num_workers=0, tasks=[task])
+    data.setup("fit")
+    slide = max(data.slides["train"], key=lambda slide: slide.row.grade or 0)
+    labels = slide.labels["places"]
+    assert isinstance(labels, np.ndarray) and len(labels) == len(slide.cache)
+    assert (labels >= 0).mean() > 0.9 and len(set(labels.tolist())) > 1
+    healthy = next(slide for slide in data.slides["train"] if slide.row.grade == 0)
+    assert np.mean(healthy.labels["places"]) < labels.mean()
+    # By hand, for one tile.
+    tile = int(np.flatnonzero(labels == labels.max())[0])
+    known = read_points(tmp_path / f"{slide.row.slide_id}.csv", 5)
+    inside = ((known.xy_level0 // 64) == (slide.cache.origins_level0[tile] // 64)).all(1)
+    assert np.bincount(known.labels[inside]).argmax() == labels[tile]
+
+    bag = BagDataset([slide], len(labels) + 3, None, seed=0)[(0, 0)]["labels"]["places"]
+    assert bag.tolist() == [*labels.tolist(), -1, -1, -1]
+    chunks = ChunkDataset([slide], 7)
+    told = [np.asarray(chunks[number]["labels"]["places"]) for number in range(len(chunks))]
+    assert np.concatenate(told).tolist() == labels.tolist()
