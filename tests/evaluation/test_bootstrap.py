@@ -2,8 +2,15 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.stats import bootstrap
 
-from slidetl.evaluation.bootstrap import patient_bootstrap
+from slidetl.errors import UsageError
+from slidetl.evaluation.bootstrap import Figure, bca_interval, patient_bootstrap, resampled_figures
+from slidetl.evaluation.figures import mean_of, qwk_of
+from slidetl.evaluation.metrics import quadratic_weighted_kappa
 
 
 def test_covers_the_truth_about_as_often_as_it_says() -> None:
@@ -48,3 +55,135 @@ def test_same_seed_same_interval_and_the_estimate_is_the_data_itself() -> None:
 def test_one_patient_is_too_few() -> None:
     with pytest.raises(ValueError, match="at least 2, found 1"):
         patient_bootstrap(lambda index: 0.0, ["p", "p"])
+
+
+def mean_figure(values: NDArray[np.float64]) -> Figure:
+    return mean_of(values)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bca_is_that_of_scipy_where_each_patient_has_one_slide(seed: int) -> None:
+    values = np.random.default_rng(seed).exponential(size=25)
+    theirs = bootstrap(
+        (values,), np.mean, n_resamples=2000, method="BCa", rng=np.random.default_rng(7)
+    ).confidence_interval
+    ours = bca_interval(mean_figure(values), range(25), n_draws=2000, seed=7)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
+    assert ours.estimate == pytest.approx(values.mean())
+
+
+def test_bca_of_two_groups_is_that_of_scipy() -> None:
+    rng = np.random.default_rng(3)
+    first, second = rng.exponential(size=15), rng.exponential(2, size=22)
+    theirs = bootstrap(
+        (first, second),
+        lambda a, b, axis: b.mean(axis) - a.mean(axis),
+        n_resamples=2000,
+        method="BCa",
+        rng=np.random.default_rng(7),
+    ).confidence_interval
+    values, group = np.concatenate([first, second]), np.repeat([0.0, 1.0], [15, 22])
+
+    def figure(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        of_second, of_first = weights * group, weights * (1 - group)
+        return np.asarray(of_second @ values / of_second.sum(1) - of_first @ values / of_first.sum(1))
+
+    ours = bca_interval(figure, range(37), n_draws=2000, seed=7, strata=group)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
+
+
+def test_bca_resamples_patients_with_all_their_slides() -> None:
+    """A mean over patients of one size is a mean of their means, whose interval scipy knows."""
+    values = np.random.default_rng(4).exponential(size=(20, 3))
+    theirs = bootstrap(
+        (values.mean(1),), np.mean, n_resamples=2000, method="BCa", rng=np.random.default_rng(7)
+    ).confidence_interval
+    ours = bca_interval(mean_figure(values.ravel()), np.repeat(range(20), 3), n_draws=2000, seed=7)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
+
+
+def test_bca_covers_the_kappa_of_the_population() -> None:
+    """60 patients of one to three slides that hang together; the truth is the figure of 200,000 of them."""
+
+    def study(rng: np.random.Generator, n: int) -> tuple[NDArray[np.int64], NDArray[np.int64], list[int]]:
+        patients = np.repeat(range(n), rng.integers(1, 4, n))
+        grade = rng.integers(0, 5, n)[patients]
+        habit = rng.normal(size=n)[patients]
+        graded = np.clip(np.rint(grade + 0.6 * habit + 0.6 * rng.normal(size=len(grade))), 0, 4)
+        return grade, graded.astype(np.int64), patients.tolist()
+
+    rng = np.random.default_rng(0)
+    true, graded, _ = study(rng, 200_000)
+    truth = quadratic_weighted_kappa(true, graded, 5)
+    covered = 0
+    for _ in range(300):
+        true, graded, patients = study(rng, 60)
+        interval = bca_interval(qwk_of(true, graded, 5), patients, level=0.9, n_draws=500)
+        covered += interval.low <= truth <= interval.high
+    assert 0.84 <= covered / 300 <= 0.95
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.permutations(range(12)), st.integers(0, 3))
+def test_neither_the_order_of_slides_nor_names_of_patients_matter(order: list[int], shift: int) -> None:
+    rng = np.random.default_rng(0)
+    true, graded, patients = rng.integers(0, 5, 12), rng.integers(0, 5, 12), np.arange(12) // 2
+    first = bca_interval(qwk_of(true, graded, 5), patients, n_draws=200)
+    second = bca_interval(qwk_of(true[order], graded[order], 5), patients[order] + 10**shift, n_draws=200)
+    assert (first.estimate, first.low, first.high) == pytest.approx(
+        (second.estimate, second.low, second.high)
+    )
+
+
+def test_where_nothing_varies_the_interval_is_a_point() -> None:
+    interval = bca_interval(mean_figure(np.ones(10)), range(10), n_draws=100)
+    assert (interval.low, interval.estimate, interval.high) == (1, 1, 1)
+
+
+def test_many_slides_are_resampled_in_blocks_to_the_same_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).normal(size=50)
+    whole = bca_interval(mean_figure(values), range(50), n_draws=300)
+    monkeypatch.setattr("slidetl.evaluation.bootstrap._BLOCK", 1000)
+    assert bca_interval(mean_figure(values), range(50), n_draws=300) == whole
+
+
+def test_resamples_without_the_figure_are_left_out_unless_they_are_most() -> None:
+    values = np.arange(12.0)
+
+    def of_first(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.where(weights[:, 0] > 0, weights @ values / weights.sum(1), np.nan)
+
+    interval = bca_interval(of_first, range(12), n_draws=500)
+    assert np.isfinite([interval.low, interval.high]).all()
+    assert np.isnan(resampled_figures(of_first, range(12), n_draws=500)).mean() == pytest.approx(
+        (11 / 12) ** 12, abs=0.08
+    )
+
+    def of_first_three(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.where((weights[:, :3] > 0).all(1), weights @ values, np.nan)
+
+    with pytest.raises(UsageError, match="on most resamples of their patients: too few"):
+        bca_interval(of_first_three, range(12), n_draws=500)
+    with pytest.raises(UsageError, match="undefined on these results"):
+        bca_interval(lambda weights: np.full(len(weights), np.nan), range(12))
+
+
+@pytest.mark.parametrize(
+    ("patients", "strata", "message"),
+    [
+        ([0, 0], None, "at least 2, found 1"),
+        ([0, 1, 2], [0, 0, 1], "at least 2, found 1"),
+        ([0, 0, 1, 2], [0, 1, 0, 1], "patient 0 is in two strata"),
+        ([0, 1], [0, 0, 0], "a stratum for each of 2 results"),
+    ],
+)
+def test_patients_that_cannot_be_resampled(
+    patients: list[int], strata: list[int] | None, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        bca_interval(lambda weights: weights.sum(1), patients, strata=strata)
+
+
+def test_a_level_that_cannot_be_meant() -> None:
+    with pytest.raises(UsageError, match="level must be between 0 and 1"):
+        bca_interval(lambda weights: weights.sum(1), [0, 1], level=95)

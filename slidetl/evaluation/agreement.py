@@ -1,0 +1,343 @@
+"""Readers: how well they agree, how a model compares with them, and what their noise leaves to be reached."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from slidetl.errors import UsageError
+from slidetl.evaluation.bootstrap import Figure, Interval, bca_interval, resampled_figures
+from slidetl.evaluation.figures import accuracy_of, difference, qwk_of
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two sets of grades of the same slides agree.
+
+    Attributes:
+        first, second: numbers of the readers, from 0; None for the consensus, or the model.
+        n_slides, n_patients: that both graded.
+        accuracy: share of equal grades.
+        kappa: Cohen's, unweighted.
+        qwk: quadratic-weighted kappa.
+    """
+
+    first: int | None
+    second: int | None
+    n_slides: int
+    n_patients: int
+    accuracy: Interval
+    kappa: Interval
+    qwk: Interval
+
+
+@dataclass(frozen=True)
+class ModelAgainstReader:
+    """The model in a reader's place.
+
+    Attributes:
+        reader: number of the reader that both are compared with, from 0; None for the consensus of all.
+        model: the model's agreement with it.
+        peer_qwk: QWK of the other readers with it, averaged over them; None where it is the consensus, of
+            which they are a part, or there is no other reader.
+        qwk_less_peers: the model's QWK less theirs, on the slides that all of them graded, paired; None as
+            above.
+    """
+
+    reader: int | None
+    model: Agreement
+    peer_qwk: Interval | None
+    qwk_less_peers: Interval | None
+
+
+@dataclass(frozen=True)
+class ReaderCeiling:
+    """What a model that always tells the true grade would reach when judged by noisy readers.
+
+    Attributes:
+        reader_sd: standard deviation of a reader's error, in grades, before rounding.
+        accuracy, qwk: against one reader's grades.
+        consensus_accuracy, consensus_qwk: against the rounded mean of two readers.
+        qwk_by_attenuation: square root of the readers' QWK with each other; no model of the noise but that
+            readers err independently and alike. None where their QWK is not above 0.
+        low, high: percentile bounds of ``accuracy`` over resampled patients.
+        level: their nominal coverage.
+    """
+
+    reader_sd: float
+    accuracy: float
+    qwk: float
+    consensus_accuracy: float
+    consensus_qwk: float
+    qwk_by_attenuation: float | None
+    low: float
+    high: float
+    level: float
+
+
+def kappa_of(first: ArrayLike, second: ArrayLike, n_grades: int) -> Figure:
+    """Unweighted kappa of two lists ``[N]`` (Cohen, Educational and Psychological Measurement 1960).
+
+    It is 0 where weights leave both lists one and the same constant.
+    """
+    scale = np.arange(n_grades)
+    a, b = (np.asarray(grades)[:, None] == scale for grades in (first, second))
+    equal = (np.asarray(first) == np.asarray(second)).astype(np.float64)
+
+    def figure(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        n = weights.sum(axis=1)
+        safe = np.where(n > 0, n, 1)
+        chance = ((weights @ a) * (weights @ b)).sum(axis=1) / safe**2
+        known = chance < 1 - 1e-12
+        kappa = np.where(known, (weights @ equal / safe - chance) / np.where(known, 1 - chance, 1), 0)
+        return np.where(n > 0, kappa, np.nan)
+
+    return figure
+
+
+def reader_agreement(
+    readings: ArrayLike, patients: ArrayLike, n_grades: int, *, level: float = 0.95, seed: int = 0
+) -> tuple[Agreement, ...]:
+    """Agreement of each pair of readers, on the slides that both graded, with intervals over patients.
+
+    Args:
+        readings: ``[N, Q]`` grades 0..K-1 of Q readers; below 0 where one gave none.
+        patients: ``[N]``.
+        n_grades: K.
+        level: of the intervals.
+        seed: of the resampling.
+
+    Returns:
+        One for each pair with slides of two patients or more in common, in the order (0, 1), (0, 2), ...
+
+    Raises:
+        UsageError: shapes that do not fit, or a grade above the scale.
+    """
+    grades, who = _readings(readings, patients, n_grades)
+    pairs = []
+    for first, second in itertools.combinations(range(grades.shape[1]), 2):
+        both = (grades[:, [first, second]] >= 0).all(axis=1)
+        if len(np.unique(who[both])) > 1:
+            one, other = grades[both, first], grades[both, second]
+            pairs.append(_agreement(first, second, one, other[None], who[both], n_grades, level, seed))
+    return tuple(pairs)
+
+
+def consensus_grades(readings: ArrayLike) -> NDArray[np.int64]:
+    """The median of the readers who graded a slide; between two grades, the higher.
+
+    Args:
+        readings: ``[N, Q]`` grades; below 0 where a reader gave none.
+
+    Returns:
+        ``[N]``; -1 where no reader gave a grade.
+    """
+    consensus = []
+    for of_slide in np.asarray(readings, np.int64):
+        given = of_slide[of_slide >= 0]
+        consensus.append(int(np.ceil(np.median(given))) if len(given) else -1)
+    return np.array(consensus, np.int64)
+
+
+def model_against_readers(
+    predicted: ArrayLike,
+    readings: ArrayLike,
+    patients: ArrayLike,
+    n_grades: int,
+    *,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[ModelAgainstReader, ...]:
+    """The model's agreement with each reader, beside that of the other readers, and with their consensus.
+
+    A model is as good as a reader where ``qwk_less_peers`` is not below zero; compared with the consensus
+    it has no peers, since every reader had a part in that. Conditional on the fitted models.
+
+    Args:
+        predicted: ``[N]`` or ``[R, N]`` grades, out of fold.
+        readings: ``[N, Q]`` grades 0..K-1; below 0 where a reader gave none.
+        patients: ``[N]``.
+        n_grades: K.
+        level: of the intervals.
+        seed: of the resampling.
+
+    Returns:
+        One for each reader with slides of two patients or more, then one for the consensus.
+
+    Raises:
+        UsageError: shapes that do not fit, a grade off the scale, or nothing that was read.
+    """
+    grades, who = _readings(readings, patients, n_grades)
+    rows = np.atleast_2d(np.asarray(predicted))
+    if rows.shape[1:] != who.shape:
+        raise UsageError(f"expected predictions [N] or [R, N] of {len(who)} slides, not {rows.shape}")
+    against = []
+    for reader in range(grades.shape[1]):
+        own = grades[:, reader] >= 0
+        if len(np.unique(who[own])) < 2:
+            continue
+        model = _agreement(None, reader, grades[own, reader], rows[:, own], who[own], n_grades, level, seed)
+        others = [other for other in range(grades.shape[1]) if other != reader]
+        shared = (grades >= 0).all(axis=1)
+        if not others or len(np.unique(who[shared])) < 2:
+            against.append(ModelAgainstReader(reader, model, None, None))
+            continue
+        true = grades[shared, reader]
+        peers = qwk_of(true, grades[shared][:, others].T, n_grades)
+        gain = difference(qwk_of(true, rows[:, shared], n_grades), peers)
+        against.append(
+            ModelAgainstReader(
+                reader,
+                model,
+                bca_interval(peers, who[shared], level=level, seed=seed),
+                bca_interval(gain, who[shared], level=level, seed=seed),
+            )
+        )
+    consensus = consensus_grades(grades)
+    known = consensus >= 0
+    if len(np.unique(who[known])) < 2:
+        raise UsageError("a comparison with readers needs slides of two patients that were read")
+    model = _agreement(None, None, consensus[known], rows[:, known], who[known], n_grades, level, seed)
+    return (*against, ModelAgainstReader(None, model, None, None))
+
+
+def reader_ceiling(
+    first: ArrayLike,
+    second: ArrayLike,
+    patients: ArrayLike,
+    n_grades: int,
+    *,
+    level: float = 0.95,
+    n_draws: int = 200,
+    seed: int = 0,
+) -> ReaderCeiling:
+    """Deduces from two readers' agreement what their noise leaves to be reached.
+
+    Model: a slide has a true grade; each reader adds an independent normal error of one common standard
+    deviation and rounds to the scale. That deviation and the shares of the true grades are those of the
+    greatest likelihood of the table of both readings (EM over a grid of deviations, steps of 0.02 grades).
+    Where readers share an error (the same habit, the same bad section), or slides lie between grades, the
+    true ceiling is lower than this: it is a bound from the noise that differs between readers.
+
+    For QWK alone the attenuation formula (Spearman 1904; kappa as an intraclass correlation, Fleiss and Cohen
+    1973) gives the second opinion: ``sqrt(QWK of the readers)``.
+
+    Args:
+        first: ``[N]`` grades 0..K-1 of one reader; below 0 where none was given.
+        second: ``[N]``, of the other.
+        patients: ``[N]``.
+        n_grades: K.
+        level: of the interval of the accuracy.
+        n_draws: resamples of patients.
+        seed: of the resampling.
+
+    Raises:
+        UsageError: shapes that do not fit, a grade off the scale, or slides of fewer than two patients that
+            both read.
+    """
+    grades, who = _readings(np.stack([np.asarray(first), np.asarray(second)], axis=1), patients, n_grades)
+    both = (grades >= 0).all(axis=1)
+    grades, who = grades[both], who[both]
+    if len(np.unique(who)) < 2:
+        raise UsageError("the readers' ceiling needs slides of two patients that both of them graded")
+    cells = (grades[:, 0] * n_grades + grades[:, 1])[:, None] == np.arange(n_grades**2)  # [N, K * K]
+
+    def fitted(weights: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        return _fit_readers((weights @ cells).reshape(-1, n_grades, n_grades))
+
+    def accuracy(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        deviations, shares = fitted(weights)
+        right = np.diagonal(_readings_given_truth(deviations, n_grades), axis1=1, axis2=2)
+        return np.asarray((shares * right).sum(axis=1))
+
+    deviations, shares = fitted(np.ones((1, len(who))))
+    reads = _readings_given_truth(deviations, n_grades)[0]  # [truth, reading]
+    alone = shares[0][:, None] * reads
+    # Two readers of one slide err independently; between two grades their consensus is the higher.
+    scale = np.arange(n_grades)
+    agreed = np.zeros((n_grades, n_grades))
+    for one, other in itertools.product(scale, scale):
+        agreed[:, (one + other + 1) // 2] += shares[0] * reads[:, one] * reads[:, other]
+    between = float(qwk_of(grades[:, 0], grades[:, 1], n_grades)(np.ones((1, len(who))))[0])
+    drawn = resampled_figures(accuracy, who, n_draws=n_draws, seed=seed)
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return ReaderCeiling(
+        reader_sd=float(deviations[0]),
+        accuracy=float(np.trace(alone)),
+        qwk=_qwk_of_table(alone),
+        consensus_accuracy=float(np.trace(agreed)),
+        consensus_qwk=_qwk_of_table(agreed),
+        qwk_by_attenuation=float(np.sqrt(between)) if between > 0 else None,
+        low=float(low),
+        high=float(high),
+        level=level,
+    )
+
+
+def _readings(
+    readings: ArrayLike, patients: ArrayLike, n_grades: int
+) -> tuple[NDArray[np.int64], NDArray[np.generic]]:
+    grades, who = np.asarray(readings), np.asarray(patients)
+    if grades.ndim != 2 or who.shape != grades.shape[:1] or not grades.size:
+        raise UsageError(f"expected readings [N, Q] and patients [N], not {grades.shape} and {who.shape}")
+    if (grades % 1 != 0).any() or (grades >= n_grades).any():
+        raise UsageError(f"grades must be whole numbers from 0 to {n_grades - 1}, or below 0 for none")
+    return grades.astype(np.int64), who
+
+
+def _agreement(
+    first: int | None,
+    second: int | None,
+    true: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    patients: NDArray[np.generic],
+    n_grades: int,
+    level: float,
+    seed: int,
+) -> Agreement:
+    kappas = [kappa_of(true, row, n_grades) for row in rows]
+
+    def kappa(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(np.mean([of_repeat(weights) for of_repeat in kappas], axis=0))
+
+    figures = (accuracy_of(true, rows), kappa, qwk_of(true, rows, n_grades))
+    accuracy, plain, quadratic = (bca_interval(each, patients, level=level, seed=seed) for each in figures)
+    n_patients = len(np.unique(patients))
+    return Agreement(first, second, len(true), n_patients, accuracy, plain, quadratic)
+
+
+def _readings_given_truth(deviations: NDArray[np.float64], n_grades: int) -> NDArray[np.float64]:
+    """``[S]`` -> ``[S, truth, reading]``: normal errors, rounded to the scale."""
+    from scipy.special import ndtr
+
+    edges = np.arange(n_grades - 1) + 0.5
+    reached = ndtr((edges - np.arange(n_grades)[:, None]) / deviations[:, None, None])
+    return np.diff(reached, axis=2, prepend=0, append=1)
+
+
+def _fit_readers(tables: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Tables ``[B, K, K]`` of two readings -> deviations ``[B]`` and shares of the true grades ``[B, K]``."""
+    n_grades = tables.shape[1]
+    grid = np.arange(1, 100, dtype=np.float64) * 0.02
+    reads = _readings_given_truth(grid, n_grades)
+    pairs = (reads[:, :, :, None] * reads[:, :, None, :]).reshape(len(grid), n_grades, -1)  # [S, K, K * K]
+    counts = (tables + tables.transpose(0, 2, 1)).reshape(len(tables), 1, -1) / 2  # [B, 1, K * K]
+    total = counts.sum(axis=2, keepdims=True)
+    shares = np.full((len(tables), len(grid), n_grades), 1 / n_grades)
+    for _ in range(100):
+        expected = np.maximum(np.einsum("bsk,skc->bsc", shares, pairs, optimize=True), 1e-300)
+        shares = shares * np.einsum("bsc,skc->bsk", counts / expected, pairs, optimize=True) / total
+    expected = np.maximum(np.einsum("bsk,skc->bsc", shares, pairs, optimize=True), 1e-300)
+    best = (counts * np.log(expected)).sum(axis=2).argmax(axis=1)
+    return grid[best], shares[np.arange(len(tables)), best]
+
+
+def _qwk_of_table(table: NDArray[np.float64]) -> float:
+    """Of shares ``[K, K]``."""
+    scale = np.arange(len(table))
+    weights = (scale[:, None] - scale) ** 2
+    chance = float((weights * np.outer(table.sum(axis=1), table.sum(axis=0))).sum() / table.sum())
+    return 1 - float((weights * table).sum()) / chance if chance > 0 else 0.0

@@ -1,0 +1,297 @@
+"""Whether probabilities of grades mean what they say, and the one number that may mend them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from slidetl.errors import UsageError
+from slidetl.evaluation.bootstrap import Figure, Interval, bca_interval, bca_interval_if_defined
+from slidetl.evaluation.metrics import calibration_error, probability_metrics
+
+# Temperatures that are tried. Beyond these a model says always, or never, the same.
+_TEMPERATURES = (0.05, 20.0)
+
+# Probabilities are kept this far from 0, in logarithms.
+_LEAST_PROBABILITY = 1e-7
+
+
+def with_temperature(probabilities: ArrayLike, temperature: float) -> NDArray[np.float64]:
+    """Probabilities to the power of ``1 / temperature``, divided by their sum.
+
+    For a softmax this is dividing the logits by the temperature (Guo et al., ICML 2017, section 4.2); for
+    an ordinal head it is the same map of its probabilities, which scales no logit. The order of the grades
+    stays, and so does the most probable one. Above 1 it makes less sure, below 1 surer.
+
+    Args:
+        probabilities: ``[..., K]``, rows summing to one.
+        temperature: above 0.
+
+    Raises:
+        UsageError: a temperature that is not above 0.
+    """
+    if not temperature > 0:
+        raise UsageError(f"a temperature must be above 0, not {temperature}")
+    rows = np.asarray(probabilities, np.float64)
+    if temperature == 1:
+        return np.asarray(rows / rows.sum(axis=-1, keepdims=True))
+    logs = np.log(np.maximum(rows, _LEAST_PROBABILITY)) / temperature
+    raised = np.exp(logs - logs.max(axis=-1, keepdims=True))
+    return np.asarray(raised / raised.sum(axis=-1, keepdims=True))
+
+
+def fit_temperature(true: ArrayLike, probabilities: ArrayLike) -> float:
+    """The temperature of least log loss, between 0.05 and 20.
+
+    Give it the predictions of inner folds only. The log loss is convex in ``1 / T``, so the least is the
+    only one; at a bound, the slides were all graded right (0.05) or the probabilities tell nothing (20).
+
+    Args:
+        true: ``[N]`` whole numbers 0..K-1.
+        probabilities: ``[N, K]``, rows summing to one.
+
+    Raises:
+        ValueError: shapes that do not fit, a grade off the scale, or rows that are no distributions.
+    """
+    from scipy.optimize import minimize_scalar
+
+    probability_metrics(true, probabilities)  # refuses what is none
+    grades, rows = np.asarray(true, np.int64), np.asarray(probabilities, np.float64)
+    logs = np.log(np.maximum(rows, _LEAST_PROBABILITY))
+    of_truth = logs[np.arange(len(grades)), grades]
+
+    def log_loss(sharpness: float) -> float:
+        scaled = logs * sharpness
+        top = scaled.max(axis=1)
+        return float((top + np.log(np.exp(scaled - top[:, None]).sum(axis=1)) - of_truth * sharpness).mean())
+
+    bounds = (1 / _TEMPERATURES[1], 1 / _TEMPERATURES[0])
+    found = minimize_scalar(log_loss, bounds=bounds, method="bounded", options={"xatol": 1e-6})
+    return float(1 / found.x)
+
+
+@dataclass(frozen=True)
+class CalibrationSlope:
+    """Logistic recalibration of the probabilities that the grade is above each threshold.
+
+    Attributes:
+        slope: 1 where they are as far from the middle as they should be, less where they are too sure. None
+            where it has no finite estimate, here or on most resamples: the predictions part the grades
+            completely.
+        intercept: log odds by which grades lie above what was predicted, at a slope of 1: 0 where they agree
+            on average, positive where the model grades too low.
+    """
+
+    slope: Interval | None
+    intercept: Interval
+
+
+def calibration_slope(
+    true: ArrayLike,
+    probabilities: ArrayLike,
+    patients: ArrayLike,
+    *,
+    level: float = 0.95,
+    n_draws: int = 2000,
+    seed: int = 0,
+) -> CalibrationSlope:
+    """Slope and intercept of observed on predicted log odds.
+
+    Cox, Biometrika 1958; named as in Van Calster et al., BMC Medicine 2019. The outcomes are the K-1
+    questions "is the grade above k?" of every slide, stacked: one slope for them all, as a cumulative model
+    has it, since a hundred slides do not bear one each. The slope's model has a free intercept; the
+    intercept's has a slope of 1. The questions of a slide and the slides of a patient hang together, which
+    the intervals respect by resampling patients (BCa, given the fitted model).
+
+    Args:
+        true: ``[N]`` whole numbers 0..K-1.
+        probabilities: ``[N, K]``, rows summing to one; probabilities of the questions count as 1e-7 from 0
+            and 1 at least.
+        patients: ``[N]``.
+        level: of the intervals.
+        n_draws: number of resamples.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: shapes that do not fit, a grade off the scale, rows that are no distributions, or slides
+        that are all of the lowest or all of the highest grade.
+    """
+    probability_metrics(true, probabilities)  # refuses what is none
+    grades, rows = np.asarray(true, np.int64), np.asarray(probabilities, np.float64)
+    above = np.clip(rows[:, ::-1].cumsum(axis=1)[:, -2::-1], _LEAST_PROBABILITY, 1 - _LEAST_PROBABILITY)
+    odds, happened = np.log(above / (1 - above)), grades[:, None] > np.arange(rows.shape[1] - 1)
+    if happened.all() or not happened.any():
+        raise UsageError("slides that are all of the lowest, or all of the highest grade tell no calibration")
+    slope, intercept = _slope_of(odds, happened), _intercept_of(odds, happened)
+    return CalibrationSlope(
+        bca_interval_if_defined(slope, patients, level=level, n_draws=n_draws, seed=seed),
+        bca_interval(intercept, patients, level=level, n_draws=n_draws, seed=seed),
+    )
+
+
+@dataclass(frozen=True)
+class CalibrationNull:
+    """The expected calibration error beside that of a model which is calibrated.
+
+    Attributes:
+        error: expected calibration error of the most probable grade, 0..1.
+        null_mean, null_high: mean and 95 % quantile of it when grades are drawn from the very probabilities.
+        p: share of such draws with an error at least as high.
+    """
+
+    error: float
+    null_mean: float
+    null_high: float
+    p: float
+
+
+def calibration_null(
+    true: ArrayLike, probabilities: ArrayLike, *, n_bins: int = 10, n_draws: int = 1000, seed: int = 0
+) -> CalibrationNull:
+    """The calibration error and its distribution under perfect calibration, on as many slides.
+
+    Consistency resampling (Bröcker and Smith, Weather and Forecasting 2007; Vaicenavicius et al., AISTATS
+    2019). Grades of slides are drawn independently; those of one patient hang together, so with several
+    slides a patient the null is somewhat too narrow, and p somewhat too small.
+
+    Args:
+        true: ``[N]`` whole numbers 0..K-1.
+        probabilities: ``[N, K]``, rows summing to one.
+        n_bins: of equal width.
+        n_draws: how many times grades are drawn.
+        seed: of the draws.
+
+    Raises:
+        ValueError: shapes that do not fit, a grade off the scale, or rows that are no distributions.
+    """
+    error = calibration_error(true, probabilities, n_bins)
+    rows = np.asarray(probabilities, np.float64)
+    rows = rows / rows.sum(axis=1, keepdims=True)
+    null = abs(_null_gaps(rows, _bins(rows, n_bins), n_bins, n_draws, seed)).sum(axis=1) / len(rows)
+    return CalibrationNull(
+        error=error,
+        null_mean=float(null.mean()),
+        null_high=float(np.quantile(null, 0.95)),
+        p=float((1 + (null >= error - 1e-12).sum()) / (1 + n_draws)),
+    )
+
+
+@dataclass(frozen=True)
+class ReliabilityBin:
+    """One point of a reliability diagram.
+
+    Attributes:
+        n: slides in the bin.
+        confidence: their mean probability of the predicted grade.
+        accuracy: share of them graded right.
+        low, high: where 95 % of such shares would lie if the probabilities were right, by simulation.
+    """
+
+    n: int
+    confidence: float
+    accuracy: float
+    low: float
+    high: float
+
+
+def reliability(
+    true: ArrayLike, probabilities: ArrayLike, *, n_bins: int = 10, n_draws: int = 1000, seed: int = 0
+) -> tuple[ReliabilityBin, ...]:
+    """A reliability diagram with consistency bars (Bröcker and Smith 2007), in the error's own bins.
+
+    Bars are bin by bin, so one of twenty bins is expected outside; they take slides for independent, as
+    :func:`calibration_null` does, whose arguments and errors these are.
+
+    Returns:
+        The bins that hold a slide, in rising confidence.
+    """
+    probability_metrics(true, probabilities)  # refuses what is none
+    grades, rows = np.asarray(true), np.asarray(probabilities, np.float64)
+    rows = rows / rows.sum(axis=1, keepdims=True)
+    bins = _bins(rows, n_bins)
+    confidence, right = rows.max(axis=1), rows.argmax(axis=1) == grades
+    gaps = _null_gaps(rows, bins, n_bins, n_draws, seed)
+    points = []
+    for number in np.unique(bins):
+        held = bins == number
+        mean = float(confidence[held].mean())
+        low, high = np.quantile(mean + gaps[:, number] / held.sum(), [0.025, 0.975])
+        points.append(
+            ReliabilityBin(int(held.sum()), mean, float(right[held].mean()), float(low), float(high))
+        )
+    return tuple(points)
+
+
+def _bins(rows: NDArray[np.float64], n_bins: int) -> NDArray[np.intp]:
+    """As in :func:`slidetl.evaluation.metrics.calibration_error`."""
+    return np.asarray(np.clip(np.ceil(rows.max(axis=1) * n_bins).astype(np.intp) - 1, 0, n_bins - 1))
+
+
+def _null_gaps(
+    rows: NDArray[np.float64], bins: NDArray[np.intp], n_bins: int, n_draws: int, seed: int
+) -> NDArray[np.float64]:
+    """Right ones less expected ones in each bin, ``[n_draws, n_bins]``, where the confidence is the truth."""
+    confidence = rows.max(axis=1)
+    right = np.random.default_rng(seed).random((n_draws, len(rows))) < confidence
+    return np.asarray((right - confidence) @ (bins[:, None] == np.arange(n_bins)))
+
+
+def _slope_of(odds: NDArray[np.float64], happened: NDArray[np.bool_]) -> Figure:
+    """Slope of a logistic regression of outcomes on log odds ``[N, T]``; NaN where there is none.
+
+    With a free intercept, by Newton's method, for all rows of weights at once.
+    """
+    from scipy.special import expit
+
+    centred = odds - odds.mean()  # keeps intercept and slope apart
+
+    def figure(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        of_question = np.repeat(weights, odds.shape[1], axis=1)
+        x, y = centred.ravel(), happened.ravel()
+        intercept, slope = np.zeros(len(weights)), np.zeros(len(weights))
+        moved = np.full(len(weights), np.inf)
+        for _ in range(40):
+            expected = expit(intercept[:, None] + slope[:, None] * x)
+            left = of_question * (y - expected)
+            information = of_question * expected * (1 - expected)
+            total, cross, square = information.sum(axis=1), information @ x, information @ x**2
+            determinant = total * square - cross**2
+            # Without a finite estimate the fit gets surer and surer, until nothing is left to learn.
+            known = determinant > 1e-9 * total * square
+            safe = np.where(known, determinant, 1)
+            up = np.clip((square * left.sum(axis=1) - cross * (left @ x)) / safe, -2, 2)
+            steeper = np.clip((total * (left @ x) - cross * left.sum(axis=1)) / safe, -2, 2)
+            intercept, slope = intercept + np.where(known, up, 0), slope + np.where(known, steeper, 0)
+            moved = np.where(known, np.maximum(abs(up), abs(steeper)), np.inf)
+            if (moved[known] < 1e-7).all():
+                break
+        return np.where(moved < 1e-7, slope, np.nan)
+
+    return figure
+
+
+def _intercept_of(odds: NDArray[np.float64], happened: NDArray[np.bool_]) -> Figure:
+    """What to add to log odds ``[N, T]`` for as many outcomes as expected; NaN for all outcomes or none."""
+    from scipy.special import expit
+
+    def figure(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        of_question = np.repeat(weights, odds.shape[1], axis=1)
+        wanted, total = of_question @ happened.ravel(), of_question.sum(axis=1)
+        low, high = np.full(len(weights), -40.0), np.full(len(weights), 40.0)
+        intercept = np.zeros(len(weights))
+        for _ in range(60):
+            expected = expit(intercept[:, None] + odds.ravel())
+            missing = wanted - (of_question * expected).sum(axis=1)
+            low, high = np.where(missing > 0, intercept, low), np.where(missing > 0, high, intercept)
+            information = (of_question * expected * (1 - expected)).sum(axis=1)
+            step = intercept + missing / np.maximum(information, 1e-12)
+            # Newton's method; half-way between the bounds where it would leave them.
+            better = np.where((low <= step) & (step <= high), step, (low + high) / 2)
+            moved, intercept = abs(better - intercept).max(), better
+            if moved < 1e-9:
+                break
+        return np.where((wanted > 0) & (wanted < total), intercept, np.nan)
+
+    return figure

@@ -1,0 +1,407 @@
+"""Arms against each other and against chance, on the same patients and the same folds."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from slidetl.errors import UsageError
+from slidetl.evaluation.bootstrap import Figure, resampled_figures
+
+Unit = Literal["worst", "mean", "slide"]
+
+# True grades [N] and predictions [N] or [R, N] -> figure: `accuracy_of`, or
+# `lambda true, predicted: qwk_of(true, predicted, 5)`.
+FigureMaker = Callable[[NDArray[Any], NDArray[Any]], Figure]
+
+# So many patients with differing arms give 2^14 ways to swap them: all are tried.
+_EXACT_PATIENTS = 14
+
+
+@dataclass(frozen=True, eq=False)
+class PatientResults:
+    """Grades and predictions of M results: one a patient, or one a slide.
+
+    Attributes:
+        patients: ``[M]`` of whom each result is.
+        true: ``[M] int64`` grades.
+        predicted: ``[R, M] int64`` grades, for each repeat.
+        probabilities: ``[R, M, K]``; rows sum to one.
+    """
+
+    patients: NDArray[Any]
+    true: NDArray[np.int64]
+    predicted: NDArray[np.int64]
+    probabilities: NDArray[np.float64]
+
+
+def patient_results(
+    true: ArrayLike, probabilities: ArrayLike, patients: ArrayLike, unit: Unit
+) -> PatientResults:
+    """Makes the slides of a patient one result.
+
+    The predicted grade of a slide is the most probable one, the lower in a tie. By ``unit``:
+
+    - ``worst``: the highest true grade; the highest predicted one, with the probabilities of the slide that
+      has it (of several, of the one with the highest expected grade). The highest of several noisy grades
+      is biased upwards, for readers and models alike.
+    - ``mean``: the mean true grade and the mean predicted grade, each rounded half up; the mean of the
+      probabilities, whose peak may lie elsewhere where slides differ.
+    - ``slide``: slides as they are. Intervals still resample patients.
+
+    Args:
+        true: ``[N]`` whole numbers 0..K-1.
+        probabilities: ``[R, N, K]`` out of fold, for each repeat; ``[N, K]`` for a single one.
+        patients: ``[N]``.
+        unit: ``worst``, ``mean`` or ``slide``.
+
+    Returns:
+        With patients in the order of their sorted identifiers; slides in theirs.
+
+    Raises:
+        UsageError: shapes that do not fit, or an unknown unit.
+    """
+    truth, rows, who = np.asarray(true), np.asarray(probabilities, np.float64), np.asarray(patients)
+    rows = rows[None] if rows.ndim == 2 else rows
+    if rows.ndim != 3 or truth.shape != (rows.shape[1],) or who.shape != truth.shape or not len(truth):
+        raise UsageError(
+            f"expected grades [N], probabilities [R, N, K] and patients [N], not {truth.shape}, "
+            f"{np.shape(probabilities)} and {who.shape}"
+        )
+    truth = truth.astype(np.int64)
+    graded = rows.argmax(axis=2)
+    if unit == "slide":
+        return PatientResults(who, truth, graded, rows)
+    names, member = np.unique(who, return_inverse=True)
+    slides_of = [np.flatnonzero(member == number) for number in range(len(names))]
+    if unit == "mean":
+
+        def rounded_mean(grades: NDArray[np.int64]) -> NDArray[np.int64]:
+            means = [np.floor(grades[..., slides].mean(axis=-1) + 0.5) for slides in slides_of]
+            return np.stack(means, axis=-1).astype(np.int64)
+
+        averaged = np.stack([rows[:, slides].mean(axis=1) for slides in slides_of], axis=1)
+        return PatientResults(names, rounded_mean(truth), rounded_mean(graded), averaged)
+    if unit != "worst":
+        raise UsageError(f"unit must be worst, mean or slide, not {unit!r}")
+    # Expected grades lie within 0..K-1, so a grade of difference outweighs any of them.
+    rank = graded * rows.shape[2] + rows @ np.arange(rows.shape[2])
+    worst = np.stack([slides[rank[:, slides].argmax(axis=1)] for slides in slides_of], axis=1)  # [R, M]
+    return PatientResults(
+        names,
+        np.array([truth[slides].max() for slides in slides_of]),
+        np.take_along_axis(graded, worst, axis=1),
+        np.take_along_axis(rows, worst[..., None], axis=1),
+    )
+
+
+def figures_per_fold(
+    maker: FigureMaker, true: ArrayLike, predicted: ArrayLike, folds: ArrayLike
+) -> NDArray[np.float64]:
+    """The figure within each test fold of each repeat, ``[R, K]``, as :func:`corrected_t` needs it.
+
+    Args:
+        maker: such as :func:`slidetl.evaluation.figures.accuracy_of`.
+        true: ``[N]`` grades.
+        predicted: ``[R, N]`` grades (or ``[R, N, K]`` probabilities, as the maker takes them).
+        folds: ``[R, N]`` whole numbers 0..K-1, the fold whose test part held each result.
+
+    Raises:
+        UsageError: shapes that do not fit, or a fold without results.
+    """
+    truth, rows, numbers = np.asarray(true), np.asarray(predicted), np.asarray(folds)
+    if numbers.ndim != 2 or rows.shape[:2] != numbers.shape or truth.shape != numbers.shape[1:]:
+        raise UsageError(
+            f"expected grades [N], predictions [R, N] and folds [R, N], not {truth.shape}, {rows.shape} "
+            f"and {numbers.shape}"
+        )
+    n_folds = int(numbers.max()) + 1
+    held = numbers[:, None, :] == np.arange(n_folds)[:, None]  # [R, K, N]
+    if not held.any(axis=2).all():
+        raise UsageError(f"folds must be numbered from 0 to {n_folds - 1} in each repeat, none of them empty")
+    return np.stack(
+        [
+            maker(truth, of_repeat)(weights.astype(np.float64))
+            for of_repeat, weights in zip(rows, held, strict=True)
+        ]
+    )
+
+
+@dataclass(frozen=True)
+class CorrectedT:
+    """The corrected resampled t-test.
+
+    Attributes:
+        difference: the mean over folds and repeats.
+        standard_error: corrected for training parts that overlap.
+        t: their ratio, on ``degrees`` degrees of freedom.
+        p: two-sided.
+        low, high: the interval at ``level``.
+    """
+
+    difference: float
+    standard_error: float
+    t: float
+    degrees: int
+    p: float
+    low: float
+    high: float
+    level: float
+
+
+def corrected_t(differences: ArrayLike, test_share: float, *, level: float = 0.95) -> CorrectedT:
+    """Tests differences of two arms over the folds of a repeated cross-validation.
+
+    Nadeau and Bengio, Machine Learning 2003, section 3, as Bouckaert and Frank, PAKDD 2004, use it for R
+    repeats of K folds: the variance of the mean is ``(1 / RK + n_test / n_train)`` times the sample
+    variance of the RK differences, with RK - 1 degrees of freedom. The correction is a heuristic, and for
+    kappa in small folds normality is too: a secondary test. Unlike the bootstrap it does count what another
+    training would change. Where all differences are one, the test has nothing to measure with: p is 1 for
+    no difference, 0 otherwise.
+
+    Args:
+        differences: ``[R, K]`` of the figure, first arm less second, by fold.
+        test_share: share of the results in a test part, as 0.2 for five folds.
+        level: of the interval.
+
+    Raises:
+        UsageError: fewer than two differences, one that is not finite, or a share outside of 0..1.
+    """
+    from scipy.stats import t as student
+
+    values = np.asarray(differences, np.float64).ravel()
+    if len(values) < 2 or not np.isfinite(values).all():
+        raise UsageError(
+            "expected at least two differences, all of them finite; fewer folds make larger ones"
+        )
+    if not 0 < test_share < 1:
+        raise UsageError(f"the share of a test part must be between 0 and 1, not {test_share}")
+    mean, degrees = float(values.mean()), len(values) - 1
+    error = float(np.sqrt((1 / len(values) + test_share / (1 - test_share)) * values.var(ddof=1)))
+    half = float(student.ppf((1 + level) / 2, degrees)) * error
+    certain = 0.0 if abs(mean) < 1e-12 else float(np.copysign(np.inf, mean))
+    ratio = mean / error if error > 1e-12 else certain
+    p = float(2 * student.sf(abs(ratio), degrees))
+    return CorrectedT(mean, error, ratio, degrees, p, mean - half, mean + half, level)
+
+
+@dataclass(frozen=True)
+class SignFlip:
+    """The patient-clustered sign-flip test.
+
+    Attributes:
+        difference: of the figure, first arm less second.
+        p: two-sided.
+        n_discordant: patients on whom the arms differ; the others carry no information.
+        exact: whether all ways to swap were tried, not a sample of them.
+    """
+
+    difference: float
+    p: float
+    n_discordant: int
+    exact: bool
+
+
+def sign_flip_test(
+    maker: FigureMaker,
+    true: ArrayLike,
+    first: ArrayLike,
+    second: ArrayLike,
+    patients: ArrayLike,
+    *,
+    n_flips: int = 10_000,
+    seed: int = 0,
+) -> SignFlip:
+    """Swaps the two arms' predictions of whole patients, and asks how often the difference gets as large.
+
+    Under the null hypothesis the two predictions of a patient are exchangeable, all slides of the patient
+    together; McNemar's test on slides would take them for independent. For a mean over slides a swap flips
+    the sign of the patient's contribution (Good, Permutation Tests, 2nd ed. 2000, section 3.2); for kappa
+    it is recomputed. p is the share of all swaps where there are 14 discordant patients or fewer, and
+    otherwise ``(1 + hits) / (1 + n_flips)`` (Phipson and Smyth 2010).
+
+    Conditional on the fitted models. It takes one repeat, to be declared beforehand: averaging several would
+    hide that they share patients, and choosing one afterwards is choosing the result.
+
+    Args:
+        maker: such as :func:`slidetl.evaluation.figures.accuracy_of`.
+        true: ``[N]`` grades.
+        first: ``[N]`` predictions of one arm (or ``[N, K]`` probabilities, as the maker takes them).
+        second: those of the other.
+        patients: ``[N]``.
+        n_flips: how many random swaps.
+        seed: of the swaps.
+
+    Raises:
+        UsageError: shapes that do not fit.
+    """
+    truth, a, b = np.asarray(true), np.asarray(first), np.asarray(second)
+    names, member = np.unique(np.asarray(patients), return_inverse=True)
+    if a.shape != b.shape or truth.shape != member.shape or a.shape[:1] != truth.shape:
+        raise UsageError(
+            f"expected grades, two arms and patients of one length, not {truth.shape}, {a.shape}, {b.shape} "
+            f"and {member.shape}"
+        )
+    both = maker(np.concatenate([truth, truth]), np.concatenate([a, b]))
+    differs = (a != b).reshape(len(a), -1).any(axis=1)
+    discordant = np.unique(member[differs])
+    n = len(discordant)
+
+    def differences(keeps: NDArray[np.bool_]) -> NDArray[np.float64]:
+        by_patient = np.ones((len(keeps), len(names)), bool)
+        by_patient[:, discordant] = keeps
+        own = by_patient[:, member].astype(np.float64)
+        return both(np.concatenate([own, 1 - own], axis=1)) - both(np.concatenate([1 - own, own], axis=1))
+
+    observed = float(differences(np.ones((1, n), bool))[0])
+    exact = n <= _EXACT_PATIENTS
+    if exact:
+        keeps = np.array(list(itertools.product([True, False], repeat=n)), bool).reshape(2**n, n)
+    else:
+        keeps = np.random.default_rng(seed).random((n_flips, n)) < 0.5
+    # Sums in another order differ in the last bit; a tie must count.
+    step = max(1, (1 << 22) // len(truth))
+    hits = sum(
+        int((abs(differences(keeps[start : start + step])) >= abs(observed) - 1e-12).sum())
+        for start in range(0, len(keeps), step)
+    )
+    p = hits / len(keeps) if exact else (1 + hits) / (1 + n_flips)
+    return SignFlip(observed, float(p), n, exact)
+
+
+def holm(p_values: ArrayLike) -> NDArray[np.float64]:
+    """Adjusted p-values of a family of tests (Holm, Scandinavian Journal of Statistics 1979).
+
+    Whatever the dependence between the tests, rejecting those at or below 0.05 errs once or more in at most
+    5 % of families. The primary comparison is outside of the family: it was declared.
+
+    Args:
+        p_values: ``[n]``, 0..1.
+
+    Returns:
+        ``[n]``, in the order given.
+
+    Raises:
+        UsageError: not a list of numbers from 0 to 1.
+    """
+    values = np.asarray(p_values, np.float64)
+    if values.ndim != 1 or not ((values >= 0) & (values <= 1)).all():
+        raise UsageError(f"expected p-values from 0 to 1, not {values.tolist()}")
+    order = np.argsort(values, kind="stable")
+    stepped = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
+    adjusted = np.empty(len(values))
+    adjusted[order] = np.minimum(stepped, 1)
+    return adjusted
+
+
+def chance_p(observed: float, null_figures: ArrayLike) -> float:
+    """The p-value of a figure against those that the whole procedure reaches on permuted labels.
+
+    ``(1 + hits) / (1 + n)`` (Phipson and Smyth, Statistical Applications in Genetics and Molecular Biology
+    2010), a hit being a null figure at least as high. It tests the procedure, if every null figure comes from
+    labels permuted over patients *before* training, with all inner choices made again; n of 19 is the fewest
+    that can reach 0.05.
+
+    Args:
+        observed: the figure; higher is better.
+        null_figures: ``[n]``.
+
+    Raises:
+        UsageError: no null figures, or one that is not finite.
+    """
+    null = np.asarray(null_figures, np.float64)
+    if null.ndim != 1 or not len(null) or not (np.isfinite(null).all() and np.isfinite(observed)):
+        raise UsageError("expected a finite figure, and at least one of permuted labels")
+    return float((1 + (null >= observed - 1e-12).sum()) / (1 + len(null)))
+
+
+@dataclass(frozen=True)
+class VarianceSplit:
+    """Where the variance of a cross-validated figure comes from; variances, in the figure's unit squared.
+
+    Attributes:
+        seed: between repeats (another split, another initialisation) on the same patients; None for one
+            repeat.
+        fold: between folds of a repeat, beyond what the few patients in each explain. Not cut off at zero,
+            below which it may fall where nothing is to be seen.
+        patient: of the figure averaged over repeats, if other patients had been sampled.
+        n_repeats: R.
+    """
+
+    seed: float | None
+    fold: float
+    patient: float
+    n_repeats: int
+
+    @property
+    def standard_error(self) -> float:
+        """Of the figure averaged over repeats: ``sqrt(patient + seed / R)``.
+
+        The bootstrap's own part of the seed's noise is in ``patient`` too, so it errs upwards.
+        """
+        return float(np.sqrt(self.patient + (self.seed or 0.0) / self.n_repeats))
+
+
+def variance_split(
+    maker: FigureMaker,
+    true: ArrayLike,
+    predicted: ArrayLike,
+    folds: ArrayLike,
+    patients: ArrayLike,
+    *,
+    n_draws: int = 2000,
+    seed: int = 0,
+) -> VarianceSplit:
+    """Splits the variance of a figure into seed, fold and patient.
+
+    - seed: the sample variance (R - 1 in the denominator) of the repeats' pooled figures. Given the patients,
+      repeats are independent draws of split and initialisation, so it is unbiased for that of one repeat.
+    - patient: the bootstrap variance over patients of the figure averaged over repeats, given the models.
+    - fold: by the method of moments, the mean over repeats of the sample variance between folds, less the
+      mean bootstrap variance over patients within a fold. What is left is between training parts. Stratified
+      folds differ less than folds at random, which this does not know: it errs downwards.
+
+    Bootstrap variances over P patients are multiplied by ``P / (P - 1)``: without bias then for a mean over
+    patients of one size, about so for other figures.
+
+    Args:
+        maker: such as :func:`slidetl.evaluation.figures.accuracy_of`.
+        true: ``[N]`` grades.
+        predicted: ``[R, N]`` grades (or ``[R, N, K]`` probabilities, as the maker takes them).
+        folds: ``[R, N]`` whole numbers 0..K-1.
+        patients: ``[N]``; no patient is in two folds of a repeat.
+        n_draws: resamples of the patients.
+        seed: of the resampling.
+
+    Raises:
+        UsageError: shapes that do not fit, fewer than two folds, or a fold of fewer than two patients.
+    """
+    truth, rows, numbers = np.asarray(true), np.asarray(predicted), np.asarray(folds)
+    who = np.asarray(patients)
+    by_fold = figures_per_fold(maker, truth, rows, numbers)
+    n_repeats, n_folds = by_fold.shape
+    if n_folds < 2:
+        raise UsageError("a variance between folds needs at least two of them")
+    pooled = np.array([maker(truth, of_repeat)(np.ones((1, len(truth))))[0] for of_repeat in rows])
+    within = []
+    for of_repeat, number in itertools.product(range(n_repeats), range(n_folds)):
+        held = numbers[of_repeat] == number
+        figure = maker(truth[held], rows[of_repeat][held])
+        within.append(_patient_variance(figure, who[held], n_draws, seed))
+    return VarianceSplit(
+        seed=float(pooled.var(ddof=1)) if n_repeats > 1 else None,
+        fold=float(by_fold.var(axis=1, ddof=1).mean() - np.mean(within)),
+        patient=_patient_variance(maker(truth, rows), who, n_draws, seed),
+        n_repeats=n_repeats,
+    )
+
+
+def _patient_variance(figure: Figure, patients: NDArray[Any], n_draws: int, seed: int) -> float:
+    n_patients = len(np.unique(patients))
+    drawn = resampled_figures(figure, patients, n_draws=n_draws, seed=seed)
+    return float(np.nanvar(drawn, ddof=1) * n_patients / (n_patients - 1))

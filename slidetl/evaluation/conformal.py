@@ -1,0 +1,316 @@
+"""Sets of grades that hold the true one as often as asked, and slides that are better left to a human."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from slidetl.errors import UsageError
+from slidetl.evaluation.bootstrap import Interval, bca_interval
+from slidetl.evaluation.figures import mean_of
+from slidetl.evaluation.metrics import probability_metrics
+
+
+@dataclass(frozen=True)
+class GradeSets:
+    """A rule that turns the probabilities of a slide into a contiguous set of grades.
+
+    Attributes:
+        quantile: a grade is in the set if the grades that are taken before it have at most this probability.
+        risk: share of patients whose sets may miss a true grade, 0..1.
+        n_patients: that the quantile was found on.
+    """
+
+    quantile: float
+    risk: float
+    n_patients: int
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.quantile <= 1 and 0 < self.risk < 1 and self.n_patients > 0):
+            raise UsageError(
+                f"a rule for grade sets needs a quantile of 0 to 1, a risk between 0 and 1 and patients, not "
+                f"{self.quantile}, {self.risk} and {self.n_patients}"
+            )
+
+    def sets(self, probabilities: ArrayLike) -> NDArray[np.int64]:
+        """The sets of slides: ``[N, K]`` -> ``[N, 2]``, the lowest and the highest grade, both included.
+
+        A set is never empty: it holds the most probable grade.
+
+        Raises:
+            UsageError: not ``[N, K]``.
+        """
+        inside = _mass_before(probabilities) <= self.quantile
+        return np.stack([inside.argmax(axis=1), inside.shape[1] - 1 - inside[:, ::-1].argmax(axis=1)], axis=1)
+
+
+def fit_grade_sets(
+    true: ArrayLike, probabilities: ArrayLike, patients: ArrayLike, *, risk: float = 0.1
+) -> GradeSets:
+    """Cross-conformal sets of grades, from out-of-fold probabilities.
+
+    Grades are taken in turn: the most probable one first, then always the more probable neighbour of those
+    taken (Lu, Angelopoulos and Pomerantz, MICCAI 2022), so that a set is contiguous. The score of a slide is
+    the probability taken before its true grade; that of a patient, which is the unit here, the highest of its
+    slides. The quantile is the ``ceil((n + 1) (1 - risk))``-th lowest score of n patients, or 1 (all
+    grades) where there are fewer than that.
+
+    What it promises: with one model fitted apart from these patients, a new patient of the same population
+    has all its true grades in the sets with probability ``1 - risk`` or more, on average over patients:
+    marginal, not for each grade, each site or each patient. Here the scores come from K models, as in
+    cross-conformal prediction (Vovk, Annals of Mathematics and Artificial Intelligence 2015), for whose vote
+    of all K models about ``1 - 2 risk`` is proved (Barber et al., Annals of Statistics 2021). A single model
+    fitted again on all the patients is promised nothing; it covers about ``1 - risk`` as far as it errs like
+    the K. So check with :func:`check_coverage`.
+
+    Args:
+        true: ``[N]`` whole numbers 0..K-1.
+        probabilities: ``[N, K]`` out of fold of one repeat, rows summing to one, temperature applied.
+        patients: ``[N]``.
+        risk: between 0 and 1.
+
+    Raises:
+        ValueError: shapes that do not fit, a grade off the scale, rows that are no distributions, or a risk
+        out of range.
+    """
+    scores = _patient_scores(true, probabilities, patients)
+    return GradeSets(_quantile(scores, risk), risk, len(scores))
+
+
+@dataclass(frozen=True)
+class SetCoverage:
+    """Sets made on other folds, checked on each fold in turn.
+
+    Attributes:
+        patients_covered: share of patients all of whose true grades lie in the sets: ``1 - risk`` was asked.
+        slides_covered: share of slides whose true grade does, which is mostly higher.
+        mean_size: grades in a set, 1..K.
+        sizes: ``[K]`` how many slides have a set of 1, 2, ... K grades.
+        risk: that was asked for.
+    """
+
+    patients_covered: Interval
+    slides_covered: Interval
+    mean_size: Interval
+    sizes: tuple[int, ...]
+    risk: float
+
+
+def check_coverage(
+    true: ArrayLike,
+    probabilities: ArrayLike,
+    patients: ArrayLike,
+    folds: ArrayLike,
+    *,
+    risk: float = 0.1,
+    level: float = 0.95,
+    seed: int = 0,
+) -> SetCoverage:
+    """How often sets hold the true grade, when the quantile of each fold is found on the other folds.
+
+    The models of the other folds were trained on this fold's patients, so the check is not quite that of new
+    patients; it does show sets that are wrong. Intervals resample patients (BCa), given models and quantiles.
+
+    Args:
+        true: ``[N]`` whole numbers 0..K-1.
+        probabilities: ``[N, K]`` out of fold of one repeat.
+        patients: ``[N]``; no patient is in two folds.
+        folds: ``[N]`` the fold whose test part held each slide.
+        risk: between 0 and 1.
+        level: of the intervals.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: as :func:`fit_grade_sets`, or a single fold.
+    """
+    grades, rows = np.asarray(true), np.asarray(probabilities, np.float64)
+    who, numbers = np.asarray(patients), np.asarray(folds)
+    if numbers.shape != grades.shape or len(np.unique(numbers)) < 2:
+        raise UsageError("a check of coverage needs the fold of each slide, and two folds at least")
+    ends = np.zeros((len(grades), 2), np.int64)
+    for number in np.unique(numbers):
+        test = numbers == number
+        rule = fit_grade_sets(grades[~test], rows[~test], who[~test], risk=risk)
+        ends[test] = rule.sets(rows[test])
+    covered = (ends[:, 0] <= grades) & (grades <= ends[:, 1])
+    sizes = ends[:, 1] - ends[:, 0] + 1
+    names, member = np.unique(who, return_inverse=True)
+    missed = np.bincount(member, ~covered) > 0
+    return SetCoverage(
+        patients_covered=bca_interval(mean_of(~missed), names, level=level, seed=seed),
+        slides_covered=bca_interval(mean_of(covered), who, level=level, seed=seed),
+        mean_size=bca_interval(mean_of(sizes), who, level=level, seed=seed),
+        sizes=tuple(int(count) for count in np.bincount(sizes, minlength=rows.shape[1] + 1)[1:]),
+        risk=risk,
+    )
+
+
+@dataclass(frozen=True)
+class RiskCoverage:
+    """What is gained by leaving the least sure slides to a human.
+
+    Attributes:
+        confidence: ``[C]`` falling; slides at or above it are graded by the model.
+        coverage: ``[C]`` rising; share of slides that it then grades.
+        risk: ``[C]`` share of these that are wrong.
+        upper: ``[C]`` upper confidence bound of the share of patients, among those with a slide graded, of
+            whom one is wrong; all C hold together at ``level``.
+        area: under risk against coverage over all slides, 0..1: the mean risk.
+        level: of the bounds.
+    """
+
+    confidence: tuple[float, ...]
+    coverage: tuple[float, ...]
+    risk: tuple[float, ...]
+    upper: tuple[float, ...]
+    area: float
+    level: float
+
+
+def risk_coverage(
+    wrong: ArrayLike,
+    confidence: ArrayLike,
+    patients: ArrayLike,
+    *,
+    level: float = 0.95,
+    n_points: int = 10,
+) -> RiskCoverage:
+    """The risk-coverage curve (El-Yaniv and Wiener, JMLR 2010), with bounds that bear looking at all points.
+
+    Bounds are one-sided and exact for a binomial share (Clopper and Pearson, Biometrika 1934), at ``1 - (1
+    - level) / n_points`` each, as Geifman and El-Yaniv (NeurIPS 2017) have it for thresholds tried on one
+    sample. Since slides of a patient are not independent, they count patients: one is wrong if any of its
+    graded slides is. That is more than the share of slides, so the bound errs upwards.
+
+    Args:
+        wrong: ``[N]`` bool: not the true grade, or two grades off; whatever is to be rare.
+        confidence: ``[N]``, higher is surer, such as the highest probability, out of fold.
+        patients: ``[N]``.
+        level: at which all bounds hold together.
+        n_points: points at coverages of ``1 / n_points``, ..., 1; those that ties put at one threshold are
+            one.
+
+    Raises:
+        UsageError: shapes that do not fit, or a confidence that is not finite.
+    """
+    from scipy.stats import beta
+
+    errs, sure, who = np.asarray(wrong, bool), np.asarray(confidence, np.float64), np.asarray(patients)
+    if errs.ndim != 1 or not len(errs) or sure.shape != errs.shape or who.shape != errs.shape:
+        raise UsageError(
+            f"expected errors, confidence and patients of one length, not {errs.shape}, {sure.shape} and "
+            f"{who.shape}"
+        )
+    if not np.isfinite(sure).all() or n_points < 1 or not 0 < level < 1:
+        raise UsageError("expected finite confidence, a level between 0 and 1, and one point at least")
+    falling = np.sort(sure)[::-1]
+    steps = np.ceil(len(sure) * np.arange(1, n_points + 1) / n_points).astype(int)
+    thresholds = np.unique(falling[steps - 1])[::-1]
+    risks, coverages, bounds = [], [], []
+    for threshold in thresholds:
+        graded = sure >= threshold
+        n = len(np.unique(who[graded]))
+        k = len(np.unique(who[graded & errs]))
+        coverages.append(float(graded.mean()))
+        risks.append(float(errs[graded].mean()))
+        each = 1 - (1 - level) / n_points
+        bounds.append(1.0 if k == n else float(beta.ppf(each, k + 1, n - k)))
+    # Slides of equal confidence are graded together: the risk at each is that of them all.
+    counts = np.array([(sure >= value).sum() for value in falling])
+    wrong_so_far = np.array([errs[sure >= value].sum() for value in falling])
+    return RiskCoverage(
+        tuple(thresholds.tolist()),
+        tuple(coverages),
+        tuple(risks),
+        tuple(bounds),
+        float((wrong_so_far / counts).mean()),
+        level,
+    )
+
+
+@dataclass(frozen=True)
+class ReferralRule:
+    """Slides below a confidence go to a human.
+
+    Attributes:
+        confidence: least one that the model grades itself.
+        coverage: share of slides that it grades, 0..1.
+        risk: share of these that are wrong.
+        upper: upper confidence bound of the share of patients with a wrong one.
+        level: of the bound.
+    """
+
+    confidence: float
+    coverage: float
+    risk: float
+    upper: float
+    level: float
+
+
+def referral_rule(curve: RiskCoverage, risk: float) -> ReferralRule | None:
+    """The point of the greatest coverage whose upper bound is at most the risk that was chosen.
+
+    With probability ``level`` over samples of patients the rule's true share of patients with a wrong
+    grade, among new patients of the same population graded by these models, is at most ``risk``.
+
+    Args:
+        curve: of :func:`risk_coverage`.
+        risk: greatest share of patients with a wrong grade, between 0 and 1.
+
+    Returns:
+        None where no point is as good: then every slide goes to a human, or more patients are needed (even
+        without an error it takes about ``ln(n_points / (1 - level)) / risk`` of them).
+
+    Raises:
+        UsageError: a risk out of range.
+    """
+    if not 0 < risk < 1:
+        raise UsageError(f"a risk must be between 0 and 1, not {risk}")
+    best = [index for index, upper in enumerate(curve.upper) if upper <= risk]
+    if not best:
+        return None
+    last = best[-1]
+    return ReferralRule(
+        curve.confidence[last], curve.coverage[last], curve.risk[last], curve.upper[last], curve.level
+    )
+
+
+def _mass_before(probabilities: ArrayLike) -> NDArray[np.float64]:
+    """``[N, K]``: the probability of the grades taken before each grade."""
+    rows = np.asarray(probabilities, np.float64)
+    if rows.ndim != 2 or rows.shape[1] < 2:
+        raise UsageError(f"expected probabilities [N, K], not {rows.shape}")
+    n, n_grades = rows.shape
+    each = np.arange(n)
+    # An end of the scale has a neighbour that is never taken.
+    padded = np.pad(rows, ((0, 0), (1, 1)), constant_values=-1.0)
+    low = high = rows.argmax(axis=1) + 1
+    before, taken = np.zeros(padded.shape), padded[each, low].copy()
+    for _ in range(n_grades - 1):
+        downwards = padded[each, low - 1] >= padded[each, high + 1]
+        low, high = np.where(downwards, low - 1, low), np.where(downwards, high, high + 1)
+        grade = np.where(downwards, low, high)
+        before[each, grade] = taken
+        taken = taken + padded[each, grade]
+    return np.minimum(before[:, 1:-1], 1)
+
+
+def _patient_scores(true: ArrayLike, probabilities: ArrayLike, patients: ArrayLike) -> NDArray[np.float64]:
+    probability_metrics(true, probabilities)  # refuses what is none
+    grades = np.asarray(true)
+    names, member = np.unique(np.asarray(patients), return_inverse=True)
+    if member.shape != grades.shape:
+        raise UsageError(f"expected a patient for each of {len(grades)} slides, not {member.shape}")
+    scores = np.zeros(len(names))
+    np.maximum.at(scores, member, _mass_before(probabilities)[np.arange(len(grades)), grades])
+    return scores
+
+
+def _quantile(scores: NDArray[np.float64], risk: float) -> float:
+    if not 0 < risk < 1:
+        raise UsageError(f"a risk must be between 0 and 1, not {risk}")
+    # Rounded, so that 10 * 0.9 is not ten and a bit.
+    rank = int(np.ceil(round((len(scores) + 1) * (1 - risk), 9)))
+    return float(np.sort(scores)[rank - 1]) if rank <= len(scores) else 1.0

@@ -1,0 +1,277 @@
+"""Whether a site could pass for a grade: how they are associated, and how well embeddings tell the site."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from slidetl.errors import UsageError
+from slidetl.evaluation.bootstrap import Figure, Interval, bca_interval_if_defined
+
+
+@dataclass(frozen=True)
+class SiteByGrade:
+    """The table of sites and grades, and how strongly they are associated.
+
+    Attributes:
+        sites: names, in order.
+        slides: ``[S][K]`` counts of slides.
+        cramers_v: 0..1, corrected for bias; of patients, not slides. None where there is one site or one
+            grade.
+        p: of a permutation test of no association; None as above.
+        n_units: patients counted in the last two (one that was seen at two sites counts at each).
+    """
+
+    sites: tuple[str, ...]
+    slides: tuple[tuple[int, ...], ...]
+    cramers_v: float | None
+    p: float | None
+    n_units: int
+
+
+def site_by_grade(
+    sites: ArrayLike,
+    grades: ArrayLike,
+    patients: ArrayLike,
+    n_grades: int,
+    *,
+    n_permutations: int = 5000,
+    seed: int = 0,
+) -> SiteByGrade:
+    """Counts slides by site and grade, and tests whether patients' grades depend on the site.
+
+    Slides of a patient share both, so a chi-square of slides would find associations in any cohort. Each
+    patient counts once at a site, with the worst grade there. Cramér's V is corrected for bias (Bergsma,
+    Journal of the Korean Statistical Society 2013); the p-value is the share of permutations of the sites
+    over patients with a chi-square at least as large, ``(1 + hits) / (1 + n)``, since expected counts of a
+    few are common here.
+
+    Args:
+        sites: ``[N]`` names (or scanners, or stains).
+        grades: ``[N]`` whole numbers 0..K-1.
+        patients: ``[N]``.
+        n_grades: K.
+        n_permutations: how many.
+        seed: of the permutations.
+
+    Raises:
+        UsageError: shapes that do not fit, or a grade off the scale.
+    """
+    names, site = np.unique(np.asarray(sites).astype(str), return_inverse=True)
+    grade = np.asarray(grades)
+    who = np.unique(np.asarray(patients), return_inverse=True)[1]
+    if not len(site) or grade.shape != site.shape or who.shape != site.shape:
+        raise UsageError(
+            f"expected a site, a grade and a patient for each slide, not {site.shape}, {grade.shape} and "
+            f"{who.shape}"
+        )
+    if not np.isin(grade, np.arange(n_grades)).all():
+        raise UsageError(f"grades must be whole numbers from 0 to {n_grades - 1}")
+    grade = grade.astype(np.int64)
+    slides = np.bincount(site * n_grades + grade, minlength=len(names) * n_grades).reshape(-1, n_grades)
+    units, unit = np.unique(who * len(names) + site, return_inverse=True)
+    unit_site, unit_grade = units % len(names), np.zeros(len(units), np.int64)
+    np.maximum.at(unit_grade, unit, grade)
+    table = tuple(tuple(int(count) for count in row) for row in slides)
+    if len(names) < 2 or len(np.unique(unit_grade)) < 2:
+        return SiteByGrade(tuple(names.tolist()), table, None, None, len(units))
+    observed = _chi_square(unit_site, unit_grade, len(names), n_grades)
+    rng = np.random.default_rng(seed)
+    hits = sum(
+        _chi_square(rng.permutation(unit_site), unit_grade, len(names), n_grades) >= observed - 1e-9
+        for _ in range(n_permutations)
+    )
+    v = _cramers_v(observed, len(units), len(names), len(np.unique(unit_grade)))
+    return SiteByGrade(tuple(names.tolist()), table, v, (1 + hits) / (1 + n_permutations), len(units))
+
+
+@dataclass(frozen=True)
+class SiteDecodability:
+    """How well embeddings tell the site of patients that the classifier never saw.
+
+    Attributes:
+        balanced_accuracy: mean share right over the sites, 0..1.
+        chance: one over the number of sites.
+        null_mean, null_high: mean and 95 % quantile of the same figure with sites permuted over patients.
+        p: of the permutation test.
+        n_sites, n_patients: what it rests on.
+    """
+
+    balanced_accuracy: float
+    chance: float
+    null_mean: float
+    null_high: float
+    p: float
+    n_sites: int
+    n_patients: int
+
+
+def site_decodability(
+    embeddings: ArrayLike,
+    sites: ArrayLike,
+    patients: ArrayLike,
+    *,
+    n_folds: int = 5,
+    n_permutations: int = 1000,
+    seed: int = 0,
+) -> SiteDecodability:
+    """Tells sites from embeddings by linear discriminants, cross-validated over patients.
+
+    The discriminant is the nearest site mean after whitening by the training part's covariance with its mean
+    non-zero eigenvalue added to the diagonal (Friedman, JASA 1989); sites count alike, however many slides
+    they have. Neither folds nor whitening look at the sites, so permuting them over patients and classifying
+    again is an exact test, and cheap.
+
+    Embeddings that tell the site are the rule and prove no fault; they allow one, where sites and grades
+    are associated (:func:`site_by_grade`).
+
+    Args:
+        embeddings: ``[N, D]``, a row for each slide.
+        sites: ``[N]`` names; a patient lies at one of them.
+        patients: ``[N]``.
+        n_folds: at most one for each patient.
+        n_permutations: how many.
+        seed: of the folds and the permutations.
+
+    Raises:
+        UsageError: shapes that do not fit, values that are not finite, a single site, a patient at two sites,
+            or a site with fewer than two patients.
+    """
+    values = np.asarray(embeddings, np.float64)
+    names, site = np.unique(np.asarray(sites), return_inverse=True)
+    who_names, first, who = np.unique(np.asarray(patients), return_index=True, return_inverse=True)
+    if values.ndim != 2 or site.shape != (len(values),) or who.shape != site.shape:
+        raise UsageError(
+            f"expected embeddings [N, D], sites [N] and patients [N], not {values.shape}, {site.shape} and "
+            f"{who.shape}"
+        )
+    if not np.isfinite(values).all():
+        raise UsageError("embeddings must be finite numbers")
+    of_patient = site[first]
+    if (of_patient[who] != site).any():
+        torn: Any = who_names[who[of_patient[who] != site][0]]
+        raise UsageError(f"patient {torn} is at two sites; name the patient by site, or leave one out")
+    if len(names) < 2 or np.bincount(of_patient).min() < 2:
+        raise UsageError("telling sites apart needs at least two of them, with two patients each")
+    rng = np.random.default_rng(seed)
+    n_patients = len(who_names)
+    fold = rng.permutation(n_patients) % min(n_folds, n_patients)
+    # The true sites first, then the permuted ones: [1 + n, P].
+    labels = np.stack([of_patient, *(rng.permutation(of_patient) for _ in range(n_permutations))])
+    predicted = np.zeros((len(labels), len(values)), np.int64)
+    for number in range(fold.max() + 1):
+        test = fold[who] == number
+        train_rows, test_rows = _whitened(values[~test], values[test])
+        for row, of_patients in enumerate(labels):
+            is_site = of_patients[who[~test], None] == np.arange(len(names))
+            counts = is_site.sum(axis=0)
+            centres = is_site.T @ train_rows / np.maximum(counts, 1)[:, None]
+            scores = test_rows @ centres.T - (centres**2).sum(axis=1) / 2
+            predicted[row, test] = np.where(counts > 0, scores, -np.inf).argmax(axis=1)
+    slide_labels = labels[:, who]
+    right = predicted == slide_labels
+    shares = [
+        (right & (slide_labels == each)).sum(axis=1) / (slide_labels == each).sum(axis=1)
+        for each in range(len(names))
+    ]
+    balanced = np.mean(shares, axis=0)
+    null = balanced[1:]
+    return SiteDecodability(
+        balanced_accuracy=float(balanced[0]),
+        chance=1 / len(names),
+        null_mean=float(null.mean()),
+        null_high=float(np.quantile(null, 0.95)),
+        p=float((1 + (null >= balanced[0] - 1e-12).sum()) / (1 + len(null))),
+        n_sites=len(names),
+        n_patients=n_patients,
+    )
+
+
+@dataclass(frozen=True)
+class GroupFigure:
+    """A figure on the slides of one site or scanner.
+
+    Attributes:
+        group: its name.
+        n_slides, n_patients: how many.
+        figure: with its interval; None for a single patient, or where it is undefined on these slides or on
+            most resamples of them.
+    """
+
+    group: str
+    n_slides: int
+    n_patients: int
+    figure: Interval | None
+
+
+def figure_by_group(
+    figure: Figure, groups: ArrayLike, patients: ArrayLike, *, level: float = 0.95, seed: int = 0
+) -> tuple[GroupFigure, ...]:
+    """The figure within each group by itself, with intervals over its patients.
+
+    The groups of a leave-one-site-out protocol are new to the model; those of any other were seen in
+    training, and say nothing of a new site. Kappa depends on which grades a site has: a site of one
+    grade has 0 whatever was predicted, so read it beside the accuracy.
+
+    Args:
+        figure: over all N results.
+        groups: ``[N]`` names of sites, or of scanners.
+        patients: ``[N]``.
+        level: of the intervals.
+        seed: of the resampling.
+
+    Returns:
+        In the order of the names.
+
+    Raises:
+        UsageError: lengths that differ.
+    """
+    names, who = np.asarray(groups).astype(str), np.asarray(patients)
+    if names.shape != who.shape or names.ndim != 1:
+        raise UsageError(f"expected a group and a patient for each result, not {names.shape}, {who.shape}")
+    rows = []
+    for name in np.unique(names):
+        members = np.flatnonzero(names == name)
+        n_patients = len(np.unique(who[members]))
+
+        def within(weights: NDArray[np.float64], members: NDArray[np.intp] = members) -> NDArray[np.float64]:
+            spread = np.zeros((len(weights), len(who)))
+            spread[:, members] = weights
+            return figure(spread)
+
+        interval = None
+        if n_patients > 1:
+            interval = bca_interval_if_defined(within, who[members], level=level, seed=seed)
+        rows.append(GroupFigure(str(name), len(members), n_patients, interval))
+    return tuple(rows)
+
+
+def _chi_square(row: NDArray[np.int64], column: NDArray[np.int64], n_rows: int, n_columns: int) -> float:
+    counts = np.bincount(row * n_columns + column, minlength=n_rows * n_columns).reshape(n_rows, n_columns)
+    expected = np.outer(counts.sum(axis=1), counts.sum(axis=0)) / counts.sum()
+    return float(((counts - expected) ** 2 / np.where(expected > 0, expected, 1)).sum())
+
+
+def _cramers_v(chi_square: float, n: int, n_rows: int, n_columns: int) -> float:
+    """Bergsma 2013, equations 3 to 5; 0 where there are as many categories as units."""
+    rows = n_rows - (n_rows - 1) ** 2 / (n - 1)
+    columns = n_columns - (n_columns - 1) ** 2 / (n - 1)
+    excess = max(0.0, chi_square / n - (n_rows - 1) * (n_columns - 1) / (n - 1))
+    smaller = min(rows, columns) - 1
+    return float(np.sqrt(excess / smaller)) if smaller > 0 else 0.0
+
+
+def _whitened(
+    train: NDArray[np.float64], test: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    centre = train.mean(axis=0)
+    _, singular, axes = np.linalg.svd(train - centre, full_matrices=False)
+    variances = singular**2 / len(train)
+    kept = variances > 1e-12 * max(variances.max(), 1e-300)
+    if not kept.any():
+        return np.zeros((len(train), 1)), np.zeros((len(test), 1))
+    scale = axes[kept].T / np.sqrt(variances[kept] + variances[kept].mean())
+    return (train - centre) @ scale, (test - centre) @ scale

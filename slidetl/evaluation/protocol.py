@@ -1,0 +1,352 @@
+"""Repeated nested cross-validation for a hundred slides, in which nothing leaks.
+
+Pure arithmetic over what is known of the slides: who goes where is decided before anything is fitted, is the
+same for all arms of a comparison, and can be written down and hashed. The test part of a fold is there to be
+predicted once; every choice belongs to the inner folds, which are cut from its training part alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from slidetl.errors import UsageError
+from slidetl.evaluation.comparison import Unit
+
+UNITS: tuple[Unit, ...] = ("worst", "mean", "slide")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a comparison is split, and what counts as one result.
+
+    Attributes:
+        repeats: R, how often the whole cross-validation is done with other folds and seeds.
+        outer_folds: K, whose test parts are reported; sites or the given split take their place.
+        inner_folds: folds of each training part, for choices; 0: nothing is chosen ("not nested").
+        seed: of all folds, and through them of all trainings.
+        unit: how several slides of a patient become one result.
+        leave_one_site_out: each test part is one site. A grade that the other sites lack is then a warning.
+        given_split: the manifest's ``split`` column instead: trained on ``train`` and ``val``, tested once
+            per repeat on ``test``; where there is a ``val``, it is the one inner fold.
+    """
+
+    repeats: int = 1
+    outer_folds: int = 5
+    inner_folds: int = 3
+    seed: int = 0
+    unit: Unit = "worst"
+    leave_one_site_out: bool = False
+    given_split: bool = False
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1 or self.outer_folds < 2 or self.inner_folds < 0 or self.inner_folds == 1:
+            raise UsageError(
+                "protocol: expected repeats >= 1, outer_folds >= 2 and inner_folds of 0 (not nested) or at "
+                f"least 2, not {self.repeats}, {self.outer_folds}, {self.inner_folds}"
+            )
+        if self.seed < 0:
+            raise UsageError(f"protocol: seed must be at least 0, not {self.seed}")
+        if self.unit not in UNITS:
+            raise UsageError(f"protocol: unit must be one of {', '.join(UNITS)}, not {self.unit!r}")
+        if self.leave_one_site_out and self.given_split:
+            raise UsageError("protocol: leave_one_site_out and given_split exclude each other; choose one")
+
+    @property
+    def is_nested(self) -> bool:
+        """Whether choices are made, in inner folds."""
+        return self.inner_folds > 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a protocol must know of a slide.
+
+    Attributes:
+        slide_id, patient_id: from the manifest.
+        grade: 0..K-1.
+        site: empty where it is not known.
+        split: ``train``, ``val``, ``test``, or empty.
+    """
+
+    slide_id: str
+    patient_id: str
+    grade: int
+    site: str = ""
+    split: str = ""
+
+
+@dataclass(frozen=True)
+class InnerFold:
+    """A training part cut in two once more; both are slide identifiers, sorted."""
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One training and one test part.
+
+    Attributes:
+        repeat: 0..R-1.
+        name: of the fold within its repeat: its number, its site, or ``test``.
+        seed: of whatever is random in this fold, the same for every arm.
+        train: slide identifiers, sorted.
+        test: slide identifiers, sorted.
+        inner: folds of ``train``; empty where nothing is to be chosen.
+    """
+
+    repeat: int
+    name: str
+    seed: int
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    inner: tuple[InnerFold, ...] = ()
+
+
+def plan_folds(cases: Sequence[Case], protocol: Protocol, n_grades: int) -> tuple[Fold, ...]:
+    """Plans all folds of a comparison.
+
+    Folds are those of scikit-learn's ``StratifiedGroupKFold``: no patient is on two sides, and the mix of
+    grades is about the same everywhere. The order of the cases does not matter.
+
+    Args:
+        cases: the graded slides.
+        protocol: how they are split.
+        n_grades: K of the scale; each training part must have all of them.
+
+    Raises:
+        UsageError: a training part lacks a grade, a part is empty, there are too few patients, or the
+            manifest has no such split or sites; the message says what to do.
+    """
+    cases = sorted(cases, key=lambda case: case.slide_id)
+    strange = [case.slide_id for case in cases if not 0 <= case.grade < n_grades]
+    if strange:
+        raise UsageError(f"grades must be from 0 to {n_grades - 1}; slide {strange[0]!r} has another")
+    folds = []
+    for repeat in range(protocol.repeats):
+        for number, (name, train, test) in enumerate(_outer(cases, protocol, repeat)):
+            where = f"repeat {repeat}, fold {name}"
+            for part, members in (("training", train), ("test", test)):
+                if not members:
+                    raise UsageError(f"{where}: the {part} part is empty; ask for fewer folds")
+            _check_grades(train, n_grades, where, protocol, inner=False)
+            seed = _seed(protocol.seed, repeat, number)
+            inner = tuple(_inner(train, protocol, seed))
+            for fold in inner:
+                chosen = set(fold.train)
+                kept = [case for case in train if case.slide_id in chosen]
+                _check_grades(kept, n_grades, f"{where}, an inner fold", protocol, inner=True)
+            folds.append(Fold(repeat, name, seed, _ids(train), _ids(test), inner))
+    return tuple(folds)
+
+
+def subsample(fold: Fold, cases: Iterable[Case], n_slides: int, n_grades: int) -> Fold:
+    """The fold with fewer slides to train on, for the curve of accuracy against their number.
+
+    Whole patients are taken in a random order, those first that bring a grade not yet there, until the part
+    has ``n_slides``; the last patient may be cut. Smaller parts lie within larger ones. There are no inner
+    folds: hyper-parameters are those of the whole part, or fixed.
+
+    Raises:
+        UsageError: the training part has fewer slides, or ``n_slides`` cannot hold each grade.
+    """
+    if not n_grades <= n_slides <= len(fold.train):
+        raise UsageError(
+            f"expected a training part of {n_grades} to {len(fold.train)} slides, not {n_slides}; "
+            "change 'sizes.slides'"
+        )
+    slides: dict[str, list[Case]] = defaultdict(list)
+    members = set(fold.train)
+    for case in sorted(cases, key=lambda case: case.slide_id):
+        if case.slide_id in members:
+            slides[case.patient_id].append(case)
+    patients = sorted(slides)
+    order = [patients[index] for index in np.random.default_rng(fold.seed).permutation(len(patients))]
+    first, seen = [], set[int]()
+    for patient in order:
+        if not {case.grade for case in slides[patient]} <= seen:
+            first.append(patient)
+            seen |= {case.grade for case in slides[patient]}
+    taken = [case for patient in dict.fromkeys([*first, *order]) for case in slides[patient]][:n_slides]
+    if {case.grade for case in taken} != seen:
+        raise UsageError(f"{n_slides} slides do not hold all {len(seen)} grades; raise 'sizes.slides'")
+    return Fold(fold.repeat, fold.name, fold.seed, _ids(taken), fold.test)
+
+
+def permute_grades(cases: Iterable[Case], seed: int) -> dict[str, int]:
+    """Grades dealt out anew over the patients, for a test against chance.
+
+    A patient gives all its grades, in the order of its slides, to another one with as many slides: under the
+    null hypothesis those are exchangeable. The only patient with so many slides keeps its own.
+
+    Returns:
+        Grade by slide.
+    """
+    slides: dict[str, list[Case]] = defaultdict(list)
+    for case in sorted(cases, key=lambda case: case.slide_id):
+        slides[case.patient_id].append(case)
+    alike: dict[int, list[str]] = defaultdict(list)
+    for patient in sorted(slides):
+        alike[len(slides[patient])].append(patient)
+    rng = np.random.default_rng(seed)
+    grades = {}
+    for patients in alike.values():
+        for patient, giver in zip(patients, rng.permutation(patients).tolist(), strict=True):
+            for case, given in zip(slides[patient], slides[giver], strict=True):
+                grades[case.slide_id] = given.grade
+    return grades
+
+
+def folds_to_json(folds: Iterable[Fold]) -> list[dict[str, Any]]:
+    """The folds as plain JSON values."""
+    plain: list[dict[str, Any]] = json.loads(json.dumps([asdict(fold) for fold in folds]))
+    return plain
+
+
+def canonical_sha256(value: object) -> str:
+    """SHA-256 of a JSON value in its canonical form: sorted keys, no spaces, ASCII, no NaN."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def splits_sha256(folds: Iterable[Fold]) -> str:
+    """A hash of who is where: equal for equal splits, on any machine."""
+    return canonical_sha256(folds_to_json(folds))
+
+
+def audit_folds(
+    folds: Iterable[Fold],
+    cases: Iterable[Case],
+    fingerprints: Mapping[str, str],
+    near_duplicates: Iterable[tuple[str, str, float]] = (),
+) -> None:
+    """Stops a comparison in which one side knows something of the other.
+
+    It looks at the folds as they are, however they were made, the inner ones too.
+
+    Args:
+        folds: to be looked at.
+        cases: of all slides in them.
+        fingerprints: SHA-256 of each slide's content.
+        near_duplicates: pairs of slides that look alike, and how much (:func:`near_duplicates`).
+
+    Raises:
+        UsageError: a patient, a slide's content or a near-duplicate is on both sides; the first one found.
+    """
+    patient = {case.slide_id: case.patient_id for case in cases}
+    pairs = list(near_duplicates)
+    for fold in folds:
+        sides = [("test", fold.train, fold.test)]
+        sides += [("validation", inner.train, inner.validation) for inner in fold.inner]
+        for other, train, test in sides:
+            where = f"repeat {fold.repeat}, fold {fold.name}: training and {other} part"
+            shared = {patient[slide] for slide in train} & {patient[slide] for slide in test}
+            if shared:
+                raise UsageError(f"{where} share patient {min(shared)!r}; a patient belongs to one side")
+            content = {fingerprints[slide]: slide for slide in train}
+            for slide in test:
+                if fingerprints[slide] in content:
+                    raise UsageError(
+                        f"{where} hold the same slide as {content[fingerprints[slide]]!r} and {slide!r}; "
+                        "remove one from the manifest, or give both one patient_id"
+                    )
+            trained, tested = set(train), set(test)
+            for one, two, likeness in pairs:
+                if (one in trained and two in tested) or (two in trained and one in tested):
+                    raise UsageError(
+                        f"{where} hold slides that look alike, {one!r} and {two!r} (correlation "
+                        f"{likeness:.3f}); remove one, or give both one patient_id"
+                    )
+
+
+def _outer(cases: list[Case], protocol: Protocol, repeat: int) -> list[tuple[str, list[Case], list[Case]]]:
+    """Name, training and test part of each fold of a repeat."""
+    if protocol.given_split:
+        if any(not case.split for case in cases):
+            raise UsageError("protocol.given_split: a slide has no 'split'; fill that column of the manifest")
+        test = [case for case in cases if case.split == "test"]
+        return [("test", [case for case in cases if case.split != "test"], test)]
+    if protocol.leave_one_site_out:
+        sites = sorted({case.site for case in cases})
+        if len(sites) < 2 or "" in sites:
+            raise UsageError(
+                f"protocol.leave_one_site_out: expected at least two sites and one for each slide, found "
+                f"{sites}; fill the manifest's 'site'"
+            )
+        parts = []
+        for site in sites:
+            test = [case for case in cases if case.site == site]
+            patients = {case.patient_id for case in test}
+            parts.append((site, [case for case in cases if case.patient_id not in patients], test))
+        return parts
+    seed = _seed(protocol.seed, repeat)
+    parts = []
+    for number, test in enumerate(_stratified(cases, protocol.outer_folds, seed, "outer_folds")):
+        inside = {case.slide_id for case in test}
+        parts.append((str(number), [case for case in cases if case.slide_id not in inside], test))
+    return parts
+
+
+def _inner(train: list[Case], protocol: Protocol, seed: int) -> list[InnerFold]:
+    if not protocol.is_nested:
+        return []
+    given = [case for case in train if case.split == "val"] if protocol.given_split else []
+    held_out = [given] if given else _stratified(train, protocol.inner_folds, seed, "inner_folds")
+    folds = []
+    for validation in held_out:
+        inside = {case.slide_id for case in validation}
+        folds.append(InnerFold(tuple(i for i in _ids(train) if i not in inside), _ids(validation)))
+    return folds
+
+
+def _stratified(cases: list[Case], n_folds: int, seed: int, option: str) -> list[list[Case]]:
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    patients = [case.patient_id for case in cases]
+    commonest = max(Counter(case.grade for case in cases).values(), default=0)
+    if min(len(set(patients)), commonest) < n_folds:
+        raise UsageError(
+            f"{len(cases)} slides of {len(set(patients))} patients are too few for {n_folds} folds; lower "
+            f"protocol.{option}"
+        )
+    grades = np.array([case.grade for case in cases])
+    splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        # A grade with fewer slides than folds cannot be in each test part; training parts are checked.
+        warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+        parts = [[cases[index] for index in test] for _, test in splitter.split(grades, grades, patients)]
+    if not all(parts):
+        raise UsageError(f"a fold is empty; lower protocol.{option} or choose another protocol.seed")
+    return parts
+
+
+def _check_grades(train: Iterable[Case], n_grades: int, where: str, protocol: Protocol, inner: bool) -> None:
+    missing = sorted(set(range(n_grades)) - {case.grade for case in train})
+    if not missing:
+        return
+    names = ", ".join(map(str, missing))
+    if protocol.leave_one_site_out:
+        warnings.warn(f"{where}: no training slide has grade {names}; it cannot be predicted", stacklevel=3)
+        return
+    remedy = "lower protocol.inner_folds" if inner else "ask for fewer folds"
+    raise UsageError(
+        f"{where}: no training slide has grade {names}, so it could not be learned; add such slides (of "
+        f"other patients), {remedy}, choose another protocol.seed, or give 'grades' a scale without it"
+    )
+
+
+def _seed(*numbers: int) -> int:
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0] % 2**31)
+
+
+def _ids(cases: Iterable[Case]) -> tuple[str, ...]:
+    return tuple(sorted(case.slide_id for case in cases))

@@ -1,0 +1,283 @@
+"""A continuous score: how far it repeats itself, and whether two groups, or two times, differ in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from slidetl.errors import UsageError
+from slidetl.evaluation.bootstrap import Figure, Interval, bca_interval
+
+
+@dataclass(frozen=True)
+class Repeatability:
+    """How far a slide's score repeats itself over draws of tiles.
+
+    Attributes:
+        n_slides, n_draws: what it rests on.
+        within_sd: standard deviation over draws of a slide's score, pooled over slides: the standard error of
+            measurement (SEM) of one draw.
+        icc: share of a single draw's variance that is between slides, ICC(1,1); may fall below zero.
+        minimal_detectable_change: ``1.96 * sqrt(2) * SEM``: two scores of one slide differ by more in 5 % of
+            pairs; a smaller change of a patient's score is noise of the draw.
+    """
+
+    n_slides: int
+    n_draws: int
+    within_sd: Interval
+    icc: Interval
+    minimal_detectable_change: Interval
+
+
+def repeatability(
+    scores: ArrayLike, patients: ArrayLike, *, level: float = 0.95, seed: int = 0
+) -> Repeatability:
+    """Splits the variance of scores into slides and draws, by a one-way analysis of variance.
+
+    ICC(1,1) is that of Shrout and Fleiss (Psychological Bulletin 1979), the minimal detectable change that
+    of Weir (Journal of Strength and Conditioning Research 2005), for one draw; the mean of d draws has it
+    divided by ``sqrt(d)``. It tells the noise of drawing tiles only, neither that of cutting another section
+    nor that of scanning again. Intervals resample patients, and are conditional on the fitted model.
+
+    Args:
+        scores: ``[N, D]``, of N slides in each of D independent draws.
+        patients: ``[N]``.
+        level: of the intervals.
+        seed: of the resampling.
+
+    Raises:
+        UsageError: shapes that do not fit, fewer than two slides or draws, a score that is not finite, or
+            scores that are all the same.
+    """
+    values = np.asarray(scores, np.float64)
+    if values.ndim != 2 or min(values.shape) < 2 or not np.isfinite(values).all():
+        raise UsageError(
+            f"expected finite scores [N, D] of two slides and draws at least, not {values.shape}"
+        )
+    n_draws = values.shape[1]
+    means = values.mean(axis=1)
+    squares = ((values - means[:, None]) ** 2).sum(axis=1)
+
+    def mean_squares(weights: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Between slides and within them; a slide drawn twice is two slides."""
+        n = weights.sum(axis=1)
+        centre = weights @ means / n
+        between = n_draws * (weights @ means**2 - n * centre**2)
+        # Two slides at least, or there is nothing between them.
+        between = np.where(n > 1, between / np.maximum(n - 1, 1), np.nan)
+        return between, weights @ squares / (n * (n_draws - 1))
+
+    def icc(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        between, within = mean_squares(weights)
+        total = between + (n_draws - 1) * within
+        return np.where(total > 1e-24, (between - within) / np.where(total > 1e-24, total, 1), np.nan)
+
+    def within_sd(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.sqrt(mean_squares(weights)[1])
+
+    sd = bca_interval(within_sd, patients, level=level, seed=seed)
+    factor = 1.96 * 2**0.5
+    change = Interval(factor * sd.estimate, factor * sd.low, factor * sd.high, level)
+    return Repeatability(
+        n_slides=len(values),
+        n_draws=n_draws,
+        within_sd=sd,
+        icc=bca_interval(icc, patients, level=level, seed=seed),
+        minimal_detectable_change=change,
+    )
+
+
+@dataclass(frozen=True)
+class BlandAltman:
+    """Two measurements of the same slides.
+
+    Attributes:
+        mean: ``[N]`` of the two, slide by slide: the horizontal axis of the plot.
+        difference: ``[N]`` first less second: the vertical one.
+        bias: mean difference.
+        low, high: limits of agreement, ``bias -+ 1.96`` standard deviations of the difference, each with its
+            interval.
+    """
+
+    mean: tuple[float, ...]
+    difference: tuple[float, ...]
+    bias: Interval
+    low: Interval
+    high: Interval
+
+
+def bland_altman(
+    first: ArrayLike, second: ArrayLike, patients: ArrayLike, *, level: float = 0.95, seed: int = 0
+) -> BlandAltman:
+    """Limits of agreement (Bland and Altman, Lancet 1986), with intervals that resample patients.
+
+    The limits hold for a slide drawn from these patients, and take the differences to be about normal and to
+    grow neither with the score nor otherwise; the plot shows whether they are.
+
+    Args:
+        first: ``[N]`` scores.
+        second: ``[N]`` scores of the same slides: of another draw or scanner, or by a reader.
+        patients: ``[N]``.
+        level: of the intervals.
+        seed: of the resampling.
+
+    Raises:
+        UsageError: shapes that do not fit, fewer than two patients, or a score that is not finite.
+    """
+    one, other = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if one.ndim != 1 or one.shape != other.shape or not (np.isfinite(one).all() and np.isfinite(other).all()):
+        raise UsageError(f"expected two lists of finite scores, not {one.shape} and {other.shape}")
+    gap = one - other
+
+    def limit(side: float) -> Figure:
+        def figure(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+            n = weights.sum(axis=1)
+            centre = weights @ gap / n
+            spread = np.maximum(weights @ gap**2 - n * centre**2, 0) / np.maximum(n - 1, 1)
+            return np.asarray(centre + side * np.sqrt(spread))
+
+        return figure
+
+    bias, low, high = (
+        bca_interval(limit(side), patients, level=level, seed=seed) for side in (0.0, -1.96, 1.96)
+    )
+    return BlandAltman(tuple(((one + other) / 2).tolist()), tuple(gap.tolist()), bias, low, high)
+
+
+@dataclass(frozen=True)
+class ScoreShift:
+    """How far one group's scores lie from another's.
+
+    Attributes:
+        n_first, n_second: patients.
+        shift: Hodges-Lehmann estimate, second less first, with its bootstrap interval.
+        p: two-sided, of the rank test.
+        superiority: how often the second is above the first, ties counting half: 0.5 where there is no shift.
+    """
+
+    n_first: int
+    n_second: int
+    shift: Interval
+    p: float
+    superiority: float
+
+
+def compare_groups(
+    scores: ArrayLike,
+    is_second: ArrayLike,
+    patients: ArrayLike,
+    *,
+    level: float = 0.95,
+    n_draws: int = 2000,
+    seed: int = 0,
+) -> ScoreShift:
+    """Compares scores of two groups of different patients, such as treated and not.
+
+    A patient's score is the mean over its slides. The shift is the median of all differences between the
+    groups (Hodges and Lehmann, Annals of Mathematical Statistics 1963), its interval a BCa bootstrap that
+    resamples the patients of each group; the test is that of Mann and Whitney (exact where a group has 8
+    patients or fewer and nothing ties, else normal with its correction for ties). Groups that were not
+    drawn by lot differ in more than the treatment.
+
+    Args:
+        scores: ``[N]`` of slides.
+        is_second: ``[N]`` bool, whether the slide's patient is in the second group.
+        patients: ``[N]``.
+        level: of the interval.
+        n_draws: number of resamples.
+        seed: of the resampling.
+
+    Raises:
+        UsageError: shapes that do not fit, a score that is not finite, fewer than two patients in a group, or
+            a patient in both.
+    """
+    from scipy.stats import mannwhitneyu
+
+    values, second, names = np.asarray(scores, np.float64), np.asarray(is_second, bool), np.asarray(patients)
+    if values.ndim != 1 or second.shape != values.shape or names.shape != values.shape:
+        raise UsageError(
+            f"expected scores, groups and patients of one length, not {values.shape}, {second.shape} and "
+            f"{names.shape}"
+        )
+    if not np.isfinite(values).all():
+        raise UsageError("scores must be finite numbers")
+    who, member = np.unique(names, return_inverse=True)
+    share = np.bincount(member, second) / np.bincount(member)
+    if ((share > 0) & (share < 1)).any():
+        torn: Any = who[(share > 0) & (share < 1)][0]
+        raise UsageError(f"patient {torn} is in both groups; compare such patients with compare_paired")
+    group = share == 1
+    if min(group.sum(), (~group).sum()) < 2:
+        raise UsageError("a comparison of groups needs two patients in each")
+    means = np.bincount(member, values) / np.bincount(member)
+    gaps = means[group][None, :] - means[~group][:, None]  # [first, second]
+    figure = _median_of(gaps.ravel(), lambda row: np.outer(row[~group], row[group]).ravel())
+    shift = bca_interval(figure, who, level=level, n_draws=n_draws, seed=seed, strata=group)
+    p = float(mannwhitneyu(means[group], means[~group], alternative="two-sided").pvalue)
+    superiority = float(((gaps > 0) + (gaps == 0) / 2).mean())
+    return ScoreShift(gaps.shape[0], gaps.shape[1], shift, p, superiority)
+
+
+def compare_paired(
+    before: ArrayLike, after: ArrayLike, *, level: float = 0.95, n_draws: int = 2000, seed: int = 0
+) -> ScoreShift:
+    """Compares two scores of the same patients, such as before and after treatment.
+
+    The shift is the median of the means of all pairs of changes, a change with itself included (Hodges and
+    Lehmann 1963), its interval a BCa bootstrap over patients; the test is Wilcoxon's of signed ranks (exact
+    up to 50 patients without ties or unchanged ones, else normal). Without untreated patients beside them it
+    shows a change, not its cause.
+
+    Args:
+        before: ``[P]``, one score a patient; average the slides first.
+        after: ``[P]``, of the same patients in the same order.
+        level: of the interval.
+        n_draws: number of resamples.
+        seed: of the resampling.
+
+    Raises:
+        UsageError: lengths that differ, fewer than two patients, or a score that is not finite.
+    """
+    from scipy.stats import wilcoxon
+
+    one, other = np.asarray(before, np.float64), np.asarray(after, np.float64)
+    if one.ndim != 1 or one.shape != other.shape or len(one) < 2:
+        raise UsageError(f"expected two scores for each of two patients, not {one.shape} and {other.shape}")
+    change = other - one
+    if not np.isfinite(change).all():
+        raise UsageError("scores must be finite numbers")
+
+    n = len(change)
+    one_of, other_of = np.triu_indices(n)
+
+    def weigh(row: NDArray[np.float64]) -> NDArray[np.float64]:
+        """How many pairs there are of a patient's copies with another's, or among themselves."""
+        return np.where(one_of == other_of, row[one_of] * (row[one_of] + 1) / 2, row[one_of] * row[other_of])
+
+    figure = _median_of((change[one_of] + change[other_of]) / 2, weigh)
+    shift = bca_interval(figure, np.arange(n), level=level, n_draws=n_draws, seed=seed)
+    p = float(wilcoxon(change, method="auto").pvalue) if change.any() else 1.0
+    return ScoreShift(n, n, shift, p, float(((change > 0) + (change == 0) / 2).mean()))
+
+
+def _median_of(
+    values: NDArray[np.float64], weigh: Callable[[NDArray[np.float64]], NDArray[np.float64]]
+) -> Figure:
+    """The median of ``[M]`` values, each with the weight that ``weigh`` makes of the patients' ``[P]``."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+
+    def figure(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        medians = []
+        for row in weights:
+            reached = np.cumsum(weigh(row)[order])
+            # Where half of the weight is just reached between two values: their mean.
+            low, high = (np.searchsorted(reached, reached[-1] / 2, side) for side in ("left", "right"))
+            medians.append((ordered[low] + ordered[min(high, len(ordered) - 1)]) / 2)
+        return np.array(medians)
+
+    return figure

@@ -1,0 +1,542 @@
+"""All units of a comparison together: figures with their intervals, and what may be said of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidetl.cache.features import read_features
+from slidetl.errors import UsageError
+from slidetl.evaluation.agreement import (
+    Agreement,
+    ModelAgainstReader,
+    ReaderCeiling,
+    model_against_readers,
+    reader_agreement,
+    reader_ceiling,
+)
+from slidetl.evaluation.bootstrap import Figure as Weighted
+from slidetl.evaluation.bootstrap import Interval, bca_interval
+from slidetl.evaluation.calibration import (
+    CalibrationNull,
+    CalibrationSlope,
+    ReliabilityBin,
+    calibration_null,
+    calibration_slope,
+    reliability,
+    with_temperature,
+)
+from slidetl.evaluation.comparison import (
+    CorrectedT,
+    PatientResults,
+    SignFlip,
+    VarianceSplit,
+    chance_p,
+    corrected_t,
+    figures_per_fold,
+    holm,
+    patient_results,
+    sign_flip_test,
+    variance_split,
+)
+from slidetl.evaluation.conformal import RiskCoverage, SetCoverage, check_coverage, risk_coverage
+from slidetl.evaluation.confounding import (
+    GroupFigure,
+    SiteByGrade,
+    SiteDecodability,
+    figure_by_group,
+    site_by_grade,
+    site_decodability,
+)
+from slidetl.evaluation.figures import accuracy_of, difference, log_loss_of, mae_of, qwk_of, rps_of
+from slidetl.evaluation.metrics import ProbabilityMetrics, confusion_matrix, probability_metrics
+from slidetl.evaluation.power import PowerRow, StudyDesign, power_table
+from slidetl.evaluation.protocol import Fold, splits_sha256
+from slidetl.evaluation.repeatability import Repeatability, repeatability
+from slidetl.experiments.compare.config import FIGURES, Comparison, Figure
+from slidetl.experiments.compare.plan import Study, Unit
+from slidetl.experiments.compare.unit import UnitResult
+
+# Slides that the sets of grades may miss, and accuracies whose difference the power table is about.
+RISK = 0.1
+_ACCURACIES = ((0.56, 0.56), (0.56, 0.60), (0.56, 0.64), (0.56, 0.68), (0.56, 0.72), (0.56, 0.80))
+
+
+@dataclass(frozen=True, eq=False)
+class ArmResult:
+    """One arm, its out-of-fold predictions pooled within each repeat.
+
+    R repeats, N slides in the order of :attr:`ComparisonResult.slides`, K grades. Intervals resample patients
+    and are conditional on the fitted models.
+
+    Attributes:
+        arm: its name.
+        n_slides: that it was trained on in each fold, of a smaller training part; None for the whole one.
+        nested: whether all choices were made in inner folds; False also for arms that choose nothing.
+        probabilities: ``[R, N, K]``, calibrated by the temperatures of the inner folds where there are any.
+        folds: ``[R, N]``, number of the fold whose test part held each slide.
+        results: one for each patient or slide, as the protocol's unit says.
+        figures: ``qwk``, ``accuracy``, ``mae``, ``rps`` and ``log_loss`` of ``results``.
+        by_repeat: the same figures for each repeat alone.
+        quality: per threshold and over all, of ``results`` in the first repeat.
+        confusion: ``[K, K]``, true by predicted, of ``results``, summed over repeats.
+        variance: of the primary figure by seed, fold and patient; None for a single fold.
+        slope, null, bins: calibration in the first repeat, per slide.
+        sets: coverage of sets of grades that miss one in ten patients; None for a single fold.
+        referral: share of wrong grades against share of slides that are graded at all.
+        sites, scanners: accuracy and QWK of slides by group, by figure; empty where there is one group.
+        readers: the model against each reader, and their consensus.
+        repeatability: of the score over draws of tiles; None for arms without.
+        chance_p: of the primary figure, against refits on permuted labels; None where there were none.
+        units: each with what it found.
+    """
+
+    arm: str
+    n_slides: int | None
+    nested: bool
+    probabilities: NDArray[np.float64]
+    folds: NDArray[np.int64]
+    results: PatientResults
+    figures: Mapping[Figure, Interval]
+    by_repeat: Mapping[Figure, tuple[float, ...]]
+    quality: ProbabilityMetrics
+    confusion: NDArray[np.int64]
+    variance: VarianceSplit | None
+    slope: CalibrationSlope
+    null: CalibrationNull
+    bins: tuple[ReliabilityBin, ...]
+    sets: SetCoverage | None
+    referral: RiskCoverage
+    sites: Mapping[Figure, tuple[GroupFigure, ...]]
+    scanners: Mapping[Figure, tuple[GroupFigure, ...]]
+    readers: tuple[ModelAgainstReader, ...]
+    repeatability: Repeatability | None
+    chance_p: float | None
+    units: tuple[tuple[Unit, UnitResult], ...]
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return self.arm if self.n_slides is None else f"{self.arm} ({self.n_slides} slides)"
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """Two arms on the same patients.
+
+    Attributes:
+        arm, against: their names.
+        figure: what is compared; the difference is ``arm`` less ``against``.
+        interval: paired, over patients.
+        corrected_t: over folds; None where there is only one.
+        sign_flip: on the first repeat.
+        p_holm: of the sign-flip test, corrected over the family of all pairs but the primary one, which is
+            outside of it; None for the primary one.
+    """
+
+    arm: str
+    against: str
+    figure: Figure
+    interval: Interval
+    corrected_t: CorrectedT | None
+    sign_flip: SignFlip
+    p_holm: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class ComparisonResult:
+    """What a report is made from.
+
+    Attributes:
+        comparison: as configured.
+        splits_sha256: of all folds.
+        fold_sizes: slides trained and tested on, for each fold.
+        slides: identifiers of the tested slides, sorted.
+        patients: ``[N]`` of each slide.
+        site_of, scanner_of: of each slide, from the manifest.
+        true: ``[N]`` grades.
+        readings: ``[N, Q]`` of the readers, -1 for none; Q may be 0.
+        primary: the comparison that was declared; None until both its arms are complete.
+        arms: those that are complete, the primary ones first.
+        smaller: arms on smaller training parts.
+        differences: of all other arms and the one that the primary is compared against.
+        incomplete: arms with units that are not done: how many are, and how many there are.
+        readers: their agreement.
+        ceiling: what two readers' noise leaves to be reached; None with fewer than two of them.
+        sites, scanners: by grade; None where there is one.
+        site_in_features: how well stored features tell the site, by name of the features.
+        power: what differences as many patients and slides can show.
+    """
+
+    comparison: Comparison
+    splits_sha256: str
+    fold_sizes: tuple[tuple[int, int], ...]
+    slides: tuple[str, ...]
+    patients: NDArray[Any]
+    site_of: tuple[str, ...]
+    scanner_of: tuple[str, ...]
+    true: NDArray[np.int64]
+    readings: NDArray[np.int64]
+    primary: PairedDifference | None
+    arms: tuple[ArmResult, ...]
+    smaller: tuple[ArmResult, ...]
+    differences: tuple[PairedDifference, ...]
+    incomplete: Mapping[str, tuple[int, int]]
+    readers: tuple[Agreement, ...]
+    ceiling: ReaderCeiling | None
+    sites: SiteByGrade | None
+    scanners: SiteByGrade | None
+    site_in_features: Mapping[str, SiteDecodability] = field(default_factory=dict)
+    power: tuple[PowerRow, ...] = ()
+
+
+def combine(
+    comparison: Comparison,
+    study: Study,
+    folds: Sequence[Fold],
+    done: Sequence[tuple[Unit, UnitResult | None]],
+) -> ComparisonResult:
+    """Takes the units together.
+
+    Args:
+        comparison: as configured.
+        study: its slides.
+        folds: all of them.
+        done: every planned unit, with what it found; None where it is not done.
+
+    Raises:
+        UsageError: no arm is complete yet.
+    """
+    pooling = _Pooling(comparison, study, folds)
+    groups: dict[tuple[str, int | None, int | None], list[tuple[Unit, UnitResult | None]]] = {}
+    for unit, result in done:
+        groups.setdefault((unit.arm, unit.n_slides, unit.permutation), []).append((unit, result))
+    complete = {
+        key: [(unit, result) for unit, result in members if result is not None]
+        for key, members in groups.items()
+        if all(result is not None for _, result in members)
+    }
+    incomplete = {
+        _label(*key): (sum(result is not None for _, result in members), len(members))
+        for key, members in groups.items()
+        if key not in complete
+    }
+    null: dict[str, list[float]] = {}
+    for (arm, _, permutation), members in complete.items():
+        if permutation is not None:
+            null.setdefault(arm, []).append(pooling.permuted_figure(members, study.permuted(permutation)))
+    arms = tuple(
+        pooling.arm(arm, None, members, null.get(arm, []))
+        for (arm, n_slides, permutation), members in complete.items()
+        if n_slides is None and permutation is None
+    )
+    if not arms:
+        raise UsageError("no arm has all its folds yet; run the same command again to go on")
+    smaller = tuple(
+        pooling.arm(arm, n_slides, members, [])
+        for (arm, n_slides, permutation), members in complete.items()
+        if n_slides is not None and permutation is None
+    )
+    primary, differences = pooling.differences({result.arm: result for result in arms})
+    return ComparisonResult(
+        comparison=comparison,
+        splits_sha256=splits_sha256(folds),
+        fold_sizes=tuple((len(fold.train), len(fold.test)) for fold in folds),
+        slides=pooling.slides,
+        patients=pooling.patients,
+        site_of=pooling.sites,
+        scanner_of=pooling.scanners,
+        true=pooling.true,
+        readings=pooling.readings,
+        primary=primary,
+        arms=arms,
+        smaller=smaller,
+        differences=differences,
+        incomplete=incomplete,
+        **pooling.about_the_study(),
+    )
+
+
+class _Pooling:
+    """The tested slides, in order, and figures over them."""
+
+    def __init__(self, comparison: Comparison, study: Study, folds: Sequence[Fold]) -> None:
+        self._comparison, self._study, self._folds = comparison, study, folds
+        self._n_grades = len(comparison.grades)
+        self._n_repeats = comparison.protocol.repeats
+        self._names = list(dict.fromkeys(fold.name for fold in folds))
+        self._options: dict[str, Any] = {"n_draws": comparison.bootstrap_draws}
+        tested = {slide for fold in folds for slide in fold.test}
+        self._rows = [row for row in study.rows if row.slide_id in tested]
+        self.slides = tuple(row.slide_id for row in self._rows)
+        self.patients = np.array([row.patient_id for row in self._rows])
+        self.sites = tuple(row.site for row in self._rows)
+        self.scanners = tuple(row.scanner for row in self._rows)
+        self.true = np.array([row.grade for row in self._rows], np.int64)
+        readers = max(len(row.reader_grades) for row in self._rows)
+        self.readings = np.full((len(self._rows), readers), -1, np.int64)
+        for number, row in enumerate(self._rows):
+            for reader, grade in enumerate(row.reader_grades):
+                self.readings[number, reader] = -1 if grade is None else grade
+
+    def arm(
+        self,
+        arm: str,
+        n_slides: int | None,
+        units: Sequence[tuple[Unit, UnitResult]],
+        null: Sequence[float],
+    ) -> ArmResult:
+        """All figures of one arm."""
+        probabilities, folds = self._pooled(units)
+        results = self._results(probabilities, self.true)
+        figures = {name: self._interval(name, results) for name in FIGURES}
+        first = probabilities[0]
+        wrong = first.argmax(1) != self.true
+        several = len(self._names) > 1
+        by_group: dict[Figure, Weighted] = {
+            "accuracy": accuracy_of(self.true, probabilities.argmax(2)),
+            "qwk": qwk_of(self.true, probabilities.argmax(2), self._n_grades),
+        }
+        primary = self._comparison.primary.figure
+        return ArmResult(
+            arm=arm,
+            n_slides=n_slides,
+            nested=all(result.nested for _, result in units),
+            probabilities=probabilities,
+            folds=folds,
+            results=results,
+            figures=figures,
+            by_repeat={name: self._by_repeat(name, results) for name in FIGURES},
+            quality=probability_metrics(results.true, results.probabilities[0]),
+            confusion=np.sum(
+                [confusion_matrix(results.true, row, self._n_grades) for row in results.predicted], axis=0
+            ),
+            variance=self._variance(primary, results, folds) if several else None,
+            slope=calibration_slope(self.true, first, self.patients),
+            null=calibration_null(self.true, first),
+            bins=reliability(self.true, first),
+            sets=check_coverage(self.true, first, self.patients, folds[0], risk=RISK) if several else None,
+            referral=risk_coverage(wrong, first.max(1), self.patients),
+            sites=self._by_group(by_group, self.sites),
+            scanners=self._by_group(by_group, self.scanners),
+            readers=self._readers(probabilities),
+            repeatability=self._repeatability(units),
+            chance_p=chance_p(_higher_is_better(primary, figures[primary].estimate), null) if null else None,
+            units=tuple(units),
+        )
+
+    def permuted_figure(self, units: Sequence[tuple[Unit, UnitResult]], study: Study) -> float:
+        """The primary figure of a cross-validation on permuted labels; higher is better."""
+        grade = {row.slide_id: row.grade for row in study.rows}
+        true = np.array([grade[slide] for slide in self.slides], np.int64)
+        results = self._results(self._pooled(units)[0], true)
+        name = self._comparison.primary.figure
+        return _higher_is_better(name, float(self._figure(name, results)(np.ones((1, len(results.true))))[0]))
+
+    def differences(
+        self, arms: Mapping[str, ArmResult]
+    ) -> tuple[PairedDifference | None, tuple[PairedDifference, ...]]:
+        """The declared comparison, and the family of the others, corrected after Holm."""
+        primary = self._comparison.primary
+        if primary.against not in arms:
+            return None, ()
+        declared = None
+        if primary.arm in arms:
+            declared = self._difference(arms[primary.arm], arms[primary.against], primary.figure)
+        family = [
+            self._difference(arm, arms[primary.against], primary.figure)
+            for name, arm in arms.items()
+            if name not in (primary.arm, primary.against)
+        ]
+        adjusted: NDArray[np.float64] = holm([pair.sign_flip.p for pair in family]) if family else np.empty(0)
+        return declared, tuple(
+            PairedDifference(
+                pair.arm,
+                pair.against,
+                pair.figure,
+                pair.interval,
+                pair.corrected_t,
+                pair.sign_flip,
+                float(p),
+            )
+            for pair, p in zip(family, adjusted, strict=True)
+        )
+
+    def about_the_study(self) -> dict[str, Any]:
+        """What does not depend on any arm."""
+        n_readers = self.readings.shape[1]
+        readers: tuple[Agreement, ...] = ()
+        ceiling = None
+        if n_readers > 1:
+            readers = reader_agreement(self.readings, self.patients, self._n_grades)
+            ceiling = reader_ceiling(self.readings[:, 0], self.readings[:, 1], self.patients, self._n_grades)
+        n_patients = len(set(self.patients.tolist()))
+        design = StudyDesign(n_patients, len(self.slides), self._n_grades)
+        accuracies = [pair for pair in _ACCURACIES if min(pair) > 1 / self._n_grades]
+        return {
+            "readers": readers,
+            "ceiling": ceiling,
+            "sites": self._by_grade(self.sites),
+            "scanners": self._by_grade(self.scanners),
+            "site_in_features": self._site_in_features(self.sites),
+            "power": power_table(accuracies, design, n_studies=400, n_draws=300),
+        }
+
+    def _pooled(
+        self, units: Sequence[tuple[Unit, UnitResult]]
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Calibrated probabilities ``[R, N, K]`` and folds ``[R, N]``."""
+        place = {slide: number for number, slide in enumerate(self.slides)}
+        shape = (self._n_repeats, len(self.slides))
+        probabilities = np.full((*shape, self._n_grades), np.nan)
+        folds = np.zeros(shape, np.int64)
+        for unit, result in units:
+            where = [place[row.slide_id] for row in result.predictions]
+            rows = np.array([row.probabilities for row in result.predictions])
+            rows = rows / rows.sum(axis=1, keepdims=True)  # seven digits were written
+            probabilities[unit.fold.repeat, where] = with_temperature(rows, result.temperature)
+            folds[unit.fold.repeat, where] = self._names.index(unit.fold.name)
+        return probabilities, folds
+
+    def _results(self, probabilities: NDArray[np.float64], true: NDArray[np.int64]) -> PatientResults:
+        return patient_results(true, probabilities, self.patients, self._comparison.protocol.unit)
+
+    def _figure(self, name: Figure, results: PatientResults) -> Weighted:
+        return _maker(name, self._n_grades)(results.true, _predictions(name, results))
+
+    def _interval(self, name: Figure, results: PatientResults) -> Interval:
+        return bca_interval(self._figure(name, results), results.patients, **self._options)
+
+    def _by_repeat(self, name: Figure, results: PatientResults) -> tuple[float, ...]:
+        make, ones = _maker(name, self._n_grades), np.ones((1, len(results.true)))
+        return tuple(float(make(results.true, row)(ones)[0]) for row in _predictions(name, results))
+
+    def _fold_of(self, results: PatientResults, folds: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Folds ``[R, M]`` of the results, from those of the slides."""
+        if self._comparison.protocol.unit == "slide":
+            return folds
+        first = [int(np.flatnonzero(self.patients == patient)[0]) for patient in results.patients]
+        return folds[:, first]
+
+    def _variance(
+        self, name: Figure, results: PatientResults, folds: NDArray[np.int64]
+    ) -> VarianceSplit | None:
+        of_result = self._fold_of(results, folds)
+        fewest = min(
+            len(set(results.patients[row == number].tolist()))
+            for row in of_result
+            for number in range(len(self._names))
+        )
+        if fewest < 2:
+            return None
+        return variance_split(
+            _maker(name, self._n_grades),
+            results.true,
+            _predictions(name, results),
+            of_result,
+            results.patients,
+        )
+
+    def _difference(self, arm: ArmResult, against: ArmResult, name: Figure) -> PairedDifference:
+        one, other = arm.results, against.results
+        paired = difference(self._figure(name, one), self._figure(name, other))
+        make = _maker(name, self._n_grades)
+        t = None
+        if len(self._names) > 1:
+            folds = self._fold_of(one, arm.folds)
+            by_fold = [
+                figures_per_fold(make, results.true, _predictions(name, results), folds)
+                for results in (one, other)
+            ]
+            t = corrected_t(by_fold[0] - by_fold[1], 1 / len(self._names))
+        return PairedDifference(
+            arm=arm.arm,
+            against=against.arm,
+            figure=name,
+            interval=bca_interval(paired, one.patients, **self._options),
+            corrected_t=t,
+            sign_flip=sign_flip_test(
+                make, one.true, _predictions(name, one)[0], _predictions(name, other)[0], one.patients
+            ),
+            p_holm=None,
+        )
+
+    def _by_group(
+        self, figures: Mapping[Figure, Weighted], groups: Sequence[str]
+    ) -> dict[Figure, tuple[GroupFigure, ...]]:
+        if len(set(groups)) < 2:
+            return {}
+        return {name: figure_by_group(figure, groups, self.patients) for name, figure in figures.items()}
+
+    def _by_grade(self, groups: Sequence[str]) -> SiteByGrade | None:
+        if len(set(groups)) < 2:
+            return None
+        return site_by_grade(groups, self.true, self.patients, self._n_grades)
+
+    def _readers(self, probabilities: NDArray[np.float64]) -> tuple[ModelAgainstReader, ...]:
+        if not self.readings.shape[1]:
+            return ()
+        return model_against_readers(probabilities.argmax(2), self.readings, self.patients, self._n_grades)
+
+    def _repeatability(self, units: Sequence[tuple[Unit, UnitResult]]) -> Repeatability | None:
+        """Of the first repeat, so that each slide counts once."""
+        draws: dict[str, Sequence[float]] = {}
+        for unit, result in units:
+            if unit.fold.repeat == 0:
+                draws.update(result.draws)
+        slides = [number for number, slide in enumerate(self.slides) if slide in draws]
+        scores = np.array([draws[self.slides[number]] for number in slides])
+        if len(slides) < 2 or np.ptp(scores) == 0 or len(set(self.patients[slides].tolist())) < 2:
+            return None
+        return repeatability(scores, self.patients[slides])
+
+    def _site_in_features(self, sites: Sequence[str]) -> dict[str, SiteDecodability]:
+        """By each slide's mean features, where a site has several patients and a patient one site."""
+        of_patient: dict[str, set[str]] = {}
+        for patient, site in zip(self.patients.tolist(), sites, strict=True):
+            of_patient.setdefault(patient, set()).add(site)
+        patients_at = {site: sum(site in at for at in of_patient.values()) for site in set(sites)}
+        if len(patients_at) < 2 or min(patients_at.values()) < 2 or max(map(len, of_patient.values())) > 1:
+            return {}
+        names = {
+            name
+            for arm in self._comparison.arms.values()
+            if arm.classical is not None
+            for name in arm.classical.features
+        }
+        place = {slide: number for number, slide in enumerate(self.slides)}
+        caches = [cache for cache in self._study.caches if cache.slide_id in place]
+        found = {}
+        for name in sorted(names):
+            means = [read_features(cache, name).astype(np.float64).mean(0) for cache in caches]
+            found[name] = site_decodability(np.stack(means), sites, self.patients)
+        return found
+
+
+def _maker(name: Figure, n_grades: int) -> Callable[[NDArray[Any], NDArray[Any]], Weighted]:
+    makers: dict[Figure, Callable[[NDArray[Any], NDArray[Any]], Weighted]] = {
+        "qwk": lambda true, predicted: qwk_of(true, predicted, n_grades),
+        "accuracy": accuracy_of,
+        "mae": mae_of,
+        "rps": rps_of,
+        "log_loss": log_loss_of,
+    }
+    return makers[name]
+
+
+def _predictions(name: Figure, results: PatientResults) -> NDArray[Any]:
+    """What a figure is computed from: grades ``[R, M]``, or probabilities ``[R, M, K]``."""
+    return results.probabilities if name in ("rps", "log_loss") else results.predicted
+
+
+def _higher_is_better(name: Figure, value: float) -> float:
+    return value if name in ("qwk", "accuracy") else -value
+
+
+def _label(arm: str, n_slides: int | None, permutation: int | None) -> str:
+    size = "" if n_slides is None else f" ({n_slides} slides)"
+    return f"{arm}{size}" + ("" if permutation is None else f" (permuted labels, {permutation})")

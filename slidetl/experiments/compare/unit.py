@@ -1,0 +1,239 @@
+"""One arm on one fold: fitted on the training part, and what it says of the test part. A folder on disk."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import slidetl
+from slidetl.cache.lock import slide_lock
+from slidetl.cache.store import SlideCache, cache_path
+from slidetl.data.manifest import ManifestRow
+from slidetl.errors import UsageError
+from slidetl.experiments.compare.plan import FORMAT_VERSION, Study, Unit
+from slidetl.tasks.predictions import SlidePrediction, read_predictions, write_predictions
+
+_ABOUT, _PREDICTIONS, _CURVES, _DRAWS = "unit.json", "predictions.csv", "curves.csv", "draws.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A unit with all that a process needs to compute it, wherever it runs.
+
+    Attributes:
+        unit: what is computed.
+        rows: of the manifest, of the slides in its fold.
+        cache: the folder of the tile caches.
+        grades: names, lowest first.
+        folder: where units lie.
+        threads: to compute with.
+    """
+
+    unit: Unit
+    rows: tuple[ManifestRow, ...]
+    cache: Path
+    grades: tuple[str, ...]
+    folder: Path
+    threads: int = 1
+
+    def part(self, slides: Iterable[str]) -> list[ManifestRow]:
+        """The rows of some slides, in their order."""
+        wanted = set(slides)
+        return [row for row in self.rows if row.slide_id in wanted]
+
+    def open(self, slides: Iterable[str]) -> list[SlideCache]:
+        """The tiles of some slides, in their order."""
+        return [SlideCache.open(cache_path(self.cache, row.slide_id)) for row in self.part(slides)]
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """A point of a learning curve.
+
+    Attributes:
+        part: what was predicted: ``inner-0``, ... or ``test``. That of the test part is for looking at: it
+            chooses nothing.
+        trial: which combination of the arm's choices, from 0.
+        epoch: epochs done.
+        seconds: spent on training them, without the evaluations between.
+        train_loss: of the last epoch, penalties included.
+        accuracy, qwk, rps, log_loss: per slide of the part.
+    """
+
+    part: str
+    trial: int
+    epoch: int
+    seconds: float
+    train_loss: float
+    accuracy: float
+    qwk: float
+    rps: float
+    log_loss: float
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """What a unit found.
+
+    Attributes:
+        predictions: of the slides of its test part, not calibrated.
+        curves: empty for arms without epochs.
+        draws: expected grades of each test slide by bags of tiles drawn anew; empty where there were none.
+        drift: ``||w - w0|| / ||w0||`` of each layer, w0 being its pretrained weights; empty for arms without.
+        similarity: linear CKA of what each block makes of test tiles before and after training; empty for
+            arms without epochs.
+        chosen: what the inner folds chose: dotted names, and ``epochs``; or the fixed number of epochs.
+        temperature: by which the inner folds would calibrate the probabilities; 1 where there are none.
+        nested: whether the inner folds chose.
+        seconds: that it took.
+    """
+
+    predictions: tuple[SlidePrediction, ...]
+    curves: tuple[CurvePoint, ...] = ()
+    draws: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    drift: Mapping[str, float] = field(default_factory=dict)
+    similarity: Mapping[str, float] = field(default_factory=dict)
+    chosen: dict[str, Any] | None = None
+    temperature: float = 1.0
+    nested: bool = False
+    seconds: float = 0.0
+
+
+def job_of(unit: Unit, study: Study, grades: Sequence[str], folder: Path, threads: int = 1) -> Job:
+    """The unit with the part of the study that it needs."""
+    inside = {*unit.fold.train, *unit.fold.test}
+    labelled = study if unit.permutation is None else study.permuted(unit.permutation)
+    rows = tuple(row for row in labelled.rows if row.slide_id in inside)
+    return Job(unit, rows, study.cache, tuple(grades), folder, threads)
+
+
+def run_unit(job: Job) -> None:
+    """Computes a unit, unless it is there; its folder appears whole or not at all.
+
+    Raises:
+        SlidetlError: the arm cannot be fitted; the message says why.
+    """
+    with slide_lock(job.folder, job.unit.key):  # another machine may be at it
+        if read_unit(job.folder, job.unit.key) is not None:
+            return
+        building = job.folder / ".building" / job.unit.key
+        building.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        result = _compute(job, building)
+        work = building / "result"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        write_predictions(work / _PREDICTIONS, result.predictions)
+        _write_curves(work / _CURVES, result.curves)
+        (work / _DRAWS).write_text(json.dumps(dict(result.draws)) + "\n", encoding="utf-8")
+        about = {
+            "format": FORMAT_VERSION,
+            "software": f"slidetl {slidetl.__version__}",
+            "recipe": job.unit.recipe,
+            "seed": job.unit.fold.seed,
+            "train_slides": len(job.unit.fold.train),
+            "test_slides": len(job.unit.fold.test),
+            "chosen": result.chosen,
+            "drift": dict(result.drift),
+            "similarity": dict(result.similarity),
+            "temperature": result.temperature,
+            "nested": result.nested,
+            "seconds": round(time.monotonic() - started, 3),
+            "sha256": {name: _sha256(work / name) for name in (_PREDICTIONS, _CURVES, _DRAWS)},
+        }
+        (work / _ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        finished = job.folder / job.unit.key
+        if finished.exists():  # it was there, but damaged
+            shutil.rmtree(finished)
+        work.rename(finished)
+        shutil.rmtree(building)
+
+
+def read_unit(folder: Path, key: str) -> UnitResult | None:
+    """Reads a finished unit; None where there is none, or where its files are not those it ended with."""
+    unit = folder / key
+    try:
+        about = json.loads((unit / _ABOUT).read_text(encoding="utf-8"))
+        if about["format"] != FORMAT_VERSION:
+            return None
+        if any(_sha256(unit / name) != sha256 for name, sha256 in about["sha256"].items()):
+            return None
+        return UnitResult(
+            predictions=tuple(read_predictions(unit / _PREDICTIONS)),
+            curves=tuple(_read_curves(unit / _CURVES)),
+            draws=json.loads((unit / _DRAWS).read_text(encoding="utf-8")),
+            drift=about["drift"],
+            similarity=about["similarity"],
+            chosen=about["chosen"],
+            temperature=about["temperature"],
+            nested=about["nested"],
+            seconds=about["seconds"],
+        )
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _compute(job: Job, folder: Path) -> UnitResult:
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped] # it ships none
+
+    recipe = job.unit.recipe
+    with threadpool_limits(job.threads):
+        if "fit" in recipe:  # imported here: reading units needs no torch
+            from slidetl.experiments.compare.training import train_unit
+
+            return train_unit(job, folder)
+        from slidetl.experiments.compare.fixed import grade_by_baseline, grade_by_features
+
+        if "classical" in recipe:
+            return grade_by_features(job)
+        if "baseline" in recipe:
+            return grade_by_baseline(job)
+    raise UsageError(f"a unit is a fit, classical or a baseline, not {sorted(recipe)}")
+
+
+def predictions_of(rows: Sequence[ManifestRow], tiles: Sequence[int], probabilities: Any) -> list[Any]:
+    """Probabilities ``[n, K]`` of slides, with whose they are."""
+    return [
+        SlidePrediction(
+            slide_id=row.slide_id,
+            patient_id=row.patient_id,
+            grade=row.grade,
+            probabilities=tuple(np.asarray(values, np.float64).tolist()),
+            tiles=n_tiles,
+            site=row.site,
+        )
+        for row, n_tiles, values in zip(rows, tiles, probabilities, strict=True)
+    ]
+
+
+def _write_curves(path: Path, points: Iterable[CurvePoint]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [item.name for item in fields(CurvePoint)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(point) for point in points)
+
+
+def _read_curves(path: Path) -> list[CurvePoint]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            CurvePoint(
+                row["part"],
+                int(row["trial"]),
+                int(row["epoch"]),
+                *(float(row[item.name]) for item in fields(CurvePoint)[3:]),
+            )
+            for row in csv.DictReader(file)
+        ]
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

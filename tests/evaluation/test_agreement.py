@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from sklearn.metrics import cohen_kappa_score
+
+from slidetl.errors import UsageError
+from slidetl.evaluation.agreement import (
+    consensus_grades,
+    kappa_of,
+    model_against_readers,
+    reader_agreement,
+    reader_ceiling,
+)
+from slidetl.evaluation.metrics import quadratic_weighted_kappa
+
+
+def read(true: NDArray[np.int64], sd: float, rng: np.random.Generator) -> NDArray[np.int64]:
+    return np.clip(np.rint(true + sd * rng.normal(size=len(true))), 0, 4).astype(np.int64)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 2)), min_size=2, max_size=30))
+def test_kappa_agrees_with_scikit_learn(slides: list[tuple[int, int, int]]) -> None:
+    first, second, weights = np.array(slides).T
+    got = kappa_of(first, second, 5)(weights[None].astype(float))[0]
+    kept = weights > 0
+    if not kept.any():
+        assert np.isnan(got)
+    elif len(set(first[kept]) | set(second[kept])) == 1:
+        assert got == 0
+    else:
+        expected = cohen_kappa_score(first, second, labels=range(5), sample_weight=weights)
+        assert got == pytest.approx(expected)
+
+
+def test_readers_are_compared_on_what_both_graded() -> None:
+    rng = np.random.default_rng(0)
+    true = rng.integers(0, 5, 60)
+    readings = np.stack([read(true, sd, rng) for sd in (0.4, 0.4, 1.0)], 1)
+    readings[:20, 0] = -1
+    patients = np.arange(60) // 2
+    first, second, third = reader_agreement(readings, patients, 5)
+    assert [(pair.first, pair.second) for pair in (first, second, third)] == [(0, 1), (0, 2), (1, 2)]
+    assert (first.n_slides, first.n_patients) == (40, 20)
+    assert (third.n_slides, third.n_patients) == (60, 30)
+    a, b = readings[20:, 0], readings[20:, 1]
+    assert first.accuracy.estimate == pytest.approx((a == b).mean())
+    assert first.kappa.estimate == pytest.approx(cohen_kappa_score(a, b))
+    assert first.qwk.estimate == pytest.approx(quadratic_weighted_kappa(a, b, 5))
+    assert first.qwk.low < first.qwk.estimate < first.qwk.high
+    assert first.qwk.estimate > third.qwk.estimate
+
+
+def test_a_pair_without_slides_in_common_is_left_out() -> None:
+    readings = np.array([[0, -1, 1], [1, -1, 2], [-1, 2, 3], [-1, 3, 3]])
+    pairs = reader_agreement(readings, range(4), 5)
+    assert [(pair.first, pair.second) for pair in pairs] == [(0, 2), (1, 2)]
+
+
+def test_consensus_is_the_median_and_the_higher_of_two() -> None:
+    readings = [[1, 2, -1], [1, 1, 4], [3, -1, -1], [-1, -1, -1], [0, 3, -1], [2, 2, 3]]
+    assert consensus_grades(readings).tolist() == [2, 1, 3, -1, 2, 2]
+
+
+def test_the_model_takes_a_readers_place() -> None:
+    rng = np.random.default_rng(1)
+    true = rng.integers(0, 5, 120)
+    readings = np.stack([read(true, 0.5, rng) for _ in range(2)], 1)
+    good, poor = (np.stack([read(true, sd, rng) for _ in range(3)]) for sd in (0.1, 2.0))
+    patients = np.arange(120) // 2
+    for predicted, sign in ((good, 1), (poor, -1)):
+        against = model_against_readers(predicted, readings, patients, 5)
+        assert [row.reader for row in against] == [0, 1, None]
+        row = against[0]
+        assert row.peer_qwk is not None and row.qwk_less_peers is not None
+        by_hand = np.mean([quadratic_weighted_kappa(readings[:, 0], repeat, 5) for repeat in predicted])
+        assert row.model.qwk.estimate == pytest.approx(by_hand)
+        between = quadratic_weighted_kappa(readings[:, 0], readings[:, 1], 5)
+        assert row.peer_qwk.estimate == pytest.approx(between)
+        assert row.qwk_less_peers.estimate == pytest.approx(by_hand - between)
+        assert sign * row.qwk_less_peers.estimate > 0
+        assert against[-1].peer_qwk is None and against[-1].model.n_slides == 120
+    assert against[0].qwk_less_peers is not None and against[0].qwk_less_peers.high < 0
+
+
+def test_a_single_reader_has_no_peers() -> None:
+    against = model_against_readers([0, 1, 2, 3], [[0], [1], [2], [4]], range(4), 5)
+    assert [(row.reader, row.peer_qwk) for row in against] == [(0, None), (None, None)]
+
+
+@pytest.mark.parametrize("sd", [0.3, 0.6, 0.9])
+def test_the_ceiling_is_what_the_truth_reaches(sd: float) -> None:
+    """On 20,000 slides whose readers err as the model says, against the grades that they were drawn from."""
+    rng = np.random.default_rng(2)
+    true = rng.choice(5, 20_000, p=[0.3, 0.2, 0.2, 0.1, 0.2])
+    first, second = read(true, sd, rng), read(true, sd, rng)
+    ceiling = reader_ceiling(first, second, np.arange(20_000) // 200, 5, n_draws=20)
+    assert ceiling.reader_sd == pytest.approx(sd, abs=0.03)
+    assert ceiling.accuracy == pytest.approx((first == true).mean(), abs=0.015)
+    assert ceiling.qwk == pytest.approx(quadratic_weighted_kappa(true, first, 5), abs=0.01)
+    consensus = consensus_grades(np.stack([first, second], 1))
+    assert ceiling.consensus_accuracy == pytest.approx((consensus == true).mean(), abs=0.015)
+    assert ceiling.consensus_qwk == pytest.approx(quadratic_weighted_kappa(true, consensus, 5), abs=0.01)
+    assert ceiling.qwk_by_attenuation == pytest.approx(ceiling.qwk, abs=0.01)
+
+
+def test_the_interval_of_the_ceiling_covers_it() -> None:
+    rng = np.random.default_rng(3)
+    population = rng.integers(0, 5, 100_000)
+    truth = (read(population, 0.4, rng) == population).mean()
+    covered = 0
+    for study in range(25):
+        true = rng.integers(0, 5, 60)[np.arange(100) % 60]
+        ceiling = reader_ceiling(
+            read(true, 0.4, rng),
+            read(true, 0.4, rng),
+            np.arange(100) % 60,
+            5,
+            level=0.9,
+            n_draws=40,
+            seed=study,
+        )
+        covered += ceiling.low <= truth <= ceiling.high
+        assert ceiling.low <= ceiling.accuracy <= ceiling.high
+    assert covered >= 18
+
+
+def test_readers_who_never_differ_leave_no_ceiling() -> None:
+    grades = np.arange(40) % 5
+    ceiling = reader_ceiling(grades, grades, range(40), 5, n_draws=10)
+    assert ceiling.accuracy == pytest.approx(1) and ceiling.qwk == pytest.approx(1)
+    opposite = reader_ceiling(grades, 4 - grades, range(40), 5, n_draws=10)
+    assert opposite.qwk_by_attenuation is None and opposite.accuracy < 0.5
+
+
+def test_what_cannot_be_read_is_refused() -> None:
+    with pytest.raises(UsageError, match="from 0 to 4, or below 0"):
+        reader_agreement([[0, 5], [1, 1]], [0, 1], 5)
+    with pytest.raises(UsageError, match="expected readings"):
+        reader_agreement([[0, 1], [1, 1]], [0], 5)
+    with pytest.raises(UsageError, match="slides of two patients that both"):
+        reader_ceiling([0, 1, -1], [0, -1, 1], [0, 1, 2], 5)
+    with pytest.raises(UsageError, match="two patients that were read"):
+        model_against_readers([0, 1], [[-1], [-1]], [0, 1], 5)
+    with pytest.raises(UsageError, match="of 2 slides"):
+        model_against_readers([0, 1, 2], [[0], [1]], [0, 1], 5)

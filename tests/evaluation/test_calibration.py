@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.special import expit, logit
+from sklearn.linear_model import LogisticRegression
+
+from slidetl.errors import UsageError
+from slidetl.evaluation.calibration import (
+    calibration_null,
+    calibration_slope,
+    fit_temperature,
+    reliability,
+    with_temperature,
+)
+from slidetl.evaluation.metrics import calibration_error, probability_metrics
+
+Rows = NDArray[np.float64]
+
+
+def drawn(rows: Rows, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Grades that the rows are the true probabilities of."""
+    return np.asarray((rng.random((len(rows), 1)) > rows.cumsum(1)).sum(1).clip(max=rows.shape[1] - 1))
+
+
+def cumulative(rng: np.random.Generator, n: int) -> Rows:
+    """Rows of a cumulative link model, K of 5."""
+    above = expit(rng.normal(0, 2, (n, 1)) - np.array([-2.0, -0.7, 0.7, 2.0]))
+    return np.asarray(-np.diff(above, axis=1, prepend=1, append=0))
+
+
+def test_a_temperature_divides_the_logits_of_a_softmax() -> None:
+    logits = np.random.default_rng(0).normal(0, 3, (20, 5))
+    softmax = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    cooled = np.exp(logits / 2.5) / np.exp(logits / 2.5).sum(1, keepdims=True)
+    np.testing.assert_allclose(with_temperature(softmax, 2.5), cooled, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(with_temperature(softmax, 1), softmax)
+    np.testing.assert_allclose(with_temperature([[1.0, 0.0], [0.5, 0.5]], 1e3).sum(1), 1)
+    with pytest.raises(UsageError, match="above 0, not 0"):
+        with_temperature(softmax, 0)
+
+
+@settings(max_examples=50)
+@given(st.integers(0, 1000), st.floats(0.1, 10))
+def test_a_temperature_never_changes_the_grade(seed: int, temperature: float) -> None:
+    rows = np.random.default_rng(seed).dirichlet(np.ones(4), 10)
+    changed = with_temperature(rows, temperature)
+    np.testing.assert_allclose(changed.sum(1), 1)
+    np.testing.assert_array_equal(changed.argmax(1), rows.argmax(1))
+    np.testing.assert_allclose(with_temperature(changed, 1 / temperature).argmax(1), rows.argmax(1))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_the_temperature_that_was_put_in_is_found(temperature: float) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.dirichlet(np.ones(5), 20_000)
+    told = with_temperature(rows, 1 / temperature)
+    assert fit_temperature(drawn(rows, rng), told) == pytest.approx(temperature, rel=0.05)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_temperature_has_the_least_log_loss_of_a_grid(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows = rng.dirichlet(np.ones(5), 60)
+    true = drawn(with_temperature(rows, 2), rng)
+    found = fit_temperature(true, rows)
+    losses = [
+        probability_metrics(true, with_temperature(rows, t)).log_loss for t in np.geomspace(0.05, 20, 500)
+    ]
+    least = probability_metrics(true, with_temperature(rows, found)).log_loss
+    assert least == pytest.approx(min(losses), abs=1e-4)
+    assert least <= probability_metrics(true, rows).log_loss
+
+
+def test_temperatures_stop_at_their_bounds() -> None:
+    rows = np.array([[0.6, 0.4], [0.4, 0.6]])
+    assert fit_temperature([0, 1], rows) == pytest.approx(0.05, rel=0.01)
+    assert fit_temperature([1, 0], rows) == pytest.approx(20, rel=0.01)
+    with pytest.raises(ValueError, match="sum to one"):
+        fit_temperature([0, 1], [[0.6, 0.6], [0.4, 0.6]])
+
+
+def test_slope_and_intercept_are_those_of_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    rows = cumulative(rng, 150)
+    true = drawn(rows, rng)
+    found = calibration_slope(true, rows, np.arange(150) // 2, n_draws=500)
+    odds = logit(rows[:, ::-1].cumsum(1)[:, -2::-1]).ravel()
+    happened = (true[:, None] > np.arange(4)).ravel()
+    theirs = LogisticRegression(C=np.inf, tol=1e-10, max_iter=1000).fit(odds[:, None], happened)
+    assert found.slope is not None
+    assert found.slope.estimate == pytest.approx(theirs.coef_[0, 0], abs=1e-4)
+    # At a slope of 1 the intercept makes the mean of the probabilities that of the outcomes.
+    assert expit(odds + found.intercept.estimate).mean() == pytest.approx(happened.mean())
+    assert found.slope.low < found.slope.estimate < found.slope.high
+
+
+def test_probabilities_that_are_right_have_slope_one_and_sure_ones_less() -> None:
+    rng = np.random.default_rng(1)
+    rows = cumulative(rng, 600)
+    true = drawn(rows, rng)
+    right = calibration_slope(true, rows, np.arange(600) // 6, n_draws=300)
+    assert right.slope is not None and right.slope.low < 1 < right.slope.high
+    assert right.intercept.low < 0 < right.intercept.high
+    above = expit(2 * logit(rows[:, ::-1].cumsum(1)[:, -2::-1]) - 1)
+    surer = -np.diff(above, axis=1, prepend=1, append=0)
+    found = calibration_slope(true, surer, np.arange(600) // 6, n_draws=300)
+    assert found.slope is not None and found.slope.estimate == pytest.approx(0.5, abs=0.05)
+    assert found.intercept.estimate > 0.3  # it grades too low
+
+
+def test_grades_that_are_told_apart_completely_have_no_slope() -> None:
+    true = np.arange(20) % 5
+    found = calibration_slope(true, 0.6 * np.eye(5)[true] + 0.08, range(20))
+    assert found.slope is None and np.isfinite(found.intercept.estimate)
+    # One pair of slides keeps the grades from being parted; three resamples of five lack one of the two.
+    above = np.linspace(0.1, 0.9, 12)
+    barely = calibration_slope([0] * 5 + [1, 0] + [1] * 5, np.stack([1 - above, above], 1), range(12))
+    assert barely.slope is None
+    with pytest.raises(UsageError, match="all of the highest grade"):
+        calibration_slope([4, 4], np.full((2, 5), 0.2), [0, 1])
+
+
+def test_the_null_is_the_error_of_calibrated_probabilities() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.dirichlet(np.ones(5), 100)
+    null = calibration_null(drawn(rows, rng), rows, n_draws=2000)
+    assert null.error == pytest.approx(
+        calibration_error(drawn(rows, np.random.default_rng(0)), rows), abs=0.2
+    )
+    again = [calibration_error(drawn(rows, rng), rows) for _ in range(500)]
+    assert null.null_mean == pytest.approx(np.mean(again), abs=0.005)
+    assert null.null_high == pytest.approx(np.quantile(again, 0.95), abs=0.01)
+    assert null.null_mean > 0.04  # zero is not what a calibrated model has
+
+
+def test_the_null_is_rejected_as_often_as_it_should_and_for_sure_models() -> None:
+    rng = np.random.default_rng(1)
+    rejected = 0
+    for _ in range(200):
+        rows = rng.dirichlet(np.ones(5), 60)
+        rejected += calibration_null(drawn(rows, rng), rows, n_draws=99).p <= 0.05
+    assert 1 <= rejected <= 20
+    rows = rng.dirichlet(np.ones(5), 100)
+    sure = calibration_null(drawn(rows, rng), with_temperature(rows, 0.2), n_draws=999)
+    assert sure.p == 0.001 and sure.error > sure.null_high
+
+
+def test_the_diagram_holds_every_slide_and_gives_the_calibration_error() -> None:
+    rng = np.random.default_rng(2)
+    rows = rng.dirichlet(np.ones(5), 100)
+    true = drawn(rows, rng)
+    points = reliability(true, rows)
+    assert sum(point.n for point in points) == 100
+    assert sum(point.n * abs(point.accuracy - point.confidence) for point in points) / 100 == pytest.approx(
+        calibration_error(true, rows)
+    )
+    confidences = [point.confidence for point in points]
+    assert confidences == sorted(confidences)
+    assert all(0 <= point.low <= point.confidence <= point.high <= 1 for point in points)
+
+
+def test_bars_of_one_bin_are_those_of_the_binomial() -> None:
+    rows = np.tile([0.6, 0.4], (50, 1))
+    (point,) = reliability([0] * 30 + [1] * 20, rows, n_draws=20_000)
+    assert (point.n, point.accuracy) == (50, 0.6) and point.confidence == pytest.approx(0.6)
+    # 2.5 and 97.5 % of Binomial(50, 0.6) are 23 and 37.
+    assert [50 * point.low, 50 * point.high] == pytest.approx([23, 37])

@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import itertools
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scipy.stats import binomtest, ttest_1samp
+
+from slidetl.errors import UsageError
+from slidetl.evaluation.comparison import (
+    Unit,
+    chance_p,
+    corrected_t,
+    figures_per_fold,
+    holm,
+    patient_results,
+    sign_flip_test,
+    variance_split,
+)
+from slidetl.evaluation.figures import accuracy_of, qwk_of, rps_of
+from slidetl.evaluation.metrics import quadratic_weighted_kappa
+
+qwk = partial(qwk_of, n_grades=5)
+
+
+def sure(grades: list[int], n_grades: int = 5) -> NDArray[np.float64]:
+    return np.asarray(np.eye(n_grades)[grades])
+
+
+def test_several_slides_of_a_patient_become_one() -> None:
+    true, patients = [1, 3, 0, 2], ["b", "b", "a", "b"]
+    rows = np.array([[0.7, 0.3, 0, 0], [0, 0.4, 0.6, 0], [1, 0, 0, 0], [0, 0, 0.6, 0.4]])
+    worst = patient_results(true, rows, patients, "worst")
+    assert worst.patients.tolist() == ["a", "b"]
+    assert worst.true.tolist() == [0, 3] and worst.predicted.tolist() == [[0, 2]]
+    # Two slides of b are graded 2: the one with the higher expected grade speaks for b.
+    np.testing.assert_allclose(worst.probabilities, [[[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.6, 0.4]]])
+    # The grade decides, not the expected grade, which is 1.2 here against 1.9.
+    split = np.array([[0.4, 0, 0.6, 0], [0, 0.5, 0.1, 0.4]])
+    assert patient_results([0, 0], split, ["a", "a"], "worst").predicted.tolist() == [[2]]
+    mean = patient_results(true, rows, patients, "mean")
+    assert mean.true.tolist() == [0, 2] and mean.predicted.tolist() == [[0, 1]]  # (0 + 2 + 2) / 3
+    np.testing.assert_allclose(mean.probabilities[0, 1], rows[[0, 1, 3]].mean(0))
+    slides = patient_results(true, rows, patients, "slide")
+    assert slides.true.tolist() == true and slides.patients.tolist() == patients
+    assert slides.predicted.tolist() == [[0, 2, 0, 2]]
+
+
+def test_halves_round_upwards_for_readers_and_models_alike() -> None:
+    results = patient_results([0, 1, 2, 3], sure([2, 3, 0, 1]), [0, 0, 1, 1], "mean")
+    assert results.true.tolist() == [1, 3] and results.predicted.tolist() == [[3, 1]]
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 5)), min_size=1, max_size=20))
+def test_results_of_patients_do_not_depend_on_the_order_of_slides(slides: list[tuple[int, int, int]]) -> None:
+    for unit in ("worst", "mean"):
+        first, second = (
+            patient_results([s[0] for s in rows], sure([s[1] for s in rows]), [s[2] for s in rows], unit)
+            for rows in (slides, slides[::-1])
+        )
+        assert first.patients.tolist() == sorted({s[2] for s in slides})
+        np.testing.assert_array_equal(first.true, second.true)
+        np.testing.assert_array_equal(first.predicted, second.predicted)
+        np.testing.assert_allclose(first.probabilities.sum(2), 1)
+        if unit == "worst":
+            by_patient = {p: max(s[1] for s in slides if s[2] == p) for p in first.patients.tolist()}
+            assert dict(zip(first.patients.tolist(), first.predicted[0], strict=True)) == by_patient
+
+
+def test_a_unit_that_is_none_and_shapes_that_do_not_fit() -> None:
+    median: Unit = "median"  # type: ignore[assignment]
+    with pytest.raises(UsageError, match="unit must be worst, mean or slide, not 'median'"):
+        patient_results([0, 1], sure([0, 1]), [0, 0], median)
+    with pytest.raises(UsageError, match="expected grades"):
+        patient_results([0, 1, 2], sure([0, 1]), [0, 0], "worst")
+
+
+def test_figures_of_folds_are_those_of_their_slides() -> None:
+    rng = np.random.default_rng(0)
+    true, predicted = rng.integers(0, 5, 30), rng.integers(0, 5, (2, 30))
+    folds = np.stack([rng.permutation(30) % 3 for _ in range(2)])
+    got = figures_per_fold(qwk, true, predicted, folds)
+    for repeat, fold in itertools.product(range(2), range(3)):
+        held = folds[repeat] == fold
+        assert got[repeat, fold] == pytest.approx(
+            quadratic_weighted_kappa(true[held], predicted[repeat, held], 5)
+        )
+    with pytest.raises(UsageError, match="from 0 to 3 in each repeat"):
+        figures_per_fold(qwk, true, predicted, np.where(folds == 2, 3, folds))
+    with pytest.raises(UsageError, match="expected grades"):
+        figures_per_fold(qwk, true, predicted[0], folds)
+
+
+def test_corrected_t_is_students_with_a_wider_error() -> None:
+    differences = np.random.default_rng(0).normal(0.1, 0.2, (3, 5))
+    plain = ttest_1samp(differences.ravel(), 0)
+    corrected = corrected_t(differences, 0.2)
+    factor = np.sqrt((1 / 15 + 0.25) / (1 / 15))
+    assert corrected.t == pytest.approx(plain.statistic / factor)
+    assert corrected.degrees == 14 and corrected.p > plain.pvalue
+    # Without an overlap to speak of it is Student's own.
+    alone = corrected_t(differences, 1e-12)
+    assert (alone.t, alone.p) == pytest.approx((plain.statistic, plain.pvalue))
+    assert (alone.low, alone.high) == pytest.approx(tuple(plain.confidence_interval(0.95)))
+
+
+def test_corrected_t_where_all_differences_are_one() -> None:
+    assert corrected_t([0.0, 0.0, 0.0], 0.2).p == 1
+    assert corrected_t([0.1, 0.1, 0.1], 0.2).p == 0
+    with pytest.raises(UsageError, match="two differences"):
+        corrected_t([0.1], 0.2)
+    with pytest.raises(UsageError, match="between 0 and 1, not 1"):
+        corrected_t([0.1, 0.2], 1)
+
+
+def test_sign_flips_of_single_slides_are_mcnemars_exact_test() -> None:
+    true = np.zeros(30, int)
+    first, second = np.zeros(30, int), np.zeros(30, int)
+    second[:9], first[9:11] = 1, 1  # the first arm alone is right on 9, the second alone on 2
+    test = sign_flip_test(accuracy_of, true, first, second, range(30))
+    assert test.exact and test.n_discordant == 11
+    assert test.difference == pytest.approx(7 / 30)
+    assert test.p == pytest.approx(binomtest(9, 11).pvalue)
+
+
+def test_many_patients_are_sampled_near_the_exact_answer() -> None:
+    true, first, second = np.zeros(60, int), np.zeros(60, int), np.zeros(60, int)
+    second[:20], first[20:29] = 1, 1
+    test = sign_flip_test(accuracy_of, true, first, second, range(60), n_flips=20_000)
+    assert not test.exact
+    assert test.p == pytest.approx(binomtest(20, 29).pvalue, abs=0.01)
+
+
+def test_slides_of_a_patient_flip_together() -> None:
+    true, first = np.zeros(40, int), np.zeros(40, int)
+    second = np.ones(40, int)
+    by_slide = sign_flip_test(accuracy_of, true, first, second, range(40))
+    by_patient = sign_flip_test(accuracy_of, true, first, second, np.repeat(range(4), 10))
+    assert by_slide.p < 0.001
+    assert by_patient.p == 2 / 2**4
+
+
+def test_sign_flips_of_kappa_enumerated_by_hand() -> None:
+    rng = np.random.default_rng(1)
+    patients = np.repeat(range(6), 2)
+    true, first, second = (rng.integers(0, 5, 12) for _ in range(3))
+    observed = quadratic_weighted_kappa(true, first, 5) - quadratic_weighted_kappa(true, second, 5)
+    hits = 0
+    for keeps in itertools.product([True, False], repeat=6):
+        own = np.array(keeps)[patients]
+        a, b = np.where(own, first, second), np.where(own, second, first)
+        swapped = quadratic_weighted_kappa(true, a, 5) - quadratic_weighted_kappa(true, b, 5)
+        hits += abs(swapped) >= abs(observed) - 1e-12
+    test = sign_flip_test(qwk, true, first, second, patients)
+    assert test.difference == pytest.approx(observed)
+    assert test.p == pytest.approx(hits / 64)
+
+
+def test_sign_flips_take_probabilities_and_equal_arms() -> None:
+    rows = np.random.default_rng(0).dirichlet(np.ones(5), 20)
+    true = np.arange(20) % 5
+    better = sign_flip_test(rps_of, true, 0.5 * rows + 0.5 * np.eye(5)[true], rows, range(20))
+    assert better.difference < 0 and better.p < 0.001
+    same = sign_flip_test(rps_of, true, rows, rows, range(20))
+    assert (same.difference, same.p, same.n_discordant) == (0, 1, 0)
+    with pytest.raises(UsageError, match="of one length"):
+        sign_flip_test(rps_of, true, rows, rows[:10], range(20))
+
+
+def test_sign_flips_find_nothing_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    patients = np.repeat(range(12), 2)
+    rejected = 0
+    for _ in range(300):
+        true, common = rng.integers(0, 5, 24), rng.normal(size=12)[patients]
+        first, second = (
+            np.clip(np.rint(true + common + rng.normal(size=12)[patients]), 0, 4).astype(int)
+            for _ in range(2)
+        )
+        rejected += sign_flip_test(qwk, true, first, second, patients).p <= 0.05
+    assert rejected / 300 <= 0.08
+
+
+def test_holm_by_hand() -> None:
+    np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    np.testing.assert_allclose(holm([0.5, 0.9]), [1, 1])
+    assert holm([]).shape == (0,)
+    with pytest.raises(UsageError, match="from 0 to 1"):
+        holm([0.5, 1.1])
+
+
+@settings(max_examples=100)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8), st.integers(0, 9))
+def test_holm_is_no_less_strict_than_no_correction_and_no_stricter_than_bonferroni(
+    values: list[float], seed: int
+) -> None:
+    adjusted = holm(values)
+    assert (adjusted >= values).all()
+    assert (adjusted <= np.minimum(np.multiply(values, len(values)), 1) + 1e-12).all()
+    order = np.random.default_rng(seed).permutation(len(values))
+    np.testing.assert_allclose(holm(np.array(values)[order]), adjusted[order])
+
+
+def test_chance_counts_itself() -> None:
+    assert chance_p(0.5, np.linspace(0, 0.4, 19)) == 1 / 20
+    assert chance_p(0.4, [0.4, 0.0, 0.1]) == 2 / 4
+    with pytest.raises(UsageError, match="at least one"):
+        chance_p(0.5, [])
+
+
+def test_variance_is_split_as_it_was_made() -> None:
+    """Scores 0 or 1 a patient: known seed noise, known sampling, no difference between folds."""
+    rng = np.random.default_rng(0)
+    splits, expected_patient = [], 0.25 / 60
+    for _ in range(60):
+        patients = np.arange(60)
+        # Each repeat grades each patient right with probability one half, apart from the others.
+        predicted = rng.integers(0, 2, (8, 60))
+        folds = np.stack([rng.permutation(60) % 3 for _ in range(8)])
+        splits.append(variance_split(accuracy_of, np.zeros(60, int), predicted, folds, patients, n_draws=200))
+    assert np.mean([split.seed for split in splits]) == pytest.approx(expected_patient, rel=0.2)
+    # Repeats that err apart average out over patients: an eighth is left.
+    assert np.mean([split.patient for split in splits]) == pytest.approx(expected_patient / 8, rel=0.2)
+    assert abs(np.mean([split.fold for split in splits])) < 0.25 * 0.25 / 20
+    one = splits[0]
+    assert one.seed is not None
+    assert one.standard_error == pytest.approx(np.sqrt(one.patient + one.seed / 8))
+
+
+def test_variance_between_folds_is_found() -> None:
+    folds = np.arange(90) % 3
+    rng = np.random.default_rng(0)
+    right = rng.random(90) < np.array([0.2, 0.5, 0.9])[folds]
+    split = variance_split(accuracy_of, np.ones(90, int), right[None].astype(int), folds[None], np.arange(90))
+    assert split.seed is None and split.n_repeats == 1
+    assert split.fold == pytest.approx(np.var([0.2, 0.5, 0.9], ddof=1), rel=0.5)
+    assert split.standard_error == pytest.approx(np.sqrt(0.25 / 90), rel=0.1)
+    with pytest.raises(UsageError, match="at least two of them"):
+        variance_split(accuracy_of, np.ones(90, int), right[None], np.zeros((1, 90), int), np.arange(90))

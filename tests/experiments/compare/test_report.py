@@ -1,0 +1,419 @@
+"""The page of a comparison, made from invented predictions by the real statistics."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import struct
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+from slidetl.data.manifest import ManifestRow
+from slidetl.evaluation.protocol import Fold, Protocol, plan_folds, subsample
+from slidetl.experiments.compare.config import Arm, Comparison, Permutations, Primary, Sizes
+from slidetl.experiments.compare.plan import Study, Unit
+from slidetl.experiments.compare.report import write_report
+from slidetl.experiments.compare.result import ComparisonResult, combine
+from slidetl.experiments.compare.tables import write_tables
+from slidetl.experiments.compare.unit import CurvePoint, UnitResult
+from slidetl.tasks.predictions import SlidePrediction
+
+TRANSFER = "slidetl.models.transfer"
+SECTIONS = (
+    *("arms", "protocol", "others", "confusion", "learning", "sizes", "calibration", "referral", "readers"),
+    *("sites", "repeatability", "power", "layers", "limits", "provenance"),
+)
+DRAWN = {"forest", "confusion", "learning", "sizes", "reliability", "referral", "drift", "similarity"}
+HOSTILE = '<img src=x onerror="alert(1)">'
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def fit(name: str, **model: Any) -> dict[str, Any]:
+    return {"model": {"transfer": {"class_path": f"{TRANSFER}.{name}"}, **model}}
+
+
+def invented_study(n_patients: int, *, sites: tuple[str, ...], readers: int, seed: int = 0) -> Study:
+    """Slides, five to three patients, all of a patient of one grade; no tiles."""
+    rng = np.random.default_rng(seed)
+    rows: list[ManifestRow] = []
+    for patient in range(n_patients):
+        grade, site = patient % 5, sites[patient % 7 % len(sites)]
+        for slide in range(1 + (patient % 3 != 0)):
+            readings = np.clip(np.round(grade + 0.4 * rng.standard_normal(readers)), 0, 4).astype(int)
+            rows.append(
+                ManifestRow(
+                    line=len(rows) + 2,
+                    slide_id=f"p{patient:03d}-{slide}",
+                    path=Path("none.tiff"),
+                    patient_id=f"p{patient:03d}",
+                    grade=grade,
+                    site=site,
+                    scanner=site and f"scanner of {site}",
+                    reader_grades=tuple(readings.tolist()),
+                )
+            )
+    return Study(tuple(rows), (), Path("cache"))
+
+
+def invented_unit(
+    study: Study,
+    fold: Fold,
+    noise: float,
+    *,
+    epochs: int,
+    speed: float,
+    drift: float,
+    nested: bool,
+    seed: int,
+) -> UnitResult:
+    """Predictions that err by ``noise`` grades; a curve that rises at a speed where there are epochs."""
+    rng = np.random.default_rng([seed, fold.seed % 2**31])
+    grades = np.arange(5)
+    rows = [row for row in study.rows if row.slide_id in fold.test]
+    predictions, draws = [], {}
+    for row in rows:
+        assert row.grade is not None
+        score = row.grade + noise * rng.standard_normal()
+        probabilities = np.exp(-((grades - score) ** 2) / (1.4 * noise**2))
+        probabilities /= probabilities.sum()
+        predictions.append(
+            SlidePrediction(
+                row.slide_id, row.patient_id, row.grade, tuple(probabilities.tolist()), 50, row.site
+            )
+        )
+        draws[row.slide_id] = (score + 0.05 * rng.standard_normal(8)).tolist()
+    curve = []
+    for part in (*(f"inner-{number}" for number in range(2 * nested)), "test") if epochs else ():
+        best = 1 - noise / 2
+        for epoch in range(5, epochs + 1, 5):
+            qwk = best * (1 - np.exp(-speed * epoch)) + 0.03 * rng.standard_normal()
+            curve.append(
+                CurvePoint(part, 0, epoch, epoch * 1.5, 2 - qwk, 0.8 * qwk, qwk, 0.25 - 0.2 * qwk, 1.6 - qwk)
+            )
+    layers = [f"blocks.{block}.{part}" for block in range(5) for part in ("conv_pw", "conv_dw", "conv_pwl")]
+    return UnitResult(
+        tuple(predictions),
+        tuple(curve),
+        draws if epochs else {},
+        {layer: drift * (1 + depth / 8) + 0.02 * rng.random() for depth, layer in enumerate(layers)}
+        if drift
+        else {},
+        {layer: float(np.exp(-0.1 * depth)) for depth, layer in enumerate(layers)} if epochs else {},
+        {"epochs": epochs} if epochs else None,
+        1.1 if nested and epochs else 1.0,
+        bool(nested and epochs),
+        12.0 if epochs else 0.1,
+    )
+
+
+def invented(
+    n_patients: int = 60,
+    *,
+    arms: dict[str, Arm] | None = None,
+    sites: tuple[str, ...] = ("north", "south", "west"),
+    readers: int = 2,
+    missing: tuple[str, ...] = (),
+    nested: bool = True,
+    repeats: int = 2,
+    grades: list[str] | None = None,
+    sizes: tuple[int, ...] = (20, 40),
+    draws: int = 200,
+) -> ComparisonResult:
+    """A comparison whose first two arms are the primary ones; units of ``missing`` arms are not done."""
+    arms = arms or {"warm": Arm(fit=fit("WarmRestart")), "scratch": Arm(fit=fit("Scratch")),
+                    "prior": Arm(baseline="prior")}  # fmt: skip
+    first, second, *_ = arms
+    comparison = Comparison(
+        manifest="manifest.csv",
+        cache="cache",
+        arms=arms,
+        primary=Primary(first, second),
+        protocol=Protocol(repeats=repeats, outer_folds=5, inner_folds=2 if nested else 0),
+        base={"model": {"backbone": {"name": "mobilenetv3_small_050"}}, "trainer": {"max_epochs": 30}},
+        grades=grades or ["0", "1", "2", "3", "4"],
+        bootstrap_draws=draws,
+        sizes=Sizes(list(sizes), [first, second] if sizes else []),
+        permutations=Permutations(3, [first]),
+    )
+    study = invented_study(n_patients, sites=sites, readers=readers)
+    folds = plan_folds(study.cases, comparison.protocol, 5)
+    done: list[tuple[Unit, UnitResult | None]] = []
+    for number, (name, arm) in enumerate(arms.items()):
+        trained = arm.fit is not None
+        options = {
+            "epochs": 30 if trained else 0,
+            "speed": 0.3 if number != 1 else 0.08,
+            "drift": 0.0 if number == 1 or not trained else 0.1 * number + 0.1,
+            "nested": nested,
+            "seed": number,
+        }
+        noise = 1.6 if arm.baseline else 0.55 + 0.12 * number
+        for fold in folds:
+            found = invented_unit(study, fold, noise, **options)  # type: ignore[arg-type]
+            done.append((Unit(name, fold, None, None, {}, f"key-{name}"), None if name in missing else found))
+            for size in sizes if number < 2 else ():
+                part = subsample(fold, study.cases, size, 5)
+                found = invented_unit(study, part, noise + 12 / size, **options)  # type: ignore[arg-type]
+                done.append((Unit(name, part, size, None, {}, f"key-{name}-{size}"), found))
+    return combine(comparison, study, folds, done)
+
+
+class Page(HTMLParser):
+    """What a browser would find: sections with their text, tables, images, and elements by name."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.text: dict[str, str] = {}
+        self.images: list[dict[str, str]] = []
+        self.rows: list[tuple[str, list[str]]] = []
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self._section, self._cell = "", False
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        about = {name: value or "" for name, value in attrs}
+        self.tags.append((tag, about))
+        if tag == "section":
+            self._section = about["id"]
+        elif tag == "img":
+            self.images.append(about)
+        elif tag == "tr":
+            self.rows.append((self._section, []))
+        elif tag in ("td", "th"):
+            self._cell = True
+            self.rows[-1][1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self._cell = False
+
+    def handle_data(self, data: str) -> None:
+        self.text[self._section] = self.text.get(self._section, "") + data
+        if self._cell:
+            self.rows[-1][1][-1] += data
+
+    def row(self, section: str, first: str) -> list[str]:
+        return next(row for where, row in self.rows if (where, row[:1]) == (section, [first]))
+
+
+def written(result: ComparisonResult, folder: Path, **options: Any) -> Page:
+    write_tables(result, folder)
+    write_report(result, folder, **options)
+    return Page(folder / "report.html")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[ComparisonResult, Path]:
+    """A finished comparison with everything that a report may have."""
+    folder = tmp_path_factory.mktemp("report")
+    result = invented()
+    written(result, folder)
+    return result, folder
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def as_shown(row: dict[str, str], form: str = "{:.2f}") -> str:
+    """An interval of results.csv as the page shows it."""
+    values = [form.format(round(float(row[name]), 2) + 0.0) for name in ("estimate", "low", "high")]
+    return "{} [{}, {}]".format(*values).replace("-", "\N{MINUS SIGN}")
+
+
+def test_every_section_is_there_and_in_the_contents(whole: tuple[ComparisonResult, Path]) -> None:
+    page = Page(whole[1] / "report.html")
+    sections = [about["id"] for tag, about in page.tags if tag == "section"]
+    linked = [about["href"].removeprefix("#") for tag, about in page.tags if tag == "a"]
+    assert tuple(sections) == SECTIONS == tuple(linked)
+    assert all(len(page.text[name]) > 100 for name in SECTIONS)
+
+
+def test_the_declared_comparison_comes_first(whole: tuple[ComparisonResult, Path]) -> None:
+    result, folder = whole
+    head = Page(folder / "report.html").text[""]
+    (interval, *_) = [row for row in table(folder / "results.csv") if row["section"] == "primary"]
+    assert f"warm minus scratch: {as_shown(interval, '{:+.2f}')}" in head
+    contains_zero = float(interval["low"]) <= 0 <= float(interval["high"])
+    assert ("interval contains zero" in head) == contains_zero
+    assert ("interval excludes zero" in head) != contains_zero
+    assert result.primary is not None
+
+
+def test_figures_on_the_page_are_those_of_the_tables(whole: tuple[ComparisonResult, Path]) -> None:
+    page, rows = Page(whole[1] / "report.html"), table(whole[1] / "results.csv")
+    for arm in ("warm", "scratch", "prior"):
+        figures = {
+            row["figure"]: row
+            for row in rows
+            if (row["section"], row["arm"], row["train_slides"]) == ("figure", arm, "")
+        }
+        names = ("qwk", "accuracy", "mae", "rps", "log_loss")
+        assert page.row("arms", arm)[1:] == [as_shown(figures[name]) for name in names]
+        slope, intercept = (
+            next(
+                row
+                for row in rows
+                if (row["arm"], row["train_slides"], row["section"], row["figure"])
+                == (arm, "", "calibration", name)
+            )
+            for name in ("slope", "intercept")
+        )
+        calibration = page.row("calibration", arm)
+        assert calibration[1:3] == [as_shown(slope), as_shown(intercept, "{:+.2f}")]
+    (prior,) = [
+        row for row in rows if (row["section"], row["arm"]) == ("difference", "prior") and row["p_holm"]
+    ]
+    shown = page.row("others", "prior")
+    assert shown[1] == as_shown(prior, "{:+.2f}")
+    assert float(shown[3].removeprefix("< ")) == pytest.approx(float(prior["p_holm"]), abs=0.001)
+
+
+def test_smaller_training_parts_are_shown_with_the_whole_one(whole: tuple[ComparisonResult, Path]) -> None:
+    page, rows = Page(whole[1] / "report.html"), table(whole[1] / "results.csv")
+    shown = [row for where, row in page.rows if where == "sizes" and row[0] == "scratch"]
+    assert [row[1] for row in shown] == ["20", "40", "80"]
+    for row, size in zip(shown, ("20", "40", ""), strict=True):
+        (found,) = [
+            found
+            for found in rows
+            if (found["section"], found["arm"], found["train_slides"], found["figure"])
+            == ("figure", "scratch", size, "qwk")
+        ]
+        assert row[2] == as_shown(found)
+
+
+def test_figures_lie_beside_the_page_as_svg_and_png(whole: tuple[ComparisonResult, Path]) -> None:
+    folder = whole[1] / "figures"
+    assert {path.name for path in folder.iterdir()} == {
+        f"{name}.{kind}" for name in DRAWN for kind in ("svg", "png")
+    }
+    for name in DRAWN:
+        root = ElementTree.parse(folder / f"{name}.svg").getroot()
+        assert root.tag.endswith("svg")
+        assert not [element for element in root.iter() if element.tag.endswith("}text")]  # glyphs as paths
+        content = (folder / f"{name}.png").read_bytes()
+        assert content.startswith(PNG)
+        width, height = struct.unpack(">II", content[16:24])
+        assert width > 700
+        assert height > 300
+
+
+def test_images_lie_in_the_page_and_their_texts_say_the_numbers(whole: tuple[ComparisonResult, Path]) -> None:
+    result, folder = whole
+    page = Page(folder / "report.html")
+    assert len(page.images) == len(DRAWN)
+    forest = (folder / "figures" / "forest.svg").read_bytes()
+    assert page.images[0]["src"] == "data:image/svg+xml;base64," + base64.b64encode(forest).decode()
+    qwk = result.arms[0].figures["qwk"].estimate
+    assert f"{result.arms[0].arm} {qwk:.2f} [" in page.images[0]["alt"]
+    counts = ", ".join(" ".join(map(str, row)) for row in result.arms[0].confusion)
+    assert counts in page.images[1]["alt"]
+    assert all(len(image["alt"]) > 60 for image in page.images)
+
+
+def test_the_page_reaches_for_nothing_outside(whole: tuple[ComparisonResult, Path]) -> None:
+    page = Page(whole[1] / "report.html")
+    (policy,) = [
+        about["content"]
+        for tag, about in page.tags
+        if tag == "meta" and about.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    addresses = [about[name] for _, about in page.tags for name in ("src", "href") if name in about]
+    assert all(address.startswith(("data:image/", "#")) for address in addresses)
+
+
+def test_equal_results_give_an_equal_page(whole: tuple[ComparisonResult, Path], tmp_path: Path) -> None:
+    result, folder = whole
+    write_report(result, tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == (folder / "report.html").read_bytes()
+
+
+def test_what_comes_from_outside_is_escaped(tmp_path: Path) -> None:
+    result = invented(
+        20,
+        sites=(HOSTILE, "$x_1$</table>"),
+        grades=["none", HOSTILE, "$2$", "much", "all"],
+        repeats=1,
+        sizes=(),
+        nested=False,
+    )
+    page = written(result, tmp_path, failed={HOSTILE: HOSTILE})
+    assert all("onerror" not in about for _, about in page.tags)
+    assert {about["src"][:10] for about in page.images} == {"data:image"}
+    assert page.row("sites", HOSTILE)[1:]
+    assert page.row("sites", "$x_1$</table>")[1:]
+    assert HOSTILE in page.text["protocol"]
+    assert HOSTILE in page.text[""]  # why a unit failed
+
+
+def test_an_unfinished_comparison_says_so(tmp_path: Path) -> None:
+    page = written(invented(20, missing=("warm",), repeats=1, sizes=()), tmp_path)
+    assert "This comparison is not finished" in page.text[""]
+    assert "warm (0 of 5 units)" in page.text[""]
+    assert "warm against scratch by QWK, is not complete yet" in page.text[""]
+    assert [row[0] for where, row in page.rows if where == "arms"] == ["Arm", "scratch", "prior"]
+    assert "The shaded row" not in page.text["arms"]
+
+
+def test_arms_without_epochs_readers_or_sites_leave_no_gap(tmp_path: Path) -> None:
+    arms = {"area": Arm(baseline="colour_area"), "prior": Arm(baseline="prior")}
+    (tmp_path / "figures").mkdir()
+    for kind in ("svg", "png"):  # of an earlier report
+        (tmp_path / "figures" / f"learning.{kind}").write_text("old")
+    page = written(
+        invented(20, arms=arms, sites=("",), readers=0, repeats=1, nested=False, sizes=()), tmp_path
+    )
+    sections = [about["id"] for tag, about in page.tags if tag == "section"]
+    assert tuple(sections) == SECTIONS
+    assert "no readers' grades" in page.text["readers"]
+    assert "one site and one scanner" in page.text["sites"]
+    assert "No arm has epochs" in page.text["learning"]
+    assert "nothing to drift away from" in page.text["layers"]
+    assert "Not nested" in page.text[""]
+    left = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert left == {"forest", "confusion", "reliability", "referral"}
+
+
+def test_one_reader_sets_no_ceiling(tmp_path: Path) -> None:
+    page = written(invented(20, readers=1, repeats=1, sizes=()), tmp_path)
+    assert "One reader alone" in page.text["readers"]
+    assert "ceiling" not in page.text["arms"]
+
+
+def test_curves_of_a_nested_comparison_are_those_of_the_inner_folds(tmp_path: Path) -> None:
+    result = invented(20, repeats=1, sizes=())
+    page = written(result, tmp_path)
+    arm = next(arm for arm in result.arms if arm.arm == "warm")
+    last = [
+        point.qwk
+        for _, found in arm.units
+        for point in found.curves
+        if point.part != "test" and point.epoch == 30
+    ]
+    assert len(last) == 10
+    shown = page.row("learning", "warm")
+    heading = next(row for where, row in page.rows if where == "learning")
+    assert shown[heading.index("QWK after 30")] == f"{np.mean(last):.2f}"
+    assert "held-out parts of the inner folds" in page.text["learning"]
+
+
+def test_the_ceiling_is_that_of_the_labels(whole: tuple[ComparisonResult, Path], tmp_path: Path) -> None:
+    """Labels that are the readers' consensus are judged by another ceiling than those of one reader."""
+    result = whole[0]
+    assert result.ceiling is not None
+    consensus = (result.readings.sum(axis=1) + 1) // 2
+    page = written(replace(result, true=consensus), tmp_path)
+    assert f"leaves {result.ceiling.consensus_qwk:.2f} to be reached" in page.images[0]["alt"]
+    page = written(replace(result, true=4 - consensus), tmp_path)
+    assert f"leaves {result.ceiling.qwk:.2f} to be reached" in page.images[0]["alt"]

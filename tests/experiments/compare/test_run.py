@@ -1,0 +1,478 @@
+"""Comparisons as they are run: by the real command, on real caches, in real processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from sklearn.metrics import accuracy_score, cohen_kappa_score
+
+from slidetl.cli import main
+from slidetl.errors import UsageError
+from slidetl.evaluation.protocol import Fold, canonical_sha256
+from slidetl.experiments.compare.config import read_comparison
+from slidetl.experiments.compare.plan import Study, read_study
+from slidetl.experiments.compare.run import plan_comparison
+from slidetl.experiments.compare.unit import Job, job_of, read_unit, run_unit
+from slidetl.tasks.predictions import SlidePrediction
+from tests.conftest import Study as Cohort
+
+PATIENCE_S = 300  # a busy machine starts Python with torch in a minute
+SCRATCH = {"model": {"transfer": {"class_path": "slidetl.models.transfer.Scratch"}}}
+
+
+def configuration(study: Cohort, folder: Path, **changes: Any) -> Path:
+    """A small comparison of two arms over two folds, not nested."""
+    values: dict[str, Any] = {
+        "manifest": str(study.manifest),
+        "cache": str(study.cache),
+        "protocol": {"outer_folds": 2, "inner_folds": 0, "unit": "slide"},
+        "primary": {"arm": "scratch", "against": "prior"},
+        "base": {
+            "data": {"bag_size": 4, "num_workers": 0},
+            "model": {"backbone": {"name": "mobilenetv3_small_050"}},
+            "trainer": {"max_epochs": 2, "accelerator": "cpu"},
+        },
+        "arms": {"scratch": {"fit": SCRATCH}, "prior": {"baseline": "prior"}},
+        "bootstrap_draws": 100,
+        **changes,
+    }
+    path = folder / "compare.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def compared(study: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of one whole comparison."""
+    folder = tmp_path_factory.mktemp("compared")
+    path = configuration(study, folder, sizes={"slides": [8], "arms": ["prior"]})
+    assert main(["compare", "--config", str(path), "--output", str(folder / "out"), "--jobs", "2"]) == 0
+    return folder / "out"
+
+
+def test_every_slide_is_predicted_once_by_every_arm(compared: Path, study: Cohort) -> None:
+    rows = table(compared / "predictions.csv") + table(compared / "predictions_smaller.csv")
+    slides = sorted(row["slide_id"] for row in table(study.manifest))
+    for arm, size in (("scratch", ""), ("prior", ""), ("prior", "8")):
+        own = [row for row in rows if (row["arm"], row["train_slides"]) == (arm, size)]
+        assert sorted(row["slide_id"] for row in own) == slides
+        for row in own:
+            probabilities = [float(row[f"probability_{grade}"]) for grade in range(5)]
+            assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+            assert int(row["predicted_grade"]) == int(np.argmax(probabilities))
+
+
+def test_figures_are_those_of_the_pooled_predictions(compared: Path) -> None:
+    predictions = [row for row in table(compared / "predictions.csv") if row["arm"] == "scratch"]
+    true = [int(row["grade"]) for row in predictions]
+    predicted = [int(row["predicted_grade"]) for row in predictions]
+    figures = {
+        row["figure"]: float(row["estimate"])
+        for row in table(compared / "results.csv")
+        if (row["section"], row["arm"]) == ("figure", "scratch")
+    }
+    kappa = cohen_kappa_score(true, predicted, labels=range(5), weights="quadratic")
+    assert figures["accuracy"] == pytest.approx(accuracy_score(true, predicted), abs=1e-5)
+    assert figures["qwk"] == pytest.approx(kappa, abs=1e-5)
+
+
+def test_the_declared_comparison_comes_first(compared: Path) -> None:
+    rows = table(compared / "results.csv")
+    assert (rows[0]["section"], rows[0]["arm"], rows[0]["against"]) == ("primary", "scratch", "prior")
+    qwk = {row["arm"]: float(row["estimate"]) for row in rows if row["figure"] == "qwk" and row["n"]
+           and row["section"] == "figure" and not row["train_slides"]}  # fmt: skip
+    assert float(rows[0]["estimate"]) == pytest.approx(qwk["scratch"] - qwk["prior"], abs=1e-5)
+    assert {row["note"] for row in rows if row["section"] == "figure"} == {"not nested"}
+
+
+def test_learning_curves_have_every_epoch_of_every_fold(compared: Path) -> None:
+    rows = table(compared / "curves.csv")
+    assert [(row["fold"], row["part"], row["epoch"]) for row in rows] == [
+        (fold, "test", epoch) for fold in "01" for epoch in "12"
+    ]
+    assert all(0 < float(row["seconds"]) < 600 for row in rows)
+
+
+def test_the_splits_on_disk_are_those_that_were_used(compared: Path) -> None:
+    splits = json.loads((compared / "splits.json").read_text())
+    assert canonical_sha256(splits["folds"]) == splits["sha256"]
+    of = {fold["name"]: set(fold["test"]) for fold in splits["folds"]}
+    for row in table(compared / "predictions.csv"):
+        assert row["slide_id"] in of[row["fold"]]
+
+
+def test_a_prior_is_the_share_of_each_grade_in_its_training_part(compared: Path, study: Cohort) -> None:
+    grade = {row["slide_id"]: int(row["grade"]) for row in table(study.manifest)}
+    folds = {fold["name"]: fold for fold in json.loads((compared / "splits.json").read_text())["folds"]}
+    for row in table(compared / "predictions.csv"):
+        if row["arm"] == "prior":
+            train = [grade[slide] for slide in folds[row["fold"]]["train"]]
+            assert float(row["probability_0"]) == pytest.approx(train.count(0) / len(train), abs=1e-6)
+
+
+def test_what_is_there_is_not_computed_again(
+    compared: Path, study: Cohort, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(compared, tmp_path / "out")
+    before = (tmp_path / "out" / "results.csv").read_bytes()
+    # Renamed, the arm is the same.
+    arms = {"anew": {"fit": SCRATCH}, "prior": {"baseline": "prior"}}
+    path = configuration(
+        study,
+        tmp_path,
+        arms=arms,
+        primary={"arm": "anew", "against": "prior"},
+        sizes={"slides": [8], "arms": ["prior"]},
+    )
+    assert main(["compare", "--config", str(path), "--output", str(tmp_path / "out")]) == 0
+    assert "6 units are there, 0 to be computed" in capfd.readouterr().err
+    assert (tmp_path / "out" / "results.csv").read_bytes() == before.replace(b"scratch", b"anew")
+
+
+def test_a_damaged_unit_is_computed_again(
+    compared: Path, study: Cohort, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(compared, tmp_path / "out")
+    key = next(row["key"] for row in table(compared / "units.csv") if row["arm"] == "prior")
+    predictions = tmp_path / "out" / "units" / key / "predictions.csv"
+    whole = predictions.read_text()
+    predictions.write_text(whole.replace("0", "1", 1))
+    path = configuration(study, tmp_path)
+    assert main(["compare", "--config", str(path), "--output", str(tmp_path / "out"), "--jobs", "1"]) == 0
+    assert "3 units are there, 1 to be computed" in capfd.readouterr().err
+    assert predictions.read_text() == whole
+
+
+def test_a_killed_run_goes_on_to_the_same_figures(compared: Path, study: Cohort, tmp_path: Path) -> None:
+    path = configuration(study, tmp_path, sizes={"slides": [8], "arms": ["prior"]})
+    command = [sys.executable, "-m", "slidetl", "compare", "--config", str(path)]
+    command += ["--output", str(tmp_path / "out"), "--jobs", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    units = tmp_path / "out" / "units"
+    deadline = time.monotonic() + PATIENCE_S
+    while not list(units.glob("*/unit.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)  # itself alone: what it started must end by itself
+    process.wait()
+    done = {file: file.stat().st_mtime_ns for file in units.glob("*/unit.json")}
+    assert 0 < len(done) < 6
+    assert main(["compare", "--config", str(path), "--output", str(tmp_path / "out")]) == 0
+    assert {file: file.stat().st_mtime_ns for file in done} == done
+    same = ("predictions.csv", "results.csv", "splits.json")
+    assert all((tmp_path / "out" / name).read_bytes() == (compared / name).read_bytes() for name in same)
+
+
+def test_a_unit_that_fails_is_reported_and_the_others_go_on(
+    study: Cohort, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = {"model": {"backbone": {"pretrained": str(tmp_path / "none.safetensors")}}}
+    arms = {"broken": {"fit": broken}, "prior": {"baseline": "prior"}, "site": {"baseline": "site"}}
+    path = configuration(study, tmp_path, arms=arms, primary={"arm": "broken", "against": "prior"})
+    assert main(["compare", "--config", str(path), "--output", str(tmp_path / "out")]) == 1
+    printed = capfd.readouterr()
+    assert "failed: broken, repeat 0, fold 0" in printed.err
+    assert "none.safetensors" in printed.err
+    assert "broken against prior: not complete" in printed.out
+    assert "incomplete: broken, 0 of 2 units" in printed.out
+    assert {row["arm"] for row in table(tmp_path / "out" / "predictions.csv")} == {"prior", "site"}
+    assert len(list((tmp_path / "out" / "units" / ".failed").iterdir())) == 2
+
+
+def test_a_mistake_in_an_arm_is_found_before_anything_runs(
+    study: Cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = {"scratch": {"fit": {"model": {"lrr": 1}}}, "prior": {"baseline": "prior"}}
+    path = configuration(study, tmp_path, arms=arms)
+    assert main(["compare", "--config", str(path), "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "arm 'scratch'" in error
+    assert "lrr" in error
+    assert not list((tmp_path / "out" / "units").glob("*/unit.json"))
+
+
+def test_a_dry_run_writes_nothing(study: Cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = configuration(study, tmp_path)
+    assert main(["compare", "--config", str(path), "--output", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert capsys.readouterr().out == "20 slides, 2 folds, 2 arms, 4 units\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_some_arms(study: Cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["compare", "--config", str(configuration(study, tmp_path)), "--output", str(tmp_path / "out")]
+    assert main([*words, "--only", "prior", "--dry-run"]) == 0
+    assert capsys.readouterr().out == "20 slides, 2 folds, 1 arms, 2 units\n"
+    assert main([*words, "--only", "prio"]) == 2
+    assert "there is no arm 'prio'" in capsys.readouterr().err
+
+
+def relabelled(study: Cohort, folder: Path, **columns: Any) -> Path:
+    """The manifest with other values; each is a function of a row."""
+    rows = table(study.manifest)
+    for row in rows:
+        row["path"] = str(study.manifest.parent / row["path"])
+        row.update({name: str(value(row)) for name, value in columns.items()})
+    path = folder / "manifest.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_a_training_part_without_a_grade_is_refused(study: Cohort, tmp_path: Path) -> None:
+    first = next(row["slide_id"] for row in table(study.manifest) if row["grade"] == "4")
+    manifest = relabelled(
+        study, tmp_path, grade=lambda row: 4 if row["slide_id"] == first else min(3, int(row["grade"]))
+    )
+    path = configuration(study, tmp_path, manifest=str(manifest))
+    with pytest.raises(UsageError, match="no training slide has grade 4, so it could not be learned; add"):
+        plan_comparison(read_comparison(path))
+
+
+def copied_slide(study: Cohort, folder: Path) -> tuple[Path, Path]:
+    """A manifest and a cache in which the first slide is there a second time, as another patient's."""
+    cache = folder / "cache"
+    shutil.copytree(study.cache, cache)
+    manifest = relabelled(study, folder)
+    rows = table(manifest)
+    original = rows[0]["slide_id"]
+    slide = folder / "copy.tiff"
+    shutil.copy(rows[0]["path"], slide)
+    rows.append({**rows[0], "slide_id": "copy", "patient_id": "another", "path": str(slide)})
+    with manifest.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    options = ["--cache", str(cache), "--mpp", "4", "--tile-size", "64", "--workers", "1"]
+    assert main(["tile", str(manifest), *options]) == 0
+    assert (cache / "copy.zarr").is_dir()
+    assert (cache / f"{original}.zarr").is_dir()
+    return manifest, cache
+
+
+def test_one_slide_under_two_names_stops_the_run_or_is_joined(study: Cohort, tmp_path: Path) -> None:
+    manifest, cache = copied_slide(study, tmp_path)
+    places = {"manifest": str(manifest), "cache": str(cache)}
+    # By its content, whatever it looks like; and where it lands depends on the seed.
+    refused = 0
+    for seed in range(4):
+        protocol = {"outer_folds": 2, "inner_folds": 0, "seed": seed}
+        path = configuration(study, tmp_path, **places, protocol=protocol, near_duplicates=0)
+        try:
+            plan_comparison(read_comparison(path))
+        except UsageError as error:
+            assert "hold the same slide as" in str(error)
+            refused += 1
+        joined = configuration(study, tmp_path, **places, protocol=protocol, duplicates="join")
+        with pytest.warns(
+            UserWarning, match="duplicates: 1 slides count as slides of another patient, 0 are"
+        ):
+            plan = plan_comparison(read_comparison(joined))
+        original = plan.study.rows[1].slide_id
+        assert all(("copy" in fold.test) == (original in fold.test) for fold in plan.folds)
+    assert refused
+
+
+def test_looking_alike_is_looked_for(study: Cohort, tmp_path: Path) -> None:
+    path = configuration(study, tmp_path, near_duplicates=0.01)  # everything is a little alike
+    with pytest.raises(UsageError, match="hold slides that look alike"):
+        plan_comparison(read_comparison(path))
+
+
+def test_choices_are_made_in_inner_folds_alone(study: Cohort, tmp_path: Path) -> None:
+    path = configuration(
+        study,
+        tmp_path,
+        protocol={"outer_folds": 2, "inner_folds": 2, "unit": "slide"},
+        arms={
+            "scratch": {"fit": SCRATCH, "choices": {"model.lr": [1e-3, 1e-7]}},
+            "prior": {"baseline": "prior"},
+        },
+    )
+    comparison = read_comparison(path)
+    plan = plan_comparison(comparison)
+    unit = next(unit for unit in plan.units if unit.arm == "scratch")
+    job = job_of(unit, plan.study, comparison.grades, tmp_path / "units")
+    run_unit(job)
+    found = read_unit(job.folder, unit.key)
+    assert found is not None
+    assert found.nested
+    parts = {(point.part, point.trial) for point in found.curves}
+    assert parts == {("inner-0", 0), ("inner-1", 0), ("inner-0", 1), ("inner-1", 1), ("test", 0)}
+    # Chosen again by hand from the inner curves; that of the test part has no say.
+    means = {
+        (trial, epoch): np.mean(
+            [p.rps for p in found.curves if p.part != "test" and (p.trial, p.epoch) == (trial, epoch)]
+        )
+        for trial in (0, 1)
+        for epoch in (1, 2)
+    }
+    trial = min(means, key=lambda at: means[at])[0]
+    assert found.chosen is not None
+    assert found.chosen["model.lr"] == (1e-3, 1e-7)[trial]
+    assert found.chosen["epochs"] in (1, 2)
+    assert max(p.epoch for p in found.curves if p.part == "test") == found.chosen["epochs"]
+    assert 0.05 <= found.temperature <= 20
+    assert found.temperature != 1
+    assert sorted(row.slide_id for row in found.predictions) == list(unit.fold.test)
+
+
+def test_labels_are_permuted_before_anything_is_fitted(study: Cohort, tmp_path: Path) -> None:
+    path = configuration(study, tmp_path, permutations={"n": 3, "arms": ["prior"]})
+    comparison = read_comparison(path)
+    plan = plan_comparison(comparison)
+    permuted = [unit for unit in plan.units if unit.permutation is not None]
+    assert len(permuted) == 6
+    jobs = [job_of(unit, plan.study, comparison.grades, tmp_path) for unit in permuted]
+    grades = {job.unit.permutation: {row.slide_id: row.grade for row in job.rows} for job in jobs}
+    true = {row.slide_id: row.grade for row in plan.study.rows}
+    assert all(sorted(map(str, of.values())) == sorted(map(str, true.values())) for of in grades.values())
+    assert all(of != true for of in grades.values())
+    assert main(["compare", "--config", str(path), "--output", str(tmp_path / "out"), "--only", "prior"]) == 0
+    (row,) = [row for row in table(tmp_path / "out" / "results.csv") if row["section"] == "chance"]
+    assert float(row["p"]) in (0.25, 0.5, 0.75, 1.0)
+
+
+def test_a_baseline_by_site_knows_the_site_alone(study: Cohort, tmp_path: Path) -> None:
+    plan, job = planned(study, tmp_path, {"baseline": "site"})
+    predictions = computed(job)
+    by_site = {row.site: row.probabilities for row in predictions}
+    assert len(by_site) == 2
+    assert all(row.probabilities == by_site[row.site] for row in predictions)
+    train = [row for row in plan.rows if row.slide_id in job.unit.fold.train]
+    for site, probabilities in by_site.items():
+        counts = np.bincount(
+            [row.grade for row in train if row.site == site and row.grade is not None], minlength=5
+        )
+        prior = np.bincount([row.grade for row in train if row.grade is not None], minlength=5) / len(train)
+        assert probabilities == pytest.approx((counts + prior) / (counts.sum() + 1), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["colour_area", "collagen"])
+def test_baselines_by_colour_give_distributions(name: str, study: Cohort, tmp_path: Path) -> None:
+    _, job = planned(study, tmp_path, {"baseline": name})
+    predictions = computed(job)
+    assert sorted(row.slide_id for row in predictions) == list(job.unit.fold.test)
+    assert len({row.probabilities for row in predictions}) > 1
+
+
+def planned(study: Cohort, folder: Path, arm: dict[str, Any]) -> tuple[Study, Job]:
+    arms = {"it": arm, "prior": {"baseline": "prior"}}
+    path = configuration(study, folder, arms=arms, primary={"arm": "it", "against": "prior"})
+    comparison = read_comparison(path)
+    plan = plan_comparison(comparison)
+    unit = next(unit for unit in plan.units if unit.arm == "it")
+    return plan.study, job_of(unit, plan.study, comparison.grades, folder / "units")
+
+
+def computed(job: Job) -> tuple[SlidePrediction, ...]:
+    run_unit(job)
+    found = read_unit(job.folder, job.unit.key)
+    assert found is not None
+    return found.predictions
+
+
+@pytest.mark.parametrize("arm", [{"fit": SCRATCH}, {"baseline": "colour_area"}], ids=["fit", "colour"])
+def test_a_site_that_alone_has_a_grade_can_be_left_out(
+    arm: dict[str, Any], study: Cohort, tmp_path: Path
+) -> None:
+    highest = max(row["site"] for row in table(study.manifest))
+    manifest = relabelled(
+        study,
+        tmp_path,
+        grade=lambda row: min(3 if row["site"] == highest else 2, int(row["grade"])),
+        grade_reader1=lambda row: "",
+        grade_reader2=lambda row: "",
+    )
+    path = configuration(
+        study,
+        tmp_path,
+        manifest=str(manifest),
+        grades=["0", "1", "2", "3"],
+        protocol={"leave_one_site_out": True, "inner_folds": 0, "unit": "slide"},
+        arms={"it": arm, "prior": {"baseline": "prior"}},
+        primary={"arm": "it", "against": "prior"},
+    )
+    comparison = read_comparison(path)
+    with pytest.warns(UserWarning, match=f"fold {highest}: no training slide has grade 3"):
+        plan = plan_comparison(comparison)
+    unit = next(unit for unit in plan.units if (unit.arm, unit.fold.name) == ("it", highest))
+    predictions = computed(job_of(unit, plan.study, comparison.grades, tmp_path / "units"))
+    assert {row.site for row in predictions} == {highest}
+    if "baseline" in arm:  # a network's head has a little left for every grade
+        assert all(row.probabilities[3] == 0 for row in predictions)
+
+
+def test_a_classical_arm_needs_stored_features_and_says_how(study: Cohort, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="make it with 'slidetl embed'"):
+        planned(study, tmp_path, {"classical": {"features": ["none"]}})
+
+
+def test_slides_that_are_not_in_the_cache_are_left_out(study: Cohort, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(study.cache, cache)
+    gone = sorted(cache.glob("*.zarr"))[0]
+    shutil.rmtree(gone)
+    path = configuration(study, tmp_path, cache=str(cache))
+    with pytest.warns(UserWarning, match="1 graded slides are not in the cache"):
+        left = read_study(read_comparison(path))
+    assert len(left.rows) == 19
+    assert gone.stem not in {row.slide_id for row in left.rows}
+
+
+def test_an_inner_fold_is_part_of_the_name_of_a_unit(study: Cohort, tmp_path: Path) -> None:
+    keys = []
+    for inner in (0, 2):
+        protocol = {"outer_folds": 2, "inner_folds": inner}
+        path = configuration(study, tmp_path, protocol=protocol)
+        plan = plan_comparison(read_comparison(path))
+        assert all(isinstance(unit.fold, Fold) for unit in plan.units)
+        keys.append({unit.key for unit in plan.units if unit.arm == "scratch"})
+    assert keys[0].isdisjoint(keys[1])
+
+
+def test_units_are_computed_by_the_workers_of_a_scheduler(study: Cohort, tmp_path: Path) -> None:
+    """A real scheduler, a real worker, and the command, each a process of its own."""
+    arms = {"site": {"baseline": "site"}, "prior": {"baseline": "prior"}}
+    path = configuration(study, tmp_path, arms=arms, primary={"arm": "site", "against": "prior"})
+    file, log = tmp_path / "scheduler.json", tmp_path / "log"
+    words = ["--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)]
+    options = ["--nthreads", "1", "--no-nanny", "--no-dashboard", "--scheduler-file", str(file)]
+    running = []
+    try:
+        for module, arguments in (("scheduler", words), ("worker", options)):
+            command = [sys.executable, "-m", f"distributed.cli.dask_{module}", *arguments]
+            with log.open("a") as output:
+                running.append(subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output))
+        deadline = time.monotonic() + PATIENCE_S
+        while not file.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        command = [sys.executable, "-m", "slidetl", "compare", "--config", str(path)]
+        command += ["--output", str(tmp_path / "out"), "--scheduler", json.loads(file.read_text())["address"]]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    assert done.returncode == 0, done.stderr
+    assert "[4/4]" in done.stderr
+    assert {row["arm"] for row in table(tmp_path / "out" / "predictions.csv")} == {"site", "prior"}
+    hosts = {file.parent.name for file in (tmp_path / "out" / "units").glob("*/unit.json")}
+    assert len(hosts) == 4
