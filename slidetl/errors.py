@@ -9,7 +9,8 @@ expected, what came, and what to do about it::
     |-- SlideError (OSError)
     |   |-- SlideOpenError                  not a slide, or not one that can be read
     |   |-- SlideReadError                  opened, but a region of it is damaged
-    |   `-- SpacingError (ValueError)       no physical spacing, or coarser than asked for
+    |   |-- SpacingError (ValueError)       no physical spacing, or coarser than asked for
+    |   `-- UnfitSlideError (ValueError)    readable, but not one that the model can be trusted on
     |-- CacheError (OSError)
     |   |-- CacheMissingError (FileNotFoundError)
     |   |-- CacheMismatchError (ValueError) made with other parameters or from another slide
@@ -46,6 +47,10 @@ class SlideReadError(SlideError):
 
 class SpacingError(SlideError, ValueError):
     """The slide has no physical spacing, or is coarser than the spacing asked for."""
+
+
+class UnfitSlideError(SlideError, ValueError):
+    """Too little tissue, or unlike the slides that the model was trained on."""
 
 
 class CacheError(SlidetlError, OSError):

@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+import queue
+import threading
+import time
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from slidetl.cache.tiler import TilePlan, plan_tiles, stream_tiles
 from slidetl.data.datasets import channels_first
-from slidetl.errors import SlideOpenError
+from slidetl.errors import UnfitSlideError
+from slidetl.evaluation.conformal import GradeSets
 from slidetl.export import ModelFile
 from slidetl.slides import open_slide
+
+_T = TypeVar("_T")
+_PART = 8192  # tiles whose own grades are computed at a time
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast a slide was graded, in tiles per second.
+
+    Attributes:
+        everything: from the first read to the grade.
+        network_alone: the same network on tiles that lie in memory, right after.
+    """
+
+    everything: float
+    network_alone: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,87 +45,231 @@ class SlideGrade:
 
     Attributes:
         slide: the file, as it was named.
+        fingerprint: of its content.
         grade: the most probable grade, 0..K-1.
         grade_name: its name.
         probabilities: of the grades 0..K-1; they sum to one.
-        expected_grade: their mean, 0..K-1.
+        expected_grade: their mean, 0..K-1: the continuous score.
+        grade_set: lowest and highest grade that the model does not rule out, or None if it carries no
+            evidence for such a set.
+        tissue_mm2: area of the tissue that was graded, square millimetres.
+        novelty: how unlike the training slides it is, 1 being the limit; None if the model cannot tell.
         model_sha256: hash of the model file.
         plan: which tiles were wanted, with thumbnail and tissue.
         origins_level0: ``[N, 2] int32``, upper-left corners ``(x, y)`` of the tiles that were read.
         attention: ``[N] float32``, weight of each tile; they sum to one.
         tile_grades: ``[N] float32``, the grade expected if the slide had that tile alone.
+        rates: if they were asked for.
     """
 
     slide: Path
+    fingerprint: str
     grade: int
     grade_name: str
     probabilities: tuple[float, ...]
     expected_grade: float
+    grade_set: tuple[int, int] | None
+    tissue_mm2: float
+    novelty: float | None
     model_sha256: str
     plan: TilePlan
     origins_level0: NDArray[np.int32]
     attention: NDArray[np.float32]
     tile_grades: NDArray[np.float32]
+    rates: Rates | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain JSON values, without the map."""
         return {
             "slide": str(self.slide),
+            "fingerprint": self.fingerprint,
             "grade": self.grade,
             "grade_name": self.grade_name,
+            "grade_set": list(self.grade_set) if self.grade_set else None,
             "probabilities": [round(probability, 7) for probability in self.probabilities],
             "expected_grade": round(self.expected_grade, 5),
             "tiles": len(self.attention),
+            "tiles_unreadable": len(self.plan) - len(self.attention),
+            "tissue_mm2": round(self.tissue_mm2, 4),
+            "novelty": None if self.novelty is None else round(self.novelty, 4),
             "model_sha256": self.model_sha256,
         }
 
 
 def grade_slide(
-    model: ModelFile, path: Path, mpp_override: float | None = None, batch_size: int = 64
+    model: ModelFile,
+    path: Path,
+    mpp_override: float | None = None,
+    batch_size: int = 64,
+    *,
+    threads: int = 1,
+    force: bool = False,
+    profile: bool = False,
 ) -> SlideGrade:
     """Grades one slide, from its file, through the pixels that a cache would hold.
 
-    Tiles are embedded as they are read, so that memory grows by the embeddings alone.
+    Tiles are read ahead in a thread while the network embeds others, so memory grows by the embeddings
+    alone.
 
     Args:
         model: as :func:`slidetl.export.load_model` returns it.
         path: the slide.
         mpp_override: micrometres per level-0 pixel, for a slide whose metadata has none.
         batch_size: tiles per pass through the backbone.
+        threads: that read and decode tiles.
+        force: grade a slide also if it has too little tissue or is unlike the training slides.
+        profile: measure the rates; costs a few seconds.
 
     Raises:
-        SlideError: the slide cannot be opened or read, has no spacing, is too coarse or has no tissue.
+        SlideError: the slide cannot be opened or read, has no spacing, or is too coarse.
+        UnfitSlideError: it has no tissue; or, unless forced, less than half of what any training slide has,
+            or is unlike them.
     """
-    spec = model.card.tile_spec
-    device = next(model.network.parameters()).device
-    embeddings: list[torch.Tensor] = []
+    card, network = model.card, model.network
+    spec = card.tile_spec
+    device = next(network.parameters()).device
+    kept: list[Tensor] = []
     origins: list[NDArray[np.int32]] = []
+    graded = 0
+    tissue = 0.0
     with open_slide(path, mpp_override, spec.icc) as slide, torch.inference_mode():
-        plan = plan_tiles(slide, spec)
-        for batch in stream_tiles(slide, plan, batch_size):
-            embeddings.append(model.network.embed(channels_first(batch.pixels).to(device)))
+        plan = plan_tiles(slide, spec, threads)
+        _check_tissue(model, path, plan, force)
+        started = time.perf_counter()
+        embeddings: Tensor | None = None
+        for batch in _ahead(stream_tiles(slide, plan, batch_size, threads)):
+            tiles = channels_first(batch.pixels)
+            part = network.embed(tiles.to(device))
+            if embeddings is None:  # in one piece from the start: joined at the end it would be there twice
+                embeddings = part.new_empty(len(plan), part.shape[1])
+            embeddings[graded : graded + len(part)] = part
+            graded += len(part)
+            tissue += float(batch.tissue_fraction.sum())
             origins.append(batch.origins_level0)
-        if not embeddings:
-            raise SlideOpenError(
-                f"{path}: no tile of {spec.tile_size_px} px at {spec.mpp:g} um/px has at least "
-                f"{spec.min_tissue:.0%} tissue; there is nothing to grade"
-            )
-        every = torch.cat(embeddings)
-        probabilities, expected, attention = model.network.grade(every)
-        tile_grades = model.network.grade_tiles(every)
+            if profile and len(kept) < 16:
+                kept.append(tiles)
+        if embeddings is None:
+            raise UnfitSlideError(f"{path}: none of its {len(plan)} tiles with tissue can be read")
+        embeddings = embeddings[:graded]
+        novelty = _novelty(model, path, embeddings, force)
+        probabilities, expected, attention = network.grade(embeddings)
+        seconds = time.perf_counter() - started
+        tile_grades = torch.cat([network.grade_tiles(part) for part in torch.split(embeddings, _PART)])
+        rates = Rates(graded / seconds, _network_rate(network, kept, device)) if profile else None
     grade = int(probabilities.argmax())
     return SlideGrade(
         slide=path,
+        fingerprint=plan.info.fingerprint,
         grade=grade,
-        grade_name=model.card.grades[grade],
+        grade_name=card.grades[grade],
         probabilities=tuple(probabilities.tolist()),
         expected_grade=float(expected),
+        grade_set=_grade_set(model, probabilities),
+        tissue_mm2=tissue * _tile_mm2(plan),
+        novelty=novelty,
         model_sha256=model.sha256,
         plan=plan,
         origins_level0=np.concatenate(origins),
         attention=attention.cpu().numpy(),
         tile_grades=tile_grades.cpu().numpy(),
+        rates=rates,
     )
+
+
+def _check_tissue(model: ModelFile, path: Path, plan: TilePlan, force: bool) -> None:
+    spec = plan.spec
+    if not len(plan):
+        raise UnfitSlideError(
+            f"{path}: no tile of {spec.tile_size_px} px at {spec.mpp:g} um/px has at least "
+            f"{spec.min_tissue:.0%} tissue; there is nothing to grade"
+        )
+    training = model.card.training
+    found = float(plan.tissue_fraction.sum()) * _tile_mm2(plan)
+    if training and not force and found < training.least_tissue_mm2 / 2:
+        raise UnfitSlideError(
+            f"{path}: {found:.3g} mm2 of tissue is too little to grade; every slide that the model was "
+            f"trained on has {training.least_tissue_mm2:.3g} mm2 or more; --force grades it all the same"
+        )
+
+
+def _novelty(model: ModelFile, path: Path, embeddings: Tensor, force: bool) -> float | None:
+    limit = model.card.novelty_limit
+    if limit is None:
+        return None
+    novelty = float(model.network.novelty(embeddings)) / limit
+    if novelty > 1 and not force:
+        training = model.card.training
+        stains = f" (stains: {', '.join(training.stains)})" if training and training.stains else ""
+        raise UnfitSlideError(
+            f"{path}: unlike the slides that the model was trained on{stains}: its novelty is {novelty:.3g}, "
+            "where none of theirs is above 1; check stain, organ and spacing; --force grades it all the same"
+        )
+    return novelty
+
+
+def _grade_set(model: ModelFile, probabilities: Tensor) -> tuple[int, int] | None:
+    evidence = model.card.evidence
+    if evidence is None:
+        return None
+    rule = GradeSets(evidence.quantile, 1 - evidence.coverage, evidence.patients)
+    # In double precision: the sum over the grades has to be one.
+    exact = probabilities.double().cpu()
+    lowest, highest = rule.sets((exact / exact.sum()).unsqueeze(0).numpy())[0].tolist()
+    return lowest, highest
+
+
+def _tile_mm2(plan: TilePlan) -> float:
+    """Area that a tile stands for: where tiles overlap, less than it covers."""
+    return (plan.spec.stride_px * plan.spec.mpp / 1000) ** 2
+
+
+def _network_rate(network: Any, batches: list[Tensor], device: torch.device) -> float:
+    started = time.perf_counter()
+    done = 0
+    while time.perf_counter() - started < 3:
+        for tiles in batches:
+            embedded = network.embed(tiles.to(device))
+            done += len(tiles)
+        float(embedded.sum())  # waits for a GPU
+    return done / (time.perf_counter() - started)
+
+
+def _ahead(items: Iterable[_T], depth: int = 4) -> Generator[_T, None, None]:
+    """The items, made by another thread while earlier ones are in use; at most so many wait."""
+    waiting: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def give(item: tuple[bool, Any]) -> None:
+        while not stopped.is_set():
+            try:
+                return waiting.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def produce() -> None:
+        try:
+            for item in items:
+                give((True, item))
+                if stopped.is_set():
+                    return
+            give((False, None))
+        except BaseException as error:  # whatever it is belongs to the thread that asked for items
+            give((False, error))
+
+    thread = threading.Thread(target=produce, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            there, item = waiting.get()
+            if there:
+                yield item
+            elif item is not None:
+                raise item
+            else:
+                return
+    finally:
+        stopped.set()
+        thread.join()
 
 
 def draw_map(result: SlideGrade, path: Path) -> None:

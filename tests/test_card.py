@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from slidetl.card import ModelCard
-from slidetl.errors import ModelFileError
+from slidetl.card import Evidence, ModelCard, TrainingData
+from slidetl.errors import ModelFileError, UsageError
 from slidetl.grid import TileSpec
 
 CARD = ModelCard(
@@ -18,11 +19,29 @@ CARD = ModelCard(
 )
 
 
-def test_round_trip() -> None:
-    assert ModelCard.from_json(CARD.to_json()) == CARD
+FULL = replace(
+    CARD,
+    members=5,
+    licence="CC-BY-4.0",
+    training=TrainingData(40, 30, ("a", "b"), (), ("trichrome",), 3.5, "cd"),
+    evidence=Evidence(12, 10, {"QWK": (0.8, 0.7, 0.9)}, 1.5, 0.9, 0.4, "ef"),
+    novelty_limit=2.5,
+    lineage=("12", "34"),
+)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format_version": 1}', "{"])
+@pytest.mark.parametrize("card", [CARD, FULL])
+def test_round_trip(card: ModelCard) -> None:
+    assert ModelCard.from_json(card.to_json()) == card
+
+
+@pytest.mark.parametrize(("temperature", "coverage"), [(0, 0.9), (float("nan"), 0.9), (1, 1), (1, 0)])
+def test_impossible_evidence_is_refused(temperature: float, coverage: float) -> None:
+    with pytest.raises(UsageError):
+        Evidence(12, 10, {}, temperature, coverage, 0.4, "ef")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format_version": 2}', "{"])
 def test_something_else_is_refused(text: str) -> None:
     with pytest.raises(ModelFileError, match="not the metadata of a slidetl model"):
         ModelCard.from_json(text)
@@ -30,7 +49,7 @@ def test_something_else_is_refused(text: str) -> None:
 
 def test_another_format_is_named() -> None:
     values = json.loads(CARD.to_json()) | {"format_version": 99}
-    with pytest.raises(ModelFileError, match="expected a model file of format 1, found 99"):
+    with pytest.raises(ModelFileError, match="expected a model file of format 2, found 99"):
         ModelCard.from_json(json.dumps(values))
 
 

@@ -2,14 +2,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from slidetl.analysis.novelty import fit_familiar
+from slidetl.card import Evidence
 from slidetl.errors import ModelFileError
-from slidetl.export import export_model, load_model
+from slidetl.export import build_network, export_model, load_model
 from slidetl.models.aggregators import GatedAttention, MeanPooling, Pooling
+from slidetl.models.backbones import BackboneSpec
 from slidetl.tasks.checkpoint import load_grader
 from slidetl.tasks.slide import SlideGrader
 
@@ -22,7 +27,8 @@ def grader(trained: Path) -> SlideGrader:
 @pytest.fixture(scope="module")
 def model_path(grader: SlideGrader, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("export") / "model.pt"
-    assert export_model(grader, path) < 1e-5
+    worst = export_model(*build_network([grader]), path)
+    assert worst["cpu float32"] < 1e-5 and worst["cpu bfloat16"] < 2e-2
     assert [entry.name for entry in path.parent.iterdir()] == ["model.pt"]
     return path
 
@@ -67,16 +73,70 @@ print(json.loads(extra["slidetl.json"])["tile_spec"]["mpp"])
     assert (done.returncode, done.stdout) == (0, "4.0\n"), done.stderr
 
 
+def test_an_ensemble_votes_with_its_temperature(grader: SlideGrader, tmp_path: Path) -> None:
+    other = SlideGrader(BackboneSpec("mobilenetv2_100"), MeanPooling).eval()
+    other.tile_spec = grader.tile_spec
+    evidence = Evidence(12, 10, {}, temperature=2.0, coverage=0.9, quantile=0.5, predictions_sha256="")
+    export_model(*build_network([grader, other], evidence=evidence), tmp_path / "m.pt")
+    model = load_model(tmp_path / "m.pt")
+    assert model.card.members == 2
+    tiles = torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8)
+    votes = []
+    with torch.inference_mode():
+        for member in (grader, other):
+            logits, _ = member.network(tiles[None], torch.ones(1, 6, dtype=torch.bool))
+            softer = member.network.head.probabilities(logits)[0].sqrt()  # the temperature is 2
+            votes.append(softer / softer.sum())
+        embeddings = model.network.embed(tiles)
+        torch.testing.assert_close(model.network(tiles), sum(votes) / 2, atol=1e-5, rtol=0)
+    assert embeddings.shape == (6, 1280 + grader.network.backbone.num_features)
+    assert model.network.novelty(embeddings).isnan()
+
+
+def test_networks_of_other_grades_make_no_ensemble(grader: SlideGrader) -> None:
+    other = SlideGrader(grades=["no", "yes"])
+    other.tile_spec = grader.tile_spec
+    with pytest.raises(ModelFileError, match="same grades and tiles"):
+        build_network([grader, other])
+
+
+def test_the_file_knows_what_is_familiar(grader: SlideGrader, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    width = grader.network.backbone.num_features
+    familiar = fit_familiar(rng.normal(size=(30, width)), [str(i) for i in range(30)])
+    export_model(*build_network([grader], familiar=familiar), tmp_path / "m.pt")
+    model = load_model(tmp_path / "m.pt")
+    assert model.card.novelty_limit == familiar.limit
+    embeddings = rng.normal(size=(5, width)).astype(np.float32)
+    found = float(model.network.novelty(torch.from_numpy(embeddings)))
+    assert found == pytest.approx(familiar.novelty(embeddings.mean(0, keepdims=True)).item(), rel=1e-4)
+
+
+def test_a_stranger_is_not_run(model_path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SLIDETL_HOME", str(tmp_path))
+    with pytest.raises(ModelFileError, match="a model file is a program"):
+        load_model(model_path)
+    assert load_model(model_path, trusted=True).card.grades
+
+
+def test_a_packed_file_is_refused_before_it_is_unpacked(model_path: Path, tmp_path: Path) -> None:
+    bomb = tmp_path / "bomb.pt"
+    with zipfile.ZipFile(model_path) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in source.namelist():
+            packed.writestr(name, source.read(name))
+        packed.writestr("m/data/99", bytes(50_000_000))
+    with pytest.raises(ModelFileError, match="its parts are packed"):
+        load_model(bomb, trusted=True)
+
+
 @pytest.mark.parametrize("aggregator", [MeanPooling, GatedAttention])
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100"])
 def test_other_networks_export_too(
     grader: SlideGrader, tmp_path: Path, name: str, aggregator: type[Pooling]
 ) -> None:
-    from slidetl.models.backbones import BackboneSpec
-
     other = SlideGrader(BackboneSpec(name), aggregator).eval()
     other.tile_spec = grader.tile_spec
-    assert export_model(other, tmp_path / "m.pt") < 1e-5
+    assert export_model(*build_network([other]), tmp_path / "m.pt")["cpu float32"] < 1e-5
 
 
 def test_damaged_and_foreign_files_are_refused(model_path: Path, tmp_path: Path, grader: SlideGrader) -> None:
@@ -87,14 +147,13 @@ def test_damaged_and_foreign_files_are_refused(model_path: Path, tmp_path: Path,
     (tmp_path / "text.pt").write_text("hello")
     for name in ("flipped.pt", "torn.pt", "text.pt"):
         with pytest.raises(ModelFileError) as caught:
-            load_model(tmp_path / name)
+            load_model(tmp_path / name, trusted=True)
         assert "\n" not in str(caught.value)
     with pytest.raises(ModelFileError, match="no such model file"):
         load_model(tmp_path / "none.pt")
     with pytest.warns(match="deprecated"):
         torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(tmp_path / "foreign.pt"))
-    with pytest.raises(ModelFileError, match="not one of slidetl's files"):
-        load_model(tmp_path / "foreign.pt")
+    with pytest.raises(ModelFileError, match="not a model file of slidetl"):
+        load_model(tmp_path / "foreign.pt", trusted=True)
     with pytest.raises(ModelFileError, match="does not say what tiles"):
-        export_model(SlideGrader(), tmp_path / "untrained.pt")
-    assert not (tmp_path / "untrained.pt").exists()
+        build_network([SlideGrader()])

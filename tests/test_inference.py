@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import csv
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +12,18 @@ from PIL import Image
 
 from slidetl.cli import main
 from slidetl.errors import SpacingError
-from slidetl.export import ModelFile, export_model, load_model
-from slidetl.inference import draw_map, grade_slide
+from slidetl.export import ModelFile, build_network, export_model, load_model
+from slidetl.inference import _ahead, draw_map, grade_slide
 from slidetl.tasks.checkpoint import load_grader
-from slidetl.tasks.predictions import read_predictions
+from slidetl.tasks.predictions import SlidePrediction, read_predictions, write_predictions
 from tests.conftest import PyramidTiff, Study
 
 
 @pytest.fixture(scope="module")
 def model_path(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "model.pt"
-    export_model(load_grader(trained / "logs" / "version_0" / "checkpoints" / "best.ckpt"), path)
+    grader = load_grader(trained / "logs" / "version_0" / "checkpoints" / "best.ckpt")
+    export_model(*build_network([grader]), path)
     return path
 
 
@@ -73,6 +77,138 @@ def test_a_bad_slide_costs_itself_alone(
     assert code == 1
     assert [json.loads(line)["slide"] for line in out.splitlines()] == [str(good)]
     assert "broken.svs" in err and "there is nothing to grade" in err and "2 of 3 slides failed" in err
+
+
+def exported(trained: Path, folder: Path, *options: str) -> Path:
+    """A file as ``slidetl export`` writes it, which knows its training slides."""
+    checkpoint = trained / "logs" / "version_0" / "checkpoints" / "best.ckpt"
+    assert main(["export", str(checkpoint), "--output", str(folder / "m.pt"), *options]) == 0
+    return folder / "m.pt"
+
+
+def test_slides_unlike_the_training_are_refused_unless_forced(
+    study: Study,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    pyramid_tiff: PyramidTiff,
+) -> None:
+    path = exported(trained, tmp_path)
+    card = load_model(path).card
+    assert card.training is not None and card.novelty_limit is not None
+    assert card.training.slides == card.training.patients == 10
+    noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
+    noise[:, :, 1] //= 4  # a purple that counts as tissue
+    strange = pyramid_tiff(noise, mpp=4, name="strange")
+    white = np.full((512, 512, 3), 245, np.uint8)
+    white[200:264, 200:264] = noise[:64, :64]
+    little = pyramid_tiff(white, mpp=4, name="little")
+    capsys.readouterr()
+    assert main(["grade", str(path), str(strange), str(little)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "strange.tiff: unlike the slides that the model was trained on" in err
+    assert "little.tiff" in err and "of tissue is too little to grade" in err
+    assert main(["grade", str(path), str(strange), str(little), "--force"]) == 0
+    strange_result, little_result = map(json.loads, capsys.readouterr().out.splitlines())
+    assert strange_result["novelty"] > 1
+    assert little_result["tissue_mm2"] < card.training.least_tissue_mm2 / 2
+
+
+def test_evidence_gives_a_set_of_grades(
+    trained: Path, study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    predictions = []
+    for number in range(40):
+        probabilities = rng.dirichlet(np.ones(5))
+        grade = int(rng.choice(5, p=probabilities))
+        name = f"s{number}"
+        predictions.append(SlidePrediction(name, name, grade, tuple(probabilities.tolist()), 9))
+    write_predictions(tmp_path / "kept.csv", predictions)
+    path = exported(trained, tmp_path, "--evidence", str(tmp_path / "kept.csv"), "--coverage", "0.8")
+    evidence = load_model(path).card.evidence
+    assert evidence is not None and (evidence.slides, evidence.patients) == (40, 40)
+    estimate, low, high = evidence.figures["accuracy"]
+    assert low < estimate < high
+    capsys.readouterr()
+    slide = next((study.manifest.parent / "slides").glob("*.tiff"))
+    assert main(["grade", str(path), str(slide), "--force"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    lowest, highest = result["grade_set"]
+    assert 0 <= lowest <= result["grade"] <= highest <= 4
+
+
+def test_an_unknown_file_needs_trust_once(
+    study: Study,
+    model_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SLIDETL_HOME", str(tmp_path / "home"))
+    slide = str(next((study.manifest.parent / "slides").glob("*.tiff")))
+    assert main(["grade", str(model_path), slide]) == 2
+    assert "--trust" in capsys.readouterr().err
+    assert main(["grade", str(model_path), slide, "--trust"]) == 0
+    assert main(["grade", str(model_path), slide]) == 0
+
+
+def test_several_processes_grade_as_one_does_and_a_run_goes_on(
+    study: Study, model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, slide in enumerate(sorted((study.manifest.parent / "slides").glob("*.tiff"))[:3]):
+        shutil.copy(slide, tmp_path / f"s{number}.tiff")
+    (tmp_path / "s3.svs").write_bytes(b"II*\0nothing")
+    pattern, output = str(tmp_path / "*.*"), tmp_path / "out"
+    one = tmp_path / "one"
+    assert main(["grade", str(model_path), pattern, "--output", str(one)]) == 1
+    capsys.readouterr()
+    assert main(["grade", str(model_path), pattern, "--output", str(output), "--jobs", "2"]) == 1
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 3 and "s3.svs" in err
+
+    def table(folder: Path) -> list[dict[str, str]]:
+        with (folder / "results.csv").open(newline="") as file:
+            return sorted(csv.DictReader(file), key=lambda row: row["slide"])
+
+    assert [row["status"] for row in table(output)] == ["graded"] * 3 + ["failed"]
+    for ours, theirs in zip(table(one)[:3], table(output)[:3], strict=True):
+        assert (ours["grade"], ours["fingerprint"]) == (theirs["grade"], theirs["fingerprint"])
+        assert float(ours["probability_0"]) == pytest.approx(float(theirs["probability_0"]), abs=1e-5)
+
+    (output / "s1.json").unlink()
+    shutil.copy(tmp_path / "s1.tiff", tmp_path / "s2.tiff")  # another slide under a name that is done
+    assert main(["grade", str(model_path), pattern, "--output", str(output), "--resume"]) == 1
+    out, err = capsys.readouterr()
+    assert "1 of 4 slides are graded already" in err
+    assert [Path(json.loads(line)["slide"]).name for line in out.splitlines()] == ["s1.tiff", "s2.tiff"]
+    assert len(table(output)) == 4
+
+
+def test_rates_are_measured_when_asked_for(
+    study: Study, model_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slide = str(next((study.manifest.parent / "slides").glob("*.tiff")))
+    assert main(["grade", str(model_path), slide, "--profile"]) == 0
+    assert "by the network alone" in capsys.readouterr().err
+
+
+def test_reading_ahead_hands_on_errors_and_stops_with_its_reader() -> None:
+    made = []
+
+    def items() -> Iterator[int]:
+        for number in range(1000):
+            made.append(number)
+            yield number
+        raise ValueError("at the end")
+
+    ahead = _ahead(items(), depth=2)
+    assert [next(ahead), next(ahead)] == [0, 1]
+    ahead.close()
+    assert len(made) <= 6
+    with pytest.raises(ValueError, match="at the end"):
+        list(_ahead(items()))
 
 
 def test_a_slide_coarser_than_the_model_is_refused(model: ModelFile, pyramid_tiff: PyramidTiff) -> None:

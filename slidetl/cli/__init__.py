@@ -18,6 +18,7 @@ from slidetl.errors import SlidetlError
 
 TRAINING_COMMANDS = {
     "fit": "train a network (LightningCLI; see 'slidetl fit --help')",
+    "find-lr": "try growing learning rates, and plot the loss to choose one by",
     "validate": "evaluate a checkpoint on the validation part",
     "test": "evaluate a checkpoint on the test part: accuracy, QWK, MAE, confusion matrix, predictions",
     "predict": "predict every slide of a manifest or folder",
@@ -31,9 +32,11 @@ COMMANDS = {
     "fit-features": "grade slides by classical models on stored features",
     **TRAINING_COMMANDS,
     "backbones": "list networks, their size, and whether their weights are at hand",
+    "compare": "compare arms (scratch, transfer, classical) by cross-validation over patients",
     "similarity": "compare the layers of networks before and after training",
     "export": "write a checkpoint as one TorchScript file",
     "grade": "grade slides with an exported file",
+    "zoo": "publish models to a library, and build on those of others",
 }
 
 
@@ -111,5 +114,5 @@ def _cause(message: str) -> str:
 
 def _stay_offline() -> None:
     """Switches off the update checks and telemetry of dependencies; patient data lives here."""
-    for name in ("NO_ALBUMENTATIONS_UPDATE", "HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
         os.environ.setdefault(name, "1")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 SUMMARY = (
-    "Grade slides with an exported model: one JSON line each on stdout. "
-    "Exit code 1 when any slide failed, after all the others are done."
+    "Grade slides with an exported model: one JSON line each on stdout, and a table of all in "
+    "DIR/results.csv. Exit code 1 when any slide failed, after all the others are done."
 )
 
 
@@ -21,7 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "model", metavar="MODEL.pt", type=Path, help="file that 'slidetl export' wrote; it is run"
     )
     parser.add_argument(
-        "slides", metavar="SLIDE", type=Path, nargs="+", help="slides in any supported format"
+        "slides",
+        metavar="SLIDE",
+        type=Path,
+        nargs="+",
+        help="slides in any supported format, folders of them, or patterns such as 'study/*.svs'",
     )
     # SUPPRESS, here and below: else the help of an option without a default says "(default: None)".
     parser.add_argument(
@@ -29,7 +32,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         type=Path,
         default=argparse.SUPPRESS,
-        help="write for each slide an attention map (PNG) and the result (JSON) here",
+        help="write results.csv here, and for each slide a map (PNG) and the result (JSON)",
+    )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="write a page for each slide into DIR too (HTML that needs nothing else), a map that QuPath "
+        "reads (GeoJSON), and index.html over all slides",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="leave out slides whose results by this model are in DIR already",
     )
     parser.add_argument(
         "--mpp-override",
@@ -39,59 +53,108 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="micrometres per level-0 pixel, instead of the metadata's",
     )
     parser.add_argument(
+        "--force",
+        action="store_true",
+        help="grade slides too that have too little tissue or are unlike those of the training",
+    )
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="vouch for a model file that was made elsewhere: it is a program. Its hash is recorded",
+    )
+    parser.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one"
     )
+    parser.add_argument("--jobs", metavar="N", type=int, default=1, help="slides graded at a time")
     parser.add_argument("--batch-size", metavar="TILES", type=int, default=64, help="tiles per pass")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="print tiles per second with everything on, and of the network alone",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Grades every slide; a bad one costs itself alone."""
     import torch
+    from rich.console import Console
+    from rich.progress import track
 
-    from slidetl.errors import SlideError, UsageError
+    from slidetl.errors import UsageError
+    from slidetl.experiments.grading import (
+        GRADED,
+        GradeOptions,
+        find_slides,
+        grade_slides,
+        output_names,
+        read_finished,
+        write_index_page,
+        write_results,
+    )
     from slidetl.export import load_model
-    from slidetl.inference import draw_map, grade_slide
+    from slidetl.trust import trust
 
-    if options.batch_size < 1:
-        raise UsageError(f"--batch-size must be at least 1 tile, not {options.batch_size}")
+    for name in ("batch_size", "jobs"):
+        if getattr(options, name) < 1:
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} must be at least 1, not {getattr(options, name)}")
+    output: Path | None = getattr(options, "output", None)
+    if options.resume and output is None:
+        raise UsageError("--resume needs --output, the folder with the results so far")
+    if options.report and output is None:
+        raise UsageError("--report needs --output, the folder for the pages")
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(options.model, device)
-    output: Path | None = getattr(options, "output", None)
-    mpp_override: float | None = getattr(options, "mpp_override", None)
-    names = output_names(options.slides)
+    model = load_model(options.model, device, options.trust)
+    if options.trust:
+        trust(model.sha256, options.model.name)
+    slides = find_slides(options.slides)
+    rows = []
+    if output is not None and options.resume:
+        finished_rows = read_finished(output, output_names(slides), model.sha256, options.report)
+        rows = list(finished_rows.values())
+        print(f"slidetl: {len(rows)} of {len(slides)} slides are graded already", file=sys.stderr)
+    finished = {row.slide for row in rows}
+    chosen = GradeOptions(
+        model=options.model,
+        trusted=options.trust,
+        device=device,
+        output=output,
+        mpp_override=getattr(options, "mpp_override", None),
+        batch_size=options.batch_size,
+        threads=max(1, (os.cpu_count() or 1) // options.jobs),
+        force=options.force,
+        profile=options.profile,
+        report=options.report,
+    )
     failed = 0
-    for path in options.slides:
-        try:
-            result = grade_slide(model, path, mpp_override, options.batch_size)
-        except SlideError as error:
-            failed += 1
-            print(f"slidetl: failed: {error}", file=sys.stderr)
-            continue
-        line = json.dumps(result.to_dict())
+    console = Console(stderr=True)
+    for row in track(
+        grade_slides(model, slides, chosen, options.jobs, finished),
+        "slides",
+        total=len(slides) - len(finished),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ):
+        rows.append(row)
         if output is not None:
-            draw_map(result, output / f"{names[path]}.png")
-            (output / f"{names[path]}.json").write_text(line + "\n", encoding="utf-8")
-        print(line, flush=True)
+            write_results(output / "results.csv", rows, len(model.card.grades))
+        if row.status != GRADED:
+            failed += 1
+            print(f"slidetl: failed: {row.reason}", file=sys.stderr, flush=True)
+            continue
+        print(json.dumps(row.result), flush=True)
+        if row.rates:
+            everything, alone = row.rates
+            print(
+                f"slidetl: {row.slide}: {everything:.1f} tiles/s with everything on, "
+                f"{alone:.1f} by the network alone: {everything / alone:.0%}",
+                file=sys.stderr,
+            )
+    if output is not None and options.report:
+        write_index_page(output, rows, output_names(slides), model)
     if failed:
-        print(f"slidetl: {failed} of {len(options.slides)} slides failed", file=sys.stderr)
+        print(f"slidetl: {failed} of {len(slides)} slides failed", file=sys.stderr)
     return 1 if failed else 0
-
-
-def output_names(slides: Sequence[Path]) -> dict[Path, str]:
-    """Names for the files written for each slide: its own, if taken its folder's as well, then numbered.
-
-    No two are equal, even on a file system that does not tell ``A`` from ``a``.
-    """
-    from slidetl.data.manifest import safe_slide_id
-
-    names: dict[Path, str] = {}
-    taken: set[str] = set()
-    for path in dict.fromkeys(slides):
-        short = safe_slide_id(path.stem) or "slide"
-        long = safe_slide_id("_".join(path.parts[-2:])) or short
-        candidates = itertools.chain((short, long), (f"{long}_{n}" for n in itertools.count(2)))
-        names[path] = next(name for name in candidates if name.lower() not in taken)
-        taken.add(names[path].lower())
-    return names

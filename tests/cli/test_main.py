@@ -123,7 +123,7 @@ def test_nothing_asks_the_network_for_news() -> None:
     program = (
         "import os\nfrom slidetl.cli import main\n"
         "try:\n    main(['tile', '--help'])\nexcept SystemExit:\n    pass\n"
-        "for name in ('NO_ALBUMENTATIONS_UPDATE', 'HF_HUB_DISABLE_TELEMETRY'):\n"
+        "for name in ('HF_HUB_DISABLE_TELEMETRY', 'DO_NOT_TRACK'):\n"
         "    assert os.environ[name] == '1'"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == 0

@@ -128,8 +128,17 @@ def test_table_says_what_holds_and_what_does_not(tmp_path: Path, capsys: pytest.
     # t(0.975, 1) = 12.706; the standard error of two figures .02 apart is .01.
     half = np.hypot(12.706 * 0.01, 1.96 * 0.04)
     assert (gap, low, high) == pytest.approx((-0.002, -0.002 - half, -0.002 + half), abs=1e-4)
-    text = tool.report({("musk1", "Attention"): [0.5, 0.51], ("musk1", "MeanPooling"): [0.9]}, 50, 50)
+    results = {
+        ("mnist100", "MeanPooling"): [0.7, 0.9],
+        ("mnist50", "Chowder"): [0.6],
+        ("musk1", "MeanPooling"): [0.9],
+        ("musk1", "Attention"): [0.5, 0.51, 0.505],
+    }
+    text = tool.report(results, 50, 20)
     assert "| **no** |" in text and "Not reproduced: Attention on musk1 (below by 0.387)." in text
+    assert "| 0.841 ± 0.023 | -0.041 | too few repetitions |" in text
+    rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| m")]
+    assert rows == ["| musk1", "| musk1", "| mnist50", "| mnist100"]
     path, _ = toy_set(tmp_path / "toy.npz")
     arguments = ["--npz", str(path), "--aggregators", "MeanPooling", "--epochs", "1"]
     output = ["--output", str(tmp_path / "mil.md")]

@@ -1,0 +1,197 @@
+"""``slidetl zoo``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+SUMMARY = (
+    "A library of models, to build on each other's: a folder, or anything that fsspec reaches (file://, "
+    "s3://, ...). What is pulled is checked by its hashes."
+)
+_LIBRARY = "folder or URL of the library; by default the environment variable SLIDETL_ZOO"
+_OR_PULLED = f"{_LIBRARY}, or if that is not set what was pulled to this machine"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the actions, each with its arguments."""
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    form = argparse.ArgumentDefaultsHelpFormatter
+
+    publish = actions.add_parser("publish", help="add an exported model to a library", formatter_class=form)
+    publish.add_argument(
+        "model", metavar="MODEL.pt", type=Path, help="file that 'slidetl export' wrote; it is run"
+    )
+    _add_place(publish, "--to", _LIBRARY)
+    publish.add_argument(
+        "--name",
+        default=argparse.SUPPRESS,  # here and below: else the help says "(default: None)"
+        help="of the new entry, e.g. lung-fibrosis-2: small letters, digits, '.', '_', '-'; by default the "
+        "file's. A name that is taken is refused",
+    )
+    publish.add_argument(
+        "--description", metavar="TEXT", default="", help="what the model does, for its card"
+    )
+    publish.add_argument(
+        "--intended-use", metavar="TEXT", default="", help="what it was made for, and for what it was not"
+    )
+    publish.add_argument("--contact", metavar="TEXT", default="", help="whom to ask")
+    publish.add_argument(
+        "--trust", action="store_true", help="vouch for a model file that was exported elsewhere"
+    )
+    publish.set_defaults(act=_publish)
+
+    listing = actions.add_parser("list", help="list the models of a library", formatter_class=form)
+    _add_place(listing, "--from", _OR_PULLED)
+    listing.set_defaults(act=_list)
+
+    show = actions.add_parser("show", help="print a model's card as Markdown", formatter_class=form)
+    _add_name(show)
+    _add_place(show, "--from", _OR_PULLED)
+    show.set_defaults(act=_show)
+
+    pull = actions.add_parser(
+        "pull", help="copy a model to this machine, check it, and trust its model file", formatter_class=form
+    )
+    _add_name(pull)
+    _add_place(pull, "--from", _LIBRARY)
+    pull.add_argument(
+        "--sha256",
+        metavar="HASH",
+        default=argparse.SUPPRESS,
+        help="SHA-256 of its card, as its publisher told it; another card is refused",
+    )
+    pull.set_defaults(act=_pull)
+
+    use = actions.add_parser(
+        "use",
+        help="say where a pulled model lies and how the next training begins from it",
+        formatter_class=form,
+    )
+    _add_name(use)
+    use.set_defaults(act=_use)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Does what was asked for."""
+    code: int = options.act(options)
+    return code
+
+
+def _publish(options: argparse.Namespace) -> int:
+    from slidetl.zoo.library import Library
+
+    name = getattr(options, "name", options.model.stem)
+    library = Library(_place(options, "--to"))
+    entry = library.publish(
+        options.model,
+        name,
+        description=" ".join(options.description.split()),
+        intended_use=" ".join(options.intended_use.split()),
+        contact=" ".join(options.contact.split()),
+        trusted=options.trust,
+    )
+    print(f"{name}: published; 'slidetl zoo pull {name} --from {library.url}' gets it")
+    print(f"sha256 of its card {entry.card_sha256}")
+    for key, flag in (("description", "--description"), ("intended_use", "--intended-use")):
+        if not getattr(entry.card, key):
+            print(
+                f"slidetl: warning: its card has no {key.replace('_', ' ')}; {flag} gives one",
+                file=sys.stderr,
+            )
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from slidetl.errors import SlidetlError
+    from slidetl.zoo.library import Library
+
+    library = Library(_place(options, "--from", pulled=True))
+    table = Table(box=None, pad_edge=False)
+    table.add_column("model", no_wrap=True)
+    table.add_column("backbone")
+    table.add_column("grades", justify="right")
+    table.add_column("um/px", justify="right")
+    table.add_column("QWK", justify="right")
+    table.add_column("licence")
+    table.add_column("description")
+    damaged = 0
+    names = library.names()
+    for name in names:
+        try:
+            card = library.read(name).card
+        except SlidetlError as error:  # one of them stops neither the list nor its reader
+            table.add_row(name, "", "", "", "", "", str(error))
+            damaged += 1
+            continue
+        model = card.model
+        figure = model.evidence.figures.get("qwk") if model.evidence else None
+        table.add_row(
+            name,
+            model.backbone,
+            str(len(model.grades)),
+            f"{model.tile_spec.mpp:g}",
+            f"{figure[0]:.2f}" if figure else "",
+            model.licence,
+            card.description,
+        )
+    width = None if sys.stdout.isatty() else 200
+    Console(width=width, highlight=False, markup=False, emoji=False).print(table)
+    print(f"{len(names)} models in {library.url}{f', {damaged} damaged' if damaged else ''}")
+    return 1 if damaged else 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    from slidetl.zoo.library import Library
+
+    entry = Library(_place(options, "--from", pulled=True)).read(options.name)
+    print(entry.card.to_markdown())
+    print(f"sha256 of the card {entry.card_sha256}")
+    return 0
+
+
+def _pull(options: argparse.Namespace) -> int:
+    from slidetl.zoo.library import Library
+
+    library = Library(_place(options, "--from"))
+    folder = library.pull(options.name, getattr(options, "sha256", None))
+    print(f"{options.name}: checked, and in {folder}")
+    return _use(options)
+
+
+def _use(options: argparse.Namespace) -> int:
+    from slidetl.zoo.card import MODEL, WEIGHTS
+    from slidetl.zoo.local import pulled_card, pulled_file
+
+    card = pulled_card(options.name)
+    path = pulled_file(options.name, MODEL)
+    pulled_file(options.name, WEIGHTS)
+    print(f"grade slides:\n  slidetl grade {path} SLIDE ...\nbegin a training from it, in its configuration:")
+    for line in card.pretrained_lines():
+        print(f"  {line}")
+    return 0
+
+
+def _add_place(parser: argparse.ArgumentParser, flag: str, text: str) -> None:
+    parser.add_argument(flag, dest="place", metavar="DIR_OR_URL", default=argparse.SUPPRESS, help=text)
+
+
+def _add_name(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME", help="of the model, e.g. lung-fibrosis-2")
+
+
+def _place(options: argparse.Namespace, flag: str, pulled: bool = False) -> str:
+    from slidetl.errors import UsageError
+    from slidetl.zoo.local import pulled_folder
+
+    place: str = getattr(options, "place", "") or os.environ.get("SLIDETL_ZOO", "")
+    if not place and pulled:
+        place = str(pulled_folder())
+    if not place:
+        raise UsageError(f"no library is named; give {flag} DIR_OR_URL, or set SLIDETL_ZOO")
+    return place

@@ -1,0 +1,56 @@
+"""Which model files may be run on this machine: those whose hash was recorded here.
+
+A model file is a program. ``slidetl export`` and ``slidetl zoo pull`` record what they wrote, and
+``slidetl grade --trust`` what a person vouches for; a file that was changed since is a stranger again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from slidetl.errors import UsageError
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def record_path() -> Path:
+    """The list: ``trusted_models.txt`` in ``$SLIDETL_HOME``, or in ``~/.slidetl``."""
+    return Path(os.environ.get("SLIDETL_HOME") or Path.home() / ".slidetl") / "trusted_models.txt"
+
+
+def is_trusted(sha256: str) -> bool:
+    """Whether the file with this SHA-256 (hexadecimal) was recorded."""
+    try:
+        lines = record_path().read_text(encoding="utf-8").splitlines()
+    except OSError:  # no list, or none that may be read: nothing is vouched for
+        return False
+    return any(line.split()[:1] == [sha256] for line in lines)
+
+
+def trust(sha256: str, name: str) -> None:
+    """Records a file.
+
+    Args:
+        sha256: of the whole file, hexadecimal.
+        name: what people call it, for whoever reads the list.
+
+    Raises:
+        UsageError: the list cannot be written, or that is no SHA-256.
+    """
+    if not _SHA256.fullmatch(sha256):
+        raise UsageError(f"expected a SHA-256 of 64 hexadecimal digits, not {sha256!r}")
+    if is_trusted(sha256):
+        return
+    path = record_path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # One short write in append mode: several processes may record at the same time.
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{sha256}  {' '.join(name.split())}\n")
+    except OSError as error:
+        raise UsageError(
+            f"{path}: cannot record that the model is trusted ({error.strerror}); "
+            "set SLIDETL_HOME to a folder that can be written"
+        ) from error
