@@ -16,6 +16,7 @@ import struct
 import tracemalloc
 import zipfile
 import zlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +41,6 @@ from slidetl.slides.npz import NpzItem, read_labels
 from slidetl.slides.raster import RasterSlide
 from slidetl.tasks.predictions import SlidePrediction, write_predictions
 
-SOURCES = sorted(Path(slidetl.__file__).parent.rglob("*.py"))
 LITTLE_BYTES = 64 * 2**20
 HUGE_PX = 60_000  # a side; in RGB 10.8 GB
 
@@ -62,15 +62,17 @@ def read_corner(path: Path) -> None:
         slide.read((0, 0), (256, 256), 1.0)
 
 
-# ---- code in files -------------------------------------------------------------------------------------------
+# ---- code in files
 
 
-def calls(name: str) -> Iterator[tuple[str, ast.Call]]:
-    """Every call in the package of a function with this dotted name."""
-    for path in SOURCES:
+def calls_of_the_package() -> dict[str, list[tuple[str, ast.Call]]]:
+    """Every call, by the dotted name of the function, with where it stands."""
+    found = defaultdict(list)
+    for path in sorted(Path(slidetl.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) == name:
-                yield f"{path.name}:{node.lineno}", node
+            if isinstance(node, ast.Call) and isinstance(node.func, (ast.Name, ast.Attribute)):
+                found[ast.unparse(node.func)].append((f"{path.name}:{node.lineno}", node))
+    return found
 
 
 def keywords(call: ast.Call) -> dict[str | None, str]:
@@ -78,6 +80,7 @@ def keywords(call: ast.Call) -> dict[str | None, str]:
 
 
 def test_nothing_is_read_in_a_way_that_runs_it() -> None:
+    calls = calls_of_the_package()
     for name in (
         "eval",
         "exec",
@@ -87,19 +90,17 @@ def test_nothing_is_read_in_a_way_that_runs_it() -> None:
         "yaml.unsafe_load",
         "yaml.full_load",
     ):
-        assert not list(calls(name)), name
-    loads = list(calls("torch.load"))
-    assert loads
-    for where, call in loads:
+        assert not calls[name]
+    assert calls["torch.load"] and calls["yaml.safe_load"]
+    for where, call in calls["torch.load"]:
         assert keywords(call).get("weights_only") == "True", where
-    for where, call in [*calls("np.load"), *calls("np.lib.format.read_array")]:
+    for where, call in [*calls["np.load"], *calls["np.lib.format.read_array"]]:
         assert keywords(call).get("allow_pickle") == "False", where
     # TorchScript is a program: one place runs it, behind the check of its hash.
-    assert {where.partition(":")[0] for where, _ in calls("torch.jit.load")} == {"export.py"}
-    assert list(calls("yaml.safe_load"))
+    assert {where.partition(":")[0] for where, _ in calls["torch.jit.load"]} == {"export.py"}
 
 
-# ---- names that become paths ---------------------------------------------------------------------------------
+# ---- names that become paths
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "..", "a/../../b", "~/x", "a\\..\\b", ".hidden"])
@@ -123,7 +124,7 @@ def test_what_grade_writes_stays_in_its_folder(tmp_path: Path) -> None:
         assert (tmp_path / f"{name}.json").resolve().parent == tmp_path
 
 
-# ---- sizes that are claimed ----------------------------------------------------------------------------------
+# ---- sizes that are claimed
 
 
 def huge_jpeg(data: bytes) -> bytes:
@@ -182,15 +183,16 @@ def test_nor_is_another_picture_in_a_tiff(
 
 
 def test_a_compression_whose_claims_are_not_known_is_not_read(tmp_path: Path) -> None:
-    path = tiff(tmp_path / "a.tif", tile=(256, 256), compression="jpegxr")
-    with pytest.raises(SlideOpenError, match="compressed by .*JPEGXR.* convert it to JPEG"):
+    path = tiff(tmp_path / "a.tif", tile=(256, 256), compression="jpegxl")
+    with pytest.raises(SlideOpenError, match=r"compressed by .*JPEGXL.* convert it to JPEG"):
         RasterSlide(path, 1.0)
 
 
 def test_a_packed_tile_does_not_grow_beyond_its_size(tmp_path: Path) -> None:
     path = tiff(tmp_path / "a.tif", tile=(256, 256), compression="deflate")
     with tifffile.TiffFile(path) as file:
-        offsets, counts = (file.pages[0].tags[tag].valueoffset for tag in (324, 325))
+        tags = file.pages.first.tags
+        offsets, counts = tags[324].valueoffset, tags[325].valueoffset
     content, bomb = bytearray(path.read_bytes()), zlib.compress(bytes(300_000_000), 9)
     struct.pack_into("<4I", content, offsets, *[len(content)] * 4)
     struct.pack_into("<4I", content, counts, *[len(bomb)] * 4)
@@ -204,7 +206,7 @@ def test_a_packed_tile_does_not_grow_beyond_its_size(tmp_path: Path) -> None:
 def test_tags_that_claim_gigabytes_take_none(tag: int, tmp_path: Path) -> None:
     path = tiff(tmp_path / "a.tif", rowsperstrip=8, description="a description")
     with tifffile.TiffFile(path) as file:
-        entry = file.pages[0].tags[tag].offset
+        entry = file.pages.first.tags[tag].offset
     content = bytearray(path.read_bytes())
     if tag in (256, 257):
         struct.pack_into("<HII", content, entry + 2, 4, 1, 2**31 - 1)
@@ -297,7 +299,7 @@ def test_a_tile_of_a_cache_is_no_larger_than_its_size(codec: str) -> None:
 
 @pytest.mark.parametrize(("offset", "length"), [(0, 2**40), (2**63, 100), (2**64 - 2, 2**63), (50, 10**4)])
 def test_a_shard_names_no_tiles_beyond_its_end(offset: int, length: int, tmp_path: Path) -> None:
-    content = pack_shard([b"tile" * 20])
+    content = b"".join(pack_shard([b"tile" * 20])[0])
     path = tmp_path / "shard"
     path.write_bytes(content)
     assert Shard(path).chunk(0)
@@ -322,19 +324,31 @@ def test_weights_claim_no_more_than_the_file_holds(header: str, tmp_path: Path) 
         read_pretrained(BackboneSpec(pretrained=str(path)))
 
 
-# ---- tables that a spreadsheet opens -------------------------------------------------------------------------
+# ---- tables that a spreadsheet opens
 
-FORMULAS = ["=1+1", "+1", "-1+1", "@SUM(A1)", "\t=1", "\r=1", '=HYPERLINK("http://example.org")']
+FORMULAS = [
+    "=1+1",
+    "+A1",
+    "-1+1",
+    "@SUM(A1)",
+    "\t=1",
+    "\r=1",
+    " =1",
+    "a\r=1",
+    "a\n=1",
+    '=HYPERLINK("http://example.org")',
+]
 
 
 def cells_of(path: Path) -> list[str]:
-    with path.open(newline="", encoding="utf-8") as file:
+    # Without newline="", as most programs open it: a carriage return then ends a row.
+    with path.open(encoding="utf-8") as file:
         return [cell for row in list(csv.reader(file))[1:] for cell in row]
 
 
 def is_harmless(cell: str) -> bool:
     """Whether a spreadsheet would show a cell as it is."""
-    if cell[:1] not in tuple("=+-@\t\r"):
+    if not cell.strip().startswith(("=", "+", "-", "@")):
         return True
     try:
         return math.isfinite(float(cell))
@@ -344,7 +358,6 @@ def is_harmless(cell: str) -> bool:
 
 @pytest.mark.parametrize("formula", FORMULAS)
 def test_no_table_holds_a_formula(formula: str, tmp_path: Path) -> None:
-    assert not is_harmless(formula) or formula == "+1"
     write_results(
         tmp_path / "results.csv",
         [GradeRow(Path(formula), FAILED, {"grade_name": formula, "fingerprint": formula}, formula)],
@@ -356,5 +369,5 @@ def test_no_table_holds_a_formula(formula: str, tmp_path: Path) -> None:
     )
     for name in ("results.csv", "predictions.csv"):
         cells = cells_of(tmp_path / name)
-        assert f"'{formula}" in cells
         assert all(is_harmless(cell) for cell in cells)
+        assert sum(formula.split()[-1] in cell for cell in cells) >= 3  # it is shown

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="procedural",
         metavar="WEIGHTS",
         help="procedural (bundled), imagenet or hub (those published, downloaded unless they are on this "
-        "machine), or a .safetensors or .pth file",
+        "machine), zoo://NAME (a model that 'slidetl zoo pull' brought), or a .safetensors or .pth file",
     )
     parser.add_argument(
         "--blocks",

@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pretrained",
         default="procedural",
         metavar="WEIGHTS",
-        help="with --backbone, what 'pretrained' means: procedural, imagenet, hub or a file",
+        help="with --backbone, what 'pretrained' means: procedural, imagenet, hub, zoo://NAME or a file",
     )
     parser.add_argument(
         "--allow",

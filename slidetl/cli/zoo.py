@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 SUMMARY = (
@@ -18,9 +19,8 @@ _OR_PULLED = f"{_LIBRARY}, or if that is not set what was pulled to this machine
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the actions, each with its arguments."""
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
-    form = argparse.ArgumentDefaultsHelpFormatter
 
-    publish = actions.add_parser("publish", help="add an exported model to a library", formatter_class=form)
+    publish = _add_action(actions, "publish", _publish, "Add an exported model to a library.")
     publish.add_argument(
         "model", metavar="MODEL.pt", type=Path, help="file that 'slidetl export' wrote; it is run"
     )
@@ -41,19 +41,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     publish.add_argument(
         "--trust", action="store_true", help="vouch for a model file that was exported elsewhere"
     )
-    publish.set_defaults(act=_publish)
 
-    listing = actions.add_parser("list", help="list the models of a library", formatter_class=form)
+    listing = _add_action(
+        actions, "list", _list, "List the models of a library. Exit code 1 if one is damaged."
+    )
     _add_place(listing, "--from", _OR_PULLED)
-    listing.set_defaults(act=_list)
 
-    show = actions.add_parser("show", help="print a model's card as Markdown", formatter_class=form)
+    show = _add_action(actions, "show", _show, "Print a model's card as Markdown.")
     _add_name(show)
     _add_place(show, "--from", _OR_PULLED)
-    show.set_defaults(act=_show)
 
-    pull = actions.add_parser(
-        "pull", help="copy a model to this machine, check it, and trust its model file", formatter_class=form
+    pull = _add_action(
+        actions,
+        "pull",
+        _pull,
+        "Copy a model to this machine, check it, and trust its model file from then on.",
     )
     _add_name(pull)
     _add_place(pull, "--from", _LIBRARY)
@@ -63,15 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=argparse.SUPPRESS,
         help="SHA-256 of its card, as its publisher told it; another card is refused",
     )
-    pull.set_defaults(act=_pull)
 
-    use = actions.add_parser(
-        "use",
-        help="say where a pulled model lies and how the next training begins from it",
-        formatter_class=form,
+    use = _add_action(
+        actions, "use", _use, "Say where a pulled model lies, and how the next training begins from it."
     )
     _add_name(use)
-    use.set_defaults(act=_use)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -175,6 +173,22 @@ def _use(options: argparse.Namespace) -> int:
     for line in card.pretrained_lines():
         print(f"  {line}")
     return 0
+
+
+def _add_action(
+    actions: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    act: Callable[[argparse.Namespace], int],
+    summary: str,
+) -> argparse.ArgumentParser:
+    parser = actions.add_parser(
+        name,
+        help=f"{summary[0].lower()}{summary[1:].partition('.')[0]}",
+        description=summary,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.set_defaults(act=act)
+    return parser
 
 
 def _add_place(parser: argparse.ArgumentParser, flag: str, text: str) -> None:

@@ -1,1 +1,1 @@
-"""What people look at: one self-contained page per graded slide, an index of them, and a map for QuPath."""
+"""What people look at: self-contained pages, of a graded slide, of a folder of them, and of an experiment."""

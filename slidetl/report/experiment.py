@@ -53,6 +53,9 @@ class Table:
             raise ValueError(f"expected {len(self.columns)} cells for {self.columns}, found {odd[0]}")
 
 
+Part = str | Drawing | Table
+
+
 @dataclass(frozen=True)
 class Section:
     """A part of the page.
@@ -65,7 +68,7 @@ class Section:
 
     anchor: str
     heading: str
-    parts: tuple[str | Drawing | Table, ...]
+    parts: tuple[Part, ...]
 
 
 def write_experiment(

@@ -184,7 +184,7 @@ def draw_forest(
         + (" The shaded row is the primary comparison." if declared else "")
         + " Open grey marks are the trivial arms, which anything must beat."
         + (" Small ticks are single repeats." if len(rows[0].by_repeat) > 1 else "")
-        + ("" if ceiling is None else " Dashed: what a perfect model would reach when judged by a reader."),
+        + ("" if ceiling is None else " Dashed: all that the readers' noise leaves to be reached."),
     )
 
 
@@ -287,17 +287,16 @@ def draw_learning(
     key, title = next(iter(figures.items()))
     said = "; ".join(
         f"{arm} {curve.values[key][:, 0].mean():.2f} after {curve.epochs[0]} and "
-        f"{curve.values[key][:, -1].mean():.2f} after {curve.epochs[-1]} epochs "
-        f"({curve.seconds[-1]:.0f} seconds)"
+        f"{curve.values[key][:, -1].mean():.2f} after {curve.epochs[-1]} epochs ({curve.seconds[-1]:.0f} "
+        "seconds)"
         for arm, curve in curves.items()
     )
     return Drawing(
         drawn,
         f"Learning curves of {title}. {said}.",
         f"Learning curves on {part}, averaged over the trainings of an arm, against epochs (left) and "
-        "against "
-        "the time of training alone (right). Shaded: from the worst to the best training, of the two arms "
-        "of the primary comparison.",
+        "against the time of training alone (right). Shaded: from the worst to the best training, of the "
+        "two arms of the primary comparison.",
     )
 
 
@@ -346,11 +345,10 @@ def draw_reliability(folder: Path, bins: Mapping[str, Sequence[ReliabilityBin]])
     return Drawing(
         drawn,
         f"Reliability diagrams. {said}.",
-        "How often the predicted grade was right against the probability that it was given, per slide, first "
-        "repeat. Bars: where 95\N{NO-BREAK SPACE}% of such shares would lie if the probabilities were right, "
-        "by simulation; "
-        "orange points lie outside. The size of a point is the number of slides; one in twenty is expected "
-        "outside even of a perfect model.",
+        "How often the predicted grade was right against the probability that it was given, per slide, "
+        "first repeat. Bars: where 95\N{NO-BREAK SPACE}% of such shares would lie if the probabilities were "
+        "right, by simulation; orange points lie outside. The size of a point is the number of slides; one "
+        "in twenty is expected outside even of a perfect model.",
     )
 
 
@@ -403,8 +401,8 @@ def draw_sizes(
         drawn,
         f"{figures[key]} against the number of training slides. {said}.",
         "Figures of arms trained on fewer slides, at fixed hyper-parameters, with intervals over patients. "
-        "The last point is the whole training part (its mean over folds). Points are moved sideways a little "
-        "so that they do not hide each other.",
+        "The last point is the whole training part (its mean over folds). Points are moved sideways a "
+        "little so that they do not hide each other.",
     )
 
 
@@ -517,8 +515,7 @@ def draw_referral(
             ""
             if level is None
             else f" Dotted: the upper {percent(level)} bound of {bounded}, of the share of patients with a "
-            "wrong "
-            "grade; it holds for all coverages together."
+            "wrong grade; it holds for all coverages together."
         ),
     )
 

@@ -36,7 +36,7 @@ def write_page(path: Path, template: str, style: str, scripts: tuple[str, ...], 
 
     css = _asset(style)
     code = [_asset(script) for script in scripts]
-    hashes = " ".join(f"'sha256-{_sha256(text)}'" for text in code)
+    hashes = " ".join(f"'sha256-{_sha256(text)}'" for text in code) or "'none'"
     policy = (
         f"default-src 'none'; img-src data:; style-src 'sha256-{_sha256(css)}'; "
         f"script-src {hashes}; base-uri 'none'; form-action 'none'"

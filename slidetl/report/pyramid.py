@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,52 +28,75 @@ class Pyramid:
     Attributes:
         size_px: width and height at the finest level, pixels.
         mpp: spacing of the finest level, micrometres per pixel.
-        levels: coarsest first, a single tile; JPEGs by column and row. A tile that is absent shows glass or
-            cannot be read.
-        mpp_finest: spacing of the finest level that the slide would have had, micrometres per pixel.
+        mpp_everywhere: that of the finest level which is there wherever there is tissue.
+        mpp_slide: that of the finest level that the slide would have had.
+        levels: coarsest first, a single tile; JPEGs by column and row. A tile that is absent shows glass,
+            cannot be read, or was beyond the budget.
         unreadable: how many tiles could not be read.
     """
 
     size_px: tuple[int, int]
     mpp: float
+    mpp_everywhere: float
+    mpp_slide: float
     levels: tuple[dict[tuple[int, int], bytes], ...]
-    mpp_finest: float
     unreadable: int
 
     @property
     def bytes(self) -> int:
         """Size of all tiles, bytes."""
-        return sum(len(jpeg) for level in self.levels for jpeg in level.values())
+        return sum(map(_bytes, self.levels))
 
 
-def build_pyramid(slide: Slide, plan: TilePlan, budget_bytes: int, threads: int = 1) -> Pyramid:
-    """Reads level after level, each twice as fine, until the next would exceed the budget.
+def build_pyramid(
+    slide: Slide,
+    plan: TilePlan,
+    origins_level0: NDArray[np.int32],
+    attention: NDArray[np.float32],
+    budget_bytes: int,
+    threads: int = 1,
+) -> Pyramid:
+    """Reads level after level, each twice as fine, until the budget is used up.
 
-    The tiles of a level are held as JPEGs alone, so memory stays within the budget. Levels finer than the
-    picture in which tissue is looked for have tiles where there is tissue only.
+    Of the level that would exceed it, as much is there as fits: what counted most. Levels finer than the
+    picture in which tissue is looked for have tiles where there is tissue only. The tiles are held as JPEGs
+    alone, so memory stays within the budget.
 
     Args:
         slide: the slide, open.
         plan: its tiles and tissue.
+        origins_level0: ``[N, 2] int32``, upper-left corners ``(x, y)`` of the tiles that were graded.
+        attention: ``[N] float32``, how much each counted.
         budget_bytes: of all tiles together; the coarsest level, a single tile, is there whatever it takes.
         threads: that read and compress at a time.
     """
-    info = plan.info
-    mpp_finest = max(info.mpp_level0)
-    coarsest = max(0, math.ceil(math.log2(max(_size_px(info, mpp_finest)) / TILE_PX)))
+    mpp_slide = max(plan.info.mpp_level0)
+    coarsest = max(0, math.ceil(math.log2(max(_size_px(plan.info, mpp_slide)) / TILE_PX)))
     levels: list[dict[tuple[int, int], bytes]] = []
-    left = budget_bytes
+    left = math.inf
     unreadable = 0
+    mpp = mpp_everywhere = mpp_slide * 2**coarsest
     for halvings in range(coarsest, -1, -1):
-        found = _read_level(slide, plan, mpp_finest * 2**halvings, left if levels else None, threads)
-        if found is None:
-            break
-        jpegs, damaged = found
-        levels.append(jpegs)
+        level = _Level.over(plan.info, mpp_slide * 2**halvings)
+        if levels and level.mpp < plan.tissue_mask.mpp:
+            level = level.with_tissue(plan)
+        jpegs, damaged = _read(slide, level, left, threads)
+        is_whole = _bytes(jpegs) <= left
+        if not is_whole:
+            fitting = int(0.9 * left / (_bytes(jpegs) / len(jpegs)))  # tiles are not all of one size
+            level = level.most_attended(plan, origins_level0, attention, fitting)
+            jpegs, damaged = _read(slide, level, left, threads)
+            while _bytes(jpegs) > left:
+                jpegs.popitem()
+        if jpegs:
+            levels.append(jpegs)
+            mpp = level.mpp
         unreadable += damaged
-        left -= sum(map(len, jpegs.values()))
-    mpp = mpp_finest * 2 ** (coarsest - len(levels) + 1)
-    return Pyramid(_size_px(info, mpp), mpp, tuple(levels), mpp_finest, unreadable)
+        if not is_whole:
+            break
+        mpp_everywhere = level.mpp
+        left = max(0, budget_bytes - sum(map(_bytes, levels)))
+    return Pyramid(_size_px(plan.info, mpp), mpp, mpp_everywhere, mpp_slide, tuple(levels), unreadable)
 
 
 def encode_jpeg(rgb: NDArray[np.uint8], quality: int = _QUALITY) -> bytes:
@@ -91,27 +115,65 @@ def _size_px(info: SlideInfo, mpp: float) -> tuple[int, int]:
     return width, height
 
 
-def _read_level(
-    slide: Slide, plan: TilePlan, mpp: float, budget_bytes: int | None, threads: int
-) -> tuple[dict[tuple[int, int], bytes], int] | None:
-    """The tiles of a level and how many cannot be read; None if they take more than the budget."""
-    info = plan.info
-    spec = TileSpec(mpp, TILE_PX, edge="pad")
-    grid = TileGrid.over(info.size_level0, info.mpp_level0, (mpp, mpp), spec)
-    origins = grid.origins_level0()
-    places = np.stack(np.divmod(np.arange(len(grid)), grid.columns)[::-1], axis=1)
-    if mpp < plan.tissue_mask.mpp:
-        is_tissue = plan.tissue_mask.fraction(origins, grid.extent_level0, info.mpp_level0) > 0
-        origins, places = origins[is_tissue], places[is_tissue]
+def _bytes(jpegs: dict[tuple[int, int], bytes]) -> int:
+    return sum(map(len, jpegs.values()))
+
+
+@dataclass(frozen=True, eq=False)
+class _Level:
+    """Tiles of a level: their corners in level-0 pixels, and their columns and rows."""
+
+    mpp: float
+    extent_level0: tuple[float, float]
+    origins_level0: NDArray[np.int32]
+    places: NDArray[np.int64]
+
+    @classmethod
+    def over(cls, info: SlideInfo, mpp: float) -> Self:
+        spec = TileSpec(mpp, TILE_PX, edge="pad")
+        grid = TileGrid.over(info.size_level0, info.mpp_level0, (mpp, mpp), spec)
+        places = np.stack(np.divmod(np.arange(len(grid)), grid.columns)[::-1], axis=1)
+        return cls(mpp, grid.extent_level0, grid.origins_level0(), places)
+
+    def __getitem__(self, chosen: NDArray[Any]) -> Self:
+        return replace(self, origins_level0=self.origins_level0[chosen], places=self.places[chosen])
+
+    def with_tissue(self, plan: TilePlan) -> Self:
+        mpp = plan.info.mpp_level0
+        return self[plan.tissue_mask.fraction(self.origins_level0, self.extent_level0, mpp) > 0]
+
+    def most_attended(
+        self, plan: TilePlan, origins_level0: NDArray[np.int32], attention: NDArray[np.float32], count: int
+    ) -> Self:
+        """So many of the tiles: those in which the middles of the tiles that counted most lie."""
+        middles = origins_level0 + np.asarray(plan.extent_level0) / 2
+        sums: dict[tuple[int, int], float] = {}
+        for (column, row), weight in zip(
+            (middles // self.extent_level0).astype(int).tolist(), attention.tolist(), strict=True
+        ):
+            sums[column, row] = sums.get((column, row), 0.0) + weight
+        weights = [sums.get((column, row), 0.0) for column, row in self.places.tolist()]
+        chosen = np.sort(
+            np.argsort(-np.array(weights), kind="stable")[:count]
+        )  # row by row, as tiles are read
+        return replace(self, origins_level0=self.origins_level0[chosen], places=self.places[chosen])
+
+
+def _read(
+    slide: Slide, level: _Level, budget_bytes: float, threads: int
+) -> tuple[dict[tuple[int, int], bytes], int]:
+    """The tiles of a level, up to the first beyond the budget, and how many cannot be read."""
     jpegs: dict[tuple[int, int], bytes] = {}
     taken = unreadable = 0
-    results = slide.map_tiles(encode_jpeg, origins, TILE_PX, mpp, _MPP_TOLERANCE, threads=threads)
-    for (column, row), result in zip(places.tolist(), results, strict=True):
+    results = slide.map_tiles(
+        encode_jpeg, level.origins_level0, TILE_PX, level.mpp, _MPP_TOLERANCE, threads=threads
+    )
+    for (column, row), result in zip(level.places.tolist(), results, strict=False):
         if isinstance(result, SlideReadError):
             unreadable += 1
             continue
-        taken += len(result)
-        if budget_bytes is not None and taken > budget_bytes:
-            return None
         jpegs[column, row] = result
+        taken += len(result)
+        if taken > budget_bytes:
+            break
     return jpegs, unreadable

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from slidetl.card import ModelCard
 from slidetl.errors import SlideReadError
@@ -60,7 +61,7 @@ def write_slide_report(
     """
     plan = result.plan
     with open_slide(result.slide, mpp_override, plan.spec.icc) as slide:
-        pyramid = build_pyramid(slide, plan, budget_bytes, threads)
+        pyramid = build_pyramid(slide, plan, result.origins_level0, result.attention, budget_bytes, threads)
         galleries = _galleries(slide, result, pyramid)
     maps = maps_of(result, card.grades)
     page = folder / f"{name}.html"
@@ -155,7 +156,9 @@ def _galleries(slide: Slide, result: SlideGrade, pyramid: Pyramid) -> list[dict[
     ]
 
 
-def _tile(slide: Slide, result: SlideGrade, pyramid: Pyramid, tile: int, relative: Any) -> dict[str, Any]:
+def _tile(
+    slide: Slide, result: SlideGrade, pyramid: Pyramid, tile: int, relative: NDArray[np.float32] | None
+) -> dict[str, Any]:
     spec = result.plan.spec
     x, y = result.origins_level0[tile].tolist()
     scale_x, scale_y = (mpp / pyramid.mpp for mpp in result.plan.info.mpp_level0)
@@ -163,7 +166,7 @@ def _tile(slide: Slide, result: SlideGrade, pyramid: Pyramid, tile: int, relativ
     try:
         pixels = slide.read((x, y), side, spec.mpp, spec.mpp_tolerance)
         picture = data_uri("jpeg", _jpeg(pixels, _TILE_SHOWN_PX, 85))
-    except SlideReadError:  # the network storage may have gone; the page is still worth having
+    except SlideReadError:  # it could be read when it was graded; the page is still worth having
         picture = ""
     return {
         "picture": picture,
@@ -175,7 +178,7 @@ def _tile(slide: Slide, result: SlideGrade, pyramid: Pyramid, tile: int, relativ
     }
 
 
-def _jpeg(rgb: Any, longest_px: int, quality: int) -> bytes:
+def _jpeg(rgb: NDArray[np.uint8], longest_px: int, quality: int) -> bytes:
     from PIL import Image
 
     picture = Image.fromarray(rgb)

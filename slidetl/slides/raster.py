@@ -235,9 +235,8 @@ class _Tiff:
                 f"photometric {page.photometric!s}; convert it"
             )
         if int(page.compression) not in READABLE:
-            raise SlideOpenError(
-                f"{self._path}: compressed by {page.compression!s}, which is not read; convert it to JPEG"
-            )
+            name = getattr(page.compression, "name", page.compression)  # tifffile may have none
+            raise SlideOpenError(f"{self._path}: compressed by {name}, which is not read; convert it to JPEG")
         if not page.is_memmappable and math.prod(page.chunks) > _MAX_SEGMENT_PX * samples:
             raise SlideOpenError(
                 f"{self._path}: its pixels are compressed in pieces of {page.chunks[1]} x {page.chunks[0]}, "

@@ -97,5 +97,7 @@ def read_predictions(path: Path) -> list[SlidePrediction]:
 
 
 def safe_cell(text: str) -> str:
-    """Keeps a spreadsheet from running text that came from outside as a formula."""
-    return f"'{text}" if text[:1] in tuple("=+-@\t\r") else text
+    """Keeps text that came from outside from being run by a spreadsheet, and from ending its row."""
+    # A carriage return is not quoted by `csv`, and what follows it would be a cell of its own.
+    line = "".join(letter if letter.isprintable() else " " for letter in text)
+    return f"'{line}" if line.lstrip().startswith(("=", "+", "-", "@")) else line

@@ -30,8 +30,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def library(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """With one model in it, for a user who has pulled nothing."""
+def library(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Path:
+    """With one model in it, for a user who has pulled nothing; `capsys` holds what was said at its making."""
     folder = tmp_path / "library"
     about = ["--description", "Grades\n lungs", "--intended-use", "Tests", "--contact", "nobody"]
     assert main(["zoo", "publish", str(model), "--to", str(folder), *about]) == 0

@@ -10,11 +10,17 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from slidetl.cache.tiler import plan_tiles
+from slidetl.cache.tiler import TilePlan, plan_tiles
 from slidetl.report.pyramid import TILE_PX, Pyramid, build_pyramid
-from slidetl.slides import open_slide
+from slidetl.slides import Slide, open_slide
 from tests.conftest import Picture, PyramidTiff
 from tests.report.conftest import SPEC, Graded
+
+
+def pyramid_of(slide: Slide, plan: TilePlan, budget_bytes: int = 10**9, threads: int = 1) -> Pyramid:
+    """The pyramid of a slide whose tiles all count alike."""
+    attention = np.ones(len(plan), np.float32)
+    return build_pyramid(slide, plan, plan.origins_level0, attention, budget_bytes, threads)
 
 
 def mosaic(pyramid: Pyramid, level: int) -> Picture:
@@ -33,8 +39,8 @@ def mosaic(pyramid: Pyramid, level: int) -> Picture:
 def test_every_level_shows_the_slide(graded: Graded, slide_picture: Picture) -> None:
     plan = graded().plan
     with open_slide(plan.info.path) as slide:
-        pyramid = build_pyramid(slide, plan, 10**9)
-        assert (pyramid.size_px, pyramid.mpp, pyramid.mpp_finest) == ((1400, 1100), 0.5, 0.5)
+        pyramid = pyramid_of(slide, plan)
+        assert (pyramid.size_px, pyramid.mpp, pyramid.mpp_slide) == ((1400, 1100), 0.5, 0.5)
         assert [len(level) for level in pyramid.levels] == [1, 4, 9]
         assert pyramid.unreadable == 0
         for level in range(3):
@@ -53,23 +59,40 @@ def luma(rgb: Picture) -> NDArray[np.float64]:
 def test_the_finest_level_follows_from_the_budget(graded: Graded) -> None:
     plan = graded().plan
     with open_slide(plan.info.path) as slide:
-        whole = build_pyramid(slide, plan, 10**9)
+        whole = pyramid_of(slide, plan)
         sizes = [sum(map(len, level.values())) for level in whole.levels]
-        fits = build_pyramid(slide, plan, whole.bytes)
-        less = build_pyramid(slide, plan, whole.bytes - 1)
-        least = build_pyramid(slide, plan, 1)
-    assert fits.levels == whole.levels
+        fits = pyramid_of(slide, plan, whole.bytes)
+        less = pyramid_of(slide, plan, sum(sizes[:2]))
+        least = pyramid_of(slide, plan, 1)
+    assert fits.levels == whole.levels and fits.mpp_everywhere == 0.5
     assert less.levels == whole.levels[:2]
     assert (less.bytes, less.mpp, less.size_px) == (sum(sizes[:2]), 1.0, (700, 550))
     assert (len(least.levels), least.mpp, least.size_px) == (1, 2.0, (350, 275))
-    assert least.mpp_finest == 0.5
+    assert least.mpp_slide == 0.5
+
+
+def test_what_counted_most_is_finer_where_not_all_fits(graded: Graded) -> None:
+    plan = graded().plan
+    middles = plan.origins_level0 + np.asarray(plan.extent_level0) / 2
+    is_hot = (middles >= 512).all(1) & (middles < 1024).all(1)  # the middle one of the nine finest tiles
+    attention = np.where(is_hot, 1.0, 0.01).astype(np.float32)
+    with open_slide(plan.info.path) as slide:
+        whole = pyramid_of(slide, plan)
+        finest = whole.levels[-1]
+        budget = whole.bytes - sum(map(len, finest.values())) + 3 * max(map(len, finest.values()))
+        part = build_pyramid(slide, plan, plan.origins_level0, attention, budget)
+    assert part.levels[:-1] == whole.levels[:-1]
+    assert (1, 1) in part.levels[-1] and 1 <= len(part.levels[-1]) < 9
+    assert part.levels[-1].items() <= finest.items()
+    assert part.bytes <= budget
+    assert (part.mpp, part.mpp_everywhere) == (0.5, 1.0)
 
 
 def test_fine_levels_have_tissue_only(pyramid_tiff: PyramidTiff, slide_picture: Picture) -> None:
     picture = np.full((2100, 4200, 3), 255, np.uint8)
     picture[:1100, :1400] = slide_picture
     with open_slide(pyramid_tiff(picture, mpp=0.5, factors=(4,))) as slide:
-        pyramid = build_pyramid(slide, plan_tiles(slide, SPEC), 10**9)
+        pyramid = pyramid_of(slide, plan_tiles(slide, SPEC))
     finest = pyramid.levels[-1]
     assert {(0, 0), (1, 1)} <= finest.keys()
     assert max(column for column, _ in finest) <= 2 and max(row for _, row in finest) <= 2
@@ -80,14 +103,14 @@ def test_pixels_are_square_whatever_the_slide_s_are(
     pyramid_tiff: PyramidTiff, slide_picture: Picture
 ) -> None:
     with open_slide(pyramid_tiff(slide_picture, mpp=(0.5, 0.25))) as slide:
-        pyramid = build_pyramid(slide, plan_tiles(slide, SPEC), 10**9)
+        pyramid = pyramid_of(slide, plan_tiles(slide, SPEC))
     assert (pyramid.size_px, pyramid.mpp) == ((1400, 550), 0.5)
 
 
 def test_a_slide_of_one_tile_and_no_tissue(pyramid_tiff: PyramidTiff) -> None:
     picture = np.full((100, 200, 3), 255, np.uint8)
     with open_slide(pyramid_tiff(picture, mpp=0.5)) as slide:
-        pyramid = build_pyramid(slide, plan_tiles(slide, SPEC), 10**9)
+        pyramid = pyramid_of(slide, plan_tiles(slide, SPEC))
     assert pyramid.size_px == (200, 100) and len(pyramid.levels) == 1
 
 
@@ -96,7 +119,7 @@ def test_what_cannot_be_read_is_left_out_and_counted(graded: Graded) -> None:
     path = plan.info.path
     damage(path, 5)
     with open_slide(path) as slide:
-        pyramid = build_pyramid(slide, dataclasses.replace(plan, info=slide.info), 10**9)
+        pyramid = pyramid_of(slide, dataclasses.replace(plan, info=slide.info))
     assert pyramid.unreadable >= 1
     assert 4 <= len(pyramid.levels[-1]) < 9
 
@@ -117,4 +140,4 @@ def damage(path: Path, tile: int) -> None:
 def test_threads_change_nothing(graded: Graded, threads: int) -> None:
     plan = graded().plan
     with open_slide(plan.info.path) as slide:
-        assert build_pyramid(slide, plan, 10**9, threads).bytes == build_pyramid(slide, plan, 10**9).bytes
+        assert pyramid_of(slide, plan, threads=threads).bytes == pyramid_of(slide, plan).bytes

@@ -25,6 +25,7 @@ from slidetl.evaluation.protocol import (
     subsample,
 )
 from slidetl.experiments.compare.config import Comparison
+from slidetl.zoo.local import SCHEME, pulled_card
 
 # Raised whenever the same unit would be computed otherwise, or be written otherwise.
 FORMAT_VERSION = 2
@@ -279,6 +280,9 @@ def _features_sha256(study: Study, name: str) -> str:
 
 
 def _weights_sha256(config: dict[str, Any]) -> str:
-    """Of the file that the pretrained weights come from; empty where they have a name instead."""
-    path = Path(str(config["model"].get("backbone", {}).get("pretrained", "")))
+    """Of the file or pulled model that the pretrained weights come from; empty for those known by name."""
+    source = str(config["model"].get("backbone", {}).get("pretrained", ""))
+    if source.startswith(SCHEME):
+        return pulled_card(source.removeprefix(SCHEME)).model.weights_sha256
+    path = Path(source)
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""

@@ -14,6 +14,7 @@ from slidetl.evaluation.confounding import GroupFigure
 from slidetl.experiments.compare.plan import Unit
 from slidetl.experiments.compare.result import RISK, ArmResult, ComparisonResult, PairedDifference
 from slidetl.experiments.compare.unit import CurvePoint, UnitResult
+from slidetl.tasks.predictions import safe_cell
 
 # One row a figure. ``section`` says of what: primary, figure, repeat, threshold, variance, calibration, sets,
 # site, scanner, reader, repeatability, chance; difference; agreement, ceiling, confounding, power.
@@ -304,9 +305,7 @@ def _write(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]
 
 def _safe_cell(value: Any) -> Any:
     """Keeps a spreadsheet from running text that came from outside as a formula."""
-    if isinstance(value, str) and value[:1] in tuple("=+-@\t\r") and not _is_number(value):
-        return f"'{value}"
-    return value
+    return safe_cell(value) if isinstance(value, str) and not _is_number(value) else value
 
 
 def _is_number(text: str) -> bool:

@@ -22,6 +22,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from jsonargparse import ArgumentError
+from numpy.typing import NDArray
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.cli import LightningArgumentParser
 
@@ -124,6 +125,22 @@ def choose(curves: Sequence[CurvePoint]) -> tuple[int, int]:
     return trial, min(plateau)
 
 
+def draw_evenly(tiles: Sequence[int], n: int, seed: int) -> dict[int, NDArray[np.int64]]:
+    """Draws about as many tiles from each slide, ``n`` at most; of more slides than that, from ``n``.
+
+    Args:
+        tiles: how many each slide has.
+        n: tiles in all.
+        seed: of the draw.
+
+    Returns:
+        Numbers of tiles, rising, by the number of their slide.
+    """
+    rng = np.random.default_rng(seed)
+    slides = np.sort(rng.permutation(len(tiles))[:n])
+    return {int(slide): np.sort(rng.permutation(tiles[slide])[: n // len(slides)]) for slide in slides}
+
+
 class _Fit:
     """One training of the unit's configuration, in a folder of its own."""
 
@@ -213,20 +230,17 @@ class _Fit:
     def similarity(self, slides: Sequence[str]) -> dict[str, float]:
         """How alike each block is before and after training: linear CKA on tiles of the slides, unbiased.
 
-        Tiles are drawn evenly from the slides. A block that makes the same of every tile is left out.
+        A block that makes the same of every tile is left out; nothing can be said from fewer than four tiles.
         """
-        rng = np.random.default_rng(self._job.unit.fold.seed)
         layers = []
         with _quiet():
-            model, data = self._trained(slides, _START)
+            _, data = self._trained(slides, _START)
             data.setup("test")
-            each = -(-_SIMILARITY_TILES // max(1, len(data.slides["test"])))
-            tiles = np.concatenate(
-                [
-                    slide.cache.read(np.sort(rng.permutation(len(slide.cache))[:each]))
-                    for slide in data.slides["test"]
-                ]
-            )
+            caches = [slide.cache for slide in data.slides["test"]]
+            drawn = draw_evenly([len(cache) for cache in caches], _SIMILARITY_TILES, self._job.unit.fold.seed)
+            tiles = np.concatenate([caches[number].read(part) for number, part in drawn.items()])
+            if len(tiles) < 4:
+                return {}
             for name in (_START, _LAST):
                 model, _ = self._trained(slides, name)
                 layers.append(embed_layers(model.network.backbone, tiles))

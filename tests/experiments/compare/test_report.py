@@ -56,6 +56,7 @@ def invented_study(n_patients: int, *, sites: tuple[str, ...], readers: int, see
                     site=site,
                     scanner=site and f"scanner of {site}",
                     reader_grades=tuple(readings.tolist()),
+                    split="test" if patient // 5 % 3 == 0 else "train",
                 )
             )
     return Study(tuple(rows), (), Path("cache"))
@@ -120,6 +121,7 @@ def invented(
     readers: int = 2,
     missing: tuple[str, ...] = (),
     nested: bool = True,
+    given_split: bool = False,
     repeats: int = 2,
     grades: list[str] | None = None,
     sizes: tuple[int, ...] = (20, 40),
@@ -134,7 +136,9 @@ def invented(
         cache="cache",
         arms=arms,
         primary=Primary(first, second),
-        protocol=Protocol(repeats=repeats, outer_folds=5, inner_folds=2 if nested else 0),
+        protocol=Protocol(
+            repeats=repeats, outer_folds=5, inner_folds=2 if nested else 0, given_split=given_split
+        ),
         base={"model": {"backbone": {"name": "mobilenetv3_small_050"}}, "trainer": {"max_epochs": 30}},
         grades=grades or ["0", "1", "2", "3", "4"],
         bootstrap_draws=draws,
@@ -224,7 +228,11 @@ def table(path: Path) -> list[dict[str, str]]:
 
 def as_shown(row: dict[str, str], form: str = "{:.2f}") -> str:
     """An interval of results.csv as the page shows it."""
-    values = [form.format(round(float(row[name]), 2) + 0.0) for name in ("estimate", "low", "high")]
+    form = "{:.3f}" if row["figure"] == "rps" else form
+    values = [
+        form.format(round(float(row[name]), 3 if "3" in form else 2) + 0.0)
+        for name in ("estimate", "low", "high")
+    ]
     return "{} [{}, {}]".format(*values).replace("-", "\N{MINUS SIGN}")
 
 
@@ -404,7 +412,7 @@ def test_curves_of_a_nested_comparison_are_those_of_the_inner_folds(tmp_path: Pa
     assert len(last) == 10
     shown = page.row("learning", "warm")
     heading = next(row for where, row in page.rows if where == "learning")
-    assert shown[heading.index("QWK after 30")] == f"{np.mean(last):.2f}"
+    assert shown[heading.index("QWK after\N{NO-BREAK SPACE}30")] == f"{np.mean(last):.2f}"
     assert "held-out parts of the inner folds" in page.text["learning"]
 
 
@@ -417,3 +425,11 @@ def test_the_ceiling_is_that_of_the_labels(whole: tuple[ComparisonResult, Path],
     assert f"leaves {result.ceiling.consensus_qwk:.2f} to be reached" in page.images[0]["alt"]
     page = written(replace(result, true=4 - consensus), tmp_path)
     assert f"leaves {result.ceiling.qwk:.2f} to be reached" in page.images[0]["alt"]
+
+
+def test_a_given_split_has_a_single_fold(tmp_path: Path) -> None:
+    page = written(invented(30, given_split=True, repeats=1, sizes=()), tmp_path)
+    assert "The split given in the manifest was used" in page.text["protocol"]
+    assert "was made in 2 inner folds" in page.text["protocol"]  # it has no validation part
+    assert "With a single fold" in page.text["referral"]
+    assert page.row("others", "warm")[-1] == "–"  # of a t over folds

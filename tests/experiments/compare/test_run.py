@@ -24,6 +24,7 @@ from slidetl.evaluation.protocol import Fold, canonical_sha256
 from slidetl.experiments.compare.config import read_comparison
 from slidetl.experiments.compare.plan import Study, read_study
 from slidetl.experiments.compare.run import plan_comparison
+from slidetl.experiments.compare.training import draw_evenly
 from slidetl.experiments.compare.unit import Job, job_of, read_unit, run_unit
 from slidetl.tasks.predictions import SlidePrediction
 from tests.conftest import Study as Cohort
@@ -125,6 +126,51 @@ def test_a_prior_is_the_share_of_each_grade_in_its_training_part(compared: Path,
         if row["arm"] == "prior":
             train = [grade[slide] for slide in folds[row["fold"]]["train"]]
             assert float(row["probability_0"]) == pytest.approx(train.count(0) / len(train), abs=1e-6)
+
+
+def test_the_report_lies_beside_the_tables(compared: Path) -> None:
+    page = (compared / "report.html").read_text()
+    assert "scratch against prior: a comparison of 2 arms" in page
+    assert "<h2" in page
+    drawn = {"confusion", "forest", "learning", "referral", "reliability", "similarity", "sizes"}
+    assert {path.stem for path in (compared / "figures").glob("*.svg")} == drawn
+
+
+def test_similarity_is_that_of_each_block_before_and_after_training(compared: Path) -> None:
+    rows = table(compared / "similarity.csv")
+    assert {(row["arm"], row["fold"]) for row in rows} == {("scratch", "0"), ("scratch", "1")}
+    assert rows[0]["layer"] == "bn1"
+    assert {"blocks.0", "embedding"} <= {row["layer"] for row in rows}
+    of_first = [float(row["linear_cka"]) for row in rows if row["layer"] == "bn1"]
+    assert all(0.9 < value < 1 for value in of_first)  # two epochs hardly move the lowest block
+
+
+def test_tiles_are_drawn_evenly_from_slides() -> None:
+    drawn = draw_evenly([100, 3, 40], 30, seed=1)
+    assert {slide: len(tiles) for slide, tiles in drawn.items()} == {0: 10, 1: 3, 2: 10}
+    assert all(len(set(tiles)) == len(tiles) and list(tiles) == sorted(tiles) for tiles in drawn.values())
+    assert drawn[0].max() > 10  # from anywhere in the slide
+    many = draw_evenly([5] * 50, 20, seed=1)
+    assert len(many) == 20
+    assert all(len(tiles) == 1 for tiles in many.values())
+    assert list(many) != list(range(20))
+
+
+def test_a_report_of_what_is_there_computes_nothing(
+    compared: Path, study: Cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(compared, tmp_path / "out")
+    arms = {"scratch": {"fit": SCRATCH}, "prior": {"baseline": "prior"}, "site": {"baseline": "site"}}
+    words = ["compare", "--config", str(configuration(study, tmp_path, arms=arms)), "--report-only"]
+    assert main([*words, "--output", str(tmp_path / "out")]) == 0
+    assert "incomplete: site, 0 of 2 units" in capsys.readouterr().out
+    assert len(list((tmp_path / "out" / "units").glob("*/unit.json"))) == 6
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "This comparison is not finished" in page
+    assert "site (0 of 2 units)" in page
+    assert main([*words, "--output", str(tmp_path / "nothing")]) == 2
+    assert "no arm has all its folds yet" in capsys.readouterr().err
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_what_is_there_is_not_computed_again(
