@@ -28,8 +28,8 @@ class Familiar:
         residual_variance: along every other direction.
         limit: the novelty above which a slide is unlike the training slides: twice the highest that any of
             them had when the Gaussian was fitted without its patient. One more slide of the same kind would
-            pass the highest itself about once in ``patients + 1`` times; twice that, much more seldom. Another
-            stain lies far beyond.
+            pass the highest itself about once in ``patients + 1`` times; twice that, much more seldom.
+            Another stain lies far beyond.
     """
 
     mean: NDArray[np.float32]
