@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -31,6 +32,9 @@ def weights(grader: SlideGrader) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
+    # A training in the process that started this one leaves it behind; with it, Lightning seeds the
+    # processes of a group anew when they start, and a random start is another than in one process.
+    os.environ.pop("PL_GLOBAL_SEED", None)
     torch.set_num_threads(1)
     states = {}
     with tempfile.TemporaryDirectory() as folder:
