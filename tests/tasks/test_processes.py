@@ -52,7 +52,8 @@ def logged(root: Path) -> list[dict[str, str]]:
 def test_a_training_resumed_in_mid_epoch_is_the_undisturbed_one(runs: Path, name: str, step: int) -> None:
     whole, resumed = runs / name, runs / f"{name}, resumed at {step}"
     last = f"step={2 * STEPS_AN_EPOCH}.ckpt"
-    here, there = (torch.load(root / last, weights_only=True) for root in (whole, resumed))
+    # Not weights_only: these runs are from Python, and Lightning keeps their objects among the parameters.
+    here, there = (torch.load(root / last, weights_only=False) for root in (whole, resumed))
     for key, value in here["state_dict"].items():
         assert torch.equal(value, there["state_dict"][key]), key
     moments = (checkpoint["optimizer_states"][0]["state"] for checkpoint in (here, there))
