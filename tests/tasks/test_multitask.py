@@ -114,7 +114,7 @@ def test_two_processes_of_which_one_has_no_label_train_as_one_does(tmp_path: Pat
     command = [sys.executable, "-W", "ignore", "-m", "tests.tasks.ddp_tasks", str(saved)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
-    states = torch.load(saved)
+    states = torch.load(saved, weights_only=True)
     assert any(name.startswith("tasks.heads.1.") for name in states["alone"])
     for name, value in states["alone"].items():
         torch.testing.assert_close(states["together"][name], value, atol=1e-5, rtol=1e-4, msg=name)
