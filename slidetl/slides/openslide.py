@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import IO, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import openslide
@@ -34,6 +36,9 @@ _Result = TypeVar("_Result")
 # Tiles that are read, or decoded, together: so many, of at most so many pixels of their level.
 _MAX_RUN = 16
 _MAX_RUN_PX = 4 * 2**20
+
+# Reads of at most so many pixels share a buffer: new memory costs more than what is written into it.
+_BUFFER_PX = 4 * 2**20
 
 # Neighbours that have gaps between them are not read together beyond so many times their own pixels.
 _MAX_WASTE = 1.5
@@ -339,39 +344,73 @@ class _Regions:
     ) -> NDArray[np.uint8]:
         if self.is_closed:
             raise SlideReadError(f"{self._path}: the slide is closed")
+        width, height = size_px
+        argb = _buffer(width * height)
         try:
             if self._handle is None:
                 self._handle = openslide.OpenSlide(self._path)
-            image = self._handle.read_region(location_level0, level, size_px)
+            _read_argb(self._handle, location_level0, level, size_px, argb)
         except openslide.OpenSlideError as error:
             if self._handle is not None:
                 self._handle.close()
                 self._handle = None
             raise SlideReadError(
-                f"{self._path}: {size_px[0]} x {size_px[1]} pixels at level-0 {location_level0} "
+                f"{self._path}: {width} x {height} pixels at level-0 {location_level0} "
                 f"cannot be read; OpenSlide says: {error}"
             ) from error
-        # The common case by Pillow's own code: in NumPy, to pick three of four channels costs milliseconds.
-        if image.getchannel("A").getextrema() == (255, 255):
-            return np.asarray(image.convert("RGB"))
-        return composite(np.asarray(image), self._background_rgb)
+        bgra = argb.view(np.uint8).reshape(height, width, 4)
+        if argb.min() >= 0xFF000000:
+            cv2 = _cv2()
+            return np.asarray(cv2.cvtColor(bgra, cv2.COLOR_BGRA2RGB))
+        return composite(bgra, self._background_rgb)
 
 
-def composite(rgba: NDArray[np.uint8], background_rgb: tuple[int, int, int]) -> NDArray[np.uint8]:
+_local = threading.local()
+
+
+def _buffer(count: int) -> NDArray[np.uint32]:
+    """Room for so many pixels, until the same thread asks again."""
+    if count > _BUFFER_PX:
+        return np.empty(count, np.uint32)
+    if not hasattr(_local, "buffer") or len(_local.buffer) < count:
+        _local.buffer = np.empty(count, np.uint32)
+    room: NDArray[np.uint32] = _local.buffer[:count]
+    return room
+
+
+def _read_argb(
+    handle: openslide.OpenSlide,
+    location_level0: tuple[int, int],
+    level: int,
+    size_px: tuple[int, int],
+    argb: NDArray[np.uint32],
+) -> None:
+    """What ``read_region`` of openslide-python does, without its image: three copies fewer for each tile."""
+    pointer = argb.ctypes.data_as(ctypes.POINTER(ctypes.c_uint32))
+    openslide.lowlevel._read_region(handle._osr, pointer, *location_level0, level, *size_px)
+
+
+@cache
+def _cv2() -> Any:
+    import cv2
+
+    cv2.setNumThreads(1)  # the tiler has threads of its own
+    return cv2
+
+
+def composite(bgra: NDArray[np.uint8], background_rgb: tuple[int, int, int]) -> NDArray[np.uint8]:
     """Lays an image over a background colour.
 
     Args:
-        rgba: ``[h, w, 4] uint8``, alpha not multiplied into the colours.
+        bgra: ``[h, w, 4] uint8``, alpha multiplied into the colours, as OpenSlide gives them.
         background_rgb: 0..255.
 
     Returns:
         ``[h, w, 3] uint8``.
     """
-    rgb, alpha = rgba[..., :3], rgba[..., 3:]
-    over = rgb.astype(np.uint32) * alpha + np.asarray(background_rgb, np.uint32) * (
-        255 - alpha.astype(np.uint32)
-    )
-    return ((over + 127) // 255).astype(np.uint8)
+    clear = 255 - bgra[..., 3:].astype(np.uint16)
+    behind = (clear * np.asarray(background_rgb, np.uint16) + 127) // 255
+    return (bgra[..., 2::-1] + behind).astype(np.uint8)
 
 
 def _open(path: Path) -> openslide.OpenSlide:

@@ -150,10 +150,13 @@ def test_the_same_picture_at_two_spacings_gives_the_same_tiles_by_place(pyramid_
 
 
 def test_transparent_becomes_background_not_black() -> None:
-    rgba = np.array([[[10, 20, 30, 255], [10, 20, 30, 0], [100, 0, 50, 51]]], np.uint8)
-    assert composite(rgba, (250, 240, 230)).tolist() == [[[10, 20, 30], [250, 240, 230], [220, 192, 194]]]
-    opaque = rgba[:, :1]
-    assert composite(opaque, (250, 240, 230)).tolist() == [[[10, 20, 30]]]
+    # Opaque; clear; a fifth of (100, 0, 50), multiplied as OpenSlide does; white of any alpha stays in range.
+    bgra = np.array([[[30, 20, 10, 255], [0, 0, 0, 0], [10, 0, 20, 51], [51, 51, 51, 51]]], np.uint8)
+    wanted = [[10, 20, 30], [250, 240, 230], [220, 192, 194], [251, 243, 235]]
+    assert composite(bgra, (250, 240, 230)).tolist() == [wanted]
+    alpha = np.arange(256, dtype=np.uint8)
+    white = np.repeat(alpha[:, None], 4, axis=1)[None]
+    assert (composite(white, (255, 255, 255)) == 255).all()
 
 
 def test_what_is_not_a_slide_says_so(tmp_path: Path) -> None:
