@@ -20,6 +20,9 @@ Baseline = Literal["prior", "colour_area", "site", "collagen"]
 BASELINES: tuple[Baseline, ...] = ("prior", "colour_area", "site", "collagen")
 ClassicalModel = Literal["ridge", "ordinal", "logistic", "trees"]
 
+# Epochs where ``trainer.max_epochs`` says nothing, as ``slidetl fit``.
+EPOCHS = 30
+
 # The parts of a configuration of ``slidetl fit`` that an arm may have.
 FIT_PARTS = ("model", "data", "trainer")
 # What the comparison decides itself.
@@ -96,7 +99,8 @@ class Sizes:
 
     Attributes:
         slides: numbers of slides to train on.
-        arms: which arms are trained so, at fixed hyper-parameters.
+        arms: which arms are trained so, at fixed hyper-parameters, and for as many more epochs as the part is
+            smaller: in as many steps as on the whole.
     """
 
     slides: list[int] = field(default_factory=list)

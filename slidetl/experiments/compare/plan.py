@@ -24,7 +24,7 @@ from slidetl.evaluation.protocol import (
     plan_folds,
     subsample,
 )
-from slidetl.experiments.compare.config import Comparison
+from slidetl.experiments.compare.config import EPOCHS, Comparison
 from slidetl.zoo.local import SCHEME, pulled_card
 
 # Raised whenever the same unit would be computed otherwise, or be written otherwise.
@@ -218,10 +218,15 @@ def plan_units(
     spec = study.caches[0].spec.to_dict()
 
     def unit(
-        name: str, fold: Fold, of: Study, n_slides: int | None = None, permutation: int | None = None
+        name: str,
+        fold: Fold,
+        of: Study,
+        n_slides: int | None = None,
+        permutation: int | None = None,
+        longer: float = 1.0,
     ) -> Unit:
         data = of.fingerprints
-        recipe = recipes[name]
+        recipe = recipes[name] if n_slides is None else _longer(recipes[name], longer)
         about = {
             "format": FORMAT_VERSION,
             "recipe": recipe,
@@ -240,7 +245,8 @@ def plan_units(
         for fold in folds:
             smaller = subsample(fold, study.cases, n_slides, len(comparison.grades))
             sized = [name for name in names if name in comparison.sizes.arms]
-            units += [unit(name, smaller, study, n_slides) for name in sized]
+            longer = len(fold.train) / len(smaller.train)
+            units += [unit(name, smaller, study, n_slides, longer=longer) for name in sized]
     for number in range(comparison.permutations.n):
         permuted = study.permuted(number)
         tested = [name for name in names if name in comparison.permutations.arms]
@@ -265,6 +271,16 @@ def _recipe(comparison: Comparison, study: Study, name: str) -> dict[str, Any]:
         "weights": _weights_sha256(config),
         "features": _features_sha256(study, stored) if stored else "",
     }
+
+
+def _longer(recipe: dict[str, Any], factor: float) -> dict[str, Any]:
+    """A recipe of as many more epochs, so that a smaller training part is trained for as many steps."""
+    if "fit" not in recipe:
+        return recipe
+    fit = dict(recipe["fit"])
+    fit["trainer"] = dict(fit["trainer"])
+    fit["trainer"]["max_epochs"] = round(fit["trainer"].get("max_epochs", EPOCHS) * factor)
+    return {**recipe, "fit": fit, "validate_every": max(1, round(recipe["validate_every"] * factor))}
 
 
 def _features_sha256(study: Study, name: str) -> str:

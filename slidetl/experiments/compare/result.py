@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -257,7 +257,7 @@ def combine(
         smaller=smaller,
         differences=differences,
         incomplete=incomplete,
-        **pooling.about_the_study(),
+        **pooling.about_the_study({unit.arm for unit, _ in done}),
     )
 
 
@@ -366,8 +366,8 @@ class _Pooling:
             for pair, p in zip(family, adjusted, strict=True)
         )
 
-    def about_the_study(self) -> dict[str, Any]:
-        """What does not depend on any arm."""
+    def about_the_study(self, planned: Set[str]) -> dict[str, Any]:
+        """What depends on no arm, but for the stored features that one of those planned is made of."""
         n_readers = self.readings.shape[1]
         readers: tuple[Agreement, ...] = ()
         ceiling = None
@@ -382,7 +382,7 @@ class _Pooling:
             "ceiling": ceiling,
             "sites": self._by_grade(self.sites),
             "scanners": self._by_grade(self.scanners),
-            "site_in_features": self._site_in_features(self.sites),
+            "site_in_features": self._site_in_features(self.sites, planned),
             "power": power_table(accuracies, design, n_studies=400, n_draws=300),
         }
 
@@ -494,7 +494,7 @@ class _Pooling:
             return None
         return repeatability(scores, self.patients[slides])
 
-    def _site_in_features(self, sites: Sequence[str]) -> dict[str, SiteDecodability]:
+    def _site_in_features(self, sites: Sequence[str], planned: Set[str]) -> dict[str, SiteDecodability]:
         """By each slide's mean features, where a site has several patients and a patient one site."""
         of_patient: dict[str, set[str]] = {}
         for patient, site in zip(self.patients.tolist(), sites, strict=True):
@@ -504,8 +504,8 @@ class _Pooling:
             return {}
         names = {
             name
-            for arm in self._comparison.arms.values()
-            if arm.classical is not None
+            for arm_name, arm in self._comparison.arms.items()
+            if arm_name in planned and arm.classical is not None
             for name in arm.classical.features
         }
         place = {slide: number for number, slide in enumerate(self.slides)}

@@ -32,7 +32,7 @@ from slidetl.data.datasets import channels_first
 from slidetl.data.manifest import ManifestRow
 from slidetl.errors import UsageError
 from slidetl.evaluation.calibration import fit_temperature
-from slidetl.experiments.compare.config import with_values
+from slidetl.experiments.compare.config import EPOCHS, with_values
 from slidetl.experiments.compare.unit import CurvePoint, Job, UnitResult
 from slidetl.experiments.similarity import embed_layers
 from slidetl.models.blocks import pretrained_backbone
@@ -43,7 +43,6 @@ from slidetl.tasks.slide import SlideGrader
 # The earliest epoch counts whose score in the inner folds is this close to the best one, relatively: on
 # twenty slides a smaller difference says nothing, and the earlier epoch has drifted less.
 _PLATEAU = 0.02
-_EPOCHS = 30  # as 'slidetl fit'
 _SIMILARITY_TILES = 512
 _START, _LAST = "start", "last"  # names of the weights that are kept
 
@@ -148,7 +147,7 @@ class _Fit:
         self._job, self._folder = job, folder
         self._config = with_values(job.unit.recipe["fit"], chosen)
         self._weights = folder / "weights"
-        self.max_epochs = int(self._config["trainer"].get("max_epochs", _EPOCHS))
+        self.max_epochs = int(self._config["trainer"].get("max_epochs", EPOCHS))
 
     def run(
         self,

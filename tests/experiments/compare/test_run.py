@@ -522,3 +522,29 @@ def test_units_are_computed_by_the_workers_of_a_scheduler(study: Cohort, tmp_pat
     assert {row["arm"] for row in table(tmp_path / "out" / "predictions.csv")} == {"site", "prior"}
     hosts = {file.parent.name for file in (tmp_path / "out" / "units").glob("*/unit.json")}
     assert len(hosts) == 4
+
+
+def test_arms_left_out_need_nothing(study: Cohort, tmp_path: Path) -> None:
+    arms = {
+        "ridge": {"classical": {"features": ["never-stored"], "model": "ridge"}},
+        "prior": {"baseline": "prior"},
+        "site": {"baseline": "site"},
+    }
+    path = configuration(study, tmp_path, arms=arms, primary={"arm": "site", "against": "prior"})
+    command = ["compare", "--config", str(path), "--output", str(tmp_path / "out")]
+    assert main([*command, "--only", "prior", "site"]) == 0
+    assert {row["arm"] for row in table(tmp_path / "out" / "predictions.csv")} == {"prior", "site"}
+    assert main(command) == 2  # before anything is computed
+
+
+def test_a_smaller_part_is_trained_for_as_many_steps(study: Cohort, tmp_path: Path) -> None:
+    sizes = {"slides": [6], "arms": ["scratch", "prior"]}
+    comparison = read_comparison(configuration(study, tmp_path, sizes=sizes))
+    units = plan_comparison(comparison).units
+    whole = next(unit for unit in units if (unit.arm, unit.n_slides) == ("scratch", None))
+    smaller = next(unit for unit in units if (unit.arm, unit.n_slides) == ("scratch", 6))
+    slides = [len(unit.fold.train) for unit in (whole, smaller)]
+    epochs = [unit.recipe["fit"]["trainer"]["max_epochs"] for unit in (whole, smaller)]
+    assert slides[1] == 6
+    assert epochs == [2, round(2 * slides[0] / 6)]
+    assert smaller.recipe["validate_every"] == round(slides[0] / 6)
