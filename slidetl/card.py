@@ -11,7 +11,7 @@ from typing import Any, Self
 from slidetl.errors import ModelFileError, UsageError
 from slidetl.grid import TileSpec
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,10 @@ class ModelCard:
     Attributes:
         grades: names, lowest first.
         tile_spec: the tiles that the network was trained on and has to be given.
-        backbone: timm's name for it, and what was changed.
+        backbone: timm's name for it, and what was changed; for people.
+        architecture: the fields of a :class:`~slidetl.models.backbones.BackboneSpec` that builds it (of an
+            ensemble, the first): ``name``, and of ``in_channels``, ``gated_mlp`` and ``layer_scale`` those
+            that are not the default.
         normalisation: ``mean`` and ``std`` of pixel values in 0..1 that the network applies itself.
         versions: of the software that made the file.
         weights_sha256: hash of the network's state, checked when the file is loaded.
@@ -86,6 +89,7 @@ class ModelCard:
     grades: tuple[str, ...]
     tile_spec: TileSpec
     backbone: str
+    architecture: dict[str, str | int | bool]
     normalisation: dict[str, list[float]]
     versions: dict[str, str]
     weights_sha256: str

@@ -1,14 +1,10 @@
 """A trained network leaves as one TorchScript file, which needs neither slidetl nor timm to run.
 
-TorchScript is deprecated upstream; everything that touches it is in this file.
+TorchScript is deprecated upstream; what touches it is in this file, and in :mod:`slidetl.model_file`.
 """
 
-import hashlib
-import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +14,14 @@ from torch import Tensor, nn
 import slidetl
 from slidetl.analysis.novelty import Familiar
 from slidetl.card import Evidence, ModelCard, TrainingData
-from slidetl.errors import ModelFileError, UsageError
-from slidetl.models.backbones import weights_sha256
+from slidetl.errors import ModelFileError
+from slidetl.model_file import METADATA, load_model, without_deprecation
+from slidetl.models.backbones import BackboneSpec, weights_sha256
 from slidetl.models.network import GradingNetwork
 from slidetl.tasks.slide import SlideGrader
-from slidetl.trust import is_trusted, trust
+from slidetl.trust import trust
+from slidetl.zoo.local import file_sha256
 
-_METADATA = "slidetl.json"  # its name inside the file, under `_extra_files`
 # Greatest difference of a probability between the file and the networks it was made from. A bfloat16 has
 # eight bits: there the order in which sums are taken shows.
 PARITY_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -133,21 +130,6 @@ class ExportedNetwork(nn.Module):
         return probabilities @ grades
 
 
-@dataclass(frozen=True)
-class ModelFile:
-    """An exported model, loaded.
-
-    Attributes:
-        network: with the methods of :class:`ExportedNetwork`.
-        card: what the file says of itself.
-        sha256: of the whole file, hexadecimal.
-    """
-
-    network: Any
-    card: ModelCard
-    sha256: str
-
-
 def build_network(
     graders: Sequence[SlideGrader],
     training: TrainingData | None = None,
@@ -189,6 +171,7 @@ def build_network(
         grades=first.grades,
         tile_spec=first.tile_spec,
         backbone=backbone.description,
+        architecture=_architecture(backbone.spec),
         normalisation={"mean": backbone.mean.flatten().tolist(), "std": backbone.std.flatten().tolist()},
         versions={"slidetl": slidetl.__version__, "torch": str(torch.__version__), "timm": timm.__version__},
         weights_sha256=weights_sha256(network),
@@ -200,6 +183,13 @@ def build_network(
         # Folds begin from the same weights; other networks may not.
         lineage=tuple(dict.fromkeys(sha for grader in graders for sha in grader.network.backbone.lineage)),
     )
+
+
+def _architecture(spec: BackboneSpec) -> dict[str, str | int | bool]:
+    """What of a specification decides on the shapes of the weights, so that they fit again."""
+    usual = BackboneSpec()
+    values = {key: getattr(spec, key) for key in ("in_channels", "gated_mlp", "layer_scale")}
+    return {"name": spec.name} | {key: found for key, found in values.items() if found != getattr(usual, key)}
 
 
 def export_model(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[str, float]:
@@ -220,9 +210,9 @@ def export_model(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with _without_deprecation():
+        with without_deprecation():
             scripted = torch.jit.script(network)
-            torch.jit.save(scripted, str(partial), _extra_files={_METADATA: card.to_json()})
+            torch.jit.save(scripted, str(partial), _extra_files={METADATA: card.to_json()})
         _leave_out_source_paths(partial)
         worst: dict[str, float] = {}
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
@@ -236,75 +226,11 @@ def export_model(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[
                         f"({name}), more than {PARITY_TOLERANCE[precision]:.0e}; it was not written"
                     )
         network.to("cpu")
-        trust(_file_sha256(partial), path.name)
+        trust(file_sha256(partial), path.name)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     return worst
-
-
-def load_model(path: Path, device: str = "cpu", trusted: bool = False) -> ModelFile:
-    """Loads an exported model and checks it against its own hash.
-
-    A TorchScript file is a program: it is run only if its hash was recorded on this machine, by the export
-    that wrote it or by somebody who vouched for it (:mod:`slidetl.trust`).
-
-    Args:
-        path: a file that :func:`export_model` wrote.
-        device: where it will run, e.g. ``cpu`` or ``cuda``.
-        trusted: vouch for it here and now.
-
-    Raises:
-        ModelFileError: no such file, not trusted, not one of ours, or damaged.
-        UsageError: no such device here.
-    """
-    if not path.is_file():
-        raise ModelFileError(f"{path}: no such model file; 'slidetl export' writes one")
-    sha256 = _file_sha256(path)
-    _check_archive(path)
-    if not trusted and not is_trusted(sha256):
-        raise ModelFileError(
-            f"{path}: not run, since a model file is a program and none with SHA-256 {sha256} was exported "
-            "or pulled here; compare the hash with its sender's, then add --trust"
-        )
-    extra = {_METADATA: ""}
-    try:
-        with _without_deprecation():
-            network = torch.jit.load(str(path), "cpu", _extra_files=extra)
-    except (RuntimeError, ValueError) as error:
-        first_line = next((line for line in str(error).splitlines() if line.strip()), "unreadable")
-        raise ModelFileError(f"{path}: not a TorchScript file, or damaged: {first_line}") from error
-    if not extra[_METADATA]:
-        raise ModelFileError(f"{path}: TorchScript, but not one of slidetl's files: no {_METADATA} inside")
-    text = extra[_METADATA]
-    card = ModelCard.from_json(text if isinstance(text, str) else bytes(text).decode())
-    network.eval()
-    if weights_sha256(network) != card.weights_sha256:
-        raise ModelFileError(f"{path}: its weights do not match the hash inside; it is damaged, get it again")
-    try:
-        network.to(device)
-    except (RuntimeError, AssertionError) as error:  # the latter: a build without CUDA
-        raise UsageError(
-            f"device {device!r} cannot be used: {str(error).splitlines()[0]}; try cpu"
-        ) from error
-    return ModelFile(network, card, sha256)
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _check_archive(path: Path) -> None:
-    """Refuses an archive that would grow when it is unpacked; TorchScript stores everything as it is."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-            compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise ModelFileError(f"{path}: not a TorchScript file, or damaged: {error}") from error
-    if compressed or size > path.stat().st_size:
-        raise ModelFileError(f"{path}: not a model file of slidetl: its parts are packed")
 
 
 def _leave_out_source_paths(path: Path) -> None:
@@ -327,11 +253,3 @@ def _parity(network: ExportedNetwork, loaded: Any, tile_size_px: int, precision:
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=is_lower):
             worst = max(worst, (network(tiles) - loaded(tiles)).abs().max().item())
     return worst
-
-
-@contextmanager
-def _without_deprecation() -> Iterator[None]:
-    """TorchScript is deprecated; that is known, and a user can do nothing about it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*torch.jit.*deprecated.*")
-        yield

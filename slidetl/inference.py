@@ -8,7 +8,7 @@ import time
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from slidetl.cache.tiler import TilePlan, plan_tiles, stream_tiles
 from slidetl.data.datasets import channels_first
 from slidetl.errors import UnfitSlideError
 from slidetl.evaluation.conformal import GradeSets
-from slidetl.export import ModelFile
+from slidetl.model_file import ModelFile
 from slidetl.slides import open_slide
 
 _T = TypeVar("_T")
@@ -28,15 +28,24 @@ _PART = 8192  # tiles whose own grades are computed at a time
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast a slide was graded, in tiles per second.
+    """How fast a slide was graded.
 
     Attributes:
-        everything: from the first read to the grade.
-        network_alone: the same network on tiles that lie in memory, right after.
+        everything: tiles per second, from the first read to the grade.
+        network_alone: the same of the network on tiles that lie in memory, right after.
+        processor_share: processor time of the network alone, as a share of that of everything. Others who
+            use the machine disturb it less than they do the clock; on a single core of one's own the
+            quotient of the rates is this. None where the network runs elsewhere, on a GPU.
     """
 
     everything: float
     network_alone: float
+    processor_share: float | None
+
+    @property
+    def share(self) -> float:
+        """The rate with everything on, as a share of that of the network alone."""
+        return self.everything / self.network_alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +109,7 @@ def grade_slide(
     model: ModelFile,
     path: Path,
     mpp_override: float | None = None,
-    batch_size: int = 64,
+    batch_size: int = 16,
     *,
     threads: int = 1,
     force: bool = False,
@@ -112,7 +121,7 @@ def grade_slide(
     alone.
 
     Args:
-        model: as :func:`slidetl.export.load_model` returns it.
+        model: as :func:`slidetl.model_file.load_model` returns it.
         path: the slide.
         mpp_override: micrometres per level-0 pixel, for a slide whose metadata has none.
         batch_size: tiles per pass through the backbone.
@@ -135,7 +144,7 @@ def grade_slide(
     with open_slide(path, mpp_override, spec.icc) as slide, torch.inference_mode():
         plan = plan_tiles(slide, spec, threads)
         _check_tissue(model, path, plan, force)
-        started = time.perf_counter()
+        started = _Clocks.now()
         embeddings: Tensor | None = None
         for batch in _ahead(stream_tiles(slide, plan, batch_size, threads)):
             tiles = channels_first(batch.pixels)
@@ -153,9 +162,9 @@ def grade_slide(
         embeddings = embeddings[:graded]
         novelty = _novelty(model, path, embeddings, force)
         probabilities, expected, attention = network.grade(embeddings)
-        seconds = time.perf_counter() - started
+        taken = started.since()
         tile_grades = torch.cat([network.grade_tiles(part) for part in torch.split(embeddings, _PART)])
-        rates = Rates(graded / seconds, _network_rate(network, kept, device)) if profile else None
+        rates = _rates(network, kept, device, graded, taken) if profile else None
     grade = int(probabilities.argmax())
     return SlideGrade(
         slide=path,
@@ -223,15 +232,34 @@ def _tile_mm2(plan: TilePlan) -> float:
     return (plan.spec.stride_px * plan.spec.mpp / 1000) ** 2
 
 
-def _network_rate(network: Any, batches: list[Tensor], device: torch.device) -> float:
-    started = time.perf_counter()
+@dataclass(frozen=True)
+class _Clocks:
+    """Seconds on the wall, and of the processor in all threads of this process."""
+
+    wall: float
+    processor: float
+
+    @classmethod
+    def now(cls) -> Self:
+        return cls(time.perf_counter(), time.process_time())
+
+    def since(self) -> _Clocks:
+        now = _Clocks.now()
+        return _Clocks(now.wall - self.wall, now.processor - self.processor)
+
+
+def _rates(network: Any, batches: list[Tensor], device: torch.device, graded: int, taken: _Clocks) -> Rates:
+    """The rates, once so many tiles were graded in the time taken; the network alone is measured here."""
+    started = _Clocks.now()
     done = 0
-    while time.perf_counter() - started < 3:
+    while started.since().wall < 3:
         for tiles in batches:
             embedded = network.embed(tiles.to(device))
             done += len(tiles)
         float(embedded.sum())  # waits for a GPU
-    return done / (time.perf_counter() - started)
+    alone = started.since()
+    share = (alone.processor / done) / (taken.processor / graded) if device.type == "cpu" else None
+    return Rates(graded / taken.wall, done / alone.wall, share)
 
 
 def _ahead(items: Iterable[_T], depth: int = 4) -> Generator[_T, None, None]:

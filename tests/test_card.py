@@ -13,6 +13,7 @@ CARD = ModelCard(
     grades=("none", "mild", "severe"),
     tile_spec=TileSpec(mpp=2, tile_size_px=96),
     backbone="resnet18",
+    architecture={"name": "resnet18"},
     normalisation={"mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2]},
     versions={"slidetl": "0"},
     weights_sha256="ab",
@@ -41,7 +42,7 @@ def test_impossible_evidence_is_refused(temperature: float, coverage: float) -> 
         Evidence(12, 10, {}, temperature, coverage, 0.4, "ef")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format_version": 2}', "{"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format_version": 3}', "{"])
 def test_something_else_is_refused(text: str) -> None:
     with pytest.raises(ModelFileError, match="not the metadata of a slidetl model"):
         ModelCard.from_json(text)
@@ -49,7 +50,7 @@ def test_something_else_is_refused(text: str) -> None:
 
 def test_another_format_is_named() -> None:
     values = json.loads(CARD.to_json()) | {"format_version": 99}
-    with pytest.raises(ModelFileError, match="expected a model file of format 2, found 99"):
+    with pytest.raises(ModelFileError, match="expected a model file of format 3, found 99"):
         ModelCard.from_json(json.dumps(values))
 
 

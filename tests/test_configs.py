@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import is_dataclass
 from pathlib import Path
 
@@ -31,9 +32,26 @@ def test_every_strategy_has_one() -> None:
     assert named == {name for name in classes if not name.startswith("_")}
 
 
+@pytest.fixture(scope="module")
+def embedded(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """The study with stored features, named as 'slidetl embed' names them, in a cache of its own."""
+    cache = tmp_path_factory.mktemp("embedded") / "cache"
+    shutil.copytree(study.cache, cache)
+    assert main(["embed", str(cache), "--device", "cpu"]) == 0
+    return Study(study.manifest, cache)
+
+
+def test_one_trains_on_features_alone_and_one_beside_them() -> None:
+    data = [yaml.safe_load(path.read_text())["data"] for path in CONFIGS]
+    sizes = sorted(part["bag_size"] for part in data if "features" in part)
+    assert sizes[0] == 0 and sizes[-1] > 0
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
-def test_fit_and_test(config: Path, study: Study, tmp_path: Path) -> None:
-    options = ["--config", str(config), *study.options(tmp_path)]
+def test_fit_and_test(config: Path, embedded: Study, tmp_path: Path) -> None:
+    options = ["--config", str(config), *embedded.options(tmp_path)]
+    if yaml.safe_load(config.read_text())["data"].get("bag_size") == 0:
+        options.append("--data.bag_size=0")  # what the options above make small is none here
     assert main(["fit", *options, "--trainer.max_epochs=1"]) == 0
     assert main(["test", *options]) == 0
     assert len(read_predictions(tmp_path / "test" / "predictions.csv")) >= 4

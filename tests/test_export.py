@@ -12,7 +12,8 @@ import torch
 from slidetl.analysis.novelty import fit_familiar
 from slidetl.card import Evidence
 from slidetl.errors import ModelFileError
-from slidetl.export import build_network, export_model, load_model
+from slidetl.export import build_network, export_model
+from slidetl.model_file import load_model
 from slidetl.models.aggregators import GatedAttention, MeanPooling, Pooling
 from slidetl.models.backbones import BackboneSpec
 from slidetl.tasks.checkpoint import load_grader

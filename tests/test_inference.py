@@ -2,7 +2,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import pty
+import re
+import select
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +18,9 @@ from PIL import Image
 
 from slidetl.cli import main
 from slidetl.errors import SpacingError
-from slidetl.export import ModelFile, build_network, export_model, load_model
+from slidetl.export import build_network, export_model
 from slidetl.inference import _ahead, draw_map, grade_slide
+from slidetl.model_file import ModelFile, load_model
 from slidetl.tasks.checkpoint import load_grader
 from slidetl.tasks.predictions import SlidePrediction, read_predictions, write_predictions
 from tests.conftest import PyramidTiff, Study
@@ -134,9 +141,37 @@ def test_evidence_gives_a_set_of_grades(
     capsys.readouterr()
     slide = next((study.manifest.parent / "slides").glob("*.tiff"))
     assert main(["grade", str(path), str(slide), "--force"]) == 0
-    result = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    result = json.loads(out)
     lowest, highest = result["grade_set"]
     assert 0 <= lowest <= result["grade"] <= highest <= 4
+    names = f"{lowest} to {highest}" if lowest < highest else f"{lowest}"
+    assert f"{slide.name}: grade {result['grade']}, probability " in err
+    assert f"; set of grades, coverage 80%: {names}; expected grade " in err
+
+
+def test_a_person_at_a_terminal_reads_one_line_a_slide(study: Study, model_path: Path) -> None:
+    slide = next((study.manifest.parent / "slides").glob("*.tiff"))
+    terminal, end = pty.openpty()
+    command = [sys.executable, "-m", "slidetl", "grade", str(model_path), str(slide)]
+    done = subprocess.run(command, stdout=end, stderr=subprocess.PIPE, text=True, check=True)
+    written = select.select([terminal], [], [], 0)[0]
+    os.close(end)
+    os.close(terminal)
+    assert not written
+    assert f"{slide.name}: grade " in done.stderr and "set of grades" not in done.stderr
+
+
+def test_grading_loads_nothing_that_trains(study: Study, model_path: Path) -> None:
+    slide = next((study.manifest.parent / "slides").glob("*.tiff"))
+    program = f"""
+import sys
+from slidetl.cli import main
+assert main(["grade", {str(model_path)!r}, {str(slide)!r}]) == 0
+print(sorted({{"timm", "torchvision", "pytorch_lightning", "sklearn"}} & sys.modules.keys()), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "[]"
 
 
 def test_an_unknown_file_needs_trust_once(
@@ -191,7 +226,13 @@ def test_rates_are_measured_when_asked_for(
 ) -> None:
     slide = str(next((study.manifest.parent / "slides").glob("*.tiff")))
     assert main(["grade", str(model_path), slide, "--profile"]) == 0
-    assert "by the network alone" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    found = re.search(r"([\d.]+) tiles/s with everything on, ([\d.]+) by the network alone: (\d+)%", said)
+    assert found is not None
+    everything, alone, percent = map(float, found.groups())
+    assert percent == pytest.approx(100 * everything / alone, abs=1.5)
+    share = re.search(r"; (\d+)% of the processor time went to the network", said)
+    assert share is not None and 0 < int(share[1]) < 150  # measured on a busy machine
 
 
 def test_reading_ahead_hands_on_errors_and_stops_with_its_reader() -> None:

@@ -1,77 +1,200 @@
-"""How fast bags of tiles come out of the training loader.
+"""How fast bags of tiles come out of the training loader, and how long a training waits for them.
 
     python tools/bench_loader.py CACHE
+    python tools/bench_loader.py CACHE --device cuda --backbone resnet18
 
-CACHE is a folder that ``slidetl tile`` wrote. Whole epochs are timed after one that starts the workers; the
-ways take turns, and the medians are printed.
+CACHE is a folder that ``slidetl tile`` wrote; where there is none, synthetic slides are drawn and tiled
+into it. First the loader alone: whole epochs are timed after one that starts the workers; the ways take
+turns, and the medians are printed. With a backbone, then the training step of ``slidetl fit`` beside the
+same loader: all layers from random weights, in bfloat16 on a GPU. The share of waiting is that of the
+callback that ``fit`` has (:class:`~slidetl.tasks.waiting.WaitingReport`), over whole epochs after the
+first.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import logging
+import os
+import platform
 import statistics
 import sys
+import tempfile
 import time
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
+import pytorch_lightning as pl
+import torch
+
 from slidetl.cache.store import SlideCache, groups
+from slidetl.cli import main as slidetl
 from slidetl.data.augment import Augmentation
+from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.datasets import Bag, BagDataset, CachedSlide, EpochSampler, collate_bags
 from slidetl.data.manifest import ManifestRow
 from slidetl.data.resuming import ResumableLoader
+from slidetl.models.backbones import BackboneSpec
+from slidetl.models.transfer import Scratch
+from slidetl.tasks.schedules import Constant
+from slidetl.tasks.slide import SlideGrader
+from slidetl.tasks.waiting import WaitingReport
+
+N_GRADES = 5
+
+
+@dataclass(frozen=True, order=True)
+class Way:
+    """How bags are read: processes, threads in each, and whether tiles are changed as training does."""
+
+    augmented: bool
+    workers: int
+    threads: int
 
 
 def main(args: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("cache", type=Path, help="folder of a cache; each of its slides gives a bag")
+    cores = len(os.sched_getaffinity(0))
+    some = [workers for workers in (0, 1, 2, 4, 8, 16) if workers <= cores]
+    parser.add_argument("cache", type=Path, help="folder of a cache")
+    parser.add_argument("--epoch", type=int, default=100, help="bags in an epoch, of slides in turn (100)")
     parser.add_argument("--bag-size", type=int, default=48, help="tiles in a bag (48)")
     parser.add_argument("--batch-size", type=int, default=4, help="bags in a batch (4)")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="processes (0 1 2)")
+    parser.add_argument("--workers", type=int, nargs="+", default=some, help=f"processes ({some})")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="in each process (1 2)")
-    parser.add_argument("--repeats", type=int, default=5, help="turns (5)")
+    parser.add_argument("--repeats", type=int, default=5, help="epochs that are timed (5)")
+    parser.add_argument("--backbone", help="also train this model of timm, e.g. resnet18")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="to train on (cpu)")
+    parser.add_argument("--slides", type=int, default=8, help="to draw, where there is no cache (8)")
+    parser.add_argument("--slide-px", type=int, default=4096, help="side of a drawn slide at 2 um/px (4096)")
+    parser.add_argument("--tile-px", type=int, default=224, help="side of its tiles (224)")
     options = parser.parse_args(args)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no GPU that torch can use")
+    if not options.cache.exists():
+        draw(options.cache, options.slides, options.slide_px, options.tile_px)
+
+    caches = [SlideCache.open(path) for path in groups(options.cache)]
     slides = [
-        CachedSlide(ManifestRow(0, path.stem, path, path.stem, 0), SlideCache.open(path))
-        for path in groups(options.cache)
+        CachedSlide(ManifestRow(0, cache.slide_id, cache.path, cache.slide_id, number % N_GRADES), cache)
+        for number, cache in zip(range(options.epoch), itertools.cycle(caches), strict=False)
     ]
-    loaders: dict[tuple[str, int, int], ResumableLoader[Bag]] = {}
-    for (name, augmentation), workers, threads in itertools.product(
-        (("read", None), ("read and augment", Augmentation())), options.workers, options.threads
-    ):
-        loaders[name, workers, threads] = ResumableLoader(
-            BagDataset(slides, options.bag_size, augmentation, seed=0, threads=threads),
+    spec = caches[0].spec
+    print(
+        f"{options.epoch} bags of {options.bag_size} tiles of {spec.tile_size_px} px ({spec.codec}) from "
+        f"{len(caches)} slides, {options.batch_size} in a batch, median of {options.repeats} epochs; "
+        f"{cores} cores, Python {platform.python_version()}, torch {torch.__version__}"
+    )
+    ways = [
+        Way(augmented, workers, threads)
+        for augmented, workers, threads in itertools.product((False, True), options.workers, options.threads)
+    ]
+    print(f"\n{'the loader alone':18}{'workers':>9}{'threads':>9}{'tiles/s':>9}{'per core':>10}")
+    for way, (rate, alone) in time_loaders(slides, ways, options).items():
+        name = "read and augment" if way.augmented else "read"
+        # Of other processes the time is not known until they end; this one is not slowed by its neighbours.
+        per_core = f"{alone:10.0f}" if not way.workers else ""
+        print(f"{name:18}{way.workers:9}{way.threads:9}{rate:9.0f}{per_core}")
+    if options.backbone:
+        name = torch.cuda.get_device_name() if options.device == "cuda" else "the CPU"
+        print(f"\ntraining {options.backbone} on {name}")
+        print(f"{'workers':>9}{'threads':>9}{'tiles/s':>9}{'the step alone':>16}{'waiting':>9}")
+        for way in ways:
+            if way.augmented:
+                rate, alone, share = train(slides, way, options)
+                print(f"{way.workers:9}{way.threads:9}{rate:9.0f}{alone:16.0f}{share:9.1%}", flush=True)
+    return 0
+
+
+def draw(cache: Path, n_slides: int, slide_px: int, tile_px: int) -> None:
+    """Makes a cache of synthetic slides at 2 um/px; they lie beside it."""
+    data = cache.with_name(f"{cache.name}-slides")
+    drawn = ["--slides", str(n_slides), "--patients", str(n_slides), "--size", str(slide_px), "--mpp", "2"]
+    tiled = ["--cache", str(cache), "--mpp", "2", "--tile-size", str(tile_px)]
+    for words in (["synth", str(data), *drawn], ["tile", str(data / "manifest.csv"), *tiled]):
+        if slidetl(words):
+            raise SystemExit(f"'slidetl {' '.join(words)}' failed")
+
+
+def time_loaders(
+    slides: list[CachedSlide], ways: list[Way], options: argparse.Namespace
+) -> dict[Way, tuple[float, float]]:
+    """Tiles per second of the loader alone, by the clock and by the processor time of this process."""
+    loaders: dict[Way, ResumableLoader[Bag]] = {}
+    for way in ways:
+        augmentation = Augmentation() if way.augmented else None
+        loaders[way] = ResumableLoader(
+            BagDataset(slides, options.bag_size, augmentation, seed=0, threads=way.threads),
             batch_size=options.batch_size,
             sampler=EpochSampler(len(slides), seed=0),
-            num_workers=workers,
-            persistent_workers=workers > 0,
+            num_workers=way.workers,
+            persistent_workers=way.workers > 0,
             collate_fn=collate_bags,
         )
-    rates: dict[tuple[str, int, int], list[float]] = {key: [] for key in loaders}
-    per_cpu: dict[tuple[str, int, int], list[float]] = {key: [] for key in loaders}
+    rates: dict[Way, list[float]] = {way: [] for way in ways}
+    alone: dict[Way, list[float]] = {way: [] for way in ways}
     for repeat in range(options.repeats + 1):
-        for key, loader in loaders.items():
+        for way, loader in loaders.items():
             loader.sampler.set_epoch(repeat)
             started, computed = time.perf_counter(), time.process_time()
             tiles = sum(int(batch["mask"].sum()) for batch in loader)
             if repeat:  # the first starts the workers
-                rates[key].append(tiles / (time.perf_counter() - started))
-                per_cpu[key].append(tiles / (time.process_time() - computed))
-    spec = slides[0].cache.spec
-    print(
-        f"{len(slides)} slides, bags of {options.bag_size} tiles of {spec.tile_size_px} px ({spec.codec}), "
-        f"median of {options.repeats} epochs"
+                rates[way].append(tiles / (time.perf_counter() - started))
+                alone[way].append(tiles / (time.process_time() - computed))
+    return {way: (statistics.median(rates[way]), statistics.median(alone[way])) for way in ways}
+
+
+def train(slides: list[CachedSlide], way: Way, options: argparse.Namespace) -> tuple[float, float, float]:
+    """Trains as ``slidetl fit`` does.
+
+    Returns:
+        Medians over the epochs: tiles per second of training; as many as it would be without any waiting;
+        and the share of waiting.
+    """
+    data = SlideDataModule(
+        "",
+        str(options.cache),
+        bag_size=options.bag_size,
+        batch_size=options.batch_size,
+        num_workers=way.workers,
+        decode_threads=way.threads,
     )
-    print(f"{'':18}{'workers':>9}{'threads':>9}{'tiles/s':>9}{'per CPU s':>11}")
-    for key, values in rates.items():
-        name, workers, threads = key
-        # Of other processes the time is not known until they end; this one is not slowed by its neighbours.
-        alone = f"{statistics.median(per_cpu[key]):11.0f}" if not workers else ""
-        print(f"{name:18}{workers:9}{threads:9}{statistics.median(values):9.0f}{alone}")
-    return 0
+    data.slides, data.tile_spec = {"train": tuple(slides)}, slides[0].cache.spec  # what its setup would find
+    torch.manual_seed(0)
+    grader = SlideGrader(BackboneSpec(options.backbone), transfer=Scratch(), schedule=Constant())
+    report = WaitingReport()
+    on_gpu = options.device == "cuda"
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # advice on workers and logs; this is about nothing else
+        pl.Trainer(
+            accelerator="gpu" if on_gpu else "cpu",
+            devices=1,
+            precision="bf16-mixed" if on_gpu else "32-true",
+            deterministic="warn",
+            max_epochs=options.repeats + 1,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[report],
+            default_root_dir=folder,
+        ).fit(grader, data)
+    tiles = sum(min(options.bag_size, len(slide.cache)) for slide in slides)
+    timed = report.epochs[1:]  # the first starts the workers, and the libraries of the device
+    return (
+        statistics.median(tiles / (times.data_wait_s + times.compute_s) for times in timed),
+        statistics.median(tiles / times.compute_s for times in timed),
+        statistics.median(times.share for times in timed),
+    )
 
 
 if __name__ == "__main__":
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)  # its news would stand within the table
     sys.exit(main())

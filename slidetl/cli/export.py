@@ -83,7 +83,8 @@ def run(options: argparse.Namespace) -> int:
     from slidetl.errors import SlidetlError, UsageError
     from slidetl.experiments.evidence import evidence_from
     from slidetl.experiments.training_data import describe_training, learn_familiar, training_slides
-    from slidetl.export import build_network, export_model, load_model
+    from slidetl.export import build_network, export_model
+    from slidetl.model_file import load_model
     from slidetl.tasks.checkpoint import load_grader
 
     graders = [load_grader(path, options.allow) for path in options.checkpoints]

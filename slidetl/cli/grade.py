@@ -8,9 +8,12 @@ import os
 import sys
 from pathlib import Path
 
+_BATCH_SIZE = {"cpu": 16, "cuda": 64}
+
 SUMMARY = (
-    "Grade slides with an exported model: one JSON line each on stdout, and a table of all in "
-    "DIR/results.csv. Exit code 1 when any slide failed, after all the others are done."
+    "Grade slides with an exported model: a line each for people on stderr, one of JSON on stdout (unless "
+    "that is a terminal), and a table of all in DIR/results.csv. Exit code 1 when any slide failed, after "
+    "all the others are done."
 )
 
 
@@ -66,7 +69,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes a GPU where there is one"
     )
     parser.add_argument("--jobs", metavar="N", type=int, default=1, help="slides graded at a time")
-    parser.add_argument("--batch-size", metavar="TILES", type=int, default=64, help="tiles per pass")
+    parser.add_argument(
+        "--batch-size",
+        metavar="TILES",
+        type=int,
+        default=argparse.SUPPRESS,
+        help=f"tiles per pass; without it {_BATCH_SIZE['cpu']} on a CPU, where more cost memory and gain "
+        f"nothing, else {_BATCH_SIZE['cuda']}",
+    )
     parser.add_argument(
         "--profile",
         action="store_true",
@@ -84,6 +94,7 @@ def run(options: argparse.Namespace) -> int:
     from slidetl.experiments.grading import (
         GRADED,
         GradeOptions,
+        describe,
         find_slides,
         grade_slides,
         output_names,
@@ -91,21 +102,21 @@ def run(options: argparse.Namespace) -> int:
         write_index_page,
         write_results,
     )
-    from slidetl.export import load_model
+    from slidetl.model_file import load_model
     from slidetl.trust import trust
 
-    for name in ("batch_size", "jobs"):
-        if getattr(options, name) < 1:
-            flag = name.replace("_", "-")
-            raise UsageError(f"--{flag} must be at least 1, not {getattr(options, name)}")
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch_size = getattr(options, "batch_size", _BATCH_SIZE["cpu" if device == "cpu" else "cuda"])
+    for flag, value in (("--batch-size", batch_size), ("--jobs", options.jobs)):
+        if value < 1:
+            raise UsageError(f"{flag} must be at least 1, not {value}")
     output: Path | None = getattr(options, "output", None)
     if options.resume and output is None:
         raise UsageError("--resume needs --output, the folder with the results so far")
     if options.report and output is None:
         raise UsageError("--report needs --output, the folder for the pages")
-    device = options.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(options.model, device, options.trust)
     if options.trust:
         trust(model.sha256, options.model.name)
@@ -122,8 +133,8 @@ def run(options: argparse.Namespace) -> int:
         device=device,
         output=output,
         mpp_override=getattr(options, "mpp_override", None),
-        batch_size=options.batch_size,
-        threads=max(1, (os.cpu_count() or 1) // options.jobs),
+        batch_size=batch_size,
+        threads=max(1, len(os.sched_getaffinity(0)) // options.jobs),
         force=options.force,
         profile=options.profile,
         report=options.report,
@@ -145,14 +156,9 @@ def run(options: argparse.Namespace) -> int:
             failed += 1
             print(f"slidetl: failed: {row.reason}", file=sys.stderr, flush=True)
             continue
-        print(json.dumps(row.result), flush=True)
-        if row.rates:
-            everything, alone = row.rates
-            print(
-                f"slidetl: {row.slide}: {everything:.1f} tiles/s with everything on, "
-                f"{alone:.1f} by the network alone: {everything / alone:.0%}",
-                file=sys.stderr,
-            )
+        if not sys.stdout.isatty():
+            print(json.dumps(row.result), flush=True)
+        print(f"slidetl: {describe(row, model.card)}", file=sys.stderr, flush=True)
     if output is not None and options.report:
         write_index_page(output, rows, output_names(slides), model)
     if failed:

@@ -21,6 +21,7 @@ from pytorch_lightning.utilities import rank_zero_info
 
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.errors import UsageError
+from slidetl.tasks.best import BestCheckpoint
 from slidetl.tasks.checkpoint import read_checkpoint
 from slidetl.tasks.drift import DriftReport
 from slidetl.tasks.range_test import RangeTest, find_rate, write_range
@@ -80,7 +81,7 @@ class GradingCLI(LightningCLI):
         parser.link_arguments("data.grades", "model.grades")
         parser.link_arguments("model.tasks", "data.tasks")
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         # One callback for both would leave `last` at the epoch that was the best (Lightning 2.6). This one
         # comes second, so that it knows the best one's path.
         parser.add_lightning_class_args(ModelCheckpoint, "last_checkpoint")

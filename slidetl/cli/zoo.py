@@ -128,7 +128,7 @@ def _list(options: argparse.Namespace) -> int:
             damaged += 1
             continue
         model = card.model
-        figure = model.evidence.figures.get("qwk") if model.evidence else None
+        figure = model.evidence.figures.get("QWK") if model.evidence else None
         table.add_row(
             name,
             model.backbone,

@@ -177,14 +177,19 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
 
 
 def collate_bags(bags: list[Bag]) -> Bag:
-    """Stacks bags; stored features, of which each slide has another number, are padded."""
+    """Stacks bags; stored features, of which each slide has another number, are padded.
+
+    Tiles stay in channels-last memory, which is how most networks take them.
+    """
     if "stored" in bags[0]:
         most = max(len(bag["stored"]) for bag in bags)
         for bag in bags:
             missing = most - len(bag["stored"])
             bag["stored"] = functional.pad(bag["stored"], (0, 0, 0, missing))
             bag["stored_mask"] = functional.pad(bag["stored_mask"], (0, missing))
-    stacked: Bag = default_collate(bags)
+    # As they lie in memory: a worker copies them in the order of their axes, and would transpose them.
+    stacked: Bag = default_collate([{**bag, "tiles": bag["tiles"].permute(0, 2, 3, 1)} for bag in bags])
+    stacked["tiles"] = stacked["tiles"].permute(0, 1, 4, 2, 3)
     return stacked
 
 

@@ -57,7 +57,7 @@ def bca_interval(
 
     The interval is conditional on the fitted models: it tells how the figure would differ on other
     patients, not how another training would. It covers somewhat less often than its level says: at 95 %,
-    about 93 to 95 % of the time with 60 patients, 90 to 94 % with 20 (``docs/design/statistics.md``). Where
+    about 93 to 95 % of the time with 60 patients, 91 to 94 % with 20 (``docs/evidence/intervals.md``). Where
     all draws agree it is the estimate itself, which is no proof that nothing varies. Draws where the figure
     is undefined (NaN) are left out.
 

@@ -157,7 +157,7 @@ class CorrectedT:
 def corrected_t(differences: ArrayLike, test_share: float, *, level: float = 0.95) -> CorrectedT:
     """Tests differences of two arms over the folds of a repeated cross-validation.
 
-    Nadeau and Bengio, Machine Learning 2003, section 3, as Bouckaert and Frank, PAKDD 2004, use it for R
+    Nadeau and Bengio, Machine Learning 52 (2003), as Bouckaert and Frank, PAKDD 2004, use it for R
     repeats of K folds: the variance of the mean is ``(1 / RK + n_test / n_train)`` times the sample
     variance of the RK differences, with RK - 1 degrees of freedom. The correction is a heuristic, and for
     kappa in small folds normality is too: a secondary test. Unlike the bootstrap it does count what another
@@ -221,7 +221,7 @@ def sign_flip_test(
 
     Under the null hypothesis the two predictions of a patient are exchangeable, all slides of the patient
     together; McNemar's test on slides would take them for independent. For a mean over slides a swap flips
-    the sign of the patient's contribution (Good, Permutation Tests, 2nd ed. 2000, section 3.2); for kappa
+    the sign of the patient's contribution (Good, Permutation Tests, 2nd ed. 2000); for kappa
     it is recomputed. p is the share of all swaps where there are 14 discordant patients or fewer, and
     otherwise ``(1 + hits) / (1 + n_flips)`` (Phipson and Smyth 2010).
 

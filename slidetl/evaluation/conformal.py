@@ -12,6 +12,9 @@ from slidetl.evaluation.bootstrap import Interval, bca_interval
 from slidetl.evaluation.figures import mean_of
 from slidetl.evaluation.metrics import probability_metrics
 
+# Thresholds that are looked at, for which the bounds of a risk-coverage curve pay.
+REFERRAL_POINTS = 10
+
 
 @dataclass(frozen=True)
 class GradeSets:
@@ -175,7 +178,7 @@ def risk_coverage(
     patients: ArrayLike,
     *,
     level: float = 0.95,
-    n_points: int = 10,
+    n_points: int = REFERRAL_POINTS,
 ) -> RiskCoverage:
     """The risk-coverage curve (El-Yaniv and Wiener, JMLR 2010), with bounds that bear looking at all points.
 

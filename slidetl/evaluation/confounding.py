@@ -256,7 +256,7 @@ def _chi_square(row: NDArray[np.int64], column: NDArray[np.int64], n_rows: int, 
 
 
 def _cramers_v(chi_square: float, n: int, n_rows: int, n_columns: int) -> float:
-    """Bergsma 2013, equations 3 to 5; 0 where there are as many categories as units."""
+    """Bergsma 2013, section 2; 0 where there are as many categories as units."""
     rows = n_rows - (n_rows - 1) ** 2 / (n - 1)
     columns = n_columns - (n_columns - 1) ** 2 / (n - 1)
     excess = max(0.0, chi_square / n - (n_rows - 1) * (n_columns - 1) / (n - 1))

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
+from slidetl.card import ModelCard
 from slidetl.data.manifest import read_manifest, safe_slide_id
 from slidetl.errors import SlideError, UsageError
-from slidetl.export import ModelFile, load_model
-from slidetl.inference import SlideGrade, draw_map, grade_slide
+from slidetl.inference import Rates, SlideGrade, draw_map, grade_slide
+from slidetl.model_file import ModelFile, load_model
 from slidetl.report.index import IndexEntry, write_index
 from slidetl.report.slide import has_slide_report, write_slide_report
 from slidetl.slides import open_slide
@@ -52,7 +53,7 @@ class GradeOptions:
     device: str = "cpu"
     output: Path | None = None
     mpp_override: float | None = None
-    batch_size: int = 64
+    batch_size: int = 16
     threads: int = 1
     force: bool = False
     profile: bool = False
@@ -68,14 +69,14 @@ class GradeRow:
         status: ``graded`` or ``failed``.
         result: as :meth:`slidetl.inference.SlideGrade.to_dict`; empty for a slide that failed.
         reason: why it failed, in one line.
-        rates: tiles per second with everything on, and of the network alone, if they were asked for.
+        rates: how fast it was graded, if that was asked for.
     """
 
     slide: Path
     status: str
     result: dict[str, Any]
     reason: str = ""
-    rates: tuple[float, float] | None = None
+    rates: Rates | None = None
 
 
 def find_slides(named: Sequence[Path]) -> list[Path]:
@@ -135,6 +136,34 @@ def grade_slides(
         if undone:
             yield _grade_apart(undone[0], names[undone[0]], options)
         waiting = undone[1:]
+
+
+def describe(row: GradeRow, card: ModelCard) -> str:
+    """One line for people of a slide that was graded: its grade, and how sure that is.
+
+    Args:
+        row: of :func:`grade_slides`.
+        card: of the model.
+    """
+    result = row.result
+    probability = result["probabilities"][result["grade"]]
+    parts = [f"{row.slide}: grade {result['grade_name']}, probability {probability:.2f}"]
+    if card.evidence is not None and result["grade_set"]:
+        names = dict.fromkeys(card.grades[grade] for grade in result["grade_set"])
+        parts.append(f"set of grades, coverage {card.evidence.coverage:.0%}: {' to '.join(names)}")
+    parts.append(f"expected grade {result['expected_grade']:.2f}")
+    parts.append(f"{result['tissue_mm2']:.3g} mm2 of tissue")
+    if result["novelty"] is not None:
+        parts.append(f"novelty {result['novelty']:.2f}")
+    if row.rates:
+        rates = row.rates
+        parts.append(
+            f"{rates.everything:.1f} tiles/s with everything on, {rates.network_alone:.1f} by the network "
+            f"alone: {rates.share:.0%}"
+        )
+        if rates.processor_share is not None:
+            parts.append(f"{rates.processor_share:.0%} of the processor time went to the network")
+    return "; ".join(parts)
 
 
 def write_results(path: Path, rows: Sequence[GradeRow], n_grades: int) -> None:
@@ -219,8 +248,7 @@ def _grade(model: ModelFile, path: Path, name: str, options: GradeOptions) -> Gr
             _write(result, model, options, options.output, name)
     except SlideError as error:
         return GradeRow(path, FAILED, {}, " ".join(str(error).split()))
-    rates = (result.rates.everything, result.rates.network_alone) if result.rates else None
-    return GradeRow(path, GRADED, result.to_dict(), rates=rates)
+    return GradeRow(path, GRADED, result.to_dict(), rates=result.rates)
 
 
 def _write(result: SlideGrade, model: ModelFile, options: GradeOptions, folder: Path, name: str) -> None:
@@ -248,7 +276,7 @@ _loaded: tuple[ModelFile, GradeOptions] | None = None
 
 
 def _processes(count: int, options: GradeOptions) -> ProcessPoolExecutor:
-    threads = max(1, (os.cpu_count() or 1) // count)
+    threads = max(1, len(os.sched_getaffinity(0)) // count)
     context = multiprocessing.get_context("spawn")  # OpenSlide and torch hold threads and locks
     return ProcessPoolExecutor(count, context, _start, (options, threads))
 

@@ -67,6 +67,8 @@ class GradingNetwork(nn.Module):
         if parts is None:
             raise ValueError("this aggregator has no contributions of tiles; AdditiveAttention has")
         constant: Tensor = self.head(torch.zeros_like(parts[0, :1]))  # [1, L]
-        logits: Tensor = self.head(parts.flatten(0, 1))
-        linear = (logits - constant).view(parts.shape[0], parts.shape[1], -1)
+        # Parts of many tiles are small beside the constant, and would lose digits under it.
+        scale = float(parts.shape[1])
+        logits: Tensor = self.head(parts.flatten(0, 1) * scale)
+        linear = ((logits - constant) / scale).view(parts.shape[0], parts.shape[1], -1)
         return linear + pooled.attention.mean(1).unsqueeze(2) * constant

@@ -1,12 +1,13 @@
-"""The page of an experiment: text, figures and tables in sections, all in one file."""
+"""The page of an experiment: text, figures and tables in sections, as HTML in one file and as Markdown."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from slidetl.report.page import data_uri, write_page
+from slidetl.report.page import data_uri, write_page, write_whole
 
 
 @dataclass(frozen=True)
@@ -100,3 +101,45 @@ def write_experiment(
             for section in sections
         ],
     )
+
+
+def write_markdown(
+    path: Path, title: str, notices: Sequence[str], summary: Sequence[str], sections: Sequence[Section]
+) -> None:
+    """Writes the same for a repository or a paper: drawings are links to their PNG beside the file.
+
+    Args:
+        path: the file; drawings lie in its folder or below.
+        title: of the page.
+        notices: what a reader must know before anything else.
+        summary: paragraphs: the answer.
+        sections: in order.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    blocks = [f"# {_plain(title)}", *(f"> {_plain(text)}" for text in notices), *map(_plain, summary)]
+    for section in sections:
+        blocks.append(f"## {_plain(section.heading)}")
+        for part in section.parts:
+            if isinstance(part, Drawing):
+                at = part.path.with_suffix(".png").relative_to(path.parent).as_posix()
+                blocks += [f"![{_plain(part.alt)}]({at})", _plain(part.caption)]
+            elif isinstance(part, Table):
+                blocks += [_plain(part.caption), "\n".join(_rows(part))]
+            else:
+                blocks.append(_plain(part))
+    write_whole(path, "\n\n".join(blocks) + "\n")
+
+
+def _rows(table: Table) -> list[str]:
+    rule = ["---" if number in (0, *table.words) else "---:" for number in range(len(table.columns))]
+    rows = [[*map(_plain, table.columns)], rule]
+    for number, row in enumerate(table.rows):
+        rows.append([f"**{_plain(cell)}**" if number in table.strong else _plain(cell) for cell in row])
+    return ["| " + " | ".join(row) + " |" for row in rows]
+
+
+def _plain(text: str) -> str:
+    """A text in one line that means nothing to Markdown."""
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))

@@ -75,7 +75,7 @@ def maps_of(result: SlideGrade, grades: Sequence[str]) -> list[TileMap]:
                 result.origins_level0,
                 relative,
                 _shades(place),
-                _lut("inferno"),
+                colour_table("inferno"),
                 ticks=((0.0, f"1/{reach:.2g}"), (0.5, "1"), (1.0, f"{reach:.2g}×")),
             )
         )
@@ -88,7 +88,7 @@ def maps_of(result: SlideGrade, grades: Sequence[str]) -> list[TileMap]:
             result.origins_level0,
             result.tile_grades,
             _shades(result.tile_grades / highest),
-            _lut("viridis"),
+            colour_table("viridis"),
             ticks=tuple((grade / highest, name) for grade, name in enumerate(grades)),
         )
     )
@@ -132,7 +132,8 @@ def _shades(place: NDArray[Any]) -> NDArray[np.int64]:
     return np.asarray(np.round(255 * np.clip(place, 0, 1)), np.int64)
 
 
-def _lut(name: str) -> NDArray[np.uint8]:
+def colour_table(name: str) -> NDArray[np.uint8]:
+    """Matplotlib's colours of that name, ``[256, 3] uint8``."""
     from matplotlib import colormaps
 
     rgba = colormaps[name](np.arange(256), bytes=True)

@@ -51,6 +51,11 @@ def write_page(path: Path, template: str, style: str, scripts: tuple[str, ...], 
             **values,
         )
     )
+    write_whole(path, text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")

@@ -67,7 +67,7 @@ def write_slide_report(
     page = folder / f"{name}.html"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.thumbnail.jpg").write_bytes(_thumbnail(result))
-    write_geojson(result, folder / f"{name}.geojson")
+    write_geojson(result, card.grades, folder / f"{name}.geojson")
     write_page(
         page,
         "slide.html",

@@ -14,7 +14,7 @@ from typing import Any, Self
 from slidetl.card import Evidence, ModelCard, TrainingData
 from slidetl.errors import ModelFileError, UsageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MODEL, WEIGHTS = "model.pt", "weights.safetensors"
 CARD, README, SUMS = "card.yaml", "README.md", "SHA256SUMS"
 MAX_CARD_BYTES = 2**18  # a card has 2 kB
@@ -169,7 +169,7 @@ class ZooCard:
         """The lines of a fit's YAML that begin from these weights."""
         import yaml
 
-        source = {"name": self.model.backbone, "pretrained": f"zoo://{self.name}"}
+        source = {**self.model.architecture, "pretrained": f"zoo://{self.name}"}
         text: str = yaml.safe_dump({"model": {"backbone": source}}, sort_keys=False, width=math.inf)
         return text.splitlines()
 

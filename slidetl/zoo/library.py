@@ -127,7 +127,7 @@ class Library:
             UsageError: the name is taken or cannot be one, or the library cannot be written to.
             ModelFileError: not an exported model, or not trusted.
         """
-        from slidetl.export import load_model  # torch: only those who publish wait for it
+        from slidetl.model_file import load_model  # torch: only those who publish wait for it
 
         check_name(name)
         if self._files.exists(self._path(name)):

@@ -8,9 +8,11 @@ import pytest
 import torch
 import yaml
 
+from slidetl.card import Evidence
 from slidetl.cli import main
-from slidetl.export import build_network, export_model, load_model
+from slidetl.export import build_network, export_model
 from slidetl.grid import TileSpec
+from slidetl.model_file import load_model
 from slidetl.models.aggregators import MeanPooling
 from slidetl.models.backbones import BackboneSpec
 from slidetl.tasks.checkpoint import load_grader
@@ -25,7 +27,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     grader = SlideGrader(BackboneSpec(), MeanPooling).eval()
     grader.network.backbone.load_pretrained()
     grader.tile_spec = TileSpec(mpp=4, tile_size_px=64)
-    export_model(*build_network([grader]), path)
+    evidence = Evidence(60, 50, {"QWK": (0.712, 0.6, 0.8)}, 1.2, 0.9, 0.8, "01" * 32)
+    export_model(*build_network([grader], evidence=evidence), path)
     return path
 
 
@@ -48,7 +51,7 @@ def test_the_way_of_a_model(library: Path, tmp_path: Path, capsys: pytest.Captur
 
     assert main(["zoo", "list", "--from", str(library)]) == 0
     listed = capsys.readouterr().out
-    assert "lung-1  mobilenetv3_small_050" in listed and "Grades lungs" in listed
+    assert "lung-1  mobilenetv3_small_050" in listed and "Grades lungs" in listed and "0.71" in listed
 
     assert main(["zoo", "show", "lung-1", "--from", str(library)]) == 0
     shown = capsys.readouterr().out

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.errors import CacheMismatchError, CacheMissingError, UsageError
@@ -52,7 +53,10 @@ def test_workers_read_the_same_bags_as_the_process_itself(study: Study) -> None:
         data.setup("fit")
         batches.append([batch["tiles"] for batch in data.train_dataloader()])
     assert len(batches[0]) == len(batches[1])
-    assert all(bool((here == there).all()) for here, there in zip(*batches, strict=True))
+    for here, there in zip(*batches, strict=True):
+        assert torch.equal(here, there)
+        for tiles in (here, there):  # else every step would transpose them
+            assert tiles.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_split_column_decides(study: Study, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def test_contributions_of_tiles_sum_to_the_logits(head: type[Head], n_tiles: int
         logits, _ = network.grade(embeddings, mask)
     assert contributions.shape == (2, n_tiles, logits.shape[1])
     assert not contributions[~mask].any()
-    torch.testing.assert_close(contributions.sum(1), logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(contributions.sum(1), logits, atol=2e-5, rtol=1e-5)
 
 
 def test_a_contribution_is_the_linear_part_and_a_share_of_the_constant() -> None:

@@ -71,6 +71,7 @@ def card() -> ModelCard:
         grades=GRADES,
         tile_spec=SPEC,
         backbone="mobilenetv3_small_050",
+        architecture={"name": "mobilenetv3_small_050"},
         normalisation={"mean": [0.5] * 3, "std": [0.5] * 3},
         versions={"slidetl": "0.1.0", "torch": "2.6"},
         weights_sha256="cd" * 32,

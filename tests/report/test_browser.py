@@ -74,6 +74,12 @@ class Opened:
             polling=60,
         )
 
+    def px_per_um(self) -> float:
+        """Width of a micrometre on the screen once the view stands still, from the scale bar."""
+        self.settle()
+        length, unit = self.page.locator("#scale-bar").inner_text().split()
+        return self.box("#scale-bar")["width"] / (float(length) * {"µm": 1, "mm": 1000}[unit])
+
     def overlay(self) -> Picture:
         """What is laid over the slide, ``[height, width, 4]``, screen pixels."""
         uri = self.page.locator("#overlay").evaluate("canvas => canvas.toDataURL()")
@@ -100,7 +106,9 @@ def open_page(browser: Browser) -> Iterator[Open]:
     opened: list[Opened] = []
 
     def open_it(path: Path, size: tuple[int, int] = DESKTOP) -> Opened:
-        context = browser.new_context(viewport={"width": size[0], "height": size[1]}, reduced_motion="reduce")
+        context = browser.new_context(
+            viewport={"width": size[0], "height": size[1]}, reduced_motion="reduce", has_touch=size == PHONE
+        )
         found = Opened(context.new_page())
         opened.append(found)
 
@@ -195,32 +203,44 @@ def test_the_slide_is_seen(report: Path, result: SlideGrade, slide_picture: Pict
     assert correlation > 0.9
 
 
+def test_two_fingers_zoom(report: Path, open_page: Open) -> None:
+    opened = open_page(report, PHONE)
+    home = opened.px_per_um()
+    opened.page.locator("#viewer").scroll_into_view_if_needed()
+    stage = opened.box("#viewer")
+    x, y = stage["x"] + stage["width"] / 2, stage["y"] + stage["height"] / 2
+    hand = opened.page.context.new_cdp_session(opened.page)
+
+    def touch(kind: str, *offsets: float) -> None:
+        points = [{"x": x + offset, "y": y, "id": finger} for finger, offset in enumerate(offsets)]
+        hand.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    touch("touchStart", -30, 30)
+    for offset in (40, 50, 60):
+        touch("touchMove", -offset, offset)
+        opened.page.evaluate("() => new Promise(requestAnimationFrame)")
+    touch("touchEnd")
+    assert opened.px_per_um() == pytest.approx(2 * home, rel=0.2)
+
+
 def test_zoom_by_wheel_buttons_and_keys(report: Path, open_page: Open) -> None:
     opened = open_page(report)
     page = opened.page
-
-    def marks() -> float:
-        """Width of a micrometre on the screen, from the scale bar."""
-        opened.settle()
-        length, unit = page.locator("#scale-bar").inner_text().split()
-        micrometres = float(length) * {"µm": 1, "mm": 1000}[unit]
-        return opened.box("#scale-bar")["width"] / micrometres
-
-    home = marks()
+    home = opened.px_per_um()
     page.click("#zoom-in")
-    assert marks() == pytest.approx(2 * home, rel=0.05)
+    assert opened.px_per_um() == pytest.approx(2 * home, rel=0.05)
     page.click("#zoom-out")
-    assert marks() == pytest.approx(home, rel=0.05)
+    assert opened.px_per_um() == pytest.approx(home, rel=0.05)
     box = opened.box("#viewer")
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.mouse.wheel(0, -240)
-    wheeled = marks()
+    wheeled = opened.px_per_um()
     assert wheeled > 1.15 * home
     page.locator(".openseadragon-canvas").first.focus()
     page.keyboard.press("+")
-    assert marks() > 1.05 * wheeled
+    assert opened.px_per_um() > 1.05 * wheeled
     page.click("#zoom-home")
-    assert marks() == pytest.approx(home, rel=0.05)
+    assert opened.px_per_um() == pytest.approx(home, rel=0.05)
 
 
 def test_dragging_moves_the_slide(report: Path, open_page: Open) -> None:

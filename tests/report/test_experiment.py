@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from slidetl.report.experiment import Drawing, Section, Table, write_experiment
+from slidetl.report.experiment import Drawing, Section, Table, write_experiment, write_markdown
 
 HOSTILE = "</p><script>alert(1)</script>"
 
@@ -39,3 +39,16 @@ def test_every_text_is_escaped(tmp_path: Path) -> None:
 def test_a_row_has_a_cell_for_each_column() -> None:
     with pytest.raises(ValueError, match=r"expected 2 cells for \('a', 'b'\), found \('1',\)"):
         Table("", ("a", "b"), (("1",),))
+
+
+def test_markdown_says_the_same_and_lets_no_text_be_more_than_text(tmp_path: Path) -> None:
+    drawing = Drawing(tmp_path / "figures" / "a.svg", "two dots", "Dots.")
+    table = Table("Counts.", ("Name", "n|m"), (("*one*", "1"), ("two\nlines", "2")), strong=(1,))
+    sections = [Section("a", "First", ("words", drawing, table, "<b>[x](y)"))]
+    write_markdown(tmp_path / "page.md", "A_title", ["beware"], ["the answer"], sections)
+    assert (tmp_path / "page.md").read_text().split("\n") == [
+        *("# A\\_title", "", "> beware", "", "the answer", "", "## First", "", "words", ""),
+        *("![two dots](figures/a.png)", "", "Dots.", "", "Counts.", ""),
+        *("| Name | n\\|m |", "| --- | ---: |", "| \\*one\\* | 1 |", "| **two lines** | **2** |", ""),
+        *("\\<b\\>\\[x\\](y)", ""),
+    ]

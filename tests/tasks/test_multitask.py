@@ -16,7 +16,7 @@ from slidetl.data.datasets import Bag
 from slidetl.data.tasks import Task
 from slidetl.errors import UsageError
 from slidetl.evaluation.metrics import grade_metrics
-from slidetl.export import load_model
+from slidetl.model_file import load_model
 from slidetl.models.backbones import BackboneSpec
 from slidetl.models.heads import CrossEntropy, CumulativeLink
 from slidetl.tasks.checkpoint import load_grader

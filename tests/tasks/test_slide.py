@@ -76,6 +76,48 @@ def test_a_stopped_training_goes_on(study: Study, tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path / "logs" / "version_1" / "checkpoints" / "last.ckpt")["epoch"] == 1
 
 
+def test_a_training_goes_on_from_the_middle_of_an_epoch(study: Study, tmp_path: Path) -> None:
+    # A checkpoint each two steps, by a configuration here and by words there; an epoch has three.
+    config = tmp_path / "often.yaml"
+    config.write_text(
+        """
+trainer:
+  callbacks:
+    - class_path: pytorch_lightning.callbacks.ModelCheckpoint
+      init_args: {every_n_train_steps: 2, save_top_k: -1, filename: "{step}"}
+"""
+    )
+    often = ["--trainer.callbacks+=pytorch_lightning.callbacks.ModelCheckpoint"]
+    often += [
+        f"--trainer.callbacks.{word}"
+        for word in ("every_n_train_steps=2", "save_top_k=-1", "filename={step}")
+    ]
+    whole, two = ["--config", str(config), *study.options(tmp_path / "whole")], "--trainer.max_epochs=2"
+    assert main(["fit", *whole, two]) == 0
+    kept = tmp_path / "whole" / "logs" / "version_0" / "checkpoints"
+    assert {path.name for path in kept.iterdir()} > {f"step={step}.ckpt" for step in (2, 4, 6)}
+    assert main(["test", *whole]) == 0  # which finds the best beside them
+    end = read_checkpoint(kept / "step=6.ckpt")
+    assert end["epoch"] == 1
+    for step in (2, 4):
+        options = [*study.options(tmp_path / str(step)), two]
+        assert main(["fit", *options, *often, f"--ckpt_path={kept / f'step={step}.ckpt'}"]) == 0
+        folder = tmp_path / str(step) / "logs" / "version_0" / "checkpoints"
+        again = read_checkpoint(folder / "step=6.ckpt")["state_dict"]
+        assert all(torch.equal(value, again[key]) for key, value in end["state_dict"].items())
+
+
+def test_predictions_name_the_fold(study: Study, trained: Path, tmp_path: Path) -> None:
+    checkpoint = trained / "logs" / "version_0" / "checkpoints" / "best.ckpt"
+    options = [*study.options(tmp_path), f"--ckpt_path={checkpoint}", "--data.fold=r2f3"]
+    for command in ("test", "predict"):
+        assert main([command, *options]) == 0
+        with (tmp_path / command / "predictions.csv").open(newline="") as file:
+            assert {row["fold"] for row in csv.DictReader(file)} == {"r2f3"}
+    with (trained / "test" / "predictions.csv").open(newline="") as file:
+        assert {row["fold"] for row in csv.DictReader(file)} == {""}
+
+
 def test_predict_takes_slides_without_grades(study: Study, trained: Path, tmp_path: Path) -> None:
     checkpoint = trained / "logs" / "version_0" / "checkpoints" / "best.ckpt"
     options = [option for option in study.options(tmp_path) if not option.startswith("--data.manifest")]

@@ -19,12 +19,13 @@ MODEL = ModelCard(
     grades=("none", "mild", "severe"),
     tile_spec=TileSpec(mpp=0.5, tile_size_px=224),
     backbone="resnet18",
+    architecture={"name": "resnet18"},
     normalisation={"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]},
     versions={"slidetl": "0.1.0", "torch": "2.6.0"},
     weights_sha256="1" * 64,
     licence="CC-BY-4.0",
     training=TrainingData(20, 18, ("A", "B"), ("GT450",), ("H&E",), 1.5, "2" * 64),
-    evidence=Evidence(12, 10, {"qwk": (0.71, 0.5, 0.82)}, 1.3, 0.9, 0.7, "3" * 64),
+    evidence=Evidence(12, 10, {"QWK": (0.71, 0.5, 0.82)}, 1.3, 0.9, 0.7, "3" * 64),
     novelty_limit=2.5,
     lineage=("4" * 64, "5" * 64),
 )
@@ -72,7 +73,7 @@ def test_the_schema_knows_every_field() -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"format_version": 2}, "format_version"),
+        ({"format_version": 3}, "format_version"),
         ({"name": "../../x"}, "named by small letters"),
         ({"files__model.pt__sha256": "6" * 64 + "\n"}, r"files.model.pt.sha256"),
         ({"files__../evil": {"bytes": 1, "sha256": "6" * 64}}, "files"),
@@ -81,9 +82,11 @@ def test_the_schema_knows_every_field() -> None:
         ({"model__licence": "\u009b2J"}, "model.licence"),
         ({"model__grades": ["only one"]}, "model.grades"),
         ({"model__weights_sha256": None}, "model.weights_sha256"),
-        ({"model__evidence__figures": {"qwk": [1.0]}}, "figures.qwk"),
+        ({"model__evidence__figures": {"QWK": [1.0]}}, "figures.QWK"),
         ({"model__tile_spec__mpp": -1}, "mpp must be a positive number"),
-        ({"model__format_version": 1}, "format 2"),
+        ({"model__architecture": {"name": "x", "class_path": "os.system"}}, "model.architecture"),
+        ({"model__architecture": {"name": "x", "in_channels": "1"}}, "model.architecture.in_channels"),
+        ({"model__format_version": 1}, "format 3"),
         ({"surplus": 1}, "surplus"),
     ],
 )
@@ -151,7 +154,7 @@ def test_markdown_says_what_matters_and_lets_no_stranger_write_markup() -> None:
 
 def test_the_lines_for_a_training_are_yaml_whatever_the_backbone_is_called() -> None:
     for name in ("resnet18", "hf-hub:OWNER/MODEL", "a: b", "x # y", '"', "null", "yes"):
-        card = dataclasses.replace(CARD, model=dataclasses.replace(MODEL, backbone=name))
+        card = dataclasses.replace(CARD, model=dataclasses.replace(MODEL, architecture={"name": name}))
         values = yaml.safe_load("\n".join(card.pretrained_lines()))
         assert values == {"model": {"backbone": {"name": name, "pretrained": "zoo://lung-fibrosis-2"}}}
 

@@ -12,8 +12,9 @@ import torch
 import yaml
 
 from slidetl.errors import ModelFileError, SlidetlError, UsageError, WeightsError
-from slidetl.export import build_network, export_model, load_model
+from slidetl.export import build_network, export_model
 from slidetl.grid import TileSpec
+from slidetl.model_file import load_model
 from slidetl.models.aggregators import MeanPooling
 from slidetl.models.backbones import Backbone, BackboneSpec, read_pretrained
 from slidetl.tasks.slide import SlideGrader
@@ -281,6 +282,30 @@ def test_a_pulled_model_begins_the_next_training(library: Library, model: Path) 
     # The file alone, named by its path, is checked by the hash that it holds.
     with pytest.raises(WeightsError, match="it was changed"):
         read_pretrained(BackboneSpec(pretrained=str(folder / "weights.safetensors")))
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        BackboneSpec(in_channels=1),
+        BackboneSpec("vit_tiny_patch16_224", gated_mlp=True, layer_scale=True, channels_last=False),
+    ],
+)
+def test_the_lines_that_a_model_is_used_by_build_a_network_that_its_weights_fit(
+    spec: BackboneSpec, tmp_path: Path
+) -> None:
+    library = Library(str(tmp_path / "library"))
+    library.publish(exported(tmp_path / "m.pt", spec), "odd")
+    library.pull("odd")
+    lines = "\n".join(library.read("odd").card.pretrained_lines())
+    child = Backbone(BackboneSpec(**yaml.safe_load(lines)["model"]["backbone"]))
+    child.load_pretrained()
+    parent = load_model(tmp_path / "m.pt").network.state_dict()
+    prefix = "networks.0.backbone."
+    expected = {key[len(prefix) :]: value for key, value in parent.items() if key.startswith(prefix)}
+    found = child.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_an_ensemble_is_published_whole_and_its_first_network_begins_the_next(tmp_path: Path) -> None:

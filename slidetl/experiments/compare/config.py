@@ -121,6 +121,24 @@ class Permutations:
 
 
 @dataclass(frozen=True)
+class Groups:
+    """Two groups of slides, as before and after a treatment: is the score of the second higher, or lower?
+
+    Attributes:
+        column: of the manifest.
+        first, second: what stands there for each group. All other slides take no part.
+    """
+
+    column: Literal["site", "scanner", "stain", "block"]
+    first: str
+    second: str
+
+    def __post_init__(self) -> None:
+        if self.first == self.second:
+            raise UsageError(f"groups: {self.first!r} is compared with itself; name another group")
+
+
+@dataclass(frozen=True)
 class Comparison:
     """All of it.
 
@@ -144,6 +162,7 @@ class Comparison:
         duplicates: what is done about slides that are the same, or look alike: ``stop``; or ``join``, which
             takes them for slides of one patient. Of such that a given split has in several parts, those of
             the test are kept, or else of the validation part; the others are left out.
+        groups: two groups of slides whose scores are compared; None for no such comparison.
     """
 
     manifest: str
@@ -160,6 +179,7 @@ class Comparison:
     bootstrap_draws: int = 5000
     near_duplicates: float = 0.95
     duplicates: Literal["stop", "join"] = "stop"
+    groups: Groups | None = None
 
     def __post_init__(self) -> None:
         if len(self.grades) < 2 or len(set(self.grades)) < len(self.grades):

@@ -10,14 +10,14 @@ from slidetl.experiments.compare import report_models as models
 from slidetl.experiments.compare import report_study as study
 from slidetl.experiments.compare.report_view import View, p_value
 from slidetl.experiments.compare.result import ComparisonResult
-from slidetl.report.experiment import Drawing, Section, write_experiment
+from slidetl.report.experiment import Drawing, Section, write_experiment, write_markdown
 from slidetl.report.experiment_figures import percent, spoken
 
-PAGE, FIGURES_FOLDER = "report.html", "figures"
+PAGE, TEXT, FIGURES_FOLDER = "report.html", "report.md", "figures"
 
 
 def write_report(result: ComparisonResult, output: Path, failed: Mapping[str, str] | None = None) -> None:
-    """Writes ``report.html`` and ``figures/*.svg`` and ``*.png`` into the folder of a comparison.
+    """Writes ``report.html``, ``report.md``, ``figures/*.svg`` and ``*.png`` into the folder of a comparison.
 
     The page needs no network and no other file. It says what is missing where arms are not complete; figures
     of an earlier report that this one has not are removed.
@@ -43,14 +43,16 @@ def write_report(result: ComparisonResult, output: Path, failed: Mapping[str, st
         Section("referral", "Sets of grades, and slides left to a human", models.referral(view)),
         Section("readers", "The readers", study.readers(view)),
         Section("sites", "Sites and scanners", study.sites(view)),
-        Section("repeatability", "Repeatability of the score", models.repeatability(view)),
+        Section("score", "The score: repeatability, and two groups", models.score(view)),
         Section("power", "Variance and power", study.power(view)),
         Section("layers", "What training changed, layer by layer", models.layers(view)),
         Section("limits", "What this does not show", study.limits(view)),
         Section("provenance", "Seeds, versions and files", study.provenance(view)),
     ]
     title = f"{primary.arm} against {primary.against}: a comparison of {len(view.arms)} arms"
-    write_experiment(output / PAGE, title, _notices(view), _summary(view), sections)
+    notices, summary = _notices(view), _summary(view)
+    write_experiment(output / PAGE, title, notices, summary, sections)
+    write_markdown(output / TEXT, title, notices, summary, sections)
     drawn = {part.path.stem for section in sections for part in section.parts if isinstance(part, Drawing)}
     for old in view.folder.glob("*.svg"):
         if old.stem not in drawn:

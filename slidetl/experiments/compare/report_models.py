@@ -7,9 +7,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from slidetl.evaluation.bootstrap import Interval
+from slidetl.evaluation.conformal import REFERRAL_POINTS, ReferralRule, referral_rule
+from slidetl.experiments.compare.learning import (
+    PLATEAU,
+    CurveFigure,
+    Learning,
+    equal_epochs,
+    learning_of,
+)
 from slidetl.experiments.compare.report_view import NONE, View, p_value, three
-from slidetl.experiments.compare.result import RISK, ArmResult
-from slidetl.experiments.compare.unit import CurvePoint, UnitResult
+from slidetl.experiments.compare.result import REFERRAL_RISKS, RISK, ArmResult
 from slidetl.report.experiment import Part, Table
 from slidetl.report.experiment_figures import (
     LearningCurve,
@@ -25,8 +32,7 @@ from slidetl.report.experiment_figures import (
     spoken,
 )
 
-# As the choice of an epoch in the inner folds: a smaller difference in RPS says nothing on twenty slides.
-_PLATEAU = 0.02
+_LEARNED: dict[CurveFigure, str] = {"qwk": "QWK", "accuracy": "Accuracy"}
 _LAYERS = "Lines are means over folds, bands from the least to the greatest; the lowest layer is on the left."
 
 
@@ -50,61 +56,69 @@ def confusion(view: View) -> tuple[Part, ...]:
 
 def learning(view: View) -> tuple[Part, ...]:
     """Figures in the course of training, at equal epochs and at the plateau."""
-    curves = {arm.arm: curve for arm in view.serious if (curve := _curve(view, arm)) is not None}
+    found = [learning_of(view.comparison, arm) for arm in view.serious]
+    curves = {curve.arm: curve for curve in found if curve is not None}
     if not curves:
         return ("No arm has epochs: there is no curve.",)
     nested = view.protocol.is_nested
     part = "the held-out parts of the inner folds" if nested else "the test parts, which chose nothing"
-    common = sorted(set.intersection(*(set(curve.epochs.tolist()) for curve in curves.values())))
-    shown = [common[round(place)] for place in np.linspace(0, len(common) - 1, min(4, len(common)))]
-    rows = []
-    for name, curve in curves.items():
-        qwk, rps = curve.values["qwk"].mean(axis=0), curve.values["rps"].mean(axis=0)
-        plateau = int(np.flatnonzero(rps <= rps.min() * (1 + _PLATEAU))[0])
-        at = [f"{qwk[curve.epochs.tolist().index(epoch)]:.2f}" for epoch in shown]
-        seconds = curve.seconds[-1] / curve.epochs[-1]
-        rows.append(
-            (
-                name,
-                *at,
-                str(curve.epochs[plateau]),
-                f"{curve.seconds[plateau]:.0f}",
-                f"{qwk[plateau]:.2f}",
-                f"{seconds:.2g}",
-            )
-        )
+    shown = equal_epochs(list(curves.values()))
     primary = view.comparison.primary
-    return (
-        "The same arms at equal epochs, and at convergence: part of a gap may be speed alone."
+    first: CurveFigure = "accuracy" if primary.figure == "accuracy" else "qwk"
+    parts: list[Part] = [
+        "The same arms at equal epochs, and each at its own plateau: part of a gap may be speed alone."
         + (
             " In the inner folds every training runs to its last epoch, so these curves are whole; they are "
             "of smaller training parts than the figures above."
             if nested
-            else ""
-        ),
+            else " The curves are of the test parts, to be looked at: nothing was chosen by them."
+        )
+    ]
+    if {primary.arm, primary.against} <= set(curves) and shown:
+        parts.append(_gap(curves[primary.arm], curves[primary.against], shown, first))
+    parts += [
         draw_learning(
             view.folder,
-            curves,
+            {
+                name: LearningCurve(curve.epochs, curve.seconds, curve.values)
+                for name, curve in curves.items()
+            },
             view.looks,
-            {"qwk": "QWK", "rps": "RPS (lower is better)"},
+            {first: _LEARNED[first], "rps": "RPS (lower is better)"},
             (primary.arm, primary.against),
             part,
         ),
+        *(
+            _at_equal_epochs(curves, shown, figure, part)
+            for figure in sorted(_LEARNED, key=lambda name: name != first)
+        ),
         Table(
-            "QWK at equal epochs, and at the plateau: the earliest point whose RPS is within "
-            f"{percent(_PLATEAU)} of the arm's best. Per slide of {part}; means over trainings, on the "
-            "machines that ran them.",
+            f"Speed: epochs and time until the plateau of {_LEARNED[first]}. Means over trainings, on the "
+            "machines that ran them. A plateau at the last epoch may be none, if the arm still rises.",
             (
                 "Arm",
-                *(f"QWK after\N{NO-BREAK SPACE}{epoch}" for epoch in shown),
                 "Epochs to plateau",
                 "Seconds to plateau",
-                "QWK there",
                 "Seconds an epoch",
+                "Last epoch",
+                "Trainings",
+                "Slides graded",
             ),
-            tuple(rows),
+            tuple(
+                (
+                    name,
+                    str(curve.plateau(first)),
+                    f"{curve.seconds_until(curve.plateau(first)):.0f}",
+                    f"{curve.seconds[-1] / curve.epochs[-1]:.2g}",
+                    str(curve.epochs[-1]),
+                    str(curve.trainings),
+                    str(curve.slides),
+                )
+                for name, curve in curves.items()
+            ),
         ),
-    )
+    ]
+    return tuple(parts)
 
 
 def sizes(view: View) -> tuple[Part, ...]:
@@ -172,6 +186,48 @@ def calibration(view: View) -> tuple[Part, ...]:
             ),
             rows,
         ),
+        *_temperatures(view),
+    )
+
+
+def _temperatures(view: View) -> tuple[Part, ...]:
+    """What the temperatures of the inner folds did to the held-out slides."""
+    rows = []
+    for arm in view.arms:
+        plain = arm.untempered
+        if plain is None:
+            continue
+        found = [result.temperature for _, result in arm.units]
+        rows.append(
+            (
+                arm.arm,
+                f"{min(found):.2f} to {max(found):.2f}",
+                f"{plain.log_loss:.3f}",
+                f"{arm.figures['log_loss'].estimate:.3f}",
+                f"{plain.rps:.3f}",
+                f"{arm.figures['rps'].estimate:.3f}",
+                NONE if plain.slope is None else f"{plain.slope:.2f}",
+                NONE if arm.slope.slope is None else f"{arm.slope.slope.estimate:.2f}",
+            )
+        )
+    if not rows:
+        return ()
+    return (
+        Table(
+            "Did the temperature help? Log loss and RPS (lower is better) and calibration slope (1 is right) "
+            "of held-out slides, before and after. A temperature above 1 makes probabilities less sure.",
+            (
+                "Arm",
+                "Temperature",
+                "Log loss before",
+                "after",
+                "RPS before",
+                "after",
+                "Slope before",
+                "after",
+            ),
+            tuple(rows),
+        ),
     )
 
 
@@ -226,11 +282,39 @@ def referral(view: View) -> tuple[Part, ...]:
             ),
         )
     )
+    level = next(iter(shown.values())).level
+    parts.append(
+        Table(
+            "Left to a human at a chosen risk: the share of slides that the model may grade itself, and how "
+            f"sure it must be of each, so that with {percent(level)} confidence at most so many patients, of "
+            "those with a slide that it grades, have a wrong grade. None: then every slide goes to a human. "
+            f"Even without an error, {view.n_patients} patients cannot show a risk below "
+            f"{percent(_least_risk(view.n_patients, level))}.",
+            ("Arm", *(f"at most {percent(risk)} of patients wrong" for risk in REFERRAL_RISKS)),
+            tuple(
+                (name, *(_ruled(referral_rule(curve, risk)) for risk in REFERRAL_RISKS))
+                for name, curve in shown.items()
+            ),
+        )
+    )
     return tuple(parts)
 
 
-def repeatability(view: View) -> tuple[Part, ...]:
-    """Spread of the score over draws of tiles."""
+def _ruled(rule: ReferralRule | None) -> str:
+    return "none" if rule is None else f"{percent(rule.coverage)}, from {rule.confidence:.2f} up"
+
+
+def _least_risk(n_patients: int, level: float) -> float:
+    """That so many patients, all graded right, can show at one of the curve's points."""
+    return float(1 - ((1 - level) / REFERRAL_POINTS) ** (1 / n_patients))
+
+
+def score(view: View) -> tuple[Part, ...]:
+    """Spread of the score over draws of tiles, and whether it tells two groups apart."""
+    return (*_repeatability(view), *_groups(view))
+
+
+def _repeatability(view: View) -> tuple[Part, ...]:
     known = [(arm.arm, arm.repeatability) for arm in view.arms if arm.repeatability is not None]
     if not known:
         return ("No arm grades a slide by a draw of its tiles, so its score repeats itself exactly.",)
@@ -259,6 +343,41 @@ def repeatability(view: View) -> tuple[Part, ...]:
                     three(found.minimal_detectable_change),
                 )
                 for name, found in known
+            ),
+        ),
+    )
+
+
+def _groups(view: View) -> tuple[Part, ...]:
+    groups, labels = view.comparison.groups, view.result.group_shift
+    if groups is None:
+        return ("No two groups of slides were to be compared (groups in the configuration).",)
+    of = f"{groups.second} minus {groups.first} (by {groups.column})"
+    if labels is None:
+        return (f"{of}: fewer than two patients in a group, so the scores were not compared.",)
+    if labels.paired:
+        how = "each patient with itself (Wilcoxon's test of signed ranks)"
+    else:
+        how = "different patients (test of Mann and Whitney)"
+    arms = [(arm.arm, arm.group_shift) for arm in view.arms if arm.group_shift is not None]
+    return (
+        Table(
+            f"Do the groups differ? Shift of the score, {of}: Hodges-Lehmann estimate over {how}. The first "
+            "row is what the labels themselves say. Superiority: how often the second is above the first, "
+            "0.5 without a shift. Groups that were not drawn by lot differ in more than their name; p is not "
+            "corrected for the number of arms.",
+            ("Score", "Patients", "Shift (grades)", "p", "Superiority"),
+            tuple(
+                (
+                    name,
+                    str(found.shift.n_first)
+                    if found.paired
+                    else f"{found.shift.n_first} and {found.shift.n_second}",
+                    spoken(found.shift.shift, signed=True),
+                    p_value(found.shift.p),
+                    f"{found.shift.superiority:.2f}",
+                )
+                for name, found in (("grades in the manifest", labels), *arms)
             ),
         ),
     )
@@ -301,37 +420,50 @@ def layers(view: View) -> tuple[Part, ...]:
     return tuple(parts)
 
 
-def _curve(view: View, arm: ArmResult) -> LearningCurve | None:
-    """Of the chosen trial in the inner folds where there are any, else of the test parts."""
-    series: list[list[CurvePoint]] = []
-    for _, found in arm.units:
-        by_part: dict[str, list[CurvePoint]] = {}
-        trial = _chosen_trial(view, arm.arm, found)
-        for point in found.curves:
-            if point.part == "test" or point.trial == trial:
-                by_part.setdefault(point.part, []).append(point)
-        inner = [points for part, points in by_part.items() if part != "test"]
-        series += inner or list(by_part.values())
-    if not series:
-        return None
-    epochs = sorted(set.intersection(*({point.epoch for point in points} for points in series)))
-    if not epochs:
-        return None
-    kept = [[point for point in points if point.epoch in epochs] for points in series]
-    return LearningCurve(
-        np.array(epochs, np.int64),
-        np.mean([[point.seconds for point in points] for points in kept], axis=0),
-        {
-            name: np.array([[getattr(point, name) for point in points] for points in kept])
-            for name in ("qwk", "rps")
-        },
+def _gap(one: Learning, other: Learning, shown: Sequence[int], figure: CurveFigure) -> str:
+    """How the difference of the declared arms goes with the epochs, in words."""
+    gaps = [f"{_signed(one.mean(figure, n) - other.mean(figure, n))} after {n}" for n in shown]
+    ends = (one.plateau(figure), other.plateau(figure))
+    plateau = one.mean(figure, ends[0]) - other.mean(figure, ends[1])
+    return (
+        f"{one.arm} minus {other.arm} in {_LEARNED[figure]}: {', '.join(gaps)} epochs; each at its own "
+        f"plateau, after {ends[0]} and {ends[1]} epochs, {_signed(plateau)}. Means over {one.trainings} "
+        "trainings, without intervals: the declared comparison has them."
     )
 
 
-def _chosen_trial(view: View, arm: str, found: UnitResult) -> int:
-    values = {key: value for key, value in (found.chosen or {}).items() if key != "epochs"}
-    trials = view.comparison.trials(arm)
-    return trials.index(values) if values in trials else 0
+def _at_equal_epochs(
+    curves: Mapping[str, Learning], shown: Sequence[int], figure: CurveFigure, part: str
+) -> Table:
+    title = _LEARNED[figure]
+    return Table(
+        f"{title} at equal epochs, and at the arm's own plateau: the earliest point within {PLATEAU:g} of "
+        f"its best, which is found on the curve itself and so flatters. Per slide of {part}; means over "
+        "trainings.",
+        (
+            "Arm",
+            *(f"{title} after\N{NO-BREAK SPACE}{epoch}" for epoch in shown),
+            "Plateau after",
+            f"{title} there",
+        ),
+        tuple(
+            (
+                name,
+                *(_plain(curve.mean(figure, epoch)) for epoch in shown),
+                str(curve.plateau(figure)),
+                _plain(curve.mean(figure, curve.plateau(figure))),
+            )
+            for name, curve in curves.items()
+        ),
+    )
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 2) + 0.0:+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _plain(value: float) -> str:
+    return _signed(value).removeprefix("+")
 
 
 def _by_layer(arm: ArmResult, name: str) -> dict[str, list[float]]:

@@ -334,7 +334,8 @@ def power(view: View) -> tuple[Part, ...]:
                 f"Power, by simulation: how often a study of {view.n_patients} patients and "
                 f"{len(view.result.slides)} slides finds a true difference (its 95\N{NO-BREAK SPACE}% "
                 "interval excludes zero). The first row has no difference: it is the rate of false alarms. "
-                "It assumes arms whose errors on one slide correlate by 0.7, before rounding.",
+                "It assumes arms whose errors on one slide correlate by 0.7, and those of an arm on two "
+                "slides of a patient by 0.3, before rounding.",
                 ("True accuracies", "True QWK", "Power by QWK", "Power by accuracy"),
                 tuple(
                     (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -58,12 +58,29 @@ from slidetl.evaluation.power import PowerRow, StudyDesign, power_table
 from slidetl.evaluation.protocol import Fold, splits_sha256
 from slidetl.evaluation.repeatability import Repeatability, repeatability
 from slidetl.experiments.compare.config import FIGURES, Comparison, Figure
+from slidetl.experiments.compare.groups import GroupShift, members_of, shift_between
 from slidetl.experiments.compare.plan import Study, Unit
 from slidetl.experiments.compare.unit import UnitResult
 
-# Slides that the sets of grades may miss, and accuracies whose difference the power table is about.
+# Share of patients that the sets of grades may miss; shares of them with a wrong grade that one may choose to
+# bear, for slides left to a human; and accuracies whose difference the power table is about.
 RISK = 0.1
+REFERRAL_RISKS = (0.1, 0.2, 0.3)
 _ACCURACIES = ((0.56, 0.56), (0.56, 0.60), (0.56, 0.64), (0.56, 0.68), (0.56, 0.72), (0.56, 0.80))
+
+
+@dataclass(frozen=True)
+class Untempered:
+    """What the probabilities of an arm would be worth without the temperatures of the inner folds.
+
+    Attributes:
+        log_loss, rps: of the results, averaged over repeats.
+        slope: of the calibration in the first repeat, per slide; None where it has no finite estimate.
+    """
+
+    log_loss: float
+    rps: float
+    slope: float | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,11 +103,13 @@ class ArmResult:
         confusion: ``[K, K]``, true by predicted, of ``results``, summed over repeats.
         variance: of the primary figure by seed, fold and patient; None for a single fold.
         slope, null, bins: calibration in the first repeat, per slide.
+        untempered: the same arm without its temperatures; None for an arm without inner folds.
         sets: coverage of sets of grades that miss one in ten patients; None for a single fold.
         referral: share of wrong grades against share of slides that are graded at all.
         sites, scanners: accuracy and QWK of slides by group, by figure; empty where there is one group.
         readers: the model against each reader, and their consensus.
         repeatability: of the score over draws of tiles; None for arms without.
+        group_shift: of the score between the groups that the configuration names; None without.
         chance_p: of the primary figure, against refits on permuted labels; None where there were none.
         units: each with what it found.
     """
@@ -109,12 +128,14 @@ class ArmResult:
     slope: CalibrationSlope
     null: CalibrationNull
     bins: tuple[ReliabilityBin, ...]
+    untempered: Untempered | None
     sets: SetCoverage | None
     referral: RiskCoverage
     sites: Mapping[Figure, tuple[GroupFigure, ...]]
     scanners: Mapping[Figure, tuple[GroupFigure, ...]]
     readers: tuple[ModelAgainstReader, ...]
     repeatability: Repeatability | None
+    group_shift: GroupShift | None
     chance_p: float | None
     units: tuple[tuple[Unit, UnitResult], ...]
 
@@ -170,6 +191,7 @@ class ComparisonResult:
         sites, scanners: by grade; None where there is one.
         site_in_features: how well stored features tell the site, by name of the features.
         power: what differences as many patients and slides can show.
+        group_shift: of the true grades between the groups that the configuration names; None without.
     """
 
     comparison: Comparison
@@ -192,6 +214,7 @@ class ComparisonResult:
     scanners: SiteByGrade | None
     site_in_features: Mapping[str, SiteDecodability] = field(default_factory=dict)
     power: tuple[PowerRow, ...] = ()
+    group_shift: GroupShift | None = None
 
 
 def combine(
@@ -277,6 +300,7 @@ class _Pooling:
         self.sites = tuple(row.site for row in self._rows)
         self.scanners = tuple(row.scanner for row in self._rows)
         self.true = np.array([row.grade for row in self._rows], np.int64)
+        self._members = members_of(comparison, self._rows)
         readers = max(len(row.reader_grades) for row in self._rows)
         self.readings = np.full((len(self._rows), readers), -1, np.int64)
         for number, row in enumerate(self._rows):
@@ -319,14 +343,27 @@ class _Pooling:
             slope=calibration_slope(self.true, first, self.patients),
             null=calibration_null(self.true, first),
             bins=reliability(self.true, first),
+            untempered=self._untempered(units) if any(result.nested for _, result in units) else None,
             sets=check_coverage(self.true, first, self.patients, folds[0], risk=RISK) if several else None,
             referral=risk_coverage(wrong, first.max(1), self.patients),
             sites=self._by_group(by_group, self.sites),
             scanners=self._by_group(by_group, self.scanners),
             readers=self._readers(probabilities),
             repeatability=self._repeatability(units),
+            group_shift=self._group_shift(probabilities.mean(axis=0) @ np.arange(self._n_grades)),
             chance_p=chance_p(_higher_is_better(primary, figures[primary].estimate), null) if null else None,
             units=tuple(units),
+        )
+
+    def _untempered(self, units: Sequence[tuple[Unit, UnitResult]]) -> Untempered:
+        plain = [(unit, replace(result, temperature=1.0)) for unit, result in units]
+        probabilities, _ = self._pooled(plain)
+        results = self._results(probabilities, self.true)
+        slope = calibration_slope(self.true, probabilities[0], self.patients, n_draws=200).slope
+        return Untempered(
+            log_loss=float(np.mean(self._by_repeat("log_loss", results))),
+            rps=float(np.mean(self._by_repeat("rps", results))),
+            slope=None if slope is None else slope.estimate,
         )
 
     def permuted_figure(self, units: Sequence[tuple[Unit, UnitResult]], study: Study) -> float:
@@ -384,6 +421,7 @@ class _Pooling:
             "scanners": self._by_grade(self.scanners),
             "site_in_features": self._site_in_features(self.sites, planned),
             "power": power_table(accuracies, design, n_studies=400, n_draws=300),
+            "group_shift": self._group_shift(self.true.astype(np.float64)),
         }
 
     def _pooled(
@@ -493,6 +531,9 @@ class _Pooling:
         if len(slides) < 2 or np.ptp(scores) == 0 or len(set(self.patients[slides].tolist())) < 2:
             return None
         return repeatability(scores, self.patients[slides])
+
+    def _group_shift(self, scores: NDArray[np.float64]) -> GroupShift | None:
+        return shift_between(scores, self._members, self.patients)
 
     def _site_in_features(self, sites: Sequence[str], planned: Set[str]) -> dict[str, SiteDecodability]:
         """By each slide's mean features, where a site has several patients and a patient one site."""

@@ -10,14 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from slidetl.evaluation.bootstrap import Interval
+from slidetl.evaluation.conformal import referral_rule
 from slidetl.evaluation.confounding import GroupFigure
+from slidetl.experiments.compare.groups import GroupShift
+from slidetl.experiments.compare.learning import CURVE_FIGURES, equal_epochs, learning_of
 from slidetl.experiments.compare.plan import Unit
-from slidetl.experiments.compare.result import RISK, ArmResult, ComparisonResult, PairedDifference
+from slidetl.experiments.compare.result import (
+    REFERRAL_RISKS,
+    RISK,
+    ArmResult,
+    ComparisonResult,
+    PairedDifference,
+)
 from slidetl.experiments.compare.unit import CurvePoint, UnitResult
 from slidetl.tasks.predictions import safe_cell
 
 # One row a figure. ``section`` says of what: primary, figure, repeat, threshold, variance, calibration, sets,
-# site, scanner, reader, repeatability, chance; difference; agreement, ceiling, confounding, power.
+# site, scanner, reader, repeatability, groups, chance; learning; difference; agreement, ceiling, confounding,
+# power.
 COLUMNS = (
     *("section", "arm", "train_slides", "against", "figure", "estimate", "low", "high", "level"),
     *("p", "p_holm", "n", "note"),
@@ -113,6 +123,7 @@ def _result_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
         yield from _difference_rows("primary", result.primary)
     for arm in (*result.arms, *result.smaller):
         yield from ({"arm": arm.arm, "train_slides": arm.n_slides, **row} for row in _arm_rows(arm))
+    yield from _learning_rows(result)
     for pair in result.differences:
         yield from _difference_rows("difference", pair)
     for agreed in result.readers:
@@ -136,6 +147,8 @@ def _result_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
         note = f"{name}; permuted sites reach {told.null_mean:.3f}, at most {told.null_high:.3f}"
         figure = told.balanced_accuracy
         yield _row("confounding", "site_from_features", figure, p=told.p, n=told.n_patients, note=note)
+    if result.group_shift is not None:
+        yield from _group_rows(result.group_shift)
     for row in result.power:
         note = f"accuracy {row.accuracy_first:.2f} against {row.accuracy_second:.2f}"
         yield _row("power", "qwk", row.power_qwk, note=note)
@@ -157,6 +170,10 @@ def _arm_rows(arm: ArmResult) -> Iterator[dict[str, Any]]:
             yield _row("variance", name, getattr(arm.variance, name))
     yield _row("calibration", "slope", arm.slope.slope)
     yield _row("calibration", "intercept", arm.slope.intercept)
+    if arm.untempered is not None:
+        for name in ("log_loss", "rps", "slope"):
+            note = "without the temperatures of the inner folds"
+            yield _row("calibration", f"untempered_{name}", getattr(arm.untempered, name), note=note)
     null = f"expected of a calibrated model: {arm.null.null_mean:.3f}, at most {arm.null.null_high:.3f}"
     yield _row("calibration", "ece", arm.null.error, p=arm.null.p, note=null)
     if arm.sets is not None:
@@ -165,6 +182,11 @@ def _arm_rows(arm: ArmResult) -> Iterator[dict[str, Any]]:
         yield _row("sets", "slides_covered", arm.sets.slides_covered, note=note)
         yield _row("sets", "mean_size", arm.sets.mean_size, note=note)
     yield _row("sets", "area_under_risk_coverage", arm.referral.area)
+    for risk in REFERRAL_RISKS:
+        rule = referral_rule(arm.referral, risk)
+        where = "every slide to a human" if rule is None else f"confidence from {rule.confidence:.6g}"
+        note = f"at most {risk:.0%} of patients with a wrong grade, {arm.referral.level:.0%} sure: {where}"
+        yield _row("sets", "coverage_at_risk", 0.0 if rule is None else rule.coverage, note=note)
     for section, groups in (("site", arm.sites), ("scanner", arm.scanners)):
         for name, found in groups.items():
             yield from (_group_row(section, name, group) for group in found)
@@ -179,8 +201,38 @@ def _arm_rows(arm: ArmResult) -> Iterator[dict[str, Any]]:
         for name in ("within_sd", "icc", "minimal_detectable_change"):
             interval = getattr(arm.repeatability, name)
             yield _row("repeatability", name, interval, n=arm.repeatability.n_slides, note=draws)
+    if arm.group_shift is not None:
+        yield from _group_rows(arm.group_shift)
     if arm.chance_p is not None:
         yield _row("chance", "permuted_labels", None, p=arm.chance_p)
+
+
+def _group_rows(found: GroupShift) -> Iterator[dict[str, Any]]:
+    """Of the score; without an arm, of the grades in the manifest."""
+    shift, how = found.shift, "the same patients" if found.paired else "different patients"
+    n = shift.n_first if found.paired else shift.n_first + shift.n_second
+    yield _row("groups", "shift", shift.shift, p=shift.p, n=n, note=how)
+    yield _row("groups", "superiority", shift.superiority, n=n, note=how)
+
+
+def _learning_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
+    """Arms at equal epochs and at their plateaus, as the page has them; curves.csv has every point."""
+    found = [learning_of(result.comparison, arm) for arm in result.arms]
+    curves = [curve for curve in found if curve is not None]
+    shown = equal_epochs(curves)
+    for curve in curves:
+        about: dict[str, Any] = {"arm": curve.arm}
+        of = f"mean of {curve.trainings} trainings, per slide of {curve.part} parts"
+        for figure in CURVE_FIGURES:
+            for epoch in shown:
+                note = f"after {epoch} epochs, {of}"
+                yield about | _row("learning", figure, curve.mean(figure, epoch), n=curve.slides, note=note)
+            plateau = curve.plateau(figure)
+            value, note = curve.mean(figure, plateau), f"at its plateau, after {plateau} epochs, {of}"
+            yield about | _row("learning", f"plateau_{figure}", value, n=curve.slides, note=note)
+            note = f"until the plateau of {figure}"
+            yield about | _row("learning", "epochs_to_plateau", float(plateau), note=note)
+            yield about | _row("learning", "seconds_to_plateau", curve.seconds_until(plateau), note=note)
 
 
 def _difference_rows(section: str, pair: PairedDifference) -> Iterator[dict[str, Any]]:

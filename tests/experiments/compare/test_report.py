@@ -13,10 +13,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from slidetl.data.manifest import ManifestRow
 from slidetl.evaluation.protocol import Fold, Protocol, plan_folds, subsample
-from slidetl.experiments.compare.config import Arm, Comparison, Permutations, Primary, Sizes
+from slidetl.experiments.compare.config import Arm, Comparison, Groups, Permutations, Primary, Sizes
 from slidetl.experiments.compare.plan import Study, Unit
 from slidetl.experiments.compare.report import write_report
 from slidetl.experiments.compare.result import ComparisonResult, combine
@@ -27,7 +28,7 @@ from slidetl.tasks.predictions import SlidePrediction
 TRANSFER = "slidetl.models.transfer"
 SECTIONS = (
     *("arms", "protocol", "others", "confusion", "learning", "sizes", "calibration", "referral", "readers"),
-    *("sites", "repeatability", "power", "layers", "limits", "provenance"),
+    *("sites", "score", "power", "layers", "limits", "provenance"),
 )
 DRAWN = {"forest", "confusion", "learning", "sizes", "reliability", "referral", "drift", "similarity"}
 HOSTILE = '<img src=x onerror="alert(1)">'
@@ -72,6 +73,7 @@ def invented_unit(
     drift: float,
     nested: bool,
     seed: int,
+    temperature: float,
 ) -> UnitResult:
     """Predictions that err by ``noise`` grades; a curve that rises at a speed where there are epochs."""
     rng = np.random.default_rng([seed, fold.seed % 2**31])
@@ -107,7 +109,7 @@ def invented_unit(
         else {},
         {layer: float(np.exp(-0.1 * depth)) for depth, layer in enumerate(layers)} if epochs else {},
         {"epochs": epochs} if epochs else None,
-        1.1 if nested and epochs else 1.0,
+        temperature if nested and epochs else 1.0,
         bool(nested and epochs),
         12.0 if epochs else 0.1,
     )
@@ -126,6 +128,9 @@ def invented(
     grades: list[str] | None = None,
     sizes: tuple[int, ...] = (20, 40),
     draws: int = 200,
+    noise: float = 0.55,
+    groups: Groups | None = None,
+    temperature: float = 1.1,
 ) -> ComparisonResult:
     """A comparison whose first two arms are the primary ones; units of ``missing`` arms are not done."""
     arms = arms or {"warm": Arm(fit=fit("WarmRestart")), "scratch": Arm(fit=fit("Scratch")),
@@ -144,6 +149,7 @@ def invented(
         bootstrap_draws=draws,
         sizes=Sizes(list(sizes), [first, second] if sizes else []),
         permutations=Permutations(3, [first]),
+        groups=groups,
     )
     study = invented_study(n_patients, sites=sites, readers=readers)
     folds = plan_folds(study.cases, comparison.protocol, 5)
@@ -156,14 +162,15 @@ def invented(
             "drift": 0.0 if number == 1 or not trained else 0.1 * number + 0.1,
             "nested": nested,
             "seed": number,
+            "temperature": temperature,
         }
-        noise = 1.6 if arm.baseline else 0.55 + 0.12 * number
+        own_noise = 1.6 if arm.baseline else noise + 0.12 * number
         for fold in folds:
-            found = invented_unit(study, fold, noise, **options)  # type: ignore[arg-type]
+            found = invented_unit(study, fold, own_noise, **options)  # type: ignore[arg-type]
             done.append((Unit(name, fold, None, None, {}, f"key-{name}"), None if name in missing else found))
             for size in sizes if number < 2 else ():
                 part = subsample(fold, study.cases, size, 5)
-                found = invented_unit(study, part, noise + 12 / size, **options)  # type: ignore[arg-type]
+                found = invented_unit(study, part, own_noise + 12 / size, **options)  # type: ignore[arg-type]
                 done.append((Unit(name, part, size, None, {}, f"key-{name}-{size}"), found))
     return combine(comparison, study, folds, done)
 
@@ -416,6 +423,101 @@ def test_curves_of_a_nested_comparison_are_those_of_the_inner_folds(tmp_path: Pa
     assert "held-out parts of the inner folds" in page.text["learning"]
 
 
+def test_slides_are_left_to_a_human_at_a_chosen_risk(tmp_path: Path) -> None:
+    """What the table says is judged on the predictions, by SciPy's exact interval of a share."""
+    page = written(invented(repeats=1, sizes=(), noise=0.3), tmp_path)
+    rules = [row for row in table(tmp_path / "results.csv") if row["figure"] == "coverage_at_risk"]
+    graded = table(tmp_path / "predictions.csv")
+    found = 0
+    for arm in ("warm", "scratch"):
+        own = [row for row in graded if row["arm"] == arm]
+        sure = [max(float(row[f"probability_{grade}"]) for grade in range(5)) for row in own]
+        shown = next(
+            row for where, row in page.rows if where == "referral" and len(row) == 4 and row[0] == arm
+        )
+        of_arm = [rule for rule in rules if rule["arm"] == arm and not rule["train_slides"]]
+        for risk, rule, cell in zip((0.1, 0.2, 0.3), of_arm, shown[1:], strict=True):
+            assert f"at most {risk:.0%} of patients" in rule["note"]
+            if rule["note"].endswith("every slide to a human"):
+                assert cell == "none"
+                continue
+            least = float(rule["note"].rsplit(" ", 1)[1]) - 1e-6
+            kept = [row for row, value in zip(own, sure, strict=True) if value >= least]
+            assert float(rule["estimate"]) == pytest.approx(len(kept) / len(own), abs=1e-5)
+            assert cell.startswith(f"{100 * len(kept) / len(own):.0f}\N{NO-BREAK SPACE}%, from ")
+            wrong = {row["patient_id"] for row in kept if row["grade"] != row["predicted_grade"]}
+            share = binomtest(len(wrong), len({row["patient_id"] for row in kept}), alternative="less")
+            assert share.proportion_ci(1 - 0.05 / 10, "exact").high <= risk + 1e-9
+            found += 1
+    assert found  # else this tests nothing
+    assert "Even without an error, 60 patients cannot show a risk below 8" in page.text["referral"]
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_arms_are_shown_at_equal_epochs_and_at_their_plateaus(tmp_path: Path, nested: bool) -> None:
+    """From the curves as they are written, by other means."""
+    page = written(invented(20, repeats=1, sizes=(), nested=nested), tmp_path)
+    rows = [row for row in table(tmp_path / "results.csv") if row["section"] == "learning"]
+    points = table(tmp_path / "curves.csv")
+    assert {row["arm"] for row in rows} == {"warm", "scratch"}  # a prior has no epochs
+    gaps = {}
+    for arm in ("warm", "scratch"):
+        own = [point for point in points if point["arm"] == arm and (point["part"] != "test") == nested]
+        mean = {
+            (figure, epoch): np.mean([float(p[figure]) for p in own if int(p["epoch"]) == epoch])
+            for figure in ("qwk", "accuracy", "rps")
+            for epoch in range(5, 31, 5)
+        }
+        best = max(mean["qwk", epoch] for epoch in range(5, 31, 5))
+        plateau = next(epoch for epoch in range(5, 31, 5) if mean["qwk", epoch] >= best - 0.02)
+        least = min(mean["rps", epoch] for epoch in range(5, 31, 5))
+        settled = next(epoch for epoch in range(5, 31, 5) if mean["rps", epoch] <= 1.02 * least)
+        expected: list[tuple[str, Any]] = [
+            (figure, mean[figure, epoch]) for figure, epoch in mean if epoch in (5, 15, 20, 30)
+        ]
+        expected += [("plateau_qwk", mean["qwk", plateau]), ("plateau_rps", mean["rps", settled])]
+        expected += [("epochs_to_plateau", plateau), ("epochs_to_plateau", settled)]
+        found = {(row["figure"], row["estimate"]) for row in rows if row["arm"] == arm}
+        assert {(figure, f"{value:.6g}") for figure, value in expected} <= found
+        trainings = len({(point["fold"], point["part"]) for point in own})
+        assert trainings == (10 if nested else 5)
+        shown = [row for where, row in page.rows if where == "learning" and row[0] == arm]
+        assert [len(row) for row in shown] == [7, 7, 7]
+        assert shown[0] == [arm, *(f"{mean['qwk', n]:.2f}" for n in (5, 15, 20, 30)), str(plateau),
+                            f"{mean['qwk', plateau]:.2f}"]  # fmt: skip
+        assert shown[1][1] == f"{mean['accuracy', 5]:.2f}"
+        assert shown[2][1] == str(plateau)
+        # Each slide lies in one held-out part of the inner folds of the four folds that it is trained on.
+        n_slides = len({row["slide_id"] for row in table(tmp_path / "predictions.csv")})
+        assert shown[2][-2:] == [str(trainings), str(4 * n_slides if nested else n_slides)]
+        gaps[arm] = mean["qwk", 5], mean["qwk", plateau]
+    early, late = (one - other for one, other in zip(gaps["warm"], gaps["scratch"], strict=True))
+    assert f"{early:+.2f} after 5, ".replace("-", "\N{MINUS SIGN}") in page.text["learning"]
+    assert f"epochs, {late:+.2f}. Means".replace("-", "\N{MINUS SIGN}") in page.text["learning"]
+
+
+def test_temperatures_are_judged_against_none(tmp_path: Path) -> None:
+    result = invented(20, repeats=1, sizes=())
+    plain = invented(20, repeats=1, sizes=(), temperature=1.0)
+    page = written(result, tmp_path)
+    shown = [row for where, row in page.rows if where == "calibration" and len(row) == 8][1:]
+    assert [row[0] for row in shown] == ["warm", "scratch"]  # a prior has no temperature
+    for row, arm, without in zip(shown, result.arms, plain.arms, strict=False):
+        assert row[1] == "1.10 to 1.10"
+        for place, name in ((2, "log_loss"), (4, "rps")):
+            before, after = (found.figures[name].estimate for found in (without, arm))  # type: ignore[index]
+            assert row[place : place + 2] == [f"{before:.3f}", f"{after:.3f}"]
+            assert before != after
+        assert without.slope.slope is not None and arm.slope.slope is not None
+        assert row[6:] == [
+            f"{found.slope.slope.estimate:.2f}" for found in (without, arm) if found.slope.slope
+        ]
+    rows = {row["figure"]: row for row in table(tmp_path / "results.csv") if row["arm"] == "warm"}
+    assert float(rows["untempered_rps"]["estimate"]) == pytest.approx(
+        plain.arms[0].figures["rps"].estimate, 1e-4
+    )
+
+
 def test_the_ceiling_is_that_of_the_labels(whole: tuple[ComparisonResult, Path], tmp_path: Path) -> None:
     """Labels that are the readers' consensus are judged by another ceiling than those of one reader."""
     result = whole[0]
@@ -425,6 +527,32 @@ def test_the_ceiling_is_that_of_the_labels(whole: tuple[ComparisonResult, Path],
     assert f"leaves {result.ceiling.consensus_qwk:.2f} to be reached" in page.images[0]["alt"]
     page = written(replace(result, true=4 - consensus), tmp_path)
     assert f"leaves {result.ceiling.qwk:.2f} to be reached" in page.images[0]["alt"]
+
+
+def test_two_groups_are_compared_by_every_arm_and_by_the_labels(tmp_path: Path) -> None:
+    groups = Groups("site", "north", "south")
+    page = written(invented(20, repeats=1, sizes=(), groups=groups), tmp_path)
+    rows = [row for row in table(tmp_path / "results.csv") if row["section"] == "groups"]
+    predictions = table(tmp_path / "predictions.csv")
+    for arm in ("", "warm", "scratch", "prior"):
+        of_patient: dict[str, list[float]] = {}
+        site = {row["patient_id"]: row["site"] for row in predictions}
+        for row in predictions:
+            if row["arm"] == (arm or "warm"):
+                value = row["expected_grade" if arm else "grade"]
+                of_patient.setdefault(row["patient_id"], []).append(float(value))
+        south, north = (
+            [np.mean(values) for patient, values in of_patient.items() if site[patient] == name]
+            for name in ("south", "north")
+        )
+        (shift,) = [row for row in rows if (row["arm"], row["figure"]) == (arm, "shift")]
+        median = np.median(np.subtract.outer(south, north))
+        assert float(shift["estimate"]) == pytest.approx(median, abs=1e-4)  # five digits are written
+        assert int(shift["n"]) == len(south) + len(north)
+        shown = page.row("score", arm or "grades in the manifest")
+        if arm != "warm" and arm != "scratch":  # whose first table is that of the draws
+            assert shown[1:3] == [f"{len(north)} and {len(south)}", as_shown(shift, "{:+.2f}")]
+    assert "south minus north (by site)" in page.text["score"]
 
 
 def test_a_given_split_has_a_single_fold(tmp_path: Path) -> None:

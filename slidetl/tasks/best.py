@@ -1,0 +1,64 @@
+"""The best checkpoint of a training, also of one that was ended and went on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Knows the best epochs of the training that it goes on with, and brings their checkpoints along.
+
+    A training that goes on writes into a folder of its own, and Lightning (2.6) then forgets what was best in
+    the one before: the best of the rest would be tested in the place of the best of all.
+    """
+
+    _before: Mapping[str, Tensor] = MappingProxyType({})  # paths of the training before, and their scores
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes what the training before kept, and remembers its best checkpoints."""
+        super().load_state_dict(state_dict)
+        if state_dict.get("dirpath") != self.dirpath:
+            self._before = state_dict.get("best_k_models", {})
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Copies the best checkpoints of the training before, so that this folder is complete."""
+        super().on_train_start(trainer, pl_module)
+        before, self._before = self._before, {}
+        assert self.dirpath is not None  # set up
+        # The file may be gone, or that of a later epoch than the one from which the training goes on.
+        found = {path: score for path, score in before.items() if _step_of(path) <= trainer.global_step}
+        if len(found) < len(before):
+            rank_zero_warn(
+                "the best checkpoint so far is gone, or of a later epoch; the best is counted from here on"
+            )
+        for path, score in found.items():
+            copy = Path(self.dirpath) / Path(path).name
+            if trainer.is_global_zero:
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+            self.best_k_models[str(copy)] = score
+        trainer.strategy.barrier()
+        if found:
+            best, worst = (max, min) if self.mode == "max" else (min, max)
+            self.best_model_path = best(self.best_k_models, key=self.best_k_models.__getitem__)
+            self.best_model_score = self.best_k_models[self.best_model_path]
+            self.kth_best_model_path = worst(self.best_k_models, key=self.best_k_models.__getitem__)
+            self.kth_value = self.best_k_models[self.kth_best_model_path]
+
+
+def _step_of(path: str) -> float:
+    """After how many steps the checkpoint was written; infinity where it cannot be read."""
+    if not Path(path).is_file():
+        return float("inf")
+    step: int = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    return step

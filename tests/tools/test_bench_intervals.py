@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from slidetl.evaluation.calibration import calibration_null
+
+ROOT = Path(__file__).parents[2]
+
+
+def load_tool() -> ModuleType:
+    # tools/ holds programs, not a package: it is loaded by path.
+    spec = importlib.util.spec_from_file_location("bench_intervals", ROOT / "tools/bench_intervals.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = load_tool()
+
+
+@pytest.mark.parametrize("accuracy", [0.58, 0.8])
+def test_an_arm_has_the_accuracy_that_was_asked_for(accuracy: float) -> None:
+    one = tool.study(np.random.default_rng(0), 60_000, [tool.deviation_of(accuracy)])
+    assert len(one.true) == 100_000
+    assert (one.graded[0] == one.true).mean() == pytest.approx(accuracy, abs=0.006)
+
+
+def test_errors_are_shared_as_the_page_says() -> None:
+    one = tool.study(np.random.default_rng(0), 60_000, [1.0, 1.0])
+    errors = one.scores - one.true
+    assert np.corrcoef(errors)[0, 1] == pytest.approx(0.7, abs=0.01)
+    first = np.flatnonzero(np.diff(one.patients) == 0)  # the first of two slides of a patient
+    assert np.corrcoef(errors[0, first], errors[0, first + 1])[0, 1] == pytest.approx(0.3, abs=0.02)
+    assert (one.true[first] == one.true[first + 1]).all()
+
+
+def test_the_promising_arm_is_calibrated() -> None:
+    deviation = tool.deviation_of(0.8)
+    one = tool.study(np.random.default_rng(0), 60_000, [deviation])
+    found = calibration_null(one.true, tool.probabilities_of(one.scores[0], deviation), n_draws=100)
+    assert found.error < 0.01
+
+
+def test_the_page_has_its_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["bench_intervals.py", "--studies", "3", "--draws", "100"])
+    monkeypatch.setattr(tool, "NEW_PATIENTS", 200)
+    tool.main()
+    page = capsys.readouterr().out
+    assert "`python tools/bench_intervals.py --studies 3 --draws 100`" in page
+    rows = [line for line in page.splitlines() if line.startswith("| ") and line[2].isdigit()]
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == [
+        *("20", "60"),
+        *["0.56 and 0.56", "0.56 and 0.64"] * 3,
+        *("20", "60"),
+    ]

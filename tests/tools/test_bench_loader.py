@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.conftest import Study
+
+ROOT = Path(__file__).parents[2]
+
+
+def load_tool() -> ModuleType:
+    # tools/ holds programs, not a package: it is loaded by path.
+    spec = importlib.util.spec_from_file_location("bench_loader", ROOT / "tools/bench_loader.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = load_tool()
+FEW = ["--epoch", "6", "--bag-size", "2", "--repeats", "1", "--workers", "0"]
+
+
+def test_the_loader_alone_and_a_training_beside_it(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*FEW, "--threads", "1", "2", "--backbone", "mobilenetv3_small_050", "--device", "cpu"]
+    assert tool.main([str(study.cache), *words]) == 0
+    head, loader, training = capsys.readouterr().out.split("\n\n")
+    assert "6 bags of 2 tiles of 64 px (jpeg) from 20 slides" in head
+    rows = [line.rsplit(maxsplit=4) for line in loader.splitlines()[1:]]
+    assert [row[:3] for row in rows] == [
+        [name, "0", threads] for name in ("read", "read and augment") for threads in ("1", "2")
+    ]
+    assert all(float(rate) > 0 and float(per_core) > 0 for *_, rate, per_core in rows)
+    assert training.startswith("training mobilenetv3_small_050 on the CPU")
+    rows = [line.split() for line in training.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["0", "1"], ["0", "2"]]
+    for _, _, rate, alone, waiting in rows:
+        share = float(waiting.removesuffix("%")) / 100
+        assert 0 < share < 1 and float(rate) == pytest.approx((1 - share) * float(alone), rel=0.05, abs=2)
+
+
+def test_a_cache_that_is_not_there_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drawn = ["--slides", "2", "--slide-px", "512", "--tile-px", "128", "--threads", "1"]
+    assert tool.main([str(tmp_path / "cache"), *FEW, *drawn]) == 0
+    assert "6 bags of 2 tiles of 128 px (jpeg) from 2 slides" in capsys.readouterr().out

@@ -1,0 +1,228 @@
+"""How often the intervals hold the truth, and what difference a study of so many patients can show.
+
+    python tools/bench_intervals.py > docs/evidence/intervals.md
+
+Simulated studies, so the truth is known. Their model is that of slidetl.evaluation.power, written once more
+here: a patient has a grade, an arm puts each of its slides at that grade plus a normal error, and rounds to
+the scale. Of the error's variance .7 is common to both arms and .3 to the slides of a patient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shlex
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import scipy
+from numpy.typing import NDArray
+from scipy.optimize import brentq
+from scipy.stats import norm
+
+from slidetl.evaluation.bootstrap import bca_interval, resampled_figures
+from slidetl.evaluation.calibration import calibration_null
+from slidetl.evaluation.conformal import fit_grade_sets, referral_rule, risk_coverage
+from slidetl.evaluation.figures import accuracy_of, difference, qwk_of
+from slidetl.evaluation.power import StudyDesign, power_table
+
+GRADES = 5
+COMMON_TO_ARMS, COMMON_TO_SLIDES = 0.7, 0.3
+ACCURACIES = (0.58, 0.66)  # of the two arms whose intervals are judged
+PATIENTS = (20, 60)
+SLIDES_A_PATIENT = 5 / 3
+PROMISING = 0.8  # accuracy of the arm whose promises are judged
+RISK, REFERRAL_RISK = 0.1, 0.3
+NEW_PATIENTS = 20_000
+
+
+@dataclass(frozen=True, eq=False)
+class Studied:
+    """One study: ``[N]`` patients and grades, ``[2, N]`` what two arms say before rounding, and after it."""
+
+    patients: NDArray[np.int64]
+    true: NDArray[np.int64]
+    scores: NDArray[np.float64]
+    graded: NDArray[np.int64]
+
+
+def deviation_of(accuracy: float) -> float:
+    """Of the normal error, in grades, that gives an accuracy on grades that are equally likely."""
+
+    def excess(deviation: float) -> float:
+        within = norm.cdf(0.5 / deviation)
+        return float(((GRADES - 2) * (2 * within - 1) + 2 * within) / GRADES - accuracy)
+
+    return float(brentq(excess, 1e-2, 1e3))
+
+
+def study(rng: np.random.Generator, n_patients: int, deviations: Sequence[float]) -> Studied:
+    """Draws patients, their slides, and what two arms make of them."""
+    patients = np.sort(np.arange(round(n_patients * SLIDES_A_PATIENT)) % n_patients)
+    true = rng.integers(GRADES, size=n_patients)[patients]
+
+    def error() -> NDArray[np.float64]:
+        of_patient = rng.standard_normal(n_patients)[patients]
+        own = rng.standard_normal(len(patients))
+        return np.asarray(COMMON_TO_SLIDES**0.5 * of_patient + (1 - COMMON_TO_SLIDES) ** 0.5 * own)
+
+    common = error()
+    errors = [COMMON_TO_ARMS**0.5 * common + (1 - COMMON_TO_ARMS) ** 0.5 * error() for _ in deviations]
+    scores = np.stack([true + sd * z for sd, z in zip(deviations, errors, strict=True)])
+    return Studied(patients, true, scores, np.clip(np.rint(scores), 0, GRADES - 1).astype(np.int64))
+
+
+def probabilities_of(scores: NDArray[np.float64], deviation: float) -> NDArray[np.float64]:
+    """``[N, K]`` of each true grade, given where the arm put the slide: calibrated, by Bayes' rule."""
+    densities = norm.pdf(scores[:, None], np.arange(GRADES), deviation)
+    return np.asarray(densities / densities.sum(axis=1, keepdims=True))
+
+
+def coverage(n_studies: int, n_draws: int, seed: int) -> Iterable[tuple[int, list[str]]]:
+    """Shares of intervals that hold the truth, BCa and percentile, by number of patients."""
+    deviations = [deviation_of(accuracy) for accuracy in ACCURACIES]
+    whole = study(np.random.default_rng(seed), 400_000, deviations)
+    truth = [float(figure(np.ones((1, len(whole.true))))[0]) for figure in _figures(whole)]
+    for n_patients in PATIENTS:
+        rng = np.random.default_rng((seed, n_patients))
+        held = np.zeros((len(truth), 2))
+        for number in range(n_studies):
+            one = study(rng, n_patients, deviations)
+            for place, (figure, value) in enumerate(zip(_figures(one), truth, strict=True)):
+                bca = bca_interval(figure, one.patients, n_draws=n_draws, seed=number)
+                drawn = resampled_figures(figure, one.patients, n_draws=n_draws, seed=number)
+                low, high = np.nanquantile(drawn, [0.025, 0.975])
+                held[place] += bca.low <= value <= bca.high, low <= value <= high
+        yield n_patients, [f"{bca:.3f} / {percentile:.3f}" for bca, percentile in held / n_studies]
+
+
+def _figures(one: Studied) -> list[Callable[[NDArray[np.float64]], NDArray[np.float64]]]:
+    qwk = [qwk_of(one.true, graded, GRADES) for graded in one.graded]
+    accuracy = [accuracy_of(one.true, graded) for graded in one.graded]
+    return [qwk[0], accuracy[0], difference(qwk[1], qwk[0]), difference(accuracy[1], accuracy[0])]
+
+
+def promises(n_studies: int, seed: int) -> Iterable[tuple[str, ...]]:
+    """What new patients see of rules that one study of a calibrated model made, by number of patients."""
+    deviations = [deviation_of(PROMISING)]
+    new = study(np.random.default_rng(seed), NEW_PATIENTS, deviations)
+    after = probabilities_of(new.scores[0], deviations[0])
+    wrong_after, sure_after = after.argmax(1) != new.true, after.max(1)
+    for n_patients in PATIENTS:
+        rng = np.random.default_rng((seed, n_patients))
+        covered, broken, ruled, nulls = [], 0, 0, []
+        for number in range(n_studies):
+            one = study(rng, n_patients, deviations)
+            rows = probabilities_of(one.scores[0], deviations[0])
+            ends = fit_grade_sets(one.true, rows, one.patients, risk=RISK).sets(after)
+            missed = (new.true < ends[:, 0]) | (new.true > ends[:, 1])
+            covered.append(1 - len(np.unique(new.patients[missed])) / (new.patients[-1] + 1))
+            curve = risk_coverage(rows.argmax(1) != one.true, rows.max(1), one.patients)
+            rule = referral_rule(curve, REFERRAL_RISK)
+            if rule is not None:
+                ruled += 1
+                left = sure_after >= rule.confidence
+                share = len(np.unique(new.patients[left & wrong_after])) / len(np.unique(new.patients[left]))
+                broken += share > REFERRAL_RISK
+            if number < 50:
+                nulls.append(calibration_null(one.true, rows).null_mean)
+        low, high = np.quantile(covered, [0.05, 0.95])
+        yield (
+            str(n_patients),
+            f"{np.mean(covered):.3f} ± {np.std(covered) / n_studies**0.5:.3f}",
+            f"{low:.2f} to {high:.2f}",
+            f"{ruled / n_studies:.3f}",
+            f"{broken / n_studies:.3f}",
+            f"{np.mean(nulls):.3f}",
+        )
+
+
+def say(paragraph: str) -> None:
+    """A paragraph of Markdown."""
+    print(textwrap.fill(paragraph, 118) + "\n")
+
+
+def begin(*titles: str) -> None:
+    """The head of a table."""
+    row(*titles)
+    row(*["---"] * len(titles))
+
+
+def row(*cells: object) -> None:
+    """A line of a table, at once: a long run can be watched."""
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0] if __doc__ else None,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--studies", type=int, default=4000, help="simulated for each row")
+    parser.add_argument("--draws", type=int, default=1000, help="resamples for each interval")
+    parser.add_argument("--seed", type=int, default=0, help="of everything")
+    options = parser.parse_args()
+    n, draws, seed = options.studies, options.draws, options.seed
+    arguments = shlex.join(["tools/bench_intervals.py", *sys.argv[1:]])
+    versions = f"Python {platform.python_version()}, NumPy {np.__version__}, SciPy {scipy.__version__}"
+    print(f"# Intervals and power, by simulation\n\n`python {arguments}`; {versions}, seed {seed}.\n")
+    say(
+        f"Every row is of {n:,} simulated studies in five grades that are equally likely, with five slides "
+        "of every three patients. An arm puts a slide at its grade plus a normal error and rounds; "
+        f"{COMMON_TO_ARMS} of the error's variance is common to the two arms, {COMMON_TO_SLIDES} to the "
+        "slides of a patient."
+    )
+    print("## Coverage of 95 % intervals over patients\n")
+    say(
+        f"Shares of intervals that hold the truth, BCa / percentile, {draws:,} resamples each, of an arm of "
+        f"accuracy {ACCURACIES[0]} and of its difference to one of {ACCURACIES[1]}. The standard error of a "
+        f"share of .95 is {(0.95 * 0.05 / n) ** 0.5:.4f}."
+    )
+    begin("patients", "QWK", "accuracy", "difference of QWK", "difference of accuracy")
+    for patients, cells in coverage(n, draws, seed):
+        row(patients, *cells)
+    print("\n## Power\n")
+    say(
+        "How often a study of 60 patients with 100 slides finds a true difference (the 95 % percentile "
+        "interval of the paired difference excludes 0), by the share of the error's variance that is common "
+        "to the arms. Where accuracies are equal it is the rate of false findings. The standard error of a "
+        f"share of .5 is {0.5 / n**0.5:.3f}, of .05 {(0.05 * 0.95 / n) ** 0.5:.4f}."
+    )
+    begin("accuracies", "QWK", "common to the arms", "power by QWK", "power by accuracy")
+    for shared in (0.0, COMMON_TO_ARMS, 0.9):
+        design = StudyDesign(arm_correlation=shared, patient_correlation=COMMON_TO_SLIDES)
+        for found in power_table([(0.56, 0.56), (0.56, 0.64)], design, n_studies=n, seed=seed):
+            row(
+                f"{found.accuracy_first} and {found.accuracy_second}",
+                f"{found.qwk_first:.3f} and {found.qwk_second:.3f}",
+                shared,
+                f"{found.power_qwk:.3f}",
+                f"{found.power_accuracy:.3f}",
+            )
+    print("\n## Promises to new patients\n")
+    say(
+        f"Rules made on one study of a calibrated model of accuracy {PROMISING}, judged on {NEW_PATIENTS:,} "
+        f"new patients. Sets of grades were asked to miss {RISK:.0%} of patients: the mean over studies (± "
+        f"its standard error) should be {1 - RISK:.2f} or a little more; single studies spread about it. "
+        f"Slides were left to a human so that at most {REFERRAL_RISK:.0%} of the patients with a slide that "
+        "is graded have a wrong grade, with 95 % confidence: at most .05 of all studies should find a rule "
+        "that breaks this. Last: the expected calibration error in ten bins, which would be zero of very many"
+        " slides."
+    )
+    begin("patients", "covered by sets", "5 to 95 % of studies", "rule found", "rule broken", "ECE")
+    for cells_of_rule in promises(n, seed):
+        row(*cells_of_rule)
+    one = study(np.random.default_rng(seed), 60, [deviation_of(accuracy) for accuracy in ACCURACIES])
+    figure = qwk_of(one.true, np.tile(one.graded[0], (5, 1)), GRADES)
+    started = time.perf_counter()
+    resampled_figures(figure, one.patients, n_draws=10_000)
+    seconds = time.perf_counter() - started
+    print(f"\n10,000 resamples of the QWK of 100 slides in five repeats took {seconds:.2f} s.")
+
+
+if __name__ == "__main__":
+    main()
