@@ -97,7 +97,7 @@ def test_nothing_is_read_in_a_way_that_runs_it() -> None:
     for where, call in [*calls["np.load"], *calls["np.lib.format.read_array"]]:
         assert keywords(call).get("allow_pickle") == "False", where
     # TorchScript is a program: one place runs it, behind the check of its hash.
-    assert {where.partition(":")[0] for where, _ in calls["torch.jit.load"]} == {"export.py"}
+    assert {where.partition(":")[0] for where, _ in calls["torch.jit.load"]} == {"model_file.py"}
 
 
 # ---- names that become paths

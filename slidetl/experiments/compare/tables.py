@@ -216,7 +216,7 @@ def _group_rows(found: GroupShift) -> Iterator[dict[str, Any]]:
 
 
 def _learning_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
-    """Arms at equal epochs and at their plateaus, as the page has them; curves.csv has every point."""
+    """Arms at equal epochs and at their plateaus, as the page has them; curves.csv has every point, and the time."""
     found = [learning_of(result.comparison, arm) for arm in result.arms]
     curves = [curve for curve in found if curve is not None]
     shown = equal_epochs(curves)
@@ -232,7 +232,6 @@ def _learning_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
             yield about | _row("learning", f"plateau_{figure}", value, n=curve.slides, note=note)
             note = f"until the plateau of {figure}"
             yield about | _row("learning", "epochs_to_plateau", float(plateau), note=note)
-            yield about | _row("learning", "seconds_to_plateau", curve.seconds_until(plateau), note=note)
 
 
 def _difference_rows(section: str, pair: PairedDifference) -> Iterator[dict[str, Any]]:
