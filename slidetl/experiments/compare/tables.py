@@ -69,15 +69,16 @@ def describe(result: ComparisonResult) -> str:
     nested = "choices in inner folds" if protocol.is_nested else "NOT nested: fixed hyper-parameters"
     n_results = len(result.arms[0].results.true)
     patients = len(set(result.patients.tolist()))
+    width = max(28, *(len(arm.label) + 1 for arm in (*result.arms, *result.smaller)))
     lines += [
         f"{len(result.slides)} slides of {patients} patients; figures of {n_results} {of[protocol.unit]}; "
         f"{folds}, {nested}; splits {result.splits_sha256[:12]}",
         "",
-        f"{'arm':<28}{'QWK [95 %]':>20}{'accuracy [95 %]':>20}{'MAE':>7}{'RPS':>7}{'log loss':>10}",
+        f"{'arm':<{width}}{'QWK [95 %]':>20}{'accuracy [95 %]':>20}{'MAE':>7}{'RPS':>7}{'log loss':>10}",
     ]
     for arm in (*result.arms, *result.smaller):
         lines.append(
-            f"{arm.label:<28}{_short(arm.figures['qwk']):>20}{_short(arm.figures['accuracy']):>20}"
+            f"{arm.label:<{width}}{_short(arm.figures['qwk']):>20}{_short(arm.figures['accuracy']):>20}"
             f"{arm.figures['mae'].estimate:>7.2f}{arm.figures['rps'].estimate:>7.3f}"
             f"{arm.figures['log_loss'].estimate:>10.2f}"
         )
@@ -216,7 +217,7 @@ def _group_rows(found: GroupShift) -> Iterator[dict[str, Any]]:
 
 
 def _learning_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
-    """Arms at equal epochs and at their plateaus, as the page has them; curves.csv has every point, and the time."""
+    """Arms at equal epochs and at their plateaus, as on the page; curves.csv has every point, and the time."""
     found = [learning_of(result.comparison, arm) for arm in result.arms]
     curves = [curve for curve in found if curve is not None]
     shown = equal_epochs(curves)
