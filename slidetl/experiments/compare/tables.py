@@ -217,7 +217,7 @@ def _group_rows(found: GroupShift) -> Iterator[dict[str, Any]]:
 
 
 def _learning_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
-    """Arms at equal epochs and at their plateaus, as on the page; curves.csv has every point, and the time."""
+    """Arms at equal epochs and at their plateaus, as the page has them; curves.csv has every point."""
     found = [learning_of(result.comparison, arm) for arm in result.arms]
     curves = [curve for curve in found if curve is not None]
     shown = equal_epochs(curves)
