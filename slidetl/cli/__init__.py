@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Sequence
 
 import slidetl
+from slidetl.cli.processor import prepare_for_networks
 from slidetl.errors import SlidetlError
 
 TRAINING_COMMANDS = {
@@ -38,6 +39,7 @@ COMMANDS = {
     "grade": "grade slides with an exported file",
     "zoo": "publish models to a library, and build on those of others",
 }
+NETWORK_COMMANDS = {*TRAINING_COMMANDS, "embed", "compare", "similarity", "export", "grade"}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -53,9 +55,11 @@ def main(args: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     _stay_offline()
+    command = words[0] if words else ""
+    if command in NETWORK_COMMANDS:
+        prepare_for_networks()
     warnings.formatwarning = lambda message, *_, **__: f"slidetl: warning: {message}\n"
     try:
-        command = words[0] if words else ""
         if command in TRAINING_COMMANDS:
             from slidetl.cli import training
 

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from slidetl.cli import main
+
+# Takes 64 MiB, fills them and gives them back, 20 times; prints how many pages the kernel had to provide.
+_TURNOVER = """
+import ctypes, resource, sys
+from slidetl.cli.processor import prepare_for_networks
+if sys.argv[1] == "prepared":
+    prepare_for_networks()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes, size = [ctypes.c_void_p], 64 << 20
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    taken = libc.malloc(size)
+    ctypes.memset(taken, 1, size)
+    libc.free(taken)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def page_faults(how: str, **environment: str) -> int:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", _TURNOVER, how],
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
+def test_freed_memory_is_kept_unless_the_environment_says_otherwise() -> None:
+    ordinary, prepared = page_faults("ordinary"), page_faults("prepared")
+    assert prepared < ordinary / 10
+    assert page_faults("prepared", MALLOC_MMAP_THRESHOLD_="131072") > ordinary / 2
+
+
+@pytest.mark.parametrize(("command", "is_prepared"), [("grade", True), ("fit", True), ("tile", False)])
+def test_only_commands_that_run_a_network_are_prepared(
+    command: str, is_prepared: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")  # so that it is restored, then
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert ("GOMP_SPINCOUNT" in os.environ) == is_prepared
