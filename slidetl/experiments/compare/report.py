@@ -8,7 +8,7 @@ from pathlib import Path
 from slidetl.evaluation.bootstrap import Interval
 from slidetl.experiments.compare import report_models as models
 from slidetl.experiments.compare import report_study as study
-from slidetl.experiments.compare.report_view import View, p_value
+from slidetl.experiments.compare.report_view import View, p_is
 from slidetl.experiments.compare.result import ComparisonResult
 from slidetl.report.experiment import Drawing, Section, write_experiment, write_markdown
 from slidetl.report.experiment_figures import percent, spoken
@@ -107,9 +107,9 @@ def _summary(view: View) -> list[str]:
         else f"The interval excludes zero, in favour of "
         f"{declared.arm if (declared.interval.estimate > 0) != lower else declared.against}."
     )
-    tests = [f"sign-flip test over patients p = {p_value(declared.sign_flip.p)}"]
+    tests = [f"sign-flip test over patients {p_is(declared.sign_flip.p)}"]
     if declared.corrected_t is not None:
-        tests.append(f"corrected resampled t over folds p = {p_value(declared.corrected_t.p)}")
+        tests.append(f"corrected resampled t over folds {p_is(declared.corrected_t.p)}")
     return [
         f"Difference in {view.name}, {declared.arm} minus {declared.against}: "
         f"{spoken(declared.interval, signed=True)}, paired over {view.n_results}. {verdict}",

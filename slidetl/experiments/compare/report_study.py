@@ -14,7 +14,7 @@ import slidetl
 from slidetl.evaluation.bootstrap import Interval
 from slidetl.experiments.compare.config import FIGURES, Figure
 from slidetl.experiments.compare.plan import Unit
-from slidetl.experiments.compare.report_view import NAMES, NONE, View, p_value, span, three
+from slidetl.experiments.compare.report_view import NAMES, NONE, View, p_is, p_value, span, three
 from slidetl.experiments.compare.result import ArmResult, PairedDifference
 from slidetl.report.experiment import Part, Table
 from slidetl.report.experiment_figures import (
@@ -258,7 +258,7 @@ def sites(view: View) -> tuple[Part, ...]:
         if found is None:
             continue
         v, p = found.cramers_v, found.p
-        linked = "" if v is None or p is None else f" Cramér's V {v:.2f}, permutation p = {p_value(p)}."
+        linked = "" if v is None or p is None else f" Cramér's V {v:.2f}, permutation {p_is(p)}."
         parts.append(
             Table(
                 f"Slides by {name} and grade.{linked} Where the two hang together, a model can grade by "

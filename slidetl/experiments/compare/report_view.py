@@ -101,6 +101,11 @@ def p_value(value: float) -> str:
     return f"{value:.3f}" if value >= 0.0005 else "< 0.001"
 
 
+def p_is(value: float) -> str:
+    """The same within a sentence: ``p = 0.023``, ``p < 0.001``."""
+    return f"p = {value:.3f}" if value >= 0.0005 else "p < 0.001"
+
+
 def three(interval: Interval) -> str:
     """An interval to three digits, for figures that are small."""
     return f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
