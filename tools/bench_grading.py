@@ -132,12 +132,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--side", type=int, default=24576, help="width of the slide, pixels")
+    parser.add_argument("--side", type=int, default=20480, help="width of the slide, pixels")
     parser.add_argument("--runs", type=int, default=3, help="of each backbone; 0 leaves the rates out")
     parser.add_argument(
         "--backbones",
         nargs="+",
-        default=["mobilenetv3_small_050", "mobilenetv2_100"],
+        default=["mobilenetv2_100", "mobilenetv3_small_050", "resnet18"],
         help="timm's names; the first grades the huge slide",
     )
     parser.add_argument("--huge-side", type=int, default=HUGE_PX, help="width of the huge slide, pixels")

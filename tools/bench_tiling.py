@@ -352,7 +352,44 @@ def run(options: argparse.Namespace, scratch: Path) -> list[str]:
     lines = about(options, slide)
     for work in options.works:
         lines += table(options, scratch, slide, work)
-    return lines + images(options, scratch)
+    return lines + reading(scratch, slide) + images(options, scratch)
+
+
+def reading(scratch: Path, slide: Path) -> list[str]:
+    """Reading the typical tiles back at random, by ``tools/bench_reading.py``."""
+    work, folder, cache = WORKS["typical"], scratch / "slides", scratch / "cache"
+    folder.mkdir()
+    (folder / slide.name).hardlink_to(slide)
+    slidetl_tile(folder, cache, f"--mpp={work.mpp}", f"--tile-size={work.side_px}")
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("bench_reading.py")), str(cache)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    shutil.rmtree(cache)
+    return [
+        "## reading back",
+        "",
+        "Each row is compared with decoding the same JPEGs from memory in the same kind of process; the last "
+        "column is the median over turns of the ratio within a turn.",
+        "",
+        "```",
+        *done.stdout.splitlines(),
+        "```",
+        "",
+    ]
+
+
+def slidetl_tile(folder: Path, cache: Path, *options: str) -> None:
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "slidetl", "tile", str(folder), f"--cache={cache}", "--workers=2"),
+            *options,
+        ],
+        capture_output=True,
+        check=True,
+    )
 
 
 def images(options: argparse.Namespace, scratch: Path) -> list[str]:
@@ -371,14 +408,7 @@ def images(options: argparse.Namespace, scratch: Path) -> list[str]:
     for _ in range(options.runs):
         os.sync()
         start = time.perf_counter()
-        subprocess.run(
-            [
-                *(sys.executable, "-m", "slidetl", "tile", str(folder), f"--cache={scratch / 'cache'}"),
-                *("--mpp=0.5", "--mpp-override=0.5", "--min-tissue=0", "--workers=2"),
-            ],
-            capture_output=True,
-            check=True,
-        )
+        slidetl_tile(folder, scratch / "cache", "--mpp=0.5", "--mpp-override=0.5", "--min-tissue=0")
         rates.append(options.images / (time.perf_counter() - start))
         shutil.rmtree(scratch / "cache")
     return [

@@ -218,7 +218,11 @@ class Attention(Pooling):
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
         """See :class:`Aggregator`; H is 1."""
         tiles = _present(embeddings, mask)
-        return _weighted(tiles, self.score(torch.tanh(self.value(tiles))), mask)
+        return _weighted(tiles, torch.cat([self._scores(part) for part in _parts(tiles)], 1), mask)
+
+    def _scores(self, tiles: Tensor) -> Tensor:
+        scores: Tensor = self.score(torch.tanh(self.value(tiles)))  # [B, N, 1]
+        return scores
 
 
 class GatedAttention(Pooling):
@@ -239,8 +243,12 @@ class GatedAttention(Pooling):
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
         """See :class:`Aggregator`; H is 1."""
         tiles = _present(embeddings, mask)
+        return _weighted(tiles, torch.cat([self._scores(part) for part in _parts(tiles)], 1), mask)
+
+    def _scores(self, tiles: Tensor) -> Tensor:
         hidden = torch.tanh(self.value(tiles)) * torch.sigmoid(self.gate(tiles))  # [B, N, L]
-        return _weighted(tiles, self.score(hidden), mask)
+        scores: Tensor = self.score(hidden)  # [B, N, 1]
+        return scores
 
 
 class MultiHopAttention(Pooling):
@@ -316,6 +324,13 @@ def _present(embeddings: Tensor, mask: Tensor, padding: float = 0.0) -> Tensor:
     if _is_scripting() and bool(mask.all()):  # an exported file: no second copy of 100,000 tiles
         return embeddings
     return embeddings.masked_fill(~mask.unsqueeze(2), padding)
+
+
+def _parts(tiles: Tensor) -> list[Tensor]:
+    """The tiles ``[B, N, D]``; in an exported file some at a time, whose hidden layers are small."""
+    if _is_scripting():
+        return list(torch.split(tiles, 8192, 1))
+    return [tiles]
 
 
 def _weighted(tiles: Tensor, scores: Tensor, mask: Tensor) -> Aggregated:

@@ -101,8 +101,9 @@ class AggregatorContract:
         )
 
     @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
-    def test_scripted_computes_the_same(self) -> None:
-        embeddings, mask = self.bag(6, batch=2)
+    @pytest.mark.parametrize("tiles", [6, 9000])  # some score so many tiles in parts
+    def test_scripted_computes_the_same(self, tiles: int) -> None:
+        embeddings, mask = self.bag(tiles, batch=2)
         mask[1, 4:] = False
         aggregator = self.aggregator()
         here, there = aggregator(embeddings, mask), torch.jit.script(aggregator)(embeddings, mask)
