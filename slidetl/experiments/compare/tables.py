@@ -15,6 +15,7 @@ from slidetl.evaluation.confounding import GroupFigure
 from slidetl.experiments.compare.groups import GroupShift
 from slidetl.experiments.compare.learning import CURVE_FIGURES, equal_epochs, learning_of
 from slidetl.experiments.compare.plan import Unit
+from slidetl.experiments.compare.report_view import p_is
 from slidetl.experiments.compare.result import (
     REFERRAL_RISKS,
     RISK,
@@ -108,8 +109,8 @@ def describe(result: ComparisonResult) -> str:
 
 
 def _difference(pair: PairedDifference) -> str:
-    p = f"p = {pair.sign_flip.p:.3f}" if pair.p_holm is None else f"p = {pair.p_holm:.3f}"
-    t = "" if pair.corrected_t is None else f", corrected t p = {pair.corrected_t.p:.3f}"
+    p = p_is(pair.sign_flip.p if pair.p_holm is None else pair.p_holm)
+    t = "" if pair.corrected_t is None else f", corrected t {p_is(pair.corrected_t.p)}"
     return f"{pair.arm} less {pair.against}: {pair.figure} {_short(pair.interval, sign=True)}, {p}{t}"
 
 
