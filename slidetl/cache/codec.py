@@ -43,13 +43,16 @@ def encode_jpeg(rgb: NDArray[np.uint8], quality: int) -> bytes:
     )
 
 
-def decode_jpeg(data: bytes, size_px: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+def decode_jpeg(
+    data: bytes, size_px: tuple[int, int] | None = None, into: NDArray[np.uint8] | None = None
+) -> NDArray[np.uint8]:
     """Decompresses a JPEG of any subsampling.
 
     Args:
         data: the JPEG.
         size_px: height and width that it must have; of a stranger's it must be known, since its header may
             claim gigabytes.
+        into: where to put the pixels, ``[h, w, 3] uint8`` without gaps; a new array by default.
 
     Returns:
         ``[h, w, 3] uint8`` RGB.
@@ -63,7 +66,7 @@ def decode_jpeg(data: bytes, size_px: tuple[int, int] | None = None) -> NDArray[
     try:
         if size_px is not None and simplejpeg.decode_jpeg_header(data)[:2] != size_px:
             raise CacheCorruptError(f"expected a JPEG of {size_px[1]} x {size_px[0]} pixels, it has others")
-        rgb: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, strict=True)
+        rgb: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, buffer=into, strict=True)
     except ValueError as error:
         raise CacheCorruptError(f"expected a JPEG, but its decoder says: {error}") from error
     return rgb
@@ -76,8 +79,8 @@ class TileCodec(Protocol):
         """``[S, S, 3] uint8`` to bytes."""
         ...
 
-    def decode(self, data: bytes) -> NDArray[np.uint8]:
-        """Bytes to ``[S, S, 3] uint8``."""
+    def decode(self, data: bytes, into: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+        """Bytes to ``[S, S, 3] uint8``: a new array, or one without gaps that is given."""
         ...
 
     def zarr_codecs(self) -> tuple[ArrayBytesCodec, tuple[BytesBytesCodec, ...]]:
@@ -98,8 +101,8 @@ class _Jpeg:
     def encode(self, rgb: NDArray[np.uint8]) -> bytes:
         return encode_jpeg(rgb, self.quality)
 
-    def decode(self, data: bytes) -> NDArray[np.uint8]:
-        return decode_jpeg(data, (self.size_px, self.size_px))
+    def decode(self, data: bytes, into: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+        return decode_jpeg(data, (self.size_px, self.size_px), into)
 
     def zarr_codecs(self) -> tuple[ArrayBytesCodec, tuple[BytesBytesCodec, ...]]:
         return JpegCodec(self.quality), ()
@@ -112,9 +115,13 @@ class _Zstd:
     def encode(self, rgb: NDArray[np.uint8]) -> bytes:
         return encode_zstd(rgb.tobytes())
 
-    def decode(self, data: bytes) -> NDArray[np.uint8]:
+    def decode(self, data: bytes, into: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
         pixels = np.frombuffer(decode_zstd(data, self.size_px**2 * 3), np.uint8)
-        return pixels.reshape(self.size_px, self.size_px, 3)
+        pixels = pixels.reshape(self.size_px, self.size_px, 3)
+        if into is None:
+            return pixels
+        into[:] = pixels
+        return into
 
     def zarr_codecs(self) -> tuple[ArrayBytesCodec, tuple[BytesBytesCodec, ...]]:
         return BytesCodec(endian=None), (ZstdCodec(level=ZSTD_LEVEL),)

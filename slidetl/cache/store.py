@@ -243,10 +243,10 @@ class SlideCache:
         tiles = np.empty((len(wanted), size, size, 3), np.uint8)
         # Shard by shard, so that each is opened once however many there are.
         for place in np.argsort(wanted, kind="stable").tolist():
-            tiles[place] = self._read_tile(int(wanted[place]))
+            self._read_tile(int(wanted[place]), tiles[place])
         return tiles
 
-    def _read_tile(self, tile: int) -> NDArray[np.uint8]:
+    def _read_tile(self, tile: int, into: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
         number, place = divmod(tile, TILES_PER_SHARD)
         try:
             shard = _open_shard(self._lifetime, self.path, number)
@@ -256,7 +256,7 @@ class SlideCache:
         try:
             chunk = shard.chunk(place)
             remedy = _LEAVE_OUT
-            return self._codec.decode(chunk)
+            return self._codec.decode(chunk, into)
         except CacheCorruptError as error:
             raise CacheCorruptError(
                 f"{shard.path}: tile {tile} of {self.slide_id} is damaged ({error}); {remedy}"

@@ -53,6 +53,10 @@ def test_tile_codecs_round_trip_and_refuse_rubbish(codec: str) -> None:
     again = tiles.decode(tiles.encode(rgb))
     assert again.shape == rgb.shape and again.dtype == np.uint8
     assert np.abs(again.astype(int) - rgb).mean() <= (0 if codec == "zstd" else 3)
+    batch = np.zeros((3, *rgb.shape), np.uint8)
+    np.testing.assert_array_equal(tiles.decode(tiles.encode(rgb), batch[1]), again)
+    np.testing.assert_array_equal(batch[1], again)
+    assert not batch[[0, 2]].any()
     with pytest.raises(CacheCorruptError, match="decoder says"):
         tiles.decode(b"rubbish")
 
