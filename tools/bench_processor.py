@@ -1,4 +1,4 @@
-"""What ``slidetl.cli.processor`` gains: networks with and without it, each in a process of its own.
+"""What ``slidetl.processor`` gains: networks with and without it, each in a process of its own.
 
 Ordinary and prepared processes take turns, and the gain is the median of the ratios of neighbours. A training
 step is forward, backward and SGD on 32 tiles of 224 px, a forward pass takes 16; weights are random. Page
@@ -22,7 +22,7 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
-from slidetl.cli.processor import prepare_for_networks
+from slidetl.processor import prepare_for_networks
 from tools.bench_tiling import processor
 
 

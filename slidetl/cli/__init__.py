@@ -14,8 +14,8 @@ import warnings
 from collections.abc import Sequence
 
 import slidetl
-from slidetl.cli.processor import prepare_for_networks
 from slidetl.errors import SlidetlError
+from slidetl.processor import prepare_for_networks
 
 TRAINING_COMMANDS = {
     "fit": "train a network (LightningCLI; see 'slidetl fit --help')",

@@ -21,6 +21,7 @@ from slidetl.data.manifest import read_manifest, safe_slide_id
 from slidetl.errors import SlideError, UsageError
 from slidetl.inference import Rates, SlideGrade, draw_map, grade_slide
 from slidetl.model_file import ModelFile, load_model
+from slidetl.processor import hand_back_memory
 from slidetl.report.index import IndexEntry, write_index
 from slidetl.report.slide import has_slide_report, write_slide_report
 from slidetl.slides import open_slide
@@ -244,6 +245,7 @@ def _grade(model: ModelFile, path: Path, name: str, options: GradeOptions) -> Gr
             force=options.force,
             profile=options.profile,
         )
+        hand_back_memory()  # of embeddings and activations; a report needs some
         if options.output is not None:
             _write(result, model, options, options.output, name)
     except SlideError as error:

@@ -29,3 +29,10 @@ def prepare_for_networks() -> None:
         if name not in os.environ and mallopt is not None:
             mallopt(option, size)
         os.environ.setdefault(name, str(size))
+
+
+def hand_back_memory() -> None:
+    """Gives what is kept for the next tensor back to the kernel, before other work that needs room."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -12,7 +12,7 @@ from slidetl.cli import main
 # Takes 64 MiB, fills them and gives them back, 20 times; prints how many pages the kernel had to provide.
 _TURNOVER = """
 import ctypes, resource, sys
-from slidetl.cli.processor import prepare_for_networks
+from slidetl.processor import hand_back_memory, prepare_for_networks
 if sys.argv[1] == "prepared":
     prepare_for_networks()
 libc = ctypes.CDLL(None)
@@ -23,14 +23,16 @@ for _ in range(20):
     taken = libc.malloc(size)
     ctypes.memset(taken, 1, size)
     libc.free(taken)
+    if sys.argv[2:]:
+        hand_back_memory()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def page_faults(how: str, **environment: str) -> int:
+def page_faults(*how: str, **environment: str) -> int:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     done = subprocess.run(
-        [sys.executable, "-c", _TURNOVER, how],
+        [sys.executable, "-c", _TURNOVER, *how],
         env=inherited | environment,
         capture_output=True,
         text=True,
@@ -40,9 +42,10 @@ def page_faults(how: str, **environment: str) -> int:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have no such setting")
-def test_freed_memory_is_kept_unless_the_environment_says_otherwise() -> None:
+def test_freed_memory_is_kept_until_it_is_handed_back_unless_the_environment_says_otherwise() -> None:
     ordinary, prepared = page_faults("ordinary"), page_faults("prepared")
     assert prepared < ordinary / 10
+    assert page_faults("prepared", "handed back") > ordinary / 2
     assert page_faults("prepared", MALLOC_MMAP_THRESHOLD_="131072") > ordinary / 2
 
 
