@@ -5,7 +5,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from slidetl.cache.tiler import TilePlan, plan_tiles, stream_tiles
 from slidetl.data.datasets import channels_first
@@ -24,6 +26,7 @@ from slidetl.slides import open_slide
 
 _T = TypeVar("_T")
 _PART = 8192  # tiles whose own grades are computed at a time
+_READING = 560  # multiply-adds of a small network that take as long as to read a pixel of JPEG at half scale
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Rates:
 
     Attributes:
         everything: tiles per second, from the first read to the grade.
-        network_alone: the same of the network on tiles that lie in memory, right after.
+        network_alone: the same of the network on tiles that lie in memory, right after, with all threads.
         processor_share: processor time of the network alone, as a share of that of everything. Others who
             use the machine disturb it less than they do the clock; on a single core of one's own the
             quotient of the rates is this. None where the network runs elsewhere, on a GPU.
@@ -105,6 +108,37 @@ class SlideGrade:
         }
 
 
+def network_threads(model: ModelFile, threads: int) -> int:
+    """How many of so many threads the network is best given, where the others read.
+
+    Threads are shared out by what a tile costs here and there, for the network by its multiply-adds: by a
+    clock, grades would differ in the seventh decimal from run to run. Beside busy readers the threads of a
+    small network wait for each other (docs/design/loading.md).
+
+    Args:
+        model: on a processor; on a GPU all threads read, and their number is returned.
+        threads: 1 or more.
+    """
+    if next(model.network.parameters()).device.type != "cpu":
+        return threads
+    side = model.card.tile_spec.tile_size_px
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model.network.embed(torch.zeros(1, 3, side, side, dtype=torch.uint8))
+    per_pixel: float = counter.get_total_flops() / 2 / side**2
+    return max(1, round(threads * per_pixel / (per_pixel + _READING)))
+
+
+@contextmanager
+def _torch_threads(most: int) -> Iterator[None]:
+    """Gives networks so many threads at most, and those they had again afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, most))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def grade_slide(
     model: ModelFile,
     path: Path,
@@ -112,6 +146,7 @@ def grade_slide(
     batch_size: int = 16,
     *,
     threads: int = 1,
+    of_network: int | None = None,
     force: bool = False,
     profile: bool = False,
 ) -> SlideGrade:
@@ -125,7 +160,9 @@ def grade_slide(
         path: the slide.
         mpp_override: micrometres per level-0 pixel, for a slide whose metadata has none.
         batch_size: tiles per pass through the backbone.
-        threads: that read and decode tiles.
+        threads: that work on the slide.
+        of_network: how many of them the network takes, the others read; without it both take what they can
+            get. See :func:`network_threads`.
         force: grade a slide also if it has too little tissue or is unlike the training slides.
         profile: measure the rates; costs a few seconds.
 
@@ -137,6 +174,8 @@ def grade_slide(
     card, network = model.card, model.network
     spec = card.tile_spec
     device = next(network.parameters()).device
+    of_network = of_network or threads
+    readers = threads - of_network or threads
     kept: list[Tensor] = []
     origins: list[NDArray[np.int32]] = []
     graded = 0
@@ -146,17 +185,20 @@ def grade_slide(
         _check_tissue(model, path, plan, force)
         started = _Clocks.now()
         embeddings: Tensor | None = None
-        for batch in _ahead(stream_tiles(slide, plan, batch_size, threads)):
-            tiles = channels_first(batch.pixels)
-            part = network.embed(tiles.to(device))
-            if embeddings is None:  # in one piece from the start: joined at the end it would be there twice
-                embeddings = part.new_empty(len(plan), part.shape[1])
-            embeddings[graded : graded + len(part)] = part
-            graded += len(part)
-            tissue += float(batch.tissue_fraction.sum())
-            origins.append(batch.origins_level0)
-            if profile and len(kept) < 16:
-                kept.append(tiles)
+        with _torch_threads(of_network):
+            for batch in _ahead(stream_tiles(slide, plan, batch_size, readers)):
+                tiles = channels_first(batch.pixels)
+                part = network.embed(tiles.to(device))
+                if (
+                    embeddings is None
+                ):  # in one piece from the start: joined at the end it would be there twice
+                    embeddings = part.new_empty(len(plan), part.shape[1])
+                embeddings[graded : graded + len(part)] = part
+                graded += len(part)
+                tissue += float(batch.tissue_fraction.sum())
+                origins.append(batch.origins_level0)
+                if profile and len(kept) < 16:
+                    kept.append(tiles)
         if embeddings is None:
             raise UnfitSlideError(f"{path}: none of its {len(plan)} tiles with tissue can be read")
         embeddings = embeddings[:graded]
@@ -164,7 +206,7 @@ def grade_slide(
         probabilities, expected, attention = network.grade(embeddings)
         taken = started.since()
         tile_grades = torch.cat([network.grade_tiles(part) for part in torch.split(embeddings, _PART)])
-        rates = _rates(network, kept, device, graded, taken) if profile else None
+        rates = _rates(network, kept, device, graded, taken, of_network) if profile else None
     grade = int(probabilities.argmax())
     return SlideGrade(
         slide=path,
@@ -248,8 +290,18 @@ class _Clocks:
         return _Clocks(now.wall - self.wall, now.processor - self.processor)
 
 
-def _rates(network: Any, batches: list[Tensor], device: torch.device, graded: int, taken: _Clocks) -> Rates:
+def _rates(
+    network: Any, batches: list[Tensor], device: torch.device, graded: int, taken: _Clocks, of_network: int
+) -> Rates:
     """The rates, once so many tiles were graded in the time taken; the network alone is measured here."""
+    alone = _per_tile(network, batches, device)
+    with _torch_threads(of_network):  # more threads would wait for each other longer
+        as_graded = _per_tile(network, batches, device)
+    share = as_graded.processor / (taken.processor / graded) if device.type == "cpu" else None
+    return Rates(graded / taken.wall, 1 / alone.wall, share)
+
+
+def _per_tile(network: Any, batches: list[Tensor], device: torch.device) -> _Clocks:
     started = _Clocks.now()
     done = 0
     while started.since().wall < 3:
@@ -257,9 +309,8 @@ def _rates(network: Any, batches: list[Tensor], device: torch.device, graded: in
             embedded = network.embed(tiles.to(device))
             done += len(tiles)
         float(embedded.sum())  # waits for a GPU
-    alone = started.since()
-    share = (alone.processor / done) / (taken.processor / graded) if device.type == "cpu" else None
-    return Rates(graded / taken.wall, done / alone.wall, share)
+    taken = started.since()
+    return _Clocks(taken.wall / done, taken.processor / done)
 
 
 def _ahead(items: Iterable[_T], depth: int = 4) -> Generator[_T, None, None]:
