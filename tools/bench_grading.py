@@ -93,8 +93,8 @@ def run(options: argparse.Namespace, scratch: Path) -> list[str]:
         lines += [
             f"## Rates on a slide of {options.side} px a side",
             "",
-            f"`slidetl grade --profile`; of {options.runs} runs that with the median share. The network alone "
-            "has all threads.",
+            f"`slidetl grade --profile`; of {options.runs} runs that with the median share. The network "
+            "alone has all threads.",
             "",
             "| backbone | tiles | tiles/s with everything on | tiles/s by the network alone | share "
             "| processor time in the network |",
