@@ -94,13 +94,16 @@ class MaxPooling(Pooling):
 
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
         """See :class:`Aggregator`; H is 1, the share of the features that a tile decides."""
-        tiles = _present(embeddings, mask, float("-inf")).to(torch.float32)
-        embedding = tiles.amax(1)  # [B, D]
-        with torch.no_grad():
-            chosen = tiles == embedding.unsqueeze(1)  # [B, N, D]
-            share = (embedding.shape[1] * chosen.sum(1)).to(torch.float32).reciprocal()  # [B, D]
-            attention = _read(share.unsqueeze(1), chosen.transpose(1, 2))  # [B, 1, N]
-        return Aggregated(embedding, attention, None)
+        pooled: list[Tensor] = []
+        attention = torch.zeros(mask.shape, device=mask.device)
+        for tiles in _features(_present(embeddings, mask, float("-inf"))):
+            greatest = tiles.to(torch.float32).amax(1)  # [B, D]
+            with torch.no_grad():
+                chosen = tiles == greatest.unsqueeze(1)  # [B, N, D]
+                share = (embeddings.shape[2] * chosen.sum(1)).to(torch.float32).reciprocal()  # [B, D]
+                attention = attention + (chosen * share.unsqueeze(1)).sum(2)
+            pooled.append(greatest)
+        return Aggregated(torch.cat(pooled, 1), attention.unsqueeze(1), None)
 
 
 class TopKPooling(Pooling):
@@ -123,16 +126,19 @@ class TopKPooling(Pooling):
 
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
         """See :class:`Aggregator`; H is 1, the share of the values that come from a tile."""
-        tiles = _present(embeddings, mask, float("-inf")).to(torch.float32)
-        values, chosen = tiles.topk(min(self.k, tiles.shape[1]), dim=1)  # [B, k, D]
-        weights = mask.sum(1, keepdim=True) > torch.arange(values.shape[1], device=mask.device)  # [B, k]
+        k = min(self.k, embeddings.shape[1])
+        weights = mask.sum(1, keepdim=True) > torch.arange(k, device=mask.device)  # [B, k]
         weights = weights / weights.sum(1, keepdim=True)
-        embedding = (values.masked_fill(weights.unsqueeze(2) == 0, 0.0) * weights.unsqueeze(2)).sum(1)
-        with torch.no_grad():
-            share = (weights / tiles.shape[2]).unsqueeze(2).expand_as(values)  # [B, k, D]
-            attention = torch.zeros(mask.shape, device=mask.device)
-            attention = attention.scatter_add(1, chosen.flatten(1), share.flatten(1))
-        return Aggregated(embedding, attention.unsqueeze(1), None)
+        pooled: list[Tensor] = []
+        attention = torch.zeros(mask.shape, device=mask.device)
+        for tiles in _features(_present(embeddings, mask, float("-inf"))):
+            values, chosen = tiles.to(torch.float32).topk(k, dim=1)  # [B, k, D]
+            values = values.masked_fill(weights.unsqueeze(2) == 0, 0.0)
+            pooled.append((values * weights.unsqueeze(2)).sum(1))
+            with torch.no_grad():
+                share = (weights / embeddings.shape[2]).unsqueeze(2).expand_as(values)  # [B, k, D]
+                attention = attention.scatter_add(1, chosen.flatten(1), share.flatten(1))
+        return Aggregated(torch.cat(pooled, 1), attention.unsqueeze(1), None)
 
 
 class Chowder(Pooling):
@@ -190,12 +196,15 @@ class LogSumExpPooling(Pooling):
 
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
         """See :class:`Aggregator`; H is 1, the mean over the features of the softmax over the tiles."""
-        tiles = self.sharpness * _present(embeddings, mask, float("-inf")).to(torch.float32)
         count = mask.sum(1, keepdim=True)  # [B, 1]
-        embedding = (tiles.logsumexp(1) - count.log()) / self.sharpness  # [B, D]
-        with torch.no_grad():
-            attention = tiles.softmax(1).mean(2).unsqueeze(1)  # [B, 1, N]
-        return Aggregated(embedding, attention, None)
+        pooled: list[Tensor] = []
+        attention = torch.zeros(mask.shape, device=mask.device)
+        for part in _features(_present(embeddings, mask, float("-inf"))):
+            tiles = self.sharpness * part.to(torch.float32)
+            pooled.append((tiles.logsumexp(1) - count.log()) / self.sharpness)  # [B, D]
+            with torch.no_grad():
+                attention = attention + tiles.softmax(1).sum(2) / embeddings.shape[2]
+        return Aggregated(torch.cat(pooled, 1), attention.unsqueeze(1), None)
 
 
 class Attention(Pooling):
@@ -330,6 +339,13 @@ def _parts(tiles: Tensor) -> list[Tensor]:
     """The tiles ``[B, N, D]``; in an exported file some at a time, whose hidden layers are small."""
     if _is_scripting():
         return list(torch.split(tiles, 8192, 1))
+    return [tiles]
+
+
+def _features(tiles: Tensor) -> list[Tensor]:
+    """The tiles ``[B, N, D]``; in an exported file some features of all tiles at a time, pooled apart."""
+    if _is_scripting():
+        return list(torch.split(tiles, 32, 2))
     return [tiles]
 
 

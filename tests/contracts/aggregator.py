@@ -17,13 +17,15 @@ class AggregatorContract:
 
     make: Callable[[int], Pooling]
 
-    def aggregator(self) -> Pooling:
+    def aggregator(self, features: int = N_FEATURES) -> Pooling:
         torch.manual_seed(0)
-        return type(self).make(N_FEATURES).eval()
+        return type(self).make(features).eval()
 
-    def bag(self, n_tiles: int, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    def bag(
+        self, n_tiles: int, batch: int = 1, features: int = N_FEATURES
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(n_tiles)
-        embeddings = torch.randn(batch, n_tiles, N_FEATURES, generator=generator)
+        embeddings = torch.randn(batch, n_tiles, features, generator=generator)
         return embeddings, torch.ones(batch, n_tiles, dtype=torch.bool)
 
     def test_shapes_and_attention_sums_to_one(self) -> None:
@@ -101,11 +103,12 @@ class AggregatorContract:
         )
 
     @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
-    @pytest.mark.parametrize("tiles", [6, 9000])  # some score so many tiles in parts
-    def test_scripted_computes_the_same(self, tiles: int) -> None:
-        embeddings, mask = self.bag(tiles, batch=2)
+    # Some score so many tiles in parts, others pool so many features in parts.
+    @pytest.mark.parametrize(("tiles", "features"), [(6, N_FEATURES), (9000, N_FEATURES), (50, 300)])
+    def test_scripted_computes_the_same(self, tiles: int, features: int) -> None:
+        embeddings, mask = self.bag(tiles, batch=2, features=features)
         mask[1, 4:] = False
-        aggregator = self.aggregator()
+        aggregator = self.aggregator(features)
         here, there = aggregator(embeddings, mask), torch.jit.script(aggregator)(embeddings, mask)
         torch.testing.assert_close(here.embedding, there.embedding)
         torch.testing.assert_close(here.attention, there.attention)
