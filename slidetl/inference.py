@@ -189,9 +189,7 @@ def grade_slide(
             for batch in _ahead(stream_tiles(slide, plan, batch_size, readers)):
                 tiles = channels_first(batch.pixels)
                 part = network.embed(tiles.to(device))
-                if (
-                    embeddings is None
-                ):  # in one piece from the start: joined at the end it would be there twice
+                if embeddings is None:  # in one piece from the start; joining would hold them twice
                     embeddings = part.new_empty(len(plan), part.shape[1])
                 embeddings[graded : graded + len(part)] = part
                 graded += len(part)

@@ -44,7 +44,7 @@ class GradeOptions:
         mpp_override: micrometres per level-0 pixel, or None for the metadata's.
         batch_size: tiles per pass.
         threads: that work on one slide.
-        of_network: how many of them the network takes; None for what it is best given.
+        of_network: how many of them the network takes; set by :func:`grade_slides` for the model at hand.
         force: grade slides too that do not suit the model.
         profile: measure the rates.
         report: write a page (HTML) and a map for QuPath (GeoJSON) for each slide.
@@ -238,7 +238,7 @@ def output_names(slides: Sequence[Path]) -> dict[Path, str]:
 
 
 def _shared_out(model: ModelFile, options: GradeOptions) -> GradeOptions:
-    return replace(options, of_network=options.of_network or network_threads(model, options.threads))
+    return replace(options, of_network=network_threads(model, options.threads))
 
 
 def _grade(model: ModelFile, path: Path, name: str, options: GradeOptions) -> GradeRow:
