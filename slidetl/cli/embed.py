@@ -46,7 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device",
         choices=["auto", "cpu", "cuda"],
         default="auto",
-        help="auto: a GPU if there is one; on a GPU in bfloat16",
+        help="auto: a GPU if there is one",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="in which the network is computed; auto: bfloat16 on a GPU, else float32",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="embed anew what is there, from other weights too"
@@ -77,6 +83,7 @@ def run(options: argparse.Namespace) -> int:
             slide_ids=getattr(options, "slides", ()),
             batch_size=options.batch_size,
             device=options.device,
+            precision=options.precision,
             overwrite=options.overwrite,
             on_plan=progress.start,
             on_batch=progress.advance,

@@ -129,6 +129,7 @@ def embed_cache(
     slide_ids: Sequence[str] = (),
     batch_size: int = 128,
     device: str = "auto",
+    precision: str = "auto",
     overwrite: bool = False,
     on_plan: Callable[[int], None] = lambda tiles: None,
     on_batch: Callable[[int], None] = lambda tiles: None,
@@ -146,8 +147,9 @@ def embed_cache(
         name: of the features, instead of the backbone's.
         slide_ids: which slides; none named means all.
         batch_size: tiles in one pass.
-        device: ``cpu``, ``cuda``, or ``auto``: a GPU if there is one. On a GPU the network is computed in
-            bfloat16.
+        device: ``cpu``, ``cuda``, or ``auto``: a GPU if there is one.
+        precision: in which the network is computed: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on a
+            GPU, else float32. Features are stored in float16 either way.
         overwrite: replace features of the same name from other weights, and embed anew what is there.
         on_plan: called once, with the number of tiles that are to be embedded.
         on_batch: called with the number of tiles just embedded.
@@ -159,12 +161,13 @@ def embed_cache(
     Raises:
         CacheMissingError: there is no cache.
         CacheMismatchError: features of these names are there from other weights; nothing was done then.
-        UsageError: an unknown slide, block or device, or a batch without tiles.
+        UsageError: an unknown slide, block, device or precision, or a batch without tiles.
         WeightsError: the weights cannot be found or do not fit.
     """
     if batch_size < 1:
         raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
     place = _device(device)
+    dtype = _dtype(precision, place)
     paths = find_slides(cache_dir, slide_ids)
     backbone = Backbone(spec)
     backbone.load_pretrained()
@@ -175,7 +178,7 @@ def embed_cache(
         weights_sha256=weights_sha256(backbone),
         mean=_by_channel(backbone.mean),
         std=_by_channel(backbone.std),
-        precision="bfloat16" if place.type == "cuda" else "float32",
+        precision=str(dtype).removeprefix("torch."),
     )
     sources = {
         feature_name(name or spec.name, block): FeatureSource(**{**vars(source), "block": block})
@@ -213,7 +216,7 @@ def embed_cache(
                 done(EmbeddedSlide(cache.path.stem, len(cache), reason=str(error)))
                 rows = []
                 continue
-            rows.append(_embed(embedder, tiles, place))
+            rows.append(_embed(embedder, tiles, place, dtype))
             on_batch(len(tiles))
             if is_last:
                 arrays = {key: (source, _stack(rows, source)) for key, source in sources.items()}
@@ -285,14 +288,15 @@ def _read(
 
 
 @torch.inference_mode()
-def _embed(embedder: BlockEmbedder, tiles: NDArray[np.uint8], place: torch.device) -> dict[str, Tensor]:
+def _embed(
+    embedder: BlockEmbedder, tiles: NDArray[np.uint8], place: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """Stays on the device: to fetch every batch would have the GPU wait for the next."""
-    is_gpu = place.type == "cuda"
     batch = channels_first(tiles)
-    if is_gpu:
+    if place.type == "cuda":
         batch = batch.pin_memory()
     try:
-        with torch.autocast(place.type, torch.bfloat16, enabled=is_gpu):
+        with torch.autocast(place.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             outputs = embedder(batch.to(place, non_blocking=True))
     except torch.OutOfMemoryError as error:
         raise UsageError(f"the GPU has no room for {len(tiles)} tiles at once; lower --batch-size") from error
@@ -314,3 +318,11 @@ def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: PyTorch finds no GPU here; use --device cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _dtype(precision: str, place: torch.device) -> torch.dtype:
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise UsageError(f"--precision must be auto, float32 or bfloat16, not {precision!r}")
+    if precision == "auto":
+        return torch.bfloat16 if place.type == "cuda" else torch.float32
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32

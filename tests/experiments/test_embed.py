@@ -57,6 +57,20 @@ def test_stored_features_are_what_the_network_gives(cache_dir: Path) -> None:
         assert source.weights_sha256 == weights_sha256(backbone)
 
 
+def test_bfloat16_agrees_to_about_two_digits(cache_dir: Path) -> None:
+    words = ["embed", str(cache_dir), "--device", "cpu", "--blocks", "blocks.2"]
+    assert main([*words, "--name", "whole"]) == 0
+    assert main([*words, "--name", "half", "--precision", "bfloat16"]) == 0
+    for cache in opened(cache_dir):
+        for block in ("", ".blocks.2"):
+            whole = read_features(cache, f"whole{block}").astype(np.float64)
+            half = read_features(cache, f"half{block}").astype(np.float64)
+            assert 0 < np.abs(half - whole).mean() < 0.02 * np.abs(whole).mean()
+        assert [read_source(cache, name).precision for name in ("whole", "half")] == ["float32", "bfloat16"]
+    with pytest.raises(UsageError, match="--precision must be auto, float32 or bfloat16, not 'half'"):
+        embed_cache(cache_dir, SPEC, precision="half")
+
+
 def test_a_network_of_one_channel_embeds_the_luma(cache_dir: Path) -> None:
     grey, cache = BackboneSpec(in_channels=1), opened(cache_dir)[0]
     (slide,) = embed_cache(cache_dir, grey, name="grey", slide_ids=[cache.path.stem], device="cpu")
