@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import queue
+import tempfile
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator
@@ -22,10 +25,12 @@ from slidetl.data.datasets import channels_first
 from slidetl.errors import UnfitSlideError
 from slidetl.evaluation.conformal import GradeSets
 from slidetl.model_file import ModelFile
+from slidetl.processor import hand_back_memory
 from slidetl.slides import open_slide
 
 _T = TypeVar("_T")
 _PART = 8192  # tiles whose own grades are computed at a time
+_IN_MEMORY = 64 << 20  # bytes of a slide's embeddings; more of them lie in a file
 _READING = 560  # multiply-adds of a small network that take as long as to read a pixel of JPEG at half scale
 
 
@@ -153,7 +158,7 @@ def grade_slide(
     """Grades one slide, from its file, through the pixels that a cache would hold.
 
     Tiles are read ahead in a thread while the network embeds others, so memory grows by the embeddings
-    alone.
+    alone; those of a large slide lie in a nameless file in the folder for temporary files (``TMPDIR``).
 
     Args:
         model: as :func:`slidetl.model_file.load_model` returns it.
@@ -178,33 +183,28 @@ def grade_slide(
     readers = threads - of_network or threads
     kept: list[Tensor] = []
     origins: list[NDArray[np.int32]] = []
-    graded = 0
     tissue = 0.0
     with open_slide(path, mpp_override, spec.icc) as slide, torch.inference_mode():
         plan = plan_tiles(slide, spec, threads)
         _check_tissue(model, path, plan, force)
         started = _Clocks.now()
-        embeddings: Tensor | None = None
+        embedded = _Embeddings(len(plan))
         with _torch_threads(of_network):
             for batch in _ahead(stream_tiles(slide, plan, batch_size, readers)):
                 tiles = channels_first(batch.pixels)
-                part = network.embed(tiles.to(device))
-                if embeddings is None:  # in one piece from the start; joining would hold them twice
-                    embeddings = part.new_empty(len(plan), part.shape[1])
-                embeddings[graded : graded + len(part)] = part
-                graded += len(part)
+                embedded.add(network.embed(tiles.to(device)))
                 tissue += float(batch.tissue_fraction.sum())
                 origins.append(batch.origins_level0)
                 if profile and len(kept) < 16:
                     kept.append(tiles)
-        if embeddings is None:
+        if not origins:
             raise UnfitSlideError(f"{path}: none of its {len(plan)} tiles with tissue can be read")
-        embeddings = embeddings[:graded]
+        embeddings = embedded.of_all()
         novelty = _novelty(model, path, embeddings, force)
         probabilities, expected, attention = network.grade(embeddings)
         taken = started.since()
         tile_grades = torch.cat([network.grade_tiles(part) for part in torch.split(embeddings, _PART)])
-        rates = _rates(network, kept, device, graded, taken, of_network) if profile else None
+        rates = _rates(network, kept, device, len(embeddings), taken, of_network) if profile else None
     grade = int(probabilities.argmax())
     return SlideGrade(
         slide=path,
@@ -223,6 +223,57 @@ def grade_slide(
         tile_grades=tile_grades.cpu().numpy(),
         rates=rates,
     )
+
+
+class _Embeddings:
+    """The embeddings of a slide, from one batch after the other, in little memory however many they are.
+
+    In one piece from the start, since joining would hold them twice. Those in a file the kernel drops from
+    memory where it needs the room, and so do we as they come.
+
+    Args:
+        most: tiles that can come.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._filled = 0
+        self._rows: Tensor | None = None
+        self._file: mmap.mmap | None = None
+        self._written = 0  # bytes that were dropped from memory
+
+    def add(self, rows: Tensor) -> None:
+        """Takes a batch ``[n, D]``."""
+        if self._rows is None:
+            self._rows = self._room(rows)
+        self._rows[self._filled : self._filled + len(rows)] = rows
+        self._filled += len(rows)
+        if self._file is not None:
+            end = self._filled * rows[0].nbytes // mmap.PAGESIZE * mmap.PAGESIZE
+            if end - self._written >= _IN_MEMORY // 4:
+                self._file.madvise(mmap.MADV_DONTNEED, self._written, end - self._written)
+                self._written = end
+
+    def of_all(self) -> Tensor:
+        """All that came, ``[N, D]``."""
+        assert self._rows is not None
+        if self._file is not None:
+            hand_back_memory()  # of the activations
+        return self._rows[: self._filled]
+
+    def _room(self, rows: Tensor) -> Tensor:
+        size = self._most * rows[0].nbytes
+        if size > _IN_MEMORY and rows.device.type == "cpu":
+            try:
+                with tempfile.TemporaryFile() as file:
+                    os.posix_fallocate(file.fileno(), 0, size)  # else a full disk would kill the process
+                    self._file = mmap.mmap(file.fileno(), size)
+            except (AttributeError, OSError):  # no room there, or not on this system: in memory then
+                pass
+            else:
+                hand_back_memory()  # of the search for tissue
+                return torch.frombuffer(self._file, dtype=rows.dtype).view(self._most, -1)
+        return rows.new_empty(self._most, rows.shape[1])
 
 
 def _check_tissue(model: ModelFile, path: Path, plan: TilePlan, force: bool) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import mmap
 import os
 import pty
 import re
@@ -68,6 +69,34 @@ def test_map_lies_where_the_tiles_are(study: Study, model: ModelFile, tmp_path: 
     assert sum(result.probabilities) == pytest.approx(1, abs=1e-5)
     draw_map(result, tmp_path / "new" / "map.png")
     assert (tmp_path / "new" / "map.png").stat().st_size > 10_000
+
+
+def test_embeddings_in_a_file_give_the_same_grade(
+    study: Study, model: ModelFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slide = next((study.manifest.parent / "slides").glob("*.tiff"))
+    in_memory = grade_slide(model, slide, batch_size=7)
+    monkeypatch.setattr("slidetl.inference._IN_MEMORY", 20_000)  # 17 of its rows
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    mapped: list[int] = []
+    real = mmap.mmap
+
+    def counted(file: int, size: int) -> mmap.mmap:
+        mapped.append(size)
+        return real(file, size)
+
+    monkeypatch.setattr("mmap.mmap", counted)
+    in_file = grade_slide(model, slide, batch_size=7)
+    assert mapped == [len(in_memory.plan) * model.network.embed(torch.zeros(1, 3, 8, 8).byte()).nbytes]
+    assert not list(tmp_path.iterdir())  # it has no name
+
+    monkeypatch.setattr("tempfile.tempdir", "/dev/full/nowhere")
+    no_room = grade_slide(model, slide, batch_size=7)
+    assert len(mapped) == 1
+    for other in (in_file, no_room):
+        assert other.probabilities == in_memory.probabilities
+        np.testing.assert_array_equal(other.attention, in_memory.attention)
+        np.testing.assert_array_equal(other.tile_grades, in_memory.tile_grades)
 
 
 def test_a_bad_slide_costs_itself_alone(
