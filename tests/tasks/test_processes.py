@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -81,3 +83,35 @@ def test_a_process_may_have_no_slide(runs: Path) -> None:
     alone, shared = (runs / name / "test" / "predictions.csv" for name in ("lone", "lone, tested by 3"))
     assert alone.read_bytes() == shared.read_bytes()
     assert len(read_predictions(alone)) == 1
+
+
+def test_nodes_joined_by_torchrun_count_each_slide_once(study: Study, trained: Path, tmp_path: Path) -> None:
+    """Two nodes, which happen to be one machine, as ``scripts/slurm/fit.sbatch`` says."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
+    command = [*torchrun, "-m", "slidetl", "test", *study.options(tmp_path)]
+    command += ["--ckpt_path", str(trained / "logs" / "version_0" / "checkpoints" / "best.ckpt")]
+    command += ["--trainer.strategy=ddp", "--trainer.num_nodes=2", "--trainer.devices=1"]
+    nodes = [
+        subprocess.Popen(
+            command,
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    try:
+        said = [node.communicate(timeout=240)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert "MEMBER: 2/2" in "".join(said)
+    for file in ("predictions.csv", "metrics.json"):
+        assert (tmp_path / "test" / file).read_bytes() == (trained / "test" / file).read_bytes()
