@@ -15,7 +15,7 @@ from slidetl.cache.features import list_features, read_features, read_source, wr
 from slidetl.cache.store import SlideCache, shard_path
 from slidetl.cli import main
 from slidetl.errors import CacheMismatchError, CacheMissingError, UsageError
-from slidetl.experiments.embed import BlockEmbedder, block_names, embed_cache
+from slidetl.experiments.embed import BlockEmbedder, _dtype, block_names, embed_cache
 from slidetl.models.backbones import Backbone, BackboneSpec, weights_sha256
 from tests.conftest import Study
 
@@ -69,6 +69,12 @@ def test_bfloat16_agrees_to_about_two_digits(cache_dir: Path) -> None:
         assert [read_source(cache, name).precision for name in ("whole", "half")] == ["float32", "bfloat16"]
     with pytest.raises(UsageError, match="--precision must be auto, float32 or bfloat16, not 'half'"):
         embed_cache(cache_dir, SPEC, precision="half")
+
+
+def test_a_gpu_computes_in_bfloat16_unless_told_otherwise() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert (_dtype("auto", gpu), _dtype("auto", cpu)) == (torch.bfloat16, torch.float32)
+    assert (_dtype("float32", gpu), _dtype("bfloat16", cpu)) == (torch.float32, torch.bfloat16)
 
 
 def test_a_network_of_one_channel_embeds_the_luma(cache_dir: Path) -> None:
