@@ -65,7 +65,7 @@ def test_bfloat16_agrees_to_about_two_digits(cache_dir: Path) -> None:
         for block in ("", ".blocks.2"):
             whole = read_features(cache, f"whole{block}").astype(np.float64)
             half = read_features(cache, f"half{block}").astype(np.float64)
-            assert 0 < np.abs(half - whole).mean() < 0.02 * np.abs(whole).mean()
+            assert 0 < np.abs(half - whole).mean() < 0.04 * np.abs(whole).mean()
         assert [read_source(cache, name).precision for name in ("whole", "half")] == ["float32", "bfloat16"]
     with pytest.raises(UsageError, match="--precision must be auto, float32 or bfloat16, not 'half'"):
         embed_cache(cache_dir, SPEC, precision="half")
