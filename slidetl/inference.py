@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import mmap
 import os
 import queue
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -18,7 +21,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from slidetl.cache.tiler import TilePlan, plan_tiles, stream_tiles
 from slidetl.data.datasets import channels_first
@@ -31,7 +33,7 @@ from slidetl.slides import open_slide
 _T = TypeVar("_T")
 _PART = 8192  # tiles whose own grades are computed at a time
 _IN_MEMORY = 64 << 20  # bytes of a slide's embeddings; more of them lie in a file
-_READING = 560  # multiply-adds of a small network that take as long as to read a pixel of JPEG at half scale
+_PASSES = 8  # at a time on a processor; each holds its activations in memory
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Rates:
 
     Attributes:
         everything: tiles per second, from the first read to the grade.
-        network_alone: the same of the network on tiles that lie in memory, right after, with all threads.
+        network_alone: the same of the network on tiles that lie in memory, right after.
         processor_share: processor time of the network alone, as a share of that of everything. Others who
             use the machine disturb it less than they do the clock; on a single core of one's own the
             quotient of the rates is this. None where the network runs elsewhere, on a GPU.
@@ -113,37 +115,6 @@ class SlideGrade:
         }
 
 
-def network_threads(model: ModelFile, threads: int) -> int:
-    """How many of so many threads the network is best given, where the others read.
-
-    Threads are shared out by what a tile costs here and there, for the network by its multiply-adds: by a
-    clock, grades would differ in the seventh decimal from run to run. Beside busy readers the threads of a
-    small network wait for each other (docs/design/loading.md).
-
-    Args:
-        model: on a processor; on a GPU all threads read, and their number is returned.
-        threads: 1 or more.
-    """
-    if next(model.network.parameters()).device.type != "cpu":
-        return threads
-    side = model.card.tile_spec.tile_size_px
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model.network.embed(torch.zeros(1, 3, side, side, dtype=torch.uint8))
-    per_pixel: float = counter.get_total_flops() / 2 / side**2
-    return max(1, round(threads * per_pixel / (per_pixel + _READING)))
-
-
-@contextmanager
-def _torch_threads(most: int) -> Iterator[None]:
-    """Gives networks so many threads at most, and those they had again afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(min(before, most))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def grade_slide(
     model: ModelFile,
     path: Path,
@@ -151,7 +122,6 @@ def grade_slide(
     batch_size: int = 16,
     *,
     threads: int = 1,
-    of_network: int | None = None,
     force: bool = False,
     profile: bool = False,
 ) -> SlideGrade:
@@ -165,9 +135,7 @@ def grade_slide(
         path: the slide.
         mpp_override: micrometres per level-0 pixel, for a slide whose metadata has none.
         batch_size: tiles per pass through the backbone.
-        threads: that work on the slide.
-        of_network: how many of them the network takes, the others read; without it both take what they can
-            get. See :func:`network_threads`.
+        threads: that read and, on a processor, as many that run the network; the kernel shares out.
         force: grade a slide also if it has too little tissue or is unlike the training slides.
         profile: measure the rates; costs a few seconds.
 
@@ -179,8 +147,6 @@ def grade_slide(
     card, network = model.card, model.network
     spec = card.tile_spec
     device = next(network.parameters()).device
-    of_network = of_network or threads
-    readers = threads - of_network or threads
     kept: list[Tensor] = []
     origins: list[NDArray[np.int32]] = []
     tissue = 0.0
@@ -189,10 +155,11 @@ def grade_slide(
         _check_tissue(model, path, plan, force)
         started = _Clocks.now()
         embedded = _Embeddings(len(plan))
-        with _torch_threads(of_network):
-            for batch in _ahead(stream_tiles(slide, plan, batch_size, readers)):
-                tiles = channels_first(batch.pixels)
-                embedded.add(network.embed(tiles.to(device)))
+        # Closed before the slide is, whatever happens: the thread that reads ahead uses it.
+        with contextlib.closing(_ahead(stream_tiles(slide, plan, batch_size, threads))) as batches:
+            read = ((channels_first(batch.pixels), batch) for batch in batches)
+            for part, tiles, batch in _embedded(network, device, threads, read):
+                embedded.add(part)
                 tissue += float(batch.tissue_fraction.sum())
                 origins.append(batch.origins_level0)
                 if profile and len(kept) < 16:
@@ -204,7 +171,7 @@ def grade_slide(
         probabilities, expected, attention = network.grade(embeddings)
         taken = started.since()
         tile_grades = torch.cat([network.grade_tiles(part) for part in torch.split(embeddings, _PART)])
-        rates = _rates(network, kept, device, len(embeddings), taken, of_network) if profile else None
+        rates = _rates(network, device, threads, kept, len(embeddings), taken) if profile else None
     grade = int(probabilities.argmax())
     return SlideGrade(
         slide=path,
@@ -340,26 +307,52 @@ class _Clocks:
 
 
 def _rates(
-    network: Any, batches: list[Tensor], device: torch.device, graded: int, taken: _Clocks, of_network: int
+    network: Any, device: torch.device, threads: int, batches: list[Tensor], graded: int, taken: _Clocks
 ) -> Rates:
     """The rates, once so many tiles were graded in the time taken; the network alone is measured here."""
-    alone = _per_tile(network, batches, device)
-    with _torch_threads(of_network):  # more threads would wait for each other longer
-        as_graded = _per_tile(network, batches, device)
-    share = as_graded.processor / (taken.processor / graded) if device.type == "cpu" else None
-    return Rates(graded / taken.wall, 1 / alone.wall, share)
-
-
-def _per_tile(network: Any, batches: list[Tensor], device: torch.device) -> _Clocks:
     started = _Clocks.now()
+    for_seconds = itertools.takewhile(lambda _: started.since().wall < 3, itertools.cycle(batches))
     done = 0
-    while started.since().wall < 3:
-        for tiles in batches:
-            embedded = network.embed(tiles.to(device))
-            done += len(tiles)
-        float(embedded.sum())  # waits for a GPU
-    taken = started.since()
-    return _Clocks(taken.wall / done, taken.processor / done)
+    for part, _, _ in _embedded(network, device, threads, ((tiles, None) for tiles in for_seconds)):
+        done += len(part)
+    float(part.sum())  # waits for a GPU
+    alone = started.since()
+    share = (alone.processor / done) / (taken.processor / graded) if device.type == "cpu" else None
+    return Rates(graded / taken.wall, done / alone.wall, share)
+
+
+def _embedded(
+    network: Any, device: torch.device, threads: int, batches: Iterable[tuple[Tensor, _T]]
+) -> Generator[tuple[Tensor, Tensor, _T], None, None]:
+    """Batches with their embeddings before them, in order, on a processor several at a time.
+
+    Threads that share a pass wait for each other after every layer, and the longer, the more they are
+    disturbed by those that read; threads with a pass each never wait (docs/design/loading.md).
+    """
+    at_a_time = min(threads, _PASSES) if device.type == "cpu" else 1
+
+    def embed(tiles: Tensor) -> Tensor:
+        with torch.inference_mode():
+            part: Tensor = network.embed(tiles.to(device))
+        return part
+
+    def first() -> tuple[Tensor, Tensor, _T]:
+        part, tiles, of_batch = pending.popleft()
+        return part.result(), tiles, of_batch
+
+    pending: deque[tuple[Future[Tensor], Tensor, _T]] = deque()
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(at_a_time, "network", torch.set_num_threads, (max(1, threads // at_a_time),))
+    try:
+        for tiles, of_batch in batches:
+            pending.append((pool.submit(embed, tiles), tiles, of_batch))
+            if len(pending) > at_a_time:
+                yield first()
+        while pending:
+            yield first()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)  # a part of what a thread sets is everyone's
 
 
 def _ahead(items: Iterable[_T], depth: int = 4) -> Generator[_T, None, None]:

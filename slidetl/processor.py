@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h of glibc
 _KEEP = {
     "MALLOC_MMAP_THRESHOLD_": (_M_MMAP_THRESHOLD, 256 << 20),
     "MALLOC_TRIM_THRESHOLD_": (_M_TRIM_THRESHOLD, 512 << 20),
+    "MALLOC_ARENA_MAX": (_M_ARENA_MAX, 1),
 }
 
 
@@ -17,8 +18,9 @@ def prepare_for_networks() -> None:
 
     glibc hands a freed activation back to the kernel, and takes as much back page by page for the next
     layer: half the time of a training step of MobileNetV2, a third of its forward pass
-    (docs/design/processor.md). Torch's idle threads spin for milliseconds by default, on cores that others
-    could read and decode tiles on.
+    (docs/design/processor.md). All threads share one heap, since those that glibc makes for further ones
+    keep no block of 64 MiB or more. Torch's idle threads spin for milliseconds by default, on cores that
+    others could read and decode tiles on.
 
     The environment hands both on to processes started from here; where it says otherwise already, that
     stands. Without glibc only the environment is set.

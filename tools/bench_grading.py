@@ -94,7 +94,7 @@ def run(options: argparse.Namespace, scratch: Path) -> list[str]:
             f"## Rates on a slide of {options.side} px a side",
             "",
             f"`slidetl grade --profile`; of {options.runs} runs that with the median share. The network "
-            "alone has all threads.",
+            "alone runs in as many threads, on tiles that lie in memory.",
             "",
             "| backbone | tiles | tiles/s with everything on | tiles/s by the network alone | share "
             "| processor time in the network |",

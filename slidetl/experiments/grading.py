@@ -10,7 +10,7 @@ import os
 from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from slidetl.card import ModelCard
 from slidetl.data.manifest import read_manifest, safe_slide_id
 from slidetl.errors import SlideError, UsageError
-from slidetl.inference import Rates, SlideGrade, draw_map, grade_slide, network_threads
+from slidetl.inference import Rates, SlideGrade, draw_map, grade_slide
 from slidetl.model_file import ModelFile, load_model
 from slidetl.processor import hand_back_memory
 from slidetl.report.index import IndexEntry, write_index
@@ -44,7 +44,6 @@ class GradeOptions:
         mpp_override: micrometres per level-0 pixel, or None for the metadata's.
         batch_size: tiles per pass.
         threads: that work on one slide.
-        of_network: how many of them the network takes; set by :func:`grade_slides` for the model at hand.
         force: grade slides too that do not suit the model.
         profile: measure the rates.
         report: write a page (HTML) and a map for QuPath (GeoJSON) for each slide.
@@ -57,7 +56,6 @@ class GradeOptions:
     mpp_override: float | None = None
     batch_size: int = 16
     threads: int = 1
-    of_network: int | None = None
     force: bool = False
     profile: bool = False
     report: bool = False
@@ -123,7 +121,6 @@ def grade_slides(
     names = output_names(slides)
     waiting = [path for path in slides if path not in finished]
     if jobs == 1:
-        options = _shared_out(model, options)
         for path in waiting:
             yield _grade(model, path, names[path], options)
         return
@@ -237,10 +234,6 @@ def output_names(slides: Sequence[Path]) -> dict[Path, str]:
     return names
 
 
-def _shared_out(model: ModelFile, options: GradeOptions) -> GradeOptions:
-    return replace(options, of_network=network_threads(model, options.threads))
-
-
 def _grade(model: ModelFile, path: Path, name: str, options: GradeOptions) -> GradeRow:
     try:
         result = grade_slide(
@@ -249,7 +242,6 @@ def _grade(model: ModelFile, path: Path, name: str, options: GradeOptions) -> Gr
             options.mpp_override,
             options.batch_size,
             threads=options.threads,
-            of_network=options.of_network,
             force=options.force,
             profile=options.profile,
         )
@@ -295,7 +287,7 @@ def _start(options: GradeOptions, threads: int) -> None:
     global _loaded
     torch.set_num_threads(threads)
     model = load_model(options.model, options.device, options.trusted)
-    _loaded = model, _shared_out(model, options)
+    _loaded = model, options
 
 
 def _work(path: Path, name: str) -> GradeRow:
