@@ -131,7 +131,7 @@ def grade_slide(
     alone; those of a large slide lie in a nameless file in the folder for temporary files (``TMPDIR``).
 
     Args:
-        model: as :func:`slidetl.model_file.load_model` returns it.
+        model: as :func:`slidetl.model_file.load_model` returns it, best frozen.
         path: the slide.
         mpp_override: micrometres per level-0 pixel, for a slide whose metadata has none.
         batch_size: tiles per pass through the backbone.
@@ -146,7 +146,7 @@ def grade_slide(
     """
     card, network = model.card, model.network
     spec = card.tile_spec
-    device = next(network.parameters()).device
+    device = model.device
     kept: list[Tensor] = []
     origins: list[NDArray[np.int32]] = []
     tissue = 0.0

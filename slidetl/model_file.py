@@ -10,7 +10,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,23 @@ class ModelFile:
         network: with the methods of :class:`slidetl.export.ExportedNetwork`.
         card: what the file says of itself.
         sha256: of the whole file, hexadecimal.
+        device: where the network runs.
     """
 
     network: Any
     card: ModelCard
     sha256: str
+    device: torch.device
+
+    def frozen(self) -> ModelFile:
+        """For grading only: the weights are constants then, batch normalisation is part of its convolution.
+
+        Mobile networks grade a fifth faster so, in 0.2 GiB less; a grade differs in the seventh decimal
+        (docs/design/loading.md).
+        """
+        with without_deprecation():
+            network = torch.jit.freeze(self.network, ["embed", "grade", "grade_tiles", "novelty"])
+        return replace(self, network=network)
 
 
 def load_model(path: Path, device: str = "cpu", trusted: bool = False) -> ModelFile:
@@ -85,7 +97,7 @@ def load_model(path: Path, device: str = "cpu", trusted: bool = False) -> ModelF
         raise UsageError(
             f"device {device!r} cannot be used: {str(error).splitlines()[0]}; try cpu"
         ) from error
-    return ModelFile(network, card, sha256)
+    return ModelFile(network, card, sha256, torch.device(device))
 
 
 def _check_archive(path: Path) -> None:

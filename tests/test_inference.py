@@ -277,6 +277,21 @@ def test_the_grade_does_not_depend_on_the_number_of_threads(study: Study, model:
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.parametrize("members", [1, 2])
+def test_a_frozen_model_grades_alike(study: Study, trained: Path, tmp_path: Path, members: int) -> None:
+    best = trained / "logs" / "version_0" / "checkpoints" / "best.ckpt"
+    export_model(*build_network([load_grader(best)] * members), tmp_path / "model.pt")
+    model = load_model(tmp_path / "model.pt")
+    frozen = model.frozen()
+    assert (frozen.card, frozen.sha256, frozen.device) == (model.card, model.sha256, torch.device("cpu"))
+    assert not list(frozen.network.parameters())
+    slide = next((study.manifest.parent / "slides").glob("*.tiff"))
+    one, other = grade_slide(model, slide), grade_slide(frozen, slide)
+    np.testing.assert_allclose(other.probabilities, one.probabilities, atol=1e-5)
+    np.testing.assert_allclose(other.attention, one.attention, atol=1e-5)
+    np.testing.assert_allclose(other.tile_grades, one.tile_grades, atol=1e-4)
+
+
 def test_an_error_of_the_network_is_not_lost(study: Study, model: ModelFile) -> None:
     class Broken(torch.nn.Linear):
         def embed(self, tiles: torch.Tensor) -> torch.Tensor:

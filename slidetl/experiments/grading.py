@@ -286,8 +286,7 @@ def _processes(count: int, options: GradeOptions) -> ProcessPoolExecutor:
 def _start(options: GradeOptions, threads: int) -> None:
     global _loaded
     torch.set_num_threads(threads)
-    model = load_model(options.model, options.device, options.trusted)
-    _loaded = model, options
+    _loaded = load_model(options.model, options.device, options.trusted).frozen(), options
 
 
 def _work(path: Path, name: str) -> GradeRow:
