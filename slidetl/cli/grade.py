@@ -117,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError("--resume needs --output, the folder with the results so far")
     if options.report and output is None:
         raise UsageError("--report needs --output, the folder for the pages")
-    model = load_model(options.model, device, options.trust).frozen()
+    model = load_model(options.model, device, options.trust)
     if options.trust:
         trust(model.sha256, options.model.name)
     slides = find_slides(options.slides)

@@ -121,6 +121,7 @@ def grade_slides(
     names = output_names(slides)
     waiting = [path for path in slides if path not in finished]
     if jobs == 1:
+        model = model.frozen()
         for path in waiting:
             yield _grade(model, path, names[path], options)
         return
