@@ -34,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--stain", default="he", help="he, trichrome or sirius")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same bytes")
+    parser.add_argument(
+        "--share-per-grade",
+        type=float,
+        default=0.12,
+        help="fibrotic share of the section that a grade adds, from 0.01 to 0.12; the less, the harder",
+    )
     parser.add_argument("--reader-sd", type=float, default=0.4, help="standard deviation of a reader, grades")
     parser.add_argument(
         "--label",
@@ -62,6 +68,7 @@ def run(options: argparse.Namespace) -> int:
         mpp=options.mpp,
         stain=options.stain,
         seed=options.seed,
+        share_per_grade=options.share_per_grade,
         reader_sd=options.reader_sd,
         label=options.label,
     )

@@ -60,7 +60,10 @@ class ReaderCeiling:
     Attributes:
         reader_sd: standard deviation of a reader's error, in grades, before rounding.
         accuracy, qwk: against one reader's grades.
-        consensus_accuracy, consensus_qwk: against the rounded mean of two readers.
+        consensus_accuracy, consensus_qwk: against the rounded mean of two readers' grades (between two of
+            them, the higher).
+        together_accuracy, together_qwk: against what two readers settle on when they look together: the mean
+            of what each saw before rounding, rounded; its error is smaller by the square root of two.
         qwk_by_attenuation: square root of the readers' QWK with each other; no model of the noise but that
             readers err independently and alike. None where their QWK is not above 0.
         low, high: percentile bounds of ``accuracy`` over resampled patients.
@@ -72,6 +75,8 @@ class ReaderCeiling:
     qwk: float
     consensus_accuracy: float
     consensus_qwk: float
+    together_accuracy: float
+    together_qwk: float
     qwk_by_attenuation: float | None
     low: float
     high: float
@@ -261,6 +266,7 @@ def reader_ceiling(
     agreed = np.zeros((n_grades, n_grades))
     for one, other in itertools.product(scale, scale):
         agreed[:, (one + other + 1) // 2] += shares[0] * reads[:, one] * reads[:, other]
+    together = shares[0][:, None] * _readings_given_truth(deviations / np.sqrt(2), n_grades)[0]
     between = float(qwk_of(grades[:, 0], grades[:, 1], n_grades)(np.ones((1, len(who))))[0])
     drawn = resampled_figures(accuracy, who, n_draws=n_draws, seed=seed)
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
@@ -270,6 +276,8 @@ def reader_ceiling(
         qwk=_qwk_of_table(alone),
         consensus_accuracy=float(np.trace(agreed)),
         consensus_qwk=_qwk_of_table(agreed),
+        together_accuracy=float(np.trace(together)),
+        together_qwk=_qwk_of_table(together),
         qwk_by_attenuation=float(np.sqrt(between)) if between > 0 else None,
         low=float(low),
         high=float(high),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -176,6 +177,24 @@ def calibration_null(
         null_high=float(np.quantile(null, 0.95)),
         p=float((1 + (null >= error - 1e-12).sum()) / (1 + n_draws)),
     )
+
+
+def judged_probabilities(true: ArrayLike, probabilities: ArrayLike) -> dict[str, Any]:
+    """The figures of :class:`~slidetl.evaluation.metrics.ProbabilityMetrics`, by name, and one more.
+
+    ``calibration_error_if_calibrated`` is the mean error of a calibrated model on as many slides: above 0
+    where it is not sure of each, and so what the error beside it is worth.
+
+    Args:
+        true: ``[N]`` whole numbers 0..K-1.
+        probabilities: ``[N, K]``, rows summing to one.
+
+    Raises:
+        ValueError: shapes that do not fit, a grade off the scale, or rows that are no distributions.
+    """
+    null = calibration_null(true, probabilities, n_draws=200)
+    figures = asdict(probability_metrics(true, probabilities))
+    return {**figures, "calibration_error_if_calibrated": null.null_mean}
 
 
 @dataclass(frozen=True)

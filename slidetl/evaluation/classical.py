@@ -418,10 +418,14 @@ def _inner_folds(
     grades: NDArray[np.int64], patients: NDArray[Any], seed: int
 ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
     """Train and test rows; no patient is on both sides, and every row is tested once."""
-    from sklearn.model_selection import StratifiedGroupKFold
+    from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
     n_splits = min(_FOLDS, len(np.unique(patients)), int(np.bincount(grades).max()))
-    folds = StratifiedGroupKFold(max(n_splits, 2), shuffle=True, random_state=seed)
+    folds: GroupKFold | StratifiedGroupKFold
+    if n_splits < 2:  # one slide a grade: nothing to stratify by
+        folds = GroupKFold(2, shuffle=True, random_state=seed)
+    else:
+        folds = StratifiedGroupKFold(n_splits, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
         # A grade with fewer slides than folds cannot be in each, which a choice of penalty can bear.
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)

@@ -328,13 +328,13 @@ class VarianceSplit:
         seed: between repeats (another split, another initialisation) on the same patients; None for one
             repeat.
         fold: between folds of a repeat, beyond what the few patients in each explain. Not cut off at zero,
-            below which it may fall where nothing is to be seen.
+            below which it may fall where nothing is to be seen. None for a single one, as of a given split.
         patient: of the figure averaged over repeats, if other patients had been sampled.
         n_repeats: R.
     """
 
     seed: float | None
-    fold: float
+    fold: float | None
     patient: float
     n_repeats: int
 
@@ -379,23 +379,21 @@ def variance_split(
         seed: of the resampling.
 
     Raises:
-        UsageError: shapes that do not fit, fewer than two folds, or a fold of fewer than two patients.
+        UsageError: shapes that do not fit, or a fold of fewer than two patients.
     """
     truth, rows, numbers = np.asarray(true), np.asarray(predicted), np.asarray(folds)
     who = np.asarray(patients)
     by_fold = figures_per_fold(maker, truth, rows, numbers)
     n_repeats, n_folds = by_fold.shape
-    if n_folds < 2:
-        raise UsageError("a variance between folds needs at least two of them")
     pooled = np.array([maker(truth, of_repeat)(np.ones((1, len(truth))))[0] for of_repeat in rows])
-    within = []
+    within = []  # the variance between the patients of a fold alone
     for of_repeat, number in itertools.product(range(n_repeats), range(n_folds)):
         held = numbers[of_repeat] == number
         figure = maker(truth[held], rows[of_repeat][held])
         within.append(_patient_variance(figure, who[held], n_draws, seed))
     return VarianceSplit(
         seed=float(pooled.var(ddof=1)) if n_repeats > 1 else None,
-        fold=float(by_fold.var(axis=1, ddof=1).mean() - np.mean(within)),
+        fold=float(by_fold.var(axis=1, ddof=1).mean() - np.mean(within)) if n_folds > 1 else None,
         patient=_patient_variance(maker(truth, rows), who, n_draws, seed),
         n_repeats=n_repeats,
     )

@@ -1,4 +1,7 @@
-"""Slides that look alike: the same section scanned twice, cropped anew, or copied under another name."""
+"""Slides that look alike: the same section scanned twice in one frame, or copied under another name.
+
+What was cropped or moved by some per cent is not found by its looks: docs/design/compare.md.
+"""
 
 from __future__ import annotations
 

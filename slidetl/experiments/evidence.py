@@ -22,8 +22,10 @@ def evidence_from(path: Path, coverage: float = 0.9, arm: str | None = None) -> 
     """Reads predictions of slides kept from the training, and sums them up.
 
     Figures are those of the predictions as they are, with BCa intervals over patients, the models held
-    fixed; the temperature is then fitted on the same slides, and the sets of grades on what it makes of
-    them. One number fitted on all of them hardly flatters the sets; check them on folds with
+    fixed. Where a comparison has tempered the probabilities (its column ``temperature``), that is undone:
+    the network to be exported gives them untempered. The temperature is then fitted on the same slides, and
+    the sets of grades on what it makes of them. One number fitted on all of them hardly flatters the sets;
+    check them on folds with
     :func:`slidetl.evaluation.conformal.check_coverage`, as ``slidetl compare`` does.
 
     Args:
@@ -52,6 +54,9 @@ def evidence_from(path: Path, coverage: float = 0.9, arm: str | None = None) -> 
         true = np.array([int(row["grade"]) for row in rows], np.int64)
         probabilities = np.array([[float(row[key]) for key in names] for row in rows], np.float64)
         patients = np.array([row["patient_id"] for row in rows])
+        tempered = np.array([float(row.get("temperature") or 1) for row in rows])
+        if not (tempered > 0).all():
+            raise ValueError(f"temperatures must be above 0, not {tempered.min()}")
     except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, UsageError):
             raise
@@ -69,6 +74,9 @@ def evidence_from(path: Path, coverage: float = 0.9, arm: str | None = None) -> 
         "MAE": mae_of(true, predicted),
     }
     intervals = {name: bca_interval(figure, patients) for name, figure in figures.items()}
+    probabilities = np.stack(
+        [with_temperature(row, 1 / by) for row, by in zip(probabilities, tempered, strict=True)]
+    )
     temperature = fit_temperature(true, probabilities)
     sets = fit_grade_sets(true, with_temperature(probabilities, temperature), patients, risk=1 - coverage)
     return Evidence(

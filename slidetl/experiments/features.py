@@ -16,6 +16,7 @@ from slidetl.cache.store import SlideCache
 from slidetl.data.datamodule import FIVE_GRADES, SlideDataModule
 from slidetl.data.datasets import CachedSlide
 from slidetl.errors import CacheMismatchError, UsageError
+from slidetl.evaluation.calibration import judged_probabilities
 from slidetl.evaluation.classical import (
     LinearGrader,
     Pool,
@@ -28,7 +29,7 @@ from slidetl.evaluation.classical import (
     pool_tiles,
     save_grader,
 )
-from slidetl.evaluation.metrics import GradeMetrics, grade_metrics, probability_metrics
+from slidetl.evaluation.metrics import GradeMetrics, grade_metrics
 from slidetl.tasks.predictions import SlidePrediction, write_predictions
 from slidetl.tasks.slide import describe_metrics, draw_confusion
 
@@ -244,7 +245,7 @@ def _write(
     true = _grades(test)
     metrics = grade_metrics(true, [row.predicted_grade for row in predictions], len(study.grades))
     write_predictions(output / "predictions.csv", predictions)
-    figures = {**asdict(metrics), **asdict(probability_metrics(true, probabilities)), "grades": study.grades}
+    figures = {**asdict(metrics), **judged_probabilities(true, probabilities), "grades": study.grades}
     (output / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     draw_confusion(output / "confusion.png", metrics, study.grades)
     return metrics

@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from slidetl.errors import ModelFileError, UsageError, WeightsError
 from slidetl.models.cbr import CBR
+from slidetl.models.weights import BUNDLED, bundled_weights
 from slidetl.zoo.card import WEIGHTS
 from slidetl.zoo.local import SCHEME, pulled_file
-
-BUNDLED = Path(__file__).parent / "weights"
 
 # Named here, since TorchScript takes a comment on types in the function itself for a type comment.
 _is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined] # torch does not list it
@@ -343,7 +342,7 @@ def read_pretrained(spec: BackboneSpec) -> Pretrained:
         weights = _published_weights(spec)
         return Pretrained(weights, {}, (state_sha256(weights),))
     if spec.pretrained == "procedural":
-        path = BUNDLED / f"procedural_{spec.name}.safetensors"
+        path = bundled_weights(spec.name)
         if not path.is_file():
             have = ", ".join(
                 sorted(file.stem.removeprefix("procedural_") for file in BUNDLED.glob("*.safetensors"))

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from slidetl.errors import SlidetlError
-from slidetl.models.backbones import BUNDLED, Backbone, BackboneSpec, local_weights
+from slidetl.models.backbones import Backbone, BackboneSpec, local_weights
 from slidetl.models.cbr import CBR_NAMES
+from slidetl.models.weights import BUNDLED
 
 # A choice from small to large, and pathology models published in timm's form.
 RECOMMENDED = (

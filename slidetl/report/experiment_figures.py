@@ -401,7 +401,7 @@ def draw_sizes(
         drawn,
         f"{figures[key]} against the number of training slides. {said}.",
         "Figures of arms trained on fewer slides, at fixed hyper-parameters and, where they have epochs, in "
-        "as many steps as on the whole training part, with intervals over patients. "
+        "as many steps as the whole training part has at most, with intervals over patients. "
         "The last point is the whole training part (its mean over folds). Points are moved sideways a "
         "little so that they do not hide each other.",
     )

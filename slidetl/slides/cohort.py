@@ -22,6 +22,7 @@ from slidetl.slides.synthetic import (
     LungSection,
     SiteAppearance,
     SyntheticSlide,
+    grade_of_share,
 )
 
 LABELS = ("truth", "consensus")
@@ -102,8 +103,9 @@ class CohortSlide:
         site: where it was stained and scanned.
         readers: grades 0 to 4 that two noisy readers gave it.
         consensus: the grade on which they settle when they look together: the mean of what each saw, rounded.
-        grade: what the manifest says, ``slide.grade`` or ``consensus``.
-        slide: how it is drawn; ``slide.grade`` is the truth.
+        drawn_grade: what the fibrotic share of the slide means: the truth.
+        grade: what the manifest says, ``drawn_grade`` or ``consensus``.
+        slide: how it is drawn.
     """
 
     slide_id: str
@@ -111,6 +113,7 @@ class CohortSlide:
     site: str
     readers: tuple[int, int]
     consensus: int
+    drawn_grade: int
     grade: int
     slide: SyntheticSlide
 
@@ -127,6 +130,7 @@ class SyntheticCohort:
         mpp: micrometres per pixel of level 0, 0.1 to 8.
         stain: ``he``, ``trichrome`` or ``sirius``.
         seed: of everything.
+        share_per_grade: fibrotic share of the section that a grade adds, 0.01 to 0.12; less is harder.
         reader_sd: standard deviation of each reader's error, grades.
         label: what the manifest gives as the grade: ``truth``, or ``consensus`` of the two readers.
 
@@ -141,6 +145,7 @@ class SyntheticCohort:
     mpp: float = 0.5
     stain: str = "he"
     seed: int = 0
+    share_per_grade: float = SHARE_PER_GRADE
     reader_sd: float = 0.4
     label: str = "truth"
 
@@ -159,6 +164,11 @@ class SyntheticCohort:
             )
         if self.seed < 0:
             raise UsageError(f"seed must not be negative, and is {self.seed}")
+        if not 0.01 <= self.share_per_grade <= SHARE_PER_GRADE:
+            raise UsageError(
+                f"the share per grade must be from 0.01 to {SHARE_PER_GRADE} of the section, not "
+                f"{self.share_per_grade}"
+            )
         if not (math.isfinite(self.reader_sd) and self.reader_sd >= 0):
             raise UsageError(f"reader sd must be a number of grades from 0, not {self.reader_sd}")
         if self.label not in LABELS:
@@ -198,13 +208,14 @@ class SyntheticCohort:
             *read, consensus = np.clip(np.rint([*seen, seen.mean()]), 0, GRADES - 1).astype(int).tolist()
             site = patients[k][1]
             slide = SyntheticSlide(
-                fibrotic_share=float(severity * SHARE_PER_GRADE),
+                fibrotic_share=float(severity * self.share_per_grade),
                 seed=int(rng.integers(1 << 32)),
                 appearance=appearances[site],
                 stain=self.stain,
                 size_px=(self.size_px, self.size_px),
                 mpp=self.mpp,
             )
+            drawn_grade = grade_of_share(slide.fibrotic_share, self.share_per_grade)
             planned.append(
                 CohortSlide(
                     slide_id=f"slide-{number:0{digits}d}",
@@ -212,7 +223,8 @@ class SyntheticCohort:
                     site=f"site-{site}",
                     readers=(read[0], read[1]),
                     consensus=consensus,
-                    grade=slide.grade if self.label == "truth" else consensus,
+                    drawn_grade=drawn_grade,
+                    grade=drawn_grade if self.label == "truth" else consensus,
                     slide=slide,
                 )
             )

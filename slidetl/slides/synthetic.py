@@ -24,7 +24,7 @@ from slidetl.errors import UsageError
 
 GRADES = 5
 SHARE_PER_GRADE = 0.12
-"""Grade k stands for a fibrotic share of the section around ``k * SHARE_PER_GRADE``."""
+"""Unless a cohort says otherwise, grade k stands for a fibrotic share of the section around k times this."""
 
 TRUTH_CELL_UM = 64.0
 """Side of a cell of the truth arrays, micrometres."""
@@ -49,12 +49,13 @@ _DYES: dict[str, tuple[tuple[float, float, float], ...]] = {
 STAINS = tuple(_DYES)
 
 
-def grade_of_share(fibrotic_share: float) -> int:
+def grade_of_share(fibrotic_share: float, share_per_grade: float = SHARE_PER_GRADE) -> int:
     """The grade, 0 to 4, of a slide of whose section ``fibrotic_share`` (0..1) is fibrotic.
 
-    The borders lie at 6, 18, 30 and 42 per cent.
+    The borders lie halfway between the multiples of ``share_per_grade`` (0..1): by default at 6, 18, 30 and
+    42 per cent.
     """
-    return min(GRADES - 1, math.floor(fibrotic_share / SHARE_PER_GRADE + 0.5))
+    return min(GRADES - 1, math.floor(fibrotic_share / share_per_grade + 0.5))
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,6 @@ class SyntheticSlide:
             )
         if not 0.1 <= self.mpp <= 8:
             raise UsageError(f"mpp of a synthetic slide must be from 0.1 to 8 micrometres, not {self.mpp}")
-
-    @property
-    def grade(self) -> int:
-        """The grade that the fibrotic share means."""
-        return grade_of_share(self.fibrotic_share)
 
 
 # --------------------------------------------------------------------------------------------------

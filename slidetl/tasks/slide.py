@@ -25,7 +25,8 @@ from slidetl.data.datasets import Bag, Chunk
 from slidetl.data.manifest import check_scale
 from slidetl.data.tasks import Task
 from slidetl.errors import CheckpointError, UsageError
-from slidetl.evaluation.metrics import GradeMetrics, ProbabilityMetrics, grade_metrics, probability_metrics
+from slidetl.evaluation.calibration import judged_probabilities
+from slidetl.evaluation.metrics import GradeMetrics, grade_metrics
 from slidetl.grid import TileSpec
 from slidetl.models.aggregators import GatedAttention, Pooling
 from slidetl.models.backbones import Backbone, BackboneSpec, weights_sha256
@@ -44,6 +45,10 @@ _T = TypeVar("_T")
 # The form in which jsonargparse takes an instance as the default of a protocol.
 _WARM_RESTART = lazy_instance(WarmRestart)
 _ONE_CYCLE = lazy_instance(OneCycle)
+
+
+# Logged of the probabilities, beside the loss.
+_QUALITY = ("rps", "calibration_error", "calibration_error_if_calibrated")
 
 
 class SlideGrader(pl.LightningModule):
@@ -424,7 +429,7 @@ class SlideGrader(pl.LightningModule):
             folder = Path(self.trainer.default_root_dir) / "test"
             write_predictions(folder / "predictions.csv", predictions)
             self._write_tasks(folder, predictions, outcomes)
-            figures = {**asdict(quality), **asdict(metrics), "grades": self.grades}
+            figures = {**quality, **asdict(metrics), "grades": self.grades}
             if of_tasks:
                 figures["tasks"] = {name: asdict(found) for name, found in of_tasks.items()}
             (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -492,7 +497,7 @@ class SlideGrader(pl.LightningModule):
 
     def _log_metrics(
         self, part: str, predictions: list[SlidePrediction]
-    ) -> tuple[GradeMetrics, ProbabilityMetrics]:
+    ) -> tuple[GradeMetrics, dict[str, Any]]:
         if not predictions:
             raise UsageError(
                 f"the {part} part ended before a slide was complete; raise trainer.limit_{part}_batches"
@@ -501,18 +506,17 @@ class SlideGrader(pl.LightningModule):
         metrics = grade_metrics(
             true, [prediction.predicted_grade for prediction in predictions], len(self.grades)
         )
-        quality = probability_metrics(true, [row.probabilities for row in predictions])
+        quality = judged_probabilities(true, [row.probabilities for row in predictions])
         figures = {
             f"{part}/accuracy": metrics.accuracy,
             f"{part}/balanced_accuracy": metrics.balanced_accuracy,
             f"{part}/qwk": metrics.qwk,
             f"{part}/mae": metrics.mae,
             f"{part}/macro_f1": metrics.macro_f1,
-            f"{part}/rps": quality.rps,
-            f"{part}/calibration_error": quality.calibration_error,
-            f"{part}/loss": quality.log_loss,
+            f"{part}/loss": quality["log_loss"],
+            **{f"{part}/{name}": quality[name] for name in _QUALITY},
         }
-        for threshold, value in enumerate(quality.auroc):
+        for threshold, value in enumerate(quality["auroc"]):
             if value is not None:  # a part with no slide on one side of it has none
                 figures[f"{part}/auroc_above_{threshold}"] = value
         # Every process computed the same figures from all predictions: nothing is left to reduce.

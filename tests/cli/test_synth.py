@@ -6,11 +6,13 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from slidetl.cli import synth
 from slidetl.errors import UsageError
 from slidetl.slides.cohort import SyntheticCohort
+from slidetl.slides.synthetic import SHARE_PER_GRADE
 
 
 def parsed(out: Path, options: str = "") -> argparse.Namespace:
@@ -70,4 +72,19 @@ def test_defaults_are_those_of_the_cohort() -> None:
     assert options.slides == 60
     assert options.workers == len(os.sched_getaffinity(0))
     assert (options.size, options.mpp, options.stain, options.seed) == (4096, 0.5, "he", 0)
-    assert options.label == "truth"
+    assert (options.share_per_grade, options.label) == (SHARE_PER_GRADE, "truth")
+
+
+def test_a_harder_cohort_has_less_fibrosis(tmp_path: Path) -> None:
+    for share in ("0.12", "0.03"):
+        options = "--slides 5 --size 512 --mpp 8 --seed 1000 --workers 1 --share-per-grade "
+        assert synth.run(parsed(tmp_path / share, options + share)) == 0
+
+    def fibrotic_cells(folder: Path) -> float:
+        return sum(
+            float(np.load(path)["collagen_fraction"].sum(dtype=float)) for path in folder.glob("truth/*.npz")
+        )
+
+    manifests = {(tmp_path / share / "manifest.csv").read_text() for share in ("0.12", "0.03")}
+    assert len(manifests) == 1
+    assert fibrotic_cells(tmp_path / "0.03") < 0.4 * fibrotic_cells(tmp_path / "0.12")

@@ -106,6 +106,9 @@ def test_the_ceiling_is_what_the_truth_reaches(sd: float) -> None:
     assert ceiling.consensus_accuracy == pytest.approx((consensus == true).mean(), abs=0.015)
     assert ceiling.consensus_qwk == pytest.approx(quadratic_weighted_kappa(true, consensus, 5), abs=0.01)
     assert ceiling.qwk_by_attenuation == pytest.approx(ceiling.qwk, abs=0.01)
+    together = read(true, sd / np.sqrt(2), rng)  # the mean of two errors, before it is rounded
+    assert ceiling.together_accuracy == pytest.approx((together == true).mean(), abs=0.015)
+    assert ceiling.together_qwk == pytest.approx(quadratic_weighted_kappa(true, together, 5), abs=0.01)
 
 
 def test_the_interval_of_the_ceiling_covers_it() -> None:

@@ -316,3 +316,11 @@ def test_a_tile_classifier_grades_slides_and_leaves_out_what_does_not_count() ->
         fit_tile_grader(
             slides[:40], labels[:40], [*values, 1], [*ignore, False], grades[:40], patients[:40], 5
         )
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_one_slide_a_grade_is_enough_to_fit(fit: Any) -> None:
+    """As an inner fold of a small study may have it."""
+    x = np.random.default_rng(0).normal(size=(5, 3)) + np.arange(5)[:, None]
+    probabilities = fit(x, np.arange(5), np.arange(5), 5).probabilities(x)
+    np.testing.assert_allclose(probabilities.sum(1), 1)

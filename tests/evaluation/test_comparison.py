@@ -240,5 +240,12 @@ def test_variance_between_folds_is_found() -> None:
     assert split.seed is None and split.n_repeats == 1
     assert split.fold == pytest.approx(np.var([0.2, 0.5, 0.9], ddof=1), rel=0.5)
     assert split.standard_error == pytest.approx(np.sqrt(0.25 / 90), rel=0.1)
-    with pytest.raises(UsageError, match="at least two of them"):
-        variance_split(accuracy_of, np.ones(90, int), right[None], np.zeros((1, 90), int), np.arange(90))
+
+
+def test_a_single_fold_still_tells_seeds_from_patients() -> None:
+    rng = np.random.default_rng(0)
+    right = rng.random((2, 200)) < np.array([[0.5], [0.7]])
+    split = variance_split(accuracy_of, np.ones(200, int), right, np.zeros((2, 200), int), np.arange(200))
+    assert split.fold is None
+    assert split.seed == pytest.approx(np.var(right.mean(1), ddof=1))
+    assert split.patient == pytest.approx(right.mean(0).var(ddof=1) / 200, rel=0.1)

@@ -77,6 +77,7 @@ def test_grades_the_test_part_of_the_common_split(
     # On a dozen slides a model that knows no order does less, and a tree finds nothing to split.
     assert figures["qwk"] >= {"ridge": 0.8, "ordinal": 0.8, "logistic": 0.4, "trees": 0}[model]
     assert 0 <= figures["rps"] <= 1
+    assert 0 <= figures["calibration_error"] <= 1 and 0 <= figures["calibration_error_if_calibrated"] < 1
     assert (output / "confusion.png").stat().st_size > 1000
     assert (output / "model.npz").exists() == (model != "trees")
     assert f"accuracy {figures['accuracy']:.3f}" in capsys.readouterr().out

@@ -15,13 +15,13 @@ from sklearn.datasets import load_sample_image
 
 from slidetl.errors import UsageError, WeightsError
 from slidetl.models.backbones import (
-    BUNDLED,
     Backbone,
     BackboneSpec,
     find_weights,
     local_weights,
     weights_sha256,
 )
+from slidetl.models.weights import BUNDLED
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "resnet18"])

@@ -31,38 +31,38 @@ def test_patients_stay_at_one_site_and_near_one_grade(
     assert len(plan) == len({entry.slide_id for entry in plan}) == patients + more
     by_patient: dict[str, list[int]] = {}
     for entry in plan:
-        by_patient.setdefault(entry.patient_id, []).append(entry.slide.grade)
+        by_patient.setdefault(entry.patient_id, []).append(entry.drawn_grade)
     assert len(by_patient) == patients
     assert all(max(grades) - min(grades) <= 1 for grades in by_patient.values())
     sites_of = {(entry.patient_id, entry.site) for entry in plan}
     assert len(sites_of) == patients
     assert len({site for _, site in sites_of}) == sites
     if patients >= 5 * np.lcm(5, sites):
-        assert len({(entry.site, entry.slide.grade) for entry in plan}) == GRADES * sites
+        assert len({(entry.site, entry.drawn_grade) for entry in plan}) == GRADES * sites
 
 
 @pytest.mark.parametrize(("slides", "patients"), [(60, 48), (72, 58), (100, 80), (33, 33)])
 @pytest.mark.parametrize("seed", [1000, 1001, 1002])
 def test_grades_are_balanced(slides: int, patients: int, seed: int) -> None:
     plan = SyntheticCohort(slides, patients, 3, seed=seed).plan()
-    counts = Counter(entry.slide.grade for entry in plan)
+    counts = Counter(entry.drawn_grade for entry in plan)
     assert max(counts.values()) - min(counts[grade] for grade in range(GRADES)) <= 1
 
 
 def test_readers_scatter_around_the_truth() -> None:
     plan = SyntheticCohort(400, 400, 3, seed=1000).plan()
-    truth = np.array([entry.slide.grade for entry in plan])
+    truth = np.array([entry.drawn_grade for entry in plan])
     readers = np.array([entry.readers for entry in plan])
     assert 0.65 < (readers == truth[:, None]).mean() < 0.9
     assert 0.5 < (readers[:, 0] == readers[:, 1]).mean() < 0.85
     assert np.abs(readers - truth[:, None]).max() <= 2
     exact = SyntheticCohort(50, 50, 3, seed=1000, reader_sd=0).plan()
-    assert all(entry.readers == (entry.slide.grade, entry.slide.grade) for entry in exact)
+    assert all(entry.readers == (entry.drawn_grade, entry.drawn_grade) for entry in exact)
 
 
 def test_readers_who_look_together_err_less_than_either_alone() -> None:
     plan = SyntheticCohort(400, 400, 3, seed=1000, label="consensus").plan()
-    truth = np.array([entry.slide.grade for entry in plan])
+    truth = np.array([entry.drawn_grade for entry in plan])
     consensus = np.array([entry.consensus for entry in plan])
     readers = np.array([entry.readers for entry in plan])
     # Of two errors, normal with sd 0.4 each, the mean has sd 0.28; with the slide's own place within
@@ -75,8 +75,17 @@ def test_readers_who_look_together_err_less_than_either_alone() -> None:
     assert [entry.slide for entry in drawn] == [entry.slide for entry in plan]
 
 
+def test_a_smaller_share_per_grade_draws_less_fibrosis_for_the_same_grades_and_readers() -> None:
+    usual = SyntheticCohort(60, 48, 3, seed=1000).plan()
+    harder = SyntheticCohort(60, 48, 3, seed=1000, share_per_grade=0.06).plan()
+    for a, b in zip(usual, harder, strict=True):
+        assert b.slide.fibrotic_share == pytest.approx(a.slide.fibrotic_share / 2)
+        assert grade_of_share(b.slide.fibrotic_share, 0.06) == b.drawn_grade == a.drawn_grade
+        assert (b.readers, b.consensus, b.slide.seed) == (a.readers, a.consensus, a.slide.seed)
+
+
 def test_neither_names_nor_order_tell_the_grade() -> None:
-    grades = [entry.slide.grade for entry in SyntheticCohort(300, 300, 3, seed=1000).plan()]
+    grades = [entry.drawn_grade for entry in SyntheticCohort(300, 300, 3, seed=1000).plan()]
     assert abs(np.corrcoef(grades, np.arange(300))[0, 1]) < 0.15
     assert abs(np.corrcoef(grades[1:], grades[:-1])[0, 1]) < 0.15
 
@@ -121,7 +130,7 @@ def test_written_cohort(tmp_path: Path) -> None:
             assert truth["collagen_fraction"].dtype == np.float16
             share = truth["collagen_fraction"].sum(dtype=float) / truth["tissue_fraction"].sum(dtype=float)
             assert truth["lesion_fraction"].shape == (49, 49)  # 3120 micrometres in cells of 64
-        assert grade_of_share(share) == entry.slide.grade == int(row["grade"])
+        assert grade_of_share(share) == entry.drawn_grade == int(row["grade"])
 
 
 def test_same_seed_same_bytes_whatever_the_workers(tmp_path: Path) -> None:
@@ -163,6 +172,8 @@ def test_a_folder_in_use_is_left_alone_unless_overwriting_is_allowed(tmp_path: P
         ({"stain": "pas"}, "not 'pas'"),
         ({"seed": -1}, "seed"),
         ({"reader_sd": float("nan")}, "reader sd"),
+        ({"share_per_grade": float("nan")}, "share per grade must be from 0.01 to 0.12"),
+        ({"share_per_grade": 0.13}, "share per grade must be from 0.01 to 0.12"),
         ({"label": "reader1"}, "label must be one of truth, consensus, not 'reader1'"),
     ],
 )

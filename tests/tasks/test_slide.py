@@ -344,3 +344,4 @@ def test_predictions_say_whose_they_are_and_by_which_weights(trained: Path) -> N
     expected = log_loss([row.grade for row in rows], probabilities, labels=range(5))
     assert figures["log_loss"] == pytest.approx(expected, rel=1e-4)
     assert len(figures["auroc"]) == 4 and 0 <= figures["rps"] <= 1
+    assert 0 <= figures["calibration_error"] <= 1 and 0 < figures["calibration_error_if_calibrated"] < 1

@@ -155,14 +155,16 @@ class Comparison:
             number of epochs.
         sizes: smaller training parts, too.
         permutations: of the labels, too.
-        tile_draws: times that each test slide is graded by a bag of ``data.bag_size`` tiles drawn anew, for
-            the repeatability of its score; 0: not at all.
+        tile_draws: times that each test slide is graded by as many tiles as it has, drawn from them with
+            replacement, for the repeatability of its score; 0: not at all.
         bootstrap_draws: resamples of the patients for each interval.
         near_duplicates: correlation of two thumbnails from which on they count as one slide; 0 does not look.
         duplicates: what is done about slides that are the same, or look alike: ``stop``; or ``join``, which
             takes them for slides of one patient. Of such that a given split has in several parts, those of
             the test are kept, or else of the validation part; the others are left out.
         groups: two groups of slides whose scores are compared; None for no such comparison.
+        referral_risks: shares of patients with a wrong grade, between 0 and 1, that one may choose to bear
+            where the least sure slides are left to a human.
     """
 
     manifest: str
@@ -180,6 +182,7 @@ class Comparison:
     near_duplicates: float = 0.95
     duplicates: Literal["stop", "join"] = "stop"
     groups: Groups | None = None
+    referral_risks: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3])
 
     def __post_init__(self) -> None:
         if len(self.grades) < 2 or len(set(self.grades)) < len(self.grades):
@@ -189,6 +192,9 @@ class Comparison:
                 raise UsageError(f"{name} must be at least {least}, not {getattr(self, name)}")
         if not 0 <= self.near_duplicates <= 1:
             raise UsageError(f"near_duplicates must be from 0 to 1, not {self.near_duplicates}")
+        for risk in self.referral_risks:
+            if not 0 < risk < 1:
+                raise UsageError(f"referral_risks must lie between 0 and 1, not {risk}")
         for name in self.arms:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", name):
                 raise UsageError(f"the name of an arm has letters, digits and _ . + - only, not {name!r}")

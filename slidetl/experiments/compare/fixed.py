@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -10,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from slidetl.cache.features import read_features
 from slidetl.cache.store import SlideCache
 from slidetl.data.manifest import ManifestRow
+from slidetl.evaluation.calibration import fit_temperature
 from slidetl.evaluation.classical import Grader, fit_logistic, fit_ridge, fit_trees, pool_tiles
 from slidetl.evaluation.metrics import probability_metrics
 from slidetl.experiments.colour import collagen_features, colour_features
@@ -23,9 +25,12 @@ _SMOOTHING = 1.0  # a grade that a site's training slides lack is not impossible
 
 
 def grade_by_features(job: Job) -> UnitResult:
-    """Fits a classical model on stored features; it chooses its own penalty over the training patients."""
+    """Fits a classical model on stored features; it chooses its own penalty over the training patients.
+
+    Where there are inner folds, models of these give the temperature that calibrates the whole one.
+    """
     recipe = job.unit.recipe["classical"]
-    fold = job.unit.fold
+    fold, n_grades = job.unit.fold, len(job.grades)
 
     def pooled(caches: Sequence[SlideCache]) -> NDArray[np.float64]:
         rows = []
@@ -34,10 +39,22 @@ def grade_by_features(job: Job) -> UnitResult:
             rows.append(pool_tiles(joined, recipe["pool"], recipe["k"]))
         return np.stack(rows)
 
-    train, test = job.open(fold.train), job.open(fold.test)
-    grades, patients = _labels(job.part(fold.train))
-    predict = _fitted(MODELS[recipe["model"]], pooled(train), grades, patients, len(job.grades), fold.seed)
-    return _result(job, test, predict(pooled(test)))
+    def graded(
+        train: Sequence[str], other: Sequence[str]
+    ) -> tuple[Sequence[SlideCache], NDArray[np.float64]]:
+        caches = job.open(other)
+        grades, patients = _labels(job.part(train))
+        x = pooled(job.open(train))
+        predict = _fitted(MODELS[recipe["model"]], x, grades, patients, n_grades, fold.seed)
+        return caches, predict(pooled(caches))
+
+    temperature = 1.0
+    if fold.inner:
+        held_out = [graded(inner.train, inner.validation)[1] for inner in fold.inner]
+        truth = [grade for inner in fold.inner for grade in _labels(job.part(inner.validation))[0]]
+        temperature = fit_temperature(truth, np.concatenate(held_out))
+    result = _result(job, *graded(fold.train, fold.test))
+    return replace(result, temperature=temperature, nested=bool(fold.inner))
 
 
 def grade_by_baseline(job: Job) -> UnitResult:

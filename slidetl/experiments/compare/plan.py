@@ -25,10 +25,11 @@ from slidetl.evaluation.protocol import (
     subsample,
 )
 from slidetl.experiments.compare.config import EPOCHS, Comparison
+from slidetl.models.weights import bundled_weights
 from slidetl.zoo.local import SCHEME, pulled_card
 
 # Raised whenever the same unit would be computed otherwise, or be written otherwise.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -296,8 +297,12 @@ def _features_sha256(study: Study, name: str) -> str:
 
 
 def _weights_sha256(config: dict[str, Any]) -> str:
-    """Of the file or pulled model that the pretrained weights come from; empty for those known by name."""
-    source = str(config["model"].get("backbone", {}).get("pretrained", ""))
+    """Of the file or pulled model that the pretrained weights come from; empty where timm looks them up."""
+    backbone = config["model"].get("backbone", {})
+    source = str(backbone.get("pretrained", "procedural"))
+    if source == "procedural":
+        path = bundled_weights(backbone.get("name", ""))
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
     if source.startswith(SCHEME):
         return pulled_card(source.removeprefix(SCHEME)).model.weights_sha256
     path = Path(source)

@@ -69,23 +69,27 @@ class UnitProgress:
         if not self._console.is_terminal:
             n_done = self._total - sum(self._left.values())
             what = f"failed: {reason}" if reason else f"{result.seconds if result else 0:.0f} s"
-            left = _minutes(self._remaining())
-            line = f"[{n_done}/{self._total}] {unit.label}: {what}; about {left} left"
+            line = f"[{n_done}/{self._total}] {unit.label}: {what}; {self._time_left()}"
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
         self._show()
 
     def table(self) -> Table:
         """Arms by what is done, failed and left, and the time for it."""
-        title = f"{_minutes(time.monotonic() - self._started)} gone, about {_minutes(self._remaining())} left"
+        title = f"{_minutes(time.monotonic() - self._started)} gone, {self._time_left()}"
         table = Table("arm", "done", "failed", "left", "mean", "left for", title=title)
         expected = self._expected()
         for arm in sorted({*self._there, *self._left}):
             left = self._left[arm]
             mean = f"{expected[arm]:.0f} s" if arm in expected else ""
-            time_left = _minutes(left * expected[arm] / self._jobs) if left and arm in expected else ""
+            time_left = _minutes(left * expected[arm] / self._at_a_time()) if left and arm in expected else ""
             failed = str(self._failed[arm] or "")
             table.add_row(arm, str(self._there[arm]), failed, str(left), mean, time_left)
         return table
+
+    def _time_left(self) -> str:
+        if any(self._left.values()) and not self._seconds:
+            return "how much is left is not known yet"
+        return f"about {_minutes(self._remaining())} left"
 
     def _expected(self) -> Mapping[str, float]:
         """Seconds for a unit of each arm that was computed."""
@@ -95,7 +99,12 @@ class UnitProgress:
         """Seconds; an arm of which nothing is known is taken for the mean of the others."""
         expected = self._expected()
         mean = sum(expected.values()) / len(expected) if expected else 0.0
-        return sum(left * expected.get(arm, mean) for arm, left in self._left.items()) / self._jobs
+        return sum(left * expected.get(arm, mean) for arm, left in self._left.items()) / self._at_a_time()
+
+    def _at_a_time(self) -> float:
+        """Units: those of this machine, or as many as a cluster turns out to do."""
+        computed = sum(sum(values) for values in self._seconds.values())
+        return max(self._jobs, computed / max(time.monotonic() - self._started, 1.0))
 
     def _show(self) -> None:
         if self._console.is_terminal:

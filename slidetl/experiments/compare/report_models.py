@@ -16,7 +16,7 @@ from slidetl.experiments.compare.learning import (
     learning_of,
 )
 from slidetl.experiments.compare.report_view import NONE, View, p_value, three
-from slidetl.experiments.compare.result import REFERRAL_RISKS, RISK, ArmResult
+from slidetl.experiments.compare.result import RISK, ArmResult
 from slidetl.report.experiment import Part, Table
 from slidetl.report.experiment_figures import (
     LearningCurve,
@@ -165,7 +165,8 @@ def calibration(view: View) -> tuple[Part, ...]:
         for arm in view.arms
     )
     source = (
-        "Probabilities are calibrated by one temperature from the inner folds."
+        "Probabilities are calibrated by one temperature from the inner folds, except those of the trivial "
+        "arms."
         if view.protocol.is_nested
         else "Probabilities are as the networks gave them: without inner folds there is no temperature."
     )
@@ -290,9 +291,12 @@ def referral(view: View) -> tuple[Part, ...]:
             "those with a slide that it grades, have a wrong grade. None: then every slide goes to a human. "
             f"Even without an error, {view.n_patients} patients cannot show a risk below "
             f"{percent(_least_risk(view.n_patients, level))}.",
-            ("Arm", *(f"at most {percent(risk)} of patients wrong" for risk in REFERRAL_RISKS)),
+            (
+                "Arm",
+                *(f"at most {percent(risk)} of patients wrong" for risk in view.comparison.referral_risks),
+            ),
             tuple(
-                (name, *(_ruled(referral_rule(curve, risk)) for risk in REFERRAL_RISKS))
+                (name, *(_ruled(referral_rule(curve, risk)) for risk in view.comparison.referral_risks))
                 for name, curve in shown.items()
             ),
         )
@@ -317,10 +321,10 @@ def score(view: View) -> tuple[Part, ...]:
 def _repeatability(view: View) -> tuple[Part, ...]:
     known = [(arm.arm, arm.repeatability) for arm in view.arms if arm.repeatability is not None]
     if not known:
-        return ("No arm grades a slide by a draw of its tiles, so its score repeats itself exactly.",)
+        return ("No arm grades slides of several tiles by a network, so there is nothing to draw from.",)
     return (
-        "Beside its grade a slide has a continuous score, the expected grade. A network that looks at a "
-        "part of the tiles gives another score for another draw.",
+        "Beside its grade a slide has a continuous score, the expected grade. Other tiles of the same tissue "
+        "would give another one: each draw takes as many tiles as the slide has, with replacement.",
         Table(
             "Spread of the score over draws of tiles. A change of one slide's score below the minimal "
             "detectable change is noise of the draw (95\N{NO-BREAK SPACE}%). ICC: share of a single draw's "

@@ -31,6 +31,7 @@ _BASELINES = {
     "collagen": "area stained as collagen, by colour deconvolution; the best of three classifiers",
 }
 _PATIENT_BY = {"worst": "each by the worst of its slides", "mean": "each by the mean of its slides"}
+_DIFFERENCE = ("Difference", "p, sign flips", "p, after Holm", "Difference over folds", "p, corrected t")
 _SOFTWARE = ("torch", "pytorch-lightning", "timm", "scikit-learn", "scipy", "numpy")
 
 
@@ -155,18 +156,26 @@ def others(view: View) -> tuple[Part, ...]:
         Table(
             f"Paired differences in {view.name}, arm minus {against}. Sign flips swap the arms' grades of "
             "whole patients, in the first repeat; the corrected t (Nadeau and Bengio) is over folds.",
-            (
-                "Arm",
-                "Difference",
-                "p, sign flips",
-                "p, after Holm",
-                "Difference over folds",
-                "p, corrected t",
-            ),
+            ("Arm", *_DIFFERENCE),
             tuple(_difference_row(pair) for pair in rows),
             strong=(0,) if declared else (),
         ),
+        *_on_fewer_slides(view),
         *_against_chance(view),
+    )
+
+
+def _on_fewer_slides(view: View) -> tuple[Part, ...]:
+    pairs = view.result.smaller_differences
+    if not pairs:
+        return ()
+    return (
+        Table(
+            "The same differences where both arms were trained on fewer slides, at fixed hyper-parameters: "
+            "a family of its own, corrected after Holm, the declared pair among it.",
+            ("Arm", "Training slides", *_DIFFERENCE),
+            tuple((pair.arm, str(pair.n_slides), *_difference_row(pair)[1:]) for pair in pairs),
+        ),
     )
 
 
@@ -193,7 +202,9 @@ def readers(view: View) -> tuple[Part, ...]:
             )
         )
     else:
-        parts.append("One reader alone: agreement, and the ceiling that it sets, cannot be known.")
+        several = result.readings.shape[1] > 1
+        who = "No two readers graded slides of two patients" if several else "One reader alone"
+        parts.append(f"{who}: agreement, and the ceiling that it sets, cannot be known.")
     if ceiling is not None:
         known = _ceiling(view)
         by_other = (
@@ -204,10 +215,11 @@ def readers(view: View) -> tuple[Part, ...]:
         parts.append(
             "The readers' noise sets a ceiling. A model that always told the true grade would, judged by one "
             f"reader, reach an accuracy of {ceiling.accuracy:.2f} [{ceiling.low:.2f}, {ceiling.high:.2f}] "
-            f"and a QWK of {ceiling.qwk:.2f}{by_other}; judged by the consensus of two, "
-            f"{ceiling.consensus_accuracy:.2f} and {ceiling.consensus_qwk:.2f}. A reader's error has a "
-            f"standard deviation of {ceiling.reader_sd:.2f} grades. Errors that readers share are not in it, "
-            "so the true ceiling may be lower."
+            f"and a QWK of {ceiling.qwk:.2f}{by_other}; judged by the rounded mean of two readers' grades, "
+            f"{ceiling.consensus_accuracy:.2f} and {ceiling.consensus_qwk:.2f}; by what two settle on when "
+            f"they look together, {ceiling.together_accuracy:.2f} and {ceiling.together_qwk:.2f}. A reader's "
+            f"error has a standard deviation of {ceiling.reader_sd:.2f} grades. Errors that readers share "
+            "are not in it, so the true ceiling may be lower."
             + ("" if known is None else f" The forest plot shows that for {known[1]}.")
         )
     declared = (view.comparison.primary.arm, view.comparison.primary.against)
@@ -297,6 +309,11 @@ def sites(view: View) -> tuple[Part, ...]:
                 ),
             )
         )
+    elif len(set(result.site_of)) > 1:
+        parts.append(
+            "How well features tell the site is not known: that takes an arm on stored features, sites of "
+            "two patients or more, and patients of one site each."
+        )
     for name, _ in shown:
         table = _by_place(view, name)
         if table is not None:
@@ -313,14 +330,14 @@ def power(view: View) -> tuple[Part, ...]:
             Table(
                 f"Where the variance of {view.name} comes from, as standard deviations: another split and "
                 "initialisation (seed), another fold of the same patients beyond what its few patients "
-                "explain, other patients to grade. Seed is unknown with one repeat; a fold's share may fall "
-                "below zero, where it is shown as 0.",
+                "explain, other patients to grade. Seed is unknown with one repeat, fold with one fold; a "
+                "fold's share may fall below zero, where it is shown as 0.",
                 ("Arm", "Seed", "Fold", "Patient", "Standard error of the figure"),
                 tuple(
                     (
                         name,
                         NONE if found.seed is None else f"{np.sqrt(max(found.seed, 0)):.3f}",
-                        f"{np.sqrt(max(found.fold, 0)):.3f}",
+                        NONE if found.fold is None else f"{np.sqrt(max(found.fold, 0)):.3f}",
                         f"{np.sqrt(max(found.patient, 0)):.3f}",
                         f"{found.standard_error:.3f}",
                     )
@@ -348,7 +365,7 @@ def power(view: View) -> tuple[Part, ...]:
                 ),
             )
         )
-    return tuple(parts) or ("A single fold splits no variance.",)
+    return tuple(parts) or ("A fold has a single patient: no variance can be split.",)
 
 
 def limits(view: View) -> tuple[Part, ...]:
@@ -374,8 +391,9 @@ def limits(view: View) -> tuple[Part, ...]:
         )
     else:
         said.append(
-            "Above the ceiling that the readers' noise sets, a higher figure means a model that has learned "
-            "the readers' habits, not one that grades better."
+            "Above the ceiling that the readers' noise sets, a higher figure means chance, or a model that "
+            "has learned the readers' habits, not one that grades better. The ceiling is per slide"
+            + ("." if protocol.unit == "slide" else "; the figures beside it are per patient.")
         )
     if len(set(view.result.site_of)) > 1 and not protocol.leave_one_site_out:
         said.append(
@@ -438,10 +456,15 @@ def _ceiling(view: View) -> tuple[float, str] | None:
         return None
     one, other = view.result.readings[:, 0], view.result.readings[:, 1]
     both = (one >= 0) & (other >= 0)
-    of_both = np.array_equal((one + other + 1)[both] // 2, view.result.true[both])
-    if of_both and view.result.readings.shape[1] == 2:
+    one, other, labels = one[both], other[both], view.result.true[both]
+    if np.array_equal(labels, one) or np.array_equal(labels, other):
+        return (found.qwk if name == "qwk" else found.accuracy), "one reader, whose grades the labels are"
+    if np.array_equal((one + other + 1) // 2, labels):
         value = found.consensus_qwk if name == "qwk" else found.consensus_accuracy
-        return value, "the consensus of both readers, which the labels are"
+        return value, "the rounded mean of both readers' grades, which the labels are"
+    if ((np.minimum(one, other) <= labels) & (labels <= np.maximum(one, other))).all():
+        value = found.together_qwk if name == "qwk" else found.together_accuracy
+        return value, "what both readers settle on, between their grades, as the labels lie"
     return (found.qwk if name == "qwk" else found.accuracy), "one reader"
 
 
@@ -463,7 +486,9 @@ def _what_it_is(view: View, name: str) -> tuple[str, str]:
     if arm.classical is not None:
         pool = arm.classical.pool + (f" {arm.classical.k}" if arm.classical.pool == "top-k" else "")
         features = " and ".join(arm.classical.features)
-        return f"{arm.classical.model} on stored features ({features}), {pool} pooling", "its penalty"
+        return f"{arm.classical.model} on stored features ({features}), {pool} pooling", (
+            NONE if arm.classical.model == "trees" else "its penalty"
+        )
     config = view.comparison.fit_config(name)
     model, trainer = config["model"], config["trainer"]
     parts = [_named(model.get("transfer"), "as 'slidetl fit' by default")]
@@ -484,16 +509,16 @@ def _against_chance(view: View) -> tuple[Part, ...]:
     tested = [arm for arm in view.arms if arm.chance_p is not None]
     if not tested:
         return ()
-    n = view.comparison.permutations.n
     return (
         Table(
-            f"Against chance: {view.name} against {n} whole cross-validations refitted on labels permuted "
-            f"over patients. The least p that so many can give is {1 / (n + 1):.3f}.",
-            ("Arm", view.name, "p"),
+            f"Against chance: {view.name} against whole cross-validations refitted on labels permuted over "
+            "patients. The least p that n of them can give is 1 / (n + 1).",
+            ("Arm", view.name, "Refits", "p"),
             tuple(
                 (
                     arm.arm,
                     spoken(arm.figures[view.comparison.primary.figure]),
+                    str(arm.n_permuted),
                     p_value(arm.chance_p) if arm.chance_p is not None else NONE,
                 )
                 for arm in tested

@@ -62,10 +62,8 @@ from slidetl.experiments.compare.groups import GroupShift, members_of, shift_bet
 from slidetl.experiments.compare.plan import Study, Unit
 from slidetl.experiments.compare.unit import UnitResult
 
-# Share of patients that the sets of grades may miss; shares of them with a wrong grade that one may choose to
-# bear, for slides left to a human; and accuracies whose difference the power table is about.
+# Share of patients that the sets of grades may miss; accuracies whose difference the power table is about.
 RISK = 0.1
-REFERRAL_RISKS = (0.1, 0.2, 0.3)
 _ACCURACIES = ((0.56, 0.56), (0.56, 0.60), (0.56, 0.64), (0.56, 0.68), (0.56, 0.72), (0.56, 0.80))
 
 
@@ -101,7 +99,7 @@ class ArmResult:
         by_repeat: the same figures for each repeat alone.
         quality: per threshold and over all, of ``results`` in the first repeat.
         confusion: ``[K, K]``, true by predicted, of ``results``, summed over repeats.
-        variance: of the primary figure by seed, fold and patient; None for a single fold.
+        variance: of the primary figure by seed, fold and patient; None where a fold has a single patient.
         slope, null, bins: calibration in the first repeat, per slide.
         untempered: the same arm without its temperatures; None for an arm without inner folds.
         sets: coverage of sets of grades that miss one in ten patients; None for a single fold.
@@ -111,6 +109,7 @@ class ArmResult:
         repeatability: of the score over draws of tiles; None for arms without.
         group_shift: of the score between the groups that the configuration names; None without.
         chance_p: of the primary figure, against refits on permuted labels; None where there were none.
+        n_permuted: how many of these refits are complete.
         units: each with what it found.
     """
 
@@ -137,6 +136,7 @@ class ArmResult:
     repeatability: Repeatability | None
     group_shift: GroupShift | None
     chance_p: float | None
+    n_permuted: int
     units: tuple[tuple[Unit, UnitResult], ...]
 
     @property
@@ -156,11 +156,13 @@ class PairedDifference:
         corrected_t: over folds; None where there is only one.
         sign_flip: on the first repeat.
         p_holm: of the sign-flip test, corrected over the family of all pairs but the primary one, which is
-            outside of it; None for the primary one.
+            outside of it; None for the primary one. Smaller training parts are a family of their own.
+        n_slides: that both were trained on in each fold, of a smaller training part; None for the whole one.
     """
 
     arm: str
     against: str
+    n_slides: int | None
     figure: Figure
     interval: Interval
     corrected_t: CorrectedT | None
@@ -185,6 +187,7 @@ class ComparisonResult:
         arms: those that are complete, the primary ones first.
         smaller: arms on smaller training parts.
         differences: of all other arms and the one that the primary is compared against.
+        smaller_differences: the same on smaller training parts, the declared pair among them.
         incomplete: arms with units that are not done: how many are, and how many there are.
         readers: their agreement.
         ceiling: what two readers' noise leaves to be reached; None with fewer than two of them.
@@ -207,6 +210,7 @@ class ComparisonResult:
     arms: tuple[ArmResult, ...]
     smaller: tuple[ArmResult, ...]
     differences: tuple[PairedDifference, ...]
+    smaller_differences: tuple[PairedDifference, ...]
     incomplete: Mapping[str, tuple[int, int]]
     readers: tuple[Agreement, ...]
     ceiling: ReaderCeiling | None
@@ -279,6 +283,7 @@ def combine(
         arms=arms,
         smaller=smaller,
         differences=differences,
+        smaller_differences=pooling.smaller_differences(smaller),
         incomplete=incomplete,
         **pooling.about_the_study({unit.arm for unit, _ in done}),
     )
@@ -339,7 +344,7 @@ class _Pooling:
             confusion=np.sum(
                 [confusion_matrix(results.true, row, self._n_grades) for row in results.predicted], axis=0
             ),
-            variance=self._variance(primary, results, folds) if several else None,
+            variance=self._variance(primary, results, folds),
             slope=calibration_slope(self.true, first, self.patients),
             null=calibration_null(self.true, first),
             bins=reliability(self.true, first),
@@ -352,6 +357,7 @@ class _Pooling:
             repeatability=self._repeatability(units),
             group_shift=self._group_shift(probabilities.mean(axis=0) @ np.arange(self._n_grades)),
             chance_p=chance_p(_higher_is_better(primary, figures[primary].estimate), null) if null else None,
+            n_permuted=len(null),
             units=tuple(units),
         )
 
@@ -389,19 +395,18 @@ class _Pooling:
             for name, arm in arms.items()
             if name not in (primary.arm, primary.against)
         ]
-        adjusted: NDArray[np.float64] = holm([pair.sign_flip.p for pair in family]) if family else np.empty(0)
-        return declared, tuple(
-            PairedDifference(
-                pair.arm,
-                pair.against,
-                pair.figure,
-                pair.interval,
-                pair.corrected_t,
-                pair.sign_flip,
-                float(p),
-            )
-            for pair, p in zip(family, adjusted, strict=True)
-        )
+        return declared, _corrected(family)
+
+    def smaller_differences(self, smaller: Sequence[ArmResult]) -> tuple[PairedDifference, ...]:
+        """Arms against the one that the primary is compared against, each trained on as few slides."""
+        primary = self._comparison.primary
+        against = {arm.n_slides: arm for arm in smaller if arm.arm == primary.against}
+        family = [
+            self._difference(arm, against[arm.n_slides], primary.figure)
+            for arm in smaller
+            if arm.arm != primary.against and arm.n_slides in against
+        ]
+        return _corrected(family)
 
     def about_the_study(self, planned: Set[str]) -> dict[str, Any]:
         """What depends on no arm, but for the stored features that one of those planned is made of."""
@@ -410,6 +415,7 @@ class _Pooling:
         ceiling = None
         if n_readers > 1:
             readers = reader_agreement(self.readings, self.patients, self._n_grades)
+        if any((pair.first, pair.second) == (0, 1) for pair in readers):
             ceiling = reader_ceiling(self.readings[:, 0], self.readings[:, 1], self.patients, self._n_grades)
         n_patients = len(set(self.patients.tolist()))
         design = StudyDesign(n_patients, len(self.slides), self._n_grades)
@@ -494,6 +500,7 @@ class _Pooling:
         return PairedDifference(
             arm=arm.arm,
             against=against.arm,
+            n_slides=arm.n_slides,
             figure=name,
             interval=bca_interval(paired, one.patients, **self._options),
             corrected_t=t,
@@ -516,7 +523,8 @@ class _Pooling:
         return site_by_grade(groups, self.true, self.patients, self._n_grades)
 
     def _readers(self, probabilities: NDArray[np.float64]) -> tuple[ModelAgainstReader, ...]:
-        if not self.readings.shape[1]:
+        read = (self.readings >= 0).any(axis=1)
+        if len(set(self.patients[read].tolist())) < 2:
             return ()
         return model_against_readers(probabilities.argmax(2), self.readings, self.patients, self._n_grades)
 
@@ -556,6 +564,12 @@ class _Pooling:
             means = [read_features(cache, name).astype(np.float64).mean(0) for cache in caches]
             found[name] = site_decodability(np.stack(means), sites, self.patients)
         return found
+
+
+def _corrected(family: Sequence[PairedDifference]) -> tuple[PairedDifference, ...]:
+    """A family of pairs with their p-values after Holm."""
+    adjusted: NDArray[np.float64] = holm([pair.sign_flip.p for pair in family]) if family else np.empty(0)
+    return tuple(replace(pair, p_holm=float(p)) for pair, p in zip(family, adjusted, strict=True))
 
 
 def _maker(name: Figure, n_grades: int) -> Callable[[NDArray[Any], NDArray[Any]], Weighted]:

@@ -17,7 +17,6 @@ from slidetl.experiments.compare.learning import CURVE_FIGURES, equal_epochs, le
 from slidetl.experiments.compare.plan import Unit
 from slidetl.experiments.compare.report_view import p_is
 from slidetl.experiments.compare.result import (
-    REFERRAL_RISKS,
     RISK,
     ArmResult,
     ComparisonResult,
@@ -90,6 +89,9 @@ def describe(result: ComparisonResult) -> str:
             f"all others against {comparison.primary.against}, p by sign flips, corrected after Holm:",
         ]
         lines += [_difference(pair) for pair in result.differences]
+    if result.smaller_differences:
+        lines += ["", "the same of arms trained on fewer slides, a family of their own:"]
+        lines += [_difference(pair) for pair in result.smaller_differences]
     if result.ceiling is not None:
         lines += [
             "",
@@ -111,7 +113,8 @@ def describe(result: ComparisonResult) -> str:
 def _difference(pair: PairedDifference) -> str:
     p = p_is(pair.sign_flip.p if pair.p_holm is None else pair.p_holm)
     t = "" if pair.corrected_t is None else f", corrected t {p_is(pair.corrected_t.p)}"
-    return f"{pair.arm} less {pair.against}: {pair.figure} {_short(pair.interval, sign=True)}, {p}{t}"
+    on = "" if pair.n_slides is None else f" on {pair.n_slides} slides"
+    return f"{pair.arm} less {pair.against}{on}: {pair.figure} {_short(pair.interval, sign=True)}, {p}{t}"
 
 
 def _short(interval: Interval, sign: bool = False) -> str:
@@ -124,9 +127,10 @@ def _result_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
     if result.primary is not None:
         yield from _difference_rows("primary", result.primary)
     for arm in (*result.arms, *result.smaller):
-        yield from ({"arm": arm.arm, "train_slides": arm.n_slides, **row} for row in _arm_rows(arm))
+        rows = _arm_rows(arm, result.comparison.referral_risks)
+        yield from ({"arm": arm.arm, "train_slides": arm.n_slides, **row} for row in rows)
     yield from _learning_rows(result)
-    for pair in result.differences:
+    for pair in (*result.differences, *result.smaller_differences):
         yield from _difference_rows("difference", pair)
     for agreed in result.readers:
         readers = f"readers {agreed.first} and {agreed.second}"
@@ -136,7 +140,7 @@ def _result_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
         about = asdict(result.ceiling)
         reached = Interval(about["accuracy"], about["low"], about["high"], about["level"])
         yield _row("ceiling", "accuracy", reached)
-        for name in ("qwk", "reader_sd", "consensus_accuracy", "consensus_qwk", "qwk_by_attenuation"):
+        for name in [name for name in about if name not in ("accuracy", "low", "high", "level")]:
             yield _row("ceiling", name, about[name])
     for name, table in (("site", result.sites), ("scanner", result.scanners)):
         if table is not None:
@@ -157,7 +161,7 @@ def _result_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
         yield _row("power", "accuracy", row.power_accuracy, note=note)
 
 
-def _arm_rows(arm: ArmResult) -> Iterator[dict[str, Any]]:
+def _arm_rows(arm: ArmResult, referral_risks: Sequence[float]) -> Iterator[dict[str, Any]]:
     n = len(arm.results.true)
     name: str
     for name, interval in arm.figures.items():
@@ -169,7 +173,8 @@ def _arm_rows(arm: ArmResult) -> Iterator[dict[str, Any]]:
         yield _row("threshold", f"auroc_above_{threshold}", area, n=n, note="first repeat")
     if arm.variance is not None:
         for name in ("seed", "fold", "patient"):
-            yield _row("variance", name, getattr(arm.variance, name))
+            if (value := getattr(arm.variance, name)) is not None:
+                yield _row("variance", name, value)
     yield _row("calibration", "slope", arm.slope.slope)
     yield _row("calibration", "intercept", arm.slope.intercept)
     if arm.untempered is not None:
@@ -184,7 +189,7 @@ def _arm_rows(arm: ArmResult) -> Iterator[dict[str, Any]]:
         yield _row("sets", "slides_covered", arm.sets.slides_covered, note=note)
         yield _row("sets", "mean_size", arm.sets.mean_size, note=note)
     yield _row("sets", "area_under_risk_coverage", arm.referral.area)
-    for risk in REFERRAL_RISKS:
+    for risk in referral_risks:
         rule = referral_rule(arm.referral, risk)
         where = "every slide to a human" if rule is None else f"confidence from {rule.confidence:.6g}"
         note = f"at most {risk:.0%} of patients with a wrong grade, {arm.referral.level:.0%} sure: {where}"
@@ -206,7 +211,7 @@ def _arm_rows(arm: ArmResult) -> Iterator[dict[str, Any]]:
     if arm.group_shift is not None:
         yield from _group_rows(arm.group_shift)
     if arm.chance_p is not None:
-        yield _row("chance", "permuted_labels", None, p=arm.chance_p)
+        yield _row("chance", "permuted_labels", None, p=arm.chance_p, n=arm.n_permuted)
 
 
 def _group_rows(found: GroupShift) -> Iterator[dict[str, Any]]:
@@ -237,7 +242,7 @@ def _learning_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
 
 
 def _difference_rows(section: str, pair: PairedDifference) -> Iterator[dict[str, Any]]:
-    about = {"arm": pair.arm, "against": pair.against}
+    about = {"arm": pair.arm, "train_slides": pair.n_slides, "against": pair.against}
     flip = pair.sign_flip
     note = f"p by sign flips of {flip.n_discordant} discordant patients, first repeat"
     figure = _row(section, pair.figure, pair.interval, p=flip.p, note=note)

@@ -31,7 +31,7 @@ from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.datasets import channels_first
 from slidetl.data.manifest import ManifestRow
 from slidetl.errors import UsageError
-from slidetl.evaluation.calibration import fit_temperature
+from slidetl.evaluation.calibration import fit_temperature, with_temperature
 from slidetl.experiments.compare.config import EPOCHS, with_values
 from slidetl.experiments.compare.unit import CurvePoint, Job, UnitResult
 from slidetl.experiments.similarity import embed_layers
@@ -90,7 +90,7 @@ def train_unit(job: Job, folder: Path) -> UnitResult:
         )
     final = _Fit(job, folder / "final", chosen)
     curve = final.run(fold.train, fold.test, "test", 0, epochs=epochs)
-    draws, drift = final.examine(fold.test, recipe["tile_draws"])
+    draws, drift = final.examine(fold.test, recipe["tile_draws"], temperature)
     return UnitResult(
         predictions=tuple(final.predict(fold.test)),
         curves=tuple(curves + curve),
@@ -192,12 +192,15 @@ class _Fit:
             self._trainer(1, []).test(model, data, verbose=False)
         return read_predictions(self._folder / "test" / "predictions.csv")
 
-    def examine(self, slides: Sequence[str], draws: int) -> tuple[dict[str, list[float]], dict[str, float]]:
+    def examine(
+        self, slides: Sequence[str], draws: int, temperature: float
+    ) -> tuple[dict[str, list[float]], dict[str, float]]:
         """Looks closer at the trained network.
 
         Returns:
-            Expected grades of slides by bags of tiles drawn anew, where a slide has more tiles than a bag;
-            and how far each layer is from its pretrained weights, where the strategy uses them.
+            Expected grades of slides, calibrated, each draw by as many tiles as the slide has, drawn from
+            them with replacement; and how far each layer is from its pretrained weights, where the strategy
+            uses them. Slides of one tile are left out.
         """
         with _quiet():
             model, data = self._trained(slides, _LAST)
@@ -210,11 +213,10 @@ class _Fit:
             drift = {layer: apart / size for layer, (apart, size) in found.items()}
         rng = np.random.default_rng(self._job.unit.fold.seed)
         scores: dict[str, list[float]] = {}
-        for slide in data.slides["test"] if draws and data.bag_size else ():
+        for slide in data.slides["test"] if draws else ():
             n_tiles = len(slide.cache)
-            if n_tiles <= data.bag_size:
+            if n_tiles < 2:
                 continue
-            bags = np.stack([rng.permutation(n_tiles)[: data.bag_size] for _ in range(draws)])
             with torch.inference_mode():
                 embeddings = torch.cat(
                     [
@@ -222,8 +224,14 @@ class _Fit:
                         for part in np.array_split(np.arange(n_tiles), -(-n_tiles // data.chunk_size))
                     ]
                 )
-                logits, _ = network.grade(embeddings[bags], torch.ones(bags.shape, dtype=torch.bool))
-                scores[slide.row.slide_id] = network.head.expected_grade(logits).tolist()
+                mask = torch.ones((1, n_tiles), dtype=torch.bool)
+                graded = [  # one after the other: a slide's embeddings may be hundreds of megabytes
+                    network.grade(embeddings[rng.integers(n_tiles, size=n_tiles)][None], mask)[0]
+                    for _ in range(draws)
+                ]
+                probabilities = network.head.probabilities(torch.cat(graded)).double().numpy()
+            grades = np.arange(probabilities.shape[1])
+            scores[slide.row.slide_id] = (with_temperature(probabilities, temperature) @ grades).tolist()
         return scores, drift
 
     def similarity(self, slides: Sequence[str]) -> dict[str, float]:

@@ -87,7 +87,8 @@ class UnitResult:
     Attributes:
         predictions: of the slides of its test part, not calibrated.
         curves: empty for arms without epochs.
-        draws: expected grades of each test slide by bags of tiles drawn anew; empty where there were none.
+        draws: expected grades of each test slide by tiles drawn from it anew, as many as it has, calibrated
+            by ``temperature``; empty where there were none.
         drift: ``||w - w0|| / ||w0||`` of each layer, w0 being its pretrained weights; empty for arms without.
         similarity: linear CKA of what each block makes of test tiles before and after training; empty for
             arms without epochs.

@@ -77,6 +77,7 @@ def test_choices_are_tried_in_every_combination(tmp_path: Path) -> None:
         ("features: [r]", "features: []", "expected stored features"),
         ("  prior: {", "  a prior: {", "letters, digits"),
         ("cache: c", "cache: [", "expected the YAML of a comparison"),
+        ("cache: c", "cache: c\nreferral_risks: [0.1, 1]", "referral_risks must lie between 0 and 1, not 1"),
     ],
 )
 def test_what_cannot_be_meant_is_one_line(old: str, new: str, message: str, tmp_path: Path) -> None:

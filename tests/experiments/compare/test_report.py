@@ -131,6 +131,7 @@ def invented(
     noise: float = 0.55,
     groups: Groups | None = None,
     temperature: float = 1.1,
+    reads: tuple[int, ...] | None = None,
 ) -> ComparisonResult:
     """A comparison whose first two arms are the primary ones; units of ``missing`` arms are not done."""
     arms = arms or {"warm": Arm(fit=fit("WarmRestart")), "scratch": Arm(fit=fit("Scratch")),
@@ -152,6 +153,13 @@ def invented(
         groups=groups,
     )
     study = invented_study(n_patients, sites=sites, readers=readers)
+    if reads is not None:  # slide n is read by this one alone
+        rows = [
+            replace(row, reader_grades=tuple(grade if reader == reads[n % len(reads)] else None
+                                             for reader, grade in enumerate(row.reader_grades)))
+            for n, row in enumerate(study.rows)
+        ]  # fmt: skip
+        study = replace(study, rows=tuple(rows))
     folds = plan_folds(study.cases, comparison.protocol, 5)
     done: list[tuple[Unit, UnitResult | None]] = []
     for number, (name, arm) in enumerate(arms.items()):
@@ -425,7 +433,8 @@ def test_curves_of_a_nested_comparison_are_those_of_the_inner_folds(tmp_path: Pa
 
 def test_slides_are_left_to_a_human_at_a_chosen_risk(tmp_path: Path) -> None:
     """What the table says is judged on the predictions, by SciPy's exact interval of a share."""
-    page = written(invented(repeats=1, sizes=(), noise=0.3), tmp_path)
+    result, risks = invented(repeats=1, sizes=(), noise=0.3), [0.1, 0.25, 0.4]
+    page = written(replace(result, comparison=replace(result.comparison, referral_risks=risks)), tmp_path)
     rules = [row for row in table(tmp_path / "results.csv") if row["figure"] == "coverage_at_risk"]
     graded = table(tmp_path / "predictions.csv")
     found = 0
@@ -436,7 +445,7 @@ def test_slides_are_left_to_a_human_at_a_chosen_risk(tmp_path: Path) -> None:
             row for where, row in page.rows if where == "referral" and len(row) == 4 and row[0] == arm
         )
         of_arm = [rule for rule in rules if rule["arm"] == arm and not rule["train_slides"]]
-        for risk, rule, cell in zip((0.1, 0.2, 0.3), of_arm, shown[1:], strict=True):
+        for risk, rule, cell in zip(risks, of_arm, shown[1:], strict=True):
             assert f"at most {risk:.0%} of patients" in rule["note"]
             if rule["note"].endswith("every slide to a human"):
                 assert cell == "none"
@@ -527,6 +536,34 @@ def test_the_ceiling_is_that_of_the_labels(whole: tuple[ComparisonResult, Path],
     assert f"leaves {result.ceiling.consensus_qwk:.2f} to be reached" in page.images[0]["alt"]
     page = written(replace(result, true=4 - consensus), tmp_path)
     assert f"leaves {result.ceiling.qwk:.2f} to be reached" in page.images[0]["alt"]
+    lower = result.readings.min(axis=1)  # between both readers' grades, and not always their rounded mean
+    assert (lower != consensus).any() and (lower != result.readings[:, 0]).any()
+    page = written(replace(result, true=lower), tmp_path)
+    assert f"leaves {result.ceiling.together_qwk:.2f} to be reached" in page.images[0]["alt"]
+
+
+def test_arms_on_fewer_slides_are_compared_too(whole: tuple[ComparisonResult, Path], tmp_path: Path) -> None:
+    """The figure by hand; and the family of its own that Holm corrects."""
+    result, folder = whole
+    pairs = result.smaller_differences
+    assert {pair.n_slides for pair in pairs} == {arm.n_slides for arm in result.smaller}
+    arms = {(arm.arm, arm.n_slides): arm for arm in result.smaller}
+    rows = [row for row in table(folder / "results.csv") if row["section"] == "difference"]
+    for pair in pairs:
+        one, other = arms[pair.arm, pair.n_slides], arms["scratch", pair.n_slides]
+        gain = one.figures["qwk"].estimate - other.figures["qwk"].estimate
+        assert pair.interval.estimate == pytest.approx(gain)
+        assert pair.p_holm is not None and pair.p_holm >= pair.sign_flip.p
+        shown = [row for row in rows if (row["arm"], row["train_slides"]) == (pair.arm, str(pair.n_slides))]
+        assert float(shown[0]["estimate"]) == pytest.approx(gain, 1e-4)
+    assert "trained on fewer slides" in written(result, tmp_path).text["others"]
+
+
+def test_readers_without_a_slide_in_common_end_no_report(tmp_path: Path) -> None:
+    for reads in ((0, 1), (2,)):  # half of the slides each; none at all
+        result = invented(20, repeats=1, sizes=(), reads=reads, draws=100)
+        assert result.ceiling is None and bool(result.arms[0].readers) == (reads == (0, 1))
+        assert "noise of the labels is unknown" in written(result, tmp_path).text["limits"]
 
 
 def test_two_groups_are_compared_by_every_arm_and_by_the_labels(tmp_path: Path) -> None:
@@ -561,3 +598,4 @@ def test_a_given_split_has_a_single_fold(tmp_path: Path) -> None:
     assert "was made in 2 inner folds" in page.text["protocol"]  # it has no validation part
     assert "With a single fold" in page.text["referral"]
     assert page.row("others", "warm")[-1] == "–"  # of a t over folds
+    assert page.row("power", "warm")[1:3] == ["–", "–"]  # neither seed nor fold

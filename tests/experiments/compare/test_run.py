@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,18 @@ import pytest
 import yaml
 from sklearn.metrics import accuracy_score, cohen_kappa_score
 
+from slidetl.cache.features import read_features
 from slidetl.cli import main
 from slidetl.errors import UsageError
+from slidetl.evaluation.calibration import fit_temperature, with_temperature
+from slidetl.evaluation.classical import fit_ridge
 from slidetl.evaluation.protocol import Fold, canonical_sha256
 from slidetl.experiments.compare.config import read_comparison
-from slidetl.experiments.compare.plan import Study, read_study
+from slidetl.experiments.compare.plan import Study, Unit, read_study
 from slidetl.experiments.compare.run import plan_comparison
 from slidetl.experiments.compare.training import draw_evenly
-from slidetl.experiments.compare.unit import Job, job_of, read_unit, run_unit
+from slidetl.experiments.compare.unit import Job, UnitResult, job_of, read_unit, run_unit
+from slidetl.models.weights import bundled_weights
 from slidetl.tasks.predictions import SlidePrediction
 from tests.conftest import Study as Cohort
 
@@ -342,6 +347,17 @@ def test_looking_alike_is_looked_for(study: Cohort, tmp_path: Path) -> None:
         plan_comparison(read_comparison(path))
 
 
+def first_unit(path: Path, arm: str, folder: Path) -> tuple[Study, Unit, UnitResult]:
+    """The first unit of an arm, computed and read back."""
+    comparison = read_comparison(path)
+    plan = plan_comparison(comparison)
+    unit = next(unit for unit in plan.units if unit.arm == arm)
+    run_unit(job_of(unit, plan.study, comparison.grades, folder))
+    found = read_unit(folder, unit.key)
+    assert found is not None
+    return plan.study, unit, found
+
+
 def test_choices_are_made_in_inner_folds_alone(study: Cohort, tmp_path: Path) -> None:
     path = configuration(
         study,
@@ -353,12 +369,7 @@ def test_choices_are_made_in_inner_folds_alone(study: Cohort, tmp_path: Path) ->
         },
     )
     comparison = read_comparison(path)
-    plan = plan_comparison(comparison)
-    unit = next(unit for unit in plan.units if unit.arm == "scratch")
-    job = job_of(unit, plan.study, comparison.grades, tmp_path / "units")
-    run_unit(job)
-    found = read_unit(job.folder, unit.key)
-    assert found is not None
+    _, unit, found = first_unit(path, "scratch", tmp_path / "units")
     assert found.nested
     parts = {(point.part, point.trial) for point in found.curves}
     assert parts == {("inner-0", 0), ("inner-1", 0), ("inner-0", 1), ("inner-1", 1), ("test", 0)}
@@ -378,6 +389,17 @@ def test_choices_are_made_in_inner_folds_alone(study: Cohort, tmp_path: Path) ->
     assert 0.05 <= found.temperature <= 20
     assert found.temperature != 1
     assert sorted(row.slide_id for row in found.predictions) == list(unit.fold.test)
+    # Scores by tiles drawn anew scatter around those of the whole slides, calibrated as they are.
+    whole = {
+        row.slide_id: float(with_temperature(row.probabilities, found.temperature) @ np.arange(5))
+        for row in found.predictions
+        if row.tiles > 1
+    }
+    assert found.draws.keys() == whole.keys() and whole
+    for slide, scores in found.draws.items():
+        assert len(scores) == comparison.tile_draws and np.std(scores) > 0
+        assert abs(np.mean(scores) - whole[slide]) < 4 * np.std(scores)
+    assert unit.recipe["weights"] == sha256(bundled_weights("mobilenetv3_small_050").read_bytes()).hexdigest()
 
 
 def test_labels_are_permuted_before_anything_is_fitted(study: Cohort, tmp_path: Path) -> None:
@@ -469,6 +491,43 @@ def test_a_site_that_alone_has_a_grade_can_be_left_out(
 def test_a_classical_arm_needs_stored_features_and_says_how(study: Cohort, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="make it with 'slidetl embed'"):
         planned(study, tmp_path, {"classical": {"features": ["none"]}})
+
+
+def test_a_classical_arm_is_fitted_and_calibrated_on_its_training_part(study: Cohort, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(study.cache, cache)
+    assert main(["embed", str(cache), "--backbone", "mobilenetv3_small_050", "--name", "tiny"]) == 0
+    path = configuration(
+        study,
+        tmp_path,
+        cache=str(cache),
+        protocol={"outer_folds": 2, "inner_folds": 2, "unit": "slide"},
+        arms={"ridge": {"classical": {"features": ["tiny"]}}, "prior": {"baseline": "prior"}},
+        primary={"arm": "ridge", "against": "prior"},
+    )
+    whole, unit, found = first_unit(path, "ridge", tmp_path / "units")
+    assert found.nested
+    # Once more by hand.
+    rows = {row.slide_id: row for row in whole.rows}
+    grade = {slide: row.grade for slide, row in rows.items() if row.grade is not None}
+    means = {each.slide_id: read_features(each, "tiny").astype(float).mean(0) for each in whole.caches}
+
+    def graded(train: tuple[str, ...], other: tuple[str, ...]) -> Any:
+        grades = [grade[slide] for slide in train]
+        known = np.unique(np.array(grades))
+        truth, patients = np.searchsorted(known, grades), [rows[slide].patient_id for slide in train]
+        x, new = (np.stack([means[slide] for slide in part]) for part in (train, other))
+        probabilities = np.zeros((len(other), 5))
+        grader = fit_ridge(x, truth, patients, len(known), seed=unit.fold.seed)
+        probabilities[:, known] = grader.probabilities(new)
+        return probabilities
+
+    held_out = np.concatenate([graded(inner.train, inner.validation) for inner in unit.fold.inner])
+    true = [grade[slide] for inner in unit.fold.inner for slide in inner.validation]
+    assert found.temperature == pytest.approx(fit_temperature(true, held_out), rel=1e-6)
+    of_slide = {row.slide_id: row.probabilities for row in found.predictions}
+    predicted = np.array([of_slide[slide] for slide in unit.fold.test])
+    np.testing.assert_allclose(predicted, graded(unit.fold.train, unit.fold.test), atol=1e-6)
 
 
 def test_slides_that_are_not_in_the_cache_are_left_out(study: Cohort, tmp_path: Path) -> None:
