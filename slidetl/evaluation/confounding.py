@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +110,21 @@ class SiteDecodability:
     n_patients: int
 
 
+@dataclass(frozen=True, eq=False)
+class EmbeddedFold:
+    """Slides as one network embeds them.
+
+    Attributes:
+        train, test: ``[n]`` and ``[m]``, which slides those are.
+        train_embeddings, test_embeddings: ``[n, D]`` and ``[m, D]``.
+    """
+
+    train: NDArray[np.int64]
+    test: NDArray[np.int64]
+    train_embeddings: NDArray[Any]
+    test_embeddings: NDArray[Any]
+
+
 def site_decodability(
     embeddings: ArrayLike,
     sites: ArrayLike,
@@ -141,15 +157,47 @@ def site_decodability(
             or a site with fewer than two patients.
     """
     values = np.asarray(embeddings, np.float64)
+    who = np.unique(np.asarray(patients), return_inverse=True)[1]
+    if values.ndim != 2 or who.shape != (len(values),):
+        raise UsageError(f"expected embeddings [N, D] and patients [N], not {values.shape} and {who.shape}")
+    n_patients = len(set(who.tolist()))
+    fold = np.random.default_rng(seed).permutation(n_patients) % max(1, min(n_folds, n_patients))
+    parts = []
+    for number in range(fold.max(initial=-1) + 1):
+        tested = fold[who] == number
+        parts.append(
+            EmbeddedFold(np.flatnonzero(~tested), np.flatnonzero(tested), values[~tested], values[tested])
+        )
+    return site_decodability_by_fold(parts, sites, patients, n_permutations=n_permutations, seed=seed)
+
+
+def site_decodability_by_fold(
+    folds: Sequence[EmbeddedFold],
+    sites: ArrayLike,
+    patients: ArrayLike,
+    *,
+    n_permutations: int = 1000,
+    seed: int = 0,
+) -> SiteDecodability:
+    """As :func:`site_decodability`, where each fold has a network, and so embeddings, of its own.
+
+    The discriminant of a fold is fitted on the slides that its network was trained on. Networks were trained
+    without the sites, so the permutation test holds.
+
+    Args:
+        folds: no slide is in two test parts, and no patient on both sides of one.
+        sites: ``[N]`` names; a patient lies at one of them.
+        patients: ``[N]``.
+        n_permutations: how many.
+        seed: of the permutations.
+
+    Raises:
+        UsageError: as :func:`site_decodability`.
+    """
     names, site = np.unique(np.asarray(sites), return_inverse=True)
     who_names, first, who = np.unique(np.asarray(patients), return_index=True, return_inverse=True)
-    if values.ndim != 2 or site.shape != (len(values),) or who.shape != site.shape:
-        raise UsageError(
-            f"expected embeddings [N, D], sites [N] and patients [N], not {values.shape}, {site.shape} and "
-            f"{who.shape}"
-        )
-    if not np.isfinite(values).all():
-        raise UsageError("embeddings must be finite numbers")
+    if site.shape != who.shape or not folds:
+        raise UsageError(f"expected a site and a patient for each slide, not {site.shape} and {who.shape}")
     of_patient = site[first]
     if (of_patient[who] != site).any():
         torn: Any = who_names[who[of_patient[who] != site][0]]
@@ -157,26 +205,26 @@ def site_decodability(
     if len(names) < 2 or np.bincount(of_patient).min() < 2:
         raise UsageError("telling sites apart needs at least two of them, with two patients each")
     rng = np.random.default_rng(seed)
-    n_patients = len(who_names)
-    fold = rng.permutation(n_patients) % min(n_folds, n_patients)
     # The true sites first, then the permuted ones: [1 + n, P].
     labels = np.stack([of_patient, *(rng.permutation(of_patient) for _ in range(n_permutations))])
-    predicted = np.zeros((len(labels), len(values)), np.int64)
-    for number in range(fold.max() + 1):
-        test = fold[who] == number
-        train_rows, test_rows = _whitened(values[~test], values[test])
-        for row, of_patients in enumerate(labels):
-            is_site = of_patients[who[~test], None] == np.arange(len(names))
+    slide_labels = labels[:, who]
+    predicted = np.full((len(labels), len(site)), -1, np.int64)  # not tested
+    for fold in folds:
+        if not all(np.isfinite(part).all() for part in (fold.train_embeddings, fold.test_embeddings)):
+            raise UsageError("embeddings must be finite numbers")
+        train_rows, test_rows = _whitened(
+            fold.train_embeddings.astype(np.float64), fold.test_embeddings.astype(np.float64)
+        )
+        for row, of_slides in enumerate(slide_labels):
+            is_site = of_slides[fold.train, None] == np.arange(len(names))
             counts = is_site.sum(axis=0)
             centres = is_site.T @ train_rows / np.maximum(counts, 1)[:, None]
             scores = test_rows @ centres.T - (centres**2).sum(axis=1) / 2
-            predicted[row, test] = np.where(counts > 0, scores, -np.inf).argmax(axis=1)
-    slide_labels = labels[:, who]
-    right = predicted == slide_labels
-    shares = [
-        (right & (slide_labels == each)).sum(axis=1) / (slide_labels == each).sum(axis=1)
-        for each in range(len(names))
-    ]
+            predicted[row, fold.test] = np.where(counts > 0, scores, -np.inf).argmax(axis=1)
+    tested = predicted[0] >= 0
+    right = (predicted == slide_labels) & tested
+    of_site = [(slide_labels == each) & tested for each in range(len(names))]
+    shares = [(right & mine).sum(axis=1) / np.maximum(mine.sum(axis=1), 1) for mine in of_site]
     balanced = np.mean(shares, axis=0)
     null = balanced[1:]
     return SiteDecodability(
@@ -186,7 +234,7 @@ def site_decodability(
         null_high=float(np.quantile(null, 0.95)),
         p=float((1 + (null >= balanced[0] - 1e-12).sum()) / (1 + len(null))),
         n_sites=len(names),
-        n_patients=n_patients,
+        n_patients=len(set(who[tested].tolist())),
     )
 
 

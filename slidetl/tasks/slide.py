@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -112,6 +112,7 @@ class SlideGrader(pl.LightningModule):
         self._checkpoint = ""  # SHA-256 of the weights that predict
         self._embeddings: list[Tensor] = []  # of the slide whose chunks are coming in
         self._labels: list[dict[str, int | Tensor]] = []  # of its tasks, likewise
+        self.validated: tuple[SlidePrediction, ...] = ()  # of the validation part, when it was last graded
         self._predictions: list[SlidePrediction] = []
         self._outcomes: dict[str, dict[str, TaskOutcome]] = {}  # by slide and task
 
@@ -416,7 +417,8 @@ class SlideGrader(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs the figures of the validation part."""
-        self._log_metrics("val", self._take_predictions())
+        self.validated = tuple(self._take_predictions())
+        self._log_metrics("val", self.validated)
         self._log_tasks("val", self._take_outcomes())
 
     def on_test_epoch_end(self) -> None:
@@ -496,7 +498,7 @@ class SlideGrader(pl.LightningModule):
             write_predictions(folder / f"predictions-{task.name}.csv", rows)
 
     def _log_metrics(
-        self, part: str, predictions: list[SlidePrediction]
+        self, part: str, predictions: Sequence[SlidePrediction]
     ) -> tuple[GradeMetrics, dict[str, Any]]:
         if not predictions:
             raise UsageError(

@@ -6,7 +6,13 @@ from scipy.stats import chi2_contingency
 
 from slidetl.errors import UsageError
 from slidetl.evaluation.bootstrap import bca_interval
-from slidetl.evaluation.confounding import figure_by_group, site_by_grade, site_decodability
+from slidetl.evaluation.confounding import (
+    EmbeddedFold,
+    figure_by_group,
+    site_by_grade,
+    site_decodability,
+    site_decodability_by_fold,
+)
 from slidetl.evaluation.figures import accuracy_of, auroc_of, qwk_of
 
 
@@ -121,6 +127,40 @@ def test_sites_count_alike_and_scale_does_not_matter() -> None:
 def test_sites_that_cannot_be_told(sites: list[int], patients: list[int], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         site_decodability(np.eye(4), sites, patients)
+
+
+def test_each_fold_may_have_a_network_of_its_own() -> None:
+    """Turned and moved in every fold, what tells the site within a fold still does."""
+    rng = np.random.default_rng(3)
+    patients = np.repeat(range(30), 2)
+    sites = np.array(["A", "B", "C"])[patients % 3]
+    plain = rng.normal(size=(60, 8))
+    plain[:, :3] += 4 * np.eye(3)[patients % 3]
+    folds = []
+    for number in range(3):
+        test, train = (np.flatnonzero((patients // 10 == number) == side) for side in (True, False))
+        turn, move = np.linalg.qr(rng.normal(size=(8, 8)))[0], 100 * rng.normal(size=8)
+        folds.append(EmbeddedFold(train, test, plain[train] @ turn + move, plain[test] @ turn + move))
+    told = site_decodability_by_fold(folds, sites, patients, n_permutations=99)
+    assert told.balanced_accuracy > 0.9 and told.p == 0.01 and told.n_patients == 30
+    # By hand in one fold: the nearest centre, whitened by the training part.
+    alone = site_decodability_by_fold(folds[:1], sites, patients, n_permutations=9)
+    fold = folds[0]
+    covariance = np.cov(fold.train_embeddings.T, bias=True)
+    inverse = np.linalg.inv(covariance + np.eye(8) * np.linalg.eigvalsh(covariance).mean())
+    centres = [fold.train_embeddings[sites[fold.train] == site].mean(0) for site in "ABC"]
+    apart = [
+        ((fold.test_embeddings - centre) @ inverse * (fold.test_embeddings - centre)).sum(1)
+        for centre in centres
+    ]
+    right = np.array(["A", "B", "C"])[np.argmin(apart, axis=0)] == sites[fold.test]
+    by_hand = np.mean([right[sites[fold.test] == site].mean() for site in "ABC"])
+    assert alone.n_patients == 10 and alone.balanced_accuracy == pytest.approx(by_hand)
+    # Sites that the patients of a test part do not share with its embeddings are not told.
+    lost = [
+        EmbeddedFold(f.train, f.test, f.train_embeddings, rng.permutation(f.test_embeddings)) for f in folds
+    ]
+    assert site_decodability_by_fold(lost, sites, patients, n_permutations=99).balanced_accuracy < 0.6
 
 
 def test_embeddings_must_be_finite() -> None:

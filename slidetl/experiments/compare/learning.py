@@ -27,11 +27,11 @@ class Learning:
 
     Attributes:
         arm: its name.
-        part: whose slides the figures are of: held-out parts of the ``inner`` folds, or ``test`` parts.
+        part: whose results the figures are of: held-out parts of the ``inner`` folds, or ``test`` parts.
         epochs: ``[E]`` done, rising.
         seconds: ``[E]`` of training until then, averaged over the trainings.
-        values: of each figure, ``[T, E]``, per slide of the part.
-        slides: graded at each point, in all trainings together.
+        values: of each figure, ``[T, E]``, of the results of the part.
+        results: patients or slides, at each point, of all trainings together.
     """
 
     arm: str
@@ -39,7 +39,7 @@ class Learning:
     epochs: NDArray[np.int64]
     seconds: NDArray[np.float64]
     values: Mapping[str, NDArray[np.float64]]
-    slides: int
+    results: int
 
     @property
     def trainings(self) -> int:
@@ -68,9 +68,8 @@ def learning_of(comparison: Comparison, arm: ArmResult) -> Learning | None:
     there each training runs to its last epoch. Without, they are of the test parts, which chose nothing.
     """
     series: list[list[CurvePoint]] = []
-    slides = 0
     part: Literal["inner", "test"] = "test"
-    for unit, found in arm.units:
+    for _, found in arm.units:
         trial = _chosen_trial(comparison, arm.arm, found)
         by_part: dict[str, list[CurvePoint]] = {}
         for point in found.curves:
@@ -79,9 +78,6 @@ def learning_of(comparison: Comparison, arm: ArmResult) -> Learning | None:
         if any(name != "test" for name in by_part):
             part = "inner"
             by_part.pop("test", None)
-            slides += sum(len(inner.validation) for inner in unit.fold.inner)
-        else:
-            slides += len(unit.fold.test)
         series += by_part.values()
     epochs = sorted(set.intersection(*({point.epoch for point in points} for points in series or [[]])))
     if not epochs:
@@ -97,7 +93,7 @@ def learning_of(comparison: Comparison, arm: ArmResult) -> Learning | None:
         epochs=np.array(epochs, np.int64),
         seconds=np.mean([[point.seconds for point in points] for points in kept], axis=0),
         values=values,
-        slides=slides,
+        results=sum(points[0].n for points in series),
     )
 
 

@@ -29,7 +29,7 @@ from slidetl.models.weights import bundled_weights
 from slidetl.zoo.local import SCHEME, pulled_card
 
 # Raised whenever the same unit would be computed otherwise, or be written otherwise.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,6 +269,7 @@ def _recipe(comparison: Comparison, study: Study, name: str) -> dict[str, Any]:
         "trials": comparison.trials(name),
         "validate_every": comparison.validate_every,
         "tile_draws": comparison.tile_draws,
+        "unit": comparison.protocol.unit,
         "weights": _weights_sha256(config),
         "features": _features_sha256(study, stored) if stored else "",
     }

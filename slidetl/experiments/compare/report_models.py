@@ -102,7 +102,7 @@ def learning(view: View) -> tuple[Part, ...]:
                 "Seconds an epoch",
                 "Last epoch",
                 "Trainings",
-                "Slides graded",
+                "Results",
             ),
             tuple(
                 (
@@ -112,7 +112,7 @@ def learning(view: View) -> tuple[Part, ...]:
                     f"{curve.seconds[-1] / curve.epochs[-1]:.2g}",
                     str(curve.epochs[-1]),
                     str(curve.trainings),
-                    str(curve.slides),
+                    str(curve.results),
                 )
                 for name, curve in curves.items()
             ),

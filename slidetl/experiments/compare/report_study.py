@@ -286,12 +286,13 @@ def sites(view: View) -> tuple[Part, ...]:
         return ("All slides are of one site and one scanner, or the manifest does not say.",)
     if same:
         parts.append("Every site has one scanner of its own, so nothing here tells a site from its scanner.")
-    if result.site_in_features:
+    if result.site_in_embeddings:
         parts.append(
             Table(
-                "How well stored features tell the site of patients that the classifier never saw.",
+                "How well the embeddings of slides tell the site of patients that neither the network nor "
+                "the classifier of sites ever saw; stored features are of the pretrained network.",
                 (
-                    "Features",
+                    "Embeddings of",
                     "Balanced accuracy",
                     "Permuted sites: mean (95\N{NO-BREAK SPACE}%)",
                     "p",
@@ -305,14 +306,15 @@ def sites(view: View) -> tuple[Part, ...]:
                         p_value(told.p),
                         str(told.n_patients),
                     )
-                    for name, told in result.site_in_features.items()
+                    for name, told in result.site_in_embeddings.items()
                 ),
             )
         )
     elif len(set(result.site_of)) > 1:
         parts.append(
-            "How well features tell the site is not known: that takes an arm on stored features, sites of "
-            "two patients or more, and patients of one site each."
+            "How well embeddings tell the site is not known: that takes a trained arm or one on stored "
+            "features, sites of two patients or more that are in every training part, and patients of one "
+            "site each."
         )
     for name, _ in shown:
         table = _by_place(view, name)

@@ -45,12 +45,14 @@ from slidetl.evaluation.comparison import (
 )
 from slidetl.evaluation.conformal import RiskCoverage, SetCoverage, check_coverage, risk_coverage
 from slidetl.evaluation.confounding import (
+    EmbeddedFold,
     GroupFigure,
     SiteByGrade,
     SiteDecodability,
     figure_by_group,
     site_by_grade,
     site_decodability,
+    site_decodability_by_fold,
 )
 from slidetl.evaluation.figures import accuracy_of, difference, log_loss_of, mae_of, qwk_of, rps_of
 from slidetl.evaluation.metrics import ProbabilityMetrics, confusion_matrix, probability_metrics
@@ -192,7 +194,8 @@ class ComparisonResult:
         readers: their agreement.
         ceiling: what two readers' noise leaves to be reached; None with fewer than two of them.
         sites, scanners: by grade; None where there is one.
-        site_in_features: how well stored features tell the site, by name of the features.
+        site_in_embeddings: how well stored features tell the site, by their name; and the trained networks of
+            an arm in the first repeat, by its label.
         power: what differences as many patients and slides can show.
         group_shift: of the true grades between the groups that the configuration names; None without.
     """
@@ -216,7 +219,7 @@ class ComparisonResult:
     ceiling: ReaderCeiling | None
     sites: SiteByGrade | None
     scanners: SiteByGrade | None
-    site_in_features: Mapping[str, SiteDecodability] = field(default_factory=dict)
+    site_in_embeddings: Mapping[str, SiteDecodability] = field(default_factory=dict)
     power: tuple[PowerRow, ...] = ()
     group_shift: GroupShift | None = None
 
@@ -285,7 +288,8 @@ def combine(
         differences=differences,
         smaller_differences=pooling.smaller_differences(smaller),
         incomplete=incomplete,
-        **pooling.about_the_study({unit.arm for unit, _ in done}),
+        site_in_embeddings=pooling.site_in_embeddings({unit.arm for unit, _ in done}, arms),
+        **pooling.about_the_study(),
     )
 
 
@@ -408,8 +412,8 @@ class _Pooling:
         ]
         return _corrected(family)
 
-    def about_the_study(self, planned: Set[str]) -> dict[str, Any]:
-        """What depends on no arm, but for the stored features that one of those planned is made of."""
+    def about_the_study(self) -> dict[str, Any]:
+        """What depends on no arm."""
         n_readers = self.readings.shape[1]
         readers: tuple[Agreement, ...] = ()
         ceiling = None
@@ -425,7 +429,6 @@ class _Pooling:
             "ceiling": ceiling,
             "sites": self._by_grade(self.sites),
             "scanners": self._by_grade(self.scanners),
-            "site_in_features": self._site_in_features(self.sites, planned),
             "power": power_table(accuracies, design, n_studies=400, n_draws=300),
             "group_shift": self._group_shift(self.true.astype(np.float64)),
         }
@@ -543,13 +546,24 @@ class _Pooling:
     def _group_shift(self, scores: NDArray[np.float64]) -> GroupShift | None:
         return shift_between(scores, self._members, self.patients)
 
-    def _site_in_features(self, sites: Sequence[str], planned: Set[str]) -> dict[str, SiteDecodability]:
-        """By each slide's mean features, where a site has several patients and a patient one site."""
-        of_patient: dict[str, set[str]] = {}
-        for patient, site in zip(self.patients.tolist(), sites, strict=True):
-            of_patient.setdefault(patient, set()).add(site)
-        patients_at = {site: sum(site in at for at in of_patient.values()) for site in set(sites)}
-        if len(patients_at) < 2 or min(patients_at.values()) < 2 or max(map(len, of_patient.values())) > 1:
+    def site_in_embeddings(self, planned: Set[str], arms: Sequence[ArmResult]) -> dict[str, SiteDecodability]:
+        """How well the site is told from stored features and by trained networks.
+
+        Nothing where a site has a single patient, a patient several sites, or folds leave a site out.
+
+        Args:
+            planned: arms whose stored features are looked at.
+            arms: whose networks are.
+        """
+        number = {row.slide_id: place for place, row in enumerate(self._study.rows)}
+        sites = np.array([row.site for row in self._study.rows])
+        patients = np.array([row.patient_id for row in self._study.rows])
+        lone = (len(set(patients[sites == site].tolist())) < 2 for site in set(sites.tolist()))
+        torn = len({(row.patient_id, row.site) for row in self._study.rows}) > len(set(patients.tolist()))
+        first = [fold for fold in self._folds if fold.repeat == 0]
+        site_of = {row.slide_id: row.site for row in self._study.rows}
+        left_out = any({site_of[s] for s in fold.test} - {site_of[s] for s in fold.train} for fold in first)
+        if len(set(sites.tolist())) < 2 or any(lone) or torn or left_out:
             return {}
         names = {
             name
@@ -557,12 +571,20 @@ class _Pooling:
             if arm_name in planned and arm.classical is not None
             for name in arm.classical.features
         }
-        place = {slide: number for number, slide in enumerate(self.slides)}
-        caches = [cache for cache in self._study.caches if cache.slide_id in place]
         found = {}
         for name in sorted(names):
-            means = [read_features(cache, name).astype(np.float64).mean(0) for cache in caches]
-            found[name] = site_decodability(np.stack(means), sites, self.patients)
+            means = [read_features(cache, name).astype(np.float64).mean(0) for cache in self._study.caches]
+            found[f"stored features {name}"] = site_decodability(np.stack(means), sites, patients)
+        for arm in arms:
+            parts = []
+            for unit, result in arm.units:
+                if unit.fold.repeat == 0 and len(result.embeddings):
+                    train = np.array([number[slide] for slide in unit.fold.train])
+                    test = np.array([number[slide] for slide in unit.fold.test])
+                    rows = result.embeddings
+                    parts.append(EmbeddedFold(train, test, rows[: len(train)], rows[len(train) :]))
+            if parts:
+                found[arm.label] = site_decodability_by_fold(parts, sites, patients)
         return found
 
 

@@ -149,10 +149,10 @@ def _result_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
             yield _row(
                 "confounding", f"cramers_v_{name}", table.cramers_v, p=table.p, n=table.n_units, note=note
             )
-    for name, told in result.site_in_features.items():
+    for name, told in result.site_in_embeddings.items():
         note = f"{name}; permuted sites reach {told.null_mean:.3f}, at most {told.null_high:.3f}"
         figure = told.balanced_accuracy
-        yield _row("confounding", "site_from_features", figure, p=told.p, n=told.n_patients, note=note)
+        yield _row("confounding", "site_from_embeddings", figure, p=told.p, n=told.n_patients, note=note)
     if result.group_shift is not None:
         yield from _group_rows(result.group_shift)
     for row in result.power:
@@ -229,14 +229,14 @@ def _learning_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
     shown = equal_epochs(curves)
     for curve in curves:
         about: dict[str, Any] = {"arm": curve.arm}
-        of = f"mean of {curve.trainings} trainings, per slide of {curve.part} parts"
+        of = f"mean of {curve.trainings} trainings, of the results of {curve.part} parts"
         for figure in CURVE_FIGURES:
             for epoch in shown:
                 note = f"after {epoch} epochs, {of}"
-                yield about | _row("learning", figure, curve.mean(figure, epoch), n=curve.slides, note=note)
+                yield about | _row("learning", figure, curve.mean(figure, epoch), n=curve.results, note=note)
             plateau = curve.plateau(figure)
             value, note = curve.mean(figure, plateau), f"at its plateau, after {plateau} epochs, {of}"
-            yield about | _row("learning", f"plateau_{figure}", value, n=curve.slides, note=note)
+            yield about | _row("learning", f"plateau_{figure}", value, n=curve.results, note=note)
             note = f"until the plateau of {figure}"
             yield about | _row("learning", "epochs_to_plateau", float(plateau), note=note)
 

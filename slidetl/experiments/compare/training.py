@@ -27,15 +27,20 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.cli import LightningArgumentParser
 
 from slidetl.analysis.similarity import linear_cka
+from slidetl.cache.store import SlideCache
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.datasets import channels_first
 from slidetl.data.manifest import ManifestRow
 from slidetl.errors import UsageError
 from slidetl.evaluation.calibration import fit_temperature, with_temperature
+from slidetl.evaluation.comparison import PatientResults, patient_results
+from slidetl.evaluation.comparison import Unit as ResultUnit
+from slidetl.evaluation.figures import accuracy_of, log_loss_of, qwk_of, rps_of
 from slidetl.experiments.compare.config import EPOCHS, with_values
 from slidetl.experiments.compare.unit import CurvePoint, Job, UnitResult
 from slidetl.experiments.similarity import embed_layers
 from slidetl.models.blocks import pretrained_backbone
+from slidetl.models.network import GradingNetwork
 from slidetl.tasks.drift import distances
 from slidetl.tasks.predictions import SlidePrediction, read_predictions
 from slidetl.tasks.slide import SlideGrader
@@ -91,12 +96,14 @@ def train_unit(job: Job, folder: Path) -> UnitResult:
     final = _Fit(job, folder / "final", chosen)
     curve = final.run(fold.train, fold.test, "test", 0, epochs=epochs)
     draws, drift = final.examine(fold.test, recipe["tile_draws"], temperature)
+    several_sites = len({row.site for row in job.rows}) > 1
     return UnitResult(
         predictions=tuple(final.predict(fold.test)),
         curves=tuple(curves + curve),
         draws=draws,
         drift=drift,
         similarity=final.similarity(fold.test),
+        embeddings=final.embed((*fold.train, *fold.test) if several_sites else ()),
         chosen={**chosen, "epochs": epochs or final.max_epochs},
         temperature=temperature,
         nested=bool(fold.inner),
@@ -107,7 +114,7 @@ def choose(curves: Sequence[CurvePoint]) -> tuple[int, int]:
     """The trial and the number of epochs by the ranked probability score, averaged over the inner folds.
 
     The trial is the one whose best epoch is best; of its epochs the earliest that comes within two per cent
-    of that. The score is smooth where a kappa of twenty slides jumps.
+    of that. The score is smooth where a kappa of twenty results jumps.
 
     Returns:
         Trial, from 0, and epochs, from 1.
@@ -122,6 +129,17 @@ def choose(curves: Sequence[CurvePoint]) -> tuple[int, int]:
         epoch for (of, epoch), score in means.items() if of == trial and score <= best * (1 + _PLATEAU)
     ]
     return trial, min(plateau)
+
+
+def results_of(predictions: Sequence[SlidePrediction], unit: ResultUnit) -> PatientResults:
+    """One result for each patient, or slide, of those that have a grade."""
+    graded = [(row.grade, row) for row in predictions if row.grade is not None]
+    return patient_results(
+        [grade for grade, _ in graded],
+        [row.probabilities for _, row in graded],
+        [row.patient_id for _, row in graded],
+        unit,
+    )
 
 
 def draw_evenly(tiles: Sequence[int], n: int, seed: int) -> dict[int, NDArray[np.int64]]:
@@ -174,8 +192,9 @@ class _Fit:
             return [CurvePoint(**point) for point in json.loads(done.read_text(encoding="utf-8"))]
         shutil.rmtree(self._folder, ignore_errors=True)
         self._weights.mkdir(parents=True)
-        watch = _Watch(self._weights, part, trial, epochs, keep)
-        every = min(self._job.unit.recipe["validate_every"], epochs or self.max_epochs)
+        recipe = self._job.unit.recipe
+        watch = _Watch(self._weights, part, trial, epochs, keep, recipe["unit"])
+        every = min(recipe["validate_every"], epochs or self.max_epochs)
         with _quiet():
             model, data = self._build({"train": train, "val": monitored})
             self._trainer(every, [watch]).fit(model, data)
@@ -218,12 +237,7 @@ class _Fit:
             if n_tiles < 2:
                 continue
             with torch.inference_mode():
-                embeddings = torch.cat(
-                    [
-                        network.backbone(channels_first(slide.cache.read(part)))
-                        for part in np.array_split(np.arange(n_tiles), -(-n_tiles // data.chunk_size))
-                    ]
-                )
+                embeddings = _tile_embeddings(network, slide.cache, data.chunk_size)
                 mask = torch.ones((1, n_tiles), dtype=torch.bool)
                 graded = [  # one after the other: a slide's embeddings may be hundreds of megabytes
                     network.grade(embeddings[rng.integers(n_tiles, size=n_tiles)][None], mask)[0]
@@ -233,6 +247,21 @@ class _Fit:
             grades = np.arange(probabilities.shape[1])
             scores[slide.row.slide_id] = (with_temperature(probabilities, temperature) @ grades).tolist()
         return scores, drift
+
+    def embed(self, slides: Sequence[str]) -> NDArray[np.float32]:
+        """Slides as the trained network pools them, ``[n, D]`` in their order."""
+        pooled: dict[str, NDArray[np.float32]] = {}
+        if not slides:
+            return np.empty((0, 0), np.float32)
+        with _quiet(), torch.inference_mode():
+            model, data = self._trained(slides, _LAST)
+            data.setup("test")
+            network = model.network.eval()
+            for slide in data.slides["test"]:
+                tiles = _tile_embeddings(network, slide.cache, data.chunk_size)[None]
+                mask = torch.ones(tiles.shape[:2], dtype=torch.bool)
+                pooled[slide.row.slide_id] = network.aggregator(tiles, mask).embedding[0].float().numpy()
+        return np.stack([pooled[slide] for slide in slides])
 
     def similarity(self, slides: Sequence[str]) -> dict[str, float]:
         """How alike each block is before and after training: linear CKA on tiles of the slides, unbiased.
@@ -295,11 +324,20 @@ class _Fit:
         )
 
 
+def _tile_embeddings(network: GradingNetwork, cache: SlideCache, chunk: int) -> torch.Tensor:
+    """``[N, D]`` of all tiles of a slide, so many at a time."""
+    parts = np.array_split(np.arange(len(cache)), -(-len(cache) // chunk))
+    return torch.cat([network.backbone(channels_first(cache.read(part))) for part in parts])
+
+
 class _Watch(Callback):
     """Writes the curve and the weights, and stops after so many epochs."""
 
-    def __init__(self, weights: Path, part: str, trial: int, epochs: int | None, keep: bool) -> None:
+    def __init__(
+        self, weights: Path, part: str, trial: int, epochs: int | None, keep: bool, unit: ResultUnit
+    ) -> None:
         self.points: list[CurvePoint] = []
+        self._unit: ResultUnit = unit
         self._weights, self._part, self._trial = weights, part, trial
         self._epochs, self._keep = epochs, keep
         self._seconds, self._started = 0.0, 0.0
@@ -324,19 +362,22 @@ class _Watch(Callback):
         self._stop_clock()
         done = trainer.current_epoch + 1
         is_last = done == (self._epochs or trainer.max_epochs)
-        figures = trainer.callback_metrics
         if done % trainer.check_val_every_n_epoch == 0:  # type: ignore[operator] # always a number here
+            assert isinstance(pl_module, SlideGrader)
+            results = results_of(pl_module.validated, self._unit)
+            ones, n_grades = np.ones((1, len(results.true))), len(pl_module.grades)
             self.points.append(
                 CurvePoint(
                     part=self._part,
                     trial=self._trial,
                     epoch=done,
+                    n=len(results.true),
                     seconds=round(self._seconds, 3),
                     train_loss=float(torch.stack(self._losses).mean()),
-                    accuracy=float(figures["val/accuracy"]),
-                    qwk=float(figures["val/qwk"]),
-                    rps=float(figures["val/rps"]),
-                    log_loss=float(figures["val/loss"]),
+                    accuracy=float(accuracy_of(results.true, results.predicted)(ones)[0]),
+                    qwk=float(qwk_of(results.true, results.predicted, n_grades)(ones)[0]),
+                    rps=float(rps_of(results.true, results.probabilities)(ones)[0]),
+                    log_loss=float(log_loss_of(results.true, results.probabilities)(ones)[0]),
                 )
             )
             if self._keep:

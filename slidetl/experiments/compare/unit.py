@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import slidetl
 from slidetl.cache.lock import slide_lock
@@ -23,6 +24,8 @@ from slidetl.experiments.compare.plan import FORMAT_VERSION, Study, Unit
 from slidetl.tasks.predictions import SlidePrediction, read_predictions, write_predictions
 
 _ABOUT, _PREDICTIONS, _CURVES, _DRAWS = "unit.json", "predictions.csv", "curves.csv", "draws.json"
+_EMBEDDINGS = "embeddings.npy"
+_HASHED = (_PREDICTIONS, _CURVES, _DRAWS, _EMBEDDINGS)
 
 
 @dataclass(frozen=True)
@@ -64,14 +67,16 @@ class CurvePoint:
             chooses nothing.
         trial: which combination of the arm's choices, from 0.
         epoch: epochs done.
+        n: results of the part: its patients or slides, as the protocol's unit says.
         seconds: spent on training them, without the evaluations between.
         train_loss: of the last epoch, penalties included.
-        accuracy, qwk, rps, log_loss: per slide of the part.
+        accuracy, qwk, rps, log_loss: of these results, not calibrated.
     """
 
     part: str
     trial: int
     epoch: int
+    n: int
     seconds: float
     train_loss: float
     accuracy: float
@@ -96,6 +101,8 @@ class UnitResult:
         temperature: by which the inner folds would calibrate the probabilities; 1 where there are none.
         nested: whether the inner folds chose.
         seconds: that it took.
+        embeddings: ``[n, D]`` of the slides of the training part, then of the test part, as the trained
+            network pools them; empty for arms without one, and where all slides are of one site.
     """
 
     predictions: tuple[SlidePrediction, ...]
@@ -107,6 +114,9 @@ class UnitResult:
     temperature: float = 1.0
     nested: bool = False
     seconds: float = 0.0
+    embeddings: NDArray[np.float32] = field(
+        default_factory=lambda: np.empty((0, 0), np.float32), compare=False
+    )
 
 
 def job_of(unit: Unit, study: Study, grades: Sequence[str], folder: Path, threads: int = 1) -> Job:
@@ -136,6 +146,7 @@ def run_unit(job: Job) -> None:
         write_predictions(work / _PREDICTIONS, result.predictions)
         _write_curves(work / _CURVES, result.curves)
         (work / _DRAWS).write_text(json.dumps(dict(result.draws)) + "\n", encoding="utf-8")
+        np.save(work / _EMBEDDINGS, result.embeddings)
         about = {
             "format": FORMAT_VERSION,
             "software": f"slidetl {slidetl.__version__}",
@@ -149,7 +160,7 @@ def run_unit(job: Job) -> None:
             "temperature": result.temperature,
             "nested": result.nested,
             "seconds": round(time.monotonic() - started, 3),
-            "sha256": {name: _sha256(work / name) for name in (_PREDICTIONS, _CURVES, _DRAWS)},
+            "sha256": {name: _sha256(work / name) for name in _HASHED},
         }
         (work / _ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         finished = job.folder / job.unit.key
@@ -174,6 +185,7 @@ def read_unit(folder: Path, key: str) -> UnitResult | None:
             draws=json.loads((unit / _DRAWS).read_text(encoding="utf-8")),
             drift=about["drift"],
             similarity=about["similarity"],
+            embeddings=np.load(unit / _EMBEDDINGS, allow_pickle=False),
             chosen=about["chosen"],
             temperature=about["temperature"],
             nested=about["nested"],
@@ -230,7 +242,8 @@ def _read_curves(path: Path) -> list[CurvePoint]:
                 row["part"],
                 int(row["trial"]),
                 int(row["epoch"]),
-                *(float(row[item.name]) for item in fields(CurvePoint)[3:]),
+                int(row["n"]),
+                *(float(row[item.name]) for item in fields(CurvePoint)[4:]),
             )
             for row in csv.DictReader(file)
         ]

@@ -97,7 +97,9 @@ def invented_unit(
         for epoch in range(5, epochs + 1, 5):
             qwk = best * (1 - np.exp(-speed * epoch)) + 0.03 * rng.standard_normal()
             curve.append(
-                CurvePoint(part, 0, epoch, epoch * 1.5, 2 - qwk, 0.8 * qwk, qwk, 0.25 - 0.2 * qwk, 1.6 - qwk)
+                CurvePoint(
+                    part, 0, epoch, 12, epoch * 1.5, 2 - qwk, 0.8 * qwk, qwk, 0.25 - 0.2 * qwk, 1.6 - qwk
+                )
             )
     layers = [f"blocks.{block}.{part}" for block in range(5) for part in ("conv_pw", "conv_dw", "conv_pwl")]
     return UnitResult(
