@@ -100,6 +100,25 @@ def patient_results(
     )
 
 
+def per_patient(values: ArrayLike, patients: ArrayLike, unit: Unit) -> NDArray[np.float64]:
+    """Makes one value of a patient's slides, as :func:`patient_results` makes one grade.
+
+    Args:
+        values: ``[N, ...]`` of slides, such as scores, or readers' grades.
+        patients: ``[N]``.
+        unit: ``worst``, the highest; ``mean``; or ``slide``, the values as they are.
+
+    Returns:
+        ``[M, ...]`` in the order of :attr:`PatientResults.patients`; NaN where that of one slide is NaN.
+    """
+    rows = np.asarray(values, np.float64)
+    if unit == "slide":
+        return rows
+    names, member = np.unique(np.asarray(patients), return_inverse=True)
+    make = np.max if unit == "worst" else np.mean
+    return np.stack([make(rows[member == number], axis=0) for number in range(len(names))])
+
+
 def figures_per_fold(
     maker: FigureMaker, true: ArrayLike, predicted: ArrayLike, folds: ArrayLike
 ) -> NDArray[np.float64]:

@@ -240,17 +240,17 @@ def site_decodability_by_fold(
 
 @dataclass(frozen=True)
 class GroupFigure:
-    """A figure on the slides of one site or scanner.
+    """A figure at one site or scanner.
 
     Attributes:
         group: its name.
-        n_slides, n_patients: how many.
-        figure: with its interval; None for a single patient, or where it is undefined on these slides or on
+        n, n_patients: slides, or results of patients, and of how many patients.
+        figure: with its interval; None for a single patient, or where it is undefined on these or on
             most resamples of them.
     """
 
     group: str
-    n_slides: int
+    n: int
     n_patients: int
     figure: Interval | None
 

@@ -18,7 +18,7 @@ class Repeatability:
     """How far a slide's score repeats itself over draws of tiles.
 
     Attributes:
-        n_slides, n_draws: what it rests on.
+        n, n_draws: slides, or results of patients, and draws that it rests on.
         within_sd: standard deviation over draws of a slide's score, pooled over slides: the standard error of
             measurement (SEM) of one draw.
         icc: share of a single draw's variance that is between slides, ICC(1,1); may fall below zero.
@@ -26,7 +26,7 @@ class Repeatability:
             pairs; a smaller change of a patient's score is noise of the draw.
     """
 
-    n_slides: int
+    n: int
     n_draws: int
     within_sd: Interval
     icc: Interval
@@ -44,7 +44,7 @@ def repeatability(
     nor that of scanning again. Intervals resample patients, and are conditional on the fitted model.
 
     Args:
-        scores: ``[N, D]``, of N slides in each of D independent draws.
+        scores: ``[N, D]``, of N slides (or patients) in each of D independent draws.
         patients: ``[N]``.
         level: of the intervals.
         seed: of the resampling.
@@ -83,7 +83,7 @@ def repeatability(
     factor = 1.96 * 2**0.5
     change = Interval(factor * sd.estimate, factor * sd.low, factor * sd.high, level)
     return Repeatability(
-        n_slides=len(values),
+        n=len(values),
         n_draws=n_draws,
         within_sd=sd,
         icc=bca_interval(icc, patients, level=level, seed=seed),

@@ -300,8 +300,14 @@ def draw_learning(
     )
 
 
-def draw_reliability(folder: Path, bins: Mapping[str, Sequence[ReliabilityBin]]) -> Drawing:
-    """Reliability diagrams with the bars within which a calibrated model would lie, one for each arm."""
+def draw_reliability(folder: Path, bins: Mapping[str, Sequence[ReliabilityBin]], unit: str) -> Drawing:
+    """Reliability diagrams with the bars within which a calibrated model would lie, one for each arm.
+
+    Args:
+        folder: for the files.
+        bins: by arm.
+        unit: what is graded: a ``patient`` or a ``slide``.
+    """
     columns = min(4, len(bins))
     lines = -(-len(bins) // columns)
     with _sheet(folder, "reliability", 0.6 + columns * 1.95, 0.5 + lines * 2.15) as (figure, drawn):
@@ -338,16 +344,16 @@ def draw_reliability(folder: Path, bins: Mapping[str, Sequence[ReliabilityBin]])
     said = "; ".join(
         f"{arm}: "
         + ", ".join(
-            f"{point.accuracy:.2f} right at {point.confidence:.2f} ({point.n} slides)" for point in points
+            f"{point.accuracy:.2f} right at {point.confidence:.2f} ({point.n} {unit}s)" for point in points
         )
         for arm, points in bins.items()
     )
     return Drawing(
         drawn,
         f"Reliability diagrams. {said}.",
-        "How often the predicted grade was right against the probability that it was given, per slide, "
+        f"How often the predicted grade was right against the probability that it was given, per {unit}, "
         "first repeat. Bars: where 95\N{NO-BREAK SPACE}% of such shares would lie if the probabilities were "
-        "right, by simulation; orange points lie outside. The size of a point is the number of slides; one "
+        f"right, by simulation; orange points lie outside. The size of a point is the number of {unit}s; one "
         "in twenty is expected outside even of a perfect model.",
     )
 
@@ -468,19 +474,20 @@ def draw_layers(
 
 
 def draw_referral(
-    folder: Path, found: Mapping[str, RiskCoverage], looks: Mapping[str, Look], bounded: str
+    folder: Path, found: Mapping[str, RiskCoverage], looks: Mapping[str, Look], bounded: str, unit: str
 ) -> Drawing:
-    """Risk against coverage when the least sure slides go to a human.
+    """Risk against coverage when the least sure patients, or slides, go to a human.
 
     Args:
         folder: for the files.
         found: by arm.
         looks: of the arms.
         bounded: the arm whose upper bound is drawn.
+        unit: what is graded: a ``patient`` or a ``slide``.
     """
     with _sheet(folder, "referral", 6.6, 3.6) as (figure, drawn):
         axes = figure.add_subplot(
-            xlabel="share of slides that the model grades itself", ylabel="share of these graded wrong"
+            xlabel=f"share of {unit}s that the model grades itself", ylabel="share of these graded wrong"
         )
         for arm, curve in found.items():
             look = looks[arm]
@@ -510,8 +517,8 @@ def draw_referral(
     return Drawing(
         drawn,
         f"Risk against coverage. {said}.",
-        "Wrong grades among the slides that are graded when the least sure ones are left to a human; first "
-        "repeat, per slide."
+        f"Wrong grades among the {unit}s that are graded when the least sure ones are left to a human; first "
+        "repeat."
         + (
             ""
             if level is None

@@ -15,6 +15,7 @@ from slidetl.evaluation.agreement import (
     reader_agreement,
     reader_ceiling,
 )
+from slidetl.evaluation.comparison import Unit
 from slidetl.evaluation.metrics import quadratic_weighted_kappa
 
 
@@ -45,8 +46,8 @@ def test_readers_are_compared_on_what_both_graded() -> None:
     patients = np.arange(60) // 2
     first, second, third = reader_agreement(readings, patients, 5)
     assert [(pair.first, pair.second) for pair in (first, second, third)] == [(0, 1), (0, 2), (1, 2)]
-    assert (first.n_slides, first.n_patients) == (40, 20)
-    assert (third.n_slides, third.n_patients) == (60, 30)
+    assert (first.n, first.n_patients) == (40, 20)
+    assert (third.n, third.n_patients) == (60, 30)
     a, b = readings[20:, 0], readings[20:, 1]
     assert first.accuracy.estimate == pytest.approx((a == b).mean())
     assert first.kappa.estimate == pytest.approx(cohen_kappa_score(a, b))
@@ -83,7 +84,7 @@ def test_the_model_takes_a_readers_place() -> None:
         assert row.peer_qwk.estimate == pytest.approx(between)
         assert row.qwk_less_peers.estimate == pytest.approx(by_hand - between)
         assert sign * row.qwk_less_peers.estimate > 0
-        assert against[-1].peer_qwk is None and against[-1].model.n_slides == 120
+        assert against[-1].peer_qwk is None and against[-1].model.n == 120
     assert against[0].qwk_less_peers is not None and against[0].qwk_less_peers.high < 0
 
 
@@ -109,6 +110,35 @@ def test_the_ceiling_is_what_the_truth_reaches(sd: float) -> None:
     together = read(true, sd / np.sqrt(2), rng)  # the mean of two errors, before it is rounded
     assert ceiling.together_accuracy == pytest.approx((together == true).mean(), abs=0.015)
     assert ceiling.together_qwk == pytest.approx(quadratic_weighted_kappa(true, together, 5), abs=0.01)
+
+
+@pytest.mark.parametrize("unit", ["worst", "mean"])
+@pytest.mark.parametrize("alike", [False, True])
+def test_the_ceiling_of_patients_is_what_the_truth_of_their_slides_reaches(unit: Unit, alike: bool) -> None:
+    """Slides of a patient of grades of their own, or all within one grade."""
+    rng = np.random.default_rng(4)
+    patients = np.sort(rng.integers(0, 6_000, 12_000))
+    own = rng.choice(5, 12_000, p=[0.3, 0.2, 0.2, 0.1, 0.2])
+    true = np.clip(own[patients] + rng.integers(-1, 2, 12_000), 0, 4) if alike else own
+    first, second = read(true, 0.5, rng), read(true, 0.5, rng)
+    ceiling = reader_ceiling(first, second, patients, 5, unit=unit, n_draws=2)
+
+    def of_patients(grades: NDArray[np.int64]) -> NDArray[np.int64]:
+        make = np.max if unit == "worst" else np.mean
+        mine = np.split(grades, np.flatnonzero(np.diff(patients)) + 1)
+        return np.array([int(np.floor(make(of) + 0.5)) for of in mine])
+
+    truth = of_patients(true)
+    for judged, accuracy, qwk in (
+        (of_patients(first), ceiling.accuracy, ceiling.qwk),
+        (
+            of_patients(consensus_grades(np.stack([first, second], 1))),
+            ceiling.consensus_accuracy,
+            ceiling.consensus_qwk,
+        ),
+    ):
+        assert accuracy == pytest.approx((truth == judged).mean(), abs=0.03 if alike else 0.015)
+        assert qwk == pytest.approx(quadratic_weighted_kappa(truth, judged, 5), abs=0.015)
 
 
 def test_the_interval_of_the_ceiling_covers_it() -> None:

@@ -173,7 +173,7 @@ def test_each_site_has_its_own_figure() -> None:
     true, predicted = rng.integers(0, 5, 50), rng.integers(0, 5, (2, 50))
     sites, patients = np.repeat(["B", "A", "C"], [30, 18, 2]), np.arange(50) // 2
     a, b, c = figure_by_group(accuracy_of(true, predicted), sites, patients)
-    assert [(row.group, row.n_slides, row.n_patients) for row in (a, b, c)] == [
+    assert [(row.group, row.n, row.n_patients) for row in (a, b, c)] == [
         ("A", 18, 9),
         ("B", 30, 15),
         ("C", 2, 1),

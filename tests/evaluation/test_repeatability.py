@@ -23,7 +23,7 @@ def test_icc_of_shrout_and_fleiss() -> None:
     assert result.icc.estimate == pytest.approx(0.17, abs=0.005)
     # Within-target mean square 6.26 in their table 3.
     assert result.within_sd.estimate**2 == pytest.approx(6.26, abs=0.01)
-    assert (result.n_slides, result.n_draws) == (6, 4)
+    assert (result.n, result.n_draws) == (6, 4)
 
 
 def test_known_variances_are_found_and_covered() -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from slidetl.data.manifest import ManifestRow
 from slidetl.errors import UsageError
+from slidetl.evaluation.comparison import Unit, per_patient
 from slidetl.evaluation.repeatability import ScoreShift, compare_groups, compare_paired
 from slidetl.experiments.compare.config import Comparison
 
@@ -49,7 +50,7 @@ def members_of(comparison: Comparison, rows: Sequence[ManifestRow]) -> NDArray[n
 
 
 def shift_between(
-    scores: NDArray[np.float64], members: NDArray[np.int64], patients: NDArray[Any]
+    scores: NDArray[np.float64], members: NDArray[np.int64], patients: NDArray[Any], unit: Unit
 ) -> GroupShift | None:
     """The shift of the score from the first group to the second.
 
@@ -60,19 +61,26 @@ def shift_between(
         scores: ``[N]`` expected grades of slides.
         members: ``[N]`` of :func:`members_of`.
         patients: ``[N]``.
+        unit: of several slides of a patient in a group the score is the ``worst`` one, or else the mean.
 
     Returns:
         None where there are fewer than two patients in a group.
     """
     in_first, in_second = (set(patients[members == number].tolist()) for number in (0, 1))
     both = sorted(in_first & in_second)
+    made: Unit = "worst" if unit == "worst" else "mean"
+
+    def of_group(number: int, whose: set[Any]) -> tuple[NDArray[np.float64], NDArray[Any]]:
+        mine = (members == number) & np.isin(patients, sorted(whose))
+        return per_patient(scores[mine], patients[mine], made), np.unique(patients[mine])
+
     if len(both) >= 2:
-        before, after = (
-            [scores[(members == number) & (patients == patient)].mean() for patient in both]
-            for number in (0, 1)
-        )
+        before, after = (of_group(number, set(both))[0] for number in (0, 1))
         return GroupShift(True, compare_paired(before, after))
-    kept = (members >= 0) & ~np.isin(patients, both)
     if min(len(in_first), len(in_second)) - len(both) < 2:
         return None
-    return GroupShift(False, compare_groups(scores[kept], members[kept] == 1, patients[kept]))
+    first, of_first = of_group(0, in_first - set(both))
+    second, of_second = of_group(1, in_second - set(both))
+    is_second = np.repeat([False, True], [len(first), len(second)])
+    together = np.concatenate([first, second])
+    return GroupShift(False, compare_groups(together, is_second, np.concatenate([of_first, of_second])))

@@ -32,6 +32,7 @@ from slidetl.report.experiment_figures import (
     spoken,
 )
 
+_OF_SCORES = {"worst": "the highest of its slides", "mean": "the mean of its slides"}
 _LEARNED: dict[CurveFigure, str] = {"qwk": "QWK", "accuracy": "Accuracy"}
 _LAYERS = "Lines are means over folds, bands from the least to the greatest; the lowest layer is on the left."
 
@@ -172,11 +173,11 @@ def calibration(view: View) -> tuple[Part, ...]:
     )
     return (
         source,
-        draw_reliability(view.folder, {arm.arm: arm.bins for arm in view.serious}),
+        draw_reliability(view.folder, {arm.arm: arm.bins for arm in view.serious}, view.unit),
         Table(
-            "Calibration per slide, first repeat. A slope of 1 is right, less is too sure; an intercept "
-            "above 0 means graded too low. The expected calibration error (ECE) is above zero even of a "
-            "perfect model on so few slides: beside it is what such a model would show.",
+            f"Calibration per {view.unit}, first repeat. A slope of 1 is right, less is too sure; an "
+            "intercept above 0 means graded too low. The expected calibration error (ECE) is above zero even "
+            f"of a perfect model on so few {view.unit}s: beside it is what such a model would show.",
             (
                 "Arm",
                 "Slope",
@@ -192,7 +193,7 @@ def calibration(view: View) -> tuple[Part, ...]:
 
 
 def _temperatures(view: View) -> tuple[Part, ...]:
-    """What the temperatures of the inner folds did to the held-out slides."""
+    """What the temperatures of the inner folds did to what was held out."""
     rows = []
     for arm in view.arms:
         plain = arm.untempered
@@ -216,7 +217,8 @@ def _temperatures(view: View) -> tuple[Part, ...]:
     return (
         Table(
             "Did the temperature help? Log loss and RPS (lower is better) and calibration slope (1 is right) "
-            "of held-out slides, before and after. A temperature above 1 makes probabilities less sure.",
+            f"of held-out {view.unit}s, before and after. A temperature above 1 makes probabilities less "
+            "sure.",
             (
                 "Arm",
                 "Temperature",
@@ -233,7 +235,7 @@ def _temperatures(view: View) -> tuple[Part, ...]:
 
 
 def referral(view: View) -> tuple[Part, ...]:
-    """Sets of grades, and what is gained by leaving the least sure slides to a human."""
+    """Sets of grades, and what is gained by leaving the least sure results to a human."""
     shown = {arm.arm: arm.referral for arm in view.serious}
     sets = [arm for arm in view.arms if arm.sets is not None]
     parts: list[Part] = []
@@ -246,15 +248,13 @@ def referral(view: View) -> tuple[Part, ...]:
                 (
                     "Arm",
                     "Patients covered",
-                    "Slides covered",
                     "Grades in a set, mean",
-                    f"Slides with sets of 1 to {view.n_grades}",
+                    f"{view.unit.capitalize()}s with sets of 1 to {view.n_grades}",
                 ),
                 tuple(
                     (
                         arm.arm,
                         spoken(arm.sets.patients_covered),
-                        spoken(arm.sets.slides_covered),
                         spoken(arm.sets.mean_size),
                         " / ".join(map(str, arm.sets.sizes)),
                     )
@@ -266,11 +266,12 @@ def referral(view: View) -> tuple[Part, ...]:
     else:
         parts.append("With a single fold, sets of grades have no other fold to be checked on.")
     parts.append(
-        draw_referral(view.folder, shown, view.looks, next(iter(shown)))  # the primary one, if complete
+        # the bound is that of the primary one, if it is complete
+        draw_referral(view.folder, shown, view.looks, next(iter(shown)), view.unit)
     )
     parts.append(
         Table(
-            "Share of wrong grades, per slide, first repeat: of all slides, of the surer ones, and the area "
+            f"Share of wrong grades, per {view.unit}, first repeat: of all, of the surer ones, and the area "
             "under the curve.",
             ("Arm", "of all", f"of the surer {percent(0.8)}", f"of the surer {percent(0.5)}", "Area"),
             tuple(
@@ -286,9 +287,10 @@ def referral(view: View) -> tuple[Part, ...]:
     level = next(iter(shown.values())).level
     parts.append(
         Table(
-            "Left to a human at a chosen risk: the share of slides that the model may grade itself, and how "
-            f"sure it must be of each, so that with {percent(level)} confidence at most so many patients, of "
-            "those with a slide that it grades, have a wrong grade. None: then every slide goes to a human. "
+            f"Left to a human at a chosen risk: the share of {view.unit}s that the model may grade itself, "
+            f"and how sure it must be of each, so that with {percent(level)} confidence at most so many "
+            f"patients, of those that it grades, have a wrong grade. None: then every {view.unit} goes to a "
+            "human. "
             f"Even without an error, {view.n_patients} patients cannot show a risk below "
             f"{percent(_least_risk(view.n_patients, level))}.",
             (
@@ -324,14 +326,15 @@ def _repeatability(view: View) -> tuple[Part, ...]:
         return ("No arm grades slides of several tiles by a network, so there is nothing to draw from.",)
     return (
         "Beside its grade a slide has a continuous score, the expected grade. Other tiles of the same tissue "
-        "would give another one: each draw takes as many tiles as the slide has, with replacement.",
+        "would give another one: each draw takes as many tiles as the slide has, with replacement."
+        + ("" if view.unit == "slide" else f" A patient's score is {_OF_SCORES[view.protocol.unit]}."),
         Table(
-            "Spread of the score over draws of tiles. A change of one slide's score below the minimal "
+            f"Spread of the score over draws of tiles. A change of one {view.unit}'s score below the minimal "
             "detectable change is noise of the draw (95\N{NO-BREAK SPACE}%). ICC: share of a single draw's "
-            "variance that is between slides.",
+            f"variance that is between {view.unit}s.",
             (
                 "Arm",
-                "Slides",
+                f"{view.unit.capitalize()}s",
                 "Draws",
                 "SD of a draw (grades)",
                 "ICC",
@@ -340,7 +343,7 @@ def _repeatability(view: View) -> tuple[Part, ...]:
             tuple(
                 (
                     name,
-                    str(found.n_slides),
+                    str(found.n),
                     str(found.n_draws),
                     three(found.within_sd),
                     three(found.icc),

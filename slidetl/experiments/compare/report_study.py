@@ -189,12 +189,12 @@ def readers(view: View) -> tuple[Part, ...]:
     if result.readers:
         parts.append(
             Table(
-                "Agreement between readers.",
-                ("Readers", "Slides", "QWK", "Kappa", "Equal grades"),
+                f"Agreement between readers, per {view.unit}.",
+                ("Readers", f"{view.unit.capitalize()}s", "QWK", "Kappa", "Equal grades"),
                 tuple(
                     (
                         f"{_reader(pair.first)} and {_reader(pair.second)}",
-                        str(pair.n_slides),
+                        str(pair.n),
                         *(spoken(value) for value in (pair.qwk, pair.kappa, pair.accuracy)),
                     )
                     for pair in result.readers
@@ -227,7 +227,7 @@ def readers(view: View) -> tuple[Part, ...]:
         (
             arm.arm,
             "consensus" if one.reader is None else _reader(one.reader),
-            str(one.model.n_slides),
+            str(one.model.n),
             spoken(one.model.qwk),
             spoken(one.model.accuracy),
             NONE if one.peer_qwk is None else spoken(one.peer_qwk),
@@ -241,12 +241,12 @@ def readers(view: View) -> tuple[Part, ...]:
         parts.append(
             Table(
                 "The model in a reader's place: agreement with each reader, that of the other readers with "
-                "the same one, and the difference on the slides that all graded. Single readers beside the "
+                "the same one, and the difference on those that all graded. Single readers beside the "
                 "declared arms only; results.csv has them all.",
                 (
                     "Arm",
                     "Against",
-                    "Slides",
+                    f"{view.unit.capitalize()}s",
                     "QWK",
                     "Equal grades",
                     "QWK of other readers",
@@ -394,8 +394,7 @@ def limits(view: View) -> tuple[Part, ...]:
     else:
         said.append(
             "Above the ceiling that the readers' noise sets, a higher figure means chance, or a model that "
-            "has learned the readers' habits, not one that grades better. The ceiling is per slide"
-            + ("." if protocol.unit == "slide" else "; the figures beside it are per patient.")
+            "has learned the readers' habits, not one that grades better."
         )
     if len(set(view.result.site_of)) > 1 and not protocol.leave_one_site_out:
         said.append(
@@ -534,9 +533,9 @@ def _by_place(view: View, name: str) -> Table | None:
     first = next((found for found in groups.values() if found), None)
     if first is None:
         return None
-    places = [f"{group.group or '(none given)'} ({group.n_slides})" for group in first["qwk"]]
+    places = [f"{group.group or '(none given)'} ({group.n})" for group in first["qwk"]]
     return Table(
-        f"QWK per slide at each {name} (slides in brackets). Few patients each: wide intervals.",
+        f"QWK per {view.unit} at each {name} ({view.unit}s in brackets). Few patients each: wide intervals.",
         ("Arm", *places),
         tuple(
             (

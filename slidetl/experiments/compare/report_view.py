@@ -90,10 +90,14 @@ class View:
         return len(set(self.result.patients.tolist()))
 
     @property
+    def unit(self) -> str:
+        """What one result is."""
+        return "slide" if self.protocol.unit == "slide" else "patient"
+
+    @property
     def n_results(self) -> str:
         """How many results the figures are of, in words."""
-        n = len(self.arms[0].results.true)
-        return f"{n} {'slides' if self.protocol.unit == 'slide' else 'patients'}"
+        return f"{len(self.arms[0].results.true)} {self.unit}s"
 
 
 def p_value(value: float) -> str:

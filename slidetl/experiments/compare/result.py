@@ -40,6 +40,7 @@ from slidetl.evaluation.comparison import (
     figures_per_fold,
     holm,
     patient_results,
+    per_patient,
     sign_flip_test,
     variance_split,
 )
@@ -66,6 +67,7 @@ from slidetl.experiments.compare.unit import UnitResult
 
 # Share of patients that the sets of grades may miss; accuracies whose difference the power table is about.
 RISK = 0.1
+_BY_GROUP: tuple[Figure, ...] = ("accuracy", "qwk")
 _ACCURACIES = ((0.56, 0.56), (0.56, 0.60), (0.56, 0.64), (0.56, 0.68), (0.56, 0.72), (0.56, 0.80))
 
 
@@ -75,7 +77,7 @@ class Untempered:
 
     Attributes:
         log_loss, rps: of the results, averaged over repeats.
-        slope: of the calibration in the first repeat, per slide; None where it has no finite estimate.
+        slope: of the calibration in the first repeat; None where it has no finite estimate.
     """
 
     log_loss: float
@@ -102,11 +104,11 @@ class ArmResult:
         quality: per threshold and over all, of ``results`` in the first repeat.
         confusion: ``[K, K]``, true by predicted, of ``results``, summed over repeats.
         variance: of the primary figure by seed, fold and patient; None where a fold has a single patient.
-        slope, null, bins: calibration in the first repeat, per slide.
+        slope, null, bins: calibration of ``results`` in the first repeat.
         untempered: the same arm without its temperatures; None for an arm without inner folds.
         sets: coverage of sets of grades that miss one in ten patients; None for a single fold.
-        referral: share of wrong grades against share of slides that are graded at all.
-        sites, scanners: accuracy and QWK of slides by group, by figure; empty where there is one group.
+        referral: share of wrong ``results`` against share of those that are graded at all.
+        sites, scanners: accuracy and QWK of ``results`` by group, by figure; empty where there is one group.
         readers: the model against each reader, and their consensus.
         repeatability: of the score over draws of tiles; None for arms without.
         group_shift: of the score between the groups that the configuration names; None without.
@@ -299,7 +301,7 @@ class _Pooling:
     def __init__(self, comparison: Comparison, study: Study, folds: Sequence[Fold]) -> None:
         self._comparison, self._study, self._folds = comparison, study, folds
         self._n_grades = len(comparison.grades)
-        self._n_repeats = comparison.protocol.repeats
+        self._n_repeats, self._unit = comparison.protocol.repeats, comparison.protocol.unit
         self._names = list(dict.fromkeys(fold.name for fold in folds))
         self._options: dict[str, Any] = {"n_draws": comparison.bootstrap_draws}
         tested = {slide for fold in folds for slide in fold.test}
@@ -327,13 +329,10 @@ class _Pooling:
         probabilities, folds = self._pooled(units)
         results = self._results(probabilities, self.true)
         figures = {name: self._interval(name, results) for name in FIGURES}
-        first = probabilities[0]
-        wrong = first.argmax(1) != self.true
+        true, first, who = results.true, results.probabilities[0], results.patients
+        graded = results.predicted[0]
         several = len(self._names) > 1
-        by_group: dict[Figure, Weighted] = {
-            "accuracy": accuracy_of(self.true, probabilities.argmax(2)),
-            "qwk": qwk_of(self.true, probabilities.argmax(2), self._n_grades),
-        }
+        by_group = {name: self._figure(name, results) for name in _BY_GROUP}
         primary = self._comparison.primary.figure
         return ArmResult(
             arm=arm,
@@ -344,20 +343,22 @@ class _Pooling:
             results=results,
             figures=figures,
             by_repeat={name: self._by_repeat(name, results) for name in FIGURES},
-            quality=probability_metrics(results.true, results.probabilities[0]),
+            quality=probability_metrics(true, first),
             confusion=np.sum(
-                [confusion_matrix(results.true, row, self._n_grades) for row in results.predicted], axis=0
+                [confusion_matrix(true, row, self._n_grades) for row in results.predicted], axis=0
             ),
             variance=self._variance(primary, results, folds),
-            slope=calibration_slope(self.true, first, self.patients),
-            null=calibration_null(self.true, first),
-            bins=reliability(self.true, first),
+            slope=calibration_slope(true, first, who),
+            null=calibration_null(true, first),
+            bins=reliability(true, first),
             untempered=self._untempered(units) if any(result.nested for _, result in units) else None,
-            sets=check_coverage(self.true, first, self.patients, folds[0], risk=RISK) if several else None,
-            referral=risk_coverage(wrong, first.max(1), self.patients),
-            sites=self._by_group(by_group, self.sites),
-            scanners=self._by_group(by_group, self.scanners),
-            readers=self._readers(probabilities),
+            sets=check_coverage(true, first, who, self._fold_of(results, folds)[0], risk=RISK)
+            if several
+            else None,
+            referral=risk_coverage(graded != true, first[np.arange(len(true)), graded], who),
+            sites=self._by_group(by_group, self.sites, who),
+            scanners=self._by_group(by_group, self.scanners, who),
+            readers=self._readers(results),
             repeatability=self._repeatability(units),
             group_shift=self._group_shift(probabilities.mean(axis=0) @ np.arange(self._n_grades)),
             chance_p=chance_p(_higher_is_better(primary, figures[primary].estimate), null) if null else None,
@@ -369,7 +370,7 @@ class _Pooling:
         plain = [(unit, replace(result, temperature=1.0)) for unit, result in units]
         probabilities, _ = self._pooled(plain)
         results = self._results(probabilities, self.true)
-        slope = calibration_slope(self.true, probabilities[0], self.patients, n_draws=200).slope
+        slope = calibration_slope(results.true, results.probabilities[0], results.patients, n_draws=200).slope
         return Untempered(
             log_loss=float(np.mean(self._by_repeat("log_loss", results))),
             rps=float(np.mean(self._by_repeat("rps", results))),
@@ -414,13 +415,14 @@ class _Pooling:
 
     def about_the_study(self) -> dict[str, Any]:
         """What depends on no arm."""
-        n_readers = self.readings.shape[1]
         readers: tuple[Agreement, ...] = ()
         ceiling = None
-        if n_readers > 1:
-            readers = reader_agreement(self.readings, self.patients, self._n_grades)
-        if any((pair.first, pair.second) == (0, 1) for pair in readers):
-            ceiling = reader_ceiling(self.readings[:, 0], self.readings[:, 1], self.patients, self._n_grades)
+        if self.readings.shape[1] > 1:
+            readings, who = self._readings_of_results()
+            readers = reader_agreement(readings, who, self._n_grades)
+            one, other = self.readings[:, 0], self.readings[:, 1]
+            if len(set(self.patients[(one >= 0) & (other >= 0)].tolist())) > 1:
+                ceiling = reader_ceiling(one, other, self.patients, self._n_grades, unit=self._unit)
         n_patients = len(set(self.patients.tolist()))
         design = StudyDesign(n_patients, len(self.slides), self._n_grades)
         accuracies = [pair for pair in _ACCURACIES if min(pair) > 1 / self._n_grades]
@@ -450,7 +452,7 @@ class _Pooling:
         return probabilities, folds
 
     def _results(self, probabilities: NDArray[np.float64], true: NDArray[np.int64]) -> PatientResults:
-        return patient_results(true, probabilities, self.patients, self._comparison.protocol.unit)
+        return patient_results(true, probabilities, self.patients, self._unit)
 
     def _figure(self, name: Figure, results: PatientResults) -> Weighted:
         return _maker(name, self._n_grades)(results.true, _predictions(name, results))
@@ -464,7 +466,7 @@ class _Pooling:
 
     def _fold_of(self, results: PatientResults, folds: NDArray[np.int64]) -> NDArray[np.int64]:
         """Folds ``[R, M]`` of the results, from those of the slides."""
-        if self._comparison.protocol.unit == "slide":
+        if self._unit == "slide":
             return folds
         first = [int(np.flatnonzero(self.patients == patient)[0]) for patient in results.patients]
         return folds[:, first]
@@ -514,37 +516,54 @@ class _Pooling:
         )
 
     def _by_group(
-        self, figures: Mapping[Figure, Weighted], groups: Sequence[str]
+        self, figures: Mapping[Figure, Weighted], groups: Sequence[str], of_results: NDArray[Any]
     ) -> dict[Figure, tuple[GroupFigure, ...]]:
+        """Of a patient with slides in several groups the result is in neither of them."""
         if len(set(groups)) < 2:
             return {}
-        return {name: figure_by_group(figure, groups, self.patients) for name, figure in figures.items()}
+        of_patient: dict[str, set[str]] = {}
+        for patient, group in zip(self.patients.tolist(), groups, strict=True):
+            of_patient.setdefault(patient, set()).add(group)
+        if self._unit != "slide":
+            names = [sorted(of_patient[patient]) for patient in of_results.tolist()]
+            groups = [found[0] if len(found) == 1 else " + ".join(found) for found in names]
+        return {name: figure_by_group(figure, groups, of_results) for name, figure in figures.items()}
 
     def _by_grade(self, groups: Sequence[str]) -> SiteByGrade | None:
         if len(set(groups)) < 2:
             return None
         return site_by_grade(groups, self.true, self.patients, self._n_grades)
 
-    def _readers(self, probabilities: NDArray[np.float64]) -> tuple[ModelAgainstReader, ...]:
-        read = (self.readings >= 0).any(axis=1)
-        if len(set(self.patients[read].tolist())) < 2:
+    def _readings_of_results(self) -> tuple[NDArray[np.int64], NDArray[Any]]:
+        """Grades ``[M, Q]`` of the readers, -1 where one did not read all of them; and whose they are."""
+        read = np.where(self.readings >= 0, self.readings, np.nan)
+        grades = np.floor(per_patient(read, self.patients, self._unit) + 0.5)
+        whose = self.patients if self._unit == "slide" else np.unique(self.patients)
+        return np.where(np.isnan(grades), -1, grades).astype(np.int64), whose
+
+    def _readers(self, results: PatientResults) -> tuple[ModelAgainstReader, ...]:
+        readings, who = self._readings_of_results()
+        if len(set(who[(readings >= 0).any(axis=1)].tolist())) < 2:
             return ()
-        return model_against_readers(probabilities.argmax(2), self.readings, self.patients, self._n_grades)
+        return model_against_readers(results.predicted, readings, who, self._n_grades)
 
     def _repeatability(self, units: Sequence[tuple[Unit, UnitResult]]) -> Repeatability | None:
-        """Of the first repeat, so that each slide counts once."""
+        """Of the first repeat, so that each result counts once; where all of its slides were drawn."""
         draws: dict[str, Sequence[float]] = {}
         for unit, result in units:
             if unit.fold.repeat == 0:
                 draws.update(result.draws)
-        slides = [number for number, slide in enumerate(self.slides) if slide in draws]
-        scores = np.array([draws[self.slides[number]] for number in slides])
-        if len(slides) < 2 or np.ptp(scores) == 0 or len(set(self.patients[slides].tolist())) < 2:
+        n_draws = len(next(iter(draws.values()), ()))
+        nothing = [np.nan] * n_draws
+        scores = per_patient([draws.get(slide, nothing) for slide in self.slides], self.patients, self._unit)
+        who = self.patients if self._unit == "slide" else np.unique(self.patients)
+        drawn = np.isfinite(scores).all(axis=1) & (n_draws > 0)
+        if len(set(who[drawn].tolist())) < 2 or np.ptp(scores[drawn]) == 0:
             return None
-        return repeatability(scores, self.patients[slides])
+        return repeatability(scores[drawn], who[drawn])
 
     def _group_shift(self, scores: NDArray[np.float64]) -> GroupShift | None:
-        return shift_between(scores, self._members, self.patients)
+        return shift_between(scores, self._members, self.patients, self._unit)
 
     def site_in_embeddings(self, planned: Set[str], arms: Sequence[ArmResult]) -> dict[str, SiteDecodability]:
         """How well the site is told from stored features and by trained networks.

@@ -135,7 +135,7 @@ def _result_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
     for agreed in result.readers:
         readers = f"readers {agreed.first} and {agreed.second}"
         for name in ("qwk", "kappa", "accuracy"):
-            yield _row("agreement", name, getattr(agreed, name), n=agreed.n_slides, note=readers)
+            yield _row("agreement", name, getattr(agreed, name), n=agreed.n, note=readers)
     if result.ceiling is not None:
         about = asdict(result.ceiling)
         reached = Interval(about["accuracy"], about["low"], about["high"], about["level"])
@@ -186,12 +186,11 @@ def _arm_rows(arm: ArmResult, referral_risks: Sequence[float]) -> Iterator[dict[
     if arm.sets is not None:
         note = f"sets that miss {RISK:.0%} of patients"
         yield _row("sets", "patients_covered", arm.sets.patients_covered, note=note)
-        yield _row("sets", "slides_covered", arm.sets.slides_covered, note=note)
         yield _row("sets", "mean_size", arm.sets.mean_size, note=note)
     yield _row("sets", "area_under_risk_coverage", arm.referral.area)
     for risk in referral_risks:
         rule = referral_rule(arm.referral, risk)
-        where = "every slide to a human" if rule is None else f"confidence from {rule.confidence:.6g}"
+        where = "all to a human" if rule is None else f"confidence from {rule.confidence:.6g}"
         note = f"at most {risk:.0%} of patients with a wrong grade, {arm.referral.level:.0%} sure: {where}"
         yield _row("sets", "coverage_at_risk", 0.0 if rule is None else rule.coverage, note=note)
     for section, groups in (("site", arm.sites), ("scanner", arm.scanners)):
@@ -199,15 +198,15 @@ def _arm_rows(arm: ArmResult, referral_risks: Sequence[float]) -> Iterator[dict[
             yield from (_group_row(section, name, group) for group in found)
     for one in arm.readers:
         who = "consensus" if one.reader is None else f"reader {one.reader}"
-        yield _row("reader", "qwk", one.model.qwk, n=one.model.n_slides, note=who)
-        yield _row("reader", "accuracy", one.model.accuracy, n=one.model.n_slides, note=who)
+        yield _row("reader", "qwk", one.model.qwk, n=one.model.n, note=who)
+        yield _row("reader", "accuracy", one.model.accuracy, n=one.model.n, note=who)
         if one.qwk_less_peers is not None:
-            yield _row("reader", "qwk_less_peers", one.qwk_less_peers, n=one.model.n_slides, note=who)
+            yield _row("reader", "qwk_less_peers", one.qwk_less_peers, n=one.model.n, note=who)
     if arm.repeatability is not None:
         draws = f"{arm.repeatability.n_draws} draws of tiles"
         for name in ("within_sd", "icc", "minimal_detectable_change"):
             interval = getattr(arm.repeatability, name)
-            yield _row("repeatability", name, interval, n=arm.repeatability.n_slides, note=draws)
+            yield _row("repeatability", name, interval, n=arm.repeatability.n, note=draws)
     if arm.group_shift is not None:
         yield from _group_rows(arm.group_shift)
     if arm.chance_p is not None:
@@ -257,7 +256,7 @@ def _difference_rows(section: str, pair: PairedDifference) -> Iterator[dict[str,
 
 
 def _group_row(section: str, figure: str, group: GroupFigure) -> dict[str, Any]:
-    return _row(section, figure, group.figure, n=group.n_slides, note=group.group)
+    return _row(section, figure, group.figure, n=group.n, note=group.group)
 
 
 def _row(

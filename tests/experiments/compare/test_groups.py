@@ -11,6 +11,7 @@ from scipy.stats import mannwhitneyu, wilcoxon
 
 from slidetl.data.manifest import ManifestRow
 from slidetl.errors import UsageError
+from slidetl.evaluation.comparison import Unit
 from slidetl.experiments.compare.config import Arm, Comparison, Groups, Primary
 from slidetl.experiments.compare.groups import members_of, shift_between
 
@@ -47,7 +48,7 @@ def test_patients_in_both_groups_are_compared_with_themselves() -> None:
     patients = np.array(list("aabbccd"))
     members = np.array([0, 1, 0, 1, 0, 1, 1])
     scores = np.array([3.0, 2.0, 2.5, 2.0, 4.0, 2.5, 9.0])  # d has nothing before
-    found = shift_between(scores, members, patients)
+    found = shift_between(scores, members, patients, "mean")
     assert found is not None
     assert found.paired
     assert (found.shift.n_first, found.shift.shift.estimate) == (3, -1.0)
@@ -58,7 +59,7 @@ def test_different_patients_are_compared_by_the_means_of_their_slides() -> None:
     patients = np.array(list("aabcdef"))
     members = np.array([0, 0, 0, 1, 1, 1, -1])
     scores = np.array([1.0, 2.0, 1.0, 3.0, 2.5, 4.0, 0.0])
-    found = shift_between(scores, members, patients)
+    found = shift_between(scores, members, patients, "mean")
     assert found is not None
     assert not found.paired
     assert (found.shift.n_first, found.shift.n_second) == (2, 3)
@@ -67,6 +68,18 @@ def test_different_patients_are_compared_by_the_means_of_their_slides() -> None:
     assert found.shift.superiority == 1
 
 
+@pytest.mark.parametrize(
+    ("unit", "scores"), [("worst", [2.0, 1.0, 3.0, 2.5, 4.0]), ("slide", [1.5, 1.0, 3.0, 2.5, 4.0])]
+)
+def test_a_patient_is_one_score_as_the_unit_says(unit: Unit, scores: list[float]) -> None:
+    found = shift_between(
+        np.array([1.0, 2.0, 1.0, 3.0, 2.5, 4.0]), np.array([0, 0, 0, 1, 1, 1]), np.array(list("aabcde")), unit
+    )
+    assert found is not None
+    assert found.shift.p == mannwhitneyu(scores[2:], scores[:2]).pvalue
+    assert found.shift.shift.estimate == np.median(np.subtract.outer(scores[2:], scores[:2]))
+
+
 @pytest.mark.parametrize("members", [[0, 0, 0, 1], [0, 1, -1, -1], [0, 0, -1, -1]])
 def test_a_single_patient_is_no_group(members: list[int]) -> None:
-    assert shift_between(np.arange(4.0), np.array(members), np.array(list("abcd"))) is None
+    assert shift_between(np.arange(4.0), np.array(members), np.array(list("abcd")), "mean") is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import struct
+from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +15,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from scipy.stats import binomtest
+from sklearn.metrics import cohen_kappa_score
 
 from slidetl.data.manifest import ManifestRow
 from slidetl.evaluation.protocol import Fold, Protocol, plan_folds, subsample
@@ -94,14 +96,21 @@ def invented_unit(
     curve = []
     for part in (*(f"inner-{number}" for number in range(2 * nested)), "test") if epochs else ():
         best = 1 - noise / 2
+        held = fold.inner[int(part[-1])].validation if part != "test" and fold.inner else fold.test
+        n = len({row.patient_id for row in study.rows if row.slide_id in held})
         for epoch in range(5, epochs + 1, 5):
             qwk = best * (1 - np.exp(-speed * epoch)) + 0.03 * rng.standard_normal()
             curve.append(
                 CurvePoint(
-                    part, 0, epoch, 12, epoch * 1.5, 2 - qwk, 0.8 * qwk, qwk, 0.25 - 0.2 * qwk, 1.6 - qwk
+                    part, 0, epoch, n, epoch * 1.5, 2 - qwk, 0.8 * qwk, qwk, 0.25 - 0.2 * qwk, 1.6 - qwk
                 )
             )
     layers = [f"blocks.{block}.{part}" for block in range(5) for part in ("conv_pw", "conv_dw", "conv_pwl")]
+    # The network tells the site: of patients that it was trained on, and of the others.
+    sites = sorted({row.site for row in study.rows})
+    at = {row.slide_id: sites.index(row.site) for row in study.rows}
+    embeddings = np.array([3 * np.eye(4)[at[slide]] for slide in (*fold.train, *fold.test)])
+    embeddings += rng.standard_normal(embeddings.shape)
     return UnitResult(
         tuple(predictions),
         tuple(curve),
@@ -114,6 +123,7 @@ def invented_unit(
         temperature if nested and epochs else 1.0,
         bool(nested and epochs),
         12.0 if epochs else 0.1,
+        embeddings.astype(np.float32) if epochs and len(sites) > 1 else np.empty((0, 0), np.float32),
     )
 
 
@@ -227,6 +237,16 @@ def written(result: ComparisonResult, folder: Path, **options: Any) -> Page:
     write_tables(result, folder)
     write_report(result, folder, **options)
     return Page(folder / "report.html")
+
+
+def by_patient(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Predictions of slides -> one of each patient: by its worst grade, and its worst predicted slide."""
+    worst: dict[str, dict[str, str]] = {}
+    for row in sorted(rows, key=lambda row: (int(row["predicted_grade"]), float(row["expected_grade"]))):
+        columns = ["grade", *(name for name in row if name.startswith("grade_reader"))]
+        before = worst.get(row["patient_id"], row)
+        worst[row["patient_id"]] = row | {name: max(row[name], before[name]) for name in columns}
+    return list(worst.values())
 
 
 @pytest.fixture(scope="module")
@@ -441,15 +461,13 @@ def test_slides_are_left_to_a_human_at_a_chosen_risk(tmp_path: Path) -> None:
     graded = table(tmp_path / "predictions.csv")
     found = 0
     for arm in ("warm", "scratch"):
-        own = [row for row in graded if row["arm"] == arm]
+        own = by_patient([row for row in graded if row["arm"] == arm])
         sure = [max(float(row[f"probability_{grade}"]) for grade in range(5)) for row in own]
-        shown = next(
-            row for where, row in page.rows if where == "referral" and len(row) == 4 and row[0] == arm
-        )
+        shown = [row for where, row in page.rows if where == "referral" and row[0] == arm][-1]
         of_arm = [rule for rule in rules if rule["arm"] == arm and not rule["train_slides"]]
         for risk, rule, cell in zip(risks, of_arm, shown[1:], strict=True):
             assert f"at most {risk:.0%} of patients" in rule["note"]
-            if rule["note"].endswith("every slide to a human"):
+            if rule["note"].endswith("all to a human"):
                 assert cell == "none"
                 continue
             least = float(rule["note"].rsplit(" ", 1)[1]) - 1e-6
@@ -462,6 +480,64 @@ def test_slides_are_left_to_a_human_at_a_chosen_risk(tmp_path: Path) -> None:
             found += 1
     assert found  # else this tests nothing
     assert "Even without an error, 60 patients cannot show a risk below 8" in page.text["referral"]
+
+
+def test_every_figure_counts_patients(whole: tuple[ComparisonResult, Path]) -> None:
+    """From the predictions as they are written, by other means: calibration, sets, readers, sites."""
+    result, folder = whole
+    rows = table(folder / "results.csv")
+    predictions = [
+        row for row in table(folder / "predictions.csv") if row["arm"] == "warm" and row["repeat"] == "0"
+    ]
+    patients = by_patient(predictions)
+    assert len(patients) == 60 < len(predictions)
+    warm = result.arms[0]
+    own = [row for row in rows if row["arm"] == "warm" and not row["train_slides"]]
+    true = np.array([int(row["grade"]) for row in patients])
+    graded = np.array([int(row["predicted_grade"]) for row in patients])
+    sure = np.array([max(float(row[f"probability_{grade}"]) for grade in range(5)) for row in patients])
+    (ece,) = [float(row["estimate"]) for row in own if row["figure"] == "ece"]
+    in_bin = np.digitize(sure, np.linspace(0, 1, 11)[1:-1], right=True)
+    gaps = [abs((true == graded)[in_bin == each].sum() - sure[in_bin == each].sum()) for each in range(10)]
+    assert ece == pytest.approx(sum(gaps) / 60, abs=1e-3)
+    assert sum(point.n for point in warm.bins) == 60
+    assert warm.sets is not None and sum(warm.sets.sizes) == 60
+    assert warm.repeatability is not None and warm.repeatability.n == 60
+    assert warm.referral.risk[-1] == pytest.approx(np.mean(true != graded))
+    for reader in (0, 1):
+        of_reader = np.array([int(row[f"grade_reader{reader + 1}"]) for row in patients])
+        (found,) = [one.model for one in warm.readers if one.reader == reader]
+        assert found.n == 60
+        kappas = []
+        for repeat in "01":
+            again = by_patient(
+                [
+                    row
+                    for row in table(folder / "predictions.csv")
+                    if (row["arm"], row["repeat"]) == ("warm", repeat)
+                ]
+            )
+            assert {row["patient_id"]: row[f"grade_reader{reader + 1}"] for row in again} == {
+                row["patient_id"]: str(grade) for row, grade in zip(patients, of_reader, strict=True)
+            }
+            pairs = [(int(row[f"grade_reader{reader + 1}"]), int(row["predicted_grade"])) for row in again]
+            kappas.append(cohen_kappa_score(*zip(*pairs, strict=True), weights="quadratic"))
+        assert found.qwk.estimate == pytest.approx(np.mean(kappas))
+    at = [int(row["n"]) for row in own if (row["section"], row["figure"]) == ("site", "qwk")]
+    assert sorted(at) == sorted(Counter(row["site"] for row in patients).values())
+
+
+def test_sites_are_told_from_the_networks_of_each_arm(
+    whole: tuple[ComparisonResult, Path], tmp_path: Path
+) -> None:
+    _, folder = whole
+    rows = [row for row in table(folder / "results.csv") if row["figure"] == "site_from_embeddings"]
+    assert [row["note"].partition(";")[0] for row in rows] == ["warm", "scratch"]  # a prior has no network
+    assert all(float(row["estimate"]) > 0.8 and float(row["p"]) < 0.01 and row["n"] == "60" for row in rows)
+    shown = Page(folder / "report.html").row("sites", "warm")
+    assert shown[1] == f"{float(rows[0]['estimate']):.2f}"
+    alone = written(invented(20, repeats=1, sizes=(), sites=("north",)), tmp_path)
+    assert "Embeddings" not in alone.text["sites"]
 
 
 @pytest.mark.parametrize("nested", [True, False])
@@ -498,9 +574,8 @@ def test_arms_are_shown_at_equal_epochs_and_at_their_plateaus(tmp_path: Path, ne
                             f"{mean['qwk', plateau]:.2f}"]  # fmt: skip
         assert shown[1][1] == f"{mean['accuracy', 5]:.2f}"
         assert shown[2][1] == str(plateau)
-        # Each slide lies in one held-out part of the inner folds of the four folds that it is trained on.
-        n_slides = len({row["slide_id"] for row in table(tmp_path / "predictions.csv")})
-        assert shown[2][-2:] == [str(trainings), str(4 * n_slides if nested else n_slides)]
+        # Each patient lies in one held-out part of the inner folds of the four folds that it is trained on.
+        assert shown[2][-2:] == [str(trainings), "80" if nested else "20"]
         gaps[arm] = mean["qwk", 5], mean["qwk", plateau]
     early, late = (one - other for one, other in zip(gaps["warm"], gaps["scratch"], strict=True))
     assert f"{early:+.2f} after 5, ".replace("-", "\N{MINUS SIGN}") in page.text["learning"]
@@ -581,7 +656,7 @@ def test_two_groups_are_compared_by_every_arm_and_by_the_labels(tmp_path: Path) 
                 value = row["expected_grade" if arm else "grade"]
                 of_patient.setdefault(row["patient_id"], []).append(float(value))
         south, north = (
-            [np.mean(values) for patient, values in of_patient.items() if site[patient] == name]
+            [np.max(values) for patient, values in of_patient.items() if site[patient] == name]
             for name in ("south", "north")
         )
         (shift,) = [row for row in rows if (row["arm"], row["figure"]) == (arm, "shift")]
