@@ -149,7 +149,11 @@ def plan_and_audit(comparison: Comparison, study: Study) -> tuple[Study, tuple[F
     alike = []
     if comparison.near_duplicates:
         names = [row.slide_id for row in study.rows]
-        found = near_duplicates([cache.thumbnail for cache in study.caches], comparison.near_duplicates)
+        found = near_duplicates(
+            [cache.thumbnail for cache in study.caches],
+            [cache.thumbnail_mpp for cache in study.caches],
+            comparison.near_duplicates,
+        )
         alike = [(names[one], names[two], likeness) for one, two, likeness in found]
     if comparison.duplicates == "join":
         study = join_duplicates(study, [(one, two) for one, two, _ in alike], comparison.protocol.given_split)
