@@ -330,7 +330,8 @@ class AdditiveAttention(Pooling):
 
 def _present(embeddings: Tensor, mask: Tensor, padding: float = 0.0) -> Tensor:
     """The tiles ``[B, N, D]``, and a constant in place of padding: a zero gradient times NaN is NaN."""
-    if _is_scripting() and bool(mask.all()):  # an exported file: no second copy of 100,000 tiles
+    # No second copy of 100,000 tiles; a GPU would have to be waited for, unless the file was exported.
+    if (_is_scripting() or not embeddings.is_cuda) and bool(mask.all()):
         return embeddings
     return embeddings.masked_fill(~mask.unsqueeze(2), padding)
 
