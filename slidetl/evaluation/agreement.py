@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -105,7 +107,13 @@ def kappa_of(first: ArrayLike, second: ArrayLike, n_grades: int) -> Figure:
 
 
 def reader_agreement(
-    readings: ArrayLike, patients: ArrayLike, n_grades: int, *, level: float = 0.95, seed: int = 0
+    readings: ArrayLike,
+    patients: ArrayLike,
+    n_grades: int,
+    *,
+    level: float = 0.95,
+    n_draws: int = 5000,
+    seed: int = 0,
 ) -> tuple[Agreement, ...]:
     """Agreement of each pair of readers, on the slides that both graded, with intervals over patients.
 
@@ -114,6 +122,7 @@ def reader_agreement(
         patients: ``[N]``.
         n_grades: K.
         level: of the intervals.
+        n_draws: resamples of patients.
         seed: of the resampling.
 
     Returns:
@@ -123,12 +132,13 @@ def reader_agreement(
         UsageError: shapes that do not fit, or a grade above the scale.
     """
     grades, who = _readings(readings, patients, n_grades)
+    how: dict[str, Any] = {"level": level, "n_draws": n_draws, "seed": seed}
     pairs = []
     for first, second in itertools.combinations(range(grades.shape[1]), 2):
         both = (grades[:, [first, second]] >= 0).all(axis=1)
         if len(np.unique(who[both])) > 1:
             one, other = grades[both, first], grades[both, second]
-            pairs.append(_agreement(first, second, one, other[None], who[both], n_grades, level, seed))
+            pairs.append(_agreement(first, second, one, other[None], who[both], n_grades, how))
     return tuple(pairs)
 
 
@@ -155,6 +165,7 @@ def model_against_readers(
     n_grades: int,
     *,
     level: float = 0.95,
+    n_draws: int = 5000,
     seed: int = 0,
 ) -> tuple[ModelAgainstReader, ...]:
     """The model's agreement with each reader, beside that of the other readers, and with their consensus.
@@ -168,6 +179,7 @@ def model_against_readers(
         patients: ``[N]``.
         n_grades: K.
         level: of the intervals.
+        n_draws: resamples of patients.
         seed: of the resampling.
 
     Returns:
@@ -177,6 +189,7 @@ def model_against_readers(
         UsageError: shapes that do not fit, a grade off the scale, or nothing that was read.
     """
     grades, who = _readings(readings, patients, n_grades)
+    how: dict[str, Any] = {"level": level, "n_draws": n_draws, "seed": seed}
     rows = np.atleast_2d(np.asarray(predicted))
     if rows.shape[1:] != who.shape:
         raise UsageError(f"expected predictions [N] or [R, N] of {len(who)} slides, not {rows.shape}")
@@ -185,7 +198,7 @@ def model_against_readers(
         own = grades[:, reader] >= 0
         if len(np.unique(who[own])) < 2:
             continue
-        model = _agreement(None, reader, grades[own, reader], rows[:, own], who[own], n_grades, level, seed)
+        model = _agreement(None, reader, grades[own, reader], rows[:, own], who[own], n_grades, how)
         others = [other for other in range(grades.shape[1]) if other != reader]
         shared = (grades >= 0).all(axis=1)
         if not others or len(np.unique(who[shared])) < 2:
@@ -198,15 +211,15 @@ def model_against_readers(
             ModelAgainstReader(
                 reader,
                 model,
-                bca_interval(peers, who[shared], level=level, seed=seed),
-                bca_interval(gain, who[shared], level=level, seed=seed),
+                bca_interval(peers, who[shared], **how),
+                bca_interval(gain, who[shared], **how),
             )
         )
     consensus = consensus_grades(grades)
     known = consensus >= 0
     if len(np.unique(who[known])) < 2:
         raise UsageError("a comparison with readers needs slides of two patients that were read")
-    model = _agreement(None, None, consensus[known], rows[:, known], who[known], n_grades, level, seed)
+    model = _agreement(None, None, consensus[known], rows[:, known], who[known], n_grades, how)
     return (*against, ModelAgainstReader(None, model, None, None))
 
 
@@ -332,8 +345,7 @@ def _agreement(
     rows: NDArray[np.int64],
     patients: NDArray[np.generic],
     n_grades: int,
-    level: float,
-    seed: int,
+    how: Mapping[str, Any],
 ) -> Agreement:
     kappas = [kappa_of(true, row, n_grades) for row in rows]
 
@@ -341,7 +353,7 @@ def _agreement(
         return np.asarray(np.mean([of_repeat(weights) for of_repeat in kappas], axis=0))
 
     figures = (accuracy_of(true, rows), kappa, qwk_of(true, rows, n_grades))
-    accuracy, plain, quadratic = (bca_interval(each, patients, level=level, seed=seed) for each in figures)
+    accuracy, plain, quadratic = (bca_interval(each, patients, **how) for each in figures)
     n_patients = len(np.unique(patients))
     return Agreement(first, second, len(true), n_patients, accuracy, plain, quadratic)
 

@@ -109,6 +109,7 @@ def check_coverage(
     *,
     risk: float = 0.1,
     level: float = 0.95,
+    n_draws: int = 5000,
     seed: int = 0,
 ) -> SetCoverage:
     """How often sets hold the true grade, when the quantile of each fold is found on the other folds.
@@ -123,6 +124,7 @@ def check_coverage(
         folds: ``[N]`` the fold whose test part held each slide.
         risk: between 0 and 1.
         level: of the intervals.
+        n_draws: resamples of patients.
         seed: of the resampling.
 
     Raises:
@@ -142,9 +144,9 @@ def check_coverage(
     names, member = np.unique(who, return_inverse=True)
     missed = np.bincount(member, ~covered) > 0
     return SetCoverage(
-        patients_covered=bca_interval(mean_of(~missed), names, level=level, seed=seed),
-        slides_covered=bca_interval(mean_of(covered), who, level=level, seed=seed),
-        mean_size=bca_interval(mean_of(sizes), who, level=level, seed=seed),
+        patients_covered=bca_interval(mean_of(~missed), names, level=level, n_draws=n_draws, seed=seed),
+        slides_covered=bca_interval(mean_of(covered), who, level=level, n_draws=n_draws, seed=seed),
+        mean_size=bca_interval(mean_of(sizes), who, level=level, n_draws=n_draws, seed=seed),
         sizes=tuple(int(count) for count in np.bincount(sizes, minlength=rows.shape[1] + 1)[1:]),
         risk=risk,
     )

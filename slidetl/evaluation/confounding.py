@@ -256,7 +256,13 @@ class GroupFigure:
 
 
 def figure_by_group(
-    figure: Figure, groups: ArrayLike, patients: ArrayLike, *, level: float = 0.95, seed: int = 0
+    figure: Figure,
+    groups: ArrayLike,
+    patients: ArrayLike,
+    *,
+    level: float = 0.95,
+    n_draws: int = 5000,
+    seed: int = 0,
 ) -> tuple[GroupFigure, ...]:
     """The figure within each group by itself, with intervals over its patients.
 
@@ -269,6 +275,7 @@ def figure_by_group(
         groups: ``[N]`` names of sites, or of scanners.
         patients: ``[N]``.
         level: of the intervals.
+        n_draws: resamples of patients.
         seed: of the resampling.
 
     Returns:
@@ -292,7 +299,7 @@ def figure_by_group(
 
         interval = None
         if n_patients > 1:
-            interval = bca_interval_if_defined(within, who[members], level=level, seed=seed)
+            interval = bca_interval_if_defined(within, who[members], level=level, n_draws=n_draws, seed=seed)
         rows.append(GroupFigure(str(name), len(members), n_patients, interval))
     return tuple(rows)
 

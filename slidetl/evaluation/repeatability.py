@@ -34,7 +34,7 @@ class Repeatability:
 
 
 def repeatability(
-    scores: ArrayLike, patients: ArrayLike, *, level: float = 0.95, seed: int = 0
+    scores: ArrayLike, patients: ArrayLike, *, level: float = 0.95, n_resamples: int = 5000, seed: int = 0
 ) -> Repeatability:
     """Splits the variance of scores into slides and draws, by a one-way analysis of variance.
 
@@ -47,6 +47,7 @@ def repeatability(
         scores: ``[N, D]``, of N slides (or patients) in each of D independent draws.
         patients: ``[N]``.
         level: of the intervals.
+        n_resamples: of patients, for the intervals.
         seed: of the resampling.
 
     Raises:
@@ -79,14 +80,14 @@ def repeatability(
     def within_sd(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.sqrt(mean_squares(weights)[1])
 
-    sd = bca_interval(within_sd, patients, level=level, seed=seed)
+    sd = bca_interval(within_sd, patients, level=level, n_draws=n_resamples, seed=seed)
     factor = 1.96 * 2**0.5
     change = Interval(factor * sd.estimate, factor * sd.low, factor * sd.high, level)
     return Repeatability(
         n=len(values),
         n_draws=n_draws,
         within_sd=sd,
-        icc=bca_interval(icc, patients, level=level, seed=seed),
+        icc=bca_interval(icc, patients, level=level, n_draws=n_resamples, seed=seed),
         minimal_detectable_change=change,
     )
 

@@ -348,11 +348,13 @@ class _Pooling:
                 [confusion_matrix(true, row, self._n_grades) for row in results.predicted], axis=0
             ),
             variance=self._variance(primary, results, folds),
-            slope=calibration_slope(true, first, who),
+            slope=calibration_slope(true, first, who, **self._options),
             null=calibration_null(true, first),
             bins=reliability(true, first),
             untempered=self._untempered(units) if any(result.nested for _, result in units) else None,
-            sets=check_coverage(true, first, who, self._fold_of(results, folds)[0], risk=RISK)
+            sets=check_coverage(
+                true, first, who, self._fold_of(results, folds)[0], risk=RISK, **self._options
+            )
             if several
             else None,
             referral=risk_coverage(graded != true, first[np.arange(len(true)), graded], who),
@@ -419,7 +421,7 @@ class _Pooling:
         ceiling = None
         if self.readings.shape[1] > 1:
             readings, who = self._readings_of_results()
-            readers = reader_agreement(readings, who, self._n_grades)
+            readers = reader_agreement(readings, who, self._n_grades, **self._options)
             one, other = self.readings[:, 0], self.readings[:, 1]
             if len(set(self.patients[(one >= 0) & (other >= 0)].tolist())) > 1:
                 ceiling = reader_ceiling(one, other, self.patients, self._n_grades, unit=self._unit)
@@ -527,7 +529,10 @@ class _Pooling:
         if self._unit != "slide":
             names = [sorted(of_patient[patient]) for patient in of_results.tolist()]
             groups = [found[0] if len(found) == 1 else " + ".join(found) for found in names]
-        return {name: figure_by_group(figure, groups, of_results) for name, figure in figures.items()}
+        return {
+            name: figure_by_group(figure, groups, of_results, **self._options)
+            for name, figure in figures.items()
+        }
 
     def _by_grade(self, groups: Sequence[str]) -> SiteByGrade | None:
         if len(set(groups)) < 2:
@@ -545,7 +550,7 @@ class _Pooling:
         readings, who = self._readings_of_results()
         if len(set(who[(readings >= 0).any(axis=1)].tolist())) < 2:
             return ()
-        return model_against_readers(results.predicted, readings, who, self._n_grades)
+        return model_against_readers(results.predicted, readings, who, self._n_grades, **self._options)
 
     def _repeatability(self, units: Sequence[tuple[Unit, UnitResult]]) -> Repeatability | None:
         """Of the first repeat, so that each result counts once; where all of its slides were drawn."""
@@ -560,7 +565,7 @@ class _Pooling:
         drawn = np.isfinite(scores).all(axis=1) & (n_draws > 0)
         if len(set(who[drawn].tolist())) < 2 or np.ptp(scores[drawn]) == 0:
             return None
-        return repeatability(scores[drawn], who[drawn])
+        return repeatability(scores[drawn], who[drawn], n_resamples=self._comparison.bootstrap_draws)
 
     def _group_shift(self, scores: NDArray[np.float64]) -> GroupShift | None:
         return shift_between(scores, self._members, self.patients, self._unit)
