@@ -13,8 +13,8 @@ from slidetl.errors import UsageError
 # chance, one pair in 5,000; those of tissue do not: docs/design/compare.md.
 ALIKE = 0.95
 
-# The same of two scans that were moved or cropped, by the detail that they share: where a tenth of each side
-# was cut off at random, of all slides and 98 % of tiles; unrelated ones stay below 0.55.
+# Two scans that were moved or cropped share so much of their detail: all of 100 slides, and of 100 tiles, of
+# which up to a tenth was cut off each side; unrelated slides do not reach half of it: docs/design/compare.md.
 SHARED_DETAIL = 0.65
 
 _SIDE_PX = 32
@@ -101,11 +101,11 @@ def _moved(thumbnails: Sequence[NDArray[np.uint8]], mpp: NDArray[np.float64]) ->
     side = fft.next_fast_len(2 * n_cells, real=True)
 
     # No shift changes the magnitudes of a spectrum, and turning by half a turn does not either.
-    low = side // 5
+    low = side // 10  # every second frequency, up to a fifth of them
+    middle = slice(side // 2 - 2 * low, side // 2 + 2 * low + 1, 2)
     magnitudes = np.empty((len(detail), 2 * low + 1, 2 * low + 1), np.float32)
     for number, picture in enumerate(detail):
         whole = np.fft.fftshift(np.log(np.abs(fft.fft2(picture, s=(side, side))) + 1e-3)).astype(np.float32)
-        middle = slice(side // 2 - low, side // 2 + low + 1)
         magnitudes[number] = cv2.GaussianBlur(whole, (0, 0), 2)[middle, middle]
     least = -1.0
     if len(detail) >= _ENOUGH:

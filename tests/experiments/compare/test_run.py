@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 from sklearn.metrics import accuracy_score, cohen_kappa_score
 
 from slidetl.cache.features import read_features
@@ -297,8 +298,11 @@ def test_a_training_part_without_a_grade_is_refused(study: Cohort, tmp_path: Pat
         plan_comparison(read_comparison(path))
 
 
-def copied_slide(study: Cohort, folder: Path) -> tuple[Path, Path]:
-    """A manifest and a cache in which the first slide is there a second time, as another patient's."""
+def copied_slide(study: Cohort, folder: Path, cropped: bool = False) -> tuple[Path, Path]:
+    """A manifest and a cache in which the first slide is there a second time, as another patient's.
+
+    Cropped, it lacks up to a tenth of its sides, and is another file format.
+    """
     cache = folder / "cache"
     shutil.copytree(study.cache, cache)
     manifest = relabelled(study, folder)
@@ -306,9 +310,17 @@ def copied_slide(study: Cohort, folder: Path) -> tuple[Path, Path]:
     original = rows[0]["slide_id"]
     slide = folder / "copy.tiff"
     shutil.copy(rows[0]["path"], slide)
-    rows.append({**rows[0], "slide_id": "copy", "patient_id": "another", "path": str(slide)})
+    if cropped:
+        with Image.open(rows[0]["path"]) as picture:
+            width, height = picture.size
+            slide = folder / "copy.png"
+            picture.convert("RGB").crop((width // 10, 0, width - width // 30, height - height // 12)).save(
+                slide
+            )
+    again = {"slide_id": "copy", "patient_id": "another", "path": str(slide), "mpp": "4" if cropped else ""}
+    rows.append({**rows[0], **again})
     with manifest.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, rows[-1], restval="")
         writer.writeheader()
         writer.writerows(rows)
     options = ["--cache", str(cache), "--mpp", "4", "--tile-size", "64", "--workers", "1"]
@@ -338,6 +350,20 @@ def test_one_slide_under_two_names_stops_the_run_or_is_joined(study: Cohort, tmp
             plan = plan_comparison(read_comparison(joined))
         original = plan.study.rows[1].slide_id
         assert all(("copy" in fold.test) == (original in fold.test) for fold in plan.folds)
+    assert refused
+
+
+def test_a_cropped_slide_on_the_other_side_stops_the_run(study: Cohort, tmp_path: Path) -> None:
+    manifest, cache = copied_slide(study, tmp_path, cropped=True)
+    refused = 0
+    for seed in range(4):
+        protocol = {"outer_folds": 2, "inner_folds": 0, "seed": seed}
+        path = configuration(study, tmp_path, manifest=str(manifest), cache=str(cache), protocol=protocol)
+        try:
+            plan_comparison(read_comparison(path))
+        except UsageError as error:
+            assert "copy" in str(error) and "look alike" in str(error)
+            refused += 1
     assert refused
 
 
