@@ -330,9 +330,13 @@ class AdditiveAttention(Pooling):
 
 def _present(embeddings: Tensor, mask: Tensor, padding: float = 0.0) -> Tensor:
     """The tiles ``[B, N, D]``, and a constant in place of padding: a zero gradient times NaN is NaN."""
-    # No second copy of 100,000 tiles; a GPU would have to be waited for, unless the file was exported.
-    if (_is_scripting() or not embeddings.is_cuda) and bool(mask.all()):
-        return embeddings
+    # No second copy of 100,000 tiles where none is padding.
+    if _is_scripting():
+        if bool(mask.all()):
+            return embeddings
+    else:  # a GPU would have to be waited for, and what is traced takes one way only
+        if not embeddings.is_cuda and not torch.compiler.is_compiling() and bool(mask.all()):
+            return embeddings
     return embeddings.masked_fill(~mask.unsqueeze(2), padding)
 
 
