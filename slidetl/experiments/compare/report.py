@@ -40,7 +40,7 @@ def write_report(result: ComparisonResult, output: Path, failed: Mapping[str, st
         Section("learning", "Speed of learning", models.learning(view)),
         Section("sizes", "Number of training slides", models.sizes(view)),
         Section("calibration", "Do the probabilities mean what they say?", models.calibration(view)),
-        Section("referral", "Sets of grades, and slides left to a human", models.referral(view)),
+        Section("referral", "Sets of grades, and what is left to a human", models.referral(view)),
         Section("readers", "The readers", study.readers(view)),
         Section("sites", "Sites and scanners", study.sites(view)),
         Section("score", "The score: repeatability, and two groups", models.score(view)),

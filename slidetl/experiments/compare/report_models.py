@@ -90,7 +90,7 @@ def learning(view: View) -> tuple[Part, ...]:
             part,
         ),
         *(
-            _at_equal_epochs(curves, shown, figure, part)
+            _at_equal_epochs(curves, shown, figure, part, view.unit)
             for figure in sorted(_LEARNED, key=lambda name: name != first)
         ),
         Table(
@@ -440,12 +440,12 @@ def _gap(one: Learning, other: Learning, shown: Sequence[int], figure: CurveFigu
 
 
 def _at_equal_epochs(
-    curves: Mapping[str, Learning], shown: Sequence[int], figure: CurveFigure, part: str
+    curves: Mapping[str, Learning], shown: Sequence[int], figure: CurveFigure, part: str, unit: str
 ) -> Table:
     title = _LEARNED[figure]
     return Table(
         f"{title} at equal epochs, and at the arm's own plateau: the earliest point within {PLATEAU:g} of "
-        f"its best, which is found on the curve itself and so flatters. Per slide of {part}; means over "
+        f"its best, which is found on the curve itself and so flatters. Per {unit} of {part}; means over "
         "trainings.",
         (
             "Arm",
