@@ -88,14 +88,12 @@ class SetCoverage:
 
     Attributes:
         patients_covered: share of patients all of whose true grades lie in the sets: ``1 - risk`` was asked.
-        slides_covered: share of slides whose true grade does, which is mostly higher.
         mean_size: grades in a set, 1..K.
-        sizes: ``[K]`` how many slides have a set of 1, 2, ... K grades.
+        sizes: ``[K]`` how many slides, or results of patients, have a set of 1, 2, ... K grades.
         risk: that was asked for.
     """
 
     patients_covered: Interval
-    slides_covered: Interval
     mean_size: Interval
     sizes: tuple[int, ...]
     risk: float
@@ -145,7 +143,6 @@ def check_coverage(
     missed = np.bincount(member, ~covered) > 0
     return SetCoverage(
         patients_covered=bca_interval(mean_of(~missed), names, level=level, n_draws=n_draws, seed=seed),
-        slides_covered=bca_interval(mean_of(covered), who, level=level, n_draws=n_draws, seed=seed),
         mean_size=bca_interval(mean_of(sizes), who, level=level, n_draws=n_draws, seed=seed),
         sizes=tuple(int(count) for count in np.bincount(sizes, minlength=rows.shape[1] + 1)[1:]),
         risk=risk,

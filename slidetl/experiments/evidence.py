@@ -25,8 +25,8 @@ def evidence_from(path: Path, coverage: float = 0.9, arm: str | None = None) -> 
     fixed. Where a comparison has tempered the probabilities (its column ``temperature``), that is undone:
     the network to be exported gives them untempered. The temperature is then fitted on the same slides, and
     the sets of grades on what it makes of them. One number fitted on all of them hardly flatters the sets;
-    check them on folds with
-    :func:`slidetl.evaluation.conformal.check_coverage`, as ``slidetl compare`` does.
+    check them on folds with :func:`slidetl.evaluation.conformal.check_coverage`, which ``slidetl compare``
+    does with results: of patients, where a patient is one.
 
     Args:
         path: ``predictions.csv`` of ``slidetl test`` or of ``slidetl compare``; of several repeats the first
