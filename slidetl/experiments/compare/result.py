@@ -308,6 +308,7 @@ class _Pooling:
         self._rows = [row for row in study.rows if row.slide_id in tested]
         self.slides = tuple(row.slide_id for row in self._rows)
         self.patients = np.array([row.patient_id for row in self._rows])
+        self._whose = self.patients if self._unit == "slide" else np.unique(self.patients)  # each result
         self.sites = tuple(row.site for row in self._rows)
         self.scanners = tuple(row.scanner for row in self._rows)
         self.true = np.array([row.grade for row in self._rows], np.int64)
@@ -543,8 +544,7 @@ class _Pooling:
         """Grades ``[M, Q]`` of the readers, -1 where one did not read all of them; and whose they are."""
         read = np.where(self.readings >= 0, self.readings, np.nan)
         grades = np.floor(per_patient(read, self.patients, self._unit) + 0.5)
-        whose = self.patients if self._unit == "slide" else np.unique(self.patients)
-        return np.where(np.isnan(grades), -1, grades).astype(np.int64), whose
+        return np.where(np.isnan(grades), -1, grades).astype(np.int64), self._whose
 
     def _readers(self, results: PatientResults) -> tuple[ModelAgainstReader, ...]:
         readings, who = self._readings_of_results()
@@ -561,11 +561,10 @@ class _Pooling:
         n_draws = len(next(iter(draws.values()), ()))
         nothing = [np.nan] * n_draws
         scores = per_patient([draws.get(slide, nothing) for slide in self.slides], self.patients, self._unit)
-        who = self.patients if self._unit == "slide" else np.unique(self.patients)
         drawn = np.isfinite(scores).all(axis=1) & (n_draws > 0)
-        if len(set(who[drawn].tolist())) < 2 or np.ptp(scores[drawn]) == 0:
+        if len(set(self._whose[drawn].tolist())) < 2 or np.ptp(scores[drawn]) == 0:
             return None
-        return repeatability(scores[drawn], who[drawn], n_resamples=self._comparison.bootstrap_draws)
+        return repeatability(scores[drawn], self._whose[drawn], n_resamples=self._comparison.bootstrap_draws)
 
     def _group_shift(self, scores: NDArray[np.float64]) -> GroupShift | None:
         return shift_between(scores, self._members, self.patients, self._unit)
