@@ -415,21 +415,6 @@ def test_choices_are_made_in_inner_folds_alone(study: Cohort, tmp_path: Path) ->
     assert 0.05 <= found.temperature <= 20
     assert found.temperature != 1
     assert sorted(row.slide_id for row in found.predictions) == list(unit.fold.test)
-    # A point of the curve counts patients, by the worst of their slides, before any temperature.
-    last = next(p for p in found.curves if p.part == "test" and p.epoch == found.chosen["epochs"])
-    of_patient: dict[str, list[SlidePrediction]] = {}
-    for row in found.predictions:
-        of_patient.setdefault(row.patient_id, []).append(row)
-    assert last.n == len(of_patient)
-    right, apart = [], []
-    for rows in of_patient.values():
-        true = max(row.grade for row in rows if row.grade is not None)
-        worst = max(rows, key=lambda row: (row.predicted_grade, row.probabilities @ np.arange(5)))
-        right.append(worst.predicted_grade == true)
-        apart.append(np.sum((np.cumsum(worst.probabilities)[:4] - (np.arange(4) >= true)) ** 2) / 4)
-    assert last.accuracy == pytest.approx(np.mean(right)) and last.rps == pytest.approx(
-        np.mean(apart), abs=1e-5
-    )
     # Scores by tiles drawn anew scatter around those of the whole slides, calibrated as they are.
     whole = {
         row.slide_id: float(with_temperature(row.probabilities, found.temperature) @ np.arange(5))
@@ -442,6 +427,31 @@ def test_choices_are_made_in_inner_folds_alone(study: Cohort, tmp_path: Path) ->
         assert abs(np.mean(scores) - whole[slide]) < 4 * np.std(scores)
     assert found.embeddings.shape == (len(unit.fold.train) + len(unit.fold.test), 1024)
     assert unit.recipe["weights"] == sha256(bundled_weights("mobilenetv3_small_050").read_bytes()).hexdigest()
+
+
+def test_a_point_of_a_curve_counts_patients_by_the_worst_of_their_slides(
+    study: Cohort, tmp_path: Path
+) -> None:
+    by_grade = sorted(table(study.manifest), key=lambda row: row["grade"])
+    patients = {row["slide_id"]: f"p{number // 2}" for number, row in enumerate(by_grade)}
+    manifest = relabelled(study, tmp_path, patient_id=lambda row: patients[row["slide_id"]])
+    protocol = {"outer_folds": 2, "inner_folds": 0, "unit": "worst"}
+    path = configuration(study, tmp_path, manifest=str(manifest), protocol=protocol)
+    _, _, found = first_unit(path, "scratch", tmp_path / "units")
+    last = found.curves[-1]
+    of_patient: dict[str, list[SlidePrediction]] = {}
+    for row in found.predictions:
+        of_patient.setdefault(row.patient_id, []).append(row)
+    assert last.n == len(of_patient) == len(found.predictions) / 2
+    right, apart = [], []
+    for rows in of_patient.values():
+        true = max(row.grade for row in rows if row.grade is not None)
+        worst = max(rows, key=lambda row: (row.predicted_grade, row.probabilities @ np.arange(5)))
+        right.append(worst.predicted_grade == true)
+        apart.append(np.sum((np.cumsum(worst.probabilities)[:4] - (np.arange(4) >= true)) ** 2) / 4)
+    assert last.accuracy == pytest.approx(np.mean(right)) and last.rps == pytest.approx(
+        np.mean(apart), abs=1e-5
+    )
 
 
 def test_labels_are_permuted_before_anything_is_fitted(study: Cohort, tmp_path: Path) -> None:
