@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from slidetl.cache.store import SlideCache
+from slidetl.compare.colour import colour_features
 from slidetl.data.manifest import read_manifest
 from slidetl.evaluation.baselines import colour_baseline
 from slidetl.evaluation.bootstrap import Interval, patient_bootstrap
 from slidetl.evaluation.metrics import quadratic_weighted_kappa
-from slidetl.experiments.colour import colour_features
-from slidetl.tasks.predictions import read_predictions
+from slidetl.tiles.store import SlideCache
+from slidetl.training.predictions import read_predictions
 
 N_GRADES = 5
 

@@ -1,17 +1,19 @@
-"""slidetl: transfer learning that grades gigapixel histology slides.
+"""Transfer learning that grades gigapixel histology slides.
 
-The package reads downwards as one story::
+The package reads downwards as one story; imports run one way, towards the ground::
 
-    slides/        something readable at a physical spacing
-    tissue.py      where on the slide there is something to read
-    grid.py        which tiles that makes
-    cache/         tiles on disk, and what became of every slide
-    data/          from caches and grades to batches
+    slides/        read anything at a physical spacing
+    synthetic/     draw lung sections and cohorts whose grade is known
+    tiles/         grid, tissue, quality -> plan -> cut -> store; features; ledger
+    evaluation/    metrics, intervals, tests, folds, calibration, sets, agreement
+    analysis/      representation similarity, novelty
+    library/       model cards, what is trusted, local files
+    data/          from a study (manifest, ledger, cache) to batches
     models/        tile -> embedding -> slide -> grade, as plain modules
-    tasks/         how a model is trained and tested
-    evaluation/    how good it is, and how sure we are
-    export.py      what leaves: one TorchScript file
-    inference.py   that file and a new slide -> a grade and a map
+    training/      LightningModule, schedules, checkpoints, embeddings
+    compare/       arms on the same folds: jobs, records, report/
+    publish/       export (TorchScript, ONNX), evidence, model library
+    grading/       model file + slide -> grade, map, report/
     cli/           the same from the command line
 
 Importing the package imports nothing heavy; each part is imported where it is used.

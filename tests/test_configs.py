@@ -11,10 +11,10 @@ import yaml
 
 from slidetl.cli import main
 from slidetl.models import transfer
-from slidetl.tasks.predictions import read_predictions
+from slidetl.training.predictions import read_predictions
 from tests.conftest import Study
 
-# Those of comparisons are for another command: tests/experiments/compare/.
+# Those of comparisons are for another command: tests/compare/.
 CONFIGS = sorted(
     path for path in (Path(__file__).parents[1] / "configs").rglob("*.yaml") if path.parent.name != "compare"
 )

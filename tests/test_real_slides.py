@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slidetl.cache.ledger import EXCLUDED, FAILED, USED, Ledger, LedgerRow
-from slidetl.cache.store import SlideCache, cache_path
-from slidetl.cache.tiler import SlideSource, tile_slide, tile_slides
 from slidetl.cli import main
-from slidetl.grid import TileSpec
+from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.ledger import EXCLUDED, FAILED, USED, Ledger, LedgerRow
+from slidetl.tiles.run import tile_slides
+from slidetl.tiles.store import SlideCache, cache_path
+from slidetl.tiles.tile import SlideSource, tile_slide
 
 # Spacing of level 0, what the file says or, for the second, what is likely; and a tile that fits.
 OPENABLE = {

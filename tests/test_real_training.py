@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from slidetl.cli import main
-from slidetl.tasks.predictions import read_predictions
+from slidetl.training.predictions import read_predictions
 
 
 def test_real_slides_become_a_model_that_grades_them(

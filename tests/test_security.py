@@ -1,8 +1,9 @@
 """What a stranger's file must not be able to do.
 
 Guards that belong to one module alone are tested with it: pickles in checkpoints and bundles
-(`tests/tasks/test_checkpoint.py`, `tests/models/test_backbones.py`), model files (`tests/test_export.py`,
-`tests/test_trust.py`), entries of a library (`tests/zoo/`), the ledger (`tests/cache/test_ledger.py`).
+(`tests/training/test_checkpoint.py`, `tests/models/test_backbones.py`), model files
+(`tests/publish/test_export.py`, `tests/library/test_trust.py`), entries of a library
+(`tests/publish/test_library.py`), the ledger (`tests/tiles/test_ledger.py`).
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ import tifffile
 from numpy.typing import NDArray
 
 import slidetl
-from slidetl.cache.codec import tile_codec
-from slidetl.cache.store import INDEX_BYTES, MISSING, Shard, building_path, cache_path, read_array
-from slidetl.cache.writer import pack_shard
 from slidetl.data.manifest import read_manifest
 from slidetl.errors import CacheCorruptError, SlideError, SlideOpenError, SlideReadError, WeightsError
-from slidetl.experiments.grading import FAILED, GradeRow, output_names, write_results
-from slidetl.grid import TileSpec
+from slidetl.grading.batch import FAILED, GradeRow, output_names, write_results
 from slidetl.slides.npz import NpzItem, read_labels
 from slidetl.slides.raster import RasterSlide
-from slidetl.tasks.predictions import SlidePrediction, write_predictions
+from slidetl.tiles.codec import tile_codec
+from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.store import INDEX_BYTES, MISSING, Shard, building_path, cache_path, read_array
+from slidetl.tiles.writer import pack_shard
+from slidetl.training.predictions import SlidePrediction, write_predictions
 
 LITTLE_BYTES = 64 * 2**20
 HUGE_PX = 60_000  # a side; in RGB 10.8 GB

@@ -35,10 +35,10 @@ _RATES = re.compile(
 
 def export(backbone: str, work: Work, path: Path) -> int:
     """Writes a model file of a network that was never trained; returns the length of its embeddings."""
-    from slidetl.export import build_network, export_model
-    from slidetl.grid import TileSpec
     from slidetl.models.backbones import BackboneSpec
-    from slidetl.tasks.slide import SlideGrader
+    from slidetl.publish.export import build_network, export_model
+    from slidetl.tiles.grid import TileSpec
+    from slidetl.training.grader import SlideGrader
 
     grader = SlideGrader(BackboneSpec(backbone)).eval()
     grader.tile_spec = TileSpec(work.mpp, work.side_px)

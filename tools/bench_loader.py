@@ -7,7 +7,7 @@ CACHE is a folder that ``slidetl tile`` wrote; where there is none, synthetic sl
 into it. First the loader alone: whole epochs are timed after one that starts the workers; the ways take
 turns, and the medians are printed. With a backbone, then the training step of ``slidetl fit`` beside the
 same loader: all layers from random weights, in bfloat16 on a GPU. The share of waiting is that of the
-callback that ``fit`` has (:class:`~slidetl.tasks.waiting.WaitingReport`), over whole epochs after the
+callback that ``fit`` has (:class:`~slidetl.training.waiting.WaitingReport`), over whole epochs after the
 first.
 """
 
@@ -29,7 +29,6 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 
-from slidetl.cache.store import SlideCache, groups
 from slidetl.cli import main as slidetl
 from slidetl.data.augment import Augmentation
 from slidetl.data.datamodule import SlideDataModule
@@ -38,9 +37,10 @@ from slidetl.data.manifest import ManifestRow
 from slidetl.data.resuming import ResumableLoader
 from slidetl.models.backbones import BackboneSpec
 from slidetl.models.transfer import Scratch
-from slidetl.tasks.schedules import Constant
-from slidetl.tasks.slide import SlideGrader
-from slidetl.tasks.waiting import WaitingReport
+from slidetl.tiles.store import SlideCache, groups
+from slidetl.training.grader import SlideGrader
+from slidetl.training.schedules import Constant
+from slidetl.training.waiting import WaitingReport
 
 N_GRADES = 5
 

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from slidetl.quality import QualityMaps, measure_quality
-from slidetl.slides.synthetic import STAINS, LungSection, SiteAppearance, SyntheticSlide
-from slidetl.tissue import find_tissue
+from slidetl.synthetic.section import STAINS, LungSection, SiteAppearance, SyntheticSlide
+from slidetl.tiles.quality import QualityMaps, measure_quality
+from slidetl.tiles.tissue import find_tissue
 
 MPP = 16.0
 WHITE = (255, 255, 255)

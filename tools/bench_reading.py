@@ -21,8 +21,8 @@ import torch
 import zarr
 from torch.utils.data import DataLoader, Dataset
 
-from slidetl.cache.codec import tile_codec
-from slidetl.cache.store import TILES_PER_SHARD, Shard, SlideCache, checked, groups, shard_path
+from slidetl.tiles.codec import tile_codec
+from slidetl.tiles.store import TILES_PER_SHARD, Shard, SlideCache, checked, groups, shard_path
 
 
 class _Tiles(Dataset[torch.Tensor]):

@@ -139,9 +139,10 @@ def slidetl_engine(threads: int, general: bool = False) -> Callable[[Path, Work,
     def run(path: Path, work: Work, tiles: Tiles, folder: Path) -> float:
         from dataclasses import replace
 
-        from slidetl.cache.tiler import plan_tiles, write_tiles
-        from slidetl.grid import TileSpec
         from slidetl.slides import openslide as reader
+        from slidetl.tiles.grid import TileSpec
+        from slidetl.tiles.plan import plan_tiles
+        from slidetl.tiles.tile import write_tiles
 
         if general:
             setattr(reader, "_PLAIN_TIFF", ())  # noqa: B010 # as if it were of a format that only OpenSlide reads
@@ -452,7 +453,7 @@ def memory(scratch: Path) -> list[str]:
             time.sleep(0.1)
         if process.returncode:
             raise SystemExit(f"{name}: slidetl tile ended with {process.returncode}")
-        from slidetl.cache.ledger import Ledger
+        from slidetl.tiles.ledger import Ledger
 
         tiles = sum(row.tiles for row in Ledger(cache / "ledger.csv").rows())
         lines.append(f"| {name} | {peak:.0f} | {tiles} |")
@@ -514,9 +515,9 @@ def processor() -> str:
 
 
 def wanted_tiles(slide: Path, work: Work, count: int) -> Tiles:
-    from slidetl.cache.tiler import plan_tiles
-    from slidetl.grid import TileSpec
     from slidetl.slides import open_slide
+    from slidetl.tiles.grid import TileSpec
+    from slidetl.tiles.plan import plan_tiles
 
     with open_slide(slide) as opened:
         plan = plan_tiles(opened, TileSpec(mpp=work.mpp, tile_size_px=work.side_px))

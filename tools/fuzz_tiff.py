@@ -122,12 +122,13 @@ def mutants(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
 
 def examine(path: Path) -> str:
     """Tiles one file on every fast path: ``refused``, ``equal``, or what differs."""
-    from slidetl.cache.codec import tile_codec
-    from slidetl.cache.tiler import encode_tiles, plan_tiles
     from slidetl.errors import CacheCorruptError, SlideError
-    from slidetl.grid import TileSpec
     from slidetl.slides import open_slide
     from slidetl.slides.openslide import OpenSlideSlide
+    from slidetl.tiles.codec import tile_codec
+    from slidetl.tiles.cut import encode_tiles
+    from slidetl.tiles.grid import TileSpec
+    from slidetl.tiles.plan import plan_tiles
 
     outcomes = []
     for mpp, size, codec in ((0.5, 64, "jpeg"), (0.5, 50, "zstd"), (1.0, 64, "jpeg"), (0.8, 40, "zstd")):
@@ -170,8 +171,8 @@ def examine(path: Path) -> str:
 
 def _read(slide: object, origin: tuple[int, int], spec: object) -> NDArray[np.uint8] | None:
     from slidetl.errors import SlideReadError
-    from slidetl.grid import TileSpec
     from slidetl.slides.openslide import OpenSlideSlide
+    from slidetl.tiles.grid import TileSpec
 
     assert isinstance(slide, OpenSlideSlide)
     assert isinstance(spec, TileSpec)

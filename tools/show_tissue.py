@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from slidetl.cache.preview import draw_preview
-from slidetl.cache.tiler import plan_tiles
 from slidetl.errors import SlideError
-from slidetl.grid import TileSpec
-from slidetl.quality import measure_quality
 from slidetl.slides import open_slide
+from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.plan import plan_tiles
+from slidetl.tiles.preview import draw_preview
+from slidetl.tiles.quality import measure_quality
 
 
 def main(words: list[str] | None = None) -> int:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from slidetl.cache.ledger import Ledger, LedgerRow
-    from slidetl.cache.verify import Verification
+    from slidetl.tiles.ledger import Ledger, LedgerRow
+    from slidetl.tiles.verify import Verification
 
 SUMMARY = "look into a tile cache, verify it, or mend it"
 
@@ -63,10 +63,10 @@ def _verify(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from slidetl.cache.ledger import USED, Ledger
-    from slidetl.cache.store import groups
-    from slidetl.cache.verify import repair_cache, verify_cache
     from slidetl.errors import CacheError, SlideError, UsageError
+    from slidetl.tiles.ledger import USED, Ledger
+    from slidetl.tiles.store import groups
+    from slidetl.tiles.verify import repair_cache, verify_cache
 
     paths = groups(options.cache)
     ledger = Ledger(options.cache / "ledger.csv")
@@ -129,7 +129,7 @@ def _slide_paths(manifest: Path) -> dict[str, Path]:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from slidetl.cache.info import cache_info
+    from slidetl.tiles.info import cache_info
 
     info = cache_info(options.cache)
     if options.json:

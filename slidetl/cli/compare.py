@@ -63,10 +63,10 @@ def run(options: argparse.Namespace) -> int:
     import sys
     from dataclasses import replace
 
-    from slidetl.experiments.compare.config import read_comparison
-    from slidetl.experiments.compare.progress import UnitProgress
-    from slidetl.experiments.compare.run import Options, plan_comparison, report_comparison, run_comparison
-    from slidetl.experiments.compare.tables import describe
+    from slidetl.compare.config import read_comparison
+    from slidetl.compare.progress import UnitProgress
+    from slidetl.compare.run import Options, plan_comparison, report_comparison, run_comparison
+    from slidetl.compare.tables import describe
 
     given = {name: getattr(options, name) for name in ("manifest", "cache") if name in options}
     comparison = replace(read_comparison(options.config), **given)

@@ -65,8 +65,8 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         0, or 1 if any slide failed.
     """
-    from slidetl.experiments.embed import EmbeddedSlide, embed_cache
     from slidetl.models.backbones import BackboneSpec
+    from slidetl.training.embed import EmbeddedSlide, embed_cache
 
     started = time.monotonic()
     with _Progress() as progress:

@@ -81,11 +81,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Exports, and prints what came out."""
     from slidetl.errors import SlidetlError, UsageError
-    from slidetl.experiments.evidence import evidence_from
-    from slidetl.experiments.training_data import describe_training, learn_familiar, training_slides
-    from slidetl.export import build_network, export_model
-    from slidetl.model_file import load_model
-    from slidetl.tasks.checkpoint import load_grader
+    from slidetl.publish.evidence import evidence_from
+    from slidetl.publish.export import build_network, export_model
+    from slidetl.publish.model_file import load_model
+    from slidetl.publish.training_data import describe_training, learn_familiar, training_slides
+    from slidetl.training.checkpoint import load_grader
 
     graders = [load_grader(path, options.allow) for path in options.checkpoints]
     training = familiar = evidence = None
@@ -106,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
             print("training slides of fewer than 5 patients: the file cannot tell slides unlike them")
     network, card = build_network(graders, training, familiar, evidence, options.licence)
     if options.format == "onnx":
-        from slidetl.export_onnx import export_onnx
+        from slidetl.publish.onnx import export_onnx
 
         worst = export_onnx(network, card, options.output)
     else:

@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Fits and judges one model."""
-    from slidetl.experiments.features import FeatureStudy, describe, fit_labelled_tiles, fit_pooled
+    from slidetl.training.classical import FeatureStudy, describe, fit_labelled_tiles, fit_pooled
 
     study = FeatureStudy(
         manifest=options.manifest,

@@ -91,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
     from rich.progress import track
 
     from slidetl.errors import UsageError
-    from slidetl.experiments.grading import (
+    from slidetl.grading.batch import (
         GRADED,
         GradeOptions,
         describe,
@@ -102,8 +102,8 @@ def run(options: argparse.Namespace) -> int:
         write_index_page,
         write_results,
     )
-    from slidetl.model_file import load_model
-    from slidetl.trust import trust
+    from slidetl.library.trust import trust
+    from slidetl.publish.model_file import load_model
 
     device = options.device
     if device == "auto":

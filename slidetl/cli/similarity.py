@@ -89,8 +89,8 @@ def run(options: argparse.Namespace) -> int:
     """Compares, writes both files, and prints the curves of linear CKA."""
     import sys
 
-    from slidetl.experiments.similarity import compare_networks, draw_curves, write_curves
     from slidetl.models.backbones import BackboneSpec
+    from slidetl.training.similarity import compare_networks, draw_curves, write_curves
 
     backbone = getattr(options, "backbone", None)
     points = compare_networks(

@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from slidetl.slides.cohort import SyntheticCohort, write_cohort
+    from slidetl.synthetic.cohort import SyntheticCohort, write_cohort
 
     patients = getattr(options, "patients", min(48, options.slides))
     cohort = SyntheticCohort(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from slidetl.cache.ledger import LedgerRow
+    from slidetl.tiles.ledger import LedgerRow
 
 SUMMARY = "cut slides into tiles and store those with tissue in a cache"
 
@@ -155,11 +155,12 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         0, or 1 if any slide failed.
     """
-    from slidetl.cache.ledger import EXCLUDED, FAILED, USED
-    from slidetl.cache.tiler import SlideSource, tile_slides
     from slidetl.data.manifest import read_manifest
     from slidetl.errors import UsageError
-    from slidetl.grid import TileSpec
+    from slidetl.tiles.grid import TileSpec
+    from slidetl.tiles.ledger import EXCLUDED, FAILED, USED
+    from slidetl.tiles.run import tile_slides
+    from slidetl.tiles.tile import SlideSource
 
     if options.workers < 1:
         raise UsageError(f"--workers must be at least 1, not {options.workers}")
@@ -191,7 +192,7 @@ def run(options: argparse.Namespace) -> int:
     started = time.monotonic()
     with _Progress(len(sources)) as progress:
         if "scheduler" in options:
-            from slidetl.cache.cluster import tile_on_cluster
+            from slidetl.tiles.cluster import tile_on_cluster
 
             rows = tile_on_cluster(
                 sources,

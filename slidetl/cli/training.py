@@ -21,12 +21,12 @@ from pytorch_lightning.utilities import rank_zero_info
 
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.errors import UsageError
-from slidetl.tasks.best import BestCheckpoint
-from slidetl.tasks.checkpoint import read_checkpoint
-from slidetl.tasks.drift import DriftReport
-from slidetl.tasks.range_test import RangeTest, find_rate, write_range
-from slidetl.tasks.slide import SlideGrader
-from slidetl.tasks.waiting import WaitingReport
+from slidetl.training.best import BestCheckpoint
+from slidetl.training.checkpoint import read_checkpoint
+from slidetl.training.drift import DriftReport
+from slidetl.training.grader import SlideGrader
+from slidetl.training.range_test import RangeTest, find_rate, write_range
+from slidetl.training.waiting import WaitingReport
 
 
 def run(command: str, args: list[str]) -> int:

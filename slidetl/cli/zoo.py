@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _publish(options: argparse.Namespace) -> int:
-    from slidetl.zoo.library import Library
+    from slidetl.publish.library import Library
 
     name = getattr(options, "name", options.model.stem)
     library = Library(_place(options, "--to"))
@@ -107,7 +107,7 @@ def _list(options: argparse.Namespace) -> int:
     from rich.table import Table
 
     from slidetl.errors import SlidetlError
-    from slidetl.zoo.library import Library
+    from slidetl.publish.library import Library
 
     library = Library(_place(options, "--from", pulled=True))
     table = Table(box=None, pad_edge=False)
@@ -145,7 +145,7 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from slidetl.zoo.library import Library
+    from slidetl.publish.library import Library
 
     entry = Library(_place(options, "--from", pulled=True)).read(options.name)
     print(entry.card.to_markdown())
@@ -154,7 +154,7 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _pull(options: argparse.Namespace) -> int:
-    from slidetl.zoo.library import Library
+    from slidetl.publish.library import Library
 
     library = Library(_place(options, "--from"))
     folder = library.pull(options.name, getattr(options, "sha256", None))
@@ -163,8 +163,8 @@ def _pull(options: argparse.Namespace) -> int:
 
 
 def _use(options: argparse.Namespace) -> int:
-    from slidetl.zoo.card import MODEL, WEIGHTS
-    from slidetl.zoo.local import pulled_card, pulled_file
+    from slidetl.library.card import MODEL, WEIGHTS
+    from slidetl.library.local import pulled_card, pulled_file
 
     card = pulled_card(options.name)
     path = pulled_file(options.name, MODEL)
@@ -201,7 +201,7 @@ def _add_name(parser: argparse.ArgumentParser) -> None:
 
 def _place(options: argparse.Namespace, flag: str, pulled: bool = False) -> str:
     from slidetl.errors import UsageError
-    from slidetl.zoo.local import pulled_folder
+    from slidetl.library.local import pulled_folder
 
     place: str = getattr(options, "place", "") or os.environ.get("SLIDETL_ZOO", "")
     if not place and pulled:

@@ -13,9 +13,6 @@ from numpy.typing import NDArray
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from slidetl.cache.features import FeatureSource, read_source
-from slidetl.cache.ledger import USED, Ledger
-from slidetl.cache.store import SlideCache
 from slidetl.data.augment import Augmentation
 from slidetl.data.datasets import (
     Bag,
@@ -32,8 +29,11 @@ from slidetl.data.sampling import Sampling, Uniform
 from slidetl.data.splits import split_patients
 from slidetl.data.tasks import Task, check_tasks, read_points
 from slidetl.errors import CacheMismatchError, CacheMissingError, UsageError
-from slidetl.grid import TileSpec
 from slidetl.slides import open_slide
+from slidetl.tiles.features import FeatureSource, read_source
+from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.ledger import USED, Ledger
+from slidetl.tiles.store import SlideCache
 
 _Loader = TypeVar("_Loader", bound=DataLoader[Any])
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from slidetl.cache.features import read_features
-from slidetl.cache.store import SlideCache
 from slidetl.data.augment import Augmentation
 from slidetl.data.manifest import ManifestRow
 from slidetl.data.sampling import Sampling, Uniform
+from slidetl.tiles.features import read_features
+from slidetl.tiles.store import SlideCache
 
 
 @dataclass(frozen=True)

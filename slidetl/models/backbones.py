@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from slidetl.errors import ModelFileError, UsageError, WeightsError
+from slidetl.library.card import WEIGHTS
+from slidetl.library.local import SCHEME, pulled_file
 from slidetl.models.cbr import CBR
 from slidetl.models.weights import BUNDLED, bundled_weights
-from slidetl.zoo.card import WEIGHTS
-from slidetl.zoo.local import SCHEME, pulled_file
 
 # Named here, since TorchScript takes a comment on types in the function itself for a type comment.
 _is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined] # torch does not list it
@@ -22,7 +22,7 @@ _is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined] # torch doe
 # How the weights that timm or the Hugging Face hub publishes for a network may be asked for.
 PUBLISHED = ("imagenet", "hub")
 
-# Where the state of an exported network (`slidetl.export.ExportedNetwork`) has its first backbone.
+# Where the state of an exported network (`slidetl.publish.export.ExportedNetwork`) has its first backbone.
 _FIRST_MEMBER = "networks.0.backbone."
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slidetl.models.labels import one_hot_grades
+from slidetl.models.targets import one_hot_grades
 
 _GAP = 3.0  # between neighbouring thresholds at the start, in units of the logistic's scale
 
@@ -52,7 +52,7 @@ class Head(nn.Module):
         Args:
             logits: as :meth:`forward` returns them.
             target: grades ``[B]`` int64, below 0 for none; or probabilities ``[B, K]``
-                (:mod:`slidetl.models.labels`), a row of zeros for none. The loss is linear in them: the
+                (:mod:`slidetl.models.targets`), a row of zeros for none. The loss is linear in them: the
                 mean over the grades that the slide may have.
             weight: ``[B]`` of the slides, not negative.
             class_weight: ``[K]`` of the grades, not negative.

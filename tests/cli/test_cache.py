@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slidetl.cache.ledger import Ledger
-from slidetl.cache.store import SlideCache, shard_path
-from slidetl.cache.tiler import plan_tiles, stream_tiles
 from slidetl.cli import main
 from slidetl.errors import CacheCorruptError
 from slidetl.slides import open_slide
 from slidetl.slides.tiff import read_jpeg_level
+from slidetl.tiles.cut import stream_tiles
+from slidetl.tiles.ledger import Ledger
+from slidetl.tiles.plan import plan_tiles
+from slidetl.tiles.store import SlideCache, shard_path
 from tests.conftest import Picture, Study
 from tests.slides.jpeg_tiff import write_jpeg_tiff
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slidetl.cli import COMMANDS, TRAINING_COMMANDS, main
-from slidetl.experiments.grading import output_names
+from slidetl.grading.batch import output_names
 
 
 def test_slides_of_one_name_get_names_of_their_own() -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from slidetl.cli import synth
 from slidetl.errors import UsageError
-from slidetl.slides.cohort import SyntheticCohort
-from slidetl.slides.synthetic import SHARE_PER_GRADE
+from slidetl.synthetic.cohort import SyntheticCohort
+from slidetl.synthetic.section import SHARE_PER_GRADE
 
 
 def parsed(out: Path, options: str = "") -> argparse.Namespace:

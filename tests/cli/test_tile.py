@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slidetl.cache.ledger import FAILED, USED, Ledger
-from slidetl.cache.lock import slide_lock
-from slidetl.cache.store import SlideCache, cache_path
 from slidetl.cli import main
+from slidetl.tiles.ledger import FAILED, USED, Ledger
+from slidetl.tiles.lock import slide_lock
+from slidetl.tiles.store import SlideCache, cache_path
 from tests.conftest import Picture, PyramidTiff
 
 Draw = Callable[..., Picture]

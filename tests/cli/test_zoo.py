@@ -8,15 +8,15 @@ import pytest
 import torch
 import yaml
 
-from slidetl.card import Evidence
 from slidetl.cli import main
-from slidetl.export import build_network, export_model
-from slidetl.grid import TileSpec
-from slidetl.model_file import load_model
+from slidetl.library.model_card import Evidence
 from slidetl.models.aggregators import MeanPooling
 from slidetl.models.backbones import BackboneSpec
-from slidetl.tasks.checkpoint import load_grader
-from slidetl.tasks.slide import SlideGrader
+from slidetl.publish.export import build_network, export_model
+from slidetl.publish.model_file import load_model
+from slidetl.tiles.grid import TileSpec
+from slidetl.training.checkpoint import load_grader
+from slidetl.training.grader import SlideGrader
 from tests.conftest import Study
 
 

@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from slidetl.data.datasets import Bag
-from slidetl.grid import TileSpec
 from slidetl.models.aggregators import GatedAttention
 from slidetl.models.backbones import Backbone, BackboneSpec, find_weights
 from slidetl.models.heads import CumulativeLink
 from slidetl.models.network import GradingNetwork
 from slidetl.models.penalties import Seen, recorded
 from slidetl.models.transfer import SharedWeights, TransferStrategy
-from slidetl.tasks.slide import SlideGrader
+from slidetl.tiles.grid import TileSpec
+from slidetl.training.grader import SlideGrader
 
 TILE_PX = 32  # the least that the bundled backbone takes
 

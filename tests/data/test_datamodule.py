@@ -10,7 +10,7 @@ import torch
 
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.errors import CacheMismatchError, CacheMissingError, UsageError
-from slidetl.grid import TileSpec
+from slidetl.tiles.grid import TileSpec
 from tests.conftest import Study
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from slidetl.cache.store import SlideCache
 from slidetl.data.augment import Augmentation
 from slidetl.data.datasets import BagDataset, CachedSlide, ChunkDataset, EpochSampler
 from slidetl.data.manifest import read_manifest
 from slidetl.errors import CacheCorruptError
+from slidetl.tiles.store import SlideCache
 from tests.conftest import Study
 
 

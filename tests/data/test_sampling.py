@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from slidetl.cache.store import SlideCache
 from slidetl.data.datasets import BagDataset, CachedSlide
 from slidetl.data.manifest import read_manifest
 from slidetl.data.sampling import AttentionGuided, Sampling, TissueWeighted, Uniform
 from slidetl.errors import UsageError
+from slidetl.tiles.store import SlideCache
 from tests.conftest import Study
 
 SHARES = st.lists(st.floats(0, 1, width=32), min_size=1, max_size=40)

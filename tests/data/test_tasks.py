@@ -12,7 +12,7 @@ from slidetl.data.datasets import BagDataset, ChunkDataset
 from slidetl.data.manifest import read_manifest
 from slidetl.data.tasks import LabelledPoints, Task, check_tasks, read_points
 from slidetl.errors import ManifestError, UsageError
-from slidetl.slides.synthetic import grade_of_share
+from slidetl.synthetic.section import grade_of_share
 from tests.conftest import Study
 from tests.data.test_datamodule import rewrite
 

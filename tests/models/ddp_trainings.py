@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from slidetl.models.backbones import Backbone, BackboneSpec
-from slidetl.tasks.slide import SlideGrader
+from slidetl.training.grader import SlideGrader
 from tests.contracts.strategy import fit
 from tests.models.test_transfer import DDP, DDP_WITHOUT_NORM
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from slidetl.cache.ledger import USED, Ledger
-from slidetl.cache.store import SlideCache, cache_path
+from slidetl.tiles.ledger import USED, Ledger
+from slidetl.tiles.store import SlideCache, cache_path
 from tests.cli.test_tile import Draw
 from tests.conftest import PyramidTiff
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from slidetl.cache.ledger import USED
-from slidetl.cache.store import SlideCache, cache_path
-from slidetl.cache.tiler import SlideSource, tile_slide
 from slidetl.errors import SlideOpenError, SlideReadError
-from slidetl.grid import TileSpec
 from slidetl.slides import open_slide
 from slidetl.slides.colour import SrgbSlide, to_srgb
 from slidetl.slides.openslide import OpenSlideSlide
 from slidetl.slides.raster import RasterSlide
+from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.ledger import USED
+from slidetl.tiles.store import SlideCache, cache_path
+from slidetl.tiles.tile import SlideSource, tile_slide
 from tests.contracts.slide import Picture
 from tests.slides.jpeg_tiff import write_jpeg_tiff
 

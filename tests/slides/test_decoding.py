@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from slidetl.errors import SlideReadError
-from slidetl.grid import TileGrid, TileSpec
 from slidetl.slides import openslide as reader
 from slidetl.slides.decoding import JpegCutter, Placement, map_in_order, reduction_for
 from slidetl.slides.openslide import OpenSlideSlide
+from slidetl.tiles.grid import TileGrid, TileSpec
 from tests.conftest import Picture, PyramidTiff
 from tests.slides.jpeg_tiff import write_jpeg_tiff
 from tests.slides.test_openslide import noise
@@ -203,7 +203,7 @@ def test_damage_costs_its_tiles_only(
 
 
 def test_copies_are_what_is_read_and_only_where_tiles_coincide(tmp_path: Path) -> None:
-    from slidetl.cache.codec import decode_jpeg
+    from slidetl.tiles.codec import decode_jpeg
 
     path = write_jpeg_tiff(tmp_path / "slide.tiff", noise(330, 330), factors=(2,))
     with OpenSlideSlide(path) as slide:

@@ -15,8 +15,8 @@ from PIL import Image
 
 from slidetl.errors import SlideOpenError, SlideReadError, SpacingError, UsageError
 from slidetl.slides.base import Slide
-from slidetl.slides.pyramid import BAND_PX, write_pyramid
 from slidetl.slides.raster import RasterSlide, is_raster
+from slidetl.synthetic.pyramid import BAND_PX, write_pyramid
 from tests.conftest import block_means
 from tests.contracts.slide import Picture, SlideContract
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from slidetl.cache.codec import decode_jpeg
 from slidetl.errors import CacheCorruptError
 from slidetl.slides.tiff import JpegTiles, read_jpeg_level
+from slidetl.tiles.codec import decode_jpeg
 from tests.conftest import Picture
 from tests.slides.jpeg_tiff import encode, write_jpeg_tiff
 

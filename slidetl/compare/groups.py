@@ -1,0 +1,86 @@
+"""Two groups of slides, as before and after a treatment: how far the score tells them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidetl.compare.config import Comparison
+from slidetl.data.manifest import ManifestRow
+from slidetl.errors import UsageError
+from slidetl.evaluation.comparison import Unit, per_patient
+from slidetl.evaluation.repeatability import ScoreShift, compare_groups, compare_paired
+
+
+@dataclass(frozen=True)
+class GroupShift:
+    """How far the scores of the second group lie from those of the first.
+
+    Attributes:
+        paired: whether the same patients are in both groups; those in one alone are then left out.
+        shift: over patients, in grades.
+    """
+
+    paired: bool
+    shift: ScoreShift
+
+
+def members_of(comparison: Comparison, rows: Sequence[ManifestRow]) -> NDArray[np.int64]:
+    """Which group each slide is in.
+
+    Returns:
+        ``[N]``: 0 for the first, 1 for the second, -1 for neither, and where no groups were configured.
+
+    Raises:
+        UsageError: no slide is in one of the groups.
+    """
+    groups = comparison.groups
+    if groups is None:
+        return np.full(len(rows), -1)
+    values = [getattr(row, groups.column) for row in rows]
+    for name in (groups.first, groups.second):
+        if name not in values:
+            found = ", ".join(sorted(set(values))[:10])
+            raise UsageError(f"groups: no slide has {name!r} as its {groups.column}; there are {found}")
+    return np.array([(value == groups.first) * 1 + (value == groups.second) * 2 - 1 for value in values])
+
+
+def shift_between(
+    scores: NDArray[np.float64], members: NDArray[np.int64], patients: NDArray[Any], unit: Unit
+) -> GroupShift | None:
+    """The shift of the score from the first group to the second.
+
+    Where two patients or more have slides in both groups, each is compared with itself, and those with
+    slides in one group alone are left out; otherwise different patients are compared.
+
+    Args:
+        scores: ``[N]`` expected grades of slides.
+        members: ``[N]`` of :func:`members_of`.
+        patients: ``[N]``.
+        unit: of several slides of a patient in a group the score is the ``worst`` one, or else the mean.
+
+    Returns:
+        None where there are fewer than two patients in a group.
+    """
+    in_first, in_second = (set(patients[members == number].tolist()) for number in (0, 1))
+    both = sorted(in_first & in_second)
+    made: Unit = "worst" if unit == "worst" else "mean"
+
+    def of_group(number: int, whose: set[Any]) -> tuple[NDArray[np.float64], NDArray[Any]]:
+        mine = (members == number) & np.isin(patients, sorted(whose))
+        return per_patient(scores[mine], patients[mine], made), np.unique(patients[mine])
+
+    if len(both) >= 2:
+        before, after = (of_group(number, set(both))[0] for number in (0, 1))
+        return GroupShift(True, compare_paired(before, after))
+    if min(len(in_first), len(in_second)) - len(both) < 2:
+        return None
+    first, of_first = of_group(0, in_first - set(both))
+    second, of_second = of_group(1, in_second - set(both))
+    is_second = np.repeat([False, True], [len(first), len(second)])
+    together = np.concatenate([first, second])
+    return GroupShift(False, compare_groups(together, is_second, np.concatenate([of_first, of_second])))

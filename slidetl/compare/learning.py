@@ -1,0 +1,112 @@
+"""How fast arms learn: figures at equal epochs, and at each arm's own plateau."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidetl.compare.aggregate import ArmResult
+from slidetl.compare.config import Comparison
+from slidetl.compare.records import CurvePoint, UnitResult
+
+CurveFigure = Literal["qwk", "accuracy", "rps"]
+CURVE_FIGURES: tuple[CurveFigure, ...] = ("qwk", "accuracy", "rps")
+
+# So close to its best value a figure counts as having reached it; of RPS it is relative, as in the choice
+# of an epoch in inner folds.
+PLATEAU = 0.02
+
+
+@dataclass(frozen=True, eq=False)
+class Learning:
+    """Figures in the course of the trainings of an arm, T of them, at E points that all of them have.
+
+    Attributes:
+        arm: its name.
+        part: whose results the figures are of: held-out parts of the ``inner`` folds, or ``test`` parts.
+        epochs: ``[E]`` done, rising.
+        seconds: ``[E]`` of training until then, averaged over the trainings.
+        values: of each figure, ``[T, E]``, of the results of the part.
+        results: patients or slides, at each point, of all trainings together.
+    """
+
+    arm: str
+    part: Literal["inner", "test"]
+    epochs: NDArray[np.int64]
+    seconds: NDArray[np.float64]
+    values: Mapping[str, NDArray[np.float64]]
+    results: int
+
+    @property
+    def trainings(self) -> int:
+        """T."""
+        return len(self.values["qwk"])
+
+    def mean(self, figure: CurveFigure, epoch: int) -> float:
+        """Over the trainings, after so many epochs, which must be a point of the curve."""
+        return float(self.values[figure][:, self.epochs.tolist().index(epoch)].mean())
+
+    def plateau(self, figure: CurveFigure) -> int:
+        """Epochs until the mean is within 0.02 (of RPS: 2 %) of the best on the curve."""
+        means = self.values[figure].mean(axis=0)
+        near = means <= means.min() * (1 + PLATEAU) if figure == "rps" else means >= means.max() - PLATEAU
+        return int(self.epochs[near.argmax()])
+
+    def seconds_until(self, epoch: int) -> float:
+        """Of training, averaged over the trainings; the epoch must be a point of the curve."""
+        return float(self.seconds[self.epochs.tolist().index(epoch)])
+
+
+def learning_of(comparison: Comparison, arm: ArmResult) -> Learning | None:
+    """The curves of an arm together; None for an arm without epochs.
+
+    With inner folds they are those of the trial that was chosen, on the held-out parts of the inner folds:
+    there each training runs to its last epoch. Without, they are of the test parts, which chose nothing.
+    """
+    series: list[list[CurvePoint]] = []
+    part: Literal["inner", "test"] = "test"
+    for _, found in arm.units:
+        trial = _chosen_trial(comparison, arm.arm, found)
+        by_part: dict[str, list[CurvePoint]] = {}
+        for point in found.curves:
+            if point.part == "test" or point.trial == trial:
+                by_part.setdefault(point.part, []).append(point)
+        if any(name != "test" for name in by_part):
+            part = "inner"
+            by_part.pop("test", None)
+        series += by_part.values()
+    epochs = sorted(set.intersection(*({point.epoch for point in points} for points in series or [[]])))
+    if not epochs:
+        return None
+    kept = [[point for point in points if point.epoch in epochs] for points in series]
+    values: dict[str, NDArray[np.float64]] = {
+        name: np.array([[getattr(point, name) for point in points] for points in kept])
+        for name in CURVE_FIGURES
+    }
+    return Learning(
+        arm=arm.arm,
+        part=part,
+        epochs=np.array(epochs, np.int64),
+        seconds=np.mean([[point.seconds for point in points] for points in kept], axis=0),
+        values=values,
+        results=sum(points[0].n for points in series),
+    )
+
+
+def equal_epochs(curves: Sequence[Learning], most: int = 4) -> list[int]:
+    """Epochs that all curves have a point at: so many of them, evenly from the first to the last."""
+    if not curves:
+        return []
+    common = sorted(set.intersection(*(set(curve.epochs.tolist()) for curve in curves)))
+    places = np.linspace(0, len(common) - 1, min(most, len(common))).round().astype(int)
+    return [common[place] for place in places]
+
+
+def _chosen_trial(comparison: Comparison, arm: str, found: UnitResult) -> int:
+    values = {key: value for key, value in (found.chosen or {}).items() if key != "epochs"}
+    trials = comparison.trials(arm)
+    return trials.index(values) if values in trials else 0

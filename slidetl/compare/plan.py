@@ -1,0 +1,314 @@
+"""What must be computed: one unit for each arm and fold, named by all that its result depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from slidetl.compare.config import EPOCHS, Comparison
+from slidetl.data.manifest import ManifestRow, read_manifest
+from slidetl.errors import CacheMismatchError, CacheMissingError, UsageError
+from slidetl.evaluation.leakage import near_duplicates
+from slidetl.evaluation.protocol import (
+    Case,
+    Fold,
+    audit_folds,
+    canonical_sha256,
+    permute_grades,
+    plan_folds,
+    subsample,
+)
+from slidetl.library.local import SCHEME, pulled_card
+from slidetl.models.weights import bundled_weights
+from slidetl.tiles.features import read_source
+from slidetl.tiles.store import SlideCache, cache_path
+
+# Raised whenever the same unit would be computed otherwise, or be written otherwise.
+FORMAT_VERSION = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """The graded slides of a comparison that are in the cache.
+
+    Attributes:
+        rows: of the manifest, by slide.
+        caches: their tiles, in the same order.
+        cache: the folder, absolute.
+    """
+
+    rows: tuple[ManifestRow, ...]
+    caches: tuple[SlideCache, ...]
+    cache: Path
+
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        """What the protocol must know of them."""
+        return tuple(
+            Case(row.slide_id, row.patient_id, row.grade, row.site, row.split)
+            for row in self.rows
+            if row.grade is not None
+        )
+
+    @cached_property
+    def fingerprints(self) -> dict[str, list[Any]]:
+        """What the result of a unit depends on of each slide."""
+        return {
+            row.slide_id: [
+                *(cache.fingerprint, len(cache), row.patient_id, row.grade, row.site, row.stain),
+                list(row.reader_grades),
+            ]
+            for row, cache in zip(self.rows, self.caches, strict=True)
+        }
+
+    def permuted(self, number: int) -> Study:
+        """The study with labels permuted over patients; the readers' are left out."""
+        grades = permute_grades(self.cases, number)
+        rows = [replace(row, grade=grades[row.slide_id], reader_grades=()) for row in self.rows]
+        return replace(self, rows=tuple(rows))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One arm on one fold.
+
+    Attributes:
+        arm: its name in the configuration.
+        fold: what it is trained and tested on.
+        n_slides: of a smaller training part; None for the whole one.
+        permutation: number of the permutation of the labels; None for the labels themselves.
+        recipe: what is done, as JSON values.
+        key: SHA-256, shortened, of the recipe, the fold, the data and the format; it names the unit's folder.
+            The arm's name is no part of it: another name finds what was computed.
+    """
+
+    arm: str
+    fold: Fold
+    n_slides: int | None
+    permutation: int | None
+    recipe: dict[str, Any]
+    key: str
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        size = "" if self.n_slides is None else f" on {self.n_slides} slides"
+        size += "" if self.permutation is None else f", labels permuted ({self.permutation})"
+        return f"{self.arm}{size}, repeat {self.fold.repeat}, fold {self.fold.name}"
+
+
+def read_study(comparison: Comparison) -> Study:
+    """Reads the manifest, and opens the tiles of its graded slides.
+
+    Raises:
+        ManifestError: the manifest has faults.
+        CacheMissingError: no slide is in the cache.
+        CacheMismatchError: the slides were tiled in different ways.
+    """
+    cache = Path(comparison.cache).absolute()
+    rows, caches, lost = [], [], []
+    for row in read_manifest(Path(comparison.manifest), len(comparison.grades)).rows:
+        if row.grade is None:
+            continue
+        try:
+            opened = SlideCache.open(cache_path(cache, row.slide_id))
+        except CacheMissingError:
+            lost.append(row.slide_id)
+            continue
+        rows.append(row)
+        caches.append(opened)
+    if not rows:
+        raise CacheMissingError(
+            f"{cache}: none of the graded slides of {comparison.manifest} is here; run 'slidetl tile' first"
+        )
+    if lost:
+        warnings.warn(
+            f"{len(lost)} graded slides are not in the cache, left out: {', '.join(lost[:10])}", stacklevel=2
+        )
+    if len({opened.spec for opened in caches}) > 1:
+        raise CacheMismatchError(f"{cache}: the slides were tiled in different ways; tile them all alike")
+    order = sorted(range(len(rows)), key=lambda number: rows[number].slide_id)
+    return Study(tuple(rows[i] for i in order), tuple(caches[i] for i in order), cache)
+
+
+def plan_and_audit(comparison: Comparison, study: Study) -> tuple[Study, tuple[Fold, ...]]:
+    """Plans the folds, and stops where one side would know something of the other.
+
+    Returns:
+        The study, its duplicates joined where the configuration says so, and the folds.
+
+    Raises:
+        UsageError: as :func:`~slidetl.evaluation.protocol.plan_folds` and
+            :func:`~slidetl.evaluation.protocol.audit_folds`.
+    """
+    alike = []
+    if comparison.near_duplicates:
+        names = [row.slide_id for row in study.rows]
+        found = near_duplicates(
+            [cache.thumbnail for cache in study.caches],
+            [cache.thumbnail_mpp for cache in study.caches],
+            comparison.near_duplicates,
+        )
+        alike = [(names[one], names[two], likeness) for one, two, likeness in found]
+    if comparison.duplicates == "join":
+        study = join_duplicates(study, [(one, two) for one, two, _ in alike], comparison.protocol.given_split)
+    folds = plan_folds(study.cases, comparison.protocol, len(comparison.grades))
+    fingerprints = {cache.slide_id: cache.fingerprint for cache in study.caches}
+    audit_folds(folds, study.cases, fingerprints, alike)
+    return study, folds
+
+
+def join_duplicates(study: Study, alike: Sequence[tuple[str, str]], given_split: bool) -> Study:
+    """Takes slides that are the same, or look alike, for slides of one patient.
+
+    Args:
+        study: the slides.
+        alike: pairs of slides.
+        given_split: whether the manifest's split is used; then duplicates stay in one part of it only.
+    """
+    group = {row.slide_id: row.patient_id for row in study.rows}
+    first_of: dict[str, str] = {}
+    same = [
+        (first_of.setdefault(cache.fingerprint, cache.slide_id), cache.slide_id) for cache in study.caches
+    ]
+    for one, two in (*same, *alike):
+        old, new = sorted((group[one], group[two]), reverse=True)
+        if old != new:
+            group = {slide: new if patient == old else patient for slide, patient in group.items()}
+    part_of: dict[str, str] = {}
+    for split in ("train", "val", "test") if given_split else ():
+        part_of |= {group[row.slide_id]: split for row in study.rows if row.split == split}
+    kept = [
+        (replace(row, patient_id=group[row.slide_id]), cache)
+        for row, cache in zip(study.rows, study.caches, strict=True)
+        if part_of.get(group[row.slide_id], row.split) == row.split
+    ]
+    joined = sum(row.patient_id != group[row.slide_id] for row in study.rows)
+    left_out = len(study.rows) - len(kept)
+    if joined or left_out:
+        warnings.warn(
+            f"duplicates: {joined} slides count as slides of another patient, {left_out} are left out",
+            stacklevel=3,
+        )
+    return replace(study, rows=tuple(row for row, _ in kept), caches=tuple(cache for _, cache in kept))
+
+
+def plan_units(
+    comparison: Comparison, study: Study, folds: Sequence[Fold], only: Sequence[str] = ()
+) -> tuple[Unit, ...]:
+    """Plans the units, fold by fold, so that what is done first can be compared first.
+
+    Args:
+        comparison: the arms.
+        study: the slides.
+        folds: of :func:`plan_and_audit`.
+        only: arms to be computed; all by default.
+
+    Raises:
+        UsageError: no such arm, or a size that does not fit.
+        CacheMissingError: features that a classical arm needs are not stored; the message says how.
+    """
+    strange = [name for name in only if name not in comparison.arms]
+    if strange:
+        raise UsageError(f"--only: there is no arm {strange[0]!r}; there are {', '.join(comparison.arms)}")
+    first = (comparison.primary.against, comparison.primary.arm)
+    names = [*first, *(name for name in comparison.arms if name not in first)]
+    names = [name for name in names if not only or name in only]
+    recipes = {name: _recipe(comparison, study, name) for name in names}
+    spec = study.caches[0].spec.to_dict()
+
+    def unit(
+        name: str,
+        fold: Fold,
+        of: Study,
+        n_slides: int | None = None,
+        permutation: int | None = None,
+        longer: float = 1.0,
+    ) -> Unit:
+        data = of.fingerprints
+        recipe = recipes[name] if n_slides is None else _longer(recipes[name], longer)
+        about = {
+            "format": FORMAT_VERSION,
+            "recipe": recipe,
+            "grades": comparison.grades,
+            "seed": fold.seed,
+            "train": fold.train,
+            "test": fold.test,
+            "inner": [asdict(inner) for inner in fold.inner],
+            "data": {slide: data[slide] for slide in (*fold.train, *fold.test)},
+            "spec": spec,
+        }
+        return Unit(name, fold, n_slides, permutation, recipe, canonical_sha256(about)[:20])
+
+    units = [unit(name, fold, study) for fold in folds for name in names]
+    for n_slides in comparison.sizes.slides:
+        for fold in folds:
+            smaller = subsample(fold, study.cases, n_slides, len(comparison.grades))
+            sized = [name for name in names if name in comparison.sizes.arms]
+            longer = len(fold.train) / len(smaller.train)
+            units += [unit(name, smaller, study, n_slides, longer=longer) for name in sized]
+    for number in range(comparison.permutations.n):
+        permuted = study.permuted(number)
+        tested = [name for name in names if name in comparison.permutations.arms]
+        units += [unit(name, fold, permuted, None, number) for fold in folds for name in tested]
+    return tuple(units)
+
+
+def _recipe(comparison: Comparison, study: Study, name: str) -> dict[str, Any]:
+    arm = comparison.arms[name]
+    if arm.baseline is not None:
+        return {"baseline": arm.baseline}
+    if arm.classical is not None:
+        sources = {feature: _features_sha256(study, feature) for feature in arm.classical.features}
+        return {"classical": asdict(arm.classical), "features": sources}
+    config = comparison.fit_config(name)
+    stored = config["data"].get("features")
+    return {
+        "fit": config,
+        "trials": comparison.trials(name),
+        "validate_every": comparison.validate_every,
+        "tile_draws": comparison.tile_draws,
+        "unit": comparison.protocol.unit,
+        "weights": _weights_sha256(config),
+        "features": _features_sha256(study, stored) if stored else "",
+    }
+
+
+def _longer(recipe: dict[str, Any], factor: float) -> dict[str, Any]:
+    """A recipe of as many more epochs, so that a smaller training part is trained for as many steps."""
+    if "fit" not in recipe:
+        return recipe
+    fit = dict(recipe["fit"])
+    fit["trainer"] = dict(fit["trainer"])
+    fit["trainer"]["max_epochs"] = round(fit["trainer"].get("max_epochs", EPOCHS) * factor)
+    return {**recipe, "fit": fit, "validate_every": max(1, round(recipe["validate_every"] * factor))}
+
+
+def _features_sha256(study: Study, name: str) -> str:
+    """Of the weights by which features were stored, the same for all slides."""
+    first = read_source(study.caches[0], name)
+    for cache in study.caches:
+        if not read_source(cache, name).same_network(first):
+            raise CacheMismatchError(
+                f"{cache.path}: features {name!r} are of other weights than those of "
+                f"{study.caches[0].slide_id}; run 'slidetl embed' with --overwrite"
+            )
+    return first.weights_sha256
+
+
+def _weights_sha256(config: dict[str, Any]) -> str:
+    """Of the file or pulled model that the pretrained weights come from; empty where timm looks them up."""
+    backbone = config["model"].get("backbone", {})
+    source = str(backbone.get("pretrained", "procedural"))
+    if source == "procedural":
+        path = bundled_weights(backbone.get("name", ""))
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    if source.startswith(SCHEME):
+        return pulled_card(source.removeprefix(SCHEME)).model.weights_sha256
+    path = Path(source)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""

@@ -1,0 +1,1 @@
+"""A comparison for people: the page, its parts, tables and plots."""

@@ -1,0 +1,144 @@
+"""One arm on one fold: fitted on the training part, and what it says of the test part. A folder on disk."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+
+import slidetl
+from slidetl.compare.plan import FORMAT_VERSION, Study, Unit
+from slidetl.compare.records import CurvePoint, Job, UnitResult
+from slidetl.errors import UsageError
+from slidetl.tiles.lock import slide_lock
+from slidetl.training.predictions import read_predictions, write_predictions
+
+_ABOUT, _PREDICTIONS, _CURVES, _DRAWS = "unit.json", "predictions.csv", "curves.csv", "draws.json"
+_EMBEDDINGS = "embeddings.npy"
+_HASHED = (_PREDICTIONS, _CURVES, _DRAWS, _EMBEDDINGS)
+
+
+def job_of(unit: Unit, study: Study, grades: Sequence[str], folder: Path, threads: int = 1) -> Job:
+    """The unit with the part of the study that it needs."""
+    inside = {*unit.fold.train, *unit.fold.test}
+    labelled = study if unit.permutation is None else study.permuted(unit.permutation)
+    rows = tuple(row for row in labelled.rows if row.slide_id in inside)
+    return Job(unit, rows, study.cache, tuple(grades), folder, threads)
+
+
+def run_unit(job: Job) -> None:
+    """Computes a unit, unless it is there; its folder appears whole or not at all.
+
+    Raises:
+        SlidetlError: the arm cannot be fitted; the message says why.
+    """
+    with slide_lock(job.folder, job.unit.key):  # another machine may be at it
+        if read_unit(job.folder, job.unit.key) is not None:
+            return
+        building = job.folder / ".building" / job.unit.key
+        building.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        result = _compute(job, building)
+        work = building / "result"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        write_predictions(work / _PREDICTIONS, result.predictions)
+        _write_curves(work / _CURVES, result.curves)
+        (work / _DRAWS).write_text(json.dumps(dict(result.draws)) + "\n", encoding="utf-8")
+        np.save(work / _EMBEDDINGS, result.embeddings)
+        about = {
+            "format": FORMAT_VERSION,
+            "software": f"slidetl {slidetl.__version__}",
+            "recipe": job.unit.recipe,
+            "seed": job.unit.fold.seed,
+            "train_slides": len(job.unit.fold.train),
+            "test_slides": len(job.unit.fold.test),
+            "chosen": result.chosen,
+            "drift": dict(result.drift),
+            "similarity": dict(result.similarity),
+            "temperature": result.temperature,
+            "nested": result.nested,
+            "seconds": round(time.monotonic() - started, 3),
+            "sha256": {name: _sha256(work / name) for name in _HASHED},
+        }
+        (work / _ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        finished = job.folder / job.unit.key
+        if finished.exists():  # it was there, but damaged
+            shutil.rmtree(finished)
+        work.rename(finished)
+        shutil.rmtree(building)
+
+
+def read_unit(folder: Path, key: str) -> UnitResult | None:
+    """Reads a finished unit; None where there is none, or where its files are not those it ended with."""
+    unit = folder / key
+    try:
+        about = json.loads((unit / _ABOUT).read_text(encoding="utf-8"))
+        if about["format"] != FORMAT_VERSION:
+            return None
+        if any(_sha256(unit / name) != sha256 for name, sha256 in about["sha256"].items()):
+            return None
+        return UnitResult(
+            predictions=tuple(read_predictions(unit / _PREDICTIONS)),
+            curves=tuple(_read_curves(unit / _CURVES)),
+            draws=json.loads((unit / _DRAWS).read_text(encoding="utf-8")),
+            drift=about["drift"],
+            similarity=about["similarity"],
+            embeddings=np.load(unit / _EMBEDDINGS, allow_pickle=False),
+            chosen=about["chosen"],
+            temperature=about["temperature"],
+            nested=about["nested"],
+            seconds=about["seconds"],
+        )
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _compute(job: Job, folder: Path) -> UnitResult:
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped] # it ships none
+
+    recipe = job.unit.recipe
+    with threadpool_limits(job.threads):
+        if "fit" in recipe:  # imported here: reading units needs no torch
+            from slidetl.compare.train_arm import train_unit
+
+            return train_unit(job, folder)
+        from slidetl.compare.fixed_arms import grade_by_baseline, grade_by_features
+
+        if "classical" in recipe:
+            return grade_by_features(job)
+        if "baseline" in recipe:
+            return grade_by_baseline(job)
+    raise UsageError(f"a unit is a fit, classical or a baseline, not {sorted(recipe)}")
+
+
+def _write_curves(path: Path, points: Iterable[CurvePoint]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [item.name for item in fields(CurvePoint)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(point) for point in points)
+
+
+def _read_curves(path: Path) -> list[CurvePoint]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            CurvePoint(
+                row["part"],
+                int(row["trial"]),
+                int(row["epoch"]),
+                int(row["n"]),
+                *(float(row[item.name]) for item in fields(CurvePoint)[4:]),
+            )
+            for row in csv.DictReader(file)
+        ]
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

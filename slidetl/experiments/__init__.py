@@ -1,1 +1,0 @@
-"""Runners that bring the parts together to answer a question."""

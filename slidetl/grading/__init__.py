@@ -1,0 +1,1 @@
+"""A model file and a slide: the grade, the map, and the report."""

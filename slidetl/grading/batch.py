@@ -1,0 +1,313 @@
+"""Grades many slides, several at a time, and keeps a table of what became of each."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import multiprocessing
+import os
+from collections.abc import Container, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from slidetl.data.manifest import read_manifest, safe_slide_id
+from slidetl.errors import SlideError, UsageError
+from slidetl.grading.grade import Rates, SlideGrade, draw_map, grade_slide
+from slidetl.grading.report.index import IndexEntry, write_index
+from slidetl.grading.report.slide import has_slide_report, write_slide_report
+from slidetl.library.model_card import ModelCard
+from slidetl.processor import hand_back_memory
+from slidetl.publish.model_file import ModelFile, load_model
+from slidetl.slides import open_slide
+from slidetl.training.predictions import safe_cell
+
+GRADED, FAILED = "graded", "failed"
+_COLUMNS = ("slide", "status", "grade", "grade_name", "set_lowest", "set_highest", "expected_grade")
+_MORE = ("tiles", "tiles_unreadable", "tissue_mm2", "novelty", "fingerprint", "model_sha256", "reason")
+
+
+@dataclass(frozen=True)
+class GradeOptions:
+    """How slides are graded.
+
+    Attributes:
+        model: the file that ``slidetl export`` wrote.
+        trusted: the user vouches for it.
+        device: e.g. ``cpu`` or ``cuda``.
+        output: folder for maps, results and reports, or None.
+        mpp_override: micrometres per level-0 pixel, or None for the metadata's.
+        batch_size: tiles per pass.
+        threads: that work on one slide.
+        force: grade slides too that do not suit the model.
+        profile: measure the rates.
+        report: write a page (HTML) and a map for QuPath (GeoJSON) for each slide.
+    """
+
+    model: Path
+    trusted: bool = False
+    device: str = "cpu"
+    output: Path | None = None
+    mpp_override: float | None = None
+    batch_size: int = 16
+    threads: int = 1
+    force: bool = False
+    profile: bool = False
+    report: bool = False
+
+
+@dataclass(frozen=True)
+class GradeRow:
+    """What became of one slide.
+
+    Attributes:
+        slide: the file, as it was named.
+        status: ``graded`` or ``failed``.
+        result: as :meth:`slidetl.grading.grade.SlideGrade.to_dict`; empty for a slide that failed.
+        reason: why it failed, in one line.
+        rates: how fast it was graded, if that was asked for.
+    """
+
+    slide: Path
+    status: str
+    result: dict[str, Any]
+    reason: str = ""
+    rates: Rates | None = None
+
+
+def find_slides(named: Sequence[Path]) -> list[Path]:
+    """Slides, the slides in folders, and what patterns such as ``study/*.svs`` match; each once.
+
+    Raises:
+        UsageError: a pattern matches nothing.
+        ManifestError: a folder has no slides.
+    """
+    found: list[Path] = []
+    for path in named:
+        if path.is_dir() and path.suffix.lower() != ".mrxs":
+            found += [row.path for row in read_manifest(path).rows]
+        elif not path.exists() and any(letter in str(path) for letter in "*?["):
+            root = Path(path.anchor) if path.is_absolute() else Path()
+            matches = sorted(root.glob(str(path.relative_to(path.anchor))))
+            if not matches:
+                raise UsageError(f"{path}: no file matches this pattern")
+            found += matches
+        else:
+            found.append(path)
+    return list(dict.fromkeys(found))
+
+
+def grade_slides(
+    model: ModelFile,
+    slides: Sequence[Path],
+    options: GradeOptions,
+    jobs: int = 1,
+    finished: Container[Path] = (),
+) -> Iterator[GradeRow]:
+    """Grades slides, in the order in which they get done; a bad one costs itself alone.
+
+    Args:
+        model: of ``options.model``; with several jobs each process loads it again.
+        slides: as :func:`find_slides` gives them.
+        options: how.
+        jobs: slides at a time, each in a process of its own if more than one.
+        finished: which of the slides are left out.
+    """
+    names = output_names(slides)
+    waiting = [path for path in slides if path not in finished]
+    if jobs == 1:
+        model = model.frozen()
+        for path in waiting:
+            yield _grade(model, path, names[path], options)
+        return
+    while waiting:
+        undone = []
+        with _processes(min(jobs, len(waiting)), options) as pool:
+            running = {pool.submit(_work, path, names[path]): path for path in waiting}
+            for future, path in _as_done(running):
+                try:
+                    yield future.result()
+                except BrokenProcessPool:
+                    undone.append(path)
+        # Which slide killed its process is not told: each of those left gets one to itself, the first first.
+        if undone:
+            yield _grade_apart(undone[0], names[undone[0]], options)
+        waiting = undone[1:]
+
+
+def describe(row: GradeRow, card: ModelCard) -> str:
+    """One line for people of a slide that was graded: its grade, and how sure that is.
+
+    Args:
+        row: of :func:`grade_slides`.
+        card: of the model.
+    """
+    result = row.result
+    probability = result["probabilities"][result["grade"]]
+    parts = [f"{row.slide}: grade {result['grade_name']}, probability {probability:.2f}"]
+    if card.evidence is not None and result["grade_set"]:
+        names = dict.fromkeys(card.grades[grade] for grade in result["grade_set"])
+        parts.append(f"set of grades, coverage {card.evidence.coverage:.0%}: {' to '.join(names)}")
+    parts.append(f"expected grade {result['expected_grade']:.2f}")
+    parts.append(f"{result['tissue_mm2']:.3g} mm2 of tissue")
+    if result["novelty"] is not None:
+        parts.append(f"novelty {result['novelty']:.2f}")
+    if row.rates:
+        rates = row.rates
+        parts.append(
+            f"{rates.everything:.1f} tiles/s with everything on, {rates.network_alone:.1f} by the network "
+            f"alone: {rates.share:.0%}"
+        )
+        if rates.processor_share is not None:
+            parts.append(f"{rates.processor_share:.0%} of the processor time went to the network")
+    return "; ".join(parts)
+
+
+def write_results(path: Path, rows: Sequence[GradeRow], n_grades: int) -> None:
+    """Writes the table of results, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([*_COLUMNS, *(f"probability_{grade}" for grade in range(n_grades)), *_MORE])
+        for row in rows:
+            lowest, highest = row.result.get("grade_set") or (None, None)
+            values = {**row.result, "set_lowest": lowest, "set_highest": highest}
+            values |= {"slide": str(row.slide), "status": row.status, "reason": row.reason}
+            writer.writerow(
+                [safe_cell(_text(values.get(key))) for key in _COLUMNS]
+                + list(row.result.get("probabilities") or [""] * n_grades)
+                + [safe_cell(_text(values.get(key))) for key in _MORE]
+            )
+    partial.replace(path)
+
+
+def write_index_page(
+    folder: Path, rows: Sequence[GradeRow], names: dict[Path, str], model: ModelFile
+) -> None:
+    """Writes ``index.html``, the table of results with a link to each slide's page."""
+    entries = [IndexEntry(row.slide, names[row.slide], row.result, row.reason) for row in rows]
+    write_index(folder, entries, model.card)
+
+
+def read_finished(
+    folder: Path, names: dict[Path, str], model_sha256: str, report: bool = False
+) -> dict[Path, GradeRow]:
+    """Slides whose results lie in a folder already: of this model, and of the very content they have now.
+
+    Args:
+        folder: where results were written.
+        names: of :func:`output_names`.
+        model_sha256: of the model file.
+        report: a slide without its page is not finished.
+    """
+    finished = {}
+    for path, name in names.items():
+        try:
+            result = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+            same = (result["slide"], result["model_sha256"]) == (str(path), model_sha256)
+            same = same and (not report or has_slide_report(folder, name, result))
+            if same and _fingerprint(path) == result["fingerprint"]:
+                finished[path] = GradeRow(path, GRADED, result)
+        except (OSError, KeyError, TypeError, ValueError):  # not there, torn, or the slide is unreadable now
+            continue
+    return finished
+
+
+def output_names(slides: Sequence[Path]) -> dict[Path, str]:
+    """Names for the files written for each slide: its own, if taken its folder's as well, then numbered.
+
+    No two are equal, even on a file system that does not tell ``A`` from ``a``.
+    """
+    names: dict[Path, str] = {}
+    taken = {"index"}  # the page of all slides
+    for path in dict.fromkeys(slides):
+        short = safe_slide_id(path.stem) or "slide"
+        long = safe_slide_id("_".join(path.parts[-2:])) or short
+        candidates = itertools.chain((short, long), (f"{long}_{n}" for n in itertools.count(2)))
+        names[path] = next(name for name in candidates if name.lower() not in taken)
+        taken.add(names[path].lower())
+    return names
+
+
+def _grade(model: ModelFile, path: Path, name: str, options: GradeOptions) -> GradeRow:
+    try:
+        result = grade_slide(
+            model,
+            path,
+            options.mpp_override,
+            options.batch_size,
+            threads=options.threads,
+            force=options.force,
+            profile=options.profile,
+        )
+        hand_back_memory()  # of embeddings and activations; a report needs some
+        if options.output is not None:
+            _write(result, model, options, options.output, name)
+    except SlideError as error:
+        return GradeRow(path, FAILED, {}, " ".join(str(error).split()))
+    return GradeRow(path, GRADED, result.to_dict(), rates=result.rates)
+
+
+def _write(result: SlideGrade, model: ModelFile, options: GradeOptions, folder: Path, name: str) -> None:
+    draw_map(result, folder / f"{name}.png")
+    if options.report:
+        write_slide_report(result, model.card, folder, name, options.mpp_override, threads=options.threads)
+    # Last and at once: a run that goes on takes the slide for done by it.
+    partial = folder / f".{name}.json.partial"
+    partial.write_text(json.dumps(result.to_dict()) + "\n", encoding="utf-8")
+    partial.replace(folder / f"{name}.json")
+
+
+def _fingerprint(path: Path) -> str:
+    # The spacing does not enter; a slide without one shall not be refused here.
+    with open_slide(path, 1.0) as slide:
+        return slide.info.fingerprint
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+# What a process of a pool works with, set once when it starts.
+_loaded: tuple[ModelFile, GradeOptions] | None = None
+
+
+def _processes(count: int, options: GradeOptions) -> ProcessPoolExecutor:
+    threads = max(1, len(os.sched_getaffinity(0)) // count)
+    context = multiprocessing.get_context("spawn")  # OpenSlide and torch hold threads and locks
+    return ProcessPoolExecutor(count, context, _start, (options, threads))
+
+
+def _start(options: GradeOptions, threads: int) -> None:
+    global _loaded
+    torch.set_num_threads(threads)
+    _loaded = load_model(options.model, options.device, options.trusted).frozen(), options
+
+
+def _work(path: Path, name: str) -> GradeRow:
+    assert _loaded is not None  # set by `_start`
+    model, options = _loaded
+    return _grade(model, path, name, options)
+
+
+def _as_done(running: dict[Future[GradeRow], Path]) -> Iterator[tuple[Future[GradeRow], Path]]:
+    pending = set(running)
+    while pending:
+        done, pending = wait(pending, return_when=FIRST_COMPLETED)
+        for future in sorted(done, key=lambda future: str(running[future])):
+            yield future, running[future]
+
+
+def _grade_apart(path: Path, name: str, options: GradeOptions) -> GradeRow:
+    with _processes(1, options) as pool:
+        try:
+            return pool.submit(_work, path, name).result()
+        except BrokenProcessPool:
+            reason = f"{path}: the process that graded it was ended, perhaps for want of memory"
+            return GradeRow(path, FAILED, {}, reason)

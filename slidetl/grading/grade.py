@@ -1,0 +1,463 @@
+"""A model file and a slide -> a grade, and a map that shows why. Streaming: no cache is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import mmap
+import os
+import queue
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from slidetl.data.datasets import channels_first
+from slidetl.errors import UnfitSlideError
+from slidetl.evaluation.conformal import GradeSets
+from slidetl.processor import hand_back_memory
+from slidetl.publish.model_file import ModelFile
+from slidetl.slides import open_slide
+from slidetl.tiles.cut import stream_tiles
+from slidetl.tiles.plan import TilePlan, plan_tiles
+
+_T = TypeVar("_T")
+_PART = 8192  # tiles whose own grades are computed at a time
+_IN_MEMORY = 64 << 20  # bytes of a slide's embeddings; more of them lie in a file
+_PASSES = 8  # at a time on a processor; each holds its activations in memory
+
+
+@dataclass(frozen=True)
+class Rates:
+    """How fast a slide was graded.
+
+    Attributes:
+        everything: tiles per second, from the first read to the grade.
+        network_alone: the same of the network on tiles that lie in memory, right after.
+        processor_share: processor time of the network alone, as a share of that of everything. Others who
+            use the machine disturb it less than they do the clock; on a single core of one's own the
+            quotient of the rates is this. None where the network runs elsewhere, on a GPU.
+    """
+
+    everything: float
+    network_alone: float
+    processor_share: float | None
+
+    @property
+    def share(self) -> float:
+        """The rate with everything on, as a share of that of the network alone."""
+        return self.everything / self.network_alone
+
+
+@dataclass(frozen=True, eq=False)
+class SlideGrade:
+    """What a model says of a slide.
+
+    Attributes:
+        slide: the file, as it was named.
+        fingerprint: of its content.
+        grade: the most probable grade, 0..K-1.
+        grade_name: its name.
+        probabilities: of the grades 0..K-1; they sum to one.
+        expected_grade: their mean, 0..K-1: the continuous score.
+        grade_set: lowest and highest grade that the model does not rule out, or None if it carries no
+            evidence for such a set.
+        tissue_mm2: area of the tissue that was graded, square millimetres.
+        novelty: how unlike the training slides it is, 1 being the limit; None if the model cannot tell.
+        model_sha256: hash of the model file.
+        plan: which tiles were wanted, with thumbnail and tissue.
+        origins_level0: ``[N, 2] int32``, upper-left corners ``(x, y)`` of the tiles that were read.
+        attention: ``[N] float32``, weight of each tile; they sum to one.
+        tile_grades: ``[N] float32``, the grade expected if the slide had that tile alone.
+        rates: if they were asked for.
+    """
+
+    slide: Path
+    fingerprint: str
+    grade: int
+    grade_name: str
+    probabilities: tuple[float, ...]
+    expected_grade: float
+    grade_set: tuple[int, int] | None
+    tissue_mm2: float
+    novelty: float | None
+    model_sha256: str
+    plan: TilePlan
+    origins_level0: NDArray[np.int32]
+    attention: NDArray[np.float32]
+    tile_grades: NDArray[np.float32]
+    rates: Rates | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain JSON values, without the map."""
+        return {
+            "slide": str(self.slide),
+            "fingerprint": self.fingerprint,
+            "grade": self.grade,
+            "grade_name": self.grade_name,
+            "grade_set": list(self.grade_set) if self.grade_set else None,
+            "probabilities": [round(probability, 7) for probability in self.probabilities],
+            "expected_grade": round(self.expected_grade, 5),
+            "tiles": len(self.attention),
+            "tiles_unreadable": len(self.plan) - len(self.attention),
+            "tissue_mm2": round(self.tissue_mm2, 4),
+            "novelty": None if self.novelty is None else round(self.novelty, 4),
+            "model_sha256": self.model_sha256,
+        }
+
+
+def grade_slide(
+    model: ModelFile,
+    path: Path,
+    mpp_override: float | None = None,
+    batch_size: int = 16,
+    *,
+    threads: int = 1,
+    force: bool = False,
+    profile: bool = False,
+) -> SlideGrade:
+    """Grades one slide, from its file, through the pixels that a cache would hold.
+
+    Tiles are read ahead in a thread while the network embeds others, so memory grows by the embeddings
+    alone; those of a large slide lie in a nameless file in the folder for temporary files (``TMPDIR``).
+
+    Args:
+        model: as :func:`slidetl.publish.model_file.load_model` returns it, best frozen.
+        path: the slide.
+        mpp_override: micrometres per level-0 pixel, for a slide whose metadata has none.
+        batch_size: tiles per pass through the backbone.
+        threads: that read and, on a processor, as many that run the network; the kernel shares out.
+        force: grade a slide also if it has too little tissue or is unlike the training slides.
+        profile: measure the rates; costs a few seconds.
+
+    Raises:
+        SlideError: the slide cannot be opened or read, has no spacing, or is too coarse.
+        UnfitSlideError: it has no tissue; or, unless forced, less than half of what any training slide has,
+            or is unlike them.
+    """
+    card, network = model.card, model.network
+    spec = card.tile_spec
+    device = model.device
+    kept: list[Tensor] = []
+    origins: list[NDArray[np.int32]] = []
+    tissue = 0.0
+    with open_slide(path, mpp_override, spec.icc) as slide, torch.inference_mode():
+        plan = plan_tiles(slide, spec, threads)
+        _check_tissue(model, path, plan, force)
+        started = _Clocks.now()
+        embedded = _Embeddings(len(plan))
+        # Closed before the slide is, whatever happens: the thread that reads ahead uses it.
+        with contextlib.closing(_ahead(stream_tiles(slide, plan, batch_size, threads))) as batches:
+            read = ((channels_first(batch.pixels), batch) for batch in batches)
+            for part, tiles, batch in _embedded(network, device, threads, read):
+                embedded.add(part)
+                tissue += float(batch.tissue_fraction.sum())
+                origins.append(batch.origins_level0)
+                if profile and len(kept) < 16:
+                    kept.append(tiles)
+        if not origins:
+            raise UnfitSlideError(f"{path}: none of its {len(plan)} tiles with tissue can be read")
+        embeddings = embedded.of_all()
+        novelty = _novelty(model, path, embeddings, force)
+        probabilities, expected, attention = network.grade(embeddings)
+        taken = started.since()
+        tile_grades = torch.cat([network.grade_tiles(part) for part in torch.split(embeddings, _PART)])
+        rates = _rates(network, device, threads, kept, len(embeddings), taken) if profile else None
+    grade = int(probabilities.argmax())
+    return SlideGrade(
+        slide=path,
+        fingerprint=plan.info.fingerprint,
+        grade=grade,
+        grade_name=card.grades[grade],
+        probabilities=tuple(probabilities.tolist()),
+        expected_grade=float(expected),
+        grade_set=_grade_set(model, probabilities),
+        tissue_mm2=tissue * _tile_mm2(plan),
+        novelty=novelty,
+        model_sha256=model.sha256,
+        plan=plan,
+        origins_level0=np.concatenate(origins),
+        attention=attention.cpu().numpy(),
+        tile_grades=tile_grades.cpu().numpy(),
+        rates=rates,
+    )
+
+
+class _Embeddings:
+    """The embeddings of a slide, from one batch after the other, in little memory however many they are.
+
+    In one piece from the start, since joining would hold them twice. Those in a file the kernel drops from
+    memory where it needs the room, and so do we as they come.
+
+    Args:
+        most: tiles that can come.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._filled = 0
+        self._rows: Tensor | None = None
+        self._file: mmap.mmap | None = None
+        self._written = 0  # bytes that were dropped from memory
+
+    def add(self, rows: Tensor) -> None:
+        """Takes a batch ``[n, D]``."""
+        if self._rows is None:
+            self._rows = self._room(rows)
+        self._rows[self._filled : self._filled + len(rows)] = rows
+        self._filled += len(rows)
+        if self._file is not None:
+            end = self._filled * rows[0].nbytes // mmap.PAGESIZE * mmap.PAGESIZE
+            if end - self._written >= _IN_MEMORY // 4:
+                self._file.madvise(mmap.MADV_DONTNEED, self._written, end - self._written)
+                self._written = end
+
+    def of_all(self) -> Tensor:
+        """All that came, ``[N, D]``."""
+        assert self._rows is not None
+        if self._file is not None:
+            hand_back_memory()  # of the activations
+        return self._rows[: self._filled]
+
+    def _room(self, rows: Tensor) -> Tensor:
+        size = self._most * rows[0].nbytes
+        if size > _IN_MEMORY and rows.device.type == "cpu":
+            try:
+                with tempfile.TemporaryFile() as file:
+                    os.posix_fallocate(file.fileno(), 0, size)  # else a full disk would kill the process
+                    self._file = mmap.mmap(file.fileno(), size)
+            except (AttributeError, OSError):  # no room there, or not on this system: in memory then
+                pass
+            else:
+                hand_back_memory()  # of the search for tissue
+                return torch.frombuffer(self._file, dtype=rows.dtype).view(self._most, -1)
+        return rows.new_empty(self._most, rows.shape[1])
+
+
+def _check_tissue(model: ModelFile, path: Path, plan: TilePlan, force: bool) -> None:
+    spec = plan.spec
+    if not len(plan):
+        raise UnfitSlideError(
+            f"{path}: no tile of {spec.tile_size_px} px at {spec.mpp:g} um/px has at least "
+            f"{spec.min_tissue:.0%} tissue; there is nothing to grade"
+        )
+    training = model.card.training
+    found = float(plan.tissue_fraction.sum()) * _tile_mm2(plan)
+    if training and not force and found < training.least_tissue_mm2 / 2:
+        raise UnfitSlideError(
+            f"{path}: {found:.3g} mm2 of tissue is too little to grade; every slide that the model was "
+            f"trained on has {training.least_tissue_mm2:.3g} mm2 or more; --force grades it all the same"
+        )
+
+
+def _novelty(model: ModelFile, path: Path, embeddings: Tensor, force: bool) -> float | None:
+    limit = model.card.novelty_limit
+    if limit is None:
+        return None
+    novelty = float(model.network.novelty(embeddings)) / limit
+    if novelty > 1 and not force:
+        training = model.card.training
+        stains = f" (stains: {', '.join(training.stains)})" if training and training.stains else ""
+        raise UnfitSlideError(
+            f"{path}: unlike the slides that the model was trained on{stains}: its novelty is {novelty:.3g}, "
+            "where none of theirs is above 1; check stain, organ and spacing; --force grades it all the same"
+        )
+    return novelty
+
+
+def _grade_set(model: ModelFile, probabilities: Tensor) -> tuple[int, int] | None:
+    evidence = model.card.evidence
+    if evidence is None:
+        return None
+    rule = GradeSets(evidence.quantile, 1 - evidence.coverage, evidence.patients)
+    # In double precision: the sum over the grades has to be one.
+    exact = probabilities.double().cpu()
+    lowest, highest = rule.sets((exact / exact.sum()).unsqueeze(0).numpy())[0].tolist()
+    return lowest, highest
+
+
+def _tile_mm2(plan: TilePlan) -> float:
+    """Area that a tile stands for: where tiles overlap, less than it covers."""
+    return (plan.spec.stride_px * plan.spec.mpp / 1000) ** 2
+
+
+@dataclass(frozen=True)
+class _Clocks:
+    """Seconds on the wall, and of the processor in all threads of this process."""
+
+    wall: float
+    processor: float
+
+    @classmethod
+    def now(cls) -> Self:
+        return cls(time.perf_counter(), time.process_time())
+
+    def since(self) -> _Clocks:
+        now = _Clocks.now()
+        return _Clocks(now.wall - self.wall, now.processor - self.processor)
+
+
+def _rates(
+    network: Any, device: torch.device, threads: int, batches: list[Tensor], graded: int, taken: _Clocks
+) -> Rates:
+    """The rates, once so many tiles were graded in the time taken; the network alone is measured here."""
+    started = _Clocks.now()
+    for_seconds = itertools.takewhile(lambda _: started.since().wall < 3, itertools.cycle(batches))
+    done = 0
+    for part, _, _ in _embedded(network, device, threads, ((tiles, None) for tiles in for_seconds)):
+        done += len(part)
+    float(part.sum())  # waits for a GPU
+    alone = started.since()
+    share = (alone.processor / done) / (taken.processor / graded) if device.type == "cpu" else None
+    return Rates(graded / taken.wall, done / alone.wall, share)
+
+
+def _embedded(
+    network: Any, device: torch.device, threads: int, batches: Iterable[tuple[Tensor, _T]]
+) -> Generator[tuple[Tensor, Tensor, _T], None, None]:
+    """Batches with their embeddings before them, in order, on a processor several at a time.
+
+    Threads that share a pass wait for each other after every layer, and the longer, the more they are
+    disturbed by those that read; threads with a pass each never wait (docs/design/loading.md).
+    """
+    at_a_time = min(threads, _PASSES) if device.type == "cpu" else 1
+
+    def embed(tiles: Tensor) -> Tensor:
+        with torch.inference_mode():
+            part: Tensor = network.embed(tiles.to(device))
+        return part
+
+    def first() -> tuple[Tensor, Tensor, _T]:
+        part, tiles, of_batch = pending.popleft()
+        return part.result(), tiles, of_batch
+
+    pending: deque[tuple[Future[Tensor], Tensor, _T]] = deque()
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(at_a_time, "network", torch.set_num_threads, (max(1, threads // at_a_time),))
+    try:
+        for tiles, of_batch in batches:
+            pending.append((pool.submit(embed, tiles), tiles, of_batch))
+            if len(pending) > at_a_time:
+                yield first()
+        while pending:
+            yield first()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)  # a part of what a thread sets is everyone's
+
+
+def _ahead(items: Iterable[_T], depth: int = 4) -> Generator[_T, None, None]:
+    """The items, made by another thread while earlier ones are in use; at most so many wait."""
+    waiting: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def give(item: tuple[bool, Any]) -> None:
+        while not stopped.is_set():
+            try:
+                return waiting.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+
+    def produce() -> None:
+        try:
+            for item in items:
+                give((True, item))
+                if stopped.is_set():
+                    return
+            give((False, None))
+        except BaseException as error:  # whatever it is belongs to the thread that asked for items
+            give((False, error))
+
+    thread = threading.Thread(target=produce, name="read-ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            there, item = waiting.get()
+            if there:
+                yield item
+            elif item is not None:
+                raise item
+            else:
+                return
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def draw_map(result: SlideGrade, path: Path) -> None:
+    """Draws the attention and the tiles' own grades over the thumbnail, as a PNG.
+
+    Attention is shown relative to a slide whose tiles all count alike: 1 is the average tile. A model that
+    pools by the mean has no attention to show.
+    """
+    from matplotlib.figure import Figure
+
+    plan = result.plan
+    height, width = plan.thumbnail.shape[:2]
+    relative = result.attention * len(result.attention)
+    highest = len(result.probabilities) - 1.0
+    panels = [("grade of each tile by itself", result.tile_grades, "viridis", (0.0, highest))]
+    if np.ptp(relative) > 1e-3:
+        panels.insert(0, ("attention (1: average tile)", relative, "inferno", (0.0, float(relative.max()))))
+    panel_width = 5.0
+    figure = Figure(
+        figsize=(
+            (1 + len(panels)) * panel_width,
+            0.9 * panel_width * min(2.0, max(0.5, height / width)) + 0.9,
+        ),
+        layout="constrained",
+    )
+    axes = figure.subplots(1, 1 + len(panels))
+    axes[0].imshow(plan.thumbnail)
+    axes[0].set_title(f"{result.slide.name}: {len(result.attention)} tiles")
+    for panel, (title, values, colours, (low, high)) in zip(axes[1:], panels, strict=True):
+        panel.imshow(plan.thumbnail)
+        grid = _on_grid(result, values)
+        # The pixel centres of a picture lie at whole numbers, its border at -0.5.
+        right, bottom = _thumbnail_px(result, grid.shape[1], grid.shape[0])
+        shown = panel.imshow(
+            grid, cmap=colours, vmin=low, vmax=high, alpha=0.6, extent=(-0.5, right, bottom, -0.5)
+        )
+        panel.set(title=title, xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+        figure.colorbar(shown, ax=panel, fraction=0.046, pad=0.02)
+    for panel in axes:
+        panel.set_xticks([])
+        panel.set_yticks([])
+    probabilities = ", ".join(f"{probability:.2f}" for probability in result.probabilities)
+    figure.suptitle(
+        f"grade {result.grade_name}   (expected {result.expected_grade:.2f}; probabilities {probabilities})"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+def _stride_level0(result: SlideGrade) -> tuple[float, float]:
+    spec, extent = result.plan.spec, result.plan.extent_level0
+    share = spec.stride_px / spec.tile_size_px
+    return extent[0] * share, extent[1] * share
+
+
+def _on_grid(result: SlideGrade, values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Values of the tiles on their grid ``[rows, columns]``, NaN where no tile was read."""
+    column, row = np.round(result.origins_level0 / _stride_level0(result)).astype(int).T
+    grid = np.full((row.max() + 1, column.max() + 1), np.nan)
+    grid[row, column] = values
+    return grid
+
+
+def _thumbnail_px(result: SlideGrade, columns: int, rows: int) -> tuple[float, float]:
+    """Where so many columns and rows of the grid end, in thumbnail pixels whose centres are whole."""
+    height, width = result.plan.thumbnail.shape[:2]
+    size_x, size_y = result.plan.info.size_level0
+    stride_x, stride_y = _stride_level0(result)
+    return columns * stride_x / size_x * width - 0.5, rows * stride_y / size_y * height - 0.5

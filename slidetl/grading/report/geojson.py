@@ -1,0 +1,73 @@
+"""The map of a graded slide as QuPath reads it: a tile object per tile, with its class and measurements."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from slidetl.grading.report.maps import colour_table
+
+if TYPE_CHECKING:
+    from slidetl.grading.grade import SlideGrade
+
+
+def write_geojson(result: SlideGrade, grades: Sequence[str], path: Path) -> None:
+    """Writes a ``FeatureCollection`` of squares, in level-0 pixels from the slide's upper-left corner.
+
+    Each has the ``objectType`` ``tile``, the measurements ``attention`` (1: the average tile) and ``tile
+    grade`` (the grade expected of the tile alone), and as ``classification`` the grade nearest to that, in
+    the colours of the report, so that it shows without a measurement map. Measurements are an object of
+    names and values, and colours three integers, as QuPath writes them since version 0.4 (qupath/qupath
+    pull request 1099). The ``id`` of a tile is the same whenever this model grades this slide, which lets
+    QuPath notice what it has imported before.
+
+    Args:
+        result: the graded slide.
+        grades: their names, lowest first.
+        path: where to.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("w", encoding="utf-8") as file:
+        file.write('{"type": "FeatureCollection", "features": [')
+        for number, feature in enumerate(_features(result, grades)):
+            file.write(("" if number == 0 else ",") + "\n" + json.dumps(feature))
+        file.write("\n]}\n")
+    partial.replace(path)
+
+
+def _features(result: SlideGrade, grades: Sequence[str]) -> Iterator[dict[str, Any]]:
+    attention = result.attention * np.float32(len(result.attention))
+    width, height = result.plan.extent_level0
+    source = uuid.uuid5(uuid.NAMESPACE_OID, f"{result.fingerprint} {result.model_sha256}")
+    colours = colour_table("viridis")
+    classes = [
+        {"name": f"grade {name}", "color": colours[round(255 * grade / (len(grades) - 1))].tolist()}
+        for grade, name in enumerate(grades)
+    ]
+    for (x, y), weight, grade in zip(
+        result.origins_level0.tolist(), attention.tolist(), result.tile_grades.tolist(), strict=True
+    ):
+        right, bottom = round(x + width, 2), round(y + height, 2)
+        yield {
+            "type": "Feature",
+            "id": str(uuid.uuid5(source, f"{x} {y}")),
+            "geometry": {
+                "type": "Polygon",
+                "coordinates": [[[x, y], [right, y], [right, bottom], [x, bottom], [x, y]]],
+            },
+            "properties": {
+                "objectType": "tile",
+                "isLocked": True,
+                "classification": classes[round(grade)],
+                "measurements": {"attention": round(weight, 6), "tile grade": round(grade, 5)},
+            },
+        }

@@ -1,0 +1,79 @@
+"""The page of a folder of graded slides: a table to sort, with a link to each slide's own page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from slidetl.grading.report.slide import has_slide_report
+from slidetl.library.model_card import ModelCard
+from slidetl.page import data_uri, write_page
+
+
+@dataclass(frozen=True)
+class IndexEntry:
+    """A slide in the index.
+
+    Attributes:
+        slide: the file, as it was named.
+        name: of its page, without ``.html``.
+        result: as :meth:`slidetl.grading.grade.SlideGrade.to_dict`; empty for a slide that failed.
+        reason: why it failed.
+    """
+
+    slide: Path
+    name: str
+    result: Mapping[str, Any]
+    reason: str = ""
+
+
+def write_index(folder: Path, entries: Sequence[IndexEntry], card: ModelCard) -> Path:
+    """Writes ``index.html`` over the pages of :func:`slidetl.grading.report.slide.write_slide_report`.
+
+    Args:
+        folder: where those pages lie.
+        entries: the slides, in any order.
+        card: of the model that graded them.
+
+    Returns:
+        The page.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    page = folder / "index.html"
+    ordered = sorted(entries, key=lambda entry: (entry.slide.name.lower(), str(entry.slide)))
+    write_page(
+        page,
+        __package__,
+        "index.html",
+        "style.css",
+        ("index.js",),
+        title="1 slide" if len(entries) == 1 else f"{len(entries)} slides",
+        rows=[_row(folder, entry, card) for entry in ordered],
+        n_failed=sum(not entry.result for entry in entries),
+        card=card,
+        has_sets=any(entry.result.get("grade_set") for entry in entries),
+        has_novelty=any(entry.result.get("novelty") is not None for entry in entries),
+    )
+    return page
+
+
+def _row(folder: Path, entry: IndexEntry, card: ModelCard) -> dict[str, Any]:
+    result = entry.result
+    thumbnail = folder / f"{entry.name}.thumbnail.jpg"
+    has_page = bool(result) and has_slide_report(folder, entry.name, result)
+    grade_set = result.get("grade_set")
+    return {
+        "slide": entry.slide.name,
+        "folder": str(entry.slide.parent),
+        # There may be a page of an earlier run, which would belie the row.
+        "page": quote(f"{entry.name}.html") if has_page else "",
+        "thumbnail": data_uri("jpeg", thumbnail.read_bytes()) if has_page else "",
+        "result": result,
+        "set": [card.grades[grade] for grade in grade_set] if grade_set else [],
+        "reason": entry.reason,
+    }

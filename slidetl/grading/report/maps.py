@@ -1,0 +1,140 @@
+"""What a page lays over the slide: a value per tile, and the colours that stand for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidetl.tiles.preview import COLOURS
+
+if TYPE_CHECKING:
+    from slidetl.grading.grade import SlideGrade
+
+# Below this range of attention, relative to the average tile, a model weighs all tiles alike.
+_FLAT = 1e-3
+# The scale of attention goes at least to so many times the average: what is almost even shall look even.
+_LEAST_REACH = 4.0
+
+
+@dataclass(frozen=True, eq=False)
+class TileMap:
+    """A value for each of some tiles.
+
+    Attributes:
+        name: what it shows.
+        description: what that means, in a sentence.
+        unit: said behind a value.
+        origins_level0: ``[n, 2] int32``, upper-left corners ``(x, y)``, level-0 pixels.
+        values: ``[n] float32``, or numbers of categories.
+        shades: ``[n]`` integers, which of the colours each has.
+        colours: ``[256, 3] uint8``, or one per category.
+        categories: their names; empty for a scale.
+        ticks: places on the scale, 0..1, and what is said of them.
+    """
+
+    name: str
+    description: str
+    unit: str
+    origins_level0: NDArray[np.int32]
+    values: NDArray[np.float32]
+    shades: NDArray[np.int64]
+    colours: NDArray[np.uint8]
+    categories: tuple[str, ...] = ()
+    ticks: tuple[tuple[float, str], ...] = ()
+
+
+def relative_attention(result: SlideGrade) -> NDArray[np.float32] | None:
+    """Attention ``[N]``, 1 being the average tile; None if the model weighs all tiles alike."""
+    relative = result.attention * np.float32(len(result.attention))
+    return relative if np.ptp(relative) > _FLAT else None
+
+
+def maps_of(result: SlideGrade, grades: Sequence[str]) -> list[TileMap]:
+    """The maps there are of a graded slide, the most telling first.
+
+    Args:
+        result: the graded slide.
+        grades: their names, lowest first.
+    """
+    maps = []
+    relative = relative_attention(result)
+    if relative is not None:
+        # By powers: on a scale that is even from zero to the greatest, a few tiles are bright and all others
+        # black. The average lies in the middle, and as far below it as above.
+        reach = max(_LEAST_REACH, float(relative.max()))
+        place = 0.5 + 0.5 * np.log(np.maximum(relative, 1 / reach)) / np.log(reach)
+        maps.append(
+            TileMap(
+                "Attention",
+                "How much each tile counted; 1 is the average tile.",
+                "× the average tile",
+                result.origins_level0,
+                relative,
+                _shades(place),
+                colour_table("inferno"),
+                ticks=((0.0, f"1/{reach:.2g}"), (0.5, "1"), (1.0, f"{reach:.2g}×")),
+            )
+        )
+    highest = len(grades) - 1
+    maps.append(
+        TileMap(
+            "Grade by itself",
+            "The grade to be expected if the slide had this tile alone.",
+            "",
+            result.origins_level0,
+            result.tile_grades,
+            _shades(result.tile_grades / highest),
+            colour_table("viridis"),
+            ticks=tuple((grade / highest, name) for grade, name in enumerate(grades)),
+        )
+    )
+    left_out = left_out_level0(result)
+    if left_out:
+        reasons = tuple(left_out)
+        numbers = np.repeat(np.arange(len(reasons)), [len(corners) for corners in left_out.values()])
+        maps.append(
+            TileMap(
+                "Left out",
+                "Tiles with tissue that were not graded, and why.",
+                "",
+                np.concatenate(list(left_out.values())),
+                numbers.astype(np.float32),
+                numbers,
+                np.array([COLOURS[reason] for reason in reasons], np.uint8),
+                categories=reasons,
+            )
+        )
+    return maps
+
+
+def left_out_level0(result: SlideGrade) -> dict[str, NDArray[np.int32]]:
+    """Corners ``[n, 2]`` of the tiles with tissue that were not graded, by the reason why; none is empty."""
+    wanted = result.plan.origins_level0
+    is_graded = {(x, y) for x, y in result.origins_level0.tolist()}
+    unreadable = [(x, y) not in is_graded for x, y in wanted.tolist()]
+    found = {**result.plan.left_out_level0, "unreadable": wanted[unreadable]}
+    return {reason: origins for reason, origins in found.items() if len(origins)}
+
+
+def extreme_tiles(values: NDArray[np.float32], count: int) -> tuple[list[int], list[int]]:
+    """The tiles of the greatest and of the least values, the most extreme first; none is among both."""
+    order = np.argsort(values, kind="stable")
+    least = order[: min(count, len(order) // 2)]
+    most = order[len(least) :][::-1][:count]
+    return most.tolist(), least.tolist()
+
+
+def _shades(place: NDArray[Any]) -> NDArray[np.int64]:
+    return np.asarray(np.round(255 * np.clip(place, 0, 1)), np.int64)
+
+
+def colour_table(name: str) -> NDArray[np.uint8]:
+    """Matplotlib's colours of that name, ``[256, 3] uint8``."""
+    from matplotlib import colormaps
+
+    rgba = colormaps[name](np.arange(256), bytes=True)
+    return np.asarray(rgba[:, :3], np.uint8)

@@ -1,0 +1,179 @@
+"""A slide small enough to lie inside a page: JPEG tiles of a pyramid, as fine as a budget of bytes allows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidetl.errors import SlideReadError
+from slidetl.slides import Slide, SlideInfo
+from slidetl.tiles.grid import TileGrid, TileSpec
+from slidetl.tiles.plan import TilePlan
+
+TILE_PX = 512
+_QUALITY = 75
+# Levels of the slide's own pyramid are rarely smaller by exactly 2 or 4. Every tile is placed by its own
+# corner, so this can shift the far side of one by half a pixel, and no more.
+_MPP_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Pyramid:
+    """Tiles of a slide, in square pixels, each level half as fine as the next.
+
+    Attributes:
+        size_px: width and height at the finest level, pixels.
+        mpp: spacing of the finest level, micrometres per pixel.
+        mpp_everywhere: that of the finest level which is there wherever there is tissue.
+        mpp_slide: that of the finest level that the slide would have had.
+        levels: coarsest first, a single tile; JPEGs by column and row. A tile that is absent shows glass,
+            cannot be read, or was beyond the budget.
+        unreadable: how many tiles could not be read.
+    """
+
+    size_px: tuple[int, int]
+    mpp: float
+    mpp_everywhere: float
+    mpp_slide: float
+    levels: tuple[dict[tuple[int, int], bytes], ...]
+    unreadable: int
+
+    @property
+    def bytes(self) -> int:
+        """Size of all tiles, bytes."""
+        return sum(map(_bytes, self.levels))
+
+
+def build_pyramid(
+    slide: Slide,
+    plan: TilePlan,
+    origins_level0: NDArray[np.int32],
+    attention: NDArray[np.float32],
+    budget_bytes: int,
+    threads: int = 1,
+) -> Pyramid:
+    """Reads level after level, each twice as fine, until the budget is used up.
+
+    Of the level that would exceed it, as much is there as fits: what counted most. Levels finer than the
+    picture in which tissue is looked for have tiles where there is tissue only. The tiles are held as JPEGs
+    alone, so memory stays within the budget.
+
+    Args:
+        slide: the slide, open.
+        plan: its tiles and tissue.
+        origins_level0: ``[N, 2] int32``, upper-left corners ``(x, y)`` of the tiles that were graded.
+        attention: ``[N] float32``, how much each counted.
+        budget_bytes: of all tiles together; the coarsest level, a single tile, is there whatever it takes.
+        threads: that read and compress at a time.
+    """
+    mpp_slide = max(plan.info.mpp_level0)
+    coarsest = max(0, math.ceil(math.log2(max(_size_px(plan.info, mpp_slide)) / TILE_PX)))
+    levels: list[dict[tuple[int, int], bytes]] = []
+    left = math.inf
+    unreadable = 0
+    mpp = mpp_everywhere = mpp_slide * 2**coarsest
+    for halvings in range(coarsest, -1, -1):
+        level = _Level.over(plan.info, mpp_slide * 2**halvings)
+        if levels and level.mpp < plan.tissue_mask.mpp:
+            level = level.with_tissue(plan)
+        jpegs, damaged = _read(slide, level, left, threads)
+        is_whole = _bytes(jpegs) <= left
+        if not is_whole:
+            fitting = int(0.9 * left / (_bytes(jpegs) / len(jpegs)))  # tiles are not all of one size
+            level = level.most_attended(plan, origins_level0, attention, fitting)
+            jpegs, damaged = _read(slide, level, left, threads)
+            while _bytes(jpegs) > left:
+                jpegs.popitem()
+        if jpegs:
+            levels.append(jpegs)
+            mpp = level.mpp
+        unreadable += damaged
+        if not is_whole:
+            break
+        mpp_everywhere = level.mpp
+        left = max(0, budget_bytes - sum(map(_bytes, levels)))
+    return Pyramid(_size_px(plan.info, mpp), mpp, mpp_everywhere, mpp_slide, tuple(levels), unreadable)
+
+
+def encode_jpeg(rgb: NDArray[np.uint8], quality: int = _QUALITY) -> bytes:
+    """Compresses ``[h, w, 3] uint8`` for people to look at: colour at half the resolution."""
+    import simplejpeg
+
+    jpeg: bytes = simplejpeg.encode_jpeg(np.ascontiguousarray(rgb), quality, "RGB", "420")
+    return jpeg
+
+
+def _size_px(info: SlideInfo, mpp: float) -> tuple[int, int]:
+    width, height = (
+        math.ceil(size * own / mpp - 1e-6)
+        for size, own in zip(info.size_level0, info.mpp_level0, strict=True)
+    )
+    return width, height
+
+
+def _bytes(jpegs: dict[tuple[int, int], bytes]) -> int:
+    return sum(map(len, jpegs.values()))
+
+
+@dataclass(frozen=True, eq=False)
+class _Level:
+    """Tiles of a level: their corners in level-0 pixels, and their columns and rows."""
+
+    mpp: float
+    extent_level0: tuple[float, float]
+    origins_level0: NDArray[np.int32]
+    places: NDArray[np.int64]
+
+    @classmethod
+    def over(cls, info: SlideInfo, mpp: float) -> Self:
+        spec = TileSpec(mpp, TILE_PX, edge="pad")
+        grid = TileGrid.over(info.size_level0, info.mpp_level0, (mpp, mpp), spec)
+        places = np.stack(np.divmod(np.arange(len(grid)), grid.columns)[::-1], axis=1)
+        return cls(mpp, grid.extent_level0, grid.origins_level0(), places)
+
+    def __getitem__(self, chosen: NDArray[Any]) -> Self:
+        return replace(self, origins_level0=self.origins_level0[chosen], places=self.places[chosen])
+
+    def with_tissue(self, plan: TilePlan) -> Self:
+        mpp = plan.info.mpp_level0
+        return self[plan.tissue_mask.fraction(self.origins_level0, self.extent_level0, mpp) > 0]
+
+    def most_attended(
+        self, plan: TilePlan, origins_level0: NDArray[np.int32], attention: NDArray[np.float32], count: int
+    ) -> Self:
+        """So many of the tiles: those in which the middles of the tiles that counted most lie."""
+        middles = origins_level0 + np.asarray(plan.extent_level0) / 2
+        sums: dict[tuple[int, int], float] = {}
+        for (column, row), weight in zip(
+            (middles // self.extent_level0).astype(int).tolist(), attention.tolist(), strict=True
+        ):
+            sums[column, row] = sums.get((column, row), 0.0) + weight
+        weights = [sums.get((column, row), 0.0) for column, row in self.places.tolist()]
+        chosen = np.sort(
+            np.argsort(-np.array(weights), kind="stable")[:count]
+        )  # row by row, as tiles are read
+        return replace(self, origins_level0=self.origins_level0[chosen], places=self.places[chosen])
+
+
+def _read(
+    slide: Slide, level: _Level, budget_bytes: float, threads: int
+) -> tuple[dict[tuple[int, int], bytes], int]:
+    """The tiles of a level, up to the first beyond the budget, and how many cannot be read."""
+    jpegs: dict[tuple[int, int], bytes] = {}
+    taken = unreadable = 0
+    results = slide.map_tiles(
+        encode_jpeg, level.origins_level0, TILE_PX, level.mpp, _MPP_TOLERANCE, threads=threads
+    )
+    for (column, row), result in zip(level.places.tolist(), results, strict=False):
+        if isinstance(result, SlideReadError):
+            unreadable += 1
+            continue
+        jpegs[column, row] = result
+        taken += len(result)
+        if taken > budget_bytes:
+            break
+    return jpegs, unreadable

@@ -1,0 +1,257 @@
+"""The page of one graded slide: the slide itself with its maps, its grade, and the model's card."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidetl.errors import SlideReadError
+from slidetl.grading.report.geojson import write_geojson
+from slidetl.grading.report.maps import TileMap, extreme_tiles, left_out_level0, maps_of, relative_attention
+from slidetl.grading.report.pyramid import TILE_PX, Pyramid, build_pyramid, encode_jpeg
+from slidetl.library.model_card import ModelCard
+from slidetl.page import data_uri, script_json, write_page
+from slidetl.slides import Slide, open_slide
+
+if TYPE_CHECKING:
+    from slidetl.grading.grade import SlideGrade
+
+BUDGET_BYTES = 16 * 2**20
+"""Of the slide's pyramid in a page. As text a third is added; with all the rest a page is below 25 MB."""
+
+_TILES_SHOWN = 8
+_TILE_SHOWN_PX = 512
+_THUMBNAIL_PX = 240
+
+
+def write_slide_report(
+    result: SlideGrade,
+    card: ModelCard,
+    folder: Path,
+    name: str,
+    mpp_override: float | None = None,
+    *,
+    threads: int = 1,
+    budget_bytes: int = BUDGET_BYTES,
+) -> Path:
+    """Writes ``name.html``, ``name.geojson`` and ``name.thumbnail.jpg`` for a graded slide.
+
+    The page needs nothing else: it works from ``file://``, without a network.
+
+    Args:
+        result: what the model said of the slide; its file is read again.
+        card: the model's.
+        folder: where to.
+        name: safe as the name of a file.
+        mpp_override: micrometres per level-0 pixel, if the slide was graded with one.
+        threads: that read and compress at a time.
+        budget_bytes: of the slide's picture in the page; the finest level in it follows from this.
+
+    Returns:
+        The page.
+
+    Raises:
+        SlideError: the slide cannot be opened any more.
+        OSError: a file cannot be written.
+    """
+    plan = result.plan
+    with open_slide(result.slide, mpp_override, plan.spec.icc) as slide:
+        pyramid = build_pyramid(slide, plan, result.origins_level0, result.attention, budget_bytes, threads)
+        galleries = _galleries(slide, result, pyramid)
+    maps = maps_of(result, card.grades)
+    page = folder / f"{name}.html"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.thumbnail.jpg").write_bytes(_thumbnail(result))
+    write_geojson(result, card.grades, folder / f"{name}.geojson")
+    write_page(
+        page,
+        __package__,
+        "slide.html",
+        "style.css",
+        ("openseadragon/openseadragon.min.js", "slide.js"),
+        title=result.slide.name,
+        result=result,
+        card=card,
+        n_wanted=len(plan),
+        n_graded=len(result.attention),
+        warnings=_warnings(result, card),
+        bars=_bars(result, card),
+        galleries=galleries,
+        maps=maps,
+        pyramid=pyramid,
+        quality=_quality(result),
+        data=script_json(_data(result, pyramid, maps)),
+    )
+    return page
+
+
+def has_slide_report(folder: Path, name: str, result: Mapping[str, Any]) -> bool:
+    """Whether there is a page of this very result, not of another model or of what the slide once was.
+
+    Args:
+        folder: where pages are written.
+        name: of the page, without ``.html``.
+        result: as :meth:`slidetl.grading.grade.SlideGrade.to_dict`.
+    """
+    try:
+        with (folder / f"{name}.html").open(encoding="utf-8") as file:
+            return f'content="{result["fingerprint"]} {result["model_sha256"]}"' in file.read(1000)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _data(result: SlideGrade, pyramid: Pyramid, maps: list[TileMap]) -> dict[str, Any]:
+    """What the page's script works with; lengths in pixels of the pyramid's finest level."""
+    plan = result.plan
+    scale = np.asarray(plan.info.mpp_level0) / pyramid.mpp
+    extent = np.asarray(plan.extent_level0)
+    stride = extent * plan.spec.stride_px / plan.spec.tile_size_px
+    return {
+        "width": pyramid.size_px[0],
+        "height": pyramid.size_px[1],
+        "tileSize": TILE_PX,
+        "mpp": pyramid.mpp,
+        "levels": [
+            {f"{x}_{y}": base64.b64encode(jpeg).decode("ascii") for (x, y), jpeg in level.items()}
+            for level in pyramid.levels
+        ],
+        # Where tiles overlap or leave gaps, a cell is what lies nearest to the middle of its tile.
+        "cellOrigin": ((extent - stride) / 2 * scale).tolist(),
+        "cellSize": (stride * scale).tolist(),
+        "tileExtent": (extent * scale).tolist(),
+        # Of the tiles shown by themselves; where it is finer than the rest, they are laid into the slide.
+        "mppShown": plan.spec.mpp * max(1.0, plan.spec.tile_size_px / _TILE_SHOWN_PX),
+        "maps": [
+            {
+                "name": tile_map.name,
+                "unit": tile_map.unit,
+                "colours": tile_map.colours.tolist(),
+                "categories": tile_map.categories,
+                "cells": np.round(tile_map.origins_level0 / stride).astype(int).tolist(),
+                "shades": tile_map.shades.tolist(),
+                "values": [round(value, 4) for value in tile_map.values.tolist()],
+            }
+            for tile_map in maps
+        ],
+    }
+
+
+def _galleries(slide: Slide, result: SlideGrade, pyramid: Pyramid) -> list[dict[str, Any]]:
+    """The tiles that counted most and least, or those of the highest and lowest grades if all count alike."""
+    relative = relative_attention(result)
+    if relative is not None:
+        titles, values = ("Most attended tiles", "Least attended tiles"), relative
+    else:
+        titles = ("Tiles of the highest grade by themselves", "Tiles of the lowest grade by themselves")
+        values = result.tile_grades
+    most, least = extreme_tiles(values, _TILES_SHOWN)
+    return [
+        {"title": title, "tiles": [_tile(slide, result, pyramid, tile, relative) for tile in tiles]}
+        for title, tiles in zip(titles, (most, least), strict=True)
+        if tiles
+    ]
+
+
+def _tile(
+    slide: Slide, result: SlideGrade, pyramid: Pyramid, tile: int, relative: NDArray[np.float32] | None
+) -> dict[str, Any]:
+    spec = result.plan.spec
+    x, y = result.origins_level0[tile].tolist()
+    scale_x, scale_y = (mpp / pyramid.mpp for mpp in result.plan.info.mpp_level0)
+    side = (spec.tile_size_px, spec.tile_size_px)
+    try:
+        pixels = slide.read((x, y), side, spec.mpp, spec.mpp_tolerance)
+        picture = data_uri("jpeg", _jpeg(pixels, _TILE_SHOWN_PX, 85))
+    except SlideReadError:  # it could be read when it was graded; the page is still worth having
+        picture = ""
+    return {
+        "picture": picture,
+        "place": f"{x * scale_x:.2f},{y * scale_y:.2f}",
+        "attention": None if relative is None else float(relative[tile]),
+        "grade": float(result.tile_grades[tile]),
+        "x_level0": x,
+        "y_level0": y,
+    }
+
+
+def _jpeg(rgb: NDArray[np.uint8], longest_px: int, quality: int) -> bytes:
+    from PIL import Image
+
+    picture = Image.fromarray(rgb)
+    picture.thumbnail((longest_px, longest_px))
+    return encode_jpeg(np.asarray(picture), quality)
+
+
+def _thumbnail(result: SlideGrade) -> bytes:
+    return _jpeg(result.plan.thumbnail, _THUMBNAIL_PX, 80)
+
+
+def _bars(result: SlideGrade, card: ModelCard) -> list[dict[str, Any]]:
+    lowest, highest = result.grade_set or (len(card.grades), -1)
+    return [
+        {
+            "grade": name,
+            "probability": probability,
+            "is_best": grade == result.grade,
+            "in_set": lowest <= grade <= highest,
+        }
+        for grade, (name, probability) in enumerate(zip(card.grades, result.probabilities, strict=True))
+    ]
+
+
+def _warnings(result: SlideGrade, card: ModelCard) -> list[str]:
+    found = []
+    training = card.training
+    if training and result.tissue_mm2 < training.least_tissue_mm2:
+        found.append(
+            f"Too little tissue: {result.tissue_mm2:.3g} mm². Every slide of the training had "
+            f"{training.least_tissue_mm2:.3g} mm² or more."
+        )
+    if result.novelty is not None and result.novelty > 1:
+        found.append(
+            f"Unlike the slides of the training: novelty {result.novelty:.3g}, where none of theirs is above "
+            "1. Check stain, organ and spacing."
+        )
+    if card.evidence is None:
+        found.append("The model carries no evidence of how well it grades slides that were kept from it.")
+    return found
+
+
+def _quality(result: SlideGrade) -> list[dict[str, str]]:
+    """What was looked for, by which rule tiles are left out for it, and how many were."""
+    spec = result.plan.spec
+    left_out = left_out_level0(result)
+    rows = []
+    for name in ("pen", "fold", "air"):
+        most = getattr(spec, f"max_{name}")
+        share = result.plan.quality[name]
+        rows.append(
+            {
+                "name": name.capitalize(),
+                "rule": "measured only" if most >= 1 else f"at most {100 * most:.0f} % of a tile",
+                "left_out": str(len(left_out.get(name, ()))),
+                "rest": f"{100 * float(share.mean()):.1f} %" if len(share) else "",
+            }
+        )
+    rows.append(
+        {
+            "name": "Out of focus",
+            "rule": f"sharpness of at least {spec.min_focus:g}" if spec.min_focus > 0 else "not measured",
+            "left_out": str(len(left_out.get("out of focus", ()))) if spec.min_focus > 0 else "–",
+            "rest": "",
+        }
+    )
+    rows.append(
+        {
+            "name": "Unreadable",
+            "rule": "damaged in the file",
+            "left_out": str(len(left_out.get("unreadable", ()))),
+            "rest": "",
+        }
+    )
+    return rows

@@ -1,0 +1,107 @@
+"""Pages that need nothing but themselves: no network, no file beside them, no script but ours."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import json
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+_OPENSEADRAGON = "openseadragon/openseadragon.min.js"
+
+
+def write_page(
+    path: Path, package: str, template: str, style: str, scripts: tuple[str, ...], **values: Any
+) -> None:
+    """Fills a template and writes it, whole or not at all.
+
+    Every value is escaped. The page's policy allows the scripts and the style named here, by their hashes,
+    images that lie in the page, and nothing else.
+
+    Args:
+        path: the page.
+        package: the package whose folder ``templates`` holds the files named next.
+        template: the template.
+        style: the style sheet.
+        scripts: the scripts, in order.
+        values: what the template speaks of.
+
+    Raises:
+        OSError: the page cannot be written.
+    """
+    from markupsafe import Markup
+
+    css = _asset(package, style)
+    code = [_asset(package, script) for script in scripts]
+    hashes = " ".join(f"'sha256-{_sha256(text)}'" for text in code) or "'none'"
+    policy = (
+        f"default-src 'none'; img-src data:; style-src 'sha256-{_sha256(css)}'; "
+        f"script-src {hashes}; base-uri 'none'; form-action 'none'"
+    )
+    text = (
+        _environment(package)
+        .get_template(template)
+        .render(
+            policy=policy,
+            style=Markup(css),  # a file of this package, as are the scripts
+            scripts=[Markup(text) for text in code],
+            **values,
+        )
+    )
+    write_whole(path, text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    """Content of an image as its own address; ``kind`` is e.g. ``jpeg``."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def script_json(values: Any) -> Any:
+    """Values as JSON that may stand in a ``<script>``: nothing in them can end it or begin a comment."""
+    from markupsafe import Markup
+
+    text = json.dumps(values, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c"))
+
+
+@functools.cache
+def _environment(package: str) -> Environment:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    return Environment(
+        loader=PackageLoader(package),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+@functools.cache
+def _asset(package: str, name: str) -> str:
+    folder = resources.files(package) / "templates"
+    text = (folder / name).read_text(encoding="utf-8")
+    if name != _OPENSEADRAGON:
+        return text
+    # With developer tools open a browser would look for the source map.
+    code = text[: text.index("//# sourceMappingURL")]
+    licence = (folder / "openseadragon" / "LICENSE.txt").read_text(encoding="utf-8")
+    return f"/*\n{licence}*/\n{code}"
+
+
+def _sha256(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

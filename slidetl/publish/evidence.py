@@ -1,0 +1,90 @@
+"""How well a model does, from predictions of slides that were kept from it: what its card says of it."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from slidetl.errors import UsageError
+from slidetl.evaluation.bootstrap import bca_interval
+from slidetl.evaluation.calibration import fit_temperature, with_temperature
+from slidetl.evaluation.conformal import fit_grade_sets
+from slidetl.evaluation.figures import accuracy_of, mae_of, qwk_of
+from slidetl.library.model_card import Evidence
+
+_LEAST_PATIENTS = 10
+
+
+def evidence_from(path: Path, coverage: float = 0.9, arm: str | None = None) -> Evidence:
+    """Reads predictions of slides kept from the training, and sums them up.
+
+    Figures are those of the predictions as they are, with BCa intervals over patients, the models held
+    fixed. Where a comparison has tempered the probabilities (its column ``temperature``), that is undone:
+    the network to be exported gives them untempered. The temperature is then fitted on the same slides, and
+    the sets of grades on what it makes of them. One number fitted on all of them hardly flatters the sets;
+    check them on folds with :func:`slidetl.evaluation.conformal.check_coverage`, which ``slidetl compare``
+    does with results: of patients, where a patient is one.
+
+    Args:
+        path: ``predictions.csv`` of ``slidetl test`` or of ``slidetl compare``; of several repeats the first
+            counts.
+        coverage: share of patients whose grades shall lie in their sets, between 0 and 1.
+        arm: which arm of a comparison.
+
+    Raises:
+        UsageError: no such table, too few graded patients in it, or several arms and none named.
+    """
+    if not 0 < coverage < 1:
+        raise UsageError(f"expected a coverage between 0 and 1, not {coverage}")
+    try:
+        content = path.read_bytes()
+        rows = list(csv.DictReader(content.decode("utf-8").splitlines()))
+        arms = sorted({row["arm"] for row in rows if "arm" in row})
+        if len(arms) > 1 and arm is None:
+            raise UsageError(f"{path}: has several arms, name one with --arm: {', '.join(arms)}")
+        if arm is not None and arm not in arms:
+            raise UsageError(f"{path}: has no arm {arm!r}, only {', '.join(arms) or 'a single table'}")
+        rows = [row for row in rows if row["grade"] and (arm is None or row["arm"] == arm)]
+        repeats = sorted({row["repeat"] for row in rows if "repeat" in row}, key=int)
+        rows = [row for row in rows if not repeats or row["repeat"] == repeats[0]]
+        names = [key for key in rows[0] if key.startswith("probability_")] if rows else []
+        true = np.array([int(row["grade"]) for row in rows], np.int64)
+        probabilities = np.array([[float(row[key]) for key in names] for row in rows], np.float64)
+        patients = np.array([row["patient_id"] for row in rows])
+        tempered = np.array([float(row.get("temperature") or 1) for row in rows])
+        if not (tempered > 0).all():
+            raise ValueError(f"temperatures must be above 0, not {tempered.min()}")
+    except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{path}: expected predictions as 'slidetl test' writes them: {error!r}") from error
+    if len(set(patients)) < _LEAST_PATIENTS:
+        raise UsageError(
+            f"{path}: graded slides of {len(set(patients))} patients say too little; "
+            f"expected at least {_LEAST_PATIENTS}"
+        )
+    probabilities /= probabilities.sum(1, keepdims=True)  # they were rounded
+    predicted = probabilities.argmax(1)
+    figures = {
+        "QWK": qwk_of(true, predicted, len(names)),
+        "accuracy": accuracy_of(true, predicted),
+        "MAE": mae_of(true, predicted),
+    }
+    intervals = {name: bca_interval(figure, patients) for name, figure in figures.items()}
+    probabilities = np.stack(
+        [with_temperature(row, 1 / by) for row, by in zip(probabilities, tempered, strict=True)]
+    )
+    temperature = fit_temperature(true, probabilities)
+    sets = fit_grade_sets(true, with_temperature(probabilities, temperature), patients, risk=1 - coverage)
+    return Evidence(
+        slides=len(rows),
+        patients=sets.n_patients,
+        figures={name: (found.estimate, found.low, found.high) for name, found in intervals.items()},
+        temperature=temperature,
+        coverage=coverage,
+        quantile=sets.quantile,
+        predictions_sha256=hashlib.sha256(content).hexdigest(),
+    )

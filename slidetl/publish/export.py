@@ -1,0 +1,255 @@
+"""A trained network leaves as one TorchScript file, which needs neither slidetl nor timm to run.
+
+TorchScript is deprecated upstream; what touches it is in this file, and in :mod:`slidetl.publish.model_file`.
+"""
+
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import slidetl
+from slidetl.analysis.novelty import Familiar
+from slidetl.errors import ModelFileError
+from slidetl.library.local import file_sha256
+from slidetl.library.model_card import Evidence, ModelCard, TrainingData
+from slidetl.library.trust import trust
+from slidetl.models.backbones import BackboneSpec, weights_sha256
+from slidetl.models.network import GradingNetwork
+from slidetl.publish.model_file import METADATA, load_model, without_deprecation
+from slidetl.training.grader import SlideGrader
+
+# Greatest difference of a probability between the file and the networks it was made from. A bfloat16 has
+# eight bits: there the order in which sums are taken shows.
+PARITY_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+class ExportedNetwork(nn.Module):
+    """The networks as the file offers them: one slide at a time, no mask, chunks inside.
+
+    Several networks, of the folds of a cross-validation, vote by the mean of their probabilities; their
+    embeddings stand side by side.
+
+    Args:
+        networks: trained, in evaluation mode.
+        temperature: each network's probabilities are raised to its inverse and rescaled.
+        familiar: what the training slides were like, or None.
+        chunk_size: tiles per pass through the backbones in :meth:`forward`.
+    """
+
+    def __init__(
+        self,
+        networks: Sequence[GradingNetwork],
+        temperature: float = 1.0,
+        familiar: Familiar | None = None,
+        chunk_size: int = 64,
+    ) -> None:
+        super().__init__()
+        self.networks: Any = nn.ModuleList(networks)
+        self.widths = [network.backbone.num_features for network in networks]
+        wanted = networks[0].backbone.spec.in_channels
+        self.in_channels = 3 if wanted == 1 else wanted  # of a tile: a network of one takes the luma of RGB
+        self.chunk_size = chunk_size
+        width = sum(self.widths)
+        self.temperature: Tensor
+        self.mean: Tensor
+        self.directions: Tensor
+        self.variances: Tensor
+        self.residual_variance: Tensor
+        self.register_buffer("temperature", torch.tensor(float(temperature)))
+        self.register_buffer("mean", torch.from_numpy(familiar.mean) if familiar else torch.zeros(width))
+        self.register_buffer(
+            "directions", torch.from_numpy(familiar.directions) if familiar else torch.zeros(0, width)
+        )
+        self.register_buffer(
+            "variances", torch.from_numpy(familiar.variances) if familiar else torch.zeros(0)
+        )
+        residual = familiar.residual_variance if familiar else float("nan")
+        self.register_buffer("residual_variance", torch.tensor(residual))
+
+    def forward(self, tiles: Tensor) -> Tensor:
+        """Tiles of one slide ``[N, 3, H, W] uint8`` -> probabilities ``[K] float32``."""
+        chunks = [self.embed(chunk) for chunk in torch.split(tiles, self.chunk_size)]
+        return self.grade(torch.cat(chunks))[0]
+
+    @torch.jit.export
+    def embed(self, tiles: Tensor) -> Tensor:
+        """Tiles ``[N, 3, H, W] uint8`` -> embeddings ``[N, D] float32``."""
+        parts: list[Tensor] = []
+        for network in self.networks:
+            parts.append(network.backbone(tiles).to(torch.float32))
+        return torch.cat(parts, dim=1)
+
+    @torch.jit.export
+    def grade(self, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeddings of one slide ``[N, D]`` -> probabilities ``[K]``, expected grade, attention ``[N]``."""
+        mask = torch.ones(1, embeddings.shape[0], dtype=torch.bool, device=embeddings.device)
+        probabilities, attention = self.vote(embeddings.unsqueeze(0), mask)
+        return probabilities[0], self.expected_grade(probabilities)[0], attention[0]
+
+    @torch.jit.export
+    def grade_tiles(self, embeddings: Tensor) -> Tensor:
+        """Embeddings ``[N, D]`` -> the grade ``[N]`` expected if a slide had that tile alone; for maps."""
+        mask = torch.ones(embeddings.shape[0], 1, dtype=torch.bool, device=embeddings.device)
+        return self.expected_grade(self.vote(embeddings.unsqueeze(1), mask)[0])
+
+    @torch.jit.export
+    def novelty(self, embeddings: Tensor) -> Tensor:
+        """How far the mean of ``[N, D]`` embeddings is from those of the training slides; NaN if unknown.
+
+        As :meth:`slidetl.analysis.novelty.Familiar.novelty`; the card has the limit.
+        """
+        centred = (embeddings.mean(0) - self.mean).to(torch.float64)
+        along = self.directions.to(torch.float64) @ centred
+        rest = (centred.square().sum() - along.square().sum()).clamp_min(0)
+        squared = (along.square() / self.variances).sum() + rest / self.residual_variance
+        return squared / centred.shape[0]
+
+    def vote(self, embeddings: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """What all networks say of bags ``[B, N, D]`` with a mask ``[B, N]``.
+
+        Returns:
+            Probabilities ``[B, K]`` and attention ``[B, N]``.
+        """
+        parts = torch.split(embeddings, self.widths, dim=2)
+        votes: list[Tensor] = []
+        attentions: list[Tensor] = []
+        for index, network in enumerate(self.networks):
+            logits, attention = network.grade(parts[index], mask)
+            log_probabilities = network.head.probabilities(logits).clamp_min(1e-12).log()
+            votes.append(torch.softmax(log_probabilities / self.temperature, dim=1))
+            attentions.append(attention.mean(1))
+        return torch.stack(votes).mean(0), torch.stack(attentions).mean(0)
+
+    def expected_grade(self, probabilities: Tensor) -> Tensor:
+        """Probabilities ``[B, K]`` -> their mean grade ``[B]``."""
+        grades = torch.arange(probabilities.shape[1], dtype=torch.float32, device=probabilities.device)
+        return probabilities @ grades
+
+
+def build_network(
+    graders: Sequence[SlideGrader],
+    training: TrainingData | None = None,
+    familiar: Familiar | None = None,
+    evidence: Evidence | None = None,
+    licence: str = "",
+) -> tuple[ExportedNetwork, ModelCard]:
+    """The network that an exported file holds, and its card.
+
+    Args:
+        graders: as :func:`slidetl.training.checkpoint.load_grader` returns them; several make an ensemble.
+        training: which slides they have seen.
+        familiar: what the embeddings of those slides were like; from the same graders.
+        evidence: how well they do; its temperature is built in.
+        licence: of the weights.
+
+    Raises:
+        ModelFileError: a grader was never trained on tiles, or two do not fit together.
+    """
+    import timm
+
+    first = graders[0]
+    if any(grader.tile_spec is None for grader in graders):
+        raise ModelFileError(
+            "it does not say what tiles it was trained on; 'slidetl fit' makes one that does"
+        )
+    assert first.tile_spec is not None  # of the line above
+    for grader in graders[1:]:
+        if (grader.grades, grader.tile_spec) != (first.grades, first.tile_spec):
+            raise ModelFileError(
+                "the checkpoints of an ensemble must have the same grades and tiles; found "
+                f"{first.grades} on {first.tile_spec} and {grader.grades} on {grader.tile_spec}"
+            )
+    backbone = first.network.backbone
+    network = ExportedNetwork(
+        [grader.network for grader in graders], evidence.temperature if evidence else 1.0, familiar
+    ).eval()
+    return network, ModelCard(
+        grades=first.grades,
+        tile_spec=first.tile_spec,
+        backbone=backbone.description,
+        architecture=_architecture(backbone.spec),
+        normalisation={"mean": backbone.mean.flatten().tolist(), "std": backbone.std.flatten().tolist()},
+        versions={"slidetl": slidetl.__version__, "torch": str(torch.__version__), "timm": timm.__version__},
+        weights_sha256=weights_sha256(network),
+        members=len(graders),
+        licence=licence,
+        training=training,
+        evidence=evidence,
+        novelty_limit=familiar.limit if familiar else None,
+        # Folds begin from the same weights; other networks may not.
+        lineage=tuple(dict.fromkeys(sha for grader in graders for sha in grader.network.backbone.lineage)),
+    )
+
+
+def _architecture(spec: BackboneSpec) -> dict[str, str | int | bool]:
+    """What of a specification decides on the shapes of the weights, so that they fit again."""
+    usual = BackboneSpec()
+    values = {key: getattr(spec, key) for key in ("in_channels", "gated_mlp", "layer_scale")}
+    return {"name": spec.name} | {key: found for key, found in values.items() if found != getattr(usual, key)}
+
+
+def export_model(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[str, float]:
+    """Writes a network as one file, checks that the file computes the same, and records it as trusted.
+
+    Args:
+        network: of :func:`build_network`.
+        card: of the same.
+        path: where to; written under another name first, so a file that is there is whole.
+
+    Returns:
+        The greatest difference of any probability between file and network, on random tiles: by device and
+        precision, e.g. ``{"cpu float32": 0.0, "cpu bfloat16": 0.0}``.
+
+    Raises:
+        ModelFileError: the file does not compute the same; it is not written then.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with without_deprecation():
+            scripted = torch.jit.script(network)
+            torch.jit.save(scripted, str(partial), _extra_files={METADATA: card.to_json()})
+        _leave_out_source_paths(partial)
+        worst: dict[str, float] = {}
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            loaded = load_model(partial, device, trusted=True).network
+            for precision in PARITY_TOLERANCE:
+                name = f"{device} {str(precision).removeprefix('torch.')}"
+                worst[name] = _parity(network.to(device), loaded, card.tile_spec.tile_size_px, precision)
+                if not worst[name] <= PARITY_TOLERANCE[precision]:
+                    raise ModelFileError(
+                        f"the exported file differs from the network by {worst[name]:.1e} in a probability "
+                        f"({name}), more than {PARITY_TOLERANCE[precision]:.0e}; it was not written"
+                    )
+        network.to("cpu")
+        trust(file_sha256(partial), path.name)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return worst
+
+
+def _leave_out_source_paths(path: Path) -> None:
+    """Drops the debug records, in which TorchScript notes where on this machine each source file lies."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist() if not name.endswith(".debug_pkl")}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in records.items():
+            archive.writestr(zipfile.ZipInfo(name), content)
+
+
+def _parity(network: ExportedNetwork, loaded: Any, tile_size_px: int, precision: torch.dtype) -> float:
+    generator = torch.Generator().manual_seed(0)
+    device = network.temperature.device
+    worst = 0.0
+    for n_tiles in (1, 5):
+        shape = (n_tiles, network.in_channels, tile_size_px, tile_size_px)
+        tiles = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
+        is_lower = precision is not torch.float32
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=is_lower):
+            worst = max(worst, (network(tiles) - loaded(tiles)).abs().max().item())
+    return worst

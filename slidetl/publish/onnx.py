@@ -1,0 +1,143 @@
+"""A trained network leaves as ONNX: for machines without torch, and for the day when TorchScript is gone.
+
+An ONNX file is one graph with one set of inputs, so there are two: ``MODEL.onnx`` takes all tiles of a slide,
+and ``MODEL.grade.onnx`` the embeddings that the first gave for one part of a large slide after another.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from slidetl.errors import ModelFileError, UsageError
+from slidetl.library.model_card import ModelCard
+from slidetl.publish.export import ExportedNetwork
+
+_METADATA = "slidetl.json"  # its name among the model's properties
+_GRADED = ["probabilities", "expected_grade", "attention"]
+PARITY_TOLERANCE = 1e-4  # other kernels, which sum in another order
+
+
+class _Second(nn.Module):
+    """Embeddings ``[N, D]`` -> what :meth:`ExportedNetwork.grade` gives."""
+
+    def __init__(self, network: ExportedNetwork) -> None:
+        super().__init__()
+        self.network = network
+        # The k highest of fewer than k tiles would be a graph of another shape: rows are added that the
+        # mask leaves out.
+        self.spare = max(int(getattr(member.aggregator, "k", 0)) for member in network.networks)
+
+    def forward(self, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        n_tiles = embeddings.shape[0]
+        mask = functional.pad(torch.ones(n_tiles, dtype=torch.bool), (0, self.spare))
+        bag = functional.pad(embeddings, (0, 0, 0, self.spare))
+        probabilities, attention = self.network.vote(bag.unsqueeze(0), mask.unsqueeze(0))
+        return probabilities[0], self.network.expected_grade(probabilities)[0], attention[0, :n_tiles]
+
+
+class _Whole(nn.Module):
+    """Tiles ``[N, C, H, W]`` -> their embeddings, and what those give."""
+
+    def __init__(self, network: ExportedNetwork) -> None:
+        super().__init__()
+        self.network = network
+        self.second = _Second(network)
+
+    def forward(self, tiles: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        embeddings = self.network.embed(tiles)
+        return embeddings, *self.second(embeddings)
+
+
+def export_onnx(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[str, float]:
+    """Writes a network as two ONNX files, and checks that they compute the same.
+
+    ========================== =========================== ==========================================
+    file                       input                       outputs
+    ========================== =========================== ==========================================
+    ``MODEL.onnx``             ``tiles [N, 3, H, W]``       ``embeddings [N, D]``, and those below
+                               uint8
+    ``MODEL.grade.onnx``       ``embeddings [N, D]``        ``probabilities [K]``, ``expected_grade``,
+                               float32                     ``attention [N]``, all float32
+    ========================== =========================== ==========================================
+
+    The card is the property ``slidetl.json`` of either.
+
+    Args:
+        network: of :func:`slidetl.publish.export.build_network`.
+        card: of the same.
+        path: ``MODEL.onnx``; the other lies beside it.
+
+    Returns:
+        The greatest difference of any probability from the network's, for either file.
+
+    Raises:
+        UsageError: the extra ``slidetl[onnx]`` is not installed, or the path does not end in ``.onnx``.
+        ModelFileError: the files do not compute the same; they are not written then.
+    """
+    if path.suffix != ".onnx":
+        raise UsageError(f"expected the name of an ONNX file to end in .onnx, not {path.name!r}")
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 (torch.onnx needs it, and says so in many lines)
+    except ImportError as error:
+        raise UsageError(f"ONNX needs more packages ({error.name}): pip install 'slidetl[onnx]'") from error
+
+    size = card.tile_spec.tile_size_px
+    generator = torch.Generator().manual_seed(0)
+    shape = (5, network.in_channels, size, size)
+    tiles = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    second = path.with_name(f"{path.stem}.grade.onnx")
+    partial, partial_second = (file.with_name(f".{file.name}.partial") for file in (path, second))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with torch.no_grad():
+            embeddings = network.embed(tiles)
+            expected = network.grade(embeddings)[0].numpy()
+            alone = network(tiles[:1]).numpy()
+        _write(_Whole(network), "tiles", tiles, ["embeddings", *_GRADED], card, partial)
+        _write(_Second(network), "embeddings", embeddings, _GRADED, card, partial_second)
+        whole = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
+        of_embeddings = onnxruntime.InferenceSession(str(partial_second), providers=["CPUExecutionProvider"])
+        found = whole.run(["embeddings", "probabilities"], {"tiles": tiles.numpy()})
+        one = whole.run(["probabilities"], {"tiles": tiles[:1].numpy()})[0]
+        graded = of_embeddings.run(["probabilities"], {"embeddings": found[0]})[0]
+        worst = {
+            path.name: float(max(abs(found[1] - expected).max(), abs(one - alone).max())),
+            second.name: float(abs(graded - expected).max()),
+        }
+        for name, difference in worst.items():
+            if not difference <= PARITY_TOLERANCE:
+                raise ModelFileError(
+                    f"{name} differs from the network by {difference:.1e} in a probability, more than "
+                    f"{PARITY_TOLERANCE:.0e}; it was not written"
+                )
+        partial_second.replace(second)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+        partial_second.unlink(missing_ok=True)
+    return worst
+
+
+def _write(
+    module: nn.Module, name: str, example: Tensor, outputs: list[str], card: ModelCard, path: Path
+) -> None:
+    any_number = torch.export.Dim("tiles", min=1)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # deprecations between torch and its exporter
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        traced = torch.export.export(module.eval(), (example,), dynamic_shapes=({0: any_number},))
+        program: Any = torch.onnx.export(
+            traced, (example,), input_names=[name], output_names=outputs, dynamo=True, verbose=False
+        )
+    program.model.metadata_props[_METADATA] = card.to_json()
+    program.save(str(path), external_data=False)

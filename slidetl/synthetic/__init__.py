@@ -1,0 +1,1 @@
+"""Synthetic lung sections, cohorts and pyramids whose grade is known."""

@@ -1,1 +1,0 @@
-"""How a network is trained and tested: LightningModules, and what they write."""

@@ -1,0 +1,161 @@
+"""Slides to caches on many machines: one task a slide, given out by a Dask scheduler.
+
+The workers and this process see the slides and the cache folder under the same paths. A worker that dies in
+mid-slide loses nothing: the slide goes to another, which continues from the last whole shard.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import socket
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from slidetl.errors import CacheError, CacheMissingError, UsageError
+from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.ledger import FAILED, LedgerRow
+from slidetl.tiles.run import record_as_done
+from slidetl.tiles.tile import SlideSource, tile_slide
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+# How long to wait for a scheduler to answer, seconds.
+CONNECT_TIMEOUT = 10
+
+# How often a slide is tried again after an error that is not of the slide, such as want of memory.
+RETRIES = 2
+
+
+def tile_on_cluster(
+    sources: Sequence[SlideSource],
+    cache_dir: Path,
+    spec: TileSpec,
+    scheduler: str,
+    overwrite: bool = False,
+    preview: bool = False,
+    on_done: Callable[[LedgerRow], None] | None = None,
+) -> list[LedgerRow]:
+    """Tiles many slides on the workers of a Dask scheduler; on one machine, ``tiler.tile_slides`` does.
+
+    This process alone writes the ledger, as slides are done. A slide whose workers die one after the other
+    (four of them, by Dask's ``distributed.scheduler.allowed-failures``) is failed, so that one slide which
+    takes more memory than there is cannot end a run.
+
+    Args:
+        sources: the slides; their identifiers differ.
+        cache_dir: where the caches go, the same folder on every machine; made if it is not there.
+        spec: which tiles.
+        scheduler: its address, such as ``tcp://HOST:8786``.
+        overwrite: replace caches of other parameters or other slides.
+        preview: draw ``previews/<slide_id>.png`` of each.
+        on_done: called with each row, in the order in which slides are done.
+
+    Returns:
+        The rows, in the order of ``sources``.
+
+    Raises:
+        UsageError: Dask is not installed, the scheduler does not answer, or two sources have the same
+            identifier.
+        CacheMismatchError: the cache holds some of these slides tiled with other parameters, and
+            ``overwrite`` is not set. Nothing was done then.
+        CacheError: the ledger cannot be read or written, or the scheduler went away.
+    """
+    # Workers run in folders of their own.
+    cache_dir = cache_dir.absolute()
+    sources = [replace(source, path=source.path.absolute()) for source in sources]
+    with connect(scheduler) as client:
+        return record_as_done(
+            sources,
+            cache_dir,
+            spec,
+            overwrite,
+            lambda: _rows(client, sources, cache_dir, spec, overwrite, preview),
+            on_done,
+        )
+
+
+def connect(address: str) -> Client:
+    """Connects to a Dask scheduler, and warns where it has no workers.
+
+    Raises:
+        UsageError: Dask is not installed, or no scheduler answers at the address.
+    """
+    found = re.fullmatch(r"(?:tcp|tls)://\[?([^\[\]]+)\]?:(\d{1,5})", address)
+    if found is None:
+        raise UsageError(f"--scheduler: expected an address such as tcp://HOST:8786, not {address!r}")
+    try:
+        import distributed
+    except ImportError as error:
+        raise UsageError("--scheduler needs Dask: pip install 'slidetl[cluster]'") from error
+    # What it says of a scheduler that went away, in fifty lines, the error below says in one.
+    for name in ("distributed", "distributed.client"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        # First by hand: Dask tries again for as long as it may, also where nobody listens.
+        socket.create_connection((found[1], int(found[2])), CONNECT_TIMEOUT).close()
+        client = distributed.Client(address, timeout=CONNECT_TIMEOUT, set_as_default=False)  # type: ignore[no-untyped-call]
+    except (OSError, OverflowError) as error:
+        raise UsageError(
+            f"--scheduler {address}: no Dask scheduler answers there ({error}); start one with "
+            "'dask scheduler --no-dashboard'"
+        ) from error
+    if not client.scheduler_info()["workers"]:
+        warnings.warn(
+            f"{address} has no workers yet: start some with 'dask worker {address} --nthreads 1'",
+            stacklevel=3,
+        )
+    return client
+
+
+def _rows(
+    client: Client,
+    sources: Sequence[SlideSource],
+    cache_dir: Path,
+    spec: TileSpec,
+    overwrite: bool,
+    preview: bool,
+) -> Iterator[LedgerRow]:
+    import distributed
+
+    # Not pure: a second run must look at the slides anew, not be given the rows of the first.
+    futures = {
+        client.submit(_tile, source, cache_dir, spec, overwrite, preview, pure=False, retries=RETRIES): source
+        for source in sources
+    }
+    for future in distributed.as_completed(futures, loop=client.loop):  # type: ignore[no-untyped-call]
+        source = futures[future]
+        if future.status == "finished":
+            yield future.result()
+        elif future.status == "error":
+            error = future.exception()
+            reason = f"on the cluster: {type(error).__name__}: {error}"
+            yield LedgerRow(
+                source.slide_id,
+                str(source.path),
+                FAILED,
+                reason=reason,
+                host=socket.gethostname(),
+                finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
+            )
+        else:
+            raise CacheError(
+                f"the scheduler went away before {source.slide_id} was done; what was tiled is kept: start "
+                "it and its workers anew, and run the same command again"
+            )
+        future.release()
+
+
+def _tile(source: SlideSource, cache_dir: Path, spec: TileSpec, overwrite: bool, preview: bool) -> LedgerRow:
+    """On a worker."""
+    if not cache_dir.is_dir():
+        raise CacheMissingError(
+            f"{socket.gethostname()} does not see {cache_dir}; the cache must be on a file system that all "
+            "workers share"
+        )
+    return tile_slide(source, cache_dir, spec, overwrite, preview=preview)

@@ -1,0 +1,140 @@
+"""Cuts the tiles of a plan: reads them from the slide, as the bytes and pixels that a cache holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidetl.errors import CacheCorruptError, SlideReadError
+from slidetl.slides import Slide
+from slidetl.tiles.codec import tile_codec
+from slidetl.tiles.plan import MAX_UNREADABLE, TilePlan
+
+
+@dataclass(frozen=True, eq=False)
+class TileBatch:
+    """Tiles as a cache holds them.
+
+    Attributes:
+        origins_level0: ``[n, 2] int32``, upper-left corners ``(x, y)``, level-0 pixels.
+        tissue_fraction: ``[n] float32``.
+        pixels: ``[n, S, S, 3] uint8`` RGB.
+    """
+
+    origins_level0: NDArray[np.int32]
+    tissue_fraction: NDArray[np.float32]
+    pixels: NDArray[np.uint8]
+
+
+def encode_tiles(
+    slide: Slide, plan: TilePlan, first: int = 0, unreadable: int = 0, threads: int = 1
+) -> Iterator[tuple[int, bytes | None]]:
+    """Reads the tiles of a plan, as the bytes that a cache holds.
+
+    Where they coincide with the slide's own JPEGs, those are copied as they are, whatever
+    ``spec.jpeg_quality`` says: to compress them again would lose once more.
+
+    Args:
+        slide: the slide of the plan.
+        plan: which tiles.
+        first: the number of the tile to begin with.
+        unreadable: how many of those before it could not be read.
+        threads: that read and compress at a time; the bytes do not depend on it.
+
+    Yields:
+        The number of the tile in the plan, and its bytes; None instead of them if it cannot be read.
+
+    Raises:
+        SlideReadError: more than a tenth of all tiles cannot be read.
+    """
+    for tile, result in enumerate(_encoded(slide, plan, first, threads), first):
+        if not isinstance(result, SlideReadError):
+            yield tile, result
+            continue
+        unreadable += 1
+        check_unreadable(plan, unreadable, result)
+        yield tile, None
+
+
+def check_unreadable(plan: TilePlan, unreadable: int, last: SlideReadError) -> None:
+    """Ends the reading of a slide of which too much is damaged.
+
+    Raises:
+        SlideReadError: more than a tenth of the tiles wanted cannot be read.
+    """
+    if unreadable > MAX_UNREADABLE * len(plan):
+        raise SlideReadError(
+            f"more than {MAX_UNREADABLE:.0%} of the {len(plan)} tiles wanted cannot be read; the last: {last}"
+        ) from last
+
+
+def encode_tile(slide: Slide, plan: TilePlan, tile: int) -> bytes:
+    """Reads one tile of a plan, never copying the slide's own JPEG, as the bytes that a cache holds.
+
+    Raises:
+        SlideReadError: the slide is damaged there.
+    """
+    spec = plan.spec
+    x, y = plan.origins_level0[tile].tolist()
+    size_px = (spec.tile_size_px, spec.tile_size_px)
+    return tile_codec(spec).encode(slide.read((x, y), size_px, spec.mpp, spec.mpp_tolerance))
+
+
+def _encoded(slide: Slide, plan: TilePlan, first: int, threads: int) -> Iterator[bytes | SlideReadError]:
+    """The bytes of each tile, or why it cannot be read."""
+    spec = plan.spec
+    encode = tile_codec(spec).encode
+    copies = None
+    if spec.codec == "jpeg":
+        copies = slide.copy_tiles(plan.origins_level0, spec.tile_size_px, spec.mpp, spec.mpp_tolerance, first)
+    if copies is None:
+        yield from slide.map_tiles(
+            encode, plan.origins_level0, spec.tile_size_px, spec.mpp, spec.mpp_tolerance, first, threads
+        )
+        return
+    for tile, copied in enumerate(copies, first):
+        if copied is not None:
+            yield copied
+            continue
+        try:
+            yield encode_tile(slide, plan, tile)
+        except SlideReadError as error:
+            yield error
+
+
+def stream_tiles(slide: Slide, plan: TilePlan, batch_size: int = 64, threads: int = 1) -> Iterator[TileBatch]:
+    """Yields the tiles of a plan exactly as a cache would, compression included, in bounded memory.
+
+    Args:
+        slide: the slide of the plan.
+        plan: which tiles.
+        batch_size: tiles in a batch.
+        threads: that read and compress at a time.
+
+    Raises:
+        SlideReadError: more than a tenth of all tiles cannot be read.
+    """
+    decode = tile_codec(plan.spec).decode
+    tiles: list[int] = []
+    pixels: list[NDArray[np.uint8]] = []
+    unreadable = 0
+    for tile, payload in encode_tiles(slide, plan, threads=threads):
+        try:
+            if payload is not None:
+                pixels.append(decode(payload))
+                tiles.append(tile)
+            else:
+                unreadable += 1
+        except CacheCorruptError:  # copied from a slide that is damaged within the JPEG
+            try:
+                pixels.append(decode(encode_tile(slide, plan, tile)))
+                tiles.append(tile)
+            except SlideReadError as error:
+                unreadable += 1
+                check_unreadable(plan, unreadable, error)
+        if pixels and (len(pixels) == batch_size or tile == len(plan) - 1):
+            yield TileBatch(plan.origins_level0[tiles], plan.tissue_fraction[tiles], np.stack(pixels))
+            tiles, pixels = [], []

@@ -1,0 +1,215 @@
+"""Stored embeddings: one row for each tile of a slide's cache, in the cache's own order.
+
+They lie in the slide's group as ``features/<name>``, a zarr array ``[N, D] float16`` in one chunk (zstd with
+a crc32c, as the other small arrays), so that a flipped byte is found and zarr's own reader opens them.
+Whoever tiles the slide again loses them with the tiles that they were made from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidetl.errors import CacheCorruptError, CacheMismatchError, CacheMissingError, UsageError
+from slidetl.tiles.lock import slide_lock
+from slidetl.tiles.store import FEATURES, SlideCache, read_array, read_header, read_sealed, seal_node
+
+_GROUP = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
+_AGAIN = "make it with 'slidetl embed'"
+
+
+@dataclass(frozen=True)
+class FeatureSource:
+    """What embeddings were computed by; stored as the attributes of their array.
+
+    Attributes:
+        backbone: name of the network, as timm knows it.
+        block: the module whose output was averaged over space; empty for the network's own embedding.
+        weights_sha256: of all its weights, :func:`slidetl.models.backbones.weights_sha256`.
+        mean: by channel, of pixel values in 0..1, subtracted before the network.
+        std: by channel, what the difference was divided by.
+        precision: ``float32`` or ``bfloat16``, in which the network was computed. Not part of the identity:
+            the two agree to about two digits, and a cohort may be embedded on several machines.
+    """
+
+    backbone: str
+    block: str
+    weights_sha256: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    precision: str = "float32"
+
+    def to_attributes(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+    @classmethod
+    def from_attributes(cls, attributes: Mapping[str, Any]) -> Self:
+        """Inverse of :meth:`to_attributes`."""
+        values: dict[str, Any] = {name: attributes[name] for name in cls.__dataclass_fields__}
+        return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+
+    def same_network(self, other: Self) -> bool:
+        """Whether both are of one network and block, whatever the precision."""
+        return (self.block, self.weights_sha256) == (other.block, other.weights_sha256)
+
+
+def feature_name(backbone: str, block: str = "") -> str:
+    """Under which name embeddings are stored: ``<backbone>``, or ``<backbone>.<block>``.
+
+    Raises:
+        UsageError: it cannot be the name of a folder.
+    """
+    name = f"{backbone}.{block}" if block else backbone
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,149}", name):
+        raise UsageError(
+            f"features are named by letters, digits, '.', '_' and '-', at most 150 of them, not {name!r}"
+        )
+    return name
+
+
+def list_features(cache: SlideCache) -> tuple[str, ...]:
+    """The names of what is stored for a slide."""
+    return tuple(sorted(path.parent.name for path in (cache.path / FEATURES).glob("*/zarr.json")))
+
+
+def read_source(cache: SlideCache, name: str) -> FeatureSource:
+    """What the embeddings of that name were computed by.
+
+    Raises:
+        CacheMissingError: there are none; the message lists those that are there.
+        CacheMismatchError: they are not of as many tiles as the cache has.
+        CacheCorruptError: what they say of themselves cannot be understood.
+    """
+    node = cache.path / FEATURES / feature_name(name)
+    try:
+        attributes = read_sealed(node)["attributes"]
+        tiles, is_complete = attributes["tiles"], attributes["complete"]
+        source = FeatureSource.from_attributes(attributes)
+    except CacheMissingError as error:
+        have = ", ".join(list_features(cache)) or "none"
+        raise CacheMissingError(f"{node}: no such features, there are: {have}; {_AGAIN}") from error
+    except (CacheCorruptError, KeyError, TypeError) as error:
+        raise CacheCorruptError(f"{node}: damaged, {_AGAIN} --overwrite: {error}") from error
+    if is_complete is not True or tiles != len(cache):
+        raise CacheMismatchError(
+            f"{node}: features of {tiles} tiles, the cache has {len(cache)}; {_AGAIN} --overwrite"
+        )
+    return source
+
+
+def read_features(cache: SlideCache, name: str, weights_sha256: str | None = None) -> NDArray[np.float16]:
+    """Reads the embeddings of all tiles of a slide; zarr is not needed for it.
+
+    Args:
+        cache: the slide's cache.
+        name: of the features, :func:`feature_name`.
+        weights_sha256: the network that must have made them; None takes any.
+
+    Returns:
+        ``[N, D] float16``, a row for each tile, in the order of the cache.
+
+    Raises:
+        CacheMissingError: there are none of that name.
+        CacheMismatchError: they are of another network, or of other tiles.
+        CacheCorruptError: they fail their checksum.
+    """
+    source = read_source(cache, name)
+    node = cache.path / FEATURES / name
+    if weights_sha256 is not None and source.weights_sha256 != weights_sha256:
+        raise CacheMismatchError(
+            f"{node}: made by weights {source.weights_sha256[:12]}..., wanted {weights_sha256[:12]}...; "
+            "store them under another --name, or replace them with --overwrite"
+        )
+    try:
+        values: NDArray[np.float16] = read_array(node)
+    except (CacheCorruptError, CacheMissingError) as error:
+        raise CacheCorruptError(f"{node}: damaged, {_AGAIN} --overwrite: {error}") from error
+    if values.dtype != np.float16 or values.ndim != 2 or len(values) != len(cache):
+        raise CacheCorruptError(
+            f"{node}: expected [{len(cache)}, D] float16, found {values.shape} {values.dtype}; "
+            f"{_AGAIN} --overwrite"
+        )
+    return values
+
+
+def write_features(
+    cache: SlideCache, arrays: Mapping[str, tuple[FeatureSource, NDArray[np.float16]]]
+) -> None:
+    """Stores embeddings of a slide; each array appears whole or not at all, and replaces one of its name.
+
+    Args:
+        cache: the slide's cache, as it was when its tiles were read.
+        arrays: by name, what they were computed by, and ``[N, D] float16``.
+
+    Raises:
+        CacheMismatchError: the slide was tiled anew since ``cache`` was opened.
+        UsageError: not a row for each tile, or values that are not finite in float16.
+    """
+    import zarr
+    from zarr.codecs import Crc32cCodec, ZstdCodec
+
+    for name, (_, values) in arrays.items():
+        if values.ndim != 2 or values.dtype != np.float16 or len(values) != len(cache):
+            raise UsageError(
+                f"features {feature_name(name)!r} of {cache.slide_id} must be [{len(cache)}, D] float16, "
+                f"not {values.shape} {values.dtype}"
+            )
+        if not np.isfinite(values).all():
+            tile = int(np.flatnonzero(~np.isfinite(values).all(axis=1))[0])
+            raise UsageError(
+                f"features {name!r} of tile {tile} of {cache.slide_id} are not finite in float16; "
+                "choose another block or other weights"
+            )
+    cache_dir = cache.path.parent
+    with slide_lock(cache_dir, cache.path.stem):
+        if read_header(cache.path) != cache.header:
+            raise CacheMismatchError(f"{cache.path}: tiled anew while it was embedded; run again")
+        # Beside the groups, and not within '.building', where a slide may have any name.
+        building = cache_dir / ".building-features" / cache.path.stem
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+        for name, (source, values) in arrays.items():
+            zarr.create_array(
+                building / name,
+                data=np.ascontiguousarray(values),
+                chunks=values.shape,
+                compressors=(ZstdCodec(level=3), Crc32cCodec()),
+                attributes={**source.to_attributes(), "tiles": len(values), "complete": True},
+                dimension_names=("tile", "feature"),
+                config={"write_empty_chunks": True},
+            )
+            seal_node(building / name)
+            _sync(building / name)
+        folder = cache.path / FEATURES
+        if not (folder / "zarr.json").exists():
+            (building / "zarr.json").write_text(json.dumps(_GROUP))
+            seal_node(building)
+            _sync(building)
+            folder.mkdir(exist_ok=True)
+            (building / "zarr.json").rename(folder / "zarr.json")
+        for name in arrays:
+            if (folder / name).exists():
+                (folder / name).rename(building / f"{name}.old")
+            (building / name).rename(folder / name)
+        _sync(folder, deep=False)
+        shutil.rmtree(building)
+
+
+def _sync(folder: Path, deep: bool = True) -> None:
+    """Brings a folder to disk; else, after a power cut, a name may be there without its content."""
+    for path in (*folder.rglob("*"), folder) if deep else (folder,):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,168 @@
+"""Where the tiles of a slide lie: pure arithmetic, no slide and no file.
+
+Two frames occur. *Level 0* is the slide's own finest pixel grid; a tile's origin is given in it.
+*Tile pixels* are squares of ``mpp`` micrometres, whatever the slide's pyramid looks like.
+Points are ``(x, y)``, array indices ``(row, column)``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidetl.errors import UsageError
+
+
+@dataclass(frozen=True)
+class TileSpec:
+    """Everything that decides which tiles a slide yields and what their pixels are.
+
+    Attributes:
+        mpp: spacing of the tiles, micrometres per pixel.
+        tile_size_px: side of a tile, pixels at ``mpp``.
+        stride_px: distance between neighbouring tiles, pixels at ``mpp``; 0 means ``tile_size_px``
+            (no overlap, no gap).
+        min_tissue: least share of a tile that must be tissue, 0..1.
+        mpp_tolerance: relative difference within which a pyramid level counts as being at ``mpp``
+            and is read as it is.
+        codec: ``"jpeg"``, or ``"zstd"`` for lossless tiles that any zarr reader opens.
+        jpeg_quality: 1..100; unused by ``"zstd"``. Where the grid coincides with the slide's own JPEG tiles
+            these are copied as they are, and it is unused as well.
+        edge: what becomes of tiles that the right and bottom border cut: ``"drop"``, or ``"pad"``, which
+            fills them with the slide's background. What lies outside the slide is no tissue.
+        icc: whether colours are converted to sRGB by the slide's ICC profile, if it has one.
+        min_focus: least sharpness of a tile (:func:`slidetl.tiles.quality.focus_of`); 0 measures none, and
+            spares the decoding of tiles that can be copied.
+        max_pen: greatest share of a tile that may be covered by a pen, 0..1; 1 keeps all.
+        max_fold: greatest share of folded tissue, 0..1; 1 keeps all.
+        max_air: greatest share of air or fat, 0..1; 1 keeps all.
+
+    Raises:
+        UsageError: a value is out of range; the message names it.
+    """
+
+    mpp: float
+    tile_size_px: int
+    stride_px: int = 0
+    min_tissue: float = 0.25
+    mpp_tolerance: float = 0.01
+    codec: str = "jpeg"
+    jpeg_quality: int = 90
+    edge: str = "drop"
+    icc: bool = False
+    min_focus: float = 0.0
+    max_pen: float = 1.0
+    max_fold: float = 1.0
+    max_air: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.mpp) and self.mpp > 0):
+            raise UsageError(f"mpp must be a positive number of micrometres, not {self.mpp}")
+        if self.tile_size_px < 1:
+            raise UsageError(f"tile size must be at least 1 pixel, not {self.tile_size_px}")
+        if self.stride_px < 0:
+            raise UsageError(f"stride must be at least 1 pixel (0: the tile size), not {self.stride_px}")
+        if self.stride_px == 0:
+            object.__setattr__(self, "stride_px", self.tile_size_px)
+        if not 0 <= self.min_tissue <= 1:
+            raise UsageError(f"least tissue must be a share from 0 to 1, not {self.min_tissue}")
+        if not 0 <= self.mpp_tolerance < 0.5:
+            raise UsageError(f"mpp tolerance must be from 0 to 0.5, not {self.mpp_tolerance}")
+        if self.codec not in ("jpeg", "zstd"):
+            raise UsageError(f"codec must be 'jpeg' or 'zstd', not {self.codec!r}")
+        if not 1 <= self.jpeg_quality <= 100:
+            raise UsageError(f"JPEG quality must be from 1 to 100, not {self.jpeg_quality}")
+        if self.edge not in ("drop", "pad"):
+            raise UsageError(f"edge must be 'drop' or 'pad', not {self.edge!r}")
+        if not (np.isfinite(self.min_focus) and self.min_focus >= 0):
+            raise UsageError(f"least focus must be a number from 0 up, not {self.min_focus}")
+        for name in ("pen", "fold", "air"):
+            share = getattr(self, f"max_{name}")
+            if not 0 <= share <= 1:
+                raise UsageError(f"greatest share of {name} must be from 0 to 1, not {share}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The specification as plain JSON values, as stored beside the tiles."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            UsageError: a key is missing or unknown.
+        """
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise UsageError(f"not a tile specification: {error}") from error
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """A regular grid of tiles over a slide, from its upper-left corner.
+
+    Tiles that would reach over the right or bottom border are dropped, or kept and padded, as
+    :attr:`TileSpec.edge` says.
+
+    Attributes:
+        columns: tiles along x.
+        rows: tiles along y.
+        stride_level0: distance between neighbouring origins ``(x, y)``, level-0 pixels, fractional.
+        extent_level0: size of a tile ``(x, y)``, level-0 pixels, fractional.
+    """
+
+    columns: int
+    rows: int
+    stride_level0: tuple[float, float]
+    extent_level0: tuple[float, float]
+
+    @classmethod
+    def over(
+        cls,
+        size_level0: tuple[int, int],
+        mpp_level0: tuple[float, float],
+        mpp_read: tuple[float, float],
+        spec: TileSpec,
+    ) -> Self:
+        """Lays the grid of ``spec`` over a slide.
+
+        Args:
+            size_level0: width and height of the slide, level-0 pixels.
+            mpp_level0: spacing of level 0 along x and y, micrometres per pixel.
+            mpp_read: spacing along x and y at which the slide is really read for ``spec.mpp``
+                (:meth:`slidetl.slides.base.Slide.mpp_read`).
+            spec: the tiles wanted.
+        """
+        scale = (mpp_read[0] / mpp_level0[0], mpp_read[1] / mpp_level0[1])
+        extent = (spec.tile_size_px * scale[0], spec.tile_size_px * scale[1])
+        stride = (spec.stride_px * scale[0], spec.stride_px * scale[1])
+        count = _count_whole if spec.edge == "drop" else _count_covering
+        counts = [count(*axis) for axis in zip(size_level0, extent, stride, strict=True)]
+        return cls(counts[0], counts[1], stride, extent)
+
+    def __len__(self) -> int:
+        return self.columns * self.rows
+
+    def origins_level0(self) -> NDArray[np.int32]:
+        """Upper-left corners ``[N, 2]`` as ``(x, y)`` in level-0 pixels, row by row."""
+        x = np.round(np.arange(self.columns) * self.stride_level0[0]).astype(np.int32)
+        y = np.round(np.arange(self.rows) * self.stride_level0[1]).astype(np.int32)
+        return np.stack(np.broadcast_arrays(x[None, :], y[:, None]), axis=-1).reshape(-1, 2)
+
+
+def _count_whole(size: int, extent: float, stride: float) -> int:
+    """How many tiles fit along an axis."""
+    # The small allowance keeps a tile that ends exactly at the border when the division rounds.
+    return int(np.floor((size - extent) / stride + 1e-9)) + 1 if size + 1e-6 >= extent else 0
+
+
+def _count_covering(size: int, extent: float, stride: float) -> int:
+    """How many tiles it takes to reach the border of an axis, each beginning inside it."""
+    # Origins are rounded to pixels: half a pixel that is left over would give a tile outside the slide.
+    rest = max(size - 0.5 - extent, 0.0)
+    return min(int(np.ceil(rest / stride)) + 1, int(np.ceil((size - 0.5) / stride)))

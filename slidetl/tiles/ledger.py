@@ -1,0 +1,157 @@
+"""What became of every slide: one CSV beside the caches, one row per input slide."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Self
+
+from slidetl.errors import CacheError
+from slidetl.tiles.store import describe_write_error
+
+USED, EXCLUDED, FAILED = "used", "excluded", "failed"
+
+# A spreadsheet takes a cell that starts like this for a formula, and slides are named by strangers.
+_FORMULA = ("=", "+", "-", "@", "'")
+
+
+@dataclass(frozen=True)
+class LedgerRow:
+    """What became of one slide.
+
+    Attributes:
+        slide_id: its identifier.
+        path: its file, as it was named.
+        status: ``used`` (its tiles are in the cache), ``excluded`` (in order, but nothing to be had of it) or
+            ``failed``.
+        reason: why, one line; empty if used.
+        tiles: tiles in the cache.
+        tiles_without_tissue: places on the grid left out for having too little tissue.
+        tiles_pen: tiles with tissue left out for ink of a pen.
+        tiles_fold: for folded tissue.
+        tiles_air: for air or fat.
+        tiles_out_of_focus: for want of sharpness.
+        tiles_unreadable: tiles lost because the slide is damaged there.
+        mpp_x: spacing of the tiles along x, micrometres per pixel; 0 if not known.
+        mpp_y: along y.
+        vendor: of the scanner, as the reader calls it.
+        width: of the slide, level-0 pixels; 0 if not known.
+        height: of the slide.
+        fingerprint: SHA-256 of its content.
+        seconds: how long it took in the last run.
+        host: the machine that did it.
+        finished_at: UTC, ISO 8601.
+    """
+
+    slide_id: str
+    path: str
+    status: str
+    reason: str = ""
+    tiles: int = 0
+    tiles_without_tissue: int = 0
+    tiles_pen: int = 0
+    tiles_fold: int = 0
+    tiles_air: int = 0
+    tiles_out_of_focus: int = 0
+    tiles_unreadable: int = 0
+    mpp_x: float = 0.0
+    mpp_y: float = 0.0
+    vendor: str = ""
+    width: int = 0
+    height: int = 0
+    fingerprint: str = ""
+    seconds: float = 0.0
+    host: str = ""
+    finished_at: str = ""
+
+    def to_cells(self) -> dict[str, str]:
+        """As written: one line per cell, and nothing that a spreadsheet would run."""
+        return {name: _safe(str(value)) for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_cells(cls, cells: dict[str, str]) -> Self:
+        """Inverse of :meth:`to_cells`, except for line breaks.
+
+        Raises:
+            CacheError: a column is missing or not a number.
+        """
+        try:
+            known = [f for f in fields(cls) if f.name in cells]  # an older ledger lacks the newest columns
+            return cls(**{f.name: _PARSE[str(f.type)](_plain(cells[f.name])) for f in known})
+        except (KeyError, TypeError, ValueError) as error:
+            raise CacheError(f"not a row of a ledger: {cells} ({error}); move the ledger away") from error
+
+
+class Ledger:
+    """``ledger.csv`` in a cache folder. Rows of slides that are not recorded anew stay as they are.
+
+    Args:
+        path: the CSV; it need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.tmp")
+
+    def rows(self) -> list[LedgerRow]:
+        """All rows, in the order in which the slides first came.
+
+        Raises:
+            CacheError: the file is not a ledger.
+        """
+        if not self._path.exists():
+            return []
+        with self._path.open(newline="", encoding="utf-8") as file:
+            return [LedgerRow.from_cells(cells) for cells in csv.DictReader(file)]
+
+    def record(self, new: Iterable[LedgerRow]) -> None:
+        """Adds rows, or replaces those of the same slide; the file is replaced at once.
+
+        Raises:
+            CacheError: the file is not a ledger, or cannot be written.
+        """
+        try:
+            locks = self._path.parent / ".locks"
+            locks.mkdir(parents=True, exist_ok=True)
+            with (locks / f"{self._path.name}.lock").open("ab") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                rows = {row.slide_id: row for row in self.rows()}
+                rows.update((row.slide_id, row) for row in new)
+                self._write(rows.values())
+        except CacheError:
+            raise
+        except OSError as error:
+            why = describe_write_error(error, self._path.parent)
+            raise CacheError(f"{self._path}: the ledger cannot be written: {why}") from error
+
+    def _write(self, rows: Iterable[LedgerRow]) -> None:
+        try:
+            # A file name that is no UTF-8 must not stop the run.
+            with self._temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+                writer = csv.DictWriter(file, [f.name for f in fields(LedgerRow)], lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(row.to_cells() for row in rows)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            self._temporary.unlink(missing_ok=True)  # on a full disk it would keep the space that is wanting
+            raise
+        self._temporary.replace(self._path)
+
+
+_PARSE = {"str": str, "int": int, "float": float}
+
+
+def _safe(text: str) -> str:
+    line = " ".join(
+        "".join(c if c.isprintable() or 0xD800 <= ord(c) <= 0xDFFF else " " for c in text).split(" ")
+    )
+    return f"'{line}" if line.startswith(_FORMULA) else line
+
+
+def _plain(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") else cell

@@ -1,0 +1,165 @@
+"""Plans which tiles of a slide are worth reading, from its thumbnail."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidetl.errors import SlideReadError
+from slidetl.slides import Slide, SlideInfo
+from slidetl.tiles.grid import TileGrid, TileSpec
+from slidetl.tiles.quality import focus_of, measure_quality
+from slidetl.tiles.tissue import TissueMask, find_tissue, thumbnail_mpp
+
+# A slide of which more than this share cannot be read is not to be trusted for the rest. It also bounds how
+# often a damaged slide is opened anew.
+MAX_UNREADABLE = 0.1
+
+# Least tissue is compared with float32 shares of an area.
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class TilePlan:
+    """Which tiles of a slide are wanted, before any is read.
+
+    Attributes:
+        spec: what was asked for.
+        info: the slide.
+        mpp_read: spacing of the tiles along x and y, micrometres per pixel.
+        origins_level0: ``[N, 2] int32``, upper-left corners ``(x, y)``, level-0 pixels, row by row.
+        extent_level0: size of a tile ``(x, y)``, level-0 pixels.
+        tissue_fraction: ``[N] float32``, at least ``spec.min_tissue``.
+        tiles_without_tissue: places on the grid that are not wanted.
+        thumbnail: ``[h, w, 3] uint8``, the whole slide.
+        tissue_mask: its tissue; what of the slide cannot be read counts as tissue, so that damage shows as
+            unreadable tiles instead of passing for glass.
+        quality: ``[N] float32`` each: shares of the tile by ``pen``, ``fold`` and ``air``
+            (:mod:`slidetl.tiles.quality`); its ``focus`` too if ``spec.min_focus`` asks for it, NaN if
+            unreadable.
+        left_out_level0: ``[n, 2] int32``, corners of tiles with tissue left out for their quality, by the
+            first reason that applies: ``pen``, ``fold``, ``air``, ``out of focus``.
+    """
+
+    spec: TileSpec
+    info: SlideInfo
+    mpp_read: tuple[float, float]
+    origins_level0: NDArray[np.int32]
+    extent_level0: tuple[float, float]
+    tissue_fraction: NDArray[np.float32]
+    tiles_without_tissue: int
+    thumbnail: NDArray[np.uint8]
+    tissue_mask: TissueMask
+    quality: dict[str, NDArray[np.float32]]
+    left_out_level0: dict[str, NDArray[np.int32]]
+
+    def __len__(self) -> int:
+        return len(self.origins_level0)
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """How many tiles were left out for their quality, by the names of the ledger's columns."""
+        return {f"tiles_{reason.replace(' ', '_')}": len(o) for reason, o in self.left_out_level0.items()}
+
+
+def plan_tiles(slide: Slide, spec: TileSpec, threads: int = 1) -> TilePlan:
+    """Looks at a slide from afar and decides which tiles are worth reading.
+
+    Focus, where it is asked for, cannot be seen from afar: all tiles are then read once for it.
+
+    Raises:
+        SpacingError: the slide is coarser than ``spec.mpp``.
+        SlideReadError: more than a tenth of the slide cannot be read.
+    """
+    info = slide.info
+    mpp_read = slide.mpp_read(spec.mpp, spec.mpp_tolerance)
+    mpp = thumbnail_mpp(info.size_level0, info.mpp_level0, spec)
+    thumbnail, is_unreadable = _read_thumbnail(slide, mpp, spec.tile_size_px * spec.mpp)
+    found = find_tissue(thumbnail, mpp, info.background_rgb)
+    tissue_mask = TissueMask(found.mask | is_unreadable, mpp)
+    grid = TileGrid.over(info.size_level0, info.mpp_level0, mpp_read, spec)
+    origins = grid.origins_level0()
+    fraction = tissue_mask.fraction(origins, grid.extent_level0, info.mpp_level0)
+    is_wanted = fraction >= spec.min_tissue - _ROUNDING
+    without_tissue = int((~is_wanted).sum())
+    origins, fraction = origins[is_wanted], fraction[is_wanted]
+    maps = measure_quality(thumbnail, mpp, found.mask, info.background_rgb)
+    quality = maps.fractions(origins, grid.extent_level0, info.mpp_level0)
+    left_out: dict[str, NDArray[np.int32]] = {}
+
+    def leave_out(reason: str, is_spoilt: NDArray[np.bool_]) -> None:
+        nonlocal origins, fraction, quality
+        left_out[reason] = origins[is_spoilt]
+        origins, fraction = origins[~is_spoilt], fraction[~is_spoilt]
+        quality = {name: values[~is_spoilt] for name, values in quality.items()}
+
+    for reason, most in (("pen", spec.max_pen), ("fold", spec.max_fold), ("air", spec.max_air)):
+        leave_out(reason, quality[reason] > most + _ROUNDING)
+    if spec.min_focus > 0:
+        quality["focus"] = _focus(slide, origins, spec, threads)
+        leave_out("out of focus", quality["focus"] < spec.min_focus)  # NaN, unreadable, is not
+    return TilePlan(
+        spec=spec,
+        info=info,
+        mpp_read=mpp_read,
+        origins_level0=origins,
+        extent_level0=grid.extent_level0,
+        tissue_fraction=fraction,
+        tiles_without_tissue=without_tissue,
+        thumbnail=thumbnail,
+        tissue_mask=tissue_mask,
+        quality=quality,
+        left_out_level0=left_out,
+    )
+
+
+def _focus(slide: Slide, origins: NDArray[np.int32], spec: TileSpec, threads: int) -> NDArray[np.float32]:
+    """Sharpness of each tile, ``[N]``; NaN where it cannot be read."""
+
+    def measure(rgb: NDArray[np.uint8]) -> float:
+        return focus_of(rgb, spec.mpp)
+
+    results = slide.map_tiles(
+        measure, origins, spec.tile_size_px, spec.mpp, spec.mpp_tolerance, threads=threads
+    )
+    values = [math.nan if isinstance(result, SlideReadError) else result for result in results]
+    return np.array(values, np.float32)
+
+
+def _read_thumbnail(slide: Slide, mpp: float, tile_um: float) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """The whole slide at a coarse spacing, and which of its pixels ``[h, w]`` could not be read.
+
+    Where it cannot be read at once, it is read in squares as wide as a tile.
+    """
+    info = slide.info
+    width, height = (
+        # The allowance keeps a size that fits exactly from being one more when the product rounds.
+        math.ceil(size * m / mpp - 1e-6)
+        for size, m in zip(info.size_level0, info.mpp_level0, strict=True)
+    )
+    is_unreadable = np.zeros((height, width), bool)
+    try:
+        return slide.read((0, 0), (width, height), mpp, mpp_tolerance=0.0), is_unreadable
+    except SlideReadError as error:
+        whole_error = error
+    image = np.empty((height, width, 3), np.uint8)
+    image[:] = info.background_rgb
+    side = max(1, round(tile_um / mpp))
+    squares = [(x, y) for y in range(0, height, side) for x in range(0, width, side)]
+    lost = 0
+    for x, y in squares:
+        size = (min(side, width - x), min(side, height - y))
+        origin = (round(x * mpp / info.mpp_level0[0]), round(y * mpp / info.mpp_level0[1]))
+        try:
+            image[y : y + size[1], x : x + size[0]] = slide.read(origin, size, mpp, mpp_tolerance=0.0)
+        except SlideReadError:
+            is_unreadable[y : y + size[1], x : x + size[0]] = True
+            lost += 1
+            if lost > MAX_UNREADABLE * len(squares):
+                raise SlideReadError(
+                    f"more than {MAX_UNREADABLE:.0%} of the slide cannot be read; first: {whole_error}"
+                ) from whole_error
+    return image, is_unreadable

@@ -1,0 +1,236 @@
+"""What spoils a tile: pen marks, folds, air and fat, seen from afar; and lost focus, seen close by.
+
+Pen, folds and air are looked for on the thumbnail that :func:`slidetl.tiles.tissue.find_tissue` works on, so
+they cost next to nothing; focus takes the pixels of every tile.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidetl.tiles.tissue import TissueMask, glass_rgb, is_dark_ground, is_stained, optical_density
+
+# Ink is laid on in one film: over clear places its density (length of the optical density over the channels)
+# varies within a window this wide, micrometres, by at most this share of it. Stained tissue varies by more.
+_FILM_UM = 80.0
+_FILM_SPREAD = 0.06
+# Black ink: channels that differ by at most this share.
+_BLACK_SPREAD = 0.3
+# So dense is a film at least, by its colour: blue and red are colours of stains, too, and paler there.
+_FILM_DENSITY = {"black": 0.8, "green": 0.4, "blue": 0.7, "red": 0.8}
+# What touches such a film and is so dense is its continuation over tissue, whose colour it then mixes with.
+_INK_ON_TISSUE = 0.85
+# A film shows over so many square micrometres; a stroke is a quarter of a millimetre wide, and as long.
+_FILM_UM2 = 100.0**2
+_STROKE_UM2 = 250.0**2
+
+# Two layers take the light away twice. In units of the density above which a tenth of the tissue lies: what
+# cannot be flat, and what may be the rest of the fold beside it.
+_FOLD_CORE = 1.3
+_FOLD_REST = 1.15
+# A fold is wider and longer than a nucleus or a vessel full of blood.
+_FOLD_UM2 = 120.0**2
+
+# Rows worked on at a time, which bounds memory.
+_BAND_ROWS = 512
+
+# Detail and structure, micrometres: what a scanner in focus resolves, and what survives its defocus.
+_DETAIL_UM = 1.0
+_STRUCTURE_FACTOR = 4
+# Mean square difference of grey levels that noise and compression make where there is nothing to see.
+_NOISE_POWER = 4.0
+
+
+@dataclass(frozen=True, eq=False)
+class QualityMaps:
+    """What spoils a slide, seen from afar. All ``[h, w] bool``, in the frame of the thumbnail.
+
+    Attributes:
+        pen: ink on the slide.
+        fold: tissue that lies double.
+        air: holes within the tissue: alveoli, vessels, fat, tears.
+        mpp: width of a pixel, micrometres.
+    """
+
+    pen: NDArray[np.bool_]
+    fold: NDArray[np.bool_]
+    air: NDArray[np.bool_]
+    mpp: float
+
+    def fractions(
+        self,
+        origins_level0: NDArray[np.int32],
+        extent_level0: tuple[float, float],
+        mpp_level0: tuple[float, float],
+    ) -> dict[str, NDArray[np.float32]]:
+        """The share of each tile that is spoilt, ``[N] float32`` in 0..1, by ``pen``, ``fold`` and ``air``.
+
+        Args:
+            origins_level0: ``[N, 2]`` upper-left corners ``(x, y)``, level-0 pixels.
+            extent_level0: size of every tile ``(x, y)``, level-0 pixels.
+            mpp_level0: spacing of level 0 along x and y, micrometres per pixel.
+        """
+        maps = {"pen": self.pen, "fold": self.fold, "air": self.air}
+        return {
+            name: TissueMask(mask, self.mpp).fraction(origins_level0, extent_level0, mpp_level0)
+            for name, mask in maps.items()
+        }
+
+
+def measure_quality(
+    thumbnail_rgb: NDArray[np.uint8],
+    mpp: float,
+    tissue_mask: NDArray[np.bool_],
+    background_rgb: tuple[int, int, int],
+) -> QualityMaps:
+    """Looks for pen marks, folds and air on a slide seen from afar.
+
+    *Pen*: blue, green, black and red ink. Ink is a film: where nothing lies under it, it is dense, even,
+    and of its own colour; from there a stroke is followed over tissue, with which its colour mixes, by
+    density alone. Ink paler than a stain of its colour gets goes unseen (optical density below 0.7 for
+    blue, 0.8 for red), and so does a stroke with nothing but tissue under it unless its colour still shows.
+    A fold wider than 200 micrometres through solid collagen can be taken for ink of the collagen's colour
+    (blue on Masson's trichrome, red on Sirius red): both are even, and both are dense.
+
+    *Folds*: tissue denser than flat tissue of this slide gets. Pale tissue, doubled, is not denser than
+    that, so about 70 % of the tissue in a fold is found. The idea of an adaptive threshold on colour is
+    that of Kothari et al. 2013 (IEEE JBHI 17:813); density takes the place of their saturation minus
+    intensity, so that it holds for any stain.
+
+    *Air*: what is as clear as glass within the tissue.
+
+    On a dark ground nothing is measured. ``tools/bench_quality.py`` prints the share of ink and folds
+    found, by stain, and of clean slides taken for them.
+
+    Args:
+        thumbnail_rgb: ``[h, w, 3] uint8``, the whole slide.
+        mpp: its spacing, micrometres per pixel.
+        tissue_mask: ``[h, w] bool``, its tissue with the air in it, as
+            :func:`~slidetl.tiles.tissue.find_tissue` returns.
+        background_rgb: colour of glass that was not scanned, 0..255.
+    """
+    # Imported here: half a second that `slidetl --help` need not pay.
+    from scipy import ndimage
+
+    if is_dark_ground(thumbnail_rgb) or not tissue_mask.any():
+        nothing = np.zeros(tissue_mask.shape, bool)
+        return QualityMaps(nothing, nothing.copy(), nothing.copy(), mpp)
+    glass = glass_rgb(thumbnail_rgb, background_rgb)
+    is_dense = is_stained(optical_density(thumbnail_rgb, glass))
+    # Nuclei and noise are smaller than what is looked for.
+    smooth = ndimage.uniform_filter(thumbnail_rgb, (3, 3, 1))
+    density = optical_density(smooth, glass)
+
+    pen = np.zeros(tissue_mask.shape, bool)
+    for film, stroke in _inks(smooth, glass, density, mpp):
+        pen |= _touched(_pieces(stroke, _STROKE_UM2, mpp), _pieces(film, _FILM_UM2, mpp))
+    # A stroke fades at its edge, where its colour is mixed with what lies under it.
+    pen = ndimage.binary_dilation(pen, np.ones((3, 3)), iterations=max(1, round(32 / mpp)))
+
+    flat = density[is_dense & tissue_mask & ~pen]
+    fold = np.zeros_like(pen)
+    if flat.size:
+        relative = density / np.percentile(flat, 90)
+        relative[~tissue_mask | pen] = 0
+        core = _pieces(relative > _FOLD_CORE, _FOLD_UM2, mpp)
+        fold = ndimage.binary_propagation(core, np.ones((3, 3)), mask=relative > _FOLD_REST)
+        # Smoothing has mixed its edge with the flat tissue, or the air, beside it.
+        fold = np.asarray(ndimage.binary_dilation(fold, np.ones((3, 3))) & tissue_mask & ~pen)
+    return QualityMaps(pen, fold, tissue_mask & ~is_dense & ~pen, mpp)
+
+
+def focus_of(rgb: NDArray[np.uint8], mpp: float) -> float:
+    """How sharp a tile is: 0.1 to 0.6 in focus, below 0.08 when blurred by 2 micrometres, on any stain.
+
+    It is Brenner's gradient (Brenner et al. 1976, J Histochem Cytochem 24:100), the mean square difference of
+    pixels a step apart, with a step of 1 micrometre (at least a pixel), divided by the same at four times
+    that step: blur takes the fine differences away before the coarse ones. The quotient makes it
+    independent of how strong the stain is; tiles without structure are near 0, since noise is discounted.
+    Compare tiles of one spacing only: a pixel above 1 micrometre hides slight blur.
+
+    Args:
+        rgb: ``[h, w, 3] uint8``.
+        mpp: its spacing, micrometres per pixel.
+
+    Returns:
+        0 or more; 0 for a tile too small to measure, less than 8 steps wide.
+    """
+    step = max(1, round(_DETAIL_UM / mpp))
+    if min(rgb.shape[:2]) < 2 * _STRUCTURE_FACTOR * step:
+        return 0.0
+    # Channel by channel: a mean over the last axis takes five times as long.
+    grey = (rgb[..., 0].astype(np.float32) + rgb[..., 1] + rgb[..., 2]) / np.float32(3)
+    detail = max(_power(grey, step) - _NOISE_POWER, 0.0)
+    return detail / (_power(grey, _STRUCTURE_FACTOR * step) + _NOISE_POWER)
+
+
+def _power(grey: NDArray[np.float32], step: int) -> float:
+    """Mean square difference of pixels ``step`` apart, over both axes."""
+    down = grey[step:] - grey[:-step]
+    right = grey[:, step:] - grey[:, :-step]
+    return float((np.vdot(down, down) / down.size + np.vdot(right, right) / right.size) / 2)
+
+
+def _inks(
+    rgb: NDArray[np.uint8], glass: NDArray[np.float64], density: NDArray[np.float32], mpp: float
+) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
+    """For each ink, where its film is seen, and that with all that may be the rest of a stroke."""
+    from scipy import ndimage
+
+    table = np.log10((glass + 1) / (np.arange(256.0)[:, None] + 1)).clip(0).astype(np.float32)
+    width = max(3, round(_FILM_UM / mpp))
+    coloured = {name: np.zeros(density.shape, bool) for name in _FILM_DENSITY}
+    is_even = np.zeros(density.shape, bool)
+    for top in range(0, len(rgb), _BAND_ROWS):
+        rows = slice(top, top + _BAND_ROWS)
+        for name, mask in _colours(table, rgb[rows]).items():
+            coloured[name][rows] = mask
+        around = density[max(top - width, 0) : top + _BAND_ROWS + width]
+        mean = ndimage.uniform_filter(around, width)
+        variance = ndimage.uniform_filter(around * around, width) - mean * mean
+        inner = slice(min(top, width), min(top, width) + _BAND_ROWS)
+        is_even[rows] = (variance < (_FILM_SPREAD * mean) ** 2)[inner][: len(is_even[rows])]
+    for name, mask in coloured.items():
+        film = mask & (density > _FILM_DENSITY[name])
+        yield film & is_even, film | (density > _INK_ON_TISSUE)
+
+
+def _colours(table: NDArray[np.float32], rgb: NDArray[np.uint8]) -> dict[str, NDArray[np.bool_]]:
+    """Which pixels have the colour of each ink, however dense, by the direction of their optical density."""
+    red, green, blue = (table[:, channel][rgb[..., channel]] for channel in range(3))
+    highest, lowest = (pick(pick(red, green), blue) for pick in (np.maximum, np.minimum))
+    is_black = highest - lowest < _BLACK_SPREAD * highest
+    return {
+        "black": is_black,
+        "green": (red > 1.25 * green) & (blue > 1.1 * green) & ~is_black,
+        "blue": (red > 1.2 * green) & (green > 1.05 * blue) & ~is_black,
+        "red": (green > 3 * red) & (blue > 0.45 * green),
+    }
+
+
+def _touched(mask: NDArray[np.bool_], seeds: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The connected parts of a mask that hold a seed."""
+    from scipy import ndimage
+
+    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    is_touched = np.zeros(count + 1, bool)
+    is_touched[labels[seeds]] = True
+    is_touched[0] = False
+    return np.asarray(is_touched[labels])
+
+
+def _pieces(mask: NDArray[np.bool_], least_um2: float, mpp: float) -> NDArray[np.bool_]:
+    """What of a mask is more than a line or a speck."""
+    from scipy import ndimage
+
+    solid = ndimage.binary_opening(mask, np.ones((2, 2)))
+    labels, count = ndimage.label(solid, structure=np.ones((3, 3)))
+    areas = np.bincount(labels.ravel(), minlength=count + 1)
+    is_kept = areas >= max(4, math.ceil(least_um2 / mpp**2))
+    is_kept[0] = False
+    return np.asarray(is_kept[labels])

@@ -1,0 +1,560 @@
+"""A slide's tiles on disk: layout and fast random reading. See docs/design/cache.md.
+
+The folder is a zarr v3 group that zarr writes the metadata of and opens; the tiles themselves are written and
+read here, by zarr's sharding specification, since a shard must be committed at once and a tile be found fast.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import math
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+import slidetl
+from slidetl.errors import CacheCorruptError, CacheMismatchError, CacheMissingError, UsageError
+from slidetl.tiles.codec import TileCodec, decode_zstd, tile_codec
+from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.tissue import TissueMask
+
+# Raised whenever the same slide and TileSpec would give other tiles, or the same tiles in another layout.
+FORMAT_VERSION = 3
+
+# 256 tiles are 5 to 10 MB: few files, little lost when a run is killed, and little held in memory.
+TILES_PER_SHARD = 256
+
+MISSING = 2**64 - 1  # in a shard's index: no such chunk (zarr sharding specification)
+INDEX_BYTES = TILES_PER_SHARD * 16 + 4
+
+# What to do about damage that shows when a cache is opened; damaged tiles show only when they are read, and
+# --overwrite would keep them.
+_TILE_AGAIN = "mend it with 'slidetl cache verify --repair', or tile the slide again with --overwrite"
+_REPAIR = "mend it with 'slidetl cache verify --repair'"
+
+# Its bytes are those that were written, so they were copied from a slide that is damaged there.
+_LEAVE_OUT = "so is the slide; leave out such tiles with 'slidetl cache verify --decode --repair'"
+
+# Shards that a process keeps open: a tile is then found by one call, and 1,000 slides cost no 1,000 files.
+_OPEN_SHARDS = 64
+
+# What a small array may claim to be: features of 400,000 tiles, 2,560 numbers each.
+_MAX_ARRAY_BYTES = 2 * 2**30
+
+FEATURES = "features"  # the part of a group that is stored after the rest, and checked by its own seals
+_SEAL = re.compile(rb'"crc32c": "([0-9a-f]{8})"')
+
+
+@dataclass(frozen=True)
+class CacheHeader:
+    """What is said of all the tiles of a slide together; stored as the attributes of the group.
+
+    Attributes:
+        slide_id: the name under which the slide is cached.
+        fingerprint: SHA-256 of the slide's content, :func:`slidetl.slides.base.fingerprint_of`.
+        vendor: of the scanner, as the reader calls it.
+        size_level0: width and height of the slide, level-0 pixels.
+        mpp_level0: spacing of level 0 along x and y, micrometres per pixel.
+        mpp_read: spacing of the tiles along x and y, within ``spec.mpp_tolerance`` of ``spec.mpp``.
+        extent_level0: size of a tile ``(x, y)``, level-0 pixels.
+        spec: how the tiles were made.
+        tiles_without_tissue: places on the grid left out for having too little tissue.
+        tiles_pen, tiles_fold, tiles_air, tiles_out_of_focus: tiles with tissue left out for their quality.
+        tiles_unreadable: tiles left out because the slide is damaged there.
+    """
+
+    slide_id: str
+    fingerprint: str
+    vendor: str
+    size_level0: tuple[int, int]
+    mpp_level0: tuple[float, float]
+    mpp_read: tuple[float, float]
+    extent_level0: tuple[float, float]
+    spec: TileSpec
+    tiles_without_tissue: int = 0
+    tiles_pen: int = 0
+    tiles_fold: int = 0
+    tiles_air: int = 0
+    tiles_out_of_focus: int = 0
+    tiles_unreadable: int = 0
+
+    def to_attributes(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        values = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+        return {
+            "format_version": FORMAT_VERSION,
+            "software": f"slidetl {slidetl.__version__}",
+            **values,
+            "spec": self.spec.to_dict(),
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for tiles that were begun to be continued.
+
+        The content of the slide, the format, and all that shapes a pixel; not the software's release.
+        """
+        return {name: value for name, value in self.to_attributes().items() if name != "software"}
+
+    @classmethod
+    def from_attributes(cls, attributes: Mapping[str, Any]) -> Self:
+        """Inverse of :meth:`to_attributes`."""
+        values = {name: attributes[name] for name in cls.__dataclass_fields__}
+        values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        return cls(**{**values, "spec": TileSpec.from_dict(attributes["spec"])})
+
+
+@dataclass(frozen=True, eq=False)
+class SlideCache:
+    """The finished tiles of one slide, to be read at random.
+
+    It can be pickled, and used after a fork or a spawn alike; each process keeps the shards open that it read
+    last.
+
+    Attributes:
+        path: the folder, ``<cache>/<slide_id>.zarr``.
+        header: what is said of all tiles together; its fields are properties here as well.
+        origins_level0: ``[N, 2] int32``, upper-left corner ``(x, y)`` of each tile, level-0 pixels.
+        tissue_fraction: ``[N] float32``, share of each tile that is tissue, 0..1.
+    """
+
+    path: Path
+    header: CacheHeader
+    origins_level0: NDArray[np.int32]
+    tissue_fraction: NDArray[np.float32]
+    _codec: TileCodec = field(repr=False)
+    _lifetime: _Lifetime = field(default_factory=lambda: _Lifetime(), repr=False)
+
+    @classmethod
+    def open(cls, path: str | Path, spec: TileSpec | None = None) -> Self:
+        """Opens a finished cache.
+
+        Args:
+            path: the folder.
+            spec: how the tiles must have been made; None takes them as they are.
+
+        Raises:
+            CacheMissingError: there is no cache, or it was never finished.
+            CacheMismatchError: it was made in another format, or by another ``spec``.
+            CacheCorruptError: its metadata fail their checksum.
+        """
+        path = Path(path)
+        header = read_header(path)
+        if spec is not None and header.spec != spec:
+            raise CacheMismatchError(f"{path}: {describe_difference(header.spec, spec)}")
+        return cls(
+            path,
+            header,
+            read_array(path / "origin_level0"),
+            read_array(path / "tissue_fraction"),
+            tile_codec(header.spec),
+        )
+
+    def __len__(self) -> int:
+        return len(self.origins_level0)
+
+    @property
+    def slide_id(self) -> str:
+        """The name under which the slide is cached."""
+        return self.header.slide_id
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the slide's content."""
+        return self.header.fingerprint
+
+    @property
+    def spec(self) -> TileSpec:
+        """How the tiles were made."""
+        return self.header.spec
+
+    @property
+    def size_level0(self) -> tuple[int, int]:
+        """Width and height of the slide, level-0 pixels."""
+        return self.header.size_level0
+
+    @property
+    def mpp_level0(self) -> tuple[float, float]:
+        """Spacing of level 0 along x and y, micrometres per pixel."""
+        return self.header.mpp_level0
+
+    @property
+    def mpp_read(self) -> tuple[float, float]:
+        """Spacing of the tiles along x and y, micrometres per pixel."""
+        return self.header.mpp_read
+
+    @property
+    def extent_level0(self) -> tuple[float, float]:
+        """Size of a tile ``(x, y)``, level-0 pixels."""
+        return self.header.extent_level0
+
+    @property
+    def thumbnail(self) -> NDArray[np.uint8]:
+        """The whole slide, ``[h, w, 3] uint8``, read anew each time."""
+        return read_array(self.path / "thumbnail")
+
+    @property
+    def thumbnail_mpp(self) -> float:
+        """Spacing of :attr:`thumbnail`, micrometres per pixel."""
+        return float(read_json(self.path / "thumbnail")["attributes"]["mpp"])
+
+    @property
+    def tissue_mask(self) -> TissueMask:
+        """Where there is tissue; the frame of :attr:`thumbnail`."""
+        mpp = float(read_json(self.path / "tissue_mask")["attributes"]["mpp"])
+        return TissueMask(read_array(self.path / "tissue_mask"), mpp)
+
+    @property
+    def quality(self) -> dict[str, NDArray[np.float32]]:
+        """``[N] float32`` each, read anew each time: see :attr:`slidetl.tiles.plan.TilePlan.quality`."""
+        names = ("pen", "fold", "air", "focus")
+        return {name: read_array(self.path / name) for name in names if (self.path / name).is_dir()}
+
+    def read(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
+        """Reads tiles in the order asked for; a tile may be asked for more than once.
+
+        Returns:
+            ``[n, S, S, 3] uint8`` RGB.
+
+        Raises:
+            IndexError: there is no such tile.
+            CacheCorruptError: a tile fails its checksum; the message names it.
+            CacheMissingError: a file of the cache is gone.
+        """
+        wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if len(wanted) and not (wanted.min() >= 0 and wanted.max() < len(self)):
+            raise IndexError(
+                f"{self.path}: tiles are numbered 0 to {len(self) - 1}, asked for {wanted.tolist()}"
+            )
+        if len(wanted) == 1:
+            return self._read_tile(int(wanted[0]))[None]
+        size = self.header.spec.tile_size_px
+        tiles = np.empty((len(wanted), size, size, 3), np.uint8)
+        # Shard by shard, so that each is opened once however many there are.
+        for place in np.argsort(wanted, kind="stable").tolist():
+            self._read_tile(int(wanted[place]), tiles[place])
+        return tiles
+
+    def _read_tile(self, tile: int, into: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+        number, place = divmod(tile, TILES_PER_SHARD)
+        try:
+            shard = _open_shard(self._lifetime, self.path, number)
+        except FileNotFoundError as error:
+            raise CacheMissingError(f"{error.filename}: the shard is missing; {_REPAIR}") from error
+        remedy = _REPAIR
+        try:
+            chunk = shard.chunk(place)
+            remedy = _LEAVE_OUT
+            return self._codec.decode(chunk, into)
+        except CacheCorruptError as error:
+            raise CacheCorruptError(
+                f"{shard.path}: tile {tile} of {self.slide_id} is damaged ({error}); {remedy}"
+            ) from error
+
+
+class _Lifetime:
+    """Marks one opening of a cache in one process: files opened for another are not used for it."""
+
+
+class Shard:
+    """An open shard and its index. Reading has no position, so that threads and forks may share it.
+
+    Attributes:
+        path: the file.
+        descriptor: for ``os.pread``.
+        size: bytes.
+        index: (offset, length) of each chunk with its crc32c; offset :data:`MISSING` for none.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CacheCorruptError: the index fails its checksum.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY)
+        self.size = os.fstat(self.descriptor).st_size
+        try:
+            packed = checked(os.pread(self.descriptor, INDEX_BYTES, max(self.size - INDEX_BYTES, 0)))
+            index = np.frombuffer(packed, "<u8").reshape(TILES_PER_SHARD, 2)
+            offsets, lengths = index[index[:, 0] != MISSING].T
+            # Room is made for what the index says, before it is read.
+            if len(lengths) and (lengths.max() > self.size or (offsets > self.size - lengths).any()):
+                raise CacheCorruptError(f"it names tiles beyond the {self.size} bytes of the file")
+        except (CacheCorruptError, ValueError) as error:
+            raise CacheCorruptError(f"{path}: the shard's index is damaged ({error}); {_REPAIR}") from error
+        self.index: list[tuple[int, int]] = [(offset, length) for offset, length in index.tolist()]
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+    def digest(self) -> str:
+        """See :func:`shard_digest`."""
+        crcs = [
+            os.pread(self.descriptor, 4, offset + length - 4)
+            for offset, length in self.index
+            if offset != MISSING
+        ]
+        return shard_digest(crcs, os.pread(self.descriptor, INDEX_BYTES, self.size - INDEX_BYTES))
+
+    def chunk(self, place: int) -> bytes:
+        """The bytes of one tile, once they agree with their crc32c.
+
+        Raises:
+            CacheCorruptError: they do not, or there is no such tile.
+        """
+        offset, length = self.index[place]
+        if offset == MISSING:
+            raise CacheCorruptError("it is not in its shard's index")
+        return checked(os.pread(self.descriptor, length, offset))
+
+    def damaged(self) -> Iterator[int]:
+        """The places of tiles that fail their checksum; reads them all."""
+        for place, (offset, _) in enumerate(self.index):
+            if offset != MISSING:
+                try:
+                    self.chunk(place)
+                except CacheCorruptError:
+                    yield place
+
+
+@functools.lru_cache(maxsize=_OPEN_SHARDS)
+def _open_shard(lifetime: _Lifetime, group: Path, number: int) -> Shard:
+    return Shard(shard_path(group, number))
+
+
+def cache_path(cache_dir: Path, slide_id: str) -> Path:
+    """Where the tiles of a slide lie."""
+    return cache_dir / f"{slide_id}.zarr"
+
+
+def groups(cache_dir: Path) -> list[Path]:
+    """The groups in a cache folder, by name.
+
+    Raises:
+        CacheMissingError: there is no such folder.
+    """
+    if not cache_dir.is_dir():
+        raise CacheMissingError(f"{cache_dir}: no such folder; make a cache with 'slidetl tile'")
+    return sorted(path for path in cache_dir.glob("*.zarr") if path.is_dir())
+
+
+def discard(cache_dir: Path, slide_id: str, finished: bool = False) -> None:
+    """Removes what was begun for a slide, and on request what is finished; the caller holds its lock."""
+    building = building_path(cache_dir, slide_id)
+    if finished and cache_path(cache_dir, slide_id).exists():
+        # Renamed first, so that a kill never leaves half a cache under the name of a whole one.
+        building.mkdir(parents=True, exist_ok=True)
+        cache_path(cache_dir, slide_id).rename(building / "discarded")
+    if building.exists():
+        shutil.rmtree(building)
+
+
+def read_header(path: Path) -> CacheHeader:
+    """Reads what a finished cache says of itself.
+
+    Raises:
+        CacheMissingError: there is no cache, or it was never finished.
+        CacheMismatchError: another version of the format.
+        CacheCorruptError: what it says cannot be understood, or fails its checksum.
+    """
+    try:
+        attributes = read_json(path).get("attributes", {})
+    except CacheMissingError as error:
+        raise CacheMissingError(f"{path}: no tile cache here; make it with 'slidetl tile'") from error
+    try:
+        if attributes.get("complete") is not True:
+            raise CacheMissingError(f"{path}: the tile cache was never finished; run 'slidetl tile' again")
+        if attributes["format_version"] != FORMAT_VERSION:
+            raise CacheMismatchError(
+                f"{path}: made in format {attributes['format_version']}, this slidetl reads "
+                f"{FORMAT_VERSION}; tile into another folder, or with --overwrite"
+            )
+        header = CacheHeader.from_attributes(attributes)
+    except (AttributeError, KeyError, TypeError, UsageError) as error:
+        raise CacheCorruptError(
+            f"{path / 'zarr.json'}: not the attributes of a tile cache ({error!r}); {_TILE_AGAIN}"
+        ) from error
+    read_sealed(path)
+    return header
+
+
+def describe_difference(cached: TileSpec, wanted: TileSpec) -> str:
+    """In what two specifications differ, for an error message."""
+    now, then = wanted.to_dict(), cached.to_dict()
+    differences = [f"{name} {then[name]} (wanted: {now[name]})" for name in now if now[name] != then[name]]
+    return f"the cache was made with {', '.join(differences)}"
+
+
+def checksum(data: bytes) -> bytes:
+    """The crc32c that zarr's codec of that name appends, 4 bytes, little-endian."""
+    return int(google_crc32c.value(data)).to_bytes(4, "little")
+
+
+def checked(data: bytes) -> bytes:
+    """Bytes without the crc32c at their end, once it agrees."""
+    content, stored = data[:-4], data[-4:]
+    computed = checksum(content)
+    if computed != stored:
+        raise CacheCorruptError(
+            f"crc32c is {computed.hex()}, stored is {stored.hex()}, over {len(content)} bytes"
+        )
+    return content
+
+
+def building_path(cache_dir: Path, slide_id: str) -> Path:
+    """Where a slide's cache grows until it is whole."""
+    return cache_dir / ".building" / slide_id
+
+
+def shard_path(group: Path, shard: int) -> Path:
+    """The file of a shard in a slide's group."""
+    return group / shard_name(shard)
+
+
+def shard_name(shard: int) -> str:
+    """Its name in the group."""
+    return f"tiles/c/{shard}/0/0/0"
+
+
+def seal_node(node: Path) -> None:
+    """Seals the metadata document of an array or group that is added to a finished cache, as features are."""
+    (node / "zarr.json").write_bytes(sealed(read_json(node)))
+
+
+def read_sealed(node: Path) -> dict[str, Any]:
+    """Reads a sealed metadata document.
+
+    Raises:
+        CacheMissingError: there is none.
+        CacheCorruptError: it is damaged, or has no seal.
+    """
+    about = read_json(node)
+    data = (node / "zarr.json").read_bytes()
+    seals = _SEAL.findall(data)
+    if not seals:
+        raise CacheCorruptError(f"{node / 'zarr.json'}: it has no checksum; {_TILE_AGAIN}")
+    if _crc_of_document(data) != seals[0].decode():
+        raise CacheCorruptError(f"{node / 'zarr.json'}: it fails its checksum; {_TILE_AGAIN}")
+    return about
+
+
+def file_digest(content: bytes) -> str:
+    """What the seal of a group lists for each of its files, shards apart.
+
+    Not crc32c: over data that end with their own, as the chunks of zarr do, it is the same for all.
+    """
+    return f"{zlib.crc32(content):08x}"
+
+
+def shard_digest(crcs: Sequence[bytes], index: bytes) -> str:
+    """What the seal of a group lists for a shard: a shard of other tiles has another.
+
+    Args:
+        crcs: of its chunks, 4 bytes each, which themselves vouch for the tiles.
+        index: with its crc32c.
+    """
+    return checksum(b"".join((*crcs, index))).hex()
+
+
+def is_small(group: Path) -> bool:
+    """Whether a group is of a single shard; such are written without waiting for the disk.
+
+    Raises:
+        CacheMissingError: there is no such group.
+        CacheCorruptError: its seal is damaged.
+    """
+    return shard_name(1) not in read_sealed(group)["attributes"]["checksums"]
+
+
+def is_intact(group: Path) -> bool:
+    """Whether every byte of a finished group, features apart, is what its seal says; reads all of it."""
+    try:
+        listed = read_sealed(group)["attributes"]["checksums"]
+        for name, digest in listed.items():
+            if name.startswith("tiles/c/"):
+                shard = Shard(group / name)
+                if shard.digest() != digest or any(shard.damaged()):
+                    return False
+            elif file_digest((group / name).read_bytes()) != digest:
+                return False
+    except (CacheCorruptError, CacheMissingError, KeyError, TypeError, OSError):
+        return False
+    return True
+
+
+def sealed(document: Mapping[str, Any]) -> bytes:
+    """A metadata document of zarr with a crc32c of itself in its attributes."""
+    attributes = {name: value for name, value in document["attributes"].items() if name != "crc32c"}
+    # In front, so that no attribute of that name can be taken for it.
+    document = {**document, "attributes": {"crc32c": "00000000", **attributes}}
+    data = json.dumps(document, indent=2).encode()
+    return _SEAL.sub(f'"crc32c": "{_crc_of_document(data)}"'.encode(), data, count=1)
+
+
+def _crc_of_document(data: bytes) -> str:
+    return checksum(_SEAL.sub(b'"crc32c": "00000000"', data, count=1)).hex()
+
+
+def read_json(node: Path) -> dict[str, Any]:
+    """Reads the metadata document of a group or array.
+
+    Raises:
+        CacheMissingError: there is none.
+        CacheCorruptError: it is no JSON object.
+    """
+    path = node / "zarr.json"
+    try:
+        values = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CacheMissingError(f"{path}: no such file") from error
+    except ValueError as error:
+        raise CacheCorruptError(f"{path}: not JSON ({error}); {_TILE_AGAIN}") from error
+    if not isinstance(values, dict):
+        raise CacheCorruptError(f"{path}: expected a JSON object, found another value; {_TILE_AGAIN}")
+    return values
+
+
+def read_array(node: Path) -> NDArray[Any]:
+    """Reads one of the small arrays, which are a single chunk each: no need to start zarr in every worker.
+
+    Raises:
+        CacheMissingError: a file of it is gone.
+        CacheCorruptError: it fails its checksum.
+    """
+    about = read_json(node)
+    try:
+        shape, dtype = about["shape"], np.dtype(about["data_type"]).newbyteorder("<")
+        chunk = node.joinpath("c", *("0" for _ in shape))
+        size = math.prod(shape) * dtype.itemsize
+        if not 0 <= size <= _MAX_ARRAY_BYTES:
+            raise CacheCorruptError(f"{shape} {dtype} would be {size} bytes, more than {_MAX_ARRAY_BYTES}")
+        content = decode_zstd(checked(chunk.read_bytes()), size)
+        return np.frombuffer(content, dtype).reshape(shape).copy()  # a buffer of bytes is read-only
+    except FileNotFoundError as error:
+        raise CacheMissingError(f"{chunk}: no such file; {_TILE_AGAIN}") from error
+    except (CacheCorruptError, KeyError, TypeError, ValueError) as error:
+        raise CacheCorruptError(f"{node}: the array is damaged ({error}); {_TILE_AGAIN}") from error
+
+
+def describe_write_error(error: Exception, folder: Path) -> str:
+    """One line for what ended the writing below a folder: what to do if the disk is full, else as it is."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return str(error)
+    free = shutil.disk_usage(folder).free / 2**20
+    return (
+        f"{folder}: the disk is full ({free:.1f} MiB free, a shard takes some 10); make space and run again: "
+        "what was written is kept, and continued"
+    )

@@ -1,0 +1,234 @@
+"""Where on a slide there is tissue: a low-resolution image in, a mask out. No file, no slide."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidetl.tiles.grid import TileSpec
+
+# A mask pixel is at most this wide, a tile at least so many mask pixels, a mask never larger than that.
+_MASK_MPP = 16.0
+_PIXELS_PER_TILE = 4
+_MAX_SIDE_PX = 4096
+
+# A human alveolus is about 200 um wide (Ochs 2004), an inflated one up to 300, more from corner to corner.
+# Air up to that width between septa belongs to the lung; a fleck smaller than one alveolus is dust.
+_AIR_UM = 360.0
+_FLECK_UM = 200.0
+# In a field of view that is itself not much wider than an alveolus, what fills so much of it is no dust.
+_FLECK_SHARE = 0.1
+
+# The threshold on optical density may move between these: below is the unevenness of clean glass, above is
+# no longer pale.
+_DENSITY_RANGE = (0.04, 0.14)
+# The same for light on a dark ground, as a share of full scale.
+_LIGHT_RANGE = (0.02, 0.14)
+
+# Scanned glass is at least this share of unscanned glass in brightness, and nearly grey (in grey levels).
+_GLASS_SHARE = 0.76
+_GLASS_CHROMA = 10
+# It is believed in only if it covers so much of the image.
+_GLASS_LEAST = 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class TissueMask:
+    """Which parts of a slide are tissue.
+
+    Attributes:
+        mask: ``[h, w] bool``; its upper-left corner is that of the slide.
+        mpp: width of a mask pixel, micrometres.
+    """
+
+    mask: NDArray[np.bool_]
+    mpp: float
+
+    def fraction(
+        self,
+        origins_level0: NDArray[np.int32],
+        extent_level0: tuple[float, float],
+        mpp_level0: tuple[float, float],
+    ) -> NDArray[np.float32]:
+        """The share of each tile that is tissue: the exact mean of the mask over the tile's area.
+
+        Args:
+            origins_level0: ``[N, 2]`` upper-left corners ``(x, y)``, level-0 pixels.
+            extent_level0: size of every tile ``(x, y)``, level-0 pixels.
+            mpp_level0: spacing of level 0 along x and y, micrometres per pixel.
+
+        Returns:
+            ``[N] float32``, 0..1. What lies outside the mask counts as no tissue.
+        """
+        integral = np.zeros((self.mask.shape[0] + 1, self.mask.shape[1] + 1), np.int32)
+        integral[1:, 1:] = self.mask.cumsum(0, dtype=np.int32).cumsum(1, dtype=np.int32)
+        scale = np.asarray(mpp_level0) / self.mpp
+        low = origins_level0 * scale
+        high = (origins_level0 + np.asarray(extent_level0)) * scale
+        inside = (
+            _interpolate(integral, high[:, 0], high[:, 1])
+            - _interpolate(integral, low[:, 0], high[:, 1])
+            - _interpolate(integral, high[:, 0], low[:, 1])
+            + _interpolate(integral, low[:, 0], low[:, 1])
+        )
+        area = extent_level0[0] * scale[0] * extent_level0[1] * scale[1]
+        return np.asarray(np.clip(inside / area, 0, 1), dtype=np.float32)
+
+
+def thumbnail_mpp(size_level0: tuple[int, int], mpp_level0: tuple[float, float], spec: TileSpec) -> float:
+    """The spacing of the image in which tissue is looked for, micrometres per pixel.
+
+    16, or finer if a tile would then be less than 4 pixels wide; coarser where the image would have more
+    than 4096 pixels a side, or where the slide itself is coarser.
+    """
+    wanted = min(_MASK_MPP, spec.tile_size_px * spec.mpp / _PIXELS_PER_TILE)
+    largest = max(size * mpp for size, mpp in zip(size_level0, mpp_level0, strict=True))
+    return max(wanted, largest / _MAX_SIDE_PX, *mpp_level0)
+
+
+def find_tissue(
+    thumbnail_rgb: NDArray[np.uint8], mpp: float, background_rgb: tuple[int, int, int]
+) -> TissueMask:
+    """Tells tissue from glass by how much light it takes away, whatever the stain.
+
+    The optical density of each pixel against the slide's own glass is compared with a threshold that Otsu's
+    method (1979) finds on the logarithm of the density, kept within bounds so that neither an image without
+    glass nor one without tissue is cut in two. Air spaces up to 360 um across are closed, since lung is
+    mostly air; flecks smaller than an alveolus are dropped. On a dark ground (fluorescence) light takes
+    the place of density.
+
+    Args:
+        thumbnail_rgb: ``[h, w, 3] uint8``.
+        mpp: its spacing, micrometres per pixel.
+        background_rgb: colour of glass that was not scanned, 0..255.
+
+    Returns:
+        The mask, ``[h, w]``, at ``mpp``.
+    """
+    # Imported here: half a second that `slidetl --help` need not pay.
+    from scipy import ndimage
+
+    if is_dark_ground(thumbnail_rgb):
+        signal = _light(thumbnail_rgb)
+        # The last pixels may cover some of what lies beyond the slide, which is bright.
+        signal[-1] = signal[max(len(signal) - 2, 0)]
+        signal[:, -1] = signal[:, max(signal.shape[1] - 2, 0)]
+        mask = signal > _threshold(signal, _LIGHT_RANGE)
+    else:
+        mask = is_stained(optical_density(thumbnail_rgb, glass_rgb(thumbnail_rgb, background_rgb)))
+    # Lone pixels of noise would be joined to a web when air spaces are closed; a septum has company.
+    mask &= ndimage.uniform_filter(mask.astype(np.float32), size=3) > 2.5 / 9
+    mask = _close(mask, round(_AIR_UM / 2 / mpp))
+
+    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    areas = np.bincount(labels.ravel(), minlength=count + 1)
+    is_kept = areas >= min(math.pi / 4 * (_FLECK_UM / mpp) ** 2, _FLECK_SHARE * mask.size)
+    is_kept[0] = False
+    return TissueMask(is_kept[labels], mpp)
+
+
+def is_dark_ground(thumbnail_rgb: NDArray[np.uint8]) -> bool:
+    """Whether the tissue shines on a dark ground (fluorescence), instead of taking light away."""
+    return bool(np.median(thumbnail_rgb.max(axis=2)) < 64)
+
+
+def is_stained(density: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Which pixels are denser than glass, by the threshold that :func:`find_tissue` uses.
+
+    Args:
+        density: ``[h, w] float32`` of :func:`optical_density`, of a whole slide.
+    """
+    return density > _threshold(density, _DENSITY_RANGE)
+
+
+def _interpolate(
+    integral: NDArray[np.int32], x: NDArray[np.float64], y: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """The integral image at fractional places: between its nodes it is bilinear, so this is exact."""
+    rows, columns = integral.shape
+    x, y = np.clip(x, 0, columns - 1), np.clip(y, 0, rows - 1)
+    column = np.minimum(x.astype(np.intp), columns - 2)
+    row = np.minimum(y.astype(np.intp), rows - 2)
+    u, v = x - column, y - row
+    upper = integral[row, column] * (1 - u) + integral[row, column + 1] * u
+    lower = integral[row + 1, column] * (1 - u) + integral[row + 1, column + 1] * u
+    return np.asarray(upper * (1 - v) + lower * v)
+
+
+def glass_rgb(rgb: NDArray[np.uint8], background_rgb: tuple[int, int, int]) -> NDArray[np.float64]:
+    """The colour of clean glass on this slide: scanned glass is seldom the white of the metadata.
+
+    It is the brightest that is nearly grey, nearly as bright as the unscanned background, and not that very
+    colour (which fills what was not scanned, and would hide the scanned glass beside it).
+    """
+    background = np.asarray(background_rgb)
+    chroma = rgb.max(axis=2).astype(np.int16) - rgb.min(axis=2)
+    is_glass = (rgb >= _GLASS_SHARE * background).all(axis=2) & (chroma <= _GLASS_CHROMA)
+    is_glass &= (rgb != background).any(axis=2)
+    if is_glass.mean() < _GLASS_LEAST:
+        return background.astype(np.float64)
+    glass = rgb[is_glass]
+    brightness = glass.sum(axis=1, dtype=np.int32)
+    return np.asarray(np.median(glass[brightness >= np.percentile(brightness, 90)], axis=0))
+
+
+def optical_density(rgb: NDArray[np.uint8], glass: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Optical density against glass, length of the vector over the channels; 0 where brighter than glass."""
+    table = np.log10((glass + 1) / (np.arange(256.0)[:, None] + 1)).clip(0) ** 2
+    squares = table.astype(np.float32)
+    return np.asarray(np.sqrt(sum(squares[:, channel][rgb[..., channel]] for channel in range(3))))
+
+
+def _light(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Light above the dark ground, as a share of full scale."""
+    brightest = rgb.max(axis=2)
+    ground = np.percentile(brightest, 5)
+    return np.asarray((brightest - np.float32(ground)).clip(0) / np.float32(255))
+
+
+def _threshold(signal: NDArray[np.float32], bounds: tuple[float, float]) -> float:
+    """Otsu's threshold on the logarithm of a signal, within bounds.
+
+    On the logarithm, because stained tissue is many times denser than pale tissue, and on a linear scale the
+    best cut lies between those two instead of beside the glass.
+    """
+    low, high = bounds[0] / 4, 2.0
+    counts, edges = np.histogram(
+        np.log(signal.clip(low, high)), bins=256, range=(math.log(low), math.log(high))
+    )
+    centres = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts)[:-1]
+    above = counts.sum() - below
+    moment = np.cumsum(counts * centres)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = below * above * (moment[:-1] / below - (moment[-1] - moment[:-1]) / above) ** 2
+    if not np.any(between > 0):
+        return bounds[1]
+    best = float(np.exp(edges[1:-1][int(np.nanargmax(between))]))
+    return min(max(best, bounds[0]), bounds[1])
+
+
+def _close(mask: NDArray[np.bool_], radius_px: int) -> NDArray[np.bool_]:
+    """Closing by an octagon, as if the image lay on an endless empty plane: its border adds no tissue.
+
+    An octagon is a square grown by a diamond. A square alone would reach half as far again along the
+    diagonals, and leave boxes around whatever is scattered beside the tissue.
+    """
+    from scipy import ndimage
+
+    # So shared out, the octagon is a regular one.
+    diamond = round(radius_px * (2 - math.sqrt(2)))
+    square = 2 * (radius_px - diamond) + 1
+    padded = np.pad(mask, radius_px)
+    cross = ndimage.generate_binary_structure(2, 1)
+    if diamond:
+        padded = ndimage.binary_dilation(padded, cross, iterations=diamond)
+    closed = ndimage.maximum_filter(padded.view(np.uint8), square)
+    closed = ndimage.minimum_filter(closed, square, mode="constant").astype(bool)
+    if diamond:
+        closed = ndimage.binary_erosion(closed, cross, iterations=diamond)
+    height, width = mask.shape
+    return np.asarray(closed[radius_px : radius_px + height, radius_px : radius_px + width])

@@ -1,0 +1,408 @@
+"""Is every byte of a cache what was written? And if not, the damaged tiles made again.
+
+A group is checked against itself: its metadata document seals itself and lists the checksums of all other
+files (:func:`slidetl.tiles.store.sealed`), each tile has its own crc32c, and a shard must consist of its
+tiles and its index and nothing else. Features are stored later, and seal themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from slidetl.errors import (
+    CacheCorruptError,
+    CacheMismatchError,
+    CacheMissingError,
+    SlideReadError,
+    SpacingError,
+)
+from slidetl.slides import Slide, open_slide
+from slidetl.slides.decoding import map_in_order
+from slidetl.tiles.codec import TileCodec, tile_codec
+from slidetl.tiles.cut import check_unreadable, encode_tile, encode_tiles
+from slidetl.tiles.ledger import LedgerRow
+from slidetl.tiles.lock import slide_lock
+from slidetl.tiles.plan import TilePlan, plan_tiles
+from slidetl.tiles.store import (
+    FEATURES,
+    INDEX_BYTES,
+    MISSING,
+    TILES_PER_SHARD,
+    CacheHeader,
+    Shard,
+    building_path,
+    file_digest,
+    read_array,
+    read_header,
+    read_json,
+    read_sealed,
+    shard_name,
+    shard_path,
+)
+from slidetl.tiles.writer import CacheWriter
+
+_FAILS = "it fails its checksum"
+_FEATURES_FAIL = "these features fail their checksum; run 'slidetl embed' again"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong with a cache.
+
+    Attributes:
+        file: where, relative to the group.
+        what: one line.
+        tiles: the numbers of the tiles that are lost by it; empty if none is, or all are.
+    """
+
+    file: str
+    what: str
+    tiles: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.what}"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What became of checking one slide's cache.
+
+    Attributes:
+        path: the group.
+        header: what the group, or the copy in it, says of itself; None if neither can be read.
+        tiles: how many the cache should have; 0 if that is not known.
+        bytes: how many were read.
+        findings: what is wrong; empty if nothing is.
+    """
+
+    path: Path
+    header: CacheHeader | None
+    tiles: int
+    bytes: int
+    findings: tuple[Finding, ...]
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether every byte is what was written."""
+        return not self.findings
+
+
+def verify_cache(
+    path: Path, row: LedgerRow | None = None, decode: bool = False, threads: int = 1
+) -> Verification:
+    """Reads a slide's cache whole and finds any byte that is not what was written.
+
+    Args:
+        path: the group, ``<cache>/<slide_id>.zarr``.
+        row: of the slide in the ledger; its fingerprint must be that of the cache.
+        decode: also decode every tile. One that was copied from a slide which is damaged within its
+            compressed data is exactly what was written, and still cannot be read.
+        threads: that decode at a time.
+
+    Raises:
+        CacheMissingError: there is no such folder.
+        CacheMismatchError: it is in another version of the format.
+    """
+    if not path.is_dir():
+        raise CacheMissingError(f"{path}: no tile cache here; make it with 'slidetl tile'")
+    findings: list[Finding] = []
+    header, listed = _read_root(path, findings)
+    if header is not None:
+        if f"{header.slide_id}.zarr" != path.name:
+            findings.append(Finding("zarr.json", f"foreign slide: these are tiles of {header.slide_id}"))
+        if row is not None and row.fingerprint and row.fingerprint != header.fingerprint:
+            findings.append(
+                Finding(
+                    "zarr.json",
+                    f"foreign slide: made from {header.fingerprint[:12]}, "
+                    f"the ledger's slide is {row.fingerprint[:12]}",
+                )
+            )
+    files = {str(p.relative_to(path)) for p in path.rglob("*") if not p.is_dir() or p.is_symlink()}
+    size = sum((path / name).lstat().st_size for name in files)
+    tiles = _count_tiles(path)
+    core = {name for name in files if Path(name).parts[0] != FEATURES} - {"zarr.json"}
+    for name in sorted(core):
+        findings.extend(_check_file(path, name, listed, tiles))
+    for name in sorted(set(listed or ()) - core):
+        findings.append(Finding(name, "missing", _tiles_of(name, tiles)))
+    findings.extend(_check_features(path, files - core - {"zarr.json"}))
+    if decode and header is not None:
+        damaged = {tile for finding in findings for tile in finding.tiles}
+        sound = [tile for tile in range(tiles) if tile not in damaged]
+        findings.extend(_check_pixels(path, header, sound, threads))
+    return Verification(path, header, tiles, size, tuple(findings))
+
+
+def repair_cache(found: Verification, slide_path: Path) -> Verification:
+    """Makes the damaged parts of a cache again, byte for byte, from the slide; sound tiles are copied.
+
+    The group is built beside the old one and put in its place at once. Features that are damaged are not
+    made again here; they are dropped, and the others kept. A tile that the slide cannot give (any more) is
+    left out and counted, as when tiling; features, which have a row for each tile, are then dropped as well.
+
+    Args:
+        found: what :func:`verify_cache` said.
+        slide_path: the slide that the cache was made from.
+
+    Returns:
+        The verification of the mended cache.
+
+    Raises:
+        CacheMismatchError: the slide is another one.
+        CacheCorruptError: both copies of the cache's description are damaged.
+        SlideError: the slide cannot be read, or more than a tenth of its tiles cannot.
+    """
+    path, header = found.path, found.header
+    if header is None:
+        raise CacheCorruptError(
+            f"{path}: both copies of its description are damaged; tile the slide again with --overwrite"
+        )
+    slide_id = path.name.removesuffix(".zarr")
+    with slide_lock(path.parent, slide_id) as lock, _open_same(slide_path, header) as slide:
+        plan = plan_tiles(slide, header.spec)
+        kept = _kept_in_plan(found, header, plan)
+        damaged = {tile for finding in found.findings for tile in finding.tiles}
+        tile_of = {wanted: tile for tile, wanted in enumerate(kept) if tile not in damaged}
+        # What could not be read when the cache was made is left out of it again.
+        left_out = set(range(len(plan))) - set(kept)
+        with CacheWriter(
+            path.parent,
+            replace(header, tiles_unreadable=0),
+            plan.origins_level0,
+            plan.tissue_fraction,
+            plan.quality,
+            plan.thumbnail,
+            plan.tissue_mask,
+        ) as writer:
+            numbers = range(writer.next_tile, len(plan))
+            made = _encoded(slide, plan, [n for n in numbers if n not in tile_of and n not in left_out])
+            for number in numbers:
+                if number % TILES_PER_SHARD == 0:
+                    lock.check()
+                if number in left_out:
+                    writer.add(number, None)
+                elif number in tile_of:
+                    writer.add(number, _payload(path, tile_of[number]))
+                else:
+                    payload, error = next(made)
+                    writer.add(number, payload)
+                    if error is not None:
+                        check_unreadable(plan, writer.unreadable, error)
+            if writer.unreadable == len(left_out):
+                _link_sound_features(found, building_path(path.parent, slide_id) / "group")
+            lock.check()
+            writer.finish()
+    return verify_cache(path)
+
+
+def _read_root(path: Path, findings: list[Finding]) -> tuple[CacheHeader | None, dict[str, str] | None]:
+    """What the group says of itself, and the checksums it lists; each None where it cannot be trusted."""
+    try:
+        attributes = read_sealed(path)["attributes"]
+        return CacheHeader.from_attributes(attributes), dict(attributes["checksums"])
+    except (CacheCorruptError, CacheMissingError, KeyError, TypeError) as error:
+        _refuse_other_format(path)
+        findings.append(Finding("zarr.json", "missing" if isinstance(error, CacheMissingError) else _FAILS))
+    try:
+        return CacheHeader.from_attributes(read_sealed(path / "tiles")["attributes"]), None
+    except (CacheCorruptError, CacheMissingError, KeyError, TypeError):
+        return None, None
+
+
+def _refuse_other_format(path: Path) -> None:
+    """An older cache has no seal, and is not damaged; a damaged one still has it, or the version."""
+    with contextlib.suppress(CacheCorruptError, CacheMissingError):
+        attributes = read_json(path).get("attributes")
+        if isinstance(attributes, dict) and "crc32c" not in attributes:
+            read_header(path)
+
+
+def _count_tiles(path: Path) -> int:
+    for node in ("tiles", "origin_level0"):
+        with contextlib.suppress(CacheCorruptError, CacheMissingError, KeyError, TypeError, IndexError):
+            return int(read_json(path / node)["shape"][0])
+    return 0
+
+
+def _check_file(path: Path, name: str, listed: dict[str, str] | None, tiles: int) -> Iterator[Finding]:
+    if not (path / name).is_file() or (path / name).is_symlink():
+        yield Finding(name, "not a plain file", _tiles_of(name, tiles))
+    elif listed is not None and name not in listed:
+        yield Finding(name, "not part of the cache")
+    elif name.startswith("tiles/c/"):
+        yield from _check_shard(path, name, None if listed is None else listed[name], tiles)
+    elif listed is not None:
+        try:
+            content = (path / name).read_bytes()
+        except OSError as error:
+            yield Finding(name, f"cannot be read: {error.strerror}")
+        else:
+            if file_digest(content) != listed[name]:
+                yield Finding(name, _FAILS)
+
+
+def _check_shard(path: Path, name: str, expected: str | None, tiles: int) -> Iterator[Finding]:
+    every = _tiles_of(name, tiles)
+    try:
+        shard = Shard(path / name)
+        chunks = [(place, *entry) for place, entry in enumerate(shard.index) if entry[0] != MISSING]
+        end = 0
+        for _, offset, length in chunks:
+            if offset != end or length < 4:
+                yield Finding(name, "its tiles do not lie one after the other", every)
+                return
+            end += length
+        if end + INDEX_BYTES != shard.size:
+            yield Finding(name, "it has bytes that belong to no tile", every)
+            return
+        damaged = False
+        for place in shard.damaged():
+            damaged = True
+            tile = every[0] + place if every else place
+            yield Finding(name, f"tile {tile} fails its checksum", (tile,))
+        if not damaged and expected is not None and shard.digest() != expected:
+            yield Finding(name, "sound, but not the shard that was written here", every)
+    except CacheCorruptError:
+        yield Finding(name, "its index fails its checksum", every)
+    except OSError as error:
+        yield Finding(name, f"cannot be read: {error.strerror}", every)
+
+
+def _check_pixels(path: Path, header: CacheHeader, tiles: list[int], threads: int) -> Iterator[Finding]:
+    codec = tile_codec(header.spec)
+    side = header.spec.tile_size_px
+
+    def is_readable(tile: int) -> bool:
+        return _is_readable(codec, _payload(path, tile), side)
+
+    for tile, is_sound in zip(tiles, map_in_order(is_readable, tiles, threads), strict=True):
+        if not is_sound:
+            name = shard_name(tile // TILES_PER_SHARD)
+            yield Finding(name, f"tile {tile} cannot be decoded: the slide is damaged there", (tile,))
+
+
+def _is_readable(codec: TileCodec, payload: bytes, side_px: int) -> bool:
+    try:
+        return codec.decode(payload).shape == (side_px, side_px, 3)
+    except CacheCorruptError:
+        return False
+
+
+def _tiles_of(name: str, tiles: int) -> tuple[int, ...]:
+    """The tiles of a shard, by its file; none for other files."""
+    parts = Path(name).parts
+    if len(parts) != 6 or parts[:2] != ("tiles", "c") or not parts[2].isdecimal():
+        return ()
+    first = int(parts[2]) * TILES_PER_SHARD
+    return tuple(range(first, min(first + TILES_PER_SHARD, tiles or first + TILES_PER_SHARD)))
+
+
+def _check_features(path: Path, files: set[str]) -> Iterator[Finding]:
+    """Each array of features: a sealed description and one chunk with its crc32c."""
+    known = set()
+    for name in sorted(files):
+        if Path(name).name != "zarr.json":
+            continue
+        known.add(name)
+        node = (path / name).parent
+        try:
+            about = read_sealed(node)
+            if about.get("node_type") == "array":
+                chunk = node.joinpath("c", *("0" for _ in about["shape"]))
+                known.add(str(chunk.relative_to(path)))
+                read_array(node)
+        except (CacheCorruptError, CacheMissingError, KeyError, TypeError):
+            name = str(node.relative_to(path))
+            known.update(file for file in files if file.startswith(f"{name}/") and name != FEATURES)
+            yield Finding(name, _FEATURES_FAIL)
+    for name in sorted(files - known):
+        yield Finding(name, "not part of the cache")
+
+
+def _link_sound_features(found: Verification, group: Path) -> None:
+    """Features outlive a repair of the tiles, which changes no pixel."""
+    source = found.path / FEATURES
+    if not source.is_dir() or (group / FEATURES).exists():
+        return
+    damaged = {Path(finding.file) for finding in found.findings}
+    (group / FEATURES).mkdir(parents=True)
+    if Path(FEATURES) not in damaged:
+        os.link(source / "zarr.json", group / FEATURES / "zarr.json")
+    for node in sorted(source.iterdir()):
+        if node.is_dir() and not any(p.is_relative_to(node.relative_to(found.path)) for p in damaged):
+            shutil.copytree(node, group / FEATURES / node.name, copy_function=os.link)
+
+
+@contextlib.contextmanager
+def _open_same(slide_path: Path, header: CacheHeader) -> Iterator[Slide]:
+    """Opens the slide of a cache, at the spacing that it was given then."""
+    with contextlib.ExitStack() as stack:
+        try:
+            slide = stack.enter_context(open_slide(slide_path, icc=header.spec.icc))
+            is_same = slide.info.mpp_level0 == header.mpp_level0
+        except SpacingError:
+            is_same = False
+        if not is_same:
+            slide = stack.enter_context(open_slide(slide_path, header.mpp_level0[0], header.spec.icc))
+        if (slide.info.fingerprint, slide.info.mpp_level0) != (header.fingerprint, header.mpp_level0):
+            raise CacheMismatchError(
+                f"{slide_path}: not the slide that the cache of {header.slide_id} was made from; "
+                "name the right one with --slides, or tile again with --overwrite"
+            )
+        yield slide
+
+
+def _kept_in_plan(found: Verification, header: CacheHeader, plan: TilePlan) -> list[int]:
+    """The number in the plan of each tile of the cache."""
+    is_damaged = any(Path(finding.file).parts[0] == "origin_level0" for finding in found.findings)
+    if not header.tiles_unreadable:
+        return list(range(len(plan)))
+    if is_damaged:
+        raise CacheCorruptError(
+            f"{found.path}: tiles were left out, and the list of which is damaged; "
+            "tile the slide again with --overwrite"
+        )
+    number_of = {origin: number for number, origin in enumerate(map(tuple, plan.origins_level0.tolist()))}
+    origins = read_array(found.path / "origin_level0").tolist()
+    try:
+        return [number_of[tuple(origin)] for origin in origins]
+    except KeyError as error:
+        raise CacheMismatchError(
+            f"{found.path}: this slidetl selects other tiles; tile the slide again with --overwrite"
+        ) from error
+
+
+def _encoded(
+    slide: Slide, plan: TilePlan, numbers: list[int]
+) -> Iterator[tuple[bytes | None, SlideReadError | None]]:
+    """Tiles of a plan, made as they were; neighbours share reads, so the plan stays whole.
+
+    Yields:
+        The bytes of a tile, or why it cannot be read.
+    """
+    codec = tile_codec(plan.spec)
+    tiles: Iterator[tuple[int, bytes | None]] = iter(())
+    at = -1
+    for number in numbers:
+        if at < 0 or number - at > TILES_PER_SHARD:
+            tiles = encode_tiles(slide, plan, number)
+        at = number
+        payload = next(payload for tile, payload in tiles if tile == number)
+        if payload is not None and _is_readable(codec, payload, plan.spec.tile_size_px):
+            yield payload, None
+            continue
+        try:
+            yield encode_tile(slide, plan, number), None
+        except SlideReadError as error:
+            yield None, error
+
+
+def _payload(path: Path, tile: int) -> bytes:
+    number, place = divmod(tile, TILES_PER_SHARD)
+    return Shard(shard_path(path, number)).chunk(place)

@@ -1,0 +1,410 @@
+"""Writing one slide's cache, shard by shard: a killed run continues, and nothing half-written is trusted.
+
+See docs/design/cache.md for the layout, and :mod:`slidetl.tiles.store` for reading.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from slidetl.errors import CacheCorruptError, UsageError
+from slidetl.tiles.codec import ZSTD_LEVEL, encode_zstd, tile_codec
+from slidetl.tiles.store import (
+    FEATURES,
+    MISSING,
+    TILES_PER_SHARD,
+    CacheHeader,
+    Shard,
+    SlideCache,
+    building_path,
+    cache_path,
+    checksum,
+    file_digest,
+    sealed,
+    shard_digest,
+    shard_name,
+    shard_path,
+)
+from slidetl.tiles.tissue import TissueMask
+
+# A note of what is safe on the disk is made at most so often. Every one waits for the disk, which would hold
+# up the copying of tiles more than all else; what it may cost a killed run is the work of that time.
+_NOTE_SECONDS = 0.5
+
+_SYNCED_TOGETHER = 16
+
+
+class CacheWriter:
+    """Writes one slide's cache, shard by shard, so that a killed run loses next to nothing.
+
+    The group grows in ``<cache>/.building/<slide_id>/group`` and is renamed to its place when it is whole.
+    ``progress.json`` beside it says how far it came, and for which slide and parameters: what was begun for
+    others is thrown away. The caller holds :func:`slide_lock`.
+
+    Shards are committed in a thread of their own, so that the next tiles are read while the disk works. It is
+    a context manager: on leaving, nothing writes any more, and what was written is noted.
+
+    Args:
+        cache_dir: the folder of all caches.
+        header: of the slide; ``tiles_unreadable`` is counted here.
+        origins_level0: ``[N, 2] int32``, all the tiles wanted, readable or not.
+        tissue_fraction: ``[N] float32``.
+        quality: ``[N] float32`` each, by name.
+        thumbnail: ``[h, w, 3] uint8``.
+        tissue_mask: its mask, and the spacing of both.
+        check: called before every commit; it raises if the slide is no longer this writer's.
+    """
+
+    def __init__(
+        self,
+        cache_dir: Path,
+        header: CacheHeader,
+        origins_level0: NDArray[np.int32],
+        tissue_fraction: NDArray[np.float32],
+        quality: Mapping[str, NDArray[np.float32]],
+        thumbnail: NDArray[np.uint8],
+        tissue_mask: TissueMask,
+        check: Callable[[], object] | None = None,
+    ) -> None:
+        self._header = header
+        self._origins = origins_level0
+        self._fraction = tissue_fraction
+        self._quality = quality
+        self._thumbnail = thumbnail
+        self._mask = tissue_mask
+        self._check = check or (lambda: None)
+        self._target = cache_path(cache_dir, header.slide_id)
+        self._building = building_path(cache_dir, header.slide_id)
+        self._group = self._building / "group"
+        self._pending: list[bytes] = []
+        self._unreadable: list[int] = []
+        self._next = 0
+        self._shards = 0
+        self._committer = ThreadPoolExecutor(1)
+        self._commit: Future[None] | None = None
+        self._syncer = ThreadPoolExecutor(_SYNCED_TOGETHER)
+        self._syncing: list[Future[None]] = []
+        # A single shard is sooner made again than its thirty files and folders are made durable one by one.
+        # After a power cut, the seal tells whether it is whole (`slidetl.tiles.store.is_intact`).
+        self._is_small = len(origins_level0) <= TILES_PER_SHARD
+        self._digests: dict[str, str] = {}
+        self._unnoted: dict[str, Any] | None = None
+        self._noted_s = -math.inf
+        self._resume()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._committer.shutdown()
+        # Whoever lost the slide, or the disk, has another error on its way.
+        with contextlib.suppress(OSError):
+            self._note()
+        self._syncer.shutdown()
+
+    @property
+    def next_tile(self) -> int:
+        """The first of the tiles wanted that is still to be added."""
+        return self._next
+
+    @property
+    def unreadable(self) -> int:
+        """How many tiles could not be read so far."""
+        return len(self._unreadable)
+
+    def add(self, tile: int, payload: bytes | None) -> None:
+        """Adds the next tile.
+
+        Args:
+            tile: its number among the tiles wanted; it must be :attr:`next_tile`.
+            payload: its bytes as :class:`~slidetl.tiles.codec.TileCodec` makes them; None if unreadable.
+
+        Raises:
+            UsageError: tiles come out of order.
+            OSError: an earlier shard could not be written.
+        """
+        if tile != self._next:
+            raise UsageError(f"tile {self._next} was to be added next, not {tile}")
+        self._next += 1
+        if payload is None:
+            self._unreadable.append(tile)
+        else:
+            self._pending.append(payload)
+            if len(self._pending) == TILES_PER_SHARD:
+                self._commit_shard()
+
+    def finish(self) -> SlideCache:
+        """Writes what is pending and all metadata, then puts the cache in its place.
+
+        Raises:
+            UsageError: not all tiles were added.
+        """
+        if self._next != len(self._origins):
+            raise UsageError(f"{self._next} of {len(self._origins)} tiles were added")
+        self._committed()
+        self._committer.shutdown()
+        if self._pending:
+            self._write_shard(self._shards, self._pending, None)
+        self._unnoted = None  # the group is whole before anyone could read the note
+        self._write_metadata()
+        if not self._is_small:
+            self._sync_group()
+        self._check()
+        if self._target.exists():
+            self._target.rename(self._building / "old")
+        self._group.rename(self._target)
+        if not self._is_small:
+            _fsync(self._target.parent)
+        shutil.rmtree(self._building)
+        return SlideCache.open(self._target, self._header.spec)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for tiles that were begun to be continued."""
+        plan = google_crc32c.value(self._origins.tobytes() + self._fraction.tobytes())
+        return {**self._header.identity(), "tiles_wanted": len(self._origins), "plan": plan}
+
+    def _resume(self) -> None:
+        try:
+            progress = json.loads((self._building / "progress.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            progress = {}
+        shards = (progress.get("next_tile", 0) - len(progress.get("unreadable", ()))) // TILES_PER_SHARD
+        try:
+            digests = {
+                shard_name(shard): Shard(shard_path(self._group, shard)).digest() for shard in range(shards)
+            }
+        except (FileNotFoundError, CacheCorruptError):
+            digests = None  # after a power cut the note may be there and a shard not
+        if progress.get("identity") == self._identity() and digests is not None:
+            self._next, self._unreadable, self._shards = progress["next_tile"], progress["unreadable"], shards
+            self._digests = digests
+        elif self._building.exists():
+            shutil.rmtree(self._building)
+        self._group.mkdir(parents=True, exist_ok=True)
+
+    def _commit_shard(self) -> None:
+        """Has the pending tiles committed once those before them are: no more than two shards are held."""
+        self._committed()
+        progress: dict[str, Any] | None = None
+        if len(self._pending) == TILES_PER_SHARD:
+            progress = {
+                "identity": self._identity(),
+                "next_tile": self._next,
+                "unreadable": self._unreadable.copy(),
+            }
+        self._commit = self._committer.submit(self._write_shard, self._shards, self._pending, progress)
+        self._pending = []
+        self._shards += 1
+
+    def _committed(self) -> None:
+        """Waits for the shard that is being written, and raises what went wrong with it."""
+        if self._commit is not None:
+            self._commit.result()
+
+    def _write_shard(self, shard: int, payloads: list[bytes], progress: dict[str, Any] | None) -> None:
+        """Until it is noted, a shard is not trusted; so it needs no temporary name."""
+        self._check()
+        path = shard_path(self._group, shard)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parts, self._digests[shard_name(shard)] = pack_shard(payloads)
+        _write(path, parts)
+        if self._is_small:
+            return
+        # While the next tiles are read, the disk takes these.
+        self._sync(path, *list(path.parents)[:3])
+        self._unnoted = progress
+        if time.monotonic() - self._noted_s >= _NOTE_SECONDS:
+            self._note()
+
+    def _note(self) -> None:
+        """Shards first, then the note that they are there: a kill between the two costs their repetition."""
+        if self._unnoted is None:
+            return
+        self._check()
+        self._synced()
+        note = json.dumps(self._unnoted).encode()
+        _replace(self._building / "progress.json", note, self._building / "progress.tmp")
+        self._unnoted = None
+        self._noted_s = time.monotonic()
+
+    def _sync(self, *paths: Path) -> None:
+        """Begins to make files and folders durable; several at a time, which the disk does together."""
+        self._syncing += [self._syncer.submit(_fsync, path) for path in paths]
+
+    def _synced(self) -> None:
+        """Waits for them, and raises what went wrong."""
+        for done in self._syncing:
+            done.result()
+        self._syncing = []
+
+    def _sync_group(self) -> None:
+        """Makes all of the group durable."""
+        shards = self._group / "tiles" / "c"
+        self._sync(self._group, shards)
+        for node in self._group.iterdir():
+            self._sync(node, *(path for path in node.rglob("*") if shards not in (path, *path.parents)))
+        self._synced()
+
+    def _write_metadata(self) -> None:
+        """Writes all but the shards, by zarr's specification; the document with the seal comes last."""
+        # A run killed in here left some of it.
+        for entry in self._group.iterdir():
+            if entry.name not in ("tiles", FEATURES):  # those of a cache under repair
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+        is_readable = np.ones(len(self._origins), bool)
+        is_readable[self._unreadable] = False
+        spacing = {"mpp": self._mask.mpp}
+        arrays: dict[str, tuple[NDArray[Any], dict[str, Any]]] = {
+            "origin_level0": (self._origins[is_readable], {}),
+            "tissue_fraction": (self._fraction[is_readable], {}),
+            **{name: (values[is_readable], {}) for name, values in self._quality.items()},
+            "thumbnail": (self._thumbnail, spacing),
+            "tissue_mask": (self._mask.mask, spacing),
+        }
+        for name, (values, about) in arrays.items():
+            self._put(f"{name}/zarr.json", json.dumps(_array_document(values, about), indent=2).encode())
+            chunk = encode_zstd(values.astype(values.dtype.newbyteorder("<")).tobytes())
+            self._put("/".join((name, "c", *"0" * values.ndim)), chunk + checksum(chunk))
+
+        attributes = {**self._header.to_attributes(), "tiles_unreadable": len(self._unreadable)}
+        tiles = _tiles_document(int(is_readable.sum()), self._header, attributes)
+        self._put("tiles/zarr.json", sealed(tiles))
+        attributes = {**attributes, "complete": True, "checksums": dict(sorted(self._digests.items()))}
+        group = {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
+        (self._group / "zarr.json").write_bytes(sealed(group))
+
+    def _put(self, name: str, content: bytes) -> None:
+        path = self._group / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        self._digests[name] = file_digest(content)
+
+
+def _tiles_document(count: int, header: CacheHeader, attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of the tiles, as zarr writes them."""
+    side = header.spec.tile_size_px
+    serializer, compressors = tile_codec(header.spec).zarr_codecs()
+    codecs = [serializer.to_dict(), *(codec.to_dict() for codec in compressors), _CRC32C]
+    return _document(
+        shape=[count, side, side, 3],
+        dtype="uint8",
+        chunk_shape=[TILES_PER_SHARD, side, side, 3],
+        codecs=[
+            {
+                "name": "sharding_indexed",
+                "configuration": {
+                    "chunk_shape": [1, side, side, 3],
+                    "codecs": codecs,
+                    "index_codecs": [_LITTLE_ENDIAN, _CRC32C],
+                    "index_location": "end",
+                },
+            }
+        ],
+        attributes=attributes,
+        dimension_names=["tile", "y", "x", "channel"],
+    )
+
+
+def _array_document(values: NDArray[Any], attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of an array in one chunk, as zarr writes them."""
+    zstd = {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}}
+    return _document(
+        shape=list(values.shape),
+        dtype=values.dtype.name,
+        chunk_shape=list(values.shape),
+        codecs=[_LITTLE_ENDIAN if values.dtype.itemsize > 1 else {"name": "bytes"}, zstd, _CRC32C],
+        attributes=attributes,
+    )
+
+
+_CRC32C = {"name": "crc32c"}
+_LITTLE_ENDIAN = {"name": "bytes", "configuration": {"endian": "little"}}
+
+
+def _document(
+    shape: list[int],
+    dtype: str,
+    chunk_shape: list[int],
+    codecs: list[dict[str, Any]],
+    attributes: Mapping[str, Any],
+    **more: Any,
+) -> dict[str, Any]:
+    return {
+        "shape": shape,
+        "data_type": dtype,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk_shape}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": np.dtype(dtype).type().item(),
+        "codecs": codecs,
+        "attributes": dict(attributes),
+        **more,
+        "zarr_format": 3,
+        "node_type": "array",
+        "storage_transformers": [],
+    }
+
+
+def pack_shard(payloads: Sequence[bytes]) -> tuple[list[bytes], str]:
+    """A shard by zarr's sharding specification: chunks with their crc32c, then the index with its own.
+
+    Args:
+        payloads: at most ``TILES_PER_SHARD`` encoded tiles, in order.
+
+    Returns:
+        The shard in parts, and its digest (:func:`slidetl.tiles.store.shard_digest`).
+    """
+    index = np.full((TILES_PER_SHARD, 2), MISSING, "<u8")
+    parts: list[bytes] = []
+    offset = 0
+    for place, payload in enumerate(payloads):
+        index[place] = offset, len(payload) + 4
+        offset += len(payload) + 4
+        parts += (payload, checksum(payload))
+    packed = index.tobytes()
+    packed += checksum(packed)
+    return [*parts, packed], shard_digest(parts[1::2], packed)
+
+
+def _write(path: Path, parts: Sequence[bytes]) -> None:
+    """Writes a file without putting its parts together first, which would cost as much as to write them."""
+    with path.open("wb", buffering=0) as file:
+        written = os.writev(file.fileno(), parts)
+        rest = memoryview(b"".join(parts))[written:] if written < sum(map(len, parts)) else b""
+        while rest:
+            rest = rest[file.write(rest) :]  # says why, if it is the disk that is full
+
+
+def _replace(path: Path, data: bytes, temporary: Path) -> None:
+    """Writes a file so that after a crash it has all of the new content, or none."""
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        temporary.unlink(missing_ok=True)  # on a full disk it would keep the space that is wanting
+        raise
+    temporary.replace(path)
+    _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

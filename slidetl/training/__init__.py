@@ -1,0 +1,1 @@
+"""Trains and tests networks: LightningModules, schedules, checkpoints, embeddings."""

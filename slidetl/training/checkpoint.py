@@ -1,0 +1,170 @@
+"""Reading a checkpoint without running anything that it brings along."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from argparse import ArgumentError
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_origin, get_type_hints
+
+import torch
+from pytorch_lightning.cli import instantiate_module
+
+from slidetl.data.tasks import Task
+from slidetl.errors import CheckpointError, SlidetlError
+from slidetl.models import transfer
+from slidetl.models.backbones import BackboneSpec
+from slidetl.models.targets import Targets
+from slidetl.training.grader import SlideGrader
+
+_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_CLASSES = ("aggregator", "head", "transfer", "schedule")
+_VALUES = {"backbone": BackboneSpec, "targets": Targets}
+_PARAMETERS = frozenset(inspect.signature(SlideGrader).parameters)
+
+
+def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
+    """Reads a checkpoint as plain values and tensors, and checks its hyper-parameters.
+
+    Building a module imports every class that they name, and an import runs code. So they must have the
+    very form in which ``slidetl fit`` writes them, and name nothing but ``slidetl.*`` and what the user
+    allows.
+
+    Args:
+        path: a ``.ckpt`` file.
+        allow: further names or packages whose classes may be imported, e.g. ``mylab.heads``.
+
+    Returns:
+        The checkpoint. Its ``hyper_parameters`` are the arguments of
+        :class:`~slidetl.training.grader.SlideGrader`, as plain values.
+
+    Raises:
+        CheckpointError: unreadable without unpickling objects, of another form, or it names a class that
+            is not allowed.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises whatever its unpickler meets in a foreign file
+        raise CheckpointError(
+            f"{path}: not loaded, holds more than plain values and tensors: {str(error).splitlines()[0]}"
+        ) from error
+    is_ours = isinstance(checkpoint, dict) and {"hyper_parameters", "state_dict"} <= checkpoint.keys()
+    if not is_ours or not isinstance(checkpoint["hyper_parameters"], dict):
+        raise CheckpointError(f"{path}: expected a checkpoint of 'slidetl fit', found something else")
+    loaded: dict[str, Any] = checkpoint
+    values = loaded["hyper_parameters"]
+    values.pop("_instantiator", None)  # how Lightning would build the module; we do it ourselves
+    try:
+        _check_hyper_parameters(values, allow)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return loaded
+
+
+def load_grader(path: Path, allow: Sequence[str] = ()) -> SlideGrader:
+    """Builds the grader that a checkpoint holds, on the CPU, in evaluation mode.
+
+    Args:
+        path: a ``.ckpt`` file.
+        allow: as for :func:`read_checkpoint`.
+
+    Raises:
+        CheckpointError: see :func:`read_checkpoint`; or the state does not fit.
+    """
+    checkpoint = read_checkpoint(path, allow)
+    try:
+        grader = instantiate_module(SlideGrader, checkpoint["hyper_parameters"])
+        grader.load_state_dict(checkpoint["state_dict"])
+        grader.on_load_checkpoint(checkpoint)
+    except (ArgumentError, RuntimeError, KeyError, TypeError, ValueError, SlidetlError) as error:
+        reason = next(line for line in reversed(str(error).splitlines()) if line.strip()).strip()
+        raise CheckpointError(f"{path}: no network can be built from it: {reason}") from error
+    return grader.eval()
+
+
+def _check_hyper_parameters(values: dict[Any, Any], allow: Sequence[str]) -> None:
+    unknown = [key for key in values if key not in _PARAMETERS]
+    if unknown:
+        raise CheckpointError(
+            f"unknown hyper-parameter {unknown[0]!r}; it is not from this version of slidetl fit"
+        )
+    for key, value in values.items():
+        if key in _CLASSES:
+            _check_class(key, value, allow)
+        elif key in _VALUES:
+            _check_values(key, value, _VALUES[key])
+        elif key == "tasks":
+            for task in value if isinstance(value, list) else [value]:
+                _check_values(key, task, Task)
+        elif not _is_plain(value):
+            raise CheckpointError(f"expected a plain value for {key}, found {value!r}")
+
+
+def _check_values(key: str, value: Any, of: type[Any]) -> None:
+    """The fields of a frozen dataclass, each a plain value or a list of such."""
+    known = {field.name for field in fields(of)}
+    if (
+        not isinstance(value, dict)
+        or not value.keys() <= known
+        or not all(_is_plain(content) for content in value.values())
+    ):
+        raise CheckpointError(f"expected {key} to have {', '.join(sorted(known))}, found {value!r}")
+
+
+def _check_class(key: str, value: Any, allow: Sequence[str]) -> None:
+    """Exactly ``{class_path: NAME, init_args: {NAME: plain value}}``, the name an allowed one."""
+    if (
+        not isinstance(value, dict)
+        or not value.keys() <= {"class_path", "init_args"}
+        or "class_path" not in value
+    ):
+        raise CheckpointError(f"expected {key} to be a class_path with init_args, found {value!r}")
+    name, arguments = value["class_path"], value.get("init_args", {})
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise CheckpointError(f"expected the class_path of {key} to be the name of a class, found {name!r}")
+    if not any(name == prefix or name.startswith(f"{prefix}.") for prefix in ("slidetl", *allow)):
+        raise CheckpointError(
+            f"it would import {name!r}, which is neither slidetl's nor allowed; "
+            f"if you trust it, add --allow {name}"
+        )
+    if not isinstance(arguments, dict):
+        raise CheckpointError(f"expected the init_args of {key} to be names and values, found {arguments!r}")
+    texts = _text_arguments(name)
+    for argument, content in arguments.items():
+        # A text could name a class or a file with a configuration, except where nothing but text is meant.
+        is_text = argument in texts
+        values = content if is_text and isinstance(content, (list, tuple)) else [content]
+        if (
+            not isinstance(argument, str)
+            or not argument.isidentifier()
+            or not all(_is_scalar(value, text=is_text) for value in values)
+        ):
+            raise CheckpointError(
+                f"expected plain numbers as init_args of {key}, found {argument!r}: {content!r}"
+            )
+
+
+def _text_arguments(class_path: str) -> frozenset[str]:
+    """Which arguments of slidetl's own strategies are typed as text or as one of a few words."""
+    module, _, name = class_path.rpartition(".")
+    strategy = getattr(transfer, name, None) if module == transfer.__name__ else None
+    if not is_dataclass(strategy):
+        return frozenset()
+    types = get_type_hints(strategy)
+    is_text = {
+        key: types[key] in (str, tuple[str, ...]) or get_origin(types[key]) is Literal for key in types
+    }
+    return frozenset(key for key in is_text if is_text[key])
+
+
+def _is_plain(value: Any) -> bool:
+    return all(map(_is_scalar, value if isinstance(value, (list, tuple)) else [value]))
+
+
+def _is_scalar(value: Any, text: bool = True) -> bool:
+    return value is None or isinstance(value, (bool, int, float)) or (text and isinstance(value, str))

@@ -1,0 +1,256 @@
+"""Stored features of a study -> a classical grader, judged on the test part as ``slidetl test`` would."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidetl.data.datamodule import FIVE_GRADES, SlideDataModule
+from slidetl.data.datasets import CachedSlide
+from slidetl.errors import CacheMismatchError, UsageError
+from slidetl.evaluation.calibration import judged_probabilities
+from slidetl.evaluation.classical import (
+    LinearGrader,
+    Pool,
+    TreesGrader,
+    fit_cumulative_link,
+    fit_logistic,
+    fit_ridge,
+    fit_tile_grader,
+    fit_trees,
+    pool_tiles,
+    save_grader,
+)
+from slidetl.evaluation.metrics import GradeMetrics, grade_metrics
+from slidetl.tiles.features import read_features, read_source
+from slidetl.tiles.store import SlideCache
+from slidetl.training.grader import describe_metrics, draw_confusion
+from slidetl.training.predictions import SlidePrediction, write_predictions
+
+MODELS: dict[str, Callable[..., LinearGrader | TreesGrader]] = {
+    "ridge": fit_ridge,
+    "ordinal": fit_cumulative_link,
+    "logistic": fit_logistic,
+    "trees": fit_trees,
+}
+
+# The label of a tile that does not count towards its slide's grade.
+IGNORE = "ignore"
+
+
+@dataclass(frozen=True)
+class FeatureStudy:
+    """What is graded on what, and how it is split: as :class:`~slidetl.data.datamodule.SlideDataModule`.
+
+    Attributes:
+        manifest: the CSV of the study.
+        cache: the folder that ``slidetl tile`` and ``slidetl embed`` wrote.
+        names: of the stored features; several are joined, feature by feature.
+        grades: names of the grades, lowest first.
+        val_fraction: share of the slides for validation. There is no epoch to choose here, so these slides
+            are trained on; the figures stay comparable, since the test part is the same.
+        test_fraction: share of the slides for the test.
+        seed: of the split, the inner folds and the trees.
+    """
+
+    manifest: Path
+    cache: Path
+    names: tuple[str, ...]
+    grades: tuple[str, ...] = FIVE_GRADES
+    val_fraction: float = 0.15
+    test_fraction: float = 0.25
+    seed: int = 0
+
+    def parts(self) -> tuple[tuple[CachedSlide, ...], tuple[CachedSlide, ...]]:
+        """Slides to train on, and slides of the test.
+
+        Raises:
+            CacheMismatchError: the slides' features are not all of one network.
+            SlidetlError: as :class:`~slidetl.data.datamodule.SlideDataModule`.
+        """
+        data = SlideDataModule(
+            str(self.manifest),
+            str(self.cache),
+            list(self.grades),
+            val_fraction=self.val_fraction,
+            test_fraction=self.test_fraction,
+            seed=self.seed,
+            num_workers=0,
+        )
+        data.setup("test")
+        train, test = (*data.slides["train"], *data.slides["val"]), data.slides["test"]
+        for name in self.names:
+            first = read_source(test[0].cache, name)
+            for slide in (*train, *test):
+                if not read_source(slide.cache, name).same_network(first):
+                    raise CacheMismatchError(
+                        f"{slide.cache.path}: features {name!r} are of other weights than those of "
+                        f"{test[0].row.slide_id}; run 'slidetl embed' with --overwrite"
+                    )
+        return train, test
+
+    def features(self, cache: SlideCache) -> NDArray[np.float64]:
+        """``[N, D]`` of a slide's tiles, the named features joined."""
+        arrays = [read_features(cache, name) for name in self.names]
+        return np.concatenate(arrays, axis=1).astype(np.float64)
+
+
+def fit_pooled(
+    study: FeatureStudy, output: Path, model: str = "ridge", pool: Pool = "mean", k: int = 10
+) -> GradeMetrics:
+    """Fits a classical model on pooled features, and grades the test part.
+
+    Args:
+        study: the slides, and the features.
+        output: the folder for ``predictions.csv``, ``metrics.json``, ``confusion.png``, and ``model.npz``
+            if the model is linear.
+        model: one of :data:`MODELS`.
+        pool: how a slide's tiles become one vector, :func:`~slidetl.evaluation.classical.pool_tiles`.
+        k: of ``top-k``.
+
+    Returns:
+        The figures of the test part.
+
+    Raises:
+        UsageError: an unknown model, or a training part that cannot be fitted.
+        SlidetlError: as :meth:`FeatureStudy.parts`.
+    """
+    if model not in MODELS:
+        raise UsageError(f"--model must be one of {', '.join(MODELS)}, not {model!r}")
+    train, test = study.parts()
+    x, x_test = (
+        np.stack([pool_tiles(study.features(slide.cache), pool, k) for slide in part])
+        for part in (train, test)
+    )
+    grader = MODELS[model](x, _grades(train), _patients(train), len(study.grades), seed=study.seed)
+    metrics = _write(study, test, grader.probabilities(x_test), output)
+    if isinstance(grader, TreesGrader):
+        (output / "model.npz").unlink(missing_ok=True)  # of another model in the same folder
+    else:
+        save_grader(output / "model.npz", grader)
+    return metrics
+
+
+def fit_labelled_tiles(study: FeatureStudy, output: Path, labels: Path) -> GradeMetrics:
+    """Fits a tile classifier on the labelled tiles of the training part, and grades the test part by it.
+
+    Args:
+        study: the slides, and the features.
+        output: the folder for ``predictions.csv``, ``metrics.json`` and ``confusion.png``.
+        labels: a CSV ``slide_id, x, y, label``: upper-left corners of tiles, level-0 pixels, and a number,
+            or ``ignore`` for tissue that does not count. Labels of slides outside the training part are
+            not used.
+
+    Raises:
+        UsageError: the labels cannot be read, or name tiles that are not there.
+        SlidetlError: as :func:`fit_pooled`.
+    """
+    train, test = study.parts()
+    named = read_tile_labels(labels)
+    of_slide = [named.get(slide.row.slide_id, {}) for slide in train]
+    known = sorted({label for tiles in of_slide for label in tiles.values()}, key=_worth)
+    if len(known) < 2:
+        raise UsageError(
+            f"{labels}: the training part's tiles need at least two different labels, not {known}"
+        )
+    classes, ignore = [_worth(label) for label in known], [label == IGNORE for label in known]
+    grader = fit_tile_grader(
+        [study.features(slide.cache) for slide in train],
+        [_tile_classes(slide.cache, tiles, known) for slide, tiles in zip(train, of_slide, strict=True)],
+        [0.0 if is_ignored else value for value, is_ignored in zip(classes, ignore, strict=True)],
+        ignore,
+        _grades(train),
+        _patients(train),
+        len(study.grades),
+        seed=study.seed,
+    )
+    return _write(study, test, grader.probabilities([study.features(slide.cache) for slide in test]), output)
+
+
+def read_tile_labels(path: Path) -> dict[str, dict[tuple[int, int], str]]:
+    """Reads a CSV of tile labels: by slide and upper-left corner, a number or ``ignore``.
+
+    Raises:
+        UsageError: not such a CSV; the message gives the line.
+    """
+    labels: dict[str, dict[tuple[int, int], str]] = {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            for row in reader:
+                try:
+                    label = row["label"].strip()
+                    if label != IGNORE and not np.isfinite(float(label)):
+                        raise ValueError(f"label {label!r}")
+                    labels.setdefault(row["slide_id"], {})[int(row["x"]), int(row["y"])] = label
+                except (AttributeError, KeyError, TypeError, ValueError) as error:
+                    raise UsageError(
+                        f"{path}, line {reader.line_num}: expected slide_id, x, y (level-0 pixels) and "
+                        f"a label that is a number or '{IGNORE}': {error!r}"
+                    ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: tile labels cannot be read: {error}") from error
+    return labels
+
+
+def _worth(label: str) -> float:
+    """What a label counts as; those to be ignored come last."""
+    return float("inf") if label == IGNORE else float(label)
+
+
+def _tile_classes(
+    cache: SlideCache, labels: dict[tuple[int, int], str], known: Sequence[str]
+) -> NDArray[np.int64]:
+    classes = np.full(len(cache), -1, np.int64)
+    tiles = {(x, y): tile for tile, (x, y) in enumerate(cache.origins_level0.tolist())}
+    strange = [origin for origin in labels if origin not in tiles]
+    if strange:
+        raise UsageError(
+            f"tile labels: {len(strange)} of {len(labels)} of {cache.slide_id} are of no tile in the cache, "
+            f"first {strange[0]}; expected upper-left corners in level-0 pixels, such as {next(iter(tiles))}"
+        )
+    for origin, label in labels.items():
+        classes[tiles[origin]] = known.index(label)
+    return classes
+
+
+def _grades(slides: Sequence[CachedSlide]) -> list[int]:
+    return [slide.row.grade for slide in slides if slide.row.grade is not None]
+
+
+def _patients(slides: Sequence[CachedSlide]) -> list[str]:
+    return [slide.row.patient_id for slide in slides]
+
+
+def _write(
+    study: FeatureStudy, test: Sequence[CachedSlide], probabilities: NDArray[np.float64], output: Path
+) -> GradeMetrics:
+    predictions = [
+        SlidePrediction(
+            slide_id=slide.row.slide_id,
+            patient_id=slide.row.patient_id,
+            grade=slide.row.grade,
+            probabilities=tuple(row.tolist()),
+            tiles=len(slide.cache),
+            site=slide.row.site,
+        )
+        for slide, row in zip(test, probabilities, strict=True)
+    ]
+    true = _grades(test)
+    metrics = grade_metrics(true, [row.predicted_grade for row in predictions], len(study.grades))
+    write_predictions(output / "predictions.csv", predictions)
+    figures = {**asdict(metrics), **judged_probabilities(true, probabilities), "grades": study.grades}
+    (output / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    draw_confusion(output / "confusion.png", metrics, study.grades)
+    return metrics
+
+
+def describe(metrics: GradeMetrics, grades: tuple[str, ...]) -> str:
+    """The figures and the confusion matrix, for people."""
+    return describe_metrics(metrics, grades)

@@ -1,0 +1,122 @@
+"""How far each layer moves away from the pretrained weights in the course of a training."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+from torch import Tensor, nn
+
+from slidetl.models.blocks import pretrained_backbone
+from slidetl.training.grader import SlideGrader
+
+
+def distances(network: nn.Module, anchors: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
+    """How far each layer with a kernel is from the weights w0 of the same name.
+
+    Args:
+        network: the layers.
+        anchors: w0 by the names of the parameters. A layer of another shape, or whose w0 is zero, is left
+            out.
+
+    Returns:
+        ``||w - w0||`` and ``||w0||`` by the layers' names, in the order of the network.
+    """
+    found = {}
+    for name, parameter in network.named_parameters():
+        anchor = anchors.get(name)
+        if parameter.ndim > 1 and anchor is not None and anchor.shape == parameter.shape and anchor.any():
+            here, there = parameter.detach().double().cpu(), anchor.detach().double().cpu()
+            found[name.removesuffix(".weight")] = ((here - there).norm().item(), there.norm().item())
+    return found
+
+
+class DriftReport(pl.Callback):
+    """Measures the drift of the backbone's layers before training and after each epoch.
+
+    It writes ``drift.csv`` (``epochs`` done, ``layer``, ``relative_distance``) and, at the end, ``drift.png``
+    into the folder of the logs, and logs the distance of all layers together as ``drift/backbone``. Where the
+    strategy makes no use of pretrained weights there is nothing to drift away from, and no report.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, str, float]] = []
+        self._anchors: Mapping[str, Tensor] | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes the pretrained weights, and the first measure."""
+        self.rows, self._anchors = [], None
+        if not isinstance(pl_module, SlideGrader) or not pl_module.transfer.from_pretrained:
+            return
+        if pl_module.reference is not None:
+            self._anchors = pl_module.reference.weights
+        else:
+            self._anchors = dict(pretrained_backbone(pl_module.network.backbone).net.named_parameters())
+        self._measure(trainer, pl_module, trainer.current_epoch)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measures, logs and writes."""
+        if self._anchors is None or not isinstance(pl_module, SlideGrader):
+            return
+        found = self._measure(trainer, pl_module, trainer.current_epoch + 1).values()
+        if found:
+            apart, size = (math.hypot(*norms) for norms in zip(*found, strict=True))
+            pl_module.log("drift/backbone", apart / size)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draws."""
+        folder = trainer.log_dir  # asked for by every process: they agree on it together
+        if self.rows and trainer.is_global_zero and folder:
+            draw_drift(Path(folder) / "drift.png", self.rows)
+
+    def _measure(
+        self, trainer: pl.Trainer, grader: SlideGrader, epochs: int
+    ) -> dict[str, tuple[float, float]]:
+        found = distances(grader.network.backbone.net, self._anchors or {})
+        self.rows += [(epochs, layer, apart / size) for layer, (apart, size) in found.items()]
+        folder = trainer.log_dir  # asked for by every process: they agree on it together
+        if trainer.is_global_zero and folder:
+            write_drift(Path(folder) / "drift.csv", self.rows)
+        return found
+
+
+def write_drift(path: Path, rows: list[tuple[int, str, float]]) -> None:
+    """Writes ``epochs``, ``layer`` and ``relative_distance``, a row each."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["epochs", "layer", "relative_distance"])
+        writer.writerows([epochs, layer, f"{distance:.6g}"] for epochs, layer, distance in rows)
+
+
+def draw_drift(path: Path, rows: list[tuple[int, str, float]]) -> None:
+    """Draws the distance over the depth, a line for each epoch."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    layers = list(dict.fromkeys(layer for _, layer, _ in rows))
+    when = sorted({epochs for epochs, _, _ in rows})
+    colours = ScalarMappable(Normalize(when[0], max(when[-1], when[0] + 1)), colormaps["viridis_r"])
+    figure = Figure(figsize=(max(5.0, 2 + 0.16 * len(layers)), 4.5), layout="constrained")
+    axes = figure.add_subplot(
+        title="Distance of each layer from its pretrained weights",
+        ylabel="||w - w0|| / ||w0||",
+        xlim=(-0.5, len(layers) - 0.5),
+    )
+    for epochs in when:
+        line = {layer: value for epoch, layer, value in rows if epoch == epochs}
+        heights = [line.get(layer, float("nan")) for layer in layers]
+        axes.plot(heights, color=colours.to_rgba(np.array(epochs)), marker=".", markersize=4, linewidth=1)
+    axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize=6)
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y", alpha=0.3)
+    figure.colorbar(colours, ax=axes, label="epochs of training", ticks=MaxNLocator(integer=True))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,328 @@
+"""Tiles of a cache -> stored embeddings, one pass of a frozen backbone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from slidetl.data.datasets import channels_first
+from slidetl.errors import CacheError, CacheMismatchError, CacheMissingError, UsageError
+from slidetl.models.backbones import Backbone, BackboneSpec, weights_sha256
+from slidetl.tiles.features import FeatureSource, feature_name, read_source, write_features
+from slidetl.tiles.store import SlideCache
+
+# Each holds a batch in memory: 19 MB at 128 tiles of 224 px. A core decodes a few thousand tiles a second.
+_MOST_READERS = 8
+
+
+@dataclass(frozen=True)
+class EmbeddedSlide:
+    """What became of one slide.
+
+    Attributes:
+        slide_id: its identifier.
+        tiles: how many it has.
+        is_new: False where all that was wanted was there already.
+        reason: why it could not be embedded; empty if it was.
+    """
+
+    slide_id: str
+    tiles: int = 0
+    is_new: bool = False
+    reason: str = ""
+
+
+class BlockEmbedder:
+    """A backbone that also gives the output of some of its inner blocks, averaged over space.
+
+    A context manager: its hooks leave the network when it ends.
+
+    Args:
+        backbone: the network, in evaluation mode.
+        blocks: names of modules within it, e.g. ``blocks.3`` or ``layer3``.
+
+    Raises:
+        UsageError: there is no such block; the message lists those that are there.
+    """
+
+    def __init__(self, backbone: Backbone, blocks: Sequence[str] = ()) -> None:
+        modules = dict(backbone.net.named_modules())
+        for block in blocks:
+            if not block or block not in modules:
+                raise UsageError(
+                    f"{backbone.spec.name} has no block {block!r}; it has: {', '.join(block_names(backbone))}"
+                )
+        self._backbone = backbone
+        self._outputs: dict[str, Tensor] = {}
+        self._is_channels_last = getattr(backbone.net, "output_fmt", "NCHW") == "NHWC"
+        self._prefix_tokens = int(getattr(backbone.net, "num_prefix_tokens", 0))
+        self._blocks = tuple(blocks)
+        self._hooks = [modules[block].register_forward_hook(self._keep(block)) for block in blocks]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def __call__(self, tiles: Tensor) -> dict[str, Tensor]:
+        """Embeds tiles ``[n, 3, H, W] uint8``.
+
+        Returns:
+            ``[n, D] float32`` by block; the network's own embedding under the empty name.
+        """
+        self._outputs = {}
+        last: Tensor = self._backbone(tiles)
+        return {"": last.float(), **{block: self._outputs[block] for block in self._blocks}}
+
+    def _keep(self, block: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            # Averaged at once: what follows may change the output in place.
+            self._outputs[block] = self._average(output, block)
+
+        return hook
+
+    def _average(self, output: Any, block: str) -> Tensor:
+        if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4):
+            raise UsageError(
+                f"the output of block {block!r} is no map, no tokens and no vector; choose another"
+            )
+        if output.ndim == 4:
+            return output.float().mean((1, 2) if self._is_channels_last else (2, 3))
+        return output.float() if output.ndim == 2 else output[:, self._prefix_tokens :].float().mean(1)
+
+
+def block_names(backbone: Backbone) -> tuple[str, ...]:
+    """The blocks of a network that are worth naming: its parts, and the members of its sequences."""
+    names = []
+    for name, part in backbone.net.named_children():
+        members = [
+            f"{name}.{child}"
+            for child, _ in part.named_children()
+            if isinstance(part, nn.Sequential | nn.ModuleList)
+        ]
+        names += members or [name]
+    return tuple(names)
+
+
+def embed_cache(
+    cache_dir: Path,
+    spec: BackboneSpec,
+    blocks: Sequence[str] = (),
+    *,
+    name: str | None = None,
+    slide_ids: Sequence[str] = (),
+    batch_size: int = 128,
+    device: str = "auto",
+    precision: str = "auto",
+    overwrite: bool = False,
+    on_plan: Callable[[int], None] = lambda tiles: None,
+    on_batch: Callable[[int], None] = lambda tiles: None,
+    on_slide: Callable[[EmbeddedSlide], None] = lambda slide: None,
+) -> list[EmbeddedSlide]:
+    """Stores the embeddings of every tile of a cache, slide by slide.
+
+    What is there already from the same weights is kept, so that a run which ends early loses the slide it
+    was at. A damaged slide costs itself, not the run.
+
+    Args:
+        cache_dir: the folder that ``slidetl tile`` wrote.
+        spec: the network and its weights.
+        blocks: inner blocks to store beside the last layer.
+        name: of the features, instead of the backbone's.
+        slide_ids: which slides; none named means all.
+        batch_size: tiles in one pass.
+        device: ``cpu``, ``cuda``, or ``auto``: a GPU if there is one.
+        precision: in which the network is computed: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on a
+            GPU, else float32. Features are stored in float16 either way.
+        overwrite: replace features of the same name from other weights, and embed anew what is there.
+        on_plan: called once, with the number of tiles that are to be embedded.
+        on_batch: called with the number of tiles just embedded.
+        on_slide: called with each slide as it is done.
+
+    Returns:
+        What became of each slide, in the order of their identifiers.
+
+    Raises:
+        CacheMissingError: there is no cache.
+        CacheMismatchError: features of these names are there from other weights; nothing was done then.
+        UsageError: an unknown slide, block, device or precision, or a batch without tiles.
+        WeightsError: the weights cannot be found or do not fit.
+    """
+    if batch_size < 1:
+        raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
+    place = _device(device)
+    dtype = _dtype(precision, place)
+    paths = find_slides(cache_dir, slide_ids)
+    backbone = Backbone(spec)
+    backbone.load_pretrained()
+    backbone.eval()
+    source = FeatureSource(
+        backbone=spec.name,
+        block="",
+        weights_sha256=weights_sha256(backbone),
+        mean=_by_channel(backbone.mean),
+        std=_by_channel(backbone.std),
+        precision=str(dtype).removeprefix("torch."),
+    )
+    sources = {
+        feature_name(name or spec.name, block): FeatureSource(**{**vars(source), "block": block})
+        for block in ("", *blocks)
+    }
+    backbone.to(place)
+
+    results: dict[str, EmbeddedSlide] = {}
+
+    def done(slide: EmbeddedSlide) -> None:
+        results[slide.slide_id] = slide
+        on_slide(slide)
+
+    todo: list[SlideCache] = []
+    for path in paths:
+        try:
+            cache = SlideCache.open(path)
+        except CacheError as error:
+            done(EmbeddedSlide(path.stem, reason=str(error)))
+            continue
+        if not overwrite and _is_stored(cache, sources):
+            done(EmbeddedSlide(cache.path.stem, len(cache)))
+        else:
+            todo.append(cache)
+
+    on_plan(sum(len(cache) for cache in todo))
+    rows: list[dict[str, Tensor]] = []
+    with BlockEmbedder(backbone, blocks) as embedder, contextlib.closing(_read(todo, batch_size)) as batches:
+        for cache, is_last, reading in batches:
+            if cache.path.stem in results:
+                continue  # damaged before this batch
+            try:
+                tiles = reading.result()
+            except CacheError as error:
+                done(EmbeddedSlide(cache.path.stem, len(cache), reason=str(error)))
+                rows = []
+                continue
+            rows.append(_embed(embedder, tiles, place, dtype))
+            on_batch(len(tiles))
+            if is_last:
+                arrays = {key: (source, _stack(rows, source)) for key, source in sources.items()}
+                rows = []
+                try:
+                    write_features(cache, arrays)
+                except (CacheError, UsageError) as error:
+                    done(EmbeddedSlide(cache.path.stem, len(cache), reason=str(error)))
+                else:
+                    done(EmbeddedSlide(cache.path.stem, len(cache), is_new=True))
+    return [results[path.stem] for path in paths]
+
+
+def find_slides(cache_dir: Path, slide_ids: Sequence[str] = ()) -> list[Path]:
+    """The groups of a cache, in the order of their identifiers.
+
+    Raises:
+        CacheMissingError: there are none.
+        UsageError: one that is named is not there.
+    """
+    paths = sorted(cache_dir.glob("*.zarr"))
+    if not paths:
+        raise CacheMissingError(f"{cache_dir}: no tile cache here; make one with 'slidetl tile'")
+    if unknown := sorted(set(slide_ids) - {path.stem for path in paths}):
+        raise UsageError(f"--slides: not in {cache_dir}: {', '.join(unknown)}")
+    return [path for path in paths if not slide_ids or path.stem in slide_ids]
+
+
+def _is_stored(cache: SlideCache, sources: Mapping[str, FeatureSource]) -> bool:
+    """Whether all is there; refuses to mix features of two networks under one name."""
+    is_stored = True
+    for name, source in sources.items():
+        try:
+            stored = read_source(cache, name)
+        except CacheError:
+            is_stored = False
+            continue
+        if not stored.same_network(source):
+            raise CacheMismatchError(
+                f"{cache.path}: features {name!r} are there from other weights "
+                f"({stored.weights_sha256[:12]}..., now {source.weights_sha256[:12]}...); "
+                "store these under another --name, or replace them with --overwrite"
+            )
+    return is_stored
+
+
+def _read(
+    caches: Sequence[SlideCache], batch_size: int
+) -> Generator[tuple[SlideCache, bool, Future[NDArray[np.uint8]]], None, None]:
+    """Batches in order, each of one slide, whether it is the slide's last, read ahead in threads.
+
+    Threads do: reading and decoding release the interpreter's lock.
+    """
+    threads = min(len(os.sched_getaffinity(0)), _MOST_READERS)
+    pending: deque[tuple[SlideCache, bool, Future[NDArray[np.uint8]]]] = deque()
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="tiles")
+    try:
+        for cache in caches:
+            for start in range(0, len(cache), batch_size):
+                stop = min(start + batch_size, len(cache))
+                reading = pool.submit(cache.read, np.arange(start, stop))
+                pending.append((cache, stop == len(cache), reading))
+                if len(pending) > threads:
+                    yield pending.popleft()
+        while pending:
+            yield pending.popleft()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@torch.inference_mode()
+def _embed(
+    embedder: BlockEmbedder, tiles: NDArray[np.uint8], place: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Stays on the device: to fetch every batch would have the GPU wait for the next."""
+    batch = channels_first(tiles)
+    if place.type == "cuda":
+        batch = batch.pin_memory()
+    try:
+        with torch.autocast(place.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            outputs = embedder(batch.to(place, non_blocking=True))
+    except torch.OutOfMemoryError as error:
+        raise UsageError(f"the GPU has no room for {len(tiles)} tiles at once; lower --batch-size") from error
+    return {block: values.to(torch.float16) for block, values in outputs.items()}
+
+
+def _stack(rows: Sequence[Mapping[str, Tensor]], source: FeatureSource) -> NDArray[np.float16]:
+    stacked: NDArray[np.float16] = torch.cat([row[source.block] for row in rows]).cpu().numpy()
+    return stacked
+
+
+def _by_channel(values: Tensor) -> tuple[Any, ...]:
+    return tuple(values.flatten().tolist())
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"--device must be auto, cpu or cuda, not {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: PyTorch finds no GPU here; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _dtype(precision: str, place: torch.device) -> torch.dtype:
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise UsageError(f"--precision must be auto, float32 or bfloat16, not {precision!r}")
+    if precision == "auto":
+        return torch.bfloat16 if place.type == "cuda" else torch.float32
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32

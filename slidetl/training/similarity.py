@@ -1,0 +1,302 @@
+"""What training changed, layer by layer: representations before and after it are compared."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from slidetl.analysis.similarity import Similarity, linear_cka, pwcca, rbf_cka, svcca
+from slidetl.data.datasets import channels_first
+from slidetl.errors import CacheMismatchError, UsageError
+from slidetl.models.backbones import Backbone, BackboneSpec
+from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.store import SlideCache, describe_difference
+from slidetl.training.checkpoint import load_grader
+from slidetl.training.embed import BlockEmbedder, find_slides
+
+RANDOM, PRETRAINED = "random", "pretrained"
+EMBEDDING = "embedding"  # what comes out of the whole backbone, beside its blocks
+
+Layers = dict[str, NDArray[np.float32]]
+Measure = Callable[[NDArray[np.float32], NDArray[np.float32], int, int], Similarity]
+
+MEASURES: dict[str, Measure] = {
+    "svcca": lambda x, y, permutations, seed: svcca(x, y, permutations=permutations, seed=seed),
+    "pwcca": lambda x, y, permutations, seed: pwcca(x, y, permutations=permutations, seed=seed),
+    "linear_cka": lambda x, y, permutations, seed: linear_cka(x, y, permutations=permutations, seed=seed),
+    "rbf_cka": lambda x, y, permutations, seed: rbf_cka(x, y, permutations=permutations, seed=seed),
+}
+_TITLES = {
+    "svcca": "SVCCA (99 % of the variance)",
+    "pwcca": "PWCCA (weighted by the first network)",
+    "linear_cka": "CKA, linear, unbiased",
+    "rbf_cka": "CKA, Gaussian, unbiased",
+}
+_COLUMNS = (
+    *("first", "second", "layer", "depth", "measure", "value", "noise_floor", "noise_floor_highest"),
+    *("permutations", "tiles", "channels_first", "channels_second"),
+)
+
+
+@dataclass(frozen=True)
+class LayerSimilarity:
+    """One point of one curve.
+
+    Attributes:
+        first, second: the networks, as they were named.
+        layer: a block's name in timm's network, or ``embedding``.
+        depth: 0 for the lowest layer.
+        measure: a key of :data:`MEASURES`.
+        similarity: the figure with its noise floor.
+        tiles: how many tiles were compared.
+        channels: of the layer in both networks.
+    """
+
+    first: str
+    second: str
+    layer: str
+    depth: int
+    measure: str
+    similarity: Similarity
+    tiles: int
+    channels: tuple[int, int]
+
+
+def compare_networks(
+    before: Sequence[str],
+    after: Sequence[str],
+    cache_dir: Path,
+    *,
+    spec: BackboneSpec | None = None,
+    slide_ids: Sequence[str] = (),
+    n_tiles: int = 2000,
+    permutations: int = 10,
+    seed: int = 0,
+    batch_size: int = 64,
+    allow: Sequence[str] = (),
+    on_step: Callable[[str], None] = lambda message: None,
+) -> list[LayerSimilarity]:
+    """Compares networks before and after training on the same tiles, layer by layer.
+
+    There is a curve from each ``before`` to its ``after``, one from each ``after`` to a random network, and
+    one between each two of ``after``: with one training from pretrained and one from random weights, these
+    are the comparisons of Raghu et al., "Transfusion", NeurIPS 2019, section 4. Maps are averaged over space
+    (the paper takes some of the channels at every position instead), tokens without the class token.
+
+    A network is named by a checkpoint of ``slidetl fit`` (``.ckpt``), by a file of weights (``.safetensors``,
+    ``.pth``), as ``pretrained`` (what the specification names) or as ``random``, which is drawn from
+    ``seed``: with the ``seed_everything`` of a training from scratch, the weights from which it started. All
+    networks are in evaluation mode; batch norm of a random one has mean 0 and variance 1.
+
+    Args:
+        before: networks, one for each of ``after``.
+        after: networks.
+        cache_dir: the folder that ``slidetl tile`` wrote.
+        spec: which backbone; None takes that of the first checkpoint.
+        slide_ids: from which slides the tiles come; none named means all.
+        n_tiles: how many tiles are drawn, all alike; all where there are fewer.
+        permutations: for the noise floor.
+        seed: of the draw of tiles, the random network and the permutations.
+        batch_size: tiles in one pass.
+        allow: as for :func:`slidetl.training.checkpoint.load_grader`.
+        on_step: told what is being done, once for each network and comparison.
+
+    Returns:
+        Points, curve by curve, upwards by layers.
+
+    Raises:
+        UsageError: nothing, or not equally many networks; no checkpoint and no specification; networks
+            without a layer in common; too few tiles.
+        CacheError: there is no cache, or it was tiled otherwise than for a checkpoint.
+        CheckpointError, WeightsError: a network cannot be had.
+    """
+    if not after or len(before) != len(after):
+        raise UsageError(
+            f"expected one network before training for each one after it, "
+            f"found {len(before)} and {len(after)}; repeat --before and --after in pairs"
+        )
+    if n_tiles < 4 or batch_size < 1:
+        raise UsageError(f"expected at least 4 tiles and a batch of 1, not {n_tiles} and {batch_size}")
+    caches = [SlideCache.open(path) for path in find_slides(cache_dir, slide_ids)]
+    tile_spec = _common_spec(caches, cache_dir)
+    names = list(dict.fromkeys([*before, *after, RANDOM]))
+    checkpoints = {name: _load_checkpoint(name, tile_spec, allow) for name in names if name.endswith(".ckpt")}
+    if spec is None:
+        if not checkpoints:
+            raise UsageError("without a checkpoint it is not known which network is meant; give --backbone")
+        spec = next(iter(checkpoints.values())).spec
+    tiles = _draw_tiles(caches, n_tiles, seed)
+    layers: dict[str, Layers] = {}
+    for name in names:
+        on_step(f"embedding {len(tiles)} tiles with {name}")
+        layers[name] = embed_layers(checkpoints.get(name) or _build(name, spec, seed), tiles, batch_size)
+    curves = [
+        *zip(before, after, strict=True),
+        *((name, RANDOM) for name in after),
+        *itertools.combinations(after, 2),
+    ]
+    points = []
+    for first, second in dict.fromkeys(curves):
+        if first == second or ((second, first) in curves and second == RANDOM):
+            continue  # a training from random weights has that curve already
+        on_step(f"comparing {first} with {second}")
+        common = [layer for layer in layers[first] if layer in layers[second]]
+        if common in ([], [EMBEDDING]):
+            raise UsageError(f"{first} and {second} have no layer in common; compare networks of one kind")
+        for depth, layer in enumerate(common):
+            x, y = layers[first][layer], layers[second][layer]
+            points += [
+                LayerSimilarity(
+                    first,
+                    second,
+                    layer,
+                    depth,
+                    measure,
+                    compute(x, y, permutations, seed),
+                    len(tiles),
+                    (x.shape[1], y.shape[1]),
+                )
+                for measure, compute in MEASURES.items()
+            ]
+    return points
+
+
+def embed_layers(backbone: Backbone, tiles: NDArray[np.uint8], batch_size: int = 64) -> Layers:
+    """What each block of a backbone makes of tiles, averaged over space; on a GPU where there is one.
+
+    Args:
+        backbone: put into evaluation mode.
+        tiles: ``[n, S, S, C] uint8``.
+        batch_size: tiles in one pass.
+
+    Returns:
+        ``[n, D] float32`` by block, lowest first, and ``embedding`` last.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    backbone = backbone.eval().to(device)
+    blocks = tuple(backbone.blocks())
+    parts: dict[str, list[Tensor]] = {name: [] for name in (*blocks, "")}
+    with BlockEmbedder(backbone, blocks) as embedder, torch.inference_mode():
+        for first in range(0, len(tiles), batch_size):
+            batch = channels_first(tiles[first : first + batch_size]).to(device)
+            for name, values in embedder(batch).items():
+                parts[name].append(values.cpu())
+    return {name or EMBEDDING: torch.cat(values).numpy() for name, values in parts.items()}
+
+
+def write_curves(points: Sequence[LayerSimilarity], path: Path) -> None:
+    """Writes one CSV row per point."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(_COLUMNS)
+        for point in points:
+            found = point.similarity
+            figures = (f"{x:.6f}" for x in (found.value, found.noise_floor, found.noise_floor_highest))
+            writer.writerow(
+                [
+                    *(point.first, point.second, point.layer, point.depth, point.measure, *figures),
+                    *(found.permutations, point.tiles, *point.channels),
+                ]
+            )
+
+
+def draw_curves(points: Sequence[LayerSimilarity], path: Path) -> None:
+    """Draws one panel per measure, one line per pair of networks, its noise floor dashed in its colour."""
+    from matplotlib.figure import Figure
+
+    curves = list(dict.fromkeys((point.first, point.second) for point in points))
+    layers = list(dict.fromkeys(point.layer for point in points))
+    short = _short_names([name for curve in curves for name in curve])
+    figure = Figure(
+        figsize=(max(9.0, 2.4 + 0.9 * len(layers)), 7.2 + 0.25 * len(curves)), layout="constrained"
+    )
+    panels = figure.subplots(2, 2, sharex=True, sharey=True).flat
+    for panel, measure in zip(panels, MEASURES, strict=True):
+        panel.set(title=_TITLES[measure], ylim=(-0.05, 1.05))
+        panel.grid(alpha=0.3)
+        for number, (first, second) in enumerate(curves):
+            line = [
+                point
+                for point in points
+                if (point.first, point.second, point.measure) == (first, second, measure)
+            ]
+            places = [layers.index(point.layer) for point in line]
+            label = f"{short[first]}  and  {short[second]}"
+            values = [point.similarity.value for point in line]
+            panel.plot(places, values, "o-", color=f"C{number}", label=label)
+            floors = [point.similarity.noise_floor for point in line]
+            panel.plot(places, floors, "--", color=f"C{number}", alpha=0.6)
+        panel.set_xticks(range(len(layers)), layers, rotation=45, ha="right")
+    panel.plot([], [], "--", color="grey", label="same colour, dashed: noise floor (tiles shuffled)")
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=1, frameon=False)
+    figure.suptitle(f"Similarity of representations, {points[0].tiles} tiles", fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def _short_names(names: Sequence[str]) -> dict[str, str]:
+    """The last parts of the paths, as many as tell them apart."""
+    names = list(dict.fromkeys(names))
+    for parts in range(1, 1 + max(len(Path(name).parts) for name in names)):
+        short = ["/".join(Path(name).parts[-parts:]) for name in names]
+        if len(set(short)) == len(names):
+            break
+    return dict(zip(names, short, strict=True))
+
+
+def _common_spec(caches: Sequence[SlideCache], cache_dir: Path) -> TileSpec:
+    spec = caches[0].spec
+    for cache in caches:
+        if cache.spec != spec:
+            difference = describe_difference(cache.spec, spec)
+            raise CacheMismatchError(f"{cache_dir}: {cache.slide_id} was tiled otherwise; {difference}")
+    return spec
+
+
+def _load_checkpoint(name: str, tile_spec: TileSpec, allow: Sequence[str]) -> Backbone:
+    grader = load_grader(Path(name), allow)
+    if grader.tile_spec is not None and grader.tile_spec != tile_spec:
+        difference = describe_difference(tile_spec, grader.tile_spec)
+        raise CacheMismatchError(f"{name} was trained on other tiles: {difference}")
+    return grader.network.backbone
+
+
+def _build(name: str, spec: BackboneSpec, seed: int) -> Backbone:
+    if name == RANDOM:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return Backbone(spec)
+    if name != PRETRAINED:
+        if Path(name).suffix not in (".safetensors", ".pth", ".pt"):
+            raise UsageError(
+                f"expected a network to be 'random', 'pretrained', a .ckpt of 'slidetl fit', or a "
+                f".safetensors or .pth file, found {name!r}"
+            )
+        spec = replace(spec, pretrained=name)
+    backbone = Backbone(spec)
+    backbone.load_pretrained()
+    return backbone
+
+
+def _draw_tiles(caches: Sequence[SlideCache], n_tiles: int, seed: int) -> NDArray[np.uint8]:
+    """Tiles ``[n, S, S, 3]`` drawn evenly from all those of all slides."""
+    ends = np.cumsum([len(cache) for cache in caches])
+    drawn = np.random.default_rng(seed).permutation(ends[-1])[:n_tiles]
+    drawn.sort()  # neighbours share a shard
+    slides = np.searchsorted(ends, drawn, side="right")
+    return np.concatenate(
+        [
+            cache.read(drawn[slides == number] - (ends[number] - len(cache)))
+            for number, cache in enumerate(caches)
+        ]
+    )

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from slidetl.compare.config import Classical, Comparison, read_comparison, with_values
+from slidetl.compare.train_arm import check_configs
+from slidetl.errors import UsageError
+from slidetl.evaluation.protocol import Protocol
+
+CONFIGS = sorted((Path(__file__).parents[3] / "configs" / "compare").glob("*.yaml"))
+
+PLAIN = """
+manifest: m.csv
+cache: c
+protocol: {outer_folds: 4, inner_folds: 2, unit: mean}
+primary: {arm: warm, against: scratch}
+base:
+  data: {bag_size: 8}
+  model: {lr: 1.0e-3, transfer: {class_path: A, init_args: {x: 1, y: 2}}}
+arms:
+  scratch: {fit: {model: {transfer: {class_path: B}}}}
+  warm:
+    fit: {model: {transfer: {init_args: {x: 3}}}, trainer: {max_epochs: 2}}
+    choices: {model.lr: [1.0e-3, 1.0e-2], data.bag_size: [4, 8]}
+  ridge: {classical: {features: [r]}}
+  prior: {baseline: prior}
+"""
+
+
+def read(text: str, tmp_path: Path) -> Comparison:
+    path = tmp_path / "compare.yaml"
+    path.write_text(text)
+    return read_comparison(path)
+
+
+def test_arms_are_the_base_and_what_differs(tmp_path: Path) -> None:
+    comparison = read(PLAIN, tmp_path)
+    assert comparison.protocol == Protocol(outer_folds=4, inner_folds=2, unit="mean")
+    assert comparison.fit_config("warm") == {
+        "data": {"bag_size": 8},
+        "model": {"lr": 1e-3, "transfer": {"class_path": "A", "init_args": {"x": 3, "y": 2}}},
+        "trainer": {"max_epochs": 2},
+    }
+    # The arguments of one class are not those of another.
+    assert comparison.fit_config("scratch")["model"]["transfer"] == {"class_path": "B"}
+    assert comparison.arms["ridge"].classical == Classical(["r"])
+
+
+def test_choices_are_tried_in_every_combination(tmp_path: Path) -> None:
+    comparison = read(PLAIN, tmp_path)
+    trials = comparison.trials("warm")
+    assert [tuple(trial.values()) for trial in trials] == [(1e-3, 4), (1e-3, 8), (1e-2, 4), (1e-2, 8)]
+    assert comparison.trials("scratch") == [{}]
+    base = comparison.fit_config("warm")
+    changed = with_values(base, trials[2])
+    assert (changed["model"]["lr"], changed["data"]["bag_size"]) == (1e-2, 4)
+    assert base["data"]["bag_size"] == 8
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("{arm: warm", "{arm: wram", "no arm 'wram'; there are scratch, warm, ridge, prior"),
+        ("against: scratch", "against: warm", "compared with itself"),
+        ("outer_folds: 4", "outer_folds: 1", "outer_folds >= 2"),
+        ("outer_folds: 4", "outre_folds: 4", "outre_folds"),
+        ("unit: mean", "unit: meen", "unit"),
+        ("inner_folds: 2", "inner_folds: 0", "'warm' has choices, but protocol.inner_folds is 0"),
+        ("baseline: prior", "baseline: pryor", "baseline"),
+        ("{baseline: prior}", "{}", "exactly|one of fit, classical and baseline"),
+        ("{baseline: prior}", "{baseline: prior, classical: {features: [r]}}", "one of fit, classical and"),
+        ("data: {bag_size: 8}", "data: {seed: 8}", "data.seed is set by the comparison itself"),
+        ("  data: {bag_size: 8}", "  date: {bag_size: 8}", "base: expected model, data, trainer, found date"),
+        ("model.lr: [1.0e-3, 1.0e-2]", "lr: [1.0e-3]", "a name such as model.lr"),
+        ("features: [r]", "features: []", "expected stored features"),
+        ("  prior: {", "  a prior: {", "letters, digits"),
+        ("cache: c", "cache: [", "expected the YAML of a comparison"),
+        ("cache: c", "cache: c\nreferral_risks: [0.1, 1]", "referral_risks must lie between 0 and 1, not 1"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line(old: str, new: str, message: str, tmp_path: Path) -> None:
+    assert old in PLAIN
+    with pytest.raises(UsageError, match=message) as caught:
+        read(PLAIN.replace(old, new), tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="expected the YAML of a comparison"):
+        read_comparison(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_what_ships_can_be_read(path: Path) -> None:
+    comparison = read_comparison(path)
+    fits = {name: comparison.fit_config(name) for name, arm in comparison.arms.items() if arm.fit is not None}
+    assert {comparison.primary.arm, comparison.primary.against} <= fits.keys()
+    check_configs(fits)  # it raises what 'slidetl fit' would
+
+
+def test_the_founding_experiment_is_there() -> None:
+    assert {path.stem for path in CONFIGS} >= {"fibrosis", "fibrosis_quick"}

@@ -1,0 +1,678 @@
+"""The page of a comparison, made from invented predictions by the real statistics."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import struct
+from collections import Counter
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+from sklearn.metrics import cohen_kappa_score
+
+from slidetl.compare.aggregate import ComparisonResult, combine
+from slidetl.compare.config import Arm, Comparison, Groups, Permutations, Primary, Sizes
+from slidetl.compare.plan import Study, Unit
+from slidetl.compare.records import CurvePoint, UnitResult
+from slidetl.compare.report.page import write_report
+from slidetl.compare.tables import write_tables
+from slidetl.data.manifest import ManifestRow
+from slidetl.evaluation.protocol import Fold, Protocol, plan_folds, subsample
+from slidetl.training.predictions import SlidePrediction
+
+TRANSFER = "slidetl.models.transfer"
+SECTIONS = (
+    *("arms", "protocol", "others", "confusion", "learning", "sizes", "calibration", "referral", "readers"),
+    *("sites", "score", "power", "layers", "limits", "provenance"),
+)
+DRAWN = {"forest", "confusion", "learning", "sizes", "reliability", "referral", "drift", "similarity"}
+HOSTILE = '<img src=x onerror="alert(1)">'
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def fit(name: str, **model: Any) -> dict[str, Any]:
+    return {"model": {"transfer": {"class_path": f"{TRANSFER}.{name}"}, **model}}
+
+
+def invented_study(n_patients: int, *, sites: tuple[str, ...], readers: int, seed: int = 0) -> Study:
+    """Slides, five to three patients, all of a patient of one grade; no tiles."""
+    rng = np.random.default_rng(seed)
+    rows: list[ManifestRow] = []
+    for patient in range(n_patients):
+        grade, site = patient % 5, sites[patient % 7 % len(sites)]
+        for slide in range(1 + (patient % 3 != 0)):
+            readings = np.clip(np.round(grade + 0.4 * rng.standard_normal(readers)), 0, 4).astype(int)
+            rows.append(
+                ManifestRow(
+                    line=len(rows) + 2,
+                    slide_id=f"p{patient:03d}-{slide}",
+                    path=Path("none.tiff"),
+                    patient_id=f"p{patient:03d}",
+                    grade=grade,
+                    site=site,
+                    scanner=site and f"scanner of {site}",
+                    reader_grades=tuple(readings.tolist()),
+                    split="test" if patient // 5 % 3 == 0 else "train",
+                )
+            )
+    return Study(tuple(rows), (), Path("cache"))
+
+
+def invented_unit(
+    study: Study,
+    fold: Fold,
+    noise: float,
+    *,
+    epochs: int,
+    speed: float,
+    drift: float,
+    nested: bool,
+    seed: int,
+    temperature: float,
+) -> UnitResult:
+    """Predictions that err by ``noise`` grades; a curve that rises at a speed where there are epochs."""
+    rng = np.random.default_rng([seed, fold.seed % 2**31])
+    grades = np.arange(5)
+    rows = [row for row in study.rows if row.slide_id in fold.test]
+    predictions, draws = [], {}
+    for row in rows:
+        assert row.grade is not None
+        score = row.grade + noise * rng.standard_normal()
+        probabilities = np.exp(-((grades - score) ** 2) / (1.4 * noise**2))
+        probabilities /= probabilities.sum()
+        predictions.append(
+            SlidePrediction(
+                row.slide_id, row.patient_id, row.grade, tuple(probabilities.tolist()), 50, row.site
+            )
+        )
+        draws[row.slide_id] = (score + 0.05 * rng.standard_normal(8)).tolist()
+    curve = []
+    for part in (*(f"inner-{number}" for number in range(2 * nested)), "test") if epochs else ():
+        best = 1 - noise / 2
+        held = fold.inner[int(part[-1])].validation if part != "test" and fold.inner else fold.test
+        n = len({row.patient_id for row in study.rows if row.slide_id in held})
+        for epoch in range(5, epochs + 1, 5):
+            qwk = best * (1 - np.exp(-speed * epoch)) + 0.03 * rng.standard_normal()
+            curve.append(
+                CurvePoint(
+                    part, 0, epoch, n, epoch * 1.5, 2 - qwk, 0.8 * qwk, qwk, 0.25 - 0.2 * qwk, 1.6 - qwk
+                )
+            )
+    layers = [f"blocks.{block}.{part}" for block in range(5) for part in ("conv_pw", "conv_dw", "conv_pwl")]
+    # The network tells the site: of patients that it was trained on, and of the others.
+    sites = sorted({row.site for row in study.rows})
+    at = {row.slide_id: sites.index(row.site) for row in study.rows}
+    embeddings = np.array([3 * np.eye(4)[at[slide]] for slide in (*fold.train, *fold.test)])
+    embeddings += rng.standard_normal(embeddings.shape)
+    return UnitResult(
+        tuple(predictions),
+        tuple(curve),
+        draws if epochs else {},
+        {layer: drift * (1 + depth / 8) + 0.02 * rng.random() for depth, layer in enumerate(layers)}
+        if drift
+        else {},
+        {layer: float(np.exp(-0.1 * depth)) for depth, layer in enumerate(layers)} if epochs else {},
+        {"epochs": epochs} if epochs else None,
+        temperature if nested and epochs else 1.0,
+        bool(nested and epochs),
+        12.0 if epochs else 0.1,
+        embeddings.astype(np.float32) if epochs and len(sites) > 1 else np.empty((0, 0), np.float32),
+    )
+
+
+def invented(
+    n_patients: int = 60,
+    *,
+    arms: dict[str, Arm] | None = None,
+    sites: tuple[str, ...] = ("north", "south", "west"),
+    readers: int = 2,
+    missing: tuple[str, ...] = (),
+    nested: bool = True,
+    given_split: bool = False,
+    repeats: int = 2,
+    grades: list[str] | None = None,
+    sizes: tuple[int, ...] = (20, 40),
+    draws: int = 200,
+    noise: float = 0.55,
+    groups: Groups | None = None,
+    temperature: float = 1.1,
+    reads: tuple[int, ...] | None = None,
+) -> ComparisonResult:
+    """A comparison whose first two arms are the primary ones; units of ``missing`` arms are not done."""
+    arms = arms or {"warm": Arm(fit=fit("WarmRestart")), "scratch": Arm(fit=fit("Scratch")),
+                    "prior": Arm(baseline="prior")}  # fmt: skip
+    first, second, *_ = arms
+    comparison = Comparison(
+        manifest="manifest.csv",
+        cache="cache",
+        arms=arms,
+        primary=Primary(first, second),
+        protocol=Protocol(
+            repeats=repeats, outer_folds=5, inner_folds=2 if nested else 0, given_split=given_split
+        ),
+        base={"model": {"backbone": {"name": "mobilenetv3_small_050"}}, "trainer": {"max_epochs": 30}},
+        grades=grades or ["0", "1", "2", "3", "4"],
+        bootstrap_draws=draws,
+        sizes=Sizes(list(sizes), [first, second] if sizes else []),
+        permutations=Permutations(3, [first]),
+        groups=groups,
+    )
+    study = invented_study(n_patients, sites=sites, readers=readers)
+    if reads is not None:  # slide n is read by this one alone
+        rows = [
+            replace(row, reader_grades=tuple(grade if reader == reads[n % len(reads)] else None
+                                             for reader, grade in enumerate(row.reader_grades)))
+            for n, row in enumerate(study.rows)
+        ]  # fmt: skip
+        study = replace(study, rows=tuple(rows))
+    folds = plan_folds(study.cases, comparison.protocol, 5)
+    done: list[tuple[Unit, UnitResult | None]] = []
+    for number, (name, arm) in enumerate(arms.items()):
+        trained = arm.fit is not None
+        options = {
+            "epochs": 30 if trained else 0,
+            "speed": 0.3 if number != 1 else 0.08,
+            "drift": 0.0 if number == 1 or not trained else 0.1 * number + 0.1,
+            "nested": nested,
+            "seed": number,
+            "temperature": temperature,
+        }
+        own_noise = 1.6 if arm.baseline else noise + 0.12 * number
+        for fold in folds:
+            found = invented_unit(study, fold, own_noise, **options)  # type: ignore[arg-type]
+            done.append((Unit(name, fold, None, None, {}, f"key-{name}"), None if name in missing else found))
+            for size in sizes if number < 2 else ():
+                part = subsample(fold, study.cases, size, 5)
+                found = invented_unit(study, part, own_noise + 12 / size, **options)  # type: ignore[arg-type]
+                done.append((Unit(name, part, size, None, {}, f"key-{name}-{size}"), found))
+    return combine(comparison, study, folds, done)
+
+
+class Page(HTMLParser):
+    """What a browser would find: sections with their text, tables, images, and elements by name."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.text: dict[str, str] = {}
+        self.images: list[dict[str, str]] = []
+        self.rows: list[tuple[str, list[str]]] = []
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self._section, self._cell = "", False
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        about = {name: value or "" for name, value in attrs}
+        self.tags.append((tag, about))
+        if tag == "section":
+            self._section = about["id"]
+        elif tag == "img":
+            self.images.append(about)
+        elif tag == "tr":
+            self.rows.append((self._section, []))
+        elif tag in ("td", "th"):
+            self._cell = True
+            self.rows[-1][1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self._cell = False
+
+    def handle_data(self, data: str) -> None:
+        self.text[self._section] = self.text.get(self._section, "") + data
+        if self._cell:
+            self.rows[-1][1][-1] += data
+
+    def row(self, section: str, first: str) -> list[str]:
+        return next(row for where, row in self.rows if (where, row[:1]) == (section, [first]))
+
+
+def written(result: ComparisonResult, folder: Path, **options: Any) -> Page:
+    write_tables(result, folder)
+    write_report(result, folder, **options)
+    return Page(folder / "report.html")
+
+
+def by_patient(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Predictions of slides -> one of each patient: by its worst grade, and its worst predicted slide."""
+    worst: dict[str, dict[str, str]] = {}
+    for row in sorted(rows, key=lambda row: (int(row["predicted_grade"]), float(row["expected_grade"]))):
+        columns = ["grade", *(name for name in row if name.startswith("grade_reader"))]
+        before = worst.get(row["patient_id"], row)
+        worst[row["patient_id"]] = row | {name: max(row[name], before[name]) for name in columns}
+    return list(worst.values())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[ComparisonResult, Path]:
+    """A finished comparison with everything that a report may have."""
+    folder = tmp_path_factory.mktemp("report")
+    result = invented()
+    written(result, folder)
+    return result, folder
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def as_shown(row: dict[str, str], form: str = "{:.2f}") -> str:
+    """An interval of results.csv as the page shows it."""
+    form = "{:.3f}" if row["figure"] == "rps" else form
+    values = [
+        form.format(round(float(row[name]), 3 if "3" in form else 2) + 0.0)
+        for name in ("estimate", "low", "high")
+    ]
+    return "{} [{}, {}]".format(*values).replace("-", "\N{MINUS SIGN}")
+
+
+def test_every_section_is_there_and_in_the_contents(whole: tuple[ComparisonResult, Path]) -> None:
+    page = Page(whole[1] / "report.html")
+    sections = [about["id"] for tag, about in page.tags if tag == "section"]
+    linked = [about["href"].removeprefix("#") for tag, about in page.tags if tag == "a"]
+    assert tuple(sections) == SECTIONS == tuple(linked)
+    assert all(len(page.text[name]) > 100 for name in SECTIONS)
+
+
+def test_the_declared_comparison_comes_first(whole: tuple[ComparisonResult, Path]) -> None:
+    result, folder = whole
+    head = Page(folder / "report.html").text[""]
+    (interval, *_) = [row for row in table(folder / "results.csv") if row["section"] == "primary"]
+    assert f"warm minus scratch: {as_shown(interval, '{:+.2f}')}" in head
+    contains_zero = float(interval["low"]) <= 0 <= float(interval["high"])
+    assert ("interval contains zero" in head) == contains_zero
+    assert ("interval excludes zero" in head) != contains_zero
+    assert result.primary is not None
+
+
+def test_figures_on_the_page_are_those_of_the_tables(whole: tuple[ComparisonResult, Path]) -> None:
+    page, rows = Page(whole[1] / "report.html"), table(whole[1] / "results.csv")
+    for arm in ("warm", "scratch", "prior"):
+        figures = {
+            row["figure"]: row
+            for row in rows
+            if (row["section"], row["arm"], row["train_slides"]) == ("figure", arm, "")
+        }
+        names = ("qwk", "accuracy", "mae", "rps", "log_loss")
+        assert page.row("arms", arm)[1:] == [as_shown(figures[name]) for name in names]
+        slope, intercept = (
+            next(
+                row
+                for row in rows
+                if (row["arm"], row["train_slides"], row["section"], row["figure"])
+                == (arm, "", "calibration", name)
+            )
+            for name in ("slope", "intercept")
+        )
+        calibration = page.row("calibration", arm)
+        assert calibration[1:3] == [as_shown(slope), as_shown(intercept, "{:+.2f}")]
+    (prior,) = [
+        row for row in rows if (row["section"], row["arm"]) == ("difference", "prior") and row["p_holm"]
+    ]
+    shown = page.row("others", "prior")
+    assert shown[1] == as_shown(prior, "{:+.2f}")
+    assert float(shown[3].removeprefix("< ")) == pytest.approx(float(prior["p_holm"]), abs=0.001)
+
+
+def test_smaller_training_parts_are_shown_with_the_whole_one(whole: tuple[ComparisonResult, Path]) -> None:
+    page, rows = Page(whole[1] / "report.html"), table(whole[1] / "results.csv")
+    shown = [row for where, row in page.rows if where == "sizes" and row[0] == "scratch"]
+    assert [row[1] for row in shown] == ["20", "40", "80"]
+    for row, size in zip(shown, ("20", "40", ""), strict=True):
+        (found,) = [
+            found
+            for found in rows
+            if (found["section"], found["arm"], found["train_slides"], found["figure"])
+            == ("figure", "scratch", size, "qwk")
+        ]
+        assert row[2] == as_shown(found)
+
+
+def test_figures_lie_beside_the_page_as_svg_and_png(whole: tuple[ComparisonResult, Path]) -> None:
+    folder = whole[1] / "figures"
+    assert {path.name for path in folder.iterdir()} == {
+        f"{name}.{kind}" for name in DRAWN for kind in ("svg", "png")
+    }
+    for name in DRAWN:
+        root = ElementTree.parse(folder / f"{name}.svg").getroot()
+        assert root.tag.endswith("svg")
+        assert not [element for element in root.iter() if element.tag.endswith("}text")]  # glyphs as paths
+        content = (folder / f"{name}.png").read_bytes()
+        assert content.startswith(PNG)
+        width, height = struct.unpack(">II", content[16:24])
+        assert width > 700
+        assert height > 300
+
+
+def test_images_lie_in_the_page_and_their_texts_say_the_numbers(whole: tuple[ComparisonResult, Path]) -> None:
+    result, folder = whole
+    page = Page(folder / "report.html")
+    assert len(page.images) == len(DRAWN)
+    forest = (folder / "figures" / "forest.svg").read_bytes()
+    assert page.images[0]["src"] == "data:image/svg+xml;base64," + base64.b64encode(forest).decode()
+    qwk = result.arms[0].figures["qwk"].estimate
+    assert f"{result.arms[0].arm} {qwk:.2f} [" in page.images[0]["alt"]
+    counts = ", ".join(" ".join(map(str, row)) for row in result.arms[0].confusion)
+    assert counts in page.images[1]["alt"]
+    assert all(len(image["alt"]) > 60 for image in page.images)
+
+
+def test_the_page_reaches_for_nothing_outside(whole: tuple[ComparisonResult, Path]) -> None:
+    page = Page(whole[1] / "report.html")
+    (policy,) = [
+        about["content"]
+        for tag, about in page.tags
+        if tag == "meta" and about.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    addresses = [about[name] for _, about in page.tags for name in ("src", "href") if name in about]
+    assert all(address.startswith(("data:image/", "#")) for address in addresses)
+
+
+def test_equal_results_give_an_equal_page(whole: tuple[ComparisonResult, Path], tmp_path: Path) -> None:
+    result, folder = whole
+    write_report(result, tmp_path)
+    assert (tmp_path / "report.html").read_bytes() == (folder / "report.html").read_bytes()
+
+
+def test_what_comes_from_outside_is_escaped(tmp_path: Path) -> None:
+    result = invented(
+        20,
+        sites=(HOSTILE, "$x_1$</table>"),
+        grades=["none", HOSTILE, "$2$", "much", "all"],
+        repeats=1,
+        sizes=(),
+        nested=False,
+    )
+    page = written(result, tmp_path, failed={HOSTILE: HOSTILE})
+    assert all("onerror" not in about for _, about in page.tags)
+    assert {about["src"][:10] for about in page.images} == {"data:image"}
+    assert page.row("sites", HOSTILE)[1:]
+    assert page.row("sites", "$x_1$</table>")[1:]
+    assert HOSTILE in page.text["protocol"]
+    assert HOSTILE in page.text[""]  # why a unit failed
+
+
+def test_an_unfinished_comparison_says_so(tmp_path: Path) -> None:
+    page = written(invented(20, missing=("warm",), repeats=1, sizes=()), tmp_path)
+    assert "This comparison is not finished" in page.text[""]
+    assert "warm (0 of 5 units)" in page.text[""]
+    assert "warm against scratch by QWK, is not complete yet" in page.text[""]
+    assert [row[0] for where, row in page.rows if where == "arms"] == ["Arm", "scratch", "prior"]
+    assert "The shaded row" not in page.text["arms"]
+
+
+def test_arms_without_epochs_readers_or_sites_leave_no_gap(tmp_path: Path) -> None:
+    arms = {"area": Arm(baseline="colour_area"), "prior": Arm(baseline="prior")}
+    (tmp_path / "figures").mkdir()
+    for kind in ("svg", "png"):  # of an earlier report
+        (tmp_path / "figures" / f"learning.{kind}").write_text("old")
+    page = written(
+        invented(20, arms=arms, sites=("",), readers=0, repeats=1, nested=False, sizes=()), tmp_path
+    )
+    sections = [about["id"] for tag, about in page.tags if tag == "section"]
+    assert tuple(sections) == SECTIONS
+    assert "no readers' grades" in page.text["readers"]
+    assert "one site and one scanner" in page.text["sites"]
+    assert "No arm has epochs" in page.text["learning"]
+    assert "nothing to drift away from" in page.text["layers"]
+    assert "Not nested" in page.text[""]
+    left = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert left == {"forest", "confusion", "reliability", "referral"}
+
+
+def test_one_reader_sets_no_ceiling(tmp_path: Path) -> None:
+    page = written(invented(20, readers=1, repeats=1, sizes=()), tmp_path)
+    assert "One reader alone" in page.text["readers"]
+    assert "ceiling" not in page.text["arms"]
+
+
+def test_curves_of_a_nested_comparison_are_those_of_the_inner_folds(tmp_path: Path) -> None:
+    result = invented(20, repeats=1, sizes=())
+    page = written(result, tmp_path)
+    arm = next(arm for arm in result.arms if arm.arm == "warm")
+    last = [
+        point.qwk
+        for _, found in arm.units
+        for point in found.curves
+        if point.part != "test" and point.epoch == 30
+    ]
+    assert len(last) == 10
+    shown = page.row("learning", "warm")
+    heading = next(row for where, row in page.rows if where == "learning")
+    assert shown[heading.index("QWK after\N{NO-BREAK SPACE}30")] == f"{np.mean(last):.2f}"
+    assert "held-out parts of the inner folds" in page.text["learning"]
+
+
+def test_slides_are_left_to_a_human_at_a_chosen_risk(tmp_path: Path) -> None:
+    """What the table says is judged on the predictions, by SciPy's exact interval of a share."""
+    result, risks = invented(repeats=1, sizes=(), noise=0.3), [0.1, 0.25, 0.4]
+    page = written(replace(result, comparison=replace(result.comparison, referral_risks=risks)), tmp_path)
+    rules = [row for row in table(tmp_path / "results.csv") if row["figure"] == "coverage_at_risk"]
+    graded = table(tmp_path / "predictions.csv")
+    found = 0
+    for arm in ("warm", "scratch"):
+        own = by_patient([row for row in graded if row["arm"] == arm])
+        sure = [max(float(row[f"probability_{grade}"]) for grade in range(5)) for row in own]
+        shown = [row for where, row in page.rows if where == "referral" and row[0] == arm][-1]
+        of_arm = [rule for rule in rules if rule["arm"] == arm and not rule["train_slides"]]
+        for risk, rule, cell in zip(risks, of_arm, shown[1:], strict=True):
+            assert f"at most {risk:.0%} of patients" in rule["note"]
+            if rule["note"].endswith("all to a human"):
+                assert cell == "none"
+                continue
+            least = float(rule["note"].rsplit(" ", 1)[1]) - 1e-6
+            kept = [row for row, value in zip(own, sure, strict=True) if value >= least]
+            assert float(rule["estimate"]) == pytest.approx(len(kept) / len(own), abs=1e-5)
+            assert cell.startswith(f"{100 * len(kept) / len(own):.0f}\N{NO-BREAK SPACE}%, from ")
+            wrong = {row["patient_id"] for row in kept if row["grade"] != row["predicted_grade"]}
+            share = binomtest(len(wrong), len({row["patient_id"] for row in kept}), alternative="less")
+            assert share.proportion_ci(1 - 0.05 / 10, "exact").high <= risk + 1e-9
+            found += 1
+    assert found  # else this tests nothing
+    assert "Even without an error, 60 patients cannot show a risk below 8" in page.text["referral"]
+
+
+def test_every_figure_counts_patients(whole: tuple[ComparisonResult, Path]) -> None:
+    """From the predictions as they are written, by other means: calibration, sets, readers, sites."""
+    result, folder = whole
+    rows = table(folder / "results.csv")
+    predictions = [
+        row for row in table(folder / "predictions.csv") if row["arm"] == "warm" and row["repeat"] == "0"
+    ]
+    patients = by_patient(predictions)
+    assert len(patients) == 60 < len(predictions)
+    warm = result.arms[0]
+    own = [row for row in rows if row["arm"] == "warm" and not row["train_slides"]]
+    true = np.array([int(row["grade"]) for row in patients])
+    graded = np.array([int(row["predicted_grade"]) for row in patients])
+    sure = np.array([max(float(row[f"probability_{grade}"]) for grade in range(5)) for row in patients])
+    (ece,) = [float(row["estimate"]) for row in own if row["figure"] == "ece"]
+    in_bin = np.digitize(sure, np.linspace(0, 1, 11)[1:-1], right=True)
+    gaps = [abs((true == graded)[in_bin == each].sum() - sure[in_bin == each].sum()) for each in range(10)]
+    assert ece == pytest.approx(sum(gaps) / 60, abs=1e-3)
+    assert sum(point.n for point in warm.bins) == 60
+    assert warm.sets is not None and sum(warm.sets.sizes) == 60
+    assert warm.repeatability is not None and warm.repeatability.n == 60
+    assert warm.referral.risk[-1] == pytest.approx(np.mean(true != graded))
+    for reader in (0, 1):
+        of_reader = np.array([int(row[f"grade_reader{reader + 1}"]) for row in patients])
+        (found,) = [one.model for one in warm.readers if one.reader == reader]
+        assert found.n == 60
+        kappas = []
+        for repeat in "01":
+            again = by_patient(
+                [
+                    row
+                    for row in table(folder / "predictions.csv")
+                    if (row["arm"], row["repeat"]) == ("warm", repeat)
+                ]
+            )
+            assert {row["patient_id"]: row[f"grade_reader{reader + 1}"] for row in again} == {
+                row["patient_id"]: str(grade) for row, grade in zip(patients, of_reader, strict=True)
+            }
+            pairs = [(int(row[f"grade_reader{reader + 1}"]), int(row["predicted_grade"])) for row in again]
+            kappas.append(cohen_kappa_score(*zip(*pairs, strict=True), weights="quadratic"))
+        assert found.qwk.estimate == pytest.approx(np.mean(kappas))
+    at = [int(row["n"]) for row in own if (row["section"], row["figure"]) == ("site", "qwk")]
+    assert sorted(at) == sorted(Counter(row["site"] for row in patients).values())
+
+
+def test_sites_are_told_from_the_networks_of_each_arm(
+    whole: tuple[ComparisonResult, Path], tmp_path: Path
+) -> None:
+    _, folder = whole
+    rows = [row for row in table(folder / "results.csv") if row["figure"] == "site_from_embeddings"]
+    assert [row["note"].partition(";")[0] for row in rows] == ["warm", "scratch"]  # a prior has no network
+    assert all(float(row["estimate"]) > 0.8 and float(row["p"]) < 0.01 and row["n"] == "60" for row in rows)
+    shown = Page(folder / "report.html").row("sites", "warm")
+    assert shown[1] == f"{float(rows[0]['estimate']):.2f}"
+    alone = written(invented(20, repeats=1, sizes=(), sites=("north",)), tmp_path)
+    assert "Embeddings" not in alone.text["sites"]
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_arms_are_shown_at_equal_epochs_and_at_their_plateaus(tmp_path: Path, nested: bool) -> None:
+    """From the curves as they are written, by other means."""
+    page = written(invented(20, repeats=1, sizes=(), nested=nested), tmp_path)
+    rows = [row for row in table(tmp_path / "results.csv") if row["section"] == "learning"]
+    points = table(tmp_path / "curves.csv")
+    assert {row["arm"] for row in rows} == {"warm", "scratch"}  # a prior has no epochs
+    gaps = {}
+    for arm in ("warm", "scratch"):
+        own = [point for point in points if point["arm"] == arm and (point["part"] != "test") == nested]
+        mean = {
+            (figure, epoch): np.mean([float(p[figure]) for p in own if int(p["epoch"]) == epoch])
+            for figure in ("qwk", "accuracy", "rps")
+            for epoch in range(5, 31, 5)
+        }
+        best = max(mean["qwk", epoch] for epoch in range(5, 31, 5))
+        plateau = next(epoch for epoch in range(5, 31, 5) if mean["qwk", epoch] >= best - 0.02)
+        least = min(mean["rps", epoch] for epoch in range(5, 31, 5))
+        settled = next(epoch for epoch in range(5, 31, 5) if mean["rps", epoch] <= 1.02 * least)
+        expected: list[tuple[str, Any]] = [
+            (figure, mean[figure, epoch]) for figure, epoch in mean if epoch in (5, 15, 20, 30)
+        ]
+        expected += [("plateau_qwk", mean["qwk", plateau]), ("plateau_rps", mean["rps", settled])]
+        expected += [("epochs_to_plateau", plateau), ("epochs_to_plateau", settled)]
+        found = {(row["figure"], row["estimate"]) for row in rows if row["arm"] == arm}
+        assert {(figure, f"{value:.6g}") for figure, value in expected} <= found
+        trainings = len({(point["fold"], point["part"]) for point in own})
+        assert trainings == (10 if nested else 5)
+        shown = [row for where, row in page.rows if where == "learning" and row[0] == arm]
+        assert [len(row) for row in shown] == [7, 7, 7]
+        assert shown[0] == [arm, *(f"{mean['qwk', n]:.2f}" for n in (5, 15, 20, 30)), str(plateau),
+                            f"{mean['qwk', plateau]:.2f}"]  # fmt: skip
+        assert shown[1][1] == f"{mean['accuracy', 5]:.2f}"
+        assert shown[2][1] == str(plateau)
+        # Each patient lies in one held-out part of the inner folds of the four folds that it is trained on.
+        assert shown[2][-2:] == [str(trainings), "80" if nested else "20"]
+        gaps[arm] = mean["qwk", 5], mean["qwk", plateau]
+    early, late = (one - other for one, other in zip(gaps["warm"], gaps["scratch"], strict=True))
+    assert f"{early:+.2f} after 5, ".replace("-", "\N{MINUS SIGN}") in page.text["learning"]
+    assert f"epochs, {late:+.2f}. Means".replace("-", "\N{MINUS SIGN}") in page.text["learning"]
+
+
+def test_temperatures_are_judged_against_none(tmp_path: Path) -> None:
+    result = invented(20, repeats=1, sizes=())
+    plain = invented(20, repeats=1, sizes=(), temperature=1.0)
+    page = written(result, tmp_path)
+    shown = [row for where, row in page.rows if where == "calibration" and len(row) == 8][1:]
+    assert [row[0] for row in shown] == ["warm", "scratch"]  # a prior has no temperature
+    for row, arm, without in zip(shown, result.arms, plain.arms, strict=False):
+        assert row[1] == "1.10 to 1.10"
+        for place, name in ((2, "log_loss"), (4, "rps")):
+            before, after = (found.figures[name].estimate for found in (without, arm))  # type: ignore[index]
+            assert row[place : place + 2] == [f"{before:.3f}", f"{after:.3f}"]
+            assert before != after
+        assert without.slope.slope is not None and arm.slope.slope is not None
+        assert row[6:] == [
+            f"{found.slope.slope.estimate:.2f}" for found in (without, arm) if found.slope.slope
+        ]
+    rows = {row["figure"]: row for row in table(tmp_path / "results.csv") if row["arm"] == "warm"}
+    assert float(rows["untempered_rps"]["estimate"]) == pytest.approx(
+        plain.arms[0].figures["rps"].estimate, 1e-4
+    )
+
+
+def test_the_ceiling_is_that_of_the_labels(whole: tuple[ComparisonResult, Path], tmp_path: Path) -> None:
+    """Labels that are the readers' consensus are judged by another ceiling than those of one reader."""
+    result = whole[0]
+    assert result.ceiling is not None
+    consensus = (result.readings.sum(axis=1) + 1) // 2
+    page = written(replace(result, true=consensus), tmp_path)
+    assert f"leaves {result.ceiling.consensus_qwk:.2f} to be reached" in page.images[0]["alt"]
+    page = written(replace(result, true=4 - consensus), tmp_path)
+    assert f"leaves {result.ceiling.qwk:.2f} to be reached" in page.images[0]["alt"]
+    lower = result.readings.min(axis=1)  # between both readers' grades, and not always their rounded mean
+    assert (lower != consensus).any() and (lower != result.readings[:, 0]).any()
+    page = written(replace(result, true=lower), tmp_path)
+    assert f"leaves {result.ceiling.together_qwk:.2f} to be reached" in page.images[0]["alt"]
+
+
+def test_arms_on_fewer_slides_are_compared_too(whole: tuple[ComparisonResult, Path], tmp_path: Path) -> None:
+    """The figure by hand; and the family of its own that Holm corrects."""
+    result, folder = whole
+    pairs = result.smaller_differences
+    assert {pair.n_slides for pair in pairs} == {arm.n_slides for arm in result.smaller}
+    arms = {(arm.arm, arm.n_slides): arm for arm in result.smaller}
+    rows = [row for row in table(folder / "results.csv") if row["section"] == "difference"]
+    for pair in pairs:
+        one, other = arms[pair.arm, pair.n_slides], arms["scratch", pair.n_slides]
+        gain = one.figures["qwk"].estimate - other.figures["qwk"].estimate
+        assert pair.interval.estimate == pytest.approx(gain)
+        assert pair.p_holm is not None and pair.p_holm >= pair.sign_flip.p
+        shown = [row for row in rows if (row["arm"], row["train_slides"]) == (pair.arm, str(pair.n_slides))]
+        assert float(shown[0]["estimate"]) == pytest.approx(gain, 1e-4)
+    assert "trained on fewer slides" in written(result, tmp_path).text["others"]
+
+
+def test_readers_without_a_slide_in_common_end_no_report(tmp_path: Path) -> None:
+    for reads in ((0, 1), (2,)):  # half of the slides each; none at all
+        result = invented(20, repeats=1, sizes=(), reads=reads, draws=100)
+        assert result.ceiling is None and bool(result.arms[0].readers) == (reads == (0, 1))
+        assert "noise of the labels is unknown" in written(result, tmp_path).text["limits"]
+
+
+def test_two_groups_are_compared_by_every_arm_and_by_the_labels(tmp_path: Path) -> None:
+    groups = Groups("site", "north", "south")
+    page = written(invented(20, repeats=1, sizes=(), groups=groups), tmp_path)
+    rows = [row for row in table(tmp_path / "results.csv") if row["section"] == "groups"]
+    predictions = table(tmp_path / "predictions.csv")
+    for arm in ("", "warm", "scratch", "prior"):
+        of_patient: dict[str, list[float]] = {}
+        site = {row["patient_id"]: row["site"] for row in predictions}
+        for row in predictions:
+            if row["arm"] == (arm or "warm"):
+                value = row["expected_grade" if arm else "grade"]
+                of_patient.setdefault(row["patient_id"], []).append(float(value))
+        south, north = (
+            [np.max(values) for patient, values in of_patient.items() if site[patient] == name]
+            for name in ("south", "north")
+        )
+        (shift,) = [row for row in rows if (row["arm"], row["figure"]) == (arm, "shift")]
+        median = np.median(np.subtract.outer(south, north))
+        assert float(shift["estimate"]) == pytest.approx(median, abs=1e-4)  # five digits are written
+        assert int(shift["n"]) == len(south) + len(north)
+        shown = page.row("score", arm or "grades in the manifest")
+        if arm != "warm" and arm != "scratch":  # whose first table is that of the draws
+            assert shown[1:3] == [f"{len(north)} and {len(south)}", as_shown(shift, "{:+.2f}")]
+    assert "south minus north (by site)" in page.text["score"]
+
+
+def test_a_given_split_has_a_single_fold(tmp_path: Path) -> None:
+    page = written(invented(30, given_split=True, repeats=1, sizes=()), tmp_path)
+    assert "The split given in the manifest was used" in page.text["protocol"]
+    assert "was made in 2 inner folds" in page.text["protocol"]  # it has no validation part
+    assert "With a single fold" in page.text["referral"]
+    assert page.row("others", "warm")[-1] == "–"  # of a t over folds
+    assert page.row("power", "warm")[1:3] == ["–", "–"]  # neither seed nor fold

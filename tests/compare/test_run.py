@@ -1,0 +1,662 @@
+"""Comparisons as they are run: by the real command, on real caches, in real processes."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from sklearn.metrics import accuracy_score, cohen_kappa_score
+
+from slidetl.cli import main
+from slidetl.compare.config import read_comparison
+from slidetl.compare.plan import Study, Unit, read_study
+from slidetl.compare.records import Job, UnitResult
+from slidetl.compare.run import plan_comparison
+from slidetl.compare.train_arm import draw_evenly
+from slidetl.compare.unit import job_of, read_unit, run_unit
+from slidetl.errors import UsageError
+from slidetl.evaluation.calibration import fit_temperature, with_temperature
+from slidetl.evaluation.classical import fit_ridge
+from slidetl.evaluation.protocol import Fold, canonical_sha256
+from slidetl.models.weights import bundled_weights
+from slidetl.tiles.features import read_features
+from slidetl.training.predictions import SlidePrediction
+from tests.conftest import Study as Cohort
+
+PATIENCE_S = 300  # a busy machine starts Python with torch in a minute
+SCRATCH = {"model": {"transfer": {"class_path": "slidetl.models.transfer.Scratch"}}}
+
+
+def configuration(study: Cohort, folder: Path, **changes: Any) -> Path:
+    """A small comparison of two arms over two folds, not nested."""
+    values: dict[str, Any] = {
+        "manifest": str(study.manifest),
+        "cache": str(study.cache),
+        "protocol": {"outer_folds": 2, "inner_folds": 0, "unit": "slide"},
+        "primary": {"arm": "scratch", "against": "prior"},
+        "base": {
+            "data": {"bag_size": 4, "num_workers": 0},
+            "model": {"backbone": {"name": "mobilenetv3_small_050"}},
+            "trainer": {"max_epochs": 2, "accelerator": "cpu"},
+        },
+        "arms": {"scratch": {"fit": SCRATCH}, "prior": {"baseline": "prior"}},
+        "bootstrap_draws": 100,
+        **changes,
+    }
+    path = folder / "compare.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def compared(study: Cohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of one whole comparison."""
+    folder = tmp_path_factory.mktemp("compared")
+    path = configuration(study, folder, sizes={"slides": [8], "arms": ["prior"]})
+    assert main(["compare", "--config", str(path), "--output", str(folder / "out"), "--jobs", "2"]) == 0
+    return folder / "out"
+
+
+def test_every_slide_is_predicted_once_by_every_arm(compared: Path, study: Cohort) -> None:
+    rows = table(compared / "predictions.csv") + table(compared / "predictions_smaller.csv")
+    slides = sorted(row["slide_id"] for row in table(study.manifest))
+    for arm, size in (("scratch", ""), ("prior", ""), ("prior", "8")):
+        own = [row for row in rows if (row["arm"], row["train_slides"]) == (arm, size)]
+        assert sorted(row["slide_id"] for row in own) == slides
+        for row in own:
+            probabilities = [float(row[f"probability_{grade}"]) for grade in range(5)]
+            assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+            assert int(row["predicted_grade"]) == int(np.argmax(probabilities))
+
+
+def test_figures_are_those_of_the_pooled_predictions(compared: Path) -> None:
+    predictions = [row for row in table(compared / "predictions.csv") if row["arm"] == "scratch"]
+    true = [int(row["grade"]) for row in predictions]
+    predicted = [int(row["predicted_grade"]) for row in predictions]
+    figures = {
+        row["figure"]: float(row["estimate"])
+        for row in table(compared / "results.csv")
+        if (row["section"], row["arm"]) == ("figure", "scratch")
+    }
+    kappa = cohen_kappa_score(true, predicted, labels=range(5), weights="quadratic")
+    assert figures["accuracy"] == pytest.approx(accuracy_score(true, predicted), abs=1e-5)
+    assert figures["qwk"] == pytest.approx(kappa, abs=1e-5)
+
+
+def test_the_declared_comparison_comes_first(compared: Path) -> None:
+    rows = table(compared / "results.csv")
+    assert (rows[0]["section"], rows[0]["arm"], rows[0]["against"]) == ("primary", "scratch", "prior")
+    qwk = {row["arm"]: float(row["estimate"]) for row in rows if row["figure"] == "qwk" and row["n"]
+           and row["section"] == "figure" and not row["train_slides"]}  # fmt: skip
+    assert float(rows[0]["estimate"]) == pytest.approx(qwk["scratch"] - qwk["prior"], abs=1e-5)
+    assert {row["note"] for row in rows if row["section"] == "figure"} == {"not nested"}
+
+
+def test_learning_curves_have_every_epoch_of_every_fold(compared: Path) -> None:
+    rows = table(compared / "curves.csv")
+    assert [(row["fold"], row["part"], row["epoch"]) for row in rows] == [
+        (fold, "test", epoch) for fold in "01" for epoch in "12"
+    ]
+    assert all(0 < float(row["seconds"]) < 600 for row in rows)
+
+
+def test_the_splits_on_disk_are_those_that_were_used(compared: Path) -> None:
+    splits = json.loads((compared / "splits.json").read_text())
+    assert canonical_sha256(splits["folds"]) == splits["sha256"]
+    of = {fold["name"]: set(fold["test"]) for fold in splits["folds"]}
+    for row in table(compared / "predictions.csv"):
+        assert row["slide_id"] in of[row["fold"]]
+
+
+def test_a_prior_is_the_share_of_each_grade_in_its_training_part(compared: Path, study: Cohort) -> None:
+    grade = {row["slide_id"]: int(row["grade"]) for row in table(study.manifest)}
+    folds = {fold["name"]: fold for fold in json.loads((compared / "splits.json").read_text())["folds"]}
+    for row in table(compared / "predictions.csv"):
+        if row["arm"] == "prior":
+            train = [grade[slide] for slide in folds[row["fold"]]["train"]]
+            assert float(row["probability_0"]) == pytest.approx(train.count(0) / len(train), abs=1e-6)
+
+
+def test_the_report_lies_beside_the_tables(compared: Path) -> None:
+    page = (compared / "report.html").read_text()
+    assert "scratch against prior: a comparison of 2 arms" in page
+    assert "<h2" in page
+    drawn = {"confusion", "forest", "learning", "referral", "reliability", "similarity", "sizes"}
+    assert {path.stem for path in (compared / "figures").glob("*.svg")} == drawn
+
+
+def test_similarity_is_that_of_each_block_before_and_after_training(compared: Path) -> None:
+    rows = table(compared / "similarity.csv")
+    assert {(row["arm"], row["fold"]) for row in rows} == {("scratch", "0"), ("scratch", "1")}
+    assert rows[0]["layer"] == "bn1"
+    assert {"blocks.0", "embedding"} <= {row["layer"] for row in rows}
+    of_first = [float(row["linear_cka"]) for row in rows if row["layer"] == "bn1"]
+    assert all(0.9 < value < 1 for value in of_first)  # two epochs hardly move the lowest block
+
+
+def test_tiles_are_drawn_evenly_from_slides() -> None:
+    drawn = draw_evenly([100, 3, 40], 30, seed=1)
+    assert {slide: len(tiles) for slide, tiles in drawn.items()} == {0: 10, 1: 3, 2: 10}
+    assert all(len(set(tiles)) == len(tiles) and list(tiles) == sorted(tiles) for tiles in drawn.values())
+    assert drawn[0].max() > 10  # from anywhere in the slide
+    many = draw_evenly([5] * 50, 20, seed=1)
+    assert len(many) == 20
+    assert all(len(tiles) == 1 for tiles in many.values())
+    assert list(many) != list(range(20))
+
+
+def test_a_report_of_what_is_there_computes_nothing(
+    compared: Path, study: Cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(compared, tmp_path / "out")
+    arms = {"scratch": {"fit": SCRATCH}, "prior": {"baseline": "prior"}, "site": {"baseline": "site"}}
+    words = ["compare", "--config", str(configuration(study, tmp_path, arms=arms)), "--report-only"]
+    assert main([*words, "--output", str(tmp_path / "out")]) == 0
+    assert "incomplete: site, 0 of 2 units" in capsys.readouterr().out
+    assert len(list((tmp_path / "out" / "units").glob("*/unit.json"))) == 6
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "This comparison is not finished" in page
+    assert "site (0 of 2 units)" in page
+    assert main([*words, "--output", str(tmp_path / "nothing")]) == 2
+    assert "no arm has all its folds yet" in capsys.readouterr().err
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_what_is_there_is_not_computed_again(
+    compared: Path, study: Cohort, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(compared, tmp_path / "out")
+    before = (tmp_path / "out" / "results.csv").read_bytes()
+    # Renamed, the arm is the same.
+    arms = {"anew": {"fit": SCRATCH}, "prior": {"baseline": "prior"}}
+    path = configuration(
+        study,
+        tmp_path,
+        arms=arms,
+        primary={"arm": "anew", "against": "prior"},
+        sizes={"slides": [8], "arms": ["prior"]},
+    )
+    assert main(["compare", "--config", str(path), "--output", str(tmp_path / "out")]) == 0
+    assert "6 units are there, 0 to be computed" in capfd.readouterr().err
+    assert (tmp_path / "out" / "results.csv").read_bytes() == before.replace(b"scratch", b"anew")
+
+
+def test_a_damaged_unit_is_computed_again(
+    compared: Path, study: Cohort, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(compared, tmp_path / "out")
+    key = next(row["key"] for row in table(compared / "units.csv") if row["arm"] == "prior")
+    predictions = tmp_path / "out" / "units" / key / "predictions.csv"
+    whole = predictions.read_text()
+    predictions.write_text(whole.replace("0", "1", 1))
+    path = configuration(study, tmp_path)
+    assert main(["compare", "--config", str(path), "--output", str(tmp_path / "out"), "--jobs", "1"]) == 0
+    assert "3 units are there, 1 to be computed" in capfd.readouterr().err
+    assert predictions.read_text() == whole
+
+
+def test_a_killed_run_goes_on_to_the_same_figures(compared: Path, study: Cohort, tmp_path: Path) -> None:
+    path = configuration(study, tmp_path, sizes={"slides": [8], "arms": ["prior"]})
+    command = [sys.executable, "-m", "slidetl", "compare", "--config", str(path)]
+    command += ["--output", str(tmp_path / "out"), "--jobs", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    units = tmp_path / "out" / "units"
+    deadline = time.monotonic() + PATIENCE_S
+    while not list(units.glob("*/unit.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)  # itself alone: what it started must end by itself
+    process.wait()
+    done = {file: file.stat().st_mtime_ns for file in units.glob("*/unit.json")}
+    assert 0 < len(done) < 6
+    assert main(["compare", "--config", str(path), "--output", str(tmp_path / "out")]) == 0
+    assert {file: file.stat().st_mtime_ns for file in done} == done
+    same = ("predictions.csv", "results.csv", "splits.json")
+    assert all((tmp_path / "out" / name).read_bytes() == (compared / name).read_bytes() for name in same)
+
+
+def test_a_unit_that_fails_is_reported_and_the_others_go_on(
+    study: Cohort, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    broken = {"model": {"backbone": {"pretrained": str(tmp_path / "none.safetensors")}}}
+    arms = {"broken": {"fit": broken}, "prior": {"baseline": "prior"}, "site": {"baseline": "site"}}
+    path = configuration(study, tmp_path, arms=arms, primary={"arm": "broken", "against": "prior"})
+    assert main(["compare", "--config", str(path), "--output", str(tmp_path / "out")]) == 1
+    printed = capfd.readouterr()
+    assert "failed: broken, repeat 0, fold 0" in printed.err
+    assert "none.safetensors" in printed.err
+    assert "broken against prior: not complete" in printed.out
+    assert "incomplete: broken, 0 of 2 units" in printed.out
+    assert {row["arm"] for row in table(tmp_path / "out" / "predictions.csv")} == {"prior", "site"}
+    assert len(list((tmp_path / "out" / "units" / ".failed").iterdir())) == 2
+
+
+def test_a_mistake_in_an_arm_is_found_before_anything_runs(
+    study: Cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = {"scratch": {"fit": {"model": {"lrr": 1}}}, "prior": {"baseline": "prior"}}
+    path = configuration(study, tmp_path, arms=arms)
+    assert main(["compare", "--config", str(path), "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "arm 'scratch'" in error
+    assert "lrr" in error
+    assert not list((tmp_path / "out" / "units").glob("*/unit.json"))
+
+
+def test_a_dry_run_writes_nothing(study: Cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = configuration(study, tmp_path)
+    assert main(["compare", "--config", str(path), "--output", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert capsys.readouterr().out == "20 slides, 2 folds, 2 arms, 4 units\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_some_arms(study: Cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["compare", "--config", str(configuration(study, tmp_path)), "--output", str(tmp_path / "out")]
+    assert main([*words, "--only", "prior", "--dry-run"]) == 0
+    assert capsys.readouterr().out == "20 slides, 2 folds, 1 arms, 2 units\n"
+    assert main([*words, "--only", "prio"]) == 2
+    assert "there is no arm 'prio'" in capsys.readouterr().err
+
+
+def relabelled(study: Cohort, folder: Path, **columns: Any) -> Path:
+    """The manifest with other values; each is a function of a row."""
+    rows = table(study.manifest)
+    for row in rows:
+        row["path"] = str(study.manifest.parent / row["path"])
+        row.update({name: str(value(row)) for name, value in columns.items()})
+    path = folder / "manifest.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_a_training_part_without_a_grade_is_refused(study: Cohort, tmp_path: Path) -> None:
+    first = next(row["slide_id"] for row in table(study.manifest) if row["grade"] == "4")
+    manifest = relabelled(
+        study, tmp_path, grade=lambda row: 4 if row["slide_id"] == first else min(3, int(row["grade"]))
+    )
+    path = configuration(study, tmp_path, manifest=str(manifest))
+    with pytest.raises(UsageError, match="no training slide has grade 4, so it could not be learned; add"):
+        plan_comparison(read_comparison(path))
+
+
+def copied_slide(study: Cohort, folder: Path, cropped: bool = False) -> tuple[Path, Path]:
+    """A manifest and a cache in which the first slide is there a second time, as another patient's.
+
+    Cropped, it lacks up to a tenth of its sides, and is another file format.
+    """
+    cache = folder / "cache"
+    shutil.copytree(study.cache, cache)
+    manifest = relabelled(study, folder)
+    rows = table(manifest)
+    original = rows[0]["slide_id"]
+    slide = folder / "copy.tiff"
+    shutil.copy(rows[0]["path"], slide)
+    if cropped:
+        with Image.open(rows[0]["path"]) as picture:
+            width, height = picture.size
+            slide = folder / "copy.png"
+            picture.convert("RGB").crop((width // 10, 0, width - width // 30, height - height // 12)).save(
+                slide
+            )
+    again = {"slide_id": "copy", "patient_id": "another", "path": str(slide), "mpp": "4" if cropped else ""}
+    rows.append({**rows[0], **again})
+    with manifest.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[-1], restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    options = ["--cache", str(cache), "--mpp", "4", "--tile-size", "64", "--workers", "1"]
+    assert main(["tile", str(manifest), *options]) == 0
+    assert (cache / "copy.zarr").is_dir()
+    assert (cache / f"{original}.zarr").is_dir()
+    return manifest, cache
+
+
+def test_one_slide_under_two_names_stops_the_run_or_is_joined(study: Cohort, tmp_path: Path) -> None:
+    manifest, cache = copied_slide(study, tmp_path)
+    places = {"manifest": str(manifest), "cache": str(cache)}
+    # By its content, whatever it looks like; and where it lands depends on the seed.
+    refused = 0
+    for seed in range(4):
+        protocol = {"outer_folds": 2, "inner_folds": 0, "seed": seed}
+        path = configuration(study, tmp_path, **places, protocol=protocol, near_duplicates=0)
+        try:
+            plan_comparison(read_comparison(path))
+        except UsageError as error:
+            assert "hold the same slide as" in str(error)
+            refused += 1
+        joined = configuration(study, tmp_path, **places, protocol=protocol, duplicates="join")
+        with pytest.warns(
+            UserWarning, match="duplicates: 1 slides count as slides of another patient, 0 are"
+        ):
+            plan = plan_comparison(read_comparison(joined))
+        original = plan.study.rows[1].slide_id
+        assert all(("copy" in fold.test) == (original in fold.test) for fold in plan.folds)
+    assert refused
+
+
+def test_a_cropped_slide_on_the_other_side_stops_the_run(study: Cohort, tmp_path: Path) -> None:
+    manifest, cache = copied_slide(study, tmp_path, cropped=True)
+    refused = 0
+    for seed in range(4):
+        protocol = {"outer_folds": 2, "inner_folds": 0, "seed": seed}
+        path = configuration(study, tmp_path, manifest=str(manifest), cache=str(cache), protocol=protocol)
+        try:
+            plan_comparison(read_comparison(path))
+        except UsageError as error:
+            assert "copy" in str(error) and "look alike" in str(error)
+            refused += 1
+    assert refused
+
+
+def test_looking_alike_is_looked_for(study: Cohort, tmp_path: Path) -> None:
+    path = configuration(study, tmp_path, near_duplicates=0.01)  # everything is a little alike
+    with pytest.raises(UsageError, match="hold slides that look alike"):
+        plan_comparison(read_comparison(path))
+
+
+def first_unit(path: Path, arm: str, folder: Path) -> tuple[Study, Unit, UnitResult]:
+    """The first unit of an arm, computed and read back."""
+    comparison = read_comparison(path)
+    plan = plan_comparison(comparison)
+    unit = next(unit for unit in plan.units if unit.arm == arm)
+    run_unit(job_of(unit, plan.study, comparison.grades, folder))
+    found = read_unit(folder, unit.key)
+    assert found is not None
+    return plan.study, unit, found
+
+
+def test_choices_are_made_in_inner_folds_alone(study: Cohort, tmp_path: Path) -> None:
+    path = configuration(
+        study,
+        tmp_path,
+        protocol={"outer_folds": 2, "inner_folds": 2, "unit": "worst"},
+        arms={
+            "scratch": {"fit": SCRATCH, "choices": {"model.lr": [1e-3, 1e-7]}},
+            "prior": {"baseline": "prior"},
+        },
+    )
+    comparison = read_comparison(path)
+    _, unit, found = first_unit(path, "scratch", tmp_path / "units")
+    assert found.nested
+    parts = {(point.part, point.trial) for point in found.curves}
+    assert parts == {("inner-0", 0), ("inner-1", 0), ("inner-0", 1), ("inner-1", 1), ("test", 0)}
+    # Chosen again by hand from the inner curves; that of the test part has no say.
+    means = {
+        (trial, epoch): np.mean(
+            [p.rps for p in found.curves if p.part != "test" and (p.trial, p.epoch) == (trial, epoch)]
+        )
+        for trial in (0, 1)
+        for epoch in (1, 2)
+    }
+    trial = min(means, key=lambda at: means[at])[0]
+    assert found.chosen is not None
+    assert found.chosen["model.lr"] == (1e-3, 1e-7)[trial]
+    assert found.chosen["epochs"] in (1, 2)
+    assert max(p.epoch for p in found.curves if p.part == "test") == found.chosen["epochs"]
+    assert 0.05 <= found.temperature <= 20
+    assert found.temperature != 1
+    assert sorted(row.slide_id for row in found.predictions) == list(unit.fold.test)
+    # Scores by tiles drawn anew scatter around those of the whole slides, calibrated as they are.
+    whole = {
+        row.slide_id: float(with_temperature(row.probabilities, found.temperature) @ np.arange(5))
+        for row in found.predictions
+        if row.tiles > 1
+    }
+    assert found.draws.keys() == whole.keys() and whole
+    for slide, scores in found.draws.items():
+        assert len(scores) == comparison.tile_draws and np.std(scores) > 0
+        assert abs(np.mean(scores) - whole[slide]) < 4 * np.std(scores)
+    assert found.embeddings.shape == (len(unit.fold.train) + len(unit.fold.test), 1024)
+    assert unit.recipe["weights"] == sha256(bundled_weights("mobilenetv3_small_050").read_bytes()).hexdigest()
+
+
+def test_a_point_of_a_curve_counts_patients_by_the_worst_of_their_slides(
+    study: Cohort, tmp_path: Path
+) -> None:
+    by_grade = sorted(table(study.manifest), key=lambda row: row["grade"])
+    patients = {row["slide_id"]: f"p{number // 2}" for number, row in enumerate(by_grade)}
+    manifest = relabelled(study, tmp_path, patient_id=lambda row: patients[row["slide_id"]])
+    protocol = {"outer_folds": 2, "inner_folds": 0, "unit": "worst"}
+    path = configuration(study, tmp_path, manifest=str(manifest), protocol=protocol)
+    _, _, found = first_unit(path, "scratch", tmp_path / "units")
+    last = found.curves[-1]
+    of_patient: dict[str, list[SlidePrediction]] = {}
+    for row in found.predictions:
+        of_patient.setdefault(row.patient_id, []).append(row)
+    assert last.n == len(of_patient) == len(found.predictions) / 2
+    right, apart = [], []
+    for rows in of_patient.values():
+        true = max(row.grade for row in rows if row.grade is not None)
+        worst = max(rows, key=lambda row: (row.predicted_grade, row.probabilities @ np.arange(5)))
+        right.append(worst.predicted_grade == true)
+        apart.append(np.sum((np.cumsum(worst.probabilities)[:4] - (np.arange(4) >= true)) ** 2) / 4)
+    assert last.accuracy == pytest.approx(np.mean(right)) and last.rps == pytest.approx(
+        np.mean(apart), abs=1e-5
+    )
+
+
+def test_labels_are_permuted_before_anything_is_fitted(study: Cohort, tmp_path: Path) -> None:
+    path = configuration(study, tmp_path, permutations={"n": 3, "arms": ["prior"]})
+    comparison = read_comparison(path)
+    plan = plan_comparison(comparison)
+    permuted = [unit for unit in plan.units if unit.permutation is not None]
+    assert len(permuted) == 6
+    jobs = [job_of(unit, plan.study, comparison.grades, tmp_path) for unit in permuted]
+    grades = {job.unit.permutation: {row.slide_id: row.grade for row in job.rows} for job in jobs}
+    true = {row.slide_id: row.grade for row in plan.study.rows}
+    assert all(sorted(map(str, of.values())) == sorted(map(str, true.values())) for of in grades.values())
+    assert all(of != true for of in grades.values())
+    assert main(["compare", "--config", str(path), "--output", str(tmp_path / "out"), "--only", "prior"]) == 0
+    (row,) = [row for row in table(tmp_path / "out" / "results.csv") if row["section"] == "chance"]
+    assert float(row["p"]) in (0.25, 0.5, 0.75, 1.0)
+
+
+def test_a_baseline_by_site_knows_the_site_alone(study: Cohort, tmp_path: Path) -> None:
+    plan, job = planned(study, tmp_path, {"baseline": "site"})
+    predictions = computed(job)
+    by_site = {row.site: row.probabilities for row in predictions}
+    assert len(by_site) == 2
+    assert all(row.probabilities == by_site[row.site] for row in predictions)
+    train = [row for row in plan.rows if row.slide_id in job.unit.fold.train]
+    for site, probabilities in by_site.items():
+        counts = np.bincount(
+            [row.grade for row in train if row.site == site and row.grade is not None], minlength=5
+        )
+        prior = np.bincount([row.grade for row in train if row.grade is not None], minlength=5) / len(train)
+        assert probabilities == pytest.approx((counts + prior) / (counts.sum() + 1), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["colour_area", "collagen"])
+def test_baselines_by_colour_give_distributions(name: str, study: Cohort, tmp_path: Path) -> None:
+    _, job = planned(study, tmp_path, {"baseline": name})
+    predictions = computed(job)
+    assert sorted(row.slide_id for row in predictions) == list(job.unit.fold.test)
+    assert len({row.probabilities for row in predictions}) > 1
+
+
+def planned(study: Cohort, folder: Path, arm: dict[str, Any]) -> tuple[Study, Job]:
+    arms = {"it": arm, "prior": {"baseline": "prior"}}
+    path = configuration(study, folder, arms=arms, primary={"arm": "it", "against": "prior"})
+    comparison = read_comparison(path)
+    plan = plan_comparison(comparison)
+    unit = next(unit for unit in plan.units if unit.arm == "it")
+    return plan.study, job_of(unit, plan.study, comparison.grades, folder / "units")
+
+
+def computed(job: Job) -> tuple[SlidePrediction, ...]:
+    run_unit(job)
+    found = read_unit(job.folder, job.unit.key)
+    assert found is not None
+    return found.predictions
+
+
+@pytest.mark.parametrize("arm", [{"fit": SCRATCH}, {"baseline": "colour_area"}], ids=["fit", "colour"])
+def test_a_site_that_alone_has_a_grade_can_be_left_out(
+    arm: dict[str, Any], study: Cohort, tmp_path: Path
+) -> None:
+    highest = max(row["site"] for row in table(study.manifest))
+    manifest = relabelled(
+        study,
+        tmp_path,
+        grade=lambda row: min(3 if row["site"] == highest else 2, int(row["grade"])),
+        grade_reader1=lambda row: "",
+        grade_reader2=lambda row: "",
+    )
+    path = configuration(
+        study,
+        tmp_path,
+        manifest=str(manifest),
+        grades=["0", "1", "2", "3"],
+        protocol={"leave_one_site_out": True, "inner_folds": 0, "unit": "slide"},
+        arms={"it": arm, "prior": {"baseline": "prior"}},
+        primary={"arm": "it", "against": "prior"},
+    )
+    comparison = read_comparison(path)
+    with pytest.warns(UserWarning, match=f"fold {highest}: no training slide has grade 3"):
+        plan = plan_comparison(comparison)
+    unit = next(unit for unit in plan.units if (unit.arm, unit.fold.name) == ("it", highest))
+    predictions = computed(job_of(unit, plan.study, comparison.grades, tmp_path / "units"))
+    assert {row.site for row in predictions} == {highest}
+    if "baseline" in arm:  # a network's head has a little left for every grade
+        assert all(row.probabilities[3] == 0 for row in predictions)
+
+
+def test_a_classical_arm_needs_stored_features_and_says_how(study: Cohort, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="make it with 'slidetl embed'"):
+        planned(study, tmp_path, {"classical": {"features": ["none"]}})
+
+
+def test_a_classical_arm_is_fitted_and_calibrated_on_its_training_part(study: Cohort, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(study.cache, cache)
+    assert main(["embed", str(cache), "--backbone", "mobilenetv3_small_050", "--name", "tiny"]) == 0
+    path = configuration(
+        study,
+        tmp_path,
+        cache=str(cache),
+        protocol={"outer_folds": 2, "inner_folds": 2, "unit": "slide"},
+        arms={"ridge": {"classical": {"features": ["tiny"]}}, "prior": {"baseline": "prior"}},
+        primary={"arm": "ridge", "against": "prior"},
+    )
+    whole, unit, found = first_unit(path, "ridge", tmp_path / "units")
+    assert found.nested
+    # Once more by hand.
+    rows = {row.slide_id: row for row in whole.rows}
+    grade = {slide: row.grade for slide, row in rows.items() if row.grade is not None}
+    means = {each.slide_id: read_features(each, "tiny").astype(float).mean(0) for each in whole.caches}
+
+    def graded(train: tuple[str, ...], other: tuple[str, ...]) -> Any:
+        grades = [grade[slide] for slide in train]
+        known = np.unique(np.array(grades))
+        truth, patients = np.searchsorted(known, grades), [rows[slide].patient_id for slide in train]
+        x, new = (np.stack([means[slide] for slide in part]) for part in (train, other))
+        probabilities = np.zeros((len(other), 5))
+        grader = fit_ridge(x, truth, patients, len(known), seed=unit.fold.seed)
+        probabilities[:, known] = grader.probabilities(new)
+        return probabilities
+
+    held_out = np.concatenate([graded(inner.train, inner.validation) for inner in unit.fold.inner])
+    true = [grade[slide] for inner in unit.fold.inner for slide in inner.validation]
+    assert found.temperature == pytest.approx(fit_temperature(true, held_out), rel=1e-6)
+    of_slide = {row.slide_id: row.probabilities for row in found.predictions}
+    predicted = np.array([of_slide[slide] for slide in unit.fold.test])
+    np.testing.assert_allclose(predicted, graded(unit.fold.train, unit.fold.test), atol=1e-6)
+
+
+def test_slides_that_are_not_in_the_cache_are_left_out(study: Cohort, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(study.cache, cache)
+    gone = sorted(cache.glob("*.zarr"))[0]
+    shutil.rmtree(gone)
+    path = configuration(study, tmp_path, cache=str(cache))
+    with pytest.warns(UserWarning, match="1 graded slides are not in the cache"):
+        left = read_study(read_comparison(path))
+    assert len(left.rows) == 19
+    assert gone.stem not in {row.slide_id for row in left.rows}
+
+
+def test_an_inner_fold_is_part_of_the_name_of_a_unit(study: Cohort, tmp_path: Path) -> None:
+    keys = []
+    for inner in (0, 2):
+        protocol = {"outer_folds": 2, "inner_folds": inner}
+        path = configuration(study, tmp_path, protocol=protocol)
+        plan = plan_comparison(read_comparison(path))
+        assert all(isinstance(unit.fold, Fold) for unit in plan.units)
+        keys.append({unit.key for unit in plan.units if unit.arm == "scratch"})
+    assert keys[0].isdisjoint(keys[1])
+
+
+def test_units_are_computed_by_the_workers_of_a_scheduler(study: Cohort, tmp_path: Path) -> None:
+    """A real scheduler, a real worker, and the command, each a process of its own."""
+    arms = {"site": {"baseline": "site"}, "prior": {"baseline": "prior"}}
+    path = configuration(study, tmp_path, arms=arms, primary={"arm": "site", "against": "prior"})
+    file, log = tmp_path / "scheduler.json", tmp_path / "log"
+    words = ["--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(file)]
+    options = ["--nthreads", "1", "--no-nanny", "--no-dashboard", "--scheduler-file", str(file)]
+    running = []
+    try:
+        for module, arguments in (("scheduler", words), ("worker", options)):
+            command = [sys.executable, "-m", f"distributed.cli.dask_{module}", *arguments]
+            with log.open("a") as output:
+                running.append(subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=output))
+        deadline = time.monotonic() + PATIENCE_S
+        while not file.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        command = [sys.executable, "-m", "slidetl", "compare", "--config", str(path)]
+        command += ["--output", str(tmp_path / "out"), "--scheduler", json.loads(file.read_text())["address"]]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+    assert done.returncode == 0, done.stderr
+    assert "[4/4]" in done.stderr
+    assert {row["arm"] for row in table(tmp_path / "out" / "predictions.csv")} == {"site", "prior"}
+    hosts = {file.parent.name for file in (tmp_path / "out" / "units").glob("*/unit.json")}
+    assert len(hosts) == 4
+
+
+def test_arms_left_out_need_nothing(study: Cohort, tmp_path: Path) -> None:
+    arms = {
+        "ridge": {"classical": {"features": ["never-stored"], "model": "ridge"}},
+        "prior": {"baseline": "prior"},
+        "site": {"baseline": "site"},
+    }
+    path = configuration(study, tmp_path, arms=arms, primary={"arm": "site", "against": "prior"})
+    command = ["compare", "--config", str(path), "--output", str(tmp_path / "out")]
+    assert main([*command, "--only", "prior", "site"]) == 0
+    assert {row["arm"] for row in table(tmp_path / "out" / "predictions.csv")} == {"prior", "site"}
+    assert main(command) == 2  # before anything is computed
+
+
+def test_a_smaller_part_is_trained_for_as_many_steps(study: Cohort, tmp_path: Path) -> None:
+    sizes = {"slides": [6], "arms": ["scratch", "prior"]}
+    comparison = read_comparison(configuration(study, tmp_path, sizes=sizes))
+    units = plan_comparison(comparison).units
+    whole = next(unit for unit in units if (unit.arm, unit.n_slides) == ("scratch", None))
+    smaller = next(unit for unit in units if (unit.arm, unit.n_slides) == ("scratch", 6))
+    slides = [len(unit.fold.train) for unit in (whole, smaller)]
+    epochs = [unit.recipe["fit"]["trainer"]["max_epochs"] for unit in (whole, smaller)]
+    assert slides[1] == 6
+    assert epochs == [2, round(2 * slides[0] / 6)]
+    assert smaller.recipe["validate_every"] == round(slides[0] / 6)

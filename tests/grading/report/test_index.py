@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+from slidetl.grading.report.index import IndexEntry, write_index
+from slidetl.grading.report.slide import write_slide_report
+from slidetl.library.model_card import ModelCard
+from tests.grading.report.conftest import Graded
+from tests.grading.report.test_slide import HOSTILE, Page
+
+
+def test_lists_every_slide_and_links_its_page(graded: Graded, card: ModelCard, tmp_path: Path) -> None:
+    result = graded("a slide")
+    write_slide_report(result, card, tmp_path, "a_slide")
+    hostile = IndexEntry(Path("study") / f"{HOSTILE}.svs", "img", {}, f"{HOSTILE}.svs: not a slide")
+    other = IndexEntry(Path("b.svs"), "a_slide", {**result.to_dict(), "model_sha256": "00" * 32})
+    entries = [hostile, IndexEntry(result.slide, "a_slide", result.to_dict()), other]
+    page = Page(write_index(tmp_path, entries, card).read_text())
+    assert [attributes["href"] for tag, attributes in page.elements if tag == "a"] == ["a_slide.html"]
+    images = [attributes["src"] or "" for tag, attributes in page.elements if tag == "img"]
+    assert len(images) == 1 and images[0].startswith("data:image/jpeg;base64,")
+    assert "3 slides 1 could not be graded" in page.text
+    assert f"{HOSTILE}.svs: not a slide" in page.text
+    assert "moderate 60 % mild to moderate 1.75" in page.text
+    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+
+
+def test_a_folder_without_a_graded_slide(card: ModelCard, tmp_path: Path) -> None:
+    entries = [IndexEntry(Path("a.svs"), "a", {}, "a.svs: not a slide")]
+    text = Page(write_index(tmp_path / "new", entries, card).read_text()).text
+    assert "1 slides" not in text and "a.svs: not a slide" in text

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib import colormaps
+
+from slidetl.grading.report.maps import extreme_tiles, left_out_level0, maps_of, relative_attention
+from tests.grading.report.conftest import GRADES, Graded
+
+
+def test_attention_is_relative_to_the_average_tile(graded: Graded) -> None:
+    result = graded()
+    attention, grade = maps_of(result, GRADES)
+    assert (attention.name, grade.name) == ("Attention", "Grade by itself")
+    assert attention.values.mean() == pytest.approx(1, abs=1e-4)
+    np.testing.assert_array_equal(grade.values, result.tile_grades)
+    assert grade.ticks == ((0, "none"), (1 / 3, "mild"), (2 / 3, "moderate"), (1, "severe"))
+
+
+def test_the_scale_of_attention_is_even_in_powers_about_the_average(graded: Graded) -> None:
+    result = graded()
+    weights = np.full(len(result.attention), 1.0)
+    weights[:4] = 9, 3, 1 / 3, 1e-4
+    weights *= len(weights) / weights.sum()
+    shown = maps_of(
+        dataclasses.replace(result, attention=(weights / len(weights)).astype(np.float32)), GRADES
+    )[0]
+    reach = weights[0]
+    assert [text for _, text in shown.ticks] == [f"1/{reach:.2g}", "1", f"{reach:.2g}×"]
+    expected = 127.5 * (1 + np.log(weights) / np.log(reach))
+    np.testing.assert_allclose(shown.shades[:3], expected[:3], atol=0.51)
+    assert shown.shades[3] == 0  # below the scale
+
+
+def test_almost_even_attention_looks_even(graded: Graded) -> None:
+    result = graded()
+    even = np.full(len(result.attention), 1.0)
+    even[::2] = 1.05
+    shown = maps_of(dataclasses.replace(result, attention=(even / even.sum()).astype(np.float32)), GRADES)[0]
+    assert np.ptp(shown.shades) < 8 and abs(shown.shades.mean() - 127.5) < 3
+
+
+def test_colours_are_those_of_the_named_scales(graded: Graded) -> None:
+    attention, grade = maps_of(graded(), GRADES)
+    for shown, name in ((attention, "inferno"), (grade, "viridis")):
+        assert shown.colours.shape == (256, 3)
+        for index, position in ((0, 0.0), (255, 1.0)):
+            np.testing.assert_allclose(shown.colours[index] / 255, colormaps[name](position)[:3], atol=0.01)
+
+
+def test_a_model_that_weighs_all_tiles_alike_has_no_attention_to_show(graded: Graded) -> None:
+    result = graded()
+    flat = np.full_like(result.attention, 1 / len(result.attention))
+    result = dataclasses.replace(result, attention=flat)
+    assert relative_attention(result) is None
+    assert [shown.name for shown in maps_of(result, GRADES)] == ["Grade by itself"]
+
+
+def test_tiles_left_out_are_shown_with_their_reason(graded: Graded) -> None:
+    result = graded()
+    pen = result.plan.origins_level0[:3] + 10_000
+    plan = dataclasses.replace(result.plan, left_out_level0={"pen": pen, "air": pen[:0]})
+    result = dataclasses.replace(
+        result,
+        plan=plan,
+        origins_level0=result.origins_level0[2:],
+        attention=result.attention[2:],
+        tile_grades=result.tile_grades[2:],
+    )
+    found = left_out_level0(result)
+    assert list(found) == ["pen", "unreadable"]
+    np.testing.assert_array_equal(found["unreadable"], plan.origins_level0[:2])
+    shown = maps_of(result, GRADES)[-1]
+    assert shown.categories == ("pen", "unreadable")
+    assert shown.values.tolist() == shown.shades.tolist() == [0, 0, 0, 1, 1]
+    np.testing.assert_array_equal(shown.origins_level0[:3], pen)
+
+
+@given(st.lists(st.floats(0, 5, width=32), min_size=1, max_size=40), st.integers(1, 10))
+def test_extreme_tiles(values: list[float], count: int) -> None:
+    array = np.array(values, np.float32)
+    most, least = extreme_tiles(array, count)
+    assert most and not set(most) & set(least)
+    assert len(most) == min(count, (len(values) + 1) // 2) and len(least) == min(count, len(values) // 2)
+    assert array[most].tolist() == sorted(values, reverse=True)[: len(most)]
+    assert array[least].tolist() == sorted(values)[: len(least)]

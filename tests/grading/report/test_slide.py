@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+
+from slidetl.grading.report.slide import has_slide_report, write_slide_report
+from slidetl.library.model_card import ModelCard
+from slidetl.page import script_json
+from tests.conftest import PyramidTiff
+from tests.grading.report.conftest import Graded, grade_of
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+class Page(HTMLParser):
+    """The elements of a page, each with its attributes, and what a reader sees."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.words = ""
+        self.scripts: list[str] = []
+        self._within = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._within = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._within = ""
+        self.words += " "
+
+    def handle_data(self, data: str) -> None:
+        if self._within == "script":
+            self.scripts[-1] += data
+        elif self._within != "style":
+            self.words += data
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.words.split())
+
+
+def test_says_what_the_model_said_and_what_it_is(graded: Graded, card: ModelCard, tmp_path: Path) -> None:
+    path = write_slide_report(graded(), card, tmp_path / "out", "s1")
+    assert path == tmp_path / "out" / "s1.html"
+    assert sorted(file.name for file in path.parent.iterdir()) == [
+        "s1.geojson",
+        "s1.html",
+        "s1.thumbnail.jpg",
+    ]
+    text = Page(path.read_text()).text
+    for said in (
+        "For research; not a medical device.",
+        "Grade moderate",
+        "Not ruled out: mild to moderate",
+        "90 % of patients",
+        "60.0 %",
+        "1.75",
+        "0.8 mm²",
+        "0.70 (above 1",
+        "60 slides of 50 patients; sites: north, south; scanners: GT450; stains: trichrome",
+        "QWK 0.71 [0.60, 0.80]",
+        "CC BY 4.0",
+        "ab" * 32,
+        "23" * 32,
+        "Finest detail on this page: 0.5 µm per pixel; the slide has 0.5.",
+    ):
+        assert said in text
+    assert "Too little" not in text and "Unlike" not in text
+
+
+def test_says_what_speaks_against_the_grade(graded: Graded, card: ModelCard, tmp_path: Path) -> None:
+    result = dataclasses.replace(graded(), tissue_mm2=0.3, novelty=2.5, grade_set=None)
+    bare = dataclasses.replace(card, evidence=None, licence="")
+    text = Page(write_slide_report(result, bare, tmp_path, "s1").read_text()).text
+    assert "Too little tissue: 0.3 mm². Every slide of the training had 0.5 mm² or more." in text
+    assert "Unlike the slides of the training: novelty 2.5" in text
+    assert "no evidence" in text and "Not ruled out" not in text and "Licence not stated" in text
+
+
+def test_counts_what_was_left_out(graded: Graded, card: ModelCard, tmp_path: Path) -> None:
+    result = graded()
+    left_out = {"pen": result.origins_level0[:4], "fold": result.origins_level0[:0]}
+    plan = dataclasses.replace(result.plan, left_out_level0=left_out)
+    result = dataclasses.replace(
+        result,
+        plan=plan,
+        origins_level0=result.origins_level0[3:],
+        attention=result.attention[3:],
+        tile_grades=result.tile_grades[3:],
+    )
+    text = Page(write_slide_report(result, card, tmp_path, "s1").read_text()).text
+    assert "Pen measured only 4" in text
+    assert "Unreadable damaged in the file 3" in text
+    assert f"{len(plan) - 3} of {len(plan)} tiles graded" in text
+
+
+def test_nothing_from_outside_becomes_markup(
+    pyramid_tiff: PyramidTiff, graded: Graded, card: ModelCard, tmp_path: Path
+) -> None:
+    result = graded(HOSTILE)
+    bad = "</script><script>alert(2)</script>"
+    card = dataclasses.replace(
+        card,
+        grades=(bad, *card.grades[1:]),
+        licence=bad,
+        backbone=bad,
+        versions={bad: bad},
+        training=dataclasses.replace(card.training, sites=(bad,)) if card.training else None,
+    )
+    page = Page(write_slide_report(result, card, tmp_path / "out", "s1").read_text())
+    assert f"{HOSTILE}.tiff" in page.text and page.text.count(bad) >= 5
+    assert len(page.scripts) == 3  # the data, the viewer, and ours
+    assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
+    assert all(
+        attributes["src"] and attributes["src"].startswith("data:image/jpeg;base64,")
+        for tag, attributes in page.elements
+        if tag == "img"
+    )
+    assert not [tag for tag, attributes in page.elements if attributes.get("style")]
+    (policy,) = [
+        attributes["content"]
+        for _, attributes in page.elements
+        if attributes.get("http-equiv") == "Content-Security-Policy"
+    ]
+    assert policy and policy.startswith("default-src 'none'; img-src data:;") and "unsafe" not in policy
+
+
+def test_json_in_a_script_cannot_end_it() -> None:
+    values = {"<!--": "</script>", "a": [1.5, None]}
+    text = str(script_json(values))
+    assert "<" not in text and json.loads(text) == values
+
+
+def test_the_page_stays_within_its_budget(graded: Graded, card: ModelCard, tmp_path: Path) -> None:
+    result = graded()
+    whole = write_slide_report(result, card, tmp_path, "whole").stat().st_size
+    small = write_slide_report(result, card, tmp_path, "small", budget_bytes=50_000)
+    assert small.stat().st_size < whole - 100_000
+    text = Page(small.read_text()).text
+    assert "Finest detail on this page: 2 µm per pixel; the slide has 0.5." in text
+
+
+def test_a_page_is_known_by_the_result_it_shows(graded: Graded, card: ModelCard, tmp_path: Path) -> None:
+    result = graded()
+    assert not has_slide_report(tmp_path, "s1", result.to_dict())
+    write_slide_report(result, card, tmp_path, "s1")
+    assert has_slide_report(tmp_path, "s1", result.to_dict())
+    other = dataclasses.replace(result, model_sha256="00" * 32)
+    assert not has_slide_report(tmp_path, "s1", other.to_dict())
+
+
+def test_a_slide_of_a_single_tile(pyramid_tiff: PyramidTiff, card: ModelCard, tmp_path: Path) -> None:
+    picture = np.full((128, 128, 3), (200, 120, 170), np.uint8)
+    result = grade_of(pyramid_tiff(picture, mpp=0.5))
+    assert len(result.attention) == 1
+    text = Page(write_slide_report(result, card, tmp_path, "s1").read_text()).text
+    assert "The model weighs all tiles alike." in text and "1 of 1 tiles graded" in text

@@ -1,0 +1,325 @@
+from __future__ import annotations
+
+import csv
+import json
+import mmap
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from slidetl.cli import main
+from slidetl.errors import SpacingError
+from slidetl.grading.grade import _ahead, draw_map, grade_slide
+from slidetl.publish.export import build_network, export_model
+from slidetl.publish.model_file import ModelFile, load_model
+from slidetl.training.checkpoint import load_grader
+from slidetl.training.predictions import SlidePrediction, read_predictions, write_predictions
+from tests.conftest import PyramidTiff, Study
+
+
+@pytest.fixture(scope="module")
+def model_path(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "model.pt"
+    grader = load_grader(trained / "logs" / "version_0" / "checkpoints" / "best.ckpt")
+    export_model(*build_network([grader]), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(model_path: Path) -> ModelFile:
+    return load_model(model_path)
+
+
+def test_agrees_with_slidetl_test_on_every_test_slide(
+    study: Study, trained: Path, model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    predictions = read_predictions(trained / "test" / "predictions.csv")
+    slides = [str(study.manifest.parent / "slides" / f"{row.slide_id}.tiff") for row in predictions]
+    capsys.readouterr()
+    assert main(["grade", str(model_path), *slides, "--output", str(tmp_path), "--batch-size", "7"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == len(predictions) >= 4
+    for line, row in zip(lines, predictions, strict=True):
+        assert line["grade"] == row.predicted_grade and line["tiles"] == row.tiles
+        np.testing.assert_allclose(line["probabilities"], row.probabilities, atol=1e-4)
+        assert line["expected_grade"] == pytest.approx(row.expected_grade, abs=1e-3)
+        assert json.loads((tmp_path / f"{row.slide_id}.json").read_text()) == line
+        with Image.open(tmp_path / f"{row.slide_id}.png") as picture:
+            assert picture.width > 1000
+
+
+def test_map_lies_where_the_tiles_are(study: Study, model: ModelFile, tmp_path: Path) -> None:
+    slide = next((study.manifest.parent / "slides").glob("*.tiff"))
+    result = grade_slide(model, slide)
+    assert len(result.attention) == len(result.origins_level0) == len(result.tile_grades) == len(result.plan)
+    assert result.attention.sum() == pytest.approx(1, abs=1e-4)
+    assert (result.tile_grades >= 0).all() and (result.tile_grades <= 4).all()
+    assert sum(result.probabilities) == pytest.approx(1, abs=1e-5)
+    draw_map(result, tmp_path / "new" / "map.png")
+    assert (tmp_path / "new" / "map.png").stat().st_size > 10_000
+
+
+def test_embeddings_in_a_file_give_the_same_grade(
+    study: Study, model: ModelFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slide = next((study.manifest.parent / "slides").glob("*.tiff"))
+    in_memory = grade_slide(model, slide, batch_size=7)
+    monkeypatch.setattr("slidetl.grading.grade._IN_MEMORY", 20_000)  # 17 of its rows
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    mapped: list[int] = []
+    real = mmap.mmap
+
+    def counted(file: int, size: int) -> mmap.mmap:
+        mapped.append(size)
+        return real(file, size)
+
+    monkeypatch.setattr("mmap.mmap", counted)
+    in_file = grade_slide(model, slide, batch_size=7)
+    assert mapped == [len(in_memory.plan) * model.network.embed(torch.zeros(1, 3, 8, 8).byte()).nbytes]
+    assert not list(tmp_path.iterdir())  # it has no name
+
+    monkeypatch.setattr("tempfile.tempdir", "/dev/full/nowhere")
+    no_room = grade_slide(model, slide, batch_size=7)
+    assert len(mapped) == 1
+    for other in (in_file, no_room):
+        assert other.probabilities == in_memory.probabilities
+        np.testing.assert_array_equal(other.attention, in_memory.attention)
+        np.testing.assert_array_equal(other.tile_grades, in_memory.tile_grades)
+
+
+def test_a_bad_slide_costs_itself_alone(
+    study: Study,
+    model_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    pyramid_tiff: PyramidTiff,
+) -> None:
+    good = next((study.manifest.parent / "slides").glob("*.tiff"))
+    (tmp_path / "broken.svs").write_bytes(b"II*\0nothing")
+    blank = pyramid_tiff(np.full((512, 512, 3), 255, np.uint8), mpp=4)
+    capsys.readouterr()
+    code = main(["grade", str(model_path), str(tmp_path / "broken.svs"), str(blank), str(good)])
+    out, err = capsys.readouterr()
+    assert code == 1
+    assert [json.loads(line)["slide"] for line in out.splitlines()] == [str(good)]
+    assert "broken.svs" in err and "there is nothing to grade" in err and "2 of 3 slides failed" in err
+
+
+def exported(trained: Path, folder: Path, *options: str) -> Path:
+    """A file as ``slidetl export`` writes it, which knows its training slides."""
+    checkpoint = trained / "logs" / "version_0" / "checkpoints" / "best.ckpt"
+    assert main(["export", str(checkpoint), "--output", str(folder / "m.pt"), *options]) == 0
+    return folder / "m.pt"
+
+
+def test_slides_unlike_the_training_are_refused_unless_forced(
+    study: Study,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    pyramid_tiff: PyramidTiff,
+) -> None:
+    path = exported(trained, tmp_path)
+    card = load_model(path).card
+    assert card.training is not None and card.novelty_limit is not None
+    assert card.training.slides == card.training.patients == 10
+    noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
+    noise[:, :, 1] //= 4  # a purple that counts as tissue
+    strange = pyramid_tiff(noise, mpp=4, name="strange")
+    white = np.full((512, 512, 3), 245, np.uint8)
+    white[200:264, 200:264] = noise[:64, :64]
+    little = pyramid_tiff(white, mpp=4, name="little")
+    capsys.readouterr()
+    assert main(["grade", str(path), str(strange), str(little)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "strange.tiff: unlike the slides that the model was trained on" in err
+    assert "little.tiff" in err and "of tissue is too little to grade" in err
+    assert main(["grade", str(path), str(strange), str(little), "--force"]) == 0
+    strange_result, little_result = map(json.loads, capsys.readouterr().out.splitlines())
+    assert strange_result["novelty"] > 1
+    assert little_result["tissue_mm2"] < card.training.least_tissue_mm2 / 2
+
+
+def test_evidence_gives_a_set_of_grades(
+    trained: Path, study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    predictions = []
+    for number in range(40):
+        probabilities = rng.dirichlet(np.ones(5))
+        grade = int(rng.choice(5, p=probabilities))
+        name = f"s{number}"
+        predictions.append(SlidePrediction(name, name, grade, tuple(probabilities.tolist()), 9))
+    write_predictions(tmp_path / "kept.csv", predictions)
+    path = exported(trained, tmp_path, "--evidence", str(tmp_path / "kept.csv"), "--coverage", "0.8")
+    evidence = load_model(path).card.evidence
+    assert evidence is not None and (evidence.slides, evidence.patients) == (40, 40)
+    estimate, low, high = evidence.figures["accuracy"]
+    assert low < estimate < high
+    capsys.readouterr()
+    slide = next((study.manifest.parent / "slides").glob("*.tiff"))
+    assert main(["grade", str(path), str(slide), "--force"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    lowest, highest = result["grade_set"]
+    assert 0 <= lowest <= result["grade"] <= highest <= 4
+    names = f"{lowest} to {highest}" if lowest < highest else f"{lowest}"
+    assert f"{slide.name}: grade {result['grade']}, probability " in err
+    assert f"; set of grades, coverage 80%: {names}; expected grade " in err
+
+
+def test_a_person_at_a_terminal_reads_one_line_a_slide(study: Study, model_path: Path) -> None:
+    slide = next((study.manifest.parent / "slides").glob("*.tiff"))
+    terminal, end = pty.openpty()
+    command = [sys.executable, "-m", "slidetl", "grade", str(model_path), str(slide)]
+    done = subprocess.run(command, stdout=end, stderr=subprocess.PIPE, text=True, check=True)
+    written = select.select([terminal], [], [], 0)[0]
+    os.close(end)
+    os.close(terminal)
+    assert not written
+    assert f"{slide.name}: grade " in done.stderr and "set of grades" not in done.stderr
+
+
+def test_grading_loads_nothing_that_trains(study: Study, model_path: Path) -> None:
+    slide = next((study.manifest.parent / "slides").glob("*.tiff"))
+    program = f"""
+import sys
+from slidetl.cli import main
+assert main(["grade", {str(model_path)!r}, {str(slide)!r}]) == 0
+print(sorted({{"timm", "torchvision", "pytorch_lightning", "sklearn"}} & sys.modules.keys()), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_an_unknown_file_needs_trust_once(
+    study: Study,
+    model_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SLIDETL_HOME", str(tmp_path / "home"))
+    slide = str(next((study.manifest.parent / "slides").glob("*.tiff")))
+    assert main(["grade", str(model_path), slide]) == 2
+    assert "--trust" in capsys.readouterr().err
+    assert main(["grade", str(model_path), slide, "--trust"]) == 0
+    assert main(["grade", str(model_path), slide]) == 0
+
+
+def test_several_processes_grade_as_one_does_and_a_run_goes_on(
+    study: Study, model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, slide in enumerate(sorted((study.manifest.parent / "slides").glob("*.tiff"))[:3]):
+        shutil.copy(slide, tmp_path / f"s{number}.tiff")
+    (tmp_path / "s3.svs").write_bytes(b"II*\0nothing")
+    pattern, output = str(tmp_path / "*.*"), tmp_path / "out"
+    one = tmp_path / "one"
+    assert main(["grade", str(model_path), pattern, "--output", str(one)]) == 1
+    capsys.readouterr()
+    assert main(["grade", str(model_path), pattern, "--output", str(output), "--jobs", "2"]) == 1
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 3 and "s3.svs" in err
+
+    def table(folder: Path) -> list[dict[str, str]]:
+        with (folder / "results.csv").open(newline="") as file:
+            return sorted(csv.DictReader(file), key=lambda row: row["slide"])
+
+    assert [row["status"] for row in table(output)] == ["graded"] * 3 + ["failed"]
+    for ours, theirs in zip(table(one)[:3], table(output)[:3], strict=True):
+        assert (ours["grade"], ours["fingerprint"]) == (theirs["grade"], theirs["fingerprint"])
+        assert float(ours["probability_0"]) == pytest.approx(float(theirs["probability_0"]), abs=1e-5)
+
+    (output / "s1.json").unlink()
+    shutil.copy(tmp_path / "s1.tiff", tmp_path / "s2.tiff")  # another slide under a name that is done
+    assert main(["grade", str(model_path), pattern, "--output", str(output), "--resume"]) == 1
+    out, err = capsys.readouterr()
+    assert "1 of 4 slides are graded already" in err
+    assert [Path(json.loads(line)["slide"]).name for line in out.splitlines()] == ["s1.tiff", "s2.tiff"]
+    assert len(table(output)) == 4
+
+
+def test_rates_are_measured_when_asked_for(
+    study: Study, model_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slide = str(next((study.manifest.parent / "slides").glob("*.tiff")))
+    assert main(["grade", str(model_path), slide, "--profile"]) == 0
+    said = capsys.readouterr().err
+    found = re.search(r"([\d.]+) tiles/s with everything on, ([\d.]+) by the network alone: (\d+)%", said)
+    assert found is not None
+    everything, alone, percent = map(float, found.groups())
+    assert percent == pytest.approx(100 * everything / alone, abs=1.5)
+    share = re.search(r"; (\d+)% of the processor time went to the network", said)
+    assert share is not None and 0 < int(share[1]) < 150  # measured on a busy machine
+
+
+def test_the_grade_does_not_depend_on_the_number_of_threads(study: Study, model: ModelFile) -> None:
+    slide = next((study.manifest.parent / "slides").glob("*.tiff"))
+    before = torch.get_num_threads()
+    one, *others = (grade_slide(model, slide, batch_size=7, threads=threads) for threads in (1, 2, 3))
+    for other in others:
+        assert other.probabilities == one.probabilities
+        np.testing.assert_array_equal(other.origins_level0, one.origins_level0)
+        np.testing.assert_array_equal(other.tile_grades, one.tile_grades)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_a_frozen_model_grades_alike(study: Study, trained: Path, tmp_path: Path, members: int) -> None:
+    best = trained / "logs" / "version_0" / "checkpoints" / "best.ckpt"
+    export_model(*build_network([load_grader(best)] * members), tmp_path / "model.pt")
+    model = load_model(tmp_path / "model.pt")
+    frozen = model.frozen()
+    assert (frozen.card, frozen.sha256, frozen.device) == (model.card, model.sha256, torch.device("cpu"))
+    assert not list(frozen.network.parameters())
+    slide = next((study.manifest.parent / "slides").glob("*.tiff"))
+    one, other = grade_slide(model, slide), grade_slide(frozen, slide)
+    np.testing.assert_allclose(other.probabilities, one.probabilities, atol=1e-5)
+    np.testing.assert_allclose(other.attention, one.attention, atol=1e-5)
+    np.testing.assert_allclose(other.tile_grades, one.tile_grades, atol=1e-4)
+
+
+def test_an_error_of_the_network_is_not_lost(study: Study, model: ModelFile) -> None:
+    class Broken(torch.nn.Linear):
+        def embed(self, tiles: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("no memory")
+
+    slide = next((study.manifest.parent / "slides").glob("*.tiff"))
+    with pytest.raises(RuntimeError, match="no memory"):
+        grade_slide(replace(model, network=Broken(1, 1)), slide, threads=2)
+
+
+def test_reading_ahead_hands_on_errors_and_stops_with_its_reader() -> None:
+    made = []
+
+    def items() -> Iterator[int]:
+        for number in range(1000):
+            made.append(number)
+            yield number
+        raise ValueError("at the end")
+
+    ahead = _ahead(items(), depth=2)
+    assert [next(ahead), next(ahead)] == [0, 1]
+    ahead.close()
+    assert len(made) <= 6
+    with pytest.raises(ValueError, match="at the end"):
+        list(_ahead(items()))
+
+
+def test_a_slide_coarser_than_the_model_is_refused(model: ModelFile, pyramid_tiff: PyramidTiff) -> None:
+    coarse = pyramid_tiff(np.full((512, 512, 3), 128, np.uint8), mpp=16)
+    with pytest.raises(SpacingError):
+        grade_slide(model, coarse)

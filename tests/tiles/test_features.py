@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from numpy.typing import NDArray
+
+from slidetl.errors import CacheCorruptError, CacheMismatchError, CacheMissingError, UsageError
+from slidetl.tiles.features import (
+    FeatureSource,
+    feature_name,
+    list_features,
+    read_features,
+    read_source,
+    write_features,
+)
+from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.run import tile_slides
+from slidetl.tiles.store import SlideCache, cache_path, seal_node
+from slidetl.tiles.tile import SlideSource
+from slidetl.tiles.verify import verify_cache
+from tests.cli.test_tile import Draw
+from tests.conftest import PyramidTiff
+
+SOURCE = FeatureSource("resnet18", "", "a" * 64, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
+BLOCK = FeatureSource("resnet18", "layer3", "a" * 64, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "bfloat16")
+
+
+@pytest.fixture
+def cache(pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path) -> SlideCache:
+    slide = pyramid_tiff(tissue_picture(512))
+    tile_slides([SlideSource("s", slide)], tmp_path / "cache", TileSpec(1.0, 32), workers=0)
+    return SlideCache.open(cache_path(tmp_path / "cache", "s"))
+
+
+def values(rows: int, columns: int = 7) -> NDArray[np.float16]:
+    return np.random.default_rng(0).normal(size=(rows, columns)).astype(np.float16)
+
+
+def test_what_was_written_is_read_by_us_and_by_zarr(cache: SlideCache) -> None:
+    last, block = values(len(cache)), values(len(cache), 3)
+    write_features(cache, {"resnet18": (SOURCE, last), "resnet18.layer3": (BLOCK, block)})
+    assert list_features(cache) == ("resnet18", "resnet18.layer3")
+    np.testing.assert_array_equal(read_features(cache, "resnet18", "a" * 64), last)
+    np.testing.assert_array_equal(read_features(cache, "resnet18.layer3"), block)
+    assert read_source(cache, "resnet18") == SOURCE and read_source(cache, "resnet18.layer3") == BLOCK
+    group = zarr.open_group(cache.path, mode="r")
+    by_zarr = group["features/resnet18.layer3"]
+    assert isinstance(by_zarr, zarr.Array)
+    np.testing.assert_array_equal(by_zarr[:], block)
+    assert by_zarr.dtype == np.float16 and by_zarr.attrs["weights_sha256"] == "a" * 64
+    features = group["features"]
+    assert isinstance(features, zarr.Group)
+    assert sorted(features.array_keys()) == ["resnet18", "resnet18.layer3"]
+    # Tiles and all else are read as before.
+    assert SlideCache.open(cache.path).read([0]).shape == (1, 32, 32, 3)
+
+
+def test_reading_does_not_start_zarr_or_torch(cache: SlideCache) -> None:
+    write_features(cache, {"resnet18": (SOURCE, values(len(cache)))})
+    script = (
+        "import sys; from pathlib import Path; from slidetl.tiles.features import read_features;"
+        "from slidetl.tiles.store import SlideCache;"
+        f"n = len(read_features(SlideCache.open(Path({str(cache.path)!r})), 'resnet18'));"
+        "assert 'torch' not in sys.modules; print(n)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == len(cache)
+
+
+def test_equal_features_give_equal_bytes_and_replace_each_other(cache: SlideCache) -> None:
+    def files() -> dict[str, bytes]:
+        folder = cache.path / "features"
+        return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+    write_features(cache, {"resnet18": (SOURCE, values(len(cache)))})
+    first = files()
+    write_features(cache, {"resnet18": (SOURCE, values(len(cache), 2))})
+    assert read_features(cache, "resnet18").shape[1] == 2
+    write_features(cache, {"resnet18": (SOURCE, values(len(cache)))})
+    assert files() == first
+    assert not any((cache.path.parent / ".building-features").iterdir())
+
+
+def test_features_that_are_not_these_are_refused(cache: SlideCache) -> None:
+    with pytest.raises(CacheMissingError, match=r"there are: none; make it with 'slidetl embed'"):
+        read_features(cache, "resnet18")
+    write_features(cache, {"resnet18": (SOURCE, values(len(cache)))})
+    with pytest.raises(CacheMissingError, match="there are: resnet18"):
+        read_features(cache, "resnet50")
+    with pytest.raises(CacheMismatchError, match=r"made by weights aaaaaaaaaaaa.*--overwrite"):
+        read_features(cache, "resnet18", "b" * 64)
+    about = cache.path / "features" / "resnet18" / "zarr.json"
+    about.write_text(about.read_text().replace(f'"tiles": {len(cache)}', '"tiles": 1'))
+    with pytest.raises(CacheCorruptError, match="checksum"):
+        read_features(cache, "resnet18")
+    seal_node(about.parent)
+    with pytest.raises(CacheMismatchError, match=f"of 1 tiles, the cache has {len(cache)}"):
+        read_features(cache, "resnet18")
+
+
+@pytest.mark.parametrize("place", [10, -1])
+def test_a_flipped_byte_is_found(cache: SlideCache, place: int) -> None:
+    write_features(cache, {"resnet18": (SOURCE, values(len(cache)))})
+    chunk = cache.path / "features" / "resnet18" / "c" / "0" / "0"
+    data = bytearray(chunk.read_bytes())
+    data[place] ^= 1
+    chunk.write_bytes(data)
+    with pytest.raises(CacheCorruptError, match="damaged, make it with 'slidetl embed' --overwrite"):
+        read_features(cache, "resnet18")
+    chunk.unlink()
+    with pytest.raises(CacheCorruptError, match="damaged"):
+        read_features(cache, "resnet18")
+
+
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [
+        (np.zeros((3, 2), np.float16), "must be"),
+        (np.zeros((48, 2), np.float32), "float32"),
+        (np.full((48, 2), np.inf, np.float16), "tile 0 of s are not finite in float16"),
+    ],
+)
+def test_what_is_no_row_for_each_tile_is_not_stored(
+    cache: SlideCache, array: NDArray[np.float16], says: str
+) -> None:
+    assert len(cache) == 48
+    with pytest.raises(UsageError, match=says):
+        write_features(cache, {"resnet18": (SOURCE, array)})
+    assert list_features(cache) == ()
+
+
+def test_a_slide_tiled_anew_in_the_meantime_is_refused(
+    cache: SlideCache, pyramid_tiff: PyramidTiff, tissue_picture: Draw
+) -> None:
+    slide = pyramid_tiff(tissue_picture(512))
+    # As many tiles as before, and others.
+    tile_slides(
+        [SlideSource("s", slide)], cache.path.parent, TileSpec(1.0, 32, jpeg_quality=50), 0, overwrite=True
+    )
+    with pytest.raises(CacheMismatchError, match="tiled anew"):
+        write_features(cache, {"resnet18": (SOURCE, values(len(cache)))})
+
+
+def test_verification_takes_features_for_its_own_and_finds_damage_in_them(cache: SlideCache) -> None:
+    write_features(cache, {"resnet18": (SOURCE, values(len(cache))), "other": (BLOCK, values(len(cache)))})
+    assert verify_cache(cache.path).is_sound
+    about = cache.path / "features" / "other" / "zarr.json"
+    about.write_text(about.read_text().replace("layer3", "layer4"))
+    (finding,) = verify_cache(cache.path).findings
+    assert finding.file == "features/other"
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", ".hidden", "x" * 151, "-x"])
+def test_names_that_are_no_folder_are_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="features are named by"):
+        feature_name(name)
+
+
+def test_blocks_have_names_of_their_own() -> None:
+    assert feature_name("resnet18", "layer3") == "resnet18.layer3"
+    assert feature_name("mobilenetv2_100") == "mobilenetv2_100"
+
+
+def test_a_write_that_was_killed_leaves_nothing_in_the_way(cache: SlideCache) -> None:
+    left = cache.path.parent / ".building-features" / "s" / "resnet18"
+    left.mkdir(parents=True)
+    (left / "zarr.json").write_text("{")
+    write_features(cache, {"resnet18": (SOURCE, values(len(cache)))})
+    assert read_features(cache, "resnet18").shape == (len(cache), 7)
+    assert not any((cache.path.parent / ".building-features").iterdir())

@@ -1,0 +1,238 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from slidetl.tiles.lock import LeaseLostError, leases, machine_id, slide_lock
+
+BEAT, STALE = 0.05, 0.6
+
+# Takes the lock, says so, and then does as it is told on its standard input: "check", or to give it back.
+OWNER = """
+import sys
+from pathlib import Path
+from slidetl.tiles.lock import LeaseLostError, slide_lock
+machine = sys.argv[2] or None
+with slide_lock(Path(sys.argv[1]), "S1", machine=machine, heartbeat_s=0.05, stale_s=0.6) as lock:
+    print("held", flush=True)
+    for line in sys.stdin:
+        try:
+            lock.check()
+            print("ours", flush=True)
+        except LeaseLostError as error:
+            print("lost:", error, flush=True)
+"""
+
+
+class Owner:
+    """A process that holds the lock of slide S1, on this machine or as if on another."""
+
+    def __init__(self, cache: Path, machine: str = "") -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", OWNER, str(cache), machine],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.says("held")
+
+    def says(self, expected: str) -> None:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line.startswith(expected), line
+
+    def check(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("check\n")
+        self.process.stdin.flush()
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def owners() -> Iterator[list[Owner]]:
+    started: list[Owner] = []
+    yield started
+    for owner in started:
+        owner.kill()
+
+
+def files(cache: Path) -> list[str]:
+    return sorted(path.name for path in (cache / ".locks").iterdir())
+
+
+def test_it_leaves_nothing_but_the_file_that_is_locked(tmp_path: Path) -> None:
+    with slide_lock(tmp_path, "S1") as lock:
+        lock.check()
+        assert files(tmp_path) == ["S1.lease", "S1.lock"]
+        about = json.loads((tmp_path / ".locks" / "S1.lease").read_bytes())
+        assert (about["pid"], about["machine"]) == (os.getpid(), machine_id())
+        (lease,) = leases(tmp_path)
+        assert (lease.slide_id, lease.pid, lease.is_dead) == ("S1", os.getpid(), False)
+    assert files(tmp_path) == ["S1.lock"]
+    assert leases(tmp_path) == []
+    assert [path.name for path in tmp_path.iterdir()] == [".locks"]
+
+
+def test_it_is_given_back_when_the_work_fails(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), slide_lock(tmp_path, "S1"):
+        _ = 1 / 0
+    assert files(tmp_path) == ["S1.lock"]
+
+
+def test_a_second_waits_for_the_first_and_others_do_not(tmp_path: Path) -> None:
+    order = []
+
+    def second() -> None:
+        with slide_lock(tmp_path, "S1"):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with slide_lock(tmp_path, "S1"):
+        thread.start()
+        with slide_lock(tmp_path, "S2"):
+            order.append("other slide")
+        time.sleep(0.2)
+        order.append("first")
+    thread.join(10)
+    assert order == ["other slide", "first", "second"]
+
+
+def test_of_a_killed_owner_on_this_machine_it_is_free_at_once(tmp_path: Path, owners: list[Owner]) -> None:
+    owners.append(Owner(tmp_path))
+    owners[0].kill()
+    assert files(tmp_path) == ["S1.lease", "S1.lock"]
+    (lease,) = leases(tmp_path)
+    assert lease.is_dead and lease.pid == owners[0].process.pid
+    started = time.monotonic()
+    with slide_lock(tmp_path, "S1") as lock:  # with the timings of real use
+        assert time.monotonic() - started < 5
+        lock.check()
+    assert files(tmp_path) == ["S1.lock"]
+
+
+def lease_of_another_machine(cache: Path, beat: int = 1) -> Path:
+    path = cache / ".locks" / "S1.lease"
+    path.parent.mkdir(exist_ok=True)
+    about = {"owner": "stranger", "machine": "elsewhere", "host": "far", "pid": 7, "beat": f"{beat:012}"}
+    path.write_text(json.dumps(about) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[1]", b"{"])
+def test_a_lease_of_another_machine_is_taken_over_once_it_stood_still(
+    tmp_path: Path, content: bytes | None
+) -> None:
+    path = lease_of_another_machine(tmp_path)
+    assert [(lease.host, lease.pid, lease.is_dead) for lease in leases(tmp_path)] == [("far", 7, False)]
+    if content is not None:
+        path.write_bytes(content)  # as a power cut may leave it
+    os.utime(path, (0, 0))  # an old file, or a clock that is wrong, says nothing
+    started = time.monotonic()
+    with slide_lock(tmp_path, "S1", heartbeat_s=BEAT, stale_s=STALE) as lock:
+        assert STALE <= time.monotonic() - started < STALE + 5
+        lock.check()
+    assert files(tmp_path) == ["S1.lock"]
+
+
+def test_a_lease_that_is_renewed_is_waited_for(tmp_path: Path) -> None:
+    path = lease_of_another_machine(tmp_path)
+    alive = threading.Event()
+    alive.set()
+
+    def beat() -> None:
+        beats = 1
+        while alive.is_set():
+            beats += 1
+            lease_of_another_machine(tmp_path, beats)
+            time.sleep(BEAT)
+        path.unlink()
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    threading.Timer(2 * STALE, alive.clear).start()
+    started = time.monotonic()
+    with slide_lock(tmp_path, "S1", heartbeat_s=BEAT, stale_s=STALE):
+        assert time.monotonic() - started >= 2 * STALE
+    thread.join()
+
+
+def test_an_owner_that_was_stopped_finds_out_before_it_commits(tmp_path: Path, owners: list[Owner]) -> None:
+    owner = Owner(tmp_path, machine="elsewhere")
+    owners.append(owner)
+    owner.check()
+    owner.says("ours")
+    owner.process.send_signal(signal.SIGSTOP)
+    # As on another machine, to which the kernel lock is not carried: another file of that name.
+    (tmp_path / ".locks" / "S1.lock").rename(tmp_path / ".locks" / "S1.lock.elsewhere")
+    started = time.monotonic()
+    with slide_lock(tmp_path, "S1", heartbeat_s=BEAT, stale_s=STALE) as lock:
+        assert time.monotonic() - started >= STALE
+        owner.process.send_signal(signal.SIGCONT)
+        owner.check()
+        owner.says("lost:")
+        time.sleep(4 * BEAT)  # its heartbeat goes on, into a file that no longer counts
+        lock.check()
+        # Giving up what it lost does no harm either.
+        owner.process.communicate()
+        lock.check()
+    assert [name for name in files(tmp_path) if "lease" in name] == []
+
+
+def test_one_that_beats_across_machines_is_not_robbed(tmp_path: Path, owners: list[Owner]) -> None:
+    owner = Owner(tmp_path, machine="elsewhere")
+    owners.append(owner)
+    (tmp_path / ".locks" / "S1.lock").rename(tmp_path / ".locks" / "S1.lock.elsewhere")
+    held = threading.Event()
+
+    def wait() -> None:
+        with slide_lock(tmp_path, "S1", heartbeat_s=BEAT, stale_s=STALE):
+            held.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert not held.wait(3 * STALE)
+    owner.check()
+    owner.says("ours")
+    owner.process.communicate()  # it ends, and gives back
+    assert held.wait(5)
+    thread.join()
+
+
+def test_of_many_that_wait_one_takes_over_at_a_time(tmp_path: Path) -> None:
+    lease_of_another_machine(tmp_path)
+    script = """
+import sys, time
+from pathlib import Path
+from slidetl.tiles.lock import slide_lock
+cache = Path(sys.argv[1])
+# As on a machine of its own: kernel locks on the former file do not count for this one.
+(cache / ".locks" / "S1.lock").unlink(missing_ok=True)
+with slide_lock(cache, "S1", machine=sys.argv[2], heartbeat_s=0.05, stale_s=0.6) as lock:
+    (cache / "busy").mkdir()  # fails if another is at it
+    time.sleep(0.1)
+    lock.check()
+    (cache / "busy").rmdir()
+"""
+    started = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path), f"m{n}"]) for n in range(4)]
+    assert [process.wait(30) for process in started] == [0, 0, 0, 0]
+    assert [name for name in files(tmp_path) if "lease" in name] == []
+
+
+def test_a_lease_that_cannot_be_read_back_is_lost(tmp_path: Path) -> None:
+    with slide_lock(tmp_path, "S1") as lock:
+        (tmp_path / ".locks" / "S1.lease").unlink()
+        with pytest.raises(LeaseLostError, match=r"cannot be renewed.*run again to continue"):
+            lock.check()

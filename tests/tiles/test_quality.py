@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from slidetl.slides import open_slide
+from slidetl.synthetic.section import STAINS, LungSection, SiteAppearance, SyntheticSlide
+from slidetl.tiles.quality import QualityMaps, focus_of, measure_quality
+from slidetl.tiles.tissue import find_tissue
+
+WHITE = (255, 255, 255)
+MPP = 16.0
+INKS = {
+    "blue": (40, 60, 160),
+    "light blue": (60, 90, 190),
+    "green": (30, 130, 70),
+    "black": (35, 35, 40),
+    "red": (190, 30, 40),
+}
+
+Picture = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
+
+
+def section(stain: str, seed: int = 1, mpp: float = 4.0) -> LungSection:
+    side = round(6144 / mpp)
+    return LungSection(SyntheticSlide(0.3, seed, SiteAppearance.of(seed, seed), stain, (side, side), mpp))
+
+
+def from_afar(drawn: LungSection) -> Picture:
+    width, height = drawn.slide.size_px
+    pixels = drawn.draw((0, 0), (width, height)).reshape(height // 4, 4, width // 4, 4, 3)
+    return np.asarray(pixels.mean(axis=(1, 3)) + 0.5, np.float64).astype(np.uint8)
+
+
+@pytest.fixture(scope="module", params=STAINS)
+def thumbnail(request: pytest.FixtureRequest) -> Picture:
+    return from_afar(section(request.param))
+
+
+def measure(image: Picture) -> tuple[QualityMaps, Mask]:
+    mask = find_tissue(image, MPP, WHITE).mask
+    return measure_quality(image, MPP, mask, WHITE), mask
+
+
+def band(shape: tuple[int, ...], width_um: float, slope: float) -> Mask:
+    y, x = np.mgrid[: shape[0], : shape[1]] * MPP
+    return np.asarray(np.abs(y - shape[0] * MPP / 2 + slope * (x - shape[1] * MPP / 2)) < width_um / 2)
+
+
+def opaque(image: Picture, stroke: Mask, ink: tuple[int, int, int]) -> Picture:
+    """Ink that lets a seventh of what lies under it through."""
+    image = image.copy()
+    image[stroke] = np.array(ink) * (0.85 + 0.15 * image[stroke] / 255)
+    return image
+
+
+def translucent(image: Picture, stroke: Mask, ink: tuple[int, int, int]) -> Picture:
+    """Ink that takes its share of the light that the tissue leaves, streaky, and soft at its edge."""
+    streaks = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=stroke.shape), 3)
+    film = (1 + 0.08 * streaks / streaks.std()) * ndimage.gaussian_filter(stroke.astype(float), 1)
+    return np.asarray(image * (np.array(ink) / 255) ** film[..., None], np.float64).astype(np.uint8)
+
+
+def test_a_clean_slide_of_any_stain_raises_no_alarm(thumbnail: Picture) -> None:
+    maps, mask = measure(thumbnail)
+    assert maps.pen.mean() < 0.001
+    assert (maps.fold & mask).sum() < 0.001 * mask.sum()
+
+
+@pytest.mark.parametrize("pen", [opaque, translucent])
+@pytest.mark.parametrize("ink", INKS)
+def test_pen_strokes_are_found_over_tissue_and_glass(
+    thumbnail: Picture, ink: str, pen: Callable[[Picture, Mask, tuple[int, int, int]], Picture]
+) -> None:
+    stroke = band(thumbnail.shape, 300, 0.4)
+    maps, _ = measure(pen(thumbnail, stroke, INKS[ink]))
+    assert (maps.pen & stroke).sum() > 0.95 * stroke.sum()
+    beside = ~ndimage.binary_dilation(stroke, iterations=4)
+    assert (maps.pen & beside).sum() < 0.01 * beside.sum()
+    assert not (maps.pen & (maps.fold | maps.air)).any()
+
+
+def test_pen_is_followed_over_a_picture_of_many_bands() -> None:
+    image = np.full((1600, 200, 3), 245, np.uint8)
+    image[:, 60:] = (200, 130, 170)
+    stroke = np.zeros(image.shape[:2], bool)
+    stroke[20:1580, 40:70] = True
+    maps, _ = measure(translucent(image, stroke, INKS["green"]))
+    assert (maps.pen & stroke).sum() > 0.95 * stroke.sum()
+
+
+def test_tissue_that_lies_double_is_a_fold(thumbnail: Picture) -> None:
+    _, mask = measure(thumbnail)
+    crease = band(thumbnail.shape, 130, 0.7) & mask
+    image = thumbnail.copy()
+    image[crease] = (image[crease].astype(float) ** 2 / 240).clip(0, 255)
+    maps, _ = measure(image)
+    is_tissue = crease & (thumbnail.min(axis=2) < 200)  # half of a fold of lung is air, which stays clear
+    assert (maps.fold & is_tissue).sum() > 0.6 * is_tissue.sum()
+    assert not (maps.pen & crease).any()
+    beside = mask & ~ndimage.binary_dilation(crease, iterations=3)
+    assert (maps.fold & beside).sum() < 0.001 * beside.sum()
+
+
+def test_holes_in_the_tissue_are_air() -> None:
+    image = np.full((200, 200, 3), 243, np.uint8)
+    image[40:160, 40:160] = (200, 130, 170)
+    image[60:70, 60:70] = 242  # 160 um across
+    maps, mask = measure(image)
+    assert mask[65, 65]
+    expected = np.zeros_like(mask)
+    expected[60:70, 60:70] = True
+    assert np.array_equal(maps.air, expected)
+
+
+def test_air_of_lung_is_measured_and_glass_is_none(thumbnail: Picture) -> None:
+    maps, mask = measure(thumbnail)
+    assert not (maps.air & ~mask).any()
+    assert 0.1 < maps.air.sum() / mask.sum() < 0.6
+
+
+def test_on_a_dark_ground_and_without_tissue_nothing_is_measured() -> None:
+    dark = np.zeros((60, 60, 3), np.uint8)
+    dark[20:40, 20:40, 2] = 90
+    for image in (dark, np.full((60, 60, 3), 250, np.uint8)):
+        maps, _ = measure(image)
+        assert not (maps.pen | maps.fold | maps.air).any()
+
+
+def test_fractions_are_shares_of_the_tile() -> None:
+    pen = np.zeros((10, 10), bool)
+    pen[:5] = True
+    nothing = np.zeros_like(pen)
+    maps = QualityMaps(pen, nothing, ~nothing, 16.0)
+    origins = np.array([[0, 0], [0, 64], [0, 140]], np.int32)
+    shares = maps.fractions(origins, (32.0, 32.0), (1.0, 1.0))
+    assert shares["pen"].tolist() == pytest.approx([1, 0.5, 0])
+    assert shares["fold"].tolist() == [0, 0, 0]
+    assert shares["air"].tolist() == pytest.approx([1, 1, 20 / 32])
+
+
+def blurred(tile: Picture, sigma_px: float) -> Picture:
+    return np.asarray(ndimage.gaussian_filter(tile, (sigma_px, sigma_px, 0)))
+
+
+@pytest.mark.parametrize("stain", STAINS)
+@pytest.mark.parametrize("mpp", [0.25, 0.5, 1.0])
+def test_focus_falls_with_blur_whatever_the_stain_and_the_spacing(stain: str, mpp: float) -> None:
+    drawn = section(stain, mpp=mpp)
+    centre = drawn.slide.size_px[0] // 2
+    tile = drawn.draw((centre, centre), (224, 224))
+    values = [focus_of(blurred(tile, blur_um / mpp), mpp) for blur_um in (0, 1, 2, 4)]
+    assert values == sorted(values, reverse=True)
+    assert values[0] > 0.1 > 0.08 > values[2]
+
+
+def test_focus_does_not_depend_on_the_strength_of_the_stain() -> None:
+    noise = np.random.default_rng(0).standard_normal((224, 224, 1))
+    texture = ndimage.gaussian_filter(noise, (1.5, 1.5, 0)).repeat(3, axis=2)
+    strong, weak = ((160 + texture / texture.std() * s).clip(0, 255).astype(np.uint8) for s in (40, 15))
+    assert focus_of(weak, 0.5) == pytest.approx(focus_of(strong, 0.5), rel=0.05)
+
+
+def test_noise_on_glass_is_not_taken_for_detail() -> None:
+    noise = np.random.default_rng(0).normal(240, 2, (224, 224, 3)).astype(np.uint8)
+    assert focus_of(noise, 0.5) < 0.05
+    assert focus_of(np.full((224, 224, 3), 240, np.uint8), 0.5) == 0
+    assert focus_of(np.zeros((7, 7, 3), np.uint8), 1.0) == 0
+
+
+def test_focus_on_a_real_slide(test_data: Path) -> None:
+    with open_slide(test_data / "slides" / "CMU-1-Small-Region.svs") as slide:
+        tile = slide.read((800, 900), (224, 224), 0.499)
+    assert focus_of(tile, 0.499) > 0.15
+    assert focus_of(blurred(tile, 4), 0.499) < 0.08

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slidetl.cli import main
+from slidetl.errors import CheckpointError
+from slidetl.training.checkpoint import read_checkpoint
+
+
+def save(path: Path, hyper_parameters: Any, **others: Any) -> Path:
+    torch.save({"hyper_parameters": hyper_parameters, "state_dict": {}, **others}, path)
+    return path
+
+
+EVIL = {"class_path": "evilmod.Head"}
+ATTACKS: dict[str, dict[Any, Any]] = {
+    "class": {"head": EVIL},
+    "bare name": {"head": "evilmod.Head"},
+    "file": {"head": "slidetl.yaml"},
+    "dotted key": {"head.class_path": "evilmod.Head"},
+    "appending key": {"head+": EVIL},
+    "nested": {"head": {"class_path": "slidetl.models.heads.CumulativeLink", "init_args": {"x": EVIL}}},
+    "list": {"head": {"class_path": "slidetl.models.heads.CumulativeLink", "init_args": {"x": [EVIL]}}},
+    "text": {
+        "head": {"class_path": "slidetl.models.heads.CumulativeLink", "init_args": {"x": "evilmod.Head"}}
+    },
+    "dict_kwargs": {
+        "head": {"class_path": "slidetl.models.heads.CumulativeLink", "dict_kwargs": {"x": EVIL}}
+    },
+    "look-alike": {"head": {"class_path": "slidetlevil.Head"}},
+    "path": {"head": {"class_path": "slidetl./../evilmod.Head"}},
+    "class of the module": {"_class_path": "evilmod.Head"},
+    "grades": {"grades": [EVIL]},
+    "schedule": {"schedule": EVIL},
+    "targets": {"targets": EVIL},
+    "value of a target": {"targets": {"smoothing": EVIL}},
+    "task": {"tasks": [EVIL]},
+    "value of a task": {"tasks": [{"name": "a", "column": "a", "grades": [EVIL]}]},
+    "tasks in a file": {"tasks": "slidetl.yaml"},
+    "number": {1: EVIL},
+}
+
+
+@pytest.fixture
+def evil_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "evilmod.py").write_text("raise SystemExit('foreign code ran')")
+    (tmp_path / "slidetl.yaml").write_text("class_path: evilmod.Head\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.usefixtures("evil_module")
+def test_no_foreign_code_runs(attack: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save(tmp_path / "c.ckpt", ATTACKS[attack])
+    with pytest.raises(CheckpointError):
+        read_checkpoint(path)
+    for command in (
+        ["export", str(path), "--output", str(tmp_path / "m.pt")],
+        ["test", "--data.manifest=m", "--data.cache=c", f"--ckpt_path={path}"],
+        ["fit", "--data.manifest=m", "--data.cache=c", f"--ckpt_path={path}"],
+    ):
+        assert main(command) == 2
+        assert "Traceback" not in capsys.readouterr().err
+    assert "evilmod" not in sys.modules
+
+
+@pytest.mark.usefixtures("evil_module")
+@pytest.mark.parametrize("key", ["hparams", "module_arguments"])
+def test_keys_of_old_lightning_versions_are_not_read(key: str, tmp_path: Path) -> None:
+    path = save(tmp_path / "c.ckpt", {}, **{key: {"head": EVIL}})
+    assert main(["export", str(path), "--output", str(tmp_path / "m.pt")]) == 2
+    assert "evilmod" not in sys.modules
+
+
+def test_allowed_names_pass(tmp_path: Path) -> None:
+    path = save(tmp_path / "c.ckpt", {"head": {"class_path": "mylab.heads.Head", "init_args": {"width": 3}}})
+    for allow in (["mylab"], ["mylab.heads"], ["mylab.heads.Head"]):
+        assert read_checkpoint(path, allow)["state_dict"] == {}
+    for refused in ([], ["mylab.head"]):
+        with pytest.raises(
+            CheckpointError, match=r"neither slidetl's nor allowed.*--allow mylab\.heads\.Head"
+        ):
+            read_checkpoint(path, refused)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return print, ("this must never run",)
+
+
+def test_pickled_objects_are_not_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(tmp_path / "c.ckpt", Evil())
+    with pytest.raises(CheckpointError, match="not loaded, holds more than plain values and tensors"):
+        read_checkpoint(tmp_path / "c.ckpt")
+    assert capsys.readouterr().out == ""
+
+
+def test_other_files_say_what_was_expected(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        read_checkpoint(tmp_path / "none.ckpt")
+    (tmp_path / "text.ckpt").write_text("hello")
+    with pytest.raises(CheckpointError, match="not loaded"):
+        read_checkpoint(tmp_path / "text.ckpt")
+    torch.save({"weights": 1}, tmp_path / "w.ckpt")
+    for path in (tmp_path / "w.ckpt", save(tmp_path / "l.ckpt", [1])):
+        with pytest.raises(CheckpointError, match="expected a checkpoint of 'slidetl fit'"):
+            read_checkpoint(path)

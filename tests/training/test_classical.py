@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from slidetl.cli import main
+from slidetl.data.manifest import read_manifest
+from slidetl.data.splits import split_patients
+from slidetl.errors import CacheMismatchError, CacheMissingError, UsageError
+from slidetl.evaluation.classical import RidgeGrader, load_grader, pool_tiles
+from slidetl.tiles.features import FeatureSource, read_features, write_features
+from slidetl.tiles.store import SlideCache, cache_path
+from slidetl.training.classical import FeatureStudy, fit_pooled, read_tile_labels
+from slidetl.training.predictions import read_predictions
+from tests.conftest import Study
+
+WEIGHTS = "a" * 64
+
+
+@pytest.fixture
+def stored(study: Study, tmp_path: Path) -> Study:
+    """The study with made-up features: 'told' has the grade in its tiles, 'noise' has not."""
+    shutil.copytree(study.cache, tmp_path / "cache")
+    rng = np.random.default_rng(0)
+    for row in read_manifest(study.manifest).rows:
+        cache = SlideCache.open(cache_path(tmp_path / "cache", row.slide_id))
+        noise = rng.normal(size=(len(cache), 6)).astype(np.float16)
+        told = noise.copy()
+        told[:, 2] += 3 * (row.grade or 0)
+        sources = [FeatureSource("net", "", WEIGHTS, (0, 0, 0), (1, 1, 1))] * 2
+        write_features(
+            cache, dict(zip(("told", "noise"), zip(sources, (told, noise), strict=True), strict=True))
+        )
+    return Study(study.manifest, tmp_path / "cache")
+
+
+def words(stored: Study, output: Path, *more: str) -> list[str]:
+    return [
+        "fit-features",
+        str(stored.manifest),
+        "--cache",
+        str(stored.cache),
+        "--output",
+        str(output),
+        "--test-fraction",
+        "0.34",
+        *more,
+    ]
+
+
+@pytest.mark.parametrize("model", ["ridge", "ordinal", "logistic", "trees"])
+def test_grades_the_test_part_of_the_common_split(
+    stored: Study, tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    more = ["--features", "told", "noise", "--model", model, "--seed", "3"]
+    assert main(words(stored, output, *more)) == 0
+    rows = read_manifest(stored.manifest).rows
+    split = split_patients(rows, val_fraction=0.15, test_fraction=0.34, seed=3)
+    predictions = read_predictions(output / "predictions.csv")
+    assert [row.slide_id for row in predictions] == sorted(name for name in split if split[name] == "test")
+    by_id = {row.slide_id: row for row in rows}
+    for row in predictions:
+        assert (row.grade, row.patient_id) == (by_id[row.slide_id].grade, by_id[row.slide_id].patient_id)
+        assert sum(row.probabilities) == pytest.approx(1, abs=1e-5) and len(row.probabilities) == 5
+        assert row.tiles == len(SlideCache.open(cache_path(stored.cache, row.slide_id)))
+    figures = json.loads((output / "metrics.json").read_text())
+    assert figures["n"] == len(predictions) and figures["grades"] == ["0", "1", "2", "3", "4"]
+    hits = [row.grade == row.predicted_grade for row in predictions]
+    assert figures["accuracy"] == pytest.approx(np.mean(hits))
+    # On a dozen slides a model that knows no order does less, and a tree finds nothing to split.
+    assert figures["qwk"] >= {"ridge": 0.8, "ordinal": 0.8, "logistic": 0.4, "trees": 0}[model]
+    assert 0 <= figures["rps"] <= 1
+    assert 0 <= figures["calibration_error"] <= 1 and 0 <= figures["calibration_error_if_calibrated"] < 1
+    assert (output / "confusion.png").stat().st_size > 1000
+    assert (output / "model.npz").exists() == (model != "trees")
+    assert f"accuracy {figures['accuracy']:.3f}" in capsys.readouterr().out
+
+
+def test_the_saved_model_gives_the_predictions(stored: Study, tmp_path: Path) -> None:
+    assert main(words(stored, tmp_path / "out", "--features", "told", "--pool", "both")) == 0
+    grader = load_grader(tmp_path / "out" / "model.npz")
+    assert isinstance(grader, RidgeGrader)
+    for row in read_predictions(tmp_path / "out" / "predictions.csv"):
+        features = read_features(SlideCache.open(cache_path(stored.cache, row.slide_id)), "told")
+        found = grader.probabilities(pool_tiles(features, "both")[None])[0]
+        np.testing.assert_allclose(found, row.probabilities, atol=1e-6)
+    # Another model in the same folder does not leave that of the first beside its figures.
+    assert main(words(stored, tmp_path / "out", "--features", "told", "--model", "trees")) == 0
+    assert not (tmp_path / "out" / "model.npz").exists()
+
+
+def test_several_features_are_joined(stored: Study, tmp_path: Path) -> None:
+    for names, qwk in [(("noise",), (-1, 0.6)), (("noise", "told"), (0.8, 1))]:
+        study = FeatureStudy(stored.manifest, stored.cache, names, test_fraction=0.34)
+        cache = SlideCache.open(cache_path(stored.cache, "slide-00"))
+        assert study.features(cache).shape == (len(cache), 6 * len(names))
+        assert qwk[0] <= fit_pooled(study, tmp_path / "out").qwk <= qwk[1]
+
+
+def test_the_test_part_has_no_say(stored: Study, tmp_path: Path) -> None:
+    """Whatever the grades of the test part are, the model is the same."""
+    names = ("told", "noise")
+    fit_pooled(FeatureStudy(stored.manifest, stored.cache, names), tmp_path / "a")
+    tested = {row.slide_id for row in read_predictions(tmp_path / "a" / "predictions.csv")}
+    with stored.manifest.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    graded = {row.slide_id: row for row in read_manifest(stored.manifest).rows}
+    split = split_patients(list(graded.values()), val_fraction=0.15, test_fraction=0.25, seed=0)
+    manifest = tmp_path / "changed.csv"
+    with manifest.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], "split"])
+        writer.writeheader()
+        for row in rows:
+            grade = 4 - int(row["grade"]) if row["slide_id"] in tested else row["grade"]
+            path = str(graded[row["slide_id"]].path)
+            writer.writerow({**row, "path": path, "grade": grade, "split": split[row["slide_id"]]})
+    fit_pooled(FeatureStudy(manifest, stored.cache, names), tmp_path / "b")
+    first, second = (np.load(tmp_path / run / "model.npz") for run in "ab")
+    np.testing.assert_array_equal(first["coefficients"], second["coefficients"])
+    assert first["sigma"] == second["sigma"]
+
+
+def test_features_of_two_networks_are_not_mixed(stored: Study, tmp_path: Path) -> None:
+    cache = SlideCache.open(cache_path(stored.cache, "slide-03"))
+    other = FeatureSource("net", "", "b" * 64, (0, 0, 0), (1, 1, 1))
+    write_features(cache, {"told": (other, read_features(cache, "told"))})
+    with pytest.raises(CacheMismatchError, match=r"'told' are of other weights than those of slide-\d\d"):
+        fit_pooled(FeatureStudy(stored.manifest, stored.cache, ("told",)), tmp_path / "out")
+    with pytest.raises(CacheMissingError, match="there are: noise, told"):
+        fit_pooled(FeatureStudy(stored.manifest, stored.cache, ("resnet18",)), tmp_path / "out")
+    with pytest.raises(UsageError, match="--model must be one of ridge"):
+        fit_pooled(FeatureStudy(stored.manifest, stored.cache, ("noise",)), tmp_path / "out", "forest")
+
+
+@pytest.fixture
+def labels(stored: Study, tmp_path: Path) -> Callable[[dict[str, str]], Path]:
+    """Tile labels: the grade of the slide, and every fifth tile 'ignore'; some lines may be replaced."""
+
+    def write(changes: dict[str, str]) -> Path:
+        lines = ["slide_id,x,y,label"]
+        for row in read_manifest(stored.manifest).rows:
+            cache = SlideCache.open(cache_path(stored.cache, row.slide_id))
+            told = read_features(cache, "told").copy()
+            told[::5, 0] += 30
+            source = FeatureSource("net", "", WEIGHTS, (0, 0, 0), (1, 1, 1))
+            write_features(cache, {"labelled": (source, told)})
+            for tile, (x, y) in enumerate(cache.origins_level0.tolist()):
+                lines.append(f"{row.slide_id},{x},{y},{row.grade if tile % 5 else 'ignore'}")
+        path = tmp_path / "labels.csv"
+        text = "\n".join(lines) + "\n"
+        for old, new in changes.items():
+            text = text.replace(old, new, 1)
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_a_tile_classifier_grades_slides(
+    stored: Study, tmp_path: Path, labels: Callable[[dict[str, str]], Path]
+) -> None:
+    more = ["--features", "labelled", "--tile-labels", str(labels({}))]
+    assert main(words(stored, tmp_path / "out", *more)) == 0
+    figures = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert figures["qwk"] > 0.8
+    assert len(read_predictions(tmp_path / "out" / "predictions.csv")) == figures["n"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("ignore", "vessel", "line 2: expected slide_id, x, y"),
+        ("ignore", "nan", "line 2: expected slide_id, x, y"),
+        ("label", "class", "line 2: expected slide_id, x, y"),
+    ],
+)
+def test_tile_labels_that_are_none_are_refused(tmp_path: Path, old: str, new: str, says: str) -> None:
+    (tmp_path / "labels.csv").write_text("slide_id,x,y,label\na,0,0,ignore\n".replace(old, new, 1))
+    with pytest.raises(UsageError, match=says):
+        read_tile_labels(tmp_path / "labels.csv")
+
+
+def test_labels_of_tiles_that_are_not_there_are_refused(
+    stored: Study,
+    tmp_path: Path,
+    labels: Callable[[dict[str, str]], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = labels({})
+    path.write_text(path.read_text() + "".join(f"slide-{n:02},-7,-7,1\n" for n in range(20)))
+    assert main(words(stored, tmp_path / "out", "--features", "labelled", "--tile-labels", str(path))) == 2
+    assert "are of no tile in the cache, first (-7, -7); expected upper-left" in capsys.readouterr().err

@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from slidetl.cli import main
+from slidetl.errors import CacheMismatchError, CacheMissingError, UsageError
+from slidetl.models.backbones import Backbone, BackboneSpec, weights_sha256
+from slidetl.tiles.features import list_features, read_features, read_source, write_features
+from slidetl.tiles.store import SlideCache, shard_path
+from slidetl.training.embed import BlockEmbedder, _dtype, block_names, embed_cache
+from tests.conftest import Study
+
+SPEC = BackboneSpec()
+NAME = SPEC.name
+
+
+@pytest.fixture
+def cache_dir(study: Study, tmp_path: Path) -> Path:
+    """Three slides of the study."""
+    for path in sorted(study.cache.glob("*.zarr"))[:3]:
+        shutil.copytree(path, tmp_path / "cache" / path.name)
+    return tmp_path / "cache"
+
+
+def opened(cache_dir: Path) -> list[SlideCache]:
+    return [SlideCache.open(path) for path in sorted(cache_dir.glob("*.zarr"))]
+
+
+def test_stored_features_are_what_the_network_gives(cache_dir: Path) -> None:
+    # A batch smaller than a slide, which it does not divide.
+    slides = embed_cache(cache_dir, SPEC, ["blocks.2"], batch_size=7, device="cpu")
+    backbone = Backbone(SPEC).eval()
+    backbone.load_pretrained()
+    for slide, cache in zip(slides, opened(cache_dir), strict=True):
+        assert slide.is_new and slide.tiles == len(cache) and not slide.reason
+        tiles = torch.from_numpy(cache.read(range(len(cache)))).permute(0, 3, 1, 2)
+        with torch.inference_mode():
+            last = backbone(tiles)
+            scaled = (tiles / 255 - backbone.mean) / backbone.std
+            net = backbone.net
+            stem = net.get_submodule("bn1")(net.get_submodule("conv_stem")(scaled))
+            blocks = [net.get_submodule(f"blocks.{number}") for number in range(3)]
+            inner = torch.nn.Sequential(*blocks)(stem).mean((2, 3))
+        np.testing.assert_allclose(read_features(cache, NAME), last, atol=2e-2, rtol=2e-2)
+        np.testing.assert_allclose(read_features(cache, f"{NAME}.blocks.2"), inner, atol=2e-2, rtol=2e-2)
+        source = read_source(cache, f"{NAME}.blocks.2")
+        assert (source.backbone, source.block, source.precision) == (NAME, "blocks.2", "float32")
+        assert source.weights_sha256 == weights_sha256(backbone)
+
+
+def test_bfloat16_agrees_to_about_two_digits(cache_dir: Path) -> None:
+    words = ["embed", str(cache_dir), "--device", "cpu", "--blocks", "blocks.2"]
+    assert main([*words, "--name", "whole"]) == 0
+    assert main([*words, "--name", "half", "--precision", "bfloat16"]) == 0
+    for cache in opened(cache_dir):
+        for block in ("", ".blocks.2"):
+            whole = read_features(cache, f"whole{block}").astype(np.float64)
+            half = read_features(cache, f"half{block}").astype(np.float64)
+            assert 0 < np.abs(half - whole).mean() < 0.04 * np.abs(whole).mean()
+        assert [read_source(cache, name).precision for name in ("whole", "half")] == ["float32", "bfloat16"]
+    with pytest.raises(UsageError, match="--precision must be auto, float32 or bfloat16, not 'half'"):
+        embed_cache(cache_dir, SPEC, precision="half")
+
+
+def test_a_gpu_computes_in_bfloat16_unless_told_otherwise() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert (_dtype("auto", gpu), _dtype("auto", cpu)) == (torch.bfloat16, torch.float32)
+    assert (_dtype("float32", gpu), _dtype("bfloat16", cpu)) == (torch.float32, torch.bfloat16)
+
+
+def test_a_network_of_one_channel_embeds_the_luma(cache_dir: Path) -> None:
+    grey, cache = BackboneSpec(in_channels=1), opened(cache_dir)[0]
+    (slide,) = embed_cache(cache_dir, grey, name="grey", slide_ids=[cache.path.stem], device="cpu")
+    backbone = Backbone(grey).eval()
+    backbone.load_pretrained()
+    luma = (cache.read(range(len(cache))) @ np.array([0.299, 0.587, 0.114])).astype(np.float32)
+    with torch.inference_mode():
+        scaled = (torch.from_numpy(luma)[:, None] / 255 - backbone.mean) / backbone.std
+        expected = backbone.net(scaled)
+    assert slide.is_new
+    np.testing.assert_allclose(read_features(cache, "grey"), expected, atol=2e-2, rtol=2e-2)
+    source = read_source(cache, "grey")
+    assert (len(source.mean), len(source.std)) == (1, 1)
+    with pytest.raises(UsageError, match="takes 4 channels, the tiles have 3; set"):
+        embed_cache(cache_dir, BackboneSpec(in_channels=4), name="four", device="cpu")
+
+
+def test_what_is_there_is_kept_and_other_weights_are_refused(cache_dir: Path, tmp_path: Path) -> None:
+    assert all(slide.is_new for slide in embed_cache(cache_dir, SPEC, device="cpu"))
+    first = read_features(opened(cache_dir)[0], NAME)
+    assert not any(slide.is_new for slide in embed_cache(cache_dir, SPEC, device="cpu"))
+    # Another block: the slides are looked at again.
+    assert all(slide.is_new for slide in embed_cache(cache_dir, SPEC, ["blocks.1"], device="cpu"))
+
+    torch.manual_seed(1)
+    torch.save(Backbone(SPEC).net.state_dict(), tmp_path / "other.pth")
+    other = BackboneSpec(NAME, str(tmp_path / "other.pth"))
+    with pytest.raises(CacheMismatchError, match=r"from other weights.*under another --name"):
+        embed_cache(cache_dir, other, device="cpu")
+    np.testing.assert_array_equal(read_features(opened(cache_dir)[0], NAME), first)
+    assert all(slide.is_new for slide in embed_cache(cache_dir, other, name="other", device="cpu"))
+    assert list_features(opened(cache_dir)[0]) == (NAME, f"{NAME}.blocks.1", "other")
+    embed_cache(cache_dir, other, device="cpu", overwrite=True)
+    np.testing.assert_array_equal(
+        read_features(opened(cache_dir)[0], NAME), read_features(opened(cache_dir)[0], "other")
+    )
+    assert (read_features(opened(cache_dir)[0], NAME) != first).any()
+
+
+def test_a_damaged_slide_costs_itself(cache_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good, bad, unreadable = opened(cache_dir)
+    data = bytearray(shard_path(bad.path, 0).read_bytes())
+    data[100] ^= 1
+    shard_path(bad.path, 0).write_bytes(data)
+    (unreadable.path / "zarr.json").write_text("{")
+    assert main(["embed", str(cache_dir), "--device", "cpu", "--batch-size", "8"]) == 1
+    out, err = capsys.readouterr()
+    assert "3 slides: 1 embedded, 0 there already, 2 failed" in out
+    assert f"failed: {bad.slide_id}: " in err and f"failed: {unreadable.slide_id}: " in err
+    assert list_features(good) == (NAME,)
+    assert list_features(bad) == ()
+
+
+def test_only_the_slides_that_are_named(cache_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second, _ = opened(cache_dir)
+    words = ["embed", str(cache_dir), "--device", "cpu", "--blocks", "blocks.0,blocks.1", "--name", "mine"]
+    assert main([*words, "--slides", second.slide_id]) == 0
+    assert "1 slides: 1 embedded" in capsys.readouterr().out
+    assert list_features(first) == () and list_features(second) == ("mine", "mine.blocks.0", "mine.blocks.1")
+    assert main([*words, "--slides", "nobody"]) == 2
+    assert "--slides: not in" in capsys.readouterr().err
+
+
+def test_mistakes_end_with_one_line(
+    cache_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, says in [
+        (
+            [str(cache_dir), "--blocks", "blocks.9"],
+            "has no block 'blocks.9'; it has: conv_stem, bn1, blocks.0",
+        ),
+        ([str(cache_dir), "--batch-size", "0"], "--batch-size must be at least 1"),
+        ([str(tmp_path / "nothing")], "no tile cache here"),
+        ([str(cache_dir), "--backbone", "resnet999"], "timm knows no backbone"),
+        ([str(cache_dir), "--name", "a/b"], "features are named by"),
+    ]:
+        assert main(["embed", *words]) == 2
+        err = capsys.readouterr().err
+        assert says in err and err.count("\n") == 1
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="PyTorch finds no GPU"):
+            embed_cache(cache_dir, SPEC, device="cuda")
+    with pytest.raises(CacheMissingError):
+        embed_cache(tmp_path, SPEC, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "features"),
+    [("vit_tiny_patch16_224", "blocks.3", 192), ("swin_tiny_patch4_window7_224", "layers.1", 192)],
+)
+def test_tokens_and_channels_last_maps_are_averaged_over_space(name: str, block: str, features: int) -> None:
+    torch.manual_seed(0)
+    backbone = Backbone(BackboneSpec(name)).eval()
+    tiles = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    assert block in block_names(backbone)
+    with torch.inference_mode(), BlockEmbedder(backbone, [block]) as embedder:
+        outputs = embedder(tiles)
+        maps = backbone.net.forward_intermediates(  # type: ignore[operator] # timm is untyped
+            (tiles / 255 - backbone.mean) / backbone.std,
+            indices=[int(block[-1])],
+            intermediates_only=True,
+            norm=False,
+        )
+    assert outputs[block].shape == (2, features)
+    torch.testing.assert_close(outputs[block], maps[0].mean((2, 3)), atol=1e-4, rtol=1e-4)
+    assert not dict(backbone.net.named_modules())[block]._forward_hooks
+
+
+def test_a_run_that_is_interrupted_loses_one_slide(study: Study, tmp_path: Path) -> None:
+    cache_dir = tmp_path / "cache"
+    shutil.copytree(study.cache, cache_dir)
+    # One tile at a time, the slowest way, and behind all else: much is left when the first slide is done.
+    words = ["embed", str(cache_dir), "--device", "cpu", "--batch-size", "1"]
+    process = subprocess.Popen(
+        ["nice", "-n", "19", sys.executable, "-m", "slidetl", *words],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stderr is not None
+    lines = [process.stderr.readline()]  # a slide that is stored
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in err
+    done = lines + [line for line in err.splitlines() if "embedded" in line]
+    stored = [cache for cache in opened(cache_dir) if list_features(cache)]
+    assert len(done) <= len(stored) <= len(done) + 1 and len(stored) < len(opened(cache_dir))
+    slides = embed_cache(cache_dir, SPEC, device="cpu")
+    assert sum(slide.is_new for slide in slides) == len(slides) - len(stored)
+    assert all(list_features(cache) == (NAME,) for cache in opened(cache_dir))
+
+
+def test_features_beyond_half_precision_fail_the_slide(cache_dir: Path, tmp_path: Path) -> None:
+    backbone = Backbone(SPEC)
+    backbone.load_pretrained()
+    with torch.no_grad():
+        for parameter in backbone.net.get_submodule("conv_head").parameters():
+            parameter.mul_(1e8)
+    torch.save(backbone.net.state_dict(), tmp_path / "loud.pth")
+    slides = embed_cache(cache_dir, BackboneSpec(NAME, str(tmp_path / "loud.pth")), device="cpu")
+    assert all("not finite in float16" in slide.reason for slide in slides)
+    assert all(list_features(cache) == () for cache in opened(cache_dir))
+
+
+def test_features_of_other_tiles_are_made_again(cache_dir: Path) -> None:
+    embed_cache(cache_dir, SPEC, device="cpu")
+    cache = opened(cache_dir)[0]
+    wanted = read_features(cache, NAME)
+    chunk = cache.path / "features" / NAME / "zarr.json"
+    chunk.write_text(chunk.read_text().replace(f'"tiles": {len(cache)}', '"tiles": 1'))
+    assert [slide.is_new for slide in embed_cache(cache_dir, SPEC, device="cpu")] == [True, False, False]
+    np.testing.assert_array_equal(read_features(cache, NAME), wanted)
+    # Who stores them again for the same tiles may.
+    write_features(cache, {NAME: (read_source(cache, NAME), wanted)})

@@ -1,0 +1,347 @@
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from sklearn.metrics import log_loss
+
+from slidetl.cli import main
+from slidetl.data.datamodule import SlideDataModule
+from slidetl.errors import CheckpointError
+from slidetl.evaluation.metrics import grade_metrics
+from slidetl.models.backbones import BackboneSpec, find_weights, weights_sha256
+from slidetl.training.checkpoint import load_grader, read_checkpoint
+from slidetl.training.predictions import read_predictions
+from tests.conftest import Study
+
+
+def test_a_run_leaves_logs_checkpoints_and_results(trained: Path) -> None:
+    log = trained / "logs" / "version_0"
+    assert {"metrics.csv", "config.yaml", "checkpoints"} <= {path.name for path in log.iterdir()}
+    assert list(log.glob("events.out.tfevents.*"))
+    with (log / "metrics.csv").open() as file:
+        logged = {key for row in csv.DictReader(file) for key, value in row.items() if value}
+    assert {"train/loss", "val/qwk", "val/accuracy", "val/mae", "val/loss"} <= logged
+    assert not (trained / "logs" / "version_1").exists()  # a test is no new training
+
+
+def test_results_agree_with_the_predictions(trained: Path) -> None:
+    predictions = read_predictions(trained / "test" / "predictions.csv")
+    figures = json.loads((trained / "test" / "metrics.json").read_text())
+    again = grade_metrics(
+        np.array([row.grade for row in predictions]), [row.predicted_grade for row in predictions], 5
+    )
+    assert figures["n"] == len(predictions) == again.n
+    for name in ("accuracy", "qwk", "mae"):
+        assert figures[name] == pytest.approx(getattr(again, name))
+    assert np.sum(figures["confusion"]) == len(predictions)
+    assert (trained / "test" / "confusion.png").stat().st_size > 5_000
+
+
+def test_same_seed_same_figures(study: Study, trained: Path, tmp_path: Path) -> None:
+    assert main(["fit", *study.options(tmp_path), "--trainer.max_epochs=2"]) == 0
+    assert main(["test", *study.options(tmp_path)]) == 0
+    again = (tmp_path / "test" / "predictions.csv").read_bytes()
+    assert again == (trained / "test" / "predictions.csv").read_bytes()
+    other = tmp_path / "other"
+    assert main(["fit", *study.options(other), "--trainer.max_epochs=1", "--seed_everything=1"]) == 0
+    assert main(["test", *study.options(other)]) == 0
+    assert again != (other / "test" / "predictions.csv").read_bytes()
+
+
+def test_checkpoint_reloads_as_plain_values_and_grades_alike(study: Study, trained: Path) -> None:
+    path = trained / "logs" / "version_0" / "checkpoints" / "best.ckpt"
+    checkpoint = read_checkpoint(path)
+    grader = load_grader(path)
+    assert not grader.training
+    for key, value in grader.state_dict().items():
+        assert torch.equal(value, checkpoint["state_dict"][key])
+    assert grader.tile_spec is not None and grader.tile_spec.mpp == 4
+    assert grader.transfer.start.__qualname__.startswith("WarmRestart")
+
+
+def test_a_stopped_training_goes_on(study: Study, tmp_path: Path) -> None:
+    assert main(["fit", *study.options(tmp_path), "--trainer.max_epochs=1"]) == 0
+    last = tmp_path / "logs" / "version_0" / "checkpoints" / "last.ckpt"
+    assert main(["fit", *study.options(tmp_path), "--trainer.max_epochs=2", f"--ckpt_path={last}"]) == 0
+    assert read_checkpoint(tmp_path / "logs" / "version_1" / "checkpoints" / "last.ckpt")["epoch"] == 1
+
+
+def test_a_training_goes_on_from_the_middle_of_an_epoch(study: Study, tmp_path: Path) -> None:
+    # A checkpoint each two steps, by a configuration here and by words there; an epoch has three.
+    config = tmp_path / "often.yaml"
+    config.write_text(
+        """
+trainer:
+  callbacks:
+    - class_path: pytorch_lightning.callbacks.ModelCheckpoint
+      init_args: {every_n_train_steps: 2, save_top_k: -1, filename: "{step}"}
+"""
+    )
+    often = ["--trainer.callbacks+=pytorch_lightning.callbacks.ModelCheckpoint"]
+    often += [
+        f"--trainer.callbacks.{word}"
+        for word in ("every_n_train_steps=2", "save_top_k=-1", "filename={step}")
+    ]
+    whole, two = ["--config", str(config), *study.options(tmp_path / "whole")], "--trainer.max_epochs=2"
+    assert main(["fit", *whole, two]) == 0
+    kept = tmp_path / "whole" / "logs" / "version_0" / "checkpoints"
+    assert {path.name for path in kept.iterdir()} > {f"step={step}.ckpt" for step in (2, 4, 6)}
+    assert main(["test", *whole]) == 0  # which finds the best beside them
+    end = read_checkpoint(kept / "step=6.ckpt")
+    assert end["epoch"] == 1
+    for step in (2, 4):
+        options = [*study.options(tmp_path / str(step)), two]
+        assert main(["fit", *options, *often, f"--ckpt_path={kept / f'step={step}.ckpt'}"]) == 0
+        folder = tmp_path / str(step) / "logs" / "version_0" / "checkpoints"
+        again = read_checkpoint(folder / "step=6.ckpt")["state_dict"]
+        assert all(torch.equal(value, again[key]) for key, value in end["state_dict"].items())
+
+
+def test_predictions_name_the_fold(study: Study, trained: Path, tmp_path: Path) -> None:
+    checkpoint = trained / "logs" / "version_0" / "checkpoints" / "best.ckpt"
+    options = [*study.options(tmp_path), f"--ckpt_path={checkpoint}", "--data.fold=r2f3"]
+    for command in ("test", "predict"):
+        assert main([command, *options]) == 0
+        with (tmp_path / command / "predictions.csv").open(newline="") as file:
+            assert {row["fold"] for row in csv.DictReader(file)} == {"r2f3"}
+    with (trained / "test" / "predictions.csv").open(newline="") as file:
+        assert {row["fold"] for row in csv.DictReader(file)} == {""}
+
+
+def test_predict_takes_slides_without_grades(study: Study, trained: Path, tmp_path: Path) -> None:
+    checkpoint = trained / "logs" / "version_0" / "checkpoints" / "best.ckpt"
+    options = [option for option in study.options(tmp_path) if not option.startswith("--data.manifest")]
+    folder = study.manifest.parent / "slides"
+    assert main(["predict", *options, f"--data.manifest={folder}", f"--ckpt_path={checkpoint}"]) == 0
+    predictions = read_predictions(tmp_path / "predict" / "predictions.csv")
+    assert len(predictions) == 20 and {row.grade for row in predictions} == {None}
+    tested = {
+        row.slide_id: row.probabilities for row in read_predictions(trained / "test" / "predictions.csv")
+    }
+    for row in predictions:
+        if row.slide_id in tested:
+            np.testing.assert_allclose(row.probabilities, tested[row.slide_id], atol=1e-6)
+
+
+def test_other_tiles_than_those_of_training_are_refused(
+    study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    options = ["--cache", str(cache), "--mpp", "8", "--tile-size", "32", "--workers", "1"]
+    assert main(["tile", str(study.manifest), *options]) == 0
+    capsys.readouterr()
+    code = main(["test", *study.options(trained), f"--data.cache={cache}"])
+    assert code == 2
+    err = capsys.readouterr().err
+    assert "trained on other tiles (mpp 4.0 -> 8.0, tile_size_px 64 -> 32, stride_px 64 -> 32)" in err
+
+
+def test_evaluation_in_chunks_is_evaluation_at_once(study: Study, trained: Path, tmp_path: Path) -> None:
+    checkpoint = trained / "logs" / "version_0" / "checkpoints" / "best.ckpt"
+    for size in (3, 500):
+        root = tmp_path / str(size)
+        assert (
+            main(["test", *study.options(root), f"--data.chunk_size={size}", f"--ckpt_path={checkpoint}"])
+            == 0
+        )
+    small, large = (read_predictions(tmp_path / size / "test" / "predictions.csv") for size in ("3", "500"))
+    for here, there in zip(small, large, strict=True):
+        np.testing.assert_allclose(here.probabilities, there.probabilities, atol=1e-5)
+
+
+def test_stored_batch_statistics_stay_as_they_are(trained: Path) -> None:
+    grader = load_grader(trained / "logs" / "version_0" / "checkpoints" / "last.ckpt")
+    weights, _ = find_weights(grader.network.backbone.spec)
+    state = grader.network.backbone.net.state_dict()
+    running = [key for key in weights if "running_" in key]
+    assert running and all(torch.equal(state[key], weights[key]) for key in running)
+    assert any(not torch.equal(state[key], weights[key]) for key in weights)
+
+
+def test_statistics_of_the_batches_are_learned_from_scratch(study: Study, tmp_path: Path) -> None:
+    options = ["--model.transfer=slidetl.models.transfer.Scratch", "--trainer.max_epochs=1"]
+    assert main(["fit", *study.options(tmp_path), *options]) == 0
+    grader = load_grader(tmp_path / "logs" / "version_0" / "checkpoints" / "last.ckpt")
+    state = grader.network.backbone.net.state_dict()
+    assert not any((value == 0).all() for key, value in state.items() if key.endswith("running_mean"))
+
+
+def test_an_evaluation_cut_short_leaves_nothing_behind(study: Study, trained: Path, tmp_path: Path) -> None:
+    checkpoint = trained / "logs" / "version_0" / "checkpoints" / "best.ckpt"
+    grader = load_grader(checkpoint)
+    data = SlideDataModule(str(study.manifest), str(study.cache), num_workers=0, chunk_size=7)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        limit_test_batches=8,
+    )
+    written = []
+    for _ in range(2):
+        trainer.test(grader, data, verbose=False)
+        written.append((tmp_path / "test" / "predictions.csv").read_bytes())
+    assert written[0] == written[1]
+    whole = {row.slide_id: row.tiles for row in read_predictions(trained / "test" / "predictions.csv")}
+    some = read_predictions(tmp_path / "test" / "predictions.csv")
+    assert some and all(row.tiles == whole[row.slide_id] for row in some)
+    # A share, not a number: which of the two a whole number is parsed as depends on what was imported before.
+    few = ["--data.chunk_size=1", "--trainer.limit_test_batches=0.02"]
+    assert main(["test", *study.options(trained), *few]) == 2
+
+
+def test_pooling_and_head_stay_in_float32_under_autocast(trained: Path) -> None:
+    grader = load_grader(trained / "logs" / "version_0" / "checkpoints" / "best.ckpt")
+    tiles = torch.randint(0, 256, (1, 4, 3, 64, 64), dtype=torch.uint8)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        embeddings = grader.network.embed(tiles)
+        logits, _ = grader._grade(embeddings, torch.ones(1, 4, dtype=torch.bool))
+    assert embeddings.dtype == torch.bfloat16 and logits.dtype == torch.float32
+
+
+def test_two_processes_train_together_and_test_alike(study: Study, tmp_path: Path) -> None:
+    options = [*study.options(tmp_path), "--trainer.devices=2", "--trainer.strategy=ddp"]
+    command = [sys.executable, "-W", "ignore", "-m", "slidetl"]
+    for words in (["fit", *options, "--trainer.max_epochs=1"], ["test", *options]):
+        done = subprocess.run([*command, *words], capture_output=True, text=True, check=False, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+    together = read_predictions(tmp_path / "test" / "predictions.csv")
+    assert main(["test", *study.options(tmp_path)]) == 0
+    alone = read_predictions(tmp_path / "test" / "predictions.csv")
+    assert [row.slide_id for row in together] == [row.slide_id for row in alone]
+    for here, there in zip(together, alone, strict=True):
+        np.testing.assert_allclose(here.probabilities, there.probabilities, atol=1e-6)
+
+
+def test_a_resumed_training_keeps_its_model(
+    study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = trained / "logs" / "version_0" / "checkpoints" / "last.ckpt"
+    capsys.readouterr()
+    assert main(["fit", *study.options(tmp_path), f"--ckpt_path={last}", "--model.lr=0.5"]) == 2
+    assert "was trained with lr 0.001, the configuration says 0.5" in capsys.readouterr().err
+    grades = "--data.grades=[a,b,c,d,e]"
+    assert main(["test", *study.options(tmp_path), f"--ckpt_path={last}", grades]) == 2
+    assert "was trained with grades" in capsys.readouterr().err
+
+
+def test_a_damaged_tile_is_one_line_from_a_worker_too(
+    study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(study.cache, cache)
+    for shard in cache.glob("*.zarr/tiles/c/*/*/*/*"):
+        content = bytearray(shard.read_bytes())
+        content[50] ^= 0xFF
+        shard.write_bytes(content)
+    capsys.readouterr()
+    options = ["--data.num_workers=1", f"--data.cache={cache}", f"--trainer.default_root_dir={trained}"]
+    assert main(["test", *study.options(trained), *options]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("slidetl: error:") and "tile" in last
+
+
+def test_mixed_precision_trains_and_tests(study: Study, tmp_path: Path) -> None:
+    options = [*study.options(tmp_path), "--trainer.precision=bf16-mixed"]
+    assert main(["fit", *options, "--trainer.max_epochs=1"]) == 0
+    assert main(["test", *options]) == 0
+    assert len(read_predictions(tmp_path / "test" / "predictions.csv")) >= 4
+
+
+def test_penalties_are_logged_and_the_reference_is_held_to_its_hash(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "weights.pth"
+    state, _ = find_weights(BackboneSpec())
+    torch.save(state, weights)
+    options = [
+        *study.options(tmp_path),
+        "--model.transfer=slidetl.models.transfer.SharedBoth",
+        "--model.transfer.layers=[blocks.0, blocks.1]",
+        f"--model.backbone.pretrained={weights}",
+    ]
+    assert main(["fit", *options, "--trainer.max_epochs=1"]) == 0
+    log = tmp_path / "logs" / "version_0"
+    with (log / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    for name in ("penalty/weights", "penalty/activations"):
+        assert [0 < float(row[name]) < 10 for row in rows if row[name]] == [True]
+    last = log / "checkpoints" / "last.ckpt"
+    checkpoint = read_checkpoint(last)
+    assert checkpoint["reference"].keys() == {"sha256", "attention"}
+    assert checkpoint["hyper_parameters"]["transfer"]["init_args"]["layers"] == ["blocks.0", "blocks.1"]
+    assert not any("reference" in key for key in checkpoint["state_dict"])
+    resume = ["fit", *options, "--trainer.max_epochs=2", f"--ckpt_path={last}"]
+    assert main(resume) == 0
+    state["conv_stem.weight"] += 1e-3
+    torch.save(state, weights)
+    capsys.readouterr()
+    assert main(resume) == 2
+    assert "the training leaned on pretrained weights with sha256" in capsys.readouterr().err
+    assert main(["test", *options, f"--ckpt_path={last}"]) == 0  # it needs no reference
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"alpha": "evilmod.Head"},
+        {"layers": [{"class_path": "evilmod.Head"}]},
+        {"start_from": {"class_path": "evilmod.Head"}},
+        {"unknown": "evilmod.Head"},
+    ],
+)
+def test_a_checkpoint_has_text_only_where_a_strategy_takes_text(
+    arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    transfer = {
+        "class_path": "slidetl.models.transfer.SharedBoth",
+        "init_args": {"layers": ["a.b"], "start_from": "random"},
+    }
+    path = tmp_path / "c.ckpt"
+    torch.save({"hyper_parameters": {"transfer": transfer}, "state_dict": {}}, path)
+    assert read_checkpoint(path)["state_dict"] == {}
+    torch.save(
+        {"hyper_parameters": {"transfer": {**transfer, "init_args": arguments}}, "state_dict": {}}, path
+    )
+    with pytest.raises(CheckpointError, match="expected plain numbers as init_args of transfer"):
+        read_checkpoint(path)
+
+
+def test_head_first_leaves_the_backbone_alone_in_the_first_epoch(study: Study, tmp_path: Path) -> None:
+    options = [
+        "--model.transfer=slidetl.models.transfer.WarmRestart",
+        "--model.transfer.head_first_epochs=1",
+        "--checkpoint.save_top_k=-1",
+    ]
+    weights, _ = find_weights(BackboneSpec())
+    for epochs, moved in ((1, False), (2, True)):
+        root = tmp_path / str(epochs)
+        assert main(["fit", *study.options(root), *options, f"--trainer.max_epochs={epochs}"]) == 0
+        state = read_checkpoint(root / "logs" / "version_0" / "checkpoints" / "last.ckpt")["state_dict"]
+        same = [torch.equal(state[f"network.backbone.net.{key}"], value) for key, value in weights.items()]
+        assert all(same) != moved
+
+
+def test_predictions_say_whose_they_are_and_by_which_weights(trained: Path) -> None:
+    grader = load_grader(trained / "logs" / "version_0" / "checkpoints" / "best.ckpt")
+    rows = read_predictions(trained / "test" / "predictions.csv")
+    assert {row.checkpoint for row in rows} == {weights_sha256(grader.network)}
+    assert all(row.site for row in rows)
+    figures = json.loads((trained / "test" / "metrics.json").read_text())
+    probabilities = np.array([row.probabilities for row in rows])
+    probabilities /= probabilities.sum(1, keepdims=True)  # written with seven digits
+    expected = log_loss([row.grade for row in rows], probabilities, labels=range(5))
+    assert figures["log_loss"] == pytest.approx(expected, rel=1e-4)
+    assert len(figures["auroc"]) == 4 and 0 <= figures["rps"] <= 1
+    assert 0 <= figures["calibration_error"] <= 1 and 0 < figures["calibration_error_if_calibrated"] < 1

@@ -1,0 +1,69 @@
+"""Gradient checkpointing in a training: less memory, the same gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from slidetl.cli import main
+from slidetl.data.datasets import Bag
+from slidetl.models.backbones import BackboneSpec
+from slidetl.models.transfer import WarmRestart
+from slidetl.training.checkpoint import load_grader
+from slidetl.training.grader import SlideGrader
+from slidetl.training.schedules import OneCycle
+from tests.conftest import Study
+
+
+def step(checkpointing: bool) -> tuple[int, dict[str, Tensor]]:
+    """Bytes of the activations that a training step keeps, and its gradients."""
+    torch.manual_seed(0)
+    spec = BackboneSpec(gradient_checkpointing=checkpointing)
+    grader = SlideGrader(spec, transfer=WarmRestart(), schedule=OneCycle()).train()
+    grader.transfer.set_training_mode(grader.network.backbone)
+    weights = {parameter.data_ptr() for parameter in grader.parameters()}
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() not in weights:
+            kept[tensor.data_ptr()] = max(kept.get(tensor.data_ptr(), 0), tensor.nbytes)
+        return tensor
+
+    bag: Bag = {
+        "tiles": torch.randint(0, 256, (1, 16, 3, 64, 64), dtype=torch.uint8),
+        "mask": torch.ones(1, 16, dtype=torch.bool),
+        "grade": torch.tensor([3]),
+        "readers": torch.zeros(1, 0, dtype=torch.long),
+        "labels": {},
+    }
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        loss = grader.training_step(bag, 0)
+    loss.backward()
+    gradients = {n: weight.grad for n, weight in grader.named_parameters() if weight.grad is not None}
+    return sum(kept.values()), gradients
+
+
+def test_a_step_keeps_less_and_has_the_same_gradients() -> None:
+    plain, gradients = step(False)
+    checkpointed, again = step(True)
+    assert checkpointed < plain / 2
+    assert gradients.keys() == again.keys() and len(gradients) > 100
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_a_configuration_switches_it_on(study: Study, tmp_path: Path) -> None:
+    states = []
+    for on in (False, True):
+        config = tmp_path / f"{on}.yaml"
+        config.write_text(yaml.safe_dump({"model": {"backbone": {"gradient_checkpointing": on}}}))
+        root = tmp_path / str(on)
+        assert main(["fit", "--config", str(config), *study.options(root), "--trainer.max_epochs=1"]) == 0
+        grader = load_grader(root / "logs" / "version_0" / "checkpoints" / "last.ckpt")
+        assert grader.network.backbone.spec.gradient_checkpointing is on
+        states.append(grader.state_dict())
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,112 @@
+"""Trainings on stored features, alone or beside tiles that go through the backbone."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from slidetl.cli import main
+from slidetl.models.backbones import BackboneSpec, find_weights
+from slidetl.training.checkpoint import load_grader, read_checkpoint
+from slidetl.training.predictions import read_predictions
+from tests.conftest import Study
+
+FROZEN = "--model.transfer=slidetl.models.transfer.FrozenFeatures"
+PLAIN = ("flips=false", "brightness=0", "contrast=0", "saturation=0")
+
+
+@pytest.fixture(scope="module")
+def embedded(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """The study with the embeddings of the bundled backbone, in a cache of its own."""
+    cache = tmp_path_factory.mktemp("embedded") / "cache"
+    shutil.copytree(study.cache, cache)
+    assert main(["embed", str(cache), "--name", "plain", "--device", "cpu"]) == 0
+    return Study(study.manifest, cache)
+
+
+def fit_and_test(study: Study, root: Path, *options: str, epochs: int = 2) -> tuple[list[float], np.ndarray]:
+    """The losses of the epochs, and the probabilities of the test."""
+    words = [*study.options(root), f"--trainer.max_epochs={epochs}", *options]
+    words += [f"--data.augmentation.{change}" for change in PLAIN]
+    assert main(["fit", *words]) == 0
+    assert main(["test", *words]) == 0
+    with (root / "logs" / "version_0" / "metrics.csv").open(newline="") as file:
+        losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+    rows = read_predictions(root / "test" / "predictions.csv")
+    return losses, np.array([row.probabilities for row in rows])
+
+
+def test_a_frozen_backbone_trains_alike_on_tiles_on_features_and_on_both(
+    embedded: Study, tmp_path: Path
+) -> None:
+    whole = fit_and_test(embedded, tmp_path / "tiles", FROZEN, "--data.bag_size=60")
+    stored = fit_and_test(embedded, tmp_path / "stored", FROZEN, "--data.bag_size=0", "--data.features=plain")
+    both = fit_and_test(embedded, tmp_path / "both", FROZEN, "--data.bag_size=8", "--data.features=plain")
+    for losses, probabilities in (stored, both):  # stored in float16
+        np.testing.assert_allclose(losses, whole[0], rtol=2e-3)
+        np.testing.assert_allclose(probabilities, whole[1], atol=2e-3)
+
+
+def test_fresh_tiles_train_the_backbone_beside_stored_ones(embedded: Study, tmp_path: Path) -> None:
+    guided = "--data.sampling=slidetl.data.sampling.AttentionGuided"
+    every = "--checkpoint.save_top_k=-1"
+    losses, _ = fit_and_test(embedded, tmp_path, "--data.features=plain", guided, every)
+    assert len(losses) == 2
+    last = tmp_path / "logs" / "version_0" / "checkpoints" / "last.ckpt"
+    state, (weights, _) = load_grader(last).state_dict(), find_weights(BackboneSpec())
+    assert not torch.equal(state["network.backbone.net.conv_stem.weight"], weights["conv_stem.weight"])
+    attention = read_checkpoint(last)["SlideDataModule"]["attention"]
+    assert attention.sum().item() == pytest.approx(10, rel=1e-4)  # ten training slides, one each
+
+
+def test_features_of_other_weights_are_refused(
+    embedded: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "weights.pth"
+    state, _ = find_weights(BackboneSpec())
+    state["conv_stem.weight"] += 1e-3
+    torch.save(state, weights)
+    options = [*embedded.options(tmp_path), "--data.features=plain", "--trainer.max_epochs=1"]
+    for change in (
+        [f"--model.backbone.pretrained={weights}"],
+        ["--model.transfer=slidetl.models.transfer.Scratch"],
+    ):
+        assert main(["fit", *options, *change]) == 2
+        assert "run 'slidetl embed' with the same backbone and pretrained weights" in capsys.readouterr().err
+
+
+def test_a_training_goes_on_with_the_features_that_it_began_with(
+    embedded: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(embedded.cache, cache)
+    options = [*embedded.options(tmp_path), f"--data.cache={cache}", "--data.features=plain"]
+    assert main(["fit", *options, "--trainer.max_epochs=1"]) == 0
+    last = tmp_path / "logs" / "version_0" / "checkpoints" / "last.ckpt"
+    resume = ["fit", *options, "--trainer.max_epochs=2", f"--ckpt_path={last}"]
+    assert main(resume) == 0  # the backbone has moved since
+    state, _ = find_weights(BackboneSpec())
+    state["conv_stem.weight"] += 1e-3
+    torch.save(state, tmp_path / "weights.pth")
+    again = ["--name", "plain", "--pretrained", str(tmp_path / "weights.pth"), "--overwrite"]
+    assert main(["embed", str(cache), "--device", "cpu", *again]) == 0
+    capsys.readouterr()
+    assert main(resume) == 2
+    assert "data.features 'plain' are of weights" in capsys.readouterr().err
+
+
+def test_what_cannot_be_meant_is_refused(
+    embedded: Study, study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    none = "--data.bag_size=0"
+    assert main(["fit", *embedded.options(tmp_path), none]) == 2
+    assert "data.bag_size must be at least 1, not 0" in capsys.readouterr().err
+    assert main(["fit", *embedded.options(tmp_path), none, "--data.features=plain"]) == 2
+    assert "nothing goes through the backbone, but the strategy trains it" in capsys.readouterr().err
+    assert main(["fit", *study.options(tmp_path), none, FROZEN, "--data.features=plain"]) == 2
+    assert "no such features, there are: none; make it with 'slidetl embed'" in capsys.readouterr().err
