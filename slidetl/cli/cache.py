@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slidetl.cli.progress import Progress
+
 if TYPE_CHECKING:
     from slidetl.tiles.ledger import Ledger, LedgerRow
     from slidetl.tiles.verify import Verification
@@ -60,9 +62,6 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from slidetl.errors import CacheError, SlideError, UsageError
     from slidetl.tiles.ledger import USED, Ledger
     from slidetl.tiles.store import groups
@@ -78,10 +77,8 @@ def _verify(options: argparse.Namespace) -> int:
         slides.update(_slide_paths(options.slides))
     damaged = tiles = 0
     threads = len(os.sched_getaffinity(0))
-    console = Console(stderr=True)
-    columns = (TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        for path in bar.track(paths):
+    with Progress("verifying", len(paths)) as progress:
+        for path in paths:
             slide_id = path.name.removesuffix(".zarr")
             try:
                 found = verify_cache(path, rows.get(slide_id), options.decode, threads)
@@ -97,6 +94,7 @@ def _verify(options: argparse.Namespace) -> int:
             except (CacheError, SlideError, UsageError) as error:
                 print(f"{slide_id}: {error}")
                 damaged += 1
+            progress.advance()
         for slide_id in sorted(rows):
             if rows[slide_id].status == USED and not (options.cache / f"{slide_id}.zarr").exists():
                 print(f"{slide_id}: missing: in the ledger as used, but there is no cache; tile it again")

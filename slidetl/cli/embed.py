@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from slidetl.cli.progress import Progress
+
 SUMMARY = "embed every tile of a cache with a pretrained backbone, and store the features beside the tiles"
 
 
@@ -69,11 +71,11 @@ def run(options: argparse.Namespace) -> int:
     from slidetl.training.embed import EmbeddedSlide, embed_cache
 
     started = time.monotonic()
-    with _Progress() as progress:
+    with Progress("tiles", rate=True) as progress:
 
         def report(slide: EmbeddedSlide) -> None:
             state = slide.reason or ("embedded" if slide.is_new else "there already")
-            progress.line(f"{slide.slide_id}: {slide.tiles} tiles, {state}")
+            progress.show(f"{slide.slide_id}: {slide.tiles} tiles, {state}")
 
         slides = embed_cache(
             options.cache,
@@ -101,48 +103,3 @@ def run(options: argparse.Namespace) -> int:
         f"{tiles} tiles in {seconds:.1f} s ({tiles / seconds:.0f} tiles/s)"
     )
     return 1 if failed else 0
-
-
-class _Progress:
-    """A bar of tiles on a terminal, else one line per slide."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        self._is_terminal = console.is_terminal
-        self._bar = Progress(
-            TextColumn("tiles"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]:.0f} tiles/s"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[last]}", markup=False),
-            console=console,
-            disable=not self._is_terminal,
-        )
-        self._task = self._bar.add_task("tiles", total=None, last="", rate=0.0)
-        self._started = 0.0
-        self._done = 0
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._bar.stop()
-
-    def start(self, tiles: int) -> None:
-        self._started = time.monotonic()  # loading the network is no part of the rate
-        self._bar.update(self._task, total=tiles)
-
-    def advance(self, tiles: int) -> None:
-        self._done += tiles
-        rate = self._done / max(time.monotonic() - self._started, 1e-9)
-        self._bar.update(self._task, completed=self._done, rate=rate)
-
-    def line(self, text: str) -> None:
-        self._bar.update(self._task, last=text)
-        if not self._is_terminal:
-            print(text, file=sys.stderr)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
+
+from slidetl.cli.progress import Progress
 
 SUMMARY = "draw synthetic lung slides of known grade, with their manifest"
 
@@ -54,9 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Writes the cohort, then prints how far colour and area alone get."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from slidetl.synthetic.cohort import SyntheticCohort, write_cohort
 
     patients = getattr(options, "patients", min(48, options.slides))
@@ -72,18 +70,15 @@ def run(options: argparse.Namespace) -> int:
         reader_sd=options.reader_sd,
         label=options.label,
     )
-    console = Console(stderr=True)
-    columns = (TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("drawing", total=options.slides)
+    with Progress("drawing", options.slides) as progress:
 
-        def progress(done: int, total: int) -> None:
-            bar.update(task, completed=done)
-            if bar.disable and done * 10 // total > (done - 1) * 10 // total:
-                print(f"drawn {done} of {total} slides", file=sys.stderr)
+        def report(done: int, total: int) -> None:
+            progress.advance()
+            if done * 10 // total > (done - 1) * 10 // total:
+                progress.show("drawn")
 
         colours = write_cohort(
-            cohort, options.out, workers=options.workers, overwrite=options.overwrite, progress=progress
+            cohort, options.out, workers=options.workers, overwrite=options.overwrite, progress=report
         )
     print(f"{options.slides} slides of {patients} patients: {options.out / 'manifest.csv'}")
     if options.slides >= 30 and patients >= 10:

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slidetl.cli.progress import Progress
+
 if TYPE_CHECKING:
     from slidetl.tiles.ledger import LedgerRow
 
@@ -190,7 +192,12 @@ def run(options: argparse.Namespace) -> int:
         for row in manifest.rows
     ]
     started = time.monotonic()
-    with _Progress(len(sources)) as progress:
+    with Progress("slides", len(sources)) as progress:
+
+        def report(row: LedgerRow) -> None:
+            progress.advance()
+            progress.show(f"{row.slide_id}: {row.status}, {row.tiles} tiles, {row.seconds:.1f} s")
+
         if "scheduler" in options:
             from slidetl.tiles.cluster import tile_on_cluster
 
@@ -201,7 +208,7 @@ def run(options: argparse.Namespace) -> int:
                 options.scheduler,
                 options.overwrite,
                 options.preview,
-                progress.advance,
+                report,
             )
         else:
             rows = tile_slides(
@@ -211,7 +218,7 @@ def run(options: argparse.Namespace) -> int:
                 options.workers,
                 options.overwrite,
                 options.preview,
-                progress.advance,
+                report,
             )
     seconds = time.monotonic() - started
 
@@ -222,41 +229,3 @@ def run(options: argparse.Namespace) -> int:
     tiles = sum(row.tiles for row in rows)
     print(f"{len(rows)} slides: {counts}; {tiles} tiles in {seconds:.1f} s ({tiles / seconds:.0f} tiles/s)")
     return 1 if failed else 0
-
-
-class _Progress:
-    """A bar on a terminal, else one line per slide."""
-
-    def __init__(self, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._total = total
-        self._done = 0
-        console = Console(stderr=True)
-        self._is_terminal = console.is_terminal
-        self._bar = Progress(
-            TextColumn("slides"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[last]}", markup=False),
-            console=console,
-            disable=not self._is_terminal,
-        )
-        self._task = self._bar.add_task("slides", total=total, last="")
-
-    def __enter__(self) -> _Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._bar.stop()
-
-    def advance(self, row: LedgerRow) -> None:
-        self._done += 1
-        line = f"{row.slide_id}: {row.status}, {row.tiles} tiles, {row.seconds:.1f} s"
-        if self._is_terminal:
-            self._bar.update(self._task, advance=1, last=line)
-        else:
-            print(f"[{self._done}/{self._total}] {line}", file=sys.stderr)

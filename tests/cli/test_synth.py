@@ -30,7 +30,7 @@ def test_writes_a_cohort_and_prints_the_colour_baseline(
     found = re.search(r"stained area alone: (\d+)% accuracy", output)
     assert found is not None
     assert int(found[1]) <= 40
-    assert "drawn 40 of 40 slides" in progress
+    assert "[40/40] drawn" in progress
     assert len(list((tmp_path / "new" / "slides").glob("*.tiff"))) == 40
     with pytest.raises(UsageError, match="is not empty"):
         synth.run(options)

@@ -1,0 +1,68 @@
+"""Shows how far a command has come."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Self
+
+
+class Progress:
+    """Draws a bar on a terminal and prints a line for each item elsewhere, both on stderr.
+
+    A context manager.
+
+    Args:
+        what: the name of the items, beside the bar.
+        total: number of items; None until :meth:`start`.
+        rate: whether to show the items per second.
+
+    Attributes:
+        is_terminal: whether the bar is drawn.
+    """
+
+    def __init__(self, what: str, total: int | None = None, *, rate: bool = False) -> None:
+        # imported here: it takes a tenth of a second, and --help needs none of it
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        console = Console(stderr=True)
+        self.is_terminal = console.is_terminal
+        self._bar = Bar(
+            TextColumn(what),
+            BarColumn(),
+            MofNCompleteColumn(),
+            *([TextColumn("{task.fields[rate]:.0f}/s")] if rate else []),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[last]}", markup=False),
+            console=console,
+            disable=not self.is_terminal,
+        )
+        self._task = self._bar.add_task(what, total=total, last="", rate=0.0)
+        self._total, self._done, self._started = total, 0, time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.stop()
+
+    def start(self, total: int) -> None:
+        """Sets the number of items and starts the clock of the rate."""
+        self._total, self._started = total, time.monotonic()
+        self._bar.update(self._task, total=total)
+
+    def advance(self, items: int = 1) -> None:
+        """Counts items as done."""
+        self._done += items
+        rate = self._done / max(time.monotonic() - self._started, 1e-9)
+        self._bar.update(self._task, completed=self._done, rate=rate)
+
+    def show(self, text: str) -> None:
+        """Shows a line: the latest one beside the bar, each one where there is no terminal."""
+        if self.is_terminal:
+            self._bar.update(self._task, last=text)
+        else:
+            print(f"[{self._done}/{self._total}] {text}", file=sys.stderr)
