@@ -32,9 +32,10 @@ import torch
 from slidetl.cli import main as slidetl
 from slidetl.data.augment import Augmentation
 from slidetl.data.datamodule import SlideDataModule
-from slidetl.data.datasets import Bag, BagDataset, CachedSlide, EpochSampler, collate_bags
+from slidetl.data.datasets import Bag, BagDataset, EpochSampler, collate_bags
 from slidetl.data.manifest import ManifestRow
 from slidetl.data.resuming import ResumableLoader
+from slidetl.data.study import CachedSlide
 from slidetl.models.backbones import BackboneSpec
 from slidetl.models.transfer import Scratch
 from slidetl.tiles.store import SlideCache, groups

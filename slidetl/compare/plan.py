@@ -25,7 +25,7 @@ from slidetl.evaluation.protocol import (
 )
 from slidetl.library.local import SCHEME, pulled_card
 from slidetl.models.weights import bundled_weights
-from slidetl.tiles.features import read_source
+from slidetl.tiles.features import common_source
 from slidetl.tiles.store import SlideCache, cache_path
 
 # Raised whenever the same unit would be computed otherwise, or be written otherwise.
@@ -291,14 +291,7 @@ def _longer(recipe: dict[str, Any], factor: float) -> dict[str, Any]:
 
 def _features_sha256(study: Study, name: str) -> str:
     """Of the weights by which features were stored, the same for all slides."""
-    first = read_source(study.caches[0], name)
-    for cache in study.caches:
-        if not read_source(cache, name).same_network(first):
-            raise CacheMismatchError(
-                f"{cache.path}: features {name!r} are of other weights than those of "
-                f"{study.caches[0].slide_id}; run 'slidetl embed' with --overwrite"
-            )
-    return first.weights_sha256
+    return common_source(name, study.caches).weights_sha256
 
 
 def _weights_sha256(config: dict[str, Any]) -> str:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import pytorch_lightning as pl
-from numpy.typing import NDArray
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
@@ -17,23 +17,19 @@ from slidetl.data.augment import Augmentation
 from slidetl.data.datasets import (
     Bag,
     BagDataset,
-    CachedSlide,
     Chunk,
     ChunkDataset,
     EpochSampler,
     collate_bags,
 )
-from slidetl.data.manifest import ManifestRow, check_scale, read_manifest
+from slidetl.data.manifest import check_scale
 from slidetl.data.resuming import ResumableLoader
 from slidetl.data.sampling import Sampling, Uniform
-from slidetl.data.splits import split_patients
-from slidetl.data.tasks import Task, check_tasks, read_points
-from slidetl.errors import CacheMismatchError, CacheMissingError, UsageError
-from slidetl.slides import open_slide
-from slidetl.tiles.features import FeatureSource, read_source
+from slidetl.data.study import CachedSlide, common_spec, read_study
+from slidetl.data.tasks import Task, check_tasks
+from slidetl.errors import UsageError
+from slidetl.tiles.features import FeatureSource, common_source
 from slidetl.tiles.grid import TileSpec
-from slidetl.tiles.ledger import USED, Ledger
-from slidetl.tiles.store import SlideCache
 
 _Loader = TypeVar("_Loader", bound=DataLoader[Any])
 
@@ -120,102 +116,89 @@ class SlideDataModule(pl.LightningDataModule):
         self._training: ResumableLoader[Bag] | None = None
         self._resumed: dict[str, Any] = {}
 
+    @classmethod
+    def from_slides(
+        cls,
+        train: Sequence[CachedSlide] = (),
+        val: Sequence[CachedSlide] = (),
+        test: Sequence[CachedSlide] = (),
+        **options: Any,
+    ) -> Self:
+        """Makes a data module of slides that were read and divided before.
+
+        Args:
+            train: slides to train on, graded.
+            val: slides for validation, graded.
+            test: slides of the test, graded.
+            options: the other options of this class; the options of the split are not used.
+        """
+        data = cls("", "", **options)
+        data.slides = {"train": tuple(train), "val": tuple(val), "test": tuple(test)}
+        data.slides["predict"] = (*train, *val, *test)
+        return data
+
     def setup(self, stage: str | None = None) -> None:
-        """Reads the manifest, opens the caches and splits the patients.
+        """Reads the study, divides its patients, and checks the parts that are needed.
 
         Raises:
             ManifestError: the manifest has faults.
             CacheMissingError: no slide of the manifest is in the cache.
-            CacheMismatchError: the slides were not all tiled alike.
+            CacheMismatchError: the slides were not all tiled alike, or a cache is of another slide.
             UsageError: a part that is needed has no slide, or training would lack a grade.
         """
-        if self.slides:
+        if self.tile_spec is not None:
             return
-        rows = read_manifest(self.manifest, len(self.grades), tasks=self.tasks).rows
-        slides = self._open(rows)
-        specs = {slide.cache.spec for slide in slides}
-        if len(specs) > 1:
-            raise CacheMismatchError(
-                f"{self.cache}: the slides were tiled in {len(specs)} different ways "
-                f"(mpp {sorted({spec.mpp for spec in specs})}, "
-                f"tile size {sorted({spec.tile_size_px for spec in specs})}); tile them all alike"
-            )
-        self.tile_spec = specs.pop()
-        graded = [slide for slide in slides if slide.row.grade is not None]
-        if stage != "predict" and len(graded) < len(slides):
-            rank_zero_warn(f"{len(slides) - len(graded)} of {len(slides)} slides have no grade, left out")
-        if any(slide.row.split for slide in graded):
-            split = {slide.row.slide_id: slide.row.split for slide in graded}
-        elif stage == "predict":
-            split = {}
-        else:
-            # Decided over the whole manifest, so that a slide lost in tiling moves no other patient.
-            split = split_patients(
-                [row for row in rows if row.grade is not None],
-                val_fraction=self.val_fraction,
-                test_fraction=self.test_fraction,
-                seed=self.seed,
-            )
-        self.slides = {
-            part: tuple(slide for slide in graded if split.get(slide.row.slide_id) == part)
-            for part in ("train", "val", "test")
-        }
-        self.slides["predict"] = tuple(slides)
+        if not self.slides:
+            self._read(stage)
         needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage or "", ())
         for part in needed:
             if not self.slides[part]:
                 raise UsageError(
                     f"the {part} part has no slide; set data.{part}_fraction or the manifest's 'split'"
                 )
+        self.tile_spec = common_spec([slide.cache for slide in self.slides["predict"]])
         if self.features and (stage == "fit" or not self.bag_size):
             using = self.slides["train" if self.bag_size else "predict"]  # the latter are all
-            self.feature_source = _one_source(self.features, using)
+            self.feature_source = common_source(self.features, [slide.cache for slide in using])
         for part in needed:
-            counts = Counter(slide.row.grade for slide in self.slides[part])
-            patients = len({slide.row.patient_id for slide in self.slides[part]})
-            mix = ", ".join(f"{name}: {counts[grade]}" for grade, name in enumerate(self.grades))
-            rank_zero_info(f"{part}: {len(self.slides[part])} slides of {patients} patients ({mix})")
-            absent = [name for grade, name in enumerate(self.grades) if not counts[grade]]
-            if part == "train" and absent and self.every_grade:
-                raise UsageError(
-                    f"no training slide has grade {', '.join(absent)}, so it could not be learned; add such "
-                    "slides, move some to the training part (the manifest's 'split', or another data.seed), "
-                    "or give data.grades a scale without it"
-                )
-            for task in self.tasks if part == "train" else ():
-                if not any(np.any(slide.labels[task.name] >= 0) for slide in self.slides[part]):
-                    raise UsageError(
-                        f"no training slide has a label for task {task.name}; the manifest's column "
-                        f"{task.column!r} must have some, and a table of tile labels must meet some tiles"
-                    )
+            self._check_part(part)
 
-    def _open(self, rows: tuple[ManifestRow, ...]) -> list[CachedSlide]:
-        ledger = {entry.slide_id: entry for entry in Ledger(self.cache / "ledger.csv").rows()}
-        slides, lost = [], []
-        for row in rows:
-            entry = ledger.get(row.slide_id)
-            try:
-                if entry is not None and entry.status != USED:
-                    raise CacheMissingError(entry.reason)
-                cache = SlideCache.open(self.cache / f"{row.slide_id}.zarr")
-            except CacheMissingError:
-                lost.append(row.slide_id)
-                continue
-            if entry is None or entry.path != str(row.path):
-                _check_same_slide(row, cache)
-            slides.append(CachedSlide(row, cache, _labels(row, cache, self.tasks)))
-        if not slides:
-            raise CacheMissingError(
-                f"{self.cache}: none of the {len(rows)} slides of {self.manifest} is here; "
-                "run 'slidetl tile' first"
+    def _read(self, stage: str | None) -> None:
+        with warnings.catch_warnings():
+            if self._rank:
+                warnings.simplefilter("ignore")  # each process reads, one warns
+            study = read_study(self.manifest, self.cache, len(self.grades), self.tasks)
+        self.slides = {"train": (), "val": (), "test": (), "predict": study.slides}
+        if stage == "predict":
+            return  # the slides of a prediction need no grades, and so no split
+        if len(study.graded) < len(study.slides):
+            left_out = len(study.slides) - len(study.graded)
+            rank_zero_warn(f"{left_out} of {len(study.slides)} slides have no grade, left out")
+        self.slides |= study.parts(
+            val_fraction=self.val_fraction, test_fraction=self.test_fraction, seed=self.seed
+        )
+
+    def _check_part(self, part: str) -> None:
+        slides = self.slides[part]
+        counts = Counter(slide.row.grade for slide in slides)
+        patients = len({slide.row.patient_id for slide in slides})
+        mix = ", ".join(f"{name}: {counts[grade]}" for grade, name in enumerate(self.grades))
+        rank_zero_info(f"{part}: {len(slides)} slides of {patients} patients ({mix})")
+        if part != "train":
+            return
+        absent = [name for grade, name in enumerate(self.grades) if not counts[grade]]
+        if absent and self.every_grade:
+            raise UsageError(
+                f"no training slide has grade {', '.join(absent)}, so it could not be learned; add such "
+                "slides, move some to the training part (the manifest's 'split', or another data.seed), "
+                "or give data.grades a scale without it"
             )
-        if lost:
-            rank_zero_warn(
-                f"{len(lost)} of {len(rows)} slides are not in the cache, left out (ledger.csv says why): "
-                + ", ".join(lost[:10])
-                + (" ..." if len(lost) > 10 else "")
-            )
-        return slides
+        for task in self.tasks:
+            if not any(np.any(slide.labels[task.name] >= 0) for slide in slides):
+                raise UsageError(
+                    f"no training slide has a label for task {task.name}; the manifest's column "
+                    f"{task.column!r} must have some, and a table of tile labels must meet some tiles"
+                )
 
     def train_dataloader(self) -> DataLoader[Bag]:
         """Bags ``[B, N, ...]``, each slide once per epoch."""
@@ -314,40 +297,3 @@ class SlideDataModule(pl.LightningDataModule):
     @property
     def _n_ranks(self) -> int:
         return self.trainer.world_size if self.trainer is not None else 1
-
-
-def _labels(row: ManifestRow, cache: SlideCache, tasks: Sequence[Task]) -> dict[str, int | NDArray[np.int64]]:
-    """What :class:`~slidetl.data.datasets.CachedSlide` has of each task."""
-    labels: dict[str, int | NDArray[np.int64]] = {}
-    for task, label in zip(tasks, row.labels, strict=True):
-        if isinstance(label, Path):
-            points = read_points(label, len(task.grades))
-            labels[task.name] = points.of_tiles(cache.origins_level0, cache.extent_level0)
-        elif task.of_tiles:
-            labels[task.name] = np.full(len(cache), -1 if label is None else label)
-        else:
-            labels[task.name] = -1 if label is None else label
-    return labels
-
-
-def _one_source(name: str, slides: Sequence[CachedSlide]) -> FeatureSource:
-    """What the stored features of all these slides were computed by: one network."""
-    sources = [read_source(slide.cache, name) for slide in slides]
-    for slide, source in zip(slides, sources, strict=True):
-        if not source.same_network(sources[0]):
-            raise CacheMismatchError(
-                f"features {name!r} of {slide.row.slide_id} are of other weights "
-                f"({source.weights_sha256[:12]}...) than those of {slides[0].row.slide_id} "
-                f"({sources[0].weights_sha256[:12]}...); run 'slidetl embed --overwrite' for all"
-            )
-    return sources[0]
-
-
-def _check_same_slide(row: ManifestRow, cache: SlideCache) -> None:
-    """Refuses tiles of one slide under the name, and so with the grade, of another."""
-    with open_slide(row.path, row.mpp or cache.mpp_level0[0]) as slide:
-        if slide.info.fingerprint != cache.fingerprint:
-            raise CacheMismatchError(
-                f"slide {row.slide_id!r}: the cache holds the tiles of another file than {row.path}; "
-                "tile this manifest into a cache of its own, or again with --overwrite"
-            )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import cache
 from typing import NotRequired, TypedDict
 
@@ -17,24 +16,10 @@ from torch.nn import functional
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from slidetl.data.augment import Augmentation
-from slidetl.data.manifest import ManifestRow
 from slidetl.data.sampling import Sampling, Uniform
+from slidetl.data.study import CachedSlide
 from slidetl.tiles.features import read_features
 from slidetl.tiles.store import SlideCache
-
-
-@dataclass(frozen=True)
-class CachedSlide:
-    """A slide of the manifest whose tiles are in the cache.
-
-    Attributes:
-        row, cache: the two.
-        labels: of the further tasks by their names, -1 for none: of the slide, or ``[N] int64`` of its tiles.
-    """
-
-    row: ManifestRow
-    cache: SlideCache
-    labels: Mapping[str, int | NDArray[np.int64]] = field(default_factory=dict)
 
 
 class Bag(TypedDict):

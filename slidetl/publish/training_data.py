@@ -15,7 +15,8 @@ from rich.progress import track
 
 from slidetl.analysis.novelty import Familiar, fit_familiar
 from slidetl.data.datamodule import SlideDataModule
-from slidetl.data.datasets import CachedSlide, channels_first
+from slidetl.data.datasets import channels_first
+from slidetl.data.study import CachedSlide
 from slidetl.errors import UsageError
 from slidetl.library.model_card import TrainingData
 

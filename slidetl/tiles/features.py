@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -105,6 +105,29 @@ def read_source(cache: SlideCache, name: str) -> FeatureSource:
             f"{node}: features of {tiles} tiles, the cache has {len(cache)}; {_AGAIN} --overwrite"
         )
     return source
+
+
+def common_source(name: str, caches: Sequence[SlideCache]) -> FeatureSource:
+    """Returns the network by which the stored features of several slides were computed.
+
+    Args:
+        name: name of the features.
+        caches: the slides, at least one.
+
+    Raises:
+        CacheMismatchError: the features of one slide are of another network.
+        CacheError: as :func:`read_source`.
+    """
+    first = read_source(caches[0], name)
+    for cache in caches:
+        source = read_source(cache, name)
+        if not source.same_network(first):
+            raise CacheMismatchError(
+                f"features {name!r} of {cache.slide_id} are of other weights "
+                f"({source.weights_sha256[:12]}...) than those of {caches[0].slide_id} "
+                f"({first.weights_sha256[:12]}...); run 'slidetl embed --overwrite' for all"
+            )
+    return first
 
 
 def read_features(cache: SlideCache, name: str, weights_sha256: str | None = None) -> NDArray[np.float16]:

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.data.datamodule import FIVE_GRADES, SlideDataModule
-from slidetl.data.datasets import CachedSlide
-from slidetl.errors import CacheMismatchError, UsageError
+from slidetl.data.study import CachedSlide
+from slidetl.errors import UsageError
 from slidetl.evaluation.calibration import judged_probabilities
 from slidetl.evaluation.classical import (
     LinearGrader,
@@ -28,7 +28,7 @@ from slidetl.evaluation.classical import (
     save_grader,
 )
 from slidetl.evaluation.metrics import GradeMetrics, grade_metrics
-from slidetl.tiles.features import read_features, read_source
+from slidetl.tiles.features import common_source, read_features
 from slidetl.tiles.store import SlideCache
 from slidetl.training.grader import describe_metrics, draw_confusion
 from slidetl.training.predictions import SlidePrediction, write_predictions
@@ -86,13 +86,7 @@ class FeatureStudy:
         data.setup("test")
         train, test = (*data.slides["train"], *data.slides["val"]), data.slides["test"]
         for name in self.names:
-            first = read_source(test[0].cache, name)
-            for slide in (*train, *test):
-                if not read_source(slide.cache, name).same_network(first):
-                    raise CacheMismatchError(
-                        f"{slide.cache.path}: features {name!r} are of other weights than those of "
-                        f"{test[0].row.slide_id}; run 'slidetl embed' with --overwrite"
-                    )
+            common_source(name, [slide.cache for slide in (*train, *test)])
         return train, test
 
     def features(self, cache: SlideCache) -> NDArray[np.float64]:

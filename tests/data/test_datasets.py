@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from slidetl.data.augment import Augmentation
-from slidetl.data.datasets import BagDataset, CachedSlide, ChunkDataset, EpochSampler
+from slidetl.data.datasets import BagDataset, ChunkDataset, EpochSampler
 from slidetl.data.manifest import read_manifest
+from slidetl.data.study import CachedSlide
 from slidetl.errors import CacheCorruptError
 from slidetl.tiles.store import SlideCache
 from tests.conftest import Study

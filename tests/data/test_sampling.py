@@ -6,9 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from slidetl.data.datasets import BagDataset, CachedSlide
+from slidetl.data.datasets import BagDataset
 from slidetl.data.manifest import read_manifest
 from slidetl.data.sampling import AttentionGuided, Sampling, TissueWeighted, Uniform
+from slidetl.data.study import CachedSlide
 from slidetl.errors import UsageError
 from slidetl.tiles.store import SlideCache
 from tests.conftest import Study

@@ -1,0 +1,199 @@
+"""The one reading of a study: its manifest, the ledger and the tile caches, joined and checked."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidetl.data.manifest import ManifestRow, read_manifest
+from slidetl.data.splits import split_patients
+from slidetl.data.tasks import Task, read_points
+from slidetl.errors import CacheMismatchError, CacheMissingError
+from slidetl.slides import open_slide
+from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.ledger import USED, Ledger, LedgerRow
+from slidetl.tiles.store import SlideCache, cache_path
+
+
+@dataclass(frozen=True, eq=False)
+class CachedSlide:
+    """A slide of the manifest whose tiles are in the cache.
+
+    Attributes:
+        row: its line of the manifest.
+        cache: its tiles.
+        labels: labels of the further tasks by task name, -1 for none: one of the slide, or ``[N] int64`` of
+            its tiles.
+    """
+
+    row: ManifestRow
+    cache: SlideCache
+    labels: Mapping[str, int | NDArray[np.int64]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """The slides of a manifest, each with the tiles that were cut from it.
+
+    Attributes:
+        rows: every line of the manifest, those without tiles included.
+        slides: the slides with tiles, at least one, in the order of the manifest.
+        cache: the folder that ``slidetl tile`` wrote, absolute.
+        spec: the tiling, the same for all slides.
+    """
+
+    rows: tuple[ManifestRow, ...]
+    slides: tuple[CachedSlide, ...]
+    cache: Path
+    spec: TileSpec
+
+    @property
+    def graded(self) -> tuple[CachedSlide, ...]:
+        """The slides that have a grade."""
+        return tuple(slide for slide in self.slides if slide.row.grade is not None)
+
+    def parts(
+        self, *, val_fraction: float, test_fraction: float, seed: int
+    ) -> dict[str, tuple[CachedSlide, ...]]:
+        """Divides the graded slides into ``train``, ``val`` and ``test``.
+
+        The manifest's ``split`` column decides. Without one, :func:`~slidetl.data.splits.split_patients`
+        divides the whole manifest, so that a slide without tiles moves no other patient.
+
+        Args:
+            val_fraction: share of the slides for validation, 0..0.5.
+            test_fraction: share of the slides for the test, 0..0.5.
+            seed: seed of the division.
+
+        Raises:
+            UsageError: a fraction is out of range, or there are too few patients.
+        """
+        if any(slide.row.split for slide in self.graded):
+            split = {slide.row.slide_id: slide.row.split for slide in self.graded}
+        else:
+            split = split_patients(
+                [row for row in self.rows if row.grade is not None],
+                val_fraction=val_fraction,
+                test_fraction=test_fraction,
+                seed=seed,
+            )
+        return {
+            part: tuple(slide for slide in self.graded if split[slide.row.slide_id] == part)
+            for part in ("train", "val", "test")
+        }
+
+
+def read_study(
+    manifest: str | Path, cache: str | Path, n_grades: int | None = None, tasks: Sequence[Task] = ()
+) -> Study:
+    """Reads a manifest, opens the tiles of its slides, and checks that each slide has its own.
+
+    A slide that the ledger has as failed or excluded, or that has no finished cache, is left out with a
+    warning.
+
+    Args:
+        manifest: the CSV of the study, or a folder of slides.
+        cache: the folder that ``slidetl tile`` wrote.
+        n_grades: number of grades K; None accepts any whole number.
+        tasks: further scales to read.
+
+    Raises:
+        ManifestError: the manifest or a table of tile labels has faults.
+        CacheMissingError: no slide of the manifest is in the cache.
+        CacheMismatchError: a cache holds the tiles of another slide, or the slides were not all tiled alike.
+    """
+    folder = Path(cache).absolute()
+    rows = read_manifest(Path(manifest), n_grades, tasks=tasks).rows
+    ledger = {entry.slide_id: entry for entry in Ledger(folder / "ledger.csv").rows()}
+    slides, lost = [], []
+    for row in rows:
+        entry = ledger.get(row.slide_id)
+        try:
+            opened = _open(folder, row, entry)
+        except CacheMissingError:
+            lost.append(row.slide_id)
+            continue
+        slides.append(CachedSlide(row, opened, _read_labels(row, opened, tasks)))
+    if not slides:
+        raise CacheMissingError(
+            f"{cache}: none of the {len(rows)} slides of {manifest} is here; run 'slidetl tile' first"
+        )
+    if lost:
+        more = " ..." if len(lost) > 10 else ""
+        warnings.warn(
+            f"{len(lost)} of {len(rows)} slides are not in the cache, left out (ledger.csv says why): "
+            f"{', '.join(lost[:10])}{more}",
+            stacklevel=2,
+        )
+    return Study(rows, tuple(slides), folder, common_spec([slide.cache for slide in slides]))
+
+
+def common_spec(caches: Sequence[SlideCache]) -> TileSpec:
+    """Returns the tiling of slides that were all tiled alike.
+
+    Raises:
+        CacheMismatchError: they were not.
+    """
+    specs = {cache.spec for cache in caches}
+    if len(specs) > 1:
+        raise CacheMismatchError(
+            f"{caches[0].path.parent}: the slides were tiled in {len(specs)} different ways "
+            f"(mpp {sorted({spec.mpp for spec in specs})}, "
+            f"tile size {sorted({spec.tile_size_px for spec in specs})}); tile them all alike"
+        )
+    return specs.pop()
+
+
+def check_identity(cache: SlideCache, slide_id: str, fingerprint: str, source: str) -> None:
+    """Refuses tiles of one slide under the name, and so with the grade, of another.
+
+    Args:
+        cache: the tiles.
+        slide_id: identifier of the slide that they must be of.
+        fingerprint: SHA-256 of its content.
+        source: where that comes from, for the message.
+
+    Raises:
+        CacheMismatchError: the header of the cache names another slide, or other content.
+    """
+    if cache.slide_id != slide_id or cache.fingerprint != fingerprint:
+        raise CacheMismatchError(
+            f"slide {slide_id!r}: the cache holds the tiles of another file than {source}; "
+            "tile this manifest into a cache of its own, or again with --overwrite"
+        )
+
+
+def _open(folder: Path, row: ManifestRow, entry: LedgerRow | None) -> SlideCache:
+    """Opens the tiles of a slide; the file itself is opened only where the ledger does not know it."""
+    if entry is not None and entry.status != USED:
+        raise CacheMissingError(entry.reason)
+    cache = SlideCache.open(cache_path(folder, row.slide_id))
+    if entry is not None and entry.path == str(row.path):
+        # A ledger of an older release has no fingerprints.
+        known = entry.fingerprint or cache.fingerprint
+        check_identity(cache, row.slide_id, known, f"{row.path}, as the ledger has it")
+        return cache
+    with open_slide(row.path, row.mpp or cache.mpp_level0[0]) as slide:
+        check_identity(cache, row.slide_id, slide.info.fingerprint, str(row.path))
+    return cache
+
+
+def _read_labels(
+    row: ManifestRow, cache: SlideCache, tasks: Sequence[Task]
+) -> dict[str, int | NDArray[np.int64]]:
+    """Reads the label of each task, of the slide or of its tiles; -1 where there is none."""
+    labels: dict[str, int | NDArray[np.int64]] = {}
+    for task, label in zip(tasks, row.labels, strict=True):
+        if isinstance(label, Path):
+            points = read_points(label, len(task.grades))
+            labels[task.name] = points.of_tiles(cache.origins_level0, cache.extent_level0)
+        elif task.of_tiles:
+            labels[task.name] = np.full(len(cache), -1 if label is None else label)
+        else:
+            labels[task.name] = -1 if label is None else label
+    return labels
