@@ -14,9 +14,12 @@ import pytest
 from hypothesis import settings
 from numpy.typing import NDArray
 
-# How long an example takes depends on what else the machine does.
-settings.register_profile("slidetl", deadline=None)
-settings.load_profile("slidetl")
+# "check", the default, draws the same examples in each run, so that a change is judged by what it changes.
+# SLIDETL_HYPOTHESIS=explore, or pytest --hypothesis-profile=explore, searches for new ones (a nightly run):
+# add what it finds as an @example. No deadline: the time of an example depends on what else the machine does.
+settings.register_profile("check", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None)
+settings.load_profile(os.environ.get("SLIDETL_HYPOTHESIS", "check"))
 
 Picture = NDArray[np.uint8]
 PyramidTiff = Callable[..., Path]

@@ -56,9 +56,10 @@ def svcca(
 
     Raghu et al., "SVCCA", NeurIPS 2017, section 2: centre, keep the singular directions that hold 99 % of the
     variance, take the mean of the canonical correlations of what is kept. Unchanged by rotation and uniform
-    scaling of either array, and with ``variance_kept=1`` by every invertible linear map. The singular
-    directions are found as eigenvectors of the covariance, so that rows can be streamed; those whose variance
-    is below ``max(n, D)`` float64 roundings of the greatest count as absent.
+    scaling of either array, and with ``variance_kept=1`` by every invertible linear map. Singular directions
+    come from a QR decomposition by blocks of rows (Bjorck and Golub, Mathematics of Computation 1973, for
+    CCA), not from a covariance, which squares the condition number. Directions with a singular value below
+    ``max(n, D)`` float64 roundings of the greatest are dropped.
 
     Args:
         x: ``[n, D]``.
@@ -74,8 +75,8 @@ def svcca(
     if not 0 < variance_kept <= 1:
         raise UsageError(f"variance_kept must be above 0 and up to 1, not {variance_kept}")
     pair = _Pair.of(x, y, permutations, seed)
-    main_x = _main_directions(pair.x.products(pair.x), variance_kept, pair.n)
-    main_y = _main_directions(pair.y.products(pair.y), variance_kept, pair.n)
+    main_x = _main_directions(pair.x, variance_kept)
+    main_y = _main_directions(pair.y, variance_kept)
     return pair.similarity(lambda order: float(np.mean(_canonical(pair, main_x, main_y, order)[1])))
 
 
@@ -98,13 +99,13 @@ def pwcca(x: Features, y: Features, permutations: int = 10, seed: int = 0) -> Si
         UsageError: see :func:`svcca`.
     """
     pair = _Pair.of(x, y, permutations, seed)
-    main_x = _main_directions(pair.x.products(pair.x), 1.0, pair.n)
-    main_y = _main_directions(pair.y.products(pair.y), 1.0, pair.n)
+    main_x = _main_directions(pair.x, 1.0)
+    main_y = _main_directions(pair.y, 1.0)
 
     def weighted(order: _Order | None) -> float:
         left, correlations = _canonical(pair, main_x, main_y, order)
-        # With X'X = E l E' and h = X E l^-1/2 left, the products <h_i, x_j> are E l^1/2 left: no rows needed.
-        weights = np.abs((main_x.vectors * np.sqrt(main_x.values)) @ left).sum(0)
+        # With X = U s E' and h = U left, the products <h_i, x_j> are E s left: no rows needed.
+        weights = np.abs((main_x.vectors * main_x.values) @ left).sum(0)
         return float(weights @ correlations / weights.sum())
 
     return pair.similarity(weighted)
@@ -279,6 +280,13 @@ class _Centred:
     def read(self, rows: slice | _Order) -> _Matrix:
         return np.asarray(self.array[rows].astype(np.float64) - self.mean)
 
+    def triangle(self) -> _Matrix:
+        """``R`` ``[min(n, D), D]`` of ``X = QR``: that of the blocks read so far on top of the next block."""
+        triangle = np.empty((0, self.array.shape[1]))
+        for rows in _blocks(len(self.array)):
+            triangle = np.asarray(np.linalg.qr(np.vstack([triangle, self.read(rows)]), mode="r"))
+        return triangle
+
     def products(self, other: _Centred, order: _Order | None = None) -> _Matrix:
         """``X'Y`` ``[D, D']``, the rows of ``Y`` in that order."""
         total = np.zeros((self.array.shape[1], other.array.shape[1]))
@@ -318,20 +326,19 @@ class _Pair:
 
 @dataclass(frozen=True, eq=False)
 class _Directions:
-    """Eigenvectors ``[D, k]`` of ``X'X`` and their values ``[k]``, greatest first."""
+    """Right singular vectors ``[D, k]`` of centred rows and their singular values ``[k]``, greatest first."""
 
     vectors: _Matrix
     values: _Matrix
 
 
-def _main_directions(products: _Matrix, variance_kept: float, n: int) -> _Directions:
-    values, vectors = np.linalg.eigh(products)
-    values, vectors = values[::-1], vectors[:, ::-1]
-    real = values > max(values[0], 0.0) * max(n, len(values)) * np.finfo(np.float64).eps
-    shares = np.cumsum(values * real)
+def _main_directions(rows: _Centred, variance_kept: float) -> _Directions:
+    _, values, axes = np.linalg.svd(rows.triangle(), full_matrices=False)
+    real = values > values[0] * max(rows.array.shape) * np.finfo(np.float64).eps
+    shares = np.cumsum(values**2 * real)
     # The last direction is the one with which the share is reached.
     needed = np.concatenate(([True], shares[:-1] < variance_kept * shares[-1])) if variance_kept < 1 else real
-    return _Directions(vectors[:, real & needed], values[real & needed])
+    return _Directions(axes[real & needed].T, values[real & needed])
 
 
 def _canonical(
@@ -340,11 +347,13 @@ def _canonical(
     """Canonical directions of ``x`` among its main ones ``[k, m]``, and the correlations ``[m]``."""
     if not len(main_x.values) or not len(main_y.values):
         return np.full((len(main_x.values), 1), np.nan), np.array([np.nan])
-    white_x = main_x.vectors / np.sqrt(main_x.values)
-    white_y = main_y.vectors / np.sqrt(main_y.values)
-    left, correlations, _ = np.linalg.svd(
-        white_x.T @ pair.x.products(pair.y, order) @ white_y, full_matrices=False
-    )
+    white_x, white_y = (main.vectors / main.values for main in (main_x, main_y))
+    # Rows are whitened before they are multiplied: X'Y has already lost the directions of small variance.
+    total = np.zeros((len(main_x.values), len(main_y.values)))
+    for rows in _blocks(pair.n):
+        right = pair.y.read(rows if order is None else order[rows]) @ white_y
+        total += (pair.x.read(rows) @ white_x).T @ right
+    left, correlations, _ = np.linalg.svd(total, full_matrices=False)
     return left, np.minimum(correlations, 1.0)  # above 1 by rounding
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.linalg
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -64,6 +64,7 @@ def test_every_measure_ignores_rotation_scale_and_shift(name: str, seed: int, sc
 
 
 @given(seed=st.integers(0, 2**32 - 1))
+@example(seed=4283)  # a condition number of 1e6, which covariances square
 def test_cca_ignores_every_invertible_map_and_cka_does_not(seed: int) -> None:
     x, y = draw(seed)
     rng = np.random.default_rng(seed)
