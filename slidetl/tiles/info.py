@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slidetl.errors import CacheError
-from slidetl.tiles.lock import leases
+from slidetl.tiles.lock import dead_leases
 from slidetl.tiles.store import FEATURES, SlideCache, groups
 
 
@@ -81,7 +81,7 @@ def cache_info(cache_dir: Path) -> CacheInfo:
         slides=tuple(slides),
         specs=tuple(specs),
         unfinished=tuple(sorted(path.name for path in building.iterdir())) if building.is_dir() else (),
-        stale_leases=tuple(lease.slide_id for lease in leases(cache_dir) if lease.is_dead),
+        stale_leases=dead_leases(cache_dir),
         tiles=sum(slide.tiles for slide in slides),
         bytes=sum(slide.bytes for slide in slides),
     )

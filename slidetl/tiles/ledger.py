@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from slidetl.errors import CacheError
+from slidetl.tiles.lock import kernel_lock
 from slidetl.tiles.store import describe_write_error
 
 USED, EXCLUDED, FAILED = "used", "excluded", "failed"
@@ -115,10 +115,9 @@ class Ledger:
             CacheError: the file is not a ledger, or cannot be written.
         """
         try:
-            locks = self._path.parent / ".locks"
-            locks.mkdir(parents=True, exist_ok=True)
-            with (locks / f"{self._path.name}.lock").open("ab") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            # No lease, which a full disk has no room for; without kernel locks, the last of two that write
+            # within the same milliseconds wins.
+            with kernel_lock(self._path.parent / ".locks" / f"{self._path.name}.lock"):
                 rows = {row.slide_id: row for row in self.rows()}
                 rows.update((row.slide_id, row) for row in new)
                 self._write(rows.values())

@@ -7,14 +7,28 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from slidetl.tiles.lock import LeaseLostError, leases, machine_id, slide_lock
+from slidetl.tiles.lock import LeaseLostError, dead_leases, machine_id, slide_lock
+from tests.conftest import Picture, PyramidTiff
 
 BEAT, STALE = 0.05, 0.6
+
+# Makes a process see file systems as some shares are: a call that they lack fails.
+WITHOUT = """
+import errno, fcntl, os
+def fail(*_, **__):
+    raise OSError(errno.{error}, os.strerror(errno.{error}))
+{call} = fail
+"""
+SHARES = [
+    pytest.param(WITHOUT.format(call=call, error=error), id=f"{call}-{error}")
+    for call, errors in (("os.link", ("EPERM", "ENOTSUP")), ("fcntl.flock", ("ENOLCK", "ENOTSUP", "EPERM")))
+    for error in errors
+]
 
 # Takes the lock, says so, and then does as it is told on its standard input: "check", or to give it back.
 OWNER = """
@@ -36,9 +50,9 @@ with slide_lock(Path(sys.argv[1]), "S1", machine=machine, heartbeat_s=0.05, stal
 class Owner:
     """A process that holds the lock of slide S1, on this machine or as if on another."""
 
-    def __init__(self, cache: Path, machine: str = "") -> None:
+    def __init__(self, cache: Path, machine: str = "", share: str = "") -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", OWNER, str(cache), machine],
+            [sys.executable, "-c", share + OWNER, str(cache), machine],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -79,10 +93,8 @@ def test_it_leaves_nothing_but_the_file_that_is_locked(tmp_path: Path) -> None:
         assert files(tmp_path) == ["S1.lease", "S1.lock"]
         about = json.loads((tmp_path / ".locks" / "S1.lease").read_bytes())
         assert (about["pid"], about["machine"]) == (os.getpid(), machine_id())
-        (lease,) = leases(tmp_path)
-        assert (lease.slide_id, lease.pid, lease.is_dead) == ("S1", os.getpid(), False)
+        assert dead_leases(tmp_path) == ()
     assert files(tmp_path) == ["S1.lock"]
-    assert leases(tmp_path) == []
     assert [path.name for path in tmp_path.iterdir()] == [".locks"]
 
 
@@ -114,8 +126,7 @@ def test_of_a_killed_owner_on_this_machine_it_is_free_at_once(tmp_path: Path, ow
     owners.append(Owner(tmp_path))
     owners[0].kill()
     assert files(tmp_path) == ["S1.lease", "S1.lock"]
-    (lease,) = leases(tmp_path)
-    assert lease.is_dead and lease.pid == owners[0].process.pid
+    assert dead_leases(tmp_path) == ("S1",)
     started = time.monotonic()
     with slide_lock(tmp_path, "S1") as lock:  # with the timings of real use
         assert time.monotonic() - started < 5
@@ -136,7 +147,7 @@ def test_a_lease_of_another_machine_is_taken_over_once_it_stood_still(
     tmp_path: Path, content: bytes | None
 ) -> None:
     path = lease_of_another_machine(tmp_path)
-    assert [(lease.host, lease.pid, lease.is_dead) for lease in leases(tmp_path)] == [("far", 7, False)]
+    assert dead_leases(tmp_path) == ()
     if content is not None:
         path.write_bytes(content)  # as a power cut may leave it
     os.utime(path, (0, 0))  # an old file, or a clock that is wrong, says nothing
@@ -211,7 +222,8 @@ def test_one_that_beats_across_machines_is_not_robbed(tmp_path: Path, owners: li
     thread.join()
 
 
-def test_of_many_that_wait_one_takes_over_at_a_time(tmp_path: Path) -> None:
+@pytest.mark.parametrize("share", ["", *SHARES])
+def test_of_many_that_wait_one_takes_over_at_a_time(tmp_path: Path, share: str) -> None:
     lease_of_another_machine(tmp_path)
     script = """
 import sys, time
@@ -226,7 +238,9 @@ with slide_lock(cache, "S1", machine=sys.argv[2], heartbeat_s=0.05, stale_s=0.6)
     lock.check()
     (cache / "busy").rmdir()
 """
-    started = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path), f"m{n}"]) for n in range(4)]
+    started = [
+        subprocess.Popen([sys.executable, "-c", share + script, str(tmp_path), f"m{n}"]) for n in range(4)
+    ]
     assert [process.wait(30) for process in started] == [0, 0, 0, 0]
     assert [name for name in files(tmp_path) if "lease" in name] == []
 
@@ -236,3 +250,46 @@ def test_a_lease_that_cannot_be_read_back_is_lost(tmp_path: Path) -> None:
         (tmp_path / ".locks" / "S1.lease").unlink()
         with pytest.raises(LeaseLostError, match=r"cannot be renewed.*run again to continue"):
             lock.check()
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_a_slide_is_tiled_on_any_share(
+    pyramid_tiff: PyramidTiff, tissue_picture: Callable[..., Picture], tmp_path: Path, share: str
+) -> None:
+    slide = pyramid_tiff(tissue_picture(256), mpp=1.0)
+    script = """
+import sys
+from pathlib import Path
+from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.run import tile_slides
+from slidetl.tiles.tile import SlideSource
+(row,) = tile_slides([SlideSource("S1", Path(sys.argv[2]))], Path(sys.argv[1]), TileSpec(1.0, 32), workers=0)
+print(row.status, row.reason)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", share + script, tmp_path, slide], capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["used"], done.stdout + done.stderr
+    assert files(tmp_path) == ["S1.lock", "ledger.csv.lock"]
+
+
+def test_without_kernel_locks_a_killed_owner_here_is_waited_for_as_one_elsewhere(
+    tmp_path: Path, owners: list[Owner]
+) -> None:
+    owner = Owner(tmp_path, share=WITHOUT.format(call="fcntl.flock", error="ENOLCK"))
+    owners.append(owner)
+    held = threading.Event()
+
+    def wait() -> None:  # with a kernel lock, which says nothing of an owner that could not take one
+        with slide_lock(tmp_path, "S1", heartbeat_s=BEAT, stale_s=STALE):
+            held.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert not held.wait(3 * STALE)
+    assert dead_leases(tmp_path) == ()
+    owner.check()
+    owner.says("ours")
+    owner.kill()
+    assert held.wait(STALE + 5)
+    thread.join()
