@@ -179,12 +179,11 @@ def repair_cache(found: Verification, slide_path: Path) -> Verification:
             plan.quality,
             plan.thumbnail,
             plan.tissue_mask,
+            lock.check,
         ) as writer:
             numbers = range(writer.next_tile, len(plan))
             made = _encoded(slide, plan, [n for n in numbers if n not in tile_of and n not in left_out])
             for number in numbers:
-                if number % TILES_PER_SHARD == 0:
-                    lock.check()
                 if number in left_out:
                     writer.add(number, None)
                 elif number in tile_of:
@@ -196,7 +195,6 @@ def repair_cache(found: Verification, slide_path: Path) -> Verification:
                         check_unreadable(plan, writer.unreadable, error)
             if writer.unreadable == len(left_out):
                 _link_sound_features(found, building_path(path.parent, slide_id) / "group")
-            lock.check()
             writer.finish()
     return verify_cache(path)
 

@@ -10,13 +10,14 @@ import select
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from slidetl.cli import main
@@ -26,7 +27,8 @@ from slidetl.publish.export import build_network, export_model
 from slidetl.publish.model_file import ModelFile, load_model
 from slidetl.training.checkpoint import load_grader
 from slidetl.training.predictions import SlidePrediction, read_predictions, write_predictions
-from tests.conftest import PyramidTiff, Study
+from tests.conftest import Picture, PyramidTiff, Study
+from tests.grading.report.conftest import grade_of
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +71,37 @@ def test_map_lies_where_the_tiles_are(study: Study, model: ModelFile, tmp_path: 
     assert sum(result.probabilities) == pytest.approx(1, abs=1e-5)
     draw_map(result, tmp_path / "new" / "map.png")
     assert (tmp_path / "new" / "map.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("first", "second"), [((0, 0), (5, 7)), ((5, 0), (0, 7))])
+def test_the_map_is_bright_where_the_network_looked(
+    pyramid_tiff: PyramidTiff,
+    tissue_picture: Callable[..., Picture],
+    tmp_path: Path,
+    first: tuple[int, int],
+    second: tuple[int, int],
+) -> None:
+    result = grade_of(pyramid_tiff(tissue_picture(1024), mpp=0.5))  # 6 columns and 8 rows of tiles
+    columns, rows = (result.origins_level0 / 128).astype(int).T
+
+    def drawn(column: int, row: int) -> NDArray[np.float64]:
+        is_there = (columns == column) & (rows == row)
+        assert is_there.sum() == 1
+        attention = np.where(is_there, 0.9, 0.1 / (len(is_there) - 1)).astype(np.float32)
+        even = np.zeros(len(is_there), np.float32)
+        draw_map(replace(result, attention=attention, tile_grades=even), tmp_path / "map.png")
+        with Image.open(tmp_path / "map.png") as picture:
+            return np.asarray(picture.convert("L"), np.float64)
+
+    brighter = drawn(*first) - drawn(*second)
+    centres, sizes = [], []
+    for sign in (1, -1):
+        y, x = np.nonzero(sign * brighter > 60)
+        centres.append(np.array([np.median(x), np.median(y)]))
+        sizes.append(np.array([np.ptp(x) + 1, np.ptp(y) + 1]))
+    np.testing.assert_allclose(sizes[0], sizes[1], atol=2)
+    apart = (centres[1] - centres[0]) / sizes[0]
+    np.testing.assert_allclose(apart, np.subtract(second, first), rtol=0.1)
 
 
 def test_embeddings_in_a_file_give_the_same_grade(

@@ -76,3 +76,13 @@ def test_bands_join_without_a_seam() -> None:
 
 def test_edges_that_only_rounding_keeps_from_a_pixel_are_on_it() -> None:
     assert pixel_edges(0.1 + 0.2 - 0.3, 1 / 0.1 - 8, 0, 3).tolist() == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize("step", [(16, 16), (17, 17), (17, 1), (33, 64)])
+def test_wide_whole_steps_do_not_overflow(step: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    source = rng.integers(200, 256, (2 * step[1], 3 * step[0], 3), dtype=np.uint8)
+    source[: step[1], : step[0]] = 255
+    image = average_areas(source, pixel_edges(0, step[0], 0, 3), pixel_edges(0, step[1], 0, 2))
+    means = source.astype(float).reshape(2, step[1], 3, step[0], 3).mean(axis=(1, 3))
+    assert np.array_equal(image, np.floor(means + 0.5))

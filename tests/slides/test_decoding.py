@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from slidetl.errors import SlideReadError
+from slidetl.slides import decoding
 from slidetl.slides import openslide as reader
 from slidetl.slides.decoding import JpegCutter, Placement, map_in_order, reduction_for
 from slidetl.slides.openslide import OpenSlideSlide
+from slidetl.slides.tiff import Jpeg
 from slidetl.tiles.grid import TileGrid, TileSpec
 from tests.conftest import Picture, PyramidTiff
 from tests.slides.jpeg_tiff import write_jpeg_tiff
@@ -271,3 +273,51 @@ def test_results_come_in_order_and_threads_work_ahead() -> None:
     for threads in (1, 3):
         assert list(map_in_order(work, range(100), threads)) == [n * n for n in range(100)]
     assert len(seen) > 1
+
+
+@pytest.mark.parametrize(
+    ("step", "start", "tile_px", "reduction"),
+    [
+        (1.9, 0, 256, 1),
+        (2.0, 0, 256, 2),  # every pixel ends with one of the decoder's
+        (2.0, 1, 256, 1),  # not so
+        (2.5, 0, 256, 1),
+        (4.9, 0, 256, 1),  # 2.45 of the decoder's pixels to one of the tile's
+        (5.0, 1, 256, 2),
+        (9.9, 0, 256, 2),
+        (10.0, 0, 256, 4),
+        (20.0, 3, 256, 8),
+        (20.0, 3, 252, 4),  # 8 does not divide the JPEG
+        (20.0, 3, 255, 1),
+        (40.0, 0, 256, 8),
+    ],
+)
+def test_the_decoder_reduces_only_where_nothing_blurs(
+    step: float, start: int, tile_px: int, reduction: int
+) -> None:
+    for steps in ((step, step), (step, 2 * step), (2 * step, step)):  # the finer axis decides
+        placement = Placement(np.array([[start, start]], np.float64), steps, 10)
+        assert reduction_for(placement, (tile_px, tile_px)) == reduction
+
+
+def test_decoded_jpegs_are_kept_within_their_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_jpeg_tiff(tmp_path / "slide.tiff", noise(640, 640))
+    assert decoding._KEPT_BYTES == 96 * 2**20
+    at = origins(640, 80, 80)
+    with OpenSlideSlide(path) as slide:
+        unbounded = mapped(slide, at, 80, 0.5)
+    jpeg_bytes = 64 * 64 * 3
+    monkeypatch.setattr(decoding, "_KEPT_BYTES", 3 * jpeg_bytes + jpeg_bytes // 2)
+    kept: list[int] = []
+    real_decode = JpegCutter._decode
+
+    def decode(self: JpegCutter, jpeg: Jpeg) -> Picture | None:
+        kept.append(len(self._kept))
+        return real_decode(self, jpeg)
+
+    monkeypatch.setattr(JpegCutter, "_decode", decode)
+    with OpenSlideSlide(path) as slide:
+        bounded = mapped(slide, at, 80, 0.5)
+    assert max(kept) == 3
+    assert len(kept) > 100  # what did not fit was decoded again
+    assert all(np.array_equal(a, b) for a, b in zip(bounded, unbounded, strict=True))

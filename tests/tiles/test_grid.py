@@ -131,3 +131,21 @@ def test_senseless_values_are_refused_by_name(name: str, value: float | str, say
     values: dict[str, float | str] = {"mpp": 0.5, "tile_size_px": 224, name: value}
     with pytest.raises(UsageError, match=says):
         TileSpec.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("size", "mpp_level0", "mpp", "tile_px", "count"),
+    [
+        (10, 1.0, 1.0, 10, 1),
+        (30, 1.0, 1.0, 10, 3),
+        (29, 1.0, 1.0, 10, 2),
+        (245, 0.2527, 1.2635, 7, 7),  # the division gives 5.999999999999999 strides beside the first tile
+        (50, 0.2527, 1.2635, 10, 1),  # the tile is 50.00000000000001 pixels wide
+    ],
+)
+def test_the_last_tile_may_end_exactly_on_the_border(
+    size: int, mpp_level0: float, mpp: float, tile_px: int, count: int
+) -> None:
+    spec = TileSpec(mpp=mpp, tile_size_px=tile_px)
+    grid = TileGrid.over((size, size), (mpp_level0, mpp_level0), (mpp, mpp), spec)
+    assert (grid.columns, grid.rows) == (count, count)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from slidetl.errors import CacheCorruptError, CacheMismatchError, CacheMissingEr
 from slidetl.tiles.codec import JpegCodec, tile_codec
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.store import (
+    FORMAT_VERSION,
     TILES_PER_SHARD,
     CacheHeader,
     SlideCache,
@@ -25,6 +28,7 @@ from slidetl.tiles.store import (
     discard,
     is_intact,
     is_small,
+    shard_path,
 )
 from slidetl.tiles.tissue import TissueMask
 from slidetl.tiles.writer import CacheWriter, pack_shard
@@ -54,7 +58,12 @@ def pictures(count: int) -> NDArray[np.uint8]:
     return tiles
 
 
-def writer(cache: Path, count: int, about: CacheHeader | None = None) -> CacheWriter:
+def writer(
+    cache: Path,
+    count: int,
+    about: CacheHeader | None = None,
+    check: Callable[[], object] | None = None,
+) -> CacheWriter:
     rng = np.random.default_rng(1)
     thumbnail = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
     return CacheWriter(
@@ -65,6 +74,7 @@ def writer(cache: Path, count: int, about: CacheHeader | None = None) -> CacheWr
         {"pen": np.zeros(count, np.float32)},
         thumbnail,
         TissueMask(thumbnail[..., 0] > 100, 25.0),
+        check,
     )
 
 
@@ -385,3 +395,75 @@ def test_few_files_stay_open_however_many_slides_are_read(tmp_path: Path) -> Non
     write(tmp_path / "0", 280)
     again = SlideCache.open(caches[0].path)
     assert len(again) == 280 and len(again.read([279])) == 1
+
+
+def test_what_was_begun_in_another_format_is_not_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with writer(tmp_path, 300) as first:
+        for tile in range(300):
+            first.add(tile, b"x")
+    monkeypatch.setattr("slidetl.tiles.store.FORMAT_VERSION", FORMAT_VERSION + 1)
+    assert writer(tmp_path, 300).next_tile == 0
+
+
+def test_a_shard_of_another_slide_is_found(tmp_path: Path) -> None:
+    cache = write(tmp_path, 5)
+    shard = shard_path(cache.path, 0)
+    parts, _ = pack_shard([tile_codec(header().spec).encode(tile) for tile in pictures(5)[::-1]])
+    shard.write_bytes(b"".join(parts))
+    assert len(SlideCache.open(cache.path).read(range(5))) == 5  # each tile is sound by itself
+    assert not is_intact(cache.path)
+
+
+class LostError(Exception):
+    """What a check raises in these tests."""
+
+
+def test_no_shard_is_written_for_a_slide_that_was_lost(tmp_path: Path) -> None:
+    def check() -> None:
+        raise LostError
+
+    with pytest.raises(LostError), writer(tmp_path, 300, check=check) as into:
+        for tile in range(300):
+            into.add(tile, b"x")
+        into.finish()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("count", [5, 300])
+def test_no_cache_is_placed_for_a_slide_that_was_lost(tmp_path: Path, count: int) -> None:
+    group = tmp_path / ".building" / "S1" / "group"
+
+    def check() -> None:
+        if (group / "zarr.json").exists():  # it is whole
+            raise LostError
+
+    into = writer(tmp_path, count, check=check)
+    for tile in range(count):
+        into.add(tile, b"x")
+    with pytest.raises(LostError):
+        into.finish()
+    assert not cache_path(tmp_path, "S1").exists()
+
+
+def test_progress_is_noted_only_once_its_shards_are_durable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fails to take a shard: with a note, the next run would trust it."""
+    real_fsync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if "/tiles/c/1/" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        real_fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr("slidetl.tiles.writer._NOTE_SECONDS", 0)
+    with pytest.raises(OSError, match="Input/output error"), writer(tmp_path, 600) as into:
+        for tile in range(600):
+            into.add(tile, b"x")
+        into.finish()
+    assert shard_path(tmp_path / ".building" / "S1" / "group", 1).exists()
+    monkeypatch.undo()
+    assert writer(tmp_path, 600).next_tile == TILES_PER_SHARD

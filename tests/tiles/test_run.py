@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import multiprocessing
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from slidetl.errors import CacheError, CacheMismatchError, UsageError
+from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.ledger import FAILED, USED, Ledger, LedgerRow
+from slidetl.tiles.lock import slide_lock
+from slidetl.tiles.run import tile_slides
+from slidetl.tiles.store import SlideCache, cache_path
+from slidetl.tiles.tile import SlideSource
+from tests.conftest import PyramidTiff
+from tests.tiles.conftest import SPEC, Draw, tree
+
+
+def test_another_specification_is_refused_before_any_work(source: SlideSource, tmp_path: Path) -> None:
+    tile_slides([source], tmp_path, SPEC, workers=0)
+    other = TileSpec(mpp=2.0, tile_size_px=32, codec="zstd")
+    new = SlideSource("S2", source.path)
+    with pytest.raises(CacheMismatchError, match=r"mpp 1.0 \(wanted: 2.0\); .*--cache.*--overwrite"):
+        tile_slides([new, source], tmp_path, other, workers=0)
+    assert not cache_path(tmp_path, "S2").exists()
+    assert SlideCache.open(cache_path(tmp_path, "S1")).spec == SPEC
+    rows = tile_slides([source], tmp_path, other, workers=0, overwrite=True)
+    assert rows[0].status == USED
+    assert SlideCache.open(cache_path(tmp_path, "S1")).spec == other
+
+
+@pytest.mark.parametrize("node", [".", "origin_level0"])
+@pytest.mark.parametrize("content", ["{", '{"attributes": {"complete": true}}'])
+def test_a_damaged_cache_costs_its_slide_only(
+    source: SlideSource, tmp_path: Path, node: str, content: str
+) -> None:
+    spec = TileSpec(mpp=1.0, tile_size_px=24, codec="zstd")  # tiles in more than one shard
+    tile_slides([source], tmp_path, spec, workers=0)
+    before = tree(cache_path(tmp_path, "S1"))
+    (cache_path(tmp_path, "S1") / node / "zarr.json").write_text(content)
+    sources = [source, SlideSource("S2", source.path)]
+    rows = tile_slides(sources, tmp_path, spec, workers=0)
+    assert [row.status for row in rows] == [FAILED, USED]
+    assert "--overwrite" in rows[0].reason and "\n" not in rows[0].reason
+    rows = tile_slides(sources, tmp_path, spec, workers=0, overwrite=True)
+    assert [row.status for row in rows] == [USED, USED]
+    assert tree(cache_path(tmp_path, "S1")) == before
+
+
+def test_the_ledger_tells_that_a_cache_is_no_longer_of_its_slide(source: SlideSource, tmp_path: Path) -> None:
+    assert tile_slides([source], tmp_path / "cache", SPEC, workers=0)[0].status == USED
+    before = tree(cache_path(tmp_path / "cache", "S1"))
+    source.path.write_text("junk")
+    assert tile_slides([source], tmp_path / "cache", SPEC, workers=0)[0].status == FAILED
+    (row,) = Ledger(tmp_path / "cache" / "ledger.csv").rows()
+    assert (row.slide_id, row.path, row.status, row.fingerprint) == ("S1", str(source.path), FAILED, "")
+    assert tree(cache_path(tmp_path / "cache", "S1")) == before
+
+
+def test_processes_give_the_same_bytes_and_the_ledger_all_rows(
+    source: SlideSource, pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path
+) -> None:
+    others = [SlideSource(f"T{n}", pyramid_tiff(tissue_picture(512, n), name=f"t{n}")) for n in range(3)]
+    sources = [source, SlideSource("gone", tmp_path / "gone.svs"), *others]
+    done: list[LedgerRow] = []
+    rows = tile_slides(sources, tmp_path / "many", SPEC, workers=2, on_done=done.append)
+    assert [row.slide_id for row in rows] == ["S1", "gone", "T0", "T1", "T2"]
+    assert [row.status for row in rows] == [USED, FAILED, USED, USED, USED]
+    assert sorted(row.slide_id for row in done) == sorted(row.slide_id for row in rows)
+    ledger = Ledger(tmp_path / "many" / "ledger.csv").rows()
+    assert {r.slide_id: r for r in ledger} == {r.slide_id: r for r in rows}
+    tile_slides(sources, tmp_path / "one", SPEC, workers=0)
+    for name in ("S1", "T0", "T1", "T2"):
+        assert tree(cache_path(tmp_path / "many", name)) == tree(cache_path(tmp_path / "one", name))
+
+
+def waits_for_lock(pid: int | None) -> bool:
+    """Whether a process sleeps until a file is unlocked, by the kernel's own list."""
+    return any(f" {pid} " in line for line in Path("/proc/locks").read_text().splitlines() if "->" in line)
+
+
+def test_a_process_that_dies_costs_its_slide_only(source: SlideSource, tmp_path: Path) -> None:
+    def kill_the_one_that_waits() -> None:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            for process in multiprocessing.active_children():
+                if waits_for_lock(process.pid):
+                    process.kill()
+                    return
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill_the_one_that_waits)
+    with slide_lock(tmp_path, "S1"):
+        killer.start()
+        rows = tile_slides([source, SlideSource("S2", source.path)], tmp_path, SPEC, workers=1)
+    killer.join()
+    assert [row.status for row in rows] == [FAILED, USED]
+    assert "ended by SIGKILL" in rows[0].reason
+
+
+def test_identifiers_must_differ_and_do_as_folder_names(source: SlideSource, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="more than once: S1"):
+        tile_slides([source, source], tmp_path, SPEC)
+    for name in ("", "..", ".hidden", "a/b", "/etc"):
+        with pytest.raises(UsageError, match="name of a folder"):
+            SlideSource(name, source.path)
+
+
+def test_a_foreign_ledger_is_found_before_the_work(source: SlideSource, tmp_path: Path) -> None:
+    (tmp_path / "ledger.csv").write_text("something,else\n1,2\n")
+    with pytest.raises(CacheError, match="not a row of a ledger"):
+        tile_slides([source], tmp_path, SPEC, workers=0)
+    assert not cache_path(tmp_path, "S1").exists()
