@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.errors import UsageError
+from slidetl.slides.opencv import opencv
 
 _JITTERED = 0.8  # share of the tiles whose colours change
 _GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
@@ -67,7 +66,7 @@ class Augmentation:
 
     def apply(self, tile: NDArray[np.uint8], change: NDArray[np.float64], out: NDArray[np.uint8]) -> None:
         """Writes a tile ``[S, S, 3] uint8``, changed as :meth:`draw` said, into another; threads may."""
-        cv2 = _cv2()
+        cv2 = opencv()
         symmetry, (brightness, contrast, saturation) = int(change[0]), change[1:]
         if symmetry & 4:
             tile = cv2.transpose(tile)
@@ -81,11 +80,3 @@ class Augmentation:
         matrix[:, :3] = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * _GREY)
         matrix[:, 3] = brightness * (1 - contrast) * grey
         cv2.transform(tile, matrix, dst=out)
-
-
-@cache
-def _cv2() -> Any:
-    import cv2
-
-    cv2.setNumThreads(1)  # a loader has a process for each core; threads of threads would be in the way
-    return cv2

@@ -7,9 +7,8 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, TypeVar
 
 import numpy as np
 import openslide
@@ -29,6 +28,7 @@ from slidetl.slides.levels import (
     nominal_mpp,
     scale_of,
 )
+from slidetl.slides.opencv import opencv
 from slidetl.slides.tiff import JpegTiles, read_jpeg_level
 
 _Result = TypeVar("_Result")
@@ -360,7 +360,7 @@ class _Regions:
             ) from error
         bgra = argb.view(np.uint8).reshape(height, width, 4)
         if argb.min() >= 0xFF000000:
-            cv2 = _cv2()
+            cv2 = opencv()
             return np.asarray(cv2.cvtColor(bgra, cv2.COLOR_BGRA2RGB))
         return composite(bgra, self._background_rgb)
 
@@ -388,14 +388,6 @@ def _read_argb(
     """What ``read_region`` of openslide-python does, without its image: three copies fewer for each tile."""
     pointer = argb.ctypes.data_as(ctypes.POINTER(ctypes.c_uint32))
     openslide.lowlevel._read_region(handle._osr, pointer, *location_level0, level, *size_px)
-
-
-@cache
-def _cv2() -> Any:
-    import cv2
-
-    cv2.setNumThreads(1)  # the tiler has threads of its own
-    return cv2
 
 
 def composite(bgra: NDArray[np.uint8], background_rgb: tuple[int, int, int]) -> NDArray[np.uint8]:

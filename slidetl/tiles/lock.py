@@ -87,7 +87,7 @@ class SlideLock:
         )
 
     def _is_ours(self, content: bytes) -> bool:
-        return _parsed(content).get("owner") == self._about["owner"]
+        return bool(_parsed(content).get("owner") == self._about["owner"])
 
     def _acquire(self) -> None:
         seen, since = b"", _now()
