@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from slidetl.compare.config import FIGURES, Comparison, Figure
 from slidetl.compare.groups import GroupShift, members_of, shift_between
-from slidetl.compare.plan import Study, Unit
+from slidetl.compare.plan import Unit, permuted
 from slidetl.compare.records import UnitResult
+from slidetl.data.study import Study
 from slidetl.errors import UsageError
 from slidetl.evaluation.agreement import (
     Agreement,
@@ -260,7 +261,7 @@ def combine(
     null: dict[str, list[float]] = {}
     for (arm, _, permutation), members in complete.items():
         if permutation is not None:
-            null.setdefault(arm, []).append(pooling.permuted_figure(members, study.permuted(permutation)))
+            null.setdefault(arm, []).append(pooling.permuted_figure(members, permuted(study, permutation)))
     arms = tuple(
         pooling.arm(arm, None, members, null.get(arm, []))
         for (arm, n_slides, permutation), members in complete.items()

@@ -6,13 +6,12 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from slidetl.compare.config import EPOCHS, Comparison
-from slidetl.data.manifest import ManifestRow, read_manifest
-from slidetl.errors import CacheMismatchError, CacheMissingError, UsageError
+from slidetl.data.study import Study, read_study
+from slidetl.errors import CacheMissingError, UsageError
 from slidetl.evaluation.leakage import near_duplicates
 from slidetl.evaluation.protocol import (
     Case,
@@ -26,51 +25,9 @@ from slidetl.evaluation.protocol import (
 from slidetl.library.local import SCHEME, pulled_card
 from slidetl.models.weights import bundled_weights
 from slidetl.tiles.features import common_source
-from slidetl.tiles.store import SlideCache, cache_path
 
 # Raised whenever the same unit would be computed otherwise, or be written otherwise.
 FORMAT_VERSION = 4
-
-
-@dataclass(frozen=True, eq=False)
-class Study:
-    """The graded slides of a comparison that are in the cache.
-
-    Attributes:
-        rows: of the manifest, by slide.
-        caches: their tiles, in the same order.
-        cache: the folder, absolute.
-    """
-
-    rows: tuple[ManifestRow, ...]
-    caches: tuple[SlideCache, ...]
-    cache: Path
-
-    @property
-    def cases(self) -> tuple[Case, ...]:
-        """What the protocol must know of them."""
-        return tuple(
-            Case(row.slide_id, row.patient_id, row.grade, row.site, row.split)
-            for row in self.rows
-            if row.grade is not None
-        )
-
-    @cached_property
-    def fingerprints(self) -> dict[str, list[Any]]:
-        """What the result of a unit depends on of each slide."""
-        return {
-            row.slide_id: [
-                *(cache.fingerprint, len(cache), row.patient_id, row.grade, row.site, row.stain),
-                list(row.reader_grades),
-            ]
-            for row, cache in zip(self.rows, self.caches, strict=True)
-        }
-
-    def permuted(self, number: int) -> Study:
-        """The study with labels permuted over patients; the readers' are left out."""
-        grades = permute_grades(self.cases, number)
-        rows = [replace(row, grade=grades[row.slide_id], reader_grades=()) for row in self.rows]
-        return replace(self, rows=tuple(rows))
 
 
 @dataclass(frozen=True)
@@ -102,38 +59,39 @@ class Unit:
         return f"{self.arm}{size}, repeat {self.fold.repeat}, fold {self.fold.name}"
 
 
-def read_study(comparison: Comparison) -> Study:
-    """Reads the manifest, and opens the tiles of its graded slides.
+def read_slides(comparison: Comparison) -> Study:
+    """Reads the graded slides of a comparison, in the order of their identifiers.
 
     Raises:
-        ManifestError: the manifest has faults.
-        CacheMissingError: no slide is in the cache.
-        CacheMismatchError: the slides were tiled in different ways.
+        CacheMissingError: no graded slide is in the cache.
+        SlidetlError: as :func:`~slidetl.data.study.read_study`.
     """
-    cache = Path(comparison.cache).absolute()
-    rows, caches, lost = [], [], []
-    for row in read_manifest(Path(comparison.manifest), len(comparison.grades)).rows:
-        if row.grade is None:
-            continue
-        try:
-            opened = SlideCache.open(cache_path(cache, row.slide_id))
-        except CacheMissingError:
-            lost.append(row.slide_id)
-            continue
-        rows.append(row)
-        caches.append(opened)
-    if not rows:
+    study = read_study(comparison.manifest, comparison.cache, len(comparison.grades))
+    if not study.graded:
         raise CacheMissingError(
-            f"{cache}: none of the graded slides of {comparison.manifest} is here; run 'slidetl tile' first"
+            f"{comparison.cache}: none of the graded slides of {comparison.manifest} is here; "
+            "run 'slidetl tile' first"
         )
-    if lost:
-        warnings.warn(
-            f"{len(lost)} graded slides are not in the cache, left out: {', '.join(lost[:10])}", stacklevel=2
-        )
-    if len({opened.spec for opened in caches}) > 1:
-        raise CacheMismatchError(f"{cache}: the slides were tiled in different ways; tile them all alike")
-    order = sorted(range(len(rows)), key=lambda number: rows[number].slide_id)
-    return Study(tuple(rows[i] for i in order), tuple(caches[i] for i in order), cache)
+    return replace(study, slides=tuple(sorted(study.graded, key=lambda slide: slide.row.slide_id)))
+
+
+def cases_of(study: Study) -> tuple[Case, ...]:
+    """Returns what the protocol needs of graded slides."""
+    return tuple(
+        Case(row.slide_id, row.patient_id, row.grade, row.site, row.split)
+        for row in study.rows
+        if row.grade is not None
+    )
+
+
+def permuted(study: Study, number: int) -> Study:
+    """Permutes the grades over patients; the grades of readers are left out."""
+    grades = permute_grades(cases_of(study), number)
+    slides = [
+        replace(slide, row=replace(slide.row, grade=grades[slide.row.slide_id], reader_grades=()))
+        for slide in study.slides
+    ]
+    return replace(study, slides=tuple(slides))
 
 
 def plan_and_audit(comparison: Comparison, study: Study) -> tuple[Study, tuple[Fold, ...]]:
@@ -157,9 +115,10 @@ def plan_and_audit(comparison: Comparison, study: Study) -> tuple[Study, tuple[F
         alike = [(names[one], names[two], likeness) for one, two, likeness in found]
     if comparison.duplicates == "join":
         study = join_duplicates(study, [(one, two) for one, two, _ in alike], comparison.protocol.given_split)
-    folds = plan_folds(study.cases, comparison.protocol, len(comparison.grades))
+    cases = cases_of(study)
+    folds = plan_folds(cases, comparison.protocol, len(comparison.grades))
     fingerprints = {cache.slide_id: cache.fingerprint for cache in study.caches}
-    audit_folds(folds, study.cases, fingerprints, alike)
+    audit_folds(folds, cases, fingerprints, alike)
     return study, folds
 
 
@@ -184,18 +143,18 @@ def join_duplicates(study: Study, alike: Sequence[tuple[str, str]], given_split:
     for split in ("train", "val", "test") if given_split else ():
         part_of |= {group[row.slide_id]: split for row in study.rows if row.split == split}
     kept = [
-        (replace(row, patient_id=group[row.slide_id]), cache)
-        for row, cache in zip(study.rows, study.caches, strict=True)
-        if part_of.get(group[row.slide_id], row.split) == row.split
+        replace(slide, row=replace(slide.row, patient_id=group[slide.row.slide_id]))
+        for slide in study.slides
+        if part_of.get(group[slide.row.slide_id], slide.row.split) == slide.row.split
     ]
     joined = sum(row.patient_id != group[row.slide_id] for row in study.rows)
-    left_out = len(study.rows) - len(kept)
+    left_out = len(study.slides) - len(kept)
     if joined or left_out:
         warnings.warn(
             f"duplicates: {joined} slides count as slides of another patient, {left_out} are left out",
             stacklevel=3,
         )
-    return replace(study, rows=tuple(row for row, _ in kept), caches=tuple(cache for _, cache in kept))
+    return replace(study, slides=tuple(kept))
 
 
 def plan_units(
@@ -220,17 +179,19 @@ def plan_units(
     names = [*first, *(name for name in comparison.arms if name not in first)]
     names = [name for name in names if not only or name in only]
     recipes = {name: _recipe(comparison, study, name) for name in names}
-    spec = study.caches[0].spec.to_dict()
+    spec, cases = study.caches[0].spec.to_dict(), cases_of(study)
+    data_of: dict[int | None, dict[str, list[Any]]] = {None: _data_of(study)}
+    for number in range(comparison.permutations.n):
+        data_of[number] = _data_of(permuted(study, number))
 
     def unit(
         name: str,
         fold: Fold,
-        of: Study,
         n_slides: int | None = None,
         permutation: int | None = None,
         longer: float = 1.0,
     ) -> Unit:
-        data = of.fingerprints
+        data = data_of[permutation]
         recipe = recipes[name] if n_slides is None else _longer(recipes[name], longer)
         about = {
             "format": FORMAT_VERSION,
@@ -245,18 +206,28 @@ def plan_units(
         }
         return Unit(name, fold, n_slides, permutation, recipe, canonical_sha256(about)[:20])
 
-    units = [unit(name, fold, study) for fold in folds for name in names]
+    units = [unit(name, fold) for fold in folds for name in names]
     for n_slides in comparison.sizes.slides:
         for fold in folds:
-            smaller = subsample(fold, study.cases, n_slides, len(comparison.grades))
+            smaller = subsample(fold, cases, n_slides, len(comparison.grades))
             sized = [name for name in names if name in comparison.sizes.arms]
             longer = len(fold.train) / len(smaller.train)
-            units += [unit(name, smaller, study, n_slides, longer=longer) for name in sized]
+            units += [unit(name, smaller, n_slides, longer=longer) for name in sized]
     for number in range(comparison.permutations.n):
-        permuted = study.permuted(number)
         tested = [name for name in names if name in comparison.permutations.arms]
-        units += [unit(name, fold, permuted, None, number) for fold in folds for name in tested]
+        units += [unit(name, fold, permutation=number) for fold in folds for name in tested]
     return tuple(units)
+
+
+def _data_of(study: Study) -> dict[str, list[Any]]:
+    """Returns what the result of a unit depends on of each slide."""
+    return {
+        row.slide_id: [
+            *(cache.fingerprint, len(cache), row.patient_id, row.grade, row.site, row.stain),
+            list(row.reader_grades),
+        ]
+        for row, cache in zip(study.rows, study.caches, strict=True)
+    }
 
 
 def _recipe(comparison: Comparison, study: Study, name: str) -> dict[str, Any]:

@@ -12,11 +12,12 @@ from pathlib import Path
 import slidetl
 from slidetl.compare.aggregate import ComparisonResult, combine
 from slidetl.compare.config import Comparison
-from slidetl.compare.plan import Study, Unit, plan_and_audit, plan_units, read_study
+from slidetl.compare.plan import Unit, plan_and_audit, plan_units, read_slides
 from slidetl.compare.pool import run_here, run_on_cluster
 from slidetl.compare.records import UnitResult
 from slidetl.compare.tables import write_tables
 from slidetl.compare.unit import job_of, read_unit
+from slidetl.data.study import Study
 from slidetl.errors import UsageError
 from slidetl.evaluation.protocol import Fold, folds_to_json, splits_sha256
 from slidetl.tiles.lock import slide_lock
@@ -62,8 +63,7 @@ def plan_comparison(comparison: Comparison, only: Sequence[str] = ()) -> Plan:
     Raises:
         SlidetlError: the manifest, the cache, the splits or an arm will not do; the message says why.
     """
-    study = read_study(comparison)
-    study, folds = plan_and_audit(comparison, study)
+    study, folds = plan_and_audit(comparison, read_slides(comparison))
     return Plan(comparison, study, folds, plan_units(comparison, study, folds, only))
 
 

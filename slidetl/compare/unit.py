@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 
 import slidetl
-from slidetl.compare.plan import FORMAT_VERSION, Study, Unit
+from slidetl.compare.plan import FORMAT_VERSION, Unit, permuted
 from slidetl.compare.records import CurvePoint, Job, UnitResult
+from slidetl.data.study import Study
 from slidetl.errors import UsageError
 from slidetl.tiles.lock import slide_lock
 from slidetl.training.predictions import read_predictions, write_predictions
@@ -28,9 +29,9 @@ _HASHED = (_PREDICTIONS, _CURVES, _DRAWS, _EMBEDDINGS)
 def job_of(unit: Unit, study: Study, grades: Sequence[str], folder: Path, threads: int = 1) -> Job:
     """The unit with the part of the study that it needs."""
     inside = {*unit.fold.train, *unit.fold.test}
-    labelled = study if unit.permutation is None else study.permuted(unit.permutation)
+    labelled = study if unit.permutation is None else permuted(study, unit.permutation)
     rows = tuple(row for row in labelled.rows if row.slide_id in inside)
-    return Job(unit, rows, study.cache, tuple(grades), folder, threads)
+    return Job(unit, rows, study.folder, tuple(grades), folder, threads)
 
 
 def run_unit(job: Job) -> None:

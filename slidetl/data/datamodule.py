@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 import pytorch_lightning as pl
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from slidetl.data.augment import Augmentation
@@ -22,7 +22,7 @@ from slidetl.data.datasets import (
     EpochSampler,
     collate_bags,
 )
-from slidetl.data.manifest import check_scale
+from slidetl.data.manifest import FIVE_GRADES, check_scale
 from slidetl.data.resuming import ResumableLoader
 from slidetl.data.sampling import Sampling, Uniform
 from slidetl.data.study import CachedSlide, common_spec, read_study
@@ -33,7 +33,6 @@ from slidetl.tiles.grid import TileSpec
 
 _Loader = TypeVar("_Loader", bound=DataLoader[Any])
 
-FIVE_GRADES = ("0", "1", "2", "3", "4")
 DEFAULT_BATCH_SIZE = 4
 """Slides per training step, for which the default learning rates are meant."""
 
@@ -168,15 +167,12 @@ class SlideDataModule(pl.LightningDataModule):
             if self._rank:
                 warnings.simplefilter("ignore")  # each process reads, one warns
             study = read_study(self.manifest, self.cache, len(self.grades), self.tasks)
-        self.slides = {"train": (), "val": (), "test": (), "predict": study.slides}
-        if stage == "predict":
-            return  # the slides of a prediction need no grades, and so no split
-        if len(study.graded) < len(study.slides):
-            left_out = len(study.slides) - len(study.graded)
-            rank_zero_warn(f"{left_out} of {len(study.slides)} slides have no grade, left out")
-        self.slides |= study.parts(
-            val_fraction=self.val_fraction, test_fraction=self.test_fraction, seed=self.seed
-        )
+            parts = (
+                study.parts(val_fraction=self.val_fraction, test_fraction=self.test_fraction, seed=self.seed)
+                if stage != "predict"  # which needs no grades, and so no split
+                else dict.fromkeys(("train", "val", "test"), ())
+            )
+        self.slides = {**parts, "predict": study.slides}
 
     def _check_part(self, part: str) -> None:
         slides = self.slides[part]

@@ -20,6 +20,7 @@ from slidetl.slides.raster import IMAGE_SUFFIXES, TIFF_SUFFIXES
 
 SPLITS = ("train", "val", "test")
 REQUIRED = ("slide_id", "path", "patient_id", "grade")
+FIVE_GRADES = ("0", "1", "2", "3", "4")  # the default scale
 OPTIONAL = ("site", "scanner", "stain", "block", "mpp", "split")
 _READER = re.compile(r"grade_reader(\d+)")
 # What OpenSlide 4 reads, by file name; whether a file really is a slide is found out when it is opened.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from slidetl.data.manifest import ManifestRow, read_manifest
 from slidetl.data.splits import split_patients
 from slidetl.data.tasks import Task, read_points
-from slidetl.errors import CacheMismatchError, CacheMissingError
+from slidetl.errors import CacheMismatchError, CacheMissingError, UsageError
 from slidetl.slides import open_slide
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.ledger import USED, Ledger, LedgerRow
@@ -41,16 +41,24 @@ class Study:
     """The slides of a manifest, each with the tiles that were cut from it.
 
     Attributes:
-        rows: every line of the manifest, those without tiles included.
-        slides: the slides with tiles, at least one, in the order of the manifest.
-        cache: the folder that ``slidetl tile`` wrote, absolute.
-        spec: the tiling, the same for all slides.
+        manifest: every line of the manifest, those without tiles included.
+        slides: the slides with tiles, in the order of the manifest.
+        folder: the cache that ``slidetl tile`` wrote, absolute.
     """
 
-    rows: tuple[ManifestRow, ...]
+    manifest: tuple[ManifestRow, ...]
     slides: tuple[CachedSlide, ...]
-    cache: Path
-    spec: TileSpec
+    folder: Path
+
+    @property
+    def rows(self) -> tuple[ManifestRow, ...]:
+        """The lines of the manifest of :attr:`slides`."""
+        return tuple(slide.row for slide in self.slides)
+
+    @property
+    def caches(self) -> tuple[SlideCache, ...]:
+        """The tiles of :attr:`slides`."""
+        return tuple(slide.cache for slide in self.slides)
 
     @property
     def graded(self) -> tuple[CachedSlide, ...]:
@@ -62,7 +70,7 @@ class Study:
     ) -> dict[str, tuple[CachedSlide, ...]]:
         """Divides the graded slides into ``train``, ``val`` and ``test``.
 
-        The manifest's ``split`` column decides. Without one, :func:`~slidetl.data.splits.split_patients`
+        The manifest's ``split`` column decides. Without it, :func:`~slidetl.data.splits.split_patients`
         divides the whole manifest, so that a slide without tiles moves no other patient.
 
         Args:
@@ -73,17 +81,21 @@ class Study:
         Raises:
             UsageError: a fraction is out of range, or there are too few patients.
         """
-        if any(slide.row.split for slide in self.graded):
-            split = {slide.row.slide_id: slide.row.split for slide in self.graded}
+        graded = self.graded
+        if len(graded) < len(self.slides):
+            left_out = len(self.slides) - len(graded)
+            warnings.warn(f"{left_out} of {len(self.slides)} slides have no grade, left out", stacklevel=2)
+        if any(slide.row.split for slide in graded):
+            split = {slide.row.slide_id: slide.row.split for slide in graded}
         else:
             split = split_patients(
-                [row for row in self.rows if row.grade is not None],
+                [row for row in self.manifest if row.grade is not None],
                 val_fraction=val_fraction,
                 test_fraction=test_fraction,
                 seed=seed,
             )
         return {
-            part: tuple(slide for slide in self.graded if split[slide.row.slide_id] == part)
+            part: tuple(slide for slide in graded if split[slide.row.slide_id] == part)
             for part in ("train", "val", "test")
         }
 
@@ -109,7 +121,7 @@ def read_study(
     """
     folder = Path(cache).absolute()
     rows = read_manifest(Path(manifest), n_grades, tasks=tasks).rows
-    ledger = {entry.slide_id: entry for entry in Ledger(folder / "ledger.csv").rows()}
+    ledger = _read_ledger(folder)
     slides, lost = [], []
     for row in rows:
         entry = ledger.get(row.slide_id)
@@ -123,14 +135,52 @@ def read_study(
         raise CacheMissingError(
             f"{cache}: none of the {len(rows)} slides of {manifest} is here; run 'slidetl tile' first"
         )
-    if lost:
-        more = " ..." if len(lost) > 10 else ""
-        warnings.warn(
-            f"{len(lost)} of {len(rows)} slides are not in the cache, left out (ledger.csv says why): "
-            f"{', '.join(lost[:10])}{more}",
-            stacklevel=2,
-        )
-    return Study(rows, tuple(slides), folder, common_spec([slide.cache for slide in slides]))
+    _warn_of_lost(lost, len(rows))
+    study = Study(rows, tuple(slides), folder)
+    common_spec(study.caches)
+    return study
+
+
+def find_slides(cache: Path, slide_ids: Sequence[str] = ()) -> dict[str, LedgerRow | None]:
+    """Lists the slides of a cache without a manifest, by identifier, each with its row of the ledger.
+
+    A slide that the ledger has as failed or excluded is left out with a warning.
+
+    Args:
+        cache: the folder that ``slidetl tile`` wrote.
+        slide_ids: the slides wanted; none named means all.
+
+    Raises:
+        CacheMissingError: there are none.
+        UsageError: one that is named is not there.
+    """
+    names = sorted(path.stem for path in cache.glob("*.zarr"))
+    if not names:
+        raise CacheMissingError(f"{cache}: no tile cache here; make one with 'slidetl tile'")
+    if unknown := sorted(set(slide_ids) - set(names)):
+        raise UsageError(f"--slides: not in {cache}: {', '.join(unknown)}")
+    ledger = _read_ledger(cache)
+    wanted = [name for name in names if not slide_ids or name in slide_ids]
+    used = {name: entry for name in wanted if (entry := ledger.get(name)) is None or entry.status == USED}
+    _warn_of_lost([name for name in wanted if name not in used], len(wanted))
+    if not used:
+        raise CacheMissingError(f"{cache}: ledger.csv has no slide as used; tile them again")
+    return used
+
+
+def open_cache(folder: Path, slide_id: str, entry: LedgerRow | None) -> SlideCache:
+    """Opens the tiles of a slide, and checks that they are those that the ledger has.
+
+    Raises:
+        CacheMissingError: there is no finished cache, or the ledger has the slide as failed or excluded.
+        CacheMismatchError: the tiles are of another slide.
+    """
+    if entry is not None and entry.status != USED:
+        raise CacheMissingError(entry.reason)
+    cache = SlideCache.open(cache_path(folder, slide_id))
+    known = entry.fingerprint if entry is not None else ""  # a ledger of an older release has none
+    check_identity(cache, slide_id, known or cache.fingerprint, "the ledger names")
+    return cache
 
 
 def common_spec(caches: Sequence[SlideCache]) -> TileSpec:
@@ -164,23 +214,31 @@ def check_identity(cache: SlideCache, slide_id: str, fingerprint: str, source: s
     if cache.slide_id != slide_id or cache.fingerprint != fingerprint:
         raise CacheMismatchError(
             f"slide {slide_id!r}: the cache holds the tiles of another file than {source}; "
-            "tile this manifest into a cache of its own, or again with --overwrite"
+            "tile the manifest into a cache of its own, or again with --overwrite"
         )
 
 
 def _open(folder: Path, row: ManifestRow, entry: LedgerRow | None) -> SlideCache:
-    """Opens the tiles of a slide; the file itself is opened only where the ledger does not know it."""
-    if entry is not None and entry.status != USED:
-        raise CacheMissingError(entry.reason)
-    cache = SlideCache.open(cache_path(folder, row.slide_id))
-    if entry is not None and entry.path == str(row.path):
-        # A ledger of an older release has no fingerprints.
-        known = entry.fingerprint or cache.fingerprint
-        check_identity(cache, row.slide_id, known, f"{row.path}, as the ledger has it")
-        return cache
-    with open_slide(row.path, row.mpp or cache.mpp_level0[0]) as slide:
-        check_identity(cache, row.slide_id, slide.info.fingerprint, str(row.path))
+    """Opens the tiles of a slide; the slide's file is opened only where the ledger does not know it."""
+    cache = open_cache(folder, row.slide_id, entry)
+    if entry is None or entry.path != str(row.path):
+        with open_slide(row.path, row.mpp or cache.mpp_level0[0]) as slide:
+            check_identity(cache, row.slide_id, slide.info.fingerprint, str(row.path))
     return cache
+
+
+def _read_ledger(folder: Path) -> dict[str, LedgerRow]:
+    return {entry.slide_id: entry for entry in Ledger(folder / "ledger.csv").rows()}
+
+
+def _warn_of_lost(lost: Sequence[str], n_slides: int) -> None:
+    if lost:
+        warnings.warn(
+            f"{len(lost)} of {n_slides} slides are not in the cache, left out (ledger.csv says why): "
+            + ", ".join(lost[:10])
+            + (" ..." if len(lost) > 10 else ""),
+            stacklevel=3,
+        )
 
 
 def _read_labels(

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from slidetl.data.datamodule import FIVE_GRADES, SlideDataModule
-from slidetl.data.study import CachedSlide
+from slidetl.data.manifest import FIVE_GRADES, check_scale
+from slidetl.data.study import CachedSlide, read_study
 from slidetl.errors import UsageError
 from slidetl.evaluation.calibration import judged_probabilities
 from slidetl.evaluation.classical import (
@@ -72,19 +72,16 @@ class FeatureStudy:
 
         Raises:
             CacheMismatchError: the slides' features are not all of one network.
-            SlidetlError: as :class:`~slidetl.data.datamodule.SlideDataModule`.
+            UsageError: the test part has no slide.
+            SlidetlError: as :func:`~slidetl.data.study.read_study` and its ``parts``.
         """
-        data = SlideDataModule(
-            str(self.manifest),
-            str(self.cache),
-            list(self.grades),
-            val_fraction=self.val_fraction,
-            test_fraction=self.test_fraction,
-            seed=self.seed,
-            num_workers=0,
+        check_scale(self.grades)
+        parts = read_study(self.manifest, self.cache, len(self.grades)).parts(
+            val_fraction=self.val_fraction, test_fraction=self.test_fraction, seed=self.seed
         )
-        data.setup("test")
-        train, test = (*data.slides["train"], *data.slides["val"]), data.slides["test"]
+        train, test = (*parts["train"], *parts["val"]), parts["test"]
+        if not test:
+            raise UsageError("the test part has no slide; set --test-fraction or the manifest's 'split'")
         for name in self.names:
             common_source(name, [slide.cache for slide in (*train, *test)])
         return train, test

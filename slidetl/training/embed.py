@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from slidetl.data.datasets import channels_first
-from slidetl.errors import CacheError, CacheMismatchError, CacheMissingError, UsageError
+from slidetl.data.study import find_slides, open_cache
+from slidetl.errors import CacheError, CacheMismatchError, UsageError
 from slidetl.models.backbones import Backbone, BackboneSpec, weights_sha256
 from slidetl.tiles.features import FeatureSource, feature_name, read_source, write_features
 from slidetl.tiles.store import SlideCache
@@ -168,7 +169,7 @@ def embed_cache(
         raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
     place = _device(device)
     dtype = _dtype(precision, place)
-    paths = find_slides(cache_dir, slide_ids)
+    found = find_slides(cache_dir, slide_ids)
     backbone = Backbone(spec)
     backbone.load_pretrained()
     backbone.eval()
@@ -193,11 +194,11 @@ def embed_cache(
         on_slide(slide)
 
     todo: list[SlideCache] = []
-    for path in paths:
+    for slide_id, entry in found.items():
         try:
-            cache = SlideCache.open(path)
+            cache = open_cache(cache_dir, slide_id, entry)
         except CacheError as error:
-            done(EmbeddedSlide(path.stem, reason=str(error)))
+            done(EmbeddedSlide(slide_id, reason=str(error)))
             continue
         if not overwrite and _is_stored(cache, sources):
             done(EmbeddedSlide(cache.path.stem, len(cache)))
@@ -227,22 +228,7 @@ def embed_cache(
                     done(EmbeddedSlide(cache.path.stem, len(cache), reason=str(error)))
                 else:
                     done(EmbeddedSlide(cache.path.stem, len(cache), is_new=True))
-    return [results[path.stem] for path in paths]
-
-
-def find_slides(cache_dir: Path, slide_ids: Sequence[str] = ()) -> list[Path]:
-    """The groups of a cache, in the order of their identifiers.
-
-    Raises:
-        CacheMissingError: there are none.
-        UsageError: one that is named is not there.
-    """
-    paths = sorted(cache_dir.glob("*.zarr"))
-    if not paths:
-        raise CacheMissingError(f"{cache_dir}: no tile cache here; make one with 'slidetl tile'")
-    if unknown := sorted(set(slide_ids) - {path.stem for path in paths}):
-        raise UsageError(f"--slides: not in {cache_dir}: {', '.join(unknown)}")
-    return [path for path in paths if not slide_ids or path.stem in slide_ids]
+    return [results[slide_id] for slide_id in found]
 
 
 def _is_stored(cache: SlideCache, sources: Mapping[str, FeatureSource]) -> bool:

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from slidetl.analysis.similarity import Similarity, linear_cka, pwcca, rbf_cka, svcca
 from slidetl.data.datasets import channels_first
+from slidetl.data.study import common_spec, find_slides, open_cache
 from slidetl.errors import CacheMismatchError, UsageError
 from slidetl.models.backbones import Backbone, BackboneSpec
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.store import SlideCache, describe_difference
 from slidetl.training.checkpoint import load_grader
-from slidetl.training.embed import BlockEmbedder, find_slides
+from slidetl.training.embed import BlockEmbedder
 
 RANDOM, PRETRAINED = "random", "pretrained"
 EMBEDDING = "embedding"  # what comes out of the whole backbone, beside its blocks
@@ -125,8 +126,8 @@ def compare_networks(
         )
     if n_tiles < 4 or batch_size < 1:
         raise UsageError(f"expected at least 4 tiles and a batch of 1, not {n_tiles} and {batch_size}")
-    caches = [SlideCache.open(path) for path in find_slides(cache_dir, slide_ids)]
-    tile_spec = _common_spec(caches, cache_dir)
+    caches = [open_cache(cache_dir, *found) for found in find_slides(cache_dir, slide_ids).items()]
+    tile_spec = common_spec(caches)
     names = list(dict.fromkeys([*before, *after, RANDOM]))
     checkpoints = {name: _load_checkpoint(name, tile_spec, allow) for name in names if name.endswith(".ckpt")}
     if spec is None:
@@ -252,15 +253,6 @@ def _short_names(names: Sequence[str]) -> dict[str, str]:
         if len(set(short)) == len(names):
             break
     return dict(zip(names, short, strict=True))
-
-
-def _common_spec(caches: Sequence[SlideCache], cache_dir: Path) -> TileSpec:
-    spec = caches[0].spec
-    for cache in caches:
-        if cache.spec != spec:
-            difference = describe_difference(cache.spec, spec)
-            raise CacheMismatchError(f"{cache_dir}: {cache.slide_id} was tiled otherwise; {difference}")
-    return spec
 
 
 def _load_checkpoint(name: str, tile_spec: TileSpec, allow: Sequence[str]) -> Backbone:

@@ -19,12 +19,16 @@ from sklearn.metrics import cohen_kappa_score
 
 from slidetl.compare.aggregate import ComparisonResult, combine
 from slidetl.compare.config import Arm, Comparison, Groups, Permutations, Primary, Sizes
-from slidetl.compare.plan import Study, Unit
+from slidetl.compare.plan import Unit, cases_of
 from slidetl.compare.records import CurvePoint, UnitResult
 from slidetl.compare.report.page import write_report
 from slidetl.compare.tables import write_tables
 from slidetl.data.manifest import ManifestRow
+from slidetl.data.study import CachedSlide, Study
 from slidetl.evaluation.protocol import Fold, Protocol, plan_folds, subsample
+from slidetl.tiles.codec import tile_codec
+from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.store import CacheHeader, SlideCache
 from slidetl.training.predictions import SlidePrediction
 
 TRANSFER = "slidetl.models.transfer"
@@ -62,7 +66,19 @@ def invented_study(n_patients: int, *, sites: tuple[str, ...], readers: int, see
                     split="test" if patient // 5 % 3 == 0 else "train",
                 )
             )
-    return Study(tuple(rows), (), Path("cache"))
+    return Study(tuple(rows), tuple(CachedSlide(row, _no_tiles(row)) for row in rows), Path("cache"))
+
+
+def _no_tiles(row: ManifestRow) -> SlideCache:
+    spec = TileSpec(mpp=4, tile_size_px=64)
+    header = CacheHeader(row.slide_id, row.slide_id, "", (1, 1), (4, 4), (4, 4), (64, 64), spec)
+    return SlideCache(
+        Path(f"{row.slide_id}.zarr"),
+        header,
+        np.empty((0, 2), np.int32),
+        np.empty(0, np.float32),
+        tile_codec(spec),
+    )
 
 
 def invented_unit(
@@ -166,13 +182,15 @@ def invented(
     )
     study = invented_study(n_patients, sites=sites, readers=readers)
     if reads is not None:  # slide n is read by this one alone
-        rows = [
-            replace(row, reader_grades=tuple(grade if reader == reads[n % len(reads)] else None
-                                             for reader, grade in enumerate(row.reader_grades)))
-            for n, row in enumerate(study.rows)
+        slides = [
+            replace(slide, row=replace(slide.row, reader_grades=tuple(
+                grade if reader == reads[n % len(reads)] else None
+                for reader, grade in enumerate(slide.row.reader_grades)
+            )))
+            for n, slide in enumerate(study.slides)
         ]  # fmt: skip
-        study = replace(study, rows=tuple(rows))
-    folds = plan_folds(study.cases, comparison.protocol, 5)
+        study = replace(study, slides=tuple(slides))
+    folds = plan_folds(cases_of(study), comparison.protocol, 5)
     done: list[tuple[Unit, UnitResult | None]] = []
     for number, (name, arm) in enumerate(arms.items()):
         trained = arm.fit is not None
@@ -189,7 +207,7 @@ def invented(
             found = invented_unit(study, fold, own_noise, **options)  # type: ignore[arg-type]
             done.append((Unit(name, fold, None, None, {}, f"key-{name}"), None if name in missing else found))
             for size in sizes if number < 2 else ():
-                part = subsample(fold, study.cases, size, 5)
+                part = subsample(fold, cases_of(study), size, 5)
                 found = invented_unit(study, part, own_noise + 12 / size, **options)  # type: ignore[arg-type]
                 done.append((Unit(name, part, size, None, {}, f"key-{name}-{size}"), found))
     return combine(comparison, study, folds, done)

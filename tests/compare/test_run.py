@@ -22,11 +22,12 @@ from sklearn.metrics import accuracy_score, cohen_kappa_score
 
 from slidetl.cli import main
 from slidetl.compare.config import read_comparison
-from slidetl.compare.plan import Study, Unit, read_study
+from slidetl.compare.plan import Unit, read_slides
 from slidetl.compare.records import Job, UnitResult
 from slidetl.compare.run import plan_comparison
 from slidetl.compare.train_arm import draw_evenly
 from slidetl.compare.unit import job_of, read_unit, run_unit
+from slidetl.data.study import Study
 from slidetl.errors import UsageError
 from slidetl.evaluation.calibration import fit_temperature, with_temperature
 from slidetl.evaluation.classical import fit_ridge
@@ -589,8 +590,8 @@ def test_slides_that_are_not_in_the_cache_are_left_out(study: Cohort, tmp_path: 
     gone = sorted(cache.glob("*.zarr"))[0]
     shutil.rmtree(gone)
     path = configuration(study, tmp_path, cache=str(cache))
-    with pytest.warns(UserWarning, match="1 graded slides are not in the cache"):
-        left = read_study(read_comparison(path))
+    with pytest.warns(UserWarning, match="1 of 20 slides are not in the cache"):
+        left = read_slides(read_comparison(path))
     assert len(left.rows) == 19
     assert gone.stem not in {row.slide_id for row in left.rows}
 

@@ -2,15 +2,18 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
+from slidetl.cli import main
 from slidetl.data.datamodule import SlideDataModule
-from slidetl.data.study import read_study
+from slidetl.data.study import find_slides, read_study
 from slidetl.errors import CacheMismatchError, UsageError
-from slidetl.tiles.ledger import Ledger
+from slidetl.tiles.ledger import FAILED, Ledger
 from tests.conftest import Study
 from tests.data.test_datamodule import rewrite
 
@@ -23,7 +26,7 @@ def test_a_study_is_its_manifest_with_the_tiles_of_each_slide(study: Study) -> N
         (row["slide_id"], row["grade"]) for row in rows
     ]
     assert all(slide.cache.slide_id == slide.row.slide_id for slide in read.slides)
-    assert read.cache.is_absolute() and read.spec == read.slides[0].cache.spec
+    assert read.folder == study.cache.absolute()
 
 
 def test_tiles_under_the_name_of_another_slide_are_refused(study: Study, tmp_path: Path) -> None:
@@ -41,7 +44,7 @@ def test_tiles_of_another_content_than_the_ledger_has_are_refused(study: Study, 
     ledger = Ledger(tmp_path / "cache" / "ledger.csv")
     first = ledger.rows()[0]
     ledger.record([dataclasses.replace(first, fingerprint="0" * 64)])
-    with pytest.raises(CacheMismatchError, match=f"slide '{first.slide_id}'.*as the ledger has it"):
+    with pytest.raises(CacheMismatchError, match=f"slide '{first.slide_id}'.*the ledger names"):
         read_study(study.manifest, tmp_path / "cache")
 
 
@@ -61,3 +64,91 @@ def test_slides_can_be_given_directly(study: Study, tmp_path: Path) -> None:
         assert one["tiles"].equal(other["tiles"]) and one["grade"].equal(other["grade"])
     with pytest.raises(UsageError, match="the val part has no slide"):
         SlideDataModule.from_slides(graded).setup("fit")
+
+
+COMMANDS = (
+    *("fit", "find-lr", "validate", "test", "predict"),
+    *("fit-features", "compare", "export", "embed", "similarity"),
+)
+
+
+def words(command: str, manifest: Path, cache: Path, trained: Path, folder: Path) -> list[str]:
+    """The words of a command on a study."""
+    output = ["--output", str(folder / "output")]
+    if command in ("fit", "find-lr"):
+        return [command, *Study(manifest, cache).options(folder)]
+    if command in ("validate", "test", "predict"):
+        return [command, *Study(manifest, cache).options(trained)]
+    if command == "fit-features":
+        return [command, str(manifest), "--cache", str(cache), "--features", "any", *output]
+    if command == "compare":
+        path = folder / "comparison.yaml"
+        arms = {"prior": {"baseline": "prior"}, "site": {"baseline": "site"}}
+        protocol = {"outer_folds": 2, "inner_folds": 0}
+        config = {
+            "manifest": str(manifest),
+            "cache": str(cache),
+            "protocol": protocol,
+            "near_duplicates": 0,
+            "arms": arms,
+            "primary": {"arm": "site", "against": "prior"},
+        }
+        path.write_text(yaml.safe_dump(config))
+        return [command, "--config", str(path), "--dry-run", *output]
+    if command == "export":
+        (checkpoint,) = trained.glob("logs/version_0/checkpoints/best.ckpt")
+        config = yaml.safe_load((checkpoint.parent.parent / "config.yaml").read_text())
+        config["data"] |= {"manifest": str(manifest), "cache": str(cache)}
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        return [command, str(checkpoint), "--config", str(folder / "config.yaml"), *output]
+    if command == "embed":
+        return [command, str(cache)]
+    networks = ["--before", "pretrained", "--after", "random", "--backbone", "mobilenetv3_small_050"]
+    return [command, *networks, "--data", str(cache), *output]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_command_grades_tiles_by_the_label_of_another_slide(
+    command: str, study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with study.manifest.open(newline="") as file:
+        paths = [str(study.manifest.parent / row["path"]) for row in csv.DictReader(file)]
+    manifest, cache = rewrite(study, tmp_path / "m.csv", path=paths[1:] + paths[:1]), study.cache
+    if command in ("embed", "similarity"):  # they read no manifest; here the tiles moved
+        cache = tmp_path / "cache"
+        shutil.copytree(study.cache, cache)
+        one, two = sorted(cache.glob("*.zarr"))[:2]
+        one.rename(tmp_path / "one")
+        two.rename(one)
+        (tmp_path / "one").rename(two)
+    assert main(words(command, manifest, cache, trained, tmp_path)) == (1 if command == "embed" else 2)
+    (line, *others) = [
+        line for line in capsys.readouterr().err.splitlines() if "of another file than" in line
+    ]
+    assert re.search(r"slide 'slide-\d\d': the cache holds the tiles of another file than", line)
+    assert bool(others) == (command == "embed")  # which goes on with the next slide
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_says_that_it_leaves_out_a_slide_that_failed(
+    command: str, study: Study, trained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(study.cache, tmp_path / "cache")
+    ledger = Ledger(tmp_path / "cache" / "ledger.csv")
+    ledger.record([dataclasses.replace(ledger.rows()[0], status=FAILED, reason="no more")])
+    said = f"1 of 20 slides are not in the cache, left out .*: {ledger.rows()[0].slide_id}"
+    with pytest.raises(UserWarning, match=said):  # an error in tests, so that nothing is computed
+        main(words(command, study.manifest, tmp_path / "cache", trained, tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:.*are not in the cache")
+def test_a_slide_that_failed_is_not_counted(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(study.cache, tmp_path / "cache")
+    ledger = Ledger(tmp_path / "cache" / "ledger.csv")
+    ledger.record([dataclasses.replace(ledger.rows()[0], status=FAILED, reason="no more")])
+    assert main(words("compare", study.manifest, tmp_path / "cache", tmp_path, tmp_path)) == 0
+    assert capsys.readouterr().out.startswith("19 slides")
+    assert len(find_slides(tmp_path / "cache")) == 19
