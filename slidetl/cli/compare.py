@@ -65,8 +65,8 @@ def run(options: argparse.Namespace) -> int:
 
     from slidetl.compare.config import read_comparison
     from slidetl.compare.progress import UnitProgress
+    from slidetl.compare.report.page import describe
     from slidetl.compare.run import Options, plan_comparison, report_comparison, run_comparison
-    from slidetl.compare.tables import describe
 
     given = {name: getattr(options, name) for name in ("manifest", "cache") if name in options}
     comparison = replace(read_comparison(options.config), **given)

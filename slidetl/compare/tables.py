@@ -1,11 +1,11 @@
-"""A comparison as files and as text; docs/design/compare.md lists the files."""
+"""Writes the results of a comparison as CSV files."""
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,10 @@ from slidetl.compare.groups import GroupShift
 from slidetl.compare.learning import CURVE_FIGURES, equal_epochs, learning_of
 from slidetl.compare.plan import Unit
 from slidetl.compare.records import CurvePoint, UnitResult
-from slidetl.compare.report.view import p_is
+from slidetl.compare.table import write_csv
 from slidetl.evaluation.bootstrap import Interval
 from slidetl.evaluation.conformal import referral_rule
 from slidetl.evaluation.confounding import GroupFigure
-from slidetl.training.predictions import safe_cell
 
 # One row a figure. ``section`` says of what: primary, figure, repeat, threshold, variance, calibration, sets,
 # site, scanner, reader, repeatability, groups, chance; learning; difference; agreement, ceiling, confounding,
@@ -32,95 +31,42 @@ COLUMNS = (
     *("section", "arm", "train_slides", "against", "figure", "estimate", "low", "high", "level"),
     *("p", "p_holm", "n", "note"),
 )
+_UNIT = ("arm", "train_slides", "repeat", "fold")
+_Cells = Callable[[ArmResult, Unit, UnitResult], Iterable[dict[str, Any]]]
 
 
 def write_tables(result: ComparisonResult, folder: Path) -> None:
-    """Writes all tables of a comparison into a folder."""
-    _write(folder / "results.csv", COLUMNS, _result_rows(result))
-    names = [f"probability_{grade}" for grade in range(len(result.comparison.grades))]
-    columns = ["arm", "train_slides", "repeat", "fold", "slide_id", "patient_id", "site", "scanner"]
+    """Writes all tables of a comparison into a folder; ``docs/design/compare.md`` lists them.
+
+    Raises:
+        OSError: a table cannot be written.
+    """
+    write_csv(folder / "results.csv", COLUMNS, _result_rows(result))
+    grades = [f"probability_{grade}" for grade in range(len(result.comparison.grades))]
     readers = [f"grade_reader{number + 1}" for number in range(result.readings.shape[1])]
-    columns += ["grade", *readers, "predicted_grade", *names, "expected_grade", "temperature"]
-    _write(folder / "predictions.csv", columns, _prediction_rows(result, result.arms, names, readers))
+    slide = ("slide_id", "patient_id", "site", "scanner", "grade", *readers, "predicted_grade", *grades)
+    columns = (*_UNIT, *slide, "expected_grade", "temperature")
     # Apart, so that an arm has each slide once a repeat in the table that others read.
-    smaller = _prediction_rows(result, result.smaller, names, readers)
-    _write(folder / "predictions_smaller.csv", columns, smaller)
-    points = ["arm", "train_slides", "repeat", "fold", *(item.name for item in fields(CurvePoint))]
-    _write(folder / "curves.csv", points, _curve_rows(result))
-    layer = ["arm", "train_slides", "repeat", "fold", "layer"]
-    _write(folder / "drift.csv", [*layer, "relative_distance"], _drift_rows(result))
-    _write(folder / "similarity.csv", [*layer, "linear_cka"], _similarity_rows(result))
-    about = ["arm", "train_slides", "repeat", "fold", "key", "seconds", "nested", "temperature", "chosen"]
-    _write(folder / "units.csv", about, _unit_rows(result))
-
-
-def describe(result: ComparisonResult) -> str:
-    """The comparison as text: the declared one first, then the arms, then what limits them."""
-    comparison, protocol = result.comparison, result.comparison.protocol
-    of = {"worst": "patients (their worst slide)", "mean": "patients (mean of slides)", "slide": "slides"}
-    lines = []
-    if result.primary is None:
-        lines.append(
-            f"primary comparison: {comparison.primary.arm} against {comparison.primary.against}: not complete"
-        )
-    else:
-        lines.append(f"primary comparison, declared before: {_difference(result.primary)}")
-    folds = f"{protocol.repeats} x {len(result.fold_sizes) // protocol.repeats} folds"
-    nested = "choices in inner folds" if protocol.is_nested else "NOT nested: fixed hyper-parameters"
-    n_results = len(result.arms[0].results.true)
-    patients = len(set(result.patients.tolist()))
-    width = max(28, *(len(arm.label) + 1 for arm in (*result.arms, *result.smaller)))
-    lines += [
-        f"{len(result.slides)} slides of {patients} patients; figures of {n_results} {of[protocol.unit]}; "
-        f"{folds}, {nested}; splits {result.splits_sha256[:12]}",
-        "",
-        f"{'arm':<{width}}{'QWK [95 %]':>20}{'accuracy [95 %]':>20}{'MAE':>7}{'RPS':>7}{'log loss':>10}",
-    ]
-    for arm in (*result.arms, *result.smaller):
-        lines.append(
-            f"{arm.label:<{width}}{_short(arm.figures['qwk']):>20}{_short(arm.figures['accuracy']):>20}"
-            f"{arm.figures['mae'].estimate:>7.2f}{arm.figures['rps'].estimate:>7.3f}"
-            f"{arm.figures['log_loss'].estimate:>10.2f}"
-        )
-    lines.append("(intervals resample patients and are conditional on the fitted models)")
-    if result.differences:
-        lines += [
-            "",
-            f"all others against {comparison.primary.against}, p by sign flips, corrected after Holm:",
-        ]
-        lines += [_difference(pair) for pair in result.differences]
-    if result.smaller_differences:
-        lines += ["", "the same of arms trained on fewer slides, a family of their own:"]
-        lines += [_difference(pair) for pair in result.smaller_differences]
-    if result.ceiling is not None:
-        lines += [
-            "",
-            f"two readers agree with QWK {_short(result.readers[0].qwk)}; their noise leaves an accuracy of "
-            f"{result.ceiling.accuracy:.2f} and a QWK of {result.ceiling.qwk:.2f} to be reached",
-        ]
-    if result.power:
-        found = [
-            f"{row.accuracy_first:.2f} against {row.accuracy_second:.2f}: {row.power_qwk:.2f} by QWK, "
-            f"{row.power_accuracy:.2f} by accuracy"
-            for row in result.power
-        ]
-        lines += ["", "power with so many patients (simulated): " + "; ".join(found)]
-    for name, (done, planned) in result.incomplete.items():
-        lines.append(f"incomplete: {name}, {done} of {planned} units")
-    return "\n".join(lines)
-
-
-def _difference(pair: PairedDifference) -> str:
-    p = p_is(pair.sign_flip.p if pair.p_holm is None else pair.p_holm)
-    t = "" if pair.corrected_t is None else f", corrected t {p_is(pair.corrected_t.p)}"
-    on = "" if pair.n_slides is None else f" on {pair.n_slides} slides"
-    return f"{pair.arm} less {pair.against}{on}: {pair.figure} {_short(pair.interval, sign=True)}, {p}{t}"
-
-
-def _short(interval: Interval, sign: bool = False) -> str:
-    form = "{:+.2f}" if sign else "{:.2f}"
-    estimate, low, high = (form.format(value) for value in (interval.estimate, interval.low, interval.high))
-    return f"{estimate} [{low}, {high}]"
+    for name, arms in (("predictions", result.arms), ("predictions_smaller", result.smaller)):
+        write_csv(folder / f"{name}.csv", columns, _of_units(arms, partial(_predictions, result)))
+    arms = (*result.arms, *result.smaller)
+    found: dict[str, tuple[tuple[str, ...], _Cells]] = {
+        "curves": (
+            tuple(item.name for item in fields(CurvePoint)),
+            lambda _, unit, found: map(asdict, found.curves),
+        ),
+        "drift": (
+            ("layer", "relative_distance"),
+            lambda _, unit, found: _by_layer(found.drift, "relative_distance"),
+        ),
+        "similarity": (
+            ("layer", "linear_cka"),
+            lambda _, unit, found: _by_layer(found.similarity, "linear_cka"),
+        ),
+        "units": (("key", "seconds", "nested", "temperature", "chosen"), _about_unit),
+    }
+    for name, (more, cells) in found.items():
+        write_csv(folder / f"{name}.csv", (*_UNIT, *more), _of_units(arms, cells))
 
 
 def _result_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
@@ -282,92 +228,41 @@ def _number(value: float | None) -> str:
     return f"{value:.6g}" if abs(value) > 1e-12 else "0"  # else a sum that should be zero says 4e-16
 
 
-def _prediction_rows(
-    result: ComparisonResult, arms: Sequence[ArmResult], names: Sequence[str], readers: Sequence[str]
-) -> Iterator[dict[str, Any]]:
-    """Probabilities are calibrated where the inner folds gave a temperature, which stands beside them."""
-    place = {slide: number for number, slide in enumerate(result.slides)}
+def _of_units(arms: Iterable[ArmResult], cells: _Cells) -> Iterator[dict[str, Any]]:
+    """Yields the rows of every unit, each with the cells that name the unit."""
     for arm in arms:
         for unit, found in arm.units:
-            for prediction in found.predictions:
-                number = place[prediction.slide_id]
-                row = arm.probabilities[unit.fold.repeat, number]
-                readings = ["" if grade < 0 else int(grade) for grade in result.readings[number]]
-                yield {
-                    "arm": arm.arm,
-                    "train_slides": arm.n_slides,
-                    "repeat": unit.fold.repeat,
-                    "fold": unit.fold.name,
-                    "slide_id": prediction.slide_id,
-                    "patient_id": prediction.patient_id,
-                    "site": result.site_of[number],
-                    "scanner": result.scanner_of[number],
-                    "grade": prediction.grade,
-                    **dict(zip(readers, readings, strict=True)),
-                    "predicted_grade": int(row.argmax()),
-                    **{name: f"{value:.7f}" for name, value in zip(names, row, strict=True)},
-                    "expected_grade": f"{sum(grade * value for grade, value in enumerate(row)):.5f}",
-                    "temperature": f"{found.temperature:.5g}",
-                }
+            start = (arm.arm, arm.n_slides, unit.fold.repeat, unit.fold.name)
+            yield from (dict(zip(_UNIT, start, strict=True)) | row for row in cells(arm, unit, found))
 
 
-def _units(result: ComparisonResult) -> Iterator[tuple[dict[str, Any], Unit, UnitResult]]:
-    """Every unit, with the cells that begin its rows."""
-    for arm in (*result.arms, *result.smaller):
-        for unit, found in arm.units:
-            fold = {"repeat": unit.fold.repeat, "fold": unit.fold.name}
-            yield {"arm": arm.arm, "train_slides": arm.n_slides, **fold}, unit, found
-
-
-def _curve_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
-    for about, _, found in _units(result):
-        yield from ({**about, **asdict(point)} for point in found.curves)
-
-
-def _drift_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
-    for about, _, found in _units(result):
-        for layer, distance in found.drift.items():
-            yield {**about, "layer": layer, "relative_distance": _number(distance)}
-
-
-def _similarity_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
-    for about, _, found in _units(result):
-        for layer, value in found.similarity.items():
-            yield {**about, "layer": layer, "linear_cka": _number(value)}
-
-
-def _unit_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
-    for about, unit, found in _units(result):
+def _predictions(
+    result: ComparisonResult, arm: ArmResult, unit: Unit, found: UnitResult
+) -> Iterator[dict[str, Any]]:
+    """Yields probabilities, calibrated where the inner folds gave a temperature, which stands beside them."""
+    place = {slide: number for number, slide in enumerate(result.slides)}
+    for prediction in found.predictions:
+        number = place[prediction.slide_id]
+        row = arm.probabilities[unit.fold.repeat, number]
+        readings = enumerate(result.readings[number].tolist(), 1)
         yield {
-            **about,
-            "key": unit.key,
-            "seconds": found.seconds,
-            "nested": found.nested,
-            "temperature": found.temperature,
-            "chosen": "" if found.chosen is None else json.dumps(found.chosen),
+            "slide_id": prediction.slide_id,
+            "patient_id": prediction.patient_id,
+            "site": result.site_of[number],
+            "scanner": result.scanner_of[number],
+            "grade": prediction.grade,
+            **{f"grade_reader{reader}": "" if grade < 0 else grade for reader, grade in readings},
+            "predicted_grade": int(row.argmax()),
+            **{f"probability_{grade}": f"{value:.7f}" for grade, value in enumerate(row)},
+            "expected_grade": f"{sum(grade * value for grade, value in enumerate(row)):.5f}",
+            "temperature": f"{found.temperature:.5g}",
         }
 
 
-def _write(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Whole or not at all: a reader may look while the next run writes."""
-    partial = path.with_suffix(".tmp")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            cells = {name: "" if value is None else _safe_cell(value) for name, value in row.items()}
-            writer.writerow(cells)
-    partial.rename(path)
+def _by_layer(values: Mapping[str, float], name: str) -> list[dict[str, Any]]:
+    return [{"layer": layer, name: _number(value)} for layer, value in values.items()]
 
 
-def _safe_cell(value: Any) -> Any:
-    """Keeps a spreadsheet from running text that came from outside as a formula."""
-    return safe_cell(value) if isinstance(value, str) and not _is_number(value) else value
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+def _about_unit(_: ArmResult, unit: Unit, found: UnitResult) -> list[dict[str, Any]]:
+    about = {name: getattr(found, name) for name in ("seconds", "nested", "temperature")}
+    return [{"key": unit.key, **about, "chosen": None if found.chosen is None else json.dumps(found.chosen)}]

@@ -21,7 +21,9 @@ from slidetl.compare.aggregate import ComparisonResult, combine
 from slidetl.compare.config import Arm, Comparison, Groups, Permutations, Primary, Sizes
 from slidetl.compare.plan import Unit, cases_of
 from slidetl.compare.records import CurvePoint, UnitResult
-from slidetl.compare.report.page import write_report
+from slidetl.compare.report.page import document_of, write_report
+from slidetl.compare.report.tables import tables_of
+from slidetl.compare.report.view import View
 from slidetl.compare.tables import write_tables
 from slidetl.data.manifest import ManifestRow
 from slidetl.data.study import CachedSlide, Study
@@ -376,9 +378,11 @@ def test_images_lie_in_the_page_and_their_texts_say_the_numbers(whole: tuple[Com
     forest = (folder / "figures" / "forest.svg").read_bytes()
     assert page.images[0]["src"] == "data:image/svg+xml;base64," + base64.b64encode(forest).decode()
     qwk = result.arms[0].figures["qwk"].estimate
-    assert f"{result.arms[0].arm} {qwk:.2f} [" in page.images[0]["alt"]
-    counts = ", ".join(" ".join(map(str, row)) for row in result.arms[0].confusion)
-    assert counts in page.images[1]["alt"]
+    assert f"{result.arms[0].arm}: {qwk:.2f} [" in page.images[0]["alt"]
+    counts = " | ".join(
+        ", ".join(map(str, (grade, *row))) for grade, row in enumerate(result.arms[0].confusion)
+    )
+    assert f"warm: {counts}; " in page.images[1]["alt"]
     assert all(len(image["alt"]) > 60 for image in page.images)
 
 
@@ -399,14 +403,15 @@ def test_the_page_reaches_for_nothing_outside(whole: tuple[ComparisonResult, Pat
 def test_equal_results_give_an_equal_page(whole: tuple[ComparisonResult, Path], tmp_path: Path) -> None:
     result, folder = whole
     write_report(result, tmp_path)
-    assert (tmp_path / "report.html").read_bytes() == (folder / "report.html").read_bytes()
+    for path in (folder / "report.html", folder / "report.md", *(folder / "figures").iterdir()):
+        assert (tmp_path / path.relative_to(folder)).read_bytes() == path.read_bytes()
 
 
 def test_what_comes_from_outside_is_escaped(tmp_path: Path) -> None:
     result = invented(
         20,
         sites=(HOSTILE, "$x_1$</table>"),
-        grades=["none", HOSTILE, "$2$", "much", "all"],
+        grades=["none", HOSTILE, "$\\frac", "一", "all"],  # no formula; a letter that the font lacks
         repeats=1,
         sizes=(),
         nested=False,
@@ -628,13 +633,13 @@ def test_the_ceiling_is_that_of_the_labels(whole: tuple[ComparisonResult, Path],
     assert result.ceiling is not None
     consensus = (result.readings.sum(axis=1) + 1) // 2
     page = written(replace(result, true=consensus), tmp_path)
-    assert f"leaves {result.ceiling.consensus_qwk:.2f} to be reached" in page.images[0]["alt"]
+    assert f"limits it to about {result.ceiling.consensus_qwk:.2f}." in page.images[0]["alt"]
     page = written(replace(result, true=4 - consensus), tmp_path)
-    assert f"leaves {result.ceiling.qwk:.2f} to be reached" in page.images[0]["alt"]
+    assert f"limits it to about {result.ceiling.qwk:.2f}." in page.images[0]["alt"]
     lower = result.readings.min(axis=1)  # between both readers' grades, and not always their rounded mean
     assert (lower != consensus).any() and (lower != result.readings[:, 0]).any()
     page = written(replace(result, true=lower), tmp_path)
-    assert f"leaves {result.ceiling.together_qwk:.2f} to be reached" in page.images[0]["alt"]
+    assert f"limits it to about {result.ceiling.together_qwk:.2f}." in page.images[0]["alt"]
 
 
 def test_arms_on_fewer_slides_are_compared_too(whole: tuple[ComparisonResult, Path], tmp_path: Path) -> None:
@@ -685,6 +690,26 @@ def test_two_groups_are_compared_by_every_arm_and_by_the_labels(tmp_path: Path) 
         if arm != "warm" and arm != "scratch":  # whose first table is that of the draws
             assert shown[1:3] == [f"{len(north)} and {len(south)}", as_shown(shift, "{:+.2f}")]
     assert "south minus north (by site)" in page.text["score"]
+
+
+def test_every_protocol_has_its_words(whole: tuple[ComparisonResult, Path]) -> None:
+    result = whole[0]
+    protocol = replace(result.comparison.protocol, leave_one_site_out=True, repeats=1, unit="slide")
+    comparison = replace(result.comparison, protocol=protocol, duplicates="join")
+    lacking = replace(result, comparison=comparison, primary=None, differences=(), site_in_embeddings={})
+    view = View(lacking, {})
+    document = document_of(view, tables_of(view), {})
+    text = " ".join(part for section in document.sections for part in section.parts if isinstance(part, str))
+    for words in (
+        "Each site in turn was the test part",
+        "Metrics are of 60 slides. Each",
+        "Slides that are the same, or slides that look alike counted as one patient's.",
+        "scratch is not complete, or there is no other arm",
+        "with one repeat, nor is the seed's share known",
+        "How well embeddings tell the site is not known",
+    ):
+        assert words in text
+    assert "only leave_one_site_out tells" not in text
 
 
 def test_a_given_split_has_a_single_fold(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_a_report_of_what_is_there_computes_nothing(
     arms = {"scratch": {"fit": SCRATCH}, "prior": {"baseline": "prior"}, "site": {"baseline": "site"}}
     words = ["compare", "--config", str(configuration(study, tmp_path, arms=arms)), "--report-only"]
     assert main([*words, "--output", str(tmp_path / "out")]) == 0
-    assert "incomplete: site, 0 of 2 units" in capsys.readouterr().out
+    assert "site (0 of 2 units)" in capsys.readouterr().out
     assert len(list((tmp_path / "out" / "units").glob("*/unit.json"))) == 6
     page = (tmp_path / "out" / "report.html").read_text()
     assert "This comparison is not finished" in page

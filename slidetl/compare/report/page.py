@@ -1,24 +1,33 @@
-"""A comparison as a page: the declared comparison first, then what it rests on, then what limits it."""
+"""Writes the report of a comparison from its words, tables and plots."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import replace
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
-from slidetl.compare.aggregate import ComparisonResult
-from slidetl.compare.report import models, study
-from slidetl.compare.report.html import Drawing, Section, write_experiment, write_markdown
-from slidetl.compare.report.plots import percent, spoken
-from slidetl.compare.report.view import View, p_is
-from slidetl.evaluation.bootstrap import Interval
+from jinja2 import Environment, StrictUndefined
 
-PAGE, TEXT, FIGURES_FOLDER = "report.html", "report.md", "figures"
+from slidetl.compare.aggregate import RISK, ComparisonResult
+from slidetl.compare.learning import PLATEAU
+from slidetl.compare.report.document import Document, Part, Plot, Section, as_text, write_html, write_markdown
+from slidetl.compare.report.plots import draw_all
+from slidetl.compare.report.tables import tables_of
+from slidetl.compare.report.view import NAMES, View
+from slidetl.compare.table import Table, format_cell, format_p, format_percent, format_range
+from slidetl.evaluation.conformal import REFERRAL_POINTS
+from slidetl.evaluation.confounding import SiteByGrade
+
+PAGE, TEXT, PLOTS_FOLDER = "report.html", "report.md", "figures"
 
 
 def write_report(result: ComparisonResult, output: Path, failed: Mapping[str, str] | None = None) -> None:
     """Writes ``report.html``, ``report.md``, ``figures/*.svg`` and ``*.png`` into the folder of a comparison.
 
-    The page needs no network and no other file. It says what is missing where arms are not complete; figures
+    The page needs no network and no other file. It names what is missing where arms are not complete; plots
     of an earlier report that this one has not are removed.
 
     Args:
@@ -29,94 +38,102 @@ def write_report(result: ComparisonResult, output: Path, failed: Mapping[str, st
     Raises:
         OSError: something cannot be written.
     """
-    view = View(result, output / FIGURES_FOLDER, failed or {})
-    primary = result.comparison.primary
-    sections = [
-        Section("arms", "The arms", study.arms(view)),
-        Section("protocol", "What was compared, and how", study.protocol(view)),
-        Section("others", f"All others against {primary.against}", study.others(view)),
-        Section("confusion", "Where the grades go", models.confusion(view)),
-        Section("learning", "Speed of learning", models.learning(view)),
-        Section("sizes", "Number of training slides", models.sizes(view)),
-        Section("calibration", "Do the probabilities mean what they say?", models.calibration(view)),
-        Section("referral", "Sets of grades, and what is left to a human", models.referral(view)),
-        Section("readers", "The readers", study.readers(view)),
-        Section("sites", "Sites and scanners", study.sites(view)),
-        Section("score", "The score: repeatability, and two groups", models.score(view)),
-        Section("power", "Variance and power", study.power(view)),
-        Section("layers", "What training changed, layer by layer", models.layers(view)),
-        Section("limits", "What this does not show", study.limits(view)),
-        Section("provenance", "Seeds, versions and files", study.provenance(view)),
-    ]
-    title = f"{primary.arm} against {primary.against}: a comparison of {len(view.arms)} arms"
-    notices, summary = _notices(view), _summary(view)
-    write_experiment(output / PAGE, title, notices, summary, sections)
-    write_markdown(output / TEXT, title, notices, summary, sections)
-    drawn = {part.path.stem for section in sections for part in section.parts if isinstance(part, Drawing)}
-    for old in view.folder.glob("*.svg"):
-        if old.stem not in drawn:
+    view, folder = View(result, failed or {}), output / PLOTS_FOLDER
+    tables = tables_of(view)
+    plots = draw_all(view, tables, folder)
+    document = document_of(view, tables, plots)
+    write_html(output / PAGE, document)
+    write_markdown(output / TEXT, document)
+    for old in folder.glob("*.svg"):
+        if old.stem not in plots:
             old.unlink()
             old.with_suffix(".png").unlink(missing_ok=True)
 
 
-def _notices(view: View) -> list[str]:
-    result = view.result
-    notices = []
-    if result.incomplete:
-        left = "; ".join(
-            f"{name} ({done} of {planned} units)" for name, (done, planned) in result.incomplete.items()
-        )
-        notices.append(
-            f"This comparison is not finished. Not complete, and in no figure below: {left}. The same "
-            "command goes on where it was ended."
-        )
-    known = {arm.arm for arm in result.arms}
-    left_out = [
-        name
-        for name in view.comparison.arms
-        if name not in known and not any(label.split(" (")[0] == name for label in result.incomplete)
-    ]
-    if left_out:
-        notices.append(f"Arms of the configuration that were not asked for: {', '.join(left_out)}.")
-    if view.failed:
-        label, reason = next(iter(view.failed.items()))
-        notices.append(f"{len(view.failed)} units failed, the first of them {label}: {reason}")
-    if not view.protocol.is_nested:
-        notices.append(
-            "Not nested: hyper-parameters and the number of epochs were fixed before, by whoever wrote the "
-            "configuration. If they were chosen on these slides, every figure here is too good."
-        )
-    return notices
+def describe(result: ComparisonResult) -> str:
+    """Formats the summary and the most important sections of the report for a terminal."""
+    view = View(result, {})
+    document = document_of(view, tables_of(view), {})
+    shown = {"protocol": str, "arms": Table, "others": Table, "sizes": Table, "readers": str, "power": Table}
+    parts: list[str | Table] = [*document.summary]
+    for section in document.sections:
+        if section.anchor in shown:
+            parts += [
+                part
+                for part in section.parts
+                if not isinstance(part, Plot) and isinstance(part, shown[section.anchor])
+            ]
+    return as_text([*parts, *document.notices])
 
 
-def _summary(view: View) -> list[str]:
-    primary, declared = view.comparison.primary, view.result.primary
-    if declared is None:
-        return [
-            f"The comparison declared beforehand, {primary.arm} against {primary.against} by {view.name}, is "
-            "not complete yet."
-        ]
-    of = {arm.arm: arm for arm in view.arms}
-    one, other = of[declared.arm].figures[primary.figure], of[declared.against].figures[primary.figure]
-    apart = _excludes_zero(declared.interval)
-    lower = primary.figure in ("mae", "rps", "log_loss")
-    verdict = (
-        "The interval contains zero: these patients do not settle which is better."
-        if not apart
-        else f"The interval excludes zero, in favour of "
-        f"{declared.arm if (declared.interval.estimate > 0) != lower else declared.against}."
+def document_of(view: View, tables: Mapping[str, Table], plots: Mapping[str, Plot]) -> Document:
+    """Fills ``templates/report.txt``, whose first lines describe its form.
+
+    Each block is a template of its own, so that no value can begin another block.
+
+    Args:
+        view: the comparison.
+        tables: of :func:`~slidetl.compare.report.tables.tables_of`; one without rows is left out.
+        plots: of :func:`~slidetl.compare.report.plots.draw_all`; one that is missing is left out.
+    """
+    # no autoescape: the writers of a document escape, each in its own way
+    environment = Environment(undefined=StrictUndefined, autoescape=False)
+    environment.filters |= {
+        "cell": format_cell,
+        "p": format_p,
+        "percent": format_percent,
+        "range": format_range,
+        "linked": _linked,
+    }
+    level = view.serious[0].referral.level
+    values: dict[str, Any] = {
+        "view": view,
+        "result": view.result,
+        "comparison": view.comparison,
+        "protocol": view.protocol,
+        "primary": view.comparison.primary,
+        "tables": tables,
+        "names": NAMES,
+        "plateau": f"{PLATEAU:g}",
+        "risk": RISK,
+        # that so many patients, all graded right, can show at one of the curve's points
+        "least_risk": 1 - ((1 - level) / REFERRAL_POINTS) ** (1 / view.n_patients),
+    }
+
+    def say(template: str) -> str:
+        text = environment.from_string(template).render(values)
+        return re.sub(r"[ \n]+", " ", text).strip(" ")
+
+    title, notices, summary = "", [], []
+    sections: list[tuple[str, str, list[Part]]] = []
+    source = (resources.files(__package__) / "templates" / "report.txt").read_text(encoding="utf-8")
+    for block in re.split(r"\n\n+", source):
+        kind, _, rest = block.partition(" ")
+        if kind in ("@table", "@plot"):
+            name, _, words = rest.partition(" ")
+            part = tables[name] if kind == "@table" else plots.get(name)
+            if part is not None and (isinstance(part, Plot) or len(part.rows)):
+                about, _, note = words.partition("//")
+                sections[-1][2].append(replace(part, title=say(about), note=say(note)))
+        elif kind == "#":
+            title = say(rest)
+        elif kind == "##":
+            anchor, _, heading = rest.partition(" | ")
+            sections.append((anchor, say(heading), []))
+        elif text := say(block.removeprefix("> ")):
+            if block.startswith("> "):
+                notices.append(text)
+            elif sections:
+                sections[-1][2].append(text)
+            else:
+                summary.append(text)
+    return Document(
+        title, tuple(notices), tuple(summary), tuple(Section(a, h, tuple(p)) for a, h, p in sections)
     )
-    tests = [f"sign-flip test over patients {p_is(declared.sign_flip.p)}"]
-    if declared.corrected_t is not None:
-        tests.append(f"corrected resampled t over folds {p_is(declared.corrected_t.p)}")
-    return [
-        f"Difference in {view.name}, {declared.arm} minus {declared.against}: "
-        f"{spoken(declared.interval, signed=True)}, paired over {view.n_results}. {verdict}",
-        f"{declared.arm} reaches {spoken(one)} and {declared.against} {spoken(other)}, with "
-        f"{percent(one.level)} intervals. This comparison was declared before anything ran. Secondary tests "
-        f"of the same difference: {'; '.join(tests)}.",
-    ]
 
 
-def _excludes_zero(interval: Interval) -> bool:
-    return interval.low > 0 or interval.high < 0
+def _linked(found: SiteByGrade) -> str:
+    """Says how strongly site, or scanner, and grade hang together."""
+    if found.cramers_v is None or found.p is None:
+        return ""
+    return f"Cramér's V {found.cramers_v:.2f}, permutation {format_p(found.p)}."

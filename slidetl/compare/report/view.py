@@ -1,19 +1,18 @@
-"""A comparison as its page sees it: arms in order, with a look each, and how figures are written."""
+"""Orders the results of a comparison for its report."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from slidetl.compare.aggregate import ArmResult, ComparisonResult
 from slidetl.compare.config import Comparison, Figure
-from slidetl.compare.report.plots import Look, looks_of
-from slidetl.evaluation.bootstrap import Interval
+from slidetl.compare.learning import CurveFigure, Learning, equal_epochs, learning_of
+from slidetl.compare.table import format_number
 from slidetl.evaluation.protocol import Protocol
 
 NAMES: dict[Figure, str] = {
@@ -23,99 +22,184 @@ NAMES: dict[Figure, str] = {
     "rps": "RPS",
     "log_loss": "Log loss",
 }
-NONE = "–"
+# Okabe and Ito, "Color universal design" (2008), without yellow, which is too pale for lines.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_LINES = ("-", (0, (5, 1.5)), (0, (1, 1)))
+GREY = "#7A828B"
+
+
+@dataclass(frozen=True)
+class Look:
+    """Colour, marker and line of an arm, the same in every plot."""
+
+    colour: str
+    marker: str
+    line: Any
+
+
+def looks_of(arms: Sequence[str], trivial: Sequence[str] = ()) -> dict[str, Look]:
+    """Gives each arm its look; the trivial ones are grey.
+
+    Args:
+        arms: all of them, the most important first.
+        trivial: those that every other arm must beat.
+    """
+    looks = {}
+    for number, arm in enumerate(arm for arm in arms if arm not in trivial):
+        turn = number // len(_COLOURS)
+        marker = _MARKERS[(number + turn) % len(_MARKERS)]
+        looks[arm] = Look(_COLOURS[number % len(_COLOURS)], marker, _LINES[turn % len(_LINES)])
+    for number, arm in enumerate(arm for arm in arms if arm in trivial):
+        looks[arm] = Look(GREY, _MARKERS[number % len(_MARKERS)], _LINES[2])
+    return looks
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """What all sections of the page share.
+    """A comparison in the order of its report.
 
     Attributes:
-        result: all figures.
-        folder: for drawings.
-        failed: why units failed, by their labels.
+        result: all results.
+        failed: reasons of failed units, by their labels.
     """
 
     result: ComparisonResult
-    folder: Path
     failed: Mapping[str, str]
 
     @property
     def comparison(self) -> Comparison:
-        """As configured."""
+        """The configuration."""
         return self.result.comparison
 
     @property
     def protocol(self) -> Protocol:
-        """How it was split."""
+        """The splits."""
         return self.result.comparison.protocol
 
     @cached_property
     def trivial(self) -> tuple[str, ...]:
-        """Arms that anything must beat."""
+        """Names of the arms that every other arm must beat."""
         return tuple(name for name, arm in self.comparison.arms.items() if arm.baseline is not None)
 
     @cached_property
     def arms(self) -> tuple[ArmResult, ...]:
-        """Complete ones: those of the primary comparison first, the trivial ones last."""
-        primary = self.comparison.primary
-        first = {primary.arm: 0, primary.against: 1}
+        """Complete arms: those of the primary comparison first, the trivial ones last."""
+        first = {self.comparison.primary.arm: 0, self.comparison.primary.against: 1}
         return tuple(
             sorted(self.result.arms, key=lambda arm: (first.get(arm.arm, 2), arm.arm in self.trivial))
         )
 
     @cached_property
     def serious(self) -> tuple[ArmResult, ...]:
-        """Those that are not trivial; all of them where there is no other."""
+        """Arms that are not trivial; all arms where there is no other."""
         return tuple(arm for arm in self.arms if arm.arm not in self.trivial) or self.arms
 
     @cached_property
+    def absent(self) -> tuple[str, ...]:
+        """Arms of the configuration of which no unit was planned."""
+        known = {arm.arm for arm in self.result.arms}
+        known |= {label.split(" (")[0] for label in self.result.incomplete}
+        return tuple(name for name in self.comparison.arms if name not in known)
+
+    @cached_property
     def looks(self) -> dict[str, Look]:
-        """How each arm is drawn."""
-        return looks_of([arm.arm for arm in self.arms], self.trivial)
+        """Look of each arm, those on fewer slides included."""
+        names = dict.fromkeys(arm.arm for arm in (*self.arms, *self.result.smaller))
+        return looks_of(list(names), self.trivial)
+
+    @cached_property
+    def curves(self) -> dict[str, Learning]:
+        """Learning curves of the arms that have epochs."""
+        found = {arm.arm: learning_of(self.comparison, arm) for arm in self.serious}
+        return {name: curve for name, curve in found.items() if curve is not None}
+
+    @cached_property
+    def epochs(self) -> list[int]:
+        """Epochs at which all learning curves are compared."""
+        return equal_epochs(list(self.curves.values()))
 
     @property
-    def name(self) -> str:
-        """Of the figure of the primary comparison."""
+    def learned(self) -> tuple[CurveFigure, CurveFigure]:
+        """Metrics of the learning curves, that of the primary comparison first if it is one of them."""
+        is_accuracy = self.comparison.primary.figure == "accuracy"
+        return ("accuracy", "qwk") if is_accuracy else ("qwk", "accuracy")
+
+    @property
+    def gap(self) -> str:
+        """Difference of the declared arms by epochs, in words; empty where one has none."""
+        primary = self.comparison.primary
+        if not {primary.arm, primary.against} <= set(self.curves):
+            return ""
+        metric, one, other = self.learned[0], self.curves[primary.arm], self.curves[primary.against]
+        gaps = [
+            f"{format_number(one.mean(metric, n) - other.mean(metric, n), '+.2f')} after {n}"
+            for n in self.epochs
+        ]
+        ends = one.plateau(metric), other.plateau(metric)
+        plateau = format_number(one.mean(metric, ends[0]) - other.mean(metric, ends[1]), "+.2f")
+        return (
+            f"{', '.join(gaps)} epochs; each at its own plateau, after {ends[0]} and {ends[1]} epochs, "
+            f"{plateau}. Means over {one.trainings} trainings"
+        )
+
+    @property
+    def metric(self) -> str:
+        """Name of the metric of the primary comparison."""
         return NAMES[self.comparison.primary.figure]
 
     @property
-    def n_grades(self) -> int:
-        """K."""
-        return len(self.comparison.grades)
+    def better(self) -> str:
+        """The arm that the declared comparison favours; empty where its interval contains zero."""
+        declared = self.result.primary
+        if declared is None or declared.interval.low <= 0 <= declared.interval.high:
+            return ""
+        lower = declared.figure in ("mae", "rps", "log_loss")
+        return declared.arm if (declared.interval.estimate > 0) != lower else declared.against
+
+    @cached_property
+    def limit(self) -> float | None:
+        """Limit of the primary metric by the readers' noise; None where it is not known."""
+        found, name = self.result.ceiling, self.comparison.primary.figure
+        if found is None or name not in ("qwk", "accuracy"):
+            return None
+        kind = {"consensus": "consensus_", "together": "together_"}.get(self.labels, "")
+        return float(getattr(found, kind + name))
+
+    @cached_property
+    def labels(self) -> str:
+        """Kind of the labels: ``single`` reader's, ``consensus`` or ``together`` of two; or ``unknown``."""
+        both = (self.result.readings[:, :2] >= 0).all(axis=1)
+        readings, labels = self.result.readings[both, :2], self.result.true[both]
+        if (readings == labels[:, None]).all(axis=0).any():
+            return "single"
+        if np.array_equal((readings.sum(axis=1) + 1) // 2, labels):
+            return "consensus"
+        between = (readings.min(axis=1) <= labels) & (labels <= readings.max(axis=1))
+        return "together" if between.all() else "unknown"
+
+    @property
+    def one_scanner_each(self) -> bool:
+        """Whether every site has one scanner of its own."""
+        sites, scanners = self.result.site_of, self.result.scanner_of
+        return len(set(zip(sites, scanners, strict=True))) == len(set(sites)) == len(set(scanners))
 
     @property
     def n_patients(self) -> int:
-        """Whose slides were tested."""
+        """Number of patients with tested slides."""
         return len(set(self.result.patients.tolist()))
 
     @property
+    def n_sites(self) -> int:
+        """Number of sites, slides without one apart."""
+        return len(set(self.result.site_of) - {""})
+
+    @property
     def unit(self) -> str:
-        """What one result is."""
+        """The unit of one result."""
         return "slide" if self.protocol.unit == "slide" else "patient"
 
     @property
-    def n_results(self) -> str:
-        """How many results the figures are of, in words."""
-        return f"{len(self.arms[0].results.true)} {self.unit}s"
-
-
-def p_value(value: float) -> str:
-    """To three digits."""
-    return f"{value:.3f}" if value >= 0.0005 else "< 0.001"
-
-
-def p_is(value: float) -> str:
-    """The same within a sentence: ``p = 0.023``, ``p < 0.001``."""
-    return f"p = {value:.3f}" if value >= 0.0005 else "p < 0.001"
-
-
-def three(interval: Interval) -> str:
-    """An interval to three digits, for figures that are small."""
-    return f"{interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
-
-
-def span(values: Sequence[int] | NDArray[np.int64]) -> str:
-    """From the least to the greatest."""
-    low, high = min(values), max(values)
-    return str(low) if low == high else f"{low} to {high}"
+    def units(self) -> str:
+        """The heading of a number of results."""
+        return f"{self.unit.capitalize()}s"
