@@ -326,12 +326,6 @@ class Pretrained:
     lineage: tuple[str, ...]
 
 
-def find_weights(spec: BackboneSpec) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
-    """Weights and normalisation of :func:`read_pretrained`."""
-    found = read_pretrained(spec)
-    return found.weights, found.normalisation
-
-
 def read_pretrained(spec: BackboneSpec) -> Pretrained:
     """Finds the pretrained weights that a specification names.
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from slidetl.data.datasets import Bag
 from slidetl.models.aggregators import GatedAttention
-from slidetl.models.backbones import Backbone, BackboneSpec, find_weights
+from slidetl.models.backbones import Backbone, BackboneSpec, read_pretrained
 from slidetl.models.heads import CumulativeLink
 from slidetl.models.network import GradingNetwork
 from slidetl.models.penalties import Seen, recorded
@@ -211,7 +211,7 @@ class StrategyContract:
 
 def is_pretrained(backbone: Backbone, keys: list[str] | None = None) -> dict[str, bool]:
     """Whether each entry of the state is that of the pretrained weights."""
-    weights, _ = find_weights(backbone.spec)
+    weights = read_pretrained(backbone.spec).weights
     state = backbone.net.state_dict()
     return {
         key: state[key].shape == weights[key].shape and torch.equal(state[key], weights[key]) for key in state

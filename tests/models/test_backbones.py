@@ -17,8 +17,8 @@ from slidetl.errors import UsageError, WeightsError
 from slidetl.models.backbones import (
     Backbone,
     BackboneSpec,
-    find_weights,
     local_weights,
+    read_pretrained,
     weights_sha256,
 )
 from slidetl.models.weights import BUNDLED
@@ -66,7 +66,7 @@ def test_bundled_weights_are_small_carded_and_load() -> None:
 def test_imagenet_weights_load_with_strict_keys_and_know_a_palace(test_data: Path) -> None:
     path = test_data / "weights" / "mobilenetv2_100.imagenet.safetensors"
     spec = BackboneSpec("mobilenetv2_100", str(path))
-    weights, _ = find_weights(spec)
+    weights = read_pretrained(spec).weights
     whole = timm.create_model("mobilenetv2_100").eval()
     whole.load_state_dict(weights, strict=True)
     picture = Image.fromarray(load_sample_image("china.jpg"))

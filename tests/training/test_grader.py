@@ -18,7 +18,7 @@ from slidetl.cli import main
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.errors import CheckpointError
 from slidetl.evaluation.metrics import grade_metrics
-from slidetl.models.backbones import BackboneSpec, find_weights, weights_sha256
+from slidetl.models.backbones import BackboneSpec, read_pretrained, weights_sha256
 from slidetl.training.checkpoint import load_grader, read_checkpoint
 from slidetl.training.predictions import read_predictions
 from tests.conftest import Study
@@ -161,7 +161,7 @@ def test_evaluation_in_chunks_is_evaluation_at_once(study: Study, trained: Path,
 
 def test_stored_batch_statistics_stay_as_they_are(trained: Path) -> None:
     grader = load_grader(trained / "logs" / "version_0" / "checkpoints" / "last.ckpt")
-    weights, _ = find_weights(grader.network.backbone.spec)
+    weights = read_pretrained(grader.network.backbone.spec).weights
     state = grader.network.backbone.net.state_dict()
     running = [key for key in weights if "running_" in key]
     assert running and all(torch.equal(state[key], weights[key]) for key in running)
@@ -263,7 +263,7 @@ def test_penalties_are_logged_and_the_reference_is_held_to_its_hash(
     study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = tmp_path / "weights.pth"
-    state, _ = find_weights(BackboneSpec())
+    state = read_pretrained(BackboneSpec()).weights
     torch.save(state, weights)
     options = [
         *study.options(tmp_path),
@@ -324,7 +324,7 @@ def test_head_first_leaves_the_backbone_alone_in_the_first_epoch(study: Study, t
         "--model.transfer.head_first_epochs=1",
         "--checkpoint.save_top_k=-1",
     ]
-    weights, _ = find_weights(BackboneSpec())
+    weights = read_pretrained(BackboneSpec()).weights
     for epochs, moved in ((1, False), (2, True)):
         root = tmp_path / str(epochs)
         assert main(["fit", *study.options(root), *options, f"--trainer.max_epochs={epochs}"]) == 0

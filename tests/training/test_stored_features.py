@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from slidetl.cli import main
-from slidetl.models.backbones import BackboneSpec, find_weights
+from slidetl.models.backbones import BackboneSpec, read_pretrained
 from slidetl.training.checkpoint import load_grader, read_checkpoint
 from slidetl.training.predictions import read_predictions
 from tests.conftest import Study
@@ -58,7 +58,7 @@ def test_fresh_tiles_train_the_backbone_beside_stored_ones(embedded: Study, tmp_
     losses, _ = fit_and_test(embedded, tmp_path, "--data.features=plain", guided, every)
     assert len(losses) == 2
     last = tmp_path / "logs" / "version_0" / "checkpoints" / "last.ckpt"
-    state, (weights, _) = load_grader(last).state_dict(), find_weights(BackboneSpec())
+    state, weights = load_grader(last).state_dict(), read_pretrained(BackboneSpec()).weights
     assert not torch.equal(state["network.backbone.net.conv_stem.weight"], weights["conv_stem.weight"])
     attention = read_checkpoint(last)["SlideDataModule"]["attention"]
     assert attention.sum().item() == pytest.approx(10, rel=1e-4)  # ten training slides, one each
@@ -68,7 +68,7 @@ def test_features_of_other_weights_are_refused(
     embedded: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = tmp_path / "weights.pth"
-    state, _ = find_weights(BackboneSpec())
+    state = read_pretrained(BackboneSpec()).weights
     state["conv_stem.weight"] += 1e-3
     torch.save(state, weights)
     options = [*embedded.options(tmp_path), "--data.features=plain", "--trainer.max_epochs=1"]
@@ -90,7 +90,7 @@ def test_a_training_goes_on_with_the_features_that_it_began_with(
     last = tmp_path / "logs" / "version_0" / "checkpoints" / "last.ckpt"
     resume = ["fit", *options, "--trainer.max_epochs=2", f"--ckpt_path={last}"]
     assert main(resume) == 0  # the backbone has moved since
-    state, _ = find_weights(BackboneSpec())
+    state = read_pretrained(BackboneSpec()).weights
     state["conv_stem.weight"] += 1e-3
     torch.save(state, tmp_path / "weights.pth")
     again = ["--name", "plain", "--pretrained", str(tmp_path / "weights.pth"), "--overwrite"]
