@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 SUMMARY = (
     "A library of models, to build on each other's: a folder, or anything that fsspec reaches (file://, "
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_place(listing, "--from", _OR_PULLED)
 
-    show = _add_action(actions, "show", _show, "Print a model's card as Markdown.")
+    show = _add_action(actions, "show", _show, "Print a model's card.")
     _add_name(show)
     _add_place(show, "--from", _OR_PULLED)
 
@@ -83,7 +85,7 @@ def _publish(options: argparse.Namespace) -> int:
 
     name = getattr(options, "name", options.model.stem)
     library = Library(_place(options, "--to"))
-    entry = library.publish(
+    card = library.publish(
         options.model,
         name,
         description=" ".join(options.description.split()),
@@ -92,9 +94,9 @@ def _publish(options: argparse.Namespace) -> int:
         trusted=options.trust,
     )
     print(f"{name}: published; 'slidetl zoo pull {name} --from {library.url}' gets it")
-    print(f"sha256 of its card {entry.card_sha256}")
+    print(f"sha256 of its card {card.sha256}")
     for key, flag in (("description", "--description"), ("intended_use", "--intended-use")):
-        if not getattr(entry.card, key):
+        if not getattr(card, key):
             print(
                 f"slidetl: warning: its card has no {key.replace('_', ' ')}; {flag} gives one",
                 file=sys.stderr,
@@ -122,7 +124,7 @@ def _list(options: argparse.Namespace) -> int:
     names = library.names()
     for name in names:
         try:
-            card = library.read(name).card
+            card = library.read(name)
         except SlidetlError as error:  # one of them stops neither the list nor its reader
             table.add_row(name, "", "", "", "", "", str(error))
             damaged += 1
@@ -147,9 +149,9 @@ def _list(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     from slidetl.publish.library import Library
 
-    entry = Library(_place(options, "--from", pulled=True)).read(options.name)
-    print(entry.card.to_markdown())
-    print(f"sha256 of the card {entry.card_sha256}")
+    card = Library(_place(options, "--from", pulled=True)).read(options.name)
+    print(_yaml(json.loads(card.to_bytes())), end="")
+    print(f"sha256 of the card {card.sha256}")
     return 0
 
 
@@ -170,8 +172,7 @@ def _use(options: argparse.Namespace) -> int:
     path = pulled_file(options.name, MODEL)
     pulled_file(options.name, WEIGHTS)
     print(f"grade slides:\n  slidetl grade {path} SLIDE ...\nbegin a training from it, in its configuration:")
-    for line in card.pretrained_lines():
-        print(f"  {line}")
+    print(_yaml({"model": {"backbone": card.backbone()}}), end="")
     return 0
 
 
@@ -209,3 +210,12 @@ def _place(options: argparse.Namespace, flag: str, pulled: bool = False) -> str:
     if not place:
         raise UsageError(f"no library is named; give {flag} DIR_OR_URL, or set SLIDETL_ZOO")
     return place
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    import yaml
+
+    text: str = yaml.safe_dump(
+        values, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110
+    )
+    return text

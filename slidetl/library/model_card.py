@@ -1,17 +1,21 @@
-"""What a model says of itself: what it was trained on, how well it does, and what it has to be given."""
+"""The card of a model: its training, its evidence, and the input it takes."""
 
 from __future__ import annotations
 
-import json
-import math
+import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Self
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
 
 from slidetl.errors import ModelFileError, UsageError
+from slidetl.library.fields import MAX_CARD_BYTES, check_fields, from_json, to_json
 from slidetl.tiles.grid import TileSpec
 
-FORMAT_VERSION = 3
+METADATA = "slidetl.json"
+"""The file name of the card inside a model file, under ``_extra_files``."""
+
+_ARCHITECTURE = {"name", "in_channels", "gated_mlp", "layer_scale"}
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,9 @@ class TrainingData:
     stains: tuple[str, ...]
     least_tissue_mm2: float
     fingerprint: str
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,8 @@ class Evidence:
     predictions_sha256: str
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature > 0 and 0 < self.coverage < 1):
+        check_fields(self)
+        if not (self.temperature > 0 and 0 < self.coverage < 1):
             raise UsageError(
                 f"expected a temperature above 0 and a coverage between 0 and 1, "
                 f"not {self.temperature}, {self.coverage}"
@@ -98,61 +106,55 @@ class ModelCard:
     training: TrainingData | None = None
     evidence: Evidence | None = None
     novelty_limit: float | None = None
-    lineage: tuple[str, ...] = field(default=())
+    lineage: tuple[str, ...] = ()
 
-    def to_dict(self) -> dict[str, Any]:
-        """The card as plain values, format version included."""
-        values = {**asdict(self), "tile_spec": self.tile_spec.to_dict(), "format_version": FORMAT_VERSION}
-        plain: dict[str, Any] = json.loads(json.dumps(values))  # tuples to lists, once and for all
-        return plain
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if len(self.grades) < 2:
+            raise UsageError(f"grades: expected at least two, found {self.grades!r:.100}")
+        if not {"name"} <= self.architecture.keys() <= _ARCHITECTURE:
+            raise UsageError(
+                f"architecture: expected {sorted(_ARCHITECTURE)}, found {self.architecture!r:.200}"
+            )
 
     def to_json(self) -> str:
-        """The card as it stands in the file."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Inverse of :meth:`to_dict`.
-
-        Raises:
-            ModelFileError: it says something else.
-        """
-        try:
-            rest = dict(values)
-            version = rest.pop("format_version")
-            if version != FORMAT_VERSION:
-                raise ModelFileError(
-                    f"expected a model file of format {FORMAT_VERSION}, found {version}; "
-                    "export the checkpoint again with this version of slidetl"
-                )
-            rest["tile_spec"] = TileSpec.from_dict(rest["tile_spec"])
-            if rest["training"] is not None:
-                rest["training"] = TrainingData(**_tuples(rest["training"]))
-            if rest["evidence"] is not None:
-                figures = {name: tuple(figure) for name, figure in rest["evidence"]["figures"].items()}
-                rest["evidence"] = Evidence(**{**rest["evidence"], "figures": figures})
-            missing = {entry.name for entry in fields(cls)} - rest.keys()
-            if missing:
-                raise KeyError(*missing)
-            return cls(**_tuples(rest))
-        except (AttributeError, KeyError, TypeError, UsageError) as error:
-            raise ModelFileError(f"not the metadata of a slidetl model: {error!r}") from error
+        """Returns the card as it stands in the file."""
+        return to_json(self)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Inverse of :meth:`to_json`.
+        """Inverts :meth:`to_json`.
 
         Raises:
-            ModelFileError: it says something else.
+            ModelFileError: the text is no card of this format.
+        """
+        return from_json(cls, text)
+
+    @classmethod
+    def of_file(cls, path: Path) -> Self:
+        """Reads the card inside a model file, which is not run.
+
+        Raises:
+            ModelFileError: not a model file of slidetl, or damaged, or it would grow when it is unpacked
+                (TorchScript stores everything as it is).
         """
         try:
-            values = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise ModelFileError(f"not the metadata of a slidetl model: {error!r}") from error
-        if not isinstance(values, dict):
-            raise ModelFileError(f"not the metadata of a slidetl model: {type(values).__name__}")
-        return cls.from_dict(values)
-
-
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+            with zipfile.ZipFile(path) as archive:
+                parts = archive.infolist()
+                if (
+                    any(part.compress_type != zipfile.ZIP_STORED for part in parts)
+                    or sum(part.file_size for part in parts) > path.stat().st_size
+                ):
+                    raise ModelFileError(f"{path}: not a model file of slidetl: its parts are packed")
+                card = [part for part in parts if part.filename.endswith(f"/extra/{METADATA}")]
+                if len(card) != 1 or card[0].file_size > MAX_CARD_BYTES:
+                    raise ModelFileError(
+                        f"{path}: not a model file of slidetl: expected one {METADATA} of at most "
+                        f"{MAX_CARD_BYTES} bytes inside, found {len(card)}"
+                    )
+                text = archive.read(card[0]).decode()
+        except ModelFileError:
+            raise
+        except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError) as error:
+            raise ModelFileError(f"{path}: not a TorchScript file, or damaged: {error}") from error
+        return cls.from_json(text)

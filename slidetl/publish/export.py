@@ -15,11 +15,11 @@ import slidetl
 from slidetl.analysis.novelty import Familiar
 from slidetl.errors import ModelFileError
 from slidetl.library.local import file_sha256
-from slidetl.library.model_card import Evidence, ModelCard, TrainingData
+from slidetl.library.model_card import METADATA, Evidence, ModelCard, TrainingData
 from slidetl.library.trust import trust
 from slidetl.models.backbones import BackboneSpec, weights_sha256
 from slidetl.models.network import GradingNetwork
-from slidetl.publish.model_file import METADATA, load_model, without_deprecation
+from slidetl.publish.model_file import load_model, without_deprecation
 from slidetl.training.grader import SlideGrader
 
 # Greatest difference of a probability between the file and the networks it was made from. A bfloat16 has

@@ -7,7 +7,6 @@ Kept apart from :mod:`slidetl.publish.export`, since Lightning and timm are half
 from __future__ import annotations
 
 import warnings
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,9 +20,6 @@ from slidetl.library.local import file_sha256
 from slidetl.library.model_card import ModelCard
 from slidetl.library.trust import is_trusted
 from slidetl.models.backbones import weights_sha256
-
-METADATA = "slidetl.json"
-"""Name of the card inside the file, under ``_extra_files``."""
 
 
 @dataclass(frozen=True)
@@ -71,23 +67,18 @@ def load_model(path: Path, device: str = "cpu", trusted: bool = False) -> ModelF
     if not path.is_file():
         raise ModelFileError(f"{path}: no such model file; 'slidetl export' writes one")
     sha256 = file_sha256(path)
-    _check_archive(path)
+    card = ModelCard.of_file(path)
     if not trusted and not is_trusted(sha256):
         raise ModelFileError(
             f"{path}: not run, since a model file is a program and none with SHA-256 {sha256} was exported "
             "or pulled here; compare the hash with its sender's, then add --trust"
         )
-    extra = {METADATA: ""}
     try:
         with without_deprecation():
-            network = torch.jit.load(str(path), "cpu", _extra_files=extra)  # type: ignore[no-untyped-call]
+            network = torch.jit.load(str(path), "cpu")  # type: ignore[no-untyped-call]
     except (RuntimeError, ValueError) as error:
         first_line = next((line for line in str(error).splitlines() if line.strip()), "unreadable")
         raise ModelFileError(f"{path}: not a TorchScript file, or damaged: {first_line}") from error
-    if not extra[METADATA]:
-        raise ModelFileError(f"{path}: TorchScript, but not one of slidetl's files: no {METADATA} inside")
-    text = extra[METADATA]
-    card = ModelCard.from_json(text if isinstance(text, str) else bytes(text).decode())
     network.eval()
     if weights_sha256(network) != card.weights_sha256:
         raise ModelFileError(f"{path}: its weights do not match the hash inside; it is damaged, get it again")
@@ -98,18 +89,6 @@ def load_model(path: Path, device: str = "cpu", trusted: bool = False) -> ModelF
             f"device {device!r} cannot be used: {str(error).splitlines()[0]}; try cpu"
         ) from error
     return ModelFile(network, card, sha256, torch.device(device))
-
-
-def _check_archive(path: Path) -> None:
-    """Refuses an archive that would grow when it is unpacked; TorchScript stores everything as it is."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-            compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise ModelFileError(f"{path}: not a TorchScript file, or damaged: {error}") from error
-    if compressed or size > path.stat().st_size:
-        raise ModelFileError(f"{path}: not a model file of slidetl: its parts are packed")
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,9 @@ def test_the_way_of_a_model(library: Path, tmp_path: Path, capsys: pytest.Captur
 
     assert main(["zoo", "show", "lung-1", "--from", str(library)]) == 0
     shown = capsys.readouterr().out
-    assert shown.startswith((library / "lung-1" / "README.md").read_text()) and sha256 in shown
+    *card, last = shown.splitlines()
+    assert yaml.safe_load("\n".join(card)) == json.loads((library / "lung-1" / "card.json").read_text())
+    assert last == f"sha256 of the card {sha256}"
 
     assert main(["zoo", "pull", "lung-1", "--from", str(library), "--sha256", "0" * 64]) == 2
     assert "not the model that you were told of" in capsys.readouterr().err
@@ -66,7 +69,7 @@ def test_the_way_of_a_model(library: Path, tmp_path: Path, capsys: pytest.Captur
     assert pulled.endswith(used)
     file = tmp_path / "home" / "zoo" / "lung-1" / "model.pt"
     assert f"slidetl grade {file} " in used and load_model(file).card.members == 1
-    values = yaml.safe_load(used[used.index("  model:") :])
+    values = yaml.safe_load(used[used.index("model:") :])
     source = {"name": "mobilenetv3_small_050", "pretrained": "zoo://lung-1"}
     assert values == {"model": {"backbone": source}}
 
@@ -87,11 +90,10 @@ def test_one_damaged_entry_does_not_hide_the_others(
     library: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (library / "bad-1").mkdir()
-    (library / "bad-1" / "SHA256SUMS").write_text("")
-    (library / "bad-1" / "card.yaml").write_text("")
+    (library / "bad-1" / "card.json").write_text("")
     assert main(["zoo", "list", "--from", str(library)]) == 1
     listed = capsys.readouterr().out
-    assert "lung-1" in listed and "does not match its hash" in listed and "2 models" in listed
+    assert "lung-1" in listed and "not the card of a slidetl model" in listed and "2 models" in listed
 
 
 @pytest.mark.parametrize(

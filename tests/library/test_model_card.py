@@ -1,13 +1,16 @@
 from __future__ import annotations
 
-import json
+import zipfile
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from slidetl.errors import ModelFileError, UsageError
 from slidetl.library.model_card import Evidence, ModelCard, TrainingData
 from slidetl.tiles.grid import TileSpec
+from tests.library.test_fields import changed
 
 CARD = ModelCard(
     grades=("none", "mild", "severe"),
@@ -18,8 +21,6 @@ CARD = ModelCard(
     versions={"slidetl": "0"},
     weights_sha256="ab",
 )
-
-
 FULL = replace(
     CARD,
     members=5,
@@ -42,20 +43,35 @@ def test_impossible_evidence_is_refused(temperature: float, coverage: float) -> 
         Evidence(12, 10, {}, temperature, coverage, 0.4, "ef")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format_version": 3}', "{"])
-def test_something_else_is_refused(text: str) -> None:
-    with pytest.raises(ModelFileError, match="not the metadata of a slidetl model"):
-        ModelCard.from_json(text)
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"tile_spec__mpp": -1}, "mpp must be a positive number"),
+        ({"grades": ["only one"]}, "grades: expected at least two"),
+        ({"architecture": {"name": "x", "class_path": "os.system"}}, "architecture: expected"),
+        ({"architecture": {}}, "architecture: expected"),
+        ({"weights_sha256": None}, "weights_sha256"),
+        ({"training__slides": "many"}, "training.slides"),
+    ],
+)
+def test_what_no_model_can_be_is_refused(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ModelFileError, match=said):
+        ModelCard.from_json(changed(FULL.to_json(), **values).decode())
 
 
-def test_another_format_is_named() -> None:
-    values = json.loads(CARD.to_json()) | {"format_version": 99}
-    with pytest.raises(ModelFileError, match="expected a model file of format 3, found 99"):
-        ModelCard.from_json(json.dumps(values))
-
-
-def test_an_impossible_tile_is_refused() -> None:
-    values = json.loads(CARD.to_json())
-    values["tile_spec"]["mpp"] = -1
-    with pytest.raises(ModelFileError):
-        ModelCard.from_json(json.dumps(values))
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"m/data/0": b"0"}, "expected one slidetl.json .* found 0"),
+        ({"m/extra/slidetl.json": b" " * 300_000}, "at most 262144 bytes"),
+        ({"m/extra/slidetl.json": b"\xff"}, "damaged"),
+        ({"m/extra/slidetl.json": b"{}", "n/extra/slidetl.json": b"{}"}, "found 2"),
+    ],
+)
+def test_the_card_of_a_strange_file_is_refused(parts: dict[str, bytes], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+    with pytest.raises(ModelFileError, match=said):
+        ModelCard.of_file(path)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import slidetl
 from slidetl.analysis.novelty import fit_familiar
 from slidetl.errors import ModelFileError
 from slidetl.library.model_card import Evidence
@@ -128,6 +129,31 @@ def test_a_packed_file_is_refused_before_it_is_unpacked(model_path: Path, tmp_pa
         packed.writestr("m/data/99", bytes(50_000_000))
     with pytest.raises(ModelFileError, match="its parts are packed"):
         load_model(bomb, trusted=True)
+
+
+class Unlike(torch.nn.Module):
+    """Computes another thing once it is scripted: TorchScript takes the constant of an `is_scripting` branch."""
+
+    def __init__(self, net: torch.nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.net(x)
+        return y.flip(1) if torch.jit.is_scripting() else y
+
+
+def test_a_file_that_computes_something_else_is_not_written(grader: SlideGrader, tmp_path: Path) -> None:
+    other = SlideGrader(BackboneSpec("resnet18"), MeanPooling).eval()
+    other.tile_spec = grader.tile_spec
+    other.network.backbone.net = Unlike(other.network.backbone.net)
+    with pytest.raises(ModelFileError, match=r"differs from the network by .*cpu float32.*was not written"):
+        export_model(*build_network([other]), tmp_path / "m.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_does_not_say_where_the_sources_lay(model_path: Path) -> None:
+    assert str(Path(slidetl.__file__).parents[1]).encode() not in model_path.read_bytes()
 
 
 @pytest.mark.parametrize("aggregator", [MeanPooling, GatedAttention])

@@ -1,18 +1,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
-import subprocess
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 import torch
-import yaml
 
 from slidetl.errors import ModelFileError, SlidetlError, UsageError, WeightsError
-from slidetl.library.card import write_sums
 from slidetl.library.local import pulled_file, pulled_folder
 from slidetl.library.trust import is_trusted
 from slidetl.models.aggregators import MeanPooling
@@ -23,7 +23,7 @@ from slidetl.publish.model_file import load_model
 from slidetl.tiles.grid import TileSpec
 from slidetl.training.grader import SlideGrader
 
-FILES = ["README.md", "SHA256SUMS", "card.yaml", "model.pt", "weights.safetensors"]
+FILES = ["card.json", "model.pt", "weights.safetensors"]
 
 
 def exported(path: Path, *specs: BackboneSpec) -> Path:
@@ -66,11 +66,12 @@ def entry_of(library: Library) -> Path:
     return Path(library.url) / "lung-2"
 
 
-def reseal(entry: Path) -> None:
-    """Makes the list of hashes fit again, as whoever changed the entry would."""
-    names = [path.name for path in entry.iterdir() if path.name != "SHA256SUMS"]
-    sums = {name: hashlib.sha256((entry / name).read_bytes()).hexdigest() for name in names}
-    (entry / "SHA256SUMS").write_text(write_sums(sums))
+def rewrite(library: Library, change: Callable[[dict[str, Any]], None]) -> None:
+    """Changes the card of the entry, as whoever may write to the library can."""
+    path = entry_of(library) / "card.json"
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
 
 
 @pytest.mark.parametrize("scheme", ["", "file://", "memory://"])
@@ -82,20 +83,17 @@ def test_what_is_published_is_pulled_and_runs(
     assert Library(url).names() == ["lung-2"]
     assert Library(url).read("lung-2") == published
     monkeypatch.setenv("SLIDETL_HOME", str(tmp_path / "another"))  # of somebody else
-    folder = Library(url).pull("lung-2", published.card_sha256)
+    folder = Library(url).pull("lung-2", published.sha256)
     assert folder == pulled_folder() / "lung-2"
     assert sorted(path.name for path in folder.iterdir()) == FILES
     assert [path.name for path in folder.parent.iterdir()] == ["lung-2"]
-    assert load_model(folder / "model.pt").card == published.card.model  # trusted from now on
+    assert load_model(folder / "model.pt").card == published.model  # trusted from now on
     assert Library(str(pulled_folder())).read("lung-2") == published  # what was pulled is a library too
 
 
-def test_a_published_entry_is_checked_without_slidetl(library: Library) -> None:
-    done = subprocess.run(
-        ["sha256sum", "-c", "SHA256SUMS"], cwd=entry_of(library), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0 and done.stdout.count(": OK") == 4
-    assert (entry_of(library) / "README.md").read_text().startswith("# lung-2\n\nGrades lungs\n")
+def test_the_hash_of_a_card_is_that_of_its_file(library: Library) -> None:
+    content = (entry_of(library) / "card.json").read_bytes()
+    assert hashlib.sha256(content).hexdigest() == library.read("lung-2").sha256
 
 
 def test_pulling_twice_is_harmless_and_finds_damage(library: Library) -> None:
@@ -121,7 +119,7 @@ def test_a_name_that_is_taken_is_refused(library: Library, model: Path) -> None:
     with pytest.raises(UsageError, match="lung-2 is there already"):
         library.publish(model, "lung-2", trusted=True)
     assert {path: path.read_bytes() for path in entry_of(library).iterdir()} == before
-    (entry_of(library) / "SHA256SUMS").unlink()
+    (entry_of(library) / "card.json").unlink()
     assert library.names() == []  # without it the entry is not finished
     with pytest.raises(UsageError, match="left unfinished"):
         library.publish(model, "lung-2", trusted=True)
@@ -134,7 +132,7 @@ def test_of_two_publishers_at_a_time_the_first_succeeds(
     files = fsspec.filesystem("file")
     before = {path: path.read_bytes() for path in entry_of(library).iterdir()}
     exists = files.exists
-    monkeypatch.setattr(files, "exists", lambda path: path.endswith("SHA256SUMS") and exists(path))
+    monkeypatch.setattr(files, "exists", lambda path: path.endswith("card.json") and exists(path))
     with pytest.raises(UsageError, match="lung-2 is there already"):
         library.publish(model, "lung-2", "Of the second", trusted=True)
     assert {path: path.read_bytes() for path in entry_of(library).iterdir()} == before
@@ -154,7 +152,7 @@ def test_a_publish_that_fails_leaves_the_name_free(
         patch.setattr(fsspec.filesystem("file"), "put_file", put_file)
         with pytest.raises(UsageError, match="cannot be written to: no space left"):
             library.publish(model, "lung-2", trusted=True)
-    assert library.publish(model, "lung-2", trusted=True).card.name == "lung-2"
+    assert library.publish(model, "lung-2", trusted=True).name == "lung-2"
 
 
 @pytest.mark.parametrize("file", ["model.pt", "weights.safetensors"])
@@ -169,7 +167,6 @@ def test_a_file_that_is_not_what_the_card_says_is_not_pulled(
     path.write_bytes({"longer": content + b"x", "shorter": content[:-1]}.get(change, content))
     if change == "missing":
         path.unlink()
-    reseal(entry_of(library))  # the card's own list of hashes is what counts
     with pytest.raises(ModelFileError, match=f"{file}: .*nothing was pulled"):
         library.pull("lung-2")
     assert list((home / "zoo").iterdir()) == []
@@ -177,12 +174,8 @@ def test_a_file_that_is_not_what_the_card_says_is_not_pulled(
 
 
 def test_a_card_that_was_changed_is_found_by_its_hash(library: Library, home: Path) -> None:
-    told = library.read("lung-2").card_sha256
-    card = entry_of(library) / "card.yaml"
-    card.write_text(card.read_text().replace("Grades lungs", "Grades livers"))
-    with pytest.raises(ModelFileError, match=r"card.yaml does not match its hash in SHA256SUMS"):
-        library.pull("lung-2")
-    reseal(entry_of(library))
+    told = library.read("lung-2").sha256
+    rewrite(library, lambda card: card.update(description="Grades livers"))
     with pytest.raises(ModelFileError, match="not the model that you were told of"):
         library.pull("lung-2", told)
     assert not (home / "zoo").exists()
@@ -192,25 +185,29 @@ def test_a_card_that_was_changed_is_found_by_its_hash(library: Library, home: Pa
 def test_a_card_that_praises_the_model_more_than_the_file_does_is_refused(
     library: Library, home: Path
 ) -> None:
-    card = entry_of(library) / "card.yaml"
-    values = yaml.safe_load(card.read_text())
-    values["model"]["licence"] = "public domain"
-    card.write_text(yaml.safe_dump(values))
-    reseal(entry_of(library))
-    with pytest.raises(ModelFileError, match="other things than the model file"):
+    rewrite(library, lambda card: card["model"].update(licence="public domain"))
+    with pytest.raises(ModelFileError, match=r"differs from the one inside model\.pt"):
         library.pull("lung-2")
     assert list((home / "zoo").iterdir()) == []
 
 
 def test_a_card_names_no_file_elsewhere(library: Library, home: Path) -> None:
-    card = entry_of(library) / "card.yaml"
-    values = yaml.safe_load(card.read_text())
-    values["files"]["../../evil"] = dict(values["files"]["model.pt"])
-    card.write_text(yaml.safe_dump(values))
-    reseal(entry_of(library))
+    rewrite(library, lambda card: card["files"].update({"../../evil": card["files"]["model.pt"]}))
     with pytest.raises(ModelFileError, match="evil"):
         library.pull("lung-2")
     assert not home.exists()
+
+
+def test_a_folder_that_no_model_can_be_named_by_is_not_listed(library: Library) -> None:
+    for name in ("a\x1b[2J", ".lung-2.partial"):
+        shutil.copytree(entry_of(library), Path(library.url) / name)
+    assert library.names() == ["lung-2"]
+
+
+def test_a_folder_without_card_is_told_from_a_pulled_model(library: Library, home: Path) -> None:
+    (home / "zoo" / "lung-2").mkdir(parents=True)
+    with pytest.raises(ModelFileError, match=r"remove .*lung-2, which has no card.json"):
+        library.pull("lung-2")
 
 
 def test_an_entry_under_another_name_is_refused(library: Library, home: Path) -> None:
@@ -233,7 +230,7 @@ def test_a_name_that_leaves_the_library_is_refused(name: str, library: Library, 
 
 
 def test_a_card_without_end_is_not_read_to_the_end(library: Library) -> None:
-    card = entry_of(library) / "card.yaml"
+    card = entry_of(library) / "card.json"
     with card.open("ab") as file:
         file.truncate(3_000_000_000)  # a sparse file: it takes no space
     with pytest.raises(ModelFileError, match="more than 262144 bytes"):
@@ -291,14 +288,13 @@ def test_a_pulled_model_begins_the_next_training(library: Library, model: Path) 
         BackboneSpec("vit_tiny_patch16_224", gated_mlp=True, layer_scale=True, channels_last=False),
     ],
 )
-def test_the_lines_that_a_model_is_used_by_build_a_network_that_its_weights_fit(
+def test_the_fields_that_a_model_is_used_by_build_a_network_that_its_weights_fit(
     spec: BackboneSpec, tmp_path: Path
 ) -> None:
     library = Library(str(tmp_path / "library"))
     library.publish(exported(tmp_path / "m.pt", spec), "odd")
     library.pull("odd")
-    lines = "\n".join(library.read("odd").card.pretrained_lines())
-    child = Backbone(BackboneSpec(**yaml.safe_load(lines)["model"]["backbone"]))
+    child = Backbone(BackboneSpec(**library.read("odd").backbone()))  # type: ignore[arg-type]
     child.load_pretrained()
     parent = load_model(tmp_path / "m.pt").network.state_dict()
     prefix = "networks.0.backbone."
@@ -311,7 +307,7 @@ def test_the_lines_that_a_model_is_used_by_build_a_network_that_its_weights_fit(
 def test_an_ensemble_is_published_whole_and_its_first_network_begins_the_next(tmp_path: Path) -> None:
     pair = exported(tmp_path / "pair.pt", BackboneSpec(), BackboneSpec())
     library = Library(str(tmp_path / "library"))
-    assert library.publish(pair, "pair").card.model.members == 2
+    assert library.publish(pair, "pair").model.members == 2
     library.pull("pair")
     state = load_model(pair).network.state_dict()
     found = read_pretrained(BackboneSpec(pretrained="zoo://pair")).weights
