@@ -43,7 +43,7 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class Evidence:
-    """How well the model, or those of the same training on other folds, graded slides kept from it.
+    """The grading of slides that were kept from the training, by the model or those of its other folds.
 
     Attributes:
         slides, patients: how many were graded.
@@ -74,7 +74,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What the file says of itself.
+    """The card inside a model file.
 
     Attributes:
         grades: names, lowest first.

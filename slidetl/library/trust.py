@@ -1,4 +1,4 @@
-"""Which model files may be run on this machine: those whose hash was recorded here.
+"""The model files that may be run on this machine: those whose hash was recorded here.
 
 A model file is a program. ``slidetl export`` and ``slidetl zoo pull`` record what they wrote, and
 ``slidetl grade --trust`` what a person vouches for; a file that was changed since is a stranger again.
@@ -16,12 +16,12 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def record_path() -> Path:
-    """The list: ``trusted_models.txt`` in ``$SLIDETL_HOME``, or in ``~/.slidetl``."""
+    """Returns the path of the list: ``trusted_models.txt`` in ``$SLIDETL_HOME``, or in ``~/.slidetl``."""
     return Path(os.environ.get("SLIDETL_HOME") or Path.home() / ".slidetl") / "trusted_models.txt"
 
 
 def is_trusted(sha256: str) -> bool:
-    """Whether the file with this SHA-256 (hexadecimal) was recorded."""
+    """Returns whether the file with this SHA-256 (hexadecimal) was recorded."""
     try:
         lines = record_path().read_text(encoding="utf-8").splitlines()
     except OSError:  # no list, or none that may be read: nothing is vouched for

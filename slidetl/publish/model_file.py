@@ -39,7 +39,7 @@ class ModelFile:
     device: torch.device
 
     def frozen(self) -> ModelFile:
-        """For grading only: the weights are constants then, batch normalisation is part of its convolution.
+        """Freezes the network for grading: weights are constants, batch norm is part of its convolution.
 
         Mobile networks grade a fifth faster so, in 0.2 GiB less; a grade differs in the seventh decimal
         (docs/design/loading.md).
@@ -93,7 +93,7 @@ def load_model(path: Path, device: str = "cpu", trusted: bool = False) -> ModelF
 
 @contextmanager
 def without_deprecation() -> Iterator[None]:
-    """TorchScript is deprecated; that is known, and a user can do nothing about it."""
+    """Silences the deprecation of TorchScript, about which a user can do nothing."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.jit.*deprecated.*")
         yield
