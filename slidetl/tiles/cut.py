@@ -32,7 +32,7 @@ class TileBatch:
 def encode_tiles(
     slide: Slide, plan: TilePlan, first: int = 0, unreadable: int = 0, threads: int = 1
 ) -> Iterator[tuple[int, bytes | None]]:
-    """Reads the tiles of a plan, as the bytes that a cache holds.
+    """Reads the tiles of a plan as the bytes that a cache holds.
 
     Where they coincide with the slide's own JPEGs, those are copied as they are, whatever
     ``spec.jpeg_quality`` says: to compress them again would lose once more.
@@ -84,7 +84,7 @@ def encode_tile(slide: Slide, plan: TilePlan, tile: int) -> bytes:
 
 
 def _encoded(slide: Slide, plan: TilePlan, first: int, threads: int) -> Iterator[bytes | SlideReadError]:
-    """The bytes of each tile, or why it cannot be read."""
+    """Yields the bytes of each tile, or the reason why it cannot be read."""
     spec = plan.spec
     encode = tile_codec(spec).encode
     copies = None

@@ -8,7 +8,6 @@ Whoever tiles the slide again loses them with the tiles that they were made from
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,15 @@ from numpy.typing import NDArray
 
 from slidetl.errors import CacheCorruptError, CacheMismatchError, CacheMissingError, UsageError
 from slidetl.tiles.lock import slide_lock
-from slidetl.tiles.store import FEATURES, SlideCache, read_array, read_header, read_sealed, seal_node
+from slidetl.tiles.store import (
+    FEATURES,
+    SlideCache,
+    fsync_path,
+    read_array,
+    read_header,
+    read_sealed,
+    seal_node,
+)
 
 _GROUP = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
 _AGAIN = "make it with 'slidetl embed'"
@@ -29,7 +36,7 @@ _AGAIN = "make it with 'slidetl embed'"
 
 @dataclass(frozen=True)
 class FeatureSource:
-    """What embeddings were computed by; stored as the attributes of their array.
+    """The network and precision that computed embeddings; stored as the attributes of their array.
 
     Attributes:
         backbone: name of the network, as timm knows it.
@@ -49,22 +56,22 @@ class FeatureSource:
     precision: str = "float32"
 
     def to_attributes(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Returns plain JSON values."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> Self:
-        """Inverse of :meth:`to_attributes`."""
+        """Inverts :meth:`to_attributes`."""
         values: dict[str, Any] = {name: attributes[name] for name in cls.__dataclass_fields__}
         return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
     def same_network(self, other: Self) -> bool:
-        """Whether both are of one network and block, whatever the precision."""
+        """Tells if both are of one network and block, whatever the precision."""
         return (self.block, self.weights_sha256) == (other.block, other.weights_sha256)
 
 
 def feature_name(backbone: str, block: str = "") -> str:
-    """Under which name embeddings are stored: ``<backbone>``, or ``<backbone>.<block>``.
+    """Names stored embeddings: ``<backbone>``, or ``<backbone>.<block>``.
 
     Raises:
         UsageError: it cannot be the name of a folder.
@@ -78,12 +85,12 @@ def feature_name(backbone: str, block: str = "") -> str:
 
 
 def list_features(cache: SlideCache) -> tuple[str, ...]:
-    """The names of what is stored for a slide."""
+    """Lists the names of a slide's stored features."""
     return tuple(sorted(path.parent.name for path in (cache.path / FEATURES).glob("*/zarr.json")))
 
 
 def read_source(cache: SlideCache, name: str) -> FeatureSource:
-    """What the embeddings of that name were computed by.
+    """Reads by what network the embeddings of a name were computed.
 
     Raises:
         CacheMissingError: there are none; the message lists those that are there.
@@ -229,10 +236,6 @@ def write_features(
 
 
 def _sync(folder: Path, deep: bool = True) -> None:
-    """Brings a folder to disk; else, after a power cut, a name may be there without its content."""
+    """Makes a folder durable; else a power cut may leave a name without its content."""
     for path in (*folder.rglob("*"), folder) if deep else (folder,):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        fsync_path(path)

@@ -56,7 +56,7 @@ class CacheInfo:
 
 
 def cache_info(cache_dir: Path) -> CacheInfo:
-    """Looks into a cache folder. A slide that cannot be opened is listed with the reason.
+    """Summarises a cache folder. A slide that cannot be opened is listed with the reason.
 
     Raises:
         CacheMissingError: there is no such folder.

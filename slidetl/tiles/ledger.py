@@ -21,7 +21,7 @@ _FORMULA = ("=", "+", "-", "@", "'")
 
 @dataclass(frozen=True)
 class LedgerRow:
-    """What became of one slide.
+    """The outcome of one slide.
 
     Attributes:
         slide_id: its identifier.
@@ -69,12 +69,12 @@ class LedgerRow:
     finished_at: str = ""
 
     def to_cells(self) -> dict[str, str]:
-        """As written: one line per cell, and nothing that a spreadsheet would run."""
+        """Returns cells of one line each, with nothing that a spreadsheet would run."""
         return {name: _safe(str(value)) for name, value in asdict(self).items()}
 
     @classmethod
     def from_cells(cls, cells: dict[str, str]) -> Self:
-        """Inverse of :meth:`to_cells`, except for line breaks.
+        """Inverts :meth:`to_cells`, except for line breaks.
 
         Raises:
             CacheError: a column is missing or not a number.
@@ -98,7 +98,7 @@ class Ledger:
         self._temporary = path.with_name(f".{path.name}.tmp")
 
     def rows(self) -> list[LedgerRow]:
-        """All rows, in the order in which the slides first came.
+        """Reads all rows, in the order in which the slides first came.
 
         Raises:
             CacheError: the file is not a ledger.

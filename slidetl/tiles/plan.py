@@ -24,7 +24,7 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class TilePlan:
-    """Which tiles of a slide are wanted, before any is read.
+    """The wanted tiles of a slide, before any is read.
 
     Attributes:
         spec: what was asked for.
@@ -61,14 +61,14 @@ class TilePlan:
 
     @property
     def left_out(self) -> dict[str, int]:
-        """How many tiles were left out for their quality, by the names of the ledger's columns."""
+        """Numbers of tiles left out for their quality, by the names of the ledger's columns."""
         return {f"tiles_{reason.replace(' ', '_')}": len(o) for reason, o in self.left_out_level0.items()}
 
 
 def plan_tiles(slide: Slide, spec: TileSpec, threads: int = 1) -> TilePlan:
-    """Looks at a slide from afar and decides which tiles are worth reading.
+    """Decides from the thumbnail of a slide which tiles are worth reading.
 
-    Focus, where it is asked for, cannot be seen from afar: all tiles are then read once for it.
+    A thumbnail does not show focus: where it is asked for, all tiles are read once for it.
 
     Raises:
         SpacingError: the slide is coarser than ``spec.mpp``.
@@ -117,7 +117,7 @@ def plan_tiles(slide: Slide, spec: TileSpec, threads: int = 1) -> TilePlan:
 
 
 def _focus(slide: Slide, origins: NDArray[np.int32], spec: TileSpec, threads: int) -> NDArray[np.float32]:
-    """Sharpness of each tile, ``[N]``; NaN where it cannot be read."""
+    """Measures the sharpness of each tile, ``[N]``; NaN where it cannot be read."""
 
     def measure(rgb: NDArray[np.uint8]) -> float:
         return focus_of(rgb, spec.mpp)
@@ -130,7 +130,7 @@ def _focus(slide: Slide, origins: NDArray[np.int32], spec: TileSpec, threads: in
 
 
 def _read_thumbnail(slide: Slide, mpp: float, tile_um: float) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """The whole slide at a coarse spacing, and which of its pixels ``[h, w]`` could not be read.
+    """Reads the whole slide at a coarse spacing, and marks the pixels ``[h, w]`` that cannot be read.
 
     Where it cannot be read at once, it is read in squares as wide as a tile.
     """

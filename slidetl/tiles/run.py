@@ -80,9 +80,9 @@ def record_as_done(
     start: Callable[[], Iterator[LedgerRow]],
     on_done: Callable[[LedgerRow], None] | None = None,
 ) -> list[LedgerRow]:
-    """Checks that the slides can be tiled into a cache, has it done, and writes the ledger meanwhile.
+    """Checks that the slides can be tiled into a cache, starts the work, and records each row as it comes.
 
-    It is :func:`tile_slides` for whoever does the work elsewhere: ``start`` begins it, and a row comes as its
+    It is :func:`tile_slides` for work that is done elsewhere: ``start`` begins it and yields a row as its
     slide is done, in any order.
     """
     twice = [name for name, count in Counter(source.slide_id for source in sources).items() if count > 1]
@@ -115,7 +115,7 @@ def record_as_done(
 
 
 def _sync_file_system(folder: Path) -> None:
-    """Makes durable, at once, the many small caches that were written without waiting for the disk."""
+    """Makes durable at once the many small caches that were written without waiting for the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         if ctypes.CDLL(None, use_errno=True).syncfs(descriptor):
@@ -144,7 +144,7 @@ def _refuse_other_spec(sources: Sequence[SlideSource], cache_dir: Path, spec: Ti
 
 @dataclass
 class _Worker:
-    """A process that tiles one slide after another, and what it is at."""
+    """A process that tiles one slide after another, and its present slide."""
 
     process: SpawnProcess
     connection: Connection
@@ -160,7 +160,7 @@ def _in_processes(
     preview: bool,
     workers: int,
 ) -> Generator[LedgerRow, None, None]:
-    """Rows as slides are done. Spawned, not forked: OpenSlide and zarr hold threads and locks."""
+    """Yields rows as slides are done. Workers are spawned: OpenSlide and zarr hold threads and locks."""
     context = multiprocessing.get_context("spawn")
     waiting = list(reversed(sources))
     count = min(workers, len(sources))
@@ -235,7 +235,7 @@ def _work(
     threads: int,
     preview: bool,
 ) -> None:
-    """The life of a worker."""
+    """Tiles slides in a worker process until its pipe ends."""
     # Without this, workers of a killed run would go on and hold the locks of their slides.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

@@ -58,7 +58,7 @@ _SEAL = re.compile(rb'"crc32c": "([0-9a-f]{8})"')
 
 @dataclass(frozen=True)
 class CacheHeader:
-    """What is said of all the tiles of a slide together; stored as the attributes of the group.
+    """Slide-level metadata of a cache; stored as the attributes of the group.
 
     Attributes:
         slide_id: the name under which the slide is cached.
@@ -90,7 +90,7 @@ class CacheHeader:
     tiles_unreadable: int = 0
 
     def to_attributes(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Returns plain JSON values."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         values = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
         return {
@@ -101,15 +101,15 @@ class CacheHeader:
         }
 
     def identity(self) -> dict[str, Any]:
-        """What must be equal for tiles that were begun to be continued.
+        """Returns the values that must be equal for a build to be resumed.
 
-        The content of the slide, the format, and all that shapes a pixel; not the software's release.
+        They are the slide's content, the format and all that shapes a pixel; not the software's release.
         """
         return {name: value for name, value in self.to_attributes().items() if name != "software"}
 
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> Self:
-        """Inverse of :meth:`to_attributes`."""
+        """Inverts :meth:`to_attributes`."""
         values = {name: attributes[name] for name in cls.__dataclass_fields__}
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return cls(**{**values, "spec": TileSpec.from_dict(attributes["spec"])})
@@ -124,7 +124,7 @@ class SlideCache:
 
     Attributes:
         path: the folder, ``<cache>/<slide_id>.zarr``.
-        header: what is said of all tiles together; its fields are properties here as well.
+        header: slide-level metadata; its fields are properties here as well.
         origins_level0: ``[N, 2] int32``, upper-left corner ``(x, y)`` of each tile, level-0 pixels.
         tissue_fraction: ``[N] float32``, share of each tile that is tissue, 0..1.
     """
@@ -176,7 +176,7 @@ class SlideCache:
 
     @property
     def spec(self) -> TileSpec:
-        """How the tiles were made."""
+        """The specification of the tiles."""
         return self.header.spec
 
     @property
@@ -211,7 +211,7 @@ class SlideCache:
 
     @property
     def tissue_mask(self) -> TissueMask:
-        """Where there is tissue; the frame of :attr:`thumbnail`."""
+        """The tissue, in the frame of :attr:`thumbnail`."""
         mpp = float(read_json(self.path / "tissue_mask")["attributes"]["mpp"])
         return TissueMask(read_array(self.path / "tissue_mask"), mpp)
 
@@ -301,7 +301,7 @@ class Shard:
             os.close(self.descriptor)
 
     def digest(self) -> str:
-        """See :func:`shard_digest`."""
+        """Computes the digest of :func:`shard_digest`."""
         crcs = [
             os.pread(self.descriptor, 4, offset + length - 4)
             for offset, length in self.index
@@ -310,7 +310,7 @@ class Shard:
         return shard_digest(crcs, os.pread(self.descriptor, INDEX_BYTES, self.size - INDEX_BYTES))
 
     def chunk(self, place: int) -> bytes:
-        """The bytes of one tile, once they agree with their crc32c.
+        """Reads the bytes of one tile and compares them with their crc32c.
 
         Raises:
             CacheCorruptError: they do not, or there is no such tile.
@@ -321,7 +321,7 @@ class Shard:
         return checked(os.pread(self.descriptor, length, offset))
 
     def damaged(self) -> Iterator[int]:
-        """The places of tiles that fail their checksum; reads them all."""
+        """Reads all tiles and yields the places of those that fail their checksum."""
         for place, (offset, _) in enumerate(self.index):
             if offset != MISSING:
                 try:
@@ -336,12 +336,12 @@ def _open_shard(lifetime: _Lifetime, group: Path, number: int) -> Shard:
 
 
 def cache_path(cache_dir: Path, slide_id: str) -> Path:
-    """Where the tiles of a slide lie."""
+    """Returns the folder of a slide's tiles."""
     return cache_dir / f"{slide_id}.zarr"
 
 
 def groups(cache_dir: Path) -> list[Path]:
-    """The groups in a cache folder, by name.
+    """Lists the groups in a cache folder, by name.
 
     Raises:
         CacheMissingError: there is no such folder.
@@ -363,7 +363,7 @@ def discard(cache_dir: Path, slide_id: str, finished: bool = False) -> None:
 
 
 def read_header(path: Path) -> CacheHeader:
-    """Reads what a finished cache says of itself.
+    """Reads the slide-level metadata of a finished cache.
 
     Raises:
         CacheMissingError: there is no cache, or it was never finished.
@@ -392,19 +392,19 @@ def read_header(path: Path) -> CacheHeader:
 
 
 def describe_difference(cached: TileSpec, wanted: TileSpec) -> str:
-    """In what two specifications differ, for an error message."""
+    """Describes the difference of two specifications for an error message."""
     now, then = wanted.to_dict(), cached.to_dict()
     differences = [f"{name} {then[name]} (wanted: {now[name]})" for name in now if now[name] != then[name]]
     return f"the cache was made with {', '.join(differences)}"
 
 
 def checksum(data: bytes) -> bytes:
-    """The crc32c that zarr's codec of that name appends, 4 bytes, little-endian."""
+    """Computes the crc32c that zarr's codec of that name appends, 4 bytes, little-endian."""
     return int(google_crc32c.value(data)).to_bytes(4, "little")
 
 
 def checked(data: bytes) -> bytes:
-    """Bytes without the crc32c at their end, once it agrees."""
+    """Removes the crc32c at the end of bytes once it agrees."""
     content, stored = data[:-4], data[-4:]
     computed = checksum(content)
     if computed != stored:
@@ -415,17 +415,17 @@ def checked(data: bytes) -> bytes:
 
 
 def building_path(cache_dir: Path, slide_id: str) -> Path:
-    """Where a slide's cache grows until it is whole."""
+    """Returns the folder in which a slide's cache grows until it is whole."""
     return cache_dir / ".building" / slide_id
 
 
 def shard_path(group: Path, shard: int) -> Path:
-    """The file of a shard in a slide's group."""
+    """Returns the file of a shard in a slide's group."""
     return group / shard_name(shard)
 
 
 def shard_name(shard: int) -> str:
-    """Its name in the group."""
+    """Names a shard's file in the group."""
     return f"tiles/c/{shard}/0/0/0"
 
 
@@ -452,7 +452,7 @@ def read_sealed(node: Path) -> dict[str, Any]:
 
 
 def file_digest(content: bytes) -> str:
-    """What the seal of a group lists for each of its files, shards apart.
+    """Computes what the seal of a group lists for each file that is no shard.
 
     Not crc32c: over data that end with their own, as the chunks of zarr do, it is the same for all.
     """
@@ -460,7 +460,7 @@ def file_digest(content: bytes) -> str:
 
 
 def shard_digest(crcs: Sequence[bytes], index: bytes) -> str:
-    """What the seal of a group lists for a shard: a shard of other tiles has another.
+    """Computes what the seal of a group lists for a shard: a shard of other tiles has another.
 
     Args:
         crcs: of its chunks, 4 bytes each, which themselves vouch for the tiles.
@@ -470,7 +470,7 @@ def shard_digest(crcs: Sequence[bytes], index: bytes) -> str:
 
 
 def is_small(group: Path) -> bool:
-    """Whether a group is of a single shard; such are written without waiting for the disk.
+    """Tells if a group is of a single shard; such are written without waiting for the disk.
 
     Raises:
         CacheMissingError: there is no such group.
@@ -480,7 +480,7 @@ def is_small(group: Path) -> bool:
 
 
 def is_intact(group: Path) -> bool:
-    """Whether every byte of a finished group, features apart, is what its seal says; reads all of it."""
+    """Reads a finished group whole, features apart, and compares every byte with its seal."""
     try:
         listed = read_sealed(group)["attributes"]["checksums"]
         for name, digest in listed.items():
@@ -496,7 +496,7 @@ def is_intact(group: Path) -> bool:
 
 
 def sealed(document: Mapping[str, Any]) -> bytes:
-    """A metadata document of zarr with a crc32c of itself in its attributes."""
+    """Makes a metadata document of zarr with a crc32c of itself in its attributes."""
     attributes = {name: value for name, value in document["attributes"].items() if name != "crc32c"}
     # In front, so that no attribute of that name can be taken for it.
     document = {**document, "attributes": {"crc32c": "00000000", **attributes}}
@@ -549,8 +549,17 @@ def read_array(node: Path) -> NDArray[Any]:
         raise CacheCorruptError(f"{node}: the array is damaged ({error}); {_TILE_AGAIN}") from error
 
 
+def fsync_path(path: Path) -> None:
+    """Makes a file's content, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def describe_write_error(error: Exception, folder: Path) -> str:
-    """One line for what ended the writing below a folder: what to do if the disk is full, else as it is."""
+    """Describes in one line what ended the writing below a folder, with the remedy if the disk is full."""
     if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return str(error)
     free = shutil.disk_usage(folder).free / 2**20

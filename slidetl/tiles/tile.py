@@ -210,7 +210,7 @@ def _draw(plan: TilePlan, slide_id: str, path: Path) -> None:
 
 
 def _kept_cache(info: SlideInfo, path: Path, spec: TileSpec, overwrite: bool) -> SlideCache | None:
-    """The finished cache of this very slide; None if it is to be made (again)."""
+    """Opens the finished cache of this very slide; returns None if it must be made (again)."""
     try:
         header = read_header(path)
         if header.spec != spec:

@@ -70,7 +70,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Verification:
-    """What became of checking one slide's cache.
+    """The result of checking one slide's cache.
 
     Attributes:
         path: the group.
@@ -88,7 +88,7 @@ class Verification:
 
     @property
     def is_sound(self) -> bool:
-        """Whether every byte is what was written."""
+        """True if every byte is what was written."""
         return not self.findings
 
 
@@ -200,7 +200,7 @@ def repair_cache(found: Verification, slide_path: Path) -> Verification:
 
 
 def _read_root(path: Path, findings: list[Finding]) -> tuple[CacheHeader | None, dict[str, str] | None]:
-    """What the group says of itself, and the checksums it lists; each None where it cannot be trusted."""
+    """Reads the group's metadata and its list of checksums; each is None where it cannot be trusted."""
     try:
         attributes = read_sealed(path)["attributes"]
         return CacheHeader.from_attributes(attributes), dict(attributes["checksums"])
@@ -214,7 +214,7 @@ def _read_root(path: Path, findings: list[Finding]) -> tuple[CacheHeader | None,
 
 
 def _refuse_other_format(path: Path) -> None:
-    """An older cache has no seal, and is not damaged; a damaged one still has it, or the version."""
+    """Refuses an older cache, which has no seal and is not damaged."""
     with contextlib.suppress(CacheCorruptError, CacheMissingError):
         attributes = read_json(path).get("attributes")
         if isinstance(attributes, dict) and "crc32c" not in attributes:
@@ -293,7 +293,7 @@ def _is_readable(codec: TileCodec, payload: bytes, side_px: int) -> bool:
 
 
 def _tiles_of(name: str, tiles: int) -> tuple[int, ...]:
-    """The tiles of a shard, by its file; none for other files."""
+    """Lists the tiles of a shard by its file; none for other files."""
     parts = Path(name).parts
     if len(parts) != 6 or parts[:2] != ("tiles", "c") or not parts[2].isdecimal():
         return ()
@@ -302,7 +302,7 @@ def _tiles_of(name: str, tiles: int) -> tuple[int, ...]:
 
 
 def _check_features(path: Path, files: set[str]) -> Iterator[Finding]:
-    """Each array of features: a sealed description and one chunk with its crc32c."""
+    """Checks each array of features: a sealed description and one chunk with its crc32c."""
     known = set()
     for name in sorted(files):
         if Path(name).name != "zarr.json":
@@ -324,7 +324,7 @@ def _check_features(path: Path, files: set[str]) -> Iterator[Finding]:
 
 
 def _link_sound_features(found: Verification, group: Path) -> None:
-    """Features outlive a repair of the tiles, which changes no pixel."""
+    """Keeps sound features, since a repair of the tiles changes no pixel."""
     source = found.path / FEATURES
     if not source.is_dir() or (group / FEATURES).exists():
         return
@@ -357,7 +357,7 @@ def _open_same(slide_path: Path, header: CacheHeader) -> Iterator[Slide]:
 
 
 def _kept_in_plan(found: Verification, header: CacheHeader, plan: TilePlan) -> list[int]:
-    """The number in the plan of each tile of the cache."""
+    """Finds the number in the plan of each tile of the cache."""
     is_damaged = any(Path(finding.file).parts[0] == "origin_level0" for finding in found.findings)
     if not header.tiles_unreadable:
         return list(range(len(plan)))
@@ -379,7 +379,7 @@ def _kept_in_plan(found: Verification, header: CacheHeader, plan: TilePlan) -> l
 def _encoded(
     slide: Slide, plan: TilePlan, numbers: list[int]
 ) -> Iterator[tuple[bytes | None, SlideReadError | None]]:
-    """Tiles of a plan, made as they were; neighbours share reads, so the plan stays whole.
+    """Encodes tiles of a plan as before; neighbours share reads, so the plan stays whole.
 
     Yields:
         The bytes of a tile, or why it cannot be read.

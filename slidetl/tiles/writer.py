@@ -33,6 +33,7 @@ from slidetl.tiles.store import (
     cache_path,
     checksum,
     file_digest,
+    fsync_path,
     sealed,
     shard_digest,
     shard_name,
@@ -122,7 +123,7 @@ class CacheWriter:
 
     @property
     def unreadable(self) -> int:
-        """How many tiles could not be read so far."""
+        """Number of tiles that could not be read so far."""
         return len(self._unreadable)
 
     def add(self, tile: int, payload: bytes | None) -> None:
@@ -167,12 +168,12 @@ class CacheWriter:
             self._target.rename(self._building / "old")
         self._group.rename(self._target)
         if not self._is_small:
-            _fsync(self._target.parent)
+            fsync_path(self._target.parent)
         shutil.rmtree(self._building)
         return SlideCache.open(self._target, self._header.spec)
 
     def _identity(self) -> dict[str, Any]:
-        """What must be equal for tiles that were begun to be continued."""
+        """Returns the values that must be equal for a build to be resumed."""
         plan = google_crc32c.value(self._origins.tobytes() + self._fraction.tobytes())
         return {**self._header.identity(), "tiles_wanted": len(self._origins), "plan": plan}
 
@@ -196,7 +197,7 @@ class CacheWriter:
         self._group.mkdir(parents=True, exist_ok=True)
 
     def _commit_shard(self) -> None:
-        """Has the pending tiles committed once those before them are: no more than two shards are held."""
+        """Starts the commit of the pending tiles after the previous one: at most two shards are in memory."""
         self._committed()
         progress: dict[str, Any] | None = None
         if len(self._pending) == TILES_PER_SHARD:
@@ -215,7 +216,7 @@ class CacheWriter:
             self._commit.result()
 
     def _write_shard(self, shard: int, payloads: list[bytes], progress: dict[str, Any] | None) -> None:
-        """Until it is noted, a shard is not trusted; so it needs no temporary name."""
+        """Writes a shard; it needs no temporary name, since it is not trusted before it is noted."""
         self._check()
         path = shard_path(self._group, shard)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -230,7 +231,7 @@ class CacheWriter:
             self._note()
 
     def _note(self) -> None:
-        """Shards first, then the note that they are there: a kill between the two costs their repetition."""
+        """Notes the progress once the shards are durable: a kill between the two costs their repetition."""
         if self._unnoted is None:
             return
         self._check()
@@ -241,8 +242,8 @@ class CacheWriter:
         self._noted_s = time.monotonic()
 
     def _sync(self, *paths: Path) -> None:
-        """Begins to make files and folders durable; several at a time, which the disk does together."""
-        self._syncing += [self._syncer.submit(_fsync, path) for path in paths]
+        """Starts to make files and folders durable, several at a time, which the disk does together."""
+        self._syncing += [self._syncer.submit(fsync_path, path) for path in paths]
 
     def _synced(self) -> None:
         """Waits for them, and raises what went wrong."""
@@ -295,7 +296,7 @@ class CacheWriter:
 
 
 def _tiles_document(count: int, header: CacheHeader, attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata of the tiles, as zarr writes them."""
+    """Makes the metadata of the tiles as zarr writes them."""
     side = header.spec.tile_size_px
     serializer, compressors = tile_codec(header.spec).zarr_codecs()
     codecs = [serializer.to_dict(), *(codec.to_dict() for codec in compressors), _CRC32C]
@@ -320,7 +321,7 @@ def _tiles_document(count: int, header: CacheHeader, attributes: Mapping[str, An
 
 
 def _array_document(values: NDArray[Any], attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata of an array in one chunk, as zarr writes them."""
+    """Makes the metadata of an array in one chunk as zarr writes them."""
     zstd = {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}}
     return _document(
         shape=list(values.shape),
@@ -359,7 +360,7 @@ def _document(
 
 
 def pack_shard(payloads: Sequence[bytes]) -> tuple[list[bytes], str]:
-    """A shard by zarr's sharding specification: chunks with their crc32c, then the index with its own.
+    """Packs a shard by zarr's sharding specification: chunks with their crc32c, then the index with its own.
 
     Args:
         payloads: at most ``TILES_PER_SHARD`` encoded tiles, in order.
@@ -399,12 +400,4 @@ def _replace(path: Path, data: bytes, temporary: Path) -> None:
         temporary.unlink(missing_ok=True)  # on a full disk it would keep the space that is wanting
         raise
     temporary.replace(path)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync_path(path.parent)
