@@ -1,4 +1,4 @@
-"""All units of a comparison together: figures with their intervals, and what may be said of them."""
+"""Aggregates the units of a comparison into metrics with their intervals."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ _ACCURACIES = ((0.56, 0.56), (0.56, 0.60), (0.56, 0.64), (0.56, 0.68), (0.56, 0.
 
 @dataclass(frozen=True)
 class Untempered:
-    """What the probabilities of an arm would be worth without the temperatures of the inner folds.
+    """Metrics of the probabilities of an arm without the temperatures of the inner folds.
 
     Attributes:
         log_loss, rps: of the results, averaged over repeats.
@@ -146,7 +146,7 @@ class ArmResult:
 
     @property
     def label(self) -> str:
-        """For people."""
+        """Name of the arm, with the number of its training slides."""
         return self.arm if self.n_slides is None else f"{self.arm} ({self.n_slides} slides)"
 
 
@@ -177,7 +177,7 @@ class PairedDifference:
 
 @dataclass(frozen=True, eq=False)
 class ComparisonResult:
-    """What a report is made from.
+    """Results of a comparison.
 
     Attributes:
         comparison: as configured.
@@ -233,7 +233,7 @@ def combine(
     folds: Sequence[Fold],
     done: Sequence[tuple[Unit, UnitResult | None]],
 ) -> ComparisonResult:
-    """Takes the units together.
+    """Aggregates the units.
 
     Args:
         comparison: as configured.
@@ -297,7 +297,7 @@ def combine(
 
 
 class _Pooling:
-    """The tested slides, in order, and figures over them."""
+    """Computes metrics over the tested slides, in order."""
 
     def __init__(self, comparison: Comparison, study: Study, folds: Sequence[Fold]) -> None:
         self._comparison, self._study, self._folds = comparison, study, folds
@@ -327,7 +327,7 @@ class _Pooling:
         units: Sequence[tuple[Unit, UnitResult]],
         null: Sequence[float],
     ) -> ArmResult:
-        """All figures of one arm."""
+        """Computes all metrics of one arm."""
         probabilities, folds = self._pooled(units)
         results = self._results(probabilities, self.true)
         figures = {name: self._interval(name, results) for name in FIGURES}
@@ -382,7 +382,7 @@ class _Pooling:
         )
 
     def permuted_figure(self, units: Sequence[tuple[Unit, UnitResult]], study: Study) -> float:
-        """The primary figure of a cross-validation on permuted labels; higher is better."""
+        """Computes the primary metric of a cross-validation on permuted labels; higher is better."""
         grade = {row.slide_id: row.grade for row in study.rows}
         true = np.array([grade[slide] for slide in self.slides], np.int64)
         results = self._results(self._pooled(units)[0], true)
@@ -392,7 +392,7 @@ class _Pooling:
     def differences(
         self, arms: Mapping[str, ArmResult]
     ) -> tuple[PairedDifference | None, tuple[PairedDifference, ...]]:
-        """The declared comparison, and the family of the others, corrected after Holm."""
+        """Tests the declared comparison, and the family of the others, corrected after Holm."""
         primary = self._comparison.primary
         if primary.against not in arms:
             return None, ()
@@ -407,7 +407,7 @@ class _Pooling:
         return declared, _corrected(family)
 
     def smaller_differences(self, smaller: Sequence[ArmResult]) -> tuple[PairedDifference, ...]:
-        """Arms against the one that the primary is compared against, each trained on as few slides."""
+        """Tests arms on fewer slides against the primary's reference on as few slides."""
         primary = self._comparison.primary
         against = {arm.n_slides: arm for arm in smaller if arm.arm == primary.against}
         family = [
@@ -418,7 +418,7 @@ class _Pooling:
         return _corrected(family)
 
     def about_the_study(self) -> dict[str, Any]:
-        """What depends on no arm."""
+        """Computes the results that depend on no arm."""
         readers: tuple[Agreement, ...] = ()
         ceiling = None
         if self.readings.shape[1] > 1:
@@ -442,7 +442,7 @@ class _Pooling:
     def _pooled(
         self, units: Sequence[tuple[Unit, UnitResult]]
     ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Calibrated probabilities ``[R, N, K]`` and folds ``[R, N]``."""
+        """Pools calibrated probabilities ``[R, N, K]`` and folds ``[R, N]``."""
         place = {slide: number for number, slide in enumerate(self.slides)}
         shape = (self._n_repeats, len(self.slides))
         probabilities = np.full((*shape, self._n_grades), np.nan)
@@ -469,7 +469,7 @@ class _Pooling:
         return tuple(float(make(results.true, row)(ones)[0]) for row in _predictions(name, results))
 
     def _fold_of(self, results: PatientResults, folds: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Folds ``[R, M]`` of the results, from those of the slides."""
+        """Returns the folds ``[R, M]`` of the results, from those of the slides."""
         if self._unit == "slide":
             return folds
         first = [int(np.flatnonzero(self.patients == patient)[0]) for patient in results.patients]
@@ -522,7 +522,7 @@ class _Pooling:
     def _by_group(
         self, figures: Mapping[Figure, Weighted], groups: Sequence[str], of_results: NDArray[Any]
     ) -> dict[Figure, tuple[GroupFigure, ...]]:
-        """Of a patient with slides in several groups the result is in neither of them."""
+        """Computes metrics by group; a patient with slides in several groups is in none of them."""
         if len(set(groups)) < 2:
             return {}
         of_patient: dict[str, set[str]] = {}
@@ -542,7 +542,7 @@ class _Pooling:
         return site_by_grade(groups, self.true, self.patients, self._n_grades)
 
     def _readings_of_results(self) -> tuple[NDArray[np.int64], NDArray[Any]]:
-        """Grades ``[M, Q]`` of the readers, -1 where one did not read all of them; and whose they are."""
+        """Returns grades ``[M, Q]`` of the readers, -1 where one did not read all, and their patients."""
         read = np.where(self.readings >= 0, self.readings, np.nan)
         grades = np.floor(per_patient(read, self.patients, self._unit) + 0.5)
         return np.where(np.isnan(grades), -1, grades).astype(np.int64), self._whose
@@ -554,7 +554,7 @@ class _Pooling:
         return model_against_readers(results.predicted, readings, who, self._n_grades, **self._options)
 
     def _repeatability(self, units: Sequence[tuple[Unit, UnitResult]]) -> Repeatability | None:
-        """Of the first repeat, so that each result counts once; where all of its slides were drawn."""
+        """Uses the first repeat, so that each result counts once, where all of its slides were drawn."""
         draws: dict[str, Sequence[float]] = {}
         for unit, result in units:
             if unit.fold.repeat == 0:
@@ -571,7 +571,7 @@ class _Pooling:
         return shift_between(scores, self._members, self.patients, self._unit)
 
     def site_in_embeddings(self, planned: Set[str], arms: Sequence[ArmResult]) -> dict[str, SiteDecodability]:
-        """How well the site is told from stored features and by trained networks.
+        """Measures how well stored features and trained networks tell the site.
 
         Nothing where a site has a single patient, a patient several sites, or folds leave a site out.
 
@@ -613,7 +613,7 @@ class _Pooling:
 
 
 def _corrected(family: Sequence[PairedDifference]) -> tuple[PairedDifference, ...]:
-    """A family of pairs with their p-values after Holm."""
+    """Corrects the p-values of a family of pairs after Holm."""
     adjusted: NDArray[np.float64] = holm([pair.sign_flip.p for pair in family]) if family else np.empty(0)
     return tuple(replace(pair, p_holm=float(p)) for pair, p in zip(family, adjusted, strict=True))
 
@@ -630,7 +630,7 @@ def _maker(name: Figure, n_grades: int) -> Callable[[NDArray[Any], NDArray[Any]]
 
 
 def _predictions(name: Figure, results: PatientResults) -> NDArray[Any]:
-    """What a figure is computed from: grades ``[R, M]``, or probabilities ``[R, M, K]``."""
+    """Returns the input of a metric: grades ``[R, M]``, or probabilities ``[R, M, K]``."""
     return results.probabilities if name in ("rps", "log_loss") else results.predicted
 
 

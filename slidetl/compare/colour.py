@@ -1,4 +1,4 @@
-"""What can be told from a slide without looking at any structure."""
+"""Measures colour and stain of slides, without looking at any structure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COLLAGEN_DENSITY = 0.15
 
 
 def colour_features(caches: Iterable[SlideCache]) -> NDArray[np.float64]:
-    """Mean colour and amount of tissue of each slide, from its thumbnail.
+    """Measures mean colour and area of tissue of each slide, from its thumbnail.
 
     Returns:
         ``[n, 4]``: mean red, green and blue of the tissue, 0..255, and its area in mm2. A slide without
@@ -38,7 +38,7 @@ def colour_features(caches: Iterable[SlideCache]) -> NDArray[np.float64]:
 
 
 def collagen_features(caches: Iterable[SlideCache], stains: Iterable[str]) -> NDArray[np.float64]:
-    """How much of each slide is stained as collagen is, from its thumbnail, by colour deconvolution.
+    """Measures the collagen of each slide, from its thumbnail, by colour deconvolution.
 
     Each pixel's optical density is taken apart into two stains and a remainder at right angles to both
     (Ruifrok and Johnston 2001). In haematoxylin and eosin collagen shares the eosin with everything else
@@ -64,7 +64,7 @@ def collagen_features(caches: Iterable[SlideCache], stains: Iterable[str]) -> ND
 
 
 def collagen_density(rgb: NDArray[np.uint8], stain: str) -> NDArray[np.float64]:
-    """How much of collagen's stain each pixel has.
+    """Computes the density of collagen's stain in each pixel.
 
     Args:
         rgb: ``[n, 3] uint8``.

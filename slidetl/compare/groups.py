@@ -1,4 +1,4 @@
-"""Two groups of slides, as before and after a treatment: how far the score tells them apart."""
+"""Compares the score of two groups of slides, as before and after a treatment."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from slidetl.evaluation.repeatability import ScoreShift, compare_groups, compare
 
 @dataclass(frozen=True)
 class GroupShift:
-    """How far the scores of the second group lie from those of the first.
+    """Shift of the scores from the first group to the second.
 
     Attributes:
         paired: whether the same patients are in both groups; those in one alone are then left out.
@@ -30,7 +30,7 @@ class GroupShift:
 
 
 def members_of(comparison: Comparison, rows: Sequence[ManifestRow]) -> NDArray[np.int64]:
-    """Which group each slide is in.
+    """Finds the group of each slide.
 
     Returns:
         ``[N]``: 0 for the first, 1 for the second, -1 for neither, and where no groups were configured.
@@ -52,7 +52,7 @@ def members_of(comparison: Comparison, rows: Sequence[ManifestRow]) -> NDArray[n
 def shift_between(
     scores: NDArray[np.float64], members: NDArray[np.int64], patients: NDArray[Any], unit: Unit
 ) -> GroupShift | None:
-    """The shift of the score from the first group to the second.
+    """Estimates the shift of the score from the first group to the second.
 
     Where two patients or more have slides in both groups, each is compared with itself, and those with
     slides in one group alone are left out; otherwise different patients are compared.

@@ -1,4 +1,4 @@
-"""How fast arms learn: figures at equal epochs, and at each arm's own plateau."""
+"""Compares how fast arms learn: metrics at equal epochs, and at each arm's own plateau."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PLATEAU = 0.02
 
 @dataclass(frozen=True, eq=False)
 class Learning:
-    """Figures in the course of the trainings of an arm, T of them, at E points that all of them have.
+    """Metrics in the course of the T trainings of an arm, at E points that all of them have.
 
     Attributes:
         arm: its name.
@@ -43,26 +43,26 @@ class Learning:
 
     @property
     def trainings(self) -> int:
-        """T."""
+        """Number of trainings T."""
         return len(self.values["qwk"])
 
     def mean(self, figure: CurveFigure, epoch: int) -> float:
-        """Over the trainings, after so many epochs, which must be a point of the curve."""
+        """Averages a metric over the trainings, after so many epochs, which must be a point of the curve."""
         return float(self.values[figure][:, self.epochs.tolist().index(epoch)].mean())
 
     def plateau(self, figure: CurveFigure) -> int:
-        """Epochs until the mean is within 0.02 (of RPS: 2 %) of the best on the curve."""
+        """Counts epochs until the mean is within 0.02 (of RPS: 2 %) of the best on the curve."""
         means = self.values[figure].mean(axis=0)
         near = means <= means.min() * (1 + PLATEAU) if figure == "rps" else means >= means.max() - PLATEAU
         return int(self.epochs[near.argmax()])
 
     def seconds_until(self, epoch: int) -> float:
-        """Of training, averaged over the trainings; the epoch must be a point of the curve."""
+        """Averages the seconds of training until an epoch, which must be a point of the curve."""
         return float(self.seconds[self.epochs.tolist().index(epoch)])
 
 
 def learning_of(comparison: Comparison, arm: ArmResult) -> Learning | None:
-    """The curves of an arm together; None for an arm without epochs.
+    """Joins the curves of an arm; None for an arm without epochs.
 
     With inner folds they are those of the trial that was chosen, on the held-out parts of the inner folds:
     there each training runs to its last epoch. Without, they are of the test parts, which chose nothing.
@@ -98,7 +98,7 @@ def learning_of(comparison: Comparison, arm: ArmResult) -> Learning | None:
 
 
 def equal_epochs(curves: Sequence[Learning], most: int = 4) -> list[int]:
-    """Epochs that all curves have a point at: so many of them, evenly from the first to the last."""
+    """Picks at most so many epochs at which all curves have a point, evenly from first to last."""
     if not curves:
         return []
     common = sorted(set.intersection(*(set(curve.epochs.tolist()) for curve in curves)))

@@ -1,4 +1,4 @@
-"""What has been computed, what is left, and how long that will take."""
+"""Shows which units are computed, which are left, and how long these will take."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from slidetl.compare.records import UnitResult
 
 
 class UnitProgress:
-    """A table of the arms on a terminal, a line for each unit elsewhere; both on stderr.
+    """Shows a table of the arms on a terminal and a line for each unit elsewhere, both on stderr.
 
     A context manager.
 
@@ -48,7 +48,7 @@ class UnitProgress:
             self._live.stop()
 
     def start(self, there: Sequence[Unit], to_do: Sequence[Unit]) -> None:
-        """Takes note of what is there, and of what is to be done."""
+        """Counts the units that are there, and those to compute."""
         self._there.update(unit.arm for unit in there)
         self._left.update(unit.arm for unit in to_do)
         self._total, self._started = len(to_do), time.monotonic()
@@ -58,7 +58,7 @@ class UnitProgress:
         self._show()
 
     def done(self, unit: Unit, reason: str, result: UnitResult | None) -> None:
-        """Takes note of a unit that was computed, or failed."""
+        """Counts a unit that was computed, or failed."""
         self._left[unit.arm] -= 1
         if reason:
             self._failed[unit.arm] += 1
@@ -74,7 +74,7 @@ class UnitProgress:
         self._show()
 
     def table(self) -> Table:
-        """Arms by what is done, failed and left, and the time for it."""
+        """Makes a table of the units of each arm: done, failed and left, with their time."""
         title = f"{_minutes(time.monotonic() - self._started)} gone, {self._time_left()}"
         table = Table("arm", "done", "failed", "left", "mean", "left for", title=title)
         expected = self._expected()
@@ -92,17 +92,17 @@ class UnitProgress:
         return f"about {_minutes(self._remaining())} left"
 
     def _expected(self) -> Mapping[str, float]:
-        """Seconds for a unit of each arm that was computed."""
+        """Returns the mean seconds of a unit, by arm."""
         return {arm: sum(values) / len(values) for arm, values in self._seconds.items()}
 
     def _remaining(self) -> float:
-        """Seconds; an arm of which nothing is known is taken for the mean of the others."""
+        """Estimates the seconds left; an unknown arm counts as the mean of the others."""
         expected = self._expected()
         mean = sum(expected.values()) / len(expected) if expected else 0.0
         return sum(left * expected.get(arm, mean) for arm, left in self._left.items()) / self._at_a_time()
 
     def _at_a_time(self) -> float:
-        """Units: those of this machine, or as many as a cluster turns out to do."""
+        """Estimates the units computed at a time, here or on a cluster."""
         computed = sum(sum(values) for values in self._seconds.values())
         return max(self._jobs, computed / max(time.monotonic() - self._started, 1.0))
 

@@ -160,7 +160,7 @@ def _arm_rows(arm: ArmResult, referral_risks: Sequence[float]) -> Iterator[dict[
 
 
 def _group_rows(found: GroupShift) -> Iterator[dict[str, Any]]:
-    """Of the score; without an arm, of the grades in the manifest."""
+    """Yields the shift of the score; without an arm, of the grades in the manifest."""
     shift, how = found.shift, "the same patients" if found.paired else "different patients"
     n = shift.n_first if found.paired else shift.n_first + shift.n_second
     yield _row("groups", "shift", shift.shift, p=shift.p, n=n, note=how)
@@ -168,7 +168,7 @@ def _group_rows(found: GroupShift) -> Iterator[dict[str, Any]]:
 
 
 def _learning_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
-    """Arms at equal epochs and at their plateaus, as the page has them; curves.csv has every point."""
+    """Yields arms at equal epochs and at their plateaus, as the page has them; curves.csv has every point."""
     found = [learning_of(result.comparison, arm) for arm in result.arms]
     curves = [curve for curve in found if curve is not None]
     shown = equal_epochs(curves)

@@ -188,7 +188,7 @@ def tables_of(view: View) -> dict[str, Table]:
 
 
 def forest(view: View) -> Table:
-    """The primary metric of each arm, and its paired difference or None."""
+    """Makes the table of the primary metric of each arm, and of its paired difference or None."""
     primary = view.comparison.primary
     pairs = {pair.arm: pair.interval for pair in view.result.differences}
     if view.result.primary is not None:
@@ -337,7 +337,7 @@ def _sd(variance: float | None) -> float | None:
 
 
 def _layer_means(view: View, name: str) -> Table:
-    """Means of each arm over all layers, and over each third of the depth; there may be a hundred layers."""
+    """Averages over all layers and over each third of the depth; there may be a hundred layers."""
     rows = []
     for arm, found in by_layer(view, name).items():
         means = np.array([np.mean(values) for values in found.values()])
