@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,8 @@ from rich.table import Table
 from slidetl.compare.colour import colour_features
 from slidetl.data.manifest import read_manifest
 from slidetl.evaluation.baselines import colour_baseline
-from slidetl.evaluation.bootstrap import Interval, patient_bootstrap
-from slidetl.evaluation.metrics import quadratic_weighted_kappa
+from slidetl.evaluation.bootstrap import Interval, percentile_interval
+from slidetl.evaluation.metrics import accuracy, difference, qwk
 from slidetl.tiles.store import SlideCache
 from slidetl.training.predictions import read_predictions
 
@@ -44,23 +45,15 @@ def main(folder: Path) -> int:
     others = Counter(row.grade for row in rows if row.slide_id not in tested)
     chance = np.full(len(true), others.most_common(1)[0][0])
 
-    def accuracy(predicted: NDArray[np.int64]) -> Interval:
-        return patient_bootstrap(lambda index: float((true[index] == predicted[index]).mean()), patients)
+    def share(predicted: NDArray[np.int64]) -> Interval:
+        return percentile_interval(partial(accuracy, true, predicted), patients)
 
-    def qwk(predicted: NDArray[np.int64]) -> Interval:
-        return patient_bootstrap(
-            lambda index: quadratic_weighted_kappa(true[index], predicted[index], N_GRADES), patients
-        )
+    def kappa(predicted: NDArray[np.int64]) -> Interval:
+        return percentile_interval(partial(qwk, true, predicted, N_GRADES), patients)
 
     def gain(predicted: NDArray[np.int64]) -> Interval:
-        return patient_bootstrap(
-            lambda index: (
-                quadratic_weighted_kappa(true[index], model[index], N_GRADES)
-                - quadratic_weighted_kappa(true[index], predicted[index], N_GRADES)
-            ),
-            patients,
-            level=0.9,
-        )
+        of_model, of_other = (partial(qwk, true, graded, N_GRADES) for graded in (model, predicted))
+        return percentile_interval(difference(of_model, of_other), patients, level=0.9)
 
     table = Table(title=f"{len(true)} test slides of {len(set(patients))} patients, none seen in training")
     for heading in ("", "accuracy [95 %]", "QWK [95 %]", "QWK of slidetl minus this [90 %]"):
@@ -73,8 +66,8 @@ def main(folder: Path) -> int:
     for name, predicted in arms.items():
         table.add_row(
             name,
-            _text(accuracy(predicted)),
-            _text(qwk(predicted)),
+            _text(share(predicted)),
+            _text(kappa(predicted)),
             "" if predicted is model else _text(gain(predicted)),
         )
     console = Console(width=120)
@@ -82,21 +75,21 @@ def main(folder: Path) -> int:
 
     graded = [json.loads(line) for line in (folder / "grades.jsonl").read_text(encoding="utf-8").splitlines()]
     by_stem = {Path(row["slide"]).stem: row["probabilities"] for row in graded}
-    difference = max(
+    furthest = max(
         float(np.abs(np.subtract(row.probabilities, by_stem[row.slide_id])).max()) for row in predictions
     )
     seconds = dict(line.split() for line in (folder / "seconds.txt").read_text(encoding="utf-8").splitlines())
     console.print(
         f"Intervals are patient bootstraps, conditional on this one training.\n"
-        f"slidetl grade and slidetl test differ by at most {difference:.1e} in a probability.\n"
+        f"slidetl grade and slidetl test differ by at most {furthest:.1e} in a probability.\n"
         f"Heat maps: {folder / 'maps'}/*.png   model: {folder / 'model.pt'}   logs: {folder / 'logs'}"
     )
     figures = {
-        "accuracy": accuracy(model),
-        "qwk": qwk(model),
-        "mean_colour_accuracy": accuracy(colour),
-        "mean_colour_qwk": qwk(colour),
-        "chance": accuracy(chance),
+        "accuracy": share(model),
+        "qwk": kappa(model),
+        "mean_colour_accuracy": share(colour),
+        "mean_colour_qwk": kappa(colour),
+        "chance": share(chance),
         "qwk_gain_over_mean_colour": gain(colour),
         "qwk_gain_over_chance": gain(chance),
     }
@@ -106,13 +99,13 @@ def main(folder: Path) -> int:
             name: {"low": round(interval.low, 4), "high": round(interval.high, 4), "level": interval.level}
             for name, interval in figures.items()
         },
-        "greatest_probability_difference_grade_test": difference,
+        "greatest_probability_difference_grade_test": furthest,
         "test_slides": len(true),
         "test_patients": len(set(patients)),
         "seconds": {step: int(value) for step, value in seconds.items()},
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    if min(gain(colour).low, gain(chance).low) <= 0 or difference > 1e-4:
+    if min(gain(colour).low, gain(chance).low) <= 0 or furthest > 1e-4:
         console.print("[bold red]The demo did not show what it should: see the table above.")
         return 1
     return 0

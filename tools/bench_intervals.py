@@ -15,8 +15,9 @@ import shlex
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import scipy
@@ -24,10 +25,10 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from slidetl.evaluation.bootstrap import bca_interval, resampled_figures
+from slidetl.evaluation.bootstrap import Metric, bca_interval, resampled_metric
 from slidetl.evaluation.calibration import calibration_null
 from slidetl.evaluation.conformal import fit_grade_sets, referral_rule, risk_coverage
-from slidetl.evaluation.figures import accuracy_of, difference, qwk_of
+from slidetl.evaluation.metrics import accuracy, difference, qwk
 from slidetl.evaluation.power import StudyDesign, power_table
 
 GRADES = 5
@@ -84,26 +85,26 @@ def probabilities_of(scores: NDArray[np.float64], deviation: float) -> NDArray[n
 
 def coverage(n_studies: int, n_draws: int, seed: int) -> Iterable[tuple[int, list[str]]]:
     """Shares of intervals that hold the truth, BCa and percentile, by number of patients."""
-    deviations = [deviation_of(accuracy) for accuracy in ACCURACIES]
+    deviations = [deviation_of(reached) for reached in ACCURACIES]
     whole = study(np.random.default_rng(seed), 400_000, deviations)
-    truth = [float(figure(np.ones((1, len(whole.true))))[0]) for figure in _figures(whole)]
+    truth = [float(metric(np.ones(len(whole.true)))) for metric in _metrics(whole)]
     for n_patients in PATIENTS:
         rng = np.random.default_rng((seed, n_patients))
         held = np.zeros((len(truth), 2))
         for number in range(n_studies):
             one = study(rng, n_patients, deviations)
-            for place, (figure, value) in enumerate(zip(_figures(one), truth, strict=True)):
-                bca = bca_interval(figure, one.patients, n_draws=n_draws, seed=number)
-                drawn = resampled_figures(figure, one.patients, n_draws=n_draws, seed=number)
+            for place, (metric, value) in enumerate(zip(_metrics(one), truth, strict=True)):
+                bca = bca_interval(metric, one.patients, n_draws=n_draws, seed=number)
+                drawn = resampled_metric(metric, one.patients, n_draws=n_draws, seed=number)
                 low, high = np.nanquantile(drawn, [0.025, 0.975])
                 held[place] += bca.low <= value <= bca.high, low <= value <= high
         yield n_patients, [f"{bca:.3f} / {percentile:.3f}" for bca, percentile in held / n_studies]
 
 
-def _figures(one: Studied) -> list[Callable[[NDArray[np.float64]], NDArray[np.float64]]]:
-    qwk = [qwk_of(one.true, graded, GRADES) for graded in one.graded]
-    accuracy = [accuracy_of(one.true, graded) for graded in one.graded]
-    return [qwk[0], accuracy[0], difference(qwk[1], qwk[0]), difference(accuracy[1], accuracy[0])]
+def _metrics(one: Studied) -> list[Metric]:
+    kappas = [partial(qwk, one.true, graded, GRADES) for graded in one.graded]
+    shares = [partial(accuracy, one.true, graded) for graded in one.graded]
+    return [kappas[0], shares[0], difference(kappas[1], kappas[0]), difference(shares[1], shares[0])]
 
 
 def promises(n_studies: int, seed: int) -> Iterable[tuple[str, ...]]:
@@ -216,10 +217,10 @@ def main() -> None:
     begin("patients", "covered by sets", "5 to 95 % of studies", "rule found", "rule broken", "ECE")
     for cells_of_rule in promises(n, seed):
         row(*cells_of_rule)
-    one = study(np.random.default_rng(seed), 60, [deviation_of(accuracy) for accuracy in ACCURACIES])
-    figure = qwk_of(one.true, np.tile(one.graded[0], (5, 1)), GRADES)
+    one = study(np.random.default_rng(seed), 60, [deviation_of(reached) for reached in ACCURACIES])
+    metric = partial(qwk, one.true, np.tile(one.graded[0], (5, 1)), GRADES)
     started = time.perf_counter()
-    resampled_figures(figure, one.patients, n_draws=10_000)
+    resampled_metric(metric, one.patients, n_draws=10_000)
     seconds = time.perf_counter() - started
     print(f"\n10,000 resamples of the QWK of 100 slides in five repeats took {seconds:.2f} s.")
 

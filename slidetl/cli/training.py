@@ -89,6 +89,8 @@ class GradingCLI(LightningCLI):
             {
                 "early_stopping.monitor": "val/qwk",
                 "early_stopping.mode": "max",
+                # QWK is NaN where it is undefined, as of a small part of one grade: that is no divergence.
+                "early_stopping.check_finite": False,
                 "early_stopping.patience": 10,
                 "checkpoint.monitor": "val/qwk",
                 "checkpoint.mode": "max",

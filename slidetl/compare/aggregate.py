@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,7 @@ from slidetl.evaluation.agreement import (
     reader_agreement,
     reader_ceiling,
 )
-from slidetl.evaluation.bootstrap import Figure as Weighted
-from slidetl.evaluation.bootstrap import Interval, bca_interval
+from slidetl.evaluation.bootstrap import Interval, Metric, bca_interval
 from slidetl.evaluation.calibration import (
     CalibrationNull,
     CalibrationSlope,
@@ -36,13 +36,14 @@ from slidetl.evaluation.calibration import (
 )
 from slidetl.evaluation.comparison import (
     CorrectedT,
+    MetricOfPredictions,
     PatientResults,
     SignFlip,
     VarianceSplit,
     chance_p,
     corrected_t,
-    figures_per_fold,
     holm,
+    metric_per_fold,
     patient_results,
     per_patient,
     sign_flip_test,
@@ -51,16 +52,25 @@ from slidetl.evaluation.comparison import (
 from slidetl.evaluation.conformal import RiskCoverage, SetCoverage, check_coverage, risk_coverage
 from slidetl.evaluation.confounding import (
     EmbeddedFold,
-    GroupFigure,
+    GroupEstimate,
     SiteByGrade,
     SiteDecodability,
-    figure_by_group,
+    estimate_by_group,
     site_by_grade,
     site_decodability,
     site_decodability_by_fold,
 )
-from slidetl.evaluation.figures import accuracy_of, difference, log_loss_of, mae_of, qwk_of, rps_of
-from slidetl.evaluation.metrics import ProbabilityMetrics, confusion_matrix, probability_metrics
+from slidetl.evaluation.metrics import (
+    ProbabilityMetrics,
+    accuracy,
+    confusion_matrix,
+    difference,
+    log_loss,
+    mae,
+    probability_metrics,
+    qwk,
+    rps,
+)
 from slidetl.evaluation.power import PowerRow, StudyDesign, power_table
 from slidetl.evaluation.protocol import Fold, splits_sha256
 from slidetl.evaluation.repeatability import Repeatability, repeatability
@@ -135,8 +145,8 @@ class ArmResult:
     untempered: Untempered | None
     sets: SetCoverage | None
     referral: RiskCoverage
-    sites: Mapping[Figure, tuple[GroupFigure, ...]]
-    scanners: Mapping[Figure, tuple[GroupFigure, ...]]
+    sites: Mapping[Figure, tuple[GroupEstimate, ...]]
+    scanners: Mapping[Figure, tuple[GroupEstimate, ...]]
     readers: tuple[ModelAgainstReader, ...]
     repeatability: Repeatability | None
     group_shift: GroupShift | None
@@ -387,7 +397,7 @@ class _Pooling:
         true = np.array([grade[slide] for slide in self.slides], np.int64)
         results = self._results(self._pooled(units)[0], true)
         name = self._comparison.primary.figure
-        return _higher_is_better(name, float(self._figure(name, results)(np.ones((1, len(results.true))))[0]))
+        return _higher_is_better(name, float(self._figure(name, results)(np.ones(len(results.true)))))
 
     def differences(
         self, arms: Mapping[str, ArmResult]
@@ -458,15 +468,15 @@ class _Pooling:
     def _results(self, probabilities: NDArray[np.float64], true: NDArray[np.int64]) -> PatientResults:
         return patient_results(true, probabilities, self.patients, self._unit)
 
-    def _figure(self, name: Figure, results: PatientResults) -> Weighted:
-        return _maker(name, self._n_grades)(results.true, _predictions(name, results))
+    def _figure(self, name: Figure, results: PatientResults) -> Metric:
+        return partial(_metric(name, self._n_grades), results.true, _predictions(name, results))
 
     def _interval(self, name: Figure, results: PatientResults) -> Interval:
         return bca_interval(self._figure(name, results), results.patients, **self._options)
 
     def _by_repeat(self, name: Figure, results: PatientResults) -> tuple[float, ...]:
-        make, ones = _maker(name, self._n_grades), np.ones((1, len(results.true)))
-        return tuple(float(make(results.true, row)(ones)[0]) for row in _predictions(name, results))
+        metric, ones = _metric(name, self._n_grades), np.ones(len(results.true))
+        return tuple(float(metric(results.true, row, ones)) for row in _predictions(name, results))
 
     def _fold_of(self, results: PatientResults, folds: NDArray[np.int64]) -> NDArray[np.int64]:
         """Returns the folds ``[R, M]`` of the results, from those of the slides."""
@@ -487,7 +497,7 @@ class _Pooling:
         if fewest < 2:
             return None
         return variance_split(
-            _maker(name, self._n_grades),
+            _metric(name, self._n_grades),
             results.true,
             _predictions(name, results),
             of_result,
@@ -497,15 +507,17 @@ class _Pooling:
     def _difference(self, arm: ArmResult, against: ArmResult, name: Figure) -> PairedDifference:
         one, other = arm.results, against.results
         paired = difference(self._figure(name, one), self._figure(name, other))
-        make = _maker(name, self._n_grades)
+        metric = _metric(name, self._n_grades)
         t = None
         if len(self._names) > 1:
             folds = self._fold_of(one, arm.folds)
             by_fold = [
-                figures_per_fold(make, results.true, _predictions(name, results), folds)
+                metric_per_fold(metric, results.true, _predictions(name, results), folds)
                 for results in (one, other)
             ]
-            t = corrected_t(by_fold[0] - by_fold[1], 1 / len(self._names))
+            gaps = by_fold[0] - by_fold[1]
+            if np.isfinite(gaps).all():  # a fold whose grades are all one may leave it undefined
+                t = corrected_t(gaps, 1 / len(self._names))
         return PairedDifference(
             arm=arm.arm,
             against=against.arm,
@@ -514,14 +526,14 @@ class _Pooling:
             interval=bca_interval(paired, one.patients, **self._options),
             corrected_t=t,
             sign_flip=sign_flip_test(
-                make, one.true, _predictions(name, one)[0], _predictions(name, other)[0], one.patients
+                metric, one.true, _predictions(name, one)[0], _predictions(name, other)[0], one.patients
             ),
             p_holm=None,
         )
 
     def _by_group(
-        self, figures: Mapping[Figure, Weighted], groups: Sequence[str], of_results: NDArray[Any]
-    ) -> dict[Figure, tuple[GroupFigure, ...]]:
+        self, figures: Mapping[Figure, Metric], groups: Sequence[str], of_results: NDArray[Any]
+    ) -> dict[Figure, tuple[GroupEstimate, ...]]:
         """Computes metrics by group; a patient with slides in several groups is in none of them."""
         if len(set(groups)) < 2:
             return {}
@@ -532,7 +544,7 @@ class _Pooling:
             names = [sorted(of_patient[patient]) for patient in of_results.tolist()]
             groups = [found[0] if len(found) == 1 else " + ".join(found) for found in names]
         return {
-            name: figure_by_group(figure, groups, of_results, **self._options)
+            name: estimate_by_group(figure, groups, of_results, **self._options)
             for name, figure in figures.items()
         }
 
@@ -618,15 +630,15 @@ def _corrected(family: Sequence[PairedDifference]) -> tuple[PairedDifference, ..
     return tuple(replace(pair, p_holm=float(p)) for pair, p in zip(family, adjusted, strict=True))
 
 
-def _maker(name: Figure, n_grades: int) -> Callable[[NDArray[Any], NDArray[Any]], Weighted]:
-    makers: dict[Figure, Callable[[NDArray[Any], NDArray[Any]], Weighted]] = {
-        "qwk": lambda true, predicted: qwk_of(true, predicted, n_grades),
-        "accuracy": accuracy_of,
-        "mae": mae_of,
-        "rps": rps_of,
-        "log_loss": log_loss_of,
+def _metric(name: Figure, n_grades: int) -> MetricOfPredictions:
+    metrics: dict[Figure, MetricOfPredictions] = {
+        "qwk": lambda true, predicted, weights: qwk(true, predicted, n_grades, weights),
+        "accuracy": accuracy,
+        "mae": mae,
+        "rps": rps,
+        "log_loss": log_loss,
     }
-    return makers[name]
+    return metrics[name]
 
 
 def _predictions(name: Figure, results: PatientResults) -> NDArray[Any]:

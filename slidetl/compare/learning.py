@@ -53,7 +53,10 @@ class Learning:
     def plateau(self, figure: CurveFigure) -> int:
         """Counts epochs until the mean is within 0.02 (of RPS: 2 %) of the best on the curve."""
         means = self.values[figure].mean(axis=0)
-        near = means <= means.min() * (1 + PLATEAU) if figure == "rps" else means >= means.max() - PLATEAU
+        if figure == "rps":
+            near = means <= means.min() * (1 + PLATEAU)
+        else:  # where QWK is undefined it is no plateau
+            near = means >= np.where(np.isnan(means), -np.inf, means).max() - PLATEAU
         return int(self.epochs[near.argmax()])
 
     def seconds_until(self, epoch: int) -> float:

@@ -22,7 +22,7 @@ from slidetl.compare.records import CurvePoint, UnitResult
 from slidetl.compare.table import write_csv
 from slidetl.evaluation.bootstrap import Interval
 from slidetl.evaluation.conformal import referral_rule
-from slidetl.evaluation.confounding import GroupFigure
+from slidetl.evaluation.confounding import GroupEstimate
 
 # One row a figure. ``section`` says of what: primary, figure, repeat, threshold, variance, calibration, sets,
 # site, scanner, reader, repeatability, groups, chance; learning; difference; agreement, ceiling, confounding,
@@ -201,8 +201,8 @@ def _difference_rows(section: str, pair: PairedDifference) -> Iterator[dict[str,
         }
 
 
-def _group_row(section: str, figure: str, group: GroupFigure) -> dict[str, Any]:
-    return _row(section, figure, group.figure, n=group.n, note=group.group)
+def _group_row(section: str, figure: str, group: GroupEstimate) -> dict[str, Any]:
+    return _row(section, figure, group.estimate, n=group.n, note=group.group)
 
 
 def _row(

@@ -36,7 +36,7 @@ from slidetl.errors import UsageError
 from slidetl.evaluation.calibration import fit_temperature, with_temperature
 from slidetl.evaluation.comparison import PatientResults, patient_results
 from slidetl.evaluation.comparison import Unit as ResultUnit
-from slidetl.evaluation.figures import accuracy_of, log_loss_of, qwk_of, rps_of
+from slidetl.evaluation.metrics import accuracy, log_loss, qwk, rps
 from slidetl.models.blocks import pretrained_backbone
 from slidetl.models.network import GradingNetwork
 from slidetl.tiles.store import SlideCache
@@ -365,7 +365,6 @@ class _Watch(Callback):
         if done % trainer.check_val_every_n_epoch == 0:  # type: ignore[operator] # always a number here
             assert isinstance(pl_module, SlideGrader)
             results = results_of(pl_module.validated, self._unit)
-            ones, n_grades = np.ones((1, len(results.true))), len(pl_module.grades)
             self.points.append(
                 CurvePoint(
                     part=self._part,
@@ -374,10 +373,10 @@ class _Watch(Callback):
                     n=len(results.true),
                     seconds=round(self._seconds, 3),
                     train_loss=float(torch.stack(self._losses).mean()),
-                    accuracy=float(accuracy_of(results.true, results.predicted)(ones)[0]),
-                    qwk=float(qwk_of(results.true, results.predicted, n_grades)(ones)[0]),
-                    rps=float(rps_of(results.true, results.probabilities)(ones)[0]),
-                    log_loss=float(log_loss_of(results.true, results.probabilities)(ones)[0]),
+                    accuracy=float(accuracy(results.true, results.predicted)),
+                    qwk=float(qwk(results.true, results.predicted, len(pl_module.grades))),
+                    rps=float(rps(results.true, results.probabilities)),
+                    log_loss=float(log_loss(results.true, results.probabilities)),
                 )
             )
             if self._keep:

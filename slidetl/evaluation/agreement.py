@@ -5,15 +5,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import UsageError
-from slidetl.evaluation.bootstrap import Figure, Interval, bca_interval, resampled_figures
+from slidetl.evaluation.bootstrap import Interval, bca_interval_if_defined, resampled_metric
 from slidetl.evaluation.comparison import Unit, per_patient
-from slidetl.evaluation.figures import accuracy_of, difference, qwk_of
+from slidetl.evaluation.metrics import accuracy, difference, kappa, kappa_of_table, qwk
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class ModelAgainstReader:
         reader: number of the reader that both are compared with, from 0; None for the consensus of all.
         model: the model's agreement with it.
         peer_qwk: QWK of the other readers with it, averaged over them; None where it is the consensus, of
-            which they are a part, or there is no other reader.
+            which they are a part, there is no other reader, or it is undefined.
         qwk_less_peers: the model's QWK less theirs, on the slides that all of them graded, paired; None as
             above.
     """
@@ -86,26 +87,6 @@ class ReaderCeiling:
     level: float
 
 
-def kappa_of(first: ArrayLike, second: ArrayLike, n_grades: int) -> Figure:
-    """Unweighted kappa of two lists ``[N]`` (Cohen, Educational and Psychological Measurement 1960).
-
-    It is 0 where weights leave both lists one and the same constant.
-    """
-    scale = np.arange(n_grades)
-    a, b = (np.asarray(grades)[:, None] == scale for grades in (first, second))
-    equal = (np.asarray(first) == np.asarray(second)).astype(np.float64)
-
-    def figure(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        n = weights.sum(axis=1)
-        safe = np.where(n > 0, n, 1)
-        chance = ((weights @ a) * (weights @ b)).sum(axis=1) / safe**2
-        known = chance < 1 - 1e-12
-        kappa = np.where(known, (weights @ equal / safe - chance) / np.where(known, 1 - chance, 1), 0)
-        return np.where(n > 0, kappa, np.nan)
-
-    return figure
-
-
 def reader_agreement(
     readings: ArrayLike,
     patients: ArrayLike,
@@ -126,7 +107,8 @@ def reader_agreement(
         seed: of the resampling.
 
     Returns:
-        One for each pair with slides of two patients or more in common, in the order (0, 1), (0, 2), ...
+        One for each pair with slides of two patients or more in common, in the order (0, 1), (0, 2), ...;
+        none where kappa is undefined, since both gave one and the same grade to all or nearly all of them.
 
     Raises:
         UsageError: shapes that do not fit, or a grade above the scale.
@@ -138,8 +120,8 @@ def reader_agreement(
         both = (grades[:, [first, second]] >= 0).all(axis=1)
         if len(np.unique(who[both])) > 1:
             one, other = grades[both, first], grades[both, second]
-            pairs.append(_agreement(first, second, one, other[None], who[both], n_grades, how))
-    return tuple(pairs)
+            pairs.append(_agreement(first, second, one, other, who[both], n_grades, how))
+    return tuple(pair for pair in pairs if pair is not None)
 
 
 def consensus_grades(readings: ArrayLike) -> NDArray[np.int64]:
@@ -183,7 +165,8 @@ def model_against_readers(
         seed: of the resampling.
 
     Returns:
-        One for each reader with slides of two patients or more, then one for the consensus.
+        One for each reader with slides of two patients or more, then one for the consensus; none where the
+        model's kappa is undefined, as for :func:`reader_agreement`.
 
     Raises:
         UsageError: shapes that do not fit, a grade off the scale, or nothing that was read.
@@ -199,28 +182,24 @@ def model_against_readers(
         if len(np.unique(who[own])) < 2:
             continue
         model = _agreement(None, reader, grades[own, reader], rows[:, own], who[own], n_grades, how)
+        if model is None:
+            continue
         others = [other for other in range(grades.shape[1]) if other != reader]
         shared = (grades >= 0).all(axis=1)
         if not others or len(np.unique(who[shared])) < 2:
             against.append(ModelAgainstReader(reader, model, None, None))
             continue
         true = grades[shared, reader]
-        peers = qwk_of(true, grades[shared][:, others].T, n_grades)
-        gain = difference(qwk_of(true, rows[:, shared], n_grades), peers)
-        against.append(
-            ModelAgainstReader(
-                reader,
-                model,
-                bca_interval(peers, who[shared], **how),
-                bca_interval(gain, who[shared], **how),
-            )
-        )
+        peers = partial(qwk, true, grades[shared][:, others].T, n_grades)
+        gain = difference(partial(qwk, true, rows[:, shared], n_grades), peers)
+        peer_qwk, less = (bca_interval_if_defined(each, who[shared], **how) for each in (peers, gain))
+        against.append(ModelAgainstReader(reader, model, peer_qwk, less))
     consensus = consensus_grades(grades)
     known = consensus >= 0
     if len(np.unique(who[known])) < 2:
         raise UsageError("a comparison with readers needs slides of two patients that were read")
     model = _agreement(None, None, consensus[known], rows[:, known], who[known], n_grades, how)
-    return (*against, ModelAgainstReader(None, model, None, None))
+    return (*against, *([] if model is None else [ModelAgainstReader(None, model, None, None)]))
 
 
 def reader_ceiling(
@@ -291,7 +270,7 @@ def reader_ceiling(
         weight = weights[of_patient]
         return np.asarray(np.einsum("m,mtg->tg", weight, results) / weight.sum())
 
-    def accuracy(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    def reached(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         deviations, shares = fitted(weights)
         judges = _readings_given_truth(deviations, n_grades)
         drawn = zip(weights, shares, judges, strict=True)
@@ -302,6 +281,7 @@ def reader_ceiling(
     reads = _readings_given_truth(deviations, n_grades)[0]  # [truth, reading]
     # Two readers of one slide err independently; between two grades their consensus is the higher.
     scale = np.arange(n_grades)
+    squares = (scale[:, None] - scale) ** 2
     mean = np.zeros((n_grades, n_grades))
     for one, other in itertools.product(scale, scale):
         mean[:, (one + other + 1) // 2] += reads[:, one] * reads[:, other]
@@ -309,17 +289,17 @@ def reader_ceiling(
     alone, agreed, together = (table(everyone, shares[0], reads, judge) for judge in (reads, mean, both_look))
     of_readers = per_patient(grades, who, unit)
     graded = np.floor(of_readers + 0.5).astype(np.int64)
-    between = float(qwk_of(graded[:, 0], graded[:, 1], n_grades)(np.ones((1, len(graded))))[0])
-    drawn = resampled_figures(accuracy, who, n_draws=n_draws, seed=seed)
+    between = float(qwk(graded[:, 0], graded[:, 1], n_grades))
+    drawn = resampled_metric(reached, who, n_draws=n_draws, seed=seed)
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return ReaderCeiling(
         reader_sd=float(deviations[0]),
         accuracy=float(np.trace(alone)),
-        qwk=_qwk_of_table(alone),
+        qwk=float(kappa_of_table(alone, squares)),
         consensus_accuracy=float(np.trace(agreed)),
-        consensus_qwk=_qwk_of_table(agreed),
+        consensus_qwk=float(kappa_of_table(agreed, squares)),
         together_accuracy=float(np.trace(together)),
-        together_qwk=_qwk_of_table(together),
+        together_qwk=float(kappa_of_table(together, squares)),
         qwk_by_attenuation=float(np.sqrt(between)) if between > 0 else None,
         low=float(low),
         high=float(high),
@@ -346,16 +326,17 @@ def _agreement(
     patients: NDArray[np.generic],
     n_grades: int,
     how: Mapping[str, Any],
-) -> Agreement:
-    kappas = [kappa_of(true, row, n_grades) for row in rows]
-
-    def kappa(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.asarray(np.mean([of_repeat(weights) for of_repeat in kappas], axis=0))
-
-    figures = (accuracy_of(true, rows), kappa, qwk_of(true, rows, n_grades))
-    accuracy, plain, quadratic = (bca_interval(each, patients, **how) for each in figures)
-    n_patients = len(np.unique(patients))
-    return Agreement(first, second, len(true), n_patients, accuracy, plain, quadratic)
+) -> Agreement | None:
+    """None where a kappa is undefined."""
+    measures = (
+        partial(accuracy, true, rows),
+        *(partial(each, true, rows, n_grades) for each in (kappa, qwk)),
+    )
+    found = [bca_interval_if_defined(each, patients, **how) for each in measures]
+    share, plain, quadratic = found
+    if share is None or plain is None or quadratic is None:
+        return None
+    return Agreement(first, second, len(true), len(np.unique(patients)), share, plain, quadratic)
 
 
 def _readings_given_truth(deviations: NDArray[np.float64], n_grades: int) -> NDArray[np.float64]:
@@ -411,11 +392,3 @@ def _of_patients(slides: NDArray[np.float64], whose: NDArray[np.int64], unit: Un
         rounded = np.floor(np.arange(sums.shape[1]) / n + 0.5).astype(np.int64)
         np.add.at(means, (mine[:, None, None], rounded[:, None], rounded), sums)
     return means
-
-
-def _qwk_of_table(table: NDArray[np.float64]) -> float:
-    """Of shares ``[K, K]``."""
-    scale = np.arange(len(table))
-    weights = (scale[:, None] - scale) ** 2
-    chance = float((weights * np.outer(table.sum(axis=1), table.sum(axis=0))).sum() / table.sum())
-    return 1 - float((weights * table).sum()) / chance if chance > 0 else 0.0

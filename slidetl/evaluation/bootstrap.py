@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import UsageError
 
-Statistic = Callable[[NDArray[np.intp]], float]
-
 # Maps weights [B, N] of N results to B values. Whole weights are resamples, zeros leave results out: one
-# function so gives the estimate, the bootstrap, the jackknife and the figure of a fold or of a site.
+# function so gives the estimate, the bootstrap, the jackknife and the metric of a fold or of a site.
 # NaN where the weights leave nothing to compute it from.
-Figure = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+Metric = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 # Weights are made in blocks of so many numbers: 16 MB.
 _BLOCK = 1 << 21
@@ -39,7 +37,7 @@ class Interval:
 
 
 def bca_interval(
-    figure: Figure,
+    metric: Metric,
     patients: ArrayLike,
     *,
     level: float = 0.95,
@@ -47,7 +45,7 @@ def bca_interval(
     seed: int = 0,
     strata: ArrayLike | None = None,
 ) -> Interval:
-    """Bias-corrected and accelerated bootstrap over patients (Efron, JASA 1987).
+    """Computes the bias-corrected and accelerated bootstrap over patients (Efron, JASA 1987).
 
     Patients are drawn with replacement, each with all its results (Davison and Hinkley 1997, section 3.8).
     The bias correction is the normal quantile of the share of draws below the estimate, draws equal to it
@@ -55,14 +53,14 @@ def bca_interval(
     estimates, d being their mean minus each (with strata, d of each stratum over its own size). For one
     result a patient it is what ``scipy.stats.bootstrap`` computes.
 
-    The interval is conditional on the fitted models: it tells how the figure would differ on other
+    The interval is conditional on the fitted models: it tells how the metric would differ on other
     patients, not how another training would. It covers somewhat less often than its level says: at 95 %,
     about 93 to 95 % of the time with 60 patients, 91 to 94 % with 20 (``docs/evidence/intervals.md``). Where
-    all draws agree it is the estimate itself, which is no proof that nothing varies. Draws where the figure
+    all draws agree it is the estimate itself, which is no proof that nothing varies. Draws where the metric
     is undefined (NaN) are left out.
 
     Args:
-        figure: weights ``[B, N]`` -> ``[B]``; of a paired comparison, the difference of two (the same draws
+        metric: weights ``[B, N]`` -> ``[B]``; of a paired comparison, the difference of two (the same draws
             then serve both arms).
         patients: ``[N]``, anything that identifies a patient.
         level: nominal coverage, between 0 and 1.
@@ -72,21 +70,21 @@ def bca_interval(
             resampled at its own size. A patient lies in one stratum.
 
     Raises:
-        UsageError: fewer than two patients in a stratum, a patient in two strata, or a figure that is
+        UsageError: fewer than two patients in a stratum, a patient in two strata, or a metric that is
             undefined on the data or on more than half of the draws.
     """
     interval = bca_interval_if_defined(
-        figure, patients, level=level, n_draws=n_draws, seed=seed, strata=strata
+        metric, patients, level=level, n_draws=n_draws, seed=seed, strata=strata
     )
     if interval is None:
         raise UsageError(
-            "the figure is undefined on these results, or on most resamples of their patients: too few for it"
+            "the metric is undefined on these results, or on most resamples of their patients: too few for it"
         )
     return interval
 
 
 def bca_interval_if_defined(
-    figure: Figure,
+    metric: Metric,
     patients: ArrayLike,
     *,
     level: float = 0.95,
@@ -94,74 +92,57 @@ def bca_interval_if_defined(
     seed: int = 0,
     strata: ArrayLike | None = None,
 ) -> Interval | None:
-    """As :func:`bca_interval`, but None where the figure is undefined on the data or on most draws."""
+    """Computes :func:`bca_interval`; None where the metric is undefined on the data or on most draws."""
     from scipy.special import ndtr, ndtri
 
     if not 0 < level < 1 or n_draws < 2:
         raise UsageError(f"level must be between 0 and 1, n_draws at least 2, not {level} and {n_draws}")
     member, stratum = _patients_and_strata(patients, strata)
-    estimate = float(figure(np.ones((1, len(member))))[0])
+    estimate = float(metric(np.ones((1, len(member))))[0])
     if np.isnan(estimate):
         return None
-    draws = _resampled(figure, member, stratum, n_draws, np.random.default_rng(seed))
+    draws = _resampled(metric, member, stratum, n_draws, np.random.default_rng(seed))
     defined = draws[~np.isnan(draws)]
     if 2 * len(defined) < n_draws:
         return None
-    # Half a draw from either end at most: the estimate of a discrete figure may lie outside of all draws.
+    # Half a draw from either end at most: the estimate of a discrete metric may lie outside of all draws.
     below = np.clip(
         (np.sum(defined < estimate) + np.sum(defined <= estimate)) / (2 * len(defined)),
         0.5 / len(defined),
         1 - 0.5 / len(defined),
     )
     bias = ndtri(below)
-    acceleration = _acceleration(figure, member, stratum)
+    acceleration = _acceleration(metric, member, stratum)
     normal = bias + ndtri(np.array([(1 - level) / 2, (1 + level) / 2]))
     shares = ndtr(bias + normal / (1 - acceleration * normal))
     low, high = np.quantile(defined, shares)
     return Interval(estimate, float(low), float(high), level)
 
 
-def patient_bootstrap(
-    statistic: Statistic, patients: Sequence[str], *, level: float = 0.95, n_draws: int = 2000, seed: int = 0
+def percentile_interval(
+    metric: Metric, patients: ArrayLike, *, level: float = 0.95, n_draws: int = 2000, seed: int = 0
 ) -> Interval:
-    """Percentile bootstrap over patients, for any statistic of the slides drawn.
+    """Computes the percentile bootstrap over patients (Davison and Hinkley 1997, section 5.3).
 
-    Davison and Hinkley 1997, section 5.3, with clusters as units. :func:`bca_interval` corrects bias and
-    skewness, and is many times as fast, where the statistic can be written with weights.
-
-    The models that made the predictions are held fixed: the interval does not tell how another
-    training would differ. For a paired comparison let the statistic be the difference.
-
-    Args:
-        statistic: maps indices ``[M]`` into the slides, with repetitions, to a figure.
-        patients: ``[N]`` whose slide each is.
-        level: nominal coverage, between 0 and 1.
-        n_draws: number of resamples.
-        seed: of the resampling.
+    :func:`bca_interval`, which corrects bias and skewness, covers more often; arguments as there. Draws where
+    the metric is undefined are left out; where all are, the bounds are NaN.
 
     Raises:
         UsageError: fewer than two patients.
     """
-    member, stratum = _patients_and_strata(patients, None)
-    slides_of = [np.flatnonzero(member == patient) for patient in range(len(stratum))]
-    rng = np.random.default_rng(seed)
-    draws = [
-        statistic(
-            np.concatenate([slides_of[patient] for patient in rng.integers(len(stratum), size=len(stratum))])
-        )
-        for _ in range(n_draws)
-    ]
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(statistic(np.arange(len(member))), float(low), float(high), level)
+    drawn = resampled_metric(metric, patients, n_draws=n_draws, seed=seed)
+    drawn = drawn[~np.isnan(drawn)]
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]) if len(drawn) else (np.nan, np.nan)
+    return Interval(float(metric(np.ones((1, np.size(patients))))[0]), float(low), float(high), level)
 
 
-def resampled_figures(
-    figure: Figure, patients: ArrayLike, *, n_draws: int = 2000, seed: int = 0
+def resampled_metric(
+    metric: Metric, patients: ArrayLike, *, n_draws: int = 2000, seed: int = 0
 ) -> NDArray[np.float64]:
-    """The figure on ``n_draws`` resamples of patients: ``[n_draws]``, NaN where it is undefined.
+    """Computes the metric on ``n_draws`` resamples of patients: ``[n_draws]``, NaN where it is undefined.
 
     Args:
-        figure: weights ``[B, N]`` -> ``[B]``.
+        metric: weights ``[B, N]`` -> ``[B]``.
         patients: ``[N]``.
         n_draws: number of resamples.
         seed: of the resampling; the draws are those of :func:`bca_interval` with this seed.
@@ -170,7 +151,7 @@ def resampled_figures(
         UsageError: fewer than two patients.
     """
     member, stratum = _patients_and_strata(patients, None)
-    return _resampled(figure, member, stratum, n_draws, np.random.default_rng(seed))
+    return _resampled(metric, member, stratum, n_draws, np.random.default_rng(seed))
 
 
 def _patients_and_strata(
@@ -195,7 +176,7 @@ def _patients_and_strata(
 
 
 def _resampled(
-    figure: Figure,
+    metric: Metric,
     member: NDArray[np.intp],
     stratum: NDArray[np.intp],
     n_draws: int,
@@ -210,16 +191,16 @@ def _resampled(
         drawn = np.concatenate([group[rng.integers(len(group), size=(n, len(group)))] for group in groups], 1)
         flat = (drawn + n_patients * np.arange(n)[:, None]).ravel()
         counts = np.bincount(flat, minlength=n * n_patients).reshape(n, n_patients)
-        values.append(figure(counts[:, member].astype(np.float64)))
+        values.append(metric(counts[:, member].astype(np.float64)))
     return np.concatenate(values)
 
 
-def _acceleration(figure: Figure, member: NDArray[np.intp], stratum: NDArray[np.intp]) -> float:
+def _acceleration(metric: Metric, member: NDArray[np.intp], stratum: NDArray[np.intp]) -> float:
     """From the leave-one-patient-out estimates; 0 where they do not vary."""
     n_patients = len(stratum)
     step = max(1, _BLOCK // len(member))
     left_out = [
-        figure((member != np.arange(start, min(start + step, n_patients))[:, None]).astype(np.float64))
+        metric((member != np.arange(start, min(start + step, n_patients))[:, None]).astype(np.float64))
         for start in range(0, n_patients, step)
     ]
     estimates = np.concatenate(left_out)

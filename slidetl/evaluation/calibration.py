@@ -9,14 +9,17 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import UsageError
-from slidetl.evaluation.bootstrap import Figure, Interval, bca_interval, bca_interval_if_defined
-from slidetl.evaluation.metrics import calibration_error, probability_metrics
+from slidetl.evaluation.bootstrap import Interval, Metric, bca_interval, bca_interval_if_defined
+from slidetl.evaluation.metrics import (
+    LEAST_PROBABILITY,
+    calibration_error,
+    check_probabilities,
+    confidence_bins,
+    probability_metrics,
+)
 
 # Temperatures that are tried. Beyond these a model says always, or never, the same.
 _TEMPERATURES = (0.05, 20.0)
-
-# Probabilities are kept this far from 0, in logarithms.
-_LEAST_PROBABILITY = 1e-7
 
 
 def with_temperature(probabilities: ArrayLike, temperature: float) -> NDArray[np.float64]:
@@ -38,7 +41,7 @@ def with_temperature(probabilities: ArrayLike, temperature: float) -> NDArray[np
     rows = np.asarray(probabilities, np.float64)
     if temperature == 1:
         return np.asarray(rows / rows.sum(axis=-1, keepdims=True))
-    logs = np.log(np.maximum(rows, _LEAST_PROBABILITY)) / temperature
+    logs = np.log(np.maximum(rows, LEAST_PROBABILITY)) / temperature
     raised = np.exp(logs - logs.max(axis=-1, keepdims=True))
     return np.asarray(raised / raised.sum(axis=-1, keepdims=True))
 
@@ -58,9 +61,8 @@ def fit_temperature(true: ArrayLike, probabilities: ArrayLike) -> float:
     """
     from scipy.optimize import minimize_scalar
 
-    probability_metrics(true, probabilities)  # refuses what is none
-    grades, rows = np.asarray(true, np.int64), np.asarray(probabilities, np.float64)
-    logs = np.log(np.maximum(rows, _LEAST_PROBABILITY))
+    grades, (rows,) = check_probabilities(true, probabilities)
+    logs = np.log(np.maximum(rows, LEAST_PROBABILITY))
     of_truth = logs[np.arange(len(grades)), grades]
 
     def log_loss(sharpness: float) -> float:
@@ -119,9 +121,8 @@ def calibration_slope(
         ValueError: shapes that do not fit, a grade off the scale, rows that are no distributions, or slides
         that are all of the lowest or all of the highest grade.
     """
-    probability_metrics(true, probabilities)  # refuses what is none
-    grades, rows = np.asarray(true, np.int64), np.asarray(probabilities, np.float64)
-    above = np.clip(rows[:, ::-1].cumsum(axis=1)[:, -2::-1], _LEAST_PROBABILITY, 1 - _LEAST_PROBABILITY)
+    grades, (rows,) = check_probabilities(true, probabilities)
+    above = np.clip(rows[:, ::-1].cumsum(axis=1)[:, -2::-1], LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
     odds, happened = np.log(above / (1 - above)), grades[:, None] > np.arange(rows.shape[1] - 1)
     if happened.all() or not happened.any():
         raise UsageError("slides that are all of the lowest, or all of the highest grade tell no calibration")
@@ -168,9 +169,8 @@ def calibration_null(
         ValueError: shapes that do not fit, a grade off the scale, or rows that are no distributions.
     """
     error = calibration_error(true, probabilities, n_bins)
-    rows = np.asarray(probabilities, np.float64)
-    rows = rows / rows.sum(axis=1, keepdims=True)
-    null = abs(_null_gaps(rows, _bins(rows, n_bins), n_bins, n_draws, seed)).sum(axis=1) / len(rows)
+    _, (rows,) = check_probabilities(true, probabilities)
+    null = abs(_null_gaps(rows, confidence_bins(rows, n_bins), n_bins, n_draws, seed)).sum(axis=1) / len(rows)
     return CalibrationNull(
         error=error,
         null_mean=float(null.mean()),
@@ -180,7 +180,7 @@ def calibration_null(
 
 
 def judged_probabilities(true: ArrayLike, probabilities: ArrayLike) -> dict[str, Any]:
-    """The figures of :class:`~slidetl.evaluation.metrics.ProbabilityMetrics`, by name, and one more.
+    """Returns the metrics of :class:`~slidetl.evaluation.metrics.ProbabilityMetrics` by name, and one more.
 
     ``calibration_error_if_calibrated`` is the mean error of a calibrated model on as many slides: above 0
     where it is not sure of each, and so what the error beside it is worth.
@@ -193,8 +193,8 @@ def judged_probabilities(true: ArrayLike, probabilities: ArrayLike) -> dict[str,
         ValueError: shapes that do not fit, a grade off the scale, or rows that are no distributions.
     """
     null = calibration_null(true, probabilities, n_draws=200)
-    figures = asdict(probability_metrics(true, probabilities))
-    return {**figures, "calibration_error_if_calibrated": null.null_mean}
+    metrics = asdict(probability_metrics(true, probabilities))
+    return {**metrics, "calibration_error_if_calibrated": null.null_mean}
 
 
 @dataclass(frozen=True)
@@ -226,10 +226,8 @@ def reliability(
     Returns:
         The bins that hold a slide, in rising confidence.
     """
-    probability_metrics(true, probabilities)  # refuses what is none
-    grades, rows = np.asarray(true), np.asarray(probabilities, np.float64)
-    rows = rows / rows.sum(axis=1, keepdims=True)
-    bins = _bins(rows, n_bins)
+    grades, (rows,) = check_probabilities(true, probabilities)
+    bins = confidence_bins(rows, n_bins)
     confidence, right = rows.max(axis=1), rows.argmax(axis=1) == grades
     gaps = _null_gaps(rows, bins, n_bins, n_draws, seed)
     points = []
@@ -243,11 +241,6 @@ def reliability(
     return tuple(points)
 
 
-def _bins(rows: NDArray[np.float64], n_bins: int) -> NDArray[np.intp]:
-    """As in :func:`slidetl.evaluation.metrics.calibration_error`."""
-    return np.asarray(np.clip(np.ceil(rows.max(axis=1) * n_bins).astype(np.intp) - 1, 0, n_bins - 1))
-
-
 def _null_gaps(
     rows: NDArray[np.float64], bins: NDArray[np.intp], n_bins: int, n_draws: int, seed: int
 ) -> NDArray[np.float64]:
@@ -257,7 +250,7 @@ def _null_gaps(
     return np.asarray((right - confidence) @ (bins[:, None] == np.arange(n_bins)))
 
 
-def _slope_of(odds: NDArray[np.float64], happened: NDArray[np.bool_]) -> Figure:
+def _slope_of(odds: NDArray[np.float64], happened: NDArray[np.bool_]) -> Metric:
     """Slope of a logistic regression of outcomes on log odds ``[N, T]``; NaN where there is none.
 
     With a free intercept, by Newton's method, for all rows of weights at once.
@@ -266,7 +259,7 @@ def _slope_of(odds: NDArray[np.float64], happened: NDArray[np.bool_]) -> Figure:
 
     centred = odds - odds.mean()  # keeps intercept and slope apart
 
-    def figure(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    def metric(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         of_question = np.repeat(weights, odds.shape[1], axis=1)
         x, y = centred.ravel(), happened.ravel()
         intercept, slope = np.zeros(len(weights)), np.zeros(len(weights))
@@ -288,14 +281,14 @@ def _slope_of(odds: NDArray[np.float64], happened: NDArray[np.bool_]) -> Figure:
                 break
         return np.where(moved < 1e-7, slope, np.nan)
 
-    return figure
+    return metric
 
 
-def _intercept_of(odds: NDArray[np.float64], happened: NDArray[np.bool_]) -> Figure:
+def _intercept_of(odds: NDArray[np.float64], happened: NDArray[np.bool_]) -> Metric:
     """What to add to log odds ``[N, T]`` for as many outcomes as expected; NaN for all outcomes or none."""
     from scipy.special import expit
 
-    def figure(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    def metric(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         of_question = np.repeat(weights, odds.shape[1], axis=1)
         wanted, total = of_question @ happened.ravel(), of_question.sum(axis=1)
         low, high = np.full(len(weights), -40.0), np.full(len(weights), 40.0)
@@ -313,4 +306,4 @@ def _intercept_of(odds: NDArray[np.float64], happened: NDArray[np.bool_]) -> Fig
                 break
         return np.where((wanted > 0) & (wanted < total), intercept, np.nan)
 
-    return figure
+    return metric

@@ -5,19 +5,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import UsageError
-from slidetl.evaluation.bootstrap import Figure, resampled_figures
+from slidetl.evaluation.bootstrap import Metric, resampled_metric
 
 Unit = Literal["worst", "mean", "slide"]
 
-# True grades [N] and predictions [N] or [R, N] -> figure: `accuracy_of`, or
-# `lambda true, predicted: qwk_of(true, predicted, 5)`.
-FigureMaker = Callable[[NDArray[Any], NDArray[Any]], Figure]
+# True grades [N], predictions [N] or [R, N] (or probabilities) and weights [B, N] -> [B]: `accuracy`, or
+# `lambda true, predicted, weights: qwk(true, predicted, 5, weights)`.
+MetricOfPredictions = Callable[[NDArray[Any], NDArray[Any], NDArray[np.float64]], NDArray[np.float64]]
 
 # So many patients with differing arms give 2^14 ways to swap them: all are tried.
 _EXACT_PATIENTS = 14
@@ -119,15 +120,17 @@ def per_patient(values: ArrayLike, patients: ArrayLike, unit: Unit) -> NDArray[n
     return np.stack([make(rows[member == number], axis=0) for number in range(len(names))])
 
 
-def figures_per_fold(
-    maker: FigureMaker, true: ArrayLike, predicted: ArrayLike, folds: ArrayLike
+def metric_per_fold(
+    metric: MetricOfPredictions, true: ArrayLike, predicted: ArrayLike, folds: ArrayLike
 ) -> NDArray[np.float64]:
-    """The figure within each test fold of each repeat, ``[R, K]``, as :func:`corrected_t` needs it.
+    """Computes the metric within each test fold of each repeat, ``[R, K]``, as :func:`corrected_t` needs it.
+
+    NaN where the metric is undefined in a fold.
 
     Args:
-        maker: such as :func:`slidetl.evaluation.figures.accuracy_of`.
+        metric: such as :func:`slidetl.evaluation.metrics.accuracy`.
         true: ``[N]`` grades.
-        predicted: ``[R, N]`` grades (or ``[R, N, K]`` probabilities, as the maker takes them).
+        predicted: ``[R, N]`` grades (or ``[R, N, K]`` probabilities, as the metric takes them).
         folds: ``[R, N]`` whole numbers 0..K-1, the fold whose test part held each result.
 
     Raises:
@@ -145,7 +148,7 @@ def figures_per_fold(
         raise UsageError(f"folds must be numbered from 0 to {n_folds - 1} in each repeat, none of them empty")
     return np.stack(
         [
-            maker(truth, of_repeat)(weights.astype(np.float64))
+            metric(truth, of_repeat, weights.astype(np.float64))
             for of_repeat, weights in zip(rows, held, strict=True)
         ]
     )
@@ -184,7 +187,7 @@ def corrected_t(differences: ArrayLike, test_share: float, *, level: float = 0.9
     no difference, 0 otherwise.
 
     Args:
-        differences: ``[R, K]`` of the figure, first arm less second, by fold.
+        differences: ``[R, K]`` of the metric, first arm less second, by fold.
         test_share: share of the results in a test part, as 0.2 for five folds.
         level: of the interval.
 
@@ -214,7 +217,7 @@ class SignFlip:
     """The patient-clustered sign-flip test.
 
     Attributes:
-        difference: of the figure, first arm less second.
+        difference: of the metric, first arm less second.
         p: two-sided.
         n_discordant: patients on whom the arms differ; the others carry no information.
         exact: whether all ways to swap were tried, not a sample of them.
@@ -227,7 +230,7 @@ class SignFlip:
 
 
 def sign_flip_test(
-    maker: FigureMaker,
+    metric: MetricOfPredictions,
     true: ArrayLike,
     first: ArrayLike,
     second: ArrayLike,
@@ -248,9 +251,9 @@ def sign_flip_test(
     hide that they share patients, and choosing one afterwards is choosing the result.
 
     Args:
-        maker: such as :func:`slidetl.evaluation.figures.accuracy_of`.
+        metric: such as :func:`slidetl.evaluation.metrics.accuracy`.
         true: ``[N]`` grades.
-        first: ``[N]`` predictions of one arm (or ``[N, K]`` probabilities, as the maker takes them).
+        first: ``[N]`` predictions of one arm (or ``[N, K]`` probabilities, as the metric takes them).
         second: those of the other.
         patients: ``[N]``.
         n_flips: how many random swaps.
@@ -266,7 +269,7 @@ def sign_flip_test(
             f"expected grades, two arms and patients of one length, not {truth.shape}, {a.shape}, {b.shape} "
             f"and {member.shape}"
         )
-    both = maker(np.concatenate([truth, truth]), np.concatenate([a, b]))
+    both = partial(metric, np.concatenate([truth, truth]), np.concatenate([a, b]))
     differs = (a != b).reshape(len(a), -1).any(axis=1)
     discordant = np.unique(member[differs])
     n = len(discordant)
@@ -318,37 +321,38 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     return adjusted
 
 
-def chance_p(observed: float, null_figures: ArrayLike) -> float:
-    """The p-value of a figure against those that the whole procedure reaches on permuted labels.
+def chance_p(observed: float, null_metrics: ArrayLike) -> float:
+    """The p-value of a metric against those that the whole procedure reaches on permuted labels.
 
     ``(1 + hits) / (1 + n)`` (Phipson and Smyth, Statistical Applications in Genetics and Molecular Biology
-    2010), a hit being a null figure at least as high. It tests the procedure, if every null figure comes from
+    2010), a hit being a null metric at least as high. It tests the procedure, if every null metric comes from
     labels permuted over patients *before* training, with all inner choices made again; n of 19 is the fewest
     that can reach 0.05.
 
     Args:
-        observed: the figure; higher is better.
-        null_figures: ``[n]``.
+        observed: the metric; higher is better.
+        null_metrics: ``[n]``.
 
     Raises:
-        UsageError: no null figures, or one that is not finite.
+        UsageError: no null metrics, or one that is not finite.
     """
-    null = np.asarray(null_figures, np.float64)
+    null = np.asarray(null_metrics, np.float64)
     if null.ndim != 1 or not len(null) or not (np.isfinite(null).all() and np.isfinite(observed)):
-        raise UsageError("expected a finite figure, and at least one of permuted labels")
+        raise UsageError("expected a finite metric, and at least one of permuted labels")
     return float((1 + (null >= observed - 1e-12).sum()) / (1 + len(null)))
 
 
 @dataclass(frozen=True)
 class VarianceSplit:
-    """Where the variance of a cross-validated figure comes from; variances, in the figure's unit squared.
+    """Where the variance of a cross-validated metric comes from; variances, in the metric's unit squared.
 
     Attributes:
         seed: between repeats (another split, another initialisation) on the same patients; None for one
             repeat.
         fold: between folds of a repeat, beyond what the few patients in each explain. Not cut off at zero,
-            below which it may fall where nothing is to be seen. None for a single one, as of a given split.
-        patient: of the figure averaged over repeats, if other patients had been sampled.
+            below which it may fall where nothing is to be seen. None for a single one, as of a given split,
+            and where the metric is undefined in a fold.
+        patient: of the metric averaged over repeats, if other patients had been sampled.
         n_repeats: R.
     """
 
@@ -359,7 +363,7 @@ class VarianceSplit:
 
     @property
     def standard_error(self) -> float:
-        """Of the figure averaged over repeats: ``sqrt(patient + seed / R)``.
+        """Of the metric averaged over repeats: ``sqrt(patient + seed / R)``.
 
         The bootstrap's own part of the seed's noise is in ``patient`` too, so it errs upwards.
         """
@@ -367,7 +371,7 @@ class VarianceSplit:
 
 
 def variance_split(
-    maker: FigureMaker,
+    metric: MetricOfPredictions,
     true: ArrayLike,
     predicted: ArrayLike,
     folds: ArrayLike,
@@ -376,22 +380,22 @@ def variance_split(
     n_draws: int = 2000,
     seed: int = 0,
 ) -> VarianceSplit:
-    """Splits the variance of a figure into seed, fold and patient.
+    """Splits the variance of a metric into seed, fold and patient.
 
-    - seed: the sample variance (R - 1 in the denominator) of the repeats' pooled figures. Given the patients,
+    - seed: the sample variance (R - 1 in the denominator) of the repeats' pooled metrics. Given the patients,
       repeats are independent draws of split and initialisation, so it is unbiased for that of one repeat.
-    - patient: the bootstrap variance over patients of the figure averaged over repeats, given the models.
+    - patient: the bootstrap variance over patients of the metric averaged over repeats, given the models.
     - fold: by the method of moments, the mean over repeats of the sample variance between folds, less the
       mean bootstrap variance over patients within a fold. What is left is between training parts. Stratified
       folds differ less than folds at random, which this does not know: it errs downwards.
 
     Bootstrap variances over P patients are multiplied by ``P / (P - 1)``: without bias then for a mean over
-    patients of one size, about so for other figures.
+    patients of one size, about so for other metrics.
 
     Args:
-        maker: such as :func:`slidetl.evaluation.figures.accuracy_of`.
+        metric: such as :func:`slidetl.evaluation.metrics.accuracy`.
         true: ``[N]`` grades.
-        predicted: ``[R, N]`` grades (or ``[R, N, K]`` probabilities, as the maker takes them).
+        predicted: ``[R, N]`` grades (or ``[R, N, K]`` probabilities, as the metric takes them).
         folds: ``[R, N]`` whole numbers 0..K-1.
         patients: ``[N]``; no patient is in two folds of a repeat.
         n_draws: resamples of the patients.
@@ -402,23 +406,24 @@ def variance_split(
     """
     truth, rows, numbers = np.asarray(true), np.asarray(predicted), np.asarray(folds)
     who = np.asarray(patients)
-    by_fold = figures_per_fold(maker, truth, rows, numbers)
+    by_fold = metric_per_fold(metric, truth, rows, numbers)
     n_repeats, n_folds = by_fold.shape
-    pooled = np.array([maker(truth, of_repeat)(np.ones((1, len(truth))))[0] for of_repeat in rows])
+    pooled = np.array([metric(truth, of_repeat, np.ones(len(truth))) for of_repeat in rows])
     within = []  # the variance between the patients of a fold alone
     for of_repeat, number in itertools.product(range(n_repeats), range(n_folds)):
         held = numbers[of_repeat] == number
-        figure = maker(truth[held], rows[of_repeat][held])
-        within.append(_patient_variance(figure, who[held], n_draws, seed))
+        of_fold = partial(metric, truth[held], rows[of_repeat][held])
+        within.append(_patient_variance(of_fold, who[held], n_draws, seed))
+    fold = float(by_fold.var(axis=1, ddof=1).mean() - np.mean(within)) if n_folds > 1 else None
     return VarianceSplit(
         seed=float(pooled.var(ddof=1)) if n_repeats > 1 else None,
-        fold=float(by_fold.var(axis=1, ddof=1).mean() - np.mean(within)) if n_folds > 1 else None,
-        patient=_patient_variance(maker(truth, rows), who, n_draws, seed),
+        fold=fold if fold is not None and np.isfinite(fold) else None,
+        patient=_patient_variance(partial(metric, truth, rows), who, n_draws, seed),
         n_repeats=n_repeats,
     )
 
 
-def _patient_variance(figure: Figure, patients: NDArray[Any], n_draws: int, seed: int) -> float:
+def _patient_variance(metric: Metric, patients: NDArray[Any], n_draws: int, seed: int) -> float:
     n_patients = len(np.unique(patients))
-    drawn = resampled_figures(figure, patients, n_draws=n_draws, seed=seed)
+    drawn = resampled_metric(metric, patients, n_draws=n_draws, seed=seed)
     return float(np.nanvar(drawn, ddof=1) * n_patients / (n_patients - 1))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import UsageError
 from slidetl.evaluation.bootstrap import Interval, bca_interval
-from slidetl.evaluation.figures import mean_of
-from slidetl.evaluation.metrics import probability_metrics
+from slidetl.evaluation.metrics import check_probabilities, weighted_mean
 
 # Thresholds that are looked at, for which the bounds of a risk-coverage curve pay.
 REFERRAL_POINTS = 10
@@ -142,8 +142,10 @@ def check_coverage(
     names, member = np.unique(who, return_inverse=True)
     missed = np.bincount(member, ~covered) > 0
     return SetCoverage(
-        patients_covered=bca_interval(mean_of(~missed), names, level=level, n_draws=n_draws, seed=seed),
-        mean_size=bca_interval(mean_of(sizes), who, level=level, n_draws=n_draws, seed=seed),
+        patients_covered=bca_interval(
+            partial(weighted_mean, ~missed), names, level=level, n_draws=n_draws, seed=seed
+        ),
+        mean_size=bca_interval(partial(weighted_mean, sizes), who, level=level, n_draws=n_draws, seed=seed),
         sizes=tuple(int(count) for count in np.bincount(sizes, minlength=rows.shape[1] + 1)[1:]),
         risk=risk,
     )
@@ -300,8 +302,7 @@ def _mass_before(probabilities: ArrayLike) -> NDArray[np.float64]:
 
 
 def _patient_scores(true: ArrayLike, probabilities: ArrayLike, patients: ArrayLike) -> NDArray[np.float64]:
-    probability_metrics(true, probabilities)  # refuses what is none
-    grades = np.asarray(true)
+    grades, _ = check_probabilities(true, probabilities)
     names, member = np.unique(np.asarray(patients), return_inverse=True)
     if member.shape != grades.shape:
         raise UsageError(f"expected a patient for each of {len(grades)} slides, not {member.shape}")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import UsageError
-from slidetl.evaluation.bootstrap import Figure, Interval, bca_interval_if_defined
+from slidetl.evaluation.bootstrap import Interval, Metric, bca_interval_if_defined
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class SiteDecodability:
     Attributes:
         balanced_accuracy: mean share right over the sites, 0..1.
         chance: one over the number of sites.
-        null_mean, null_high: mean and 95 % quantile of the same figure with sites permuted over patients.
+        null_mean, null_high: mean and 95 % quantile of the same accuracy with sites permuted over patients.
         p: of the permutation test.
         n_sites, n_patients: what it rests on.
     """
@@ -239,39 +239,39 @@ def site_decodability_by_fold(
 
 
 @dataclass(frozen=True)
-class GroupFigure:
-    """A figure at one site or scanner.
+class GroupEstimate:
+    """A metric at one site or scanner.
 
     Attributes:
         group: its name.
         n, n_patients: slides, or results of patients, and of how many patients.
-        figure: with its interval; None for a single patient, or where it is undefined on these or on
+        estimate: with its interval; None for a single patient, or where it is undefined on these or on
             most resamples of them.
     """
 
     group: str
     n: int
     n_patients: int
-    figure: Interval | None
+    estimate: Interval | None
 
 
-def figure_by_group(
-    figure: Figure,
+def estimate_by_group(
+    metric: Metric,
     groups: ArrayLike,
     patients: ArrayLike,
     *,
     level: float = 0.95,
     n_draws: int = 5000,
     seed: int = 0,
-) -> tuple[GroupFigure, ...]:
-    """The figure within each group by itself, with intervals over its patients.
+) -> tuple[GroupEstimate, ...]:
+    """Computes the metric within each group by itself, with intervals over its patients.
 
     The groups of a leave-one-site-out protocol are new to the model; those of any other were seen in
-    training, and say nothing of a new site. Kappa depends on which grades a site has: a site of one
-    grade has 0 whatever was predicted, so read it beside the accuracy.
+    training, and say nothing of a new site. Kappa depends on which grades a site has: at a site of one
+    grade it is 0, or undefined where all of it was predicted right, so read it beside the accuracy.
 
     Args:
-        figure: over all N results.
+        metric: over all N results.
         groups: ``[N]`` names of sites, or of scanners.
         patients: ``[N]``.
         level: of the intervals.
@@ -295,12 +295,12 @@ def figure_by_group(
         def within(weights: NDArray[np.float64], members: NDArray[np.intp] = members) -> NDArray[np.float64]:
             spread = np.zeros((len(weights), len(who)))
             spread[:, members] = weights
-            return figure(spread)
+            return metric(spread)
 
         interval = None
         if n_patients > 1:
             interval = bca_interval_if_defined(within, who[members], level=level, n_draws=n_draws, seed=seed)
-        rows.append(GroupFigure(str(name), len(members), n_patients, interval))
+        rows.append(GroupEstimate(str(name), len(members), n_patients, interval))
     return tuple(rows)
 
 

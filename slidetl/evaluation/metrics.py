@@ -1,14 +1,34 @@
-"""Figures of merit for ordinal grades. Nothing here is ever NaN: what is not defined is None, or refused."""
+"""Metrics of ordinal grades and of their probabilities, each written once.
+
+Accuracy, MAE, QWK, kappa, RPS and log loss take weights of the results, as resampling needs them:
+
+- ``true`` ``[N]`` are whole numbers 0..K-1, ``predicted`` ``[N]`` or ``[R, N]`` likewise, ``probabilities``
+  ``[N, K]`` or ``[R, N, K]`` with rows that sum to one within 1e-3 and are rescaled to exactly one. Repeats
+  R of a cross-validation are each pooled over their folds and averaged: they share the patients, and are
+  never treated as more of them.
+- ``weights`` ``[N]`` or ``[B, N]`` float64, at least 0; one for each result by default. Whole weights are
+  copies.
+- They return float64 of shape ``[]`` or ``[B]``. **Where a metric is undefined it is NaN**, never a number
+  that could be taken for one: without any weight, or a kappa where all grades are one and the same.
+- They raise UsageError for shapes that do not fit, no results, a grade off the scale, or rows that are no
+  distributions.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# Probabilities below this count as this in the logarithm, so that one slide cannot decide it alone.
-_LEAST_PROBABILITY = 1e-7
+from slidetl.errors import UsageError
+from slidetl.evaluation.bootstrap import Metric
+
+# Smaller probabilities count as this much in a logarithm, so that one slide cannot decide a log loss alone.
+LEAST_PROBABILITY = 1e-7
+
+Weights = NDArray[np.float64] | None
 
 
 @dataclass(frozen=True)
@@ -19,7 +39,7 @@ class GradeMetrics:
         n: number of slides.
         accuracy: share of slides with exactly the right grade.
         balanced_accuracy: the mean of that share over the grades that occur.
-        qwk: quadratic-weighted kappa over the full scale.
+        qwk: quadratic-weighted kappa over the full scale; NaN where it is undefined.
         mae: mean absolute error, in grades.
         macro_f1: the mean F1 over the grades that occur or were predicted.
         confusion: ``[K, K]`` counts; rows are true grades, columns predicted ones.
@@ -32,6 +52,14 @@ class GradeMetrics:
     mae: float
     macro_f1: float
     confusion: tuple[tuple[int, ...], ...]
+
+    def format_qwk(self, digits: int) -> str:
+        """Returns the QWK with so many digits, or ``undefined``."""
+        return "undefined" if np.isnan(self.qwk) else f"{self.qwk:.{digits}f}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the metrics by name, None in the place of NaN, which JSON does not know."""
+        return {**asdict(self), "qwk": None if np.isnan(self.qwk) else self.qwk}
 
 
 @dataclass(frozen=True)
@@ -55,60 +83,121 @@ class ProbabilityMetrics:
 
 
 def grade_metrics(true: ArrayLike, predicted: ArrayLike, n_grades: int) -> GradeMetrics:
-    """Computes them all.
-
-    Args:
-        true: ``[N]`` whole numbers 0..K-1.
-        predicted: ``[N]`` whole numbers 0..K-1.
-        n_grades: K.
+    """Computes all metrics of predicted grades ``[N]`` against true ones ``[N]``, both 0..K-1 (``n_grades``).
 
     Raises:
-        ValueError: no slides, lengths that differ, or a grade off the scale.
+        UsageError: no slides, lengths that differ, or a grade off the scale.
     """
     counts = confusion_matrix(true, predicted, n_grades)
-    grades = np.arange(n_grades)
-    n = int(counts.sum())
     hits, is_true, is_predicted = np.diag(counts), counts.sum(1), counts.sum(0)
     occurs, met = is_true > 0, is_true + is_predicted > 0
     return GradeMetrics(
-        n=n,
-        accuracy=float(hits.sum() / n),
+        n=int(counts.sum()),
+        accuracy=float(accuracy(true, predicted)),
         balanced_accuracy=float((hits[occurs] / is_true[occurs]).mean()),
-        qwk=quadratic_weighted_kappa(true, predicted, n_grades),
-        mae=float((counts * abs(grades[:, None] - grades)).sum() / n),
+        qwk=float(qwk(true, predicted, n_grades)),
+        mae=float(mae(true, predicted)),
         macro_f1=float((2 * hits[met] / (is_true + is_predicted)[met]).mean()),
         confusion=tuple(tuple(int(count) for count in row) for row in counts),
     )
 
 
 def probability_metrics(true: ArrayLike, probabilities: ArrayLike) -> ProbabilityMetrics:
-    """Computes them all.
-
-    Args:
-        true: ``[N]`` whole numbers 0..K-1.
-        probabilities: ``[N, K]``, each row summing to one within 1e-3; rows are rescaled to exactly one.
+    """Computes all metrics of probabilities ``[N, K]`` against true grades ``[N]``.
 
     Raises:
-        ValueError: no slides, shapes that do not fit, a grade off the scale, or rows that are no
+        UsageError: no slides, shapes that do not fit, a grade off the scale, or rows that are no
             distributions.
     """
-    grades, rows = _checked(true, probabilities)
-    n_grades = rows.shape[1]
+    grades, (rows,) = check_probabilities(true, probabilities)
     # P(grade > k), [N, K-1]. Rounded, so that sums of equal terms tie whatever their order was.
     above = rows[:, ::-1].cumsum(1)[:, -2::-1].round(12)
-    is_above = grades[:, None] > np.arange(n_grades - 1)
     return ProbabilityMetrics(
         n=len(grades),
-        auroc=tuple(auroc(is_above[:, k], above[:, k]) for k in range(n_grades - 1)),
-        # Epstein, J. Applied Meteorology 1969, in the form of Murphy 1971, over K-1.
-        rps=float(((above - is_above) ** 2).sum(1).mean() / (n_grades - 1)),
-        log_loss=float(-np.log(np.maximum(rows[np.arange(len(grades)), grades], _LEAST_PROBABILITY)).mean()),
+        auroc=tuple(auroc(grades > k, above[:, k]) for k in range(above.shape[1])),
+        rps=float(rps(grades, rows)),
+        log_loss=float(log_loss(grades, rows)),
         calibration_error=calibration_error(grades, rows),
     )
 
 
+def weighted_mean(values: ArrayLike, weights: Weights = None) -> NDArray[np.float64]:
+    """Returns the weighted mean of values ``[N]``, or ``[R, N]`` averaged over R."""
+    by_result = np.atleast_2d(np.asarray(values, np.float64)).mean(axis=0)
+    weights = np.ones(len(by_result)) if weights is None else weights
+    total = weights.sum(axis=-1)
+    return np.asarray(np.where(total > 0, weights @ by_result / np.where(total > 0, total, 1), np.nan))
+
+
+def accuracy(true: ArrayLike, predicted: ArrayLike, weights: Weights = None) -> NDArray[np.float64]:
+    """Returns the share of results with exactly the right grade, 0..1."""
+    truth, rows = _check_grades(true, predicted)
+    return weighted_mean(rows == truth, weights)
+
+
+def mae(true: ArrayLike, predicted: ArrayLike, weights: Weights = None) -> NDArray[np.float64]:
+    """Returns the mean absolute error in grades."""
+    truth, rows = _check_grades(true, predicted)
+    return weighted_mean(abs(rows - truth), weights)
+
+
+def qwk(true: ArrayLike, predicted: ArrayLike, n_grades: int, weights: Weights = None) -> NDArray[np.float64]:
+    """Returns Cohen's kappa with penalties ``(i - j)^2`` over the full scale, up to 1.
+
+    Cohen, Psychological Bulletin 1968. NaN where all grades, true and predicted, are one and the same: chance
+    then agrees completely, which leaves nothing to divide by. (0 would call such predictions no better than
+    chance and 1 would call them proven.) Of repeats it is NaN if that of one is.
+    """
+    scale = np.arange(n_grades)
+    return _kappa(true, predicted, (scale[:, None] - scale) ** 2, weights)
+
+
+def kappa(
+    true: ArrayLike, predicted: ArrayLike, n_grades: int, weights: Weights = None
+) -> NDArray[np.float64]:
+    """Returns Cohen's unweighted kappa (Educational and Psychological Measurement 1960); NaN as `qwk`."""
+    return _kappa(true, predicted, 1 - np.eye(n_grades), weights)
+
+
+def kappa_of_table(tables: ArrayLike, penalties: ArrayLike) -> NDArray[np.float64]:
+    """Returns the weighted kappa of tables ``[..., K, K]`` of counts or shares: ``[...]``.
+
+    Args:
+        tables: rows are true grades, columns predicted ones.
+        penalties: ``[K, K]``, 0 on the diagonal.
+
+    Returns:
+        One less the penalty over that of chance; NaN where the latter is 0.
+    """
+    counts, by_cell = np.asarray(tables, np.float64), np.asarray(penalties, np.float64)
+    total = counts.sum(axis=(-2, -1))
+    chance = ((counts.sum(axis=-1) @ by_cell) * counts.sum(axis=-2)).sum(axis=-1)
+    chance = chance / np.where(total > 0, total, 1)
+    observed = (counts * by_cell).sum(axis=(-2, -1))
+    return np.asarray(np.where(chance > 0, 1 - observed / np.where(chance > 0, chance, 1), np.nan))
+
+
+def rps(true: ArrayLike, probabilities: ArrayLike, weights: Weights = None) -> NDArray[np.float64]:
+    """Returns the ranked probability score over K-1, 0..1, lower is better (Epstein 1969; Murphy 1971)."""
+    truth, rows = check_probabilities(true, probabilities)
+    reached = truth[:, None] <= np.arange(rows.shape[2] - 1)
+    return weighted_mean(((rows.cumsum(axis=2)[..., :-1] - reached) ** 2).mean(axis=2), weights)
+
+
+def log_loss(true: ArrayLike, probabilities: ArrayLike, weights: Weights = None) -> NDArray[np.float64]:
+    """Returns the mean negative logarithm of the true grade's probability, which counts as 1e-7 at least."""
+    truth, rows = check_probabilities(true, probabilities)
+    of_truth = rows[:, np.arange(len(truth)), truth]
+    return weighted_mean(-np.log(np.maximum(of_truth, LEAST_PROBABILITY)), weights)
+
+
+def difference(first: Metric, second: Metric) -> Metric:
+    """Returns the first metric less the second on the same weights: a paired comparison."""
+    return lambda weights: first(weights) - second(weights)
+
+
 def auroc(positive: ArrayLike, scores: ArrayLike) -> float | None:
-    """Area under the ROC curve: how often a positive scores above a negative, ties counting half.
+    """Computes the area under the ROC curve: how often positives score above negatives, ties counting half.
 
     By ranks (Mann and Whitney, Annals of Mathematical Statistics 1947).
 
@@ -130,7 +219,7 @@ def auroc(positive: ArrayLike, scores: ArrayLike) -> float | None:
 
 
 def calibration_error(true: ArrayLike, probabilities: ArrayLike, n_bins: int = 10) -> float:
-    """Expected calibration error of the most probable grade, over bins of equal width.
+    """Computes the expected calibration error of the most probable grade, over bins of equal width.
 
     Naeini et al., AAAI 2015, for the most probable class as in Guo et al., ICML 2017: the mean over slides
     of the distance between the accuracy of their bin and its mean confidence. Bins without a slide do not
@@ -142,53 +231,87 @@ def calibration_error(true: ArrayLike, probabilities: ArrayLike, n_bins: int = 1
         probabilities: ``[N, K]``, rows summing to one.
         n_bins: bins ``(0, 1/n], (1/n, 2/n], ...``.
     """
-    grades, rows = _checked(true, probabilities)
-    confidence, right = rows.max(1), rows.argmax(1) == grades
-    bins = np.clip(np.ceil(confidence * n_bins).astype(int) - 1, 0, n_bins - 1)
-    gaps = np.bincount(bins, right - confidence, minlength=n_bins)  # summed over the slides of a bin
+    grades, (rows,) = check_probabilities(true, probabilities)
+    gaps = np.bincount(  # summed over the slides of a bin
+        confidence_bins(rows, n_bins), (rows.argmax(1) == grades) - rows.max(1), minlength=n_bins
+    )
     return float(abs(gaps).sum() / len(grades))
 
 
+def confidence_bins(rows: NDArray[np.float64], n_bins: int) -> NDArray[np.intp]:
+    """Returns the bin ``[N]`` of each row's highest probability: ``(0, 1/n], (1/n, 2/n], ...``."""
+    return np.asarray(np.clip(np.ceil(rows.max(axis=1) * n_bins).astype(np.intp) - 1, 0, n_bins - 1))
+
+
 def confusion_matrix(true: ArrayLike, predicted: ArrayLike, n_grades: int) -> NDArray[np.int64]:
-    """Counts ``[K, K]``, rows true, columns predicted. Raises ValueError as :func:`grade_metrics`."""
-    true, predicted = np.asarray(true), np.asarray(predicted)
-    if true.ndim != 1 or true.shape != predicted.shape or not len(true):
-        raise ValueError(
-            f"expected two lists of grades of one length, found shapes {true.shape}, {predicted.shape}"
-        )
-    both = np.stack([true, predicted])
-    if not np.isin(both, np.arange(n_grades)).all():
-        raise ValueError(f"grades must be whole numbers from 0 to {n_grades - 1}")
-    flat = both[0].astype(np.int64) * n_grades + both[1].astype(np.int64)
-    return np.bincount(flat, minlength=n_grades**2).reshape(n_grades, n_grades)
+    """Counts results ``[K, K]``: rows true ``[N]``, columns predicted ``[N]``; raises as `grade_metrics`."""
+    truth, (graded,) = _check_grades(true, predicted, n_grades)
+    return np.bincount(truth * n_grades + graded, minlength=n_grades**2).reshape(n_grades, n_grades)
 
 
-def quadratic_weighted_kappa(true: ArrayLike, predicted: ArrayLike, n_grades: int) -> float:
-    """Cohen's weighted kappa with weights ``(i - j)^2`` (Cohen, Psychological Bulletin 1968).
+def check_probabilities(
+    true: ArrayLike, probabilities: ArrayLike
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Returns grades ``[N] int64`` and probabilities ``[R, N, K]``, each row rescaled to sum to one.
 
-    Where both lists are one and the same constant, chance agreement is complete and kappa is not
-    defined: 0 is returned, since nothing was shown beyond chance.
+    Args:
+        true: ``[N]`` whole numbers 0..K-1.
+        probabilities: ``[N, K]`` (R is then 1) or ``[R, N, K]``, rows summing to one within 1e-3.
+
+    Raises:
+        UsageError: no slides, shapes that do not fit, a grade off the scale, or rows that are no
+            distributions.
     """
-    counts = confusion_matrix(true, predicted, n_grades)
-    grades = np.arange(n_grades)
-    weights = (grades[:, None] - grades) ** 2
-    expected = np.outer(counts.sum(1), counts.sum(0)) / counts.sum()
-    disagreement = float((weights * expected).sum())
-    return 1 - float((weights * counts).sum()) / disagreement if disagreement else 0.0
+    truth, rows = np.asarray(true), np.asarray(probabilities, np.float64)
+    rows = rows[None] if rows.ndim == 2 else rows
+    fits = truth.ndim == 1 and rows.ndim == 3 and rows.size and rows.shape[1:2] == truth.shape
+    if not fits or rows.shape[2] < 2:
+        raise UsageError(
+            f"expected grades [N] and probabilities [N, K] or [R, N, K], not {truth.shape} and "
+            f"{np.shape(probabilities)}"
+        )
+    _check_scale(truth, rows.shape[2])
+    sums = rows.sum(axis=2, keepdims=True)
+    bad = ~(np.isfinite(rows) & (rows >= 0) & (abs(sums - 1) < 1e-3)).all(axis=2)
+    if bad.any():
+        repeat, worst = np.argwhere(bad)[0]
+        raise UsageError(
+            f"probabilities must be from 0 to 1 and sum to one; row {worst} is {rows[repeat, worst].tolist()}"
+        )
+    return truth.astype(np.int64), rows / sums
 
 
-def _checked(true: ArrayLike, probabilities: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    grades, rows = np.asarray(true), np.asarray(probabilities, np.float64)
-    if grades.ndim != 1 or not len(grades) or rows.ndim != 2 or len(rows) != len(grades) or rows.shape[1] < 2:
-        raise ValueError(
-            f"expected grades [N] and probabilities [N, K], found shapes {grades.shape} and {rows.shape}"
+def _check_grades(
+    true: ArrayLike, predicted: ArrayLike, n_grades: int | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """``[N]`` and ``[R, N]``, whole numbers, on the scale where one is given."""
+    truth, rows = np.asarray(true), np.asarray(predicted)
+    rows = rows[None] if rows.ndim == 1 else rows
+    if truth.ndim != 1 or rows.ndim != 2 or not rows.size or rows.shape[1:] != truth.shape:
+        raise UsageError(
+            f"expected grades [N] and [N] or [R, N], not {truth.shape} and {np.shape(predicted)}"
         )
-    if not np.isin(grades, np.arange(rows.shape[1])).all():
-        raise ValueError(f"grades must be whole numbers from 0 to {rows.shape[1] - 1}")
-    sums = rows.sum(1)
-    if not (np.isfinite(rows).all() and (rows >= 0).all() and (abs(sums - 1) < 1e-3).all()):
-        worst = int(np.argmax(~(np.isfinite(rows).all(1) & (rows >= 0).all(1) & (abs(sums - 1) < 1e-3))))
-        raise ValueError(
-            f"probabilities must be from 0 to 1 and sum to one; row {worst} is {rows[worst].tolist()}"
-        )
-    return grades.astype(np.int64), rows / sums[:, None]
+    for grades in (truth, rows):
+        _check_scale(grades, n_grades)
+    return truth.astype(np.int64), rows.astype(np.int64)
+
+
+def _check_scale(grades: NDArray[Any], n_grades: int | None) -> None:
+    if (grades % 1 != 0).any():
+        raise UsageError("grades must be whole numbers")
+    if n_grades is not None and not ((grades >= 0) & (grades < n_grades)).all():
+        raise UsageError(f"grades must be whole numbers from 0 to {n_grades - 1}")
+
+
+def _kappa(
+    true: ArrayLike, predicted: ArrayLike, penalties: NDArray[Any], weights: Weights
+) -> NDArray[np.float64]:
+    n_grades = len(penalties)
+    truth, rows = _check_grades(true, predicted, n_grades)
+    weights = np.ones(len(truth)) if weights is None else weights
+    cells = np.arange(n_grades**2)
+    by_repeat = []
+    for graded in rows:
+        counts = weights @ (truth[:, None] * n_grades + graded[:, None] == cells).astype(np.float64)
+        by_repeat.append(kappa_of_table(counts.reshape(*counts.shape[:-1], n_grades, n_grades), penalties))
+    return np.asarray(np.mean(by_repeat, axis=0))

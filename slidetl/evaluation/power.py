@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.errors import UsageError
+from slidetl.evaluation.metrics import kappa_of_table
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def power_table(
     each of thousands of studies.) For equal accuracies the power is the share of false findings.
 
     The power depends on how alike the arms err, which is known only afterwards: state the correlation with
-    the figure, or give a range of designs.
+    it, or give a range of designs.
 
     Args:
         accuracies: pairs of true accuracies, above chance and below 1.
@@ -105,7 +106,7 @@ def power_table(
         found = np.zeros(2)
         for _ in range(n_studies):
             moments = _study(deviations, design, member, rng)
-            differences = np.subtract(*(_figures(weights @ of_arm) for of_arm in moments))  # [2, B]
+            differences = np.subtract(*(_metrics(weights @ of_arm) for of_arm in moments))  # [2, B]
             low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2], axis=1)
             found += (low > 0) | (high < 0)
         kappas = [_true_qwk(deviation, design.n_grades) for deviation in deviations]
@@ -148,12 +149,12 @@ def _study(
     return arms
 
 
-def _figures(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """``[B, 7]`` -> accuracy and kappa ``[2, B]``."""
+def _metrics(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``[B, 7]`` -> accuracy and QWK ``[2, B]``; sums, since each study has other slides."""
     n, hits, squares, p, pp, t, tt = sums.T
     chance = (pp + tt) / n - 2 * p * t / n**2
     known = chance > 1e-12
-    return np.stack([hits / n, np.where(known, 1 - squares / n / np.where(known, chance, 1), 0)])
+    return np.stack([hits / n, np.where(known, 1 - squares / n / np.where(known, chance, 1), np.nan)])
 
 
 def _deviation(accuracy: float, n_grades: int) -> float:
@@ -180,5 +181,4 @@ def _true_qwk(deviation: float, n_grades: int) -> float:
     scale = np.arange(n_grades)
     reached = norm.cdf((scale[:-1] + 0.5 - scale[:, None]) / deviation)
     table = np.diff(reached, axis=1, prepend=0, append=1) / n_grades
-    weights = (scale[:, None] - scale) ** 2
-    return float(1 - (weights * table).sum() / (weights * np.outer(table.sum(1), table.sum(0))).sum())
+    return float(kappa_of_table(table, (scale[:, None] - scale) ** 2))

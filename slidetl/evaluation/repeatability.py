@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import UsageError
-from slidetl.evaluation.bootstrap import Figure, Interval, bca_interval
+from slidetl.evaluation.bootstrap import Interval, Metric, bca_interval
 
 
 @dataclass(frozen=True)
@@ -93,63 +93,6 @@ def repeatability(
 
 
 @dataclass(frozen=True)
-class BlandAltman:
-    """Two measurements of the same slides.
-
-    Attributes:
-        mean: ``[N]`` of the two, slide by slide: the horizontal axis of the plot.
-        difference: ``[N]`` first less second: the vertical one.
-        bias: mean difference.
-        low, high: limits of agreement, ``bias -+ 1.96`` standard deviations of the difference, each with its
-            interval.
-    """
-
-    mean: tuple[float, ...]
-    difference: tuple[float, ...]
-    bias: Interval
-    low: Interval
-    high: Interval
-
-
-def bland_altman(
-    first: ArrayLike, second: ArrayLike, patients: ArrayLike, *, level: float = 0.95, seed: int = 0
-) -> BlandAltman:
-    """Limits of agreement (Bland and Altman, Lancet 1986), with intervals that resample patients.
-
-    The limits hold for a slide drawn from these patients, and take the differences to be about normal and to
-    grow neither with the score nor otherwise; the plot shows whether they are.
-
-    Args:
-        first: ``[N]`` scores.
-        second: ``[N]`` scores of the same slides: of another draw or scanner, or by a reader.
-        patients: ``[N]``.
-        level: of the intervals.
-        seed: of the resampling.
-
-    Raises:
-        UsageError: shapes that do not fit, fewer than two patients, or a score that is not finite.
-    """
-    one, other = np.asarray(first, np.float64), np.asarray(second, np.float64)
-    if one.ndim != 1 or one.shape != other.shape or not (np.isfinite(one).all() and np.isfinite(other).all()):
-        raise UsageError(f"expected two lists of finite scores, not {one.shape} and {other.shape}")
-    gap = one - other
-
-    def limit(side: float) -> Figure:
-        def figure(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-            n = weights.sum(axis=1)
-            centre = weights @ gap / n
-            spread = np.maximum(weights @ gap**2 - n * centre**2, 0) / np.maximum(n - 1, 1)
-            return np.asarray(centre + side * np.sqrt(spread))
-
-        return figure
-
-    bias, low, high = (
-        bca_interval(limit(side), patients, level=level, seed=seed) for side in (0.0, -1.96, 1.96)
-    )
-    return BlandAltman(tuple(((one + other) / 2).tolist()), tuple(gap.tolist()), bias, low, high)
-
-
-@dataclass(frozen=True)
 class ScoreShift:
     """How far one group's scores lie from another's.
 
@@ -216,8 +159,8 @@ def compare_groups(
         raise UsageError("a comparison of groups needs two patients in each")
     means = np.bincount(member, values) / np.bincount(member)
     gaps = means[group][None, :] - means[~group][:, None]  # [first, second]
-    figure = _median_of(gaps.ravel(), lambda row: np.outer(row[~group], row[group]).ravel())
-    shift = bca_interval(figure, who, level=level, n_draws=n_draws, seed=seed, strata=group)
+    metric = _median_of(gaps.ravel(), lambda row: np.outer(row[~group], row[group]).ravel())
+    shift = bca_interval(metric, who, level=level, n_draws=n_draws, seed=seed, strata=group)
     p = float(mannwhitneyu(means[group], means[~group], alternative="two-sided").pvalue)
     superiority = float(((gaps > 0) + (gaps == 0) / 2).mean())
     return ScoreShift(gaps.shape[0], gaps.shape[1], shift, p, superiority)
@@ -259,20 +202,20 @@ def compare_paired(
         """How many pairs there are of a patient's copies with another's, or among themselves."""
         return np.where(one_of == other_of, row[one_of] * (row[one_of] + 1) / 2, row[one_of] * row[other_of])
 
-    figure = _median_of((change[one_of] + change[other_of]) / 2, weigh)
-    shift = bca_interval(figure, np.arange(n), level=level, n_draws=n_draws, seed=seed)
+    metric = _median_of((change[one_of] + change[other_of]) / 2, weigh)
+    shift = bca_interval(metric, np.arange(n), level=level, n_draws=n_draws, seed=seed)
     p = float(wilcoxon(change, method="auto").pvalue) if change.any() else 1.0
     return ScoreShift(n, n, shift, p, float(((change > 0) + (change == 0) / 2).mean()))
 
 
 def _median_of(
     values: NDArray[np.float64], weigh: Callable[[NDArray[np.float64]], NDArray[np.float64]]
-) -> Figure:
+) -> Metric:
     """The median of ``[M]`` values, each with the weight that ``weigh`` makes of the patients' ``[P]``."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
 
-    def figure(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    def metric(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         medians = []
         for row in weights:
             reached = np.cumsum(weigh(row)[order])
@@ -281,4 +224,4 @@ def _median_of(
             medians.append((ordered[low] + ordered[min(high, len(ordered) - 1)]) / 2)
         return np.array(medians)
 
-    return figure
+    return metric

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from slidetl.errors import UsageError
 from slidetl.evaluation.bootstrap import bca_interval
 from slidetl.evaluation.calibration import fit_temperature, with_temperature
 from slidetl.evaluation.conformal import fit_grade_sets
-from slidetl.evaluation.figures import accuracy_of, mae_of, qwk_of
+from slidetl.evaluation.metrics import accuracy, mae, qwk
 from slidetl.library.model_card import Evidence
 
 _LEAST_PATIENTS = 10
@@ -69,9 +70,9 @@ def evidence_from(path: Path, coverage: float = 0.9, arm: str | None = None) -> 
     probabilities /= probabilities.sum(1, keepdims=True)  # they were rounded
     predicted = probabilities.argmax(1)
     figures = {
-        "QWK": qwk_of(true, predicted, len(names)),
-        "accuracy": accuracy_of(true, predicted),
-        "MAE": mae_of(true, predicted),
+        "QWK": partial(qwk, true, predicted, len(names)),
+        "accuracy": partial(accuracy, true, predicted),
+        "MAE": partial(mae, true, predicted),
     }
     intervals = {name: bca_interval(figure, patients) for name, figure in figures.items()}
     probabilities = np.stack(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -236,7 +236,7 @@ def _write(
     true = _grades(test)
     metrics = grade_metrics(true, [row.predicted_grade for row in predictions], len(study.grades))
     write_predictions(output / "predictions.csv", predictions)
-    figures = {**asdict(metrics), **judged_probabilities(true, probabilities), "grades": study.grades}
+    figures = {**metrics.to_json(), **judged_probabilities(true, probabilities), "grades": study.grades}
     (output / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     draw_confusion(output / "confusion.png", metrics, study.grades)
     return metrics

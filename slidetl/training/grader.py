@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -431,9 +431,9 @@ class SlideGrader(pl.LightningModule):
             folder = Path(self.trainer.default_root_dir) / "test"
             write_predictions(folder / "predictions.csv", predictions)
             self._write_tasks(folder, predictions, outcomes)
-            figures = {**quality, **asdict(metrics), "grades": self.grades}
+            figures = {**quality, **metrics.to_json(), "grades": self.grades}
             if of_tasks:
-                figures["tasks"] = {name: asdict(found) for name, found in of_tasks.items()}
+                figures["tasks"] = {name: found.to_json() for name, found in of_tasks.items()}
             (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
             draw_confusion(folder / "confusion.png", metrics, self.grades)
             rank_zero_info(f"{describe_metrics(metrics, self.grades)}\nwritten to {folder}")
@@ -590,7 +590,7 @@ def describe_metrics(metrics: GradeMetrics, grades: tuple[str, ...]) -> str:
     """The figures and the confusion matrix as lines of text."""
     width = max(5, *(len(name) + 1 for name in grades))
     lines = [
-        f"{metrics.n} slides: accuracy {metrics.accuracy:.3f}, QWK {metrics.qwk:.3f}, "
+        f"{metrics.n} slides: accuracy {metrics.accuracy:.3f}, QWK {metrics.format_qwk(3)}, "
         f"mean absolute error {metrics.mae:.3f} grades",
         "true \\ predicted".ljust(18) + "".join(name.rjust(width) for name in grades),
     ]
@@ -605,7 +605,7 @@ def draw_confusion(path: Path, metrics: GradeMetrics, grades: tuple[str, ...]) -
 
     figure = Figure(figsize=(4.2, 4), layout="constrained")
     axes = figure.add_subplot(
-        title=f"{metrics.n} slides: accuracy {metrics.accuracy:.2f}, QWK {metrics.qwk:.2f}",
+        title=f"{metrics.n} slides: accuracy {metrics.accuracy:.2f}, QWK {metrics.format_qwk(2)}",
         xlabel="predicted grade",
         ylabel="true grade",
         xticks=range(len(grades)),

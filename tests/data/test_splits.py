@@ -73,6 +73,15 @@ def test_too_few_patients_and_bad_fractions() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
+def test_not_all_slides_of_a_rare_grade_leave_the_training_part(seed: int) -> None:
+    """Two of them, and a test part of two folds: each fold alone would leave one of them."""
+    rows = [ManifestRow(0, f"s{number}", Path("x"), f"p{number}", number % 3) for number in range(30)]
+    rows += [ManifestRow(0, f"rare{number}", Path("x"), f"q{number}", 3) for number in range(2)]
+    split = split_patients(rows, val_fraction=0, test_fraction=0.4, seed=seed)
+    assert "train" in (split["rare0"], split["rare1"])
+
+
+@pytest.mark.parametrize("seed", range(20))
 def test_the_only_slide_of_a_grade_is_trained_on(seed: int) -> None:
     rows = [ManifestRow(0, f"s{number}", Path("x"), f"p{number}", number % 3) for number in range(30)]
     rows.append(ManifestRow(0, "rare", Path("x"), "p30", 3))

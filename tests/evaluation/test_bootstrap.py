@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,9 +10,12 @@ from numpy.typing import NDArray
 from scipy.stats import bootstrap
 
 from slidetl.errors import UsageError
-from slidetl.evaluation.bootstrap import Figure, bca_interval, patient_bootstrap, resampled_figures
-from slidetl.evaluation.figures import mean_of, qwk_of
-from slidetl.evaluation.metrics import quadratic_weighted_kappa
+from slidetl.evaluation.bootstrap import Metric, bca_interval, percentile_interval, resampled_metric
+from slidetl.evaluation.metrics import qwk, weighted_mean
+
+
+def mean_of(values: NDArray[np.float64]) -> Metric:
+    return partial(weighted_mean, values)
 
 
 def test_covers_the_truth_about_as_often_as_it_says() -> None:
@@ -18,8 +23,8 @@ def test_covers_the_truth_about_as_often_as_it_says() -> None:
     covered = 0
     for study in range(200):
         values = rng.normal(size=60)
-        interval = patient_bootstrap(
-            lambda index, values=values: float(values[index].mean()),  # type: ignore[misc]
+        interval = percentile_interval(
+            mean_of(values),
             [f"p{number}" for number in range(60)],
             level=0.9,
             n_draws=300,
@@ -32,10 +37,10 @@ def test_covers_the_truth_about_as_often_as_it_says() -> None:
 def test_slides_of_a_patient_are_no_new_evidence() -> None:
     values = np.random.default_rng(1).normal(size=20)
     patients = [f"p{number}" for number in range(20)]
-    once = patient_bootstrap(lambda index: float(values[index].mean()), patients, n_draws=500)
+    once = percentile_interval(mean_of(values), patients, n_draws=500)
     often = np.repeat(values, 10)
-    tenfold = patient_bootstrap(
-        lambda index: float(often[index].mean()),
+    tenfold = percentile_interval(
+        mean_of(often),
         [patient for patient in patients for _ in range(10)],
         n_draws=500,
     )
@@ -45,20 +50,14 @@ def test_slides_of_a_patient_are_no_new_evidence() -> None:
 def test_same_seed_same_interval_and_the_estimate_is_the_data_itself() -> None:
     values = np.arange(12.0)
     patients = list("aabbccddeeff")
-    first, second = (
-        patient_bootstrap(lambda index: float(values[index].max()), patients, seed=3) for _ in range(2)
-    )
+    first, second = (percentile_interval(mean_of(values), patients, seed=3) for _ in range(2))
     assert first == second
-    assert first.estimate == 11 and first.level == 0.95
+    assert first.estimate == 5.5 and first.level == 0.95
 
 
 def test_one_patient_is_too_few() -> None:
     with pytest.raises(ValueError, match="at least 2, found 1"):
-        patient_bootstrap(lambda index: 0.0, ["p", "p"])
-
-
-def mean_figure(values: NDArray[np.float64]) -> Figure:
-    return mean_of(values)
+        percentile_interval(mean_of(np.zeros(2)), ["p", "p"])
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -67,9 +66,22 @@ def test_bca_is_that_of_scipy_where_each_patient_has_one_slide(seed: int) -> Non
     theirs = bootstrap(
         (values,), np.mean, n_resamples=2000, method="BCa", rng=np.random.default_rng(7)
     ).confidence_interval
-    ours = bca_interval(mean_figure(values), range(25), n_draws=2000, seed=7)
+    ours = bca_interval(mean_of(values), range(25), n_draws=2000, seed=7)
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
     assert ours.estimate == pytest.approx(values.mean())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_draws_that_tie_with_the_estimate_count_half(seed: int) -> None:
+    """Of a share of a dozen patients a tenth of the draws and more are the estimate itself."""
+    values = np.arange(12) < 4 + seed
+    theirs = bootstrap(
+        (values,), np.mean, n_resamples=2000, method="BCa", rng=np.random.default_rng(7)
+    ).confidence_interval
+    ours = bca_interval(mean_of(values.astype(float)), range(12), n_draws=2000, seed=7)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
+    drawn = resampled_metric(mean_of(values.astype(float)), range(12), seed=7)
+    assert (drawn == values.mean()).mean() > 0.1
 
 
 def test_bca_of_two_groups_is_that_of_scipy() -> None:
@@ -84,11 +96,11 @@ def test_bca_of_two_groups_is_that_of_scipy() -> None:
     ).confidence_interval
     values, group = np.concatenate([first, second]), np.repeat([0.0, 1.0], [15, 22])
 
-    def figure(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    def metric(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         of_second, of_first = weights * group, weights * (1 - group)
         return np.asarray(of_second @ values / of_second.sum(1) - of_first @ values / of_first.sum(1))
 
-    ours = bca_interval(figure, range(37), n_draws=2000, seed=7, strata=group)
+    ours = bca_interval(metric, range(37), n_draws=2000, seed=7, strata=group)
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
 
 
@@ -98,12 +110,12 @@ def test_bca_resamples_patients_with_all_their_slides() -> None:
     theirs = bootstrap(
         (values.mean(1),), np.mean, n_resamples=2000, method="BCa", rng=np.random.default_rng(7)
     ).confidence_interval
-    ours = bca_interval(mean_figure(values.ravel()), np.repeat(range(20), 3), n_draws=2000, seed=7)
+    ours = bca_interval(mean_of(values.ravel()), np.repeat(range(20), 3), n_draws=2000, seed=7)
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
 
 
 def test_bca_covers_the_kappa_of_the_population() -> None:
-    """60 patients of one to three slides that hang together; the truth is the figure of 200,000 of them."""
+    """60 patients of one to three slides that hang together; the truth is the metric of 200,000 of them."""
 
     def study(rng: np.random.Generator, n: int) -> tuple[NDArray[np.int64], NDArray[np.int64], list[int]]:
         patients = np.repeat(range(n), rng.integers(1, 4, n))
@@ -114,11 +126,11 @@ def test_bca_covers_the_kappa_of_the_population() -> None:
 
     rng = np.random.default_rng(0)
     true, graded, _ = study(rng, 200_000)
-    truth = quadratic_weighted_kappa(true, graded, 5)
+    truth = float(qwk(true, graded, 5))
     covered = 0
     for _ in range(300):
         true, graded, patients = study(rng, 60)
-        interval = bca_interval(qwk_of(true, graded, 5), patients, level=0.9, n_draws=500)
+        interval = bca_interval(partial(qwk, true, graded, 5), patients, level=0.9, n_draws=500)
         covered += interval.low <= truth <= interval.high
     assert 0.84 <= covered / 300 <= 0.95
 
@@ -128,26 +140,28 @@ def test_bca_covers_the_kappa_of_the_population() -> None:
 def test_neither_the_order_of_slides_nor_names_of_patients_matter(order: list[int], shift: int) -> None:
     rng = np.random.default_rng(0)
     true, graded, patients = rng.integers(0, 5, 12), rng.integers(0, 5, 12), np.arange(12) // 2
-    first = bca_interval(qwk_of(true, graded, 5), patients, n_draws=200)
-    second = bca_interval(qwk_of(true[order], graded[order], 5), patients[order] + 10**shift, n_draws=200)
+    first = bca_interval(partial(qwk, true, graded, 5), patients, n_draws=200)
+    second = bca_interval(
+        partial(qwk, true[order], graded[order], 5), patients[order] + 10**shift, n_draws=200
+    )
     assert (first.estimate, first.low, first.high) == pytest.approx(
         (second.estimate, second.low, second.high)
     )
 
 
 def test_where_nothing_varies_the_interval_is_a_point() -> None:
-    interval = bca_interval(mean_figure(np.ones(10)), range(10), n_draws=100)
+    interval = bca_interval(mean_of(np.ones(10)), range(10), n_draws=100)
     assert (interval.low, interval.estimate, interval.high) == (1, 1, 1)
 
 
 def test_many_slides_are_resampled_in_blocks_to_the_same_end(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(0).normal(size=50)
-    whole = bca_interval(mean_figure(values), range(50), n_draws=300)
+    whole = bca_interval(mean_of(values), range(50), n_draws=300)
     monkeypatch.setattr("slidetl.evaluation.bootstrap._BLOCK", 1000)
-    assert bca_interval(mean_figure(values), range(50), n_draws=300) == whole
+    assert bca_interval(mean_of(values), range(50), n_draws=300) == whole
 
 
-def test_resamples_without_the_figure_are_left_out_unless_they_are_most() -> None:
+def test_resamples_without_the_metric_are_left_out_unless_they_are_most() -> None:
     values = np.arange(12.0)
 
     def of_first(weights: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -155,7 +169,7 @@ def test_resamples_without_the_figure_are_left_out_unless_they_are_most() -> Non
 
     interval = bca_interval(of_first, range(12), n_draws=500)
     assert np.isfinite([interval.low, interval.high]).all()
-    assert np.isnan(resampled_figures(of_first, range(12), n_draws=500)).mean() == pytest.approx(
+    assert np.isnan(resampled_metric(of_first, range(12), n_draws=500)).mean() == pytest.approx(
         (11 / 12) ** 12, abs=0.08
     )
 

@@ -30,7 +30,7 @@ from slidetl.evaluation.classical import (
     save_grader,
     slide_score,
 )
-from slidetl.evaluation.metrics import quadratic_weighted_kappa
+from slidetl.evaluation.metrics import qwk
 
 FITS = [fit_ridge, fit_cumulative_link, fit_logistic, fit_trees]
 Cohort = tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]
@@ -90,7 +90,7 @@ def test_every_model_finds_the_grade_and_gives_distributions(fit: Any) -> None:
     probabilities = grader.probabilities(x[100:])
     assert probabilities.shape == (40, 5) and (probabilities >= 0).all()
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, atol=1e-12)
-    assert quadratic_weighted_kappa(y[100:], probabilities.argmax(axis=1), 5) > 0.85
+    assert qwk(y[100:], probabilities.argmax(axis=1), 5) > 0.85
     # However far off the scale a slide lies.
     far = grader.probabilities(x[:2] + np.array([[1e6], [-1e6]]) * x.std(axis=0))
     np.testing.assert_allclose(far.sum(axis=1), 1, atol=1e-9)
@@ -102,7 +102,7 @@ def test_more_features_than_slides_and_one_that_never_changes(fit: Any) -> None:
     x[:, 5] = 3.0
     grader: Grader = fit(x, y, patients, 5)
     assert np.isfinite(grader.probabilities(x)).all()
-    assert quadratic_weighted_kappa(y, grader.probabilities(x).argmax(axis=1), 5) > 0.8
+    assert qwk(y, grader.probabilities(x).argmax(axis=1), 5) > 0.8
 
 
 @pytest.mark.parametrize("fit", FITS)
@@ -306,7 +306,7 @@ def test_a_tile_classifier_grades_slides_and_leaves_out_what_does_not_count() ->
     grader = fit_tile_grader(slides[:40], labels[:40], values, ignore, grades[:40], patients[:40], 5)
     probabilities = grader.probabilities(slides[40:])
     np.testing.assert_allclose(probabilities.sum(axis=1), 1)
-    assert quadratic_weighted_kappa(grades[40:], probabilities.argmax(axis=1), 5) > 0.9
+    assert qwk(grades[40:], probabilities.argmax(axis=1), 5) > 0.9
     # Counted as the most fibrotic of all, vessels would drown the grade.
     counted = fit_tile_grader(
         slides[:40], labels[:40], [0, 1, 2, 3, 4, 6], [False] * 6, grades[:40], patients[:40], 5

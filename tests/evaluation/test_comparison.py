@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-from functools import partial
 
 import numpy as np
 import pytest
@@ -15,16 +14,19 @@ from slidetl.evaluation.comparison import (
     Unit,
     chance_p,
     corrected_t,
-    figures_per_fold,
     holm,
+    metric_per_fold,
     patient_results,
     sign_flip_test,
     variance_split,
 )
-from slidetl.evaluation.figures import accuracy_of, qwk_of, rps_of
-from slidetl.evaluation.metrics import quadratic_weighted_kappa
+from slidetl.evaluation.metrics import accuracy, qwk, rps
 
-qwk = partial(qwk_of, n_grades=5)
+
+def qwk_of_five(
+    true: NDArray[np.int64], predicted: NDArray[np.int64], weights: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    return qwk(true, predicted, 5, weights)
 
 
 def sure(grades: list[int], n_grades: int = 5) -> NDArray[np.float64]:
@@ -80,20 +82,18 @@ def test_a_unit_that_is_none_and_shapes_that_do_not_fit() -> None:
         patient_results([0, 1, 2], sure([0, 1]), [0, 0], "worst")
 
 
-def test_figures_of_folds_are_those_of_their_slides() -> None:
+def test_metrics_of_folds_are_those_of_their_slides() -> None:
     rng = np.random.default_rng(0)
     true, predicted = rng.integers(0, 5, 30), rng.integers(0, 5, (2, 30))
     folds = np.stack([rng.permutation(30) % 3 for _ in range(2)])
-    got = figures_per_fold(qwk, true, predicted, folds)
+    got = metric_per_fold(qwk_of_five, true, predicted, folds)
     for repeat, fold in itertools.product(range(2), range(3)):
         held = folds[repeat] == fold
-        assert got[repeat, fold] == pytest.approx(
-            quadratic_weighted_kappa(true[held], predicted[repeat, held], 5)
-        )
+        assert got[repeat, fold] == pytest.approx(qwk(true[held], predicted[repeat, held], 5))
     with pytest.raises(UsageError, match="from 0 to 3 in each repeat"):
-        figures_per_fold(qwk, true, predicted, np.where(folds == 2, 3, folds))
+        metric_per_fold(qwk_of_five, true, predicted, np.where(folds == 2, 3, folds))
     with pytest.raises(UsageError, match="expected grades"):
-        figures_per_fold(qwk, true, predicted[0], folds)
+        metric_per_fold(qwk_of_five, true, predicted[0], folds)
 
 
 def test_corrected_t_is_students_with_a_wider_error() -> None:
@@ -122,7 +122,7 @@ def test_sign_flips_of_single_slides_are_mcnemars_exact_test() -> None:
     true = np.zeros(30, int)
     first, second = np.zeros(30, int), np.zeros(30, int)
     second[:9], first[9:11] = 1, 1  # the first arm alone is right on 9, the second alone on 2
-    test = sign_flip_test(accuracy_of, true, first, second, range(30))
+    test = sign_flip_test(accuracy, true, first, second, range(30))
     assert test.exact and test.n_discordant == 11
     assert test.difference == pytest.approx(7 / 30)
     assert test.p == pytest.approx(binomtest(9, 11).pvalue)
@@ -131,7 +131,7 @@ def test_sign_flips_of_single_slides_are_mcnemars_exact_test() -> None:
 def test_many_patients_are_sampled_near_the_exact_answer() -> None:
     true, first, second = np.zeros(60, int), np.zeros(60, int), np.zeros(60, int)
     second[:20], first[20:29] = 1, 1
-    test = sign_flip_test(accuracy_of, true, first, second, range(60), n_flips=20_000)
+    test = sign_flip_test(accuracy, true, first, second, range(60), n_flips=20_000)
     assert not test.exact
     assert test.p == pytest.approx(binomtest(20, 29).pvalue, abs=0.01)
 
@@ -139,8 +139,8 @@ def test_many_patients_are_sampled_near_the_exact_answer() -> None:
 def test_slides_of_a_patient_flip_together() -> None:
     true, first = np.zeros(40, int), np.zeros(40, int)
     second = np.ones(40, int)
-    by_slide = sign_flip_test(accuracy_of, true, first, second, range(40))
-    by_patient = sign_flip_test(accuracy_of, true, first, second, np.repeat(range(4), 10))
+    by_slide = sign_flip_test(accuracy, true, first, second, range(40))
+    by_patient = sign_flip_test(accuracy, true, first, second, np.repeat(range(4), 10))
     assert by_slide.p < 0.001
     assert by_patient.p == 2 / 2**4
 
@@ -149,14 +149,14 @@ def test_sign_flips_of_kappa_enumerated_by_hand() -> None:
     rng = np.random.default_rng(1)
     patients = np.repeat(range(6), 2)
     true, first, second = (rng.integers(0, 5, 12) for _ in range(3))
-    observed = quadratic_weighted_kappa(true, first, 5) - quadratic_weighted_kappa(true, second, 5)
+    observed = qwk(true, first, 5) - qwk(true, second, 5)
     hits = 0
     for keeps in itertools.product([True, False], repeat=6):
         own = np.array(keeps)[patients]
         a, b = np.where(own, first, second), np.where(own, second, first)
-        swapped = quadratic_weighted_kappa(true, a, 5) - quadratic_weighted_kappa(true, b, 5)
-        hits += abs(swapped) >= abs(observed) - 1e-12
-    test = sign_flip_test(qwk, true, first, second, patients)
+        swapped = qwk(true, a, 5) - qwk(true, b, 5)
+        hits += int(abs(swapped) >= abs(observed) - 1e-12)
+    test = sign_flip_test(qwk_of_five, true, first, second, patients)
     assert test.difference == pytest.approx(observed)
     assert test.p == pytest.approx(hits / 64)
 
@@ -164,12 +164,12 @@ def test_sign_flips_of_kappa_enumerated_by_hand() -> None:
 def test_sign_flips_take_probabilities_and_equal_arms() -> None:
     rows = np.random.default_rng(0).dirichlet(np.ones(5), 20)
     true = np.arange(20) % 5
-    better = sign_flip_test(rps_of, true, 0.5 * rows + 0.5 * np.eye(5)[true], rows, range(20))
+    better = sign_flip_test(rps, true, 0.5 * rows + 0.5 * np.eye(5)[true], rows, range(20))
     assert better.difference < 0 and better.p < 0.001
-    same = sign_flip_test(rps_of, true, rows, rows, range(20))
+    same = sign_flip_test(rps, true, rows, rows, range(20))
     assert (same.difference, same.p, same.n_discordant) == (0, 1, 0)
     with pytest.raises(UsageError, match="of one length"):
-        sign_flip_test(rps_of, true, rows, rows[:10], range(20))
+        sign_flip_test(rps, true, rows, rows[:10], range(20))
 
 
 def test_sign_flips_find_nothing_as_often_as_they_say() -> None:
@@ -182,7 +182,7 @@ def test_sign_flips_find_nothing_as_often_as_they_say() -> None:
             np.clip(np.rint(true + common + rng.normal(size=12)[patients]), 0, 4).astype(int)
             for _ in range(2)
         )
-        rejected += sign_flip_test(qwk, true, first, second, patients).p <= 0.05
+        rejected += sign_flip_test(qwk_of_five, true, first, second, patients).p <= 0.05
     assert rejected / 300 <= 0.08
 
 
@@ -222,7 +222,7 @@ def test_variance_is_split_as_it_was_made() -> None:
         # Each repeat grades each patient right with probability one half, apart from the others.
         predicted = rng.integers(0, 2, (8, 60))
         folds = np.stack([rng.permutation(60) % 3 for _ in range(8)])
-        splits.append(variance_split(accuracy_of, np.zeros(60, int), predicted, folds, patients, n_draws=200))
+        splits.append(variance_split(accuracy, np.zeros(60, int), predicted, folds, patients, n_draws=200))
     assert np.mean([split.seed for split in splits]) == pytest.approx(expected_patient, rel=0.2)
     # Repeats that err apart average out over patients: an eighth is left.
     assert np.mean([split.patient for split in splits]) == pytest.approx(expected_patient / 8, rel=0.2)
@@ -236,7 +236,7 @@ def test_variance_between_folds_is_found() -> None:
     folds = np.arange(90) % 3
     rng = np.random.default_rng(0)
     right = rng.random(90) < np.array([0.2, 0.5, 0.9])[folds]
-    split = variance_split(accuracy_of, np.ones(90, int), right[None].astype(int), folds[None], np.arange(90))
+    split = variance_split(accuracy, np.ones(90, int), right[None].astype(int), folds[None], np.arange(90))
     assert split.seed is None and split.n_repeats == 1
     assert split.fold == pytest.approx(np.var([0.2, 0.5, 0.9], ddof=1), rel=0.5)
     assert split.standard_error == pytest.approx(np.sqrt(0.25 / 90), rel=0.1)
@@ -245,7 +245,7 @@ def test_variance_between_folds_is_found() -> None:
 def test_a_single_fold_still_tells_seeds_from_patients() -> None:
     rng = np.random.default_rng(0)
     right = rng.random((2, 200)) < np.array([[0.5], [0.7]])
-    split = variance_split(accuracy_of, np.ones(200, int), right, np.zeros((2, 200), int), np.arange(200))
+    split = variance_split(accuracy, np.ones(200, int), right, np.zeros((2, 200), int), np.arange(200))
     assert split.fold is None
     assert split.seed == pytest.approx(np.var(right.mean(1), ddof=1))
     assert split.patient == pytest.approx(right.mean(0).var(ddof=1) / 200, rel=0.1)

@@ -93,6 +93,16 @@ def test_the_check_finds_sets_that_cover_and_sets_that_do_not() -> None:
     assert worse.patients_covered.high < check.patients_covered.low
 
 
+def test_the_quantile_of_a_fold_comes_from_the_other_folds() -> None:
+    """One fold is graded right, the other wrong: each is checked with what the other asks for."""
+    folds = np.repeat([0, 1], 10)
+    check = check_coverage(folds, np.tile([0.9, 0.1], (20, 1)), range(20), folds, risk=0.1, n_draws=100)
+    # Both grades for the ten that need one, one grade for the ten that need two. By its own quantile, or that
+    # of all, each fold would be covered.
+    assert check.patients_covered.estimate == 0.5
+    assert check.sizes == (10, 10)
+
+
 def test_what_cannot_be_promised_is_refused() -> None:
     rows = np.full((4, 2), 0.5)
     with pytest.raises(UsageError, match="between 0 and 1, not 0"):

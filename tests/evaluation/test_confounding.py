@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from scipy.stats import chi2_contingency
@@ -8,12 +10,12 @@ from slidetl.errors import UsageError
 from slidetl.evaluation.bootstrap import bca_interval
 from slidetl.evaluation.confounding import (
     EmbeddedFold,
-    figure_by_group,
+    estimate_by_group,
     site_by_grade,
     site_decodability,
     site_decodability_by_fold,
 )
-from slidetl.evaluation.figures import accuracy_of, auroc_of, qwk_of
+from slidetl.evaluation.metrics import accuracy, qwk
 
 
 def test_the_table_counts_slides_and_the_test_patients() -> None:
@@ -168,28 +170,25 @@ def test_embeddings_must_be_finite() -> None:
         site_decodability(np.full((4, 2), np.nan), [0, 0, 1, 1], range(4))
 
 
-def test_each_site_has_its_own_figure() -> None:
+def test_each_site_has_its_own_estimate() -> None:
     rng = np.random.default_rng(0)
     true, predicted = rng.integers(0, 5, 50), rng.integers(0, 5, (2, 50))
     sites, patients = np.repeat(["B", "A", "C"], [30, 18, 2]), np.arange(50) // 2
-    a, b, c = figure_by_group(accuracy_of(true, predicted), sites, patients)
+    a, b, c = estimate_by_group(partial(accuracy, true, predicted), sites, patients)
     assert [(row.group, row.n, row.n_patients) for row in (a, b, c)] == [
         ("A", 18, 9),
         ("B", 30, 15),
         ("C", 2, 1),
     ]
-    alone = bca_interval(accuracy_of(true[:30], predicted[:, :30]), patients[:30])
-    assert b.figure == alone
-    assert c.figure is None
-    kappas = figure_by_group(qwk_of(true, predicted, 5), sites, patients)
-    assert kappas[0].figure is not None
-    assert kappas[0].figure.estimate == pytest.approx(
-        qwk_of(true[30:48], predicted[:, 30:48], 5)(np.ones((1, 18)))[0]
-    )
-    # At site B no slide is above grade 3: there is no AUROC for that threshold.
-    rows = np.random.default_rng(1).dirichlet(np.ones(5), 50)
-    low_at_b = np.where(sites == "B", np.minimum(true, 3), true)
-    aurocs = figure_by_group(auroc_of(low_at_b, rows, 3), sites, patients)
-    assert aurocs[0].figure is not None and aurocs[1].figure is None
+    alone = bca_interval(partial(accuracy, true[:30], predicted[:, :30]), patients[:30])
+    assert b.estimate == alone
+    assert c.estimate is None
+    kappas = estimate_by_group(partial(qwk, true, predicted, 5), sites, patients)
+    assert kappas[0].estimate is not None
+    assert kappas[0].estimate.estimate == pytest.approx(float(qwk(true[30:48], predicted[:, 30:48], 5)))
+    # At site B every slide has one grade, and all are graded right.
+    of_one = np.where(sites == "B", 3, true)
+    undefined = estimate_by_group(partial(qwk, of_one, of_one, 5), sites, patients)
+    assert undefined[0].estimate is not None and undefined[1].estimate is None
     with pytest.raises(UsageError, match="for each result"):
-        figure_by_group(accuracy_of(true, predicted), sites[:3], patients)
+        estimate_by_group(partial(accuracy, true, predicted), sites[:3], patients)

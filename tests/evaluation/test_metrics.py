@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,21 +11,30 @@ from sklearn.metrics import (
     accuracy_score,
     cohen_kappa_score,
     f1_score,
-    log_loss,
     mean_absolute_error,
     recall_score,
     roc_auc_score,
 )
 from sklearn.metrics import confusion_matrix as sklearn_confusion
+from sklearn.metrics import log_loss as sklearn_log_loss
 
 from slidetl.evaluation.metrics import (
+    accuracy,
     auroc,
     calibration_error,
     confusion_matrix,
+    difference,
     grade_metrics,
+    kappa,
+    log_loss,
+    mae,
     probability_metrics,
-    quadratic_weighted_kappa,
+    qwk,
+    rps,
+    weighted_mean,
 )
+
+K = 5
 
 grades = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=60)
 
@@ -43,12 +54,22 @@ def test_agrees_with_scikit_learn(pairs: list[tuple[int, int]]) -> None:
     if len(set(true) | set(predicted)) > 1:
         expected = cohen_kappa_score(true, predicted, labels=range(5), weights="quadratic")
         assert metrics.qwk == pytest.approx(expected)
+    else:
+        assert np.isnan(metrics.qwk)
 
 
-def test_kappa_where_it_is_not_defined_shows_nothing() -> None:
-    assert quadratic_weighted_kappa([2, 2], [2, 2], 5) == 0
-    assert quadratic_weighted_kappa([0, 4], [0, 4], 5) == 1
-    assert quadratic_weighted_kappa([0, 4], [4, 0], 5) == -1
+def test_kappa_of_a_single_grade_is_undefined_and_no_number() -> None:
+    """0 would rank it with chance, 1 above every network that was measured."""
+    for measure in (qwk, kappa):
+        assert np.isnan(measure([2, 2], [2, 2], 5))
+        assert np.isnan(measure([2, 2], [[2, 2], [2, 3]], 5))  # of one repeat, so of the mean
+        assert measure([2, 2], [2, 3], 5) == 0  # chance disagrees as often: defined
+        assert measure([0, 4], [0, 4], 5) == 1
+        assert measure([0, 4], [4, 0], 5) == -1
+    metrics = grade_metrics([2, 2], [2, 2], 5)
+    assert (metrics.accuracy, metrics.mae) == (1, 0)
+    assert metrics.format_qwk(3) == "undefined" and metrics.to_json()["qwk"] is None
+    assert grade_metrics([0, 4], [0, 4], 5).format_qwk(2) == "1.00"
 
 
 @pytest.mark.parametrize(
@@ -78,7 +99,7 @@ def test_probabilities_agree_with_scikit_learn(seed: int) -> None:
     for k in range(4):
         assert metrics.auroc[k] == pytest.approx(roc_auc_score(true > k, np.round(above[:, k], 9)))
     floored = np.maximum(rows, 1e-7)
-    expected = log_loss(true, floored / floored.sum(1, keepdims=True), labels=range(5))
+    expected = sklearn_log_loss(true, floored / floored.sum(1, keepdims=True), labels=range(5))
     assert metrics.log_loss == pytest.approx(expected, rel=1e-5)
     by_hand = np.mean(
         [sum((above[i, k] - (true[i] > k)) ** 2 for k in range(4)) / 4 for i in range(len(true))]
@@ -137,3 +158,78 @@ def test_calibration_error_of_true_probabilities_goes_to_zero() -> None:
 def test_what_is_no_distribution_is_refused(true: list[int], rows: list[list[float]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         probability_metrics(true, rows)
+
+
+def results(n: int = 40, repeats: int = 3, seed: int = 0) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    rng = np.random.default_rng(seed)
+    true = rng.integers(0, K, n)
+    return true, rng.dirichlet(np.ones(K), (repeats, n)).round(2) * 0.9 + 0.1 * np.eye(K)[true]
+
+
+def normal(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(rows / rows.sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_weights_are_copies_of_slides_and_repeats_are_averaged(seed: int) -> None:
+    """A metric under whole weights is that of the copied slides, each repeat by itself."""
+    true, rows = results(seed=seed)
+    rows = normal(rows)
+    graded = rows.argmax(2)
+    weights = np.random.default_rng(100 + seed).integers(0, 3, (4, len(true)))
+    for of_draw in weights:
+        copies = np.repeat(np.arange(len(true)), of_draw)
+        each = of_draw.astype(float)
+        for measure, repeats in ((accuracy, graded), (mae, graded), (rps, rows), (log_loss, rows)):
+            expected = np.mean([measure(true[copies], repeat[copies]) for repeat in repeats])
+            assert measure(true, repeats, each) == pytest.approx(expected)
+        for kappa_like in (qwk, kappa):
+            expected = np.mean([kappa_like(true[copies], repeat[copies], K) for repeat in graded])
+            assert kappa_like(true, graded, K, each) == pytest.approx(expected)
+    by_draw = qwk(true, graded, K, weights.astype(float))
+    np.testing.assert_allclose(by_draw, [qwk(true, graded, K, row.astype(float)) for row in weights])
+
+
+@settings(max_examples=100)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4), st.integers(0, 3)), min_size=2, max_size=30))
+def test_kappas_agree_with_scikit_learn_under_any_weights(slides: list[tuple[int, int, int]]) -> None:
+    true, predicted, weights = np.array(slides).T
+    kept = weights > 0
+    for measure, penalty in ((qwk, "quadratic"), (kappa, None)):
+        got = measure(true, predicted, K, weights.astype(float))
+        if len(set(true[kept]) | set(predicted[kept])) > 1:
+            expected = cohen_kappa_score(
+                true, predicted, labels=range(K), weights=penalty, sample_weight=weights
+            )
+            assert got == pytest.approx(expected)
+        else:
+            assert np.isnan(got)
+
+
+def test_without_any_weight_nothing_is_known() -> None:
+    none = np.zeros((1, 3))
+    assert np.isnan(accuracy([0, 1, 2], [0, 1, 1], none)).all()
+    assert np.isnan(qwk([0, 1, 2], [0, 1, 1], 3, none)).all()
+
+
+def test_a_difference_is_taken_on_the_same_weights() -> None:
+    gap = difference(partial(weighted_mean, [1.0, 2.0]), partial(weighted_mean, [0.0, 0.0]))
+    np.testing.assert_allclose(gap(np.array([[1.0, 1.0], [1.0, 3.0]])), [1.5, 1.75])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: accuracy([0, 1], [0]), "expected grades"),
+        (lambda: mae([], []), "expected grades"),
+        (lambda: accuracy([0, 1], [0, 0.5]), "whole numbers"),
+        (lambda: qwk([0, 5], [0, 1], 5), "from 0 to 4"),
+        (lambda: qwk([0, 1], [0, -1], 5), "from 0 to 4"),
+        (lambda: rps([0], [0.5, 0.5]), "expected grades"),
+        (lambda: rps([2], [[0.5, 0.5]]), "from 0 to 1"),
+        (lambda: log_loss([0], [[0.5, 0.6]]), "sum to one"),
+    ],
+)
+def test_predictions_that_cannot_be_meant_are_refused(make: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()  # type: ignore[operator]

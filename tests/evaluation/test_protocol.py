@@ -205,6 +205,24 @@ def test_the_audit_finds_slides_that_look_alike(pair: tuple[str, str]) -> None:
     audit_folds(handmade(("a", "b"), ("c", "d")), CASES, CONTENT, [("a", "b", 0.99), ("c", "d", 0.99)])
 
 
+INNER = (InnerFold(("a", "b"), ("c",)),)  # choices are made on "c" by networks trained on "a" and "b"
+
+
+def test_the_audit_finds_one_slide_under_two_names_in_an_inner_fold() -> None:
+    folds = handmade(("a", "b", "c"), ("d",), INNER)
+    audit_folds(folds, CASES, CONTENT)
+    with pytest.raises(UsageError, match="training and validation part hold the same slide as 'b' and 'c'"):
+        audit_folds(folds, CASES, {**CONTENT, "c": CONTENT["b"]})
+
+
+@pytest.mark.parametrize("pair", [("b", "c"), ("c", "b")])
+def test_the_audit_finds_slides_that_look_alike_in_an_inner_fold(pair: tuple[str, str]) -> None:
+    folds = handmade(("a", "b", "c"), ("d",), INNER)
+    with pytest.raises(UsageError, match=r"training and validation part hold slides that look alike, '[bc]'"):
+        audit_folds(folds, CASES, CONTENT, [(*pair, 0.97)])
+    audit_folds(folds, CASES, CONTENT, [("a", "b", 0.99)])
+
+
 @given(n=st.integers(10, 60), seed=st.integers(0, 50))
 def test_a_smaller_training_part_lies_within_larger_ones_and_has_every_grade(n: int, seed: int) -> None:
     cases = cohort()

@@ -9,7 +9,6 @@ from scipy.stats import mannwhitneyu, wilcoxon
 from slidetl.errors import UsageError
 from slidetl.evaluation.repeatability import (
     _median_of,
-    bland_altman,
     compare_groups,
     compare_paired,
     repeatability,
@@ -69,22 +68,6 @@ def test_scores_that_cannot_repeat() -> None:
         repeatability([[1.0, 1.0], [1.0, 1.0]], [0, 1])
 
 
-def test_limits_of_agreement_by_hand() -> None:
-    rng = np.random.default_rng(2)
-    first = rng.normal(size=40)
-    second = first - 0.5 + 0.2 * rng.normal(size=40)
-    plot = bland_altman(first, second, range(40))
-    gap = first - second
-    assert plot.bias.estimate == pytest.approx(gap.mean())
-    assert plot.low.estimate == pytest.approx(gap.mean() - 1.96 * gap.std(ddof=1))
-    assert plot.high.estimate == pytest.approx(gap.mean() + 1.96 * gap.std(ddof=1))
-    np.testing.assert_allclose(plot.difference, gap)
-    np.testing.assert_allclose(plot.mean, (first + second) / 2)
-    assert plot.low.high < plot.bias.low < plot.bias.estimate < plot.bias.high < plot.high.low
-    with pytest.raises(UsageError, match="two lists"):
-        bland_altman([1, 2], [1], [0, 1])
-
-
 def test_groups_by_hand_and_by_scipy() -> None:
     rng = np.random.default_rng(3)
     scores, group = rng.normal(size=30), np.arange(30) % 3 == 0
@@ -125,11 +108,11 @@ def test_a_shift_is_the_median_over_copies_of_the_patients() -> None:
         whole = compare_groups(scores[copies], group[copies], np.arange(len(copies)), n_draws=50)
         a, b = scores[copies[~group[copies]]], scores[copies[group[copies]]]
         assert whole.shift.estimate == pytest.approx(np.median(b[:, None] - a))
-        figure = _median_of(
+        metric = _median_of(
             (scores[group] - scores[~group][:, None]).ravel(),
             lambda row: np.outer(row[~group], row[group]).ravel(),
         )
-        assert figure(weights[None].astype(float))[0] == pytest.approx(whole.shift.estimate)
+        assert metric(weights[None].astype(float))[0] == pytest.approx(whole.shift.estimate)
 
 
 def test_the_interval_of_a_shift_covers_it() -> None:

@@ -317,7 +317,7 @@ def _metric_by_place(view: View, name: Literal["site", "scanner"]) -> Table:
     first = next(filter(None, groups.values()), ())
     return Table(
         ("Arm", *(f"{group.group or '(none given)'} ({group.n})" for group in first)),
-        [(arm, *(group.figure for group in found)) for arm, found in groups.items() if found],
+        [(arm, *(group.estimate for group in found)) for arm, found in groups.items() if found],
     )
 
 
