@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         default=argparse.SUPPRESS,
         metavar="YAML",
-        help="what is compared, e.g. configs/compare/fibrosis_quick.yaml",
+        help="what is compared; configs/compare/fibrosis_quick.yaml and its neighbours come with slidetl",
     )
     parser.add_argument(
         "--output",
@@ -63,13 +63,14 @@ def run(options: argparse.Namespace) -> int:
     import sys
     from dataclasses import replace
 
+    from slidetl.cli.shipped import find_config
     from slidetl.compare.config import read_comparison
     from slidetl.compare.progress import UnitProgress
     from slidetl.compare.report.page import describe
     from slidetl.compare.run import Options, plan_comparison, report_comparison, run_comparison
 
     given = {name: getattr(options, name) for name in ("manifest", "cache") if name in options}
-    comparison = replace(read_comparison(options.config), **given)
+    comparison = replace(read_comparison(find_config(options.config)), **given)
     plan = plan_comparison(comparison, getattr(options, "only", ()))
     if options.dry_run:
         arms = len({unit.arm for unit in plan.units})

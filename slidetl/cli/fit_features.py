@@ -53,8 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=argparse.SUPPRESS,
         metavar="CSV",
-        help="slide_id, x, y (level-0 pixels), label (a number, or 'ignore'): grade by a tile classifier "
-        "instead, whose classes are averaged over the slide",
+        help="slide_id, x_level0, y_level0, label (a number, or 'ignore') of points: grade by a tile "
+        "classifier instead, whose classes are averaged over the slide",
     )
     parser.add_argument(
         "--grades",

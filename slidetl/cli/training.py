@@ -19,6 +19,7 @@ from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveCon
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info
 
+from slidetl.cli.shipped import with_shipped_configs
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.errors import UsageError
 from slidetl.training.best import BestCheckpoint
@@ -28,6 +29,8 @@ from slidetl.training.grader import SlideGrader
 from slidetl.training.range_test import RangeTest, find_rate, write_range
 from slidetl.training.waiting import WaitingReport
 
+_SHIPPED = "--config configs/NAME.yaml takes the file that comes with slidetl, unless there is one here."
+
 
 def run(command: str, args: list[str]) -> int:
     """Runs one of Lightning's commands, or ``find-lr``, which takes what ``fit`` does.
@@ -36,6 +39,7 @@ def run(command: str, args: list[str]) -> int:
         UsageError: the configuration is wrong; one line says where.
     """
     _quieten()
+    args = with_shipped_configs(args)
     # Lightning starts the other processes of a DDP run by sys.argv; so the program's name stays whole there,
     # and the command is ours.
     finds = command == "find-lr"
@@ -59,7 +63,7 @@ def run(command: str, args: list[str]) -> int:
             auto_configure_optimizers=False,
             parser_kwargs={
                 "exit_on_error": False,
-                **{key: {"exit_on_error": False} for key in LightningCLI.subcommands()},
+                **{key: {"exit_on_error": False, "epilog": _SHIPPED} for key in LightningCLI.subcommands()},
             },
         )
     except ArgumentError as error:

@@ -63,7 +63,7 @@ class SlideDataModule(pl.LightningDataModule):
             With ``bag_size: 0`` no tile is read at all, in training or evaluation: for ``FrozenFeatures``,
             whose embeddings never change, the same result in a fraction of the time.
         fold: which fold of a cross-validation this is, written into ``predictions.csv``.
-        tasks: further scales to read from the manifest; set by ``model.tasks``.
+        tasks: label scales to read beside the grade; set by ``model.tasks``.
         every_grade: whether a training part that lacks a grade is refused, since that could not be learned.
     """
 

@@ -26,7 +26,7 @@ class Bag(TypedDict):
     """Tiles drawn from a slide; collated, every entry has a leading axis B.
 
     ``tiles [N, 3, S, S] uint8``; ``mask [N] bool``, False for padding; ``grade`` int64; ``readers [R]``
-    int64, each reader's grade or -1; ``labels`` of the further tasks by their names, int64, -1 for none: of
+    int64, each reader's grade or -1; ``labels`` of the tasks by their names, int64, -1 for none: of
     the slide, or ``[N]`` of its tiles. Where features are stored also ``stored [M, D] float16``, those of
     the tiles that were not drawn, and ``stored_mask [M] bool``.
     """
@@ -44,7 +44,7 @@ class Chunk(TypedDict):
     """A run of a slide's tiles. Chunks of a slide come in order, without another slide's between.
 
     ``tiles [n, 3, S, S] uint8``, or in their place ``stored [n, D] float16``, their features; whose they
-    are; ``grade`` 0..K-1, or -1 for none; ``labels`` of the further tasks by their names, likewise: of the
+    are; ``grade`` 0..K-1, or -1 for none; ``labels`` of the tasks by their names, likewise: of the
     slide, or ``[n]`` of its tiles; ``last`` whether the chunk ends the slide.
     """
 

@@ -43,7 +43,7 @@ class ManifestRow:
         reader_grades: each reader's grade, in the order of their numbers.
         mpp: spacing of level 0 in micrometres per pixel, for slides whose metadata has none.
         split: ``train``, ``val`` or ``test``; empty where the split is left to a seed.
-        labels: what it says about each further task: 0..K-1, the table of its tiles' labels, or None.
+        labels: label of each task: 0..K-1, the path of a table of tile labels, or None.
     """
 
     line: int
@@ -94,7 +94,7 @@ def read_manifest(
             slides is searched for images (PNG, JPEG, BMP).
         n_grades: number of grades K on the scale; None checks only that a grade is a whole number.
         images: whether a folder is one of labelled images even if there are TIFFs or slides in it.
-        tasks: further scales whose columns are read where they are there.
+        tasks: label scales whose columns are read where they are there.
 
     Raises:
         ManifestError: every fault found, each with its line number.

@@ -27,7 +27,7 @@ class CachedSlide:
     Attributes:
         row: its line of the manifest.
         cache: its tiles.
-        labels: labels of the further tasks by task name, -1 for none: one of the slide, or ``[N] int64`` of
+        labels: labels of the tasks by task name, -1 for none: one of the slide, or ``[N] int64`` of
             its tiles.
     """
 
@@ -112,7 +112,7 @@ def read_study(
         manifest: the CSV of the study, or a folder of slides.
         cache: the folder that ``slidetl tile`` wrote.
         n_grades: number of grades K; None accepts any whole number.
-        tasks: further scales to read.
+        tasks: label scales to read beside the grade.
 
     Raises:
         ManifestError: the manifest or a table of tile labels has faults.
@@ -248,8 +248,11 @@ def _read_labels(
     labels: dict[str, int | NDArray[np.int64]] = {}
     for task, label in zip(tasks, row.labels, strict=True):
         if isinstance(label, Path):
-            points = read_points(label, len(task.grades))
-            labels[task.name] = points.of_tiles(cache.origins_level0, cache.extent_level0)
+            tables = read_points(label, len(task.grades))
+            labels[task.name] = np.full(len(cache), -1)
+            if points := tables.get(row.slide_id) or tables.get(""):
+                of_tiles = points.of_tiles(cache.origins_level0, cache.extent_level0)
+                labels[task.name] = np.nan_to_num(of_tiles, nan=-1).astype(np.int64)
         elif task.of_tiles:
             labels[task.name] = np.full(len(cache), -1 if label is None else label)
         else:

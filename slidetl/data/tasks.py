@@ -1,4 +1,4 @@
-"""What a network may learn beside the grade: further scales, of slides or of single tiles."""
+"""Tasks: label scales of slides or of single tiles that a network learns beside the grade."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from numpy.typing import NDArray
 from slidetl.errors import ManifestError, UsageError
 
 TABLE_COLUMNS = ("x_level0", "y_level0", "label")
+IGNORE = "ignore"  # the label of a tile that does not count towards the grade of its slide
 
 
 @dataclass(frozen=True)
 class Task:
-    """A further scale that is learned on the same backbone, from a column of the manifest.
+    """A label scale that a network learns beside the grade, from a column of the manifest.
 
-    A row without a label is fine: it says nothing about this task.
+    A row may have no label.
 
     Attributes:
         name: in the logs and the names of files; letters, digits, ``-`` and ``_``.
         column: of the manifest. It holds an index 0..K-1 or nothing; for tiles, an index holds for all tiles
-            of the slide, and a path (absolute or relative to the manifest) names a table of labels. With
-            ``grade``, images in folders have it too.
+            of the slide, and a path (absolute or relative to the manifest) names a table of labels,
+            :func:`read_points`. With ``grade``, images in folders have it too.
         grades: names of the scale's K grades, lowest first, or of its classes.
         weight: of this loss beside that of the grade, which has weight 1.
         of_tiles: whether the labels are of single tiles.
@@ -66,20 +67,20 @@ def check_tasks(tasks: Sequence[Task]) -> None:
 
 @dataclass(frozen=True)
 class LabelledPoints:
-    """Places of one slide whose label is known.
+    """Points of one slide whose label is known.
 
     Attributes:
         xy_level0: ``[P, 2]`` level-0 pixels.
-        labels: ``[P] int64``, from 0.
+        labels: ``[P] float64``, infinity for :data:`IGNORE`.
     """
 
     xy_level0: NDArray[np.float64]
-    labels: NDArray[np.int64]
+    labels: NDArray[np.float64]
 
     def of_tiles(
         self, origin_level0: NDArray[np.integer], extent_level0: tuple[float, float]
-    ) -> NDArray[np.int64]:
-        """The label of each tile: the commonest among the points in it, the lowest of equally common ones.
+    ) -> NDArray[np.float64]:
+        """Labels each tile: the commonest label of the points in it, the lowest of equally common ones.
 
         The upper and left edges belong to a tile, so its upper-left corner is a point in it.
 
@@ -88,30 +89,38 @@ class LabelledPoints:
             extent_level0: size ``(x, y)`` of each tile, level-0 pixels.
 
         Returns:
-            ``[N] int64``, -1 for a tile without a point.
+            ``[N] float64``, NaN for a tile without a point.
         """
-        n_labels = int(self.labels.max(initial=-1)) + 1
-        votes = np.zeros((len(origin_level0), n_labels), np.int64)
+        known, votes_for = np.unique(self.labels, return_inverse=True)
+        votes = np.zeros((len(origin_level0), len(known)), np.int64)
         # Corners are rounded to pixels. With a whole size, a corner does not lie in the tile before it.
         end = origin_level0 + np.floor(extent_level0)
-        for point, label in zip(self.xy_level0, self.labels, strict=True):
+        for point, label in zip(self.xy_level0, votes_for, strict=True):
             inside = (origin_level0 <= point).all(1) & (point < end).all(1)
             votes[inside, label] += 1
-        found = votes.argmax(1) if n_labels else np.zeros(len(votes), np.int64)
-        return np.where(votes.any(1), found, -1)
+        if not len(known):
+            return np.full(len(votes), np.nan)
+        return np.where(votes.any(1), known[votes.argmax(1)], np.nan)
 
 
-def read_points(path: Path, n_labels: int) -> LabelledPoints:
-    """Reads a table of labels: a CSV with ``x_level0``, ``y_level0`` and ``label``, one line per place.
+def read_points(path: Path, n_labels: int | None = None) -> dict[str, LabelledPoints]:
+    """Reads a table of labels: a CSV with ``x_level0``, ``y_level0`` and ``label``, one line for each point.
+
+    A column ``slide_id`` tells the slides of a study apart; without it, the table is of one slide.
 
     Args:
-        path: the table of one slide.
-        n_labels: a label is a whole number from 0 to this, exclusive.
+        path: the table.
+        n_labels: number K of labels, each a whole number 0..K-1; None accepts any finite number, and
+            :data:`IGNORE`.
+
+    Returns:
+        The points of each slide by its identifier, the empty one where there is no column ``slide_id``.
 
     Raises:
         ManifestError: it is no such table; the message has the line.
     """
-    points, labels = [], []
+    expected = "a number or 'ignore'" if n_labels is None else f"a label from 0 to {n_labels - 1}"
+    found: dict[str, list[tuple[float, float, float]]] = {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
@@ -121,16 +130,25 @@ def read_points(path: Path, n_labels: int) -> LabelledPoints:
             for row in reader:
                 try:
                     point = float(row["x_level0"]), float(row["y_level0"])
-                    label = int(row["label"])
-                except (TypeError, ValueError):
-                    point, label = (np.nan, np.nan), -1
-                if not (np.isfinite(point).all() and 0 <= label < n_labels):
+                    label = _number(row["label"].strip(), n_labels)
+                    if not np.isfinite(point).all():
+                        raise ValueError("not finite")
+                except (AttributeError, TypeError, ValueError) as error:
                     raise ManifestError(
-                        f"{path}, line {reader.line_num}: expected two numbers of pixels and a label from 0 "
-                        f"to {n_labels - 1}, found {', '.join(str(row[name]) for name in TABLE_COLUMNS)}"
-                    )
-                points.append(point)
-                labels.append(label)
+                        f"{path}, line {reader.line_num}: expected two numbers of level-0 pixels and "
+                        f"{expected}, found {', '.join(str(row[name]) for name in TABLE_COLUMNS)}"
+                    ) from error
+                found.setdefault((row.get("slide_id") or "").strip(), []).append((*point, label))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ManifestError(f"{path}: expected a CSV of tile labels in UTF-8: {error}") from error
-    return LabelledPoints(np.array(points, np.float64).reshape(-1, 2), np.array(labels, np.int64))
+    tables = {slide_id: np.array(rows, np.float64) for slide_id, rows in found.items()}
+    return {slide_id: LabelledPoints(table[:, :2], table[:, 2]) for slide_id, table in tables.items()}
+
+
+def _number(text: str, n_labels: int | None) -> float:
+    if n_labels is None and text == IGNORE:
+        return np.inf
+    value = float(text) if n_labels is None else int(text)
+    if not np.isfinite(value) or (n_labels is not None and not 0 <= value < n_labels):
+        raise ValueError(f"label {text!r}")
+    return value

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from slidetl.data.manifest import FIVE_GRADES, check_scale
 from slidetl.data.study import CachedSlide, read_study
+from slidetl.data.tasks import LabelledPoints, read_points
 from slidetl.errors import UsageError
 from slidetl.evaluation.calibration import judged_probabilities
 from slidetl.evaluation.classical import (
@@ -39,9 +39,6 @@ MODELS: dict[str, Callable[..., LinearGrader | TreesGrader]] = {
     "logistic": fit_logistic,
     "trees": fit_trees,
 }
-
-# The label of a tile that does not count towards its slide's grade.
-IGNORE = "ignore"
 
 
 @dataclass(frozen=True)
@@ -134,28 +131,31 @@ def fit_labelled_tiles(study: FeatureStudy, output: Path, labels: Path) -> Grade
     Args:
         study: the slides, and the features.
         output: the folder for ``predictions.csv``, ``metrics.json`` and ``confusion.png``.
-        labels: a CSV ``slide_id, x, y, label``: upper-left corners of tiles, level-0 pixels, and a number,
-            or ``ignore`` for tissue that does not count. Labels of slides outside the training part are
-            not used.
+        labels: a table of :func:`~slidetl.data.tasks.read_points` with a column ``slide_id``; a label is a
+            number, or ``ignore`` for tissue that does not count. Labels of slides outside the training part
+            are not used.
 
     Raises:
-        UsageError: the labels cannot be read, or name tiles that are not there.
+        ManifestError: the labels cannot be read.
+        UsageError: the points of a slide lie in none of its tiles, or have one label alone.
         SlidetlError: as :func:`fit_pooled`.
     """
     train, test = study.parts()
-    named = read_tile_labels(labels)
-    of_slide = [named.get(slide.row.slide_id, {}) for slide in train]
-    known = sorted({label for tiles in of_slide for label in tiles.values()}, key=_worth)
+    tables = read_points(labels)
+    if "" in tables:
+        raise UsageError(f"{labels}: expected a column slide_id with a slide in each line")
+    of_tiles = [_tile_labels(slide, tables) for slide in train]
+    known = np.unique(np.concatenate(of_tiles))
+    known = known[~np.isnan(known)]
     if len(known) < 2:
         raise UsageError(
-            f"{labels}: the training part's tiles need at least two different labels, not {known}"
+            f"{labels}: the training part's tiles need at least two different labels, not {known.tolist()}"
         )
-    classes, ignore = [_worth(label) for label in known], [label == IGNORE for label in known]
     grader = fit_tile_grader(
         [study.features(slide.cache) for slide in train],
-        [_tile_classes(slide.cache, tiles, known) for slide, tiles in zip(train, of_slide, strict=True)],
-        [0.0 if is_ignored else value for value, is_ignored in zip(classes, ignore, strict=True)],
-        ignore,
+        [np.where(np.isnan(found), -1, np.searchsorted(known, found)) for found in of_tiles],
+        np.where(np.isinf(known), 0.0, known).tolist(),
+        np.isinf(known).tolist(),
         _grades(train),
         _patients(train),
         len(study.grades),
@@ -164,51 +164,19 @@ def fit_labelled_tiles(study: FeatureStudy, output: Path, labels: Path) -> Grade
     return _write(study, test, grader.probabilities([study.features(slide.cache) for slide in test]), output)
 
 
-def read_tile_labels(path: Path) -> dict[str, dict[tuple[int, int], str]]:
-    """Reads a CSV of tile labels: by slide and upper-left corner, a number or ``ignore``.
-
-    Raises:
-        UsageError: not such a CSV; the message gives the line.
-    """
-    labels: dict[str, dict[tuple[int, int], str]] = {}
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            for row in reader:
-                try:
-                    label = row["label"].strip()
-                    if label != IGNORE and not np.isfinite(float(label)):
-                        raise ValueError(f"label {label!r}")
-                    labels.setdefault(row["slide_id"], {})[int(row["x"]), int(row["y"])] = label
-                except (AttributeError, KeyError, TypeError, ValueError) as error:
-                    raise UsageError(
-                        f"{path}, line {reader.line_num}: expected slide_id, x, y (level-0 pixels) and "
-                        f"a label that is a number or '{IGNORE}': {error!r}"
-                    ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: tile labels cannot be read: {error}") from error
-    return labels
-
-
-def _worth(label: str) -> float:
-    """What a label counts as; those to be ignored come last."""
-    return float("inf") if label == IGNORE else float(label)
-
-
-def _tile_classes(
-    cache: SlideCache, labels: dict[tuple[int, int], str], known: Sequence[str]
-) -> NDArray[np.int64]:
-    classes = np.full(len(cache), -1, np.int64)
-    tiles = {(x, y): tile for tile, (x, y) in enumerate(cache.origins_level0.tolist())}
-    strange = [origin for origin in labels if origin not in tiles]
-    if strange:
+def _tile_labels(slide: CachedSlide, tables: Mapping[str, LabelledPoints]) -> NDArray[np.float64]:
+    """Returns the label of each tile, ``[N]``, NaN for none."""
+    points = tables.get(slide.row.slide_id)
+    if points is None:
+        return np.full(len(slide.cache), np.nan)
+    found = points.of_tiles(slide.cache.origins_level0, slide.cache.extent_level0)
+    if np.isnan(found).all():
         raise UsageError(
-            f"tile labels: {len(strange)} of {len(labels)} of {cache.slide_id} are of no tile in the cache, "
-            f"first {strange[0]}; expected upper-left corners in level-0 pixels, such as {next(iter(tiles))}"
+            f"tile labels: none of the {len(points.labels)} points of {slide.row.slide_id} lies in a tile of "
+            f"the cache, first {tuple(points.xy_level0[0].tolist())}; expected level-0 pixels, such as "
+            f"{tuple(slide.cache.origins_level0[0].tolist())}"
         )
-    for origin, label in labels.items():
-        classes[tiles[origin]] = known.index(label)
-    return classes
+    return found
 
 
 def _grades(slides: Sequence[CachedSlide]) -> list[int]:

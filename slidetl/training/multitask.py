@@ -1,4 +1,4 @@
-"""Heads for what is learned beside the grade, and how well they do."""
+"""Heads and metrics of the tasks that are learned beside the grade."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from slidetl.models.heads import CrossEntropy, CumulativeLink, Head
 
 @dataclass(frozen=True, eq=False)
 class TaskOutcome:
-    """What came out for one task on one slide.
+    """Predictions and labels of one task on one slide.
 
     Attributes:
         labels: ``[n]`` int64, of the slide (n is 1) or of its tiles; below 0 for none.
@@ -29,12 +29,12 @@ class TaskOutcome:
 
 
 class TaskHeads(nn.Module):
-    """One head for each further task, on the slide's embedding or on those of its tiles.
+    """One head for each task, on the slide's embedding or on those of its tiles.
 
     They stand beside the network that grades, and are no part of the exported file.
 
     Args:
-        tasks: what is learned; none is fine.
+        tasks: label scales that are learned; there may be none.
         tile_features: length D of a tile's embedding.
         slide_features: length D' of a slide's.
     """
@@ -84,7 +84,7 @@ class TaskHeads(nn.Module):
     def outcomes(
         self, logits: Mapping[str, Tensor], chunks: Sequence[Mapping[str, int | Tensor]]
     ) -> dict[str, TaskOutcome]:
-        """What came out for one slide, by the tasks' names.
+        """Returns the outcome of each task on one slide, by task name.
 
         Args:
             logits: of the slide and all its tiles, as :meth:`forward` gives them (B is 1).

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.datasets import BagDataset, ChunkDataset
 from slidetl.data.manifest import read_manifest
+from slidetl.data.study import read_study
 from slidetl.data.tasks import LabelledPoints, Task, check_tasks, read_points
 from slidetl.errors import ManifestError, UsageError
 from slidetl.synthetic.section import grade_of_share
@@ -22,21 +23,21 @@ NESTS = Task("nests", "nests", ("no", "yes"), of_tiles=True, ordinal=False)
 
 def points(*rows: tuple[float, float, int]) -> LabelledPoints:
     table = np.array(rows, float).reshape(-1, 3)
-    return LabelledPoints(table[:, :2], table[:, 2].astype(np.int64))
+    return LabelledPoints(table[:, :2], table[:, 2])
 
 
 def test_a_tile_has_the_commonest_label_of_its_points() -> None:
     origins = np.array([[0, 0], [10, 0], [0, 10], [10, 10]], np.int32)
     places = points((1, 1, 2), (2, 2, 0), (9.9, 9.9, 2), (10, 0, 1), (10, 9, 3), (19.9, 10, 4), (20, 10, 0))
-    assert places.of_tiles(origins, (10.0, 10.0)).tolist() == [2, 1, -1, 4]
-    assert points().of_tiles(origins, (10.0, 10.0)).tolist() == [-1] * 4
+    assert places.of_tiles(origins, (10.0, 10.0)).tolist() == [2, 1, pytest.approx(np.nan, nan_ok=True), 4]
+    assert np.isnan(points().of_tiles(origins, (10.0, 10.0))).all()
 
 
 @given(st.floats(1.5, 40), st.integers(2, 9))
 def test_a_table_of_the_tiles_corners_labels_each_tile(extent: float, n: int) -> None:
     steps = np.rint(np.arange(n) * extent).astype(np.int32)  # as the tiler rounds them
     origins = np.stack(np.meshgrid(steps, steps), -1).reshape(-1, 2)
-    labels = np.arange(n * n, dtype=np.int64)
+    labels = np.arange(n * n, dtype=float)
     found = LabelledPoints(origins.astype(float), labels).of_tiles(origins, (extent, extent))
     assert found.tolist() == labels.tolist()
 
@@ -44,17 +45,49 @@ def test_a_table_of_the_tiles_corners_labels_each_tile(extent: float, n: int) ->
 def test_a_table_is_read_and_its_faults_are_named(tmp_path: Path) -> None:
     path = tmp_path / "labels.csv"
     path.write_text("label,x_level0,y_level0,by\n1,10,20.5,anna\n0,3,4,ben\n")
-    found = read_points(path, 2)
+    found = read_points(path, 2)[""]
     assert found.xy_level0.tolist() == [[10, 20.5], [3, 4]] and found.labels.tolist() == [1, 0]
     for row in ("2,1,1", "-1,1,1", "1,nan,1", "1,x,1", "1,1"):
         path.write_text(f"label,x_level0,y_level0\n0,1,1\n{row}\n")
-        with pytest.raises(ManifestError, match=r"labels\.csv, line 3: expected two numbers of pixels"):
+        with pytest.raises(
+            ManifestError, match=r"labels\.csv, line 3: expected two numbers of level-0 pixels"
+        ):
             read_points(path, 2)
     path.write_text("label,x,y\n")
     with pytest.raises(ManifestError, match="missing column x_level0, y_level0"):
         read_points(path, 2)
     with pytest.raises(ManifestError, match="expected a CSV of tile labels"):
         read_points(tmp_path / "none.csv", 2)
+
+
+def test_a_table_may_hold_the_slides_of_a_study(tmp_path: Path) -> None:
+    path = tmp_path / "labels.csv"
+    header = "slide_id,x_level0,y_level0,label\n"
+    path.write_text(f"{header}a,0,0,ignore\nb,1,2,0.5\na,3,3,2\n")
+    found = read_points(path)
+    assert {slide: points.labels.tolist() for slide, points in found.items()} == {
+        "a": [np.inf, 2],
+        "b": [0.5],
+    }
+    for label in ("vessel", "nan", "inf", ""):
+        path.write_text(f"{header}a,0,0,{label}\n")
+        with pytest.raises(ManifestError, match=r"line 2: .* level-0 pixels and a number or 'ignore', found"):
+            read_points(path)
+
+
+def test_the_lines_of_a_slide_are_its_own_labels(study: Study, tmp_path: Path) -> None:
+    one, two, *_ = read_study(study.manifest, study.cache).slides
+    table = tmp_path / "labels.csv"
+    lines = [
+        f"{s.row.slide_id},{x},{y},{label}"
+        for s, label in ((one, 0), (two, 1))
+        for x, y in s.cache.origins_level0
+    ]
+    table.write_text("\n".join(["slide_id,x_level0,y_level0,label", *lines]) + "\n")
+    path = rewrite(study, tmp_path / "m.csv", nests=["labels.csv"] * 20)
+    first, second, third, *_ = read_study(path, study.cache, tasks=[NESTS]).slides
+    labels = [np.unique(slide.labels["nests"]).tolist() for slide in (first, second, third)]
+    assert labels == [[0], [1], [-1]]
 
 
 def test_the_manifest_has_the_labels_of_each_task(study: Study, tmp_path: Path) -> None:
@@ -121,9 +154,9 @@ def test_labels_of_tiles_go_with_the_tiles(study: Study, tmp_path: Path) -> None
     assert np.mean(healthy.labels["places"]) < labels.mean()
     # By hand, for one tile.
     tile = int(np.flatnonzero(labels == labels.max())[0])
-    known = read_points(tmp_path / f"{slide.row.slide_id}.csv", 5)
+    known = read_points(tmp_path / f"{slide.row.slide_id}.csv", 5)[""]
     inside = ((known.xy_level0 // 64) == (slide.cache.origins_level0[tile] // 64)).all(1)
-    assert np.bincount(known.labels[inside]).argmax() == labels[tile]
+    assert np.bincount(known.labels[inside].astype(int)).argmax() == labels[tile]
 
     bag = BagDataset([slide], len(labels) + 3, None, seed=0)[(0, 0)]["labels"]["places"]
     assert bag.tolist() == [*labels.tolist(), -1, -1, -1]

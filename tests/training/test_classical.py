@@ -16,7 +16,7 @@ from slidetl.errors import CacheMismatchError, CacheMissingError, UsageError
 from slidetl.evaluation.classical import RidgeGrader, load_grader, pool_tiles
 from slidetl.tiles.features import FeatureSource, read_features, write_features
 from slidetl.tiles.store import SlideCache, cache_path
-from slidetl.training.classical import FeatureStudy, fit_pooled, read_tile_labels
+from slidetl.training.classical import FeatureStudy, fit_pooled
 from slidetl.training.predictions import read_predictions
 from tests.conftest import Study
 
@@ -146,7 +146,7 @@ def labels(stored: Study, tmp_path: Path) -> Callable[[dict[str, str]], Path]:
     """Tile labels: the grade of the slide, and every fifth tile 'ignore'; some lines may be replaced."""
 
     def write(changes: dict[str, str]) -> Path:
-        lines = ["slide_id,x,y,label"]
+        lines = ["slide_id,x_level0,y_level0,label"]
         for row in read_manifest(stored.manifest).rows:
             cache = SlideCache.open(cache_path(stored.cache, row.slide_id))
             told = read_features(cache, "told").copy()
@@ -175,20 +175,6 @@ def test_a_tile_classifier_grades_slides(
     assert len(read_predictions(tmp_path / "out" / "predictions.csv")) == figures["n"]
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "says"),
-    [
-        ("ignore", "vessel", "line 2: expected slide_id, x, y"),
-        ("ignore", "nan", "line 2: expected slide_id, x, y"),
-        ("label", "class", "line 2: expected slide_id, x, y"),
-    ],
-)
-def test_tile_labels_that_are_none_are_refused(tmp_path: Path, old: str, new: str, says: str) -> None:
-    (tmp_path / "labels.csv").write_text("slide_id,x,y,label\na,0,0,ignore\n".replace(old, new, 1))
-    with pytest.raises(UsageError, match=says):
-        read_tile_labels(tmp_path / "labels.csv")
-
-
 def test_labels_of_tiles_that_are_not_there_are_refused(
     stored: Study,
     tmp_path: Path,
@@ -196,6 +182,8 @@ def test_labels_of_tiles_that_are_not_there_are_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     path = labels({})
-    path.write_text(path.read_text() + "".join(f"slide-{n:02},-7,-7,1\n" for n in range(20)))
+    header = path.read_text().splitlines()[0]
+    path.write_text(header + "\n" + "".join(f"slide-{n:02},-7,-7,1\n" for n in range(30)))
     assert main(words(stored, tmp_path / "out", "--features", "labelled", "--tile-labels", str(path))) == 2
-    assert "are of no tile in the cache, first (-7, -7); expected upper-left" in capsys.readouterr().err
+    assert "none of the 1 points of slide-" in (said := capsys.readouterr().err)
+    assert "lies in a tile of the cache, first (-7.0, -7.0); expected level-0 pixels" in said
