@@ -1,7 +1,8 @@
 """The command line: ``slidetl COMMAND``, the same as ``python -m slidetl COMMAND``.
 
-Each command is a module with ``SUMMARY``, ``add_arguments`` and ``run``; the training commands are
-Lightning's own. A user's mistake ends with one line on stderr and exit code 2.
+Each command is a module with a function of its name, whose signature and docstring are its options, or
+with ``COMMANDS``, such functions by the names of its subcommands; the training commands are Lightning's
+own. A user's mistake ends with one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -91,16 +92,28 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"slidetl {slidetl.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
-        child = commands.add_parser(
-            name, help=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        child = commands.add_parser(name, help=summary)
         if name == command and name not in TRAINING_COMMANDS:
-            module = importlib.import_module(f"slidetl.cli.{name.replace('-', '_')}")
-            child.description = module.SUMMARY
-            module.add_arguments(child)
-            child.add_argument("--debug", action="store_true", help="show the traceback of an error")
-            child.set_defaults(run=module.run)
+            _add_command(child, name.replace("-", "_"))
     return parser
+
+
+def _add_command(parser: argparse.ArgumentParser, name: str) -> None:
+    from slidetl.cli.options import add_command
+
+    module = importlib.import_module(f"slidetl.cli.{name}")
+    if hasattr(module, "add_arguments"):
+        module.add_arguments(parser)
+        parser.set_defaults(run=module.run)
+        return
+    if not hasattr(module, "COMMANDS"):
+        add_command(parser, getattr(module, name))
+        return
+    parser.description = module.__doc__
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for action, command in module.COMMANDS.items():
+        summary = command.__doc__.partition(".")[0]
+        add_command(commands.add_parser(action, help=summary[0].lower() + summary[1:]), command)
 
 
 class _OneLineParser(argparse.ArgumentParser):

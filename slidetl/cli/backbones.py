@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 
-SUMMARY = (
-    "list networks that can embed tiles: parameters in millions, length of an embedding, side in pixels of "
-    "the tiles that their weights were made for (others may be given), and where those weights are"
-)
+def backbones(pattern: str | None = None) -> int:
+    """Lists networks that can embed tiles.
 
+    Columns: parameters in millions, length of an embedding, side in pixels of the tiles that the weights were
+    made for (others may be given), and where those weights are.
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the options."""
-    parser.add_argument(
-        "pattern",
-        nargs="?",
-        default=argparse.SUPPRESS,  # else its help says "(default: None)"
-        metavar="PATTERN",
-        help="part of a name, or a name with * and ?, among all that timm knows; without it, those that are "
-        "bundled, that have weights on this machine, and a few recommended ones",
-    )
-
-
-def run(options: argparse.Namespace) -> int:
-    """Prints a table."""
+    Args:
+        pattern: part of a name, or a name with * and ?, among all that timm knows; without it, those that
+            are bundled, that have weights on this machine, and a few recommended ones.
+    """
     from slidetl.errors import UsageError
     from slidetl.models.catalogue import MOST_COUNTED, list_backbones
 
-    pattern = getattr(options, "pattern", None)
     entries = list_backbones(pattern)
     if not entries:
         raise UsageError(f"no backbone is called anything like {pattern!r}; try a shorter part of the name")

@@ -2,70 +2,32 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
 
 from slidetl.cli.progress import Progress
-
-SUMMARY = "embed every tile of a cache with a pretrained backbone, and store the features beside the tiles"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the options."""
-    parser.add_argument("cache", type=Path, metavar="CACHE", help="the folder that 'slidetl tile' wrote")
-    parser.add_argument("--backbone", default="mobilenetv3_small_050", help="any model that timm knows")
-    parser.add_argument(
-        "--pretrained",
-        default="procedural",
-        metavar="WEIGHTS",
-        help="procedural (bundled), imagenet or hub (those published, downloaded unless they are on this "
-        "machine), zoo://NAME (a model that 'slidetl zoo pull' brought), or a .safetensors or .pth file",
-    )
-    parser.add_argument(
-        "--blocks",
-        type=lambda text: text.split(","),
-        default=[],
-        metavar="B1,B2",
-        help="inner blocks whose output, averaged over space, is stored too, as NAME.BLOCK",
-    )
-    # SUPPRESS: else the help of an option without a default says "(default: None)".
-    parser.add_argument(
-        "--name",
-        default=argparse.SUPPRESS,
-        help="of the features, instead of the backbone's; tells weights of one network apart",
-    )
-    parser.add_argument(
-        "--slides",
-        nargs="+",
-        default=argparse.SUPPRESS,
-        metavar="ID",
-        help="only these slides, instead of all in the cache",
-    )
-    parser.add_argument("--batch-size", type=int, default=128, metavar="N", help="tiles in one pass")
-    parser.add_argument(
-        "--device",
-        choices=["auto", "cpu", "cuda"],
-        default="auto",
-        help="auto: a GPU if there is one",
-    )
-    parser.add_argument(
-        "--precision",
-        choices=["auto", "float32", "bfloat16"],
-        default="auto",
-        help="in which the network is computed; auto: bfloat16 on a GPU, else float32",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="embed anew what is there, from other weights too"
-    )
+from slidetl.training.options import EmbedOptions
 
 
-def run(options: argparse.Namespace) -> int:
-    """Embeds the tiles of every slide.
+def embed(
+    cache: Path,
+    *,
+    backbone: str = "mobilenetv3_small_050",
+    pretrained: str = "procedural",
+    options: EmbedOptions,
+) -> int:
+    """Embeds every tile of a cache with a pretrained backbone, and stores the features beside the tiles.
 
-    Returns:
-        0, or 1 if any slide failed.
+    Exit code 1 if any slide failed.
+
+    Args:
+        cache: the folder that 'slidetl tile' wrote.
+        backbone: any model that timm knows; 'slidetl backbones' lists some.
+        pretrained: weights: procedural (bundled), imagenet or hub (those published, downloaded unless they
+            are on this machine), zoo://NAME (a model that 'slidetl zoo pull' brought), or a .safetensors or
+            .pth file.
+        options: how they are embedded and stored.
     """
     from slidetl.models.backbones import BackboneSpec
     from slidetl.training.embed import EmbeddedSlide, embed_cache
@@ -78,15 +40,9 @@ def run(options: argparse.Namespace) -> int:
             progress.show(f"{slide.slide_id}: {slide.tiles} tiles, {state}")
 
         slides = embed_cache(
-            options.cache,
-            BackboneSpec(options.backbone, options.pretrained),
-            options.blocks,
-            name=getattr(options, "name", None),
-            slide_ids=getattr(options, "slides", ()),
-            batch_size=options.batch_size,
-            device=options.device,
-            precision=options.precision,
-            overwrite=options.overwrite,
+            cache,
+            BackboneSpec(backbone, pretrained),
+            options,
             on_plan=progress.start,
             on_batch=progress.advance,
             on_slide=report,

@@ -19,6 +19,7 @@ import torch
 from slidetl.data.manifest import read_manifest, safe_slide_id
 from slidetl.errors import SlideError, UsageError
 from slidetl.grading.grade import Rates, SlideGrade, draw_map, grade_slide
+from slidetl.grading.options import GradeOptions
 from slidetl.grading.report.index import IndexEntry, write_index
 from slidetl.grading.report.slide import has_slide_report, write_slide_report
 from slidetl.library.model_card import ModelCard
@@ -30,35 +31,6 @@ from slidetl.training.predictions import safe_cell
 GRADED, FAILED = "graded", "failed"
 _COLUMNS = ("slide", "status", "grade", "grade_name", "set_lowest", "set_highest", "expected_grade")
 _MORE = ("tiles", "tiles_unreadable", "tissue_mm2", "novelty", "fingerprint", "model_sha256", "reason")
-
-
-@dataclass(frozen=True)
-class GradeOptions:
-    """How slides are graded.
-
-    Attributes:
-        model: the file that ``slidetl export`` wrote.
-        trusted: the user vouches for it.
-        device: e.g. ``cpu`` or ``cuda``.
-        output: folder for maps, results and reports, or None.
-        mpp_override: micrometres per level-0 pixel, or None for the metadata's.
-        batch_size: tiles per pass.
-        threads: that work on one slide.
-        force: grade slides too that do not suit the model.
-        profile: measure the rates.
-        report: write a page (HTML) and a map for QuPath (GeoJSON) for each slide.
-    """
-
-    model: Path
-    trusted: bool = False
-    device: str = "cpu"
-    output: Path | None = None
-    mpp_override: float | None = None
-    batch_size: int = 16
-    threads: int = 1
-    force: bool = False
-    profile: bool = False
-    report: bool = False
 
 
 @dataclass(frozen=True)
@@ -112,7 +84,7 @@ def grade_slides(
     """Grades slides, in the order in which they get done; a bad one costs itself alone.
 
     Args:
-        model: of ``options.model``; with several jobs each process loads it again.
+        model: recorded as trusted; with several jobs each process loads it again.
         slides: as :func:`find_slides` gives them.
         options: how.
         jobs: slides at a time, each in a process of its own if more than one.
@@ -123,11 +95,11 @@ def grade_slides(
     if jobs == 1:
         model = model.frozen()
         for path in waiting:
-            yield _grade(model, path, names[path], options)
+            yield _grade(model, path, names[path], options, _threads(1))
         return
     while waiting:
         undone = []
-        with _processes(min(jobs, len(waiting)), options) as pool:
+        with _processes(min(jobs, len(waiting)), model, options) as pool:
             running = {pool.submit(_work, path, names[path]): path for path in waiting}
             for future, path in _as_done(running):
                 try:
@@ -136,7 +108,7 @@ def grade_slides(
                     undone.append(path)
         # Which slide killed its process is not told: each of those left gets one to itself, the first first.
         if undone:
-            yield _grade_apart(undone[0], names[undone[0]], options)
+            yield _grade_apart(undone[0], names[undone[0]], model, options)
         waiting = undone[1:]
 
 
@@ -235,29 +207,31 @@ def output_names(slides: Sequence[Path]) -> dict[Path, str]:
     return names
 
 
-def _grade(model: ModelFile, path: Path, name: str, options: GradeOptions) -> GradeRow:
+def _grade(model: ModelFile, path: Path, name: str, options: GradeOptions, threads: int) -> GradeRow:
     try:
         result = grade_slide(
             model,
             path,
             options.mpp_override,
-            options.batch_size,
-            threads=options.threads,
+            options.batch_size or (16 if model.device.type == "cpu" else 64),
+            threads=threads,
             force=options.force,
             profile=options.profile,
         )
         hand_back_memory()  # of embeddings and activations; a report needs some
         if options.output is not None:
-            _write(result, model, options, options.output, name)
+            _write(result, model, options, options.output, name, threads)
     except SlideError as error:
         return GradeRow(path, FAILED, {}, " ".join(str(error).split()))
     return GradeRow(path, GRADED, result.to_dict(), rates=result.rates)
 
 
-def _write(result: SlideGrade, model: ModelFile, options: GradeOptions, folder: Path, name: str) -> None:
+def _write(
+    result: SlideGrade, model: ModelFile, options: GradeOptions, folder: Path, name: str, threads: int
+) -> None:
     draw_map(result, folder / f"{name}.png")
     if options.report:
-        write_slide_report(result, model.card, folder, name, options.mpp_override, threads=options.threads)
+        write_slide_report(result, model.card, folder, name, options.mpp_override, threads=threads)
     # Last and at once: a run that goes on takes the slide for done by it.
     partial = folder / f".{name}.json.partial"
     partial.write_text(json.dumps(result.to_dict()) + "\n", encoding="utf-8")
@@ -275,25 +249,29 @@ def _text(value: Any) -> str:
 
 
 # What a process of a pool works with, set once when it starts.
-_loaded: tuple[ModelFile, GradeOptions] | None = None
+_loaded: tuple[ModelFile, GradeOptions, int] | None = None
 
 
-def _processes(count: int, options: GradeOptions) -> ProcessPoolExecutor:
-    threads = max(1, len(os.sched_getaffinity(0)) // count)
+def _threads(processes: int) -> int:
+    return max(1, len(os.sched_getaffinity(0)) // processes)
+
+
+def _processes(count: int, model: ModelFile, options: GradeOptions) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("spawn")  # OpenSlide and torch hold threads and locks
-    return ProcessPoolExecutor(count, context, _start, (options, threads))
+    arguments = (model.path, str(model.device), options, _threads(count))
+    return ProcessPoolExecutor(count, context, _start, arguments)
 
 
-def _start(options: GradeOptions, threads: int) -> None:
+def _start(path: Path, device: str, options: GradeOptions, threads: int) -> None:
     global _loaded
     torch.set_num_threads(threads)
-    _loaded = load_model(options.model, options.device, options.trusted).frozen(), options
+    _loaded = load_model(path, device).frozen(), options, threads
 
 
 def _work(path: Path, name: str) -> GradeRow:
     assert _loaded is not None  # set by `_start`
-    model, options = _loaded
-    return _grade(model, path, name, options)
+    model, options, threads = _loaded
+    return _grade(model, path, name, options, threads)
 
 
 def _as_done(running: dict[Future[GradeRow], Path]) -> Iterator[tuple[Future[GradeRow], Path]]:
@@ -304,8 +282,8 @@ def _as_done(running: dict[Future[GradeRow], Path]) -> Iterator[tuple[Future[Gra
             yield future, running[future]
 
 
-def _grade_apart(path: Path, name: str, options: GradeOptions) -> GradeRow:
-    with _processes(1, options) as pool:
+def _grade_apart(path: Path, name: str, model: ModelFile, options: GradeOptions) -> GradeRow:
+    with _processes(1, model, options) as pool:
         try:
             return pool.submit(_work, path, name).result()
         except BrokenProcessPool:

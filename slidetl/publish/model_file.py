@@ -31,12 +31,14 @@ class ModelFile:
         card: what the file says of itself.
         sha256: of the whole file, hexadecimal.
         device: where the network runs.
+        path: the file.
     """
 
     network: Any
     card: ModelCard
     sha256: str
     device: torch.device
+    path: Path
 
     def frozen(self) -> ModelFile:
         """Freezes the network for grading: weights are constants, batch norm is part of its convolution.
@@ -88,7 +90,7 @@ def load_model(path: Path, device: str = "cpu", trusted: bool = False) -> ModelF
         raise UsageError(
             f"device {device!r} cannot be used: {str(error).splitlines()[0]}; try cpu"
         ) from error
-    return ModelFile(network, card, sha256, torch.device(device))
+    return ModelFile(network, card, sha256, torch.device(device), path)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,35 +124,40 @@ class SyntheticCohort:
     """Slides of known grade from several patients and sites.
 
     Attributes:
-        slides: how many.
-        patients: of how many patients, at most ``slides``.
-        sites: from how many sites, at most ``patients``.
+        slides: number of slides.
+        patients: number of patients, at most ``slides``; 0 is 48, or as many as slides.
+        sites: number of sites, each with its stain and scanner, at most ``patients``; 0 is 3, or as many as
+            patients.
         size_px: width and height of each slide, pixels of level 0; at least 512.
-        mpp: micrometres per pixel of level 0, 0.1 to 8.
-        stain: ``he``, ``trichrome`` or ``sirius``.
-        seed: of everything.
-        share_per_grade: fibrotic share of the section that a grade adds, 0.01 to 0.12; less is harder.
+        mpp: spacing of level 0, micrometres per pixel, 0.1..8.
+        stain: haematoxylin and eosin, Masson's trichrome, or Sirius red.
+        seed: seed of everything; the same seed gives the same bytes.
+        share_per_grade: fibrotic share of the section that a grade adds, 0.01..0.12; less is harder.
         reader_sd: standard deviation of each reader's error, grades.
-        label: what the manifest gives as the grade: ``truth``, or ``consensus`` of the two readers.
+        label: grade in the manifest: as drawn, or as the two noisy readers agree.
 
     Raises:
         UsageError: a value is out of range; the message names it.
     """
 
     slides: int = 60
-    patients: int = 48
-    sites: int = 3
+    patients: int = 0
+    sites: int = 0
     size_px: int = 4096
     mpp: float = 0.5
-    stain: str = "he"
+    stain: Literal["he", "trichrome", "sirius"] = "he"
     seed: int = 0
     share_per_grade: float = SHARE_PER_GRADE
     reader_sd: float = 0.4
-    label: str = "truth"
+    label: Literal["truth", "consensus"] = "truth"
 
     def __post_init__(self) -> None:
         if self.slides < 1:
             raise UsageError(f"a cohort needs at least 1 slide, not {self.slides}")
+        if self.patients == 0:
+            object.__setattr__(self, "patients", min(48, self.slides))
+        if self.sites == 0:
+            object.__setattr__(self, "sites", min(3, self.patients))
         if not 1 <= self.patients <= self.slides:
             raise UsageError(
                 f"{self.patients} patients need at least as many slides, and there must be at least 1 "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,38 +21,39 @@ from slidetl.errors import UsageError
 class TileSpec:
     """Everything that decides which tiles a slide yields and what their pixels are.
 
+    ``slidetl tile`` has these fields as its options, with the help below.
+
     Attributes:
         mpp: spacing of the tiles, micrometres per pixel.
         tile_size_px: side of a tile, pixels at ``mpp``.
-        stride_px: distance between neighbouring tiles, pixels at ``mpp``; 0 means ``tile_size_px``
-            (no overlap, no gap).
+        stride_px: distance between neighbouring tiles, pixels at ``mpp``; 0 is ``tile_size_px`` (no overlap,
+            no gap).
         min_tissue: least share of a tile that must be tissue, 0..1.
-        mpp_tolerance: relative difference within which a pyramid level counts as being at ``mpp``
-            and is read as it is.
-        codec: ``"jpeg"``, or ``"zstd"`` for lossless tiles that any zarr reader opens.
-        jpeg_quality: 1..100; unused by ``"zstd"``. Where the grid coincides with the slide's own JPEG tiles
-            these are copied as they are, and it is unused as well.
-        edge: what becomes of tiles that the right and bottom border cut: ``"drop"``, or ``"pad"``, which
-            fills them with the slide's background. What lies outside the slide is no tissue.
-        icc: whether colours are converted to sRGB by the slide's ICC profile, if it has one.
-        min_focus: least sharpness of a tile (:func:`slidetl.tiles.quality.focus_of`); 0 measures none, and
-            spares the decoding of tiles that can be copied.
-        max_pen: greatest share of a tile that may be covered by a pen, 0..1; 1 keeps all.
-        max_fold: greatest share of folded tissue, 0..1; 1 keeps all.
-        max_air: greatest share of air or fat, 0..1; 1 keeps all.
+        mpp_tolerance: relative difference within which a pyramid level counts as being at ``mpp`` and is
+            read as it is, 0..0.5.
+        codec: compression of the tiles; zstd is lossless, and any zarr reader opens it.
+        jpeg_quality: quality of ``codec`` jpeg, 1..100; unused where the grid coincides with the slide's own
+            JPEG tiles, which are copied as they are.
+        edge: treatment of tiles that the right and bottom border cut; pad fills them with the slide's
+            background, which is no tissue.
+        icc: convert colours to sRGB by the slide's ICC profile, if it has one.
+        min_focus: least sharpness of a tile (0.08: blurred by 2 um); 0 measures none, which is faster.
+        max_pen: greatest share of a tile covered by the ink of a pen, 0..1; 1 keeps all.
+        max_fold: greatest share of a tile covered by folded tissue, 0..1; 1 keeps all.
+        max_air: greatest share of air or fat within the tissue of a tile, 0..1; 1 keeps all.
 
     Raises:
         UsageError: a value is out of range; the message names it.
     """
 
     mpp: float
-    tile_size_px: int
+    tile_size_px: int = 224
     stride_px: int = 0
     min_tissue: float = 0.25
     mpp_tolerance: float = 0.01
-    codec: str = "jpeg"
+    codec: Literal["jpeg", "zstd"] = "jpeg"
     jpeg_quality: int = 90
-    edge: str = "drop"
+    edge: Literal["drop", "pad"] = "drop"
     icc: bool = False
     min_focus: float = 0.0
     max_pen: float = 1.0

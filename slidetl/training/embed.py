@@ -23,6 +23,7 @@ from slidetl.errors import CacheError, CacheMismatchError, UsageError
 from slidetl.models.backbones import Backbone, BackboneSpec, weights_sha256
 from slidetl.tiles.features import FeatureSource, feature_name, read_source, write_features
 from slidetl.tiles.store import SlideCache
+from slidetl.training.options import EmbedOptions
 
 # Each holds a batch in memory: 19 MB at 128 tiles of 224 px. A core decodes a few thousand tiles a second.
 _MOST_READERS = 8
@@ -124,14 +125,8 @@ def block_names(backbone: Backbone) -> tuple[str, ...]:
 def embed_cache(
     cache_dir: Path,
     spec: BackboneSpec,
-    blocks: Sequence[str] = (),
+    options: EmbedOptions = EmbedOptions(),  # noqa: B008  # frozen
     *,
-    name: str | None = None,
-    slide_ids: Sequence[str] = (),
-    batch_size: int = 128,
-    device: str = "auto",
-    precision: str = "auto",
-    overwrite: bool = False,
     on_plan: Callable[[int], None] = lambda tiles: None,
     on_batch: Callable[[int], None] = lambda tiles: None,
     on_slide: Callable[[EmbeddedSlide], None] = lambda slide: None,
@@ -144,32 +139,24 @@ def embed_cache(
     Args:
         cache_dir: the folder that ``slidetl tile`` wrote.
         spec: the network and its weights.
-        blocks: inner blocks to store beside the last layer.
-        name: of the features, instead of the backbone's.
-        slide_ids: which slides; none named means all.
-        batch_size: tiles in one pass.
-        device: ``cpu``, ``cuda``, or ``auto``: a GPU if there is one.
-        precision: in which the network is computed: ``float32``, ``bfloat16``, or ``auto``: bfloat16 on a
-            GPU, else float32. Features are stored in float16 either way.
-        overwrite: replace features of the same name from other weights, and embed anew what is there.
+        options: what is computed and stored.
         on_plan: called once, with the number of tiles that are to be embedded.
         on_batch: called with the number of tiles just embedded.
         on_slide: called with each slide as it is done.
 
     Returns:
-        What became of each slide, in the order of their identifiers.
+        The result of each slide, in the order of their identifiers.
 
     Raises:
         CacheMissingError: there is no cache.
         CacheMismatchError: features of these names are there from other weights; nothing was done then.
-        UsageError: an unknown slide, block, device or precision, or a batch without tiles.
+        UsageError: an unknown slide or block, or a device that is not there.
         WeightsError: the weights cannot be found or do not fit.
     """
-    if batch_size < 1:
-        raise UsageError(f"--batch-size must be at least 1, not {batch_size}")
-    place = _device(device)
-    dtype = _dtype(precision, place)
-    found = find_slides(cache_dir, slide_ids)
+    blocks = tuple(options.blocks.split(",")) if options.blocks else ()
+    place = _device(options.device)
+    dtype = _dtype(options.precision, place)
+    found = find_slides(cache_dir, options.slides)
     backbone = Backbone(spec)
     backbone.load_pretrained()
     backbone.eval()
@@ -182,7 +169,7 @@ def embed_cache(
         precision=str(dtype).removeprefix("torch."),
     )
     sources = {
-        feature_name(name or spec.name, block): FeatureSource(**{**vars(source), "block": block})
+        feature_name(options.name or spec.name, block): FeatureSource(**{**vars(source), "block": block})
         for block in ("", *blocks)
     }
     backbone.to(place)
@@ -200,14 +187,17 @@ def embed_cache(
         except CacheError as error:
             done(EmbeddedSlide(slide_id, reason=str(error)))
             continue
-        if not overwrite and _is_stored(cache, sources):
+        if not options.overwrite and _is_stored(cache, sources):
             done(EmbeddedSlide(cache.path.stem, len(cache)))
         else:
             todo.append(cache)
 
     on_plan(sum(len(cache) for cache in todo))
     rows: list[dict[str, Tensor]] = []
-    with BlockEmbedder(backbone, blocks) as embedder, contextlib.closing(_read(todo, batch_size)) as batches:
+    with (
+        BlockEmbedder(backbone, blocks) as embedder,
+        contextlib.closing(_read(todo, options.batch_size)) as batches,
+    ):
         for cache, is_last, reading in batches:
             if cache.path.stem in results:
                 continue  # damaged before this batch

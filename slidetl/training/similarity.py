@@ -22,6 +22,7 @@ from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.store import SlideCache, describe_difference
 from slidetl.training.checkpoint import load_grader
 from slidetl.training.embed import BlockEmbedder
+from slidetl.training.options import SimilarityOptions
 
 RANDOM, PRETRAINED = "random", "pretrained"
 EMBEDDING = "embedding"  # what comes out of the whole backbone, beside its blocks
@@ -75,14 +76,9 @@ def compare_networks(
     before: Sequence[str],
     after: Sequence[str],
     cache_dir: Path,
+    options: SimilarityOptions = SimilarityOptions(),  # noqa: B008  # frozen
     *,
     spec: BackboneSpec | None = None,
-    slide_ids: Sequence[str] = (),
-    n_tiles: int = 2000,
-    permutations: int = 10,
-    seed: int = 0,
-    batch_size: int = 64,
-    allow: Sequence[str] = (),
     on_step: Callable[[str], None] = lambda message: None,
 ) -> list[LayerSimilarity]:
     """Compares networks before and after training on the same tiles, layer by layer.
@@ -101,13 +97,8 @@ def compare_networks(
         before: networks, one for each of ``after``.
         after: networks.
         cache_dir: the folder that ``slidetl tile`` wrote.
+        options: tiles, seed and noise floor.
         spec: which backbone; None takes that of the first checkpoint.
-        slide_ids: from which slides the tiles come; none named means all.
-        n_tiles: how many tiles are drawn, all alike; all where there are fewer.
-        permutations: for the noise floor.
-        seed: of the draw of tiles, the random network and the permutations.
-        batch_size: tiles in one pass.
-        allow: as for :func:`slidetl.training.checkpoint.load_grader`.
         on_step: told what is being done, once for each network and comparison.
 
     Returns:
@@ -115,7 +106,7 @@ def compare_networks(
 
     Raises:
         UsageError: nothing, or not equally many networks; no checkpoint and no specification; networks
-            without a layer in common; too few tiles.
+            without a layer in common; no such slide.
         CacheError: there is no cache, or it was tiled otherwise than for a checkpoint.
         CheckpointError, WeightsError: a network cannot be had.
     """
@@ -124,21 +115,24 @@ def compare_networks(
             f"expected one network before training for each one after it, "
             f"found {len(before)} and {len(after)}; repeat --before and --after in pairs"
         )
-    if n_tiles < 4 or batch_size < 1:
-        raise UsageError(f"expected at least 4 tiles and a batch of 1, not {n_tiles} and {batch_size}")
-    caches = [open_cache(cache_dir, *found) for found in find_slides(cache_dir, slide_ids).items()]
+    seed = options.seed
+    caches = [open_cache(cache_dir, *found) for found in find_slides(cache_dir, options.slides).items()]
     tile_spec = common_spec(caches)
     names = list(dict.fromkeys([*before, *after, RANDOM]))
-    checkpoints = {name: _load_checkpoint(name, tile_spec, allow) for name in names if name.endswith(".ckpt")}
+    checkpoints = {
+        name: _load_checkpoint(name, tile_spec, options.allow) for name in names if name.endswith(".ckpt")
+    }
     if spec is None:
         if not checkpoints:
             raise UsageError("without a checkpoint it is not known which network is meant; give --backbone")
         spec = next(iter(checkpoints.values())).spec
-    tiles = _draw_tiles(caches, n_tiles, seed)
+    tiles = _draw_tiles(caches, options.tiles, seed)
     layers: dict[str, Layers] = {}
     for name in names:
         on_step(f"embedding {len(tiles)} tiles with {name}")
-        layers[name] = embed_layers(checkpoints.get(name) or _build(name, spec, seed), tiles, batch_size)
+        layers[name] = embed_layers(
+            checkpoints.get(name) or _build(name, spec, seed), tiles, options.batch_size
+        )
     curves = [
         *zip(before, after, strict=True),
         *((name, RANDOM) for name in after),
@@ -161,7 +155,7 @@ def compare_networks(
                     layer,
                     depth,
                     measure,
-                    compute(x, y, permutations, seed),
+                    compute(x, y, options.permutations, seed),
                     len(tiles),
                     (x.shape[1], y.shape[1]),
                 )

@@ -291,7 +291,7 @@ def test_help_answers_at_once_with_units_and_defaults() -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command("--help"), check=True, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 0.6
+    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 0.5
     text = " ".join(done.stdout.split())
     for words in (
         "micrometres per pixel",

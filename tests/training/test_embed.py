@@ -17,6 +17,7 @@ from slidetl.models.backbones import Backbone, BackboneSpec, weights_sha256
 from slidetl.tiles.features import list_features, read_features, read_source, write_features
 from slidetl.tiles.store import SlideCache, shard_path
 from slidetl.training.embed import BlockEmbedder, _dtype, block_names, embed_cache
+from slidetl.training.options import EmbedOptions
 from tests.conftest import Study
 
 SPEC = BackboneSpec()
@@ -37,7 +38,7 @@ def opened(cache_dir: Path) -> list[SlideCache]:
 
 def test_stored_features_are_what_the_network_gives(cache_dir: Path) -> None:
     # A batch smaller than a slide, which it does not divide.
-    slides = embed_cache(cache_dir, SPEC, ["blocks.2"], batch_size=7, device="cpu")
+    slides = embed_cache(cache_dir, SPEC, EmbedOptions("blocks.2", batch_size=7, device="cpu"))
     backbone = Backbone(SPEC).eval()
     backbone.load_pretrained()
     for slide, cache in zip(slides, opened(cache_dir), strict=True):
@@ -68,7 +69,7 @@ def test_bfloat16_agrees_to_about_two_digits(cache_dir: Path) -> None:
             assert 0 < np.abs(half - whole).mean() < 0.04 * np.abs(whole).mean()
         assert [read_source(cache, name).precision for name in ("whole", "half")] == ["float32", "bfloat16"]
     with pytest.raises(UsageError, match="--precision must be auto, float32 or bfloat16, not 'half'"):
-        embed_cache(cache_dir, SPEC, precision="half")
+        embed_cache(cache_dir, SPEC, EmbedOptions(precision="half"))  # type: ignore[arg-type]
 
 
 def test_a_gpu_computes_in_bfloat16_unless_told_otherwise() -> None:
@@ -79,7 +80,9 @@ def test_a_gpu_computes_in_bfloat16_unless_told_otherwise() -> None:
 
 def test_a_network_of_one_channel_embeds_the_luma(cache_dir: Path) -> None:
     grey, cache = BackboneSpec(in_channels=1), opened(cache_dir)[0]
-    (slide,) = embed_cache(cache_dir, grey, name="grey", slide_ids=[cache.path.stem], device="cpu")
+    (slide,) = embed_cache(
+        cache_dir, grey, EmbedOptions(name="grey", slides=(cache.path.stem,), device="cpu")
+    )
     backbone = Backbone(grey).eval()
     backbone.load_pretrained()
     luma = (cache.read(range(len(cache))) @ np.array([0.299, 0.587, 0.114])).astype(np.float32)
@@ -91,25 +94,27 @@ def test_a_network_of_one_channel_embeds_the_luma(cache_dir: Path) -> None:
     source = read_source(cache, "grey")
     assert (len(source.mean), len(source.std)) == (1, 1)
     with pytest.raises(UsageError, match="takes 4 channels, the tiles have 3; set"):
-        embed_cache(cache_dir, BackboneSpec(in_channels=4), name="four", device="cpu")
+        embed_cache(cache_dir, BackboneSpec(in_channels=4), EmbedOptions(name="four", device="cpu"))
 
 
 def test_what_is_there_is_kept_and_other_weights_are_refused(cache_dir: Path, tmp_path: Path) -> None:
-    assert all(slide.is_new for slide in embed_cache(cache_dir, SPEC, device="cpu"))
+    assert all(slide.is_new for slide in embed_cache(cache_dir, SPEC, EmbedOptions(device="cpu")))
     first = read_features(opened(cache_dir)[0], NAME)
-    assert not any(slide.is_new for slide in embed_cache(cache_dir, SPEC, device="cpu"))
+    assert not any(slide.is_new for slide in embed_cache(cache_dir, SPEC, EmbedOptions(device="cpu")))
     # Another block: the slides are looked at again.
-    assert all(slide.is_new for slide in embed_cache(cache_dir, SPEC, ["blocks.1"], device="cpu"))
+    assert all(slide.is_new for slide in embed_cache(cache_dir, SPEC, EmbedOptions("blocks.1", device="cpu")))
 
     torch.manual_seed(1)
     torch.save(Backbone(SPEC).net.state_dict(), tmp_path / "other.pth")
     other = BackboneSpec(NAME, str(tmp_path / "other.pth"))
     with pytest.raises(CacheMismatchError, match=r"from other weights.*under another --name"):
-        embed_cache(cache_dir, other, device="cpu")
+        embed_cache(cache_dir, other, EmbedOptions(device="cpu"))
     np.testing.assert_array_equal(read_features(opened(cache_dir)[0], NAME), first)
-    assert all(slide.is_new for slide in embed_cache(cache_dir, other, name="other", device="cpu"))
+    assert all(
+        slide.is_new for slide in embed_cache(cache_dir, other, EmbedOptions(name="other", device="cpu"))
+    )
     assert list_features(opened(cache_dir)[0]) == (NAME, f"{NAME}.blocks.1", "other")
-    embed_cache(cache_dir, other, device="cpu", overwrite=True)
+    embed_cache(cache_dir, other, EmbedOptions(device="cpu", overwrite=True))
     np.testing.assert_array_equal(
         read_features(opened(cache_dir)[0], NAME), read_features(opened(cache_dir)[0], "other")
     )
@@ -158,9 +163,9 @@ def test_mistakes_end_with_one_line(
         assert says in err and err.count("\n") == 1
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match="PyTorch finds no GPU"):
-            embed_cache(cache_dir, SPEC, device="cuda")
+            embed_cache(cache_dir, SPEC, EmbedOptions(device="cuda"))
     with pytest.raises(CacheMissingError):
-        embed_cache(tmp_path, SPEC, device="cpu")
+        embed_cache(tmp_path, SPEC, EmbedOptions(device="cpu"))
 
 
 @pytest.mark.parametrize(
@@ -205,7 +210,7 @@ def test_a_run_that_is_interrupted_loses_one_slide(study: Study, tmp_path: Path)
     done = lines + [line for line in err.splitlines() if "embedded" in line]
     stored = [cache for cache in opened(cache_dir) if list_features(cache)]
     assert len(done) <= len(stored) <= len(done) + 1 and len(stored) < len(opened(cache_dir))
-    slides = embed_cache(cache_dir, SPEC, device="cpu")
+    slides = embed_cache(cache_dir, SPEC, EmbedOptions(device="cpu"))
     assert sum(slide.is_new for slide in slides) == len(slides) - len(stored)
     assert all(list_features(cache) == (NAME,) for cache in opened(cache_dir))
 
@@ -217,18 +222,24 @@ def test_features_beyond_half_precision_fail_the_slide(cache_dir: Path, tmp_path
         for parameter in backbone.net.get_submodule("conv_head").parameters():
             parameter.mul_(1e8)
     torch.save(backbone.net.state_dict(), tmp_path / "loud.pth")
-    slides = embed_cache(cache_dir, BackboneSpec(NAME, str(tmp_path / "loud.pth")), device="cpu")
+    slides = embed_cache(
+        cache_dir, BackboneSpec(NAME, str(tmp_path / "loud.pth")), EmbedOptions(device="cpu")
+    )
     assert all("not finite in float16" in slide.reason for slide in slides)
     assert all(list_features(cache) == () for cache in opened(cache_dir))
 
 
 def test_features_of_other_tiles_are_made_again(cache_dir: Path) -> None:
-    embed_cache(cache_dir, SPEC, device="cpu")
+    embed_cache(cache_dir, SPEC, EmbedOptions(device="cpu"))
     cache = opened(cache_dir)[0]
     wanted = read_features(cache, NAME)
     chunk = cache.path / "features" / NAME / "zarr.json"
     chunk.write_text(chunk.read_text().replace(f'"tiles": {len(cache)}', '"tiles": 1'))
-    assert [slide.is_new for slide in embed_cache(cache_dir, SPEC, device="cpu")] == [True, False, False]
+    assert [slide.is_new for slide in embed_cache(cache_dir, SPEC, EmbedOptions(device="cpu"))] == [
+        True,
+        False,
+        False,
+    ]
     np.testing.assert_array_equal(read_features(cache, NAME), wanted)
     # Who stores them again for the same tiles may.
     write_features(cache, {NAME: (read_source(cache, NAME), wanted)})

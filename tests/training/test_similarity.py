@@ -11,6 +11,7 @@ from slidetl.analysis.similarity import linear_cka
 from slidetl.errors import CacheMismatchError, UsageError
 from slidetl.models.backbones import Backbone, BackboneSpec
 from slidetl.tiles.store import SlideCache
+from slidetl.training.options import SimilarityOptions
 from slidetl.training.similarity import (
     EMBEDDING,
     MEASURES,
@@ -74,7 +75,9 @@ def test_curves_of_two_trainings(study: Study, tmp_path: Path) -> None:
     state[changed] = torch.randn_like(state[changed])
     save_file(packed(state), tmp_path / "b.safetensors")
     a, b = str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")
-    points = compare_networks([a, "random"], [a, b], cache, spec=SPEC, n_tiles=200, permutations=2)
+    points = compare_networks(
+        [a, "random"], [a, b], cache, SimilarityOptions(tiles=200, permutations=2), spec=SPEC
+    )
     curves = list(dict.fromkeys((point.first, point.second) for point in points))
     # a with itself says nothing; b began at random, and has that curve once.
     assert curves == [("random", b), (a, "random"), (a, b)]
@@ -111,13 +114,13 @@ def test_what_cannot_be_compared_is_refused(study: Study, trained: Path, tmp_pat
         with pytest.raises(UsageError, match=said):
             compare_networks(before, after, cache)
     with pytest.raises(UsageError, match=r"expected a network to be 'random', .* found 'nothing'"):
-        compare_networks(["random"], ["nothing"], cache, spec=BackboneSpec(), n_tiles=8)
+        compare_networks(["random"], ["nothing"], cache, SimilarityOptions(tiles=8), spec=BackboneSpec())
     (checkpoint,) = trained.glob("logs/*/checkpoints/best*.ckpt")
     with pytest.raises(UsageError, match="have no layer in common"):
         other = BackboneSpec("cbr_tiny_published")
-        compare_networks(["random"], [str(checkpoint)], cache, spec=other, n_tiles=8)
+        compare_networks(["random"], [str(checkpoint)], cache, SimilarityOptions(tiles=8), spec=other)
     with pytest.raises(UsageError, match="at least 4 tiles"):
-        compare_networks(["random"], ["pretrained"], cache, spec=BackboneSpec(), n_tiles=3)
+        compare_networks(["random"], ["pretrained"], cache, SimilarityOptions(tiles=3), spec=BackboneSpec())
 
 
 def test_tiles_unlike_those_of_the_training_are_refused(study: Study, trained: Path, tmp_path: Path) -> None:
@@ -127,4 +130,4 @@ def test_tiles_unlike_those_of_the_training_are_refused(study: Study, trained: P
     assert main(["tile", str(study.manifest), *options]) == 0
     (checkpoint,) = trained.glob("logs/*/checkpoints/best*.ckpt")
     with pytest.raises(CacheMismatchError, match=r"trained on other tiles: .* mpp 8\.0 \(wanted: 4\.0\)"):
-        compare_networks(["pretrained"], [str(checkpoint)], tmp_path, n_tiles=8)
+        compare_networks(["pretrained"], [str(checkpoint)], tmp_path, SimilarityOptions(tiles=8))

@@ -1,0 +1,40 @@
+"""Options of grading; loads no torch, so that the help of ``slidetl grade`` answers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from slidetl.errors import UsageError
+
+
+@dataclass(frozen=True)
+class GradeOptions:
+    """How slides are graded, and what is written of them.
+
+    Attributes:
+        output: folder for results.csv, and for each slide a map (PNG) and the result (JSON).
+        report: write into ``output`` also a page for each slide (HTML that needs nothing else), a map that
+            QuPath reads (GeoJSON), and index.html over all slides.
+        mpp_override: spacing of level 0, micrometres per pixel, instead of the metadata's.
+        force: also grade slides that have too little tissue or are unlike those of the training.
+        batch_size: tiles per forward pass; by default 16 on a CPU, where more cost memory and gain nothing,
+            else 64.
+        profile: print tiles per second with everything on, and of the network alone.
+
+    Raises:
+        UsageError: a report without a folder, or a batch without tiles.
+    """
+
+    output: Path | None = None
+    report: bool = False
+    mpp_override: float | None = None
+    force: bool = False
+    batch_size: int | None = None
+    profile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.report and self.output is None:
+            raise UsageError("--report needs --output, the folder for the pages")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise UsageError(f"--batch-size must be at least 1, not {self.batch_size}")

@@ -1,0 +1,71 @@
+"""Options of the commands that embed tiles; loads no torch, so that their help answers at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from slidetl.errors import UsageError
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """How the tiles of a cache are embedded and stored.
+
+    Attributes:
+        blocks: inner blocks whose output, averaged over space, is stored too, as NAME.BLOCK; separated by
+            commas.
+        name: name of the features, instead of the backbone's; tells weights of one network apart.
+        slides: identifiers of the slides to embed, instead of all in the cache.
+        batch_size: tiles per forward pass.
+        device: auto takes a GPU where there is one.
+        precision: number format of the forward pass; auto is bfloat16 on a GPU, else float32. Features are
+            stored in float16.
+        overwrite: replace stored features of the same name, of other weights too.
+
+    Raises:
+        UsageError: a batch without tiles.
+    """
+
+    blocks: str = ""
+    name: str | None = None
+    slides: tuple[str, ...] = ()
+    batch_size: int = 128
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UsageError(f"--batch-size must be at least 1, not {self.batch_size}")
+
+
+@dataclass(frozen=True)
+class SimilarityOptions:
+    """How networks are compared.
+
+    Attributes:
+        slides: identifiers of the slides to draw tiles from, instead of all in the cache.
+        tiles: number of tiles to compare; all where there are fewer.
+        permutations: number of permutations for the noise floor.
+        seed: seed of tiles, permutations and the random network; with the seed_everything of a training from
+            scratch, 'random' are the weights that it started from.
+        batch_size: tiles per forward pass.
+        allow: package or class outside slidetl that a checkpoint may import; may be repeated.
+
+    Raises:
+        UsageError: fewer than 4 tiles, or a batch without tiles.
+    """
+
+    slides: tuple[str, ...] = ()
+    tiles: int = 2000
+    permutations: int = 10
+    seed: int = 0
+    batch_size: int = 64
+    allow: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.tiles < 4 or self.batch_size < 1:
+            raise UsageError(
+                f"expected at least 4 tiles and a batch of 1, not {self.tiles} and {self.batch_size}"
+            )
