@@ -37,7 +37,7 @@ from slidetl.grading.batch import FAILED, GradeRow, output_names, write_results
 from slidetl.slides.npz import NpzItem, read_labels
 from slidetl.slides.raster import RasterSlide
 from slidetl.tiles.codec import tile_codec
-from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.grid import Codec, TileSpec
 from slidetl.tiles.store import INDEX_BYTES, MISSING, Shard, building_path, cache_path, read_array
 from slidetl.tiles.writer import pack_shard
 from slidetl.training.predictions import SlidePrediction, write_predictions
@@ -289,7 +289,7 @@ def test_an_array_of_a_cache_is_no_larger_than_it_says_nor_says_too_much(tmp_pat
 
 
 @pytest.mark.parametrize("codec", ["jpeg", "zstd"])
-def test_a_tile_of_a_cache_is_no_larger_than_its_size(codec: str) -> None:
+def test_a_tile_of_a_cache_is_no_larger_than_its_size(codec: Codec) -> None:
     decoder = tile_codec(TileSpec(mpp=1, tile_size_px=64, codec=codec))
     good = decoder.encode(noise(64))
     assert decoder.decode(good).shape == (64, 64, 3)

@@ -127,11 +127,13 @@ def examine(path: Path) -> str:
     from slidetl.slides.openslide import OpenSlideSlide
     from slidetl.tiles.codec import tile_codec
     from slidetl.tiles.cut import encode_tiles
-    from slidetl.tiles.grid import TileSpec
+    from slidetl.tiles.grid import Codec, TileSpec
     from slidetl.tiles.plan import plan_tiles
 
     outcomes = []
-    for mpp, size, codec in ((0.5, 64, "jpeg"), (0.5, 50, "zstd"), (1.0, 64, "jpeg"), (0.8, 40, "zstd")):
+    ways: list[tuple[float, int, Codec]]
+    ways = [(0.5, 64, "jpeg"), (0.5, 50, "zstd"), (1.0, 64, "jpeg"), (0.8, 40, "zstd")]
+    for mpp, size, codec in ways:
         spec = TileSpec(mpp=mpp, tile_size_px=size, min_tissue=0.0, codec=codec)
         is_exact = mpp != 0.8 and not (codec == "jpeg" and size != 64)
         compared = tile_codec(spec)

@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 
 from slidetl.errors import UsageError
 
+Codec = Literal["jpeg", "zstd"]
+Edge = Literal["drop", "pad"]
+
 
 @dataclass(frozen=True)
 class TileSpec:
@@ -51,9 +54,9 @@ class TileSpec:
     stride_px: int = 0
     min_tissue: float = 0.25
     mpp_tolerance: float = 0.01
-    codec: Literal["jpeg", "zstd"] = "jpeg"
+    codec: Codec = "jpeg"
     jpeg_quality: int = 90
-    edge: Literal["drop", "pad"] = "drop"
+    edge: Edge = "drop"
     icc: bool = False
     min_focus: float = 0.0
     max_pen: float = 1.0

@@ -2,11 +2,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slidetl.cli import COMMANDS, TRAINING_COMMANDS, main
 from slidetl.grading.batch import output_names
 
 
@@ -27,13 +25,3 @@ def test_no_slide_overwrites_another(paths: list[Path]) -> None:
     assert set(names) == set(paths)
     assert len({name.lower() for name in names.values()}) == len(names)
     assert all(name and "/" not in name and not name.startswith(".") for name in names.values())
-
-
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in TRAINING_COMMANDS])
-def test_help_shows_no_default_where_there_is_none(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main([command, "--help"])
-    assert ended.value.code == 0
-    text = " ".join(capsys.readouterr().out.split())
-    assert "(default: " in text
-    assert "None" not in text and "SUPPRESS" not in text

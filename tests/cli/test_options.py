@@ -139,6 +139,8 @@ def test_every_option_is_described(command: str) -> None:
         assert parser.description
         for action in parser._actions:
             assert action.help and len(action.help.split()) >= 2, f"{parser.prog} {action.dest}"
+        text = parser.format_help()
+        assert "None" not in text and "SUPPRESS" not in text and "``" not in text and ":func:" not in text
 
 
 @pytest.mark.parametrize("command", OURS)

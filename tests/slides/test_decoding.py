@@ -17,7 +17,7 @@ from slidetl.slides import openslide as reader
 from slidetl.slides.decoding import JpegCutter, Placement, map_in_order, reduction_for
 from slidetl.slides.openslide import OpenSlideSlide
 from slidetl.slides.tiff import Jpeg
-from slidetl.tiles.grid import TileGrid, TileSpec
+from slidetl.tiles.grid import Edge, TileGrid, TileSpec
 from tests.conftest import Picture, PyramidTiff
 from tests.slides.jpeg_tiff import write_jpeg_tiff
 from tests.slides.test_openslide import noise
@@ -89,7 +89,7 @@ def test_what_is_resampled_is_nearly_so(
 @pytest.mark.parametrize("mpp", [1.5, 3.0, 4.0, 6.0])
 @pytest.mark.parametrize("edge", ["drop", "pad"])
 def test_a_real_slide_at_spacings_that_are_no_multiple_of_its_own(
-    test_data: Path, mpp: float, edge: str
+    test_data: Path, mpp: float, edge: Edge
 ) -> None:
     with OpenSlideSlide(test_data / "slides" / "CMU-1-Small-Region.svs") as slide:
         info = slide.info

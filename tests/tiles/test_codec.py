@@ -12,7 +12,7 @@ from zarr.registry import get_codec_class
 
 from slidetl.errors import CacheCorruptError, UsageError
 from slidetl.tiles.codec import JpegCodec, decode_jpeg, encode_jpeg, tile_codec
-from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.grid import Codec, TileSpec
 
 
 def smooth(side: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -47,7 +47,7 @@ def test_equal_pixels_give_equal_bytes(seed: int, quality: int) -> None:
 
 
 @pytest.mark.parametrize("codec", ["jpeg", "zstd"])
-def test_tile_codecs_round_trip_and_refuse_rubbish(codec: str) -> None:
+def test_tile_codecs_round_trip_and_refuse_rubbish(codec: Codec) -> None:
     rgb = smooth(64)
     tiles = tile_codec(TileSpec(mpp=1, tile_size_px=64, codec=codec, jpeg_quality=95))
     again = tiles.decode(tiles.encode(rgb))

@@ -18,7 +18,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from slidetl.errors import CacheCorruptError, CacheMismatchError, CacheMissingError, UsageError
 from slidetl.tiles.codec import JpegCodec, tile_codec
-from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.grid import Codec, TileSpec
 from slidetl.tiles.store import (
     FORMAT_VERSION,
     TILES_PER_SHARD,
@@ -36,7 +36,7 @@ from slidetl.tiles.writer import CacheWriter, pack_shard
 SIZE = 16
 
 
-def header(codec: str = "jpeg", slide_id: str = "S1") -> CacheHeader:
+def header(codec: Codec = "jpeg", slide_id: str = "S1") -> CacheHeader:
     return CacheHeader(
         slide_id=slide_id,
         fingerprint="ab" * 32,
@@ -78,7 +78,7 @@ def writer(
     )
 
 
-def write(cache: Path, count: int, codec: str = "jpeg", unreadable: tuple[int, ...] = ()) -> SlideCache:
+def write(cache: Path, count: int, codec: Codec = "jpeg", unreadable: tuple[int, ...] = ()) -> SlideCache:
     about = header(codec)
     into = writer(cache, count, about)
     encode = tile_codec(about.spec).encode
@@ -110,7 +110,7 @@ def test_shards_are_byte_for_byte_what_zarr_writes(tmp_path: Path, count: int) -
 
 
 @pytest.mark.parametrize("codec", ["jpeg", "zstd"])
-def test_metadata_are_what_zarr_writes(tmp_path: Path, codec: str) -> None:
+def test_metadata_are_what_zarr_writes(tmp_path: Path, codec: Codec) -> None:
     cache = write(tmp_path, 300, codec)
     group = zarr.open_group(cache.path, mode="r")
     serializer, compressors = tile_codec(cache.spec).zarr_codecs()
@@ -132,7 +132,7 @@ def test_metadata_are_what_zarr_writes(tmp_path: Path, codec: str) -> None:
 
 
 @pytest.mark.parametrize("codec", ["jpeg", "zstd"])
-def test_zarr_opens_the_group_and_agrees(tmp_path: Path, codec: str) -> None:
+def test_zarr_opens_the_group_and_agrees(tmp_path: Path, codec: Codec) -> None:
     cache = write(tmp_path, 300, codec)
     group = zarr.open_group(cache.path, mode="r")
     assert group.attrs["complete"] is True
