@@ -31,8 +31,8 @@ def fit_features(
         model: ridge on the grades; cumulative link (ordinal); multinomial (logistic); boosted trees.
         pool: how the tiles of a slide become one vector.
         top_k: number of highest values for ``pool`` top-k.
-        tile_labels: labels of points (CSV: slide_id, x_level0, y_level0, label: a number, or 'ignore'); grades by
-            a tile classifier instead, whose classes are averaged over the slide.
+        tile_labels: labels of points (CSV: slide_id, x_level0, y_level0, label: a number, or 'ignore');
+            grades by a tile classifier instead, whose classes are averaged over the slide.
         grades: names of the grades, lowest first.
         val_fraction: share of the slides for validation, as data.val_fraction of 'slidetl fit', to have its
             test part; these slides are trained on here.
