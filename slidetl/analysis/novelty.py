@@ -39,7 +39,7 @@ class Familiar:
     limit: float
 
     def novelty(self, embeddings: ArrayLike) -> NDArray[np.float64]:
-        """Squared Mahalanobis distances ``[N]`` of mean embeddings ``[N, D]``, divided by D."""
+        """Computes squared Mahalanobis distances ``[N]`` of mean embeddings ``[N, D]``, divided by D."""
         centred = np.asarray(embeddings, np.float64) - self.mean
         along = centred @ self.directions.T.astype(np.float64)
         rest = np.maximum((centred**2).sum(1) - (along**2).sum(1), 0)

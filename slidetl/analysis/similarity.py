@@ -6,7 +6,7 @@ arrays' own precision; arrays may be memory-mapped. Beside them memory holds a f
 blocks of rows. Only the entries of Gaussian kernels are computed in single precision, where the arrays have
 no more.
 
-The permutation noise floor is the same figure after the rows of the second array were shuffled: what remains
+The permutation noise floor is the same measure after the rows of the second array were shuffled: what remains
 when nothing is shared. It is far from zero where rows are few, and is part of every result. A representation
 that is the same for every tile is like nothing else: the value is then nan.
 """
@@ -34,7 +34,7 @@ _ROWS_KEPT = 4096
 
 @dataclass(frozen=True)
 class Similarity:
-    """A figure, and what chance alone gives.
+    """A measure of likeness, and what chance alone gives.
 
     Attributes:
         value: 1 for the same representation, near ``noise_floor`` for unrelated ones.
@@ -52,7 +52,7 @@ class Similarity:
 def svcca(
     x: Features, y: Features, variance_kept: float = 0.99, permutations: int = 10, seed: int = 0
 ) -> Similarity:
-    """Singular vector canonical correlation analysis: the mean correlation of the main directions of both.
+    """Computes SVCCA: the mean canonical correlation of the main directions of both arrays.
 
     Raghu et al., "SVCCA", NeurIPS 2017, section 2: centre, keep the singular directions that hold 99 % of the
     variance, take the mean of the canonical correlations of what is kept. Unchanged by rotation and uniform
@@ -81,7 +81,7 @@ def svcca(
 
 
 def pwcca(x: Features, y: Features, permutations: int = 10, seed: int = 0) -> Similarity:
-    """Projection weighted CCA: canonical directions count by how much of ``x`` they account for.
+    """Computes projection weighted CCA: directions count by how much of ``x`` they account for.
 
     Morcos et al., "Insights on representational similarity in neural networks with canonical correlation",
     NeurIPS 2018, section 2: the weight of a canonical direction ``h_i`` of ``x`` is ``sum_j |<h_i, x_j>|``
@@ -114,7 +114,7 @@ def pwcca(x: Features, y: Features, permutations: int = 10, seed: int = 0) -> Si
 def linear_cka(
     x: Features, y: Features, unbiased: bool = True, permutations: int = 10, seed: int = 0
 ) -> Similarity:
-    """Centred kernel alignment with the linear kernel.
+    """Computes centred kernel alignment with the linear kernel.
 
     Kornblith et al., "Similarity of neural network representations revisited", ICML 2019, section 3: the
     normalised Hilbert-Schmidt independence criterion. Unchanged by rotation and uniform scaling of either
@@ -158,7 +158,7 @@ def rbf_cka(
     permutations: int = 10,
     seed: int = 0,
 ) -> Similarity:
-    """Centred kernel alignment with Gaussian kernels: sees relations that are not linear, too.
+    """Computes centred kernel alignment with Gaussian kernels, which see relations that are not linear.
 
     Sources as for :func:`linear_cka`; the kernel is ``exp(-|a - b|^2 / (2 s^2))``, and ``s`` a share of the
     median distance between rows, for each array its own. Unchanged by rotation and uniform scaling. The
@@ -220,12 +220,12 @@ def rbf_cka(
 
 
 def _total(a: _Block, b: _Block) -> float:
-    """Sum of the products of their entries; each row in the blocks' precision, the rows in float64."""
+    """Sums the products of their entries; each row in the blocks' precision, the rows in float64."""
     return float(np.vecdot(a, b).sum(dtype=np.float64))
 
 
 def _unbiased_hsic(total: float, sums_a: _Matrix, sums_b: _Matrix) -> float:
-    """Song et al. 2012, theorem 2, times ``n (n - 3)``, which cancels in every ratio.
+    """Computes theorem 2 of Song et al. 2012, times ``n (n - 3)``, which cancels in every ratio.
 
     From ``tr(AB)`` of two kernels with zero diagonals, and the sums of their rows.
     """
@@ -234,18 +234,18 @@ def _unbiased_hsic(total: float, sums_a: _Matrix, sums_b: _Matrix) -> float:
 
 
 def _biased_hsic(total: float, sums_a: _Matrix, sums_b: _Matrix) -> float:
-    """``tr(AHBH)`` with ``H`` the centring matrix, from ``tr(AB)`` and the row sums."""
+    """Computes ``tr(AHBH)`` with ``H`` the centring matrix, from ``tr(AB)`` and the row sums."""
     n = len(sums_a)
     return float(total - 2 / n * (sums_a @ sums_b) + sums_a.sum() * sums_b.sum() / n**2)
 
 
 def _root(product: float) -> float:
-    """Nan where an array does not vary, so that the ratio is nan as well."""
+    """Returns the square root, nan where an array does not vary, so that the ratio is nan as well."""
     return float(np.sqrt(product)) if product > 0 else float("nan")
 
 
 def _similarity(values: list[float]) -> Similarity:
-    """The first of them is the value, the others are those of the permutations."""
+    """Takes the first as the value, the others as those of the permutations."""
     floor = values[1:]
     return Similarity(values[0], float(np.mean(floor)), float(np.max(floor)), len(floor))
 
@@ -281,14 +281,14 @@ class _Centred:
         return np.asarray(self.array[rows].astype(np.float64) - self.mean)
 
     def triangle(self) -> _Matrix:
-        """``R`` ``[min(n, D), D]`` of ``X = QR``: that of the blocks read so far on top of the next block."""
+        """Computes R ``[min(n, D), D]`` of ``X = QR``: each block of rows below the R of those before."""
         triangle = np.empty((0, self.array.shape[1]))
         for rows in _blocks(len(self.array)):
             triangle = np.asarray(np.linalg.qr(np.vstack([triangle, self.read(rows)]), mode="r"))
         return triangle
 
     def products(self, other: _Centred, order: _Order | None = None) -> _Matrix:
-        """``X'Y`` ``[D, D']``, the rows of ``Y`` in that order."""
+        """Computes ``X'Y`` ``[D, D']``, the rows of ``Y`` in that order."""
         total = np.zeros((self.array.shape[1], other.array.shape[1]))
         for rows in _blocks(len(self.array)):
             total += self.read(rows).T @ other.read(rows if order is None else order[rows])
@@ -320,8 +320,8 @@ class _Pair:
     def n(self) -> int:
         return len(self.x.array)
 
-    def similarity(self, figure: Callable[[_Order | None], float]) -> Similarity:
-        return _similarity([figure(order) for order in (None, *self.orders)])
+    def similarity(self, measure: Callable[[_Order | None], float]) -> Similarity:
+        return _similarity([measure(order) for order in (None, *self.orders)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -344,7 +344,7 @@ def _main_directions(rows: _Centred, variance_kept: float) -> _Directions:
 def _canonical(
     pair: _Pair, main_x: _Directions, main_y: _Directions, order: _Order | None
 ) -> tuple[_Matrix, _Matrix]:
-    """Canonical directions of ``x`` among its main ones ``[k, m]``, and the correlations ``[m]``."""
+    """Returns canonical directions of ``x`` among its main ones ``[k, m]``, and correlations ``[m]``."""
     if not len(main_x.values) or not len(main_y.values):
         return np.full((len(main_x.values), 1), np.nan), np.array([np.nan])
     white_x, white_y = (main.vectors / main.values for main in (main_x, main_y))
@@ -367,7 +367,7 @@ class _Gaussian:
 
     @classmethod
     def of(cls, rows: _Centred, bandwidth: float, some: _Order) -> _Gaussian | None:
-        """With ``s`` from the distances between some rows; None where the median of those is zero."""
+        """Takes ``s`` from the distances between some rows; None where the median of those is zero."""
         squares = cls(rows, 1.0, None)._squared_distances(some, some)
         median = float(np.median(np.sqrt(squares[np.triu_indices(len(some), 1)])))
         if not median > 0:
@@ -395,7 +395,7 @@ class _Gaussian:
         return block
 
     def _squared_distances(self, rows: _Order, columns: _Order) -> _Block:
-        """``[len(rows), len(columns)]``, never below 0."""
+        """Computes squared distances ``[len(rows), len(columns)]``, never below 0."""
         lengths = self.rows.squared_lengths
         dtype = np.result_type(self.rows.array.dtype, np.float32)
         # The mean goes in double precision: far from the origin a row's last digits are its differences.

@@ -96,7 +96,7 @@ def reader_agreement(
     n_draws: int = 5000,
     seed: int = 0,
 ) -> tuple[Agreement, ...]:
-    """Agreement of each pair of readers, on the slides that both graded, with intervals over patients.
+    """Computes the agreement of each pair of readers on the slides that both graded, with intervals.
 
     Args:
         readings: ``[N, Q]`` grades 0..K-1 of Q readers; below 0 where one gave none.
@@ -125,7 +125,7 @@ def reader_agreement(
 
 
 def consensus_grades(readings: ArrayLike) -> NDArray[np.int64]:
-    """The median of the readers who graded a slide; between two grades, the higher.
+    """Returns the median of the readers who graded a slide; between two grades, the higher.
 
     Args:
         readings: ``[N, Q]`` grades; below 0 where a reader gave none.
@@ -150,7 +150,7 @@ def model_against_readers(
     n_draws: int = 5000,
     seed: int = 0,
 ) -> tuple[ModelAgainstReader, ...]:
-    """The model's agreement with each reader, beside that of the other readers, and with their consensus.
+    """Compares the model with each reader, beside the other readers, and with their consensus.
 
     A model is as good as a reader where ``qwk_less_peers`` is not below zero; compared with the consensus
     it has no peers, since every reader had a part in that. Conditional on the fitted models.
@@ -263,7 +263,7 @@ def reader_ceiling(
         reads: NDArray[np.float64],
         judge: NDArray[np.float64],
     ) -> NDArray[np.float64]:
-        """Shares ``[truth, grade]`` of results where a slide of each truth gets a grade by ``judge``."""
+        """Computes shares ``[truth, grade]`` of results, graded by ``judge``."""
         likely = shares * (reads[:, grades[:, 0]] * reads[:, grades[:, 1]]).T  # [N, truth]
         likely /= np.maximum(likely.sum(axis=1, keepdims=True), 1e-300)
         results = _of_patients(likely[:, :, None] * judge, whose, unit)  # [M, truth, grade]
@@ -327,7 +327,7 @@ def _agreement(
     n_grades: int,
     how: Mapping[str, Any],
 ) -> Agreement | None:
-    """None where a kappa is undefined."""
+    """Computes the agreement of two; None where a kappa is undefined."""
     measures = (
         partial(accuracy, true, rows),
         *(partial(each, true, rows, n_grades) for each in (kappa, qwk)),
@@ -340,7 +340,7 @@ def _agreement(
 
 
 def _readings_given_truth(deviations: NDArray[np.float64], n_grades: int) -> NDArray[np.float64]:
-    """``[S]`` -> ``[S, truth, reading]``: normal errors, rounded to the scale."""
+    """Maps ``[S]`` to ``[S, truth, reading]``: normal errors, rounded to the scale."""
     from scipy.special import ndtr
 
     edges = np.arange(n_grades - 1) + 0.5
@@ -349,7 +349,7 @@ def _readings_given_truth(deviations: NDArray[np.float64], n_grades: int) -> NDA
 
 
 def _fit_readers(tables: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Tables ``[B, K, K]`` of two readings -> deviations ``[B]`` and shares of the true grades ``[B, K]``."""
+    """Fits two readings ``[B, K, K]``: deviations ``[B]`` and shares of the true grades ``[B, K]``."""
     n_grades = tables.shape[1]
     grid = np.arange(1, 100, dtype=np.float64) * 0.02
     reads = _readings_given_truth(grid, n_grades)
@@ -366,7 +366,7 @@ def _fit_readers(tables: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDAr
 
 
 def _of_patients(slides: NDArray[np.float64], whose: NDArray[np.int64], unit: Unit) -> NDArray[np.float64]:
-    """``[N, truth, grade]`` of independent slides -> ``[M, truth, grade]`` of their patients.
+    """Maps ``[N, truth, grade]`` of independent slides to ``[M, truth, grade]`` of their patients.
 
     The worst is within a corner of the table if all slides are; means come from the distribution of the sums.
     """

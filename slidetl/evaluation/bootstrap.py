@@ -157,7 +157,7 @@ def resampled_metric(
 def _patients_and_strata(
     patients: ArrayLike, strata: ArrayLike | None
 ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Whose each result is ``[N]``, and in which stratum each patient is ``[P]``."""
+    """Returns the patient of each result ``[N]`` and the stratum of each patient ``[P]``."""
     names, first, member = np.unique(np.asarray(patients), return_index=True, return_inverse=True)
     if strata is None:
         stratum = np.zeros(len(names), np.intp)
@@ -196,7 +196,7 @@ def _resampled(
 
 
 def _acceleration(metric: Metric, member: NDArray[np.intp], stratum: NDArray[np.intp]) -> float:
-    """From the leave-one-patient-out estimates; 0 where they do not vary."""
+    """Computes it from the leave-one-patient-out estimates; 0 where they do not vary."""
     n_patients = len(stratum)
     step = max(1, _BLOCK // len(member))
     left_out = [

@@ -23,7 +23,7 @@ _TEMPERATURES = (0.05, 20.0)
 
 
 def with_temperature(probabilities: ArrayLike, temperature: float) -> NDArray[np.float64]:
-    """Probabilities to the power of ``1 / temperature``, divided by their sum.
+    """Raises probabilities to ``1 / temperature`` and divides them by their sum.
 
     For a softmax this is dividing the logits by the temperature (Guo et al., ICML 2017, section 4.2); for
     an ordinal head it is the same map of its probabilities, which scales no logit. The order of the grades
@@ -47,7 +47,7 @@ def with_temperature(probabilities: ArrayLike, temperature: float) -> NDArray[np
 
 
 def fit_temperature(true: ArrayLike, probabilities: ArrayLike) -> float:
-    """The temperature of least log loss, between 0.05 and 20.
+    """Finds the temperature of least log loss, between 0.05 and 20.
 
     Give it the predictions of inner folds only. The log loss is convex in ``1 / T``, so the least is the
     only one; at a bound, the slides were all graded right (0.05) or the probabilities tell nothing (20).
@@ -100,7 +100,7 @@ def calibration_slope(
     n_draws: int = 2000,
     seed: int = 0,
 ) -> CalibrationSlope:
-    """Slope and intercept of observed on predicted log odds.
+    """Fits slope and intercept of observed on predicted log odds.
 
     Cox, Biometrika 1958; named as in Van Calster et al., BMC Medicine 2019. The outcomes are the K-1
     questions "is the grade above k?" of every slide, stacked: one slope for them all, as a cumulative model
@@ -152,7 +152,7 @@ class CalibrationNull:
 def calibration_null(
     true: ArrayLike, probabilities: ArrayLike, *, n_bins: int = 10, n_draws: int = 1000, seed: int = 0
 ) -> CalibrationNull:
-    """The calibration error and its distribution under perfect calibration, on as many slides.
+    """Computes the calibration error, and its distribution under perfect calibration of as many slides.
 
     Consistency resampling (Bröcker and Smith, Weather and Forecasting 2007; Vaicenavicius et al., AISTATS
     2019). Grades of slides are drawn independently; those of one patient hang together, so with several
@@ -218,7 +218,7 @@ class ReliabilityBin:
 def reliability(
     true: ArrayLike, probabilities: ArrayLike, *, n_bins: int = 10, n_draws: int = 1000, seed: int = 0
 ) -> tuple[ReliabilityBin, ...]:
-    """A reliability diagram with consistency bars (Bröcker and Smith 2007), in the error's own bins.
+    """Computes a reliability diagram with consistency bars (Bröcker and Smith 2007), in the error's bins.
 
     Bars are bin by bin, so one of twenty bins is expected outside; they take slides for independent, as
     :func:`calibration_null` does, whose arguments and errors these are.
@@ -244,14 +244,14 @@ def reliability(
 def _null_gaps(
     rows: NDArray[np.float64], bins: NDArray[np.intp], n_bins: int, n_draws: int, seed: int
 ) -> NDArray[np.float64]:
-    """Right ones less expected ones in each bin, ``[n_draws, n_bins]``, where the confidence is the truth."""
+    """Draws right less expected ones by bin, ``[n_draws, n_bins]``, where the confidence is the truth."""
     confidence = rows.max(axis=1)
     right = np.random.default_rng(seed).random((n_draws, len(rows))) < confidence
     return np.asarray((right - confidence) @ (bins[:, None] == np.arange(n_bins)))
 
 
 def _slope_of(odds: NDArray[np.float64], happened: NDArray[np.bool_]) -> Metric:
-    """Slope of a logistic regression of outcomes on log odds ``[N, T]``; NaN where there is none.
+    """Fits the slope of a logistic regression on log odds ``[N, T]``; NaN where there is none.
 
     With a free intercept, by Newton's method, for all rows of weights at once.
     """
@@ -285,7 +285,7 @@ def _slope_of(odds: NDArray[np.float64], happened: NDArray[np.bool_]) -> Metric:
 
 
 def _intercept_of(odds: NDArray[np.float64], happened: NDArray[np.bool_]) -> Metric:
-    """What to add to log odds ``[N, T]`` for as many outcomes as expected; NaN for all outcomes or none."""
+    """Fits what to add to log odds ``[N, T]`` for as many outcomes as expected; NaN for all or none."""
     from scipy.special import expit
 
     def metric(weights: NDArray[np.float64]) -> NDArray[np.float64]:

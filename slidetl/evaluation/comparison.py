@@ -297,7 +297,7 @@ def sign_flip_test(
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:
-    """Adjusted p-values of a family of tests (Holm, Scandinavian Journal of Statistics 1979).
+    """Adjusts the p-values of a family of tests (Holm, Scandinavian Journal of Statistics 1979).
 
     Whatever the dependence between the tests, rejecting those at or below 0.05 errs once or more in at most
     5 % of families. The primary comparison is outside of the family: it was declared.
@@ -322,7 +322,7 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
 
 
 def chance_p(observed: float, null_metrics: ArrayLike) -> float:
-    """The p-value of a metric against those that the whole procedure reaches on permuted labels.
+    """Computes the p-value of a metric against those of the whole procedure on permuted labels.
 
     ``(1 + hits) / (1 + n)`` (Phipson and Smyth, Statistical Applications in Genetics and Molecular Biology
     2010), a hit being a null metric at least as high. It tests the procedure, if every null metric comes from
@@ -363,7 +363,7 @@ class VarianceSplit:
 
     @property
     def standard_error(self) -> float:
-        """Of the metric averaged over repeats: ``sqrt(patient + seed / R)``.
+        """Standard error of the metric averaged over repeats: ``sqrt(patient + seed / R)``.
 
         The bootstrap's own part of the seed's noise is in ``patient`` too, so it errs upwards.
         """

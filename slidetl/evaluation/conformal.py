@@ -38,7 +38,7 @@ class GradeSets:
             )
 
     def sets(self, probabilities: ArrayLike) -> NDArray[np.int64]:
-        """The sets of slides: ``[N, K]`` -> ``[N, 2]``, the lowest and the highest grade, both included.
+        """Returns the sets of slides: ``[N, K]`` -> ``[N, 2]``, the lowest and the highest grade, inclusive.
 
         A set is never empty: it holds the most probable grade.
 
@@ -52,7 +52,7 @@ class GradeSets:
 def fit_grade_sets(
     true: ArrayLike, probabilities: ArrayLike, patients: ArrayLike, *, risk: float = 0.1
 ) -> GradeSets:
-    """Cross-conformal sets of grades, from out-of-fold probabilities.
+    """Fits cross-conformal sets of grades to out-of-fold probabilities.
 
     Grades are taken in turn: the most probable one first, then always the more probable neighbour of those
     taken (Lu, Angelopoulos and Pomerantz, MICCAI 2022), so that a set is contiguous. The score of a slide is
@@ -110,7 +110,7 @@ def check_coverage(
     n_draws: int = 5000,
     seed: int = 0,
 ) -> SetCoverage:
-    """How often sets hold the true grade, when the quantile of each fold is found on the other folds.
+    """Checks how often sets hold the true grade, each fold by the quantile of the other folds.
 
     The models of the other folds were trained on this fold's patients, so the check is not quite that of new
     patients; it does show sets that are wrong. Intervals resample patients (BCa), given models and quantiles.
@@ -181,7 +181,7 @@ def risk_coverage(
     level: float = 0.95,
     n_points: int = REFERRAL_POINTS,
 ) -> RiskCoverage:
-    """The risk-coverage curve (El-Yaniv and Wiener, JMLR 2010), with bounds that bear looking at all points.
+    """Computes the risk-coverage curve (El-Yaniv and Wiener, JMLR 2010), with simultaneous bounds.
 
     Bounds are one-sided and exact for a binomial share (Clopper and Pearson, Biometrika 1934), at ``1 - (1
     - level) / n_points`` each, as Geifman and El-Yaniv (NeurIPS 2017) have it for thresholds tried on one
@@ -254,7 +254,7 @@ class ReferralRule:
 
 
 def referral_rule(curve: RiskCoverage, risk: float) -> ReferralRule | None:
-    """The point of the greatest coverage whose upper bound is at most the risk that was chosen.
+    """Finds the point of greatest coverage with an upper bound of at most the chosen risk.
 
     With probability ``level`` over samples of patients the rule's true share of patients with a wrong
     grade, among new patients of the same population graded by these models, is at most ``risk``.
@@ -282,7 +282,7 @@ def referral_rule(curve: RiskCoverage, risk: float) -> ReferralRule | None:
 
 
 def _mass_before(probabilities: ArrayLike) -> NDArray[np.float64]:
-    """``[N, K]``: the probability of the grades taken before each grade."""
+    """Sums the probability of the grades taken before each grade, ``[N, K]``."""
     rows = np.asarray(probabilities, np.float64)
     if rows.ndim != 2 or rows.shape[1] < 2:
         raise UsageError(f"expected probabilities [N, K], not {rows.shape}")

@@ -1,4 +1,4 @@
-"""Whether a site could pass for a grade: how they are associated, and how well embeddings tell the site."""
+"""Sites that could pass for grades: their association, and how well embeddings tell the site."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def site_decodability_by_fold(
     n_permutations: int = 1000,
     seed: int = 0,
 ) -> SiteDecodability:
-    """As :func:`site_decodability`, where each fold has a network, and so embeddings, of its own.
+    """Tells sites from embeddings where each fold has a network, and so embeddings, of its own.
 
     The discriminant of a fold is fitted on the slides that its network was trained on. Networks were trained
     without the sites, so the permutation test holds.
@@ -311,7 +311,7 @@ def _chi_square(row: NDArray[np.int64], column: NDArray[np.int64], n_rows: int, 
 
 
 def _cramers_v(chi_square: float, n: int, n_rows: int, n_columns: int) -> float:
-    """Bergsma 2013, section 2; 0 where there are as many categories as units."""
+    """Computes V by Bergsma 2013, section 2; 0 where there are as many categories as units."""
     rows = n_rows - (n_rows - 1) ** 2 / (n - 1)
     columns = n_columns - (n_columns - 1) ** 2 / (n - 1)
     excess = max(0.0, chi_square / n - (n_rows - 1) * (n_columns - 1) / (n - 1))

@@ -142,7 +142,7 @@ def _alike(pictures: NDArray[np.float32], threshold: float) -> list[tuple[int, i
 
 
 def _grey(thumbnail: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.float32]:
-    """``size`` is width and height, in pixels."""
+    """Converts to grey; ``size`` is width and height, in pixels."""
     from PIL import Image
 
     picture = Image.fromarray(thumbnail).convert("L")
@@ -155,7 +155,7 @@ def _turn(pictures: NDArray[np.float32], symmetry: int) -> NDArray[np.float32]:
 
 
 def _symmetric_mean(pictures: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The mean picture, the same for each of its symmetries, so that taking it out commutes with them."""
+    """Returns the mean picture, equal for all its symmetries, so that removing it commutes with them."""
     mean = pictures.mean(0, keepdims=True)
     return np.asarray(np.mean([_turn(mean, symmetry) for symmetry in range(8)], axis=0))
 

@@ -284,7 +284,7 @@ def check_probabilities(
 def _check_grades(
     true: ArrayLike, predicted: ArrayLike, n_grades: int | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """``[N]`` and ``[R, N]``, whole numbers, on the scale where one is given."""
+    """Returns ``[N]`` and ``[R, N]``, whole numbers, on the scale where one is given."""
     truth, rows = np.asarray(true), np.asarray(predicted)
     rows = rows[None] if rows.ndim == 1 else rows
     if truth.ndim != 1 or rows.ndim != 2 or not rows.size or rows.shape[1:] != truth.shape:

@@ -1,4 +1,4 @@
-"""What difference between two arms a study of so many patients can show, by simulation."""
+"""Simulation of the difference between two arms that a study of so many patients can show."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def power_table(
 def _study(
     deviations: list[float], design: StudyDesign, member: NDArray[np.intp], rng: np.random.Generator
 ) -> list[NDArray[np.float64]]:
-    """Sums over each patient's slides, for each arm: ``[P, 7]`` of what accuracy and kappa are made of."""
+    """Draws a study: for each arm sums ``[P, 7]`` over patients' slides that make accuracy and kappa."""
     n_patients, n_slides = design.n_patients, len(member)
     true = rng.integers(design.n_grades, size=n_patients)[member]
     shared, between = design.arm_correlation, design.patient_correlation
@@ -150,7 +150,7 @@ def _study(
 
 
 def _metrics(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """``[B, 7]`` -> accuracy and QWK ``[2, B]``; sums, since each study has other slides."""
+    """Maps ``[B, 7]`` to accuracy and QWK ``[2, B]``; sums, since each study has other slides."""
     n, hits, squares, p, pp, t, tt = sums.T
     chance = (pp + tt) / n - 2 * p * t / n**2
     known = chance > 1e-12
@@ -158,7 +158,7 @@ def _metrics(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _deviation(accuracy: float, n_grades: int) -> float:
-    """Of the error that gives this accuracy on grades that are equally likely."""
+    """Finds the deviation of the error that gives this accuracy on grades that are equally likely."""
     from scipy.optimize import brentq
     from scipy.stats import norm
 
@@ -175,7 +175,7 @@ def _deviation(accuracy: float, n_grades: int) -> float:
 
 
 def _true_qwk(deviation: float, n_grades: int) -> float:
-    """Of grades that are equally likely, read with this error."""
+    """Computes the QWK of grades that are equally likely, read with this error."""
     from scipy.stats import norm
 
     scale = np.arange(n_grades)

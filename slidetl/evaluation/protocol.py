@@ -61,7 +61,7 @@ class Protocol:
 
     @property
     def is_nested(self) -> bool:
-        """Whether choices are made, in inner folds."""
+        """True where choices are made in inner folds."""
         return self.inner_folds > 0
 
 
@@ -150,7 +150,7 @@ def plan_folds(cases: Sequence[Case], protocol: Protocol, n_grades: int) -> tupl
 
 
 def subsample(fold: Fold, cases: Iterable[Case], n_slides: int, n_grades: int) -> Fold:
-    """The fold with fewer slides to train on, for the curve of accuracy against their number.
+    """Returns the fold with fewer slides to train on, for the curve of accuracy against their number.
 
     Whole patients are taken in a random order, those first that bring a grade not yet there, until the part
     has ``n_slides``; the last patient may be cut. Smaller parts lie within larger ones. There are no inner
@@ -183,7 +183,7 @@ def subsample(fold: Fold, cases: Iterable[Case], n_slides: int, n_grades: int) -
 
 
 def permute_grades(cases: Iterable[Case], seed: int) -> dict[str, int]:
-    """Grades dealt out anew over the patients, for a test against chance.
+    """Permutes grades over the patients, for a test against chance.
 
     A patient gives all its grades, in the order of its slides, to another one with as many slides: under the
     null hypothesis those are exchangeable. The only patient with so many slides keeps its own.
@@ -207,19 +207,19 @@ def permute_grades(cases: Iterable[Case], seed: int) -> dict[str, int]:
 
 
 def folds_to_json(folds: Iterable[Fold]) -> list[dict[str, Any]]:
-    """The folds as plain JSON values."""
+    """Converts folds to plain JSON values."""
     plain: list[dict[str, Any]] = json.loads(json.dumps([asdict(fold) for fold in folds]))
     return plain
 
 
 def canonical_sha256(value: object) -> str:
-    """SHA-256 of a JSON value in its canonical form: sorted keys, no spaces, ASCII, no NaN."""
+    """Hashes a JSON value by SHA-256 in its canonical form: sorted keys, no spaces, ASCII, no NaN."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def splits_sha256(folds: Iterable[Fold]) -> str:
-    """A hash of who is where: equal for equal splits, on any machine."""
+    """Hashes who is where: equal for equal splits, on any machine."""
     return canonical_sha256(folds_to_json(folds))
 
 
@@ -269,7 +269,7 @@ def audit_folds(
 
 
 def _outer(cases: list[Case], protocol: Protocol, repeat: int) -> list[tuple[str, list[Case], list[Case]]]:
-    """Name, training and test part of each fold of a repeat."""
+    """Returns name, training and test part of each fold of a repeat."""
     if protocol.given_split:
         if any(not case.split for case in cases):
             raise UsageError("protocol.given_split: a slide has no 'split'; fill that column of the manifest")

@@ -64,7 +64,7 @@ def repeatability(
     squares = ((values - means[:, None]) ** 2).sum(axis=1)
 
     def mean_squares(weights: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Between slides and within them; a slide drawn twice is two slides."""
+        """Computes those between slides and within them; a slide drawn twice is two slides."""
         n = weights.sum(axis=1)
         centre = weights @ means / n
         between = n_draws * (weights @ means**2 - n * centre**2)
@@ -199,7 +199,7 @@ def compare_paired(
     one_of, other_of = np.triu_indices(n)
 
     def weigh(row: NDArray[np.float64]) -> NDArray[np.float64]:
-        """How many pairs there are of a patient's copies with another's, or among themselves."""
+        """Counts the pairs of a patient's copies with another's, or among themselves."""
         return np.where(one_of == other_of, row[one_of] * (row[one_of] + 1) / 2, row[one_of] * row[other_of])
 
     metric = _median_of((change[one_of] + change[other_of]) / 2, weigh)
@@ -211,7 +211,7 @@ def compare_paired(
 def _median_of(
     values: NDArray[np.float64], weigh: Callable[[NDArray[np.float64]], NDArray[np.float64]]
 ) -> Metric:
-    """The median of ``[M]`` values, each with the weight that ``weigh`` makes of the patients' ``[P]``."""
+    """Makes the median of ``[M]`` values, each weighted by ``weigh`` of the patients' ``[P]``."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
 
