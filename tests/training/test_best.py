@@ -90,3 +90,11 @@ def test_a_best_that_is_gone_is_said_to_be(tmp_path: Path, gone: bool) -> None:
     with pytest.warns(UserWarning, match="the best is counted from here on"):
         resumed = fit(tmp_path / "b", [*scores[:2], 0.2, 0.1], 4, tmp_path / "then.ckpt")
     assert resumed.best_model_score == torch.tensor(0.2)
+
+
+def test_an_undefined_score_is_never_the_best(tmp_path: Path) -> None:
+    nan = float("nan")
+    best = fit(tmp_path, [nan, -0.2, nan, 0.1, nan], 5)
+    assert best.best_model_score == pytest.approx(0.1)
+    state = torch.load(best.best_model_path, weights_only=True)
+    assert state["epoch"] == 3
