@@ -14,7 +14,7 @@ import torch
 from jsonargparse import ArgumentError
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info
@@ -26,6 +26,7 @@ from slidetl.training.best import BestCheckpoint
 from slidetl.training.checkpoint import read_checkpoint
 from slidetl.training.drift import DriftReport
 from slidetl.training.grader import SlideGrader
+from slidetl.training.outputs import ResultFiles
 from slidetl.training.range_test import RangeTest, find_rate, write_range
 from slidetl.training.waiting import WaitingReport
 
@@ -117,7 +118,7 @@ class GradingCLI(LightningCLI):
         allow = options.get("allow") or ()
         options["weights_only"] = True
         if command == "test":
-            options["verbose"] = False  # the module prints the figures, with the confusion matrix
+            options["verbose"] = False  # ResultFiles prints the metrics, with the confusion matrix
         if options.get("ckpt_path") is None:
             if command == "fit":
                 return
@@ -139,6 +140,7 @@ class GradingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Keeps everything of a run in ``<default_root_dir>/logs/version_N`` unless loggers are given."""
+        ours: list[Callback] = [ResultFiles()] if self.subcommand in ("test", "predict") else []
         if self._get(self.config_init, "trainer").get("logger") is None:
             kwargs["logger"] = False
             if self.subcommand == "fit" and self.keeps_logs:
@@ -146,12 +148,8 @@ class GradingCLI(LightningCLI):
                 table = CSVLogger(root, name="logs")
                 board = TensorBoardLogger(root, name="logs", version=table.version, default_hp_metric=False)
                 kwargs["logger"] = [table, board]
-                kwargs["callbacks"] = [
-                    *(self._get(self.config_init, "trainer").get("callbacks") or []),
-                    LearningRateMonitor("epoch"),
-                    DriftReport(),
-                    WaitingReport(),
-                ]
+                ours = [LearningRateMonitor("epoch"), DriftReport(), WaitingReport()]
+        kwargs["callbacks"] = [*(self._get(self.config_init, "trainer").get("callbacks") or []), *ours]
         return super().instantiate_trainer(**kwargs)
 
 
@@ -222,7 +220,7 @@ def _quieten() -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they are about LightningCLI's code
     warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended to run from within Python")
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")  # the figures are of all
+    warnings.filterwarnings("ignore", "It is recommended to use .*sync_dist=True")  # the metrics are of all
     warnings.filterwarnings("ignore", ".*Experiment logs directory.*exists and is not empty.*")
     warnings.filterwarnings("ignore", "predict returned None")
     warnings.filterwarnings("ignore", ".*The dirpath has changed.*")

@@ -30,7 +30,7 @@ from slidetl.evaluation.classical import (
 from slidetl.evaluation.metrics import GradeMetrics, grade_metrics
 from slidetl.tiles.features import common_source, read_features
 from slidetl.tiles.store import SlideCache
-from slidetl.training.grader import describe_metrics, draw_confusion
+from slidetl.training.outputs import describe_metrics, draw_confusion
 from slidetl.training.predictions import SlidePrediction, write_predictions
 
 MODELS: dict[str, Callable[..., LinearGrader | TreesGrader]] = {

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
@@ -24,8 +21,6 @@ from slidetl.data.datasets import Bag, Chunk
 from slidetl.data.manifest import check_scale
 from slidetl.data.tasks import Task
 from slidetl.errors import CheckpointError, UsageError
-from slidetl.evaluation.calibration import judged_probabilities
-from slidetl.evaluation.metrics import GradeMetrics, grade_metrics
 from slidetl.models.aggregators import GatedAttention, Pooling
 from slidetl.models.backbones import Backbone, BackboneSpec, weights_sha256
 from slidetl.models.heads import CumulativeLink, Head
@@ -35,20 +30,15 @@ from slidetl.models.targets import Targets, balanced_weights
 from slidetl.models.transfer import TransferStrategy, WarmRestart
 from slidetl.tiles.features import FeatureSource
 from slidetl.tiles.grid import TileSpec
+from slidetl.training.evaluation import Evaluation, GradedSlide, evaluate, gather, gather_slides
 from slidetl.training.means import EpochMeans
-from slidetl.training.multitask import TaskHeads, TaskOutcome, task_metrics
-from slidetl.training.predictions import SlidePrediction, write_predictions
+from slidetl.training.multitask import TaskHeads
+from slidetl.training.predictions import SlidePrediction
 from slidetl.training.schedules import OneCycle, Schedule, rate_for_batch
-
-_T = TypeVar("_T")
 
 # The form in which jsonargparse takes an instance as the default of a protocol.
 _WARM_RESTART = lazy_instance(WarmRestart)
 _ONE_CYCLE = lazy_instance(OneCycle)
-
-
-# Logged of the probabilities, beside the loss.
-_QUALITY = ("rps", "calibration_error", "calibration_error_if_calibrated")
 
 
 class SlideGrader(pl.LightningModule):
@@ -69,7 +59,15 @@ class SlideGrader(pl.LightningModule):
         balance: whether each grade has the same weight in the loss, however rare it is in the training part.
         tasks: what is learned beside the grade, by heads of their own on the same backbone; their losses are
             added, each with its weight. ``targets`` and ``balance`` are about the grade alone.
+
+    Attributes:
+        validated, tested: the latest evaluation of the validation and the test part; None before the first.
+        predicted: the slides of the latest prediction.
     """
+
+    validated: Evaluation | None = None
+    tested: Evaluation | None = None
+    predicted: tuple[GradedSlide, ...] = ()
 
     def __init__(
         self,
@@ -112,9 +110,7 @@ class SlideGrader(pl.LightningModule):
         self._checkpoint = ""  # SHA-256 of the weights that predict
         self._embeddings: list[Tensor] = []  # of the slide whose chunks are coming in
         self._labels: list[dict[str, int | Tensor]] = []  # of its tasks, likewise
-        self.validated: tuple[SlidePrediction, ...] = ()  # of the validation part, when it was last graded
-        self._predictions: list[SlidePrediction] = []
-        self._outcomes: dict[str, dict[str, TaskOutcome]] = {}  # by slide and task
+        self._slides: list[GradedSlide] = []  # of this process
 
     def setup(self, stage: str) -> None:
         """Takes the tiles' specification from the data, and starts the backbone where the strategy says."""
@@ -213,15 +209,7 @@ class SlideGrader(pl.LightningModule):
                 with torch.autocast(embeddings.device.type, enabled=False):
                     attention = self.network.aggregator(embeddings, mask).attention  # [1, H, N]
                 mine[chunk["slide_id"]] = attention[0].mean(0).cpu().numpy()
-        data.training_bags.attend({name: row for part in self._of_all(mine) for name, row in part.items()})
-
-    def _of_all(self, mine: _T) -> list[_T]:
-        """What each process has; every one must ask."""
-        if self.trainer.world_size == 1:
-            return [mine]
-        everyone = [mine] * self.trainer.world_size
-        torch.distributed.all_gather_object(everyone, mine)
-        return everyone
+        data.training_bags.attend({name: row for part in gather(mine) for name, row in part.items()})
 
     def configure_optimizers(self) -> Any:
         """AdamW with the strategy's parameter groups, under the schedule stepped per batch."""
@@ -363,7 +351,7 @@ class SlideGrader(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forgets what an evaluation that was cut short has left behind."""
-        self._embeddings, self._labels, self._predictions, self._outcomes = [], [], [], {}
+        self._embeddings, self._labels, self._slides = [], [], []
 
     def on_test_epoch_start(self) -> None:
         """Notes which weights it is that predict."""
@@ -400,132 +388,39 @@ class SlideGrader(pl.LightningModule):
         labels, self._labels = self._labels, []
         mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
         logits, of_tasks = self._grade(embeddings, mask)
-        probabilities = self.network.head.probabilities(logits)[0].tolist()
-        self._outcomes[chunk["slide_id"]] = self.tasks.outcomes(of_tasks, labels)
-        self._predictions.append(
-            SlidePrediction(
-                slide_id=chunk["slide_id"],
-                patient_id=chunk["patient_id"],
-                grade=None if chunk["grade"] < 0 else chunk["grade"],
-                probabilities=tuple(probabilities),
-                tiles=embeddings.shape[1],
-                site=chunk["site"],
-                fold=getattr(getattr(self._trainer, "datamodule", None), "fold", ""),
-                checkpoint=self._checkpoint,
-            )
+        # In float64 on the processor (some devices have none): the rows then sum to one as metrics expect it.
+        probabilities = self.network.head.probabilities(logits.cpu().double())[0].tolist()
+        prediction = SlidePrediction(
+            slide_id=chunk["slide_id"],
+            patient_id=chunk["patient_id"],
+            grade=None if chunk["grade"] < 0 else chunk["grade"],
+            probabilities=tuple(probabilities),
+            tiles=embeddings.shape[1],
+            site=chunk["site"],
+            fold=getattr(getattr(self._trainer, "datamodule", None), "fold", ""),
+            checkpoint=self._checkpoint,
         )
+        self._slides.append(GradedSlide(prediction, self.tasks.outcomes(of_tasks, labels)))
 
     def on_validation_epoch_end(self) -> None:
-        """Logs the figures of the validation part."""
-        self.validated = tuple(self._take_predictions())
-        self._log_metrics("val", self.validated)
-        self._log_tasks("val", self._take_outcomes())
+        """Scores and logs the validation part."""
+        self.validated = self._scored("val")
 
     def on_test_epoch_end(self) -> None:
-        """Logs, prints and saves the figures and predictions of the test part."""
-        predictions = self._take_predictions()
-        outcomes = self._take_outcomes()
-        metrics, quality = self._log_metrics("test", predictions)
-        of_tasks = self._log_tasks("test", outcomes)
-        if self.trainer.is_global_zero:
-            folder = Path(self.trainer.default_root_dir) / "test"
-            write_predictions(folder / "predictions.csv", predictions)
-            self._write_tasks(folder, predictions, outcomes)
-            figures = {**quality, **metrics.to_json(), "grades": self.grades}
-            if of_tasks:
-                figures["tasks"] = {name: found.to_json() for name, found in of_tasks.items()}
-            (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-            draw_confusion(folder / "confusion.png", metrics, self.grades)
-            rank_zero_info(f"{describe_metrics(metrics, self.grades)}\nwritten to {folder}")
+        """Scores and logs the test part."""
+        self.tested = self._scored("test")
 
     def on_predict_epoch_end(self) -> None:
-        """Saves the predictions."""
-        predictions, outcomes = self._take_predictions(), self._take_outcomes()
-        if self.trainer.is_global_zero:
-            path = Path(self.trainer.default_root_dir) / "predict" / "predictions.csv"
-            write_predictions(path, predictions)
-            self._write_tasks(path.parent, predictions, outcomes)
-            rank_zero_info(f"{len(predictions)} slides predicted, written to {path}")
+        """Gathers the predictions."""
+        self.predicted = gather_slides(self._slides, "predict")
 
-    def _take_predictions(self) -> list[SlidePrediction]:
-        """The predictions of all processes, each slide once."""
-        mine, self._predictions = self._predictions, []
-        everyone = [mine]
-        if self.trainer.world_size > 1:
-            everyone = [[] for _ in range(self.trainer.world_size)]
-            torch.distributed.all_gather_object(everyone, mine)
-        by_slide = {prediction.slide_id: prediction for part in everyone for prediction in part}
-        return [by_slide[slide_id] for slide_id in sorted(by_slide)]
-
-    def _take_outcomes(self) -> dict[str, dict[str, TaskOutcome]]:
-        """Those of the further tasks, of all processes, by slide and task."""
-        mine, self._outcomes = self._outcomes, {}
-        everyone = [mine]
-        if self.trainer.world_size > 1 and self.tasks.tasks:
-            everyone = [{} for _ in range(self.trainer.world_size)]
-            torch.distributed.all_gather_object(everyone, mine)
-        return {slide_id: found for part in everyone for slide_id, found in part.items()}
-
-    def _log_tasks(self, part: str, outcomes: dict[str, dict[str, TaskOutcome]]) -> dict[str, GradeMetrics]:
-        """Logs the figures of each further task that has a label there."""
-        found = {}
-        for task in self.tasks.tasks:
-            metrics = task_metrics(task, [of_slide[task.name] for of_slide in outcomes.values()])
-            if metrics is None:
-                continue
-            found[task.name] = metrics
-            shown = ("accuracy", "balanced_accuracy", *(("qwk", "mae") if task.ordinal else ()))
-            for name in shown:
-                value = getattr(metrics, name)
-                self.log(f"{part}/{task.name}/{name}", value, rank_zero_only=False, batch_size=1)
-        return found
-
-    def _write_tasks(
-        self,
-        folder: Path,
-        predictions: list[SlidePrediction],
-        outcomes: dict[str, dict[str, TaskOutcome]],
-    ) -> None:
-        """Writes a table of predictions for each further scale of slides."""
-        for task in self.tasks.tasks:
-            if task.of_tiles:
-                continue
-            rows = []
-            for row in predictions:
-                outcome = outcomes[row.slide_id][task.name]
-                grade = None if outcome.labels[0] < 0 else int(outcome.labels[0])
-                rows.append(replace(row, grade=grade, probabilities=tuple(outcome.probabilities[0].tolist())))
-            write_predictions(folder / f"predictions-{task.name}.csv", rows)
-
-    def _log_metrics(
-        self, part: str, predictions: Sequence[SlidePrediction]
-    ) -> tuple[GradeMetrics, dict[str, Any]]:
-        if not predictions:
-            raise UsageError(
-                f"the {part} part ended before a slide was complete; raise trainer.limit_{part}_batches"
-            )
-        true = [prediction.grade for prediction in predictions if prediction.grade is not None]
-        metrics = grade_metrics(
-            true, [prediction.predicted_grade for prediction in predictions], len(self.grades)
-        )
-        quality = judged_probabilities(true, [row.probabilities for row in predictions])
-        figures = {
-            f"{part}/accuracy": metrics.accuracy,
-            f"{part}/balanced_accuracy": metrics.balanced_accuracy,
-            f"{part}/qwk": metrics.qwk,
-            f"{part}/mae": metrics.mae,
-            f"{part}/macro_f1": metrics.macro_f1,
-            f"{part}/loss": quality["log_loss"],
-            **{f"{part}/{name}": quality[name] for name in _QUALITY},
-        }
-        for threshold, value in enumerate(quality["auroc"]):
-            if value is not None:  # a part with no slide on one side of it has none
-                figures[f"{part}/auroc_above_{threshold}"] = value
-        # Every process computed the same figures from all predictions: nothing is left to reduce.
-        shown = {f"{part}/{name}" for name in ("accuracy", "qwk", "loss")} if part == "val" else set()
-        for name, value in figures.items():
-            self.log(name, value, prog_bar=name in shown, rank_zero_only=False, batch_size=1)
-        return metrics, quality
+    def _scored(self, part: str) -> Evaluation:
+        evaluation = evaluate(gather_slides(self._slides, part), self.tasks.tasks, len(self.grades))
+        shown = ("accuracy", "qwk", "loss") if part == "val" else ()
+        # Every process computed the same metrics from all predictions: nothing is left to reduce.
+        for name, value in evaluation.scalars(self.tasks.tasks).items():
+            self.log(f"{part}/{name}", value, prog_bar=name in shown, rank_zero_only=False, batch_size=1)
+        return evaluation
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what the tiles were like; a network graded on others would be wrong without a word."""
@@ -584,40 +479,3 @@ def _refuse_other_tiles(trained_on: TileSpec, found: TileSpec) -> None:
     raise UsageError(
         f"the checkpoint was trained on other tiles ({differences}); use the cache that it was trained on"
     )
-
-
-def describe_metrics(metrics: GradeMetrics, grades: tuple[str, ...]) -> str:
-    """The figures and the confusion matrix as lines of text."""
-    width = max(5, *(len(name) + 1 for name in grades))
-    lines = [
-        f"{metrics.n} slides: accuracy {metrics.accuracy:.3f}, QWK {metrics.format_qwk(3)}, "
-        f"mean absolute error {metrics.mae:.3f} grades",
-        "true \\ predicted".ljust(18) + "".join(name.rjust(width) for name in grades),
-    ]
-    for name, counts in zip(grades, metrics.confusion, strict=True):
-        lines.append(name.rjust(17) + " " + "".join(str(count).rjust(width) for count in counts))
-    return "\n".join(lines)
-
-
-def draw_confusion(path: Path, metrics: GradeMetrics, grades: tuple[str, ...]) -> None:
-    """Draws the confusion matrix as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.2, 4), layout="constrained")
-    axes = figure.add_subplot(
-        title=f"{metrics.n} slides: accuracy {metrics.accuracy:.2f}, QWK {metrics.format_qwk(2)}",
-        xlabel="predicted grade",
-        ylabel="true grade",
-        xticks=range(len(grades)),
-        yticks=range(len(grades)),
-        xticklabels=grades,
-        yticklabels=grades,
-    )
-    highest = max(max(row) for row in metrics.confusion)
-    axes.imshow(metrics.confusion, cmap="Blues", vmin=0)
-    for row, counts in enumerate(metrics.confusion):
-        for column, count in enumerate(counts):
-            axes.text(
-                column, row, str(count), ha="center", va="center", color="w" if count > highest / 2 else "k"
-            )
-    figure.savefig(path, dpi=120)

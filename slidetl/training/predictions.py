@@ -45,7 +45,7 @@ class SlidePrediction:
 
 
 def write_predictions(path: Path, predictions: Iterable[SlidePrediction]) -> None:
-    """Writes one row per slide, in the order of the identifiers."""
+    """Writes one row per slide, in the order of the identifiers; probabilities read back exactly."""
     predictions = sorted(predictions, key=lambda prediction: prediction.slide_id)
     n_grades = len(predictions[0].probabilities) if predictions else 0
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def write_predictions(path: Path, predictions: Iterable[SlidePrediction]) -> Non
                     "" if row.grade is None else row.grade,
                     row.predicted_grade,
                 ]
-                + [f"{probability:.7f}" for probability in row.probabilities]
+                + [repr(probability) for probability in row.probabilities]
                 + [f"{row.expected_grade:.5f}", row.tiles, safe_cell(row.fold), row.checkpoint]
             )
 

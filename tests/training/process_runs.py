@@ -23,6 +23,7 @@ from slidetl.models.aggregators import Aggregated, GatedAttention
 from slidetl.models.backbones import BackboneSpec
 from slidetl.models.transfer import FrozenFeatures, SharedWeights
 from slidetl.training.grader import SlideGrader
+from slidetl.training.outputs import ResultFiles
 from slidetl.training.schedules import OneCycle
 
 STEPS_AN_EPOCH = 5
@@ -70,7 +71,7 @@ def fit(root: Path, module: SlideDataModule, ckpt_path: Path | None = None, **op
 def test(root: Path, module: SlideDataModule, **options: Any) -> None:
     torch.manual_seed(0)
     grader = SlideGrader(BackboneSpec(), transfer=FrozenFeatures(), schedule=OneCycle())
-    trainer(root, callbacks=[], **options).test(grader, module, verbose=False)
+    trainer(root, callbacks=[ResultFiles()], **options).test(grader, module, verbose=False)
 
 
 def run_all(study: Path, folder: Path) -> None:

@@ -20,6 +20,7 @@ from slidetl.errors import CheckpointError
 from slidetl.evaluation.metrics import grade_metrics
 from slidetl.models.backbones import BackboneSpec, read_pretrained, weights_sha256
 from slidetl.training.checkpoint import load_grader, read_checkpoint
+from slidetl.training.outputs import ResultFiles
 from slidetl.training.predictions import read_predictions
 from tests.conftest import Study
 
@@ -187,6 +188,7 @@ def test_an_evaluation_cut_short_leaves_nothing_behind(study: Study, trained: Pa
         enable_model_summary=False,
         default_root_dir=tmp_path,
         limit_test_batches=8,
+        callbacks=[ResultFiles()],
     )
     written = []
     for _ in range(2):

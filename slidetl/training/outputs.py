@@ -1,0 +1,94 @@
+"""Write the files of ``test`` and ``predict``: tables of predictions, metrics.json and confusion.png."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pytorch_lightning as pl
+from pytorch_lightning.utilities import rank_zero_info
+
+from slidetl.data.tasks import Task
+from slidetl.evaluation.metrics import GradeMetrics
+from slidetl.training.evaluation import Evaluation, GradedSlide
+from slidetl.training.grader import SlideGrader
+from slidetl.training.predictions import write_predictions
+
+
+class ResultFiles(pl.Callback):
+    """Writes into ``test`` and ``predict`` below ``trainer.default_root_dir``."""
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes and prints the results of a test."""
+        assert isinstance(pl_module, SlideGrader) and pl_module.tested is not None
+        if trainer.is_global_zero:
+            folder, evaluation = Path(trainer.default_root_dir) / "test", pl_module.tested
+            _write_tables(folder, evaluation.slides, pl_module.tasks.tasks)
+            write_metrics(folder, evaluation, pl_module.grades)
+            rank_zero_info(f"{describe_metrics(evaluation.metrics, pl_module.grades)}\nwritten to {folder}")
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes the predictions."""
+        assert isinstance(pl_module, SlideGrader)
+        if trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir) / "predict"
+            _write_tables(folder, pl_module.predicted, pl_module.tasks.tasks)
+            rank_zero_info(
+                f"{len(pl_module.predicted)} slides predicted, written to {folder / 'predictions.csv'}"
+            )
+
+
+def _write_tables(folder: Path, slides: Sequence[GradedSlide], tasks: Iterable[Task]) -> None:
+    """Writes a table for the grade, and one for each further scale of slides."""
+    write_predictions(folder / "predictions.csv", [slide.prediction for slide in slides])
+    for task in tasks:
+        if not task.of_tiles:
+            rows = [slide.prediction_of(task) for slide in slides]
+            write_predictions(folder / f"predictions-{task.name}.csv", rows)
+
+
+def write_metrics(folder: Path, evaluation: Evaluation, grades: tuple[str, ...]) -> None:
+    """Writes ``metrics.json`` and ``confusion.png``."""
+    figures = {**evaluation.quality, **evaluation.metrics.to_json(), "grades": grades}
+    if evaluation.tasks:
+        figures["tasks"] = {name: found.to_json() for name, found in evaluation.tasks.items()}
+    (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    draw_confusion(folder / "confusion.png", evaluation.metrics, grades)
+
+
+def describe_metrics(metrics: GradeMetrics, grades: tuple[str, ...]) -> str:
+    """Formats accuracy, QWK, MAE and the confusion matrix as lines of text."""
+    width = max(5, *(len(name) + 1 for name in grades))
+    lines = [
+        f"{metrics.n} slides: accuracy {metrics.accuracy:.3f}, QWK {metrics.format_qwk(3)}, "
+        f"mean absolute error {metrics.mae:.3f} grades",
+        "true \\ predicted".ljust(18) + "".join(name.rjust(width) for name in grades),
+    ]
+    for name, counts in zip(grades, metrics.confusion, strict=True):
+        lines.append(name.rjust(17) + " " + "".join(str(count).rjust(width) for count in counts))
+    return "\n".join(lines)
+
+
+def draw_confusion(path: Path, metrics: GradeMetrics, grades: tuple[str, ...]) -> None:
+    """Draws the confusion matrix as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2, 4), layout="constrained")
+    axes = figure.add_subplot(
+        title=f"{metrics.n} slides: accuracy {metrics.accuracy:.2f}, QWK {metrics.format_qwk(2)}",
+        xlabel="predicted grade",
+        ylabel="true grade",
+        xticks=range(len(grades)),
+        yticks=range(len(grades)),
+        xticklabels=grades,
+        yticklabels=grades,
+    )
+    highest = max(max(row) for row in metrics.confusion)
+    axes.imshow(metrics.confusion, cmap="Blues", vmin=0)
+    for row, counts in enumerate(metrics.confusion):
+        for column, count in enumerate(counts):
+            axes.text(
+                column, row, str(count), ha="center", va="center", color="w" if count > highest / 2 else "k"
+            )
+    figure.savefig(path, dpi=120)
