@@ -460,7 +460,6 @@ class _Pooling:
         for unit, result in units:
             where = [place[row.slide_id] for row in result.predictions]
             rows = np.array([row.probabilities for row in result.predictions])
-            rows = rows / rows.sum(axis=1, keepdims=True)  # seven digits were written
             probabilities[unit.fold.repeat, where] = with_temperature(rows, result.temperature)
             folds[unit.fold.repeat, where] = self._names.index(unit.fold.name)
         return probabilities, folds

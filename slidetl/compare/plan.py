@@ -27,7 +27,7 @@ from slidetl.models.weights import bundled_weights
 from slidetl.tiles.features import common_source
 
 # Raised whenever the same unit would be computed otherwise, or be written otherwise.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from slidetl.compare.plan import Unit
 from slidetl.data.manifest import ManifestRow
+from slidetl.data.study import CachedSlide
 from slidetl.tiles.store import SlideCache, cache_path
 from slidetl.training.predictions import SlidePrediction
 
@@ -40,6 +41,12 @@ class Job:
         """The rows of some slides, in their order."""
         wanted = set(slides)
         return [row for row in self.rows if row.slide_id in wanted]
+
+    def slides(self, names: Iterable[str]) -> tuple[CachedSlide, ...]:
+        """Opens some slides, in the order of the rows."""
+        return tuple(
+            CachedSlide(row, cache) for row, cache in zip(self.part(names), self.open(names), strict=True)
+        )
 
     def open(self, slides: Iterable[str]) -> list[SlideCache]:
         """The tiles of some slides, in their order."""
@@ -105,6 +112,11 @@ class UnitResult:
     embeddings: NDArray[np.float32] = field(
         default_factory=lambda: np.empty((0, 0), np.float32), compare=False
     )
+
+
+def predictions_from(rows: Iterable[Mapping[str, Any]]) -> tuple[SlidePrediction, ...]:
+    """Makes predictions of their fields, as JSON has them."""
+    return tuple(SlidePrediction(**{**row, "probabilities": tuple(row["probabilities"])}) for row in rows)
 
 
 def predictions_of(rows: Sequence[ManifestRow], tiles: Sequence[int], probabilities: Any) -> list[Any]:

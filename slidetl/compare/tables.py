@@ -45,7 +45,8 @@ def write_tables(result: ComparisonResult, folder: Path) -> None:
     grades = [f"probability_{grade}" for grade in range(len(result.comparison.grades))]
     readers = [f"grade_reader{number + 1}" for number in range(result.readings.shape[1])]
     slide = ("slide_id", "patient_id", "site", "scanner", "grade", *readers, "predicted_grade", *grades)
-    columns = (*_UNIT, *slide, "expected_grade", "temperature")
+    plain = [f"uncalibrated_{grade}" for grade in range(len(grades))]
+    columns = (*_UNIT, *slide, "expected_grade", "temperature", *plain)
     # Apart, so that an arm has each slide once a repeat in the table that others read.
     for name, arms in (("predictions", result.arms), ("predictions_smaller", result.smaller)):
         write_csv(folder / f"{name}.csv", columns, _of_units(arms, partial(_predictions, result)))
@@ -239,7 +240,11 @@ def _of_units(arms: Iterable[ArmResult], cells: _Cells) -> Iterator[dict[str, An
 def _predictions(
     result: ComparisonResult, arm: ArmResult, unit: Unit, found: UnitResult
 ) -> Iterator[dict[str, Any]]:
-    """Yields probabilities, calibrated where the inner folds gave a temperature, which stands beside them."""
+    """Yields a row for each slide.
+
+    ``probability_K`` is for reading: calibrated where the inner folds gave a temperature, and rounded.
+    ``uncalibrated_K`` is the output of the model with all digits, from which evidence is computed.
+    """
     place = {slide: number for number, slide in enumerate(result.slides)}
     for prediction in found.predictions:
         number = place[prediction.slide_id]
@@ -256,6 +261,7 @@ def _predictions(
             **{f"probability_{grade}": f"{value:.7f}" for grade, value in enumerate(row)},
             "expected_grade": f"{sum(grade * value for grade, value in enumerate(row)):.5f}",
             "temperature": f"{found.temperature:.5g}",
+            **{f"uncalibrated_{grade}": p for grade, p in enumerate(prediction.probabilities)},
         }
 
 

@@ -1,20 +1,20 @@
 """An arm with epochs: choices in the inner folds, then one training on the whole training part.
 
-Each fit is what ``slidetl fit`` does with the same configuration and a manifest whose ``split`` column is the
-fold. A unit that was killed goes on after its last whole fit.
+Each training is what ``slidetl fit`` does with the same configuration and a manifest whose ``split`` column
+is the fold. A unit that was killed resumes after its last whole training.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import json
 import logging
 import shutil
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,9 @@ from pytorch_lightning.cli import LightningArgumentParser
 
 from slidetl.analysis.similarity import linear_cka
 from slidetl.compare.config import EPOCHS, with_values
-from slidetl.compare.records import CurvePoint, Job, UnitResult
+from slidetl.compare.records import CurvePoint, Job, UnitResult, predictions_from
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.datasets import channels_first
-from slidetl.data.manifest import ManifestRow
 from slidetl.errors import UsageError
 from slidetl.evaluation.calibration import fit_temperature, with_temperature
 from slidetl.evaluation.comparison import PatientResults, patient_results
@@ -42,7 +41,7 @@ from slidetl.models.network import GradingNetwork
 from slidetl.tiles.store import SlideCache
 from slidetl.training.drift import distances
 from slidetl.training.grader import SlideGrader
-from slidetl.training.predictions import SlidePrediction, read_predictions
+from slidetl.training.predictions import SlidePrediction
 from slidetl.training.similarity import embed_layers
 
 # The earliest epoch counts whose score in the inner folds is this close to the best one, relatively: on
@@ -56,11 +55,11 @@ def check_configs(configs: Mapping[str, Mapping[str, Any]]) -> None:
     """Checks configurations of arms before hours are spent on them.
 
     Raises:
-        UsageError: what ``slidetl fit`` would say of one of them.
+        UsageError: ``slidetl fit`` would refuse one of them.
     """
     for arm, config in configs.items():
         try:
-            _parse(config, Path("manifest.csv"), Path("cache"), ("0", "1"), 0)
+            _parse(config, ("0", "1"), 0)
         except UsageError as error:
             raise UsageError(f"arm {arm!r}: {error}") from error
 
@@ -70,7 +69,7 @@ def train_unit(job: Job, folder: Path) -> UnitResult:
 
     Args:
         job: the unit; its recipe has ``fit``, ``trials`` and ``validate_every``.
-        folder: for what is needed on the way.
+        folder: keeps each finished training, for a unit that is killed and resumed.
     """
     fold, recipe = job.unit.fold, job.unit.recipe
     torch.set_num_threads(job.threads)
@@ -78,32 +77,34 @@ def train_unit(job: Job, folder: Path) -> UnitResult:
     epochs: int | None = None
     temperature, curves = 1.0, list[CurvePoint]()
     if fold.inner:
-        trials = recipe["trials"]
-        for trial, values in enumerate(trials):
+        trained: dict[int, list[_Training]] = {}
+        for trial, values in enumerate(recipe["trials"]):
             for number, inner in enumerate(fold.inner):
-                fit = _Fit(job, folder / f"trial-{trial}-inner-{number}", values)
-                curves += fit.run(inner.train, inner.validation, f"inner-{number}", trial, keep=True)
+                place = folder / f"trial-{trial}-inner-{number}"
+                fit = _Fit(job, place, values, inner.train, inner.validation)
+                trained.setdefault(trial, []).append(fit.run(f"inner-{number}", trial))
+        curves = [point for trainings in trained.values() for one in trainings for point in one.points]
         trial, epochs = choose(curves)
-        chosen = trials[trial]
-        held_out = list[SlidePrediction]()
-        for number, inner in enumerate(fold.inner):
-            fit = _Fit(job, folder / f"trial-{trial}-inner-{number}", chosen)
-            held_out += fit.predict(inner.validation, epochs)
+        chosen = recipe["trials"][trial]
+        held_out = [row for one in trained[trial] for row in one.predictions_after(epochs)]
         temperature = fit_temperature(
             [row.grade for row in held_out if row.grade is not None],
             [row.probabilities for row in held_out],
         )
-    final = _Fit(job, folder / "final", chosen)
-    curve = final.run(fold.train, fold.test, "test", 0, epochs=epochs)
-    draws, drift = final.examine(fold.test, recipe["tile_draws"], temperature)
-    several_sites = len({row.site for row in job.rows}) > 1
+    final = _Fit(job, folder / "final", chosen, fold.train, fold.test)
+    curves = [*curves, *final.run("test", 0, epochs=epochs, keep_weights=True).points]
+    predictions = final.predict()
+    draws, pooled = final.examine(
+        recipe["tile_draws"], temperature, pool=len({row.site for row in job.rows}) > 1
+    )
+    slides = (*fold.train, *fold.test) if pooled else ()
     return UnitResult(
-        predictions=tuple(final.predict(fold.test)),
-        curves=tuple(curves + curve),
+        predictions=predictions,
+        curves=tuple(curves),
         draws=draws,
-        drift=drift,
-        similarity=final.similarity(fold.test),
-        embeddings=final.embed((*fold.train, *fold.test) if several_sites else ()),
+        drift=final.drift(),
+        similarity=final.similarity(),  # the last, since it may leave the network on a GPU
+        embeddings=np.stack([pooled[slide] for slide in slides]) if slides else np.empty((0, 0), np.float32),
         chosen={**chosen, "epochs": epochs or final.max_epochs},
         temperature=temperature,
         nested=bool(fold.inner),
@@ -111,7 +112,7 @@ def train_unit(job: Job, folder: Path) -> UnitResult:
 
 
 def choose(curves: Sequence[CurvePoint]) -> tuple[int, int]:
-    """The trial and the number of epochs by the ranked probability score, averaged over the inner folds.
+    """Chooses the trial and the number of epochs by the ranked probability score over the inner folds.
 
     The trial is the one whose best epoch is best; of its epochs the earliest that comes within two per cent
     of that. The score is smooth where a kappa of twenty results jumps.
@@ -132,7 +133,7 @@ def choose(curves: Sequence[CurvePoint]) -> tuple[int, int]:
 
 
 def results_of(predictions: Sequence[SlidePrediction], unit: ResultUnit) -> PatientResults:
-    """One result for each patient, or slide, of those that have a grade."""
+    """Makes one result of each patient, or slide, that has a grade."""
     graded = [(row.grade, row) for row in predictions if row.grade is not None]
     return patient_results(
         [grade for grade, _ in graded],
@@ -158,150 +159,173 @@ def draw_evenly(tiles: Sequence[int], n: int, seed: int) -> dict[int, NDArray[np
     return {int(slide): np.sort(rng.permutation(tiles[slide])[: n // len(slides)]) for slide in slides}
 
 
-class _Fit:
-    """One training of the unit's configuration, in a folder of its own."""
+@dataclass(frozen=True)
+class _Training:
+    """A finished training.
 
-    def __init__(self, job: Job, folder: Path, chosen: Mapping[str, Any]) -> None:
+    Attributes:
+        points: its learning curve.
+        predictions: of the monitored slides, at each point of the curve.
+    """
+
+    points: tuple[CurvePoint, ...]
+    predictions: tuple[tuple[SlidePrediction, ...], ...]
+
+    def predictions_after(self, epochs: int) -> tuple[SlidePrediction, ...]:
+        """Returns the predictions by the weights of one point of the curve."""
+        return next(
+            rows for point, rows in zip(self.points, self.predictions, strict=True) if point.epoch == epochs
+        )
+
+
+class _Fit:
+    """One training of the job's configuration; the network and the data are built once, when needed.
+
+    Args:
+        job: the unit.
+        folder: for the training alone.
+        chosen: values that differ from the configuration, by dotted name.
+        train: slides.
+        monitored: slides that are graded now and then; nothing in the training looks at them.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        folder: Path,
+        chosen: Mapping[str, Any],
+        train: Sequence[str],
+        monitored: Sequence[str],
+    ) -> None:
         self._job, self._folder = job, folder
         self._config = with_values(job.unit.recipe["fit"], chosen)
+        self._train, self._monitored = job.slides(train), job.slides(monitored)
         self._weights = folder / "weights"
         self.max_epochs = int(self._config["trainer"].get("max_epochs", EPOCHS))
 
+    @cached_property
+    def _built(self) -> tuple[SlideGrader, SlideDataModule]:
+        seed = self._job.unit.fold.seed
+        pl.seed_everything(seed, workers=True, verbose=False)
+        parser, config = _parse(self._config, self._job.grades, seed)
+        ready = parser.instantiate_classes(config)
+        parts = {"train": self._train, "val": self._monitored, "test": self._monitored}
+        return ready.model, SlideDataModule.from_slides(**parts, **ready.data)
+
     def run(
-        self,
-        train: Sequence[str],
-        monitored: Sequence[str],
-        part: str,
-        trial: int,
-        *,
-        epochs: int | None = None,
-        keep: bool = False,
-    ) -> list[CurvePoint]:
-        """Trains, unless that was done, and returns the curve of the monitored part.
+        self, part: str, trial: int, *, epochs: int | None = None, keep_weights: bool = False
+    ) -> _Training:
+        """Trains, unless that was done before.
 
         Args:
-            train: slides.
-            monitored: slides that are graded now and then; nothing in the training looks at them.
-            part: their name in the curve.
-            trial: likewise.
+            part: name of the monitored slides in the curve.
+            trial: number in the curve.
             epochs: to stop after, on the schedule of ``trainer.max_epochs``; all of them by default.
-            keep: keep the weights of each point of the curve, not only the last ones.
+            keep_weights: whether the other methods need the first and the last weights.
         """
-        done = self._folder / "curve.json"
+        done = self._folder / "training.json"
         if done.exists():
-            return [CurvePoint(**point) for point in json.loads(done.read_text(encoding="utf-8"))]
+            found = json.loads(done.read_text(encoding="utf-8"))
+            return _Training(
+                tuple(CurvePoint(**point) for point in found["points"]),
+                tuple(predictions_from(rows) for rows in found["predictions"]),
+            )
         shutil.rmtree(self._folder, ignore_errors=True)
         self._weights.mkdir(parents=True)
         recipe = self._job.unit.recipe
-        watch = _Watch(self._weights, part, trial, epochs, keep, recipe["unit"])
+        watch = _Watch(self._weights if keep_weights else None, part, trial, epochs, recipe["unit"])
         every = min(recipe["validate_every"], epochs or self.max_epochs)
         with _quiet():
-            model, data = self._build({"train": train, "val": monitored})
-            self._trainer(every, [watch]).fit(model, data)
-        text = json.dumps([asdict(point) for point in watch.points])
-        (self._folder / "curve.tmp").write_text(text, encoding="utf-8")
-        (self._folder / "curve.tmp").rename(done)
-        return watch.points
+            self._trainer(every, [watch]).fit(*self._built)
+        training = _Training(tuple(watch.points), tuple(watch.predictions))
+        partial = self._folder / "training.tmp"
+        partial.write_text(json.dumps(asdict(training)), encoding="utf-8")
+        partial.rename(done)
+        return training
 
-    def predict(self, slides: Sequence[str], epochs: int | None = None) -> list[SlidePrediction]:
-        """What the network says of slides, by its weights after so many epochs; the last by default."""
-        name = _LAST if epochs is None else f"epoch-{epochs}"
+    def predict(self) -> tuple[SlidePrediction, ...]:
+        """Predicts the monitored slides by the last weights."""
         with _quiet():
-            model, data = self._trained(slides, name)
-            self._trainer(1, []).test(model, data, verbose=False)
-        return read_predictions(self._folder / "test" / "predictions.csv")
+            model = self._loaded(_LAST)
+            self._trainer(1, []).test(model, self._built[1], verbose=False)
+        assert model.tested is not None
+        return model.tested.predictions
+
+    def drift(self) -> dict[str, float]:
+        """Measures the relative distance of each layer from its pretrained weights, where there are any."""
+        with _quiet():
+            model = self._loaded(_LAST)
+        if not model.transfer.from_pretrained:
+            return {}
+        backbone = model.network.backbone
+        anchors = dict(pretrained_backbone(backbone).net.named_parameters())
+        return {layer: apart / size for layer, (apart, size) in distances(backbone.net, anchors).items()}
 
     def examine(
-        self, slides: Sequence[str], draws: int, temperature: float
-    ) -> tuple[dict[str, list[float]], dict[str, float]]:
-        """Looks closer at the trained network.
+        self, draws: int, temperature: float, *, pool: bool
+    ) -> tuple[dict[str, list[float]], dict[str, NDArray[np.float32]]]:
+        """Embeds every tile once, with the last weights.
+
+        Args:
+            draws: gradings of each monitored slide by as many tiles as it has, drawn from them with
+                replacement; slides of one tile are left out.
+            temperature: by which these are calibrated.
+            pool: whether slides are pooled.
 
         Returns:
-            Expected grades of slides, calibrated, each draw by as many tiles as the slide has, drawn from
-            them with replacement; and how far each layer is from its pretrained weights, where the strategy
-            uses them. Slides of one tile are left out.
+            The expected grades of each slide's draws; and the embedding ``[D]`` of each slide, empty
+            unless ``pool``.
         """
-        with _quiet():
-            model, data = self._trained(slides, _LAST)
-            data.setup("test")
-        network = model.network.eval()
-        drift = {}
-        if model.transfer.from_pretrained:
-            anchors = dict(pretrained_backbone(network.backbone).net.named_parameters())
-            found = distances(network.backbone.net, anchors)
-            drift = {layer: apart / size for layer, (apart, size) in found.items()}
-        rng = np.random.default_rng(self._job.unit.fold.seed)
         scores: dict[str, list[float]] = {}
-        for slide in data.slides["test"] if draws else ():
-            n_tiles = len(slide.cache)
-            if n_tiles < 2:
-                continue
-            with torch.inference_mode():
-                embeddings = _tile_embeddings(network, slide.cache, data.chunk_size)
-                mask = torch.ones((1, n_tiles), dtype=torch.bool)
-                graded = [  # one after the other: a slide's embeddings may be hundreds of megabytes
-                    network.grade(embeddings[rng.integers(n_tiles, size=n_tiles)][None], mask)[0]
-                    for _ in range(draws)
-                ]
-                probabilities = network.head.probabilities(torch.cat(graded)).double().numpy()
-            grades = np.arange(probabilities.shape[1])
-            scores[slide.row.slide_id] = (with_temperature(probabilities, temperature) @ grades).tolist()
-        return scores, drift
-
-    def embed(self, slides: Sequence[str]) -> NDArray[np.float32]:
-        """Slides as the trained network pools them, ``[n, D]`` in their order."""
         pooled: dict[str, NDArray[np.float32]] = {}
-        if not slides:
-            return np.empty((0, 0), np.float32)
+        rng = np.random.default_rng(self._job.unit.fold.seed)
         with _quiet(), torch.inference_mode():
-            model, data = self._trained(slides, _LAST)
-            data.setup("test")
-            network = model.network.eval()
-            for slide in data.slides["test"]:
-                tiles = _tile_embeddings(network, slide.cache, data.chunk_size)[None]
-                mask = torch.ones(tiles.shape[:2], dtype=torch.bool)
-                pooled[slide.row.slide_id] = network.aggregator(tiles, mask).embedding[0].float().numpy()
-        return np.stack([pooled[slide] for slide in slides])
+            network, chunk_size = self._loaded(_LAST).network.eval(), self._built[1].chunk_size
+            for slide in (*self._train, *self._monitored) if pool else self._monitored:
+                n_tiles = len(slide.cache)
+                drawn = draws if slide in self._monitored and n_tiles > 1 else 0
+                if not (pool or drawn):
+                    continue
+                tiles = _tile_embeddings(network, slide.cache, chunk_size)
+                mask = torch.ones((1, n_tiles), dtype=torch.bool)
+                if pool:
+                    embedding = network.aggregator(tiles[None], mask).embedding[0]
+                    pooled[slide.row.slide_id] = embedding.float().numpy()
+                if drawn:
+                    graded = [  # one after the other: a slide's embeddings may be hundreds of megabytes
+                        network.grade(tiles[rng.integers(n_tiles, size=n_tiles)][None], mask)[0]
+                        for _ in range(drawn)
+                    ]
+                    rows = network.head.probabilities(torch.cat(graded).double()).numpy()
+                    tempered = with_temperature(rows, temperature)
+                    scores[slide.row.slide_id] = (tempered @ np.arange(rows.shape[1])).tolist()
+        return scores, pooled
 
-    def similarity(self, slides: Sequence[str]) -> dict[str, float]:
-        """How alike each block is before and after training: linear CKA on tiles of the slides, unbiased.
+    def similarity(self) -> dict[str, float]:
+        """Computes the linear CKA of each block before and after training on monitored tiles, unbiased.
 
-        A block that makes the same of every tile is left out; nothing can be said from fewer than four tiles.
+        Blocks that give the same for every tile are left out; with fewer than four tiles all are.
         """
-        layers = []
+        caches = [slide.cache for slide in self._monitored]
+        drawn = draw_evenly([len(cache) for cache in caches], _SIMILARITY_TILES, self._job.unit.fold.seed)
+        tiles = np.concatenate([caches[number].read(part) for number, part in drawn.items()])
+        if len(tiles) < 4:
+            return {}
         with _quiet():
-            _, data = self._trained(slides, _START)
-            data.setup("test")
-            caches = [slide.cache for slide in data.slides["test"]]
-            drawn = draw_evenly([len(cache) for cache in caches], _SIMILARITY_TILES, self._job.unit.fold.seed)
-            tiles = np.concatenate([caches[number].read(part) for number, part in drawn.items()])
-            if len(tiles) < 4:
-                return {}
-            for name in (_START, _LAST):
-                model, _ = self._trained(slides, name)
-                layers.append(embed_layers(model.network.backbone, tiles))
-        before, after = layers
+            before, after = (
+                embed_layers(self._loaded(name).network.backbone, tiles) for name in (_START, _LAST)
+            )
         found = {
             layer: linear_cka(values, after[layer], permutations=1).value for layer, values in before.items()
         }
         return {layer: value for layer, value in found.items() if np.isfinite(value)}
 
-    def _trained(self, slides: Sequence[str], name: str) -> tuple[SlideGrader, SlideDataModule]:
-        """The network as it was saved under a name, with slides as its test part."""
-        model, data = self._build({"test": slides})
+    def _loaded(self, name: str) -> SlideGrader:
+        """Returns the network with the weights that were saved under a name."""
+        model, _ = self._built
         weights = torch.load(self._weights / f"{name}.pt", weights_only=True, map_location="cpu")
         model.network.load_state_dict(weights)
-        return model, data
-
-    def _build(self, parts: Mapping[str, Sequence[str]]) -> tuple[SlideGrader, SlideDataModule]:
-        manifest = self._folder / f"{'-'.join(parts)}.csv"
-        of = {slide: part for part, slides in parts.items() for slide in slides}
-        write_manifest(manifest, self._job.part(of), of)
-        seed = self._job.unit.fold.seed
-        pl.seed_everything(seed, workers=True, verbose=False)
-        parser, config = _parse(self._config, manifest, self._job.cache, self._job.grades, seed)
-        ready = parser.instantiate_classes(config)
-        return ready.model, ready.data
+        return model
 
     def _trainer(self, every: int, callbacks: list[Callback]) -> pl.Trainer:
         options = {
@@ -325,21 +349,22 @@ class _Fit:
 
 
 def _tile_embeddings(network: GradingNetwork, cache: SlideCache, chunk: int) -> torch.Tensor:
-    """``[N, D]`` of all tiles of a slide, so many at a time."""
+    """Embeds all tiles of a slide, so many at a time: ``[N, D]``."""
     parts = np.array_split(np.arange(len(cache)), -(-len(cache) // chunk))
     return torch.cat([network.backbone(channels_first(cache.read(part))) for part in parts])
 
 
 class _Watch(Callback):
-    """Writes the curve and the weights, and stops after so many epochs."""
+    """Keeps the curve, the predictions and the first and last weights, and stops after so many epochs."""
 
     def __init__(
-        self, weights: Path, part: str, trial: int, epochs: int | None, keep: bool, unit: ResultUnit
+        self, weights: Path | None, part: str, trial: int, epochs: int | None, unit: ResultUnit
     ) -> None:
         self.points: list[CurvePoint] = []
+        self.predictions: list[tuple[SlidePrediction, ...]] = []
         self._unit: ResultUnit = unit
         self._weights, self._part, self._trial = weights, part, trial
-        self._epochs, self._keep = epochs, keep
+        self._epochs = epochs
         self._seconds, self._started = 0.0, 0.0
         self._losses: list[torch.Tensor] = []
 
@@ -363,8 +388,9 @@ class _Watch(Callback):
         done = trainer.current_epoch + 1
         is_last = done == (self._epochs or trainer.max_epochs)
         if done % trainer.check_val_every_n_epoch == 0:  # type: ignore[operator] # always a number here
-            assert isinstance(pl_module, SlideGrader)
-            results = results_of(pl_module.validated, self._unit)
+            assert isinstance(pl_module, SlideGrader) and pl_module.validated is not None
+            self.predictions.append(pl_module.validated.predictions)
+            results = results_of(self.predictions[-1], self._unit)
             self.points.append(
                 CurvePoint(
                     part=self._part,
@@ -379,8 +405,6 @@ class _Watch(Callback):
                     log_loss=float(log_loss(results.true, results.probabilities)),
                 )
             )
-            if self._keep:
-                self._save(pl_module, f"epoch-{done}")
         if is_last:
             self._save(pl_module, _LAST)
             trainer.should_stop = True
@@ -392,33 +416,19 @@ class _Watch(Callback):
 
     def _save(self, module: pl.LightningModule, name: str) -> None:
         assert isinstance(module, SlideGrader)
-        torch.save(module.network.state_dict(), self._weights / f"{name}.pt")
-
-
-def write_manifest(path: Path, rows: Sequence[ManifestRow], split: Mapping[str, str]) -> None:
-    """Writes slides with their part in the ``split`` column, as ``slidetl fit`` reads it."""
-    readers = max((len(row.reader_grades) for row in rows), default=0)
-    columns = ["slide_id", "path", "patient_id", "grade", "site", "scanner", "stain", "block", "mpp", "split"]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*columns, *(f"grade_reader{number + 1}" for number in range(readers))])
-        for row in rows:
-            values = [row.slide_id, row.path, row.patient_id, row.grade]
-            values += [row.site, row.scanner, row.stain, row.block]
-            values += [row.mpp, split[row.slide_id], *row.reader_grades]
-            writer.writerow(["" if value is None else value for value in values])
+        if self._weights is not None:
+            torch.save(module.network.state_dict(), self._weights / f"{name}.pt")
 
 
 def _parse(
-    config: Mapping[str, Any], manifest: Path, cache: Path, grades: Sequence[str], seed: int
+    config: Mapping[str, Any], grades: Sequence[str], seed: int
 ) -> tuple[LightningArgumentParser, Any]:
-    """The parser of a training's configuration, and the configuration as it understands it."""
+    """Returns the parser of a training's configuration, and the configuration as it understands it."""
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(SlideGrader, "model")
-    parser.add_lightning_class_args(SlideDataModule, "data")
+    parser.add_class_arguments(SlideDataModule, "data", skip={"manifest", "cache"}, instantiate=False)
     parser.add_class_arguments(pl.Trainer, "trainer", instantiate=False)
-    data = {**config["data"], "manifest": str(manifest), "cache": str(cache)}
-    data |= {"grades": list(grades), "seed": seed}
+    data = {**config["data"], "grades": list(grades), "seed": seed}
     model = {**config["model"], "grades": list(grades)}
     try:
         return parser, parser.parse_object({"model": model, "data": data, "trainer": dict(config["trainer"])})
@@ -429,7 +439,7 @@ def _parse(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Leaves out what Lightning says of every training: there are hundreds."""
+    """Silences the messages of Lightning that are the same for each of hundreds of trainings."""
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,13 +1,12 @@
-"""One arm on one fold: fitted on the training part, and what it says of the test part. A folder on disk."""
+"""Compute one arm on one fold, and keep its result as a folder on disk."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -15,19 +14,16 @@ import numpy as np
 
 import slidetl
 from slidetl.compare.plan import FORMAT_VERSION, Unit, permuted
-from slidetl.compare.records import CurvePoint, Job, UnitResult
+from slidetl.compare.records import CurvePoint, Job, UnitResult, predictions_from
 from slidetl.data.study import Study
 from slidetl.errors import UsageError
 from slidetl.tiles.lock import slide_lock
-from slidetl.training.predictions import read_predictions, write_predictions
 
-_ABOUT, _PREDICTIONS, _CURVES, _DRAWS = "unit.json", "predictions.csv", "curves.csv", "draws.json"
-_EMBEDDINGS = "embeddings.npy"
-_HASHED = (_PREDICTIONS, _CURVES, _DRAWS, _EMBEDDINGS)
+_ABOUT, _RESULT, _EMBEDDINGS = "unit.json", "result.json", "embeddings.npy"
 
 
 def job_of(unit: Unit, study: Study, grades: Sequence[str], folder: Path, threads: int = 1) -> Job:
-    """The unit with the part of the study that it needs."""
+    """Joins a unit with the part of the study that it needs."""
     inside = {*unit.fold.train, *unit.fold.test}
     labelled = study if unit.permutation is None else permuted(study, unit.permutation)
     rows = tuple(row for row in labelled.rows if row.slide_id in inside)
@@ -50,10 +46,14 @@ def run_unit(job: Job) -> None:
         work = building / "result"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir()
-        write_predictions(work / _PREDICTIONS, result.predictions)
-        _write_curves(work / _CURVES, result.curves)
-        (work / _DRAWS).write_text(json.dumps(dict(result.draws)) + "\n", encoding="utf-8")
-        np.save(work / _EMBEDDINGS, result.embeddings)
+        values = {item.name: getattr(result, item.name) for item in fields(UnitResult)}
+        np.save(work / _EMBEDDINGS, values.pop("embeddings"))
+        values |= {
+            "predictions": [asdict(row) for row in result.predictions],
+            "curves": [asdict(point) for point in result.curves],
+            "seconds": round(time.monotonic() - started, 3),
+        }
+        (work / _RESULT).write_text(json.dumps(values) + "\n", encoding="utf-8")
         about = {
             "format": FORMAT_VERSION,
             "software": f"slidetl {slidetl.__version__}",
@@ -61,13 +61,7 @@ def run_unit(job: Job) -> None:
             "seed": job.unit.fold.seed,
             "train_slides": len(job.unit.fold.train),
             "test_slides": len(job.unit.fold.test),
-            "chosen": result.chosen,
-            "drift": dict(result.drift),
-            "similarity": dict(result.similarity),
-            "temperature": result.temperature,
-            "nested": result.nested,
-            "seconds": round(time.monotonic() - started, 3),
-            "sha256": {name: _sha256(work / name) for name in _HASHED},
+            "sha256": {name: _sha256(work / name) for name in (_RESULT, _EMBEDDINGS)},
         }
         (work / _ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
         finished = job.folder / job.unit.key
@@ -86,18 +80,10 @@ def read_unit(folder: Path, key: str) -> UnitResult | None:
             return None
         if any(_sha256(unit / name) != sha256 for name, sha256 in about["sha256"].items()):
             return None
-        return UnitResult(
-            predictions=tuple(read_predictions(unit / _PREDICTIONS)),
-            curves=tuple(_read_curves(unit / _CURVES)),
-            draws=json.loads((unit / _DRAWS).read_text(encoding="utf-8")),
-            drift=about["drift"],
-            similarity=about["similarity"],
-            embeddings=np.load(unit / _EMBEDDINGS, allow_pickle=False),
-            chosen=about["chosen"],
-            temperature=about["temperature"],
-            nested=about["nested"],
-            seconds=about["seconds"],
-        )
+        values = json.loads((unit / _RESULT).read_text(encoding="utf-8"))
+        values["predictions"] = predictions_from(values["predictions"])
+        values["curves"] = tuple(CurvePoint(**point) for point in values["curves"])
+        return UnitResult(**values, embeddings=np.load(unit / _EMBEDDINGS, allow_pickle=False))
     except (OSError, KeyError, TypeError, ValueError):
         return None
 
@@ -118,27 +104,6 @@ def _compute(job: Job, folder: Path) -> UnitResult:
         if "baseline" in recipe:
             return grade_by_baseline(job)
     raise UsageError(f"a unit is a fit, classical or a baseline, not {sorted(recipe)}")
-
-
-def _write_curves(path: Path, points: Iterable[CurvePoint]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [item.name for item in fields(CurvePoint)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(point) for point in points)
-
-
-def _read_curves(path: Path) -> list[CurvePoint]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return [
-            CurvePoint(
-                row["part"],
-                int(row["trial"]),
-                int(row["epoch"]),
-                int(row["n"]),
-                *(float(row[item.name]) for item in fields(CurvePoint)[4:]),
-            )
-            for row in csv.DictReader(file)
-        ]
 
 
 def _sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""How well a model does, from predictions of slides that were kept from it: what its card says of it."""
+"""Compute the evidence on a model card from predictions of slides that were kept from the training."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _LEAST_PATIENTS = 10
 
 
 def evidence_from(path: Path, coverage: float = 0.9, arm: str | None = None) -> Evidence:
-    """Reads predictions of slides kept from the training, and sums them up.
+    """Reads predictions of slides kept from the training, and computes their metrics.
 
-    Figures are those of the predictions as they are, with BCa intervals over patients, the models held
-    fixed. Where a comparison has tempered the probabilities (its column ``temperature``), that is undone:
-    the network to be exported gives them untempered. The temperature is then fitted on the same slides, and
-    the sets of grades on what it makes of them. One number fitted on all of them hardly flatters the sets;
-    check them on folds with :func:`slidetl.evaluation.conformal.check_coverage`, which ``slidetl compare``
-    does with results: of patients, where a patient is one.
+    Metrics are those of the probabilities as the network gave them (in a table of ``slidetl compare`` the
+    columns ``uncalibrated_K``), with BCa intervals over patients, the models held fixed. The temperature is
+    fitted on the same slides, and the sets of grades on the probabilities that it calibrates. One number
+    fitted on all of them hardly flatters the sets; check them on folds with
+    :func:`slidetl.evaluation.conformal.check_coverage`, which ``slidetl compare`` does with results: of
+    patients, where a patient is one.
 
     Args:
         path: ``predictions.csv`` of ``slidetl test`` or of ``slidetl compare``; of several repeats the first
@@ -36,7 +36,8 @@ def evidence_from(path: Path, coverage: float = 0.9, arm: str | None = None) -> 
         arm: which arm of a comparison.
 
     Raises:
-        UsageError: no such table, too few graded patients in it, or several arms and none named.
+        UsageError: no such table, too few graded patients in it, several arms and none named, or a table of
+            an older ``slidetl compare``, which has calibrated probabilities alone.
     """
     if not 0 < coverage < 1:
         raise UsageError(f"expected a coverage between 0 and 1, not {coverage}")
@@ -51,13 +52,16 @@ def evidence_from(path: Path, coverage: float = 0.9, arm: str | None = None) -> 
         rows = [row for row in rows if row["grade"] and (arm is None or row["arm"] == arm)]
         repeats = sorted({row["repeat"] for row in rows if "repeat" in row}, key=int)
         rows = [row for row in rows if not repeats or row["repeat"] == repeats[0]]
-        names = [key for key in rows[0] if key.startswith("probability_")] if rows else []
+        kind = "uncalibrated_" if rows and "temperature" in rows[0] else "probability_"
+        names = [key for key in rows[0] if key.startswith(kind)] if rows else []
+        if rows and not names:
+            raise UsageError(
+                f"{path}: expected columns {kind}0, {kind}1, ..., found none; a table of an older version "
+                "has calibrated probabilities alone: write it again with 'slidetl compare'"
+            )
         true = np.array([int(row["grade"]) for row in rows], np.int64)
         probabilities = np.array([[float(row[key]) for key in names] for row in rows], np.float64)
         patients = np.array([row["patient_id"] for row in rows])
-        tempered = np.array([float(row.get("temperature") or 1) for row in rows])
-        if not (tempered > 0).all():
-            raise ValueError(f"temperatures must be above 0, not {tempered.min()}")
     except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, UsageError):
             raise
@@ -67,7 +71,6 @@ def evidence_from(path: Path, coverage: float = 0.9, arm: str | None = None) -> 
             f"{path}: graded slides of {len(set(patients))} patients say too little; "
             f"expected at least {_LEAST_PATIENTS}"
         )
-    probabilities /= probabilities.sum(1, keepdims=True)  # they were rounded
     predicted = probabilities.argmax(1)
     figures = {
         "QWK": partial(qwk, true, predicted, len(names)),
@@ -75,9 +78,6 @@ def evidence_from(path: Path, coverage: float = 0.9, arm: str | None = None) -> 
         "MAE": partial(mae, true, predicted),
     }
     intervals = {name: bca_interval(figure, patients) for name, figure in figures.items()}
-    probabilities = np.stack(
-        [with_temperature(row, 1 / by) for row, by in zip(probabilities, tempered, strict=True)]
-    )
     temperature = fit_temperature(true, probabilities)
     sets = fit_grade_sets(true, with_temperature(probabilities, temperature), patients, risk=1 - coverage)
     return Evidence(

@@ -23,10 +23,11 @@ from sklearn.metrics import accuracy_score, cohen_kappa_score
 from slidetl.cli import main
 from slidetl.compare.config import read_comparison
 from slidetl.compare.plan import Unit, read_slides
-from slidetl.compare.records import Job, UnitResult
+from slidetl.compare.records import CurvePoint, Job, UnitResult
 from slidetl.compare.run import plan_comparison
-from slidetl.compare.train_arm import draw_evenly
+from slidetl.compare.train_arm import choose, draw_evenly, train_unit
 from slidetl.compare.unit import job_of, read_unit, run_unit
+from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.study import Study
 from slidetl.errors import UsageError
 from slidetl.evaluation.calibration import fit_temperature, with_temperature
@@ -205,13 +206,14 @@ def test_a_damaged_unit_is_computed_again(
 ) -> None:
     shutil.copytree(compared, tmp_path / "out")
     key = next(row["key"] for row in table(compared / "units.csv") if row["arm"] == "prior")
-    predictions = tmp_path / "out" / "units" / key / "predictions.csv"
-    whole = predictions.read_text()
-    predictions.write_text(whole.replace("0", "1", 1))
+    result = tmp_path / "out" / "units" / key / "result.json"
+    whole = json.loads(result.read_text())
+    result.write_text(json.dumps({**whole, "temperature": 2}))
     path = configuration(study, tmp_path)
     assert main(["compare", "--config", str(path), "--output", str(tmp_path / "out"), "--jobs", "1"]) == 0
     assert "3 units are there, 1 to be computed" in capfd.readouterr().err
-    assert predictions.read_text() == whole
+    again = json.loads(result.read_text())
+    assert again | {"seconds": 0} == whole | {"seconds": 0}
 
 
 def test_a_killed_run_goes_on_to_the_same_figures(compared: Path, study: Cohort, tmp_path: Path) -> None:
@@ -386,7 +388,9 @@ def first_unit(path: Path, arm: str, folder: Path) -> tuple[Study, Unit, UnitRes
     return plan.study, unit, found
 
 
-def test_choices_are_made_in_inner_folds_alone(study: Cohort, tmp_path: Path) -> None:
+def test_choices_are_made_in_inner_folds_alone(
+    study: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = configuration(
         study,
         tmp_path,
@@ -397,7 +401,26 @@ def test_choices_are_made_in_inner_folds_alone(study: Cohort, tmp_path: Path) ->
         },
     )
     comparison = read_comparison(path)
-    _, unit, found = first_unit(path, "scratch", tmp_path / "units")
+    plan = plan_comparison(comparison)
+    unit = next(unit for unit in plan.units if unit.arm == "scratch")
+    job = job_of(unit, plan.study, comparison.grades, tmp_path)
+    built = []
+    from_slides = SlideDataModule.from_slides
+
+    def counted(*slides: Any, **options: Any) -> SlideDataModule:
+        built.append(1)
+        return from_slides(*slides, **options)
+
+    monkeypatch.setattr(SlideDataModule, "from_slides", counted)
+    found = train_unit(job, tmp_path / "work")
+    assert len(built) == 2 * 2 + 1  # once for each training: of two trials in two inner folds, and the last
+    # A training leaves what resuming it needs, to the last digit, and no table or picture.
+    left = {str(path.relative_to(tmp_path / "work")) for path in (tmp_path / "work").rglob("*.*")}
+    inner = {f"trial-{trial}-inner-{number}/training.json" for trial in (0, 1) for number in (0, 1)}
+    weights = {f"final/weights/{name}.pt" for name in ("start", "last")}
+    assert left == {*inner, "final/training.json", *weights}
+    again = train_unit(job, tmp_path / "work")
+    assert again == found and np.array_equal(again.embeddings, found.embeddings)
     assert found.nested
     parts = {(point.part, point.trial) for point in found.curves}
     assert parts == {("inner-0", 0), ("inner-1", 0), ("inner-0", 1), ("inner-1", 1), ("test", 0)}
@@ -410,9 +433,10 @@ def test_choices_are_made_in_inner_folds_alone(study: Cohort, tmp_path: Path) ->
         for epoch in (1, 2)
     }
     trial = min(means, key=lambda at: means[at])[0]
+    best = min(means[trial, epoch] for epoch in (1, 2))
     assert found.chosen is not None
     assert found.chosen["model.lr"] == (1e-3, 1e-7)[trial]
-    assert found.chosen["epochs"] in (1, 2)
+    assert found.chosen["epochs"] == (1 if means[trial, 1] <= 1.02 * best else 2)
     assert max(p.epoch for p in found.curves if p.part == "test") == found.chosen["epochs"]
     assert 0.05 <= found.temperature <= 20
     assert found.temperature != 1
@@ -470,6 +494,25 @@ def test_labels_are_permuted_before_anything_is_fitted(study: Cohort, tmp_path: 
     assert main(["compare", "--config", str(path), "--output", str(tmp_path / "out"), "--only", "prior"]) == 0
     (row,) = [row for row in table(tmp_path / "out" / "results.csv") if row["section"] == "chance"]
     assert float(row["p"]) in (0.25, 0.5, 0.75, 1.0)
+
+
+def test_the_earliest_epoch_within_two_per_cent_of_the_best_is_chosen() -> None:
+    def point(trial: int, epoch: int, rps: float) -> CurvePoint:
+        return CurvePoint("inner-0", trial, epoch, 9, 1.0, 1.0, 0.5, 0.5, rps, 1.0)
+
+    curves = [point(0, 1, 0.2), point(0, 2, 0.11)]
+    for early, chosen in ((0.1021, (1, 2)), (0.1019, (1, 1))):
+        assert choose([*curves, point(1, 1, early), point(1, 2, 0.1), point(1, 3, 0.1)]) == chosen
+
+
+def test_a_unit_is_read_back_to_the_last_digit(study: Cohort, tmp_path: Path) -> None:
+    manifest = relabelled(study, tmp_path, patient_id=lambda row: f"={row['patient_id']}")
+    path = configuration(study, tmp_path, manifest=str(manifest))
+    plan, unit, found = first_unit(path, "prior", tmp_path / "units")
+    grades = [row.grade for row in plan.rows if row.slide_id in unit.fold.train]
+    shares = tuple(grades.count(grade) / len(grades) for grade in range(5))
+    assert {row.probabilities for row in found.predictions} == {shares}
+    assert all(row.patient_id.startswith("=") for row in found.predictions)  # in memory it is no cell
 
 
 def test_a_baseline_by_site_knows_the_site_alone(study: Cohort, tmp_path: Path) -> None:

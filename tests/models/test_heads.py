@@ -214,6 +214,19 @@ def test_thresholds_stay_ordered_whatever_training_does() -> None:
     assert (head.probabilities(logits[None]) >= 0).all()
 
 
+@pytest.mark.parametrize("make", [CumulativeLink, RegressionWithThresholds])
+def test_thresholds_that_meet_leave_the_loss_finite(
+    make: type[CumulativeLink] | type[RegressionWithThresholds],
+) -> None:
+    head = make(2, 5)
+    with torch.no_grad():
+        head.gaps.fill_(-200.0)  # softplus is 0: grades 1 to 3 have a probability of 0
+    loss = head.loss(head(torch.randn(4, 2)), torch.tensor([0, 1, 3, 4]))
+    loss.backward()
+    assert 1 < loss.item() < 50
+    assert all(value.grad is None or value.grad.isfinite().all() for value in head.parameters())
+
+
 def test_learns_an_ordinal_rule() -> None:
     torch.manual_seed(0)
     x = torch.linspace(-3, 3, 200)[:, None]

@@ -22,6 +22,7 @@ from slidetl.models.penalties import (
     channel_attention,
     ramp,
     recorded,
+    squared_distance,
 )
 from slidetl.models.transfer import SharedActivations, SharedBoth, SharedWeights
 
@@ -127,6 +128,17 @@ def test_activation_penalty_is_the_closed_form() -> None:
         by_tile = ((here - there) ** 2).mean(2)
         expected += np.mean([by_tile[slide][mask[slide].numpy()].mean() for slide in range(2)])
     assert found.item() == pytest.approx(0.7 * expected, rel=1e-5)
+
+
+def test_penalties_of_half_precision_are_computed_in_single() -> None:
+    # 1001 is no number of bfloat16, and neither is the square of 1 + 1/128.
+    ones, zeros = (make(1001, dtype=torch.bfloat16) for make in (torch.ones, torch.zeros))
+    distance = squared_distance([ones], [zeros])
+    assert distance.dtype == torch.float32 and distance.item() == 1001
+    activation = torch.full((1, 4, 2, 2), 1 + 1 / 128, dtype=torch.bfloat16)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    found = activation_distance({"a": activation}, {"a": torch.zeros_like(activation)}, mask, {})
+    assert found.dtype == torch.float32 and found.item() == (1 + 1 / 128) ** 2
 
 
 def test_activation_penalty_agrees_with_finite_differences() -> None:

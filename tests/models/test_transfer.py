@@ -115,6 +115,13 @@ class TestWarmRestartStepwise(StrategyContract):
             counts.append(sum(any(block[0] is p for p in resting) for block in blocks))
         assert counts == [8, 6, 4, 2, 0, 0]
 
+    def test_a_part_of_a_block_joins_in_whole(self) -> None:
+        backbone = self.network().backbone
+        blocks = blocks_of(backbone)
+        strategy = WarmRestart(gradual_unfreezing_epochs=2)  # eight blocks in thirds: 2.67, 5.33, 8
+        resting = [{id(p) for p in strategy.frozen(backbone, epoch)} for epoch in range(3)]
+        assert [sum(id(block[0]) in rest for block in blocks) for rest in resting] == [5, 2, 0]
+
     def test_frozen_blocks_keep_their_statistics(self) -> None:
         network = self.network()
         strategy = WarmRestart(head_first_epochs=1, batch_statistics=True)
