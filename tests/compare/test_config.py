@@ -9,7 +9,7 @@ from slidetl.compare.train_arm import check_configs
 from slidetl.errors import UsageError
 from slidetl.evaluation.protocol import Protocol
 
-CONFIGS = sorted((Path(__file__).parents[3] / "configs" / "compare").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "compare").glob("*.yaml"))
 
 PLAIN = """
 manifest: m.csv
