@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Mapping
 from types import UnionType
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from slidetl.errors import ModelFileError, UsageError
 
@@ -81,7 +81,9 @@ def _convert(kind: Any, value: Any, place: str) -> Any:
             return kind(**values)  # type: ignore[operator] # mypy narrows to an instance
         except TypeError as error:  # one is missing
             raise UsageError(f"{place}: {error}") from error
-    if kind is str:
+    if of is Literal:
+        fits = isinstance(value, str) and value in kinds
+    elif kind is str:
         fits = isinstance(value, str) and len(value) <= _MAX_TEXT and not _CONTROL.search(value)
     elif kind in (int, float):
         is_number = isinstance(value, int | kind) and not isinstance(value, bool)
@@ -91,4 +93,6 @@ def _convert(kind: Any, value: Any, place: str) -> Any:
     if fits:
         return value
     expected = {str: "one line of text", float: "a finite number", int: "a whole number"}.get(kind, kind)
+    if of is Literal:
+        expected = f"one of {', '.join(kinds)}"
     raise UsageError(f"{place}: expected {expected}, found {value!r:.100}")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -31,6 +31,7 @@ class Tree:
     words: tuple[str, ...] = ()
     leaf: Leaf | None = None
     choice: str | int | bool = 0
+    codec: Literal["jpeg", "zstd"] = "jpeg"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -75,6 +76,7 @@ def test_round_trip() -> None:
         ({"words": ["x", None]}, "card.words"),
         ({"leaf": {"other": 1}}, r"card.leaf: unknown fields \['other'\]"),
         ({"choice": 1.5}, "card.choice"),
+        ({"codec": "png"}, "card.codec: expected one of jpeg, zstd, found 'png'"),
         ({"format_version": 99}, "expected a model of format 3, found 99"),
     ],
 )
