@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from slidetl.compare.plan import Unit
 from slidetl.data.manifest import ManifestRow
-from slidetl.data.study import CachedSlide
+from slidetl.data.study import CachedSlide, check_identity
 from slidetl.tiles.store import SlideCache, cache_path
 from slidetl.training.predictions import SlidePrediction
 
@@ -24,6 +24,7 @@ class Job:
     Attributes:
         unit: what is computed.
         rows: of the manifest, of the slides in its fold.
+        fingerprints: SHA-256 of the slides whose tiles these were when the study was read, by slide.
         cache: the folder of the tile caches.
         grades: names, lowest first.
         folder: where units lie.
@@ -32,6 +33,7 @@ class Job:
 
     unit: Unit
     rows: tuple[ManifestRow, ...]
+    fingerprints: Mapping[str, str]
     cache: Path
     grades: tuple[str, ...]
     folder: Path
@@ -49,8 +51,16 @@ class Job:
         )
 
     def open(self, slides: Iterable[str]) -> list[SlideCache]:
-        """The tiles of some slides, in their order."""
-        return [SlideCache.open(cache_path(self.cache, row.slide_id)) for row in self.part(slides)]
+        """Opens the tiles of some slides, in the order of the rows.
+
+        Raises:
+            CacheMissingError: a cache is gone.
+            CacheMismatchError: a cache was replaced since the study was read.
+        """
+        caches = [SlideCache.open(cache_path(self.cache, row.slide_id)) for row in self.part(slides)]
+        for row, cache in zip(self.part(slides), caches, strict=True):
+            check_identity(cache, row.slide_id, self.fingerprints[row.slide_id], "the study that was read")
+        return caches
 
 
 @dataclass(frozen=True)

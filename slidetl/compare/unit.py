@@ -26,8 +26,16 @@ def job_of(unit: Unit, study: Study, grades: Sequence[str], folder: Path, thread
     """Joins a unit with the part of the study that it needs."""
     inside = {*unit.fold.train, *unit.fold.test}
     labelled = study if unit.permutation is None else permuted(study, unit.permutation)
-    rows = tuple(row for row in labelled.rows if row.slide_id in inside)
-    return Job(unit, rows, study.folder, tuple(grades), folder, threads)
+    slides = [slide for slide in labelled.slides if slide.row.slide_id in inside]
+    return Job(
+        unit,
+        rows=tuple(slide.row for slide in slides),
+        fingerprints={slide.row.slide_id: slide.cache.fingerprint for slide in slides},
+        cache=study.folder,
+        grades=tuple(grades),
+        folder=folder,
+        threads=threads,
+    )
 
 
 def run_unit(job: Job) -> None:

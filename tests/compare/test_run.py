@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from slidetl.compare.train_arm import choose, draw_evenly, train_unit
 from slidetl.compare.unit import job_of, read_unit, run_unit
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.study import Study
-from slidetl.errors import UsageError
+from slidetl.errors import CacheMismatchError, UsageError
 from slidetl.evaluation.calibration import fit_temperature, with_temperature
 from slidetl.evaluation.classical import fit_ridge
 from slidetl.evaluation.protocol import Fold, canonical_sha256
@@ -552,6 +553,18 @@ def computed(job: Job) -> tuple[SlidePrediction, ...]:
     found = read_unit(job.folder, job.unit.key)
     assert found is not None
     return found.predictions
+
+
+def test_tiles_exchanged_after_the_study_was_read_are_refused(study: Cohort, tmp_path: Path) -> None:
+    moved = replace(study, cache=tmp_path / "cache")
+    shutil.copytree(study.cache, moved.cache)
+    _, job = planned(moved, tmp_path, {"baseline": "colour_area"})
+    one, other = (moved.cache / f"{slide}.zarr" for slide in job.unit.fold.train[:2])
+    one.rename(tmp_path / "kept")
+    other.rename(one)
+    (tmp_path / "kept").rename(other)
+    with pytest.raises(CacheMismatchError, match="the tiles of another file than the study that was read"):
+        run_unit(job)
 
 
 @pytest.mark.parametrize("arm", [{"fit": SCRATCH}, {"baseline": "colour_area"}], ids=["fit", "colour"])
