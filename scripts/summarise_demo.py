@@ -19,7 +19,7 @@ from rich.table import Table
 
 from slidetl.compare.colour import colour_features
 from slidetl.data.manifest import read_manifest
-from slidetl.evaluation.baselines import colour_baseline
+from slidetl.evaluation.baselines import fit_best
 from slidetl.evaluation.bootstrap import Interval, percentile_interval
 from slidetl.evaluation.metrics import accuracy, difference, qwk
 from slidetl.tiles.store import SlideCache
@@ -38,7 +38,8 @@ def main(folder: Path) -> int:
     rows = read_manifest(folder / "data" / "manifest.csv", N_GRADES).rows
     features = colour_features(SlideCache.open(folder / "cache" / f"{row.slide_id}.zarr") for row in rows)
     # Out of fold over all slides of the demo, training slides included: more than the network had.
-    baseline = colour_baseline(features, [row.grade for row in rows], [row.patient_id for row in rows])
+    grades = [row.grade for row in rows if row.grade is not None]
+    baseline = fit_best(features, grades, [row.patient_id for row in rows], N_GRADES)
     by_slide = dict(zip((row.slide_id for row in rows), baseline.predictions.tolist(), strict=True))
     colour = np.array([by_slide[row.slide_id] for row in predictions])
     tested = {row.slide_id for row in predictions}
@@ -60,7 +61,7 @@ def main(folder: Path) -> int:
         table.add_column(heading)
     arms = {
         "slidetl": model,
-        f"mean colour and tissue area ({baseline.name})": colour,
+        f"mean colour and tissue area ({baseline.grader.model})": colour,
         "chance (the most common grade)": chance,
     }
     for name, predicted in arms.items():

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from slidetl.errors import UsageError
-from slidetl.evaluation.classical import POOLS, Pool
+from slidetl.evaluation.classical import POOLS, ClassicalModel, Pool
 from slidetl.evaluation.protocol import Protocol
 
 Figure = Literal["qwk", "accuracy", "mae", "rps", "log_loss"]
 FIGURES: tuple[Figure, ...] = ("qwk", "accuracy", "mae", "rps", "log_loss")
 Baseline = Literal["prior", "colour_area", "site", "collagen"]
 BASELINES: tuple[Baseline, ...] = ("prior", "colour_area", "site", "collagen")
-ClassicalModel = Literal["ridge", "ordinal", "logistic", "trees"]
 
 # Epochs where ``trainer.max_epochs`` says nothing, as ``slidetl fit``.
 EPOCHS = 30

@@ -1,25 +1,21 @@
-"""Arms without epochs: classical models on stored features, and what anything must beat."""
+"""Arms without epochs: classical models on stored features, and baselines."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from slidetl.compare.colour import collagen_features, colour_features
 from slidetl.compare.records import Job, UnitResult, predictions_of
 from slidetl.data.manifest import ManifestRow
+from slidetl.evaluation.baselines import fit_best
 from slidetl.evaluation.calibration import fit_temperature
-from slidetl.evaluation.classical import Grader, fit_logistic, fit_ridge, fit_trees, pool_tiles
-from slidetl.evaluation.metrics import probability_metrics
+from slidetl.evaluation.classical import fit_grader, pool_tiles
 from slidetl.tiles.features import read_features
 from slidetl.tiles.store import SlideCache
-from slidetl.training.classical import MODELS
-
-# Features [n, D] -> probabilities [n, K].
-_Predict = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 _SMOOTHING = 1.0  # a grade that a site's training slides lack is not impossible there
 
@@ -42,11 +38,9 @@ def grade_by_features(job: Job) -> UnitResult:
     def graded(
         train: Sequence[str], other: Sequence[str]
     ) -> tuple[Sequence[SlideCache], NDArray[np.float64]]:
-        caches = job.open(other)
-        grades, patients = _labels(job.part(train))
-        x = pooled(job.open(train))
-        predict = _fitted(MODELS[recipe["model"]], x, grades, patients, n_grades, fold.seed)
-        return caches, predict(pooled(caches))
+        caches, x = job.open(other), pooled(job.open(train))
+        grader = fit_grader(recipe["model"], x, *_labels(job.part(train)), n_grades, fold.seed)
+        return caches, grader.probabilities(pooled(caches))
 
     temperature = 1.0
     if fold.inner:
@@ -58,7 +52,7 @@ def grade_by_features(job: Job) -> UnitResult:
 
 
 def grade_by_baseline(job: Job) -> UnitResult:
-    """Grades by next to nothing."""
+    """Grades by how common each grade is, by site, or by colour."""
     fold, n_grades = job.unit.fold, len(job.grades)
     train, test = job.part(fold.train), job.part(fold.test)
     caches = job.open(fold.test)
@@ -80,53 +74,14 @@ def grade_by_baseline(job: Job) -> UnitResult:
     else:
         x = collagen_features(job.open(fold.train), [row.stain for row in train])
         x_test = collagen_features(caches, [row.stain for row in test])
-    predict = _best(x, grades, patients, n_grades, fold.seed)
-    return _result(job, caches, predict(x_test))
-
-
-def _fitted(
-    fit: Callable[..., Grader],
-    x: NDArray[np.float64],
-    grades: ArrayLike,
-    patients: ArrayLike,
-    n_grades: int,
-    seed: int,
-) -> _Predict:
-    """Fits on the grades that there are: one that is missing, as a site left out may bring, is never said."""
-    known, truth = np.unique(np.asarray(grades), return_inverse=True)
-    grader = fit(x, truth, patients, len(known), seed=seed)
-
-    def predict(features: NDArray[np.float64]) -> NDArray[np.float64]:
-        rows = np.zeros((len(features), n_grades))
-        rows[:, known] = grader.probabilities(features)
-        return rows
-
-    return predict
-
-
-def _best(
-    x: NDArray[np.float64], grades: list[int], patients: list[str], n_grades: int, seed: int
-) -> _Predict:
-    """The best of three classifiers by log loss over five folds of the training patients."""
-    from sklearn.model_selection import GroupKFold
-
-    candidates: tuple[Callable[..., Grader], ...] = (fit_ridge, fit_logistic, fit_trees)
-    truth, who = np.array(grades), np.array(patients)
-    losses = []
-    for fit in candidates:
-        rows = np.zeros((len(truth), n_grades))
-        for train, held_out in GroupKFold(min(5, len(set(patients)))).split(x, truth, who):
-            predict = _fitted(fit, x[train], truth[train], who[train], n_grades, seed)
-            rows[held_out] = predict(x[held_out])
-        losses.append(probability_metrics(truth, rows).log_loss)
-    best = candidates[int(np.argmin(losses))]
-    return _fitted(best, x, truth, who, n_grades, seed)
+    best = fit_best(x, grades, patients, n_grades, fold.seed)
+    return _result(job, caches, best.grader.probabilities(x_test))
 
 
 def _shares(
     grades: Sequence[int | None], n_grades: int, prior: NDArray[np.float64] | None = None
 ) -> NDArray[np.float64]:
-    """How common each grade is; with a prior, that counts as :data:`_SMOOTHING` slides."""
+    """Returns the share of each grade; a prior counts as :data:`_SMOOTHING` slides."""
     counts = np.bincount([grade for grade in grades if grade is not None], minlength=n_grades)
     total = counts + (0 if prior is None else _SMOOTHING * prior)
     return np.asarray(total / total.sum())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +16,11 @@ from slidetl.data.tasks import LabelledPoints, read_points
 from slidetl.errors import UsageError
 from slidetl.evaluation.calibration import judged_probabilities
 from slidetl.evaluation.classical import (
-    LinearGrader,
+    MODELS,
+    ClassicalModel,
     Pool,
-    TreesGrader,
-    fit_cumulative_link,
-    fit_logistic,
-    fit_ridge,
+    fit_grader,
     fit_tile_grader,
-    fit_trees,
     pool_tiles,
     save_grader,
 )
@@ -32,13 +29,6 @@ from slidetl.tiles.features import common_source, read_features
 from slidetl.tiles.store import SlideCache
 from slidetl.training.outputs import describe_metrics, draw_confusion
 from slidetl.training.predictions import SlidePrediction, write_predictions
-
-MODELS: dict[str, Callable[..., LinearGrader | TreesGrader]] = {
-    "ridge": fit_ridge,
-    "ordinal": fit_cumulative_link,
-    "logistic": fit_logistic,
-    "trees": fit_trees,
-}
 
 
 @dataclass(frozen=True)
@@ -69,7 +59,7 @@ class FeatureStudy:
 
         Raises:
             CacheMismatchError: the slides' features are not all of one network.
-            UsageError: the test part has no slide.
+            UsageError: the test part has no slide, or the training part lacks a grade.
             SlidetlError: as :func:`~slidetl.data.study.read_study` and its ``parts``.
         """
         check_scale(self.grades)
@@ -79,6 +69,12 @@ class FeatureStudy:
         train, test = (*parts["train"], *parts["val"]), parts["test"]
         if not test:
             raise UsageError("the test part has no slide; set --test-fraction or the manifest's 'split'")
+        absent = [name for grade, name in enumerate(self.grades) if grade not in _grades(train)]
+        if absent:
+            raise UsageError(
+                f"no training slide has grade {', '.join(absent)}; add some, choose another --seed, or merge "
+                "grades"
+            )
         for name in self.names:
             common_source(name, [slide.cache for slide in (*train, *test)])
         return train, test
@@ -90,7 +86,7 @@ class FeatureStudy:
 
 
 def fit_pooled(
-    study: FeatureStudy, output: Path, model: str = "ridge", pool: Pool = "mean", k: int = 10
+    study: FeatureStudy, output: Path, model: ClassicalModel = "ridge", pool: Pool = "mean", k: int = 10
 ) -> GradeMetrics:
     """Fits a classical model on pooled features, and grades the test part.
 
@@ -98,7 +94,7 @@ def fit_pooled(
         study: the slides, and the features.
         output: the folder for ``predictions.csv``, ``metrics.json``, ``confusion.png``, and ``model.npz``
             if the model is linear.
-        model: one of :data:`MODELS`.
+        model: one of :data:`~slidetl.evaluation.classical.MODELS`.
         pool: how a slide's tiles become one vector, :func:`~slidetl.evaluation.classical.pool_tiles`.
         k: of ``top-k``.
 
@@ -116,9 +112,9 @@ def fit_pooled(
         np.stack([pool_tiles(study.features(slide.cache), pool, k) for slide in part])
         for part in (train, test)
     )
-    grader = MODELS[model](x, _grades(train), _patients(train), len(study.grades), seed=study.seed)
+    grader = fit_grader(model, x, _grades(train), _patients(train), len(study.grades), seed=study.seed)
     metrics = _write(study, test, grader.probabilities(x_test), output)
-    if isinstance(grader, TreesGrader):
+    if model == "trees":  # saving those would take pickle
         (output / "model.npz").unlink(missing_ok=True)  # of another model in the same folder
     else:
         save_grader(output / "model.npz", grader)

@@ -32,7 +32,7 @@ from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.study import Study
 from slidetl.errors import CacheMismatchError, UsageError
 from slidetl.evaluation.calibration import fit_temperature, with_temperature
-from slidetl.evaluation.classical import fit_ridge
+from slidetl.evaluation.classical import fit_grader
 from slidetl.evaluation.protocol import Fold, canonical_sha256
 from slidetl.models.weights import bundled_weights
 from slidetl.tiles.features import read_features
@@ -623,14 +623,9 @@ def test_a_classical_arm_is_fitted_and_calibrated_on_its_training_part(study: Co
     means = {each.slide_id: read_features(each, "tiny").astype(float).mean(0) for each in whole.caches}
 
     def graded(train: tuple[str, ...], other: tuple[str, ...]) -> Any:
-        grades = [grade[slide] for slide in train]
-        known = np.unique(np.array(grades))
-        truth, patients = np.searchsorted(known, grades), [rows[slide].patient_id for slide in train]
+        grades, patients = [grade[slide] for slide in train], [rows[slide].patient_id for slide in train]
         x, new = (np.stack([means[slide] for slide in part]) for part in (train, other))
-        probabilities = np.zeros((len(other), 5))
-        grader = fit_ridge(x, truth, patients, len(known), seed=unit.fold.seed)
-        probabilities[:, known] = grader.probabilities(new)
-        return probabilities
+        return fit_grader("ridge", x, grades, patients, 5, seed=unit.fold.seed).probabilities(new)
 
     held_out = np.concatenate([graded(inner.train, inner.validation) for inner in unit.fold.inner])
     true = [grade[slide] for inner in unit.fold.inner for slide in inner.validation]

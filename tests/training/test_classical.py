@@ -15,7 +15,7 @@ from slidetl.data.manifest import read_manifest
 from slidetl.data.splits import split_patients
 from slidetl.errors import CacheMismatchError, CacheMissingError, UsageError
 from slidetl.evaluation.calibration import judged_probabilities
-from slidetl.evaluation.classical import RidgeGrader, load_grader, pool_tiles
+from slidetl.evaluation.classical import load_grader, pool_tiles
 from slidetl.tiles.features import FeatureSource, read_features, write_features
 from slidetl.tiles.store import SlideCache, cache_path
 from slidetl.training.classical import FeatureStudy, fit_pooled
@@ -92,7 +92,7 @@ def test_grades_the_test_part_of_the_common_split(
 def test_the_saved_model_gives_the_predictions(stored: Study, tmp_path: Path) -> None:
     assert main(words(stored, tmp_path / "out", "--features", "told", "--pool", "both")) == 0
     grader = load_grader(tmp_path / "out" / "model.npz")
-    assert isinstance(grader, RidgeGrader)
+    assert grader.model == "ridge"
     for row in read_predictions(tmp_path / "out" / "predictions.csv"):
         features = read_features(SlideCache.open(cache_path(stored.cache, row.slide_id)), "told")
         found = grader.probabilities(pool_tiles(features, "both")[None])[0]
@@ -143,8 +143,11 @@ def test_features_of_two_networks_are_not_mixed(stored: Study, tmp_path: Path) -
         fit_pooled(FeatureStudy(stored.manifest, stored.cache, ("told",)), tmp_path / "out")
     with pytest.raises(CacheMissingError, match="there are: noise, told"):
         fit_pooled(FeatureStudy(stored.manifest, stored.cache, ("resnet18",)), tmp_path / "out")
+    six = FeatureStudy(stored.manifest, stored.cache, ("noise",), tuple("012345"))
+    with pytest.raises(UsageError, match="no training slide has grade 5; add some"):
+        fit_pooled(six, tmp_path / "out")
     with pytest.raises(UsageError, match="--model must be one of ridge"):
-        fit_pooled(FeatureStudy(stored.manifest, stored.cache, ("noise",)), tmp_path / "out", "forest")
+        fit_pooled(FeatureStudy(stored.manifest, stored.cache, ("noise",)), tmp_path / "out", "forest")  # type: ignore[arg-type] # as from YAML
 
 
 @pytest.fixture
