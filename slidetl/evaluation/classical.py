@@ -28,6 +28,8 @@ MODELS: tuple[ClassicalModel, ...] = get_args(ClassicalModel)
 
 # Strengths of regularisation that are tried: an L2 penalty on coefficients of standardised features.
 PENALTIES = tuple(float(value) for value in 10.0 ** np.arange(-2, 6))
+# Fewer, where a fit by all of them would take too long.
+FEW_PENALTIES = (1.0, 100.0, 10_000.0)
 
 _FOLDS = 5
 
@@ -89,10 +91,12 @@ class Grader:
     def probabilities(self, features: NDArray[np.float64]) -> NDArray[np.float64]:
         """Returns ``[n, K]``, rows summing to one, from features ``[n, D]`` of slides."""
         from scipy.special import softmax
+        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped] # it ships none
 
         rows = np.zeros((len(features), self.n_grades))
         if self.sigma is None:
-            rows[:, self.grades] = self.estimator.predict_proba(features)
+            with threadpool_limits(1):  # each of 500 trees waits for all threads: seconds on a busy machine
+                rows[:, self.grades] = self.estimator.predict_proba(features)
         else:
             distance = np.arange(len(self.grades)) - self.estimator.predict(features)[:, None]
             rows[:, self.grades] = softmax(-(distance**2) / (2 * self.sigma**2), axis=1)
@@ -153,7 +157,7 @@ def fit_grader(
     """
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.model_selection import GridSearchCV
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped] # it ships none
+    from threadpoolctl import threadpool_limits
 
     x, y, groups = _checked(features, grades, patients, n_grades)
     known, ranks = np.unique(y, return_inverse=True)
@@ -263,8 +267,8 @@ def fit_tile_grader(
         raise UsageError(
             f"no labelled tile of the training part is of class {absent[0]}; label some, or merge classes"
         )
-    # Tiles are many, and a grid of fewer penalties costs minutes less.
-    tiles = fit_grader("logistic", x, classed, owner, len(classes), seed, penalties=(1.0, 100.0, 10_000.0))
+    # Tiles are many: fewer penalties cost minutes less.
+    tiles = fit_grader("logistic", x, classed, owner, len(classes), seed, FEW_PENALTIES)
     scores = np.empty((len(slides), 1))
     for train, test in inner_folds(y, groups, seed):
         rows = np.isin(owner, groups[train])

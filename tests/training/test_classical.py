@@ -15,7 +15,7 @@ from slidetl.data.manifest import read_manifest
 from slidetl.data.splits import split_patients
 from slidetl.errors import CacheMismatchError, CacheMissingError, UsageError
 from slidetl.evaluation.calibration import judged_probabilities
-from slidetl.evaluation.classical import load_grader, pool_tiles
+from slidetl.evaluation.classical import ClassicalModel, fit_grader, load_grader, pool_tiles
 from slidetl.tiles.features import FeatureSource, read_features, write_features
 from slidetl.tiles.store import SlideCache, cache_path
 from slidetl.training.classical import FeatureStudy, fit_pooled
@@ -58,7 +58,7 @@ def words(stored: Study, output: Path, *more: str) -> list[str]:
 
 @pytest.mark.parametrize("model", ["ridge", "ordinal", "logistic", "trees"])
 def test_grades_the_test_part_of_the_common_split(
-    stored: Study, tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+    stored: Study, tmp_path: Path, model: ClassicalModel, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
     more = ["--features", "told", "noise", "--model", model, "--seed", "3"]
@@ -82,6 +82,24 @@ def test_grades_the_test_part_of_the_common_split(
     # On a dozen slides a model that knows no order does less, and a tree finds nothing to split.
     if model != "trees":
         assert kappa >= {"ridge": 0.8, "ordinal": 0.8, "logistic": 0.4}[model]
+    caches = {name: SlideCache.open(cache_path(stored.cache, name)) for name in by_id}
+    pooled = {
+        name: np.hstack([read_features(cache, kind).astype(float).mean(axis=0) for kind in ("told", "noise")])
+        for name, cache in caches.items()
+    }
+    trained = sorted(
+        set(split) - {row.slide_id for row in predictions}, key=lambda name: split[name] == "val"
+    )
+    grader = fit_grader(
+        model,
+        [pooled[name] for name in trained],
+        [by_id[name].grade for name in trained],
+        [by_id[name].patient_id for name in trained],
+        5,
+        seed=3,
+    )
+    expected = grader.probabilities(np.stack([pooled[row.slide_id] for row in predictions]))
+    np.testing.assert_allclose([row.probabilities for row in predictions], expected, atol=1e-6)
     judged = judged_probabilities(true, [row.probabilities for row in predictions])
     assert figures | json.loads(json.dumps(judged)) == figures
     assert (output / "confusion.png").stat().st_size > 1000
