@@ -102,10 +102,6 @@ def _add_command(parser: argparse.ArgumentParser, name: str) -> None:
     from slidetl.cli.options import add_command
 
     module = importlib.import_module(f"slidetl.cli.{name}")
-    if hasattr(module, "add_arguments"):
-        module.add_arguments(parser)
-        parser.set_defaults(run=module.run)
-        return
     if not hasattr(module, "COMMANDS"):
         add_command(parser, getattr(module, name))
         return

@@ -78,14 +78,18 @@ def _add_parameters(
 
 
 def _flag(name: str) -> str:
-    """Spells a parameter as an option; the unit of pixels is its metavariable instead."""
-    return "--" + name.removesuffix("_px").replace("_", "-")
+    """Spells a parameter as an option; the unit of pixels is its metavariable instead.
+
+    A name that is a word of Python (``from``) ends with an underscore, which is not spelled.
+    """
+    return "--" + name.removesuffix("_px").rstrip("_").replace("_", "-")
 
 
 def _metavar(name: str, hint: Any) -> str:
     if name.endswith("_px"):
         return "PX"
     kinds = get_args(hint) or (hint,)
+    name = name.rstrip("_")
     word = name.upper().removesuffix("S") if get_origin(hint) is tuple else name.upper()
     return "N" if int in kinds else "X" if float in kinds else word
 

@@ -93,7 +93,7 @@ def test_grades_the_test_part_of_the_common_split(
     grader = fit_grader(
         model,
         [pooled[name] for name in trained],
-        [by_id[name].grade for name in trained],
+        np.array([by_id[name].grade for name in trained], int),
         [by_id[name].patient_id for name in trained],
         5,
         seed=3,
