@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# Before NumPy and torch are loaded, which read it: the threads of OpenMP spin while they wait, and networks
+# this small take three times the processor time on two of them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 from hypothesis import settings

@@ -208,6 +208,7 @@ def test_every_aggregator_is_held_to_the_contract() -> None:
     assert {type(contract().aggregator()) for contract in contracts} == poolings
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_tiles_stay_below_two_gigabytes() -> None:
     # In a process of its own: the peak of this one is that of all tests before. Trained on stored features.
     names = [type(aggregator).__name__ for aggregator in AGGREGATORS]
