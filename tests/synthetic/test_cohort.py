@@ -165,7 +165,7 @@ def test_a_folder_in_use_is_left_alone_unless_overwriting_is_allowed(tmp_path: P
     [
         ({"slides": 0}, "at least 1 slide"),
         ({"slides": 5, "patients": 6}, "6 patients need at least as many slides"),
-        ({"patients": 0}, "at least 1 patient"),
+        ({"patients": -1}, "at least 1 patient"),
         ({"slides": 2, "patients": 2, "sites": 3}, "3 sites need at least as many patients"),
         ({"size_px": 500}, "at least 512"),
         ({"mpp": -1.0}, "0.1 to 8"),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from slidetl.tiles.lock import LeaseLostError, dead_leases, machine_id, slide_lock
+from slidetl.tiles.lock import STALE_S, LeaseLostError, dead_leases, machine_id, slide_lock
 from tests.conftest import Picture, PyramidTiff
 
 BEAT, STALE = 0.05, 0.6
@@ -45,6 +45,24 @@ with slide_lock(Path(sys.argv[1]), "S1", machine=machine, heartbeat_s=0.05, stal
         except LeaseLostError as error:
             print("lost:", error, flush=True)
 """
+
+
+class Clock:
+    """The time as the lock sees it: it passes only while the lock waits."""
+
+    CLOCK_BOOTTIME = time.CLOCK_BOOTTIME
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.waited_s = 0.0
+        self.on_wait: Callable[[], object] = lambda: None
+        monkeypatch.setattr("slidetl.tiles.lock.time", self)
+
+    def clock_gettime(self, _: int) -> float:
+        return self.waited_s
+
+    def sleep(self, seconds: float) -> None:
+        self.waited_s += seconds
+        self.on_wait()
 
 
 class Owner:
@@ -122,14 +140,16 @@ def test_a_second_waits_for_the_first_and_others_do_not(tmp_path: Path) -> None:
     assert order == ["other slide", "first", "second"]
 
 
-def test_of_a_killed_owner_on_this_machine_it_is_free_at_once(tmp_path: Path, owners: list[Owner]) -> None:
+def test_of_a_killed_owner_on_this_machine_it_is_free_at_once(
+    tmp_path: Path, owners: list[Owner], monkeypatch: pytest.MonkeyPatch
+) -> None:
     owners.append(Owner(tmp_path))
     owners[0].kill()
     assert files(tmp_path) == ["S1.lease", "S1.lock"]
     assert dead_leases(tmp_path) == ("S1",)
-    started = time.monotonic()
-    with slide_lock(tmp_path, "S1") as lock:  # with the timings of real use
-        assert time.monotonic() - started < 5
+    clock = Clock(monkeypatch)
+    with slide_lock(tmp_path, "S1") as lock:
+        assert clock.waited_s == 0
         lock.check()
     assert files(tmp_path) == ["S1.lock"]
 
@@ -144,40 +164,33 @@ def lease_of_another_machine(cache: Path, beat: int = 1) -> Path:
 
 @pytest.mark.parametrize("content", [None, b"", b"[1]", b"{"])
 def test_a_lease_of_another_machine_is_taken_over_once_it_stood_still(
-    tmp_path: Path, content: bytes | None
+    tmp_path: Path, content: bytes | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = lease_of_another_machine(tmp_path)
     assert dead_leases(tmp_path) == ()
     if content is not None:
         path.write_bytes(content)  # as a power cut may leave it
     os.utime(path, (0, 0))  # an old file, or a clock that is wrong, says nothing
-    started = time.monotonic()
-    with slide_lock(tmp_path, "S1", heartbeat_s=BEAT, stale_s=STALE) as lock:
-        assert STALE <= time.monotonic() - started < STALE + 5
+    clock = Clock(monkeypatch)
+    with slide_lock(tmp_path, "S1") as lock:  # with the timings of real use
+        assert STALE_S < clock.waited_s <= STALE_S + 1
         lock.check()
     assert files(tmp_path) == ["S1.lock"]
 
 
-def test_a_lease_that_is_renewed_is_waited_for(tmp_path: Path) -> None:
+def test_a_lease_that_is_renewed_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = lease_of_another_machine(tmp_path)
-    alive = threading.Event()
-    alive.set()
+    clock = Clock(monkeypatch)
 
     def beat() -> None:
-        beats = 1
-        while alive.is_set():
-            beats += 1
-            lease_of_another_machine(tmp_path, beats)
-            time.sleep(BEAT)
-        path.unlink()
+        if clock.waited_s < 3 * STALE_S:
+            lease_of_another_machine(tmp_path, beat=1 + int(clock.waited_s))
+        else:
+            path.unlink()
 
-    thread = threading.Thread(target=beat)
-    thread.start()
-    threading.Timer(2 * STALE, alive.clear).start()
-    started = time.monotonic()
-    with slide_lock(tmp_path, "S1", heartbeat_s=BEAT, stale_s=STALE):
-        assert time.monotonic() - started >= 2 * STALE
-    thread.join()
+    clock.on_wait = beat
+    with slide_lock(tmp_path, "S1"):
+        assert 3 * STALE_S <= clock.waited_s <= 3 * STALE_S + 1
 
 
 def test_an_owner_that_was_stopped_finds_out_before_it_commits(tmp_path: Path, owners: list[Owner]) -> None:
@@ -188,9 +201,7 @@ def test_an_owner_that_was_stopped_finds_out_before_it_commits(tmp_path: Path, o
     owner.process.send_signal(signal.SIGSTOP)
     # As on another machine, to which the kernel lock is not carried: another file of that name.
     (tmp_path / ".locks" / "S1.lock").rename(tmp_path / ".locks" / "S1.lock.elsewhere")
-    started = time.monotonic()
     with slide_lock(tmp_path, "S1", heartbeat_s=BEAT, stale_s=STALE) as lock:
-        assert time.monotonic() - started >= STALE
         owner.process.send_signal(signal.SIGCONT)
         owner.check()
         owner.says("lost:")
