@@ -44,17 +44,9 @@ def write_page(
         f"default-src 'none'; img-src data:; style-src 'sha256-{_sha256(css)}'; "
         f"script-src {hashes}; base-uri 'none'; form-action 'none'"
     )
-    text = (
-        _environment(package)
-        .get_template(template)
-        .render(
-            policy=policy,
-            style=Markup(css),  # a file of this package, as are the scripts
-            scripts=[Markup(text) for text in code],
-            **values,
-        )
-    )
-    write_whole(path, text)
+    # Style and scripts are files of this package.
+    own = {"policy": policy, "style": Markup(css), "scripts": [Markup(text) for text in code]}
+    write_whole(path, _environment(package).get_template(template).render(**own, **values))
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -66,12 +58,12 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def data_uri(kind: str, content: bytes) -> str:
-    """Content of an image as its own address; ``kind`` is e.g. ``jpeg``."""
+    """Returns an image's content as its own address; ``kind`` is e.g. ``jpeg``."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def script_json(values: Any) -> Any:
-    """Values as JSON that may stand in a ``<script>``: nothing in them can end it or begin a comment."""
+    """Dumps values as JSON for a ``<script>``: nothing in them can end it or begin a comment."""
     from markupsafe import Markup
 
     text = json.dumps(values, separators=(",", ":"), allow_nan=False)
@@ -82,13 +74,8 @@ def script_json(values: Any) -> Any:
 def _environment(package: str) -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    return Environment(
-        loader=PackageLoader(package),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader, strict = PackageLoader(package), StrictUndefined
+    return Environment(loader=loader, undefined=strict, autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
 @functools.cache

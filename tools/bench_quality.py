@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from slidetl.synthetic.section import STAINS, LungSection, SiteAppearance, SyntheticSlide
-from slidetl.tiles.quality import QualityMaps, measure_quality
-from slidetl.tiles.tissue import find_tissue
+from slidetl.tiles.quality import measure_quality
+from slidetl.tiles.tissue import TissueMask, find_tissue
 
 MPP = 16.0
 WHITE = (255, 255, 255)
@@ -44,15 +44,15 @@ def main(words: list[str] | None = None) -> int:
     for stain in STAINS:
         pictures = [thumbnail(stain, seed) for seed in range(1, options.slides + 1)]
         clean = [measure(picture) for picture in pictures]
-        false_pen = max(maps.pen.sum() / mask.sum() for maps, mask in clean)
-        false_fold = max(maps.fold.sum() / mask.sum() for maps, mask in clean)
+        false_pen = max(maps["pen"].mask.sum() / mask.sum() for maps, mask in clean)
+        false_fold = max(maps["fold"].mask.sum() / mask.sum() for maps, mask in clean)
         for ink, shades in INKS.items():
             found = []
             for seed, picture in enumerate(pictures):
                 for stroke in (band(picture.shape, 300, 0.4), ring(picture.shape, 1800, 300)):
                     for shade in shades:
                         maps, _ = measure(translucent(picture, stroke, shade, seed))
-                        found.append((maps.pen & stroke).sum() / stroke.sum())
+                        found.append((maps["pen"].mask & stroke).sum() / stroke.sum())
             show(stain, ink, found, false_pen)
         for width_um in FOLDS_UM:
             found, mistaken = [], []
@@ -62,8 +62,8 @@ def main(words: list[str] | None = None) -> int:
                 folded[crease] = (folded[crease].astype(float) ** 2 / 240).clip(0, 255)
                 maps, _ = measure(folded)
                 crease &= picture.min(axis=2) < 200  # half of a fold of lung is air, which stays clear
-                found.append((maps.fold & crease).sum() / crease.sum())
-                mistaken.append((maps.pen & crease).sum() / crease.sum())
+                found.append((maps["fold"].mask & crease).sum() / crease.sum())
+                mistaken.append((maps["pen"].mask & crease).sum() / crease.sum())
             show(stain, f"fold {width_um}", found, false_fold, f"{100 * np.mean(mistaken):.0f}")
     return 0
 
@@ -80,7 +80,7 @@ def thumbnail(stain: str, seed: int) -> Picture:
     return np.asarray(pixels.mean(axis=(1, 3)) + 0.5, np.float64).astype(np.uint8)
 
 
-def measure(picture: Picture) -> tuple[QualityMaps, Mask]:
+def measure(picture: Picture) -> tuple[dict[str, TissueMask], Mask]:
     mask = find_tissue(picture, MPP, WHITE).mask
     return measure_quality(picture, MPP, mask, WHITE), mask
 

@@ -8,6 +8,7 @@ Example::
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,23 +41,15 @@ def main(words: list[str] | None = None) -> int:
         maps = measure_quality(
             plan.thumbnail, plan.tissue_mask.mpp, plan.tissue_mask.mask, plan.info.background_rgb
         )
-        shares = maps.fractions(plan.origins_level0, plan.extent_level0, plan.info.mpp_level0)
+        where = (plan.origins_level0, plan.extent_level0, plan.info.mpp_level0)
         is_kept = np.ones(len(plan), bool)
         left_out = {}
-        for reason, share in shares.items():
-            is_spoilt = (share > options.most) & is_kept
+        for reason, mask in maps.items():
+            is_spoilt = (mask.fraction(*where) > options.most) & is_kept
             left_out[reason] = plan.origins_level0[is_spoilt]
             is_kept &= ~is_spoilt
-        draw_preview(
-            options.out / f"{path.stem}.png",
-            plan.thumbnail,
-            plan.tissue_mask,
-            plan.origins_level0[is_kept],
-            left_out,
-            plan.extent_level0,
-            plan.info.mpp_level0,
-            path.name,
-        )
+        shown = replace(plan, origins_level0=plan.origins_level0[is_kept], left_out_level0=left_out)
+        draw_preview(options.out / f"{path.stem}.png", shown, path.name)
         counts = ", ".join(f"{len(places)} {reason}" for reason, places in left_out.items())
         print(f"{path.name}: {is_kept.sum()} tiles, {plan.tissue_mask.mask.mean():.0%} tissue; {counts}")
     return 0

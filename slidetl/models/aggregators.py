@@ -16,7 +16,7 @@ _is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined] # torch doe
 
 
 class Aggregated(NamedTuple):
-    """What an aggregator makes of a bag.
+    """The result of pooling a bag.
 
     Attributes:
         embedding: ``[B, D']``, one vector per slide.
@@ -53,16 +53,7 @@ class Aggregator(Protocol):
 
 
 class Pooling(nn.Module):
-    """Base of the aggregators that a configuration can name.
-
-    A configuration finds classes by their base, which a protocol is not.
-    """
-
-    out_features: int
-
-
-class MeanPooling(Pooling):
-    """Every tile counts alike.
+    """Base of the aggregators that a configuration can name: it finds classes by their base, not a protocol.
 
     Args:
         in_features: length D of a tile's embedding.
@@ -72,8 +63,12 @@ class MeanPooling(Pooling):
         super().__init__()
         self.out_features = in_features
 
+
+class MeanPooling(Pooling):
+    """Every tile counts alike."""
+
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
-        """See :class:`Aggregator`; H is 1."""
+        """Pools as :class:`Aggregator` says; H is 1."""
         weights = mask.to(torch.float32)  # [B, N]
         attention = (weights / weights.sum(1, keepdim=True)).unsqueeze(1)  # [B, 1, N]
         return Aggregated(_read(attention, _present(embeddings, mask)).squeeze(1), attention, None)
@@ -83,17 +78,10 @@ class MaxPooling(Pooling):
     """The greatest value of each feature, over the tiles (the "embedding, max" of Ilse et al. 2018).
 
     Tiles that share the greatest value share its gradient, so that order does not matter.
-
-    Args:
-        in_features: length D of a tile's embedding.
     """
 
-    def __init__(self, in_features: int) -> None:
-        super().__init__()
-        self.out_features = in_features
-
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
-        """See :class:`Aggregator`; H is 1, the share of the features that a tile decides."""
+        """Pools as :class:`Aggregator` says; H is 1, the share of the features that a tile decides."""
         pooled: list[Tensor] = []
         attention = torch.zeros(mask.shape, device=mask.device)
         for tiles in _features(_present(embeddings, mask, float("-inf"))):
@@ -118,14 +106,13 @@ class TopKPooling(Pooling):
     """
 
     def __init__(self, in_features: int, k: int = 10) -> None:
-        super().__init__()
         if k < 1:
             raise UsageError(f"TopKPooling takes the k greatest values, k at least 1, not {k}")
-        self.out_features = in_features
+        super().__init__(in_features)
         self.k = k
 
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
-        """See :class:`Aggregator`; H is 1, the share of the values that come from a tile."""
+        """Pools as :class:`Aggregator` says; H is 1, the share of the values that come from a tile."""
         k = min(self.k, embeddings.shape[1])
         weights = mask.sum(1, keepdim=True) > torch.arange(k, device=mask.device)  # [B, k]
         weights = weights / weights.sum(1, keepdim=True)
@@ -154,15 +141,15 @@ class Chowder(Pooling):
     """
 
     def __init__(self, in_features: int, k: int = 5) -> None:
-        super().__init__()
         if k < 1:
             raise UsageError(f"Chowder takes k scores from each end, k at least 1, not {k}")
+        super().__init__(in_features)
         self.out_features = 2 * k
         self.k = k
         self.score = nn.Linear(in_features, 1)
 
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
-        """See :class:`Aggregator`; H is 1, the share of the 2k scores that are a tile's."""
+        """Pools as :class:`Aggregator` says; H is 1, the share of the 2k scores that are a tile's."""
         scores = self.score(_present(embeddings, mask)).squeeze(2).to(torch.float32)  # [B, N]
         k = min(self.k, scores.shape[1])
         rank = torch.arange(self.k, device=mask.device).unsqueeze(0)  # [1, k]
@@ -188,14 +175,13 @@ class LogSumExpPooling(Pooling):
     """
 
     def __init__(self, in_features: int, sharpness: float = 1.0) -> None:
-        super().__init__()
         if not sharpness > 0:
             raise UsageError(f"the sharpness of LogSumExpPooling must be above 0, not {sharpness}")
-        self.out_features = in_features
+        super().__init__(in_features)
         self.sharpness = sharpness
 
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
-        """See :class:`Aggregator`; H is 1, the mean over the features of the softmax over the tiles."""
+        """Pools as :class:`Aggregator` says; H is 1, the softmax over the tiles, a mean over the features."""
         count = mask.sum(1, keepdim=True)  # [B, 1]
         pooled: list[Tensor] = []
         attention = torch.zeros(mask.shape, device=mask.device)
@@ -219,13 +205,12 @@ class Attention(Pooling):
     """
 
     def __init__(self, in_features: int, hidden_features: int = 128) -> None:
-        super().__init__()
-        self.out_features = in_features
+        super().__init__(in_features)
         self.value = nn.Linear(in_features, hidden_features)
         self.score = nn.Linear(hidden_features, 1)
 
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
-        """See :class:`Aggregator`; H is 1."""
+        """Pools as :class:`Aggregator` says; H is 1."""
         tiles = _present(embeddings, mask)
         return _weighted(tiles, torch.cat([self._scores(part) for part in _parts(tiles)], 1), mask)
 
@@ -243,14 +228,13 @@ class GatedAttention(Pooling):
     """
 
     def __init__(self, in_features: int, hidden_features: int = 128) -> None:
-        super().__init__()
-        self.out_features = in_features
+        super().__init__(in_features)
         self.value = nn.Linear(in_features, hidden_features)
         self.gate = nn.Linear(in_features, hidden_features)
         self.score = nn.Linear(hidden_features, 1)
 
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
-        """See :class:`Aggregator`; H is 1."""
+        """Pools as :class:`Aggregator` says; H is 1."""
         tiles = _present(embeddings, mask)
         return _weighted(tiles, torch.cat([self._scores(part) for part in _parts(tiles)], 1), mask)
 
@@ -274,9 +258,9 @@ class MultiHopAttention(Pooling):
     """
 
     def __init__(self, in_features: int, hidden_features: int = 128, hops: int = 3) -> None:
-        super().__init__()
         if hops < 1:
             raise UsageError(f"MultiHopAttention attends at least once, not {hops} times")
+        super().__init__(in_features)
         self.out_features = hidden_features
         self.hops = hops
         self.query = nn.Parameter(torch.randn(1, hidden_features))
@@ -285,7 +269,7 @@ class MultiHopAttention(Pooling):
         self.update = nn.Linear(hidden_features, hidden_features, bias=False)
 
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
-        """See :class:`Aggregator`; H is the number of hops, in their order."""
+        """Pools as :class:`Aggregator` says; H is the number of hops, in their order."""
         tiles = _present(embeddings, mask)
         keys = self.key(tiles) * self.out_features**-0.5  # [B, N, L]; scaled first, so as not to overflow
         values = self.value(tiles)  # [B, N, L]
@@ -313,14 +297,14 @@ class AdditiveAttention(Pooling):
     """
 
     def __init__(self, in_features: int, hidden_features: int = 128) -> None:
-        super().__init__()
+        super().__init__(in_features)
         self.out_features = hidden_features
         self.attend = GatedAttention(in_features, hidden_features)
         self.first = nn.Linear(in_features, hidden_features, bias=False)
         self.second = nn.Linear(hidden_features, hidden_features, bias=False)
 
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
-        """See :class:`Aggregator`; H is 1."""
+        """Pools as :class:`Aggregator` says; H is 1."""
         tiles = _present(embeddings, mask)
         attention = self.attend(tiles, mask).attention  # [B, 1, N]
         parts = self.second(torch.relu(self.first(tiles))).to(torch.float32)  # [B, N, D']
@@ -329,7 +313,7 @@ class AdditiveAttention(Pooling):
 
 
 def _present(embeddings: Tensor, mask: Tensor, padding: float = 0.0) -> Tensor:
-    """The tiles ``[B, N, D]``, and a constant in place of padding: a zero gradient times NaN is NaN."""
+    """Puts a constant in place of padding in ``[B, N, D]``: a zero gradient times NaN is NaN."""
     # No second copy of 100,000 tiles where none is padding.
     if _is_scripting():
         if bool(mask.all()):
@@ -341,32 +325,32 @@ def _present(embeddings: Tensor, mask: Tensor, padding: float = 0.0) -> Tensor:
 
 
 def _parts(tiles: Tensor) -> list[Tensor]:
-    """The tiles ``[B, N, D]``; in an exported file some at a time, whose hidden layers are small."""
+    """Splits tiles ``[B, N, D]`` in an exported file, so that hidden layers are small; else keeps them."""
     if _is_scripting():
         return list(torch.split(tiles, 8192, 1))
     return [tiles]
 
 
 def _features(tiles: Tensor) -> list[Tensor]:
-    """The tiles ``[B, N, D]``; in an exported file some features of all tiles at a time, pooled apart."""
+    """Splits the features of ``[B, N, D]`` in an exported file, to be pooled apart; else keeps them."""
     if _is_scripting():
         return list(torch.split(tiles, 32, 2))
     return [tiles]
 
 
 def _weighted(tiles: Tensor, scores: Tensor, mask: Tensor) -> Aggregated:
-    """The tiles ``[B, N, D]`` by the softmax of their scores ``[B, N, 1]``."""
+    """Pools tiles ``[B, N, D]`` by the softmax of their scores ``[B, N, 1]``."""
     attention = _softmax(scores.transpose(1, 2), mask)  # [B, 1, N]
     return Aggregated(_read(attention, tiles).squeeze(1), attention, None)
 
 
 def _softmax(scores: Tensor, mask: Tensor) -> Tensor:
-    """Scores ``[B, H, N]`` -> float32 weights of the tiles, zero for padding."""
+    """Turns scores ``[B, H, N]`` into float32 weights of the tiles, zero for padding."""
     return scores.to(torch.float32).masked_fill(~mask.unsqueeze(1), float("-inf")).softmax(2)
 
 
 def _read(weights: Tensor, tiles: Tensor) -> Tensor:
-    """``[B, H, N]`` times ``[B, N, D]`` -> ``[B, H, D]``, in float32 also under autocast."""
+    """Multiplies ``[B, H, N]`` by ``[B, N, D]`` to ``[B, H, D]``, in float32 also under autocast."""
     if _is_scripting():  # an exported file runs as the caller says
         return weights.to(torch.float32) @ tiles.to(torch.float32)
     else:

@@ -28,7 +28,7 @@ _FIRST_MEMBER = "networks.0.backbone."
 
 @dataclass(frozen=True)
 class BackboneSpec:
-    """Which network embeds a tile, and which weights count as its pretrained ones.
+    """The network that embeds a tile, and the weights that count as its pretrained ones.
 
     Attributes:
         name: a model that timm knows, e.g. ``resnet18``; one of timm's form on the Hugging Face hub,
@@ -107,7 +107,7 @@ class Backbone(nn.Module):
             except (
                 AssertionError,
                 AttributeError,
-            ) as error:  # how timm's networks refuse; CBR has no such method
+            ) as error:  # timm's refuse; CBR has no such method
                 raise UsageError(
                     f"{spec.name} has no gradient checkpointing; set backbone.gradient_checkpointing to false"
                 ) from error
@@ -156,13 +156,10 @@ class Backbone(nn.Module):
             WeightsError: they cannot be found or read, or their names or shapes differ.
         """
         found = read_pretrained(self.spec)
-        weights, normalisation = found.weights, found.normalisation
         config = _config(self.net)
         prefixes = tuple(f"{name}." for name in _names(config.get("classifier")))
         expected = self.net.state_dict()
-        weights = {
-            key: value for key, value in weights.items() if key in expected or not key.startswith(prefixes)
-        }
+        weights = {k: v for k, v in found.weights.items() if k in expected or not k.startswith(prefixes)}
         for name in _names(config.get("first_conv")):
             kernel = weights.get(f"{name}.weight")
             if kernel is not None and kernel.ndim == 4 and kernel.shape[1] == 3:
@@ -176,12 +173,12 @@ class Backbone(nn.Module):
                 f"names or shapes differ, first {wrong[0]!r}; choose the backbone of these weights"
             )
         self.net.load_state_dict(weights)
-        for key, values in normalisation.items():
+        for key, values in found.normalisation.items():
             getattr(self, key).copy_(_per_channel(values, self.spec.in_channels))
         self.lineage = found.lineage
 
     def blocks(self) -> dict[str, nn.Module]:
-        """The parts of the network whose outputs timm counts as its features, lowest first.
+        """Returns the parts of the network whose outputs timm counts as its features, lowest first.
 
         Returns:
             Modules by their names in ``net``, e.g. ``layer1`` to ``layer4`` of a ResNet after its stem; for a
@@ -195,18 +192,17 @@ class Backbone(nn.Module):
 
 
 def _config(network: nn.Module) -> dict[str, Any]:
-    """What timm says of the weights published for a network."""
-    config: dict[str, Any] = network.pretrained_cfg  # type: ignore[assignment] # timm is untyped
-    return config
+    """Returns timm's description of the weights published for a network."""
+    return network.pretrained_cfg  # type: ignore[return-value] # timm is untyped
 
 
 def _names(value: str | Sequence[str] | None) -> tuple[str, ...]:
-    """What timm's configurations give as a name, as several, or as nothing."""
+    """Returns the names that timm's configurations give as one, as several, or as nothing."""
     return (value,) if isinstance(value, str) else tuple(value or ())
 
 
 def _per_channel(values: Sequence[float], in_channels: int) -> Tensor:
-    """Mean or std ``[1, C, 1, 1]``: those given, or three of them adapted as the kernels are."""
+    """Returns mean or std ``[1, C, 1, 1]``: those given, or three of them adapted as the kernels are."""
     given = torch.tensor(values, dtype=torch.float32)
     if len(given) != in_channels:
         given = given.mean().view(1) if in_channels == 1 else given.repeat(2)[:in_channels]
@@ -214,7 +210,7 @@ def _per_channel(values: Sequence[float], in_channels: int) -> Tensor:
 
 
 def _adapt_kernel(kernel: Tensor, in_channels: int) -> Tensor:
-    """A first layer's kernel ``[O, 3, h, w]`` for another number of channels, as timm adapts it."""
+    """Adapts a first layer's kernel ``[O, 3, h, w]`` to another number of channels, as timm does."""
     if in_channels == 3:
         return kernel
     if in_channels == 1:
@@ -269,7 +265,7 @@ def _timm_network(name: str, spec: BackboneSpec, **options: Any) -> nn.Module:
 
 
 def local_weights(name: str) -> Path | None:
-    """Where the published weights of a model lie on this machine, without asking any network.
+    """Finds the published weights of a model on this machine, without asking any network.
 
     Args:
         name: a timm name, ``hf-hub:OWNER/MODEL`` or ``local-dir:FOLDER``.
@@ -299,7 +295,7 @@ _HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # timm's names for weig
 
 
 def _hub_folder(name: str, file: str) -> Path | None:
-    """The folder in the Hugging Face cache with this file of ``hf-hub:OWNER/MODEL[@REVISION]``, or None."""
+    """Finds the Hugging Face cache's folder with this file of ``hf-hub:OWNER/MODEL[@REVISION]``, or None."""
     if not name.startswith("hf-hub:"):
         return None
     from huggingface_hub import try_to_load_from_cache
@@ -338,10 +334,8 @@ def read_pretrained(spec: BackboneSpec) -> Pretrained:
     if spec.pretrained == "procedural":
         path = bundled_weights(spec.name)
         if not path.is_file():
-            have = ", ".join(
-                sorted(file.stem.removeprefix("procedural_") for file in BUNDLED.glob("*.safetensors"))
-            )
-            raise WeightsError(f"no bundled weights for {spec.name!r}; they exist for: {have}")
+            have = sorted(file.stem.removeprefix("procedural_") for file in BUNDLED.glob("*.safetensors"))
+            raise WeightsError(f"no bundled weights for {spec.name!r}; they exist for: {', '.join(have)}")
     elif spec.pretrained.startswith(SCHEME):
         try:
             path = pulled_file(spec.pretrained.removeprefix(SCHEME), WEIGHTS)
@@ -368,9 +362,7 @@ def _published_weights(spec: BackboneSpec) -> dict[str, Tensor]:
         name = f"local-dir:{path.parent}"
     elif path is not None and ":" not in name:
         options = {"pretrained_cfg_overlay": {"file": str(path)}}
-    network = _timm_network(name, spec, pretrained=True, **options)
-    state: dict[str, Tensor] = network.state_dict()
-    return state
+    return dict(_timm_network(name, spec, pretrained=True, **options).state_dict())
 
 
 def _file_weights(path: Path) -> Pretrained:
@@ -402,7 +394,7 @@ def _file_weights(path: Path) -> Pretrained:
 
 
 def _backbone_of(state: dict[str, Tensor], metadata: dict[str, str], path: Path) -> Pretrained:
-    """The backbone in the state of a whole exported network; of several that vote, the first one's."""
+    """Takes the backbone out of the state of an exported network; of several that vote, the first one's."""
     own = state_sha256(state)
     try:
         lineage = tuple(str(sha256) for sha256 in json.loads(metadata["lineage"]))
@@ -419,12 +411,12 @@ def _backbone_of(state: dict[str, Tensor], metadata: dict[str, str], path: Path)
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """SHA-256 over a module's state, :func:`state_sha256`."""
+    """Computes the SHA-256 of a module's state, :func:`state_sha256`."""
     return state_sha256(module.state_dict())
 
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over named tensors: names, dtypes, shapes and bytes, in the order of the names."""
+    """Computes the SHA-256 of named tensors: names, dtypes, shapes and bytes, in the order of the names."""
     digest = hashlib.sha256()
     for key, value in sorted(state.items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())

@@ -1,4 +1,4 @@
-"""The parts of a backbone from its input upwards: in their order, copied, or narrowed."""
+"""Parts of a backbone from its input upwards: in their order, copied, or narrowed."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from slidetl.models.backbones import Backbone
 _TRIAL_SIZE_PX = 128  # of the tile that finds out which channels arrive where; Inception needs 75
 
 
-_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+def batch_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """Lists the batch norms in a module."""
+    return [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
 
 
 def pretrained_backbone(backbone: Backbone) -> Backbone:
-    """Another backbone of the same specification, with the pretrained weights.
+    """Builds another backbone of the same specification, with the pretrained weights.
 
     Raises:
         WeightsError: they cannot be had.
@@ -30,7 +32,7 @@ def pretrained_backbone(backbone: Backbone) -> Backbone:
 
 
 def blocks_of(backbone: Backbone) -> list[list[nn.Parameter]]:
-    """The backbone's parameters, block by block from the input to the embedding.
+    """Returns the backbone's parameters, block by block from the input to the embedding.
 
     A block is a child of the network, or an entry of a child that is a sequence; what has no kernel of its
     own, such as a norm, belongs to the block before it.
@@ -81,12 +83,12 @@ def keep_statistics_up_to(backbone: Backbone, block: str) -> None:
     """Puts the batch norms up to and including a block into evaluation mode."""
     keys = set(keys_up_to(backbone, block))
     for name, module in backbone.net.named_modules():
-        if isinstance(module, _BATCH_NORM) and f"{name}.running_mean" in keys:
+        if f"{name}.running_mean" in keys:
             module.eval()
 
 
 def keys_up_to(backbone: Backbone, block: str) -> tuple[str, ...]:
-    """Names in the state of ``backbone.net`` from the input up to and including a block.
+    """Names the state of ``backbone.net`` from the input up to and including a block.
 
     The order is that in which the network declares its modules; in timm it is that of execution.
 
@@ -168,12 +170,9 @@ def _rebuild(module: nn.Module, arriving: Tensor, width: float) -> None:
         module.in_features, module.out_features = arriving.shape[-1], _narrowed(module.out_features, width)
         _fill(module, (module.out_features, module.in_features))
     elif isinstance(module, nn.BatchNorm2d):
-        module.num_features = arriving.shape[1]
-        module.running_mean, module.running_var = (
-            torch.zeros(arriving.shape[1]),
-            torch.ones(arriving.shape[1]),
-        )
-        _reset_scale(module, arriving.shape[1])
+        module.num_features = channels = arriving.shape[1]
+        module.running_mean, module.running_var = torch.zeros(channels), torch.ones(channels)
+        _reset_scale(module, channels)
     elif isinstance(module, nn.LayerNorm):
         # timm's norm of images has channels on axis 1, the plain one on the last
         channels = arriving.shape[1 if type(module) is not nn.LayerNorm and arriving.ndim == 4 else -1]

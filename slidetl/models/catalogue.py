@@ -1,4 +1,4 @@
-"""Which backbones are at hand: their size, and whether their weights are on this machine."""
+"""Lists backbones: their size, and whether their weights are on this machine."""
 
 from __future__ import annotations
 
@@ -74,6 +74,7 @@ def list_backbones(pattern: str | None = None) -> list[BackboneEntry]:
 
 def _with_local_weights() -> list[str]:
     import timm
+    from huggingface_hub import constants
 
     published = [name for name in timm.list_models(pretrained=True) if local_weights(name)]
     default = {name: name.partition(".")[0] for name in published}
@@ -81,19 +82,14 @@ def _with_local_weights() -> list[str]:
     names = [
         short if local_weights(short) == local_weights(name) else name for name, short in default.items()
     ]
-    return names + _cached_repositories()
-
-
-def _cached_repositories() -> list[str]:
-    """Models of timm's form in the Hugging Face cache that are not timm's own."""
-    from huggingface_hub import constants
-
-    names = []
+    # Models of timm's form in the Hugging Face cache that are not timm's own.
     for config in sorted(Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*/config.json")):
         owner, _, model = config.parents[2].name.removeprefix("models--").partition("--")
-        if owner != "timm" and "architecture" in json.loads(config.read_text(encoding="utf-8")):
-            names.append(f"hf-hub:{owner}/{model}")
-    return [name for name in names if local_weights(name)]
+        name = f"hf-hub:{owner}/{model}"
+        is_timm = "architecture" in json.loads(config.read_text(encoding="utf-8"))
+        if owner != "timm" and is_timm and local_weights(name):
+            names.append(name)
+    return names
 
 
 def _entry(name: str, is_bundled: bool, is_counted: bool) -> BackboneEntry:

@@ -82,6 +82,6 @@ class CBR(nn.Module):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised tiles ``[N, C, H, W]`` -> embeddings ``[N, D]``."""
+        """Embeds normalised tiles ``[N, C, H, W]`` as ``[N, D]``."""
         features: Tensor = self.layers(x)
         return features.mean((2, 3))

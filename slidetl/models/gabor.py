@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def gabor_filters(n_filters: int, size_px: int, orientations: int) -> Tensor:
-    """Filters of mean 0 through all orientations, phases and wavelengths, in this order.
+    """Makes filters of mean 0 through all orientations, phases and wavelengths, in this order.
 
     Args:
         n_filters: how many; a shorter list is the beginning of a longer one with as many wavelengths.

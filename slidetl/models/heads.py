@@ -14,28 +14,31 @@ _GAP = 3.0  # between neighbouring thresholds at the start, in units of the logi
 
 
 class Head(nn.Module):
-    """Base of the heads; each is made from D' and K, and has the three methods that raise here.
+    """Base of the heads; each has the three methods that raise here.
 
-    Attributes:
+    Args:
+        in_features: length D' of a slide's embedding.
         n_grades: K, at least 2.
     """
 
-    n_grades: int
+    def __init__(self, in_features: int, n_grades: int) -> None:
+        super().__init__()
+        self.n_grades = n_grades
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """``[B, D']`` -> logits ``[B, L]``, whose length is the head's own affair."""
+        """Computes logits ``[B, L]`` of embeddings ``[B, D']``; each head has its own L."""
         raise NotImplementedError
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Logits -> probabilities ``[B, K]``, which sum to one."""
+        """Computes probabilities ``[B, K]``, which sum to one, from logits."""
         raise NotImplementedError
 
     def grade_losses(self, logits: Tensor) -> Tensor:
-        """Logits -> ``[B, K]``, the loss of each slide if its grade were 0, ..., K-1."""
+        """Computes the loss ``[B, K]`` of each slide if its grade were 0, ..., K-1, from logits."""
         raise NotImplementedError
 
     def expected_grade(self, logits: Tensor) -> Tensor:
-        """Logits -> the mean ``[B]`` of the grades, 0..K-1, weighted by their probabilities."""
+        """Computes the mean ``[B]`` of the grades, 0..K-1, weighted by their probabilities, from logits."""
         probabilities = self.probabilities(logits)
         grades = torch.arange(probabilities.shape[1], dtype=probabilities.dtype, device=logits.device)
         return (probabilities * grades).sum(1)
@@ -47,7 +50,7 @@ class Head(nn.Module):
         weight: Tensor | None = None,
         class_weight: Tensor | None = None,
     ) -> Tensor:
-        """The weighted mean loss, a scalar.
+        """Computes the weighted mean loss, a scalar.
 
         Args:
             logits: as :meth:`forward` returns them.
@@ -70,7 +73,7 @@ class Head(nn.Module):
         weight: Tensor | None = None,
         class_weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What :meth:`loss` is the quotient of: the weighted sum, and the sum of the weights.
+        """Computes the two scalars of which :meth:`loss` is the quotient: weighted sum, and sum of weights.
 
         Where several processes share a batch, each has a part of both.
         """
@@ -92,15 +95,10 @@ class CumulativeLink(Head):
     sigmoid(threshold_k - score)``. Thresholds are kept in order by construction: the first is free,
     the gaps between them are softplus of free parameters. A logit is ``score - threshold_k``, that of
     ``grade > k``. The loss is the negative log-likelihood.
-
-    Args:
-        in_features: length D' of a slide's embedding.
-        n_grades: K, at least 2.
     """
 
     def __init__(self, in_features: int, n_grades: int) -> None:
-        super().__init__()
-        self.n_grades = n_grades
+        super().__init__(in_features, n_grades)
         self.score = nn.Linear(in_features, 1, bias=False)  # the first threshold is the bias
         # Wide enough apart that each grade is somewhere the most probable one. From closer thresholds the
         # middle grades are never predicted until training has moved the thresholds, which is slow.
@@ -108,52 +106,47 @@ class CumulativeLink(Head):
         self.gaps = nn.Parameter(torch.full((n_grades - 2,), _GAP).expm1().log())  # [K-2]
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """``[B, D']`` -> logits ``[B, K-1]`` of ``grade > k``, decreasing along the last axis."""
+        """Computes logits ``[B, K-1]`` of ``grade > k``, decreasing along the last axis."""
         score: Tensor = self.score(embedding)
         return score - _ordered(self.first, self.gaps)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Logits ``[B, K-1]`` -> probabilities ``[B, K]``, which sum to one."""
+        """Computes probabilities ``[B, K]``, which sum to one."""
         return _differences(torch.sigmoid(logits))
 
     def grade_losses(self, logits: Tensor) -> Tensor:
-        """Negative log-likelihood ``[B, K]`` of each grade."""
+        """Computes the negative log-likelihood ``[B, K]`` of each grade."""
         return _cumulative_losses(logits)
 
 
 class Coral(Head):
-    """CORAL: K-1 binary questions "is the grade above k?", which share one score and differ in bias.
+    """Asks K-1 binary questions "is the grade above k?", which share one score and differ in bias.
 
-    Cao, Mirjalili and Raschka, "Rank consistent ordinal regression for neural networks", Pattern
+    CORAL: Cao, Mirjalili and Raschka, "Rank consistent ordinal regression for neural networks", Pattern
     Recognition Letters 2020. The loss is the sum of the questions' cross-entropies. Departures: biases
     start three apart, as the thresholds of :class:`CumulativeLink` do; and since they are in order only
     where training has converged, probabilities come from the running minimum of the answers.
-
-    Args:
-        in_features: length D' of a slide's embedding.
-        n_grades: K, at least 2.
     """
 
     def __init__(self, in_features: int, n_grades: int) -> None:
-        super().__init__()
-        self.n_grades = n_grades
+        super().__init__(in_features, n_grades)
         self.score = nn.Linear(in_features, 1, bias=False)
         self.bias = nn.Parameter(_GAP * ((n_grades - 2) / 2 - torch.arange(n_grades - 1.0)))  # [K-1]
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """``[B, D']`` -> logits ``[B, K-1]`` of ``grade > k``."""
+        """Computes logits ``[B, K-1]`` of ``grade > k``."""
         score: Tensor = self.score(embedding)
         return score + self.bias
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Logits ``[B, K-1]`` -> probabilities ``[B, K]``, which sum to one."""
+        """Computes probabilities ``[B, K]``, which sum to one."""
         falling = [logits[:, 0]]  # the running minimum; ONNX has no cummin
         for threshold in range(1, logits.shape[1]):
             falling.append(torch.minimum(falling[-1], logits[:, threshold]))
         return _differences(torch.sigmoid(torch.stack(falling, dim=1)))
 
     def grade_losses(self, logits: Tensor) -> Tensor:
-        """For each grade the sum of the K-1 cross-entropies, ``[B, K]``."""
+        """Sums the K-1 cross-entropies for each grade, ``[B, K]``."""
         yes, no = functional.softplus(-logits), functional.softplus(logits)  # [B, K-1]
         zero = torch.zeros_like(logits[:, :1])
         below = torch.cat([zero, yes.cumsum(1)], dim=1)  # questions before the grade: the answer is yes
@@ -162,35 +155,30 @@ class Coral(Head):
 
 
 class Corn(Head):
-    """CORN: "is the grade above k, given that it is above k-1?", K-1 questions, each with its own weights.
+    """Asks "is the grade above k, given that it is above k-1?", K-1 questions, each with its own weights.
 
-    Shi, Cao and Raschka, "Deep neural networks for rank-consistent ordinal regression based on conditional
-    probabilities", 2021. Departure: cross-entropies are summed over the questions of a slide and averaged
-    over slides, where the paper divides by the number of questions asked in the batch; a slide's share so
-    does not depend on its batch.
-
-    Args:
-        in_features: length D' of a slide's embedding.
-        n_grades: K, at least 2.
+    CORN: Shi, Cao and Raschka, "Deep neural networks for rank-consistent ordinal regression based on
+    conditional probabilities", 2021. Departure: cross-entropies are summed over the questions of a slide and
+    averaged over slides, where the paper divides by the number of questions asked in the batch; a slide's
+    share so does not depend on its batch.
     """
 
     def __init__(self, in_features: int, n_grades: int) -> None:
-        super().__init__()
-        self.n_grades = n_grades
+        super().__init__(in_features, n_grades)
         self.questions = nn.Linear(in_features, n_grades - 1)
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """``[B, D']`` -> logits ``[B, K-1]`` of ``grade > k``, given ``grade > k-1``."""
+        """Computes logits ``[B, K-1]`` of ``grade > k``, given ``grade > k-1``."""
         logits: Tensor = self.questions(embedding)
         return logits
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Logits ``[B, K-1]`` -> probabilities ``[B, K]``, which sum to one."""
+        """Computes probabilities ``[B, K]``, which sum to one."""
         # The product of the conditional probabilities; ONNX has no cumprod.
         return _differences(functional.logsigmoid(logits).cumsum(1).exp())
 
     def grade_losses(self, logits: Tensor) -> Tensor:
-        """For each grade the sum of the cross-entropies of the questions that it is asked, ``[B, K]``."""
+        """Sums the cross-entropies of the questions that each grade is asked, ``[B, K]``."""
         yes, no = functional.softplus(-logits), functional.softplus(logits)  # [B, K-1]
         zero = torch.zeros_like(logits[:, :1])
         # All questions up to the grade are answered yes, the next no, and the rest not asked.
@@ -203,15 +191,10 @@ class RegressionWithThresholds(Head):
     The squared error alone moves the score. The thresholds and the slope at them are fitted to the score
     as it is, by the likelihood of a cumulative link; no gradient of theirs reaches the score. That is
     regression with thresholds tuned afterwards, in one pass and on the training slides alone.
-
-    Args:
-        in_features: length D' of a slide's embedding.
-        n_grades: K, at least 2.
     """
 
     def __init__(self, in_features: int, n_grades: int) -> None:
-        super().__init__()
-        self.n_grades = n_grades
+        super().__init__(in_features, n_grades)
         self.score = nn.Linear(in_features, 1)
         nn.init.constant_(self.score.bias, (n_grades - 1) / 2)
         self.first = nn.Parameter(torch.tensor([0.5]))  # [1]
@@ -219,62 +202,56 @@ class RegressionWithThresholds(Head):
         self.log_slope = nn.Parameter(torch.tensor([_GAP]).log())  # [1]
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """``[B, D']`` -> ``[B, K]``: the score in grades, then the logits of ``grade > k``."""
+        """Computes ``[B, K]``: the score in grades, then the logits of ``grade > k``."""
         score: Tensor = self.score(embedding)
         cumulative = (score.detach() - _ordered(self.first, self.gaps)) * self.log_slope.exp()
         return torch.cat([score, cumulative], dim=1)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Logits ``[B, K]`` -> probabilities ``[B, K]``, which sum to one."""
+        """Computes probabilities ``[B, K]``, which sum to one."""
         return _differences(torch.sigmoid(logits[:, 1:]))
 
     def grade_losses(self, logits: Tensor) -> Tensor:
-        """Half the squared error plus the negative log-likelihood, ``[B, K]``."""
+        """Adds half the squared error and the negative log-likelihood, ``[B, K]``."""
         grades = torch.arange(self.n_grades, dtype=logits.dtype, device=logits.device)
         return (logits[:, :1] - grades).square() / 2 + _cumulative_losses(logits[:, 1:])
 
 
 class CrossEntropy(Head):
-    """The grades as classes without an order: softmax and cross-entropy.
-
-    Args:
-        in_features: length D' of a slide's embedding.
-        n_grades: K, at least 2.
-    """
+    """The grades as classes without an order: softmax and cross-entropy."""
 
     def __init__(self, in_features: int, n_grades: int) -> None:
-        super().__init__()
-        self.n_grades = n_grades
+        super().__init__(in_features, n_grades)
         self.classes = nn.Linear(in_features, n_grades)
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """``[B, D']`` -> logits ``[B, K]`` of the grades."""
+        """Computes logits ``[B, K]`` of the grades."""
         logits: Tensor = self.classes(embedding)
         return logits
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Logits ``[B, K]`` -> probabilities ``[B, K]``, which sum to one."""
+        """Computes probabilities ``[B, K]``, which sum to one."""
         return logits.softmax(1)
 
     def grade_losses(self, logits: Tensor) -> Tensor:
-        """Negative log-likelihood ``[B, K]`` of each grade."""
+        """Computes the negative log-likelihood ``[B, K]`` of each grade."""
         return -logits.log_softmax(1)
 
 
 def _ordered(first: Tensor, gaps: Tensor) -> Tensor:
-    """Thresholds ``[K-1]`` that increase, whatever the parameters ``[1]`` and ``[K-2]``."""
+    """Returns thresholds ``[K-1]`` that increase, whatever the parameters ``[1]`` and ``[K-2]``."""
     return torch.cat([first, first + functional.softplus(gaps).cumsum(0)])
 
 
 def _differences(above: Tensor) -> Tensor:
-    """``P(grade > k)`` ``[B, K-1]``, decreasing -> ``P(grade = k)`` ``[B, K]``."""
+    """Turns ``P(grade > k)`` ``[B, K-1]``, decreasing, into ``P(grade = k)`` ``[B, K]``."""
     one = torch.ones_like(above[:, :1])
     bounds = torch.cat([one, above, torch.zeros_like(one)], dim=1)  # [B, K+1]
     return bounds[:, :-1] - bounds[:, 1:]
 
 
 def _cumulative_losses(logits: Tensor) -> Tensor:
-    """Logits ``[B, K-1]`` of ``grade > k`` -> negative log-likelihood ``[B, K]`` of each grade.
+    """Computes the negative log-likelihood ``[B, K]`` of each grade from logits ``[B, K-1]``.
 
     It stays finite, with a gradient, however wrong a confident score is:
     ``log(sigmoid(a) - sigmoid(b)) = logsigmoid(a) + logsigmoid(-b) + log(1 - exp(b - a))``.

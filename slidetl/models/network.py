@@ -36,18 +36,18 @@ class GradingNetwork(nn.Module):
         return self.grade(self.embed(tiles), mask)
 
     def embed(self, tiles: Tensor) -> Tensor:
-        """Bags ``[B, N, 3, H, W] uint8`` -> embeddings ``[B, N, D]``."""
+        """Embeds bags ``[B, N, 3, H, W] uint8`` as ``[B, N, D]``."""
         embeddings: Tensor = self.backbone(tiles.flatten(0, 1))
         return embeddings.view(tiles.shape[0], tiles.shape[1], -1)
 
     def grade(self, embeddings: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The second half of :meth:`forward`, from embeddings ``[B, N, D]``; not for lower precisions."""
+        """Computes the rest of :meth:`forward` from embeddings ``[B, N, D]``; not for lower precisions."""
         pooled: Aggregated = self.aggregator(embeddings, mask)
         logits: Tensor = self.head(pooled.embedding)
         return logits, pooled.attention
 
     def contributions(self, embeddings: Tensor, mask: Tensor) -> Tensor:
-        """What each tile adds to the logits, for an aggregator that adds tiles up.
+        """Computes what each tile adds to the logits, for an aggregator that adds tiles up.
 
         A head is affine, so the share of a tile in the embedding is carried on by its linear part; its
         constant is shared out by the attention.

@@ -1,4 +1,4 @@
-"""How far a backbone is from a pretrained one: in its weights, and in its activations on the same tiles."""
+"""Distances of a backbone from a pretrained one: of weights, and of activations on the same tiles."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch.nn.functional import mse_loss
 
 from slidetl.errors import UsageError
 from slidetl.models.backbones import Backbone, weights_sha256
+from slidetl.models.blocks import batch_norms
 from slidetl.models.network import GradingNetwork
 
 Shape = Literal["linear", "cosine"]
 Batch = tuple[Tensor, Tensor, Tensor]  # tiles [B, N, 3, H, W] uint8, mask [B, N] bool, grades [B] int64
-_BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 class Seen(NamedTuple):
-    """What went through the network in one forward pass of a training.
+    """The tiles and activations of one forward pass of a training.
 
     Attributes:
         tiles: ``[B, N, 3, H, W] uint8``.
@@ -54,15 +54,13 @@ class Reference(nn.Module):
         self.backbone = backbone
         self._attention: dict[str, str] = {}  # layer -> name of its buffer
         for module in backbone.modules():
-            for name, value in [
-                *module.named_parameters(recurse=False),
-                *module.named_buffers(recurse=False),
-            ]:
+            own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            for name, value in own:
                 delattr(module, name)
                 module.register_buffer(name, value.detach(), persistent=False)
-            if isinstance(module, _BATCH_NORM):
-                # With this off, `training` only chooses between batch and stored statistics; it updates none.
-                module.track_running_stats = False
+        for norm in batch_norms(backbone):
+            # With this off, `training` only chooses between batch and stored statistics; it updates none.
+            norm.track_running_stats = False
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -81,7 +79,7 @@ class Reference(nn.Module):
             self.register_buffer(f"attention{index}", value.detach(), persistent=False)
 
     def activations(self, tiles: Tensor, layers: Sequence[str], like: Backbone) -> dict[str, Tensor]:
-        """What the layers give for tiles ``[N, 3, H, W] uint8``.
+        """Computes the outputs of layers for tiles ``[N, 3, H, W] uint8``.
 
         Args:
             tiles: the tiles.
@@ -89,16 +87,15 @@ class Reference(nn.Module):
             like: batch norms that use batch statistics there use them here too in this call.
         """
         self.eval()
-        for mine, other in zip(self.backbone.modules(), like.modules(), strict=True):
-            if isinstance(mine, _BATCH_NORM):
-                mine.training = other.training
+        for mine, other in zip(batch_norms(self.backbone), batch_norms(like), strict=True):
+            mine.training = other.training
         with torch.no_grad(), recorded(self.backbone, layers) as found:
             self.backbone(tiles)
         return found
 
 
 def ramp(start: float, end: float | None, shape: Shape, progress: float) -> float:
-    """A weight on its way from ``start`` to ``end`` (None: it stays) as training progresses 0..1."""
+    """Moves a weight from ``start`` to ``end`` (None: it stays) as training progresses 0..1."""
     if end is None:
         return start
     done = min(max(progress, 0.0), 1.0)
@@ -106,7 +103,7 @@ def ramp(start: float, end: float | None, shape: Shape, progress: float) -> floa
 
 
 def squared_distance(parameters: Sequence[Tensor], anchors: Sequence[Tensor]) -> Tensor:
-    """``sum ||p - p0||^2`` over pairs of tensors, a scalar with a gradient, in float32 at least."""
+    """Sums ``||p - p0||^2`` over pairs of tensors: a scalar with a gradient, in float32 at least."""
     # One kernel forward and one backward, where a difference and its square are three and more.
     distances = [
         mse_loss(_wide(p), _wide(p0), reduction="sum") for p, p0 in zip(parameters, anchors, strict=True)
@@ -137,7 +134,7 @@ def activation_distance(
     mask: Tensor,
     attention: Mapping[str, Tensor],
 ) -> Tensor:
-    """Sum over layers of the squared difference of activations, a mean over the slides of a batch.
+    """Sums the squared differences of activations over layers, a mean over the slides of a batch.
 
     Per tile and layer it is ``sum_c W_c mean_xy (a_cxy - a0_cxy)^2`` with weights W that sum to one. A
     slide counts by the mean over its tiles, so that neither padding nor the sharing out of slides over
@@ -175,7 +172,7 @@ def channel_attention(
     batches: Sequence[Batch],
     steps: int = 100,
 ) -> dict[str, Tensor]:
-    """How much each channel of the pretrained network matters to the task.
+    """Measures how much each channel of the pretrained network matters to the task.
 
     DELTA (Li et al., ICLR 2019), section 3.3: a classifier is fitted on the pretrained network's frozen
     features; a channel's weight is the softmax, over the channels of its layer, of how much the loss rises
@@ -264,14 +261,13 @@ def _silenced(backbone: Backbone, layer: str, axis: int, channel: int) -> Iterat
 
 
 def find_module(backbone: Backbone, name: str) -> nn.Module:
-    """The module of that name in ``backbone.net``.
+    """Returns the module of a name in ``backbone.net``.
 
     Raises:
         UsageError: there is none; the message names some.
     """
-    modules = dict(backbone.net.named_modules())
+    modules: dict[str, nn.Module] = dict(backbone.net.named_modules())
     if not name or name not in modules:
         some = [key for key in modules if key and key.count(".") <= 1]
         raise UsageError(f"{backbone.spec.name} has no layer {name!r}; it has {', '.join(some[:30])}")
-    module: nn.Module = modules[name]
-    return module
+    return modules[name]

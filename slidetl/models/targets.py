@@ -17,7 +17,7 @@ from slidetl.errors import UsageError
 
 
 def one_hot_grades(grades: Tensor, n_grades: int) -> Tensor:
-    """Grades ``[...]`` int64, below 0 for none -> ``[..., K] float32``.
+    """Turns grades ``[...]`` int64, below 0 for none, into ``[..., K] float32``.
 
     Raises:
         UsageError: a grade of K or more.
@@ -41,14 +41,14 @@ def smoothed_grades(target: Tensor, amount: float) -> Tensor:
     if not 0 <= amount <= 1:
         raise UsageError(f"label smoothing moves a share between 0 and 1, not {amount}")
     moved = amount * target
-    up, down = moved / 2, moved / 2
-    up = torch.cat([moved[:, :1], up[:, 1:-1], torch.zeros_like(up[:, :1])], dim=1)
-    down = torch.cat([torch.zeros_like(down[:, :1]), down[:, 1:-1], moved[:, -1:]], dim=1)
+    none, half = torch.zeros_like(moved[:, :1]), moved[:, 1:-1] / 2
+    up = torch.cat([moved[:, :1], half, none], dim=1)
+    down = torch.cat([none, half, moved[:, -1:]], dim=1)
     return target - moved + up.roll(1, dims=1) + down.roll(-1, dims=1)
 
 
 def reader_grades(grades: Tensor, n_grades: int) -> Tensor:
-    """What several readers said, as the share of them that gave each grade.
+    """Computes the share of several readers that gave each grade.
 
     Args:
         grades: ``[B, R]`` int64, below 0 where a reader gave none.
@@ -73,7 +73,7 @@ def bootstrapped_grades(target: Tensor, probabilities: Tensor, beta: float, hard
         target: ``[B, K]`` probabilities.
         probabilities: ``[B, K]``, the head's.
         beta: how far the target is trusted, 0..1.
-        hard: whether only the most probable grade counts.
+        hard: count only the most probable grade.
     """
     if not 0 <= beta <= 1:
         raise UsageError(f"bootstrapping trusts the target by a share between 0 and 1, not {beta}")
@@ -86,15 +86,15 @@ def bootstrapped_grades(target: Tensor, probabilities: Tensor, beta: float, hard
 
 @dataclass(frozen=True)
 class Targets:
-    """What a training takes as the truth, for labels that are not quite certain.
+    """Options of the target that a training compares with, for labels that are not quite certain.
 
     First what the readers said, then smoothing, then bootstrapping, each where it is asked for.
 
     Attributes:
         smoothing: share of each grade that goes to its neighbours, 0..1 (:func:`smoothed_grades`).
-        readers: whether a slide's target is the readers' votes (:func:`reader_grades`); where no reader has
+        readers: take the readers' votes as a slide's target (:func:`reader_grades`); where no reader has
             graded it, its grade.
-        bootstrap: whether what the network believes is mixed in, ``soft`` or ``hard``
+        bootstrap: mix in what the network believes, ``soft`` or ``hard``
             (:func:`bootstrapped_grades`).
         beta: how far the labels are then trusted, 0..1; None: .95 soft and .8 hard, as in the paper.
         bootstrap_after: share of the training steps, 0..1, before the first that mixes it in.
@@ -113,7 +113,7 @@ class Targets:
                 raise UsageError(f"targets.{name} must be from 0 to 1, not {value}")
 
     def __call__(self, grades: Tensor, readers: Tensor, probabilities: Tensor, progress: float) -> Tensor:
-        """The target ``[B, K]`` of a step; zeros for a slide without a grade.
+        """Computes the target ``[B, K]`` of a step; zeros for a slide without a grade.
 
         Args:
             grades: ``[B]`` int64, below 0 for none.
@@ -136,7 +136,7 @@ class Targets:
 
 
 def balanced_weights(counts: Sequence[int]) -> Tensor:
-    """Weights ``[K]`` of the grades under which each has the same total, and the mean slide weighs 1.
+    """Computes weights ``[K]`` that give each grade the same total, and the mean slide 1.
 
     Args:
         counts: slides of each grade; a grade without any weighs 0.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from slidetl.errors import UsageError
 from slidetl.models.backbones import Backbone
 from slidetl.models.blocks import (
+    batch_norms,
     blocks_of,
     copy_normalisation,
     copy_up_to,
@@ -35,7 +36,8 @@ from slidetl.models.penalties import (
     squared_distance,
 )
 
-_BATCH_NORM = nn.modules.batchnorm._BatchNorm
+Groups = list[dict[str, Any]]  # an optimiser's parameter groups
+Terms = dict[str, Tensor]  # scalars by name
 
 
 class TransferStrategy(Protocol):
@@ -52,7 +54,7 @@ class TransferStrategy(Protocol):
     by default, the first does not arise.
 
     Attributes:
-        from_pretrained: whether it makes any use of the pretrained weights.
+        from_pretrained: True if it makes any use of the pretrained weights.
     """
 
     # A method with nothing but a docstring would count as abstract: hence each `return`.
@@ -79,13 +81,11 @@ class TransferStrategy(Protocol):
         return
 
     def frozen(self, backbone: Backbone, epoch: int) -> list[nn.Parameter]:
-        """Those of the trained parameters that rest in an epoch, counted from 0."""
+        """Returns the trained parameters that rest in an epoch, counted from 0."""
         return []
 
-    def parameter_groups(
-        self, network: GradingNetwork, lr: float, weight_decay: float
-    ) -> list[dict[str, Any]]:
-        """The optimiser's parameter groups.
+    def parameter_groups(self, network: GradingNetwork, lr: float, weight_decay: float) -> Groups:
+        """Returns the optimiser's parameter groups.
 
         Args:
             network: all of whose parameters that train are in exactly one group.
@@ -95,7 +95,7 @@ class TransferStrategy(Protocol):
         return _groups(network.parameters(), lr, weight_decay)
 
     def reference(self, backbone: Backbone) -> Reference | None:
-        """The pretrained network that penalties are measured against, or None without penalties.
+        """Builds the pretrained network that penalties are measured against, or None without penalties.
 
         Raises:
             WeightsError: pretrained weights are needed and cannot be had.
@@ -107,13 +107,11 @@ class TransferStrategy(Protocol):
         return
 
     def watched(self, backbone: Backbone) -> tuple[str, ...]:
-        """The modules of ``backbone.net`` whose activations :meth:`penalties` wants to see."""
+        """Names the modules of ``backbone.net`` whose activations :meth:`penalties` wants to see."""
         return ()
 
-    def penalties(
-        self, network: GradingNetwork, reference: Reference, seen: Seen, progress: float
-    ) -> dict[str, Tensor]:
-        """What is added to the loss of a batch, each scalar under a name of its own.
+    def penalties(self, network: GradingNetwork, reference: Reference, seen: Seen, progress: float) -> Terms:
+        """Computes what is added to the loss of a batch, each scalar under a name of its own.
 
         Args:
             network: after its forward pass.
@@ -124,8 +122,8 @@ class TransferStrategy(Protocol):
         return {}
 
     def after_step(
-        self, network: GradingNetwork, reference: Reference, groups: list[dict[str, Any]], progress: float
-    ) -> dict[str, Tensor]:
+        self, network: GradingNetwork, reference: Reference, groups: Groups, progress: float
+    ) -> Terms:
         """Applies what is decoupled from the optimiser's moments.
 
         Args:
@@ -163,7 +161,7 @@ class FrozenFeatures(TransferStrategy):
         backbone.load_pretrained()
 
     def set_training_mode(self, backbone: Backbone, epoch: int = 0) -> None:
-        """Stored batch-norm statistics, no dropout."""
+        """Keeps stored batch-norm statistics, and drops nothing out."""
         backbone.eval()
 
 
@@ -209,22 +207,20 @@ class WarmRestart(TransferStrategy):
     def set_training_mode(self, backbone: Backbone, epoch: int = 0) -> None:
         """Keeps the stored batch-norm statistics unless told otherwise, and those of frozen blocks."""
         frozen = set(self.frozen(backbone, epoch))
-        for module in backbone.modules():
-            if isinstance(module, _BATCH_NORM) and (not self.batch_statistics or module.weight in frozen):
+        for module in batch_norms(backbone):
+            if not self.batch_statistics or module.weight in frozen:
                 module.eval()
 
     def frozen(self, backbone: Backbone, epoch: int) -> list[nn.Parameter]:
-        """The blocks whose turn has not come."""
+        """Returns the blocks whose turn has not come."""
         blocks = blocks_of(backbone)
         awake = epoch - self.head_first_epochs + 1
         share = min(1.0, max(0, awake) / (self.gradual_unfreezing_epochs + 1))
         resting = len(blocks) - math.ceil(share * len(blocks))
         return [parameter for block in blocks[:resting] for parameter in block]
 
-    def parameter_groups(
-        self, network: GradingNetwork, lr: float, weight_decay: float
-    ) -> list[dict[str, Any]]:
-        """The backbone's blocks at their rates, then the new layers."""
+    def parameter_groups(self, network: GradingNetwork, lr: float, weight_decay: float) -> Groups:
+        """Groups the backbone's blocks at their rates, then the new layers."""
         blocks = blocks_of(network.backbone)
         if self.layer_lr_decay == 1:
             blocks = [[parameter for block in blocks for parameter in block]]
@@ -252,19 +248,15 @@ class _SharedRepresentation(TransferStrategy):
 
     def set_training_mode(self, backbone: Backbone, epoch: int = 0) -> None:
         """Keeps the stored batch-norm statistics of a pretrained start."""
-        if not self._batch_statistics:
-            for module in backbone.modules():
-                if isinstance(module, _BATCH_NORM):
-                    module.eval()
+        for module in () if self._batch_statistics else batch_norms(backbone):
+            module.eval()
 
     @property
     def _batch_statistics(self) -> bool:
         return self.start_from == "random" if self.batch_statistics is None else self.batch_statistics
 
-    def parameter_groups(
-        self, network: GradingNetwork, lr: float, weight_decay: float
-    ) -> list[dict[str, Any]]:
-        """The backbone at its rate, then the new layers."""
+    def parameter_groups(self, network: GradingNetwork, lr: float, weight_decay: float) -> Groups:
+        """Groups the backbone at its rate, then the new layers."""
         scale = self.backbone_lr_scale or (0.1 if self.start_from == "pretrained" else 1.0)
         return [
             *_groups(network.backbone.parameters(), lr * scale, weight_decay),
@@ -272,7 +264,7 @@ class _SharedRepresentation(TransferStrategy):
         ]
 
     def reference(self, backbone: Backbone) -> Reference | None:
-        """The pretrained weights, frozen."""
+        """Freezes the pretrained weights."""
         return Reference(pretrained_backbone(backbone))
 
 
@@ -299,7 +291,7 @@ class SharedWeights(_SharedRepresentation):
             it is their weight decay.
         schedule: how alpha goes there, ``linear`` or ``cosine``.
         parameters: ``kernels`` as in the authors' code, or ``all``: biases and norms too.
-        decoupled: whether the pull stays outside the loss.
+        decoupled: keep the pull outside the loss.
         start_from: ``pretrained`` or ``random``.
         backbone_lr_scale: rate of the backbone relative to that of the new layers; None: 0.1 from
             pretrained weights, 1 from random ones.
@@ -317,10 +309,8 @@ class SharedWeights(_SharedRepresentation):
         super().__post_init__()
         _check_weights(alpha=self.alpha, alpha_end=self.alpha_end, beta=self.beta)
 
-    def parameter_groups(
-        self, network: GradingNetwork, lr: float, weight_decay: float
-    ) -> list[dict[str, Any]]:
-        """Weight decay 0, but for beta where it is decoupled."""
+    def parameter_groups(self, network: GradingNetwork, lr: float, weight_decay: float) -> Groups:
+        """Sets weight decay to 0, but for beta where it is decoupled."""
         new = {id(parameter) for parameter in _new_parameters(network)}
         groups = super().parameter_groups(network, lr, weight_decay)
         for group in groups:
@@ -328,10 +318,8 @@ class SharedWeights(_SharedRepresentation):
             group["weight_decay"] = self.beta if is_new and self.decoupled and group["weight_decay"] else 0.0
         return groups
 
-    def penalties(
-        self, network: GradingNetwork, reference: Reference, seen: Seen, progress: float
-    ) -> dict[str, Tensor]:
-        """``weights`` and ``new_layers``, where they belong into the loss."""
+    def penalties(self, network: GradingNetwork, reference: Reference, seen: Seen, progress: float) -> Terms:
+        """Computes ``weights`` and ``new_layers``, where they belong into the loss."""
         found = super().penalties(network, reference, seen, progress)
         if self.decoupled:
             return found
@@ -344,9 +332,9 @@ class SharedWeights(_SharedRepresentation):
         return {**found, "weights": alpha / 2 * distance, "new_layers": self.beta / 2 * size}
 
     def after_step(
-        self, network: GradingNetwork, reference: Reference, groups: list[dict[str, Any]], progress: float
-    ) -> dict[str, Tensor]:
-        """``weights``, where it does not belong into the loss."""
+        self, network: GradingNetwork, reference: Reference, groups: Groups, progress: float
+    ) -> Terms:
+        """Applies ``weights``, where it does not belong into the loss."""
         if not self.decoupled:
             return {}
         alpha = ramp(self.alpha, self.alpha_end, self.schedule, progress)
@@ -354,18 +342,13 @@ class SharedWeights(_SharedRepresentation):
         anchor_of = {parameter: anchors[name] for name, parameter in self._leashed(network.backbone).items()}
         total = torch.zeros((), device=network.backbone.mean.device)
         for group in groups:
-            pulled = [parameter for parameter in group["params"] if parameter in anchor_of]
-            if pulled:
-                towards = [anchor_of[parameter] for parameter in pulled]
-                total += pull(pulled, towards, group["lr"] * alpha)
+            if pulled := [parameter for parameter in group["params"] if parameter in anchor_of]:
+                total += pull(pulled, [anchor_of[p] for p in pulled], group["lr"] * alpha)
         return {"weights": alpha / 2 * total}
 
     def _leashed(self, backbone: Backbone) -> dict[str, nn.Parameter]:
-        return {
-            name: parameter
-            for name, parameter in backbone.net.named_parameters()
-            if self.parameters == "all" or parameter.ndim > 1
-        }
+        named = backbone.net.named_parameters()
+        return {name: p for name, p in named if self.parameters == "all" or p.ndim > 1}
 
 
 @dataclass(frozen=True)
@@ -406,14 +389,13 @@ class SharedActivations(_SharedRepresentation):
             raise UsageError(f"attention_batches must be at least 1, not {self.attention_batches}")
 
     def set_training_mode(self, backbone: Backbone, epoch: int = 0) -> None:
-        """Evaluation mode, which knows no dropout, but for batch norm where it uses batch statistics."""
+        """Turns off training mode, and so dropout, but for batch norm where it uses batch statistics."""
         backbone.eval()
-        for module in backbone.modules():
-            if isinstance(module, _BATCH_NORM):
-                module.train(self._batch_statistics)
+        for module in batch_norms(backbone):
+            module.train(self._batch_statistics)
 
     def reference(self, backbone: Backbone) -> Reference | None:
-        """The pretrained weights, frozen; the layers are looked up before anything trains."""
+        """Freezes the pretrained weights; the layers are looked up before anything trains."""
         for layer in self.watched(backbone):
             find_module(backbone, layer)
         return super().reference(backbone)
@@ -425,13 +407,11 @@ class SharedActivations(_SharedRepresentation):
             reference.attention = channel_attention(reference, network, self.watched(network.backbone), some)
 
     def watched(self, backbone: Backbone) -> tuple[str, ...]:
-        """The chosen layers, or the last four stages."""
+        """Names the chosen layers, or the last four stages."""
         return tuple(self.layers) or tuple(backbone.blocks())[-4:]
 
-    def penalties(
-        self, network: GradingNetwork, reference: Reference, seen: Seen, progress: float
-    ) -> dict[str, Tensor]:
-        """``activations``."""
+    def penalties(self, network: GradingNetwork, reference: Reference, seen: Seen, progress: float) -> Terms:
+        """Computes ``activations``."""
         found = super().penalties(network, reference, seen, progress)
         expected = reference.activations(seen.tiles.flatten(0, 1), tuple(seen.activations), network.backbone)
         distance = activation_distance(seen.activations, expected, seen.mask, reference.attention)
@@ -493,7 +473,7 @@ class MeanVarInit(TransferStrategy):
 
 
 @dataclass(frozen=True)
-class SlimHybrid(TransferStrategy):
+class SlimHybrid(WeightTransfusion):
     """Pretrained from the input up to a block, and above it a narrower random top; everything trains.
 
     Raghu et al., "Transfusion", NeurIPS 2019, section 5 (there ResNet-50 up to Block 2, the rest at half
@@ -504,7 +484,6 @@ class SlimHybrid(TransferStrategy):
         width: share of the channels that is kept above it, above 0 and up to 1.
     """
 
-    up_to: str
     width: float = 0.5
 
     def __post_init__(self) -> None:
@@ -514,14 +493,6 @@ class SlimHybrid(TransferStrategy):
     def adapt(self, backbone: Backbone) -> None:
         """Narrows the top."""
         narrow_above(backbone, self.up_to, self.width)
-
-    def start(self, backbone: Backbone) -> None:
-        """Copies the pretrained weights up to the block."""
-        copy_up_to(backbone, self.up_to)
-
-    def set_training_mode(self, backbone: Backbone, epoch: int = 0) -> None:
-        """Keeps the stored statistics of the pretrained part."""
-        keep_statistics_up_to(backbone, self.up_to)
 
 
 @dataclass(frozen=True)
@@ -562,16 +533,13 @@ class GaborInit(TransferStrategy):
             first.weight.copy_(filters[:, None].expand_as(first.weight) * scale)
 
 
-def _groups(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Kernels with weight decay, and vectors (biases, norms, thresholds) without."""
+def _groups(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> Groups:
+    """Groups kernels with weight decay, and vectors (biases, norms, thresholds) without."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     kernels = [parameter for parameter in trained if parameter.ndim > 1]
     vectors = [parameter for parameter in trained if parameter.ndim <= 1]
-    groups = [
-        {"params": kernels, "lr": lr, "weight_decay": weight_decay},
-        {"params": vectors, "lr": lr, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    groups = ((kernels, weight_decay), (vectors, 0.0))
+    return [{"params": params, "lr": lr, "weight_decay": decay} for params, decay in groups if params]
 
 
 def _new_parameters(network: GradingNetwork) -> Sequence[nn.Parameter]:

@@ -36,7 +36,7 @@ class ExportedNetwork(nn.Module):
     Args:
         networks: trained, in evaluation mode.
         temperature: each network's probabilities are raised to its inverse and rescaled.
-        familiar: what the training slides were like, or None.
+        familiar: description of the training slides, or None.
         chunk_size: tiles per pass through the backbones in :meth:`forward`.
     """
 
@@ -71,13 +71,13 @@ class ExportedNetwork(nn.Module):
         self.register_buffer("residual_variance", torch.tensor(residual))
 
     def forward(self, tiles: Tensor) -> Tensor:
-        """Tiles of one slide ``[N, 3, H, W] uint8`` -> probabilities ``[K] float32``."""
+        """Grades the tiles of one slide, ``[N, 3, H, W] uint8``: probabilities ``[K] float32``."""
         chunks = [self.embed(chunk) for chunk in torch.split(tiles, self.chunk_size)]
         return self.grade(torch.cat(chunks))[0]
 
     @torch.jit.export
     def embed(self, tiles: Tensor) -> Tensor:
-        """Tiles ``[N, 3, H, W] uint8`` -> embeddings ``[N, D] float32``."""
+        """Embeds tiles ``[N, 3, H, W] uint8`` as ``[N, D] float32``."""
         parts: list[Tensor] = []
         for network in self.networks:
             parts.append(network.backbone(tiles).to(torch.float32))
@@ -85,20 +85,20 @@ class ExportedNetwork(nn.Module):
 
     @torch.jit.export
     def grade(self, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings of one slide ``[N, D]`` -> probabilities ``[K]``, expected grade, attention ``[N]``."""
+        """Grades embeddings ``[N, D]`` of a slide: probabilities ``[K]``, mean grade, attention ``[N]``."""
         mask = torch.ones(1, embeddings.shape[0], dtype=torch.bool, device=embeddings.device)
         probabilities, attention = self.vote(embeddings.unsqueeze(0), mask)
         return probabilities[0], self.expected_grade(probabilities)[0], attention[0]
 
     @torch.jit.export
     def grade_tiles(self, embeddings: Tensor) -> Tensor:
-        """Embeddings ``[N, D]`` -> the grade ``[N]`` expected if a slide had that tile alone; for maps."""
+        """Grades each of ``[N, D]`` embeddings as if a slide had that tile alone, ``[N]``; for maps."""
         mask = torch.ones(embeddings.shape[0], 1, dtype=torch.bool, device=embeddings.device)
         return self.expected_grade(self.vote(embeddings.unsqueeze(1), mask)[0])
 
     @torch.jit.export
     def novelty(self, embeddings: Tensor) -> Tensor:
-        """How far the mean of ``[N, D]`` embeddings is from those of the training slides; NaN if unknown.
+        """Measures how far the mean of ``[N, D]`` is from those of the training slides; NaN if unknown.
 
         As :meth:`slidetl.analysis.novelty.Familiar.novelty`; the card has the limit.
         """
@@ -109,7 +109,7 @@ class ExportedNetwork(nn.Module):
         return squared / centred.shape[0]
 
     def vote(self, embeddings: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """What all networks say of bags ``[B, N, D]`` with a mask ``[B, N]``.
+        """Takes the mean of all networks over bags ``[B, N, D]`` with a mask ``[B, N]``.
 
         Returns:
             Probabilities ``[B, K]`` and attention ``[B, N]``.
@@ -125,7 +125,7 @@ class ExportedNetwork(nn.Module):
         return torch.stack(votes).mean(0), torch.stack(attentions).mean(0)
 
     def expected_grade(self, probabilities: Tensor) -> Tensor:
-        """Probabilities ``[B, K]`` -> their mean grade ``[B]``."""
+        """Computes the mean grade ``[B]`` of probabilities ``[B, K]``."""
         grades = torch.arange(probabilities.shape[1], dtype=torch.float32, device=probabilities.device)
         return probabilities @ grades
 
@@ -137,7 +137,7 @@ def build_network(
     evidence: Evidence | None = None,
     licence: str = "",
 ) -> tuple[ExportedNetwork, ModelCard]:
-    """The network that an exported file holds, and its card.
+    """Builds the network that an exported file holds, and its card.
 
     Args:
         graders: as :func:`slidetl.training.checkpoint.load_grader` returns them; several make an ensemble.
@@ -186,7 +186,7 @@ def build_network(
 
 
 def _architecture(spec: BackboneSpec) -> dict[str, str | int | bool]:
-    """What of a specification decides on the shapes of the weights, so that they fit again."""
+    """Returns the part of a specification on which the shapes of the weights depend."""
     usual = BackboneSpec()
     values = {key: getattr(spec, key) for key in ("in_channels", "gated_mlp", "layer_scale")}
     return {"name": spec.name} | {key: found for key, found in values.items() if found != getattr(usual, key)}

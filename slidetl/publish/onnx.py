@@ -1,4 +1,4 @@
-"""A trained network leaves as ONNX: for machines without torch, and for the day when TorchScript is gone.
+"""Exports a trained network as ONNX: for machines without torch, and for the day when TorchScript is gone.
 
 An ONNX file is one graph with one set of inputs, so there are two: ``MODEL.onnx`` takes all tiles of a slide,
 and ``MODEL.grade.onnx`` the embeddings that the first gave for one part of a large slide after another.
@@ -26,7 +26,7 @@ PARITY_TOLERANCE = 1e-4  # other kernels, which sum in another order
 
 
 class _Second(nn.Module):
-    """Embeddings ``[N, D]`` -> what :meth:`ExportedNetwork.grade` gives."""
+    """Computes what :meth:`ExportedNetwork.grade` gives from embeddings ``[N, D]``."""
 
     def __init__(self, network: ExportedNetwork) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class _Second(nn.Module):
 
 
 class _Whole(nn.Module):
-    """Tiles ``[N, C, H, W]`` -> their embeddings, and what those give."""
+    """Computes embeddings of tiles ``[N, C, H, W]``, and what those give."""
 
     def __init__(self, network: ExportedNetwork) -> None:
         super().__init__()
@@ -110,10 +110,8 @@ def export_onnx(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[s
         found = whole.run(["embeddings", "probabilities"], {"tiles": tiles.numpy()})
         one = whole.run(["probabilities"], {"tiles": tiles[:1].numpy()})[0]
         graded = of_embeddings.run(["probabilities"], {"embeddings": found[0]})[0]
-        worst = {
-            path.name: float(max(abs(found[1] - expected).max(), abs(one - alone).max())),
-            second.name: float(abs(graded - expected).max()),
-        }
+        whole_worst = max(abs(found[1] - expected).max(), abs(one - alone).max())
+        worst = {path.name: float(whole_worst), second.name: float(abs(graded - expected).max())}
         for name, difference in worst.items():
             if not difference <= PARITY_TOLERANCE:
                 raise ModelFileError(

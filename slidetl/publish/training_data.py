@@ -1,4 +1,4 @@
-"""What a model was trained on: told in numbers without names, so that strangers are known later."""
+"""The training data of a model: told in numbers without names, so that strangers are known later."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BATCH = 64
 
 
 def training_slides(configs: Sequence[Path]) -> tuple[CachedSlide, ...]:
-    """The slides on which fits were trained, each once, in the order of their identifiers.
+    """Lists the slides on which fits were trained, each once, in the order of their identifiers.
 
     Args:
         configs: ``config.yaml`` of each fit, as Lightning keeps it beside the logs.

@@ -11,7 +11,7 @@ _SNAP_PX = 1e-6
 
 
 def pixel_edges(start: float, step: float, first: int, stop: int) -> NDArray[np.float64]:
-    """Edges of the output pixels ``first .. stop - 1`` along one axis, in source pixels.
+    """Computes the edges of the output pixels ``first .. stop - 1`` along one axis, in source pixels.
 
     Args:
         start: where output pixel 0 begins, source pixels.
@@ -65,14 +65,14 @@ def _is_identity(edges: NDArray[np.float64]) -> bool:
 
 
 def _whole_step(edges: NDArray[np.float64]) -> int:
-    """The distance between the edges if all are whole pixels and equally far apart, else 0."""
+    """Returns the distance between the edges if all are whole pixels and equally far apart, else 0."""
     step = int(edges[1] - edges[0]) if len(edges) > 1 else 0
     is_whole = step > 0 and edges[0] == np.floor(edges[0]) and np.all(np.diff(edges) == step)
     return step if is_whole else 0
 
 
 def _block_means(source: NDArray[np.uint8], step: tuple[int, int]) -> NDArray[np.uint8]:
-    """Means of whole blocks, ``step`` rows by columns, in whole numbers, which is faster."""
+    """Computes means of whole blocks, ``step`` rows by columns, in whole numbers, which is faster."""
     area = step[0] * step[1]
     kind = np.uint16 if 255 * area + area // 2 < 2**16 else np.uint64
     # Whole rows first: they lie together in memory.
@@ -88,7 +88,7 @@ def _block_means(source: NDArray[np.uint8], step: tuple[int, int]) -> NDArray[np
 def _sum_axis(
     source: NDArray[np.uint8] | NDArray[np.float32], edges: NDArray[np.float64], axis: int
 ) -> NDArray[np.float32]:
-    """The integral between neighbouring edges along one axis, a tap at a time, which bounds memory."""
+    """Integrates between neighbouring edges along one axis, a tap at a time, which bounds memory."""
     first = np.floor(edges[:-1])
     taps = int(np.max(np.ceil(edges[1:]) - first))
     shape = list(source.shape)

@@ -1,4 +1,4 @@
-"""What a slide is to the rest of slidetl: something readable at a physical spacing."""
+"""The interface of a slide: something readable at a physical spacing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class SlideInfo:
-    """What is known of a slide without reading its pixels.
+    """Metadata of a slide.
 
     Attributes:
         path: the file (of several files, the one that was named).
@@ -52,11 +52,11 @@ class Slide(Protocol):
 
     @property
     def info(self) -> SlideInfo:
-        """What is known of the slide without reading its pixels."""
+        """Metadata of the slide."""
         ...
 
     def mpp_read(self, mpp: float, mpp_tolerance: float = 0.01) -> tuple[float, float]:
-        """The spacing ``(x, y)`` of the pixels that :meth:`read` returns for ``mpp``.
+        """Returns the spacing ``(x, y)`` of the pixels that :meth:`read` returns for ``mpp``.
 
         It is ``mpp`` itself, or that of a pyramid level which lies within the relative tolerance
         and is then read as it is.
@@ -86,7 +86,7 @@ class Slide(Protocol):
             its background colour.
 
         Raises:
-            SlideReadError: the region is damaged.
+            SlideReadError: the region is damaged, or the slide is closed.
             SpacingError: the slide is coarser than ``mpp``.
         """
         ...
@@ -134,7 +134,7 @@ class Slide(Protocol):
         mpp_tolerance: float = 0.01,
         first: int = 0,
     ) -> Iterator[bytes | None] | None:
-        """The slide's own JPEGs, where they coincide with the tiles wanted; see :meth:`map_tiles`.
+        """Copies the slide's own JPEGs, where they coincide with the tiles wanted; see :meth:`map_tiles`.
 
         Returns:
             None if they do not. Else, in order, each tile as a JPEG that stands alone and has exactly the
@@ -163,7 +163,7 @@ _BLOCK_BYTES = 2**20
 
 
 def fingerprint_of(files: Iterable[Path]) -> str:
-    """The identity of a slide's content: SHA-256, hexadecimal, whatever its files are called.
+    """Identifies a slide's content: SHA-256, hexadecimal, whatever its files are called.
 
     A file of up to 64 MiB is hashed whole. Of a larger one, its size and 64 blocks of 1 MiB are: the first
     (which holds the metadata or the pointer to it), the last, and 62 evenly between. Another slide, or the

@@ -6,7 +6,7 @@ import functools
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,7 +51,7 @@ class SrgbSlide(Slide):
         return self._info
 
     def mpp_read(self, mpp: float, mpp_tolerance: float = 0.01) -> tuple[float, float]:
-        """See :meth:`slidetl.slides.base.Slide.mpp_read`."""
+        """Forwards to the slide; see :meth:`slidetl.slides.base.Slide.mpp_read`."""
         return self._slide.mpp_read(mpp, mpp_tolerance)
 
     def read(
@@ -61,29 +61,14 @@ class SrgbSlide(Slide):
         mpp: float,
         mpp_tolerance: float = 0.01,
     ) -> NDArray[np.uint8]:
-        """See :meth:`slidetl.slides.base.Slide.read`."""
+        """Reads as :meth:`slidetl.slides.base.Slide.read`, in sRGB."""
         return to_srgb(self._slide.read(origin_level0, size_px, mpp, mpp_tolerance), self._profile)
 
     def map_tiles(
-        self,
-        work: Callable[[NDArray[np.uint8]], _Result],
-        origins_level0: NDArray[np.int32],
-        side_px: int,
-        mpp: float,
-        mpp_tolerance: float = 0.01,
-        first: int = 0,
-        threads: int = 1,
+        self, work: Callable[[NDArray[np.uint8]], _Result], *tiles: Any, **options: Any
     ) -> Iterator[_Result | SlideReadError]:
-        """As fast as the slide's own; see :meth:`slidetl.slides.base.Slide.map_tiles`."""
-        return self._slide.map_tiles(
-            lambda rgb: work(to_srgb(rgb, self._profile)),
-            origins_level0,
-            side_px,
-            mpp,
-            mpp_tolerance,
-            first,
-            threads,
-        )
+        """Reads as fast as the slide's own; see :meth:`slidetl.slides.base.Slide.map_tiles`."""
+        return self._slide.map_tiles(lambda rgb: work(to_srgb(rgb, self._profile)), *tiles, **options)
 
     def close(self) -> None:
         """Releases the file. Closing twice is harmless."""
@@ -110,15 +95,10 @@ def to_srgb(rgb: NDArray[np.uint8], profile: bytes) -> NDArray[np.uint8]:
 
 @functools.lru_cache(maxsize=4)
 def _transform(profile: bytes) -> ImageCms.ImageCmsTransform:
-    """Building a transform costs milliseconds, and the slides of one scanner share theirs."""
+    """Builds a transform, which costs milliseconds; the slides of one scanner share theirs."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     except OSError as error:  # what Pillow raises for bytes that are no profile
         raise ImageCms.PyCMSError(error) from error
-    return ImageCms.buildTransform(
-        source,
-        ImageCms.createProfile("sRGB"),
-        "RGB",
-        "RGB",
-        renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
-    )
+    relative = ImageCms.Intent.RELATIVE_COLORIMETRIC
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), "RGB", "RGB", relative)

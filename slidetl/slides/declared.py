@@ -1,4 +1,4 @@
-"""What compressed pixels say of their own size, read before a decoder believes it and takes the memory.
+"""Reads the size that compressed pixels declare, before a decoder believes it and takes the memory.
 
 A tile of a TIFF says twice how large it is: in the directory, which is checked when the file is opened, and
 in its own header, which the decoder goes by. A JPEG of 600 bytes may call itself 65,500 pixels wide and high.
@@ -49,7 +49,7 @@ def check_declared(compression: int, data: bytes, tables: bytes | None, limit_px
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Of the first frame header; None where the markers before it are not in order."""
+    """Reads the first frame header; None where the markers before it are not in order."""
     place = 2
     while place + 9 <= len(data) and data[place] == 0xFF:
         marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
@@ -66,7 +66,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _jpeg_2000_size(data: bytes) -> tuple[int, int] | None:
-    """Of a codestream, alone or in the boxes of a JP2 file (T.800, annex I)."""
+    """Reads the size of a codestream, alone or in the boxes of a JP2 file (T.800, annex I)."""
     place = 0
     while not data.startswith(_CODESTREAM, place):
         if place + 16 > len(data):
@@ -90,7 +90,7 @@ def _jpeg_2000_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:
-    """Of a WebP file (RFC 9649): lossy, lossless or extended."""
+    """Reads the size of a WebP file (RFC 9649): lossy, lossless or extended."""
     if len(data) < 30 or data[:4] != b"RIFF" or data[8:12] != b"WEBP":
         return None
     kind = data[12:16]

@@ -32,7 +32,7 @@ _LEAST_STEP = 2.5
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Where tiles lie on a level.
+    """The places of tiles on a level.
 
     Attributes:
         start: ``[N, 2] float64``, upper-left corners ``(x, y)``, level pixels.
@@ -50,7 +50,7 @@ class Placement:
         return self.side_px * self.step[0], self.side_px * self.step[1]
 
     def edges(self, tile: int, reduction: int = 1) -> list[NDArray[np.float64]]:
-        """Edges of the pixels of a tile along x and y, pixels of the level reduced so."""
+        """Computes the edges of a tile's pixels along x and y, pixels of the level reduced so."""
         start = self.start[tile].tolist()
         return [
             pixel_edges(at / reduction, step / reduction, 0, self.side_px)
@@ -58,7 +58,7 @@ class Placement:
         ]
 
     def runs(self, first: int, most: int) -> Iterator[range]:
-        """Tiles from ``first`` on, in runs of at most ``most`` that are of one row."""
+        """Yields the tiles from ``first`` on, in runs of at most ``most`` that are of one row."""
         y = self.start[:, 1]
         while first < len(y):
             stop = first + 1
@@ -69,7 +69,7 @@ class Placement:
 
 
 def reduction_for(placement: Placement, tile_px: tuple[int, int]) -> int:
-    """By how much the decoder may reduce: 1, 2, 4 or 8.
+    """Chooses the reduction in the decoder: 1, 2, 4 or 8.
 
     Never beyond the spacing of the tiles, and only where their pixels are wide, or begin and end with whole
     pixels of the decoder's; so nothing shifts or blurs.
@@ -100,19 +100,18 @@ class JpegCutter:
     ) -> None:
         self._jpegs = jpegs
         self.placement = placement
-        level = jpegs.level
         self.reduction = reduction
-        self._tile_px = (level.tile_px[0] // self.reduction, level.tile_px[1] // self.reduction)
+        self._tile_px = (jpegs.level.tile_px[0] // reduction, jpegs.level.tile_px[1] // reduction)
         self._lock = threading.Lock()
         self._kept: dict[tuple[int, int], Future[NDArray[np.uint8] | None]] = {}
         self._most_kept = _KEPT_BYTES // (self._tile_px[0] * self._tile_px[1] * 3)
-        self._uses = np.zeros(level.offsets.shape, np.int32)
+        self._uses = np.zeros(jpegs.level.offsets.shape, np.int32)
         for run in runs:
             rows, columns = self._touched(run)
             self._uses[rows.start : rows.stop, columns.start : columns.stop] += 1
 
     def cut(self, run: range) -> list[NDArray[np.uint8] | None]:
-        """The tiles of a run, ``[side, side, 3] uint8`` each.
+        """Cuts the tiles of a run, ``[side, side, 3] uint8`` each.
 
         Returns:
             None for a tile that is not whole on the level, or of which a JPEG cannot be decoded.
@@ -128,28 +127,24 @@ class JpegCutter:
                 h * self.reduction <= size for h, size in zip(high, limit, strict=True)
             )
             source = self._gather(decoded, low, high) if is_whole else None
-            tiles.append(
-                None if source is None else average_areas(source, edges[0] - low[0], edges[1] - low[1])
-            )
+            x, y = edges[0] - low[0], edges[1] - low[1]
+            tiles.append(None if source is None else average_areas(source, x, y))
         return tiles
 
     def _touched(self, run: range) -> tuple[range, range]:
-        """Rows and columns of the JPEGs under a run."""
+        """Returns rows and columns of the JPEGs under a run."""
         start = self.placement.start[[run[0], run[-1]]]
         ranges = []
         for axis in (1, 0):
-            side, count = self._jpegs.level.tile_px[axis], self._count(axis)
+            side, count = self._jpegs.level.tile_px[axis], int(self._uses.shape[1 - axis])
             end = start[:, axis].max() + self.placement.extent[axis]
             # A millionth of a pixel is snapped to the edge by `pixel_edges`; one JPEG more does no harm.
             first = max(0, min(math.floor(start[:, axis].min() / side), count))
             ranges.append(range(first, max(first, min(math.ceil((math.ceil(end)) / side), count))))
         return ranges[0], ranges[1]
 
-    def _count(self, axis: int) -> int:
-        return int(self._jpegs.level.offsets.shape[1 - axis])
-
     def _decoded(self, rows: range, columns: range) -> dict[tuple[int, int], NDArray[np.uint8] | None]:
-        """The JPEGs of a rectangle, decoded by whoever needs them first."""
+        """Decodes the JPEGs of a rectangle; another thread may have begun with some."""
         slots: dict[tuple[int, int], Future[NDArray[np.uint8] | None]] = {}
         mine: list[tuple[int, int]] = []
         with self._lock:
@@ -175,7 +170,7 @@ class JpegCutter:
         return {key: slot.result() for key, slot in slots.items()}
 
     def _decode(self, jpeg: Jpeg) -> NDArray[np.uint8] | None:
-        """``[h, w, 3] uint8``, reduced; None for a JPEG in which anything is wrong."""
+        """Decodes to ``[h, w, 3] uint8``, reduced; None for a JPEG in which anything is wrong."""
         import simplejpeg
 
         width, height = self._tile_px
@@ -200,7 +195,7 @@ class JpegCutter:
         low: Sequence[int],
         high: Sequence[int],
     ) -> NDArray[np.uint8] | None:
-        """A rectangle of the reduced level, put together."""
+        """Puts a rectangle of the reduced level together."""
         width, height = self._tile_px
         image = np.empty((high[1] - low[1], high[0] - low[0], 3), np.uint8)
         for row in range(low[1] // height, -(-high[1] // height)):
@@ -219,7 +214,7 @@ class JpegCutter:
 def map_in_order(
     function: Callable[[_Item], _Result], items: Iterable[_Item], threads: int
 ) -> Iterator[_Result]:
-    """Results in the order of the items, a few of them worked at ahead; in this thread if it is to be one."""
+    """Yields results in the order of the items, a few computed ahead; in this thread if it is to be one."""
     if threads <= 1:
         yield from map(function, items)
         return

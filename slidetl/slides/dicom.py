@@ -1,4 +1,4 @@
-"""Which files of a folder are one DICOM slide: each level of its pyramid is a file of the same series."""
+"""Finds the files of one DICOM slide: each level of its pyramid is a file of the same series."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _HEAD_BYTES = 1 << 16
 
 
 def series_instance_uid(path: Path) -> str | None:
-    """The series that a DICOM file belongs to; None if it is not DICOM in explicit little endian.
+    """Reads the series that a DICOM file belongs to; None if it is not DICOM in explicit little endian.
 
     Raises:
         OSError: the file cannot be read.

@@ -39,7 +39,7 @@ class Level:
 
     @property
     def is_exact(self) -> bool:
-        """Whether a window of it begins just where it was asked to, and not a fraction of a pixel beside."""
+        """True if a window of it begins just where it was asked to, and not a fraction of a pixel beside."""
         return True
 
 
@@ -61,7 +61,7 @@ class View(Generic[_Level]):
     as_it_is: tuple[bool, bool]
 
     def starts(self, origins_level0: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
-        """``[N, 2] int`` level-0 pixels as ``[N, 2] float64`` level pixels, whole ones as the level is."""
+        """Turns level-0 pixels ``[N, 2] int`` into level pixels ``float64``; whole ones as the level is."""
         start = origins_level0 / np.array(self.level.scale)
         return np.asarray(np.where(self.as_it_is, np.round(start), start))
 
@@ -84,7 +84,7 @@ class View(Generic[_Level]):
 
 
 class PyramidSlide(Slide, Generic[_Level]):
-    """What the readers of files share. A reader sets the two attributes, and gives :meth:`_window`.
+    """The base of the readers of files. A reader sets the two attributes, and gives :meth:`_window`.
 
     The coarsest level that is fine enough is read, at an integer pixel of that level, and averaged over
     areas in bands, so memory stays below about 100 MB for any region.
@@ -99,7 +99,7 @@ class PyramidSlide(Slide, Generic[_Level]):
 
     @property
     def info(self) -> SlideInfo:
-        """What is known of the slide without reading its pixels."""
+        """Metadata of the slide."""
         return self._info
 
     @property
@@ -108,11 +108,7 @@ class PyramidSlide(Slide, Generic[_Level]):
         """Its ICC profile, if it has one."""
 
     def mpp_read(self, mpp: float, mpp_tolerance: float = 0.01) -> tuple[float, float]:
-        """The spacing ``(x, y)`` that :meth:`read` returns for ``mpp``.
-
-        Raises:
-            SpacingError: the slide is coarser than ``mpp``.
-        """
+        """Returns the spacing of what is read; see :meth:`slidetl.slides.base.Slide.mpp_read`."""
         view = self._view(mpp, mpp_tolerance)
         x, y = self._spacing(view.level)
         return (x if view.as_it_is[0] else mpp), (y if view.as_it_is[1] else mpp)
@@ -124,12 +120,7 @@ class PyramidSlide(Slide, Generic[_Level]):
         mpp: float,
         mpp_tolerance: float = 0.01,
     ) -> NDArray[np.uint8]:
-        """Reads a rectangle at a physical spacing; see :meth:`slidetl.slides.base.Slide.read`.
-
-        Raises:
-            SlideReadError: the region is damaged, or the slide is closed.
-            SpacingError: the slide is coarser than ``mpp``.
-        """
+        """Reads a rectangle at a physical spacing; see :meth:`slidetl.slides.base.Slide.read`."""
         view = self._view(mpp, mpp_tolerance)
         (start,) = view.starts(np.array([origin_level0])).tolist()
         return view.read(
@@ -140,14 +131,14 @@ class PyramidSlide(Slide, Generic[_Level]):
     def _window(
         self, level: _Level, first: tuple[int, int], size: tuple[int, int]
     ) -> tuple[NDArray[np.uint8], list[float]]:
-        """A window of one level, background outside; see :data:`ReadWindow`."""
+        """Reads a window of one level, background outside; see :data:`ReadWindow`."""
 
     def _spacing(self, level: _Level) -> tuple[float, float]:
         mpp = self._info.mpp_level0
         return mpp[0] * level.scale[0], mpp[1] * level.scale[1]
 
     def _view(self, mpp: float, mpp_tolerance: float) -> View[_Level]:
-        """The coarsest level that is as fine as ``mpp`` on both axes, or within the tolerance of it."""
+        """Chooses the coarsest level that is as fine as ``mpp`` on both axes, or within the tolerance."""
         for level in reversed(self._levels):
             x, y = self._spacing(level)
             as_it_is = (_is_close(x, mpp, mpp_tolerance), _is_close(y, mpp, mpp_tolerance))
@@ -164,7 +155,7 @@ class PyramidSlide(Slide, Generic[_Level]):
 def scale_of(
     size_level0: tuple[int, int], size_px: tuple[int, int], downsample: float
 ) -> tuple[float, float]:
-    """Level-0 pixels per pixel of a level, along x and y.
+    """Computes level-0 pixels per pixel of a level, along x and y.
 
     Scanners halve and drop, or fill up, what is left over: 3567 pixels become 1783, and each still covers
     two. So it is a whole number where the sizes allow that.
@@ -181,7 +172,7 @@ def scale_of(
 
 
 def nominal_mpp(mpp_level0: tuple[float, float], levels: tuple[Level, ...]) -> tuple[float, ...]:
-    """The spacing of every level as one number, the geometric mean of both axes."""
+    """Computes the spacing of every level as one number, the geometric mean of both axes."""
     return tuple(math.sqrt(math.prod(mpp_level0) * math.prod(level.scale)) for level in levels)
 
 

@@ -47,7 +47,7 @@ class NpzItem:
 
     @classmethod
     def of(cls, path: Path) -> NpzItem | None:
-        """What a path ``FILE.npz#SPLIT/INDEX`` names; None for any other path."""
+        """Parses a path ``FILE.npz#SPLIT/INDEX``; None for any other path."""
         found = _ITEM.fullmatch(str(path))
         return cls(Path(found["file"]), found["split"].lower(), int(found["index"])) if found else None
 
@@ -57,7 +57,7 @@ class NpzItem:
         return Path(f"{self.file}#{self.split}/{self.index}")
 
     def read(self) -> NDArray[np.uint8]:
-        """The image, ``[h, w] or [h, w, C] uint8``.
+        """Reads the image, ``[h, w] or [h, w, C] uint8``.
 
         Raises:
             SlideOpenError: the file is damaged, too large or has no such item.
@@ -75,7 +75,7 @@ class NpzItem:
 
 
 def read_labels(file: Path) -> dict[str, NDArray[np.integer[Any]]]:
-    """The labels of every split that an ``.npz`` holds, ``[N]`` each.
+    """Reads the labels of every split that an ``.npz`` holds, ``[N]`` each.
 
     Raises:
         SlideOpenError: the file is no ``.npz`` in this form; the message says what is wrong with it.
@@ -104,7 +104,7 @@ def read_labels(file: Path) -> dict[str, NDArray[np.integer[Any]]]:
 
 @functools.lru_cache(maxsize=1)
 def _load(file: Path, name: str, mtime_ns: int, size: int) -> NDArray[np.uint8]:
-    """An array of images. One is kept, since items are asked for one after another."""
+    """Loads an array of images. One is kept, since items are asked for one after another."""
     del mtime_ns, size  # they only make another file another key
     try:
         with zipfile.ZipFile(file) as archive:
@@ -121,7 +121,7 @@ def _load(file: Path, name: str, mtime_ns: int, size: int) -> NDArray[np.uint8]:
 
 
 def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and type of an array, without its values."""
+    """Reads shape and type of an array, without its values."""
     with archive.open(f"{name}.npy") as stream:
         # NumPy reads a header whole before it finds it too long; packed, 4 GB of spaces are 4 MB.
         start = stream.read(12)
@@ -130,11 +130,8 @@ def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dt
             raise ValueError(f"{name} has a header of {length} bytes, more than {_MAX_HEADER_BYTES}")
     with archive.open(f"{name}.npy") as stream:
         version = np.lib.format.read_magic(stream)
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, _, dtype = read(stream)
+        headers = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+        shape, _, dtype = headers[version[0]](stream)
     bytes_wanted = int(np.prod(shape, dtype=object)) * dtype.itemsize
     if bytes_wanted > _MAX_BYTES:
         raise ValueError(

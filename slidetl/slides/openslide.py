@@ -71,7 +71,7 @@ class _Level(Level):
 
     @property
     def is_exact(self) -> bool:
-        """Whether OpenSlide can be asked for any pixel of it."""
+        """True if OpenSlide can be asked for any pixel of it."""
         return self.downsample.is_integer()
 
 
@@ -126,16 +126,22 @@ class OpenSlideSlide(PyramidSlide[_Level]):
         extent_px = placement.extent[0] * placement.extent[1]
         most = min(_MAX_RUN, max(1, int(_MAX_RUN_PX / max(1.0, extent_px))))
         cutter = self._cutter(view, placement, list(placement.runs(first, most)))
-        handles = _Handles(self._regions, threads)
+        local, opened = threading.local(), list[_Regions]()
+
+        def mine() -> _Regions:
+            """Returns this thread's own handle, opened when it first asks; of one thread, the slide's."""
+            if threads > 1 and not hasattr(local, "regions"):
+                local.regions = _Regions(self._path, self._info.background_rgb, None)
+                opened.append(local.regions)
+            return local.regions if threads > 1 else self._regions
 
         def at(run: range) -> list[_Result | SlideReadError]:
-            cut = cutter.cut(run) if cutter is not None else _read_run(view, handles.mine(), placement, run)
+            cut = cutter.cut(run) if cutter is not None else _read_run(view, mine(), placement, run)
             results: list[_Result | SlideReadError] = []
             for tile, rgb in zip(run, cut, strict=True):
                 try:
-                    results.append(
-                        work(_read_tile(view, handles.mine(), placement, tile) if rgb is None else rgb)
-                    )
+                    found = _read_tile(view, mine(), placement, tile) if rgb is None else rgb
+                    results.append(work(found))
                 except SlideReadError as error:
                     results.append(error)
             return results
@@ -144,7 +150,8 @@ class OpenSlideSlide(PyramidSlide[_Level]):
             for results in map_in_order(at, placement.runs(first, most), threads):
                 yield from results
         finally:
-            handles.close()
+            for regions in opened:
+                regions.close()
 
     def copy_tiles(
         self,
@@ -154,7 +161,7 @@ class OpenSlideSlide(PyramidSlide[_Level]):
         mpp_tolerance: float = 0.01,
         first: int = 0,
     ) -> Iterator[bytes | None] | None:
-        """The slide's own JPEGs; see :meth:`slidetl.slides.base.Slide.copy_tiles`."""
+        """Copies the slide's own JPEGs; see :meth:`slidetl.slides.base.Slide.copy_tiles`."""
         view = self._view(mpp, mpp_tolerance)
         placement = Placement(view.starts(origins_level0), view.step, side_px)
         jpegs = self._jpegs(view.level)
@@ -177,7 +184,7 @@ class OpenSlideSlide(PyramidSlide[_Level]):
         return self._regions.read_level(level, first, size)
 
     def _jpegs(self, level: _Level) -> JpegTiles | None:
-        """The level's tiles as they lie in the file, if it is of a kind that can be read so."""
+        """Returns the level's tiles as they lie in the file, if it is of a kind that can be read so."""
         if self._info.vendor not in _PLAIN_TIFF or level.tile_px is None:
             return None
         if self._regions.is_closed:
@@ -199,7 +206,7 @@ class OpenSlideSlide(PyramidSlide[_Level]):
         return None
 
     def _agrees(self, cutter: JpegCutter, view: View[_Level]) -> bool:
-        """Whether some of the tiles that lie whole on the level are what OpenSlide reads there."""
+        """Compares some of the tiles that lie whole on the level with what OpenSlide reads there."""
         placement = cutter.placement
         count = len(placement.start)
         differences: list[float] = []
@@ -212,13 +219,10 @@ class OpenSlideSlide(PyramidSlide[_Level]):
             except SlideReadError:
                 continue  # damage, which shows in its turn
             differences.append(float(np.abs(rgb.astype(np.int16) - wanted).mean()))
-        if cutter.reduction == 1 and view.level.is_exact:
+        if not differences or (cutter.reduction == 1 and view.level.is_exact):
             return bool(differences) and not any(differences)
-        return (
-            bool(differences)
-            and max(differences) <= _MAX_DIFFERENCE
-            and sum(differences) <= _MEAN_DIFFERENCE * len(differences)
-        )
+        mean = sum(differences) / len(differences)
+        return max(differences) <= _MAX_DIFFERENCE and mean <= _MEAN_DIFFERENCE
 
 
 def _read_tile(view: View[_Level], regions: _Regions, placement: Placement, tile: int) -> NDArray[np.uint8]:
@@ -272,43 +276,14 @@ def _copies(jpegs: JpegTiles, placement: Placement, first: int) -> Iterator[byte
             yield None if jpeg is None else jpeg.data
 
 
-class _Handles:
-    """For every thread a handle of its own, opened when it first asks; for one thread, the slide's."""
-
-    def __init__(self, regions: _Regions, threads: int) -> None:
-        self._regions = regions
-        self._is_shared = threads <= 1
-        self._local = threading.local()
-        self._opened: list[_Regions] = []
-
-    def mine(self) -> _Regions:
-        if self._is_shared:
-            return self._regions
-        if not hasattr(self._local, "regions"):
-            self._local.regions = self._regions.another()
-            self._opened.append(self._local.regions)
-        mine: _Regions = self._local.regions
-        return mine
-
-    def close(self) -> None:
-        for regions in self._opened:
-            regions.close()
-
-
 class _Regions:
     """OpenSlide's handle of a slide, opened anew after an error."""
 
     def __init__(
         self, path: Path, background_rgb: tuple[int, int, int], handle: openslide.OpenSlide | None
     ) -> None:
-        self._path = path
-        self._background_rgb = background_rgb
-        self._handle = handle
+        self._path, self._background_rgb, self._handle = path, background_rgb, handle
         self.is_closed = False
-
-    def another(self) -> _Regions:
-        """A handle of the same slide for another thread."""
-        return _Regions(self._path, self._background_rgb, None)
 
     def close(self) -> None:
         self.is_closed = True
@@ -319,7 +294,7 @@ class _Regions:
     def read_level(
         self, level: _Level, first: tuple[int, int], size: tuple[int, int]
     ) -> tuple[NDArray[np.uint8], list[float]]:
-        """Pixels of one level, background outside; and where their corner really lies, level pixels."""
+        """Reads pixels of one level, background outside; and where their corner really lies, level pixels."""
         low = [max(f, 0) for f in first]
         high = [min(f + s, limit) for f, s, limit in zip(first, size, level.size_px, strict=True)]
         inside = [h - p for h, p in zip(high, low, strict=True)]
@@ -349,7 +324,9 @@ class _Regions:
         try:
             if self._handle is None:
                 self._handle = openslide.OpenSlide(self._path)
-            _read_argb(self._handle, location_level0, level, size_px, argb)
+            # As `read_region` of openslide-python, without its image: three copies fewer for each tile.
+            pointer = argb.ctypes.data_as(ctypes.POINTER(ctypes.c_uint32))
+            openslide.lowlevel._read_region(self._handle._osr, pointer, *location_level0, level, *size_px)
         except openslide.OpenSlideError as error:
             if self._handle is not None:
                 self._handle.close()
@@ -360,8 +337,7 @@ class _Regions:
             ) from error
         bgra = argb.view(np.uint8).reshape(height, width, 4)
         if argb.min() >= 0xFF000000:
-            cv2 = opencv()
-            return np.asarray(cv2.cvtColor(bgra, cv2.COLOR_BGRA2RGB))
+            return np.asarray(opencv().cvtColor(bgra, opencv().COLOR_BGRA2RGB))
         return composite(bgra, self._background_rgb)
 
 
@@ -369,25 +345,12 @@ _local = threading.local()
 
 
 def _buffer(count: int) -> NDArray[np.uint32]:
-    """Room for so many pixels, until the same thread asks again."""
+    """Makes room for so many pixels, until the same thread asks again."""
     if count > _BUFFER_PX:
         return np.empty(count, np.uint32)
     if not hasattr(_local, "buffer") or len(_local.buffer) < count:
         _local.buffer = np.empty(count, np.uint32)
-    room: NDArray[np.uint32] = _local.buffer[:count]
-    return room
-
-
-def _read_argb(
-    handle: openslide.OpenSlide,
-    location_level0: tuple[int, int],
-    level: int,
-    size_px: tuple[int, int],
-    argb: NDArray[np.uint32],
-) -> None:
-    """What ``read_region`` of openslide-python does, without its image: three copies fewer for each tile."""
-    pointer = argb.ctypes.data_as(ctypes.POINTER(ctypes.c_uint32))
-    openslide.lowlevel._read_region(handle._osr, pointer, *location_level0, level, *size_px)
+    return np.asarray(_local.buffer[:count])
 
 
 def composite(bgra: NDArray[np.uint8], background_rgb: tuple[int, int, int]) -> NDArray[np.uint8]:
@@ -421,9 +384,8 @@ def _open(path: Path) -> openslide.OpenSlide:
 def _levels(handle: openslide.OpenSlide) -> tuple[_Level, ...]:
     size0 = handle.dimensions
     levels = []
-    for index, (size, downsample) in enumerate(
-        zip(handle.level_dimensions, handle.level_downsamples, strict=True)
-    ):
+    every = zip(handle.level_dimensions, handle.level_downsamples, strict=True)
+    for index, (size, downsample) in enumerate(every):
         scale = scale_of(size0, size, downsample)
         sides = [handle.properties.get(f"openslide.level[{index}].tile-{s}") for s in ("width", "height")]
         tile_px = (int(sides[0]), int(sides[1])) if sides[0] and sides[1] else None
@@ -462,7 +424,7 @@ def _describe(
 
 
 def _positive(text: str | None) -> float | None:
-    """A property as a positive number; vendors write 0 or nothing for what they don't know."""
+    """Parses a property as a positive number; vendors write 0 or nothing for what they don't know."""
     try:
         value = float(text or "nan")
     except ValueError:
@@ -471,7 +433,7 @@ def _positive(text: str | None) -> float | None:
 
 
 def _files(path: Path, dicom_series: str | None) -> Iterable[Path]:
-    """All the files of the slide that ``path`` names."""
+    """Lists all the files of the slide that ``path`` names."""
     if dicom_series is not None:
         beside = (p for p in path.parent.iterdir() if p != path and p.is_file())
         return [path, *(p for p in beside if series_instance_uid(p) == dicom_series)]

@@ -8,7 +8,8 @@ import struct
 import warnings
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,17 +44,8 @@ _OME_UNITS = {"nm": 1e-3, "µm": 1.0, "μm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e
 
 # What decoders raise on damaged or hostile files; imagecodecs' own errors are RuntimeErrors.
 _DAMAGE = (
-    OSError,
-    ValueError,
-    TypeError,
-    LookupError,
-    EOFError,
-    SyntaxError,
-    ArithmeticError,
-    RuntimeError,
-    MemoryError,
-    struct.error,
-    zlib.error,
+    *(OSError, ValueError, TypeError, LookupError, EOFError, SyntaxError),
+    *(ArithmeticError, RuntimeError, MemoryError, struct.error, zlib.error),
 )
 
 # A rectangle of one level, wholly inside it: left, top, width, height, to [height, width, 3] uint8.
@@ -94,8 +86,10 @@ class RasterSlide(PyramidSlide[_Level]):
             vendor, fingerprint, mpp, sizes, readers = self._open()
             if not all(side > 0 for size in sizes for side in size):
                 raise SlideOpenError(f"{path}: its header is damaged: an image of no pixels")
+            (width, height), levels = sizes[0], zip(sizes, readers, strict=True)
             self._levels = tuple(
-                _Level(size, _scale(sizes[0], size), read) for size, read in zip(sizes, readers, strict=True)
+                _Level(size, scale_of(sizes[0], size, math.sqrt(width * height / math.prod(size))), read)
+                for size, read in levels
             )
             if mpp_override is not None:
                 mpp = (mpp_override, mpp_override)
@@ -134,12 +128,12 @@ class RasterSlide(PyramidSlide[_Level]):
     def _open(
         self,
     ) -> tuple[str, str, tuple[float, float] | None, list[tuple[int, int]], list[_ReadPixels]]:
-        """Vendor, fingerprint, spacing, and for every level its size and how its pixels are read."""
+        """Opens the file: vendor, fingerprint, spacing, and for every level its size and reader."""
         item = NpzItem.of(self._path)
         if item is not None:
             image = _as_rgb(item.read(), str(self._path))
             digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
-            return "npz", digest, None, [_size(image)], [_whole(image)]
+            return "npz", digest, None, *_whole(image)
         if not self._path.is_file():
             raise SlideOpenError(f"{self._path}: {'not a file' if self._path.exists() else 'no such file'}")
         fingerprint = fingerprint_of([self._path])
@@ -149,12 +143,12 @@ class RasterSlide(PyramidSlide[_Level]):
             vendor = "ome-tiff" if self._tiff.is_ome else "plain-tiff"
             return vendor, fingerprint, self._tiff.mpp, self._tiff.sizes_px, self._tiff.readers
         image, self._profile, name = _read_plain(self._path)
-        return name, fingerprint, None, [_size(image)], [_whole(image)]
+        return name, fingerprint, None, *_whole(image)
 
     def _window(
         self, level: _Level, first: tuple[int, int], size: tuple[int, int]
     ) -> tuple[NDArray[np.uint8], list[float]]:
-        """Pixels of one level, background outside."""
+        """Reads pixels of one level, background outside."""
         if self._closed:
             raise SlideReadError(f"{self._path}: the slide is closed")
         low = [max(f, 0) for f in first]
@@ -188,12 +182,10 @@ class _Tiff:
         self._path = path
         self._kept: OrderedDict[tuple[int, int], NDArray[np.uint8] | None] = OrderedDict()
         self._kept_bytes = 0
-        try:
+        with _damage_told(path):
             self._file = tifffile.TiffFile(path)
-        except _DAMAGE as error:
-            raise SlideOpenError(f"{path}: not a slide or image that can be read: {_line(error)}") from error
         try:
-            try:
+            with _damage_told(path):
                 self.is_ome = bool(self._file.is_ome)
                 self.mpp = _ome_mpp(self._file.ome_metadata) if self.is_ome else None
                 levels = list(self._file.series[0].levels)
@@ -203,12 +195,6 @@ class _Tiff:
                 self.sizes_px = [(int(page.imagewidth), int(page.imagelength)) for page in pages]
                 tag = pages[0].tags.get(_ICC_PROFILE)
                 self.profile = bytes(tag.value) if tag is not None else None
-            except SlideOpenError:
-                raise
-            except _DAMAGE as error:
-                raise SlideOpenError(
-                    f"{path}: not a slide or image that can be read: {_line(error)}"
-                ) from error
         except BaseException:  # whatever it was, the file must not stay open
             self.close()
             raise
@@ -257,14 +243,12 @@ class _Tiff:
         return lambda x, y, width, height: self._decode(number, page, x, y, width, height)
 
     def _decode(self, number: int, page: Any, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
-        """A rectangle put together from the strips or tiles that it touches."""
+        """Puts a rectangle together from the strips or tiles that it touches."""
         samples = int(page.samplesperpixel)
         image = np.full((height, width, samples), 255, np.uint8)
         is_planar = samples > 1 and int(page.planarconfig) == 2
-        chunk_width = int(page.tilewidth) if page.is_tiled else int(page.imagewidth)
-        chunk_height = (
-            int(page.tilelength) if page.is_tiled else min(int(page.rowsperstrip), page.imagelength)
-        )
+        chunk_width = int(page.tilewidth if page.is_tiled else page.imagewidth)
+        chunk_height = int(page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength))
         across, down = -(-page.imagewidth // chunk_width), -(-page.imagelength // chunk_height)
         for plane in range(samples if is_planar else 1):
             for row in range(y // chunk_height, (y + height - 1) // chunk_height + 1):
@@ -275,17 +259,14 @@ class _Tiff:
                     top, left = row * chunk_height, column * chunk_width
                     rows = slice(max(top, y), min(top + piece.shape[0], y + height))
                     columns = slice(max(left, x), min(left + piece.shape[1], x + width))
-                    part = piece[
-                        rows.start - top : rows.stop - top, columns.start - left : columns.stop - left
-                    ]
+                    part = piece[:, columns.start - left : columns.stop - left]
                     channels = slice(plane, plane + 1) if is_planar else slice(None)
-                    image[rows.start - y : rows.stop - y, columns.start - x : columns.stop - x, channels] = (
-                        part
-                    )
+                    into = image[:, columns.start - x : columns.stop - x, channels]
+                    into[rows.start - y : rows.stop - y] = part[rows.start - top : rows.stop - top]
         return self._rgb(page, image)
 
     def _segment(self, number: int, page: Any, index: int) -> NDArray[np.uint8] | None:
-        """A decoded strip or tile, ``[h, w, S]``, cut to the image; None where the file has none."""
+        """Decodes a strip or tile, ``[h, w, S]``, cut to the image; None where the file has none."""
         key = (number, index)
         if key in self._kept:
             self._kept.move_to_end(key)
@@ -316,14 +297,17 @@ class _Tiff:
 
 
 def _read_plain(path: Path) -> tuple[NDArray[np.uint8], bytes | None, str]:
-    """The pixels of a PNG, JPEG or BMP, its ICC profile, and the name of its format."""
+    """Reads the pixels of a PNG, JPEG or BMP, its ICC profile, and the name of its format."""
     from PIL import Image
 
-    try:
-        with warnings.catch_warnings():
-            # Our own limit is lower, and has a remedy.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = Image.open(path)
+    with _damage_told(path):
+        try:
+            with warnings.catch_warnings():
+                # Our own limit is lower, and has a remedy.
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                opened = Image.open(path)
+        except Image.DecompressionBombError as error:
+            raise SlideOpenError(f"{path}: {_line(error)}; convert it to a tiled TIFF") from error
         with opened as image:
             if image.width * image.height > _MAX_PLAIN_PX:
                 raise SlideOpenError(
@@ -338,16 +322,10 @@ def _read_plain(path: Path) -> tuple[NDArray[np.uint8], bytes | None, str]:
             has_alpha = image.has_transparency_data
             pixels = np.asarray(image.convert("RGBA" if has_alpha else "RGB"))
             return _as_rgb(pixels, str(path)), profile or None, str(image.format).lower()
-    except Image.DecompressionBombError as error:
-        raise SlideOpenError(f"{path}: {_line(error)}; convert it to a tiled TIFF") from error
-    except SlideOpenError:
-        raise
-    except _DAMAGE as error:
-        raise SlideOpenError(f"{path}: not a slide or image that can be read: {_line(error)}") from error
 
 
 def _as_rgb(pixels: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
-    """Grey, RGB, and either with alpha, as ``[h, w, 3]``; what is transparent lies over white."""
+    """Turns grey, RGB, and either with alpha, into ``[h, w, 3]``; what is transparent lies over white."""
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     channels = pixels.shape[-1]
@@ -360,16 +338,14 @@ def _as_rgb(pixels: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
     return np.repeat(colours, 3, axis=2) if colours.shape[2] == 1 else np.ascontiguousarray(colours)
 
 
-def _whole(image: NDArray[np.uint8]) -> _ReadPixels:
-    return lambda x, y, width, height: image[y : y + height, x : x + width]
-
-
-def _size(image: NDArray[np.uint8]) -> tuple[int, int]:
-    return image.shape[1], image.shape[0]
+def _whole(image: NDArray[np.uint8]) -> tuple[list[tuple[int, int]], list[_ReadPixels]]:
+    """Returns size and reader of the one level of an image in memory."""
+    size = (image.shape[1], image.shape[0])
+    return [size], [lambda x, y, width, height: image[y : y + height, x : x + width]]
 
 
 def _ome_mpp(xml: str | None) -> tuple[float, float] | None:
-    """Micrometres per pixel of the first image of an OME-XML description, if it says so."""
+    """Reads micrometres per pixel of the first image of an OME-XML description, if it says so."""
     try:
         root = ElementTree.fromstring((xml or "").encode())
     except ElementTree.ParseError:
@@ -390,17 +366,24 @@ def _ome_mpp(xml: str | None) -> tuple[float, float] | None:
     return spacing[0], spacing[1]
 
 
-def _scale(size0: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
-    return scale_of(size0, size, math.sqrt(size0[0] * size0[1] / (size[0] * size[1])))
+@contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    """Turns what decoders raise on damaged files into one error that names the file."""
+    try:
+        yield
+    except SlideOpenError:
+        raise
+    except _DAMAGE as error:
+        raise SlideOpenError(f"{path}: not a slide or image that can be read: {_line(error)}") from error
 
 
 def _line(error: BaseException) -> str:
-    """What a decoder says, in one line."""
+    """Puts a decoder's message into one line."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def is_raster(path: Path) -> bool:
-    """Whether a path is for :class:`RasterSlide`: an image by its name, or a TIFF that OpenSlide refuses."""
+    """Tells if a path is for :class:`RasterSlide`: an image by its name, or a TIFF that OpenSlide refuses."""
     if NpzItem.of(path) is not None or path.suffix.lower() in IMAGE_SUFFIXES:
         return True
     if path.suffix.lower() not in TIFF_SUFFIXES or not path.is_file():

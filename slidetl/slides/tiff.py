@@ -185,7 +185,7 @@ class _Data:
         self._has_zeros = _ZEROS in raw
 
     def is_plausible(self, begin: int, end: int) -> bool:
-        """Whether compressed data, up to and with the end of the image, can be whole."""
+        """Tells if compressed data, up to and with the end of the image, can be whole."""
         # The marker that ends the image is the last of them.
         is_clean = bisect_left(self._markers, begin) == bisect_left(self._markers, end - len(_EOI))
         return is_clean and not (self._has_zeros and self.raw.find(_ZEROS, begin, end) >= 0)
@@ -201,48 +201,40 @@ def _need(is_usual: bool) -> None:
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """One tag of a directory: its type and count, and its values if they fit in the entry, or their place."""
-
-    kind: int
-    count: int
-    value: bytes
-
-
-@dataclass(frozen=True)
 class _Directory:
+    """One directory; ``entries`` by tag: type, count, and values if they fit in the entry, or their place."""
+
     file: IO[bytes]
     order: str
     file_bytes: int
-    entries: dict[int, _Entry]
+    entries: dict[int, tuple[int, int, bytes]]
 
     def number(self, tag: int, default: int | None = None) -> int:
         if tag not in self.entries and default is not None:
             return default
-        values = self.numbers(tag, 1)
-        return int(values[0])
+        return int(self.numbers(tag, 1)[0])
 
     def numbers(self, tag: int, count: int) -> NDArray[np.int64]:
-        """The ``count`` whole numbers of a tag."""
+        """Reads the ``count`` whole numbers of a tag."""
         return self._values(tag, count, _INTEGER_TYPES).astype(np.int64)
 
     def bytes(self, tag: int, most: int) -> bytes:
-        """The content of a tag; nothing if it is not there."""
+        """Reads the content of a tag; nothing if it is not there."""
         if tag not in self.entries:
             return b""
-        count = self.entries[tag].count
+        count = self.entries[tag][1]
         _need(count <= most)
         return self._values(tag, count, _BYTE_TYPES).tobytes()
 
     def _values(self, tag: int, count: int, types: dict[int, str]) -> NDArray[np.unsignedinteger]:
         _need(tag in self.entries)
-        entry = self.entries[tag]
-        _need(entry.kind in types and entry.count == count)
-        dtype = np.dtype(self.order + types[entry.kind])
+        kind, stored, value = self.entries[tag]
+        _need(kind in types and stored == count)
+        dtype = np.dtype(self.order + types[kind])
         size = count * dtype.itemsize
-        if size <= len(entry.value):
-            return np.frombuffer(entry.value[:size], dtype)
-        offset = int.from_bytes(entry.value, "little" if self.order == "<" else "big")
+        if size <= len(value):
+            return np.frombuffer(value[:size], dtype)
+        offset = int.from_bytes(value, "little" if self.order == "<" else "big")
         _need(offset + size <= self.file_bytes)
         return np.frombuffer(_read(self.file, offset, size), dtype)
 
@@ -254,7 +246,7 @@ def _read(file: IO[bytes], offset: int, size: int) -> bytes:
 
 
 def _directories(file: IO[bytes]) -> list[_Directory]:
-    """The main chain of directories."""
+    """Reads the main chain of directories."""
     file_bytes = os.fstat(file.fileno()).st_size
     head = _read(file, 0, 16)
     _need(head[:2] in (b"II", b"MM"))
@@ -279,10 +271,10 @@ def _directories(file: IO[bytes]) -> list[_Directory]:
         (count,) = struct.unpack(order + count_format, _read(file, offset, count_size))
         _need(count <= _MAX_ENTRIES)
         packed = _read(file, offset + count_size, count * entry_size)
-        entries: dict[int, _Entry] = {}
-        for tag, kind, values, value in struct.iter_unpack(order + entry_format, packed):
+        entries: dict[int, tuple[int, int, bytes]] = {}
+        for tag, *entry in struct.iter_unpack(order + entry_format, packed):
             _need(tag not in entries)
-            entries[tag] = _Entry(kind, values, value)
+            entries[tag] = (entry[0], entry[1], entry[2])
         directories.append(_Directory(file, order, file_bytes, entries))
         at = offset + count_size + count * entry_size
         (offset,) = struct.unpack(order + next_format, _read(file, at, struct.calcsize(order + next_format)))
@@ -316,7 +308,7 @@ def _jpeg_level(directory: _Directory, size_px: tuple[int, int], tile_px: tuple[
 
 
 def _tables(data: bytes) -> bytes:
-    """The segments between the markers at both ends of a stream of tables."""
+    """Returns the segments between the markers at both ends of a stream of tables."""
     if not data:
         return b""
     _need(data.startswith(_SOI))
@@ -331,7 +323,7 @@ def _tables(data: bytes) -> bytes:
 
 
 def _segment(data: bytes, at: int) -> tuple[int, bytes]:
-    """The marker at a place, and its segment whole."""
+    """Reads the marker at a place, and its segment whole."""
     _need(len(data) >= at + 4 and data[at] == 0xFF)
     size = int.from_bytes(data[at + 2 : at + 4], "big")
     _need(size >= 2 and at + 2 + size <= len(data))
@@ -339,13 +331,13 @@ def _segment(data: bytes, at: int) -> tuple[int, bytes]:
 
 
 def _is_comment(marker: int) -> bool:
-    """Application data and comments: they tell decoders how to guess colours, which the TIFF states."""
+    """Tells comments and application data, by which decoders would guess colours that the TIFF states."""
     return marker == _COM or 0xE0 <= marker <= 0xEF
 
 
 @dataclass(frozen=True)
 class _Head:
-    """What precedes the compressed data of a tile.
+    """The bytes before the compressed data of a tile.
 
     Attributes:
         raw: as it is in the file.
@@ -393,7 +385,7 @@ def _head(data: bytes, level: JpegLevel) -> _Head | None:
 
 
 def _subsampling(frame: bytes, tile_px: tuple[int, int]) -> str:
-    """Of a start-of-frame segment, which must be of a whole tile."""
+    """Reads a start-of-frame segment, which must be of a whole tile."""
     _need(len(frame) == 19)
     precision, height, width, components = struct.unpack(">BHHB", frame[4:10])
     _need((precision, components) == (8, 3) and (width, height) == tile_px)

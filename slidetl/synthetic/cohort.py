@@ -32,7 +32,7 @@ LABELS = ("truth", "consensus")
 
 @dataclass(frozen=True)
 class ColourSummary:
-    """What colour and area alone say of a slide: the baseline that must not solve the grading.
+    """Colour and area of a slide: the baseline that must not solve the grading.
 
     Attributes:
         mean_rgb: mean colour of what is visibly darker than glass, 0..255.
@@ -54,44 +54,22 @@ def write_slide(slide: SyntheticSlide, slide_path: Path, truth_path: Path) -> Co
     """
     section = LungSection(slide)
     width, height = slide.size_px
-    colour = _ColourSum(slide.appearance.white_rgb)
+    darker_than = np.floor(np.array(slide.appearance.white_rgb) - 24).astype(np.uint8)
+    count, rgb = 0, np.zeros(3)  # of what is visibly darker than glass
 
     def bands() -> Iterator[NDArray[np.uint8]]:
+        nonlocal count, rgb
         for top in range(0, height, BAND_PX):
             band = section.draw((0, top), (width, min(BAND_PX, height - top)))
-            colour.add(band)
+            stained = (band < darker_than).any(axis=2)
+            count += int(stained.sum())
+            rgb += [float(band[..., channel][stained].sum(dtype=np.float64)) for channel in range(3)]
             yield band
 
     write_pyramid(slide_path, slide.size_px, slide.mpp, bands(), slide.appearance.jpeg_quality)
-    truth = section.truth()
-    np.savez_compressed(
-        truth_path,
-        collagen_fraction=truth.collagen_fraction,
-        lesion_fraction=truth.lesion_fraction,
-        tissue_fraction=truth.tissue_fraction,
-        cell_um=np.float64(TRUTH_CELL_UM),
-    )
-    return colour.summary(width * height)
-
-
-class _ColourSum:
-    """Sums the colour of what is visibly darker than glass, over bands."""
-
-    def __init__(self, white_rgb: tuple[float, float, float]) -> None:
-        self._darker_than = np.floor(np.array(white_rgb) - 24).astype(np.uint8)
-        self._pixels = 0
-        self._rgb = np.zeros(3)
-
-    def add(self, band: NDArray[np.uint8]) -> None:
-        stained = np.zeros(band.shape[:2], bool)
-        for channel in range(3):
-            stained |= band[..., channel] < self._darker_than[channel]
-        self._pixels += int(stained.sum())
-        self._rgb += [float(band[..., channel][stained].sum(dtype=np.float64)) for channel in range(3)]
-
-    def summary(self, slide_pixels: int) -> ColourSummary:
-        red, green, blue = (self._rgb / max(1, self._pixels)).tolist()
-        return ColourSummary((red, green, blue), self._pixels / slide_pixels)
+    np.savez_compressed(truth_path, **section.truth()._asdict(), cell_um=np.float64(TRUTH_CELL_UM))
+    red, green, blue = (rgb / max(1, count)).tolist()
+    return ColourSummary((red, green, blue), count / (width * height))
 
 
 @dataclass(frozen=True)
@@ -183,7 +161,7 @@ class SyntheticCohort:
         SyntheticSlide(0.0, 0, SiteAppearance.of(0, 0), self.stain, (self.size_px, self.size_px), self.mpp)
 
     def plan(self) -> list[CohortSlide]:
-        """The slides, in the order of the manifest; a pure function of the cohort's values.
+        """Plans the slides, in the order of the manifest; a pure function of the cohort's values.
 
         Grades are as balanced as the patients allow, overall and at each site.
         """
@@ -213,27 +191,13 @@ class SyntheticCohort:
             seen = severity + rng.normal(0, self.reader_sd, 2)
             *read, consensus = np.clip(np.rint([*seen, seen.mean()]), 0, GRADES - 1).astype(int).tolist()
             site = patients[k][1]
-            slide = SyntheticSlide(
-                fibrotic_share=float(severity * self.share_per_grade),
-                seed=int(rng.integers(1 << 32)),
-                appearance=appearances[site],
-                stain=self.stain,
-                size_px=(self.size_px, self.size_px),
-                mpp=self.mpp,
-            )
-            drawn_grade = grade_of_share(slide.fibrotic_share, self.share_per_grade)
-            planned.append(
-                CohortSlide(
-                    slide_id=f"slide-{number:0{digits}d}",
-                    patient_id=f"patient-{k:0{digits}d}",
-                    site=f"site-{site}",
-                    readers=(read[0], read[1]),
-                    consensus=consensus,
-                    drawn_grade=drawn_grade,
-                    grade=drawn_grade if self.label == "truth" else consensus,
-                    slide=slide,
-                )
-            )
+            share, seed = float(severity * self.share_per_grade), int(rng.integers(1 << 32))
+            size_px = (self.size_px, self.size_px)
+            slide = SyntheticSlide(share, seed, appearances[site], self.stain, size_px, self.mpp)
+            truth = grade_of_share(slide.fibrotic_share, self.share_per_grade)
+            grade = truth if self.label == "truth" else consensus
+            names = (f"slide-{number:0{digits}d}", f"patient-{k:0{digits}d}", f"site-{site}")
+            planned.append(CohortSlide(*names, (read[0], read[1]), consensus, truth, grade, slide))
         return planned
 
 
@@ -251,7 +215,7 @@ def write_cohort(
         cohort: what to write.
         out: the folder; made where there is none.
         workers: processes that draw; the bytes do not depend on them.
-        overwrite: whether to replace an earlier cohort in ``out``.
+        overwrite: replace an earlier cohort in ``out``.
         progress: called with the number of slides done and of all slides.
 
     Returns:
@@ -299,15 +263,6 @@ def _write_manifest(planned: list[CohortSlide], path: Path) -> None:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow([*columns, "grade_reader1", "grade_reader2"])
         for entry in planned:
-            writer.writerow(
-                [
-                    entry.slide_id,
-                    f"slides/{entry.slide_id}.tiff",
-                    entry.patient_id,
-                    entry.grade,
-                    entry.site,
-                    entry.site.replace("site", "scanner"),
-                    entry.slide.stain,
-                    *entry.readers,
-                ]
-            )
+            about = (entry.slide_id, f"slides/{entry.slide_id}.tiff", entry.patient_id, entry.grade)
+            scanner = entry.site.replace("site", "scanner")
+            writer.writerow([*about, entry.site, scanner, entry.slide.stain, *entry.readers])

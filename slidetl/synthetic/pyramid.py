@@ -76,7 +76,7 @@ def write_pyramid(
 
 
 def _jpeg_tiles(rows: NDArray[np.uint8], quality: int) -> Iterator[bytes]:
-    """The JPEG tiles of whole rows of pixels, row by row; the last ones are filled by their edge."""
+    """Yields the JPEG tiles of whole rows of pixels, row by row; the last ones are filled by their edge."""
     import imagecodecs
 
     padding = [(0, -rows.shape[0] % _TILE_PX), (0, -rows.shape[1] % _TILE_PX), (0, 0)]
@@ -127,7 +127,7 @@ class _CoarseLevel:
         self._unencoded = self._unencoded[count:]
 
     def tiles(self) -> Iterator[bytes]:
-        """All tiles in order, once every row has been pushed."""
+        """Yields all tiles in order, once every row has been pushed."""
         self._spool.seek(0, 2)
         self._encode(len(self._unencoded))
         for offset, length in self._places:

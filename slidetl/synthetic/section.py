@@ -1,4 +1,4 @@
-"""Seeded lung slides whose grade, per slide and per place, is known.
+"""Draws seeded lung slides, the grade of which, per slide and per place, is known.
 
 A :class:`SyntheticSlide` is drawn as a pure function of physical coordinates, so any rectangle of it
 can be drawn alone and a slide of any size streams to disk in bands. What is drawn, what carries the
@@ -50,7 +50,7 @@ STAINS = tuple(_DYES)
 
 
 def grade_of_share(fibrotic_share: float, share_per_grade: float = SHARE_PER_GRADE) -> int:
-    """The grade, 0 to 4, of a slide of whose section ``fibrotic_share`` (0..1) is fibrotic.
+    """Returns the grade, 0 to 4, of a slide of whose section ``fibrotic_share`` (0..1) is fibrotic.
 
     The borders lie halfway between the multiples of ``share_per_grade`` (0..1): by default at 6, 18, 30 and
     42 per cent.
@@ -60,7 +60,7 @@ def grade_of_share(fibrotic_share: float, share_per_grade: float = SHARE_PER_GRA
 
 @dataclass(frozen=True)
 class SiteAppearance:
-    """What one hospital's laboratory and scanner do to every one of its slides.
+    """The effect of one hospital's laboratory and scanner on every one of its slides.
 
     Attributes:
         white_rgb: colour of bare glass, 0..255.
@@ -80,19 +80,20 @@ class SiteAppearance:
 
     @classmethod
     def of(cls, site: int, seed: int) -> SiteAppearance:
-        """The appearance of site number ``site`` (from 0) under ``seed``."""
+        """Draws the appearance of site number ``site`` (from 0) under ``seed``."""
         rng = np.random.default_rng([seed, 0x517E, site])
-        white = 243.0 + rng.uniform(-6, 6, 3)
-        gain = np.exp(rng.normal(0, 0.10, 3))
-        hue = 1 + rng.normal(0, 0.06, 3)
         return cls(
-            white_rgb=(float(white[0]), float(white[1]), float(white[2])),
-            dye_gain=(float(gain[0]), float(gain[1]), float(gain[2])),
-            hue_shift=(float(hue[0]), float(hue[1]), float(hue[2])),
+            white_rgb=_three(243.0 + rng.uniform(-6, 6, 3)),
+            dye_gain=_three(np.exp(rng.normal(0, 0.10, 3))),
+            hue_shift=_three(1 + rng.normal(0, 0.06, 3)),
             blur=float(rng.uniform(0.03, 0.15)),
             grain=float(rng.uniform(0.8, 2.0)),
             jpeg_quality=int(rng.integers(84, 94)),
         )
+
+
+def _three(values: Array) -> tuple[float, float, float]:
+    return float(values[0]), float(values[1]), float(values[2])
 
 
 @dataclass(frozen=True)
@@ -131,18 +132,16 @@ class SyntheticSlide:
             raise UsageError(f"mpp of a synthetic slide must be from 0.1 to 8 micrometres, not {self.mpp}")
 
 
-# --------------------------------------------------------------------------------------------------
-# Random fields. All are functions of (seed, coordinates) alone.
+# Random fields: functions of (seed, coordinates) alone.
 
 
 def _ramp(distance_um: Array, width_um: float) -> Array:
-    """0 outside, 1 inside an edge at distance 0, linear over ``width_um``: an antialiased edge."""
-    inside: Array = np.clip(distance_um * (1 / width_um) + 0.5, 0, 1)
-    return inside
+    """Draws an antialiased edge: 0 outside, 1 inside distance 0, linear over ``width_um``."""
+    return np.asarray(np.clip(distance_um * (1 / width_um) + 0.5, 0, 1))
 
 
 def _hash01(seed: int, row: NDArray[np.int64], column: NDArray[np.int64]) -> Array:
-    """Uniform numbers in [0, 1) for integer lattice points (arrays that broadcast)."""
+    """Hashes integer lattice points (arrays that broadcast) to uniform numbers in [0, 1)."""
     value = row.astype(np.uint32) * np.uint32(0x9E3779B1) ^ column.astype(np.uint32) * np.uint32(0x85EBCA77)
     value = value ^ np.uint32(seed & 0xFFFFFFFF)
     for factor in (0x7FEB352D, 0x846CA68B):  # two rounds of a multiply-xorshift mixer
@@ -152,7 +151,7 @@ def _hash01(seed: int, row: NDArray[np.int64], column: NDArray[np.int64]) -> Arr
 
 
 def _interpolate(nodes: Array, row: Array, column: Array) -> Array:
-    """Bilinear values of ``nodes [..., R, C]`` at fractional rows ``[h]`` and columns ``[w]``."""
+    """Interpolates ``nodes [..., R, C]`` bilinearly at fractional rows ``[h]`` and columns ``[w]``."""
     top = np.clip(row.astype(np.intp), 0, nodes.shape[-2] - 2)
     left = np.clip(column.astype(np.intp), 0, nodes.shape[-1] - 2)
     down = np.clip(row - top, 0, 1).astype(np.float32)[:, None]
@@ -168,13 +167,8 @@ def _interpolate(nodes: Array, row: Array, column: Array) -> Array:
     return values
 
 
-def _on_lattice(
-    field: Callable[[Array, Array], Array],
-    step_um: float,
-    y: Array,
-    x: Array,
-) -> Array:
-    """``field(y, x)`` drawn on a lattice of ``step_um`` that is fixed to the slide, and interpolated."""
+def _on_lattice(field: Callable[[Array, Array], Array], step_um: float, y: Array, x: Array) -> Array:
+    """Draws ``field(y, x)`` on a lattice of ``step_um`` that is fixed to the slide, and interpolates."""
     if y[1] - y[0] >= step_um:
         return field(y, x)
     first_row, first_column = math.floor(y[0] / step_um), math.floor(x[0] / step_um)
@@ -186,7 +180,7 @@ def _on_lattice(
 
 
 def _noise(seed: int, wavelength_um: float, y: Array, x: Array) -> Array:
-    """Smooth noise in [-1, 1] of about the given wavelength, ``[len(y), len(x)]``."""
+    """Draws smooth noise in [-1, 1] of about the given wavelength, ``[len(y), len(x)]``."""
     step = wavelength_um / 2
     row, column = np.floor(y / step), np.floor(x / step)
     lattice = _hash01(
@@ -200,7 +194,7 @@ def _noise(seed: int, wavelength_um: float, y: Array, x: Array) -> Array:
 
 
 def _wall_distance(seed: int, pitch_um: float, y: Array, x: Array) -> Array:
-    """Distance to the wall between the cells of a jittered lattice, micrometres.
+    """Measures the distance to the wall between the cells of a jittered lattice, micrometres.
 
     The difference of the distances to the two nearest cell centres (Worley 1996, F2 - F1), halved.
     ``y`` and ``x`` are two-dimensional, so that they can be warped.
@@ -224,14 +218,13 @@ def _wall_distance(seed: int, pitch_um: float, y: Array, x: Array) -> Array:
     return (np.sqrt(second) - np.sqrt(nearest)) * 0.5
 
 
-# --------------------------------------------------------------------------------------------------
 # Swatches: periodic textures made once per process and sampled anywhere.
 
 
 def _cells(
     rng: np.random.Generator, spacing_um: float, pitch_um: tuple[float, float], radius_um: tuple[float, float]
 ) -> tuple[Array, Array]:
-    """Scattered elliptical nuclei, periodic: their coverage of each pixel, and their rank, both 0..1.
+    """Scatters elliptical nuclei, periodically: their coverage of each pixel, and their rank, both 0..1.
 
     Showing only those ranked below some density thins them out evenly. Sizes are ``(y, x)``.
     """
@@ -260,7 +253,7 @@ def _cells(
 
 
 def _rank_covering(coverage: float, shown: Array, rank: Array) -> float:
-    """The rank below which nuclei must be shown to cover the given share of the area."""
+    """Finds the rank below which nuclei must be shown to cover the given share of the area."""
     edges = np.linspace(0, 1, 65)
     covered, _ = np.histogram(rank, bins=edges, weights=shown)
     return float(np.interp(coverage, np.concatenate([[0], np.cumsum(covered)]) / shown.size, edges))
@@ -268,13 +261,13 @@ def _rank_covering(coverage: float, shown: Array, rank: Array) -> float:
 
 @functools.lru_cache(maxsize=2)
 def _round_nuclei(spacing_um: float) -> tuple[Array, Array]:
-    """Coverage and rank of round nuclei, about 6 micrometres wide."""
+    """Draws coverage and rank of round nuclei, about 6 micrometres wide."""
     return _cells(np.random.default_rng(11), spacing_um, (9.5, 9.5), (3.1, 3.1))
 
 
 @functools.lru_cache(maxsize=1)
 def _matrix_swatch() -> Array:
-    """Textures of the lesions' matrix at 2 micrometres, ``[size * size, 4]``, fibres along x.
+    """Draws the textures of the lesions' matrix at 2 micrometres, ``[size * size, 4]``, fibres along x.
 
     Channels: wavy fibres and isotropic clumps, both uniform in [0, 1] (so that their mean colours
     agree whatever the stain does to them), coverage and rank of spindle nuclei.
@@ -287,8 +280,7 @@ def _matrix_swatch() -> Array:
 
     def filtered(gain: Array) -> Array:
         image = np.fft.ifft2(np.fft.fft2(rng.standard_normal((size, size))) * gain).real
-        normal: Array = image / image.std()
-        return normal
+        return np.asarray(image / image.std())
 
     def band(value: Array, centre_um: float) -> Array:
         return np.asarray(np.exp(-(((np.abs(value) - 1 / centre_um) * centre_um * 2.5) ** 2)))
@@ -313,7 +305,7 @@ def _matrix_swatch() -> Array:
 
 
 def _sample_matrix(along_um: Array, across_um: Array) -> Array:
-    """The matrix swatch at fibre coordinates of any shape: ``[..., 4]``."""
+    """Samples the matrix swatch at fibre coordinates of any shape: ``[..., 4]``."""
     size = round(_PERIOD_UM / _FINE_UM)
     # The offset keeps the coordinates positive, where truncation rounds down.
     column = (along_um * (1 / _FINE_UM) + 64 * size).astype(np.int32) % size
@@ -324,10 +316,6 @@ def _sample_matrix(along_um: Array, across_um: Array) -> Array:
 @functools.lru_cache(maxsize=1)
 def _grain() -> Array:
     return np.random.default_rng(13).standard_normal((509, 509)).astype(np.float32)
-
-
-# --------------------------------------------------------------------------------------------------
-# The section.
 
 
 @dataclass(frozen=True)
@@ -348,7 +336,7 @@ class _Tube:
         return self.lumen + self.lining + self.muscle + self.collagen
 
     def within(self, y: Array, x: Array) -> tuple[slice, slice] | None:
-        """The rows and columns that it can reach, if any."""
+        """Finds the rows and columns that it can reach, if any."""
         if abs(2 * self.y - y[0] - y[-1]) > y[-1] - y[0] + 2 * self.reach:  # cheap, and true of most
             return None
         rows = slice(*np.searchsorted(y, [self.y - self.reach, self.y + self.reach]).tolist())
@@ -356,7 +344,7 @@ class _Tube:
         return (rows, columns) if rows.stop > rows.start and columns.stop > columns.start else None
 
     def polar(self, y: Array, x: Array) -> tuple[Array, Array]:
-        """Distance from its middle, stretched to make its cut oval, and the angle around it."""
+        """Computes the distance from its middle, stretched to make its cut oval, and the angle around it."""
         dy, dx = (y[:, None] - self.y).astype(np.float32), (x[None, :] - self.x).astype(np.float32)
         angle = np.arctan2(dy, dx)
         stretch = 1.12 + 0.12 * np.cos(2 * (angle - self.slant))
@@ -379,7 +367,7 @@ class TissueTruth(NamedTuple):
 
 @dataclass(frozen=True)
 class _Regions:
-    """Which tissue lies where, each ``[h, w]`` in 0..1."""
+    """The tissue of a rectangle, each ``[h, w]`` in 0..1."""
 
     section: Array
     lesion: Array
@@ -425,11 +413,8 @@ class LungSection:
         self._hyalinity = float(rng.uniform(0.80, 1.08))  # collagen dye that an inflamed lesion takes up
         self._fibre_angle = float(rng.uniform(0, math.pi))
         self._lesion_share = float(rng.uniform(0.58, 0.68))
-        self._outline = (
-            float(rng.uniform(0.80, 0.88)),
-            rng.normal(0, 0.035, 6),
-            rng.uniform(0, 2 * math.pi, 6),
-        )
+        radius, ripple = float(rng.uniform(0.80, 0.88)), rng.normal(0, 0.035, 6)
+        self._outline = (radius, ripple, rng.uniform(0, 2 * math.pi, 6))
         collagen_load = float(np.exp(rng.normal(0, 0.35)))
         self._pleura_um = min(55 * collagen_load, min(self._extent_um) / 16)
         self._pleura_angle = float(rng.uniform(-math.pi, math.pi))
@@ -437,7 +422,7 @@ class LungSection:
         self._plan = self._lay_lesions()
 
     def _polar(self, y: Array, x: Array) -> tuple[Array, Array]:
-        """Distance from the outline (positive inside, micrometres) and the angle around the centre."""
+        """Computes the distance from the outline (positive inside, um) and the angle around the centre."""
         half_y, half_x = self._extent_um[0] / 2, self._extent_um[1] / 2
         angle = self._bearing(y, x)
         radius, ripple, phase = self._outline
@@ -449,10 +434,9 @@ class LungSection:
         return distance.astype(np.float32), angle
 
     def _bearing(self, y: Array, x: Array) -> Array:
-        """The angle around the slide's centre, radians."""
+        """Computes the angle around the slide's centre, radians."""
         dy, dx = 2 * y / self._extent_um[0] - 1, 2 * x / self._extent_um[1] - 1
-        angle: Array = np.arctan2(dy.astype(np.float32)[:, None], dx.astype(np.float32)[None, :])
-        return angle
+        return np.asarray(np.arctan2(dy.astype(np.float32)[:, None], dx.astype(np.float32)[None, :]))
 
     def _lay_tubes(self, rng: np.random.Generator, collagen_load: float) -> list[_Tube]:
         height, width = self._extent_um
@@ -479,7 +463,7 @@ class LungSection:
         return tubes
 
     def _lay_lesions(self) -> Array:
-        """Fields over the whole slide, ``[5, rows, columns]`` at ``_plan_um``.
+        """Draws fields over the whole slide, ``[5, rows, columns]`` at ``_plan_um``.
 
         Ranks of the lesions, of the fibrotic among them, and of the cystic among them: positive
         inside, 0 at the border; a rank is a share of area, so the shares come out as asked. Then the
@@ -521,7 +505,7 @@ class LungSection:
         return inside
 
     def _regions(self, y: Array, x: Array) -> _Regions | None:
-        """The tissue at rows ``y`` and columns ``x``; None where there is only glass."""
+        """Finds the tissue at rows ``y`` and columns ``x``; None where there is only glass."""
         lesion_rank, fibrotic_rank, cystic_rank, distance, pleural = _interpolate(
             self._plan, y / self._plan_um, x / self._plan_um
         )
@@ -542,14 +526,14 @@ class LungSection:
         return _Regions(section, lesion, fibrotic, cystic, depth, in_pleura, distance)
 
     def _alveoli(self, y: Array, x: Array) -> Array:
-        """Distances to alveolar and to cyst walls (far the larger), ``[2, h, w]``, micrometres."""
+        """Measures distances to alveolar and to cyst walls (far the larger), ``[2, h, w]``, micrometres."""
         warp_y = y[:, None].astype(np.float32) + 30 * _noise(self._salt + 3, 260, y, x)
         warp_x = x[None, :].astype(np.float32) + 30 * _noise(self._salt + 4, 260, y, x)
         alveoli = _wall_distance(self._salt + 5, self._alveolus_um, warp_y, warp_x)
         return np.stack([alveoli, _wall_distance(self._salt + 6, 420, warp_y, warp_x)])
 
     def _fibre_coordinates(self, y: Array, x: Array) -> Array:
-        """Along and across the fibres, ``[2, h, w]``, micrometres: two interwoven sets of bundles."""
+        """Computes coordinates along and across two interwoven sets of fibres, ``[2, h, w]``, micrometres."""
         swirl_y = y[:, None].astype(np.float32) + 80 * _noise(self._salt + 7, 640, y, x)
         swirl_x = x[None, :].astype(np.float32) + 80 * _noise(self._salt + 8, 640, y, x)
         layers = []
@@ -559,7 +543,7 @@ class LungSection:
         return np.where(_noise(self._salt + 9, 420, y, x) > 0, layers[0], layers[1])
 
     def _dye(self, y: Array, x: Array) -> Array:
-        """Amounts over rows ``y`` and columns ``x``, ``[4, h, w]``.
+        """Computes amounts over rows ``y`` and columns ``x``, ``[4, h, w]``.
 
         Nuclear dye of everything but round nuclei, cytoplasm dye, collagen dye, and the share of
         round nuclei to show (their rank).
@@ -603,15 +587,8 @@ class LungSection:
     def _nuclei_spacing_um(self) -> float:
         return min(max(self.slide.mpp, 0.5), 4.0)
 
-    def _draw_anatomy(
-        self,
-        planes: Array,
-        regions: _Regions,
-        y: Array,
-        x: Array,
-        edge: float,
-    ) -> None:
-        """Vessels, bronchi and pleura with their normal collagen, over ``planes`` in place."""
+    def _draw_anatomy(self, planes: Array, regions: _Regions, y: Array, x: Array, edge: float) -> None:
+        """Draws vessels, bronchi and pleura with their normal collagen, over ``planes`` in place."""
         pleura = regions.in_pleura & (regions.edge_um > -edge)
         if pleura.any():
             angle = self._bearing(y, x)
@@ -633,14 +610,9 @@ class LungSection:
             muscle = _ramp(muscle_end - outside, edge) * wall - lining
             collagen = wall - lining - muscle
             lumen = 1 - wall
-            drawn = np.stack(
-                [
-                    0.25 * lining,
-                    0.6 * lining + 0.9 * muscle + tube.blood * lumen,
-                    collagen * (0.75 + 0.6 * (fibres - 0.5)),
-                    0.40 * lining + 0.10 * muscle + 0.06 * collagen,
-                ]
-            )
+            cytoplasm = 0.6 * lining + 0.9 * muscle + tube.blood * lumen
+            nuclei = 0.40 * lining + 0.10 * muscle + 0.06 * collagen
+            drawn = np.stack([0.25 * lining, cytoplasm, collagen * (0.75 + 0.6 * (fibres - 0.5)), nuclei])
             under = planes[(slice(None), *part)]
             under[...] = np.where(inside, drawn, under)
 
@@ -676,9 +648,10 @@ class LungSection:
             if planes is None:
                 light: Array = np.full(grain.shape, site.white_rgb[channel], np.float32)
             else:
-                light = planes[0] * float(self._log_light[0, channel])
-                light += planes[1] * float(self._log_light[1, channel])
-                light += planes[2] * float(self._log_light[2, channel])
+                dyes = self._log_light[:, channel].tolist()
+                light = planes[0] * dyes[0]
+                light += planes[1] * dyes[1]
+                light += planes[2] * dyes[2]
                 np.exp(light, out=light)
                 light *= np.float32(site.white_rgb[channel])
                 light = _blurred(light, site.blur)
@@ -686,13 +659,13 @@ class LungSection:
             block[..., channel] = np.clip(light, 0, 255, out=light)
 
     def _touches(self, y: Array, x: Array) -> bool:
-        """Whether the rectangle can hold tissue; looked up on a few points with room to spare."""
+        """Tells if the rectangle can hold tissue; looked up on a few points with room to spare."""
         probe_y, probe_x = np.linspace(y[0], y[-1], 5), np.linspace(x[0], x[-1], 5)
         reach = math.hypot(probe_y[1] - probe_y[0], probe_x[1] - probe_x[0])
         return bool(self._polar(probe_y, probe_x)[0].max() > -(2 * reach + 40))
 
     def truth(self) -> TissueTruth:
-        """What is where; none of it depends on the slide's pixels or their spacing."""
+        """Computes the truth; none of it depends on the slide's pixels or their spacing."""
         rows, columns = (math.ceil(extent / TRUTH_CELL_UM) for extent in self._extent_um)
         x = (np.arange(columns * 4) + 0.5) * (TRUTH_CELL_UM / 4)
         cells = np.zeros((3, rows, columns), np.float16)
@@ -706,16 +679,14 @@ class LungSection:
 
 
 def _at(swatch: Array, y: Array, x: Array) -> Array:
-    """A periodic swatch at the pixels nearest to rows ``y`` and columns ``x``."""
+    """Samples a periodic swatch at the pixels nearest to rows ``y`` and columns ``x``."""
     scale = len(swatch) / _PERIOD_UM
     row, column = (np.floor(c * scale).astype(np.intp) % len(swatch) for c in (y, x))
-    sampled: Array = np.take(np.take(swatch, row, axis=0), column, axis=1)
-    return sampled
+    return np.asarray(np.take(np.take(swatch, row, axis=0), column, axis=1))
 
 
 def _blurred(image: Array, weight: float) -> Array:
-    """A three-pixel blur along each axis; one pixel is lost on every side."""
+    """Blurs over three pixels along each axis; one pixel is lost on every side."""
     centre = 1 - 2 * weight
     tall = image[:, 1:-1] * centre + (image[:, :-2] + image[:, 2:]) * weight
-    blurred: Array = tall[1:-1] * centre + (tall[:-2] + tall[2:]) * weight
-    return blurred
+    return np.asarray(tall[1:-1] * centre + (tall[:-2] + tall[2:]) * weight)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 import re
 import socket
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from slidetl.errors import CacheError, CacheMissingError, UsageError
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.ledger import FAILED, LedgerRow
 from slidetl.tiles.run import record_as_done
-from slidetl.tiles.tile import SlideSource, tile_slide
+from slidetl.tiles.tile import SlideSource, stamped, tile_slide
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -41,43 +42,26 @@ def tile_on_cluster(
     preview: bool = False,
     on_done: Callable[[LedgerRow], None] | None = None,
 ) -> list[LedgerRow]:
-    """Tiles many slides on the workers of a Dask scheduler; on one machine, ``tiler.tile_slides`` does.
+    """Tiles many slides on the workers of a Dask scheduler; on one machine, ``tile_slides`` does.
 
     This process alone writes the ledger, as slides are done. A slide whose workers die one after the other
     (four of them, by Dask's ``distributed.scheduler.allowed-failures``) is failed, so that one slide which
     takes more memory than there is cannot end a run.
 
-    Args:
-        sources: the slides; their identifiers differ.
-        cache_dir: where the caches go, the same folder on every machine; made if it is not there.
-        spec: which tiles.
-        scheduler: its address, such as ``tcp://HOST:8786``.
-        overwrite: replace caches of other parameters or other slides.
-        preview: draw ``previews/<slide_id>.png`` of each.
-        on_done: called with each row, in the order in which slides are done.
-
-    Returns:
-        The rows, in the order of ``sources``.
+    Arguments, result and errors are those of :func:`~slidetl.tiles.run.tile_slides`; ``cache_dir`` is the
+    same folder on every machine, ``scheduler`` an address such as ``tcp://HOST:8786``.
 
     Raises:
-        UsageError: Dask is not installed, the scheduler does not answer, or two sources have the same
-            identifier.
-        CacheMismatchError: the cache holds some of these slides tiled with other parameters, and
-            ``overwrite`` is not set. Nothing was done then.
-        CacheError: the ledger cannot be read or written, or the scheduler went away.
+        UsageError: Dask is not installed, or the scheduler does not answer.
+        CacheError: the scheduler went away.
     """
     # Workers run in folders of their own.
     cache_dir = cache_dir.absolute()
     sources = [replace(source, path=source.path.absolute()) for source in sources]
     with connect(scheduler) as client:
-        return record_as_done(
-            sources,
-            cache_dir,
-            spec,
-            overwrite,
-            lambda: _rows(client, sources, cache_dir, spec, overwrite, preview),
-            on_done,
-        )
+        tile = partial(_tile, cache_dir=cache_dir, spec=spec, overwrite=overwrite, preview=preview)
+        start = partial(_rows, client, sources, tile)
+        return record_as_done(sources, cache_dir, spec, overwrite, start, on_done)
 
 
 def connect(address: str) -> Client:
@@ -114,20 +98,12 @@ def connect(address: str) -> Client:
 
 
 def _rows(
-    client: Client,
-    sources: Sequence[SlideSource],
-    cache_dir: Path,
-    spec: TileSpec,
-    overwrite: bool,
-    preview: bool,
+    client: Client, sources: Sequence[SlideSource], tile: Callable[[SlideSource], LedgerRow]
 ) -> Iterator[LedgerRow]:
     import distributed
 
     # Not pure: a second run must look at the slides anew, not be given the rows of the first.
-    futures = {
-        client.submit(_tile, source, cache_dir, spec, overwrite, preview, pure=False, retries=RETRIES): source
-        for source in sources
-    }
+    futures = {client.submit(tile, source, pure=False, retries=RETRIES): source for source in sources}
     for future in distributed.as_completed(futures, loop=client.loop):  # type: ignore[no-untyped-call]
         source = futures[future]
         if future.status == "finished":
@@ -135,14 +111,7 @@ def _rows(
         elif future.status == "error":
             error = future.exception()
             reason = f"on the cluster: {type(error).__name__}: {error}"
-            yield LedgerRow(
-                source.slide_id,
-                str(source.path),
-                FAILED,
-                reason=reason,
-                host=socket.gethostname(),
-                finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
-            )
+            yield stamped(LedgerRow(source.slide_id, str(source.path), FAILED, reason), time.monotonic())
         else:
             raise CacheError(
                 f"the scheduler went away before {source.slide_id} was done; what was tiled is kept: start "
@@ -152,7 +121,7 @@ def _rows(
 
 
 def _tile(source: SlideSource, cache_dir: Path, spec: TileSpec, overwrite: bool, preview: bool) -> LedgerRow:
-    """On a worker."""
+    """Tiles a slide on a worker."""
     if not cache_dir.is_dir():
         raise CacheMissingError(
             f"{socket.gethostname()} does not see {cache_dir}; the cache must be on a file system that all "

@@ -1,7 +1,8 @@
-"""How a tile becomes bytes: JPEG as a zarr v3 codec, and zarr's own zstd for lossless tiles."""
+"""Compression of tiles: JPEG as a zarr v3 codec, and zarr's own zstd for lossless tiles."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -73,23 +74,23 @@ def decode_jpeg(
 
 
 class TileCodec(Protocol):
-    """How the tiles of one cache are compressed, with the same result by hand and through zarr."""
+    """The compression of the tiles of one cache, with the same result by hand and through zarr."""
 
     def encode(self, rgb: NDArray[np.uint8]) -> bytes:
-        """``[S, S, 3] uint8`` to bytes."""
+        """Compresses a tile, ``[S, S, 3] uint8``."""
         ...
 
     def decode(self, data: bytes, into: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
-        """Bytes to ``[S, S, 3] uint8``: a new array, or one without gaps that is given."""
+        """Decompresses a tile, ``[S, S, 3] uint8``: a new array, or one without gaps that is given."""
         ...
 
     def zarr_codecs(self) -> tuple[ArrayBytesCodec, tuple[BytesBytesCodec, ...]]:
-        """The same as zarr names it: what turns an array into bytes, and what compresses those."""
+        """Returns zarr's codecs for it: what turns an array into bytes, and what compresses those."""
         ...
 
 
 def tile_codec(spec: TileSpec) -> TileCodec:
-    """The codec that a specification asks for."""
+    """Returns the codec that a specification asks for."""
     return _Jpeg(spec.jpeg_quality, spec.tile_size_px) if spec.codec == "jpeg" else _Zstd(spec.tile_size_px)
 
 
@@ -116,8 +117,8 @@ class _Zstd:
         return encode_zstd(rgb.tobytes())
 
     def decode(self, data: bytes, into: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
-        pixels = np.frombuffer(decode_zstd(data, self.size_px**2 * 3), np.uint8)
-        pixels = pixels.reshape(self.size_px, self.size_px, 3)
+        shape = (self.size_px, self.size_px, 3)
+        pixels = np.frombuffer(decode_zstd(data, math.prod(shape)), np.uint8).reshape(shape)
         if into is None:
             return pixels
         into[:] = pixels
@@ -175,12 +176,12 @@ class JpegCodec(ArrayBytesCodec):
 
     @classmethod
     def from_dict(cls, data: dict[str, JSON]) -> Self:
-        """Inverse of :meth:`to_dict`."""
+        """Inverts :meth:`to_dict`."""
         _, configuration = parse_named_configuration(data, "slidetl.jpeg")
         return cls(**configuration)  # type: ignore[arg-type] # JSON is wider than int; __post_init__ checks
 
     def to_dict(self) -> dict[str, JSON]:
-        """As it stands in the array's metadata."""
+        """Returns the codec as it stands in the array's metadata."""
         return {"name": "slidetl.jpeg", "configuration": {"quality": self.quality}}
 
     def validate(self, *, shape: tuple[int, ...], dtype: ZDType[Any, Any], chunk_grid: ChunkGrid) -> None:
@@ -193,7 +194,7 @@ class JpegCodec(ArrayBytesCodec):
             raise UsageError(f"slidetl.jpeg holds arrays [n, h, w, 3] of uint8, not {shape} of {dtype}")
 
     def compute_encoded_size(self, input_byte_length: int, chunk_spec: ArraySpec) -> int:
-        """Not known before encoding, which zarr's interface has a codec say in this way."""
+        """Refuses, as zarr's interface asks of a codec whose size is not known before encoding."""
         raise NotImplementedError
 
     async def _encode_single(self, chunk_data: NDBuffer, chunk_spec: ArraySpec) -> Buffer | None:

@@ -1,4 +1,4 @@
-"""Where the tiles of a slide lie: pure arithmetic, no slide and no file.
+"""Grids of tiles: pure arithmetic, no slide and no file.
 
 Two frames occur. *Level 0* is the slide's own finest pixel grid; a tile's origin is given in it.
 *Tile pixels* are squares of ``mpp`` micrometres, whatever the slide's pyramid looks like.
@@ -84,18 +84,17 @@ class TileSpec:
             raise UsageError(f"edge must be 'drop' or 'pad', not {self.edge!r}")
         if not (np.isfinite(self.min_focus) and self.min_focus >= 0):
             raise UsageError(f"least focus must be a number from 0 up, not {self.min_focus}")
-        for name in ("pen", "fold", "air"):
-            share = getattr(self, f"max_{name}")
+        for name, share in (("pen", self.max_pen), ("fold", self.max_fold), ("air", self.max_air)):
             if not 0 <= share <= 1:
                 raise UsageError(f"greatest share of {name} must be from 0 to 1, not {share}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The specification as plain JSON values, as stored beside the tiles."""
+        """Returns plain JSON values, as stored beside the tiles."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Inverse of :meth:`to_dict`.
+        """Inverts :meth:`to_dict`.
 
         Raises:
             UsageError: a key is missing or unknown.
@@ -153,20 +152,20 @@ class TileGrid:
         return self.columns * self.rows
 
     def origins_level0(self) -> NDArray[np.int32]:
-        """Upper-left corners ``[N, 2]`` as ``(x, y)`` in level-0 pixels, row by row."""
+        """Computes upper-left corners ``[N, 2]`` as ``(x, y)`` in level-0 pixels, row by row."""
         x = np.round(np.arange(self.columns) * self.stride_level0[0]).astype(np.int32)
         y = np.round(np.arange(self.rows) * self.stride_level0[1]).astype(np.int32)
         return np.stack(np.broadcast_arrays(x[None, :], y[:, None]), axis=-1).reshape(-1, 2)
 
 
 def _count_whole(size: int, extent: float, stride: float) -> int:
-    """How many tiles fit along an axis."""
+    """Counts the tiles that fit along an axis."""
     # The small allowance keeps a tile that ends exactly at the border when the division rounds.
     return int(np.floor((size - extent) / stride + 1e-9)) + 1 if size + 1e-6 >= extent else 0
 
 
 def _count_covering(size: int, extent: float, stride: float) -> int:
-    """How many tiles it takes to reach the border of an axis, each beginning inside it."""
+    """Counts the tiles that it takes to reach the border of an axis, each beginning inside it."""
     # Origins are rounded to pixels: half a pixel that is left over would give a tile outside the slide.
     rest = max(size - 0.5 - extent, 0.0)
     return min(int(np.ceil(rest / stride)) + 1, int(np.ceil((size - 0.5) / stride)))

@@ -1,4 +1,4 @@
-"""What a cache folder holds, without reading a tile."""
+"""Summarises a cache folder, without reading a tile."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class SlideSummary:
         tiles: how many.
         bytes: on disk.
         mpp_read: spacing of the tiles along x and y, micrometres per pixel; None if it cannot be opened.
-        spec: which of :attr:`CacheInfo.specs` made it; -1 if it cannot be opened.
+        spec: index in :attr:`CacheInfo.specs` of the one that made it; -1 if it cannot be opened.
         features: names of the stored embeddings.
         problem: why it cannot be opened; empty if it can.
     """

@@ -1,4 +1,4 @@
-"""What became of every slide: one CSV beside the caches, one row per input slide."""
+"""The outcome of every slide: one CSV beside the caches, one row per input slide."""
 
 from __future__ import annotations
 
@@ -94,8 +94,7 @@ class Ledger:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._temporary = path.with_name(f".{path.name}.tmp")
+        self._path, self._temporary = path, path.with_name(f".{path.name}.tmp")
 
     def rows(self) -> list[LedgerRow]:
         """Reads all rows, in the order in which the slides first came.
@@ -146,9 +145,7 @@ _PARSE = {"str": str, "int": int, "float": float}
 
 
 def _safe(text: str) -> str:
-    line = " ".join(
-        "".join(c if c.isprintable() or 0xD800 <= ord(c) <= 0xDFFF else " " for c in text).split(" ")
-    )
+    line = "".join(c if c.isprintable() or 0xD800 <= ord(c) <= 0xDFFF else " " for c in text)
     return f"'{line}" if line.startswith(_FORMULA) else line
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,9 +61,10 @@ class TilePlan:
         return len(self.origins_level0)
 
     @property
-    def left_out(self) -> dict[str, int]:
-        """Numbers of tiles left out for their quality, by the names of the ledger's columns."""
-        return {f"tiles_{reason.replace(' ', '_')}": len(o) for reason, o in self.left_out_level0.items()}
+    def left_out(self) -> dict[str, Any]:
+        """Numbers (int) of tiles left out, by the names of the ledger's columns."""
+        spoilt = {f"tiles_{reason.replace(' ', '_')}": len(o) for reason, o in self.left_out_level0.items()}
+        return {"tiles_without_tissue": self.tiles_without_tissue, **spoilt}
 
 
 def plan_tiles(slide: Slide, spec: TileSpec, threads: int = 1) -> TilePlan:
@@ -82,12 +84,13 @@ def plan_tiles(slide: Slide, spec: TileSpec, threads: int = 1) -> TilePlan:
     tissue_mask = TissueMask(found.mask | is_unreadable, mpp)
     grid = TileGrid.over(info.size_level0, info.mpp_level0, mpp_read, spec)
     origins = grid.origins_level0()
-    fraction = tissue_mask.fraction(origins, grid.extent_level0, info.mpp_level0)
+    extent, mpp_level0 = grid.extent_level0, info.mpp_level0
+    fraction = tissue_mask.fraction(origins, extent, mpp_level0)
     is_wanted = fraction >= spec.min_tissue - _ROUNDING
     without_tissue = int((~is_wanted).sum())
     origins, fraction = origins[is_wanted], fraction[is_wanted]
     maps = measure_quality(thumbnail, mpp, found.mask, info.background_rgb)
-    quality = maps.fractions(origins, grid.extent_level0, info.mpp_level0)
+    quality = {name: mask.fraction(origins, extent, mpp_level0) for name, mask in maps.items()}
     left_out: dict[str, NDArray[np.int32]] = {}
 
     def leave_out(reason: str, is_spoilt: NDArray[np.bool_]) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slidetl.tiles.tissue import TissueMask
+from slidetl.tiles.plan import TilePlan
 
 KEPT = "kept"
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -30,26 +29,12 @@ _TINT = 0.35
 _ROW_PX = 22
 
 
-def draw_preview(
-    path: Path,
-    thumbnail: NDArray[np.uint8],
-    tissue_mask: TissueMask,
-    kept_level0: NDArray[np.int32],
-    left_out_level0: Mapping[str, NDArray[np.int32]],
-    extent_level0: tuple[float, float],
-    mpp_level0: tuple[float, float],
-    title: str,
-) -> None:
+def draw_preview(path: Path, plan: TilePlan, title: str) -> None:
     """Draws the thumbnail with the outline of the tissue, the grid of kept tiles, and what was left out.
 
     Args:
         path: the PNG; its folder is made, and a picture that is there is replaced at once.
-        thumbnail: ``[h, w, 3] uint8``, the whole slide.
-        tissue_mask: in the frame of the thumbnail.
-        kept_level0: ``[N, 2] int32``, upper-left corners ``(x, y)`` of the tiles kept, level-0 pixels.
-        left_out_level0: the same for the tiles left out, by reason (a key of :data:`COLOURS`, or another).
-        extent_level0: size of a tile ``(x, y)``, level-0 pixels.
-        mpp_level0: spacing of level 0 along x and y, micrometres per pixel.
+        plan: tiles kept and left out; a reason that is no key of :data:`COLOURS` is grey.
         title: the first line of the legend.
 
     Raises:
@@ -57,15 +42,15 @@ def draw_preview(
     """
     from PIL import Image, ImageDraw
 
-    height, width = thumbnail.shape[:2]
+    height, width = plan.thumbnail.shape[:2]
     zoom = min(_LONGEST_PX / max(height, width), max(1.0, _SHORTEST_PX / max(height, width)))
     size = (max(1, round(width * zoom)), max(1, round(height * zoom)))
-    picture = Image.fromarray(thumbnail).resize(size, Image.Resampling.BOX)
-    scale = np.asarray(mpp_level0) / tissue_mask.mpp * zoom
-    tile = np.asarray(extent_level0) * scale
+    picture = Image.fromarray(plan.thumbnail).resize(size, Image.Resampling.BOX)
+    scale = np.asarray(plan.info.mpp_level0) / plan.tissue_mask.mpp * zoom
+    tile = np.asarray(plan.extent_level0) * scale
 
     tint = picture.copy()
-    groups = {KEPT: kept_level0, **left_out_level0}
+    groups = {KEPT: plan.origins_level0, **plan.left_out_level0}
     boxes = {
         reason: [(x, y, x + tile[0], y + tile[1]) for x, y in (origins.reshape(-1, 2) * scale).tolist()]
         for reason, origins in groups.items()
@@ -81,7 +66,7 @@ def draw_preview(
         for place in places:
             brush.rectangle(place, outline=COLOURS.get(reason, _OTHER))
 
-    mask = np.asarray(Image.fromarray(tissue_mask.mask).resize(size, Image.Resampling.NEAREST))
+    mask = np.asarray(Image.fromarray(plan.tissue_mask.mask).resize(size, Image.Resampling.NEAREST))
     pixels = np.array(picture)
     pixels[_outline(mask)] = _OUTLINE
     legend = [(_OUTLINE, "outline of the tissue")]

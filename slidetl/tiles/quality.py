@@ -1,4 +1,4 @@
-"""What spoils a tile: pen marks, folds, air and fat, seen from afar; and lost focus, seen close by.
+"""Quality of tiles: pen marks, folds, air and fat, seen from afar; and lost focus, seen close by.
 
 Pen, folds and air are looked for on the thumbnail that :func:`slidetl.tiles.tissue.find_tissue` works on, so
 they cost next to nothing; focus takes the pixels of every tile.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,48 +45,12 @@ _STRUCTURE_FACTOR = 4
 _NOISE_POWER = 4.0
 
 
-@dataclass(frozen=True, eq=False)
-class QualityMaps:
-    """What spoils a slide, seen from afar. All ``[h, w] bool``, in the frame of the thumbnail.
-
-    Attributes:
-        pen: ink on the slide.
-        fold: tissue that lies double.
-        air: holes within the tissue: alveoli, vessels, fat, tears.
-        mpp: width of a pixel, micrometres.
-    """
-
-    pen: NDArray[np.bool_]
-    fold: NDArray[np.bool_]
-    air: NDArray[np.bool_]
-    mpp: float
-
-    def fractions(
-        self,
-        origins_level0: NDArray[np.int32],
-        extent_level0: tuple[float, float],
-        mpp_level0: tuple[float, float],
-    ) -> dict[str, NDArray[np.float32]]:
-        """The share of each tile that is spoilt, ``[N] float32`` in 0..1, by ``pen``, ``fold`` and ``air``.
-
-        Args:
-            origins_level0: ``[N, 2]`` upper-left corners ``(x, y)``, level-0 pixels.
-            extent_level0: size of every tile ``(x, y)``, level-0 pixels.
-            mpp_level0: spacing of level 0 along x and y, micrometres per pixel.
-        """
-        maps = {"pen": self.pen, "fold": self.fold, "air": self.air}
-        return {
-            name: TissueMask(mask, self.mpp).fraction(origins_level0, extent_level0, mpp_level0)
-            for name, mask in maps.items()
-        }
-
-
 def measure_quality(
     thumbnail_rgb: NDArray[np.uint8],
     mpp: float,
     tissue_mask: NDArray[np.bool_],
     background_rgb: tuple[int, int, int],
-) -> QualityMaps:
+) -> dict[str, TissueMask]:
     """Looks for pen marks, folds and air on a slide seen from afar.
 
     *Pen*: blue, green, black and red ink. Ink is a film: where nothing lies under it, it is dense, even,
@@ -113,13 +76,16 @@ def measure_quality(
         tissue_mask: ``[h, w] bool``, its tissue with the air in it, as
             :func:`~slidetl.tiles.tissue.find_tissue` returns.
         background_rgb: colour of glass that was not scanned, 0..255.
+
+    Returns:
+        A mask ``[h, w] bool`` each: ``pen``; ``fold``, tissue that lies double; ``air``, holes within the
+        tissue: alveoli, vessels, fat, tears.
     """
     # Imported here: half a second that `slidetl --help` need not pay.
     from scipy import ndimage
 
     if is_dark_ground(thumbnail_rgb) or not tissue_mask.any():
-        nothing = np.zeros(tissue_mask.shape, bool)
-        return QualityMaps(nothing, nothing.copy(), nothing.copy(), mpp)
+        return {name: TissueMask(np.zeros(tissue_mask.shape, bool), mpp) for name in ("pen", "fold", "air")}
     glass = glass_rgb(thumbnail_rgb, background_rgb)
     is_dense = is_stained(optical_density(thumbnail_rgb, glass))
     # Nuclei and noise are smaller than what is looked for.
@@ -141,11 +107,12 @@ def measure_quality(
         fold = ndimage.binary_propagation(core, np.ones((3, 3)), mask=relative > _FOLD_REST)
         # Smoothing has mixed its edge with the flat tissue, or the air, beside it.
         fold = np.asarray(ndimage.binary_dilation(fold, np.ones((3, 3))) & tissue_mask & ~pen)
-    return QualityMaps(pen, fold, tissue_mask & ~is_dense & ~pen, mpp)
+    air = tissue_mask & ~is_dense & ~pen
+    return {name: TissueMask(mask, mpp) for name, mask in (("pen", pen), ("fold", fold), ("air", air))}
 
 
 def focus_of(rgb: NDArray[np.uint8], mpp: float) -> float:
-    """How sharp a tile is: 0.1 to 0.6 in focus, below 0.08 when blurred by 2 micrometres, on any stain.
+    """Measures sharpness: 0.1 to 0.6 in focus, below 0.08 when blurred by 2 micrometres, on any stain.
 
     It is Brenner's gradient (Brenner et al. 1976, J Histochem Cytochem 24:100), the mean square difference of
     pixels a step apart, with a step of 1 micrometre (at least a pixel), divided by the same at four times
@@ -170,7 +137,7 @@ def focus_of(rgb: NDArray[np.uint8], mpp: float) -> float:
 
 
 def _power(grey: NDArray[np.float32], step: int) -> float:
-    """Mean square difference of pixels ``step`` apart, over both axes."""
+    """Computes the mean square difference of pixels ``step`` apart, over both axes."""
     down = grey[step:] - grey[:-step]
     right = grey[:, step:] - grey[:, :-step]
     return float((np.vdot(down, down) / down.size + np.vdot(right, right) / right.size) / 2)
@@ -179,7 +146,7 @@ def _power(grey: NDArray[np.float32], step: int) -> float:
 def _inks(
     rgb: NDArray[np.uint8], glass: NDArray[np.float64], density: NDArray[np.float32], mpp: float
 ) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
-    """For each ink, where its film is seen, and that with all that may be the rest of a stroke."""
+    """Yields for each ink the mask of its film, and that with all that may be the rest of a stroke."""
     from scipy import ndimage
 
     table = np.log10((glass + 1) / (np.arange(256.0)[:, None] + 1)).clip(0).astype(np.float32)
@@ -201,7 +168,7 @@ def _inks(
 
 
 def _colours(table: NDArray[np.float32], rgb: NDArray[np.uint8]) -> dict[str, NDArray[np.bool_]]:
-    """Which pixels have the colour of each ink, however dense, by the direction of their optical density."""
+    """Marks pixels of the colour of each ink, however dense, by the direction of their optical density."""
     red, green, blue = (table[:, channel][rgb[..., channel]] for channel in range(3))
     highest, lowest = (pick(pick(red, green), blue) for pick in (np.maximum, np.minimum))
     is_black = highest - lowest < _BLACK_SPREAD * highest
@@ -214,7 +181,7 @@ def _colours(table: NDArray[np.float32], rgb: NDArray[np.uint8]) -> dict[str, ND
 
 
 def _touched(mask: NDArray[np.bool_], seeds: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The connected parts of a mask that hold a seed."""
+    """Keeps the connected parts of a mask that hold a seed."""
     from scipy import ndimage
 
     labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
@@ -225,7 +192,7 @@ def _touched(mask: NDArray[np.bool_], seeds: NDArray[np.bool_]) -> NDArray[np.bo
 
 
 def _pieces(mask: NDArray[np.bool_], least_um2: float, mpp: float) -> NDArray[np.bool_]:
-    """What of a mask is more than a line or a speck."""
+    """Keeps the parts of a mask that are more than a line or a speck."""
     from scipy import ndimage
 
     solid = ndimage.binary_opening(mask, np.ones((2, 2)))

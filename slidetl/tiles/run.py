@@ -11,7 +11,8 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -61,11 +62,10 @@ def tile_slides(
             ``overwrite`` is not set. Nothing was done then.
         CacheError: the ledger cannot be read or written.
     """
+    tile = partial(tile_slide, cache_dir=cache_dir, spec=spec, overwrite=overwrite, preview=preview)
 
     def start() -> Iterator[LedgerRow]:
-        if workers:
-            return _in_processes(sources, cache_dir, spec, overwrite, preview, workers)
-        return (tile_slide(source, cache_dir, spec, overwrite, preview=preview) for source in sources)
+        return _in_processes(sources, tile, workers) if workers else map(tile, sources)
 
     rows = record_as_done(sources, cache_dir, spec, overwrite, start, on_done)
     _sync_file_system(cache_dir)
@@ -126,14 +126,11 @@ def _sync_file_system(folder: Path) -> None:
 
 def _refuse_other_spec(sources: Sequence[SlideSource], cache_dir: Path, spec: TileSpec) -> None:
     others: list[tuple[Path, TileSpec]] = []
-    for source in sources:
-        path = cache_path(cache_dir, source.slide_id)
-        try:
-            header = read_header(path)
-        except (CacheMissingError, CacheCorruptError):
-            continue  # what is damaged fails by itself, when its turn comes
-        if header.spec != spec:
-            others.append((path, header.spec))
+    for path in (cache_path(cache_dir, source.slide_id) for source in sources):
+        # What is damaged fails by itself, when its turn comes.
+        with contextlib.suppress(CacheMissingError, CacheCorruptError):
+            if (cached := read_header(path).spec) != spec:
+                others.append((path, cached))
     if others:
         path, cached = others[0]
         raise CacheMismatchError(
@@ -153,27 +150,18 @@ class _Worker:
 
 
 def _in_processes(
-    sources: Sequence[SlideSource],
-    cache_dir: Path,
-    spec: TileSpec,
-    overwrite: bool,
-    preview: bool,
-    workers: int,
+    sources: Sequence[SlideSource], tile: partial[LedgerRow], workers: int
 ) -> Generator[LedgerRow, None, None]:
     """Yields rows as slides are done. Workers are spawned: OpenSlide and zarr hold threads and locks."""
     context = multiprocessing.get_context("spawn")
     waiting = list(reversed(sources))
     count = min(workers, len(sources))
-    threads = workers // max(1, count)
+    tile = partial(tile, threads=workers // max(1, count))
     busy: dict[Connection, _Worker] = {}
 
     def start() -> None:
         ours, theirs = context.Pipe()
-        process = context.Process(
-            target=_work,
-            args=(theirs, os.getpid(), cache_dir, spec, overwrite, threads, preview),
-            daemon=True,
-        )
+        process = context.Process(target=_work, args=(theirs, os.getpid(), tile), daemon=True)
         process.start()
         theirs.close()  # else its death would not show as the end of the pipe
         worker = _Worker(process, ours, waiting[-1], time.monotonic())
@@ -199,8 +187,8 @@ def _in_processes(
                     del busy[ready]
                     ready.close()
                     worker.process.join()
-                    row = LedgerRow(worker.source.slide_id, str(worker.source.path), FAILED)
-                    row = replace(row, reason=_cause_of_death(worker.process.exitcode))
+                    reason = _cause_of_death(worker.process.exitcode)
+                    row = LedgerRow(worker.source.slide_id, str(worker.source.path), FAILED, reason)
                     yield stamped(row, worker.started)
                     if waiting:
                         start()
@@ -226,15 +214,7 @@ def _cause_of_death(exitcode: int | None) -> str:
     return f"the process that tiled it ended with exit code {exitcode}"
 
 
-def _work(
-    connection: Connection,
-    parent: int,
-    cache_dir: Path,
-    spec: TileSpec,
-    overwrite: bool,
-    threads: int,
-    preview: bool,
-) -> None:
+def _work(connection: Connection, parent: int, tile: Callable[[SlideSource], LedgerRow]) -> None:
     """Tiles slides in a worker process until its pipe ends."""
     # Without this, workers of a killed run would go on and hold the locks of their slides.
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -246,4 +226,4 @@ def _work(
             source = connection.recv()
         except EOFError:
             return
-        connection.send(tile_slide(source, cache_dir, spec, overwrite, threads, preview))
+        connection.send(tile(source))

@@ -15,7 +15,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -91,14 +91,8 @@ class CacheHeader:
 
     def to_attributes(self) -> dict[str, Any]:
         """Returns plain JSON values."""
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        values = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-        return {
-            "format_version": FORMAT_VERSION,
-            "software": f"slidetl {slidetl.__version__}",
-            **values,
-            "spec": self.spec.to_dict(),
-        }
+        about = {"format_version": FORMAT_VERSION, "software": f"slidetl {slidetl.__version__}"}
+        return {**about, **json.loads(json.dumps(asdict(self)))}
 
     def identity(self) -> dict[str, Any]:
         """Returns the values that must be equal for a build to be resumed.
@@ -153,13 +147,8 @@ class SlideCache:
         header = read_header(path)
         if spec is not None and header.spec != spec:
             raise CacheMismatchError(f"{path}: {describe_difference(header.spec, spec)}")
-        return cls(
-            path,
-            header,
-            read_array(path / "origin_level0"),
-            read_array(path / "tissue_fraction"),
-            tile_codec(header.spec),
-        )
+        origins, fraction = (read_array(path / name) for name in ("origin_level0", "tissue_fraction"))
+        return cls(path, header, origins, fraction, tile_codec(header.spec))
 
     def __len__(self) -> int:
         return len(self.origins_level0)
@@ -302,11 +291,8 @@ class Shard:
 
     def digest(self) -> str:
         """Computes the digest of :func:`shard_digest`."""
-        crcs = [
-            os.pread(self.descriptor, 4, offset + length - 4)
-            for offset, length in self.index
-            if offset != MISSING
-        ]
+        ends = [offset + length for offset, length in self.index if offset != MISSING]
+        crcs = [os.pread(self.descriptor, 4, end - 4) for end in ends]
         return shard_digest(crcs, os.pread(self.descriptor, INDEX_BYTES, self.size - INDEX_BYTES))
 
     def chunk(self, place: int) -> bytes:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from slidetl.errors import (
     CacheCorruptError,
@@ -23,6 +24,7 @@ from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.ledger import EXCLUDED, FAILED, USED, LedgerRow
 from slidetl.tiles.lock import slide_lock
 from slidetl.tiles.plan import TilePlan, plan_tiles
+from slidetl.tiles.preview import draw_preview
 from slidetl.tiles.store import (
     CacheHeader,
     SlideCache,
@@ -83,28 +85,19 @@ def write_tiles(
         SlideReadError: more than a tenth of all tiles cannot be read.
         OSError: the cache cannot be written.
     """
+    info = plan.info
     header = CacheHeader(
         slide_id=slide_id,
-        fingerprint=plan.info.fingerprint,
-        vendor=plan.info.vendor,
-        size_level0=plan.info.size_level0,
-        mpp_level0=plan.info.mpp_level0,
+        fingerprint=info.fingerprint,
+        vendor=info.vendor,
+        size_level0=info.size_level0,
+        mpp_level0=info.mpp_level0,
         mpp_read=plan.mpp_read,
         extent_level0=plan.extent_level0,
         spec=plan.spec,
-        tiles_without_tissue=plan.tiles_without_tissue,
         **plan.left_out,
     )
-    with CacheWriter(
-        cache_dir,
-        header,
-        plan.origins_level0,
-        plan.tissue_fraction,
-        plan.quality,
-        plan.thumbnail,
-        plan.tissue_mask,
-        check,
-    ) as writer:
+    with CacheWriter(cache_dir, header, plan, check) as writer:
         for tile, payload in encode_tiles(slide, plan, writer.next_tile, writer.unreadable, threads):
             writer.add(tile, payload)
         return writer.finish()
@@ -139,7 +132,9 @@ def tile_slide(
         with slide_lock(cache_dir, source.slide_id) as lock:
             try:
                 with open_slide(source.path, source.mpp_override, spec.icc) as slide:
-                    row = _described(row, slide.info)
+                    info, (width, height) = slide.info, slide.info.size_level0
+                    row = replace(row, vendor=info.vendor, fingerprint=info.fingerprint)
+                    row = replace(row, width=width, height=height)
                     row = _tile_open_slide(
                         row, slide, cache_dir, spec, overwrite, threads, lock.check, picture
                     )
@@ -164,27 +159,17 @@ def _tile_open_slide(
     kept = _kept_cache(slide.info, cache_path(cache_dir, row.slide_id), spec, overwrite)
     if kept is not None:
         if preview is not None and not preview.exists():
-            _draw(plan_tiles(slide, spec, threads), row.slide_id, preview)
+            draw_preview(preview, plan_tiles(slide, spec, threads), row.slide_id)
         discard(cache_dir, row.slide_id)
         return _used(row, kept)
 
     plan = plan_tiles(slide, spec, threads)
-    left_out = plan.left_out
-    row = replace(
-        row,
-        mpp_x=plan.mpp_read[0],
-        mpp_y=plan.mpp_read[1],
-        tiles_without_tissue=plan.tiles_without_tissue,
-        tiles_pen=left_out["tiles_pen"],
-        tiles_fold=left_out["tiles_fold"],
-        tiles_air=left_out["tiles_air"],
-        tiles_out_of_focus=left_out.get("tiles_out_of_focus", 0),
-    )
+    row = replace(row, mpp_x=plan.mpp_read[0], mpp_y=plan.mpp_read[1], **plan.left_out)
     if preview is not None:
-        _draw(plan, row.slide_id, preview)
+        draw_preview(preview, plan, row.slide_id)
     if not len(plan):
         discard(cache_dir, row.slide_id, finished=True)
-        if any(left_out.values()):
+        if any(map(len, plan.left_out_level0.values())):
             reason = "no tile with tissue is good enough"
         elif plan.tiles_without_tissue:
             reason = f"no tile has {spec.min_tissue:.0%} tissue"
@@ -192,21 +177,6 @@ def _tile_open_slide(
             reason = "the slide is smaller than one tile"
         return replace(row, status=EXCLUDED, reason=reason)
     return _used(row, write_tiles(slide, plan, cache_dir, row.slide_id, threads, check))
-
-
-def _draw(plan: TilePlan, slide_id: str, path: Path) -> None:
-    from slidetl.tiles.preview import draw_preview
-
-    draw_preview(
-        path,
-        plan.thumbnail,
-        plan.tissue_mask,
-        plan.origins_level0,
-        plan.left_out_level0,
-        plan.extent_level0,
-        plan.info.mpp_level0,
-        slide_id,
-    )
 
 
 def _kept_cache(info: SlideInfo, path: Path, spec: TileSpec, overwrite: bool) -> SlideCache | None:
@@ -235,25 +205,11 @@ def _kept_cache(info: SlideInfo, path: Path, spec: TileSpec, overwrite: bool) ->
         raise
 
 
-def _described(row: LedgerRow, info: SlideInfo) -> LedgerRow:
-    width, height = info.size_level0
-    return replace(row, vendor=info.vendor, width=width, height=height, fingerprint=info.fingerprint)
-
-
 def _used(row: LedgerRow, cache: SlideCache) -> LedgerRow:
-    return replace(
-        row,
-        status=USED,
-        tiles=len(cache),
-        tiles_without_tissue=cache.header.tiles_without_tissue,
-        tiles_pen=cache.header.tiles_pen,
-        tiles_fold=cache.header.tiles_fold,
-        tiles_air=cache.header.tiles_air,
-        tiles_out_of_focus=cache.header.tiles_out_of_focus,
-        tiles_unreadable=cache.header.tiles_unreadable,
-        mpp_x=cache.mpp_read[0],
-        mpp_y=cache.mpp_read[1],
-    )
+    about = vars(cache.header)
+    counts: dict[str, Any] = {name: about[name] for name in about if name.startswith("tiles_")}
+    mpp_x, mpp_y = cache.mpp_read
+    return replace(row, status=USED, tiles=len(cache), mpp_x=mpp_x, mpp_y=mpp_y, **counts)
 
 
 def stamped(row: LedgerRow, started: float) -> LedgerRow:

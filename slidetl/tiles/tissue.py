@@ -1,4 +1,4 @@
-"""Where on a slide there is tissue: a low-resolution image in, a mask out. No file, no slide."""
+"""Finds the tissue of a slide: a low-resolution image in, a mask out. No file, no slide."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _GLASS_LEAST = 0.05
 
 @dataclass(frozen=True, eq=False)
 class TissueMask:
-    """Which parts of a slide are tissue.
+    """Marks the tissue of a slide, or another part of it.
 
     Attributes:
         mask: ``[h, w] bool``; its upper-left corner is that of the slide.
@@ -53,7 +53,7 @@ class TissueMask:
         extent_level0: tuple[float, float],
         mpp_level0: tuple[float, float],
     ) -> NDArray[np.float32]:
-        """The share of each tile that is tissue: the exact mean of the mask over the tile's area.
+        """Computes the share of each tile that is tissue: the exact mean of the mask over the tile's area.
 
         Args:
             origins_level0: ``[N, 2]`` upper-left corners ``(x, y)``, level-0 pixels.
@@ -79,7 +79,7 @@ class TissueMask:
 
 
 def thumbnail_mpp(size_level0: tuple[int, int], mpp_level0: tuple[float, float], spec: TileSpec) -> float:
-    """The spacing of the image in which tissue is looked for, micrometres per pixel.
+    """Chooses the spacing of the image in which tissue is looked for, micrometres per pixel.
 
     16, or finer if a tile would then be less than 4 pixels wide; coarser where the image would have more
     than 4096 pixels a side, or where the slide itself is coarser.
@@ -131,12 +131,12 @@ def find_tissue(
 
 
 def is_dark_ground(thumbnail_rgb: NDArray[np.uint8]) -> bool:
-    """Whether the tissue shines on a dark ground (fluorescence), instead of taking light away."""
+    """Tells if the tissue shines on a dark ground (fluorescence), instead of taking light away."""
     return bool(np.median(thumbnail_rgb.max(axis=2)) < 64)
 
 
 def is_stained(density: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Which pixels are denser than glass, by the threshold that :func:`find_tissue` uses.
+    """Marks the pixels that are denser than glass, by the threshold that :func:`find_tissue` uses.
 
     Args:
         density: ``[h, w] float32`` of :func:`optical_density`, of a whole slide.
@@ -147,7 +147,7 @@ def is_stained(density: NDArray[np.float32]) -> NDArray[np.bool_]:
 def _interpolate(
     integral: NDArray[np.int32], x: NDArray[np.float64], y: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """The integral image at fractional places: between its nodes it is bilinear, so this is exact."""
+    """Reads an integral image at fractional places: between its nodes it is bilinear, so this is exact."""
     rows, columns = integral.shape
     x, y = np.clip(x, 0, columns - 1), np.clip(y, 0, rows - 1)
     column = np.minimum(x.astype(np.intp), columns - 2)
@@ -159,7 +159,7 @@ def _interpolate(
 
 
 def glass_rgb(rgb: NDArray[np.uint8], background_rgb: tuple[int, int, int]) -> NDArray[np.float64]:
-    """The colour of clean glass on this slide: scanned glass is seldom the white of the metadata.
+    """Finds the colour of clean glass on this slide: scanned glass is seldom the white of the metadata.
 
     It is the brightest that is nearly grey, nearly as bright as the unscanned background, and not that very
     colour (which fills what was not scanned, and would hide the scanned glass beside it).
@@ -176,21 +176,21 @@ def glass_rgb(rgb: NDArray[np.uint8], background_rgb: tuple[int, int, int]) -> N
 
 
 def optical_density(rgb: NDArray[np.uint8], glass: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Optical density against glass, length of the vector over the channels; 0 where brighter than glass."""
+    """Computes optical density against glass, its length over the channels; 0 where brighter than glass."""
     table = np.log10((glass + 1) / (np.arange(256.0)[:, None] + 1)).clip(0) ** 2
     squares = table.astype(np.float32)
     return np.asarray(np.sqrt(sum(squares[:, channel][rgb[..., channel]] for channel in range(3))))
 
 
 def _light(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Light above the dark ground, as a share of full scale."""
+    """Computes the light above the dark ground, as a share of full scale."""
     brightest = rgb.max(axis=2)
     ground = np.percentile(brightest, 5)
     return np.asarray((brightest - np.float32(ground)).clip(0) / np.float32(255))
 
 
 def _threshold(signal: NDArray[np.float32], bounds: tuple[float, float]) -> float:
-    """Otsu's threshold on the logarithm of a signal, within bounds.
+    """Computes Otsu's threshold on the logarithm of a signal, within bounds.
 
     On the logarithm, because stained tissue is many times denser than pale tissue, and on a linear scale the
     best cut lies between those two instead of beside the glass.
@@ -212,7 +212,7 @@ def _threshold(signal: NDArray[np.float32], bounds: tuple[float, float]) -> floa
 
 
 def _close(mask: NDArray[np.bool_], radius_px: int) -> NDArray[np.bool_]:
-    """Closing by an octagon, as if the image lay on an endless empty plane: its border adds no tissue.
+    """Closes by an octagon, as if the image lay on an endless empty plane: its border adds no tissue.
 
     An octagon is a square grown by a diamond. A square alone would reach half as far again along the
     diagonals, and leave boxes around whatever is scattered beside the tissue.

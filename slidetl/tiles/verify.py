@@ -1,4 +1,4 @@
-"""Is every byte of a cache what was written? And if not, the damaged tiles made again.
+"""Verifies that every byte of a cache is what was written, and makes damaged tiles again.
 
 A group is checked against itself: its metadata document seals itself and lists the checksums of all other
 files (:func:`slidetl.tiles.store.sealed`), each tile has its own crc32c, and a shard must consist of its
@@ -116,13 +116,8 @@ def verify_cache(
         if f"{header.slide_id}.zarr" != path.name:
             findings.append(Finding("zarr.json", f"foreign slide: these are tiles of {header.slide_id}"))
         if row is not None and row.fingerprint and row.fingerprint != header.fingerprint:
-            findings.append(
-                Finding(
-                    "zarr.json",
-                    f"foreign slide: made from {header.fingerprint[:12]}, "
-                    f"the ledger's slide is {row.fingerprint[:12]}",
-                )
-            )
+            made_from = f"made from {header.fingerprint[:12]}, the ledger's slide is {row.fingerprint[:12]}"
+            findings.append(Finding("zarr.json", f"foreign slide: {made_from}"))
     files = {str(p.relative_to(path)) for p in path.rglob("*") if not p.is_dir() or p.is_symlink()}
     size = sum((path / name).lstat().st_size for name in files)
     tiles = _count_tiles(path)
@@ -171,16 +166,7 @@ def repair_cache(found: Verification, slide_path: Path) -> Verification:
         tile_of = {wanted: tile for tile, wanted in enumerate(kept) if tile not in damaged}
         # What could not be read when the cache was made is left out of it again.
         left_out = set(range(len(plan))) - set(kept)
-        with CacheWriter(
-            path.parent,
-            replace(header, tiles_unreadable=0),
-            plan.origins_level0,
-            plan.tissue_fraction,
-            plan.quality,
-            plan.thumbnail,
-            plan.tissue_mask,
-            lock.check,
-        ) as writer:
+        with CacheWriter(path.parent, replace(header, tiles_unreadable=0), plan, lock.check) as writer:
             numbers = range(writer.next_tile, len(plan))
             made = _encoded(slide, plan, [n for n in numbers if n not in tile_of and n not in left_out])
             for number in numbers:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from slidetl.errors import CacheCorruptError, UsageError
 from slidetl.tiles.codec import ZSTD_LEVEL, encode_zstd, tile_codec
+from slidetl.tiles.plan import TilePlan
 from slidetl.tiles.store import (
     FEATURES,
     MISSING,
@@ -37,9 +38,7 @@ from slidetl.tiles.store import (
     sealed,
     shard_digest,
     shard_name,
-    shard_path,
 )
-from slidetl.tiles.tissue import TissueMask
 
 # A note of what is safe on the disk is made at most so often. Every one waits for the disk, which would hold
 # up the copying of tiles more than all else; what it may cost a killed run is the work of that time.
@@ -60,12 +59,8 @@ class CacheWriter:
 
     Args:
         cache_dir: the folder of all caches.
-        header: of the slide; ``tiles_unreadable`` is counted here.
-        origins_level0: ``[N, 2] int32``, all the tiles wanted, readable or not.
-        tissue_fraction: ``[N] float32``.
-        quality: ``[N] float32`` each, by name.
-        thumbnail: ``[h, w, 3] uint8``.
-        tissue_mask: its mask, and the spacing of both.
+        header: metadata of the slide; ``tiles_unreadable`` is counted here.
+        plan: all the tiles wanted, readable or not; at least one.
         check: called before every commit; it raises if the slide is no longer this writer's.
     """
 
@@ -73,19 +68,11 @@ class CacheWriter:
         self,
         cache_dir: Path,
         header: CacheHeader,
-        origins_level0: NDArray[np.int32],
-        tissue_fraction: NDArray[np.float32],
-        quality: Mapping[str, NDArray[np.float32]],
-        thumbnail: NDArray[np.uint8],
-        tissue_mask: TissueMask,
+        plan: TilePlan,
         check: Callable[[], object] | None = None,
     ) -> None:
         self._header = header
-        self._origins = origins_level0
-        self._fraction = tissue_fraction
-        self._quality = quality
-        self._thumbnail = thumbnail
-        self._mask = tissue_mask
+        self._plan = plan
         self._check = check or (lambda: None)
         self._target = cache_path(cache_dir, header.slide_id)
         self._building = building_path(cache_dir, header.slide_id)
@@ -100,7 +87,7 @@ class CacheWriter:
         self._syncing: list[Future[None]] = []
         # A single shard is sooner made again than its thirty files and folders are made durable one by one.
         # After a power cut, the seal tells whether it is whole (`slidetl.tiles.store.is_intact`).
-        self._is_small = len(origins_level0) <= TILES_PER_SHARD
+        self._is_small = len(plan) <= TILES_PER_SHARD
         self._digests: dict[str, str] = {}
         self._unnoted: dict[str, Any] | None = None
         self._noted_s = -math.inf
@@ -153,8 +140,8 @@ class CacheWriter:
         Raises:
             UsageError: not all tiles were added.
         """
-        if self._next != len(self._origins):
-            raise UsageError(f"{self._next} of {len(self._origins)} tiles were added")
+        if self._next != len(self._plan):
+            raise UsageError(f"{self._next} of {len(self._plan)} tiles were added")
         self._committed()
         self._committer.shutdown()
         if self._pending:
@@ -174,8 +161,8 @@ class CacheWriter:
 
     def _identity(self) -> dict[str, Any]:
         """Returns the values that must be equal for a build to be resumed."""
-        plan = google_crc32c.value(self._origins.tobytes() + self._fraction.tobytes())
-        return {**self._header.identity(), "tiles_wanted": len(self._origins), "plan": plan}
+        plan = google_crc32c.value(self._plan.origins_level0.tobytes() + self._plan.tissue_fraction.tobytes())
+        return {**self._header.identity(), "tiles_wanted": len(self._plan), "plan": plan}
 
     def _resume(self) -> None:
         try:
@@ -184,9 +171,8 @@ class CacheWriter:
             progress = {}
         shards = (progress.get("next_tile", 0) - len(progress.get("unreadable", ()))) // TILES_PER_SHARD
         try:
-            digests = {
-                shard_name(shard): Shard(shard_path(self._group, shard)).digest() for shard in range(shards)
-            }
+            names = map(shard_name, range(shards))
+            digests = {name: Shard(self._group / name).digest() for name in names}
         except (FileNotFoundError, CacheCorruptError):
             digests = None  # after a power cut the note may be there and a shard not
         if progress.get("identity") == self._identity() and digests is not None:
@@ -199,13 +185,11 @@ class CacheWriter:
     def _commit_shard(self) -> None:
         """Starts the commit of the pending tiles after the previous one: at most two shards are in memory."""
         self._committed()
-        progress: dict[str, Any] | None = None
-        if len(self._pending) == TILES_PER_SHARD:
-            progress = {
-                "identity": self._identity(),
-                "next_tile": self._next,
-                "unreadable": self._unreadable.copy(),
-            }
+        progress = {
+            "identity": self._identity(),
+            "next_tile": self._next,
+            "unreadable": self._unreadable.copy(),
+        }
         self._commit = self._committer.submit(self._write_shard, self._shards, self._pending, progress)
         self._pending = []
         self._shards += 1
@@ -218,7 +202,7 @@ class CacheWriter:
     def _write_shard(self, shard: int, payloads: list[bytes], progress: dict[str, Any] | None) -> None:
         """Writes a shard; it needs no temporary name, since it is not trusted before it is noted."""
         self._check()
-        path = shard_path(self._group, shard)
+        path = self._group / shard_name(shard)
         path.parent.mkdir(parents=True, exist_ok=True)
         parts, self._digests[shard_name(shard)] = pack_shard(payloads)
         _write(path, parts)
@@ -266,15 +250,16 @@ class CacheWriter:
             if entry.name not in ("tiles", FEATURES):  # those of a cache under repair
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
-        is_readable = np.ones(len(self._origins), bool)
+        plan = self._plan
+        is_readable = np.ones(len(plan), bool)
         is_readable[self._unreadable] = False
-        spacing = {"mpp": self._mask.mpp}
+        spacing = {"mpp": plan.tissue_mask.mpp}
         arrays: dict[str, tuple[NDArray[Any], dict[str, Any]]] = {
-            "origin_level0": (self._origins[is_readable], {}),
-            "tissue_fraction": (self._fraction[is_readable], {}),
-            **{name: (values[is_readable], {}) for name, values in self._quality.items()},
-            "thumbnail": (self._thumbnail, spacing),
-            "tissue_mask": (self._mask.mask, spacing),
+            "origin_level0": (plan.origins_level0[is_readable], {}),
+            "tissue_fraction": (plan.tissue_fraction[is_readable], {}),
+            **{name: (values[is_readable], {}) for name, values in plan.quality.items()},
+            "thumbnail": (plan.thumbnail, spacing),
+            "tissue_mask": (plan.tissue_mask.mask, spacing),
         }
         for name, (values, about) in arrays.items():
             self._put(f"{name}/zarr.json", json.dumps(_array_document(values, about), indent=2).encode())
@@ -297,39 +282,26 @@ class CacheWriter:
 
 def _tiles_document(count: int, header: CacheHeader, attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Makes the metadata of the tiles as zarr writes them."""
-    side = header.spec.tile_size_px
+    tile = [header.spec.tile_size_px, header.spec.tile_size_px, 3]
     serializer, compressors = tile_codec(header.spec).zarr_codecs()
-    codecs = [serializer.to_dict(), *(codec.to_dict() for codec in compressors), _CRC32C]
+    sharding = {
+        "chunk_shape": [1, *tile],
+        "codecs": [serializer.to_dict(), *(codec.to_dict() for codec in compressors), _CRC32C],
+        "index_codecs": [_LITTLE_ENDIAN, _CRC32C],
+        "index_location": "end",
+    }
+    codecs = [{"name": "sharding_indexed", "configuration": sharding}]
+    names = ["tile", "y", "x", "channel"]
     return _document(
-        shape=[count, side, side, 3],
-        dtype="uint8",
-        chunk_shape=[TILES_PER_SHARD, side, side, 3],
-        codecs=[
-            {
-                "name": "sharding_indexed",
-                "configuration": {
-                    "chunk_shape": [1, side, side, 3],
-                    "codecs": codecs,
-                    "index_codecs": [_LITTLE_ENDIAN, _CRC32C],
-                    "index_location": "end",
-                },
-            }
-        ],
-        attributes=attributes,
-        dimension_names=["tile", "y", "x", "channel"],
+        [count, *tile], "uint8", [TILES_PER_SHARD, *tile], codecs, attributes, dimension_names=names
     )
 
 
 def _array_document(values: NDArray[Any], attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Makes the metadata of an array in one chunk as zarr writes them."""
     zstd = {"name": "zstd", "configuration": {"level": ZSTD_LEVEL, "checksum": False}}
-    return _document(
-        shape=list(values.shape),
-        dtype=values.dtype.name,
-        chunk_shape=list(values.shape),
-        codecs=[_LITTLE_ENDIAN if values.dtype.itemsize > 1 else {"name": "bytes"}, zstd, _CRC32C],
-        attributes=attributes,
-    )
+    codecs = [_LITTLE_ENDIAN if values.dtype.itemsize > 1 else {"name": "bytes"}, zstd, _CRC32C]
+    return _document(list(values.shape), values.dtype.name, list(values.shape), codecs, attributes)
 
 
 _CRC32C = {"name": "crc32c"}

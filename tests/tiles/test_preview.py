@@ -6,6 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from slidetl.slides import SlideInfo
+from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.plan import TilePlan
 from slidetl.tiles.preview import COLOURS, KEPT, draw_preview
 from slidetl.tiles.tissue import TissueMask
 
@@ -13,16 +16,23 @@ from slidetl.tiles.tissue import TissueMask
 def draw(path: Path, kept: list[list[int]], left_out: dict[str, list[list[int]]], side: int = 100) -> None:
     mask = np.zeros((side, side), bool)
     mask[10:60, 10:60] = True
-    draw_preview(
-        path,
-        np.full((side, side, 3), 240, np.uint8),
-        TissueMask(mask, 16.0),
-        np.array(kept, np.int32).reshape(-1, 2),
-        {reason: np.array(places, np.int32).reshape(-1, 2) for reason, places in left_out.items()},
-        (320.0, 320.0),
-        (0.5, 0.5),
-        "slide ł",  # a letter that Pillow's own font lacks
+    origins = np.array(kept, np.int32).reshape(-1, 2)
+    plan = TilePlan(
+        spec=TileSpec(0.5, 320),
+        info=SlideInfo(Path("s.svs"), "", "", (3200, 3200), (0.5, 0.5), (0.5,), (255, 255, 255), None),
+        mpp_read=(0.5, 0.5),
+        origins_level0=origins,
+        extent_level0=(320.0, 320.0),
+        tissue_fraction=np.ones(len(origins), np.float32),
+        tiles_without_tissue=0,
+        thumbnail=np.full((side, side, 3), 240, np.uint8),
+        tissue_mask=TissueMask(mask, 16.0),
+        quality={},
+        left_out_level0={
+            reason: np.array(places, np.int32).reshape(-1, 2) for reason, places in left_out.items()
+        },
     )
+    draw_preview(path, plan, "slide ł")  # a letter that Pillow's own font lacks
 
 
 def seen(path: Path) -> NDArray[np.uint8]:

@@ -10,8 +10,8 @@ from scipy import ndimage
 
 from slidetl.slides import open_slide
 from slidetl.synthetic.section import STAINS, LungSection, SiteAppearance, SyntheticSlide
-from slidetl.tiles.quality import QualityMaps, focus_of, measure_quality
-from slidetl.tiles.tissue import find_tissue
+from slidetl.tiles.quality import focus_of, measure_quality
+from slidetl.tiles.tissue import TissueMask, find_tissue
 
 WHITE = (255, 255, 255)
 MPP = 16.0
@@ -43,7 +43,7 @@ def thumbnail(request: pytest.FixtureRequest) -> Picture:
     return from_afar(section(request.param))
 
 
-def measure(image: Picture) -> tuple[QualityMaps, Mask]:
+def measure(image: Picture) -> tuple[dict[str, TissueMask], Mask]:
     mask = find_tissue(image, MPP, WHITE).mask
     return measure_quality(image, MPP, mask, WHITE), mask
 
@@ -69,8 +69,8 @@ def translucent(image: Picture, stroke: Mask, ink: tuple[int, int, int]) -> Pict
 
 def test_a_clean_slide_of_any_stain_raises_no_alarm(thumbnail: Picture) -> None:
     maps, mask = measure(thumbnail)
-    assert maps.pen.mean() < 0.001
-    assert (maps.fold & mask).sum() < 0.001 * mask.sum()
+    assert maps["pen"].mask.mean() < 0.001
+    assert (maps["fold"].mask & mask).sum() < 0.001 * mask.sum()
 
 
 @pytest.mark.parametrize("pen", [opaque, translucent])
@@ -80,10 +80,10 @@ def test_pen_strokes_are_found_over_tissue_and_glass(
 ) -> None:
     stroke = band(thumbnail.shape, 300, 0.4)
     maps, _ = measure(pen(thumbnail, stroke, INKS[ink]))
-    assert (maps.pen & stroke).sum() > 0.95 * stroke.sum()
+    assert (maps["pen"].mask & stroke).sum() > 0.95 * stroke.sum()
     beside = ~ndimage.binary_dilation(stroke, iterations=4)
-    assert (maps.pen & beside).sum() < 0.01 * beside.sum()
-    assert not (maps.pen & (maps.fold | maps.air)).any()
+    assert (maps["pen"].mask & beside).sum() < 0.01 * beside.sum()
+    assert not (maps["pen"].mask & (maps["fold"].mask | maps["air"].mask)).any()
 
 
 def test_pen_is_followed_over_a_picture_of_many_bands() -> None:
@@ -92,7 +92,7 @@ def test_pen_is_followed_over_a_picture_of_many_bands() -> None:
     stroke = np.zeros(image.shape[:2], bool)
     stroke[20:1580, 40:70] = True
     maps, _ = measure(translucent(image, stroke, INKS["green"]))
-    assert (maps.pen & stroke).sum() > 0.95 * stroke.sum()
+    assert (maps["pen"].mask & stroke).sum() > 0.95 * stroke.sum()
 
 
 def test_tissue_that_lies_double_is_a_fold(thumbnail: Picture) -> None:
@@ -102,10 +102,10 @@ def test_tissue_that_lies_double_is_a_fold(thumbnail: Picture) -> None:
     image[crease] = (image[crease].astype(float) ** 2 / 240).clip(0, 255)
     maps, _ = measure(image)
     is_tissue = crease & (thumbnail.min(axis=2) < 200)  # half of a fold of lung is air, which stays clear
-    assert (maps.fold & is_tissue).sum() > 0.6 * is_tissue.sum()
-    assert not (maps.pen & crease).any()
+    assert (maps["fold"].mask & is_tissue).sum() > 0.6 * is_tissue.sum()
+    assert not (maps["pen"].mask & crease).any()
     beside = mask & ~ndimage.binary_dilation(crease, iterations=3)
-    assert (maps.fold & beside).sum() < 0.001 * beside.sum()
+    assert (maps["fold"].mask & beside).sum() < 0.001 * beside.sum()
 
 
 def test_holes_in_the_tissue_are_air() -> None:
@@ -116,13 +116,13 @@ def test_holes_in_the_tissue_are_air() -> None:
     assert mask[65, 65]
     expected = np.zeros_like(mask)
     expected[60:70, 60:70] = True
-    assert np.array_equal(maps.air, expected)
+    assert np.array_equal(maps["air"].mask, expected)
 
 
 def test_air_of_lung_is_measured_and_glass_is_none(thumbnail: Picture) -> None:
     maps, mask = measure(thumbnail)
-    assert not (maps.air & ~mask).any()
-    assert 0.1 < maps.air.sum() / mask.sum() < 0.6
+    assert not (maps["air"].mask & ~mask).any()
+    assert 0.1 < maps["air"].mask.sum() / mask.sum() < 0.6
 
 
 def test_on_a_dark_ground_and_without_tissue_nothing_is_measured() -> None:
@@ -130,16 +130,19 @@ def test_on_a_dark_ground_and_without_tissue_nothing_is_measured() -> None:
     dark[20:40, 20:40, 2] = 90
     for image in (dark, np.full((60, 60, 3), 250, np.uint8)):
         maps, _ = measure(image)
-        assert not (maps.pen | maps.fold | maps.air).any()
+        assert not (maps["pen"].mask | maps["fold"].mask | maps["air"].mask).any()
 
 
 def test_fractions_are_shares_of_the_tile() -> None:
     pen = np.zeros((10, 10), bool)
     pen[:5] = True
     nothing = np.zeros_like(pen)
-    maps = QualityMaps(pen, nothing, ~nothing, 16.0)
+    masks = {"pen": pen, "fold": nothing, "air": ~nothing}
     origins = np.array([[0, 0], [0, 64], [0, 140]], np.int32)
-    shares = maps.fractions(origins, (32.0, 32.0), (1.0, 1.0))
+    shares = {
+        name: TissueMask(mask, 16.0).fraction(origins, (32.0, 32.0), (1.0, 1.0))
+        for name, mask in masks.items()
+    }
     assert shares["pen"].tolist() == pytest.approx([1, 0.5, 0])
     assert shares["fold"].tolist() == [0, 0, 0]
     assert shares["air"].tolist() == pytest.approx([1, 1, 20 / 32])

@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from slidetl.errors import CacheCorruptError, CacheMismatchError, CacheMissingError, UsageError
+from slidetl.slides import SlideInfo
 from slidetl.tiles.codec import JpegCodec, tile_codec
 from slidetl.tiles.grid import Codec, TileSpec
+from slidetl.tiles.plan import TilePlan
 from slidetl.tiles.store import (
     FORMAT_VERSION,
     TILES_PER_SHARD,
@@ -66,16 +68,21 @@ def writer(
 ) -> CacheWriter:
     rng = np.random.default_rng(1)
     thumbnail = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
-    return CacheWriter(
-        cache,
-        about or header(),
-        np.arange(2 * count, dtype=np.int32).reshape(count, 2),
-        np.linspace(0.25, 1, count, dtype=np.float32),
-        {"pen": np.zeros(count, np.float32)},
-        thumbnail,
-        TissueMask(thumbnail[..., 0] > 100, 25.0),
-        check,
+    about = about or header()
+    plan = TilePlan(
+        spec=about.spec,
+        info=SlideInfo(Path("s"), "ab" * 32, "test", (4000, 3000), (0.25, 0.26), (0.25,), (255,) * 3, None),
+        mpp_read=about.mpp_read,
+        origins_level0=np.arange(2 * count, dtype=np.int32).reshape(count, 2),
+        extent_level0=about.extent_level0,
+        tissue_fraction=np.linspace(0.25, 1, count, dtype=np.float32),
+        tiles_without_tissue=7,
+        thumbnail=thumbnail,
+        tissue_mask=TissueMask(thumbnail[..., 0] > 100, 25.0),
+        quality={"pen": np.zeros(count, np.float32)},
+        left_out_level0={},
     )
+    return CacheWriter(cache, about, plan, check)
 
 
 def write(cache: Path, count: int, codec: Codec = "jpeg", unreadable: tuple[int, ...] = ()) -> SlideCache:

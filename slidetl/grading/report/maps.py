@@ -1,4 +1,4 @@
-"""What a page lays over the slide: a value per tile, and the colours that stand for it."""
+"""Maps that a page lays over the slide: a value per tile, and the colours that stand for it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class TileMap:
         unit: said behind a value.
         origins_level0: ``[n, 2] int32``, upper-left corners ``(x, y)``, level-0 pixels.
         values: ``[n] float32``, or numbers of categories.
-        shades: ``[n]`` integers, which of the colours each has.
+        shades: ``[n]`` integers, the index of each in ``colours``.
         colours: ``[256, 3] uint8``, or one per category.
         categories: their names; empty for a scale.
         ticks: places on the scale, 0..1, and what is said of them.
@@ -48,21 +48,20 @@ class TileMap:
 
 
 def relative_attention(result: SlideGrade) -> NDArray[np.float32] | None:
-    """Attention ``[N]``, 1 being the average tile; None if the model weighs all tiles alike."""
+    """Computes attention ``[N]``, 1 for the average tile; None if the model weighs all tiles alike."""
     relative = result.attention * np.float32(len(result.attention))
     return relative if np.ptp(relative) > _FLAT else None
 
 
 def maps_of(result: SlideGrade, grades: Sequence[str]) -> list[TileMap]:
-    """The maps there are of a graded slide, the most telling first.
+    """Makes the maps of a graded slide, the most telling first.
 
     Args:
         result: the graded slide.
         grades: their names, lowest first.
     """
     maps = []
-    relative = relative_attention(result)
-    if relative is not None:
+    if (relative := relative_attention(result)) is not None:
         # By powers: on a scale that is even from zero to the greatest, a few tiles are bright and all others
         # black. The average lies in the middle, and as far below it as above.
         reach = max(_LEAST_REACH, float(relative.max()))
@@ -92,8 +91,7 @@ def maps_of(result: SlideGrade, grades: Sequence[str]) -> list[TileMap]:
             ticks=tuple((grade / highest, name) for grade, name in enumerate(grades)),
         )
     )
-    left_out = left_out_level0(result)
-    if left_out:
+    if left_out := left_out_level0(result):
         reasons = tuple(left_out)
         numbers = np.repeat(np.arange(len(reasons)), [len(corners) for corners in left_out.values()])
         maps.append(
@@ -112,7 +110,7 @@ def maps_of(result: SlideGrade, grades: Sequence[str]) -> list[TileMap]:
 
 
 def left_out_level0(result: SlideGrade) -> dict[str, NDArray[np.int32]]:
-    """Corners ``[n, 2]`` of the tiles with tissue that were not graded, by the reason why; none is empty."""
+    """Finds corners ``[n, 2]`` of the tiles with tissue that were not graded, by reason; none is empty."""
     wanted = result.plan.origins_level0
     is_graded = {(x, y) for x, y in result.origins_level0.tolist()}
     unreadable = [(x, y) not in is_graded for x, y in wanted.tolist()]
@@ -121,7 +119,7 @@ def left_out_level0(result: SlideGrade) -> dict[str, NDArray[np.int32]]:
 
 
 def extreme_tiles(values: NDArray[np.float32], count: int) -> tuple[list[int], list[int]]:
-    """The tiles of the greatest and of the least values, the most extreme first; none is among both."""
+    """Finds the tiles of the greatest and of the least values, the most extreme first; none is in both."""
     order = np.argsort(values, kind="stable")
     least = order[: min(count, len(order) // 2)]
     most = order[len(least) :][::-1][:count]
@@ -133,7 +131,7 @@ def _shades(place: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def colour_table(name: str) -> NDArray[np.uint8]:
-    """Matplotlib's colours of that name, ``[256, 3] uint8``."""
+    """Returns Matplotlib's colours of a name, ``[256, 3] uint8``."""
     from matplotlib import colormaps
 
     rgba = colormaps[name](np.arange(256), bytes=True)

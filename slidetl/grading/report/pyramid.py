@@ -103,8 +103,7 @@ def encode_jpeg(rgb: NDArray[np.uint8], quality: int = _QUALITY) -> bytes:
     """Compresses ``[h, w, 3] uint8`` for people to look at: colour at half the resolution."""
     import simplejpeg
 
-    jpeg: bytes = simplejpeg.encode_jpeg(np.ascontiguousarray(rgb), quality, "RGB", "420")
-    return jpeg
+    return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(rgb), quality, "RGB", "420"))
 
 
 def _size_px(info: SlideInfo, mpp: float) -> tuple[int, int]:
@@ -145,7 +144,7 @@ class _Level:
     def most_attended(
         self, plan: TilePlan, origins_level0: NDArray[np.int32], attention: NDArray[np.float32], count: int
     ) -> Self:
-        """So many of the tiles: those in which the middles of the tiles that counted most lie."""
+        """Keeps ``count`` of the tiles: those in which the middles of the tiles that counted most lie."""
         middles = origins_level0 + np.asarray(plan.extent_level0) / 2
         sums: dict[tuple[int, int], float] = {}
         for (column, row), weight in zip(
@@ -153,21 +152,18 @@ class _Level:
         ):
             sums[column, row] = sums.get((column, row), 0.0) + weight
         weights = [sums.get((column, row), 0.0) for column, row in self.places.tolist()]
-        chosen = np.sort(
-            np.argsort(-np.array(weights), kind="stable")[:count]
-        )  # row by row, as tiles are read
-        return replace(self, origins_level0=self.origins_level0[chosen], places=self.places[chosen])
+        chosen = np.argsort(-np.array(weights), kind="stable")[:count]
+        return self[np.sort(chosen)]  # row by row, as tiles are read
 
 
 def _read(
     slide: Slide, level: _Level, budget_bytes: float, threads: int
 ) -> tuple[dict[tuple[int, int], bytes], int]:
-    """The tiles of a level, up to the first beyond the budget, and how many cannot be read."""
+    """Reads the tiles of a level, up to the first beyond the budget, and counts those that cannot be read."""
     jpegs: dict[tuple[int, int], bytes] = {}
     taken = unreadable = 0
-    results = slide.map_tiles(
-        encode_jpeg, level.origins_level0, TILE_PX, level.mpp, _MPP_TOLERANCE, threads=threads
-    )
+    where = (level.origins_level0, TILE_PX, level.mpp, _MPP_TOLERANCE)
+    results = slide.map_tiles(encode_jpeg, *where, threads=threads)
     for (column, row), result in zip(level.places.tolist(), results, strict=False):
         if isinstance(result, SlideReadError):
             unreadable += 1

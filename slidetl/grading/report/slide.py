@@ -66,7 +66,7 @@ def write_slide_report(
     maps = maps_of(result, card.grades)
     page = folder / f"{name}.html"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.thumbnail.jpg").write_bytes(_thumbnail(result))
+    (folder / f"{name}.thumbnail.jpg").write_bytes(_jpeg(plan.thumbnail, _THUMBNAIL_PX, 80))
     write_geojson(result, card.grades, folder / f"{name}.geojson")
     write_page(
         page,
@@ -91,7 +91,7 @@ def write_slide_report(
 
 
 def has_slide_report(folder: Path, name: str, result: Mapping[str, Any]) -> bool:
-    """Whether there is a page of this very result, not of another model or of what the slide once was.
+    """Tells if there is a page of this very result, not of another model or of what the slide once was.
 
     Args:
         folder: where pages are written.
@@ -106,7 +106,7 @@ def has_slide_report(folder: Path, name: str, result: Mapping[str, Any]) -> bool
 
 
 def _data(result: SlideGrade, pyramid: Pyramid, maps: list[TileMap]) -> dict[str, Any]:
-    """What the page's script works with; lengths in pixels of the pyramid's finest level."""
+    """Collects the data of the page's script; lengths in pixels of the pyramid's finest level."""
     plan = result.plan
     scale = np.asarray(plan.info.mpp_level0) / pyramid.mpp
     extent = np.asarray(plan.extent_level0)
@@ -142,7 +142,7 @@ def _data(result: SlideGrade, pyramid: Pyramid, maps: list[TileMap]) -> dict[str
 
 
 def _galleries(slide: Slide, result: SlideGrade, pyramid: Pyramid) -> list[dict[str, Any]]:
-    """The tiles that counted most and least, or those of the highest and lowest grades if all count alike."""
+    """Shows the tiles that counted most and least, or those of the extreme grades if all count alike."""
     relative = relative_attention(result)
     if relative is not None:
         titles, values = ("Most attended tiles", "Least attended tiles"), relative
@@ -187,20 +187,12 @@ def _jpeg(rgb: NDArray[np.uint8], longest_px: int, quality: int) -> bytes:
     return encode_jpeg(np.asarray(picture), quality)
 
 
-def _thumbnail(result: SlideGrade) -> bytes:
-    return _jpeg(result.plan.thumbnail, _THUMBNAIL_PX, 80)
-
-
 def _bars(result: SlideGrade, card: ModelCard) -> list[dict[str, Any]]:
     lowest, highest = result.grade_set or (len(card.grades), -1)
+    named = enumerate(zip(card.grades, result.probabilities, strict=True))
     return [
-        {
-            "grade": name,
-            "probability": probability,
-            "is_best": grade == result.grade,
-            "in_set": lowest <= grade <= highest,
-        }
-        for grade, (name, probability) in enumerate(zip(card.grades, result.probabilities, strict=True))
+        {"grade": name, "probability": p, "is_best": k == result.grade, "in_set": lowest <= k <= highest}
+        for k, (name, p) in named
     ]
 
 
@@ -223,35 +215,21 @@ def _warnings(result: SlideGrade, card: ModelCard) -> list[str]:
 
 
 def _quality(result: SlideGrade) -> list[dict[str, str]]:
-    """What was looked for, by which rule tiles are left out for it, and how many were."""
+    """Tells by which rules tiles are left out, how many were, and what was measured of the rest."""
     spec = result.plan.spec
     left_out = left_out_level0(result)
+
+    def row(reason: str, rule: str, rest: str = "") -> dict[str, str]:
+        count = str(len(left_out.get(reason, ())))
+        return {"name": reason.capitalize(), "rule": rule, "left_out": count, "rest": rest}
+
     rows = []
-    for name in ("pen", "fold", "air"):
-        most = getattr(spec, f"max_{name}")
+    for name, most in (("pen", spec.max_pen), ("fold", spec.max_fold), ("air", spec.max_air)):
         share = result.plan.quality[name]
-        rows.append(
-            {
-                "name": name.capitalize(),
-                "rule": "measured only" if most >= 1 else f"at most {100 * most:.0f} % of a tile",
-                "left_out": str(len(left_out.get(name, ()))),
-                "rest": f"{100 * float(share.mean()):.1f} %" if len(share) else "",
-            }
-        )
-    rows.append(
-        {
-            "name": "Out of focus",
-            "rule": f"sharpness of at least {spec.min_focus:g}" if spec.min_focus > 0 else "not measured",
-            "left_out": str(len(left_out.get("out of focus", ()))) if spec.min_focus > 0 else "–",
-            "rest": "",
-        }
-    )
-    rows.append(
-        {
-            "name": "Unreadable",
-            "rule": "damaged in the file",
-            "left_out": str(len(left_out.get("unreadable", ()))),
-            "rest": "",
-        }
-    )
-    return rows
+        rule = "measured only" if most >= 1 else f"at most {100 * most:.0f} % of a tile"
+        rows.append(row(name, rule, f"{100 * float(share.mean()):.1f} %" if len(share) else ""))
+    if spec.min_focus > 0:
+        rows.append(row("out of focus", f"sharpness of at least {spec.min_focus:g}"))
+    else:
+        rows.append({**row("out of focus", "not measured"), "left_out": "–"})
+    return [*rows, row("unreadable", "damaged in the file")]

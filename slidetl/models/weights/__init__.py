@@ -6,5 +6,5 @@ BUNDLED = Path(__file__).parent
 
 
 def bundled_weights(backbone: str) -> Path:
-    """Where the bundled weights of a backbone would lie; they exist for few."""
+    """Returns the path of a backbone's bundled weights; they exist for few."""
     return BUNDLED / f"procedural_{backbone}.safetensors"
