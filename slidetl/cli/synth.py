@@ -35,7 +35,6 @@ def synth(out: Path, *, cohort: SyntheticCohort, workers: int = _CORES, overwrit
         import numpy as np
 
         from slidetl.evaluation.baselines import fit_best
-        from slidetl.evaluation.classical import FEW_PENALTIES
         from slidetl.synthetic.section import GRADES
 
         planned = cohort.plan()
@@ -45,8 +44,7 @@ def synth(out: Path, *, cohort: SyntheticCohort, workers: int = _CORES, overwrit
             grades,
             [entry.patient_id for entry in planned],
             GRADES,
-            cohort.seed,
-            FEW_PENALTIES,
+            seed=cohort.seed,
         )
         accuracy = np.mean(best.predictions == grades)
         print(

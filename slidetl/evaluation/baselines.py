@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import UsageError
-from slidetl.evaluation.classical import PENALTIES, ClassicalModel, Grader, fit_grader
+from slidetl.evaluation.classical import ClassicalModel, Grader, fit_grader
 from slidetl.evaluation.metrics import probability_metrics
 
 CANDIDATES: tuple[ClassicalModel, ...] = ("ridge", "logistic", "trees")
@@ -36,12 +35,7 @@ class BestGrader:
 
 
 def fit_best(
-    features: ArrayLike,
-    grades: ArrayLike,
-    patients: ArrayLike,
-    n_grades: int,
-    seed: int = 0,
-    penalties: Sequence[float] = PENALTIES,
+    features: ArrayLike, grades: ArrayLike, patients: ArrayLike, n_grades: int, seed: int = 0
 ) -> BestGrader:
     """Fits ridge, logistic regression and boosted trees, and keeps that of the least log loss out of fold.
 
@@ -53,7 +47,6 @@ def fit_best(
         patients: ``[n]``, anything that identifies a patient; no patient is split over the folds.
         n_grades: K.
         seed: of the models.
-        penalties: strengths of regularisation to choose from.
 
     Raises:
         UsageError: as :func:`~slidetl.evaluation.classical.fit_grader`; three patients are needed at least.
@@ -67,7 +60,7 @@ def fit_best(
     rows = {model: np.zeros((len(truth), n_grades)) for model in CANDIDATES}
     for train, held_out in GroupKFold(min(_FOLDS, n_patients)).split(truth, truth, groups):
         for model in CANDIDATES:
-            fitted = fit_grader(model, x[train], truth[train], groups[train], n_grades, seed, penalties)
+            fitted = fit_grader(model, x[train], truth[train], groups[train], n_grades, seed)
             rows[model][held_out] = fitted.probabilities(x[held_out])
     best = min(CANDIDATES, key=lambda model: probability_metrics(truth, rows[model]).log_loss)
-    return BestGrader(fit_grader(best, x, truth, groups, n_grades, seed, penalties), rows[best])
+    return BestGrader(fit_grader(best, x, truth, groups, n_grades, seed), rows[best])

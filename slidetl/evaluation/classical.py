@@ -28,8 +28,6 @@ MODELS: tuple[ClassicalModel, ...] = get_args(ClassicalModel)
 
 # Strengths of regularisation that are tried: an L2 penalty on coefficients of standardised features.
 PENALTIES = tuple(float(value) for value in 10.0 ** np.arange(-2, 6))
-# Fewer, where a fit by all of them would take too long.
-FEW_PENALTIES = (1.0, 100.0, 10_000.0)
 
 _FOLDS = 5
 
@@ -267,8 +265,8 @@ def fit_tile_grader(
         raise UsageError(
             f"no labelled tile of the training part is of class {absent[0]}; label some, or merge classes"
         )
-    # Tiles are many: fewer penalties cost minutes less.
-    tiles = fit_grader("logistic", x, classed, owner, len(classes), seed, FEW_PENALTIES)
+    # Tiles are many, and a grid of fewer penalties costs minutes less.
+    tiles = fit_grader("logistic", x, classed, owner, len(classes), seed, penalties=(1.0, 100.0, 10_000.0))
     scores = np.empty((len(slides), 1))
     for train, test in inner_folds(y, groups, seed):
         rows = np.isin(owner, groups[train])
