@@ -25,6 +25,18 @@ settings.register_profile("check", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None)
 settings.load_profile(os.environ.get("SLIDETL_HYPOTHESIS", "check"))
 
+# Whole comparisons, and trainings in several processes.
+SLOW_FIXTURES = {"compared", "runs", "together_and_alone"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks a test as slow that needs a slow fixture."""
+    for item in items:
+        if not SLOW_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
 Picture = NDArray[np.uint8]
 PyramidTiff = Callable[..., Path]
 

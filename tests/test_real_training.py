@@ -11,6 +11,7 @@ from slidetl.cli import main
 from slidetl.training.predictions import read_predictions
 
 
+@pytest.mark.slow
 def test_real_slides_become_a_model_that_grades_them(
     test_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -133,6 +133,7 @@ assert "torch" not in sys.modules
 
 
 @pytest.mark.parametrize("strategy", ["WarmRestart", "MeanVarInit", "Scratch"])
+@pytest.mark.slow
 def test_a_training_names_its_ancestors(strategy: str, library: Path, study: Study, tmp_path: Path) -> None:
     assert main(["zoo", "pull", "lung-1", "--from", str(library)]) == 0
     parent = load_model(tmp_path / "home" / "zoo" / "lung-1" / "model.pt").card

@@ -236,6 +236,7 @@ def test_a_killed_run_goes_on_to_the_same_figures(compared: Path, study: Cohort,
     assert all((tmp_path / "out" / name).read_bytes() == (compared / name).read_bytes() for name in same)
 
 
+@pytest.mark.slow
 def test_a_unit_that_fails_is_reported_and_the_others_go_on(
     study: Cohort, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -389,6 +390,7 @@ def first_unit(path: Path, arm: str, folder: Path) -> tuple[Study, Unit, UnitRes
     return plan.study, unit, found
 
 
+@pytest.mark.slow
 def test_choices_are_made_in_inner_folds_alone(
     study: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -456,6 +458,7 @@ def test_choices_are_made_in_inner_folds_alone(
     assert unit.recipe["weights"] == sha256(bundled_weights("mobilenetv3_small_050").read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_a_point_of_a_curve_counts_patients_by_the_worst_of_their_slides(
     study: Cohort, tmp_path: Path
 ) -> None:
@@ -481,6 +484,7 @@ def test_a_point_of_a_curve_counts_patients_by_the_worst_of_their_slides(
     )
 
 
+@pytest.mark.slow
 def test_labels_are_permuted_before_anything_is_fitted(study: Cohort, tmp_path: Path) -> None:
     path = configuration(study, tmp_path, permutations={"n": 3, "arms": ["prior"]})
     comparison = read_comparison(path)
@@ -567,7 +571,11 @@ def test_tiles_exchanged_after_the_study_was_read_are_refused(study: Cohort, tmp
         run_unit(job)
 
 
-@pytest.mark.parametrize("arm", [{"fit": SCRATCH}, {"baseline": "colour_area"}], ids=["fit", "colour"])
+@pytest.mark.parametrize(
+    "arm",
+    [pytest.param({"fit": SCRATCH}, marks=pytest.mark.slow), {"baseline": "colour_area"}],
+    ids=["fit", "colour"],
+)
 def test_a_site_that_alone_has_a_grade_can_be_left_out(
     arm: dict[str, Any], study: Cohort, tmp_path: Path
 ) -> None:
@@ -603,6 +611,7 @@ def test_a_classical_arm_needs_stored_features_and_says_how(study: Cohort, tmp_p
         planned(study, tmp_path, {"classical": {"features": ["none"]}})
 
 
+@pytest.mark.slow
 def test_a_classical_arm_is_fitted_and_calibrated_on_its_training_part(study: Cohort, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     shutil.copytree(study.cache, cache)
@@ -658,6 +667,7 @@ def test_an_inner_fold_is_part_of_the_name_of_a_unit(study: Cohort, tmp_path: Pa
     assert keys[0].isdisjoint(keys[1])
 
 
+@pytest.mark.slow
 def test_units_are_computed_by_the_workers_of_a_scheduler(study: Cohort, tmp_path: Path) -> None:
     """A real scheduler, a real worker, and the command, each a process of its own."""
     arms = {"site": {"baseline": "site"}, "prior": {"baseline": "prior"}}
@@ -688,6 +698,7 @@ def test_units_are_computed_by_the_workers_of_a_scheduler(study: Cohort, tmp_pat
     assert len(hosts) == 4
 
 
+@pytest.mark.slow
 def test_arms_left_out_need_nothing(study: Cohort, tmp_path: Path) -> None:
     arms = {
         "ridge": {"classical": {"features": ["never-stored"], "model": "ridge"}},

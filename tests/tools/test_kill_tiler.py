@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -21,6 +23,7 @@ def load_tool() -> ModuleType:
 tool = load_tool()
 
 
+@pytest.mark.slow
 def test_a_tiler_that_is_killed_again_and_again_loses_nothing(tmp_path: Path) -> None:
     report = tool.kill_tiler(tmp_path, kills=4, seconds=120, slides=1, size_px=1536, workers=1, seed=1)
     assert report.kills == 4 and report.rounds >= 1

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow  # drawing, and two trainings
+
 ROOT = Path(__file__).parents[2]
 WEIGHTS = ROOT / "slidetl/models/weights/procedural_mobilenetv3_small_050.safetensors"
 

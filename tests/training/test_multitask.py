@@ -109,6 +109,7 @@ def test_without_any_label_nothing_is_learned_and_nothing_is_nan() -> None:
         assert parameter.grad is not None and not parameter.grad.any()  # DDP waits for one
 
 
+@pytest.mark.slow
 def test_two_processes_of_which_one_has_no_label_train_as_one_does(tmp_path: Path) -> None:
     saved = tmp_path / "states.pt"
     command = [sys.executable, "-W", "ignore", "-m", "tests.training.ddp_tasks", str(saved)]

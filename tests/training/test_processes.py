@@ -85,6 +85,7 @@ def test_a_process_may_have_no_slide(runs: Path) -> None:
     assert len(read_predictions(alone)) == 1
 
 
+@pytest.mark.slow
 def test_nodes_joined_by_torchrun_count_each_slide_once(study: Study, trained: Path, tmp_path: Path) -> None:
     """Two nodes, which happen to be one machine, as ``scripts/slurm/fit.sbatch`` says."""
     with socket.socket() as free:
