@@ -1,1 +1,1 @@
-"""What representations have in common: arrays in, frozen results out."""
+"""Comparison of representations: arrays in, frozen results out."""

@@ -1,4 +1,4 @@
-"""Whether a slide looks like those that a model was trained on. NumPy in, a frozen result out."""
+"""Distance of a slide from those that a model was trained on."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class Familiar:
 
 
 def fit_familiar(embeddings: ArrayLike, patients: Sequence[str]) -> Familiar:
-    """Describes the training slides, so that others can be told from them.
+    """Fits a Gaussian to the training slides.
 
     Args:
         embeddings: ``[N, D]``, the mean over the tiles of each slide.
-        patients: ``[N]`` whose slides they are.
+        patients: ``[N]``.
 
     Raises:
         UsageError: fewer than five patients.

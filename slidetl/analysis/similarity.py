@@ -1,4 +1,4 @@
-"""How alike two representations of the same tiles are: SVCCA, PWCCA and CKA, each with its noise floor.
+"""Likeness of two representations of the same tiles: SVCCA, PWCCA and CKA, each with its noise floor.
 
 A representation is an array ``[n, D]``: row i is what a network makes of tile i. Row i of both arrays must
 be the same tile; the numbers of columns may differ. Sums run over blocks of rows in float64, whatever the
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,8 +75,7 @@ def svcca(
     if not 0 < variance_kept <= 1:
         raise UsageError(f"variance_kept must be above 0 and up to 1, not {variance_kept}")
     pair = _Pair.of(x, y, permutations, seed)
-    main_x = _main_directions(pair.x, variance_kept)
-    main_y = _main_directions(pair.y, variance_kept)
+    main_x, main_y = (_main_directions(rows, variance_kept) for rows in (pair.x, pair.y))
     return pair.similarity(lambda order: float(np.mean(_canonical(pair, main_x, main_y, order)[1])))
 
 
@@ -99,8 +98,7 @@ def pwcca(x: Features, y: Features, permutations: int = 10, seed: int = 0) -> Si
         UsageError: see :func:`svcca`.
     """
     pair = _Pair.of(x, y, permutations, seed)
-    main_x = _main_directions(pair.x, 1.0)
-    main_y = _main_directions(pair.y, 1.0)
+    main_x, main_y = (_main_directions(rows, 1.0) for rows in (pair.x, pair.y))
 
     def weighted(order: _Order | None) -> float:
         left, correlations = _canonical(pair, main_x, main_y, order)
@@ -188,14 +186,12 @@ def rbf_cka(
     if kernel_x is None or kernel_y is None:
         return pair.similarity(lambda order: float("nan"))
     orders = [None, *pair.orders]
-    totals = np.zeros(len(orders))
-    own_x = own_y = 0.0
+    totals, own_x, own_y = np.zeros(len(orders)), 0.0, 0.0
     sums_x, sums_y = np.zeros(n), np.zeros(n)
     for rows in _blocks(n):
         for columns in _blocks(n, rows.start):  # both matrices are symmetric
             times = 1 if rows == columns else 2
-            block_x = kernel_x(rows, columns)
-            block_y = kernel_y(rows, columns)
+            block_x, block_y = kernel_x(rows, columns), kernel_y(rows, columns)
             own_x += times * _total(block_x, block_x)
             own_y += times * _total(block_y, block_y)
             for block, sums in ((block_x, sums_x), (block_y, sums_y)):
@@ -324,8 +320,7 @@ class _Pair:
         return _similarity([measure(order) for order in (None, *self.orders)])
 
 
-@dataclass(frozen=True, eq=False)
-class _Directions:
+class _Directions(NamedTuple):
     """Right singular vectors ``[D, k]`` of centred rows and their singular values ``[k]``, greatest first."""
 
     vectors: _Matrix

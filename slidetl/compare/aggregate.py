@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slidetl.compare.config import FIGURES, Comparison, Figure
-from slidetl.compare.groups import GroupShift, members_of, shift_between
+from slidetl.compare.config import METRICS, Comparison, MetricName
+from slidetl.compare.groups import members_of, shift_between
 from slidetl.compare.plan import Unit, permuted
 from slidetl.compare.records import UnitResult
 from slidetl.data.study import Study
@@ -24,7 +25,7 @@ from slidetl.evaluation.agreement import (
     reader_agreement,
     reader_ceiling,
 )
-from slidetl.evaluation.bootstrap import Interval, Metric, bca_interval
+from slidetl.evaluation.bootstrap import Interval, Metric, Resampling, bca_interval
 from slidetl.evaluation.calibration import (
     CalibrationNull,
     CalibrationSlope,
@@ -73,12 +74,12 @@ from slidetl.evaluation.metrics import (
 )
 from slidetl.evaluation.power import PowerRow, StudyDesign, power_table
 from slidetl.evaluation.protocol import Fold, splits_sha256
-from slidetl.evaluation.repeatability import Repeatability, repeatability
+from slidetl.evaluation.repeatability import Repeatability, ScoreShift, repeatability
 from slidetl.tiles.features import read_features
 
 # Share of patients that the sets of grades may miss; accuracies whose difference the power table is about.
 RISK = 0.1
-_BY_GROUP: tuple[Figure, ...] = ("accuracy", "qwk")
+_BY_GROUP: tuple[MetricName, ...] = ("accuracy", "qwk")
 _ACCURACIES = ((0.56, 0.56), (0.56, 0.60), (0.56, 0.64), (0.56, 0.68), (0.56, 0.72), (0.56, 0.80))
 
 
@@ -108,22 +109,22 @@ class ArmResult:
         n_slides: that it was trained on in each fold, of a smaller training part; None for the whole one.
         nested: whether all choices were made in inner folds; False also for arms that choose nothing.
         probabilities: ``[R, N, K]``, calibrated by the temperatures of the inner folds where there are any.
-        folds: ``[R, N]``, number of the fold whose test part held each slide.
-        results: one for each patient or slide, as the protocol's unit says.
-        figures: ``qwk``, ``accuracy``, ``mae``, ``rps`` and ``log_loss`` of ``results``.
-        by_repeat: the same figures for each repeat alone.
+        results: M, one for each patient or slide, as the protocol's unit says.
+        folds: ``[R, M]``, number of the fold whose test part held each result.
+        metrics: ``qwk``, ``accuracy``, ``mae``, ``rps`` and ``log_loss`` of ``results``.
+        by_repeat: the same metrics for each repeat alone.
         quality: per threshold and over all, of ``results`` in the first repeat.
         confusion: ``[K, K]``, true by predicted, of ``results``, summed over repeats.
-        variance: of the primary figure by seed, fold and patient; None where a fold has a single patient.
+        variance: of the primary metric by seed, fold and patient; None where a fold has a single patient.
         slope, null, bins: calibration of ``results`` in the first repeat.
         untempered: the same arm without its temperatures; None for an arm without inner folds.
         sets: coverage of sets of grades that miss one in ten patients; None for a single fold.
         referral: share of wrong ``results`` against share of those that are graded at all.
-        sites, scanners: accuracy and QWK of ``results`` by group, by figure; empty where there is one group.
+        sites, scanners: accuracy and QWK of ``results`` by metric, by group; empty where there is one group.
         readers: the model against each reader, and their consensus.
         repeatability: of the score over draws of tiles; None for arms without.
         group_shift: of the score between the groups that the configuration names; None without.
-        chance_p: of the primary figure, against refits on permuted labels; None where there were none.
+        chance_p: of the primary metric, against refits on permuted labels; None where there were none.
         n_permuted: how many of these refits are complete.
         units: each with what it found.
     """
@@ -132,10 +133,10 @@ class ArmResult:
     n_slides: int | None
     nested: bool
     probabilities: NDArray[np.float64]
-    folds: NDArray[np.int64]
     results: PatientResults
-    figures: Mapping[Figure, Interval]
-    by_repeat: Mapping[Figure, tuple[float, ...]]
+    folds: NDArray[np.int64]
+    metrics: Mapping[MetricName, Interval]
+    by_repeat: Mapping[MetricName, tuple[float, ...]]
     quality: ProbabilityMetrics
     confusion: NDArray[np.int64]
     variance: VarianceSplit | None
@@ -145,11 +146,11 @@ class ArmResult:
     untempered: Untempered | None
     sets: SetCoverage | None
     referral: RiskCoverage
-    sites: Mapping[Figure, tuple[GroupEstimate, ...]]
-    scanners: Mapping[Figure, tuple[GroupEstimate, ...]]
+    sites: Mapping[MetricName, tuple[GroupEstimate, ...]]
+    scanners: Mapping[MetricName, tuple[GroupEstimate, ...]]
     readers: tuple[ModelAgainstReader, ...]
     repeatability: Repeatability | None
-    group_shift: GroupShift | None
+    group_shift: ScoreShift | None
     chance_p: float | None
     n_permuted: int
     units: tuple[tuple[Unit, UnitResult], ...]
@@ -166,7 +167,7 @@ class PairedDifference:
 
     Attributes:
         arm, against: their names.
-        figure: what is compared; the difference is ``arm`` less ``against``.
+        metric: that is compared; the difference is ``arm`` less ``against``.
         interval: paired, over patients.
         corrected_t: over folds; None where there is only one.
         sign_flip: on the first repeat.
@@ -178,7 +179,7 @@ class PairedDifference:
     arm: str
     against: str
     n_slides: int | None
-    figure: Figure
+    metric: MetricName
     interval: Interval
     corrected_t: CorrectedT | None
     sign_flip: SignFlip
@@ -205,11 +206,11 @@ class ComparisonResult:
         smaller_differences: the same on smaller training parts, the declared pair among them.
         incomplete: arms with units that are not done: how many are, and how many there are.
         readers: their agreement.
-        ceiling: what two readers' noise leaves to be reached; None with fewer than two of them.
+        ceiling: that two readers' noise sets; None with fewer than two of them.
         sites, scanners: by grade; None where there is one.
-        site_in_embeddings: how well stored features tell the site, by their name; and the trained networks of
-            an arm in the first repeat, by its label.
-        power: what differences as many patients and slides can show.
+        site_in_embeddings: accuracy at telling the site from stored features, by their name, and from the
+            trained networks of an arm in the first repeat, by its label.
+        power: to find a difference with as many patients and slides.
         group_shift: of the true grades between the groups that the configuration names; None without.
     """
 
@@ -232,9 +233,9 @@ class ComparisonResult:
     ceiling: ReaderCeiling | None
     sites: SiteByGrade | None
     scanners: SiteByGrade | None
-    site_in_embeddings: Mapping[str, SiteDecodability] = field(default_factory=dict)
-    power: tuple[PowerRow, ...] = ()
-    group_shift: GroupShift | None = None
+    site_in_embeddings: Mapping[str, SiteDecodability]
+    power: tuple[PowerRow, ...]
+    group_shift: ScoreShift | None
 
 
 def combine(
@@ -258,33 +259,30 @@ def combine(
     groups: dict[tuple[str, int | None, int | None], list[tuple[Unit, UnitResult | None]]] = {}
     for unit, result in done:
         groups.setdefault((unit.arm, unit.n_slides, unit.permutation), []).append((unit, result))
-    complete = {
-        key: [(unit, result) for unit, result in members if result is not None]
-        for key, members in groups.items()
-        if all(result is not None for _, result in members)
-    }
-    incomplete = {
-        _label(*key): (sum(result is not None for _, result in members), len(members))
-        for key, members in groups.items()
-        if key not in complete
-    }
+    complete, incomplete = {}, {}
+    for key, members in groups.items():
+        found = [(unit, result) for unit, result in members if result is not None]
+        if len(found) == len(members):
+            complete[key] = found
+        else:
+            incomplete[_label(*key)] = len(found), len(members)
     null: dict[str, list[float]] = {}
-    for (arm, _, permutation), members in complete.items():
+    for (arm, _, permutation), units in complete.items():
         if permutation is not None:
-            null.setdefault(arm, []).append(pooling.permuted_figure(members, permuted(study, permutation)))
-    arms = tuple(
-        pooling.arm(arm, None, members, null.get(arm, []))
-        for (arm, n_slides, permutation), members in complete.items()
-        if n_slides is None and permutation is None
-    )
+            null.setdefault(arm, []).append(pooling.permuted_metric(units, permuted(study, permutation)))
+    found_arms = [
+        pooling.arm(arm, n_slides, units, null.get(arm, []) if n_slides is None else [])
+        for (arm, n_slides, permutation), units in complete.items()
+        if permutation is None
+    ]
+    arms = tuple(arm for arm in found_arms if arm.n_slides is None)
     if not arms:
         raise UsageError("no arm has all its folds yet; run the same command again to go on")
-    smaller = tuple(
-        pooling.arm(arm, n_slides, members, [])
-        for (arm, n_slides, permutation), members in complete.items()
-        if n_slides is not None and permutation is None
-    )
-    primary, differences = pooling.differences({result.arm: result for result in arms})
+    smaller = tuple(arm for arm in found_arms if arm.n_slides is not None)
+    pairs = pooling.differences(arms)
+    primary = next((pair for pair in pairs if pair.arm == comparison.primary.arm), None)
+    design = StudyDesign(len(np.unique(pooling.patients)), len(pooling.slides), len(comparison.grades))
+    agreements, ceiling = pooling.readers()
     return ComparisonResult(
         comparison=comparison,
         splits_sha256=splits_sha256(folds),
@@ -298,37 +296,51 @@ def combine(
         primary=primary,
         arms=arms,
         smaller=smaller,
-        differences=differences,
-        smaller_differences=pooling.smaller_differences(smaller),
+        differences=_corrected([pair for pair in pairs if pair is not primary]),
+        smaller_differences=_corrected(pooling.differences(smaller)),
         incomplete=incomplete,
-        site_in_embeddings=pooling.site_in_embeddings({unit.arm for unit, _ in done}, arms),
-        **pooling.about_the_study(),
+        readers=agreements,
+        ceiling=ceiling,
+        sites=pooling.by_grade(pooling.sites),
+        scanners=pooling.by_grade(pooling.scanners),
+        site_in_embeddings=_site_in_embeddings(
+            comparison, study, {unit.arm for unit, _ in done}, arms, folds
+        ),
+        power=_power(design),
+        group_shift=pooling.group_shift(pooling.true.astype(np.float64)),
     )
 
 
 class _Pooling:
-    """Computes metrics over the tested slides, in order."""
+    """Computes metrics over the N tested slides, in order, and their M results."""
 
     def __init__(self, comparison: Comparison, study: Study, folds: Sequence[Fold]) -> None:
-        self._comparison, self._study, self._folds = comparison, study, folds
-        self._n_grades = len(comparison.grades)
+        self._primary, self._n_grades = comparison.primary, len(comparison.grades)
         self._n_repeats, self._unit = comparison.protocol.repeats, comparison.protocol.unit
-        self._names = list(dict.fromkeys(fold.name for fold in folds))
-        self._options: dict[str, Any] = {"n_draws": comparison.bootstrap_draws}
+        self._folds = list(dict.fromkeys(fold.name for fold in folds))
+        self._how = Resampling(n_draws=comparison.bootstrap_draws)
         tested = {slide for fold in folds for slide in fold.test}
-        self._rows = [row for row in study.rows if row.slide_id in tested]
-        self.slides = tuple(row.slide_id for row in self._rows)
-        self.patients = np.array([row.patient_id for row in self._rows])
-        self._whose = self.patients if self._unit == "slide" else np.unique(self.patients)  # each result
-        self.sites = tuple(row.site for row in self._rows)
-        self.scanners = tuple(row.scanner for row in self._rows)
-        self.true = np.array([row.grade for row in self._rows], np.int64)
-        self._members = members_of(comparison, self._rows)
-        readers = max(len(row.reader_grades) for row in self._rows)
-        self.readings = np.full((len(self._rows), readers), -1, np.int64)
-        for number, row in enumerate(self._rows):
-            for reader, grade in enumerate(row.reader_grades):
-                self.readings[number, reader] = -1 if grade is None else grade
+        rows = [row for row in study.rows if row.slide_id in tested]
+        self.slides = tuple(row.slide_id for row in rows)
+        self.patients = np.array([row.patient_id for row in rows])
+        self.sites = tuple(row.site for row in rows)
+        self.scanners = tuple(row.scanner for row in rows)
+        self.true = np.array([row.grade for row in rows], np.int64)
+        self._members = members_of(comparison, rows)
+        self.readings = np.full((len(rows), max(len(row.reader_grades) for row in rows)), -1, np.int64)
+        for readings, row in zip(self.readings, rows, strict=True):
+            given = [-1 if grade is None else grade for grade in row.reader_grades]
+            readings[: len(given)] = given
+        # [M]; of a result the patient, and one of its slides
+        self._who, self._first = (
+            (self.patients, np.arange(len(rows)))
+            if self._unit == "slide"
+            else np.unique(self.patients, return_index=True)
+        )
+        read = np.where(self.readings >= 0, self.readings, np.nan)
+        grades = np.floor(per_patient(read, self.patients, self._unit) + 0.5)
+        # [M, Q]; -1 where a reader did not read all slides of a result
+        self._result_readings = np.where(np.isnan(grades), -1, grades).astype(np.int64)
 
     def arm(
         self,
@@ -340,229 +352,154 @@ class _Pooling:
         """Computes all metrics of one arm."""
         probabilities, folds = self._pooled(units)
         results = self._results(probabilities, self.true)
-        figures = {name: self._interval(name, results) for name in FIGURES}
-        true, first, who = results.true, results.probabilities[0], results.patients
-        graded = results.predicted[0]
-        several = len(self._names) > 1
-        by_group = {name: self._figure(name, results) for name in _BY_GROUP}
-        primary = self._comparison.primary.figure
+        true, first, graded = results.true, results.probabilities[0], results.predicted[0]
+        who, name, how = results.patients, self._primary.figure, self._how
+        metrics = {name: bca_interval(self._metric(name, results), who, **how) for name in METRICS}
+        is_nested = [result.nested for _, result in units]
+        fewest = min(len(np.unique(who[row == k])) for row in folds for k in range(len(self._folds)))
+        observed = _higher_is_better(name, metrics[name].estimate)
+        sure = first[np.arange(len(true)), graded]
         return ArmResult(
             arm=arm,
             n_slides=n_slides,
-            nested=all(result.nested for _, result in units),
+            nested=all(is_nested),
             probabilities=probabilities,
-            folds=folds,
             results=results,
-            figures=figures,
-            by_repeat={name: self._by_repeat(name, results) for name in FIGURES},
+            folds=folds,
+            metrics=metrics,
+            by_repeat={name: self._by_repeat(name, results) for name in METRICS},
             quality=probability_metrics(true, first),
-            confusion=np.sum(
-                [confusion_matrix(true, row, self._n_grades) for row in results.predicted], axis=0
-            ),
-            variance=self._variance(primary, results, folds),
-            slope=calibration_slope(true, first, who, **self._options),
+            confusion=np.sum([confusion_matrix(true, row, self._n_grades) for row in results.predicted], 0),
+            variance=variance_split(
+                _metric_of(name, self._n_grades), true, _predictions(name, results), folds, who
+            )
+            if fewest > 1
+            else None,
+            slope=calibration_slope(true, first, who, **how),
             null=calibration_null(true, first),
             bins=reliability(true, first),
-            untempered=self._untempered(units) if any(result.nested for _, result in units) else None,
-            sets=check_coverage(
-                true, first, who, self._fold_of(results, folds)[0], risk=RISK, **self._options
-            )
-            if several
+            untempered=self._untempered(units) if any(is_nested) else None,
+            sets=check_coverage(true, first, who, folds[0], risk=RISK, **how)
+            if len(self._folds) > 1
             else None,
-            referral=risk_coverage(graded != true, first[np.arange(len(true)), graded], who),
-            sites=self._by_group(by_group, self.sites, who),
-            scanners=self._by_group(by_group, self.scanners, who),
-            readers=self._readers(results),
+            referral=risk_coverage(graded != true, sure, who),
+            sites=self._by_group(results, self.sites),
+            scanners=self._by_group(results, self.scanners),
+            readers=model_against_readers(
+                results.predicted, self._result_readings, who, self._n_grades, **how
+            )
+            if len(np.unique(who[(self._result_readings >= 0).any(axis=1)])) > 1
+            else (),
             repeatability=self._repeatability(units),
-            group_shift=self._group_shift(probabilities.mean(axis=0) @ np.arange(self._n_grades)),
-            chance_p=chance_p(_higher_is_better(primary, figures[primary].estimate), null) if null else None,
+            group_shift=self.group_shift(probabilities.mean(axis=0) @ np.arange(self._n_grades)),
+            chance_p=chance_p(observed, null) if null else None,
             n_permuted=len(null),
             units=tuple(units),
         )
 
-    def _untempered(self, units: Sequence[tuple[Unit, UnitResult]]) -> Untempered:
-        plain = [(unit, replace(result, temperature=1.0)) for unit, result in units]
-        probabilities, _ = self._pooled(plain)
-        results = self._results(probabilities, self.true)
-        slope = calibration_slope(results.true, results.probabilities[0], results.patients, n_draws=200).slope
-        return Untempered(
-            log_loss=float(np.mean(self._by_repeat("log_loss", results))),
-            rps=float(np.mean(self._by_repeat("rps", results))),
-            slope=None if slope is None else slope.estimate,
-        )
-
-    def permuted_figure(self, units: Sequence[tuple[Unit, UnitResult]], study: Study) -> float:
+    def permuted_metric(self, units: Sequence[tuple[Unit, UnitResult]], study: Study) -> float:
         """Computes the primary metric of a cross-validation on permuted labels; higher is better."""
         grade = {row.slide_id: row.grade for row in study.rows}
         true = np.array([grade[slide] for slide in self.slides], np.int64)
-        results = self._results(self._pooled(units)[0], true)
-        name = self._comparison.primary.figure
-        return _higher_is_better(name, float(self._figure(name, results)(np.ones(len(results.true)))))
+        results, name = self._results(self._pooled(units)[0], true), self._primary.figure
+        return _higher_is_better(name, float(self._metric(name, results)(np.ones(len(results.true)))))
 
-    def differences(
-        self, arms: Mapping[str, ArmResult]
-    ) -> tuple[PairedDifference | None, tuple[PairedDifference, ...]]:
-        """Tests the declared comparison, and the family of the others, corrected after Holm."""
-        primary = self._comparison.primary
-        if primary.against not in arms:
-            return None, ()
-        declared = None
-        if primary.arm in arms:
-            declared = self._difference(arms[primary.arm], arms[primary.against], primary.figure)
-        family = [
-            self._difference(arm, arms[primary.against], primary.figure)
-            for name, arm in arms.items()
-            if name not in (primary.arm, primary.against)
+    def differences(self, arms: Sequence[ArmResult]) -> list[PairedDifference]:
+        """Tests arms against the primary's reference on as many slides, without Holm's correction."""
+        against = {arm.n_slides: arm for arm in arms if arm.arm == self._primary.against}
+        return [
+            self._difference(arm, against[arm.n_slides])
+            for arm in arms
+            if arm.n_slides in against and arm.arm != self._primary.against
         ]
-        return declared, _corrected(family)
 
-    def smaller_differences(self, smaller: Sequence[ArmResult]) -> tuple[PairedDifference, ...]:
-        """Tests arms on fewer slides against the primary's reference on as few slides."""
-        primary = self._comparison.primary
-        against = {arm.n_slides: arm for arm in smaller if arm.arm == primary.against}
-        family = [
-            self._difference(arm, against[arm.n_slides], primary.figure)
-            for arm in smaller
-            if arm.arm != primary.against and arm.n_slides in against
-        ]
-        return _corrected(family)
-
-    def about_the_study(self) -> dict[str, Any]:
-        """Computes the results that depend on no arm."""
-        readers: tuple[Agreement, ...] = ()
+    def readers(self) -> tuple[tuple[Agreement, ...], ReaderCeiling | None]:
+        """Computes the agreement of the readers and their ceiling."""
+        if self.readings.shape[1] < 2:
+            return (), None
+        one, other = self.readings[:, 0], self.readings[:, 1]
         ceiling = None
-        if self.readings.shape[1] > 1:
-            readings, who = self._readings_of_results()
-            readers = reader_agreement(readings, who, self._n_grades, **self._options)
-            one, other = self.readings[:, 0], self.readings[:, 1]
-            if len(set(self.patients[(one >= 0) & (other >= 0)].tolist())) > 1:
-                ceiling = reader_ceiling(one, other, self.patients, self._n_grades, unit=self._unit)
-        n_patients = len(set(self.patients.tolist()))
-        design = StudyDesign(n_patients, len(self.slides), self._n_grades)
-        accuracies = [pair for pair in _ACCURACIES if min(pair) > 1 / self._n_grades]
-        return {
-            "readers": readers,
-            "ceiling": ceiling,
-            "sites": self._by_grade(self.sites),
-            "scanners": self._by_grade(self.scanners),
-            "power": power_table(accuracies, design, n_studies=400, n_draws=300),
-            "group_shift": self._group_shift(self.true.astype(np.float64)),
-        }
+        if len(np.unique(self.patients[(one >= 0) & (other >= 0)])) > 1:
+            ceiling = reader_ceiling(one, other, self.patients, self._n_grades, unit=self._unit)
+        return reader_agreement(self._result_readings, self._who, self._n_grades, **self._how), ceiling
 
-    def _pooled(
-        self, units: Sequence[tuple[Unit, UnitResult]]
-    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Pools calibrated probabilities ``[R, N, K]`` and folds ``[R, N]``."""
-        place = {slide: number for number, slide in enumerate(self.slides)}
-        shape = (self._n_repeats, len(self.slides))
-        probabilities = np.full((*shape, self._n_grades), np.nan)
-        folds = np.zeros(shape, np.int64)
-        for unit, result in units:
-            where = [place[row.slide_id] for row in result.predictions]
-            rows = np.array([row.probabilities for row in result.predictions])
-            probabilities[unit.fold.repeat, where] = with_temperature(rows, result.temperature)
-            folds[unit.fold.repeat, where] = self._names.index(unit.fold.name)
-        return probabilities, folds
-
-    def _results(self, probabilities: NDArray[np.float64], true: NDArray[np.int64]) -> PatientResults:
-        return patient_results(true, probabilities, self.patients, self._unit)
-
-    def _figure(self, name: Figure, results: PatientResults) -> Metric:
-        return partial(_metric(name, self._n_grades), results.true, _predictions(name, results))
-
-    def _interval(self, name: Figure, results: PatientResults) -> Interval:
-        return bca_interval(self._figure(name, results), results.patients, **self._options)
-
-    def _by_repeat(self, name: Figure, results: PatientResults) -> tuple[float, ...]:
-        metric, ones = _metric(name, self._n_grades), np.ones(len(results.true))
-        return tuple(float(metric(results.true, row, ones)) for row in _predictions(name, results))
-
-    def _fold_of(self, results: PatientResults, folds: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns the folds ``[R, M]`` of the results, from those of the slides."""
-        if self._unit == "slide":
-            return folds
-        first = [int(np.flatnonzero(self.patients == patient)[0]) for patient in results.patients]
-        return folds[:, first]
-
-    def _variance(
-        self, name: Figure, results: PatientResults, folds: NDArray[np.int64]
-    ) -> VarianceSplit | None:
-        of_result = self._fold_of(results, folds)
-        fewest = min(
-            len(set(results.patients[row == number].tolist()))
-            for row in of_result
-            for number in range(len(self._names))
-        )
-        if fewest < 2:
-            return None
-        return variance_split(
-            _metric(name, self._n_grades),
-            results.true,
-            _predictions(name, results),
-            of_result,
-            results.patients,
-        )
-
-    def _difference(self, arm: ArmResult, against: ArmResult, name: Figure) -> PairedDifference:
-        one, other = arm.results, against.results
-        paired = difference(self._figure(name, one), self._figure(name, other))
-        metric = _metric(name, self._n_grades)
-        t = None
-        if len(self._names) > 1:
-            folds = self._fold_of(one, arm.folds)
-            by_fold = [
-                metric_per_fold(metric, results.true, _predictions(name, results), folds)
-                for results in (one, other)
-            ]
-            gaps = by_fold[0] - by_fold[1]
-            if np.isfinite(gaps).all():  # a fold whose grades are all one may leave it undefined
-                t = corrected_t(gaps, 1 / len(self._names))
-        return PairedDifference(
-            arm=arm.arm,
-            against=against.arm,
-            n_slides=arm.n_slides,
-            figure=name,
-            interval=bca_interval(paired, one.patients, **self._options),
-            corrected_t=t,
-            sign_flip=sign_flip_test(
-                metric, one.true, _predictions(name, one)[0], _predictions(name, other)[0], one.patients
-            ),
-            p_holm=None,
-        )
-
-    def _by_group(
-        self, figures: Mapping[Figure, Metric], groups: Sequence[str], of_results: NDArray[Any]
-    ) -> dict[Figure, tuple[GroupEstimate, ...]]:
-        """Computes metrics by group; a patient with slides in several groups is in none of them."""
-        if len(set(groups)) < 2:
-            return {}
-        of_patient: dict[str, set[str]] = {}
-        for patient, group in zip(self.patients.tolist(), groups, strict=True):
-            of_patient.setdefault(patient, set()).add(group)
-        if self._unit != "slide":
-            names = [sorted(of_patient[patient]) for patient in of_results.tolist()]
-            groups = [found[0] if len(found) == 1 else " + ".join(found) for found in names]
-        return {
-            name: estimate_by_group(figure, groups, of_results, **self._options)
-            for name, figure in figures.items()
-        }
-
-    def _by_grade(self, groups: Sequence[str]) -> SiteByGrade | None:
+    def by_grade(self, groups: Sequence[str]) -> SiteByGrade | None:
+        """Counts slides by site, or scanner, and grade; None where there is one."""
         if len(set(groups)) < 2:
             return None
         return site_by_grade(groups, self.true, self.patients, self._n_grades)
 
-    def _readings_of_results(self) -> tuple[NDArray[np.int64], NDArray[Any]]:
-        """Returns grades ``[M, Q]`` of the readers, -1 where one did not read all, and their patients."""
-        read = np.where(self.readings >= 0, self.readings, np.nan)
-        grades = np.floor(per_patient(read, self.patients, self._unit) + 0.5)
-        return np.where(np.isnan(grades), -1, grades).astype(np.int64), self._whose
+    def group_shift(self, scores: NDArray[np.float64]) -> ScoreShift | None:
+        """Compares scores ``[N]`` of the configured groups."""
+        return shift_between(scores, self._members, self.patients, self._unit)
 
-    def _readers(self, results: PatientResults) -> tuple[ModelAgainstReader, ...]:
-        readings, who = self._readings_of_results()
-        if len(set(who[(readings >= 0).any(axis=1)].tolist())) < 2:
-            return ()
-        return model_against_readers(results.predicted, readings, who, self._n_grades, **self._options)
+    def _pooled(
+        self, units: Sequence[tuple[Unit, UnitResult]]
+    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        """Pools calibrated probabilities ``[R, N, K]``, and folds of the results ``[R, M]``."""
+        place = {slide: number for number, slide in enumerate(self.slides)}
+        probabilities = np.full((self._n_repeats, len(self.slides), self._n_grades), np.nan)
+        folds = np.zeros(probabilities.shape[:2], np.int64)
+        for unit, result in units:
+            where = [place[row.slide_id] for row in result.predictions]
+            rows = np.array([row.probabilities for row in result.predictions])
+            probabilities[unit.fold.repeat, where] = with_temperature(rows, result.temperature)
+            folds[unit.fold.repeat, where] = self._folds.index(unit.fold.name)
+        return probabilities, folds[:, self._first]
+
+    def _results(self, probabilities: NDArray[np.float64], true: NDArray[np.int64]) -> PatientResults:
+        return patient_results(true, probabilities, self.patients, self._unit)
+
+    def _metric(self, name: MetricName, results: PatientResults) -> Metric:
+        return partial(_metric_of(name, self._n_grades), results.true, _predictions(name, results))
+
+    def _by_repeat(self, name: MetricName, results: PatientResults) -> tuple[float, ...]:
+        metric, ones = _metric_of(name, self._n_grades), np.ones(len(results.true))
+        return tuple(float(metric(results.true, row, ones)) for row in _predictions(name, results))
+
+    def _untempered(self, units: Sequence[tuple[Unit, UnitResult]]) -> Untempered:
+        plain, _ = self._pooled([(unit, replace(result, temperature=1.0)) for unit, result in units])
+        results = self._results(plain, self.true)
+        slope = calibration_slope(results.true, results.probabilities[0], results.patients, n_draws=200).slope
+        log_loss, rps = (float(np.mean(self._by_repeat(name, results))) for name in ("log_loss", "rps"))
+        return Untempered(log_loss, rps, None if slope is None else slope.estimate)
+
+    def _difference(self, arm: ArmResult, against: ArmResult) -> PairedDifference:
+        name, both = self._primary.figure, (arm.results, against.results)
+        metric, who = _metric_of(name, self._n_grades), arm.results.patients
+        one, other = (_predictions(name, results) for results in both)
+        t = None
+        if len(self._folds) > 1:
+            by_fold = [metric_per_fold(metric, arm.results.true, rows, arm.folds) for rows in (one, other)]
+            gaps = by_fold[0] - by_fold[1]
+            if np.isfinite(gaps).all():  # a fold whose grades are all one may leave it undefined
+                t = corrected_t(gaps, 1 / len(self._folds))
+        return PairedDifference(
+            arm=arm.arm,
+            against=against.arm,
+            n_slides=arm.n_slides,
+            metric=name,
+            interval=bca_interval(difference(*(self._metric(name, r) for r in both)), who, **self._how),
+            corrected_t=t,
+            sign_flip=sign_flip_test(metric, arm.results.true, one[0], other[0], who),
+            p_holm=None,
+        )
+
+    def _by_group(
+        self, results: PatientResults, groups: Sequence[str]
+    ) -> dict[MetricName, tuple[GroupEstimate, ...]]:
+        """Computes metrics by group; a patient with slides in several counts for their combination."""
+        if len(set(groups)) < 2:
+            return {}
+        if self._unit != "slide":
+            of_patient: dict[str, set[str]] = {}
+            for patient, group in zip(self.patients.tolist(), groups, strict=True):
+                of_patient.setdefault(patient, set()).add(group)
+            groups = [" + ".join(sorted(of_patient[patient])) for patient in self._who.tolist()]
+        return {
+            name: estimate_by_group(self._metric(name, results), groups, self._who, **self._how)
+            for name in _BY_GROUP
+        }
 
     def _repeatability(self, units: Sequence[tuple[Unit, UnitResult]]) -> Repeatability | None:
         """Uses the first repeat, so that each result counts once, where all of its slides were drawn."""
@@ -574,78 +511,74 @@ class _Pooling:
         nothing = [np.nan] * n_draws
         scores = per_patient([draws.get(slide, nothing) for slide in self.slides], self.patients, self._unit)
         drawn = np.isfinite(scores).all(axis=1) & (n_draws > 0)
-        if len(set(self._whose[drawn].tolist())) < 2 or np.ptp(scores[drawn]) == 0:
+        if len(np.unique(self._who[drawn])) < 2 or np.ptp(scores[drawn]) == 0:
             return None
-        return repeatability(scores[drawn], self._whose[drawn], n_resamples=self._comparison.bootstrap_draws)
+        return repeatability(scores[drawn], self._who[drawn], **self._how)
 
-    def _group_shift(self, scores: NDArray[np.float64]) -> GroupShift | None:
-        return shift_between(scores, self._members, self.patients, self._unit)
 
-    def site_in_embeddings(self, planned: Set[str], arms: Sequence[ArmResult]) -> dict[str, SiteDecodability]:
-        """Measures how well stored features and trained networks tell the site.
+@cache
+def _power(design: StudyDesign) -> tuple[PowerRow, ...]:
+    """Simulates the power of a study, which takes seconds, once for equal designs."""
+    accuracies = [pair for pair in _ACCURACIES if min(pair) > 1 / design.n_grades]
+    return power_table(accuracies, design, n_studies=400, n_draws=300)
 
-        Nothing where a site has a single patient, a patient several sites, or folds leave a site out.
 
-        Args:
-            planned: arms whose stored features are looked at.
-            arms: whose networks are.
-        """
-        number = {row.slide_id: place for place, row in enumerate(self._study.rows)}
-        sites = np.array([row.site for row in self._study.rows])
-        patients = np.array([row.patient_id for row in self._study.rows])
-        lone = (len(set(patients[sites == site].tolist())) < 2 for site in set(sites.tolist()))
-        torn = len({(row.patient_id, row.site) for row in self._study.rows}) > len(set(patients.tolist()))
-        first = [fold for fold in self._folds if fold.repeat == 0]
-        site_of = {row.slide_id: row.site for row in self._study.rows}
-        left_out = any({site_of[s] for s in fold.test} - {site_of[s] for s in fold.train} for fold in first)
-        if len(set(sites.tolist())) < 2 or any(lone) or torn or left_out:
-            return {}
-        names = {
-            name
-            for arm_name, arm in self._comparison.arms.items()
-            if arm_name in planned and arm.classical is not None
-            for name in arm.classical.features
-        }
-        found = {}
-        for name in sorted(names):
-            means = [read_features(cache, name).astype(np.float64).mean(0) for cache in self._study.caches]
-            found[f"stored features {name}"] = site_decodability(np.stack(means), sites, patients)
-        for arm in arms:
-            parts = []
-            for unit, result in arm.units:
-                if unit.fold.repeat == 0 and len(result.embeddings):
-                    train = np.array([number[slide] for slide in unit.fold.train])
-                    test = np.array([number[slide] for slide in unit.fold.test])
-                    rows = result.embeddings
-                    parts.append(EmbeddedFold(train, test, rows[: len(train)], rows[len(train) :]))
-            if parts:
-                found[arm.label] = site_decodability_by_fold(parts, sites, patients)
-        return found
+def _site_in_embeddings(
+    comparison: Comparison, study: Study, planned: Set[str], arms: Sequence[ArmResult], folds: Sequence[Fold]
+) -> dict[str, SiteDecodability]:
+    """Measures how well stored features of planned arms, and trained networks of arms, tell the site.
+
+    Empty where a site has a single patient, a patient several sites, or folds leave a site out.
+    """
+    sites, patients = (np.array([getattr(row, k) for row in study.rows]) for k in ("site", "patient_id"))
+    site_of = {row.slide_id: row.site for row in study.rows}
+    pairs = {(row.patient_id, row.site) for row in study.rows}  # more than patients if one has two sites
+    n_patients = Counter(site for _, site in pairs)
+    first = [fold for fold in folds if fold.repeat == 0]
+    left_out = any({site_of[s] for s in fold.test} - {site_of[s] for s in fold.train} for fold in first)
+    is_torn = len(pairs) > len({patient for patient, _ in pairs})
+    if len(n_patients) < 2 or min(n_patients.values()) < 2 or is_torn or left_out:
+        return {}
+    names = {
+        name
+        for arm_name, arm in comparison.arms.items()
+        if arm_name in planned and arm.classical is not None
+        for name in arm.classical.features
+    }
+    found = {}
+    for name in sorted(names):
+        means = [read_features(cache, name).astype(np.float64).mean(0) for cache in study.caches]
+        found[f"stored features {name}"] = site_decodability(np.stack(means), sites, patients)
+    number = {row.slide_id: place for place, row in enumerate(study.rows)}
+    for arm in arms:
+        parts = []
+        for unit, result in arm.units:
+            if unit.fold.repeat == 0 and len(result.embeddings):
+                train, test = (np.array([number[s] for s in p]) for p in (unit.fold.train, unit.fold.test))
+                parts.append(EmbeddedFold(train, test, *np.split(result.embeddings, [len(train)])))
+        if parts:
+            found[arm.label] = site_decodability_by_fold(parts, sites, patients)
+    return found
 
 
 def _corrected(family: Sequence[PairedDifference]) -> tuple[PairedDifference, ...]:
     """Corrects the p-values of a family of pairs after Holm."""
-    adjusted: NDArray[np.float64] = holm([pair.sign_flip.p for pair in family]) if family else np.empty(0)
+    adjusted = holm([pair.sign_flip.p for pair in family])
     return tuple(replace(pair, p_holm=float(p)) for pair, p in zip(family, adjusted, strict=True))
 
 
-def _metric(name: Figure, n_grades: int) -> MetricOfPredictions:
-    metrics: dict[Figure, MetricOfPredictions] = {
-        "qwk": lambda true, predicted, weights: qwk(true, predicted, n_grades, weights),
-        "accuracy": accuracy,
-        "mae": mae,
-        "rps": rps,
-        "log_loss": log_loss,
-    }
-    return metrics[name]
+def _metric_of(name: MetricName, n_grades: int) -> MetricOfPredictions:
+    if name == "qwk":
+        return lambda true, predicted, weights: qwk(true, predicted, n_grades, weights)
+    return {"accuracy": accuracy, "mae": mae, "rps": rps, "log_loss": log_loss}[name]
 
 
-def _predictions(name: Figure, results: PatientResults) -> NDArray[Any]:
+def _predictions(name: MetricName, results: PatientResults) -> NDArray[Any]:
     """Returns the input of a metric: grades ``[R, M]``, or probabilities ``[R, M, K]``."""
     return results.probabilities if name in ("rps", "log_loss") else results.predicted
 
 
-def _higher_is_better(name: Figure, value: float) -> float:
+def _higher_is_better(name: MetricName, value: float) -> float:
     return value if name in ("qwk", "accuracy") else -value
 
 

@@ -14,8 +14,8 @@ from slidetl.errors import UsageError
 from slidetl.evaluation.classical import POOLS, ClassicalModel, Pool
 from slidetl.evaluation.protocol import Protocol
 
-Figure = Literal["qwk", "accuracy", "mae", "rps", "log_loss"]
-FIGURES: tuple[Figure, ...] = ("qwk", "accuracy", "mae", "rps", "log_loss")
+MetricName = Literal["qwk", "accuracy", "mae", "rps", "log_loss"]
+METRICS: tuple[MetricName, ...] = ("qwk", "accuracy", "mae", "rps", "log_loss")
 Baseline = Literal["prior", "colour_area", "site", "collagen"]
 BASELINES: tuple[Baseline, ...] = ("prior", "colour_area", "site", "collagen")
 
@@ -89,7 +89,7 @@ class Primary:
 
     arm: str
     against: str
-    figure: Figure = "qwk"
+    figure: MetricName = "qwk"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,19 +13,6 @@ from slidetl.data.manifest import ManifestRow
 from slidetl.errors import UsageError
 from slidetl.evaluation.comparison import Unit, per_patient
 from slidetl.evaluation.repeatability import ScoreShift, compare_groups, compare_paired
-
-
-@dataclass(frozen=True)
-class GroupShift:
-    """Shift of the scores from the first group to the second.
-
-    Attributes:
-        paired: whether the same patients are in both groups; those in one alone are then left out.
-        shift: over patients, in grades.
-    """
-
-    paired: bool
-    shift: ScoreShift
 
 
 def members_of(comparison: Comparison, rows: Sequence[ManifestRow]) -> NDArray[np.int64]:
@@ -51,7 +37,7 @@ def members_of(comparison: Comparison, rows: Sequence[ManifestRow]) -> NDArray[n
 
 def shift_between(
     scores: NDArray[np.float64], members: NDArray[np.int64], patients: NDArray[Any], unit: Unit
-) -> GroupShift | None:
+) -> ScoreShift | None:
     """Estimates the shift of the score from the first group to the second.
 
     Where two patients or more have slides in both groups, each is compared with itself, and those with
@@ -67,20 +53,19 @@ def shift_between(
         None where there are fewer than two patients in a group.
     """
     in_first, in_second = (set(patients[members == number].tolist()) for number in (0, 1))
-    both = sorted(in_first & in_second)
+    both = in_first & in_second
     made: Unit = "worst" if unit == "worst" else "mean"
 
-    def of_group(number: int, whose: set[Any]) -> tuple[NDArray[np.float64], NDArray[Any]]:
-        mine = (members == number) & np.isin(patients, sorted(whose))
+    def of_group(number: int, kept: set[Any]) -> tuple[NDArray[np.float64], NDArray[Any]]:
+        mine = (members == number) & np.isin(patients, sorted(kept))
         return per_patient(scores[mine], patients[mine], made), np.unique(patients[mine])
 
     if len(both) >= 2:
-        before, after = (of_group(number, set(both))[0] for number in (0, 1))
-        return GroupShift(True, compare_paired(before, after))
+        before, after = (of_group(number, both)[0] for number in (0, 1))
+        return compare_paired(before, after, n_draws=2000)
     if min(len(in_first), len(in_second)) - len(both) < 2:
         return None
-    first, of_first = of_group(0, in_first - set(both))
-    second, of_second = of_group(1, in_second - set(both))
+    (first, of_first), (second, of_second) = of_group(0, in_first - both), of_group(1, in_second - both)
     is_second = np.repeat([False, True], [len(first), len(second)])
-    together = np.concatenate([first, second])
-    return GroupShift(False, compare_groups(together, is_second, np.concatenate([of_first, of_second])))
+    scores, patients = np.concatenate([first, second]), np.concatenate([of_first, of_second])
+    return compare_groups(scores, is_second, patients, n_draws=2000)

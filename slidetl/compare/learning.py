@@ -13,11 +13,11 @@ from slidetl.compare.aggregate import ArmResult
 from slidetl.compare.config import Comparison
 from slidetl.compare.records import CurvePoint, UnitResult
 
-CurveFigure = Literal["qwk", "accuracy", "rps"]
-CURVE_FIGURES: tuple[CurveFigure, ...] = ("qwk", "accuracy", "rps")
+CurveMetric = Literal["qwk", "accuracy", "rps"]
+CURVE_METRICS: tuple[CurveMetric, ...] = ("qwk", "accuracy", "rps")
 
-# So close to its best value a figure counts as having reached it; of RPS it is relative, as in the choice
-# of an epoch in inner folds.
+# Distance from its best value at which a metric is on its plateau; of RPS it is relative, as in the choice of
+# an epoch in inner folds.
 PLATEAU = 0.02
 
 
@@ -27,10 +27,10 @@ class Learning:
 
     Attributes:
         arm: its name.
-        part: whose results the figures are of: held-out parts of the ``inner`` folds, or ``test`` parts.
+        part: that was predicted: held-out parts of the ``inner`` folds, or ``test`` parts.
         epochs: ``[E]`` done, rising.
         seconds: ``[E]`` of training until then, averaged over the trainings.
-        values: of each figure, ``[T, E]``, of the results of the part.
+        values: of each metric, ``[T, E]``; NaN where it is undefined.
         results: patients or slides, at each point, of all trainings together.
     """
 
@@ -46,14 +46,14 @@ class Learning:
         """Number of trainings T."""
         return len(self.values["qwk"])
 
-    def mean(self, figure: CurveFigure, epoch: int) -> float:
+    def mean(self, metric: CurveMetric, epoch: int) -> float:
         """Averages a metric over the trainings, after so many epochs, which must be a point of the curve."""
-        return float(self.values[figure][:, self.epochs.tolist().index(epoch)].mean())
+        return float(self.values[metric][:, self.epochs.tolist().index(epoch)].mean())
 
-    def plateau(self, figure: CurveFigure) -> int:
+    def plateau(self, metric: CurveMetric) -> int:
         """Counts epochs until the mean is within 0.02 (of RPS: 2 %) of the best on the curve."""
-        means = self.values[figure].mean(axis=0)
-        if figure == "rps":
+        means = self.values[metric].mean(axis=0)
+        if metric == "rps":
             near = means <= means.min() * (1 + PLATEAU)
         else:  # where QWK is undefined it is no plateau
             near = means >= np.where(np.isnan(means), -np.inf, means).max() - PLATEAU
@@ -88,7 +88,7 @@ def learning_of(comparison: Comparison, arm: ArmResult) -> Learning | None:
     kept = [[point for point in points if point.epoch in epochs] for points in series]
     values: dict[str, NDArray[np.float64]] = {
         name: np.array([[getattr(point, name) for point in points] for points in kept])
-        for name in CURVE_FIGURES
+        for name in CURVE_METRICS
     }
     return Learning(
         arm=arm.arm,

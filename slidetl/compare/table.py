@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -87,7 +88,9 @@ def format_cell(cell: Any, form: str = ".2f") -> str:
 
 
 def format_number(value: float, form: str = ".2f") -> str:
-    """Formats a number; zero has no minus sign."""
+    """Formats a number; zero has no minus sign, and NaN is ``undefined``."""
+    if math.isnan(value):
+        return "undefined"
     sign, digits = ("+", form[1:]) if form[0] == "+" else ("", form)
     return f"{value:{sign}z{digits}}".replace("-", "\N{MINUS SIGN}")
 
@@ -155,7 +158,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
     Args:
         path: the file.
         columns: in order.
-        rows: by column; a column that is missing, or None, is empty.
+        rows: by column; a column that is missing, None or NaN is empty.
 
     Raises:
         OSError: the file cannot be written.
@@ -165,11 +168,13 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         for row in rows:
-            writer.writerow({name: "" if value is None else _defused(value) for name, value in row.items()})
+            writer.writerow({name: _cell(value) for name, value in row.items()})
     partial.rename(path)
 
 
-def _defused(value: Any) -> Any:
+def _cell(value: Any) -> Any:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
     if not isinstance(value, str):
         return value
     try:

@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from slidetl.compare.aggregate import (
-    RISK,
-    ArmResult,
-    ComparisonResult,
-    PairedDifference,
-)
-from slidetl.compare.groups import GroupShift
-from slidetl.compare.learning import CURVE_FIGURES, equal_epochs, learning_of
+from slidetl.compare.aggregate import RISK, ArmResult, ComparisonResult, PairedDifference
+from slidetl.compare.learning import CURVE_METRICS, equal_epochs, learning_of
 from slidetl.compare.plan import Unit
 from slidetl.compare.records import CurvePoint, UnitResult
 from slidetl.compare.table import write_csv
 from slidetl.evaluation.bootstrap import Interval
 from slidetl.evaluation.conformal import referral_rule
-from slidetl.evaluation.confounding import GroupEstimate
+from slidetl.evaluation.repeatability import ScoreShift
 
-# One row a figure. ``section`` says of what: primary, figure, repeat, threshold, variance, calibration, sets,
-# site, scanner, reader, repeatability, groups, chance; learning; difference; agreement, ceiling, confounding,
-# power.
+# One row a number. ``section`` groups them: primary, figure (metrics of an arm), repeat, threshold, variance,
+# calibration, sets, site, scanner, reader, repeatability, groups, chance; learning; difference; agreement,
+# ceiling, confounding, power.
 COLUMNS = (
     *("section", "arm", "train_slides", "against", "figure", "estimate", "low", "high", "level"),
     *("p", "p_holm", "n", "note"),
@@ -50,24 +45,18 @@ def write_tables(result: ComparisonResult, folder: Path) -> None:
     # Apart, so that an arm has each slide once a repeat in the table that others read.
     for name, arms in (("predictions", result.arms), ("predictions_smaller", result.smaller)):
         write_csv(folder / f"{name}.csv", columns, _of_units(arms, partial(_predictions, result)))
-    arms = (*result.arms, *result.smaller)
     found: dict[str, tuple[tuple[str, ...], _Cells]] = {
         "curves": (
             tuple(item.name for item in fields(CurvePoint)),
             lambda _, unit, found: map(asdict, found.curves),
         ),
-        "drift": (
-            ("layer", "relative_distance"),
-            lambda _, unit, found: _by_layer(found.drift, "relative_distance"),
-        ),
-        "similarity": (
-            ("layer", "linear_cka"),
-            lambda _, unit, found: _by_layer(found.similarity, "linear_cka"),
-        ),
         "units": (("key", "seconds", "nested", "temperature", "chosen"), _about_unit),
     }
+    for name, value in (("drift", "relative_distance"), ("similarity", "linear_cka")):
+        found[name] = ("layer", value), partial(_by_layer, name, value)
     for name, (more, cells) in found.items():
-        write_csv(folder / f"{name}.csv", (*_UNIT, *more), _of_units(arms, cells))
+        rows = _of_units((*result.arms, *result.smaller), cells)
+        write_csv(folder / f"{name}.csv", (*_UNIT, *more), rows)
 
 
 def _result_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
@@ -84,34 +73,32 @@ def _result_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
         for name in ("qwk", "kappa", "accuracy"):
             yield _row("agreement", name, getattr(agreed, name), n=agreed.n, note=readers)
     if result.ceiling is not None:
-        about = asdict(result.ceiling)
-        reached = Interval(about["accuracy"], about["low"], about["high"], about["level"])
-        yield _row("ceiling", "accuracy", reached)
-        for name in [name for name in about if name not in ("accuracy", "low", "high", "level")]:
-            yield _row("ceiling", name, about[name])
+        values = asdict(result.ceiling)
+        bounds = [values.pop(name) for name in ("accuracy", "low", "high", "level")]
+        yield _row("ceiling", "accuracy", Interval(*bounds))
+        for name, value in values.items():
+            yield _row("ceiling", name, value)
     for name, table in (("site", result.sites), ("scanner", result.scanners)):
         if table is not None:
             counts = {place: list(row) for place, row in zip(table.sites, table.slides, strict=True)}
-            note = json.dumps(counts)
-            yield _row(
-                "confounding", f"cramers_v_{name}", table.cramers_v, p=table.p, n=table.n_units, note=note
-            )
+            label, note = f"cramers_v_{name}", json.dumps(counts)
+            yield _row("confounding", label, table.cramers_v, p=table.p, n=table.n_units, note=note)
     for name, told in result.site_in_embeddings.items():
         note = f"{name}; permuted sites reach {told.null_mean:.3f}, at most {told.null_high:.3f}"
-        figure = told.balanced_accuracy
-        yield _row("confounding", "site_from_embeddings", figure, p=told.p, n=told.n_patients, note=note)
+        value = told.balanced_accuracy
+        yield _row("confounding", "site_from_embeddings", value, p=told.p, n=told.n_patients, note=note)
     if result.group_shift is not None:
         yield from _group_rows(result.group_shift)
     for row in result.power:
         note = f"accuracy {row.accuracy_first:.2f} against {row.accuracy_second:.2f}"
-        yield _row("power", "qwk", row.power_qwk, note=note)
-        yield _row("power", "accuracy", row.power_accuracy, note=note)
+        for name in ("qwk", "accuracy"):
+            yield _row("power", name, getattr(row, f"power_{name}"), note=note)
 
 
 def _arm_rows(arm: ArmResult, referral_risks: Sequence[float]) -> Iterator[dict[str, Any]]:
     n = len(arm.results.true)
     name: str
-    for name, interval in arm.figures.items():
+    for name, interval in arm.metrics.items():
         yield _row("figure", name, interval, n=n, note="" if arm.nested else "not nested")
     for name, values in arm.by_repeat.items():
         for repeat, value in enumerate(values):
@@ -122,8 +109,8 @@ def _arm_rows(arm: ArmResult, referral_risks: Sequence[float]) -> Iterator[dict[
         for name in ("seed", "fold", "patient"):
             if (value := getattr(arm.variance, name)) is not None:
                 yield _row("variance", name, value)
-    yield _row("calibration", "slope", arm.slope.slope)
-    yield _row("calibration", "intercept", arm.slope.intercept)
+    for name in ("slope", "intercept"):
+        yield _row("calibration", name, getattr(arm.slope, name))
     if arm.untempered is not None:
         for name in ("log_loss", "rps", "slope"):
             note = "without the temperatures of the inner folds"
@@ -132,8 +119,8 @@ def _arm_rows(arm: ArmResult, referral_risks: Sequence[float]) -> Iterator[dict[
     yield _row("calibration", "ece", arm.null.error, p=arm.null.p, note=null)
     if arm.sets is not None:
         note = f"sets that miss {RISK:.0%} of patients"
-        yield _row("sets", "patients_covered", arm.sets.patients_covered, note=note)
-        yield _row("sets", "mean_size", arm.sets.mean_size, note=note)
+        for name in ("patients_covered", "mean_size"):
+            yield _row("sets", name, getattr(arm.sets, name), note=note)
     yield _row("sets", "area_under_risk_coverage", arm.referral.area)
     for risk in referral_risks:
         rule = referral_rule(arm.referral, risk)
@@ -142,11 +129,11 @@ def _arm_rows(arm: ArmResult, referral_risks: Sequence[float]) -> Iterator[dict[
         yield _row("sets", "coverage_at_risk", 0.0 if rule is None else rule.coverage, note=note)
     for section, groups in (("site", arm.sites), ("scanner", arm.scanners)):
         for name, found in groups.items():
-            yield from (_group_row(section, name, group) for group in found)
+            yield from (_row(section, name, each.estimate, n=each.n, note=each.group) for each in found)
     for one in arm.readers:
         who = "consensus" if one.reader is None else f"reader {one.reader}"
-        yield _row("reader", "qwk", one.model.qwk, n=one.model.n, note=who)
-        yield _row("reader", "accuracy", one.model.accuracy, n=one.model.n, note=who)
+        for name in ("qwk", "accuracy"):
+            yield _row("reader", name, getattr(one.model, name), n=one.model.n, note=who)
         if one.qwk_less_peers is not None:
             yield _row("reader", "qwk_less_peers", one.qwk_less_peers, n=one.model.n, note=who)
     if arm.repeatability is not None:
@@ -160,71 +147,59 @@ def _arm_rows(arm: ArmResult, referral_risks: Sequence[float]) -> Iterator[dict[
         yield _row("chance", "permuted_labels", None, p=arm.chance_p, n=arm.n_permuted)
 
 
-def _group_rows(found: GroupShift) -> Iterator[dict[str, Any]]:
+def _group_rows(found: ScoreShift) -> Iterator[dict[str, Any]]:
     """Yields the shift of the score; without an arm, of the grades in the manifest."""
-    shift, how = found.shift, "the same patients" if found.paired else "different patients"
-    n = shift.n_first if found.paired else shift.n_first + shift.n_second
-    yield _row("groups", "shift", shift.shift, p=shift.p, n=n, note=how)
-    yield _row("groups", "superiority", shift.superiority, n=n, note=how)
+    how = "the same patients" if found.paired else "different patients"
+    n = found.n_first if found.paired else found.n_first + found.n_second
+    yield _row("groups", "shift", found.shift, p=found.p, n=n, note=how)
+    yield _row("groups", "superiority", found.superiority, n=n, note=how)
 
 
 def _learning_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
     """Yields arms at equal epochs and at their plateaus, as the page has them; curves.csv has every point."""
-    found = [learning_of(result.comparison, arm) for arm in result.arms]
-    curves = [curve for curve in found if curve is not None]
+    curves = [curve for arm in result.arms if (curve := learning_of(result.comparison, arm)) is not None]
     shown = equal_epochs(curves)
     for curve in curves:
         about: dict[str, Any] = {"arm": curve.arm}
         of = f"mean of {curve.trainings} trainings, of the results of {curve.part} parts"
-        for figure in CURVE_FIGURES:
-            for epoch in shown:
-                note = f"after {epoch} epochs, {of}"
-                yield about | _row("learning", figure, curve.mean(figure, epoch), n=curve.results, note=note)
-            plateau = curve.plateau(figure)
-            value, note = curve.mean(figure, plateau), f"at its plateau, after {plateau} epochs, {of}"
-            yield about | _row("learning", f"plateau_{figure}", value, n=curve.results, note=note)
-            note = f"until the plateau of {figure}"
+        for name in CURVE_METRICS:
+            plateau = curve.plateau(name)
+            points: list[tuple[str, int, str]]
+            points = [(name, epoch, f"after {epoch} epochs, {of}") for epoch in shown]
+            points.append((f"plateau_{name}", plateau, f"at its plateau, after {plateau} epochs, {of}"))
+            for label, epoch, note in points:
+                yield about | _row("learning", label, curve.mean(name, epoch), n=curve.results, note=note)
+            note = f"until the plateau of {name}"
             yield about | _row("learning", "epochs_to_plateau", float(plateau), note=note)
 
 
 def _difference_rows(section: str, pair: PairedDifference) -> Iterator[dict[str, Any]]:
     about = {"arm": pair.arm, "train_slides": pair.n_slides, "against": pair.against}
-    flip = pair.sign_flip
+    flip, t = pair.sign_flip, pair.corrected_t
     note = f"p by sign flips of {flip.n_discordant} discordant patients, first repeat"
-    figure = _row(section, pair.figure, pair.interval, p=flip.p, note=note)
-    yield {**about, **figure, "p_holm": _number(pair.p_holm)}
-    if pair.corrected_t is not None:
-        t = pair.corrected_t
-        interval = Interval(t.difference, t.low, t.high, t.level)
-        yield {
-            **about,
-            **_row(section, pair.figure, interval, p=t.p, note="corrected resampled t over folds"),
-        }
-
-
-def _group_row(section: str, figure: str, group: GroupEstimate) -> dict[str, Any]:
-    return _row(section, figure, group.estimate, n=group.n, note=group.group)
+    row = _row(section, pair.metric, pair.interval, p=flip.p, note=note)
+    yield {**about, **row, "p_holm": _number(pair.p_holm)}
+    if t is not None:
+        yield about | _row(section, pair.metric, t.interval, p=t.p, note="corrected resampled t over folds")
 
 
 def _row(
     section: str,
-    figure: str,
+    name: str,
     value: Interval | float | None,
     *,
     p: float | None = None,
     n: int | None = None,
     note: str = "",
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {"section": section, "figure": figure, "p": _number(p), "n": n, "note": note}
+    row: dict[str, Any] = {"section": section, "figure": name, "p": _number(p), "n": n, "note": note}
     if isinstance(value, Interval):
-        row |= {name: _number(getattr(value, name)) for name in ("estimate", "low", "high", "level")}
-    else:
-        row["estimate"] = _number(value)
-    return row
+        return row | {bound: _number(getattr(value, bound)) for bound in ("estimate", "low", "high", "level")}
+    return row | {"estimate": _number(value)}
 
 
 def _number(value: float | None) -> str:
-    if value is None:
+    if value is None or math.isnan(value):
         return ""
     return f"{value:.6g}" if abs(value) > 1e-12 else "0"  # else a sum that should be zero says 4e-16
 
@@ -265,8 +240,8 @@ def _predictions(
         }
 
 
-def _by_layer(values: Mapping[str, float], name: str) -> list[dict[str, Any]]:
-    return [{"layer": layer, name: _number(value)} for layer, value in values.items()]
+def _by_layer(name: str, column: str, _: ArmResult, unit: Unit, found: UnitResult) -> list[dict[str, Any]]:
+    return [{"layer": layer, column: _number(value)} for layer, value in getattr(found, name).items()]
 
 
 def _about_unit(_: ArmResult, unit: Unit, found: UnitResult) -> list[dict[str, Any]]:

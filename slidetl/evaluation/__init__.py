@@ -1,1 +1,1 @@
-"""How good predictions are, and how sure of it one may be: NumPy in, frozen results out."""
+"""Metrics, intervals and tests of predictions: NumPy in, frozen results out."""

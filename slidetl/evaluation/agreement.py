@@ -1,25 +1,24 @@
-"""Readers: how well they agree, how a model compares with them, and what their noise leaves to be reached."""
+"""Agreement of readers, a model beside them, and the ceiling that their noise sets."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import UsageError
-from slidetl.evaluation.bootstrap import Interval, bca_interval_if_defined, resampled_metric
+from slidetl.evaluation.bootstrap import Interval, Resampling, bca_interval_if_defined, resampled_metric
 from slidetl.evaluation.comparison import Unit, per_patient
 from slidetl.evaluation.metrics import accuracy, difference, kappa, kappa_of_table, qwk
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two sets of grades of the same slides agree.
+    """Agreement of two sets of grades of the same slides.
 
     Attributes:
         first, second: numbers of the readers, from 0; None for the consensus, or the model.
@@ -59,15 +58,15 @@ class ModelAgainstReader:
 
 @dataclass(frozen=True)
 class ReaderCeiling:
-    """What a model that always tells the true grade would reach when judged by noisy readers.
+    """Metrics of a model that always tells the true grade, judged by noisy readers.
 
     Attributes:
         reader_sd: standard deviation of a reader's error, in grades, before rounding.
         accuracy, qwk: against one reader's grades.
         consensus_accuracy, consensus_qwk: against the rounded mean of two readers' grades (between two of
             them, the higher).
-        together_accuracy, together_qwk: against what two readers settle on when they look together: the mean
-            of what each saw before rounding, rounded; its error is smaller by the square root of two.
+        together_accuracy, together_qwk: against the grade of two readers who look together: the mean of
+            their scores before rounding, rounded; its error is smaller by the square root of two.
         qwk_by_attenuation: square root of the readers' QWK with each other; no model of the noise but that
             readers err independently and alike. None where their QWK is not above 0.
         low, high: percentile bounds of ``accuracy`` over resampled patients.
@@ -88,13 +87,7 @@ class ReaderCeiling:
 
 
 def reader_agreement(
-    readings: ArrayLike,
-    patients: ArrayLike,
-    n_grades: int,
-    *,
-    level: float = 0.95,
-    n_draws: int = 5000,
-    seed: int = 0,
+    readings: ArrayLike, patients: ArrayLike, n_grades: int, **how: Unpack[Resampling]
 ) -> tuple[Agreement, ...]:
     """Computes the agreement of each pair of readers on the slides that both graded, with intervals.
 
@@ -102,9 +95,7 @@ def reader_agreement(
         readings: ``[N, Q]`` grades 0..K-1 of Q readers; below 0 where one gave none.
         patients: ``[N]``.
         n_grades: K.
-        level: of the intervals.
-        n_draws: resamples of patients.
-        seed: of the resampling.
+        **how: as :class:`~slidetl.evaluation.bootstrap.Resampling`.
 
     Returns:
         One for each pair with slides of two patients or more in common, in the order (0, 1), (0, 2), ...;
@@ -114,13 +105,12 @@ def reader_agreement(
         UsageError: shapes that do not fit, or a grade above the scale.
     """
     grades, who = _readings(readings, patients, n_grades)
-    how: dict[str, Any] = {"level": level, "n_draws": n_draws, "seed": seed}
     pairs = []
     for first, second in itertools.combinations(range(grades.shape[1]), 2):
         both = (grades[:, [first, second]] >= 0).all(axis=1)
         if len(np.unique(who[both])) > 1:
             one, other = grades[both, first], grades[both, second]
-            pairs.append(_agreement(first, second, one, other, who[both], n_grades, how))
+            pairs.append(_agreement(first, second, one, other, who[both], n_grades, **how))
     return tuple(pair for pair in pairs if pair is not None)
 
 
@@ -145,24 +135,18 @@ def model_against_readers(
     readings: ArrayLike,
     patients: ArrayLike,
     n_grades: int,
-    *,
-    level: float = 0.95,
-    n_draws: int = 5000,
-    seed: int = 0,
+    **how: Unpack[Resampling],
 ) -> tuple[ModelAgainstReader, ...]:
     """Compares the model with each reader, beside the other readers, and with their consensus.
 
-    A model is as good as a reader where ``qwk_less_peers`` is not below zero; compared with the consensus
-    it has no peers, since every reader had a part in that. Conditional on the fitted models.
+    A model is as good as a reader where ``qwk_less_peers`` is not below zero, given the fitted models.
 
     Args:
         predicted: ``[N]`` or ``[R, N]`` grades, out of fold.
         readings: ``[N, Q]`` grades 0..K-1; below 0 where a reader gave none.
         patients: ``[N]``.
         n_grades: K.
-        level: of the intervals.
-        n_draws: resamples of patients.
-        seed: of the resampling.
+        **how: as :class:`~slidetl.evaluation.bootstrap.Resampling`.
 
     Returns:
         One for each reader with slides of two patients or more, then one for the consensus; none where the
@@ -172,7 +156,6 @@ def model_against_readers(
         UsageError: shapes that do not fit, a grade off the scale, or nothing that was read.
     """
     grades, who = _readings(readings, patients, n_grades)
-    how: dict[str, Any] = {"level": level, "n_draws": n_draws, "seed": seed}
     rows = np.atleast_2d(np.asarray(predicted))
     if rows.shape[1:] != who.shape:
         raise UsageError(f"expected predictions [N] or [R, N] of {len(who)} slides, not {rows.shape}")
@@ -181,7 +164,7 @@ def model_against_readers(
         own = grades[:, reader] >= 0
         if len(np.unique(who[own])) < 2:
             continue
-        model = _agreement(None, reader, grades[own, reader], rows[:, own], who[own], n_grades, how)
+        model = _agreement(None, reader, grades[own, reader], rows[:, own], who[own], n_grades, **how)
         if model is None:
             continue
         others = [other for other in range(grades.shape[1]) if other != reader]
@@ -198,7 +181,7 @@ def model_against_readers(
     known = consensus >= 0
     if len(np.unique(who[known])) < 2:
         raise UsageError("a comparison with readers needs slides of two patients that were read")
-    model = _agreement(None, None, consensus[known], rows[:, known], who[known], n_grades, how)
+    model = _agreement(None, None, consensus[known], rows[:, known], who[known], n_grades, **how)
     return (*against, *([] if model is None else [ModelAgainstReader(None, model, None, None)]))
 
 
@@ -213,7 +196,7 @@ def reader_ceiling(
     n_draws: int = 200,
     seed: int = 0,
 ) -> ReaderCeiling:
-    """Deduces from two readers' agreement what their noise leaves to be reached.
+    """Deduces the ceiling that two readers' noise sets from their agreement.
 
     Model: a slide has a true grade; each reader adds an independent normal error of one common standard
     deviation and rounds to the scale. That deviation and the shares of the true grades are those of the
@@ -272,20 +255,20 @@ def reader_ceiling(
 
     def reached(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         deviations, shares = fitted(weights)
-        judges = _readings_given_truth(deviations, n_grades)
+        judges = readings_given_truth(deviations, n_grades)
         drawn = zip(weights, shares, judges, strict=True)
         return np.array([np.trace(table(weight, share, reads, reads)) for weight, share, reads in drawn])
 
     everyone = np.ones(len(who))
     deviations, shares = fitted(everyone[None])
-    reads = _readings_given_truth(deviations, n_grades)[0]  # [truth, reading]
+    reads = readings_given_truth(deviations, n_grades)[0]  # [truth, reading]
     # Two readers of one slide err independently; between two grades their consensus is the higher.
     scale = np.arange(n_grades)
     squares = (scale[:, None] - scale) ** 2
     mean = np.zeros((n_grades, n_grades))
     for one, other in itertools.product(scale, scale):
         mean[:, (one + other + 1) // 2] += reads[:, one] * reads[:, other]
-    both_look = _readings_given_truth(deviations / np.sqrt(2), n_grades)[0]
+    both_look = readings_given_truth(deviations / np.sqrt(2), n_grades)[0]
     alone, agreed, together = (table(everyone, shares[0], reads, judge) for judge in (reads, mean, both_look))
     of_readers = per_patient(grades, who, unit)
     graded = np.floor(of_readers + 0.5).astype(np.int64)
@@ -325,21 +308,17 @@ def _agreement(
     rows: NDArray[np.int64],
     patients: NDArray[np.generic],
     n_grades: int,
-    how: Mapping[str, Any],
+    **how: Unpack[Resampling],
 ) -> Agreement | None:
     """Computes the agreement of two; None where a kappa is undefined."""
-    measures = (
-        partial(accuracy, true, rows),
-        *(partial(each, true, rows, n_grades) for each in (kappa, qwk)),
-    )
-    found = [bca_interval_if_defined(each, patients, **how) for each in measures]
-    share, plain, quadratic = found
+    measures = partial(accuracy, true, rows), *(partial(f, true, rows, n_grades) for f in (kappa, qwk))
+    share, plain, quadratic = (bca_interval_if_defined(each, patients, **how) for each in measures)
     if share is None or plain is None or quadratic is None:
         return None
     return Agreement(first, second, len(true), len(np.unique(patients)), share, plain, quadratic)
 
 
-def _readings_given_truth(deviations: NDArray[np.float64], n_grades: int) -> NDArray[np.float64]:
+def readings_given_truth(deviations: NDArray[np.float64], n_grades: int) -> NDArray[np.float64]:
     """Maps ``[S]`` to ``[S, truth, reading]``: normal errors, rounded to the scale."""
     from scipy.special import ndtr
 
@@ -352,7 +331,7 @@ def _fit_readers(tables: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDAr
     """Fits two readings ``[B, K, K]``: deviations ``[B]`` and shares of the true grades ``[B, K]``."""
     n_grades = tables.shape[1]
     grid = np.arange(1, 100, dtype=np.float64) * 0.02
-    reads = _readings_given_truth(grid, n_grades)
+    reads = readings_given_truth(grid, n_grades)
     pairs = (reads[:, :, :, None] * reads[:, :, None, :]).reshape(len(grid), n_grades, -1)  # [S, K, K * K]
     counts = (tables + tables.transpose(0, 2, 1)).reshape(len(tables), 1, -1) / 2  # [B, 1, K * K]
     total = counts.sum(axis=2, keepdims=True)

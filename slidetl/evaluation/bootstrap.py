@@ -1,15 +1,16 @@
-"""Intervals by resampling patients. Slides of one patient are not independent; patients are."""
+"""Intervals by resampling patients: slides of one patient are not independent."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import UsageError
+from slidetl.evaluation.shapes import value_of_patient
 
 # Maps weights [B, N] of N results to B values. Whole weights are resamples, zeros leave results out: one
 # function so gives the estimate, the bootstrap, the jackknife and the metric of a fold or of a site.
@@ -36,14 +37,22 @@ class Interval:
     level: float
 
 
+class Resampling(TypedDict, total=False):
+    """Options of an interval, each with a default.
+
+    Attributes:
+        level: nominal coverage, between 0 and 1; 0.95.
+        n_draws: number of resamples of the patients, at least 2; 5000.
+        seed: of the resampling; 0.
+    """
+
+    level: float
+    n_draws: int
+    seed: int
+
+
 def bca_interval(
-    metric: Metric,
-    patients: ArrayLike,
-    *,
-    level: float = 0.95,
-    n_draws: int = 5000,
-    seed: int = 0,
-    strata: ArrayLike | None = None,
+    metric: Metric, patients: ArrayLike, *, strata: ArrayLike | None = None, **how: Unpack[Resampling]
 ) -> Interval:
     """Computes the bias-corrected and accelerated bootstrap over patients (Efron, JASA 1987).
 
@@ -60,22 +69,17 @@ def bca_interval(
     is undefined (NaN) are left out.
 
     Args:
-        metric: weights ``[B, N]`` -> ``[B]``; of a paired comparison, the difference of two (the same draws
-            then serve both arms).
+        metric: weights ``[B, N]`` -> ``[B]``; of a paired comparison, the difference of two.
         patients: ``[N]``, anything that identifies a patient.
-        level: nominal coverage, between 0 and 1.
-        n_draws: number of resamples.
-        seed: of the resampling.
         strata: ``[N]``, where groups of patients were sampled each by itself (treated and not): each is
             resampled at its own size. A patient lies in one stratum.
+        **how: as :class:`Resampling`.
 
     Raises:
         UsageError: fewer than two patients in a stratum, a patient in two strata, or a metric that is
             undefined on the data or on more than half of the draws.
     """
-    interval = bca_interval_if_defined(
-        metric, patients, level=level, n_draws=n_draws, seed=seed, strata=strata
-    )
+    interval = bca_interval_if_defined(metric, patients, strata=strata, **how)
     if interval is None:
         raise UsageError(
             "the metric is undefined on these results, or on most resamples of their patients: too few for it"
@@ -119,23 +123,6 @@ def bca_interval_if_defined(
     return Interval(estimate, float(low), float(high), level)
 
 
-def percentile_interval(
-    metric: Metric, patients: ArrayLike, *, level: float = 0.95, n_draws: int = 2000, seed: int = 0
-) -> Interval:
-    """Computes the percentile bootstrap over patients (Davison and Hinkley 1997, section 5.3).
-
-    :func:`bca_interval`, which corrects bias and skewness, covers more often; arguments as there. Draws where
-    the metric is undefined are left out; where all are, the bounds are NaN.
-
-    Raises:
-        UsageError: fewer than two patients.
-    """
-    drawn = resampled_metric(metric, patients, n_draws=n_draws, seed=seed)
-    drawn = drawn[~np.isnan(drawn)]
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]) if len(drawn) else (np.nan, np.nan)
-    return Interval(float(metric(np.ones((1, np.size(patients))))[0]), float(low), float(high), level)
-
-
 def resampled_metric(
     metric: Metric, patients: ArrayLike, *, n_draws: int = 2000, seed: int = 0
 ) -> NDArray[np.float64]:
@@ -158,18 +145,12 @@ def _patients_and_strata(
     patients: ArrayLike, strata: ArrayLike | None
 ) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
     """Returns the patient of each result ``[N]`` and the stratum of each patient ``[P]``."""
-    names, first, member = np.unique(np.asarray(patients), return_index=True, return_inverse=True)
-    if strata is None:
-        stratum = np.zeros(len(names), np.intp)
-    else:
-        of_result = np.unique(np.asarray(strata), return_inverse=True)[1]
-        if of_result.shape != member.shape:
-            raise UsageError(f"expected a stratum for each of {len(member)} results, not {len(of_result)}")
-        stratum = of_result[first]
-        if (stratum[member] != of_result).any():
-            torn: Any = names[member[stratum[member] != of_result][0]]
-            raise UsageError(f"patient {torn} is in two strata; compare such patients with themselves")
-    fewest = int(np.bincount(stratum).min()) if len(names) else 0
+    who = np.asarray(patients)
+    of_result = np.zeros(len(who), np.intp) if strata is None else np.unique(strata, return_inverse=True)[1]
+    _, member, stratum = value_of_patient(
+        who, of_result, "is in two strata; compare such patients with themselves"
+    )
+    fewest = int(np.bincount(stratum).min())
     if fewest < 2:
         raise UsageError(f"a bootstrap over patients needs at least 2, found {fewest}")
     return member, stratum
@@ -199,18 +180,13 @@ def _acceleration(metric: Metric, member: NDArray[np.intp], stratum: NDArray[np.
     """Computes it from the leave-one-patient-out estimates; 0 where they do not vary."""
     n_patients = len(stratum)
     step = max(1, _BLOCK // len(member))
-    left_out = [
-        metric((member != np.arange(start, min(start + step, n_patients))[:, None]).astype(np.float64))
-        for start in range(0, n_patients, step)
-    ]
-    estimates = np.concatenate(left_out)
+    blocks = np.split(np.arange(n_patients), range(step, n_patients, step))
+    estimates = np.concatenate([metric((member != block[:, None]).astype(np.float64)) for block in blocks])
     squares = cubes = 0.0
     for number in range(stratum.max() + 1):
-        of_group = estimates[stratum == number]
-        of_group = of_group[~np.isnan(of_group)]
-        if not len(of_group):
-            continue
-        influence = (len(of_group) - 1) * (of_group.mean() - of_group) / len(of_group)
-        squares += float((influence**2).sum())
-        cubes += float((influence**3).sum())
+        of_group = estimates[(stratum == number) & ~np.isnan(estimates)]
+        if len(of_group):
+            influence = (len(of_group) - 1) * (of_group.mean() - of_group) / len(of_group)
+            squares += float((influence**2).sum())
+            cubes += float((influence**3).sum())
     return cubes / (6 * squares**1.5) if squares > 1e-24 else 0.0

@@ -1,15 +1,22 @@
-"""Whether probabilities of grades mean what they say, and the one number that may mend them."""
+"""Calibration of the probabilities of grades: the temperature, slope and error."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import UsageError
-from slidetl.evaluation.bootstrap import Interval, Metric, bca_interval, bca_interval_if_defined
+from slidetl.evaluation.bootstrap import (
+    Interval,
+    Metric,
+    Resampling,
+    bca_interval,
+    bca_interval_if_defined,
+)
+from slidetl.evaluation.comparison import chance_p
 from slidetl.evaluation.metrics import (
     LEAST_PROBABILITY,
     calibration_error,
@@ -25,9 +32,9 @@ _TEMPERATURES = (0.05, 20.0)
 def with_temperature(probabilities: ArrayLike, temperature: float) -> NDArray[np.float64]:
     """Raises probabilities to ``1 / temperature`` and divides them by their sum.
 
-    For a softmax this is dividing the logits by the temperature (Guo et al., ICML 2017, section 4.2); for
-    an ordinal head it is the same map of its probabilities, which scales no logit. The order of the grades
-    stays, and so does the most probable one. Above 1 it makes less sure, below 1 surer.
+    For a softmax this divides the logits by the temperature (Guo et al., ICML 2017, section 4.2); for an
+    ordinal head it is the same map of its probabilities, which scales no logit. The order of the grades
+    stays. Above 1 it makes less sure, below 1 surer.
 
     Args:
         probabilities: ``[..., K]``, rows summing to one.
@@ -92,30 +99,21 @@ class CalibrationSlope:
 
 
 def calibration_slope(
-    true: ArrayLike,
-    probabilities: ArrayLike,
-    patients: ArrayLike,
-    *,
-    level: float = 0.95,
-    n_draws: int = 2000,
-    seed: int = 0,
+    true: ArrayLike, probabilities: ArrayLike, patients: ArrayLike, **how: Unpack[Resampling]
 ) -> CalibrationSlope:
     """Fits slope and intercept of observed on predicted log odds.
 
     Cox, Biometrika 1958; named as in Van Calster et al., BMC Medicine 2019. The outcomes are the K-1
-    questions "is the grade above k?" of every slide, stacked: one slope for them all, as a cumulative model
-    has it, since a hundred slides do not bear one each. The slope's model has a free intercept; the
-    intercept's has a slope of 1. The questions of a slide and the slides of a patient hang together, which
-    the intervals respect by resampling patients (BCa, given the fitted model).
+    questions "is the grade above k?" of every slide, stacked: one slope for them all, as in a cumulative
+    model. The slope's model has a free intercept; the intercept's has a slope of 1. Questions of a slide and
+    slides of a patient are dependent: intervals resample patients (BCa, given the fitted model).
 
     Args:
         true: ``[N]`` whole numbers 0..K-1.
         probabilities: ``[N, K]``, rows summing to one; probabilities of the questions count as 1e-7 from 0
             and 1 at least.
         patients: ``[N]``.
-        level: of the intervals.
-        n_draws: number of resamples.
-        seed: of the resampling.
+        **how: as :class:`~slidetl.evaluation.bootstrap.Resampling`.
 
     Raises:
         ValueError: shapes that do not fit, a grade off the scale, rows that are no distributions, or slides
@@ -128,8 +126,7 @@ def calibration_slope(
         raise UsageError("slides that are all of the lowest, or all of the highest grade tell no calibration")
     slope, intercept = _slope_of(odds, happened), _intercept_of(odds, happened)
     return CalibrationSlope(
-        bca_interval_if_defined(slope, patients, level=level, n_draws=n_draws, seed=seed),
-        bca_interval(intercept, patients, level=level, n_draws=n_draws, seed=seed),
+        bca_interval_if_defined(slope, patients, **how), bca_interval(intercept, patients, **how)
     )
 
 
@@ -175,15 +172,14 @@ def calibration_null(
         error=error,
         null_mean=float(null.mean()),
         null_high=float(np.quantile(null, 0.95)),
-        p=float((1 + (null >= error - 1e-12).sum()) / (1 + n_draws)),
+        p=chance_p(error, null),
     )
 
 
 def judged_probabilities(true: ArrayLike, probabilities: ArrayLike) -> dict[str, Any]:
-    """Returns the metrics of :class:`~slidetl.evaluation.metrics.ProbabilityMetrics` by name, and one more.
+    """Returns :class:`~slidetl.evaluation.metrics.ProbabilityMetrics` by name, None in the place of NaN.
 
-    ``calibration_error_if_calibrated`` is the mean error of a calibrated model on as many slides: above 0
-    where it is not sure of each, and so what the error beside it is worth.
+    ``calibration_error_if_calibrated`` is the mean error of a calibrated model on as many slides.
 
     Args:
         true: ``[N]`` whole numbers 0..K-1.
@@ -194,6 +190,7 @@ def judged_probabilities(true: ArrayLike, probabilities: ArrayLike) -> dict[str,
     """
     null = calibration_null(true, probabilities, n_draws=200)
     metrics = asdict(probability_metrics(true, probabilities))
+    metrics["auroc"] = [None if np.isnan(area) else area for area in metrics["auroc"]]
     return {**metrics, "calibration_error_if_calibrated": null.null_mean}
 
 

@@ -1,4 +1,4 @@
-"""Arms against each other and against chance, on the same patients and the same folds."""
+"""Comparison of arms with each other and with chance, on the same patients and the same folds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import UsageError
-from slidetl.evaluation.bootstrap import Metric, resampled_metric
+from slidetl.evaluation.bootstrap import Interval, Metric, resampled_metric
+from slidetl.evaluation.shapes import check_lengths
 
 Unit = Literal["worst", "mean", "slide"]
 
@@ -29,7 +30,7 @@ class PatientResults:
     """Grades and predictions of M results: one a patient, or one a slide.
 
     Attributes:
-        patients: ``[M]`` of whom each result is.
+        patients: ``[M]``.
         true: ``[M] int64`` grades.
         predicted: ``[R, M] int64`` grades, for each repeat.
         probabilities: ``[R, M, K]``; rows sum to one.
@@ -81,13 +82,11 @@ def patient_results(
     names, member = np.unique(who, return_inverse=True)
     slides_of = [np.flatnonzero(member == number) for number in range(len(names))]
     if unit == "mean":
-
-        def rounded_mean(grades: NDArray[np.int64]) -> NDArray[np.int64]:
-            means = [np.floor(grades[..., slides].mean(axis=-1) + 0.5) for slides in slides_of]
-            return np.stack(means, axis=-1).astype(np.int64)
-
+        mean_true, mean_graded = (
+            np.floor(per_patient(grades.T, who, unit) + 0.5).astype(np.int64).T for grades in (truth, graded)
+        )
         averaged = np.stack([rows[:, slides].mean(axis=1) for slides in slides_of], axis=1)
-        return PatientResults(names, rounded_mean(truth), rounded_mean(graded), averaged)
+        return PatientResults(names, mean_true, mean_graded, averaged)
     if unit != "worst":
         raise UsageError(f"unit must be worst, mean or slide, not {unit!r}")
     # Expected grades lie within 0..K-1, so a grade of difference outweighs any of them.
@@ -146,12 +145,8 @@ def metric_per_fold(
     held = numbers[:, None, :] == np.arange(n_folds)[:, None]  # [R, K, N]
     if not held.any(axis=2).all():
         raise UsageError(f"folds must be numbered from 0 to {n_folds - 1} in each repeat, none of them empty")
-    return np.stack(
-        [
-            metric(truth, of_repeat, weights.astype(np.float64))
-            for of_repeat, weights in zip(rows, held, strict=True)
-        ]
-    )
+    weights = held.astype(np.float64)
+    return np.stack([metric(truth, *of_repeat) for of_repeat in zip(rows, weights, strict=True)])
 
 
 @dataclass(frozen=True)
@@ -159,21 +154,17 @@ class CorrectedT:
     """The corrected resampled t-test.
 
     Attributes:
-        difference: the mean over folds and repeats.
+        interval: of the mean difference over folds and repeats.
         standard_error: corrected for training parts that overlap.
-        t: their ratio, on ``degrees`` degrees of freedom.
+        t: the mean over it, on ``degrees`` degrees of freedom.
         p: two-sided.
-        low, high: the interval at ``level``.
     """
 
-    difference: float
+    interval: Interval
     standard_error: float
     t: float
     degrees: int
     p: float
-    low: float
-    high: float
-    level: float
 
 
 def corrected_t(differences: ArrayLike, test_share: float, *, level: float = 0.95) -> CorrectedT:
@@ -182,9 +173,8 @@ def corrected_t(differences: ArrayLike, test_share: float, *, level: float = 0.9
     Nadeau and Bengio, Machine Learning 52 (2003), as Bouckaert and Frank, PAKDD 2004, use it for R
     repeats of K folds: the variance of the mean is ``(1 / RK + n_test / n_train)`` times the sample
     variance of the RK differences, with RK - 1 degrees of freedom. The correction is a heuristic, and for
-    kappa in small folds normality is too: a secondary test. Unlike the bootstrap it does count what another
-    training would change. Where all differences are one, the test has nothing to measure with: p is 1 for
-    no difference, 0 otherwise.
+    kappa in small folds normality is too: a secondary test. Unlike the bootstrap it counts the variance of
+    another training. Where all differences are one, p is 1 for no difference, 0 otherwise.
 
     Args:
         differences: ``[R, K]`` of the metric, first arm less second, by fold.
@@ -209,7 +199,7 @@ def corrected_t(differences: ArrayLike, test_share: float, *, level: float = 0.9
     certain = 0.0 if abs(mean) < 1e-12 else float(np.copysign(np.inf, mean))
     ratio = mean / error if error > 1e-12 else certain
     p = float(2 * student.sf(abs(ratio), degrees))
-    return CorrectedT(mean, error, ratio, degrees, p, mean - half, mean + half, level)
+    return CorrectedT(Interval(mean, mean - half, mean + half, level), error, ratio, degrees, p)
 
 
 @dataclass(frozen=True)
@@ -239,7 +229,7 @@ def sign_flip_test(
     n_flips: int = 10_000,
     seed: int = 0,
 ) -> SignFlip:
-    """Swaps the two arms' predictions of whole patients, and asks how often the difference gets as large.
+    """Swaps two arms' predictions of whole patients, and counts how often the difference gets as large.
 
     Under the null hypothesis the two predictions of a patient are exchangeable, all slides of the patient
     together; McNemar's test on slides would take them for independent. For a mean over slides a swap flips
@@ -247,8 +237,7 @@ def sign_flip_test(
     it is recomputed. p is the share of all swaps where there are 14 discordant patients or fewer, and
     otherwise ``(1 + hits) / (1 + n_flips)`` (Phipson and Smyth 2010).
 
-    Conditional on the fitted models. It takes one repeat, to be declared beforehand: averaging several would
-    hide that they share patients, and choosing one afterwards is choosing the result.
+    Conditional on the fitted models. It takes one repeat, declared beforehand: several share their patients.
 
     Args:
         metric: such as :func:`slidetl.evaluation.metrics.accuracy`.
@@ -264,11 +253,9 @@ def sign_flip_test(
     """
     truth, a, b = np.asarray(true), np.asarray(first), np.asarray(second)
     names, member = np.unique(np.asarray(patients), return_inverse=True)
-    if a.shape != b.shape or truth.shape != member.shape or a.shape[:1] != truth.shape:
-        raise UsageError(
-            f"expected grades, two arms and patients of one length, not {truth.shape}, {a.shape}, {b.shape} "
-            f"and {member.shape}"
-        )
+    check_lengths(grades=truth, first=a, second=b, patients=member)
+    if a.shape != b.shape:
+        raise UsageError(f"expected two arms of one shape, not {a.shape} and {b.shape}")
     both = partial(metric, np.concatenate([truth, truth]), np.concatenate([a, b]))
     differs = (a != b).reshape(len(a), -1).any(axis=1)
     discordant = np.unique(member[differs])
@@ -300,7 +287,7 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     """Adjusts the p-values of a family of tests (Holm, Scandinavian Journal of Statistics 1979).
 
     Whatever the dependence between the tests, rejecting those at or below 0.05 errs once or more in at most
-    5 % of families. The primary comparison is outside of the family: it was declared.
+    5 % of families.
 
     Args:
         p_values: ``[n]``, 0..1.
@@ -322,12 +309,12 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
 
 
 def chance_p(observed: float, null_metrics: ArrayLike) -> float:
-    """Computes the p-value of a metric against those of the whole procedure on permuted labels.
+    """Computes the p-value of a metric against its values under the null hypothesis.
 
     ``(1 + hits) / (1 + n)`` (Phipson and Smyth, Statistical Applications in Genetics and Molecular Biology
-    2010), a hit being a null metric at least as high. It tests the procedure, if every null metric comes from
-    labels permuted over patients *before* training, with all inner choices made again; n of 19 is the fewest
-    that can reach 0.05.
+    2010), a hit being a null metric at least as high; n of 19 is the fewest that can reach 0.05. It tests a
+    whole procedure if every null metric comes from labels permuted over patients *before* training, with all
+    inner choices made again.
 
     Args:
         observed: the metric; higher is better.
@@ -344,14 +331,13 @@ def chance_p(observed: float, null_metrics: ArrayLike) -> float:
 
 @dataclass(frozen=True)
 class VarianceSplit:
-    """Where the variance of a cross-validated metric comes from; variances, in the metric's unit squared.
+    """Sources of the variance of a cross-validated metric, in the metric's unit squared.
 
     Attributes:
         seed: between repeats (another split, another initialisation) on the same patients; None for one
             repeat.
-        fold: between folds of a repeat, beyond what the few patients in each explain. Not cut off at zero,
-            below which it may fall where nothing is to be seen. None for a single one, as of a given split,
-            and where the metric is undefined in a fold.
+        fold: between folds of a repeat, beyond what the few patients in each explain; may fall below zero.
+            None for a single fold, and where the metric is undefined in a fold.
         patient: of the metric averaged over repeats, if other patients had been sampled.
         n_repeats: R.
     """
@@ -363,10 +349,7 @@ class VarianceSplit:
 
     @property
     def standard_error(self) -> float:
-        """Standard error of the metric averaged over repeats: ``sqrt(patient + seed / R)``.
-
-        The bootstrap's own part of the seed's noise is in ``patient`` too, so it errs upwards.
-        """
+        """Standard error of the metric averaged over repeats, if not less: ``sqrt(patient + seed / R)``."""
         return float(np.sqrt(self.patient + (self.seed or 0.0) / self.n_repeats))
 
 

@@ -1,16 +1,18 @@
-"""Sets of grades that hold the true one as often as asked, and slides that are better left to a human."""
+"""Sets of grades that hold the true one as often as asked, and referral of unsure slides to a human."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import UsageError
-from slidetl.evaluation.bootstrap import Interval, bca_interval
+from slidetl.evaluation.bootstrap import Interval, Resampling, bca_interval
 from slidetl.evaluation.metrics import check_probabilities, weighted_mean
+from slidetl.evaluation.shapes import check_lengths
 
 # Thresholds that are looked at, for which the bounds of a risk-coverage curve pay.
 REFERRAL_POINTS = 10
@@ -60,13 +62,11 @@ def fit_grade_sets(
     slides. The quantile is the ``ceil((n + 1) (1 - risk))``-th lowest score of n patients, or 1 (all
     grades) where there are fewer than that.
 
-    What it promises: with one model fitted apart from these patients, a new patient of the same population
-    has all its true grades in the sets with probability ``1 - risk`` or more, on average over patients:
-    marginal, not for each grade, each site or each patient. Here the scores come from K models, as in
-    cross-conformal prediction (Vovk, Annals of Mathematics and Artificial Intelligence 2015), for whose vote
-    of all K models about ``1 - 2 risk`` is proved (Barber et al., Annals of Statistics 2021). A single model
-    fitted again on all the patients is promised nothing; it covers about ``1 - risk`` as far as it errs like
-    the K. So check with :func:`check_coverage`.
+    With one model fitted apart from these patients, a new patient of the same population has all its true
+    grades in the sets with probability ``1 - risk`` or more: marginal, not for each grade, site or patient.
+    Here the scores come from K models, as in cross-conformal prediction (Vovk, Annals of Mathematics and
+    Artificial Intelligence 2015), for whose vote about ``1 - 2 risk`` is proved (Barber et al., Annals of
+    Statistics 2021). For a single model fitted again on all the patients nothing is: see `check_coverage`.
 
     Args:
         true: ``[N]`` whole numbers 0..K-1.
@@ -78,8 +78,17 @@ def fit_grade_sets(
         ValueError: shapes that do not fit, a grade off the scale, rows that are no distributions, or a risk
         out of range.
     """
-    scores = _patient_scores(true, probabilities, patients)
-    return GradeSets(_quantile(scores, risk), risk, len(scores))
+    if not 0 < risk < 1:
+        raise UsageError(f"a risk must be between 0 and 1, not {risk}")
+    grades, _ = check_probabilities(true, probabilities)
+    names, member = np.unique(np.asarray(patients), return_inverse=True)
+    check_lengths(grades=grades, patients=member)
+    scores = np.zeros(len(names))
+    np.maximum.at(scores, member, _mass_before(probabilities)[np.arange(len(grades)), grades])
+    # Rounded, so that 10 * 0.9 is not ten and a bit.
+    rank = int(np.ceil(round((len(scores) + 1) * (1 - risk), 9)))
+    quantile = float(np.sort(scores)[rank - 1]) if rank <= len(scores) else 1.0
+    return GradeSets(quantile, risk, len(scores))
 
 
 @dataclass(frozen=True)
@@ -106,14 +115,12 @@ def check_coverage(
     folds: ArrayLike,
     *,
     risk: float = 0.1,
-    level: float = 0.95,
-    n_draws: int = 5000,
-    seed: int = 0,
+    **how: Unpack[Resampling],
 ) -> SetCoverage:
     """Checks how often sets hold the true grade, each fold by the quantile of the other folds.
 
-    The models of the other folds were trained on this fold's patients, so the check is not quite that of new
-    patients; it does show sets that are wrong. Intervals resample patients (BCa), given models and quantiles.
+    The models of the other folds were trained on this fold's patients: not quite a check on new patients.
+    Intervals resample patients (BCa), given models and quantiles.
 
     Args:
         true: ``[N]`` whole numbers 0..K-1.
@@ -121,9 +128,7 @@ def check_coverage(
         patients: ``[N]``; no patient is in two folds.
         folds: ``[N]`` the fold whose test part held each slide.
         risk: between 0 and 1.
-        level: of the intervals.
-        n_draws: resamples of patients.
-        seed: of the resampling.
+        **how: as :class:`~slidetl.evaluation.bootstrap.Resampling`.
 
     Raises:
         ValueError: as :func:`fit_grade_sets`, or a single fold.
@@ -142,10 +147,8 @@ def check_coverage(
     names, member = np.unique(who, return_inverse=True)
     missed = np.bincount(member, ~covered) > 0
     return SetCoverage(
-        patients_covered=bca_interval(
-            partial(weighted_mean, ~missed), names, level=level, n_draws=n_draws, seed=seed
-        ),
-        mean_size=bca_interval(partial(weighted_mean, sizes), who, level=level, n_draws=n_draws, seed=seed),
+        patients_covered=bca_interval(partial(weighted_mean, ~missed), names, **how),
+        mean_size=bca_interval(partial(weighted_mean, sizes), who, **how),
         sizes=tuple(int(count) for count in np.bincount(sizes, minlength=rows.shape[1] + 1)[1:]),
         risk=risk,
     )
@@ -153,7 +156,7 @@ def check_coverage(
 
 @dataclass(frozen=True)
 class RiskCoverage:
-    """What is gained by leaving the least sure slides to a human.
+    """Gain of leaving the least sure slides to a human.
 
     Attributes:
         confidence: ``[C]`` falling; slides at or above it are graded by the model.
@@ -202,35 +205,26 @@ def risk_coverage(
     from scipy.stats import beta
 
     errs, sure, who = np.asarray(wrong, bool), np.asarray(confidence, np.float64), np.asarray(patients)
-    if errs.ndim != 1 or not len(errs) or sure.shape != errs.shape or who.shape != errs.shape:
-        raise UsageError(
-            f"expected errors, confidence and patients of one length, not {errs.shape}, {sure.shape} and "
-            f"{who.shape}"
-        )
+    check_lengths(errors=errs, confidence=sure, patients=who)
     if not np.isfinite(sure).all() or n_points < 1 or not 0 < level < 1:
         raise UsageError("expected finite confidence, a level between 0 and 1, and one point at least")
     falling = np.sort(sure)[::-1]
     steps = np.ceil(len(sure) * np.arange(1, n_points + 1) / n_points).astype(int)
     thresholds = np.unique(falling[steps - 1])[::-1]
-    risks, coverages, bounds = [], [], []
+    bounds = []
     for threshold in thresholds:
         graded = sure >= threshold
-        n = len(np.unique(who[graded]))
-        k = len(np.unique(who[graded & errs]))
-        coverages.append(float(graded.mean()))
-        risks.append(float(errs[graded].mean()))
+        n, k = (len(np.unique(who[some])) for some in (graded, graded & errs))
         each = 1 - (1 - level) / n_points
         bounds.append(1.0 if k == n else float(beta.ppf(each, k + 1, n - k)))
-    # Slides of equal confidence are graded together: the risk at each is that of them all.
-    counts = np.array([(sure >= value).sum() for value in falling])
-    wrong_so_far = np.array([errs[sure >= value].sum() for value in falling])
     return RiskCoverage(
-        tuple(thresholds.tolist()),
-        tuple(coverages),
-        tuple(risks),
-        tuple(bounds),
-        float((wrong_so_far / counts).mean()),
-        level,
+        confidence=tuple(thresholds.tolist()),
+        coverage=tuple(float((sure >= threshold).mean()) for threshold in thresholds),
+        risk=tuple(float(errs[sure >= threshold].mean()) for threshold in thresholds),
+        upper=tuple(bounds),
+        # Slides of equal confidence are graded together: the risk at each is that of them all.
+        area=float(np.mean([errs[sure >= value].mean() for value in falling])),
+        level=level,
     )
 
 
@@ -256,8 +250,8 @@ class ReferralRule:
 def referral_rule(curve: RiskCoverage, risk: float) -> ReferralRule | None:
     """Finds the point of greatest coverage with an upper bound of at most the chosen risk.
 
-    With probability ``level`` over samples of patients the rule's true share of patients with a wrong
-    grade, among new patients of the same population graded by these models, is at most ``risk``.
+    With probability ``level`` over samples of patients, the share of new patients of the same population
+    with a wrong grade by these models is at most ``risk``.
 
     Args:
         curve: of :func:`risk_coverage`.
@@ -272,13 +266,9 @@ def referral_rule(curve: RiskCoverage, risk: float) -> ReferralRule | None:
     """
     if not 0 < risk < 1:
         raise UsageError(f"a risk must be between 0 and 1, not {risk}")
-    best = [index for index, upper in enumerate(curve.upper) if upper <= risk]
-    if not best:
-        return None
-    last = best[-1]
-    return ReferralRule(
-        curve.confidence[last], curve.coverage[last], curve.risk[last], curve.upper[last], curve.level
-    )
+    points = zip(curve.confidence, curve.coverage, curve.risk, curve.upper, strict=True)
+    good = [point for point in points if point[-1] <= risk]
+    return ReferralRule(*good[-1], curve.level) if good else None
 
 
 def _mass_before(probabilities: ArrayLike) -> NDArray[np.float64]:
@@ -299,21 +289,3 @@ def _mass_before(probabilities: ArrayLike) -> NDArray[np.float64]:
         before[each, grade] = taken
         taken = taken + padded[each, grade]
     return np.minimum(before[:, 1:-1], 1)
-
-
-def _patient_scores(true: ArrayLike, probabilities: ArrayLike, patients: ArrayLike) -> NDArray[np.float64]:
-    grades, _ = check_probabilities(true, probabilities)
-    names, member = np.unique(np.asarray(patients), return_inverse=True)
-    if member.shape != grades.shape:
-        raise UsageError(f"expected a patient for each of {len(grades)} slides, not {member.shape}")
-    scores = np.zeros(len(names))
-    np.maximum.at(scores, member, _mass_before(probabilities)[np.arange(len(grades)), grades])
-    return scores
-
-
-def _quantile(scores: NDArray[np.float64], risk: float) -> float:
-    if not 0 < risk < 1:
-        raise UsageError(f"a risk must be between 0 and 1, not {risk}")
-    # Rounded, so that 10 * 0.9 is not ten and a bit.
-    rank = int(np.ceil(round((len(scores) + 1) * (1 - risk), 9)))
-    return float(np.sort(scores)[rank - 1]) if rank <= len(scores) else 1.0

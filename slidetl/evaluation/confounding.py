@@ -1,21 +1,23 @@
-"""Sites that could pass for grades: their association, and how well embeddings tell the site."""
+"""Confounding by site: its association with grades, and its presence in embeddings."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import UsageError
-from slidetl.evaluation.bootstrap import Interval, Metric, bca_interval_if_defined
+from slidetl.evaluation.bootstrap import Interval, Metric, Resampling, bca_interval_if_defined
+from slidetl.evaluation.comparison import chance_p
+from slidetl.evaluation.shapes import check_lengths, value_of_patient
 
 
 @dataclass(frozen=True)
 class SiteByGrade:
-    """The table of sites and grades, and how strongly they are associated.
+    """The table of sites and grades, and the strength of their association.
 
     Attributes:
         sites: names, in order.
@@ -64,11 +66,7 @@ def site_by_grade(
     names, site = np.unique(np.asarray(sites).astype(str), return_inverse=True)
     grade = np.asarray(grades)
     who = np.unique(np.asarray(patients), return_inverse=True)[1]
-    if not len(site) or grade.shape != site.shape or who.shape != site.shape:
-        raise UsageError(
-            f"expected a site, a grade and a patient for each slide, not {site.shape}, {grade.shape} and "
-            f"{who.shape}"
-        )
+    check_lengths(sites=site, grades=grade, patients=who)
     if not np.isin(grade, np.arange(n_grades)).all():
         raise UsageError(f"grades must be whole numbers from 0 to {n_grades - 1}")
     grade = grade.astype(np.int64)
@@ -91,14 +89,14 @@ def site_by_grade(
 
 @dataclass(frozen=True)
 class SiteDecodability:
-    """How well embeddings tell the site of patients that the classifier never saw.
+    """Accuracy at telling the site of patients that the classifier never saw.
 
     Attributes:
         balanced_accuracy: mean share right over the sites, 0..1.
         chance: one over the number of sites.
         null_mean, null_high: mean and 95 % quantile of the same accuracy with sites permuted over patients.
         p: of the permutation test.
-        n_sites, n_patients: what it rests on.
+        n_sites, n_patients: numbers of both.
     """
 
     balanced_accuracy: float
@@ -112,7 +110,7 @@ class SiteDecodability:
 
 @dataclass(frozen=True, eq=False)
 class EmbeddedFold:
-    """Slides as one network embeds them.
+    """Embeddings of slides by one network.
 
     Attributes:
         train, test: ``[n]`` and ``[m]``, which slides those are.
@@ -138,11 +136,8 @@ def site_decodability(
 
     The discriminant is the nearest site mean after whitening by the training part's covariance with its mean
     non-zero eigenvalue added to the diagonal (Friedman, JASA 1989); sites count alike, however many slides
-    they have. Neither folds nor whitening look at the sites, so permuting them over patients and classifying
-    again is an exact test, and cheap.
-
-    Embeddings that tell the site are the rule and prove no fault; they allow one, where sites and grades
-    are associated (:func:`site_by_grade`).
+    they have. Neither folds nor whitening depend on the sites, so permuting them over patients is an exact
+    test. Embeddings that tell the site are a fault only where sites and grades are associated.
 
     Args:
         embeddings: ``[N, D]``, a row for each slide.
@@ -164,10 +159,8 @@ def site_decodability(
     fold = np.random.default_rng(seed).permutation(n_patients) % max(1, min(n_folds, n_patients))
     parts = []
     for number in range(fold.max(initial=-1) + 1):
-        tested = fold[who] == number
-        parts.append(
-            EmbeddedFold(np.flatnonzero(~tested), np.flatnonzero(tested), values[~tested], values[tested])
-        )
+        train, test = np.flatnonzero(fold[who] != number), np.flatnonzero(fold[who] == number)
+        parts.append(EmbeddedFold(train, test, values[train], values[test]))
     return site_decodability_by_fold(parts, sites, patients, n_permutations=n_permutations, seed=seed)
 
 
@@ -195,13 +188,9 @@ def site_decodability_by_fold(
         UsageError: as :func:`site_decodability`.
     """
     names, site = np.unique(np.asarray(sites), return_inverse=True)
-    who_names, first, who = np.unique(np.asarray(patients), return_index=True, return_inverse=True)
-    if site.shape != who.shape or not folds:
-        raise UsageError(f"expected a site and a patient for each slide, not {site.shape} and {who.shape}")
-    of_patient = site[first]
-    if (of_patient[who] != site).any():
-        torn: Any = who_names[who[of_patient[who] != site][0]]
-        raise UsageError(f"patient {torn} is at two sites; name the patient by site, or leave one out")
+    _, who, of_patient = value_of_patient(
+        patients, site, "is at two sites; name the patient by site, or leave one out"
+    )
     if len(names) < 2 or np.bincount(of_patient).min() < 2:
         raise UsageError("telling sites apart needs at least two of them, with two patients each")
     rng = np.random.default_rng(seed)
@@ -222,17 +211,16 @@ def site_decodability_by_fold(
             scores = test_rows @ centres.T - (centres**2).sum(axis=1) / 2
             predicted[row, fold.test] = np.where(counts > 0, scores, -np.inf).argmax(axis=1)
     tested = predicted[0] >= 0
-    right = (predicted == slide_labels) & tested
     of_site = [(slide_labels == each) & tested for each in range(len(names))]
-    shares = [(right & mine).sum(axis=1) / np.maximum(mine.sum(axis=1), 1) for mine in of_site]
-    balanced = np.mean(shares, axis=0)
+    right = [((predicted == slide_labels) & mine).sum(axis=1) for mine in of_site]
+    balanced = np.mean([n / np.maximum(m.sum(axis=1), 1) for n, m in zip(right, of_site, strict=True)], 0)
     null = balanced[1:]
     return SiteDecodability(
         balanced_accuracy=float(balanced[0]),
         chance=1 / len(names),
         null_mean=float(null.mean()),
         null_high=float(np.quantile(null, 0.95)),
-        p=float((1 + (null >= balanced[0] - 1e-12).sum()) / (1 + len(null))),
+        p=chance_p(float(balanced[0]), null),
         n_sites=len(names),
         n_patients=len(set(who[tested].tolist())),
     )
@@ -240,7 +228,7 @@ def site_decodability_by_fold(
 
 @dataclass(frozen=True)
 class GroupEstimate:
-    """A metric at one site or scanner.
+    """A metric of one site or scanner.
 
     Attributes:
         group: its name.
@@ -256,27 +244,18 @@ class GroupEstimate:
 
 
 def estimate_by_group(
-    metric: Metric,
-    groups: ArrayLike,
-    patients: ArrayLike,
-    *,
-    level: float = 0.95,
-    n_draws: int = 5000,
-    seed: int = 0,
+    metric: Metric, groups: ArrayLike, patients: ArrayLike, **how: Unpack[Resampling]
 ) -> tuple[GroupEstimate, ...]:
     """Computes the metric within each group by itself, with intervals over its patients.
 
     The groups of a leave-one-site-out protocol are new to the model; those of any other were seen in
-    training, and say nothing of a new site. Kappa depends on which grades a site has: at a site of one
-    grade it is 0, or undefined where all of it was predicted right, so read it beside the accuracy.
+    training. Kappa depends on which grades a site has: at a site of one grade it is 0, or undefined.
 
     Args:
         metric: over all N results.
         groups: ``[N]`` names of sites, or of scanners.
         patients: ``[N]``.
-        level: of the intervals.
-        n_draws: resamples of patients.
-        seed: of the resampling.
+        **how: as :class:`~slidetl.evaluation.bootstrap.Resampling`.
 
     Returns:
         In the order of the names.
@@ -285,8 +264,7 @@ def estimate_by_group(
         UsageError: lengths that differ.
     """
     names, who = np.asarray(groups).astype(str), np.asarray(patients)
-    if names.shape != who.shape or names.ndim != 1:
-        raise UsageError(f"expected a group and a patient for each result, not {names.shape}, {who.shape}")
+    check_lengths(groups=names, patients=who)
     rows = []
     for name in np.unique(names):
         members = np.flatnonzero(names == name)
@@ -297,9 +275,7 @@ def estimate_by_group(
             spread[:, members] = weights
             return metric(spread)
 
-        interval = None
-        if n_patients > 1:
-            interval = bca_interval_if_defined(within, who[members], level=level, n_draws=n_draws, seed=seed)
+        interval = bca_interval_if_defined(within, who[members], **how) if n_patients > 1 else None
         rows.append(GroupEstimate(str(name), len(members), n_patients, interval))
     return tuple(rows)
 

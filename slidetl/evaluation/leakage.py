@@ -74,7 +74,7 @@ def _in_one_frame(thumbnails: Sequence[NDArray[np.uint8]], threshold: float) -> 
 
 
 def _moved(thumbnails: Sequence[NDArray[np.uint8]], mpp: NDArray[np.float64]) -> list[tuple[int, int, float]]:
-    """Pairs that share detail under some shift and symmetry, at one scale."""
+    """Finds pairs that share detail under some shift and symmetry, at one scale."""
     import cv2
     from scipy import fft
 
@@ -126,7 +126,7 @@ def _moved(thumbnails: Sequence[NDArray[np.uint8]], mpp: NDArray[np.float64]) ->
 
 
 def _alike(pictures: NDArray[np.float32], threshold: float) -> list[tuple[int, int, float, int]]:
-    """Pairs of ``[n, s, s]`` that correlate: ``(i, j, correlation, symmetry of j)`` with ``i < j``."""
+    """Finds pairs of ``[n, s, s]`` that correlate: ``(i, j, correlation, symmetry of j)`` with ``i < j``."""
     flat = _normalised(pictures)
     turned = [_normalised(_turn(pictures, symmetry)) for symmetry in range(8)]
     found: list[tuple[int, int, float, int]] = []
@@ -161,9 +161,8 @@ def _symmetric_mean(pictures: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _standardised(pictures: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Brightness and contrast taken out of each; one of one colour is 0."""
-    flat = _normalised(pictures).reshape(pictures.shape)
-    return flat * np.float32(np.sqrt(pictures[0].size))
+    """Takes brightness and contrast out of each; one of one colour is 0."""
+    return _normalised(pictures).reshape(pictures.shape) * np.float32(np.sqrt(pictures[0].size))
 
 
 def _normalised(pictures: NDArray[np.float32]) -> NDArray[np.float32]:

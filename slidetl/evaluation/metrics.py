@@ -33,7 +33,7 @@ Weights = NDArray[np.float64] | None
 
 @dataclass(frozen=True)
 class GradeMetrics:
-    """How well grades were predicted.
+    """Metrics of predicted grades.
 
     Attributes:
         n: number of slides.
@@ -64,19 +64,19 @@ class GradeMetrics:
 
 @dataclass(frozen=True)
 class ProbabilityMetrics:
-    """How good the probabilities of the grades were.
+    """Metrics of the probabilities of the grades.
 
     Attributes:
         n: number of slides.
         auroc: for each threshold k = 0..K-2 the area under the ROC curve of "the grade is above k", by its
-            probability; None where no slide lies on one of its sides, which leaves nothing to tell apart.
+            probability; NaN where no slide lies on one of its sides.
         rps: ranked probability score, 0 (sure and right) to 1 (sure and at the other end of the scale).
         log_loss: mean negative logarithm of the true grade's probability, which counts as 1e-7 at least.
         calibration_error: expected calibration error of the most probable grade, 0..1.
     """
 
     n: int
-    auroc: tuple[float | None, ...]
+    auroc: tuple[float, ...]
     rps: float
     log_loss: float
     calibration_error: float
@@ -196,7 +196,7 @@ def difference(first: Metric, second: Metric) -> Metric:
     return lambda weights: first(weights) - second(weights)
 
 
-def auroc(positive: ArrayLike, scores: ArrayLike) -> float | None:
+def auroc(positive: ArrayLike, scores: ArrayLike) -> float:
     """Computes the area under the ROC curve: how often positives score above negatives, ties counting half.
 
     By ranks (Mann and Whitney, Annals of Mathematical Statistics 1947).
@@ -206,16 +206,15 @@ def auroc(positive: ArrayLike, scores: ArrayLike) -> float | None:
         scores: ``[N]``.
 
     Returns:
-        0..1, or None where there is no positive or no negative.
+        0..1, or NaN where there is no positive or no negative.
     """
-    positive, scores = np.asarray(positive, bool), np.asarray(scores, np.float64)
+    from scipy.stats import rankdata
+
+    positive = np.asarray(positive, bool)
     n_positive = int(positive.sum())
     n_pairs = n_positive * (len(positive) - n_positive)
-    if not n_pairs:
-        return None
-    _, member, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum() - (counts - 1) / 2)[member]  # from 1; the mean of its tied ones
-    return float((ranks[positive].sum() - n_positive * (n_positive + 1) / 2) / n_pairs)
+    above = rankdata(scores)[positive].sum() - n_positive * (n_positive + 1) / 2
+    return float(above / n_pairs) if n_pairs else float("nan")
 
 
 def calibration_error(true: ArrayLike, probabilities: ArrayLike, n_bins: int = 10) -> float:
@@ -285,8 +284,7 @@ def _check_grades(
     true: ArrayLike, predicted: ArrayLike, n_grades: int | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Returns ``[N]`` and ``[R, N]``, whole numbers, on the scale where one is given."""
-    truth, rows = np.asarray(true), np.asarray(predicted)
-    rows = rows[None] if rows.ndim == 1 else rows
+    truth, rows = np.asarray(true), np.atleast_2d(predicted)
     if truth.ndim != 1 or rows.ndim != 2 or not rows.size or rows.shape[1:] != truth.shape:
         raise UsageError(
             f"expected grades [N] and [N] or [R, N], not {truth.shape} and {np.shape(predicted)}"

@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.errors import UsageError
+from slidetl.evaluation.agreement import readings_given_truth
 from slidetl.evaluation.metrics import kappa_of_table
 
 
 @dataclass(frozen=True)
 class StudyDesign:
-    """A study, and the model that its results are drawn from.
+    """A study, and the model of its results.
 
     A patient has a true grade, each equally likely, that all its slides share. An arm puts a slide at
     ``grade + sd * z`` and rounds to the scale; z is standard normal, with a share of its variance common to
@@ -46,7 +47,7 @@ class StudyDesign:
 
 @dataclass(frozen=True)
 class PowerRow:
-    """How often a true difference is found.
+    """Power to find one true difference.
 
     Attributes:
         accuracy_first, accuracy_second: true accuracies of the arms.
@@ -105,29 +106,21 @@ def power_table(
         deviations = [_deviation(accuracy, design.n_grades) for accuracy in pair]
         found = np.zeros(2)
         for _ in range(n_studies):
-            moments = _study(deviations, design, member, rng)
-            differences = np.subtract(*(_metrics(weights @ of_arm) for of_arm in moments))  # [2, B]
+            tables = _study(deviations, design, member, rng)
+            one, other = (np.stack(_metrics(np.tensordot(weights, of_arm, 1))) for of_arm in tables)
+            differences = one - other  # [2, B]
             low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2], axis=1)
             found += (low > 0) | (high < 0)
-        kappas = [_true_qwk(deviation, design.n_grades) for deviation in deviations]
-        rows.append(
-            PowerRow(
-                float(pair[0]),
-                float(pair[1]),
-                kappas[0],
-                kappas[1],
-                float(found[0] / n_studies),
-                float(found[1] / n_studies),
-                float(0.5 / np.sqrt(n_studies)),
-            )
-        )
+        first, second = (_true_qwk(deviation, design.n_grades) for deviation in deviations)
+        by_accuracy, by_qwk = (found / n_studies).tolist()
+        rows.append(PowerRow(*pair, first, second, by_accuracy, by_qwk, 0.5 / n_studies**0.5))
     return tuple(rows)
 
 
 def _study(
     deviations: list[float], design: StudyDesign, member: NDArray[np.intp], rng: np.random.Generator
 ) -> list[NDArray[np.float64]]:
-    """Draws a study: for each arm sums ``[P, 7]`` over patients' slides that make accuracy and kappa."""
+    """Draws a study: for each arm tables ``[P, K, K]``, true by graded, of the slides of each patient."""
     n_patients, n_slides = design.n_patients, len(member)
     true = rng.integers(design.n_grades, size=n_patients)[member]
     shared, between = design.arm_correlation, design.patient_correlation
@@ -143,18 +136,17 @@ def _study(
     for deviation in deviations:
         z = np.sqrt(shared) * common + np.sqrt(1 - shared) * errors()
         graded = np.clip(np.rint(true + deviation * z), 0, design.n_grades - 1)
-        of_slide = [np.ones(n_slides), graded == true, (graded - true) ** 2, graded, graded**2, true, true**2]
-        sums = [np.bincount(member, values.astype(np.float64), n_patients) for values in of_slide]
-        arms.append(np.stack(sums, axis=1).astype(np.float64))
+        tables = np.zeros((n_patients, design.n_grades, design.n_grades))
+        np.add.at(tables, (member, true, graded.astype(np.int64)), 1)
+        arms.append(tables)
     return arms
 
 
-def _metrics(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Maps ``[B, 7]`` to accuracy and QWK ``[2, B]``; sums, since each study has other slides."""
-    n, hits, squares, p, pp, t, tt = sums.T
-    chance = (pp + tt) / n - 2 * p * t / n**2
-    known = chance > 1e-12
-    return np.stack([hits / n, np.where(known, 1 - squares / n / np.where(known, chance, 1), np.nan)])
+def _metrics(tables: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Maps tables ``[B, K, K]`` to accuracy and QWK, ``[B]`` each."""
+    scale = np.arange(tables.shape[-1])
+    hits = np.trace(tables, axis1=1, axis2=2)
+    return hits / tables.sum(axis=(1, 2)), kappa_of_table(tables, (scale[:, None] - scale) ** 2)
 
 
 def _deviation(accuracy: float, n_grades: int) -> float:
@@ -176,9 +168,5 @@ def _deviation(accuracy: float, n_grades: int) -> float:
 
 def _true_qwk(deviation: float, n_grades: int) -> float:
     """Computes the QWK of grades that are equally likely, read with this error."""
-    from scipy.stats import norm
-
-    scale = np.arange(n_grades)
-    reached = norm.cdf((scale[:-1] + 0.5 - scale[:, None]) / deviation)
-    table = np.diff(reached, axis=1, prepend=0, append=1) / n_grades
-    return float(kappa_of_table(table, (scale[:, None] - scale) ** 2))
+    (table,), scale = readings_given_truth(np.array([deviation]), n_grades), np.arange(n_grades)
+    return float(kappa_of_table(table / n_grades, (scale[:, None] - scale) ** 2))

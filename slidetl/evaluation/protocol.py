@@ -1,8 +1,7 @@
 """Repeated nested cross-validation for a hundred slides, in which nothing leaks.
 
-Pure arithmetic over what is known of the slides: who goes where is decided before anything is fitted, is the
-same for all arms of a comparison, and can be written down and hashed. The test part of a fold is there to be
-predicted once; every choice belongs to the inner folds, which are cut from its training part alone.
+Folds are planned before anything is fitted, are the same for all arms of a comparison, and can be hashed. The
+test part of a fold is predicted once; choices are made in inner folds, cut from its training part alone.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ UNITS: tuple[Unit, ...] = ("worst", "mean", "slide")
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a comparison is split, and what counts as one result.
+    """The splits of a comparison, and its unit of one result.
 
     Attributes:
         repeats: R, how often the whole cross-validation is done with other folds and seeds.
@@ -67,7 +66,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Case:
-    """What a protocol must know of a slide.
+    """A slide, as a protocol sees it.
 
     Attributes:
         slide_id, patient_id: from the manifest.
@@ -164,11 +163,8 @@ def subsample(fold: Fold, cases: Iterable[Case], n_slides: int, n_grades: int) -
             f"expected a training part of {n_grades} to {len(fold.train)} slides, not {n_slides}; "
             "change 'sizes.slides'"
         )
-    slides: dict[str, list[Case]] = defaultdict(list)
     members = set(fold.train)
-    for case in sorted(cases, key=lambda case: case.slide_id):
-        if case.slide_id in members:
-            slides[case.patient_id].append(case)
+    slides = _slides_of_patients(case for case in cases if case.slide_id in members)
     patients = sorted(slides)
     order = [patients[index] for index in np.random.default_rng(fold.seed).permutation(len(patients))]
     first, seen = [], set[int]()
@@ -191,9 +187,7 @@ def permute_grades(cases: Iterable[Case], seed: int) -> dict[str, int]:
     Returns:
         Grade by slide.
     """
-    slides: dict[str, list[Case]] = defaultdict(list)
-    for case in sorted(cases, key=lambda case: case.slide_id):
-        slides[case.patient_id].append(case)
+    slides = _slides_of_patients(cases)
     alike: dict[int, list[str]] = defaultdict(list)
     for patient in sorted(slides):
         alike[len(slides[patient])].append(patient)
@@ -208,8 +202,7 @@ def permute_grades(cases: Iterable[Case], seed: int) -> dict[str, int]:
 
 def folds_to_json(folds: Iterable[Fold]) -> list[dict[str, Any]]:
     """Converts folds to plain JSON values."""
-    plain: list[dict[str, Any]] = json.loads(json.dumps([asdict(fold) for fold in folds]))
-    return plain
+    return list(json.loads(json.dumps([asdict(fold) for fold in folds])))
 
 
 def canonical_sha256(value: object) -> str:
@@ -219,7 +212,7 @@ def canonical_sha256(value: object) -> str:
 
 
 def splits_sha256(folds: Iterable[Fold]) -> str:
-    """Hashes who is where: equal for equal splits, on any machine."""
+    """Hashes the parts of all folds: equal for equal splits, on any machine."""
     return canonical_sha256(folds_to_json(folds))
 
 
@@ -229,12 +222,10 @@ def audit_folds(
     fingerprints: Mapping[str, str],
     near_duplicates: Iterable[tuple[str, str, float]] = (),
 ) -> None:
-    """Stops a comparison in which one side knows something of the other.
-
-    It looks at the folds as they are, however they were made, the inner ones too.
+    """Checks that no patient, content or near-duplicate is on both sides of a fold, inner ones included.
 
     Args:
-        folds: to be looked at.
+        folds: to be checked.
         cases: of all slides in them.
         fingerprints: SHA-256 of each slide's content.
         near_duplicates: pairs of slides that look alike, and how much (:func:`near_duplicates`).
@@ -275,6 +266,7 @@ def _outer(cases: list[Case], protocol: Protocol, repeat: int) -> list[tuple[str
             raise UsageError("protocol.given_split: a slide has no 'split'; fill that column of the manifest")
         test = [case for case in cases if case.split == "test"]
         return [("test", [case for case in cases if case.split != "test"], test)]
+    parts = []
     if protocol.leave_one_site_out:
         sites = sorted({case.site for case in cases})
         if len(sites) < 2 or "" in sites:
@@ -282,14 +274,12 @@ def _outer(cases: list[Case], protocol: Protocol, repeat: int) -> list[tuple[str
                 f"protocol.leave_one_site_out: expected at least two sites and one for each slide, found "
                 f"{sites}; fill the manifest's 'site'"
             )
-        parts = []
         for site in sites:
             test = [case for case in cases if case.site == site]
             patients = {case.patient_id for case in test}
             parts.append((site, [case for case in cases if case.patient_id not in patients], test))
         return parts
     seed = _seed(protocol.seed, repeat)
-    parts = []
     for number, test in enumerate(_stratified(cases, protocol.outer_folds, seed, "outer_folds")):
         inside = {case.slide_id for case in test}
         parts.append((str(number), [case for case in cases if case.slide_id not in inside], test))
@@ -301,11 +291,7 @@ def _inner(train: list[Case], protocol: Protocol, seed: int) -> list[InnerFold]:
         return []
     given = [case for case in train if case.split == "val"] if protocol.given_split else []
     held_out = [given] if given else _stratified(train, protocol.inner_folds, seed, "inner_folds")
-    folds = []
-    for validation in held_out:
-        inside = {case.slide_id for case in validation}
-        folds.append(InnerFold(tuple(i for i in _ids(train) if i not in inside), _ids(validation)))
-    return folds
+    return [InnerFold(_ids(set(train) - set(validation)), _ids(validation)) for validation in held_out]
 
 
 def _stratified(cases: list[Case], n_folds: int, seed: int, option: str) -> list[list[Case]]:
@@ -342,6 +328,13 @@ def _check_grades(train: Iterable[Case], n_grades: int, where: str, protocol: Pr
         f"{where}: no training slide has grade {names}, so it could not be learned; add such slides (of "
         f"other patients), {remedy}, choose another protocol.seed, or give 'grades' a scale without it"
     )
+
+
+def _slides_of_patients(cases: Iterable[Case]) -> dict[str, list[Case]]:
+    slides: dict[str, list[Case]] = defaultdict(list)
+    for case in sorted(cases, key=lambda case: case.slide_id):
+        slides[case.patient_id].append(case)
+    return slides
 
 
 def _seed(*numbers: int) -> int:

@@ -1,21 +1,22 @@
-"""A continuous score: how far it repeats itself, and whether two groups, or two times, differ in it."""
+"""Repeatability of a continuous score, and its shift between two groups or two times."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import UsageError
-from slidetl.evaluation.bootstrap import Interval, Metric, bca_interval
+from slidetl.evaluation.bootstrap import Interval, Metric, Resampling, bca_interval
+from slidetl.evaluation.shapes import check_lengths, value_of_patient
 
 
 @dataclass(frozen=True)
 class Repeatability:
-    """How far a slide's score repeats itself over draws of tiles.
+    """Repeatability of a slide's score over draws of tiles.
 
     Attributes:
         n, n_draws: slides, or results of patients, and draws that it rests on.
@@ -33,9 +34,7 @@ class Repeatability:
     minimal_detectable_change: Interval
 
 
-def repeatability(
-    scores: ArrayLike, patients: ArrayLike, *, level: float = 0.95, n_resamples: int = 5000, seed: int = 0
-) -> Repeatability:
+def repeatability(scores: ArrayLike, patients: ArrayLike, **how: Unpack[Resampling]) -> Repeatability:
     """Splits the variance of scores into slides and draws, by a one-way analysis of variance.
 
     ICC(1,1) is that of Shrout and Fleiss (Psychological Bulletin 1979), the minimal detectable change that
@@ -46,9 +45,7 @@ def repeatability(
     Args:
         scores: ``[N, D]``, of N slides (or patients) in each of D independent draws.
         patients: ``[N]``.
-        level: of the intervals.
-        n_resamples: of patients, for the intervals.
-        seed: of the resampling.
+        **how: as :class:`~slidetl.evaluation.bootstrap.Resampling`.
 
     Raises:
         UsageError: shapes that do not fit, fewer than two slides or draws, a score that is not finite, or
@@ -80,29 +77,25 @@ def repeatability(
     def within_sd(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.sqrt(mean_squares(weights)[1])
 
-    sd = bca_interval(within_sd, patients, level=level, n_draws=n_resamples, seed=seed)
+    sd = bca_interval(within_sd, patients, **how)
     factor = 1.96 * 2**0.5
-    change = Interval(factor * sd.estimate, factor * sd.low, factor * sd.high, level)
-    return Repeatability(
-        n=len(values),
-        n_draws=n_draws,
-        within_sd=sd,
-        icc=bca_interval(icc, patients, level=level, n_draws=n_resamples, seed=seed),
-        minimal_detectable_change=change,
-    )
+    change = Interval(factor * sd.estimate, factor * sd.low, factor * sd.high, sd.level)
+    return Repeatability(len(values), n_draws, sd, bca_interval(icc, patients, **how), change)
 
 
 @dataclass(frozen=True)
 class ScoreShift:
-    """How far one group's scores lie from another's.
+    """Shift of one group's scores from another's.
 
     Attributes:
+        paired: True where the same patients are in both groups.
         n_first, n_second: patients.
         shift: Hodges-Lehmann estimate, second less first, with its bootstrap interval.
         p: two-sided, of the rank test.
         superiority: how often the second is above the first, ties counting half: 0.5 where there is no shift.
     """
 
+    paired: bool
     n_first: int
     n_second: int
     shift: Interval
@@ -111,13 +104,7 @@ class ScoreShift:
 
 
 def compare_groups(
-    scores: ArrayLike,
-    is_second: ArrayLike,
-    patients: ArrayLike,
-    *,
-    level: float = 0.95,
-    n_draws: int = 2000,
-    seed: int = 0,
+    scores: ArrayLike, is_second: ArrayLike, patients: ArrayLike, **how: Unpack[Resampling]
 ) -> ScoreShift:
     """Compares scores of two groups of different patients, such as treated and not.
 
@@ -131,9 +118,7 @@ def compare_groups(
         scores: ``[N]`` of slides.
         is_second: ``[N]`` bool, whether the slide's patient is in the second group.
         patients: ``[N]``.
-        level: of the interval.
-        n_draws: number of resamples.
-        seed: of the resampling.
+        **how: as :class:`~slidetl.evaluation.bootstrap.Resampling`.
 
     Raises:
         UsageError: shapes that do not fit, a score that is not finite, fewer than two patients in a group, or
@@ -141,34 +126,24 @@ def compare_groups(
     """
     from scipy.stats import mannwhitneyu
 
-    values, second, names = np.asarray(scores, np.float64), np.asarray(is_second, bool), np.asarray(patients)
-    if values.ndim != 1 or second.shape != values.shape or names.shape != values.shape:
-        raise UsageError(
-            f"expected scores, groups and patients of one length, not {values.shape}, {second.shape} and "
-            f"{names.shape}"
-        )
+    values = np.asarray(scores, np.float64)
+    problem = "is in both groups; compare such patients with compare_paired"
+    who, member, group = value_of_patient(patients, np.asarray(is_second, bool), problem)
+    check_lengths(scores=values, patients=member)
     if not np.isfinite(values).all():
         raise UsageError("scores must be finite numbers")
-    who, member = np.unique(names, return_inverse=True)
-    share = np.bincount(member, second) / np.bincount(member)
-    if ((share > 0) & (share < 1)).any():
-        torn: Any = who[(share > 0) & (share < 1)][0]
-        raise UsageError(f"patient {torn} is in both groups; compare such patients with compare_paired")
-    group = share == 1
     if min(group.sum(), (~group).sum()) < 2:
         raise UsageError("a comparison of groups needs two patients in each")
     means = np.bincount(member, values) / np.bincount(member)
     gaps = means[group][None, :] - means[~group][:, None]  # [first, second]
     metric = _median_of(gaps.ravel(), lambda row: np.outer(row[~group], row[group]).ravel())
-    shift = bca_interval(metric, who, level=level, n_draws=n_draws, seed=seed, strata=group)
+    shift = bca_interval(metric, who, strata=group, **how)
     p = float(mannwhitneyu(means[group], means[~group], alternative="two-sided").pvalue)
     superiority = float(((gaps > 0) + (gaps == 0) / 2).mean())
-    return ScoreShift(gaps.shape[0], gaps.shape[1], shift, p, superiority)
+    return ScoreShift(False, gaps.shape[0], gaps.shape[1], shift, p, superiority)
 
 
-def compare_paired(
-    before: ArrayLike, after: ArrayLike, *, level: float = 0.95, n_draws: int = 2000, seed: int = 0
-) -> ScoreShift:
+def compare_paired(before: ArrayLike, after: ArrayLike, **how: Unpack[Resampling]) -> ScoreShift:
     """Compares two scores of the same patients, such as before and after treatment.
 
     The shift is the median of the means of all pairs of changes, a change with itself included (Hodges and
@@ -179,9 +154,7 @@ def compare_paired(
     Args:
         before: ``[P]``, one score a patient; average the slides first.
         after: ``[P]``, of the same patients in the same order.
-        level: of the interval.
-        n_draws: number of resamples.
-        seed: of the resampling.
+        **how: as :class:`~slidetl.evaluation.bootstrap.Resampling`.
 
     Raises:
         UsageError: lengths that differ, fewer than two patients, or a score that is not finite.
@@ -203,9 +176,9 @@ def compare_paired(
         return np.where(one_of == other_of, row[one_of] * (row[one_of] + 1) / 2, row[one_of] * row[other_of])
 
     metric = _median_of((change[one_of] + change[other_of]) / 2, weigh)
-    shift = bca_interval(metric, np.arange(n), level=level, n_draws=n_draws, seed=seed)
+    shift = bca_interval(metric, np.arange(n), **how)
     p = float(wilcoxon(change, method="auto").pvalue) if change.any() else 1.0
-    return ScoreShift(n, n, shift, p, float(((change > 0) + (change == 0) / 2).mean()))
+    return ScoreShift(True, n, n, shift, p, float(((change > 0) + (change == 0) / 2).mean()))
 
 
 def _median_of(

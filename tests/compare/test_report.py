@@ -157,7 +157,7 @@ def invented(
     repeats: int = 2,
     grades: list[str] | None = None,
     sizes: tuple[int, ...] = (20, 40),
-    draws: int = 200,
+    draws: int = 100,
     noise: float = 0.55,
     groups: Groups | None = None,
     temperature: float = 1.1,
@@ -269,11 +269,20 @@ def by_patient(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     return list(worst.values())
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[ComparisonResult, Path]:
     """A finished comparison with everything that a report may have."""
     folder = tmp_path_factory.mktemp("report")
     result = invented()
+    written(result, folder)
+    return result, folder
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[ComparisonResult, Path]:
+    """Twenty patients, one repeat, with inner folds."""
+    folder = tmp_path_factory.mktemp("small")
+    result = invented(20, repeats=1, sizes=())
     written(result, folder)
     return result, folder
 
@@ -377,7 +386,7 @@ def test_images_lie_in_the_page_and_their_texts_say_the_numbers(whole: tuple[Com
     assert len(page.images) == len(DRAWN)
     forest = (folder / "figures" / "forest.svg").read_bytes()
     assert page.images[0]["src"] == "data:image/svg+xml;base64," + base64.b64encode(forest).decode()
-    qwk = result.arms[0].figures["qwk"].estimate
+    qwk = result.arms[0].metrics["qwk"].estimate
     assert f"{result.arms[0].arm}: {qwk:.2f} [" in page.images[0]["alt"]
     counts = " | ".join(
         ", ".join(map(str, (grade, *row))) for grade, row in enumerate(result.arms[0].confusion)
@@ -459,9 +468,10 @@ def test_one_reader_sets_no_ceiling(tmp_path: Path) -> None:
     assert "ceiling" not in page.text["arms"]
 
 
-def test_curves_of_a_nested_comparison_are_those_of_the_inner_folds(tmp_path: Path) -> None:
-    result = invented(20, repeats=1, sizes=())
-    page = written(result, tmp_path)
+def test_curves_of_a_nested_comparison_are_those_of_the_inner_folds(
+    small: tuple[ComparisonResult, Path],
+) -> None:
+    result, page = small[0], Page(small[1] / "report.html")
     arm = next(arm for arm in result.arms if arm.arm == "warm")
     last = [
         point.qwk
@@ -564,11 +574,16 @@ def test_sites_are_told_from_the_networks_of_each_arm(
 
 
 @pytest.mark.parametrize("nested", [True, False])
-def test_arms_are_shown_at_equal_epochs_and_at_their_plateaus(tmp_path: Path, nested: bool) -> None:
+def test_arms_are_shown_at_equal_epochs_and_at_their_plateaus(
+    small: tuple[ComparisonResult, Path], tmp_path: Path, nested: bool
+) -> None:
     """From the curves as they are written, by other means."""
-    page = written(invented(20, repeats=1, sizes=(), nested=nested), tmp_path)
-    rows = [row for row in table(tmp_path / "results.csv") if row["section"] == "learning"]
-    points = table(tmp_path / "curves.csv")
+    folder = small[1] if nested else tmp_path
+    if not nested:
+        written(invented(20, repeats=1, sizes=(), nested=False), folder)
+    page = Page(folder / "report.html")
+    rows = [row for row in table(folder / "results.csv") if row["section"] == "learning"]
+    points = table(folder / "curves.csv")
     assert {row["arm"] for row in rows} == {"warm", "scratch"}  # a prior has no epochs
     gaps = {}
     for arm in ("warm", "scratch"):
@@ -605,25 +620,25 @@ def test_arms_are_shown_at_equal_epochs_and_at_their_plateaus(tmp_path: Path, ne
     assert f"epochs, {late:+.2f}. Means".replace("-", "\N{MINUS SIGN}") in page.text["learning"]
 
 
-def test_temperatures_are_judged_against_none(tmp_path: Path) -> None:
-    result = invented(20, repeats=1, sizes=())
+def test_temperatures_are_judged_against_none(small: tuple[ComparisonResult, Path]) -> None:
+    result, folder = small
     plain = invented(20, repeats=1, sizes=(), temperature=1.0)
-    page = written(result, tmp_path)
+    page = Page(folder / "report.html")
     shown = [row for where, row in page.rows if where == "calibration" and len(row) == 8][1:]
     assert [row[0] for row in shown] == ["warm", "scratch"]  # a prior has no temperature
     for row, arm, without in zip(shown, result.arms, plain.arms, strict=False):
         assert row[1] == "1.10 to 1.10"
         for place, name in ((2, "log_loss"), (4, "rps")):
-            before, after = (found.figures[name].estimate for found in (without, arm))  # type: ignore[index]
+            before, after = (found.metrics[name].estimate for found in (without, arm))  # type: ignore[index]
             assert row[place : place + 2] == [f"{before:.3f}", f"{after:.3f}"]
             assert before != after
         assert without.slope.slope is not None and arm.slope.slope is not None
         assert row[6:] == [
             f"{found.slope.slope.estimate:.2f}" for found in (without, arm) if found.slope.slope
         ]
-    rows = {row["figure"]: row for row in table(tmp_path / "results.csv") if row["arm"] == "warm"}
+    rows = {row["figure"]: row for row in table(folder / "results.csv") if row["arm"] == "warm"}
     assert float(rows["untempered_rps"]["estimate"]) == pytest.approx(
-        plain.arms[0].figures["rps"].estimate, 1e-4
+        plain.arms[0].metrics["rps"].estimate, 1e-4
     )
 
 
@@ -651,7 +666,7 @@ def test_arms_on_fewer_slides_are_compared_too(whole: tuple[ComparisonResult, Pa
     rows = [row for row in table(folder / "results.csv") if row["section"] == "difference"]
     for pair in pairs:
         one, other = arms[pair.arm, pair.n_slides], arms["scratch", pair.n_slides]
-        gain = one.figures["qwk"].estimate - other.figures["qwk"].estimate
+        gain = one.metrics["qwk"].estimate - other.metrics["qwk"].estimate
         assert pair.interval.estimate == pytest.approx(gain)
         assert pair.p_holm is not None and pair.p_holm >= pair.sign_flip.p
         shown = [row for row in rows if (row["arm"], row["train_slides"]) == (pair.arm, str(pair.n_slides))]
@@ -690,6 +705,30 @@ def test_two_groups_are_compared_by_every_arm_and_by_the_labels(tmp_path: Path) 
         if arm != "warm" and arm != "scratch":  # whose first table is that of the draws
             assert shown[1:3] == [f"{len(north)} and {len(south)}", as_shown(shift, "{:+.2f}")]
     assert "south minus north (by site)" in page.text["score"]
+
+
+def test_an_undefined_metric_is_said_to_be(small: tuple[ComparisonResult, Path], tmp_path: Path) -> None:
+    """Learning curves whose QWK is undefined early, and a threshold without two sides."""
+    warm, *others = small[0].arms
+    units = [
+        (unit, replace(found, curves=tuple(
+            replace(point, qwk=float("nan")) if point.epoch == 5 else point for point in found.curves
+        )))
+        for unit, found in warm.units
+    ]  # fmt: skip
+    quality = replace(warm.quality, auroc=(float("nan"), *warm.quality.auroc[1:]))
+    arms = (replace(warm, units=tuple(units), quality=quality), *others)
+    page = written(replace(small[0], arms=arms), tmp_path)
+    shown = [row for where, row in page.rows if where == "learning" and row[0] == "warm"]
+    assert shown[0][1] == "undefined" and "undefined after 5, " in page.text["learning"]
+    assert page.row("calibration", "warm") and any("undefined" in row[1:2] for _, row in page.rows)
+    for name in ("results.csv", "curves.csv"):
+        rows = [row for row in table(tmp_path / name) if row["arm"] == "warm"]
+        assert "nan" not in {cell for row in rows for cell in row.values()}
+    (area,) = [row for row in table(tmp_path / "results.csv") if row["arm"] == "warm"
+               and row["figure"] == "auroc_above_0"]  # fmt: skip
+    assert area["estimate"] == ""
+    assert " nan" not in (tmp_path / "report.md").read_text()
 
 
 def test_every_protocol_has_its_words(whole: tuple[ComparisonResult, Path]) -> None:

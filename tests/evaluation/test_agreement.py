@@ -65,7 +65,7 @@ def test_the_model_takes_a_readers_place() -> None:
     good, poor = (np.stack([read(true, sd, rng) for _ in range(3)]) for sd in (0.1, 2.0))
     patients = np.arange(120) // 2
     for predicted, sign in ((good, 1), (poor, -1)):
-        against = model_against_readers(predicted, readings, patients, 5)
+        against = model_against_readers(predicted, readings, patients, 5, n_draws=500)
         assert [row.reader for row in against] == [0, 1, None]
         row = against[0]
         assert row.peer_qwk is not None and row.qwk_less_peers is not None

@@ -106,7 +106,7 @@ def test_corrected_t_is_students_with_a_wider_error() -> None:
     # Without an overlap to speak of it is Student's own.
     alone = corrected_t(differences, 1e-12)
     assert (alone.t, alone.p) == pytest.approx((plain.statistic, plain.pvalue))
-    assert (alone.low, alone.high) == pytest.approx(tuple(plain.confidence_interval(0.95)))
+    assert (alone.interval.low, alone.interval.high) == pytest.approx(tuple(plain.confidence_interval(0.95)))
 
 
 def test_corrected_t_where_all_differences_are_one() -> None:

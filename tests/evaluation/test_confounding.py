@@ -74,7 +74,10 @@ def test_a_patient_at_two_sites_counts_at_each() -> None:
 
 @pytest.mark.parametrize(
     ("sites", "grades", "patients", "message"),
-    [(["A"], [0, 1], [0, 1], "for each slide"), (["A", "B"], [0, 5], [0, 1], "from 0 to 4")],
+    [
+        (["A"], [0, 1], [0, 1], "sites, grades and patients of one length"),
+        (["A", "B"], [0, 5], [0, 1], "from 0 to 4"),
+    ],
 )
 def test_tables_that_cannot_be_made(
     sites: list[str], grades: list[int], patients: list[int], message: str
@@ -190,5 +193,5 @@ def test_each_site_has_its_own_estimate() -> None:
     of_one = np.where(sites == "B", 3, true)
     undefined = estimate_by_group(partial(qwk, of_one, of_one, 5), sites, patients)
     assert undefined[0].estimate is not None and undefined[1].estimate is None
-    with pytest.raises(UsageError, match="for each result"):
+    with pytest.raises(UsageError, match="groups and patients of one length"):
         estimate_by_group(partial(accuracy, true, predicted), sites[:3], patients)

@@ -10,27 +10,27 @@ from slidetl.evaluation.power import StudyDesign, power_table
 
 def test_a_hundred_slides_show_kappa_better_than_accuracy() -> None:
     """The figures that made QWK primary: power .28 for accuracy .56 against .64, .52 for their QWK."""
-    (row,) = power_table([(0.56, 0.64)], n_studies=2000)
-    assert row.power_accuracy == pytest.approx(0.28, abs=0.035)
-    assert row.power_qwk == pytest.approx(0.52, abs=0.035)
-    assert row.error == pytest.approx(0.0112, abs=1e-4)
+    (row,) = power_table([(0.56, 0.64)], n_studies=800)
+    assert row.power_accuracy == pytest.approx(0.28, abs=0.05)
+    assert row.power_qwk == pytest.approx(0.52, abs=0.05)
+    assert row.error == pytest.approx(0.0177, abs=1e-4)
 
 
 def test_equal_arms_are_found_different_as_often_as_the_level_allows() -> None:
-    (row,) = power_table([(0.6, 0.6)], n_studies=1000)
+    (row,) = power_table([(0.6, 0.6)], n_studies=500)
     assert row.qwk_first == row.qwk_second
     assert 0.02 <= row.power_accuracy <= 0.08 and 0.02 <= row.power_qwk <= 0.09
 
 
 def test_power_rises_with_patients_differences_and_likeness() -> None:
     small, large = (
-        power_table([(0.5, 0.6), (0.5, 0.7)], StudyDesign(n_patients=n, n_slides=2 * n), n_studies=300)
+        power_table([(0.5, 0.6), (0.5, 0.7)], StudyDesign(n_patients=n, n_slides=2 * n), n_studies=120)
         for n in (30, 120)
     )
     assert small[0].power_qwk < large[0].power_qwk
     assert small[0].power_qwk < small[1].power_qwk
     apart, alike = (
-        power_table([(0.56, 0.64)], StudyDesign(arm_correlation=share), n_studies=300)[0]
+        power_table([(0.56, 0.64)], StudyDesign(arm_correlation=share), n_studies=120)[0]
         for share in (0.0, 0.9)
     )
     assert apart.power_qwk < alike.power_qwk and apart.power_accuracy < alike.power_accuracy
@@ -53,7 +53,7 @@ def test_the_model_has_the_accuracy_and_kappa_that_it_says(accuracy: float, n_gr
 
 
 def test_the_same_seed_gives_the_same_table() -> None:
-    first, second = (power_table([(0.5, 0.7)], n_studies=50, seed=3) for _ in range(2))
+    first, second = (power_table([(0.5, 0.7)], n_studies=10, seed=3) for _ in range(2))
     assert first == second
 
 

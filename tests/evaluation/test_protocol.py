@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slidetl.errors import UsageError
@@ -48,6 +48,7 @@ def cohorts(draw: st.DrawFn) -> list[Case]:
     return cases
 
 
+@settings(max_examples=40)  # an example plans dozens of folds
 @given(cases=cohorts(), seed=st.integers(0, 1000), repeats=st.integers(1, 2), k=st.integers(2, 4))
 def test_folds_are_disjoint_by_patient_and_cover_every_slide_once(
     cases: list[Case], seed: int, repeats: int, k: int
@@ -223,6 +224,7 @@ def test_the_audit_finds_slides_that_look_alike_in_an_inner_fold(pair: tuple[str
     audit_folds(folds, CASES, CONTENT, [("a", "b", 0.99)])
 
 
+@settings(max_examples=25)
 @given(n=st.integers(10, 60), seed=st.integers(0, 50))
 def test_a_smaller_training_part_lies_within_larger_ones_and_has_every_grade(n: int, seed: int) -> None:
     cases = cohort()

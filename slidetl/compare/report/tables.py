@@ -15,11 +15,10 @@ import numpy as np
 
 import slidetl
 from slidetl.compare.aggregate import ArmResult, PairedDifference
-from slidetl.compare.config import FIGURES
-from slidetl.compare.learning import CurveFigure
+from slidetl.compare.config import METRICS
+from slidetl.compare.learning import CurveMetric
 from slidetl.compare.report.view import NAMES, View
 from slidetl.compare.table import Table, format_percent, format_range
-from slidetl.evaluation.bootstrap import Interval
 from slidetl.evaluation.conformal import RiskCoverage, referral_rule
 
 _BASELINES = {
@@ -45,8 +44,8 @@ def tables_of(view: View) -> dict[str, Table]:
     primary = view.comparison.primary
     return {
         "metrics": Table(
-            ("Arm", *(NAMES[name] if name != "rps" else (NAMES[name], ".3f") for name in FIGURES)),
-            [(arm.arm, *(arm.figures[name] for name in FIGURES)) for arm in view.arms],
+            ("Arm", *(NAMES[name] if name != "rps" else (NAMES[name], ".3f") for name in METRICS)),
+            [(arm.arm, *(arm.metrics[name] for name in METRICS)) for arm in view.arms],
             strong=(primary.arm, primary.against),
         ),
         "configured": Table(
@@ -66,7 +65,7 @@ def tables_of(view: View) -> dict[str, Table]:
         "chance": Table(
             ("Arm", view.metric, "Refits", ("p", "p")),
             [
-                (arm.arm, arm.figures[primary.figure], arm.n_permuted, arm.chance_p)
+                (arm.arm, arm.metrics[primary.figure], arm.n_permuted, arm.chance_p)
                 for arm in view.arms
                 if arm.chance_p is not None
             ],
@@ -195,7 +194,7 @@ def forest(view: View) -> Table:
         pairs[primary.arm] = view.result.primary.interval
     return Table(
         ("Arm", view.metric, (f"difference in {view.metric}, arm minus {primary.against}", "+.2f")),
-        [(arm.arm, arm.figures[primary.figure], pairs.get(arm.arm)) for arm in view.arms],
+        [(arm.arm, arm.metrics[primary.figure], pairs.get(arm.arm)) for arm in view.arms],
     )
 
 
@@ -225,11 +224,11 @@ def _differences(view: View) -> Table:
 
 def _difference(pair: PairedDifference) -> tuple[Any, ...]:
     t, holm = pair.corrected_t, "declared" if pair.p_holm is None else pair.p_holm
-    over_folds = (None, None) if t is None else (Interval(t.difference, t.low, t.high, t.level), t.p)
+    over_folds = (None, None) if t is None else (t.interval, t.p)
     return pair.interval, pair.sign_flip.p, holm, *over_folds
 
 
-def _equal_epochs(view: View, metric: CurveFigure) -> Table:
+def _equal_epochs(view: View, metric: CurveMetric) -> Table:
     name = NAMES[metric]
     columns = (f"{name} after\N{NO-BREAK SPACE}{epoch}" for epoch in view.epochs)
     rows = []
@@ -253,7 +252,7 @@ def _sizes(view: View) -> Table:
     whole = float(np.mean([train for train, _ in view.result.fold_sizes]))
     names = list(dict.fromkeys(arm.arm for arm in view.result.smaller))
     rows = [
-        (arm.arm, float(arm.n_slides or whole), arm.figures["qwk"], arm.figures["accuracy"])
+        (arm.arm, float(arm.n_slides or whole), arm.metrics["qwk"], arm.metrics["accuracy"])
         for arm in (*view.result.smaller, *view.arms)
         if arm.arm in names
     ]
@@ -262,13 +261,15 @@ def _sizes(view: View) -> Table:
 
 
 def _temperatures(view: View) -> Table:
-    rows = []
-    for arm in view.arms:
-        if (plain := arm.untempered) is not None:
-            slope = arm.slope.slope and arm.slope.slope.estimate
-            log_loss, rps = arm.figures["log_loss"].estimate, arm.figures["rps"].estimate
-            found = format_range((result.temperature for _, result in arm.units), ".2f")
-            rows.append((arm.arm, found, plain.log_loss, log_loss, plain.rps, rps, plain.slope, slope))
+    rows = [
+        (
+            *(arm.arm, format_range((result.temperature for _, result in arm.units), ".2f")),
+            *(plain.log_loss, arm.metrics["log_loss"].estimate, plain.rps, arm.metrics["rps"].estimate),
+            *(plain.slope, arm.slope.slope and arm.slope.slope.estimate),
+        )
+        for arm in view.arms
+        if (plain := arm.untempered) is not None
+    ]
     log_loss_columns = ("Log loss before", ".3f"), ("after", ".3f")
     columns = "Arm", "Temperature", *log_loss_columns, ("RPS before", ".3f"), ("after", ".3f")
     return Table((*columns, "Slope before", "after"), rows)
@@ -286,14 +287,13 @@ def _wrong_grades(view: View) -> Table:
 
 
 def _referral_rules(view: View) -> Table:
-    risks, rows = view.comparison.referral_risks, []
-    for arm in view.serious:
-        rules = [referral_rule(arm.referral, risk) for risk in risks]
-        cells = [
-            f"{format_percent(rule.coverage)}, from {rule.confidence:.2f} up" if rule else "none"
-            for rule in rules
-        ]
-        rows.append((arm.arm, *cells))
+    risks = view.comparison.referral_risks
+
+    def cell(curve: RiskCoverage, risk: float) -> str:
+        rule = referral_rule(curve, risk)
+        return f"{format_percent(rule.coverage)}, from {rule.confidence:.2f} up" if rule else "none"
+
+    rows = [(arm.arm, *(cell(arm.referral, risk) for risk in risks)) for arm in view.serious]
     return Table(("Arm", *(f"at most {format_percent(risk)} of patients wrong" for risk in risks)), rows)
 
 
@@ -326,9 +326,8 @@ def _group_shifts(view: View) -> Table:
     scores = (("grades in the manifest", labels), *((arm.arm, arm.group_shift) for arm in view.arms))
     for name, found in scores if labels is not None else ():
         if found is not None:
-            shift = found.shift
-            patients = shift.n_first if found.paired else f"{shift.n_first} and {shift.n_second}"
-            rows.append((name, patients, shift.shift, shift.p, shift.superiority))
+            patients = found.n_first if found.paired else f"{found.n_first} and {found.n_second}"
+            rows.append((name, patients, found.shift, found.p, found.superiority))
     return Table(("Score", "Patients", ("Shift (grades)", "+.2f"), ("p", "p"), "Superiority"), rows)
 
 
@@ -406,9 +405,8 @@ def _named(value: Any, default: str) -> str:
     """Names the class of a configuration, with its arguments."""
     if not isinstance(value, Mapping) or "class_path" not in value:
         return default
-    arguments = ", ".join(
-        f"{key} {_list(v) if isinstance(v, list) else v}" for key, v in value.get("init_args", {}).items()
-    )
+    given = value.get("init_args", {}).items()
+    arguments = ", ".join(f"{key} {_list(v) if isinstance(v, list) else v}" for key, v in given)
     name = str(value["class_path"]).rsplit(".", 1)[-1]
     return f"{name} ({arguments})" if arguments else name
 

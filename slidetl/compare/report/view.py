@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from slidetl.compare.aggregate import ArmResult, ComparisonResult
-from slidetl.compare.config import Comparison, Figure
-from slidetl.compare.learning import CurveFigure, Learning, equal_epochs, learning_of
+from slidetl.compare.config import Comparison, MetricName
+from slidetl.compare.learning import CurveMetric, Learning, equal_epochs, learning_of
 from slidetl.compare.table import format_number
 from slidetl.evaluation.protocol import Protocol
 
-NAMES: dict[Figure, str] = {
+NAMES: dict[MetricName, str] = {
     "qwk": "QWK",
     "accuracy": "Accuracy",
     "mae": "Mean absolute error",
@@ -86,9 +86,8 @@ class View:
     def arms(self) -> tuple[ArmResult, ...]:
         """Complete arms: those of the primary comparison first, the trivial ones last."""
         first = {self.comparison.primary.arm: 0, self.comparison.primary.against: 1}
-        return tuple(
-            sorted(self.result.arms, key=lambda arm: (first.get(arm.arm, 2), arm.arm in self.trivial))
-        )
+        order = sorted(self.result.arms, key=lambda arm: (first.get(arm.arm, 2), arm.arm in self.trivial))
+        return tuple(order)
 
     @cached_property
     def serious(self) -> tuple[ArmResult, ...]:
@@ -120,7 +119,7 @@ class View:
         return equal_epochs(list(self.curves.values()))
 
     @property
-    def learned(self) -> tuple[CurveFigure, CurveFigure]:
+    def learned(self) -> tuple[CurveMetric, CurveMetric]:
         """Metrics of the learning curves, that of the primary comparison first if it is one of them."""
         is_accuracy = self.comparison.primary.figure == "accuracy"
         return ("accuracy", "qwk") if is_accuracy else ("qwk", "accuracy")
@@ -132,15 +131,15 @@ class View:
         if not {primary.arm, primary.against} <= set(self.curves):
             return ""
         metric, one, other = self.learned[0], self.curves[primary.arm], self.curves[primary.against]
-        gaps = [
-            f"{format_number(one.mean(metric, n) - other.mean(metric, n), '+.2f')} after {n}"
-            for n in self.epochs
-        ]
-        ends = one.plateau(metric), other.plateau(metric)
-        plateau = format_number(one.mean(metric, ends[0]) - other.mean(metric, ends[1]), "+.2f")
+
+        def gap(first: int, second: int) -> str:
+            return format_number(one.mean(metric, first) - other.mean(metric, second), "+.2f")
+
+        gaps = ", ".join(f"{gap(n, n)} after {n}" for n in self.epochs)
+        first, second = one.plateau(metric), other.plateau(metric)
         return (
-            f"{', '.join(gaps)} epochs; each at its own plateau, after {ends[0]} and {ends[1]} epochs, "
-            f"{plateau}. Means over {one.trainings} trainings"
+            f"{gaps} epochs; each at its own plateau, after {first} and {second} epochs, "
+            f"{gap(first, second)}. Means over {one.trainings} trainings"
         )
 
     @property
@@ -154,7 +153,7 @@ class View:
         declared = self.result.primary
         if declared is None or declared.interval.low <= 0 <= declared.interval.high:
             return ""
-        lower = declared.figure in ("mae", "rps", "log_loss")
+        lower = declared.metric in ("mae", "rps", "log_loss")
         return declared.arm if (declared.interval.estimate > 0) != lower else declared.against
 
     @cached_property
@@ -180,7 +179,7 @@ class View:
 
     @property
     def one_scanner_each(self) -> bool:
-        """Whether every site has one scanner of its own."""
+        """True where every site has one scanner of its own."""
         sites, scanners = self.result.site_of, self.result.scanner_of
         return len(set(zip(sites, scanners, strict=True))) == len(set(sites)) == len(set(scanners))
 
