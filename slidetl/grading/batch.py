@@ -7,10 +7,12 @@ import itertools
 import json
 import multiprocessing
 import os
+import threading
 from collections.abc import Container, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +20,26 @@ import torch
 
 from slidetl.data.manifest import read_manifest, safe_slide_id
 from slidetl.errors import SlideError, UsageError
-from slidetl.grading.grade import Rates, SlideGrade, draw_map, grade_slide
+from slidetl.grading.grade import (
+    Rates,
+    SlideGrade,
+    chosen_precision,
+    draw_map,
+    grade_slide,
+    start_runner,
+)
 from slidetl.grading.options import GradeOptions
 from slidetl.grading.report.index import IndexEntry, write_index
 from slidetl.grading.report.slide import has_slide_report, write_slide_report
 from slidetl.library.model_card import ModelCard
+from slidetl.models.runner import Runner
 from slidetl.processor import hand_back_memory
 from slidetl.publish.model_file import ModelFile, load_model
 from slidetl.slides import open_slide
 from slidetl.training.predictions import safe_cell
 
 GRADED, FAILED = "graded", "failed"
+_SLIDES_AT_A_GPU = 4  # open at a time: while one is searched for tissue, others are read
 _COLUMNS = ("slide", "status", "grade", "grade_name", "set_lowest", "set_highest", "expected_grade")
 _MORE = ("tiles", "tiles_unreadable", "tissue_mm2", "novelty", "fingerprint", "model_sha256", "reason")
 
@@ -92,10 +103,9 @@ def grade_slides(
     """
     names = output_names(slides)
     waiting = [path for path in slides if path not in finished]
+    jobs = max(jobs, options.devices)
     if jobs == 1:
-        model = model.frozen()
-        for path in waiting:
-            yield _grade(model, path, names[path], options, _threads(1))
+        yield from _grade_here(model.frozen(), waiting, names, options)
         return
     while waiting:
         undone = []
@@ -110,6 +120,37 @@ def grade_slides(
         if undone:
             yield _grade_apart(undone[0], names[undone[0]], model, options)
         waiting = undone[1:]
+
+
+def _grade_here(
+    model: ModelFile, slides: Sequence[Path], names: dict[Path, str], options: GradeOptions
+) -> Iterator[GradeRow]:
+    """Grades slides in this process: one at a time on a processor, several before a GPU.
+
+    While a GPU embeds the tiles of one slide, others are opened, searched for tissue and read, and the
+    last tiles of one share a batch with the first of the next.
+    """
+    threads = _threads(1)
+    with _runner(model, options, threads) as runner:
+        if model.device.type != "cuda":
+            for path in slides:
+                yield _grade(model, path, names[path], options, runner, threads)
+            return
+        with ThreadPoolExecutor(_SLIDES_AT_A_GPU, "slide") as pool:
+            running = {
+                pool.submit(_grade, model, path, names[path], options, runner, threads): path
+                for path in slides
+            }
+            try:
+                for future, _ in _as_done(running):
+                    yield future.result()
+            finally:
+                for future in running:
+                    future.cancel()
+
+
+def _runner(model: ModelFile, options: GradeOptions, threads: int) -> Runner:
+    return start_runner(model, options.batch_size, threads, chosen_precision(model, options.precision))
 
 
 def describe(row: GradeRow, card: ModelCard) -> str:
@@ -133,8 +174,10 @@ def describe(row: GradeRow, card: ModelCard) -> str:
         rates = row.rates
         parts.append(
             f"{rates.everything:.1f} tiles/s with everything on, {rates.network_alone:.1f} by the network "
-            f"alone: {rates.share:.0%}"
+            f"alone: {rates.share:.0%}" + (" (reading is the limit)" if rates.reading_limits else "")
         )
+        if rates.first_pass_s:
+            parts.append(f"the first pass took {rates.first_pass_s:.1f} s, while the first slide was read")
         if rates.processor_share is not None:
             parts.append(f"{rates.processor_share:.0%} of the processor time went to the network")
     return "; ".join(parts)
@@ -207,20 +250,23 @@ def output_names(slides: Sequence[Path]) -> dict[Path, str]:
     return names
 
 
-def _grade(model: ModelFile, path: Path, name: str, options: GradeOptions, threads: int) -> GradeRow:
+def _grade(
+    model: ModelFile, path: Path, name: str, options: GradeOptions, runner: Runner, threads: int
+) -> GradeRow:
     try:
         result = grade_slide(
             model,
             path,
             options.mpp_override,
-            options.batch_size or (16 if model.device.type == "cpu" else 64),
             threads=threads,
             force=options.force,
             profile=options.profile,
+            runner=runner,
         )
         hand_back_memory()  # of embeddings and activations; a report needs some
         if options.output is not None:
-            _write(result, model, options, options.output, name, threads)
+            with _drawing:
+                _write(result, model, options, options.output, name, threads)
     except SlideError as error:
         return GradeRow(path, FAILED, {}, " ".join(str(error).split()))
     return GradeRow(path, GRADED, result.to_dict(), rates=result.rates)
@@ -248,8 +294,10 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-# What a process of a pool works with, set once when it starts.
-_loaded: tuple[ModelFile, GradeOptions, int] | None = None
+_drawing = threading.Lock()  # matplotlib takes one thread at a time
+
+# What a process of a pool works with, set once when it starts; its runner lives as long as the process.
+_loaded: tuple[ModelFile, GradeOptions, Runner, int] | None = None
 
 
 def _threads(processes: int) -> int:
@@ -258,20 +306,26 @@ def _threads(processes: int) -> int:
 
 def _processes(count: int, model: ModelFile, options: GradeOptions) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("spawn")  # OpenSlide and torch hold threads and locks
-    arguments = (model.path, str(model.device), options, _threads(count))
-    return ProcessPoolExecutor(count, context, _start, arguments)
+    devices = context.SimpleQueue()  # one for each process
+    for number in range(count):
+        is_one_of_many = model.device.type == "cuda" and options.devices > 1
+        devices.put(f"cuda:{number % options.devices}" if is_one_of_many else str(model.device))
+    return ProcessPoolExecutor(count, context, _start, (model.path, devices, options, _threads(count)))
 
 
-def _start(path: Path, device: str, options: GradeOptions, threads: int) -> None:
+def _start(path: Path, devices: SimpleQueue[str], options: GradeOptions, threads: int) -> None:
     global _loaded
     torch.set_num_threads(threads)
-    _loaded = load_model(path, device).frozen(), options, threads
+    model = load_model(path, devices.get()).frozen()
+    runner = _runner(model, options, threads)
+    runner.__enter__()
+    _loaded = model, options, runner, threads
 
 
 def _work(path: Path, name: str) -> GradeRow:
     assert _loaded is not None  # set by `_start`
-    model, options, threads = _loaded
-    return _grade(model, path, name, options, threads)
+    model, options, runner, threads = _loaded
+    return _grade(model, path, name, options, runner, threads)
 
 
 def _as_done(running: dict[Future[GradeRow], Path]) -> Iterator[tuple[Future[GradeRow], Path]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import mmap
 import os
 import queue
@@ -11,52 +10,62 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slidetl.data.datasets import channels_first
 from slidetl.errors import UnfitSlideError
 from slidetl.evaluation.conformal import GradeSets
+from slidetl.models.runner import Runner
 from slidetl.processor import hand_back_memory
 from slidetl.publish.model_file import ModelFile
 from slidetl.slides import open_slide
-from slidetl.tiles.cut import stream_tiles
+from slidetl.tiles.cut import TileBatch, stream_tiles
 from slidetl.tiles.plan import TilePlan, plan_tiles
 
 _T = TypeVar("_T")
 _PART = 8192  # tiles whose own grades are computed at a time
 _IN_MEMORY = 64 << 20  # bytes of a slide's embeddings; more of them lie in a file
-_PASSES = 8  # at a time on a processor; each holds its activations in memory
+_BATCH_SIZE = {"cpu": 16, "cuda": 64}  # on a processor more cost memory and gain nothing
+Precision = Literal["auto", "float32", "bfloat16"]
+_READING_LIMITS = 0.85  # below this share of the network's own rate, reading is what grading waits for
 
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast a slide was graded.
+    """Throughput of grading a slide.
 
     Attributes:
         everything: tiles per second, from the first read to the grade.
-        network_alone: the same of the network on tiles that lie in memory, right after.
+        network_alone: tiles per second of the network on tiles that lie on its device, right after.
         processor_share: processor time of the network alone, as a share of that of everything. Others who
             use the machine disturb it less than they do the clock; on a single core of one's own the
             quotient of the rates is this. None where the network runs elsewhere, on a GPU.
+        first_pass_s: seconds of the first pass on a GPU, which plans; it runs while the first slide is
+            read. 0 on a processor.
     """
 
     everything: float
     network_alone: float
     processor_share: float | None
+    first_pass_s: float = 0.0
 
     @property
     def share(self) -> float:
         """The rate with everything on, as a share of that of the network alone."""
         return self.everything / self.network_alone
+
+    @property
+    def reading_limits(self) -> bool:
+        """Whether the network waited for tiles, so that ``everything`` is the rate of reading."""
+        return self.share < _READING_LIMITS
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,35 +129,42 @@ def grade_slide(
     model: ModelFile,
     path: Path,
     mpp_override: float | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     *,
     threads: int = 1,
     force: bool = False,
     profile: bool = False,
+    runner: Runner | None = None,
 ) -> SlideGrade:
     """Grades one slide, from its file, through the pixels that a cache would hold.
 
-    Tiles are read ahead in a thread while the network embeds others, so memory grows by the embeddings
+    Tiles are read ahead in threads while the network embeds others, so memory grows by the embeddings
     alone; those of a large slide lie in a nameless file in the folder for temporary files (``TMPDIR``).
 
     Args:
         model: as :func:`slidetl.publish.model_file.load_model` returns it, best frozen.
         path: the slide.
         mpp_override: micrometres per level-0 pixel, for a slide whose metadata has none.
-        batch_size: tiles per pass through the backbone.
+        batch_size: tiles per pass through the backbone; by default 16 on a processor and 64 on a GPU.
         threads: that read and, on a processor, as many that run the network; the kernel shares out.
         force: grade a slide also if it has too little tissue or is unlike the training slides.
         profile: measure the rates; costs a few seconds.
+        runner: of :func:`start_runner` for this model; whoever grades several slides shares one among
+            them, from several threads if they like. By default one is made for this slide.
 
     Raises:
         SlideError: the slide cannot be opened or read, has no spacing, or is too coarse.
         UnfitSlideError: it has no tissue; or, unless forced, less than half of what any training slide has,
             or is unlike them.
     """
+    if runner is None:
+        with start_runner(model, batch_size, threads) as own:
+            return grade_slide(
+                model, path, mpp_override, threads=threads, force=force, profile=profile, runner=own
+            )
     card, network = model.card, model.network
     spec = card.tile_spec
-    device = model.device
-    kept: list[Tensor] = []
+    kept: NDArray[np.uint8] | None = None
     origins: list[NDArray[np.int32]] = []
     tissue = 0.0
     with open_slide(path, mpp_override, spec.icc) as slide, torch.inference_mode():
@@ -157,22 +173,24 @@ def grade_slide(
         started = _Clocks.now()
         embedded = _Embeddings(len(plan))
         # Closed before the slide is, whatever happens: the thread that reads ahead uses it.
-        with contextlib.closing(_ahead(stream_tiles(slide, plan, batch_size, threads))) as batches:
-            read = ((channels_first(batch.pixels), batch) for batch in batches)
-            for part, tiles, batch in _embedded(network, device, threads, read):
+        with contextlib.closing(_ahead(stream_tiles(slide, plan, runner.batch_size, threads))) as batches:
+            for part, batch in _embedded(runner, batches):
                 embedded.add(part)
                 tissue += float(batch.tissue_fraction.sum())
                 origins.append(batch.origins_level0)
-                if profile and len(kept) < 16:
-                    kept.append(tiles)
-        if not origins:
+                kept = batch.pixels if kept is None else kept
+        if kept is None:
             raise UnfitSlideError(f"{path}: none of its {len(plan)} tiles with tissue can be read")
         embeddings = embedded.of_all()
-        novelty = _novelty(model, path, embeddings, force)
-        probabilities, expected, attention = network.grade(embeddings)
+        novelty = runner.call(lambda: _novelty(model, path, embeddings, force))
+        probabilities, expected, attention = runner.call(
+            lambda: tuple(value.cpu() for value in network.grade(embeddings))
+        )
         taken = started.since()
-        tile_grades = torch.cat([network.grade_tiles(part) for part in torch.split(embeddings, _PART)])
-        rates = _rates(network, device, threads, kept, len(embeddings), taken) if profile else None
+        tile_grades = runner.call(
+            lambda: torch.cat([network.grade_tiles(part) for part in torch.split(embeddings, _PART)]).cpu()
+        )
+        rates = _rates(runner, kept, len(embeddings), taken) if profile else None
     grade = int(probabilities.argmax())
     return SlideGrade(
         slide=path,
@@ -187,10 +205,40 @@ def grade_slide(
         model_sha256=model.sha256,
         plan=plan,
         origins_level0=np.concatenate(origins),
-        attention=attention.cpu().numpy(),
-        tile_grades=tile_grades.cpu().numpy(),
+        attention=attention.numpy(),
+        tile_grades=tile_grades.numpy(),
         rates=rates,
     )
+
+
+def start_runner(
+    model: ModelFile, batch_size: int | None = None, threads: int = 1, precision: Precision = "float32"
+) -> Runner:
+    """Makes the runner that embeds the tiles of slides with a model; use it as a context manager.
+
+    Args:
+        model: as :func:`slidetl.publish.model_file.load_model` returns it, best frozen.
+        batch_size: tiles in a pass; by default 16 on a processor and 64 on a GPU.
+        threads: passes at a time on a processor.
+        precision: ``float32`` or ``bfloat16``, in which the backbone computes.
+    """
+    device = model.device
+    is_half = precision == "bfloat16"
+
+    def embed(tiles: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=is_half):
+            rows: Tensor = model.network.embed(tiles)
+        return rows
+
+    size = batch_size or _BATCH_SIZE.get(device.type, _BATCH_SIZE["cuda"])
+    return Runner(embed, device, size, model.card.tile_spec.tile_size_px, threads)
+
+
+def chosen_precision(model: ModelFile, precision: Precision) -> Precision:
+    """Chooses what ``auto`` stands for; see :class:`slidetl.grading.batch.GradeOptions`."""
+    if precision != "auto":
+        return precision
+    return "bfloat16" if model.device.type == "cuda" and "bfloat16" in model.card.precisions else "float32"
 
 
 class _Embeddings:
@@ -307,53 +355,27 @@ class _Clocks:
         return _Clocks(now.wall - self.wall, now.processor - self.processor)
 
 
-def _rates(
-    network: Any, device: torch.device, threads: int, batches: list[Tensor], graded: int, taken: _Clocks
-) -> Rates:
-    """The rates, once so many tiles were graded in the time taken; the network alone is measured here."""
+def _rates(runner: Runner, tiles: NDArray[np.uint8], graded: int, taken: _Clocks) -> Rates:
+    """Measures the network alone, once so many tiles were graded in the time taken."""
     started = _Clocks.now()
-    for_seconds = itertools.takewhile(lambda _: started.since().wall < 3, itertools.cycle(batches))
-    done = 0
-    for part, _, _ in _embedded(network, device, threads, ((tiles, None) for tiles in for_seconds)):
-        done += len(part)
-    float(part.sum())  # waits for a GPU
-    alone = started.since()
-    share = (alone.processor / done) / (taken.processor / graded) if device.type == "cpu" else None
-    return Rates(graded / taken.wall, done / alone.wall, share)
+    alone = runner.rate(tiles)
+    spent = started.since()
+    share = None
+    if runner.device.type == "cpu":
+        share = (spent.processor / (alone * spent.wall)) / (taken.processor / graded)
+    return Rates(graded / taken.wall, alone, share, runner.first_pass_s)
 
 
-def _embedded(
-    network: Any, device: torch.device, threads: int, batches: Iterable[tuple[Tensor, _T]]
-) -> Generator[tuple[Tensor, Tensor, _T], None, None]:
-    """Batches with their embeddings before them, in order, on a processor several at a time.
-
-    Threads that share a pass wait for each other after every layer, and the longer, the more they are
-    disturbed by those that read; threads with a pass each never wait (docs/design/loading.md).
-    """
-    at_a_time = min(threads, _PASSES) if device.type == "cpu" else 1
-
-    def embed(tiles: Tensor) -> Tensor:
-        with torch.inference_mode():
-            part: Tensor = network.embed(tiles.to(device))
-        return part
-
-    def first() -> tuple[Tensor, Tensor, _T]:
-        part, tiles, of_batch = pending.popleft()
-        return part.result(), tiles, of_batch
-
-    pending: deque[tuple[Future[Tensor], Tensor, _T]] = deque()
-    before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(at_a_time, "network", torch.set_num_threads, (max(1, threads // at_a_time),))
-    try:
-        for tiles, of_batch in batches:
-            pending.append((pool.submit(embed, tiles), tiles, of_batch))
-            if len(pending) > at_a_time:
-                yield first()
-        while pending:
-            yield first()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(before)  # a part of what a thread sets is everyone's
+def _embedded(runner: Runner, batches: Iterable[TileBatch]) -> Iterator[tuple[Tensor, TileBatch]]:
+    """Yields batches in order with their embeddings before them, several at a time in the runner."""
+    pending: deque[tuple[Future[Tensor], TileBatch]] = deque()
+    for batch in batches:
+        pending.append((runner.submit(batch.pixels), batch))
+        if len(pending) > runner.depth:
+            future, done = pending.popleft()
+            yield future.result(), done
+    for future, done in pending:
+        yield future.result(), done
 
 
 def _ahead(items: Iterable[_T], depth: int = 4) -> Generator[_T, None, None]:

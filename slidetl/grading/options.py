@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from slidetl.errors import UsageError
 
@@ -20,6 +21,9 @@ class GradeOptions:
         force: also grade slides that have too little tissue or are unlike those of the training.
         batch_size: tiles per forward pass; by default 16 on a CPU, where more cost memory and gain nothing,
             else 64.
+        precision: number format of the backbone's forward pass; auto is float32 on a CPU, and on a GPU
+            bfloat16 where the export compared the model file with its checkpoint in it.
+        devices: GPUs among which the slides are shared out, one process each; on a CPU, processes.
         profile: print tiles per second with everything on, and of the network alone.
 
     Raises:
@@ -31,6 +35,8 @@ class GradeOptions:
     mpp_override: float | None = None
     force: bool = False
     batch_size: int | None = None
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    devices: int = 1
     profile: bool = False
 
     def __post_init__(self) -> None:
@@ -38,3 +44,5 @@ class GradeOptions:
             raise UsageError("--report needs --output, the folder for the pages")
         if self.batch_size is not None and self.batch_size < 1:
             raise UsageError(f"--batch-size must be at least 1, not {self.batch_size}")
+        if self.devices < 1:
+            raise UsageError(f"--devices must be at least 1, not {self.devices}")

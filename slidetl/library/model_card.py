@@ -92,6 +92,7 @@ class ModelCard:
         evidence: how well it does, or None where nobody has shown it.
         novelty_limit: above this a slide is unlike those of the training, or None where unknown.
         lineage: hashes of the weights it began from, nearest first.
+        precisions: in which the export compared the file with the networks it was made from.
     """
 
     grades: tuple[str, ...]
@@ -107,6 +108,7 @@ class ModelCard:
     evidence: Evidence | None = None
     novelty_limit: float | None = None
     lineage: tuple[str, ...] = ()
+    precisions: tuple[str, ...] = ("float32",)
 
     def __post_init__(self) -> None:
         check_fields(self)

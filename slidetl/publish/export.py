@@ -182,6 +182,7 @@ def build_network(
         novelty_limit=familiar.limit if familiar else None,
         # Folds begin from the same weights; other networks may not.
         lineage=tuple(dict.fromkeys(sha for grader in graders for sha in grader.network.backbone.lineage)),
+        precisions=tuple(str(precision).removeprefix("torch.") for precision in PARITY_TOLERANCE),
     )
 
 

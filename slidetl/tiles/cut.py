@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from slidetl.errors import CacheCorruptError, SlideReadError
 from slidetl.slides import Slide
+from slidetl.slides.decoding import map_in_order
 from slidetl.tiles.codec import tile_codec
 from slidetl.tiles.plan import MAX_UNREADABLE, TilePlan
 
@@ -87,9 +88,7 @@ def _encoded(slide: Slide, plan: TilePlan, first: int, threads: int) -> Iterator
     """Yields the bytes of each tile, or the reason why it cannot be read."""
     spec = plan.spec
     encode = tile_codec(spec).encode
-    copies = None
-    if spec.codec == "jpeg":
-        copies = slide.copy_tiles(plan.origins_level0, spec.tile_size_px, spec.mpp, spec.mpp_tolerance, first)
+    copies = _copies(slide, plan, first)
     if copies is None:
         yield from slide.map_tiles(
             encode, plan.origins_level0, spec.tile_size_px, spec.mpp, spec.mpp_tolerance, first, threads
@@ -112,29 +111,58 @@ def stream_tiles(slide: Slide, plan: TilePlan, batch_size: int = 64, threads: in
         slide: the slide of the plan.
         plan: which tiles.
         batch_size: tiles in a batch.
-        threads: that read and compress at a time.
+        threads: that read, compress and decompress at a time.
 
     Raises:
         SlideReadError: more than a tenth of all tiles cannot be read.
     """
-    decode = tile_codec(plan.spec).decode
     tiles: list[int] = []
     pixels: list[NDArray[np.uint8]] = []
     unreadable = 0
-    for tile, payload in encode_tiles(slide, plan, threads=threads):
-        try:
-            if payload is not None:
-                pixels.append(decode(payload))
-                tiles.append(tile)
-            else:
-                unreadable += 1
-        except CacheCorruptError:  # copied from a slide that is damaged within the JPEG
-            try:
-                pixels.append(decode(encode_tile(slide, plan, tile)))
-                tiles.append(tile)
-            except SlideReadError as error:
-                unreadable += 1
-                check_unreadable(plan, unreadable, error)
+    for tile, result in enumerate(_as_stored(slide, plan, threads)):
+        if isinstance(result, SlideReadError):
+            unreadable += 1
+            check_unreadable(plan, unreadable, result)
+        else:
+            tiles.append(tile)
+            pixels.append(result)
         if pixels and (len(pixels) == batch_size or tile == len(plan) - 1):
             yield TileBatch(plan.origins_level0[tiles], plan.tissue_fraction[tiles], np.stack(pixels))
             tiles, pixels = [], []
+
+
+def _as_stored(slide: Slide, plan: TilePlan, threads: int) -> Iterator[NDArray[np.uint8] | SlideReadError]:
+    """Yields the pixels of each tile as a cache gives them back, or why it cannot be read."""
+    spec = plan.spec
+    codec = tile_codec(spec)
+    copies = _copies(slide, plan, 0)
+    if copies is None:
+        yield from slide.map_tiles(
+            lambda rgb: codec.decode(codec.encode(rgb)),
+            *(plan.origins_level0, spec.tile_size_px, spec.mpp, spec.mpp_tolerance),
+            threads=threads,
+        )
+        return
+
+    def decode(copied: bytes | None) -> NDArray[np.uint8] | None:
+        try:
+            return None if copied is None else codec.decode(copied)
+        except CacheCorruptError:  # the slide is damaged within the JPEG
+            return None
+
+    for tile, decoded in enumerate(map_in_order(decode, copies, threads)):
+        if decoded is not None:
+            yield decoded
+            continue
+        try:
+            yield codec.decode(encode_tile(slide, plan, tile))
+        except SlideReadError as error:
+            yield error
+
+
+def _copies(slide: Slide, plan: TilePlan, first: int) -> Iterator[bytes | None] | None:
+    """The slide's own JPEGs from the tile ``first`` on, where a cache takes them as they are."""
+    spec = plan.spec
+    if spec.codec != "jpeg":
+        return None
+    return slide.copy_tiles(plan.origins_level0, spec.tile_size_px, spec.mpp, spec.mpp_tolerance, first)

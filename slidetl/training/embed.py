@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -17,16 +18,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from slidetl.data.datasets import channels_first
 from slidetl.data.study import find_slides, open_cache
 from slidetl.errors import CacheError, CacheMismatchError, UsageError
 from slidetl.models.backbones import Backbone, BackboneSpec, weights_sha256
+from slidetl.models.runner import Runner
 from slidetl.tiles.features import FeatureSource, feature_name, read_source, write_features
 from slidetl.tiles.store import SlideCache
 from slidetl.training.options import EmbedOptions
 
-# Each holds a batch in memory: 19 MB at 128 tiles of 224 px. A core decodes a few thousand tiles a second.
-_MOST_READERS = 8
+# Each holds a batch in memory: 19 MB at 128 tiles of 224 px. A core decodes a few thousand tiles a second,
+# a GPU embeds tens of thousands.
+_MOST_READERS = 16
 
 
 @dataclass(frozen=True)
@@ -193,31 +195,41 @@ def embed_cache(
             todo.append(cache)
 
     on_plan(sum(len(cache) for cache in todo))
-    rows: list[dict[str, Tensor]] = []
+    widths: list[int] = []  # of the blocks' embeddings, which stand side by side
+
+    def embed(tiles: Tensor) -> Tensor:
+        with torch.autocast(place.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            parts = embedder(tiles)
+        widths[:] = [parts[source.block].shape[1] for source in sources.values()]
+        return torch.cat([parts[source.block].to(torch.float16) for source in sources.values()], dim=1)
+
+    side_px = todo[0].spec.tile_size_px if todo else 0
     with (
         BlockEmbedder(backbone, blocks) as embedder,
-        contextlib.closing(_read(todo, options.batch_size)) as batches,
+        Runner(embed, place, options.batch_size, side_px) as runner,
+        ThreadPoolExecutor(1, "store") as store,
+        contextlib.closing(_embedded(runner, todo, options.batch_size)) as parts,
     ):
-        for cache, is_last, reading in batches:
+        rows: list[Tensor] = []
+        storing: deque[Future[EmbeddedSlide]] = deque()
+        for cache, is_last, part in parts:
             if cache.path.stem in results:
                 continue  # damaged before this batch
-            try:
-                tiles = reading.result()
-            except CacheError as error:
-                done(EmbeddedSlide(cache.path.stem, len(cache), reason=str(error)))
+            if isinstance(part, CacheError):
                 rows = []
-                continue
-            rows.append(_embed(embedder, tiles, place, dtype))
-            on_batch(len(tiles))
-            if is_last:
-                arrays = {key: (source, _stack(rows, source)) for key, source in sources.items()}
-                rows = []
-                try:
-                    write_features(cache, arrays)
-                except (CacheError, UsageError) as error:
-                    done(EmbeddedSlide(cache.path.stem, len(cache), reason=str(error)))
-                else:
-                    done(EmbeddedSlide(cache.path.stem, len(cache), is_new=True))
+                done(EmbeddedSlide(cache.path.stem, len(cache), reason=str(part)))
+            else:
+                rows.append(part)
+                on_batch(len(part))
+                if is_last:
+                    slide = runner.call(functools.partial(_on_host, rows))
+                    arrays = dict(zip(sources, np.split(slide, np.cumsum(widths)[:-1], axis=1), strict=True))
+                    storing.append(store.submit(_store, cache, arrays, sources))
+                    rows = []
+            while storing and (storing[0].done() or len(storing) > 2):
+                done(storing.popleft().result())
+        for waiting in storing:
+            done(waiting.result())
     return [results[slide_id] for slide_id in found]
 
 
@@ -263,25 +275,42 @@ def _read(
         pool.shutdown(cancel_futures=True)
 
 
-@torch.inference_mode()
-def _embed(
-    embedder: BlockEmbedder, tiles: NDArray[np.uint8], place: torch.device, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """Stays on the device: to fetch every batch would have the GPU wait for the next."""
-    batch = channels_first(tiles)
-    if place.type == "cuda":
-        batch = batch.pin_memory()
+def _embedded(
+    runner: Runner, caches: Sequence[SlideCache], batch_size: int
+) -> Generator[tuple[SlideCache, bool, Tensor | CacheError], None, None]:
+    """Yields batches in order: the cache, whether it is its last, and the embeddings or the damage."""
+    pending: deque[tuple[SlideCache, bool, Future[Tensor] | CacheError]] = deque()
+
+    def first() -> tuple[SlideCache, bool, Tensor | CacheError]:
+        cache, is_last, part = pending.popleft()
+        return cache, is_last, part if isinstance(part, CacheError) else part.result()
+
+    with contextlib.closing(_read(caches, batch_size)) as batches:
+        for cache, is_last, reading in batches:
+            try:
+                pending.append((cache, is_last, runner.submit(reading.result())))
+            except CacheError as error:
+                pending.append((cache, is_last, error))
+            if len(pending) > runner.depth:
+                yield first()
+        while pending:
+            yield first()
+
+
+def _on_host(rows: Sequence[Tensor]) -> NDArray[np.float16]:
+    """Copies a slide's embeddings ``[N, D]`` into the memory of the processor."""
+    slide: NDArray[np.float16] = torch.cat(list(rows)).cpu().numpy()
+    return slide
+
+
+def _store(
+    cache: SlideCache, arrays: Mapping[str, NDArray[np.float16]], sources: Mapping[str, FeatureSource]
+) -> EmbeddedSlide:
     try:
-        with torch.autocast(place.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            outputs = embedder(batch.to(place, non_blocking=True))
-    except torch.OutOfMemoryError as error:
-        raise UsageError(f"the GPU has no room for {len(tiles)} tiles at once; lower --batch-size") from error
-    return {block: values.to(torch.float16) for block, values in outputs.items()}
-
-
-def _stack(rows: Sequence[Mapping[str, Tensor]], source: FeatureSource) -> NDArray[np.float16]:
-    stacked: NDArray[np.float16] = torch.cat([row[source.block] for row in rows]).cpu().numpy()
-    return stacked
+        write_features(cache, {name: (sources[name], array) for name, array in arrays.items()})
+    except (CacheError, UsageError) as error:
+        return EmbeddedSlide(cache.path.stem, len(cache), reason=str(error))
+    return EmbeddedSlide(cache.path.stem, len(cache), is_new=True)
 
 
 def _by_channel(values: Tensor) -> tuple[Any, ...]:

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from PIL import Image
 
 from slidetl.cli import main
 from slidetl.errors import SpacingError
-from slidetl.grading.grade import _ahead, draw_map, grade_slide
+from slidetl.grading.grade import _ahead, chosen_precision, draw_map, grade_slide
 from slidetl.publish.export import build_network, export_model
 from slidetl.publish.model_file import ModelFile, load_model
 from slidetl.training.checkpoint import load_grader
@@ -253,6 +254,25 @@ def test_an_unknown_file_needs_trust_once(
     assert main(["grade", str(model_path), slide]) == 0
 
 
+@pytest.mark.parametrize(
+    ("wanted", "device", "covered", "chosen"),
+    [
+        ("auto", "cpu", ("float32", "bfloat16"), "float32"),
+        ("auto", "cuda", ("float32", "bfloat16"), "bfloat16"),
+        ("auto", "cuda", ("float32",), "float32"),
+        ("float32", "cuda", ("float32", "bfloat16"), "float32"),
+        ("bfloat16", "cpu", ("float32",), "bfloat16"),
+    ],
+)
+def test_auto_takes_the_precision_that_the_export_compared(
+    wanted: Any, device: str, covered: tuple[str, ...], chosen: str, model_path: Path
+) -> None:
+    model = load_model(model_path)
+    assert model.card.precisions == ("float32", "bfloat16")
+    there = replace(model, device=torch.device(device), card=replace(model.card, precisions=covered))
+    assert chosen_precision(there, wanted) == chosen
+
+
 def test_several_processes_grade_as_one_does_and_a_run_goes_on(
     study: Study, model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -263,7 +283,7 @@ def test_several_processes_grade_as_one_does_and_a_run_goes_on(
     one = tmp_path / "one"
     assert main(["grade", str(model_path), pattern, "--output", str(one)]) == 1
     capsys.readouterr()
-    assert main(["grade", str(model_path), pattern, "--output", str(output), "--jobs", "2"]) == 1
+    assert main(["grade", str(model_path), pattern, "--output", str(output), "--devices", "2"]) == 1
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 3 and "s3.svs" in err
 

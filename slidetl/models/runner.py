@@ -1,0 +1,311 @@
+"""Runs a network over tiles from one thread per device, in passes of one shape. See docs/design/gpu.md."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Self, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from slidetl.errors import UsageError
+
+_T = TypeVar("_T")
+_MOST_PASSES = 8  # at a time on a processor; each holds its activations in memory
+_BUFFERS = 3  # batches on a GPU: one computed, one copied, one filled
+_PATIENCE_S = 0.02  # a GPU that has nothing else to do runs a batch that is not full
+_WARM_PASSES = 3  # TorchScript looks at two before it settles
+
+Embed = Callable[[Tensor], Tensor]
+"""Tiles ``[n, 3, S, S] uint8`` on the device -> ``[n, D]`` there."""
+
+
+class Runner:
+    """Embeds tiles on one device. Use it as a context manager.
+
+    On a GPU one thread owns the card for as long as the runner lives, and every pass has the same shape:
+    cuDNN plans anew for each thread and each batch length, which costs seconds. Tiles of several slides
+    share a batch; the last one is padded with zeros and the padding dropped. Copies leave pinned memory on
+    a stream of their own while the card computes.
+
+    On a processor each piece is a pass, several at a time: threads that share a pass wait for each other
+    after every layer (docs/design/loading.md).
+
+    Args:
+        embed: the network; called in the runner's threads alone.
+        device: where it runs.
+        batch_size: tiles in a pass on a GPU. Where the card has no room, it is halved, with a warning.
+        side_px: of a tile; for the passes that warm a GPU up. 0: the first tiles do it.
+        passes: on a processor, how many run at a time (eight at most); they share torch's threads.
+        packs: whether one thread owns the device and packs tiles into batches of one shape; by default
+            where the device is a GPU.
+    """
+
+    def __init__(
+        self,
+        embed: Embed,
+        device: torch.device,
+        batch_size: int,
+        side_px: int = 0,
+        passes: int = 1,
+        packs: bool | None = None,
+    ) -> None:
+        self.device, self.batch_size = device, batch_size
+        self.first_pass_s = 0.0
+        self._embed, self._side_px = embed, side_px
+        self._is_gpu = device.type == "cuda"
+        self._packs = self._is_gpu if packs is None else packs
+        self._passes = 1 if self._packs else max(1, min(passes, _MOST_PASSES))
+        self._room = threading.Semaphore(2 * self._passes)
+        self._waiting: queue.Queue[_Piece | _Call | None] = queue.Queue(_BUFFERS)
+        self._torch_threads = torch.get_num_threads()
+
+    @property
+    def depth(self) -> int:
+        """Pieces that a caller should have submitted before it waits for the first."""
+        return _BUFFERS if self._packs else self._passes
+
+    def __enter__(self) -> Self:
+        if self._packs:
+            self._owner = threading.Thread(target=self._own, name="gpu", daemon=True)
+            self._owner.start()
+        else:
+            each = max(1, self._torch_threads // self._passes)
+            self._pool = ThreadPoolExecutor(self._passes, "network", torch.set_num_threads, (each,))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._packs:
+            self._waiting.put(None)
+            self._owner.join()
+        else:
+            self._pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(self._torch_threads)  # a part of what a thread sets is everyone's
+
+    def submit(self, tiles: NDArray[np.uint8]) -> Future[Tensor]:
+        """Queues tiles ``[n, S, S, 3]``, and blocks while too many wait.
+
+        Returns:
+            Their embeddings ``[n, D]`` on the device. What a pass raises, the future raises.
+        """
+        if self._packs:
+            piece = _Piece(tiles)
+            self._waiting.put(piece)
+            return piece.future
+        self._room.acquire()
+
+        def run() -> Tensor:
+            try:
+                with torch.inference_mode():
+                    return self._embed(torch.from_numpy(tiles).permute(0, 3, 1, 2))
+            finally:
+                self._room.release()
+
+        return self._pool.submit(run)
+
+    def call(self, function: Callable[[], _T]) -> _T:
+        """Calls a function in the thread that owns the device; where none does, in this one."""
+        if not self._packs:
+            with torch.inference_mode():
+                return function()
+        called: Future[_T] = Future()
+        self._waiting.put(_Call(function, called))
+        return called.result()
+
+    def rate(self, tiles: NDArray[np.uint8], seconds: float = 2.0) -> float:
+        """Measures the network alone, on tiles ``[n, S, S, 3]`` that lie on the device: tiles per second."""
+        if self._packs:
+            return self.call(lambda: self._rate(tiles, seconds))
+        done, started = 0, time.perf_counter()
+        futures: list[Future[Tensor]] = []
+        while time.perf_counter() - started < seconds:
+            futures.append(self.submit(tiles))
+            if len(futures) > self.depth:
+                done += len(futures.pop(0).result())
+        done += sum(len(future.result()) for future in futures)
+        return done / (time.perf_counter() - started)
+
+    def _rate(self, tiles: NDArray[np.uint8], seconds: float) -> float:
+        repeated = np.resize(tiles, (self.batch_size, *tiles.shape[1:]))
+        batch = torch.from_numpy(repeated).to(self.device).permute(0, 3, 1, 2)
+        self._embed(batch)
+        self._synchronise()
+        done, started = 0, time.perf_counter()
+        while time.perf_counter() - started < seconds:
+            for _ in range(8):
+                self._embed(batch)
+            self._synchronise()
+            done += 8 * self.batch_size
+        return done / (time.perf_counter() - started)
+
+    # What follows runs in the thread that owns the device.
+
+    @torch.inference_mode()
+    def _own(self) -> None:
+        self._copies: Any = None
+        if self._is_gpu:
+            self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call] # torch's
+        self._buffers: list[_Buffer] = []
+        self._pieces: list[tuple[_Piece, int, int]] = []  # piece, and which of its rows the batch holds
+        self._filled = 0
+        failed: BaseException | None = None
+        try:
+            if self._side_px:
+                self._warm(self._side_px)
+        except BaseException as error:  # handed on to whoever asks for embeddings
+            failed = error
+        while True:
+            try:
+                item = self._waiting.get(timeout=_PATIENCE_S if self._filled else None)
+            except queue.Empty:
+                self._launch()
+                continue
+            if item is None:
+                self._launch()
+                return
+            if failed is not None:
+                item.future.set_exception(failed)
+            elif isinstance(item, _Call):
+                _settle(item.future, item.function)
+            else:
+                self._take(item)
+
+    def _warm(self, side_px: int) -> None:
+        started = time.perf_counter()
+        zeros = torch.zeros((self.batch_size, side_px, side_px, 3), dtype=torch.uint8, device=self.device)
+        for number in range(_WARM_PASSES):
+            self._pass(zeros.permute(0, 3, 1, 2))
+            self._synchronise()
+            if not number:
+                self.first_pass_s = time.perf_counter() - started
+
+    def _take(self, piece: _Piece) -> None:
+        taken = 0
+        try:
+            while taken < len(piece.tiles):
+                buffer = self._buffer(piece.tiles.shape[1:])
+                part = piece.tiles[taken : taken + len(buffer.array) - self._filled]
+                if not self._filled and buffer.free is not None:
+                    buffer.free.synchronize()  # its last copy has left
+                np.copyto(buffer.array[self._filled : self._filled + len(part)], part)
+                self._pieces.append((piece, self._filled, self._filled + len(part)))
+                taken += len(part)
+                self._filled += len(part)
+                if self._filled == len(buffer.array):
+                    self._launch()
+        except BaseException as error:
+            if not piece.future.done():
+                piece.future.set_exception(error)
+
+    def _buffer(self, shape: tuple[int, ...]) -> _Buffer:
+        """The buffer that is being filled: of the batch size and tile of now."""
+        wanted = (self.batch_size, *shape)
+        if not self._buffers or (not self._filled and self._buffers[0].array.shape != wanted):
+            self._buffers = [_Buffer.of(wanted, self._is_gpu) for _ in range(_BUFFERS)]
+        return self._buffers[0]
+
+    def _launch(self) -> None:
+        """Runs the batch that is filled so far, and hands its embeddings to their pieces."""
+        if not self._filled:
+            return
+        buffer, pieces, filled = self._buffers[0], self._pieces, self._filled
+        self._buffers = [*self._buffers[1:], buffer]
+        self._pieces, self._filled = [], 0
+        buffer.array[filled:] = 0
+        try:
+            rows = self._pass(self._copied(buffer).permute(0, 3, 1, 2))
+        except BaseException as error:
+            for piece, _, _ in pieces:
+                if not piece.future.done():
+                    piece.future.set_exception(error)
+            return
+        for piece, begin, end in pieces:
+            piece.add(rows[begin:end])
+
+    def _copied(self, buffer: _Buffer) -> Tensor:
+        """The buffer's tiles on the device; a GPU copies while it computes."""
+        if not self._is_gpu:
+            return buffer.tensor.to(self.device)
+        with torch.cuda.stream(self._copies):
+            batch = buffer.tensor.to(self.device, non_blocking=True)
+            buffer.free.record(self._copies)
+        compute = torch.cuda.current_stream(self.device)
+        compute.wait_stream(self._copies)
+        batch.record_stream(compute)
+        return batch
+
+    def _synchronise(self) -> None:
+        if self._is_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def _pass(self, batch: Tensor) -> Tensor:
+        """A pass, in halves where the card has no room for it whole."""
+        try:
+            return self._embed(batch)
+        except torch.OutOfMemoryError as error:
+            size = len(batch)
+            if size == 1:
+                raise UsageError(
+                    f"{self.device} has no room for a single tile beside the network; use --device cpu, or "
+                    "free memory on the card"
+                ) from error
+        torch.cuda.empty_cache()
+        halves = [self._pass(half) for half in (batch[: size // 2], batch[size // 2 :])]
+        if self.batch_size > size // 2:
+            self.batch_size = size // 2
+            warnings.warn(
+                f"{self.device} has no room for {size} tiles at once; it takes {size // 2} at a time from "
+                f"here on (--batch-size {size // 2})",
+                stacklevel=2,
+            )
+        return torch.cat(halves)
+
+
+@dataclass(eq=False)
+class _Piece:
+    """Tiles ``[n, S, S, 3]`` of one caller, and their embeddings as they come."""
+
+    tiles: NDArray[np.uint8]
+    future: Future[Tensor] = field(default_factory=Future)
+    parts: list[Tensor] = field(default_factory=list)
+
+    def add(self, rows: Tensor) -> None:
+        self.parts.append(rows)
+        if not self.future.done() and sum(len(part) for part in self.parts) == len(self.tiles):
+            self.future.set_result(self.parts[0] if len(self.parts) == 1 else torch.cat(self.parts))
+
+
+@dataclass(eq=False)
+class _Call:
+    function: Callable[[], Any]
+    future: Future[Any]
+
+
+@dataclass(eq=False)
+class _Buffer:
+    """Memory of a batch ``[B, S, S, 3] uint8``, pinned for a GPU, and when its last copy has left it."""
+
+    tensor: Tensor
+    array: NDArray[np.uint8]
+    free: Any
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], is_pinned: bool) -> Self:
+        tensor = torch.empty(shape, dtype=torch.uint8, pin_memory=is_pinned)
+        event = torch.cuda.Event() if is_pinned else None  # type: ignore[no-untyped-call] # torch's
+        return cls(tensor, tensor.numpy(), event)
+
+
+def _settle(future: Future[Any], function: Callable[[], Any]) -> None:
+    try:
+        future.set_result(function())
+    except BaseException as error:  # belongs to the thread that asked
+        future.set_exception(error)

@@ -1,0 +1,146 @@
+"""Tests of the runner: one thread owns the device, every batch has one shape, nothing is lost or mixed."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+
+from slidetl.errors import UsageError
+from slidetl.models.runner import Runner
+
+CPU = torch.device("cpu")
+SIDE = 4
+
+
+class Network:
+    """Embeds a tile as its first two pixel values; notes who called it, and with how many tiles."""
+
+    def __init__(self, room: int = 10**9, broken: bool = False) -> None:
+        self.room, self.broken = room, broken
+        self.threads: list[int] = []
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __call__(self, tiles: Tensor) -> Tensor:
+        self.threads.append(threading.get_ident())
+        self.shapes.append(tuple(tiles.shape))
+        if len(tiles) > self.room:
+            raise torch.OutOfMemoryError("no room")
+        if self.broken:
+            raise RuntimeError("a layer is broken")
+        return tiles[:, :2, 0, 0].float()
+
+
+def tiles_of(first: int, n: int) -> NDArray[np.uint8]:
+    """Tiles ``[n, S, S, 3]`` that carry their number."""
+    numbers = np.arange(first, first + n)
+    tiles = np.zeros((n, SIDE, SIDE, 3), np.uint8)
+    tiles[..., 0], tiles[..., 1] = (numbers % 256)[:, None, None], (numbers // 256)[:, None, None]
+    return tiles
+
+
+def numbers_of(rows: Tensor) -> list[int]:
+    return (rows[:, 0] + 256 * rows[:, 1]).long().tolist()
+
+
+@given(st.lists(st.integers(1, 40), max_size=12), st.integers(1, 16))
+def test_every_piece_gets_its_own_embeddings_in_batches_of_one_shape(pieces: list[int], batch: int) -> None:
+    network = Network()
+    with Runner(network, CPU, batch, SIDE, packs=True) as runner:
+        starts = np.cumsum([0, *pieces])
+        futures = [runner.submit(tiles_of(int(s), n)) for s, n in zip(starts, pieces, strict=False)]
+        found = [numbers_of(future.result(30)) for future in futures]
+    assert found == [list(range(s, s + n)) for s, n in zip(starts, pieces, strict=False)]
+    assert {shape[0] for shape in network.shapes} <= {batch}
+    assert len(set(network.threads)) == 1
+
+
+def test_slides_share_batches_and_one_thread() -> None:
+    network = Network()
+    with Runner(network, CPU, 8, packs=True) as runner, ThreadPoolExecutor(4) as pool:
+        ready = threading.Barrier(4)
+
+        def slide(number: int) -> list[int]:
+            ready.wait(30)
+            futures = [runner.submit(tiles_of(100 * number + 2 * k, 2)) for k in range(10)]
+            return [tile for future in futures for tile in numbers_of(future.result(30))]
+
+        found = list(pool.map(slide, range(4)))
+    assert found == [list(range(100 * number, 100 * number + 20)) for number in range(4)]
+    assert len(set(network.threads)) == 1
+    assert {shape[0] for shape in network.shapes} == {8}
+    # 80 tiles fill ten batches of eight. A batch of its own for each piece would be 40 passes.
+    assert len(network.shapes) < 20
+
+
+def test_the_device_is_warmed_before_tiles_come() -> None:
+    network = Network()
+    with Runner(network, CPU, 8, SIDE, packs=True) as runner:
+        assert runner.call(lambda: len(network.shapes)) == 3
+        assert runner.first_pass_s > 0
+    assert set(network.shapes) == {(8, 3, SIDE, SIDE)}
+
+
+def test_calls_run_in_the_thread_that_owns_the_device() -> None:
+    network = Network()
+    with Runner(network, CPU, 2, packs=True) as runner:
+        runner.submit(tiles_of(0, 2)).result(30)
+        assert runner.call(threading.get_ident) == network.threads[0] != threading.get_ident()
+        with pytest.raises(ZeroDivisionError):
+            runner.call(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_an_error_of_a_pass_reaches_whoever_waits_and_the_runner_goes_on(packs: bool) -> None:
+    network = Network(broken=True)
+    with Runner(network, CPU, 2, packs=packs) as runner:
+        with pytest.raises(RuntimeError, match="a layer is broken"):
+            runner.submit(tiles_of(0, 2)).result(30)
+        network.broken = False
+        assert numbers_of(runner.submit(tiles_of(5, 2)).result(30)) == [5, 6]
+
+
+def test_a_card_without_room_takes_smaller_batches_and_loses_nothing() -> None:
+    network = Network(room=3)
+    with Runner(network, CPU, 8, packs=True) as runner:
+        with pytest.warns(UserWarning, match=r"no room for 4 tiles at once; it takes 2 .*--batch-size 2"):
+            first = runner.submit(tiles_of(0, 8)).result(30)
+        tried = len(network.shapes)
+        rest = runner.submit(tiles_of(8, 8)).result(30)
+    assert numbers_of(first) + numbers_of(rest) == list(range(16))
+    assert {shape[0] for shape in network.shapes[tried:]} == {2}
+
+
+def test_a_card_without_room_for_one_tile_is_one_clear_line() -> None:
+    full = Network(room=0)
+    with (
+        Runner(full, CPU, 4, packs=True) as runner,
+        pytest.raises(UsageError, match="no room for a single tile"),
+    ):
+        runner.submit(tiles_of(0, 4)).result(30)
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_the_rate_of_the_network_alone_is_measured(packs: bool) -> None:
+    with Runner(Network(), CPU, 4, packs=packs) as runner:
+        assert runner.rate(tiles_of(0, 2), seconds=0.05) > 0
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_on_a_processor_a_piece_is_a_pass(passes: int) -> None:
+    network, before = Network(), torch.get_num_threads()
+    with Runner(network, CPU, 4, passes=passes) as runner:
+        futures = [runner.submit(tiles_of(n, 1 + n)) for n in range(6)]
+        assert [numbers_of(future.result(30)) for future in futures] == [
+            list(range(n, 2 * n + 1)) for n in range(6)
+        ]
+    assert sorted(shape[0] for shape in network.shapes) == [1, 2, 3, 4, 5, 6]
+    assert len(set(network.threads)) <= passes
+    assert torch.get_num_threads() == before
