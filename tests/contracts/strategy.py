@@ -171,6 +171,7 @@ class StrategyContract:
         found = self.penalties(network)
         assert all(value.item() > 0 for value in found.values())
 
+    @pytest.mark.slow  # a minute over all strategies
     def test_saved_and_loaded_it_goes_on_alike(self, tmp_path: Path) -> None:
         at_once = fit(make_grader(self.strategy), tmp_path)
         first = tmp_path / "epoch=0.ckpt"
@@ -187,6 +188,7 @@ class StrategyContract:
             moved += not torch.equal(value, checkpoint["state_dict"][name])
         assert moved > 3
 
+    @pytest.mark.slow  # a minute over all strategies
     def test_mixed_precision_accumulation_and_clipping_and_it_scripts(self, tmp_path: Path) -> None:
         options: dict[str, Any] = {
             "precision": "bf16-mixed",
