@@ -304,6 +304,7 @@ def test_the_fields_that_a_model_is_used_by_build_a_network_that_its_weights_fit
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+@pytest.mark.slow
 def test_an_ensemble_is_published_whole_and_its_first_network_begins_the_next(tmp_path: Path) -> None:
     pair = exported(tmp_path / "pair.pt", BackboneSpec(), BackboneSpec())
     library = Library(str(tmp_path / "library"))
