@@ -38,7 +38,7 @@ def test_the_grid_holds_exactly_the_whole_tiles(
 
 
 @given(
-    st.tuples(st.integers(1, 5000), st.integers(1, 5000)),
+    st.tuples(st.integers(1, 600), st.integers(1, 600)),
     st.tuples(spacings, spacings),
     st.floats(1.0, 20.0),
     st.integers(1, 300),
