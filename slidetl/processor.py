@@ -1,4 +1,4 @@
-"""What a process that runs a network on processors asks of the C library and of OpenMP."""
+"""Settings of the C library and of OpenMP for processes that run a network on processors."""
 
 from __future__ import annotations
 

@@ -89,5 +89,5 @@ def export(
 
 
 def _configs(checkpoints: Sequence[Path]) -> list[Path]:
-    """Where a fit leaves its configuration: beside the folder of its checkpoints."""
+    """Returns the configuration that a fit left beside the folder of its checkpoints."""
     return [path.absolute().parent.parent / "config.yaml" for path in checkpoints]

@@ -164,7 +164,7 @@ class RangeTestCLI(GradingCLI):
         parser.add_class_arguments(RangeTest, "range")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Without validation, and as many epochs as it takes."""
+        """Makes a trainer without validation, for as many epochs as it takes."""
         steps = self._get(self.config_init, "range").steps
         alone = {"max_epochs": steps, "max_steps": -1, "check_val_every_n_epoch": steps + 1}
         return super().instantiate_trainer(**kwargs, **alone)

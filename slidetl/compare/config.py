@@ -1,4 +1,4 @@
-"""What is compared: the YAML of ``slidetl compare``, checked."""
+"""The configuration of ``slidetl compare``, read from YAML and checked."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ class Comparison:
         return config
 
     def trials(self, arm: str) -> list[dict[str, Any]]:
-        """What the inner folds choose from: every combination of the arm's choices, by dotted name."""
+        """Lists the combinations of the arm's choices for the inner folds, by dotted name."""
         choices = self.arms[arm].choices
         return [dict(zip(choices, values, strict=True)) for values in product(*choices.values())]
 
@@ -291,7 +291,7 @@ def _own(error: BaseException) -> BaseException:
 
 
 def _first_lines(message: str) -> str:
-    """What a parser says, without what it was given: that may be pages."""
+    """Shortens a parser's message by the input that it quotes, which may be pages."""
     lines = [line.strip(" -:") for line in message.splitlines() if line.strip(" -:")]
     lines = [line for line in lines if not line.startswith(("Given value", "Expected a <class 'NoneType'"))]
     return " ".join(lines[:6])

@@ -1,4 +1,4 @@
-"""What must be computed: one unit for each arm and fold, named by all that its result depends on."""
+"""The units of a comparison: one for each arm and fold, named by all that its result depends on."""
 
 from __future__ import annotations
 
@@ -261,12 +261,12 @@ def _longer(recipe: dict[str, Any], factor: float) -> dict[str, Any]:
 
 
 def _features_sha256(study: Study, name: str) -> str:
-    """Of the weights by which features were stored, the same for all slides."""
+    """Hashes the weights by which features were stored, the same for all slides."""
     return common_source(name, study.caches).weights_sha256
 
 
 def _weights_sha256(config: dict[str, Any]) -> str:
-    """Of the file or pulled model that the pretrained weights come from; empty where timm looks them up."""
+    """Hashes the file of the pretrained weights; empty where timm looks them up."""
     backbone = config["model"].get("backbone", {})
     source = str(backbone.get("pretrained", "procedural"))
     if source == "procedural":

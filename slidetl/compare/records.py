@@ -92,7 +92,7 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class UnitResult:
-    """What a unit found.
+    """The result of a unit.
 
     Attributes:
         predictions: of the slides of its test part, not calibrated.

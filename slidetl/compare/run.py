@@ -25,7 +25,7 @@ from slidetl.tiles.lock import slide_lock
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What a comparison will do.
+    """The units of a comparison and the study that they need.
 
     Attributes:
         comparison: as configured.
@@ -42,7 +42,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Options:
-    """How it is computed; none of it changes a figure.
+    """Options of the computation; none of them changes a result.
 
     Attributes:
         jobs: units at a time on this machine.

@@ -1,1 +1,1 @@
-"""From caches and grades to batches. Import the module that is needed; this one imports nothing."""
+"""Turns caches and grades into batches. Import the module that is needed; this one imports nothing."""

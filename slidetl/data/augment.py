@@ -16,7 +16,7 @@ _GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What may change in a tile without changing its grade.
+    """Changes of a tile that leave its grade as it is.
 
     Hue is left alone on purpose: in trichrome and Sirius red the hue *is* the collagen. The changes of colour
     are those of torchvision's and albumentations' ``ColorJitter``, always in the order below and clipped once

@@ -224,7 +224,7 @@ class SlideDataModule(pl.LightningDataModule):
 
     @property
     def training_bags(self) -> BagDataset:
-        """What the training loader draws from."""
+        """The bags that the training loader draws from."""
         assert self._training is not None
         bags: BagDataset = self._training.dataset  # type: ignore[assignment] # as train_dataloader made it
         return bags
@@ -234,7 +234,7 @@ class SlideDataModule(pl.LightningDataModule):
         return self._evaluation_loader("train", self.features)
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the training is into its epoch, and where it looked before that.
+        """Returns the progress within the epoch, and the attention drawn by so far.
 
         Lightning asks the loader too, but gives it back only to a training whose optimiser was made without
         a look at the number of steps.

@@ -157,7 +157,7 @@ class BagDataset(Dataset[Bag]):
 
 @cache
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Of a worker process: threads do not survive the fork that it began with."""
+    """Returns the threads of this worker process; none survive the fork that it began with."""
     return ThreadPoolExecutor(threads, thread_name_prefix="tiles")
 
 

@@ -289,7 +289,7 @@ def _faults_between(rows: Iterable[ManifestRow]) -> list[str]:
 
 
 def _with_labels(manifest: Manifest, tasks: Sequence[Task]) -> Manifest:
-    """Where there are no columns, the grade is all that is known."""
+    """Leaves everything but the grade unknown where there are no columns."""
     rows = (
         replace(row, labels=tuple(row.grade if task.column == "grade" else None for task in tasks))
         for row in manifest.rows

@@ -1,4 +1,4 @@
-"""Which of a slide's tiles a bag is drawn from, and how likely each is."""
+"""Rules by which the tiles of a bag are drawn from a slide."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Sampling:
     def weights(
         self, tissue: NDArray[np.float32], attention: NDArray[np.float32] | None
     ) -> NDArray[np.float64] | None:
-        """How likely each tile is.
+        """Returns the probability of each tile.
 
         Args:
             tissue: ``[N]``, share of each tile that is tissue, 0..1.
@@ -43,7 +43,7 @@ class Uniform(Sampling):
     def weights(
         self, tissue: NDArray[np.float32], attention: NDArray[np.float32] | None
     ) -> NDArray[np.float64] | None:
-        """None."""
+        """Returns None: all tiles are equally likely."""
         return None
 
 
@@ -64,7 +64,7 @@ class TissueWeighted(Sampling):
     def weights(
         self, tissue: NDArray[np.float32], attention: NDArray[np.float32] | None
     ) -> NDArray[np.float64] | None:
-        """In proportion to ``tissue ** power``; a tile without any counts as one with a hundredth."""
+        """Weighs tiles by ``tissue ** power``; a tile without any counts as one with a hundredth."""
         weights = np.maximum(tissue, 0.01).astype(np.float64) ** self.power
         return np.asarray(weights / weights.sum())
 
@@ -94,7 +94,7 @@ class AttentionGuided(Sampling):
 
     @property
     def attends_every(self) -> int:  # type: ignore[override] # a field here
-        """As :attr:`every_n_epochs`."""
+        """The epochs between two looks: :attr:`every_n_epochs`."""
         return self.every_n_epochs
 
     def weights(

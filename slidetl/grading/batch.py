@@ -46,7 +46,7 @@ _MORE = ("tiles", "tiles_unreadable", "tissue_mm2", "novelty", "fingerprint", "m
 
 @dataclass(frozen=True)
 class GradeRow:
-    """What became of one slide.
+    """The outcome of one slide.
 
     Attributes:
         slide: the file, as it was named.

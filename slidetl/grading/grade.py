@@ -64,13 +64,13 @@ class Rates:
 
     @property
     def reading_limits(self) -> bool:
-        """Whether the network waited for tiles, so that ``everything`` is the rate of reading."""
+        """True where the network waited for tiles, so that ``everything`` is the rate of reading."""
         return self.share < _READING_LIMITS
 
 
 @dataclass(frozen=True, eq=False)
 class SlideGrade:
-    """What a model says of a slide.
+    """The grade of a slide, and the map that explains it.
 
     Attributes:
         slide: the file, as it was named.
@@ -478,7 +478,7 @@ def _on_grid(result: SlideGrade, values: NDArray[np.float32]) -> NDArray[np.floa
 
 
 def _thumbnail_px(result: SlideGrade, columns: int, rows: int) -> tuple[float, float]:
-    """Where so many columns and rows of the grid end, in thumbnail pixels whose centres are whole."""
+    """Converts columns and rows of the grid to thumbnail pixels whose centres are whole."""
     height, width = result.plan.thumbnail.shape[:2]
     size_x, size_y = result.plan.info.size_level0
     stride_x, stride_y = _stride_level0(result)

@@ -11,7 +11,7 @@ from slidetl.errors import UsageError
 
 @dataclass(frozen=True)
 class GradeOptions:
-    """How slides are graded, and what is written of them.
+    """Options of grading: the computation, and the files that are written.
 
     Attributes:
         output: folder for results.csv, and for each slide a map (PNG) and the result (JSON).

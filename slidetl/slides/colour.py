@@ -47,7 +47,7 @@ class SrgbSlide(Slide):
 
     @property
     def info(self) -> SlideInfo:
-        """As the slide's own, but for the background's colour."""
+        """The slide's own description, but for the background's colour."""
         return self._info
 
     def mpp_read(self, mpp: float, mpp_tolerance: float = 0.01) -> tuple[float, float]:

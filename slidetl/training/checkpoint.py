@@ -150,7 +150,7 @@ def _check_class(key: str, value: Any, allow: Sequence[str]) -> None:
 
 
 def _text_arguments(class_path: str) -> frozenset[str]:
-    """Which arguments of slidetl's own strategies are typed as text or as one of a few words."""
+    """Lists the arguments of slidetl's own strategies that are text or one of a few words."""
     module, _, name = class_path.rpartition(".")
     strategy = getattr(transfer, name, None) if module == transfer.__name__ else None
     if not is_dataclass(strategy):

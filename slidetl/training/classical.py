@@ -33,7 +33,7 @@ from slidetl.training.predictions import SlidePrediction, write_predictions
 
 @dataclass(frozen=True)
 class FeatureStudy:
-    """What is graded on what, and how it is split: as :class:`~slidetl.data.datamodule.SlideDataModule`.
+    """The study of classical models, and its split: as :class:`~slidetl.data.datamodule.SlideDataModule`.
 
     Attributes:
         manifest: the CSV of the study.

@@ -1,4 +1,4 @@
-"""How far each layer moves away from the pretrained weights in the course of a training."""
+"""Distances of each layer from the pretrained weights in the course of a training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from slidetl.training.grader import SlideGrader
 
 
 def distances(network: nn.Module, anchors: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
-    """How far each layer with a kernel is from the weights w0 of the same name.
+    """Measures the distance of each layer with a kernel from the weights w0 of the same name.
 
     Args:
         network: the layers.

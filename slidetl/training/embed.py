@@ -33,7 +33,7 @@ _MOST_READERS = 16
 
 @dataclass(frozen=True)
 class EmbeddedSlide:
-    """What became of one slide.
+    """The outcome of one slide.
 
     Attributes:
         slide_id: its identifier.
@@ -234,7 +234,7 @@ def embed_cache(
 
 
 def _is_stored(cache: SlideCache, sources: Mapping[str, FeatureSource]) -> bool:
-    """Whether all is there; refuses to mix features of two networks under one name."""
+    """Tells if all features are there; refuses to mix two networks under one name."""
     is_stored = True
     for name, source in sources.items():
         try:

@@ -273,7 +273,7 @@ class SlideGrader(pl.LightningModule):
         return loss + sum(penalties.values())
 
     def _loss(self, logits: Tensor, batch: Bag) -> Tensor:
-        """Of the grade."""
+        """Computes the loss of the grade."""
         head, target = self.network.head, batch["grade"]
         if self.targets != Targets():
             probabilities = head.probabilities(logits.detach())
@@ -282,7 +282,7 @@ class SlideGrader(pl.LightningModule):
         return self._mean(*head.summed_loss(logits, target, class_weight=weight))
 
     def _task_losses(self, logits: dict[str, Tensor], batch: Bag) -> Tensor:
-        """Of all further tasks, each with its weight."""
+        """Sums the losses of all tasks beside the grade, each with its weight."""
         total = torch.zeros((), device=self.device)
         summed = self.tasks.summed_losses(logits, batch["labels"])
         for task in self.tasks.tasks:

@@ -68,7 +68,7 @@ class TaskHeads(nn.Module):
     def summed_losses(
         self, logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """By the tasks' names the sum of the losses, not yet weighed, and how many labels there were.
+        """Sums each task's losses, not yet weighed, and counts its labels, by the tasks' names.
 
         Every head takes part in every step, with a gradient of 0 where there is no label: DDP waits for it.
 

@@ -10,7 +10,7 @@ from slidetl.errors import UsageError
 
 @dataclass(frozen=True)
 class EmbedOptions:
-    """How the tiles of a cache are embedded and stored.
+    """Options of embedding and storing the tiles of a cache.
 
     Attributes:
         blocks: inner blocks whose output, averaged over space, is stored too, as NAME.BLOCK; separated by
@@ -42,7 +42,7 @@ class EmbedOptions:
 
 @dataclass(frozen=True)
 class SimilarityOptions:
-    """How networks are compared.
+    """Options of comparing networks.
 
     Attributes:
         slides: identifiers of the slides to draw tiles from, instead of all in the cache.

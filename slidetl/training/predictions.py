@@ -12,7 +12,7 @@ from slidetl.errors import UsageError
 
 @dataclass(frozen=True)
 class SlidePrediction:
-    """What was predicted for one slide.
+    """The prediction for one slide.
 
     Attributes:
         slide_id, patient_id: from the manifest.

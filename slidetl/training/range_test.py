@@ -25,7 +25,7 @@ _MOMENTUM = 0.98  # of the running mean of the losses in Lightning's finder
 
 @dataclass(frozen=True)
 class RangeTest:
-    """What rates are tried.
+    """The rates of a range test.
 
     Attributes:
         lowest, highest: the first and the last value of ``model.lr``; between them it grows by the same
@@ -47,7 +47,7 @@ class RangeTest:
 
 @dataclass(frozen=True)
 class RangeResult:
-    """What a range test found.
+    """The result of a range test.
 
     Attributes:
         rates: the values of ``model.lr`` that were tried, increasing.

@@ -84,22 +84,22 @@ class Triangular(Schedule):
         return self.base + (1 - self.base) * rise * self.height(epochs)
 
     def height(self, epochs: float) -> float:
-        """How high the present cycle goes, relative to the first."""
+        """Returns the height of the present cycle, relative to the first."""
         return 1.0
 
 
 @dataclass(frozen=True)
 class Triangular2(Triangular):
-    """As :class:`Triangular`, the range from base to peak halved with each cycle."""
+    """A :class:`Triangular` schedule whose range from base to peak halves with each cycle."""
 
     def height(self, epochs: float) -> float:
-        """How high the present cycle goes, relative to the first."""
+        """Returns the height of the present cycle, relative to the first."""
         return float(0.5 ** (epochs // (2 * self.half_cycle_epochs)))
 
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """The same rate throughout."""
+    """A constant rate."""
 
     def rate(self, epochs: float, planned_epochs: float) -> float:
         """The peak."""

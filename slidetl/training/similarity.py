@@ -1,4 +1,4 @@
-"""What training changed, layer by layer: representations before and after it are compared."""
+"""Compares the representations of each layer before and after training."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def compare_networks(
 
 
 def embed_layers(backbone: Backbone, tiles: NDArray[np.uint8], batch_size: int = 64) -> Layers:
-    """What each block of a backbone makes of tiles, averaged over space; on a GPU where there is one.
+    """Embeds tiles by each block of a backbone, averaged over space; on a GPU where there is one.
 
     Args:
         backbone: put into evaluation mode.

@@ -1,4 +1,4 @@
-"""How long a training waits for its data, and how long it computes."""
+"""Times that a training waits for its data, and that it computes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pytorch_lightning.utilities import rank_zero_info
 
 @dataclass(frozen=True)
 class EpochTimes:
-    """Of one epoch, in the process that logs.
+    """The times of one epoch, in the process that logs.
 
     Attributes:
         epoch: its number, from 0.
@@ -28,7 +28,7 @@ class EpochTimes:
 
     @property
     def share(self) -> float:
-        """Of the time of training that was spent waiting, 0..1."""
+        """The share of the time of training that was spent waiting, 0..1."""
         total = self.data_wait_s + self.compute_s
         return self.data_wait_s / total if total else 0.0
 
