@@ -280,7 +280,7 @@ def _one_that_waits() -> int:
 
 
 def _wait_for(condition: Callable[[], int | bool]) -> int:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not (value := condition()):
         assert time.monotonic() < deadline, "waited for too long"
         time.sleep(0.05)

@@ -39,7 +39,7 @@ from slidetl.tiles.features import read_features
 from slidetl.training.predictions import SlidePrediction
 from tests.conftest import Study as Cohort
 
-PATIENCE_S = 300  # a busy machine starts Python with torch in a minute
+PATIENCE_S = 900  # a busy machine starts Python with torch in a minute
 SCRATCH = {"model": {"transfer": {"class_path": "slidetl.models.transfer.Scratch"}}}
 
 

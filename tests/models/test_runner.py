@@ -56,7 +56,7 @@ def test_every_piece_gets_its_own_embeddings_in_batches_of_one_shape(pieces: lis
     with Runner(network, CPU, batch, SIDE, packs=True) as runner:
         starts = np.cumsum([0, *pieces])
         futures = [runner.submit(tiles_of(int(s), n)) for s, n in zip(starts, pieces, strict=False)]
-        found = [numbers_of(future.result(30)) for future in futures]
+        found = [numbers_of(future.result(120)) for future in futures]
     assert found == [list(range(s, s + n)) for s, n in zip(starts, pieces, strict=False)]
     assert {shape[0] for shape in network.shapes} <= {batch}
     assert len(set(network.threads)) == 1
@@ -68,9 +68,9 @@ def test_slides_share_batches_and_one_thread() -> None:
         ready = threading.Barrier(4)
 
         def slide(number: int) -> list[int]:
-            ready.wait(30)
+            ready.wait(120)
             futures = [runner.submit(tiles_of(100 * number + 2 * k, 2)) for k in range(10)]
-            return [tile for future in futures for tile in numbers_of(future.result(30))]
+            return [tile for future in futures for tile in numbers_of(future.result(120))]
 
         found = list(pool.map(slide, range(4)))
     assert found == [list(range(100 * number, 100 * number + 20)) for number in range(4)]
@@ -91,7 +91,7 @@ def test_the_device_is_warmed_before_tiles_come() -> None:
 def test_calls_run_in_the_thread_that_owns_the_device() -> None:
     network = Network()
     with Runner(network, CPU, 2, packs=True) as runner:
-        runner.submit(tiles_of(0, 2)).result(30)
+        runner.submit(tiles_of(0, 2)).result(120)
         assert runner.call(threading.get_ident) == network.threads[0] != threading.get_ident()
         with pytest.raises(ZeroDivisionError):
             runner.call(lambda: 1 // 0)
@@ -102,18 +102,18 @@ def test_an_error_of_a_pass_reaches_whoever_waits_and_the_runner_goes_on(packs: 
     network = Network(broken=True)
     with Runner(network, CPU, 2, packs=packs) as runner:
         with pytest.raises(RuntimeError, match="a layer is broken"):
-            runner.submit(tiles_of(0, 2)).result(30)
+            runner.submit(tiles_of(0, 2)).result(120)
         network.broken = False
-        assert numbers_of(runner.submit(tiles_of(5, 2)).result(30)) == [5, 6]
+        assert numbers_of(runner.submit(tiles_of(5, 2)).result(120)) == [5, 6]
 
 
 def test_a_card_without_room_takes_smaller_batches_and_loses_nothing() -> None:
     network = Network(room=3)
     with Runner(network, CPU, 8, packs=True) as runner:
         with pytest.warns(UserWarning, match=r"no room for 4 tiles at once; it takes 2 .*--batch-size 2"):
-            first = runner.submit(tiles_of(0, 8)).result(30)
+            first = runner.submit(tiles_of(0, 8)).result(120)
         tried = len(network.shapes)
-        rest = runner.submit(tiles_of(8, 8)).result(30)
+        rest = runner.submit(tiles_of(8, 8)).result(120)
     assert numbers_of(first) + numbers_of(rest) == list(range(16))
     assert {shape[0] for shape in network.shapes[tried:]} == {2}
 
@@ -124,7 +124,7 @@ def test_a_card_without_room_for_one_tile_is_one_clear_line() -> None:
         Runner(full, CPU, 4, packs=True) as runner,
         pytest.raises(UsageError, match="no room for a single tile"),
     ):
-        runner.submit(tiles_of(0, 4)).result(30)
+        runner.submit(tiles_of(0, 4)).result(120)
 
 
 @pytest.mark.parametrize("packs", [False, True])
@@ -138,7 +138,7 @@ def test_on_a_processor_a_piece_is_a_pass(passes: int) -> None:
     network, before = Network(), torch.get_num_threads()
     with Runner(network, CPU, 4, passes=passes) as runner:
         futures = [runner.submit(tiles_of(n, 1 + n)) for n in range(6)]
-        assert [numbers_of(future.result(30)) for future in futures] == [
+        assert [numbers_of(future.result(120)) for future in futures] == [
             list(range(n, 2 * n + 1)) for n in range(6)
         ]
     assert sorted(shape[0] for shape in network.shapes) == [1, 2, 3, 4, 5, 6]

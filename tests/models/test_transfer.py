@@ -364,7 +364,7 @@ def together_and_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     states: dict[str, Any] = torch.load(path, weights_only=True)

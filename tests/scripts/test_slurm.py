@@ -33,7 +33,7 @@ def run(job: str, folder: Path, *words: str, **more: str) -> subprocess.Complete
         env={**os.environ, "PATH": path, "SLURM_SUBMIT_DIR": str(folder), **more},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
 
 

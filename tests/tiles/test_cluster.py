@@ -23,7 +23,7 @@ from tests.conftest import PyramidTiff
 
 Start = Callable[..., subprocess.Popen[str]]
 TILING = ["--mpp", "0.5", "--tile-size", "32", "--stride", "16"]
-PATIENCE_S = 120  # a busy machine starts Python in ten seconds
+PATIENCE_S = 600  # a busy machine starts Python in ten seconds
 SPEC = TileSpec(0.5, 32, stride_px=16)
 
 

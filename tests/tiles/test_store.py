@@ -378,7 +378,7 @@ def test_it_reads_in_other_processes(tmp_path: Path, method: str) -> None:
     start: Callable[..., multiprocessing.Process] = context.Process  # type: ignore[attr-defined]
     process = start(target=read_into, args=(results, pickle.loads(pickle.dumps(cache))))
     process.start()
-    assert results.get(timeout=30) == here.tobytes()
+    assert results.get(timeout=120) == here.tobytes()
     process.join()
 
 

@@ -205,7 +205,7 @@ def test_a_run_that_is_interrupted_loses_one_slide(study: Study, tmp_path: Path)
     assert process.stderr is not None
     lines = [process.stderr.readline()]  # a slide that is stored
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 130 and "Traceback" not in err
     done = lines + [line for line in err.splitlines() if "embedded" in line]
     stored = [cache for cache in opened(cache_dir) if list_features(cache)]

@@ -217,7 +217,7 @@ def test_two_processes_train_together_and_test_alike(study: Study, tmp_path: Pat
     options = [*study.options(tmp_path), "--trainer.devices=2", "--trainer.strategy=ddp"]
     command = [sys.executable, "-W", "ignore", "-m", "slidetl"]
     for words in (["fit", *options, "--trainer.max_epochs=1"], ["test", *options]):
-        done = subprocess.run([*command, *words], capture_output=True, text=True, check=False, timeout=240)
+        done = subprocess.run([*command, *words], capture_output=True, text=True, check=False, timeout=900)
         assert done.returncode == 0, done.stderr[-3000:]
     together = read_predictions(tmp_path / "test" / "predictions.csv")
     assert main(["test", *study.options(tmp_path)]) == 0

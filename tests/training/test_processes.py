@@ -33,7 +33,7 @@ def runs(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
         capture_output=True,
         text=True,
         check=False,
-        timeout=240,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
@@ -108,7 +108,7 @@ def test_nodes_joined_by_torchrun_count_each_slide_once(study: Study, trained: P
         for _ in range(2)
     ]
     try:
-        said = [node.communicate(timeout=240)[0] for node in nodes]
+        said = [node.communicate(timeout=900)[0] for node in nodes]
     finally:
         for node in nodes:
             node.kill()
