@@ -222,13 +222,12 @@ class Runner:
         buffer.array[filled:] = 0
         try:
             rows = self._pass(self._copied(buffer).permute(0, 3, 1, 2))
-        except BaseException as error:
+            for piece, begin, end in pieces:
+                piece.add(rows[begin:end])
+        except BaseException as error:  # joining the parts of a piece may find no room, too
             for piece, _, _ in pieces:
                 if not piece.future.done():
                     piece.future.set_exception(error)
-            return
-        for piece, begin, end in pieces:
-            piece.add(rows[begin:end])
 
     def _copied(self, buffer: _Buffer) -> Tensor:
         """The buffer's tiles on the device; a GPU copies while it computes."""
