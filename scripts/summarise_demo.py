@@ -20,7 +20,7 @@ from rich.table import Table
 from slidetl.compare.colour import colour_features
 from slidetl.data.manifest import read_manifest
 from slidetl.evaluation.baselines import fit_best
-from slidetl.evaluation.bootstrap import Interval, percentile_interval
+from slidetl.evaluation.bootstrap import Interval, Metric, resampled_metric
 from slidetl.evaluation.metrics import accuracy, difference, qwk
 from slidetl.tiles.store import SlideCache
 from slidetl.training.predictions import read_predictions
@@ -46,15 +46,21 @@ def main(folder: Path) -> int:
     others = Counter(row.grade for row in rows if row.slide_id not in tested)
     chance = np.full(len(true), others.most_common(1)[0][0])
 
+    def interval(metric: Metric, level: float = 0.95) -> Interval:
+        """Computes a percentile bootstrap over patients; draws without a value are left out."""
+        drawn = resampled_metric(metric, patients)
+        low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+        return Interval(float(metric(np.ones((1, len(true))))[0]), float(low), float(high), level)
+
     def share(predicted: NDArray[np.int64]) -> Interval:
-        return percentile_interval(partial(accuracy, true, predicted), patients)
+        return interval(partial(accuracy, true, predicted))
 
     def kappa(predicted: NDArray[np.int64]) -> Interval:
-        return percentile_interval(partial(qwk, true, predicted, N_GRADES), patients)
+        return interval(partial(qwk, true, predicted, N_GRADES))
 
     def gain(predicted: NDArray[np.int64]) -> Interval:
         of_model, of_other = (partial(qwk, true, graded, N_GRADES) for graded in (model, predicted))
-        return percentile_interval(difference(of_model, of_other), patients, level=0.9)
+        return interval(difference(of_model, of_other), level=0.9)
 
     table = Table(title=f"{len(true)} test slides of {len(set(patients))} patients, none seen in training")
     for heading in ("", "accuracy [95 %]", "QWK [95 %]", "QWK of slidetl minus this [90 %]"):
@@ -85,7 +91,7 @@ def main(folder: Path) -> int:
         f"slidetl grade and slidetl test differ by at most {furthest:.1e} in a probability.\n"
         f"Heat maps: {folder / 'maps'}/*.png   model: {folder / 'model.pt'}   logs: {folder / 'logs'}"
     )
-    figures = {
+    estimates = {
         "accuracy": share(model),
         "qwk": kappa(model),
         "mean_colour_accuracy": share(colour),
@@ -95,10 +101,10 @@ def main(folder: Path) -> int:
         "qwk_gain_over_chance": gain(chance),
     }
     summary = {
-        **{name: round(interval.estimate, 4) for name, interval in figures.items()},
+        **{name: round(found.estimate, 4) for name, found in estimates.items()},
         "intervals": {
-            name: {"low": round(interval.low, 4), "high": round(interval.high, 4), "level": interval.level}
-            for name, interval in figures.items()
+            name: {"low": round(found.low, 4), "high": round(found.high, 4), "level": found.level}
+            for name, found in estimates.items()
         },
         "greatest_probability_difference_grade_test": furthest,
         "test_slides": len(true),
