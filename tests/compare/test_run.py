@@ -248,7 +248,7 @@ def test_a_unit_that_fails_is_reported_and_the_others_go_on(
     assert "failed: broken, repeat 0, fold 0" in printed.err
     assert "none.safetensors" in printed.err
     assert "broken against prior by QWK, is not complete yet" in printed.out
-    assert "incomplete: broken, 0 of 2 units" in printed.out
+    assert "broken (0 of 2 units)" in printed.out
     assert {row["arm"] for row in table(tmp_path / "out" / "predictions.csv")} == {"prior", "site"}
     assert len(list((tmp_path / "out" / "units" / ".failed").iterdir())) == 2
 
