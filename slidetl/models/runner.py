@@ -201,7 +201,7 @@ class Runner:
                 self._filled += len(part)
                 if self._filled == len(buffer.array):
                     self._launch()
-        except BaseException as error:
+        except BaseException as error:  # belongs to whoever submitted the piece
             if not piece.future.done():
                 piece.future.set_exception(error)
 
