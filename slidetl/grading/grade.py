@@ -186,6 +186,11 @@ def grade_slide(
         probabilities, expected, attention = runner.call(
             lambda: tuple(value.cpu() for value in network.grade(embeddings))
         )
+        if not torch.isfinite(probabilities).all():  # the largest of NaN would be grade 0
+            raise UnfitSlideError(
+                f"{path}: not graded: expected finite probabilities, the network gives "
+                f"{probabilities.tolist()}; check the model file and --precision"
+            )
         taken = started.since()
         tile_grades = runner.call(
             lambda: torch.cat([network.grade_tiles(part) for part in torch.split(embeddings, _PART)]).cpu()

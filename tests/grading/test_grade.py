@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from slidetl.cli import main
-from slidetl.errors import SpacingError
+from slidetl.errors import SpacingError, UnfitSlideError
 from slidetl.grading.grade import _ahead, chosen_precision, draw_map, grade_slide
 from slidetl.publish.export import build_network, export_model
 from slidetl.publish.model_file import ModelFile, load_model
@@ -343,6 +343,19 @@ def test_a_frozen_model_grades_alike(study: Study, trained: Path, tmp_path: Path
     np.testing.assert_allclose(other.probabilities, one.probabilities, atol=1e-5)
     np.testing.assert_allclose(other.attention, one.attention, atol=1e-5)
     np.testing.assert_allclose(other.tile_grades, one.tile_grades, atol=1e-4)
+
+
+def test_a_network_that_gives_nan_grades_no_slide(study: Study, model: ModelFile) -> None:
+    class Undefined:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(model.network, name)
+
+        def embed(self, tiles: torch.Tensor) -> Any:
+            return model.network.embed(tiles) * torch.nan
+
+    slide = next((study.manifest.parent / "slides").glob("*.tiff"))
+    with pytest.raises(UnfitSlideError, match="not graded: expected finite probabilities"):
+        grade_slide(replace(model, network=Undefined()), slide, force=True)
 
 
 def test_an_error_of_the_network_is_not_lost(study: Study, model: ModelFile) -> None:
