@@ -314,7 +314,8 @@ def test_a_shard_names_no_tiles_beyond_its_end(offset: int, length: int, tmp_pat
 
 @pytest.mark.parametrize("header", ["length", "shape"])
 def test_weights_claim_no_more_than_the_file_holds(header: str, tmp_path: Path) -> None:
-    from slidetl.models.backbones import BackboneSpec, read_pretrained
+    from slidetl.models.backbones import read_pretrained
+    from slidetl.models.spec import BackboneSpec
 
     side = 10**12
     tensors = {"a": {"dtype": "F32", "shape": [side], "data_offsets": [0, 4 * side]}}

@@ -70,8 +70,9 @@ def embed_rows(cache: Path, backbone: str, device: Literal["cpu", "cuda"]) -> li
     """Embeds a whole cache."""
     import torch
 
-    from slidetl.models.backbones import Backbone, BackboneSpec
+    from slidetl.models.backbones import Backbone
     from slidetl.models.runner import Runner
+    from slidetl.models.spec import BackboneSpec
     from slidetl.tiles.store import SlideCache, groups
     from slidetl.training.embed import embed_cache
     from slidetl.training.options import EmbedOptions

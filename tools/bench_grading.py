@@ -35,7 +35,7 @@ _RATES = re.compile(
 
 def export(backbone: str, work: Work, path: Path) -> int:
     """Writes a model file of a network that was never trained; returns the length of its embeddings."""
-    from slidetl.models.backbones import BackboneSpec
+    from slidetl.models.spec import BackboneSpec
     from slidetl.publish.export import build_network, export_model
     from slidetl.tiles.grid import TileSpec
     from slidetl.training.grader import SlideGrader

@@ -36,7 +36,7 @@ from slidetl.data.datasets import Bag, BagDataset, EpochSampler, collate_bags
 from slidetl.data.manifest import ManifestRow
 from slidetl.data.resuming import ResumableLoader
 from slidetl.data.study import CachedSlide
-from slidetl.models.backbones import BackboneSpec
+from slidetl.models.spec import BackboneSpec
 from slidetl.models.transfer import Scratch
 from slidetl.tiles.store import SlideCache, groups
 from slidetl.training.grader import SlideGrader

@@ -19,10 +19,11 @@ import timm
 import torch
 
 from slidetl.models.aggregators import GatedAttention
-from slidetl.models.backbones import Backbone, BackboneSpec
+from slidetl.models.backbones import Backbone
 from slidetl.models.heads import CumulativeLink
 from slidetl.models.network import GradingNetwork
 from slidetl.models.penalties import Seen, recorded
+from slidetl.models.spec import BackboneSpec
 from slidetl.models.transfer import SharedActivations, SharedWeights, TransferStrategy, WarmRestart
 
 Step = Callable[[], None]

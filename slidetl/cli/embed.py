@@ -7,14 +7,14 @@ import time
 from pathlib import Path
 
 from slidetl.cli.progress import Progress
+from slidetl.models.spec import BackboneSpec
 from slidetl.training.options import EmbedOptions
 
 
 def embed(
     cache: Path,
     *,
-    backbone: str = "mobilenetv3_small_050",
-    pretrained: str = "procedural",
+    backbone: BackboneSpec,
     options: EmbedOptions,
 ) -> int:
     """Embeds every tile of a cache with a pretrained backbone, and stores the features beside the tiles.
@@ -23,13 +23,9 @@ def embed(
 
     Args:
         cache: the folder that 'slidetl tile' wrote.
-        backbone: any model that timm knows; 'slidetl backbones' lists some.
-        pretrained: weights: procedural (bundled), imagenet or hub (those published, downloaded unless they
-            are on this machine), zoo://NAME (a model that 'slidetl zoo pull' brought), or a .safetensors or
-            .pth file.
+        backbone: the network and its weights; 'slidetl backbones' lists some.
         options: how they are embedded and stored.
     """
-    from slidetl.models.backbones import BackboneSpec
     from slidetl.training.embed import EmbeddedSlide, embed_cache
 
     started = time.monotonic()
@@ -41,7 +37,7 @@ def embed(
 
         slides = embed_cache(
             cache,
-            BackboneSpec(backbone, pretrained),
+            backbone,
             options,
             on_plan=progress.start,
             on_batch=progress.advance,

@@ -1,8 +1,9 @@
 """Options of a command, made from the signature and the docstring of the function that runs it.
 
 Parameters before the ``*`` are positional arguments, those after it are options. A parameter whose type is
-a dataclass stands for its fields, each of them an option. Types, defaults and help are written there and
-nowhere else (docs/design/command-line.md).
+a dataclass stands for its fields: options, but for the first field of one before the ``*``. The metadata
+``option`` of a field renames its option; an empty one leaves it out. Types, defaults and help are written
+there and nowhere else (docs/design/command-line.md).
 """
 
 from __future__ import annotations
@@ -42,22 +43,29 @@ def _add_parameters(
     group: argparse._ActionsContainer,
     source: Callable[..., Any],
     key: str = "",
+    leads: bool = False,
 ) -> None:
-    parameters = inspect.signature(source).parameters
+    parameters = _parameters(source)
     hints = get_type_hints(source)
     positional = [name for name, of in parameters.items() if not key and of.kind is not of.KEYWORD_ONLY]
-    spelled = {name: name.upper() if name in positional else _flag(name) for name in parameters}
+    positional += list(parameters)[:leads]
+    renamed = _option_names(source)
+    spelled = {
+        name: name.upper() if name in positional else _flag(renamed.get(name, name)) for name in parameters
+    }
     texts, _ = _read_docstring(source, spelled)
     for name, parameter in parameters.items():
         hint, default, text = hints[name], parameter.default, texts[name]
         if dataclasses.is_dataclass(hint):
-            _add_parameters(parser, parser.add_argument_group(text), cast(type, hint), f"{name}.")
+            fields = parser.add_argument_group(text)
+            _add_parameters(parser, fields, cast(type, hint), f"{name}.", name in positional)
             continue
-        takes = _values(hint)
+        takes = _values(hint, default)
         if name in positional:
             if default is not parameter.empty:
                 takes |= {"nargs": "?", "default": default}
-            group.add_argument(name, metavar=_metavar(name, hint), help=text, **takes)
+            dest = f"{key}{name}"
+            group.add_argument(dest, metavar=_metavar(name, hint), help=text, **takes)
             continue
         if takes.get("nargs") == "+" and any(
             action.nargs == "+" for action in parser._positionals._group_actions
@@ -69,12 +77,25 @@ def _add_parameters(
         if default is parameter.empty:
             takes["required"] = True
             text += " (required)"
-        elif hint is not bool:
+        else:
             takes["default"] = default
-            if default not in (None, "", ()):
+            if hint is not bool and default not in (None, "", ()):
                 shown = " ".join(default) if isinstance(default, tuple) else default
                 text += f" (default: {shown})"
         group.add_argument(spelled[name], dest=f"{key}{name}", help=text, **takes)
+
+
+def _option_names(source: Callable[..., Any]) -> dict[str, str]:
+    """Returns the names of a dataclass's options where they are not those of the fields."""
+    fields = dataclasses.fields(source) if dataclasses.is_dataclass(source) else ()
+    return {field.name: field.metadata["option"] for field in fields if "option" in field.metadata}
+
+
+def _parameters(source: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Returns the parameters that a command line sets, by name."""
+    left_out = [name for name, option in _option_names(source).items() if not option]
+    parameters = inspect.signature(source).parameters
+    return {name: of for name, of in parameters.items() if name not in left_out}
 
 
 def _flag(name: str) -> str:
@@ -99,6 +120,7 @@ def _read_docstring(source: Callable[..., Any], spelled: Mapping[str, str]) -> t
 
     def plain(text: str | None) -> str:
         words = " ".join((text or "").split()).removesuffix(".").replace("%", "%%")
+        words = re.sub(":[a-z]+:`~?(?:[^`]*[.])?([^`]+)`", r"\1", words)
         return re.sub("``(.+?)``", lambda found: spelled.get(found[1], found[1]), words)
 
     doc = parse(inspect.getdoc(source) or "", DocstringStyle.GOOGLE)
@@ -106,11 +128,11 @@ def _read_docstring(source: Callable[..., Any], spelled: Mapping[str, str]) -> t
     return texts, plain(f"{doc.short_description} {doc.long_description or ''}") + "."
 
 
-def _values(hint: Any) -> dict[str, Any]:
+def _values(hint: Any, default: object = None) -> dict[str, Any]:
     """Returns what argparse needs to know to read values of a type."""
     arguments = get_args(hint)
     if hint is bool:
-        return {"action": "store_true"}
+        return {"action": argparse.BooleanOptionalAction if default is True else "store_true"}
     if get_origin(hint) is Literal:
         return {"choices": arguments}
     if get_origin(hint) is tuple:
@@ -150,7 +172,7 @@ def _call(command: Command, options: argparse.Namespace) -> int:
                 name: build(hints[name], f"{name}.")
                 if dataclasses.is_dataclass(hints[name])
                 else getattr(options, f"{key}{name}")
-                for name in inspect.signature(source).parameters
+                for name in _parameters(source)
             }
         )
 

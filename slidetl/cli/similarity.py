@@ -34,7 +34,7 @@ def similarity(
             zoo://NAME or a file.
         options: tiles and noise floor.
     """
-    from slidetl.models.backbones import BackboneSpec
+    from slidetl.models.spec import BackboneSpec
     from slidetl.training.similarity import compare_networks, draw_curves, write_curves
 
     points = compare_networks(

@@ -80,7 +80,7 @@ class ModelCard:
         grades: names, lowest first.
         tile_spec: the tiles that the network was trained on and has to be given.
         backbone: timm's name for it, and what was changed; for people.
-        architecture: the fields of a :class:`~slidetl.models.backbones.BackboneSpec` that builds it (of an
+        architecture: the fields of a :class:`~slidetl.models.spec.BackboneSpec` that builds it (of an
             ensemble, the first): ``name``, and of ``in_channels``, ``gated_mlp`` and ``layer_scale`` those
             that are not the default.
         normalisation: ``mean`` and ``std`` of pixel values in 0..1 that the network applies itself.

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from slidetl.errors import SlidetlError
-from slidetl.models.backbones import Backbone, BackboneSpec, local_weights
+from slidetl.models.backbones import Backbone, local_weights
 from slidetl.models.cbr import CBR_NAMES
+from slidetl.models.spec import BackboneSpec
 from slidetl.models.weights import BUNDLED
 
 # A choice from small to large, and pathology models published in timm's form.
@@ -35,7 +36,7 @@ class BackboneEntry:
     """One line of the list.
 
     Attributes:
-        name: for :class:`~slidetl.models.backbones.BackboneSpec`.
+        name: for :class:`~slidetl.models.spec.BackboneSpec`.
         parameters: without a classifier; None where it was not counted.
         features: length D of an embedding, likewise.
         input_size_px: side of the tiles that its weights were made for, likewise.

@@ -17,8 +17,9 @@ from slidetl.errors import ModelFileError
 from slidetl.library.local import file_sha256
 from slidetl.library.model_card import METADATA, Evidence, ModelCard, TrainingData
 from slidetl.library.trust import trust
-from slidetl.models.backbones import BackboneSpec, weights_sha256
+from slidetl.models.backbones import weights_sha256
 from slidetl.models.network import GradingNetwork
+from slidetl.models.spec import BackboneSpec
 from slidetl.publish.model_file import load_model, without_deprecation
 from slidetl.training.grader import SlideGrader
 

@@ -16,7 +16,7 @@ from pytorch_lightning.cli import instantiate_module
 from slidetl.data.tasks import Task
 from slidetl.errors import CheckpointError, SlidetlError
 from slidetl.models import transfer
-from slidetl.models.backbones import BackboneSpec
+from slidetl.models.spec import BackboneSpec
 from slidetl.models.targets import Targets
 from slidetl.training.grader import SlideGrader
 

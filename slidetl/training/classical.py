@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slidetl.data.manifest import FIVE_GRADES, check_scale
+from slidetl.data.manifest import check_scale
 from slidetl.data.study import CachedSlide, read_study
 from slidetl.data.tasks import LabelledPoints, read_points
 from slidetl.errors import UsageError
@@ -27,62 +26,41 @@ from slidetl.evaluation.classical import (
 from slidetl.evaluation.metrics import GradeMetrics, grade_metrics
 from slidetl.tiles.features import common_source, read_features
 from slidetl.tiles.store import SlideCache
+from slidetl.training.options import FeatureStudy
 from slidetl.training.outputs import describe_metrics, draw_confusion
 from slidetl.training.predictions import SlidePrediction, write_predictions
 
 
-@dataclass(frozen=True)
-class FeatureStudy:
-    """The study of classical models, and its split: as :class:`~slidetl.data.datamodule.SlideDataModule`.
+def _parts(study: FeatureStudy) -> tuple[tuple[CachedSlide, ...], tuple[CachedSlide, ...]]:
+    """Slides to train on, and slides of the test.
 
-    Attributes:
-        manifest: the CSV of the study.
-        cache: the folder that ``slidetl tile`` and ``slidetl embed`` wrote.
-        names: of the stored features; several are joined, feature by feature.
-        grades: names of the grades, lowest first.
-        val_fraction: share of the slides for validation. There is no epoch to choose here, so these slides
-            are trained on; the figures stay comparable, since the test part is the same.
-        test_fraction: share of the slides for the test.
-        seed: of the split, the inner folds and the trees.
+    Raises:
+        CacheMismatchError: the slides' features are not all of one network.
+        UsageError: the test part has no slide, or the training part lacks a grade.
+        SlidetlError: as :func:`~slidetl.data.study.read_study` and its ``parts``.
     """
-
-    manifest: Path
-    cache: Path
-    names: tuple[str, ...]
-    grades: tuple[str, ...] = FIVE_GRADES
-    val_fraction: float = 0.15
-    test_fraction: float = 0.25
-    seed: int = 0
-
-    def parts(self) -> tuple[tuple[CachedSlide, ...], tuple[CachedSlide, ...]]:
-        """Slides to train on, and slides of the test.
-
-        Raises:
-            CacheMismatchError: the slides' features are not all of one network.
-            UsageError: the test part has no slide, or the training part lacks a grade.
-            SlidetlError: as :func:`~slidetl.data.study.read_study` and its ``parts``.
-        """
-        check_scale(self.grades)
-        parts = read_study(self.manifest, self.cache, len(self.grades)).parts(
-            val_fraction=self.val_fraction, test_fraction=self.test_fraction, seed=self.seed
+    check_scale(study.grades)
+    parts = read_study(study.manifest, study.cache, len(study.grades)).parts(
+        val_fraction=study.val_fraction, test_fraction=study.test_fraction, seed=study.seed
+    )
+    train, test = (*parts["train"], *parts["val"]), parts["test"]
+    if not test:
+        raise UsageError("the test part has no slide; set --test-fraction or the manifest's 'split'")
+    absent = [name for grade, name in enumerate(study.grades) if grade not in _grades(train)]
+    if absent:
+        raise UsageError(
+            f"no training slide has grade {', '.join(absent)}; add some, choose another --seed, or merge "
+            "grades"
         )
-        train, test = (*parts["train"], *parts["val"]), parts["test"]
-        if not test:
-            raise UsageError("the test part has no slide; set --test-fraction or the manifest's 'split'")
-        absent = [name for grade, name in enumerate(self.grades) if grade not in _grades(train)]
-        if absent:
-            raise UsageError(
-                f"no training slide has grade {', '.join(absent)}; add some, choose another --seed, or merge "
-                "grades"
-            )
-        for name in self.names:
-            common_source(name, [slide.cache for slide in (*train, *test)])
-        return train, test
+    for name in study.names:
+        common_source(name, [slide.cache for slide in (*train, *test)])
+    return train, test
 
-    def features(self, cache: SlideCache) -> NDArray[np.float64]:
-        """``[N, D]`` of a slide's tiles, the named features joined."""
-        arrays = [read_features(cache, name) for name in self.names]
-        return np.concatenate(arrays, axis=1).astype(np.float64)
+
+def _features(study: FeatureStudy, cache: SlideCache) -> NDArray[np.float64]:
+    """``[N, D]`` of a slide's tiles, the named features joined."""
+    arrays = [read_features(cache, name) for name in study.names]
+    return np.concatenate(arrays, axis=1).astype(np.float64)
 
 
 def fit_pooled(
@@ -103,13 +81,13 @@ def fit_pooled(
 
     Raises:
         UsageError: an unknown model, or a training part that cannot be fitted.
-        SlidetlError: as :meth:`FeatureStudy.parts`.
+        SlidetlError: the study cannot be read, or its parts not be fitted.
     """
     if model not in MODELS:
         raise UsageError(f"--model must be one of {', '.join(MODELS)}, not {model!r}")
-    train, test = study.parts()
+    train, test = _parts(study)
     x, x_test = (
-        np.stack([pool_tiles(study.features(slide.cache), pool, k) for slide in part])
+        np.stack([pool_tiles(_features(study, slide.cache), pool, k) for slide in part])
         for part in (train, test)
     )
     grader = fit_grader(model, x, _grades(train), _patients(train), len(study.grades), seed=study.seed)
@@ -136,7 +114,7 @@ def fit_labelled_tiles(study: FeatureStudy, output: Path, labels: Path) -> Grade
         UsageError: the points of a slide lie in none of its tiles, or have one label alone.
         SlidetlError: as :func:`fit_pooled`.
     """
-    train, test = study.parts()
+    train, test = _parts(study)
     tables = read_points(labels)
     if "" in tables:
         raise UsageError(f"{labels}: expected a column slide_id with a slide in each line")
@@ -148,7 +126,7 @@ def fit_labelled_tiles(study: FeatureStudy, output: Path, labels: Path) -> Grade
             f"{labels}: the training part's tiles need at least two different labels, not {known.tolist()}"
         )
     grader = fit_tile_grader(
-        [study.features(slide.cache) for slide in train],
+        [_features(study, slide.cache) for slide in train],
         [np.where(np.isnan(found), -1, np.searchsorted(known, found)) for found in of_tiles],
         np.where(np.isinf(known), 0.0, known).tolist(),
         np.isinf(known).tolist(),
@@ -157,7 +135,9 @@ def fit_labelled_tiles(study: FeatureStudy, output: Path, labels: Path) -> Grade
         len(study.grades),
         seed=study.seed,
     )
-    return _write(study, test, grader.probabilities([study.features(slide.cache) for slide in test]), output)
+    return _write(
+        study, test, grader.probabilities([_features(study, slide.cache) for slide in test]), output
+    )
 
 
 def _tile_labels(slide: CachedSlide, tables: Mapping[str, LabelledPoints]) -> NDArray[np.float64]:

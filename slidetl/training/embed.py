@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from slidetl.data.study import find_slides, open_cache
 from slidetl.errors import CacheError, CacheMismatchError, UsageError
-from slidetl.models.backbones import Backbone, BackboneSpec, weights_sha256
+from slidetl.models.backbones import Backbone, weights_sha256
 from slidetl.models.runner import Runner
+from slidetl.models.spec import BackboneSpec
 from slidetl.tiles.features import FeatureSource, feature_name, read_source, write_features
 from slidetl.tiles.store import SlideCache
 from slidetl.training.options import EmbedOptions

@@ -22,10 +22,11 @@ from slidetl.data.manifest import check_scale
 from slidetl.data.tasks import Task
 from slidetl.errors import CheckpointError, UsageError
 from slidetl.models.aggregators import GatedAttention, Pooling
-from slidetl.models.backbones import Backbone, BackboneSpec, weights_sha256
+from slidetl.models.backbones import Backbone, weights_sha256
 from slidetl.models.heads import CumulativeLink, Head
 from slidetl.models.network import GradingNetwork
 from slidetl.models.penalties import Batch, Reference, Seen, recorded
+from slidetl.models.spec import BackboneSpec
 from slidetl.models.targets import Targets, balanced_weights
 from slidetl.models.transfer import TransferStrategy, WarmRestart
 from slidetl.tiles.features import FeatureSource

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
+from slidetl.data.manifest import FIVE_GRADES
 from slidetl.errors import UsageError
 
 
@@ -69,3 +71,27 @@ class SimilarityOptions:
             raise UsageError(
                 f"expected at least 4 tiles and a batch of 1, not {self.tiles} and {self.batch_size}"
             )
+
+
+@dataclass(frozen=True)
+class FeatureStudy:
+    """The study of classical models, and its split: as :class:`~slidetl.data.datamodule.SlideDataModule`.
+
+    Attributes:
+        manifest: the manifest (CSV) of the study.
+        cache: the folder that 'slidetl tile' and 'slidetl embed' wrote.
+        names: names of stored features, e.g. resnet18 resnet18.layer3; several are joined.
+        grades: names of the grades, lowest first.
+        val_fraction: share of the slides for validation, as data.val_fraction of 'slidetl fit', to have its
+            test part; these slides are trained on here, since there is no epoch to choose.
+        test_fraction: share of the slides for the test, as data.test_fraction.
+        seed: seed of the split, as data.seed; of inner folds and trees too.
+    """
+
+    manifest: Path
+    cache: Path
+    names: tuple[str, ...] = field(metadata={"option": "features"})
+    grades: tuple[str, ...] = FIVE_GRADES
+    val_fraction: float = 0.15
+    test_fraction: float = 0.25
+    seed: int = 0

@@ -17,7 +17,8 @@ from slidetl.analysis.similarity import Similarity, linear_cka, pwcca, rbf_cka, 
 from slidetl.data.datasets import channels_first
 from slidetl.data.study import common_spec, find_slides, open_cache
 from slidetl.errors import CacheMismatchError, UsageError
-from slidetl.models.backbones import Backbone, BackboneSpec
+from slidetl.models.backbones import Backbone
+from slidetl.models.spec import BackboneSpec
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.store import SlideCache, describe_difference
 from slidetl.training.checkpoint import load_grader

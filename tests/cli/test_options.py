@@ -3,7 +3,7 @@ from __future__ import annotations
 import argparse
 import ast
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -13,9 +13,10 @@ from slidetl.cli import COMMANDS, TRAINING_COMMANDS, _parser, main
 from slidetl.cli.options import add_command
 from slidetl.errors import UsageError
 from slidetl.grading.options import GradeOptions
+from slidetl.models.spec import BackboneSpec
 from slidetl.synthetic.cohort import SyntheticCohort
 from slidetl.tiles.grid import TileSpec
-from slidetl.training.options import EmbedOptions, SimilarityOptions
+from slidetl.training.options import EmbedOptions, FeatureStudy, SimilarityOptions
 
 OURS = [name for name in COMMANDS if name not in TRAINING_COMMANDS]
 
@@ -97,6 +98,42 @@ def test_the_function_gets_what_was_given_and_the_defaults_of_the_rest() -> None
     assert run(count, "f --names x y --names z") == (Path("f"), ("x", "y", "z"))
 
 
+@dataclass(frozen=True)
+class Hook:
+    """A hook.
+
+    Attributes:
+        place: where it is.
+        load: how much it bears, as a :class:`~of.some.Number`.
+        is_firm: fixed with a screw.
+        patience: not an option.
+    """
+
+    place: Path
+    load: int = field(default=2, metadata={"option": "bears"})
+    is_firm: bool = True
+    patience: int = field(default=3, metadata={"option": ""})
+
+
+def test_a_dataclass_may_lead_rename_and_leave_out(capsys: pytest.CaptureFixture[str]) -> None:
+    def drive(hook: Hook, *, is_quiet: bool = False) -> int:
+        """Drives a hook.
+
+        Args:
+            hook: the hook.
+            is_quiet: make no noise.
+        """
+        CALLS.append((hook, is_quiet))
+        return 0
+
+    assert run(drive, "wall") == (Hook(Path("wall")), False)
+    assert run(drive, "wall --bears 5 --no-is-firm --is-quiet") == (Hook(Path("wall"), 5, False), True)
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_command(parser, drive)
+    text = parser.format_help()
+    assert "how much it bears, as a Number" in text and "patience" not in text and "--load" not in text
+
+
 def test_a_dataclass_checks_its_values() -> None:
     with pytest.raises(UsageError, match="side must be at least 1 pixel, not 0"):
         run(hang, "w p --side 0")
@@ -168,14 +205,16 @@ def test_a_wrong_value_is_one_line_that_names_the_option(
         ("tile", TileSpec),
         ("synth", SyntheticCohort),
         ("embed", EmbedOptions),
+        ("embed", BackboneSpec),
+        ("fit_features", FeatureStudy),
         ("similarity", SimilarityOptions),
         ("grade", GradeOptions),
     ],
 )
 def test_fields_are_options_and_are_not_written_again(command: str, options: type) -> None:
-    (parser,) = commands(_parser(command))
+    (parser,) = commands(_parser(command.replace("_", "-")))
     there = {action.dest.rpartition(".")[2] for action in parser._actions}
-    names = {field.name for field in fields(options)}
+    names = {item.name for item in fields(options) if item.metadata.get("option") != ""}
     assert names <= there
     module = Path(add_command.__code__.co_filename).with_name(f"{command}.py")
     arguments = {node.arg for node in ast.walk(ast.parse(module.read_text())) if isinstance(node, ast.arg)}

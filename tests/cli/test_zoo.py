@@ -12,7 +12,7 @@ import yaml
 from slidetl.cli import main
 from slidetl.library.model_card import Evidence
 from slidetl.models.aggregators import MeanPooling
-from slidetl.models.backbones import BackboneSpec
+from slidetl.models.spec import BackboneSpec
 from slidetl.publish.export import build_network, export_model
 from slidetl.publish.model_file import load_model
 from slidetl.tiles.grid import TileSpec

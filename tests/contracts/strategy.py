@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader
 
 from slidetl.data.datasets import Bag
 from slidetl.models.aggregators import GatedAttention
-from slidetl.models.backbones import Backbone, BackboneSpec, read_pretrained
+from slidetl.models.backbones import Backbone, read_pretrained
 from slidetl.models.heads import CumulativeLink
 from slidetl.models.network import GradingNetwork
 from slidetl.models.penalties import Seen, recorded
+from slidetl.models.spec import BackboneSpec
 from slidetl.models.transfer import SharedWeights, TransferStrategy
 from slidetl.tiles.grid import TileSpec
 from slidetl.training.grader import SlideGrader

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slidetl.models.backbones import Backbone, BackboneSpec
+from slidetl.models.backbones import Backbone
+from slidetl.models.spec import BackboneSpec
 from slidetl.training.grader import SlideGrader
 from tests.contracts.strategy import fit
 from tests.models.test_transfer import DDP, DDP_WITHOUT_NORM

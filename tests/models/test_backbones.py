@@ -14,13 +14,8 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_image
 
 from slidetl.errors import UsageError, WeightsError
-from slidetl.models.backbones import (
-    Backbone,
-    BackboneSpec,
-    local_weights,
-    read_pretrained,
-    weights_sha256,
-)
+from slidetl.models.backbones import Backbone, local_weights, read_pretrained, weights_sha256
+from slidetl.models.spec import BackboneSpec
 from slidetl.models.weights import BUNDLED
 
 

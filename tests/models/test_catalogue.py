@@ -7,9 +7,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from slidetl.models.backbones import BackboneSpec
 from slidetl.models.catalogue import RECOMMENDED, list_backbones
 from slidetl.models.cbr import CBR_NAMES
+from slidetl.models.spec import BackboneSpec
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from slidetl.errors import UsageError, WeightsError
-from slidetl.models.backbones import Backbone, BackboneSpec
+from slidetl.models.backbones import Backbone
 from slidetl.models.cbr import CBR, CBR_NAMES
+from slidetl.models.spec import BackboneSpec
 
 # Kernels by hand, one product per layer; batch norm adds two numbers per channel.
 KERNELS = {

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from slidetl.models.aggregators import AdditiveAttention, MeanPooling, Pooling
-from slidetl.models.backbones import Backbone, BackboneSpec
+from slidetl.models.backbones import Backbone
 from slidetl.models.heads import Coral, Corn, CrossEntropy, CumulativeLink, Head, RegressionWithThresholds
 from slidetl.models.network import GradingNetwork
+from slidetl.models.spec import BackboneSpec
 
 
 def test_bags_equal_their_embeddings_graded() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from slidetl.errors import UsageError
 from slidetl.models.aggregators import MeanPooling
-from slidetl.models.backbones import Backbone, BackboneSpec
+from slidetl.models.backbones import Backbone
 from slidetl.models.heads import CumulativeLink
 from slidetl.models.network import GradingNetwork
 from slidetl.models.penalties import (
@@ -24,6 +24,7 @@ from slidetl.models.penalties import (
     recorded,
     squared_distance,
 )
+from slidetl.models.spec import BackboneSpec
 from slidetl.models.transfer import SharedActivations, SharedBoth, SharedWeights
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from slidetl.errors import UsageError
-from slidetl.models.backbones import Backbone, BackboneSpec, weights_sha256
+from slidetl.models.backbones import Backbone, weights_sha256
 from slidetl.models.blocks import blocks_of, pretrained_backbone
 from slidetl.models.gabor import gabor_filters
+from slidetl.models.spec import BackboneSpec
 from slidetl.models.transfer import (
     FrozenFeatures,
     GaborInit,

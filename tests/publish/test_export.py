@@ -14,7 +14,7 @@ from slidetl.analysis.novelty import fit_familiar
 from slidetl.errors import ModelFileError
 from slidetl.library.model_card import Evidence
 from slidetl.models.aggregators import GatedAttention, MeanPooling, Pooling
-from slidetl.models.backbones import BackboneSpec
+from slidetl.models.spec import BackboneSpec
 from slidetl.publish.export import build_network, export_model
 from slidetl.publish.model_file import load_model
 from slidetl.tiles.grid import TileSpec

@@ -16,7 +16,8 @@ from slidetl.errors import ModelFileError, SlidetlError, UsageError, WeightsErro
 from slidetl.library.local import pulled_file, pulled_folder
 from slidetl.library.trust import is_trusted
 from slidetl.models.aggregators import MeanPooling
-from slidetl.models.backbones import Backbone, BackboneSpec, read_pretrained
+from slidetl.models.backbones import Backbone, read_pretrained
+from slidetl.models.spec import BackboneSpec
 from slidetl.publish.export import build_network, export_model
 from slidetl.publish.library import Library
 from slidetl.publish.model_file import load_model

@@ -21,8 +21,8 @@ from slidetl.models.aggregators import (
     Pooling,
     TopKPooling,
 )
-from slidetl.models.backbones import BackboneSpec
 from slidetl.models.heads import Coral, Corn, CrossEntropy, CumulativeLink, Head, RegressionWithThresholds
+from slidetl.models.spec import BackboneSpec
 from slidetl.publish.export import ExportedNetwork, build_network
 from slidetl.publish.onnx import export_onnx
 from slidetl.tiles.grid import TileSpec

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from slidetl.data.datasets import Bag
 from slidetl.data.tasks import Task
-from slidetl.models.backbones import BackboneSpec
+from slidetl.models.spec import BackboneSpec
 from slidetl.models.transfer import WarmRestart
 from slidetl.tiles.grid import TileSpec
 from slidetl.training.grader import SlideGrader

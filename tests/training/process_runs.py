@@ -20,7 +20,7 @@ from torch.nn import functional
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.sampling import AttentionGuided
 from slidetl.models.aggregators import Aggregated, GatedAttention
-from slidetl.models.backbones import BackboneSpec
+from slidetl.models.spec import BackboneSpec
 from slidetl.models.transfer import FrozenFeatures, SharedWeights
 from slidetl.training.grader import SlideGrader
 from slidetl.training.outputs import ResultFiles

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from slidetl.cli import main
-from slidetl.models.backbones import BackboneSpec, read_pretrained
+from slidetl.models.backbones import read_pretrained
+from slidetl.models.spec import BackboneSpec
 from slidetl.training.checkpoint import read_checkpoint
 from slidetl.training.drift import distances
 from tests.conftest import Study

@@ -13,7 +13,8 @@ import torch
 
 from slidetl.cli import main
 from slidetl.errors import CacheMismatchError, CacheMissingError, UsageError
-from slidetl.models.backbones import Backbone, BackboneSpec, weights_sha256
+from slidetl.models.backbones import Backbone, weights_sha256
+from slidetl.models.spec import BackboneSpec
 from slidetl.tiles.features import list_features, read_features, read_source, write_features
 from slidetl.tiles.store import SlideCache, shard_path
 from slidetl.training.embed import BlockEmbedder, _dtype, block_names, embed_cache

@@ -19,7 +19,8 @@ from slidetl.data.datamodule import SlideDataModule
 from slidetl.errors import CheckpointError
 from slidetl.evaluation.calibration import judged_probabilities
 from slidetl.evaluation.metrics import grade_metrics
-from slidetl.models.backbones import BackboneSpec, read_pretrained, weights_sha256
+from slidetl.models.backbones import read_pretrained, weights_sha256
+from slidetl.models.spec import BackboneSpec
 from slidetl.training.checkpoint import load_grader, read_checkpoint
 from slidetl.training.outputs import ResultFiles
 from slidetl.training.predictions import read_predictions

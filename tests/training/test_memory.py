@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slidetl.cli import main
 from slidetl.data.datasets import Bag
-from slidetl.models.backbones import BackboneSpec
+from slidetl.models.spec import BackboneSpec
 from slidetl.models.transfer import WarmRestart
 from slidetl.training.checkpoint import load_grader
 from slidetl.training.grader import SlideGrader

@@ -16,8 +16,8 @@ from slidetl.data.datasets import Bag
 from slidetl.data.tasks import Task
 from slidetl.errors import UsageError
 from slidetl.evaluation.metrics import grade_metrics
-from slidetl.models.backbones import BackboneSpec
 from slidetl.models.heads import CrossEntropy, CumulativeLink
+from slidetl.models.spec import BackboneSpec
 from slidetl.publish.model_file import load_model
 from slidetl.training.checkpoint import load_grader
 from slidetl.training.grader import SlideGrader

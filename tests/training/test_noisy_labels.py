@@ -14,7 +14,7 @@ from torch import Tensor
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.datasets import Bag
 from slidetl.errors import UsageError
-from slidetl.models.backbones import BackboneSpec
+from slidetl.models.spec import BackboneSpec
 from slidetl.models.targets import Targets
 from slidetl.models.transfer import WarmRestart
 from slidetl.training.grader import SlideGrader

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from slidetl.cli import main
 from slidetl.data.datasets import Bag
 from slidetl.errors import UsageError
-from slidetl.models.backbones import BackboneSpec
+from slidetl.models.spec import BackboneSpec
 from slidetl.models.transfer import WarmRestart
 from slidetl.tiles.grid import TileSpec
 from slidetl.training.grader import SlideGrader

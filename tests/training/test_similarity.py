@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from slidetl.analysis.similarity import linear_cka
 from slidetl.errors import CacheMismatchError, UsageError
-from slidetl.models.backbones import Backbone, BackboneSpec
+from slidetl.models.backbones import Backbone
+from slidetl.models.spec import BackboneSpec
 from slidetl.tiles.store import SlideCache
 from slidetl.training.options import SimilarityOptions
 from slidetl.training.similarity import (

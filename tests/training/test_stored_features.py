@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from slidetl.cli import main
-from slidetl.models.backbones import BackboneSpec, read_pretrained
+from slidetl.models.backbones import read_pretrained
+from slidetl.models.spec import BackboneSpec
 from slidetl.training.checkpoint import load_grader, read_checkpoint
 from slidetl.training.predictions import read_predictions
 from tests.conftest import Study
