@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import multiprocessing
 import multiprocessing.connection
 import os
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 from slidetl.errors import CacheCorruptError, CacheError, CacheMismatchError, CacheMissingError, UsageError
+from slidetl.processes import Child, start_child
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.ledger import FAILED, Ledger, LedgerRow
 from slidetl.tiles.store import cache_path, describe_difference, read_header
@@ -25,8 +23,6 @@ from slidetl.tiles.tile import SlideSource, stamped, tile_slide
 
 # Between two writings of the ledger, seconds.
 _LEDGER_SECONDS = 1.0
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def tile_slides(
@@ -143,8 +139,7 @@ def _refuse_other_spec(sources: Sequence[SlideSource], cache_dir: Path, spec: Ti
 class _Worker:
     """A process that tiles one slide after another, and its present slide."""
 
-    process: SpawnProcess
-    connection: Connection
+    child: Child
     source: SlideSource
     started: float
 
@@ -152,27 +147,22 @@ class _Worker:
 def _in_processes(
     sources: Sequence[SlideSource], tile: partial[LedgerRow], workers: int
 ) -> Generator[LedgerRow, None, None]:
-    """Yields rows as slides are done. Workers are spawned: OpenSlide and zarr hold threads and locks."""
-    context = multiprocessing.get_context("spawn")
+    """Yields rows as slides are done."""
     waiting = list(reversed(sources))
     count = min(workers, len(sources))
     tile = partial(tile, threads=workers // max(1, count))
     busy: dict[Connection, _Worker] = {}
 
     def start() -> None:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, os.getpid(), tile), daemon=True)
-        process.start()
-        theirs.close()  # else its death would not show as the end of the pipe
-        worker = _Worker(process, ours, waiting[-1], time.monotonic())
-        busy[ours] = worker
+        worker = _Worker(start_child(_work, tile), waiting[-1], time.monotonic())
+        busy[worker.child.connection] = worker
         give(worker)
 
     def give(worker: _Worker) -> None:
         worker.source, worker.started = waiting.pop(), time.monotonic()
         # If it has just died, the end of its pipe tells so below, and the slide is known.
         with contextlib.suppress(BrokenPipeError):
-            worker.connection.send(worker.source)
+            worker.child.connection.send(worker.source)
 
     try:
         for _ in range(count):
@@ -185,9 +175,7 @@ def _in_processes(
                     yield ready.recv()
                 except (EOFError, ConnectionResetError):
                     del busy[ready]
-                    ready.close()
-                    worker.process.join()
-                    reason = _cause_of_death(worker.process.exitcode)
+                    reason = worker.child.cause_of_death("tiled")
                     row = LedgerRow(worker.source.slide_id, str(worker.source.path), FAILED, reason)
                     yield stamped(row, worker.started)
                     if waiting:
@@ -198,29 +186,14 @@ def _in_processes(
                 else:
                     del busy[ready]
                     ready.close()  # the worker sees the end and returns
-                    worker.process.join()
+                    worker.child.process.join()
     finally:
         for worker in busy.values():
-            worker.process.terminate()
-            worker.process.join()
-            worker.connection.close()
+            worker.child.end()
 
 
-def _cause_of_death(exitcode: int | None) -> str:
-    if exitcode is not None and exitcode < 0:
-        name = signal.Signals(-exitcode).name
-        hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
-        return f"the process that tiled it was ended by {name}{hint}"
-    return f"the process that tiled it ended with exit code {exitcode}"
-
-
-def _work(connection: Connection, parent: int, tile: Callable[[SlideSource], LedgerRow]) -> None:
+def _work(connection: Connection, tile: Callable[[SlideSource], LedgerRow]) -> None:
     """Tiles slides in a worker process until its pipe ends."""
-    # Without this, workers of a killed run would go on and hold the locks of their slides.
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        return  # it died before the line above
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     while True:
         try:
             source = connection.recv()

@@ -1,0 +1,65 @@
+"""Child processes that end with their parent, each joined to it by a pipe."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(eq=False)
+class Child:
+    """A process, and our end of its pipe, which ends when it does."""
+
+    process: SpawnProcess
+    connection: Connection
+
+    def cause_of_death(self, did: str) -> str:
+        """Waits for its end, and says what ended the process that ``did`` (past tense) something."""
+        self.connection.close()
+        self.process.join()
+        exitcode = self.process.exitcode
+        if exitcode is not None and exitcode < 0:
+            name = signal.Signals(-exitcode).name
+            hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
+            return f"the process that {did} it was ended by {name}{hint}"
+        return f"the process that {did} it ended with exit code {exitcode}"
+
+    def end(self) -> None:
+        """Ends it at once."""
+        self.process.terminate()
+        self.process.join()
+        self.connection.close()
+
+
+def start_child(work: Callable[..., None], *arguments: Any, has_children: bool = False) -> Child:
+    """Starts a process that calls ``work(connection, *arguments)``; it may have children if told so.
+
+    If this process dies, however suddenly, the child is killed; also when the thread ends that started it.
+    It is spawned: OpenSlide, zarr and torch hold threads and locks.
+    """
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(
+        target=_run, args=(work, theirs, os.getpid(), arguments), daemon=not has_children
+    )
+    process.start()
+    theirs.close()  # else its death would not show as the end of the pipe
+    return Child(process, ours)
+
+
+def _run(work: Callable[..., None], connection: Connection, parent: int, arguments: tuple[Any, ...]) -> None:
+    # Without this, children of a killed run would go on, hold locks and keep a card's memory.
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return  # it died before the line above
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    work(connection, *arguments)
