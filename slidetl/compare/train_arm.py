@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -207,8 +207,7 @@ class _Fit:
     def _built(self) -> tuple[SlideGrader, SlideDataModule]:
         seed = self._job.unit.fold.seed
         pl.seed_everything(seed, workers=True, verbose=False)
-        parser, config = _parse(self._config, self._job.grades, seed)
-        ready = parser.instantiate_classes(config)
+        ready = _parser().instantiate_classes(_parse(self._config, self._job.grades, seed))
         parts = {"train": self._train, "val": self._monitored, "test": self._monitored}
         return ready.model, SlideDataModule.from_slides(**parts, **ready.data)
 
@@ -420,18 +419,22 @@ class _Watch(Callback):
             torch.save(module.network.state_dict(), self._weights / f"{name}.pt")
 
 
-def _parse(
-    config: Mapping[str, Any], grades: Sequence[str], seed: int
-) -> tuple[LightningArgumentParser, Any]:
-    """Returns the parser of a training's configuration, and the configuration as it understands it."""
+@cache
+def _parser() -> LightningArgumentParser:
+    """Builds the parser of a training's configuration, once for all trainings of a process."""
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_lightning_class_args(SlideGrader, "model")
     parser.add_class_arguments(SlideDataModule, "data", skip={"manifest", "cache"}, instantiate=False)
     parser.add_class_arguments(pl.Trainer, "trainer", instantiate=False)
+    return parser
+
+
+def _parse(config: Mapping[str, Any], grades: Sequence[str], seed: int) -> Any:
+    """Parses and checks the configuration of a training."""
     data = {**config["data"], "grades": list(grades), "seed": seed}
     model = {**config["model"], "grades": list(grades)}
     try:
-        return parser, parser.parse_object({"model": model, "data": data, "trainer": dict(config["trainer"])})
+        return _parser().parse_object({"model": model, "data": data, "trainer": dict(config["trainer"])})
     except ArgumentError as error:
         lines = [line.strip(" -:") for line in str(error).splitlines() if line.strip(" -:")]
         raise UsageError(" ".join(lines[:4])) from error
