@@ -1,4 +1,4 @@
-"""Agreement of readers, a model beside them, and the ceiling that their noise sets."""
+"""Agreement of readers, a model in a reader's place, and the ceiling set by the readers' noise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from slidetl.errors import UsageError
 from slidetl.evaluation.bootstrap import Interval, Resampling, bca_interval_if_defined, resampled_metric
 from slidetl.evaluation.comparison import Unit, per_patient
-from slidetl.evaluation.metrics import accuracy, difference, kappa, kappa_of_table, qwk
+from slidetl.evaluation.metrics import accuracy, difference, kappa, qwk, qwk_of_table
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Agreement:
 
     Attributes:
         first, second: numbers of the readers, from 0; None for the consensus, or the model.
-        n, n_patients: slides, or results of patients, that both graded, and of how many patients.
+        n, n_patients: results graded by both, and their patients.
         accuracy: share of equal grades.
         kappa: Cohen's, unweighted.
         qwk: quadratic-weighted kappa.
@@ -42,12 +42,11 @@ class ModelAgainstReader:
     """The model in a reader's place.
 
     Attributes:
-        reader: number of the reader that both are compared with, from 0; None for the consensus of all.
+        reader: number of the reader to compare with, from 0; None for the consensus of all.
         model: the model's agreement with it.
-        peer_qwk: QWK of the other readers with it, averaged over them; None where it is the consensus, of
-            which they are a part, there is no other reader, or it is undefined.
-        qwk_less_peers: the model's QWK less theirs, on the slides that all of them graded, paired; None as
-            above.
+        peer_qwk: QWK of the other readers with it, averaged over them; None for the consensus (they are part
+            of it), without another reader, or if undefined.
+        qwk_less_peers: the model's QWK minus theirs, on the slides graded by all, paired; None as above.
     """
 
     reader: int | None
@@ -58,17 +57,17 @@ class ModelAgainstReader:
 
 @dataclass(frozen=True)
 class ReaderCeiling:
-    """Metrics of a model that always tells the true grade, judged by noisy readers.
+    """Metrics of a model without any error, judged by noisy readers.
 
     Attributes:
         reader_sd: standard deviation of a reader's error, in grades, before rounding.
         accuracy, qwk: against one reader's grades.
         consensus_accuracy, consensus_qwk: against the rounded mean of two readers' grades (between two of
             them, the higher).
-        together_accuracy, together_qwk: against the grade of two readers who look together: the mean of
+        together_accuracy, together_qwk: against the grade of two readers looking together: the mean of
             their scores before rounding, rounded; its error is smaller by the square root of two.
-        qwk_by_attenuation: square root of the readers' QWK with each other; no model of the noise but that
-            readers err independently and alike. None where their QWK is not above 0.
+        qwk_by_attenuation: square root of the readers' QWK with each other; assumes only that readers err
+            independently and alike. None if their QWK is not above 0.
         low, high: percentile bounds of ``accuracy`` over resampled patients.
         level: their nominal coverage.
     """
@@ -89,20 +88,17 @@ class ReaderCeiling:
 def reader_agreement(
     readings: ArrayLike, patients: ArrayLike, n_grades: int, **how: Unpack[Resampling]
 ) -> tuple[Agreement, ...]:
-    """Computes the agreement of each pair of readers on the slides that both graded, with intervals.
+    """Computes the agreement of each pair of readers on the slides graded by both, with intervals.
 
     Args:
-        readings: ``[N, Q]`` grades 0..K-1 of Q readers; below 0 where one gave none.
+        readings: ``[N, Q]`` grades 0..K-1 of Q readers; below 0 for none.
         patients: ``[N]``.
         n_grades: K.
-        **how: as :class:`~slidetl.evaluation.bootstrap.Resampling`.
+        **how: options.
 
     Returns:
         One for each pair with slides of two patients or more in common, in the order (0, 1), (0, 2), ...;
-        none where kappa is undefined, since both gave one and the same grade to all or nearly all of them.
-
-    Raises:
-        UsageError: shapes that do not fit, or a grade above the scale.
+        without pairs of undefined kappa, both having given one and the same grade to nearly all slides.
     """
     grades, who = _readings(readings, patients, n_grades)
     pairs = []
@@ -115,13 +111,9 @@ def reader_agreement(
 
 
 def consensus_grades(readings: ArrayLike) -> NDArray[np.int64]:
-    """Returns the median of the readers who graded a slide; between two grades, the higher.
+    """Returns the median ``[N]`` of the readers of a slide; between two grades, the higher.
 
-    Args:
-        readings: ``[N, Q]`` grades; below 0 where a reader gave none.
-
-    Returns:
-        ``[N]``; -1 where no reader gave a grade.
+    Readings ``[N, Q]`` are below 0 for none; the median is then of the others, or -1.
     """
     consensus = []
     for of_slide in np.asarray(readings, np.int64):
@@ -139,21 +131,21 @@ def model_against_readers(
 ) -> tuple[ModelAgainstReader, ...]:
     """Compares the model with each reader, beside the other readers, and with their consensus.
 
-    A model is as good as a reader where ``qwk_less_peers`` is not below zero, given the fitted models.
+    A model is as good as a reader if ``qwk_less_peers`` is not below zero, given the fitted models.
 
     Args:
         predicted: ``[N]`` or ``[R, N]`` grades, out of fold.
-        readings: ``[N, Q]`` grades 0..K-1; below 0 where a reader gave none.
+        readings: ``[N, Q]`` grades 0..K-1; below 0 for none.
         patients: ``[N]``.
         n_grades: K.
-        **how: as :class:`~slidetl.evaluation.bootstrap.Resampling`.
+        **how: options.
 
     Returns:
-        One for each reader with slides of two patients or more, then one for the consensus; none where the
-        model's kappa is undefined, as for :func:`reader_agreement`.
+        One for each reader with slides of two patients or more, then one for the consensus; without those of
+        undefined kappa, as in :func:`reader_agreement`.
 
     Raises:
-        UsageError: shapes that do not fit, a grade off the scale, or nothing that was read.
+        UsageError: no readings.
     """
     grades, who = _readings(readings, patients, n_grades)
     rows = np.atleast_2d(np.asarray(predicted))
@@ -196,35 +188,34 @@ def reader_ceiling(
     n_draws: int = 200,
     seed: int = 0,
 ) -> ReaderCeiling:
-    """Deduces the ceiling that two readers' noise sets from their agreement.
+    """Estimates the ceiling set by two readers' noise from their agreement.
 
     Model: a slide has a true grade; each reader adds an independent normal error of one common standard
-    deviation and rounds to the scale. That deviation and the shares of the true grades are those of the
-    greatest likelihood of the table of both readings (EM over a grid of deviations, steps of 0.02 grades).
-    Where readers share an error (the same habit, the same bad section), or slides lie between grades, the
-    true ceiling is lower than this: it is a bound from the noise that differs between readers.
+    deviation and rounds to the scale. This deviation and the shares of the true grades maximise the
+    likelihood of the table of both readings (EM over a grid of deviations, steps of 0.02 grades). If readers
+    share an error (the same habit, the same bad section), or slides lie between grades, the true ceiling is
+    lower: this is a bound from the noise in which readers differ.
 
-    Of a patient with several slides the true and the read grade are made as the unit says, each slide's truth
-    being as likely as its two readings make it, whatever those of the patient's other slides: the worst of
-    several noisy readings is more often wrong than one. Where the slides of a patient hardly differ that is
-    still a little too high (by 0.024 for two slides, within a grade of each other, and a deviation of 0.5).
+    For a patient with several slides, true and read grades are combined by ``unit``; each slide's truth is as
+    likely as its two readings make it, independently of the patient's other slides: the worst of several
+    noisy readings is more often wrong than one. For slides of nearly equal grade the ceiling is still a
+    little too high (by 0.024 for two slides, within a grade of each other, and a deviation of 0.5).
 
-    For QWK alone the attenuation formula (Spearman 1904; kappa as an intraclass correlation, Fleiss and Cohen
-    1973) gives the second opinion: ``sqrt(QWK of the readers)``.
+    For QWK the attenuation formula (Spearman 1904; kappa as an intraclass correlation, Fleiss and Cohen
+    1973) gives a second opinion: ``sqrt(QWK of the readers)``.
 
     Args:
-        first: ``[N]`` grades 0..K-1 of one reader; below 0 where none was given.
+        first: ``[N]`` grades 0..K-1 of one reader; below 0 for none.
         second: ``[N]``, of the other.
         patients: ``[N]``.
         n_grades: K.
-        unit: what a grade is of, as in :func:`~slidetl.evaluation.comparison.patient_results`.
+        unit: as in :func:`~slidetl.evaluation.comparison.patient_results`.
         level: of the interval of the accuracy.
         n_draws: resamples of patients.
         seed: of the resampling.
 
     Raises:
-        UsageError: shapes that do not fit, a grade off the scale, or slides of fewer than two patients that
-            both read.
+        UsageError: slides of fewer than two patients graded by both.
     """
     grades, who = _readings(np.stack([np.asarray(first), np.asarray(second)], axis=1), patients, n_grades)
     both = (grades >= 0).all(axis=1)
@@ -237,7 +228,7 @@ def reader_ceiling(
         return _fit_readers((weights @ cells).reshape(-1, n_grades, n_grades))
 
     whose = np.arange(len(who)) if unit == "slide" else np.unique(who, return_inverse=True)[1]
-    of_patient = np.zeros(whose.max() + 1, np.int64)  # a row of each patient, to look up its weight
+    of_patient = np.zeros(whose.max() + 1, np.int64)  # a row of each patient, to find its weight
     of_patient[whose] = np.arange(len(whose))
 
     def table(
@@ -263,10 +254,8 @@ def reader_ceiling(
     deviations, shares = fitted(everyone[None])
     reads = readings_given_truth(deviations, n_grades)[0]  # [truth, reading]
     # Two readers of one slide err independently; between two grades their consensus is the higher.
-    scale = np.arange(n_grades)
-    squares = (scale[:, None] - scale) ** 2
     mean = np.zeros((n_grades, n_grades))
-    for one, other in itertools.product(scale, scale):
+    for one, other in itertools.product(range(n_grades), repeat=2):
         mean[:, (one + other + 1) // 2] += reads[:, one] * reads[:, other]
     both_look = readings_given_truth(deviations / np.sqrt(2), n_grades)[0]
     alone, agreed, together = (table(everyone, shares[0], reads, judge) for judge in (reads, mean, both_look))
@@ -278,11 +267,11 @@ def reader_ceiling(
     return ReaderCeiling(
         reader_sd=float(deviations[0]),
         accuracy=float(np.trace(alone)),
-        qwk=float(kappa_of_table(alone, squares)),
+        qwk=float(qwk_of_table(alone)),
         consensus_accuracy=float(np.trace(agreed)),
-        consensus_qwk=float(kappa_of_table(agreed, squares)),
+        consensus_qwk=float(qwk_of_table(agreed)),
         together_accuracy=float(np.trace(together)),
-        together_qwk=float(kappa_of_table(together, squares)),
+        together_qwk=float(qwk_of_table(together)),
         qwk_by_attenuation=float(np.sqrt(between)) if between > 0 else None,
         low=float(low),
         high=float(high),
@@ -310,7 +299,7 @@ def _agreement(
     n_grades: int,
     **how: Unpack[Resampling],
 ) -> Agreement | None:
-    """Computes the agreement of two; None where a kappa is undefined."""
+    """Computes the agreement of two; None if a kappa is undefined."""
     measures = partial(accuracy, true, rows), *(partial(f, true, rows, n_grades) for f in (kappa, qwk))
     share, plain, quadratic = (bca_interval_if_defined(each, patients, **how) for each in measures)
     if share is None or plain is None or quadratic is None:
@@ -347,7 +336,7 @@ def _fit_readers(tables: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDAr
 def _of_patients(slides: NDArray[np.float64], whose: NDArray[np.int64], unit: Unit) -> NDArray[np.float64]:
     """Maps ``[N, truth, grade]`` of independent slides to ``[M, truth, grade]`` of their patients.
 
-    The worst is within a corner of the table if all slides are; means come from the distribution of the sums.
+    The worst is within a corner of the table if all slides are; means are distributed as sums.
     """
     if unit == "slide":
         return slides
@@ -365,7 +354,7 @@ def _of_patients(slides: NDArray[np.float64], whose: NDArray[np.int64], unit: Un
         for number in range(n):
             slide, wide = slides[order[starts[mine] + number]], sums.shape[1]
             wider = np.zeros((len(mine), wide + n_grades - 1, wide + n_grades - 1))
-            for true, grade in itertools.product(range(n_grades), range(n_grades)):
+            for true, grade in itertools.product(range(n_grades), repeat=2):
                 wider[:, true : true + wide, grade : grade + wide] += slide[:, true, grade, None, None] * sums
             sums = wider
         rounded = np.floor(np.arange(sums.shape[1]) / n + 0.5).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Grades from next to nothing, which a grading model must beat."""
+"""Grades slides by a few numbers, as a baseline."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class BestGrader:
 
     Attributes:
         grader: fitted to all the slides; ``grader.model`` is its name.
-        out_of_fold: ``[n, K]`` probabilities by models that did not see the patient.
+        out_of_fold: ``[n, K]`` probabilities by models fitted without the patient.
     """
 
     grader: Grader
@@ -37,19 +37,19 @@ class BestGrader:
 def fit_best(
     features: ArrayLike, grades: ArrayLike, patients: ArrayLike, n_grades: int, seed: int = 0
 ) -> BestGrader:
-    """Fits ridge, logistic regression and boosted trees, and keeps that of the least log loss out of fold.
+    """Fits ridge, logistic regression and boosted trees, and keeps the one of least log loss out of fold.
 
-    Choosing on the folds that judge it favours a baseline, on purpose: it is there to be beaten.
+    Choosing on the folds that judge it favours the baseline, on purpose.
 
     Args:
         features: ``[n, D]``, such as mean red, green, blue and stained area.
         grades: ``[n]``, whole numbers 0..K-1; some may be absent.
-        patients: ``[n]``, anything that identifies a patient; no patient is split over the folds.
+        patients: ``[n]``; no patient is split over the folds.
         n_grades: K.
         seed: of the models.
 
     Raises:
-        UsageError: as :func:`~slidetl.evaluation.classical.fit_grader`; three patients are needed at least.
+        UsageError: fewer than three patients.
     """
     from sklearn.model_selection import GroupKFold
 

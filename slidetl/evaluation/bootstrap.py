@@ -13,12 +13,11 @@ from slidetl.errors import UsageError
 from slidetl.evaluation.shapes import value_of_patient
 
 # Maps weights [B, N] of N results to B values. Whole weights are resamples, zeros leave results out: one
-# function so gives the estimate, the bootstrap, the jackknife and the metric of a fold or of a site.
+# function gives the estimate, the bootstrap, the jackknife and the metric of a fold or of a site.
 # NaN where the weights leave nothing to compute it from.
 Metric = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
-# Weights are made in blocks of so many numbers: 16 MB.
-_BLOCK = 1 << 21
+_BLOCK = 1 << 21  # weights at a time: 16 MB
 
 
 @dataclass(frozen=True)
@@ -60,24 +59,23 @@ def bca_interval(
     The bias correction is the normal quantile of the share of draws below the estimate, draws equal to it
     counting half; the acceleration is ``sum(d^3) / (6 sum(d^2)^1.5)`` over the leave-one-patient-out
     estimates, d being their mean minus each (with strata, d of each stratum over its own size). For one
-    result a patient it is what ``scipy.stats.bootstrap`` computes.
+    result a patient it equals ``scipy.stats.bootstrap``.
 
-    The interval is conditional on the fitted models: it tells how the metric would differ on other
-    patients, not how another training would. It covers somewhat less often than its level says: at 95 %,
-    about 93 to 95 % of the time with 60 patients, 91 to 94 % with 20 (``docs/evidence/intervals.md``). Where
-    all draws agree it is the estimate itself, which is no proof that nothing varies. Draws where the metric
-    is undefined (NaN) are left out.
+    The interval is conditional on the fitted models: it covers other patients, not another training. At 95 %
+    it covers about 93 to 95 % of the time with 60 patients, 91 to 94 % with 20
+    (``docs/evidence/intervals.md``). If all draws agree it is the estimate itself, which is no proof of
+    certainty. Draws with an undefined metric (NaN) are left out.
 
     Args:
         metric: weights ``[B, N]`` -> ``[B]``; of a paired comparison, the difference of two.
-        patients: ``[N]``, anything that identifies a patient.
-        strata: ``[N]``, where groups of patients were sampled each by itself (treated and not): each is
-            resampled at its own size. A patient lies in one stratum.
-        **how: as :class:`Resampling`.
+        patients: ``[N]``.
+        strata: ``[N]``, groups of patients sampled separately (treated and not): each is resampled at its own
+            size. A patient lies in one stratum.
+        **how: options.
 
     Raises:
-        UsageError: fewer than two patients in a stratum, a patient in two strata, or a metric that is
-            undefined on the data or on more than half of the draws.
+        UsageError: fewer than two patients in a stratum, a patient in two strata, or a metric undefined on
+            the data or on more than half of the draws.
     """
     interval = bca_interval_if_defined(metric, patients, strata=strata, **how)
     if interval is None:
@@ -109,7 +107,7 @@ def bca_interval_if_defined(
     defined = draws[~np.isnan(draws)]
     if 2 * len(defined) < n_draws:
         return None
-    # Half a draw from either end at most: the estimate of a discrete metric may lie outside of all draws.
+    # Half a draw from either end at most: the estimate of a discrete metric may lie outside all draws.
     below = np.clip(
         (np.sum(defined < estimate) + np.sum(defined <= estimate)) / (2 * len(defined)),
         0.5 / len(defined),
@@ -132,7 +130,7 @@ def resampled_metric(
         metric: weights ``[B, N]`` -> ``[B]``.
         patients: ``[N]``.
         n_draws: number of resamples.
-        seed: of the resampling; the draws are those of :func:`bca_interval` with this seed.
+        seed: as for :func:`bca_interval`, with the same draws.
 
     Raises:
         UsageError: fewer than two patients.
@@ -177,7 +175,7 @@ def _resampled(
 
 
 def _acceleration(metric: Metric, member: NDArray[np.intp], stratum: NDArray[np.intp]) -> float:
-    """Computes it from the leave-one-patient-out estimates; 0 where they do not vary."""
+    """Computes the acceleration from the leave-one-patient-out estimates; 0 if they do not vary."""
     n_patients = len(stratum)
     step = max(1, _BLOCK // len(member))
     blocks = np.split(np.arange(n_patients), range(step, n_patients, step))

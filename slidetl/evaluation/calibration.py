@@ -25,8 +25,7 @@ from slidetl.evaluation.metrics import (
     probability_metrics,
 )
 
-# Temperatures that are tried. Beyond these a model says always, or never, the same.
-_TEMPERATURES = (0.05, 20.0)
+_TEMPERATURES = (0.05, 20.0)  # beyond these a model is always, or never, sure
 
 
 def with_temperature(probabilities: ArrayLike, temperature: float) -> NDArray[np.float64]:
@@ -34,14 +33,11 @@ def with_temperature(probabilities: ArrayLike, temperature: float) -> NDArray[np
 
     For a softmax this divides the logits by the temperature (Guo et al., ICML 2017, section 4.2); for an
     ordinal head it is the same map of its probabilities, which scales no logit. The order of the grades
-    stays. Above 1 it makes less sure, below 1 surer.
+    stays. Above 1 they are less sure, below 1 surer.
 
     Args:
         probabilities: ``[..., K]``, rows summing to one.
         temperature: above 0.
-
-    Raises:
-        UsageError: a temperature that is not above 0.
     """
     if not temperature > 0:
         raise UsageError(f"a temperature must be above 0, not {temperature}")
@@ -54,17 +50,10 @@ def with_temperature(probabilities: ArrayLike, temperature: float) -> NDArray[np
 
 
 def fit_temperature(true: ArrayLike, probabilities: ArrayLike) -> float:
-    """Finds the temperature of least log loss, between 0.05 and 20.
+    """Finds the temperature of least log loss of probabilities ``[N, K]``, between 0.05 and 20.
 
-    Give it the predictions of inner folds only. The log loss is convex in ``1 / T``, so the least is the
-    only one; at a bound, the slides were all graded right (0.05) or the probabilities tell nothing (20).
-
-    Args:
-        true: ``[N]`` whole numbers 0..K-1.
-        probabilities: ``[N, K]``, rows summing to one.
-
-    Raises:
-        ValueError: shapes that do not fit, a grade off the scale, or rows that are no distributions.
+    Give it the predictions of inner folds only. The log loss is convex in ``1 / T``, so the minimum is
+    unique; at a bound, all slides were graded right (0.05) or the probabilities say nothing (20).
     """
     from scipy.optimize import minimize_scalar
 
@@ -87,11 +76,10 @@ class CalibrationSlope:
     """Logistic recalibration of the probabilities that the grade is above each threshold.
 
     Attributes:
-        slope: 1 where they are as far from the middle as they should be, less where they are too sure. None
-            where it has no finite estimate, here or on most resamples: the predictions part the grades
-            completely.
-        intercept: log odds by which grades lie above what was predicted, at a slope of 1: 0 where they agree
-            on average, positive where the model grades too low.
+        slope: 1 for a calibrated model, less for one too sure. None without a finite estimate, here or on
+            most resamples: the predictions separate the grades completely.
+        intercept: log odds of the grades above the predicted ones, at a slope of 1: 0 if they agree on
+            average, positive if the model grades too low.
     """
 
     slope: Interval | None
@@ -106,25 +94,23 @@ def calibration_slope(
     Cox, Biometrika 1958; named as in Van Calster et al., BMC Medicine 2019. The outcomes are the K-1
     questions "is the grade above k?" of every slide, stacked: one slope for them all, as in a cumulative
     model. The slope's model has a free intercept; the intercept's has a slope of 1. Questions of a slide and
-    slides of a patient are dependent: intervals resample patients (BCa, given the fitted model).
+    slides of a patient are dependent: intervals resample patients.
 
     Args:
         true: ``[N]`` whole numbers 0..K-1.
-        probabilities: ``[N, K]``, rows summing to one; probabilities of the questions count as 1e-7 from 0
-            and 1 at least.
+        probabilities: ``[N, K]``; those of the questions are kept 1e-7 from 0 and 1.
         patients: ``[N]``.
-        **how: as :class:`~slidetl.evaluation.bootstrap.Resampling`.
+        **how: options.
 
     Raises:
-        ValueError: shapes that do not fit, a grade off the scale, rows that are no distributions, or slides
-        that are all of the lowest or all of the highest grade.
+        UsageError: slides that are all of the lowest or all of the highest grade.
     """
     grades, (rows,) = check_probabilities(true, probabilities)
     above = np.clip(rows[:, ::-1].cumsum(axis=1)[:, -2::-1], LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
     odds, happened = np.log(above / (1 - above)), grades[:, None] > np.arange(rows.shape[1] - 1)
     if happened.all() or not happened.any():
         raise UsageError("slides that are all of the lowest, or all of the highest grade tell no calibration")
-    slope, intercept = _slope_of(odds, happened), _intercept_of(odds, happened)
+    slope, intercept = (_recalibration(odds, happened, slope_is_free=free) for free in (True, False))
     return CalibrationSlope(
         bca_interval_if_defined(slope, patients, **how), bca_interval(intercept, patients, **how)
     )
@@ -132,11 +118,11 @@ def calibration_slope(
 
 @dataclass(frozen=True)
 class CalibrationNull:
-    """The expected calibration error beside that of a model which is calibrated.
+    """The expected calibration error beside the error of a calibrated model.
 
     Attributes:
         error: expected calibration error of the most probable grade, 0..1.
-        null_mean, null_high: mean and 95 % quantile of it when grades are drawn from the very probabilities.
+        null_mean, null_high: mean and 95 % quantile of it for grades drawn from these very probabilities.
         p: share of such draws with an error at least as high.
     """
 
@@ -152,18 +138,15 @@ def calibration_null(
     """Computes the calibration error, and its distribution under perfect calibration of as many slides.
 
     Consistency resampling (Bröcker and Smith, Weather and Forecasting 2007; Vaicenavicius et al., AISTATS
-    2019). Grades of slides are drawn independently; those of one patient hang together, so with several
-    slides a patient the null is somewhat too narrow, and p somewhat too small.
+    2019). Grades of slides are drawn independently; slides of one patient are not independent, so with
+    several a patient the null is somewhat too narrow, and p somewhat too small.
 
     Args:
         true: ``[N]`` whole numbers 0..K-1.
         probabilities: ``[N, K]``, rows summing to one.
         n_bins: of equal width.
-        n_draws: how many times grades are drawn.
+        n_draws: of the grades.
         seed: of the draws.
-
-    Raises:
-        ValueError: shapes that do not fit, a grade off the scale, or rows that are no distributions.
     """
     error = calibration_error(true, probabilities, n_bins)
     _, (rows,) = check_probabilities(true, probabilities)
@@ -177,16 +160,10 @@ def calibration_null(
 
 
 def judged_probabilities(true: ArrayLike, probabilities: ArrayLike) -> dict[str, Any]:
-    """Returns :class:`~slidetl.evaluation.metrics.ProbabilityMetrics` by name, None in the place of NaN.
+    """Returns the :class:`~slidetl.evaluation.metrics.ProbabilityMetrics` by name, with None for NaN.
 
-    ``calibration_error_if_calibrated`` is the mean error of a calibrated model on as many slides.
-
-    Args:
-        true: ``[N]`` whole numbers 0..K-1.
-        probabilities: ``[N, K]``, rows summing to one.
-
-    Raises:
-        ValueError: shapes that do not fit, a grade off the scale, or rows that are no distributions.
+    ``calibration_error_if_calibrated`` is the mean error of a calibrated model on as many slides. Takes
+    grades ``[N]`` and probabilities ``[N, K]``.
     """
     null = calibration_null(true, probabilities, n_draws=200)
     metrics = asdict(probability_metrics(true, probabilities))
@@ -202,7 +179,7 @@ class ReliabilityBin:
         n: slides in the bin.
         confidence: their mean probability of the predicted grade.
         accuracy: share of them graded right.
-        low, high: where 95 % of such shares would lie if the probabilities were right, by simulation.
+        low, high: range of 95 % of such shares if the probabilities were right, by simulation.
     """
 
     n: int
@@ -217,11 +194,8 @@ def reliability(
 ) -> tuple[ReliabilityBin, ...]:
     """Computes a reliability diagram with consistency bars (Bröcker and Smith 2007), in the error's bins.
 
-    Bars are bin by bin, so one of twenty bins is expected outside; they take slides for independent, as
-    :func:`calibration_null` does, whose arguments and errors these are.
-
-    Returns:
-        The bins that hold a slide, in rising confidence.
+    Arguments are as for :func:`calibration_null`. Bars are bin by bin, so one of twenty bins is expected
+    outside; they take slides for independent. Returns the bins with slides, in rising confidence.
     """
     grades, (rows,) = check_probabilities(true, probabilities)
     bins = confidence_bins(rows, n_bins)
@@ -241,31 +215,33 @@ def reliability(
 def _null_gaps(
     rows: NDArray[np.float64], bins: NDArray[np.intp], n_bins: int, n_draws: int, seed: int
 ) -> NDArray[np.float64]:
-    """Draws right less expected ones by bin, ``[n_draws, n_bins]``, where the confidence is the truth."""
+    """Draws right minus expected ones by bin, ``[n_draws, n_bins]``, as if the confidence were the truth."""
     confidence = rows.max(axis=1)
     right = np.random.default_rng(seed).random((n_draws, len(rows))) < confidence
     return np.asarray((right - confidence) @ (bins[:, None] == np.arange(n_bins)))
 
 
-def _slope_of(odds: NDArray[np.float64], happened: NDArray[np.bool_]) -> Metric:
-    """Fits the slope of a logistic regression on log odds ``[N, T]``; NaN where there is none.
+def _recalibration(odds: NDArray[np.float64], happened: NDArray[np.bool_], *, slope_is_free: bool) -> Metric:
+    """Fits a logistic regression on log odds ``[N, T]``: its slope, or its intercept at a slope of 1.
 
-    With a free intercept, by Newton's method, for all rows of weights at once.
+    By Newton's method, for all rows of weights at once; NaN without a finite estimate.
     """
     from scipy.special import expit
 
-    centred = odds - odds.mean()  # keeps intercept and slope apart
+    centred = (odds - odds.mean()).ravel()  # keeps intercept and slope apart
+    x, offset = (centred, 0.0) if slope_is_free else (np.zeros(odds.size), odds.ravel())
+    y = happened.ravel()
 
     def metric(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         of_question = np.repeat(weights, odds.shape[1], axis=1)
-        x, y = centred.ravel(), happened.ravel()
         intercept, slope = np.zeros(len(weights)), np.zeros(len(weights))
         moved = np.full(len(weights), np.inf)
         for _ in range(40):
-            expected = expit(intercept[:, None] + slope[:, None] * x)
+            expected = expit(intercept[:, None] + slope[:, None] * x + offset)
             left = of_question * (y - expected)
             information = of_question * expected * (1 - expected)
-            total, cross, square = information.sum(axis=1), information @ x, information @ x**2
+            total, cross = information.sum(axis=1), information @ x
+            square = information @ x**2 + (not slope_is_free)  # without x, any number above 0 will do
             determinant = total * square - cross**2
             # Without a finite estimate the fit gets surer and surer, until nothing is left to learn.
             known = determinant > 1e-9 * total * square
@@ -276,31 +252,6 @@ def _slope_of(odds: NDArray[np.float64], happened: NDArray[np.bool_]) -> Metric:
             moved = np.where(known, np.maximum(abs(up), abs(steeper)), np.inf)
             if (moved[known] < 1e-7).all():
                 break
-        return np.where(moved < 1e-7, slope, np.nan)
-
-    return metric
-
-
-def _intercept_of(odds: NDArray[np.float64], happened: NDArray[np.bool_]) -> Metric:
-    """Fits what to add to log odds ``[N, T]`` for as many outcomes as expected; NaN for all or none."""
-    from scipy.special import expit
-
-    def metric(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        of_question = np.repeat(weights, odds.shape[1], axis=1)
-        wanted, total = of_question @ happened.ravel(), of_question.sum(axis=1)
-        low, high = np.full(len(weights), -40.0), np.full(len(weights), 40.0)
-        intercept = np.zeros(len(weights))
-        for _ in range(60):
-            expected = expit(intercept[:, None] + odds.ravel())
-            missing = wanted - (of_question * expected).sum(axis=1)
-            low, high = np.where(missing > 0, intercept, low), np.where(missing > 0, high, intercept)
-            information = (of_question * expected * (1 - expected)).sum(axis=1)
-            step = intercept + missing / np.maximum(information, 1e-12)
-            # Newton's method; half-way between the bounds where it would leave them.
-            better = np.where((low <= step) & (step <= high), step, (low + high) / 2)
-            moved, intercept = abs(better - intercept).max(), better
-            if moved < 1e-9:
-                break
-        return np.where((wanted > 0) & (wanted < total), intercept, np.nan)
+        return np.where(moved < 1e-7, slope if slope_is_free else intercept, np.nan)
 
     return metric

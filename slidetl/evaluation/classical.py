@@ -1,9 +1,8 @@
-"""Classical graders: pooled features of a slide -> probabilities of the grades. NumPy in, NumPy out.
+"""Fits classical graders: pooled features of a slide -> probabilities of the grades.
 
-Max-pooling with boosted trees is the recipe of the talk that this project began with (Owkin, 2017);
-mean-pooling with ridge regression is the baseline that anything trained end to end must beat.
-Models are pipelines of scikit-learn. Each chooses its own strength of regularisation by cross-validation over
-the patients that it is given, never on a test part.
+Max-pooling with boosted trees is the recipe of the talk that inspired this project (Owkin, 2017);
+mean-pooling with ridge regression is the baseline for anything trained end to end. Models are pipelines of
+scikit-learn. Each chooses its strength of regularisation by cross-validation over the training patients.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ POOLS: tuple[Pool, ...] = get_args(Pool)
 ClassicalModel = Literal["ridge", "ordinal", "logistic", "trees"]
 MODELS: tuple[ClassicalModel, ...] = get_args(ClassicalModel)
 
-# Strengths of regularisation that are tried: an L2 penalty on coefficients of standardised features.
+# Strengths of regularisation to choose from: an L2 penalty on coefficients of standardised features.
 PENALTIES = tuple(float(value) for value in 10.0 ** np.arange(-2, 6))
 
 _FOLDS = 5
 
 
 def pool_tiles(features: ArrayLike, pool: Pool = "mean", k: int = 10) -> NDArray[np.float64]:
-    """One vector for a slide.
+    """Pools the features of a slide's tiles into one vector.
 
     Args:
         features: ``[N, D]``, a row for each tile.
@@ -68,14 +67,14 @@ class Grader:
 
     Ridge regression predicts the grade itself. A slide's grade is taken to be normal about the regression, at
     whole numbers only: the probability of grade k is proportional to ``exp(-(k - y)^2 / (2 sigma^2))``. The
-    nearest grade is so the most probable.
+    nearest grade is the most probable.
 
     Attributes:
         model: the kind.
         estimator: a classifier of ranks 0..len(grades)-1, or a regressor of them for ``ridge``.
         grades: grades of the training part, lowest first; all others have a probability of zero.
         n_grades: K.
-        penalty: chosen strength of regularisation; None where nothing was chosen.
+        penalty: chosen strength of regularisation; None without a choice.
         sigma: of ``ridge``, the root mean square of the residuals out of fold, in ranks; else None.
     """
 
@@ -107,10 +106,10 @@ class TileGrader:
 
     Attributes:
         tiles: gives the probabilities of the C classes of a tile.
-        classes: what each is worth, see :func:`slide_score`.
-        ignore: which of them do not count.
-        scale: from a slide's score ``[n, 1]`` to probabilities of its grade; it has seen only scores by
-            classifiers that did not see the slide.
+        classes: value of each class.
+        ignore: True for classes to leave out.
+        scale: from a slide's score ``[n, 1]`` to probabilities of its grade; fitted to scores of classifiers
+            trained without the slide.
     """
 
     tiles: Grader
@@ -145,13 +144,13 @@ def fit_grader(
             ``trees``, boosted by histograms, at fixed settings.
         features: ``[n, D]``, of slides.
         grades: ``[n]``, whole numbers 0..K-1; some may be absent.
-        patients: ``[n]``, anything that identifies a patient; none is split over the inner folds.
+        patients: ``[n]``; none is split over the inner folds.
         n_grades: K.
         seed: of the inner folds and the trees.
         penalties: to choose from, not used by trees.
 
     Raises:
-        UsageError: shapes differ, a value is not finite, a grade is off the scale, or patients are too few.
+        UsageError: patients are too few.
     """
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.model_selection import GridSearchCV
@@ -166,7 +165,7 @@ def fit_grader(
         )
         return _fit(model, trees, x, y, n_grades)
 
-    # Sums over a fold, not means: each slide then counts the same, however large its fold is.
+    # Sums over a fold, not means: each slide then counts the same in a fold of any size.
     def squared_error(estimator: Any, x: NDArray[np.float64], ranks: NDArray[np.int64]) -> float:
         return -float(((estimator.predict(x) - ranks) ** 2).sum())
 
@@ -189,7 +188,7 @@ def fit_grader(
     search = GridSearchCV(_linear(model), grid[model], scoring=scoring, cv=folds, error_score="raise")
     with threadpool_limits(1):  # on so few rows threads wait for each other
         search.fit(x, ranks)
-    # Not less than a tenth of a grade: no hundred slides can tell more, and a likelihood stays finite.
+    # At least a tenth of a grade: no hundred slides can tell more, and a likelihood stays finite.
     sigma = max(float(np.sqrt(-search.best_score_ * len(folds) / len(y))), 0.1) if model == "ridge" else None
     return Grader(model, search.best_estimator_, known, n_grades, penalties[search.best_index_], sigma)
 
@@ -197,23 +196,22 @@ def fit_grader(
 def slide_score(
     tile_probabilities: ArrayLike, classes: Sequence[float], ignore: Sequence[bool] | None = None
 ) -> float:
-    """A slide's grade from its tiles': the probability-weighted mean class, over tissue that counts.
+    """Computes a slide's grade from its tiles': the probability-weighted mean class, over tissue that counts.
 
-    After Heinemann et al., PLoS ONE 2018, e0202708: a tile that is most probably of a class to be ignored
-    (bronchi, vessels, debris) is left out; of every other tile the classes that count are averaged by their
-    probabilities, which are made to sum to one without the ignored ones; and tiles are averaged over the
-    slide.
+    After Heinemann et al., PLoS ONE 2018, e0202708: a tile is left out if its most probable class is ignored
+    (bronchi, vessels, debris); in every other tile the remaining classes are averaged by their probabilities,
+    rescaled to sum to one; and tiles are averaged over the slide.
 
     Args:
         tile_probabilities: ``[N, C]``.
-        classes: C values, what each class is worth; that of an ignored class is not used.
-        ignore: C flags; None counts every class.
+        classes: value of each of the C classes.
+        ignore: C flags, True for a class to ignore; None counts every class.
 
     Returns:
         The score, in units of ``classes``.
 
     Raises:
-        UsageError: shapes differ, every class is ignored, or every tile is.
+        UsageError: every class is ignored, or every tile is.
     """
     p, values = np.asarray(tile_probabilities, np.float64), np.asarray(classes, np.float64)
     counts = ~np.asarray(ignore, bool) if ignore is not None else np.ones(len(values), bool)
@@ -239,13 +237,13 @@ def fit_tile_grader(
     n_grades: int,
     seed: int = 0,
 ) -> TileGrader:
-    """Fits :class:`TileGrader` where the labels of some tiles are known.
+    """Fits :class:`TileGrader` to slides with labels of some tiles.
 
     Args:
         slides: for each of n slides the features ``[N_i, D]`` of its tiles.
-        labels: for each slide ``[N_i]``, the class of each tile, 0..C-1, or -1 where it is not known.
-        classes: what each class is worth, C values.
-        ignore: C flags, the classes that do not count.
+        labels: for each slide ``[N_i]``, the class of each tile, 0..C-1, or -1 if unknown.
+        classes: value of each of the C classes.
+        ignore: C flags, True for classes to ignore.
         grades: ``[n]``, of the slides.
         patients: ``[n]``, of the slides; none is split over the inner folds.
         n_grades: K.
@@ -265,7 +263,7 @@ def fit_tile_grader(
         raise UsageError(
             f"no labelled tile of the training part is of class {absent[0]}; label some, or merge classes"
         )
-    # Tiles are many, and a grid of fewer penalties costs minutes less.
+    # With many tiles, a grid of fewer penalties saves minutes.
     tiles = fit_grader("logistic", x, classed, owner, len(classes), seed, penalties=(1.0, 100.0, 10_000.0))
     scores = np.empty((len(slides), 1))
     for train, test in inner_folds(y, groups, seed):
@@ -278,7 +276,7 @@ def fit_tile_grader(
 
 
 def save_grader(path: Path, grader: Grader) -> None:
-    """Writes a linear model as ``.npz``: arrays and the name of its kind, nothing to unpickle."""
+    """Writes a linear model as ``.npz``: arrays and the name of its kind, without pickle."""
     scaler, model = grader.estimator["scale"], grader.estimator["model"]
     np.savez(
         path,
@@ -319,15 +317,10 @@ def load_grader(path: Path) -> Grader:
 def inner_folds(
     grades: ArrayLike, patients: ArrayLike, seed: int
 ) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
-    """Splits slides into up to five folds, with similar shares of the grades where that can be had.
+    """Splits slides into up to five folds, with similar shares of the grades if possible.
 
-    Args:
-        grades: ``[n]``.
-        patients: ``[n]``, at least two different ones.
-        seed: of the shuffling.
-
-    Returns:
-        Rows to train on and to test: no patient is on both sides, every row is tested once, no part is empty.
+    Takes grades ``[n]`` and at least two patients ``[n]``; ``seed`` shuffles. Returns rows to train on and to
+    test: no patient is on both sides, every row is tested once, no part is empty.
     """
     from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
@@ -337,7 +330,7 @@ def inner_folds(
     if most > 1:  # else there is nothing to stratify by
         folds = StratifiedGroupKFold(n_splits, shuffle=True, random_state=seed)
         with warnings.catch_warnings():
-            # A grade with fewer slides than folds cannot be in each, which a choice of penalty can bear.
+            # A grade with fewer slides than folds cannot be in each; a choice of penalty tolerates it.
             warnings.filterwarnings("ignore", "The least populated class", UserWarning)
             parts = list(folds.split(classes, classes, groups))
         if all(len(test) for _, test in parts):  # with few patients a fold may be left empty
@@ -346,11 +339,7 @@ def inner_folds(
 
 
 def _linear(model: str) -> Any:
-    """Returns an unfitted pipeline.
-
-    Raises:
-        KeyError: no linear model has this name.
-    """
+    """Returns an unfitted pipeline; KeyError for an unknown name."""
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.pipeline import Pipeline
     from sklearn.preprocessing import StandardScaler

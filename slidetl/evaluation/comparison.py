@@ -21,7 +21,7 @@ Unit = Literal["worst", "mean", "slide"]
 # `lambda true, predicted, weights: qwk(true, predicted, 5, weights)`.
 MetricOfPredictions = Callable[[NDArray[Any], NDArray[Any], NDArray[np.float64]], NDArray[np.float64]]
 
-# So many patients with differing arms give 2^14 ways to swap them: all are tried.
+# So many discordant patients give 2^14 ways to swap them: all are tried.
 _EXACT_PATIENTS = 14
 
 
@@ -49,11 +49,11 @@ def patient_results(
 
     The predicted grade of a slide is the most probable one, the lower in a tie. By ``unit``:
 
-    - ``worst``: the highest true grade; the highest predicted one, with the probabilities of the slide that
-      has it (of several, of the one with the highest expected grade). The highest of several noisy grades
-      is biased upwards, for readers and models alike.
+    - ``worst``: the highest true grade; the highest predicted one, with its slide's probabilities (of several
+      such slides, of the one with the highest expected grade). The highest of several noisy grades is biased
+      upwards, for readers and models alike.
     - ``mean``: the mean true grade and the mean predicted grade, each rounded half up; the mean of the
-      probabilities, whose peak may lie elsewhere where slides differ.
+      probabilities, with a peak that may lie elsewhere if slides differ.
     - ``slide``: slides as they are. Intervals still resample patients.
 
     Args:
@@ -63,10 +63,7 @@ def patient_results(
         unit: ``worst``, ``mean`` or ``slide``.
 
     Returns:
-        With patients in the order of their sorted identifiers; slides in theirs.
-
-    Raises:
-        UsageError: shapes that do not fit, or an unknown unit.
+        Patients in the order of their sorted identifiers, or slides in the given order.
     """
     truth, rows, who = np.asarray(true), np.asarray(probabilities, np.float64), np.asarray(patients)
     rows = rows[None] if rows.ndim == 2 else rows
@@ -101,7 +98,7 @@ def patient_results(
 
 
 def per_patient(values: ArrayLike, patients: ArrayLike, unit: Unit) -> NDArray[np.float64]:
-    """Makes one value of a patient's slides, as :func:`patient_results` makes one grade.
+    """Combines the slides of a patient into one value, as :func:`patient_results` does with grades.
 
     Args:
         values: ``[N, ...]`` of slides, such as scores, or readers' grades.
@@ -109,7 +106,7 @@ def per_patient(values: ArrayLike, patients: ArrayLike, unit: Unit) -> NDArray[n
         unit: ``worst``, the highest; ``mean``; or ``slide``, the values as they are.
 
     Returns:
-        ``[M, ...]`` in the order of :attr:`PatientResults.patients`; NaN where that of one slide is NaN.
+        ``[M, ...]`` in the order of :attr:`PatientResults.patients`; NaN if one slide has NaN.
     """
     rows = np.asarray(values, np.float64)
     if unit == "slide":
@@ -124,16 +121,14 @@ def metric_per_fold(
 ) -> NDArray[np.float64]:
     """Computes the metric within each test fold of each repeat, ``[R, K]``, as :func:`corrected_t` needs it.
 
-    NaN where the metric is undefined in a fold.
-
     Args:
-        metric: such as :func:`slidetl.evaluation.metrics.accuracy`.
+        metric: such as :func:`slidetl.evaluation.metrics.accuracy`; NaN in a fold stays NaN.
         true: ``[N]`` grades.
-        predicted: ``[R, N]`` grades (or ``[R, N, K]`` probabilities, as the metric takes them).
-        folds: ``[R, N]`` whole numbers 0..K-1, the fold whose test part held each result.
+        predicted: ``[R, N]`` grades, or ``[R, N, K]`` probabilities, to suit the metric.
+        folds: ``[R, N]`` the fold with each result in its test part, 0..K-1.
 
     Raises:
-        UsageError: shapes that do not fit, or a fold without results.
+        UsageError: a fold without results.
     """
     truth, rows, numbers = np.asarray(true), np.asarray(predicted), np.asarray(folds)
     if numbers.ndim != 2 or rows.shape[:2] != numbers.shape or truth.shape != numbers.shape[1:]:
@@ -155,8 +150,8 @@ class CorrectedT:
 
     Attributes:
         interval: of the mean difference over folds and repeats.
-        standard_error: corrected for training parts that overlap.
-        t: the mean over it, on ``degrees`` degrees of freedom.
+        standard_error: corrected for overlapping training parts.
+        t: the mean over its standard error, on ``degrees`` degrees of freedom.
         p: two-sided.
     """
 
@@ -170,19 +165,19 @@ class CorrectedT:
 def corrected_t(differences: ArrayLike, test_share: float, *, level: float = 0.95) -> CorrectedT:
     """Tests differences of two arms over the folds of a repeated cross-validation.
 
-    Nadeau and Bengio, Machine Learning 52 (2003), as Bouckaert and Frank, PAKDD 2004, use it for R
-    repeats of K folds: the variance of the mean is ``(1 / RK + n_test / n_train)`` times the sample
-    variance of the RK differences, with RK - 1 degrees of freedom. The correction is a heuristic, and for
-    kappa in small folds normality is too: a secondary test. Unlike the bootstrap it counts the variance of
-    another training. Where all differences are one, p is 1 for no difference, 0 otherwise.
+    Nadeau and Bengio, Machine Learning 52 (2003), for R repeats of K folds as in Bouckaert and Frank, PAKDD
+    2004: the variance of the mean is ``(1 / RK + n_test / n_train)`` times the sample variance of the RK
+    differences, with RK - 1 degrees of freedom. The correction is a heuristic, and so is normality for kappa
+    in small folds: a secondary test. Unlike the bootstrap it counts the variance of another training. If all
+    differences are equal, p is 1 for no difference, 0 otherwise.
 
     Args:
-        differences: ``[R, K]`` of the metric, first arm less second, by fold.
+        differences: ``[R, K]`` of the metric, first arm minus second, by fold.
         test_share: share of the results in a test part, as 0.2 for five folds.
         level: of the interval.
 
     Raises:
-        UsageError: fewer than two differences, one that is not finite, or a share outside of 0..1.
+        UsageError: fewer than two differences, or a share outside of 0..1.
     """
     from scipy.stats import t as student
 
@@ -207,10 +202,10 @@ class SignFlip:
     """The patient-clustered sign-flip test.
 
     Attributes:
-        difference: of the metric, first arm less second.
+        difference: of the metric, first arm minus second.
         p: two-sided.
-        n_discordant: patients on whom the arms differ; the others carry no information.
-        exact: whether all ways to swap were tried, not a sample of them.
+        n_discordant: patients with differing predictions; the others carry no information.
+        exact: True if all ways to swap were tried, not a sample of them.
     """
 
     difference: float
@@ -232,24 +227,21 @@ def sign_flip_test(
     """Swaps two arms' predictions of whole patients, and counts how often the difference gets as large.
 
     Under the null hypothesis the two predictions of a patient are exchangeable, all slides of the patient
-    together; McNemar's test on slides would take them for independent. For a mean over slides a swap flips
-    the sign of the patient's contribution (Good, Permutation Tests, 2nd ed. 2000); for kappa
-    it is recomputed. p is the share of all swaps where there are 14 discordant patients or fewer, and
-    otherwise ``(1 + hits) / (1 + n_flips)`` (Phipson and Smyth 2010).
+    together; McNemar's test would take slides for independent. For a mean over slides a swap flips
+    the sign of the patient's contribution (Good, Permutation Tests, 2nd ed. 2000); kappa is recomputed. p is
+    the share of all swaps with 14 discordant patients or fewer, and otherwise ``(1 + hits) / (1 + n_flips)``
+    (Phipson and Smyth 2010).
 
     Conditional on the fitted models. It takes one repeat, declared beforehand: several share their patients.
 
     Args:
         metric: such as :func:`slidetl.evaluation.metrics.accuracy`.
         true: ``[N]`` grades.
-        first: ``[N]`` predictions of one arm (or ``[N, K]`` probabilities, as the metric takes them).
+        first: predictions ``[N]`` of one arm, or ``[N, K]`` probabilities, to suit the metric.
         second: those of the other.
         patients: ``[N]``.
-        n_flips: how many random swaps.
+        n_flips: number of random swaps.
         seed: of the swaps.
-
-    Raises:
-        UsageError: shapes that do not fit.
     """
     truth, a, b = np.asarray(true), np.asarray(first), np.asarray(second)
     names, member = np.unique(np.asarray(patients), return_inverse=True)
@@ -284,16 +276,10 @@ def sign_flip_test(
 
 
 def holm(p_values: ArrayLike) -> NDArray[np.float64]:
-    """Adjusts the p-values of a family of tests (Holm, Scandinavian Journal of Statistics 1979).
+    """Adjusts the p-values ``[n]`` of a family of tests, in the order given.
 
-    Whatever the dependence between the tests, rejecting those at or below 0.05 errs once or more in at most
-    5 % of families.
-
-    Args:
-        p_values: ``[n]``, 0..1.
-
-    Returns:
-        ``[n]``, in the order given.
+    Holm, Scandinavian Journal of Statistics 1979: whatever the dependence between the tests, rejecting those
+    at or below 0.05 errs once or more in at most 5 % of families.
 
     Raises:
         UsageError: not a list of numbers from 0 to 1.
@@ -309,19 +295,12 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
 
 
 def chance_p(observed: float, null_metrics: ArrayLike) -> float:
-    """Computes the p-value of a metric against its values under the null hypothesis.
+    """Computes the p-value of a metric against its values ``[n]`` under the null hypothesis.
 
     ``(1 + hits) / (1 + n)`` (Phipson and Smyth, Statistical Applications in Genetics and Molecular Biology
-    2010), a hit being a null metric at least as high; n of 19 is the fewest that can reach 0.05. It tests a
-    whole procedure if every null metric comes from labels permuted over patients *before* training, with all
-    inner choices made again.
-
-    Args:
-        observed: the metric; higher is better.
-        null_metrics: ``[n]``.
-
-    Raises:
-        UsageError: no null metrics, or one that is not finite.
+    2010), a hit being a null metric at least as high; at least 19 are needed to reach 0.05. It tests a whole
+    procedure if every null metric comes from labels permuted over patients *before* training, with all inner
+    choices made again. Higher metrics are better.
     """
     null = np.asarray(null_metrics, np.float64)
     if null.ndim != 1 or not len(null) or not (np.isfinite(null).all() and np.isfinite(observed)):
@@ -334,11 +313,10 @@ class VarianceSplit:
     """Sources of the variance of a cross-validated metric, in the metric's unit squared.
 
     Attributes:
-        seed: between repeats (another split, another initialisation) on the same patients; None for one
-            repeat.
-        fold: between folds of a repeat, beyond what the few patients in each explain; may fall below zero.
-            None for a single fold, and where the metric is undefined in a fold.
-        patient: of the metric averaged over repeats, if other patients had been sampled.
+        seed: between repeats (another split and initialisation) on the same patients; None for one repeat.
+        fold: between folds of a repeat, beyond the effect of the few patients in each; may fall below zero.
+            None for a single fold, and if the metric is undefined in a fold.
+        patient: of the metric averaged over repeats, over samples of patients.
         n_repeats: R.
     """
 
@@ -366,33 +344,33 @@ def variance_split(
     """Splits the variance of a metric into seed, fold and patient.
 
     - seed: the sample variance (R - 1 in the denominator) of the repeats' pooled metrics. Given the patients,
-      repeats are independent draws of split and initialisation, so it is unbiased for that of one repeat.
+      repeats are independent draws of split and initialisation: unbiased for the variance of one repeat.
     - patient: the bootstrap variance over patients of the metric averaged over repeats, given the models.
-    - fold: by the method of moments, the mean over repeats of the sample variance between folds, less the
-      mean bootstrap variance over patients within a fold. What is left is between training parts. Stratified
-      folds differ less than folds at random, which this does not know: it errs downwards.
+    - fold: by the method of moments, the mean over repeats of the sample variance between folds, minus the
+      mean bootstrap variance over patients within a fold. The rest is between training parts. Stratified
+      folds differ less than random folds, so it errs downwards.
 
-    Bootstrap variances over P patients are multiplied by ``P / (P - 1)``: without bias then for a mean over
-    patients of one size, about so for other metrics.
+    Bootstrap variances over P patients are multiplied by ``P / (P - 1)``: unbiased for a mean over patients
+    of one size, about so for other metrics.
 
     Args:
         metric: such as :func:`slidetl.evaluation.metrics.accuracy`.
         true: ``[N]`` grades.
-        predicted: ``[R, N]`` grades (or ``[R, N, K]`` probabilities, as the metric takes them).
+        predicted: ``[R, N]`` grades, or ``[R, N, K]`` probabilities, to suit the metric.
         folds: ``[R, N]`` whole numbers 0..K-1.
         patients: ``[N]``; no patient is in two folds of a repeat.
         n_draws: resamples of the patients.
         seed: of the resampling.
 
     Raises:
-        UsageError: shapes that do not fit, or a fold of fewer than two patients.
+        UsageError: a fold of fewer than two patients.
     """
     truth, rows, numbers = np.asarray(true), np.asarray(predicted), np.asarray(folds)
     who = np.asarray(patients)
     by_fold = metric_per_fold(metric, truth, rows, numbers)
     n_repeats, n_folds = by_fold.shape
     pooled = np.array([metric(truth, of_repeat, np.ones(len(truth))) for of_repeat in rows])
-    within = []  # the variance between the patients of a fold alone
+    within = []  # variance between the patients of a fold alone
     for of_repeat, number in itertools.product(range(n_repeats), range(n_folds)):
         held = numbers[of_repeat] == number
         of_fold = partial(metric, truth[held], rows[of_repeat][held])

@@ -1,4 +1,4 @@
-"""Sets of grades that hold the true one as often as asked, and referral of unsure slides to a human."""
+"""Sets of grades with a chosen coverage of the true one, and referral of unsure slides to a human."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from slidetl.evaluation.bootstrap import Interval, Resampling, bca_interval
 from slidetl.evaluation.metrics import check_probabilities, weighted_mean
 from slidetl.evaluation.shapes import check_lengths
 
-# Thresholds that are looked at, for which the bounds of a risk-coverage curve pay.
-REFERRAL_POINTS = 10
+REFERRAL_POINTS = 10  # thresholds of a risk-coverage curve: its bounds hold for all of them together
 
 
 @dataclass(frozen=True)
@@ -23,9 +22,9 @@ class GradeSets:
     """A rule that turns the probabilities of a slide into a contiguous set of grades.
 
     Attributes:
-        quantile: a grade is in the set if the grades that are taken before it have at most this probability.
-        risk: share of patients whose sets may miss a true grade, 0..1.
-        n_patients: that the quantile was found on.
+        quantile: a grade is in the set if the grades taken before it have at most this probability.
+        risk: share of patients with sets that may miss a true grade, 0..1.
+        n_patients: number of patients behind the quantile.
     """
 
     quantile: float
@@ -42,10 +41,7 @@ class GradeSets:
     def sets(self, probabilities: ArrayLike) -> NDArray[np.int64]:
         """Returns the sets of slides: ``[N, K]`` -> ``[N, 2]``, the lowest and the highest grade, inclusive.
 
-        A set is never empty: it holds the most probable grade.
-
-        Raises:
-            UsageError: not ``[N, K]``.
+        A set always holds the most probable grade.
         """
         inside = _mass_before(probabilities) <= self.quantile
         return np.stack([inside.argmax(axis=1), inside.shape[1] - 1 - inside[:, ::-1].argmax(axis=1)], axis=1)
@@ -58,25 +54,21 @@ def fit_grade_sets(
 
     Grades are taken in turn: the most probable one first, then always the more probable neighbour of those
     taken (Lu, Angelopoulos and Pomerantz, MICCAI 2022), so that a set is contiguous. The score of a slide is
-    the probability taken before its true grade; that of a patient, which is the unit here, the highest of its
+    the probability taken before its true grade; the score of a patient, the unit here, is the highest of its
     slides. The quantile is the ``ceil((n + 1) (1 - risk))``-th lowest score of n patients, or 1 (all
-    grades) where there are fewer than that.
+    grades) with fewer patients than that.
 
     With one model fitted apart from these patients, a new patient of the same population has all its true
     grades in the sets with probability ``1 - risk`` or more: marginal, not for each grade, site or patient.
     Here the scores come from K models, as in cross-conformal prediction (Vovk, Annals of Mathematics and
-    Artificial Intelligence 2015), for whose vote about ``1 - 2 risk`` is proved (Barber et al., Annals of
-    Statistics 2021). For a single model fitted again on all the patients nothing is: see `check_coverage`.
+    Artificial Intelligence 2015); for their vote about ``1 - 2 risk`` is proved (Barber et al., Annals of
+    Statistics 2021), for a single model fitted again on all the patients nothing is: see `check_coverage`.
 
     Args:
         true: ``[N]`` whole numbers 0..K-1.
         probabilities: ``[N, K]`` out of fold of one repeat, rows summing to one, temperature applied.
         patients: ``[N]``.
         risk: between 0 and 1.
-
-    Raises:
-        ValueError: shapes that do not fit, a grade off the scale, rows that are no distributions, or a risk
-        out of range.
     """
     if not 0 < risk < 1:
         raise UsageError(f"a risk must be between 0 and 1, not {risk}")
@@ -96,10 +88,10 @@ class SetCoverage:
     """Sets made on other folds, checked on each fold in turn.
 
     Attributes:
-        patients_covered: share of patients all of whose true grades lie in the sets: ``1 - risk`` was asked.
+        patients_covered: share of patients with all true grades in the sets: ``1 - risk`` was asked.
         mean_size: grades in a set, 1..K.
-        sizes: ``[K]`` how many slides, or results of patients, have a set of 1, 2, ... K grades.
-        risk: that was asked for.
+        sizes: ``[K]`` number of results with a set of 1, 2, ... K grades.
+        risk: as asked.
     """
 
     patients_covered: Interval
@@ -120,18 +112,18 @@ def check_coverage(
     """Checks how often sets hold the true grade, each fold by the quantile of the other folds.
 
     The models of the other folds were trained on this fold's patients: not quite a check on new patients.
-    Intervals resample patients (BCa), given models and quantiles.
+    Intervals are conditional on models and quantiles.
 
     Args:
         true: ``[N]`` whole numbers 0..K-1.
         probabilities: ``[N, K]`` out of fold of one repeat.
         patients: ``[N]``; no patient is in two folds.
-        folds: ``[N]`` the fold whose test part held each slide.
+        folds: ``[N]`` the fold with each slide in its test part.
         risk: between 0 and 1.
-        **how: as :class:`~slidetl.evaluation.bootstrap.Resampling`.
+        **how: options.
 
     Raises:
-        ValueError: as :func:`fit_grade_sets`, or a single fold.
+        UsageError: a single fold.
     """
     grades, rows = np.asarray(true), np.asarray(probabilities, np.float64)
     who, numbers = np.asarray(patients), np.asarray(folds)
@@ -155,23 +147,34 @@ def check_coverage(
 
 
 @dataclass(frozen=True)
+class ReferralPoint:
+    """A rule for referral: slides below a confidence go to a human.
+
+    Attributes:
+        confidence: the least of the slides graded by the model.
+        coverage: their share of all slides, 0..1.
+        risk: share of wrong ones among them.
+        upper: upper confidence bound of the share of patients with a wrong one, among those with a slide
+            graded.
+    """
+
+    confidence: float
+    coverage: float
+    risk: float
+    upper: float
+
+
+@dataclass(frozen=True)
 class RiskCoverage:
     """Gain of leaving the least sure slides to a human.
 
     Attributes:
-        confidence: ``[C]`` falling; slides at or above it are graded by the model.
-        coverage: ``[C]`` rising; share of slides that it then grades.
-        risk: ``[C]`` share of these that are wrong.
-        upper: ``[C]`` upper confidence bound of the share of patients, among those with a slide graded, of
-            whom one is wrong; all C hold together at ``level``.
+        points: in rising coverage.
         area: under risk against coverage over all slides, 0..1: the mean risk.
-        level: of the bounds.
+        level: at which the upper bounds of all points hold together.
     """
 
-    confidence: tuple[float, ...]
-    coverage: tuple[float, ...]
-    risk: tuple[float, ...]
-    upper: tuple[float, ...]
+    points: tuple[ReferralPoint, ...]
     area: float
     level: float
 
@@ -187,20 +190,16 @@ def risk_coverage(
     """Computes the risk-coverage curve (El-Yaniv and Wiener, JMLR 2010), with simultaneous bounds.
 
     Bounds are one-sided and exact for a binomial share (Clopper and Pearson, Biometrika 1934), at ``1 - (1
-    - level) / n_points`` each, as Geifman and El-Yaniv (NeurIPS 2017) have it for thresholds tried on one
+    - level) / n_points`` each, as Geifman and El-Yaniv (NeurIPS 2017) do for thresholds tried on one
     sample. Since slides of a patient are not independent, they count patients: one is wrong if any of its
-    graded slides is. That is more than the share of slides, so the bound errs upwards.
+    graded slides is. This exceeds the share of slides, so the bound errs upwards.
 
     Args:
-        wrong: ``[N]`` bool: not the true grade, or two grades off; whatever is to be rare.
+        wrong: ``[N]`` bool, the event to be rare: not the true grade, or two grades off.
         confidence: ``[N]``, higher is surer, such as the highest probability, out of fold.
         patients: ``[N]``.
         level: at which all bounds hold together.
-        n_points: points at coverages of ``1 / n_points``, ..., 1; those that ties put at one threshold are
-            one.
-
-    Raises:
-        UsageError: shapes that do not fit, or a confidence that is not finite.
+        n_points: points at coverages of ``1 / n_points``, ..., 1; points at one threshold are merged.
     """
     from scipy.stats import beta
 
@@ -211,64 +210,33 @@ def risk_coverage(
     falling = np.sort(sure)[::-1]
     steps = np.ceil(len(sure) * np.arange(1, n_points + 1) / n_points).astype(int)
     thresholds = np.unique(falling[steps - 1])[::-1]
-    bounds = []
+    each, points = 1 - (1 - level) / n_points, []
     for threshold in thresholds:
         graded = sure >= threshold
         n, k = (len(np.unique(who[some])) for some in (graded, graded & errs))
-        each = 1 - (1 - level) / n_points
-        bounds.append(1.0 if k == n else float(beta.ppf(each, k + 1, n - k)))
-    return RiskCoverage(
-        confidence=tuple(thresholds.tolist()),
-        coverage=tuple(float((sure >= threshold).mean()) for threshold in thresholds),
-        risk=tuple(float(errs[sure >= threshold].mean()) for threshold in thresholds),
-        upper=tuple(bounds),
-        # Slides of equal confidence are graded together: the risk at each is that of them all.
-        area=float(np.mean([errs[sure >= value].mean() for value in falling])),
-        level=level,
-    )
+        upper = 1.0 if k == n else float(beta.ppf(each, k + 1, n - k))
+        coverage, risk = float(graded.mean()), float(errs[graded].mean())
+        points.append(ReferralPoint(float(threshold), coverage, risk, upper))
+    # Slides of equal confidence are graded together: the risk at each is the risk of all of them.
+    area = float(np.mean([errs[sure >= value].mean() for value in falling]))
+    return RiskCoverage(tuple(points), area, level)
 
 
-@dataclass(frozen=True)
-class ReferralRule:
-    """Slides below a confidence go to a human.
-
-    Attributes:
-        confidence: least one that the model grades itself.
-        coverage: share of slides that it grades, 0..1.
-        risk: share of these that are wrong.
-        upper: upper confidence bound of the share of patients with a wrong one.
-        level: of the bound.
-    """
-
-    confidence: float
-    coverage: float
-    risk: float
-    upper: float
-    level: float
-
-
-def referral_rule(curve: RiskCoverage, risk: float) -> ReferralRule | None:
+def referral_rule(curve: RiskCoverage, risk: float) -> ReferralPoint | None:
     """Finds the point of greatest coverage with an upper bound of at most the chosen risk.
 
     With probability ``level`` over samples of patients, the share of new patients of the same population
-    with a wrong grade by these models is at most ``risk``.
-
-    Args:
-        curve: of :func:`risk_coverage`.
-        risk: greatest share of patients with a wrong grade, between 0 and 1.
-
-    Returns:
-        None where no point is as good: then every slide goes to a human, or more patients are needed (even
-        without an error it takes about ``ln(n_points / (1 - level)) / risk`` of them).
+    with a wrong grade by these models is at most ``risk``, a share between 0 and 1. None without such a
+    point: then every slide goes to a human, or more patients are needed (even without an error about
+    ``ln(n_points / (1 - level)) / risk`` of them).
 
     Raises:
         UsageError: a risk out of range.
     """
     if not 0 < risk < 1:
         raise UsageError(f"a risk must be between 0 and 1, not {risk}")
-    points = zip(curve.confidence, curve.coverage, curve.risk, curve.upper, strict=True)
-    good = [point for point in points if point[-1] <= risk]
-    return ReferralRule(*good[-1], curve.level) if good else None
+    good = [point for point in curve.points if point.upper <= risk]
+    return good[-1] if good else None
 
 
 def _mass_before(probabilities: ArrayLike) -> NDArray[np.float64]:
@@ -278,7 +246,7 @@ def _mass_before(probabilities: ArrayLike) -> NDArray[np.float64]:
         raise UsageError(f"expected probabilities [N, K], not {rows.shape}")
     n, n_grades = rows.shape
     each = np.arange(n)
-    # An end of the scale has a neighbour that is never taken.
+    # The ends of the scale get a neighbour that is never taken.
     padded = np.pad(rows, ((0, 0), (1, 1)), constant_values=-1.0)
     low = high = rows.argmax(axis=1) + 1
     before, taken = np.zeros(padded.shape), padded[each, low].copy()

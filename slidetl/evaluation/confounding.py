@@ -22,10 +22,9 @@ class SiteByGrade:
     Attributes:
         sites: names, in order.
         slides: ``[S][K]`` counts of slides.
-        cramers_v: 0..1, corrected for bias; of patients, not slides. None where there is one site or one
-            grade.
+        cramers_v: 0..1, corrected for bias; of patients, not slides. None for one site or one grade.
         p: of a permutation test of no association; None as above.
-        n_units: patients counted in the last two (one that was seen at two sites counts at each).
+        n_units: patients counted in the last two; a patient at two sites counts at each.
     """
 
     sites: tuple[str, ...]
@@ -57,11 +56,8 @@ def site_by_grade(
         grades: ``[N]`` whole numbers 0..K-1.
         patients: ``[N]``.
         n_grades: K.
-        n_permutations: how many.
+        n_permutations: of the sites.
         seed: of the permutations.
-
-    Raises:
-        UsageError: shapes that do not fit, or a grade off the scale.
     """
     names, site = np.unique(np.asarray(sites).astype(str), return_inverse=True)
     grade = np.asarray(grades)
@@ -89,22 +85,19 @@ def site_by_grade(
 
 @dataclass(frozen=True)
 class SiteDecodability:
-    """Accuracy at telling the site of patients that the classifier never saw.
+    """Accuracy of a classifier at telling the site of unseen patients.
 
     Attributes:
         balanced_accuracy: mean share right over the sites, 0..1.
-        chance: one over the number of sites.
         null_mean, null_high: mean and 95 % quantile of the same accuracy with sites permuted over patients.
         p: of the permutation test.
-        n_sites, n_patients: numbers of both.
+        n_patients: tested.
     """
 
     balanced_accuracy: float
-    chance: float
     null_mean: float
     null_high: float
     p: float
-    n_sites: int
     n_patients: int
 
 
@@ -113,7 +106,7 @@ class EmbeddedFold:
     """Embeddings of slides by one network.
 
     Attributes:
-        train, test: ``[n]`` and ``[m]``, which slides those are.
+        train, test: numbers ``[n]`` and ``[m]`` of the slides.
         train_embeddings, test_embeddings: ``[n, D]`` and ``[m, D]``.
     """
 
@@ -137,19 +130,18 @@ def site_decodability(
     The discriminant is the nearest site mean after whitening by the training part's covariance with its mean
     non-zero eigenvalue added to the diagonal (Friedman, JASA 1989); sites count alike, however many slides
     they have. Neither folds nor whitening depend on the sites, so permuting them over patients is an exact
-    test. Embeddings that tell the site are a fault only where sites and grades are associated.
+    test. Embeddings that tell the site are a fault only if sites and grades are associated.
 
     Args:
         embeddings: ``[N, D]``, a row for each slide.
         sites: ``[N]`` names; a patient lies at one of them.
         patients: ``[N]``.
         n_folds: at most one for each patient.
-        n_permutations: how many.
+        n_permutations: of the sites.
         seed: of the folds and the permutations.
 
     Raises:
-        UsageError: shapes that do not fit, values that are not finite, a single site, a patient at two sites,
-            or a site with fewer than two patients.
+        UsageError: a single site, a patient at two sites, or a site with fewer than two patients.
     """
     values = np.asarray(embeddings, np.float64)
     who = np.unique(np.asarray(patients), return_inverse=True)[1]
@@ -172,16 +164,16 @@ def site_decodability_by_fold(
     n_permutations: int = 1000,
     seed: int = 0,
 ) -> SiteDecodability:
-    """Tells sites from embeddings where each fold has a network, and so embeddings, of its own.
+    """Tells sites from embeddings if each fold has its own network, and so its own embeddings.
 
-    The discriminant of a fold is fitted on the slides that its network was trained on. Networks were trained
-    without the sites, so the permutation test holds.
+    The discriminant of a fold is fitted on the network's training slides. Networks were trained without the
+    sites, so the permutation test holds.
 
     Args:
         folds: no slide is in two test parts, and no patient on both sides of one.
         sites: ``[N]`` names; a patient lies at one of them.
         patients: ``[N]``.
-        n_permutations: how many.
+        n_permutations: of the sites.
         seed: of the permutations.
 
     Raises:
@@ -217,11 +209,9 @@ def site_decodability_by_fold(
     null = balanced[1:]
     return SiteDecodability(
         balanced_accuracy=float(balanced[0]),
-        chance=1 / len(names),
         null_mean=float(null.mean()),
         null_high=float(np.quantile(null, 0.95)),
         p=chance_p(float(balanced[0]), null),
-        n_sites=len(names),
         n_patients=len(set(who[tested].tolist())),
     )
 
@@ -232,9 +222,9 @@ class GroupEstimate:
 
     Attributes:
         group: its name.
-        n, n_patients: slides, or results of patients, and of how many patients.
-        estimate: with its interval; None for a single patient, or where it is undefined on these or on
-            most resamples of them.
+        n, n_patients: results and their patients.
+        estimate: with its interval; None for a single patient, or if it is undefined on these or on most
+            resamples of them.
     """
 
     group: str
@@ -248,20 +238,17 @@ def estimate_by_group(
 ) -> tuple[GroupEstimate, ...]:
     """Computes the metric within each group by itself, with intervals over its patients.
 
-    The groups of a leave-one-site-out protocol are new to the model; those of any other were seen in
-    training. Kappa depends on which grades a site has: at a site of one grade it is 0, or undefined.
+    With leave-one-site-out the groups are new to the model; otherwise they were seen in training. Kappa
+    depends on the grades at a site: at a site of one grade it is 0, or undefined.
 
     Args:
         metric: over all N results.
         groups: ``[N]`` names of sites, or of scanners.
         patients: ``[N]``.
-        **how: as :class:`~slidetl.evaluation.bootstrap.Resampling`.
+        **how: options.
 
     Returns:
-        In the order of the names.
-
-    Raises:
-        UsageError: lengths that differ.
+        Estimates in the order of the names.
     """
     names, who = np.asarray(groups).astype(str), np.asarray(patients)
     check_lengths(groups=names, patients=who)
@@ -287,7 +274,7 @@ def _chi_square(row: NDArray[np.int64], column: NDArray[np.int64], n_rows: int, 
 
 
 def _cramers_v(chi_square: float, n: int, n_rows: int, n_columns: int) -> float:
-    """Computes V by Bergsma 2013, section 2; 0 where there are as many categories as units."""
+    """Computes V by Bergsma 2013, section 2; 0 for as many categories as units."""
     rows = n_rows - (n_rows - 1) ** 2 / (n - 1)
     columns = n_columns - (n_columns - 1) ** 2 / (n - 1)
     excess = max(0.0, chi_square / n - (n_rows - 1) * (n_columns - 1) / (n - 1))

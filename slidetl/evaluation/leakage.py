@@ -10,21 +10,21 @@ from numpy.typing import NDArray
 from slidetl.errors import UsageError
 
 # Two scans of one section in one frame correlate above this. Small round pictures (eyes at 28 px) do so by
-# chance, one pair in 5,000; those of tissue do not: docs/design/compare.md.
+# chance, one pair in 5,000; pictures of tissue do not: docs/design/compare.md.
 ALIKE = 0.95
 
-# Two scans that were moved or cropped share so much of their detail: all of 100 slides, and of 100 tiles, of
-# which up to a tenth was cut off each side; unrelated slides do not reach half of it: docs/design/compare.md.
+# Least shared detail of two scans moved or cropped: 100 slides and 100 tiles, cut by up to a tenth on each
+# side, all reach it; unrelated slides do not reach half of it: docs/design/compare.md.
 SHARED_DETAIL = 0.65
 
 _SIDE_PX = 32
 _BLOCK = 512  # rows of the correlation at once: 512 x 2,000 x 8 symmetries are 65 MB
-_ENOUGH = 20  # of fewer pictures the mean is too much like each of them
-_SMALLEST_PX = 64  # smaller ones have no detail to tell by
+_ENOUGH = 20  # with fewer pictures the mean is too much like each of them
+_SMALLEST_PX = 64  # smaller pictures lack detail
 _LEAST_DETAIL = 0.2  # of a picture's standard deviation; tissue has 0.27 to 0.6, smooth blobs less than 0.2
-_SIDE_CELLS = 64  # of the middling picture, where they are registered
-_SPECTRA_ALIKE = 0.6  # least likeness of spectra of pairs that are registered
-_MOST_PAIRS = 100_000  # that are registered, the most alike ones: seconds
+_SIDE_CELLS = 64  # of the median picture, for registration
+_SPECTRA_ALIKE = 0.6  # least likeness of spectra of registered pairs
+_MOST_PAIRS = 100_000  # registered pairs, the most alike ones: seconds
 
 
 def near_duplicates(
@@ -32,24 +32,25 @@ def near_duplicates(
 ) -> list[tuple[int, int, float]]:
     """Finds pairs of pictures that show the same: turned or mirrored, stained otherwise, moved or cropped.
 
-    In one frame each is reduced to 32 x 32 grey pixels, brightness and contrast taken out; what all of the
-    study's pictures have in common (a round field of view, say) is taken out too, where there are enough of
-    them, since it would make all of them alike. Pairs that correlate are found.
+    In one frame each is reduced to 32 x 32 grey pixels, without brightness and contrast, and without the mean
+    of the study's pictures (a round field of view, say) if there are enough of them, since it would make all
+    of them alike. Correlated pairs are found.
 
-    Those in different frames share detail: the highest cross-correlation of their band-passed grey values
-    over all shifts, at one scale. Pairs with like magnitudes of their spectra, which no shift changes, are
-    registered so. Pictures below 64 px, and those without detail, cannot be told so.
+    Pairs in different frames share detail: the highest cross-correlation of their band-passed grey values
+    over all shifts, at one scale. Only pairs with like magnitudes of their spectra, which no shift changes,
+    are registered. Pictures below 64 px, and pictures without detail, are found in one frame only.
 
     Args:
         thumbnails: ``[h, w, 3] uint8`` each, of any size.
-        mpp: spacing of each, micrometres per pixel; by default that of all is the same.
-        threshold: least correlation in one frame, -1..1, over the best of the eight symmetries of the square.
+        mpp: spacing of each, micrometres per pixel; by default equal for all.
+        threshold: least correlation in one frame, above 0 and up to 1, over the best of the eight symmetries
+            of the square.
 
     Returns:
         ``(i, j, correlation)`` with ``i < j``, most alike first.
 
     Raises:
-        UsageError: ``threshold`` is not above 0 and up to 1, or spacings do not fit.
+        UsageError: ``threshold`` is out of range, or spacings do not fit.
     """
     if not 0 < threshold <= 1:
         raise UsageError(f"the least correlation must be above 0 and up to 1, not {threshold}")
@@ -74,7 +75,7 @@ def _in_one_frame(thumbnails: Sequence[NDArray[np.uint8]], threshold: float) -> 
 
 
 def _moved(thumbnails: Sequence[NDArray[np.uint8]], mpp: NDArray[np.float64]) -> list[tuple[int, int, float]]:
-    """Finds pairs that share detail under some shift and symmetry, at one scale."""
+    """Finds pairs with shared detail under some shift and symmetry, at one scale."""
     import cv2
     from scipy import fft
 
@@ -100,7 +101,7 @@ def _moved(thumbnails: Sequence[NDArray[np.uint8]], mpp: NDArray[np.float64]) ->
             detail[number, :height, :width] = band / length
     side = fft.next_fast_len(2 * n_cells, real=True)
 
-    # No shift changes the magnitudes of a spectrum, and turning by half a turn does not either.
+    # No shift and no half turn changes the magnitudes of a spectrum.
     low = side // 10  # every second frequency, up to a fifth of them
     middle = slice(side // 2 - 2 * low, side // 2 + 2 * low + 1, 2)
     magnitudes = np.empty((len(detail), 2 * low + 1, 2 * low + 1), np.float32)
@@ -126,7 +127,7 @@ def _moved(thumbnails: Sequence[NDArray[np.uint8]], mpp: NDArray[np.float64]) ->
 
 
 def _alike(pictures: NDArray[np.float32], threshold: float) -> list[tuple[int, int, float, int]]:
-    """Finds pairs of ``[n, s, s]`` that correlate: ``(i, j, correlation, symmetry of j)`` with ``i < j``."""
+    """Finds correlated pairs of ``[n, s, s]``: ``(i, j, correlation, symmetry of j)`` with ``i < j``."""
     flat = _normalised(pictures)
     turned = [_normalised(_turn(pictures, symmetry)) for symmetry in range(8)]
     found: list[tuple[int, int, float, int]] = []
@@ -155,13 +156,13 @@ def _turn(pictures: NDArray[np.float32], symmetry: int) -> NDArray[np.float32]:
 
 
 def _symmetric_mean(pictures: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Returns the mean picture, equal for all its symmetries, so that removing it commutes with them."""
+    """Returns the mean picture over all symmetries, so that its removal commutes with them."""
     mean = pictures.mean(0, keepdims=True)
     return np.asarray(np.mean([_turn(mean, symmetry) for symmetry in range(8)], axis=0))
 
 
 def _standardised(pictures: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Takes brightness and contrast out of each; one of one colour is 0."""
+    """Removes brightness and contrast of each; a uniform picture becomes 0."""
     return _normalised(pictures).reshape(pictures.shape) * np.float32(np.sqrt(pictures[0].size))
 
 
@@ -169,5 +170,5 @@ def _normalised(pictures: NDArray[np.float32]) -> NDArray[np.float32]:
     flat = pictures.reshape(len(pictures), -1)
     flat = flat - flat.mean(1, keepdims=True)
     length = np.linalg.norm(flat, axis=1, keepdims=True)
-    # A picture of one colour is like nothing, not like every other one.
+    # A uniform picture is like nothing, not like every other one.
     return np.asarray(np.divide(flat, length, out=np.zeros_like(flat), where=length > 1e-3))

@@ -2,16 +2,11 @@
 
 Accuracy, MAE, QWK, kappa, RPS and log loss take weights of the results, as resampling needs them:
 
-- ``true`` ``[N]`` are whole numbers 0..K-1, ``predicted`` ``[N]`` or ``[R, N]`` likewise, ``probabilities``
-  ``[N, K]`` or ``[R, N, K]`` with rows that sum to one within 1e-3 and are rescaled to exactly one. Repeats
-  R of a cross-validation are each pooled over their folds and averaged: they share the patients, and are
-  never treated as more of them.
-- ``weights`` ``[N]`` or ``[B, N]`` float64, at least 0; one for each result by default. Whole weights are
-  copies.
-- They return float64 of shape ``[]`` or ``[B]``. **Where a metric is undefined it is NaN**, never a number
-  that could be taken for one: without any weight, or a kappa where all grades are one and the same.
-- They raise UsageError for shapes that do not fit, no results, a grade off the scale, or rows that are no
-  distributions.
+- Probabilities sum to one within 1e-3 and are rescaled to exactly one. Repeats R of a cross-validation are
+  each pooled over their folds and averaged: they share the patients, and never count as more of them.
+- ``weights`` ``[N]`` or ``[B, N]`` float64, at least 0; by default all 1. Whole weights are copies.
+- They return float64 of shape ``[]`` or ``[B]``. **An undefined metric is NaN**, never a plausible number:
+  without any weight, or a kappa of grades that are all the same.
 """
 
 from __future__ import annotations
@@ -25,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from slidetl.errors import UsageError
 from slidetl.evaluation.bootstrap import Metric
 
-# Smaller probabilities count as this much in a logarithm, so that one slide cannot decide a log loss alone.
+# Floor of a probability in a logarithm, so that one slide cannot decide a log loss alone.
 LEAST_PROBABILITY = 1e-7
 
 Weights = NDArray[np.float64] | None
@@ -39,7 +34,7 @@ class GradeMetrics:
         n: number of slides.
         accuracy: share of slides with exactly the right grade.
         balanced_accuracy: the mean of that share over the grades that occur.
-        qwk: quadratic-weighted kappa over the full scale; NaN where it is undefined.
+        qwk: quadratic-weighted kappa over the full scale; NaN if undefined.
         mae: mean absolute error, in grades.
         macro_f1: the mean F1 over the grades that occur or were predicted.
         confusion: ``[K, K]`` counts; rows are true grades, columns predicted ones.
@@ -58,7 +53,7 @@ class GradeMetrics:
         return "undefined" if np.isnan(self.qwk) else f"{self.qwk:.{digits}f}"
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the metrics by name, None in the place of NaN, which JSON does not know."""
+        """Returns the metrics by name, with None for NaN, which JSON lacks."""
         return {**asdict(self), "qwk": None if np.isnan(self.qwk) else self.qwk}
 
 
@@ -68,10 +63,10 @@ class ProbabilityMetrics:
 
     Attributes:
         n: number of slides.
-        auroc: for each threshold k = 0..K-2 the area under the ROC curve of "the grade is above k", by its
-            probability; NaN where no slide lies on one of its sides.
+        auroc: for each threshold k = 0..K-2 the area under the ROC curve of "the grade is above k"; NaN if
+            all slides lie on one side.
         rps: ranked probability score, 0 (sure and right) to 1 (sure and at the other end of the scale).
-        log_loss: mean negative logarithm of the true grade's probability, which counts as 1e-7 at least.
+        log_loss: mean negative logarithm of the true grade's probability, floored at 1e-7.
         calibration_error: expected calibration error of the most probable grade, 0..1.
     """
 
@@ -83,11 +78,7 @@ class ProbabilityMetrics:
 
 
 def grade_metrics(true: ArrayLike, predicted: ArrayLike, n_grades: int) -> GradeMetrics:
-    """Computes all metrics of predicted grades ``[N]`` against true ones ``[N]``, both 0..K-1 (``n_grades``).
-
-    Raises:
-        UsageError: no slides, lengths that differ, or a grade off the scale.
-    """
+    """Computes all metrics of predicted grades ``[N]`` against true ones ``[N]``, both 0..K-1."""
     counts = confusion_matrix(true, predicted, n_grades)
     hits, is_true, is_predicted = np.diag(counts), counts.sum(1), counts.sum(0)
     occurs, met = is_true > 0, is_true + is_predicted > 0
@@ -103,14 +94,9 @@ def grade_metrics(true: ArrayLike, predicted: ArrayLike, n_grades: int) -> Grade
 
 
 def probability_metrics(true: ArrayLike, probabilities: ArrayLike) -> ProbabilityMetrics:
-    """Computes all metrics of probabilities ``[N, K]`` against true grades ``[N]``.
-
-    Raises:
-        UsageError: no slides, shapes that do not fit, a grade off the scale, or rows that are no
-            distributions.
-    """
+    """Computes all metrics of probabilities ``[N, K]`` against true grades ``[N]``."""
     grades, (rows,) = check_probabilities(true, probabilities)
-    # P(grade > k), [N, K-1]. Rounded, so that sums of equal terms tie whatever their order was.
+    # P(grade > k), [N, K-1]. Rounded, so that sums of equal terms tie in any order.
     above = rows[:, ::-1].cumsum(1)[:, -2::-1].round(12)
     return ProbabilityMetrics(
         n=len(grades),
@@ -144,12 +130,11 @@ def mae(true: ArrayLike, predicted: ArrayLike, weights: Weights = None) -> NDArr
 def qwk(true: ArrayLike, predicted: ArrayLike, n_grades: int, weights: Weights = None) -> NDArray[np.float64]:
     """Returns Cohen's kappa with penalties ``(i - j)^2`` over the full scale, up to 1.
 
-    Cohen, Psychological Bulletin 1968. NaN where all grades, true and predicted, are one and the same: chance
-    then agrees completely, which leaves nothing to divide by. (0 would call such predictions no better than
-    chance and 1 would call them proven.) Of repeats it is NaN if that of one is.
+    Cohen, Psychological Bulletin 1968. NaN if all grades, true and predicted, are equal: chance then agrees
+    completely and there is nothing to divide by. (0 would call such predictions no better than chance, 1
+    would call them proven.) NaN in one repeat makes the mean NaN.
     """
-    scale = np.arange(n_grades)
-    return _kappa(true, predicted, (scale[:, None] - scale) ** 2, weights)
+    return _kappa(true, predicted, _squares(n_grades), weights)
 
 
 def kappa(
@@ -167,7 +152,7 @@ def kappa_of_table(tables: ArrayLike, penalties: ArrayLike) -> NDArray[np.float6
         penalties: ``[K, K]``, 0 on the diagonal.
 
     Returns:
-        One less the penalty over that of chance; NaN where the latter is 0.
+        One minus the penalty over the penalty expected by chance; NaN if the latter is 0.
     """
     counts, by_cell = np.asarray(tables, np.float64), np.asarray(penalties, np.float64)
     total = counts.sum(axis=(-2, -1))
@@ -175,6 +160,11 @@ def kappa_of_table(tables: ArrayLike, penalties: ArrayLike) -> NDArray[np.float6
     chance = chance / np.where(total > 0, total, 1)
     observed = (counts * by_cell).sum(axis=(-2, -1))
     return np.asarray(np.where(chance > 0, 1 - observed / np.where(chance > 0, chance, 1), np.nan))
+
+
+def qwk_of_table(tables: ArrayLike) -> NDArray[np.float64]:
+    """Returns the quadratic-weighted kappa of tables ``[..., K, K]``, as :func:`kappa_of_table`."""
+    return kappa_of_table(tables, _squares(np.shape(tables)[-1]))
 
 
 def rps(true: ArrayLike, probabilities: ArrayLike, weights: Weights = None) -> NDArray[np.float64]:
@@ -185,28 +175,22 @@ def rps(true: ArrayLike, probabilities: ArrayLike, weights: Weights = None) -> N
 
 
 def log_loss(true: ArrayLike, probabilities: ArrayLike, weights: Weights = None) -> NDArray[np.float64]:
-    """Returns the mean negative logarithm of the true grade's probability, which counts as 1e-7 at least."""
+    """Returns the mean negative logarithm of the true grade's probability, floored at 1e-7."""
     truth, rows = check_probabilities(true, probabilities)
     of_truth = rows[:, np.arange(len(truth)), truth]
     return weighted_mean(-np.log(np.maximum(of_truth, LEAST_PROBABILITY)), weights)
 
 
 def difference(first: Metric, second: Metric) -> Metric:
-    """Returns the first metric less the second on the same weights: a paired comparison."""
+    """Returns the first metric minus the second on the same weights: a paired comparison."""
     return lambda weights: first(weights) - second(weights)
 
 
 def auroc(positive: ArrayLike, scores: ArrayLike) -> float:
     """Computes the area under the ROC curve: how often positives score above negatives, ties counting half.
 
-    By ranks (Mann and Whitney, Annals of Mathematical Statistics 1947).
-
-    Args:
-        positive: ``[N]`` bool.
-        scores: ``[N]``.
-
-    Returns:
-        0..1, or NaN where there is no positive or no negative.
+    By ranks (Mann and Whitney, Annals of Mathematical Statistics 1947), of ``positive [N] bool`` and
+    ``scores [N]``. Returns 0..1, or NaN without a positive or without a negative.
     """
     from scipy.stats import rankdata
 
@@ -221,14 +205,9 @@ def calibration_error(true: ArrayLike, probabilities: ArrayLike, n_bins: int = 1
     """Computes the expected calibration error of the most probable grade, over bins of equal width.
 
     Naeini et al., AAAI 2015, for the most probable class as in Guo et al., ICML 2017: the mean over slides
-    of the distance between the accuracy of their bin and its mean confidence. Bins without a slide do not
-    count. On a hundred slides it is biased upwards by several hundredths; compare it with that of a
-    calibrated model, not with zero.
-
-    Args:
-        true: ``[N]`` whole numbers 0..K-1.
-        probabilities: ``[N, K]``, rows summing to one.
-        n_bins: bins ``(0, 1/n], (1/n, 2/n], ...``.
+    of the distance between the accuracy of their bin ``(0, 1/n], (1/n, 2/n], ...`` and its mean confidence.
+    Empty bins do not count. On a hundred slides it is biased upwards by several hundredths; compare it with
+    the error of a calibrated model, not with zero.
     """
     grades, (rows,) = check_probabilities(true, probabilities)
     gaps = np.bincount(  # summed over the slides of a bin
@@ -243,7 +222,7 @@ def confidence_bins(rows: NDArray[np.float64], n_bins: int) -> NDArray[np.intp]:
 
 
 def confusion_matrix(true: ArrayLike, predicted: ArrayLike, n_grades: int) -> NDArray[np.int64]:
-    """Counts results ``[K, K]``: rows true ``[N]``, columns predicted ``[N]``; raises as `grade_metrics`."""
+    """Counts results ``[K, K]``: rows true ``[N]``, columns predicted ``[N]``."""
     truth, (graded,) = _check_grades(true, predicted, n_grades)
     return np.bincount(truth * n_grades + graded, minlength=n_grades**2).reshape(n_grades, n_grades)
 
@@ -253,13 +232,7 @@ def check_probabilities(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Returns grades ``[N] int64`` and probabilities ``[R, N, K]``, each row rescaled to sum to one.
 
-    Args:
-        true: ``[N]`` whole numbers 0..K-1.
-        probabilities: ``[N, K]`` (R is then 1) or ``[R, N, K]``, rows summing to one within 1e-3.
-
-    Raises:
-        UsageError: no slides, shapes that do not fit, a grade off the scale, or rows that are no
-            distributions.
+    ``[N, K]`` probabilities are one repeat; rows must sum to one within 1e-3.
     """
     truth, rows = np.asarray(true), np.asarray(probabilities, np.float64)
     rows = rows[None] if rows.ndim == 2 else rows
@@ -283,7 +256,7 @@ def check_probabilities(
 def _check_grades(
     true: ArrayLike, predicted: ArrayLike, n_grades: int | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Returns ``[N]`` and ``[R, N]``, whole numbers, on the scale where one is given."""
+    """Returns ``[N]`` and ``[R, N]``, whole numbers, on the scale if one is given."""
     truth, rows = np.asarray(true), np.atleast_2d(predicted)
     if truth.ndim != 1 or rows.ndim != 2 or not rows.size or rows.shape[1:] != truth.shape:
         raise UsageError(
@@ -299,6 +272,10 @@ def _check_scale(grades: NDArray[Any], n_grades: int | None) -> None:
         raise UsageError("grades must be whole numbers")
     if n_grades is not None and not ((grades >= 0) & (grades < n_grades)).all():
         raise UsageError(f"grades must be whole numbers from 0 to {n_grades - 1}")
+
+
+def _squares(n_grades: int) -> NDArray[np.int64]:
+    return np.subtract.outer(np.arange(n_grades), np.arange(n_grades)) ** 2
 
 
 def _kappa(

@@ -1,4 +1,4 @@
-"""Simulation of the difference between two arms that a study of so many patients can show."""
+"""Simulates the power of a study of so many patients to show a difference between two arms."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from numpy.typing import NDArray
 
 from slidetl.errors import UsageError
 from slidetl.evaluation.agreement import readings_given_truth
-from slidetl.evaluation.metrics import kappa_of_table
+from slidetl.evaluation.metrics import qwk_of_table
 
 
 @dataclass(frozen=True)
 class StudyDesign:
     """A study, and the model of its results.
 
-    A patient has a true grade, each equally likely, that all its slides share. An arm puts a slide at
+    A patient has a true grade, each equally likely, shared by all its slides. An arm puts a slide at
     ``grade + sd * z`` and rounds to the scale; z is standard normal, with a share of its variance common to
     the two arms (hard slides are hard for both) and a share common to a patient's slides. The standard
-    deviation is the one that gives the arm its accuracy.
+    deviation follows from the arm's accuracy.
 
     Attributes:
-        n_patients, n_slides: of the study; slides are dealt out as evenly as they go.
+        n_patients, n_slides: of the study; slides are dealt out as evenly as possible.
         n_grades: K.
         arm_correlation: of the two arms' errors on one slide, before rounding, 0..1.
         patient_correlation: of one arm's errors on two slides of a patient, before rounding, 0..1.
@@ -52,7 +52,7 @@ class PowerRow:
     Attributes:
         accuracy_first, accuracy_second: true accuracies of the arms.
         qwk_first, qwk_second: their true quadratic-weighted kappas, under the model.
-        power_accuracy, power_qwk: share of studies whose interval of the difference excludes zero.
+        power_accuracy, power_qwk: share of studies with an interval of the difference without zero.
         error: standard error of these shares, at most.
     """
 
@@ -74,14 +74,14 @@ def power_table(
     n_draws: int = 500,
     seed: int = 0,
 ) -> tuple[PowerRow, ...]:
-    """Simulates studies, and counts those in which a paired patient bootstrap finds the difference.
+    """Simulates studies, and counts how often a paired patient bootstrap finds the difference.
 
-    Each study resamples its patients, each with all slides and both arms; the difference is found where
+    Each study resamples its patients, each with all slides and both arms; the difference is found if
     the percentile interval excludes zero. (BCa differs little for a difference, and costs a jackknife for
     each of thousands of studies.) For equal accuracies the power is the share of false findings.
 
-    The power depends on how alike the arms err, which is known only afterwards: state the correlation with
-    it, or give a range of designs.
+    The power depends on how alike the arms err, known only afterwards: state the correlation with it, or
+    give a range of designs.
 
     Args:
         accuracies: pairs of true accuracies, above chance and below 1.
@@ -92,13 +92,13 @@ def power_table(
         seed: of everything.
 
     Raises:
-        UsageError: an accuracy that is not between chance and 1.
+        UsageError: an accuracy not between chance and 1.
     """
     design = design or StudyDesign()
     rng = np.random.default_rng(seed)
     n = design.n_patients
     member = np.sort(np.arange(design.n_slides) % n)
-    # One set of resamples for all studies: it changes no study's law, only how they hang together.
+    # One set of resamples for all studies: it changes no study's law, only their dependence.
     drawn = rng.integers(n, size=(n_draws, n)) + n * np.arange(n_draws)[:, None]
     weights = np.bincount(drawn.ravel(), minlength=n * n_draws).reshape(n_draws, n).astype(np.float64)
     rows = []
@@ -144,13 +144,11 @@ def _study(
 
 def _metrics(tables: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Maps tables ``[B, K, K]`` to accuracy and QWK, ``[B]`` each."""
-    scale = np.arange(tables.shape[-1])
-    hits = np.trace(tables, axis1=1, axis2=2)
-    return hits / tables.sum(axis=(1, 2)), kappa_of_table(tables, (scale[:, None] - scale) ** 2)
+    return np.trace(tables, axis1=1, axis2=2) / tables.sum(axis=(1, 2)), qwk_of_table(tables)
 
 
 def _deviation(accuracy: float, n_grades: int) -> float:
-    """Finds the deviation of the error that gives this accuracy on grades that are equally likely."""
+    """Finds the standard deviation of the error from the accuracy on equally likely grades."""
     from scipy.optimize import brentq
     from scipy.stats import norm
 
@@ -167,6 +165,6 @@ def _deviation(accuracy: float, n_grades: int) -> float:
 
 
 def _true_qwk(deviation: float, n_grades: int) -> float:
-    """Computes the QWK of grades that are equally likely, read with this error."""
-    (table,), scale = readings_given_truth(np.array([deviation]), n_grades), np.arange(n_grades)
-    return float(kappa_of_table(table / n_grades, (scale[:, None] - scale) ** 2))
+    """Computes the QWK of equally likely grades, read with this error."""
+    (table,) = readings_given_truth(np.array([deviation]), n_grades)
+    return float(qwk_of_table(table / n_grades))

@@ -1,7 +1,7 @@
-"""Repeated nested cross-validation for a hundred slides, in which nothing leaks.
+"""Plans a repeated nested cross-validation of a hundred slides without leaks.
 
 Folds are planned before anything is fitted, are the same for all arms of a comparison, and can be hashed. The
-test part of a fold is predicted once; choices are made in inner folds, cut from its training part alone.
+test part of a fold is predicted once; choices are made in inner folds of its training part.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ UNITS: tuple[Unit, ...] = ("worst", "mean", "slide")
 
 @dataclass(frozen=True)
 class Protocol:
-    """The splits of a comparison, and its unit of one result.
+    """The splits of a comparison, and the unit of a result.
 
     Attributes:
         repeats: R, how often the whole cross-validation is done with other folds and seeds.
-        outer_folds: K, whose test parts are reported; sites or the given split take their place.
+        outer_folds: K, each with its test part; ignored for sites or the given split.
         inner_folds: folds of each training part, for choices; 0: nothing is chosen ("not nested").
         seed: of all folds, and through them of all trainings.
         unit: how several slides of a patient become one result.
-        leave_one_site_out: each test part is one site. A grade that the other sites lack is then a warning.
+        leave_one_site_out: each test part is one site. A grade missing at the other sites is then a warning.
         given_split: the manifest's ``split`` column instead: trained on ``train`` and ``val``, tested once
-            per repeat on ``test``; where there is a ``val``, it is the one inner fold.
+            per repeat on ``test``; ``val`` is the one inner fold.
     """
 
     repeats: int = 1
@@ -60,18 +60,18 @@ class Protocol:
 
     @property
     def is_nested(self) -> bool:
-        """True where choices are made in inner folds."""
+        """True if choices are made in inner folds."""
         return self.inner_folds > 0
 
 
 @dataclass(frozen=True)
 class Case:
-    """A slide, as a protocol sees it.
+    """A slide in a protocol.
 
     Attributes:
         slide_id, patient_id: from the manifest.
         grade: 0..K-1.
-        site: empty where it is not known.
+        site: empty if unknown.
         split: ``train``, ``val``, ``test``, or empty.
     """
 
@@ -97,10 +97,10 @@ class Fold:
     Attributes:
         repeat: 0..R-1.
         name: of the fold within its repeat: its number, its site, or ``test``.
-        seed: of whatever is random in this fold, the same for every arm.
+        seed: of everything random in this fold, the same for every arm.
         train: slide identifiers, sorted.
         test: slide identifiers, sorted.
-        inner: folds of ``train``; empty where nothing is to be chosen.
+        inner: folds of ``train``; empty without choices.
     """
 
     repeat: int
@@ -114,17 +114,17 @@ class Fold:
 def plan_folds(cases: Sequence[Case], protocol: Protocol, n_grades: int) -> tuple[Fold, ...]:
     """Plans all folds of a comparison.
 
-    Folds are those of scikit-learn's ``StratifiedGroupKFold``: no patient is on two sides, and the mix of
+    Folds come from scikit-learn's ``StratifiedGroupKFold``: no patient is on two sides, and the mix of
     grades is about the same everywhere. The order of the cases does not matter.
 
     Args:
         cases: the graded slides.
-        protocol: how they are split.
+        protocol: the way to split them.
         n_grades: K of the scale; each training part must have all of them.
 
     Raises:
         UsageError: a training part lacks a grade, a part is empty, there are too few patients, or the
-            manifest has no such split or sites; the message says what to do.
+            manifest has no such split or sites; the message names the remedy.
     """
     cases = sorted(cases, key=lambda case: case.slide_id)
     strange = [case.slide_id for case in cases if not 0 <= case.grade < n_grades]
@@ -151,9 +151,9 @@ def plan_folds(cases: Sequence[Case], protocol: Protocol, n_grades: int) -> tupl
 def subsample(fold: Fold, cases: Iterable[Case], n_slides: int, n_grades: int) -> Fold:
     """Returns the fold with fewer slides to train on, for the curve of accuracy against their number.
 
-    Whole patients are taken in a random order, those first that bring a grade not yet there, until the part
-    has ``n_slides``; the last patient may be cut. Smaller parts lie within larger ones. There are no inner
-    folds: hyper-parameters are those of the whole part, or fixed.
+    Patients are taken in a random order, first those with a grade not yet there, until the part has
+    ``n_slides``; the last patient may be cut. Smaller parts lie within larger ones. There are no inner
+    folds: hyper-parameters are fixed, or come from the whole part.
 
     Raises:
         UsageError: the training part has fewer slides, or ``n_slides`` cannot hold each grade.
@@ -182,10 +182,8 @@ def permute_grades(cases: Iterable[Case], seed: int) -> dict[str, int]:
     """Permutes grades over the patients, for a test against chance.
 
     A patient gives all its grades, in the order of its slides, to another one with as many slides: under the
-    null hypothesis those are exchangeable. The only patient with so many slides keeps its own.
-
-    Returns:
-        Grade by slide.
+    null hypothesis those are exchangeable. The only patient with so many slides keeps its own. Returns the
+    grade of each slide.
     """
     slides = _slides_of_patients(cases)
     alike: dict[int, list[str]] = defaultdict(list)
@@ -228,10 +226,10 @@ def audit_folds(
         folds: to be checked.
         cases: of all slides in them.
         fingerprints: SHA-256 of each slide's content.
-        near_duplicates: pairs of slides that look alike, and how much (:func:`near_duplicates`).
+        near_duplicates: pairs of slides that look alike, and their correlation.
 
     Raises:
-        UsageError: a patient, a slide's content or a near-duplicate is on both sides; the first one found.
+        UsageError: one of them is on both sides; the message names the first.
     """
     patient = {case.slide_id: case.patient_id for case in cases}
     pairs = list(near_duplicates)

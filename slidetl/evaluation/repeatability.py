@@ -19,10 +19,10 @@ class Repeatability:
     """Repeatability of a slide's score over draws of tiles.
 
     Attributes:
-        n, n_draws: slides, or results of patients, and draws that it rests on.
+        n, n_draws: results (slides or patients) and draws behind it.
         within_sd: standard deviation over draws of a slide's score, pooled over slides: the standard error of
             measurement (SEM) of one draw.
-        icc: share of a single draw's variance that is between slides, ICC(1,1); may fall below zero.
+        icc: share of a single draw's variance between slides, ICC(1,1); may fall below zero.
         minimal_detectable_change: ``1.96 * sqrt(2) * SEM``: two scores of one slide differ by more in 5 % of
             pairs; a smaller change of a patient's score is noise of the draw.
     """
@@ -37,19 +37,18 @@ class Repeatability:
 def repeatability(scores: ArrayLike, patients: ArrayLike, **how: Unpack[Resampling]) -> Repeatability:
     """Splits the variance of scores into slides and draws, by a one-way analysis of variance.
 
-    ICC(1,1) is that of Shrout and Fleiss (Psychological Bulletin 1979), the minimal detectable change that
-    of Weir (Journal of Strength and Conditioning Research 2005), for one draw; the mean of d draws has it
-    divided by ``sqrt(d)``. It tells the noise of drawing tiles only, neither that of cutting another section
-    nor that of scanning again. Intervals resample patients, and are conditional on the fitted model.
+    ICC(1,1) as in Shrout and Fleiss (Psychological Bulletin 1979), the minimal detectable change as in Weir
+    (Journal of Strength and Conditioning Research 2005), for one draw; the mean of d draws has it
+    divided by ``sqrt(d)``. It measures the noise of drawing tiles only, neither of cutting another section
+    nor of scanning again.
 
     Args:
         scores: ``[N, D]``, of N slides (or patients) in each of D independent draws.
         patients: ``[N]``.
-        **how: as :class:`~slidetl.evaluation.bootstrap.Resampling`.
+        **how: options.
 
     Raises:
-        UsageError: shapes that do not fit, fewer than two slides or draws, a score that is not finite, or
-            scores that are all the same.
+        UsageError: fewer than two slides or draws, or scores that are all the same.
     """
     values = np.asarray(scores, np.float64)
     if values.ndim != 2 or min(values.shape) < 2 or not np.isfinite(values).all():
@@ -61,7 +60,7 @@ def repeatability(scores: ArrayLike, patients: ArrayLike, **how: Unpack[Resampli
     squares = ((values - means[:, None]) ** 2).sum(axis=1)
 
     def mean_squares(weights: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Computes those between slides and within them; a slide drawn twice is two slides."""
+        """Computes the mean squares between and within slides; a slide drawn twice is two slides."""
         n = weights.sum(axis=1)
         centre = weights @ means / n
         between = n_draws * (weights @ means**2 - n * centre**2)
@@ -88,11 +87,11 @@ class ScoreShift:
     """Shift of one group's scores from another's.
 
     Attributes:
-        paired: True where the same patients are in both groups.
+        paired: True if the same patients are in both groups.
         n_first, n_second: patients.
-        shift: Hodges-Lehmann estimate, second less first, with its bootstrap interval.
+        shift: Hodges-Lehmann estimate, second minus first, with its bootstrap interval.
         p: two-sided, of the rank test.
-        superiority: how often the second is above the first, ties counting half: 0.5 where there is no shift.
+        superiority: how often the second is above the first, ties counting half: 0.5 without a shift.
     """
 
     paired: bool
@@ -109,20 +108,18 @@ def compare_groups(
     """Compares scores of two groups of different patients, such as treated and not.
 
     A patient's score is the mean over its slides. The shift is the median of all differences between the
-    groups (Hodges and Lehmann, Annals of Mathematical Statistics 1963), its interval a BCa bootstrap that
-    resamples the patients of each group; the test is that of Mann and Whitney (exact where a group has 8
-    patients or fewer and nothing ties, else normal with its correction for ties). Groups that were not
-    drawn by lot differ in more than the treatment.
+    groups (Hodges and Lehmann, Annals of Mathematical Statistics 1963), its interval resamples the patients
+    of each group; the test is that of Mann and Whitney (exact for a group of 8 patients or fewer without
+    ties, else normal, corrected for ties). Groups not drawn by lot differ in more than the treatment.
 
     Args:
         scores: ``[N]`` of slides.
-        is_second: ``[N]`` bool, whether the slide's patient is in the second group.
+        is_second: ``[N]`` bool, True for slides of patients in the second group.
         patients: ``[N]``.
-        **how: as :class:`~slidetl.evaluation.bootstrap.Resampling`.
+        **how: options.
 
     Raises:
-        UsageError: shapes that do not fit, a score that is not finite, fewer than two patients in a group, or
-            a patient in both.
+        UsageError: fewer than two patients in a group, or a patient in both.
     """
     from scipy.stats import mannwhitneyu
 
@@ -147,17 +144,16 @@ def compare_paired(before: ArrayLike, after: ArrayLike, **how: Unpack[Resampling
     """Compares two scores of the same patients, such as before and after treatment.
 
     The shift is the median of the means of all pairs of changes, a change with itself included (Hodges and
-    Lehmann 1963), its interval a BCa bootstrap over patients; the test is Wilcoxon's of signed ranks (exact
-    up to 50 patients without ties or unchanged ones, else normal). Without untreated patients beside them it
-    shows a change, not its cause.
+    Lehmann 1963); the test is Wilcoxon's of signed ranks (exact up to 50 patients without ties or unchanged
+    ones, else normal). Without untreated patients beside them it shows a change, not its cause.
 
     Args:
         before: ``[P]``, one score a patient; average the slides first.
         after: ``[P]``, of the same patients in the same order.
-        **how: as :class:`~slidetl.evaluation.bootstrap.Resampling`.
+        **how: options.
 
     Raises:
-        UsageError: lengths that differ, fewer than two patients, or a score that is not finite.
+        UsageError: fewer than two patients.
     """
     from scipy.stats import wilcoxon
 
@@ -184,7 +180,7 @@ def compare_paired(before: ArrayLike, after: ArrayLike, **how: Unpack[Resampling
 def _median_of(
     values: NDArray[np.float64], weigh: Callable[[NDArray[np.float64]], NDArray[np.float64]]
 ) -> Metric:
-    """Makes the median of ``[M]`` values, each weighted by ``weigh`` of the patients' ``[P]``."""
+    """Makes a metric of the median of ``[M]`` values; ``weigh`` maps patients' weights ``[P]`` to ``[M]``."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
 

@@ -25,12 +25,12 @@ def check_lengths(**arrays: NDArray[Any]) -> None:
 def value_of_patient(
     patients: ArrayLike, values: ArrayLike, problem: str
 ) -> tuple[NDArray[Any], NDArray[np.intp], NDArray[Any]]:
-    """Reduces values that all results of a patient share to one for each patient.
+    """Reduces values ``[N]``, equal for all results of a patient, to one for each patient.
 
     Args:
         patients: ``[N]``.
         values: ``[N]``.
-        problem: what is wrong with a patient that has two values, and what to do.
+        problem: end of the message about a patient with two values, with the remedy.
 
     Returns:
         Patients ``[P]``, sorted; the patient of each result ``[N]``, 0..P-1; and values ``[P]``.

@@ -536,7 +536,7 @@ def test_every_figure_counts_patients(whole: tuple[ComparisonResult, Path]) -> N
     assert sum(point.n for point in warm.bins) == 60
     assert warm.sets is not None and sum(warm.sets.sizes) == 60
     assert warm.repeatability is not None and warm.repeatability.n == 60
-    assert warm.referral.risk[-1] == pytest.approx(np.mean(true != graded))
+    assert warm.referral.points[-1].risk == pytest.approx(np.mean(true != graded))
     for reader in (0, 1):
         of_reader = np.array([int(row[f"grade_reader{reader + 1}"]) for row in patients])
         (found,) = [one.model for one in warm.readers if one.reader == reader]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -121,21 +123,20 @@ def test_the_curve_by_hand() -> None:
     wrong = [False, False, True, False, True]
     confidence = [0.9, 0.8, 0.7, 0.6, 0.5]
     curve = risk_coverage(wrong, confidence, range(5), n_points=5)
-    assert curve.confidence == (0.9, 0.8, 0.7, 0.6, 0.5)
-    assert curve.coverage == pytest.approx((0.2, 0.4, 0.6, 0.8, 1.0))
-    assert curve.risk == pytest.approx((0, 0, 1 / 3, 1 / 4, 2 / 5))
+    sure, coverage, risk, upper = np.array([astuple(point) for point in curve.points]).T
+    assert sure == pytest.approx(confidence)
+    assert coverage == pytest.approx((0.2, 0.4, 0.6, 0.8, 1.0))
+    assert risk == pytest.approx((0, 0, 1 / 3, 1 / 4, 2 / 5))
     assert curve.area == pytest.approx(np.mean([0, 0, 1 / 3, 1 / 4, 2 / 5]))
     # Clopper and Pearson: k or fewer errors have probability 0.05 / 5 there.
-    for n, k, upper in zip(range(1, 6), (0, 0, 1, 1, 2), curve.upper, strict=True):
-        assert binom.cdf(k, n, upper) == pytest.approx(0.01)
+    for n, k, bound in zip(range(1, 6), (0, 0, 1, 1, 2), upper, strict=True):
+        assert binom.cdf(k, n, bound) == pytest.approx(0.01)
 
 
 def test_ties_are_one_point_and_patients_are_the_units() -> None:
     curve = risk_coverage([True, False, False, True], [0.5, 0.5, 0.9, 0.9], [0, 0, 1, 1], n_points=4)
-    points = (curve.confidence, curve.coverage, curve.risk, curve.upper)
-    np.testing.assert_array_equal(
-        points, [[0.9, 0.5], [0.5, 1], [0.5, 0.5], [1, 1]]
-    )  # each patient graded has a wrong slide
+    points = [astuple(point) for point in curve.points]
+    assert points == [(0.9, 0.5, 0.5, 1), (0.5, 1, 0.5, 1)]  # each patient graded has a wrong slide
     assert curve.area == 0.5
 
 
@@ -160,7 +161,7 @@ def test_no_rule_where_nothing_is_sure_enough_and_the_patients_it_takes() -> Non
     enough = risk_coverage(np.zeros(60, bool), np.linspace(0, 1, 60), range(60))
     rule = referral_rule(enough, 0.1)
     assert rule is not None
-    assert (rule.coverage, rule.risk, rule.level) == (1, 0, 0.95)
+    assert (rule.coverage, rule.risk, enough.level) == (1, 0, 0.95)
     assert rule.upper == pytest.approx(beta.ppf(0.995, 1, 60))
     with pytest.raises(UsageError, match="between 0 and 1, not 1"):
         referral_rule(none, 1)

@@ -238,11 +238,11 @@ def _referral(view: View, table: Table, folder: Path) -> Plot:
         axes = figure.add_subplot(xlabel=f"share of {view.unit}s that the model grades itself")
         axes.set_ylabel("share of these graded wrong")
         for arm in view.serious:
-            curve = arm.referral
-            axes.plot(curve.coverage, curve.risk, **_style(view, arm.arm, 3.5, 1.4))
+            coverage, risk, upper = np.array([(p.coverage, p.risk, p.upper) for p in arm.referral.points]).T
+            axes.plot(coverage, risk, **_style(view, arm.arm, 3.5, 1.4))
             if arm is view.serious[0]:
                 colour, label = view.looks[arm.arm].colour, f"{_short(arm.arm, 28)}, bound"
-                axes.plot(curve.coverage, curve.upper, ":", color=colour, linewidth=1.6, label=label)
+                axes.plot(coverage, upper, ":", color=colour, linewidth=1.6, label=label)
         axes.set(xlim=(0, 1), ylim=(0, 1))
         axes.grid()
         _legend(figure, axes, "outside right upper", 1)

@@ -209,9 +209,8 @@ def by_layer(view: View, name: str) -> dict[str, dict[str, list[float]]]:
 
 
 def risk_at(curve: RiskCoverage, coverage: float) -> float:
-    """Returns the risk at the least coverage on the curve that reaches the one asked for."""
-    place = next(n for n, value in enumerate(curve.coverage) if value >= coverage - 1e-12)
-    return curve.risk[place]
+    """Returns the risk at the first point of at least this coverage."""
+    return next(point.risk for point in curve.points if point.coverage >= coverage - 1e-12)
 
 
 def _differences(view: View) -> Table:

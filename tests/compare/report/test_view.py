@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from slidetl.compare.report.tables import risk_at
 from slidetl.compare.report.view import looks_of
-from slidetl.evaluation.conformal import RiskCoverage
+from slidetl.evaluation.conformal import ReferralPoint, RiskCoverage
 
 
 def test_no_two_serious_arms_look_alike() -> None:
@@ -23,5 +23,6 @@ def test_trivial_arms_are_grey_and_take_no_colour_from_the_others() -> None:
 
 
 def test_the_risk_is_that_of_the_least_coverage_which_suffices() -> None:
-    curve = RiskCoverage((0.9, 0.8, 0.7), (0.2, 0.5, 1.0), (0.0, 0.1, 0.3), (0.5, 0.6, 0.7), 0.1, 0.95)
+    points = ((0.9, 0.2, 0.0, 0.5), (0.8, 0.5, 0.1, 0.6), (0.7, 1.0, 0.3, 0.7))
+    curve = RiskCoverage(tuple(ReferralPoint(*point) for point in points), 0.1, 0.95)
     assert [risk_at(curve, coverage) for coverage in (0.1, 0.5, 0.51, 1.0)] == [0.0, 0.1, 0.3, 0.3]
