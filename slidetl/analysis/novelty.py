@@ -1,4 +1,4 @@
-"""Distance of a slide from those that a model was trained on."""
+"""Measures the distance of a slide from the training slides of a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from slidetl.errors import UsageError
 
 _FOLDS = 10
-_MARGIN = 2.0  # squared distance: slides may lie 1.4 times as far out as any that was seen
+_MARGIN = 2.0  # squared distance: slides may lie 1.4 times as far out as the farthest training slide
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,17 +19,16 @@ class Familiar:
     """A Gaussian around the mean embeddings of the training slides, a few directions wide.
 
     Probabilistic principal components (Tipping and Bishop, J. R. Statist. Soc. B 61, 1999): the leading
-    directions have variances of their own, all others share one.
+    directions have their own variances, all others share one.
 
     Attributes:
         mean: ``[D] float32``.
         directions: ``[R, D] float32``, orthonormal.
         variances: ``[R] float32`` along them.
         residual_variance: along every other direction.
-        limit: the novelty above which a slide is unlike the training slides: twice the highest that any of
-            them had when the Gaussian was fitted without its patient. One more slide of the same kind would
-            pass the highest itself about once in ``patients + 1`` times; twice that, much more seldom.
-            Another stain lies far beyond.
+        limit: greatest novelty of a familiar slide: twice the highest of any training slide when the Gaussian
+            was fitted without its patient. One more slide of the same kind would pass the highest itself
+            about once in ``patients + 1`` times; twice that, much more seldom. Another stain lies far beyond.
     """
 
     mean: NDArray[np.float32]
@@ -63,13 +62,11 @@ def fit_familiar(embeddings: ArrayLike, patients: Sequence[str]) -> Familiar:
         raise UsageError(
             f"expected slides of at least 5 patients to tell what is familiar, found {len(names)}"
         )
-    folds = min(_FOLDS, len(names))
-    limit = 0.0
+    folds, limit = min(_FOLDS, len(names)), 0.0
     for fold in range(folds):
         out = patient % folds == fold
         limit = max(limit, float(_fit(slides[~out]).novelty(slides[out]).max()))
-    fitted = _fit(slides)
-    return replace(fitted, limit=_MARGIN * limit)
+    return replace(_fit(slides), limit=_MARGIN * limit)
 
 
 def _fit(slides: NDArray[np.float64]) -> Familiar:

@@ -1,14 +1,13 @@
-"""Likeness of two representations of the same tiles: SVCCA, PWCCA and CKA, each with its noise floor.
+"""Compares two representations of the same tiles by SVCCA, PWCCA and CKA, each with its noise floor.
 
-A representation is an array ``[n, D]``: row i is what a network makes of tile i. Row i of both arrays must
-be the same tile; the numbers of columns may differ. Sums run over blocks of rows in float64, whatever the
-arrays' own precision; arrays may be memory-mapped. Beside them memory holds a few matrices ``[D, D]`` and
-blocks of rows. Only the entries of Gaussian kernels are computed in single precision, where the arrays have
-no more.
+A representation is an array ``[n, D]``: row i embeds tile i, the same tile in both arrays; the numbers of
+columns may differ. Sums run over blocks of rows in float64, at any precision of the arrays; arrays may be
+memory-mapped. Memory holds a few matrices ``[D, D]`` and blocks of rows. Only the entries of Gaussian
+kernels are computed in single precision, if the arrays have no more.
 
-The permutation noise floor is the same measure after the rows of the second array were shuffled: what remains
-when nothing is shared. It is far from zero where rows are few, and is part of every result. A representation
-that is the same for every tile is like nothing else: the value is then nan.
+The permutation noise floor is the same measure after shuffling the rows of the second array: the value if
+nothing is shared. It is far from zero with few rows, and is part of every result. A representation equal for
+every tile is like nothing else: the value is then nan.
 """
 
 from __future__ import annotations
@@ -28,19 +27,19 @@ _Block = NDArray[np.float32] | NDArray[np.float64]
 _Order = NDArray[np.int64]
 
 BLOCK_ROWS = 2048
-# Up to here a whole kernel matrix is kept, 64 or 128 MiB, and a permutation costs next to nothing.
+# Up to here a whole kernel matrix stays in memory, 64 or 128 MiB, and a permutation costs next to nothing.
 _ROWS_KEPT = 4096
 
 
 @dataclass(frozen=True)
 class Similarity:
-    """A measure of likeness, and what chance alone gives.
+    """A measure of likeness, and its value by chance alone.
 
     Attributes:
         value: 1 for the same representation, near ``noise_floor`` for unrelated ones.
         noise_floor: mean over permutations of the rows of the second array.
         noise_floor_highest: the greatest of them.
-        permutations: how many there were.
+        permutations: their number.
     """
 
     value: float
@@ -54,8 +53,8 @@ def svcca(
 ) -> Similarity:
     """Computes SVCCA: the mean canonical correlation of the main directions of both arrays.
 
-    Raghu et al., "SVCCA", NeurIPS 2017, section 2: centre, keep the singular directions that hold 99 % of the
-    variance, take the mean of the canonical correlations of what is kept. Unchanged by rotation and uniform
+    Raghu et al., "SVCCA", NeurIPS 2017, section 2: centre, keep the singular directions with 99 % of the
+    variance, take the mean of their canonical correlations. Unchanged by rotation and uniform
     scaling of either array, and with ``variance_kept=1`` by every invertible linear map. Singular directions
     come from a QR decomposition by blocks of rows (Bjorck and Golub, Mathematics of Computation 1973, for
     CCA), not from a covariance, which squares the condition number. Directions with a singular value below
@@ -69,8 +68,8 @@ def svcca(
         seed: of the permutations.
 
     Raises:
-        UsageError: the arrays are not two-dimensional with equally many rows, at least four; hold numbers
-            that are not finite; or an option is out of range.
+        UsageError: the arrays are not two-dimensional with equally many rows, at least four; they hold
+            numbers that are not finite; or an option is out of range.
     """
     if not 0 < variance_kept <= 1:
         raise UsageError(f"variance_kept must be above 0 and up to 1, not {variance_kept}")
@@ -85,17 +84,9 @@ def pwcca(x: Features, y: Features, permutations: int = 10, seed: int = 0) -> Si
     Morcos et al., "Insights on representational similarity in neural networks with canonical correlation",
     NeurIPS 2018, section 2: the weight of a canonical direction ``h_i`` of ``x`` is ``sum_j |<h_i, x_j>|``
     over the columns ``x_j``. Unchanged by every invertible linear map of ``y``; of ``x`` only by uniform
-    scaling, signs and order of its columns. So ``pwcca(x, y)`` is not ``pwcca(y, x)``. Where some but not all
-    correlations are equal, the directions, hence the value, are not unique.
-
-    Args:
-        x: ``[n, D]``; gives the weights.
-        y: ``[n, D']``.
-        permutations: of the rows of ``y``, for the noise floor.
-        seed: of the permutations.
-
-    Raises:
-        UsageError: see :func:`svcca`.
+    scaling, signs and order of its columns. So ``pwcca(x, y)`` is not ``pwcca(y, x)``. If some but not all
+    correlations are equal, the directions, hence the value, are not unique. Arguments and errors are as for
+    :func:`svcca`.
     """
     pair = _Pair.of(x, y, permutations, seed)
     main_x, main_y = (_main_directions(rows, 1.0) for rows in (pair.x, pair.y))
@@ -119,17 +110,8 @@ def linear_cka(
     array; not by other linear maps. ``unbiased`` takes each of its three terms from the estimator of Song et
     al., "Feature selection via dependence maximization", JMLR 2012, theorem 2, as Nguyen et al., "Do wide and
     deep networks learn the same things?", ICLR 2021, do: its noise floor is 0, and single values may lie
-    slightly below. Both come from ``X'Y`` and the lengths of the rows; no ``[n, n]`` matrix is made.
-
-    Args:
-        x: ``[n, D]``.
-        y: ``[n, D']``.
-        unbiased: the biased estimator otherwise, whose noise floor grows with ``D / n``.
-        permutations: of the rows of ``y``, for the noise floor.
-        seed: of the permutations.
-
-    Raises:
-        UsageError: see :func:`svcca`.
+    slightly below; that of the biased estimator grows with ``D / n``. Both come from ``X'Y`` and the lengths
+    of the rows; no ``[n, n]`` matrix is made. Other arguments and errors are as for :func:`svcca`.
     """
     pair = _Pair.of(x, y, permutations, seed)
     rows_x, rows_y = pair.x.squared_lengths, pair.y.squared_lengths
@@ -137,7 +119,7 @@ def linear_cka(
     def criterion(a: _Centred, b: _Centred, rows_a: _Matrix, rows_b: _Matrix, order: _Order | None) -> float:
         total = float(np.square(a.products(b, order)).sum())
         if not unbiased:
-            return total  # of rows that are centred, a linear kernel is centred too
+            return total  # with centred rows, a linear kernel is centred too
         rows_b = rows_b if order is None else rows_b[order]
         # Each row of a centred kernel sums to zero: without the diagonal, to minus its diagonal entry.
         return _unbiased_hsic(total - float(rows_a @ rows_b), -rows_a, -rows_b)
@@ -158,24 +140,14 @@ def rbf_cka(
 ) -> Similarity:
     """Computes centred kernel alignment with Gaussian kernels, which see relations that are not linear.
 
-    Sources as for :func:`linear_cka`; the kernel is ``exp(-|a - b|^2 / (2 s^2))``, and ``s`` a share of the
-    median distance between rows, for each array its own. Unchanged by rotation and uniform scaling. The
-    kernel matrices are made block by block: memory does not grow with ``n^2``, time does, and beyond 4,096
-    rows again for each permutation. Their entries have the precision of the arrays, at least single: products
-    of rows are nearly all of the time, and in double precision take twice as long. The median is that of
-    2,048 rows drawn where there are more; where it is zero, more than half of the tiles being alike, the
-    value is nan.
-
-    Args:
-        x: ``[n, D]``.
-        y: ``[n, D']``.
-        bandwidth: ``s`` over the median distance. The paper finds 0.2 to 0.8 much alike.
-        unbiased: see :func:`linear_cka`.
-        permutations: of the rows of ``y``, for the noise floor.
-        seed: of the permutations, and of the rows drawn for the median.
-
-    Raises:
-        UsageError: see :func:`svcca`.
+    Sources as for :func:`linear_cka`; the kernel is ``exp(-|a - b|^2 / (2 s^2))``, with ``s`` for each array
+    ``bandwidth`` times its median distance between rows (the paper finds 0.2 to 0.8 much alike). Unchanged by
+    rotation and uniform scaling. The kernel matrices are made block by block: memory does not grow with
+    ``n^2``, time does, and beyond 4,096 rows again for each permutation. Their entries have the precision of
+    the arrays, at least single: products of rows are nearly all of the time, and in double precision take
+    twice as long. The median is that of 2,048 rows drawn by ``seed`` if there are more; if it is zero, more
+    than half of the tiles being alike, the value is nan. Other arguments and errors are as for
+    :func:`linear_cka`.
     """
     if not bandwidth > 0:
         raise UsageError(f"bandwidth must be above 0 median distances, not {bandwidth}")
@@ -230,13 +202,13 @@ def _unbiased_hsic(total: float, sums_a: _Matrix, sums_b: _Matrix) -> float:
 
 
 def _biased_hsic(total: float, sums_a: _Matrix, sums_b: _Matrix) -> float:
-    """Computes ``tr(AHBH)`` with ``H`` the centring matrix, from ``tr(AB)`` and the row sums."""
+    """Computes ``tr(AHBH)`` with the centring matrix ``H``, from ``tr(AB)`` and the row sums."""
     n = len(sums_a)
     return float(total - 2 / n * (sums_a @ sums_b) + sums_a.sum() * sums_b.sum() / n**2)
 
 
 def _root(product: float) -> float:
-    """Returns the square root, nan where an array does not vary, so that the ratio is nan as well."""
+    """Returns the square root; nan if an array does not vary, so that the ratio is nan as well."""
     return float(np.sqrt(product)) if product > 0 else float("nan")
 
 
@@ -252,7 +224,7 @@ def _blocks(n: int, start: int = 0) -> Iterator[slice]:
 
 @dataclass(frozen=True, eq=False)
 class _Centred:
-    """An array and the mean of its rows, which is taken off when rows are read."""
+    """An array, and the mean of its rows, to be subtracted on reading."""
 
     array: Features
     mean: _Matrix
@@ -260,7 +232,7 @@ class _Centred:
 
     @classmethod
     def of(cls, array: Features, name: str) -> _Centred:
-        # Counted from the first row, so that a column that does not vary has no variance, not of rounding.
+        # Relative to the first row, so that a constant column has no variance by rounding.
         first = array[0].astype(np.float64)
         total = np.zeros(array.shape[1])
         for rows in _blocks(len(array)):
@@ -293,7 +265,7 @@ class _Centred:
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """Two arrays of the same tiles, and the orders in which the second is shuffled."""
+    """Two arrays of the same tiles, and the orders for shuffling the second."""
 
     x: _Centred
     y: _Centred
@@ -331,7 +303,7 @@ def _main_directions(rows: _Centred, variance_kept: float) -> _Directions:
     _, values, axes = np.linalg.svd(rows.triangle(), full_matrices=False)
     real = values > values[0] * max(rows.array.shape) * np.finfo(np.float64).eps
     shares = np.cumsum(values**2 * real)
-    # The last direction is the one with which the share is reached.
+    # The last direction is the one to reach the share.
     needed = np.concatenate(([True], shares[:-1] < variance_kept * shares[-1])) if variance_kept < 1 else real
     return _Directions(axes[real & needed].T, values[real & needed])
 
@@ -362,7 +334,7 @@ class _Gaussian:
 
     @classmethod
     def of(cls, rows: _Centred, bandwidth: float, some: _Order) -> _Gaussian | None:
-        """Takes ``s`` from the distances between some rows; None where the median of those is zero."""
+        """Takes ``s`` from the distances between some rows; None if their median is zero."""
         squares = cls(rows, 1.0, None)._squared_distances(some, some)
         median = float(np.median(np.sqrt(squares[np.triu_indices(len(some), 1)])))
         if not median > 0:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,16 +28,16 @@ from slidetl.synthetic.section import (
 )
 
 LABELS = ("truth", "consensus")
-"""What may stand as the grade in a manifest: the drawn one, or the one that its two readers agree on."""
+"""Choices of the grade in a manifest: the drawn one, or the consensus of its two readers."""
 
 
 @dataclass(frozen=True)
 class ColourSummary:
-    """Colour and area of a slide: the baseline that must not solve the grading.
+    """Colour and area of a slide: a baseline that must not solve the grading.
 
     Attributes:
-        mean_rgb: mean colour of what is visibly darker than glass, 0..255.
-        stained_share: share of the slide that is, 0..1.
+        mean_rgb: mean colour of the parts visibly darker than glass, 0..255.
+        stained_share: their share of the slide, 0..1.
     """
 
     mean_rgb: tuple[float, float, float]
@@ -47,7 +48,7 @@ def write_slide(slide: SyntheticSlide, slide_path: Path, truth_path: Path) -> Co
     """Draws a slide band by band into a tiled JPEG pyramid, and its truth beside it.
 
     Args:
-        slide: what is drawn; equal slides give equal bytes.
+        slide: to be drawn; equal slides give equal bytes.
         slide_path: the TIFF to write.
         truth_path: the ``.npz`` to write: the arrays of :class:`TissueTruth` and ``cell_um``, the side
             of their cells in micrometres.
@@ -55,7 +56,7 @@ def write_slide(slide: SyntheticSlide, slide_path: Path, truth_path: Path) -> Co
     section = LungSection(slide)
     width, height = slide.size_px
     darker_than = np.floor(np.array(slide.appearance.white_rgb) - 24).astype(np.uint8)
-    count, rgb = 0, np.zeros(3)  # of what is visibly darker than glass
+    count, rgb = 0, np.zeros(3)  # of the stained pixels
 
     def bands() -> Iterator[NDArray[np.uint8]]:
         nonlocal count, rgb
@@ -79,12 +80,12 @@ class CohortSlide:
     Attributes:
         slide_id: names its files.
         patient_id: all slides of a patient come from one site and differ by at most one grade.
-        site: where it was stained and scanned.
-        readers: grades 0 to 4 that two noisy readers gave it.
-        consensus: the grade on which they settle when they look together: the mean of what each saw, rounded.
-        drawn_grade: what the fibrotic share of the slide means: the truth.
-        grade: what the manifest says, ``drawn_grade`` or ``consensus``.
-        slide: how it is drawn.
+        site: of staining and scanning.
+        readers: grades 0 to 4 by two noisy readers.
+        consensus: the readers' grade when they look together: the mean of their scores, rounded.
+        drawn_grade: grade of the fibrotic share of the slide: the truth.
+        grade: in the manifest: ``drawn_grade`` or ``consensus``.
+        slide: to be drawn.
     """
 
     slide_id: str
@@ -110,9 +111,9 @@ class SyntheticCohort:
         mpp: spacing of level 0, micrometres per pixel, 0.1..8.
         stain: haematoxylin and eosin, Masson's trichrome, or Sirius red.
         seed: seed of everything; the same seed gives the same bytes.
-        share_per_grade: fibrotic share of the section that a grade adds, 0.01..0.12; less is harder.
+        share_per_grade: fibrotic share of the section for each grade, 0.01..0.12; less is harder.
         reader_sd: standard deviation of each reader's error, grades.
-        label: grade in the manifest: as drawn, or as the two noisy readers agree.
+        label: grade in the manifest: as drawn, or the consensus of the two noisy readers.
 
     Raises:
         UsageError: a value is out of range; the message names it.
@@ -157,7 +158,7 @@ class SyntheticCohort:
             raise UsageError(f"reader sd must be a number of grades from 0, not {self.reader_sd}")
         if self.label not in LABELS:
             raise UsageError(f"label must be one of {', '.join(LABELS)}, not {self.label!r}")
-        # The rest is what a slide checks; better now than in the middle of the work.
+        # A slide checks the rest: better now than in the middle of the work.
         SyntheticSlide(0.0, 0, SiteAppearance.of(0, 0), self.stain, (self.size_px, self.size_px), self.mpp)
 
     def plan(self) -> list[CohortSlide]:
@@ -177,7 +178,7 @@ class SyntheticCohort:
         drawn = [(k, grade) for k, (grade, _) in enumerate(patients)]
         for extra in range(self.slides - self.patients):
             k = extra % self.patients
-            # Whichever grade is rarest so far, as long as the patient's grades lie at most 1 apart.
+            # The rarest grade so far, as long as the patient's grades lie at most 1 apart.
             allowed = [g for g in range(GRADES) if max(grades[k] | {g}) - min(grades[k] | {g}) <= 1]
             grade = min(allowed, key=lambda g: (counts[g], g not in grades[k]))
             grades[k].add(grade)
@@ -212,9 +213,9 @@ def write_cohort(
     """Writes ``slides/*.tiff``, ``truth/*.npz`` and, last, ``manifest.csv`` into a folder.
 
     Args:
-        cohort: what to write.
-        out: the folder; made where there is none.
-        workers: processes that draw; the bytes do not depend on them.
+        cohort: to be written.
+        out: the folder; created if needed.
+        workers: processes; the bytes do not depend on them.
         overwrite: replace an earlier cohort in ``out``.
         progress: called with the number of slides done and of all slides.
 
@@ -241,20 +242,16 @@ def write_cohort(
         (entry.slide, out / "slides" / f"{entry.slide_id}.tiff", out / "truth" / f"{entry.slide_id}.npz")
         for entry in planned
     ]
-    summaries: dict[int, ColourSummary] = {}
-    if workers == 1:
-        for number, job in enumerate(jobs):
-            summaries[number] = write_slide(*job)
+    summaries: list[ColourSummary] = []
+    with ExitStack() as stack:
+        run: Callable[..., Iterator[ColourSummary]] = map
+        if workers > 1:  # fresh processes: forking one with threads (of OpenMP or a progress bar) may hang
+            run = stack.enter_context(ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn"))).map
+        for summary in run(write_slide, *zip(*jobs, strict=True)):
+            summaries.append(summary)
             progress(len(summaries), len(jobs))
-    else:
-        # Fresh processes: forking one that holds threads (as OpenMP's or a progress bar's) may hang.
-        with ProcessPoolExecutor(min(workers, len(jobs)), get_context("spawn")) as pool:
-            futures = {pool.submit(write_slide, *job): number for number, job in enumerate(jobs)}
-            for future in as_completed(futures):
-                summaries[futures[future]] = future.result()
-                progress(len(summaries), len(jobs))
     _write_manifest(planned, out / "manifest.csv")
-    return [summaries[number] for number in range(len(jobs))]
+    return summaries
 
 
 def _write_manifest(planned: list[CohortSlide], path: Path) -> None:

@@ -15,7 +15,7 @@ _LEVEL_FACTOR = 4
 _COARSEST_PX = 128  # no level is narrower
 
 BAND_PX = 2 * _TILE_PX
-"""Height of the bands that :func:`write_pyramid` takes."""
+"""Height of the bands for :func:`write_pyramid`."""
 
 
 def write_pyramid(
@@ -28,7 +28,7 @@ def write_pyramid(
     """Writes a tiled JPEG pyramid with its spacing, as OpenSlide's ``generic-tiff`` reads it.
 
     Level 0 streams straight into the file; the coarser levels, each a quarter as wide as the last and
-    its exact average, wait in a temporary file. Memory is that of a few bands. Nothing in the file
+    its exact average, wait in a temporary file. Memory holds a few bands. Nothing in the file
     depends on the clock, the host or the path, so equal pixels give equal bytes.
 
     Args:
@@ -84,7 +84,7 @@ def _jpeg_tiles(rows: NDArray[np.uint8], quality: int) -> Iterator[bytes]:
     for top in range(0, padded.shape[0], _TILE_PX):
         for left in range(0, padded.shape[1], _TILE_PX):
             tile = np.ascontiguousarray(padded[top : top + _TILE_PX, left : left + _TILE_PX])
-            # Everything that has a default is stated, so that another version gives the same bytes.
+            # Every option is stated, so that another version's defaults give the same bytes.
             yield bytes(
                 imagecodecs.jpeg8_encode(
                     tile, quality, colorspace="rgb", outcolorspace="ycbcr", subsampling="420", optimize=False

@@ -1,10 +1,10 @@
-"""Draws seeded lung slides, the grade of which, per slide and per place, is known.
+"""Draws seeded lung slides of known grade, per slide and per place.
 
-A :class:`SyntheticSlide` is drawn as a pure function of physical coordinates, so any rectangle of it
-can be drawn alone and a slide of any size streams to disk in bands. What is drawn, what carries the
-grade and what must not is told in ``docs/design/synthetic-slides.md``; in one sentence: every lesion
-looks alike in size, colour, density and loss of alveoli, and only the oriented fibres of the fibrotic
-ones (against the round cells of the inflamed ones) tell which share of the section is fibrotic.
+A :class:`SyntheticSlide` is a pure function of physical coordinates, so any rectangle of it can be drawn
+alone and a slide of any size streams to disk in bands. ``docs/design/synthetic-slides.md`` describes the
+drawing, the signs of the grade and the signs to be avoided; in one sentence: every lesion looks alike in
+size, colour, density and loss of alveoli, and only the oriented fibres of the fibrotic ones (against the
+round cells of the inflamed ones) show the fibrotic share of the section.
 
 Coordinates are micrometres from the slide's upper-left corner; amounts of dye are optical densities.
 """
@@ -24,7 +24,7 @@ from slidetl.errors import UsageError
 
 GRADES = 5
 SHARE_PER_GRADE = 0.12
-"""Unless a cohort says otherwise, grade k stands for a fibrotic share of the section around k times this."""
+"""By default, grade k stands for a fibrotic share of the section around k times this."""
 
 TRUTH_CELL_UM = 64.0
 """Side of a cell of the truth arrays, micrometres."""
@@ -32,7 +32,7 @@ TRUTH_CELL_UM = 64.0
 Array = NDArray[np.floating[Any]]  # float32 but for coordinates
 
 _BLOCK_PX = 256  # drawn at once: larger or smaller blocks take half as long again (caches, overheads)
-_PLAN_UM = 32.0  # spacing, at the coarsest, of the fields that need to be known over the whole slide
+_PLAN_UM = 32.0  # greatest spacing of the fields over the whole slide
 _FINE_UM = 2.0  # everything but round nuclei is drawn at this spacing at the finest
 _ALVEOLI_UM = 4.0
 _PERIOD_UM = 1024.0  # of the texture swatches
@@ -50,7 +50,7 @@ STAINS = tuple(_DYES)
 
 
 def grade_of_share(fibrotic_share: float, share_per_grade: float = SHARE_PER_GRADE) -> int:
-    """Returns the grade, 0 to 4, of a slide of whose section ``fibrotic_share`` (0..1) is fibrotic.
+    """Returns the grade, 0 to 4, of a slide with this fibrotic share of its section, 0..1.
 
     The borders lie halfway between the multiples of ``share_per_grade`` (0..1): by default at 6, 18, 30 and
     42 per cent.
@@ -83,27 +83,27 @@ class SiteAppearance:
         """Draws the appearance of site number ``site`` (from 0) under ``seed``."""
         rng = np.random.default_rng([seed, 0x517E, site])
         return cls(
-            white_rgb=_three(243.0 + rng.uniform(-6, 6, 3)),
-            dye_gain=_three(np.exp(rng.normal(0, 0.10, 3))),
-            hue_shift=_three(1 + rng.normal(0, 0.06, 3)),
+            white_rgb=_triple(243.0 + rng.uniform(-6, 6, 3)),
+            dye_gain=_triple(np.exp(rng.normal(0, 0.10, 3))),
+            hue_shift=_triple(1 + rng.normal(0, 0.06, 3)),
             blur=float(rng.uniform(0.03, 0.15)),
             grain=float(rng.uniform(0.8, 2.0)),
             jpeg_quality=int(rng.integers(84, 94)),
         )
 
 
-def _three(values: Array) -> tuple[float, float, float]:
+def _triple(values: Array) -> tuple[float, float, float]:
     return float(values[0]), float(values[1]), float(values[2])
 
 
 @dataclass(frozen=True)
 class SyntheticSlide:
-    """Everything that decides the pixels of one slide.
+    """All values that determine the pixels of one slide.
 
     Attributes:
-        fibrotic_share: share of the section's area that is fibrotic, 0..0.55.
+        fibrotic_share: share of the section's area, 0..0.55.
         seed: of everything about the slide except its site.
-        appearance: of the site where it was stained and scanned.
+        appearance: of the site of staining and scanning.
         stain: ``he``, ``trichrome`` or ``sirius``.
         size_px: width and height, pixels of level 0; each at least 512.
         mpp: micrometres per pixel of level 0, 0.1 to 8.
@@ -168,7 +168,7 @@ def _interpolate(nodes: Array, row: Array, column: Array) -> Array:
 
 
 def _on_lattice(field: Callable[[Array, Array], Array], step_um: float, y: Array, x: Array) -> Array:
-    """Draws ``field(y, x)`` on a lattice of ``step_um`` that is fixed to the slide, and interpolates."""
+    """Draws ``field(y, x)`` on a lattice of ``step_um``, fixed to the slide, and interpolates."""
     if y[1] - y[0] >= step_um:
         return field(y, x)
     first_row, first_column = math.floor(y[0] / step_um), math.floor(x[0] / step_um)
@@ -197,7 +197,7 @@ def _wall_distance(seed: int, pitch_um: float, y: Array, x: Array) -> Array:
     """Measures the distance to the wall between the cells of a jittered lattice, micrometres.
 
     The difference of the distances to the two nearest cell centres (Worley 1996, F2 - F1), halved.
-    ``y`` and ``x`` are two-dimensional, so that they can be warped.
+    ``y`` and ``x`` are two-dimensional, for warping.
     """
     row, column = np.floor(y / pitch_um).astype(np.int64), np.floor(x / pitch_um).astype(np.int64)
     rows = np.arange(row.min() - 1, row.max() + 2)
@@ -253,7 +253,7 @@ def _cells(
 
 
 def _rank_covering(coverage: float, shown: Array, rank: Array) -> float:
-    """Finds the rank below which nuclei must be shown to cover the given share of the area."""
+    """Finds the rank of the nuclei to show, all below it, to cover the given share of the area."""
     edges = np.linspace(0, 1, 65)
     covered, _ = np.histogram(rank, bins=edges, weights=shown)
     return float(np.interp(coverage, np.concatenate([[0], np.cumsum(covered)]) / shown.size, edges))
@@ -270,7 +270,7 @@ def _matrix_swatch() -> Array:
     """Draws the textures of the lesions' matrix at 2 micrometres, ``[size * size, 4]``, fibres along x.
 
     Channels: wavy fibres and isotropic clumps, both uniform in [0, 1] (so that their mean colours
-    agree whatever the stain does to them), coverage and rank of spindle nuclei.
+    agree in every stain), coverage and rank of spindle nuclei.
     """
     rng = np.random.default_rng(12)
     size = round(_PERIOD_UM / _FINE_UM)
@@ -290,7 +290,7 @@ def _matrix_swatch() -> Array:
         fibres += weight * filtered(band(across, width_um) * np.exp(-((along * length_um) ** 2)))
         clumps += weight * filtered(band(radius, width_um))
     shown, rank = _cells(rng, _FINE_UM, (8.0, 22.0), (2.2, 7.5))
-    # A wave of about 90 micrometres that bends the fibres and what lies among them alike.
+    # A wave of about 90 micrometres bends the fibres and the nuclei among them alike.
     wave = filtered(np.exp(-(((along * 90) - 1) ** 2) * 4 - (across * 120) ** 2)) * 5.0
     row = (np.arange(size)[:, None] + np.round(wave / _FINE_UM).astype(int)) % size
     column = np.arange(size)[None, :]
@@ -307,7 +307,7 @@ def _matrix_swatch() -> Array:
 def _sample_matrix(along_um: Array, across_um: Array) -> Array:
     """Samples the matrix swatch at fibre coordinates of any shape: ``[..., 4]``."""
     size = round(_PERIOD_UM / _FINE_UM)
-    # The offset keeps the coordinates positive, where truncation rounds down.
+    # The offset keeps the coordinates positive: truncation then rounds down.
     column = (along_um * (1 / _FINE_UM) + 64 * size).astype(np.int32) % size
     row = (across_um * (1 / _FINE_UM) + 64 * size).astype(np.int32) % size
     return np.take(_matrix_swatch(), row * size + column, axis=0)
@@ -336,7 +336,7 @@ class _Tube:
         return self.lumen + self.lining + self.muscle + self.collagen
 
     def within(self, y: Array, x: Array) -> tuple[slice, slice] | None:
-        """Finds the rows and columns that it can reach, if any."""
+        """Finds the rows and columns within its reach, if any."""
         if abs(2 * self.y - y[0] - y[-1]) > y[-1] - y[0] + 2 * self.reach:  # cheap, and true of most
             return None
         rows = slice(*np.searchsorted(y, [self.y - self.reach, self.y + self.reach]).tolist())
@@ -379,11 +379,7 @@ class _Regions:
 
 
 class LungSection:
-    """A slide laid out and ready to be drawn, in any rectangle and any order.
-
-    Args:
-        slide: what is to be drawn.
-    """
+    """A slide ready to be drawn, in any rectangle and any order."""
 
     def __init__(self, slide: SyntheticSlide) -> None:
         self.slide = slide
@@ -392,7 +388,7 @@ class LungSection:
         self._extent_um = (slide.size_px[1] * slide.mpp, slide.size_px[0] * slide.mpp)
         self._plan_um = min(_PLAN_UM, min(self._extent_um) / 64)
 
-        # Drawn independently of the fibrotic share, all of it before the share is first used.
+        # Drawn independently of the fibrotic share, all before the share is first used.
         gains = np.exp(rng.normal(0, [0.14, 0.14, 0.14])) * np.exp(rng.normal(0, 0.08))
         self._log_light = (
             np.array(_DYES[slide.stain])
@@ -405,12 +401,12 @@ class LungSection:
         self._cellularity = float(np.exp(rng.normal(0, 0.25)))
         self._oedema = float(rng.uniform(-0.6, 0.5))
         self._atelectasis = float(rng.uniform(-0.6, 0.3))
-        self._cystic = float(rng.uniform(0.15, 0.40))  # share of the lesions that is honeycombed
+        self._cystic = float(rng.uniform(0.15, 0.40))  # honeycombed share of the lesions
         # Round cells and spindle cells cover the same share of a lesion, so that colour is no hint.
         coverage = float(rng.uniform(0.14, 0.20))
         self._round_rank = _rank_covering(coverage, *_round_nuclei(self._nuclei_spacing_um))
         self._spindle_rank = _rank_covering(coverage, *np.moveaxis(_matrix_swatch()[:, 2:], -1, 0))
-        self._hyalinity = float(rng.uniform(0.80, 1.08))  # collagen dye that an inflamed lesion takes up
+        self._hyalinity = float(rng.uniform(0.80, 1.08))  # collagen dye taken up by an inflamed lesion
         self._fibre_angle = float(rng.uniform(0, math.pi))
         self._lesion_share = float(rng.uniform(0.58, 0.68))
         radius, ripple = float(rng.uniform(0.80, 0.88)), rng.normal(0, 0.035, 6)
@@ -505,7 +501,7 @@ class LungSection:
         return inside
 
     def _regions(self, y: Array, x: Array) -> _Regions | None:
-        """Finds the tissue at rows ``y`` and columns ``x``; None where there is only glass."""
+        """Finds the tissue at rows ``y`` and columns ``x``; None if there is only glass."""
         lesion_rank, fibrotic_rank, cystic_rank, distance, pleural = _interpolate(
             self._plan, y / self._plan_um, x / self._plan_um
         )
@@ -545,8 +541,8 @@ class LungSection:
     def _dye(self, y: Array, x: Array) -> Array:
         """Computes amounts over rows ``y`` and columns ``x``, ``[4, h, w]``.
 
-        Nuclear dye of everything but round nuclei, cytoplasm dye, collagen dye, and the share of
-        round nuclei to show (their rank).
+        Nuclear dye without round nuclei, cytoplasm dye, collagen dye, and the share of round nuclei to
+        show (their rank).
         """
         regions = self._regions(y, x)
         if regions is None:
@@ -559,7 +555,7 @@ class LungSection:
         walls, cyst_walls = _on_lattice(self._alveoli, _ALVEOLI_UM, y, x)
         patchy = _noise(self._salt + 10, 500, y, x)
 
-        # Architecture, blind to what kind of lesion it is: septa thicken, then the airspaces are gone.
+        # Architecture, the same for all kinds of lesions: septa thicken, then the airspaces are gone.
         collapse = np.clip(_noise(self._salt + 11, 900, y, x) + self._atelectasis, 0, 1)
         septum = self._septum_um * (1 + 2 * collapse + 5 * lesion * regions.depth)
         filled = np.clip((regions.depth - 0.12 + 0.10 * patchy) * 15, 0, 1) * lesion
@@ -624,7 +620,7 @@ class LungSection:
             size_px: width and height, pixels.
 
         Returns:
-            ``[height, width, 3] uint8`` RGB, as the scanner would see it before compression.
+            ``[height, width, 3] uint8`` RGB, as by the scanner before compression.
         """
         image = np.empty((size_px[1], size_px[0], 3), np.uint8)
         for top in range(0, size_px[1], _BLOCK_PX):
@@ -642,16 +638,16 @@ class LungSection:
         grain = grain * site.grain + 0.5  # 0.5: truncation then rounds
         planes = _on_lattice(self._dye, _FINE_UM, y, x) if self._touches(y, x) else None
         if planes is not None:
-            shown, rank = (_at(swatch, y, x) for swatch in _round_nuclei(self._nuclei_spacing_um))
+            shown, rank = (_nearest(swatch, y, x) for swatch in _round_nuclei(self._nuclei_spacing_um))
             planes[0] += shown * (rank < planes[3])
         for channel in range(3):
             if planes is None:
                 light: Array = np.full(grain.shape, site.white_rgb[channel], np.float32)
             else:
-                dyes = self._log_light[:, channel].tolist()
-                light = planes[0] * dyes[0]
-                light += planes[1] * dyes[1]
-                light += planes[2] * dyes[2]
+                nuclear, cytoplasm, collagen = self._log_light[:, channel].tolist()
+                light = planes[0] * nuclear
+                light += planes[1] * cytoplasm
+                light += planes[2] * collagen
                 np.exp(light, out=light)
                 light *= np.float32(site.white_rgb[channel])
                 light = _blurred(light, site.blur)
@@ -659,7 +655,7 @@ class LungSection:
             block[..., channel] = np.clip(light, 0, 255, out=light)
 
     def _touches(self, y: Array, x: Array) -> bool:
-        """Tells if the rectangle can hold tissue; looked up on a few points with room to spare."""
+        """Tells if the rectangle can hold tissue, from a few points with room to spare."""
         probe_y, probe_x = np.linspace(y[0], y[-1], 5), np.linspace(x[0], x[-1], 5)
         reach = math.hypot(probe_y[1] - probe_y[0], probe_x[1] - probe_x[0])
         return bool(self._polar(probe_y, probe_x)[0].max() > -(2 * reach + 40))
@@ -678,7 +674,7 @@ class LungSection:
         return TissueTruth(*cells)
 
 
-def _at(swatch: Array, y: Array, x: Array) -> Array:
+def _nearest(swatch: Array, y: Array, x: Array) -> Array:
     """Samples a periodic swatch at the pixels nearest to rows ``y`` and columns ``x``."""
     scale = len(swatch) / _PERIOD_UM
     row, column = (np.floor(c * scale).astype(np.intp) % len(swatch) for c in (y, x))
