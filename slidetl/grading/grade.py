@@ -127,7 +127,7 @@ class SlideGrade:
 
 def grade_slide(
     model: ModelFile,
-    path: Path,
+    path: str | Path,
     mpp_override: float | None = None,
     batch_size: int | None = None,
     *,
@@ -157,6 +157,7 @@ def grade_slide(
         UnfitSlideError: it has no tissue; or, unless forced, less than half of what any training slide has,
             or is unlike them.
     """
+    path = Path(path)
     if runner is None:
         with start_runner(model, batch_size, threads) as own:
             return grade_slide(

@@ -51,7 +51,7 @@ class ModelFile:
         return replace(self, network=network)
 
 
-def load_model(path: Path, device: str = "cpu", trusted: bool = False) -> ModelFile:
+def load_model(path: str | Path, device: str = "cpu", trusted: bool = False) -> ModelFile:
     """Loads an exported model and checks it against its own hash.
 
     A TorchScript file is a program: it is run only if its hash was recorded on this machine, by the export
@@ -66,6 +66,7 @@ def load_model(path: Path, device: str = "cpu", trusted: bool = False) -> ModelF
         ModelFileError: no such file, not trusted, not one of ours, or damaged.
         UsageError: no such device here.
     """
+    path = Path(path)
     if not path.is_file():
         raise ModelFileError(f"{path}: no such model file; 'slidetl export' writes one")
     sha256 = file_sha256(path)

@@ -321,6 +321,9 @@ def _open_shard(lifetime: _Lifetime, group: Path, number: int) -> Shard:
     return Shard(shard_path(group, number))
 
 
+open_cache = SlideCache.open  # a public name of the package
+
+
 def cache_path(cache_dir: Path, slide_id: str) -> Path:
     """Returns the folder of a slide's tiles."""
     return cache_dir / f"{slide_id}.zarr"

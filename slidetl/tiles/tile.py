@@ -105,7 +105,7 @@ def write_tiles(
 
 def tile_slide(
     source: SlideSource,
-    cache_dir: Path,
+    cache_dir: str | Path,
     spec: TileSpec,
     overwrite: bool = False,
     threads: int = 1,
@@ -125,7 +125,7 @@ def tile_slide(
         threads: that read and compress at a time; the cache does not depend on it.
         preview: draw ``previews/<slide_id>.png``, :mod:`slidetl.tiles.preview`.
     """
-    started = time.monotonic()
+    started, cache_dir = time.monotonic(), Path(cache_dir)
     picture = cache_dir / "previews" / f"{source.slide_id}.png" if preview else None
     row = LedgerRow(source.slide_id, str(source.path), FAILED)
     try:

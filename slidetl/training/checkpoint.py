@@ -66,7 +66,7 @@ def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
     return loaded
 
 
-def load_grader(path: Path, allow: Sequence[str] = ()) -> SlideGrader:
+def load_grader(path: str | Path, allow: Sequence[str] = ()) -> SlideGrader:
     """Builds the grader that a checkpoint holds, on the CPU, in evaluation mode.
 
     Args:
@@ -76,6 +76,7 @@ def load_grader(path: Path, allow: Sequence[str] = ()) -> SlideGrader:
     Raises:
         CheckpointError: see :func:`read_checkpoint`; or the state does not fit.
     """
+    path = Path(path)
     checkpoint = read_checkpoint(path, allow)
     try:
         grader = instantiate_module(SlideGrader, checkpoint["hyper_parameters"])
