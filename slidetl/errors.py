@@ -15,6 +15,7 @@ expected, what came, and what to do about it::
     |   |-- CacheMissingError (FileNotFoundError)
     |   |-- CacheMismatchError (ValueError) made with other parameters or from another slide
     |   `-- CacheCorruptError               bytes that fail their checksum
+    |-- ProcessEnded (RuntimeError)         a process that did a part of the work ended before it was done
     |-- WeightsError (ValueError)           weights that do not fit, or cannot be found
     |-- CheckpointError (ValueError)        a checkpoint that is not ours, or not allowed
     `-- ModelFileError (ValueError)         an exported model that is not ours, or damaged
@@ -67,6 +68,10 @@ class CacheMismatchError(CacheError, ValueError):
 
 class CacheCorruptError(CacheError):
     """Bytes in the cache fail their checksum."""
+
+
+class ProcessEnded(SlidetlError, RuntimeError):
+    """A process that did a part of the work ended before it was done."""
 
 
 class WeightsError(SlidetlError, ValueError):

@@ -36,10 +36,13 @@ from slidetl.models.runner import Runner
 from slidetl.processor import hand_back_memory
 from slidetl.publish.model_file import ModelFile, load_model
 from slidetl.slides import open_slide
+from slidetl.tiles.cut import slide_parts
+from slidetl.tiles.readers import Readers
 from slidetl.training.predictions import safe_cell
 
 GRADED, FAILED = "graded", "failed"
-_SLIDES_AT_A_GPU = 4  # open at a time: while one is searched for tissue, others are read
+_THREADS_OF_A_GPU = 2  # that feed it and gather results; each other core reads a slide
+_PIECE = 32  # tiles that a reader hands over at once
 _COLUMNS = ("slide", "status", "grade", "grade_name", "set_lowest", "set_highest", "expected_grade")
 _MORE = ("tiles", "tiles_unreadable", "tissue_mm2", "novelty", "fingerprint", "model_sha256", "reason")
 
@@ -103,6 +106,8 @@ def grade_slides(
     """
     names = output_names(slides)
     waiting = [path for path in slides if path not in finished]
+    if not waiting:
+        return
     jobs = max(jobs, options.devices)
     if jobs == 1:
         yield from _grade_here(model.frozen(), waiting, names, options)
@@ -127,18 +132,24 @@ def _grade_here(
 ) -> Iterator[GradeRow]:
     """Grades slides in this process: one at a time on a processor, several before a GPU.
 
-    While a GPU embeds the tiles of one slide, others are opened, searched for tissue and read, and the
-    last tiles of one share a batch with the first of the next.
+    For a GPU slides are read in processes, one each, since threads wait for each other's hold on the
+    interpreter; the last tiles of one slide share a batch with the first of the next.
     """
     threads = _threads(1)
     with _runner(model, options, threads) as runner:
-        if model.device.type != "cuda":
+        if not runner.packs:
             for path in slides:
                 yield _grade(model, path, names[path], options, runner, threads)
             return
-        with ThreadPoolExecutor(_SLIDES_AT_A_GPU, "slide") as pool:
+        free = max(1, threads - _THREADS_OF_A_GPU)
+        count = min(len(slides), free)
+        side_px, depth = model.card.tile_spec.tile_size_px, runner.depth_of(_PIECE, count)
+        with (
+            Readers(slide_parts, count, _PIECE, side_px, depth) as readers,
+            ThreadPoolExecutor(count, "slide") as pool,
+        ):
             running = {
-                pool.submit(_grade, model, path, names[path], options, runner, threads): path
+                pool.submit(_grade, model, path, names[path], options, runner, free // count, readers): path
                 for path in slides
             }
             try:
@@ -150,7 +161,8 @@ def _grade_here(
 
 
 def _runner(model: ModelFile, options: GradeOptions, threads: int) -> Runner:
-    return start_runner(model, options.batch_size, threads, chosen_precision(model, options.precision))
+    precision = chosen_precision(model, options.precision)
+    return start_runner(model, options.batch_size, threads, precision, options.profile)
 
 
 def describe(row: GradeRow, card: ModelCard) -> str:
@@ -251,7 +263,13 @@ def output_names(slides: Sequence[Path]) -> dict[Path, str]:
 
 
 def _grade(
-    model: ModelFile, path: Path, name: str, options: GradeOptions, runner: Runner, threads: int
+    model: ModelFile,
+    path: Path,
+    name: str,
+    options: GradeOptions,
+    runner: Runner,
+    threads: int,
+    readers: Readers | None = None,
 ) -> GradeRow:
     try:
         result = grade_slide(
@@ -262,6 +280,7 @@ def _grade(
             force=options.force,
             profile=options.profile,
             runner=runner,
+            readers=readers,
         )
         hand_back_memory()  # of embeddings and activations; a report needs some
         if options.output is not None:

@@ -21,19 +21,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slidetl.errors import UnfitSlideError
+from slidetl.errors import ProcessEnded, SlideError, UnfitSlideError
 from slidetl.evaluation.conformal import GradeSets
 from slidetl.models.runner import Runner
 from slidetl.processor import hand_back_memory
 from slidetl.publish.model_file import ModelFile
-from slidetl.slides import open_slide
-from slidetl.tiles.cut import TileBatch, stream_tiles
-from slidetl.tiles.plan import TilePlan, plan_tiles
+from slidetl.tiles.cut import TileBatch, read_slide
+from slidetl.tiles.plan import TilePlan
+from slidetl.tiles.readers import Readers
 
 _T = TypeVar("_T")
 _PART = 8192  # tiles whose own grades are computed at a time
 _IN_MEMORY = 64 << 20  # bytes of a slide's embeddings; more of them lie in a file
-_BATCH_SIZE = {"cpu": 16, "cuda": 64}  # on a processor more cost memory and gain nothing
+_BATCH_SIZE = {"cpu": 16, "cuda": 256}  # on a processor more cost memory and gain nothing
 Precision = Literal["auto", "float32", "bfloat16"]
 _READING_LIMITS = 0.85  # below this share of the network's own rate, reading is what grading waits for
 
@@ -43,8 +43,10 @@ class Rates:
     """Throughput of grading a slide.
 
     Attributes:
-        everything: tiles per second, from the first read to the grade.
-        network_alone: tiles per second of the network on tiles that lie on its device, right after.
+        everything: tiles per second, from the first read to the grade; on a GPU, which slides share, of all
+            slides so far, since its first pass.
+        network_alone: tiles per second of the network on tiles that lie on its device, right after; on a GPU
+            right before.
         processor_share: processor time of the network alone, as a share of that of everything. Others who
             use the machine disturb it less than they do the clock; on a single core of one's own the
             quotient of the rates is this. None where the network runs elsewhere, on a GPU.
@@ -135,6 +137,7 @@ def grade_slide(
     force: bool = False,
     profile: bool = False,
     runner: Runner | None = None,
+    readers: Readers | None = None,
 ) -> SlideGrade:
     """Grades one slide, from its file, through the pixels that a cache would hold.
 
@@ -145,12 +148,14 @@ def grade_slide(
         model: as :func:`slidetl.publish.model_file.load_model` returns it, best frozen.
         path: the slide.
         mpp_override: micrometres per level-0 pixel, for a slide whose metadata has none.
-        batch_size: tiles per pass through the backbone; by default 16 on a processor and 64 on a GPU.
+        batch_size: tiles per pass through the backbone; by default 16 on a processor and 256 on a GPU.
         threads: that read and, on a processor, as many that run the network; the kernel shares out.
         force: grade a slide also if it has too little tissue or is unlike the training slides.
         profile: measure the rates; costs a few seconds.
         runner: of :func:`start_runner` for this model; whoever grades several slides shares one among
             them, from several threads if they like. By default one is made for this slide.
+        readers: of :func:`slidetl.tiles.cut.slide_parts`, one of which reads the slide; by default threads of
+            this process do.
 
     Raises:
         SlideError: the slide cannot be opened or read, has no spacing, or is too coarse.
@@ -164,39 +169,49 @@ def grade_slide(
                 model, path, mpp_override, threads=threads, force=force, profile=profile, runner=own
             )
     card, network = model.card, model.network
-    spec = card.tile_spec
     kept: NDArray[np.uint8] | None = None
     origins: list[NDArray[np.int32]] = []
     tissue = 0.0
-    with open_slide(path, mpp_override, spec.icc) as slide, torch.inference_mode():
-        plan = plan_tiles(slide, spec, threads)
+    of = (path, mpp_override, card.tile_spec)
+    # Closed whatever happens: a thread or process that reads ahead uses the slide.
+    with (
+        contextlib.closing(
+            _ahead(read_slide(*of, runner.batch_size, threads))
+            if readers is None
+            else _in_reader(readers, *of, readers.tiles, threads)
+        ) as parts,
+        torch.inference_mode(),
+    ):
+        plan = next(parts)
+        assert isinstance(plan, TilePlan)  # which comes first
         _check_tissue(model, path, plan, force)
         started = _Clocks.now()
         embedded = _Embeddings(len(plan))
-        # Closed before the slide is, whatever happens: the thread that reads ahead uses it.
-        with contextlib.closing(_ahead(stream_tiles(slide, plan, runner.batch_size, threads))) as batches:
-            for part, batch in _embedded(runner, batches):
-                embedded.add(part)
-                tissue += float(batch.tissue_fraction.sum())
-                origins.append(batch.origins_level0)
-                kept = batch.pixels if kept is None else kept
-        if kept is None:
+        for part, batch in _embedded(runner, parts, readers.held if readers is not None else runner.depth):
+            embedded.add(part)
+            tissue += float(batch.tissue_fraction.sum())
+            origins.append(batch.origins_level0)
+            kept = batch.pixels if kept is None and readers is None else kept
+        if not origins:
             raise UnfitSlideError(f"{path}: none of its {len(plan)} tiles with tissue can be read")
         embeddings = embedded.of_all()
-        novelty = runner.call(lambda: _novelty(model, path, embeddings, force))
-        probabilities, expected, attention = runner.call(
-            lambda: tuple(value.cpu() for value in network.grade(embeddings))
+
+        def graded() -> tuple[Tensor, ...]:
+            novelty = embeddings.new_zeros(()) if card.novelty_limit is None else network.novelty(embeddings)
+            tile_grades = [network.grade_tiles(part) for part in torch.split(embeddings, _PART)]
+            return novelty, *network.grade(embeddings), torch.cat(tile_grades)
+
+        # Copied in this thread, so that the one that owns a GPU does not wait for it.
+        novelty, probabilities, expected, attention, tile_grades = (
+            value.cpu() for value in runner.call(graded)
         )
+        relative_novelty = _check_novelty(model, path, float(novelty), force)
         if not torch.isfinite(probabilities).all():  # the largest of NaN would be grade 0
             raise UnfitSlideError(
                 f"{path}: not graded: expected finite probabilities, the network gives "
                 f"{probabilities.tolist()}; check the model file and --precision"
             )
-        taken = started.since()
-        tile_grades = runner.call(
-            lambda: torch.cat([network.grade_tiles(part) for part in torch.split(embeddings, _PART)]).cpu()
-        )
-        rates = _rates(runner, kept, len(embeddings), taken) if profile else None
+        rates = _rates(runner, kept, len(embeddings), started.since()) if profile else None
     grade = int(probabilities.argmax())
     return SlideGrade(
         slide=path,
@@ -207,7 +222,7 @@ def grade_slide(
         expected_grade=float(expected),
         grade_set=_grade_set(model, probabilities),
         tissue_mm2=tissue * _tile_mm2(plan),
-        novelty=novelty,
+        novelty=relative_novelty,
         model_sha256=model.sha256,
         plan=plan,
         origins_level0=np.concatenate(origins),
@@ -218,15 +233,20 @@ def grade_slide(
 
 
 def start_runner(
-    model: ModelFile, batch_size: int | None = None, threads: int = 1, precision: Precision = "float32"
+    model: ModelFile,
+    batch_size: int | None = None,
+    threads: int = 1,
+    precision: Precision = "float32",
+    profile: bool = False,
 ) -> Runner:
     """Makes the runner that embeds the tiles of slides with a model; use it as a context manager.
 
     Args:
         model: as :func:`slidetl.publish.model_file.load_model` returns it, best frozen.
-        batch_size: tiles in a pass; by default 16 on a processor and 64 on a GPU.
+        batch_size: tiles in a pass; by default 16 on a processor and 256 on a GPU.
         threads: passes at a time on a processor.
         precision: ``float32`` or ``bfloat16``, in which the backbone computes.
+        profile: measure the network alone on a GPU, before the first slide.
     """
     device = model.device
     is_half = precision == "bfloat16"
@@ -237,7 +257,7 @@ def start_runner(
         return rows
 
     size = batch_size or _BATCH_SIZE.get(device.type, _BATCH_SIZE["cuda"])
-    return Runner(embed, device, size, model.card.tile_spec.tile_size_px, threads)
+    return Runner(embed, device, size, model.card.tile_spec.tile_size_px, threads, profile=profile)
 
 
 def chosen_precision(model: ModelFile, precision: Precision) -> Precision:
@@ -314,11 +334,11 @@ def _check_tissue(model: ModelFile, path: Path, plan: TilePlan, force: bool) -> 
         )
 
 
-def _novelty(model: ModelFile, path: Path, embeddings: Tensor, force: bool) -> float | None:
+def _check_novelty(model: ModelFile, path: Path, distance: float, force: bool) -> float | None:
     limit = model.card.novelty_limit
     if limit is None:
         return None
-    novelty = float(model.network.novelty(embeddings)) / limit
+    novelty = distance / limit
     if novelty > 1 and not force:
         training = model.card.training
         stains = f" (stains: {', '.join(training.stains)})" if training and training.stains else ""
@@ -361,8 +381,14 @@ class _Clocks:
         return _Clocks(now.wall - self.wall, now.processor - self.processor)
 
 
-def _rates(runner: Runner, tiles: NDArray[np.uint8], graded: int, taken: _Clocks) -> Rates:
-    """Measures the network alone, once so many tiles were graded in the time taken."""
+def _rates(runner: Runner, tiles: NDArray[np.uint8] | None, graded: int, taken: _Clocks) -> Rates:
+    """Measures the network alone, once so many tiles were graded in the time taken.
+
+    Slides share a GPU, so there the rates are those of all slides so far.
+    """
+    if runner.alone is not None:
+        return Rates(runner.rate_so_far, runner.alone, None, runner.first_pass_s)
+    assert tiles is not None  # kept where threads of this process read
     started = _Clocks.now()
     alone = runner.rate(tiles)
     spent = started.since()
@@ -372,19 +398,31 @@ def _rates(runner: Runner, tiles: NDArray[np.uint8], graded: int, taken: _Clocks
     return Rates(graded / taken.wall, alone, share, runner.first_pass_s)
 
 
-def _embedded(runner: Runner, batches: Iterable[TileBatch]) -> Iterator[tuple[Tensor, TileBatch]]:
-    """Yields batches in order with their embeddings before them, several at a time in the runner."""
+def _in_reader(readers: Readers, path: Path, *arguments: Any) -> Generator[TilePlan | TileBatch, None, None]:
+    """Yields what :func:`slidetl.tiles.cut.read_slide` does, from a reader."""
+    try:
+        for about, pixels in readers.stream(path, *arguments):
+            yield about if pixels is None else TileBatch(about[0], about[1], pixels)
+    except ProcessEnded as error:
+        raise SlideError(f"{path}: {error}") from error
+
+
+def _embedded(
+    runner: Runner, parts: Iterable[TilePlan | TileBatch], depth: int
+) -> Iterator[tuple[Tensor, TileBatch]]:
+    """Yields batches in order with their embeddings before them, so many at a time in the runner."""
     pending: deque[tuple[Future[Tensor], TileBatch]] = deque()
-    for batch in batches:
+    for batch in parts:
+        assert isinstance(batch, TileBatch)  # the plan was taken before
         pending.append((runner.submit(batch.pixels), batch))
-        if len(pending) > runner.depth:
+        if len(pending) > depth:
             future, done = pending.popleft()
             yield future.result(), done
     for future, done in pending:
         yield future.result(), done
 
 
-def _ahead(items: Iterable[_T], depth: int = 4) -> Generator[_T, None, None]:
+def _ahead(items: Generator[_T, None, None], depth: int = 4) -> Generator[_T, None, None]:
     """The items, made by another thread while earlier ones are in use; at most so many wait."""
     waiting: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
     stopped = threading.Event()
@@ -398,10 +436,11 @@ def _ahead(items: Iterable[_T], depth: int = 4) -> Generator[_T, None, None]:
 
     def produce() -> None:
         try:
-            for item in items:
-                give((True, item))
-                if stopped.is_set():
-                    return
+            with contextlib.closing(items):
+                for item in items:
+                    give((True, item))
+                    if stopped.is_set():
+                        return
             give((False, None))
         except BaseException as error:  # whatever it is belongs to the thread that asked for items
             give((False, error))

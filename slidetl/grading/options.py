@@ -20,7 +20,7 @@ class GradeOptions:
         mpp_override: spacing of level 0, micrometres per pixel, instead of the metadata's.
         force: also grade slides that have too little tissue or are unlike those of the training.
         batch_size: tiles per forward pass; by default 16 on a CPU, where more cost memory and gain nothing,
-            else 64.
+            else 256, and fewer where the card has no room for them.
         precision: number format of the backbone's forward pass; auto is float32 on a CPU, and on a GPU
             bfloat16 where the export compared the model file with its checkpoint in it.
         devices: GPUs among which the slides are shared out, one process each; on a CPU, processes.

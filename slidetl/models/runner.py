@@ -23,6 +23,7 @@ _MOST_PASSES = 8  # at a time on a processor; each holds its activations in memo
 _BUFFERS = 3  # batches on a GPU: one computed, one copied, one filled
 _PATIENCE_S = 0.02  # a GPU that has nothing else to do runs a batch that is not full
 _WARM_PASSES = 3  # TorchScript looks at two before it settles
+_PROFILE_S = 0.5  # that the network alone is measured, while the first slides are searched for tissue
 
 Embed = Callable[[Tensor], Tensor]
 """Tiles ``[n, 3, S, S] uint8`` on the device -> ``[n, D]`` there."""
@@ -47,6 +48,12 @@ class Runner:
         passes: on a processor, how many run at a time (eight at most); they share torch's threads.
         packs: whether one thread owns the device and packs tiles into batches of one shape; by default
             where the device is a GPU.
+        profile: where it packs, measure the network alone as soon as it is warm, into ``alone``.
+
+    Attributes:
+        first_pass_s: seconds of the first pass where it packs.
+        packs: as above.
+        alone: tiles per second of the network on tiles that lie on the device; None if not measured.
     """
 
     def __init__(
@@ -57,13 +64,16 @@ class Runner:
         side_px: int = 0,
         passes: int = 1,
         packs: bool | None = None,
+        profile: bool = False,
     ) -> None:
         self.device, self.batch_size = device, batch_size
         self.first_pass_s = 0.0
+        self.alone: float | None = None
+        self._tiles, self._warm_at, self._profile = 0, 0.0, profile
         self._embed, self._side_px = embed, side_px
         self._is_gpu = device.type == "cuda"
-        self._packs = self._is_gpu if packs is None else packs
-        self._passes = 1 if self._packs else max(1, min(passes, _MOST_PASSES))
+        self.packs = self._is_gpu if packs is None else packs
+        self._passes = 1 if self.packs else max(1, min(passes, _MOST_PASSES))
         self._room = threading.Semaphore(2 * self._passes)
         self._waiting: queue.Queue[_Piece | _Call | None] = queue.Queue(_BUFFERS)
         self._torch_threads = torch.get_num_threads()
@@ -71,10 +81,14 @@ class Runner:
     @property
     def depth(self) -> int:
         """Pieces that a caller should have submitted before it waits for the first."""
-        return _BUFFERS if self._packs else self._passes
+        return _BUFFERS if self.packs else self._passes
+
+    def depth_of(self, piece: int, callers: int) -> int:
+        """Computes :attr:`depth` for pieces of so many tiles, so that its callers fill two batches."""
+        return max(_BUFFERS, -(-2 * self.batch_size // (piece * callers)) + 1)
 
     def __enter__(self) -> Self:
-        if self._packs:
+        if self.packs:
             self._owner = threading.Thread(target=self._own, name="gpu", daemon=True)
             self._owner.start()
         else:
@@ -83,7 +97,7 @@ class Runner:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._packs:
+        if self.packs:
             self._waiting.put(None)
             self._owner.join()
         else:
@@ -96,7 +110,7 @@ class Runner:
         Returns:
             Their embeddings ``[n, D]`` on the device. What a pass raises, the future raises.
         """
-        if self._packs:
+        if self.packs:
             piece = _Piece(tiles)
             self._waiting.put(piece)
             return piece.future
@@ -113,7 +127,7 @@ class Runner:
 
     def call(self, function: Callable[[], _T]) -> _T:
         """Calls a function in the thread that owns the device; where none does, in this one."""
-        if not self._packs:
+        if not self.packs:
             with torch.inference_mode():
                 return function()
         called: Future[_T] = Future()
@@ -122,7 +136,7 @@ class Runner:
 
     def rate(self, tiles: NDArray[np.uint8], seconds: float = 2.0) -> float:
         """Measures the network alone, on tiles ``[n, S, S, 3]`` that lie on the device: tiles per second."""
-        if self._packs:
+        if self.packs:
             return self.call(lambda: self._rate(tiles, seconds))
         done, started = 0, time.perf_counter()
         futures: list[Future[Tensor]] = []
@@ -132,6 +146,11 @@ class Runner:
                 done += len(futures.pop(0).result())
         done += sum(len(future.result()) for future in futures)
         return done / (time.perf_counter() - started)
+
+    @property
+    def rate_so_far(self) -> float:
+        """Tiles per second that came through since it was warm, where it packs."""
+        return self._tiles / (time.perf_counter() - self._warm_at)
 
     def _rate(self, tiles: NDArray[np.uint8], seconds: float) -> float:
         repeated = np.resize(tiles, (self.batch_size, *tiles.shape[1:]))
@@ -160,8 +179,12 @@ class Runner:
         try:
             if self._side_px:
                 self._warm(self._side_px)
+                if self._profile:
+                    tile = np.zeros((1, self._side_px, self._side_px, 3), np.uint8)
+                    self.alone = self._rate(tile, _PROFILE_S)
         except BaseException as error:  # handed on to whoever asks for embeddings
             failed = error
+        self._warm_at = time.perf_counter()
         while True:
             try:
                 item = self._waiting.get(timeout=_PATIENCE_S if self._filled else None)
@@ -222,6 +245,7 @@ class Runner:
         buffer.array[filled:] = 0
         try:
             rows = self._pass(self._copied(buffer).permute(0, 3, 1, 2))
+            self._tiles += filled
             for piece, begin, end in pieces:
                 piece.add(rows[begin:end])
         except BaseException as error:  # joining the parts of a piece may find no room, too

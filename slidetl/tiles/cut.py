@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.errors import CacheCorruptError, SlideReadError
-from slidetl.slides import Slide
+from slidetl.slides import Slide, open_slide
 from slidetl.slides.decoding import map_in_order
 from slidetl.tiles.codec import tile_codec
-from slidetl.tiles.plan import MAX_UNREADABLE, TilePlan
+from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.plan import MAX_UNREADABLE, TilePlan, plan_tiles
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +132,29 @@ def stream_tiles(slide: Slide, plan: TilePlan, batch_size: int = 64, threads: in
         if pixels and (len(pixels) == batch_size or tile == len(plan) - 1):
             yield TileBatch(plan.origins_level0[tiles], plan.tissue_fraction[tiles], np.stack(pixels))
             tiles, pixels = [], []
+
+
+def read_slide(
+    path: Path, mpp_override: float | None, spec: TileSpec, batch_size: int, threads: int = 1
+) -> Generator[TilePlan | TileBatch, None, None]:
+    """Opens a slide and yields the plan of its tiles, then the tiles, as :func:`stream_tiles` does.
+
+    Raises:
+        SlideError: the slide cannot be opened or read, has no spacing, or is too coarse.
+    """
+    with open_slide(path, mpp_override, spec.icc) as slide:
+        plan = plan_tiles(slide, spec, threads)
+        yield plan
+        yield from stream_tiles(slide, plan, batch_size, threads)
+
+
+def slide_parts(*arguments: Any) -> Generator[tuple[Any, NDArray[np.uint8] | None], None, None]:
+    """Yields what :func:`read_slide` yields, as :class:`slidetl.tiles.readers.Readers` hands it over."""
+    for item in read_slide(*arguments):
+        if isinstance(item, TilePlan):
+            yield item, None
+        else:
+            yield (item.origins_level0, item.tissue_fraction), item.pixels
 
 
 def _as_stored(slide: Slide, plan: TilePlan, threads: int) -> Iterator[NDArray[np.uint8] | SlideReadError]:

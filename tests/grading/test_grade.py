@@ -10,7 +10,7 @@ import select
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,10 @@ from PIL import Image
 
 from slidetl.cli import main
 from slidetl.errors import SpacingError, UnfitSlideError
+from slidetl.grading import batch
 from slidetl.grading.grade import _ahead, chosen_precision, draw_map, grade_slide
+from slidetl.grading.options import GradeOptions
+from slidetl.models.runner import Runner
 from slidetl.publish.export import build_network, export_model
 from slidetl.publish.model_file import ModelFile, load_model
 from slidetl.training.checkpoint import load_grader
@@ -319,6 +322,34 @@ def test_rates_are_measured_when_asked_for(
     assert share is not None and 0 < int(share[1]) < 150  # measured on a busy machine
 
 
+def test_slides_read_in_processes_for_one_thread_grade_alike(
+    study: Study, model: ModelFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs before a GPU, with a processor in its place."""
+    runners: list[Runner] = []
+
+    def packed(*arguments: Any) -> Runner:
+        runners.append(
+            Runner(model.network.embed, model.device, 16, model.card.tile_spec.tile_size_px, packs=True)
+        )
+        runners[-1].alone = 1.0
+        return runners[-1]
+
+    monkeypatch.setattr(batch, "start_runner", packed)
+    monkeypatch.setattr(batch, "_PIECE", 7)
+    bad = tmp_path / "bad.svs"
+    bad.write_bytes(b"II*\0nothing")
+    slides = [*sorted((study.manifest.parent / "slides").glob("*.tiff"))[:3], bad]
+    rows = {row.slide: row for row in batch.grade_slides(model, slides, GradeOptions(profile=True))}
+    assert len(runners) == 1 and "not a slide" in rows.pop(bad).reason
+    for slide in slides[:3]:
+        alone = grade_slide(model, slide)
+        assert rows[slide].result["tiles"] == len(alone.attention)
+        np.testing.assert_allclose(rows[slide].result["probabilities"], alone.probabilities, atol=1e-5)
+        rates = rows[slide].rates
+        assert rates is not None and rates.everything > 0 and rates.first_pass_s > 0
+
+
 def test_the_grade_does_not_depend_on_the_number_of_threads(study: Study, model: ModelFile) -> None:
     slide = next((study.manifest.parent / "slides").glob("*.tiff"))
     before = torch.get_num_threads()
@@ -371,7 +402,7 @@ def test_an_error_of_the_network_is_not_lost(study: Study, model: ModelFile) -> 
 def test_reading_ahead_hands_on_errors_and_stops_with_its_reader() -> None:
     made = []
 
-    def items() -> Iterator[int]:
+    def items() -> Generator[int, None, None]:
         for number in range(1000):
             made.append(number)
             yield number
