@@ -196,6 +196,30 @@ class SlideDataModule(pl.LightningDataModule):
                     f"{task.column!r} must have some, and a table of tile labels must meet some tiles"
                 )
 
+    def check_features(self, sha256: str, trains_backbone: bool) -> None:
+        """Refuses stored features that a training cannot use.
+
+        Args:
+            sha256: of the weights that the training starts from.
+            trains_backbone: whether they change.
+
+        Raises:
+            UsageError: the features are of other weights, or would keep the backbone from training.
+        """
+        assert self.feature_source is not None
+        if not self.bag_size and trains_backbone:
+            raise UsageError(
+                "with data.bag_size 0 nothing goes through the backbone, but the strategy trains it; use "
+                "slidetl.models.transfer.FrozenFeatures, or a bag_size above 0"
+            )
+        found = self.feature_source.weights_sha256
+        if found != sha256:
+            raise UsageError(
+                f"data.features {self.features!r} are of weights {found[:12]}..., the training starts from "
+                f"{sha256[:12]}...; run 'slidetl embed' with the same backbone and pretrained weights, and "
+                "let the strategy start from them"
+            )
+
     def train_dataloader(self) -> DataLoader[Bag]:
         """Bags ``[B, N, ...]``, each slide once per epoch."""
         dataset = BagDataset(

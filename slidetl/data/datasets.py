@@ -178,6 +178,18 @@ def collate_bags(bags: list[Bag]) -> Bag:
     return stacked
 
 
+def with_stored(embeddings: Tensor | None, batch: Bag) -> tuple[Tensor, Bag]:
+    """Joins embeddings ``[B, N, D]`` with those stored, which come behind them, and their masks."""
+    stored, missing = batch["stored"].float(), batch["stored"].shape[1]
+    joined = stored if embeddings is None else torch.cat([embeddings.float(), stored], dim=1)
+    labels = {  # those of tiles are padded: what is stored is there for the slide
+        name: functional.pad(label, (0, missing), value=-1) if label.ndim == 2 else label
+        for name, label in batch["labels"].items()
+    }
+    mask = torch.cat([batch["mask"], batch["stored_mask"]], dim=1)
+    return joined, {**batch, "mask": mask, "labels": labels}
+
+
 class ChunkDataset(Dataset[Chunk]):
     """Whole slides for evaluation, in chunks, so that memory does not grow with the slide.
 

@@ -6,13 +6,13 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from slidetl.errors import UsageError
+from slidetl.errors import CheckpointError, UsageError
 from slidetl.models.backbones import Backbone, weights_sha256
 from slidetl.models.blocks import batch_norms
 from slidetl.models.network import GradingNetwork
@@ -77,6 +77,24 @@ class Reference(nn.Module):
         for index, (layer, value) in enumerate(weights.items()):
             self._attention[layer] = f"attention{index}"
             self.register_buffer(f"attention{index}", value.detach(), persistent=False)
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        """Returns what a training needs to resume; the weights are those of a file, the hash says which."""
+        return {"sha256": self.sha256, "attention": self.attention}
+
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        """Inverts :meth:`to_checkpoint`.
+
+        Raises:
+            CheckpointError: the pretrained weights have changed since.
+        """
+        if kept.get("sha256") != self.sha256:
+            raise CheckpointError(
+                f"the training leaned on pretrained weights with sha256 {str(kept.get('sha256'))[:12]}, "
+                f"those of {self.backbone.spec.pretrained!r} now have {self.sha256[:12]}; "
+                "go on with the weights of then"
+            )
+        self.attention = kept["attention"]
 
     def activations(self, tiles: Tensor, layers: Sequence[str], like: Backbone) -> dict[str, Tensor]:
         """Computes the outputs of layers for tiles ``[N, 3, H, W] uint8``.

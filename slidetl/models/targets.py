@@ -5,7 +5,7 @@ In each of them a row of zeros is a slide without a grade.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -111,6 +111,14 @@ class Targets:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
                 raise UsageError(f"targets.{name} must be from 0 to 1, not {value}")
+
+    def check_readers(self, votes: Iterable[Sequence[int | None]]) -> None:
+        """Refuses to learn from the readers' grades of slides where there are none."""
+        if self.readers and all(grade is None for of_slide in votes for grade in of_slide):
+            raise UsageError(
+                "model.targets.readers needs readers' grades, and no training slide has any; give the "
+                "manifest the columns grade_reader1, grade_reader2, ..."
+            )
 
     def __call__(self, grades: Tensor, readers: Tensor, probabilities: Tensor, progress: float) -> Tensor:
         """Computes the target ``[B, K]`` of a step; zeros for a slide without a grade.

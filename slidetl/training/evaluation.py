@@ -1,4 +1,4 @@
-"""Gather the predictions of all processes, and score them."""
+"""Grade slides chunk by chunk, gather the predictions of all processes, and score them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
+from slidetl.data.datasets import Chunk
 from slidetl.data.tasks import Task
 from slidetl.errors import UsageError
 from slidetl.evaluation.calibration import judged_probabilities
 from slidetl.evaluation.metrics import GradeMetrics, grade_metrics
-from slidetl.training.multitask import TaskOutcome, task_metrics
+from slidetl.models.network import GradingNetwork
+from slidetl.training.multitask import TaskHeads, TaskOutcome, task_metrics
 from slidetl.training.predictions import SlidePrediction
 
 _T = TypeVar("_T")
@@ -74,6 +79,88 @@ class Evaluation:
             if task.name in self.tasks:
                 found |= {f"{task.name}/{name}": getattr(self.tasks[task.name], name) for name in names}
         return found
+
+
+class ChunkedEvaluation:
+    """Grades the slides of this process, chunk after chunk.
+
+    Args:
+        network: grades a slide.
+        tasks: the heads of the further tasks.
+
+    Attributes:
+        slides: those that are complete.
+    """
+
+    def __init__(self, network: GradingNetwork, tasks: TaskHeads) -> None:
+        self._network, self._tasks = network, tasks
+        self.start()
+
+    def start(self, checkpoint: str = "") -> None:
+        """Begins with no slide; ``checkpoint`` is the SHA-256 of the weights."""
+        self._checkpoint = checkpoint
+        self._embeddings: list[Tensor] = []  # of the slide whose chunks are coming in
+        self._labels: list[dict[str, int | Tensor]] = []  # of its tasks, likewise
+        self.slides: list[GradedSlide] = []
+
+    def take(self, chunk: Chunk, fold: str = "") -> None:
+        """Takes one chunk, and grades the slide that it ends."""
+        self._labels.append(chunk["labels"])
+        embeddings = self._join(chunk)
+        if embeddings is None:
+            return
+        labels, self._labels = self._labels, []
+        logits, of_tasks = self.grade(embeddings, _everything(embeddings))
+        # In float64 on the processor (some devices have none): the rows then sum to one as metrics expect it.
+        probabilities = self._network.head.probabilities(logits.cpu().double())[0].tolist()
+        prediction = SlidePrediction(
+            slide_id=chunk["slide_id"],
+            patient_id=chunk["patient_id"],
+            grade=None if chunk["grade"] < 0 else chunk["grade"],
+            probabilities=tuple(probabilities),
+            tiles=embeddings.shape[1],
+            site=chunk["site"],
+            fold=fold,
+            checkpoint=self._checkpoint,
+        )
+        self.slides.append(GradedSlide(prediction, self._tasks.outcomes(of_tasks, labels)))
+
+    def attention(self, chunk: Chunk) -> dict[str, NDArray[np.float32]]:
+        """Takes one chunk; returns the attention ``[N]``, by slide, of the slide that it ends."""
+        embeddings = self._join(chunk)
+        if embeddings is None:
+            return {}
+        with torch.autocast(embeddings.device.type, enabled=False):
+            attention = self._network.aggregator(embeddings, _everything(embeddings)).attention  # [1, H, N]
+        return {chunk["slide_id"]: attention[0].mean(0).cpu().numpy()}
+
+    def grade(self, embeddings: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Computes logits of the grade and of the tasks, in float32 whatever the backbone's precision.
+
+        Args:
+            embeddings: ``[B, N, D]``.
+            mask: ``[B, N]`` bool, False for padding.
+        """
+        with torch.autocast(embeddings.device.type, enabled=False):
+            embeddings = embeddings.float()
+            pooled = self._network.aggregator(embeddings, mask).embedding
+            return self._network.head(pooled), self._tasks(embeddings, pooled)
+
+    def _join(self, chunk: Chunk) -> Tensor | None:
+        """Returns the embeddings ``[1, N, D]`` of the slide that the chunk ends, or None."""
+        if "stored" in chunk:
+            self._embeddings.append(chunk["stored"].float())
+        else:
+            self._embeddings.append(self._network.backbone(chunk["tiles"]).float())
+        if not chunk["last"]:
+            return None
+        embeddings, self._embeddings = torch.cat(self._embeddings).unsqueeze(0), []
+        return embeddings
+
+
+def _everything(embeddings: Tensor) -> Tensor:
+    """Returns a mask without padding."""
+    return torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
 
 
 def evaluate(slides: Sequence[GradedSlide], tasks: Iterable[Task], n_grades: int) -> Evaluation:

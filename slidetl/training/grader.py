@@ -13,14 +13,13 @@ from jsonargparse import lazy_instance  # type: ignore[attr-defined] # not in it
 from numpy.typing import NDArray
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
-from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from slidetl.data.datamodule import DEFAULT_BATCH_SIZE, SlideDataModule
-from slidetl.data.datasets import Bag, Chunk
+from slidetl.data.datasets import Bag, Chunk, with_stored
 from slidetl.data.manifest import check_scale
 from slidetl.data.tasks import Task
-from slidetl.errors import CheckpointError, UsageError
+from slidetl.errors import CacheMismatchError, UsageError
 from slidetl.models.aggregators import GatedAttention, Pooling
 from slidetl.models.backbones import Backbone, weights_sha256
 from slidetl.models.heads import CumulativeLink, Head
@@ -29,12 +28,18 @@ from slidetl.models.penalties import Batch, Reference, Seen, recorded
 from slidetl.models.spec import BackboneSpec
 from slidetl.models.targets import Targets, balanced_weights
 from slidetl.models.transfer import TransferStrategy, WarmRestart
-from slidetl.tiles.features import FeatureSource
 from slidetl.tiles.grid import TileSpec
-from slidetl.training.evaluation import Evaluation, GradedSlide, evaluate, gather, gather_slides
+from slidetl.tiles.store import describe_difference
+from slidetl.training.evaluation import (
+    ChunkedEvaluation,
+    Evaluation,
+    GradedSlide,
+    evaluate,
+    gather,
+    gather_slides,
+)
 from slidetl.training.means import EpochMeans
 from slidetl.training.multitask import TaskHeads
-from slidetl.training.predictions import SlidePrediction
 from slidetl.training.schedules import OneCycle, Schedule, rate_for_batch
 
 # The form in which jsonargparse takes an instance as the default of a protocol.
@@ -108,16 +113,13 @@ class SlideGrader(pl.LightningModule):
         self._kept_means: dict[str, Any] = {}  # of the epoch that a training is resumed in
         self._seed = 0
         self._features_sha256 = ""  # of the network that made the stored features, where some are used
-        self._checkpoint = ""  # SHA-256 of the weights that predict
-        self._embeddings: list[Tensor] = []  # of the slide whose chunks are coming in
-        self._labels: list[dict[str, int | Tensor]] = []  # of its tasks, likewise
-        self._slides: list[GradedSlide] = []  # of this process
+        self._evaluation = ChunkedEvaluation(self.network, self.tasks)
 
     def setup(self, stage: str) -> None:
         """Takes the tiles' specification from the data, and starts the backbone where the strategy says."""
         if stage == "fit":
-            self.tile_spec = self._data_spec()
-            self._look_at_labels()
+            self.tile_spec = self._data.tile_spec if self._data is not None else None
+            self._weigh_grades()
             if self.trainer.ckpt_path is None:  # a training that goes on has its weights already
                 self.transfer.start(self.network.backbone)
                 self._check_features(weights_sha256(self.network.backbone))
@@ -126,38 +128,20 @@ class SlideGrader(pl.LightningModule):
                 names = [f"reference.{name}" for name, _ in self.reference.named_buffers()]
                 DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)  # type: ignore[no-untyped-call] # torch's
 
-    def _check_features(self, sha256: str) -> None:
-        """Refuses stored features of other weights than those that the training starts from."""
-        data = getattr(self._trainer, "datamodule", None)
-        source: FeatureSource | None = getattr(data, "feature_source", None)
-        if data is None or source is None:
-            return
-        if not data.bag_size and any(weight.requires_grad for weight in self.network.backbone.parameters()):
-            raise UsageError(
-                "with data.bag_size 0 nothing goes through the backbone, but the strategy trains it; use "
-                "slidetl.models.transfer.FrozenFeatures, or a bag_size above 0"
-            )
-        if source.weights_sha256 != sha256:
-            raise UsageError(
-                f"data.features {data.features!r} are of weights {source.weights_sha256[:12]}..., the "
-                f"training starts from {sha256[:12]}...; run 'slidetl embed' with the same backbone and "
-                "pretrained weights, and let the strategy start from them"
-            )
-        self._features_sha256 = sha256
-
-    def _look_at_labels(self) -> None:
-        """Counts the grades to balance them, and refuses to learn from labels that are not there."""
-        if not (self.balance or self.targets.readers):
-            return
-        rows = [slide.row for slide in self.trainer.datamodule.slides["train"]]  # type: ignore[attr-defined] # set by fit
+    def _weigh_grades(self) -> None:
+        """Balances the grades of the training part, and looks for the readers' grades, where asked to."""
+        rows = [slide.row for slide in self._data.slides["train"]] if self._data is not None else []
+        self.targets.check_readers(row.reader_grades for row in rows)
         if self.balance:
             counts = Counter(row.grade for row in rows)
             self._class_weight = balanced_weights([counts[grade] for grade in range(len(self.grades))])
-        if self.targets.readers and all(grade is None for row in rows for grade in row.reader_grades):
-            raise UsageError(
-                "model.targets.readers needs readers' grades, and no training slide has any; give the "
-                "manifest the columns grade_reader1, grade_reader2, ..."
-            )
+
+    def _check_features(self, sha256: str) -> None:
+        """Refuses stored features of other weights than those that the training starts from."""
+        if self._data is not None and self._data.feature_source is not None:
+            trains = any(weight.requires_grad for weight in self.network.backbone.parameters())
+            self._data.check_features(sha256, trains)
+            self._features_sha256 = sha256
 
     def on_train_start(self) -> None:
         """Lets the strategy learn from training data what its penalties need."""
@@ -194,23 +178,16 @@ class SlideGrader(pl.LightningModule):
 
     def _attend(self) -> None:
         """Gives the attention for every tile of the training slides to the data, where it is asked for."""
-        data = getattr(self.trainer, "datamodule", None)
-        every = data.sampling.attends_every if isinstance(data, SlideDataModule) else 0
-        if data is None or not every or not self.current_epoch or self.current_epoch % every:
+        every = self._data.sampling.attends_every if self._data is not None else 0
+        if self._data is None or not every or not self.current_epoch or self.current_epoch % every:
             return
         self.eval()
-        self._embeddings = []
+        self._evaluation.start()
         mine: dict[str, NDArray[np.float32]] = {}
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            for chunk in data.attention_dataloader():
-                embeddings = self._take_chunk(self.trainer.strategy.batch_to_device(chunk, self.device))
-                if embeddings is None:
-                    continue
-                mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
-                with torch.autocast(embeddings.device.type, enabled=False):
-                    attention = self.network.aggregator(embeddings, mask).attention  # [1, H, N]
-                mine[chunk["slide_id"]] = attention[0].mean(0).cpu().numpy()
-        data.training_bags.attend({name: row for part in gather(mine) for name, row in part.items()})
+            for chunk in self._data.attention_dataloader():
+                mine |= self._evaluation.attention(self.trainer.strategy.batch_to_device(chunk, self.device))
+        self._data.training_bags.attend({name: row for part in gather(mine) for name, row in part.items()})
 
     def configure_optimizers(self) -> Any:
         """AdamW with the strategy's parameter groups, under the schedule stepped per batch."""
@@ -233,12 +210,7 @@ class SlideGrader(pl.LightningModule):
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """The optimiser's parameter groups at a peak rate of ``lr``."""
         groups = self.transfer.parameter_groups(self.network, lr, self.weight_decay)
-        for decays in (True, False):
-            parameters = [weight for weight in self.tasks.parameters() if (weight.ndim > 1) == decays]
-            if parameters:
-                decay = self.weight_decay if decays else 0.0
-                groups.append({"params": parameters, "lr": lr, "weight_decay": decay})
-        return groups
+        return [*groups, *self.tasks.parameter_groups(lr, self.weight_decay)]
 
     @property
     def peak_lr(self) -> float:
@@ -259,9 +231,9 @@ class SlideGrader(pl.LightningModule):
         with recorded(backbone, self._watched) as activations:
             embeddings = self.network.embed(tiles) if tiles.shape[1] else None
         if "stored" in batch:
-            embeddings, batch = _with_stored(embeddings, batch)
+            embeddings, batch = with_stored(embeddings, batch)
         assert embeddings is not None  # a bag without tiles has stored features
-        logits, of_tasks = self._grade(embeddings, batch["mask"])
+        logits, of_tasks = self._evaluation.grade(embeddings, batch["mask"])
         loss = self._loss(logits, batch)
         self._means.add({"train/loss": loss}, len(logits))
         if of_tasks:
@@ -340,68 +312,21 @@ class SlideGrader(pl.LightningModule):
 
     def validation_step(self, batch: Chunk, batch_idx: int) -> None:
         """Takes one chunk of a slide."""
-        self._evaluate(batch)
+        if "stored" in batch and not self._features_sha256:
+            self._check_features(weights_sha256(self.network.backbone))
+        self._evaluation.take(batch, self._data.fold if self._data is not None else "")
 
-    def test_step(self, batch: Chunk, batch_idx: int) -> None:
-        """Takes one chunk of a slide."""
-        self._evaluate(batch)
-
-    def predict_step(self, batch: Chunk, batch_idx: int) -> None:
-        """Takes one chunk of a slide."""
-        self._evaluate(batch)
+    test_step = predict_step = validation_step
 
     def on_validation_epoch_start(self) -> None:
         """Forgets what an evaluation that was cut short has left behind."""
-        self._embeddings, self._labels, self._slides = [], [], []
+        self._evaluation.start()
 
     def on_test_epoch_start(self) -> None:
         """Notes which weights it is that predict."""
-        self.on_validation_epoch_start()
-        self._checkpoint = weights_sha256(self.network)
+        self._evaluation.start(weights_sha256(self.network))
 
     on_predict_epoch_start = on_test_epoch_start
-
-    def _grade(self, embeddings: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits of the grade and of the tasks, in float32 also where the backbone's precision is lower."""
-        with torch.autocast(embeddings.device.type, enabled=False):
-            embeddings = embeddings.float()
-            pooled = self.network.aggregator(embeddings, mask).embedding
-            return self.network.head(pooled), self.tasks(embeddings, pooled)
-
-    def _take_chunk(self, chunk: Chunk) -> Tensor | None:
-        """The embeddings ``[1, N, D]`` of the slide that the chunk ends, or None."""
-        if "stored" in chunk:
-            self._embeddings.append(chunk["stored"].float())
-        else:
-            self._embeddings.append(self.network.backbone(chunk["tiles"]).float())
-        if not chunk["last"]:
-            return None
-        embeddings, self._embeddings = torch.cat(self._embeddings).unsqueeze(0), []
-        return embeddings
-
-    def _evaluate(self, chunk: Chunk) -> None:
-        if "stored" in chunk and not self._features_sha256:
-            self._check_features(weights_sha256(self.network.backbone))
-        self._labels.append(chunk["labels"])
-        embeddings = self._take_chunk(chunk)
-        if embeddings is None:
-            return
-        labels, self._labels = self._labels, []
-        mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
-        logits, of_tasks = self._grade(embeddings, mask)
-        # In float64 on the processor (some devices have none): the rows then sum to one as metrics expect it.
-        probabilities = self.network.head.probabilities(logits.cpu().double())[0].tolist()
-        prediction = SlidePrediction(
-            slide_id=chunk["slide_id"],
-            patient_id=chunk["patient_id"],
-            grade=None if chunk["grade"] < 0 else chunk["grade"],
-            probabilities=tuple(probabilities),
-            tiles=embeddings.shape[1],
-            site=chunk["site"],
-            fold=getattr(getattr(self._trainer, "datamodule", None), "fold", ""),
-            checkpoint=self._checkpoint,
-        )
-        self._slides.append(GradedSlide(prediction, self.tasks.outcomes(of_tasks, labels)))
 
     def on_validation_epoch_end(self) -> None:
         """Scores and logs the validation part."""
@@ -413,10 +338,12 @@ class SlideGrader(pl.LightningModule):
 
     def on_predict_epoch_end(self) -> None:
         """Gathers the predictions."""
-        self.predicted = gather_slides(self._slides, "predict")
+        self.predicted = gather_slides(self._evaluation.slides, "predict")
 
     def _scored(self, part: str) -> Evaluation:
-        evaluation = evaluate(gather_slides(self._slides, part), self.tasks.tasks, len(self.grades))
+        evaluation = evaluate(
+            gather_slides(self._evaluation.slides, part), self.tasks.tasks, len(self.grades)
+        )
         shown = ("accuracy", "qwk", "loss") if part == "val" else ()
         # Every process computed the same metrics from all predictions: nothing is left to reduce.
         for name, value in evaluation.scalars(self.tasks.tasks).items():
@@ -430,53 +357,26 @@ class SlideGrader(pl.LightningModule):
         checkpoint["features_sha256"] = self._features_sha256
         checkpoint["lineage"] = list(self.network.backbone.lineage)
         if self.reference is not None:  # its weights are those of a file; the hash says which
-            checkpoint["reference"] = {
-                "sha256": self.reference.sha256,
-                "attention": self.reference.attention,
-            }
+            checkpoint["reference"] = self.reference.to_checkpoint()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restores what :meth:`on_save_checkpoint` kept, and refuses data tiled otherwise."""
         trained_on = TileSpec.from_dict(checkpoint["tile_spec"]) if checkpoint.get("tile_spec") else None
-        data_spec = self._data_spec()
+        data_spec = self._data.tile_spec if self._data is not None else None
         if trained_on and data_spec and trained_on != data_spec:
-            _refuse_other_tiles(trained_on, data_spec)
+            difference = describe_difference(data_spec, trained_on)
+            raise CacheMismatchError(
+                f"the checkpoint was trained on other tiles: {difference}; use its cache"
+            )
         self.tile_spec = trained_on
         self._kept_means = checkpoint.get("epoch_means", {})
         self.network.backbone.lineage = tuple(str(sha256) for sha256 in checkpoint.get("lineage", []))
         if checkpoint.get("features_sha256"):
             self._check_features(checkpoint["features_sha256"])
         if self.reference is not None:
-            self._restore_reference(self.reference, checkpoint.get("reference") or {})
+            self.reference.restore(checkpoint.get("reference") or {})
 
-    def _restore_reference(self, reference: Reference, kept: dict[str, Any]) -> None:
-        if kept.get("sha256") != reference.sha256:
-            raise CheckpointError(
-                f"the training leaned on pretrained weights with sha256 {str(kept.get('sha256'))[:12]}, "
-                f"those of {self.network.backbone.spec.pretrained!r} now have {reference.sha256[:12]}; "
-                "go on with the weights of then"
-            )
-        reference.attention = kept["attention"]
-
-    def _data_spec(self) -> TileSpec | None:
-        return getattr(getattr(self._trainer, "datamodule", None), "tile_spec", None)
-
-
-def _with_stored(embeddings: Tensor | None, batch: Bag) -> tuple[Tensor, Bag]:
-    """Embeddings ``[B, N + M, D]``, those stored behind those computed, and the batch with their mask."""
-    stored, missing = batch["stored"].float(), batch["stored"].shape[1]
-    joined = stored if embeddings is None else torch.cat([embeddings.float(), stored], dim=1)
-    labels = {  # those of tiles are padded: what is stored is there for the slide
-        name: functional.pad(label, (0, missing), value=-1) if label.ndim == 2 else label
-        for name, label in batch["labels"].items()
-    }
-    mask = torch.cat([batch["mask"], batch["stored_mask"]], dim=1)
-    return joined, {**batch, "mask": mask, "labels": labels}
-
-
-def _refuse_other_tiles(trained_on: TileSpec, found: TileSpec) -> None:
-    ours, theirs = trained_on.to_dict(), found.to_dict()
-    differences = ", ".join(f"{key} {ours[key]} -> {theirs[key]}" for key in ours if ours[key] != theirs[key])
-    raise UsageError(
-        f"the checkpoint was trained on other tiles ({differences}); use the cache that it was trained on"
-    )
+    @property
+    def _data(self) -> SlideDataModule | None:
+        data = getattr(self._trainer, "datamodule", None)
+        return data if isinstance(data, SlideDataModule) else None

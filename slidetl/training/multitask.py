@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,6 +99,15 @@ class TaskHeads(nn.Module):
                 head.probabilities(logits[task.name].flatten(0, -2)).cpu().numpy(),
             )
         return found
+
+    def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        """Returns the optimiser's parameter groups; only kernels decay."""
+        groups = []
+        for decay, kernels in ((weight_decay, True), (0.0, False)):
+            parameters = [weight for weight in self.parameters() if (weight.ndim > 1) == kernels]
+            if parameters:
+                groups.append({"params": parameters, "lr": lr, "weight_decay": decay})
+        return groups
 
     def _each(self) -> Iterable[tuple[Task, Head]]:
         for task, head in zip(self.tasks, self.heads, strict=True):
