@@ -20,6 +20,7 @@ def compare(
     only: tuple[str, ...] = (),
     report_only: bool = False,
     dry_run: bool = False,
+    allow: tuple[str, ...] = (),
 ) -> int:
     """Compares arms (scratch, transfer, classical) by cross-validation over patients.
 
@@ -36,6 +37,7 @@ def compare(
         only: arms to compute, instead of all.
         report_only: compute nothing, write the report of the units that are there.
         dry_run: plan, audit the splits and print the number of units, without computing any.
+        allow: package or class outside slidetl that the configuration may import, which runs its code.
     """
     from dataclasses import replace
 
@@ -59,7 +61,9 @@ def compare(
         print(f"{describe(result)}\nwritten to {output}, report.html first")
         return 0
     with UnitProgress(jobs) as progress:
-        result, failed = run_comparison(plan, output, Options(jobs, scheduler, progress.start, progress.done))
+        result, failed = run_comparison(
+            plan, output, Options(jobs, scheduler, allow, progress.start, progress.done)
+        )
     print(f"{describe(result)}\nwritten to {output}, report.html first")
     for label, reason in failed.items():
         print(f"failed: {label}: {reason}", file=sys.stderr)

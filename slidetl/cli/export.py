@@ -37,7 +37,7 @@ def export(
         arm: the arm of ``evidence``, if it has several.
         coverage: share of patients whose grade must lie in the set of grades, 0..1.
         licence: licence of the weights.
-        allow: package or class outside slidetl that the checkpoint may import.
+        allow: package or class outside slidetl that the checkpoint and its config.yaml may import.
     """
     from slidetl.errors import SlidetlError, UsageError
     from slidetl.publish.evidence import evidence_from
@@ -51,7 +51,7 @@ def export(
     kept = evidence_from(evidence, coverage, arm) if evidence is not None else None
     if not no_training_data:
         try:
-            slides = training_slides(config or _configs(checkpoints))
+            slides = training_slides(config or _configs(checkpoints), allow)
         except SlidetlError as error:
             raise UsageError(
                 f"the training slides are not at hand ({error}); name the fit's configuration with --config, "

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -28,6 +31,7 @@ from slidetl.training.drift import DriftReport
 from slidetl.training.grader import SlideGrader
 from slidetl.training.outputs import ResultFiles
 from slidetl.training.range_test import RangeTest, find_rate, write_range
+from slidetl.training.slots import check_classes, check_import, permit
 from slidetl.training.waiting import WaitingReport
 
 _SHIPPED = "--config configs/NAME.yaml takes the file that comes with slidetl, unless there is one here."
@@ -40,7 +44,8 @@ def run(command: str, args: list[str]) -> int:
         UsageError: the configuration is wrong; one line says where.
     """
     _quieten()
-    args = with_shipped_configs(args)
+    allow, args = _take_allow(with_shipped_configs(args))
+    permit(allow)
     # Lightning starts the other processes of a DDP run by sys.argv; so the program's name stays whole there,
     # and the command is ours.
     finds = command == "find-lr"
@@ -49,7 +54,7 @@ def run(command: str, args: list[str]) -> int:
         (RangeTestCLI if finds else GradingCLI)(
             SlideGrader,
             SlideDataModule,
-            args=["fit" if finds else command, *args],
+            args=["fit" if finds else command, *args, f"--allow={json.dumps(allow)}"],
             seed_everything_default=0,
             trainer_defaults={
                 "max_epochs": 30,
@@ -68,6 +73,7 @@ def run(command: str, args: list[str]) -> int:
             },
         )
     except ArgumentError as error:
+        check_import(error)
         raise UsageError(_one_line(str(error))) from error
     except MisconfigurationException as error:
         raise UsageError(_one_line(str(error))) from error
@@ -108,8 +114,14 @@ class GradingCLI(LightningCLI):
             "--allow",
             type=list[str],
             default=[],
-            help="Names or packages outside slidetl whose classes a checkpoint may import.",
+            help="Package or class outside slidetl that a configuration or checkpoint may import, which runs "
+            "its code; may be repeated, and is never taken from a file.",
         )
+
+    def before_instantiate_classes(self) -> None:
+        """Checks every class that is named before one is called."""
+        config = self.config[self.config.subcommand].as_dict()
+        check_classes(config, config["allow"])
 
     def _parse_ckpt_path(self) -> None:
         """Takes the model from the checkpoint, once its hyper-parameters are found harmless."""
@@ -180,6 +192,14 @@ class RangeTestCLI(GradingCLI):
             print(f"the loss does not fall anywhere between these rates; see {folder}")
         else:
             print(f"the loss falls fastest at --model.lr {result.suggestion:.2g}; written to {folder}")
+
+
+def _take_allow(args: list[str]) -> tuple[list[str], list[str]]:
+    """Takes ``--allow`` out of the words of a command: it overrides what a file would allow itself."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--allow", action="append", default=[])
+    found, rest = parser.parse_known_args(args)
+    return [name for text in found.allow for name in re.findall(r"[^\s,\[\]\"']+", text)], rest
 
 
 def _best_checkpoint(root: Path, allow: Sequence[str]) -> Path:

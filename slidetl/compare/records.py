@@ -29,6 +29,7 @@ class Job:
         grades: names, lowest first.
         folder: where units lie.
         threads: to compute with.
+        allow: names outside slidetl that its configuration may import.
     """
 
     unit: Unit
@@ -38,6 +39,7 @@ class Job:
     grades: tuple[str, ...]
     folder: Path
     threads: int = 1
+    allow: tuple[str, ...] = ()
 
     def part(self, slides: Iterable[str]) -> list[ManifestRow]:
         """The rows of some slides, in their order."""

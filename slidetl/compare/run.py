@@ -47,12 +47,14 @@ class Options:
     Attributes:
         jobs: units at a time on this machine.
         scheduler: address of a Dask scheduler; empty to compute on this machine.
+        allow: names outside slidetl that the arms may import.
         on_start: called once with the units that are there already, and those to be computed.
         on_done: called with each unit that was computed, and why it failed; empty if it did not.
     """
 
     jobs: int = 1
     scheduler: str = ""
+    allow: tuple[str, ...] = ()
     on_start: Callable[[Sequence[Unit], Sequence[Unit]], None] = field(default=lambda there, to_do: None)
     on_done: Callable[[Unit, str, UnitResult | None], None] = field(default=lambda unit, reason, result: None)
 
@@ -94,7 +96,7 @@ def run_comparison(
     if trained:  # imported here: it takes seconds
         from slidetl.compare.train_arm import check_configs
 
-        check_configs(trained)
+        check_configs(trained, options.allow)
     failed: dict[str, str] = {}
     with _alone(folder):
         write_splits(plan.folds, output / "splits.json")
@@ -103,7 +105,9 @@ def run_comparison(
         to_do = list({unit.key: unit for unit in plan.units if found[unit.key] is None}.values())
         options.on_start([unit for unit in plan.units if found[unit.key] is not None], to_do)
         threads = max(1, len(os.sched_getaffinity(0)) // options.jobs)
-        jobs = [job_of(unit, plan.study, plan.comparison.grades, folder, threads) for unit in to_do]
+        jobs = [
+            job_of(unit, plan.study, plan.comparison.grades, folder, threads, options.allow) for unit in to_do
+        ]
         done = run_on_cluster(jobs, options.scheduler) if options.scheduler else run_here(jobs, options.jobs)
         for job, reason in done if jobs else ():
             if reason:

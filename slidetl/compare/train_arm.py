@@ -43,6 +43,7 @@ from slidetl.training.drift import distances
 from slidetl.training.grader import SlideGrader
 from slidetl.training.predictions import SlidePrediction
 from slidetl.training.similarity import embed_layers
+from slidetl.training.slots import parse
 
 # The earliest epoch counts whose score in the inner folds is this close to the best one, relatively: on
 # twenty slides a smaller difference says nothing, and the earlier epoch has drifted less.
@@ -51,15 +52,19 @@ _SIMILARITY_TILES = 512
 _START, _LAST = "start", "last"  # names of the weights that are kept
 
 
-def check_configs(configs: Mapping[str, Mapping[str, Any]]) -> None:
+def check_configs(configs: Mapping[str, Mapping[str, Any]], allow: Sequence[str] = ()) -> None:
     """Checks configurations of arms before hours are spent on them.
+
+    Args:
+        configs: by the names of the arms.
+        allow: names outside slidetl that they may import.
 
     Raises:
         UsageError: ``slidetl fit`` would refuse one of them.
     """
     for arm, config in configs.items():
         try:
-            _parse(config, ("0", "1"), 0)
+            _parse(config, ("0", "1"), 0, allow)
         except UsageError as error:
             raise UsageError(f"arm {arm!r}: {error}") from error
 
@@ -207,7 +212,8 @@ class _Fit:
     def _built(self) -> tuple[SlideGrader, SlideDataModule]:
         seed = self._job.unit.fold.seed
         pl.seed_everything(seed, workers=True, verbose=False)
-        ready = _parser().instantiate_classes(_parse(self._config, self._job.grades, seed))
+        config = _parse(self._config, self._job.grades, seed, self._job.allow)
+        ready = _parser().instantiate_classes(config)
         parts = {"train": self._train, "val": self._monitored, "test": self._monitored}
         return ready.model, SlideDataModule.from_slides(**parts, **ready.data)
 
@@ -429,12 +435,12 @@ def _parser() -> LightningArgumentParser:
     return parser
 
 
-def _parse(config: Mapping[str, Any], grades: Sequence[str], seed: int) -> Any:
+def _parse(config: Mapping[str, Any], grades: Sequence[str], seed: int, allow: Sequence[str] = ()) -> Any:
     """Parses and checks the configuration of a training."""
     data = {**config["data"], "grades": list(grades), "seed": seed}
     model = {**config["model"], "grades": list(grades)}
     try:
-        return _parser().parse_object({"model": model, "data": data, "trainer": dict(config["trainer"])})
+        return parse(_parser(), {"model": model, "data": data, "trainer": config["trainer"]}, allow)
     except ArgumentError as error:
         lines = [line.strip(" -:") for line in str(error).splitlines() if line.strip(" -:")]
         raise UsageError(" ".join(lines[:4])) from error

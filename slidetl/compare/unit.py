@@ -22,7 +22,14 @@ from slidetl.tiles.lock import slide_lock
 _ABOUT, _RESULT, _EMBEDDINGS = "unit.json", "result.json", "embeddings.npy"
 
 
-def job_of(unit: Unit, study: Study, grades: Sequence[str], folder: Path, threads: int = 1) -> Job:
+def job_of(
+    unit: Unit,
+    study: Study,
+    grades: Sequence[str],
+    folder: Path,
+    threads: int = 1,
+    allow: tuple[str, ...] = (),
+) -> Job:
     """Joins a unit with the part of the study that it needs."""
     inside = {*unit.fold.train, *unit.fold.test}
     labelled = study if unit.permutation is None else permuted(study, unit.permutation)
@@ -35,6 +42,7 @@ def job_of(unit: Unit, study: Study, grades: Sequence[str], folder: Path, thread
         grades=tuple(grades),
         folder=folder,
         threads=threads,
+        allow=allow,
     )
 
 

@@ -19,15 +19,17 @@ from slidetl.data.datasets import channels_first
 from slidetl.data.study import CachedSlide
 from slidetl.errors import UsageError
 from slidetl.library.model_card import TrainingData
+from slidetl.training.slots import parse
 
 _BATCH = 64
 
 
-def training_slides(configs: Sequence[Path]) -> tuple[CachedSlide, ...]:
+def training_slides(configs: Sequence[Path], allow: Sequence[str] = ()) -> tuple[CachedSlide, ...]:
     """Lists the slides on which fits were trained, each once, in the order of their identifiers.
 
     Args:
         configs: ``config.yaml`` of each fit, as Lightning keeps it beside the logs.
+        allow: names outside slidetl that they may import.
 
     Raises:
         UsageError: no such configuration, or it says something else.
@@ -35,7 +37,7 @@ def training_slides(configs: Sequence[Path]) -> tuple[CachedSlide, ...]:
     """
     slides: dict[str, CachedSlide] = {}
     for config in configs:
-        data = _data_module(config)
+        data = _data_module(config, allow)
         data.setup("fit")
         slides |= {slide.row.slide_id: slide for slide in data.slides["train"]}
     return tuple(slides[slide_id] for slide_id in sorted(slides))
@@ -90,7 +92,7 @@ def _tissue_mm2(slide: CachedSlide) -> float:
     return float(slide.cache.tissue_fraction.sum()) * (spec.stride_px * spec.mpp / 1000) ** 2
 
 
-def _data_module(config: Path) -> SlideDataModule:
+def _data_module(config: Path, allow: Sequence[str]) -> SlideDataModule:
     try:
         values = yaml.safe_load(config.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -100,7 +102,7 @@ def _data_module(config: Path) -> SlideDataModule:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(SlideDataModule, "data")
     try:
-        parsed = parser.parse_object({"data": values["data"]})
+        parsed = parse(parser, {"data": values["data"]}, allow)
     except ArgumentError as error:
         raise UsageError(f"{config}: {' '.join(str(error).split())}") from error
     data: SlideDataModule = parser.instantiate_classes(parsed)["data"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -11,16 +10,16 @@ from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
 import torch
-from pytorch_lightning.cli import instantiate_module
+from pytorch_lightning.cli import LightningArgumentParser
 
 from slidetl.data.tasks import Task
-from slidetl.errors import CheckpointError, SlidetlError
+from slidetl.errors import CheckpointError, SlidetlError, UsageError
 from slidetl.models import transfer
 from slidetl.models.spec import BackboneSpec
 from slidetl.models.targets import Targets
 from slidetl.training.grader import SlideGrader
+from slidetl.training.slots import check_name, parse
 
-_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _CLASSES = ("aggregator", "head", "transfer", "schedule")
 _VALUES = {"backbone": BackboneSpec, "targets": Targets}
 _PARAMETERS = frozenset(inspect.signature(SlideGrader).parameters)
@@ -30,8 +29,8 @@ def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
     """Reads a checkpoint as plain values and tensors, and checks its hyper-parameters.
 
     Building a module imports every class that they name, and an import runs code. So they must have the
-    very form in which ``slidetl fit`` writes them, and name nothing but ``slidetl.*`` and what the user
-    allows.
+    very form in which ``slidetl fit`` writes them, and name nothing but what their slot takes
+    (:data:`slidetl.training.slots.SLOTS`) and what the user allows.
 
     Args:
         path: a ``.ckpt`` file.
@@ -79,7 +78,10 @@ def load_grader(path: str | Path, allow: Sequence[str] = ()) -> SlideGrader:
     path = Path(path)
     checkpoint = read_checkpoint(path, allow)
     try:
-        grader = instantiate_module(SlideGrader, checkpoint["hyper_parameters"])
+        parser = LightningArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(SlideGrader, "model")
+        parsed = parse(parser, {"model": checkpoint["hyper_parameters"]}, allow)
+        grader: SlideGrader = parser.instantiate_classes(parsed).model
         grader.load_state_dict(checkpoint["state_dict"])
         grader.on_load_checkpoint(checkpoint)
     except (ArgumentError, RuntimeError, KeyError, TypeError, ValueError, SlidetlError) as error:
@@ -125,14 +127,11 @@ def _check_class(key: str, value: Any, allow: Sequence[str]) -> None:
         or "class_path" not in value
     ):
         raise CheckpointError(f"expected {key} to be a class_path with init_args, found {value!r}")
-    name, arguments = value["class_path"], value.get("init_args", {})
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise CheckpointError(f"expected the class_path of {key} to be the name of a class, found {name!r}")
-    if not any(name == prefix or name.startswith(f"{prefix}.") for prefix in ("slidetl", *allow)):
-        raise CheckpointError(
-            f"it would import {name!r}, which is neither slidetl's nor allowed; "
-            f"if you trust it, add --allow {name}"
-        )
+    arguments = value.get("init_args", {})
+    try:
+        name = check_name(f"model.{key}", value["class_path"], allow)
+    except UsageError as error:
+        raise CheckpointError(str(error)) from error
     if not isinstance(arguments, dict):
         raise CheckpointError(f"expected the init_args of {key} to be names and values, found {arguments!r}")
     texts = _text_arguments(name)

@@ -1,0 +1,205 @@
+"""The classes that a configuration or a checkpoint may name, slot by slot.
+
+Building what a file names imports modules and calls classes, so a file could run anything. Here is the one
+table of what each slot takes without being asked; all else needs the user's ``--allow``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.profilers import Profiler
+from pytorch_lightning.strategies import Strategy
+
+from slidetl.data.sampling import Sampling
+from slidetl.errors import UsageError
+from slidetl.models.aggregators import Pooling
+from slidetl.models.heads import Head
+from slidetl.models.transfer import TransferStrategy
+from slidetl.training.schedules import Schedule
+
+_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A place in a configuration that takes a class.
+
+    Attributes:
+        base: the classes derive from it, or have its methods where it is a protocol.
+        homes: modules, packages and classes whose names may stand there.
+    """
+
+    base: type
+    homes: tuple[str, ...]
+
+
+# The others send what they log to a server.
+_LOGGERS = ("CSVLogger", "csv_logs", "TensorBoardLogger", "tensorboard")
+
+SLOTS: Mapping[str, Slot] = {
+    "model.aggregator": Slot(Pooling, ("slidetl.models.aggregators",)),
+    "model.head": Slot(Head, ("slidetl.models.heads",)),
+    "model.transfer": Slot(TransferStrategy, ("slidetl.models.transfer",)),
+    "model.schedule": Slot(Schedule, ("slidetl.training.schedules",)),
+    "data.sampling": Slot(Sampling, ("slidetl.data.sampling",)),
+    "trainer.callbacks": Slot(Callback, ("pytorch_lightning.callbacks",)),
+    "trainer.logger": Slot(Logger, tuple(map("pytorch_lightning.loggers.{}".format, _LOGGERS))),
+    "trainer.profiler": Slot(Profiler, ("pytorch_lightning.profilers",)),
+    "trainer.strategy": Slot(Strategy, ("pytorch_lightning.strategies",)),
+}
+# It calls whatever its arguments name.
+_NEVER = ("pytorch_lightning.callbacks.lambda_function", "pytorch_lightning.callbacks.LambdaCallback")
+
+_permitted: set[str] = set()
+
+
+def permit(allow: Sequence[str] = ()) -> None:
+    """Has jsonargparse import nothing but what :data:`SLOTS` and the user name, from now on.
+
+    Args:
+        allow: names or packages outside slidetl.
+
+    Raises:
+        UsageError: one of them cannot be a name.
+    """
+    wanted = {home for slot in SLOTS.values() for home in slot.homes} | set(allow)
+    for name in allow:
+        if not _NAME.fullmatch(name) or name.split(".")[0] == "jsonargparse":
+            raise UsageError(
+                f"--allow: expected the name of a package or class, such as mylab.heads, not {name!r}"
+            )
+    set_parsing_settings(
+        import_path_denylist=["*", *{*_NEVER, *_permitted} - wanted], import_path_allowlist=sorted(wanted)
+    )
+    _permitted.update(allow)
+
+
+def parse(parser: ArgumentParser, values: Mapping[str, Any], allow: Sequence[str] = ()) -> Namespace:
+    """Parses values that a file holds, and checks every class that they name before any is called.
+
+    Args:
+        parser: with ``model``, ``data`` or ``trainer``.
+        values: of these.
+        allow: as for :func:`permit`.
+
+    Raises:
+        UsageError: a class is not allowed, or not of its slot.
+        ArgumentError: the parser refuses a value.
+    """
+    permit(allow)
+    try:
+        config: Namespace = parser.parse_object(dict(values))
+    except ArgumentError as error:
+        check_import(error)
+        raise
+    check_classes(config.as_dict(), allow)
+    return config
+
+
+def check_import(error: ArgumentError) -> None:
+    """Says in our words that jsonargparse refused an import.
+
+    Raises:
+        UsageError: it did.
+    """
+    if denied := re.search(r"Importing '(.+?)' is not allowed", str(error)):
+        raise UsageError(
+            f"it would import {denied[1]!r:.100}, which is neither slidetl's nor allowed; "
+            f"if you trust it, add --allow {denied[1]}"
+        ) from error
+
+
+def check_classes(config: Mapping[str, Any], allow: Sequence[str] = ()) -> None:
+    """Checks every class that a parsed configuration names, before one is called.
+
+    Args:
+        config: with ``model``, ``data`` and ``trainer``, as jsonargparse parses them.
+        allow: as for :func:`permit`.
+
+    Raises:
+        UsageError: a class is not allowed, or not of its slot.
+    """
+    for part in ("model", "data", "trainer"):
+        for key, value in (config.get(part) or {}).items():
+            _check(f"{part}.{key}", SLOTS.get(f"{part}.{key}"), value, allow)
+
+
+def check_name(place: str, name: object, allow: Sequence[str] = ()) -> str:
+    """Checks that a slot may name a class, without importing it.
+
+    Args:
+        place: of the slot, as in :data:`SLOTS`.
+        name: dotted.
+        allow: as for :func:`permit`.
+
+    Raises:
+        UsageError: it may not.
+    """
+    slot = SLOTS.get(place)
+    homes = slot.homes if slot else ()
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise UsageError(f"expected the class_path of {place} to be the name of a class, found {name!r:.100}")
+    if not _is_under(name, allow) and (_is_under(name, _NEVER) or not _is_under(name, homes)):
+        expected = f"expected a class of {', '.join(homes)}" if homes else "expected no class"
+        raise UsageError(
+            f"{place} would import {name!r:.100}, which is neither slidetl's nor allowed: {expected}; "
+            f"if you trust it, add --allow {name}"
+        )
+    return name
+
+
+def _check(place: str, slot: Slot | None, value: Any, allow: Sequence[str]) -> None:
+    if isinstance(value, Mapping):
+        if "class_path" in value:
+            _check_class(place, slot, value["class_path"], allow)
+        for entry in value.values():
+            _check(place, slot, entry, allow)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            _check(place, slot, entry, allow)
+    elif callable(value):
+        name = check_name(place, _defined_as(value), allow)
+        if not isinstance(value, type) and not _is_under(name, allow):
+            raise UsageError(
+                f"{place}: expected a class, {name!r} is none; if you trust it, add --allow {name}"
+            )
+
+
+def _check_class(place: str, slot: Slot | None, name: object, allow: Sequence[str]) -> None:
+    module, _, attribute = check_name(place, name, allow).rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"{place}: there is no class {name!r}: {error}") from error
+    if not isinstance(found, type):
+        raise UsageError(f"{place}: expected a class, {name!r} is none")
+    check_name(place, _defined_as(found), allow)
+    if slot is not None and not _derives(found, slot.base):
+        raise UsageError(
+            f"{place}: expected a class that derives from {slot.base.__name__}, {name!r} does not"
+        )
+
+
+def _derives(found: type, base: type) -> bool:
+    if base in found.__mro__:
+        return True
+    methods = [name for name, value in vars(base).items() if inspect.isfunction(value) and name[0] != "_"]
+    return bool(getattr(base, "_is_protocol", False)) and all(hasattr(found, name) for name in methods)
+
+
+def _defined_as(value: Any) -> str:
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _is_under(name: str, homes: Sequence[str]) -> bool:
+    return any(name == home or name.startswith(f"{home}.") for home in homes)
