@@ -353,7 +353,7 @@ class _Pooling:
         probabilities, folds = self._pooled(units)
         results = self._results(probabilities, self.true)
         true, first, graded = results.true, results.probabilities[0], results.predicted[0]
-        who, name, how = results.patients, self._primary.figure, self._how
+        who, name, how = results.patients, self._primary.metric, self._how
         metrics = {name: bca_interval(self._metric(name, results), who, **how) for name in METRICS}
         is_nested = [result.nested for _, result in units]
         fewest = min(len(np.unique(who[row == k])) for row in folds for k in range(len(self._folds)))
@@ -401,7 +401,7 @@ class _Pooling:
         """Computes the primary metric of a cross-validation on permuted labels; higher is better."""
         grade = {row.slide_id: row.grade for row in study.rows}
         true = np.array([grade[slide] for slide in self.slides], np.int64)
-        results, name = self._results(self._pooled(units)[0], true), self._primary.figure
+        results, name = self._results(self._pooled(units)[0], true), self._primary.metric
         return _higher_is_better(name, float(self._metric(name, results)(np.ones(len(results.true)))))
 
     def differences(self, arms: Sequence[ArmResult]) -> list[PairedDifference]:
@@ -465,7 +465,7 @@ class _Pooling:
         return Untempered(log_loss, rps, None if slope is None else slope.estimate)
 
     def _difference(self, arm: ArmResult, against: ArmResult) -> PairedDifference:
-        name, both = self._primary.figure, (arm.results, against.results)
+        name, both = self._primary.metric, (arm.results, against.results)
         metric, who = _metric_of(name, self._n_grades), arm.results.patients
         one, other = (_predictions(name, results) for results in both)
         t = None

@@ -89,7 +89,7 @@ class Primary:
 
     arm: str
     against: str
-    figure: MetricName = "qwk"
+    metric: MetricName = "qwk"
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from slidetl.evaluation.bootstrap import Interval
 from slidetl.evaluation.conformal import referral_rule
 from slidetl.evaluation.repeatability import ScoreShift
 
-# One row a number. ``section`` groups them: primary, figure (metrics of an arm), repeat, threshold, variance,
+# One row a number. ``section`` groups them: primary, metric (of an arm), repeat, threshold, variance,
 # calibration, sets, site, scanner, reader, repeatability, groups, chance; learning; difference; agreement,
 # ceiling, confounding, power.
 COLUMNS = (
-    *("section", "arm", "train_slides", "against", "figure", "estimate", "low", "high", "level"),
+    *("section", "arm", "train_slides", "against", "metric", "estimate", "low", "high", "level"),
     *("p", "p_holm", "n", "note"),
 )
 _UNIT = ("arm", "train_slides", "repeat", "fold")
@@ -99,7 +99,7 @@ def _arm_rows(arm: ArmResult, referral_risks: Sequence[float]) -> Iterator[dict[
     n = len(arm.results.true)
     name: str
     for name, interval in arm.metrics.items():
-        yield _row("figure", name, interval, n=n, note="" if arm.nested else "not nested")
+        yield _row("metric", name, interval, n=n, note="" if arm.nested else "not nested")
     for name, values in arm.by_repeat.items():
         for repeat, value in enumerate(values):
             yield _row("repeat", name, value, n=n, note=f"repeat {repeat}")
@@ -192,7 +192,7 @@ def _row(
     n: int | None = None,
     note: str = "",
 ) -> dict[str, Any]:
-    row: dict[str, Any] = {"section": section, "figure": name, "p": _number(p), "n": n, "note": note}
+    row: dict[str, Any] = {"section": section, "metric": name, "p": _number(p), "n": n, "note": note}
     if isinstance(value, Interval):
         return row | {bound: _number(getattr(value, bound)) for bound in ("estimate", "low", "high", "level")}
     return row | {"estimate": _number(value)}

@@ -294,7 +294,7 @@ def table(path: Path) -> list[dict[str, str]]:
 
 def as_shown(row: dict[str, str], form: str = "{:.2f}") -> str:
     """An interval of results.csv as the page shows it."""
-    form = "{:.3f}" if row["figure"] == "rps" else form
+    form = "{:.3f}" if row["metric"] == "rps" else form
     values = [
         form.format(round(float(row[name]), 3 if "3" in form else 2) + 0.0)
         for name in ("estimate", "low", "high")
@@ -325,9 +325,9 @@ def test_figures_on_the_page_are_those_of_the_tables(whole: tuple[ComparisonResu
     page, rows = Page(whole[1] / "report.html"), table(whole[1] / "results.csv")
     for arm in ("warm", "scratch", "prior"):
         figures = {
-            row["figure"]: row
+            row["metric"]: row
             for row in rows
-            if (row["section"], row["arm"], row["train_slides"]) == ("figure", arm, "")
+            if (row["section"], row["arm"], row["train_slides"]) == ("metric", arm, "")
         }
         names = ("qwk", "accuracy", "mae", "rps", "log_loss")
         assert page.row("arms", arm)[1:] == [as_shown(figures[name]) for name in names]
@@ -335,7 +335,7 @@ def test_figures_on_the_page_are_those_of_the_tables(whole: tuple[ComparisonResu
             next(
                 row
                 for row in rows
-                if (row["arm"], row["train_slides"], row["section"], row["figure"])
+                if (row["arm"], row["train_slides"], row["section"], row["metric"])
                 == (arm, "", "calibration", name)
             )
             for name in ("slope", "intercept")
@@ -358,8 +358,8 @@ def test_smaller_training_parts_are_shown_with_the_whole_one(whole: tuple[Compar
         (found,) = [
             found
             for found in rows
-            if (found["section"], found["arm"], found["train_slides"], found["figure"])
-            == ("figure", "scratch", size, "qwk")
+            if (found["section"], found["arm"], found["train_slides"], found["metric"])
+            == ("metric", "scratch", size, "qwk")
         ]
         assert row[2] == as_shown(found)
 
@@ -490,7 +490,7 @@ def test_slides_are_left_to_a_human_at_a_chosen_risk(tmp_path: Path) -> None:
     """What the table says is judged on the predictions, by SciPy's exact interval of a share."""
     result, risks = invented(repeats=1, sizes=(), noise=0.3), [0.1, 0.25, 0.4]
     page = written(replace(result, comparison=replace(result.comparison, referral_risks=risks)), tmp_path)
-    rules = [row for row in table(tmp_path / "results.csv") if row["figure"] == "coverage_at_risk"]
+    rules = [row for row in table(tmp_path / "results.csv") if row["metric"] == "coverage_at_risk"]
     graded = table(tmp_path / "predictions.csv")
     found = 0
     for arm in ("warm", "scratch"):
@@ -529,7 +529,7 @@ def test_every_figure_counts_patients(whole: tuple[ComparisonResult, Path]) -> N
     true = np.array([int(row["grade"]) for row in patients])
     graded = np.array([int(row["predicted_grade"]) for row in patients])
     sure = np.array([max(float(row[f"probability_{grade}"]) for grade in range(5)) for row in patients])
-    (ece,) = [float(row["estimate"]) for row in own if row["figure"] == "ece"]
+    (ece,) = [float(row["estimate"]) for row in own if row["metric"] == "ece"]
     in_bin = np.digitize(sure, np.linspace(0, 1, 11)[1:-1], right=True)
     gaps = [abs((true == graded)[in_bin == each].sum() - sure[in_bin == each].sum()) for each in range(10)]
     assert ece == pytest.approx(sum(gaps) / 60, abs=1e-3)
@@ -556,7 +556,7 @@ def test_every_figure_counts_patients(whole: tuple[ComparisonResult, Path]) -> N
             pairs = [(int(row[f"grade_reader{reader + 1}"]), int(row["predicted_grade"])) for row in again]
             kappas.append(cohen_kappa_score(*zip(*pairs, strict=True), weights="quadratic"))
         assert found.qwk.estimate == pytest.approx(np.mean(kappas))
-    at = [int(row["n"]) for row in own if (row["section"], row["figure"]) == ("site", "qwk")]
+    at = [int(row["n"]) for row in own if (row["section"], row["metric"]) == ("site", "qwk")]
     assert sorted(at) == sorted(Counter(row["site"] for row in patients).values())
 
 
@@ -564,7 +564,7 @@ def test_sites_are_told_from_the_networks_of_each_arm(
     whole: tuple[ComparisonResult, Path], tmp_path: Path
 ) -> None:
     _, folder = whole
-    rows = [row for row in table(folder / "results.csv") if row["figure"] == "site_from_embeddings"]
+    rows = [row for row in table(folder / "results.csv") if row["metric"] == "site_from_embeddings"]
     assert [row["note"].partition(";")[0] for row in rows] == ["warm", "scratch"]  # a prior has no network
     assert all(float(row["estimate"]) > 0.8 and float(row["p"]) < 0.01 and row["n"] == "60" for row in rows)
     shown = Page(folder / "report.html").row("sites", "warm")
@@ -589,8 +589,8 @@ def test_arms_are_shown_at_equal_epochs_and_at_their_plateaus(
     for arm in ("warm", "scratch"):
         own = [point for point in points if point["arm"] == arm and (point["part"] != "test") == nested]
         mean = {
-            (figure, epoch): np.mean([float(p[figure]) for p in own if int(p["epoch"]) == epoch])
-            for figure in ("qwk", "accuracy", "rps")
+            (metric, epoch): np.mean([float(p[metric]) for p in own if int(p["epoch"]) == epoch])
+            for metric in ("qwk", "accuracy", "rps")
             for epoch in range(5, 31, 5)
         }
         best = max(mean["qwk", epoch] for epoch in range(5, 31, 5))
@@ -598,12 +598,12 @@ def test_arms_are_shown_at_equal_epochs_and_at_their_plateaus(
         least = min(mean["rps", epoch] for epoch in range(5, 31, 5))
         settled = next(epoch for epoch in range(5, 31, 5) if mean["rps", epoch] <= 1.02 * least)
         expected: list[tuple[str, Any]] = [
-            (figure, mean[figure, epoch]) for figure, epoch in mean if epoch in (5, 15, 20, 30)
+            (metric, mean[metric, epoch]) for metric, epoch in mean if epoch in (5, 15, 20, 30)
         ]
         expected += [("plateau_qwk", mean["qwk", plateau]), ("plateau_rps", mean["rps", settled])]
         expected += [("epochs_to_plateau", plateau), ("epochs_to_plateau", settled)]
-        found = {(row["figure"], row["estimate"]) for row in rows if row["arm"] == arm}
-        assert {(figure, f"{value:.6g}") for figure, value in expected} <= found
+        found = {(row["metric"], row["estimate"]) for row in rows if row["arm"] == arm}
+        assert {(metric, f"{value:.6g}") for metric, value in expected} <= found
         trainings = len({(point["fold"], point["part"]) for point in own})
         assert trainings == (10 if nested else 5)
         shown = [row for where, row in page.rows if where == "learning" and row[0] == arm]
@@ -636,7 +636,7 @@ def test_temperatures_are_judged_against_none(small: tuple[ComparisonResult, Pat
         assert row[6:] == [
             f"{found.slope.slope.estimate:.2f}" for found in (without, arm) if found.slope.slope
         ]
-    rows = {row["figure"]: row for row in table(folder / "results.csv") if row["arm"] == "warm"}
+    rows = {row["metric"]: row for row in table(folder / "results.csv") if row["arm"] == "warm"}
     assert float(rows["untempered_rps"]["estimate"]) == pytest.approx(
         plain.arms[0].metrics["rps"].estimate, 1e-4
     )
@@ -697,7 +697,7 @@ def test_two_groups_are_compared_by_every_arm_and_by_the_labels(tmp_path: Path) 
             [np.max(values) for patient, values in of_patient.items() if site[patient] == name]
             for name in ("south", "north")
         )
-        (shift,) = [row for row in rows if (row["arm"], row["figure"]) == (arm, "shift")]
+        (shift,) = [row for row in rows if (row["arm"], row["metric"]) == (arm, "shift")]
         median = np.median(np.subtract.outer(south, north))
         assert float(shift["estimate"]) == pytest.approx(median, abs=1e-4)  # five digits are written
         assert int(shift["n"]) == len(south) + len(north)
@@ -726,7 +726,7 @@ def test_an_undefined_metric_is_said_to_be(small: tuple[ComparisonResult, Path],
         rows = [row for row in table(tmp_path / name) if row["arm"] == "warm"]
         assert "nan" not in {cell for row in rows for cell in row.values()}
     (area,) = [row for row in table(tmp_path / "results.csv") if row["arm"] == "warm"
-               and row["figure"] == "auroc_above_0"]  # fmt: skip
+               and row["metric"] == "auroc_above_0"]  # fmt: skip
     assert area["estimate"] == ""
     assert " nan" not in (tmp_path / "report.md").read_text()
 

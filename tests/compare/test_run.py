@@ -95,9 +95,9 @@ def test_figures_are_those_of_the_pooled_predictions(compared: Path) -> None:
     true = [int(row["grade"]) for row in predictions]
     predicted = [int(row["predicted_grade"]) for row in predictions]
     figures = {
-        row["figure"]: float(row["estimate"])
+        row["metric"]: float(row["estimate"])
         for row in table(compared / "results.csv")
-        if (row["section"], row["arm"]) == ("figure", "scratch")
+        if (row["section"], row["arm"]) == ("metric", "scratch")
     }
     kappa = cohen_kappa_score(true, predicted, labels=range(5), weights="quadratic")
     assert figures["accuracy"] == pytest.approx(accuracy_score(true, predicted), abs=1e-5)
@@ -107,10 +107,10 @@ def test_figures_are_those_of_the_pooled_predictions(compared: Path) -> None:
 def test_the_declared_comparison_comes_first(compared: Path) -> None:
     rows = table(compared / "results.csv")
     assert (rows[0]["section"], rows[0]["arm"], rows[0]["against"]) == ("primary", "scratch", "prior")
-    qwk = {row["arm"]: float(row["estimate"]) for row in rows if row["figure"] == "qwk" and row["n"]
-           and row["section"] == "figure" and not row["train_slides"]}  # fmt: skip
+    qwk = {row["arm"]: float(row["estimate"]) for row in rows if row["metric"] == "qwk" and row["n"]
+           and row["section"] == "metric" and not row["train_slides"]}  # fmt: skip
     assert float(rows[0]["estimate"]) == pytest.approx(qwk["scratch"] - qwk["prior"], abs=1e-5)
-    assert {row["note"] for row in rows if row["section"] == "figure"} == {"not nested"}
+    assert {row["note"] for row in rows if row["section"] == "metric"} == {"not nested"}
 
 
 def test_learning_curves_have_every_epoch_of_every_fold(compared: Path) -> None:

@@ -73,7 +73,7 @@ def draw_all(view: View, tables: Mapping[str, Table], folder: Path) -> dict[str,
 def _forest(view: View, folder: Path) -> Plot:
     """Draws arms with their intervals, and their paired differences."""
     table, declared = forest(view), view.result.primary is not None
-    repeats = [arm.by_repeat[view.comparison.primary.figure] for arm in view.arms]
+    repeats = [arm.by_repeat[view.comparison.primary.metric] for arm in view.arms]
     places = -np.arange(len(table.rows), dtype=np.float64)
     with _sheet(folder, "forest", 8.6, 1.3 + 0.34 * len(table.rows)) as (figure, path):
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1))

@@ -65,7 +65,7 @@ def tables_of(view: View) -> dict[str, Table]:
         "chance": Table(
             ("Arm", view.metric, "Refits", ("p", "p")),
             [
-                (arm.arm, arm.metrics[primary.figure], arm.n_permuted, arm.chance_p)
+                (arm.arm, arm.metrics[primary.metric], arm.n_permuted, arm.chance_p)
                 for arm in view.arms
                 if arm.chance_p is not None
             ],
@@ -194,7 +194,7 @@ def forest(view: View) -> Table:
         pairs[primary.arm] = view.result.primary.interval
     return Table(
         ("Arm", view.metric, (f"difference in {view.metric}, arm minus {primary.against}", "+.2f")),
-        [(arm.arm, arm.metrics[primary.figure], pairs.get(arm.arm)) for arm in view.arms],
+        [(arm.arm, arm.metrics[primary.metric], pairs.get(arm.arm)) for arm in view.arms],
     )
 
 

@@ -121,7 +121,7 @@ class View:
     @property
     def learned(self) -> tuple[CurveMetric, CurveMetric]:
         """Metrics of the learning curves, that of the primary comparison first if it is one of them."""
-        is_accuracy = self.comparison.primary.figure == "accuracy"
+        is_accuracy = self.comparison.primary.metric == "accuracy"
         return ("accuracy", "qwk") if is_accuracy else ("qwk", "accuracy")
 
     @property
@@ -145,7 +145,7 @@ class View:
     @property
     def metric(self) -> str:
         """Name of the metric of the primary comparison."""
-        return NAMES[self.comparison.primary.figure]
+        return NAMES[self.comparison.primary.metric]
 
     @property
     def better(self) -> str:
@@ -159,7 +159,7 @@ class View:
     @cached_property
     def limit(self) -> float | None:
         """Limit of the primary metric by the readers' noise; None where it is not known."""
-        found, name = self.result.ceiling, self.comparison.primary.figure
+        found, name = self.result.ceiling, self.comparison.primary.metric
         if found is None or name not in ("qwk", "accuracy"):
             return None
         kind = {"consensus": "consensus_", "together": "together_"}.get(self.labels, "")
