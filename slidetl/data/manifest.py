@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from slidetl.data.folder import SLIDE_SUFFIXES, find_files
+from slidetl.data.spreadsheet import read_table
 from slidetl.data.tasks import Task
 from slidetl.errors import ManifestError, SlideOpenError, UsageError
 from slidetl.slides.dicom import series_instance_uid
 from slidetl.slides.npz import NpzItem, read_labels
 from slidetl.slides.raster import IMAGE_SUFFIXES, TIFF_SUFFIXES
+from slidetl.tiles.identifier import clash_key, safe_slide_id, short_digest
 
 SPLITS = ("train", "val", "test")
 REQUIRED = ("slide_id", "path", "patient_id", "grade")
 FIVE_GRADES = ("0", "1", "2", "3", "4")  # the default scale
 OPTIONAL = ("site", "scanner", "stain", "block", "mpp", "split")
 _READER = re.compile(r"grade_reader(\d+)")
-# What OpenSlide 4 reads, by file name; whether a file really is a slide is found out when it is opened.
-SLIDE_SUFFIXES = frozenset(
-    ".svs .tif .tiff .ndpi .vms .vmu .scn .mrxs .svslide .bif .dcm .czi".split()  # noqa: SIM905 (reads better)
-)
+# Cells that say that there is no value, as R, pandas and spreadsheets write them.
+_MISSING = frozenset(["na", "n/a", "#n/a", "nan", "<na>", "null"])
+_SPREADSHEET_ERROR = re.compile(r"#[A-Z/0]+[!?]", re.IGNORECASE)
+# A long number that a spreadsheet has cut to a few digits: many patients would become one.
+_ROUNDED = re.compile(r"\d[.,]?\d*E\+\d+")
+_FAULTS_EACH = 3  # of one kind with a line for each; more are counted
 
 
 @dataclass(frozen=True)
@@ -88,16 +92,17 @@ def read_manifest(
     as :mod:`slidetl.slides.npz` says.
 
     Args:
-        path: a CSV with the columns ``slide_id, path, patient_id, grade`` and optionally ``site``,
-            ``scanner``, ``stain``, ``block``, ``mpp``, ``split``, ``grade_reader1``, ...; or a folder,
-            searched with its sub-folders, whose slides have no grades; or labelled images. A folder without
-            slides is searched for images (PNG, JPEG, BMP).
+        path: a table (:mod:`slidetl.data.spreadsheet`) with the columns ``slide_id, path, patient_id, grade``
+            and optionally ``site``, ``scanner``, ``stain``, ``block``, ``mpp``, ``split``, ``grade_reader1``,
+            ...; or a folder, searched with its sub-folders (:mod:`slidetl.data.folder`), whose slides have no
+            grades; or labelled images. A folder without slides is searched for images (PNG, JPEG, BMP).
         n_grades: number of grades K on the scale; None checks only that a grade is a whole number.
         images: whether a folder is one of labelled images even if there are TIFFs or slides in it.
         tasks: label scales whose columns are read where they are there.
 
     Raises:
-        ManifestError: every fault found, each with its line number.
+        ManifestError: every fault found, with line numbers. A file that is missing is none: it fails when it
+            is opened, and costs its slide alone.
     """
     path = Path(path)
     if path.is_dir() and images:
@@ -125,61 +130,54 @@ def check_scale(grades: Sequence[str]) -> None:
         )
 
 
-def safe_slide_id(name: str) -> str:
-    """Turns a name into one that is safe as a single folder name on any file system; may be empty."""
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name.strip()).lstrip(".-")[:150]
-    return safe if re.search("[A-Za-z0-9]", safe) else ""
+class _Faults:
+    """Collects the faults of a manifest; many of one kind become one line."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, list[tuple[int, str]]] = {}
+
+    def add(self, line: int, rule: str, *values: object) -> None:
+        """Adds a fault: ``rule`` with ``values`` in the place of its ``{}``."""
+        self._found.setdefault(rule, []).append((line, rule.format(*values)))
+
+    def check(self, path: Path) -> None:
+        """Raises them all.
+
+        Raises:
+            ManifestError: there are any.
+        """
+        listed: list[tuple[int, str]] = []
+        for faults in self._found.values():
+            faults.sort()
+            line, text = faults[0]
+            if len(faults) <= _FAULTS_EACH:
+                listed += [(line, f"line {line}: {text}") for line, text in faults]
+            else:
+                first = ", ".join(str(number) for number, _ in faults[:_FAULTS_EACH])
+                listed.append((line, f"lines {first} ... ({len(faults)} in all): {text}"))
+        if listed:
+            count = sum(map(len, self._found.values()))
+            lines = "\n  ".join(text for _, text in sorted(listed))
+            raise ManifestError(f"{path}: {count} fault{'s' * (count > 1)} in the manifest:\n  {lines}")
 
 
 def _read_csv(path: Path, n_grades: int | None, tasks: Sequence[Task]) -> Manifest:
-    faults: list[str] = []
-    lines: list[tuple[int, list[str]]] = []
-    begins = 1  # the line of the next row; with a quote left open, a row goes on to the end of the file
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            for cells in reader:
-                if any(cell.strip() for cell in cells):
-                    lines.append((begins, cells))
-                begins = reader.line_num + 1
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"{path}: expected a CSV in UTF-8: {error}") from error
-    except csv.Error as error:
-        raise ManifestError(
-            f"{path}, line {begins}: expected a row of a CSV, found a fault ({error}); check its quotes"
-        ) from error
-    if not lines:
-        raise ManifestError(f"{path}: the file is empty; expected a header with {', '.join(REQUIRED)}")
-    header = [name.strip() for name in lines[0][1]]
-    missing = [name for name in REQUIRED if name not in header]
-    if missing:
-        hint = "; separate the columns by commas" if ";" in header[0] else ""
-        raise ManifestError(
-            f"{path}, line 1: missing column {', '.join(missing)}; found {', '.join(header)}{hint}"
-        )
-    repeated = [name for name, count in Counter(header).items() if count > 1]
-    if repeated:
-        raise ManifestError(f"{path}, line 1: column {', '.join(repeated)} occurs more than once")
-    if len(lines) == 1:
+    columns = (*OPTIONAL, *(task.column for task in tasks), *(f"grade_reader{n}" for n in range(100)))
+    table = read_table(path, REQUIRED, columns)
+    if not table.rows:
         raise ManifestError(f"{path}: a header but no slides; expected one line per slide")
-    known = {*REQUIRED, *OPTIONAL, *(task.column for task in tasks)}
-    unknown = [name for name in header if name not in known and not _READER.fullmatch(name)]
+    unknown = [name for name in table.header if name not in {*REQUIRED, *columns}]
     if unknown:
         warnings.warn(f"{path}: unknown column {', '.join(unknown)} is ignored", stacklevel=3)
-    rows = []
-    for line, cells in lines[1:]:
-        if len(cells) != len(header):
-            faults.append(f"line {line}: expected {len(header)} cells as in the header, found {len(cells)}")
+    faults, rows = _Faults(), []
+    for line, cells in table.rows:
+        if len(cells) != len(table.header):
+            faults.add(line, "expected {} cells as in the header, found {}", len(table.header), len(cells))
             continue
-        values = {name: cell.strip() for name, cell in zip(header, cells, strict=True)}
+        values = dict(zip(table.header, cells, strict=True))
         rows.append(_parse_row(line, values, path.parent, n_grades, tasks, faults))
-    faults += _faults_between(rows)
-    if faults:
-        faults.sort(key=lambda fault: int(re.search(r"\d+", fault)[0]))  # type: ignore[index] # each has its line
-        listed = "\n  ".join(faults)
-        raise ManifestError(
-            f"{path}: {len(faults)} fault{'s' * (len(faults) > 1)} in the manifest:\n  {listed}"
-        )
+    _check_between(rows, faults)
+    faults.check(path)
     return Manifest(tuple(rows))
 
 
@@ -189,71 +187,76 @@ def _parse_row(
     folder: Path,
     n_grades: int | None,
     tasks: Sequence[Task],
-    faults: list[str],
+    faults: _Faults,
 ) -> ManifestRow:
-    def fault(text: str) -> None:
-        faults.append(f"line {line}: {text}")
+    def known(column: str) -> str:
+        text = values.get(column, "")
+        return "" if text.casefold() in _MISSING else text
 
     def grade(column: str) -> int | None:
-        text = values[column]
+        text = known(column)
         if not text:
             return None
         highest = "K-1" if n_grades is None else n_grades - 1
-        if not re.fullmatch(r"\d{1,3}", text) or (n_grades is not None and int(text) >= n_grades):
-            fault(f"{column} must be a whole number from 0 to {highest} (empty: not graded), found {text!r}")
+        number = _whole(text)
+        if number is None or (n_grades is not None and number >= n_grades):
+            rule = f"{column} must be a whole number from 0 to {highest} (empty: not graded), found {{!r}}"
+            faults.add(line, rule, text)
             return None
-        return int(text)
+        return number
 
     def label(task: Task) -> int | Path | None:
-        text = values.get(task.column, "")
+        text = known(task.column)
         if not text:
             return None
-        if re.fullmatch(r"\d{1,3}", text) and int(text) < len(task.grades):
-            return int(text)
+        number = _whole(text)
+        if number is not None and number < len(task.grades):
+            return number
         table = folder.absolute() / text
         if task.of_tiles and table.is_file():
             return table
-        fault(
+        rule = (
             f"{task.column} must be a whole number from 0 to {len(task.grades) - 1} "
-            f"{'or a table of tile labels ' if task.of_tiles else ''}(empty: no label), found {text!r}"
+            f"{'or a table of tile labels ' if task.of_tiles else ''}(empty: no label), found {{!r}}"
         )
+        faults.add(line, rule, text)
         return None
 
+    for column in ("slide_id", "patient_id"):
+        if _ROUNDED.fullmatch(values[column]):
+            rule = f"{column} {{!r}} was rounded by a spreadsheet; make it text there, and export again"
+            faults.add(line, rule, values[column])
     slide_id = safe_slide_id(values["slide_id"])
     if not slide_id:
-        fault(f"slide_id must have letters or digits, found {values['slide_id']!r}")
-    if not values["patient_id"]:
-        fault("patient_id is empty; without it patients would leak between splits")
-    slide = Path(os.path.normpath(folder.absolute() / values["path"]))
-    try:
-        item = NpzItem.of(slide)
-        is_there = bool(values["path"]) and (item.file if item else slide).exists()
-    except (OSError, ValueError):  # it cannot be a path: too long, or with a NUL
-        is_there = False
-    if not is_there:
-        fault(f"no file {values['path']!r}; paths are absolute or relative to the manifest's folder")
+        faults.add(line, "slide_id must have letters or digits, found {!r}", values["slide_id"])
+    if not known("patient_id") or _SPREADSHEET_ERROR.fullmatch(values["patient_id"]):
+        found = f" ({values['patient_id']!r})" if values["patient_id"] else ""
+        faults.add(line, "patient_id is empty{}; without it patients would leak between splits", found)
+    text = values["path"]
+    if not text or "\0" in text or re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
+        faults.add(line, "path must name a file that this machine sees, found {!r}", text)
     mpp: float | None = None
-    if text := values.get("mpp", ""):
+    if text := known("mpp"):
         try:
-            mpp = float(text)
+            mpp = float(text.replace(",", ".") if text.count(",") == 1 else text)
         except ValueError:
             mpp = math.nan
         if not (math.isfinite(mpp) and mpp > 0):
-            fault(f"mpp must be a positive number of micrometres per pixel, found {text!r}")
-    split = values.get("split", "")
+            faults.add(line, "mpp must be a positive number of micrometres per pixel, found {!r}", text)
+    split = known("split").lower()
     if split and split not in SPLITS:
-        fault(f"split must be train, val or test, found {split!r}")
+        faults.add(line, "split must be train, val or test, found {!r}", split)
     readers = sorted((int(match[1]), name) for name in values if (match := _READER.fullmatch(name)))
     return ManifestRow(
         line=line,
         slide_id=slide_id,
-        path=slide,
+        path=_slide_path(folder, values["path"]),
         patient_id=values["patient_id"],
         grade=grade("grade"),
-        site=values.get("site", ""),
-        scanner=values.get("scanner", ""),
-        stain=values.get("stain", ""),
-        block=values.get("block", ""),
+        site=known("site"),
+        scanner=known("scanner"),
+        stain=known("stain"),
+        block=known("block"),
         reader_grades=tuple(grade(name) for _, name in readers),
         mpp=mpp,
         split=split,
@@ -261,31 +264,44 @@ def _parse_row(
     )
 
 
-def _faults_between(rows: Iterable[ManifestRow]) -> list[str]:
-    """Faults that take two rows to see."""
+def _whole(text: str) -> int | None:
+    """Parses a whole number of at most three digits; statistics programs write ``2.0``, or ``2,0``."""
+    match = re.fullmatch(r"(\d{1,3})([.,]0*)?", text)
+    return int(match[1]) if match else None
+
+
+def _slide_path(folder: Path, text: str) -> Path:
+    """Returns the absolute path that a cell names; nobody looks yet if a file is there."""
+    path = folder.absolute() / (Path(text).expanduser() if text.startswith("~/") else text)
+    if "\\" in text and not path.exists():  # written on Windows
+        path = folder.absolute() / text.replace("\\", "/")
+    return Path(os.path.normpath(path))
+
+
+def _check_between(rows: Iterable[ManifestRow], faults: _Faults) -> None:
+    """Adds the faults that take two rows to see."""
     rows = list(rows)
-    faults = []
     first_with_id: dict[str, ManifestRow] = {}
     first_with_path: dict[Path, ManifestRow] = {}
     first_of_patient: dict[str, ManifestRow] = {}
     some_split = any(row.split for row in rows)
     for row in rows:
-        # Compared without case, since some file systems do not tell A.zarr from a.zarr.
-        other = first_with_id.setdefault(row.slide_id.lower(), row)
+        other = first_with_id.setdefault(clash_key(row.slide_id), row)
         if other is not row and row.slide_id:
-            faults.append(f"line {row.line}: slide_id {row.slide_id!r} is already on line {other.line}")
+            same = "" if row.slide_id == other.slide_id else f" as {other.slide_id!r} (case is ignored)"
+            faults.add(row.line, "slide_id {!r} is already on line {}{}", row.slide_id, other.line, same)
         other = first_with_path.setdefault(row.path, row)
         if other is not row:
-            faults.append(f"line {row.line}: the same file as on line {other.line}")
+            faults.add(row.line, "the same file as on line {}", other.line)
         other = first_of_patient.setdefault(row.patient_id, row)
         if row.patient_id and row.split and other.split and row.split != other.split:
-            faults.append(
-                f"line {row.line}: patient {row.patient_id!r} is in split {row.split!r} here "
-                f"and in {other.split!r} on line {other.line}; a patient belongs to one split"
+            faults.add(
+                row.line,
+                "patient {!r} is in split {!r} here and in {!r} on line {}; a patient belongs to one split",
+                *(row.patient_id, row.split, other.split, other.line),
             )
         if some_split and not row.split:
-            faults.append(f"line {row.line}: split is empty, though other lines have one; give all or none")
-    return faults
+            faults.add(row.line, "split is empty, though other lines have one; give all or none")
 
 
 def _with_labels(manifest: Manifest, tasks: Sequence[Task]) -> Manifest:
@@ -299,27 +315,42 @@ def _with_labels(manifest: Manifest, tasks: Sequence[Task]) -> Manifest:
 
 def _list_folder(folder: Path, n_grades: int | None) -> Manifest:
     """The slides below a folder, files of one slide (DICOM instances) once; its images if it has none."""
-    folder = folder.absolute()
+    found = find_files(folder)
     slides: dict[object, Path] = {}
-    for path in _files(folder, SLIDE_SUFFIXES):
-        series = series_instance_uid(path) if path.suffix.lower() == ".dcm" else None
-        slides.setdefault((path.parent, series) if series else path, path)
+    files = found.slides(SLIDE_SUFFIXES)
+    for path in files:
+        slides.setdefault(_series(path) or path, path)
     if slides:
-        return Manifest(_named([ManifestRow(0, "", path, "") for path in slides.values()], folder))
-    if _files(folder, IMAGE_SUFFIXES):
+        found.warn_of_rest(files)
+        return Manifest(_named([ManifestRow(0, "", path, "") for path in slides.values()], found.folder))
+    if found.slides(IMAGE_SUFFIXES):
         return _list_images(folder, n_grades, IMAGE_SUFFIXES)
     known = " ".join(sorted(SLIDE_SUFFIXES | IMAGE_SUFFIXES))
-    raise ManifestError(f"{folder}: no slides in this folder; expected files ending in one of {known}")
+    rest = found.describe_rest([])
+    raise ManifestError(
+        f"{found.folder}: no slides in this folder; expected files ending in one of {known}"
+        + (f"; found {rest}" if rest else "")
+    )
+
+
+def _series(path: Path) -> tuple[Path, str] | None:
+    """Identifies the DICOM series that a file belongs to."""
+    try:
+        series = None if path.suffix.lower() in SLIDE_SUFFIXES - {".dcm"} else series_instance_uid(path)
+    except OSError:  # found out when the slide is opened
+        return None
+    return (path.parent, series) if series else None
 
 
 def _list_images(folder: Path, n_grades: int | None, suffixes: frozenset[str]) -> Manifest:
     """The images below a folder, graded by the folders in it; not graded if some lie beside those."""
-    folder = folder.absolute()
-    paths = _files(folder, suffixes)
+    found = find_files(folder)
+    folder, paths = found.folder, found.slides(suffixes)
     if not paths:
         raise ManifestError(
             f"{folder}: no images in this folder; expected files ending in {' '.join(sorted(suffixes))}"
         )
+    found.warn_of_rest(paths)
     folders = [path.relative_to(folder).parts[:-1] for path in paths]
     has_splits = all(parts and parts[0] in SPLITS for parts in folders)
     labels = [parts[has_splits : has_splits + 1] for parts in folders]
@@ -369,30 +400,28 @@ def _check_labels(path: Path, count: int, n_grades: int | None) -> None:
         )
 
 
-def _files(folder: Path, suffixes: frozenset[str]) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in suffixes and not path.name.startswith(".") and path.is_file()
-    )
-
-
 def _named(rows: list[ManifestRow], folder: Path) -> tuple[ManifestRow, ...]:
-    """Gives every row an identifier, from its file's name and as much of its folders as it takes."""
-    rows = [replace(row, slide_id=safe_slide_id(row.path.stem)) for row in rows]
-    rows = _rename_clashes(rows, lambda path: "_".join([*path.relative_to(folder).parent.parts, path.stem]))
-    rows = _rename_clashes(rows, lambda path: "_".join(path.relative_to(folder).parts))
-    taken: set[str] = set()
-    for row in rows:
-        if not row.slide_id or row.slide_id.lower() in taken:
-            raise ManifestError(f"{row.path}: no identifier can be made from this name; list it in a CSV")
-        taken.add(row.slide_id.lower())
-    return tuple(replace(row, patient_id=row.slide_id) for row in rows)
+    """Gives every row an identifier: its file's name, with as much of its folders, or a hash, as it takes."""
 
+    def names(path: Path) -> list[str]:
+        below = path.relative_to(folder)
+        return [
+            path.stem,
+            "_".join([*below.parent.parts, path.stem]),
+            "_".join(below.parts),
+            f"{safe_slide_id(path.stem) or 'slide'}_{short_digest(str(below))}",
+        ]
 
-def _rename_clashes(rows: list[ManifestRow], name: Callable[[Path], str]) -> list[ManifestRow]:
-    counts = Counter(row.slide_id.lower() for row in rows)
-    return [
-        replace(row, slide_id=safe_slide_id(name(row.path))) if counts[row.slide_id.lower()] > 1 else row
-        for row in rows
-    ]
+    every = [[safe_slide_id(name) for name in names(row.path)] for row in rows]
+    chosen = [candidates[0] for candidates in every]
+    for attempt in range(1, len(every[0])):
+        counts = Counter(map(clash_key, chosen))
+        chosen = [
+            candidates[attempt] if not name or counts[clash_key(name)] > 1 else name
+            for name, candidates in zip(chosen, every, strict=True)
+        ]
+    counts = Counter(map(clash_key, chosen))
+    for row, name in zip(rows, chosen, strict=True):
+        if counts[clash_key(name)] > 1:
+            raise ManifestError(f"{row.path}: its name gives no identifier of its own; list it in a CSV")
+    return tuple(replace(row, slide_id=name, patient_id=name) for row, name in zip(rows, chosen, strict=True))

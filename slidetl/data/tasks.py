@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from slidetl.data.spreadsheet import read_table
 from slidetl.errors import ManifestError, UsageError
+from slidetl.tiles.identifier import safe_slide_id
 
 TABLE_COLUMNS = ("x_level0", "y_level0", "label")
 IGNORE = "ignore"  # the label of a tile that does not count towards the grade of its slide
@@ -122,25 +123,23 @@ def read_points(path: Path, n_labels: int | None = None) -> dict[str, LabelledPo
     expected = "a number or 'ignore'" if n_labels is None else f"a label from 0 to {n_labels - 1}"
     found: dict[str, list[tuple[float, float, float]]] = {}
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            missing = [name for name in TABLE_COLUMNS if name not in (reader.fieldnames or ())]
-            if missing:
-                raise ManifestError(f"{path}: missing column {', '.join(missing)}")
-            for row in reader:
-                try:
-                    point = float(row["x_level0"]), float(row["y_level0"])
-                    label = _number(row["label"].strip(), n_labels)
-                    if not np.isfinite(point).all():
-                        raise ValueError("not finite")
-                except (AttributeError, TypeError, ValueError) as error:
-                    raise ManifestError(
-                        f"{path}, line {reader.line_num}: expected two numbers of level-0 pixels and "
-                        f"{expected}, found {', '.join(str(row[name]) for name in TABLE_COLUMNS)}"
-                    ) from error
-                found.setdefault((row.get("slide_id") or "").strip(), []).append((*point, label))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ManifestError(f"{path}: expected a CSV of tile labels in UTF-8: {error}") from error
+        table = read_table(path, TABLE_COLUMNS, ["slide_id"])
+    except OSError as error:
+        raise ManifestError(f"{path}: expected a CSV of tile labels: {error}") from error
+    for line, cells in table.rows:
+        try:
+            row = dict(zip(table.header, cells, strict=True))
+            point = float(row["x_level0"]), float(row["y_level0"])
+            label = _number(row["label"], n_labels)
+            if not np.isfinite(point).all():
+                raise ValueError("not finite")
+        except ValueError as error:
+            raise ManifestError(
+                f"{path}, line {line}: expected two numbers of level-0 pixels and "
+                f"{expected}, found {', '.join(cells)}"
+            ) from error
+        slide_id = row.get("slide_id", "")
+        found.setdefault(safe_slide_id(slide_id) or slide_id, []).append((*point, label))
     tables = {slide_id: np.array(rows, np.float64) for slide_id, rows in found.items()}
     return {slide_id: LabelledPoints(table[:, :2], table[:, 2]) for slide_id, table in tables.items()}
 

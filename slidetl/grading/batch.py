@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from slidetl.data.manifest import read_manifest, safe_slide_id
+from slidetl.data.manifest import read_manifest
 from slidetl.errors import SlideError, UsageError
 from slidetl.grading.grade import (
     Rates,
@@ -37,6 +37,7 @@ from slidetl.processor import hand_back_memory
 from slidetl.publish.model_file import ModelFile, load_model
 from slidetl.slides import open_slide
 from slidetl.tiles.cut import slide_parts
+from slidetl.tiles.identifier import clash_key, safe_slide_id
 from slidetl.tiles.readers import Readers
 from slidetl.training.predictions import safe_cell
 
@@ -257,8 +258,8 @@ def output_names(slides: Sequence[Path]) -> dict[Path, str]:
         short = safe_slide_id(path.stem) or "slide"
         long = safe_slide_id("_".join(path.parts[-2:])) or short
         candidates = itertools.chain((short, long), (f"{long}_{n}" for n in itertools.count(2)))
-        names[path] = next(name for name in candidates if name.lower() not in taken)
-        taken.add(names[path].lower())
+        names[path] = next(name for name in candidates if clash_key(name) not in taken)
+        taken.add(clash_key(names[path]))
     return names
 
 

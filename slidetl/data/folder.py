@@ -1,0 +1,143 @@
+"""Finds the files of slides below a folder, and says what it leaves out."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+# What OpenSlide 4 reads, by file name; whether a file really is a slide is found out when it is opened.
+SLIDE_SUFFIXES = frozenset(
+    ".svs .tif .tiff .ndpi .vms .vmu .scn .mrxs .svslide .bif .dcm .czi".split()  # noqa: SIM905 (reads better)
+)
+# Papers that lie beside slides in any study; nobody misses them among the slides.
+_PAPERS = frozenset(
+    ".csv .tsv .txt .md .json .geojson .xml .yaml .yml .html .log .ini .db .pdf .doc .docx .xls .xlsx".split()  # noqa: SIM905
+)
+_NAMED = 5  # of each kind of what is left out
+
+
+@dataclass(frozen=True)
+class FoundFiles:
+    """The files below a folder.
+
+    Attributes:
+        folder: the folder, absolute.
+        paths: regular files, and links to nothing; sorted.
+        unreadable: folders that cannot be listed.
+        odd: neither files nor folders: pipes, sockets, devices.
+        again: further links to files and folders that are listed already.
+    """
+
+    folder: Path
+    paths: tuple[Path, ...]
+    unreadable: tuple[Path, ...]
+    odd: tuple[Path, ...]
+    again: tuple[Path, ...]
+
+    def slides(self, suffixes: frozenset[str]) -> list[Path]:
+        """Returns the files with these suffixes; if ``.dcm`` is one, DICOM files without a suffix as well."""
+        dicom = ".dcm" in suffixes
+        return [path for path in self.paths if path.suffix.lower() in suffixes or (dicom and _is_dicom(path))]
+
+    def warn_of_rest(self, taken: list[Path]) -> None:
+        """Names in one line what is below the folder and not taken, papers apart."""
+        if rest := self.describe_rest(taken):
+            warnings.warn(f"{self.folder}: left out {rest}", stacklevel=4)
+
+    def describe_rest(self, taken: list[Path]) -> str:
+        """Counts and names what is below the folder and not taken, papers apart; empty if nothing."""
+        known = set(taken)
+        rest = [path for path in self.paths if path not in known and path.suffix.lower() not in _PAPERS]
+        dangling = [path for path in rest if not path.exists()]
+        formats = Counter(path.suffix.lower() or "no suffix" for path in rest if path.exists())
+        parts = []
+        if formats:
+            listed = ", ".join(f"{suffix} {count}" for suffix, count in formats.most_common(2 * _NAMED))
+            more = " ..." * (len(formats) > 2 * _NAMED)
+            parts.append(f"files in formats that are not read here ({formats.total()}: {listed}{more})")
+        for what, paths in (
+            ("links to nothing", dangling),
+            ("folders that cannot be read", self.unreadable),
+            ("pipes or devices", self.odd),
+            ("links to what is listed already", self.again),
+        ):
+            if paths:
+                names = ", ".join(str(path.relative_to(self.folder)) for path in paths[:_NAMED])
+                parts.append(f"{what} ({len(paths)}: {names}{' ...' * (len(paths) > _NAMED)})")
+        return "; ".join(parts)
+
+
+def find_files(folder: Path) -> FoundFiles:
+    """Lists the files below a folder, linked folders included.
+
+    A link may lead out of the folder, since sites are often mounted elsewhere; what lies above the folder is
+    not entered again. Each file and folder is listed once, under its own path if that is below ``folder``.
+    Left out without a word are hidden files and folders, what is in a tile cache, and the folder of data
+    beside a ``.mrxs``.
+    """
+    folder = folder.absolute()
+    root = os.path.realpath(folder)
+    entered: set[str] = set()
+    real: dict[Path, Path] = {}
+    links, linked_folders = list[Path](), list[Path]()
+    unreadable, odd, again = list[Path](), list[Path](), list[Path]()
+    waiting = [folder]
+    while waiting or linked_folders:
+        here = waiting.pop() if waiting else linked_folders.pop(0)
+        place = os.path.realpath(here)
+        if place in entered or (place != root and Path(root).is_relative_to(place)):
+            again.append(here)
+            continue
+        entered.add(place)
+        try:
+            entries = sorted(os.scandir(here), key=lambda entry: entry.name)
+        except OSError:
+            unreadable.append(here)
+            continue
+        names = {entry.name.lower() for entry in entries}
+        is_cache = {"ledger.csv", ".locks"} <= names
+        for entry in entries:
+            path = here / entry.name
+            if entry.name.startswith("."):
+                continue
+            if _is_folder(entry):
+                if is_cache and (path.suffix == ".zarr" or entry.name == "previews"):
+                    continue
+                if path.suffix.lower() == ".zarr":
+                    real[path] = path  # a format that is not read
+                elif f"{entry.name.lower()}.mrxs" not in names:
+                    (linked_folders if entry.is_symlink() else waiting).append(path)
+            elif entry.is_symlink():
+                links.append(path)
+            elif entry.is_file():
+                real.setdefault(Path(place, entry.name), path)
+            else:
+                odd.append(path)
+    for path in links:
+        if path.exists() and not path.is_file():
+            odd.append(path)
+        elif real.setdefault(Path(os.path.realpath(path)), path) is not path:
+            again.append(path)
+    return FoundFiles(folder, *(tuple(sorted(paths)) for paths in (real.values(), unreadable, odd, again)))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_dicom(path: Path) -> bool:
+    """Tells if a file without a suffix, or named by a DICOM identifier (1.2.840...), is DICOM."""
+    if not re.fullmatch(r"(\.\d+)?", path.suffix):
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM"
+    except OSError:
+        return False

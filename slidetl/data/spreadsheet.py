@@ -1,0 +1,158 @@
+"""Reads tables as spreadsheets and statistics programs export them."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from slidetl.errors import ManifestError
+
+_SEPARATORS = ",;\t|"
+_BYTE_ORDER_MARKS = {  # the longer ones first: that of UTF-16 begins that of UTF-32
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF8: "utf-8-sig",
+}
+_NO_TEXT = {
+    b"PK\x03\x04": "a workbook (.xlsx, .ods) or another zip file",
+    b"\xd0\xcf\x11\xe0": "an Excel workbook (.xls)",
+    b"\x1f\x8b": "a gzip file",
+    b"%PDF": "a PDF",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text.
+
+    Attributes:
+        header: names of the columns; known ones as they are asked for, others as they stand.
+        rows: each with the line that it begins on, the header's being 1 in most files. Cells have no blanks
+            around them; a row has as many as it came with, empty ones beyond the header removed.
+    """
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[int, tuple[str, ...]], ...]
+
+
+def read_table(path: Path, required: Iterable[str], optional: Iterable[str] = ()) -> Table:
+    """Reads a table: CSV in UTF-8, UTF-16 or Windows-1252, separated by commas, semicolons, tabs or bars.
+
+    Case, blanks, ``-`` and ``_`` make no difference in the names of known columns. A first line ``sep=;``
+    names the separator. Columns without a name and empty lines are skipped.
+
+    Args:
+        path: the file.
+        required: columns that must be there.
+        optional: columns that may be there.
+
+    Raises:
+        ManifestError: it is no such table, or a required column is missing or not the only one of its name.
+    """
+    required = tuple(required)
+    text = _decode(path)
+    first, separator = 1, ""
+    if named := re.match(r'"?sep=(.)"?(?:\r\n|\r|\n)', text):
+        first, separator, text = 2, named[1], text[named.end() :]
+    separator = separator or _separator(path, text, required)
+    lines = _rows(path, text, separator, first)
+    if not lines:
+        raise ManifestError(f"{path}: the file is empty; expected a header with {', '.join(required)}")
+    spelled = {_folded(name): name for name in (*required, *optional)}
+    header = [spelled.get(_folded(cell), cell) for cell in lines[0][1]]
+    missing = [name for name in required if name not in header]
+    where = f"{path}, line {lines[0][0]}"
+    if missing:
+        raise ManifestError(f"{where}: missing column {', '.join(missing)}; found {', '.join(header)}")
+    repeated = [name for name, count in Counter(filter(None, header)).items() if count > 1]
+    if repeated:
+        raise ManifestError(f"{where}: column {', '.join(repeated)} occurs more than once")
+    named_columns = [index for index, name in enumerate(header) if name]
+
+    def cells_of(cells: tuple[str, ...]) -> tuple[str, ...]:
+        while len(cells) > len(header) and not cells[-1]:
+            cells = cells[:-1]
+        return tuple(cells[i] for i in named_columns) if len(cells) == len(header) else cells
+
+    return Table(
+        tuple(header[index] for index in named_columns),
+        tuple((line, cells_of(cells)) for line, cells in lines[1:]),
+    )
+
+
+def _decode(path: Path) -> str:
+    data = path.read_bytes()
+    for start, what in _NO_TEXT.items():
+        if data.startswith(start):
+            raise ManifestError(
+                f"{path}: expected a CSV, found {what}; save the table as CSV, in Excel 'CSV UTF-8'"
+            )
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "")
+    if not encoding and b"\0" in data[:2]:  # the first letter is of ASCII
+        encoding = "utf-16-be" if data.startswith(b"\0") else "utf-16-le"
+    try:
+        return data.decode(encoding or "utf-8")
+    except UnicodeDecodeError as error:
+        no_utf8 = error
+    try:
+        if encoding:
+            raise no_utf8
+        text = data.decode("cp1252")
+    except UnicodeDecodeError:
+        raise ManifestError(f"{path}: expected a CSV in UTF-8 ({no_utf8}); save it as such") from no_utf8
+    around = r"[^\s,;|\"]*"
+    place = no_utf8.start
+    before, after = re.search(f"{around}$", text[:place]), re.match(around, text[place:])
+    assert before and after  # of any length
+    warnings.warn(
+        f"{path}: not UTF-8, read as Windows-1252 ({before[0] + after[0]!r}); if letters come out wrong, "
+        "save it as 'CSV UTF-8'",
+        stacklevel=5,
+    )
+    return text
+
+
+def _separator(path: Path, text: str, required: tuple[str, ...]) -> str:
+    """Chooses the separator that gives most of the columns required; the comma if none does."""
+    wanted = {_folded(name) for name in required}
+
+    def found(separator: str) -> int:
+        header = next((cells for _, cells in _rows(path, text, separator, 1, only_first=True)), ())
+        return len(wanted & {_folded(cell) for cell in header})
+
+    return max(_SEPARATORS, key=found)
+
+
+def _rows(
+    path: Path, text: str, separator: str, first: int, only_first: bool = False
+) -> list[tuple[int, tuple[str, ...]]]:
+    """Splits text into rows that are not empty, each with the line that it begins on."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=not only_first, delimiter=separator)
+    rows: list[tuple[int, tuple[str, ...]]] = []
+    begins = first  # with a quote left open, a row goes on to the end of the file
+    try:
+        for cells in reader:
+            row = tuple(cell.strip() for cell in cells)
+            if any(row):
+                rows.append((begins, row))
+                if only_first:
+                    break
+            begins = reader.line_num + first
+    except csv.Error as error:
+        raise ManifestError(
+            f"{path}, line {begins}: expected a row of a CSV, found a fault ({error}); check its quotes"
+        ) from error
+    return rows
+
+
+def _folded(name: str) -> str:
+    return re.sub(r"[\s_-]+", "", name).casefold()

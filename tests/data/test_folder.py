@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from slidetl.data.manifest import read_manifest
+from slidetl.errors import ManifestError
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def identifiers(folder: Path) -> dict[str, str]:
+    return {row.slide_id: str(row.path.relative_to(folder)) for row in read_manifest(folder).rows}
+
+
+def test_linked_folders_are_entered_and_what_is_left_out_is_named(tmp_path: Path) -> None:
+    study, store = touch(tmp_path / "study", "siteA/a.svs"), touch(tmp_path / "store", "b.svs", "deep/c.svs")
+    (study / "siteB").symlink_to(store)
+    (study / "linked.svs").symlink_to(store / "b.svs")  # listed as siteB/b.svs already
+    (study / "dangling.svs").symlink_to(tmp_path / "gone.svs")
+    (study / "siteC").symlink_to(tmp_path / "not mounted")
+    touch(study, *["c.vsi", "d.isyntax", "e.kfb", "e2.kfb", "notes.txt", ".hidden.svs", ".Trash/x.svs"])
+    os.mkfifo(study / "pipe.svs")
+    with pytest.warns(UserWarning, match="left out") as caught:
+        found = identifiers(study)
+    # A link to nothing is a slide that fails, since its name says that it is one.
+    assert found == {
+        "a": "siteA/a.svs",
+        "b": "siteB/b.svs",
+        "c": "siteB/deep/c.svs",
+        "dangling": "dangling.svs",
+    }
+    (warning,) = caught
+    assert str(warning.message) == (
+        f"{study}: left out files in formats that are not read here (4: .kfb 2, .vsi 1, .isyntax 1); "
+        "links to nothing (1: siteC); pipes or devices (1: pipe.svs); "
+        "links to what is listed already (1: linked.svs)"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*listed already")
+def test_links_in_a_circle_end(tmp_path: Path) -> None:
+    study = touch(tmp_path / "study", "a/one.svs")
+    (study / "a" / "up").symlink_to(study)
+    (study / "above").symlink_to(tmp_path)
+    (study / "self").symlink_to(study / "self")
+    touch(tmp_path, "beside.svs")
+    assert identifiers(study) == {"one": "a/one.svs"}
+
+
+def test_a_folder_of_one_link(tmp_path: Path) -> None:
+    store, only = touch(tmp_path / "store", "b.svs"), tmp_path / "only"
+    only.mkdir()
+    (only / "site").symlink_to(store)
+    assert identifiers(only) == {"b": "site/b.svs"}
+
+
+def test_a_folder_without_slides_says_what_it_has(tmp_path: Path) -> None:
+    touch(tmp_path, "a.vsi", "b.isyntax")
+    with pytest.raises(ManifestError, match=r"no slides in this folder.*found files in formats.*\.vsi 1"):
+        read_manifest(tmp_path)
+
+
+def test_companions_and_caches_are_no_slides(tmp_path: Path) -> None:
+    touch(tmp_path, "Case.mrxs", "Case/Slidedat.ini", "Case/Data0000.dat", "Case/preview.tif")
+    touch(tmp_path, "cache/ledger.csv", "cache/.locks/x", "cache/x.zarr/zarr.json", "cache/previews/x.png")
+    assert identifiers(tmp_path) == {"Case": "Case.mrxs"}
+    touch(tmp_path, "other.zarr/zarr.json")
+    with pytest.warns(UserWarning, match=r"not read here \(1: \.zarr 1\)"):
+        read_manifest(tmp_path)
+
+
+def test_dicom_needs_no_suffix(tmp_path: Path, test_data: Path) -> None:
+    data = (test_data / "slides" / "gcp-camelyon-jpeg.dcm").read_bytes()
+    (tmp_path / "IMG0001").write_bytes(data)
+    (tmp_path / "1.2.840.113").write_bytes(b"no DICOM")
+    with pytest.warns(UserWarning, match=r"\(1: \.113 1\)"):
+        assert identifiers(tmp_path) == {"IMG0001": "IMG0001"}
+
+
+def test_names_of_every_script_and_clashes(tmp_path: Path) -> None:
+    touch(
+        tmp_path, "患者1.svs", "Пациент.svs", "a.svs", "A.svs", "!.svs", "?.svs", "café.svs", "cafe\u0301.svs"
+    )
+    found = identifiers(tmp_path)
+    assert found["患者1"] == "患者1.svs" and found["Пациент"] == "Пациент.svs"
+    assert len(found) == 8 and len({name.casefold() for name in found}) == 8
+    assert sorted(name.rpartition("_")[0] for name in found)[2:] == [
+        "A",
+        "a",
+        "café",
+        "café",
+        "slide",
+        "slide",
+    ]
+    assert found == identifiers(tmp_path)
