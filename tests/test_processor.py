@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import resource
@@ -9,6 +10,7 @@ import sys
 import pytest
 
 from slidetl.cli import main
+from slidetl.processor import postpone_collection
 
 _SIZE = 64 << 20
 # Takes 64 MiB, fills them and gives them back; prints how many bytes more the process then holds than before.
@@ -62,3 +64,16 @@ def test_only_commands_that_run_a_network_are_prepared(
     with pytest.raises(SystemExit):
         main([command, "--help"])
     assert ("GOMP_SPINCOUNT" in os.environ) == is_prepared
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_collection_is_postponed_and_then_as_it_was(enabled: bool) -> None:
+    try:
+        if not enabled:
+            gc.disable()
+        with pytest.raises(ImportError), postpone_collection():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()

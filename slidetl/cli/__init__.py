@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import slidetl
 from slidetl.errors import SlidetlError
-from slidetl.processor import prepare_for_networks
+from slidetl.processor import postpone_collection, prepare_for_networks
 
 TRAINING_COMMANDS = {
     "fit": "train a network (LightningCLI; see 'slidetl fit --help')",
@@ -62,7 +62,8 @@ def main(args: Sequence[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_, **__: f"slidetl: warning: {message}\n"
     try:
         if command in TRAINING_COMMANDS:
-            from slidetl.cli import training
+            with postpone_collection():
+                from slidetl.cli import training
 
             return training.run(command, words[1:])
         parser = _parser(command)

@@ -40,11 +40,14 @@ def export(
         allow: package or class outside slidetl that the checkpoint and its config.yaml may import.
     """
     from slidetl.errors import SlidetlError, UsageError
-    from slidetl.publish.evidence import evidence_from
-    from slidetl.publish.export import build_network, export_model
-    from slidetl.publish.model_file import load_model
-    from slidetl.publish.training_data import describe_training, learn_familiar, training_slides
-    from slidetl.training.checkpoint import load_grader
+    from slidetl.processor import postpone_collection
+
+    with postpone_collection():
+        from slidetl.publish.evidence import evidence_from
+        from slidetl.publish.export import build_network, export_model
+        from slidetl.publish.model_file import load_model
+        from slidetl.publish.training_data import describe_training, learn_familiar, training_slides
+        from slidetl.training.checkpoint import load_grader
 
     graders = [load_grader(path, allow) for path in checkpoints]
     training = familiar = None

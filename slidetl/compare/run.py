@@ -20,6 +20,7 @@ from slidetl.compare.unit import job_of, read_unit
 from slidetl.data.study import Study
 from slidetl.errors import UsageError
 from slidetl.evaluation.protocol import Fold, folds_to_json, splits_sha256
+from slidetl.processor import postpone_collection
 from slidetl.tiles.lock import slide_lock
 
 
@@ -94,7 +95,8 @@ def run_comparison(
     folder.mkdir(parents=True, exist_ok=True)
     trained = {unit.arm: unit.recipe["fit"] for unit in plan.units if "fit" in unit.recipe}
     if trained:  # imported here: it takes seconds
-        from slidetl.compare.train_arm import check_configs
+        with postpone_collection():
+            from slidetl.compare.train_arm import check_configs
 
         check_configs(trained, options.allow)
     failed: dict[str, str] = {}

@@ -119,6 +119,18 @@ def test_help_of_the_imaging_wing_loads_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_training_command_builds_no_parser_but_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    from slidetl.cli.training import GradingCLI
+
+    built: list[None] = []
+    add_arguments = GradingCLI.add_arguments_to_parser
+    monkeypatch.setattr(
+        GradingCLI, "add_arguments_to_parser", lambda *args: built.append(add_arguments(*args))
+    )
+    assert main(["test", "--nonsense"]) == 2
+    assert len(built) == 1
+
+
 def test_nothing_asks_the_network_for_news() -> None:
     program = (
         "import os\nfrom slidetl.cli import main\n"
