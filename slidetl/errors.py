@@ -21,6 +21,18 @@ expected, what came, and what to do about it::
     `-- ModelFileError (ValueError)         an exported model that is not ours, or damaged
 """
 
+from __future__ import annotations
+
+import errno
+import re
+
+# What libraries say instead of raising MemoryError: torch, OpenCV, C++, a DataLoader whose worker was killed.
+_NO_MEMORY = re.compile(
+    "(can.?t|cannot|unable to) allocate|(not enough|insufficient|out of) (shared )?memory|bad_alloc"
+    "|can.?t start new thread|killed by signal: (killed|bus)",
+    re.IGNORECASE,
+)
+
 
 class SlidetlError(Exception):
     """Base class: catch this to catch whatever slidetl raises on purpose."""
@@ -84,3 +96,28 @@ class CheckpointError(SlidetlError, ValueError):
 
 class ModelFileError(SlidetlError, ValueError):
     """The exported model is not one of ours, or is damaged."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tells if an error, or the one that it came from, is want of memory."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, SlidetlError):
+        if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno == errno.ENOMEM):
+            return True
+        if _NO_MEMORY.search(str(cause)):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def describe_failure(error: BaseException, less_memory: str) -> str:
+    """Describes in one line what ended one piece of work, whatever was raised.
+
+    Args:
+        error: of slidetl, of the machine, or of a library.
+        less_memory: what to do about want of memory, an infinitive with its options.
+    """
+    text = " ".join(str(error).split())[:500]
+    if is_out_of_memory(error):
+        return f"out of memory: {less_memory}" + (f" ({text[:200]})" if text else "")
+    return text if isinstance(error, (SlidetlError, OSError)) else f"{type(error).__name__}: {text}"

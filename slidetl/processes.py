@@ -31,7 +31,7 @@ class Child:
             name = signal.Signals(-exitcode).name
             hint = ", perhaps for want of memory" if name == "SIGKILL" else ""
             return f"the process that {did} it was ended by {name}{hint}"
-        return f"the process that {did} it ended with exit code {exitcode}"
+        return f"the process that {did} it ended itself, as libraries do that cannot go on (code {exitcode})"
 
     def end(self) -> None:
         """Ends it at once."""

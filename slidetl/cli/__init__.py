@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Sequence
 
 import slidetl
-from slidetl.errors import SlidetlError
+from slidetl.errors import SlidetlError, describe_failure, is_out_of_memory
 from slidetl.processor import postpone_collection, prepare_for_networks
 
 TRAINING_COMMANDS = {
@@ -39,6 +39,18 @@ COMMANDS = {
     "export": "write a checkpoint as one TorchScript file",
     "grade": "grade slides with an exported file",
     "zoo": "publish models to a library, and build on those of others",
+}
+_TRAINING_MEMORY = "lower --data.bag_size, --data.batch_size or --data.num_workers, or use a smaller backbone"
+_EVALUATION_MEMORY = "lower --data.chunk_size or --data.num_workers"
+# What lowers the memory of each command.
+_LESS_MEMORY = {
+    **dict.fromkeys(COMMANDS, "use a machine with more memory, or fewer slides at a time"),
+    **dict.fromkeys(("validate", "test", "predict"), _EVALUATION_MEMORY),
+    **dict.fromkeys(("fit", "find-lr"), _TRAINING_MEMORY),
+    "tile": "use fewer --workers",
+    "embed": "lower --batch-size",
+    "compare": "use fewer --jobs, or lower bag_size and batch_size in its configuration",
+    "grade": "lower --batch-size or --jobs",
 }
 NETWORK_COMMANDS = {*TRAINING_COMMANDS, "embed", "compare", "similarity", "export", "grade"}
 
@@ -76,10 +88,12 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (SlidetlError, OSError) as error:
-        if debug:
+    except Exception as error:  # what is neither a mistake nor want of memory is a fault of ours, and shown
+        is_memory = is_out_of_memory(error)
+        if debug or not (is_memory or isinstance(error, (SlidetlError, OSError))):
             raise
-        print(f"slidetl: error: {_cause(str(error))}", file=sys.stderr)
+        said = describe_failure(error, _LESS_MEMORY.get(command, "")) if is_memory else _cause(str(error))
+        print(f"slidetl: error: {said}", file=sys.stderr)
         return 2
 
 

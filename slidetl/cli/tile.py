@@ -81,9 +81,24 @@ def tile(
     seconds = time.monotonic() - started
 
     failed = [row for row in rows if row.status == FAILED]
-    for row in failed:
-        print(f"failed: {row.slide_id}: {row.reason}", file=sys.stderr)
+    for line in _failures(failed):
+        print(f"failed: {line}", file=sys.stderr)
     counts = ", ".join(f"{sum(row.status == s for row in rows)} {s}" for s in (USED, EXCLUDED, FAILED))
     tiles = sum(row.tiles for row in rows)
     print(f"{len(rows)} slides: {counts}; {tiles} tiles in {seconds:.1f} s ({tiles / seconds:.0f} tiles/s)")
     return 1 if failed else 0
+
+
+def _failures(rows: list[LedgerRow]) -> list[str]:
+    """Describes failed slides, those with the same reason together where they are many."""
+    alike: dict[str, list[LedgerRow]] = {}
+    for row in rows:
+        alike.setdefault(row.reason.replace(row.path, ""), []).append(row)
+    lines = []
+    for group in alike.values():
+        if len(group) <= 3:
+            lines += [f"{row.slide_id}: {row.reason}" for row in group]
+        else:
+            first = ", ".join(row.slide_id for row in group[:3])
+            lines.append(f"{first} ... ({len(group)} in all): {group[0].reason}")
+    return lines

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from slidetl.compare.records import Job
 from slidetl.compare.unit import run_unit
-from slidetl.errors import CacheError, SlidetlError, UsageError
+from slidetl.errors import CacheError, SlidetlError, UsageError, describe_failure
 
 # What a unit needs is imported once, by the server that the processes are forked from: it takes seconds.
 _PRELOADED = [
@@ -123,10 +123,10 @@ def _run(job: Job) -> str:
     failure = job.folder / ".failed" / f"{job.unit.key}.txt"
     try:
         run_unit(job)
-    except SlidetlError as error:
-        reason = str(error)
     except Exception as error:  # whatever ends one unit must not end the others; all of it is kept
-        reason = f"{type(error).__name__}: {error} (all of it is in {failure})"
+        reason = describe_failure(error, "use fewer --jobs, or lower bag_size and batch_size")
+        if not isinstance(error, SlidetlError):
+            reason += f" (all of it is in {failure})"
     else:
         failure.unlink(missing_ok=True)
         return ""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from slidetl.data.manifest import read_manifest
-from slidetl.errors import SlideError, UsageError
+from slidetl.errors import SlideError, SlidetlError, UsageError, describe_failure
 from slidetl.grading.grade import (
     Rates,
     SlideGrade,
@@ -287,8 +287,10 @@ def _grade(
         if options.output is not None:
             with _drawing:
                 _write(result, model, options, options.output, name, threads)
-    except SlideError as error:
-        return GradeRow(path, FAILED, {}, " ".join(str(error).split()))
+    except Exception as error:  # of a decoder, a bug, or for want of memory: one slide costs itself alone
+        if isinstance(error, SlidetlError) and not isinstance(error, SlideError):
+            raise
+        return GradeRow(path, FAILED, {}, describe_failure(error, "lower --batch-size or --jobs"))
     return GradeRow(path, GRADED, result.to_dict(), rates=result.rates)
 
 
@@ -361,5 +363,7 @@ def _grade_apart(path: Path, name: str, model: ModelFile, options: GradeOptions)
         try:
             return pool.submit(_work, path, name).result()
         except BrokenProcessPool:
-            reason = f"{path}: the process that graded it was ended, perhaps for want of memory"
+            reason = (
+                f"{path}: the process that graded it was ended, perhaps for want of memory; use fewer --jobs"
+            )
             return GradeRow(path, FAILED, {}, reason)

@@ -7,6 +7,7 @@ import ctypes
 import multiprocessing.connection
 import os
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,23 @@ from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from slidetl.errors import CacheCorruptError, CacheError, CacheMismatchError, CacheMissingError, UsageError
+from slidetl.errors import (
+    CacheCorruptError,
+    CacheError,
+    CacheMismatchError,
+    CacheMissingError,
+    UsageError,
+    describe_failure,
+)
 from slidetl.processes import Child, start_child
+from slidetl.slides.npz import NpzItem
 from slidetl.tiles.grid import TileSpec
-from slidetl.tiles.ledger import FAILED, Ledger, LedgerRow
+from slidetl.tiles.identifier import clash_key
+from slidetl.tiles.ledger import FAILED, USED, Ledger, LedgerRow
 from slidetl.tiles.store import cache_path, describe_difference, read_header
 from slidetl.tiles.tile import SlideSource, stamped, tile_slide
+
+_LESS_MEMORY = "use fewer --workers"
 
 # Between two writings of the ledger, seconds.
 _LEDGER_SECONDS = 1.0
@@ -36,8 +48,9 @@ def tile_slides(
 ) -> list[LedgerRow]:
     """Tiles many slides in processes of their own, and records each in ``ledger.csv`` as it is done.
 
-    A process that dies (killed for memory, crashed in a decoder) costs the slide it was at. If this process
-    dies, however suddenly, its workers die with it, so that the next run can begin at once.
+    A process that dies (killed for memory, crashed in a decoder) costs the slide it was at; if others were
+    running beside it, the slide is tried once more at the end, alone. If this process dies, however suddenly,
+    its workers die with it, so that the next run can begin at once.
 
     Args:
         sources: the slides; their identifiers differ.
@@ -61,7 +74,7 @@ def tile_slides(
     tile = partial(tile_slide, cache_dir=cache_dir, spec=spec, overwrite=overwrite, preview=preview)
 
     def start() -> Iterator[LedgerRow]:
-        return _in_processes(sources, tile, workers) if workers else map(tile, sources)
+        return _in_processes(sources, tile, workers) if workers else (_tile(s, tile) for s in sources)
 
     rows = record_as_done(sources, cache_dir, spec, overwrite, start, on_done)
     _sync_file_system(cache_dir)
@@ -79,16 +92,19 @@ def record_as_done(
     """Checks that the slides can be tiled into a cache, starts the work, and records each row as it comes.
 
     It is :func:`tile_slides` for work that is done elsewhere: ``start`` begins it and yields a row as its
-    slide is done, in any order.
+    slide is done, in any order. A slide whose file is gone (a share that is not mounted) keeps the tiles that
+    an earlier run has cut from the same path.
     """
-    twice = [name for name, count in Counter(source.slide_id for source in sources).items() if count > 1]
-    if twice:
-        raise UsageError(f"slide identifiers must differ; more than once: {', '.join(twice)}")
+    named = Counter(clash_key(source.slide_id) for source in sources)
+    if twice := [source.slide_id for source in sources if named[clash_key(source.slide_id)] > 1]:
+        raise UsageError(f"slide identifiers must differ, case ignored; clashing: {', '.join(twice[:10])}")
     if not overwrite:
         _refuse_other_spec(sources, cache_dir, spec)
     cache_dir.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(cache_dir / "ledger.csv")
-    ledger.rows()  # a file of that name that is no ledger is found before the work, not after it
+    # A file of that name that is no ledger is found before the work, not after it.
+    before = {row.slide_id: row for row in ledger.rows()}
+    gone: list[str] = []
     rows: dict[str, LedgerRow] = {}
     # It is written whole each time, which for thousands of small images is not to be done for each.
     waiting: list[LedgerRow] = []
@@ -99,6 +115,9 @@ def record_as_done(
         if isinstance(done, Generator):
             stack.enter_context(contextlib.closing(done))  # whatever is raised in here ends the workers
         for row in done:
+            if (kept := _kept_without_file(row, before.get(row.slide_id), cache_dir, spec)) is not None:
+                gone.append(row.slide_id)
+                row = kept
             waiting.append(row)
             if time.monotonic() - written >= _LEDGER_SECONDS:
                 ledger.record(waiting)
@@ -107,7 +126,29 @@ def record_as_done(
             rows[row.slide_id] = row
             if on_done is not None:
                 on_done(row)
+    if gone:
+        warnings.warn(
+            f"{len(gone)} slides are not where they were; their tiles are kept: {', '.join(gone[:5])}"
+            + " ..." * (len(gone) > 5),
+            stacklevel=3,
+        )
     return [rows[source.slide_id] for source in sources]
+
+
+def _kept_without_file(
+    row: LedgerRow, before: LedgerRow | None, cache_dir: Path, spec: TileSpec
+) -> LedgerRow | None:
+    """Returns the row of an earlier run whose finished tiles stand for a slide whose file is gone."""
+    if row.status != FAILED or before is None or before.status != USED or before.path != row.path:
+        return None
+    item = NpzItem.of(Path(row.path))
+    if (item.file if item else Path(row.path)).exists():
+        return None
+    with contextlib.suppress(CacheError):
+        header = read_header(cache_path(cache_dir, row.slide_id))
+        if header.spec == spec and header.fingerprint == before.fingerprint:
+            return before
+    return None
 
 
 def _sync_file_system(folder: Path) -> None:
@@ -152,6 +193,7 @@ def _in_processes(
     count = min(workers, len(sources))
     tile = partial(tile, threads=workers // max(1, count))
     busy: dict[Connection, _Worker] = {}
+    apart: list[SlideSource] = []
 
     def start() -> None:
         worker = _Worker(start_child(_work, tile), waiting[-1], time.monotonic())
@@ -175,9 +217,11 @@ def _in_processes(
                     yield ready.recv()
                 except (EOFError, ConnectionResetError):
                     del busy[ready]
-                    reason = worker.child.cause_of_death("tiled")
-                    row = LedgerRow(worker.source.slide_id, str(worker.source.path), FAILED, reason)
-                    yield stamped(row, worker.started)
+                    reason = f"{worker.child.cause_of_death('tiled')}; if memory is short, {_LESS_MEMORY}"
+                    if count > 1:
+                        apart.append(worker.source)
+                    else:
+                        yield _failed(worker.source, reason, worker.started)
                     if waiting:
                         start()
                     continue
@@ -190,6 +234,8 @@ def _in_processes(
     finally:
         for worker in busy.values():
             worker.child.end()
+    if apart:
+        yield from _in_processes(apart, tile, 1)
 
 
 def _work(connection: Connection, tile: Callable[[SlideSource], LedgerRow]) -> None:
@@ -199,4 +245,17 @@ def _work(connection: Connection, tile: Callable[[SlideSource], LedgerRow]) -> N
             source = connection.recv()
         except EOFError:
             return
-        connection.send(tile(source))
+        connection.send(_tile(source, tile))
+
+
+def _tile(source: SlideSource, tile: Callable[[SlideSource], LedgerRow]) -> LedgerRow:
+    """Tiles a slide; whatever a library raises costs that slide alone."""
+    started = time.monotonic()
+    try:
+        return tile(source)
+    except Exception as error:  # of a decoder, a bug, or for want of memory
+        return _failed(source, describe_failure(error, _LESS_MEMORY), started)
+
+
+def _failed(source: SlideSource, reason: str, started: float) -> LedgerRow:
+    return stamped(LedgerRow(source.slide_id, str(source.path), FAILED, reason), started)

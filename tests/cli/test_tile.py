@@ -212,6 +212,23 @@ def test_a_grade_off_the_scale_is_found_before_the_work(
     assert main([*words, "--grades", "8"]) == 0
 
 
+def test_missing_files_cost_their_slides_and_are_one_line(
+    pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    slides = {f"gone{number}": tmp_path / f"{number}.svs" for number in range(20)}
+    slides["患者1"] = pyramid_tiff(tissue_picture(256))
+    manifest, cache = write_manifest(tmp_path / "m.csv", slides), tmp_path / "cache"
+    words = ["tile", str(manifest), "--cache", str(cache), "--mpp", "1", "--tile-size", "32"]
+    assert main([*words, "--workers", "1"]) == 1
+    out, err = capfd.readouterr()
+    assert "21 slides: 1 used, 0 excluded, 20 failed" in out
+    failed = [line for line in err.splitlines() if line.startswith("failed")]
+    assert failed == [f"failed: gone0, gone1, gone2 ... (20 in all): {tmp_path / '0.svs'}: no such file"]
+    rows = {row.slide_id: row for row in Ledger(cache / "ledger.csv").rows()}
+    assert rows["gone7"].status == FAILED and rows["gone7"].reason.endswith("7.svs: no such file")
+    assert rows["患者1"].status == USED and SlideCache.open(cache_path(cache, "患者1")).slide_id == "患者1"
+
+
 def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(
     pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path
 ) -> None:

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import os
 import threading
 import time
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,9 +15,9 @@ from slidetl.errors import CacheError, CacheMismatchError, UsageError
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.ledger import FAILED, USED, Ledger, LedgerRow
 from slidetl.tiles.lock import slide_lock
-from slidetl.tiles.run import tile_slides
+from slidetl.tiles.run import _in_processes, tile_slides
 from slidetl.tiles.store import SlideCache, cache_path
-from slidetl.tiles.tile import SlideSource
+from slidetl.tiles.tile import SlideSource, tile_slide
 from tests.conftest import PyramidTiff
 from tests.tiles.conftest import SPEC, Draw, tree
 
@@ -100,9 +104,84 @@ def test_a_process_that_dies_costs_its_slide_only(source: SlideSource, tmp_path:
     assert "ended by SIGKILL" in rows[0].reason
 
 
+def test_a_process_that_dies_beside_others_leaves_its_slide_to_the_end(
+    source: SlideSource, tmp_path: Path
+) -> None:
+    """The kernel ends one of several processes where memory is short; alone, its slide has room."""
+    lock = contextlib.ExitStack()
+    lock.enter_context(slide_lock(tmp_path, "S1"))
+
+    def kill_the_one_that_waits() -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            for process in multiprocessing.active_children():
+                if waits_for_lock(process.pid):
+                    process.kill()
+                    process.join()
+                    lock.close()
+                    return
+            time.sleep(0.05)
+
+    killer = threading.Thread(target=kill_the_one_that_waits)
+    killer.start()
+    rows = tile_slides([source, SlideSource("S2", source.path)], tmp_path, SPEC, workers=2)
+    killer.join()
+    assert [row.status for row in rows] == [USED, USED]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "out of memory: use fewer --workers"),
+        (
+            RuntimeError("can't start new thread"),
+            "out of memory: use fewer --workers (can't start new thread)",
+        ),
+        (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_whatever_a_slide_raises_costs_it_alone(
+    source: SlideSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
+    def tile(source: SlideSource, **options: Any) -> LedgerRow:
+        if source.slide_id == "S1":
+            raise error
+        return tile_slide(source, **options)
+
+    monkeypatch.setattr("slidetl.tiles.run.tile_slide", tile)
+    rows = tile_slides([source, SlideSource("S2", source.path)], tmp_path, SPEC, workers=0)
+    assert [(row.status, row.reason) for row in rows] == [(FAILED, reason), (USED, "")]
+
+
+def test_a_process_that_ends_itself_is_told_without_blame(source: SlideSource, tmp_path: Path) -> None:
+    tile = partial(end_at_once, cache_dir=tmp_path)
+    (row,) = _in_processes([source], tile, 1)
+    assert row.status == FAILED and row.reason == (
+        "the process that tiled it ended itself, as libraries do that cannot go on (code 1); if memory is "
+        "short, use fewer --workers"
+    )
+
+
+def end_at_once(source: SlideSource, **_: Any) -> LedgerRow:
+    os._exit(1)
+
+
+def test_tiles_of_a_slide_whose_file_is_gone_are_kept(source: SlideSource, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    (before,) = tile_slides([source], cache, SPEC, workers=0)
+    tiles = tree(cache_path(cache, "S1"))
+    source.path.rename(source.path.with_name("archived.tiff"))
+    with pytest.warns(UserWarning, match="1 slides are not where they were; their tiles are kept: S1"):
+        assert tile_slides([source], cache, SPEC, workers=0) == [before]
+    assert Ledger(cache / "ledger.csv").rows() == [before] and tree(cache_path(cache, "S1")) == tiles
+    # Tiles of another path may be another slide's.
+    (row,) = tile_slides([SlideSource("S1", tmp_path / "other.tiff")], cache, SPEC, workers=0)
+    assert row.status == FAILED and row.reason.endswith("no such file")
+
+
 def test_identifiers_must_differ_and_do_as_folder_names(source: SlideSource, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="more than once: S1"):
-        tile_slides([source, source], tmp_path, SPEC)
+    with pytest.raises(UsageError, match="case ignored; clashing: S1, s1"):
+        tile_slides([source, SlideSource("s1", source.path)], tmp_path, SPEC)
     for name in ("", "..", ".hidden", "a/b", "/etc"):
         with pytest.raises(UsageError, match="name of a folder"):
             SlideSource(name, source.path)
