@@ -42,12 +42,6 @@ if TYPE_CHECKING:
     from slidetl.evaluation.metrics import rps as rps
     from slidetl.grading.grade import SlideGrade as SlideGrade
     from slidetl.grading.grade import grade_slide as grade_slide
-    from slidetl.models.transfer import FrozenFeatures as FrozenFeatures
-    from slidetl.models.transfer import Scratch as Scratch
-    from slidetl.models.transfer import SharedActivations as SharedActivations
-    from slidetl.models.transfer import SharedBoth as SharedBoth
-    from slidetl.models.transfer import SharedWeights as SharedWeights
-    from slidetl.models.transfer import WarmRestart as WarmRestart
     from slidetl.publish.model_file import ModelFile as ModelFile
     from slidetl.publish.model_file import load_model as load_model
     from slidetl.slides import Slide as Slide
@@ -63,19 +57,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+# Not the strategies, nor what else a class_path names: jsonargparse would write the shorter name into
+# configurations and checkpoints.
 _MODULES = {
     "data.study": ("Study", "read_study"),
     "errors": ("SlidetlError",),
     "evaluation.metrics": ("accuracy", "confusion_matrix", "log_loss", "mae", "qwk", "rps"),
     "grading.grade": ("SlideGrade", "grade_slide"),
-    "models.transfer": (
-        "FrozenFeatures",
-        "Scratch",
-        "SharedActivations",
-        "SharedBoth",
-        "SharedWeights",
-        "WarmRestart",
-    ),
     "publish.model_file": ("ModelFile", "load_model"),
     "slides": ("Slide", "open_slide"),
     "tiles.features": ("read_features",),

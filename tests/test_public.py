@@ -42,3 +42,8 @@ def test_importing_the_package_imports_none_of_its_parts() -> None:
     code = "import sys, slidetl; print([m for m in sys.modules if m.startswith('slidetl.') or m == 'numpy'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_a_class_path_names_has_one_name() -> None:
+    """Else jsonargparse writes the shorter into configurations and checkpoints, where it is refused."""
+    assert not [name for name in slidetl._HOME if slidetl._HOME[name].startswith(("models.", "training.sch"))]
