@@ -26,7 +26,8 @@ def grade(
 
     Args:
         model: file that 'slidetl export' wrote; it is run.
-        slides: slides in any supported format, folders of them, or patterns such as 'study/*.svs'.
+        slides: slides in any supported format, folders of them, patterns such as 'study/*.svs', or manifests
+            (CSV), whose mpp column gives slides their spacing.
         options: how they are graded, and what is written.
         resume: leave out slides whose results by this model are in the output folder already.
         trust: vouch for a model file that was made elsewhere: it is a program. Its hash is recorded.
@@ -61,7 +62,7 @@ def grade(
     loaded = load_model(model, device, trust)
     if trust:
         record_trust(loaded.sha256, model.name)
-    found = find_slides(slides)
+    found, spacings = find_slides(slides)
     rows = []
     if output is not None and resume:
         finished_rows = read_finished(output, output_names(found), loaded.sha256, options.report)
@@ -71,7 +72,7 @@ def grade(
     failed = 0
     console = Console(stderr=True)
     for row in track(
-        grade_slides(loaded, found, options, jobs, finished),
+        grade_slides(loaded, found, options, jobs, finished, spacings),
         "slides",
         total=len(found) - len(finished),
         console=console,
@@ -88,6 +89,8 @@ def grade(
         if not sys.stdout.isatty():
             print(json.dumps(row.result), flush=True)
         print(f"slidetl: {describe(row, loaded.card)}", file=sys.stderr, flush=True)
+        for note in row.result["notes"]:
+            print(f"slidetl: warning: {row.slide}: {note}", file=sys.stderr, flush=True)
     if output is not None and options.report:
         write_index_page(output, rows, output_names(found), loaded)
     if failed:

@@ -24,6 +24,7 @@ def tile(
     spec: TileSpec,
     images: bool = False,
     mpp_override: float | None = None,
+    mpp_replace: float | None = None,
     grades: int = 5,
     preview: bool = False,
     workers: int = _CORES,
@@ -38,8 +39,10 @@ def tile(
         cache: folder for the caches and ledger.csv.
         spec: the tiles, and which of them are kept.
         images: read a folder as labelled images, even if TIFFs or slides are among them.
-        mpp_override: spacing of level 0 of slides without mpp in the manifest, micrometres per pixel;
-            replaces that of their metadata.
+        mpp_override: spacing of level 0, micrometres per pixel, of slides that have none in the manifest or
+            their metadata; fills gaps only.
+        mpp_replace: spacing of level 0 in place of that of the metadata, of all slides without mpp in the
+            manifest, which replaces it, too.
         grades: number K of grades on the scale; the manifest's must be from 0 to K-1.
         preview: write CACHE/previews/SLIDE.png: tissue, tiles kept, and those left out with the reason.
         workers: processes, each at one slide.
@@ -49,18 +52,21 @@ def tile(
     """
     from slidetl.data.manifest import read_manifest
     from slidetl.errors import UsageError
-    from slidetl.tiles.ledger import EXCLUDED, FAILED, USED
+    from slidetl.slides.spacing import check_given
+    from slidetl.tiles.ledger import EXCLUDED, FAILED, USED, summarise_notes
     from slidetl.tiles.tile import SlideSource
 
     if workers < 1:
         raise UsageError(f"--workers must be at least 1, not {workers}")
     if grades < 2:
         raise UsageError(f"--grades must be at least 2, not {grades}")
+    check_given("--mpp-override", mpp_override)
+    check_given("--mpp-replace", mpp_replace)
     found = read_manifest(manifest, grades, images)
     if found.grades:
         print(f"labels by folder, in this order: --data.grades='{list(found.grades)}'")
     sources = [
-        SlideSource(row.slide_id, row.path, row.mpp if row.mpp is not None else mpp_override)
+        SlideSource(row.slide_id, row.path, mpp_override, mpp_replace if row.mpp is None else row.mpp)
         for row in found.rows
     ]
     started = time.monotonic()
@@ -83,6 +89,8 @@ def tile(
     failed = [row for row in rows if row.status == FAILED]
     for line in _failures(failed):
         print(f"failed: {line}", file=sys.stderr)
+    for line in summarise_notes(rows):
+        print(f"slidetl: warning: {line}", file=sys.stderr)
     counts = ", ".join(f"{sum(row.status == s for row in rows)} {s}" for s in (USED, EXCLUDED, FAILED))
     tiles = sum(row.tiles for row in rows)
     print(f"{len(rows)} slides: {counts}; {tiles} tiles in {seconds:.1f} s ({tiles / seconds:.0f} tiles/s)")

@@ -45,7 +45,7 @@ class ManifestRow:
         grade: 0..K-1, or None for a slide that nobody graded.
         site, scanner, stain, block: as given, empty where not.
         reader_grades: each reader's grade, in the order of their numbers.
-        mpp: spacing of level 0 in micrometres per pixel, for slides whose metadata has none.
+        mpp: spacing of level 0 in micrometres per pixel, in place of that of the slide's metadata.
         split: ``train``, ``val`` or ``test``; empty where the split is left to a seed.
         labels: label of each task: 0..K-1, the path of a table of tile labels, or None.
     """

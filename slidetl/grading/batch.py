@@ -8,10 +8,11 @@ import json
 import multiprocessing
 import os
 import threading
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
@@ -67,16 +68,24 @@ class GradeRow:
     rates: Rates | None = None
 
 
-def find_slides(named: Sequence[Path]) -> list[Path]:
-    """Slides, the slides in folders, and what patterns such as ``study/*.svs`` match; each once.
+def find_slides(named: Sequence[Path]) -> tuple[list[Path], dict[Path, float]]:
+    """Lists slides, those of manifests and folders, and the matches of patterns such as ``study/*.svs``.
+
+    Returns:
+        Each slide once; and the spacing of level 0, micrometres per pixel, of those whose manifest gives it.
 
     Raises:
         UsageError: a pattern matches nothing.
-        ManifestError: a folder has no slides.
+        ManifestError: a folder has no slides, or a manifest has faults.
     """
     found: list[Path] = []
+    spacings: dict[Path, float] = {}
     for path in named:
-        if path.is_dir() and path.suffix.lower() != ".mrxs":
+        if path.suffix.lower() == ".csv" and path.is_file():
+            rows = read_manifest(path).rows
+            found += [row.path for row in rows]
+            spacings |= {row.path: row.mpp for row in rows if row.mpp is not None}
+        elif path.is_dir() and path.suffix.lower() != ".mrxs":
             found += [row.path for row in read_manifest(path).rows]
         elif not path.exists() and any(letter in str(path) for letter in "*?["):
             root = Path(path.anchor) if path.is_absolute() else Path()
@@ -86,7 +95,7 @@ def find_slides(named: Sequence[Path]) -> list[Path]:
             found += matches
         else:
             found.append(path)
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found)), spacings
 
 
 def grade_slides(
@@ -95,6 +104,7 @@ def grade_slides(
     options: GradeOptions,
     jobs: int = 1,
     finished: Container[Path] = (),
+    spacings: Mapping[Path, float] | None = None,
 ) -> Iterator[GradeRow]:
     """Grades slides, in the order in which they get done; a bad one costs itself alone.
 
@@ -104,19 +114,21 @@ def grade_slides(
         options: how.
         jobs: slides at a time, each in a process of its own if more than one.
         finished: which of the slides are left out.
+        spacings: spacing of level 0, micrometres per pixel, of slides whose own is not to be taken.
     """
+    spacings = spacings or {}
     names = output_names(slides)
     waiting = [path for path in slides if path not in finished]
     if not waiting:
         return
     jobs = max(jobs, options.devices)
     if jobs == 1:
-        yield from _grade_here(model.frozen(), waiting, names, options)
+        yield from _grade_here(model.frozen(), waiting, names, options, spacings)
         return
     while waiting:
         undone = []
         with _processes(min(jobs, len(waiting)), model, options) as pool:
-            running = {pool.submit(_work, path, names[path]): path for path in waiting}
+            running = {pool.submit(_work, path, names[path], spacings.get(path)): path for path in waiting}
             for future, path in _as_done(running):
                 try:
                     yield future.result()
@@ -124,12 +136,16 @@ def grade_slides(
                     undone.append(path)
         # Which slide killed its process is not told: each of those left gets one to itself, the first first.
         if undone:
-            yield _grade_apart(undone[0], names[undone[0]], model, options)
+            yield _grade_apart(undone[0], names[undone[0]], model, options, spacings.get(undone[0]))
         waiting = undone[1:]
 
 
 def _grade_here(
-    model: ModelFile, slides: Sequence[Path], names: dict[Path, str], options: GradeOptions
+    model: ModelFile,
+    slides: Sequence[Path],
+    names: dict[Path, str],
+    options: GradeOptions,
+    spacings: Mapping[Path, float],
 ) -> Iterator[GradeRow]:
     """Grades slides in this process: one at a time on a processor, several before a GPU.
 
@@ -140,7 +156,7 @@ def _grade_here(
     with _runner(model, options, threads) as runner:
         if not runner.packs:
             for path in slides:
-                yield _grade(model, path, names[path], options, runner, threads)
+                yield _grade(model, path, names[path], options, spacings.get(path), runner, threads)
             return
         free = max(1, threads - _THREADS_OF_A_GPU)
         count = min(len(slides), free)
@@ -150,7 +166,10 @@ def _grade_here(
             ThreadPoolExecutor(count, "slide") as pool,
         ):
             running = {
-                pool.submit(_grade, model, path, names[path], options, runner, free // count, readers): path
+                pool.submit(
+                    partial(_grade, model, path, names[path], options, spacings.get(path)),
+                    *(runner, free // count, readers),
+                ): path
                 for path in slides
             }
             try:
@@ -268,6 +287,7 @@ def _grade(
     path: Path,
     name: str,
     options: GradeOptions,
+    mpp: float | None,
     runner: Runner,
     threads: int,
     readers: Readers | None = None,
@@ -282,6 +302,8 @@ def _grade(
             profile=options.profile,
             runner=runner,
             readers=readers,
+            mpp_replace=options.mpp_replace if mpp is None else mpp,
+            mpp_tolerance=options.mpp_tolerance,
         )
         hand_back_memory()  # of embeddings and activations; a report needs some
         if options.output is not None:
@@ -299,7 +321,7 @@ def _write(
 ) -> None:
     draw_map(result, folder / f"{name}.png")
     if options.report:
-        write_slide_report(result, model.card, folder, name, options.mpp_override, threads=threads)
+        write_slide_report(result, model.card, folder, name, threads=threads)
     # Last and at once: a run that goes on takes the slide for done by it.
     partial = folder / f".{name}.json.partial"
     partial.write_text(json.dumps(result.to_dict()) + "\n", encoding="utf-8")
@@ -308,7 +330,7 @@ def _write(
 
 def _fingerprint(path: Path) -> str:
     # The spacing does not enter; a slide without one shall not be refused here.
-    with open_slide(path, 1.0) as slide:
+    with open_slide(path, mpp_replace=1.0) as slide:
         return slide.info.fingerprint
 
 
@@ -344,10 +366,10 @@ def _start(path: Path, devices: SimpleQueue[str], options: GradeOptions, threads
     _loaded = model, options, runner, threads
 
 
-def _work(path: Path, name: str) -> GradeRow:
+def _work(path: Path, name: str, mpp: float | None) -> GradeRow:
     assert _loaded is not None  # set by `_start`
     model, options, runner, threads = _loaded
-    return _grade(model, path, name, options, runner, threads)
+    return _grade(model, path, name, options, mpp, runner, threads)
 
 
 def _as_done(running: dict[Future[GradeRow], Path]) -> Iterator[tuple[Future[GradeRow], Path]]:
@@ -358,10 +380,12 @@ def _as_done(running: dict[Future[GradeRow], Path]) -> Iterator[tuple[Future[Gra
             yield future, running[future]
 
 
-def _grade_apart(path: Path, name: str, model: ModelFile, options: GradeOptions) -> GradeRow:
+def _grade_apart(
+    path: Path, name: str, model: ModelFile, options: GradeOptions, mpp: float | None
+) -> GradeRow:
     with _processes(1, model, options) as pool:
         try:
-            return pool.submit(_work, path, name).result()
+            return pool.submit(_work, path, name, mpp).result()
         except BrokenProcessPool:
             reason = (
                 f"{path}: the process that graded it was ended, perhaps for want of memory; use fewer --jobs"

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -124,6 +124,7 @@ class SlideGrade:
             "tissue_mm2": round(self.tissue_mm2, 4),
             "novelty": None if self.novelty is None else round(self.novelty, 4),
             "model_sha256": self.model_sha256,
+            "notes": list(self.plan.notes),
         }
 
 
@@ -138,6 +139,8 @@ def grade_slide(
     profile: bool = False,
     runner: Runner | None = None,
     readers: Readers | None = None,
+    mpp_replace: float | None = None,
+    mpp_tolerance: float | None = None,
 ) -> SlideGrade:
     """Grades one slide, from its file, through the pixels that a cache would hold.
 
@@ -156,6 +159,8 @@ def grade_slide(
             them, from several threads if they like. By default one is made for this slide.
         readers: of :func:`slidetl.tiles.cut.slide_parts`, one of which reads the slide; by default threads of
             this process do.
+        mpp_replace: micrometres per level-0 pixel, instead of the metadata's.
+        mpp_tolerance: instead of that of the training, :attr:`slidetl.tiles.grid.TileSpec.mpp_tolerance`.
 
     Raises:
         SlideError: the slide cannot be opened or read, has no spacing, or is too coarse.
@@ -166,13 +171,24 @@ def grade_slide(
     if runner is None:
         with start_runner(model, batch_size, threads) as own:
             return grade_slide(
-                model, path, mpp_override, threads=threads, force=force, profile=profile, runner=own
+                model,
+                path,
+                mpp_override,
+                threads=threads,
+                force=force,
+                profile=profile,
+                runner=own,
+                mpp_replace=mpp_replace,
+                mpp_tolerance=mpp_tolerance,
             )
     card, network = model.card, model.network
+    spec = card.tile_spec
+    if mpp_tolerance is not None:
+        spec = replace(spec, mpp_tolerance=mpp_tolerance)
     kept: NDArray[np.uint8] | None = None
     origins: list[NDArray[np.int32]] = []
     tissue = 0.0
-    of = (path, mpp_override, card.tile_spec)
+    of = (path, mpp_override, mpp_replace, spec)
     # Closed whatever happens: a thread or process that reads ahead uses the slide.
     with (
         contextlib.closing(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from slidetl.errors import UsageError
+from slidetl.slides.spacing import check_given
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,12 @@ class GradeOptions:
         output: folder for results.csv, and for each slide a map (PNG) and the result (JSON).
         report: write into ``output`` also a page for each slide (HTML that needs nothing else), a map that
             QuPath reads (GeoJSON), and index.html over all slides.
-        mpp_override: spacing of level 0, micrometres per pixel, instead of the metadata's.
+        mpp_override: spacing of level 0, micrometres per pixel, of slides that have none in the manifest or
+            their metadata; fills gaps only.
+        mpp_replace: spacing of level 0 in place of that of the metadata, of all slides without mpp in a
+            manifest.
+        mpp_tolerance: relative difference within which a pyramid level is read as it is, 0..0.5; by default
+            that of the model's training.
         force: also grade slides that have too little tissue or are unlike those of the training.
         batch_size: tiles per forward pass; by default 16 on a CPU, where more cost memory and gain nothing,
             else 256, and fewer where the card has no room for them.
@@ -27,12 +33,14 @@ class GradeOptions:
         profile: print tiles per second with everything on, and of the network alone.
 
     Raises:
-        UsageError: a report without a folder, or a batch without tiles.
+        UsageError: a report without a folder, a batch without tiles, or a spacing that cannot be.
     """
 
     output: Path | None = None
     report: bool = False
     mpp_override: float | None = None
+    mpp_replace: float | None = None
+    mpp_tolerance: float | None = None
     force: bool = False
     batch_size: int | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -40,6 +48,8 @@ class GradeOptions:
     profile: bool = False
 
     def __post_init__(self) -> None:
+        check_given("--mpp-override", self.mpp_override)
+        check_given("--mpp-replace", self.mpp_replace)
         if self.report and self.output is None:
             raise UsageError("--report needs --output, the folder for the pages")
         if self.batch_size is not None and self.batch_size < 1:

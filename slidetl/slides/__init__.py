@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slidetl.slides.base import Slide, SlideInfo
+from slidetl.slides.spacing import Pair
 
 if TYPE_CHECKING:
     from slidetl.slides.openslide import OpenSlideSlide
@@ -14,18 +15,25 @@ if TYPE_CHECKING:
 __all__ = ["Slide", "SlideInfo", "open_slide"]
 
 
-def open_slide(path: str | Path, mpp_override: float | None = None, icc: bool = False) -> Slide:
+def open_slide(
+    path: str | Path,
+    mpp_override: float | None = None,
+    icc: bool = False,
+    *,
+    mpp_replace: float | Pair | None = None,
+) -> Slide:
     """Opens a slide of any format that OpenSlide reads, or an image. Use it as a context manager.
 
     Args:
         path: the slide; of several files, the one that the vendor's software would open. Or a PNG, JPEG,
             TIFF, OME-TIFF, or an image in an ``.npz`` (:mod:`slidetl.slides.npz`).
-        mpp_override: micrometres per level-0 pixel along both axes, instead of what the file says.
+        mpp_override: micrometres per level-0 pixel along both axes, of a slide that says none.
         icc: convert colours to sRGB by the slide's ICC profile, if it has one.
+        mpp_replace: the same, or that along x and y, instead of what the file says.
 
     Raises:
         SlideOpenError: the file is missing, or not a slide that can be read.
-        SpacingError: the file gives no physical spacing, and there is no ``mpp_override``.
+        SpacingError: neither the file nor the caller gives a spacing that a microscope can have.
     """
     # Imported here: the library costs a tenth of a second, which `slidetl --help` need not pay.
     from slidetl.slides.raster import RasterSlide, is_raster
@@ -33,11 +41,11 @@ def open_slide(path: str | Path, mpp_override: float | None = None, icc: bool = 
     path = Path(path)
     slide: RasterSlide | OpenSlideSlide
     if is_raster(path):
-        slide = RasterSlide(path, mpp_override)
+        slide = RasterSlide(path, mpp_override, mpp_replace)
     else:
         from slidetl.slides.openslide import OpenSlideSlide
 
-        slide = OpenSlideSlide(path, mpp_override)
+        slide = OpenSlideSlide(path, mpp_override, mpp_replace)
     profile = slide.colour_profile if icc else None
     if profile is None:
         return slide

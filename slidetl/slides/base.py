@@ -31,6 +31,8 @@ class SlideInfo:
         mpp_levels: nominal spacing of every pyramid level, finest first; for messages only.
         background_rgb: colour of glass that was not scanned, 0..255.
         objective_power: nominal magnification, where the file says so.
+        notes: what is doubtful about the slide, or was done to its pixels; one line each, no semicolon.
+        corner_level0: ``(x, y)`` of the scanned area, to which viewers crop the slide, level-0 pixels.
     """
 
     path: Path
@@ -41,6 +43,8 @@ class SlideInfo:
     mpp_levels: tuple[float, ...]
     background_rgb: tuple[int, int, int]
     objective_power: float | None
+    notes: tuple[str, ...] = ()
+    corner_level0: tuple[int, int] = (0, 0)
 
 
 class Slide(Protocol):

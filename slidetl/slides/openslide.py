@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TypeVar
@@ -14,7 +14,7 @@ import numpy as np
 import openslide
 from numpy.typing import NDArray
 
-from slidetl.errors import SlideOpenError, SlideReadError, SpacingError
+from slidetl.errors import SlideOpenError, SlideReadError
 from slidetl.slides.area import average_areas
 from slidetl.slides.base import SlideInfo, fingerprint_of
 from slidetl.slides.decoding import JpegCutter, Placement, map_in_order, reduction_for
@@ -24,11 +24,11 @@ from slidetl.slides.levels import (
     Level,
     PyramidSlide,
     View,
-    check_override,
     nominal_mpp,
     scale_of,
 )
 from slidetl.slides.opencv import opencv
+from slidetl.slides.spacing import Pair, settle_spacing
 from slidetl.slides.tiff import JpegTiles, read_jpeg_level
 
 _Result = TypeVar("_Result")
@@ -86,13 +86,17 @@ class OpenSlideSlide(PyramidSlide[_Level]):
     middle and last of them prove equal to what OpenSlide reads. See docs/design/fast-paths.md.
     """
 
-    def __init__(self, path: Path, mpp_override: float | None = None) -> None:
-        check_override(mpp_override)
+    def __init__(
+        self,
+        path: Path,
+        mpp_override: float | None = None,
+        mpp_replace: float | Pair | None = None,
+    ) -> None:
         self._path = path
         handle = _open(path)
         try:
             self._levels = _levels(handle)
-            self._info = _describe(path, handle, self._levels, mpp_override)
+            self._info = _describe(path, handle, self._levels, mpp_override, mpp_replace)
         except BaseException:  # whatever it was, the file must not stay open
             handle.close()
             raise
@@ -394,22 +398,18 @@ def _levels(handle: openslide.OpenSlide) -> tuple[_Level, ...]:
 
 
 def _describe(
-    path: Path, handle: openslide.OpenSlide, levels: tuple[_Level, ...], mpp_override: float | None
+    path: Path,
+    handle: openslide.OpenSlide,
+    levels: tuple[_Level, ...],
+    mpp_override: float | None,
+    mpp_replace: float | Pair | None,
 ) -> SlideInfo:
     properties = handle.properties
     objective = _positive(properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER))
-    if mpp_override is not None:
-        mpp = (mpp_override, mpp_override)
-    else:
-        x = _positive(properties.get(openslide.PROPERTY_NAME_MPP_X))
-        y = _positive(properties.get(openslide.PROPERTY_NAME_MPP_Y))
-        if x is None or y is None:
-            hint = f"; its objective power is {objective:g}" if objective else ""
-            raise SpacingError(
-                f"{path}: the slide does not say how many micrometres a pixel is; give it with "
-                f"--mpp-override or in the manifest's mpp column{hint}"
-            )
-        mpp = (x, y)
+    x = _positive(properties.get(openslide.PROPERTY_NAME_MPP_X))
+    y = _positive(properties.get(openslide.PROPERTY_NAME_MPP_Y))
+    stated = (x, y) if x is not None and y is not None else None
+    mpp, notes = settle_spacing(path, stated, mpp_override, mpp_replace, objective)
     background = properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "FFFFFF")
     return SlideInfo(
         path=path,
@@ -420,7 +420,19 @@ def _describe(
         mpp_levels=nominal_mpp(mpp, levels),
         background_rgb=(int(background[0:2], 16), int(background[2:4], 16), int(background[4:6], 16)),
         objective_power=objective,
+        notes=notes,
+        corner_level0=_corner(properties),
     )
+
+
+def _corner(properties: Mapping[str, str]) -> tuple[int, int]:
+    """Finds the corner of the scanned area as QuPath does (``OpenslideImageServer``): by all four bounds."""
+    sides = ("x", "y", "width", "height")
+    try:
+        x, y, _, _ = (int(properties[f"openslide.bounds-{side}"]) for side in sides)
+    except (KeyError, ValueError):
+        return 0, 0
+    return x, y
 
 
 def _positive(text: str | None) -> float | None:

@@ -18,11 +18,12 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from slidetl.errors import SlideOpenError, SlideReadError, SpacingError
+from slidetl.errors import SlideOpenError, SlideReadError
 from slidetl.slides.base import SlideInfo, fingerprint_of
 from slidetl.slides.declared import READABLE, check_declared
-from slidetl.slides.levels import Level, PyramidSlide, check_override, nominal_mpp, scale_of
+from slidetl.slides.levels import Level, PyramidSlide, nominal_mpp, scale_of
 from slidetl.slides.npz import NpzItem
+from slidetl.slides.spacing import UM_PER_UNIT, Pair, settle_spacing
 
 IMAGE_SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".bmp"])
 TIFF_SUFFIXES = frozenset([".tif", ".tiff"])
@@ -38,9 +39,6 @@ _JPEG_COMPRESSION = 7
 _ICC_PROFILE = 34675  # TIFF tag, ICC.1:2010 annex B.4
 
 _GLASS = (255, 255, 255)
-
-# Micrometres in those units of OME-XML (schema 2016-06, UnitsLength) that microscopes use; a pixel is none.
-_OME_UNITS = {"nm": 1e-3, "µm": 1.0, "μm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6, "Å": 1e-4}
 
 # What decoders raise on damaged or hostile files; imagecodecs' own errors are RuntimeErrors.
 _DAMAGE = (
@@ -68,16 +66,21 @@ class RasterSlide(PyramidSlide[_Level]):
 
     Args:
         path: a PNG, JPEG, BMP or TIFF, or ``FILE.npz#SPLIT/INDEX``.
-        mpp_override: micrometres per pixel. Only OME-TIFF says its own: the resolution of other images is
-            that of a printer.
+        mpp_override: micrometres per pixel of a picture that says none. Only OME-TIFF says its own: the
+            resolution of other images is that of a printer.
+        mpp_replace: instead of that of the file.
 
     Raises:
         SlideOpenError: the file is missing, or not an image that can be read.
         SpacingError: its spacing is not known.
     """
 
-    def __init__(self, path: Path, mpp_override: float | None = None) -> None:
-        check_override(mpp_override)
+    def __init__(
+        self,
+        path: Path,
+        mpp_override: float | None = None,
+        mpp_replace: float | Pair | None = None,
+    ) -> None:
         self._path = path
         self._tiff: _Tiff | None = None
         self._closed = False
@@ -91,14 +94,7 @@ class RasterSlide(PyramidSlide[_Level]):
                 _Level(size, scale_of(sizes[0], size, math.sqrt(width * height / math.prod(size))), read)
                 for size, read in levels
             )
-            if mpp_override is not None:
-                mpp = (mpp_override, mpp_override)
-            if mpp is None:
-                raise SpacingError(
-                    f"{path}: the image does not say how many micrometres a pixel is; give it with "
-                    "--mpp-override or in the manifest's mpp column (to take pixels as the unit: "
-                    "--mpp 1 --mpp-override 1)"
-                )
+            mpp, notes = settle_spacing(path, mpp, mpp_override, mpp_replace)
         except BaseException:  # whatever it was, the file must not stay open
             self.close()
             raise
@@ -111,6 +107,7 @@ class RasterSlide(PyramidSlide[_Level]):
             mpp_levels=nominal_mpp(mpp, self._levels),
             background_rgb=_GLASS,
             objective_power=None,
+            notes=notes,
         )
 
     @property
@@ -355,7 +352,7 @@ def _ome_mpp(xml: str | None) -> tuple[float, float] | None:
         return None
     spacing = []
     for axis in "XY":
-        unit = _OME_UNITS.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
+        unit = UM_PER_UNIT.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
         try:
             value = float(pixels.get(f"PhysicalSize{axis}", "nan"))
         except ValueError:

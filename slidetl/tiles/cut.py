@@ -135,14 +135,19 @@ def stream_tiles(slide: Slide, plan: TilePlan, batch_size: int = 64, threads: in
 
 
 def read_slide(
-    path: Path, mpp_override: float | None, spec: TileSpec, batch_size: int, threads: int = 1
+    path: Path,
+    mpp_override: float | None,
+    mpp_replace: float | None,
+    spec: TileSpec,
+    batch_size: int,
+    threads: int = 1,
 ) -> Generator[TilePlan | TileBatch, None, None]:
     """Opens a slide and yields the plan of its tiles, then the tiles, as :func:`stream_tiles` does.
 
     Raises:
         SlideError: the slide cannot be opened or read, has no spacing, or is too coarse.
     """
-    with open_slide(path, mpp_override, spec.icc) as slide:
+    with open_slide(path, mpp_override, spec.icc, mpp_replace=mpp_replace) as slide:
         plan = plan_tiles(slide, spec, threads)
         yield plan
         yield from stream_tiles(slide, plan, batch_size, threads)

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from statistics import median
 from typing import Self
 
 from slidetl.errors import CacheError
+from slidetl.slides.spacing import cohort_note
 from slidetl.tiles.lock import kernel_lock
 from slidetl.tiles.store import describe_write_error
 
 USED, EXCLUDED, FAILED = "used", "excluded", "failed"
 
+_NAMED = 5  # slides that a line on the screen names; the ledger names all
 # A spreadsheet takes a cell that starts like this for a formula, and slides are named by strangers.
 _FORMULA = ("=", "+", "-", "@", "'")
 
@@ -31,6 +35,8 @@ class LedgerRow:
         reason: why, one line; empty if used.
         tiles: tiles in the cache.
         tiles_without_tissue: places on the grid left out for having too little tissue.
+        tiles_without_data: of these, places on areas without data: not scanned, missing in the file, or of
+            one colour.
         tiles_pen: tiles with tissue left out for ink of a pen.
         tiles_fold: for folded tissue.
         tiles_air: for air or fat.
@@ -38,10 +44,12 @@ class LedgerRow:
         tiles_unreadable: tiles lost because the slide is damaged there.
         mpp_x: spacing of the tiles along x, micrometres per pixel; 0 if not known.
         mpp_y: along y.
+        mpp_level0: spacing of the slide's level 0.
         vendor: of the scanner, as the reader calls it.
         width: of the slide, level-0 pixels; 0 if not known.
         height: of the slide.
         fingerprint: SHA-256 of its content.
+        note: what is doubtful, or was done to the pixels; several are separated by semicolons.
         seconds: how long it took in the last run.
         host: the machine that did it.
         finished_at: UTC, ISO 8601.
@@ -53,6 +61,7 @@ class LedgerRow:
     reason: str = ""
     tiles: int = 0
     tiles_without_tissue: int = 0
+    tiles_without_data: int = 0
     tiles_pen: int = 0
     tiles_fold: int = 0
     tiles_air: int = 0
@@ -60,10 +69,12 @@ class LedgerRow:
     tiles_unreadable: int = 0
     mpp_x: float = 0.0
     mpp_y: float = 0.0
+    mpp_level0: float = 0.0
     vendor: str = ""
     width: int = 0
     height: int = 0
     fingerprint: str = ""
+    note: str = ""
     seconds: float = 0.0
     host: str = ""
     finished_at: str = ""
@@ -139,6 +150,28 @@ class Ledger:
             self._temporary.unlink(missing_ok=True)  # on a full disk it would keep the space that is wanting
             raise
         self._temporary.replace(self._path)
+
+
+def summarise_notes(rows: Sequence[LedgerRow]) -> list[str]:
+    """Gathers what is doubtful about slides: one line for each note, with the slides that it is about."""
+    slides: dict[str, list[str]] = defaultdict(list)
+    spacings = [row.mpp_level0 for row in rows if row.mpp_level0]
+    middle = median(spacings) if spacings else 1.0
+    for row in rows:
+        notes = row.note.split("; ") if row.note else []
+        far = cohort_note(row.mpp_level0, middle) if row.mpp_level0 else None
+        for note in (*notes, *([far] if far else [])):
+            slides[note].append(row.slide_id)
+        if row.tiles_unreadable:
+            slides["tiles that cannot be read are left out, and tried again by the next run"].append(
+                f"{row.slide_id} ({row.tiles_unreadable} of {row.tiles + row.tiles_unreadable})"
+            )
+    return [
+        f"{len(names)} slide{'s' * (len(names) > 1)}: {note}: "
+        + ", ".join(names[:_NAMED])
+        + (" ..." if len(names) > _NAMED else "")
+        for note, names in slides.items()
+    ]
 
 
 _PARSE = {"str": str, "int": int, "float": float}

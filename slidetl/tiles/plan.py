@@ -11,13 +11,18 @@ from numpy.typing import NDArray
 
 from slidetl.errors import SlideReadError
 from slidetl.slides import Slide, SlideInfo
+from slidetl.slides.spacing import request_note
 from slidetl.tiles.grid import TileGrid, TileSpec
 from slidetl.tiles.quality import focus_of, measure_quality
-from slidetl.tiles.tissue import TissueMask, find_tissue, thumbnail_mpp
+from slidetl.tiles.tissue import TissueMask, blank_fill, find_tissue, thumbnail_mpp
 
 # A slide of which more than this share cannot be read is not to be trusted for the rest. It also bounds how
 # often a damaged slide is opened anew.
 MAX_UNREADABLE = 0.1
+
+# Tissue shares this near to all, or ten times nearer to nothing, are said of slides of so many tiles.
+_EXTREME_SHARE = 0.03
+MANY_PLACES = 16
 
 # Least tissue is compared with float32 shares of an area.
 _ROUNDING = 1e-6
@@ -43,6 +48,8 @@ class TilePlan:
             unreadable.
         left_out_level0: ``[n, 2] int32``, corners of tiles with tissue left out for their quality, by the
             first reason that applies: ``pen``, ``fold``, ``air``, ``out of focus``.
+        tiles_without_data: of those without tissue, places on areas without data.
+        notes: what is doubtful about the slide, :func:`notes_on`.
     """
 
     spec: TileSpec
@@ -56,6 +63,8 @@ class TilePlan:
     tissue_mask: TissueMask
     quality: dict[str, NDArray[np.float32]]
     left_out_level0: dict[str, NDArray[np.int32]]
+    tiles_without_data: int = 0
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.origins_level0)
@@ -64,7 +73,11 @@ class TilePlan:
     def left_out(self) -> dict[str, Any]:
         """Numbers (int) of tiles left out, by the names of the ledger's columns."""
         spoilt = {f"tiles_{reason.replace(' ', '_')}": len(o) for reason, o in self.left_out_level0.items()}
-        return {"tiles_without_tissue": self.tiles_without_tissue, **spoilt}
+        without = {
+            "tiles_without_tissue": self.tiles_without_tissue,
+            "tiles_without_data": self.tiles_without_data,
+        }
+        return without | spoilt
 
 
 def plan_tiles(slide: Slide, spec: TileSpec, threads: int = 1) -> TilePlan:
@@ -80,7 +93,8 @@ def plan_tiles(slide: Slide, spec: TileSpec, threads: int = 1) -> TilePlan:
     mpp_read = slide.mpp_read(spec.mpp, spec.mpp_tolerance)
     mpp = thumbnail_mpp(info.size_level0, info.mpp_level0, spec)
     thumbnail, is_unreadable = _read_thumbnail(slide, mpp, spec.tile_size_px * spec.mpp)
-    found = find_tissue(thumbnail, mpp, info.background_rgb)
+    seen, background, is_fill = blank_fill(thumbnail, mpp, info.background_rgb)
+    found = find_tissue(seen, mpp, background)
     tissue_mask = TissueMask(found.mask | is_unreadable, mpp)
     grid = TileGrid.over(info.size_level0, info.mpp_level0, mpp_read, spec)
     origins = grid.origins_level0()
@@ -88,8 +102,9 @@ def plan_tiles(slide: Slide, spec: TileSpec, threads: int = 1) -> TilePlan:
     fraction = tissue_mask.fraction(origins, extent, mpp_level0)
     is_wanted = fraction >= spec.min_tissue - _ROUNDING
     without_tissue = int((~is_wanted).sum())
+    fill = TissueMask(is_fill, mpp).fraction(origins[~is_wanted], extent, mpp_level0)
     origins, fraction = origins[is_wanted], fraction[is_wanted]
-    maps = measure_quality(thumbnail, mpp, found.mask, info.background_rgb)
+    maps = measure_quality(seen, mpp, found.mask, background)
     quality = {name: mask.fraction(origins, extent, mpp_level0) for name, mask in maps.items()}
     left_out: dict[str, NDArray[np.int32]] = {}
 
@@ -112,11 +127,33 @@ def plan_tiles(slide: Slide, spec: TileSpec, threads: int = 1) -> TilePlan:
         extent_level0=grid.extent_level0,
         tissue_fraction=fraction,
         tiles_without_tissue=without_tissue,
+        tiles_without_data=int((fill > 0.5).sum()),
         thumbnail=thumbnail,
         tissue_mask=tissue_mask,
         quality=quality,
         left_out_level0=left_out,
+        notes=notes_on(info, spec, tissue_mask.mask[~is_fill] if len(grid) >= MANY_PLACES else None),
     )
+
+
+def notes_on(info: SlideInfo, spec: TileSpec, tissue: NDArray[np.bool_] | None) -> tuple[str, ...]:
+    """Notes what is doubtful about a slide and what is asked of it.
+
+    Args:
+        info: the slide.
+        spec: what is asked for.
+        tissue: its tissue mask, where it has data; None if its grid has less than :data:`MANY_PLACES`, since
+            a small picture may well be all tissue.
+    """
+    request = request_note(spec.mpp, max(info.mpp_level0))
+    notes = [*info.notes, *([request] if request else [])]
+    if tissue is not None and tissue.size and spec.min_tissue > 0:
+        share = float(tissue.mean())
+        if share > 1 - _EXTREME_SHARE:
+            notes.append("nearly all of it counts as tissue, no glass is found (look at it with --preview)")
+        elif 0 < share < _EXTREME_SHARE / 10:
+            notes.append("hardly any of it counts as tissue (look at it with --preview)")
+    return tuple(notes)
 
 
 def _focus(slide: Slide, origins: NDArray[np.int32], spec: TileSpec, threads: int) -> NDArray[np.float32]:

@@ -70,6 +70,7 @@ class CacheHeader:
         extent_level0: size of a tile ``(x, y)``, level-0 pixels.
         spec: how the tiles were made.
         tiles_without_tissue: places on the grid left out for having too little tissue.
+        tiles_without_data: of these, places on areas without data; written where there are any.
         tiles_pen, tiles_fold, tiles_air, tiles_out_of_focus: tiles with tissue left out for their quality.
         tiles_unreadable: tiles left out because the slide is damaged there.
     """
@@ -83,6 +84,7 @@ class CacheHeader:
     extent_level0: tuple[float, float]
     spec: TileSpec
     tiles_without_tissue: int = 0
+    tiles_without_data: int = 0
     tiles_pen: int = 0
     tiles_fold: int = 0
     tiles_air: int = 0
@@ -92,7 +94,10 @@ class CacheHeader:
     def to_attributes(self) -> dict[str, Any]:
         """Returns plain JSON values."""
         about = {"format_version": FORMAT_VERSION, "software": f"slidetl {slidetl.__version__}"}
-        return {**about, **json.loads(json.dumps(asdict(self)))}
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self) | {"spec": self.spec.to_dict()}))
+        if not self.tiles_without_data:
+            del values["tiles_without_data"]  # caches of slides without such areas keep their bytes
+        return about | values
 
     def identity(self) -> dict[str, Any]:
         """Returns the values that must be equal for a build to be resumed.
@@ -104,6 +109,7 @@ class CacheHeader:
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> Self:
         """Inverts :meth:`to_attributes`."""
+        attributes = {"tiles_without_data": 0, **attributes}
         values = {name: attributes[name] for name in cls.__dataclass_fields__}
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return cls(**{**values, "spec": TileSpec.from_dict(attributes["spec"])})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Callable
@@ -15,15 +16,16 @@ from slidetl.errors import (
     CacheMismatchError,
     CacheMissingError,
     SlideError,
+    SlideReadError,
     SlidetlError,
     UsageError,
 )
 from slidetl.slides import Slide, SlideInfo, open_slide
-from slidetl.tiles.cut import encode_tiles
+from slidetl.tiles.cut import encode_tile, encode_tiles
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.ledger import EXCLUDED, FAILED, USED, LedgerRow
 from slidetl.tiles.lock import slide_lock
-from slidetl.tiles.plan import TilePlan, plan_tiles
+from slidetl.tiles.plan import MANY_PLACES, TilePlan, notes_on, plan_tiles
 from slidetl.tiles.preview import draw_preview
 from slidetl.tiles.store import (
     CacheHeader,
@@ -46,7 +48,8 @@ class SlideSource:
     Attributes:
         slide_id: the name of its cache.
         path: its file.
-        mpp_override: micrometres per level-0 pixel, instead of what the file says.
+        mpp_override: micrometres per level-0 pixel, of a file that says none.
+        mpp_replace: micrometres per level-0 pixel, instead of what the file says.
 
     Raises:
         UsageError: ``slide_id`` cannot be the name of a folder.
@@ -55,6 +58,7 @@ class SlideSource:
     slide_id: str
     path: Path
     mpp_override: float | None = None
+    mpp_replace: float | None = None
 
     def __post_init__(self) -> None:
         if not self.slide_id or self.slide_id.startswith(".") or self.slide_id != Path(self.slide_id).name:
@@ -131,10 +135,12 @@ def tile_slide(
     try:
         with slide_lock(cache_dir, source.slide_id) as lock:
             try:
-                with open_slide(source.path, source.mpp_override, spec.icc) as slide:
+                with open_slide(
+                    source.path, source.mpp_override, spec.icc, mpp_replace=source.mpp_replace
+                ) as slide:
                     info, (width, height) = slide.info, slide.info.size_level0
                     row = replace(row, vendor=info.vendor, fingerprint=info.fingerprint)
-                    row = replace(row, width=width, height=height)
+                    row = replace(row, width=width, height=height, mpp_level0=max(info.mpp_level0))
                     row = _tile_open_slide(
                         row, slide, cache_dir, spec, overwrite, threads, lock.check, picture
                     )
@@ -157,14 +163,17 @@ def _tile_open_slide(
     preview: Path | None,
 ) -> LedgerRow:
     kept = _kept_cache(slide.info, cache_path(cache_dir, row.slide_id), spec, overwrite)
-    if kept is not None:
+    if kept is not None and not (kept.header.tiles_unreadable and _is_readable_now(slide, kept, threads)):
         if preview is not None and not preview.exists():
             draw_preview(preview, plan_tiles(slide, spec, threads), row.slide_id)
         discard(cache_dir, row.slide_id)
-        return _used(row, kept)
+        is_large = len(kept) + kept.header.tiles_without_tissue >= MANY_PLACES
+        notes = notes_on(slide.info, spec, kept.tissue_mask.mask if is_large else None)
+        return replace(_used(row, kept), note="; ".join(notes))
 
     plan = plan_tiles(slide, spec, threads)
     row = replace(row, mpp_x=plan.mpp_read[0], mpp_y=plan.mpp_read[1], **plan.left_out)
+    row = replace(row, note="; ".join(plan.notes))
     if preview is not None:
         draw_preview(preview, plan, row.slide_id)
     if not len(plan):
@@ -177,6 +186,20 @@ def _tile_open_slide(
             reason = "the slide is smaller than one tile"
         return replace(row, status=EXCLUDED, reason=reason)
     return _used(row, write_tiles(slide, plan, cache_dir, row.slide_id, threads, check))
+
+
+def _is_readable_now(slide: Slide, cache: SlideCache, threads: int) -> bool:
+    """Tells if a tile that a cache lacks, since it could not be read, can be read now."""
+    plan = plan_tiles(slide, cache.spec, threads)
+    kept = set(map(tuple, cache.origins_level0.tolist()))
+    lost = [n for n, origin in enumerate(map(tuple, plan.origins_level0.tolist())) if origin not in kept]
+    if len(lost) < cache.header.tiles_unreadable:
+        return True  # the thumbnail is whole again, and shows that some are not tissue
+    for tile in lost:
+        with contextlib.suppress(SlideReadError):
+            encode_tile(slide, plan, tile)
+            return True
+    return False
 
 
 def _kept_cache(info: SlideInfo, path: Path, spec: TileSpec, overwrite: bool) -> SlideCache | None:

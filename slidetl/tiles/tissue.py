@@ -28,6 +28,11 @@ _DENSITY_RANGE = (0.04, 0.14)
 # The same for light on a dark ground, as a share of full scale.
 _LIGHT_RANGE = (0.02, 0.14)
 
+# Fill is grey within so many grey levels; black up to this one, in pieces of so many pixels or more.
+_GREY_CHROMA = 2
+_BLACK = 8
+_BLACK_LEAST_PX = 4
+
 # Scanned glass is at least this share of unscanned glass in brightness, and nearly grey (in grey levels).
 _GLASS_SHARE = 0.76
 _GLASS_CHROMA = 10
@@ -87,6 +92,60 @@ def thumbnail_mpp(size_level0: tuple[int, int], mpp_level0: tuple[float, float],
     wanted = min(_MASK_MPP, spec.tile_size_px * spec.mpp / _PIXELS_PER_TILE)
     largest = max(size * mpp for size, mpp in zip(size_level0, mpp_level0, strict=True))
     return max(wanted, largest / _MAX_SIDE_PX, *mpp_level0)
+
+
+def blank_fill(
+    thumbnail_rgb: NDArray[np.uint8], mpp: float, background_rgb: tuple[int, int, int]
+) -> tuple[NDArray[np.uint8], tuple[int, int, int], NDArray[np.bool_]]:
+    """Finds areas without data, and paints those that would pass for tissue like the empty ground.
+
+    They have the background's very colour (not scanned, tiles that are missing in the file), or are black or
+    grey without any variation: converters fill what was not scanned so. Clean glass stays what it is, and so
+    does the black ground of fluorescence, into which the signal fades; fill ends abruptly.
+
+    Args:
+        thumbnail_rgb: ``[h, w, 3] uint8``, the whole slide.
+        mpp: its spacing, micrometres per pixel.
+        background_rgb: colour of what was not scanned, 0..255.
+
+    Returns:
+        The image in which tissue is to be looked for, the given one if there is no fill to paint; the colour
+        of its empty ground, 0..255; and the areas without data, ``[h, w] bool``.
+    """
+    from scipy import ndimage
+
+    brightest, darkest = thumbnail_rgb.max(axis=2), thumbnail_rgb.min(axis=2)
+    is_bright = min(background_rgb) > 128
+    is_background = is_bright & (thumbnail_rgb == np.asarray(background_rgb, np.uint8)).all(axis=2)
+    is_flat = ~is_background & (brightest - darkest <= _GREY_CHROMA)
+    is_flat &= optical_density(thumbnail_rgb, glass_rgb(thumbnail_rgb, background_rgb)) > _DENSITY_RANGE[0]
+    painted = np.zeros_like(is_flat)
+    if is_flat.any():
+        varies = ndimage.maximum_filter(brightest, 3) - ndimage.minimum_filter(brightest, 3)
+        is_flat &= varies <= 1
+        labels, count = ndimage.label(is_flat)
+        areas = np.bincount(labels.ravel(), minlength=count + 1)
+        shades = ndimage.maximum(brightest, labels, np.arange(count + 1))
+        least = np.where(shades <= _BLACK, _BLACK_LEAST_PX, (_FLECK_UM / mpp) ** 2)
+        is_fill = areas >= np.minimum(least, max(_FLECK_SHARE * labels.size, _BLACK_LEAST_PX))
+        is_fill[0] = False
+        # Their edge, and the pixels that mix it with what lies beside it.
+        painted = ndimage.binary_dilation(is_fill[labels], np.ones((3, 3)), iterations=2) & ~is_background
+    rest = ~(painted | is_background)
+    if painted.any() and is_dark_ground(thumbnail_rgb):
+        ring = rest & ndimage.binary_dilation(painted, np.ones((3, 3)), iterations=2)
+        if not ring.any() or np.median(brightest[ring]) < 128 or np.median(darkest[rest]) < 64:
+            painted[:] = False
+            rest = ~is_background
+    if rest.any() and np.median(brightest[rest]) < 64:
+        painted, ground = is_background, (0, 0, 0)
+    else:
+        ground = background_rgb if is_bright or not painted.any() else (255, 255, 255)
+    seen = thumbnail_rgb
+    if painted.any():
+        seen = thumbnail_rgb.copy()
+        seen[painted] = ground
+    return seen, ground, painted | is_background
 
 
 def find_tissue(

@@ -19,7 +19,6 @@ from slidetl.errors import (
     CacheMismatchError,
     CacheMissingError,
     SlideReadError,
-    SpacingError,
 )
 from slidetl.slides import Slide, open_slide
 from slidetl.slides.decoding import map_in_order
@@ -325,16 +324,9 @@ def _link_sound_features(found: Verification, group: Path) -> None:
 
 @contextlib.contextmanager
 def _open_same(slide_path: Path, header: CacheHeader) -> Iterator[Slide]:
-    """Opens the slide of a cache, at the spacing that it was given then."""
-    with contextlib.ExitStack() as stack:
-        try:
-            slide = stack.enter_context(open_slide(slide_path, icc=header.spec.icc))
-            is_same = slide.info.mpp_level0 == header.mpp_level0
-        except SpacingError:
-            is_same = False
-        if not is_same:
-            slide = stack.enter_context(open_slide(slide_path, header.mpp_level0[0], header.spec.icc))
-        if (slide.info.fingerprint, slide.info.mpp_level0) != (header.fingerprint, header.mpp_level0):
+    """Opens the slide of a cache, at the spacing that it had then."""
+    with open_slide(slide_path, icc=header.spec.icc, mpp_replace=header.mpp_level0) as slide:
+        if slide.info.fingerprint != header.fingerprint:
             raise CacheMismatchError(
                 f"{slide_path}: not the slide that the cache of {header.slide_id} was made from; "
                 "name the right one with --slides, or tile again with --overwrite"

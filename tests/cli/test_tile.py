@@ -318,3 +318,31 @@ def test_help_answers_at_once_with_units_and_defaults() -> None:
         "--overwrite",
     ):
         assert words in text
+
+
+def test_what_is_doubtful_is_said_once_with_the_option(
+    pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    picture = tissue_picture(512)
+    slides = {
+        name: pyramid_tiff(picture, mpp=mpp, name=name)
+        for name, mpp in {"fine": 0.25, "coarse": 0.5, "tenfold": 0.025, "without": None}.items()
+    }
+    manifest = write_manifest(tmp_path / "manifest.csv", slides)
+    words = f"tile {manifest} --cache {tmp_path / 'cache'} --mpp 0.5 --tile-size 32 --workers 1".split()
+
+    def warnings(*more: str) -> list[str]:
+        assert main([*words, *more]) == 0
+        err = capfd.readouterr().err.splitlines()
+        return [line.removeprefix("slidetl: warning: ") for line in err if "warning" in line]
+
+    for _ in range(2):  # the second run keeps the caches and says the same
+        said = warnings("--mpp-override=0.5")
+        assert any("0.025 um per pixel is finer than" in line and "--mpp-replace" in line for line in said)
+        assert any("far from the median" in line and line.endswith(": tenfold") for line in said)
+        assert any("--mpp 0.5 is 20 times" in line and line.endswith(": tenfold") for line in said)
+        assert any(line.startswith("2 slides: the file's own spacing is kept") for line in said)
+    said = warnings("--overwrite", "--mpp-replace=0.5")
+    assert said[0] == "2 slides: the spacing given, 0.5 um per pixel, replaces the file's own: fine, tenfold"
+    caches = (SlideCache.open(cache_path(tmp_path / "cache", name)) for name in slides)
+    assert {cache.mpp_level0 for cache in caches} == {(0.5, 0.5)}

@@ -4,13 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import openslide
 import pytest
 from numpy.typing import NDArray
 
-from slidetl.errors import SlideOpenError, SlideReadError, SpacingError, UsageError
+from slidetl.errors import SlideOpenError, SlideReadError, SpacingError
 from slidetl.slides import levels, open_slide
 from slidetl.slides.base import Slide
-from slidetl.slides.openslide import composite
+from slidetl.slides.openslide import _corner, composite
 from tests.conftest import Picture, PyramidTiff
 from tests.contracts.slide import SlideContract
 from tests.slides.vendor_files import FILL, write_mirax, write_philips
@@ -176,7 +177,7 @@ def test_a_slide_without_spacing_names_the_remedies(pyramid_tiff: PyramidTiff) -
     with open_slide(path, mpp_override=0.31) as slide:
         assert slide.info.mpp_level0 == (0.31, 0.31)
     for senseless in (0.0, -1.0, float("nan")):
-        with pytest.raises(UsageError, match="positive"):
+        with pytest.raises(SpacingError, match=r"must be from 0\.01"):
             open_slide(path, mpp_override=senseless)
 
 
@@ -295,3 +296,12 @@ def test_jpeg_2000_read_together_is_what_it_is_read_alone(test_data: Path, mpp: 
         for (x, y), tile in zip(origins.tolist(), tiles, strict=True):
             assert not isinstance(tile, SlideReadError)
             assert np.array_equal(tile, slide.read((x, y), (200, 200), mpp))
+
+
+def test_only_all_four_bounds_move_the_corner(tmp_path: Path) -> None:
+    path = write_mirax(tmp_path / "a.mrxs", noise(128, 192), absent=[(0, 0), (0, 1)])
+    with open_slide(path) as slide:
+        with openslide.OpenSlide(path) as handle:
+            bounds = [int(handle.properties[f"openslide.bounds-{axis}"]) for axis in "xy"]
+        assert list(slide.info.corner_level0) == bounds == [64, 0]
+    assert _corner({"openslide.bounds-x": "5", "openslide.bounds-y": "7"}) == (0, 0)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from slidetl.errors import SlideOpenError, SlideReadError, SpacingError, UsageError
+from slidetl.errors import SlideOpenError, SlideReadError, SpacingError
 from slidetl.slides.base import Slide
 from slidetl.slides.raster import RasterSlide, is_raster
 from slidetl.synthetic.pyramid import BAND_PX, write_pyramid
@@ -102,12 +102,27 @@ def test_levels_of_an_ome_pyramid_are_used(tmp_path: Path) -> None:
         assert slide.info.mpp_level0 == (0.5, 0.5) and slide.info.mpp_levels == (0.5, 2.0)
         assert np.array_equal(slide.read((0, 0), (90, 80), 2.0), block_means(picture, 4))
     with RasterSlide(tmp_path / "a.ome.tif", 1.0) as slide:
+        assert slide.info.mpp_level0 == (0.5, 0.5)
+    with RasterSlide(tmp_path / "a.ome.tif", mpp_replace=1.0) as slide:
         assert slide.info.mpp_level0 == (1.0, 1.0)
 
 
-@pytest.mark.parametrize(("unit", "expected"), [("mm", 500.0), ("pixel", None), ("furlong", None)])
-def test_units_of_ome_are_lengths_or_unknown(tmp_path: Path, unit: str, expected: float | None) -> None:
-    about = {"PhysicalSizeX": 0.5, "PhysicalSizeXUnit": unit, "PhysicalSizeY": 0.5, "PhysicalSizeYUnit": unit}
+@pytest.mark.parametrize(
+    ("unit", "value", "expected"),
+    [
+        ("nm", 500, 0.5),
+        ("Å", 5000, 0.5),
+        ("thou", 0.1, 2.54),
+        ("m", 5e-7, 0.5),
+        ("mm", 0.5, 500.0),
+        ("pixel", 0.5, None),
+    ],
+)
+def test_units_of_ome_are_lengths_or_unknown(
+    tmp_path: Path, unit: str, value: float, expected: float | None
+) -> None:
+    about: dict[str, Any] = {f"PhysicalSize{axis}": value for axis in "XY"}
+    about |= {f"PhysicalSize{axis}Unit": unit for axis in "XY"}
     path = tmp_path / "a.ome.tif"
     tifffile.imwrite(path, noise(40, 50), photometric="rgb", ome=True, metadata={"axes": "YXS", **about})
     if expected is None:
@@ -244,7 +259,7 @@ def test_without_a_spacing_the_remedy_is_named(tmp_path: Path) -> None:
     Image.fromarray(noise(8, 8)).save(tmp_path / "a.png", dpi=(300, 300))
     with pytest.raises(SpacingError, match=r"--mpp-override or in the manifest.*--mpp 1 --mpp-override 1"):
         RasterSlide(tmp_path / "a.png")
-    with pytest.raises(UsageError, match="positive number"):
+    with pytest.raises(SpacingError, match=r"must be from 0\.01"):
         RasterSlide(tmp_path / "a.png", -1.0)
 
 

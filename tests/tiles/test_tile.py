@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from slidetl.errors import SlideReadError
+from slidetl.slides.openslide import _Level, _Regions
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.ledger import EXCLUDED, FAILED, USED
 from slidetl.tiles.store import SlideCache, cache_path
@@ -145,7 +147,7 @@ def test_the_cache_of_another_slide_is_not_served(
 ) -> None:
     tile_slide(source, tmp_path, SPEC)
     changed = SlideSource("S1", pyramid_tiff(tissue_picture(512, 1), name="changed"))
-    rescaled = SlideSource("S1", source.path, mpp_override=0.4)
+    rescaled = SlideSource("S1", source.path, mpp_replace=0.4)
     for other in (changed, rescaled):
         row = tile_slide(other, tmp_path, SPEC)
         assert row.status == FAILED and "--overwrite" in row.reason
@@ -177,3 +179,25 @@ def test_a_folder_of_someone_else_is_not_replaced(source: SlideSource, tmp_path:
     assert row.status == FAILED and "in the way" in row.reason
     assert theirs.read_text() == "data"
     assert tile_slide(source, tmp_path, SPEC, overwrite=True).status == USED
+
+
+def test_tiles_that_could_not_be_read_are_tried_again(
+    source: SlideSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, is_hung = _Regions.read_level, True
+
+    def hang(self: _Regions, level: _Level, first: tuple[int, int], size: tuple[int, int]) -> object:
+        if is_hung and level.index == 0 and first[0] <= 64 < first[0] + size[0] and first[1] < 64:
+            raise SlideReadError("the share hangs")
+        return read(self, level, first, size)
+
+    monkeypatch.setattr(_Regions, "read_level", hang)
+    row = tile_slide(source, tmp_path, SPEC)
+    assert (row.status, row.tiles, row.tiles_unreadable) == (USED, 191, 1)
+    before = tree(cache_path(tmp_path, "S1"))
+    assert tile_slide(source, tmp_path, SPEC).tiles_unreadable == 1
+    assert tree(cache_path(tmp_path, "S1")) == before
+    is_hung = False
+    row = tile_slide(source, tmp_path, SPEC)
+    assert (row.status, row.tiles, row.tiles_unreadable) == (USED, 192, 0)
+    assert len(SlideCache.open(cache_path(tmp_path, "S1"))) == 192

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from slidetl.synthetic.section import STAINS as SYNTHETIC_STAINS
 from slidetl.synthetic.section import LungSection, SiteAppearance, SyntheticSlide
 from slidetl.tiles.grid import TileSpec
-from slidetl.tiles.tissue import TissueMask, find_tissue, thumbnail_mpp
+from slidetl.tiles.tissue import TissueMask, blank_fill, find_tissue, thumbnail_mpp
 
 WHITE = (255, 255, 255)
 # What each stain leaves of the light, from the field's usual look: nuclei or fibres, and the pale ground.
@@ -145,3 +145,50 @@ def test_spacing_of_the_thumbnail() -> None:
     assert thumbnail_mpp((40_000, 30_000), (0.5, 0.5), small) == 8.0
     assert thumbnail_mpp((400_000, 30_000), (0.5, 0.5), spec) == pytest.approx(200_000 / 4096)
     assert thumbnail_mpp((1152, 700), (28.9, 29.0), spec) == 29.0
+
+
+@pytest.mark.parametrize("fill", [(0, 0, 0), (3, 2, 3), (128, 128, 128), (205, 205, 205), WHITE])
+@pytest.mark.parametrize("border", [40, 70])
+def test_fill_of_one_colour_is_no_tissue(fill: tuple[int, int, int], border: int) -> None:
+    """Converted slides are black, or of another grey, where nothing was scanned; also most of them."""
+    tissue = blob(256, (128, 128), 30)
+    whole = painted(tissue, "he", (243, 242, 244))
+    filled = whole.copy()
+    inside = np.zeros((256, 256), bool)
+    inside[border:-border, border:-border] = True
+    filled[~inside] = fill
+    seen, ground, without_data = blank_fill(filled, 16.0, WHITE)
+    wanted = find_tissue(whole, 16.0, WHITE).mask
+    assert overlap(find_tissue(seen, 16.0, ground).mask, wanted) > 0.98
+    assert overlap(without_data, ~inside) > 0.95
+    assert not without_data[tissue].any()
+
+
+def test_a_tile_that_is_missing_within_the_tissue_is_found() -> None:
+    image = painted(blob(256, (128, 128), 100), "he", (243, 242, 244))
+    image[100:104, 120:124] = 0
+    _, _, without_data = blank_fill(image, 16.0, WHITE)
+    assert without_data[100:104, 120:124].all() and without_data.sum() <= 64
+
+
+@pytest.mark.parametrize("stain", [*STAINS])
+def test_slides_without_fill_are_taken_as_they_are(stain: str) -> None:
+    image = painted(blob(256, (128, 128), 100), stain, (243, 242, 244))
+    image[20:40, 20:40] = (243, 242, 244)  # very clean glass
+    seen, ground, without_data = blank_fill(image, 16.0, WHITE)
+    assert seen is image and ground == WHITE and not without_data.any()
+
+
+@pytest.mark.parametrize("unscanned", [None, WHITE])
+def test_the_ground_of_fluorescence_is_no_fill(unscanned: tuple[int, int, int] | None) -> None:
+    y, x = np.mgrid[:256, :256]
+    glow = np.exp(-((x - 128) ** 2 + (y - 128) ** 2) / 2 / 25**2) * 220
+    image = np.zeros((256, 256, 3), np.uint8)
+    image[..., 2] = glow
+    if unscanned:
+        image[:, :200] = np.where(x[:, :200, None] < 60, 255, image[:, :200])
+        image[230:] = 255
+    seen, ground, without_data = blank_fill(image, 16.0, WHITE)
+    assert without_data.mean() == pytest.approx(0.0 if unscanned is None else np.mean(image.min(2) == 255))
+    mask = find_tissue(seen, 16.0, ground).mask
+    assert mask[128, 128] and not mask[5, 128] and not mask[:, :60].any() and mask.mean() < 0.4

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def write_geojson(result: SlideGrade, grades: Sequence[str], path: Path) -> None:
-    """Writes a ``FeatureCollection`` of squares, in level-0 pixels from the slide's upper-left corner.
+    """Writes a ``FeatureCollection`` of squares, in the level-0 pixels of QuPath's image of the slide.
+
+    QuPath crops a slide to the scanned area where OpenSlide gives ``openslide.bounds-*`` (MIRAX, Leica,
+    Ventana), unless opened with ``--no-crop``, and counts from the corner of that area.
 
     Each has the ``objectType`` ``tile``, the measurements ``attention`` (1: the average tile) and ``tile
     grade`` (the grade expected of the tile alone), and as ``classification`` the grade nearest to that, in
@@ -47,15 +50,15 @@ def write_geojson(result: SlideGrade, grades: Sequence[str], path: Path) -> None
 def _features(result: SlideGrade, grades: Sequence[str]) -> Iterator[dict[str, Any]]:
     attention = result.attention * np.float32(len(result.attention))
     width, height = result.plan.extent_level0
+    corner = np.asarray(result.plan.info.corner_level0)
     source = uuid.uuid5(uuid.NAMESPACE_OID, f"{result.fingerprint} {result.model_sha256}")
     colours = colour_table("viridis")
     classes = [
         {"name": f"grade {name}", "color": colours[round(255 * grade / (len(grades) - 1))].tolist()}
         for grade, name in enumerate(grades)
     ]
-    for (x, y), weight, grade in zip(
-        result.origins_level0.tolist(), attention.tolist(), result.tile_grades.tolist(), strict=True
-    ):
+    origins = (result.origins_level0 - corner).tolist()
+    for (x, y), weight, grade in zip(origins, attention.tolist(), result.tile_grades.tolist(), strict=True):
         right, bottom = round(x + width, 2), round(y + height, 2)
         yield {
             "type": "Feature",

@@ -34,7 +34,6 @@ def write_slide_report(
     card: ModelCard,
     folder: Path,
     name: str,
-    mpp_override: float | None = None,
     *,
     threads: int = 1,
     budget_bytes: int = BUDGET_BYTES,
@@ -48,7 +47,6 @@ def write_slide_report(
         card: the model's.
         folder: where to.
         name: safe as the name of a file.
-        mpp_override: micrometres per level-0 pixel, if the slide was graded with one.
         threads: that read and compress at a time.
         budget_bytes: of the slide's picture in the page; the finest level in it follows from this.
 
@@ -60,7 +58,7 @@ def write_slide_report(
         OSError: a file cannot be written.
     """
     plan = result.plan
-    with open_slide(result.slide, mpp_override, plan.spec.icc) as slide:
+    with open_slide(result.slide, icc=plan.spec.icc, mpp_replace=plan.info.mpp_level0) as slide:
         pyramid = build_pyramid(slide, plan, result.origins_level0, result.attention, budget_bytes, threads)
         galleries = _galleries(slide, result, pyramid)
     maps = maps_of(result, card.grades)
@@ -197,7 +195,7 @@ def _bars(result: SlideGrade, card: ModelCard) -> list[dict[str, Any]]:
 
 
 def _warnings(result: SlideGrade, card: ModelCard) -> list[str]:
-    found = []
+    found = list(result.plan.notes)
     training = card.training
     if training and result.tissue_mm2 < training.least_tissue_mm2:
         found.append(

@@ -66,3 +66,12 @@ def test_a_tile_is_known_again(graded: Graded, tmp_path: Path) -> None:
     assert len({uuid.UUID(name) for name in first}) == len(first)
     assert ids(result) == first
     assert not set(ids(replace(result, model_sha256="00" * 32))) & set(first)
+
+
+def test_it_counts_from_the_corner_to_which_qupath_crops(graded: Graded, tmp_path: Path) -> None:
+    result = graded()
+    info = replace(result.plan.info, corner_level0=(30, 70))
+    write_geojson(replace(result, plan=replace(result.plan, info=info)), GRADES, tmp_path / "map.geojson")
+    features = json.loads((tmp_path / "map.geojson").read_text())["features"]
+    corners = [feature["geometry"]["coordinates"][0][0] for feature in features]
+    assert corners == (result.origins_level0 - [30, 70]).tolist()

@@ -1,0 +1,142 @@
+"""Spacing of level 0: the file's own, or the one that the user gives, and its plausibility."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from slidetl.errors import SpacingError, UsageError
+
+# Micrometres in the lengths of OME-XML (schema 2016-06, UnitsLength); pixel and reference frame are none.
+UM_PER_UNIT = dict(
+    zip(
+        "pm Å nm µm μm um mm cm dm m thou li in ft pt".split(),  # noqa: SIM905 (reads better)
+        (1e-6, 1e-4, 1e-3, 1, 1, 1, 1e3, 1e4, 1e5, 1e6, 25.4, 25400 / 12, 25400, 304800, 25400 / 72),
+        strict=True,
+    )
+)
+Pair = tuple[float, float]
+
+# A spacing outside is none. Coarse ones are for pictures whose pixels the user takes as the unit.
+_BOUNDS_UM = (0.01, 1e5)
+# Coarser is the resolution of a printer: 1200 dpi are 21.2 um, 72 dpi 352.8.
+PRINTER_UM = 20.0
+
+# Micrometres times magnification: 10 by the usual cameras (40x: 0.25 um). A second lens or binning makes 4.5
+# of it (20x: 0.23 um on MIRAX and Zeiss scanners) or up to 16.
+_PRODUCT_OF_POWER = (4.0, 16.0)
+# Finer than 100x with oil.
+_FINEST_UM = 0.06
+# Spacings that differ by no more are the same, written with other digits.
+_SAME = 0.01
+
+REMEDY = "correct it in the manifest's mpp column or with --mpp-replace"
+
+
+def check_given(option: str, mpp: float | None) -> None:
+    """Refuses a spacing given by the user that cannot be one.
+
+    Raises:
+        UsageError: it is not a number of micrometres from 0.01 to 100,000.
+    """
+    if mpp is not None and not _is_within(mpp, _BOUNDS_UM):
+        low, high = _BOUNDS_UM
+        raise UsageError(f"{option} must be from {low:g} to {high:,.0f} micrometres per pixel, not {mpp:g}")
+
+
+def settle_spacing(
+    path: Path,
+    stated: Pair | None,
+    mpp_override: float | None,
+    mpp_replace: float | Pair | None,
+    objective_power: float | None = None,
+) -> tuple[Pair, tuple[str, ...]]:
+    """Chooses the spacing of level 0.
+
+    Args:
+        path: the slide, for the message.
+        stated: of the file, along x and y; None if it says none.
+        mpp_override: for a file without a spacing.
+        mpp_replace: instead of the file's, along both axes or along x and y.
+        objective_power: nominal magnification, where the file says so.
+
+    Returns:
+        Micrometres per level-0 pixel along x and y, and notes on what is doubtful about them.
+
+    Raises:
+        SpacingError: the file says none that a microscope has, and none is given; or the one given cannot be.
+    """
+    instead = mpp_replace if isinstance(mpp_replace, tuple | None) else (mpp_replace, mpp_replace)
+    try:
+        check_given("--mpp-override", mpp_override)
+        for axis in instead or ():
+            check_given("the spacing given in its place", axis)
+    except UsageError as error:
+        raise SpacingError(f"{path}: {error}") from error
+    hint = f"its objective power is {objective_power:g}" if objective_power else ""
+    if stated is not None and not all(_is_within(mpp, _BOUNDS_UM) for mpp in stated):
+        hint = f"it says {min(stated):.6g}, which cannot be"
+        stated = None
+    notes = []
+    if instead is not None:
+        mpp = instead
+        if stated is not None and _differ(stated, mpp):
+            notes.append(f"the spacing given, {max(mpp):g} um per pixel, replaces the file's own")
+    elif stated is not None:
+        mpp = stated
+        if mpp_override is not None and _differ(stated, (mpp_override, mpp_override)):
+            notes.append("the file's own spacing is kept, --mpp-override fills gaps (--mpp-replace replaces)")
+    elif mpp_override is not None:
+        mpp = (mpp_override, mpp_override)
+    else:
+        raise SpacingError(
+            f"{path}: the slide does not say how many micrometres a pixel is; give it with --mpp-override or "
+            "in the manifest's mpp column (to take pixels as the unit: --mpp 1 --mpp-override 1)"
+            + (f"; {hint}" if hint else "")
+        )
+    if objective_power and not _is_within(math.sqrt(mpp[0] * mpp[1]) * objective_power, _PRODUCT_OF_POWER):
+        notes.append(
+            f"{max(mpp):.4g} um per pixel contradicts the objective of {objective_power:g}x (about "
+            f"{10 / objective_power:.3g}), {REMEDY} if it is wrong"
+        )
+    elif min(mpp) < _FINEST_UM:
+        notes.append(f"{min(mpp):.4g} um per pixel is finer than lenses resolve, {REMEDY} if it is wrong")
+    elif max(mpp) > PRINTER_UM and mpp == stated:
+        notes.append(f"{max(mpp):.4g} um per pixel may be a printer's, {REMEDY} if it is wrong")
+    return mpp, tuple(notes)
+
+
+def cohort_note(mpp_level0: float, median: float) -> str | None:
+    """Notes a slide whose spacing is far from that of the others; None if it is not.
+
+    Args:
+        mpp_level0: of the slide.
+        median: of all slides.
+    """
+    # Of 40x, 20x and 10x in one cohort none is further from the median than four times.
+    if max(mpp_level0 / median, median / mpp_level0) < 4.5:
+        return None
+    return f"{mpp_level0:.4g} um per pixel is far from the median of {median:.4g}, {REMEDY} if it is wrong"
+
+
+def request_note(mpp: float, mpp_level0: float) -> str | None:
+    """Notes a spacing asked for that is far coarser than the slide; None if it is not.
+
+    Args:
+        mpp: of the tiles.
+        mpp_level0: of the slide.
+    """
+    if mpp < 19.5 * mpp_level0:
+        return None
+    return (
+        f"--mpp {mpp:g} is {mpp / mpp_level0:.0f} times the slide's {mpp_level0:.4g} um per pixel "
+        "(micrometres per pixel, not a magnification)"
+    )
+
+
+def _is_within(value: float, bounds: Pair) -> bool:
+    return math.isfinite(value) and bounds[0] <= value <= bounds[1]
+
+
+def _differ(one: Pair, other: Pair) -> bool:
+    return any(abs(a / b - 1) > _SAME for a, b in zip(one, other, strict=True))
