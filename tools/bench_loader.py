@@ -32,7 +32,7 @@ import torch
 from slidetl.cli import main as slidetl
 from slidetl.data.augment import Augmentation
 from slidetl.data.datamodule import SlideDataModule
-from slidetl.data.datasets import Bag, BagDataset, EpochSampler, collate_bags
+from slidetl.data.datasets import Bag, BagDataset, EpochBatches, EpochSampler, collate_bags
 from slidetl.data.manifest import ManifestRow
 from slidetl.data.resuming import ResumableLoader
 from slidetl.data.study import CachedSlide
@@ -130,8 +130,7 @@ def time_loaders(
         augmentation = Augmentation() if way.augmented else None
         loaders[way] = ResumableLoader(
             BagDataset(slides, options.bag_size, augmentation, seed=0, threads=way.threads),
-            batch_size=options.batch_size,
-            sampler=EpochSampler(len(slides), seed=0),
+            EpochBatches(EpochSampler(len(slides), seed=0), options.batch_size),
             num_workers=way.workers,
             persistent_workers=way.workers > 0,
             collate_fn=collate_bags,
@@ -140,7 +139,7 @@ def time_loaders(
     alone: dict[Way, list[float]] = {way: [] for way in ways}
     for repeat in range(options.repeats + 1):
         for way, loader in loaders.items():
-            loader.sampler.set_epoch(repeat)
+            loader.batch_sampler.sampler.set_epoch(repeat)
             started, computed = time.perf_counter(), time.process_time()
             tiles = sum(int(batch["mask"].sum()) for batch in loader)
             if repeat:  # the first starts the workers

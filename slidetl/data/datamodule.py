@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import pytorch_lightning as pl
@@ -19,6 +20,7 @@ from slidetl.data.datasets import (
     BagDataset,
     Chunk,
     ChunkDataset,
+    EpochBatches,
     EpochSampler,
     collate_bags,
 )
@@ -33,6 +35,9 @@ from slidetl.tiles.grid import TileSpec
 
 _Loader = TypeVar("_Loader", bound=DataLoader[Any])
 
+_ENDLESS = 2**31  # epochs
+_WORKERS = 2  # before a processor, which the network needs
+_THREADS_OF_A_GPU = 2  # that feed it; each other core reads tiles
 DEFAULT_BATCH_SIZE = 4
 """Slides per training step, for which the default learning rates are meant."""
 
@@ -50,7 +55,8 @@ class SlideDataModule(pl.LightningDataModule):
         val_fraction: share of the slides for validation, where the manifest has no ``split`` column.
         test_fraction: share of the slides for the test, likewise.
         seed: of the split, the draws of tiles and the augmentation.
-        num_workers: processes that read tiles ahead, in training and evaluation each.
+        num_workers: processes that read tiles ahead, in training and evaluation each; ``auto`` is all cores
+            but two of a GPU's share of them, and two where no GPU trains.
         decode_threads: threads in each of them that decode and augment the tiles of a bag.
         prefetch: batches that each of them reads ahead.
         augmentation: changes of training tiles that leave the grade as it is.
@@ -78,7 +84,7 @@ class SlideDataModule(pl.LightningDataModule):
         val_fraction: float = 0.15,
         test_fraction: float = 0.25,
         seed: int = 0,
-        num_workers: int = 2,
+        num_workers: int | Literal["auto"] = "auto",
         augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
         sampling: Sampling | None = None,
         features: str = "",
@@ -95,7 +101,7 @@ class SlideDataModule(pl.LightningDataModule):
             ("bag_size", bag_size, 0 if features else 1),
             ("batch_size", batch_size, 1),
             ("chunk_size", chunk_size, 1),
-            ("num_workers", num_workers, 0),
+            ("num_workers", 0 if num_workers == "auto" else num_workers, 0),
             ("decode_threads", decode_threads, 1),
             ("prefetch", prefetch, 1),
             ("seed", seed, 0),
@@ -237,9 +243,11 @@ class SlideDataModule(pl.LightningDataModule):
                 "lower trainer.devices or trainer.num_nodes"
             )
         sampler = EpochSampler(len(dataset), self.seed, self._rank, self._n_ranks)
-        self._training = self._loader(
-            ResumableLoader, dataset, batch_size=self.batch_size, sampler=sampler, collate_fn=collate_bags
-        )
+        # Bags that follow the attention of an epoch cannot be drawn before it begins.
+        epochs = self.trainer.max_epochs if self.trainer is not None and dataset.attention is None else 0
+        stop = _ENDLESS if epochs in (None, -1) else epochs
+        batches = EpochBatches(sampler, self.batch_size, stop)
+        self._training = self._loader(ResumableLoader, dataset, batches=batches, collate_fn=collate_bags)
         if self._resumed:
             self._training.load_state_dict(self._resumed["loader"])
             if dataset.attention is not None:
@@ -300,15 +308,23 @@ class SlideDataModule(pl.LightningDataModule):
         return self._loader(DataLoader, dataset, batch_size=None, shuffle=False)
 
     def _loader(self, kind: type[_Loader], dataset: Any, **options: Any) -> _Loader:
-        workers = min(self.num_workers, len(dataset))
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        workers = min(self._workers if self.num_workers == "auto" else self.num_workers, len(dataset))
         return kind(
             dataset,
             num_workers=workers,
             persistent_workers=workers > 0,
             prefetch_factor=self.prefetch if workers else None,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            pin_memory=on_gpu,
             **options,
         )
+
+    @property
+    def _workers(self) -> int:
+        """The processes that ``auto`` stands for."""
+        if self.trainer is None or self.trainer.strategy.root_device.type != "cuda":
+            return _WORKERS
+        return max(1, len(os.sched_getaffinity(0)) // self.trainer.num_devices - _THREADS_OF_A_GPU)
 
     @property
     def _rank(self) -> int:

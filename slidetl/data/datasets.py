@@ -245,24 +245,46 @@ class EpochSampler(Sampler[tuple[int, int]]):
     def __init__(self, n_slides: int, seed: int, rank: int = 0, n_ranks: int = 1) -> None:
         self.n_slides, self.seed, self.rank, self.n_ranks = n_slides, seed, rank, n_ranks
         self.epoch = 0
-        self._skipped = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch whose order comes next."""
         self.epoch = epoch
 
-    def skip(self, n_slides: int) -> None:
-        """Leaves out the first slides of the next iteration: a training that goes on has seen them."""
-        self._skipped = n_slides
-
     def __len__(self) -> int:
         return self.n_slides // self.n_ranks
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.n_slides)
-        skipped, self._skipped = self._skipped, 0
-        for number in order[self.rank :: self.n_ranks][skipped : len(self)]:
-            yield self.epoch, int(number)
+        return iter(self.order(self.epoch))
+
+    def order(self, epoch: int) -> list[tuple[int, int]]:
+        """Draws the order of an epoch: ``(epoch, slide)`` each."""
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.n_slides)
+        return [(epoch, int(number)) for number in order[self.rank :: self.n_ranks][: len(self)]]
+
+
+class EpochBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of the sampler's epoch, and of the epochs behind it, so that these are read ahead.
+
+    Args:
+        sampler: gives the order of each epoch; it is told the epoch to begin with.
+        batch_size: slides in a batch; the last of an epoch may have fewer.
+        stop: epoch before which reading ahead ends; 0 for none.
+    """
+
+    def __init__(self, sampler: EpochSampler, batch_size: int, stop: int = 0) -> None:
+        self.sampler, self.batch_size, self.stop = sampler, batch_size, stop
+        self.first = 0
+        """Batch of the first epoch to begin with."""
+
+    def __len__(self) -> int:
+        return -(-len(self.sampler) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        begin = self.sampler.epoch, self.first
+        for epoch in range(begin[0], max(begin[0] + 1, self.stop)):
+            order = self.sampler.order(epoch)
+            for batch in range(begin[1] if epoch == begin[0] else 0, len(self)):
+                yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
 
 def _padded(label: int | NDArray[np.int64], drawn: NDArray[np.int64], bag_size: int) -> Tensor:

@@ -39,7 +39,8 @@ class EpochMeans:
         names = sorted(self._sums)
         if not names:
             return {}
-        sums = self._module.trainer.strategy.reduce(self._stacked(), reduce_op="sum")
+        # Copied at once: to look at each sum on a GPU would wait for it each time.
+        sums = self._module.trainer.strategy.reduce(self._stacked(), reduce_op="sum").cpu()
         self._sums = {}
         return {name: total / weight for name, (total, weight) in zip(names, sums, strict=True) if weight > 0}
 

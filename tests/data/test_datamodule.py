@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import csv
+import os
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,9 +11,14 @@ import pytest
 import torch
 
 from slidetl.data.datamodule import SlideDataModule
+from slidetl.data.datasets import Bag, BagDataset, EpochBatches, EpochSampler, collate_bags
+from slidetl.data.resuming import ResumableLoader
+from slidetl.data.sampling import AttentionGuided, Sampling, Uniform
 from slidetl.errors import CacheMismatchError, CacheMissingError, UsageError
 from slidetl.tiles.grid import TileSpec
 from tests.conftest import Study
+
+CPU = torch.device("cpu")
 
 
 def rewrite(study: Study, target: Path, /, **columns: list[str]) -> Path:
@@ -175,3 +182,85 @@ def test_processes_share_out_whole_slides(study: Study, n_ranks: int) -> None:
         seen.append([chunk["slide_id"] for chunk in data.test_dataloader()])
     assert len({len(slides) for slides in seen}) == 1  # no process waits for another
     assert set().union(*seen) == {slide.row.slide_id for slide in data.slides["test"]}
+
+
+def loaded(study: Study, workers: int) -> ResumableLoader[Bag]:
+    """A loader that reads ahead over three epochs."""
+    data = SlideDataModule(str(study.manifest), str(study.cache), bag_size=2, num_workers=0)
+    data.setup("fit")
+    dataset = data.train_dataloader().dataset
+    assert isinstance(dataset, BagDataset)
+    batches = EpochBatches(EpochSampler(len(dataset), seed=0), 4, stop=3)
+    options = {"num_workers": workers, "persistent_workers": workers > 0, "collate_fn": collate_bags}
+    return ResumableLoader(dataset, batches, **options)
+
+
+def epoch_of(loader: ResumableLoader[Bag], epoch: int) -> list[torch.Tensor]:
+    loader.batch_sampler.sampler.set_epoch(epoch)
+    return [batch["tiles"] for batch in loader]
+
+
+def test_reading_ahead_changes_no_batch_and_no_resumed_epoch(study: Study) -> None:
+    one_by_one = [epoch_of(loaded(study, 0), epoch) for epoch in range(3)]
+    assert not torch.equal(one_by_one[0][0], one_by_one[1][0])
+    loader = loaded(study, 1)
+    for epoch in (0, 1, 2, 1):  # the last is out of turn
+        for ours, theirs in zip(epoch_of(loader, epoch), one_by_one[epoch], strict=True):
+            assert torch.equal(ours, theirs)
+    begun = iter(loader)
+    loader.batch_sampler.sampler.set_epoch(2)
+    next(begun), next(begun)
+    state = loader.state_dict()
+    assert state == {"epoch": 2, "batches": 2}
+    resumed = loaded(study, 1)
+    resumed.load_state_dict(state)
+    for ours, theirs in zip(epoch_of(resumed, 2), one_by_one[2][2:], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("sampling", "ahead"), [(Uniform(), True), (AttentionGuided(), False)])
+def test_the_next_epoch_is_read_before_the_last_step_of_this_one(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampling: Sampling, ahead: bool
+) -> None:
+    notes, read = tmp_path / "notes", BagDataset.__getitem__
+
+    def noted(self: BagDataset, index: tuple[int, int]) -> Bag:
+        with notes.open("a") as file:  # by a worker, which is forked
+            file.write(f"{index[0]}")
+        return read(self, index)
+
+    def read_of(epoch: int) -> int:
+        return notes.read_text().count(str(epoch)) if notes.exists() else 0
+
+    monkeypatch.setattr(BagDataset, "__getitem__", noted)
+    data = SlideDataModule(
+        str(study.manifest), str(study.cache), bag_size=2, batch_size=2, num_workers=1, sampling=sampling
+    )
+    data.setup("fit")
+    data.trainer = SimpleNamespace(  # type: ignore[assignment] # what a training is told
+        global_rank=0, world_size=1, max_epochs=2, strategy=SimpleNamespace(root_device=CPU), num_devices=1
+    )
+    loader = data.train_dataloader()
+    assert isinstance(loader, ResumableLoader)
+    batches = iter(loader)
+    for _ in range(len(loader) - 1):
+        next(batches)
+    deadline = time.monotonic() + (60 if ahead else 0.5)
+    while read_of(1) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (read_of(1) >= 2) == ahead
+    next(batches)
+    loader.batch_sampler.sampler.set_epoch(1)
+    assert len(list(loader)) == len(loader)
+    assert read_of(0) == read_of(1) == len(data.slides["train"]) and not read_of(2)  # each once, none beyond
+
+
+def test_workers_are_chosen_by_the_machine(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(16))
+    data = SlideDataModule(str(study.manifest), str(study.cache))
+    assert data._workers == 2
+    for name, devices, workers in (("cpu", 1, 2), ("cuda", 1, 14), ("cuda", 2, 6), ("cuda", 16, 1)):
+        data.trainer = SimpleNamespace(  # type: ignore[assignment] # what a training is told
+            strategy=SimpleNamespace(root_device=torch.device(name)), num_devices=devices
+        )
+        assert data._workers == workers
