@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentError
@@ -34,6 +34,7 @@ from slidetl.training.range_test import RangeTest, find_rate, write_range
 from slidetl.training.slots import check_classes, check_import, permit
 from slidetl.training.waiting import WaitingReport
 
+_PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}  # in Lightning's words
 _SHIPPED = "--config configs/NAME.yaml takes the file that comes with slidetl, unless there is one here."
 
 
@@ -125,6 +126,21 @@ class GradingCLI(LightningCLI):
             "its code; may be repeated, and is never taken from a file.",
         )
 
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        """Adds the option that evaluation shares with ``slidetl grade``."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand != "fit":
+            parser.add_argument(
+                "--precision",
+                type=Literal["auto", *_PRECISIONS],
+                default="auto",
+                help="Number format of the backbone's forward pass; auto is trainer.precision, by default "
+                "float32 on a CPU and bfloat16 on a GPU, as for 'slidetl grade'.",
+            )
+        return parser
+
     def before_instantiate_classes(self) -> None:
         """Checks every class that is named before one is called."""
         config = self.config[self.config.subcommand].as_dict()
@@ -159,6 +175,9 @@ class GradingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Keeps everything of a run in ``<default_root_dir>/logs/version_N`` unless loggers are given."""
+        precision = self._get(self.config_init, "precision")
+        if precision in _PRECISIONS:
+            kwargs["precision"] = _PRECISIONS[precision]
         ours: list[Callback] = [ResultFiles()] if self.subcommand in ("test", "predict") else []
         if self._get(self.config_init, "trainer").get("logger") is None:
             kwargs["logger"] = False
