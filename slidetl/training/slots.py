@@ -65,9 +65,6 @@ SLOTS: Mapping[str, Slot] = {
 # It calls whatever its arguments name.
 _NEVER = ("pytorch_lightning.callbacks.lambda_function", "pytorch_lightning.callbacks.LambdaCallback")
 
-# Names of the public API, which jsonargparse prefers for being shorter, and where they are defined.
-_PUBLIC = {f"slidetl.{name}": f"slidetl.{module}.{name}" for name, module in slidetl._HOME.items()}
-
 _permitted: set[str] = set()
 
 
@@ -80,8 +77,7 @@ def permit(allow: Sequence[str] = ()) -> None:
     Raises:
         UsageError: one of them cannot be a name.
     """
-    homes = {home for slot in SLOTS.values() for home in slot.homes}
-    wanted = homes | set(allow) | {short for short, name in _PUBLIC.items() if _is_under(name, list(homes))}
+    wanted = {home for slot in SLOTS.values() for home in slot.homes} | set(allow)
     for name in allow:
         if not _NAME.fullmatch(name) or name.split(".")[0] == "jsonargparse":
             raise UsageError(
@@ -144,7 +140,7 @@ def check_classes(config: Mapping[str, Any], allow: Sequence[str] = ()) -> None:
 
 
 def check_name(place: str, name: object, allow: Sequence[str] = ()) -> str:
-    """Checks that a slot may name a class, without importing it; returns its full name.
+    """Checks that a slot may name a class, without importing it.
 
     Args:
         place: of the slot, as in :data:`SLOTS`.
@@ -158,7 +154,6 @@ def check_name(place: str, name: object, allow: Sequence[str] = ()) -> str:
     homes = slot.homes if slot else ()
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise UsageError(f"expected the class_path of {place} to be the name of a class, found {name!r:.100}")
-    name = _PUBLIC.get(name, name)
     if not _is_under(name, allow) and (_is_under(name, _NEVER) or not _is_under(name, homes)):
         expected = f"expected a class of {', '.join(homes)}" if homes else "expected no class"
         raise UsageError(

@@ -63,7 +63,10 @@ def test_nothing_outside_the_slots_passes(values: dict[str, Any], parser: Lightn
 
 def test_the_class_of_a_slot_passes(parser: LightningArgumentParser) -> None:
     for key, values in {
-        "model": {"aggregator": {"class_path": OURS}, "transfer": {"class_path": "slidetl.Scratch"}},
+        "model": {
+            "aggregator": {"class_path": OURS},
+            "transfer": {"class_path": "slidetl.models.transfer.Scratch"},
+        },
         "trainer": {
             "callbacks": [{"class_path": "pytorch_lightning.callbacks.Timer"}],
             "logger": {"class_path": "pytorch_lightning.loggers.CSVLogger", "init_args": {"save_dir": "x"}},
