@@ -19,10 +19,8 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.profilers import Profiler
 from pytorch_lightning.strategies import Strategy
 
-import slidetl
 from slidetl.data.sampling import Sampling
 from slidetl.errors import UsageError
-from slidetl.models import transfer
 from slidetl.models.aggregators import Pooling
 from slidetl.models.heads import Head
 from slidetl.models.transfer import TransferStrategy
@@ -50,11 +48,7 @@ _LOGGERS = ("CSVLogger", "csv_logs", "TensorBoardLogger", "tensorboard")
 SLOTS: Mapping[str, Slot] = {
     "model.aggregator": Slot(Pooling, ("slidetl.models.aggregators",)),
     "model.head": Slot(Head, ("slidetl.models.heads",)),
-    # Those of the public API are named by their shortest name, as jsonargparse writes them.
-    "model.transfer": Slot(
-        TransferStrategy,
-        ("slidetl.models.transfer", *(f"slidetl.{n}" for n in slidetl.__all__ if hasattr(transfer, n))),
-    ),
+    "model.transfer": Slot(TransferStrategy, ("slidetl.models.transfer",)),
     "model.schedule": Slot(Schedule, ("slidetl.training.schedules",)),
     "data.sampling": Slot(Sampling, ("slidetl.data.sampling",)),
     "trainer.callbacks": Slot(Callback, ("pytorch_lightning.callbacks",)),
