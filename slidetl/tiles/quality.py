@@ -28,6 +28,19 @@ _INK_ON_TISSUE = 0.85
 _FILM_UM2 = 100.0**2
 _STROKE_UM2 = 250.0**2
 
+# Blue and green ink take more red light away than green, by this factor; tissue in H&E or Sirius red takes at
+# most 0.85 times as much, averaged over a few nuclei (docs/design/quality.md).
+_COOL = 1.2
+_COOL_UM = 16.0  # averaged over so much, a nucleus and a fringe of colour are gone
+_COOL_UM2 = 60.0**2  # the least piece of such ink
+_COOL_DENSITY = 0.15
+# So far from it, ink is followed over tissue by its colour.
+_COOL_REACH_UM = 200.0
+# Where the stain itself is blue or green (trichrome, haematoxylin alone), this colour tells nothing: at least
+# so much of what is stained must be warm, and so much of what is cool may be scattered in small pieces.
+_WARM_SHARE = 0.5
+_SCATTERED_SHARE = 0.2
+
 # Two layers take the light away twice. In units of the density above which a tenth of the tissue lies: what
 # cannot be flat, and what may be the rest of the fold beside it.
 _FOLD_CORE = 1.3
@@ -53,12 +66,14 @@ def measure_quality(
 ) -> dict[str, TissueMask]:
     """Looks for pen marks, folds and air on a slide seen from afar.
 
-    *Pen*: blue, green, black and red ink. Ink is a film: where nothing lies under it, it is dense, even,
-    and of its own colour; from there a stroke is followed over tissue, with which its colour mixes, by
-    density alone. Ink paler than a stain of its colour gets goes unseen (optical density below 0.7 for
-    blue, 0.8 for red), and so does a stroke with nothing but tissue under it unless its colour still shows.
-    A fold wider than 200 micrometres through solid collagen can be taken for ink of the collagen's colour
-    (blue on Masson's trichrome, red on Sirius red): both are even, and both are dense.
+    *Pen*: blue, green, black and red ink. Blue and green ink are told by their colour on slides whose stain
+    has neither (H&E, Sirius red), over tissue as well. Otherwise ink is a film: where nothing lies under it,
+    it is dense, even, and of its own colour; from there a stroke is followed over tissue, with which its
+    colour mixes, by density alone. Ink paler than a stain of its colour gets then goes unseen (density below
+    0.7 for blue, 0.8 for red), and so does a stroke with nothing but tissue under it unless its colour still
+    shows. A fold wider than 200 micrometres through solid collagen can be taken for ink of the collagen's
+    colour (blue on Masson's trichrome, red on Sirius red): both are even, and both are dense. See
+    docs/design/quality.md.
 
     *Folds*: tissue denser than flat tissue of this slide gets. Pale tissue, doubled, is not denser than
     that, so about 70 % of the tissue in a fold is found. The idea of an adaptive threshold on colour is
@@ -95,6 +110,7 @@ def measure_quality(
     pen = np.zeros(tissue_mask.shape, bool)
     for film, stroke in _inks(smooth, glass, density, mpp):
         pen |= _touched(_pieces(stroke, _STROKE_UM2, mpp), _pieces(film, _FILM_UM2, mpp))
+    pen |= _cool_ink(thumbnail_rgb, glass, mpp)
     # A stroke fades at its edge, where its colour is mixed with what lies under it.
     pen = ndimage.binary_dilation(pen, np.ones((3, 3)), iterations=max(1, round(32 / mpp)))
 
@@ -141,6 +157,35 @@ def _power(grey: NDArray[np.float32], step: int) -> float:
     down = grey[step:] - grey[:-step]
     right = grey[:, step:] - grey[:, :-step]
     return float((np.vdot(down, down) / down.size + np.vdot(right, right) / right.size) / 2)
+
+
+def _cool_ink(rgb: NDArray[np.uint8], glass: NDArray[np.float64], mpp: float) -> NDArray[np.bool_]:
+    """Marks blue and green ink by its colour, if the stain of the slide has neither.
+
+    Compared are the optical densities of red and green light: their quotient does not depend on how thick
+    the ink or the tissue is, and ink over tissue lies between both.
+    """
+    from scipy import ndimage
+
+    width = max(3, round(_COOL_UM / mpp))
+    smooth = ndimage.uniform_filter(rgb, (width, width, 1))
+    density = optical_density(smooth, glass)
+    is_dense = is_stained(density)
+    table = np.log10((glass + 1) / (np.arange(256.0)[:, None] + 1)).clip(0).astype(np.float32)
+    quotient = (table[:, :1] / (table[:, 1] + np.float32(1e-6)))[smooth[..., 0], smooth[..., 1]]
+    is_warm, is_cool = is_dense & (quotient < 1), is_dense & (quotient > _COOL)
+    nothing = np.zeros_like(is_dense)
+    if not is_cool.any() or is_warm.sum() < _WARM_SHARE * is_dense.sum():
+        return nothing
+    ink = _pieces(is_cool & (density > _COOL_DENSITY), _COOL_UM2, mpp)
+    square = np.ones((3, 3))
+    scattered = is_cool & ~ndimage.binary_dilation(ink, square, iterations=2)
+    if not ink.any() or scattered.sum() > _SCATTERED_SHARE * is_cool.sum():
+        return nothing
+    reach = ink | (is_dense & (quotient > (np.median(quotient[is_warm]) + _COOL) / 2))
+    return np.asarray(
+        ndimage.binary_dilation(ink, square, iterations=max(1, round(_COOL_REACH_UM / mpp)), mask=reach)
+    )
 
 
 def _inks(

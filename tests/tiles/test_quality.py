@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from slidetl.slides import open_slide
@@ -43,9 +44,9 @@ def thumbnail(request: pytest.FixtureRequest) -> Picture:
     return from_afar(section(request.param))
 
 
-def measure(image: Picture) -> tuple[dict[str, TissueMask], Mask]:
-    mask = find_tissue(image, MPP, WHITE).mask
-    return measure_quality(image, MPP, mask, WHITE), mask
+def measure(image: Picture, mpp: float = MPP) -> tuple[dict[str, TissueMask], Mask]:
+    mask = find_tissue(image, mpp, WHITE).mask
+    return measure_quality(image, mpp, mask, WHITE), mask
 
 
 def band(shape: tuple[int, ...], width_um: float, slope: float) -> Mask:
@@ -93,6 +94,49 @@ def test_pen_is_followed_over_a_picture_of_many_bands() -> None:
     stroke[20:1580, 40:70] = True
     maps, _ = measure(translucent(image, stroke, INKS["green"]))
     assert (maps["pen"].mask & stroke).sum() > 0.95 * stroke.sum()
+
+
+def picture(path: Path) -> Picture:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+@pytest.mark.parametrize("mpp", [1.0, 4.0, 16.0])
+def test_real_green_ink_over_real_tissue_is_found(test_data: Path, mpp: float) -> None:
+    image = picture(test_data / "pen" / "pen-tcga-green-pen.png")
+    # The middle of the stroke and its edges, drawn by hand on the picture.
+    left = [(338, 0), (262, 175), (205, 300), (160, 400), (172, 631)]
+    right = [(305, 631), (332, 480), (335, 340), (425, 170), (490, 0)]
+    drawn = Image.new("1", image.shape[1::-1])
+    ImageDraw.Draw(drawn).polygon(left + right, fill=1)
+    stroke = np.asarray(drawn)
+    maps, _ = measure(image, mpp)
+    assert (maps["pen"].mask & stroke).sum() > 0.88 * stroke.sum()
+    beside = ~ndimage.binary_dilation(stroke, iterations=15 + round(60 / mpp))  # its blurred edge
+    assert (maps["pen"].mask & beside).sum() < 0.003 * beside.sum()
+
+
+@pytest.mark.parametrize("mpp", [4.0, 16.0, 60.0])
+def test_real_pale_blue_ink_is_found(test_data: Path, mpp: float) -> None:
+    image = picture(test_data / "pen" / "pen-wsi-blue-pen.png")
+    stroke = (image[..., 2] > image[..., 1] + 20.0) & (image[..., 1] > image[..., 0] + 10.0)
+    assert 0.02 < stroke.mean() < 0.04
+    maps, _ = measure(image, mpp)
+    assert (maps["pen"].mask & stroke).sum() > 0.9 * stroke.sum()
+    beside = ~ndimage.binary_dilation(stroke, iterations=4 + round(60 / mpp))
+    assert (maps["pen"].mask & beside).sum() < 0.001 * beside.sum()
+
+
+def test_real_tissue_without_ink_raises_no_alarm(test_data: Path) -> None:
+    """H&E, a lymph node full of haematoxylin, haematoxylin with DAB, stroma of a hundred tiles."""
+    with open_slide(test_data / "slides" / "gcp-camelyon-jpeg.dcm") as slide:
+        node = slide.read((0, 0), slide.info.size_level0, slide.info.mpp_level0[0], 0.0)
+    with open_slide(test_data / "slides" / "petebankhead-OS-2-ndpi.ome.tif") as slide:
+        immuno = slide.read((0, 0), (62, 62), 8.0)
+    paths = sorted((test_data / "patches" / "crc5_112" / "test" / "S").iterdir())[:100]
+    stroma = np.concatenate([picture(path)[:56, :56] for path in paths])
+    clean = picture(test_data / "pen" / "clean-lung.png")
+    for image, mpp in ((node, 29.0), (immuno, 8.0), (stroma, 1.0), (stroma, 8.0), (clean, 0.5), (clean, 4.0)):
+        assert not measure(image, mpp)[0]["pen"].mask.any()
 
 
 def test_tissue_that_lies_double_is_a_fold(thumbnail: Picture) -> None:
