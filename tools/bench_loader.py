@@ -23,14 +23,16 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytorch_lightning as pl
 import torch
 
 from slidetl.cli import main as slidetl
-from slidetl.data.augment import Augmentation
+from slidetl.data.augment import Augmentation, Pipeline
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.datasets import Bag, BagDataset, EpochBatches, EpochSampler, collate_bags
 from slidetl.data.manifest import ManifestRow
@@ -46,11 +48,33 @@ from slidetl.training.waiting import WaitingReport
 N_GRADES = 5
 
 
+# The same changes both ways: the symmetries, then brightness, contrast and saturation of most tiles.
+AUGMENTED: dict[Literal["", "default", "albumentations"], Callable[[], Augmentation | Pipeline | None]] = {
+    "": lambda: None,
+    "default": Augmentation,
+    "albumentations": lambda: Pipeline(
+        [
+            {"class_path": "albumentations.D4"},
+            {
+                "class_path": "albumentations.ColorJitter",
+                "init_args": {
+                    "brightness": (0.85, 1.15),
+                    "contrast": (0.85, 1.15),
+                    "saturation": (0.85, 1.15),
+                    "hue": (0, 0),
+                    "p": 0.8,
+                },
+            },
+        ]
+    ),
+}
+
+
 @dataclass(frozen=True, order=True)
 class Way:
-    """How bags are read: processes, threads in each, and whether tiles are changed as training does."""
+    """How bags are read: the change of tiles, processes, and threads in each."""
 
-    augmented: bool
+    augmented: Literal["", "default", "albumentations"]
     workers: int
     threads: int
 
@@ -92,11 +116,11 @@ def main(args: list[str] | None = None) -> int:
     )
     ways = [
         Way(augmented, workers, threads)
-        for augmented, workers, threads in itertools.product((False, True), options.workers, options.threads)
+        for augmented, workers, threads in itertools.product(AUGMENTED, options.workers, options.threads)
     ]
     print(f"\n{'the loader alone':18}{'workers':>9}{'threads':>9}{'tiles/s':>9}{'per core':>10}")
     for way, (rate, alone) in time_loaders(slides, ways, options).items():
-        name = "read and augment" if way.augmented else "read"
+        name = f"read, {way.augmented}" if way.augmented else "read"
         # Of other processes the time is not known until they end; this one is not slowed by its neighbours.
         per_core = f"{alone:10.0f}" if not way.workers else ""
         print(f"{name:18}{way.workers:9}{way.threads:9}{rate:9.0f}{per_core}")
@@ -105,7 +129,7 @@ def main(args: list[str] | None = None) -> int:
         print(f"\ntraining {options.backbone} on {name}")
         print(f"{'workers':>9}{'threads':>9}{'tiles/s':>9}{'the step alone':>16}{'waiting':>9}")
         for way in ways:
-            if way.augmented:
+            if way.augmented == "default":
                 rate, alone, share = train(slides, way, options)
                 print(f"{way.workers:9}{way.threads:9}{rate:9.0f}{alone:16.0f}{share:9.1%}", flush=True)
     return 0
@@ -127,7 +151,7 @@ def time_loaders(
     """Tiles per second of the loader alone, by the clock and by the processor time of this process."""
     loaders: dict[Way, ResumableLoader[Bag]] = {}
     for way in ways:
-        augmentation = Augmentation() if way.augmented else None
+        augmentation = AUGMENTED[way.augmented]()
         loaders[way] = ResumableLoader(
             BagDataset(slides, options.bag_size, augmentation, seed=0, threads=way.threads),
             EpochBatches(EpochSampler(len(slides), seed=0), options.batch_size),

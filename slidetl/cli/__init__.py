@@ -30,6 +30,7 @@ COMMANDS = {
     "synth": "draw synthetic lung slides whose grade is known",
     "tile": "cut slides into a tile cache",
     "cache": "look into a tile cache, verify it, or mend it",
+    "augment": "draw a contact sheet of a tile as trainings see it",
     "embed": "store the features of every tile of a cache",
     "fit-features": "grade slides by classical models on stored features",
     **TRAINING_COMMANDS,

@@ -1,8 +1,14 @@
-"""Augmentation of tiles."""
+"""Augmentation of tiles: a fast default, or a pipeline of albumentations."""
 
 from __future__ import annotations
 
+import copy
+import os
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,3 +86,159 @@ class Augmentation:
         matrix[:, :3] = brightness * contrast * (saturation * np.eye(3) + (1 - saturation) * _GREY)
         matrix[:, 3] = brightness * (1 - contrast) * grey
         cv2.transform(tile, matrix, dst=out)
+
+
+class Transform(Protocol):
+    """A transform of albumentations, or several in one: the part of both that slidetl needs."""
+
+    def set_random_seed(self, seed: int | None) -> None:
+        """Sets the seed of the next call."""
+
+    def __call__(self, *, image: NDArray[np.uint8]) -> dict[str, Any]:
+        """Changes an image ``[S, S, 3] uint8``."""
+
+
+class Pipeline:
+    """A pipeline of albumentations; a tile's seed alone decides its changes, so that trainings repeat.
+
+    It is several times slower than :class:`Augmentation` (docs/evidence/augmentation.md).
+
+    Args:
+        transforms: each with ``class_path``, a class of albumentations, and ``init_args``; the transforms of
+            ``OneOf`` and its like are written alike.
+
+    Raises:
+        UsageError: there is no such transform, or albumentations refuses its arguments.
+    """
+
+    def __init__(self, transforms: Sequence[Mapping[str, Any]]) -> None:
+        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else it asks a server for its version
+        import albumentations
+
+        self._pipeline: Transform = albumentations.Compose([_build(item) for item in transforms])
+        self._local = threading.local()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_pipeline": self._pipeline}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._local = threading.local()
+
+    @property
+    def moves_hue(self) -> tuple[str, ...]:
+        """Names of the transforms that change hue, which is the collagen in trichrome and Sirius red."""
+        return tuple(name for name in _class_names(self._pipeline) if name in _MOVE_HUE)
+
+    def draw(self, n: int, seed: int) -> NDArray[np.int64]:
+        """Draws the seeds ``[n]`` of ``n`` tiles, for :meth:`apply`."""
+        return np.random.default_rng(seed).integers(2**32, size=n)
+
+    def apply(self, tile: NDArray[np.uint8], change: np.int64, out: NDArray[np.uint8]) -> None:
+        """Writes a tile ``[S, S, 3] uint8``, changed by its seed, into another; threads may.
+
+        Raises:
+            UsageError: the pipeline changes size or type of the tile.
+        """
+        if not hasattr(self._local, "pipeline"):  # a pipeline keeps its state between calls
+            self._local.pipeline = copy.deepcopy(self._pipeline)
+        self._local.pipeline.set_random_seed(int(change))
+        changed = self._local.pipeline(image=tile)["image"]
+        if changed.shape != tile.shape or changed.dtype != np.uint8:
+            raise UsageError(
+                f"data.augmentation: expected tiles {tile.shape} uint8 back, found {changed.shape} "
+                f"{changed.dtype}; leave out what resizes or normalises, the network does the latter"
+            )
+        out[:] = changed
+
+
+def build_augmentation(value: Augmentation | Sequence[Mapping[str, Any]]) -> Augmentation | Pipeline:
+    """Builds the augmentation that a configuration names: a list is a pipeline of albumentations."""
+    return value if isinstance(value, Augmentation) else Pipeline(value)
+
+
+def read_augmentation(config: Mapping[str, Any]) -> Augmentation | Pipeline:
+    """Reads the augmentation of a configuration of ``slidetl fit``; slidetl's own where it names none."""
+    value = (config.get("data") or {}).get("augmentation") or {}
+    return build_augmentation(Augmentation(**value) if isinstance(value, Mapping) else value)
+
+
+def draw_sheet(
+    tile: NDArray[np.uint8], augmentation: Augmentation | Pipeline, rows: int, columns: int, seed: int
+) -> NDArray[np.uint8]:
+    """Draws a contact sheet of a tile: as it is in the upper-left corner, changed everywhere else.
+
+    Args:
+        tile: ``[S, S, 3] uint8``.
+        augmentation: the changes.
+        rows: tiles below each other.
+        columns: tiles beside each other.
+        seed: of the changes.
+
+    Returns:
+        ``[rows * (S + 4) + 4, columns * (S + 4) + 4, 3] uint8``, tiles apart by 4 px of white, the first
+        in a black frame.
+    """
+    step = len(tile) + 4
+    sheet = np.full((rows * step + 4, columns * step + 4, 3), 255, np.uint8)
+    sheet[: step + 4, : step + 4] = 0
+    changes = augmentation.draw(rows * columns, seed)
+    for number, change in enumerate(changes):
+        top, left = (place * step + 4 for place in divmod(number, columns))
+        target = sheet[top : top + len(tile), left : left + len(tile)]
+        if number:
+            changed = np.empty_like(tile)
+            augmentation.apply(tile, change, changed)
+            target[:] = changed
+        else:
+            target[:] = tile
+    return sheet
+
+
+_MOVE_HUE = (
+    "ChannelDropout",
+    "ChannelShuffle",
+    "ColorJitter",
+    "HEStain",
+    "HueSaturationValue",
+    "InvertImg",
+    "PlanckianJitter",
+    "RGBShift",
+    "RandomToneCurve",
+    "Solarize",
+    "ToGray",
+    "ToSepia",
+)
+
+
+def _class_names(transform: Any) -> Iterator[str]:
+    """Yields the name of a transform, and of those within it."""
+    yield type(transform).__name__
+    for inner in getattr(transform, "transforms", ()):
+        yield from _class_names(inner)
+
+
+def _build(item: Any) -> Any:
+    """Builds a transform and those within it; other values stay."""
+    if isinstance(item, (list, tuple)):
+        return [_build(part) for part in item]
+    if not isinstance(item, Mapping) or "class_path" not in item:
+        return item
+    import albumentations
+
+    package, _, name = str(item["class_path"]).rpartition(".")
+    made = getattr(albumentations, name, None) if package == "albumentations" else None
+    if not isinstance(made, type) or not issubclass(
+        made, (albumentations.BasicTransform, albumentations.BaseCompose)
+    ):
+        raise UsageError(
+            f"data.augmentation: expected a transform such as albumentations.GaussianBlur, found "
+            f"{item['class_path']!r:.100}"
+        )
+    arguments = {key: _build(value) for key, value in (item.get("init_args") or {}).items()}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # it would ignore an argument that it does not know
+            return made(**arguments)
+    except (TypeError, ValueError, UserWarning) as error:
+        raise UsageError(f"data.augmentation: {name}: {' '.join(str(error).split())}") from error

@@ -11,10 +11,10 @@ from typing import Any, Literal, Self, TypeVar
 
 import numpy as np
 import pytorch_lightning as pl
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from slidetl.data.augment import Augmentation
+from slidetl.data.augment import Augmentation, Pipeline, build_augmentation
 from slidetl.data.datasets import (
     Bag,
     BagDataset,
@@ -59,7 +59,9 @@ class SlideDataModule(pl.LightningDataModule):
             but two of a GPU's share of them, and two where no GPU trains.
         decode_threads: threads in each of them that decode and augment the tiles of a bag.
         prefetch: batches that each of them reads ahead.
-        augmentation: changes of training tiles that leave the grade as it is.
+        augmentation: changes of training tiles that leave the grade as it is: the options of
+            :class:`~slidetl.data.augment.Augmentation`, or a list of albumentations transforms, each with
+            ``class_path`` and ``init_args`` (``configs/augmentation/stain.yaml``).
         sampling: how the tiles of a bag are drawn: :class:`~slidetl.data.sampling.Uniform` by default, by
             their tissue, or where the model looked.
         features: name under which ``slidetl embed`` stored the embeddings of the pretrained backbone; empty
@@ -85,7 +87,7 @@ class SlideDataModule(pl.LightningDataModule):
         test_fraction: float = 0.25,
         seed: int = 0,
         num_workers: int | Literal["auto"] = "auto",
-        augmentation: Augmentation = Augmentation(),  # noqa: B008 (frozen)
+        augmentation: Augmentation | list[dict[str, Any]] = Augmentation(),  # noqa: B008 (frozen)
         sampling: Sampling | None = None,
         features: str = "",
         fold: str = "",
@@ -112,7 +114,7 @@ class SlideDataModule(pl.LightningDataModule):
         self.grades, self.tasks, self.every_grade = tuple(grades), tuple(tasks), every_grade
         self.bag_size, self.batch_size, self.chunk_size = bag_size, batch_size, chunk_size
         self.val_fraction, self.test_fraction, self.seed = val_fraction, test_fraction, seed
-        self.num_workers, self.augmentation = num_workers, augmentation
+        self.num_workers, self.augmentation = num_workers, build_augmentation(augmentation)
         self.sampling, self.features, self.fold = sampling or Uniform(), features, fold
         self.decode_threads, self.prefetch = decode_threads, prefetch
         self.feature_source: FeatureSource | None = None
@@ -188,6 +190,12 @@ class SlideDataModule(pl.LightningDataModule):
         rank_zero_info(f"{part}: {len(slides)} slides of {patients} patients ({mix})")
         if part != "train":
             return
+        stains = sorted({slide.row.stain for slide in slides} & {"trichrome", "sirius"})
+        if stains and isinstance(self.augmentation, Pipeline) and self.augmentation.moves_hue:
+            rank_zero_warn(
+                f"data.augmentation: {', '.join(self.augmentation.moves_hue)} changes hue, and in "
+                f"{' and '.join(stains)} the hue is the collagen; leave it out for these stains"
+            )
         absent = [name for grade, name in enumerate(self.grades) if not counts[grade]]
         if absent and self.every_grade:
             raise UsageError(

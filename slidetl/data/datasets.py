@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from slidetl.data.augment import Augmentation
+from slidetl.data.augment import Augmentation, Pipeline
 from slidetl.data.sampling import Sampling, Uniform
 from slidetl.data.study import CachedSlide
 from slidetl.tiles.features import read_features
@@ -76,7 +76,7 @@ class BagDataset(Dataset[Bag]):
         self,
         slides: Sequence[CachedSlide],
         bag_size: int,
-        augmentation: Augmentation | None,
+        augmentation: Augmentation | Pipeline | None,
         seed: int,
         sampling: Sampling = Uniform(),  # noqa: B008 (frozen)
         features: str = "",

@@ -50,6 +50,8 @@ SLOTS: Mapping[str, Slot] = {
     "model.head": Slot(Head, ("slidetl.models.heads",)),
     "model.transfer": Slot(TransferStrategy, ("slidetl.models.transfer",)),
     "model.schedule": Slot(Schedule, ("slidetl.training.schedules",)),
+    # The bases of transforms are checked where they are built: here albumentations would be imported for all.
+    "data.augmentation": Slot(object, ("slidetl.data.augment.Augmentation", "albumentations")),
     "data.sampling": Slot(Sampling, ("slidetl.data.sampling",)),
     "trainer.callbacks": Slot(Callback, ("pytorch_lightning.callbacks",)),
     "trainer.logger": Slot(Logger, tuple(map("pytorch_lightning.loggers.{}".format, _LOGGERS))),

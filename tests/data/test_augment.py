@@ -1,12 +1,17 @@
 from __future__ import annotations
 
 import colorsys
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image, ImageEnhance
 
-from slidetl.data.augment import Augmentation
+from slidetl.data.augment import Augmentation, Pipeline, build_augmentation, draw_sheet
 from slidetl.errors import UsageError
 
 
@@ -57,3 +62,65 @@ def test_hue_stays() -> None:
     for seed in range(20):
         red, green, blue_value = Augmentation()(blue, seed)[0, 0, 0].tolist()
         assert abs(colorsys.rgb_to_hsv(red, green, blue_value)[0] - hue) < 0.02
+
+
+STAIN = Path(__file__).parents[2] / "configs" / "augmentation" / "stain.yaml"
+
+
+def shipped() -> Pipeline:
+    return Pipeline(yaml.safe_load(STAIN.read_text())["data"]["augmentation"])
+
+
+def test_a_pipeline_gives_a_tile_the_same_changes_in_any_order_thread_and_process() -> None:
+    pipeline, before = shipped(), tiles(6)
+    changes = pipeline.draw(6, 3)
+
+    def changed(pipeline: Pipeline, number: int) -> bytes:
+        out = np.empty_like(before[number])
+        pipeline.apply(before[number], changes[number], out)
+        return bytes(out)
+
+    expected = [changed(pipeline, number) for number in range(6)]
+    assert len(set(expected)) == 6
+    sent = pickle.loads(pickle.dumps(shipped()))
+    with ThreadPoolExecutor(2) as pool:
+        for other in (pipeline, sent):
+            assert (
+                list(pool.map(lambda n, other=other: changed(other, n), reversed(range(6)))) == expected[::-1]
+            )
+
+
+def test_a_pipeline_names_the_transforms_that_move_hue() -> None:
+    inner = {"class_path": "albumentations.ToGray"}
+    nested = {"class_path": "albumentations.OneOf", "init_args": {"transforms": [inner]}}
+    assert shipped().moves_hue == ("HEStain",)
+    assert Pipeline([nested, {"class_path": "albumentations.D4"}]).moves_hue == ("ToGray",)
+
+
+@pytest.mark.parametrize(
+    ("transform", "words"),
+    [
+        ({"class_path": "os.system", "init_args": {"command": "true"}}, "expected a transform such as"),
+        ({"class_path": "albumentations.core.composition.os.system"}, "expected a transform such as"),
+        ({"class_path": "albumentations.Compose_"}, "expected a transform such as"),
+        ({"class_path": "albumentations.GaussianBlur", "init_args": {"sigma_limit": -1}}, "GaussianBlur: "),
+        ({"class_path": "albumentations.D4", "init_args": {"sigma": 1}}, "D4: Argument"),
+    ],
+)
+def test_what_is_no_transform_is_refused(transform: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=rf"data\.augmentation: {words}"):
+        Pipeline([transform])
+
+
+def test_a_pipeline_that_resizes_is_refused() -> None:
+    crop = Pipeline([{"class_path": "albumentations.RandomCrop", "init_args": {"height": 8, "width": 8}}])
+    with pytest.raises(UsageError, match=r"expected tiles \(16, 16, 3\) uint8 back, found \(8, 8, 3\)"):
+        crop.apply(tiles()[0], crop.draw(1, 0)[0], np.empty((16, 16, 3), np.uint8))
+
+
+def test_a_sheet_has_the_tile_itself_first() -> None:
+    tile = tiles()[0]
+    sheet = draw_sheet(tile, build_augmentation(Augmentation()), 2, 3, seed=0)
+    assert sheet.shape == (44, 64, 3)
+    np.testing.assert_array_equal(sheet[4:20, 4:20], tile)
+    assert (sheet[4:20, 24:40] != tile).any() and (sheet[:4, :24] == 0).all()

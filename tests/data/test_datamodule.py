@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import shutil
@@ -71,6 +72,20 @@ def test_split_column_decides(study: Study, tmp_path: Path) -> None:
     data = SlideDataModule(str(rewrite(study, tmp_path / "m.csv", split=split)), str(study.cache))
     data.setup("fit")
     assert [len(data.slides[part]) for part in ("train", "val", "test")] == [10, 4, 6]
+
+
+@pytest.mark.parametrize(("stain", "warns"), [("trichrome", True), ("he", False)])
+def test_a_pipeline_that_moves_hue_is_warned_of_where_hue_is_the_collagen(
+    study: Study, tmp_path: Path, stain: str, warns: bool
+) -> None:
+    path = rewrite(study, tmp_path / "m.csv", stain=[stain] * 20)
+    grey = [{"class_path": "albumentations.ToGray", "init_args": {"p": 1.0}}]
+    data = SlideDataModule(str(path), str(study.cache), num_workers=0, bag_size=4, augmentation=grey)
+    with pytest.warns(UserWarning, match="ToGray changes hue") if warns else contextlib.nullcontext():
+        data.setup("fit")
+    if not warns:
+        tiles = next(iter(data.train_dataloader()))["tiles"]
+        assert torch.equal(tiles[:, :, 0], tiles[:, :, 2])
 
 
 def test_slides_lost_in_tiling_are_said_and_move_no_other_patient(study: Study, tmp_path: Path) -> None:
