@@ -18,13 +18,16 @@ expected, what came, and what to do about it::
     |-- ProcessEnded (RuntimeError)         a process that did a part of the work ended before it was done
     |-- WeightsError (ValueError)           weights that do not fit, or cannot be found
     |-- CheckpointError (ValueError)        a checkpoint that is not ours, or not allowed
-    `-- ModelFileError (ValueError)         an exported model that is not ours, or damaged
+    |-- ModelFileError (ValueError)         an exported model that is not ours, or damaged
+    `-- OutputError (OSError)               a result that cannot be written: no room, no permission
 """
 
 from __future__ import annotations
 
 import errno
 import re
+
+from slidetl.text import one_line
 
 # What libraries say instead of raising MemoryError: torch, OpenCV, C++, a DataLoader whose worker was killed.
 _NO_MEMORY = re.compile(
@@ -98,6 +101,10 @@ class ModelFileError(SlidetlError, ValueError):
     """The exported model is not one of ours, or is damaged."""
 
 
+class OutputError(SlidetlError, OSError):
+    """A file cannot be written; the one that was there before is kept."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Tells if an error, or the one that it came from, is want of memory."""
     cause: BaseException | None = error
@@ -117,7 +124,7 @@ def describe_failure(error: BaseException, less_memory: str) -> str:
         error: of slidetl, of the machine, or of a library.
         less_memory: what to do about want of memory, an infinitive with its options.
     """
-    text = " ".join(str(error).split())[:500]
+    text = one_line(str(error))[:500]
     if is_out_of_memory(error):
         return f"out of memory: {less_memory}" + (f" ({text[:200]})" if text else "")
     return text if isinstance(error, (SlidetlError, OSError)) else f"{type(error).__name__}: {text}"

@@ -10,6 +10,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from slidetl.files import write_whole
+
 if TYPE_CHECKING:
     from jinja2 import Environment
 
@@ -33,7 +35,7 @@ def write_page(
         values: what the template speaks of.
 
     Raises:
-        OSError: the page cannot be written.
+        OutputError: the page cannot be written.
     """
     from markupsafe import Markup
 
@@ -47,14 +49,6 @@ def write_page(
     # Style and scripts are files of this package.
     own = {"policy": policy, "style": Markup(css), "scripts": [Markup(text) for text in code]}
     write_whole(path, _environment(package).get_template(template).render(**own, **values))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def data_uri(kind: str, content: bytes) -> str:

@@ -56,10 +56,15 @@ def start_child(work: Callable[..., None], *arguments: Any, has_children: bool =
     return Child(process, ours)
 
 
-def _run(work: Callable[..., None], connection: Connection, parent: int, arguments: tuple[Any, ...]) -> None:
-    # Without this, children of a killed run would go on, hold locks and keep a card's memory.
+def end_with(parent: int) -> None:
+    """Has the kernel kill this process when its parent dies, however suddenly."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
-        return  # it died before the line above
+        os._exit(1)  # it died before the line above
+
+
+def _run(work: Callable[..., None], connection: Connection, parent: int, arguments: tuple[Any, ...]) -> None:
+    # Without this, children of a killed run would go on, hold locks and keep a card's memory.
+    end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     work(connection, *arguments)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import slidetl
 from slidetl.errors import SlidetlError, describe_failure, is_out_of_memory
 from slidetl.processor import postpone_collection, prepare_for_networks
+from slidetl.text import one_line
 
 TRAINING_COMMANDS = {
     "fit": "train a network (LightningCLI; see 'slidetl fit --help')",
@@ -94,7 +95,7 @@ def main(args: Sequence[str] | None = None) -> int:
         if debug or not (is_memory or isinstance(error, (SlidetlError, OSError))):
             raise
         said = describe_failure(error, _LESS_MEMORY.get(command, "")) if is_memory else _cause(str(error))
-        print(f"slidetl: error: {said}", file=sys.stderr)
+        _complain(said)
         return 2
 
 
@@ -132,6 +133,12 @@ class _OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         print(f"{self.prog}: error: {message} (see '{self.prog} --help')", file=sys.stderr)
         sys.exit(2)
+
+
+def _complain(message: str) -> None:
+    """Prints an error; the names in it may be a stranger's."""
+    lines = map(one_line, message.splitlines() or [""])
+    print("slidetl: error: " + "\n".join(lines), file=sys.stderr)
 
 
 def _cause(message: str) -> str:

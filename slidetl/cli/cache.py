@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slidetl.cli.progress import Progress
+from slidetl.text import one_line
 
 if TYPE_CHECKING:
     from slidetl.tiles.ledger import Ledger, LedgerRow
@@ -54,11 +55,11 @@ def verify(cache: Path, *, repair: bool = False, decode: bool = False, slides: P
                     if slide_id not in sources:
                         raise UsageError(f"{path}: its slide is not in the ledger; say where it is: --slides")
                     found = repair_cache(found, sources[slide_id])
-                    print(f"{slide_id}: {'mended' if found.is_sound else 'still damaged'}")
+                    print(one_line(f"{slide_id}: {'mended' if found.is_sound else 'still damaged'}"))
                     _record(ledger, rows.get(slide_id), found)
                 damaged += not found.is_sound
             except (CacheError, SlideError, UsageError) as error:
-                print(f"{slide_id}: {error}")
+                print(one_line(f"{slide_id}: {error}"))
                 damaged += 1
             progress.advance()
         for slide_id in sorted(rows):
@@ -83,7 +84,7 @@ def _record(ledger: Ledger, row: LedgerRow | None, found: Verification) -> None:
 
 def _print_findings(slide_id: str, found: Verification) -> None:
     for finding in found.findings:
-        print(f"{slide_id}: {finding}")
+        print(one_line(f"{slide_id}: {finding}"))
 
 
 def _slide_paths(manifest: Path) -> dict[str, Path]:
@@ -118,7 +119,7 @@ def info(cache: Path, *, json: bool = False) -> int:
     table.add_column("features")
     for slide in found.slides:
         spacing = f"{slide.mpp_read[0]:.4g} x {slide.mpp_read[1]:.4g}" if slide.mpp_read else ""
-        table.add_row(
+        cells = (
             slide.slide_id,
             str(slide.tiles),
             f"{slide.bytes / 1e6:.1f}",
@@ -126,6 +127,7 @@ def info(cache: Path, *, json: bool = False) -> int:
             slide.problem or f"[{slide.spec}]",
             ", ".join(slide.features),
         )
+        table.add_row(*map(one_line, cells))
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
     console.print(table)
     for number, spec in enumerate(found.specs):
@@ -133,9 +135,9 @@ def info(cache: Path, *, json: bool = False) -> int:
     if len(found.specs) > 1:
         print(f"warning: {len(found.specs)} ways of tiling in one cache; a training takes only one")
     for building in found.unfinished:
-        print(f"unfinished: {building}; 'slidetl tile' continues it")
+        print(one_line(f"unfinished: {building}; 'slidetl tile' continues it"))
     for lease in found.stale_leases:
-        print(f"left by a killed run: the lease on {lease}; it is in nobody's way")
+        print(one_line(f"left by a killed run: the lease on {lease}; it is in nobody's way"))
     print(f"{len(found.slides)} slides, {found.tiles} tiles, {found.bytes / 1e6:.1f} MB")
     return 0
 

@@ -46,6 +46,7 @@ def compare(
     from slidetl.compare.progress import UnitProgress
     from slidetl.compare.report.page import describe
     from slidetl.compare.run import Options, plan_comparison, report_comparison, run_comparison
+    from slidetl.text import one_line
 
     configured = read_comparison(find_config(config))
     comparison = replace(
@@ -66,5 +67,5 @@ def compare(
         )
     print(f"{describe(result)}\nwritten to {output}, report.html first")
     for label, reason in failed.items():
-        print(f"failed: {label}: {reason}", file=sys.stderr)
+        print(one_line(f"failed: {label}: {reason}"), file=sys.stderr)
     return 1 if failed else 0

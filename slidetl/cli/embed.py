@@ -8,6 +8,7 @@ from pathlib import Path
 
 from slidetl.cli.progress import Progress
 from slidetl.models.spec import BackboneSpec
+from slidetl.text import one_line
 from slidetl.training.options import EmbedOptions
 
 
@@ -46,7 +47,7 @@ def embed(
     seconds = time.monotonic() - started
     failed = [slide for slide in slides if slide.reason]
     for slide in failed:
-        print(f"failed: {slide.slide_id}: {slide.reason}", file=sys.stderr)
+        print(one_line(f"failed: {slide.slide_id}: {slide.reason}"), file=sys.stderr)
     new = [slide for slide in slides if slide.is_new]
     tiles = sum(slide.tiles for slide in new)
     kept = len(slides) - len(new) - len(failed)

@@ -51,6 +51,7 @@ def grade(
     )
     from slidetl.library.trust import trust as record_trust
     from slidetl.publish.model_file import load_model
+    from slidetl.text import one_line
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,10 +88,10 @@ def grade(
             print(f"slidetl: failed: {row.reason}", file=sys.stderr, flush=True)
             continue
         if not sys.stdout.isatty():
-            print(json.dumps(row.result), flush=True)
-        print(f"slidetl: {describe(row, loaded.card)}", file=sys.stderr, flush=True)
+            print(json.dumps(row.result, allow_nan=False), flush=True)
+        print(f"slidetl: {one_line(describe(row, loaded.card))}", file=sys.stderr, flush=True)
         for note in row.result["notes"]:
-            print(f"slidetl: warning: {row.slide}: {note}", file=sys.stderr, flush=True)
+            print(one_line(f"slidetl: warning: {row.slide}: {note}"), file=sys.stderr, flush=True)
     if output is not None and options.report:
         write_index_page(output, rows, output_names(found), loaded)
     if failed:

@@ -6,6 +6,8 @@ import sys
 import time
 from typing import Self
 
+from slidetl.text import one_line
+
 
 class Progress:
     """Draws a bar on a terminal and prints a line for each item elsewhere, both on stderr.
@@ -62,6 +64,7 @@ class Progress:
 
     def show(self, text: str) -> None:
         """Shows a line: the latest one beside the bar, each one where there is no terminal."""
+        text = one_line(text)
         if self.is_terminal:
             self._bar.update(self._task, last=text)
         else:

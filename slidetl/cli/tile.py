@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slidetl.cli.progress import Progress
+from slidetl.text import one_line
 from slidetl.tiles.grid import TileSpec
 
 if TYPE_CHECKING:
@@ -88,9 +89,9 @@ def tile(
 
     failed = [row for row in rows if row.status == FAILED]
     for line in _failures(failed):
-        print(f"failed: {line}", file=sys.stderr)
+        print(one_line(f"failed: {line}"), file=sys.stderr)
     for line in summarise_notes(rows):
-        print(f"slidetl: warning: {line}", file=sys.stderr)
+        print(one_line(f"slidetl: warning: {line}"), file=sys.stderr)
     counts = ", ".join(f"{sum(row.status == s for row in rows)} {s}" for s in (USED, EXCLUDED, FAILED))
     tiles = sum(row.tiles for row in rows)
     print(f"{len(rows)} slides: {counts}; {tiles} tiles in {seconds:.1f} s ({tiles / seconds:.0f} tiles/s)")

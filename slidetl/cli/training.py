@@ -25,7 +25,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from slidetl.cli.shipped import with_shipped_configs
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.errors import UsageError
-from slidetl.training.best import BestCheckpoint
+from slidetl.training.best import BestCheckpoint, WholeCheckpoints
 from slidetl.training.checkpoint import read_checkpoint
 from slidetl.training.drift import DriftReport
 from slidetl.training.grader import SlideGrader
@@ -187,7 +187,10 @@ class GradingCLI(LightningCLI):
                 board = TensorBoardLogger(root, name="logs", version=table.version, default_hp_metric=False)
                 kwargs["logger"] = [table, board]
                 ours = [LearningRateMonitor("epoch"), DriftReport(), WaitingReport()]
-        kwargs["callbacks"] = [*(self._get(self.config_init, "trainer").get("callbacks") or []), *ours]
+        trainer = self._get(self.config_init, "trainer")
+        plugins = trainer.get("plugins") or []
+        kwargs["plugins"] = [WholeCheckpoints(), *(plugins if isinstance(plugins, list) else [plugins])]
+        kwargs["callbacks"] = [*(trainer.get("callbacks") or []), *ours]
         return super().instantiate_trainer(**kwargs)
 
 

@@ -64,6 +64,7 @@ def list_models(*, from_: str | None = None) -> int:
     from rich.table import Table
 
     from slidetl.errors import SlidetlError
+    from slidetl.text import one_line
 
     library = _library(from_)
     table = Table(box=None, pad_edge=False)
@@ -79,7 +80,7 @@ def list_models(*, from_: str | None = None) -> int:
         try:
             card = library.read(name)
         except SlidetlError as error:  # one of them stops neither the list nor its reader
-            table.add_row(name, "", "", "", "", "", str(error))
+            table.add_row(one_line(name), "", "", "", "", "", one_line(str(error)))
             damaged += 1
             continue
         model = card.model

@@ -20,6 +20,7 @@ from slidetl.compare.unit import job_of, read_unit
 from slidetl.data.study import Study
 from slidetl.errors import UsageError
 from slidetl.evaluation.protocol import Fold, folds_to_json, splits_sha256
+from slidetl.files import write_whole
 from slidetl.processor import postpone_collection
 from slidetl.tiles.lock import slide_lock
 
@@ -158,7 +159,7 @@ def write_splits(folds: Sequence[Fold], path: Path) -> None:
         "software": f"slidetl {slidetl.__version__}",
         "folds": folds_to_json(folds),
     }
-    path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(about, indent=1) + "\n")
 
 
 @contextmanager

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 from slidetl.evaluation.bootstrap import Interval
-from slidetl.training.predictions import safe_cell
 
 NONE = "–"
 
@@ -148,37 +145,3 @@ def table_as_markdown(table: Table) -> str:
 def escape_markdown(text: str) -> str:
     """Makes one line of a text, without a meaning to Markdown."""
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a CSV file, whole or not at all: a reader may look while the next run writes.
-
-    Text that a spreadsheet would run as a formula is defused.
-
-    Args:
-        path: the file.
-        columns: in order.
-        rows: by column; a column that is missing, None or NaN is empty.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    partial = path.with_suffix(".tmp")
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({name: _cell(value) for name, value in row.items()})
-    partial.rename(path)
-
-
-def _cell(value: Any) -> Any:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return ""
-    if not isinstance(value, str):
-        return value
-    try:
-        float(value)
-    except ValueError:
-        return safe_cell(value)
-    return value  # a negative number begins as a formula does

@@ -14,10 +14,10 @@ from slidetl.compare.aggregate import RISK, ArmResult, ComparisonResult, PairedD
 from slidetl.compare.learning import CURVE_METRICS, equal_epochs, learning_of
 from slidetl.compare.plan import Unit
 from slidetl.compare.records import CurvePoint, UnitResult
-from slidetl.compare.table import write_csv
 from slidetl.evaluation.bootstrap import Interval
 from slidetl.evaluation.conformal import referral_rule
 from slidetl.evaluation.repeatability import ScoreShift
+from slidetl.files import write_csv
 
 # One row a number. ``section`` groups them: primary, metric (of an arm), repeat, threshold, variance,
 # calibration, sets, site, scanner, reader, repeatability, groups, chance; learning; difference; agreement,

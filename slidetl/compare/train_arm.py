@@ -36,8 +36,10 @@ from slidetl.evaluation.calibration import fit_temperature, with_temperature
 from slidetl.evaluation.comparison import PatientResults, patient_results
 from slidetl.evaluation.comparison import Unit as ResultUnit
 from slidetl.evaluation.metrics import accuracy, log_loss, qwk, rps
+from slidetl.files import write_whole
 from slidetl.models.blocks import pretrained_backbone
 from slidetl.models.network import GradingNetwork
+from slidetl.models.tensors import save_tensors
 from slidetl.tiles.store import SlideCache
 from slidetl.training.drift import distances
 from slidetl.training.grader import SlideGrader
@@ -243,9 +245,7 @@ class _Fit:
         with _quiet():
             self._trainer(every, [watch]).fit(*self._built)
         training = _Training(tuple(watch.points), tuple(watch.predictions))
-        partial = self._folder / "training.tmp"
-        partial.write_text(json.dumps(asdict(training)), encoding="utf-8")
-        partial.rename(done)
+        write_whole(done, json.dumps(asdict(training)))
         return training
 
     def predict(self) -> tuple[SlidePrediction, ...]:
@@ -422,7 +422,7 @@ class _Watch(Callback):
     def _save(self, module: pl.LightningModule, name: str) -> None:
         assert isinstance(module, SlideGrader)
         if self._weights is not None:
-            torch.save(module.network.state_dict(), self._weights / f"{name}.pt")
+            save_tensors(self._weights / f"{name}.pt", module.network.state_dict())
 
 
 @cache

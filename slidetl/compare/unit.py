@@ -99,7 +99,10 @@ def read_unit(folder: Path, key: str) -> UnitResult | None:
         values = json.loads((unit / _RESULT).read_text(encoding="utf-8"))
         values["predictions"] = predictions_from(values["predictions"])
         values["curves"] = tuple(CurvePoint(**point) for point in values["curves"])
-        return UnitResult(**values, embeddings=np.load(unit / _EMBEDDINGS, allow_pickle=False))
+        # By way of a map, which is no larger than the file.
+        return UnitResult(
+            **values, embeddings=np.array(np.load(unit / _EMBEDDINGS, mmap_mode="r", allow_pickle=False))
+        )
     except (OSError, KeyError, TypeError, ValueError):
         return None
 

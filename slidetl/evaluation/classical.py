@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import ModelFileError, UsageError
 from slidetl.evaluation.metrics import probability_metrics
+from slidetl.files import check_stored, read_packed_array
 
 Pool = Literal["mean", "max", "both", "top-k"]
 POOLS: tuple[Pool, ...] = get_args(Pool)
@@ -300,8 +301,11 @@ def load_grader(path: Path) -> Grader:
         ModelFileError: not such a file.
     """
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            values = dict(file)
+        check_stored(path)
+        size = path.stat().st_size
+        with ZipFile(path) as file:
+            names = (name.removesuffix(".npy") for name in file.namelist())
+            values = {name: read_packed_array(file, name, size) for name in names}
         model, sigma, ranks = values["model"].item(), values["sigma"].item(), np.arange(len(values["grades"]))
         pipeline = _linear(model)
         vars(pipeline["scale"]).update(mean_=values["centre"], scale_=values["scale"])
@@ -309,7 +313,7 @@ def load_grader(path: Path) -> Grader:
             coef_=values["coefficients"], intercept_=values["intercepts"], classes_=ranks
         )
         grades, n_grades, penalty = values["grades"], values["n_grades"].item(), values["penalty"].item()
-    except (OSError, KeyError, ValueError, BadZipFile) as error:
+    except (OSError, KeyError, ValueError, TypeError, EOFError, BadZipFile) as error:
         raise ModelFileError(f"{path}: expected a model of 'slidetl fit-features': {error!r}") from error
     return Grader(model, pipeline, grades, n_grades, penalty, sigma if np.isfinite(sigma) else None)
 

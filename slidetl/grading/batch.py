@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 import json
 import multiprocessing
@@ -21,6 +20,7 @@ import torch
 
 from slidetl.data.manifest import read_manifest
 from slidetl.errors import SlideError, SlidetlError, UsageError, describe_failure
+from slidetl.files import write_csv, write_whole
 from slidetl.grading.grade import (
     Rates,
     SlideGrade,
@@ -34,13 +34,14 @@ from slidetl.grading.report.index import IndexEntry, write_index
 from slidetl.grading.report.slide import has_slide_report, write_slide_report
 from slidetl.library.model_card import ModelCard
 from slidetl.models.runner import Runner
+from slidetl.processes import end_with
 from slidetl.processor import hand_back_memory
 from slidetl.publish.model_file import ModelFile, load_model
 from slidetl.slides import open_slide
+from slidetl.text import one_line
 from slidetl.tiles.cut import slide_parts
 from slidetl.tiles.identifier import clash_key, safe_slide_id
 from slidetl.tiles.readers import Readers
-from slidetl.training.predictions import safe_cell
 
 GRADED, FAILED = "graded", "failed"
 _THREADS_OF_A_GPU = 2  # that feed it and gather results; each other core reads a slide
@@ -129,11 +130,15 @@ def grade_slides(
         undone = []
         with _processes(min(jobs, len(waiting)), model, options) as pool:
             running = {pool.submit(_work, path, names[path], spacings.get(path)): path for path in waiting}
-            for future, path in _as_done(running):
-                try:
-                    yield future.result()
-                except BrokenProcessPool:
-                    undone.append(path)
+            try:
+                for future, path in _as_done(running):
+                    try:
+                        yield future.result()
+                    except BrokenProcessPool:
+                        undone.append(path)
+            finally:  # where no more can be written, the others need not be graded
+                for future in running:
+                    future.cancel()
         # Which slide killed its process is not told: each of those left gets one to itself, the first first.
         if undone:
             yield _grade_apart(undone[0], names[undone[0]], model, options, spacings.get(undone[0]))
@@ -217,21 +222,16 @@ def describe(row: GradeRow, card: ModelCard) -> str:
 
 def write_results(path: Path, rows: Sequence[GradeRow], n_grades: int) -> None:
     """Writes the table of results, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*_COLUMNS, *(f"probability_{grade}" for grade in range(n_grades)), *_MORE])
-        for row in rows:
-            lowest, highest = row.result.get("grade_set") or (None, None)
-            values = {**row.result, "set_lowest": lowest, "set_highest": highest}
-            values |= {"slide": str(row.slide), "status": row.status, "reason": row.reason}
-            writer.writerow(
-                [safe_cell(_text(values.get(key))) for key in _COLUMNS]
-                + list(row.result.get("probabilities") or [""] * n_grades)
-                + [safe_cell(_text(values.get(key))) for key in _MORE]
-            )
-    partial.replace(path)
+    columns = [*_COLUMNS, *(f"probability_{grade}" for grade in range(n_grades)), *_MORE]
+    write_csv(path, columns, ({name: _cells(row).get(name) for name in columns} for row in rows))
+
+
+def _cells(row: GradeRow) -> dict[str, Any]:
+    lowest, highest = row.result.get("grade_set") or (None, None)
+    odds = enumerate(row.result.get("probabilities") or ())
+    about = {"slide": str(row.slide), "status": row.status, "reason": row.reason}
+    about |= {f"probability_{grade}": probability for grade, probability in odds}
+    return {**row.result, "set_lowest": lowest, "set_highest": highest, **about}
 
 
 def write_index_page(
@@ -256,14 +256,26 @@ def read_finished(
     finished = {}
     for path, name in names.items():
         try:
-            result = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+            text = (folder / f"{name}.json").read_text(encoding="utf-8")
+            result = json.loads(text, parse_constant=int)  # which refuses NaN
             same = (result["slide"], result["model_sha256"]) == (str(path), model_sha256)
+            same = same and all(isinstance(result[key], kind) for key, kind in _RESULT.items())
             same = same and (not report or has_slide_report(folder, name, result))
             if same and _fingerprint(path) == result["fingerprint"]:
                 finished[path] = GradeRow(path, GRADED, result)
-        except (OSError, KeyError, TypeError, ValueError):  # not there, torn, or the slide is unreadable now
+        except Exception:  # not there, torn, of another form, or the slide cannot be read now
             continue
     return finished
+
+
+_RESULT: dict[str, Any] = {
+    **dict.fromkeys(("fingerprint", "grade_name"), str),
+    **dict.fromkeys(("grade", "tiles", "tiles_unreadable"), int),
+    **dict.fromkeys(("expected_grade", "tissue_mm2"), int | float),
+    **dict.fromkeys(("probabilities", "notes"), list),
+    "grade_set": list | None,
+    "novelty": int | float | None,
+}
 
 
 def output_names(slides: Sequence[Path]) -> dict[Path, str]:
@@ -312,7 +324,8 @@ def _grade(
     except Exception as error:  # of a decoder, a bug, or for want of memory: one slide costs itself alone
         if isinstance(error, SlidetlError) and not isinstance(error, SlideError):
             raise
-        return GradeRow(path, FAILED, {}, describe_failure(error, "lower --batch-size or --jobs"))
+        reason = describe_failure(error, "lower --batch-size or --jobs")
+        return GradeRow(path, FAILED, {}, reason if str(path) in reason else one_line(f"{path}: {reason}"))
     return GradeRow(path, GRADED, result.to_dict(), rates=result.rates)
 
 
@@ -323,19 +336,13 @@ def _write(
     if options.report:
         write_slide_report(result, model.card, folder, name, threads=threads)
     # Last and at once: a run that goes on takes the slide for done by it.
-    partial = folder / f".{name}.json.partial"
-    partial.write_text(json.dumps(result.to_dict()) + "\n", encoding="utf-8")
-    partial.replace(folder / f"{name}.json")
+    write_whole(folder / f"{name}.json", json.dumps(result.to_dict(), allow_nan=False) + "\n")
 
 
 def _fingerprint(path: Path) -> str:
     # The spacing does not enter; a slide without one shall not be refused here.
     with open_slide(path, mpp_replace=1.0) as slide:
         return slide.info.fingerprint
-
-
-def _text(value: Any) -> str:
-    return "" if value is None else str(value)
 
 
 _drawing = threading.Lock()  # matplotlib takes one thread at a time
@@ -354,11 +361,13 @@ def _processes(count: int, model: ModelFile, options: GradeOptions) -> ProcessPo
     for number in range(count):
         is_one_of_many = model.device.type == "cuda" and options.devices > 1
         devices.put(f"cuda:{number % options.devices}" if is_one_of_many else str(model.device))
-    return ProcessPoolExecutor(count, context, _start, (model.path, devices, options, _threads(count)))
+    start = (os.getpid(), model.path, devices, options, _threads(count))
+    return ProcessPoolExecutor(count, context, _start, start)
 
 
-def _start(path: Path, devices: SimpleQueue[str], options: GradeOptions, threads: int) -> None:
+def _start(parent: int, path: Path, devices: SimpleQueue[str], options: GradeOptions, threads: int) -> None:
     global _loaded
+    end_with(parent)
     torch.set_num_threads(threads)
     model = load_model(path, devices.get()).frozen()
     runner = _runner(model, options, threads)

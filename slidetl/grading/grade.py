@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
 import os
 import queue
@@ -23,9 +24,11 @@ from torch import Tensor
 
 from slidetl.errors import ProcessEnded, SlideError, UnfitSlideError
 from slidetl.evaluation.conformal import GradeSets
+from slidetl.files import replaced
 from slidetl.models.runner import Runner
 from slidetl.processor import hand_back_memory
 from slidetl.publish.model_file import ModelFile
+from slidetl.text import plot_label
 from slidetl.tiles.cut import TileBatch, read_slide
 from slidetl.tiles.plan import TilePlan
 from slidetl.tiles.readers import Readers
@@ -222,7 +225,10 @@ def grade_slide(
             value.cpu() for value in runner.call(graded)
         )
         relative_novelty = _check_novelty(model, path, float(novelty), force)
-        if not torch.isfinite(probabilities).all():  # the largest of NaN would be grade 0
+        # The largest of NaN would be grade 0.
+        if not all(
+            torch.isfinite(found).all() for found in (probabilities, expected, attention, tile_grades)
+        ):
             raise UnfitSlideError(
                 f"{path}: not graded: expected finite probabilities, the network gives "
                 f"{probabilities.tolist()}; check the model file and --precision"
@@ -355,6 +361,8 @@ def _check_novelty(model: ModelFile, path: Path, distance: float, force: bool) -
     if limit is None:
         return None
     novelty = distance / limit
+    if not math.isfinite(novelty):
+        raise UnfitSlideError(f"{path}: not graded: its novelty is {novelty}; check the model file")
     if novelty > 1 and not force:
         training = model.card.training
         stains = f" (stains: {', '.join(training.stains)})" if training and training.stains else ""
@@ -502,7 +510,7 @@ def draw_map(result: SlideGrade, path: Path) -> None:
     )
     axes = figure.subplots(1, 1 + len(panels))
     axes[0].imshow(plan.thumbnail)
-    axes[0].set_title(f"{result.slide.name}: {len(result.attention)} tiles")
+    axes[0].set_title(f"{plot_label(result.slide.name)}: {len(result.attention)} tiles")
     for panel, (title, values, colours, (low, high)) in zip(axes[1:], panels, strict=True):
         panel.imshow(plan.thumbnail)
         grid = _on_grid(result, values)
@@ -517,11 +525,10 @@ def draw_map(result: SlideGrade, path: Path) -> None:
         panel.set_xticks([])
         panel.set_yticks([])
     probabilities = ", ".join(f"{probability:.2f}" for probability in result.probabilities)
-    figure.suptitle(
-        f"grade {result.grade_name}   (expected {result.expected_grade:.2f}; probabilities {probabilities})"
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    grade = plot_label(result.grade_name)
+    figure.suptitle(f"grade {grade}   (expected {result.expected_grade:.2f}; probabilities {probabilities})")
+    with replaced(path) as file:
+        figure.savefig(file, dpi=100, format="png")
 
 
 def _stride_level0(result: SlideGrade) -> tuple[float, float]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from slidetl.errors import ModelFileError, UsageError
+from slidetl.files import check_stored
 from slidetl.library.fields import MAX_CARD_BYTES, check_fields, from_json, to_json
 from slidetl.tiles.grid import TileSpec
 
@@ -141,14 +142,9 @@ class ModelCard:
                 (TorchScript stores everything as it is).
         """
         try:
+            check_stored(path)
             with zipfile.ZipFile(path) as archive:
-                parts = archive.infolist()
-                if (
-                    any(part.compress_type != zipfile.ZIP_STORED for part in parts)
-                    or sum(part.file_size for part in parts) > path.stat().st_size
-                ):
-                    raise ModelFileError(f"{path}: not a model file of slidetl: its parts are packed")
-                card = [part for part in parts if part.filename.endswith(f"/extra/{METADATA}")]
+                card = [part for part in archive.infolist() if part.filename.endswith(f"/extra/{METADATA}")]
                 if len(card) != 1 or card[0].file_size > MAX_CARD_BYTES:
                     raise ModelFileError(
                         f"{path}: not a model file of slidetl: expected one {METADATA} of at most "
@@ -158,5 +154,5 @@ class ModelCard:
         except ModelFileError:
             raise
         except (zipfile.BadZipFile, EOFError, RuntimeError, ValueError) as error:
-            raise ModelFileError(f"{path}: not a TorchScript file, or damaged: {error}") from error
+            raise ModelFileError(f"{path}: not a model file of slidetl, or damaged: {error}") from error
         return cls.from_json(text)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from slidetl.errors import ModelFileError, UsageError, WeightsError
+from slidetl.files import check_safetensors
 from slidetl.library.card import WEIGHTS
 from slidetl.library.local import SCHEME, pulled_file
 from slidetl.models.cbr import CBR
 from slidetl.models.spec import BackboneSpec
+from slidetl.models.tensors import check_finite, is_state, load_tensors
 from slidetl.models.weights import BUNDLED, bundled_weights
 
 # Named here, since TorchScript takes a comment on types in the function itself for a type comment.
@@ -128,6 +131,7 @@ class Backbone(nn.Module):
                 f"{self.spec.pretrained}: not weights of {self.spec.name}: {len(wrong)} of {len(expected)} "
                 f"names or shapes differ, first {wrong[0]!r}; choose the backbone of these weights"
             )
+        check_finite(weights, self.spec.pretrained)
         self.net.load_state_dict(weights)
         for key, values in found.normalisation.items():
             getattr(self, key).copy_(_per_channel(values, self.spec.in_channels))
@@ -326,27 +330,39 @@ def _file_weights(path: Path) -> Pretrained:
         from safetensors import SafetensorError, safe_open
 
         try:
+            check_safetensors(path)
             with safe_open(path, framework="pt") as file:
                 metadata: dict[str, str] = file.metadata() or {}
                 weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-        except SafetensorError as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise WeightsError(f"{path}: not a readable safetensors file: {error}") from error
         if any(key.startswith(_FIRST_MEMBER) for key in weights):
             return _backbone_of(weights, metadata, path)
-        normalisation: dict[str, list[float]] = {
-            key: json.loads(metadata[key]) for key in ("mean", "std") if key in metadata
+        normalisation = {
+            key: _statistic(path, key, metadata[key]) for key in ("mean", "std") & metadata.keys()
         }
         return Pretrained(weights, normalisation, (state_sha256(weights),))
     if path.suffix in (".pth", ".pt"):
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch.load raises whatever its unpickler meets in a foreign file
-            raise WeightsError(f"{path}: cannot be read as weights only: {error}".splitlines()[0]) from error
+            state = load_tensors(path)
+        except ValueError as error:
+            raise WeightsError(f"{path}: cannot be read as weights only: {error}") from error
         state = state.get("state_dict", state) if isinstance(state, dict) else state
-        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        if not is_state(state):
             raise WeightsError(f"{path}: expected a dictionary of tensors; save the model's state_dict()")
         return Pretrained(state, {}, (state_sha256(state),))
     raise WeightsError(f"{path}: expected a .safetensors or .pth file")
+
+
+def _statistic(path: Path, key: str, text: str) -> list[float]:
+    """Reads the mean or standard deviation of the three channels from the metadata of a file."""
+    try:
+        found = [float(value) for value in json.loads(text)]
+    except (TypeError, ValueError, RecursionError) as error:
+        raise WeightsError(f"{path}: its {key} is no list of numbers: {text!r:.100}") from error
+    if len(found) != 3 or not all(map(math.isfinite, found)) or (key == "std" and min(found) <= 0):
+        raise WeightsError(f"{path}: expected its {key} to have three numbers, found {text!r:.100}")
+    return found
 
 
 def _backbone_of(state: dict[str, Tensor], metadata: dict[str, str], path: Path) -> Pretrained:

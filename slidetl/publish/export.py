@@ -3,10 +3,11 @@
 TorchScript is deprecated upstream; what touches it is in this file, and in :mod:`slidetl.publish.model_file`.
 """
 
+import io
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import slidetl
 from slidetl.analysis.novelty import Familiar
 from slidetl.errors import ModelFileError
+from slidetl.files import write_whole
 from slidetl.library.local import file_sha256
 from slidetl.library.model_card import METADATA, Evidence, ModelCard, TrainingData
 from slidetl.library.trust import trust
@@ -209,13 +211,12 @@ def export_model(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[
     Raises:
         ModelFileError: the file does not compute the same; it is not written then.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
+    packed = io.BytesIO()  # where a disk is full, torch ends the process
     try:
         with without_deprecation():
-            scripted = torch.jit.script(network)
-            torch.jit.save(scripted, str(partial), _extra_files={METADATA: card.to_json()})
-        _leave_out_source_paths(partial)
+            torch.jit.save(torch.jit.script(network), packed, _extra_files={METADATA: card.to_json()})
+        write_whole(partial, _without_source_paths(packed))
         worst: dict[str, float] = {}
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             loaded = load_model(partial, device, trusted=True).network
@@ -235,23 +236,24 @@ def export_model(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[
     return worst
 
 
-def _leave_out_source_paths(path: Path) -> None:
+def _without_source_paths(packed: IO[bytes]) -> bytes:
     """Drops the debug records, in which TorchScript notes where on this machine each source file lies."""
-    with zipfile.ZipFile(path) as archive:
-        records = {name: archive.read(name) for name in archive.namelist() if not name.endswith(".debug_pkl")}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name, content in records.items():
-            archive.writestr(zipfile.ZipInfo(name), content)
+    kept = io.BytesIO()
+    with zipfile.ZipFile(packed) as archive, zipfile.ZipFile(kept, "w", zipfile.ZIP_STORED) as copy:
+        for name in archive.namelist():
+            if not name.endswith(".debug_pkl"):
+                copy.writestr(zipfile.ZipInfo(name), archive.read(name))
+    return kept.getvalue()
 
 
 def _parity(network: ExportedNetwork, loaded: Any, tile_size_px: int, precision: torch.dtype) -> float:
     generator = torch.Generator().manual_seed(0)
     device = network.temperature.device
-    worst = 0.0
+    differences = []
     for n_tiles in (1, 5):
         shape = (n_tiles, network.in_channels, tile_size_px, tile_size_px)
         tiles = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
         is_lower = precision is not torch.float32
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=is_lower):
-            worst = max(worst, (network(tiles) - loaded(tiles)).abs().max().item())
-    return worst
+            differences.append((network(tiles) - loaded(tiles)).abs().max())
+    return float(torch.stack(differences).max())  # NaN, unlike with Python's `max`

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from slidetl.errors import ModelFileError, UsageError
+from slidetl.errors import ModelFileError, UsageError, WeightsError
 from slidetl.library.local import file_sha256
 from slidetl.library.model_card import ModelCard
 from slidetl.library.trust import is_trusted
 from slidetl.models.backbones import weights_sha256
+from slidetl.models.tensors import check_finite
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,10 @@ def load_model(path: str | Path, device: str = "cpu", trusted: bool = False) -> 
     network.eval()
     if weights_sha256(network) != card.weights_sha256:
         raise ModelFileError(f"{path}: its weights do not match the hash inside; it is damaged, get it again")
+    try:
+        check_finite(dict(network.named_parameters()), str(path))
+    except WeightsError as error:
+        raise ModelFileError(str(error)) from error
     try:
         network.to(device)
     except (RuntimeError, AssertionError) as error:  # the latter: a build without CUDA

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.errors import SlideOpenError
+from slidetl.files import array_header, read_packed_array
 
 SPLITS = ("train", "val", "test")
 
@@ -26,7 +27,7 @@ _ITEM = re.compile(rf"(?P<file>.+\.npz)#(?P<split>{'|'.join(SPLITS)})/(?P<index>
 
 # An array is held whole, once in each process: 90,000 colour images of 64 pixels are 1.1 GB.
 _MAX_BYTES = 2 * 2**30
-_MAX_HEADER_BYTES = 10_000  # NumPy's own limit; three numbers and a type are 128
+_MAX_ITEMS = 1_000_000  # each becomes a row of a manifest; the largest such set has 236,386
 # What a damaged or foreign file makes of NumPy and zipfile.
 _DAMAGE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
 
@@ -84,8 +85,10 @@ def read_labels(file: Path) -> dict[str, NDArray[np.integer[Any]]]:
         with zipfile.ZipFile(file) as archive:
             names = set(archive.namelist())
             splits = [split for split in SPLITS if f"{split}_images.npy" in names]
-            labels = {split: _member(archive, f"{split}_labels") for split in splits}
-            counts = {split: _header(archive, f"{split}_images")[0] for split in splits}
+            counts = {split: _images(archive, f"{split}_images")[0] for split in splits}
+            labels = {
+                split: read_packed_array(archive, f"{split}_labels", 8 * _MAX_ITEMS) for split in splits
+            }
     except _DAMAGE as error:
         raise SlideOpenError(f"{file}: not an .npz of images that can be read: {error}") from error
     if not splits:
@@ -108,41 +111,27 @@ def _load(file: Path, name: str, mtime_ns: int, size: int) -> NDArray[np.uint8]:
     del mtime_ns, size  # they only make another file another key
     try:
         with zipfile.ZipFile(file) as archive:
-            shape, dtype = _header(archive, name)
+            shape, dtype = _images(archive, name)
             if dtype != np.uint8 or len(shape) not in (3, 4):
                 raise SlideOpenError(
                     f"{file}: {name} must be [N, h, w] or [N, h, w, 3] uint8, not {list(shape)} {dtype}"
                 )
-            return np.asarray(_member(archive, name), np.uint8)
+            return read_packed_array(archive, name, _MAX_BYTES)
     except _DAMAGE as error:
         if isinstance(error, SlideOpenError):
             raise
         raise SlideOpenError(f"{file}: {name} cannot be read: {error}") from error
 
 
-def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Reads shape and type of an array, without its values."""
-    with archive.open(f"{name}.npy") as stream:
-        # NumPy reads a header whole before it finds it too long; packed, 4 GB of spaces are 4 MB.
-        start = stream.read(12)
-        length = int.from_bytes(start[8:10] if start[6:7] == b"\x01" else start[8:12], "little")
-        if length > _MAX_HEADER_BYTES:
-            raise ValueError(f"{name} has a header of {length} bytes, more than {_MAX_HEADER_BYTES}")
-    with archive.open(f"{name}.npy") as stream:
-        version = np.lib.format.read_magic(stream)
-        headers = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-        shape, _, dtype = headers[version[0]](stream)
-    bytes_wanted = int(np.prod(shape, dtype=object)) * dtype.itemsize
-    if bytes_wanted > _MAX_BYTES:
+def _images(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Reads shape and type of an array of images that is not too large."""
+    shape, dtype = array_header(archive, name)
+    if shape and shape[0] > _MAX_ITEMS:
+        raise ValueError(f"{name} has {shape[0]} items, more than {_MAX_ITEMS}")
+    wanted = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    if wanted > _MAX_BYTES:
         raise ValueError(
-            f"{name} would take {bytes_wanted / 2**30:.1f} GiB, more than {_MAX_BYTES / 2**30:.0f}; "
+            f"{name} would take {wanted / 2**30:.1f} GiB, more than {_MAX_BYTES / 2**30:.0f}; "
             "write its images into folders, one for each label"
         )
     return shape, dtype
-
-
-def _member(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
-    _header(archive, name)
-    with archive.open(f"{name}.npy") as stream:
-        # Never a pickle: it could run anything.
-        return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))

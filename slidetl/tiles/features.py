@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.errors import CacheCorruptError, CacheMismatchError, CacheMissingError, UsageError
+from slidetl.files import fsync_path
 from slidetl.tiles.lock import slide_lock
 from slidetl.tiles.store import (
     FEATURES,
     SlideCache,
-    fsync_path,
     read_array,
     read_header,
     read_sealed,

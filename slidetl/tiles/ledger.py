@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
+import io
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -12,7 +12,9 @@ from statistics import median
 from typing import Self
 
 from slidetl.errors import CacheError
+from slidetl.files import write_whole
 from slidetl.slides.spacing import cohort_note
+from slidetl.text import one_line
 from slidetl.tiles.lock import kernel_lock
 from slidetl.tiles.store import describe_write_error
 
@@ -105,7 +107,7 @@ class Ledger:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._temporary = path, path.with_name(f".{path.name}.tmp")
+        self._path = path
 
     def rows(self) -> list[LedgerRow]:
         """Reads all rows, in the order in which the slides first came.
@@ -115,8 +117,11 @@ class Ledger:
         """
         if not self._path.exists():
             return []
-        with self._path.open(newline="", encoding="utf-8") as file:
-            return [LedgerRow.from_cells(cells) for cells in csv.DictReader(file)]
+        try:
+            with self._path.open(newline="", encoding="utf-8") as file:
+                return [LedgerRow.from_cells(cells) for cells in csv.DictReader(file)]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise CacheError(f"{self._path}: not a ledger ({error}); move it away") from error
 
     def record(self, new: Iterable[LedgerRow]) -> None:
         """Adds rows, or replaces those of the same slide; the file is replaced at once.
@@ -138,18 +143,11 @@ class Ledger:
             raise CacheError(f"{self._path}: the ledger cannot be written: {why}") from error
 
     def _write(self, rows: Iterable[LedgerRow]) -> None:
-        try:
-            # A file name that is no UTF-8 must not stop the run.
-            with self._temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-                writer = csv.DictWriter(file, [f.name for f in fields(LedgerRow)], lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(row.to_cells() for row in rows)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError:
-            self._temporary.unlink(missing_ok=True)  # on a full disk it would keep the space that is wanting
-            raise
-        self._temporary.replace(self._path)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, [f.name for f in fields(LedgerRow)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row.to_cells() for row in rows)
+        write_whole(self._path, text.getvalue())
 
 
 def summarise_notes(rows: Sequence[LedgerRow]) -> list[str]:
@@ -178,7 +176,7 @@ _PARSE = {"str": str, "int": int, "float": float}
 
 
 def _safe(text: str) -> str:
-    line = "".join(c if c.isprintable() or 0xD800 <= ord(c) <= 0xDFFF else " " for c in text)
+    line = one_line(text)
     return f"'{line}" if line.startswith(_FORMULA) else line
 
 

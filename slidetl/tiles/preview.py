@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from slidetl.files import replaced
 from slidetl.tiles.plan import TilePlan
 
 KEPT = "kept"
@@ -82,10 +82,8 @@ def draw_preview(path: Path, plan: TilePlan, title: str) -> None:
         brush.rectangle((6, top + 2, 20, top + 15), fill=colour)
         brush.text((28, top), text, fill="black", font_size=14)
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    sheet.save(temporary, format="PNG")
-    temporary.replace(path)
+    with replaced(path) as file:
+        sheet.save(file, format="PNG")
 
 
 def _outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

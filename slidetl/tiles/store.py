@@ -544,15 +544,6 @@ def read_array(node: Path) -> NDArray[Any]:
         raise CacheCorruptError(f"{node}: the array is damaged ({error}); {_TILE_AGAIN}") from error
 
 
-def fsync_path(path: Path) -> None:
-    """Makes a file's content, or the names in a folder, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def describe_write_error(error: Exception, folder: Path) -> str:
     """Describes in one line what ended the writing below a folder, with the remedy if the disk is full."""
     if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.errors import CacheCorruptError, UsageError
+from slidetl.files import fsync_path, write_whole
 from slidetl.tiles.codec import ZSTD_LEVEL, encode_zstd, tile_codec
 from slidetl.tiles.plan import TilePlan
 from slidetl.tiles.store import (
@@ -34,7 +35,6 @@ from slidetl.tiles.store import (
     cache_path,
     checksum,
     file_digest,
-    fsync_path,
     sealed,
     shard_digest,
     shard_name,
@@ -221,7 +221,7 @@ class CacheWriter:
         self._check()
         self._synced()
         note = json.dumps(self._unnoted).encode()
-        _replace(self._building / "progress.json", note, self._building / "progress.tmp")
+        write_whole(self._building / "progress.json", note)
         self._unnoted = None
         self._noted_s = time.monotonic()
 
@@ -359,17 +359,3 @@ def _write(path: Path, parts: Sequence[bytes]) -> None:
         rest = memoryview(b"".join(parts))[written:] if written < sum(map(len, parts)) else b""
         while rest:
             rest = rest[file.write(rest) :]  # says why, if it is the disk that is full
-
-
-def _replace(path: Path, data: bytes, temporary: Path) -> None:
-    """Writes a file so that after a crash it has all of the new content, or none."""
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        temporary.unlink(missing_ok=True)  # on a full disk it would keep the space that is wanting
-        raise
-    temporary.replace(path)
-    fsync_path(path.parent)

@@ -9,10 +9,24 @@ from types import MappingProxyType
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
+from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
+
+from slidetl.files import replaced
+from slidetl.models.tensors import load_tensors, save_tensors
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes checkpoints whole or not at all: a full disk keeps the ones before, and is told by its path."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Writes a checkpoint; one that is not on a disk as Lightning does."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+        else:
+            save_tensors(Path(path), checkpoint)
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -44,8 +58,8 @@ class BestCheckpoint(ModelCheckpoint):
         for path, score in found.items():
             copy = Path(self.dirpath) / Path(path).name
             if trainer.is_global_zero:
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, copy)
+                with Path(path).open("rb") as source, replaced(copy) as target:
+                    shutil.copyfileobj(source, target)
             self.best_k_models[str(copy)] = score
         trainer.strategy.barrier()
         if found:
@@ -60,5 +74,7 @@ def _step_of(path: str) -> float:
     """After how many steps the checkpoint was written; infinity where it cannot be read."""
     if not Path(path).is_file():
         return float("inf")
-    step: int = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-    return step
+    try:
+        return float(load_tensors(Path(path))["global_step"])
+    except (KeyError, TypeError, ValueError):
+        return float("inf")

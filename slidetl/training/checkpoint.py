@@ -9,14 +9,14 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
-import torch
 from pytorch_lightning.cli import LightningArgumentParser
 
 from slidetl.data.tasks import Task
-from slidetl.errors import CheckpointError, SlidetlError, UsageError
+from slidetl.errors import CheckpointError, SlidetlError, UsageError, WeightsError
 from slidetl.models import transfer
 from slidetl.models.spec import BackboneSpec
 from slidetl.models.targets import Targets
+from slidetl.models.tensors import check_finite, is_state, load_tensors
 from slidetl.training.grader import SlideGrader
 from slidetl.training.slots import check_name, parse
 
@@ -47,10 +47,10 @@ def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever its unpickler meets in a foreign file
+        checkpoint = load_tensors(path)
+    except ValueError as error:
         raise CheckpointError(
-            f"{path}: not loaded, holds more than plain values and tensors: {str(error).splitlines()[0]}"
+            f"{path}: not loaded, damaged or holds more than plain values and tensors: {error}"
         ) from error
     is_ours = isinstance(checkpoint, dict) and {"hyper_parameters", "state_dict"} <= checkpoint.keys()
     if not is_ours or not isinstance(checkpoint["hyper_parameters"], dict):
@@ -60,6 +60,7 @@ def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
     values.pop("_instantiator", None)  # how Lightning would build the module; we do it ourselves
     try:
         _check_hyper_parameters(values, allow)
+        _check_state(loaded["state_dict"])
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     return loaded
@@ -88,6 +89,16 @@ def load_grader(path: str | Path, allow: Sequence[str] = ()) -> SlideGrader:
         reason = next(line for line in reversed(str(error).splitlines()) if line.strip()).strip()
         raise CheckpointError(f"{path}: no network can be built from it: {reason}") from error
     return grader.eval()
+
+
+def _check_state(state: object) -> None:
+    """Checks that the state of the network has tensors by their names, and finite ones."""
+    if not is_state(state):
+        raise CheckpointError("expected its state_dict to have tensors by their names")
+    try:
+        check_finite(state, "state_dict")
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _check_hyper_parameters(values: dict[Any, Any], allow: Sequence[str]) -> None:

@@ -24,6 +24,7 @@ from slidetl.evaluation.classical import (
     save_grader,
 )
 from slidetl.evaluation.metrics import GradeMetrics, grade_metrics
+from slidetl.files import write_whole
 from slidetl.tiles.features import common_source, read_features
 from slidetl.tiles.store import SlideCache
 from slidetl.training.options import FeatureStudy
@@ -181,7 +182,7 @@ def _write(
     metrics = grade_metrics(true, [row.predicted_grade for row in predictions], len(study.grades))
     write_predictions(output / "predictions.csv", predictions)
     figures = {**metrics.to_json(), **judged_probabilities(true, probabilities), "grades": study.grades}
-    (output / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_whole(output / "metrics.json", json.dumps(figures, indent=2) + "\n")
     draw_confusion(output / "confusion.png", metrics, study.grades)
     return metrics
 

@@ -11,6 +11,8 @@ from pytorch_lightning.utilities import rank_zero_info
 
 from slidetl.data.tasks import Task
 from slidetl.evaluation.metrics import GradeMetrics
+from slidetl.files import replaced, write_whole
+from slidetl.text import plot_label
 from slidetl.training.evaluation import Evaluation, GradedSlide
 from slidetl.training.grader import SlideGrader
 from slidetl.training.predictions import write_predictions
@@ -53,7 +55,7 @@ def write_metrics(folder: Path, evaluation: Evaluation, grades: tuple[str, ...])
     figures = {**evaluation.quality, **evaluation.metrics.to_json(), "grades": grades}
     if evaluation.tasks:
         figures["tasks"] = {name: found.to_json() for name, found in evaluation.tasks.items()}
-    (folder / "metrics.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")
     draw_confusion(folder / "confusion.png", evaluation.metrics, grades)
 
 
@@ -74,6 +76,7 @@ def draw_confusion(path: Path, metrics: GradeMetrics, grades: tuple[str, ...]) -
     """Draws the confusion matrix as a PNG."""
     from matplotlib.figure import Figure
 
+    names = list(map(plot_label, grades))
     figure = Figure(figsize=(4.2, 4), layout="constrained")
     axes = figure.add_subplot(
         title=f"{metrics.n} slides: accuracy {metrics.accuracy:.2f}, QWK {metrics.format_qwk(2)}",
@@ -81,8 +84,8 @@ def draw_confusion(path: Path, metrics: GradeMetrics, grades: tuple[str, ...]) -
         ylabel="true grade",
         xticks=range(len(grades)),
         yticks=range(len(grades)),
-        xticklabels=grades,
-        yticklabels=grades,
+        xticklabels=names,
+        yticklabels=names,
     )
     highest = max(max(row) for row in metrics.confusion)
     axes.imshow(metrics.confusion, cmap="Blues", vmin=0)
@@ -91,4 +94,5 @@ def draw_confusion(path: Path, metrics: GradeMetrics, grades: tuple[str, ...]) -
             axes.text(
                 column, row, str(count), ha="center", va="center", color="w" if count > highest / 2 else "k"
             )
-    figure.savefig(path, dpi=120)
+    with replaced(path) as file:
+        figure.savefig(file, dpi=120, format="png")

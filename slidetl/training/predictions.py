@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slidetl.errors import UsageError
+from slidetl.files import write_csv
 
 
 @dataclass(frozen=True)
@@ -48,26 +49,22 @@ def write_predictions(path: Path, predictions: Iterable[SlidePrediction]) -> Non
     """Writes one row per slide, in the order of the identifiers; probabilities read back exactly."""
     predictions = sorted(predictions, key=lambda prediction: prediction.slide_id)
     n_grades = len(predictions[0].probabilities) if predictions else 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(
-            ["slide_id", "patient_id", "site", "grade", "predicted_grade"]
-            + [f"probability_{grade}" for grade in range(n_grades)]
-            + ["expected_grade", "tiles", "fold", "checkpoint"]
-        )
-        for row in predictions:
-            writer.writerow(
-                [
-                    row.slide_id,
-                    safe_cell(row.patient_id),
-                    safe_cell(row.site),
-                    "" if row.grade is None else row.grade,
-                    row.predicted_grade,
-                ]
-                + [repr(probability) for probability in row.probabilities]
-                + [f"{row.expected_grade:.5f}", row.tiles, safe_cell(row.fold), row.checkpoint]
-            )
+    columns = ["slide_id", "patient_id", "site", "grade", "predicted_grade"]
+    columns += [*_probabilities((0.0,) * n_grades), "expected_grade", "tiles", "fold", "checkpoint"]
+    write_csv(
+        path,
+        columns,
+        (
+            {name: getattr(row, name) for name in columns if hasattr(row, name)}
+            | _probabilities(row.probabilities)
+            | {"expected_grade": f"{row.expected_grade:.5f}"}
+            for row in predictions
+        ),
+    )
+
+
+def _probabilities(values: tuple[float, ...]) -> dict[str, float]:
+    return {f"probability_{grade}": value for grade, value in enumerate(values)}
 
 
 def read_predictions(path: Path) -> list[SlidePrediction]:
@@ -92,12 +89,5 @@ def read_predictions(path: Path) -> list[SlidePrediction]:
                 )
                 for row in csv.DictReader(file)
             ]
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise UsageError(f"{path}: expected predictions as 'slidetl test' writes them: {error!r}") from error
-
-
-def safe_cell(text: str) -> str:
-    """Keeps text that came from outside from being run by a spreadsheet, and from ending its row."""
-    # A carriage return is not quoted by `csv`, and what follows it would be a cell of its own.
-    line = "".join(letter if letter.isprintable() else " " for letter in text)
-    return f"'{line}" if line.lstrip().startswith(("=", "+", "-", "@")) else line

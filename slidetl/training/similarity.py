@@ -19,6 +19,7 @@ from slidetl.data.study import common_spec, find_slides, open_cache
 from slidetl.errors import CacheMismatchError, UsageError
 from slidetl.models.backbones import Backbone
 from slidetl.models.spec import BackboneSpec
+from slidetl.text import plot_label
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.store import SlideCache, describe_difference
 from slidetl.training.checkpoint import load_grader
@@ -226,7 +227,7 @@ def draw_curves(points: Sequence[LayerSimilarity], path: Path) -> None:
                 if (point.first, point.second, point.measure) == (first, second, measure)
             ]
             places = [layers.index(point.layer) for point in line]
-            label = f"{short[first]}  and  {short[second]}"
+            label = plot_label(f"{short[first]}  and  {short[second]}")
             values = [point.similarity.value for point in line]
             panel.plot(places, values, "o-", color=f"C{number}", label=label)
             floors = [point.similarity.noise_floor for point in line]

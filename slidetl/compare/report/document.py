@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slidetl.compare.table import Table, escape_markdown, table_as_markdown, table_as_text
-from slidetl.page import data_uri, write_page, write_whole
+from slidetl.files import write_whole
+from slidetl.page import data_uri, write_page
 
 
 @dataclass(frozen=True)

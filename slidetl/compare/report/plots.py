@@ -18,6 +18,7 @@ from slidetl.compare.report.tables import by_layer, forest
 from slidetl.compare.report.view import GREY, NAMES, Look, View
 from slidetl.compare.table import Table
 from slidetl.evaluation.bootstrap import Interval
+from slidetl.text import plot_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,7 +116,7 @@ def _forest(view: View, folder: Path) -> Plot:
 def _confusion(view: View, folder: Path) -> Plot:
     """Draws confusion matrices, true by predicted, one for each arm."""
     grades, rows = view.comparison.grades, []
-    short = [grade if len(grade) <= 8 else f"{grade[:7]}…" for grade in grades]
+    short = [plot_label(grade if len(grade) <= 8 else f"{grade[:7]}…") for grade in grades]
     side, margin = 1.75 + 0.06 * len(grades), (0.7, 0.55)
     arms = [arm.arm for arm in view.arms]
     with _panels(folder, "confusion", arms, (side, side + 0.25), margin) as (figure, path, panels):

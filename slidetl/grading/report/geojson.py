@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from slidetl.files import replaced
 from slidetl.grading.report.maps import colour_table
 
 if TYPE_CHECKING:
@@ -37,14 +38,13 @@ def write_geojson(result: SlideGrade, grades: Sequence[str], path: Path) -> None
     Raises:
         OSError: the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("w", encoding="utf-8") as file:
-        file.write('{"type": "FeatureCollection", "features": [')
+    with replaced(path) as file:
+        file.write(b'{"type": "FeatureCollection", "features": [')
         for number, feature in enumerate(_features(result, grades)):
-            file.write(("" if number == 0 else ",") + "\n" + json.dumps(feature))
-        file.write("\n]}\n")
-    partial.replace(path)
+            file.write(
+                ("" if number == 0 else ",").encode() + b"\n" + json.dumps(feature, allow_nan=False).encode()
+            )
+        file.write(b"\n]}\n")
 
 
 def _features(result: SlideGrade, grades: Sequence[str]) -> Iterator[dict[str, Any]]:

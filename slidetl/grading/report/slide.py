@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.errors import SlideReadError
+from slidetl.files import write_whole
 from slidetl.grading.report.geojson import write_geojson
 from slidetl.grading.report.maps import TileMap, extreme_tiles, left_out_level0, maps_of, relative_attention
 from slidetl.grading.report.pyramid import TILE_PX, Pyramid, build_pyramid, encode_jpeg
@@ -63,8 +64,7 @@ def write_slide_report(
         galleries = _galleries(slide, result, pyramid)
     maps = maps_of(result, card.grades)
     page = folder / f"{name}.html"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.thumbnail.jpg").write_bytes(_jpeg(plan.thumbnail, _THUMBNAIL_PX, 80))
+    write_whole(folder / f"{name}.thumbnail.jpg", _jpeg(plan.thumbnail, _THUMBNAIL_PX, 80))
     write_geojson(result, card.grades, folder / f"{name}.geojson")
     write_page(
         page,

@@ -1,0 +1,169 @@
+"""Files that appear whole or not at all, and foreign files that must not grow when they are read."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import io
+import os
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidetl.errors import OutputError, SlidetlError
+from slidetl.text import csv_cell
+
+# A network of a thousand tensors has 100 kB; the library would read up to 100 MB.
+_MAX_SAFETENSORS_HEADER_BYTES = 8 * 2**20
+_MAX_NPY_HEADER_BYTES = 10_000  # NumPy's own limit; three numbers and a type are 128
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a file that takes the place of ``path`` once it is whole and durable; made with its folder.
+
+    It is written beside it under another name. If anything fails, that is removed and ``path`` stays.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)
+        try:
+            with partial.open("xb") as file:  # never through a link that somebody put there
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)  # on a full disk it would keep the room that is wanting
+        fsync_path(path.parent)
+    except SlidetlError:
+        raise
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {describe_full(error, path.parent)}") from error
+
+
+def write_whole(path: Path, content: str | bytes | memoryview) -> None:
+    """Writes a file, whole or not at all; text as UTF-8.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    with replaced(path) as file:
+        file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a CSV file, whole or not at all; its text is harmless to a spreadsheet.
+
+    Args:
+        path: the file.
+        columns: in order.
+        rows: by column; a column that is missing, None or NaN is empty.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: csv_cell(value) for name, value in row.items()})
+    write_whole(path, text.getvalue())
+
+
+def fsync_path(path: Path) -> None:
+    """Makes a file's content, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_full(error: BaseException) -> bool:
+    """Tells if the disk, or the user's share of it, is full."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def describe_full(error: OSError, folder: Path) -> str:
+    """Describes an error of writing, with the remedy if the disk is full."""
+    if not is_full(error):
+        return error.strerror or str(error)
+    return f"the disk of {folder} is full; make room and run again: what was written before is kept"
+
+
+def check_stored(path: Path) -> None:
+    """Checks that an archive of torch holds everything as it is: none of it grows when it is read.
+
+    Raises:
+        ValueError: it is packed.
+        BadZipFile: it is damaged.
+    """
+    with zipfile.ZipFile(path) as archive:
+        parts = archive.infolist()
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+        raise ValueError("its parts are packed, as torch never writes them")
+    if sum(part.file_size for part in parts) > path.stat().st_size:
+        raise ValueError("its parts say that they are larger than the file")
+
+
+def check_safetensors(path: Path) -> None:
+    """Checks the length of the header of a safetensors file.
+
+    Raises:
+        ValueError: it is longer than the file or than any network needs.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    size = path.stat().st_size
+    if not 2 <= length <= min(size - 8, _MAX_SAFETENSORS_HEADER_BYTES):
+        raise ValueError(
+            f"its header has {length} bytes, expected 2 to {_MAX_SAFETENSORS_HEADER_BYTES} and within the "
+            f"file of {size}"
+        )
+
+
+def array_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Reads shape and type of an array in an ``.npz``, without its values.
+
+    Raises:
+        ValueError: no array of NumPy, or one with a header that no array needs.
+        KeyError: there is none of that name.
+    """
+    with archive.open(f"{name}.npy") as stream:
+        # NumPy reads a header whole before it finds it too long; packed, 4 GB of spaces are 4 MB.
+        start = stream.read(12)
+        length = int.from_bytes(start[8:10] if start[6:7] == b"\x01" else start[8:12], "little")
+        if length > _MAX_NPY_HEADER_BYTES:
+            raise ValueError(f"{name} has a header of {length} bytes, more than {_MAX_NPY_HEADER_BYTES}")
+    with archive.open(f"{name}.npy") as stream:
+        version = np.lib.format.read_magic(stream)
+        headers = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+        if version[0] not in headers:
+            raise ValueError(f"{name} is of version {version[0]} of the format, expected 1 or 2")
+        shape, _, dtype = headers[version[0]](stream)
+    return shape, dtype
+
+
+def read_packed_array(archive: zipfile.ZipFile, name: str, most_bytes: int) -> NDArray[Any]:
+    """Reads an array in an ``.npz``, of at most so many bytes; never a pickle, which could run anything.
+
+    Raises:
+        ValueError: it would take more, or is no array.
+        KeyError: there is none of that name.
+    """
+    shape, dtype = array_header(archive, name)
+    wanted = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    if not 0 <= wanted <= most_bytes:
+        raise ValueError(f"{name} would take {wanted} bytes, more than {most_bytes}")
+    with archive.open(f"{name}.npy") as stream:
+        return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))

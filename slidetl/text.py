@@ -1,0 +1,36 @@
+"""Text of strangers, made harmless for a terminal, a spreadsheet and a plot; Jinja escapes it for pages."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+# A spreadsheet takes a cell that starts like this for a formula.
+_FORMULA = ("=", "+", "-", "@")
+
+
+def one_line(text: str) -> str:
+    """Makes one line of a text: white space becomes a space, what a terminal would obey its escape."""
+    return "".join(
+        letter if letter.isprintable() else " " if letter.isspace() else ascii(letter)[1:-1]
+        for letter in text
+    )
+
+
+def csv_cell(value: Any) -> Any:
+    """Makes one line of text that no spreadsheet runs; None and NaN are empty, numbers stay."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if not isinstance(value, str):
+        return value
+    line = one_line(value)
+    try:
+        float(line)
+    except ValueError:
+        return f"'{line}" if line.lstrip().startswith(_FORMULA) else line
+    return line  # a negative number begins as a formula does
+
+
+def plot_label(text: str) -> str:
+    """Makes one line of text for matplotlib, which takes what stands between two ``$`` for a formula."""
+    return one_line(text).replace("$", r"\$")

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from slidetl.errors import OutputError, SlideReadError
+from slidetl.files import check_safetensors, check_stored, read_packed_array, replaced, write_csv, write_whole
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "a.txt"
+    write_whole(path, "one\n")
+    write_whole(path, b"two")
+    assert path.read_bytes() == b"two" and list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_keeps_the_file_before_and_is_told_by_its_path(tmp_path: Path, number: int) -> None:
+    path = tmp_path / "a.txt"
+    write_whole(path, "before")
+    said = r"a\.txt: cannot be written: the disk of .* is full; make room"
+    with pytest.raises(OutputError, match=said), replaced(path) as file:
+        file.write(b"half")
+        raise OSError(number, os.strerror(number))
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_of_a_slide_is_handed_on(tmp_path: Path) -> None:
+    with pytest.raises(SlideReadError, match="torn"), replaced(tmp_path / "a"):
+        raise SlideReadError("torn")
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_link_is_followed(tmp_path: Path) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "a"
+    victim.write_text("mine")
+    path.symlink_to(victim)
+    path.with_name(f".a.{os.getpid()}.partial").symlink_to(victim)
+    write_whole(path, "new")
+    assert victim.read_text() == "mine" and path.read_text() == "new" and not path.is_symlink()
+
+
+def test_a_table_runs_no_formula(tmp_path: Path) -> None:
+    row = {"name": "=cmd|calc", "n": -1.5, "none": None, "nan": float("nan"), "text": "a\x1b[2J\r\n\u202eb"}
+    write_csv(tmp_path / "a.csv", list(row), [row])
+    assert (tmp_path / "a.csv").read_text() == "name,n,none,nan,text\n'=cmd|calc,-1.5,,,a\\x1b[2J  \\u202eb\n"
+
+
+def packed(path: Path, name: str, header: bytes, content: bytes) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, header + content)
+    return path
+
+
+def npy_header(shape: tuple[int, ...], **others: Any) -> bytes:
+    text = repr({"descr": "|u1", "fortran_order": False, "shape": shape, **others}).encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        npy_header((10**12,)),
+        npy_header((-1,)),
+        npy_header((2**62, 2**62)),
+        b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**31),
+        b"\x93NUMPY\x09\x00" + struct.pack("<H", 2) + b"{}",
+        b"no array",
+    ],
+)
+def test_an_array_is_measured_before_it_is_read(tmp_path: Path, header: bytes) -> None:
+    path = packed(tmp_path / "a.npz", "a.npy", header, b"\0" * 64)
+    with zipfile.ZipFile(path) as archive, pytest.raises(ValueError):
+        read_packed_array(archive, "a", 2**20)
+
+
+def test_an_array_of_the_right_size_is_read(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "a.npz", a=np.arange(6).reshape(2, 3))
+    with zipfile.ZipFile(tmp_path / "a.npz") as archive:
+        assert read_packed_array(archive, "a", 48).tolist() == [[0, 1, 2], [3, 4, 5]]
+        with pytest.raises(ValueError, match="more than 47"):
+            read_packed_array(archive, "a", 47)
+        with pytest.raises(KeyError):
+            read_packed_array(archive, "b", 47)
+
+
+def test_packed_archives_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="packed"):
+        check_stored(packed(tmp_path / "a.pth", "a/data/0", b"", b"\0" * 2**20))
+
+
+@pytest.mark.parametrize("length", [0, 1, 9 * 2**20, 2**63 - 1])
+def test_the_header_of_safetensors_has_a_limit(tmp_path: Path, length: int) -> None:
+    (tmp_path / "a").write_bytes(struct.pack("<Q", length) + json.dumps({}).encode().ljust(10 * 2**20))
+    with pytest.raises(ValueError, match=f"its header has {length} bytes, expected 2 to"):
+        check_safetensors(tmp_path / "a")
+    (tmp_path / "b").write_bytes(struct.pack("<Q", 100) + b"{}")
+    with pytest.raises(ValueError, match="within the file of 10"):
+        check_safetensors(tmp_path / "b")
