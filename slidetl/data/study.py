@@ -222,7 +222,7 @@ def _open(folder: Path, row: ManifestRow, entry: LedgerRow | None) -> SlideCache
     """Opens the tiles of a slide; the slide's file is opened only where the ledger does not know it."""
     cache = open_cache(folder, row.slide_id, entry)
     if entry is None or entry.path != str(row.path):
-        with open_slide(row.path, mpp_replace=cache.mpp_level0) as slide:
+        with open_slide(row.path, mpp_replace=cache.mpp_level0, channels=cache.spec.channels) as slide:
             check_identity(cache, row.slide_id, slide.info.fingerprint, str(row.path))
     return cache
 

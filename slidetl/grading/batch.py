@@ -316,6 +316,7 @@ def _grade(
             readers=readers,
             mpp_replace=options.mpp_replace if mpp is None else mpp,
             mpp_tolerance=options.mpp_tolerance,
+            channels=options.channels,
         )
         hand_back_memory()  # of embeddings and activations; a report needs some
         if options.output is not None:
@@ -340,8 +341,8 @@ def _write(
 
 
 def _fingerprint(path: Path) -> str:
-    # The spacing does not enter; a slide without one shall not be refused here.
-    with open_slide(path, mpp_replace=1.0) as slide:
+    # Spacing and channels do not enter; a slide without them shall not be refused here.
+    with open_slide(path, mpp_replace=1.0, channels="0") as slide:
         return slide.info.fingerprint
 
 

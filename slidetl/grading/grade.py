@@ -144,6 +144,7 @@ def grade_slide(
     readers: Readers | None = None,
     mpp_replace: float | None = None,
     mpp_tolerance: float | None = None,
+    channels: str = "",
 ) -> SlideGrade:
     """Grades one slide, from its file, through the pixels that a cache would hold.
 
@@ -164,6 +165,7 @@ def grade_slide(
             this process do.
         mpp_replace: micrometres per level-0 pixel, instead of the metadata's.
         mpp_tolerance: instead of that of the training, :attr:`slidetl.tiles.grid.TileSpec.mpp_tolerance`.
+        channels: instead of those of the training, :attr:`slidetl.tiles.grid.TileSpec.channels`.
 
     Raises:
         SlideError: the slide cannot be opened or read, has no spacing, or is too coarse.
@@ -183,9 +185,10 @@ def grade_slide(
                 runner=own,
                 mpp_replace=mpp_replace,
                 mpp_tolerance=mpp_tolerance,
+                channels=channels,
             )
     card, network = model.card, model.network
-    spec = card.tile_spec
+    spec = replace(card.tile_spec, channels=channels or card.tile_spec.channels)
     if mpp_tolerance is not None:
         spec = replace(spec, mpp_tolerance=mpp_tolerance)
     kept: NDArray[np.uint8] | None = None

@@ -24,6 +24,8 @@ class GradeOptions:
             manifest.
         mpp_tolerance: relative difference within which a pyramid level is read as it is, 0..0.5; by default
             that of the model's training.
+        channels: channels of slides that hold several and are not RGB, by number from 0 or name, separated by
+            commas: one, or three as red, green and blue; by default those of the model's training.
         force: also grade slides that have too little tissue or are unlike those of the training.
         batch_size: tiles per forward pass; by default 16 on a CPU, where more cost memory and gain nothing,
             else 256, and fewer where the card has no room for them.
@@ -41,6 +43,7 @@ class GradeOptions:
     mpp_override: float | None = None
     mpp_replace: float | None = None
     mpp_tolerance: float | None = None
+    channels: str = ""
     force: bool = False
     batch_size: int | None = None
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from slidetl.errors import SlideOpenError
 from slidetl.slides.base import Slide, SlideInfo
 from slidetl.slides.spacing import Pair
 
@@ -21,6 +22,7 @@ def open_slide(
     icc: bool = False,
     *,
     mpp_replace: float | Pair | None = None,
+    channels: str = "",
 ) -> Slide:
     """Opens a slide of any format that OpenSlide reads, or an image. Use it as a context manager.
 
@@ -30,6 +32,8 @@ def open_slide(
         mpp_override: micrometres per level-0 pixel along both axes, of a slide that says none.
         icc: convert colours to sRGB by the slide's ICC profile, if it has one.
         mpp_replace: the same, or that along x and y, instead of what the file says.
+        channels: which planes of a TIFF are read that holds several and does not say which are red, green and
+            blue: numbers from 0 or names, one or three, separated by commas.
 
     Raises:
         SlideOpenError: the file is missing, or not a slide that can be read.
@@ -39,13 +43,24 @@ def open_slide(
     from slidetl.slides.raster import RasterSlide, is_raster
 
     path = Path(path)
+    given = (path, mpp_override, mpp_replace)
     slide: RasterSlide | OpenSlideSlide
     if is_raster(path):
-        slide = RasterSlide(path, mpp_override, mpp_replace)
+        slide = RasterSlide(*given, channels)
     else:
-        from slidetl.slides.openslide import OpenSlideSlide
+        from slidetl.slides.openslide import OpenSlideSlide, is_generic_tiff
 
-        slide = OpenSlideSlide(path, mpp_override, mpp_replace)
+        try:
+            slide = OpenSlideSlide(*given)
+        except SlideOpenError as error:
+            # Tiles may be compressed as OpenSlide's libtiff does not know.
+            if not is_generic_tiff(path):
+                raise
+            try:
+                slide = RasterSlide(*given, channels)
+            except SlideOpenError as other:
+                why = str(other).removeprefix(f"{path}: ")
+                raise SlideOpenError(f"{error}; the TIFF reader says: {why}") from error
     profile = slide.colour_profile if icc else None
     if profile is None:
         return slide

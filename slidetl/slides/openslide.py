@@ -29,7 +29,7 @@ from slidetl.slides.levels import (
 )
 from slidetl.slides.opencv import opencv
 from slidetl.slides.spacing import Pair, settle_spacing
-from slidetl.slides.tiff import JpegTiles, read_jpeg_level
+from slidetl.slides.tiff import GENERIC_TIFF, JpegTiles, read_jpeg_level
 
 _Result = TypeVar("_Result")
 
@@ -47,7 +47,7 @@ _MAX_WASTE = 1.5
 _COPIED_TOGETHER = 64
 
 # Vendors, in OpenSlide's words, whose levels are the directories of a TIFF and nothing else.
-_PLAIN_TIFF = ("aperio", "generic-tiff")
+_PLAIN_TIFF = ("aperio", GENERIC_TIFF)
 
 # How much decoded JPEGs may differ from OpenSlide where either of them resamples, grey levels on average:
 # over the tiles that are compared, and in the worst of them.
@@ -372,9 +372,18 @@ def composite(bgra: NDArray[np.uint8], background_rgb: tuple[int, int, int]) -> 
     return (bgra[..., 2::-1] + behind).astype(np.uint8)
 
 
+def is_generic_tiff(path: Path) -> bool:
+    """Tells if OpenSlide takes a file for a tiled TIFF of no vendor."""
+    return path.is_file() and openslide.OpenSlide.detect_format(path) == GENERIC_TIFF
+
+
 def _open(path: Path) -> openslide.OpenSlide:
     if not path.is_file():
         raise SlideOpenError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    for beside in _beside(path):
+        # OpenSlide would wait for a pipe for ever.
+        if beside.exists() and not (beside.is_file() or beside.is_dir()):
+            raise SlideOpenError(f"{path}: {beside.name} beside it is no regular file; move it away")
     try:
         return openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError as error:
@@ -442,6 +451,15 @@ def _positive(text: str | None) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) and value > 0 else None
+
+
+def _beside(path: Path) -> Iterable[Path]:
+    """Lists the files that OpenSlide may open for a slide beside the one that is named."""
+    if path.suffix.lower() == ".mrxs":
+        return path.with_suffix("").rglob("*")
+    if path.suffix.lower() in (".vms", ".vmu") or series_instance_uid(path) is not None:
+        return path.parent.iterdir()
+    return ()
 
 
 def _files(path: Path, dicom_series: str | None) -> Iterable[Path]:

@@ -11,9 +11,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
-from xml.etree import ElementTree
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,10 @@ from slidetl.slides.base import SlideInfo, fingerprint_of
 from slidetl.slides.declared import READABLE, check_declared
 from slidetl.slides.levels import Level, PyramidSlide, nominal_mpp, scale_of
 from slidetl.slides.npz import NpzItem
-from slidetl.slides.spacing import UM_PER_UNIT, Pair, settle_spacing
+from slidetl.slides.ome import OmeImage, choose_channels, is_ome, read_ome
+from slidetl.slides.spacing import PRINTER_UM, Pair, settle_spacing
+from slidetl.slides.tiff import GENERIC_TIFF, is_plain, is_tiff
+from slidetl.slides.turn import ReadPixels, Turn
 
 IMAGE_SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".bmp"])
 TIFF_SUFFIXES = frozenset([".tif", ".tiff"])
@@ -36,7 +39,18 @@ _MAX_SEGMENT_PX = 64 * 2**20
 _KEPT_BYTES = 48 * 2**20
 _MINISWHITE, _MINISBLACK, _RGB, _YCBCR = 0, 1, 2, 6  # TIFF 6.0, PhotometricInterpretation
 _JPEG_COMPRESSION = 7
-_ICC_PROFILE = 34675  # TIFF tag, ICC.1:2010 annex B.4
+# TIFF tags: of TIFF 6.0, and of ICC.1:2010, annex B.4.
+_SUBFILE_TYPE, _ORIENTATION, _RESOLUTIONS, _RESOLUTION_UNIT, _ICC_PROFILE = 254, 274, (282, 283), 296, 34675
+
+# More levels than any pyramid has, and more channels than any microscope.
+_MAX_LEVELS = 64
+_MAX_CHANNELS = 256
+
+# The scale of samples of more than 8 bits is found in so many windows across and down, of so many pixels.
+_SAMPLES_ACROSS = 8
+_SAMPLE_PX = 256
+# White glass is at least this share of the full scale, where that is the camera's depth.
+_NEAR_FULL = 0.75
 
 _GLASS = (255, 255, 255)
 
@@ -46,29 +60,65 @@ _DAMAGE = (
     *(ArithmeticError, RuntimeError, MemoryError, struct.error, zlib.error),
 )
 
-# A rectangle of one level, wholly inside it: left, top, width, height, to [height, width, 3] uint8.
-_ReadPixels = Callable[[int, int, int, int], NDArray[np.uint8]]
+
+# A rectangle of one page, to [height, width, samples] as they are stored.
+_ReadSamples = Callable[[int, int, int, int], NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class _Level(Level):
     """One level of the pyramid; beside what every level has, how its pixels are read."""
 
-    read: _ReadPixels
+    read: ReadPixels
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """An image that is open.
+
+    Attributes:
+        vendor: name of its format.
+        fingerprint: of its content.
+        sizes_px: width and height of every level.
+        readers: of every level.
+        mpp: spacing that it states.
+        power: of its objective, where it says so.
+        profile: its ICC profile.
+        notes: on its pixels.
+    """
+
+    vendor: str
+    fingerprint: str
+    sizes_px: list[tuple[int, int]]
+    readers: list[ReadPixels]
+    mpp: Pair | None = None
+    power: float | None = None
+    profile: bytes | None = None
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def whole(cls, vendor: str, fingerprint: str, image: NDArray[np.uint8], **more: Any) -> Self:
+        """Returns an image in memory, of one level."""
+        size = (image.shape[1], image.shape[0])
+        reader = lambda x, y, width, height: image[y : y + height, x : x + width]  # noqa: E731
+        return cls(vendor, fingerprint, [size], [reader], **more)
 
 
 class RasterSlide(PyramidSlide[_Level]):
     """An image read as a slide; see :class:`slidetl.slides.base.Slide` for the interface.
 
     A tiled or striped TIFF is decoded a piece at a time, so memory stays bounded; a PNG or JPEG is held
-    whole, and refused above 80 megapixels. Transparent pixels lie over white. Grey becomes RGB, and what is
-    not 8 bits of grey or RGB is refused.
+    whole, and refused above 80 megapixels. Transparent pixels lie over white. Grey becomes RGB. Samples of 9
+    to 16 bits are scaled to 8 by the bits that carry values: as the file says, else by its highest values.
+    Orientation is applied. OME-XML decides which planes are read.
 
     Args:
         path: a PNG, JPEG, BMP or TIFF, or ``FILE.npz#SPLIT/INDEX``.
-        mpp_override: micrometres per pixel of a picture that says none. Only OME-TIFF says its own: the
-            resolution of other images is that of a printer.
+        mpp_override: micrometres per pixel of a picture that says none. OME-XML says its own, and so does the
+            resolution of a TIFF if it is finer than a printer's.
         mpp_replace: instead of that of the file.
+        channels: which planes of a picture in several are read, by number from 0 or by name, separated by
+            commas: one, or those of red, green and blue.
 
     Raises:
         SlideOpenError: the file is missing, or not an image that can be read.
@@ -80,34 +130,36 @@ class RasterSlide(PyramidSlide[_Level]):
         path: Path,
         mpp_override: float | None = None,
         mpp_replace: float | Pair | None = None,
+        channels: str = "",
     ) -> None:
         self._path = path
         self._tiff: _Tiff | None = None
         self._closed = False
-        self._profile: bytes | None = None
         try:
-            vendor, fingerprint, mpp, sizes, readers = self._open()
+            opened = self._open(channels)
+            sizes = opened.sizes_px
             if not all(side > 0 for size in sizes for side in size):
                 raise SlideOpenError(f"{path}: its header is damaged: an image of no pixels")
-            (width, height), levels = sizes[0], zip(sizes, readers, strict=True)
+            (width, height), levels = sizes[0], zip(sizes, opened.readers, strict=True)
             self._levels = tuple(
                 _Level(size, scale_of(sizes[0], size, math.sqrt(width * height / math.prod(size))), read)
                 for size, read in levels
             )
-            mpp, notes = settle_spacing(path, mpp, mpp_override, mpp_replace)
+            mpp, notes = settle_spacing(path, opened.mpp, mpp_override, mpp_replace, opened.power)
         except BaseException:  # whatever it was, the file must not stay open
             self.close()
             raise
+        self._profile = opened.profile
         self._info = SlideInfo(
             path=path,
-            fingerprint=fingerprint,
-            vendor=vendor,
+            fingerprint=opened.fingerprint,
+            vendor=opened.vendor,
             size_level0=sizes[0],
             mpp_level0=mpp,
             mpp_levels=nominal_mpp(mpp, self._levels),
             background_rgb=_GLASS,
-            objective_power=None,
-            notes=notes,
+            objective_power=opened.power,
+            notes=(*opened.notes, *notes),
         )
 
     @property
@@ -122,25 +174,20 @@ class RasterSlide(PyramidSlide[_Level]):
             self._tiff.close()
             self._tiff = None
 
-    def _open(
-        self,
-    ) -> tuple[str, str, tuple[float, float] | None, list[tuple[int, int]], list[_ReadPixels]]:
-        """Opens the file: vendor, fingerprint, spacing, and for every level its size and reader."""
+    def _open(self, channels: str) -> _Opened:
+        """Opens the file."""
         item = NpzItem.of(self._path)
         if item is not None:
             image = _as_rgb(item.read(), str(self._path))
             digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
-            return "npz", digest, None, *_whole(image)
+            return _Opened.whole("npz", digest, image)
         if not self._path.is_file():
             raise SlideOpenError(f"{self._path}: {'not a file' if self._path.exists() else 'no such file'}")
         fingerprint = fingerprint_of([self._path])
-        if self._path.suffix.lower() in TIFF_SUFFIXES:
-            self._tiff = _Tiff(self._path)
-            self._profile = self._tiff.profile
-            vendor = "ome-tiff" if self._tiff.is_ome else "plain-tiff"
-            return vendor, fingerprint, self._tiff.mpp, self._tiff.sizes_px, self._tiff.readers
-        image, self._profile, name = _read_plain(self._path)
-        return name, fingerprint, None, *_whole(image)
+        if self._path.suffix.lower() in IMAGE_SUFFIXES:
+            return _read_plain(self._path, fingerprint)
+        self._tiff = _Tiff(self._path, channels)
+        return self._tiff.opened(fingerprint)
 
     def _window(
         self, level: _Level, first: tuple[int, int], size: tuple[int, int]
@@ -170,53 +217,125 @@ class RasterSlide(PyramidSlide[_Level]):
 
 
 class _Tiff:
-    """A TIFF as tifffile understands it: the levels of its first image, decoded piece by piece."""
+    """A TIFF as tifffile understands it: the levels of its first image, decoded piece by piece.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the file.
+        channels: which of several planes are read, :func:`slidetl.slides.ome.choose_channels`.
+    """
+
+    def __init__(self, path: Path, channels: str = "") -> None:
         # Imported here: PNGs and arrays need not pay for it.
         import tifffile
 
         self._path = path
-        self._kept: OrderedDict[tuple[int, int], NDArray[np.uint8] | None] = OrderedDict()
+        self._ome: OmeImage | None = None
+        self._kept: OrderedDict[tuple[int, int], NDArray[Any] | None] = OrderedDict()
         self._kept_bytes = 0
+        self._notes: list[str] = []
         with _damage_told(path):
-            self._file = tifffile.TiffFile(path)
+            # As OME-TIFF it would open other files, and make room for every plane that its XML counts.
+            self._file = tifffile.TiffFile(path, is_ome=False)
         try:
             with _damage_told(path):
-                self.is_ome = bool(self._file.is_ome)
-                self.mpp = _ome_mpp(self._file.ome_metadata) if self.is_ome else None
-                levels = list(self._file.series[0].levels)
-                pages = [level.keyframe for level in levels]
-                for level, page in zip(levels, pages, strict=True):
-                    self._check(level, page)
-                self.sizes_px = [(int(page.imagewidth), int(page.imagelength)) for page in pages]
-                tag = pages[0].tags.get(_ICC_PROFILE)
-                self.profile = bytes(tag.value) if tag is not None else None
+                levels = self._levels(channels)
+                first = levels[0][0]
+                for page in (page for planes in levels for page in planes):
+                    self._check(page, first, len(levels[0]))
+                self._first = first
+                self._turn, turned = Turn.of(_tag(first, _ORIENTATION, 1))
+                raw = [[self._reader(page) for page in planes] for planes in levels]
+                sizes = [(int(planes[0].imagewidth), int(planes[0].imagelength)) for planes in levels]
+                self._full = self._full_scale(levels[-1], raw[-1], sizes[-1])
         except BaseException:  # whatever it was, the file must not stay open
             self.close()
             raise
-        self.readers: list[_ReadPixels] = [self._reader(number, page) for number, page in enumerate(pages)]
+        self._notes += turned
+        self._sizes_px = [self._turn.size(size) for size in sizes]
+        self._readers: list[ReadPixels] = [
+            self._turn.reader(partial(self._rgb, planes, samples), size)
+            for planes, samples, size in zip(levels, raw, sizes, strict=True)
+        ]
+
+    def opened(self, fingerprint: str) -> _Opened:
+        """Returns what :class:`RasterSlide` needs of it."""
+        profile = _tag(self._first, _ICC_PROFILE, None)
+        return _Opened(
+            vendor="plain-tiff" if self._ome is None else "ome-tiff",
+            fingerprint=fingerprint,
+            sizes_px=self._sizes_px,
+            readers=self._readers,
+            mpp=self._mpp(),
+            power=None if self._ome is None else self._ome.objective_power,
+            profile=None if profile is None else bytes(profile),
+            notes=tuple(self._notes),
+        )
 
     def close(self) -> None:
         self._file.close()
 
-    def _check(self, level: Any, page: Any) -> None:
-        if len(level.pages) != 1 or level.axes not in ("YX", "YXS", "SYX"):
+    def _levels(self, channels: str) -> list[list[Any]]:
+        """Lists the pages of every level, one or three planes each; finest first."""
+        pages = self._file.pages
+        first = pages.first
+        if is_ome(first.description):
+            count = len(pages)
+            try:
+                self._ome = read_ome(first.description, self._path.name, int(first.samplesperpixel), count)
+                if self._ome.others > 0:
+                    self._notes.append(f"of {self._ome.others + 1} pictures in it the first alone is read")
+                names, rgb = self._ome.channels, self._ome.rgb
+                chosen = [pages[self._ome.directories[n]] for n in choose_channels(channels, names, rgb)]
+            except SlideOpenError as error:
+                raise SlideOpenError(f"{self._path}: {error}") from error
+            reduced = [list(page.pages or ()) for page in chosen]
+            if len(chosen) == 1 and not reduced[0]:
+                reduced = [
+                    [page for page in pages[: min(count, _MAX_LEVELS)] if _tag(page, _SUBFILE_TYPE, 0) & 1]
+                ]
+            return _pyramid(chosen, reduced)
+        levels = list(self._file.series[0].levels)
+        stacks = [list(level.pages) for level in levels]
+        n_planes = len(stacks[0])
+        if levels[0].axes not in ("YX", "YXS", "SYX") and (
+            n_planes == 1 or any(page is None for page in stacks[0]) or n_planes > _MAX_CHANNELS
+        ):
             raise SlideOpenError(
-                f"{self._path}: expected one grey or RGB image, found {level.axes} of {tuple(level.shape)}; "
-                "write the plane that is meant to a file of its own"
+                f"{self._path}: expected one grey or RGB image, found {levels[0].axes} of "
+                f"{tuple(levels[0].shape)}; write the plane that is meant to a file of its own"
             )
+        try:
+            chosen_numbers = choose_channels(channels, ("",) * n_planes, None)
+        except SlideOpenError as error:
+            raise SlideOpenError(f"{self._path}: {error}") from error
+        if n_planes == 1:
+            return [[level.keyframe] for level in levels]
+        return [
+            [page.aspage() for page in (stack[n] for n in chosen_numbers) if page is not None]
+            for stack in stacks
+            if len(stack) == n_planes
+        ]
+
+    def _check(self, page: Any, first: Any, n_planes: int) -> None:
         samples = int(page.samplesperpixel)
         photometric = int(page.photometric)
-        is_known = photometric in (_MINISWHITE, _MINISBLACK, _RGB) or (
-            photometric == _YCBCR and int(page.compression) == _JPEG_COMPRESSION
+        is_grey = photometric in (_MINISWHITE, _MINISBLACK)
+        is_known = (
+            is_grey
+            or photometric == _RGB
+            or (photometric == _YCBCR and int(page.compression) == _JPEG_COMPRESSION)
         )
-        wanted = (1, 2) if photometric in (_MINISWHITE, _MINISBLACK) else (3, 4)
-        if not is_known or samples not in wanted or page.dtype != np.uint8 or page.bitspersample != 8:
+        bits = page.bitspersample
+        is_whole = (page.dtype == np.uint8 and bits == 8) or (page.dtype == np.uint16 and 8 < bits <= 16)
+        if not is_known or samples not in ((1, 2) if is_grey else (3, 4)) or not is_whole:
             raise SlideOpenError(
-                f"{self._path}: expected 8-bit grey or RGB, found {samples} samples of {page.dtype}, "
-                f"photometric {page.photometric!s}; convert it"
+                f"{self._path}: expected grey or RGB of 8 to 16 bits, found {samples} samples of "
+                f"{page.dtype} ({bits} bits), photometric {page.photometric!s}; convert it"
             )
+        if n_planes > 1 and not is_grey:
+            raise SlideOpenError(f"{self._path}: --channels: expected three grey channels, found RGB ones")
+        if (page.dtype, samples) != (first.dtype, first.samplesperpixel):
+            raise SlideOpenError(f"{self._path}: its planes or levels are of different kinds; convert it")
         if int(page.compression) not in READABLE:
             name = getattr(page.compression, "name", page.compression)  # tifffile may have none
             raise SlideOpenError(f"{self._path}: compressed by {name}, which is not read; convert it to JPEG")
@@ -226,23 +345,35 @@ class _Tiff:
                 f"more than {_MAX_SEGMENT_PX} each; convert it to a tiled TIFF"
             )
 
-    def _reader(self, number: int, page: Any) -> _ReadPixels:
+    def _mpp(self) -> Pair | None:
+        """Reads the spacing of the picture as it is shown: by OME-XML, else by a resolution of no printer."""
+        mpp = self._ome.mpp if self._ome is not None else None
+        if mpp is None:
+            unit_um = {2: 25400.0, 3: 10000.0}.get(int(_tag(self._first, _RESOLUTION_UNIT, 2)))
+            x, y = (_ratio(_tag(self._first, axis, 0)) for axis in _RESOLUTIONS)
+            mpp = (unit_um / x, unit_um / y) if unit_um and x > 0 and y > 0 else None
+            mpp = mpp if mpp is not None and max(mpp) <= PRINTER_UM else None
+        return mpp if mpp is None or not self._turn.is_transposed else (mpp[1], mpp[0])
+
+    def _reader(self, page: Any) -> _ReadSamples:
+        """Returns the reader of a rectangle of a page, ``[h, w, samples]`` as stored."""
         if page.is_memmappable:
             shape = (int(page.imagelength), int(page.imagewidth), int(page.samplesperpixel))
             is_planar = shape[2] > 1 and int(page.planarconfig) == 2
             stored = (shape[2], shape[0], shape[1]) if is_planar else shape
+            dtype = page.dtype.newbyteorder(self._file.byteorder)
             # Left to the kernel: an uncompressed image may be larger than memory.
-            mapped = np.memmap(self._path, np.uint8, "r", offset=page.dataoffsets[0], shape=stored)
+            mapped = np.memmap(self._path, dtype, "r", offset=page.dataoffsets[0], shape=stored)
             pixels = np.moveaxis(mapped, 0, 2) if is_planar else mapped
-            return lambda x, y, width, height: self._rgb(
-                page, np.asarray(pixels[y : y + height, x : x + width])
-            )
-        return lambda x, y, width, height: self._decode(number, page, x, y, width, height)
+            return lambda x, y, width, height: np.asarray(pixels[y : y + height, x : x + width])
+        return partial(self._decode, page)
 
-    def _decode(self, number: int, page: Any, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+    def _decode(self, page: Any, x: int, y: int, width: int, height: int) -> NDArray[Any]:
         """Puts a rectangle together from the strips or tiles that it touches."""
         samples = int(page.samplesperpixel)
-        image = np.full((height, width, samples), 255, np.uint8)
+        # What is missing in the file is bright.
+        bright = 0 if int(page.photometric) == _MINISWHITE else np.iinfo(page.dtype).max
+        image = np.full((height, width, samples), bright, page.dtype)
         is_planar = samples > 1 and int(page.planarconfig) == 2
         chunk_width = int(page.tilewidth if page.is_tiled else page.imagewidth)
         chunk_height = int(page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength))
@@ -250,7 +381,7 @@ class _Tiff:
         for plane in range(samples if is_planar else 1):
             for row in range(y // chunk_height, (y + height - 1) // chunk_height + 1):
                 for column in range(x // chunk_width, (x + width - 1) // chunk_width + 1):
-                    piece = self._segment(number, page, (plane * down + row) * across + column)
+                    piece = self._segment(page, (plane * down + row) * across + column)
                     if piece is None:
                         continue
                     top, left = row * chunk_height, column * chunk_width
@@ -260,21 +391,23 @@ class _Tiff:
                     channels = slice(plane, plane + 1) if is_planar else slice(None)
                     into = image[:, columns.start - x : columns.stop - x, channels]
                     into[rows.start - y : rows.stop - y] = part[rows.start - top : rows.stop - top]
-        return self._rgb(page, image)
+        return image
 
-    def _segment(self, number: int, page: Any, index: int) -> NDArray[np.uint8] | None:
+    def _segment(self, page: Any, index: int) -> NDArray[Any] | None:
         """Decodes a strip or tile, ``[h, w, S]``, cut to the image; None where the file has none."""
-        key = (number, index)
+        key = (int(page.offset), index)
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]
         handle = self._file.filehandle
         handle.seek(page.dataoffsets[index])
         data = handle.read(page.databytecounts[index])
-        piece_px = math.prod(page.chunks) // (int(page.samplesperpixel) if int(page.planarconfig) == 1 else 1)
-        check_declared(int(page.compression), data, page.jpegtables, piece_px)
-        decoded, _, shape = page.decode(data, index, jpegtables=page.jpegtables)
-        piece = None if decoded is None else decoded[0, : shape[1], : shape[2]]
+        piece = None
+        if data:
+            samples = int(page.samplesperpixel) if int(page.planarconfig) == 1 else 1
+            check_declared(int(page.compression), data, page.jpegtables, math.prod(page.chunks) // samples)
+            decoded, _, shape = page.decode(data, index, jpegtables=page.jpegtables)
+            piece = None if decoded is None else decoded[0, : shape[1], : shape[2]]
         self._kept[key] = piece
         self._kept_bytes += 0 if piece is None else piece.nbytes
         while self._kept_bytes > _KEPT_BYTES and len(self._kept) > 1:
@@ -282,19 +415,85 @@ class _Tiff:
             self._kept_bytes -= 0 if old is None else old.nbytes
         return piece
 
-    @staticmethod
-    def _rgb(page: Any, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def _full_scale(
+        self, planes: list[Any], readers: list[_ReadSamples], size: tuple[int, int]
+    ) -> tuple[float, float]:
+        """Finds the values that are white, and opaque, of samples of more than 8 bits."""
+        page = planes[0]
+        if page.dtype == np.uint8:
+            return 255.0, 255.0
+        stated = min(page.bitspersample, (self._ome and self._ome.significant_bits) or 16)
+        if 8 <= stated < 16:
+            self._notes.append(f"samples of {stated} bits are scaled to 8")
+            return 2.0**stated - 1, 2.0**stated - 1
+        side = min(_SAMPLE_PX, size[0]), min(_SAMPLE_PX, size[1])
+        xs, ys = (
+            np.unique(np.linspace(0, length - part, _SAMPLES_ACROSS).astype(int)).tolist()
+            for length, part in zip(size, side, strict=True)
+        )
+        windows = [read(x, y, *side) for y in ys for x in xs for read in readers]
+        n_colours = _n_colours(page)
+        full, note = _full_of([window[..., :n_colours] for window in windows])
+        self._notes.append(note)
+        alphas = [window[..., n_colours:] for window in windows]
+        return full, _full_of(alphas)[0] if alphas[0].size else full
+
+    def _rgb(self, planes: list[Any], raw: list[_ReadSamples], *window: int) -> NDArray[np.uint8]:
+        pictures = [
+            _as_rgb(self._to_8_bits(page, read(*window)), self._file.filename)
+            for page, read in zip(planes, raw, strict=True)
+        ]
+        if len(pictures) == 1:
+            return pictures[0]
+        return np.stack([picture[..., 0] for picture in pictures], axis=2)
+
+    def _to_8_bits(self, page: Any, pixels: NDArray[Any]) -> NDArray[np.uint8]:
+        """Scales samples, and drops what is neither colour nor alpha."""
+        n_colours = _n_colours(page)
+        if pixels.dtype != np.uint8:
+            scale = np.full(pixels.shape[-1], self._full[0], np.float32)
+            scale[n_colours:] = self._full[1]
+            pixels = _scaled(pixels, scale)
         if int(page.photometric) == _MINISWHITE:
             pixels = pixels.copy()
             pixels[..., 0] = 255 - pixels[..., 0]
         # An extra sample that is not alpha has no meaning that we know.
         has_alpha = bool(page.extrasamples) and int(page.extrasamples[0]) in (1, 2)
-        colours = pixels.shape[-1] - (pixels.shape[-1] in (2, 4))
-        return _as_rgb(pixels if has_alpha else pixels[..., :colours], page.parent.filename)
+        return pixels if has_alpha else pixels[..., :n_colours]
 
 
-def _read_plain(path: Path) -> tuple[NDArray[np.uint8], bytes | None, str]:
-    """Reads the pixels of a PNG, JPEG or BMP, its ICC profile, and the name of its format."""
+def _n_colours(page: Any) -> int:
+    samples = int(page.samplesperpixel)
+    return samples - (samples in (2, 4))
+
+
+def _tag(page: Any, code: int, default: Any) -> Any:
+    tag = page.tags.get(code)
+    return default if tag is None else tag.value
+
+
+def _ratio(value: Any) -> float:
+    """Returns a rational number of a TIFF; 0 for what is none."""
+    if isinstance(value, tuple):
+        return value[0] / value[1] if len(value) >= 2 and value[1] else 0.0
+    return float(value)
+
+
+def _pyramid(planes: list[Any], reduced: list[list[Any]]) -> list[list[Any]]:
+    """Lists the levels of planes: the finest, and those of the reduced pages that show the same."""
+    width, height = int(planes[0].imagewidth), int(planes[0].imagelength)
+    levels = [planes]
+    for pages in zip(*reduced, strict=False):
+        sizes = {(int(page.imagewidth), int(page.imagelength)) for page in pages}
+        across, down = min(sizes)
+        is_smaller = len(sizes) == 1 and 0 < across < int(levels[-1][0].imagewidth)
+        if is_smaller and abs(across * height / width - down) <= 2:
+            levels.append(list(pages))
+    return levels
+
+
+def _read_plain(path: Path, fingerprint: str) -> _Opened:
+    """Reads a PNG, JPEG or BMP, as viewers show it."""
     from PIL import Image
 
     with _damage_told(path):
@@ -311,14 +510,57 @@ def _read_plain(path: Path) -> tuple[NDArray[np.uint8], bytes | None, str]:
                     f"{path}: {image.width} x {image.height} pixels in one piece, more than {_MAX_PLAIN_PX}; "
                     "convert it to a tiled TIFF"
                 )
-            if image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
+            is_deep = _is_deep_png(path)
+            if not is_deep and image.mode not in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
                 raise SlideOpenError(
-                    f"{path}: expected 8-bit grey or RGB, found {image.format} {image.mode}; convert it"
+                    f"{path}: expected grey or RGB of 8 to 16 bits, found {image.format} {image.mode}; "
+                    "convert it"
                 )
-            profile = image.info.get("icc_profile")
-            has_alpha = image.has_transparency_data
-            pixels = np.asarray(image.convert("RGBA" if has_alpha else "RGB"))
-            return _as_rgb(pixels, str(path)), profile or None, str(image.format).lower()
+            turn, notes = Turn.of(image.getexif().get(_ORIENTATION, 1))
+            if is_deep:
+                pixels, note = _read_deep_png(path)
+                notes = [note, *notes]
+            else:
+                pixels = np.asarray(image.convert("RGBA" if image.has_transparency_data else "RGB"))
+            rgb = turn.apply(_as_rgb(pixels, str(path)))
+            profile = image.info.get("icc_profile") or None
+            name = str(image.format).lower()
+    return _Opened.whole(name, fingerprint, rgb, profile=profile, notes=tuple(notes))
+
+
+def _is_deep_png(path: Path) -> bool:
+    with path.open("rb") as file:
+        head = file.read(25)
+    return head.startswith(b"\x89PNG") and head[24:] == b"\x10"
+
+
+def _read_deep_png(path: Path) -> tuple[NDArray[np.uint8], str]:
+    """Reads a PNG of 16 bits, of which Pillow would keep the higher 8; and a note of its scale."""
+    import imagecodecs
+
+    pixels = np.atleast_3d(imagecodecs.png_decode(path.read_bytes()))
+    n_colours = pixels.shape[2] - (pixels.shape[2] in (2, 4))
+    full, note = _full_of([pixels[..., :n_colours]])
+    scale = np.full(pixels.shape[2], full, np.float32)
+    scale[n_colours:] = 2**16 - 1
+    return _scaled(pixels, scale), note
+
+
+def _full_of(parts: list[NDArray[Any]]) -> tuple[float, str]:
+    """Finds the value that is white among samples of 16 bits, and says it in a note.
+
+    It is the full scale of a camera's depth, or the highest value if that is far below; but for a thousandth
+    of them, which may be hot pixels.
+    """
+    highest = max(float(np.percentile(part, 99.9)) for part in parts)
+    bits = next(bits for bits in (8, 10, 12, 14, 16) if highest < 2**bits)
+    if highest >= _NEAR_FULL * (2**bits - 1) or highest < 1:
+        return 2.0**bits - 1, f"samples of 16 bits hold {bits}, and are scaled to 8"
+    return highest, f"samples of 16 bits go up to {highest:.0f}, and are scaled to 8 bits"
+
+
+def _scaled(samples: NDArray[Any], full: NDArray[np.float32]) -> NDArray[np.uint8]:
+    return np.asarray((samples * (np.float32(255) / full) + np.float32(0.5)).clip(0, 255).astype(np.uint8))
 
 
 def _as_rgb(pixels: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
@@ -333,34 +575,6 @@ def _as_rgb(pixels: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
         alpha = pixels[..., -1:].astype(np.uint16)
         colours = ((colours * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
     return np.repeat(colours, 3, axis=2) if colours.shape[2] == 1 else np.ascontiguousarray(colours)
-
-
-def _whole(image: NDArray[np.uint8]) -> tuple[list[tuple[int, int]], list[_ReadPixels]]:
-    """Returns size and reader of the one level of an image in memory."""
-    size = (image.shape[1], image.shape[0])
-    return [size], [lambda x, y, width, height: image[y : y + height, x : x + width]]
-
-
-def _ome_mpp(xml: str | None) -> tuple[float, float] | None:
-    """Reads micrometres per pixel of the first image of an OME-XML description, if it says so."""
-    try:
-        root = ElementTree.fromstring((xml or "").encode())
-    except ElementTree.ParseError:
-        return None
-    pixels = next((element for element in root.iter() if element.tag.rpartition("}")[2] == "Pixels"), None)
-    if pixels is None:
-        return None
-    spacing = []
-    for axis in "XY":
-        unit = UM_PER_UNIT.get(pixels.get(f"PhysicalSize{axis}Unit", "µm"))
-        try:
-            value = float(pixels.get(f"PhysicalSize{axis}", "nan"))
-        except ValueError:
-            return None
-        if unit is None or not (math.isfinite(value) and value > 0):
-            return None
-        spacing.append(value * unit)
-    return spacing[0], spacing[1]
 
 
 @contextmanager
@@ -380,11 +594,15 @@ def _line(error: BaseException) -> str:
 
 
 def is_raster(path: Path) -> bool:
-    """Tells if a path is for :class:`RasterSlide`: an image by its name, or a TIFF that OpenSlide refuses."""
+    """Tells if a path is for :class:`RasterSlide`.
+
+    It is if it names an image, or a TIFF that OpenSlide does not know or would not show as it is.
+    """
     if NpzItem.of(path) is not None or path.suffix.lower() in IMAGE_SUFFIXES:
         return True
-    if path.suffix.lower() not in TIFF_SUFFIXES or not path.is_file():
+    if not path.is_file() or not (path.suffix.lower() in TIFF_SUFFIXES or is_tiff(path)):
         return False
     import openslide
 
-    return openslide.OpenSlide.detect_format(path) is None
+    vendor = openslide.OpenSlide.detect_format(path)
+    return vendor is None or (vendor == GENERIC_TIFF and not is_plain(path))

@@ -10,16 +10,23 @@ from __future__ import annotations
 import os
 import struct
 from bisect import bisect_left
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, NamedTuple
+from itertools import islice
+from pathlib import Path
+from typing import IO, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from slidetl.slides.ome import is_ome
 
 # TIFF 6.0 and BigTIFF: tag numbers, and types that hold whole numbers.
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
 _SAMPLES, _PLANAR, _TILE_WIDTH, _TILE_HEIGHT = 277, 284, 322, 323
 _TILE_OFFSETS, _TILE_BYTE_COUNTS, _JPEG_TABLES = 324, 325, 347
+_SUBFILE_TYPE, _DESCRIPTION, _ORIENTATION, _SAMPLE_FORMAT = 254, 270, 274, 339
+_ASCII = 2
 _INTEGER_TYPES = {3: "u2", 4: "u4", 16: "u8"}
 _BYTE_TYPES = {1: "u1", 7: "u1"}
 _JPEG, _RGB, _YCBCR = 7, 2, 6
@@ -31,6 +38,7 @@ _MAX_TILES = 2**24
 _MAX_TILE_PX = 4096
 _MAX_TABLES_BYTES = 2**16
 _MAX_JPEG_BYTES = 2**26
+_MAX_DESCRIPTION_BYTES = 2**16
 
 # ITU-T T.81, table B.1.
 _SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
@@ -91,6 +99,43 @@ def read_jpeg_level(file: IO[bytes], size_px: tuple[int, int], tile_px: tuple[in
         return _jpeg_level(matching[0], size_px, tile_px) if len(matching) == 1 else None
     except _UnusualError:
         return None
+
+
+GENERIC_TIFF = "generic-tiff"
+"""OpenSlide's word for a tiled TIFF of no vendor."""
+
+
+def is_tiff(path: Path) -> bool:
+    """Tells if a file begins as a TIFF or BigTIFF does."""
+    with path.open("rb") as file:
+        return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def is_plain(path: Path) -> bool:
+    """Tells if OpenSlide, which knows no more of a generic TIFF than its pixels, shows it as it is.
+
+    It does not if OME-XML describes it, its samples are deeper than 8 bits or no whole numbers, it is to be
+    turned, or further directories of its size hold other planes. What cannot be understood is left to it.
+    """
+    with path.open("rb", buffering=0) as file:
+        try:
+            walk = _walk(file)
+            first = next(walk)
+            if is_ome(first.text(_DESCRIPTION, _MAX_DESCRIPTION_BYTES)):
+                return False
+            samples = first.number(_SAMPLES, 1)
+            kinds = first.numbers(_SAMPLE_FORMAT, samples) if _SAMPLE_FORMAT in first.entries else np.ones(1)
+            bits = first.numbers(_BITS, samples) if _BITS in first.entries else np.ones(1)
+            if bits.max() > 8 or np.any((kinds != 1) & (kinds != 4)) or first.number(_ORIENTATION, 1) != 1:
+                return False
+            size = first.number(_WIDTH), first.number(_HEIGHT)
+            for number, other in enumerate(walk):
+                is_plane = (other.number(_WIDTH, 0), other.number(_HEIGHT, 0)) == size
+                if (is_plane and not other.number(_SUBFILE_TYPE, 0)) or number > _MAX_DIRECTORIES:
+                    return False
+        except (_UnusualError, StopIteration):
+            return True
+    return True
 
 
 class Jpeg(NamedTuple):
@@ -226,6 +271,20 @@ class _Directory:
         _need(count <= most)
         return self._values(tag, count, _BYTE_TYPES).tobytes()
 
+    def text(self, tag: int, most: int) -> str:
+        """Reads the beginning of a text; nothing if it is not there."""
+        if tag not in self.entries or self.entries[tag][0] != _ASCII:
+            return ""
+        _, count, value = self.entries[tag]
+        if count > len(value):
+            value = _read(self.file, int.from_bytes(value, self.byteorder), min(count, most))
+        return value.decode("utf-8", "replace")
+
+    @property
+    def byteorder(self) -> Literal["little", "big"]:
+        """The byte order of the file's numbers."""
+        return "little" if self.order == "<" else "big"
+
     def _values(self, tag: int, count: int, types: dict[int, str]) -> NDArray[np.unsignedinteger]:
         _need(tag in self.entries)
         kind, stored, value = self.entries[tag]
@@ -234,7 +293,7 @@ class _Directory:
         size = count * dtype.itemsize
         if size <= len(value):
             return np.frombuffer(value[:size], dtype)
-        offset = int.from_bytes(value, "little" if self.order == "<" else "big")
+        offset = int.from_bytes(value, self.byteorder)
         _need(offset + size <= self.file_bytes)
         return np.frombuffer(_read(self.file, offset, size), dtype)
 
@@ -246,7 +305,14 @@ def _read(file: IO[bytes], offset: int, size: int) -> bytes:
 
 
 def _directories(file: IO[bytes]) -> list[_Directory]:
-    """Reads the main chain of directories."""
+    """Reads the main chain of directories, if it is no longer than that of a pyramid."""
+    directories = list(islice(_walk(file), _MAX_DIRECTORIES + 1))
+    _need(len(directories) <= _MAX_DIRECTORIES)
+    return directories
+
+
+def _walk(file: IO[bytes]) -> Iterator[_Directory]:
+    """Reads one directory of the main chain after the other."""
     file_bytes = os.fstat(file.fileno()).st_size
     head = _read(file, 0, 16)
     _need(head[:2] in (b"II", b"MM"))
@@ -262,10 +328,9 @@ def _directories(file: IO[bytes]) -> list[_Directory]:
     count_format, entry_format, next_format = ("Q", "HHQ8s", "Q") if is_big else ("H", "HHI4s", "I")
     entry_size = struct.calcsize(order + entry_format)
 
-    directories: list[_Directory] = []
     seen: set[int] = set()
     while offset:
-        _need(offset not in seen and len(seen) < _MAX_DIRECTORIES)
+        _need(offset not in seen)
         seen.add(offset)
         count_size = struct.calcsize(order + count_format)
         (count,) = struct.unpack(order + count_format, _read(file, offset, count_size))
@@ -275,10 +340,9 @@ def _directories(file: IO[bytes]) -> list[_Directory]:
         for tag, *entry in struct.iter_unpack(order + entry_format, packed):
             _need(tag not in entries)
             entries[tag] = (entry[0], entry[1], entry[2])
-        directories.append(_Directory(file, order, file_bytes, entries))
+        yield _Directory(file, order, file_bytes, entries)
         at = offset + count_size + count * entry_size
         (offset,) = struct.unpack(order + next_format, _read(file, at, struct.calcsize(order + next_format)))
-    return directories
 
 
 def _jpeg_level(directory: _Directory, size_px: tuple[int, int], tile_px: tuple[int, int]) -> JpegLevel:

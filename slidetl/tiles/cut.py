@@ -147,7 +147,7 @@ def read_slide(
     Raises:
         SlideError: the slide cannot be opened or read, has no spacing, or is too coarse.
     """
-    with open_slide(path, mpp_override, spec.icc, mpp_replace=mpp_replace) as slide:
+    with open_slide(path, mpp_override, spec.icc, mpp_replace=mpp_replace, channels=spec.channels) as slide:
         plan = plan_tiles(slide, spec, threads)
         yield plan
         yield from stream_tiles(slide, plan, batch_size, threads)

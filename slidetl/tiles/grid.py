@@ -44,6 +44,8 @@ class TileSpec:
         max_pen: greatest share of a tile covered by the ink of a pen, 0..1; 1 keeps all.
         max_fold: greatest share of a tile covered by folded tissue, 0..1; 1 keeps all.
         max_air: greatest share of air or fat within the tissue of a tile, 0..1; 1 keeps all.
+        channels: channels of a slide that holds several and is not RGB, by number from 0 or name, separated
+            by commas: one (grey), or three as red, green and blue.
 
     Raises:
         UsageError: a value is out of range; the message names it.
@@ -62,6 +64,7 @@ class TileSpec:
     max_pen: float = 1.0
     max_fold: float = 1.0
     max_air: float = 1.0
+    channels: str = ""
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.mpp) and self.mpp > 0):
@@ -87,10 +90,14 @@ class TileSpec:
         for name, share in (("pen", self.max_pen), ("fold", self.max_fold), ("air", self.max_air)):
             if not 0 <= share <= 1:
                 raise UsageError(f"greatest share of {name} must be from 0 to 1, not {share}")
+        words = self.channels.split(",") if self.channels else [""] * 3
+        if len(words) not in (1, 3) or (self.channels and not all(map(str.strip, words))):
+            raise UsageError(f"channels must be one, or three separated by commas, not {self.channels!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain JSON values, as stored beside the tiles."""
-        return dataclasses.asdict(self)
+        """Returns plain JSON values, as stored beside the tiles; channels only where some are named."""
+        values = dataclasses.asdict(self)
+        return values if self.channels else {k: v for k, v in values.items() if k != "channels"}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

@@ -13,7 +13,7 @@ from typing import Self
 
 from slidetl.errors import CacheError
 from slidetl.files import write_whole
-from slidetl.slides.spacing import cohort_note
+from slidetl.slides.spacing import PRINTER_UM, REMEDY, cohort_note
 from slidetl.text import one_line
 from slidetl.tiles.lock import kernel_lock
 from slidetl.tiles.store import describe_write_error
@@ -153,11 +153,12 @@ class Ledger:
 def summarise_notes(rows: Sequence[LedgerRow]) -> list[str]:
     """Gathers what is doubtful about slides: one line for each note, with the slides that it is about."""
     slides: dict[str, list[str]] = defaultdict(list)
-    spacings = [row.mpp_level0 for row in rows if row.mpp_level0]
+    spacings = [row.mpp_level0 for row in rows if 0 < row.mpp_level0 <= PRINTER_UM]
     middle = median(spacings) if spacings else 1.0
     for row in rows:
         notes = row.note.split("; ") if row.note else []
-        far = cohort_note(row.mpp_level0, middle) if row.mpp_level0 else None
+        is_plain = row.status == USED and REMEDY not in row.note
+        far = cohort_note(row.mpp_level0, middle) if is_plain and row.mpp_level0 else None
         for note in (*notes, *([far] if far else [])):
             slides[note].append(row.slide_id)
         if row.tiles_unreadable:

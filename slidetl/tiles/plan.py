@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from slidetl.errors import SlideReadError
 from slidetl.slides import Slide, SlideInfo
-from slidetl.slides.spacing import request_note
+from slidetl.slides.spacing import REMEDY, request_note
 from slidetl.tiles.grid import TileGrid, TileSpec
 from slidetl.tiles.quality import focus_of, measure_quality
 from slidetl.tiles.tissue import TissueMask, blank_fill, find_tissue, thumbnail_mpp
@@ -145,8 +145,10 @@ def notes_on(info: SlideInfo, spec: TileSpec, tissue: NDArray[np.bool_] | None) 
         tissue: its tissue mask, where it has data; None if its grid has less than :data:`MANY_PLACES`, since
             a small picture may well be all tissue.
     """
+    notes = list(info.notes)
     request = request_note(spec.mpp, max(info.mpp_level0))
-    notes = [*info.notes, *([request] if request else [])]
+    if request is not None and not any(REMEDY in note for note in notes):  # of one mistake, one line
+        notes.append(request)
     if tissue is not None and tissue.size and spec.min_tissue > 0:
         share = float(tissue.mean())
         if share > 1 - _EXTREME_SHARE:

@@ -388,7 +388,7 @@ def read_header(path: Path) -> CacheHeader:
 
 def describe_difference(cached: TileSpec, wanted: TileSpec) -> str:
     """Describes the difference of two specifications for an error message."""
-    now, then = wanted.to_dict(), cached.to_dict()
+    now, then = asdict(wanted), asdict(cached)
     differences = [f"{name} {then[name]} (wanted: {now[name]})" for name in now if now[name] != then[name]]
     return f"the cache was made with {', '.join(differences)}"
 

@@ -136,7 +136,9 @@ def tile_slide(
         with slide_lock(cache_dir, source.slide_id) as lock:
             try:
                 with open_slide(
-                    source.path, source.mpp_override, spec.icc, mpp_replace=source.mpp_replace
+                    *(source.path, source.mpp_override, spec.icc),
+                    mpp_replace=source.mpp_replace,
+                    channels=spec.channels,
                 ) as slide:
                     info, (width, height) = slide.info, slide.info.size_level0
                     row = replace(row, vendor=info.vendor, fingerprint=info.fingerprint)

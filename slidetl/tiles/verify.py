@@ -325,7 +325,8 @@ def _link_sound_features(found: Verification, group: Path) -> None:
 @contextlib.contextmanager
 def _open_same(slide_path: Path, header: CacheHeader) -> Iterator[Slide]:
     """Opens the slide of a cache, at the spacing that it had then."""
-    with open_slide(slide_path, icc=header.spec.icc, mpp_replace=header.mpp_level0) as slide:
+    spec, mpp = header.spec, header.mpp_level0
+    with open_slide(slide_path, icc=spec.icc, mpp_replace=mpp, channels=spec.channels) as slide:
         if slide.info.fingerprint != header.fingerprint:
             raise CacheMismatchError(
                 f"{slide_path}: not the slide that the cache of {header.slide_id} was made from; "

@@ -77,7 +77,7 @@ def test_every_option_reaches_the_specification(
     options = (
         "--mpp 1 --tile-size 40 --stride 20 --min-tissue 0.5 --mpp-override 0.495 --mpp-tolerance 0.02 "
         "--codec zstd --jpeg-quality 80 --edge pad --icc --min-focus 0.01 --max-pen 0.9 --max-fold 0.8 "
-        "--max-air 0.7 --workers 1"
+        "--max-air 0.7 --channels 2,1,0 --workers 1"
     )
     assert main(["tile", str(tmp_path), "--cache", str(tmp_path / "cache"), *options.split()]) == 0
     cache = SlideCache.open(cache_path(tmp_path / "cache", "slide"))
@@ -96,6 +96,7 @@ def test_every_option_reaches_the_specification(
         "max_pen": 0.9,
         "max_fold": 0.8,
         "max_air": 0.7,
+        "channels": "2,1,0",
     }
 
 
@@ -326,7 +327,10 @@ def test_what_is_doubtful_is_said_once_with_the_option(
     picture = tissue_picture(512)
     slides = {
         name: pyramid_tiff(picture, mpp=mpp, name=name)
-        for name, mpp in {"fine": 0.25, "coarse": 0.5, "tenfold": 0.025, "without": None}.items()
+        for name, mpp in (
+            *(("fine", 0.25), ("coarse", 0.5), ("other", 0.5)),
+            *(("tenfold", 0.025), ("odd", 0.08), ("without", None)),
+        )
     }
     manifest = write_manifest(tmp_path / "manifest.csv", slides)
     words = f"tile {manifest} --cache {tmp_path / 'cache'} --mpp 0.5 --tile-size 32 --workers 1".split()
@@ -338,11 +342,12 @@ def test_what_is_doubtful_is_said_once_with_the_option(
 
     for _ in range(2):  # the second run keeps the caches and says the same
         said = warnings("--mpp-override=0.5")
-        assert any("0.025 um per pixel is finer than" in line and "--mpp-replace" in line for line in said)
-        assert any("far from the median" in line and line.endswith(": tenfold") for line in said)
-        assert any("--mpp 0.5 is 20 times" in line and line.endswith(": tenfold") for line in said)
-        assert any(line.startswith("2 slides: the file's own spacing is kept") for line in said)
+        (line,) = [line for line in said if line.endswith(": tenfold")]
+        assert "0.025 um per pixel is finer than" in line and "--mpp-replace" in line
+        assert any("far from the median of 0.375" in line and line.endswith(": odd") for line in said)
+        assert any(line.startswith("3 slides: the file's own spacing is kept") for line in said)
     said = warnings("--overwrite", "--mpp-replace=0.5")
-    assert said[0] == "2 slides: the spacing given, 0.5 um per pixel, replaces the file's own: fine, tenfold"
+    replaced = "3 slides: the spacing given, 0.5 um per pixel, replaces the file's own"
+    assert said[0] == f"{replaced}: fine, tenfold, odd"
     caches = (SlideCache.open(cache_path(tmp_path / "cache", name)) for name in slides)
     assert {cache.mpp_level0 for cache in caches} == {(0.5, 0.5)}

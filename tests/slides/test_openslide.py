@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -305,3 +306,13 @@ def test_only_all_four_bounds_move_the_corner(tmp_path: Path) -> None:
             bounds = [int(handle.properties[f"openslide.bounds-{axis}"]) for axis in "xy"]
         assert list(slide.info.corner_level0) == bounds == [64, 0]
     assert _corner({"openslide.bounds-x": "5", "openslide.bounds-y": "7"}) == (0, 0)
+
+
+def test_a_pipe_beside_a_slide_is_refused(tmp_path: Path) -> None:
+    path = write_mirax(tmp_path / "a.mrxs", noise(128, 192))
+    os.mkfifo(tmp_path / "a" / "Extra.dat")
+    with pytest.raises(SlideOpenError, match=r"Extra\.dat beside it is no regular file"):
+        open_slide(path)
+    os.mkfifo(tmp_path / "pipe.svs")
+    with pytest.raises(SlideOpenError, match="not a file"):
+        open_slide(tmp_path / "pipe.svs")

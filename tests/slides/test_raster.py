@@ -6,14 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
 
 from slidetl.errors import SlideOpenError, SlideReadError, SpacingError
+from slidetl.slides import open_slide
 from slidetl.slides.base import Slide
 from slidetl.slides.raster import RasterSlide, is_raster
 from slidetl.synthetic.pyramid import BAND_PX, write_pyramid
@@ -171,20 +174,20 @@ def test_white_is_zero_where_the_file_says_so(tmp_path: Path) -> None:
         assert np.array_equal(slide.read((0, 0), (40, 30), 1.0)[..., 1], 255 - grey)
 
 
-def test_what_is_not_8_bit_grey_or_rgb_is_refused(tmp_path: Path) -> None:
-    tifffile.imwrite(tmp_path / "deep.tif", noise(20, 20).astype(np.uint16), photometric="rgb")
+def test_what_is_not_grey_or_rgb_is_refused(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "deep.tif", noise(20, 20).astype(np.uint32), photometric="rgb")
+    tifffile.imwrite(tmp_path / "real.tif", noise(64, 64) / 255, photometric="rgb", tile=(32, 32))
     tifffile.imwrite(tmp_path / "stack.tif", np.zeros((5, 20, 20), np.uint8), photometric="minisblack")
     Image.new("CMYK", (20, 20)).save(tmp_path / "ink.jpg")
-    Image.new("I;16", (20, 20)).save(tmp_path / "deep.png")
     np.savez(
         tmp_path / "a.npz", train_images=np.zeros((2, 8, 8, 3), np.float32), train_labels=np.zeros(2, int)
     )
     np.savez(tmp_path / "b.npz", train_images=np.zeros((2, 8, 8, 7), np.uint8), train_labels=np.zeros(2, int))
     for name, says in {
-        "deep.tif": "expected 8-bit grey or RGB, found 3 samples of uint16",
-        "stack.tif": "expected one grey or RGB image",
+        "deep.tif": "expected grey or RGB of 8 to 16 bits, found 3 samples of uint32",
+        "real.tif": "expected grey or RGB of 8 to 16 bits, found 3 samples of float64",
+        "stack.tif": "found 5 channels .*choose one, or three .* with --channels",
         "ink.jpg": "found JPEG CMYK",
-        "deep.png": "found PNG I;16",
         "a.npz#train/0": "uint8, not",
         "b.npz#train/0": "expected a grey or RGB image",
     }.items():
@@ -332,3 +335,206 @@ def test_an_image_of_no_pixels_is_refused(tmp_path: Path) -> None:
         file.pages.first.tags["ImageWidth"].overwrite(0)
     with pytest.raises(SlideOpenError, match=r"x\.tif: "):
         RasterSlide(path, 0.5)
+
+
+def write_deep(path: Path, samples: NDArray[Any], **options: Any) -> None:
+    if path.suffix == ".png":
+        path.write_bytes(imagecodecs.png_encode(samples))
+    else:
+        tifffile.imwrite(path, samples, photometric="rgb", metadata=None, **options)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_bits_of_a_camera_are_scaled_to_8(tmp_path: Path, suffix: str, bits: int) -> None:
+    picture = np.maximum(noise(96, 80), 3)
+    picture[:40] = 244  # glass
+    deep = (picture.astype(np.uint16) << (bits - 8)) | (picture >> (16 - bits)) if bits > 8 else picture
+    deep = deep.astype(np.uint16)
+    deep[50, 50] = 65535  # a hot pixel
+    path = tmp_path / f"a.{suffix}"
+    write_deep(path, deep, compression="zlib", tile=(32, 32)) if suffix == "tif" else write_deep(path, deep)
+    with open_slide(path, 0.5) as slide:
+        assert slide.info.notes == (f"samples of 16 bits hold {bits}, and are scaled to 8",)
+        read = slide.read((0, 0), (80, 96), 0.5).astype(int)
+    read[50, 50] = picture[50, 50]
+    assert np.abs(read - picture).max() <= 1
+
+
+def test_dim_samples_are_scaled_by_the_highest(tmp_path: Path) -> None:
+    picture = noise(64, 64).astype(np.uint16) * 100
+    write_deep(tmp_path / "a.tif", picture)
+    with open_slide(tmp_path / "a.tif", 0.5) as slide:
+        assert slide.info.notes == ("samples of 16 bits go up to 25500, and are scaled to 8 bits",)
+        assert np.abs(slide.read((0, 0), (64, 64), 0.5).astype(int) - noise(64, 64)).max() <= 1
+
+
+def test_alpha_of_16_bits_has_a_scale_of_its_own(tmp_path: Path) -> None:
+    picture = noise(64, 64)
+    alpha = np.full((64, 64, 1), 65535, np.uint16)
+    alpha[:, 32:] = 0
+    rgba = np.concatenate([picture.astype(np.uint16) << 4, alpha], 2)
+    write_deep(tmp_path / "a.tif", rgba, extrasamples=["unassalpha"], tile=(32, 32))
+    with open_slide(tmp_path / "a.tif", 0.5) as slide:
+        read = slide.read((0, 0), (64, 64), 0.5)
+    assert np.abs(read[:, :32].astype(int) - picture[:, :32]).max() <= 1 and (read[:, 32:] == 255).all()
+
+
+@pytest.mark.parametrize("compression", ["webp", "jpeg2000", "lzma", "png", "zstd", "lzw"])
+def test_tiles_that_openslide_cannot_decompress_are_read(tmp_path: Path, compression: str) -> None:
+    picture = noise(96, 80)
+    lossless: dict[str, Any] = {"lossless": True} if compression == "webp" else {}
+    options: dict[str, Any] = {"compression": compression, "compressionargs": lossless, "tile": (32, 32)}
+    flat(tmp_path / "a.tif", picture, resolution=(20000, 20000), resolutionunit="CENTIMETER", **options)
+    with open_slide(tmp_path / "a.tif") as slide:
+        assert slide.info.mpp_level0 == (0.5, 0.5)
+        assert np.array_equal(slide.read((0, 0), (80, 96), 0.5), picture)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "tiled.tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied(tmp_path: Path, suffix: str, orientation: int) -> None:
+    picture = np.kron(noise(5, 7), np.ones((16, 16, 1), np.uint8))
+    path = tmp_path / f"a.{suffix}"
+    image = Image.fromarray(picture)
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    if suffix.endswith("tif"):
+        resolution: dict[str, Any] = {"resolution": (20000, 10000), "resolutionunit": "CENTIMETER"}
+        tile = (32, 32) if suffix == "tiled.tif" else None
+        flat(path, picture, tile=tile, extratags=[(274, 3, 1, orientation, True)], **resolution)
+    else:
+        image.save(path, exif=exif, quality=100, subsampling=0)
+    image.info["exif"] = exif.tobytes()
+    shown = np.asarray(ImageOps.exif_transpose(image))
+    with open_slide(path, None if suffix.endswith("tif") else 0.5) as slide:
+        size = (shown.shape[1], shown.shape[0])
+        assert slide.info.size_level0 == size
+        assert len(slide.info.notes) == (orientation != 1)
+        if suffix.endswith("tif"):
+            mpp = slide.info.mpp_level0
+            assert mpp == ((0.5, 1.0) if orientation < 5 else (1.0, 0.5))
+            step = [round(1 / m) for m in mpp]
+            read = slide.read((0, 0), (size[0] // step[0], size[1] // step[1]), 1.0)
+            assert np.array_equal(read, shown[:: step[1], :: step[0]])
+        else:
+            assert np.abs(slide.read((0, 0), size, 0.5).astype(int) - shown).max() <= 4
+            assert np.abs(slide.read((9, 5), (30, 40), 0.5).astype(int) - shown[5:45, 9:39]).max() <= 4
+
+
+def test_missing_pieces_are_bright_whatever_is_white(tmp_path: Path) -> None:
+    for photometric in ("minisblack", "miniswhite"):
+        path = tmp_path / f"{photometric}.tif"
+        tifffile.imwrite(
+            path, noise(64, 64)[..., 0], photometric=photometric, tile=(32, 32), compression="lzma"
+        )
+        with tifffile.TiffFile(path, mode="r+") as file:
+            file.pages.first.tags["TileByteCounts"].overwrite([0, *file.pages.first.databytecounts[1:]])
+        with RasterSlide(path, 0.5) as slide:
+            assert (slide.read((0, 0), (32, 32), 0.5) == 255).all()
+            assert (slide.read((32, 0), (32, 32), 0.5) != 255).any()
+
+
+def test_a_truncated_uncompressed_tiff_is_refused(tmp_path: Path) -> None:
+    flat(tmp_path / "a.tif", noise(64, 64))
+    data = (tmp_path / "a.tif").read_bytes()
+    (tmp_path / "a.tif").write_bytes(data[: len(data) // 2])
+    with pytest.raises(SlideOpenError, match=r"a\.tif: not a slide or image that can be read"):
+        open_slide(tmp_path / "a.tif", 0.5)
+
+
+def planes(path: Path, picture: NDArray[Any], names: list[str], **about: Any) -> Path:
+    """One directory for each channel, in tiles, as raw2ometiff writes."""
+    metadata = {
+        "axes": "CYX",
+        "PhysicalSizeX": 0.5,
+        "PhysicalSizeY": 0.5,
+        "Channel": {"Name": names},
+        **about,
+    }
+    tifffile.imwrite(
+        path,
+        np.ascontiguousarray(np.moveaxis(picture, 2, 0)),
+        photometric="minisblack",
+        tile=(32, 32),
+        compression="zlib",
+        ome=True,
+        metadata=metadata,
+    )
+    return path
+
+
+@pytest.mark.parametrize("is_deep", [False, True])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_rgb_in_planes_is_rgb(tmp_path: Path, order: tuple[int, ...], is_deep: bool) -> None:
+    picture = noise(96, 80)
+    stored = picture[..., list(order)]
+    deep = {"SignificantBits": 12} if is_deep else {}
+    samples = (stored.astype(np.uint16) << 4).astype(np.uint16) if is_deep else stored
+    path = planes(tmp_path / "a.ome.tif", samples, [("Red", "Green", "Blue")[n] for n in order], **deep)
+    with open_slide(path) as slide:
+        assert slide.info.mpp_level0 == (0.5, 0.5) and slide.info.vendor == "ome-tiff"
+        read = slide.read((0, 0), (80, 96), 0.5).astype(int)
+        assert np.abs(read - picture).max() <= is_deep
+        assert slide.info.notes == (("samples of 12 bits are scaled to 8",) if is_deep else ())
+
+
+def test_channels_are_chosen_or_refused(tmp_path: Path) -> None:
+    picture = noise(96, 80)
+    path = planes(tmp_path / "a.ome.tif", picture, ["DAPI", "CD3", "CD8"])
+    listed = r"found 3 channels \(0 DAPI, 1 CD3, 2 CD8\); choose one, or three .* with --channels"
+    with pytest.raises(SlideOpenError, match=listed):
+        open_slide(path)
+    with pytest.raises(SlideOpenError, match=r"no channel 'CD9'; there are 0 DAPI, 1 CD3, 2 CD8"):
+        open_slide(path, channels="CD9")
+    for channels, wanted in {
+        "1": picture[..., [1, 1, 1]],
+        "cd8": picture[..., [2, 2, 2]],
+        "CD8, 1,DAPI": picture[..., [2, 1, 0]],
+    }.items():
+        with open_slide(path, channels=channels) as slide:
+            assert np.array_equal(slide.read((0, 0), (80, 96), 0.5), wanted)
+    flat(tmp_path / "rgb.tif", picture)
+    with open_slide(tmp_path / "rgb.tif", 0.5, channels="CD8") as slide:  # has no channels to choose from
+        assert np.array_equal(slide.read((0, 0), (80, 96), 0.5), picture)
+
+
+def test_planes_without_ome_are_not_one_picture(tmp_path: Path) -> None:
+    picture = noise(96, 80)
+    stack = np.ascontiguousarray(np.moveaxis(picture, 2, 0))
+    tifffile.imwrite(tmp_path / "a.tif", stack, photometric="minisblack", tile=(32, 32), metadata=None)
+    with pytest.raises(SlideOpenError, match="3 channels"):
+        open_slide(tmp_path / "a.tif", 0.5)
+    with open_slide(tmp_path / "a.tif", 0.5, channels="0,1,2") as slide:
+        assert np.array_equal(slide.read((0, 0), (80, 96), 0.5), picture)
+
+
+@pytest.mark.parametrize("resolution", [{}, {"resolution": (72, 72), "resolutionunit": "INCH"}])
+def test_ome_decides_before_openslide(tmp_path: Path, resolution: dict[str, Any]) -> None:
+    picture = noise(320, 352)
+    about = {"axes": "YXS", "PhysicalSizeX": 500, "PhysicalSizeXUnit": "nm", "PhysicalSizeY": 0.5}
+    with tifffile.TiffWriter(tmp_path / "a.ome.tif", ome=True) as file:
+        shared: dict[str, Any] = {"tile": (64, 48), "photometric": "rgb", "compression": "zlib", **resolution}
+        file.write(picture, subifds=2, metadata=about, **shared)
+        for factor in (2, 4):
+            file.write(block_means(picture, factor), subfiletype=1, **shared)
+    with open_slide(tmp_path / "a.ome.tif") as slide:
+        assert slide.info.mpp_levels == (0.5, 1.0, 2.0)
+        assert np.array_equal(slide.read((0, 0), (88, 80), 2.0), block_means(picture, 4))
+
+
+def test_three_planes_have_levels_too(tmp_path: Path) -> None:
+    picture = noise(96, 80)
+    with tifffile.TiffWriter(tmp_path / "a.ome.tif", ome=True) as file:
+        about = {
+            "axes": "CYX",
+            "Channel": {"Name": ["R", "G", "B"]},
+            "PhysicalSizeX": 0.5,
+            "PhysicalSizeY": 0.5,
+        }
+        shared: dict[str, Any] = {"tile": (32, 32), "photometric": "minisblack", "compression": "zlib"}
+        file.write(np.moveaxis(picture, 2, 0), subifds=1, metadata=about, **shared)
+        file.write(np.moveaxis(block_means(picture, 2), 2, 0), subfiletype=1, **shared)
+    with open_slide(tmp_path / "a.ome.tif") as slide:
+        assert slide.info.mpp_levels == (0.5, 1.0)
+        assert np.array_equal(slide.read((0, 0), (40, 48), 1.0), block_means(picture, 2))

@@ -59,7 +59,8 @@ def write_slide_report(
         OSError: a file cannot be written.
     """
     plan = result.plan
-    with open_slide(result.slide, icc=plan.spec.icc, mpp_replace=plan.info.mpp_level0) as slide:
+    spec, mpp = plan.spec, plan.info.mpp_level0
+    with open_slide(result.slide, icc=spec.icc, mpp_replace=mpp, channels=spec.channels) as slide:
         pyramid = build_pyramid(slide, plan, result.origins_level0, result.attention, budget_bytes, threads)
         galleries = _galleries(slide, result, pyramid)
     maps = maps_of(result, card.grades)

@@ -1,0 +1,57 @@
+"""Orientation of a picture: the eight ways in which its rows and columns can be stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+# A rectangle of one level, wholly inside it: left, top, width, height, to [height, width, 3] uint8.
+ReadPixels = Callable[[int, int, int, int], NDArray[np.uint8]]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Turns a stored picture as viewers show it: mirrored first, then transposed.
+
+    Attributes:
+        mirror_x: exchange left and right.
+        mirror_y: exchange top and bottom.
+        is_transposed: exchange rows and columns after that.
+    """
+
+    mirror_x: bool = False
+    mirror_y: bool = False
+    is_transposed: bool = False
+
+    @classmethod
+    def of(cls, orientation: int) -> tuple[Self, list[str]]:
+        """Returns the turn of an orientation of TIFF and EXIF, 1..8, none for others; and a note of it."""
+        turn = cls(orientation in (2, 3, 7, 8), orientation in (3, 4, 6, 7), orientation in (5, 6, 7, 8))
+        return turn, [f"turned as its orientation {orientation} says"] if turn != cls() else []
+
+    def size(self, stored: tuple[int, int]) -> tuple[int, int]:
+        """Returns width and height as shown of those stored."""
+        return (stored[1], stored[0]) if self.is_transposed else stored
+
+    def reader(self, read: ReadPixels, stored: tuple[int, int]) -> ReadPixels:
+        """Turns the reader of a stored picture of a size into one of the picture as shown."""
+        if self == Turn():
+            return read
+
+        def turned(x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
+            if self.is_transposed:
+                x, y, width, height = y, x, height, width
+            x = stored[0] - x - width if self.mirror_x else x
+            y = stored[1] - y - height if self.mirror_y else y
+            return self.apply(read(x, y, width, height))
+
+        return turned
+
+    def apply(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Turns pixels ``[h, w, 3]``."""
+        pixels = pixels[:: -1 if self.mirror_y else 1, :: -1 if self.mirror_x else 1]
+        return np.ascontiguousarray(pixels.swapaxes(0, 1) if self.is_transposed else pixels)
