@@ -12,7 +12,7 @@ from typing import Protocol, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from slidetl.errors import SlideReadError
+from slidetl.errors import SlideOpenError, SlideReadError
 
 _Result = TypeVar("_Result")
 
@@ -158,6 +158,21 @@ class Slide(Protocol):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def check_there(path: Path) -> None:
+    """Checks that a slide is a file, and that the folder is there whose index it is (MIRAX).
+
+    Raises:
+        SlideOpenError: the message says what is missing.
+    """
+    if not path.is_file():
+        what = "not a file" if path.exists() else "no such file"
+        if path.is_symlink() and not path.exists():
+            what = f"a link to {path.readlink()}, which is not there"
+        raise SlideOpenError(f"{path}: {what}")
+    if path.suffix.lower() == ".mrxs" and not path.with_suffix("").is_dir():
+        raise SlideOpenError(f"{path}: its pixels are missing, the folder {path.stem} beside it; copy both")
 
 
 # Up to this size a file is hashed whole; beyond it by so many blocks of so many bytes.

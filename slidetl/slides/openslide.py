@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from slidetl.errors import SlideOpenError, SlideReadError
 from slidetl.slides.area import average_areas
-from slidetl.slides.base import SlideInfo, fingerprint_of
+from slidetl.slides.base import SlideInfo, check_there, fingerprint_of
 from slidetl.slides.decoding import JpegCutter, Placement, map_in_order, reduction_for
 from slidetl.slides.dicom import series_instance_uid
 from slidetl.slides.levels import (
@@ -378,8 +378,7 @@ def is_generic_tiff(path: Path) -> bool:
 
 
 def _open(path: Path) -> openslide.OpenSlide:
-    if not path.is_file():
-        raise SlideOpenError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    check_there(path)
     for beside in _beside(path):
         # OpenSlide would wait for a pipe for ever.
         if beside.exists() and not (beside.is_file() or beside.is_dir()):

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.errors import SlideOpenError, SlideReadError
-from slidetl.slides.base import SlideInfo, fingerprint_of
+from slidetl.slides.base import SlideInfo, check_there, fingerprint_of
 from slidetl.slides.declared import READABLE, check_declared
 from slidetl.slides.levels import Level, PyramidSlide, nominal_mpp, scale_of
 from slidetl.slides.npz import NpzItem
@@ -181,8 +181,7 @@ class RasterSlide(PyramidSlide[_Level]):
             image = _as_rgb(item.read(), str(self._path))
             digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
             return _Opened.whole("npz", digest, image)
-        if not self._path.is_file():
-            raise SlideOpenError(f"{self._path}: {'not a file' if self._path.exists() else 'no such file'}")
+        check_there(self._path)
         fingerprint = fingerprint_of([self._path])
         if self._path.suffix.lower() in IMAGE_SUFFIXES:
             return _read_plain(self._path, fingerprint)

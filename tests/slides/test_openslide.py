@@ -161,11 +161,26 @@ def test_transparent_becomes_background_not_black() -> None:
     assert (composite(white, (255, 255, 255)) == 255).all()
 
 
+def test_a_slide_without_its_companions_says_which_are_missing(tmp_path: Path) -> None:
+    (tmp_path / "case.mrxs").write_bytes(b"\xff\xd8\xff\xe0" + bytes(2000))
+    with pytest.raises(SlideOpenError, match="its pixels are missing, the folder case beside it"):
+        open_slide(tmp_path / "case.mrxs")
+    (tmp_path / "case.vms").write_text(
+        "[Virtual Microscope Specimen]\nNoLayers=1\nImageFile=case(0,0).jpg\nNoJpegColumns=1\nNoJpegRows=1\n"
+        "MapFile=case_map.jpg\nMacroImage=m.jpg\n"
+    )
+    with pytest.raises(SlideOpenError, match=r"case_map\.jpg: No such file"):
+        open_slide(tmp_path / "case.vms")
+
+
 def test_what_is_not_a_slide_says_so(tmp_path: Path) -> None:
     with pytest.raises(SlideOpenError, match="no such file"):
         open_slide(tmp_path / "missing.svs")
     with pytest.raises(SlideOpenError, match="not a file"):
         open_slide(tmp_path)
+    (tmp_path / "linked.svs").symlink_to("/archive/a.svs")
+    with pytest.raises(SlideOpenError, match=r"a link to /archive/a\.svs, which is not there"):
+        open_slide(tmp_path / "linked.svs")
     (tmp_path / "text.svs").write_text("not a slide")
     with pytest.raises(SlideOpenError, match="not a slide in a format that OpenSlide reads"):
         open_slide(tmp_path / "text.svs")
