@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 import warnings
@@ -73,6 +74,8 @@ def main(args: Sequence[str] | None = None) -> int:
     command = words[0] if words else ""
     if command in NETWORK_COMMANDS:
         prepare_for_networks()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a letter must not end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
     warnings.formatwarning = lambda message, *_, **__: f"slidetl: warning: {message}\n"
     try:
         if command in TRAINING_COMMANDS:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import random
 import resource
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from slidetl.cli import main
 from slidetl.tiles.ledger import FAILED, USED, Ledger
@@ -228,6 +230,21 @@ def test_missing_files_cost_their_slides_and_are_one_line(
     rows = {row.slide_id: row for row in Ledger(cache / "ledger.csv").rows()}
     assert rows["gone7"].status == FAILED and rows["gone7"].reason.endswith("7.svs: no such file")
     assert rows["患者1"].status == USED and SlideCache.open(cache_path(cache, "患者1")).slide_id == "患者1"
+
+
+def test_a_terminal_without_the_letters_shows_their_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for label in ("да", "нет"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (200, 90, 160)).save(tmp_path / "images" / label / f"{label}.png")
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr("sys.stdout", terminal)
+    words = ["tile", str(tmp_path / "images"), "--cache", str(tmp_path / "cache"), "--mpp", "1"]
+    assert main([*words, "--mpp-override", "1", "--tile-size", "32", "--min-tissue", "0"]) == 0
+    terminal.flush()
+    assert rb"labels by folder, in this order: --data.grades='['\u0434\u0430'" in terminal.buffer.getvalue()
+    assert {row.slide_id for row in Ledger(tmp_path / "cache" / "ledger.csv").rows()} == {"да", "нет"}
 
 
 def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(
