@@ -24,26 +24,26 @@ def compare(
 ) -> int:
     """Compares arms (scratch, transfer, classical) by cross-validation over patients.
 
-    Exit code 1 if any unit failed. The same command resumes a run that was interrupted.
+    Exit code 1 if any job failed. The same command resumes a run that was interrupted.
 
     Args:
         config: the comparison (YAML); configs/compare/fibrosis_quick.yaml and others
             come with slidetl.
-        output: folder for the report, the tables and the units.
+        output: folder for the report, the tables and the jobs.
         manifest: a manifest (CSV), instead of the configuration's.
         cache: folder that 'slidetl tile' wrote, instead of the configuration's.
         jobs: trainings at a time on this machine; they share its cores.
         scheduler: address of a Dask scheduler, tcp://HOST:PORT, whose workers train instead of this machine.
         only: arms to compute, instead of all.
-        report_only: compute nothing, write the report of the units that are there.
-        dry_run: plan, audit the splits and print the number of units, without computing any.
+        report_only: compute nothing, write the report of the jobs that are there.
+        dry_run: plan, audit the splits and print the number of jobs, without computing any.
         allow: package or class outside slidetl that the configuration may import, which runs its code.
     """
     from dataclasses import replace
 
     from slidetl.cli.shipped import find_config
     from slidetl.compare.config import read_comparison
-    from slidetl.compare.progress import UnitProgress
+    from slidetl.compare.progress import JobProgress
     from slidetl.compare.report.page import describe
     from slidetl.compare.run import Options, plan_comparison, report_comparison, run_comparison
     from slidetl.text import one_line
@@ -54,14 +54,14 @@ def compare(
     )
     plan = plan_comparison(comparison, only)
     if dry_run:
-        arms = len({unit.arm for unit in plan.units})
-        print(f"{len(plan.study.rows)} slides, {len(plan.folds)} folds, {arms} arms, {len(plan.units)} units")
+        arms = len({job.arm for job in plan.jobs})
+        print(f"{len(plan.study.rows)} slides, {len(plan.folds)} folds, {arms} arms, {len(plan.jobs)} jobs")
         return 0
     if report_only:
         result = report_comparison(plan, output)
         print(f"{describe(result)}\nwritten to {output}, report.html first")
         return 0
-    with UnitProgress(jobs) as progress:
+    with JobProgress(jobs) as progress:
         result, failed = run_comparison(
             plan, output, Options(jobs, scheduler, allow, progress.start, progress.done)
         )

@@ -1,5 +1,5 @@
-"""Arms against each other on the same splits: ``slidetl compare``. See docs/design/compare.md.
+"""Compares arms on the same splits: ``slidetl compare``. See docs/design/compare.md.
 
-It reads downwards: ``config`` says what is compared, ``plan`` makes of it units (one arm on one fold),
-``unit`` computes one, ``pool`` many at a time, and ``result`` takes them together.
+In reading order: ``config`` describes a comparison, ``plan`` turns it into jobs (one arm on one fold),
+``pool`` computes them, ``records`` keeps their results, ``aggregate`` combines these, ``report`` shows them.
 """

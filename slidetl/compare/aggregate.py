@@ -1,4 +1,4 @@
-"""Aggregates the units of a comparison into metrics with their intervals."""
+"""Aggregates the jobs of a comparison into metrics with their intervals."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from slidetl.compare.config import METRICS, Comparison, MetricName
 from slidetl.compare.groups import members_of, shift_between
-from slidetl.compare.plan import Unit, permuted
-from slidetl.compare.records import UnitResult
+from slidetl.compare.plan import Job, permuted
+from slidetl.compare.records import JobResult
 from slidetl.data.study import Study
 from slidetl.errors import UsageError
 from slidetl.evaluation.agreement import (
@@ -77,10 +77,12 @@ from slidetl.evaluation.protocol import Fold, splits_sha256
 from slidetl.evaluation.repeatability import Repeatability, ScoreShift, repeatability
 from slidetl.tiles.features import read_features
 
-# Share of patients that the sets of grades may miss; accuracies whose difference the power table is about.
-RISK = 0.1
+RISK = 0.1  # share of patients that sets of grades may miss
 _BY_GROUP: tuple[MetricName, ...] = ("accuracy", "qwk")
-_ACCURACIES = ((0.56, 0.56), (0.56, 0.60), (0.56, 0.64), (0.56, 0.68), (0.56, 0.72), (0.56, 0.80))
+# Pairs of true accuracies in the power table.
+_ACCURACIES = tuple((0.56, second) for second in (0.56, 0.60, 0.64, 0.68, 0.72, 0.80))
+
+Done = Sequence[tuple[Job, JobResult]]
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,8 @@ class Untempered:
     """Metrics of the probabilities of an arm without the temperatures of the inner folds.
 
     Attributes:
-        log_loss, rps: of the results, averaged over repeats.
-        slope: of the calibration in the first repeat; None where it has no finite estimate.
+        log_loss, rps: averaged over repeats.
+        slope: of the calibration in the first repeat; None without a finite estimate.
     """
 
     log_loss: float
@@ -101,32 +103,32 @@ class Untempered:
 class ArmResult:
     """One arm, its out-of-fold predictions pooled within each repeat.
 
-    R repeats, N slides in the order of :attr:`ComparisonResult.slides`, K grades. Intervals resample patients
-    and are conditional on the fitted models.
+    R repeats, N slides in the order of :attr:`ComparisonResult.slides`, K grades, M results (patients or
+    slides, by the protocol's unit). Metrics are of results; intervals resample patients, given the models.
 
     Attributes:
         arm: its name.
-        n_slides: that it was trained on in each fold, of a smaller training part; None for the whole one.
-        nested: whether all choices were made in inner folds; False also for arms that choose nothing.
-        probabilities: ``[R, N, K]``, calibrated by the temperatures of the inner folds where there are any.
-        results: M, one for each patient or slide, as the protocol's unit says.
-        folds: ``[R, M]``, number of the fold whose test part held each result.
-        metrics: ``qwk``, ``accuracy``, ``mae``, ``rps`` and ``log_loss`` of ``results``.
+        n_slides: of a smaller training part in each fold; None for the whole one.
+        nested: True if all choices were made in inner folds; False also for arms without choices.
+        probabilities: ``[R, N, K]``, calibrated by the temperatures of the inner folds, if any.
+        results: M of them.
+        folds: ``[R, M]``, number of the fold with each result in its test part.
+        metrics: by name.
         by_repeat: the same metrics for each repeat alone.
-        quality: per threshold and over all, of ``results`` in the first repeat.
-        confusion: ``[K, K]``, true by predicted, of ``results``, summed over repeats.
-        variance: of the primary metric by seed, fold and patient; None where a fold has a single patient.
-        slope, null, bins: calibration of ``results`` in the first repeat.
+        quality: per threshold and over all, in the first repeat.
+        confusion: ``[K, K]``, true by predicted, summed over repeats.
+        variance: of the primary metric by seed, fold and patient; None if a fold has a single patient.
+        slope, null, bins: calibration in the first repeat.
         untempered: the same arm without its temperatures; None for an arm without inner folds.
         sets: coverage of sets of grades that miss one in ten patients; None for a single fold.
-        referral: share of wrong ``results`` against share of those that are graded at all.
-        sites, scanners: accuracy and QWK of ``results`` by metric, by group; empty where there is one group.
+        referral: share of wrong results against the share of results graded at all.
+        sites, scanners: accuracy and QWK by metric, by group; empty for one group.
         readers: the model against each reader, and their consensus.
-        repeatability: of the score over draws of tiles; None for arms without.
-        group_shift: of the score between the groups that the configuration names; None without.
-        chance_p: of the primary metric, against refits on permuted labels; None where there were none.
-        n_permuted: how many of these refits are complete.
-        units: each with what it found.
+        repeatability: of the score over draws of tiles; None without draws.
+        group_shift: of the score between the configured groups, if any.
+        chance_p: of the primary metric, against refits on permuted labels; None without refits.
+        n_permuted: number of complete refits.
+        jobs: each with its result.
     """
 
     arm: str
@@ -153,7 +155,7 @@ class ArmResult:
     group_shift: ScoreShift | None
     chance_p: float | None
     n_permuted: int
-    units: tuple[tuple[Unit, UnitResult], ...]
+    jobs: Done
 
     @property
     def label(self) -> str:
@@ -167,13 +169,13 @@ class PairedDifference:
 
     Attributes:
         arm, against: their names.
-        metric: that is compared; the difference is ``arm`` less ``against``.
+        n_slides: of a smaller training part of both in each fold; None for the whole one.
+        metric: the difference is ``arm`` minus ``against``.
         interval: paired, over patients.
-        corrected_t: over folds; None where there is only one.
+        corrected_t: over folds; None for a single fold.
         sign_flip: on the first repeat.
-        p_holm: of the sign-flip test, corrected over the family of all pairs but the primary one, which is
-            outside of it; None for the primary one. Smaller training parts are a family of their own.
-        n_slides: that both were trained on in each fold, of a smaller training part; None for the whole one.
+        p_holm: of the sign-flip test, corrected over the family of all pairs but the primary one; None for
+            the primary one. Smaller training parts are a separate family.
     """
 
     arm: str
@@ -193,25 +195,24 @@ class ComparisonResult:
     Attributes:
         comparison: as configured.
         splits_sha256: of all folds.
-        fold_sizes: slides trained and tested on, for each fold.
-        slides: identifiers of the tested slides, sorted.
-        patients: ``[N]`` of each slide.
-        site_of, scanner_of: of each slide, from the manifest.
+        fold_sizes: slides to train and to test on, for each fold.
+        slides: identifiers of the N tested slides, sorted.
+        patients, site_of, scanner_of: of each slide, from the manifest.
         true: ``[N]`` grades.
         readings: ``[N, Q]`` of the readers, -1 for none; Q may be 0.
-        primary: the comparison that was declared; None until both its arms are complete.
-        arms: those that are complete, the primary ones first.
+        primary: the declared comparison; None until both its arms are complete.
+        arms: complete arms.
         smaller: arms on smaller training parts.
-        differences: of all other arms and the one that the primary is compared against.
+        differences: of all other arms and the reference of the primary comparison.
         smaller_differences: the same on smaller training parts, the declared pair among them.
-        incomplete: arms with units that are not done: how many are, and how many there are.
+        incomplete: by arm, numbers of finished and of planned jobs.
         readers: their agreement.
-        ceiling: that two readers' noise sets; None with fewer than two of them.
-        sites, scanners: by grade; None where there is one.
+        ceiling: set by two readers' noise; None with fewer readers.
+        sites, scanners: by grade; None for one site.
         site_in_embeddings: accuracy at telling the site from stored features, by their name, and from the
             trained networks of an arm in the first repeat, by its label.
         power: to find a difference with as many patients and slides.
-        group_shift: of the true grades between the groups that the configuration names; None without.
+        group_shift: of the true grades between the configured groups, if any.
     """
 
     comparison: Comparison
@@ -242,37 +243,37 @@ def combine(
     comparison: Comparison,
     study: Study,
     folds: Sequence[Fold],
-    done: Sequence[tuple[Unit, UnitResult | None]],
+    done: Sequence[tuple[Job, JobResult | None]],
 ) -> ComparisonResult:
-    """Aggregates the units.
+    """Aggregates the jobs.
 
     Args:
         comparison: as configured.
         study: its slides.
         folds: all of them.
-        done: every planned unit, with what it found; None where it is not done.
+        done: every planned job, with its result or None.
 
     Raises:
         UsageError: no arm is complete yet.
     """
     pooling = _Pooling(comparison, study, folds)
-    groups: dict[tuple[str, int | None, int | None], list[tuple[Unit, UnitResult | None]]] = {}
-    for unit, result in done:
-        groups.setdefault((unit.arm, unit.n_slides, unit.permutation), []).append((unit, result))
+    groups: dict[tuple[str, int | None, int | None], list[tuple[Job, JobResult | None]]] = {}
+    for job, result in done:
+        groups.setdefault((job.arm, job.n_slides, job.permutation), []).append((job, result))
     complete, incomplete = {}, {}
     for key, members in groups.items():
-        found = [(unit, result) for unit, result in members if result is not None]
+        found = [(job, result) for job, result in members if result is not None]
         if len(found) == len(members):
             complete[key] = found
         else:
             incomplete[_label(*key)] = len(found), len(members)
     null: dict[str, list[float]] = {}
-    for (arm, _, permutation), units in complete.items():
+    for (arm, _, permutation), jobs in complete.items():
         if permutation is not None:
-            null.setdefault(arm, []).append(pooling.permuted_metric(units, permuted(study, permutation)))
+            null.setdefault(arm, []).append(pooling.permuted_metric(jobs, permuted(study, permutation)))
     found_arms = [
-        pooling.arm(arm, n_slides, units, null.get(arm, []) if n_slides is None else [])
-        for (arm, n_slides, permutation), units in complete.items()
+        pooling.arm(arm, n_slides, jobs, null.get(arm, []) if n_slides is None else [])
+        for (arm, n_slides, permutation), jobs in complete.items()
         if permutation is None
     ]
     arms = tuple(arm for arm in found_arms if arm.n_slides is None)
@@ -303,9 +304,7 @@ def combine(
         ceiling=ceiling,
         sites=pooling.by_grade(pooling.sites),
         scanners=pooling.by_grade(pooling.scanners),
-        site_in_embeddings=_site_in_embeddings(
-            comparison, study, {unit.arm for unit, _ in done}, arms, folds
-        ),
+        site_in_embeddings=_site_in_embeddings(comparison, study, {job.arm for job, _ in done}, arms, folds),
         power=_power(design),
         group_shift=pooling.group_shift(pooling.true.astype(np.float64)),
     )
@@ -331,7 +330,7 @@ class _Pooling:
         for readings, row in zip(self.readings, rows, strict=True):
             given = [-1 if grade is None else grade for grade in row.reader_grades]
             readings[: len(given)] = given
-        # [M]; of a result the patient, and one of its slides
+        # [M]: patient and one slide of each result
         self._who, self._first = (
             (self.patients, np.arange(len(rows)))
             if self._unit == "slide"
@@ -339,25 +338,19 @@ class _Pooling:
         )
         read = np.where(self.readings >= 0, self.readings, np.nan)
         grades = np.floor(per_patient(read, self.patients, self._unit) + 0.5)
-        # [M, Q]; -1 where a reader did not read all slides of a result
+        # [M, Q]; -1 if a reader did not read all slides of a result
         self._result_readings = np.where(np.isnan(grades), -1, grades).astype(np.int64)
 
-    def arm(
-        self,
-        arm: str,
-        n_slides: int | None,
-        units: Sequence[tuple[Unit, UnitResult]],
-        null: Sequence[float],
-    ) -> ArmResult:
+    def arm(self, arm: str, n_slides: int | None, jobs: Done, null: Sequence[float]) -> ArmResult:
         """Computes all metrics of one arm."""
-        probabilities, folds = self._pooled(units)
+        probabilities, folds = self._pooled(jobs)
         results = self._results(probabilities, self.true)
         true, first, graded = results.true, results.probabilities[0], results.predicted[0]
         who, name, how = results.patients, self._primary.metric, self._how
         metrics = {name: bca_interval(self._metric(name, results), who, **how) for name in METRICS}
-        is_nested = [result.nested for _, result in units]
+        is_nested = [result.nested for _, result in jobs]
         fewest = min(len(np.unique(who[row == k])) for row in folds for k in range(len(self._folds)))
-        observed = _higher_is_better(name, metrics[name].estimate)
+        observed = _signed(name, metrics[name].estimate)
         sure = first[np.arange(len(true)), graded]
         return ArmResult(
             arm=arm,
@@ -378,7 +371,7 @@ class _Pooling:
             slope=calibration_slope(true, first, who, **how),
             null=calibration_null(true, first),
             bins=reliability(true, first),
-            untempered=self._untempered(units) if any(is_nested) else None,
+            untempered=self._untempered(jobs) if any(is_nested) else None,
             sets=check_coverage(true, first, who, folds[0], risk=RISK, **how)
             if len(self._folds) > 1
             else None,
@@ -390,19 +383,19 @@ class _Pooling:
             )
             if len(np.unique(who[(self._result_readings >= 0).any(axis=1)])) > 1
             else (),
-            repeatability=self._repeatability(units),
+            repeatability=self._repeatability(jobs),
             group_shift=self.group_shift(probabilities.mean(axis=0) @ np.arange(self._n_grades)),
             chance_p=chance_p(observed, null) if null else None,
             n_permuted=len(null),
-            units=tuple(units),
+            jobs=tuple(jobs),
         )
 
-    def permuted_metric(self, units: Sequence[tuple[Unit, UnitResult]], study: Study) -> float:
+    def permuted_metric(self, jobs: Done, study: Study) -> float:
         """Computes the primary metric of a cross-validation on permuted labels; higher is better."""
         grade = {row.slide_id: row.grade for row in study.rows}
         true = np.array([grade[slide] for slide in self.slides], np.int64)
-        results, name = self._results(self._pooled(units)[0], true), self._primary.metric
-        return _higher_is_better(name, float(self._metric(name, results)(np.ones(len(results.true)))))
+        results, name = self._results(self._pooled(jobs)[0], true), self._primary.metric
+        return _signed(name, float(self._metric(name, results)(np.ones(len(results.true)))))
 
     def differences(self, arms: Sequence[ArmResult]) -> list[PairedDifference]:
         """Tests arms against the primary's reference on as many slides, without Holm's correction."""
@@ -424,7 +417,7 @@ class _Pooling:
         return reader_agreement(self._result_readings, self._who, self._n_grades, **self._how), ceiling
 
     def by_grade(self, groups: Sequence[str]) -> SiteByGrade | None:
-        """Counts slides by site, or scanner, and grade; None where there is one."""
+        """Counts slides by site, or scanner, and grade; None for a single one."""
         if len(set(groups)) < 2:
             return None
         return site_by_grade(groups, self.true, self.patients, self._n_grades)
@@ -433,18 +426,16 @@ class _Pooling:
         """Compares scores ``[N]`` of the configured groups."""
         return shift_between(scores, self._members, self.patients, self._unit)
 
-    def _pooled(
-        self, units: Sequence[tuple[Unit, UnitResult]]
-    ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    def _pooled(self, jobs: Done) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Pools calibrated probabilities ``[R, N, K]``, and folds of the results ``[R, M]``."""
         place = {slide: number for number, slide in enumerate(self.slides)}
         probabilities = np.full((self._n_repeats, len(self.slides), self._n_grades), np.nan)
         folds = np.zeros(probabilities.shape[:2], np.int64)
-        for unit, result in units:
+        for job, result in jobs:
             where = [place[row.slide_id] for row in result.predictions]
             rows = np.array([row.probabilities for row in result.predictions])
-            probabilities[unit.fold.repeat, where] = with_temperature(rows, result.temperature)
-            folds[unit.fold.repeat, where] = self._folds.index(unit.fold.name)
+            probabilities[job.fold.repeat, where] = with_temperature(rows, result.temperature)
+            folds[job.fold.repeat, where] = self._folds.index(job.fold.name)
         return probabilities, folds[:, self._first]
 
     def _results(self, probabilities: NDArray[np.float64], true: NDArray[np.int64]) -> PatientResults:
@@ -457,8 +448,8 @@ class _Pooling:
         metric, ones = _metric_of(name, self._n_grades), np.ones(len(results.true))
         return tuple(float(metric(results.true, row, ones)) for row in _predictions(name, results))
 
-    def _untempered(self, units: Sequence[tuple[Unit, UnitResult]]) -> Untempered:
-        plain, _ = self._pooled([(unit, replace(result, temperature=1.0)) for unit, result in units])
+    def _untempered(self, jobs: Done) -> Untempered:
+        plain, _ = self._pooled([(job, replace(result, temperature=1.0)) for job, result in jobs])
         results = self._results(plain, self.true)
         slope = calibration_slope(results.true, results.probabilities[0], results.patients, n_draws=200).slope
         log_loss, rps = (float(np.mean(self._by_repeat(name, results))) for name in ("log_loss", "rps"))
@@ -472,7 +463,7 @@ class _Pooling:
         if len(self._folds) > 1:
             by_fold = [metric_per_fold(metric, arm.results.true, rows, arm.folds) for rows in (one, other)]
             gaps = by_fold[0] - by_fold[1]
-            if np.isfinite(gaps).all():  # a fold whose grades are all one may leave it undefined
+            if np.isfinite(gaps).all():  # undefined in a fold of a single grade
                 t = corrected_t(gaps, 1 / len(self._folds))
         return PairedDifference(
             arm=arm.arm,
@@ -488,7 +479,7 @@ class _Pooling:
     def _by_group(
         self, results: PatientResults, groups: Sequence[str]
     ) -> dict[MetricName, tuple[GroupEstimate, ...]]:
-        """Computes metrics by group; a patient with slides in several counts for their combination."""
+        """Computes metrics by group; a patient with slides in several groups is in their combination."""
         if len(set(groups)) < 2:
             return {}
         if self._unit != "slide":
@@ -501,11 +492,11 @@ class _Pooling:
             for name in _BY_GROUP
         }
 
-    def _repeatability(self, units: Sequence[tuple[Unit, UnitResult]]) -> Repeatability | None:
-        """Uses the first repeat, so that each result counts once, where all of its slides were drawn."""
+    def _repeatability(self, jobs: Done) -> Repeatability | None:
+        """Measures it in the first repeat, so that each result counts once, if all its slides were drawn."""
         draws: dict[str, Sequence[float]] = {}
-        for unit, result in units:
-            if unit.fold.repeat == 0:
+        for job, result in jobs:
+            if job.fold.repeat == 0:
                 draws.update(result.draws)
         n_draws = len(next(iter(draws.values()), ()))
         nothing = [np.nan] * n_draws
@@ -518,7 +509,7 @@ class _Pooling:
 
 @cache
 def _power(design: StudyDesign) -> tuple[PowerRow, ...]:
-    """Simulates the power of a study, which takes seconds, once for equal designs."""
+    """Simulates the power of a study, once for equal designs: it takes seconds."""
     accuracies = [pair for pair in _ACCURACIES if min(pair) > 1 / design.n_grades]
     return power_table(accuracies, design, n_studies=400, n_draws=300)
 
@@ -528,7 +519,7 @@ def _site_in_embeddings(
 ) -> dict[str, SiteDecodability]:
     """Measures how well stored features of planned arms, and trained networks of arms, tell the site.
 
-    Empty where a site has a single patient, a patient several sites, or folds leave a site out.
+    Empty if a site has a single patient, a patient several sites, or folds leave a site out.
     """
     sites, patients = (np.array([getattr(row, k) for row in study.rows]) for k in ("site", "patient_id"))
     site_of = {row.slide_id: row.site for row in study.rows}
@@ -552,9 +543,9 @@ def _site_in_embeddings(
     number = {row.slide_id: place for place, row in enumerate(study.rows)}
     for arm in arms:
         parts = []
-        for unit, result in arm.units:
-            if unit.fold.repeat == 0 and len(result.embeddings):
-                train, test = (np.array([number[s] for s in p]) for p in (unit.fold.train, unit.fold.test))
+        for job, result in arm.jobs:
+            if job.fold.repeat == 0 and len(result.embeddings):
+                train, test = (np.array([number[s] for s in p]) for p in (job.fold.train, job.fold.test))
                 parts.append(EmbeddedFold(train, test, *np.split(result.embeddings, [len(train)])))
         if parts:
             found[arm.label] = site_decodability_by_fold(parts, sites, patients)
@@ -578,7 +569,8 @@ def _predictions(name: MetricName, results: PatientResults) -> NDArray[Any]:
     return results.probabilities if name in ("rps", "log_loss") else results.predicted
 
 
-def _higher_is_better(name: MetricName, value: float) -> float:
+def _signed(name: MetricName, value: float) -> float:
+    """Changes the sign of metrics that are better when lower."""
     return value if name in ("qwk", "accuracy") else -value
 
 

@@ -1,4 +1,4 @@
-"""Measures colour and stain of slides, without looking at any structure."""
+"""Measures colour and stain of slides, independent of any structure."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from slidetl.tiles.store import SlideCache
 # Optical density by channel (red, green, blue) of two stains, that of collagen first. Haematoxylin and eosin:
 # the normalised vectors of Ruifrok and Johnston, "Quantification of histochemical staining by color
 # deconvolution", Anal. Quant. Cytol. Histol. 2001. Masson's methyl blue and ponceau fuchsin: those of
-# Landini's ImageJ plugin. Sirius red and picric acid: after where the dyes absorb, near 530 and 360 nm.
+# Landini's ImageJ plugin. Sirius red and picric acid: after the dyes' absorption, near 530 and 360 nm.
 _STAINS = {
     "he": ((0.07, 0.99, 0.11), (0.65, 0.70, 0.29)),
     "trichrome": ((0.80, 0.59, 0.11), (0.10, 0.74, 0.67)),
     "sirius": ((0.10, 0.85, 0.52), (0.05, 0.20, 0.98)),
 }
-# Density of its stain from which on a pixel of the tissue counts as collagen.
-_COLLAGEN_DENSITY = 0.15
+_COLLAGEN_DENSITY = 0.15  # least density of its stain in a pixel of collagen
 
 
 def colour_features(caches: Iterable[SlideCache]) -> NDArray[np.float64]:
@@ -40,17 +39,17 @@ def colour_features(caches: Iterable[SlideCache]) -> NDArray[np.float64]:
 def collagen_features(caches: Iterable[SlideCache], stains: Iterable[str]) -> NDArray[np.float64]:
     """Measures the collagen of each slide, from its thumbnail, by colour deconvolution.
 
-    Each pixel's optical density is taken apart into two stains and a remainder at right angles to both
+    Each pixel's optical density is decomposed into two stains and a remainder at right angles to both
     (Ruifrok and Johnston 2001). In haematoxylin and eosin collagen shares the eosin with everything else
-    that is pink, so that there the measure is a poor one; in trichrome and Sirius red it is what is used.
+    pink, so the measure is poor there; in trichrome and Sirius red it is the usual one.
 
     Args:
         caches: the slides.
-        stains: of each: ``he``, ``trichrome`` or ``sirius``; of an unknown one as ``he``.
+        stains: of each: ``he``, ``trichrome`` or ``sirius``; an unknown one counts as ``he``.
 
     Returns:
-        ``[n, 3]``: share of the tissue that is collagen, 0..1; its area in mm2; mean density of its stain
-        over the tissue.
+        ``[n, 3]``: collagen's share of the tissue, 0..1; its area in mm2; mean density of its stain over the
+        tissue.
     """
     rows = []
     for cache, stain in zip(caches, stains, strict=True):
@@ -64,14 +63,9 @@ def collagen_features(caches: Iterable[SlideCache], stains: Iterable[str]) -> ND
 
 
 def collagen_density(rgb: NDArray[np.uint8], stain: str) -> NDArray[np.float64]:
-    """Computes the density of collagen's stain in each pixel.
+    """Computes the optical density ``[n]`` of collagen's stain in pixels ``[n, 3] uint8``.
 
-    Args:
-        rgb: ``[n, 3] uint8``.
-        stain: ``he``, ``trichrome`` or ``sirius``; an unknown one counts as ``he``.
-
-    Returns:
-        ``[n]`` optical density: 1 dims the light to a tenth.
+    1 dims the light to a tenth. An unknown stain counts as ``he``.
     """
     collagen, other = (np.array(vector) for vector in _STAINS.get(stain, _STAINS["he"]))
     basis = np.stack([collagen, other, np.cross(collagen, other)])

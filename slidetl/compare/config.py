@@ -17,15 +17,10 @@ from slidetl.evaluation.protocol import Protocol
 MetricName = Literal["qwk", "accuracy", "mae", "rps", "log_loss"]
 METRICS: tuple[MetricName, ...] = ("qwk", "accuracy", "mae", "rps", "log_loss")
 Baseline = Literal["prior", "colour_area", "site", "collagen"]
-BASELINES: tuple[Baseline, ...] = ("prior", "colour_area", "site", "collagen")
 
-# Epochs where ``trainer.max_epochs`` says nothing, as ``slidetl fit``.
-EPOCHS = 30
-
-# The parts of a configuration of ``slidetl fit`` that an arm may have.
-FIT_PARTS = ("model", "data", "trainer")
-# What the comparison decides itself.
-_DECIDED = ("data.manifest", "data.cache", "data.grades", "data.seed", "model.grades")
+EPOCHS = 30  # the default of ``trainer.max_epochs``, as in ``slidetl fit``
+FIT_PARTS = ("model", "data", "trainer")  # of a configuration of ``slidetl fit``
+_RESERVED = ("data.manifest", "data.cache", "data.grades", "data.seed", "model.grades")
 
 
 @dataclass(frozen=True)
@@ -33,9 +28,9 @@ class Classical:
     """A classical model on stored features.
 
     Attributes:
-        features: names under which ``slidetl embed`` stored them; several are joined.
+        features: names of stored features (``slidetl embed``); several are joined.
         model: as ``slidetl fit-features --model``.
-        pool: how the tiles of a slide become one vector.
+        pool: of the tiles of a slide into one vector.
         k: of the pool ``top-k``.
     """
 
@@ -56,13 +51,13 @@ class Arm:
     """One way of grading. Exactly one of ``fit``, ``classical`` and ``baseline`` is given.
 
     Attributes:
-        fit: what differs from the comparison's ``base``, as a configuration of ``slidetl fit``.
+        fit: changes to the comparison's ``base``, as a configuration of ``slidetl fit``.
         classical: a classical model on stored features.
-        baseline: what anything must beat: ``prior`` (how common each grade is), ``site`` (how common at that
-            site), ``colour_area`` (mean colour and tissue area), ``collagen`` (area of what is stained as
+        baseline: a trivial arm, to be beaten by all others: ``prior`` (share of each grade), ``site`` (its
+            share at that site), ``colour_area`` (mean colour and tissue area), ``collagen`` (area stained as
             collagen, by colour deconvolution).
-        choices: of ``fit``: dotted names, such as ``model.lr``, and the values that the inner folds choose
-            from. The number of epochs is always chosen there, up to ``trainer.max_epochs``.
+        choices: of ``fit``: dotted names, such as ``model.lr``, and candidate values for the inner folds.
+            They always choose the number of epochs, too, up to ``trainer.max_epochs``.
     """
 
     fit: dict[str, Any] | None = None
@@ -85,7 +80,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Primary:
-    """The one comparison that was declared before anything ran: is ``arm`` better than ``against``?"""
+    """The one comparison declared before anything runs: is ``arm`` better than ``against`` by ``metric``?"""
 
     arm: str
     against: str
@@ -98,8 +93,8 @@ class Sizes:
 
     Attributes:
         slides: numbers of slides to train on.
-        arms: which arms are trained so, at fixed hyper-parameters, and for as many more epochs as the part is
-            smaller: in as many steps as on the whole.
+        arms: arms to train on them, at fixed hyper-parameters and in as many steps as on the whole part:
+            with more epochs.
     """
 
     slides: list[int] = field(default_factory=list)
@@ -111,8 +106,8 @@ class Permutations:
     """Whole cross-validations on labels permuted over patients, for the test against chance.
 
     Attributes:
-        n: how many; 19 are the fewest that can reach p = 0.05.
-        arms: which arms are tested so. It costs ``n`` times the arm.
+        n: their number; p = 0.05 takes at least 19.
+        arms: arms to test. It costs ``n`` times the arm.
     """
 
     n: int = 0
@@ -125,7 +120,7 @@ class Groups:
 
     Attributes:
         column: of the manifest.
-        first, second: what stands there for each group. All other slides take no part.
+        first, second: its values for the two groups. Other slides are in neither.
     """
 
     column: Literal["site", "scanner", "stain", "block"]
@@ -139,31 +134,31 @@ class Groups:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All of it.
+    """The configuration of a comparison.
 
     Attributes:
-        manifest: the manifest of the study, or labelled images as ``slidetl tile`` takes them.
-        cache: the folder that ``slidetl tile`` wrote.
+        manifest: the manifest of the study, or labelled images as for ``slidetl tile``.
+        cache: folder written by ``slidetl tile``.
         arms: by name.
         primary: declared before running, and printed first.
-        protocol: splits, and what counts as a result.
+        protocol: splits, and the unit of a result.
         grades: names, lowest first.
-        base: what the arms with ``fit`` have in common: ``model``, ``data`` and ``trainer`` of a
-            configuration of ``slidetl fit``.
+        base: common part of the arms with ``fit``: ``model``, ``data`` and ``trainer`` of a configuration of
+            ``slidetl fit``.
         validate_every: epochs between two points of a learning curve, and between two candidates for the
             number of epochs.
-        sizes: smaller training parts, too.
-        permutations: of the labels, too.
-        tile_draws: times that each test slide is graded by as many tiles as it has, drawn from them with
-            replacement, for the repeatability of its score; 0: not at all.
+        sizes: arms on smaller training parts.
+        permutations: arms on permuted labels.
+        tile_draws: gradings of each test slide by as many tiles as it has, drawn from them with replacement,
+            for the repeatability of its score; 0: none.
         bootstrap_draws: resamples of the patients for each interval.
-        near_duplicates: correlation of two thumbnails from which on they count as one slide; 0 does not look.
-        duplicates: what is done about slides that are the same, or look alike: ``stop``; or ``join``, which
-            takes them for slides of one patient. Of such that a given split has in several parts, those of
-            the test are kept, or else of the validation part; the others are left out.
-        groups: two groups of slides whose scores are compared; None for no such comparison.
-        referral_risks: shares of patients with a wrong grade, between 0 and 1, that one may choose to bear
-            where the least sure slides are left to a human.
+        near_duplicates: least correlation of the thumbnails of near-duplicates; 0: do not look for them.
+        duplicates: reaction to slides that are the same, or look alike: ``stop``; or ``join``, which
+            assigns them to one patient. Of duplicates in several parts of a given split, those of the test
+            part are kept, or else of the validation part; the others are left out.
+        groups: two groups of slides, to compare their scores; None for no such comparison.
+        referral_risks: acceptable shares of patients with a wrong grade, between 0 and 1, when the least sure
+            slides are left to a human.
     """
 
     manifest: str
@@ -212,10 +207,10 @@ class Comparison:
                 self.fit_config(name)
 
     def fit_config(self, arm: str) -> dict[str, Any]:
-        """The configuration of an arm's training: the base, and what differs from it.
+        """Returns the configuration of an arm's training: the base with the arm's changes.
 
         Raises:
-            UsageError: it has parts that ``slidetl fit`` has not, or that the comparison decides.
+            UsageError: a part is unknown to ``slidetl fit``, or reserved to the comparison.
         """
         config: dict[str, Any] = {part: {} for part in FIT_PARTS}
         for source, what in ((self.base, "base"), (self.arms[arm].fit or {}, f"arm {arm!r}")):
@@ -225,7 +220,7 @@ class Comparison:
             _merge(config, source)
         if self.protocol.leave_one_site_out:  # the protocol warns of a grade that only one site has
             config["data"].setdefault("every_grade", False)
-        for name in _DECIDED:
+        for name in _RESERVED:
             part, _, key = name.partition(".")
             if key in config[part]:
                 raise UsageError(f"arm {arm!r}: {name} is set by the comparison itself; leave it out")
@@ -241,10 +236,10 @@ def read_comparison(path: Path) -> Comparison:
     """Reads the YAML of a comparison.
 
     Raises:
-        UsageError: it cannot be read, or says what cannot be meant; one line says where.
+        UsageError: it cannot be read, or a value is wrong; one line says where.
     """
     import yaml
-    from jsonargparse import ArgumentError, ArgumentParser
+    from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -254,12 +249,14 @@ def read_comparison(path: Path) -> Comparison:
         ) from error
     if not isinstance(values, dict):
         raise UsageError(f"{path}: expected manifest, cache, arms, primary and more; see configs/compare/")
-    # Whatever has a class_path is made into an object by the parser; here it must stay what was written.
+    # The parser makes objects of all with a class_path; base and fit must stay as written.
     base, fits = values.pop("base", {}), {}
     arms = values.get("arms")
     for name, arm in arms.items() if isinstance(arms, dict) else ():
         if isinstance(arm, dict) and isinstance(arm.get("fit"), dict):
             fits[name], arm["fit"] = arm["fit"], {}
+    # A class_path elsewhere in the file could import anything.
+    set_parsing_settings(import_path_denylist=["*"], import_path_allowlist=[__name__])
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Comparison, "comparison")
     try:
@@ -271,30 +268,30 @@ def read_comparison(path: Path) -> Comparison:
         arms = {name: replace(arm, fit=fits.get(name, arm.fit)) for name, arm in parsed.arms.items()}
         return replace(parsed, base=base, arms=arms)
     except (ArgumentError, TypeError, ValueError) as error:
-        raise UsageError(f"{path}: {_first_lines(str(_own(error)))}") from error
+        raise UsageError(f"{path}: {first_lines(str(_usage_error_in(error)))}") from error
 
 
 def with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with some values changed, by their dotted names."""
+    """Copies a configuration with some values changed, by their dotted names."""
     changed: dict[str, Any] = copy.deepcopy(dict(config))
     for name, value in values.items():
         _merge(changed, _nested(name, value))
     return changed
 
 
-def _own(error: BaseException) -> BaseException:
-    """Our own error, where the parser met one."""
+def first_lines(message: str) -> str:
+    """Shortens a parser's message, which may quote pages of input."""
+    lines = [line.strip(" -:") for line in message.splitlines() if line.strip(" -:")]
+    lines = [line for line in lines if not line.startswith(("Given value", "Expected a <class 'NoneType'"))]
+    return " ".join(lines[:6])
+
+
+def _usage_error_in(error: BaseException) -> BaseException:
+    """Finds our own error in the causes of a parser's, or returns the latter."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UsageError):
         cause = cause.__cause__ or cause.__context__
     return cause or error
-
-
-def _first_lines(message: str) -> str:
-    """Shortens a parser's message by the input that it quotes, which may be pages."""
-    lines = [line.strip(" -:") for line in message.splitlines() if line.strip(" -:")]
-    lines = [line for line in lines if not line.startswith(("Given value", "Expected a <class 'NoneType'"))]
-    return " ".join(lines[:6])
 
 
 def _nested(name: str, value: object) -> dict[str, Any]:
@@ -303,7 +300,7 @@ def _nested(name: str, value: object) -> dict[str, Any]:
 
 
 def _merge(into: dict[str, Any], new: Mapping[str, Any]) -> None:
-    """Merges configurations, key by key. Another class brings arguments of its own."""
+    """Merges configurations, key by key; another class replaces all arguments."""
     for key, value in new.items():
         here = into.get(key)
         if not (isinstance(here, dict) and isinstance(value, Mapping)):

@@ -19,7 +19,7 @@ def members_of(comparison: Comparison, rows: Sequence[ManifestRow]) -> NDArray[n
     """Finds the group of each slide.
 
     Returns:
-        ``[N]``: 0 for the first, 1 for the second, -1 for neither, and where no groups were configured.
+        ``[N]``: 0 for the first, 1 for the second, -1 for neither, and without configured groups.
 
     Raises:
         UsageError: no slide is in one of the groups.
@@ -40,25 +40,25 @@ def shift_between(
 ) -> ScoreShift | None:
     """Estimates the shift of the score from the first group to the second.
 
-    Where two patients or more have slides in both groups, each is compared with itself, and those with
+    If two patients or more have slides in both groups, each is compared with itself, and patients with
     slides in one group alone are left out; otherwise different patients are compared.
 
     Args:
         scores: ``[N]`` expected grades of slides.
         members: ``[N]`` of :func:`members_of`.
         patients: ``[N]``.
-        unit: of several slides of a patient in a group the score is the ``worst`` one, or else the mean.
+        unit: ``worst`` takes the worst slide of a patient in a group, any other the mean.
 
     Returns:
-        None where there are fewer than two patients in a group.
+        None with fewer than two patients in a group.
     """
     in_first, in_second = (set(patients[members == number].tolist()) for number in (0, 1))
     both = in_first & in_second
-    made: Unit = "worst" if unit == "worst" else "mean"
+    combination: Unit = "worst" if unit == "worst" else "mean"
 
     def of_group(number: int, kept: set[Any]) -> tuple[NDArray[np.float64], NDArray[Any]]:
         mine = (members == number) & np.isin(patients, sorted(kept))
-        return per_patient(scores[mine], patients[mine], made), np.unique(patients[mine])
+        return per_patient(scores[mine], patients[mine], combination), np.unique(patients[mine])
 
     if len(both) >= 2:
         before, after = (of_group(number, both)[0] for number in (0, 1))

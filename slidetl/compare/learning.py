@@ -11,26 +11,24 @@ from numpy.typing import NDArray
 
 from slidetl.compare.aggregate import ArmResult
 from slidetl.compare.config import Comparison
-from slidetl.compare.records import CurvePoint, UnitResult
+from slidetl.compare.records import CurvePoint, JobResult
 
 CurveMetric = Literal["qwk", "accuracy", "rps"]
 CURVE_METRICS: tuple[CurveMetric, ...] = ("qwk", "accuracy", "rps")
 
-# Distance from its best value at which a metric is on its plateau; of RPS it is relative, as in the choice of
-# an epoch in inner folds.
-PLATEAU = 0.02
+PLATEAU = 0.02  # distance from the best value; relative for RPS, as in the choice of an epoch in inner folds
 
 
 @dataclass(frozen=True, eq=False)
 class Learning:
-    """Metrics in the course of the T trainings of an arm, at E points that all of them have.
+    """Metrics in the course of the T trainings of an arm, at their E common points.
 
     Attributes:
         arm: its name.
-        part: that was predicted: held-out parts of the ``inner`` folds, or ``test`` parts.
+        part: predicted slides: held-out parts of the ``inner`` folds, or ``test`` parts.
         epochs: ``[E]`` done, rising.
         seconds: ``[E]`` of training until then, averaged over the trainings.
-        values: of each metric, ``[T, E]``; NaN where it is undefined.
+        values: of each metric, ``[T, E]``; NaN if undefined.
         results: patients or slides, at each point, of all trainings together.
     """
 
@@ -47,7 +45,7 @@ class Learning:
         return len(self.values["qwk"])
 
     def mean(self, metric: CurveMetric, epoch: int) -> float:
-        """Averages a metric over the trainings, after so many epochs, which must be a point of the curve."""
+        """Averages a metric over the trainings at one point of the curve."""
         return float(self.values[metric][:, self.epochs.tolist().index(epoch)].mean())
 
     def plateau(self, metric: CurveMetric) -> int:
@@ -55,24 +53,24 @@ class Learning:
         means = self.values[metric].mean(axis=0)
         if metric == "rps":
             near = means <= means.min() * (1 + PLATEAU)
-        else:  # where QWK is undefined it is no plateau
+        else:  # an undefined QWK is no plateau
             near = means >= np.where(np.isnan(means), -np.inf, means).max() - PLATEAU
         return int(self.epochs[near.argmax()])
 
     def seconds_until(self, epoch: int) -> float:
-        """Averages the seconds of training until an epoch, which must be a point of the curve."""
+        """Averages the seconds of training until one point of the curve."""
         return float(self.seconds[self.epochs.tolist().index(epoch)])
 
 
 def learning_of(comparison: Comparison, arm: ArmResult) -> Learning | None:
     """Joins the curves of an arm; None for an arm without epochs.
 
-    With inner folds they are those of the trial that was chosen, on the held-out parts of the inner folds:
-    there each training runs to its last epoch. Without, they are of the test parts, which chose nothing.
+    With inner folds they are of the chosen trial, on the held-out parts of the inner folds: there each
+    training runs to its last epoch. Without, they are of the test parts, which chose nothing.
     """
     series: list[list[CurvePoint]] = []
     part: Literal["inner", "test"] = "test"
-    for _, found in arm.units:
+    for _, found in arm.jobs:
         trial = _chosen_trial(comparison, arm.arm, found)
         by_part: dict[str, list[CurvePoint]] = {}
         for point in found.curves:
@@ -101,7 +99,7 @@ def learning_of(comparison: Comparison, arm: ArmResult) -> Learning | None:
 
 
 def equal_epochs(curves: Sequence[Learning], most: int = 4) -> list[int]:
-    """Picks at most so many epochs at which all curves have a point, evenly from first to last."""
+    """Picks at most so many epochs with a point in all curves, evenly from first to last."""
     if not curves:
         return []
     common = sorted(set.intersection(*(set(curve.epochs.tolist()) for curve in curves)))
@@ -109,7 +107,7 @@ def equal_epochs(curves: Sequence[Learning], most: int = 4) -> list[int]:
     return [common[place] for place in places]
 
 
-def _chosen_trial(comparison: Comparison, arm: str, found: UnitResult) -> int:
+def _chosen_trial(comparison: Comparison, arm: str, found: JobResult) -> int:
     values = {key: value for key, value in (found.chosen or {}).items() if key != "epochs"}
     trials = comparison.trials(arm)
     return trials.index(values) if values in trials else 0

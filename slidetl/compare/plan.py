@@ -1,16 +1,17 @@
-"""The units of a comparison: one for each arm and fold, named by all that its result depends on."""
+"""Plans the jobs of a comparison: one for each arm and fold, named by everything its result depends on."""
 
 from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from slidetl.compare.config import EPOCHS, Comparison
-from slidetl.data.study import Study, read_study
+from slidetl.compare.config import EPOCHS, Comparison, with_values
+from slidetl.data.manifest import ManifestRow
+from slidetl.data.study import CachedSlide, Study, check_identity, read_study
 from slidetl.errors import CacheMissingError, UsageError
 from slidetl.evaluation.leakage import near_duplicates
 from slidetl.evaluation.protocol import (
@@ -25,23 +26,28 @@ from slidetl.evaluation.protocol import (
 from slidetl.library.local import SCHEME, pulled_card
 from slidetl.models.weights import bundled_weights
 from slidetl.tiles.features import common_source
+from slidetl.tiles.store import SlideCache, cache_path
 
-# Raised whenever the same unit would be computed otherwise, or be written otherwise.
+# Raised with every change of the computation or of the files of a job.
 FORMAT_VERSION = 5
 
 
 @dataclass(frozen=True)
-class Unit:
-    """One arm on one fold.
+class Job:
+    """One arm on one fold, with everything that a process needs to compute it.
 
     Attributes:
         arm: its name in the configuration.
-        fold: what it is trained and tested on.
+        fold: slides to train and to test on.
         n_slides: of a smaller training part; None for the whole one.
         permutation: number of the permutation of the labels; None for the labels themselves.
-        recipe: what is done, as JSON values.
-        key: SHA-256, shortened, of the recipe, the fold, the data and the format; it names the unit's folder.
-            The arm's name is no part of it: another name finds what was computed.
+        recipe: the computation, as JSON values.
+        key: SHA-256, shortened, of the recipe, the fold, the data and the format; it names the job's folder.
+            The arm's name is no part of it: a renamed arm finds its results.
+        rows: of the manifest, of the fold's slides; their grades are permuted where the labels are.
+        fingerprints: SHA-256 of the content of these slides when the study was read, by slide.
+        cache: the folder of the tile caches.
+        grades: names, lowest first.
     """
 
     arm: str
@@ -50,13 +56,36 @@ class Unit:
     permutation: int | None
     recipe: dict[str, Any]
     key: str
+    rows: tuple[ManifestRow, ...] = ()
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    cache: Path = Path()
+    grades: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
-        """For people."""
+        """Name of the job in messages."""
         size = "" if self.n_slides is None else f" on {self.n_slides} slides"
         size += "" if self.permutation is None else f", labels permuted ({self.permutation})"
         return f"{self.arm}{size}, repeat {self.fold.repeat}, fold {self.fold.name}"
+
+    def part(self, slides: Iterable[str]) -> list[ManifestRow]:
+        """Returns the rows of some slides, in the order of the manifest."""
+        wanted = set(slides)
+        return [row for row in self.rows if row.slide_id in wanted]
+
+    def open(self, slides: Iterable[str]) -> tuple[CachedSlide, ...]:
+        """Opens some slides, in the order of the rows.
+
+        Raises:
+            CacheMissingError: a cache is gone.
+            CacheMismatchError: a cache was replaced since the study was read.
+        """
+        opened = []
+        for row in self.part(slides):
+            cache = SlideCache.open(cache_path(self.cache, row.slide_id))
+            check_identity(cache, row.slide_id, self.fingerprints[row.slide_id], "the study that was read")
+            opened.append(CachedSlide(row, cache))
+        return tuple(opened)
 
 
 def read_slides(comparison: Comparison) -> Study:
@@ -76,7 +105,7 @@ def read_slides(comparison: Comparison) -> Study:
 
 
 def cases_of(study: Study) -> tuple[Case, ...]:
-    """Returns what the protocol needs of graded slides."""
+    """Describes graded slides to the protocol."""
     return tuple(
         Case(row.slide_id, row.patient_id, row.grade, row.site, row.split)
         for row in study.rows
@@ -95,10 +124,10 @@ def permuted(study: Study, number: int) -> Study:
 
 
 def plan_and_audit(comparison: Comparison, study: Study) -> tuple[Study, tuple[Fold, ...]]:
-    """Plans the folds, and stops where one side would know something of the other.
+    """Plans the folds, and refuses folds that leak from one side to the other.
 
     Returns:
-        The study, its duplicates joined where the configuration says so, and the folds.
+        The study, with its duplicates joined if configured, and the folds.
 
     Raises:
         UsageError: as :func:`~slidetl.evaluation.protocol.plan_folds` and
@@ -123,12 +152,9 @@ def plan_and_audit(comparison: Comparison, study: Study) -> tuple[Study, tuple[F
 
 
 def join_duplicates(study: Study, alike: Sequence[tuple[str, str]], given_split: bool) -> Study:
-    """Takes slides that are the same, or look alike, for slides of one patient.
+    """Assigns slides that are the same, or look alike, to one patient.
 
-    Args:
-        study: the slides.
-        alike: pairs of slides.
-        given_split: whether the manifest's split is used; then duplicates stay in one part of it only.
+    ``alike`` are pairs of slides. With the manifest's split, duplicates stay in one part of it only.
     """
     group = {row.slide_id: row.patient_id for row in study.rows}
     first_of: dict[str, str] = {}
@@ -157,10 +183,10 @@ def join_duplicates(study: Study, alike: Sequence[tuple[str, str]], given_split:
     return replace(study, slides=tuple(kept))
 
 
-def plan_units(
+def plan_jobs(
     comparison: Comparison, study: Study, folds: Sequence[Fold], only: Sequence[str] = ()
-) -> tuple[Unit, ...]:
-    """Plans the units, fold by fold, so that what is done first can be compared first.
+) -> tuple[Job, ...]:
+    """Plans the jobs, fold by fold, so that early results can be compared first.
 
     Args:
         comparison: the arms.
@@ -170,7 +196,7 @@ def plan_units(
 
     Raises:
         UsageError: no such arm, or a size that does not fit.
-        CacheMissingError: features that a classical arm needs are not stored; the message says how.
+        CacheMissingError: features of a classical arm are not stored; the message says how.
     """
     strange = [name for name in only if name not in comparison.arms]
     if strange:
@@ -180,19 +206,19 @@ def plan_units(
     names = [name for name in names if not only or name in only]
     recipes = {name: _recipe(comparison, study, name) for name in names}
     spec, cases = study.caches[0].spec.to_dict(), cases_of(study)
-    data_of: dict[int | None, dict[str, list[Any]]] = {None: _data_of(study)}
-    for number in range(comparison.permutations.n):
-        data_of[number] = _data_of(permuted(study, number))
+    studies: dict[int | None, Study] = {None: study}
+    studies |= {number: permuted(study, number) for number in range(comparison.permutations.n)}
+    data_of = {number: _data_of(labelled) for number, labelled in studies.items()}
 
-    def unit(
+    def job(
         name: str,
         fold: Fold,
         n_slides: int | None = None,
         permutation: int | None = None,
         longer: float = 1.0,
-    ) -> Unit:
-        data = data_of[permutation]
+    ) -> Job:
         recipe = recipes[name] if n_slides is None else _longer(recipes[name], longer)
+        data = {slide: data_of[permutation][slide] for slide in (*fold.train, *fold.test)}
         about = {
             "format": FORMAT_VERSION,
             "recipe": recipe,
@@ -201,26 +227,33 @@ def plan_units(
             "train": fold.train,
             "test": fold.test,
             "inner": [asdict(inner) for inner in fold.inner],
-            "data": {slide: data[slide] for slide in (*fold.train, *fold.test)},
+            "data": data,
             "spec": spec,
         }
-        return Unit(name, fold, n_slides, permutation, recipe, canonical_sha256(about)[:20])
+        slides = [slide for slide in studies[permutation].slides if slide.row.slide_id in data]
+        return Job(
+            *(name, fold, n_slides, permutation, recipe, canonical_sha256(about)[:20]),
+            rows=tuple(slide.row for slide in slides),
+            fingerprints={slide.row.slide_id: slide.cache.fingerprint for slide in slides},
+            cache=study.folder,
+            grades=tuple(comparison.grades),
+        )
 
-    units = [unit(name, fold) for fold in folds for name in names]
+    jobs = [job(name, fold) for fold in folds for name in names]
     for n_slides in comparison.sizes.slides:
         for fold in folds:
             smaller = subsample(fold, cases, n_slides, len(comparison.grades))
             sized = [name for name in names if name in comparison.sizes.arms]
             longer = len(fold.train) / len(smaller.train)
-            units += [unit(name, smaller, n_slides, longer=longer) for name in sized]
+            jobs += [job(name, smaller, n_slides, longer=longer) for name in sized]
     for number in range(comparison.permutations.n):
         tested = [name for name in names if name in comparison.permutations.arms]
-        units += [unit(name, fold, permutation=number) for fold in folds for name in tested]
-    return tuple(units)
+        jobs += [job(name, fold, permutation=number) for fold in folds for name in tested]
+    return tuple(jobs)
 
 
 def _data_of(study: Study) -> dict[str, list[Any]]:
-    """Returns what the result of a unit depends on of each slide."""
+    """Lists the data of each slide that a result depends on."""
     return {
         row.slide_id: [
             *(cache.fingerprint, len(cache), row.patient_id, row.grade, row.site, row.stain),
@@ -231,11 +264,14 @@ def _data_of(study: Study) -> dict[str, list[Any]]:
 
 
 def _recipe(comparison: Comparison, study: Study, name: str) -> dict[str, Any]:
+    def source(features: str) -> str:
+        return common_source(features, study.caches).weights_sha256
+
     arm = comparison.arms[name]
     if arm.baseline is not None:
         return {"baseline": arm.baseline}
     if arm.classical is not None:
-        sources = {feature: _features_sha256(study, feature) for feature in arm.classical.features}
+        sources = {features: source(features) for features in arm.classical.features}
         return {"classical": asdict(arm.classical), "features": sources}
     config = comparison.fit_config(name)
     stored = config["data"].get("features")
@@ -246,33 +282,24 @@ def _recipe(comparison: Comparison, study: Study, name: str) -> dict[str, Any]:
         "tile_draws": comparison.tile_draws,
         "unit": comparison.protocol.unit,
         "weights": _weights_sha256(config),
-        "features": _features_sha256(study, stored) if stored else "",
+        "features": source(stored) if stored else "",
     }
 
 
 def _longer(recipe: dict[str, Any], factor: float) -> dict[str, Any]:
-    """A recipe of as many more epochs, so that a smaller training part is trained for as many steps."""
+    """Multiplies the epochs of a recipe, to train a smaller training part for as many steps."""
     if "fit" not in recipe:
         return recipe
-    fit = dict(recipe["fit"])
-    fit["trainer"] = dict(fit["trainer"])
-    fit["trainer"]["max_epochs"] = round(fit["trainer"].get("max_epochs", EPOCHS) * factor)
+    epochs = round(recipe["fit"]["trainer"].get("max_epochs", EPOCHS) * factor)
+    fit = with_values(recipe["fit"], {"trainer.max_epochs": epochs})
     return {**recipe, "fit": fit, "validate_every": max(1, round(recipe["validate_every"] * factor))}
 
 
-def _features_sha256(study: Study, name: str) -> str:
-    """Hashes the weights by which features were stored, the same for all slides."""
-    return common_source(name, study.caches).weights_sha256
-
-
 def _weights_sha256(config: dict[str, Any]) -> str:
-    """Hashes the file of the pretrained weights; empty where timm looks them up."""
+    """Hashes the file of the pretrained weights; empty if timm finds them by name."""
     backbone = config["model"].get("backbone", {})
     source = str(backbone.get("pretrained", "procedural"))
-    if source == "procedural":
-        path = bundled_weights(backbone.get("name", ""))
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
     if source.startswith(SCHEME):
         return pulled_card(source.removeprefix(SCHEME)).model.weights_sha256
-    path = Path(source)
+    path = bundled_weights(backbone.get("name", "")) if source == "procedural" else Path(source)
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""

@@ -1,45 +1,75 @@
-"""Many units at a time: a process for each on this machine, or a task for each on the workers of Dask."""
+"""Computes many jobs at a time, in processes of this machine or on the workers of a Dask scheduler."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import socket
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
-from slidetl.compare.records import Job
-from slidetl.compare.unit import run_unit
+from slidetl.compare.plan import Job
+from slidetl.compare.records import JobResult, read_result, write_result
 from slidetl.errors import CacheError, SlidetlError, UsageError, describe_failure
+from slidetl.tiles.lock import slide_lock
 
-# What a unit needs is imported once, by the server that the processes are forked from: it takes seconds.
+# Imported once, by the server that forks the processes: it takes seconds.
 _PRELOADED = [
-    "slidetl.compare.train_arm",
-    "slidetl.compare.fixed_arms",
-    *(
-        "timm",
-        "cv2",
-        "matplotlib.figure",
-        "matplotlib.backends.backend_agg",
-        "sklearn.linear_model",
-    ),
+    *("slidetl.compare.train_arm", "slidetl.compare.fixed_arms", "timm", "cv2", "sklearn.linear_model"),
+    *("matplotlib.figure", "matplotlib.backends.backend_agg"),
 ]
 
 
-def run_here(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, str]]:
-    """Computes units on this machine, each in a process of its own, so that none can end another.
+@dataclass(frozen=True)
+class Workplace:
+    """The place and means of computing jobs; they change no result.
+
+    Attributes:
+        folder: of the results.
+        threads: of each job.
+        allow: names outside slidetl that a configuration may import.
+    """
+
+    folder: Path
+    threads: int = 1
+    allow: tuple[str, ...] = ()
+
+
+def run_job(job: Job, place: Workplace) -> None:
+    """Computes a job, unless it is done; its folder appears whole or not at all.
+
+    Raises:
+        SlidetlError: the arm cannot be fitted; the message says why.
+    """
+    with slide_lock(place.folder, job.key):  # another machine may be at it
+        if read_result(place.folder, job.key) is not None:
+            return
+        building = place.folder / ".building" / job.key
+        building.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        result = replace(_compute(job, place, building), seconds=round(time.monotonic() - started, 3))
+        write_result(job, result, building, place.folder / job.key)
+        shutil.rmtree(building)
+
+
+def run_here(jobs: Sequence[Job], place: Workplace, processes: int) -> Iterator[tuple[Job, str]]:
+    """Computes jobs on this machine, each in its own process, so that none can end another.
 
     Args:
-        jobs: the units, in the order in which they are begun.
-        processes: how many at a time.
+        jobs: in the order to start them.
+        place: as for :func:`run_job`.
+        processes: at a time.
 
     Yields:
-        Each as it is done, with the reason for which it failed; empty if it did not.
+        Each finished job, with the reason of its failure; empty for success.
 
     Raises:
         UsageError: ``processes`` is less than 1.
@@ -55,7 +85,7 @@ def run_here(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, str]]:
             while waiting and len(running) < processes:
                 job = waiting.popleft()
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_run_in_process, args=(job, theirs))
+                process = context.Process(target=_run_in_process, args=(job, place, theirs))
                 process.start()
                 theirs.close()
                 running[process.sentinel] = (process, job, ours)
@@ -71,14 +101,15 @@ def run_here(jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, str]]:
             process.join()
 
 
-def run_on_cluster(jobs: Sequence[Job], scheduler: str) -> Iterator[tuple[Job, str]]:
-    """Computes units on the workers of a Dask scheduler, who see all folders under the same paths.
+def run_on_cluster(jobs: Sequence[Job], place: Workplace, scheduler: str) -> Iterator[tuple[Job, str]]:
+    """Computes jobs on the workers of a Dask scheduler, which see all folders under the same paths.
 
-    A worker that dies gives its unit to another, which goes on after the last whole training. Other arguments
-    and what it yields as :func:`run_here`.
+    A job of a worker that dies goes to another, and resumes after the last whole training. Yields as
+    :func:`run_here`.
 
     Args:
-        jobs: the units.
+        jobs: in the order to start them.
+        place: as for :func:`run_job`.
         scheduler: its address, such as ``tcp://HOST:8786``.
 
     Raises:
@@ -90,7 +121,7 @@ def run_on_cluster(jobs: Sequence[Job], scheduler: str) -> Iterator[tuple[Job, s
     with connect(scheduler) as client:
         import distributed
 
-        futures = {client.submit(_run_on_worker, job, pure=False): job for job in jobs}
+        futures = {client.submit(_run_on_worker, job, place, pure=False): job for job in jobs}
         for future in distributed.as_completed(futures, loop=client.loop):  # type: ignore[no-untyped-call]
             job = futures[future]
             if future.status == "finished":
@@ -100,30 +131,47 @@ def run_on_cluster(jobs: Sequence[Job], scheduler: str) -> Iterator[tuple[Job, s
                 yield job, f"on the cluster: {type(error).__name__}: {error}"
             else:
                 raise CacheError(
-                    f"the scheduler went away before {job.unit.label} was done; what was done is kept: start "
+                    f"the scheduler went away before {job.label} was done; what was done is kept: start "
                     "it and its workers anew, and run the same command again"
                 )
             future.release()
 
 
-def _run_in_process(job: Job, reply: Connection) -> None:
+def _compute(job: Job, place: Workplace, folder: Path) -> JobResult:
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped] # it ships none
+
+    with threadpool_limits(place.threads):
+        if "fit" in job.recipe:  # imported here: reading results needs no torch
+            from slidetl.compare.train_arm import train_job
+
+            return train_job(job, folder, place.threads, place.allow)
+        from slidetl.compare.fixed_arms import grade_by_baseline, grade_by_features
+
+        if "classical" in job.recipe:
+            return grade_by_features(job)
+        if "baseline" in job.recipe:
+            return grade_by_baseline(job)
+    raise UsageError(f"a job is a fit, classical or a baseline, not {sorted(job.recipe)}")
+
+
+def _run_in_process(job: Job, place: Workplace, reply: Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries print; the table is the parent's
-    reply.send(_run(job))
+    reply.send(_run(job, place))
 
 
-def _run_on_worker(job: Job) -> str:
+def _run_on_worker(job: Job, place: Workplace) -> str:
     if not job.cache.is_dir():
         return f"{socket.gethostname()} does not see {job.cache}; all workers must share its file system"
-    return _run(job)
+    return _run(job, place)
 
 
-def _run(job: Job) -> str:
-    """Computes a unit, and returns why it failed."""
-    failure = job.folder / ".failed" / f"{job.unit.key}.txt"
+def _run(job: Job, place: Workplace) -> str:
+    """Computes a job, and returns the reason of its failure."""
+    failure = place.folder / ".failed" / f"{job.key}.txt"
     try:
-        run_unit(job)
-    except Exception as error:  # whatever ends one unit must not end the others; all of it is kept
+        run_job(job, place)
+    except Exception as error:  # no error of one job may end the others; all of it is kept
         reason = describe_failure(error, "use fewer --jobs, or lower bag_size and batch_size")
         if not isinstance(error, SlidetlError):
             reason += f" (all of it is in {failure})"
@@ -131,12 +179,12 @@ def _run(job: Job) -> str:
         failure.unlink(missing_ok=True)
         return ""
     failure.parent.mkdir(parents=True, exist_ok=True)
-    Path(failure).write_text(traceback.format_exc(), encoding="utf-8")
+    failure.write_text(traceback.format_exc(), encoding="utf-8")
     return " ".join(reason.split())
 
 
 def _end_with_parent() -> None:
-    """A comparison that was killed leaves no process behind that goes on for hours."""
+    """Ends this process with its parent: a comparison that was killed leaves nothing running for hours."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

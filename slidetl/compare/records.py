@@ -1,68 +1,23 @@
-"""Records of a comparison: a job, what it found, and a point of its learning curve."""
+"""Keeps the results of a comparison's jobs, each as a folder on disk."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slidetl.compare.plan import Unit
-from slidetl.data.manifest import ManifestRow
-from slidetl.data.study import CachedSlide, check_identity
-from slidetl.tiles.store import SlideCache, cache_path
+import slidetl
+from slidetl.compare.plan import FORMAT_VERSION, Job
 from slidetl.training.predictions import SlidePrediction
 
-
-@dataclass(frozen=True)
-class Job:
-    """A unit with all that a process needs to compute it, wherever it runs.
-
-    Attributes:
-        unit: what is computed.
-        rows: of the manifest, of the slides in its fold.
-        fingerprints: SHA-256 of the slides whose tiles these were when the study was read, by slide.
-        cache: the folder of the tile caches.
-        grades: names, lowest first.
-        folder: where units lie.
-        threads: to compute with.
-        allow: names outside slidetl that its configuration may import.
-    """
-
-    unit: Unit
-    rows: tuple[ManifestRow, ...]
-    fingerprints: Mapping[str, str]
-    cache: Path
-    grades: tuple[str, ...]
-    folder: Path
-    threads: int = 1
-    allow: tuple[str, ...] = ()
-
-    def part(self, slides: Iterable[str]) -> list[ManifestRow]:
-        """The rows of some slides, in their order."""
-        wanted = set(slides)
-        return [row for row in self.rows if row.slide_id in wanted]
-
-    def slides(self, names: Iterable[str]) -> tuple[CachedSlide, ...]:
-        """Opens some slides, in the order of the rows."""
-        return tuple(
-            CachedSlide(row, cache) for row, cache in zip(self.part(names), self.open(names), strict=True)
-        )
-
-    def open(self, slides: Iterable[str]) -> list[SlideCache]:
-        """Opens the tiles of some slides, in the order of the rows.
-
-        Raises:
-            CacheMissingError: a cache is gone.
-            CacheMismatchError: a cache was replaced since the study was read.
-        """
-        caches = [SlideCache.open(cache_path(self.cache, row.slide_id)) for row in self.part(slides)]
-        for row, cache in zip(self.part(slides), caches, strict=True):
-            check_identity(cache, row.slide_id, self.fingerprints[row.slide_id], "the study that was read")
-        return caches
+_ABOUT, _RESULT, _EMBEDDINGS = "job.json", "result.json", "embeddings.npy"
 
 
 @dataclass(frozen=True)
@@ -70,12 +25,11 @@ class CurvePoint:
     """A point of a learning curve.
 
     Attributes:
-        part: what was predicted: ``inner-0``, ... or ``test``. That of the test part is for looking at: it
-            chooses nothing.
-        trial: which combination of the arm's choices, from 0.
+        part: predicted slides: ``inner-0``, ... or ``test``. The test part chooses nothing.
+        trial: number of the combination of the arm's choices.
         epoch: epochs done.
-        n: results of the part: its patients or slides, as the protocol's unit says.
-        seconds: spent on training them, without the evaluations between.
+        n: results of the part: its patients or slides, by the protocol's unit.
+        seconds: of training until then, without the evaluations between.
         train_loss: of the last epoch, penalties included.
         accuracy, qwk, rps, log_loss: of these results, not calibrated.
     """
@@ -93,23 +47,23 @@ class CurvePoint:
 
 
 @dataclass(frozen=True)
-class UnitResult:
-    """The result of a unit.
+class JobResult:
+    """The result of a job.
 
     Attributes:
         predictions: of the slides of its test part, not calibrated.
         curves: empty for arms without epochs.
-        draws: expected grades of each test slide by tiles drawn from it anew, as many as it has, calibrated
-            by ``temperature``; empty where there were none.
-        drift: ``||w - w0|| / ||w0||`` of each layer, w0 being its pretrained weights; empty for arms without.
-        similarity: linear CKA of what each block makes of test tiles before and after training; empty for
-            arms without epochs.
-        chosen: what the inner folds chose: dotted names, and ``epochs``; or the fixed number of epochs.
-        temperature: by which the inner folds would calibrate the probabilities; 1 where there are none.
-        nested: whether the inner folds chose.
-        seconds: that it took.
-        embeddings: ``[n, D]`` of the slides of the training part, then of the test part, as the trained
-            network pools them; empty for arms without one, and where all slides are of one site.
+        draws: expected grades of each test slide by as many tiles as it has, drawn from them with
+            replacement, calibrated by ``temperature``; empty without draws.
+        drift: ``||w - w0|| / ||w0||`` of each layer, w0 being its pretrained weights; empty without them.
+        similarity: linear CKA of each block's output on test tiles before and after training; empty for arms
+            without epochs.
+        chosen: choices of the inner folds: dotted names, and ``epochs``; or the fixed number of epochs.
+        temperature: of the probabilities, from the inner folds; 1 without them.
+        nested: True if the inner folds chose.
+        seconds: of computation.
+        embeddings: ``[n, D]`` pooled by the trained network, of the training slides, then of the test slides;
+            empty for arms without one, and if all slides are of one site.
     """
 
     predictions: tuple[SlidePrediction, ...]
@@ -131,16 +85,49 @@ def predictions_from(rows: Iterable[Mapping[str, Any]]) -> tuple[SlidePrediction
     return tuple(SlidePrediction(**{**row, "probabilities": tuple(row["probabilities"])}) for row in rows)
 
 
-def predictions_of(rows: Sequence[ManifestRow], tiles: Sequence[int], probabilities: Any) -> list[Any]:
-    """Probabilities ``[n, K]`` of slides, with whose they are."""
-    return [
-        SlidePrediction(
-            slide_id=row.slide_id,
-            patient_id=row.patient_id,
-            grade=row.grade,
-            probabilities=tuple(np.asarray(values, np.float64).tolist()),
-            tiles=n_tiles,
-            site=row.site,
-        )
-        for row, n_tiles, values in zip(rows, tiles, probabilities, strict=True)
-    ]
+def write_result(job: Job, result: JobResult, building: Path, finished: Path) -> None:
+    """Writes the files of a result below ``building``, and renames them to ``finished`` as a whole."""
+    work = building / "result"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    values = {item.name: getattr(result, item.name) for item in fields(JobResult)}
+    np.save(work / _EMBEDDINGS, values.pop("embeddings"))
+    for name in ("predictions", "curves"):
+        values[name] = [asdict(record) for record in values[name]]
+    (work / _RESULT).write_text(json.dumps(values) + "\n", encoding="utf-8")
+    about = {
+        "format": FORMAT_VERSION,
+        "software": f"slidetl {slidetl.__version__}",
+        "recipe": job.recipe,
+        "seed": job.fold.seed,
+        "train_slides": len(job.fold.train),
+        "test_slides": len(job.fold.test),
+        "sha256": {name: _sha256(work / name) for name in (_RESULT, _EMBEDDINGS)},
+    }
+    (work / _ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    if finished.exists():  # it was there, but damaged
+        shutil.rmtree(finished)
+    work.rename(finished)
+
+
+def read_result(folder: Path, key: str) -> JobResult | None:
+    """Reads a finished job; None if there is none, or if its files were changed since."""
+    finished = folder / key
+    try:
+        about = json.loads((finished / _ABOUT).read_text(encoding="utf-8"))
+        if about["format"] != FORMAT_VERSION:
+            return None
+        if any(_sha256(finished / name) != sha256 for name, sha256 in about["sha256"].items()):
+            return None
+        values = json.loads((finished / _RESULT).read_text(encoding="utf-8"))
+        values["predictions"] = predictions_from(values["predictions"])
+        values["curves"] = tuple(CurvePoint(**point) for point in values["curves"])
+        # By way of a map, which is no larger than the file.
+        embeddings = np.array(np.load(finished / _EMBEDDINGS, mmap_mode="r", allow_pickle=False))
+        return JobResult(**values, embeddings=embeddings)
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""Tables of values, and the one way in which each value is written as text."""
+"""Formats tables of values and their cells as text, Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Table:
     Attributes:
         columns: headings; a pair is a heading and the format of its numbers (``.2f`` if there is none, ``p``
             for p-values).
-        rows: cells: text, numbers, intervals, or None where there is no value.
+        rows: cells: text, numbers, intervals, or None for no value.
         strong: first cells of the rows to stress.
-        words: numbers of the columns that hold text, besides the first one.
+        words: numbers of the columns of text, besides the first one.
         title: a sentence that names the content.
         note: sentences that explain how to read the table.
 
@@ -62,8 +62,8 @@ class Table:
         return f"{self.title} {self.note}".rstrip()
 
     @property
-    def spoken(self) -> str:
-        """One line of text for readers who cannot see a plot of the rows."""
+    def as_line(self) -> str:
+        """One line of text, instead of a plot of the rows."""
         by_name: dict[str, list[str]] = {}
         for name, *cells in self.cells:
             by_name.setdefault(name, []).append(", ".join(cells))
@@ -107,12 +107,12 @@ def format_p(value: float) -> str:
 
 
 def format_percent(share: float) -> str:
-    """Formats a share as a whole number of percent, which no line break parts from its sign."""
+    """Formats a share as a whole number of percent, with a no-break space."""
     return f"{100 * share:.0f}\N{NO-BREAK SPACE}%"
 
 
 def format_range(values: Iterable[float], form: str = "") -> str:
-    """Formats the least and the greatest value, or the only one; with a format always both."""
+    """Formats the least and the greatest value, or the only one; always both with a format."""
     values = list(values)
     low, high = format(min(values), form), format(max(values), form)
     return low if low == high and not form else f"{low} to {high}"
@@ -143,5 +143,5 @@ def table_as_markdown(table: Table) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    """Makes one line of a text, without a meaning to Markdown."""
+    """Joins a text into one line, and escapes Markdown."""
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", " ".join(text.split()))

@@ -12,22 +12,22 @@ from typing import Any
 
 from slidetl.compare.aggregate import RISK, ArmResult, ComparisonResult, PairedDifference
 from slidetl.compare.learning import CURVE_METRICS, equal_epochs, learning_of
-from slidetl.compare.plan import Unit
-from slidetl.compare.records import CurvePoint, UnitResult
+from slidetl.compare.plan import Job
+from slidetl.compare.records import CurvePoint, JobResult
 from slidetl.evaluation.bootstrap import Interval
 from slidetl.evaluation.conformal import referral_rule
 from slidetl.evaluation.repeatability import ScoreShift
 from slidetl.files import write_csv
 
-# One row a number. ``section`` groups them: primary, metric (of an arm), repeat, threshold, variance,
+# One row for each number, grouped by ``section``: primary, metric (of an arm), repeat, threshold, variance,
 # calibration, sets, site, scanner, reader, repeatability, groups, chance; learning; difference; agreement,
 # ceiling, confounding, power.
 COLUMNS = (
     *("section", "arm", "train_slides", "against", "metric", "estimate", "low", "high", "level"),
     *("p", "p_holm", "n", "note"),
 )
-_UNIT = ("arm", "train_slides", "repeat", "fold")
-_Cells = Callable[[ArmResult, Unit, UnitResult], Iterable[dict[str, Any]]]
+_JOB = ("arm", "train_slides", "repeat", "fold")
+_Cells = Callable[[ArmResult, Job, JobResult], Iterable[dict[str, Any]]]
 
 
 def write_tables(result: ComparisonResult, folder: Path) -> None:
@@ -41,22 +41,22 @@ def write_tables(result: ComparisonResult, folder: Path) -> None:
     readers = [f"grade_reader{number + 1}" for number in range(result.readings.shape[1])]
     slide = ("slide_id", "patient_id", "site", "scanner", "grade", *readers, "predicted_grade", *grades)
     plain = [f"uncalibrated_{grade}" for grade in range(len(grades))]
-    columns = (*_UNIT, *slide, "expected_grade", "temperature", *plain)
-    # Apart, so that an arm has each slide once a repeat in the table that others read.
+    columns = (*_JOB, *slide, "expected_grade", "temperature", *plain)
+    # Two files, so that predictions.csv has each slide of an arm once a repeat.
     for name, arms in (("predictions", result.arms), ("predictions_smaller", result.smaller)):
-        write_csv(folder / f"{name}.csv", columns, _of_units(arms, partial(_predictions, result)))
+        write_csv(folder / f"{name}.csv", columns, _of_jobs(arms, partial(_predictions, result)))
     found: dict[str, tuple[tuple[str, ...], _Cells]] = {
         "curves": (
             tuple(item.name for item in fields(CurvePoint)),
-            lambda _, unit, found: map(asdict, found.curves),
+            lambda _, job, found: map(asdict, found.curves),
         ),
-        "units": (("key", "seconds", "nested", "temperature", "chosen"), _about_unit),
+        "jobs": (("key", "seconds", "nested", "temperature", "chosen"), _about_job),
     }
     for name, value in (("drift", "relative_distance"), ("similarity", "linear_cka")):
         found[name] = ("layer", value), partial(_by_layer, name, value)
     for name, (more, cells) in found.items():
-        rows = _of_units((*result.arms, *result.smaller), cells)
-        write_csv(folder / f"{name}.csv", (*_UNIT, *more), rows)
+        rows = _of_jobs((*result.arms, *result.smaller), cells)
+        write_csv(folder / f"{name}.csv", (*_JOB, *more), rows)
 
 
 def _result_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
@@ -148,7 +148,7 @@ def _arm_rows(arm: ArmResult, referral_risks: Sequence[float]) -> Iterator[dict[
 
 
 def _group_rows(found: ScoreShift) -> Iterator[dict[str, Any]]:
-    """Yields the shift of the score; without an arm, of the grades in the manifest."""
+    """Yields the shift of the score of an arm, or of the grades in the manifest."""
     how = "the same patients" if found.paired else "different patients"
     n = found.n_first if found.paired else found.n_first + found.n_second
     yield _row("groups", "shift", found.shift, p=found.p, n=n, note=how)
@@ -156,7 +156,7 @@ def _group_rows(found: ScoreShift) -> Iterator[dict[str, Any]]:
 
 
 def _learning_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
-    """Yields arms at equal epochs and at their plateaus, as the page has them; curves.csv has every point."""
+    """Yields arms at equal epochs and at their plateaus, as in the report; curves.csv has every point."""
     curves = [curve for arm in result.arms if (curve := learning_of(result.comparison, arm)) is not None]
     shown = equal_epochs(curves)
     for curve in curves:
@@ -201,29 +201,29 @@ def _row(
 def _number(value: float | None) -> str:
     if value is None or math.isnan(value):
         return ""
-    return f"{value:.6g}" if abs(value) > 1e-12 else "0"  # else a sum that should be zero says 4e-16
+    return f"{value:.6g}" if abs(value) > 1e-12 else "0"  # not 4e-16 for a sum of zero
 
 
-def _of_units(arms: Iterable[ArmResult], cells: _Cells) -> Iterator[dict[str, Any]]:
-    """Yields the rows of every unit, each with the cells that name the unit."""
+def _of_jobs(arms: Iterable[ArmResult], cells: _Cells) -> Iterator[dict[str, Any]]:
+    """Yields the rows of every job, each with the name of the job."""
     for arm in arms:
-        for unit, found in arm.units:
-            start = (arm.arm, arm.n_slides, unit.fold.repeat, unit.fold.name)
-            yield from (dict(zip(_UNIT, start, strict=True)) | row for row in cells(arm, unit, found))
+        for job, found in arm.jobs:
+            start = (arm.arm, arm.n_slides, job.fold.repeat, job.fold.name)
+            yield from (dict(zip(_JOB, start, strict=True)) | row for row in cells(arm, job, found))
 
 
 def _predictions(
-    result: ComparisonResult, arm: ArmResult, unit: Unit, found: UnitResult
+    result: ComparisonResult, arm: ArmResult, job: Job, found: JobResult
 ) -> Iterator[dict[str, Any]]:
     """Yields a row for each slide.
 
-    ``probability_K`` is for reading: calibrated where the inner folds gave a temperature, and rounded.
-    ``uncalibrated_K`` is the output of the model with all digits, from which evidence is computed.
+    ``probability_K`` is for reading: calibrated by the temperature of the inner folds, if any, and rounded.
+    ``uncalibrated_K`` is the output of the model with all digits, for the computation of evidence.
     """
     place = {slide: number for number, slide in enumerate(result.slides)}
     for prediction in found.predictions:
         number = place[prediction.slide_id]
-        row = arm.probabilities[unit.fold.repeat, number]
+        row = arm.probabilities[job.fold.repeat, number]
         readings = enumerate(result.readings[number].tolist(), 1)
         yield {
             "slide_id": prediction.slide_id,
@@ -240,10 +240,10 @@ def _predictions(
         }
 
 
-def _by_layer(name: str, column: str, _: ArmResult, unit: Unit, found: UnitResult) -> list[dict[str, Any]]:
+def _by_layer(name: str, column: str, _: ArmResult, job: Job, found: JobResult) -> list[dict[str, Any]]:
     return [{"layer": layer, column: _number(value)} for layer, value in getattr(found, name).items()]
 
 
-def _about_unit(_: ArmResult, unit: Unit, found: UnitResult) -> list[dict[str, Any]]:
+def _about_job(_: ArmResult, job: Job, found: JobResult) -> list[dict[str, Any]]:
     about = {name: getattr(found, name) for name in ("seconds", "nested", "temperature")}
-    return [{"key": unit.key, **about, "chosen": None if found.chosen is None else json.dumps(found.chosen)}]
+    return [{"key": job.key, **about, "chosen": None if found.chosen is None else json.dumps(found.chosen)}]

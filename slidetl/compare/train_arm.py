@@ -1,7 +1,7 @@
-"""An arm with epochs: choices in the inner folds, then one training on the whole training part.
+"""Trains an arm: chooses in the inner folds, then trains once on the whole training part.
 
-Each training is what ``slidetl fit`` does with the same configuration and a manifest whose ``split`` column
-is the fold. A unit that was killed resumes after its last whole training.
+Each training equals ``slidetl fit`` with the same configuration and the fold as the manifest's ``split``
+column. A killed job resumes after its last whole training.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.cli import LightningArgumentParser
 
 from slidetl.analysis.similarity import linear_cka
-from slidetl.compare.config import EPOCHS, with_values
-from slidetl.compare.records import CurvePoint, Job, UnitResult, predictions_from
+from slidetl.compare.config import EPOCHS, first_lines, with_values
+from slidetl.compare.plan import Job
+from slidetl.compare.records import CurvePoint, JobResult, predictions_from
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.datasets import channels_first
 from slidetl.errors import UsageError
 from slidetl.evaluation.calibration import fit_temperature, with_temperature
-from slidetl.evaluation.comparison import PatientResults, patient_results
-from slidetl.evaluation.comparison import Unit as ResultUnit
+from slidetl.evaluation.comparison import Unit, patient_results
 from slidetl.evaluation.metrics import accuracy, log_loss, qwk, rps
 from slidetl.files import write_whole
 from slidetl.models.blocks import pretrained_backbone
@@ -47,8 +47,8 @@ from slidetl.training.predictions import SlidePrediction
 from slidetl.training.similarity import embed_layers
 from slidetl.training.slots import parse
 
-# The earliest epoch counts whose score in the inner folds is this close to the best one, relatively: on
-# twenty slides a smaller difference says nothing, and the earlier epoch has drifted less.
+# Relative distance of scores in the inner folds that counts as equal to the best: on twenty slides a smaller
+# difference means nothing, and the earlier epoch has drifted less.
 _PLATEAU = 0.02
 _SIMILARITY_TILES = 512
 _START, _LAST = "start", "last"  # names of the weights that are kept
@@ -71,15 +71,17 @@ def check_configs(configs: Mapping[str, Mapping[str, Any]], allow: Sequence[str]
             raise UsageError(f"arm {arm!r}: {error}") from error
 
 
-def train_unit(job: Job, folder: Path) -> UnitResult:
+def train_job(job: Job, folder: Path, threads: int = 1, allow: Sequence[str] = ()) -> JobResult:
     """Chooses in the inner folds, trains on the training part, and predicts the test part.
 
     Args:
-        job: the unit; its recipe has ``fit``, ``trials`` and ``validate_every``.
-        folder: keeps each finished training, for a unit that is killed and resumed.
+        job: its recipe has ``fit``, ``trials`` and ``validate_every``.
+        folder: keeps each finished training, to resume a killed job.
+        threads: to compute with.
+        allow: as for :func:`check_configs`.
     """
-    fold, recipe = job.unit.fold, job.unit.recipe
-    torch.set_num_threads(job.threads)
+    fold, recipe = job.fold, job.recipe
+    torch.set_num_threads(threads)
     chosen: dict[str, Any] = {}
     epochs: int | None = None
     temperature, curves = 1.0, list[CurvePoint]()
@@ -88,7 +90,7 @@ def train_unit(job: Job, folder: Path) -> UnitResult:
         for trial, values in enumerate(recipe["trials"]):
             for number, inner in enumerate(fold.inner):
                 place = folder / f"trial-{trial}-inner-{number}"
-                fit = _Fit(job, place, values, inner.train, inner.validation)
+                fit = _Fit(job, place, values, inner.train, inner.validation, allow)
                 trained.setdefault(trial, []).append(fit.run(f"inner-{number}", trial))
         curves = [point for trainings in trained.values() for one in trainings for point in one.points]
         trial, epochs = choose(curves)
@@ -98,14 +100,14 @@ def train_unit(job: Job, folder: Path) -> UnitResult:
             [row.grade for row in held_out if row.grade is not None],
             [row.probabilities for row in held_out],
         )
-    final = _Fit(job, folder / "final", chosen, fold.train, fold.test)
+    final = _Fit(job, folder / "final", chosen, fold.train, fold.test, allow)
     curves = [*curves, *final.run("test", 0, epochs=epochs, keep_weights=True).points]
     predictions = final.predict()
     draws, pooled = final.examine(
         recipe["tile_draws"], temperature, pool=len({row.site for row in job.rows}) > 1
     )
     slides = (*fold.train, *fold.test) if pooled else ()
-    return UnitResult(
+    return JobResult(
         predictions=predictions,
         curves=tuple(curves),
         draws=draws,
@@ -121,8 +123,8 @@ def train_unit(job: Job, folder: Path) -> UnitResult:
 def choose(curves: Sequence[CurvePoint]) -> tuple[int, int]:
     """Chooses the trial and the number of epochs by the ranked probability score over the inner folds.
 
-    The trial is the one whose best epoch is best; of its epochs the earliest that comes within two per cent
-    of that. The score is smooth where a kappa of twenty results jumps.
+    The best epoch decides the trial; of its epochs the earliest within two per cent of the best is chosen.
+    The score is smooth, while a kappa of twenty results jumps.
 
     Returns:
         Trial, from 0, and epochs, from 1.
@@ -130,36 +132,17 @@ def choose(curves: Sequence[CurvePoint]) -> tuple[int, int]:
     scores: dict[tuple[int, int], list[float]] = {}
     for point in curves:
         scores.setdefault((point.trial, point.epoch), []).append(point.rps)
-    means = {at: float(np.mean(values)) for at, values in scores.items()}
-    trial, _ = min(means, key=lambda at: (means[at], at))
-    best = min(score for at, score in means.items() if at[0] == trial)
-    plateau = [
-        epoch for (of, epoch), score in means.items() if of == trial and score <= best * (1 + _PLATEAU)
-    ]
-    return trial, min(plateau)
-
-
-def results_of(predictions: Sequence[SlidePrediction], unit: ResultUnit) -> PatientResults:
-    """Makes one result of each patient, or slide, that has a grade."""
-    graded = [(row.grade, row) for row in predictions if row.grade is not None]
-    return patient_results(
-        [grade for grade, _ in graded],
-        [row.probabilities for _, row in graded],
-        [row.patient_id for _, row in graded],
-        unit,
-    )
+    means = {key: float(np.mean(values)) for key, values in scores.items()}
+    trial, best_epoch = min(means, key=lambda key: (means[key], key))
+    enough = means[trial, best_epoch] * (1 + _PLATEAU)
+    return trial, min(epoch for (of, epoch), score in means.items() if of == trial and score <= enough)
 
 
 def draw_evenly(tiles: Sequence[int], n: int, seed: int) -> dict[int, NDArray[np.int64]]:
-    """Draws about as many tiles from each slide, ``n`` at most; of more slides than that, from ``n``.
+    """Draws about as many tiles from each slide, ``n`` in all at most, if need be from ``n`` slides only.
 
-    Args:
-        tiles: how many each slide has.
-        n: tiles in all.
-        seed: of the draw.
-
-    Returns:
-        Numbers of tiles, rising, by the number of their slide.
+    ``tiles`` is the number of tiles of each slide. Returns numbers of tiles, rising, by the number of their
+    slide.
     """
     rng = np.random.default_rng(seed)
     slides = np.sort(rng.permutation(len(tiles))[:n])
@@ -168,32 +151,26 @@ def draw_evenly(tiles: Sequence[int], n: int, seed: int) -> dict[int, NDArray[np
 
 @dataclass(frozen=True)
 class _Training:
-    """A finished training.
-
-    Attributes:
-        points: its learning curve.
-        predictions: of the monitored slides, at each point of the curve.
-    """
+    """The learning curve of a training, and the predictions of the monitored slides at its points."""
 
     points: tuple[CurvePoint, ...]
     predictions: tuple[tuple[SlidePrediction, ...], ...]
 
     def predictions_after(self, epochs: int) -> tuple[SlidePrediction, ...]:
-        """Returns the predictions by the weights of one point of the curve."""
-        return next(
-            rows for point, rows in zip(self.points, self.predictions, strict=True) if point.epoch == epochs
-        )
+        """Returns the predictions at one point of the curve."""
+        return self.predictions[[point.epoch for point in self.points].index(epochs)]
 
 
 class _Fit:
     """One training of the job's configuration; the network and the data are built once, when needed.
 
     Args:
-        job: the unit.
-        folder: for the training alone.
-        chosen: values that differ from the configuration, by dotted name.
+        job: its recipe has the configuration.
+        folder: for this training alone.
+        chosen: values to change in the configuration, by dotted name.
         train: slides.
-        monitored: slides that are graded now and then; nothing in the training looks at them.
+        monitored: slides to grade now and then; they do not influence the training.
+        allow: as for :func:`check_configs`.
     """
 
     def __init__(
@@ -203,18 +180,19 @@ class _Fit:
         chosen: Mapping[str, Any],
         train: Sequence[str],
         monitored: Sequence[str],
+        allow: Sequence[str],
     ) -> None:
-        self._job, self._folder = job, folder
-        self._config = with_values(job.unit.recipe["fit"], chosen)
-        self._train, self._monitored = job.slides(train), job.slides(monitored)
+        self._job, self._folder, self._allow = job, folder, allow
+        self._config = with_values(job.recipe["fit"], chosen)
+        self._train, self._monitored = job.open(train), job.open(monitored)
         self._weights = folder / "weights"
         self.max_epochs = int(self._config["trainer"].get("max_epochs", EPOCHS))
 
     @cached_property
     def _built(self) -> tuple[SlideGrader, SlideDataModule]:
-        seed = self._job.unit.fold.seed
+        seed = self._job.fold.seed
         pl.seed_everything(seed, workers=True, verbose=False)
-        config = _parse(self._config, self._job.grades, seed, self._job.allow)
+        config = _parse(self._config, self._job.grades, seed, self._allow)
         ready = _parser().instantiate_classes(config)
         parts = {"train": self._train, "val": self._monitored, "test": self._monitored}
         return ready.model, SlideDataModule.from_slides(**parts, **ready.data)
@@ -228,7 +206,7 @@ class _Fit:
             part: name of the monitored slides in the curve.
             trial: number in the curve.
             epochs: to stop after, on the schedule of ``trainer.max_epochs``; all of them by default.
-            keep_weights: whether the other methods need the first and the last weights.
+            keep_weights: keep the first and the last weights, for the other methods.
         """
         done = self._folder / "training.json"
         if done.exists():
@@ -239,8 +217,9 @@ class _Fit:
             )
         shutil.rmtree(self._folder, ignore_errors=True)
         self._weights.mkdir(parents=True)
-        recipe = self._job.unit.recipe
-        watch = _Watch(self._weights if keep_weights else None, part, trial, epochs, recipe["unit"])
+        recipe = self._job.recipe
+        weights = self._weights if keep_weights else None
+        watch = _Watch(weights, part, trial, epochs or self.max_epochs, recipe["unit"])
         every = min(recipe["validate_every"], epochs or self.max_epochs)
         with _quiet():
             self._trainer(every, [watch]).fit(*self._built)
@@ -257,7 +236,7 @@ class _Fit:
         return model.tested.predictions
 
     def drift(self) -> dict[str, float]:
-        """Measures the relative distance of each layer from its pretrained weights, where there are any."""
+        """Measures the relative distance of each layer from its pretrained weights, if any."""
         with _quiet():
             model = self._loaded(_LAST)
         if not model.transfer.from_pretrained:
@@ -274,16 +253,15 @@ class _Fit:
         Args:
             draws: gradings of each monitored slide by as many tiles as it has, drawn from them with
                 replacement; slides of one tile are left out.
-            temperature: by which these are calibrated.
-            pool: whether slides are pooled.
+            temperature: of these gradings.
+            pool: pool the slides, too.
 
         Returns:
-            The expected grades of each slide's draws; and the embedding ``[D]`` of each slide, empty
-            unless ``pool``.
+            The expected grades of each slide's draws; and the embedding ``[D]`` of each slide, or none.
         """
         scores: dict[str, list[float]] = {}
         pooled: dict[str, NDArray[np.float32]] = {}
-        rng = np.random.default_rng(self._job.unit.fold.seed)
+        rng = np.random.default_rng(self._job.fold.seed)
         with _quiet(), torch.inference_mode():
             network, chunk_size = self._loaded(_LAST).network.eval(), self._built[1].chunk_size
             for slide in (*self._train, *self._monitored) if pool else self._monitored:
@@ -309,10 +287,10 @@ class _Fit:
     def similarity(self) -> dict[str, float]:
         """Computes the linear CKA of each block before and after training on monitored tiles, unbiased.
 
-        Blocks that give the same for every tile are left out; with fewer than four tiles all are.
+        Blocks of constant output are left out; with fewer than four tiles all are.
         """
         caches = [slide.cache for slide in self._monitored]
-        drawn = draw_evenly([len(cache) for cache in caches], _SIMILARITY_TILES, self._job.unit.fold.seed)
+        drawn = draw_evenly([len(cache) for cache in caches], _SIMILARITY_TILES, self._job.fold.seed)
         tiles = np.concatenate([caches[number].read(part) for number, part in drawn.items()])
         if len(tiles) < 4:
             return {}
@@ -326,7 +304,7 @@ class _Fit:
         return {layer: value for layer, value in found.items() if np.isfinite(value)}
 
     def _loaded(self, name: str) -> SlideGrader:
-        """Returns the network with the weights that were saved under a name."""
+        """Returns the network with the weights saved under a name."""
         model, _ = self._built
         weights = torch.load(self._weights / f"{name}.pt", weights_only=True, map_location="cpu")
         model.network.load_state_dict(weights)
@@ -362,14 +340,11 @@ def _tile_embeddings(network: GradingNetwork, cache: SlideCache, chunk: int) -> 
 class _Watch(Callback):
     """Keeps the curve, the predictions and the first and last weights, and stops after so many epochs."""
 
-    def __init__(
-        self, weights: Path | None, part: str, trial: int, epochs: int | None, unit: ResultUnit
-    ) -> None:
+    def __init__(self, weights: Path | None, part: str, trial: int, epochs: int, unit: Unit) -> None:
         self.points: list[CurvePoint] = []
         self.predictions: list[tuple[SlidePrediction, ...]] = []
-        self._unit: ResultUnit = unit
-        self._weights, self._part, self._trial = weights, part, trial
-        self._epochs = epochs
+        self._weights, self._part, self._trial, self._epochs = weights, part, trial, epochs
+        self._unit: Unit = unit
         self._seconds, self._started = 0.0, 0.0
         self._losses: list[torch.Tensor] = []
 
@@ -391,28 +366,30 @@ class _Watch(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop_clock()
         done = trainer.current_epoch + 1
-        is_last = done == (self._epochs or trainer.max_epochs)
         if done % trainer.check_val_every_n_epoch == 0:  # type: ignore[operator] # always a number here
             assert isinstance(pl_module, SlideGrader) and pl_module.validated is not None
             self.predictions.append(pl_module.validated.predictions)
-            results = results_of(self.predictions[-1], self._unit)
-            self.points.append(
-                CurvePoint(
-                    part=self._part,
-                    trial=self._trial,
-                    epoch=done,
-                    n=len(results.true),
-                    seconds=round(self._seconds, 3),
-                    train_loss=float(torch.stack(self._losses).mean()),
-                    accuracy=float(accuracy(results.true, results.predicted)),
-                    qwk=float(qwk(results.true, results.predicted, len(pl_module.grades))),
-                    rps=float(rps(results.true, results.probabilities)),
-                    log_loss=float(log_loss(results.true, results.probabilities)),
-                )
-            )
-        if is_last:
+            self.points.append(self._point(done, len(pl_module.grades)))
+        if done == self._epochs:
             self._save(pl_module, _LAST)
             trainer.should_stop = True
+
+    def _point(self, epoch: int, n_grades: int) -> CurvePoint:
+        graded = [(row.grade, row) for row in self.predictions[-1] if row.grade is not None]
+        results = patient_results(
+            [grade for grade, _ in graded],
+            [row.probabilities for _, row in graded],
+            [row.patient_id for _, row in graded],
+            self._unit,
+        )
+        return CurvePoint(
+            *(self._part, self._trial, epoch, len(results.true), round(self._seconds, 3)),
+            train_loss=float(torch.stack(self._losses).mean()),
+            accuracy=float(accuracy(results.true, results.predicted)),
+            qwk=float(qwk(results.true, results.predicted, n_grades)),
+            rps=float(rps(results.true, results.probabilities)),
+            log_loss=float(log_loss(results.true, results.probabilities)),
+        )
 
     def _stop_clock(self) -> None:
         if self._started:
@@ -442,17 +419,15 @@ def _parse(config: Mapping[str, Any], grades: Sequence[str], seed: int, allow: S
     try:
         return parse(_parser(), {"model": model, "data": data, "trainer": config["trainer"]}, allow)
     except ArgumentError as error:
-        lines = [line.strip(" -:") for line in str(error).splitlines() if line.strip(" -:")]
-        raise UsageError(" ".join(lines[:4])) from error
+        raise UsageError(first_lines(str(error))) from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences the messages of Lightning that are the same for each of hundreds of trainings."""
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    """Silences messages of Lightning, repeated in each of hundreds of trainings."""
+    levels = {name: logging.getLogger(name).level for name in ("pytorch_lightning", "lightning_fabric")}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         for message in (
             ".*does not have many workers.*",
@@ -464,5 +439,5 @@ def _quiet() -> Iterator[None]:
         try:
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)

@@ -75,6 +75,7 @@ def test_choices_are_tried_in_every_combination(tmp_path: Path) -> None:
         ("  data: {bag_size: 8}", "  date: {bag_size: 8}", "base: expected model, data, trainer, found date"),
         ("model.lr: [1.0e-3, 1.0e-2]", "lr: [1.0e-3]", "a name such as model.lr"),
         ("features: [r]", "features: []", "expected stored features"),
+        ("{baseline: prior}", "{class_path: antigravity.X}", "Importing 'antigravity.X' is not allowed"),
         ("  prior: {", "  a prior: {", "letters, digits"),
         ("cache: c", "cache: [", "expected the YAML of a comparison"),
         ("cache: c", "cache: c\nreferral_risks: [0.1, 1]", "referral_risks must lie between 0 and 1, not 1"),

@@ -19,8 +19,8 @@ from sklearn.metrics import cohen_kappa_score
 
 from slidetl.compare.aggregate import ComparisonResult, combine
 from slidetl.compare.config import Arm, Comparison, Groups, Permutations, Primary, Sizes
-from slidetl.compare.plan import Unit, cases_of
-from slidetl.compare.records import CurvePoint, UnitResult
+from slidetl.compare.plan import Job, cases_of
+from slidetl.compare.records import CurvePoint, JobResult
 from slidetl.compare.report.page import document_of, write_report
 from slidetl.compare.report.tables import tables_of
 from slidetl.compare.report.view import View
@@ -83,7 +83,7 @@ def _no_tiles(row: ManifestRow) -> SlideCache:
     )
 
 
-def invented_unit(
+def invented_result(
     study: Study,
     fold: Fold,
     noise: float,
@@ -94,7 +94,7 @@ def invented_unit(
     nested: bool,
     seed: int,
     temperature: float,
-) -> UnitResult:
+) -> JobResult:
     """Predictions that err by ``noise`` grades; a curve that rises at a speed where there are epochs."""
     rng = np.random.default_rng([seed, fold.seed % 2**31])
     grades = np.arange(5)
@@ -129,7 +129,7 @@ def invented_unit(
     at = {row.slide_id: sites.index(row.site) for row in study.rows}
     embeddings = np.array([3 * np.eye(4)[at[slide]] for slide in (*fold.train, *fold.test)])
     embeddings += rng.standard_normal(embeddings.shape)
-    return UnitResult(
+    return JobResult(
         tuple(predictions),
         tuple(curve),
         draws if epochs else {},
@@ -193,7 +193,7 @@ def invented(
         ]  # fmt: skip
         study = replace(study, slides=tuple(slides))
     folds = plan_folds(cases_of(study), comparison.protocol, 5)
-    done: list[tuple[Unit, UnitResult | None]] = []
+    done: list[tuple[Job, JobResult | None]] = []
     for number, (name, arm) in enumerate(arms.items()):
         trained = arm.fit is not None
         options = {
@@ -206,12 +206,12 @@ def invented(
         }
         own_noise = 1.6 if arm.baseline else noise + 0.12 * number
         for fold in folds:
-            found = invented_unit(study, fold, own_noise, **options)  # type: ignore[arg-type]
-            done.append((Unit(name, fold, None, None, {}, f"key-{name}"), None if name in missing else found))
+            found = invented_result(study, fold, own_noise, **options)  # type: ignore[arg-type]
+            done.append((Job(name, fold, None, None, {}, f"key-{name}"), None if name in missing else found))
             for size in sizes if number < 2 else ():
                 part = subsample(fold, cases_of(study), size, 5)
-                found = invented_unit(study, part, own_noise + 12 / size, **options)  # type: ignore[arg-type]
-                done.append((Unit(name, part, size, None, {}, f"key-{name}-{size}"), found))
+                found = invented_result(study, part, own_noise + 12 / size, **options)  # type: ignore[arg-type]
+                done.append((Job(name, part, size, None, {}, f"key-{name}-{size}"), found))
     return combine(comparison, study, folds, done)
 
 
@@ -431,13 +431,13 @@ def test_what_comes_from_outside_is_escaped(tmp_path: Path) -> None:
     assert page.row("sites", HOSTILE)[1:]
     assert page.row("sites", "$x_1$</table>")[1:]
     assert HOSTILE in page.text["protocol"]
-    assert HOSTILE in page.text[""]  # why a unit failed
+    assert HOSTILE in page.text[""]  # why a job failed
 
 
 def test_an_unfinished_comparison_says_so(tmp_path: Path) -> None:
     page = written(invented(20, missing=("warm",), repeats=1, sizes=()), tmp_path)
     assert "This comparison is not finished" in page.text[""]
-    assert "warm (0 of 5 units)" in page.text[""]
+    assert "warm (0 of 5 jobs)" in page.text[""]
     assert "warm against scratch by QWK, is not complete yet" in page.text[""]
     assert [row[0] for where, row in page.rows if where == "arms"] == ["Arm", "scratch", "prior"]
     assert "The shaded row" not in page.text["arms"]
@@ -475,7 +475,7 @@ def test_curves_of_a_nested_comparison_are_those_of_the_inner_folds(
     arm = next(arm for arm in result.arms if arm.arm == "warm")
     last = [
         point.qwk
-        for _, found in arm.units
+        for _, found in arm.jobs
         for point in found.curves
         if point.part != "test" and point.epoch == 30
     ]
@@ -710,14 +710,14 @@ def test_two_groups_are_compared_by_every_arm_and_by_the_labels(tmp_path: Path) 
 def test_an_undefined_metric_is_said_to_be(small: tuple[ComparisonResult, Path], tmp_path: Path) -> None:
     """Learning curves whose QWK is undefined early, and a threshold without two sides."""
     warm, *others = small[0].arms
-    units = [
-        (unit, replace(found, curves=tuple(
+    jobs = [
+        (job, replace(found, curves=tuple(
             replace(point, qwk=float("nan")) if point.epoch == 5 else point for point in found.curves
         )))
-        for unit, found in warm.units
+        for job, found in warm.jobs
     ]  # fmt: skip
     quality = replace(warm.quality, auroc=(float("nan"), *warm.quality.auroc[1:]))
-    arms = (replace(warm, units=tuple(units), quality=quality), *others)
+    arms = (replace(warm, jobs=tuple(jobs), quality=quality), *others)
     page = written(replace(small[0], arms=arms), tmp_path)
     shown = [row for where, row in page.rows if where == "learning" and row[0] == "warm"]
     assert shown[0][1] == "undefined" and "undefined after 5, " in page.text["learning"]

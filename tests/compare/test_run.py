@@ -23,11 +23,11 @@ from sklearn.metrics import accuracy_score, cohen_kappa_score
 
 from slidetl.cli import main
 from slidetl.compare.config import read_comparison
-from slidetl.compare.plan import Unit, read_slides
-from slidetl.compare.records import CurvePoint, Job, UnitResult
+from slidetl.compare.plan import Job, read_slides
+from slidetl.compare.pool import Workplace, run_job
+from slidetl.compare.records import CurvePoint, JobResult, read_result
 from slidetl.compare.run import plan_comparison
-from slidetl.compare.train_arm import choose, draw_evenly, train_unit
-from slidetl.compare.unit import job_of, read_unit, run_unit
+from slidetl.compare.train_arm import choose, draw_evenly, train_job
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.study import Study
 from slidetl.errors import CacheMismatchError, UsageError
@@ -173,11 +173,11 @@ def test_a_report_of_what_is_there_computes_nothing(
     arms = {"scratch": {"fit": SCRATCH}, "prior": {"baseline": "prior"}, "site": {"baseline": "site"}}
     words = ["compare", "--config", str(configuration(study, tmp_path, arms=arms)), "--report-only"]
     assert main([*words, "--output", str(tmp_path / "out")]) == 0
-    assert "site (0 of 2 units)" in capsys.readouterr().out
-    assert len(list((tmp_path / "out" / "units").glob("*/unit.json"))) == 6
+    assert "site (0 of 2 jobs)" in capsys.readouterr().out
+    assert len(list((tmp_path / "out" / "jobs").glob("*/job.json"))) == 6
     page = (tmp_path / "out" / "report.html").read_text()
     assert "This comparison is not finished" in page
-    assert "site (0 of 2 units)" in page
+    assert "site (0 of 2 jobs)" in page
     assert main([*words, "--output", str(tmp_path / "nothing")]) == 2
     assert "no arm has all its folds yet" in capsys.readouterr().err
     assert not (tmp_path / "nothing").exists()
@@ -198,37 +198,37 @@ def test_what_is_there_is_not_computed_again(
         sizes={"slides": [8], "arms": ["prior"]},
     )
     assert main(["compare", "--config", str(path), "--output", str(tmp_path / "out")]) == 0
-    assert "6 units are there, 0 to be computed" in capfd.readouterr().err
+    assert "6 jobs are done, 0 to be computed" in capfd.readouterr().err
     assert (tmp_path / "out" / "results.csv").read_bytes() == before.replace(b"scratch", b"anew")
 
 
-def test_a_damaged_unit_is_computed_again(
+def test_a_damaged_job_is_computed_again(
     compared: Path, study: Cohort, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(compared, tmp_path / "out")
-    key = next(row["key"] for row in table(compared / "units.csv") if row["arm"] == "prior")
-    result = tmp_path / "out" / "units" / key / "result.json"
+    key = next(row["key"] for row in table(compared / "jobs.csv") if row["arm"] == "prior")
+    result = tmp_path / "out" / "jobs" / key / "result.json"
     whole = json.loads(result.read_text())
     result.write_text(json.dumps({**whole, "temperature": 2}))
     path = configuration(study, tmp_path)
     assert main(["compare", "--config", str(path), "--output", str(tmp_path / "out"), "--jobs", "1"]) == 0
-    assert "3 units are there, 1 to be computed" in capfd.readouterr().err
+    assert "3 jobs are done, 1 to be computed" in capfd.readouterr().err
     again = json.loads(result.read_text())
     assert again | {"seconds": 0} == whole | {"seconds": 0}
 
 
-def test_a_killed_run_goes_on_to_the_same_figures(compared: Path, study: Cohort, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_metrics(compared: Path, study: Cohort, tmp_path: Path) -> None:
     path = configuration(study, tmp_path, sizes={"slides": [8], "arms": ["prior"]})
     command = [sys.executable, "-m", "slidetl", "compare", "--config", str(path)]
     command += ["--output", str(tmp_path / "out"), "--jobs", "1"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
-    units = tmp_path / "out" / "units"
+    jobs = tmp_path / "out" / "jobs"
     deadline = time.monotonic() + PATIENCE_S
-    while not list(units.glob("*/unit.json")) and time.monotonic() < deadline:
+    while not list(jobs.glob("*/job.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)  # itself alone: what it started must end by itself
     process.wait()
-    done = {file: file.stat().st_mtime_ns for file in units.glob("*/unit.json")}
+    done = {file: file.stat().st_mtime_ns for file in jobs.glob("*/job.json")}
     assert 0 < len(done) < 6
     assert main(["compare", "--config", str(path), "--output", str(tmp_path / "out")]) == 0
     assert {file: file.stat().st_mtime_ns for file in done} == done
@@ -237,7 +237,7 @@ def test_a_killed_run_goes_on_to_the_same_figures(compared: Path, study: Cohort,
 
 
 @pytest.mark.slow
-def test_a_unit_that_fails_is_reported_and_the_others_go_on(
+def test_a_job_that_fails_is_reported_and_the_others_go_on(
     study: Cohort, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     broken = {"model": {"backbone": {"pretrained": str(tmp_path / "none.safetensors")}}}
@@ -248,9 +248,9 @@ def test_a_unit_that_fails_is_reported_and_the_others_go_on(
     assert "failed: broken, repeat 0, fold 0" in printed.err
     assert "none.safetensors" in printed.err
     assert "broken against prior by QWK, is not complete yet" in printed.out
-    assert "broken (0 of 2 units)" in printed.out
+    assert "broken (0 of 2 jobs)" in printed.out
     assert {row["arm"] for row in table(tmp_path / "out" / "predictions.csv")} == {"prior", "site"}
-    assert len(list((tmp_path / "out" / "units" / ".failed").iterdir())) == 2
+    assert len(list((tmp_path / "out" / "jobs" / ".failed").iterdir())) == 2
 
 
 def test_a_mistake_in_an_arm_is_found_before_anything_runs(
@@ -262,20 +262,20 @@ def test_a_mistake_in_an_arm_is_found_before_anything_runs(
     error = capsys.readouterr().err
     assert "arm 'scratch'" in error
     assert "lrr" in error
-    assert not list((tmp_path / "out" / "units").glob("*/unit.json"))
+    assert not list((tmp_path / "out" / "jobs").glob("*/job.json"))
 
 
 def test_a_dry_run_writes_nothing(study: Cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = configuration(study, tmp_path)
     assert main(["compare", "--config", str(path), "--output", str(tmp_path / "out"), "--dry-run"]) == 0
-    assert capsys.readouterr().out == "20 slides, 2 folds, 2 arms, 4 units\n"
+    assert capsys.readouterr().out == "20 slides, 2 folds, 2 arms, 4 jobs\n"
     assert not (tmp_path / "out").exists()
 
 
 def test_only_some_arms(study: Cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["compare", "--config", str(configuration(study, tmp_path)), "--output", str(tmp_path / "out")]
     assert main([*words, "--only", "prior", "--dry-run"]) == 0
-    assert capsys.readouterr().out == "20 slides, 2 folds, 1 arms, 2 units\n"
+    assert capsys.readouterr().out == "20 slides, 2 folds, 1 arms, 2 jobs\n"
     assert main([*words, "--only", "prio"]) == 2
     assert "there is no arm 'prio'" in capsys.readouterr().err
 
@@ -379,15 +379,14 @@ def test_looking_alike_is_looked_for(study: Cohort, tmp_path: Path) -> None:
         plan_comparison(read_comparison(path))
 
 
-def first_unit(path: Path, arm: str, folder: Path) -> tuple[Study, Unit, UnitResult]:
-    """The first unit of an arm, computed and read back."""
-    comparison = read_comparison(path)
-    plan = plan_comparison(comparison)
-    unit = next(unit for unit in plan.units if unit.arm == arm)
-    run_unit(job_of(unit, plan.study, comparison.grades, folder))
-    found = read_unit(folder, unit.key)
+def first_job(path: Path, arm: str, folder: Path) -> tuple[Study, Job, JobResult]:
+    """The first job of an arm, computed and read back."""
+    plan = plan_comparison(read_comparison(path))
+    job = next(job for job in plan.jobs if job.arm == arm)
+    run_job(job, Workplace(folder))
+    found = read_result(folder, job.key)
     assert found is not None
-    return plan.study, unit, found
+    return plan.study, job, found
 
 
 @pytest.mark.slow
@@ -405,8 +404,7 @@ def test_choices_are_made_in_inner_folds_alone(
     )
     comparison = read_comparison(path)
     plan = plan_comparison(comparison)
-    unit = next(unit for unit in plan.units if unit.arm == "scratch")
-    job = job_of(unit, plan.study, comparison.grades, tmp_path)
+    job = next(job for job in plan.jobs if job.arm == "scratch")
     built = []
     from_slides = SlideDataModule.from_slides
 
@@ -415,14 +413,14 @@ def test_choices_are_made_in_inner_folds_alone(
         return from_slides(*slides, **options)
 
     monkeypatch.setattr(SlideDataModule, "from_slides", counted)
-    found = train_unit(job, tmp_path / "work")
+    found = train_job(job, tmp_path / "work")
     assert len(built) == 2 * 2 + 1  # once for each training: of two trials in two inner folds, and the last
     # A training leaves what resuming it needs, to the last digit, and no table or picture.
     left = {str(path.relative_to(tmp_path / "work")) for path in (tmp_path / "work").rglob("*.*")}
     inner = {f"trial-{trial}-inner-{number}/training.json" for trial in (0, 1) for number in (0, 1)}
     weights = {f"final/weights/{name}.pt" for name in ("start", "last")}
     assert left == {*inner, "final/training.json", *weights}
-    again = train_unit(job, tmp_path / "work")
+    again = train_job(job, tmp_path / "work")
     assert again == found and np.array_equal(again.embeddings, found.embeddings)
     assert found.nested
     parts = {(point.part, point.trial) for point in found.curves}
@@ -443,7 +441,7 @@ def test_choices_are_made_in_inner_folds_alone(
     assert max(p.epoch for p in found.curves if p.part == "test") == found.chosen["epochs"]
     assert 0.05 <= found.temperature <= 20
     assert found.temperature != 1
-    assert sorted(row.slide_id for row in found.predictions) == list(unit.fold.test)
+    assert sorted(row.slide_id for row in found.predictions) == list(job.fold.test)
     # Scores by tiles drawn anew scatter around those of the whole slides, calibrated as they are.
     whole = {
         row.slide_id: float(with_temperature(row.probabilities, found.temperature) @ np.arange(5))
@@ -454,8 +452,8 @@ def test_choices_are_made_in_inner_folds_alone(
     for slide, scores in found.draws.items():
         assert len(scores) == comparison.tile_draws and np.std(scores) > 0
         assert abs(np.mean(scores) - whole[slide]) < 4 * np.std(scores)
-    assert found.embeddings.shape == (len(unit.fold.train) + len(unit.fold.test), 1024)
-    assert unit.recipe["weights"] == sha256(bundled_weights("mobilenetv3_small_050").read_bytes()).hexdigest()
+    assert found.embeddings.shape == (len(job.fold.train) + len(job.fold.test), 1024)
+    assert job.recipe["weights"] == sha256(bundled_weights("mobilenetv3_small_050").read_bytes()).hexdigest()
 
 
 @pytest.mark.slow
@@ -467,7 +465,7 @@ def test_a_point_of_a_curve_counts_patients_by_the_worst_of_their_slides(
     manifest = relabelled(study, tmp_path, patient_id=lambda row: patients[row["slide_id"]])
     protocol = {"outer_folds": 2, "inner_folds": 0, "unit": "worst"}
     path = configuration(study, tmp_path, manifest=str(manifest), protocol=protocol)
-    _, _, found = first_unit(path, "scratch", tmp_path / "units")
+    _, _, found = first_job(path, "scratch", tmp_path / "jobs")
     last = found.curves[-1]
     of_patient: dict[str, list[SlidePrediction]] = {}
     for row in found.predictions:
@@ -489,10 +487,9 @@ def test_labels_are_permuted_before_anything_is_fitted(study: Cohort, tmp_path: 
     path = configuration(study, tmp_path, permutations={"n": 3, "arms": ["prior"]})
     comparison = read_comparison(path)
     plan = plan_comparison(comparison)
-    permuted = [unit for unit in plan.units if unit.permutation is not None]
-    assert len(permuted) == 6
-    jobs = [job_of(unit, plan.study, comparison.grades, tmp_path) for unit in permuted]
-    grades = {job.unit.permutation: {row.slide_id: row.grade for row in job.rows} for job in jobs}
+    jobs = [job for job in plan.jobs if job.permutation is not None]
+    assert len(jobs) == 6
+    grades = {job.permutation: {row.slide_id: row.grade for row in job.rows} for job in jobs}
     true = {row.slide_id: row.grade for row in plan.study.rows}
     assert all(sorted(map(str, of.values())) == sorted(map(str, true.values())) for of in grades.values())
     assert all(of != true for of in grades.values())
@@ -510,11 +507,11 @@ def test_the_earliest_epoch_within_two_per_cent_of_the_best_is_chosen() -> None:
         assert choose([*curves, point(1, 1, early), point(1, 2, 0.1), point(1, 3, 0.1)]) == chosen
 
 
-def test_a_unit_is_read_back_to_the_last_digit(study: Cohort, tmp_path: Path) -> None:
+def test_a_job_is_read_back_to_the_last_digit(study: Cohort, tmp_path: Path) -> None:
     manifest = relabelled(study, tmp_path, patient_id=lambda row: f"={row['patient_id']}")
     path = configuration(study, tmp_path, manifest=str(manifest))
-    plan, unit, found = first_unit(path, "prior", tmp_path / "units")
-    grades = [row.grade for row in plan.rows if row.slide_id in unit.fold.train]
+    plan, job, found = first_job(path, "prior", tmp_path / "jobs")
+    grades = [row.grade for row in plan.rows if row.slide_id in job.fold.train]
     shares = tuple(grades.count(grade) / len(grades) for grade in range(5))
     assert {row.probabilities for row in found.predictions} == {shares}
     assert all(row.patient_id.startswith("=") for row in found.predictions)  # in memory it is no cell
@@ -522,11 +519,11 @@ def test_a_unit_is_read_back_to_the_last_digit(study: Cohort, tmp_path: Path) ->
 
 def test_a_baseline_by_site_knows_the_site_alone(study: Cohort, tmp_path: Path) -> None:
     plan, job = planned(study, tmp_path, {"baseline": "site"})
-    predictions = computed(job)
+    predictions = computed(job, tmp_path)
     by_site = {row.site: row.probabilities for row in predictions}
     assert len(by_site) == 2
     assert all(row.probabilities == by_site[row.site] for row in predictions)
-    train = [row for row in plan.rows if row.slide_id in job.unit.fold.train]
+    train = [row for row in plan.rows if row.slide_id in job.fold.train]
     for site, probabilities in by_site.items():
         counts = np.bincount(
             [row.grade for row in train if row.site == site and row.grade is not None], minlength=5
@@ -538,23 +535,21 @@ def test_a_baseline_by_site_knows_the_site_alone(study: Cohort, tmp_path: Path) 
 @pytest.mark.parametrize("name", ["colour_area", "collagen"])
 def test_baselines_by_colour_give_distributions(name: str, study: Cohort, tmp_path: Path) -> None:
     _, job = planned(study, tmp_path, {"baseline": name})
-    predictions = computed(job)
-    assert sorted(row.slide_id for row in predictions) == list(job.unit.fold.test)
+    predictions = computed(job, tmp_path)
+    assert sorted(row.slide_id for row in predictions) == list(job.fold.test)
     assert len({row.probabilities for row in predictions}) > 1
 
 
 def planned(study: Cohort, folder: Path, arm: dict[str, Any]) -> tuple[Study, Job]:
     arms = {"it": arm, "prior": {"baseline": "prior"}}
     path = configuration(study, folder, arms=arms, primary={"arm": "it", "against": "prior"})
-    comparison = read_comparison(path)
-    plan = plan_comparison(comparison)
-    unit = next(unit for unit in plan.units if unit.arm == "it")
-    return plan.study, job_of(unit, plan.study, comparison.grades, folder / "units")
+    plan = plan_comparison(read_comparison(path))
+    return plan.study, next(job for job in plan.jobs if job.arm == "it")
 
 
-def computed(job: Job) -> tuple[SlidePrediction, ...]:
-    run_unit(job)
-    found = read_unit(job.folder, job.unit.key)
+def computed(job: Job, folder: Path) -> tuple[SlidePrediction, ...]:
+    run_job(job, Workplace(folder))
+    found = read_result(folder, job.key)
     assert found is not None
     return found.predictions
 
@@ -563,12 +558,12 @@ def test_tiles_exchanged_after_the_study_was_read_are_refused(study: Cohort, tmp
     moved = replace(study, cache=tmp_path / "cache")
     shutil.copytree(study.cache, moved.cache)
     _, job = planned(moved, tmp_path, {"baseline": "colour_area"})
-    one, other = (moved.cache / f"{slide}.zarr" for slide in job.unit.fold.train[:2])
+    one, other = (moved.cache / f"{slide}.zarr" for slide in job.fold.train[:2])
     one.rename(tmp_path / "kept")
     other.rename(one)
     (tmp_path / "kept").rename(other)
     with pytest.raises(CacheMismatchError, match="the tiles of another file than the study that was read"):
-        run_unit(job)
+        run_job(job, Workplace(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -596,11 +591,10 @@ def test_a_site_that_alone_has_a_grade_can_be_left_out(
         arms={"it": arm, "prior": {"baseline": "prior"}},
         primary={"arm": "it", "against": "prior"},
     )
-    comparison = read_comparison(path)
     with pytest.warns(UserWarning, match=f"fold {highest}: no training slide has grade 3"):
-        plan = plan_comparison(comparison)
-    unit = next(unit for unit in plan.units if (unit.arm, unit.fold.name) == ("it", highest))
-    predictions = computed(job_of(unit, plan.study, comparison.grades, tmp_path / "units"))
+        plan = plan_comparison(read_comparison(path))
+    job = next(job for job in plan.jobs if (job.arm, job.fold.name) == ("it", highest))
+    predictions = computed(job, tmp_path)
     assert {row.site for row in predictions} == {highest}
     if "baseline" in arm:  # a network's head has a little left for every grade
         assert all(row.probabilities[3] == 0 for row in predictions)
@@ -624,7 +618,7 @@ def test_a_classical_arm_is_fitted_and_calibrated_on_its_training_part(study: Co
         arms={"ridge": {"classical": {"features": ["tiny"]}}, "prior": {"baseline": "prior"}},
         primary={"arm": "ridge", "against": "prior"},
     )
-    whole, unit, found = first_unit(path, "ridge", tmp_path / "units")
+    whole, job, found = first_job(path, "ridge", tmp_path / "jobs")
     assert found.nested
     # Once more by hand.
     rows = {row.slide_id: row for row in whole.rows}
@@ -634,14 +628,14 @@ def test_a_classical_arm_is_fitted_and_calibrated_on_its_training_part(study: Co
     def graded(train: tuple[str, ...], other: tuple[str, ...]) -> Any:
         grades, patients = [grade[slide] for slide in train], [rows[slide].patient_id for slide in train]
         x, new = (np.stack([means[slide] for slide in part]) for part in (train, other))
-        return fit_grader("ridge", x, grades, patients, 5, seed=unit.fold.seed).probabilities(new)
+        return fit_grader("ridge", x, grades, patients, 5, seed=job.fold.seed).probabilities(new)
 
-    held_out = np.concatenate([graded(inner.train, inner.validation) for inner in unit.fold.inner])
-    true = [grade[slide] for inner in unit.fold.inner for slide in inner.validation]
+    held_out = np.concatenate([graded(inner.train, inner.validation) for inner in job.fold.inner])
+    true = [grade[slide] for inner in job.fold.inner for slide in inner.validation]
     assert found.temperature == pytest.approx(fit_temperature(true, held_out), rel=1e-6)
     of_slide = {row.slide_id: row.probabilities for row in found.predictions}
-    predicted = np.array([of_slide[slide] for slide in unit.fold.test])
-    np.testing.assert_allclose(predicted, graded(unit.fold.train, unit.fold.test), atol=1e-6)
+    predicted = np.array([of_slide[slide] for slide in job.fold.test])
+    np.testing.assert_allclose(predicted, graded(job.fold.train, job.fold.test), atol=1e-6)
 
 
 def test_slides_that_are_not_in_the_cache_are_left_out(study: Cohort, tmp_path: Path) -> None:
@@ -656,19 +650,19 @@ def test_slides_that_are_not_in_the_cache_are_left_out(study: Cohort, tmp_path: 
     assert gone.stem not in {row.slide_id for row in left.rows}
 
 
-def test_an_inner_fold_is_part_of_the_name_of_a_unit(study: Cohort, tmp_path: Path) -> None:
+def test_an_inner_fold_is_part_of_the_name_of_a_job(study: Cohort, tmp_path: Path) -> None:
     keys = []
     for inner in (0, 2):
         protocol = {"outer_folds": 2, "inner_folds": inner}
         path = configuration(study, tmp_path, protocol=protocol)
         plan = plan_comparison(read_comparison(path))
-        assert all(isinstance(unit.fold, Fold) for unit in plan.units)
-        keys.append({unit.key for unit in plan.units if unit.arm == "scratch"})
+        assert all(isinstance(job.fold, Fold) for job in plan.jobs)
+        keys.append({job.key for job in plan.jobs if job.arm == "scratch"})
     assert keys[0].isdisjoint(keys[1])
 
 
 @pytest.mark.slow
-def test_units_are_computed_by_the_workers_of_a_scheduler(study: Cohort, tmp_path: Path) -> None:
+def test_jobs_are_computed_by_the_workers_of_a_scheduler(study: Cohort, tmp_path: Path) -> None:
     """A real scheduler, a real worker, and the command, each a process of its own."""
     arms = {"site": {"baseline": "site"}, "prior": {"baseline": "prior"}}
     path = configuration(study, tmp_path, arms=arms, primary={"arm": "site", "against": "prior"})
@@ -694,7 +688,7 @@ def test_units_are_computed_by_the_workers_of_a_scheduler(study: Cohort, tmp_pat
     assert done.returncode == 0, done.stderr
     assert "[4/4]" in done.stderr
     assert {row["arm"] for row in table(tmp_path / "out" / "predictions.csv")} == {"site", "prior"}
-    hosts = {file.parent.name for file in (tmp_path / "out" / "units").glob("*/unit.json")}
+    hosts = {file.parent.name for file in (tmp_path / "out" / "jobs").glob("*/job.json")}
     assert len(hosts) == 4
 
 
@@ -715,11 +709,11 @@ def test_arms_left_out_need_nothing(study: Cohort, tmp_path: Path) -> None:
 def test_a_smaller_part_is_trained_for_as_many_steps(study: Cohort, tmp_path: Path) -> None:
     sizes = {"slides": [6], "arms": ["scratch", "prior"]}
     comparison = read_comparison(configuration(study, tmp_path, sizes=sizes))
-    units = plan_comparison(comparison).units
-    whole = next(unit for unit in units if (unit.arm, unit.n_slides) == ("scratch", None))
-    smaller = next(unit for unit in units if (unit.arm, unit.n_slides) == ("scratch", 6))
-    slides = [len(unit.fold.train) for unit in (whole, smaller)]
-    epochs = [unit.recipe["fit"]["trainer"]["max_epochs"] for unit in (whole, smaller)]
+    jobs = plan_comparison(comparison).jobs
+    whole = next(job for job in jobs if (job.arm, job.n_slides) == ("scratch", None))
+    smaller = next(job for job in jobs if (job.arm, job.n_slides) == ("scratch", 6))
+    slides = [len(job.fold.train) for job in (whole, smaller)]
+    epochs = [job.recipe["fit"]["trainer"]["max_epochs"] for job in (whole, smaller)]
     assert slides[1] == 6
     assert epochs == [2, round(2 * slides[0] / 6)]
     assert smaller.recipe["validate_every"] == round(slides[0] / 6)

@@ -44,4 +44,4 @@ def test_a_row_has_a_cell_for_each_column() -> None:
 
 def test_a_table_is_spoken_with_rows_of_one_name_together() -> None:
     table = Table(("Arm", "n", "share"), [("one", 1, 0.5), ("one", 2, None), ("two", 3, 0.25)])
-    assert table.spoken == "Arm: n, share. one: 1, 0.50 | 2, –; two: 3, 0.25."
+    assert table.as_line == "Arm: n, share. one: 1, 0.50 | 2, –; two: 3, 0.25."

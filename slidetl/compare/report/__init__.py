@@ -1,1 +1,1 @@
-"""A comparison for people: the page, its parts, tables and plots."""
+"""Reports a comparison as a page of text, tables and plots."""

@@ -1,4 +1,4 @@
-"""Writes a report of text, plots and tables in sections: as one HTML file, as Markdown, as plain text."""
+"""Writes a report of text, plots and tables as one HTML file, as Markdown, and as plain text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Plot:
 
     Attributes:
         path: its SVG; a PNG of the same name lies beside it.
-        table: the values that it shows, or a summary of them.
+        table: its values, or a summary of them.
         title: the kind of plot and its subject.
         note: explains the plot.
     """
@@ -29,8 +29,8 @@ class Plot:
 
     @property
     def alt(self) -> str:
-        """Text for readers who cannot see the plot, with the values of the table."""
-        return f"{self.title}. {self.table.spoken}"
+        """Text instead of the plot, with the values of the table."""
+        return f"{self.title}. {self.table.as_line}"
 
     @property
     def source(self) -> str:
@@ -62,7 +62,7 @@ class Document:
 
     Attributes:
         title: of the page.
-        notices: warnings that a reader must see first.
+        notices: warnings, to be read first.
         summary: paragraphs with the answer.
         sections: in order, each listed in the contents.
     """
@@ -74,7 +74,7 @@ class Document:
 
 
 def write_html(path: Path, document: Document) -> None:
-    """Writes the page, whole or not at all; every text is escaped.
+    """Writes the page as a whole; every text is escaped.
 
     Raises:
         OSError: a plot cannot be read, or the page not be written.

@@ -1,4 +1,4 @@
-"""Writes the report of a comparison from its words, tables and plots."""
+"""Writes the report of a comparison from its template, tables and plots."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ PAGE, TEXT, PLOTS_FOLDER = "report.html", "report.md", "figures"
 def write_report(result: ComparisonResult, output: Path, failed: Mapping[str, str] | None = None) -> None:
     """Writes ``report.html``, ``report.md``, ``figures/*.svg`` and ``*.png`` into the folder of a comparison.
 
-    The page needs no network and no other file. It names what is missing where arms are not complete; plots
-    of an earlier report that this one has not are removed.
+    The page needs no network and no other file, and names incomplete arms. Other plots, of an earlier
+    report, are removed.
 
     Args:
         result: of :func:`~slidetl.compare.aggregate.combine`.
         output: the folder.
-        failed: why units failed, by their labels.
+        failed: reasons of failed jobs, by their labels.
 
     Raises:
-        OSError: something cannot be written.
+        OSError: a file cannot be written.
     """
     view, folder = View(result, failed or {}), output / PLOTS_FOLDER
     tables = tables_of(view)
@@ -67,25 +67,26 @@ def describe(result: ComparisonResult) -> str:
 
 
 def document_of(view: View, tables: Mapping[str, Table], plots: Mapping[str, Plot]) -> Document:
-    """Fills ``templates/report.txt``, whose first lines describe its form.
+    """Fills ``templates/report.txt``; its first lines describe its form.
 
-    Each block is a template of its own, so that no value can begin another block.
+    Each block is a separate template, so that no value can begin another block.
 
     Args:
         view: the comparison.
         tables: of :func:`~slidetl.compare.report.tables.tables_of`; one without rows is left out.
-        plots: of :func:`~slidetl.compare.report.plots.draw_all`; one that is missing is left out.
+        plots: of :func:`~slidetl.compare.report.plots.draw_all`; a missing one is left out.
     """
-    # no autoescape: the writers of a document escape, each in its own way
+    # No autoescape: the writers of a document escape, each in its own way.
     environment = Environment(undefined=StrictUndefined, autoescape=False)
     environment.filters |= {
         "cell": format_cell,
         "p": format_p,
         "percent": format_percent,
         "range": format_range,
-        "linked": _linked,
+        "association": _association,
     }
-    level = view.serious[0].referral.level
+    referral_level = view.serious[0].referral.level
+    held_out = "the held-out parts of the inner folds"
     values: dict[str, Any] = {
         "view": view,
         "result": view.result,
@@ -94,10 +95,13 @@ def document_of(view: View, tables: Mapping[str, Table], plots: Mapping[str, Plo
         "primary": view.comparison.primary,
         "tables": tables,
         "names": NAMES,
+        "level": view.arms[0].metrics[view.comparison.primary.metric].level,
+        "referral_level": referral_level,
+        "curve_part": held_out if view.protocol.is_nested else "the test parts, which chose nothing",
         "plateau": f"{PLATEAU:g}",
         "risk": RISK,
-        # that so many patients, all graded right, can show at one of the curve's points
-        "least_risk": 1 - ((1 - level) / REFERRAL_POINTS) ** (1 / view.n_patients),
+        # the least upper bound for so many patients, all graded right, at one of the curve's points
+        "least_risk": 1 - ((1 - referral_level) / REFERRAL_POINTS) ** (1 / view.n_patients),
     }
 
     def say(template: str) -> str:
@@ -132,8 +136,8 @@ def document_of(view: View, tables: Mapping[str, Table], plots: Mapping[str, Plo
     )
 
 
-def _linked(found: SiteByGrade) -> str:
-    """Says how strongly site, or scanner, and grade hang together."""
+def _association(found: SiteByGrade) -> str:
+    """Formats the association of site, or scanner, and grade."""
     if found.cramers_v is None or found.p is None:
         return ""
     return f"Cramér's V {found.cramers_v:.2f}, permutation {format_p(found.p)}."

@@ -1,4 +1,4 @@
-"""Draws the plots of a comparison as SVG and PNG, in colours that need no colour vision.
+"""Draws the plots of a comparison as SVG and PNG, in colours for all kinds of colour vision.
 
 Equal results give equal files. Titles and notes are in ``templates/report.txt``.
 """
@@ -39,18 +39,18 @@ _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "legend.frameon": False,
     "legend.handlelength": 2.8,  # long enough for two dashes
-    "svg.fonttype": "path",  # the same on every machine, whatever fonts it has
+    "svg.fonttype": "path",  # the same on machines with other fonts
     "svg.hashsalt": "slidetl",
     "text.parse_math": False,  # a dollar in a name is a dollar
 }
 
 
 def draw_all(view: View, tables: Mapping[str, Table], folder: Path) -> dict[str, Plot]:
-    """Draws every plot for which there are values, as ``NAME.svg`` and ``NAME.png``.
+    """Draws every plot with values, as ``NAME.svg`` and ``NAME.png``.
 
     Args:
         view: the comparison.
-        tables: of :func:`~slidetl.compare.report.tables.tables_of`, which the text alternatives say.
+        tables: of :func:`~slidetl.compare.report.tables.tables_of`, for the text alternatives.
         folder: for the files.
 
     Returns:
@@ -169,7 +169,7 @@ def _learning(view: View, table: Table, folder: Path) -> Plot:
 
 
 def _reliability(view: View, folder: Path) -> Plot:
-    """Draws a reliability diagram for each arm, with the bars within which a calibrated model would lie."""
+    """Draws a reliability diagram for each arm, with bars of the range of a calibrated model."""
     most, rows = max(point.n for arm in view.serious for point in arm.bins), []
     arms = [arm.arm for arm in view.serious]
     with _panels(folder, "reliability", arms, (1.95, 2.15), (0.6, 0.5)) as (figure, path, panels):
@@ -252,14 +252,14 @@ def _referral(view: View, table: Table, folder: Path) -> Plot:
 
 @contextmanager
 def _sheet(folder: Path, name: str, width: float, height: float) -> Iterator[tuple[Figure, Path]]:
-    """Yields an empty figure, inches wide and high, with the path of its SVG, and writes it in the end."""
+    """Yields an empty figure, size in inches, with the path of its SVG, and writes it in the end."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.svg"
     with rc_context(_STYLE), warnings.catch_warnings():
-        # Names come from outside; a letter that the font lacks is a box here, and itself in the table.
+        # A letter of a name outside the font is a box here, and correct in the table.
         warnings.filterwarnings("ignore", r"Glyph .* missing from")
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, path

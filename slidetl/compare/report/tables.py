@@ -1,4 +1,4 @@
-"""Turns the results of a comparison into the tables of its report.
+"""Makes the tables of a comparison's report.
 
 Their titles and notes are in ``templates/report.txt``; a table without rows is left out of the report.
 """
@@ -39,7 +39,7 @@ _95 = "95\N{NO-BREAK SPACE}%"
 
 
 def tables_of(view: View) -> dict[str, Table]:
-    """Makes all tables, by the names that ``templates/report.txt`` has for them."""
+    """Makes all tables, by their names in ``templates/report.txt``."""
     result = view.result
     primary = view.comparison.primary
     return {
@@ -176,12 +176,12 @@ def tables_of(view: View) -> dict[str, Table]:
         "drift": _layer_means(view, "drift"),
         "similarity": _layer_means(view, "similarity"),
         "provenance": _provenance(view),
-        "units": Table(
+        "jobs": Table(
             (
-                *("Arm", "Units", ("Seconds a unit, mean", ".1f"), ("Minutes in all", ".1f")),
+                *("Arm", "Jobs", ("Seconds a job, mean", ".1f"), ("Minutes in all", ".1f")),
                 *("Epochs", "Temperature"),
             ),
-            [_units(arm) for arm in (*view.arms, *result.smaller)],
+            [_jobs(arm) for arm in (*view.arms, *result.smaller)],
         ),
     }
 
@@ -199,10 +199,10 @@ def forest(view: View) -> Table:
 
 
 def by_layer(view: View, name: str) -> dict[str, dict[str, list[float]]]:
-    """Collects ``drift`` or ``similarity`` of the units of each arm that has it, by layer."""
+    """Collects ``drift`` or ``similarity`` of the jobs of each arm, by layer."""
     arms: dict[str, dict[str, list[float]]] = {}
     for arm in view.serious:
-        for _, found in arm.units:
+        for _, found in arm.jobs:
             for layer, value in getattr(found, name).items():
                 arms.setdefault(arm.arm, {}).setdefault(layer, []).append(float(value))
     return arms
@@ -262,7 +262,7 @@ def _sizes(view: View) -> Table:
 def _temperatures(view: View) -> Table:
     rows = [
         (
-            *(arm.arm, format_range((result.temperature for _, result in arm.units), ".2f")),
+            *(arm.arm, format_range((result.temperature for _, result in arm.jobs), ".2f")),
             *(plain.log_loss, arm.metrics["log_loss"].estimate, plain.rps, arm.metrics["rps"].estimate),
             *(plain.slope, arm.slope.slope and arm.slope.slope.estimate),
         )
@@ -347,7 +347,7 @@ def _layer_means(view: View, name: str) -> Table:
 
 def _provenance(view: View) -> Table:
     protocol, result = view.protocol, view.result
-    folds = dict.fromkeys(unit.fold for arm in result.arms for unit, _ in arm.units)
+    folds = dict.fromkeys(job.fold for arm in result.arms for job, _ in arm.jobs)
     near = view.comparison.near_duplicates
     return Table(
         ("What", "Value"),
@@ -366,17 +366,17 @@ def _provenance(view: View) -> Table:
     )
 
 
-def _units(arm: ArmResult) -> tuple[Any, ...]:
-    seconds = [found.seconds for _, found in arm.units]
-    epochs = [int(found.chosen["epochs"]) for _, found in arm.units if found.chosen]
-    temperatures = [found.temperature for _, found in arm.units if found.nested]
+def _jobs(arm: ArmResult) -> tuple[Any, ...]:
+    seconds = [found.seconds for _, found in arm.jobs]
+    epochs = [int(found.chosen["epochs"]) for _, found in arm.jobs if found.chosen]
+    temperatures = [found.temperature for _, found in arm.jobs if found.nested]
     chosen = format_range(epochs) if epochs else None
     spread = format_range(temperatures, ".2f") if temperatures else None
     return arm.label, len(seconds), float(np.mean(seconds)), sum(seconds) / 60, chosen, spread
 
 
 def _configured(view: View, result: ArmResult) -> tuple[str, str | None]:
-    """Describes an arm by its configuration, and what its inner folds choose."""
+    """Describes an arm by its configuration, and the choices of its inner folds."""
     arm = view.comparison.arms[result.arm]
     if arm.baseline is not None:
         return f"trivial: {_BASELINES[arm.baseline]}", None
@@ -390,7 +390,7 @@ def _configured(view: View, result: ArmResult) -> tuple[str, str | None]:
     backbone = model.get("backbone", {})
     parts = [_named(model.get("transfer"), "as 'slidetl fit' by default")]
     parts.append(str(backbone.get("name", "default backbone")))
-    if backbone.get("pretrained") and any(found.drift for _, found in result.units):
+    if backbone.get("pretrained") and any(found.drift for _, found in result.jobs):
         parts.append(f"pretrained: {Path(str(backbone['pretrained'])).name}")
     parts += [_named(model[key], "") for key in ("aggregator", "head") if key in model]
     parts += [f"lr {model['lr']:g}"] if isinstance(model.get("lr"), int | float) else []

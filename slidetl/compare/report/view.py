@@ -39,12 +39,7 @@ class Look:
 
 
 def looks_of(arms: Sequence[str], trivial: Sequence[str] = ()) -> dict[str, Look]:
-    """Gives each arm its look; the trivial ones are grey.
-
-    Args:
-        arms: all of them, the most important first.
-        trivial: those that every other arm must beat.
-    """
+    """Assigns a look to each arm, the most important first; the trivial ones are grey."""
     looks = {}
     for number, arm in enumerate(arm for arm in arms if arm not in trivial):
         turn = number // len(_COLOURS)
@@ -61,7 +56,7 @@ class View:
 
     Attributes:
         result: all results.
-        failed: reasons of failed units, by their labels.
+        failed: reasons of failed jobs, by their labels.
     """
 
     result: ComparisonResult
@@ -79,7 +74,7 @@ class View:
 
     @cached_property
     def trivial(self) -> tuple[str, ...]:
-        """Names of the arms that every other arm must beat."""
+        """Names of the trivial arms, to be beaten by all others."""
         return tuple(name for name, arm in self.comparison.arms.items() if arm.baseline is not None)
 
     @cached_property
@@ -91,12 +86,12 @@ class View:
 
     @cached_property
     def serious(self) -> tuple[ArmResult, ...]:
-        """Arms that are not trivial; all arms where there is no other."""
+        """Arms that are not trivial, or all arms if there is no other."""
         return tuple(arm for arm in self.arms if arm.arm not in self.trivial) or self.arms
 
     @cached_property
     def absent(self) -> tuple[str, ...]:
-        """Arms of the configuration of which no unit was planned."""
+        """Arms of the configuration without a planned job."""
         known = {arm.arm for arm in self.result.arms}
         known |= {label.split(" (")[0] for label in self.result.incomplete}
         return tuple(name for name in self.comparison.arms if name not in known)
@@ -109,24 +104,24 @@ class View:
 
     @cached_property
     def curves(self) -> dict[str, Learning]:
-        """Learning curves of the arms that have epochs."""
+        """Learning curves of the arms with epochs."""
         found = {arm.arm: learning_of(self.comparison, arm) for arm in self.serious}
         return {name: curve for name, curve in found.items() if curve is not None}
 
     @cached_property
     def epochs(self) -> list[int]:
-        """Epochs at which all learning curves are compared."""
+        """Epochs for the comparison of all learning curves."""
         return equal_epochs(list(self.curves.values()))
 
     @property
     def learned(self) -> tuple[CurveMetric, CurveMetric]:
-        """Metrics of the learning curves, that of the primary comparison first if it is one of them."""
+        """Metrics of the learning curves, the primary one first if it is among them."""
         is_accuracy = self.comparison.primary.metric == "accuracy"
         return ("accuracy", "qwk") if is_accuracy else ("qwk", "accuracy")
 
     @property
     def gap(self) -> str:
-        """Difference of the declared arms by epochs, in words; empty where one has none."""
+        """Difference of the declared arms by epochs, in words; empty if an arm has none."""
         primary = self.comparison.primary
         if not {primary.arm, primary.against} <= set(self.curves):
             return ""
@@ -149,7 +144,7 @@ class View:
 
     @property
     def better(self) -> str:
-        """The arm that the declared comparison favours; empty where its interval contains zero."""
+        """The arm favoured by the declared comparison; empty if its interval contains zero."""
         declared = self.result.primary
         if declared is None or declared.interval.low <= 0 <= declared.interval.high:
             return ""
@@ -158,7 +153,7 @@ class View:
 
     @cached_property
     def limit(self) -> float | None:
-        """Limit of the primary metric by the readers' noise; None where it is not known."""
+        """Limit of the primary metric by the readers' noise; None if unknown."""
         found, name = self.result.ceiling, self.comparison.primary.metric
         if found is None or name not in ("qwk", "accuracy"):
             return None
@@ -179,7 +174,7 @@ class View:
 
     @property
     def one_scanner_each(self) -> bool:
-        """True where every site has one scanner of its own."""
+        """True if every site has its own scanner."""
         sites, scanners = self.result.site_of, self.result.scanner_of
         return len(set(zip(sites, scanners, strict=True))) == len(set(sites)) == len(set(scanners))
 
@@ -190,7 +185,7 @@ class View:
 
     @property
     def n_sites(self) -> int:
-        """Number of sites, slides without one apart."""
+        """Number of sites, without the empty name."""
         return len(set(self.result.site_of) - {""})
 
     @property
