@@ -43,6 +43,7 @@ def export(
     from slidetl.processor import postpone_collection
 
     with postpone_collection():
+        from slidetl.models.backbones import weights_sha256
         from slidetl.publish.evidence import evidence_from
         from slidetl.publish.export import build_network, export_model
         from slidetl.publish.model_file import load_model
@@ -51,10 +52,13 @@ def export(
 
     graders = [load_grader(path, allow) for path in checkpoints]
     training = familiar = None
-    kept = evidence_from(evidence, coverage, arm) if evidence is not None else None
+    records = {weights_sha256(grader.network): grader.record for grader in graders}
+    kept = evidence_from(evidence, records, coverage, arm) if evidence is not None else None
     if not no_training_data:
         try:
-            slides = training_slides(config or _configs(checkpoints), allow)
+            slides = training_slides(
+                config or _configs(checkpoints), [grader.record for grader in graders], allow
+            )
         except SlidetlError as error:
             raise UsageError(
                 f"the training slides are not at hand ({error}); name the fit's configuration with --config, "
@@ -83,7 +87,10 @@ def export(
         figures = (
             f"{name} {a:.3f} ({low:.3f} to {high:.3f})" for name, (a, low, high) in kept.figures.items()
         )
-        print(f"{kept.slides} slides of {kept.patients} patients kept from it: {', '.join(figures)}")
+        kept_from = (
+            "kept from it" if arm is None else f"graded by the networks of arm {arm}, not by this file"
+        )
+        print(f"{kept.slides} slides of {kept.patients} patients {kept_from}: {', '.join(figures)}")
     for name, difference in worst.items():
         print(f"greatest difference of a probability from the checkpoint, {name}: {difference:.1e}")
     if format == "torchscript":

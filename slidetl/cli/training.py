@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from jsonargparse import ArgumentError
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Trainer
@@ -24,7 +25,8 @@ from pytorch_lightning.utilities import rank_zero_info
 
 from slidetl.cli.shipped import with_shipped_configs
 from slidetl.data.datamodule import SlideDataModule
-from slidetl.errors import UsageError
+from slidetl.data.record import NO_RECORD, StudyRecord, config_sha256, read_record
+from slidetl.errors import CheckpointError, UsageError
 from slidetl.training.best import BestCheckpoint, WholeCheckpoints
 from slidetl.training.checkpoint import read_checkpoint
 from slidetl.training.drift import DriftReport
@@ -35,6 +37,8 @@ from slidetl.training.slots import check_classes, check_import, permit
 from slidetl.training.waiting import WaitingReport
 
 _PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}  # in Lightning's words
+_HIGHER_IS_BETTER = ("accuracy", "qwk", "f1")
+
 _SHIPPED = "--config configs/NAME.yaml takes the file that comes with slidetl, unless there is one here."
 
 
@@ -86,6 +90,7 @@ class GradingCLI(LightningCLI):
     """Links the grades, keeps the run in one folder, finds the checkpoint, and distrusts it."""
 
     keeps_logs = True
+    _past: StudyRecord | None = None
 
     def __init__(self, command: str, args: list[str], **options: Any) -> None:
         self._command = command
@@ -106,13 +111,14 @@ class GradingCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "last_checkpoint")
         parser.set_defaults(
             {
-                "early_stopping.monitor": "val/qwk",
-                "early_stopping.mode": "max",
-                # QWK is NaN where it is undefined, as of a small part of one grade: that is no divergence.
+                # A proper score: QWK of fifteen slides is coarse, and undefined where they are of one grade.
+                "early_stopping.monitor": "val/rps",
+                "early_stopping.mode": "min",
+                # NaN is a metric that is undefined, or a slide that is not graded: the next epoch may do.
                 "early_stopping.check_finite": False,
                 "early_stopping.patience": 10,
-                "checkpoint.monitor": "val/qwk",
-                "checkpoint.mode": "max",
+                "checkpoint.monitor": "val/rps",
+                "checkpoint.mode": "min",
                 "checkpoint.filename": "best",
                 "last_checkpoint.filename": "last",
                 "last_checkpoint.enable_version_counter": False,
@@ -161,7 +167,10 @@ class GradingCLI(LightningCLI):
             options["ckpt_path"] = str(_best_checkpoint(root, allow))
             rank_zero_info(f"checkpoint: {options['ckpt_path']}")
         path = Path(options["ckpt_path"])
-        values = read_checkpoint(path, allow)["hyper_parameters"]
+        checkpoint = read_checkpoint(path, allow, resumable=command == "fit")
+        values, self._past = checkpoint["hyper_parameters"], read_record(checkpoint)
+        if self._past is None and command != "predict" and options.data.split_from == "checkpoint":
+            raise CheckpointError(f"{path}: {NO_RECORD}")
         wanted = {**options.model.as_dict(), "grades": options.data.grades}
         self.config = self.parser.parse_object({command: {"model": values}}, self.config)
         found = {**self.config[command].model.as_dict(), "grades": values.get("grades")}
@@ -172,6 +181,17 @@ class GradingCLI(LightningCLI):
                     f"{path} was trained with {key} {found[key]}, the configuration says {wanted[key]}; "
                     "use the configuration of that training (config.yaml, where its logs are)"
                 )
+
+    def after_instantiate_classes(self) -> None:
+        """Hands the record of the checkpoint to the data, or the configuration's hash to be recorded."""
+        self.datamodule.past = self._past
+        for name in ("early_stopping", "checkpoint"):
+            watch = self._get(self.config, name)
+            if watch.mode == "min" and (watch.monitor or "").endswith(_HIGHER_IS_BETTER):
+                raise UsageError(f"{name}.monitor {watch.monitor} is better when higher; set {name}.mode max")
+        if self.subcommand == "fit":
+            written = self._parser("fit").dump(self.config.fit, skip_none=False)
+            self.datamodule.config_sha256 = config_sha256(yaml.safe_load(written))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Keeps everything of a run in ``<default_root_dir>/logs/version_N`` unless loggers are given."""

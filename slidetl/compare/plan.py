@@ -11,7 +11,7 @@ from typing import Any
 
 from slidetl.compare.config import EPOCHS, Comparison, with_values
 from slidetl.data.manifest import ManifestRow
-from slidetl.data.study import CachedSlide, Study, check_identity, read_study
+from slidetl.data.study import CachedSlide, Study, check_duplicates, check_identity, read_study
 from slidetl.errors import CacheMissingError, UsageError
 from slidetl.evaluation.leakage import near_duplicates
 from slidetl.evaluation.protocol import (
@@ -144,6 +144,8 @@ def plan_and_audit(comparison: Comparison, study: Study) -> tuple[Study, tuple[F
         alike = [(names[one], names[two], likeness) for one, two, likeness in found]
     if comparison.duplicates == "join":
         study = join_duplicates(study, [(one, two) for one, two, _ in alike], comparison.protocol.given_split)
+    else:
+        check_duplicates(study.slides)
     cases = cases_of(study)
     folds = plan_folds(cases, comparison.protocol, len(comparison.grades))
     fingerprints = {cache.slide_id: cache.fingerprint for cache in study.caches}

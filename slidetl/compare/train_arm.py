@@ -32,6 +32,7 @@ from slidetl.compare.plan import Job
 from slidetl.compare.records import CurvePoint, JobResult, predictions_from
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.datasets import channels_first
+from slidetl.data.study import listed
 from slidetl.errors import UsageError
 from slidetl.evaluation.calibration import fit_temperature, with_temperature
 from slidetl.evaluation.comparison import Unit, patient_results
@@ -42,6 +43,7 @@ from slidetl.models.network import GradingNetwork
 from slidetl.models.tensors import save_tensors
 from slidetl.tiles.store import SlideCache
 from slidetl.training.drift import distances
+from slidetl.training.evaluation import NOT_FINITE, Evaluation
 from slidetl.training.grader import SlideGrader
 from slidetl.training.predictions import SlidePrediction
 from slidetl.training.similarity import embed_layers
@@ -136,6 +138,14 @@ def choose(curves: Sequence[CurvePoint]) -> tuple[int, int]:
     trial, best_epoch = min(means, key=lambda key: (means[key], key))
     enough = means[trial, best_epoch] * (1 + _PLATEAU)
     return trial, min(epoch for (of, epoch), score in means.items() if of == trial and score <= enough)
+
+
+def _all_graded(evaluation: Evaluation | None) -> tuple[SlidePrediction, ...]:
+    """Returns the predictions, and refuses a network that does not grade every slide."""
+    assert evaluation is not None
+    if lost := evaluation.not_graded:
+        raise UsageError(f"{len(lost)} slides are not graded ({listed(lost)}): {NOT_FINITE}; lower model.lr")
+    return evaluation.predictions
 
 
 def draw_evenly(tiles: Sequence[int], n: int, seed: int) -> dict[int, NDArray[np.int64]]:
@@ -233,7 +243,7 @@ class _Fit:
             model = self._loaded(_LAST)
             self._trainer(1, []).test(model, self._built[1], verbose=False)
         assert model.tested is not None
-        return model.tested.predictions
+        return _all_graded(model.tested)
 
     def drift(self) -> dict[str, float]:
         """Measures the relative distance of each layer from its pretrained weights, if any."""
@@ -368,7 +378,7 @@ class _Watch(Callback):
         done = trainer.current_epoch + 1
         if done % trainer.check_val_every_n_epoch == 0:  # type: ignore[operator] # always a number here
             assert isinstance(pl_module, SlideGrader) and pl_module.validated is not None
-            self.predictions.append(pl_module.validated.predictions)
+            self.predictions.append(_all_graded(pl_module.validated))
             self.points.append(self._point(done, len(pl_module.grades)))
         if done == self._epochs:
             self._save(pl_module, _LAST)

@@ -24,10 +24,11 @@ from slidetl.data.datasets import (
     EpochSampler,
     collate_bags,
 )
-from slidetl.data.manifest import FIVE_GRADES, check_scale
+from slidetl.data.manifest import FIVE_GRADES, SPLITS, check_scale
+from slidetl.data.record import SplitFrom, StudyRecord, recorded_parts
 from slidetl.data.resuming import ResumableLoader
 from slidetl.data.sampling import Sampling, Uniform
-from slidetl.data.study import CachedSlide, common_spec, read_study
+from slidetl.data.study import CachedSlide, Study, common_spec, read_study
 from slidetl.data.tasks import Task, check_tasks
 from slidetl.errors import UsageError
 from slidetl.tiles.features import FeatureSource, common_source
@@ -38,6 +39,8 @@ _Loader = TypeVar("_Loader", bound=DataLoader[Any])
 _ENDLESS = 2**31  # epochs
 _WORKERS = 2  # before a processor, which the network needs
 _THREADS_OF_A_GPU = 2  # that feed it; each other core reads tiles
+_PART_OF = {"validate": "val", "test": "test"}
+
 DEFAULT_BATCH_SIZE = 4
 """Slides per training step, for which the default learning rates are meant."""
 
@@ -73,6 +76,14 @@ class SlideDataModule(pl.LightningDataModule):
         fold: which fold of a cross-validation this is, written into ``predictions.csv``.
         tasks: label scales to read beside the grade; set by ``model.tasks``.
         every_grade: whether a training part that lacks a grade is refused, since that could not be learned.
+        split_from: who is tested by a checkpoint: ``checkpoint`` takes the parts that it recorded and refuses
+            another study, but tests a study of strangers whole; ``manifest`` takes the column ``split``, or
+            without it tests every patient that the checkpoint has not seen; ``external`` tests everyone as
+            strangers, however their patients are called. Slides that it was trained or chosen on are refused.
+
+    Attributes:
+        past: the record of the checkpoint that is tested or resumed; None for a new training.
+        config_sha256: of the configuration that a training records.
     """
 
     def __init__(
@@ -95,6 +106,7 @@ class SlideDataModule(pl.LightningDataModule):
         prefetch: int = 2,
         tasks: list[Task] = [],  # noqa: B006 (never changed)
         every_grade: bool = True,
+        split_from: SplitFrom = "checkpoint",
     ) -> None:
         super().__init__()
         check_scale(grades)
@@ -117,9 +129,13 @@ class SlideDataModule(pl.LightningDataModule):
         self.num_workers, self.augmentation = num_workers, build_augmentation(augmentation)
         self.sampling, self.features, self.fold = sampling or Uniform(), features, fold
         self.decode_threads, self.prefetch = decode_threads, prefetch
+        self.split_from: SplitFrom = split_from
+        self.past: StudyRecord | None = None
+        self.config_sha256 = ""
         self.feature_source: FeatureSource | None = None
         self.slides: dict[str, tuple[CachedSlide, ...]] = {}
         self.tile_spec: TileSpec | None = None
+        self._study: Study | None = None
         self._training: ResumableLoader[Bag] | None = None
         self._resumed: dict[str, Any] = {}
 
@@ -157,12 +173,7 @@ class SlideDataModule(pl.LightningDataModule):
             return
         if not self.slides:
             self._read(stage)
-        needed = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage or "", ())
-        for part in needed:
-            if not self.slides[part]:
-                raise UsageError(
-                    f"the {part} part has no slide; set data.{part}_fraction or the manifest's 'split'"
-                )
+        needed = self._needed(stage)
         self.tile_spec = common_spec([slide.cache for slide in self.slides["predict"]])
         if self.features and (stage == "fit" or not self.bag_size):
             using = self.slides["train" if self.bag_size else "predict"]  # the latter are all
@@ -170,17 +181,64 @@ class SlideDataModule(pl.LightningDataModule):
         for part in needed:
             self._check_part(part)
 
+    def follow(self, record: StudyRecord, stage: str) -> None:
+        """Divides the study by the record of a checkpoint, where it is not yet.
+
+        Raises:
+            SlidetlError: as :func:`~slidetl.data.record.recorded_parts`, or a part that is needed is empty.
+        """
+        if self.past == record or self._study is None:
+            return
+        self.past = record
+        self._divide(self._study, stage)
+        for part in self._needed(stage):
+            self._check_part(part)
+
+    @property
+    def record(self) -> StudyRecord:
+        """Everyone in the study with their parts, for the checkpoint of a training."""
+        return StudyRecord.of(self.slides, self.config_sha256)
+
+    def _needed(self, stage: str | None) -> tuple[str, ...]:
+        needed = ("train", "val") if stage == "fit" else (_PART_OF[stage],) if stage in _PART_OF else ()
+        for part in needed:
+            if not self.slides[part]:
+                raise UsageError(
+                    f"the {part} part has no slide; set data.{part}_fraction or the manifest's 'split'"
+                )
+        return needed
+
     def _read(self, stage: str | None) -> None:
         with warnings.catch_warnings():
             if self._rank:
                 warnings.simplefilter("ignore")  # each process reads, one warns
-            study = read_study(self.manifest, self.cache, len(self.grades), self.tasks)
-            parts = (
-                study.parts(val_fraction=self.val_fraction, test_fraction=self.test_fraction, seed=self.seed)
-                if stage != "predict"  # which needs no grades, and so no split
-                else dict.fromkeys(("train", "val", "test"), ())
+            self._study = read_study(self.manifest, self.cache, len(self.grades), self.tasks)
+            self._divide(self._study, stage)
+
+    def _divide(self, study: Study, stage: str | None) -> None:
+        parts: dict[str, tuple[CachedSlide, ...]]
+        note = ""
+        if stage == "predict":  # which needs no grades, and so no split
+            parts = dict.fromkeys(SPLITS, ())
+            if seen := self.past.seen(study) if self.past is not None else 0:
+                note = (
+                    f"the checkpoint was trained or chosen on {seen} of these {len(study.slides)} slides or "
+                    "their patients; predictions of those do not show how well it grades"
+                )
+        elif self.past is None and (stage == "fit" or self.split_from == "checkpoint"):
+            parts = study.parts(
+                val_fraction=self.val_fraction, test_fraction=self.test_fraction, seed=self.seed
             )
+        else:
+            parts, note = recorded_parts(
+                study, self.past, "checkpoint" if stage == "fit" else self.split_from
+            )
+        if stage in ("validate", "test") and (others := len(study.graded) - len(parts[_PART_OF[stage]])):
+            counts = ", ".join(f"{name} {len(parts[name])}" for name in SPLITS if name != _PART_OF[stage])
+            note = f"{note}\n" * bool(note) + f"left out: {others} of {len(study.graded)} slides ({counts})"
         self.slides = {**parts, "predict": study.slides}
+        if note:
+            rank_zero_info(note)
 
     def _check_part(self, part: str) -> None:
         slides = self.slides[part]

@@ -44,8 +44,8 @@ class Chunk(TypedDict):
     """A run of a slide's tiles. Chunks of a slide come in order, without another slide's between.
 
     ``tiles [n, 3, S, S] uint8``, or in their place ``stored [n, D] float16``, their features; whose they
-    are; ``grade`` 0..K-1, or -1 for none; ``labels`` of the tasks by their names, likewise: of the
-    slide, or ``[n]`` of its tiles; ``last`` whether the chunk ends the slide.
+    are; ``fingerprint`` of the slide's content; ``grade`` 0..K-1, or -1 for none; ``labels`` of the tasks by
+    their names, likewise: of the slide, or ``[n]`` of its tiles; ``last`` whether the chunk ends the slide.
     """
 
     tiles: NotRequired[Tensor]
@@ -53,6 +53,7 @@ class Chunk(TypedDict):
     slide_id: str
     patient_id: str
     site: str
+    fingerprint: str
     grade: int
     labels: dict[str, int | Tensor]
     last: bool
@@ -221,6 +222,7 @@ class ChunkDataset(Dataset[Chunk]):
             "slide_id": row.slide_id,
             "patient_id": row.patient_id,
             "site": row.site,
+            "fingerprint": cache.fingerprint,
             "grade": -1 if row.grade is None else row.grade,
             "labels": {
                 name: label if isinstance(label, int) else torch.from_numpy(label[start:stop])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -178,6 +179,7 @@ def _read_csv(path: Path, n_grades: int | None, tasks: Sequence[Task]) -> Manife
         rows.append(_parse_row(line, values, path.parent, n_grades, tasks, faults))
     _check_between(rows, faults)
     faults.check(path)
+    _warn_of_spellings(path, rows)
     return Manifest(tuple(rows))
 
 
@@ -302,6 +304,37 @@ def _check_between(rows: Iterable[ManifestRow], faults: _Faults) -> None:
             )
         if some_split and not row.split:
             faults.add(row.line, "split is empty, though other lines have one; give all or none")
+
+
+def _warn_of_spellings(path: Path, rows: Iterable[ManifestRow]) -> None:
+    """Warns of patients with names that differ in nothing but their spelling."""
+    first: dict[str, ManifestRow] = {}
+    seen: dict[str, str] = {}  # each name once
+    for row in rows:
+        other = first.setdefault(_spelling(row.patient_id), row)
+        if other.patient_id != row.patient_id:
+            seen.setdefault(
+                row.patient_id,
+                f"{other.patient_id!r} (line {other.line}) and {row.patient_id!r} (line {row.line})",
+            )
+    if seen:
+        more = f"; and {len(seen) - 10} more" if len(seen) > 10 else ""
+        warnings.warn(
+            f"{path}: patients that may be one, spelled twice: {'; '.join(list(seen.values())[:10])}{more}. "
+            "They count as different ones; give one patient one patient_id, or it is in two parts",
+            stacklevel=4,
+        )
+
+
+def _spelling(name: str) -> str:
+    """Returns what is common to the spellings of a name: 12, 012 and 12.0, P7 and p7, composed or not."""
+    letters = (
+        "-" if unicodedata.category(letter) == "Pd" else letter
+        for letter in unicodedata.normalize("NFKC", name).casefold()
+        if not letter.isspace() and unicodedata.category(letter) != "Cf"
+    )
+    text = re.sub(r"(?<![\d.,])0+(?=\d)", "", "".join(letters))
+    return re.sub(r"(\d+)[.,]0*", r"\1", text) if re.fullmatch(r"\d+[.,]0*", text) else text
 
 
 def _with_labels(manifest: Manifest, tasks: Sequence[Task]) -> Manifest:

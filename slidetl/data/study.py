@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slidetl.data.manifest import ManifestRow, read_manifest
+from slidetl.data.manifest import SPLITS, ManifestRow, read_manifest
 from slidetl.data.splits import split_patients
 from slidetl.data.tasks import Task, read_points
-from slidetl.errors import CacheMismatchError, CacheMissingError, UsageError
+from slidetl.errors import CacheError, CacheMismatchError, CacheMissingError, UsageError
 from slidetl.slides import open_slide
+from slidetl.slides.base import WHOLE_BYTES
 from slidetl.tiles.grid import TileSpec
-from slidetl.tiles.ledger import USED, Ledger, LedgerRow
+from slidetl.tiles.ledger import USED, Ledger, LedgerRow, file_state
 from slidetl.tiles.store import SlideCache, cache_path
+
+_MUCH = 2**30  # bytes that take a while to read
+_CLOCK_S = 2.0  # by which file systems round the time of change: FAT, and so many a USB disk
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,12 +85,11 @@ class Study:
             seed: seed of the division.
 
         Raises:
-            UsageError: a fraction is out of range, or there are too few patients.
+            UsageError: a fraction is out of range, there are too few patients, or two of them have a slide
+                of the same content.
         """
         graded = self.graded
-        if len(graded) < len(self.slides):
-            left_out = len(self.slides) - len(graded)
-            warnings.warn(f"{left_out} of {len(self.slides)} slides have no grade, left out", stacklevel=2)
+        check_duplicates(graded)
         if any(slide.row.split for slide in graded):
             split = {slide.row.slide_id: slide.row.split for slide in graded}
         else:
@@ -94,9 +99,16 @@ class Study:
                 test_fraction=test_fraction,
                 seed=seed,
             )
+        return self.divided(split)
+
+    def divided(self, part_of: Mapping[str, str]) -> dict[str, tuple[CachedSlide, ...]]:
+        """Divides the graded slides by the part of each ``slide_id``."""
+        if len(self.graded) < len(self.slides):
+            left_out = len(self.slides) - len(self.graded)
+            warnings.warn(f"{left_out} of {len(self.slides)} slides have no grade, left out", stacklevel=3)
         return {
-            part: tuple(slide for slide in graded if split[slide.row.slide_id] == part)
-            for part in ("train", "val", "test")
+            part: tuple(slide for slide in self.graded if part_of[slide.row.slide_id] == part)
+            for part in SPLITS
         }
 
 
@@ -104,6 +116,9 @@ def read_study(
     manifest: str | Path, cache: str | Path, n_grades: int | None = None, tasks: Sequence[Task] = ()
 ) -> Study:
     """Reads a manifest, opens the tiles of its slides, and checks that each slide has its own.
+
+    The cache is enough: a slide's file is read only where it is there and the ledger does not know it, by
+    its path below a folder, its size and its time of change.
 
     A slide that the ledger has as failed or excluded, or that has no finished cache, is left out with a
     warning.
@@ -124,9 +139,8 @@ def read_study(
     ledger = _read_ledger(folder)
     slides, lost = [], []
     for row in rows:
-        entry = ledger.get(row.slide_id)
         try:
-            opened = _open(folder, row, entry)
+            opened = open_cache(folder, row.slide_id, ledger.get(row.slide_id))
         except CacheMissingError:
             lost.append(row.slide_id)
             continue
@@ -136,9 +150,34 @@ def read_study(
             f"{cache}: none of the {len(rows)} slides of {manifest} is here; run 'slidetl tile' first"
         )
     _warn_of_lost(lost, len(rows))
+    _check_files(folder, slides, ledger)
     study = Study(rows, tuple(slides), folder)
     common_spec(study.caches)
     return study
+
+
+def check_duplicates(slides: Sequence[CachedSlide]) -> None:
+    """Refuses a slide's content under two patients: one side of a division would know the other.
+
+    Raises:
+        UsageError: some slides; the message names them in pairs.
+    """
+    first: dict[str, ManifestRow] = {}
+    pairs = []
+    for slide in slides:
+        row, other = slide.row, first.setdefault(slide.cache.fingerprint, slide.row)
+        if other.patient_id != row.patient_id:
+            pairs.append(f"{other.slide_id} ({other.patient_id}) and {row.slide_id} ({row.patient_id})")
+    if pairs:
+        raise UsageError(
+            f"{len(pairs)} pair{'s' * (len(pairs) > 1)} of slides with the same content, of different "
+            f"patients: {listed(pairs)}; remove one of each, or give both one patient_id"
+        )
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """Lists names for a message, the first of many."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def find_slides(cache: Path, slide_ids: Sequence[str] = ()) -> dict[str, LedgerRow | None]:
@@ -218,13 +257,57 @@ def check_identity(cache: SlideCache, slide_id: str, fingerprint: str, source: s
         )
 
 
-def _open(folder: Path, row: ManifestRow, entry: LedgerRow | None) -> SlideCache:
-    """Opens the tiles of a slide; the slide's file is opened only where the ledger does not know it."""
-    cache = open_cache(folder, row.slide_id, entry)
-    if entry is None or entry.path != str(row.path):
-        with open_slide(row.path, mpp_replace=cache.mpp_level0, channels=cache.spec.channels) as slide:
-            check_identity(cache, row.slide_id, slide.info.fingerprint, str(row.path))
-    return cache
+def _check_files(folder: Path, slides: Sequence[CachedSlide], ledger: Mapping[str, LedgerRow]) -> None:
+    """Refuses tiles under the path of another slide; reads those files that the ledger does not know."""
+    endings = Counter(end for entry in ledger.values() for end in _endings(Path(entry.path)))
+    unknown = []
+    for slide in slides:
+        row, entry = slide.row, ledger.get(slide.row.slide_id)
+        state = file_state(row.path)
+        # Moved with its folder: the end of its path is still that of this slide, and of no other.
+        shared = set(_endings(row.path)) & set(_endings(Path(entry.path))) if entry is not None else ()
+        is_named = any(endings[end] == 1 for end in shared)
+        is_same = entry is not None and entry.path == str(row.path)
+        if state is None and not is_named:
+            raise CacheMismatchError(
+                f"slide {row.slide_id!r}: nothing shows that the tiles are of {row.path}, which is not here: "
+                + (f"ledger.csv has {entry.path}" if entry is not None else "ledger.csv does not have it")
+                + "; name the file that was tiled, or bring ledger.csv or the slide"
+            )
+        if state is not None and not (
+            is_named and entry is not None and _is_unchanged(entry, state, is_same)
+        ):
+            unknown.append((slide, entry, state))
+    if not unknown:
+        return
+    to_read = sum(min(size, WHOLE_BYTES) for _, _, (size, _) in unknown)
+    if to_read > _MUCH:
+        warnings.warn(
+            f"{len(unknown)} slides moved or changed since they were tiled: reading {to_read / 1e9:.1f} GB "
+            "to compare them with their tiles",
+            stacklevel=3,
+        )
+    found = []
+    for slide, entry, (size, modified) in unknown:
+        row, cache = slide.row, slide.cache
+        with open_slide(row.path, mpp_replace=cache.mpp_level0, channels=cache.spec.channels) as opened:
+            check_identity(cache, row.slide_id, opened.info.fingerprint, str(row.path))
+        if entry is not None:
+            found.append(replace(entry, path=str(row.path), bytes=size, modified=modified))
+    with contextlib.suppress(CacheError):  # a cache that cannot be written: they are read again next time
+        Ledger(folder / "ledger.csv").record(found)
+
+
+def _endings(path: Path) -> Iterator[tuple[str, ...]]:
+    """Yields the last parts of a path, ever more of them."""
+    parts = path.parts
+    return (parts[-n:] for n in range(1, len(parts) + 1))
+
+
+def _is_unchanged(entry: LedgerRow, state: tuple[int, float], is_same: bool) -> bool:
+    if not entry.bytes:  # a ledger of an older release
+        return is_same
+    return entry.bytes == state[0] and abs(entry.modified - state[1]) <= _CLOCK_S
 
 
 def _read_ledger(folder: Path) -> dict[str, LedgerRow]:
@@ -235,8 +318,7 @@ def _warn_of_lost(lost: Sequence[str], n_slides: int) -> None:
     if lost:
         warnings.warn(
             f"{len(lost)} of {n_slides} slides are not in the cache, left out (ledger.csv says why): "
-            + ", ".join(lost[:10])
-            + (" ..." if len(lost) > 10 else ""),
+            + listed(lost),
             stacklevel=3,
         )
 

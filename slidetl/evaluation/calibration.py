@@ -20,6 +20,7 @@ from slidetl.evaluation.comparison import chance_p
 from slidetl.evaluation.metrics import (
     LEAST_PROBABILITY,
     calibration_error,
+    check_finite,
     check_probabilities,
     confidence_bins,
     probability_metrics,
@@ -39,9 +40,10 @@ def with_temperature(probabilities: ArrayLike, temperature: float) -> NDArray[np
         probabilities: ``[..., K]``, rows summing to one.
         temperature: above 0.
     """
-    if not temperature > 0:
-        raise UsageError(f"a temperature must be above 0, not {temperature}")
+    if not 0 < temperature < np.inf:
+        raise UsageError(f"a temperature must be a number above 0, not {temperature}")
     rows = np.asarray(probabilities, np.float64)
+    check_finite(rows)
     if temperature == 1:
         return np.asarray(rows / rows.sum(axis=-1, keepdims=True))
     logs = np.log(np.maximum(rows, LEAST_PROBABILITY)) / temperature

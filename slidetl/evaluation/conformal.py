@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import UsageError
 from slidetl.evaluation.bootstrap import Interval, Resampling, bca_interval
-from slidetl.evaluation.metrics import check_probabilities, weighted_mean
+from slidetl.evaluation.metrics import check_finite, check_probabilities, weighted_mean
 from slidetl.evaluation.shapes import check_lengths
 
 REFERRAL_POINTS = 10  # thresholds of a risk-coverage curve: its bounds hold for all of them together
@@ -244,6 +244,7 @@ def _mass_before(probabilities: ArrayLike) -> NDArray[np.float64]:
     rows = np.asarray(probabilities, np.float64)
     if rows.ndim != 2 or rows.shape[1] < 2:
         raise UsageError(f"expected probabilities [N, K], not {rows.shape}")
+    check_finite(rows)
     n, n_grades = rows.shape
     each = np.arange(n)
     # The ends of the scale get a neighbour that is never taken.

@@ -195,6 +195,7 @@ def auroc(positive: ArrayLike, scores: ArrayLike) -> float:
     from scipy.stats import rankdata
 
     positive = np.asarray(positive, bool)
+    check_finite(np.asarray(scores, np.float64))
     n_positive = int(positive.sum())
     n_pairs = n_positive * (len(positive) - n_positive)
     above = rankdata(scores)[positive].sum() - n_positive * (n_positive + 1) / 2
@@ -225,6 +226,17 @@ def confusion_matrix(true: ArrayLike, predicted: ArrayLike, n_grades: int) -> ND
     """Counts results ``[K, K]``: rows true ``[N]``, columns predicted ``[N]``."""
     truth, (graded,) = _check_grades(true, predicted, n_grades)
     return np.bincount(truth * n_grades + graded, minlength=n_grades**2).reshape(n_grades, n_grades)
+
+
+def check_finite(values: NDArray[np.float64]) -> None:
+    """Refuses NaN and infinity, which an ``argmax`` or a rank would take for a number.
+
+    Raises:
+        UsageError: a value is not finite.
+    """
+    if not np.isfinite(values).all():
+        place = tuple(np.argwhere(~np.isfinite(values))[0].tolist())
+        raise UsageError(f"expected finite numbers, found {values[place]} at {place} of {values.shape}")
 
 
 def check_probabilities(
@@ -268,7 +280,7 @@ def _check_grades(
 
 
 def _check_scale(grades: NDArray[Any], n_grades: int | None) -> None:
-    if (grades % 1 != 0).any():
+    if not np.isfinite(grades).all() or (grades % 1 != 0).any():
         raise UsageError("grades must be whole numbers")
     if n_grades is not None and not ((grades >= 0) & (grades < n_grades)).all():
         raise UsageError(f"grades must be whole numbers from 0 to {n_grades - 1}")

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from slidetl.errors import UsageError
+from slidetl.data.record import StudyRecord
+from slidetl.data.study import listed
+from slidetl.errors import CheckpointError, SlidetlError, UsageError
 from slidetl.evaluation.bootstrap import bca_interval
 from slidetl.evaluation.calibration import fit_temperature, with_temperature
 from slidetl.evaluation.conformal import fit_grade_sets
-from slidetl.evaluation.metrics import accuracy, mae, qwk
+from slidetl.evaluation.metrics import accuracy, check_finite, mae, qwk
 from slidetl.library.model_card import Evidence
+from slidetl.text import csv_cell
 
 _LEAST_PATIENTS = 10
 
 
-def evidence_from(path: Path, coverage: float = 0.9, arm: str | None = None) -> Evidence:
+def evidence_from(
+    path: Path, records: Mapping[str, StudyRecord | None], coverage: float = 0.9, arm: str | None = None
+) -> Evidence:
     """Reads predictions of slides kept from the training, and computes their metrics.
 
     Metrics are those of the probabilities as the network gave them (in a table of ``slidetl compare`` the
@@ -31,13 +39,15 @@ def evidence_from(path: Path, coverage: float = 0.9, arm: str | None = None) -> 
 
     Args:
         path: ``predictions.csv`` of ``slidetl test`` or of ``slidetl compare``; of several repeats the first
-            counts.
+            counts. Slides that are not graded are left out with a warning.
+        records: of the exported checkpoints, by the SHA-256 of their weights.
         coverage: share of patients whose grades shall lie in their sets, between 0 and 1.
         arm: which arm of a comparison.
 
     Raises:
-        UsageError: no such table, too few graded patients in it, several arms and none named, or a table of
-            an older ``slidetl compare``, which has calibrated probabilities alone.
+        UsageError: no such table, too few graded patients in it, several arms and none named, a table of
+            an older ``slidetl compare``, which has calibrated probabilities alone, or predictions of another
+            checkpoint, of slides that it was trained or chosen on, or of arms on another study.
     """
     if not 0 < coverage < 1:
         raise UsageError(f"expected a coverage between 0 and 1, not {coverage}")
@@ -52,6 +62,12 @@ def evidence_from(path: Path, coverage: float = 0.9, arm: str | None = None) -> 
         rows = [row for row in rows if row["grade"] and (arm is None or row["arm"] == arm)]
         repeats = sorted({row["repeat"] for row in rows if "repeat" in row}, key=int)
         rows = [row for row in rows if not repeats or row["repeat"] == repeats[0]]
+        if lost := [row["slide_id"] for row in rows if row.get("reason")]:
+            warnings.warn(
+                f"{path}: {len(lost)} slides are not graded, left out: {listed(lost)}", stacklevel=3
+            )
+        rows = [row for row in rows if not row.get("reason")]
+        _check_kept(path, rows, records)
         kind = "uncalibrated_" if rows and "temperature" in rows[0] else "probability_"
         names = [key for key in rows[0] if key.startswith(kind)] if rows else []
         if rows and not names:
@@ -63,9 +79,10 @@ def evidence_from(path: Path, coverage: float = 0.9, arm: str | None = None) -> 
         probabilities = np.array([[float(row[key]) for key in names] for row in rows], np.float64)
         patients = np.array([row["patient_id"] for row in rows])
     except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, UsageError):
+        if isinstance(error, SlidetlError):
             raise
         raise UsageError(f"{path}: expected predictions as 'slidetl test' writes them: {error!r}") from error
+    check_finite(probabilities)
     if len(set(patients)) < _LEAST_PATIENTS:
         raise UsageError(
             f"{path}: graded slides of {len(set(patients))} patients say too little; "
@@ -89,3 +106,49 @@ def evidence_from(path: Path, coverage: float = 0.9, arm: str | None = None) -> 
         quantile=sets.quantile,
         predictions_sha256=hashlib.sha256(content).hexdigest(),
     )
+
+
+def _check_kept(
+    path: Path, rows: Sequence[Mapping[str, str]], records: Mapping[str, StudyRecord | None]
+) -> None:
+    """Refuses predictions that do not show how well the exported checkpoints grade."""
+    if None in records.values():
+        raise CheckpointError(
+            "a checkpoint of an older version has no record of its slides, so nothing shows that those of "
+            f"{path} were kept from it; train again"
+        )
+    known = {sha256: _as_in_tables(record) for sha256, record in records.items() if record is not None}
+    if rows and "arm" in rows[0]:  # of networks that compare trained, each on other patients than it graded
+        strangers = [
+            row["slide_id"]
+            for row in rows
+            if not any(was.knows(row["slide_id"], row["patient_id"]) for was in known.values())
+        ]
+        if strangers:
+            raise UsageError(
+                f"{path}: compared on another study than the checkpoint was trained with: {listed(strangers)}"
+            )
+        return
+    others = sorted({row.get("checkpoint") or "" for row in rows} - known.keys())
+    if others:
+        told = f"checkpoint {others[0][:12]}..." if others[0] else "no checkpoint"
+        raise UsageError(
+            f"{path}: predictions of {told}, the one to be exported is {next(iter(known))[:12]}...; "
+            "write the table by 'slidetl test' with this checkpoint"
+        )
+    seen = [
+        row["slide_id"]
+        for row in rows
+        if known[row["checkpoint"]].part_of(row["slide_id"], row["patient_id"], row.get("fingerprint") or "")
+        in ("train", "val")
+    ]
+    if seen:
+        raise UsageError(
+            f"{path}: the checkpoint was trained or chosen on {len(seen)} of these slides or their patients: "
+            f"{listed(seen)}; write the table by 'slidetl test'"
+        )
+
+
+def _as_in_tables(record: StudyRecord) -> StudyRecord:
+    slides = (replace(slide, patient_id=str(csv_cell(slide.patient_id))) for slide in record.slides)
+    return replace(record, slides=tuple(slides))

@@ -16,30 +16,40 @@ from rich.progress import track
 from slidetl.analysis.novelty import Familiar, fit_familiar
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.datasets import channels_first
-from slidetl.data.study import CachedSlide
-from slidetl.errors import UsageError
+from slidetl.data.record import StudyRecord, config_sha256
+from slidetl.data.study import CachedSlide, read_study
+from slidetl.errors import CheckpointError, UsageError
 from slidetl.library.model_card import TrainingData
 from slidetl.training.slots import parse
 
 _BATCH = 64
 
 
-def training_slides(configs: Sequence[Path], allow: Sequence[str] = ()) -> tuple[CachedSlide, ...]:
-    """Lists the slides on which fits were trained, each once, in the order of their identifiers.
+def training_slides(
+    configs: Sequence[Path], records: Sequence[StudyRecord | None], allow: Sequence[str] = ()
+) -> tuple[CachedSlide, ...]:
+    """Lists the slides on which checkpoints were trained, each once, in the order of their identifiers.
 
     Args:
-        configs: ``config.yaml`` of each fit, as Lightning keeps it beside the logs.
-        allow: names outside slidetl that they may import.
+        configs: ``config.yaml`` of each fit, as Lightning keeps it beside the logs, or one for all; they say
+            where the slides are.
+        records: those of the checkpoints; they say which slides.
+        allow: names outside slidetl that the configurations may import.
 
     Raises:
-        UsageError: no such configuration, or it says something else.
-        SlidetlError: its manifest or its cache is not there any more.
+        UsageError: no such configuration, or it is that of another training.
+        CheckpointError: a checkpoint has no record, or a slide that it was trained on is not as it was.
+        SlidetlError: the manifest or the cache is not there any more.
     """
+    if len(configs) not in (1, len(records)):
+        raise UsageError(f"expected one configuration, or one for each of {len(records)} checkpoints")
     slides: dict[str, CachedSlide] = {}
-    for config in configs:
-        data = _data_module(config, allow)
-        data.setup("fit")
-        slides |= {slide.row.slide_id: slide for slide in data.slides["train"]}
+    for number, record in enumerate(records):
+        if record is None:
+            raise CheckpointError("a checkpoint of an older version does not say which")
+        data = _data_module(configs[number % len(configs)], record, allow)
+        study = read_study(data.manifest, data.cache, len(data.grades), data.tasks)
+        slides |= {slide.row.slide_id: slide for slide in record.find(study, "train")}
     return tuple(slides[slide_id] for slide_id in sorted(slides))
 
 
@@ -92,13 +102,15 @@ def _tissue_mm2(slide: CachedSlide) -> float:
     return float(slide.cache.tissue_fraction.sum()) * (spec.stride_px * spec.mpp / 1000) ** 2
 
 
-def _data_module(config: Path, allow: Sequence[str]) -> SlideDataModule:
+def _data_module(config: Path, record: StudyRecord, allow: Sequence[str]) -> SlideDataModule:
     try:
         values = yaml.safe_load(config.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{config}: expected the config.yaml of a 'slidetl fit': {error}") from error
     if not isinstance(values, dict) or not isinstance(values.get("data"), dict):
         raise UsageError(f"{config}: expected the config.yaml of a 'slidetl fit', found no 'data' in it")
+    if record.config_sha256 not in ("", config_sha256(values)):
+        raise UsageError(f"{config}: not the configuration that the checkpoint was trained with")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(SlideDataModule, "data")
     try:

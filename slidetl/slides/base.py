@@ -176,7 +176,7 @@ def check_there(path: Path) -> None:
 
 
 # Up to this size a file is hashed whole; beyond it by so many blocks of so many bytes.
-_WHOLE_BYTES = 64 * 2**20
+WHOLE_BYTES = 64 * 2**20
 _BLOCKS = 64
 _BLOCK_BYTES = 2**20
 
@@ -201,7 +201,7 @@ def _file_digest(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        if size <= _WHOLE_BYTES:
+        if size <= WHOLE_BYTES:
             while block := file.read(_BLOCK_BYTES):
                 digest.update(block)
         else:

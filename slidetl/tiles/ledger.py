@@ -13,6 +13,7 @@ from typing import Self
 
 from slidetl.errors import CacheError
 from slidetl.files import write_whole
+from slidetl.slides.npz import NpzItem
 from slidetl.slides.spacing import PRINTER_UM, REMEDY, cohort_note
 from slidetl.text import one_line
 from slidetl.tiles.lock import kernel_lock
@@ -52,6 +53,7 @@ class LedgerRow:
         height: of the slide.
         fingerprint: SHA-256 of its content.
         note: what is doubtful, or was done to the pixels; several are separated by semicolons.
+        bytes, modified: size of its file and time of its last change (seconds since 1970), when it was tiled.
         seconds: how long it took in the last run.
         host: the machine that did it.
         finished_at: UTC, ISO 8601.
@@ -77,6 +79,8 @@ class LedgerRow:
     height: int = 0
     fingerprint: str = ""
     note: str = ""
+    bytes: int = 0
+    modified: float = 0.0
     seconds: float = 0.0
     host: str = ""
     finished_at: str = ""
@@ -97,6 +101,16 @@ class LedgerRow:
             return cls(**{f.name: _PARSE[str(f.type)](_plain(cells[f.name])) for f in known})
         except (KeyError, TypeError, ValueError) as error:
             raise CacheError(f"not a row of a ledger: {cells} ({error}); move the ledger away") from error
+
+
+def file_state(path: Path) -> tuple[int, float] | None:
+    """Returns size (bytes) and time of change (seconds since 1970) of a slide's file, None if it is gone."""
+    item = NpzItem.of(path)
+    try:
+        found = (item.file if item else path).stat()
+    except (OSError, ValueError):  # ValueError: it cannot be a path
+        return None
+    return found.st_size, round(found.st_mtime, 3)
 
 
 class Ledger:

@@ -23,7 +23,7 @@ from slidetl.errors import (
 from slidetl.slides import Slide, SlideInfo, open_slide
 from slidetl.tiles.cut import encode_tile, encode_tiles
 from slidetl.tiles.grid import TileSpec
-from slidetl.tiles.ledger import EXCLUDED, FAILED, USED, LedgerRow
+from slidetl.tiles.ledger import EXCLUDED, FAILED, USED, LedgerRow, file_state
 from slidetl.tiles.lock import slide_lock
 from slidetl.tiles.plan import MANY_PLACES, TilePlan, notes_on, plan_tiles
 from slidetl.tiles.preview import draw_preview
@@ -142,7 +142,9 @@ def tile_slide(
                 ) as slide:
                     info, (width, height) = slide.info, slide.info.size_level0
                     row = replace(row, vendor=info.vendor, fingerprint=info.fingerprint)
+                    size, modified = file_state(source.path) or (0, 0.0)
                     row = replace(row, width=width, height=height, mpp_level0=max(info.mpp_level0))
+                    row = replace(row, bytes=size, modified=modified)
                     row = _tile_open_slide(
                         row, slide, cache_dir, spec, overwrite, threads, lock.check, picture
                     )

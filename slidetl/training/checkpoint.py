@@ -23,9 +23,18 @@ from slidetl.training.slots import check_name, parse
 _CLASSES = ("aggregator", "head", "transfer", "schedule")
 _VALUES = {"backbone": BackboneSpec, "targets": Targets}
 _PARAMETERS = frozenset(inspect.signature(SlideGrader).parameters)
+# Lightning resumes a training from these.
+_TRAINING_STATE = {
+    "loops",
+    "optimizer_states",
+    "lr_schedulers",
+    "epoch",
+    "global_step",
+    "pytorch-lightning_version",
+}
 
 
-def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
+def read_checkpoint(path: Path, allow: Sequence[str] = (), resumable: bool = False) -> dict[str, Any]:
     """Reads a checkpoint as plain values and tensors, and checks its hyper-parameters.
 
     Building a module imports every class that they name, and an import runs code. So they must have the
@@ -35,6 +44,7 @@ def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
     Args:
         path: a ``.ckpt`` file.
         allow: further names or packages whose classes may be imported, e.g. ``mylab.heads``.
+        resumable: whether it must hold the state of a training, too.
 
     Returns:
         The checkpoint. Its ``hyper_parameters`` are the arguments of
@@ -55,6 +65,15 @@ def read_checkpoint(path: Path, allow: Sequence[str] = ()) -> dict[str, Any]:
     is_ours = isinstance(checkpoint, dict) and {"hyper_parameters", "state_dict"} <= checkpoint.keys()
     if not is_ours or not isinstance(checkpoint["hyper_parameters"], dict):
         raise CheckpointError(f"{path}: expected a checkpoint of 'slidetl fit', found something else")
+    loops = checkpoint.get("loops")
+    missing = _TRAINING_STATE - checkpoint.keys()
+    if resumable and (
+        missing or not isinstance(loops, dict) or "epoch_progress" not in loops.get("fit_loop", ())
+    ):
+        named = ", ".join(sorted(missing)) or "the progress of its loops"
+        raise CheckpointError(
+            f"{path}: no training can resume from it, it lacks {named}; take another checkpoint"
+        )
     loaded: dict[str, Any] = checkpoint
     values = loaded["hyper_parameters"]
     values.pop("_instantiator", None)  # how Lightning would build the module; we do it ourselves

@@ -22,6 +22,10 @@ from slidetl.training.predictions import SlidePrediction
 
 _T = TypeVar("_T")
 
+NOT_FINITE = (
+    "the network gives numbers that are not finite; its training has diverged, or its precision overflows"
+)
+
 _OF_GRADES = ("accuracy", "balanced_accuracy", "qwk", "mae", "macro_f1")
 _OF_PROBABILITIES = ("rps", "calibration_error", "calibration_error_if_calibrated")
 
@@ -40,6 +44,8 @@ class GradedSlide:
 
     def prediction_of(self, task: Task) -> SlidePrediction:
         """Returns the prediction of a further scale of slides."""
+        if not self.prediction.probabilities:
+            return replace(self.prediction, grade=None)
         outcome = self.outcomes[task.name]
         label, probabilities = int(outcome.labels[0]), tuple(outcome.probabilities[0].tolist())
         return replace(self.prediction, grade=None if label < 0 else label, probabilities=probabilities)
@@ -54,12 +60,14 @@ class Evaluation:
         metrics: of the predicted grades.
         quality: metrics of the probabilities, as :func:`judged_probabilities` names them.
         tasks: metrics of each further task that has a label in this part.
+        not_graded: the slides, graded by people, that the network does not grade; no metric counts them.
     """
 
     slides: tuple[GradedSlide, ...]
     metrics: GradeMetrics
     quality: dict[str, Any]
     tasks: dict[str, GradeMetrics]
+    not_graded: tuple[str, ...] = ()
 
     @property
     def predictions(self) -> tuple[SlidePrediction, ...]:
@@ -113,17 +121,22 @@ class ChunkedEvaluation:
         logits, of_tasks = self.grade(embeddings, _everything(embeddings))
         # In float64 on the processor (some devices have none): the rows then sum to one as metrics expect it.
         probabilities = self._network.head.probabilities(logits.cpu().double())[0].tolist()
+        outcomes = self._tasks.outcomes(of_tasks, labels)
+        computed = np.concatenate([probabilities, *(one.probabilities.ravel() for one in outcomes.values())])
+        is_finite = bool(np.isfinite(computed).all())  # the largest of NaN would be grade 0
         prediction = SlidePrediction(
             slide_id=chunk["slide_id"],
             patient_id=chunk["patient_id"],
             grade=None if chunk["grade"] < 0 else chunk["grade"],
-            probabilities=tuple(probabilities),
+            probabilities=tuple(probabilities) if is_finite else (),
             tiles=embeddings.shape[1],
             site=chunk["site"],
             fold=fold,
             checkpoint=self._checkpoint,
+            fingerprint=chunk["fingerprint"],
+            reason="" if is_finite else NOT_FINITE,
         )
-        self.slides.append(GradedSlide(prediction, self._tasks.outcomes(of_tasks, labels)))
+        self.slides.append(GradedSlide(prediction, outcomes if is_finite else {}))
 
     def attention(self, chunk: Chunk) -> dict[str, NDArray[np.float32]]:
         """Takes one chunk; returns the attention ``[N]``, by slide, of the slide that it ends."""
@@ -167,23 +180,28 @@ def evaluate(slides: Sequence[GradedSlide], tasks: Iterable[Task], n_grades: int
     """Scores graded slides.
 
     Args:
-        slides: at least one; those without a grade do not count.
+        slides: at least one; those without a grade do not count, those that are not graded are listed.
         tasks: the further tasks.
         n_grades: K.
 
     Raises:
-        ValueError: no slide has a grade, or probabilities are no distributions.
+        UsageError: no slide has a grade, or the network grades none, or probabilities are no distributions.
     """
-    graded = [slide.prediction for slide in slides if slide.prediction.grade is not None]
+    known = [slide.prediction for slide in slides if slide.prediction.grade is not None]
+    graded = [prediction for prediction in known if not prediction.reason]
+    if known and not graded:
+        raise UsageError(f"none of {len(known)} slides is graded: {known[0].reason}")
     true = [prediction.grade for prediction in graded if prediction.grade is not None]
     of_tasks = {
-        task.name: task_metrics(task, [slide.outcomes[task.name] for slide in slides]) for task in tasks
+        task.name: task_metrics(task, [slide.outcomes[task.name] for slide in slides if slide.outcomes])
+        for task in tasks
     }
     return Evaluation(
         slides=tuple(slides),
         metrics=grade_metrics(true, [prediction.predicted_grade for prediction in graded], n_grades),
         quality=judged_probabilities(true, [prediction.probabilities for prediction in graded]),
         tasks={name: metrics for name, metrics in of_tasks.items() if metrics is not None},
+        not_graded=tuple(prediction.slide_id for prediction in known if prediction.reason),
     )
 
 

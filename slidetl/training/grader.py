@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from slidetl.data.datamodule import DEFAULT_BATCH_SIZE, SlideDataModule
 from slidetl.data.datasets import Bag, Chunk, with_stored
 from slidetl.data.manifest import check_scale
+from slidetl.data.record import StudyRecord, read_record
 from slidetl.data.tasks import Task
 from slidetl.errors import CacheMismatchError, UsageError
 from slidetl.models.aggregators import GatedAttention, Pooling
@@ -107,6 +108,7 @@ class SlideGrader(pl.LightningModule):
         self.tasks = TaskHeads(tasks, embedder.num_features, pooling.out_features)
         self.reference: Reference | None = None
         self.tile_spec: TileSpec | None = None
+        self.record: StudyRecord | None = None
         self._total_steps = 1.0
         self._class_weight: Tensor | None = None  # [K]
         self._means = EpochMeans(self)
@@ -117,7 +119,10 @@ class SlideGrader(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Takes the tiles' specification from the data, and starts the backbone where the strategy says."""
+        if self._data is not None and stage != "fit" and self.record is not None:
+            self._data.follow(self.record, stage)
         if stage == "fit":
+            self.record = self._data.record if self._data is not None else None
             self.tile_spec = self._data.tile_spec if self._data is not None else None
             self._weigh_grades()
             if self.trainer.ckpt_path is None:  # a training that goes on has its weights already
@@ -347,11 +352,16 @@ class SlideGrader(pl.LightningModule):
         shown = ("accuracy", "qwk", "loss") if part == "val" else ()
         # Every process computed the same metrics from all predictions: nothing is left to reduce.
         for name, value in evaluation.scalars(self.tasks.tasks).items():
+            if (
+                part == "val" and evaluation.not_graded
+            ):  # the rest would flatter an epoch that is to be chosen
+                value = float("nan")
             self.log(f"{part}/{name}", value, prog_bar=name in shown, rank_zero_only=False, batch_size=1)
         return evaluation
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps what the tiles were like; a network graded on others would be wrong without a word."""
+        """Keeps the tiles' specification and who was trained on: others would be wrong without a word."""
+        checkpoint["record"] = self.record.to_dict() if self.record is not None else None
         checkpoint["tile_spec"] = self.tile_spec.to_dict() if self.tile_spec else None
         checkpoint["epoch_means"] = self._means.state_dict()
         checkpoint["features_sha256"] = self._features_sha256
@@ -369,6 +379,12 @@ class SlideGrader(pl.LightningModule):
                 f"the checkpoint was trained on other tiles: {difference}; use its cache"
             )
         self.tile_spec = trained_on
+        self.record = read_record(checkpoint)
+        if self._data is not None and self.record is not None:
+            self._data.follow(self.record, str(self.trainer.state.fn))
+            if self.trainer.training:  # divided otherwise, maybe
+                self._weigh_grades()
+                self.record = self._data.record
         self._kept_means = checkpoint.get("epoch_means", {})
         self.network.backbone.lineage = tuple(str(sha256) for sha256 in checkpoint.get("lineage", []))
         if checkpoint.get("features_sha256"):

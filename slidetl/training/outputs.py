@@ -9,6 +9,7 @@ from pathlib import Path
 import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_info
 
+from slidetl.data.study import listed
 from slidetl.data.tasks import Task
 from slidetl.evaluation.metrics import GradeMetrics
 from slidetl.files import replaced, write_whole
@@ -28,7 +29,8 @@ class ResultFiles(pl.Callback):
             folder, evaluation = Path(trainer.default_root_dir) / "test", pl_module.tested
             _write_tables(folder, evaluation.slides, pl_module.tasks.tasks)
             write_metrics(folder, evaluation, pl_module.grades)
-            rank_zero_info(f"{describe_metrics(evaluation.metrics, pl_module.grades)}\nwritten to {folder}")
+            told = describe_metrics(evaluation.metrics, pl_module.grades, evaluation.not_graded)
+            rank_zero_info(f"{told}\nwritten to {folder}")
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes the predictions."""
@@ -36,9 +38,12 @@ class ResultFiles(pl.Callback):
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir) / "predict"
             _write_tables(folder, pl_module.predicted, pl_module.tasks.tasks)
-            rank_zero_info(
-                f"{len(pl_module.predicted)} slides predicted, written to {folder / 'predictions.csv'}"
-            )
+            lost = [slide.prediction for slide in pl_module.predicted if slide.prediction.reason]
+            count = f"{len(pl_module.predicted) - len(lost)} slides predicted"
+            if lost:
+                names = listed([prediction.slide_id for prediction in lost])
+                count += f", {len(lost)} not graded ({names}: {lost[0].reason})"
+            rank_zero_info(f"{count}, written to {folder / 'predictions.csv'}")
 
 
 def _write_tables(folder: Path, slides: Sequence[GradedSlide], tasks: Iterable[Task]) -> None:
@@ -53,17 +58,19 @@ def _write_tables(folder: Path, slides: Sequence[GradedSlide], tasks: Iterable[T
 def write_metrics(folder: Path, evaluation: Evaluation, grades: tuple[str, ...]) -> None:
     """Writes ``metrics.json`` and ``confusion.png``."""
     figures = {**evaluation.quality, **evaluation.metrics.to_json(), "grades": grades}
+    figures["not_graded"] = evaluation.not_graded
     if evaluation.tasks:
         figures["tasks"] = {name: found.to_json() for name, found in evaluation.tasks.items()}
     write_whole(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")
     draw_confusion(folder / "confusion.png", evaluation.metrics, grades)
 
 
-def describe_metrics(metrics: GradeMetrics, grades: tuple[str, ...]) -> str:
+def describe_metrics(metrics: GradeMetrics, grades: tuple[str, ...], not_graded: Sequence[str] = ()) -> str:
     """Formats accuracy, QWK, MAE and the confusion matrix as lines of text."""
     width = max(5, *(len(name) + 1 for name in grades))
+    lost = f" ({len(not_graded)} more not graded: {listed(not_graded)})" if not_graded else ""
     lines = [
-        f"{metrics.n} slides: accuracy {metrics.accuracy:.3f}, QWK {metrics.format_qwk(3)}, "
+        f"{metrics.n} slides{lost}: accuracy {metrics.accuracy:.3f}, QWK {metrics.format_qwk(3)}, "
         f"mean absolute error {metrics.mae:.3f} grades",
         "true \\ predicted".ljust(18) + "".join(name.rjust(width) for name in grades),
     ]

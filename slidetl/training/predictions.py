@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from slidetl.errors import UsageError
 from slidetl.files import write_csv
@@ -18,11 +20,13 @@ class SlidePrediction:
     Attributes:
         slide_id, patient_id: from the manifest.
         grade: the true one, 0..K-1, or None.
-        probabilities: of the grades 0..K-1; they sum to one.
+        probabilities: of the grades 0..K-1; they sum to one. Empty for a slide that is not graded.
         tiles: how many tiles the slide has.
         site: from the manifest, empty where not given.
         fold: which fold of a cross-validation predicted it, empty outside of one.
         checkpoint: SHA-256 of the network's weights, hexadecimal; empty where there are none.
+        fingerprint: SHA-256 of the slide's content; empty where not known.
+        reason: why the slide is not graded; empty for one that is.
     """
 
     slide_id: str
@@ -33,6 +37,12 @@ class SlidePrediction:
     site: str = ""
     fold: str = ""
     checkpoint: str = ""
+    fingerprint: str = ""
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if not all(map(math.isfinite, self.probabilities)):
+            raise UsageError(f"{self.slide_id}: expected finite probabilities, not {self.probabilities}")
 
     @property
     def predicted_grade(self) -> int:
@@ -48,23 +58,18 @@ class SlidePrediction:
 def write_predictions(path: Path, predictions: Iterable[SlidePrediction]) -> None:
     """Writes one row per slide, in the order of the identifiers; probabilities read back exactly."""
     predictions = sorted(predictions, key=lambda prediction: prediction.slide_id)
-    n_grades = len(predictions[0].probabilities) if predictions else 0
+    n_grades = max((len(prediction.probabilities) for prediction in predictions), default=0)
     columns = ["slide_id", "patient_id", "site", "grade", "predicted_grade"]
-    columns += [*_probabilities((0.0,) * n_grades), "expected_grade", "tiles", "fold", "checkpoint"]
-    write_csv(
-        path,
-        columns,
-        (
-            {name: getattr(row, name) for name in columns if hasattr(row, name)}
-            | _probabilities(row.probabilities)
-            | {"expected_grade": f"{row.expected_grade:.5f}"}
-            for row in predictions
-        ),
-    )
+    columns += [f"probability_{grade}" for grade in range(n_grades)]
+    columns += ["expected_grade", "tiles", "fold", "checkpoint", "fingerprint", "reason"]
+    write_csv(path, columns, (_cells(row) for row in predictions))
 
 
-def _probabilities(values: tuple[float, ...]) -> dict[str, float]:
-    return {f"probability_{grade}": value for grade, value in enumerate(values)}
+def _cells(row: SlidePrediction) -> dict[str, Any]:
+    cells = {name: value for name, value in vars(row).items() if name != "probabilities"}
+    if row.probabilities:
+        cells |= {"predicted_grade": row.predicted_grade, "expected_grade": f"{row.expected_grade:.5f}"}
+    return cells | {f"probability_{grade}": value for grade, value in enumerate(row.probabilities)}
 
 
 def read_predictions(path: Path) -> list[SlidePrediction]:
@@ -80,12 +85,16 @@ def read_predictions(path: Path) -> list[SlidePrediction]:
                     slide_id=row["slide_id"],
                     patient_id=row["patient_id"],
                     grade=int(row["grade"]) if row["grade"] else None,
-                    probabilities=tuple(float(row[key]) for key in row if key.startswith("probability_")),
+                    probabilities=tuple(
+                        float(row[key]) for key in row if key.startswith("probability_") and row[key]
+                    ),
                     tiles=int(row["tiles"]),
                     # The first tables had no such columns.
                     site=row.get("site", ""),
                     fold=row.get("fold", ""),
                     checkpoint=row.get("checkpoint", ""),
+                    fingerprint=row.get("fingerprint", ""),
+                    reason=row.get("reason", ""),
                 )
                 for row in csv.DictReader(file)
             ]

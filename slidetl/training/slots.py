@@ -20,6 +20,7 @@ from pytorch_lightning.profilers import Profiler
 from pytorch_lightning.strategies import Strategy
 
 from slidetl.data.sampling import Sampling
+from slidetl.data.tasks import Task
 from slidetl.errors import UsageError
 from slidetl.models.aggregators import Pooling
 from slidetl.models.heads import Head
@@ -53,6 +54,8 @@ SLOTS: Mapping[str, Slot] = {
     # The bases of transforms are checked where they are built: here albumentations would be imported for all.
     "data.augmentation": Slot(object, ("slidetl.data.augment.Augmentation", "albumentations")),
     "data.sampling": Slot(Sampling, ("slidetl.data.sampling",)),
+    "model.tasks": Slot(Task, ("slidetl.data.tasks.Task",)),
+    "data.tasks": Slot(Task, ("slidetl.data.tasks.Task",)),
     "trainer.callbacks": Slot(Callback, ("pytorch_lightning.callbacks",)),
     "trainer.logger": Slot(Logger, tuple(map("pytorch_lightning.loggers.{}".format, _LOGGERS))),
     "trainer.profiler": Slot(Profiler, ("pytorch_lightning.profilers",)),
@@ -73,7 +76,8 @@ def permit(allow: Sequence[str] = ()) -> None:
     Raises:
         UsageError: one of them cannot be a name.
     """
-    wanted = {home for slot in SLOTS.values() for home in slot.homes} | set(allow)
+    # A comparison in the same process is parsed by its dataclasses.
+    wanted = {home for slot in SLOTS.values() for home in slot.homes} | {"slidetl.compare.config", *allow}
     for name in allow:
         if not _NAME.fullmatch(name) or name.split(".")[0] == "jsonargparse":
             raise UsageError(

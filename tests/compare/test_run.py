@@ -347,7 +347,7 @@ def test_one_slide_under_two_names_stops_the_run_or_is_joined(study: Cohort, tmp
         try:
             plan_comparison(read_comparison(path))
         except UsageError as error:
-            assert "hold the same slide as" in str(error)
+            assert "slides with the same content" in str(error)
             refused += 1
         joined = configuration(study, tmp_path, **places, protocol=protocol, duplicates="join")
         with pytest.warns(

@@ -350,3 +350,34 @@ def test_public_patch_sets_are_read(test_data: Path) -> None:
     retina = read_manifest(test_data / "ordinal" / "retinamnist.npz", 5)
     counts = {s: sum(row.split == s for row in retina.rows) for s in ("train", "val", "test")}
     assert counts == {"train": 1080, "val": 120, "test": 400}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("12", "12.0"),
+        ("P7", "p7"),
+        ("0042", "42"),
+        ("P007", "P7"),
+        ("Müller", "Mu\u0308ller"),
+        ("A 1", "A\u00a01"),
+        ("A1", "A 1"),
+        ("P-1", "P\u20131"),
+        ("42", "\uff14\uff12"),
+        ("P1", "P1\u200b"),
+    ],
+)
+def test_spellings_of_one_patient_are_told(one: str, other: str, tmp_path: Path) -> None:
+    text = f"slide_id,path,patient_id,grade\ns1,a.svs,{one},1\ns2,b.svs,{other},2\ns3,c.svs,{other},2\n"
+    path = write(tmp_path, text)
+    with pytest.warns(UserWarning, match="may be one, spelled twice") as told:
+        rows = read_manifest(path).rows
+    assert len(told) == 1
+    assert f"{one!r} (line 2) and {other!r} (line 3)" in str(told[0].message)
+    assert rows[0].patient_id != rows[1].patient_id == rows[2].patient_id  # nobody is joined
+
+
+def test_different_patients_are_not_told_to_be_one(tmp_path: Path) -> None:
+    names = ("1", "10", "100", "1.5", "1.05", "P1", "P10", "P-1", "Q1", "TCGA-A1")
+    lines = [f"s{number},{number}.svs,{name},1\n" for number, name in enumerate(names)]
+    read_manifest(write(tmp_path, "slide_id,path,patient_id,grade\n" + "".join(lines), ""))

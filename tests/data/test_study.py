@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,7 +15,9 @@ from slidetl.cli import main
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.study import find_slides, read_study
 from slidetl.errors import CacheMismatchError, UsageError
+from slidetl.slides import Slide, open_slide
 from slidetl.tiles.ledger import FAILED, Ledger
+from slidetl.tiles.store import seal_node
 from tests.conftest import Study
 from tests.data.test_datamodule import rewrite
 
@@ -152,3 +156,90 @@ def test_a_slide_that_failed_is_not_counted(
     assert main(words("compare", study.manifest, tmp_path / "cache", tmp_path, tmp_path)) == 0
     assert capsys.readouterr().out.startswith("19 slides")
     assert len(find_slides(tmp_path / "cache")) == 19
+
+
+def moved(study: Study, folder: Path) -> Study:
+    """The study's cache and manifest on another machine, without the slides."""
+    (folder / "there").mkdir()
+    shutil.copy(study.manifest, folder / "there")
+    shutil.copytree(study.cache, folder / "cache")
+    return Study(folder / "there" / study.manifest.name, folder / "cache")
+
+
+def opened_slides(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    opened: list[Path] = []
+
+    def watched(path: Path, **options: Any) -> Slide:
+        opened.append(path)
+        return open_slide(path, **options)
+
+    monkeypatch.setattr("slidetl.data.study.open_slide", watched)
+    return opened
+
+
+def test_the_cache_is_enough(study: Study, tmp_path: Path) -> None:
+    there = moved(study, tmp_path)
+    assert len(read_study(there.manifest, there.cache).slides) == 20
+    with there.manifest.open(newline="") as file:
+        paths = [row["path"] for row in csv.DictReader(file)]
+    rotated = rewrite(there, there.manifest.with_name("m.csv"), path=paths[1:] + paths[:1])
+    with pytest.raises(CacheMismatchError, match=r"nothing shows that the tiles are of .*ledger\.csv has"):
+        read_study(rotated, there.cache)
+    (there.cache / "ledger.csv").unlink()
+    with pytest.raises(CacheMismatchError, match=r"ledger\.csv does not have it"):
+        read_study(there.manifest, there.cache)
+
+
+def test_slides_of_one_file_name_are_told_apart_by_their_folders(study: Study, tmp_path: Path) -> None:
+    there = moved(study, tmp_path)
+    ledger = Ledger(there.cache / "ledger.csv")
+    rows = ledger.rows()
+    ledger.record(dataclasses.replace(row, path=f"/scanner/{row.slide_id}/HE.svs") for row in rows)
+    paths = [f"/gpu/data/{row.slide_id}/HE.svs" for row in rows]
+    kept = rewrite(there, there.manifest.with_name("m.csv"), path=paths)
+    assert len(read_study(kept, there.cache).slides) == 20
+    with pytest.raises(CacheMismatchError, match="nothing shows"):
+        read_study(rewrite(there, there.manifest.with_name("r.csv"), path=paths[1:] + paths[:1]), there.cache)
+    with pytest.raises(CacheMismatchError, match="nothing shows"):  # no folder in common, one name for all
+        flat = [f"/gpu/{number}/HE.svs" for number in range(20)]
+        read_study(rewrite(there, there.manifest.with_name("f.csv"), path=flat), there.cache)
+
+
+def test_slides_that_were_moved_are_read_only_where_they_look_changed(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = moved(study, tmp_path)
+    shutil.copytree(study.manifest.parent / "slides", there.manifest.parent / "slides")  # keeps the times
+    opened = opened_slides(monkeypatch)
+    read_study(there.manifest, there.cache)
+    assert not opened
+    monkeypatch.setattr("slidetl.data.study._MUCH", 1000)
+    touched, replaced = sorted((there.manifest.parent / "slides").iterdir())[:2]
+    os.utime(touched, (1, 1))
+    with pytest.warns(UserWarning, match="1 slides moved or changed"):
+        read_study(there.manifest, there.cache)
+    assert opened == [touched]
+    read_study(there.manifest, there.cache)
+    assert opened == [touched]  # the ledger knows it now
+    shutil.copy(touched, replaced)
+    with (
+        pytest.warns(UserWarning, match="1 slides moved or changed"),
+        pytest.raises(CacheMismatchError, match="the cache holds the tiles of another file"),
+    ):
+        read_study(there.manifest, there.cache)
+
+
+def test_a_slide_of_two_patients_is_refused_where_patients_are_divided(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = moved(study, tmp_path)
+    ledger = Ledger(there.cache / "ledger.csv")
+    one, two = ledger.rows()[:2]
+    ledger.record([dataclasses.replace(two, fingerprint=one.fingerprint)])
+    attributes = there.cache / f"{two.slide_id}.zarr" / "zarr.json"
+    attributes.write_text(attributes.read_text().replace(two.fingerprint, one.fingerprint))
+    seal_node(attributes.parent)
+    for command in ("fit", "find-lr", "compare", "fit-features"):
+        assert main(words(command, there.manifest, there.cache, tmp_path, tmp_path)) == 2
+        said = rf"1 pair of slides with the same content.*{one.slide_id} \(.*\) and {two.slide_id} \("
+        assert re.search(said, capsys.readouterr().err)

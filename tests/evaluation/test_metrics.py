@@ -18,6 +18,9 @@ from sklearn.metrics import (
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 from sklearn.metrics import log_loss as sklearn_log_loss
 
+from slidetl.errors import UsageError
+from slidetl.evaluation.calibration import calibration_null, fit_temperature, with_temperature
+from slidetl.evaluation.conformal import GradeSets
 from slidetl.evaluation.metrics import (
     accuracy,
     auroc,
@@ -233,3 +236,25 @@ def test_a_difference_is_taken_on_the_same_weights() -> None:
 def test_predictions_that_cannot_be_meant_are_refused(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused(bad: float) -> None:
+    """Ranks and the largest of NaN are numbers like any other: grade 0, area .5."""
+    rows = np.array([[0.5, 0.5], [bad, 0.5]])
+    with pytest.raises(UsageError, match=r"expected finite numbers, found (nan|inf) at \(1,\)"):
+        auroc([True, False], [0.5, bad])
+    for use in (
+        GradeSets(0.5, 0.1, 10).sets,
+        lambda rows: with_temperature(rows, 2.0),
+        lambda rows: with_temperature(rows, 1),
+    ):
+        with pytest.raises(UsageError, match="expected finite numbers"):
+            use(rows)
+    for metric in (rps, log_loss, calibration_error, probability_metrics, calibration_null, fit_temperature):
+        with pytest.raises(UsageError, match="row 1 is"):
+            metric([0, 1], rows)
+    with pytest.raises(UsageError, match="whole numbers"):
+        grade_metrics([0, 1], [0, bad], 2)
+    with pytest.raises(UsageError, match="temperature"):
+        with_temperature([[0.5, 0.5]], bad)

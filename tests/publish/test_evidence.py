@@ -7,9 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slidetl.errors import UsageError
+from slidetl.data.record import RecordedSlide, StudyRecord
+from slidetl.errors import CheckpointError, UsageError
 from slidetl.evaluation.calibration import with_temperature
 from slidetl.publish.evidence import evidence_from
+
+SHA = "a" * 64
 
 
 def written(path: Path, rows: list[dict[str, object]]) -> Path:
@@ -30,16 +33,87 @@ def test_evidence_of_a_comparison_is_of_the_uncalibrated_network(tmp_path: Path)
         temperature = (2.5, 1.6)[number % 2]  # of two folds
         calibrated = with_temperature(sharp, temperature)
         about = {"slide_id": f"s{number}", "patient_id": f"p{number}", "grade": number % 3}
-        plain.append(about | {f"probability_{grade}": p for grade, p in enumerate(sharp)})
+        plain.append(
+            about | {"checkpoint": SHA} | {f"probability_{grade}": p for grade, p in enumerate(sharp)}
+        )
         compared.append(
             about
+            | {"arm": "warm"}
             | {f"probability_{grade}": f"{p:.7f}" for grade, p in enumerate(calibrated)}
             | {"temperature": temperature}
             | {f"uncalibrated_{grade}": p for grade, p in enumerate(sharp)}
         )
-    expected = evidence_from(written(tmp_path / "plain.csv", plain))
-    found = evidence_from(written(tmp_path / "compared.csv", compared))
+    record = StudyRecord(tuple(RecordedSlide(f"s{n}", f"p{n}", f"f{n}", "test") for n in range(60)))
+    expected = evidence_from(written(tmp_path / "plain.csv", plain), {SHA: record})
+    found = evidence_from(written(tmp_path / "compared.csv", compared), {SHA: record})
     assert replace(found, predictions_sha256="") == replace(expected, predictions_sha256="")
     older = [{key: row[key] for key in row if not key.startswith("uncalibrated")} for row in compared]
     with pytest.raises(UsageError, match="expected columns uncalibrated_0"):
-        evidence_from(written(tmp_path / "older.csv", older))
+        evidence_from(written(tmp_path / "older.csv", older), {SHA: record})
+    with pytest.raises(UsageError, match=r"compared on another study .*: s59$"):
+        short = StudyRecord(record.slides[:59])
+        evidence_from(tmp_path / "compared.csv", {SHA: short})
+
+
+def table(path: Path, **columns: str) -> Path:
+    """Predictions of twelve slides; ``{n}`` in a column is the number of the slide."""
+    rows = [
+        {
+            "slide_id": f"s{n}",
+            "patient_id": f"p{n}",
+            "grade": n % 3,
+            **{f"probability_{grade}": 0.8 if grade == n % 3 else 0.1 for grade in range(3)},
+            "checkpoint": SHA,
+            "fingerprint": f"f{n}",
+            "reason": "",
+        }
+        | {name: value.format(n=n) for name, value in columns.items()}
+        for n in range(12)
+    ]
+    return written(path, rows)
+
+
+def test_evidence_is_of_this_checkpoint_and_of_slides_that_it_has_not_seen(tmp_path: Path) -> None:
+    def record(part: str) -> StudyRecord:
+        kept = (RecordedSlide(f"s{n}", f"p{n}", f"f{n}", "test") for n in range(11))
+        return StudyRecord((*kept, RecordedSlide("s11", "p11", "f11", part)))
+
+    path = table(tmp_path / "t.csv")
+    assert evidence_from(path, {SHA: record("test")}).slides == 12
+    for part in ("train", "val"):
+        with pytest.raises(
+            UsageError, match=r"trained or chosen on 1 of these slides or their patients: s11;"
+        ):
+            evidence_from(path, {SHA: record(part)})
+    for column, value in (
+        ("slide_id", "x{n}"),
+        ("patient_id", "y{n}"),
+        ("fingerprint", "z{n}"),
+    ):  # one is enough
+        with pytest.raises(UsageError, match="trained or chosen on 1"):
+            evidence_from(table(tmp_path / f"{column}.csv", **{column: value}), {SHA: record("train")})
+    strangers = table(tmp_path / "external.csv", patient_id="ext{n}", fingerprint="z{n}")  # our slides' names
+    assert evidence_from(strangers, {SHA: record("train")}).slides == 12
+    with pytest.raises(UsageError, match=r"predictions of checkpoint ffff.*is aaaa"):
+        evidence_from(table(tmp_path / "o.csv", checkpoint="f" * 64), {SHA: record("test")})
+    with pytest.raises(UsageError, match="predictions of no checkpoint"):
+        evidence_from(table(tmp_path / "n.csv", checkpoint=""), {SHA: record("test")})
+    with pytest.raises(CheckpointError, match="older version"):
+        evidence_from(path, {SHA: None})
+    other = "b" * 64  # of an ensemble each row counts for its own checkpoint
+    assert evidence_from(path, {other: record("train"), SHA: record("test")}).slides == 12
+    formula = table(tmp_path / "f.csv", slide_id="x{n}", fingerprint="", patient_id="'=p{n}")
+    with pytest.raises(UsageError, match="trained or chosen on 1"):
+        evidence_from(formula, {SHA: StudyRecord((RecordedSlide("a", "=p3", "g", "train"),))})
+
+
+def test_evidence_is_of_finite_numbers(tmp_path: Path) -> None:
+    record = {SHA: StudyRecord((RecordedSlide("a", "b", "c", "train"),))}
+    with pytest.raises(UsageError, match="expected finite numbers"):
+        evidence_from(table(tmp_path / "n.csv", probability_0="nan"), record)
+    rows = table(tmp_path / "r.csv").read_text().splitlines()
+    cells = rows[1].split(",")
+    rows[1] = ",".join([*cells[:3], "", "", "", *cells[6:8], "not finite"])
+    (tmp_path / "r.csv").write_text("\n".join(rows) + "\n")
+    with pytest.warns(UserWarning, match="1 slides are not graded, left out: s0"):
+        assert evidence_from(tmp_path / "r.csv", record).slides == 11

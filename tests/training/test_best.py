@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
@@ -28,9 +29,9 @@ class Ones(Dataset[torch.Tensor]):
 class Scored(pl.LightningModule):
     """Whose score in each epoch is known beforehand."""
 
-    def __init__(self, scores: list[float]) -> None:
+    def __init__(self, scores: list[float], losses: list[float] | None = None) -> None:
         super().__init__()
-        self.scores = scores
+        self.scores, self.losses = scores, losses
         self.layer = torch.nn.Linear(1, 1)
 
     def training_step(self, batch: torch.Tensor) -> torch.Tensor:
@@ -39,13 +40,22 @@ class Scored(pl.LightningModule):
 
     def validation_step(self, batch: torch.Tensor) -> None:
         self.log("score", self.scores[self.current_epoch])
+        if self.losses:
+            self.log("val/loss", self.losses[self.current_epoch])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(folder: Path, scores: list[float], epochs: int, ckpt_path: Path | None = None) -> BestCheckpoint:
-    best = BestCheckpoint(folder, monitor="score", mode="max", filename="best")
+def fit(
+    folder: Path,
+    scores: list[float],
+    epochs: int,
+    ckpt_path: Path | None = None,
+    losses: list[float] | None = None,
+    **options: Any,
+) -> BestCheckpoint:
+    best = BestCheckpoint(folder, **{"monitor": "score", "mode": "max", "filename": "best", **options})
     last = pl.callbacks.ModelCheckpoint(folder, filename="last", enable_version_counter=False)
     trainer = pl.Trainer(
         max_epochs=epochs,
@@ -58,7 +68,7 @@ def fit(folder: Path, scores: list[float], epochs: int, ckpt_path: Path | None =
     )
     data = DataLoader(Ones())
     torch.manual_seed(0)
-    trainer.fit(Scored(scores), data, data, ckpt_path=ckpt_path, weights_only=True)
+    trainer.fit(Scored(scores, losses), data, data, ckpt_path=ckpt_path, weights_only=True)
     return best
 
 
@@ -98,3 +108,23 @@ def test_an_undefined_score_is_never_the_best(tmp_path: Path) -> None:
     assert best.best_model_score == pytest.approx(0.1)
     state = torch.load(best.best_model_path, weights_only=True)
     assert state["epoch"] == 3
+
+
+@pytest.mark.parametrize("score", [float("nan"), 0.0])
+def test_equal_and_undefined_scores_are_told_apart_by_the_loss(tmp_path: Path, score: float) -> None:
+    """Validation of one grade, and predictions of one grade: the first epoch was kept."""
+    losses = [3.0, 2.0, float("nan"), 1.0, 1.5]
+    best = fit(tmp_path / "whole", [score] * 5, 5, losses=losses)
+    assert torch.load(best.best_model_path, weights_only=True)["epoch"] == 3
+    fit(tmp_path / "a", [score] * 5, 2, losses=losses)
+    worse = [*losses[:2], 2.5, 2.5, 2.5]
+    resumed = fit(tmp_path / "b", [score] * 5, 5, tmp_path / "a" / "last.ckpt", worse)
+    assert torch.load(resumed.best_model_path, weights_only=True)["epoch"] == 1
+    lowest = fit(tmp_path / "min", [score] * 5, 5, losses=losses, mode="min")
+    assert torch.load(lowest.best_model_path, weights_only=True)["epoch"] == 3
+
+
+def test_of_several_checkpoints_the_best_has_the_least_loss(tmp_path: Path) -> None:
+    best = fit(tmp_path, [0.5] * 4, 4, losses=[3.0, 1.0, 2.0, 4.0], filename="{epoch}", save_top_k=2)
+    assert Path(best.best_model_path).name == "epoch=1.ckpt"
+    assert {path.name for path in tmp_path.glob("epoch*")} == {"epoch=1.ckpt", "epoch=2.ckpt"}

@@ -109,6 +109,15 @@ def test_other_files_say_what_was_expected(tmp_path: Path) -> None:
     (tmp_path / "text.ckpt").write_text("hello")
     with pytest.raises(CheckpointError, match="not loaded"):
         read_checkpoint(tmp_path / "text.ckpt")
+    (tmp_path / "empty.ckpt").touch()
+    with pytest.raises(CheckpointError, match=r"empty\.ckpt: not loaded.* the file is empty"):
+        read_checkpoint(tmp_path / "empty.ckpt")
+    bare = save(tmp_path / "bare.ckpt", {})
+    read_checkpoint(bare)
+    with pytest.raises(
+        CheckpointError, match=r"no training can resume from it, it lacks epoch, global_step, loops"
+    ):
+        read_checkpoint(bare, resumable=True)
     torch.save({"weights": 1}, tmp_path / "w.ckpt")
     for path in (tmp_path / "w.ckpt", save(tmp_path / "l.ckpt", [1])):
         with pytest.raises(CheckpointError, match="expected a checkpoint of 'slidetl fit'"):

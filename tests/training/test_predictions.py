@@ -12,13 +12,17 @@ def test_round_trip_in_the_order_of_identifiers(tmp_path: Path) -> None:
     rows = [
         SlidePrediction("b", "P2", 3, (0.1, 0.2, 0.3, 0.15, 0.25), 12, "north", "3", "0f" * 32),
         SlidePrediction("a", "P1", None, (0.25, 0.25, 0.2, 0.2, 0.1), 1),
+        SlidePrediction("0", "P0", 2, (), 4, fingerprint="aa", reason="not finite"),
     ]
     write_predictions(tmp_path / "new" / "p.csv", rows)
     assert read_predictions(tmp_path / "new" / "p.csv") == rows[::-1]
-    header, first, _ = (tmp_path / "new" / "p.csv").read_text().splitlines()
+    header, lost, first, _ = (tmp_path / "new" / "p.csv").read_text().splitlines()
     assert header.startswith("slide_id,patient_id,site,grade,predicted_grade,probability_0,")
-    assert header.endswith(",expected_grade,tiles,fold,checkpoint")
+    assert header.endswith(",expected_grade,tiles,fold,checkpoint,fingerprint,reason")
     assert first.startswith("a,P1,,,0,")
+    assert lost == "0,P0,,2,,,,,,,,4,,,aa,not finite"
+    with pytest.raises(UsageError, match="expected finite probabilities"):
+        SlidePrediction("a", "P1", None, (float("nan"), 1.0), 1)
 
 
 def test_a_table_without_site_and_fold_is_read(tmp_path: Path) -> None:

@@ -1,0 +1,299 @@
+"""The record that a checkpoint keeps of its study: everyone, and the part that they were in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal, Self
+
+from slidetl.data.manifest import SPLITS
+from slidetl.data.study import CachedSlide, Study, check_duplicates, listed
+from slidetl.errors import CheckpointError, UsageError
+
+SplitFrom = Literal["checkpoint", "manifest", "external"]
+
+# Options that say where data lie and how they are read, and change no result.
+_PLACES = ("manifest", "cache", "num_workers", "decode_threads", "prefetch", "fold", "split_from")
+_OTHER_WAYS = (
+    "--data.split_from manifest takes the parts from the manifest's 'split', or without it tests every "
+    "patient that the checkpoint has not seen; --data.split_from external tests all as strangers"
+)
+
+NO_RECORD = (
+    "the checkpoint is of an older version, without a record of its slides; train again, or say who was kept "
+    f"from it: {_OTHER_WAYS}"
+)
+
+
+@dataclass(frozen=True)
+class RecordedSlide:
+    """A slide of the study that a checkpoint was trained with.
+
+    Attributes:
+        slide_id, patient_id: from the manifest of then.
+        fingerprint: SHA-256 of the slide's content.
+        part: ``train``, ``val`` (an epoch was chosen on it) or ``test``; empty without a grade.
+    """
+
+    slide_id: str
+    patient_id: str
+    fingerprint: str
+    part: str
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """Everyone in a study, with their parts.
+
+    Attributes:
+        slides: in the order of the manifest.
+        config_sha256: of the configuration, :func:`config_sha256`; empty for a training from Python.
+    """
+
+    slides: tuple[RecordedSlide, ...]
+    config_sha256: str = ""
+
+    @classmethod
+    def of(cls, parts: Mapping[str, Sequence[CachedSlide]], config_sha256: str = "") -> Self:
+        """Records the parts of a data module; ``predict`` has everyone."""
+        part_of = {slide.row.slide_id: part for part in SPLITS for slide in parts[part]}
+        slides = (
+            RecordedSlide(
+                row.slide_id, row.patient_id, slide.cache.fingerprint, part_of.get(row.slide_id, "")
+            )
+            for slide in parts["predict"]
+            for row in (slide.row,)
+        )
+        return cls(tuple(slides), config_sha256)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain values."""
+        return {
+            "slides": [list(asdict(slide).values()) for slide in self.slides],
+            "config": self.config_sha256,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Self:
+        """Inverts :meth:`to_dict`.
+
+        Raises:
+            CheckpointError: other values.
+        """
+        try:
+            slides = tuple(RecordedSlide(*row) for row in values["slides"])
+            is_text = all(isinstance(text, str) for slide in slides for text in asdict(slide).values())
+            if not is_text or not isinstance(values["config"], str):
+                raise TypeError("expected text")
+            if not {slide.part for slide in slides} <= {*SPLITS, ""}:
+                raise ValueError(f"expected the parts {', '.join(SPLITS)}")
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"its record of the study cannot be understood: {error}") from error
+        return cls(slides, values["config"])
+
+    def differences(self, study: Study) -> list[str]:
+        """Lists the differences of a study to the recorded one, with the names of slides."""
+        then = {slide.slide_id: slide for slide in self.slides}
+        contents = {slide.fingerprint: slide.slide_id for slide in self.slides}
+        found: dict[str, list[str]] = defaultdict(list)
+        for slide in study.slides:
+            row, was = slide.row, then.get(slide.row.slide_id)
+            if was is None or was.fingerprint != slide.cache.fingerprint:
+                other = contents.get(slide.cache.fingerprint)
+                kind = "renamed" if other else "added" if was is None else "of other content"
+                found[kind].append(f"{row.slide_id} (was {other})" if other else row.slide_id)
+            elif was.patient_id != row.patient_id:
+                name = f"{row.slide_id} ({row.patient_id}, was {was.patient_id})"
+                found["of another patient"].append(name)
+            elif row.grade is not None and (not was.part or row.split not in ("", was.part)):
+                moved = f"{row.split}, was {was.part}" if was.part else "had no grade"
+                found["in another part"].append(f"{row.slide_id} ({moved})")
+        now = {slide.row.slide_id for slide in study.slides}
+        still = {slide.cache.fingerprint for slide in study.slides}
+        gone = [
+            was.slide_id for was in self.slides if was.slide_id not in now and was.fingerprint not in still
+        ]
+        found |= {"gone": gone} if gone else {}
+        return [f"{len(names)} {kind}: {listed(names)}" for kind, names in found.items()]
+
+    def part_of(self, slide_id: str, patient_id: str | None, fingerprint: str) -> str:
+        """Returns the part of a slide or its patient, the first of train, val and test; empty for a stranger.
+
+        Args:
+            slide_id: from a manifest or a table.
+            patient_id: None where patients of that name are others.
+            fingerprint: of the slide; empty where it is not known, and the identifier counts instead.
+        """
+        content = self._contents.get(fingerprint, "") if fingerprint else self._names.get(slide_id, "")
+        parts = {content, self._patients.get(patient_id or "", "")}
+        return next((part for part in SPLITS if part in parts), "")
+
+    @cached_property
+    def _contents(self) -> dict[str, str]:
+        return self._first_part("fingerprint")
+
+    @cached_property
+    def _patients(self) -> dict[str, str]:
+        return self._first_part("patient_id")
+
+    @cached_property
+    def _names(self) -> dict[str, str]:
+        return self._first_part("slide_id")
+
+    def _first_part(self, of: str) -> dict[str, str]:
+        order = ("", *reversed(SPLITS))
+        slides = sorted(self.slides, key=lambda slide: order.index(slide.part))
+        return {getattr(slide, of): slide.part for slide in slides}
+
+    def knows(self, slide_id: str, patient_id: str) -> bool:
+        """Tells if the slide of a table is one of these."""
+        return (slide_id, patient_id) in self._pairs
+
+    @cached_property
+    def _pairs(self) -> frozenset[tuple[str, str]]:
+        return frozenset((slide.slide_id, slide.patient_id) for slide in self.slides)
+
+    def knows_nobody(self, study: Study) -> bool:
+        """Tells if a study shares neither a slide's content nor a patient with the recorded one."""
+        return not any(
+            slide.cache.fingerprint in self._contents or slide.row.patient_id in self._patients
+            for slide in study.slides
+        )
+
+    def find(self, study: Study, part: str) -> tuple[CachedSlide, ...]:
+        """Finds the slides of a recorded part.
+
+        Raises:
+            CheckpointError: one is gone, or has other content; the message names it.
+        """
+        now = {slide.row.slide_id: slide for slide in study.slides}
+        then = [was for was in self.slides if was.part == part]
+        changed = [
+            was.slide_id
+            for was in then
+            if was.slide_id not in now or now[was.slide_id].cache.fingerprint != was.fingerprint
+        ]
+        if changed:
+            raise CheckpointError(
+                f"{len(changed)} slides of the {part} part are gone or of other content: {listed(changed)}"
+            )
+        return tuple(now[was.slide_id] for was in then)
+
+    def seen(self, study: Study) -> int:
+        """Counts the slides that were trained or chosen on, or whose patients were."""
+        return sum(
+            self.part_of(slide.row.slide_id, slide.row.patient_id, slide.cache.fingerprint)
+            in ("train", "val")
+            for slide in study.slides
+        )
+
+    def refuse_seen(self, slides: Iterable[CachedSlide], parts: Sequence[str], patients: bool = True) -> None:
+        """Refuses slides of some recorded parts.
+
+        Args:
+            slides: those that must not be.
+            parts: recorded ones.
+            patients: whether other slides of their patients are refused, too.
+
+        Raises:
+            UsageError: some are; the message names them.
+        """
+        refused = [
+            row.slide_id
+            for row, cache in ((slide.row, slide.cache) for slide in slides)
+            if self.part_of(row.slide_id, row.patient_id if patients else None, cache.fingerprint) in parts
+        ]
+        if refused:
+            raise UsageError(
+                f"the checkpoint was trained or chosen on {len(refused)} of the slides to be tested, or on "
+                f"their patients: {listed(refused)}; leave them out, or train again without them"
+            )
+
+
+def recorded_parts(
+    study: Study, record: StudyRecord | None, split_from: SplitFrom = "checkpoint"
+) -> tuple[dict[str, tuple[CachedSlide, ...]], str]:
+    """Divides a study as a checkpoint recorded it, so that nobody whom it was trained on is tested.
+
+    Args:
+        study: of today.
+        record: None for a checkpoint of an older version.
+        split_from: ``checkpoint`` takes the recorded parts, if the study is the recorded one, and tests a
+            study of strangers whole; ``manifest`` the manifest's ``split``, or without it the recorded part
+            of each patient, and ``test`` for strangers; ``external`` tests everyone, and compares the content
+            alone.
+
+    Returns:
+        ``train``, ``val`` and ``test``, and a remark for people, or nothing.
+
+    Raises:
+        CheckpointError: today's study differs from the record, or there is none.
+        UsageError: a slide would be tested that the checkpoint was trained or chosen on, or nothing divides.
+    """
+    check_duplicates(study.graded)
+    graded, note = study.graded, ""
+    has_split = any(slide.row.split for slide in graded)
+    if record is None:
+        if split_from == "checkpoint":
+            raise CheckpointError(NO_RECORD)
+        if split_from == "manifest" and not has_split:
+            raise UsageError("the manifest has no 'split', and the checkpoint no record; give it that column")
+        warnings.warn(
+            "the checkpoint has no record of its slides: nothing shows that these were kept from it",
+            stacklevel=3,
+        )
+        record = StudyRecord(())
+    elif split_from == "checkpoint" and record.knows_nobody(study):
+        split_from = "manifest" if has_split else "external"
+        note = f"none of these {len(graded)} slides is in the checkpoint's record: an external cohort"
+    if split_from == "checkpoint":
+        if differences := record.differences(study):
+            raise CheckpointError(
+                f"the study is not the one that the checkpoint was trained with: {'; '.join(differences)}. "
+                f"Use the manifest of then, or {_OTHER_WAYS}"
+            )
+        part_of = {was.slide_id: was.part for was in record.slides}
+    elif split_from == "external":
+        part_of = {slide.row.slide_id: "test" for slide in graded}
+    elif has_split:
+        part_of = {slide.row.slide_id: slide.row.split for slide in graded}
+    else:
+        part_of = {
+            row.slide_id: record.part_of(row.slide_id, row.patient_id, slide.cache.fingerprint) or "test"
+            for slide in graded
+            for row in (slide.row,)
+        }
+    parts = study.divided(part_of)
+    record.refuse_seen(parts["test"], ("train", "val"), patients=split_from != "external")
+    record.refuse_seen(parts["val"], ("train",))
+    return parts, note
+
+
+def read_record(checkpoint: Mapping[str, Any]) -> StudyRecord | None:
+    """Reads the record of a checkpoint; None where an older version wrote it.
+
+    Raises:
+        CheckpointError: the record cannot be understood.
+    """
+    return StudyRecord.from_dict(checkpoint["record"]) if checkpoint.get("record") else None
+
+
+def config_sha256(values: Mapping[str, Any]) -> str:
+    """Hashes the configuration of a fit by SHA-256: all that shapes its result, and not where its data lie.
+
+    Args:
+        values: plain values of ``config.yaml``.
+    """
+    data = values.get("data") or {}
+    kept = {
+        "model": values.get("model"),
+        "data": {key: value for key, value in data.items() if key not in _PLACES},
+        "seed": values.get("seed_everything"),
+        "epochs": (values.get("trainer") or {}).get("max_epochs"),
+    }
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()

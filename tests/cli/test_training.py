@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from slidetl.cli import main
+from slidetl.data.record import StudyRecord, read_record
+from slidetl.training.checkpoint import read_checkpoint
+from slidetl.training.predictions import read_predictions
+from tests.conftest import Study
+
+
+def best(trained: Path) -> Path:
+    return trained / "logs" / "version_0" / "checkpoints" / "best.ckpt"
+
+
+def recorded(trained: Path) -> StudyRecord:
+    record = read_record(read_checkpoint(best(trained)))
+    assert record is not None
+    return record
+
+
+def changed(study: Study, target: Path, change: Callable[[dict[str, str]], dict[str, str] | None]) -> Study:
+    """The study with rows changed, or left out."""
+    with study.manifest.open(newline="") as file:
+        rows = [
+            change({**row, "path": str(study.manifest.parent / row["path"])}) for row in csv.DictReader(file)
+        ]
+    kept = [row for row in rows if row]
+    with target.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(kept[0]))
+        writer.writeheader()
+        writer.writerows(kept)
+    return Study(target, study.cache)
+
+
+def rewritten(trained: Path, target: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """The checkpoint with something changed."""
+    checkpoint = torch.load(best(trained), weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, target)
+    return target
+
+
+def run(command: str, study: Study, root: Path, checkpoint: Path, *options: str) -> tuple[int, set[str]]:
+    """The exit code of a command, and the slides that it graded."""
+    code = main([command, *study.options(root), f"--ckpt_path={checkpoint}", *options])
+    table = root / command / "predictions.csv"
+    return code, {row.slide_id for row in read_predictions(table)} if table.is_file() else set()
+
+
+def part(record: StudyRecord, name: str) -> list[str]:
+    return [slide.slide_id for slide in record.slides if slide.part == name]
+
+
+def test_a_checkpoint_records_the_study(study: Study, trained: Path) -> None:
+    record = recorded(trained)
+    tested = {row.slide_id: row for row in read_predictions(trained / "test" / "predictions.csv")}
+    assert set(part(record, "test")) == tested.keys()
+    assert len(record.slides) == 20 and len(part(record, "train")) == 10
+    assert re.fullmatch(r"[0-9a-f]{64}", record.config_sha256)
+    for slide in record.slides:
+        if slide.part == "test":
+            row = tested[slide.slide_id]
+            assert (row.patient_id, row.fingerprint) == (slide.patient_id, slide.fingerprint)
+
+
+def test_a_test_never_tests_what_was_trained_on(
+    study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The split by seed moves patients when slides are added, taken away or graded otherwise."""
+    record = recorded(trained)
+    left_out = part(record, "train")[:2]
+    fewer = changed(study, tmp_path / "f.csv", lambda row: None if row["slide_id"] in left_out else row)
+    for command in ("test", "validate"):
+        code, graded = run(command, fewer, tmp_path / "refused", best(trained))
+        assert code == 2 and not graded
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert f"2 gone: {left_out[0]}, {left_out[1]}" in line and "--data.split_from manifest" in line
+    code, graded = run("test", fewer, tmp_path / "m", best(trained), "--data.split_from=manifest")
+    assert code == 0 and graded == set(part(record, "test"))
+    regraded = changed(
+        study, tmp_path / "g.csv", lambda row: {**row, "grade": "0" if row["grade"] == "1" else "1"}
+    )
+    code, graded = run("test", regraded, tmp_path / "r", best(trained))
+    assert code == 0 and graded == set(part(record, "test"))
+    everyone = changed(study, tmp_path / "e.csv", lambda row: {**row, "split": "test"})
+    code, _ = run("test", everyone, tmp_path / "e", best(trained), "--data.split_from=manifest")
+    assert code == 2 and "trained or chosen on 15 of the slides" in capsys.readouterr().err
+    code, _ = run("fit", fewer, tmp_path / "fit", best(trained), "--data.split_from=manifest")
+    assert code == 2 and "2 gone" in capsys.readouterr().err
+
+
+def test_strangers_are_tested_whole(
+    study: Study, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def forget(checkpoint: dict[str, Any]) -> None:
+        for slide in checkpoint["record"]["slides"]:
+            slide[1:3] = [f"other-{slide[1]}", f"other-{slide[2]}"]
+
+    unknown = rewritten(trained, tmp_path / "c.ckpt", forget)
+    code, graded = run("test", study, tmp_path, unknown)
+    assert code == 0 and len(graded) == 20
+    assert "none of these 20 slides is in the checkpoint's record: an external cohort" in caplog.text
+    caplog.clear()
+    run("test", study, tmp_path / "own", best(trained))
+    assert "left out: 15 of 20 slides (train 10, val 5)" in caplog.text
+
+
+def test_predict_says_whom_the_checkpoint_has_seen(
+    study: Study,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    code, graded = run("predict", study, tmp_path, best(trained))
+    assert code == 0 and len(graded) == 20
+    assert "trained or chosen on 15 of these 20 slides" in caplog.text
+    words = [
+        "export",
+        str(best(trained)),
+        "--output",
+        str(tmp_path / "m.pt"),
+        "--no-training-data",
+        "--evidence",
+    ]
+    assert main([*words, str(tmp_path / "predict" / "predictions.csv")]) == 2
+    assert "trained or chosen on 15 of these slides" in capsys.readouterr().err
+    assert not (tmp_path / "m.pt").exists()
+
+
+@pytest.mark.parametrize("command", ["test", "fit", "predict"])
+def test_a_checkpoint_of_an_older_version(
+    command: str, study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older = rewritten(trained, tmp_path / "older.ckpt", lambda checkpoint: checkpoint.pop("record"))
+    code, graded = run(command, study, tmp_path, older)
+    if command == "predict":
+        assert code == 0 and len(graded) == 20
+    else:
+        assert code == 2 and "of an older version, without a record" in capsys.readouterr().err
+
+
+def test_a_checkpoint_without_progress_is_one_line(
+    study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = rewritten(trained, tmp_path / "bare.ckpt", lambda checkpoint: checkpoint.update(loops={}))
+    assert run("fit", study, tmp_path, bare)[0] == 2
+    assert "no training can resume from it, it lacks the progress of its loops" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_finite_grade_nothing(
+    study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def diverge(checkpoint: dict[str, Any]) -> None:
+        weights = checkpoint["state_dict"]
+        name = next(name for name, value in weights.items() if value.ndim == 4)
+        weights[name] = weights[name] * float("nan")
+
+    nan = rewritten(trained, tmp_path / "nan.ckpt", diverge)
+    for command in ("test", "predict"):
+        assert run(command, study, tmp_path, nan) == (2, set())
+        assert "has values that are not finite" in capsys.readouterr().err
+    assert main(["export", str(nan), "--output", str(tmp_path / "m.pt"), "--no-training-data"]) == 2
+    assert "has values that are not finite" in capsys.readouterr().err
+
+
+def test_an_epoch_is_chosen_by_a_proper_score(
+    study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = next(
+        state
+        for state in torch.load(best(trained), weights_only=True)["callbacks"].values()
+        if state.get("monitor")
+    )
+    assert state["monitor"] == "val/rps"
+    assert main(["fit", *study.options(tmp_path), "--checkpoint.monitor=val/qwk"]) == 2
+    assert "val/qwk is better when higher; set checkpoint.mode max" in capsys.readouterr().err
+
+
+def test_metrics_count_the_slides_that_are_not_graded(trained: Path) -> None:
+    assert json.loads((trained / "test" / "metrics.json").read_text())["not_graded"] == []
