@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass
 from functools import partial
@@ -346,17 +347,11 @@ def _of_patients(slides: NDArray[np.float64], whose: NDArray[np.int64], unit: Un
     if unit == "worst":
         corners = np.multiply.reduceat(slides.cumsum(axis=1).cumsum(axis=2)[order], starts, axis=0)
         return np.diff(np.diff(corners, axis=1, prepend=0), axis=2, prepend=0)
-    n_grades = slides.shape[1]
-    means = np.zeros((len(counts), n_grades, n_grades))
-    for n in np.unique(counts):
-        mine = np.flatnonzero(counts == n)
-        sums = np.ones((len(mine), 1, 1))
-        for number in range(n):
-            slide, wide = slides[order[starts[mine] + number]], sums.shape[1]
-            wider = np.zeros((len(mine), wide + n_grades - 1, wide + n_grades - 1))
-            for true, grade in itertools.product(range(n_grades), repeat=2):
-                wider[:, true : true + wide, grade : grade + wide] += slide[:, true, grade, None, None] * sums
-            sums = wider
-        rounded = np.floor(np.arange(sums.shape[1]) / n + 0.5).astype(np.int64)
-        np.add.at(means, (mine[:, None, None], rounded[:, None], rounded), sums)
+    from scipy.signal import convolve2d
+
+    means = np.zeros((len(counts), *slides.shape[1:]))
+    for mean, mine in zip(means, np.split(slides[order], starts[1:]), strict=True):
+        sums = functools.reduce(convolve2d, mine)  # sums of true grades by sums of read grades
+        rounded = np.floor(np.arange(len(sums)) / len(mine) + 0.5).astype(np.int64)
+        np.add.at(mean, (rounded[:, None], rounded), sums)
     return means
