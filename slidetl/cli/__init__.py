@@ -1,8 +1,8 @@
 """The command line: ``slidetl COMMAND``, the same as ``python -m slidetl COMMAND``.
 
-Each command is a module with a function of its name, whose signature and docstring are its options, or
-with ``COMMANDS``, such functions by the names of its subcommands; the training commands are Lightning's
-own. A user's mistake ends with one line on stderr and exit code 2.
+Each command is a module with a function of its name, its signature and docstring being the options, or
+with ``COMMANDS``, such functions by the names of its subcommands; the training commands are Lightning's.
+A user's mistake ends with one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ TRAINING_COMMANDS = {
     "test": "evaluate a checkpoint on the test part: accuracy, QWK, MAE, confusion matrix, predictions",
     "predict": "predict every slide of a manifest or folder",
 }
-# In the order of the help; each is a module of its own but for the training commands.
+# In the order of the help; each is a module, except the training commands.
 COMMANDS = {
-    "synth": "draw synthetic lung slides whose grade is known",
+    "synth": "draw synthetic lung slides of known grade",
     "tile": "cut slides into a tile cache",
     "cache": "look into a tile cache, verify it, or mend it",
     "augment": "draw a contact sheet of a tile as trainings see it",
@@ -45,7 +45,7 @@ COMMANDS = {
 }
 _TRAINING_MEMORY = "lower --data.bag_size, --data.batch_size or --data.num_workers, or use a smaller backbone"
 _EVALUATION_MEMORY = "lower --data.chunk_size or --data.num_workers"
-# What lowers the memory of each command.
+# Advice for each command that runs out of memory.
 _LESS_MEMORY = {
     **dict.fromkeys(COMMANDS, "use a machine with more memory, or fewer slides at a time"),
     **dict.fromkeys(("validate", "test", "predict"), _EVALUATION_MEMORY),
@@ -74,7 +74,7 @@ def main(args: Sequence[str] | None = None) -> int:
     command = words[0] if words else ""
     if command in NETWORK_COMMANDS:
         prepare_for_networks()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a letter must not end a run
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a letter missing in the terminal must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
     warnings.formatwarning = lambda message, *_, **__: f"slidetl: warning: {message}\n"
     try:
@@ -93,7 +93,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except Exception as error:  # what is neither a mistake nor want of memory is a fault of ours, and shown
+    except Exception as error:  # other than mistakes and lack of memory: a bug, with its traceback
         is_memory = is_out_of_memory(error)
         if debug or not (is_memory or isinstance(error, (SlidetlError, OSError))):
             raise
@@ -103,7 +103,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    """The parser; only the command that is asked for is imported, so that help answers at once."""
+    """Builds the parser, and imports the requested command only, so that help answers at once."""
     parser = _OneLineParser(
         prog="slidetl",
         description="Transfer learning that grades gigapixel slides. For research; not a medical device.",
@@ -145,7 +145,7 @@ def _complain(message: str) -> None:
 
 
 def _cause(message: str) -> str:
-    """The error itself where a DataLoader's worker met it: there the traceback is part of the message."""
+    """Extracts the error from a message of a DataLoader's worker, which includes the traceback."""
     if message.startswith("Caught ") and "Traceback" in message:
         return message.strip().splitlines()[-1].partition(": ")[2]
     return message

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 
 def backbones(pattern: str | None = None) -> int:
-    """Lists networks that can embed tiles.
+    """Lists networks for embedding tiles.
 
-    Columns: parameters in millions, length of an embedding, side in pixels of the tiles that the weights were
-    made for (others may be given), and where those weights are.
+    Columns: parameters in millions, length of an embedding, side in pixels of the training tiles (others
+    are possible), and place of the weights.
 
     Args:
-        pattern: part of a name, or a name with * and ?, among all that timm knows; without it, those that
-            are bundled, that have weights on this machine, and a few recommended ones.
+        pattern: part of a name, or a name with * and ?, among all of timm's; without it, the bundled ones,
+            those with weights on this machine, and a few recommended ones.
     """
     from slidetl.errors import UsageError
     from slidetl.models.catalogue import MOST_COUNTED, list_backbones

@@ -23,10 +23,10 @@ def verify(cache: Path, *, repair: bool = False, decode: bool = False, slides: P
     Exit code 1 if anything is damaged and was not repaired.
 
     Args:
-        cache: the folder that 'slidetl tile' wrote.
-        repair: write what is damaged again, from the slides in the ledger.
-        decode: also decode every tile, to find those that were copied from a damaged slide; with ``repair``
-            they are left out and counted as unreadable.
+        cache: folder of 'slidetl tile'.
+        repair: write damaged parts again, from the slides in the ledger.
+        decode: also decode every tile, to find copies from a damaged slide; with ``repair`` they are left out
+            and counted as unreadable.
         slides: a manifest (CSV) or folder with the present paths of the slides, for ``repair``.
     """
     from slidetl.errors import CacheError, SlideError, UsageError
@@ -71,7 +71,7 @@ def verify(cache: Path, *, repair: bool = False, decode: bool = False, slides: P
 
 
 def _record(ledger: Ledger, row: LedgerRow | None, found: Verification) -> None:
-    """Counts the tiles that a repair had to leave out."""
+    """Records the tiles left out by a repair."""
     if row is None or found.header is None:
         return
     lost = found.header.tiles_unreadable - row.tiles_unreadable
@@ -97,7 +97,7 @@ def info(cache: Path, *, json: bool = False) -> int:
     """Lists the slides of a cache, their tiles and stored features.
 
     Args:
-        cache: the folder that 'slidetl tile' wrote.
+        cache: folder of 'slidetl tile'.
         json: print one JSON object on stdout, instead of a table.
     """
     from slidetl.tiles.info import cache_info

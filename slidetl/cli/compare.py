@@ -1,4 +1,4 @@
-"""``slidetl compare``: arms against each other, on the same splits."""
+"""``slidetl compare``."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ def compare(
 ) -> int:
     """Compares arms (scratch, transfer, classical) by cross-validation over patients.
 
-    Exit code 1 if any job failed. The same command resumes a run that was interrupted.
+    Exit code 1 if any job failed. The same command resumes an interrupted run.
 
     Args:
         config: the comparison (YAML); configs/compare/fibrosis_quick.yaml and others
             come with slidetl.
         output: folder for the report, the tables and the jobs.
         manifest: a manifest (CSV), instead of the configuration's.
-        cache: folder that 'slidetl tile' wrote, instead of the configuration's.
+        cache: folder of 'slidetl tile', instead of the configuration's.
         jobs: trainings at a time on this machine; they share its cores.
-        scheduler: address of a Dask scheduler, tcp://HOST:PORT, whose workers train instead of this machine.
+        scheduler: address of a Dask scheduler, tcp://HOST:PORT; its workers train instead of this machine.
         only: arms to compute, instead of all.
-        report_only: compute nothing, write the report of the jobs that are there.
+        report_only: compute nothing, write the report of the finished jobs.
         dry_run: plan, audit the splits and print the number of jobs, without computing any.
-        allow: package or class outside slidetl that the configuration may import, which runs its code.
+        allow: package or class outside slidetl, for the configuration to import, which runs its code.
     """
     from dataclasses import replace
 

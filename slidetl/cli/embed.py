@@ -1,4 +1,4 @@
-"""``slidetl embed``: tiles to stored features."""
+"""``slidetl embed``."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def embed(
     Exit code 1 if any slide failed.
 
     Args:
-        cache: the folder that 'slidetl tile' wrote.
+        cache: folder of 'slidetl tile'.
         backbone: the network and its weights; 'slidetl backbones' lists some.
-        options: how they are embedded and stored.
+        options: of embedding and storing.
     """
     from slidetl.training.embed import EmbeddedSlide, embed_cache
 

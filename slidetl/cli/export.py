@@ -20,24 +20,24 @@ def export(
     licence: str = "",
     allow: tuple[str, ...] = (),
 ) -> int:
-    """Writes a checkpoint, or an ensemble of several, as one file that grades slides.
+    """Writes a checkpoint, or an ensemble of several, as one file for grading slides.
 
     TorchScript needs torch alone, ONNX any runtime of it.
 
     Args:
-        checkpoints: files that 'slidetl fit' wrote; several, of the folds of a cross-validation, vote.
+        checkpoints: files of 'slidetl fit'; several, of the folds of a cross-validation, vote.
         output: file to write, e.g. MODEL.pt.
         format: onnx writes FILE.onnx (whole slides) and FILE.grade.onnx (stored embeddings); 'slidetl grade'
             reads torchscript.
-        config: config.yaml of the fit, which names the training slides; by default the one beside the
-            checkpoint's folder.
-        no_training_data: export without the training slides; the file then cannot tell slides unlike them.
+        config: config.yaml of the fit, with the training slides; by default the one beside the checkpoint's
+            folder.
+        no_training_data: export without the training slides; the file then cannot detect unfamiliar slides.
         evidence: predictions (CSV) of slides kept from the training ('slidetl test', or one arm of
             'slidetl compare'): metrics, temperature and sets of grades are computed from them.
         arm: the arm of ``evidence``, if it has several.
-        coverage: share of patients whose grade must lie in the set of grades, 0..1.
+        coverage: wanted share of patients with their grade in the set of grades, 0..1.
         licence: licence of the weights.
-        allow: package or class outside slidetl that the checkpoint and its config.yaml may import.
+        allow: package or class outside slidetl, for the checkpoint and its config.yaml to import.
     """
     from slidetl.errors import SlidetlError, UsageError
     from slidetl.processor import postpone_collection
@@ -84,13 +84,13 @@ def export(
     if training:
         print(f"trained on {training.slides} slides of {training.patients} patients")
     if kept:
-        figures = (
+        metrics = (
             f"{name} {a:.3f} ({low:.3f} to {high:.3f})" for name, (a, low, high) in kept.figures.items()
         )
         kept_from = (
             "kept from it" if arm is None else f"graded by the networks of arm {arm}, not by this file"
         )
-        print(f"{kept.slides} slides of {kept.patients} patients {kept_from}: {', '.join(figures)}")
+        print(f"{kept.slides} slides of {kept.patients} patients {kept_from}: {', '.join(metrics)}")
     for name, difference in worst.items():
         print(f"greatest difference of a probability from the checkpoint, {name}: {difference:.1e}")
     if format == "torchscript":
@@ -99,5 +99,5 @@ def export(
 
 
 def _configs(checkpoints: Sequence[Path]) -> list[Path]:
-    """Returns the configuration that a fit left beside the folder of its checkpoints."""
+    """Returns the configurations of fits, beside the folders of their checkpoints."""
     return [path.absolute().parent.parent / "config.yaml" for path in checkpoints]

@@ -1,4 +1,4 @@
-"""``slidetl fit-features``: stored features to grades."""
+"""``slidetl fit-features``."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def fit_features(
         study: the slides, their features and their split.
         output: folder for predictions.csv, metrics.json, confusion.png, and model.npz of a linear model.
         model: ridge on the grades; cumulative link (ordinal); multinomial (logistic); boosted trees.
-        pool: how the tiles of a slide become one vector.
+        pool: of the tiles of a slide into one vector.
         top_k: number of highest values for ``pool`` top-k.
         tile_labels: labels of points (CSV: slide_id, x_level0, y_level0, label: a number, or 'ignore');
-            grades by a tile classifier instead, whose classes are averaged over the slide.
+            grades by a tile classifier instead, with its classes averaged over the slide.
     """
     from slidetl.training.classical import describe, fit_labelled_tiles, fit_pooled
 

@@ -25,13 +25,13 @@ def grade(
     if any slide failed, after all the others are graded.
 
     Args:
-        model: file that 'slidetl export' wrote; it is run.
+        model: file of 'slidetl export'; it is run.
         slides: slides in any supported format, folders of them, patterns such as 'study/*.svs', or manifests
-            (CSV), whose mpp column gives slides their spacing.
-        options: how they are graded, and what is written.
-        resume: leave out slides whose results by this model are in the output folder already.
-        trust: vouch for a model file that was made elsewhere: it is a program. Its hash is recorded.
-        device: cpu, cuda, cuda:1, ...; auto takes a GPU where there is one.
+            (CSV); their mpp column gives slides their spacing.
+        options: of grading and its output.
+        resume: leave out slides with results by this model in the output folder.
+        trust: vouch for a model file from elsewhere: it is a program. Its hash is recorded.
+        device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
         jobs: slides graded at a time.
     """
     import torch

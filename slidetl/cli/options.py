@@ -1,9 +1,9 @@
-"""Options of a command, made from the signature and the docstring of the function that runs it.
+"""Makes the options of a command from the signature and the docstring of its function.
 
-Parameters before the ``*`` are positional arguments, those after it are options. A parameter whose type is
-a dataclass stands for its fields: options, but for the first field of one before the ``*``. The metadata
-``option`` of a field renames its option; an empty one leaves it out. Types, defaults and help are written
-there and nowhere else (docs/design/command-line.md).
+Parameters before the ``*`` are positional arguments, those after it are options. A parameter of a dataclass
+type stands for its fields: options, but for the first field of one before the ``*``. The metadata ``option``
+of a field renames its option; an empty one leaves it out. Types, defaults and help are written there and
+nowhere else (docs/design/command-line.md).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def add_command(parser: argparse.ArgumentParser, command: Command) -> None:
 
     Args:
         parser: takes the text of the docstring as its description.
-        command: a function with a Google-style docstring that returns the exit code. A ``bool`` is a flag, a
+        command: a function with a Google-style docstring; returns the exit code. A ``bool`` is a flag, a
             ``tuple[T, ...]`` takes several values, a ``Literal`` is a choice, ``None`` by default leaves an
             option without a default.
     """
@@ -86,13 +86,13 @@ def _add_parameters(
 
 
 def _option_names(source: Callable[..., Any]) -> dict[str, str]:
-    """Returns the names of a dataclass's options where they are not those of the fields."""
+    """Returns the names of a dataclass's options, if they differ from the fields."""
     fields = dataclasses.fields(source) if dataclasses.is_dataclass(source) else ()
     return {field.name: field.metadata["option"] for field in fields if "option" in field.metadata}
 
 
 def _parameters(source: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Returns the parameters that a command line sets, by name."""
+    """Returns the parameters for the command line, by name."""
     left_out = [name for name, option in _option_names(source).items() if not option]
     parameters = inspect.signature(source).parameters
     return {name: of for name, of in parameters.items() if name not in left_out}
@@ -101,7 +101,7 @@ def _parameters(source: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 def _flag(name: str) -> str:
     """Spells a parameter as an option; the unit of pixels is its metavariable instead.
 
-    A name that is a word of Python (``from``) ends with an underscore, which is not spelled.
+    The underscore after a keyword of Python (``from_``) is left out.
     """
     return "--" + name.removesuffix("_px").rstrip("_").replace("_", "-")
 
@@ -129,7 +129,7 @@ def _read_docstring(source: Callable[..., Any], spelled: Mapping[str, str]) -> t
 
 
 def _values(hint: Any, default: object = None) -> dict[str, Any]:
-    """Returns what argparse needs to know to read values of a type."""
+    """Returns argparse's arguments for values of a type."""
     arguments = get_args(hint)
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction if default is True else "store_true"}
@@ -153,7 +153,7 @@ def _number(kind: type[int] | type[float], text: str) -> float:
 
 
 class _Gather(argparse.Action):
-    """Collects the values of an option, which may be repeated, in place of its default."""
+    """Collects the values of a repeatable option, in place of its default."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: Any = None

@@ -1,4 +1,4 @@
-"""Shows how far a command has come."""
+"""Shows the progress of a command."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Progress:
     Args:
         what: the name of the items, beside the bar.
         total: number of items; None until :meth:`start`.
-        rate: whether to show the items per second.
+        rate: show the items per second.
 
     Attributes:
-        is_terminal: whether the bar is drawn.
+        is_terminal: True if the bar is drawn.
     """
 
     def __init__(self, what: str, total: int | None = None, *, rate: bool = False) -> None:
@@ -63,7 +63,7 @@ class Progress:
         self._bar.update(self._task, completed=self._done, rate=rate)
 
     def show(self, text: str) -> None:
-        """Shows a line: the latest one beside the bar, each one where there is no terminal."""
+        """Shows a line: the latest one beside the bar, or each one without a terminal."""
         text = one_line(text)
         if self.is_terminal:
             self._bar.update(self._task, last=text)

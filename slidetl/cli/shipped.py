@@ -1,4 +1,4 @@
-"""The configurations that come with slidetl, found by the names under which the README has them."""
+"""Finds the configurations shipped with slidetl by their names in the README."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import slidetl
 
 
 def find_config(path: str | Path) -> Path:
-    """Finds a configuration: the file itself, or else the shipped one of that name, which is announced.
+    """Finds a configuration: the file itself, or else the shipped one of that name, with a message.
 
     Args:
-        path: a YAML file; ``configs/...`` names one that is shipped, unless there is such a file here.
+        path: a YAML file; ``configs/...`` names a shipped one, unless there is such a file here.
     """
     path = Path(path)
     shipped = Path(slidetl.__file__).parent / path
@@ -23,7 +23,7 @@ def find_config(path: str | Path) -> Path:
 
 
 def with_shipped_configs(words: list[str]) -> list[str]:
-    """Replaces the values of ``--config`` and ``-c`` in the words of a command by what is found."""
+    """Replaces the values of ``--config`` and ``-c`` in the words of a command by the paths found."""
     found = list(words)
     for place, word in enumerate(words):
         if word.startswith("--config="):

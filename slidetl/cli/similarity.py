@@ -27,10 +27,10 @@ def similarity(
             once for each ``after``.
         after: likewise, after training; compared with its ``before``, with each other ``after``, and with a
             random network.
-        data: the folder that 'slidetl tile' wrote; tile images and slides first.
+        data: folder of 'slidetl tile'; tile images and slides first.
         output: folder for similarity.png and similarity.csv.
         backbone: name of the network, instead of the first checkpoint's.
-        pretrained: with ``backbone``, the weights that 'pretrained' means: procedural, imagenet, hub,
+        pretrained: with ``backbone``, the meaning of 'pretrained': procedural, imagenet, hub,
             zoo://NAME or a file.
         options: tiles and noise floor.
     """

@@ -1,4 +1,4 @@
-"""``slidetl synth``: slides whose grade is known, to try everything else on."""
+"""``slidetl synth``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def synth(out: Path, *, cohort: SyntheticCohort, workers: int = _CORES, overwrit
     Args:
         out: folder to write slides/, truth/ and manifest.csv into.
         cohort: the slides.
-        workers: processes that draw.
+        workers: processes.
         overwrite: replace an earlier cohort in ``out``.
     """
     from slidetl.synthetic.cohort import write_cohort

@@ -1,4 +1,4 @@
-"""``slidetl tile``: slides to caches."""
+"""``slidetl tile``."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def tile(
         manifest: a manifest (CSV), a folder of slides, one of labelled images (LABEL/*.png), or an .npz of
             them.
         cache: folder for the caches and ledger.csv.
-        spec: the tiles, and which of them are kept.
+        spec: the tiles, and the conditions to keep them.
         images: read a folder as labelled images, even if TIFFs or slides are among them.
-        mpp_override: spacing of level 0, micrometres per pixel, of slides that have none in the manifest or
+        mpp_override: spacing of level 0, micrometres per pixel, of slides without one in the manifest or
             their metadata; fills gaps only.
-        mpp_replace: spacing of level 0 in place of that of the metadata, of all slides without mpp in the
-            manifest, which replaces it, too.
+        mpp_replace: spacing of level 0 in place of the metadata's, of all slides without mpp in the manifest
+            (the manifest's mpp replaces it, too).
         grades: number K of grades on the scale; the manifest's must be from 0 to K-1.
-        preview: write CACHE/previews/SLIDE.png: tissue, tiles kept, and those left out with the reason.
+        preview: write CACHE/previews/SLIDE.png: tissue, tiles kept, and tiles left out with the reason.
         workers: processes, each at one slide.
-        scheduler: address of a Dask scheduler, tcp://HOST:PORT, whose workers tile instead (needs the extra
+        scheduler: address of a Dask scheduler, tcp://HOST:PORT; its workers tile instead (needs the extra
             slidetl[cluster]).
         overwrite: replace caches made with other options or from other slides; those that match are kept.
     """
@@ -99,7 +99,7 @@ def tile(
 
 
 def _failures(rows: list[LedgerRow]) -> list[str]:
-    """Describes failed slides, those with the same reason together where they are many."""
+    """Describes failed slides, many of the same reason together."""
     alike: dict[str, list[LedgerRow]] = {}
     for row in rows:
         alike.setdefault(row.reason.replace(row.path, ""), []).append(row)

@@ -43,7 +43,7 @@ _SHIPPED = "--config configs/NAME.yaml takes the file that comes with slidetl, u
 
 
 def run(command: str, args: list[str]) -> int:
-    """Runs one of Lightning's commands, or ``find-lr``, which takes what ``fit`` does.
+    """Runs one of Lightning's commands, or ``find-lr``, with the options of ``fit``.
 
     Raises:
         UsageError: the configuration is wrong; one line says where.
@@ -97,11 +97,11 @@ class GradingCLI(LightningCLI):
         super().__init__(SlideGrader, SlideDataModule, args=[command, *args], **options)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override] # static there
-        """Returns the command that runs: the parsers of the others take half a second to build."""
+        """Returns the running command only: the parsers of the others take half a second to build."""
         return {self._command: LightningCLI.subcommands()[self._command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds what every run has: early stopping, the best checkpoint, and names that may be imported."""
+        """Adds the options of every run: early stopping, the best checkpoint, and names to import."""
         parser.link_arguments("data.grades", "model.grades")
         parser.link_arguments("model.tasks", "data.tasks")
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
@@ -111,10 +111,10 @@ class GradingCLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "last_checkpoint")
         parser.set_defaults(
             {
-                # A proper score: QWK of fifteen slides is coarse, and undefined where they are of one grade.
+                # A proper score: QWK of fifteen slides is coarse, and undefined for a single grade.
                 "early_stopping.monitor": "val/rps",
                 "early_stopping.mode": "min",
-                # NaN is a metric that is undefined, or a slide that is not graded: the next epoch may do.
+                # NaN is an undefined metric, or a slide that is not graded: the next epoch may do.
                 "early_stopping.check_finite": False,
                 "early_stopping.patience": 10,
                 "checkpoint.monitor": "val/rps",
@@ -135,7 +135,7 @@ class GradingCLI(LightningCLI):
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
-        """Adds the option that evaluation shares with ``slidetl grade``."""
+        """Adds the common option of evaluation and ``slidetl grade``."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand != "fit":
             parser.add_argument(
@@ -148,7 +148,7 @@ class GradingCLI(LightningCLI):
         return parser
 
     def before_instantiate_classes(self) -> None:
-        """Checks every class that is named before one is called."""
+        """Checks every named class before one is called."""
         config = self.config[self.config.subcommand].as_dict()
         check_classes(config, config["allow"])
 
@@ -231,7 +231,7 @@ class RangeTestCLI(GradingCLI):
         return super().instantiate_trainer(**kwargs, **alone)
 
     def fit(self, model: SlideGrader, datamodule: SlideDataModule, **_: Any) -> None:
-        """Tests, writes and says what it found."""
+        """Tests rates, writes the result, and prints the suggestion."""
         result = find_rate(self.trainer, model, datamodule, self._get(self.config_init, "range"))
         if not self.trainer.is_global_zero:
             return
@@ -244,7 +244,7 @@ class RangeTestCLI(GradingCLI):
 
 
 def _take_allow(args: list[str]) -> tuple[list[str], list[str]]:
-    """Takes ``--allow`` out of the words of a command: it overrides what a file would allow itself."""
+    """Takes ``--allow`` out of the words of a command: it overrides any in a file."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--allow", action="append", default=[])
     found, rest = parser.parse_known_args(args)
@@ -252,7 +252,7 @@ def _take_allow(args: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _best_checkpoint(root: Path, allow: Sequence[str]) -> Path:
-    """The best checkpoint of the latest fit below a run's folder, as its last checkpoint names it."""
+    """Finds the best checkpoint of the latest fit below a run's folder, named in its last checkpoint."""
     found = sorted(
         root.glob("logs/version_*/checkpoints/last.ckpt"), key=lambda path: int(path.parts[-3].split("_")[1])
     )
@@ -261,7 +261,7 @@ def _best_checkpoint(root: Path, allow: Sequence[str]) -> Path:
             f"no checkpoint of 'slidetl fit' below {root.absolute()}; name one with --ckpt_path FILE"
         )
     states = read_checkpoint(found[-1], allow).get("callbacks", {}).values()
-    names = [  # further checkpoints, each so many steps, have a path but no figure to be the best in
+    names = [  # further checkpoints, each so many steps, have a path but no metric
         Path(state["best_model_path"]).name
         for state in states
         if state.get("best_model_path") and state.get("monitor")
@@ -275,14 +275,14 @@ def _best_checkpoint(root: Path, allow: Sequence[str]) -> Path:
 
 
 def _one_line(message: str) -> str:
-    """The last line that says something: parsers put the cause behind pages of context."""
+    """Shortens a parser's message to its first and last line: the cause follows pages of context."""
     lines = [line.strip(" -:") for line in message.splitlines() if line.strip(" -:")]
-    lines = [line for line in lines if not line.startswith("Expected a path")]  # never what was meant
+    lines = [line for line in lines if not line.startswith("Expected a path")]  # never the cause
     return " ".join(lines[:4]) if len(lines) <= 4 else f"{lines[0]} ... {lines[-1]}"
 
 
 def _quieten() -> None:
-    """Leaves out what a user can do nothing about."""
+    """Silences messages beyond the user's control."""
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(
         lambda record: "Tip" not in record.getMessage()
     )

@@ -1,6 +1,6 @@
 """Publishes models to a library, and pulls models from it to build on.
 
-A library is a folder, or anything that fsspec reaches (file://, s3://, ...). Pulled files are checked by
+A library is a folder, or anything in reach of fsspec (file://, s3://, ...). Pulled files are checked by
 their hashes.
 """
 
@@ -29,14 +29,14 @@ def publish(
     """Adds an exported model to a library.
 
     Args:
-        model: file that 'slidetl export' wrote; it is run.
+        model: file of 'slidetl export'; it is run.
         to: folder or URL of the library; by default the environment variable SLIDETL_ZOO.
         name: name of the new entry, e.g. lung-fibrosis-2: small letters, digits, '.', '_', '-'; by default
-            the file's. A name that is taken is refused.
+            the file's. A name in use is refused.
         description: purpose of the model, for its card.
-        intended_use: uses that it was made for, and uses that it was not.
+        intended_use: intended uses, and uses to avoid.
         contact: a person to ask.
-        trust: vouch for a model file that was exported elsewhere.
+        trust: vouch for a model file exported elsewhere.
     """
     library, name = _library(to, "--to"), model.stem if name is None else name
     about = {"description": description, "intended_use": intended_use, "contact": contact}
@@ -57,8 +57,8 @@ def list_models(*, from_: str | None = None) -> int:
     Exit code 1 if one is damaged.
 
     Args:
-        from_: folder or URL of the library; by default the environment variable SLIDETL_ZOO, or if that is
-            not set the models that were pulled to this machine.
+        from_: folder or URL of the library; by default the environment variable SLIDETL_ZOO, or if it is not
+            set the models pulled to this machine.
     """
     from rich.console import Console
     from rich.table import Table
@@ -105,8 +105,8 @@ def show(name: str, *, from_: str | None = None) -> int:
 
     Args:
         name: name of the model, e.g. lung-fibrosis-2.
-        from_: folder or URL of the library; by default the environment variable SLIDETL_ZOO, or if that is
-            not set the models that were pulled to this machine.
+        from_: folder or URL of the library; by default the environment variable SLIDETL_ZOO, or if it is not
+            set the models pulled to this machine.
     """
     card = _library(from_).read(name)
     print(_yaml(json.loads(card.to_bytes())), end="")
@@ -120,7 +120,7 @@ def pull(name: str, *, from_: str | None = None, sha256: str | None = None) -> i
     Args:
         name: name of the model, e.g. lung-fibrosis-2.
         from_: folder or URL of the library; by default the environment variable SLIDETL_ZOO.
-        sha256: SHA-256 of its card, as its publisher told it; another card is refused.
+        sha256: SHA-256 of its card, given by its publisher; another card is refused.
     """
     folder = _library(from_, "--from").pull(name, sha256)
     print(f"{name}: checked, and in {folder}")
@@ -128,7 +128,7 @@ def pull(name: str, *, from_: str | None = None, sha256: str | None = None) -> i
 
 
 def use(name: str) -> int:
-    """Prints the path of a pulled model, and the configuration of a training that begins from it.
+    """Prints the path of a pulled model, and the configuration of a training from it.
 
     Args:
         name: name of the model, e.g. lung-fibrosis-2.
@@ -148,7 +148,7 @@ COMMANDS = {"publish": publish, "list": list_models, "show": show, "pull": pull,
 
 
 def _library(place: str | None, flag: str = "") -> Library:
-    """Opens the library that is named; with ``flag``, the option that names it, one must be."""
+    """Opens the named library, or pulled models; with the option ``flag`` a name is required."""
     from slidetl.errors import UsageError
     from slidetl.library.local import pulled_folder
     from slidetl.publish.library import Library

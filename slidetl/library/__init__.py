@@ -1,1 +1,1 @@
-"""The library of models on this machine: cards, trust, local files. See docs/design/zoo.md."""
+"""Reads model cards, the record of trusted models, and pulled models. See docs/design/zoo.md."""

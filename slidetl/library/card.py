@@ -1,4 +1,4 @@
-"""The card of a library's entry, ``card.json``: the model's own card and the hashes of the files."""
+"""Reads and writes the card of a library's entry, ``card.json``."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class LibraryCard:
 
     Attributes:
         name: the entry's name, e.g. ``lung-fibrosis-2``.
-        description: the purpose of the model; empty where the publisher said nothing, as below.
-        intended_use: uses that the model is for, and uses that it is not for.
+        description: the purpose of the model; this and the next two may be empty.
+        intended_use: intended uses of the model, and uses to avoid.
         contact: a person to ask.
         files: ``model.pt`` and ``weights.safetensors``.
         model: the card inside ``model.pt``.
@@ -81,7 +81,7 @@ class LibraryCard:
             place: the folder or URL of the entry, for messages.
 
         Raises:
-            ModelFileError: no card, or that of another entry.
+            ModelFileError: no card, or the card of another entry.
         """
         if len(content) > MAX_CARD_BYTES:
             raise ModelFileError(f"{place}: {CARD} has more than {MAX_CARD_BYTES} bytes; it is no card")
@@ -94,12 +94,12 @@ class LibraryCard:
         return card
 
     def backbone(self) -> dict[str, str | int | bool]:
-        """Returns the fields of the BackboneSpec that begins a training from these weights."""
+        """Returns the fields of a BackboneSpec with these weights."""
         return {**self.model.architecture, "pretrained": f"zoo://{self.name}"}
 
 
 def is_name(text: str) -> bool:
-    """Returns whether a text can name an entry: it becomes the name of a folder."""
+    """Checks that a text can name an entry, and so a folder."""
     return bool(_NAME.fullmatch(text))
 
 

@@ -1,4 +1,4 @@
-"""JSON cards as frozen dataclasses. Nothing in a file is taken unless it fits the annotation of its field."""
+"""Converts JSON cards to frozen dataclasses and back; every value must fit the annotation of its field."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_CARD_BYTES = 2**18  # a card has 2 kB
 _Card = TypeVar("_Card")
 
 _MAX_TEXT = 2000
-# A terminal obeys control characters; the last ones reverse the order of the letters that it shows.
+# A terminal obeys control characters; the last ones reverse the order of the letters.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 

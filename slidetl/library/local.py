@@ -1,4 +1,4 @@
-"""The models that were pulled to this machine. Each file is checked against its card before it is used."""
+"""Finds models pulled to this machine; each file is checked against its card before use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def pulled_card(name: str) -> LibraryCard:
     """Reads the card of a pulled model.
 
     Raises:
-        UsageError: that cannot be a name.
+        UsageError: not a valid name.
         ModelFileError: no such model was pulled, or its card is damaged.
     """
     folder = pulled_folder() / check_name(name)
@@ -46,7 +46,7 @@ def pulled_file(name: str, file: str) -> Path:
         file: ``model.pt`` or ``weights.safetensors``.
 
     Raises:
-        UsageError: that cannot be a name.
+        UsageError: not a valid name.
         ModelFileError: no such model was pulled, or the file was changed since.
     """
     record = pulled_card(name).files[file]

@@ -21,11 +21,11 @@ _ARCHITECTURE = {"name", "in_channels", "gated_mlp", "layer_scale"}
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The slides that a model has seen, without their names.
+    """The training slides of a model, without their names.
 
     Attributes:
-        slides, patients: how many.
-        sites, scanners, stains: those that the manifest names, sorted.
+        slides, patients: their numbers.
+        sites, scanners, stains: from the manifest, sorted.
         least_tissue_mm2: tissue of the training slide with the least of it.
         fingerprint: SHA-256 over the slides' fingerprints and grades; equal for equal data.
     """
@@ -44,16 +44,16 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The grading of slides that were kept from the training, by the model or those of its other folds.
+    """The grading of held-out slides, by the model or the models of its other folds.
 
     Attributes:
-        slides, patients: how many were graded.
+        slides, patients: numbers of graded ones.
         figures: name -> (estimate, low, high), the 95 % interval over patients.
         temperature: probabilities are raised to its inverse and rescaled to sum to one.
-        coverage: share of patients whose grade lies in the set, for which ``quantile`` was chosen.
+        coverage: share of patients with their grade in the set; it determines ``quantile``.
         quantile: a grade is in the set while the score of the set up to it is at most this; see
             :mod:`slidetl.evaluation.conformal`.
-        predictions_sha256: of the predictions from which all this was computed.
+        predictions_sha256: of the predictions behind these numbers.
     """
 
     slides: int
@@ -79,21 +79,20 @@ class ModelCard:
 
     Attributes:
         grades: names, lowest first.
-        tile_spec: the tiles that the network was trained on and has to be given.
-        backbone: timm's name for it, and what was changed; for people.
-        architecture: the fields of a :class:`~slidetl.models.spec.BackboneSpec` that builds it (of an
-            ensemble, the first): ``name``, and of ``in_channels``, ``gated_mlp`` and ``layer_scale`` those
-            that are not the default.
-        normalisation: ``mean`` and ``std`` of pixel values in 0..1 that the network applies itself.
-        versions: of the software that made the file.
+        tile_spec: the tiles of the training, and of grading.
+        backbone: timm's name for it, and the changes; for display.
+        architecture: fields of its :class:`~slidetl.models.spec.BackboneSpec` (of an ensemble, the first):
+            ``name``, and of ``in_channels``, ``gated_mlp`` and ``layer_scale`` the ones without the default.
+        normalisation: ``mean`` and ``std`` of pixel values in 0..1, applied by the network itself.
+        versions: of the software behind the file.
         weights_sha256: hash of the network's state, checked when the file is loaded.
-        members: how many networks vote.
-        licence: of the weights, in the words of whoever exported them; empty where nothing was said.
-        training: the slides it has seen, or None where the exporter had none at hand.
-        evidence: how well it does, or None where nobody has shown it.
-        novelty_limit: above this a slide is unlike those of the training, or None where unknown.
-        lineage: hashes of the weights it began from, nearest first.
-        precisions: in which the export compared the file with the networks it was made from.
+        members: number of networks, which vote.
+        licence: of the weights, as given at export; may be empty.
+        training: the training slides, or None if exported without them.
+        evidence: metrics on held-out slides, or None without any.
+        novelty_limit: above this a slide is unlike the training slides; None if unknown.
+        lineage: hashes of the weights it started from, nearest first.
+        precisions: number formats in which the export compared the file with its networks.
     """
 
     grades: tuple[str, ...]
@@ -121,7 +120,7 @@ class ModelCard:
             )
 
     def to_json(self) -> str:
-        """Returns the card as it stands in the file."""
+        """Returns the card as JSON."""
         return to_json(self)
 
     @classmethod
@@ -135,7 +134,7 @@ class ModelCard:
 
     @classmethod
     def of_file(cls, path: Path) -> Self:
-        """Reads the card inside a model file, which is not run.
+        """Reads the card inside a model file, without running the file.
 
         Raises:
             ModelFileError: not a model file of slidetl, or damaged, or it would grow when it is unpacked

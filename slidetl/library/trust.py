@@ -1,7 +1,7 @@
-"""The model files that may be run on this machine: those whose hash was recorded here.
+"""Records the hashes of trusted model files: only these are run on this machine.
 
-A model file is a program. ``slidetl export`` and ``slidetl zoo pull`` record what they wrote, and
-``slidetl grade --trust`` what a person vouches for; a file that was changed since is a stranger again.
+A model file is a program. ``slidetl export`` and ``slidetl zoo pull`` record the files they write, and
+``slidetl grade --trust`` a file that a person vouches for; a changed file is no longer trusted.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def record_path() -> Path:
 
 
 def is_trusted(sha256: str) -> bool:
-    """Returns whether the file with this SHA-256 (hexadecimal) was recorded."""
+    """Tells if the file with this SHA-256 (hexadecimal) was recorded."""
     try:
         lines = record_path().read_text(encoding="utf-8").splitlines()
-    except OSError:  # no list, or none that may be read: nothing is vouched for
+    except OSError:  # no list, or an unreadable one: nothing is trusted
         return False
     return any(line.split()[:1] == [sha256] for line in lines)
 
@@ -34,10 +34,10 @@ def trust(sha256: str, name: str) -> None:
 
     Args:
         sha256: of the whole file, hexadecimal.
-        name: what people call it, for whoever reads the list.
+        name: for readers of the list.
 
     Raises:
-        UsageError: the list cannot be written, or that is no SHA-256.
+        UsageError: the list cannot be written, or the hash is not valid.
     """
     if not _SHA256.fullmatch(sha256):
         raise UsageError(f"expected a SHA-256 of 64 hexadecimal digits, not {sha256!r}")

@@ -1,1 +1,1 @@
-"""Publishes what was trained: TorchScript and ONNX files, their evidence, a library of models."""
+"""Publishes trained networks: TorchScript and ONNX files, their evidence, a library of models."""

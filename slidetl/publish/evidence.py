@@ -1,4 +1,4 @@
-"""Compute the evidence on a model card from predictions of slides that were kept from the training."""
+"""Computes the evidence on a model card from predictions of held-out slides."""
 
 from __future__ import annotations
 
@@ -28,26 +28,25 @@ _LEAST_PATIENTS = 10
 def evidence_from(
     path: Path, records: Mapping[str, StudyRecord | None], coverage: float = 0.9, arm: str | None = None
 ) -> Evidence:
-    """Reads predictions of slides kept from the training, and computes their metrics.
+    """Reads predictions of held-out slides, and computes their metrics.
 
-    Metrics are those of the probabilities as the network gave them (in a table of ``slidetl compare`` the
-    columns ``uncalibrated_K``), with BCa intervals over patients, the models held fixed. The temperature is
-    fitted on the same slides, and the sets of grades on the probabilities that it calibrates. One number
-    fitted on all of them hardly flatters the sets; check them on folds with
-    :func:`slidetl.evaluation.conformal.check_coverage`, which ``slidetl compare`` does with results: of
-    patients, where a patient is one.
+    Metrics are of the network's own probabilities (in a table of ``slidetl compare`` the columns
+    ``uncalibrated_K``), with BCa intervals over patients, given the models. The temperature is fitted on the
+    same slides, and the sets of grades on the calibrated probabilities. One number fitted on all of them
+    hardly flatters the sets; :func:`slidetl.evaluation.conformal.check_coverage` checks them on folds, as
+    ``slidetl compare`` does with results.
 
     Args:
         path: ``predictions.csv`` of ``slidetl test`` or of ``slidetl compare``; of several repeats the first
             counts. Slides that are not graded are left out with a warning.
         records: of the exported checkpoints, by the SHA-256 of their weights.
-        coverage: share of patients whose grades shall lie in their sets, between 0 and 1.
-        arm: which arm of a comparison.
+        coverage: wanted share of patients with their grades in their sets, between 0 and 1.
+        arm: of a comparison.
 
     Raises:
         UsageError: no such table, too few graded patients in it, several arms and none named, a table of
-            an older ``slidetl compare``, which has calibrated probabilities alone, or predictions of another
-            checkpoint, of slides that it was trained or chosen on, or of arms on another study.
+            an older ``slidetl compare`` with calibrated probabilities alone, or predictions of another
+            checkpoint, of slides of its training or choice, or of arms on another study.
     """
     if not 0 < coverage < 1:
         raise UsageError(f"expected a coverage between 0 and 1, not {coverage}")
@@ -89,12 +88,12 @@ def evidence_from(
             f"expected at least {_LEAST_PATIENTS}"
         )
     predicted = probabilities.argmax(1)
-    figures = {
+    metrics = {
         "QWK": partial(qwk, true, predicted, len(names)),
         "accuracy": partial(accuracy, true, predicted),
         "MAE": partial(mae, true, predicted),
     }
-    intervals = {name: bca_interval(figure, patients) for name, figure in figures.items()}
+    intervals = {name: bca_interval(metric, patients) for name, metric in metrics.items()}
     temperature = fit_temperature(true, probabilities)
     sets = fit_grade_sets(true, with_temperature(probabilities, temperature), patients, risk=1 - coverage)
     return Evidence(

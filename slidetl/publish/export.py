@@ -1,6 +1,6 @@
-"""A trained network leaves as one TorchScript file, which needs neither slidetl nor timm to run.
+"""Exports a trained network as one TorchScript file, to be run without slidetl and timm.
 
-TorchScript is deprecated upstream; what touches it is in this file, and in :mod:`slidetl.publish.model_file`.
+TorchScript is deprecated upstream; only this module and :mod:`slidetl.publish.model_file` use it.
 """
 
 import io
@@ -25,13 +25,13 @@ from slidetl.models.spec import BackboneSpec
 from slidetl.publish.model_file import load_model, without_deprecation
 from slidetl.training.grader import SlideGrader
 
-# Greatest difference of a probability between the file and the networks it was made from. A bfloat16 has
-# eight bits: there the order in which sums are taken shows.
+# Greatest difference of a probability between the file and its networks. A bfloat16 has eight bits: the order
+# of sums shows there.
 PARITY_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 class ExportedNetwork(nn.Module):
-    """The networks as the file offers them: one slide at a time, no mask, chunks inside.
+    """The networks with the interface of the file: one slide at a time, no mask, chunks inside.
 
     Several networks, of the folds of a cross-validation, vote by the mean of their probabilities; their
     embeddings stand side by side.
@@ -95,13 +95,13 @@ class ExportedNetwork(nn.Module):
 
     @torch.jit.export
     def grade_tiles(self, embeddings: Tensor) -> Tensor:
-        """Grades each of ``[N, D]`` embeddings as if a slide had that tile alone, ``[N]``; for maps."""
+        """Grades each of ``[N, D]`` embeddings as a slide of one tile, ``[N]``; for maps."""
         mask = torch.ones(embeddings.shape[0], 1, dtype=torch.bool, device=embeddings.device)
         return self.expected_grade(self.vote(embeddings.unsqueeze(1), mask)[0])
 
     @torch.jit.export
     def novelty(self, embeddings: Tensor) -> Tensor:
-        """Measures how far the mean of ``[N, D]`` is from those of the training slides; NaN if unknown.
+        """Measures the novelty of the mean of ``[N, D]`` embeddings; NaN if unknown.
 
         As :meth:`slidetl.analysis.novelty.Familiar.novelty`; the card has the limit.
         """
@@ -140,13 +140,13 @@ def build_network(
     evidence: Evidence | None = None,
     licence: str = "",
 ) -> tuple[ExportedNetwork, ModelCard]:
-    """Builds the network that an exported file holds, and its card.
+    """Builds the network of an exported file, and its card.
 
     Args:
         graders: as :func:`slidetl.training.checkpoint.load_grader` returns them; several make an ensemble.
-        training: which slides they have seen.
-        familiar: what the embeddings of those slides were like; from the same graders.
-        evidence: how well they do; its temperature is built in.
+        training: their training slides.
+        familiar: description of these slides' embeddings by the same graders.
+        evidence: metrics on held-out slides; its temperature is built in.
         licence: of the weights.
 
     Raises:
@@ -190,19 +190,19 @@ def build_network(
 
 
 def _architecture(spec: BackboneSpec) -> dict[str, str | int | bool]:
-    """Returns the part of a specification on which the shapes of the weights depend."""
+    """Returns the part of a specification that determines the shapes of the weights."""
     usual = BackboneSpec()
     values = {key: getattr(spec, key) for key in ("in_channels", "gated_mlp", "layer_scale")}
     return {"name": spec.name} | {key: found for key, found in values.items() if found != getattr(usual, key)}
 
 
 def export_model(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[str, float]:
-    """Writes a network as one file, checks that the file computes the same, and records it as trusted.
+    """Writes a network as one file, compares the two, and records the file as trusted.
 
     Args:
         network: of :func:`build_network`.
         card: of the same.
-        path: where to; written under another name first, so a file that is there is whole.
+        path: of the file; it appears as a whole.
 
     Returns:
         The greatest difference of any probability between file and network, on random tiles: by device and
@@ -237,7 +237,7 @@ def export_model(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[
 
 
 def _without_source_paths(packed: IO[bytes]) -> bytes:
-    """Drops the debug records, in which TorchScript notes where on this machine each source file lies."""
+    """Drops the debug records, with the paths of source files on this machine."""
     kept = io.BytesIO()
     with zipfile.ZipFile(packed) as archive, zipfile.ZipFile(kept, "w", zipfile.ZIP_STORED) as copy:
         for name in archive.namelist():

@@ -1,4 +1,4 @@
-"""A library of models, to publish to and to pull from: a folder, or anything that fsspec reaches."""
+"""Publishes models to a library, and pulls them from it: a folder, or anything in reach of fsspec."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ _BLOCK = 2**20
 class Library:
     """Models in folders of their names.
 
-    An entry is ``model.pt``, ``weights.safetensors`` and ``card.json``, which is written last: without it
-    there is no entry.
+    An entry is ``model.pt``, ``weights.safetensors`` and ``card.json``, written last: without it there is no
+    entry.
 
     Args:
-        url: a folder, or a URL that fsspec takes: ``file:///shared/zoo``, ``s3://bucket/zoo``,
-            ``memory://zoo``.
+        url: a folder, or a URL for fsspec: ``file:///shared/zoo``, ``s3://bucket/zoo``, ``memory://zoo``.
 
     Raises:
         UsageError: no installed package reaches such a place.
@@ -61,7 +60,7 @@ class Library:
         """Reads the card of a model.
 
         Raises:
-            UsageError: that cannot be a name.
+            UsageError: not a valid name.
             ModelFileError: there is no such model, or its card is damaged.
         """
         check_name(name)
@@ -86,10 +85,10 @@ class Library:
         """Adds a model. An entry is never replaced, since others may have built on it.
 
         Args:
-            model_file: a file that 'slidetl export' wrote; it is loaded, that is, run.
+            model_file: a file of 'slidetl export'; loading it runs it.
             name: the name of the new entry.
             description: the purpose of the model, one line; for the card, as the next two.
-            intended_use: uses that it is for, and uses that it is not for.
+            intended_use: intended uses, and uses to avoid.
             contact: a person to ask.
             trusted: vouch for the file, if it was not exported here.
 
@@ -97,7 +96,7 @@ class Library:
             UsageError: the name is taken or cannot be one, or the library cannot be written to.
             ModelFileError: not an exported model, or not trusted.
         """
-        from slidetl.publish.model_file import load_model  # torch: only those who publish wait for it
+        from slidetl.publish.model_file import load_model  # imports torch, for publishing only
 
         check_name(name)
         if self._files.exists(self._path(name)):
@@ -129,14 +128,14 @@ class Library:
 
         Args:
             name: the name of the model.
-            card_sha256: the SHA-256 that its publisher gave for its card; None takes the card that is there.
+            card_sha256: the SHA-256 of its card, given by its publisher; None takes any card.
 
         Returns:
-            The folder, ``$SLIDETL_HOME/zoo/NAME``, with the same files as the entry. It appears whole or not
-            at all. A model that is there already is checked, and not copied again.
+            The folder, ``$SLIDETL_HOME/zoo/NAME``, with the same files as the entry. It appears as a whole. A
+            model pulled before is checked, and not copied again.
 
         Raises:
-            UsageError: that cannot be a name.
+            UsageError: not a valid name.
             ModelFileError: there is no such model, it does not agree with its card or ``card_sha256``, or
                 another model of that name was pulled before.
         """
@@ -162,7 +161,7 @@ class Library:
         return target
 
     def _copy(self, card: LibraryCard, folder: Path) -> Path:
-        """Copies an entry into a new folder, which it returns."""
+        """Copies an entry into a new folder, and returns it."""
         place = f"{self.url}/{card.name}"
         folder.mkdir()
         for file, record in card.files.items():
@@ -191,7 +190,7 @@ class Library:
         return left == 0 and digest.hexdigest() == record.sha256
 
     def _claim(self, name: str) -> None:
-        """Takes a name by creating a model file that is not there yet; of two publishers one fails here."""
+        """Takes a name by creating its model file exclusively; of two publishers one fails here."""
         try:
             self._files.makedirs(self._path(name), exist_ok=True)
             with self._files.open(self._path(name, MODEL), "xb") as file:
@@ -215,7 +214,7 @@ class Library:
 
 
 def _save_weights(path: Path, network: Any, card: ModelCard) -> None:
-    """Saves the network's state under its own names, and the lineage of a model that is built on it."""
+    """Saves the network's state under its own names, and the lineage of models built on it."""
     from safetensors.torch import save_file
 
     # Copies: safetensors takes no two names of one tensor.

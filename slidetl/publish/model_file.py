@@ -1,7 +1,7 @@
-"""A model file, loaded: what grades slides where nothing is trained. Needs torch, not what trained it.
+"""Loads a model file, to grade slides. Needs torch, but neither Lightning nor timm.
 
-Kept apart from :mod:`slidetl.publish.export`, since Lightning and timm are half of the time that
-``slidetl grade`` takes to start, and a third of a gigabyte.
+Separate from :mod:`slidetl.publish.export`, since Lightning and timm would double the start of ``slidetl
+grade`` and add a third of a gigabyte.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class ModelFile:
 
     Attributes:
         network: with the methods of :class:`slidetl.publish.export.ExportedNetwork`.
-        card: what the file says of itself.
+        card: the card inside the file.
         sha256: of the whole file, hexadecimal.
-        device: where the network runs.
+        device: of the network.
         path: the file.
     """
 
@@ -55,12 +55,12 @@ class ModelFile:
 def load_model(path: str | Path, device: str = "cpu", trusted: bool = False) -> ModelFile:
     """Loads an exported model and checks it against its own hash.
 
-    A TorchScript file is a program: it is run only if its hash was recorded on this machine, by the export
-    that wrote it or by somebody who vouched for it (:mod:`slidetl.library.trust`).
+    A TorchScript file is a program: it is run only if its hash was recorded on this machine, at its export or
+    by a person who vouched for it.
 
     Args:
-        path: a file that :func:`slidetl.publish.export.export_model` wrote.
-        device: where it will run, e.g. ``cpu`` or ``cuda``.
+        path: a file of :func:`slidetl.publish.export.export_model`.
+        device: to run on, e.g. ``cpu`` or ``cuda``.
         trusted: vouch for it here and now.
 
     Raises:
@@ -101,7 +101,7 @@ def load_model(path: str | Path, device: str = "cpu", trusted: bool = False) -> 
 
 @contextmanager
 def without_deprecation() -> Iterator[None]:
-    """Silences the deprecation of TorchScript, about which a user can do nothing."""
+    """Silences the deprecation of TorchScript: users can do nothing about it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.jit.*deprecated.*")
         yield

@@ -1,7 +1,7 @@
-"""Exports a trained network as ONNX: for machines without torch, and for the day when TorchScript is gone.
+"""Exports a trained network as ONNX, for machines without torch, and as a successor of TorchScript.
 
 An ONNX file is one graph with one set of inputs, so there are two: ``MODEL.onnx`` takes all tiles of a slide,
-and ``MODEL.grade.onnx`` the embeddings that the first gave for one part of a large slide after another.
+and ``MODEL.grade.onnx`` embeddings by the first, of one part of a large slide after another.
 """
 
 from __future__ import annotations
@@ -22,17 +22,16 @@ from slidetl.publish.export import ExportedNetwork
 
 _METADATA = "slidetl.json"  # its name among the model's properties
 _GRADED = ["probabilities", "expected_grade", "attention"]
-PARITY_TOLERANCE = 1e-4  # other kernels, which sum in another order
+PARITY_TOLERANCE = 1e-4  # other kernels sum in another order
 
 
 class _Second(nn.Module):
-    """Computes what :meth:`ExportedNetwork.grade` gives from embeddings ``[N, D]``."""
+    """Computes :meth:`ExportedNetwork.grade` of embeddings ``[N, D]``."""
 
     def __init__(self, network: ExportedNetwork) -> None:
         super().__init__()
         self.network = network
-        # The k highest of fewer than k tiles would be a graph of another shape: rows are added that the
-        # mask leaves out.
+        # The k highest of fewer than k tiles would be a graph of another shape: masked rows are added.
         self.spare = max(int(getattr(member.aggregator, "k", 0)) for member in network.networks)
 
     def forward(self, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -44,7 +43,7 @@ class _Second(nn.Module):
 
 
 class _Whole(nn.Module):
-    """Computes embeddings of tiles ``[N, C, H, W]``, and what those give."""
+    """Computes embeddings of tiles ``[N, C, H, W]``, and their grade."""
 
     def __init__(self, network: ExportedNetwork) -> None:
         super().__init__()
@@ -57,7 +56,7 @@ class _Whole(nn.Module):
 
 
 def export_onnx(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[str, float]:
-    """Writes a network as two ONNX files, and checks that they compute the same.
+    """Writes a network as two ONNX files, and compares them with it.
 
     ========================== =========================== ==========================================
     file                       input                       outputs

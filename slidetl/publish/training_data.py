@@ -1,4 +1,4 @@
-"""The training data of a model: told in numbers without names, so that strangers are known later."""
+"""Describes the training data of a model in numbers, to detect unfamiliar slides later."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BATCH = 64
 def training_slides(
     configs: Sequence[Path], records: Sequence[StudyRecord | None], allow: Sequence[str] = ()
 ) -> tuple[CachedSlide, ...]:
-    """Lists the slides on which checkpoints were trained, each once, in the order of their identifiers.
+    """Lists the training slides of checkpoints, each once, in the order of their identifiers.
 
     Args:
         configs: ``config.yaml`` of each fit, as Lightning keeps it beside the logs, or one for all; they say
@@ -54,7 +54,7 @@ def training_slides(
 
 
 def describe_training(slides: Sequence[CachedSlide]) -> TrainingData:
-    """Counts the training slides, and takes the fingerprint of the whole."""
+    """Counts the training slides, and computes their common fingerprint."""
     digest = hashlib.sha256()
     for fingerprint, grade in sorted((slide.cache.fingerprint, slide.row.grade) for slide in slides):
         digest.update(f"{fingerprint} {grade}\n".encode())
@@ -73,13 +73,12 @@ def describe_training(slides: Sequence[CachedSlide]) -> TrainingData:
 def learn_familiar(network: Any, slides: Sequence[CachedSlide], tiles_per_slide: int = 64) -> Familiar:
     """Embeds some tiles of each training slide, evenly spread over it, and describes their means.
 
-    The means of whole slides, with which those are compared later, spread a little less: the limit is on
-    the generous side.
+    Later they are compared with means of whole slides, which spread a little less: the limit is generous.
 
     Args:
         network: with ``embed``, as :class:`slidetl.publish.export.ExportedNetwork`.
         slides: the training slides.
-        tiles_per_slide: how many tiles of each.
+        tiles_per_slide: tiles of each.
 
     Raises:
         UsageError: slides of fewer than five patients.

@@ -1,1 +1,1 @@
-"""Synthetic lung sections, cohorts and pyramids whose grade is known."""
+"""Draws synthetic lung sections, cohorts and pyramids of known grade."""
