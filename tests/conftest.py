@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,19 @@ settings.load_profile(os.environ.get("SLIDETL_HYPOTHESIS", "check"))
 SLOW_FIXTURES = {"compared", "runs", "together_and_alone"}
 
 
+@cache
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks a test as slow that needs a slow fixture."""
+    """Marks a test as slow that needs a slow fixture, and skips those of a GPU where there is none."""
     for item in items:
+        if item.get_closest_marker("gpu") is not None and not has_gpu():
+            item.add_marker(pytest.mark.skip(reason="torch finds no GPU here"))
         if not SLOW_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
 

@@ -96,6 +96,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="to train on (cpu)")
     parser.add_argument("--slides", type=int, default=8, help="to draw, where there is no cache (8)")
     parser.add_argument("--slide-px", type=int, default=4096, help="side of a drawn slide at 2 um/px (4096)")
+    parser.add_argument("--only-train", action="store_true", help="leave out the loader alone")
     parser.add_argument("--tile-px", type=int, default=224, help="side of its tiles (224)")
     options = parser.parse_args(args)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -119,7 +120,8 @@ def main(args: list[str] | None = None) -> int:
         for augmented, workers, threads in itertools.product(AUGMENTED, options.workers, options.threads)
     ]
     print(f"\n{'the loader alone':18}{'workers':>9}{'threads':>9}{'tiles/s':>9}{'per core':>10}")
-    for way, (rate, alone) in time_loaders(slides, ways, options).items():
+    timed = {} if options.only_train else time_loaders(slides, ways, options)
+    for way, (rate, alone) in timed.items():
         name = f"read, {way.augmented}" if way.augmented else "read"
         # Of other processes the time is not known until they end; this one is not slowed by its neighbours.
         per_core = f"{alone:10.0f}" if not way.workers else ""
@@ -127,11 +129,15 @@ def main(args: list[str] | None = None) -> int:
     if options.backbone:
         name = torch.cuda.get_device_name() if options.device == "cuda" else "the CPU"
         print(f"\ntraining {options.backbone} on {name}")
-        print(f"{'workers':>9}{'threads':>9}{'tiles/s':>9}{'the step alone':>16}{'waiting':>9}")
+        print(
+            f"{'workers':>9}{'threads':>9}{'tiles/s':>9}{'the step alone':>16}"
+            f"{'first step, s':>15}{'waiting':>9}"
+        )
         for way in ways:
             if way.augmented == "default":
-                rate, alone, share = train(slides, way, options)
-                print(f"{way.workers:9}{way.threads:9}{rate:9.0f}{alone:16.0f}{share:9.1%}", flush=True)
+                rate, alone, share, first = train(slides, way, options)
+                line = f"{way.workers:9}{way.threads:9}{rate:9.0f}{alone:16.0f}{first:15.1f}{share:9.1%}"
+                print(line, flush=True)
     return 0
 
 
@@ -172,13 +178,31 @@ def time_loaders(
     return {way: (statistics.median(rates[way]), statistics.median(alone[way])) for way in ways}
 
 
-def train(slides: list[CachedSlide], way: Way, options: argparse.Namespace) -> tuple[float, float, float]:
+class FirstStep(pl.Callback):
+    """Takes the time until the first step is done."""
+
+    def __init__(self, device: str) -> None:
+        torch.zeros(1, device=device)  # the card is ready
+        self._started, self.seconds = time.perf_counter(), 0.0
+
+    def on_train_batch_end(self, *_: object) -> None:
+        """Notes the first."""
+        if not self.seconds:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds = time.perf_counter() - self._started
+
+
+def train(
+    slides: list[CachedSlide], way: Way, options: argparse.Namespace
+) -> tuple[float, float, float, float]:
     """Trains as ``slidetl fit`` does.
 
     Returns:
         Medians over the epochs: tiles per second of training; as many as it would be without any waiting;
-        and the share of waiting.
+        and the share of waiting. And the seconds of the first step, once the device is ready.
     """
+    first = FirstStep(options.device)
     data = SlideDataModule(
         "",
         str(options.cache),
@@ -207,7 +231,7 @@ def train(slides: list[CachedSlide], way: Way, options: argparse.Namespace) -> t
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[report],
+            callbacks=[report, first],
             default_root_dir=folder,
         ).fit(grader, data)
     tiles = sum(min(options.bag_size, len(slide.cache)) for slide in slides)
@@ -216,6 +240,7 @@ def train(slides: list[CachedSlide], way: Way, options: argparse.Namespace) -> t
         statistics.median(tiles / (times.data_wait_s + times.compute_s) for times in timed),
         statistics.median(tiles / times.compute_s for times in timed),
         statistics.median(times.share for times in timed),
+        first.seconds,
     )
 
 

@@ -41,6 +41,7 @@ from slidetl.training.evaluation import (
 )
 from slidetl.training.means import EpochMeans
 from slidetl.training.multitask import TaskHeads
+from slidetl.training.room import RoomOnDevice
 from slidetl.training.schedules import OneCycle, Schedule, rate_for_batch
 
 # The form in which jsonargparse takes an instance as the default of a protocol.
@@ -147,6 +148,10 @@ class SlideGrader(pl.LightningModule):
             trains = any(weight.requires_grad for weight in self.network.backbone.parameters())
             self._data.check_features(sha256, trains)
             self._features_sha256 = sha256
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Adds what every training has, however it is started."""
+        return [RoomOnDevice()]
 
     def on_train_start(self) -> None:
         """Lets the strategy learn from training data what its penalties need."""
@@ -265,7 +270,7 @@ class SlideGrader(pl.LightningModule):
         summed = self.tasks.summed_losses(logits, batch["labels"])
         for task in self.tasks.tasks:
             loss = self._mean(*summed[task.name])
-            self._means.add({f"train/{task.name}/loss": loss}, int(summed[task.name][1]))
+            self._means.add({f"train/{task.name}/loss": loss}, summed[task.name][1])
             total = total + task.weight * loss
         return total
 

@@ -24,11 +24,11 @@ class EpochMeans:
         self._module = module
         self._sums: dict[str, Tensor] = {}  # [2] each: weighted sum, weight
 
-    def add(self, figures: Mapping[str, Tensor], slides: int) -> None:
-        """Counts the figures, scalars each, of a step over so many slides."""
+    def add(self, figures: Mapping[str, Tensor], slides: int | Tensor) -> None:
+        """Counts the figures, scalars each, of a step over so many slides; waits for no device."""
         for name, value in figures.items():
             value = value.detach().float()
-            weighted = torch.stack([value * slides, torch.full_like(value, slides)])
+            weighted = torch.stack([value * slides, torch.ones_like(value) * slides])
             self._sums[name] = self._sums.get(name, 0) + weighted
 
     def take(self) -> dict[str, Tensor]:

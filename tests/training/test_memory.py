@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from torch import Tensor
 
 from slidetl.cli import main
 from slidetl.data.datasets import Bag
+from slidetl.models.backbones import Backbone
 from slidetl.models.spec import BackboneSpec
 from slidetl.models.transfer import WarmRestart
 from slidetl.training.checkpoint import load_grader
@@ -67,3 +69,33 @@ def test_a_configuration_switches_it_on(study: Study, tmp_path: Path) -> None:
         states.append(grader.state_dict())
     for name, value in states[0].items():
         torch.testing.assert_close(states[1][name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("room", "says"),
+    [
+        (17, "this fits: --data.batch_size 2\n"),
+        (3, "this fits: --data.batch_size 1 --data.bag_size 2\n"),
+        (0, "not even one tile fits: use a smaller --model.backbone.name\n"),
+    ],
+)
+def test_a_card_without_room_names_the_batch_that_fits(
+    study: Study,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    room: int,
+    says: str,
+) -> None:
+    embed = Backbone.forward
+
+    def forward(self: Backbone, tiles: Tensor) -> Tensor:
+        if len(tiles) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return embed(self, tiles)
+
+    monkeypatch.setattr(Backbone, "forward", forward)
+    assert main(["fit", *study.options(tmp_path), "--trainer.max_epochs=1"]) == 2
+    last = capsys.readouterr().err.splitlines(keepends=True)[-1]
+    start = "slidetl: error: cpu has no room for --data.batch_size 4 with --data.bag_size 8; "
+    assert last == start + says

@@ -1,0 +1,102 @@
+"""Says which batch fits, where a card has no room for that of a training."""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from slidetl.errors import UsageError
+
+
+class RoomOnDevice(pl.Callback):
+    """Turns want of memory on a card into one line with the batch that fits, which it tries out."""
+
+    _batch: Any = None
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keeps the batch of the step."""
+        self._batch = batch
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Forgets it."""
+        self._batch = None
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Tries smaller batches.
+
+        Raises:
+            UsageError: the card has no room for a batch; the message says which it has room for.
+        """
+        batch, self._batch = self._batch, None
+        if not isinstance(exception, torch.OutOfMemoryError) or batch is None:
+            return
+        traceback.clear_frames(exception.__traceback__)  # they hold the activations of the step
+        slides, tiles = batch["tiles"].shape[:2]
+        alone = trainer.world_size == 1  # the others of several processes would not try along
+        sizes = _smaller(slides, tiles) if alone else []
+        fits = next((size for size in sizes if _fits(trainer, pl_module, batch, *size)), None)
+        remedy = "not even one tile fits: use a smaller --model.backbone.name" if alone else "lower it"
+        if fits:
+            remedy = f"this fits: --data.batch_size {fits[0]}"
+            remedy += f" --data.bag_size {fits[1]}" if fits[1] < tiles else ""
+        raise UsageError(
+            f"{pl_module.device} has no room for --data.batch_size {slides} with --data.bag_size {tiles}; "
+            f"{remedy}"
+        ) from exception
+
+
+def _smaller(slides: int, tiles: int) -> list[tuple[int, int]]:
+    """Lists smaller batches, each half of the one before: fewer slides first, then fewer tiles of one."""
+    sizes = []
+    while slides * tiles > 1:
+        slides, tiles = (slides // 2, tiles) if slides > 1 else (1, tiles // 2)
+        sizes.append((slides, tiles))
+    return sizes
+
+
+def _fits(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, slides: int, tiles: int) -> bool:
+    """Runs a step without an update on a part of a batch."""
+    reserve: list[Tensor] = []
+    try:
+        _clear(module)
+        if not trainer.optimizers[0].state:  # two moments, which the first update will make
+            reserve = [torch.empty_like(weight) for weight in module.parameters() for _ in range(2)]
+        part = _part(batch, slides, tiles, batch["tiles"].shape[1])
+        with trainer.precision_plugin.forward_context():
+            loss = module.training_step(part, 0)
+        assert isinstance(loss, Tensor)  # as a SlideGrader gives it
+        loss.backward()  # type: ignore[no-untyped-call] # torch's
+        return True
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)
+        return False
+    finally:
+        reserve.clear()
+        loss = part = None
+        _clear(module)
+
+
+def _clear(module: pl.LightningModule) -> None:
+    module.zero_grad(set_to_none=True)
+    gc.collect()
+    if module.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _part(value: Any, slides: int, tiles: int, bag_size: int) -> Any:
+    """Takes the first slides of a batch, and the first tiles of each."""
+    if isinstance(value, dict):
+        return {name: _part(entry, slides, tiles, bag_size) for name, entry in value.items()}
+    is_of_tiles = value.ndim > 1 and value.shape[1] == bag_size
+    return value[:slides, :tiles] if is_of_tiles else value[:slides]
