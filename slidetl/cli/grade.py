@@ -51,6 +51,7 @@ def grade(
     )
     from slidetl.library.trust import trust as record_trust
     from slidetl.publish.model_file import load_model
+    from slidetl.slides.spacing import cohort_notes
     from slidetl.text import one_line
 
     if device == "auto":
@@ -92,6 +93,9 @@ def grade(
         print(f"slidetl: {one_line(describe(row, loaded.card))}", file=sys.stderr, flush=True)
         for note in row.result["notes"]:
             print(one_line(f"slidetl: warning: {row.slide}: {note}"), file=sys.stderr, flush=True)
+    far = cohort_notes({str(row.slide): row.result.get("mpp_level0", 0.0) for row in rows})
+    for name, note in far.items():
+        print(f"slidetl: warning: {name}: {note}", file=sys.stderr)
     if output is not None and options.report:
         write_index_page(output, rows, output_names(found), loaded)
     if failed:

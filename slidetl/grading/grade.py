@@ -127,6 +127,7 @@ class SlideGrade:
             "tissue_mm2": round(self.tissue_mm2, 4),
             "novelty": None if self.novelty is None else round(self.novelty, 4),
             "model_sha256": self.model_sha256,
+            "mpp_level0": max(self.plan.info.mpp_level0),
             "notes": list(self.plan.notes),
         }
 

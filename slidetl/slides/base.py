@@ -95,6 +95,18 @@ class Slide(Protocol):
         """
         ...
 
+    def missing(self, size_px: tuple[int, int], mpp: float) -> NDArray[np.bool_] | None:
+        """Marks what was not scanned, or is missing in the file.
+
+        Args:
+            size_px: width and height of the whole slide at ``mpp``.
+            mpp: spacing, micrometres per pixel.
+
+        Returns:
+            ``[height, width] bool``, or None where it cannot be told apart from glass.
+        """
+        return None
+
     def map_tiles(
         self,
         work: Callable[[NDArray[np.uint8]], _Result],

@@ -64,6 +64,10 @@ class SrgbSlide(Slide):
         """Reads as :meth:`slidetl.slides.base.Slide.read`, in sRGB."""
         return to_srgb(self._slide.read(origin_level0, size_px, mpp, mpp_tolerance), self._profile)
 
+    def missing(self, size_px: tuple[int, int], mpp: float) -> NDArray[np.bool_] | None:
+        """Forwards to the slide; see :meth:`slidetl.slides.base.Slide.missing`."""
+        return self._slide.missing(size_px, mpp)
+
     def map_tiles(
         self, work: Callable[[NDArray[np.uint8]], _Result], *tiles: Any, **options: Any
     ) -> Iterator[_Result | SlideReadError]:

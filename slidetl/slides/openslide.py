@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -29,7 +30,8 @@ from slidetl.slides.levels import (
 )
 from slidetl.slides.opencv import opencv
 from slidetl.slides.spacing import Pair, settle_spacing
-from slidetl.slides.tiff import GENERIC_TIFF, JpegTiles, read_jpeg_level
+from slidetl.slides.tiff import GENERIC_TIFF, JpegTiles, read_jpeg_level, stored_orientation
+from slidetl.slides.turn import Turn
 
 _Result = TypeVar("_Result")
 
@@ -42,6 +44,9 @@ _BUFFER_PX = 4 * 2**20
 
 # Neighbours that have gaps between them are not read together beyond so many times their own pixels.
 _MAX_WASTE = 1.5
+
+# A level whose alpha is read beside its colours has at most so many pixels.
+_MAX_ALPHA_PX = 64 * 2**20
 
 # Tiles that are copied at once.
 _COPIED_TOGETHER = 64
@@ -175,6 +180,14 @@ class OpenSlideSlide(PyramidSlide[_Level]):
             return None
         return _copies(jpegs, placement, first)
 
+    def missing(self, size_px: tuple[int, int], mpp: float) -> NDArray[np.bool_] | None:
+        """Marks what was not scanned, by OpenSlide's alpha; see :meth:`slidetl.slides.base.Slide.missing`."""
+        view = self._view(mpp, 0.0)
+        if math.prod(view.level.size_px) > _MAX_ALPHA_PX:
+            return None
+        read = partial(self._regions.read_level, view.level, of_alpha=True)
+        return np.asarray(view.read(read, (0.0, 0.0), size_px)[..., 0] < 128)
+
     def close(self) -> None:
         """Releases the file. Closing twice is harmless."""
         self._regions.close()
@@ -296,16 +309,19 @@ class _Regions:
             self._handle = None
 
     def read_level(
-        self, level: _Level, first: tuple[int, int], size: tuple[int, int]
+        self, level: _Level, first: tuple[int, int], size: tuple[int, int], of_alpha: bool = False
     ) -> tuple[NDArray[np.uint8], list[float]]:
-        """Reads pixels of one level, background outside; and where their corner really lies, level pixels."""
+        """Reads pixels of one level, background outside; and where their corner really lies, level pixels.
+
+        Of alpha, if that is asked for, in place of the colours.
+        """
         low = [max(f, 0) for f in first]
         high = [min(f + s, limit) for f, s, limit in zip(first, size, level.size_px, strict=True)]
         inside = [h - p for h, p in zip(high, low, strict=True)]
         if min(inside) <= 0:
             return self._glass(size), [float(f) for f in first]
         location = [round(p * level.downsample) for p in low]
-        image = self._read((location[0], location[1]), level.index, (inside[0], inside[1]))
+        image = self._read((location[0], location[1]), level.index, (inside[0], inside[1]), of_alpha)
         if inside != list(size):
             y, x = low[1] - first[1], low[0] - first[0]
             rgb, image = image, self._glass(size)
@@ -319,7 +335,7 @@ class _Regions:
         return image
 
     def _read(
-        self, location_level0: tuple[int, int], level: int, size_px: tuple[int, int]
+        self, location_level0: tuple[int, int], level: int, size_px: tuple[int, int], of_alpha: bool
     ) -> NDArray[np.uint8]:
         if self.is_closed:
             raise SlideReadError(f"{self._path}: the slide is closed")
@@ -340,6 +356,8 @@ class _Regions:
                 f"cannot be read; OpenSlide says: {error}"
             ) from error
         bgra = argb.view(np.uint8).reshape(height, width, 4)
+        if of_alpha:
+            return np.repeat(bgra[..., 3:], 3, axis=2)
         if argb.min() >= 0xFF000000:
             return np.asarray(opencv().cvtColor(bgra, opencv().COLOR_BGRA2RGB))
         return composite(bgra, self._background_rgb)
@@ -418,6 +436,12 @@ def _describe(
     y = _positive(properties.get(openslide.PROPERTY_NAME_MPP_Y))
     stated = (x, y) if x is not None and y is not None else None
     mpp, notes = settle_spacing(path, stated, mpp_override, mpp_replace, objective)
+    orientation, is_left = stored_orientation(path)
+    if Turn.of(orientation)[0] != Turn():
+        said = f"orientation {orientation}, which its TIFF tag says, is not applied to a scanner's file"
+        if not is_left:
+            raise SlideOpenError(f"{path}: {said}; convert it")
+        notes = (*notes, said)
     background = properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "FFFFFF")
     return SlideInfo(
         path=path,

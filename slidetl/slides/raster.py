@@ -167,6 +167,13 @@ class RasterSlide(PyramidSlide[_Level]):
         """Its ICC profile, if it has one."""
         return self._profile
 
+    def missing(self, size_px: tuple[int, int], mpp: float) -> NDArray[np.bool_] | None:
+        """Marks the pieces that a TIFF lacks; see :meth:`slidetl.slides.base.Slide.missing`."""
+        if self._tiff is None:
+            return None
+        scale = [m / mpp for m in self._info.mpp_level0]
+        return self._tiff.missing(size_px, (scale[0], scale[1]))
+
     def close(self) -> None:
         """Releases the file. Closing twice is harmless."""
         self._closed = True
@@ -272,6 +279,22 @@ class _Tiff:
 
     def close(self) -> None:
         self._file.close()
+
+    def missing(self, size_px: tuple[int, int], scale: tuple[float, float]) -> NDArray[np.bool_] | None:
+        """Marks the pieces of the finest level that have no bytes, at ``scale`` pixels per level-0 pixel."""
+        page = self._first
+        counts = np.asarray(page.databytecounts)
+        if page.is_memmappable or self._turn != Turn() or counts.all():
+            return None
+        across, down = -(-page.imagewidth // page.chunks[1]), -(-page.imagelength // page.chunks[0])
+        is_empty = counts[: across * down].reshape(down, across) == 0
+        x, y = (
+            ((np.arange(size) + 0.5) / s // chunk).astype(int).clip(0, count - 1)
+            for size, s, chunk, count in zip(
+                size_px, scale, (page.chunks[1], page.chunks[0]), (across, down), strict=True
+            )
+        )
+        return np.asarray(is_empty[y[:, None], x[None]])
 
     def _levels(self, channels: str) -> list[list[Any]]:
         """Lists the pages of every level, one or three planes each; finest first."""

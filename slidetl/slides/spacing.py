@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 
 from slidetl.errors import SpacingError, UsageError
 
@@ -27,6 +29,8 @@ PRINTER_UM = 20.0
 _PRODUCT_OF_POWER = (4.0, 16.0)
 # Finer than 100x with oil.
 _FINEST_UM = 0.06
+# Line scanners differ by a few percent along x and y.
+_SQUARE = 1.25
 # Spacings that differ by no more are the same, written with other digits.
 _SAME = 0.01
 
@@ -94,6 +98,10 @@ def settle_spacing(
             "in the manifest's mpp column (to take pixels as the unit: --mpp 1 --mpp-override 1)"
             + (f"; {hint}" if hint else "")
         )
+    if max(mpp) > _SQUARE * min(mpp):
+        notes.append(
+            f"pixels of {mpp[0]:.4g} by {mpp[1]:.4g} um are far from square, {REMEDY} if that is wrong"
+        )
     if objective_power and not _is_within(math.sqrt(mpp[0] * mpp[1]) * objective_power, _PRODUCT_OF_POWER):
         notes.append(
             f"{max(mpp):.4g} um per pixel contradicts the objective of {objective_power:g}x (about "
@@ -106,17 +114,20 @@ def settle_spacing(
     return mpp, tuple(notes)
 
 
-def cohort_note(mpp_level0: float, median: float) -> str | None:
-    """Notes a slide whose spacing is far from that of the others; None if it is not.
+def cohort_notes(spacings: Mapping[str, float]) -> dict[str, str]:
+    """Notes slides whose spacing is far from the median of a cohort, by the names of the slides.
 
     Args:
-        mpp_level0: of the slide.
-        median: of all slides.
+        spacings: micrometres per level-0 pixel, by name.
     """
-    # Of 40x, 20x and 10x in one cohort none is further from the median than four times.
-    if max(mpp_level0 / median, median / mpp_level0) < 4.5:
-        return None
-    return f"{mpp_level0:.4g} um per pixel is far from the median of {median:.4g}, {REMEDY} if it is wrong"
+    believed = {name: mpp for name, mpp in spacings.items() if 0 < mpp <= PRINTER_UM}
+    middle = median(believed.values()) if believed else 1.0
+    return {
+        name: f"{mpp:.4g} um per pixel is far from the median of {middle:.4g}, {REMEDY} if it is wrong"
+        for name, mpp in believed.items()
+        # Of 40x, 20x and 10x in one cohort none is further from the median than four times.
+        if max(mpp / middle, middle / mpp) > 4.5
+    }
 
 
 def request_note(mpp: float, mpp_level0: float) -> str | None:

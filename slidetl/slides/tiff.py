@@ -30,6 +30,7 @@ _ASCII = 2
 _INTEGER_TYPES = {3: "u2", 4: "u4", 16: "u8"}
 _BYTE_TYPES = {1: "u1", 7: "u1"}
 _JPEG, _RGB, _YCBCR = 7, 2, 6
+_JPEG_2000 = (33003, 33005)  # of Aperio
 
 # More than any scanner writes; beyond it a file is left to OpenSlide.
 _MAX_DIRECTORIES = 64
@@ -109,6 +110,21 @@ def is_tiff(path: Path) -> bool:
     """Tells if a file begins as a TIFF or BigTIFF does."""
     with path.open("rb") as file:
         return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def stored_orientation(path: Path) -> tuple[int, bool]:
+    """Reads the orientation of the first picture of a TIFF.
+
+    Returns:
+        1..8, 1 if it is no TIFF or says nothing of it; and whether OpenSlide leaves it be. libtiff, to which
+        it gives tiles that are neither JPEG nor JPEG 2000, turns each tile by itself.
+    """
+    with path.open("rb", buffering=0) as file:
+        try:
+            first = next(_walk(file))
+            return first.number(_ORIENTATION, 1), first.number(_COMPRESSION, 1) in (_JPEG, *_JPEG_2000)
+        except (_UnusualError, StopIteration):
+            return 1, True
 
 
 def is_plain(path: Path) -> bool:

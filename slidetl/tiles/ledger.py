@@ -8,13 +8,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from statistics import median
 from typing import Self
 
 from slidetl.errors import CacheError
 from slidetl.files import write_whole
 from slidetl.slides.npz import NpzItem
-from slidetl.slides.spacing import PRINTER_UM, REMEDY, cohort_note
+from slidetl.slides.spacing import REMEDY, cohort_notes
 from slidetl.text import one_line
 from slidetl.tiles.lock import kernel_lock
 from slidetl.tiles.store import describe_write_error
@@ -167,13 +166,12 @@ class Ledger:
 def summarise_notes(rows: Sequence[LedgerRow]) -> list[str]:
     """Gathers what is doubtful about slides: one line for each note, with the slides that it is about."""
     slides: dict[str, list[str]] = defaultdict(list)
-    spacings = [row.mpp_level0 for row in rows if 0 < row.mpp_level0 <= PRINTER_UM]
-    middle = median(spacings) if spacings else 1.0
+    far = cohort_notes({row.slide_id: row.mpp_level0 for row in rows})
     for row in rows:
         notes = row.note.split("; ") if row.note else []
-        is_plain = row.status == USED and REMEDY not in row.note
-        far = cohort_note(row.mpp_level0, middle) if is_plain and row.mpp_level0 else None
-        for note in (*notes, *([far] if far else [])):
+        if row.slide_id in far and row.status == USED and REMEDY not in row.note:
+            notes.append(far[row.slide_id])
+        for note in notes:
             slides[note].append(row.slide_id)
         if row.tiles_unreadable:
             slides["tiles that cannot be read are left out, and tried again by the next run"].append(

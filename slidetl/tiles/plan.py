@@ -93,7 +93,10 @@ def plan_tiles(slide: Slide, spec: TileSpec, threads: int = 1) -> TilePlan:
     mpp_read = slide.mpp_read(spec.mpp, spec.mpp_tolerance)
     mpp = thumbnail_mpp(info.size_level0, info.mpp_level0, spec)
     thumbnail, is_unreadable = _read_thumbnail(slide, mpp, spec.tile_size_px * spec.mpp)
-    seen, background, is_fill = blank_fill(thumbnail, mpp, info.background_rgb)
+    size_px = thumbnail.shape[1], thumbnail.shape[0]
+    seen, background, is_fill = blank_fill(
+        thumbnail, mpp, info.background_rgb, lambda: _missing(slide, size_px, mpp)
+    )
     found = find_tissue(seen, mpp, background)
     tissue_mask = TissueMask(found.mask | is_unreadable, mpp)
     grid = TileGrid.over(info.size_level0, info.mpp_level0, mpp_read, spec)
@@ -156,6 +159,13 @@ def notes_on(info: SlideInfo, spec: TileSpec, tissue: NDArray[np.bool_] | None) 
         elif 0 < share < _EXTREME_SHARE / 10:
             notes.append("hardly any of it counts as tissue (look at it with --preview)")
     return tuple(notes)
+
+
+def _missing(slide: Slide, size_px: tuple[int, int], mpp: float) -> NDArray[np.bool_] | None:
+    try:
+        return slide.missing(size_px, mpp)
+    except SlideReadError:  # damage, which shows as unreadable tiles
+        return None
 
 
 def _focus(slide: Slide, origins: NDArray[np.int32], spec: TileSpec, threads: int) -> NDArray[np.float32]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from slidetl.slides.opencv import opencv
 from slidetl.tiles.grid import TileSpec
 
 # A mask pixel is at most this wide, a tile at least so many mask pixels, a mask never larger than that.
@@ -95,57 +97,77 @@ def thumbnail_mpp(size_level0: tuple[int, int], mpp_level0: tuple[float, float],
 
 
 def blank_fill(
-    thumbnail_rgb: NDArray[np.uint8], mpp: float, background_rgb: tuple[int, int, int]
+    thumbnail_rgb: NDArray[np.uint8],
+    mpp: float,
+    background_rgb: tuple[int, int, int],
+    missing: Callable[[], NDArray[np.bool_] | None] = lambda: None,
 ) -> tuple[NDArray[np.uint8], tuple[int, int, int], NDArray[np.bool_]]:
     """Finds areas without data, and paints those that would pass for tissue like the empty ground.
 
-    They have the background's very colour (not scanned, tiles that are missing in the file), or are black or
-    grey without any variation: converters fill what was not scanned so. Clean glass stays what it is, and so
-    does the black ground of fluorescence, into which the signal fades; fill ends abruptly.
+    They were not scanned or are missing in the file, as the reader says, or they are black or grey without
+    variation: converters fill what was not scanned so. Clean glass stays what it is, and so does the black
+    ground of fluorescence, into which the signal fades; fill ends abruptly.
 
     Args:
         thumbnail_rgb: ``[h, w, 3] uint8``, the whole slide.
         mpp: its spacing, micrometres per pixel.
         background_rgb: colour of what was not scanned, 0..255.
+        missing: returns what was not scanned, as :meth:`slidetl.slides.base.Slide.missing`; called where some
+            of the image has the background's colour.
 
     Returns:
         The image in which tissue is to be looked for, the given one if there is no fill to paint; the colour
         of its empty ground, 0..255; and the areas without data, ``[h, w] bool``.
     """
-    from scipy import ndimage
-
-    brightest, darkest = thumbnail_rgb.max(axis=2), thumbnail_rgb.min(axis=2)
+    cv2 = opencv()
+    square = np.ones((3, 3), np.uint8)
+    red, green, blue = cv2.split(thumbnail_rgb)
+    brightest, darkest = (np.asarray(f(f(red, green), blue)) for f in (np.maximum, np.minimum))
     is_bright = min(background_rgb) > 128
-    is_background = is_bright & (thumbnail_rgb == np.asarray(background_rgb, np.uint8)).all(axis=2)
-    is_flat = ~is_background & (brightest - darkest <= _GREY_CHROMA)
-    is_flat &= optical_density(thumbnail_rgb, glass_rgb(thumbnail_rgb, background_rgb)) > _DENSITY_RANGE[0]
-    painted = np.zeros_like(is_flat)
-    if is_flat.any():
-        varies = ndimage.maximum_filter(brightest, 3) - ndimage.minimum_filter(brightest, 3)
-        is_flat &= varies <= 1
-        labels, count = ndimage.label(is_flat)
-        areas = np.bincount(labels.ravel(), minlength=count + 1)
-        shades = ndimage.maximum(brightest, labels, np.arange(count + 1))
-        least = np.where(shades <= _BLACK, _BLACK_LEAST_PX, (_FLECK_UM / mpp) ** 2)
-        is_fill = areas >= np.minimum(least, max(_FLECK_SHARE * labels.size, _BLACK_LEAST_PX))
-        is_fill[0] = False
-        # Their edge, and the pixels that mix it with what lies beside it.
-        painted = ndimage.binary_dilation(is_fill[labels], np.ones((3, 3)), iterations=2) & ~is_background
+    is_background = np.zeros(red.shape, bool)
+    if is_bright:
+        pairs = zip((red, green, blue), background_rgb, strict=True)
+        is_background = np.logical_and.reduce([channel == value for channel, value in pairs])
+    chroma = brightest - darkest
+    is_grey = ~is_background & (chroma <= _GREY_CHROMA)
+    is_even = cv2.dilate(brightest, square) - cv2.erode(brightest, square) <= 1
+    # The level of clean glass, about as `glass_rgb` finds it; what was scanned is seldom even.
+    is_glass = ~is_background & (chroma <= _GLASS_CHROMA) & (brightest >= _GLASS_SHARE * 255)
+    is_scanned = is_glass & ~(is_grey & is_even)
+    is_glass = is_scanned if is_scanned.mean() > _GLASS_LEAST / 5 else is_glass
+    above = np.cumsum(np.bincount(brightest[is_glass], minlength=256)[::-1])[::-1]
+    glass = int(np.flatnonzero(above >= 0.1 * above[0])[-1]) if above[0] else 255
+    is_dense = brightest + 1.0 < (glass + 1) * 10 ** (-_DENSITY_RANGE[0] / math.sqrt(3))
+    painted = np.zeros(red.shape, bool)
+    for is_flat, least_px in (
+        (is_grey & is_even & (brightest <= _BLACK), _BLACK_LEAST_PX),
+        (is_grey & is_even & is_dense & (brightest > _BLACK), (_FLECK_UM / mpp) ** 2),
+    ):
+        if is_flat.any():
+            _, labels, about, _ = cv2.connectedComponentsWithStats(is_flat.view(np.uint8))
+            least = min(least_px, max(_FLECK_SHARE * red.size, _BLACK_LEAST_PX))
+            is_fill = about[:, cv2.CC_STAT_AREA] >= least
+            is_fill[0] = False
+            painted |= is_fill[labels]
+    # Their edge, and the pixels that mix it with what lies beside it.
+    painted = cv2.dilate(painted.view(np.uint8), square, iterations=2).view(bool) & ~is_background
+    if not painted.any() and not is_background.any():
+        return thumbnail_rgb, background_rgb, painted
     rest = ~(painted | is_background)
     if painted.any() and is_dark_ground(thumbnail_rgb):
-        ring = rest & ndimage.binary_dilation(painted, np.ones((3, 3)), iterations=2)
+        ring = rest & cv2.dilate(painted.view(np.uint8), square, iterations=2).view(bool)
         if not ring.any() or np.median(brightest[ring]) < 128 or np.median(darkest[rest]) < 64:
             painted[:] = False
             rest = ~is_background
     if rest.any() and np.median(brightest[rest]) < 64:
         painted, ground = is_background, (0, 0, 0)
     else:
-        ground = background_rgb if is_bright or not painted.any() else (255, 255, 255)
-    seen = thumbnail_rgb
+        ground = background_rgb if is_bright else (255, 255, 255)
     if painted.any():
-        seen = thumbnail_rgb.copy()
-        seen[painted] = ground
-    return seen, ground, painted | is_background
+        thumbnail_rgb = thumbnail_rgb.copy()
+        thumbnail_rgb[painted] = ground
+    not_there = missing() if is_background.any() else None
+    return thumbnail_rgb, ground, painted if not_there is None else painted | (not_there & is_background)
 
 
 def find_tissue(

@@ -29,6 +29,7 @@ from slidetl.grading.options import GradeOptions
 from slidetl.models.runner import Runner
 from slidetl.publish.export import build_network, export_model
 from slidetl.publish.model_file import ModelFile, load_model
+from slidetl.slides import open_slide
 from slidetl.training.checkpoint import load_grader
 from slidetl.training.predictions import SlidePrediction, read_predictions, write_predictions
 from tests.conftest import Picture, PyramidTiff, Study
@@ -422,3 +423,38 @@ def test_a_slide_coarser_than_the_model_is_refused(model: ModelFile, pyramid_tif
     coarse = pyramid_tiff(np.full((512, 512, 3), 128, np.uint8), mpp=16)
     with pytest.raises(SpacingError):
         grade_slide(model, coarse)
+
+
+def test_a_manifest_gives_slides_their_spacing(
+    study: Study,
+    model_path: Path,
+    pyramid_tiff: PyramidTiff,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with study.manifest.open() as file:
+        own = study.manifest.parent / next(csv.DictReader(file))["path"]
+    with open_slide(own) as slide:
+        mpp = slide.info.mpp_level0[0]
+        picture = slide.read((0, 0), slide.info.size_level0, mpp)
+    rows: list[tuple[str, Path, object]] = [("none", pyramid_tiff(picture, mpp=None, name="none"), mpp)]
+    rows += [("tenfold", pyramid_tiff(picture, mpp=mpp / 10, name="tenfold"), mpp)]
+    rows += [("right", pyramid_tiff(picture, mpp=mpp, name="right"), "")]
+    with (tmp_path / "manifest.csv").open("w") as file:
+        writer = csv.writer(file)
+        writer.writerows([("slide_id", "path", "patient_id", "grade", "mpp")])
+        writer.writerows((name, path, name, "", given) for name, path, given in rows)
+    words = ["grade", str(model_path), str(tmp_path / "manifest.csv"), "--force"]
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    results = [json.loads(line) for line in out.splitlines()]
+    assert [result["mpp_level0"] for result in results] == [pytest.approx(mpp)] * 3
+    assert len({tuple(result["probabilities"]) for result in results}) == 1
+    assert f"warning: {rows[1][1]}: the spacing given, {mpp:g} um per pixel, replaces the file's own" in err
+    assert main(["grade", str(model_path), str(rows[0][1]), f"--mpp-override={mpp}", "--force"]) == 0
+    assert json.loads(capsys.readouterr().out)["probabilities"] == results[0]["probabilities"]
+    # A slide 5 % coarser than the model's tiles is refused, or taken with a tolerance.
+    coarse = str(pyramid_tiff(picture, mpp=load_model(model_path).card.tile_spec.mpp * 1.05, name="coarse"))
+    assert main(["grade", str(model_path), coarse, "--force"]) == 1
+    assert "accept 5.0% with --mpp-tolerance 0.05" in capsys.readouterr().err
+    assert main(["grade", str(model_path), coarse, "--force", "--mpp-tolerance=0.06"]) == 0

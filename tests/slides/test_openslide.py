@@ -3,10 +3,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openslide
 import pytest
+import tifffile
 from numpy.typing import NDArray
 
 from slidetl.errors import SlideOpenError, SlideReadError, SpacingError
@@ -331,3 +333,27 @@ def test_a_pipe_beside_a_slide_is_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.svs")
     with pytest.raises(SlideOpenError, match="not a file"):
         open_slide(tmp_path / "pipe.svs")
+
+
+def test_the_orientation_of_a_scanners_file_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "a.svs"
+    text = "Aperio Image Library v1\r\n64x64 [0,0 64x64] (32x32) |AppMag = 20|MPP = 0.5"
+    tags = [(274, 3, 1, 6, True)]
+    shared: dict[str, Any] = {"tile": (32, 32), "description": text, "extratags": tags, "metadata": None}
+    tifffile.imwrite(path, noise(64, 64), photometric="rgb", compression="jpeg", **shared)
+    with open_slide(path) as slide:
+        assert slide.info.size_level0 == (64, 64)
+        assert "orientation 6, which its TIFF tag says, is not applied" in slide.info.notes[0]
+    tifffile.imwrite(path, noise(64, 64), photometric="rgb", compression="lzw", **shared)
+    with pytest.raises(SlideOpenError, match="orientation 6"):  # libtiff would turn each tile by itself
+        open_slide(path)
+
+
+def test_what_was_not_scanned_is_known(tmp_path: Path) -> None:
+    picture = noise(256, 256)
+    path = write_mirax(tmp_path / "a.mrxs", picture, absent=[(c, r) for c in (0, 1) for r in (0, 1)])
+    with open_slide(path) as slide:
+        for mpp, side in ((0.5, 256), (1.0, 128), (4.0, 32)):
+            missing = slide.missing((side, side), mpp)
+            assert missing is not None
+            assert missing[: side // 2, : side // 2].all() and missing.mean() == 0.25

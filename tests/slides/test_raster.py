@@ -433,6 +433,8 @@ def test_missing_pieces_are_bright_whatever_is_white(tmp_path: Path) -> None:
         with RasterSlide(path, 0.5) as slide:
             assert (slide.read((0, 0), (32, 32), 0.5) == 255).all()
             assert (slide.read((32, 0), (32, 32), 0.5) != 255).any()
+            missing = slide.missing((16, 16), 2.0)
+            assert missing is not None and missing[:8, :8].all() and missing.mean() == 0.25
 
 
 def test_a_truncated_uncompressed_tiff_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from slidetl.errors import SpacingError, UsageError
-from slidetl.slides.spacing import check_given, cohort_note, request_note, settle_spacing
+from slidetl.slides.spacing import check_given, cohort_notes, request_note, settle_spacing
 
 SLIDE = Path("slide.svs")
 
@@ -56,10 +56,17 @@ def test_spacing_against_the_objective(mpp: float, power: float | None, is_doubt
 
 
 def test_spacing_against_the_cohort_and_the_request() -> None:
-    assert cohort_note(1.0, 0.25) is None and cohort_note(0.25, 1.0) is None
-    assert "far from the median of 0.25" in (cohort_note(0.025, 0.25) or "")
-    assert "far from the median of 0.25" in (cohort_note(2.5, 0.25) or "")
+    assert not cohort_notes({}) and not cohort_notes({"a": 0.25, "b": 0.25, "c": 1.0, "failed": 0.0})
+    # What is a printer's has a note of its own, and no part in the median.
+    found = cohort_notes({"a": 0.25, "b": 0.25, "fine": 0.025, "coarse": 2.5, "72 dpi": 352.8})
+    assert found.keys() == {"fine", "coarse"}
+    assert all("far from the median of 0.25" in note and "--mpp-replace" in note for note in found.values())
     assert request_note(4.0, 0.25) is None
     assert request_note(20, 0.5) == (
         "--mpp 20 is 40 times the slide's 0.5 um per pixel (micrometres per pixel, not a magnification)"
     )
+
+
+def test_pixels_far_from_square_are_said() -> None:
+    assert settle_spacing(SLIDE, (0.25, 0.27), None, None)[1] == ()
+    assert "far from square" in settle_spacing(SLIDE, (0.25, 2.5), None, None)[1][0]

@@ -186,10 +186,12 @@ def test_tiles_that_could_not_be_read_are_tried_again(
 ) -> None:
     read, is_hung = _Regions.read_level, True
 
-    def hang(self: _Regions, level: _Level, first: tuple[int, int], size: tuple[int, int]) -> object:
+    def hang(
+        self: _Regions, level: _Level, first: tuple[int, int], size: tuple[int, int], of_alpha: bool = False
+    ) -> object:
         if is_hung and level.index == 0 and first[0] <= 64 < first[0] + size[0] and first[1] < 64:
             raise SlideReadError("the share hangs")
-        return read(self, level, first, size)
+        return read(self, level, first, size, of_alpha)
 
     monkeypatch.setattr(_Regions, "read_level", hang)
     row = tile_slide(source, tmp_path, SPEC)
