@@ -245,13 +245,7 @@ def combine(
     folds: Sequence[Fold],
     done: Sequence[tuple[Job, JobResult | None]],
 ) -> ComparisonResult:
-    """Aggregates the jobs.
-
-    Args:
-        comparison: as configured.
-        study: its slides.
-        folds: all of them.
-        done: every planned job, with its result or None.
+    """Aggregates all planned jobs, each with its result or None.
 
     Raises:
         UsageError: no arm is complete yet.

@@ -188,13 +188,7 @@ def join_duplicates(study: Study, alike: Sequence[tuple[str, str]], given_split:
 def plan_jobs(
     comparison: Comparison, study: Study, folds: Sequence[Fold], only: Sequence[str] = ()
 ) -> tuple[Job, ...]:
-    """Plans the jobs, fold by fold, so that early results can be compared first.
-
-    Args:
-        comparison: the arms.
-        study: the slides.
-        folds: of :func:`plan_and_audit`.
-        only: arms to be computed; all by default.
+    """Plans the jobs of all arms, or ``only`` some, fold by fold, so that early results are comparable.
 
     Raises:
         UsageError: no such arm, or a size that does not fit.

@@ -63,11 +63,6 @@ def run_job(job: Job, place: Workplace) -> None:
 def run_here(jobs: Sequence[Job], place: Workplace, processes: int) -> Iterator[tuple[Job, str]]:
     """Computes jobs on this machine, each in its own process, so that none can end another.
 
-    Args:
-        jobs: in the order to start them.
-        place: as for :func:`run_job`.
-        processes: at a time.
-
     Yields:
         Each finished job, with the reason of its failure; empty for success.
 
@@ -104,13 +99,8 @@ def run_here(jobs: Sequence[Job], place: Workplace, processes: int) -> Iterator[
 def run_on_cluster(jobs: Sequence[Job], place: Workplace, scheduler: str) -> Iterator[tuple[Job, str]]:
     """Computes jobs on the workers of a Dask scheduler, which see all folders under the same paths.
 
-    A job of a worker that dies goes to another, and resumes after the last whole training. Yields as
-    :func:`run_here`.
-
-    Args:
-        jobs: in the order to start them.
-        place: as for :func:`run_job`.
-        scheduler: its address, such as ``tcp://HOST:8786``.
+    A job of a worker that dies goes to another, and resumes after the last whole training. The scheduler's
+    address is such as ``tcp://HOST:8786``. Yields as :func:`run_here`.
 
     Raises:
         UsageError: Dask is not installed, or the scheduler does not answer.

@@ -122,10 +122,6 @@ def run_comparison(
 def report_comparison(plan: Plan, output: Path) -> ComparisonResult:
     """Aggregates the finished jobs without computing any; a run may be at work in the same folder.
 
-    Args:
-        plan: of :func:`plan_comparison`.
-        output: as for :func:`run_comparison`.
-
     Raises:
         UsageError: no arm is complete.
     """

@@ -89,17 +89,11 @@ class ReaderCeiling:
 def reader_agreement(
     readings: ArrayLike, patients: ArrayLike, n_grades: int, **how: Unpack[Resampling]
 ) -> tuple[Agreement, ...]:
-    """Computes the agreement of each pair of readers on the slides graded by both, with intervals.
+    """Computes the agreement of each pair of Q readers on the slides graded by both, with intervals.
 
-    Args:
-        readings: ``[N, Q]`` grades 0..K-1 of Q readers; below 0 for none.
-        patients: ``[N]``.
-        n_grades: K.
-        **how: options.
-
-    Returns:
-        One for each pair with slides of two patients or more in common, in the order (0, 1), (0, 2), ...;
-        without pairs of undefined kappa, both having given one and the same grade to nearly all slides.
+    ``readings [N, Q]`` are grades 0..K-1; below 0 for none. Returns one for each pair with slides of two
+    patients or more in common, in the order (0, 1), (0, 2), ...; without pairs of undefined kappa, both
+    having given one and the same grade to nearly all slides.
     """
     grades, who = _readings(readings, patients, n_grades)
     pairs = []
@@ -132,18 +126,9 @@ def model_against_readers(
 ) -> tuple[ModelAgainstReader, ...]:
     """Compares the model with each reader, beside the other readers, and with their consensus.
 
-    A model is as good as a reader if ``qwk_less_peers`` is not below zero, given the fitted models.
-
-    Args:
-        predicted: ``[N]`` or ``[R, N]`` grades, out of fold.
-        readings: ``[N, Q]`` grades 0..K-1; below 0 for none.
-        patients: ``[N]``.
-        n_grades: K.
-        **how: options.
-
-    Returns:
-        One for each reader with slides of two patients or more, then one for the consensus; without those of
-        undefined kappa, as in :func:`reader_agreement`.
+    Predictions ``[N]`` or ``[R, N]`` are out of fold; readings as for :func:`reader_agreement`. Returns one
+    for each reader with slides of two patients or more, then one for the consensus; without those of
+    undefined kappa. A model is as good as a reader if ``qwk_less_peers`` is not below zero.
 
     Raises:
         UsageError: no readings.

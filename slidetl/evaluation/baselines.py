@@ -39,14 +39,8 @@ def fit_best(
 ) -> BestGrader:
     """Fits ridge, logistic regression and boosted trees, and keeps the one of least log loss out of fold.
 
+    Features ``[n, D]`` are such as mean red, green, blue and stained area; folds do not split patients.
     Choosing on the folds that judge it favours the baseline, on purpose.
-
-    Args:
-        features: ``[n, D]``, such as mean red, green, blue and stained area.
-        grades: ``[n]``, whole numbers 0..K-1; some may be absent.
-        patients: ``[n]``; no patient is split over the folds.
-        n_grades: K.
-        seed: of the models.
 
     Raises:
         UsageError: fewer than three patients.

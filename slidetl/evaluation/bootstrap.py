@@ -124,13 +124,9 @@ def bca_interval_if_defined(
 def resampled_metric(
     metric: Metric, patients: ArrayLike, *, n_draws: int = 2000, seed: int = 0
 ) -> NDArray[np.float64]:
-    """Computes the metric on ``n_draws`` resamples of patients: ``[n_draws]``, NaN where it is undefined.
+    """Computes the metric on ``n_draws`` resamples of patients: ``[n_draws]``, NaN if undefined.
 
-    Args:
-        metric: weights ``[B, N]`` -> ``[B]``.
-        patients: ``[N]``.
-        n_draws: number of resamples.
-        seed: as for :func:`bca_interval`, with the same draws.
+    The draws are those of :func:`bca_interval` with this seed.
 
     Raises:
         UsageError: fewer than two patients.

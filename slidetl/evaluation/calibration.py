@@ -30,15 +30,11 @@ _TEMPERATURES = (0.05, 20.0)  # beyond these a model is always, or never, sure
 
 
 def with_temperature(probabilities: ArrayLike, temperature: float) -> NDArray[np.float64]:
-    """Raises probabilities to ``1 / temperature`` and divides them by their sum.
+    """Raises probabilities ``[..., K]`` to ``1 / temperature`` (above 0) and divides them by their sum.
 
     For a softmax this divides the logits by the temperature (Guo et al., ICML 2017, section 4.2); for an
     ordinal head it is the same map of its probabilities, which scales no logit. The order of the grades
     stays. Above 1 they are less sure, below 1 surer.
-
-    Args:
-        probabilities: ``[..., K]``, rows summing to one.
-        temperature: above 0.
     """
     if not 0 < temperature < np.inf:
         raise UsageError(f"a temperature must be a number above 0, not {temperature}")
@@ -96,13 +92,8 @@ def calibration_slope(
     Cox, Biometrika 1958; named as in Van Calster et al., BMC Medicine 2019. The outcomes are the K-1
     questions "is the grade above k?" of every slide, stacked: one slope for them all, as in a cumulative
     model. The slope's model has a free intercept; the intercept's has a slope of 1. Questions of a slide and
-    slides of a patient are dependent: intervals resample patients.
-
-    Args:
-        true: ``[N]`` whole numbers 0..K-1.
-        probabilities: ``[N, K]``; those of the questions are kept 1e-7 from 0 and 1.
-        patients: ``[N]``.
-        **how: options.
+    slides of a patient are dependent: intervals resample patients. Probabilities ``[N, K]`` of the questions
+    are kept 1e-7 from 0 and 1.
 
     Raises:
         UsageError: slides that are all of the lowest or all of the highest grade.
@@ -141,14 +132,8 @@ def calibration_null(
 
     Consistency resampling (Bröcker and Smith, Weather and Forecasting 2007; Vaicenavicius et al., AISTATS
     2019). Grades of slides are drawn independently; slides of one patient are not independent, so with
-    several a patient the null is somewhat too narrow, and p somewhat too small.
-
-    Args:
-        true: ``[N]`` whole numbers 0..K-1.
-        probabilities: ``[N, K]``, rows summing to one.
-        n_bins: of equal width.
-        n_draws: of the grades.
-        seed: of the draws.
+    several a patient the null is somewhat too narrow, and p somewhat too small. Bins of the probabilities
+    ``[N, K]`` have equal width.
     """
     error = calibration_error(true, probabilities, n_bins)
     _, (rows,) = check_probabilities(true, probabilities)

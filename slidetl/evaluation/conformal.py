@@ -50,7 +50,7 @@ class GradeSets:
 def fit_grade_sets(
     true: ArrayLike, probabilities: ArrayLike, patients: ArrayLike, *, risk: float = 0.1
 ) -> GradeSets:
-    """Fits cross-conformal sets of grades to out-of-fold probabilities.
+    """Fits cross-conformal sets of grades to out-of-fold probabilities ``[N, K]`` of one repeat, calibrated.
 
     Grades are taken in turn: the most probable one first, then always the more probable neighbour of those
     taken (Lu, Angelopoulos and Pomerantz, MICCAI 2022), so that a set is contiguous. The score of a slide is
@@ -63,12 +63,6 @@ def fit_grade_sets(
     Here the scores come from K models, as in cross-conformal prediction (Vovk, Annals of Mathematics and
     Artificial Intelligence 2015); for their vote about ``1 - 2 risk`` is proved (Barber et al., Annals of
     Statistics 2021), for a single model fitted again on all the patients nothing is: see `check_coverage`.
-
-    Args:
-        true: ``[N]`` whole numbers 0..K-1.
-        probabilities: ``[N, K]`` out of fold of one repeat, rows summing to one, temperature applied.
-        patients: ``[N]``.
-        risk: between 0 and 1.
     """
     if not 0 < risk < 1:
         raise UsageError(f"a risk must be between 0 and 1, not {risk}")
@@ -111,16 +105,9 @@ def check_coverage(
 ) -> SetCoverage:
     """Checks how often sets hold the true grade, each fold by the quantile of the other folds.
 
-    The models of the other folds were trained on this fold's patients: not quite a check on new patients.
-    Intervals are conditional on models and quantiles.
-
-    Args:
-        true: ``[N]`` whole numbers 0..K-1.
-        probabilities: ``[N, K]`` out of fold of one repeat.
-        patients: ``[N]``; no patient is in two folds.
-        folds: ``[N]`` the fold with each slide in its test part.
-        risk: between 0 and 1.
-        **how: options.
+    Takes out-of-fold probabilities ``[N, K]`` of one repeat, and ``folds [N]``, the fold with each slide in
+    its test part; no patient is in two. The models of the other folds were trained on this fold's patients:
+    not quite a check on new patients. Intervals are conditional on models and quantiles.
 
     Raises:
         UsageError: a single fold.

@@ -49,15 +49,7 @@ def site_by_grade(
     patient counts once at a site, with the worst grade there. Cramér's V is corrected for bias (Bergsma,
     Journal of the Korean Statistical Society 2013); the p-value is the share of permutations of the sites
     over patients with a chi-square at least as large, ``(1 + hits) / (1 + n)``, since expected counts of a
-    few are common here.
-
-    Args:
-        sites: ``[N]`` names (or scanners, or stains).
-        grades: ``[N]`` whole numbers 0..K-1.
-        patients: ``[N]``.
-        n_grades: K.
-        n_permutations: of the sites.
-        seed: of the permutations.
+    few are common here. ``sites [N]`` are names of sites (or scanners, or stains).
     """
     names, site = np.unique(np.asarray(sites).astype(str), return_inverse=True)
     grade = np.asarray(grades)
@@ -125,20 +117,12 @@ def site_decodability(
     n_permutations: int = 1000,
     seed: int = 0,
 ) -> SiteDecodability:
-    """Tells sites from embeddings by linear discriminants, cross-validated over patients.
+    """Tells ``sites [N]`` from embeddings ``[N, D]`` by linear discriminants, cross-validated over patients.
 
     The discriminant is the nearest site mean after whitening by the training part's covariance with its mean
     non-zero eigenvalue added to the diagonal (Friedman, JASA 1989); sites count alike, however many slides
     they have. Neither folds nor whitening depend on the sites, so permuting them over patients is an exact
     test. Embeddings that tell the site are a fault only if sites and grades are associated.
-
-    Args:
-        embeddings: ``[N, D]``, a row for each slide.
-        sites: ``[N]`` names; a patient lies at one of them.
-        patients: ``[N]``.
-        n_folds: at most one for each patient.
-        n_permutations: of the sites.
-        seed: of the folds and the permutations.
 
     Raises:
         UsageError: a single site, a patient at two sites, or a site with fewer than two patients.
@@ -167,14 +151,7 @@ def site_decodability_by_fold(
     """Tells sites from embeddings if each fold has its own network, and so its own embeddings.
 
     The discriminant of a fold is fitted on the network's training slides. Networks were trained without the
-    sites, so the permutation test holds.
-
-    Args:
-        folds: no slide is in two test parts, and no patient on both sides of one.
-        sites: ``[N]`` names; a patient lies at one of them.
-        patients: ``[N]``.
-        n_permutations: of the sites.
-        seed: of the permutations.
+    sites, so the permutation test holds. No slide is in two test parts, and no patient on both sides of one.
 
     Raises:
         UsageError: as :func:`site_decodability`.
@@ -236,19 +213,10 @@ class GroupEstimate:
 def estimate_by_group(
     metric: Metric, groups: ArrayLike, patients: ArrayLike, **how: Unpack[Resampling]
 ) -> tuple[GroupEstimate, ...]:
-    """Computes the metric within each group by itself, with intervals over its patients.
+    """Computes the metric within each of ``groups [N]``, with intervals, in the order of their names.
 
     With leave-one-site-out the groups are new to the model; otherwise they were seen in training. Kappa
     depends on the grades at a site: at a site of one grade it is 0, or undefined.
-
-    Args:
-        metric: over all N results.
-        groups: ``[N]`` names of sites, or of scanners.
-        patients: ``[N]``.
-        **how: options.
-
-    Returns:
-        Estimates in the order of the names.
     """
     names, who = np.asarray(groups).astype(str), np.asarray(patients)
     check_lengths(groups=names, patients=who)

@@ -40,12 +40,7 @@ def repeatability(scores: ArrayLike, patients: ArrayLike, **how: Unpack[Resampli
     ICC(1,1) as in Shrout and Fleiss (Psychological Bulletin 1979), the minimal detectable change as in Weir
     (Journal of Strength and Conditioning Research 2005), for one draw; the mean of d draws has it
     divided by ``sqrt(d)``. It measures the noise of drawing tiles only, neither of cutting another section
-    nor of scanning again.
-
-    Args:
-        scores: ``[N, D]``, of N slides (or patients) in each of D independent draws.
-        patients: ``[N]``.
-        **how: options.
+    nor of scanning again. ``scores [N, D]`` are of N slides (or patients) in each of D independent draws.
 
     Raises:
         UsageError: fewer than two slides or draws, or scores that are all the same.
@@ -111,12 +106,7 @@ def compare_groups(
     groups (Hodges and Lehmann, Annals of Mathematical Statistics 1963), its interval resamples the patients
     of each group; the test is that of Mann and Whitney (exact for a group of 8 patients or fewer without
     ties, else normal, corrected for ties). Groups not drawn by lot differ in more than the treatment.
-
-    Args:
-        scores: ``[N]`` of slides.
-        is_second: ``[N]`` bool, True for slides of patients in the second group.
-        patients: ``[N]``.
-        **how: options.
+    ``is_second [N] bool`` is True for slides of patients in the second group.
 
     Raises:
         UsageError: fewer than two patients in a group, or a patient in both.
@@ -145,12 +135,8 @@ def compare_paired(before: ArrayLike, after: ArrayLike, **how: Unpack[Resampling
 
     The shift is the median of the means of all pairs of changes, a change with itself included (Hodges and
     Lehmann 1963); the test is Wilcoxon's of signed ranks (exact up to 50 patients without ties or unchanged
-    ones, else normal). Without untreated patients beside them it shows a change, not its cause.
-
-    Args:
-        before: ``[P]``, one score a patient; average the slides first.
-        after: ``[P]``, of the same patients in the same order.
-        **how: options.
+    ones, else normal). Without untreated patients beside them it shows a change, not its cause. Takes one
+    score of each patient, ``[P]``, twice in the same order; average the slides first.
 
     Raises:
         UsageError: fewer than two patients.

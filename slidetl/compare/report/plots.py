@@ -46,12 +46,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def draw_all(view: View, tables: Mapping[str, Table], folder: Path) -> dict[str, Plot]:
-    """Draws every plot with values, as ``NAME.svg`` and ``NAME.png``.
-
-    Args:
-        view: the comparison.
-        tables: of :func:`~slidetl.compare.report.tables.tables_of`, for the text alternatives.
-        folder: for the files.
+    """Draws every plot with values, as ``NAME.svg`` and ``NAME.png``; the tables are its text alternatives.
 
     Returns:
         Plots by their names.
