@@ -48,7 +48,7 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
     except SlidetlError:
         raise
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {describe_full(error, path.parent)}") from error
+        raise OutputError(f"{path}: cannot be written: {describe_full(error)}") from error
 
 
 def write_whole(path: Path, content: str | bytes | memoryview) -> None:
@@ -94,11 +94,11 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def describe_full(error: OSError, folder: Path) -> str:
+def describe_full(error: OSError) -> str:
     """Describes an error of writing, with the remedy if the disk is full."""
     if not is_full(error):
         return error.strerror or str(error)
-    return f"the disk of {folder} is full; make room and run again: what was written before is kept"
+    return "the disk is full; make room and run again: what was written before is kept"
 
 
 def check_stored(path: Path) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import slidetl
 from slidetl.errors import SlidetlError, describe_failure, is_out_of_memory
+from slidetl.files import describe_full, is_full
 from slidetl.processor import postpone_collection, prepare_for_networks
 from slidetl.text import one_line
 
@@ -97,7 +98,12 @@ def main(args: Sequence[str] | None = None) -> int:
         is_memory = is_out_of_memory(error)
         if debug or not (is_memory or isinstance(error, (SlidetlError, OSError))):
             raise
-        said = describe_failure(error, _LESS_MEMORY.get(command, "")) if is_memory else _cause(str(error))
+        if isinstance(error, OSError) and is_full(error) and not isinstance(error, SlidetlError):
+            said = f"{error.filename or 'a result'}: {describe_full(error)}"
+        elif is_memory:
+            said = describe_failure(error, _LESS_MEMORY.get(command, ""))
+        else:
+            said = _cause(str(error))
         _complain(said)
         return 2
 

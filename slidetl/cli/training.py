@@ -28,7 +28,7 @@ from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.record import NO_RECORD, StudyRecord, config_sha256, read_record
 from slidetl.errors import CheckpointError, UsageError
 from slidetl.training.best import BestCheckpoint, WholeCheckpoints
-from slidetl.training.checkpoint import read_checkpoint
+from slidetl.training.checkpoint import check_resumable, read_checkpoint
 from slidetl.training.drift import DriftReport
 from slidetl.training.grader import SlideGrader
 from slidetl.training.outputs import ResultFiles
@@ -91,6 +91,7 @@ class GradingCLI(LightningCLI):
 
     keeps_logs = True
     _past: StudyRecord | None = None
+    _resumed: dict[str, Any] | None = None
 
     def __init__(self, command: str, args: list[str], **options: Any) -> None:
         self._command = command
@@ -152,6 +153,15 @@ class GradingCLI(LightningCLI):
         config = self.config[self.config.subcommand].as_dict()
         check_classes(config, config["allow"])
 
+    def before_fit(self) -> None:
+        """Checks that a training can go on from its checkpoint."""
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None:
+            try:
+                check_resumable(resumed, self.trainer)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.config.fit.ckpt_path}: {error}") from error
+
     def _parse_ckpt_path(self) -> None:
         """Takes the model from the checkpoint, once its hyper-parameters are found harmless."""
         command = self.config.subcommand
@@ -171,6 +181,7 @@ class GradingCLI(LightningCLI):
         values, self._past = checkpoint["hyper_parameters"], read_record(checkpoint)
         if self._past is None and command != "predict" and options.data.split_from == "checkpoint":
             raise CheckpointError(f"{path}: {NO_RECORD}")
+        self._resumed = {key: value for key, value in checkpoint.items() if key != "state_dict"}
         wanted = {**options.model.as_dict(), "grades": options.data.grades}
         self.config = self.parser.parse_object({command: {"model": values}}, self.config)
         found = {**self.config[command].model.as_dict(), "grades": values.get("grades")}

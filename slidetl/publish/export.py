@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import slidetl
 from slidetl.analysis.novelty import Familiar
 from slidetl.errors import ModelFileError
-from slidetl.files import write_whole
+from slidetl.files import replaced
 from slidetl.library.local import file_sha256
 from slidetl.library.model_card import METADATA, Evidence, ModelCard, TrainingData
 from slidetl.library.trust import trust
@@ -211,12 +211,13 @@ def export_model(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[
     Raises:
         ModelFileError: the file does not compute the same; it is not written then.
     """
-    partial = path.with_name(f".{path.name}.partial")
     packed = io.BytesIO()  # where a disk is full, torch ends the process
-    try:
-        with without_deprecation():
-            torch.jit.save(torch.jit.script(network), packed, _extra_files={METADATA: card.to_json()})
-        write_whole(partial, _without_source_paths(packed))
+    with without_deprecation():
+        torch.jit.save(torch.jit.script(network), packed, _extra_files={METADATA: card.to_json()})
+    with replaced(path) as file:
+        file.write(_without_source_paths(packed))
+        file.flush()
+        partial = Path(file.name)
         worst: dict[str, float] = {}
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             loaded = load_model(partial, device, trusted=True).network
@@ -230,9 +231,6 @@ def export_model(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[
                     )
         network.to("cpu")
         trust(file_sha256(partial), path.name)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
     return worst
 
 

@@ -18,12 +18,20 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from slidetl.errors import CacheCorruptError, CacheMismatchError, CacheMissingError, UsageError
-from slidetl.files import fsync_path
+from slidetl.errors import (
+    CacheCorruptError,
+    CacheError,
+    CacheMismatchError,
+    CacheMissingError,
+    SlidetlError,
+    UsageError,
+)
+from slidetl.files import fsync_path, is_full
 from slidetl.tiles.lock import slide_lock
 from slidetl.tiles.store import (
     FEATURES,
     SlideCache,
+    describe_write_error,
     read_array,
     read_header,
     read_sealed,
@@ -184,6 +192,7 @@ def write_features(
     Raises:
         CacheMismatchError: the slide was tiled anew since ``cache`` was opened.
         UsageError: not a row for each tile, or values that are not finite in float16.
+        CacheError: there is no room, or a link in the way.
     """
     import zarr
     from zarr.codecs import Crc32cCodec, ZstdCodec
@@ -201,38 +210,44 @@ def write_features(
                 "choose another block or other weights"
             )
     cache_dir = cache.path.parent
-    with slide_lock(cache_dir, cache.path.stem):
-        if read_header(cache.path) != cache.header:
-            raise CacheMismatchError(f"{cache.path}: tiled anew while it was embedded; run again")
-        # Beside the groups, and not within '.building', where a slide may have any name.
-        building = cache_dir / ".building-features" / cache.path.stem
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-        for name, (source, values) in arrays.items():
-            zarr.create_array(
-                building / name,
-                data=np.ascontiguousarray(values),
-                chunks=values.shape,
-                compressors=(ZstdCodec(level=3), Crc32cCodec()),
-                attributes={**source.to_attributes(), "tiles": len(values), "complete": True},
-                dimension_names=("tile", "feature"),
-                config={"write_empty_chunks": True},
-            )
-            seal_node(building / name)
-            _sync(building / name)
-        folder = cache.path / FEATURES
-        if not (folder / "zarr.json").exists():
-            (building / "zarr.json").write_text(json.dumps(_GROUP))
-            seal_node(building)
-            _sync(building)
-            folder.mkdir(exist_ok=True)
-            (building / "zarr.json").rename(folder / "zarr.json")
-        for name in arrays:
-            if (folder / name).exists():
-                (folder / name).rename(building / f"{name}.old")
-            (building / name).rename(folder / name)
-        _sync(folder, deep=False)
-        shutil.rmtree(building)
+    # Beside the groups, and not within '.building', where a slide may have any name.
+    building = cache_dir / ".building-features" / cache.path.stem
+    try:
+        with slide_lock(cache_dir, cache.path.stem):
+            if read_header(cache.path) != cache.header:
+                raise CacheMismatchError(f"{cache.path}: tiled anew while it was embedded; run again")
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir(parents=True)
+            for name, (source, values) in arrays.items():
+                zarr.create_array(
+                    building / name,
+                    data=np.ascontiguousarray(values),
+                    chunks=values.shape,
+                    compressors=(ZstdCodec(level=3), Crc32cCodec()),
+                    attributes={**source.to_attributes(), "tiles": len(values), "complete": True},
+                    dimension_names=("tile", "feature"),
+                    config={"write_empty_chunks": True},
+                )
+                seal_node(building / name)
+                _sync(building / name)
+            folder = cache.path / FEATURES
+            if not (folder / "zarr.json").exists():
+                (building / "zarr.json").write_text(json.dumps(_GROUP))
+                seal_node(building)
+                _sync(building)
+                folder.mkdir(exist_ok=True)
+                (building / "zarr.json").rename(folder / "zarr.json")
+            for name in arrays:
+                if (folder / name).exists():
+                    (folder / name).rename(building / f"{name}.old")
+                (building / name).rename(folder / name)
+            _sync(folder, deep=False)
+            shutil.rmtree(building)
+    except OSError as error:
+        if isinstance(error, SlidetlError) or not is_full(error):
+            raise
+        shutil.rmtree(building, ignore_errors=True)  # it would keep the room that is wanting
+        raise CacheError(describe_write_error(error, cache_dir)) from error
 
 
 def _sync(folder: Path, deep: bool = True) -> None:

@@ -19,6 +19,7 @@ import json
 import os
 import secrets
 import socket
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -188,7 +189,11 @@ def slide_lock(
 
     Yields:
         The lock, whose :meth:`SlideLock.check` belongs before each commit.
+
+    Raises:
+        CacheError: there is a link where this slide is written.
     """
+    refuse_links(cache_dir, slide_id)
     locks = cache_dir / ".locks"
     with kernel_lock(locks / f"{slide_id}.lock") as is_locked:
         lease = locks / f"{slide_id}.lease"
@@ -198,6 +203,29 @@ def slide_lock(
             yield lock
         finally:
             lock._release()
+
+
+def refuse_links(cache_dir: Path, slide_id: str) -> None:
+    """Refuses links and special files in all places where a slide of a shared cache is written.
+
+    Whoever may write to the cache could have put them there, for us to write or delete elsewhere.
+
+    Raises:
+        CacheError: there is one.
+    """
+    group = cache_dir / f"{slide_id}.zarr"
+    growing = [cache_dir / name / slide_id for name in (".building", ".building-features")]
+    locks = [cache_dir / ".locks" / f"{slide_id}.{kind}" for kind in ("lock", "lease")]
+    places = [group, group / "features", cache_dir / "previews", *growing, *locks]
+    inside = (path for place in growing if not place.is_symlink() for path in place.rglob("*"))
+    for path in (*(place.parent for place in (*growing, *locks)), *places, *inside):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            mode = path.lstat().st_mode
+            if path != cache_dir and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise CacheError(
+                    f"{path}: a link or a special file, which is not followed within a cache; remove it, if "
+                    "nobody needs it"
+                )
 
 
 def dead_leases(cache_dir: Path) -> tuple[str, ...]:
@@ -223,7 +251,8 @@ def kernel_lock(path: Path) -> Iterator[bool]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # The file stays: to unlink it would let two processes hold locks on two files of one name.
-    with path.open("ab") as file:
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    with os.fdopen(descriptor, "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
             is_locked = True

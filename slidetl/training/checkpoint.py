@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from argparse import ArgumentError
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
+from pytorch_lightning import Trainer
 from pytorch_lightning.cli import LightningArgumentParser
 
 from slidetl.data.tasks import Task
@@ -80,6 +81,7 @@ def read_checkpoint(path: Path, allow: Sequence[str] = (), resumable: bool = Fal
     try:
         _check_hyper_parameters(values, allow)
         _check_state(loaded["state_dict"])
+        _check_callbacks(loaded.get("callbacks", {}))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     return loaded
@@ -118,6 +120,43 @@ def _check_state(state: object) -> None:
         check_finite(state, "state_dict")
     except WeightsError as error:
         raise CheckpointError(str(error)) from error
+
+
+def _check_callbacks(states: object) -> None:
+    """Checks the states of callbacks: Lightning deletes checkpoints by the paths in them."""
+    if not isinstance(states, dict) or not all(isinstance(state, dict) for state in states.values()):
+        raise CheckpointError("expected its callbacks to have their states by name")
+    for state in states.values():
+        models = state.get("best_k_models", {})
+        if not isinstance(models, dict):
+            raise CheckpointError(f"expected best_k_models to be paths with scores, found {models!r:.100}")
+        for path in (*models, *(value for key, value in state.items() if key.endswith("_path"))):
+            if not isinstance(path, str) or ".." in Path(path.lstrip("./")).parts:
+                raise CheckpointError(f"expected a plain path of a checkpoint, found {path!r:.100}")
+
+
+def check_resumable(checkpoint: Mapping[str, Any], trainer: Trainer) -> None:
+    """Checks that a training can go on from a checkpoint, before Lightning restores it.
+
+    Raises:
+        CheckpointError: it lacks the progress of the training, or the state of the optimiser.
+    """
+    expected: dict[str, Any] = {"epoch": 0, "global_step": 0, "optimizer_states": [], "lr_schedulers": []}
+    expected["loops"] = {"fit_loop": trainer.fit_loop.state_dict()}
+    if wrong := _differs(expected, checkpoint, "the checkpoint"):
+        raise CheckpointError(f"no training can go on from it: {wrong}")
+
+
+def _differs(expected: Any, found: Any, place: str) -> str:
+    """Says in which place a nested value lacks a key, or has another type; nothing where it agrees."""
+    if isinstance(expected, dict) and isinstance(found, Mapping):
+        lacking = [key for key in expected if key not in found]
+        if lacking:
+            return f"{place} has no {lacking[0]!r}"
+        parts = (_differs(value, found[key], f"its {key!r}") for key, value in expected.items())
+        return next(filter(None, parts), "")
+    fits = isinstance(found, int if isinstance(expected, int) else type(expected))
+    return "" if fits else f"{place} is {found!r:.60}, expected {type(expected).__name__}"
 
 
 def _check_hyper_parameters(values: dict[Any, Any], allow: Sequence[str]) -> None:

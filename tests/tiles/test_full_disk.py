@@ -35,7 +35,7 @@ for size in ("2m", "3m", "64m"):
     except CacheError as error:
         print("ledger", error)
     print(sorted(p.parent.name for p in (disk / "cache").glob("*.zarr/zarr.json")))
-    print(sorted(p.name for p in (disk / "cache" / ".building").glob("*/*.tmp")))
+    print(sorted(p.name for p in (disk / "cache" / ".building").glob("*/.*.partial")))
     print(len(list((disk / "cache" / ".building").glob("S1/group/tiles/c/*"))))
 shutil.copytree(disk / "cache" / "S1.zarr", out)
 """

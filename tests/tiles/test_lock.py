@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from slidetl.errors import CacheError
 from slidetl.tiles.lock import STALE_S, LeaseLostError, dead_leases, machine_id, slide_lock
 from tests.conftest import Picture, PyramidTiff
 
@@ -34,6 +36,7 @@ SHARES = [
 OWNER = """
 import sys
 from pathlib import Path
+from slidetl.errors import CacheError
 from slidetl.tiles.lock import LeaseLostError, slide_lock
 machine = sys.argv[2] or None
 with slide_lock(Path(sys.argv[1]), "S1", machine=machine, heartbeat_s=0.05, stale_s=0.6) as lock:
@@ -239,6 +242,7 @@ def test_of_many_that_wait_one_takes_over_at_a_time(tmp_path: Path, share: str) 
     script = """
 import sys, time
 from pathlib import Path
+from slidetl.errors import CacheError
 from slidetl.tiles.lock import slide_lock
 cache = Path(sys.argv[1])
 # As on a machine of its own: kernel locks on the former file do not count for this one.
@@ -304,3 +308,43 @@ def test_without_kernel_locks_a_killed_owner_here_is_waited_for_as_one_elsewhere
     owner.kill()
     assert held.wait(STALE + 5)
     thread.join()
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        *(".locks", ".locks/a.lock", ".locks/a.lease", ".building", ".building/a", ".building/a/group"),
+        *(
+            ".building/a/group/tiles/zarr.json",
+            ".building-features/a",
+            "a.zarr",
+            "a.zarr/features",
+            "previews",
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", ["folder", "file", "dangling", "fifo"])
+def test_nothing_is_followed_within_a_cache(place: str, kind: str, tmp_path: Path) -> None:
+    victim, cache = tmp_path / "victim", tmp_path / "cache"
+    (victim / "thesis").mkdir(parents=True)
+    (victim / "thesis" / "chapter").write_text("ten years")
+    (cache / place).parent.mkdir(parents=True)
+    if kind == "fifo":
+        os.mkfifo(cache / place)
+    else:
+        targets = {"folder": victim, "file": victim / "thesis" / "chapter", "dangling": tmp_path / "gone"}
+        (cache / place).symlink_to(targets[kind])
+    with (
+        pytest.raises(CacheError, match=re.escape(f"{place}: a link or a special file")),
+        slide_lock(cache, "a"),
+    ):
+        raise AssertionError("the lock was given")
+    assert [path.name for path in victim.rglob("*")] == ["thesis", "chapter"]
+    assert (victim / "thesis" / "chapter").read_text() == "ten years" and not (tmp_path / "gone").exists()
+
+
+def test_a_cache_that_is_a_link_itself_is_the_users_choice(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "cache").symlink_to(tmp_path / "disk")
+    with slide_lock(tmp_path / "cache", "a"):
+        assert (tmp_path / "disk" / ".locks" / "a.lease").exists()

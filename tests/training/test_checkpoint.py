@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning import Trainer
 
 from slidetl.cli import main
 from slidetl.errors import CheckpointError
-from slidetl.training.checkpoint import read_checkpoint
+from slidetl.training.checkpoint import check_resumable, read_checkpoint
 
 
 def save(path: Path, hyper_parameters: Any, **others: Any) -> Path:
@@ -122,3 +123,41 @@ def test_other_files_say_what_was_expected(tmp_path: Path) -> None:
     for path in (tmp_path / "w.ckpt", save(tmp_path / "l.ckpt", [1])):
         with pytest.raises(CheckpointError, match="expected a checkpoint of 'slidetl fit'"):
             read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"state_dict": [1]},
+        {"state_dict": {1: torch.zeros(1)}},
+        {"state_dict": {"a": torch.tensor(float("nan"))}},
+        {"callbacks": []},
+        {"callbacks": {"a": 1}},
+        {"callbacks": {"ModelCheckpoint": {"best_k_models": ["a"]}}},
+        {"callbacks": {"ModelCheckpoint": {"best_k_models": {"run/../../thesis": torch.tensor(9.0)}}}},
+        {"callbacks": {"ModelCheckpoint": {"kth_best_model_path": "/run/checkpoints/../../thesis"}}},
+        {"callbacks": {"ModelCheckpoint": {"best_model_path": 1}}},
+    ],
+)
+def test_the_rest_of_a_checkpoint_is_checked(others: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"c\.ckpt: "):
+        read_checkpoint(save(tmp_path / "c.ckpt", {}, **others))
+    paths = {"best_model_path": "../runs/best.ckpt", "last_model_path": ""}
+    read_checkpoint(save(tmp_path / "c.ckpt", {}, callbacks={"ModelCheckpoint": paths}))
+
+
+def test_a_training_goes_on_only_with_its_progress() -> None:
+    trainer = Trainer(logger=False, accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False)
+    whole: dict[str, Any] = {
+        "epoch": 1,
+        "global_step": 2,
+        "optimizer_states": [],
+        "lr_schedulers": [],
+        "loops": {"fit_loop": trainer.fit_loop.state_dict()},
+    }
+    check_resumable(whole, trainer)
+    for key, wrong in (("loops", {}), ("loops", {"fit_loop": {}}), ("epoch", "x"), ("optimizer_states", {})):
+        with pytest.raises(CheckpointError, match="no training can go on from it: its '"):
+            check_resumable({**whole, key: wrong}, trainer)
+    with pytest.raises(CheckpointError, match="the checkpoint has no 'epoch'"):
+        check_resumable({}, trainer)
