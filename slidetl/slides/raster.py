@@ -38,6 +38,7 @@ _MAX_SEGMENT_PX = 64 * 2**20
 # Decoded strips and tiles that are kept, since neighbours share them.
 _KEPT_BYTES = 48 * 2**20
 _MINISWHITE, _MINISBLACK, _RGB, _YCBCR = 0, 1, 2, 6  # TIFF 6.0, PhotometricInterpretation
+_GREYS = (_MINISWHITE, _MINISBLACK)
 _JPEG_COMPRESSION = 7
 # TIFF tags: of TIFF 6.0, and of ICC.1:2010, annex B.4.
 _SUBFILE_TYPE, _ORIENTATION, _RESOLUTIONS, _RESOLUTION_UNIT, _ICC_PROFILE = 254, 274, (282, 283), 296, 34675
@@ -246,11 +247,20 @@ class _Tiff:
             with _damage_told(path):
                 levels = self._levels(channels)
                 first = levels[0][0]
+                numbers: tuple[int | None, ...] = (None,) * len(levels[0])
+                if int(first.photometric) in _GREYS and int(first.samplesperpixel) > 2:
+                    # The channels are samples of one page.
+                    names = ("",) * min(int(first.samplesperpixel), _MAX_CHANNELS)
+                    numbers = self._choose(channels, names, None)
+                    levels = [planes[:1] * len(numbers) for planes in levels]
                 for page in (page for planes in levels for page in planes):
                     self._check(page, first, len(levels[0]))
                 self._first = first
                 self._turn, turned = Turn.of(_tag(first, _ORIENTATION, 1))
-                raw = [[self._reader(page) for page in planes] for planes in levels]
+                raw = [
+                    [self._reader(page, number) for page, number in zip(planes, numbers, strict=True)]
+                    for planes in levels
+                ]
                 sizes = [(int(planes[0].imagewidth), int(planes[0].imagelength)) for planes in levels]
                 self._full = self._full_scale(levels[-1], raw[-1], sizes[-1])
         except BaseException:  # whatever it was, the file must not stay open
@@ -286,13 +296,11 @@ class _Tiff:
         counts = np.asarray(page.databytecounts)
         if page.is_memmappable or self._turn != Turn() or counts.all():
             return None
-        across, down = -(-page.imagewidth // page.chunks[1]), -(-page.imagelength // page.chunks[0])
-        is_empty = counts[: across * down].reshape(down, across) == 0
+        piece_px, pieces = _pieces(page)
+        is_empty = counts[: math.prod(pieces)].reshape(pieces[::-1]) == 0
         x, y = (
-            ((np.arange(size) + 0.5) / s // chunk).astype(int).clip(0, count - 1)
-            for size, s, chunk, count in zip(
-                size_px, scale, (page.chunks[1], page.chunks[0]), (across, down), strict=True
-            )
+            ((np.arange(size) + 0.5) / s // piece).astype(int).clip(0, count - 1)
+            for size, s, piece, count in zip(size_px, scale, piece_px, pieces, strict=True)
         )
         return np.asarray(is_empty[y[:, None], x[None]])
 
@@ -306,10 +314,10 @@ class _Tiff:
                 self._ome = read_ome(first.description, self._path.name, int(first.samplesperpixel), count)
                 if self._ome.others > 0:
                     self._notes.append(f"of {self._ome.others + 1} pictures in it the first alone is read")
-                names, rgb = self._ome.channels, self._ome.rgb
-                chosen = [pages[self._ome.directories[n]] for n in choose_channels(channels, names, rgb)]
             except SlideOpenError as error:
                 raise SlideOpenError(f"{self._path}: {error}") from error
+            numbers = self._choose(channels, self._ome.channels, self._ome.rgb)
+            chosen = [pages[self._ome.directories[number]] for number in numbers]
             reduced = [list(page.pages or ()) for page in chosen]
             if len(chosen) == 1 and not reduced[0]:
                 reduced = [
@@ -326,22 +334,27 @@ class _Tiff:
                 f"{self._path}: expected one grey or RGB image, found {levels[0].axes} of "
                 f"{tuple(levels[0].shape)}; write the plane that is meant to a file of its own"
             )
-        try:
-            chosen_numbers = choose_channels(channels, ("",) * n_planes, None)
-        except SlideOpenError as error:
-            raise SlideOpenError(f"{self._path}: {error}") from error
+        numbers = self._choose(channels, ("",) * n_planes, None)
         if n_planes == 1:
             return [[level.keyframe] for level in levels]
         return [
-            [page.aspage() for page in (stack[n] for n in chosen_numbers) if page is not None]
+            [page.aspage() for page in (stack[number] for number in numbers) if page is not None]
             for stack in stacks
             if len(stack) == n_planes
         ]
 
+    def _choose(
+        self, channels: str, names: tuple[str, ...], rgb: tuple[int, int, int] | None
+    ) -> tuple[int, ...]:
+        try:
+            return choose_channels(channels, names, rgb)
+        except SlideOpenError as error:
+            raise SlideOpenError(f"{self._path}: {error}") from error
+
     def _check(self, page: Any, first: Any, n_planes: int) -> None:
         samples = int(page.samplesperpixel)
         photometric = int(page.photometric)
-        is_grey = photometric in (_MINISWHITE, _MINISBLACK)
+        is_grey = photometric in _GREYS
         is_known = (
             is_grey
             or photometric == _RGB
@@ -349,7 +362,7 @@ class _Tiff:
         )
         bits = page.bitspersample
         is_whole = (page.dtype == np.uint8 and bits == 8) or (page.dtype == np.uint16 and 8 < bits <= 16)
-        if not is_known or samples not in ((1, 2) if is_grey else (3, 4)) or not is_whole:
+        if not is_known or samples < (1 if is_grey else 3) or not is_whole:
             raise SlideOpenError(
                 f"{self._path}: expected grey or RGB of 8 to 16 bits, found {samples} samples of "
                 f"{page.dtype} ({bits} bits), photometric {page.photometric!s}; convert it"
@@ -377,8 +390,11 @@ class _Tiff:
             mpp = mpp if mpp is not None and max(mpp) <= PRINTER_UM else None
         return mpp if mpp is None or not self._turn.is_transposed else (mpp[1], mpp[0])
 
-    def _reader(self, page: Any) -> _ReadSamples:
-        """Returns the reader of a rectangle of a page, ``[h, w, samples]`` as stored."""
+    def _reader(self, page: Any, number: int | None) -> _ReadSamples:
+        """Returns the reader of a rectangle of a page, ``[h, w, samples]`` as stored, or of one sample."""
+        if number is not None:
+            read = self._reader(page, None)
+            return lambda *window: read(*window)[..., number : number + 1]
         if page.is_memmappable:
             shape = (int(page.imagelength), int(page.imagewidth), int(page.samplesperpixel))
             is_planar = shape[2] > 1 and int(page.planarconfig) == 2
@@ -397,9 +413,7 @@ class _Tiff:
         bright = 0 if int(page.photometric) == _MINISWHITE else np.iinfo(page.dtype).max
         image = np.full((height, width, samples), bright, page.dtype)
         is_planar = samples > 1 and int(page.planarconfig) == 2
-        chunk_width = int(page.tilewidth if page.is_tiled else page.imagewidth)
-        chunk_height = int(page.tilelength if page.is_tiled else min(page.rowsperstrip, page.imagelength))
-        across, down = -(-page.imagewidth // chunk_width), -(-page.imagelength // chunk_height)
+        (chunk_width, chunk_height), (across, down) = _pieces(page)
         for plane in range(samples if is_planar else 1):
             for row in range(y // chunk_height, (y + height - 1) // chunk_height + 1):
                 for column in range(x // chunk_width, (x + width - 1) // chunk_width + 1):
@@ -481,12 +495,22 @@ class _Tiff:
             pixels[..., 0] = 255 - pixels[..., 0]
         # An extra sample that is not alpha has no meaning that we know.
         has_alpha = bool(page.extrasamples) and int(page.extrasamples[0]) in (1, 2)
-        return pixels if has_alpha else pixels[..., :n_colours]
+        return pixels[..., : n_colours + has_alpha]
 
 
 def _n_colours(page: Any) -> int:
-    samples = int(page.samplesperpixel)
-    return samples - (samples in (2, 4))
+    return 1 if int(page.photometric) in _GREYS else 3
+
+
+def _pieces(page: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Returns width and height of a strip or tile, and how many there are across and down."""
+    width, height = int(page.imagewidth), int(page.imagelength)
+    piece = (
+        (int(page.tilewidth), int(page.tilelength))
+        if page.is_tiled
+        else (width, int(min(page.rowsperstrip, height)))
+    )
+    return piece, (-(-width // piece[0]), -(-height // piece[1]))
 
 
 def _tag(page: Any, code: int, default: Any) -> Any:

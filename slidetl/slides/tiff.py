@@ -31,6 +31,7 @@ _INTEGER_TYPES = {3: "u2", 4: "u4", 16: "u8"}
 _BYTE_TYPES = {1: "u1", 7: "u1"}
 _JPEG, _RGB, _YCBCR = 7, 2, 6
 _JPEG_2000 = (33003, 33005)  # of Aperio
+_MOST_SAMPLES = {0: 2, 1: 2, _RGB: 4, _YCBCR: 4}  # by photometric interpretation, with alpha
 
 # More than any scanner writes; beyond it a file is left to OpenSlide.
 _MAX_DIRECTORIES = 64
@@ -143,6 +144,9 @@ def is_plain(path: Path) -> bool:
             kinds = first.numbers(_SAMPLE_FORMAT, samples) if _SAMPLE_FORMAT in first.entries else np.ones(1)
             bits = first.numbers(_BITS, samples) if _BITS in first.entries else np.ones(1)
             if bits.max() > 8 or np.any((kinds != 1) & (kinds != 4)) or first.number(_ORIENTATION, 1) != 1:
+                return False
+            # Of grey it shows the first sample alone, of RGB with more than alpha it mixes them.
+            if samples > _MOST_SAMPLES.get(first.number(_PHOTOMETRIC, 1), samples):
                 return False
             size = first.number(_WIDTH), first.number(_HEIGHT)
             for number, other in enumerate(walk):

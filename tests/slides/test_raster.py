@@ -410,7 +410,8 @@ def test_orientation_is_applied(tmp_path: Path, suffix: str, orientation: int) -
     with open_slide(path, None if suffix.endswith("tif") else 0.5) as slide:
         size = (shown.shape[1], shown.shape[0])
         assert slide.info.size_level0 == size
-        assert len(slide.info.notes) == (orientation != 1)
+        turned = f"turned as its orientation {orientation} says"
+        assert (turned in slide.info.notes) == (orientation != 1)
         if suffix.endswith("tif"):
             mpp = slide.info.mpp_level0
             assert mpp == ((0.5, 1.0) if orientation < 5 else (1.0, 0.5))
@@ -540,3 +541,23 @@ def test_three_planes_have_levels_too(tmp_path: Path) -> None:
     with open_slide(tmp_path / "a.ome.tif") as slide:
         assert slide.info.mpp_levels == (0.5, 1.0)
         assert np.array_equal(slide.read((0, 0), (40, 48), 1.0), block_means(picture, 2))
+
+
+@pytest.mark.parametrize("layout", ["contig", "separate"])
+def test_channels_may_be_samples_of_one_page(tmp_path: Path, layout: str) -> None:
+    picture = noise(96, 80)
+    stored = picture if layout == "contig" else np.ascontiguousarray(np.moveaxis(picture, 2, 0))
+    shared: dict[str, Any] = {"tile": (32, 32), "metadata": None, "planarconfig": layout}
+    tifffile.imwrite(tmp_path / "a.tif", stored, photometric="minisblack", **shared)
+    with pytest.raises(SlideOpenError, match="3 channels"):
+        open_slide(tmp_path / "a.tif", 0.5)
+    with open_slide(tmp_path / "a.tif", 0.5, channels="2,1,0") as slide:
+        assert np.array_equal(slide.read((0, 0), (80, 96), 0.5), picture[..., ::-1])
+
+
+def test_samples_beyond_rgb_that_are_no_alpha_are_left(tmp_path: Path) -> None:
+    picture = noise(96, 80)
+    five = np.concatenate([picture, noise(96, 80, 1)[..., :2]], 2)
+    flat(tmp_path / "a.tif", five, tile=(32, 32), metadata=None)
+    with open_slide(tmp_path / "a.tif", 0.5) as slide:
+        assert np.array_equal(slide.read((0, 0), (80, 96), 0.5), picture)
