@@ -131,13 +131,13 @@ def main(args: list[str] | None = None) -> int:
         print(f"\ntraining {options.backbone} on {name}")
         print(
             f"{'workers':>9}{'threads':>9}{'tiles/s':>9}{'the step alone':>16}"
-            f"{'first step, s':>15}{'waiting':>9}"
+            f"{'waiting':>9}{'ready, s':>9}{'batch, s':>9}{'step, s':>9}"
         )
         for way in ways:
             if way.augmented == "default":
                 rate, alone, share, first = train(slides, way, options)
-                line = f"{way.workers:9}{way.threads:9}{rate:9.0f}{alone:16.0f}{first:15.1f}{share:9.1%}"
-                print(line, flush=True)
+                line = f"{way.workers:9}{way.threads:9}{rate:9.0f}{alone:16.0f}{share:9.1%}"
+                print(line + "".join(f"{seconds:9.1f}" for seconds in first), flush=True)
     return 0
 
 
@@ -179,28 +179,41 @@ def time_loaders(
 
 
 class FirstStep(pl.Callback):
-    """Takes the time until the first step is done."""
+    """Takes the time until the first batch is there, and until its step is done."""
 
     def __init__(self, device: str) -> None:
         torch.zeros(1, device=device)  # the card is ready
-        self._started, self.seconds = time.perf_counter(), 0.0
+        self._started = time.perf_counter()
+        self.seconds: list[float] = []
+
+    def _mark(self, number: int) -> None:
+        if len(self.seconds) == number:
+            if number and torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds.append(time.perf_counter() - self._started)
+
+    def on_train_start(self, *_: object) -> None:
+        """Notes when the trainer is set up."""
+        self._mark(0)
+
+    def on_train_batch_start(self, *_: object) -> None:
+        """Notes the first."""
+        self._mark(1)
 
     def on_train_batch_end(self, *_: object) -> None:
         """Notes the first."""
-        if not self.seconds:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.seconds = time.perf_counter() - self._started
+        self._mark(2)
 
 
 def train(
     slides: list[CachedSlide], way: Way, options: argparse.Namespace
-) -> tuple[float, float, float, float]:
+) -> tuple[float, float, float, list[float]]:
     """Trains as ``slidetl fit`` does.
 
     Returns:
         Medians over the epochs: tiles per second of training; as many as it would be without any waiting;
-        and the share of waiting. And the seconds of the first step, once the device is ready.
+        and the share of waiting. And the seconds from the device being ready until the trainer is set up, the
+        first batch is there, and its step is done.
     """
     first = FirstStep(options.device)
     data = SlideDataModule(

@@ -10,9 +10,7 @@ import queue
 import tempfile
 import threading
 import time
-from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -210,7 +208,8 @@ def grade_slide(
         _check_tissue(model, path, plan, force)
         started = _Clocks.now()
         embedded = _Embeddings(len(plan))
-        for part, batch in _embedded(runner, parts, readers.held if readers is not None else runner.depth):
+        depth = readers.held if readers is not None else 0
+        for batch, part in runner.stream(_with_pixels(parts), depth):
             embedded.add(part)
             tissue += float(batch.tissue_fraction.sum())
             origins.append(batch.origins_level0)
@@ -435,19 +434,12 @@ def _in_reader(readers: Readers, path: Path, *arguments: Any) -> Generator[TileP
         raise SlideError(f"{path}: {error}") from error
 
 
-def _embedded(
-    runner: Runner, parts: Iterable[TilePlan | TileBatch], depth: int
-) -> Iterator[tuple[Tensor, TileBatch]]:
-    """Yields batches in order with their embeddings before them, so many at a time in the runner."""
-    pending: deque[tuple[Future[Tensor], TileBatch]] = deque()
+def _with_pixels(
+    parts: Iterable[TilePlan | TileBatch],
+) -> Iterator[tuple[TileBatch, NDArray[np.uint8]]]:
     for batch in parts:
         assert isinstance(batch, TileBatch)  # the plan was taken before
-        pending.append((runner.submit(batch.pixels), batch))
-        if len(pending) > depth:
-            future, done = pending.popleft()
-            yield future.result(), done
-    for future, done in pending:
-        yield future.result(), done
+        yield batch, batch.pixels
 
 
 def _ahead(items: Generator[_T, None, None], depth: int = 4) -> Generator[_T, None, None]:

@@ -6,7 +6,8 @@ import queue
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
@@ -19,6 +20,7 @@ from torch import Tensor
 from slidetl.errors import UsageError
 
 _T = TypeVar("_T")
+_About = TypeVar("_About")
 _MOST_PASSES = 8  # at a time on a processor; each holds its activations in memory
 _BUFFERS = 3  # batches on a GPU: one computed, one copied, one filled
 _PATIENCE_S = 0.02  # a GPU that has nothing else to do runs a batch that is not full
@@ -124,6 +126,24 @@ class Runner:
                 self._room.release()
 
         return self._pool.submit(run)
+
+    def stream(
+        self, parts: Iterable[tuple[_About, NDArray[np.uint8]]], depth: int = 0
+    ) -> Iterator[tuple[_About, Tensor]]:
+        """Yields the embeddings of parts in order, several at a time.
+
+        Args:
+            parts: tiles ``[n, S, S, 3]``, and what they are.
+            depth: parts that are in use at a time; :attr:`depth` by default.
+        """
+        pending: deque[tuple[_About, Future[Tensor]]] = deque()
+        for about, tiles in parts:
+            pending.append((about, self.submit(tiles)))
+            if len(pending) > (depth or self.depth):
+                done, future = pending.popleft()
+                yield done, future.result()
+        for done, future in pending:
+            yield done, future.result()
 
     def call(self, function: Callable[[], _T]) -> _T:
         """Calls a function in the thread that owns the device; where none does, in this one."""

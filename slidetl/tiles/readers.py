@@ -23,7 +23,7 @@ _AHEAD = 2  # blocks of a reader beyond those that the caller holds
 
 Part = tuple[Any, NDArray[np.uint8] | None]
 """What a reader gives: a small value, and tiles ``[n, S, S, 3]``, or None."""
-Read = Callable[..., Generator[Part, None, None]]
+Read = Callable[..., Generator[tuple[Any, Any], None, None]]
 
 
 class Readers:

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 import slidetl
 from slidetl.errors import CacheCorruptError, CacheMismatchError, CacheMissingError, UsageError
+from slidetl.slides.decoding import map_in_order
 from slidetl.tiles.codec import TileCodec, decode_zstd, tile_codec
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.tissue import TissueMask
@@ -256,6 +257,23 @@ class SlideCache:
             raise CacheCorruptError(
                 f"{shard.path}: tile {tile} of {self.slide_id} is damaged ({error}); {remedy}"
             ) from error
+
+
+def cache_parts(
+    cache: SlideCache, size: int, threads: int = 1
+) -> Generator[tuple[int, NDArray[np.uint8]], None, None]:
+    """Yields the tiles of a cache in order, at most ``size`` at a time, and the number of the first.
+
+    Each part is ``[n, S, S, 3] uint8``.
+
+    Raises:
+        CacheError: a tile is damaged, or a file is gone.
+    """
+
+    def read(start: int) -> tuple[int, NDArray[np.uint8]]:
+        return start, cache.read(np.arange(start, min(start + size, len(cache))))
+
+    yield from map_in_order(read, range(0, len(cache), size), threads)
 
 
 class _Lifetime:

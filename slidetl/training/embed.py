@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
-from collections import deque
+import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,17 +19,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from slidetl.data.study import find_slides, open_cache
-from slidetl.errors import CacheError, CacheMismatchError, UsageError
+from slidetl.errors import CacheError, CacheMismatchError, ProcessEnded, SlidetlError, UsageError
 from slidetl.models.backbones import Backbone, weights_sha256
 from slidetl.models.runner import Runner
 from slidetl.models.spec import BackboneSpec
+from slidetl.processes import Child, start_child
 from slidetl.tiles.features import FeatureSource, feature_name, read_source, write_features
-from slidetl.tiles.store import SlideCache
+from slidetl.tiles.readers import Readers
+from slidetl.tiles.store import SlideCache, cache_parts
 from slidetl.training.options import EmbedOptions
 
-# Each holds a batch in memory: 19 MB at 128 tiles of 224 px. A core decodes a few thousand tiles a second,
-# a GPU embeds tens of thousands.
-_MOST_READERS = 16
+_MOST_READERS = 4  # threads before a processor: a core decodes ten times as many tiles as it embeds
+_THREADS_OF_A_GPU = 2  # that feed it and gather features; each other core reads a slide
+_PIECE = 32  # tiles that a reader hands over at once
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def embed_cache(
 ) -> list[EmbeddedSlide]:
     """Stores the embeddings of every tile of a cache, slide by slide.
 
-    What is there already from the same weights is kept, so that a run which ends early loses the slide it
+    What is there already from the same weights is kept, so that a run which ends early loses the slides it
     was at. A damaged slide costs itself, not the run.
 
     Args:
@@ -157,7 +159,7 @@ def embed_cache(
         WeightsError: the weights cannot be found or do not fit.
     """
     blocks = tuple(options.blocks.split(",")) if options.blocks else ()
-    place = _device(options.device)
+    place = _device(options.device, options.devices)
     dtype = _dtype(options.precision, place)
     found = find_slides(cache_dir, options.slides)
     backbone = Backbone(spec)
@@ -175,7 +177,6 @@ def embed_cache(
         feature_name(options.name or spec.name, block): FeatureSource(**{**vars(source), "block": block})
         for block in ("", *blocks)
     }
-    backbone.to(place)
 
     results: dict[str, EmbeddedSlide] = {}
 
@@ -196,6 +197,10 @@ def embed_cache(
             todo.append(cache)
 
     on_plan(sum(len(cache) for cache in todo))
+    if options.devices > 1:
+        _share_out(todo, cache_dir, spec, options, on_batch, done)
+        return [results[slide_id] for slide_id in found]
+    backbone.to(place)
     widths: list[int] = []  # of the blocks' embeddings, which stand side by side
 
     def embed(tiles: Tensor) -> Tensor:
@@ -204,34 +209,113 @@ def embed_cache(
         widths[:] = [parts[source.block].shape[1] for source in sources.values()]
         return torch.cat([parts[source.block].to(torch.float16) for source in sources.values()], dim=1)
 
+    size, cores = options.batch_size, len(os.sched_getaffinity(0))
     side_px = todo[0].spec.tile_size_px if todo else 0
-    with (
-        BlockEmbedder(backbone, blocks) as embedder,
-        Runner(embed, place, options.batch_size, side_px) as runner,
-        ThreadPoolExecutor(1, "store") as store,
-        contextlib.closing(_embedded(runner, todo, options.batch_size)) as parts,
-    ):
-        rows: list[Tensor] = []
-        storing: deque[Future[EmbeddedSlide]] = deque()
-        for cache, is_last, part in parts:
-            if cache.path.stem in results:
-                continue  # damaged before this batch
-            if isinstance(part, CacheError):
-                rows = []
-                done(EmbeddedSlide(cache.path.stem, len(cache), reason=str(part)))
-            else:
-                rows.append(part)
-                on_batch(len(part))
-                if is_last:
-                    slide = runner.call(functools.partial(_on_host, rows))
-                    arrays = dict(zip(sources, np.split(slide, np.cumsum(widths)[:-1], axis=1), strict=True))
-                    storing.append(store.submit(_store, cache, arrays, sources))
-                    rows = []
-            while storing and (storing[0].done() or len(storing) > 2):
-                done(storing.popleft().result())
-        for waiting in storing:
-            done(waiting.result())
+    counted, stopped = threading.Lock(), threading.Event()
+
+    def embed_slide(cache: SlideCache) -> EmbeddedSlide:
+        rows = []
+        parts: Generator[tuple[Any, Any], None, None] = (
+            cache_parts(cache, size, threads) if readers is None else readers.stream(cache, _PIECE, threads)
+        )
+        try:
+            with contextlib.closing(parts):
+                for _, part in runner.stream(parts, readers.held if readers is not None else 0):
+                    if stopped.is_set():
+                        raise CacheError("interrupted")  # nobody reads it
+                    rows.append(part)
+                    with counted:
+                        on_batch(len(part))
+            slide: NDArray[np.float16] = torch.cat(rows).cpu().numpy()
+            arrays = dict(zip(sources, np.split(slide, np.cumsum(widths)[:-1], axis=1), strict=True))
+            try:
+                write_features(cache, {name: (sources[name], array) for name, array in arrays.items()})
+            except UsageError as error:  # of this slide; that of a pass is of all
+                return EmbeddedSlide(cache.path.stem, len(cache), reason=str(error))
+        except (CacheError, ProcessEnded) as error:
+            return EmbeddedSlide(cache.path.stem, len(cache), reason=str(error))
+        return EmbeddedSlide(cache.path.stem, len(cache), is_new=True)
+
+    with contextlib.ExitStack() as stack:
+        embedder = stack.enter_context(BlockEmbedder(backbone, blocks))
+        runner = stack.enter_context(Runner(embed, place, size, side_px))
+        # A process for each slide before a GPU; before a processor one is stored while another is read.
+        free = max(1, cores - _THREADS_OF_A_GPU)
+        count = min(len(todo), free if runner.packs else 2)
+        threads = free // count if runner.packs and todo else min(cores, _MOST_READERS)
+        readers = (
+            stack.enter_context(Readers(cache_parts, count, _PIECE, side_px, runner.depth_of(_PIECE, count)))
+            if runner.packs and todo
+            else None
+        )
+        pool = stack.enter_context(ThreadPoolExecutor(max(1, count), "slide"))
+        running = [pool.submit(embed_slide, cache) for cache in todo]
+        stack.callback(lambda: [future.cancel() for future in running])
+        stack.callback(stopped.set)
+        for future in as_completed(running):
+            done(future.result())
     return [results[slide_id] for slide_id in found]
+
+
+def _share_out(
+    caches: Sequence[SlideCache],
+    cache_dir: Path,
+    spec: BackboneSpec,
+    options: EmbedOptions,
+    on_batch: Callable[[int], None],
+    done: Callable[[EmbeddedSlide], None],
+) -> None:
+    """Embeds slides in one process for each device, each with about as many tiles."""
+    shares: list[list[SlideCache]] = [[] for _ in range(min(options.devices, len(caches)))]
+    for cache in sorted(caches, key=len, reverse=True):
+        min(shares, key=lambda share: sum(map(len, share))).append(cache)
+    busy: dict[Connection, tuple[Child, dict[str, int]]] = {}
+    try:
+        for number, share in enumerate(shares):
+            left = {cache.path.stem: len(cache) for cache in share}
+            mine = replace(options, slides=tuple(left), devices=1)
+            child = start_child(_embed_share, number, len(shares), cache_dir, spec, mine, has_children=True)
+            busy[child.connection] = child, left
+        while busy:
+            for ready in wait(list(busy)):
+                assert isinstance(ready, Connection)  # what `wait` was given
+                child, left = busy[ready]
+                try:
+                    found = ready.recv()
+                except (EOFError, ConnectionError):
+                    del busy[ready]
+                    reason = child.cause_of_death("embedded") if left else ""
+                    child.process.join()
+                    for slide_id, tiles in left.items():
+                        done(EmbeddedSlide(slide_id, tiles, reason=f"{reason}; run again to go on"))
+                    continue
+                if isinstance(found, Exception):
+                    raise found
+                if isinstance(found, int):
+                    on_batch(found)
+                elif left.pop(found.slide_id, None) is not None:
+                    done(found)
+    finally:
+        for child, _ in busy.values():
+            child.end()
+
+
+def _embed_share(
+    connection: Connection,
+    number: int,
+    count: int,
+    cache_dir: Path,
+    spec: BackboneSpec,
+    options: EmbedOptions,
+) -> None:
+    """Embeds the slides of one device, and sends what the callbacks are told."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number] if visible else str(number)
+    torch.set_num_threads(max(1, torch.get_num_threads() // count))
+    try:
+        embed_cache(cache_dir, spec, options, on_batch=connection.send, on_slide=connection.send)
+    except SlidetlError as error:
+        connection.send(error)
 
 
 def _is_stored(cache: SlideCache, sources: Mapping[str, FeatureSource]) -> bool:
@@ -252,78 +336,19 @@ def _is_stored(cache: SlideCache, sources: Mapping[str, FeatureSource]) -> bool:
     return is_stored
 
 
-def _read(
-    caches: Sequence[SlideCache], batch_size: int
-) -> Generator[tuple[SlideCache, bool, Future[NDArray[np.uint8]]], None, None]:
-    """Batches in order, each of one slide, whether it is the slide's last, read ahead in threads.
-
-    Threads do: reading and decoding release the interpreter's lock.
-    """
-    threads = min(len(os.sched_getaffinity(0)), _MOST_READERS)
-    pending: deque[tuple[SlideCache, bool, Future[NDArray[np.uint8]]]] = deque()
-    pool = ThreadPoolExecutor(threads, thread_name_prefix="tiles")
-    try:
-        for cache in caches:
-            for start in range(0, len(cache), batch_size):
-                stop = min(start + batch_size, len(cache))
-                reading = pool.submit(cache.read, np.arange(start, stop))
-                pending.append((cache, stop == len(cache), reading))
-                if len(pending) > threads:
-                    yield pending.popleft()
-        while pending:
-            yield pending.popleft()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _embedded(
-    runner: Runner, caches: Sequence[SlideCache], batch_size: int
-) -> Generator[tuple[SlideCache, bool, Tensor | CacheError], None, None]:
-    """Yields batches in order: the cache, whether it is its last, and the embeddings or the damage."""
-    pending: deque[tuple[SlideCache, bool, Future[Tensor] | CacheError]] = deque()
-
-    def first() -> tuple[SlideCache, bool, Tensor | CacheError]:
-        cache, is_last, part = pending.popleft()
-        return cache, is_last, part if isinstance(part, CacheError) else part.result()
-
-    with contextlib.closing(_read(caches, batch_size)) as batches:
-        for cache, is_last, reading in batches:
-            try:
-                pending.append((cache, is_last, runner.submit(reading.result())))
-            except CacheError as error:
-                pending.append((cache, is_last, error))
-            if len(pending) > runner.depth:
-                yield first()
-        while pending:
-            yield first()
-
-
-def _on_host(rows: Sequence[Tensor]) -> NDArray[np.float16]:
-    """Copies a slide's embeddings ``[N, D]`` into the memory of the processor."""
-    slide: NDArray[np.float16] = torch.cat(list(rows)).cpu().numpy()
-    return slide
-
-
-def _store(
-    cache: SlideCache, arrays: Mapping[str, NDArray[np.float16]], sources: Mapping[str, FeatureSource]
-) -> EmbeddedSlide:
-    try:
-        write_features(cache, {name: (sources[name], array) for name, array in arrays.items()})
-    except (CacheError, UsageError) as error:
-        return EmbeddedSlide(cache.path.stem, len(cache), reason=str(error))
-    return EmbeddedSlide(cache.path.stem, len(cache), is_new=True)
-
-
 def _by_channel(values: Tensor) -> tuple[Any, ...]:
     return tuple(values.flatten().tolist())
 
 
-def _device(name: str) -> torch.device:
+def _device(name: str, devices: int = 1) -> torch.device:
     if name not in ("auto", "cpu", "cuda"):
         raise UsageError(f"--device must be auto, cpu or cuda, not {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: PyTorch finds no GPU here; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    place = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if place.type == "cuda" and devices > torch.cuda.device_count():
+        raise UsageError(f"--devices {devices}: there are {torch.cuda.device_count()} GPUs here")
+    return place
 
 
 def _dtype(precision: str, place: torch.device) -> torch.dtype:

@@ -23,10 +23,11 @@ class EmbedOptions:
         device: auto takes a GPU where there is one.
         precision: number format of the forward pass; auto is bfloat16 on a GPU, else float32. Features are
             stored in float16.
+        devices: GPUs among which the slides are shared out, one process each; on a CPU, processes.
         overwrite: replace stored features of the same name, of other weights too.
 
     Raises:
-        UsageError: a batch without tiles.
+        UsageError: a batch without tiles, or no device.
     """
 
     blocks: str = ""
@@ -35,11 +36,14 @@ class EmbedOptions:
     batch_size: int = 128
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    devices: int = 1
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise UsageError(f"--batch-size must be at least 1, not {self.batch_size}")
+        if self.devices < 1:
+            raise UsageError(f"--devices must be at least 1, not {self.devices}")
 
 
 @dataclass(frozen=True)

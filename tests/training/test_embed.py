@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,12 @@ import torch
 from slidetl.cli import main
 from slidetl.errors import CacheMismatchError, CacheMissingError, UsageError
 from slidetl.models.backbones import Backbone, weights_sha256
+from slidetl.models.runner import Runner
 from slidetl.models.spec import BackboneSpec
 from slidetl.tiles.features import list_features, read_features, read_source, write_features
 from slidetl.tiles.store import SlideCache, shard_path
-from slidetl.training.embed import BlockEmbedder, _dtype, block_names, embed_cache
+from slidetl.training import embed
+from slidetl.training.embed import BlockEmbedder, EmbeddedSlide, _dtype, block_names, embed_cache
 from slidetl.training.options import EmbedOptions
 from tests.conftest import Study
 
@@ -136,6 +139,45 @@ def test_a_damaged_slide_costs_itself(cache_dir: Path, capsys: pytest.CaptureFix
     assert list_features(bad) == ()
 
 
+def test_slides_read_in_processes_for_one_thread_are_embedded_alike(
+    cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs before a GPU, with a processor in its place; and a damaged slide costs itself there too."""
+    caches = opened(cache_dir)
+    embed_cache(cache_dir, SPEC, EmbedOptions(device="cpu", name="plain"))
+    shard_path(caches[0].path, 0).unlink()
+    monkeypatch.setattr(embed, "Runner", partial(Runner, packs=True))
+    monkeypatch.setattr(embed, "_PIECE", 7)
+    counted: list[int] = []
+    options = EmbedOptions(device="cpu", name="packed", batch_size=16)
+    first, *others = embed_cache(cache_dir, SPEC, options, on_batch=counted.append)
+    assert "the shard is missing" in first.reason and all(slide.is_new for slide in others)
+    assert sum(counted) == sum(slide.tiles for slide in others)
+    for cache in caches[1:]:
+        np.testing.assert_allclose(read_features(cache, "packed"), read_features(cache, "plain"), atol=1e-2)
+
+
+@pytest.mark.slow
+def test_devices_share_out_the_slides(cache_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = opened(cache_dir)[0]
+    shard_path(first.path, 0).unlink()
+    tiles: list[int] = []
+    told: list[EmbeddedSlide] = []
+    options = EmbedOptions(device="cpu", devices=2)
+    slides = embed_cache(cache_dir, SPEC, options, on_batch=tiles.append, on_slide=told.append)
+    assert slides == sorted(told, key=lambda slide: slide.slide_id) and len(slides) == 3
+    assert "the shard is missing" in slides[0].reason and all(slide.is_new for slide in slides[1:])
+    assert sum(tiles) == sum(len(read_features(cache, NAME)) for cache in opened(cache_dir)[1:])
+    monkeypatch.setattr(embed, "_embed_share", killed)
+    shutil.rmtree(opened(cache_dir)[1].path / "features")
+    lost = embed_cache(cache_dir, SPEC, EmbedOptions(device="cpu", devices=2))
+    assert all("was ended by SIGKILL" in slide.reason for slide in lost[:2]) and not lost[2].reason
+
+
+def killed(*arguments: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_only_the_slides_that_are_named(cache_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second, _ = opened(cache_dir)
     words = ["embed", str(cache_dir), "--device", "cpu", "--blocks", "blocks.0,blocks.1", "--name", "mine"]
@@ -191,7 +233,7 @@ def test_tokens_and_channels_last_maps_are_averaged_over_space(name: str, block:
     assert not dict(backbone.net.named_modules())[block]._forward_hooks
 
 
-def test_a_run_that_is_interrupted_loses_one_slide(study: Study, tmp_path: Path) -> None:
+def test_a_run_that_is_interrupted_loses_the_slides_it_was_at(study: Study, tmp_path: Path) -> None:
     cache_dir = tmp_path / "cache"
     shutil.copytree(study.cache, cache_dir)
     # One tile at a time, the slowest way, and behind all else: much is left when the first slide is done.
@@ -210,7 +252,7 @@ def test_a_run_that_is_interrupted_loses_one_slide(study: Study, tmp_path: Path)
     assert process.returncode == 130 and "Traceback" not in err
     done = lines + [line for line in err.splitlines() if "embedded" in line]
     stored = [cache for cache in opened(cache_dir) if list_features(cache)]
-    assert len(done) <= len(stored) <= len(done) + 1 and len(stored) < len(opened(cache_dir))
+    assert len(done) <= len(stored) <= len(done) + 2 and len(stored) < len(opened(cache_dir))
     slides = embed_cache(cache_dir, SPEC, EmbedOptions(device="cpu"))
     assert sum(slide.is_new for slide in slides) == len(slides) - len(stored)
     assert all(list_features(cache) == (NAME,) for cache in opened(cache_dir))
