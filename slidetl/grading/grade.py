@@ -23,6 +23,7 @@ from torch import Tensor
 from slidetl.errors import ProcessEnded, SlideError, UnfitSlideError
 from slidetl.evaluation.conformal import GradeSets
 from slidetl.files import replaced
+from slidetl.grading.explain import DIVERGING, Explanation, explain_by_occlusion
 from slidetl.models.runner import Runner
 from slidetl.processor import hand_back_memory
 from slidetl.publish.model_file import ModelFile
@@ -32,7 +33,6 @@ from slidetl.tiles.plan import TilePlan
 from slidetl.tiles.readers import Readers
 
 _T = TypeVar("_T")
-_PART = 8192  # tiles whose own grades are computed at a time
 _IN_MEMORY = 64 << 20  # bytes of a slide's embeddings; more of them lie in a file
 _BATCH_SIZE = {"cpu": 16, "cuda": 256}  # on a processor more cost memory and gain nothing
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -90,7 +90,7 @@ class SlideGrade:
         plan: which tiles were wanted, with thumbnail and tissue.
         origins_level0: ``[N, 2] int32``, upper-left corners ``(x, y)`` of the tiles that were read.
         attention: ``[N] float32``, weight of each tile; they sum to one.
-        tile_grades: ``[N] float32``, the grade expected if the slide had that tile alone.
+        explanation: each tile's contribution to the score.
         rates: if they were asked for.
     """
 
@@ -107,7 +107,7 @@ class SlideGrade:
     plan: TilePlan
     origins_level0: NDArray[np.int32]
     attention: NDArray[np.float32]
-    tile_grades: NDArray[np.float32]
+    explanation: Explanation
     rates: Rates | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,6 +124,7 @@ class SlideGrade:
             "tiles_unreadable": len(self.plan) - len(self.attention),
             "tissue_mm2": round(self.tissue_mm2, 4),
             "novelty": None if self.novelty is None else round(self.novelty, 4),
+            "explanation": self.explanation.to_dict(),
             "model_sha256": self.model_sha256,
             "mpp_level0": max(self.plan.info.mpp_level0),
             "notes": list(self.plan.notes),
@@ -218,25 +219,22 @@ def grade_slide(
             raise UnfitSlideError(f"{path}: none of its {len(plan)} tiles with tissue can be read")
         embeddings = embedded.of_all()
 
-        def graded() -> tuple[Tensor, ...]:
+        def graded() -> tuple[Any, ...]:
             novelty = embeddings.new_zeros(()) if card.novelty_limit is None else network.novelty(embeddings)
-            tile_grades = [network.grade_tiles(part) for part in torch.split(embeddings, _PART)]
-            return novelty, *network.grade(embeddings), torch.cat(tile_grades)
+            return novelty, *network.grade(embeddings)
 
         # Copied in this thread, so that the one that owns a GPU does not wait for it.
-        novelty, probabilities, expected, attention, tile_grades = (
-            value.cpu() for value in runner.call(graded)
+        novelty, probabilities, expected, attention, *explained = (
+            value.cpu() if isinstance(value, Tensor) else value for value in runner.call(graded)
         )
         relative_novelty = _check_novelty(model, path, float(novelty), force)
-        # The largest of NaN would be grade 0.
-        if not all(
-            torch.isfinite(found).all() for found in (probabilities, expected, attention, tile_grades)
-        ):
-            raise UnfitSlideError(
-                f"{path}: not graded: expected finite probabilities, the network gives "
-                f"{probabilities.tolist()}; check the model file and --precision"
-            )
-        rates = _rates(runner, kept, len(embeddings), started.since()) if profile else None
+        _check_finite(path, "probabilities", probabilities.numpy())  # the largest of NaN would be grade 0
+        _check_finite(path, "attention", attention.numpy())
+        taken = started.since()
+        places = _places(plan, np.concatenate(origins))
+        explanation = _explanation(model, runner, explained, embeddings, places)
+        _check_finite(path, "contributions", explanation.contributions)
+        rates = _rates(runner, kept, len(embeddings), taken) if profile else None
     grade = int(probabilities.argmax())
     return SlideGrade(
         slide=path,
@@ -252,7 +250,7 @@ def grade_slide(
         plan=plan,
         origins_level0=np.concatenate(origins),
         attention=attention.numpy(),
-        tile_grades=tile_grades.numpy(),
+        explanation=explanation,
         rates=rates,
     )
 
@@ -376,6 +374,28 @@ def _check_novelty(model: ModelFile, path: Path, distance: float, force: bool) -
     return novelty
 
 
+def _check_finite(path: Path, name: str, values: NDArray[np.float32]) -> None:
+    if not np.isfinite(values).all():
+        raise UnfitSlideError(
+            f"{path}: not graded: expected finite {name}, the network gives {values[:10].tolist()}; "
+            "check the model file and --precision"
+        )
+
+
+def _explanation(
+    model: ModelFile, runner: Runner, explained: list[Any], embeddings: Tensor, places: NDArray[np.int64]
+) -> Explanation:
+    """Takes the network's own explanation; a file of before contributions has none to give."""
+    if explained and explained[0] is not None:
+        score, contributions = (value.cpu() for value in explained[0])
+        baseline = float(score) - float(contributions.double().sum())
+        return Explanation(contributions.numpy(), model.card.score_unit, float(score), baseline)
+    network = model.network
+    return runner.call(
+        lambda: explain_by_occlusion(lambda rest: float(network.grade(rest)[1]), embeddings, places)
+    )
+
+
 def _grade_set(model: ModelFile, probabilities: Tensor) -> tuple[int, int] | None:
     evidence = model.card.evidence
     if evidence is None:
@@ -482,7 +502,7 @@ def _ahead(items: Generator[_T, None, None], depth: int = 4) -> Generator[_T, No
 
 
 def draw_map(result: SlideGrade, path: Path) -> None:
-    """Draws the attention and the tiles' own grades over the thumbnail, as a PNG.
+    """Draws the tiles' contributions and the attention over the thumbnail, as a PNG.
 
     Attention is shown relative to a slide whose tiles all count alike: 1 is the average tile. A model that
     pools by the mean has no attention to show.
@@ -492,10 +512,15 @@ def draw_map(result: SlideGrade, path: Path) -> None:
     plan = result.plan
     height, width = plan.thumbnail.shape[:2]
     relative = result.attention * len(result.attention)
-    highest = len(result.probabilities) - 1.0
-    panels = [("grade of each tile by itself", result.tile_grades, "viridis", (0.0, highest))]
+    explanation = result.explanation
+    reach = explanation.reach
+    title = f"contribution to the {'expected grade' if explanation.baseline is None else 'score'}"
+    panels = [
+        (title, f"{explanation.unit} × tiles", explanation.relative, DIVERGING, (-reach, reach), "both")
+    ]
     if np.ptp(relative) > 1e-3:
-        panels.insert(0, ("attention (1: average tile)", relative, "inferno", (0.0, float(relative.max()))))
+        limits = (0.0, float(relative.max()))
+        panels.append(("attention", "× the average tile", relative, "inferno", limits, "neither"))
     panel_width = 5.0
     figure = Figure(
         figsize=(
@@ -507,7 +532,7 @@ def draw_map(result: SlideGrade, path: Path) -> None:
     axes = figure.subplots(1, 1 + len(panels))
     axes[0].imshow(plan.thumbnail)
     axes[0].set_title(f"{plot_label(result.slide.name)}: {len(result.attention)} tiles")
-    for panel, (title, values, colours, (low, high)) in zip(axes[1:], panels, strict=True):
+    for panel, (title, unit, values, colours, (low, high), beyond) in zip(axes[1:], panels, strict=True):
         panel.imshow(plan.thumbnail)
         grid = _on_grid(result, values)
         # The pixel centres of a picture lie at whole numbers, its border at -0.5.
@@ -516,7 +541,7 @@ def draw_map(result: SlideGrade, path: Path) -> None:
             grid, cmap=colours, vmin=low, vmax=high, alpha=0.6, extent=(-0.5, right, bottom, -0.5)
         )
         panel.set(title=title, xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
-        figure.colorbar(shown, ax=panel, fraction=0.046, pad=0.02)
+        figure.colorbar(shown, ax=panel, fraction=0.046, pad=0.02, extend=beyond, label=unit)
     for panel in axes:
         panel.set_xticks([])
         panel.set_yticks([])
@@ -527,15 +552,19 @@ def draw_map(result: SlideGrade, path: Path) -> None:
         figure.savefig(file, dpi=100, format="png")
 
 
-def _stride_level0(result: SlideGrade) -> tuple[float, float]:
-    spec, extent = result.plan.spec, result.plan.extent_level0
-    share = spec.stride_px / spec.tile_size_px
-    return extent[0] * share, extent[1] * share
+def _stride_level0(plan: TilePlan) -> tuple[float, float]:
+    share = plan.spec.stride_px / plan.spec.tile_size_px
+    return plan.extent_level0[0] * share, plan.extent_level0[1] * share
+
+
+def _places(plan: TilePlan, origins_level0: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Column and row ``[N, 2]`` of tiles on the grid."""
+    return np.round(origins_level0 / _stride_level0(plan)).astype(np.int64)
 
 
 def _on_grid(result: SlideGrade, values: NDArray[np.float32]) -> NDArray[np.float64]:
     """Values of the tiles on their grid ``[rows, columns]``, NaN where no tile was read."""
-    column, row = np.round(result.origins_level0 / _stride_level0(result)).astype(int).T
+    column, row = _places(result.plan, result.origins_level0).T
     grid = np.full((row.max() + 1, column.max() + 1), np.nan)
     grid[row, column] = values
     return grid
@@ -545,5 +574,5 @@ def _thumbnail_px(result: SlideGrade, columns: int, rows: int) -> tuple[float, f
     """Converts columns and rows of the grid to thumbnail pixels whose centres are whole."""
     height, width = result.plan.thumbnail.shape[:2]
     size_x, size_y = result.plan.info.size_level0
-    stride_x, stride_y = _stride_level0(result)
+    stride_x, stride_y = _stride_level0(result.plan)
     return columns * stride_x / size_x * width - 0.5, rows * stride_y / size_y * height - 0.5

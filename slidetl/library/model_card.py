@@ -93,6 +93,7 @@ class ModelCard:
         novelty_limit: above this a slide is unlike the training slides; None if unknown.
         lineage: hashes of the weights it started from, nearest first.
         precisions: number formats in which the export compared the file with its networks.
+        score_unit: unit of the slide's score and of the tiles' contributions to it; empty without such a sum.
     """
 
     grades: tuple[str, ...]
@@ -109,6 +110,7 @@ class ModelCard:
     novelty_limit: float | None = None
     lineage: tuple[str, ...] = ()
     precisions: tuple[str, ...] = ("float32",)
+    score_unit: str = ""
 
     def __post_init__(self) -> None:
         check_fields(self)

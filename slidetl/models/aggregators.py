@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slidetl.errors import UsageError
 
 # Named here, since TorchScript takes a comment on types in the function itself for a type comment.
-_is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined] # torch does not list it
+is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined] # torch does not list it
 
 
 class Aggregated(NamedTuple):
@@ -23,9 +23,12 @@ class Aggregated(NamedTuple):
         attention: ``[B, H, N]``, weight of each tile per head or hop; sums to one over the tiles of a
             slide, zero where padded. Where tiles are chosen and not weighted, it is the tile's share of
             the gradient of the embedding's sum, and carries no gradient itself.
-        contributions: ``[B, N, D']``, share of each tile in each entry of the embedding, for aggregators
-            that add such shares up; :meth:`~slidetl.models.network.GradingNetwork.contributions` carries
-            them on to the logits.
+        contributions: ``[B, N, D']``, each tile's share in the embedding, for an aggregator whose embedding
+            is a sum over the tiles, the attention (its mean over heads or hops) times a value of the tile:
+            that attention times the difference between the tile's value and their plain mean. Over the
+            tiles they sum to the embedding less its baseline, the embedding if all tiles counted alike;
+            zero where padded. They carry no gradient. None for other aggregators; and in an exported file,
+            where :meth:`~slidetl.models.network.GradingNetwork.explain` takes tiles in parts.
     """
 
     embedding: Tensor
@@ -63,15 +66,24 @@ class Pooling(nn.Module):
         super().__init__()
         self.out_features = in_features
 
+    def values(self, tiles: Tensor) -> Optional[Tensor]:  # noqa: UP045 (TorchScript reads it)
+        """Computes what the attention averages, up to a constant: ``[B, n, D']`` of tiles ``[B, n, D]``.
+
+        An aggregator whose embedding is no such average returns None.
+        """
+        return None
+
 
 class MeanPooling(Pooling):
     """Every tile counts alike."""
 
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
         """Pools as :class:`Aggregator` says; H is 1."""
-        weights = mask.to(torch.float32)  # [B, N]
-        attention = (weights / weights.sum(1, keepdim=True)).unsqueeze(1)  # [B, 1, N]
-        return Aggregated(_read(attention, _present(embeddings, mask)).squeeze(1), attention, None)
+        return _weighted(_present(embeddings, mask), _even(mask), mask)
+
+    def values(self, tiles: Tensor) -> Optional[Tensor]:  # noqa: UP045
+        """Returns the tiles."""
+        return tiles
 
 
 class MaxPooling(Pooling):
@@ -212,7 +224,12 @@ class Attention(Pooling):
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
         """Pools as :class:`Aggregator` says; H is 1."""
         tiles = _present(embeddings, mask)
-        return _weighted(tiles, torch.cat([self._scores(part) for part in _parts(tiles)], 1), mask)
+        scores = torch.cat([self._scores(part) for part in _parts(tiles)], 1)
+        return _weighted(tiles, _softmax(scores.transpose(1, 2), mask), mask)
+
+    def values(self, tiles: Tensor) -> Optional[Tensor]:  # noqa: UP045
+        """Returns the tiles."""
+        return tiles
 
     def _scores(self, tiles: Tensor) -> Tensor:
         scores: Tensor = self.score(torch.tanh(self.value(tiles)))  # [B, N, 1]
@@ -236,7 +253,16 @@ class GatedAttention(Pooling):
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
         """Pools as :class:`Aggregator` says; H is 1."""
         tiles = _present(embeddings, mask)
-        return _weighted(tiles, torch.cat([self._scores(part) for part in _parts(tiles)], 1), mask)
+        return _weighted(tiles, self.attention(tiles, mask), mask)
+
+    def values(self, tiles: Tensor) -> Optional[Tensor]:  # noqa: UP045
+        """Returns the tiles."""
+        return tiles
+
+    def attention(self, tiles: Tensor, mask: Tensor) -> Tensor:
+        """Computes the weights ``[B, 1, N]`` of tiles whose padding holds a constant."""
+        scores = torch.cat([self._scores(part) for part in _parts(tiles)], 1)
+        return _softmax(scores.transpose(1, 2), mask)
 
     def _scores(self, tiles: Tensor) -> Tensor:
         hidden = torch.tanh(self.value(tiles)) * torch.sigmoid(self.gate(tiles))  # [B, N, L]
@@ -279,7 +305,18 @@ class MultiHopAttention(Pooling):
             attention = _softmax(_read(query, keys.transpose(1, 2)), mask)  # [B, 1, N]
             query = query + self.update(_read(attention, values).to(self.query.dtype))
             hops.append(attention)
-        return Aggregated(query.squeeze(1).to(torch.float32), torch.cat(hops, dim=1), None)
+        weights = torch.cat(hops, dim=1)  # [B, H, N]
+        return Aggregated(
+            query.squeeze(1).to(torch.float32), weights, _shares(self._moves(values), weights, mask)
+        )
+
+    def values(self, tiles: Tensor) -> Optional[Tensor]:  # noqa: UP045
+        """Returns how far each tile moves the query, from which the embedding begins."""
+        return self._moves(self.value(tiles))
+
+    def _moves(self, values: Tensor) -> Tensor:
+        moves: Tensor = self.hops * self.update(values)  # the attention is a mean over hops
+        return moves
 
 
 class AdditiveAttention(Pooling):
@@ -288,8 +325,7 @@ class AdditiveAttention(Pooling):
     Javed et al., "Additive MIL: intrinsically interpretable multiple instance learning for pathology",
     NeurIPS 2022, equation 4: the sum over the tiles of ``f(a x)``, attention times tile through a network.
     Ours is two layers with a ReLU and without biases, so that ``f(a x) = a f(x)`` and a slide with more
-    tiles has no more bias. The head above is affine and adds no interaction; it shares out its own bias by
-    the attention.
+    tiles has no more bias. The head above is affine and adds no interaction.
 
     Args:
         in_features: length D of a tile's embedding.
@@ -306,16 +342,21 @@ class AdditiveAttention(Pooling):
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
         """Pools as :class:`Aggregator` says; H is 1."""
         tiles = _present(embeddings, mask)
-        attention = self.attend(tiles, mask).attention  # [B, 1, N]
-        parts = self.second(torch.relu(self.first(tiles))).to(torch.float32)  # [B, N, D']
-        parts = parts * attention.transpose(1, 2)
-        return Aggregated(parts.sum(1), attention, parts)
+        return _weighted(self._values(tiles), self.attend.attention(tiles, mask), mask)
+
+    def values(self, tiles: Tensor) -> Optional[Tensor]:  # noqa: UP045
+        """Passes the tiles through their network."""
+        return self._values(tiles)
+
+    def _values(self, tiles: Tensor) -> Tensor:
+        values: Tensor = self.second(torch.relu(self.first(tiles)))  # [B, N, D']
+        return values
 
 
 def _present(embeddings: Tensor, mask: Tensor, padding: float = 0.0) -> Tensor:
     """Puts a constant in place of padding in ``[B, N, D]``: a zero gradient times NaN is NaN."""
     # No second copy of 100,000 tiles where none is padding.
-    if _is_scripting():
+    if is_scripting():
         if bool(mask.all()):
             return embeddings
     else:  # a GPU would have to be waited for, and what is traced takes one way only
@@ -326,22 +367,37 @@ def _present(embeddings: Tensor, mask: Tensor, padding: float = 0.0) -> Tensor:
 
 def _parts(tiles: Tensor) -> list[Tensor]:
     """Splits tiles ``[B, N, D]`` in an exported file, so that hidden layers are small; else keeps them."""
-    if _is_scripting():
+    if is_scripting():
         return list(torch.split(tiles, 8192, 1))
     return [tiles]
 
 
 def _features(tiles: Tensor) -> list[Tensor]:
     """Splits the features of ``[B, N, D]`` in an exported file, to be pooled apart; else keeps them."""
-    if _is_scripting():
+    if is_scripting():
         return list(torch.split(tiles, 32, 2))
     return [tiles]
 
 
-def _weighted(tiles: Tensor, scores: Tensor, mask: Tensor) -> Aggregated:
-    """Pools tiles ``[B, N, D]`` by the softmax of their scores ``[B, N, 1]``."""
-    attention = _softmax(scores.transpose(1, 2), mask)  # [B, 1, N]
-    return Aggregated(_read(attention, tiles).squeeze(1), attention, None)
+def _weighted(values: Tensor, attention: Tensor, mask: Tensor) -> Aggregated:
+    """Adds up values of the tiles, ``[B, N, D']``, by their attention ``[B, 1, N]``."""
+    return Aggregated(_read(attention, values).squeeze(1), attention, _shares(values, attention, mask))
+
+
+def _shares(values: Tensor, attention: Tensor, mask: Tensor) -> Optional[Tensor]:  # noqa: UP045
+    """Computes the contributions of :class:`Aggregated` from values ``[B, N, D']`` that are added up."""
+    if is_scripting():  # they would take as much memory as the embeddings of a huge slide
+        return None
+    else:
+        with torch.no_grad():
+            weights = attention.mean(1).unsqueeze(2)  # [B, N, 1]
+            return (values.to(torch.float32) - _read(_even(mask), values)).mul_(weights)
+
+
+def _even(mask: Tensor) -> Tensor:
+    """Returns the weights ``[B, 1, N]`` of tiles that all count alike."""
+    weights = mask.to(torch.float32)  # [B, N]
+    return (weights / weights.sum(1, keepdim=True)).unsqueeze(1)
 
 
 def _softmax(scores: Tensor, mask: Tensor) -> Tensor:
@@ -351,7 +407,7 @@ def _softmax(scores: Tensor, mask: Tensor) -> Tensor:
 
 def _read(weights: Tensor, tiles: Tensor) -> Tensor:
     """Multiplies ``[B, H, N]`` by ``[B, N, D]`` to ``[B, H, D]``, in float32 also under autocast."""
-    if _is_scripting():  # an exported file runs as the caller says
+    if is_scripting():  # an exported file runs as the caller says
         return weights.to(torch.float32) @ tiles.to(torch.float32)
     else:
         with torch.autocast(tiles.device.type, enabled=False):

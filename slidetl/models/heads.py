@@ -1,8 +1,6 @@
-"""Heads: a slide's embedding -> logits -> probabilities of the grades.
+"""Heads: a slide's embedding -> logits -> probabilities of the grades."""
 
-Every head's logits are an affine map of the embedding, on which
-:meth:`~slidetl.models.network.GradingNetwork.contributions` relies.
-"""
+from typing import ClassVar, Optional
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +17,12 @@ class Head(nn.Module):
     Args:
         in_features: length D' of a slide's embedding.
         n_grades: K, at least 2.
+
+    Attributes:
+        score_unit: unit of the score of :meth:`explain`; empty for a head without one.
     """
+
+    score_unit: ClassVar[str] = ""
 
     def __init__(self, in_features: int, n_grades: int) -> None:
         super().__init__()
@@ -36,6 +39,19 @@ class Head(nn.Module):
     def grade_losses(self, logits: Tensor) -> Tensor:
         """Computes the loss ``[B, K]`` of each slide if its grade were 0, ..., K-1, from logits."""
         raise NotImplementedError
+
+    def explain(self, embedding: Tensor, contributions: Tensor) -> Optional[tuple[Tensor, Tensor]]:  # noqa: UP045 (TorchScript reads it)
+        """Projects an embedding and its tiles' contributions on the score that decides the grade.
+
+        Args:
+            embedding: ``[B, D']``.
+            contributions: ``[B, N, D']``, as :class:`~slidetl.models.aggregators.Aggregated` has them.
+
+        Returns:
+            The slide's score ``[B]`` and each tile's contribution to it, ``[B, N]``, in ``score_unit``; None
+            for a head without one score.
+        """
+        return None
 
     def expected_grade(self, logits: Tensor) -> Tensor:
         """Computes the mean ``[B]`` of the grades, 0..K-1, weighted by their probabilities, from logits."""
@@ -88,7 +104,21 @@ class Head(nn.Module):
         return (weights * losses).sum(), weights.sum()
 
 
-class CumulativeLink(Head):
+class _ScoreHead(Head):
+    """Base of the heads that see one linear score of a slide, and cut it into grades."""
+
+    score_unit = "log-odds"
+
+    def __init__(self, in_features: int, n_grades: int, bias: bool = False) -> None:
+        super().__init__(in_features, n_grades)
+        self.score = nn.Linear(in_features, 1, bias=bias)
+
+    def explain(self, embedding: Tensor, contributions: Tensor) -> Optional[tuple[Tensor, Tensor]]:  # noqa: UP045 (TorchScript reads it)
+        """Projects as :meth:`Head.explain` says."""
+        return self.score(embedding).squeeze(1), contributions @ self.score.weight[0]
+
+
+class CumulativeLink(_ScoreHead):
     """Proportional odds: one score per slide, and ordered thresholds that cut it into K grades.
 
     McCullagh, "Regression models for ordinal data", JRSS B 1980: ``P(grade <= k) =
@@ -98,8 +128,7 @@ class CumulativeLink(Head):
     """
 
     def __init__(self, in_features: int, n_grades: int) -> None:
-        super().__init__(in_features, n_grades)
-        self.score = nn.Linear(in_features, 1, bias=False)  # the first threshold is the bias
+        super().__init__(in_features, n_grades)  # without a bias, which is the first threshold
         # Wide enough apart that each grade is somewhere the most probable one. From closer thresholds the
         # middle grades are never predicted until training has moved the thresholds, which is slow.
         self.first = nn.Parameter(torch.tensor([-_GAP * (n_grades - 2) / 2]))  # [1]
@@ -119,7 +148,7 @@ class CumulativeLink(Head):
         return _cumulative_losses(logits)
 
 
-class Coral(Head):
+class Coral(_ScoreHead):
     """Asks K-1 binary questions "is the grade above k?", which share one score and differ in bias.
 
     CORAL: Cao, Mirjalili and Raschka, "Rank consistent ordinal regression for neural networks", Pattern
@@ -130,7 +159,6 @@ class Coral(Head):
 
     def __init__(self, in_features: int, n_grades: int) -> None:
         super().__init__(in_features, n_grades)
-        self.score = nn.Linear(in_features, 1, bias=False)
         self.bias = nn.Parameter(_GAP * ((n_grades - 2) / 2 - torch.arange(n_grades - 1.0)))  # [K-1]
 
     def forward(self, embedding: Tensor) -> Tensor:
@@ -185,7 +213,7 @@ class Corn(Head):
         return torch.cat([zero, yes.cumsum(1)], dim=1) + torch.cat([no, zero], dim=1)
 
 
-class RegressionWithThresholds(Head):
+class RegressionWithThresholds(_ScoreHead):
     """Regresses the grade as a number, and learns apart from it where to cut that number into grades.
 
     The squared error alone moves the score. The thresholds and the slope at them are fitted to the score
@@ -193,9 +221,10 @@ class RegressionWithThresholds(Head):
     regression with thresholds tuned afterwards, in one pass and on the training slides alone.
     """
 
+    score_unit = "grades"
+
     def __init__(self, in_features: int, n_grades: int) -> None:
-        super().__init__(in_features, n_grades)
-        self.score = nn.Linear(in_features, 1)
+        super().__init__(in_features, n_grades, bias=True)
         nn.init.constant_(self.score.bias, (n_grades - 1) / 2)
         self.first = nn.Parameter(torch.tensor([0.5]))  # [1]
         self.gaps = nn.Parameter(torch.ones(n_grades - 2).expm1().log())  # [K-2]

@@ -1,9 +1,11 @@
 """The network that grades a slide; what is trained is what is exported."""
 
+from typing import Optional
+
 import torch
 from torch import Tensor, nn
 
-from slidetl.models.aggregators import Aggregated, Pooling
+from slidetl.models.aggregators import Aggregated, Pooling, is_scripting
 from slidetl.models.backbones import Backbone
 from slidetl.models.heads import Head
 
@@ -42,33 +44,46 @@ class GradingNetwork(nn.Module):
 
     def grade(self, embeddings: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Computes the rest of :meth:`forward` from embeddings ``[B, N, D]``; not for lower precisions."""
-        pooled: Aggregated = self.aggregator(embeddings, mask)
-        logits: Tensor = self.head(pooled.embedding)
-        return logits, pooled.attention
+        logits, attention, _ = self.explain(embeddings, mask)
+        return logits, attention
 
-    def contributions(self, embeddings: Tensor, mask: Tensor) -> Tensor:
-        """Computes what each tile adds to the logits, for an aggregator that adds tiles up.
+    def explain(
+        self, embeddings: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor, Optional[tuple[Tensor, Tensor]]]:  # noqa: UP045 (TorchScript reads it)
+        """Grades as :meth:`grade`, and computes each tile's contribution to the slide's score.
 
-        A head is affine, so the share of a tile in the embedding is carried on by its linear part; its
-        constant is shared out by the attention.
+        Contributions sum to the score less its baseline, the score if all tiles of the slide counted alike.
 
         Args:
             embeddings: ``[B, N, D]``.
             mask: ``[B, N]`` bool, False for padding.
 
         Returns:
-            ``[B, N, L]``: over the tiles they sum to the logits of :meth:`grade`; 0 for padding.
-
-        Raises:
-            ValueError: the aggregator does not add tiles up.
+            Logits ``[B, L]``, attention ``[B, H, N]``, and the score ``[B]`` with the contributions
+            ``[B, N]``, in the head's ``score_unit``, 0 for padding; None in their place where the aggregator
+            does not add tiles up or the head has no such score.
         """
         pooled: Aggregated = self.aggregator(embeddings, mask)
-        parts = pooled.contributions  # [B, N, D']
-        if parts is None:
-            raise ValueError("this aggregator has no contributions of tiles; AdditiveAttention has")
-        constant: Tensor = self.head(torch.zeros_like(parts[0, :1]))  # [1, L]
-        # Parts of many tiles are small beside the constant, and would lose digits under it.
-        scale = float(parts.shape[1])
-        logits: Tensor = self.head(parts.flatten(0, 1) * scale)
-        linear = ((logits - constant) / scale).view(parts.shape[0], parts.shape[1], -1)
-        return linear + pooled.attention.mean(1).unsqueeze(2) * constant
+        explained: Optional[tuple[Tensor, Tensor]] = None  # noqa: UP045
+        if is_scripting():
+            explained = self._explain_in_parts(embeddings, pooled)
+        else:
+            if pooled.contributions is not None:
+                explained = self.head.explain(pooled.embedding, pooled.contributions)
+        return self.head(pooled.embedding), pooled.attention, explained
+
+    def _explain_in_parts(self, embeddings: Tensor, pooled: Aggregated) -> Optional[tuple[Tensor, Tensor]]:  # noqa: UP045
+        """Explains one slide without padding in an exported file, in memory for some of its tiles."""
+        score: Optional[Tensor] = None  # noqa: UP045
+        projected: list[Tensor] = []
+        for part in torch.split(embeddings, 8192, 1):
+            values = self.aggregator.values(part)
+            if values is not None:
+                explained = self.head.explain(pooled.embedding, values.to(torch.float32))
+                if explained is not None:
+                    score = explained[0]
+                    projected.append(explained[1])
+        if score is None:
+            return None
+        tiles = torch.cat(projected, 1)  # [B, N]
+        return score, pooled.attention.mean(1) * (tiles - tiles.mean(1, keepdim=True))

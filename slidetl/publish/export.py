@@ -7,7 +7,7 @@ import io
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Optional
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ class ExportedNetwork(nn.Module):
         wanted = networks[0].backbone.spec.in_channels
         self.in_channels = 3 if wanted == 1 else wanted  # of a tile: a network of one takes the luma of RGB
         self.chunk_size = chunk_size
+        self.has_one_score = len({network.head.score_unit for network in networks}) == 1
         width = sum(self.widths)
         self.temperature: Tensor
         self.mean: Tensor
@@ -87,17 +88,19 @@ class ExportedNetwork(nn.Module):
         return torch.cat(parts, dim=1)
 
     @torch.jit.export
-    def grade(self, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Grades embeddings ``[N, D]`` of a slide: probabilities ``[K]``, mean grade, attention ``[N]``."""
-        mask = torch.ones(1, embeddings.shape[0], dtype=torch.bool, device=embeddings.device)
-        probabilities, attention = self.vote(embeddings.unsqueeze(0), mask)
-        return probabilities[0], self.expected_grade(probabilities)[0], attention[0]
+    def grade(self, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor, Optional[tuple[Tensor, Tensor]]]:  # noqa: UP045 (TorchScript reads it)
+        """Grades embeddings ``[N, D]`` of a slide.
 
-    @torch.jit.export
-    def grade_tiles(self, embeddings: Tensor) -> Tensor:
-        """Grades each of ``[N, D]`` embeddings as a slide of one tile, ``[N]``; for maps."""
-        mask = torch.ones(embeddings.shape[0], 1, dtype=torch.bool, device=embeddings.device)
-        return self.expected_grade(self.vote(embeddings.unsqueeze(1), mask)[0])
+        Returns:
+            Probabilities ``[K]``, mean grade, attention ``[N]``, and as
+            :meth:`slidetl.models.network.GradingNetwork.explain` the slide's score with the contributions
+            ``[N]`` of its tiles, in the unit on the card; or None.
+        """
+        mask = torch.ones(1, embeddings.shape[0], dtype=torch.bool, device=embeddings.device)
+        probabilities, attention, explained = self.vote(embeddings.unsqueeze(0), mask)
+        if explained is not None:
+            explained = (explained[0][0], explained[1][0])
+        return probabilities[0], self.expected_grade(probabilities)[0], attention[0], explained
 
     @torch.jit.export
     def novelty(self, embeddings: Tensor) -> Tensor:
@@ -111,21 +114,32 @@ class ExportedNetwork(nn.Module):
         squared = (along.square() / self.variances).sum() + rest / self.residual_variance
         return squared / centred.shape[0]
 
-    def vote(self, embeddings: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def vote(
+        self, embeddings: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor, Optional[tuple[Tensor, Tensor]]]:  # noqa: UP045 (TorchScript reads it)
         """Takes the mean of all networks over bags ``[B, N, D]`` with a mask ``[B, N]``.
 
         Returns:
-            Probabilities ``[B, K]`` and attention ``[B, N]``.
+            Probabilities ``[B, K]``, attention ``[B, N]``, and score ``[B]`` with contributions ``[B, N]``
+            where every network has them.
         """
         parts = torch.split(embeddings, self.widths, dim=2)
         votes: list[Tensor] = []
         attentions: list[Tensor] = []
+        scores: list[Tensor] = []
+        contributions: list[Tensor] = []
         for index, network in enumerate(self.networks):
-            logits, attention = network.grade(parts[index], mask)
+            logits, attention, explained = network.explain(parts[index], mask)
             log_probabilities = network.head.probabilities(logits).clamp_min(1e-12).log()
             votes.append(torch.softmax(log_probabilities / self.temperature, dim=1))
             attentions.append(attention.mean(1))
-        return torch.stack(votes).mean(0), torch.stack(attentions).mean(0)
+            if explained is not None:
+                scores.append(explained[0])
+                contributions.append(explained[1])
+        together: Optional[tuple[Tensor, Tensor]] = None  # noqa: UP045
+        if self.has_one_score and len(scores) == len(votes):
+            together = (torch.stack(scores).mean(0), torch.stack(contributions).mean(0))
+        return torch.stack(votes).mean(0), torch.stack(attentions).mean(0), together
 
     def expected_grade(self, probabilities: Tensor) -> Tensor:
         """Computes the mean grade ``[B]`` of probabilities ``[B, K]``."""
@@ -170,6 +184,8 @@ def build_network(
     network = ExportedNetwork(
         [grader.network for grader in graders], evidence.temperature if evidence else 1.0, familiar
     ).eval()
+    with torch.inference_mode():
+        is_explained = network.grade(torch.zeros(1, sum(network.widths)))[3] is not None
     return network, ModelCard(
         grades=first.grades,
         tile_spec=first.tile_spec,
@@ -185,6 +201,7 @@ def build_network(
         novelty_limit=familiar.limit if familiar else None,
         # Folds begin from the same weights; other networks may not.
         lineage=tuple(dict.fromkeys(sha for grader in graders for sha in grader.network.backbone.lineage)),
+        score_unit=first.network.head.score_unit if is_explained else "",
         precisions=tuple(str(precision).removeprefix("torch.") for precision in PARITY_TOLERANCE),
     )
 
@@ -205,8 +222,8 @@ def export_model(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[
         path: of the file; it appears as a whole.
 
     Returns:
-        The greatest difference of any probability between file and network, on random tiles: by device and
-        precision, e.g. ``{"cpu float32": 0.0, "cpu bfloat16": 0.0}``.
+        The greatest difference of any probability (in float32, of any contribution too) between file and
+        network, on random tiles: by device and precision, e.g. ``{"cpu float32": 0.0, "cpu bfloat16": 0.0}``.
 
     Raises:
         ModelFileError: the file does not compute the same; it is not written then.
@@ -227,7 +244,8 @@ def export_model(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[
                 if not worst[name] <= PARITY_TOLERANCE[precision]:
                     raise ModelFileError(
                         f"the exported file differs from the network by {worst[name]:.1e} in a probability "
-                        f"({name}), more than {PARITY_TOLERANCE[precision]:.0e}; it was not written"
+                        f"or a tile's contribution ({name}), more than {PARITY_TOLERANCE[precision]:.0e}; "
+                        "it was not written"
                     )
         network.to("cpu")
         trust(file_sha256(partial), path.name)
@@ -254,4 +272,8 @@ def _parity(network: ExportedNetwork, loaded: Any, tile_size_px: int, precision:
         is_lower = precision is not torch.float32
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=is_lower):
             differences.append((network(tiles) - loaded(tiles)).abs().max())
+            here, there = (of.grade(of.embed(tiles))[3] for of in (network, loaded))
+        # As a share of the greatest, since contributions have no scale of their own.
+        if here is not None and there is not None and not is_lower:
+            differences.append((here[1] - there[1]).abs().max() / here[1].abs().max().clamp_min(1))
     return float(torch.stack(differences).max())  # NaN, unlike with Python's `max`

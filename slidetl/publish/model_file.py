@@ -48,7 +48,7 @@ class ModelFile:
         (docs/design/loading.md).
         """
         with without_deprecation():
-            network = torch.jit.freeze(self.network, ["embed", "grade", "grade_tiles", "novelty"])
+            network = torch.jit.freeze(self.network, ["embed", "grade", "novelty"])
         return replace(self, network=network)
 
 

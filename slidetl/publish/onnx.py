@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -22,6 +23,7 @@ from slidetl.publish.export import ExportedNetwork
 
 _METADATA = "slidetl.json"  # its name among the model's properties
 _GRADED = ["probabilities", "expected_grade", "attention"]
+_EXPLAINED = ["score", "contributions"]
 PARITY_TOLERANCE = 1e-4  # other kernels sum in another order
 
 
@@ -34,12 +36,13 @@ class _Second(nn.Module):
         # The k highest of fewer than k tiles would be a graph of another shape: masked rows are added.
         self.spare = max(int(getattr(member.aggregator, "k", 0)) for member in network.networks)
 
-    def forward(self, embeddings: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, embeddings: Tensor) -> tuple[Tensor, ...]:
         n_tiles = embeddings.shape[0]
         mask = functional.pad(torch.ones(n_tiles, dtype=torch.bool), (0, self.spare))
         bag = functional.pad(embeddings, (0, 0, 0, self.spare))
-        probabilities, attention = self.network.vote(bag.unsqueeze(0), mask.unsqueeze(0))
-        return probabilities[0], self.network.expected_grade(probabilities)[0], attention[0, :n_tiles]
+        probabilities, attention, explained = self.network.vote(bag.unsqueeze(0), mask.unsqueeze(0))
+        graded = (probabilities[0], self.network.expected_grade(probabilities)[0], attention[0, :n_tiles])
+        return graded if explained is None else (*graded, explained[0][0], explained[1][0, :n_tiles])
 
 
 class _Whole(nn.Module):
@@ -50,7 +53,7 @@ class _Whole(nn.Module):
         self.network = network
         self.second = _Second(network)
 
-    def forward(self, tiles: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, tiles: Tensor) -> tuple[Tensor, ...]:
         embeddings = self.network.embed(tiles)
         return embeddings, *self.second(embeddings)
 
@@ -64,7 +67,9 @@ def export_onnx(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[s
     ``MODEL.onnx``             ``tiles [N, 3, H, W]``       ``embeddings [N, D]``, and those below
                                uint8
     ``MODEL.grade.onnx``       ``embeddings [N, D]``        ``probabilities [K]``, ``expected_grade``,
-                               float32                     ``attention [N]``, all float32
+                               float32                     ``attention [N]``, and where the card has a
+                                                           ``score_unit``, ``score`` and
+                                                           ``contributions [N]``, all float32
     ========================== =========================== ==========================================
 
     The card is the property ``slidetl.json`` of either.
@@ -75,7 +80,7 @@ def export_onnx(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[s
         path: ``MODEL.onnx``; the other lies beside it.
 
     Returns:
-        The greatest difference of any probability from the network's, for either file.
+        The greatest difference of any probability or contribution from the network's, for either file.
 
     Raises:
         UsageError: the extra ``slidetl[onnx]`` is not installed, or the path does not end in ``.onnx``.
@@ -100,22 +105,26 @@ def export_onnx(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[s
     try:
         with torch.no_grad():
             embeddings = network.embed(tiles)
-            expected = network.grade(embeddings)[0].numpy()
-            alone = network(tiles[:1]).numpy()
-        _write(_Whole(network), "tiles", tiles, ["embeddings", *_GRADED], card, partial)
-        _write(_Second(network), "embeddings", embeddings, _GRADED, card, partial_second)
+            expected, *_, explained = network.grade(embeddings)
+            alone = network(tiles[:1])
+        outputs = _GRADED if explained is None else [*_GRADED, *_EXPLAINED]
+        _write(_Whole(network), "tiles", tiles, ["embeddings", *outputs], card, partial)
+        _write(_Second(network), "embeddings", embeddings, outputs, card, partial_second)
         whole = onnxruntime.InferenceSession(str(partial), providers=["CPUExecutionProvider"])
         of_embeddings = onnxruntime.InferenceSession(str(partial_second), providers=["CPUExecutionProvider"])
-        found = whole.run(["embeddings", "probabilities"], {"tiles": tiles.numpy()})
+        found = whole.run(None, {"tiles": tiles.numpy()})
         one = whole.run(["probabilities"], {"tiles": tiles[:1].numpy()})[0]
-        graded = of_embeddings.run(["probabilities"], {"embeddings": found[0]})[0]
-        whole_worst = max(abs(found[1] - expected).max(), abs(one - alone).max())
-        worst = {path.name: float(whole_worst), second.name: float(abs(graded - expected).max())}
+        graded = of_embeddings.run(None, {"embeddings": found[0]})
+        single = _difference([one], alone, None)
+        worst = {
+            path.name: float(np.max([_difference(found[1:], expected, explained), single])),
+            second.name: _difference(graded, expected, explained),
+        }
         for name, difference in worst.items():
             if not difference <= PARITY_TOLERANCE:
                 raise ModelFileError(
-                    f"{name} differs from the network by {difference:.1e} in a probability, more than "
-                    f"{PARITY_TOLERANCE:.0e}; it was not written"
+                    f"{name} differs from the network by {difference:.1e} in a probability or a tile's "
+                    f"contribution, more than {PARITY_TOLERANCE:.0e}; it was not written"
                 )
         partial_second.replace(second)
         partial.replace(path)
@@ -123,6 +132,16 @@ def export_onnx(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[s
         partial.unlink(missing_ok=True)
         partial_second.unlink(missing_ok=True)
     return worst
+
+
+def _difference(outputs: list[Any], probabilities: Tensor, explained: tuple[Tensor, Tensor] | None) -> float:
+    """Returns the greatest difference of a probability, or of a contribution as a share of the greatest."""
+    differences = abs(outputs[0] - probabilities.numpy())
+    if explained is not None:
+        contributions = explained[1].numpy()
+        scale = max(1.0, abs(contributions).max())
+        differences = np.append(differences, abs(outputs[4] - contributions) / scale)
+    return float(differences.max())  # NaN where any is
 
 
 def _write(

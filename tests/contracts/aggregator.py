@@ -16,6 +16,7 @@ class AggregatorContract:
     """Subclass it and set ``make``: length of an embedding -> aggregator."""
 
     make: Callable[[int], Pooling]
+    adds_tiles_up = False  # and so has contributions
 
     def aggregator(self, features: int = N_FEATURES) -> Pooling:
         torch.manual_seed(0)
@@ -36,10 +37,25 @@ class AggregatorContract:
         assert (out.attention >= 0).all()
         torch.testing.assert_close(out.attention.sum(2), torch.ones_like(out.attention.sum(2)))
 
-    def test_contributions_where_there_are_some_add_up_to_the_embedding(self) -> None:
-        out: Aggregated = self.aggregator()(*self.bag(7, batch=3))
-        if out.contributions is not None:
-            torch.testing.assert_close(out.contributions.sum(1), out.embedding)
+    @pytest.mark.parametrize("n_tiles", [1, 7, 20_000])
+    def test_contributions_sum_to_the_embedding_less_its_baseline(self, n_tiles: int) -> None:
+        aggregator = self.aggregator()
+        embeddings, mask = self.bag(n_tiles, batch=2)
+        mask[1, 1 + n_tiles // 2 :] = False
+        out: Aggregated = aggregator(embeddings, mask)
+        assert (out.contributions is not None) is self.adds_tiles_up
+        if out.contributions is None:
+            return
+        assert out.contributions.shape == (2, n_tiles, aggregator.out_features)
+        assert not out.contributions.requires_grad and not out.contributions[~mask].any()
+        for row, is_tile in enumerate(mask):
+            tiles = embeddings[row, is_tile]
+            # The value of a tile is the embedding of a slide of that tile; attention then is one.
+            values = aggregator(tiles.unsqueeze(1), torch.ones(len(tiles), 1, dtype=torch.bool)).embedding
+            expected = out.embedding[row] - values.mean(0)
+            torch.testing.assert_close(out.contributions[row].sum(0), expected, atol=1e-5, rtol=0)
+            each = out.attention[row, :, is_tile].mean(0).unsqueeze(1) * (values - values.mean(0))
+            torch.testing.assert_close(out.contributions[row, is_tile], each, atol=1e-6, rtol=1e-4)
 
     def test_order_does_not_matter(self) -> None:
         embeddings, mask = self.bag(9)
@@ -47,6 +63,8 @@ class AggregatorContract:
         here, there = self.aggregator()(embeddings, mask), self.aggregator()(embeddings[:, order], mask)
         torch.testing.assert_close(here.embedding, there.embedding)
         torch.testing.assert_close(here.attention[..., order], there.attention)
+        if here.contributions is not None:
+            torch.testing.assert_close(here.contributions[:, order], there.contributions)
 
     def test_padding_does_not_count_whatever_it_holds(self) -> None:
         embeddings, mask = self.bag(6)
@@ -63,6 +81,9 @@ class AggregatorContract:
             torch.testing.assert_close(here.embedding, there.embedding)
             torch.testing.assert_close(here.attention, there.attention[..., :6])
             assert not there.attention[..., 6:].any()
+            if here.contributions is not None:
+                torch.testing.assert_close(here.contributions, there.contributions[:, :6])
+                assert not there.contributions[:, 6:].any()
             there.embedding.square().sum().backward()
             assert padded.grad is not None and not padded.grad[:, 6:].any()
             again = [value.grad for value in aggregator.parameters() if value.grad is not None]
@@ -110,5 +131,6 @@ class AggregatorContract:
         mask[1, 4:] = False
         aggregator = self.aggregator(features)
         here, there = aggregator(embeddings, mask), torch.jit.script(aggregator)(embeddings, mask)
+        assert there.contributions is None  # left to the network, which takes tiles in parts
         torch.testing.assert_close(here.embedding, there.embedding)
         torch.testing.assert_close(here.attention, there.attention)

@@ -33,7 +33,7 @@ from slidetl.slides import open_slide
 from slidetl.training.checkpoint import load_grader
 from slidetl.training.predictions import SlidePrediction, read_predictions, write_predictions
 from tests.conftest import Picture, PyramidTiff, Study
-from tests.grading.report.conftest import grade_of
+from tests.grading.report.conftest import explanation_of, grade_of
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +70,13 @@ def test_agrees_with_slidetl_test_on_every_test_slide(
 def test_map_lies_where_the_tiles_are(study: Study, model: ModelFile, tmp_path: Path) -> None:
     slide = next((study.manifest.parent / "slides").glob("*.tiff"))
     result = grade_slide(model, slide)
-    assert len(result.attention) == len(result.origins_level0) == len(result.tile_grades) == len(result.plan)
+    explanation = result.explanation
+    assert len(result.attention) == len(result.origins_level0) == len(explanation.contributions)
+    assert len(result.attention) == len(result.plan)
     assert result.attention.sum() == pytest.approx(1, abs=1e-4)
-    assert (result.tile_grades >= 0).all() and (result.tile_grades <= 4).all()
+    said = result.to_dict()["explanation"]
+    assert (said["method"], said["unit"]) == ("additive", "log-odds")
+    assert said["baseline"] + said["raised"] + said["lowered"] == pytest.approx(said["score"], abs=2e-5)
     assert sum(result.probabilities) == pytest.approx(1, abs=1e-5)
     draw_map(result, tmp_path / "new" / "map.png")
     assert (tmp_path / "new" / "map.png").stat().st_size > 10_000
@@ -93,8 +97,8 @@ def test_the_map_is_bright_where_the_network_looked(
         is_there = (columns == column) & (rows == row)
         assert is_there.sum() == 1
         attention = np.where(is_there, 0.9, 0.1 / (len(is_there) - 1)).astype(np.float32)
-        even = np.zeros(len(is_there), np.float32)
-        draw_map(replace(result, attention=attention, tile_grades=even), tmp_path / "map.png")
+        even = explanation_of(np.zeros(len(is_there)))
+        draw_map(replace(result, attention=attention, explanation=even), tmp_path / "map.png")
         with Image.open(tmp_path / "map.png") as picture:
             return np.asarray(picture.convert("L"), np.float64)
 
@@ -134,7 +138,7 @@ def test_embeddings_in_a_file_give_the_same_grade(
     for other in (in_file, no_room):
         assert other.probabilities == in_memory.probabilities
         np.testing.assert_array_equal(other.attention, in_memory.attention)
-        np.testing.assert_array_equal(other.tile_grades, in_memory.tile_grades)
+        np.testing.assert_array_equal(other.explanation.contributions, in_memory.explanation.contributions)
 
 
 def test_a_bad_slide_costs_itself_alone(
@@ -360,7 +364,7 @@ def test_the_grade_does_not_depend_on_the_number_of_threads(study: Study, model:
     for other in others:
         assert other.probabilities == one.probabilities
         np.testing.assert_array_equal(other.origins_level0, one.origins_level0)
-        np.testing.assert_array_equal(other.tile_grades, one.tile_grades)
+        np.testing.assert_array_equal(other.explanation.contributions, one.explanation.contributions)
     assert torch.get_num_threads() == before
 
 
@@ -376,7 +380,7 @@ def test_a_frozen_model_grades_alike(study: Study, trained: Path, tmp_path: Path
     one, other = grade_slide(model, slide), grade_slide(frozen, slide)
     np.testing.assert_allclose(other.probabilities, one.probabilities, atol=1e-5)
     np.testing.assert_allclose(other.attention, one.attention, atol=1e-5)
-    np.testing.assert_allclose(other.tile_grades, one.tile_grades, atol=1e-4)
+    np.testing.assert_allclose(other.explanation.contributions, one.explanation.contributions, atol=1e-4)
 
 
 def test_a_network_that_gives_nan_grades_no_slide(study: Study, model: ModelFile) -> None:
@@ -390,6 +394,23 @@ def test_a_network_that_gives_nan_grades_no_slide(study: Study, model: ModelFile
     slide = next((study.manifest.parent / "slides").glob("*.tiff"))
     with pytest.raises(UnfitSlideError, match="not graded: expected finite probabilities"):
         grade_slide(replace(model, network=Undefined()), slide, force=True)
+
+
+def test_a_file_of_before_contributions_is_explained_by_occlusion(study: Study, model: ModelFile) -> None:
+    class Older:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(model.network, name)
+
+        def grade(self, embeddings: torch.Tensor) -> Any:
+            return model.network.grade(embeddings)[:3]
+
+    slide = next((study.manifest.parent / "slides").glob("*.tiff"))
+    older = grade_slide(replace(model, network=Older()), slide)
+    assert older.probabilities == grade_slide(model, slide).probabilities
+    said = older.to_dict()["explanation"]
+    assert (said["method"], said["unit"], said["baseline"]) == ("occlusion", "grades", None)
+    assert said["score"] == pytest.approx(older.expected_grade, abs=1e-5)
+    assert np.isfinite(older.explanation.contributions).all() and older.explanation.contributions.any()
 
 
 def test_an_error_of_the_network_is_not_lost(study: Study, model: ModelFile) -> None:

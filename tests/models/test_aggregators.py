@@ -54,6 +54,7 @@ class GradientShare(AggregatorContract):
 
 class TestMeanPooling(GradientShare):
     make = MeanPooling
+    adds_tiles_up = True
 
     def test_is_the_mean(self) -> None:
         embeddings, mask = self.bag(6)
@@ -121,6 +122,7 @@ def attended(scores: list[torch.Tensor]) -> torch.Tensor:
 
 class TestAttention(AggregatorContract):
     make = Attention
+    adds_tiles_up = True
 
     def test_follows_equation_eight(self) -> None:
         aggregator = self.aggregator()
@@ -137,6 +139,7 @@ class TestAttention(AggregatorContract):
 
 class TestGatedAttention(AggregatorContract):
     make = GatedAttention
+    adds_tiles_up = True
 
     def test_follows_equation_nine(self) -> None:
         aggregator = self.aggregator()
@@ -154,6 +157,7 @@ class TestGatedAttention(AggregatorContract):
 
 class TestMultiHopAttention(AggregatorContract):
     make = staticmethod(lambda n: MultiHopAttention(n, hidden_features=8, hops=3))
+    adds_tiles_up = True
 
     def test_what_was_read_asks_the_next_question(self) -> None:
         aggregator = self.aggregator()
@@ -174,6 +178,7 @@ class TestMultiHopAttention(AggregatorContract):
 
 class TestAdditiveAttention(AggregatorContract):
     make = AdditiveAttention
+    adds_tiles_up = True
 
     def test_weighting_before_the_network_is_the_same(self) -> None:
         aggregator = self.aggregator()
@@ -182,7 +187,7 @@ class TestAdditiveAttention(AggregatorContract):
         assert isinstance(aggregator, AdditiveAttention)
         weighted = out.attention.transpose(1, 2) * embeddings  # as in the paper
         parts = aggregator.second(torch.relu(aggregator.first(weighted)))
-        torch.testing.assert_close(out.contributions, parts)
+        torch.testing.assert_close(out.embedding, parts.sum(1))
         torch.testing.assert_close(out.attention, aggregator.attend(embeddings, mask).attention)
 
 

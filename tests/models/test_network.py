@@ -3,7 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from slidetl.models.aggregators import AdditiveAttention, MeanPooling, Pooling
+from slidetl.models.aggregators import (
+    AdditiveAttention,
+    Attention,
+    GatedAttention,
+    MaxPooling,
+    MeanPooling,
+    MultiHopAttention,
+    Pooling,
+)
 from slidetl.models.backbones import Backbone
 from slidetl.models.heads import Coral, Corn, CrossEntropy, CumulativeLink, Head, RegressionWithThresholds
 from slidetl.models.network import GradingNetwork
@@ -29,37 +37,67 @@ def test_bags_equal_their_embeddings_graded() -> None:
 def graded(aggregator: type[Pooling], head: type[Head], n_tiles: int) -> tuple[GradingNetwork, torch.Tensor]:
     torch.manual_seed(0)
     pooling = aggregator(512)
-    network = GradingNetwork(Backbone(BackboneSpec()), pooling, head(pooling.out_features, 5)).eval()
+    network = GradingNetwork(
+        Backbone(BackboneSpec("cbr_small")), pooling, head(pooling.out_features, 5)
+    ).eval()
     return network, torch.randn(2, n_tiles, 512)
 
 
-@pytest.mark.parametrize("head", [CumulativeLink, Coral, Corn, RegressionWithThresholds, CrossEntropy])
-@pytest.mark.parametrize("n_tiles", [1, 7, 20_000])
-def test_contributions_of_tiles_sum_to_the_logits(head: type[Head], n_tiles: int) -> None:
-    network, embeddings = graded(AdditiveAttention, head, n_tiles)
+@pytest.mark.parametrize("head", [CumulativeLink, Coral, RegressionWithThresholds])
+@pytest.mark.parametrize(
+    "aggregator", [MeanPooling, Attention, GatedAttention, MultiHopAttention, AdditiveAttention]
+)
+@pytest.mark.parametrize("n_tiles", [1, 7, 3000])
+def test_contributions_sum_to_the_score_less_its_baseline(
+    aggregator: type[Pooling], head: type[Head], n_tiles: int
+) -> None:
+    network, embeddings = graded(aggregator, head, n_tiles)
     mask = torch.ones(2, n_tiles, dtype=torch.bool)
     mask[1, 1 + n_tiles // 2 :] = False
     embeddings[~mask] = float("nan")
     with torch.inference_mode():
-        contributions = network.contributions(embeddings, mask)
-        logits, _ = network.grade(embeddings, mask)
-    assert contributions.shape == (2, n_tiles, logits.shape[1])
+        logits, _, explained = network.explain(embeddings, mask)
+        assert explained is not None
+        score, contributions = explained
+        # The score is the one that the logits are cut from: they differ from it by constants.
+        other, _, there = network.explain(embeddings[:, :1], mask[:, :1])
+        assert there is not None
+        if head is RegressionWithThresholds:
+            torch.testing.assert_close(logits[:, 0], score)
+        else:
+            gaps = score.unsqueeze(1) - logits
+            torch.testing.assert_close(gaps, there[0].unsqueeze(1) - other, atol=1e-5, rtol=0)
+        for row, is_tile in enumerate(mask):
+            tiles = embeddings[row, is_tile].unsqueeze(1)  # slides of one tile, whose scores are its values
+            alone = network.explain(tiles, torch.ones(len(tiles), 1, dtype=torch.bool))[2]
+            assert alone is not None
+            baseline = alone[0].mean()
+            torch.testing.assert_close(contributions[row].sum(), score[row] - baseline, atol=1e-5, rtol=0)
+    assert contributions.shape == (2, n_tiles)
     assert not contributions[~mask].any()
-    torch.testing.assert_close(contributions.sum(1), logits, atol=2e-5, rtol=1e-5)
 
 
-def test_a_contribution_is_the_linear_part_and_a_share_of_the_constant() -> None:
-    network, embeddings = graded(AdditiveAttention, CrossEntropy, 3)
-    mask = torch.ones(2, 3, dtype=torch.bool)
+@pytest.mark.parametrize(
+    ("aggregator", "head"),
+    [(MeanPooling, Corn), (GatedAttention, CrossEntropy), (MaxPooling, CumulativeLink)],
+)
+def test_where_there_is_no_sum_nothing_is_claimed(aggregator: type[Pooling], head: type[Head]) -> None:
+    network, embeddings = graded(aggregator, head, 3)
     with torch.inference_mode():
-        pooled = network.aggregator(embeddings, mask)
-        assert isinstance(network.head, CrossEntropy)
-        weight, bias = network.head.classes.weight, network.head.classes.bias
-        expected = pooled.contributions @ weight.T + pooled.attention.transpose(1, 2) * bias
-        torch.testing.assert_close(network.contributions(embeddings, mask), expected)
+        assert network.explain(embeddings, torch.ones(2, 3, dtype=torch.bool))[2] is None
 
 
-def test_an_aggregator_that_does_not_add_up_says_so() -> None:
-    network, embeddings = graded(MeanPooling, CumulativeLink, 3)
-    with pytest.raises(ValueError, match="AdditiveAttention has"):
-        network.contributions(embeddings, torch.ones(2, 3, dtype=torch.bool))
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "aggregator", [MeanPooling, Attention, GatedAttention, MultiHopAttention, AdditiveAttention, MaxPooling]
+)
+def test_an_exported_file_takes_tiles_in_parts_and_finds_the_same(aggregator: type[Pooling]) -> None:
+    network, embeddings = graded(aggregator, CumulativeLink, 9000)
+    scripted = torch.jit.script(network)
+    mask = torch.ones(2, 9000, dtype=torch.bool)
+    with torch.inference_mode():
+        here, there = network.explain(embeddings, mask)[2], scripted.explain(embeddings, mask)[2]
+    if here is None:
+        assert there is None and aggregator is MaxPooling
+    else:
+        torch.testing.assert_close(here, there, atol=1e-6, rtol=1e-5)

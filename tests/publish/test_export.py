@@ -43,10 +43,14 @@ def test_file_computes_what_the_network_computes(grader: SlideGrader, model_path
         logits, attention = grader.network(tiles[None], torch.ones(1, 70, dtype=torch.bool))
         expected = grader.network.head.probabilities(logits)[0]
         embeddings = model.network.embed(tiles)
-        probabilities, grade, weights = model.network.grade(embeddings)
-        alone = [model.network.grade(embeddings[i : i + 1])[1] for i in range(5)]
+        probabilities, grade, weights, (score, contributions) = model.network.grade(embeddings)
+        own = grader.network.explain(embeddings[None], torch.ones(1, 70, dtype=torch.bool))[2]
+        alone = [model.network.grade(embeddings[i : i + 1])[3][0] for i in range(70)]
         torch.testing.assert_close(model.network(tiles), expected, atol=1e-5, rtol=0)
-        torch.testing.assert_close(model.network.grade_tiles(embeddings)[:5], torch.stack(alone))
+    assert own is not None and model.card.score_unit == "log-odds"
+    torch.testing.assert_close((score, contributions), (own[0][0], own[1][0]), atol=1e-5, rtol=0)
+    baseline = torch.stack(alone).mean()
+    torch.testing.assert_close(contributions.sum(), score - baseline, atol=1e-5, rtol=0)
     torch.testing.assert_close(probabilities, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(weights, attention[0, 0], atol=1e-6, rtol=1e-3)
     torch.testing.assert_close(grade, (expected * torch.arange(5)).sum(), atol=1e-4, rtol=0)
@@ -92,6 +96,10 @@ def test_an_ensemble_votes_with_its_temperature(grader: SlideGrader, tmp_path: P
             votes.append(softer / softer.sum())
         embeddings = model.network.embed(tiles)
         torch.testing.assert_close(model.network(tiles), sum(votes) / 2, atol=1e-5, rtol=0)
+        score, contributions = model.network.grade(embeddings)[3]
+        alone = [model.network.grade(tile[None])[3][0] for tile in embeddings]
+    baseline = torch.stack(alone).mean()  # each is the mean over the members
+    torch.testing.assert_close(contributions.sum(), score - baseline, atol=1e-5, rtol=0)
     assert embeddings.shape == (6, 1280 + grader.network.backbone.num_features)
     assert model.network.novelty(embeddings).isnan()
 

@@ -4,35 +4,36 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from slidetl.files import replaced
+from slidetl.grading.explain import DIVERGING
 from slidetl.grading.report.maps import colour_table
 
 if TYPE_CHECKING:
     from slidetl.grading.grade import SlideGrade
 
 
-def write_geojson(result: SlideGrade, grades: Sequence[str], path: Path) -> None:
+def write_geojson(result: SlideGrade, path: Path) -> None:
     """Writes a ``FeatureCollection`` of squares, in the level-0 pixels of QuPath's image of the slide.
 
     QuPath crops a slide to the scanned area where OpenSlide gives ``openslide.bounds-*`` (MIRAX, Leica,
     Ventana), unless opened with ``--no-crop``, and counts from the corner of that area.
 
-    Each has the ``objectType`` ``tile``, the measurements ``attention`` (1: the average tile) and ``tile
-    grade`` (the grade expected of the tile alone), and as ``classification`` the grade nearest to that, in
-    the colours of the report, so that it shows without a measurement map. Measurements are an object of
+    Each has the ``objectType`` ``tile``, the measurements ``attention`` (1: the average tile) and
+    ``contribution`` with its unit (:class:`slidetl.grading.explain.Explanation`), and as ``classification``
+    the third of the report's colours in which that lies, so that it shows without a measurement map.
+    Measurements are an object of
     names and values, and colours three integers, as QuPath writes them since version 0.4 (qupath/qupath
     pull request 1099). The ``id`` of a tile is the same whenever this model grades this slide, which lets
     QuPath notice what it has imported before.
 
     Args:
         result: the graded slide.
-        grades: their names, lowest first.
         path: where to.
 
     Raises:
@@ -40,25 +41,28 @@ def write_geojson(result: SlideGrade, grades: Sequence[str], path: Path) -> None
     """
     with replaced(path) as file:
         file.write(b'{"type": "FeatureCollection", "features": [')
-        for number, feature in enumerate(_features(result, grades)):
+        for number, feature in enumerate(_features(result)):
             file.write(
                 ("" if number == 0 else ",").encode() + b"\n" + json.dumps(feature, allow_nan=False).encode()
             )
         file.write(b"\n]}\n")
 
 
-def _features(result: SlideGrade, grades: Sequence[str]) -> Iterator[dict[str, Any]]:
+def _features(result: SlideGrade) -> Iterator[dict[str, Any]]:
     attention = result.attention * np.float32(len(result.attention))
     width, height = result.plan.extent_level0
     corner = np.asarray(result.plan.info.corner_level0)
     source = uuid.uuid5(uuid.NAMESPACE_OID, f"{result.fingerprint} {result.model_sha256}")
-    colours = colour_table("viridis")
+    colours = colour_table(DIVERGING)
     classes = [
-        {"name": f"grade {name}", "color": colours[round(255 * grade / (len(grades) - 1))].tolist()}
-        for grade, name in enumerate(grades)
+        {"name": name, "color": colours[shade].tolist()}
+        for name, shade in (("lowers the score", 42), ("changes little", 128), ("raises the score", 213))
     ]
     origins = (result.origins_level0 - corner).tolist()
-    for (x, y), weight, grade in zip(origins, attention.tolist(), result.tile_grades.tolist(), strict=True):
+    explanation = result.explanation
+    measured = f"contribution ({explanation.unit})"
+    values = explanation.contributions.tolist(), (explanation.shades // 86).tolist()
+    for (x, y), weight, contribution, third in zip(origins, attention.tolist(), *values, strict=True):
         right, bottom = round(x + width, 2), round(y + height, 2)
         yield {
             "type": "Feature",
@@ -70,7 +74,7 @@ def _features(result: SlideGrade, grades: Sequence[str]) -> Iterator[dict[str, A
             "properties": {
                 "objectType": "tile",
                 "isLocked": True,
-                "classification": classes[round(grade)],
-                "measurements": {"attention": round(weight, 6), "tile grade": round(grade, 5)},
+                "classification": classes[third],
+                "measurements": {"attention": round(weight, 6), measured: float(f"{contribution:.6g}")},
             },
         }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from slidetl.grading.explain import DIVERGING
 from slidetl.tiles.preview import COLOURS
 
 if TYPE_CHECKING:
@@ -53,14 +53,22 @@ def relative_attention(result: SlideGrade) -> NDArray[np.float32] | None:
     return relative if np.ptp(relative) > _FLAT else None
 
 
-def maps_of(result: SlideGrade, grades: Sequence[str]) -> list[TileMap]:
-    """Makes the maps of a graded slide, the most telling first.
-
-    Args:
-        result: the graded slide.
-        grades: their names, lowest first.
-    """
-    maps = []
+def maps_of(result: SlideGrade) -> list[TileMap]:
+    """Makes the maps of a graded slide, the most telling first."""
+    explanation = result.explanation
+    ends = f"{explanation.reach:.2g}"
+    maps = [
+        TileMap(
+            "Contribution",
+            explanation.description,
+            f"{explanation.unit} × tiles",
+            result.origins_level0,
+            explanation.relative,
+            explanation.shades,
+            colour_table(DIVERGING),
+            ticks=((0.0, f"≤ −{ends}"), (0.5, "0"), (1.0, f"≥ {ends}")),
+        )
+    ]
     if (relative := relative_attention(result)) is not None:
         # By powers: on a scale that is even from zero to the greatest, a few tiles are bright and all others
         # black. The average lies in the middle, and as far below it as above.
@@ -73,24 +81,11 @@ def maps_of(result: SlideGrade, grades: Sequence[str]) -> list[TileMap]:
                 "× the average tile",
                 result.origins_level0,
                 relative,
-                _shades(place),
+                np.asarray(np.round(255 * np.clip(place, 0, 1)), np.int64),
                 colour_table("inferno"),
                 ticks=((0.0, f"1/{reach:.2g}"), (0.5, "1"), (1.0, f"{reach:.2g}×")),
             )
         )
-    highest = len(grades) - 1
-    maps.append(
-        TileMap(
-            "Grade by itself",
-            "The grade to be expected if the slide had this tile alone.",
-            "",
-            result.origins_level0,
-            result.tile_grades,
-            _shades(result.tile_grades / highest),
-            colour_table("viridis"),
-            ticks=tuple((grade / highest, name) for grade, name in enumerate(grades)),
-        )
-    )
     if left_out := left_out_level0(result):
         reasons = tuple(left_out)
         numbers = np.repeat(np.arange(len(reasons)), [len(corners) for corners in left_out.values()])
@@ -124,10 +119,6 @@ def extreme_tiles(values: NDArray[np.float32], count: int) -> tuple[list[int], l
     least = order[: min(count, len(order) // 2)]
     most = order[len(least) :][::-1][:count]
     return most.tolist(), least.tolist()
-
-
-def _shades(place: NDArray[Any]) -> NDArray[np.int64]:
-    return np.asarray(np.round(255 * np.clip(place, 0, 1)), np.int64)
 
 
 def colour_table(name: str) -> NDArray[np.uint8]:

@@ -63,10 +63,10 @@ def write_slide_report(
     with open_slide(result.slide, icc=spec.icc, mpp_replace=mpp, channels=spec.channels) as slide:
         pyramid = build_pyramid(slide, plan, result.origins_level0, result.attention, budget_bytes, threads)
         galleries = _galleries(slide, result, pyramid)
-    maps = maps_of(result, card.grades)
+    maps = maps_of(result)
     page = folder / f"{name}.html"
     write_whole(folder / f"{name}.thumbnail.jpg", _jpeg(plan.thumbnail, _THUMBNAIL_PX, 80))
-    write_geojson(result, card.grades, folder / f"{name}.geojson")
+    write_geojson(result, folder / f"{name}.geojson")
     write_page(
         page,
         __package__,
@@ -141,14 +141,10 @@ def _data(result: SlideGrade, pyramid: Pyramid, maps: list[TileMap]) -> dict[str
 
 
 def _galleries(slide: Slide, result: SlideGrade, pyramid: Pyramid) -> list[dict[str, Any]]:
-    """Shows the tiles that counted most and least, or those of the extreme grades if all count alike."""
+    """Shows the tiles that raise and lower the score most."""
     relative = relative_attention(result)
-    if relative is not None:
-        titles, values = ("Most attended tiles", "Least attended tiles"), relative
-    else:
-        titles = ("Tiles of the highest grade by themselves", "Tiles of the lowest grade by themselves")
-        values = result.tile_grades
-    most, least = extreme_tiles(values, _TILES_SHOWN)
+    titles = ("Tiles that raise the score most", "Tiles that lower it most")
+    most, least = extreme_tiles(result.explanation.contributions, _TILES_SHOWN)
     return [
         {"title": title, "tiles": [_tile(slide, result, pyramid, tile, relative) for tile in tiles]}
         for title, tiles in zip(titles, (most, least), strict=True)
@@ -172,7 +168,7 @@ def _tile(
         "picture": picture,
         "place": f"{x * scale_x:.2f},{y * scale_y:.2f}",
         "attention": None if relative is None else float(relative[tile]),
-        "grade": float(result.tile_grades[tile]),
+        "contribution": float(result.explanation.relative[tile]),
         "x_level0": x,
         "y_level0": y,
     }

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
+from slidetl.grading.explain import Explanation
 from slidetl.grading.grade import SlideGrade
 from slidetl.library.model_card import Evidence, ModelCard, TrainingData
 from slidetl.slides import open_slide
@@ -19,6 +21,11 @@ SPEC = TileSpec(1.0, 64, min_tissue=0.5)
 GRADES = ("none", "mild", "moderate", "severe")
 
 Graded = Callable[..., SlideGrade]
+
+
+def explanation_of(contributions: NDArray[np.float64]) -> Explanation:
+    """An exact explanation; the score is 1.2 if all tiles count alike."""
+    return Explanation(contributions.astype(np.float32), "log-odds", 1.2 + contributions.sum(), 1.2)
 
 
 def grade_of(path: Path, spec: TileSpec = SPEC, seed: int = 0) -> SlideGrade:
@@ -41,7 +48,7 @@ def grade_of(path: Path, spec: TileSpec = SPEC, seed: int = 0) -> SlideGrade:
         plan=plan,
         origins_level0=plan.origins_level0,
         attention=attention,
-        tile_grades=rng.uniform(0, 3, len(plan)).astype(np.float32),
+        explanation=explanation_of(rng.normal(0, 0.02, len(plan))),
     )
 
 

@@ -20,7 +20,7 @@ from playwright.sync_api import Page as BrowserPage
 
 from slidetl.grading.grade import SlideGrade
 from slidetl.grading.report.index import IndexEntry, write_index
-from slidetl.grading.report.maps import relative_attention
+from slidetl.grading.report.maps import colour_table, relative_attention
 from slidetl.grading.report.slide import write_slide_report
 from slidetl.library.model_card import ModelCard
 from slidetl.tiles.grid import TileSpec
@@ -169,22 +169,21 @@ def test_the_map_lies_where_the_tiles_are(
     opened = open_page(report, size)
     left, top, scale = slide_on_screen(opened, result)
     overlay = opened.overlay()
-    relative = relative_attention(result)
-    assert relative is not None
     extent = result.plan.extent_level0[0]
     seen = np.zeros(overlay.shape[:2], bool)
-    brightness = []
+    seen_colours = []
     for x, y in result.origins_level0.tolist():
         columns = slice(round(left + x * scale) + 2, round(left + (x + extent) * scale) - 2)
         rows = slice(round(top + y * scale) + 2, round(top + (y + extent) * scale) - 2)
         tile = overlay[rows, columns]
         assert tile.size and np.ptp(tile.reshape(-1, 4), axis=0).max() <= 2  # one colour all over
-        brightness.append(float(tile[0, 0, :3] @ np.array([0.299, 0.587, 0.114])))
+        seen_colours.append(tile[0, 0, :3].tolist())
         seen[max(0, rows.start - 4) : rows.stop + 4, max(0, columns.start - 4) : columns.stop + 4] = True
     assert (overlay[~seen] == 0).all()  # and nothing anywhere else
-    # Inferno grows brighter from end to end: the more attention, the brighter.
-    order = np.argsort(relative)
-    assert (np.diff(np.array(brightness)[order]) > -3).all() and np.ptp(brightness) > 150
+    # Blue lowers, red raises, through white.
+    expected = colour_table("RdBu_r")[result.explanation.shades].astype(int)
+    np.testing.assert_allclose(seen_colours, expected, atol=3)
+    assert (expected[result.explanation.relative.argmax()] @ [1, 0, -1]) > 50
 
 
 def test_the_slide_is_seen(report: Path, result: SlideGrade, slide_picture: Picture, open_page: Open) -> None:
@@ -269,12 +268,16 @@ def test_the_slider_changes_the_opacity_of_the_map(report: Path, open_page: Open
 
 def test_another_map_is_another_picture_with_its_legend(report: Path, open_page: Open) -> None:
     opened = open_page(report)
+    contribution = opened.overlay()
+    legend = opened.page.locator(".legend:visible")
+    assert legend.inner_text().startswith(
+        "How much each tile raises (red) or lowers (blue) the slide's score"
+    )
+    assert "log-odds × tiles" in legend.inner_text()
+    opened.page.get_by_text("Attention", exact=True).click()
     attention = opened.overlay()
-    assert opened.page.locator(".legend:visible").inner_text().startswith("How much each tile counted")
-    opened.page.get_by_text("Grade by itself", exact=True).click()
-    grades = opened.overlay()
-    assert (attention[:, :, 3] == grades[:, :, 3]).all() and (attention != grades).any()
-    assert "severe" in opened.page.locator(".legend:visible").inner_text()
+    assert (attention[:, :, 3] == contribution[:, :, 3]).all() and (attention != contribution).any()
+    assert "How much each tile counted" in opened.page.locator(".legend:visible").inner_text()
 
 
 def test_a_tile_leads_to_its_place_and_says_its_value(
@@ -283,8 +286,10 @@ def test_a_tile_leads_to_its_place_and_says_its_value(
     opened = open_page(report)
     relative = relative_attention(result)
     assert relative is not None
+    contributions = result.explanation.relative
     first = opened.page.locator("button.tile").first
-    assert f"{relative.max():.2f}×" in first.inner_text()
+    shown = f"{contributions.max():+.2f} · {relative[contributions.argmax()]:.2f}×"
+    assert shown in first.inner_text()
     first.click()
     opened.settle()
     overlay = opened.overlay()
@@ -295,7 +300,10 @@ def test_a_tile_leads_to_its_place_and_says_its_value(
     assert (columns.min() + columns.max()) / 2 == pytest.approx(width / 2, abs=3)
     box = opened.box("#viewer")
     opened.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    assert f"Attention: {relative.max():.2f} ×" in opened.page.locator("#readout").inner_text()
+    assert (
+        f"Contribution: {contributions.max():.2f} log-odds × tiles"
+        in opened.page.locator("#readout").inner_text()
+    )
 
 
 @pytest.mark.parametrize("size", [DESKTOP, PHONE])

@@ -11,16 +11,16 @@ import pytest
 from slidetl.grading.grade import SlideGrade
 from slidetl.grading.report.geojson import write_geojson
 from slidetl.tiles.grid import TileSpec
-from tests.grading.report.conftest import GRADES, Graded
+from tests.grading.report.conftest import Graded
 
 
 def test_every_tile_is_a_square_in_level_0_pixels(graded: Graded, tmp_path: Path) -> None:
     result = graded(spec=TileSpec(1.0, 50, stride_px=75))
-    write_geojson(result, GRADES, tmp_path / "new" / "map.geojson")
+    write_geojson(result, tmp_path / "new" / "map.geojson")
     read = json.loads((tmp_path / "new" / "map.geojson").read_text())
     assert read["type"] == "FeatureCollection"
     assert len(read["features"]) == len(result.attention) > 20
-    mean = 0.0
+    mean = total = 0.0
     for tile, feature in enumerate(read["features"]):
         assert feature["type"] == "Feature" and feature["properties"]["objectType"] == "tile"
         (ring,) = feature["geometry"]["coordinates"]
@@ -30,17 +30,21 @@ def test_every_tile_is_a_square_in_level_0_pixels(graded: Graded, tmp_path: Path
         # 50 px of 1 um are 100 px of 0.5 um.
         assert corners.min(0).tolist() == [x, y] and corners.max(0).tolist() == [x + 100, y + 100]
         found = feature["properties"]["measurements"]
-        assert found["tile grade"] == pytest.approx(result.tile_grades[tile], abs=1e-4)
+        total += found["contribution (log-odds)"]
         mean += found["attention"] / len(result.attention)
     assert mean == pytest.approx(1, abs=1e-4)
+    explanation = result.explanation
+    assert explanation.baseline is not None
+    assert total == pytest.approx(explanation.score - explanation.baseline, abs=1e-5)
 
 
 def test_it_has_the_fields_that_qupath_reads(graded: Graded, tmp_path: Path) -> None:
     """As QuPath 0.4 and later write tiles themselves."""
     result = graded()
-    write_geojson(result, GRADES, tmp_path / "map.geojson")
+    write_geojson(result, tmp_path / "map.geojson")
     features = json.loads((tmp_path / "map.geojson").read_text())["features"]
-    for feature, grade in zip(features, result.tile_grades, strict=True):
+    relative = result.explanation.relative / result.explanation.reach
+    for feature, place in zip(features, relative, strict=True):
         assert feature.keys() == {"type", "id", "geometry", "properties"}
         assert feature["geometry"]["type"] == "Polygon"
         properties = feature["properties"]
@@ -48,18 +52,22 @@ def test_it_has_the_fields_that_qupath_reads(graded: Graded, tmp_path: Path) -> 
         assert properties["isLocked"] is True
         assert all(type(value) is float for value in properties["measurements"].values())
         shown = properties["classification"]
-        assert shown["name"] == f"grade {GRADES[int(np.rint(grade))]}"
-        assert len(shown["color"]) == 3 and all(type(part) is int for part in shown["color"])
-    assert {feature["properties"]["classification"]["name"] for feature in features} == {
-        f"grade {name}" for name in GRADES
-    }
+        if abs(abs(place) - 1 / 3) > 0.01:
+            raises, lowers = place > 1 / 3, place < -1 / 3
+            name = "raises the score" if raises else "lowers the score" if lowers else "changes little"
+            assert shown["name"] == name
+        red, _, blue = shown["color"]
+        assert all(type(part) is int for part in shown["color"])
+        signs = {"raises the score": 1, "lowers the score": -1, "changes little": 0}
+        assert np.sign((red - blue) // 50) == signs[shown["name"]]
+    assert len({feature["properties"]["classification"]["name"] for feature in features}) == 3
 
 
 def test_a_tile_is_known_again(graded: Graded, tmp_path: Path) -> None:
     result = graded()
 
     def ids(of: SlideGrade) -> list[str]:
-        write_geojson(of, GRADES, tmp_path / "map.geojson")
+        write_geojson(of, tmp_path / "map.geojson")
         return [feature["id"] for feature in json.loads((tmp_path / "map.geojson").read_text())["features"]]
 
     first = ids(result)
@@ -71,7 +79,7 @@ def test_a_tile_is_known_again(graded: Graded, tmp_path: Path) -> None:
 def test_it_counts_from_the_corner_to_which_qupath_crops(graded: Graded, tmp_path: Path) -> None:
     result = graded()
     info = replace(result.plan.info, corner_level0=(30, 70))
-    write_geojson(replace(result, plan=replace(result.plan, info=info)), GRADES, tmp_path / "map.geojson")
+    write_geojson(replace(result, plan=replace(result.plan, info=info)), tmp_path / "map.geojson")
     features = json.loads((tmp_path / "map.geojson").read_text())["features"]
     corners = [feature["geometry"]["coordinates"][0][0] for feature in features]
     assert corners == (result.origins_level0 - [30, 70]).tolist()

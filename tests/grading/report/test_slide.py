@@ -11,7 +11,7 @@ from slidetl.grading.report.slide import has_slide_report, write_slide_report
 from slidetl.library.model_card import ModelCard
 from slidetl.page import script_json
 from tests.conftest import PyramidTiff
-from tests.grading.report.conftest import Graded, grade_of
+from tests.grading.report.conftest import Graded, explanation_of, grade_of
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 
@@ -71,6 +71,8 @@ def test_says_what_the_model_said_and_what_it_is(graded: Graded, card: ModelCard
         "CC BY 4.0",
         "ab" * 32,
         "23" * 32,
+        "Tiles that raise the score most",
+        "Contribution to the score (log-odds × tiles), and attention relative to the average tile.",
         "Finest detail on this page: 0.5 µm per pixel; the slide has 0.5.",
     ):
         assert said in text
@@ -95,7 +97,7 @@ def test_counts_what_was_left_out(graded: Graded, card: ModelCard, tmp_path: Pat
         plan=plan,
         origins_level0=result.origins_level0[3:],
         attention=result.attention[3:],
-        tile_grades=result.tile_grades[3:],
+        explanation=explanation_of(result.explanation.contributions[3:].astype(np.float64)),
     )
     text = Page(write_slide_report(result, card, tmp_path, "s1").read_text()).text
     assert "Pen measured only 4" in text

@@ -1,0 +1,107 @@
+"""Each tile's share in the grade of its slide: exact where the network adds tiles up, else by occlusion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+DIVERGING = "RdBu_r"
+"""Colours of contributions: blue lowers, red raises, told apart also by people who are colour-blind."""
+
+_GROUPS = 64  # that are left out in turn, at most
+_LEAST_REACH = 1.0  # of the colours: tiles that hardly differ look alike
+_BEYOND = 98  # percent of the tiles lie within the colours
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """The contributions of a slide's tiles to its score.
+
+    Attributes:
+        contributions: ``[N] float32``. With a ``baseline`` they are exact: they sum to ``score - baseline``.
+            Without, each tile has an even part of the change when its group of neighbours is left out.
+        unit: of score and contributions.
+        score: the slide's latent score, or by occlusion its expected grade.
+        baseline: the score if all tiles of the slide counted alike; None by occlusion.
+    """
+
+    contributions: NDArray[np.float32]
+    unit: str
+    score: float
+    baseline: float | None
+
+    @property
+    def relative(self) -> NDArray[np.float32]:
+        """``[N] float32``, the contributions times the number of tiles, comparable among slides."""
+        return self.contributions * np.float32(len(self.contributions))
+
+    @property
+    def reach(self) -> float:
+        """The value of :attr:`relative` at either end of the colours, zero being in their middle."""
+        return max(_LEAST_REACH, float(np.percentile(np.abs(self.relative), _BEYOND)))
+
+    @property
+    def shades(self) -> NDArray[np.int64]:
+        """``[N]``, 0..255, the place of each tile in the colours."""
+        place = 0.5 + 0.5 * self.relative / self.reach
+        return np.asarray(np.round(255 * np.clip(place, 0, 1)), np.int64)
+
+    @property
+    def description(self) -> str:
+        """The meaning of a map of :attr:`relative`, in two sentences."""
+        if self.baseline is None:
+            return (
+                "How much the expected grade drops (red) or rises (blue) without a group of neighbouring "
+                "tiles, shared among the group, times the number of tiles. Such shares need not sum to the "
+                "grade."
+            )
+        return (
+            "How much each tile raises (red) or lowers (blue) the slide's score, times the number of tiles; "
+            f"0 is the slide's average tile. The mean is the score, {self.score:.2f}, less "
+            f"{self.baseline:.2f}, the score if all tiles counted alike."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The sums as plain JSON values: ``score`` is ``baseline + raised + lowered`` where there is one."""
+        values = self.contributions.astype(np.float64)
+        return {
+            "method": "occlusion" if self.baseline is None else "additive",
+            "unit": self.unit,
+            "score": round(self.score, 5),
+            "baseline": None if self.baseline is None else round(self.baseline, 5),
+            "raised": round(float(values[values > 0].sum()), 5),
+            "lowered": round(float(values[values < 0].sum()), 5),
+        }
+
+
+def explain_by_occlusion(
+    expected_grade: Callable[[Tensor], float], embeddings: Tensor, places: NDArray[np.int64]
+) -> Explanation:
+    """Leaves out group after group of neighbouring tiles, and grades the rest.
+
+    A tile is taken out with its neighbours, since tissue that is on many tiles is missed from none of them
+    alone (Zeiler and Fergus, "Visualizing and understanding convolutional networks", ECCV 2014, who grey
+    out a patch of a picture).
+
+    Args:
+        expected_grade: of a slide's embeddings ``[n, D]``.
+        embeddings: ``[N, D]``, of all tiles. Of a single tile there is no rest, and its contribution is 0.
+        places: ``[N, 2]``, column and row of each tile.
+    """
+    side = 1
+    while len(np.unique(places // side, axis=0)) > _GROUPS:
+        side += 1
+    group = np.unique(places // side, axis=0, return_inverse=True)[1].reshape(-1)  # [N]
+    whole = expected_grade(embeddings)
+    contributions = np.zeros(len(embeddings), np.float32)
+    for number in range(group.max() + 1 if group.any() else 0):
+        is_out = group == number
+        rest = embeddings[torch.from_numpy(~is_out).to(embeddings.device)]
+        contributions[is_out] = (whole - expected_grade(rest)) / is_out.sum()
+    return Explanation(contributions, "grades", whole, None)

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from slidetl.grading.explain import Explanation, explain_by_occlusion
+
+
+def grid(columns: int, rows: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
+    """Columns and rows ``[N, 2]`` of the tiles of a rectangle, row by row."""
+    return np.stack(np.divmod(np.arange(columns * rows), columns)[::-1], axis=1)
+
+
+def test_few_tiles_are_left_out_one_by_one() -> None:
+    embeddings = torch.tensor([[0.0], [1.0], [5.0], [3.0]])
+    found = explain_by_occlusion(lambda rest: float(rest.max()), embeddings, grid(2, 2))
+    np.testing.assert_allclose(found.contributions, [0, 0, 2, 0])
+    assert (found.score, found.baseline, found.unit) == (5, None, "grades")
+
+
+def test_neighbours_are_left_out_together() -> None:
+    places = grid(32, 16)  # 8 x 4 groups of 4 x 4 would be too few; 3 x 3 give 66, so 4 x 4
+    embeddings = torch.zeros(len(places), 1)
+    is_lesion = (places[:, 0] // 4 == 2) & (places[:, 1] // 4 == 1)
+    embeddings[torch.from_numpy(is_lesion)] = 4.0
+    sizes = []
+
+    def expected_grade(rest: torch.Tensor) -> float:
+        sizes.append(len(rest))
+        return float(rest.max())
+
+    found = explain_by_occlusion(expected_grade, embeddings, places)
+    assert sizes == [512] + [496] * 32
+    np.testing.assert_allclose(found.contributions, np.where(is_lesion, 4 / 16, 0))
+    assert found.relative.max() == pytest.approx(4 / 16 * 512)
+
+
+def test_a_single_tile_has_no_rest() -> None:
+    found = explain_by_occlusion(lambda rest: float(rest.mean()), torch.ones(1, 3), grid(1, 1))
+    assert found.contributions.tolist() == [0] and found.score == 1
+
+
+def test_sums_tell_how_the_score_comes_about() -> None:
+    explanation = Explanation(np.array([0.5, -0.25, 0.125], np.float32), "log-odds", 1.5, 1.125)
+    assert explanation.to_dict() == {
+        "method": "additive",
+        "unit": "log-odds",
+        "score": 1.5,
+        "baseline": 1.125,
+        "raised": 0.625,
+        "lowered": -0.25,
+    }
+    # Times three they are 1.5, -0.75 and 0.375; the colours reach to 1.47.
+    assert explanation.shades.tolist() == [255, 62, 160]
