@@ -48,13 +48,13 @@ def open_slide(
     if is_raster(path):
         slide = RasterSlide(*given, channels)
     else:
-        from slidetl.slides.openslide import OpenSlideSlide, is_generic_tiff
+        from slidetl.slides.openslide import OpenSlideSlide, is_plain_tiff
 
         try:
             slide = OpenSlideSlide(*given)
         except SlideOpenError as error:
             # Tiles may be compressed as OpenSlide's libtiff does not know.
-            if not is_generic_tiff(path):
+            if not is_plain_tiff(path):
                 raise
             try:
                 slide = RasterSlide(*given, channels)

@@ -30,7 +30,7 @@ from slidetl.slides.levels import (
 )
 from slidetl.slides.opencv import opencv
 from slidetl.slides.spacing import Pair, settle_spacing
-from slidetl.slides.tiff import GENERIC_TIFF, JpegTiles, read_jpeg_level, stored_orientation
+from slidetl.slides.tiff import PLAIN_TIFFS, JpegTiles, read_jpeg_level, stored_orientation
 from slidetl.slides.turn import Turn
 
 _Result = TypeVar("_Result")
@@ -50,9 +50,6 @@ _MAX_ALPHA_PX = 64 * 2**20
 
 # Tiles that are copied at once.
 _COPIED_TOGETHER = 64
-
-# Vendors, in OpenSlide's words, whose levels are the directories of a TIFF and nothing else.
-_PLAIN_TIFF = ("aperio", GENERIC_TIFF)
 
 # How much decoded JPEGs may differ from OpenSlide where either of them resamples, grey levels on average:
 # over the tiles that are compared, and in the worst of them.
@@ -202,7 +199,7 @@ class OpenSlideSlide(PyramidSlide[_Level]):
 
     def _jpegs(self, level: _Level) -> JpegTiles | None:
         """Returns the level's tiles as they lie in the file, if it is of a kind that can be read so."""
-        if self._info.vendor not in _PLAIN_TIFF or level.tile_px is None:
+        if self._info.vendor not in PLAIN_TIFFS or level.tile_px is None:
             return None
         if self._regions.is_closed:
             raise SlideReadError(f"{self._path}: the slide is closed")
@@ -387,12 +384,12 @@ def composite(bgra: NDArray[np.uint8], background_rgb: tuple[int, int, int]) -> 
     """
     clear = 255 - bgra[..., 3:].astype(np.uint16)
     behind = (clear * np.asarray(background_rgb, np.uint16) + 127) // 255
-    return (bgra[..., 2::-1] + behind).astype(np.uint8)
+    return (bgra[..., 2::-1] + behind).clip(0, 255).astype(np.uint8)
 
 
-def is_generic_tiff(path: Path) -> bool:
-    """Tells if OpenSlide takes a file for a tiled TIFF of no vendor."""
-    return path.is_file() and openslide.OpenSlide.detect_format(path) == GENERIC_TIFF
+def is_plain_tiff(path: Path) -> bool:
+    """Tells if OpenSlide takes a file for one of :data:`slidetl.slides.tiff.PLAIN_TIFFS`."""
+    return path.is_file() and openslide.OpenSlide.detect_format(path) in PLAIN_TIFFS
 
 
 def _open(path: Path) -> openslide.OpenSlide:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
+import re
 import struct
 import warnings
 import zlib
@@ -25,7 +27,7 @@ from slidetl.slides.levels import Level, PyramidSlide, nominal_mpp, scale_of
 from slidetl.slides.npz import NpzItem
 from slidetl.slides.ome import OmeImage, choose_channels, is_ome, read_ome
 from slidetl.slides.spacing import PRINTER_UM, Pair, settle_spacing
-from slidetl.slides.tiff import GENERIC_TIFF, is_plain, is_tiff
+from slidetl.slides.tiff import GENERIC_TIFF, PLAIN_TIFFS, is_plain, is_tiff
 from slidetl.slides.turn import ReadPixels, Turn
 
 IMAGE_SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".bmp"])
@@ -43,6 +45,7 @@ _JPEG_COMPRESSION = 7
 # TIFF tags: of TIFF 6.0, and of ICC.1:2010, annex B.4.
 _SUBFILE_TYPE, _ORIENTATION, _RESOLUTIONS, _RESOLUTION_UNIT, _ICC_PROFILE = 254, 274, (282, 283), 296, 34675
 
+_APERIO = re.compile(r"\|\s*(MPP|AppMag)\s*=\s*([0-9.,]+)")
 # More levels than any pyramid has, and more channels than any microscope.
 _MAX_LEVELS = 64
 _MAX_CHANNELS = 256
@@ -235,6 +238,7 @@ class _Tiff:
         # Imported here: PNGs and arrays need not pay for it.
         import tifffile
 
+        logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # of damage we tell ourselves
         self._path = path
         self._ome: OmeImage | None = None
         self._kept: OrderedDict[tuple[int, int], NDArray[Any] | None] = OrderedDict()
@@ -276,13 +280,15 @@ class _Tiff:
     def opened(self, fingerprint: str) -> _Opened:
         """Returns what :class:`RasterSlide` needs of it."""
         profile = _tag(self._first, _ICC_PROFILE, None)
+        aperio = dict(_APERIO.findall(self._first.description))
+        power = aperio.get("AppMag") if self._ome is None else self._ome.objective_power
         return _Opened(
             vendor="plain-tiff" if self._ome is None else "ome-tiff",
             fingerprint=fingerprint,
             sizes_px=self._sizes_px,
             readers=self._readers,
-            mpp=self._mpp(),
-            power=None if self._ome is None else self._ome.objective_power,
+            mpp=(_number(aperio["MPP"]),) * 2 if "MPP" in aperio else self._mpp(),
+            power=_number(power) or None,
             profile=None if profile is None else bytes(profile),
             notes=tuple(self._notes),
         )
@@ -498,6 +504,14 @@ class _Tiff:
         return pixels[..., : n_colours + has_alpha]
 
 
+def _number(text: Any) -> float:
+    """Returns a number of a description, with a point or a comma; 0 for none."""
+    try:
+        return float(str(text).replace(",", "."))
+    except ValueError:
+        return 0.0
+
+
 def _n_colours(page: Any) -> int:
     return 1 if int(page.photometric) in _GREYS else 3
 
@@ -651,4 +665,4 @@ def is_raster(path: Path) -> bool:
     import openslide
 
     vendor = openslide.OpenSlide.detect_format(path)
-    return vendor is None or (vendor == GENERIC_TIFF and not is_plain(path))
+    return vendor is None or (vendor in PLAIN_TIFFS and not is_plain(path, vendor == GENERIC_TIFF))

@@ -25,13 +25,13 @@ from slidetl.slides.ome import is_ome
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
 _SAMPLES, _PLANAR, _TILE_WIDTH, _TILE_HEIGHT = 277, 284, 322, 323
 _TILE_OFFSETS, _TILE_BYTE_COUNTS, _JPEG_TABLES = 324, 325, 347
-_SUBFILE_TYPE, _DESCRIPTION, _ORIENTATION, _SAMPLE_FORMAT = 254, 270, 274, 339
+_SUBFILE_TYPE, _DESCRIPTION, _ORIENTATION, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 254, 270, 274, 338, 339
 _ASCII = 2
 _INTEGER_TYPES = {3: "u2", 4: "u4", 16: "u8"}
 _BYTE_TYPES = {1: "u1", 7: "u1"}
 _JPEG, _RGB, _YCBCR = 7, 2, 6
 _JPEG_2000 = (33003, 33005)  # of Aperio
-_MOST_SAMPLES = {0: 2, 1: 2, _RGB: 4, _YCBCR: 4}  # by photometric interpretation, with alpha
+_COLOURS = {0: 1, 1: 1, _RGB: 3, _YCBCR: 3}  # samples by photometric interpretation
 
 # More than any scanner writes; beyond it a file is left to OpenSlide.
 _MAX_DIRECTORIES = 64
@@ -105,6 +105,8 @@ def read_jpeg_level(file: IO[bytes], size_px: tuple[int, int], tile_px: tuple[in
 
 GENERIC_TIFF = "generic-tiff"
 """OpenSlide's word for a tiled TIFF of no vendor."""
+PLAIN_TIFFS = ("aperio", GENERIC_TIFF)
+"""Vendors, in OpenSlide's words, whose levels are the directories of a TIFF and nothing else."""
 
 
 def is_tiff(path: Path) -> bool:
@@ -128,25 +130,31 @@ def stored_orientation(path: Path) -> tuple[int, bool]:
             return 1, True
 
 
-def is_plain(path: Path) -> bool:
-    """Tells if OpenSlide, which knows no more of a generic TIFF than its pixels, shows it as it is.
+def is_plain(path: Path, is_generic: bool) -> bool:
+    """Tells if OpenSlide shows a TIFF as it is.
 
-    It does not if OME-XML describes it, its samples are deeper than 8 bits or no whole numbers, it is to be
-    turned, or further directories of its size hold other planes. What cannot be understood is left to it.
+    It does not if samples are deeper than 8 bits or no whole numbers. Of a generic TIFF it knows no more than
+    its pixels: it does not, either, if OME-XML describes it, it is to be turned, or its channels are further
+    samples or directories. What cannot be understood is left to it.
     """
     with path.open("rb", buffering=0) as file:
         try:
             walk = _walk(file)
             first = next(walk)
-            if is_ome(first.text(_DESCRIPTION, _MAX_DESCRIPTION_BYTES)):
-                return False
             samples = first.number(_SAMPLES, 1)
             kinds = first.numbers(_SAMPLE_FORMAT, samples) if _SAMPLE_FORMAT in first.entries else np.ones(1)
             bits = first.numbers(_BITS, samples) if _BITS in first.entries else np.ones(1)
-            if bits.max() > 8 or np.any((kinds != 1) & (kinds != 4)) or first.number(_ORIENTATION, 1) != 1:
+            if bits.max() > 8 or np.any((kinds != 1) & (kinds != 4)):
                 return False
-            # Of grey it shows the first sample alone, of RGB with more than alpha it mixes them.
-            if samples > _MOST_SAMPLES.get(first.number(_PHOTOMETRIC, 1), samples):
+            if not is_generic:
+                return True
+            is_described = is_ome(first.text(_DESCRIPTION, _MAX_DESCRIPTION_BYTES))
+            if is_described or first.number(_ORIENTATION, 1) != 1:
+                return False
+            # Of grey it shows the first sample alone; what is no alpha it takes for it.
+            colours = _COLOURS.get(first.number(_PHOTOMETRIC, 1), samples)
+            extra = first.numbers(_EXTRA_SAMPLES, samples - colours) if samples > colours else np.ones(1)
+            if len(extra) > 1 or extra[0] not in (1, 2):
                 return False
             size = first.number(_WIDTH), first.number(_HEIGHT)
             for number, other in enumerate(walk):

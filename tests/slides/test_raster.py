@@ -557,7 +557,24 @@ def test_channels_may_be_samples_of_one_page(tmp_path: Path, layout: str) -> Non
 
 def test_samples_beyond_rgb_that_are_no_alpha_are_left(tmp_path: Path) -> None:
     picture = noise(96, 80)
-    five = np.concatenate([picture, noise(96, 80, 1)[..., :2]], 2)
-    flat(tmp_path / "a.tif", five, tile=(32, 32), metadata=None)
-    with open_slide(tmp_path / "a.tif", 0.5) as slide:
-        assert np.array_equal(slide.read((0, 0), (80, 96), 0.5), picture)
+    for extra in (np.zeros((96, 80, 1), np.uint8), noise(96, 80, 1)[..., :2]):
+        more = np.concatenate([picture, extra], 2)
+        kinds = ["unspecified"] * extra.shape[2]
+        flat(tmp_path / "a.tif", more, tile=(32, 32), extrasamples=kinds, metadata=None)
+        with open_slide(tmp_path / "a.tif", 0.5) as slide:
+            assert np.array_equal(slide.read((0, 0), (80, 96), 0.5), picture)
+
+
+@pytest.mark.parametrize("compression", ["webp", "zlib"])
+def test_an_svs_that_openslide_does_not_show_is_read_at_its_spacing(tmp_path: Path, compression: str) -> None:
+    picture = noise(96, 80)
+    text = "Aperio Image Library v1\r\n80x96 [0,0 80x96] (32x32) |AppMag = 20|MPP = 0,4990"
+    lossless: dict[str, Any] = {"lossless": True} if compression == "webp" else {}
+    samples = picture if compression == "webp" else (picture.astype(np.uint16) << 4).astype(np.uint16)
+    shared: dict[str, Any] = {"compression": compression, "compressionargs": lossless, "tile": (32, 32)}
+    tifffile.imwrite(
+        tmp_path / "a.svs", samples, photometric="rgb", description=text, metadata=None, **shared
+    )
+    with open_slide(tmp_path / "a.svs") as slide:
+        assert slide.info.mpp_level0 == (0.499, 0.499) and slide.info.objective_power == 20
+        assert np.abs(slide.read((0, 0), (80, 96), 0.499).astype(int) - picture).max() <= 1
