@@ -32,7 +32,7 @@ from slidetl.text import one_line
 # What libraries say instead of raising MemoryError: torch, OpenCV, C++, a DataLoader whose worker was killed.
 _NO_MEMORY = re.compile(
     "(can.?t|cannot|unable to) allocate|(not enough|insufficient|out of) (shared )?memory|bad_alloc"
-    "|can.?t start new thread|killed by signal: (killed|bus)",
+    "|can.?t start new thread|failed to map segment|killed by signal: (killed|bus)",
     re.IGNORECASE,
 )
 

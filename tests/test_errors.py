@@ -29,6 +29,7 @@ def test_want_of_memory_is_known_whoever_says_it() -> None:
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
         RuntimeError("std::bad_alloc"),
         RuntimeError("can't start new thread"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
         RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ..."),
     ]
     assert all(map(is_out_of_memory, errors))

@@ -188,4 +188,4 @@ def _reason(process: ForkServerProcess, reply: Connection) -> str:
                 return str(reply.recv())
             except EOFError:
                 pass
-    return f"its process ended with code {process.exitcode} (-9: killed, for want of memory perhaps)"
+    return f"its process ended with code {process.exitcode}; if memory is short, use fewer --jobs"
