@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -44,6 +45,13 @@ _BUFFER_PX = 4 * 2**20
 
 # Neighbours that have gaps between them are not read together beyond so many times their own pixels.
 _MAX_WASTE = 1.5
+
+# Keys of MIRAX and Hamamatsu that name files, with a value that leaves the folder.
+_OUTSIDE = re.compile(
+    r"^\s*(?:FILE_\d+|INDEXFILE|ImageFile[^=]*|MapFile|OptimisationFile|MacroImage)\s*=\s*(.*[/\\].*)$",
+    re.MULTILINE | re.IGNORECASE,
+)
+_MAX_INDEX_CHARACTERS = 2**22
 
 # A level whose alpha is read beside its colours has at most so many pixels.
 _MAX_ALPHA_PX = 64 * 2**20
@@ -398,6 +406,11 @@ def _open(path: Path) -> openslide.OpenSlide:
         # OpenSlide would wait for a pipe for ever.
         if beside.exists() and not (beside.is_file() or beside.is_dir()):
             raise SlideOpenError(f"{path}: {beside.name} beside it is no regular file; move it away")
+    outside = _OUTSIDE.search(_index_of(path))
+    if outside:
+        raise SlideOpenError(
+            f"{path}: it names a file in another folder, {outside[1][:80]!r}; nothing outside is read"
+        )
     try:
         return openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError as error:
@@ -480,6 +493,15 @@ def _beside(path: Path) -> Iterable[Path]:
     if path.suffix.lower() in (".vms", ".vmu") or series_instance_uid(path) is not None:
         return path.parent.iterdir()
     return ()
+
+
+def _index_of(path: Path) -> str:
+    """Reads the text by which a slide names its files; nothing if it has none."""
+    index = path.with_suffix("") / "Slidedat.ini" if path.suffix.lower() == ".mrxs" else path
+    if index.suffix.lower() not in (".ini", ".vms", ".vmu") or not index.is_file():
+        return ""
+    with index.open(encoding="latin-1") as file:
+        return file.read(_MAX_INDEX_CHARACTERS)
 
 
 def _files(path: Path, dicom_series: str | None) -> Iterable[Path]:

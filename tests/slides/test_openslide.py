@@ -350,6 +350,15 @@ def test_the_orientation_of_a_scanners_file_is_said(tmp_path: Path) -> None:
         assert np.array_equal(slide.read((0, 0), (64, 64), 0.5), np.rot90(noise(64, 64), -1))
 
 
+def test_a_slide_names_no_file_outside_its_folder(tmp_path: Path) -> None:
+    path = write_mirax(tmp_path / "a.mrxs", noise(128, 192))
+    (tmp_path / "a" / "Data0000.dat").rename(tmp_path / "Data0000.dat")
+    index = tmp_path / "a" / "Slidedat.ini"
+    index.write_text(index.read_text().replace("Data0000.dat", "../Data0000.dat"))
+    with pytest.raises(SlideOpenError, match=r"another folder, '\.\./Data0000\.dat'"):
+        open_slide(path)
+
+
 def test_what_was_not_scanned_is_known(tmp_path: Path) -> None:
     picture = noise(256, 256)
     path = write_mirax(tmp_path / "a.mrxs", picture, absent=[(c, r) for c in (0, 1) for r in (0, 1)])
