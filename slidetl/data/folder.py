@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ class FoundFiles:
 
     Attributes:
         folder: the folder, absolute.
-        paths: regular files, and links to nothing; sorted.
+        paths: regular files, sorted.
+        dangling: links to nothing that can be read.
         unreadable: folders that cannot be listed.
         odd: neither files nor folders: pipes, sockets, devices.
         again: further links to files and folders that are listed already.
@@ -34,14 +36,19 @@ class FoundFiles:
 
     folder: Path
     paths: tuple[Path, ...]
+    dangling: tuple[Path, ...]
     unreadable: tuple[Path, ...]
     odd: tuple[Path, ...]
     again: tuple[Path, ...]
 
     def slides(self, suffixes: frozenset[str]) -> list[Path]:
-        """Returns the files with these suffixes; if ``.dcm`` is one, DICOM files without a suffix as well."""
+        """Returns the files with these suffixes; if ``.dcm`` is one, DICOM files without a suffix as well.
+
+        A link to nothing is one of them, so that the slide fails when it is opened instead of being missed.
+        """
         dicom = ".dcm" in suffixes
-        return [path for path in self.paths if path.suffix.lower() in suffixes or (dicom and _is_dicom(path))]
+        every = sorted((*self.paths, *self.dangling))
+        return [path for path in every if path.suffix.lower() in suffixes or (dicom and _is_dicom(path))]
 
     def warn_of_rest(self, taken: list[Path]) -> None:
         """Names in one line what is below the folder and not taken, papers apart."""
@@ -51,16 +58,16 @@ class FoundFiles:
     def describe_rest(self, taken: list[Path]) -> str:
         """Counts and names what is below the folder and not taken, papers apart; empty if nothing."""
         known = set(taken)
-        rest = [path for path in self.paths if path not in known and path.suffix.lower() not in _PAPERS]
-        dangling = [path for path in rest if not path.exists()]
-        formats = Counter(path.suffix.lower() or "no suffix" for path in rest if path.exists())
+        formats = Counter(path.suffix.lower() or "no suffix" for path in self.paths if path not in known)
+        for suffix in _PAPERS:
+            formats.pop(suffix, None)
         parts = []
         if formats:
             listed = ", ".join(f"{suffix} {count}" for suffix, count in formats.most_common(2 * _NAMED))
             more = " ..." * (len(formats) > 2 * _NAMED)
             parts.append(f"files in formats that are not read here ({formats.total()}: {listed}{more})")
         for what, paths in (
-            ("links to nothing", dangling),
+            ("links to nothing", [path for path in self.dangling if path not in known]),
             ("folders that cannot be read", self.unreadable),
             ("pipes or devices", self.odd),
             ("links to what is listed already", self.again),
@@ -84,7 +91,7 @@ def find_files(folder: Path) -> FoundFiles:
     entered: set[str] = set()
     real: dict[Path, Path] = {}
     links, linked_folders = list[Path](), list[Path]()
-    unreadable, odd, again = list[Path](), list[Path](), list[Path]()
+    dangling, unreadable, odd, again = list[Path](), list[Path](), list[Path](), list[Path]()
     waiting = [folder]
     while waiting or linked_folders:
         here = waiting.pop() if waiting else linked_folders.pop(0)
@@ -118,11 +125,17 @@ def find_files(folder: Path) -> FoundFiles:
             else:
                 odd.append(path)
     for path in links:
-        if path.exists() and not path.is_file():
+        try:
+            mode = path.stat().st_mode
+        except OSError:
+            dangling.append(path)
+            continue
+        if not stat.S_ISREG(mode):
             odd.append(path)
         elif real.setdefault(Path(os.path.realpath(path)), path) is not path:
             again.append(path)
-    return FoundFiles(folder, *(tuple(sorted(paths)) for paths in (real.values(), unreadable, odd, again)))
+    kinds = (real.values(), dangling, unreadable, odd, again)
+    return FoundFiles(folder, *(tuple(sorted(paths)) for paths in kinds))
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

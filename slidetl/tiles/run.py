@@ -142,9 +142,9 @@ def _kept_without_file(
     if row.status != FAILED or before is None or before.status != USED or before.path != row.path:
         return None
     item = NpzItem.of(Path(row.path))
-    if (item.file if item else Path(row.path)).exists():
-        return None
-    with contextlib.suppress(CacheError):
+    with contextlib.suppress(OSError):  # of the cache, or of a folder that must not be looked into
+        if (item.file if item else Path(row.path)).exists():
+            return None
         header = read_header(cache_path(cache_dir, row.slide_id))
         if header.spec == spec and header.fingerprint == before.fingerprint:
             return before

@@ -10,12 +10,16 @@ from slidetl.grading.batch import output_names
 
 def test_slides_of_one_name_get_names_of_their_own() -> None:
     paths = [Path(name) for name in ("p/x.svs", "d/a/x.svs", "e/a/x.svs", "f/a/X.svs", "p/y.svs", "p/x.svs")]
+    paths += [Path("患者1.svs"), Path("q/café.svs"), Path("q/cafe\u0301.svs")]
     assert output_names(paths) == {
         Path("p/x.svs"): "x",
         Path("d/a/x.svs"): "a_x.svs",
         Path("e/a/x.svs"): "a_x.svs_2",
         Path("f/a/X.svs"): "a_X.svs_3",
         Path("p/y.svs"): "y",
+        Path("患者1.svs"): "患者1",
+        Path("q/café.svs"): "café",
+        Path("q/cafe\u0301.svs"): "q_café.svs",
     }
 
 
