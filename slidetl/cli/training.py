@@ -10,6 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,8 +28,9 @@ from slidetl.cli.shipped import with_shipped_configs
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.record import NO_RECORD, StudyRecord, config_sha256, read_record
 from slidetl.errors import CheckpointError, UsageError
+from slidetl.models.backbones import without_downloads
 from slidetl.training.best import BestCheckpoint, WholeCheckpoints
-from slidetl.training.checkpoint import check_resumable, read_checkpoint
+from slidetl.training.checkpoint import check_network, check_resumable, read_checkpoint
 from slidetl.training.drift import DriftReport
 from slidetl.training.grader import SlideGrader
 from slidetl.training.outputs import ResultFiles
@@ -153,6 +155,11 @@ class GradingCLI(LightningCLI):
         config = self.config[self.config.subcommand].as_dict()
         check_classes(config, config["allow"])
 
+    def instantiate_classes(self) -> None:
+        """Builds the objects; a checkpoint's network without asking the hub."""
+        with without_downloads(self._resumed) if self._resumed is not None else nullcontext():
+            super().instantiate_classes()
+
     def before_fit(self) -> None:
         """Checks that a training can go on from its checkpoint."""
         resumed, self._resumed = self._resumed, None
@@ -181,6 +188,7 @@ class GradingCLI(LightningCLI):
         values, self._past = checkpoint["hyper_parameters"], read_record(checkpoint)
         if self._past is None and command != "predict" and options.data.split_from == "checkpoint":
             raise CheckpointError(f"{path}: {NO_RECORD}")
+        check_network(path, checkpoint, allow)
         self._resumed = {key: value for key, value in checkpoint.items() if key != "state_dict"}
         wanted = {**options.model.as_dict(), "grades": options.data.grades}
         self.config = self.parser.parse_object({command: {"model": values}}, self.config)

@@ -1,9 +1,12 @@
 """Backbones: tile -> embedding, and where their pretrained weights come from."""
 
 import hashlib
+import inspect
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,7 @@ class Backbone(nn.Module):
         num_features: length D of an embedding.
         description: the network's name, and how it was changed since.
         mean, std: buffers ``[1, C, 1, 1]``, of pixel values in 0..1. They travel with the weights.
+        architecture: configuration of a network of the hub or a folder, as plain values; None for others.
         lineage: SHA-256 of the weights that it began from, and those began from, nearest first; see
             :class:`Pretrained`.
 
@@ -59,7 +63,8 @@ class Backbone(nn.Module):
         self.lineage: tuple[str, ...] = ()
         self.in_channels = spec.in_channels
         self.channels_last = spec.channels_last
-        self.net: nn.Module = _build_network(spec)
+        self.architecture = _architecture(spec.name)
+        self.net: nn.Module = _build_network(spec, self.architecture)
         if spec.gradient_checkpointing:
             try:
                 self.net.set_grad_checkpointing(True)  # type: ignore[operator] # timm is untyped
@@ -178,14 +183,100 @@ def _adapt_kernel(kernel: Tensor, in_channels: int) -> Tensor:
     return kernel.repeat(1, 2, 1, 1)[:, :in_channels] * (3 / in_channels)
 
 
-def _build_network(spec: BackboneSpec) -> nn.Module:
+def _build_network(spec: BackboneSpec, architecture: Mapping[str, Any] | None) -> nn.Module:
     if spec.name.startswith("cbr_"):
         return CBR(spec.name, spec.in_channels)
-    name = spec.name
-    folder = _hub_folder(name, "config.json")
-    if folder is not None:
-        name = f"local-dir:{folder}"  # by the hub's name timm would ask the hub first
-    return _timm_network(name, spec, in_chans=spec.in_channels)
+    if architecture is None:
+        return _timm_network(spec.name, spec, in_chans=spec.in_channels)
+    about = dict(architecture["pretrained_cfg"])
+    options = {**architecture["model_args"], "pretrained_cfg": about, "in_chans": spec.in_channels}
+    return _timm_network(architecture["architecture"], spec, **options)
+
+
+# The architecture that a checkpoint records; {} for one that records none. None asks the hub.
+_recorded: ContextVar[Mapping[str, Any] | None] = ContextVar("_recorded", default=None)
+
+
+@contextmanager
+def without_downloads(checkpoint: Mapping[str, Any]) -> Iterator[None]:
+    """Builds what a checkpoint names from what it records: within, nothing is downloaded."""
+    before = _recorded.set(checkpoint.get("architecture") or {})
+    try:
+        yield
+    finally:
+        _recorded.reset(before)
+
+
+def _architecture(name: str) -> dict[str, Any] | None:
+    """Returns the configuration of a network that timm does not know by name; None for one that it knows."""
+    if ":" not in name:
+        return None
+    recorded = _recorded.get()
+    if recorded:
+        return _checked(recorded, name)
+    from timm.models._hub import load_model_config_from_path
+
+    try:
+        folder = _hub_folder(name, "config.json")
+        if folder is None and name.startswith("local-dir:"):
+            folder = Path(name.removeprefix("local-dir:"))
+        if folder is None and recorded is not None:
+            raise WeightsError(
+                f"{name}: a checkpoint downloads nothing, and this one does not record the architecture; "
+                "train it again"
+            )
+        if folder is None:
+            from huggingface_hub import hf_hub_download
+
+            repository, _, revision = name.removeprefix("hf-hub:").partition("@")
+            folder = Path(hf_hub_download(repository, "config.json", revision=revision or None)).parent
+        about, architecture, arguments = load_model_config_from_path(folder)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise _not_found(name, "the configuration", error) from error
+    about = {key: value for key, value in about.items() if key not in _SOURCES}
+    found = {"architecture": architecture, "model_args": arguments or {}, "pretrained_cfg": about}
+    return _checked(json.loads(json.dumps(found)), name)
+
+
+_SOURCES = ("file", "hf_hub_id", "source", "url")
+
+
+def _checked(found: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Checks the configuration of a network: timm could load files by some of its own arguments."""
+    import timm
+
+    arguments = found.get("model_args")
+    if (
+        found.keys() != {"architecture", "model_args", "pretrained_cfg"}
+        or not isinstance(found["architecture"], str)
+        or not timm.is_model(found["architecture"])
+        or not isinstance(arguments, dict)
+        or not isinstance(found["pretrained_cfg"], dict)
+        or not all(map(_is_json, (arguments, found["pretrained_cfg"])))
+        or found["pretrained_cfg"].keys() & set(_SOURCES)
+        or arguments.keys() & (inspect.signature(timm.create_model).parameters.keys() - {"kwargs"})
+    ):
+        raise WeightsError(
+            f"{name}: expected an architecture of timm with plain arguments, found {found!r:.200}"
+        )
+    return dict(found)
+
+
+def _is_json(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_json(entry) for key, entry in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_json, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _not_found(name: str, wanted: str, error: Exception) -> WeightsError:
+    return WeightsError(
+        f"{wanted} of {name!r} could not be downloaded or read ({type(error).__name__}); "
+        "without a network connection give local files: pretrained: PATH.safetensors, name: local-dir:FOLDER"
+    )
 
 
 def _timm_network(name: str, spec: BackboneSpec, **options: Any) -> nn.Module:
@@ -204,7 +295,7 @@ def _timm_network(name: str, spec: BackboneSpec, **options: Any) -> nn.Module:
     any_size: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
     for number, size in enumerate(any_size):
         try:
-            network: nn.Module = timm.create_model(name, num_classes=0, **size, **options)
+            network: nn.Module = timm.create_model(name, **{**options, "num_classes": 0, **size})
         except TypeError as error:
             if number + 1 < len(any_size):
                 continue
@@ -213,11 +304,7 @@ def _timm_network(name: str, spec: BackboneSpec, **options: Any) -> nn.Module:
             ) from error
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             wanted = "the published weights" if options.get("pretrained") else "the configuration"
-            raise WeightsError(
-                f"{wanted} of {spec.name!r} could not be downloaded or read ({type(error).__name__}); "
-                "without a network connection give local files: pretrained: PATH.safetensors, "
-                "name: local-dir:FOLDER"
-            ) from error
+            raise _not_found(spec.name, wanted, error) from error
         break
     if getattr(network, "global_pool", None) == "":  # every token comes out; one vector per tile is needed
         network.reset_classifier(0, "token")  # type: ignore[operator]
@@ -318,6 +405,11 @@ def _published_weights(spec: BackboneSpec) -> dict[str, Tensor]:
         )
     name, options = spec.name, {}
     path = local_weights(name)
+    if path is None and _recorded.get() is not None:
+        raise WeightsError(
+            f"a checkpoint downloads nothing, and {spec.pretrained} weights of {name} are not on this "
+            "machine; name the backbone and its weights"
+        )
     if path is not None and name.startswith("hf-hub:") and (path.parent / "config.json").is_file():
         name = f"local-dir:{path.parent}"
     elif path is not None and ":" not in name:

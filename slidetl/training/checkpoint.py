@@ -6,15 +6,18 @@ import inspect
 from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
+import torch
 from pytorch_lightning import Trainer
 from pytorch_lightning.cli import LightningArgumentParser
 
 from slidetl.data.tasks import Task
 from slidetl.errors import CheckpointError, SlidetlError, UsageError, WeightsError
 from slidetl.models import transfer
+from slidetl.models.backbones import without_downloads
 from slidetl.models.spec import BackboneSpec
 from slidetl.models.targets import Targets
 from slidetl.models.tensors import check_finite, is_state, load_tensors
@@ -99,17 +102,55 @@ def load_grader(path: str | Path, allow: Sequence[str] = ()) -> SlideGrader:
     """
     path = Path(path)
     checkpoint = read_checkpoint(path, allow)
+    check_network(path, checkpoint, allow)
     try:
-        parser = LightningArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(SlideGrader, "model")
-        parsed = parse(parser, {"model": checkpoint["hyper_parameters"]}, allow)
-        grader: SlideGrader = parser.instantiate_classes(parsed).model
+        grader = _build(checkpoint, allow)
         grader.load_state_dict(checkpoint["state_dict"])
         grader.on_load_checkpoint(checkpoint)
     except (ArgumentError, RuntimeError, KeyError, TypeError, ValueError, SlidetlError) as error:
-        reason = next(line for line in reversed(str(error).splitlines()) if line.strip()).strip()
-        raise CheckpointError(f"{path}: no network can be built from it: {reason}") from error
+        raise _unbuildable(path, error) from error
     return grader.eval()
+
+
+def check_network(path: Path, checkpoint: Mapping[str, Any], allow: Sequence[str] = ()) -> None:
+    """Checks that the network that a checkpoint names is the one whose weights it holds, in no memory.
+
+    Raises:
+        CheckpointError: it would be another, or a larger one.
+    """
+    try:
+        with torch.device("meta"):
+            expected = _build(checkpoint, allow).state_dict()
+    except (ArgumentError, RuntimeError, KeyError, TypeError, ValueError, SlidetlError) as error:
+        if isinstance(error, RuntimeError) and "meta" in str(error):
+            return  # it looks at values while it is built
+        raise _unbuildable(path, error) from error
+    state = checkpoint["state_dict"]
+    wrong = [name for name in expected if name not in state or state[name].shape != expected[name].shape]
+    if wrong:
+        raise CheckpointError(
+            f"{path}: no network can be built from it: its weights are of another one, {len(wrong)} of "
+            f"{len(expected)} differ, first {wrong[0]!r}"
+        )
+
+
+def _build(checkpoint: Mapping[str, Any], allow: Sequence[str]) -> SlideGrader:
+    parsed = parse(_parser(), {"model": checkpoint["hyper_parameters"]}, allow)
+    with without_downloads(checkpoint):
+        grader: SlideGrader = _parser().instantiate_classes(parsed).model
+    return grader
+
+
+@cache
+def _parser() -> LightningArgumentParser:
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(SlideGrader, "model")
+    return parser
+
+
+def _unbuildable(path: Path, error: Exception) -> CheckpointError:
+    reason = next((line for line in reversed(str(error).splitlines()) if line.strip()), repr(error)).strip()
+    return CheckpointError(f"{path}: no network can be built from it: {reason}")
 
 
 def _check_state(state: object) -> None:

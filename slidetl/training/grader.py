@@ -370,6 +370,7 @@ class SlideGrader(pl.LightningModule):
         checkpoint["tile_spec"] = self.tile_spec.to_dict() if self.tile_spec else None
         checkpoint["epoch_means"] = self._means.state_dict()
         checkpoint["features_sha256"] = self._features_sha256
+        checkpoint["architecture"] = self.network.backbone.architecture
         checkpoint["lineage"] = list(self.network.backbone.lineage)
         if self.reference is not None:  # its weights are those of a file; the hash says which
             checkpoint["reference"] = self.reference.to_checkpoint()

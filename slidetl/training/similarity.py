@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from slidetl.analysis.similarity import Similarity, linear_cka, pwcca, rbf_cka, 
 from slidetl.data.datasets import channels_first
 from slidetl.data.study import common_spec, find_slides, open_cache
 from slidetl.errors import CacheMismatchError, UsageError
-from slidetl.models.backbones import Backbone
+from slidetl.models.backbones import Backbone, without_downloads
 from slidetl.models.spec import BackboneSpec
 from slidetl.text import plot_label
 from slidetl.tiles.grid import TileSpec
@@ -124,17 +125,19 @@ def compare_networks(
     checkpoints = {
         name: _load_checkpoint(name, tile_spec, options.allow) for name in names if name.endswith(".ckpt")
     }
+    offline: AbstractContextManager[None] = nullcontext()
     if spec is None:
         if not checkpoints:
             raise UsageError("without a checkpoint it is not known which network is meant; give --backbone")
-        spec = next(iter(checkpoints.values())).spec
+        trained = next(iter(checkpoints.values()))
+        spec, offline = trained.spec, without_downloads({"architecture": trained.architecture})
     tiles = _draw_tiles(caches, options.tiles, seed)
     layers: dict[str, Layers] = {}
-    for name in names:
-        on_step(f"embedding {len(tiles)} tiles with {name}")
-        layers[name] = embed_layers(
-            checkpoints.get(name) or _build(name, spec, seed), tiles, options.batch_size
-        )
+    with offline:
+        for name in names:
+            on_step(f"embedding {len(tiles)} tiles with {name}")
+            backbone = checkpoints.get(name) or _build(name, spec, seed)
+            layers[name] = embed_layers(backbone, tiles, options.batch_size)
     curves = [
         *zip(before, after, strict=True),
         *((name, RANDOM) for name in after),

@@ -14,7 +14,13 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_sample_image
 
 from slidetl.errors import UsageError, WeightsError
-from slidetl.models.backbones import Backbone, local_weights, read_pretrained, weights_sha256
+from slidetl.models.backbones import (
+    Backbone,
+    local_weights,
+    read_pretrained,
+    weights_sha256,
+    without_downloads,
+)
 from slidetl.models.spec import BackboneSpec
 from slidetl.models.weights import BUNDLED
 
@@ -328,3 +334,36 @@ def test_unfit_weights_are_refused_in_one_line(tmp_path: Path, capsys: pytest.Ca
         Backbone(BackboneSpec("resnet18")).load_pretrained()
     with pytest.raises(WeightsError, match="timm knows no backbone 'resnet19'; names like it: "):
         Backbone(BackboneSpec("resnet19"))
+
+
+def test_a_checkpoint_downloads_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*_: object, **__: object) -> str:
+        raise AssertionError("the network was asked")
+
+    hub_repository(tmp_path / "model")
+    trained = Backbone(BackboneSpec(f"local-dir:{tmp_path / 'model'}"))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", asked)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
+    spec = BackboneSpec("hf-hub:lab/pathology", "hub")
+    with without_downloads({}), pytest.raises(WeightsError, match="a checkpoint downloads nothing"):
+        Backbone(spec)
+    with without_downloads({"architecture": trained.architecture}):
+        again = Backbone(spec)
+        assert again.state_dict().keys() == trained.state_dict().keys()
+        assert torch.equal(again.mean, trained.mean)
+        with pytest.raises(WeightsError, match="a checkpoint downloads nothing"):
+            again.load_pretrained()
+    with pytest.raises(AssertionError, match="the network was asked"):
+        Backbone(spec)
+    for key, value in (
+        ("architecture", "os.system"),
+        ("architecture", 1),
+        ("model_args", {"checkpoint_path": "x.pth"}),
+        ("model_args", {"pretrained": True}),
+        ("model_args", {"depth": torch.zeros(1)}),
+        ("pretrained_cfg", {"file": "x.pth"}),
+        ("more", 1),
+    ):
+        changed = {"architecture": {**(trained.architecture or {}), key: value}}
+        with without_downloads(changed), pytest.raises(WeightsError, match="with plain arguments"):
+            Backbone(spec)

@@ -10,7 +10,7 @@ from pytorch_lightning import Trainer
 
 from slidetl.cli import main
 from slidetl.errors import CheckpointError
-from slidetl.training.checkpoint import check_resumable, read_checkpoint
+from slidetl.training.checkpoint import check_resumable, load_grader, read_checkpoint
 
 
 def save(path: Path, hyper_parameters: Any, **others: Any) -> Path:
@@ -161,3 +161,17 @@ def test_a_training_goes_on_only_with_its_progress() -> None:
             check_resumable({**whole, key: wrong}, trainer)
     with pytest.raises(CheckpointError, match="the checkpoint has no 'epoch'"):
         check_resumable({}, trainer)
+
+
+def test_a_checkpoint_of_another_network_is_refused_in_no_memory(tmp_path: Path) -> None:
+    values = {"backbone": {"name": "vit_giant_patch14_dinov2"}}  # 4.5 GB
+    with pytest.raises(
+        CheckpointError, match=r"c\.ckpt: no network can be built from it: its weights are of"
+    ):
+        load_grader(save(tmp_path / "c.ckpt", values))
+
+
+def test_a_checkpoint_does_not_ask_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match="a checkpoint downloads nothing"):
+        load_grader(save(tmp_path / "c.ckpt", {"backbone": {"name": "hf-hub:evil/model"}}))
