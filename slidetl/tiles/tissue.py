@@ -34,6 +34,7 @@ _LIGHT_RANGE = (0.02, 0.14)
 _GREY_CHROMA = 2
 _BLACK = 8
 _BLACK_LEAST_PX = 4
+_GREYER_GLASS = 250
 
 # Scanned glass is at least this share of unscanned glass in brightness, and nearly grey (in grey levels).
 _GLASS_SHARE = 0.76
@@ -138,17 +139,9 @@ def blank_fill(
     above = np.cumsum(np.bincount(brightest[is_glass], minlength=256)[::-1])[::-1]
     glass = int(np.flatnonzero(above >= 0.1 * above[0])[-1]) if above[0] else 255
     is_dense = brightest + 1.0 < (glass + 1) * 10 ** (-_DENSITY_RANGE[0] / math.sqrt(3))
-    painted = np.zeros(red.shape, bool)
-    for is_flat, least_px in (
-        (is_grey & is_even & (brightest <= _BLACK), _BLACK_LEAST_PX),
-        (is_grey & is_even & is_dense & (brightest > _BLACK), (_FLECK_UM / mpp) ** 2),
-    ):
-        if is_flat.any():
-            _, labels, about, _ = cv2.connectedComponentsWithStats(is_flat.view(np.uint8))
-            least = min(least_px, max(_FLECK_SHARE * red.size, _BLACK_LEAST_PX))
-            is_fill = about[:, cv2.CC_STAT_AREA] >= least
-            is_fill[0] = False
-            painted |= is_fill[labels]
+    fleck_px = (_FLECK_UM / mpp) ** 2
+    painted = _large(is_grey & is_even & (brightest <= _BLACK), _BLACK_LEAST_PX)
+    painted |= _large(is_grey & is_even & is_dense & (brightest > _BLACK), fleck_px)
     # Their edge, and the pixels that mix it with what lies beside it.
     painted = cv2.dilate(painted.view(np.uint8), square, iterations=2).view(bool) & ~is_background
     if not painted.any() and not is_background.any():
@@ -166,8 +159,27 @@ def blank_fill(
     if painted.any():
         thumbnail_rgb = thumbnail_rgb.copy()
         thumbnail_rgb[painted] = ground
-    not_there = missing() if is_background.any() else None
-    return thumbnail_rgb, ground, painted if not_there is None else painted | (not_there & is_background)
+    without_data = painted.copy()
+    if is_background.any():
+        not_there = missing()
+        if not_there is not None:
+            without_data |= not_there & is_background
+        # White that is even is fill, too, where glass is not as white as that.
+        if glass <= _GREYER_GLASS and is_glass.mean() >= _GLASS_LEAST:
+            without_data |= _large(is_background & is_even, fleck_px)
+    return thumbnail_rgb, ground, without_data
+
+
+def _large(is_flat: NDArray[np.bool_], least_px: float) -> NDArray[np.bool_]:
+    """Keeps the pieces of so many pixels or more, or of a tenth of the image."""
+    if not is_flat.any():
+        return is_flat
+    cv2 = opencv()
+    _, labels, about, _ = cv2.connectedComponentsWithStats(is_flat.view(np.uint8))
+    least = min(least_px, max(_FLECK_SHARE * is_flat.size, _BLACK_LEAST_PX))
+    is_kept = about[:, cv2.CC_STAT_AREA] >= least
+    is_kept[0] = False
+    return np.asarray(is_kept[labels])
 
 
 def find_tissue(

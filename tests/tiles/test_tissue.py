@@ -157,7 +157,7 @@ def test_fill_of_one_colour_is_no_tissue(fill: tuple[int, int, int], border: int
     inside = np.zeros((256, 256), bool)
     inside[border:-border, border:-border] = True
     filled[~inside] = fill
-    seen, ground, without_data = blank_fill(filled, 16.0, WHITE, lambda: ~inside)
+    seen, ground, without_data = blank_fill(filled, 16.0, WHITE)
     wanted = find_tissue(whole, 16.0, WHITE).mask
     assert overlap(find_tissue(seen, 16.0, ground).mask, wanted) > 0.98
     assert overlap(without_data, ~inside) > 0.95
@@ -192,3 +192,13 @@ def test_the_ground_of_fluorescence_is_no_fill(unscanned: tuple[int, int, int] |
     assert without_data.mean() == (0 if unscanned is None else np.mean(image.min(2) == 255))
     mask = find_tissue(seen, 16.0, ground).mask
     assert mask[128, 128] and not mask[5, 128] and not mask[:, :60].any() and mask.mean() < 0.4
+
+
+def test_of_white_glass_only_the_reader_knows_what_was_not_scanned() -> None:
+    image = painted(blob(256, (128, 128), 60), "he", WHITE)
+    image[~blob(256, (128, 128), 60)] = 255  # saturated
+    unscanned = np.zeros((256, 256), bool)
+    unscanned[:40] = True
+    assert not blank_fill(image, 16.0, WHITE)[2].any()
+    seen, _, without_data = blank_fill(image, 16.0, WHITE, lambda: unscanned)
+    assert seen is image and np.array_equal(without_data, unscanned)
