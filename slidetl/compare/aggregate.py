@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from slidetl.compare.config import METRICS, Comparison, MetricName
 from slidetl.compare.groups import members_of, shift_between
 from slidetl.compare.plan import Job, permuted
 from slidetl.compare.records import JobResult
+from slidetl.data.manifest import ManifestRow
 from slidetl.data.study import Study
 from slidetl.errors import UsageError
 from slidetl.evaluation.agreement import (
@@ -78,11 +79,13 @@ from slidetl.evaluation.repeatability import Repeatability, ScoreShift, repeatab
 from slidetl.tiles.features import read_features
 
 RISK = 0.1  # share of patients that sets of grades may miss
-_BY_GROUP: tuple[MetricName, ...] = ("accuracy", "qwk")
+_BY_PLACE: tuple[MetricName, ...] = ("accuracy", "qwk")
 # Pairs of true accuracies in the power table.
 _ACCURACIES = tuple((0.56, second) for second in (0.56, 0.60, 0.64, 0.68, 0.72, 0.80))
 
 Done = Sequence[tuple[Job, JobResult]]
+Place = Literal["site", "scanner"]
+PLACES: tuple[Place, ...] = ("site", "scanner")
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class ArmResult:
         untempered: the same arm without its temperatures; None for an arm without inner folds.
         sets: coverage of sets of grades that miss one in ten patients; None for a single fold.
         referral: share of wrong results against the share of results graded at all.
-        sites, scanners: accuracy and QWK by metric, by group; empty for one group.
+        places: accuracy and QWK by site and by scanner; empty for a single one.
         readers: the model against each reader, and their consensus.
         repeatability: of the score over draws of tiles; None without draws.
         group_shift: of the score between the configured groups, if any.
@@ -148,8 +151,7 @@ class ArmResult:
     untempered: Untempered | None
     sets: SetCoverage | None
     referral: RiskCoverage
-    sites: Mapping[MetricName, tuple[GroupEstimate, ...]]
-    scanners: Mapping[MetricName, tuple[GroupEstimate, ...]]
+    places: Mapping[Place, Mapping[MetricName, tuple[GroupEstimate, ...]]]
     readers: tuple[ModelAgainstReader, ...]
     repeatability: Repeatability | None
     group_shift: ScoreShift | None
@@ -196,8 +198,7 @@ class ComparisonResult:
         comparison: as configured.
         splits_sha256: of all folds.
         fold_sizes: slides to train and to test on, for each fold.
-        slides: identifiers of the N tested slides, sorted.
-        patients, site_of, scanner_of: of each slide, from the manifest.
+        rows: of the manifest, of the N tested slides, sorted by identifier.
         true: ``[N]`` grades.
         readings: ``[N, Q]`` of the readers, -1 for none; Q may be 0.
         primary: the declared comparison; None until both its arms are complete.
@@ -208,7 +209,7 @@ class ComparisonResult:
         incomplete: by arm, numbers of finished and of planned jobs.
         readers: their agreement.
         ceiling: set by two readers' noise; None with fewer readers.
-        sites, scanners: by grade; None for one site.
+        places: grades by site and by scanner; None for a single one.
         site_in_embeddings: accuracy at telling the site from stored features, by their name, and from the
             trained networks of an arm in the first repeat, by its label.
         power: to find a difference with as many patients and slides.
@@ -218,10 +219,7 @@ class ComparisonResult:
     comparison: Comparison
     splits_sha256: str
     fold_sizes: tuple[tuple[int, int], ...]
-    slides: tuple[str, ...]
-    patients: NDArray[Any]
-    site_of: tuple[str, ...]
-    scanner_of: tuple[str, ...]
+    rows: tuple[ManifestRow, ...]
     true: NDArray[np.int64]
     readings: NDArray[np.int64]
     primary: PairedDifference | None
@@ -232,8 +230,7 @@ class ComparisonResult:
     incomplete: Mapping[str, tuple[int, int]]
     readers: tuple[Agreement, ...]
     ceiling: ReaderCeiling | None
-    sites: SiteByGrade | None
-    scanners: SiteByGrade | None
+    places: Mapping[Place, SiteByGrade | None]
     site_in_embeddings: Mapping[str, SiteDecodability]
     power: tuple[PowerRow, ...]
     group_shift: ScoreShift | None
@@ -276,16 +273,13 @@ def combine(
     smaller = tuple(arm for arm in found_arms if arm.n_slides is not None)
     pairs = pooling.differences(arms)
     primary = next((pair for pair in pairs if pair.arm == comparison.primary.arm), None)
-    design = StudyDesign(len(np.unique(pooling.patients)), len(pooling.slides), len(comparison.grades))
+    design = StudyDesign(len(np.unique(pooling.patients)), len(pooling.rows), len(comparison.grades))
     agreements, ceiling = pooling.readers()
     return ComparisonResult(
         comparison=comparison,
         splits_sha256=splits_sha256(folds),
         fold_sizes=tuple((len(fold.train), len(fold.test)) for fold in folds),
-        slides=pooling.slides,
-        patients=pooling.patients,
-        site_of=pooling.sites,
-        scanner_of=pooling.scanners,
+        rows=pooling.rows,
         true=pooling.true,
         readings=pooling.readings,
         primary=primary,
@@ -296,8 +290,7 @@ def combine(
         incomplete=incomplete,
         readers=agreements,
         ceiling=ceiling,
-        sites=pooling.by_grade(pooling.sites),
-        scanners=pooling.by_grade(pooling.scanners),
+        places={place: pooling.by_grade(place) for place in PLACES},
         site_in_embeddings=_site_in_embeddings(comparison, study, {job.arm for job, _ in done}, arms, folds),
         power=_power(design),
         group_shift=pooling.group_shift(pooling.true.astype(np.float64)),
@@ -313,11 +306,8 @@ class _Pooling:
         self._folds = list(dict.fromkeys(fold.name for fold in folds))
         self._how = Resampling(n_draws=comparison.bootstrap_draws)
         tested = {slide for fold in folds for slide in fold.test}
-        rows = [row for row in study.rows if row.slide_id in tested]
-        self.slides = tuple(row.slide_id for row in rows)
+        self.rows = rows = tuple(row for row in study.rows if row.slide_id in tested)
         self.patients = np.array([row.patient_id for row in rows])
-        self.sites = tuple(row.site for row in rows)
-        self.scanners = tuple(row.scanner for row in rows)
         self.true = np.array([row.grade for row in rows], np.int64)
         self._members = members_of(comparison, rows)
         self.readings = np.full((len(rows), max(len(row.reader_grades) for row in rows)), -1, np.int64)
@@ -370,8 +360,7 @@ class _Pooling:
             if len(self._folds) > 1
             else None,
             referral=risk_coverage(graded != true, sure, who),
-            sites=self._by_group(results, self.sites),
-            scanners=self._by_group(results, self.scanners),
+            places={place: self._by_place(results, place) for place in PLACES},
             readers=model_against_readers(
                 results.predicted, self._result_readings, who, self._n_grades, **how
             )
@@ -387,7 +376,7 @@ class _Pooling:
     def permuted_metric(self, jobs: Done, study: Study) -> float:
         """Computes the primary metric of a cross-validation on permuted labels; higher is better."""
         grade = {row.slide_id: row.grade for row in study.rows}
-        true = np.array([grade[slide] for slide in self.slides], np.int64)
+        true = np.array([grade[row.slide_id] for row in self.rows], np.int64)
         results, name = self._results(self._pooled(jobs)[0], true), self._primary.metric
         return _signed(name, float(self._metric(name, results)(np.ones(len(results.true)))))
 
@@ -410,8 +399,9 @@ class _Pooling:
             ceiling = reader_ceiling(one, other, self.patients, self._n_grades, unit=self._unit)
         return reader_agreement(self._result_readings, self._who, self._n_grades, **self._how), ceiling
 
-    def by_grade(self, groups: Sequence[str]) -> SiteByGrade | None:
+    def by_grade(self, place: Place) -> SiteByGrade | None:
         """Counts slides by site, or scanner, and grade; None for a single one."""
+        groups = [getattr(row, place) for row in self.rows]
         if len(set(groups)) < 2:
             return None
         return site_by_grade(groups, self.true, self.patients, self._n_grades)
@@ -422,11 +412,11 @@ class _Pooling:
 
     def _pooled(self, jobs: Done) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Pools calibrated probabilities ``[R, N, K]``, and folds of the results ``[R, M]``."""
-        place = {slide: number for number, slide in enumerate(self.slides)}
-        probabilities = np.full((self._n_repeats, len(self.slides), self._n_grades), np.nan)
+        number = {row.slide_id: n for n, row in enumerate(self.rows)}
+        probabilities = np.full((self._n_repeats, len(self.rows), self._n_grades), np.nan)
         folds = np.zeros(probabilities.shape[:2], np.int64)
         for job, result in jobs:
-            where = [place[row.slide_id] for row in result.predictions]
+            where = [number[row.slide_id] for row in result.predictions]
             rows = np.array([row.probabilities for row in result.predictions])
             probabilities[job.fold.repeat, where] = with_temperature(rows, result.temperature)
             folds[job.fold.repeat, where] = self._folds.index(job.fold.name)
@@ -470,10 +460,9 @@ class _Pooling:
             p_holm=None,
         )
 
-    def _by_group(
-        self, results: PatientResults, groups: Sequence[str]
-    ) -> dict[MetricName, tuple[GroupEstimate, ...]]:
-        """Computes metrics by group; a patient with slides in several groups is in their combination."""
+    def _by_place(self, results: PatientResults, place: Place) -> dict[MetricName, tuple[GroupEstimate, ...]]:
+        """Computes metrics by site, or scanner; a patient with slides at several is in their combination."""
+        groups = [getattr(row, place) for row in self.rows]
         if len(set(groups)) < 2:
             return {}
         if self._unit != "slide":
@@ -483,7 +472,7 @@ class _Pooling:
             groups = [" + ".join(sorted(of_patient[patient])) for patient in self._who.tolist()]
         return {
             name: estimate_by_group(self._metric(name, results), groups, self._who, **self._how)
-            for name in _BY_GROUP
+            for name in _BY_PLACE
         }
 
     def _repeatability(self, jobs: Done) -> Repeatability | None:
@@ -493,8 +482,8 @@ class _Pooling:
             if job.fold.repeat == 0:
                 draws.update(result.draws)
         n_draws = len(next(iter(draws.values()), ()))
-        nothing = [np.nan] * n_draws
-        scores = per_patient([draws.get(slide, nothing) for slide in self.slides], self.patients, self._unit)
+        of_slides = [draws.get(row.slide_id, [np.nan] * n_draws) for row in self.rows]
+        scores = per_patient(of_slides, self.patients, self._unit)
         drawn = np.isfinite(scores).all(axis=1) & (n_draws > 0)
         if len(np.unique(self._who[drawn])) < 2 or np.ptp(scores[drawn]) == 0:
             return None

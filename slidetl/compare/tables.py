@@ -78,7 +78,7 @@ def _result_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
         yield _row("ceiling", "accuracy", Interval(*bounds))
         for name, value in values.items():
             yield _row("ceiling", name, value)
-    for name, table in (("site", result.sites), ("scanner", result.scanners)):
+    for name, table in result.places.items():
         if table is not None:
             counts = {place: list(row) for place, row in zip(table.sites, table.slides, strict=True)}
             label, note = f"cramers_v_{name}", json.dumps(counts)
@@ -127,7 +127,7 @@ def _arm_rows(arm: ArmResult, referral_risks: Sequence[float]) -> Iterator[dict[
         where = "all to a human" if rule is None else f"confidence from {rule.confidence:.6g}"
         note = f"at most {risk:.0%} of patients with a wrong grade, {arm.referral.level:.0%} sure: {where}"
         yield _row("sets", "coverage_at_risk", 0.0 if rule is None else rule.coverage, note=note)
-    for section, groups in (("site", arm.sites), ("scanner", arm.scanners)):
+    for section, groups in arm.places.items():
         for name, found in groups.items():
             yield from (_row(section, name, each.estimate, n=each.n, note=each.group) for each in found)
     for one in arm.readers:
@@ -220,16 +220,16 @@ def _predictions(
     ``probability_K`` is for reading: calibrated by the temperature of the inner folds, if any, and rounded.
     ``uncalibrated_K`` is the output of the model with all digits, for the computation of evidence.
     """
-    place = {slide: number for number, slide in enumerate(result.slides)}
+    numbers = {row.slide_id: number for number, row in enumerate(result.rows)}
     for prediction in found.predictions:
-        number = place[prediction.slide_id]
+        number = numbers[prediction.slide_id]
         row = arm.probabilities[job.fold.repeat, number]
         readings = enumerate(result.readings[number].tolist(), 1)
         yield {
             "slide_id": prediction.slide_id,
             "patient_id": prediction.patient_id,
-            "site": result.site_of[number],
-            "scanner": result.scanner_of[number],
+            "site": result.rows[number].site,
+            "scanner": result.rows[number].scanner,
             "grade": prediction.grade,
             **{f"grade_reader{reader}": "" if grade < 0 else grade for reader, grade in readings},
             "predicted_grade": int(row.argmax()),

@@ -9,12 +9,12 @@ import importlib.metadata
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 import slidetl
-from slidetl.compare.aggregate import ArmResult, PairedDifference
+from slidetl.compare.aggregate import ArmResult, PairedDifference, Place
 from slidetl.compare.config import METRICS
 from slidetl.compare.learning import CurveMetric
 from slidetl.compare.report.view import NAMES, View
@@ -300,8 +300,8 @@ def _reader(number: int | None) -> str:
     return "consensus" if number is None else f"reader {number + 1}"
 
 
-def _places_by_grade(view: View, name: Literal["site", "scanner"]) -> Table:
-    found = view.result.sites if name == "site" else view.result.scanners
+def _places_by_grade(view: View, name: Place) -> Table:
+    found = view.result.places[name]
     columns = (name.capitalize(), *view.comparison.grades, "all")
     if found is None or (name == "scanner" and view.one_scanner_each):
         return Table(columns, [])
@@ -309,10 +309,10 @@ def _places_by_grade(view: View, name: Literal["site", "scanner"]) -> Table:
     return Table(columns, [(place or "(none given)", *counts, sum(counts)) for place, counts in places])
 
 
-def _metric_by_place(view: View, name: Literal["site", "scanner"]) -> Table:
+def _metric_by_place(view: View, name: Place) -> Table:
     if name == "scanner" and view.one_scanner_each:
         return Table((), [])
-    groups = {arm.arm: (arm.sites if name == "site" else arm.scanners).get("qwk", ()) for arm in view.arms}
+    groups = {arm.arm: arm.places[name].get("qwk", ()) for arm in view.arms}
     first = next(filter(None, groups.values()), ())
     return Table(
         ("Arm", *(f"{group.group or '(none given)'} ({group.n})" for group in first)),

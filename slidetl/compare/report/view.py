@@ -175,18 +175,18 @@ class View:
     @property
     def one_scanner_each(self) -> bool:
         """True if every site has its own scanner."""
-        sites, scanners = self.result.site_of, self.result.scanner_of
-        return len(set(zip(sites, scanners, strict=True))) == len(set(sites)) == len(set(scanners))
+        pairs = {(row.site, row.scanner) for row in self.result.rows}
+        return len(pairs) == len({site for site, _ in pairs}) == len({scanner for _, scanner in pairs})
 
     @property
     def n_patients(self) -> int:
         """Number of patients with tested slides."""
-        return len(set(self.result.patients.tolist()))
+        return len({row.patient_id for row in self.result.rows})
 
     @property
     def n_sites(self) -> int:
         """Number of sites, without the empty name."""
-        return len(set(self.result.site_of) - {""})
+        return len({row.site for row in self.result.rows} - {""})
 
     @property
     def unit(self) -> str:
