@@ -69,7 +69,7 @@ class Job:
         return f"{self.arm}{size}, repeat {self.fold.repeat}, fold {self.fold.name}"
 
     def part(self, slides: Iterable[str]) -> list[ManifestRow]:
-        """Returns the rows of some slides, in the order of the manifest."""
+        """Returns the rows of some slides, in the order of :attr:`rows`."""
         wanted = set(slides)
         return [row for row in self.rows if row.slide_id in wanted]
 
