@@ -51,7 +51,7 @@ _LESS_MEMORY = {
     **dict.fromkeys(COMMANDS, "use a machine with more memory, or fewer slides at a time"),
     **dict.fromkeys(("validate", "test", "predict"), _EVALUATION_MEMORY),
     **dict.fromkeys(("fit", "find-lr"), _TRAINING_MEMORY),
-    "tile": "use fewer --workers",
+    "tile": "use fewer --workers, or a machine with more",
     "embed": "lower --batch-size",
     "compare": "use fewer --jobs, or lower bag_size and batch_size in its configuration",
     "grade": "lower --batch-size or --jobs",

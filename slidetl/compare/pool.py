@@ -118,7 +118,10 @@ def run_on_cluster(jobs: Sequence[Job], place: Workplace, scheduler: str) -> Ite
                 yield job, future.result()
             elif future.status == "error":
                 error = future.exception()
-                yield job, f"on the cluster: {type(error).__name__}: {error}"
+                yield (
+                    job,
+                    f"on the cluster: {describe_failure(error, 'start workers with more, or fewer threads')}",
+                )
             else:
                 raise CacheError(
                     f"the scheduler went away before {job.label} was done; what was done is kept: start "

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from slidetl.errors import CacheError, CacheMissingError, UsageError
+from slidetl.errors import CacheError, CacheMissingError, UsageError, describe_failure
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.ledger import FAILED, LedgerRow
 from slidetl.tiles.run import record_as_done
@@ -110,7 +110,7 @@ def _rows(
             yield future.result()
         elif future.status == "error":
             error = future.exception()
-            reason = f"on the cluster: {type(error).__name__}: {error}"
+            reason = f"on the cluster: {describe_failure(error, 'start workers with more, or fewer threads')}"
             yield stamped(LedgerRow(source.slide_id, str(source.path), FAILED, reason), time.monotonic())
         else:
             raise CacheError(

@@ -31,7 +31,7 @@ from slidetl.tiles.ledger import FAILED, USED, Ledger, LedgerRow
 from slidetl.tiles.store import cache_path, describe_difference, read_header
 from slidetl.tiles.tile import SlideSource, stamped, tile_slide
 
-_LESS_MEMORY = "use fewer --workers"
+_LESS_MEMORY = "use fewer --workers, or a machine with more"
 
 # Between two writings of the ledger, seconds.
 _LEDGER_SECONDS = 1.0

@@ -31,7 +31,7 @@ from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.tissue import TissueMask
 
 # Raised whenever the same slide and TileSpec would give other tiles, or the same tiles in another layout.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 # 256 tiles are 5 to 10 MB: few files, little lost when a run is killed, and little held in memory.
 TILES_PER_SHARD = 256

@@ -132,10 +132,10 @@ def test_a_process_that_dies_beside_others_leaves_its_slide_to_the_end(
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (MemoryError(), "out of memory: use fewer --workers"),
+        (MemoryError(), "out of memory: use fewer --workers, or a machine with more"),
         (
             RuntimeError("can't start new thread"),
-            "out of memory: use fewer --workers (can't start new thread)",
+            "out of memory: use fewer --workers, or a machine with more (can't start new thread)",
         ),
         (ZeroDivisionError("division by zero"), "ZeroDivisionError: division by zero"),
     ],
@@ -158,7 +158,7 @@ def test_a_process_that_ends_itself_is_told_without_blame(source: SlideSource, t
     (row,) = _in_processes([source], tile, 1)
     assert row.status == FAILED and row.reason == (
         "the process that tiled it ended itself, as libraries do that cannot go on (code 1); if memory is "
-        "short, use fewer --workers"
+        "short, use fewer --workers, or a machine with more"
     )
 
 

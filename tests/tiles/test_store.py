@@ -268,7 +268,7 @@ def test_only_a_finished_cache_of_the_right_kind_opens(tmp_path: Path) -> None:
         (".", "[]", "expected a JSON object"),
         (".", '{"attributes": []}', "not the attributes of a tile cache"),
         (".", '{"attributes": {"complete": true}}', "not the attributes .*format_version"),
-        (".", '{"attributes": {"complete": true, "format_version": 3}}', "not the attributes .*slide_id"),
+        (".", '{"attributes": {"complete": true, "format_version": 4}}', "not the attributes .*slide_id"),
         ("origin_level0", "{", "not JSON"),
         ("origin_level0", "{}", "array is damaged .*shape"),
         ("origin_level0", '{"shape": [7, 2], "data_type": "int32"}', "array is damaged"),
