@@ -67,7 +67,7 @@ def grade(
     found, spacings = find_slides(slides)
     rows = []
     if output is not None and resume:
-        finished_rows = read_finished(output, output_names(found), loaded.sha256, options.report)
+        finished_rows = read_finished(output, output_names(found), loaded, options, spacings)
         rows = list(finished_rows.values())
         print(f"slidetl: {len(rows)} of {len(found)} slides are graded already", file=sys.stderr)
     finished = {row.slide for row in rows}

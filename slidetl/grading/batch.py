@@ -82,7 +82,7 @@ def find_slides(named: Sequence[Path]) -> tuple[list[Path], dict[Path, float]]:
     found: list[Path] = []
     spacings: dict[Path, float] = {}
     for path in named:
-        if path.suffix.lower() == ".csv" and path.is_file():
+        if path.suffix.lower() in _TABLES and path.is_file():
             rows = read_manifest(path).rows
             found += [row.path for row in rows]
             spacings |= {row.path: row.mpp for row in rows if row.mpp is not None}
@@ -251,25 +251,39 @@ def write_index_page(
 
 
 def read_finished(
-    folder: Path, names: dict[Path, str], model_sha256: str, report: bool = False
+    folder: Path,
+    names: dict[Path, str],
+    model: ModelFile,
+    options: GradeOptions,
+    spacings: Mapping[Path, float],
 ) -> dict[Path, GradeRow]:
-    """Slides whose results lie in a folder already: of this model, and of the very content they have now.
+    """Finds the slides whose results lie in a folder already.
+
+    They are of this model, and of the very content, spacing and channels that the slides have now.
 
     Args:
         folder: where results were written.
         names: of :func:`output_names`.
-        model_sha256: of the model file.
-        report: a slide without its page is not finished.
+        model: that grades.
+        options: how; with a report, a slide without its page is not finished.
+        spacings: as for :func:`grade_slides`.
     """
+    channels = options.channels or model.card.tile_spec.channels
     finished = {}
     for path, name in names.items():
         try:
             text = (folder / f"{name}.json").read_text(encoding="utf-8")
             result = json.loads(text, parse_constant=int)  # which refuses NaN
-            same = (result["slide"], result["model_sha256"]) == (str(path), model_sha256)
+            same = (result["slide"], result["model_sha256"]) == (str(path), model.sha256)
+            same = same and result["channels"] == channels
             same = same and all(isinstance(result[key], kind) for key, kind in _RESULT.items())
-            same = same and (not report or has_slide_report(folder, name, result))
-            if same and _fingerprint(path) == result["fingerprint"]:
+            same = same and (not options.report or has_slide_report(folder, name, result))
+            if not same:
+                continue
+            mpp = spacings.get(path, options.mpp_replace)
+            with open_slide(path, options.mpp_override, mpp_replace=mpp, channels=channels) as slide:
+                info = slide.info
+            if (info.fingerprint, max(info.mpp_level0)) == (result["fingerprint"], result["mpp_level0"]):
                 finished[path] = GradeRow(path, GRADED, result)
         except Exception:  # not there, torn, of another form, or the slide cannot be read now
             continue
@@ -279,7 +293,7 @@ def read_finished(
 _RESULT: dict[str, Any] = {
     **dict.fromkeys(("fingerprint", "grade_name"), str),
     **dict.fromkeys(("grade", "tiles", "tiles_unreadable"), int),
-    **dict.fromkeys(("expected_grade", "tissue_mm2"), int | float),
+    **dict.fromkeys(("expected_grade", "tissue_mm2", "mpp_level0"), int | float),
     **dict.fromkeys(("probabilities", "notes"), list),
     "grade_set": list | None,
     "novelty": int | float | None,
@@ -348,11 +362,8 @@ def _write(
     write_whole(folder / f"{name}.json", json.dumps(result.to_dict(), allow_nan=False) + "\n")
 
 
-def _fingerprint(path: Path) -> str:
-    # Spacing and channels do not enter; a slide without them shall not be refused here.
-    with open_slide(path, mpp_replace=1.0, channels="0") as slide:
-        return slide.info.fingerprint
-
+# Manifests by name, and what is refused as one with a clear line.
+_TABLES = frozenset([".csv", ".tsv", ".txt", ".xlsx", ".xls", ".ods"])
 
 _drawing = threading.Lock()  # matplotlib takes one thread at a time
 

@@ -127,6 +127,7 @@ class SlideGrade:
             "explanation": self.explanation.to_dict(),
             "model_sha256": self.model_sha256,
             "mpp_level0": max(self.plan.info.mpp_level0),
+            "channels": self.plan.spec.channels,
             "notes": list(self.plan.notes),
         }
 

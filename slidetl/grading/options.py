@@ -8,6 +8,7 @@ from typing import Literal
 
 from slidetl.errors import UsageError
 from slidetl.slides.spacing import check_given
+from slidetl.tiles.grid import TileSpec
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class GradeOptions:
     def __post_init__(self) -> None:
         check_given("--mpp-override", self.mpp_override)
         check_given("--mpp-replace", self.mpp_replace)
+        tolerance = 0.0 if self.mpp_tolerance is None else self.mpp_tolerance
+        TileSpec(1.0, mpp_tolerance=tolerance, channels=self.channels)  # refuses what cannot be
         if self.report and self.output is None:
             raise UsageError("--report needs --output, the folder for the pages")
         if self.batch_size is not None and self.batch_size < 1:

@@ -472,6 +472,13 @@ def test_a_manifest_gives_slides_their_spacing(
     assert [result["mpp_level0"] for result in results] == [pytest.approx(mpp)] * 3
     assert len({tuple(result["probabilities"]) for result in results}) == 1
     assert f"warning: {rows[1][1]}: the spacing given, {mpp:g} um per pixel, replaces the file's own" in err
+    # Results at another spacing are none to resume from.
+    output = ["--output", str(tmp_path / "out"), "--resume"]
+    assert main(["grade", str(model_path), str(rows[2][1]), "--force", *output]) == 0
+    for more, says in (([], "1 of 1"), ([f"--mpp-replace={mpp * 0.9}"], "0 of 1")):
+        assert main(["grade", str(model_path), str(rows[2][1]), "--force", *output, *more]) == 0
+        assert f"{says} slides are graded already" in capsys.readouterr().err
+    capsys.readouterr()
     assert main(["grade", str(model_path), str(rows[0][1]), f"--mpp-override={mpp}", "--force"]) == 0
     assert json.loads(capsys.readouterr().out)["probabilities"] == results[0]["probabilities"]
     # A slide 5 % coarser than the model's tiles is refused, or taken with a tolerance.
