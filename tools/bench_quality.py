@@ -1,5 +1,8 @@
 """Draws ink and folds on synthetic slides, and prints how much of them slidetl finds, by stain.
 
+With ``--real FOLDER`` it prints the tiles that ``--max-pen 0.1`` leaves out of real pictures with ink
+(histolab's fixtures, ``pen-*.png`` and ``clean-lung.png``).
+
 Example::
 
     python tools/bench_quality.py
@@ -8,12 +11,17 @@ Example::
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageDraw
 from scipy import ndimage
 
+from slidetl.slides import open_slide
 from slidetl.synthetic.section import STAINS, LungSection, SiteAppearance, SyntheticSlide
+from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.plan import plan_tiles
 from slidetl.tiles.quality import measure_quality
 from slidetl.tiles.tissue import TissueMask, find_tissue
 
@@ -26,6 +34,15 @@ INKS = {
     "red": [(190, 30, 40), (210, 50, 60), (160, 25, 35)],
 }
 FOLDS_UM = (90, 130, 200)
+# Edges of the stroke of pen-tcga-green-pen.png, drawn by hand: (x, y), pixels.
+GREEN = [(338, 0), (262, 175), (205, 300), (160, 400), (172, 631)]
+GREEN += [(305, 631), (332, 480), (335, 340), (425, 170), (490, 0)]
+# The spacing of the pictures is not known: micrometres per pixel and tile size in pixels that are tried.
+TRIED = {
+    "pen-tcga-green-pen": [(2.0, 32), (4.0, 32), (8.0, 32), (16.0, 16)],
+    "pen-wsi-blue-pen": [(8.0, 8), (16.0, 8), (30.0, 8), (60.0, 8)],
+    "clean-lung": [(0.5, 64), (1.0, 64)],
+}
 
 Picture = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -34,7 +51,11 @@ Mask = NDArray[np.bool_]
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--slides", type=int, default=6, help="of each stain")
+    parser.add_argument("--real", type=Path, metavar="FOLDER", help="the pictures, instead of drawn ink")
     options = parser.parse_args(words)
+    if options.real:
+        show_real(options.real)
+        return 0
     print(
         "Shares in per cent: of what was drawn, found (mean, worst slide); of clean tissue, taken for it.\n"
     )
@@ -66,6 +87,36 @@ def main(words: list[str] | None = None) -> int:
                 mistaken.append((maps["pen"].mask & crease).sum() / crease.sum())
             show(stain, f"fold {width_um}", found, false_fold, f"{100 * np.mean(mistaken):.0f}")
     return 0
+
+
+def show_real(folder: Path) -> None:
+    """Prints how many tiles with at least half under ink, and how many without any, are left out."""
+    print("| picture | um/px | tile, px | inked | clean |\n| --- | --- | --- | --- | --- |")
+    for name, tried in TRIED.items():
+        path = folder / f"{name}.png"
+        picture = np.asarray(Image.open(path).convert("RGB"))
+        for mpp, side in tried:
+            with open_slide(path, mpp) as slide:
+                plan = plan_tiles(slide, TileSpec(mpp=mpp, tile_size_px=side, max_pen=0.1))
+            ink = inked(name, picture)
+            lost, kept = (
+                np.array([ink[y : y + side, x : x + side].mean() for x, y in origins.tolist()])
+                for origins in (plan.left_out_level0["pen"], plan.origins_level0)
+            )
+            n_inked, n_clean = (lost >= 0.5).sum(), (lost == 0).sum()
+            counts = [f"{n_inked} of {n_inked + (kept >= 0.5).sum()}"]
+            counts.append(f"{n_clean} of {n_clean + (kept == 0).sum()}")
+            print(f"| {name} | {mpp:g} | {side} | {counts[0]} | {counts[1]} |")
+
+
+def inked(name: str, picture: Picture) -> Mask:
+    """Marks the ink: of the green stroke by hand, of the blue ones, on glass, by their colour."""
+    if "green" in name:
+        drawn = Image.new("1", picture.shape[1::-1])
+        ImageDraw.Draw(drawn).polygon(GREEN, fill=1)
+        return np.asarray(drawn)
+    red, green, blue = picture.astype(np.int16).transpose(2, 0, 1)
+    return np.asarray((blue > green + 20) & (green > red + 10)) & ("blue" in name)
 
 
 def show(stain: str, what: str, found: list[float], false: float, pen: str = "") -> None:
