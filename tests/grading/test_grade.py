@@ -200,11 +200,13 @@ def test_evidence_gives_a_set_of_grades(
 ) -> None:
     rng = np.random.default_rng(0)
     predictions = []
+    sha256 = read_predictions(trained / "test" / "predictions.csv")[0].checkpoint
     for number in range(40):
         probabilities = rng.dirichlet(np.ones(5))
         grade = int(rng.choice(5, p=probabilities))
         name = f"s{number}"
-        predictions.append(SlidePrediction(name, name, grade, tuple(probabilities.tolist()), 9))
+        row = SlidePrediction(name, name, grade, tuple(probabilities.tolist()), 9, checkpoint=sha256)
+        predictions.append(row)
     write_predictions(tmp_path / "kept.csv", predictions)
     path = exported(trained, tmp_path, "--evidence", str(tmp_path / "kept.csv"), "--coverage", "0.8")
     evidence = load_model(path).card.evidence

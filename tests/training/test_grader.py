@@ -79,6 +79,8 @@ def test_a_stopped_training_goes_on(study: Study, tmp_path: Path) -> None:
     assert read_checkpoint(tmp_path / "logs" / "version_1" / "checkpoints" / "last.ckpt")["epoch"] == 1
 
 
+# The best of both epochs replaced that of the first, from which a training is resumed here.
+@pytest.mark.filterwarnings("ignore:the best checkpoint so far is gone")
 def test_a_training_goes_on_from_the_middle_of_an_epoch(study: Study, tmp_path: Path) -> None:
     # A checkpoint each two steps, by a configuration here and by words there; an epoch has three.
     config = tmp_path / "often.yaml"
