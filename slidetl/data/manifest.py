@@ -311,11 +311,13 @@ def _warn_of_spellings(path: Path, rows: Iterable[ManifestRow]) -> None:
     first: dict[str, ManifestRow] = {}
     seen: dict[str, str] = {}  # each name once
     for row in rows:
-        other = first.setdefault(_spelling(row.patient_id), row)
+        other = first.setdefault(spelling(row.patient_id), row)
         if other.patient_id != row.patient_id:
+            one, two = (unicodedata.normalize("NFC", name) for name in (other.patient_id, row.patient_id))
+            show = ascii if one == two else repr  # else they look the same
             seen.setdefault(
                 row.patient_id,
-                f"{other.patient_id!r} (line {other.line}) and {row.patient_id!r} (line {row.line})",
+                f"{show(other.patient_id)} (line {other.line}) and {show(row.patient_id)} (line {row.line})",
             )
     if seen:
         more = f"; and {len(seen) - 10} more" if len(seen) > 10 else ""
@@ -326,7 +328,7 @@ def _warn_of_spellings(path: Path, rows: Iterable[ManifestRow]) -> None:
         )
 
 
-def _spelling(name: str) -> str:
+def spelling(name: str) -> str:
     """Returns what is common to the spellings of a name: 12, 012 and 12.0, P7 and p7, composed or not."""
     letters = (
         "-" if unicodedata.category(letter) == "Pd" else letter

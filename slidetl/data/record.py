@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, Literal, Self
 
-from slidetl.data.manifest import SPLITS
+from slidetl.data.manifest import SPLITS, spelling
 from slidetl.data.study import CachedSlide, Study, check_duplicates, listed
 from slidetl.errors import CheckpointError, UsageError
 
@@ -20,13 +20,13 @@ SplitFrom = Literal["checkpoint", "manifest", "external"]
 # Options that say where data lie and how they are read, and change no result.
 _PLACES = ("manifest", "cache", "num_workers", "decode_threads", "prefetch", "fold", "split_from")
 _OTHER_WAYS = (
-    "--data.split_from manifest takes the parts from the manifest's 'split', or without it tests every "
-    "patient that the checkpoint has not seen; --data.split_from external tests all as strangers"
+    "--data.split_from manifest (by the manifest's 'split', or without one the recorded test part and every "
+    "patient that the checkpoint has not seen) or --data.split_from external (everyone, as strangers)"
 )
 
 NO_RECORD = (
-    "the checkpoint is of an older version, without a record of its slides; train again, or say who was kept "
-    f"from it: {_OTHER_WAYS}"
+    "the checkpoint is of an older version, without a record of its slides; train again, or say who is "
+    f"tested: {_OTHER_WAYS}"
 )
 
 
@@ -130,7 +130,7 @@ class StudyRecord:
             fingerprint: of the slide; empty where it is not known, and the identifier counts instead.
         """
         content = self._contents.get(fingerprint, "") if fingerprint else self._names.get(slide_id, "")
-        parts = {content, self._patients.get(patient_id or "", "")}
+        parts = {content, self._patients.get(spelling(patient_id or ""), "")}
         return next((part for part in SPLITS if part in parts), "")
 
     @cached_property
@@ -139,7 +139,7 @@ class StudyRecord:
 
     @cached_property
     def _patients(self) -> dict[str, str]:
-        return self._first_part("patient_id")
+        return {spelling(name): part for name, part in self._first_part("patient_id").items()}
 
     @cached_property
     def _names(self) -> dict[str, str]:
@@ -161,7 +161,7 @@ class StudyRecord:
     def knows_nobody(self, study: Study) -> bool:
         """Tells if a study shares neither a slide's content nor a patient with the recorded one."""
         return not any(
-            slide.cache.fingerprint in self._contents or slide.row.patient_id in self._patients
+            slide.cache.fingerprint in self._contents or spelling(slide.row.patient_id) in self._patients
             for slide in study.slides
         )
 
@@ -250,12 +250,13 @@ def recorded_parts(
         record = StudyRecord(())
     elif split_from == "checkpoint" and record.knows_nobody(study):
         split_from = "manifest" if has_split else "external"
-        note = f"none of these {len(graded)} slides is in the checkpoint's record: an external cohort"
+        how = "tested by the manifest's 'split'" if has_split else "tested whole"
+        note = f"none of these {len(graded)} slides is in the checkpoint's record: an external cohort, {how}"
     if split_from == "checkpoint":
         if differences := record.differences(study):
             raise CheckpointError(
                 f"the study is not the one that the checkpoint was trained with: {'; '.join(differences)}. "
-                f"Use the manifest of then, or {_OTHER_WAYS}"
+                f"Use the manifest of then, or say who is tested: {_OTHER_WAYS}"
             )
         part_of = {was.slide_id: was.part for was in record.slides}
     elif split_from == "external":

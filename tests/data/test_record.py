@@ -124,6 +124,9 @@ def test_an_external_cohort_is_tested_whole() -> None:
     assert who_is_tested(numbered, split_from="external") == "abc"
     with pytest.raises(UsageError, match=r"trained or chosen on 1 .*: copy;"):
         who_is_tested([*numbered, slide("copy", "someone", "e")], split_from="external")
+    with pytest.raises(CheckpointError, match="1 added: new"):  # a trained patient, spelled otherwise
+        who_is_tested([*strangers, slide("new", "pA", "new")])
+    assert who_is_tested([*THEN, slide("new", "pA", "new")], split_from="manifest") == "gh"
     marked = [
         replace(one, row=replace(one.row, split="test" if n else "train")) for n, one in enumerate(strangers)
     ]
