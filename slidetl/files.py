@@ -150,7 +150,10 @@ def array_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], 
         headers = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
         if version[0] not in headers:
             raise ValueError(f"{name} is of version {version[0]} of the format, expected 1 or 2")
-        shape, _, dtype = headers[version[0]](stream)
+        try:
+            shape, _, dtype = headers[version[0]](stream)
+        except Exception as error:  # of the parser of Python: SyntaxError, TokenError, RecursionError, ...
+            raise ValueError(f"{name} has a header that cannot be read: {error}") from error
     return shape, dtype
 
 

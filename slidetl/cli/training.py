@@ -27,7 +27,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from slidetl.cli.shipped import with_shipped_configs
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.record import NO_RECORD, StudyRecord, config_sha256, read_record
-from slidetl.errors import CheckpointError, UsageError
+from slidetl.errors import CheckpointError, SlidetlError, UsageError
 from slidetl.models.backbones import without_downloads
 from slidetl.training.best import BestCheckpoint, WholeCheckpoints
 from slidetl.training.checkpoint import check_network, check_resumable, read_checkpoint
@@ -157,8 +157,13 @@ class GradingCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Builds the objects; a checkpoint's network without asking the hub."""
-        with without_downloads(self._resumed) if self._resumed is not None else nullcontext():
-            super().instantiate_classes()
+        try:
+            with without_downloads(self._resumed) if self._resumed is not None else nullcontext():
+                super().instantiate_classes()
+        except (TypeError, ValueError) as error:  # of arguments that a class refuses
+            if isinstance(error, SlidetlError):
+                raise
+            raise UsageError(_one_line(str(error))) from error
 
     def before_fit(self) -> None:
         """Checks that a training can go on from its checkpoint."""
