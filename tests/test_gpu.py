@@ -78,7 +78,7 @@ def test_a_card_without_room_says_the_batch_that_fits(
     torch.cuda.set_per_process_memory_fraction((used + 600 * 2**20) / total)
     try:
         words = ["--data.bag_size=32", "--data.batch_size=10", "--model.backbone.name=resnet18"]
-        words += ["--model.backbone.pretrained=", "--model.transfer=slidetl.models.transfer.Scratch"]
+        words += ["--model.transfer=slidetl.models.transfer.Scratch"]
         words += ["--trainer.precision=32-true"]
         assert main(["fit", *on_gpu(study, tmp_path), *words]) == 2
     finally:

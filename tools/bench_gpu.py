@@ -25,6 +25,7 @@ from datetime import date
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import numpy as np
@@ -35,6 +36,7 @@ from slidetl.tiles.store import SlideCache, groups
 from tools.bench_tiling import WORKS, Work, write_slide
 
 Precision = Literal["float32", "bfloat16"]
+PARTS = ["fit", "grade", "embed", "ready", "penalties"]
 _DRAWN = 4  # slides; the others are further names of theirs
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 
@@ -54,7 +56,7 @@ def grade_rows(scratch: Path, backbone: str, slides: list[Path], device: str) ->
     from tools.bench_grading import export
 
     rows = []
-    for kind, work in WORKS.items():
+    for kind, work in sorted(WORKS.items(), reverse=True):
         path = scratch / f"{backbone}.{kind}.pt"
         export(backbone, work, path)
         model = load_model(path, device, trusted=True)
@@ -184,16 +186,44 @@ def _in(precision: str, network: Any) -> Callable[[Any], Any]:
     return run
 
 
-def ready_rows(scratch: Path) -> list[str]:
+def penalty_rows(scratch: Path, device: str) -> list[str]:
+    """Steps of a ResNet-18 on 192 tiles with each penalty, beside the step without."""
+    import timm
+    import torch
+
+    from slidetl.models.spec import BackboneSpec
+    from tools.bench_transfer import LIMITS, measure, resnet_steps
+
+    weights = scratch / "resnet18.pth"
+    torch.save(timm.create_model("resnet18", num_classes=0).state_dict(), weights)
+    tiles = torch.randint(0, 256, (192, 3, 224, 224), dtype=torch.uint8, device=device)
+    steps = resnet_steps(BackboneSpec("resnet18", str(weights)), tiles)
+
+    def waited(step: Callable[[], None]) -> None:
+        step()
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    found = measure({name: partial(waited, step) for name, step in steps.items()}, 15)
+    plain, *others = ((name, median(clock for clock, _ in rows)) for name, rows in found.items())
+    return [
+        f"| step with {name}, ms | {1e3 * seconds:.1f} | {1e3 * plain[1]:.1f} | {seconds / plain[1]:.0%} "
+        f"| a step without it; at most {1 + LIMITS[name]:.0%} |"
+        for name, seconds in others
+    ]
+
+
+def ready_rows() -> list[str]:
     """Processor seconds until commands have imported what they need."""
     rows = []
-    for command, module in (("grade", "slidetl.grading.batch"), ("fit", "slidetl.cli.training")):
+    for command, module, most in (("grade", "slidetl.grading.batch", 4), ("fit", "slidetl.cli.training", 6)):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        started = time.perf_counter()
         subprocess.run([sys.executable, "-c", f"import {module}"], check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        rows.append(f"| `{command}` imported | {spent:.1f} | {time.perf_counter() - started:.1f} |")
+        what = f"| `{command}` ready to read, s of a processor | {spent:.1f} | {most:.1f} "
+        rows.append(f"{what}| {spent / most:.0%} | at most |")
+        print(rows[-1], file=sys.stderr)
     return rows
 
 
@@ -204,13 +234,14 @@ def fit_rows(cache: Path, device: str, workers: list[int]) -> list[str]:
         words = [sys.executable, "-m", "tools.bench_loader", str(cache), "--backbone", "resnet18"]
         words += ["--device", device, "--workers", str(number), "--threads", "1", "--repeats", "5"]
         words += ["--epoch", "160", "--only-train"]
-        said = subprocess.run(words, check=True, capture_output=True, text=True).stdout
+        said = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout
         found = [float(word) for word in said.split("step, s")[-1].replace(",", "").replace("%", "").split()]
         _, _, rate, alone, waiting, ready, batch, step = found
         what = f"`fit`, resnet18, bags of 48, {number} workers"
         rows.append(row(what, rate, alone, f"waiting {waiting:.1f} % (at most 10)"))
         note = f"trainer {ready:.1f} s, first batch {batch:.1f} s"
-        rows.append(f"| first step of it, s after the card is ready | {step:.1f} | 3.0 | | {note} |")
+        first = "| first step of it, s after the card is ready"
+        rows.append(f"{first} | {step:.1f} | 3.0 | {step / 3:.0%} | {note} |")
         print(rows[-1], file=sys.stderr)
     return rows
 
@@ -225,7 +256,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=16384, help="of a slide, pixels")
     parser.add_argument("--slides", type=int, default=28, help="that are graded and embedded")
     parser.add_argument("--backbone", default="mobilenetv2_100", help="timm's name")
-    parser.add_argument("--parts", nargs="+", default=["grade", "embed", "ready", "fit"], help="only these")
+    parser.add_argument("--parts", nargs="+", default=PARTS, help="only these")
     parser.add_argument(
         "--keep", type=Path, help="folder for slides and cache, which another run finds there"
     )
@@ -244,7 +275,7 @@ def main() -> None:
         f"{platform.python_version()}, torch {torch.__version__}, timm {version('timm')}, pytorch-lightning "
         f"{version('pytorch-lightning')}.",
         "",
-        "| work | tiles/s | network alone | share | |",
+        "| work | seen, tiles/s | network alone, or limit | share | |",
         "|---|---|---|---|---|",
     ]
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -272,7 +303,9 @@ def main() -> None:
         if "embed" in options.parts:
             lines += embed_rows(cache, options.backbone, options.device)
         if "ready" in options.parts:
-            lines += ["", "| ready | processor s | s |", "|---|---|---|", *ready_rows(scratch)]
+            lines += ready_rows()
+        if "penalties" in options.parts:
+            lines += penalty_rows(scratch, options.device)
     text = "\n".join(lines)
     print(text)
     if options.output:

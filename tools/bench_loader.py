@@ -224,7 +224,9 @@ def train(
         num_workers=way.workers,
         decode_threads=way.threads,
     )
-    data.slides, data.tile_spec = {"train": tuple(slides)}, slides[0].cache.spec  # what its setup would find
+    # What its setup would find.
+    data.slides = {"train": tuple(slides), "val": (), "test": (), "predict": tuple(slides)}
+    data.tile_spec = slides[0].cache.spec
     torch.manual_seed(0)
     grader = SlideGrader(BackboneSpec(options.backbone), transfer=Scratch(), schedule=Constant())
     report = WaitingReport()
