@@ -35,7 +35,7 @@ from slidetl.training.drift import DriftReport
 from slidetl.training.grader import SlideGrader
 from slidetl.training.outputs import ResultFiles
 from slidetl.training.range_test import RangeTest, find_rate, write_range
-from slidetl.training.slots import check_classes, check_import, permit
+from slidetl.training.slots import check_classes, check_import, own_error, permit
 from slidetl.training.waiting import WaitingReport
 
 _PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}  # in Lightning's words
@@ -158,7 +158,8 @@ class GradingCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Builds the objects; a checkpoint's network without asking the hub."""
         try:
-            with without_downloads(self._resumed) if self._resumed is not None else nullcontext():
+            offline = without_downloads(self._resumed) if self._resumed is not None else nullcontext()
+            with own_error(), offline:
                 super().instantiate_classes()
         except (TypeError, ValueError) as error:  # of arguments that a class refuses
             if isinstance(error, SlidetlError):

@@ -47,7 +47,7 @@ from slidetl.training.evaluation import NOT_FINITE, Evaluation
 from slidetl.training.grader import SlideGrader
 from slidetl.training.predictions import SlidePrediction
 from slidetl.training.similarity import embed_layers
-from slidetl.training.slots import parse
+from slidetl.training.slots import own_error, parse
 
 # Relative distance of scores in the inner folds that counts as equal to the best: on twenty slides a smaller
 # difference means nothing, and the earlier epoch has drifted less.
@@ -203,7 +203,8 @@ class _Fit:
         seed = self._job.fold.seed
         pl.seed_everything(seed, workers=True, verbose=False)
         config = _parse(self._config, self._job.grades, seed, self._allow)
-        ready = _parser().instantiate_classes(config)
+        with own_error():
+            ready = _parser().instantiate_classes(config)
         parts = {"train": self._train, "val": self._monitored, "test": self._monitored}
         return ready.model, SlideDataModule.from_slides(**parts, **ready.data)
 

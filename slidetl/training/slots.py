@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,6 +110,17 @@ def parse(parser: ArgumentParser, values: Mapping[str, Any], allow: Sequence[str
         raise
     check_classes(config.as_dict(), allow)
     return config
+
+
+@contextmanager
+def own_error() -> Iterator[None]:
+    """Raises the mistake of a user in place of the parser's error, as of a value that may have two types."""
+    try:
+        yield
+    except ValueError as error:
+        if not isinstance(error, UsageError) and isinstance(error.__cause__, UsageError):
+            raise error.__cause__ from None
+        raise
 
 
 def check_import(error: ArgumentError) -> None:
