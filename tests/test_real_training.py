@@ -38,7 +38,7 @@ def test_real_slides_become_a_model_that_grades_them(
         "--trainer.accelerator=cpu",
         "--trainer.enable_progress_bar=false",
     ]
-    assert main(["tile", str(manifest), "--cache", str(cache), "--mpp", "2", "--tile-size", "112"]) == 0
+    assert main(["tile", str(manifest), "--cache", str(cache), "--mpp", "4", "--tile-size", "64"]) == 0
     assert main(["fit", *options, "--trainer.max_epochs=1"]) == 0
     assert main(["test", *options]) == 0
     (predictions,) = root.glob("test/predictions.csv")
