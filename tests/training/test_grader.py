@@ -97,12 +97,10 @@ trainer:
     assert main(["test", *whole]) == 0  # which finds the best beside them
     end = read_checkpoint(kept / "step=6.ckpt")
     assert end["epoch"] == 1
-    for step in (2, 4):
-        options = [*study.options(tmp_path / str(step)), two]
-        assert main(["fit", *options, *often, f"--ckpt_path={kept / f'step={step}.ckpt'}"]) == 0
-        folder = tmp_path / str(step) / "logs" / "version_0" / "checkpoints"
-        again = read_checkpoint(folder / "step=6.ckpt")["state_dict"]
-        assert all(torch.equal(value, again[key]) for key, value in end["state_dict"].items())
+    options = [*study.options(tmp_path / "again"), two]
+    assert main(["fit", *options, *often, f"--ckpt_path={kept / 'step=4.ckpt'}"]) == 0
+    again = read_checkpoint(tmp_path / "again" / "logs" / "version_0" / "checkpoints" / "step=6.ckpt")
+    assert all(torch.equal(value, again["state_dict"][key]) for key, value in end["state_dict"].items())
 
 
 def test_predictions_name_the_fold(study: Study, trained: Path, tmp_path: Path) -> None:
