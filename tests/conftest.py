@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from numpy.typing import NDArray
+from xdist.scheduler import LoadFileScheduling
 
 # "check", the default, draws the same examples in each run, so that a change is judged by what it changes.
 # SLIDETL_HYPOTHESIS=explore, or pytest --hypothesis-profile=explore, searches for new ones (a nightly run):
@@ -39,12 +41,22 @@ def has_gpu() -> bool:
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks a test as slow that needs a slow fixture, and skips those of a GPU where there is none."""
+    """Marks tests of slow fixtures, skips those of an absent GPU, and puts files with slow tests first."""
+    slow: Counter[Path] = Counter()
     for item in items:
         if item.get_closest_marker("gpu") is not None and not has_gpu():
             item.add_marker(pytest.mark.skip(reason="torch finds no GPU here"))
         if not SLOW_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+        slow[item.path] += item.get_closest_marker("slow") is not None
+    items.sort(key=lambda item: -slow[item.path])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+    """Keeps the tests of a file in one process, as they share what its fixtures made, and in their order."""
+    config.option.loadscopereorder = False  # it would put a long file of few tests last
+    return LoadFileScheduling(config, log)
 
 
 Picture = NDArray[np.uint8]

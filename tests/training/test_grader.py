@@ -22,10 +22,12 @@ from slidetl.evaluation.calibration import judged_probabilities
 from slidetl.evaluation.metrics import grade_metrics
 from slidetl.models.backbones import read_pretrained, weights_sha256
 from slidetl.models.spec import BackboneSpec
+from slidetl.models.transfer import WarmRestart
 from slidetl.training.checkpoint import load_grader, read_checkpoint
 from slidetl.training.grader import SlideGrader
 from slidetl.training.outputs import ResultFiles
 from slidetl.training.predictions import read_predictions
+from slidetl.training.schedules import OneCycle
 from tests.conftest import Study
 
 
@@ -98,7 +100,7 @@ trainer:
     end = read_checkpoint(kept / "step=6.ckpt")
     assert end["epoch"] == 1
     options = [*study.options(tmp_path / "again"), two]
-    assert main(["fit", *options, *often, f"--ckpt_path={kept / 'step=4.ckpt'}"]) == 0
+    assert main(["fit", *options, *often, f"--ckpt_path={kept / 'step=2.ckpt'}"]) == 0
     again = read_checkpoint(tmp_path / "again" / "logs" / "version_0" / "checkpoints" / "step=6.ckpt")
     assert all(torch.equal(value, again["state_dict"][key]) for key, value in end["state_dict"].items())
 
@@ -221,7 +223,7 @@ def test_two_processes_train_together(study: Study, tmp_path: Path) -> None:
 
 def test_what_a_training_needs_can_be_sent_to_a_process_that_is_spawned(study: Study) -> None:
     data = SlideDataModule(str(study.manifest), str(study.cache), num_workers=0)
-    for value in (SlideGrader(), data):
+    for value in (SlideGrader(transfer=WarmRestart(), schedule=OneCycle()), data):
         again = pickle.loads(pickle.dumps(value))
         assert again.hparams == value.hparams
 
