@@ -139,10 +139,7 @@ def request_note(mpp: float, mpp_level0: float) -> str | None:
     """
     if mpp < 19.5 * mpp_level0:
         return None
-    return (
-        f"--mpp {mpp:g} is {mpp / mpp_level0:.0f} times the slide's {mpp_level0:.4g} um per pixel "
-        "(micrometres per pixel, not a magnification)"
-    )
+    return f"--mpp {mpp:g} is 20 times the slide's own or more (it is um per pixel, not a magnification)"
 
 
 def _is_within(value: float, bounds: Pair) -> bool:

@@ -21,6 +21,7 @@ from slidetl.tiles.store import describe_write_error
 USED, EXCLUDED, FAILED = "used", "excluded", "failed"
 
 _NAMED = 5  # slides that a line on the screen names; the ledger names all
+_LINES = 12
 # A spreadsheet takes a cell that starts like this for a formula, and slides are named by strangers.
 _FORMULA = ("=", "+", "-", "@", "'")
 
@@ -166,6 +167,11 @@ class Ledger:
 def summarise_notes(rows: Sequence[LedgerRow]) -> list[str]:
     """Gathers what is doubtful about slides: one line for each note, with the slides that it is about."""
     slides: dict[str, list[str]] = defaultdict(list)
+    lost = [row for row in rows if row.tiles_unreadable]
+    if lost:  # first, since lines beyond some are left out
+        slides["tiles that cannot be read are left out, and tried again by the next run"] = [
+            f"{row.slide_id} ({row.tiles_unreadable} of {row.tiles + row.tiles_unreadable})" for row in lost
+        ]
     far = cohort_notes({row.slide_id: row.mpp_level0 for row in rows})
     for row in rows:
         notes = row.note.split("; ") if row.note else []
@@ -173,16 +179,14 @@ def summarise_notes(rows: Sequence[LedgerRow]) -> list[str]:
             notes.append(far[row.slide_id])
         for note in notes:
             slides[note].append(row.slide_id)
-        if row.tiles_unreadable:
-            slides["tiles that cannot be read are left out, and tried again by the next run"].append(
-                f"{row.slide_id} ({row.tiles_unreadable} of {row.tiles + row.tiles_unreadable})"
-            )
-    return [
+    lines = [
         f"{len(names)} slide{'s' * (len(names) > 1)}: {note}: "
         + ", ".join(names[:_NAMED])
         + (" ..." if len(names) > _NAMED else "")
         for note, names in slides.items()
     ]
+    more = len(lines) - _LINES
+    return [*lines[:_LINES], f"{more} more, in the column note of ledger.csv"] if more > 0 else lines
 
 
 _PARSE = {"str": str, "int": int, "float": float}

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slidetl.errors import CacheError
-from slidetl.tiles.ledger import EXCLUDED, FAILED, USED, Ledger, LedgerRow
+from slidetl.tiles.ledger import EXCLUDED, FAILED, USED, Ledger, LedgerRow, summarise_notes
 
 
 def row(slide_id: str, status: str = USED, **more: object) -> LedgerRow:
@@ -88,3 +88,13 @@ def test_a_folder_that_is_not_there_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CacheError, match="the ledger cannot be written"):
         Ledger(tmp_path / "file" / "ledger.csv").record([row("S1")])
+
+
+def test_notes_of_many_slides_are_few_lines() -> None:
+    rows = [LedgerRow(f"s{n}", "p", USED, note="a; b", mpp_level0=0.25) for n in range(9)]
+    rows += [LedgerRow(f"t{n}", "p", USED, note=f"c{n}", tiles=5, tiles_unreadable=1) for n in range(40)]
+    lines = summarise_notes(rows)
+    assert lines[0].startswith("40 slides: ")
+    assert "tried again by the next run: t0 (1 of 6), t1 (1 of 6)" in lines[0]
+    assert lines[1] == "9 slides: a: s0, s1, s2, s3, s4 ..." and lines[2].startswith("9 slides: b: ")
+    assert len(lines) == 13 and lines[-1] == "31 more, in the column note of ledger.csv"
