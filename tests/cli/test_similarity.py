@@ -10,6 +10,7 @@ from slidetl.cli import main
 from tests.conftest import Study
 
 
+@pytest.mark.slow
 def test_before_and_after_a_training(
     study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

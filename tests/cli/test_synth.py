@@ -15,6 +15,7 @@ def draw(out: Path, options: str = "") -> int:
     return main(["synth", str(out), *options.split()])
 
 
+@pytest.mark.slow
 def test_writes_a_cohort_and_prints_the_colour_baseline(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

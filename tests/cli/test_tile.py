@@ -247,6 +247,7 @@ def test_a_terminal_without_the_letters_shows_their_codes(
     assert {row.slide_id for row in Ledger(tmp_path / "cache" / "ledger.csv").rows()} == {"да", "нет"}
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(
     pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path
 ) -> None:

@@ -425,6 +425,7 @@ def test_equal_results_give_an_equal_page(whole: tuple[ComparisonResult, Path], 
         assert (tmp_path / path.relative_to(folder)).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_what_comes_from_outside_is_escaped(tmp_path: Path) -> None:
     result = invented(
         20,

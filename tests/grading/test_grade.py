@@ -285,6 +285,7 @@ def test_auto_takes_the_precision_that_the_export_compared(
     assert chosen_precision(there, wanted) == chosen
 
 
+@pytest.mark.slow
 def test_several_processes_grade_as_one_does_and_a_run_goes_on(
     study: Study, model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -370,6 +371,7 @@ def test_the_grade_does_not_depend_on_the_number_of_threads(study: Study, model:
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("members", [1, 2])
 def test_a_frozen_model_grades_alike(study: Study, trained: Path, tmp_path: Path, members: int) -> None:
     best = trained / "logs" / "version_0" / "checkpoints" / "best.ckpt"

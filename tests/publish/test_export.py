@@ -80,6 +80,7 @@ print(json.loads(extra["slidetl.json"])["tile_spec"]["mpp"])
     assert (done.returncode, done.stdout) == (0, "4.0\n"), done.stderr
 
 
+@pytest.mark.slow
 def test_an_ensemble_votes_with_its_temperature(grader: SlideGrader, tmp_path: Path) -> None:
     other = SlideGrader(BackboneSpec("mobilenetv2_100"), MeanPooling).eval()
     other.tile_spec = grader.tile_spec

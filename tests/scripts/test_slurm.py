@@ -48,6 +48,7 @@ def test_bash_and_sbatch_can_read_it(job: Path) -> None:
     assert all(re.fullmatch(r"#SBATCH --[a-z-]+=\S+", lines[number]) for number in options)
 
 
+@pytest.mark.slow
 def test_tile_runs_a_scheduler_and_workers(
     pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path
 ) -> None:
@@ -62,6 +63,7 @@ def test_tile_runs_a_scheduler_and_workers(
     assert not list(tmp_path.glob(".slidetl-tile-*"))
 
 
+@pytest.mark.slow
 def test_fit_gives_lightning_the_shape_of_the_job(tmp_path: Path) -> None:
     config = str(ROOT / "configs" / "demo.yaml")
     done = run(

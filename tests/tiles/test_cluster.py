@@ -76,6 +76,7 @@ def worker(start: Start, folder: Path, name: str, address: str) -> subprocess.Po
     return process
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_mid_slide_loses_nothing(
     start: Start, pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path
 ) -> None:
@@ -126,6 +127,7 @@ def test_a_worker_killed_in_mid_slide_loses_nothing(
     assert "the cache was made with mpp 0.5" in (tmp_path / "other.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_slide_whose_workers_die_is_failed_and_the_next_run_goes_on(
     start: Start,
     pyramid_tiff: PyramidTiff,

@@ -29,6 +29,7 @@ def test_distances_are_those_of_numpy_and_other_layers_are_left_out() -> None:
     assert found == {"0": pytest.approx((np.linalg.norm(here - there), np.linalg.norm(there)))}
 
 
+@pytest.mark.slow
 def test_a_fit_reports_how_far_each_layer_went(trained: Path) -> None:
     log = trained / "logs" / "version_0"
     rows = rows_of(log / "drift.csv")

@@ -54,6 +54,7 @@ def test_results_agree_with_the_predictions(trained: Path) -> None:
     assert (trained / "test" / "confusion.png").stat().st_size > 5_000
 
 
+@pytest.mark.slow
 def test_same_seed_same_figures(study: Study, trained: Path, tmp_path: Path) -> None:
     assert main(["fit", *study.options(tmp_path), "--trainer.max_epochs=2"]) == 0
     assert main(["test", *study.options(tmp_path)]) == 0
@@ -76,6 +77,7 @@ def test_checkpoint_reloads_as_plain_values_and_grades_alike(study: Study, train
     assert grader.transfer.start.__qualname__.startswith("WarmRestart")
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_from_the_middle_of_an_epoch(study: Study, tmp_path: Path) -> None:
     # A checkpoint each two steps, by a configuration here and by words there; an epoch has three.
     config = tmp_path / "often.yaml"
@@ -256,6 +258,7 @@ def test_a_damaged_tile_is_one_line_from_a_worker_too(
     assert last.startswith("slidetl: error:") and "tile" in last
 
 
+@pytest.mark.slow
 def test_mixed_precision_trains_and_tests(study: Study, tmp_path: Path) -> None:
     options = [*study.options(tmp_path), "--trainer.precision=bf16-mixed"]
     assert main(["fit", *options, "--trainer.max_epochs=1"]) == 0
@@ -263,6 +266,7 @@ def test_mixed_precision_trains_and_tests(study: Study, tmp_path: Path) -> None:
     assert len(read_predictions(tmp_path / "test" / "predictions.csv")) >= 4
 
 
+@pytest.mark.slow
 def test_penalties_are_logged_and_the_reference_is_held_to_its_hash(
     study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,6 +57,7 @@ def test_a_step_keeps_less_and_has_the_same_gradients() -> None:
         torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_a_configuration_switches_it_on(study: Study, tmp_path: Path) -> None:
     states = []
     for on in (False, True):

@@ -131,6 +131,7 @@ def test_figures_count_every_label_once() -> None:
     assert task_metrics(SCALE, [TaskOutcome(np.array([-1]), sure[[0]])]) is None
 
 
+@pytest.mark.slow
 def test_tasks_from_the_configuration_to_the_exported_file(
     study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -42,6 +42,7 @@ def fit_and_test(study: Study, root: Path, *options: str, epochs: int = 2) -> tu
     return losses, np.array([row.probabilities for row in rows])
 
 
+@pytest.mark.slow
 def test_a_frozen_backbone_trains_alike_on_tiles_on_features_and_on_both(
     embedded: Study, tmp_path: Path
 ) -> None:
@@ -53,6 +54,7 @@ def test_a_frozen_backbone_trains_alike_on_tiles_on_features_and_on_both(
         np.testing.assert_allclose(probabilities, whole[1], atol=2e-3)
 
 
+@pytest.mark.slow
 def test_fresh_tiles_train_the_backbone_beside_stored_ones(embedded: Study, tmp_path: Path) -> None:
     guided = "--data.sampling=slidetl.data.sampling.AttentionGuided"
     every = "--checkpoint.save_top_k=-1"
@@ -81,6 +83,7 @@ def test_features_of_other_weights_are_refused(
         assert "run 'slidetl embed' with the same backbone and pretrained weights" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_training_goes_on_with_the_features_that_it_began_with(
     embedded: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
