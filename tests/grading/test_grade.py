@@ -67,6 +67,23 @@ def test_agrees_with_slidetl_test_on_every_test_slide(
             assert picture.width > 1000
 
 
+def test_agrees_with_slidetl_test_in_bfloat16(
+    study: Study, trained: Path, model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = trained / "logs" / "version_0" / "checkpoints" / "best.ckpt"
+    words = ["test", *study.options(tmp_path), f"--ckpt_path={best}", "--precision", "bfloat16"]
+    assert main(words) == 0
+    rows = read_predictions(tmp_path / "test" / "predictions.csv")
+    whole = read_predictions(trained / "test" / "predictions.csv")
+    assert any(row.probabilities != other.probabilities for row, other in zip(rows, whole, strict=True))
+    slides = [str(study.manifest.parent / "slides" / f"{row.slide_id}.tiff") for row in rows[:3]]
+    capsys.readouterr()
+    assert main(["grade", str(model_path), *slides, "--precision", "bfloat16"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for line, row in zip(lines, rows[:3], strict=True):
+        np.testing.assert_allclose(line["probabilities"], row.probabilities, atol=1e-4)
+
+
 def test_map_lies_where_the_tiles_are(study: Study, model: ModelFile, tmp_path: Path) -> None:
     slide = next((study.manifest.parent / "slides").glob("*.tiff"))
     result = grade_slide(model, slide)
