@@ -285,7 +285,9 @@ def read_record(checkpoint: Mapping[str, Any]) -> StudyRecord | None:
 
 
 def config_sha256(values: Mapping[str, Any]) -> str:
-    """Hashes the configuration of a fit by SHA-256: all that shapes its result, and not where its data lie.
+    """Hashes model, data and seed of a fit by SHA-256, and not where its data lie.
+
+    Nor the epochs: a resumed training may have more, and keeps checkpoints of the one before.
 
     Args:
         values: plain values of ``config.yaml``.
@@ -295,6 +297,5 @@ def config_sha256(values: Mapping[str, Any]) -> str:
         "model": values.get("model"),
         "data": {key: value for key, value in data.items() if key not in _PLACES},
         "seed": values.get("seed_everything"),
-        "epochs": (values.get("trainer") or {}).get("max_epochs"),
     }
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()

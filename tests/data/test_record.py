@@ -164,7 +164,11 @@ def test_a_record_is_plain_values() -> None:
 
 def test_the_configurations_hash_is_of_what_shapes_the_result() -> None:
     values = {"model": {"lr": 1}, "data": {"bag_size": 8, "manifest": "a"}, "trainer": {"max_epochs": 2}}
-    moved = {**values, "data": {"bag_size": 8, "manifest": "b", "num_workers": 3}}
+    moved = {
+        **values,
+        "data": {"bag_size": 8, "manifest": "b", "num_workers": 3},
+        "trainer": {"max_epochs": 9},
+    }
     assert config_sha256(values) == config_sha256(moved)
     for other in ({"model": {"lr": 2}}, {"data": {"bag_size": 9}}, {"seed_everything": 1}):
         assert config_sha256(values) != config_sha256({**values, **other})
