@@ -34,7 +34,7 @@ from slidetl.grading.report.index import IndexEntry, write_index
 from slidetl.grading.report.slide import has_slide_report, write_slide_report
 from slidetl.library.model_card import ModelCard
 from slidetl.models.runner import Runner
-from slidetl.processes import end_with
+from slidetl.processes import begin
 from slidetl.processor import hand_back_memory
 from slidetl.publish.model_file import ModelFile, load_model
 from slidetl.slides import open_slide
@@ -381,13 +381,12 @@ def _processes(count: int, model: ModelFile, options: GradeOptions) -> ProcessPo
     for number in range(count):
         is_one_of_many = model.device.type == "cuda" and options.devices > 1
         devices.put(f"cuda:{number % options.devices}" if is_one_of_many else str(model.device))
-    start = (os.getpid(), model.path, devices, options, _threads(count))
-    return ProcessPoolExecutor(count, context, _start, start)
+    start = (os.getpid(), __name__, _start.__name__, model.path, devices, options, _threads(count))
+    return ProcessPoolExecutor(count, context, begin, start)
 
 
-def _start(parent: int, path: Path, devices: SimpleQueue[str], options: GradeOptions, threads: int) -> None:
+def _start(path: Path, devices: SimpleQueue[str], options: GradeOptions, threads: int) -> None:
     global _loaded
-    end_with(parent)
     torch.set_num_threads(threads)
     model = _ready(load_model(path, devices.get()), options)
     runner = _runner(model, options, threads)
