@@ -300,9 +300,10 @@ class _Tiff:
         """Marks the pieces of the finest level that have no bytes, at ``scale`` pixels per level-0 pixel."""
         page = self._first
         counts = np.asarray(page.databytecounts)
-        if page.is_memmappable or self._turn != Turn() or counts.all():
-            return None
         piece_px, pieces = _pieces(page)
+        is_whole = page.is_memmappable or counts.all()
+        if is_whole or self._turn != Turn() or len(counts) < math.prod(pieces):
+            return None
         is_empty = counts[: math.prod(pieces)].reshape(pieces[::-1]) == 0
         x, y = (
             ((np.arange(size) + 0.5) / s // piece).astype(int).clip(0, count - 1)
