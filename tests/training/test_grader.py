@@ -354,3 +354,39 @@ def test_predictions_say_whose_they_are_and_by_which_weights(trained: Path) -> N
     assert figures["log_loss"] == pytest.approx(log_loss(true, probabilities, labels=range(5)), rel=1e-9)
     # What was written has every digit: the same comes out to the last one.
     assert figures | json.loads(json.dumps(judged_probabilities(true, probabilities))) == figures
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
+@pytest.mark.parametrize("loads", [True, False])
+def test_from_python_too_the_recorded_parts_are_tested(
+    loads: bool, study: Study, trained: Path, tmp_path: Path
+) -> None:
+    path = trained / "logs" / "version_0" / "checkpoints" / "best.ckpt"
+    tested = {row.slide_id for row in read_predictions(trained / "test" / "predictions.csv")}
+
+    def test(cache: Path, seed: int) -> set[str]:
+        data = SlideDataModule(str(study.manifest), str(cache), num_workers=0, seed=seed)
+        data.setup("fit")  # by a seed of its own, as for another training
+        assert {slide.row.slide_id for slide in data.slides["test"]} != tested
+        grader = load_grader(path)
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            default_root_dir=tmp_path,
+            enable_checkpointing=False,
+        )
+        if loads:
+            grader.record = None
+        trainer.test(grader, data, ckpt_path=path if loads else None, verbose=False, weights_only=True)
+        assert grader.tested is not None
+        return {row.slide_id for row in grader.tested.predictions}
+
+    assert test(study.cache, seed=1) == tested
+    shutil.copytree(study.cache, tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache" / "slide-00.zarr")
+    with (
+        pytest.warns(UserWarning, match="1 of 20 slides are not in the cache"),
+        pytest.raises(CheckpointError, match="1 gone: slide-00"),
+    ):
+        test(tmp_path / "cache", seed=1)
