@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from slidetl.data.manifest import read_manifest
 from slidetl.errors import ManifestError
@@ -157,6 +159,28 @@ def test_tables_as_spreadsheets_export_them(tmp_path: Path, content: bytes) -> N
     path.write_bytes(content)
     (row,) = read_manifest(path, 5).rows
     assert (row.slide_id, row.path, row.patient_id, row.grade) == ("a", tmp_path / "a.svs", "Müller", 2)
+
+
+@pytest.mark.filterwarnings("ignore:.*not UTF-8", "ignore:.*unknown column", "ignore:.*differ")
+@given(
+    start=st.sampled_from(
+        [b"", HEADER.encode() + b"\n", b"sep=;\n", b"\xff\xfe", b"\xff\xfe\0\0", b"\xef\xbb\xbf"]
+    ),
+    rest=st.binary(max_size=60),
+    encoding=st.sampled_from(["utf-8", "utf-16", "utf-16-le", "utf-32"]),
+    text=st.text(alphabet='a,;\t\n\r"0.5Fé\0|', max_size=60),
+)
+def test_any_file_is_read_or_refused_as_a_manifest(
+    tmp_path_factory: pytest.TempPathFactory, start: bytes, rest: bytes, encoding: str, text: str
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.csv"
+    for data in (start + rest, f"{HEADER}\n{text}".encode(encoding), start + text.encode(encoding)):
+        path.write_bytes(data)
+        try:
+            rows = read_manifest(path, 5).rows
+        except ManifestError:
+            continue
+        assert all(row.slide_id and row.patient_id and row.grade in (None, 0, 1, 2, 3, 4) for row in rows)
 
 
 def test_windows_1252_is_read_and_said(tmp_path: Path) -> None:
