@@ -261,6 +261,18 @@ def test_an_array_in_an_archive_is_no_larger_than_it_may_be(tmp_path: Path) -> N
             read_labels(path)
 
 
+@pytest.mark.parametrize("shape", [(), (1_000_001, 1, 1), (-3, 1, 1), (60_000_000, 0, 0)])
+def test_an_archive_of_a_wrong_number_of_images_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    header = repr({"descr": "|u1", "fortran_order": False, "shape": shape}).encode()
+    content = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("train_images.npy", content)
+        archive.writestr("train_labels.npy", content)
+    with little_memory(), pytest.raises(SlideOpenError):
+        read_labels(path)
+
+
 def small_array(node: Path, shape: list[int], content: bytes) -> Path:
     """A small array of a cache as a stranger would write it: every checksum is right."""
     chunk = node.joinpath("c", *("0" for _ in shape))

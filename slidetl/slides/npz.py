@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -29,7 +30,16 @@ _ITEM = re.compile(rf"(?P<file>.+\.npz)#(?P<split>{'|'.join(SPLITS)})/(?P<index>
 _MAX_BYTES = 2 * 2**30
 _MAX_ITEMS = 1_000_000  # each becomes a row of a manifest; the largest such set has 236,386
 # What a damaged or foreign file makes of NumPy and zipfile.
-_DAMAGE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
+_DAMAGE = (
+    OSError,
+    ValueError,
+    EOFError,
+    KeyError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+)
 
 
 @dataclass(frozen=True)
@@ -126,7 +136,9 @@ def _load(file: Path, name: str, mtime_ns: int, size: int) -> NDArray[np.uint8]:
 def _images(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Reads shape and type of an array of images that is not too large."""
     shape, dtype = array_header(archive, name)
-    if shape and shape[0] > _MAX_ITEMS:
+    if not shape:
+        raise ValueError(f"{name} has no items")
+    if shape[0] > _MAX_ITEMS:
         raise ValueError(f"{name} has {shape[0]} items, more than {_MAX_ITEMS}")
     wanted = int(np.prod(shape, dtype=object)) * dtype.itemsize
     if wanted > _MAX_BYTES:
