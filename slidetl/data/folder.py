@@ -146,8 +146,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_dicom(path: Path) -> bool:
-    """Tells if a file without a suffix, or named by a DICOM identifier (1.2.840...), is DICOM."""
-    if not re.fullmatch(r"(\.\d+)?", path.suffix):
+    """Tells if a file without a suffix, or of ``.dicom`` or a DICOM identifier (1.2.840...), is DICOM."""
+    if not re.fullmatch(r"(\.(\d+|dicom))?", path.suffix.lower()):
         return False
     try:
         with path.open("rb") as file:

@@ -80,9 +80,11 @@ def test_companions_and_caches_are_no_slides(tmp_path: Path) -> None:
 def test_dicom_needs_no_suffix(tmp_path: Path, test_data: Path) -> None:
     data = (test_data / "slides" / "gcp-camelyon-jpeg.dcm").read_bytes()
     (tmp_path / "IMG0001").write_bytes(data)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "x.dicom").write_bytes(data)
     (tmp_path / "1.2.840.113").write_bytes(b"no DICOM")
     with pytest.warns(UserWarning, match=r"\(1: \.113 1\)"):
-        assert identifiers(tmp_path) == {"IMG0001": "IMG0001"}
+        assert identifiers(tmp_path) == {"IMG0001": "IMG0001", "x": "other/x.dicom"}
 
 
 def test_names_of_every_script_and_clashes(tmp_path: Path) -> None:
