@@ -49,6 +49,7 @@ _APERIO = re.compile(r"\|\s*(MPP|AppMag)\s*=\s*([0-9.,]+)")
 # More levels than any pyramid has, and more channels than any microscope.
 _MAX_LEVELS = 64
 _MAX_CHANNELS = 256
+_MAX_SAMPLES = 32  # of one page, which are read together
 
 # The scale of samples of more than 8 bits is found in so many windows across and down, of so many pixels.
 _SAMPLES_ACROSS = 8
@@ -197,7 +198,8 @@ class RasterSlide(PyramidSlide[_Level]):
         if self._path.suffix.lower() in IMAGE_SUFFIXES:
             return _read_plain(self._path, fingerprint)
         self._tiff = _Tiff(self._path, channels)
-        return self._tiff.opened(fingerprint)
+        with _damage_told(self._path):
+            return self._tiff.opened(fingerprint)
 
     def _window(
         self, level: _Level, first: tuple[int, int], size: tuple[int, int]
@@ -369,7 +371,7 @@ class _Tiff:
         )
         bits = page.bitspersample
         is_whole = (page.dtype == np.uint8 and bits == 8) or (page.dtype == np.uint16 and 8 < bits <= 16)
-        if not is_known or samples < (1 if is_grey else 3) or not is_whole:
+        if not is_known or not (1 if is_grey else 3) <= samples <= _MAX_SAMPLES or not is_whole:
             raise SlideOpenError(
                 f"{self._path}: expected grey or RGB of 8 to 16 bits, found {samples} samples of "
                 f"{page.dtype} ({bits} bits), photometric {page.photometric!s}; convert it"
@@ -381,7 +383,8 @@ class _Tiff:
         if int(page.compression) not in READABLE:
             name = getattr(page.compression, "name", page.compression)  # tifffile may have none
             raise SlideOpenError(f"{self._path}: compressed by {name}, which is not read; convert it to JPEG")
-        if not page.is_memmappable and math.prod(page.chunks) > _MAX_SEGMENT_PX * samples:
+        piece_bytes = math.prod(page.chunks) * page.dtype.itemsize
+        if not page.is_memmappable and piece_bytes > _MAX_SEGMENT_PX * min(samples, 4):
             raise SlideOpenError(
                 f"{self._path}: its pixels are compressed in pieces of {page.chunks[1]} x {page.chunks[0]}, "
                 f"more than {_MAX_SEGMENT_PX} each; convert it to a tiled TIFF"

@@ -578,3 +578,13 @@ def test_an_svs_that_openslide_does_not_show_is_read_at_its_spacing(tmp_path: Pa
     with open_slide(tmp_path / "a.svs") as slide:
         assert slide.info.mpp_level0 == (0.499, 0.499) and slide.info.objective_power == 20
         assert np.abs(slide.read((0, 0), (80, 96), 0.499).astype(int) - picture).max() <= 1
+
+
+def test_no_room_is_made_for_samples_that_are_not_there(tmp_path: Path) -> None:
+    tifffile.imwrite(
+        tmp_path / "a.tif", noise(64, 64)[..., 0].astype(np.uint16), tile=(32, 32), metadata=None
+    )
+    with tifffile.TiffFile(tmp_path / "a.tif", mode="r+") as file:
+        file.pages.first.tags["SamplesPerPixel"].overwrite(65000)
+    with pytest.raises(SlideOpenError, match=r"a\.tif: "):
+        open_slide(tmp_path / "a.tif", 0.5, channels="0")
