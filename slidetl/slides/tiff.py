@@ -142,8 +142,7 @@ def is_plain(path: Path, is_generic: bool) -> bool:
             walk = _walk(file)
             first = next(walk)
             samples = first.number(_SAMPLES, 1)
-            kinds = first.numbers(_SAMPLE_FORMAT, samples) if _SAMPLE_FORMAT in first.entries else np.ones(1)
-            bits = first.numbers(_BITS, samples) if _BITS in first.entries else np.ones(1)
+            kinds, bits = first.few(_SAMPLE_FORMAT), first.few(_BITS)
             if bits.max() > 8 or np.any((kinds != 1) & (kinds != 4)):
                 return False
             if not is_generic:
@@ -153,8 +152,7 @@ def is_plain(path: Path, is_generic: bool) -> bool:
                 return False
             # Of grey it shows the first sample alone; what is no alpha it takes for it.
             colours = _COLOURS.get(first.number(_PHOTOMETRIC, 1), samples)
-            extra = first.numbers(_EXTRA_SAMPLES, samples - colours) if samples > colours else np.ones(1)
-            if len(extra) > 1 or extra[0] not in (1, 2):
+            if samples > colours + 1 or (samples > colours and first.few(_EXTRA_SAMPLES, 0)[0] not in (1, 2)):
                 return False
             size = first.number(_WIDTH), first.number(_HEIGHT)
             for number, other in enumerate(walk):
@@ -290,6 +288,14 @@ class _Directory:
     def numbers(self, tag: int, count: int) -> NDArray[np.int64]:
         """Reads the ``count`` whole numbers of a tag."""
         return self._values(tag, count, _INTEGER_TYPES).astype(np.int64)
+
+    def few(self, tag: int, default: int = 1) -> NDArray[np.int64]:
+        """Reads the whole numbers of a tag, however many it says; the default if it is not there."""
+        if tag not in self.entries:
+            return np.array([default])
+        count = self.entries[tag][1]
+        _need(0 < count <= _MAX_ENTRIES)
+        return self.numbers(tag, count)
 
     def bytes(self, tag: int, most: int) -> bytes:
         """Reads the content of a tag; nothing if it is not there."""
