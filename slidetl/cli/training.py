@@ -192,7 +192,8 @@ class GradingCLI(LightningCLI):
         path = Path(options["ckpt_path"])
         checkpoint = read_checkpoint(path, allow, resumable=command == "fit")
         values, self._past = checkpoint["hyper_parameters"], read_record(checkpoint)
-        if self._past is None and command != "predict" and options.data.split_from == "checkpoint":
+        by_record = command == "fit" or (command != "predict" and options.data.split_from == "checkpoint")
+        if self._past is None and by_record:
             raise CheckpointError(f"{path}: {NO_RECORD}")
         check_network(path, checkpoint, allow)
         self._resumed = {key: value for key, value in checkpoint.items() if key != "state_dict"}

@@ -230,8 +230,9 @@ class SlideDataModule(pl.LightningDataModule):
                 val_fraction=self.val_fraction, test_fraction=self.test_fraction, seed=self.seed
             )
         else:
+            resumes = stage == "fit"
             parts, note = recorded_parts(
-                study, self.past, "checkpoint" if stage == "fit" else self.split_from
+                study, self.past, "checkpoint" if resumes else self.split_from, resumes=resumes
             )
         if stage in ("validate", "test") and (others := len(study.graded) - len(parts[_PART_OF[stage]])):
             counts = ", ".join(f"{name} {len(parts[name])}" for name in SPLITS if name != _PART_OF[stage])

@@ -216,7 +216,7 @@ class StudyRecord:
 
 
 def recorded_parts(
-    study: Study, record: StudyRecord | None, split_from: SplitFrom = "checkpoint"
+    study: Study, record: StudyRecord | None, split_from: SplitFrom = "checkpoint", *, resumes: bool = False
 ) -> tuple[dict[str, tuple[CachedSlide, ...]], str]:
     """Divides a study as a checkpoint recorded it, so that nobody whom it was trained on is tested.
 
@@ -227,6 +227,7 @@ def recorded_parts(
             study of strangers whole; ``manifest`` the manifest's ``split``, or without it the recorded part
             of each patient, and ``test`` for strangers; ``external`` tests everyone, and compares the content
             alone.
+        resumes: whether a training goes on, which takes the recorded study alone.
 
     Returns:
         ``train``, ``val`` and ``test``, and a remark for people, or nothing.
@@ -248,7 +249,7 @@ def recorded_parts(
             stacklevel=3,
         )
         record = StudyRecord(())
-    elif split_from == "checkpoint" and record.knows_nobody(study):
+    elif split_from == "checkpoint" and not resumes and record.knows_nobody(study):
         split_from = "manifest" if has_split else "external"
         how = "tested by the manifest's 'split'" if has_split else "tested whole"
         note = f"none of these {len(graded)} slides is in the checkpoint's record: an external cohort, {how}"
@@ -256,7 +257,8 @@ def recorded_parts(
         if differences := record.differences(study):
             raise CheckpointError(
                 f"the study is not the one that the checkpoint was trained with: {'; '.join(differences)}. "
-                f"Use the manifest of then, or say who is tested: {_OTHER_WAYS}"
+                "Use the manifest of then, or "
+                + ("start a new training" if resumes else f"say who is tested: {_OTHER_WAYS}")
             )
         part_of = {was.slide_id: was.part for was in record.slides}
     elif split_from == "external":

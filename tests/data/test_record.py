@@ -117,6 +117,8 @@ def test_a_split_column_decides_only_where_it_is_asked_to_and_tests_nobody_seen(
 def test_an_external_cohort_is_tested_whole() -> None:
     strangers = [slide(name, f"ext-{name}", f"ext-{name}") for name in "abc"]  # our names, other slides
     parts, note = recorded_parts(study(strangers), RECORD)
+    with pytest.raises(CheckpointError, match=r"3 of other content.*start a new training"):
+        recorded_parts(study(strangers), RECORD, resumes=True)
     assert len(parts["test"]) == 3 and "none of these 3 slides" in note and "external" in note
     numbered = [slide(name, f"P{name}", f"ext-{name}") for name in "abc"]  # our patients' names, too
     with pytest.raises(CheckpointError, match="3 of other content: a, b, c"):
