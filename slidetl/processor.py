@@ -45,7 +45,7 @@ def hand_back_memory() -> None:
 
 @contextmanager
 def postpone_collection() -> Iterator[None]:
-    """Postpones collecting garbage while modules are imported, which leave none: a fifth of the time."""
+    """Postpones collecting garbage while a command is imported and built: a fifth of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.record import NO_RECORD, StudyRecord, config_sha256, read_record
 from slidetl.errors import CheckpointError, SlidetlError, UsageError
 from slidetl.models.backbones import without_downloads
+from slidetl.processor import postpone_collection
 from slidetl.training.best import BestCheckpoint, WholeCheckpoints
 from slidetl.training.checkpoint import check_network, check_resumable, read_checkpoint
 from slidetl.training.drift import DriftReport
@@ -97,7 +98,9 @@ class GradingCLI(LightningCLI):
 
     def __init__(self, command: str, args: list[str], **options: Any) -> None:
         self._command = command
-        super().__init__(SlideGrader, SlideDataModule, args=[command, *args], **options)
+        with ExitStack() as self._starting:
+            self._starting.enter_context(postpone_collection())
+            super().__init__(SlideGrader, SlideDataModule, args=[command, *args], **options)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override] # static there
         """Returns the running command only: the parsers of the others take half a second to build."""
@@ -218,6 +221,7 @@ class GradingCLI(LightningCLI):
         if self.subcommand == "fit":
             written = self._parser("fit").dump(self.config.fit, skip_none=False)
             self.datamodule.config_sha256 = config_sha256(yaml.safe_load(written))
+        self._starting.close()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Keeps everything of a run in ``<default_root_dir>/logs/version_N`` unless loggers are given."""

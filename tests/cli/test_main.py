@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import re
 import subprocess
 import sys
@@ -128,7 +129,7 @@ def test_a_training_command_builds_no_parser_but_its_own(monkeypatch: pytest.Mon
         GradingCLI, "add_arguments_to_parser", lambda *args: built.append(add_arguments(*args))
     )
     assert main(["test", "--nonsense"]) == 2
-    assert len(built) == 1
+    assert len(built) == 1 and gc.isenabled()
 
 
 def test_nothing_asks_the_network_for_news() -> None:
