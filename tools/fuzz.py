@@ -147,6 +147,7 @@ MODEL: dict[str, Any] = {
 
 def checkpoints(rng: Rng, folder: Path) -> Iterator[Case]:
     """Hyper-parameters of a checkpoint, through ``export``'s reader."""
+    import timm  # noqa: F401 (takes seconds)
     import torch
 
     from slidetl.training.checkpoint import _build, load_grader

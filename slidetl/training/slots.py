@@ -148,6 +148,8 @@ def check_classes(config: Mapping[str, Any], allow: Sequence[str] = ()) -> None:
     """
     for part in ("model", "data", "trainer"):
         for key, value in (config.get(part) or {}).items():
+            if value is None and part == "model":  # jsonargparse takes it for any type
+                raise UsageError(f"model.{key}: expected a value, found none; leave it out for its default")
             _check(f"{part}.{key}", SLOTS.get(f"{part}.{key}"), value, allow)
 
 

@@ -49,6 +49,8 @@ REFUSED: dict[str, dict[str, Any]] = {
             }
         }
     },
+    "nothing": {"model": {"transfer": None}},
+    "no network": {"model": {"backbone": None}},
     "a logger with a server": {
         "trainer": {"logger": {"class_path": "pytorch_lightning.loggers.MLFlowLogger"}}
     },
