@@ -395,11 +395,6 @@ def composite(bgra: NDArray[np.uint8], background_rgb: tuple[int, int, int]) -> 
     return (bgra[..., 2::-1] + behind).clip(0, 255).astype(np.uint8)
 
 
-def is_plain_tiff(path: Path) -> bool:
-    """Tells if OpenSlide takes a file for one of :data:`slidetl.slides.tiff.PLAIN_TIFFS`."""
-    return path.is_file() and openslide.OpenSlide.detect_format(path) in PLAIN_TIFFS
-
-
 def _open(path: Path) -> openslide.OpenSlide:
     check_there(path)
     for beside in _beside(path):
@@ -446,11 +441,9 @@ def _describe(
     y = _positive(properties.get(openslide.PROPERTY_NAME_MPP_Y))
     stated = (x, y) if x is not None and y is not None else None
     mpp, notes = settle_spacing(path, stated, mpp_override, mpp_replace, objective)
-    orientation, is_left = stored_orientation(path)
+    orientation = stored_orientation(path)
     if Turn.of(orientation)[0] != Turn():
         said = f"orientation {orientation}, which its TIFF tag says, is not applied to a scanner's file"
-        if not is_left:
-            raise SlideOpenError(f"{path}: {said}; convert it")
         notes = (*notes, said)
     background = properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "FFFFFF")
     return SlideInfo(

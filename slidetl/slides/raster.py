@@ -669,4 +669,6 @@ def is_raster(path: Path) -> bool:
     import openslide
 
     vendor = openslide.OpenSlide.detect_format(path)
-    return vendor is None or (vendor in PLAIN_TIFFS and not is_plain(path, vendor == GENERIC_TIFF))
+    if vendor is None:  # a scanner's file without its vendor was cut off
+        return path.suffix.lower() in TIFF_SUFFIXES
+    return vendor in PLAIN_TIFFS and not is_plain(path, vendor == GENERIC_TIFF)

@@ -115,19 +115,13 @@ def is_tiff(path: Path) -> bool:
         return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
-def stored_orientation(path: Path) -> tuple[int, bool]:
-    """Reads the orientation of the first picture of a TIFF.
-
-    Returns:
-        1..8, 1 if it is no TIFF or says nothing of it; and whether OpenSlide leaves it be. libtiff, to which
-        it gives tiles that are neither JPEG nor JPEG 2000, turns each tile by itself.
-    """
+def stored_orientation(path: Path) -> int:
+    """Reads the orientation of the first picture of a TIFF, 1..8; 1 if it is none or says nothing of it."""
     with path.open("rb", buffering=0) as file:
         try:
-            first = next(_walk(file))
-            return first.number(_ORIENTATION, 1), first.number(_COMPRESSION, 1) in (_JPEG, *_JPEG_2000)
+            return next(_walk(file)).number(_ORIENTATION, 1)
         except (_UnusualError, StopIteration):
-            return 1, True
+            return 1
 
 
 def is_plain(path: Path, is_generic: bool) -> bool:
@@ -146,7 +140,9 @@ def is_plain(path: Path, is_generic: bool) -> bool:
             if bits.max() > 8 or np.any((kinds != 1) & (kinds != 4)):
                 return False
             if not is_generic:
-                return True
+                # libtiff, to which OpenSlide gives other tiles than these, would turn each by itself.
+                is_left = first.number(_COMPRESSION, 1) in (_JPEG, *_JPEG_2000)
+                return is_left or first.number(_ORIENTATION, 1) == 1
             is_described = is_ome(first.text(_DESCRIPTION, _MAX_DESCRIPTION_BYTES))
             if is_described or first.number(_ORIENTATION, 1) != 1:
                 return False
