@@ -72,6 +72,7 @@ def test_a_checkpoint_records_the_study(study: Study, trained: Path) -> None:
             assert (row.patient_id, row.fingerprint) == (slide.patient_id, slide.fingerprint)
 
 
+@pytest.mark.slow
 def test_a_test_never_tests_what_was_trained_on(
     study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,6 +31,7 @@ def test_grades_out_of_order_in_the_colour_are_found_too() -> None:
     assert np.mean(best.predictions == grades) > 0.9
 
 
+@pytest.mark.slow
 def test_noise_stays_near_chance() -> None:
     features, grades, patients = cohort()
     best, again = (fit_best(features, grades, patients, 5, seed=3) for _ in range(2))

@@ -183,6 +183,7 @@ def exported(trained: Path, folder: Path, *options: str) -> Path:
     return folder / "m.pt"
 
 
+@pytest.mark.slow
 def test_slides_unlike_the_training_are_refused_unless_forced(
     study: Study,
     trained: Path,
@@ -467,6 +468,7 @@ def test_a_slide_coarser_than_the_model_is_refused(model: ModelFile, pyramid_tif
         grade_slide(model, coarse)
 
 
+@pytest.mark.slow
 def test_a_manifest_gives_slides_their_spacing(
     study: Study,
     model_path: Path,

@@ -233,6 +233,7 @@ def test_tokens_and_channels_last_maps_are_averaged_over_space(name: str, block:
     assert not dict(backbone.net.named_modules())[block]._forward_hooks
 
 
+@pytest.mark.slow
 def test_a_run_that_is_interrupted_loses_the_slides_it_was_at(study: Study, tmp_path: Path) -> None:
     cache_dir = tmp_path / "cache"
     shutil.copytree(study.cache, cache_dir)

@@ -327,6 +327,7 @@ def test_a_checkpoint_has_text_only_where_a_strategy_takes_text(
         read_checkpoint(path)
 
 
+@pytest.mark.slow
 def test_head_first_leaves_the_backbone_alone_in_the_first_epoch(study: Study, tmp_path: Path) -> None:
     options = [
         "--model.transfer=slidetl.models.transfer.WarmRestart",

@@ -72,6 +72,7 @@ def test_a_configuration_switches_it_on(study: Study, tmp_path: Path) -> None:
         torch.testing.assert_close(states[1][name], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("room", "says"),
     [
