@@ -1,4 +1,4 @@
-"""The best checkpoint of a training, also of one that was ended and went on."""
+"""The best checkpoint of a training, interrupted and resumed trainings included."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _LOSS = "val/loss"
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Writes checkpoints whole or not at all: a full disk keeps the ones before, and is told by its path."""
+    """Writes checkpoints whole or not at all: on a full disk the earlier ones stay."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Writes a checkpoint; one that is not on a disk as Lightning does."""
+        """Writes a checkpoint; remote ones as Lightning does."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
         else:
@@ -32,19 +32,18 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Knows the best epochs of the training that it goes on with, and brings their checkpoints along.
+    """Keeps the best epochs of a resumed training, and copies their checkpoints.
 
-    A training that goes on writes into a folder of its own, and Lightning (2.6) then forgets what was best in
-    the one before: the best of the rest would be tested in the place of the best of all.
-
-    Epochs of one score, or of an undefined one, as the QWK of constant predictions, differ by the loss.
+    A resumed training writes into its own folder, and Lightning (2.6) then forgets the best epochs of the
+    earlier folder, and would test the best of the rest. The loss decides
+    between equal or undefined scores (the QWK of constant predictions).
     """
 
-    _before: Mapping[str, Tensor] = MappingProxyType({})  # paths of the training before, and their scores
-    _losses: Mapping[str, float] = MappingProxyType({})  # of checkpoints, by the names of their files
+    _before: Mapping[str, Tensor] = MappingProxyType({})  # scores by checkpoint path, before resuming
+    _losses: Mapping[str, float] = MappingProxyType({})  # by checkpoint file name
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
-        """Decides if an epoch is kept: by its score, and among equal or undefined ones by the loss."""
+        """Decides if an epoch is kept, by its score, then by its loss."""
         if super().check_monitor_top_k(trainer, current):
             return True
         if current is None or self.kth_value is None or self.save_top_k < 1:
@@ -70,22 +69,22 @@ class BestCheckpoint(ModelCheckpoint):
         return float(trainer.callback_metrics.get(_LOSS, float("inf")))
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a resumed training needs."""
+        """Returns the state for a resumed training."""
         return {**super().state_dict(), "losses": dict(self._losses)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes what the training before kept, and remembers its best checkpoints."""
+        """Restores the state of the earlier training, its best checkpoints included."""
         super().load_state_dict(state_dict)
         self._losses = state_dict.get("losses", {})
         if state_dict.get("dirpath") != self.dirpath:
             self._before = state_dict.get("best_k_models", {})
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Copies the best checkpoints of the training before, so that this folder is complete."""
+        """Copies the best checkpoints of the earlier training, to complete this folder."""
         super().on_train_start(trainer, pl_module)
         before, self._before = self._before, {}
         assert self.dirpath is not None  # set up
-        # The file may be gone, or that of a later epoch than the one from which the training goes on.
+        # The file may be missing, or hold a later epoch than the resumed one.
         found = {path: score for path, score in before.items() if _step_of(path) <= trainer.global_step}
         if len(found) < len(before):
             rank_zero_warn(
@@ -107,7 +106,7 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 def _step_of(path: str) -> float:
-    """After how many steps the checkpoint was written; infinity where it cannot be read."""
+    """Returns the training step of a checkpoint; infinity if it is unreadable."""
     if not Path(path).is_file():
         return float("inf")
     try:

@@ -1,4 +1,4 @@
-"""Reading a checkpoint without running anything that it brings along."""
+"""Reads checkpoints without running code from them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from slidetl.training.slots import check_name, parse
 _CLASSES = ("aggregator", "head", "transfer", "schedule")
 _VALUES = {"backbone": BackboneSpec, "targets": Targets}
 _PARAMETERS = frozenset(inspect.signature(SlideGrader).parameters)
-# Lightning resumes a training from these.
+# Lightning needs these to resume a training.
 _TRAINING_STATE = {
     "loops",
     "optimizer_states",
@@ -41,22 +41,22 @@ _TRAINING_STATE = {
 def read_checkpoint(path: Path, allow: Sequence[str] = (), resumable: bool = False) -> dict[str, Any]:
     """Reads a checkpoint as plain values and tensors, and checks its hyper-parameters.
 
-    Building a module imports every class that they name, and an import runs code. So they must have the
-    very form in which ``slidetl fit`` writes them, and name nothing but what their slot takes
-    (:data:`slidetl.training.slots.SLOTS`) and what the user allows.
+    Building a module imports every class named by them, and an import runs code. So they must have exactly
+    the form written by ``slidetl fit``, and name only classes allowed by their slot
+    (:data:`slidetl.training.slots.SLOTS`) or by the user.
 
     Args:
         path: a ``.ckpt`` file.
-        allow: further names or packages whose classes may be imported, e.g. ``mylab.heads``.
-        resumable: whether it must hold the state of a training, too.
+        allow: further classes or packages to import from, e.g. ``mylab.heads``.
+        resumable: whether it must hold the state of a training too.
 
     Returns:
         The checkpoint. Its ``hyper_parameters`` are the arguments of
         :class:`~slidetl.training.grader.SlideGrader`, as plain values.
 
     Raises:
-        CheckpointError: unreadable without unpickling objects, of another form, or it names a class that
-            is not allowed.
+        CheckpointError: it is unreadable without unpickling objects, has another form, or names a forbidden
+            class.
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
@@ -80,7 +80,7 @@ def read_checkpoint(path: Path, allow: Sequence[str] = (), resumable: bool = Fal
         )
     loaded: dict[str, Any] = checkpoint
     values = loaded["hyper_parameters"]
-    values.pop("_instantiator", None)  # how Lightning would build the module; we do it ourselves
+    values.pop("_instantiator", None)  # Lightning builds modules by it; we build them ourselves
     try:
         _check_hyper_parameters(values, allow)
         _check_state(loaded["state_dict"])
@@ -91,14 +91,14 @@ def read_checkpoint(path: Path, allow: Sequence[str] = (), resumable: bool = Fal
 
 
 def load_grader(path: str | Path, allow: Sequence[str] = ()) -> SlideGrader:
-    """Builds the grader that a checkpoint holds, on the CPU, in evaluation mode.
+    """Builds the grader of a checkpoint, on the CPU, in evaluation mode.
 
     Args:
         path: a ``.ckpt`` file.
         allow: as for :func:`read_checkpoint`.
 
     Raises:
-        CheckpointError: see :func:`read_checkpoint`; or the state does not fit.
+        CheckpointError: as :func:`read_checkpoint`, or the state does not fit.
     """
     path = Path(path)
     checkpoint = read_checkpoint(path, allow)
@@ -113,17 +113,17 @@ def load_grader(path: str | Path, allow: Sequence[str] = ()) -> SlideGrader:
 
 
 def check_network(path: Path, checkpoint: Mapping[str, Any], allow: Sequence[str] = ()) -> None:
-    """Checks that the network that a checkpoint names is the one whose weights it holds, in no memory.
+    """Compares the network named by a checkpoint with its weights, without allocating memory.
 
     Raises:
-        CheckpointError: it would be another, or a larger one.
+        CheckpointError: names or shapes differ.
     """
     try:
         with torch.device("meta"):
             expected = _build(checkpoint, allow).state_dict()
     except (ArgumentError, RuntimeError, KeyError, TypeError, ValueError, SlidetlError) as error:
         if isinstance(error, RuntimeError) and "meta" in str(error):
-            return  # it looks at values while it is built
+            return  # building it reads values, and meta tensors have none
         raise _unbuildable(path, error) from error
     state = checkpoint["state_dict"]
     wrong = [name for name in expected if name not in state or state[name].shape != expected[name].shape]
@@ -154,7 +154,7 @@ def _unbuildable(path: Path, error: Exception) -> CheckpointError:
 
 
 def _check_state(state: object) -> None:
-    """Checks that the state of the network has tensors by their names, and finite ones."""
+    """Checks that the state of the network maps names to finite tensors."""
     if not is_state(state):
         raise CheckpointError("expected its state_dict to have tensors by their names")
     try:
@@ -164,7 +164,7 @@ def _check_state(state: object) -> None:
 
 
 def _check_callbacks(states: object) -> None:
-    """Checks the states of callbacks: Lightning deletes checkpoints by the paths in them."""
+    """Checks the states of callbacks: Lightning deletes checkpoints by paths in them."""
     if not isinstance(states, dict) or not all(isinstance(state, dict) for state in states.values()):
         raise CheckpointError("expected its callbacks to have their states by name")
     for state in states.values():
@@ -177,7 +177,7 @@ def _check_callbacks(states: object) -> None:
 
 
 def check_resumable(checkpoint: Mapping[str, Any], trainer: Trainer) -> None:
-    """Checks that a training can go on from a checkpoint, before Lightning restores it.
+    """Checks that a training can resume from a checkpoint, before Lightning restores it.
 
     Raises:
         CheckpointError: it lacks the progress of the training, or the state of the optimiser.
@@ -189,7 +189,7 @@ def check_resumable(checkpoint: Mapping[str, Any], trainer: Trainer) -> None:
 
 
 def _differs(expected: Any, found: Any, place: str) -> str:
-    """Says in which place a nested value lacks a key, or has another type; nothing where it agrees."""
+    """Describes the first missing key or wrong type in a nested value; empty if it agrees."""
     if isinstance(expected, dict) and isinstance(found, Mapping):
         lacking = [key for key in expected if key not in found]
         if lacking:
@@ -219,7 +219,7 @@ def _check_hyper_parameters(values: dict[Any, Any], allow: Sequence[str]) -> Non
 
 
 def _check_values(key: str, value: Any, of: type[Any]) -> None:
-    """The fields of a frozen dataclass, each a plain value or a list of such."""
+    """Checks the fields of a frozen dataclass, each a plain value or a list of them."""
     known = {field.name for field in fields(of)}
     if (
         not isinstance(value, dict)
@@ -230,7 +230,7 @@ def _check_values(key: str, value: Any, of: type[Any]) -> None:
 
 
 def _check_class(key: str, value: Any, allow: Sequence[str]) -> None:
-    """Exactly ``{class_path: NAME, init_args: {NAME: plain value}}``, the name an allowed one."""
+    """Checks for exactly ``{class_path: NAME, init_args: {NAME: plain value}}``, with an allowed name."""
     if (
         not isinstance(value, dict)
         or not value.keys() <= {"class_path", "init_args"}
@@ -246,7 +246,7 @@ def _check_class(key: str, value: Any, allow: Sequence[str]) -> None:
         raise CheckpointError(f"expected the init_args of {key} to be names and values, found {arguments!r}")
     texts = _text_arguments(name)
     for argument, content in arguments.items():
-        # A text could name a class or a file with a configuration, except where nothing but text is meant.
+        # A text could name a class or a configuration file, except in arguments declared as text.
         is_text = argument in texts
         values = content if is_text and isinstance(content, (list, tuple)) else [content]
         if (
@@ -260,7 +260,7 @@ def _check_class(key: str, value: Any, allow: Sequence[str]) -> None:
 
 
 def _text_arguments(class_path: str) -> frozenset[str]:
-    """Lists the arguments of slidetl's own strategies that are text or one of a few words."""
+    """Lists the arguments of slidetl's own strategies declared as text or a choice of words."""
     module, _, name = class_path.rpartition(".")
     strategy = getattr(transfer, name, None) if module == transfer.__name__ else None
     if not is_dataclass(strategy):

@@ -1,4 +1,4 @@
-"""Stored features of a study -> a classical grader, judged on the test part as ``slidetl test`` would."""
+"""Classical graders on stored features, scored on the test part as by ``slidetl test``."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from slidetl.training.predictions import SlidePrediction, write_predictions
 
 
 def _parts(study: FeatureStudy) -> tuple[tuple[CachedSlide, ...], tuple[CachedSlide, ...]]:
-    """Slides to train on, and slides of the test.
+    """Returns the training slides (train and val), and the test slides.
 
     Raises:
-        CacheMismatchError: the slides' features are not all of one network.
-        UsageError: the test part has no slide, or the training part lacks a grade.
+        CacheMismatchError: the features come from different networks.
+        UsageError: the test part is empty, or the training part lacks a grade.
         SlidetlError: as :func:`~slidetl.data.study.read_study` and its ``parts``.
     """
     check_scale(study.grades)
@@ -59,7 +59,7 @@ def _parts(study: FeatureStudy) -> tuple[tuple[CachedSlide, ...], tuple[CachedSl
 
 
 def _features(study: FeatureStudy, cache: SlideCache) -> NDArray[np.float64]:
-    """``[N, D]`` of a slide's tiles, the named features joined."""
+    """Reads the named features of a slide's tiles, joined: ``[N, D]``."""
     arrays = [read_features(cache, name) for name in study.names]
     return np.concatenate(arrays, axis=1).astype(np.float64)
 
@@ -70,19 +70,19 @@ def fit_pooled(
     """Fits a classical model on pooled features, and grades the test part.
 
     Args:
-        study: the slides, and the features.
+        study: slides and features.
         output: the folder for ``predictions.csv``, ``metrics.json``, ``confusion.png``, and ``model.npz``
             if the model is linear.
         model: one of :data:`~slidetl.evaluation.classical.MODELS`.
-        pool: how a slide's tiles become one vector, :func:`~slidetl.evaluation.classical.pool_tiles`.
-        k: of ``top-k``.
+        pool: pooling of a slide's tiles to one vector, :func:`~slidetl.evaluation.classical.pool_tiles`.
+        k: number of tiles of ``top-k``.
 
     Returns:
-        The figures of the test part.
+        The metrics of the test part.
 
     Raises:
-        UsageError: an unknown model, or a training part that cannot be fitted.
-        SlidetlError: the study cannot be read, or its parts not be fitted.
+        UsageError: the model is unknown, or the training part cannot be fitted.
+        SlidetlError: the study cannot be read, or its parts cannot be fitted.
     """
     if model not in MODELS:
         raise UsageError(f"--model must be one of {', '.join(MODELS)}, not {model!r}")
@@ -93,8 +93,8 @@ def fit_pooled(
     )
     grader = fit_grader(model, x, _grades(train), _patients(train), len(study.grades), seed=study.seed)
     metrics = _write(study, test, grader.probabilities(x_test), output)
-    if model == "trees":  # saving those would take pickle
-        (output / "model.npz").unlink(missing_ok=True)  # of another model in the same folder
+    if model == "trees":  # saving them needs pickle
+        (output / "model.npz").unlink(missing_ok=True)  # from an earlier model in this folder
     else:
         save_grader(output / "model.npz", grader)
     return metrics
@@ -104,15 +104,14 @@ def fit_labelled_tiles(study: FeatureStudy, output: Path, labels: Path) -> Grade
     """Fits a tile classifier on the labelled tiles of the training part, and grades the test part by it.
 
     Args:
-        study: the slides, and the features.
+        study: slides and features.
         output: the folder for ``predictions.csv``, ``metrics.json`` and ``confusion.png``.
         labels: a table of :func:`~slidetl.data.tasks.read_points` with a column ``slide_id``; a label is a
-            number, or ``ignore`` for tissue that does not count. Labels of slides outside the training part
-            are not used.
+            number, or ``ignore`` for irrelevant tissue. Only labels of training slides are used.
 
     Raises:
         ManifestError: the labels cannot be read.
-        UsageError: the points of a slide lie in none of its tiles, or have one label alone.
+        UsageError: the points of a slide lie outside its tiles, or all labels are equal.
         SlidetlError: as :func:`fit_pooled`.
     """
     train, test = _parts(study)
@@ -142,7 +141,7 @@ def fit_labelled_tiles(study: FeatureStudy, output: Path, labels: Path) -> Grade
 
 
 def _tile_labels(slide: CachedSlide, tables: Mapping[str, LabelledPoints]) -> NDArray[np.float64]:
-    """Returns the label of each tile, ``[N]``, NaN for none."""
+    """Returns the label of each tile, ``[N]``, NaN if unlabelled."""
     points = tables.get(slide.row.slide_id)
     if points is None:
         return np.full(len(slide.cache), np.nan)
@@ -188,5 +187,5 @@ def _write(
 
 
 def describe(metrics: GradeMetrics, grades: tuple[str, ...]) -> str:
-    """The figures and the confusion matrix, for people."""
+    """Formats the metrics and the confusion matrix as text."""
     return describe_metrics(metrics, grades)

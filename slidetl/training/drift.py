@@ -1,4 +1,4 @@
-"""Distances of each layer from the pretrained weights in the course of a training."""
+"""Distances of each layer from the pretrained weights during a training."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from slidetl.training.grader import SlideGrader
 
 
 def distances(network: nn.Module, anchors: Mapping[str, Tensor]) -> dict[str, tuple[float, float]]:
-    """Measures the distance of each layer with a kernel from the weights w0 of the same name.
+    """Measures the distance of each layer with a kernel from its pretrained weights w0.
 
     Args:
         network: the layers.
-        anchors: w0 by the names of the parameters. A layer of another shape, or whose w0 is zero, is left
-            out.
+        anchors: w0 by parameter name. Layers with another shape, or with w0 = 0, are left out.
 
     Returns:
-        ``||w - w0||`` and ``||w0||`` by the layers' names, in the order of the network.
+        ``||w - w0||`` and ``||w0||`` by layer name, in the order of the network.
     """
     found = {}
     for name, parameter in network.named_parameters():
@@ -39,8 +38,8 @@ class DriftReport(pl.Callback):
     """Measures the drift of the backbone's layers before training and after each epoch.
 
     It writes ``drift.csv`` (``epochs`` done, ``layer``, ``relative_distance``) and, at the end, ``drift.png``
-    into the folder of the logs, and logs the distance of all layers together as ``drift/backbone``. Where the
-    strategy makes no use of pretrained weights there is nothing to drift away from, and no report.
+    into the log folder, and logs the distance of the backbone as ``drift/backbone``; strategies without
+    pretrained weights get no report.
     """
 
     def __init__(self) -> None:
@@ -48,7 +47,7 @@ class DriftReport(pl.Callback):
         self._anchors: Mapping[str, Tensor] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes the pretrained weights, and the first measure."""
+        """Keeps the pretrained weights, and takes the first measurement."""
         self.rows, self._anchors = [], None
         if not isinstance(pl_module, SlideGrader) or not pl_module.transfer.from_pretrained:
             return
@@ -59,7 +58,7 @@ class DriftReport(pl.Callback):
         self._measure(trainer, pl_module, trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measures, logs and writes."""
+        """Measures, logs and writes the distances."""
         if self._anchors is None or not isinstance(pl_module, SlideGrader):
             return
         found = self._measure(trainer, pl_module, trainer.current_epoch + 1).values()
@@ -68,8 +67,8 @@ class DriftReport(pl.Callback):
             pl_module.log("drift/backbone", apart / size)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draws."""
-        folder = trainer.log_dir  # asked for by every process: they agree on it together
+        """Draws ``drift.png``."""
+        folder = trainer.log_dir  # every process must read it: they synchronise on it
         if self.rows and trainer.is_global_zero and folder:
             draw_drift(Path(folder) / "drift.png", self.rows)
 
@@ -78,14 +77,14 @@ class DriftReport(pl.Callback):
     ) -> dict[str, tuple[float, float]]:
         found = distances(grader.network.backbone.net, self._anchors or {})
         self.rows += [(epochs, layer, apart / size) for layer, (apart, size) in found.items()]
-        folder = trainer.log_dir  # asked for by every process: they agree on it together
+        folder = trainer.log_dir  # every process must read it: they synchronise on it
         if trainer.is_global_zero and folder:
             write_drift(Path(folder) / "drift.csv", self.rows)
         return found
 
 
 def write_drift(path: Path, rows: list[tuple[int, str, float]]) -> None:
-    """Writes ``epochs``, ``layer`` and ``relative_distance``, a row each."""
+    """Writes a CSV with ``epochs``, ``layer`` and ``relative_distance``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -94,7 +93,7 @@ def write_drift(path: Path, rows: list[tuple[int, str, float]]) -> None:
 
 
 def draw_drift(path: Path, rows: list[tuple[int, str, float]]) -> None:
-    """Draws the distance over the depth, a line for each epoch."""
+    """Draws the distance over depth, one line per epoch."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize

@@ -1,4 +1,4 @@
-"""Tiles of a cache -> stored embeddings, one pass of a frozen backbone."""
+"""Embeds the tiles of a cache by a frozen backbone, and stores the embeddings."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from slidetl.tiles.readers import Readers
 from slidetl.tiles.store import SlideCache, cache_parts
 from slidetl.training.options import EmbedOptions
 
-_MOST_READERS = 4  # threads before a processor: a core decodes ten times as many tiles as it embeds
-_THREADS_OF_A_GPU = 2  # that feed it and gather features; each other core reads a slide
-_PIECE = 32  # tiles that a reader hands over at once
+_MOST_READERS = 4  # threads on a CPU: a core decodes ten times as many tiles as it embeds
+_THREADS_OF_A_GPU = 2  # to feed it and gather features; each other core reads a slide
+_PIECE = 32  # tiles handed over by a reader at once
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class EmbeddedSlide:
 
     Attributes:
         slide_id: its identifier.
-        tiles: how many it has.
-        is_new: False where all that was wanted was there already.
-        reason: why it could not be embedded; empty if it was.
+        tiles: number of its tiles.
+        is_new: False if all features were stored before.
+        reason: why embedding failed; empty on success.
     """
 
     slide_id: str
@@ -52,16 +52,16 @@ class EmbeddedSlide:
 
 
 class BlockEmbedder:
-    """A backbone that also gives the output of some of its inner blocks, averaged over space.
+    """A backbone with outputs of inner blocks, averaged over space.
 
-    A context manager: its hooks leave the network when it ends.
+    A context manager: on exit it removes its hooks from the network.
 
     Args:
         backbone: the network, in evaluation mode.
         blocks: names of modules within it, e.g. ``blocks.3`` or ``layer3``.
 
     Raises:
-        UsageError: there is no such block; the message lists those that are there.
+        UsageError: there is no such block; the message lists the available ones.
     """
 
     def __init__(self, backbone: Backbone, blocks: Sequence[str] = ()) -> None:
@@ -88,18 +88,14 @@ class BlockEmbedder:
             hook.remove()
 
     def __call__(self, tiles: Tensor) -> dict[str, Tensor]:
-        """Embeds tiles ``[n, 3, H, W] uint8``.
-
-        Returns:
-            ``[n, D] float32`` by block; the network's own embedding under the empty name.
-        """
+        """Embeds tiles ``[n, 3, H, W] uint8``: ``[n, D] float32`` by block, the final ones under ``""``."""
         self._outputs = {}
         last: Tensor = self._backbone(tiles)
         return {"": last.float(), **{block: self._outputs[block] for block in self._blocks}}
 
     def _keep(self, block: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            # Averaged at once: what follows may change the output in place.
+            # Averaged at once: later layers may change the output in place.
             self._outputs[block] = self._average(output, block)
 
         return hook
@@ -115,7 +111,7 @@ class BlockEmbedder:
 
 
 def block_names(backbone: Backbone) -> tuple[str, ...]:
-    """The blocks of a network that are worth naming: its parts, and the members of its sequences."""
+    """Lists the blocks of a network: its parts, and the members of its sequences."""
     names = []
     for name, part in backbone.net.named_children():
         members = [
@@ -136,26 +132,25 @@ def embed_cache(
     on_batch: Callable[[int], None] = lambda tiles: None,
     on_slide: Callable[[EmbeddedSlide], None] = lambda slide: None,
 ) -> list[EmbeddedSlide]:
-    """Stores the embeddings of every tile of a cache, slide by slide.
+    """Embeds every tile of a cache, and stores the embeddings slide by slide.
 
-    What is there already from the same weights is kept, so that a run which ends early loses the slides it
-    was at. A damaged slide costs itself, not the run.
+    Stored features of the same weights are kept, and a damaged slide does not end the run.
 
     Args:
-        cache_dir: the folder that ``slidetl tile`` wrote.
+        cache_dir: the folder written by ``slidetl tile``.
         spec: the network and its weights.
-        options: what is computed and stored.
-        on_plan: called once, with the number of tiles that are to be embedded.
+        options: blocks, names, devices and precision.
+        on_plan: called once, with the number of tiles to embed.
         on_batch: called with the number of tiles just embedded.
-        on_slide: called with each slide as it is done.
+        on_slide: called with each finished slide.
 
     Returns:
-        The result of each slide, in the order of their identifiers.
+        The outcome of each slide, ordered by identifier.
 
     Raises:
         CacheMissingError: there is no cache.
-        CacheMismatchError: features of these names are there from other weights; nothing was done then.
-        UsageError: an unknown slide or block, or a device that is not there.
+        CacheMismatchError: these names hold features of other weights; nothing is computed then.
+        UsageError: a slide or block is unknown, or a device missing.
         WeightsError: the weights cannot be found or do not fit.
     """
     blocks = tuple(options.blocks.split(",")) if options.blocks else ()
@@ -201,7 +196,7 @@ def embed_cache(
         _share_out(todo, cache_dir, spec, options, on_batch, done)
         return [results[slide_id] for slide_id in found]
     backbone.to(place)
-    widths: list[int] = []  # of the blocks' embeddings, which stand side by side
+    widths: list[int] = []  # of the blocks' embeddings, joined along D
 
     def embed(tiles: Tensor) -> Tensor:
         with torch.autocast(place.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -230,7 +225,7 @@ def embed_cache(
             arrays = dict(zip(sources, np.split(slide, np.cumsum(widths)[:-1], axis=1), strict=True))
             try:
                 write_features(cache, {name: (sources[name], array) for name, array in arrays.items()})
-            except UsageError as error:  # of this slide; that of a pass is of all
+            except UsageError as error:  # it concerns this slide alone; errors of a forward pass concern all
                 return EmbeddedSlide(cache.path.stem, len(cache), reason=str(error))
         except (CacheError, ProcessEnded) as error:
             return EmbeddedSlide(cache.path.stem, len(cache), reason=str(error))
@@ -239,7 +234,7 @@ def embed_cache(
     with contextlib.ExitStack() as stack:
         embedder = stack.enter_context(BlockEmbedder(backbone, blocks))
         runner = stack.enter_context(Runner(embed, place, size, side_px))
-        # A process for each slide before a GPU; before a processor one is stored while another is read.
+        # On a GPU, a process for each slide; on a CPU, one slide is stored while another is read.
         free = max(1, cores - _THREADS_OF_A_GPU)
         count = min(len(todo), free if runner.packs else 2)
         threads = free // count if runner.packs and todo else min(cores, _MOST_READERS)
@@ -265,7 +260,7 @@ def _share_out(
     on_batch: Callable[[int], None],
     done: Callable[[EmbeddedSlide], None],
 ) -> None:
-    """Embeds slides in one process for each device, each with about as many tiles."""
+    """Embeds slides in one process per device, with about equal numbers of tiles."""
     shares: list[list[SlideCache]] = [[] for _ in range(min(options.devices, len(caches)))]
     for cache in sorted(caches, key=len, reverse=True):
         min(shares, key=lambda share: sum(map(len, share))).append(cache)
@@ -278,7 +273,7 @@ def _share_out(
             busy[child.connection] = child, left
         while busy:
             for ready in wait(list(busy)):
-                assert isinstance(ready, Connection)  # what `wait` was given
+                assert isinstance(ready, Connection)  # as given to `wait`
                 child, left = busy[ready]
                 try:
                     found = ready.recv()
@@ -308,7 +303,7 @@ def _embed_share(
     spec: BackboneSpec,
     options: EmbedOptions,
 ) -> None:
-    """Embeds the slides of one device, and sends what the callbacks are told."""
+    """Embeds the slides of one device, and sends the arguments of the callbacks."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number] if visible else str(number)
     torch.set_num_threads(max(1, torch.get_num_threads() // count))

@@ -1,4 +1,4 @@
-"""Grade slides chunk by chunk, gather the predictions of all processes, and score them."""
+"""Grades slides chunk by chunk, gathers the predictions of all processes, and scores them."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ class GradedSlide:
     """A slide after its last chunk.
 
     Attributes:
-        prediction: of its grade.
-        outcomes: of the further tasks, by their names.
+        prediction: the prediction of its grade.
+        outcomes: outcomes of the further tasks, by name.
     """
 
     prediction: SlidePrediction
     outcomes: Mapping[str, TaskOutcome] = field(default_factory=dict)
 
     def prediction_of(self, task: Task) -> SlidePrediction:
-        """Returns the prediction of a further scale of slides."""
+        """Returns the prediction of a further slide-level task."""
         if not self.prediction.probabilities:
             return replace(self.prediction, grade=None)
         outcome = self.outcomes[task.name]
@@ -56,11 +56,11 @@ class Evaluation:
     """The predictions of one part, and their metrics.
 
     Attributes:
-        slides: those of all processes, each once, by their identifiers.
-        metrics: of the predicted grades.
-        quality: metrics of the probabilities, as :func:`judged_probabilities` names them.
-        tasks: metrics of each further task that has a label in this part.
-        not_graded: the slides, graded by people, that the network does not grade; no metric counts them.
+        slides: the slides of all processes, each once, ordered by identifier.
+        metrics: metrics of the predicted grades.
+        quality: metrics of the probabilities, named as by :func:`judged_probabilities`.
+        tasks: metrics of each further task with a label in this part.
+        not_graded: slides with a true grade but no prediction; no metric counts them.
     """
 
     slides: tuple[GradedSlide, ...]
@@ -71,16 +71,16 @@ class Evaluation:
 
     @property
     def predictions(self) -> tuple[SlidePrediction, ...]:
-        """The predictions of the grade."""
+        """The predictions of the grade, one per slide."""
         return tuple(slide.prediction for slide in self.slides)
 
     def scalars(self, tasks: Iterable[Task]) -> dict[str, float]:
-        """Returns the metrics to be logged, by their names."""
+        """Returns the metrics to log, by name."""
         found: dict[str, float] = {name: getattr(self.metrics, name) for name in _OF_GRADES}
         found["loss"] = self.quality["log_loss"]
         found |= {name: self.quality[name] for name in _OF_PROBABILITIES}
         for threshold, value in enumerate(self.quality["auroc"]):
-            if value is not None:  # a part with no slide on one side of it has none
+            if value is not None:  # undefined if all slides lie on one side of the threshold
                 found[f"auroc_above_{threshold}"] = value
         for task in tasks:
             names = ("accuracy", "balanced_accuracy", *(("qwk", "mae") if task.ordinal else ()))
@@ -92,12 +92,8 @@ class Evaluation:
 class ChunkedEvaluation:
     """Grades the slides of this process, chunk after chunk.
 
-    Args:
-        network: grades a slide.
-        tasks: the heads of the further tasks.
-
     Attributes:
-        slides: those that are complete.
+        slides: complete slides.
     """
 
     def __init__(self, network: GradingNetwork, tasks: TaskHeads) -> None:
@@ -105,25 +101,25 @@ class ChunkedEvaluation:
         self.start()
 
     def start(self, checkpoint: str = "") -> None:
-        """Begins with no slide; ``checkpoint`` is the SHA-256 of the weights."""
+        """Discards all slides; ``checkpoint`` is the SHA-256 of the weights."""
         self._checkpoint = checkpoint
-        self._embeddings: list[Tensor] = []  # of the slide whose chunks are coming in
-        self._labels: list[dict[str, int | Tensor]] = []  # of its tasks, likewise
+        self._embeddings: list[Tensor] = []  # of the slide in progress
+        self._labels: list[dict[str, int | Tensor]] = []  # of its tasks, chunk by chunk
         self.slides: list[GradedSlide] = []
 
     def take(self, chunk: Chunk, fold: str = "") -> None:
-        """Takes one chunk, and grades the slide that it ends."""
+        """Adds one chunk; its last chunk grades a slide."""
         self._labels.append(chunk["labels"])
         embeddings = self._join(chunk)
         if embeddings is None:
             return
         labels, self._labels = self._labels, []
         logits, of_tasks = self.grade(embeddings, _everything(embeddings))
-        # In float64 on the processor (some devices have none): the rows then sum to one as metrics expect it.
+        # In float64 on the CPU (some devices lack it): metrics expect the rows to sum to one.
         probabilities = self._network.head.probabilities(logits.cpu().double())[0].tolist()
         outcomes = self._tasks.outcomes(of_tasks, labels)
         computed = np.concatenate([probabilities, *(one.probabilities.ravel() for one in outcomes.values())])
-        is_finite = bool(np.isfinite(computed).all())  # the largest of NaN would be grade 0
+        is_finite = bool(np.isfinite(computed).all())  # argmax of NaN would give grade 0
         prediction = SlidePrediction(
             slide_id=chunk["slide_id"],
             patient_id=chunk["patient_id"],
@@ -139,7 +135,7 @@ class ChunkedEvaluation:
         self.slides.append(GradedSlide(prediction, outcomes if is_finite else {}))
 
     def attention(self, chunk: Chunk) -> dict[str, NDArray[np.float32]]:
-        """Takes one chunk; returns the attention ``[N]``, by slide, of the slide that it ends."""
+        """Adds one chunk; returns the attention ``[N]`` by slide identifier if it ends a slide."""
         embeddings = self._join(chunk)
         if embeddings is None:
             return {}
@@ -148,19 +144,14 @@ class ChunkedEvaluation:
         return {chunk["slide_id"]: attention[0].mean(0).cpu().numpy()}
 
     def grade(self, embeddings: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Computes logits of the grade and of the tasks, in float32 whatever the backbone's precision.
-
-        Args:
-            embeddings: ``[B, N, D]``.
-            mask: ``[B, N]`` bool, False for padding.
-        """
+        """Computes float32 logits from embeddings ``[B, N, D]`` and a mask ``[B, N]``, False for padding."""
         with torch.autocast(embeddings.device.type, enabled=False):
             embeddings = embeddings.float()
             pooled = self._network.aggregator(embeddings, mask).embedding
             return self._network.head(pooled), self._tasks(embeddings, pooled)
 
     def _join(self, chunk: Chunk) -> Tensor | None:
-        """Returns the embeddings ``[1, N, D]`` of the slide that the chunk ends, or None."""
+        """Returns the embeddings ``[1, N, D]`` of a slide if the chunk ends it, else None."""
         if "stored" in chunk:
             self._embeddings.append(chunk["stored"].float())
         else:
@@ -180,12 +171,12 @@ def evaluate(slides: Sequence[GradedSlide], tasks: Iterable[Task], n_grades: int
     """Scores graded slides.
 
     Args:
-        slides: at least one; those without a grade do not count, those that are not graded are listed.
+        slides: at least one; slides without a true grade are skipped, slides not graded are listed.
         tasks: the further tasks.
         n_grades: K.
 
     Raises:
-        UsageError: no slide has a grade, or the network grades none, or probabilities are no distributions.
+        UsageError: no slide has a grade, the network grades none, or probabilities do not sum to one.
     """
     known = [slide.prediction for slide in slides if slide.prediction.grade is not None]
     graded = [prediction for prediction in known if not prediction.reason]
@@ -206,7 +197,7 @@ def evaluate(slides: Sequence[GradedSlide], tasks: Iterable[Task], n_grades: int
 
 
 def gather_slides(mine: Sequence[GradedSlide], part: str) -> tuple[GradedSlide, ...]:
-    """Gathers the slides of all processes, each once, by their identifiers; every process must call it.
+    """Gathers the slides of all processes, each once, by identifier; every process must call it.
 
     Raises:
         UsageError: no process has graded a slide.

@@ -1,4 +1,4 @@
-"""The LightningModule that trains and tests the grading of slides."""
+"""The LightningModule for training and testing a slide grader."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from slidetl.training.multitask import TaskHeads
 from slidetl.training.room import RoomOnDevice
 from slidetl.training.schedules import OneCycle, Schedule, rate_for_batch
 
-# The form in which jsonargparse takes an instance as the default of a protocol.
+# jsonargparse needs this form for an instance as the default of a protocol.
 _WARM_RESTART = lazy_instance(WarmRestart)
 _ONE_CYCLE = lazy_instance(OneCycle)
 
@@ -53,20 +53,20 @@ class SlideGrader(pl.LightningModule):
     """Grades slides end to end: bags of tiles in training, every tile in evaluation.
 
     Args:
-        backbone: which network embeds a tile, and its pretrained weights.
-        aggregator: makes an :class:`~slidetl.models.aggregators.Aggregator` for a length of embedding.
-        head: makes a head for a given length of embedding and number of grades.
-        transfer: how the pretrained weights are leaned on.
+        backbone: the network that embeds a tile, and its pretrained weights.
+        aggregator: builds an :class:`~slidetl.models.aggregators.Aggregator` for a length of embedding.
+        head: builds a head for a length of embedding and a number of grades.
+        transfer: strategy for using the pretrained weights.
         grades: names of the grades, lowest first; set by ``data.grades``.
-        lr: peak learning rate of the new layers; the strategy scales that of the backbone.
-        weight_decay: of kernels, decoupled (AdamW).
-        schedule: how the rate goes from step to step, relative to its peak.
-        lr_scale_with_batch: whether ``lr`` is meant for a global batch of the default
-            ``data.batch_size`` and grows in proportion to the real one: processes x accumulation x slides.
-        targets: what counts as the truth of a training slide: smoothing, readers, bootstrapping.
-        balance: whether each grade has the same weight in the loss, however rare it is in the training part.
-        tasks: what is learned beside the grade, by heads of their own on the same backbone; their losses are
-            added, each with its weight. ``targets`` and ``balance`` are about the grade alone.
+        lr: peak learning rate of the new layers; the strategy scales the rate of the backbone.
+        weight_decay: decoupled decay (AdamW) of kernels.
+        schedule: learning rate at each step, relative to its peak.
+        lr_scale_with_batch: take ``lr`` as the rate for a global batch of the default ``data.batch_size``,
+            and scale it in proportion to the real one: processes x accumulation x slides.
+        targets: training targets of a slide: smoothing, readers, bootstrapping.
+        balance: weight all grades equally in the loss, however rare they are in the training part.
+        tasks: label scales to learn beside the grade, by their own heads on the same backbone; their losses
+            are added, each with its weight. ``targets`` and ``balance`` apply to the grade alone.
 
     Attributes:
         validated, tested: the latest evaluation of the validation and the test part; None before the first.
@@ -113,29 +113,29 @@ class SlideGrader(pl.LightningModule):
         self._total_steps = 1.0
         self._class_weight: Tensor | None = None  # [K]
         self._means = EpochMeans(self)
-        self._kept_means: dict[str, Any] = {}  # of the epoch that a training is resumed in
+        self._kept_means: dict[str, Any] = {}  # of the epoch of the checkpoint
         self._seed = 0
-        self._features_sha256 = ""  # of the network that made the stored features, where some are used
+        self._features_sha256 = ""  # of the network behind the stored features; empty without them
         self._evaluation = ChunkedEvaluation(self.network, self.tasks)
 
     def setup(self, stage: str) -> None:
-        """Takes the tiles' specification from the data, and starts the backbone where the strategy says."""
+        """Reads the tile specification from the data, and initialises the backbone by the strategy."""
         if self._data is not None and stage != "fit" and self.record is not None:
             self._data.follow(self.record, stage)
         if stage == "fit":
             self.record = self._data.record if self._data is not None else None
             self.tile_spec = self._data.tile_spec if self._data is not None else None
             self._weigh_grades()
-            if self.trainer.ckpt_path is None:  # a training that goes on has its weights already
+            if self.trainer.ckpt_path is None:  # a resumed training loads its weights
                 self.transfer.start(self.network.backbone)
                 self._check_features(weights_sha256(self.network.backbone))
             self.reference = self.transfer.reference(self.network.backbone)
-            if self.reference is not None:  # it is the same everywhere; DDP need not send it around each step
+            if self.reference is not None:  # equal in all processes; DDP need not broadcast it each step
                 names = [f"reference.{name}" for name, _ in self.reference.named_buffers()]
                 DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)  # type: ignore[no-untyped-call] # torch's
 
     def _weigh_grades(self) -> None:
-        """Balances the grades of the training part, and looks for the readers' grades, where asked to."""
+        """Computes the weights of the grades and checks the readers' grades, if the options need them."""
         rows = [slide.row for slide in self._data.slides["train"]] if self._data is not None else []
         self.targets.check_readers(row.reader_grades for row in rows)
         if self.balance:
@@ -143,51 +143,51 @@ class SlideGrader(pl.LightningModule):
             self._class_weight = balanced_weights([counts[grade] for grade in range(len(self.grades))])
 
     def _check_features(self, sha256: str) -> None:
-        """Refuses stored features of other weights than those that the training starts from."""
+        """Refuses stored features of other weights than the initial ones of the training."""
         if self._data is not None and self._data.feature_source is not None:
             trains = any(weight.requires_grad for weight in self.network.backbone.parameters())
             self._data.check_features(sha256, trains)
             self._features_sha256 = sha256
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Adds what every training has, however it is started."""
+        """Adds the callbacks of every training."""
         return [RoomOnDevice()]
 
     def on_train_start(self) -> None:
-        """Lets the strategy learn from training data what its penalties need."""
+        """Prepares the penalties of the strategy on training data."""
         if self.reference is not None and self.trainer.ckpt_path is None:
             self.transfer.prepare(self.network, self.reference, self._training_batches())
-            self.reference.attention = {  # every process has seen slides of its own
+            self.reference.attention = {  # each process used different slides
                 layer: self.trainer.strategy.reduce(weights, reduce_op="mean")
                 for layer, weights in self.reference.attention.items()
             }
         self._seed = torch.initial_seed()
         self._means.load_state_dict(self._kept_means)
         if self.trainer.ckpt_path is not None:
-            self._enter_epoch()  # Lightning does not say so when it goes on in the middle of one
+            self._enter_epoch()  # Lightning skips this hook on resuming within an epoch
 
     def on_train_batch_start(self, batch: Bag, batch_idx: int) -> None:
-        """Has chance (dropout) depend on seed, step and process alone, whenever a training was resumed."""
+        """Seeds dropout by seed, step and process alone, so that resuming changes nothing."""
         place = (self._seed, self.current_epoch, batch_idx, self.global_rank)
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
 
     def on_train_epoch_start(self) -> None:
-        """Looks where the bags of the epoch shall come from, and switches to training."""
+        """Updates the attention for sampling, and switches to training mode."""
         self._attend()
         self._enter_epoch()
 
     def _enter_epoch(self) -> None:
-        """Switches to training, all but what the strategy keeps still; Lightning leaves modes as they are."""
+        """Switches to training mode, except frozen parts; Lightning leaves modes as they are."""
         self.train()
         self.transfer.set_training_mode(self.network.backbone, self.current_epoch)
-        if self.trainer.world_size == 1:  # DDP has counted on a gradient of everything that trains
+        if self.trainer.world_size == 1:  # DDP expects a gradient of every trained parameter
             frozen = set(self._frozen())
             for group in self.trainer.optimizers[0].param_groups:
                 for parameter in group["params"]:
                     parameter.requires_grad_(parameter not in frozen)
 
     def _attend(self) -> None:
-        """Gives the attention for every tile of the training slides to the data, where it is asked for."""
+        """Computes the attention for every training tile, if the sampling uses it."""
         every = self._data.sampling.attends_every if self._data is not None else 0
         if self._data is None or not every or not self.current_epoch or self.current_epoch % every:
             return
@@ -200,7 +200,7 @@ class SlideGrader(pl.LightningModule):
         self._data.training_bags.attend({name: row for part in gather(mine) for name, row in part.items()})
 
     def configure_optimizers(self) -> Any:
-        """AdamW with the strategy's parameter groups, under the schedule stepped per batch."""
+        """Builds AdamW with the strategy's parameter groups, and the schedule stepped per batch."""
         lr = self.peak_lr
         if self.lr_scale_with_batch:
             batch = round(lr / self.lr * DEFAULT_BATCH_SIZE)
@@ -218,13 +218,13 @@ class SlideGrader(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        """The optimiser's parameter groups at a peak rate of ``lr``."""
+        """Returns the optimiser's parameter groups for a peak rate ``lr``."""
         groups = self.transfer.parameter_groups(self.network, lr, self.weight_decay)
         return [*groups, *self.tasks.parameter_groups(lr, self.weight_decay)]
 
     @property
     def peak_lr(self) -> float:
-        """The rate of the new layers at the schedule's peak: ``lr``, scaled with the batch if asked for."""
+        """The peak rate of the new layers: ``lr``, scaled with the batch on request."""
         if not self.lr_scale_with_batch:
             return self.lr
         return rate_for_batch(
@@ -236,7 +236,7 @@ class SlideGrader(pl.LightningModule):
         )
 
     def training_step(self, batch: Bag, batch_idx: int) -> Tensor:
-        """Loss of a batch of bags, with the strategy's penalties."""
+        """Computes the loss of a batch of bags, penalties included."""
         tiles, mask, backbone = batch["tiles"], batch["mask"], self.network.backbone
         with recorded(backbone, self._watched) as activations:
             embeddings = self.network.embed(tiles) if tiles.shape[1] else None
@@ -265,7 +265,7 @@ class SlideGrader(pl.LightningModule):
         return self._mean(*head.summed_loss(logits, target, class_weight=weight))
 
     def _task_losses(self, logits: dict[str, Tensor], batch: Bag) -> Tensor:
-        """Sums the losses of all tasks beside the grade, each with its weight."""
+        """Sums the weighted losses of all tasks beside the grade."""
         total = torch.zeros((), device=self.device)
         summed = self.tasks.summed_losses(logits, batch["labels"])
         for task in self.tasks.tasks:
@@ -275,20 +275,20 @@ class SlideGrader(pl.LightningModule):
         return total
 
     def _mean(self, summed: Tensor, weight: Tensor) -> Tensor:
-        """The mean over the batches of all processes, in the share that DDP's averaging makes whole."""
+        """Divides by the mean weight of all processes: DDP's averaging then gives the global mean."""
         if self._trainer is not None:
             weight = self.trainer.strategy.reduce(weight.clone(), reduce_op="mean")
         return summed / torch.where(weight > 0, weight, torch.ones_like(weight))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Drops the gradients that DDP made of what rests in this epoch."""
+        """Drops the gradients of parameters frozen in this epoch; DDP computes them."""
         for parameter in self._frozen():
             parameter.grad = None
 
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
     ) -> None:
-        """Steps, and lets the strategy apply what is decoupled from the optimiser's moments."""
+        """Steps, then applies the strategy's penalties decoupled from the optimiser's moments."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self.reference is not None:
             applied = self.transfer.after_step(
@@ -297,7 +297,7 @@ class SlideGrader(pl.LightningModule):
             self._add_penalties(applied, 1)
 
     def on_train_epoch_end(self) -> None:
-        """Logs the losses and penalties, each the mean over the epoch."""
+        """Logs the mean losses and penalties of the epoch."""
         for name, value in self._means.take().items():
             self.log(name, value, prog_bar=name == "train/loss", batch_size=1)
 
@@ -321,7 +321,7 @@ class SlideGrader(pl.LightningModule):
             yield moved["tiles"], moved["mask"], moved["grade"]
 
     def validation_step(self, batch: Chunk, batch_idx: int) -> None:
-        """Takes one chunk of a slide."""
+        """Evaluates one chunk of a slide."""
         if "stored" in batch and not self._features_sha256:
             self._check_features(weights_sha256(self.network.backbone))
         self._evaluation.take(batch, self._data.fold if self._data is not None else "")
@@ -329,11 +329,11 @@ class SlideGrader(pl.LightningModule):
     test_step = predict_step = validation_step
 
     def on_validation_epoch_start(self) -> None:
-        """Forgets what an evaluation that was cut short has left behind."""
+        """Discards the remains of an interrupted evaluation."""
         self._evaluation.start()
 
     def on_test_epoch_start(self) -> None:
-        """Notes which weights it is that predict."""
+        """Records the SHA-256 of the predicting weights."""
         self._evaluation.start(weights_sha256(self.network))
 
     on_predict_epoch_start = on_test_epoch_start
@@ -355,28 +355,28 @@ class SlideGrader(pl.LightningModule):
             gather_slides(self._evaluation.slides, part), self.tasks.tasks, len(self.grades)
         )
         shown = ("accuracy", "qwk", "loss") if part == "val" else ()
-        # Every process computed the same metrics from all predictions: nothing is left to reduce.
+        # Every process computes the same metrics from all predictions: no reduction needed.
         for name, value in evaluation.scalars(self.tasks.tasks).items():
             if (
                 part == "val" and evaluation.not_graded
-            ):  # the rest would flatter an epoch that is to be chosen
+            ):  # the rest would flatter this epoch in the choice of the best
                 value = float("nan")
             self.log(f"{part}/{name}", value, prog_bar=name in shown, rank_zero_only=False, batch_size=1)
         return evaluation
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the tiles' specification and who was trained on: others would be wrong without a word."""
+        """Saves the tile specification, the study record and hashes, to refuse other data on loading."""
         checkpoint["record"] = self.record.to_dict() if self.record is not None else None
         checkpoint["tile_spec"] = self.tile_spec.to_dict() if self.tile_spec else None
         checkpoint["epoch_means"] = self._means.state_dict()
         checkpoint["features_sha256"] = self._features_sha256
         checkpoint["architecture"] = self.network.backbone.architecture
         checkpoint["lineage"] = list(self.network.backbone.lineage)
-        if self.reference is not None:  # its weights are those of a file; the hash says which
+        if self.reference is not None:  # its weights come from a file, identified by the hash
             checkpoint["reference"] = self.reference.to_checkpoint()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores what :meth:`on_save_checkpoint` kept, and refuses data tiled otherwise."""
+        """Restores the values of :meth:`on_save_checkpoint`, and refuses data tiled differently."""
         trained_on = TileSpec.from_dict(checkpoint["tile_spec"]) if checkpoint.get("tile_spec") else None
         data_spec = self._data.tile_spec if self._data is not None else None
         if trained_on and data_spec and trained_on != data_spec:
@@ -388,7 +388,7 @@ class SlideGrader(pl.LightningModule):
         self.record = read_record(checkpoint)
         if self._data is not None and self.record is not None:
             self._data.follow(self.record, str(self.trainer.state.fn))
-            if self.trainer.training:  # divided otherwise, maybe
+            if self.trainer.training:  # the record may divide the study differently
                 self._weigh_grades()
                 self.record = self._data.record
         self._kept_means = checkpoint.get("epoch_means", {})

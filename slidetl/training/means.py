@@ -1,4 +1,4 @@
-"""Means over the steps of an epoch that survive a checkpoint in its middle."""
+"""Means over the steps of an epoch, kept across checkpoints within it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,9 @@ from torch import Tensor
 
 
 class EpochMeans:
-    """Means of figures of the training steps, weighted by the slides in each, over all processes.
+    """Means of scalars of training steps over all processes, weighted by the slides of each step.
 
-    Lightning's own (``log(..., on_epoch=True)``) begin anew when a training is resumed: the figures of the
-    epoch that was interrupted would be those of its end alone.
-
-    Args:
-        module: whose steps they are; its trainer knows the other processes.
+    Lightning's own means (``log(..., on_epoch=True)``) restart when a training resumes within an epoch.
     """
 
     def __init__(self, module: pl.LightningModule) -> None:
@@ -25,35 +21,35 @@ class EpochMeans:
         self._sums: dict[str, Tensor] = {}  # [2] each: weighted sum, weight
 
     def add(self, figures: Mapping[str, Tensor], slides: int | Tensor) -> None:
-        """Counts the figures, scalars each, of a step over so many slides; waits for no device."""
+        """Adds the scalars of a step over ``slides`` slides; waits for no device."""
         for name, value in figures.items():
             value = value.detach().float()
             weighted = torch.stack([value * slides, torch.ones_like(value) * slides])
             self._sums[name] = self._sums.get(name, 0) + weighted
 
     def take(self) -> dict[str, Tensor]:
-        """The means since the last call; every process must call it, and has added the same names.
+        """Returns the means since the last call; every process must call it with the same names added.
 
-        A figure that no slide had a part in has no mean, and is left out.
+        Scalars of weight 0 are left out.
         """
         names = sorted(self._sums)
         if not names:
             return {}
-        # Copied at once: to look at each sum on a GPU would wait for it each time.
+        # Copied at once: reading each sum on a GPU would synchronise each time.
         sums = self._module.trainer.strategy.reduce(self._stacked(), reduce_op="sum").cpu()
         self._sums = {}
         return {name: total / weight for name, (total, weight) in zip(names, sums, strict=True) if weight > 0}
 
     def state_dict(self) -> dict[str, Any]:
-        """The names, and each process's sums ``[R, n, 2]``; every process must call it."""
+        """Returns names, and the sums ``[R, n, 2]`` of R processes; every process must call it."""
         if not self._sums:
             return {}
         sums = self._module.all_gather(self._stacked())
-        assert isinstance(sums, Tensor)  # as what was given
+        assert isinstance(sums, Tensor)  # the type of its argument
         return {"names": sorted(self._sums), "sums": sums.view(-1, len(self._sums), 2).cpu()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes what :meth:`state_dict` gave, also for another number of processes."""
+        """Restores the state, also for another number of processes."""
         self._sums = {}
         if not state:
             return

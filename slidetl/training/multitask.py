@@ -1,4 +1,4 @@
-"""Heads and metrics of the tasks that are learned beside the grade."""
+"""Heads and metrics of the tasks learned beside the grade."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TaskOutcome:
     """Predictions and labels of one task on one slide.
 
     Attributes:
-        labels: ``[n]`` int64, of the slide (n is 1) or of its tiles; below 0 for none.
+        labels: ``[n]`` int64, of the slide (n = 1) or of its tiles; below 0 if unlabelled.
         probabilities: ``[n, K]``.
     """
 
@@ -30,14 +30,14 @@ class TaskOutcome:
 
 
 class TaskHeads(nn.Module):
-    """One head for each task, on the slide's embedding or on those of its tiles.
+    """One head for each task, on the slide's embedding or on its tiles' embeddings.
 
-    They stand beside the network that grades, and are no part of the exported file.
+    The exported file does not contain them.
 
     Args:
-        tasks: label scales that are learned; there may be none.
+        tasks: label scales to learn; may be empty.
         tile_features: length D of a tile's embedding.
-        slide_features: length D' of a slide's.
+        slide_features: length D' of a slide's embedding.
     """
 
     def __init__(self, tasks: Sequence[Task], tile_features: int, slide_features: int) -> None:
@@ -52,12 +52,7 @@ class TaskHeads(nn.Module):
         )
 
     def forward(self, tiles: Tensor, slides: Tensor) -> dict[str, Tensor]:
-        """Logits by the tasks' names: ``[B, L]``, or ``[B, N, L]`` of tiles.
-
-        Args:
-            tiles: embeddings ``[B, N, D]``.
-            slides: embeddings ``[B, D']``.
-        """
+        """Maps embeddings ``[B, N, D]`` and ``[B, D']`` to logits ``[B, N, L]`` and ``[B, L]`` by task."""
         logits = {}
         for task, head in self._each():
             if task.of_tiles:
@@ -69,13 +64,13 @@ class TaskHeads(nn.Module):
     def summed_losses(
         self, logits: Mapping[str, Tensor], labels: Mapping[str, Tensor]
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """Sums each task's losses, not yet weighed, and counts its labels, by the tasks' names.
+        """Returns each task's unweighted sum of losses and number of labels, by task name.
 
-        Every head takes part in every step, with a gradient of 0 where there is no label: DDP waits for it.
+        Without labels the gradient is 0, not missing: DDP waits for every head.
 
         Args:
-            logits: as :meth:`forward` gives them.
-            labels: ``[B]`` or ``[B, N]`` int64, below 0 for none.
+            logits: as returned by :meth:`forward`.
+            labels: ``[B]`` or ``[B, N]`` int64, below 0 if unlabelled.
         """
         return {
             task.name: head.summed_loss(logits[task.name].flatten(0, -2), labels[task.name].flatten())
@@ -85,12 +80,7 @@ class TaskHeads(nn.Module):
     def outcomes(
         self, logits: Mapping[str, Tensor], chunks: Sequence[Mapping[str, int | Tensor]]
     ) -> dict[str, TaskOutcome]:
-        """Returns the outcome of each task on one slide, by task name.
-
-        Args:
-            logits: of the slide and all its tiles, as :meth:`forward` gives them (B is 1).
-            chunks: the labels that came with each chunk of the slide.
-        """
+        """Returns the outcome of each task on one slide, from logits (B = 1) and the labels of its chunks."""
         found = {}
         for task, head in self._each():
             told = [torch.as_tensor(chunk[task.name]).reshape(-1).cpu().numpy() for chunk in chunks]
@@ -116,12 +106,7 @@ class TaskHeads(nn.Module):
 
 
 def task_metrics(task: Task, outcomes: Sequence[TaskOutcome]) -> GradeMetrics | None:
-    """The figures over all labels of a task, every tile counting alike; None where there is no label.
-
-    Args:
-        task: whose they are.
-        outcomes: one per slide, at least one.
-    """
+    """Computes metrics over all labels of a task, all tiles weighted equally; None without labels."""
     labels = np.concatenate([outcome.labels for outcome in outcomes])
     predicted = np.concatenate([outcome.probabilities for outcome in outcomes]).argmax(1)
     known = labels >= 0

@@ -1,4 +1,4 @@
-"""Options of the commands that embed tiles; loads no torch, so that their help answers at once."""
+"""Options of the commands for embedding tiles; loads no torch, to keep their help fast."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ class EmbedOptions:
     """Options of embedding and storing the tiles of a cache.
 
     Attributes:
-        blocks: inner blocks whose output, averaged over space, is stored too, as NAME.BLOCK; separated by
-            commas.
-        name: name of the features, instead of the backbone's; tells weights of one network apart.
+        blocks: inner blocks to store too, averaged over space, as NAME.BLOCK; separated by commas.
+        name: name of the features, instead of the backbone's; distinguishes weights of one network.
         slides: identifiers of the slides to embed, instead of all in the cache.
         batch_size: tiles per forward pass.
-        device: auto takes a GPU where there is one.
+        device: auto takes a GPU if there is one.
         precision: number format of the forward pass; auto is bfloat16 on a GPU, else float32. Features are
             stored in float16.
-        devices: GPUs among which the slides are shared out, one process each; on a CPU, processes.
-        overwrite: replace stored features of the same name, of other weights too.
+        devices: number of GPUs, one process each, to share the slides; on a CPU, number of processes.
+        overwrite: replace stored features of the same name, even from other weights.
 
     Raises:
-        UsageError: a batch without tiles, or no device.
+        UsageError: batch_size or devices is below 1.
     """
 
     blocks: str = ""
@@ -52,15 +51,15 @@ class SimilarityOptions:
 
     Attributes:
         slides: identifiers of the slides to draw tiles from, instead of all in the cache.
-        tiles: number of tiles to compare; all where there are fewer.
+        tiles: number of tiles to compare; all if there are fewer.
         permutations: number of permutations for the noise floor.
         seed: seed of tiles, permutations and the random network; with the seed_everything of a training from
-            scratch, 'random' are the weights that it started from.
+            scratch, 'random' is its start.
         batch_size: tiles per forward pass.
-        allow: package or class outside slidetl that a checkpoint may import; may be repeated.
+        allow: package or class outside slidetl for a checkpoint to import; may be repeated.
 
     Raises:
-        UsageError: fewer than 4 tiles, or a batch without tiles.
+        UsageError: tiles is below 4, or batch_size below 1.
     """
 
     slides: tuple[str, ...] = ()
@@ -79,17 +78,17 @@ class SimilarityOptions:
 
 @dataclass(frozen=True)
 class FeatureStudy:
-    """The study of classical models, and its split: as :class:`~slidetl.data.datamodule.SlideDataModule`.
+    """A study for classical models, split as by :class:`~slidetl.data.datamodule.SlideDataModule`.
 
     Attributes:
         manifest: the manifest (CSV) of the study.
-        cache: the folder that 'slidetl tile' and 'slidetl embed' wrote.
+        cache: the folder written by 'slidetl tile' and 'slidetl embed'.
         names: names of stored features, e.g. resnet18 resnet18.layer3; several are joined.
         grades: names of the grades, lowest first.
-        val_fraction: share of the slides for validation, as data.val_fraction of 'slidetl fit', to have its
-            test part; these slides are trained on here, since there is no epoch to choose.
+        val_fraction: share of the slides for validation, as data.val_fraction of 'slidetl fit', to get the
+            same test part; here these slides are trained on, since there is no epoch to choose.
         test_fraction: share of the slides for the test, as data.test_fraction.
-        seed: seed of the split, as data.seed; of inner folds and trees too.
+        seed: seed of the split, as data.seed; also of inner folds and trees.
     """
 
     manifest: Path

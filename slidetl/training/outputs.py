@@ -1,4 +1,4 @@
-"""Write the files of ``test`` and ``predict``: tables of predictions, metrics.json and confusion.png."""
+"""Writes the files of ``test`` and ``predict``: tables of predictions, metrics.json and confusion.png."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class ResultFiles(pl.Callback):
 
 
 def _write_tables(folder: Path, slides: Sequence[GradedSlide], tasks: Iterable[Task]) -> None:
-    """Writes a table for the grade, and one for each further scale of slides."""
+    """Writes a table for the grade, and one for each further slide-level task."""
     write_predictions(folder / "predictions.csv", [slide.prediction for slide in slides])
     for task in tasks:
         if not task.of_tiles:

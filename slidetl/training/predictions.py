@@ -1,4 +1,4 @@
-"""Predictions of slides, as a table on disk."""
+"""Tables of predictions of slides."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class SlidePrediction:
 
     Attributes:
         slide_id, patient_id: from the manifest.
-        grade: the true one, 0..K-1, or None.
-        probabilities: of the grades 0..K-1; they sum to one. Empty for a slide that is not graded.
-        tiles: how many tiles the slide has.
-        site: from the manifest, empty where not given.
-        fold: which fold of a cross-validation predicted it, empty outside of one.
-        checkpoint: SHA-256 of the network's weights, hexadecimal; empty where there are none.
-        fingerprint: SHA-256 of the slide's content; empty where not known.
-        reason: why the slide is not graded; empty for one that is.
+        grade: the true grade, 0..K-1, or None.
+        probabilities: of the grades 0..K-1, with sum 1; empty for a slide not graded.
+        tiles: number of tiles.
+        site: from the manifest, or empty.
+        fold: fold of the cross-validation, or empty.
+        checkpoint: SHA-256 of the network's weights, hexadecimal; empty if there are none.
+        fingerprint: SHA-256 of the slide's content; empty if unknown.
+        reason: why the slide is not graded; empty if it is.
     """
 
     slide_id: str
@@ -51,12 +51,12 @@ class SlidePrediction:
 
     @property
     def expected_grade(self) -> float:
-        """The mean of the grades, weighted by their probabilities."""
+        """The mean grade under the probabilities."""
         return sum(grade * probability for grade, probability in enumerate(self.probabilities))
 
 
 def write_predictions(path: Path, predictions: Iterable[SlidePrediction]) -> None:
-    """Writes one row per slide, in the order of the identifiers; probabilities read back exactly."""
+    """Writes one row per slide, ordered by identifier; probabilities read back exactly."""
     predictions = sorted(predictions, key=lambda prediction: prediction.slide_id)
     n_grades = max((len(prediction.probabilities) for prediction in predictions), default=0)
     columns = ["slide_id", "patient_id", "site", "grade", "predicted_grade"]
@@ -73,10 +73,10 @@ def _cells(row: SlidePrediction) -> dict[str, Any]:
 
 
 def read_predictions(path: Path) -> list[SlidePrediction]:
-    """Reads what :func:`write_predictions` wrote.
+    """Reads a table of :func:`write_predictions`.
 
     Raises:
-        UsageError: not such a table.
+        UsageError: the file is no such table.
     """
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -89,7 +89,7 @@ def read_predictions(path: Path) -> list[SlidePrediction]:
                         float(row[key]) for key in row if key.startswith("probability_") and row[key]
                     ),
                     tiles=int(row["tiles"]),
-                    # The first tables had no such columns.
+                    # Tables of the first versions lack these columns.
                     site=row.get("site", ""),
                     fold=row.get("fold", ""),
                     checkpoint=row.get("checkpoint", ""),

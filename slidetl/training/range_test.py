@@ -1,4 +1,4 @@
-"""The range test: the loss while the learning rate grows from step to step, to choose a rate by."""
+"""The range test: losses at growing learning rates, to choose a rate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from slidetl.errors import UsageError
 from slidetl.training.grader import SlideGrader
 
-_SETTLING_STEPS = 10  # the mean of fewer losses says more about the slides than about the rate
+_SETTLING_STEPS = 10  # the mean of fewer losses reflects the slides more than the rate
 _MOMENTUM = 0.98  # of the running mean of the losses in Lightning's finder
 
 
@@ -28,8 +28,7 @@ class RangeTest:
     """The rates of a range test.
 
     Attributes:
-        lowest, highest: the first and the last value of ``model.lr``; between them it grows by the same
-            factor in each step.
+        lowest, highest: first and last value of ``model.lr``; it grows by the same factor in each step.
         steps: training steps, at least 12.
     """
 
@@ -50,9 +49,9 @@ class RangeResult:
     """The result of a range test.
 
     Attributes:
-        rates: the values of ``model.lr`` that were tried, increasing.
-        losses: the training loss at each, smoothed over the steps before.
-        suggestion: where the loss falls fastest; None where it never does.
+        rates: the values of ``model.lr``, increasing.
+        losses: the training loss at each, smoothed over earlier steps.
+        suggestion: the rate with the fastest fall of the loss; None if it never falls.
     """
 
     rates: tuple[float, ...]
@@ -63,21 +62,23 @@ class RangeResult:
 def find_rate(
     trainer: pl.Trainer, grader: SlideGrader, data: pl.LightningDataModule, tried: RangeTest
 ) -> RangeResult:
-    """Trains with a growing rate, and puts the weights back to where training starts.
+    """Trains with a growing rate, and restores the initial weights.
 
     Smith, "Cyclical learning rates for training neural networks", WACV 2017, section 3.3, through Lightning's
-    finder. It departs from that in four points. There every parameter has the same rate; here each keeps
-    its rate relative to that of the new layers, as the strategy has it, and as ``lr_scale_with_batch``
-    scales it. All rates are tried: with a few slides in a batch the loss often looks like diverging. And the
-    running mean of the losses is corrected for its start by the number of losses in it, where Lightning
-    counts one more, so that the loss seems to double in the first steps. The last is told at
-    :func:`steepest_fall`.
+    finder, with four changes. Each parameter keeps its rate relative to the new layers, as set by the
+    strategy and ``lr_scale_with_batch``; Lightning gives all the same rate. All rates are tried: with few
+    slides per batch the loss often seems to diverge. The running mean of the losses is corrected for its
+    start by its number of losses; Lightning counts one more, and its loss seems to double in the first
+    steps. For the fourth, see :func:`steepest_fall`.
 
     Args:
-        trainer: which allows for as many epochs as there are steps.
-        grader: not trained yet.
-        data: with a training part.
-        tried: which rates.
+        trainer: must allow as many epochs as steps.
+        grader: untrained.
+        data: must have a training part.
+        tried: the rates.
+
+    Raises:
+        UsageError: the trainer runs no real training steps.
     """
     with _rates_in_proportion(grader), _without_hyper_parameters(grader):
         finder = Tuner(trainer).lr_find(
@@ -100,14 +101,13 @@ def find_rate(
 
 
 def steepest_fall(rates: Sequence[float], losses: Sequence[float]) -> float | None:
-    """The rate at which the loss falls most per factor by which the rate grows; None where it never falls.
+    """Finds the rate of the steepest fall of the loss over the logarithm of the rate; None if it never falls.
 
-    Lightning suggests where it falls most per unit of the rate. As the rates grow by factors, that is nearly
-    always the noise at the smallest ones.
+    Lightning takes the slope over the rate itself, and nearly always finds noise at the smallest rates.
 
     Args:
         rates: increasing by the same factor.
-        losses: at each of them; the first ten, and what is not finite, are left out.
+        losses: at each rate; the first ten and non-finite ones are left out.
     """
     steps = [step for step in range(_SETTLING_STEPS, len(losses)) if math.isfinite(losses[step])]
     if len(steps) < 2:
@@ -119,7 +119,7 @@ def steepest_fall(rates: Sequence[float], losses: Sequence[float]) -> float | No
 
 @contextmanager
 def _rates_in_proportion(grader: SlideGrader) -> Iterator[None]:
-    """Scales the one rate that the finder sets after each step to each group's own."""
+    """Scales the single rate set by the finder to the rate of each group, at every step."""
     shares: list[float] = []
 
     def scale(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -137,10 +137,7 @@ def _rates_in_proportion(grader: SlideGrader) -> Iterator[None]:
 
 @contextmanager
 def _without_hyper_parameters(grader: SlideGrader) -> Iterator[None]:
-    """Leaves them out of the finder's checkpoint, which is then read as plain values and tensors.
-
-    Where Python made the grader, they are objects.
-    """
+    """Keeps hyper-parameters out of the finder's checkpoint: objects among them would block its loading."""
     kept = dict(grader.hparams)
     grader.hparams.clear()
     try:
@@ -169,7 +166,7 @@ def _draw(path: Path, rates: Sequence[float], losses: Sequence[float], suggestio
     )
     axes.plot(rates, losses)
     finite = [loss for loss in losses if math.isfinite(loss)]
-    axes.set_ylim(0, 1.5 * finite[0])  # where it diverges it leaves the picture
+    axes.set_ylim(0, 1.5 * finite[0])  # cuts off a diverging loss
     if suggestion is not None:
         axes.axvline(suggestion, color="tab:red", linewidth=1, label=f"steepest fall: {suggestion:.2g}")
         axes.legend()

@@ -1,4 +1,4 @@
-"""Says which batch fits, where a card has no room for that of a training."""
+"""Finds a batch size for a GPU out of memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from slidetl.errors import UsageError
 
 
 class RoomOnDevice(pl.Callback):
-    """Turns want of memory on a card into one line with the batch that fits, which it tries out."""
+    """Turns an out-of-memory error of a GPU into one line with a smaller batch, tried out."""
 
     _batch: Any = None
 
@@ -27,23 +27,19 @@ class RoomOnDevice(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Forgets it."""
+        """Drops the batch."""
         self._batch = None
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Tries smaller batches.
-
-        Raises:
-            UsageError: the card has no room for a batch; the message says which it has room for.
-        """
+        """Tries smaller batches if memory runs out, and raises a UsageError naming the first to fit."""
         batch, self._batch = self._batch, None
         if not isinstance(exception, torch.OutOfMemoryError) or batch is None:
             return
-        traceback.clear_frames(exception.__traceback__)  # they hold the activations of the step
+        traceback.clear_frames(exception.__traceback__)  # its frames hold the activations of the step
         slides, tiles = batch["tiles"].shape[:2]
-        alone = trainer.world_size == 1  # the others of several processes would not try along
+        alone = trainer.world_size == 1  # other processes would not join the trial steps
         sizes = _smaller(slides, tiles) if alone else []
         fits = next((size for size in sizes if _fits(trainer, pl_module, batch, *size)), None)
         remedy = "not even one tile fits: use a smaller --model.backbone.name" if alone else "lower it"
@@ -57,7 +53,7 @@ class RoomOnDevice(pl.Callback):
 
 
 def _smaller(slides: int, tiles: int) -> list[tuple[int, int]]:
-    """Lists smaller batches, each half of the one before: fewer slides first, then fewer tiles of one."""
+    """Lists batches of half the size each: fewer slides first, then fewer tiles of one slide."""
     sizes = []
     while slides * tiles > 1:
         slides, tiles = (slides // 2, tiles) if slides > 1 else (1, tiles // 2)
@@ -66,16 +62,16 @@ def _smaller(slides: int, tiles: int) -> list[tuple[int, int]]:
 
 
 def _fits(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, slides: int, tiles: int) -> bool:
-    """Runs a step without an update on a part of a batch."""
+    """Runs a step without an update on a part of a batch; False if memory runs out."""
     reserve: list[Tensor] = []
     try:
         _clear(module)
-        if not trainer.optimizers[0].state:  # two moments, which the first update will make
+        if not trainer.optimizers[0].state:  # room for the two moments of the first update
             reserve = [torch.empty_like(weight) for weight in module.parameters() for _ in range(2)]
         part = _part(batch, slides, tiles, batch["tiles"].shape[1])
         with trainer.precision_plugin.forward_context():
             loss = module.training_step(part, 0)
-        assert isinstance(loss, Tensor)  # as a SlideGrader gives it
+        assert isinstance(loss, Tensor)  # as returned by a SlideGrader
         loss.backward()  # type: ignore[no-untyped-call] # torch's
         return True
     except torch.OutOfMemoryError as error:
@@ -95,7 +91,7 @@ def _clear(module: pl.LightningModule) -> None:
 
 
 def _part(value: Any, slides: int, tiles: int, bag_size: int) -> Any:
-    """Takes the first slides of a batch, and the first tiles of each."""
+    """Selects the first slides of a batch, and the first tiles of each."""
     if isinstance(value, dict):
         return {name: _part(entry, slides, tiles, bag_size) for name, entry in value.items()}
     is_of_tiles = value.ndim > 1 and value.shape[1] == bag_size

@@ -1,4 +1,4 @@
-"""Learning rates over the course of a training, relative to their peak; stepped per batch."""
+"""Schedules of the learning rate, relative to its peak; stepped per batch."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from slidetl.errors import UsageError
 
 
 class Schedule:
-    """Base of the schedules: pure functions of how far the training is."""
+    """Base of the schedules: pure functions of the progress of training."""
 
     def rate(self, epochs: float, planned_epochs: float) -> float:
-        """The rate relative to its peak, above 0 and up to 1.
+        """Returns the rate relative to its peak, above 0 and up to 1.
 
         Args:
-            epochs: how many epochs of training are done; after each step a part of one more.
-            planned_epochs: of the whole training, above 0; infinite where no end is planned.
+            epochs: epochs of training done, fractions included.
+            planned_epochs: epochs of the whole training, above 0; infinite if no end is planned.
         """
         raise NotImplementedError
 
@@ -25,12 +25,11 @@ class Schedule:
 class OneCycle(Schedule):
     """A linear rise, then a half cosine down to a hundredth.
 
-    Smith and Topin, "Super-convergence", 2018, without the cycle of the momentum. It depends on the share of
-    the training alone, so that a training may go on for longer than was planned when it began; beyond its
-    end the rate stays at its lowest.
+    Smith and Topin, "Super-convergence", 2018, without the cycle of the momentum. It depends only on the
+    share of the training done, so a training can be prolonged; beyond its end the rate stays at its lowest.
 
     Attributes:
-        warmup_fraction: share of the training in which the rate rises, between 0 and 1.
+        warmup_fraction: share of the training with a rising rate, between 0 and 1.
     """
 
     warmup_fraction: float = 0.1
@@ -40,11 +39,7 @@ class OneCycle(Schedule):
             raise UsageError(f"warmup_fraction must be between 0 and 1, not {self.warmup_fraction}")
 
     def rate(self, epochs: float, planned_epochs: float) -> float:
-        """The rate relative to its peak.
-
-        Raises:
-            UsageError: no end is planned.
-        """
+        """Returns the rate relative to its peak; raises a UsageError if no end is planned."""
         if math.isinf(planned_epochs):
             raise UsageError(
                 "one cycle needs to know how long the training is; set trainer.max_epochs or max_steps, "
@@ -59,7 +54,7 @@ class OneCycle(Schedule):
 
 @dataclass(frozen=True)
 class Triangular(Schedule):
-    """Up and down in straight lines, again and again.
+    """A rate rising and falling linearly, in cycles.
 
     Smith, "Cyclical learning rates for training neural networks", WACV 2017, section 3.1.
 
@@ -79,7 +74,7 @@ class Triangular(Schedule):
             )
 
     def rate(self, epochs: float, planned_epochs: float) -> float:
-        """The rate relative to its peak; the planned end plays no part."""
+        """Returns the rate relative to its peak; ``planned_epochs`` is not used."""
         rise = 1 - abs(epochs % (2 * self.half_cycle_epochs) / self.half_cycle_epochs - 1)
         return self.base + (1 - self.base) * rise * self.height(epochs)
 
@@ -90,7 +85,7 @@ class Triangular(Schedule):
 
 @dataclass(frozen=True)
 class Triangular2(Triangular):
-    """A :class:`Triangular` schedule whose range from base to peak halves with each cycle."""
+    """A :class:`Triangular` schedule; its range from base to peak halves with each cycle."""
 
     def height(self, epochs: float) -> float:
         """Returns the height of the present cycle, relative to the first."""
@@ -102,22 +97,24 @@ class Constant(Schedule):
     """A constant rate."""
 
     def rate(self, epochs: float, planned_epochs: float) -> float:
-        """The peak."""
+        """Returns 1, the peak."""
         return 1.0
 
 
 def rate_for_batch(lr: float, reference: int, *, devices: int, accumulation: int, bags: int) -> float:
-    """The rate scaled in proportion to the global batch.
+    """Scales a rate in proportion to the global batch.
 
-    Goyal et al., "Accurate, large minibatch SGD", 2017, section 2.1. It is meant for SGD; with Adam it is
-    on the high side for large batches.
+    Goyal et al., "Accurate, large minibatch SGD", 2017, section 2.1. For Adam it is high at large batches.
 
     Args:
-        lr: rate that suits a batch of ``reference`` bags.
-        reference: bags in that batch.
-        devices: processes that compute a step together.
-        accumulation: batches whose gradients are added up for a step.
+        lr: rate for a batch of ``reference`` bags.
+        reference: bags in the reference batch.
+        devices: processes in a step.
+        accumulation: batches per step, with their gradients added.
         bags: bags in the batch of one process.
+
+    Raises:
+        UsageError: one of the counts is below 1.
     """
     if min(reference, devices, accumulation, bags) < 1:
         raise UsageError(

@@ -28,7 +28,7 @@ from slidetl.training.embed import BlockEmbedder
 from slidetl.training.options import SimilarityOptions
 
 RANDOM, PRETRAINED = "random", "pretrained"
-EMBEDDING = "embedding"  # what comes out of the whole backbone, beside its blocks
+EMBEDDING = "embedding"  # output of the whole backbone, beside its blocks
 
 Layers = dict[str, NDArray[np.float32]]
 Measure = Callable[[NDArray[np.float32], NDArray[np.float32], int, int], Similarity]
@@ -56,13 +56,13 @@ class LayerSimilarity:
     """One point of one curve.
 
     Attributes:
-        first, second: the networks, as they were named.
+        first, second: names of the networks, as given.
         layer: a block's name in timm's network, or ``embedding``.
         depth: 0 for the lowest layer.
         measure: a key of :data:`MEASURES`.
-        similarity: the figure with its noise floor.
-        tiles: how many tiles were compared.
-        channels: of the layer in both networks.
+        similarity: the value with its noise floor.
+        tiles: number of tiles compared.
+        channels: channels of the layer in both networks.
     """
 
     first: str
@@ -89,29 +89,29 @@ def compare_networks(
     There is a curve from each ``before`` to its ``after``, one from each ``after`` to a random network, and
     one between each two of ``after``: with one training from pretrained and one from random weights, these
     are the comparisons of Raghu et al., "Transfusion", NeurIPS 2019, section 4. Maps are averaged over space
-    (the paper takes some of the channels at every position instead), tokens without the class token.
+    (the paper takes some channels at every position instead), tokens without the class token.
 
-    A network is named by a checkpoint of ``slidetl fit`` (``.ckpt``), by a file of weights (``.safetensors``,
-    ``.pth``), as ``pretrained`` (what the specification names) or as ``random``, which is drawn from
-    ``seed``: with the ``seed_everything`` of a training from scratch, the weights from which it started. All
-    networks are in evaluation mode; batch norm of a random one has mean 0 and variance 1.
+    A network is a checkpoint of ``slidetl fit`` (``.ckpt``), a file of weights (``.safetensors``, ``.pth``),
+    ``pretrained`` (the weights of the specification) or ``random``, drawn from ``seed``: with the
+    ``seed_everything`` of a training from scratch, its initial weights. All networks are in evaluation mode;
+    batch norm of a random one has mean 0 and variance 1.
 
     Args:
         before: networks, one for each of ``after``.
         after: networks.
-        cache_dir: the folder that ``slidetl tile`` wrote.
+        cache_dir: the folder written by ``slidetl tile``.
         options: tiles, seed and noise floor.
-        spec: which backbone; None takes that of the first checkpoint.
-        on_step: told what is being done, once for each network and comparison.
+        spec: the backbone; None takes the one of the first checkpoint.
+        on_step: called with a progress message for each network and comparison.
 
     Returns:
-        Points, curve by curve, upwards by layers.
+        Points, curve by curve, lowest layer first.
 
     Raises:
-        UsageError: nothing, or not equally many networks; no checkpoint and no specification; networks
-            without a layer in common; no such slide.
-        CacheError: there is no cache, or it was tiled otherwise than for a checkpoint.
-        CheckpointError, WeightsError: a network cannot be had.
+        UsageError: no or unequally many networks, no checkpoint or specification, no common layer, or no
+            such slide.
+        CacheError: there is no cache, or its tiles differ from a checkpoint's.
+        CheckpointError, WeightsError: a network cannot be loaded.
     """
     if not after or len(before) != len(after):
         raise UsageError(
@@ -170,7 +170,7 @@ def compare_networks(
 
 
 def embed_layers(backbone: Backbone, tiles: NDArray[np.uint8], batch_size: int = 64) -> Layers:
-    """Embeds tiles by each block of a backbone, averaged over space; on a GPU where there is one.
+    """Embeds tiles by each block of a backbone, averaged over space; on a GPU if there is one.
 
     Args:
         backbone: put into evaluation mode.
@@ -210,7 +210,7 @@ def write_curves(points: Sequence[LayerSimilarity], path: Path) -> None:
 
 
 def draw_curves(points: Sequence[LayerSimilarity], path: Path) -> None:
-    """Draws one panel per measure, one line per pair of networks, its noise floor dashed in its colour."""
+    """Draws one panel per measure, one line per pair of networks, and noise floors dashed."""
     from matplotlib.figure import Figure
 
     curves = list(dict.fromkeys((point.first, point.second) for point in points))
@@ -245,7 +245,7 @@ def draw_curves(points: Sequence[LayerSimilarity], path: Path) -> None:
 
 
 def _short_names(names: Sequence[str]) -> dict[str, str]:
-    """The last parts of the paths, as many as tell them apart."""
+    """Shortens paths to as many last parts as distinguish them."""
     names = list(dict.fromkeys(names))
     for parts in range(1, 1 + max(len(Path(name).parts) for name in names)):
         short = ["/".join(Path(name).parts[-parts:]) for name in names]
@@ -280,7 +280,7 @@ def _build(name: str, spec: BackboneSpec, seed: int) -> Backbone:
 
 
 def _draw_tiles(caches: Sequence[SlideCache], n_tiles: int, seed: int) -> NDArray[np.uint8]:
-    """Tiles ``[n, S, S, 3]`` drawn evenly from all those of all slides."""
+    """Draws tiles ``[n, S, S, 3]`` evenly from all tiles of all slides."""
     ends = np.cumsum([len(cache) for cache in caches])
     drawn = np.random.default_rng(seed).permutation(ends[-1])[:n_tiles]
     drawn.sort()  # neighbours share a shard

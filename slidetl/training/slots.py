@@ -1,7 +1,7 @@
-"""The classes that a configuration or a checkpoint may name, slot by slot.
+"""Allowed classes of configurations and checkpoints, slot by slot.
 
-Building what a file names imports modules and calls classes, so a file could run anything. Here is the one
-table of what each slot takes without being asked; all else needs the user's ``--allow``.
+Building classes by name imports modules and calls them, so a file could run any code. This table lists the
+classes allowed in each slot; all others need the user's ``--allow``.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 @dataclass(frozen=True)
 class Slot:
-    """A place in a configuration that takes a class.
+    """A place for a class in a configuration.
 
     Attributes:
-        base: the classes derive from it, or have its methods where it is a protocol.
-        homes: modules, packages and classes whose names may stand there.
+        base: base class, or a protocol.
+        homes: allowed modules, packages and classes.
     """
 
     base: type
     homes: tuple[str, ...]
 
 
-# The others send what they log to a server.
+# The others send logs to a server.
 _LOGGERS = ("CSVLogger", "csv_logs", "TensorBoardLogger", "tensorboard")
 
 SLOTS: Mapping[str, Slot] = {
@@ -52,7 +52,7 @@ SLOTS: Mapping[str, Slot] = {
     "model.head": Slot(Head, ("slidetl.models.heads",)),
     "model.transfer": Slot(TransferStrategy, ("slidetl.models.transfer",)),
     "model.schedule": Slot(Schedule, ("slidetl.training.schedules",)),
-    # The bases of transforms are checked where they are built: here albumentations would be imported for all.
+    # Base classes of transforms are checked on building: a check here would import albumentations every time.
     "data.augmentation": Slot(object, ("slidetl.data.augment.Augmentation", "albumentations")),
     "data.sampling": Slot(Sampling, ("slidetl.data.sampling",)),
     "model.tasks": Slot(Task, ("slidetl.data.tasks.Task",)),
@@ -62,22 +62,22 @@ SLOTS: Mapping[str, Slot] = {
     "trainer.profiler": Slot(Profiler, ("pytorch_lightning.profilers",)),
     "trainer.strategy": Slot(Strategy, ("pytorch_lightning.strategies",)),
 }
-# It calls whatever its arguments name.
+# It calls any function named by its arguments.
 _NEVER = ("pytorch_lightning.callbacks.lambda_function", "pytorch_lightning.callbacks.LambdaCallback")
 
 _permitted: set[str] = set()
 
 
 def permit(allow: Sequence[str] = ()) -> None:
-    """Has jsonargparse import nothing but what :data:`SLOTS` and the user name, from now on.
+    """Restricts the imports of jsonargparse to :data:`SLOTS` and the user's names, from now on.
 
     Args:
-        allow: names or packages outside slidetl.
+        allow: classes or packages outside slidetl.
 
     Raises:
-        UsageError: one of them cannot be a name.
+        UsageError: one is no dotted name.
     """
-    # A comparison in the same process is parsed by its dataclasses.
+    # A comparison in the same process parses its own dataclasses.
     wanted = {home for slot in SLOTS.values() for home in slot.homes} | {"slidetl.compare.config", *allow}
     for name in allow:
         if not _NAME.fullmatch(name) or name.split(".")[0] == "jsonargparse":
@@ -91,11 +91,11 @@ def permit(allow: Sequence[str] = ()) -> None:
 
 
 def parse(parser: ArgumentParser, values: Mapping[str, Any], allow: Sequence[str] = ()) -> Namespace:
-    """Parses values that a file holds, and checks every class that they name before any is called.
+    """Parses the values of a file, and checks every named class before calling any.
 
     Args:
         parser: with ``model``, ``data`` or ``trainer``.
-        values: of these.
+        values: for the parser.
         allow: as for :func:`permit`.
 
     Raises:
@@ -114,7 +114,7 @@ def parse(parser: ArgumentParser, values: Mapping[str, Any], allow: Sequence[str
 
 @contextmanager
 def own_error() -> Iterator[None]:
-    """Raises the mistake of a user in place of the parser's error, as of a value that may have two types."""
+    """Raises a UsageError in place of the parser's error caused by it, e.g. for a value of two types."""
     try:
         yield
     except ValueError as error:
@@ -124,11 +124,7 @@ def own_error() -> Iterator[None]:
 
 
 def check_import(error: ArgumentError) -> None:
-    """Says in our words that jsonargparse refused an import.
-
-    Raises:
-        UsageError: it did.
-    """
+    """Raises a UsageError if jsonargparse refused an import."""
     if denied := re.search(r"Importing '(.+?)' is not allowed", str(error)):
         raise UsageError(
             f"it would import {denied[1]!r:.100}, which is neither slidetl's nor allowed; "
@@ -137,10 +133,10 @@ def check_import(error: ArgumentError) -> None:
 
 
 def check_classes(config: Mapping[str, Any], allow: Sequence[str] = ()) -> None:
-    """Checks every class that a parsed configuration names, before one is called.
+    """Checks every class named by a parsed configuration, before calling any.
 
     Args:
-        config: with ``model``, ``data`` and ``trainer``, as jsonargparse parses them.
+        config: with ``model``, ``data`` and ``trainer``, as parsed by jsonargparse.
         allow: as for :func:`permit`.
 
     Raises:
@@ -154,15 +150,15 @@ def check_classes(config: Mapping[str, Any], allow: Sequence[str] = ()) -> None:
 
 
 def check_name(place: str, name: object, allow: Sequence[str] = ()) -> str:
-    """Checks that a slot may name a class, without importing it.
+    """Checks if a slot allows a class, without importing it.
 
     Args:
-        place: of the slot, as in :data:`SLOTS`.
-        name: dotted.
+        place: key of the slot, as in :data:`SLOTS`.
+        name: dotted name of the class.
         allow: as for :func:`permit`.
 
     Raises:
-        UsageError: it may not.
+        UsageError: the slot refuses it.
     """
     slot = SLOTS.get(place)
     homes = slot.homes if slot else ()

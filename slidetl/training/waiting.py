@@ -1,4 +1,4 @@
-"""Times that a training waits for its data, and that it computes."""
+"""Times of a training spent waiting for data, and computing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class EpochTimes:
 
     Attributes:
         epoch: its number, from 0.
-        data_wait_s: seconds between the end of a step and the beginning of the next, when its batch is there.
+        data_wait_s: seconds between steps, waiting for the next batch.
         compute_s: seconds within steps.
     """
 
@@ -28,7 +28,7 @@ class EpochTimes:
 
     @property
     def share(self) -> float:
-        """The share of the time of training that was spent waiting, 0..1."""
+        """The share of the training time spent waiting, 0..1."""
         total = self.data_wait_s + self.compute_s
         return self.data_wait_s / total if total else 0.0
 
@@ -36,41 +36,41 @@ class EpochTimes:
 class WaitingReport(pl.Callback):
     """Logs ``time/data_wait`` and ``time/compute`` in seconds and ``time/data_wait_share`` for each epoch.
 
-    At the end it prints them as a table. Evaluation is not counted. A GPU works through a queue behind the
-    processor, so its times are taken by marks in that queue, and nothing is held up for them.
+    At the end it prints them as a table. Evaluation is not counted. A GPU works through a queue, so the marks
+    are CUDA events in it, and cause no synchronisation.
     """
 
     def __init__(self) -> None:
         self.epochs: list[EpochTimes] = []
-        self._marks: list[Any] = []  # in turn: the end of a step, the beginning of the next
+        self._marks: list[Any] = []  # alternating: end of a step, start of the next
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begins a new table, also when Lightning goes on in the middle of an epoch."""
+        """Begins a new table, also on resuming within an epoch."""
         self.epochs = []
         self._marks = [_mark(pl_module.device)]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Waits for the first batch from here on."""
+        """Starts the wait for the first batch."""
         self._marks = [_mark(pl_module.device)]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """The batch is there, and on its way to the device."""
+        """Marks the arrival of the batch."""
         self._marks.append(_mark(pl_module.device))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The step is done."""
+        """Marks the end of the step."""
         self._marks.append(_mark(pl_module.device))
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes the times; what goes on until training does is not counted."""
+        """Adds up the times until here; evaluation is not counted."""
         self._take(trainer.current_epoch)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Waits for the next batch from here on."""
+        """Starts the wait for the next batch."""
         self._marks = [_mark(pl_module.device)]
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -89,20 +89,20 @@ class WaitingReport(pl.Callback):
             rank_zero_info(describe_times(self.epochs))
 
     def _take(self, epoch: int) -> None:
-        """Adds what the marks say to the times of the epoch."""
+        """Adds the gaps between marks to the times of the epoch."""
         marks, self._marks = self._marks, []
         if len(marks) < 3:  # no step has ended
             return
         gaps = [_seconds(*pair) for pair in itertools.pairwise(marks)]
         waited, computed = sum(gaps[0::2]), sum(gaps[1::2])
-        if self.epochs and self.epochs[-1].epoch == epoch:  # evaluated in the middle of it
+        if self.epochs and self.epochs[-1].epoch == epoch:  # evaluated within it
             waited += self.epochs[-1].data_wait_s
             computed += self.epochs.pop().compute_s
         self.epochs.append(EpochTimes(epoch, waited, computed))
 
 
 def describe_times(epochs: list[EpochTimes]) -> str:
-    """A table of the times, a row for each epoch (the first five and the last five) and their sum."""
+    """Formats the times as a table: the first and last five epochs, and the sum."""
     lines = [f"{'epoch':>8}{'data wait':>12}{'compute':>12}{'waiting':>10}"]
     shown = epochs if len(epochs) <= 10 else epochs[:5] + epochs[-5:]
     total = EpochTimes(
