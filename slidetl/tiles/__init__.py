@@ -1,1 +1,1 @@
-"""Tiles: which ones a slide has, how they are cut, stored and read, and the ledger of all slides."""
+"""Tiles: selection, cutting, storage and reading, and the ledger of all slides."""

@@ -1,7 +1,7 @@
-"""Slides to caches on many machines: one task a slide, given out by a Dask scheduler.
+"""Tiles slides on many machines, one job per slide, scheduled by Dask.
 
-The workers and this process see the slides and the cache folder under the same paths. A worker that dies in
-mid-slide loses nothing: the slide goes to another, which continues from the last whole shard.
+All machines see the slides and the cache folder under the same paths. If a worker dies in mid-slide, another
+continues from the last complete shard.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from slidetl.tiles.tile import SlideSource, stamped, tile_slide
 if TYPE_CHECKING:
     from distributed import Client
 
-# How long to wait for a scheduler to answer, seconds.
+# Longest wait for a scheduler to answer, seconds.
 CONNECT_TIMEOUT = 10
 
-# How often a slide is tried again after an error that is not of the slide, such as want of memory.
+# Retries after an error unrelated to the slide, such as lack of memory.
 RETRIES = 2
 
 
@@ -42,11 +42,10 @@ def tile_on_cluster(
     preview: bool = False,
     on_done: Callable[[LedgerRow], None] | None = None,
 ) -> list[LedgerRow]:
-    """Tiles many slides on the workers of a Dask scheduler; on one machine, ``tile_slides`` does.
+    """Tiles many slides on the workers of a Dask scheduler; on one machine, use ``tile_slides``.
 
-    This process alone writes the ledger, as slides are done. A slide whose workers die one after the other
-    (four of them, by Dask's ``distributed.scheduler.allowed-failures``) is failed, so that one slide which
-    takes more memory than there is cannot end a run.
+    This process alone writes the ledger, as slides finish. A slide fails once four of its workers have died
+    (Dask's ``distributed.scheduler.allowed-failures``), so one too large for memory cannot end a run.
 
     Arguments, result and errors are those of :func:`~slidetl.tiles.run.tile_slides`; ``cache_dir`` is the
     same folder on every machine, ``scheduler`` an address such as ``tcp://HOST:8786``.
@@ -65,7 +64,7 @@ def tile_on_cluster(
 
 
 def connect(address: str) -> Client:
-    """Connects to a Dask scheduler, and warns where it has no workers.
+    """Connects to a Dask scheduler, and warns if it has no workers.
 
     Raises:
         UsageError: Dask is not installed, or no scheduler answers at the address.
@@ -77,11 +76,11 @@ def connect(address: str) -> Client:
         import distributed
     except ImportError as error:
         raise UsageError("--scheduler needs Dask: pip install 'slidetl[cluster]'") from error
-    # What it says of a scheduler that went away, in fifty lines, the error below says in one.
+    # Dask reports a lost scheduler in fifty lines; the error below does so in one.
     for name in ("distributed", "distributed.client"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
-        # First by hand: Dask tries again for as long as it may, also where nobody listens.
+        # A plain connection first: Dask retries until its timeout even if nobody listens.
         socket.create_connection((found[1], int(found[2])), CONNECT_TIMEOUT).close()
         client = distributed.Client(address, timeout=CONNECT_TIMEOUT, set_as_default=False)  # type: ignore[no-untyped-call]
     except (OSError, OverflowError) as error:
@@ -102,7 +101,7 @@ def _rows(
 ) -> Iterator[LedgerRow]:
     import distributed
 
-    # Not pure: a second run must look at the slides anew, not be given the rows of the first.
+    # Not pure: a second run must tile again, not receive the rows of the first.
     futures = {client.submit(tile, source, pure=False, retries=RETRIES): source for source in sources}
     for future in distributed.as_completed(futures, loop=client.loop):  # type: ignore[no-untyped-call]
         source = futures[future]

@@ -26,15 +26,15 @@ ZSTD_LEVEL = 3
 def encode_jpeg(rgb: NDArray[np.uint8], quality: int) -> bytes:
     """Compresses a tile as baseline JPEG, YCbCr 4:4:4; equal pixels give equal bytes.
 
-    Colour is kept at full resolution (no chroma subsampling): collagen is told from muscle and cytoplasm by
-    colour, along fibres a few pixels wide. On H&E tiles of 224 px at quality 90, 4:4:4 has 41.4 dB PSNR at
-    22 kB, 4:2:0 30.7 dB at 15 kB, and decodes 15 % faster.
+    Colour keeps its full resolution (no chroma subsampling): colour tells collagen from muscle and cytoplasm,
+    along fibres a few pixels wide. On H&E tiles of 224 px at quality 90, 4:4:4 has 41.4 dB PSNR at 22 kB,
+    4:2:0 30.7 dB at 15 kB, and decodes 15 % faster.
 
     Args:
         rgb: ``[h, w, 3] uint8``.
         quality: 1..100, libjpeg's scale.
     """
-    # Imported here and below: a tenth of a second that only those pay who handle pixels.
+    # Imported in the functions: only processes with pixels pay this tenth of a second.
     import imagecodecs
 
     return bytes(
@@ -51,16 +51,14 @@ def decode_jpeg(
 
     Args:
         data: the JPEG.
-        size_px: height and width that it must have; of a stranger's it must be known, since its header may
-            claim gigabytes.
-        into: where to put the pixels, ``[h, w, 3] uint8`` without gaps; a new array by default.
+        size_px: required height and width; give it for foreign data, since a header may claim gigabytes.
+        into: destination of the pixels, ``[h, w, 3] uint8`` without gaps; a new array by default.
 
     Returns:
         ``[h, w, 3] uint8`` RGB.
 
     Raises:
-        CacheCorruptError: the bytes are not a JPEG of that size, or a damaged one: where other decoders
-            would warn and make up pixels, this fails, as OpenSlide does.
+        CacheCorruptError: not a JPEG of this size, or damaged: other decoders warn and invent pixels.
     """
     import simplejpeg
 
@@ -81,16 +79,16 @@ class TileCodec(Protocol):
         ...
 
     def decode(self, data: bytes, into: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
-        """Decompresses a tile, ``[S, S, 3] uint8``: a new array, or one without gaps that is given."""
+        """Decompresses a tile, ``[S, S, 3] uint8``, into a new array or the given one without gaps."""
         ...
 
     def zarr_codecs(self) -> tuple[ArrayBytesCodec, tuple[BytesBytesCodec, ...]]:
-        """Returns zarr's codecs for it: what turns an array into bytes, and what compresses those."""
+        """Returns zarr's codecs for it: from array to bytes, and the compression of those."""
         ...
 
 
 def tile_codec(spec: TileSpec) -> TileCodec:
-    """Returns the codec that a specification asks for."""
+    """Returns the codec of a specification."""
     return _Jpeg(spec.jpeg_quality, spec.tile_size_px) if spec.codec == "jpeg" else _Zstd(spec.tile_size_px)
 
 
@@ -129,21 +127,17 @@ class _Zstd:
 
 
 def encode_zstd(data: bytes) -> bytes:
-    """Compresses as zarr's codec of that name does, without a checksum."""
+    """Compresses like zarr's zstd codec, without a checksum."""
     import imagecodecs
 
     return bytes(imagecodecs.zstd_encode(data, level=ZSTD_LEVEL))
 
 
 def decode_zstd(data: bytes, size_bytes: int) -> bytes:
-    """Decompresses zstd.
-
-    Args:
-        data: compressed.
-        size_bytes: how many bytes must come out; no more are unpacked.
+    """Decompresses zstd of the expected size, and unpacks no more bytes.
 
     Raises:
-        CacheCorruptError: the bytes are not zstd, or not of that size.
+        CacheCorruptError: the bytes are not zstd, or not of this size.
     """
     import imagecodecs
 
@@ -160,7 +154,7 @@ def decode_zstd(data: bytes, size_bytes: int) -> bytes:
 class JpegCodec(ArrayBytesCodec):
     """One JPEG per chunk of shape ``[1, h, w, 3]``, as a zarr v3 codec named ``slidetl.jpeg``.
 
-    zarr finds it through the entry point ``zarr.codecs`` wherever slidetl is installed.
+    zarr finds it through the entry point ``zarr.codecs`` if slidetl is installed.
 
     Attributes:
         quality: 1..100; only encoding uses it.
@@ -181,11 +175,11 @@ class JpegCodec(ArrayBytesCodec):
         return cls(**configuration)  # type: ignore[arg-type] # JSON is wider than int; __post_init__ checks
 
     def to_dict(self) -> dict[str, JSON]:
-        """Returns the codec as it stands in the array's metadata."""
+        """Returns the codec as stored in the array's metadata."""
         return {"name": "slidetl.jpeg", "configuration": {"quality": self.quality}}
 
     def validate(self, *, shape: tuple[int, ...], dtype: ZDType[Any, Any], chunk_grid: ChunkGrid) -> None:
-        """Refuses arrays that are not tiles.
+        """Refuses arrays other than tiles.
 
         Raises:
             UsageError: not ``[n, h, w, 3] uint8``.
@@ -194,7 +188,7 @@ class JpegCodec(ArrayBytesCodec):
             raise UsageError(f"slidetl.jpeg holds arrays [n, h, w, 3] of uint8, not {shape} of {dtype}")
 
     def compute_encoded_size(self, input_byte_length: int, chunk_spec: ArraySpec) -> int:
-        """Refuses, as zarr's interface asks of a codec whose size is not known before encoding."""
+        """Refuses, as zarr's interface asks of codecs with sizes unknown before encoding."""
         raise NotImplementedError
 
     async def _encode_single(self, chunk_data: NDBuffer, chunk_spec: ArraySpec) -> Buffer | None:

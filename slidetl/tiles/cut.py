@@ -1,4 +1,4 @@
-"""Cuts the tiles of a plan: reads them from the slide, as the bytes and pixels that a cache holds."""
+"""Cuts the tiles of a plan: reads them from the slide, as the bytes and pixels of a cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from slidetl.tiles.plan import MAX_UNREADABLE, TilePlan, plan_tiles
 
 @dataclass(frozen=True, eq=False)
 class TileBatch:
-    """Tiles as a cache holds them.
+    """Tiles as held by a cache.
 
     Attributes:
         origins_level0: ``[n, 2] int32``, upper-left corners ``(x, y)``, level-0 pixels.
@@ -36,17 +36,17 @@ class TileBatch:
 def encode_tiles(
     slide: Slide, plan: TilePlan, first: int = 0, unreadable: int = 0, threads: int = 1
 ) -> Iterator[tuple[int, bytes | None]]:
-    """Reads the tiles of a plan as the bytes that a cache holds.
+    """Reads the tiles of a plan as the bytes of a cache.
 
-    Where they coincide with the slide's own JPEGs, those are copied as they are, whatever
-    ``spec.jpeg_quality`` says: to compress them again would lose once more.
+    Tiles that coincide with the slide's own JPEGs are copied, at any ``spec.jpeg_quality``: to compress them
+    again would lose once more.
 
     Args:
         slide: the slide of the plan.
-        plan: which tiles.
-        first: the number of the tile to begin with.
-        unreadable: how many of those before it could not be read.
-        threads: that read and compress at a time; the bytes do not depend on it.
+        plan: the tiles.
+        first: number of the tile to begin with.
+        unreadable: number of unreadable tiles before it.
+        threads: parallel reads and compressions; the bytes do not depend on it.
 
     Yields:
         The number of the tile in the plan, and its bytes; None instead of them if it cannot be read.
@@ -64,7 +64,7 @@ def encode_tiles(
 
 
 def check_unreadable(plan: TilePlan, unreadable: int, last: SlideReadError) -> None:
-    """Ends the reading of a slide of which too much is damaged.
+    """Ends the reading of a slide with too much damage.
 
     Raises:
         SlideReadError: more than a tenth of the tiles wanted cannot be read.
@@ -76,7 +76,7 @@ def check_unreadable(plan: TilePlan, unreadable: int, last: SlideReadError) -> N
 
 
 def encode_tile(slide: Slide, plan: TilePlan, tile: int) -> bytes:
-    """Reads one tile of a plan, never copying the slide's own JPEG, as the bytes that a cache holds.
+    """Reads one tile of a plan as the bytes of a cache, never copying the slide's own JPEG.
 
     Raises:
         SlideReadError: the slide is damaged there.
@@ -88,7 +88,7 @@ def encode_tile(slide: Slide, plan: TilePlan, tile: int) -> bytes:
 
 
 def _encoded(slide: Slide, plan: TilePlan, first: int, threads: int) -> Iterator[bytes | SlideReadError]:
-    """Yields the bytes of each tile, or the reason why it cannot be read."""
+    """Yields the bytes of each tile, or the error if it cannot be read."""
     spec = plan.spec
     encode = tile_codec(spec).encode
     copies = _copies(slide, plan, first)
@@ -109,12 +109,6 @@ def _encoded(slide: Slide, plan: TilePlan, first: int, threads: int) -> Iterator
 
 def stream_tiles(slide: Slide, plan: TilePlan, batch_size: int = 64, threads: int = 1) -> Iterator[TileBatch]:
     """Yields the tiles of a plan exactly as a cache would, compression included, in bounded memory.
-
-    Args:
-        slide: the slide of the plan.
-        plan: which tiles.
-        batch_size: tiles in a batch.
-        threads: that read, compress and decompress at a time.
 
     Raises:
         SlideReadError: more than a tenth of all tiles cannot be read.
@@ -154,7 +148,7 @@ def read_slide(
 
 
 def slide_parts(*arguments: Any) -> Generator[tuple[Any, NDArray[np.uint8] | None], None, None]:
-    """Yields what :func:`read_slide` yields, as :class:`slidetl.tiles.readers.Readers` hands it over."""
+    """Yields the parts of :func:`read_slide` in the form of :class:`slidetl.tiles.readers.Readers`."""
     for item in read_slide(*arguments):
         if isinstance(item, TilePlan):
             yield item, None
@@ -163,7 +157,7 @@ def slide_parts(*arguments: Any) -> Generator[tuple[Any, NDArray[np.uint8] | Non
 
 
 def _as_stored(slide: Slide, plan: TilePlan, threads: int) -> Iterator[NDArray[np.uint8] | SlideReadError]:
-    """Yields the pixels of each tile as a cache gives them back, or why it cannot be read."""
+    """Yields the pixels of each tile as read back from a cache, or the error if it cannot be read."""
     spec = plan.spec
     codec = tile_codec(spec)
     copies = _copies(slide, plan, 0)
@@ -192,7 +186,7 @@ def _as_stored(slide: Slide, plan: TilePlan, threads: int) -> Iterator[NDArray[n
 
 
 def _copies(slide: Slide, plan: TilePlan, first: int) -> Iterator[bytes | None] | None:
-    """The slide's own JPEGs from the tile ``first`` on, where a cache takes them as they are."""
+    """Returns the slide's own JPEGs from the tile ``first`` on, if a cache takes them unchanged."""
     spec = plan.spec
     if spec.codec != "jpeg":
         return None

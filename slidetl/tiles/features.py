@@ -1,8 +1,7 @@
 """Stored embeddings: one row for each tile of a slide's cache, in the cache's own order.
 
-They lie in the slide's group as ``features/<name>``, a zarr array ``[N, D] float16`` in one chunk (zstd with
-a crc32c, as the other small arrays), so that a flipped byte is found and zarr's own reader opens them.
-Whoever tiles the slide again loses them with the tiles that they were made from.
+The slide's group holds them as ``features/<name>``, a zarr array ``[N, D] float16`` in one chunk (zstd with a
+crc32c against flipped bytes). Tiling the slide again deletes them together with their tiles.
 """
 
 from __future__ import annotations
@@ -44,16 +43,16 @@ _AGAIN = "make it with 'slidetl embed'"
 
 @dataclass(frozen=True)
 class FeatureSource:
-    """The network and precision that computed embeddings; stored as the attributes of their array.
+    """The network and precision of embeddings; stored as the attributes of their array.
 
     Attributes:
-        backbone: name of the network, as timm knows it.
-        block: the module whose output was averaged over space; empty for the network's own embedding.
+        backbone: timm's name of the network.
+        block: the module with the output averaged over space; empty for the network's own embedding.
         weights_sha256: of all its weights, :func:`slidetl.models.backbones.weights_sha256`.
         mean: by channel, of pixel values in 0..1, subtracted before the network.
-        std: by channel, what the difference was divided by.
-        precision: ``float32`` or ``bfloat16``, in which the network was computed. Not part of the identity:
-            the two agree to about two digits, and a cohort may be embedded on several machines.
+        std: by channel, divides the difference.
+        precision: ``float32`` or ``bfloat16``, of the network. Not part of the identity: the two agree to
+            about two digits, and several machines may embed one cohort.
     """
 
     backbone: str
@@ -74,7 +73,7 @@ class FeatureSource:
         return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
     def same_network(self, other: Self) -> bool:
-        """Tells if both are of one network and block, whatever the precision."""
+        """Returns True if both are of one network and block, at any precision."""
         return (self.block, self.weights_sha256) == (other.block, other.weights_sha256)
 
 
@@ -98,12 +97,12 @@ def list_features(cache: SlideCache) -> tuple[str, ...]:
 
 
 def read_source(cache: SlideCache, name: str) -> FeatureSource:
-    """Reads by what network the embeddings of a name were computed.
+    """Reads the network behind the embeddings of a name.
 
     Raises:
-        CacheMissingError: there are none; the message lists those that are there.
-        CacheMismatchError: they are not of as many tiles as the cache has.
-        CacheCorruptError: what they say of themselves cannot be understood.
+        CacheMissingError: there are none; the message lists the others.
+        CacheMismatchError: their number of tiles differs from the cache's.
+        CacheCorruptError: their metadata cannot be understood.
     """
     node = cache.path / FEATURES / feature_name(name)
     try:
@@ -123,11 +122,7 @@ def read_source(cache: SlideCache, name: str) -> FeatureSource:
 
 
 def common_source(name: str, caches: Sequence[SlideCache]) -> FeatureSource:
-    """Returns the network by which the stored features of several slides were computed.
-
-    Args:
-        name: name of the features.
-        caches: the slides, at least one.
+    """Returns the network behind the stored features of one or more slides.
 
     Raises:
         CacheMismatchError: the features of one slide are of another network.
@@ -146,18 +141,18 @@ def common_source(name: str, caches: Sequence[SlideCache]) -> FeatureSource:
 
 
 def read_features(cache: SlideCache, name: str, weights_sha256: str | None = None) -> NDArray[np.float16]:
-    """Reads the embeddings of all tiles of a slide; zarr is not needed for it.
+    """Reads the embeddings of all tiles of a slide, without zarr.
 
     Args:
         cache: the slide's cache.
         name: of the features, :func:`feature_name`.
-        weights_sha256: the network that must have made them; None takes any.
+        weights_sha256: the network required; None takes any.
 
     Returns:
         ``[N, D] float16``, a row for each tile, in the order of the cache.
 
     Raises:
-        CacheMissingError: there are none of that name.
+        CacheMissingError: there are none of this name.
         CacheMismatchError: they are of another network, or of other tiles.
         CacheCorruptError: they fail their checksum.
     """
@@ -183,16 +178,16 @@ def read_features(cache: SlideCache, name: str, weights_sha256: str | None = Non
 def write_features(
     cache: SlideCache, arrays: Mapping[str, tuple[FeatureSource, NDArray[np.float16]]]
 ) -> None:
-    """Stores embeddings of a slide; each array appears whole or not at all, and replaces one of its name.
+    """Stores embeddings of a slide; each array appears complete or not at all, and replaces one of its name.
 
     Args:
-        cache: the slide's cache, as it was when its tiles were read.
-        arrays: by name, what they were computed by, and ``[N, D] float16``.
+        cache: the slide's cache, opened before its tiles were read.
+        arrays: by name, their network, and ``[N, D] float16``.
 
     Raises:
-        CacheMismatchError: the slide was tiled anew since ``cache`` was opened.
-        UsageError: not a row for each tile, or values that are not finite in float16.
-        CacheError: there is no room, or a link in the way.
+        CacheMismatchError: the slide was tiled again since ``cache`` was opened.
+        UsageError: not a row for each tile, or values not finite in float16.
+        CacheError: the disk is full, or a link is in the way.
     """
     import zarr
     from zarr.codecs import Crc32cCodec, ZstdCodec
@@ -210,7 +205,7 @@ def write_features(
                 "choose another block or other weights"
             )
     cache_dir = cache.path.parent
-    # Beside the groups, and not within '.building', where a slide may have any name.
+    # Beside the groups, not within '.building', since a slide may have any name there.
     building = cache_dir / ".building-features" / cache.path.stem
     try:
         with slide_lock(cache_dir, cache.path.stem):
@@ -246,7 +241,7 @@ def write_features(
     except OSError as error:
         if isinstance(error, SlidetlError) or not is_full(error):
             raise
-        shutil.rmtree(building, ignore_errors=True)  # it would keep the room that is wanting
+        shutil.rmtree(building, ignore_errors=True)  # frees space on the full disk
         raise CacheError(describe_write_error(error, cache_dir)) from error
 
 

@@ -1,8 +1,8 @@
 """Grids of tiles: pure arithmetic, no slide and no file.
 
-Two frames occur. *Level 0* is the slide's own finest pixel grid; a tile's origin is given in it.
-*Tile pixels* are squares of ``mpp`` micrometres, whatever the slide's pyramid looks like.
-Points are ``(x, y)``, array indices ``(row, column)``.
+Two frames occur. *Level 0* is the slide's own finest pixel grid, the frame of a tile's origin. *Tile pixels*
+are squares of ``mpp`` micrometres, independent of the slide's pyramid. Points are ``(x, y)``, array indices
+``(row, column)``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Edge = Literal["drop", "pad"]
 
 @dataclass(frozen=True)
 class TileSpec:
-    """Everything that decides which tiles a slide yields and what their pixels are.
+    """The choice of a slide's tiles and of their pixels.
 
     ``slidetl tile`` has these fields as its options, with the help below.
 
@@ -31,21 +31,21 @@ class TileSpec:
         tile_size_px: side of a tile, pixels at ``mpp``.
         stride_px: distance between neighbouring tiles, pixels at ``mpp``; 0 is ``tile_size_px`` (no overlap,
             no gap).
-        min_tissue: least share of a tile that must be tissue, 0..1.
-        mpp_tolerance: relative difference within which a pyramid level counts as being at ``mpp`` and is
-            read as it is, 0..0.5.
+        min_tissue: least share of tissue in a tile, 0..1.
+        mpp_tolerance: greatest relative difference from ``mpp`` at which a pyramid level is read without
+            resampling, 0..0.5.
         codec: compression of the tiles; zstd is lossless, and any zarr reader opens it.
-        jpeg_quality: quality of ``codec`` jpeg, 1..100; unused where the grid coincides with the slide's own
-            JPEG tiles, which are copied as they are.
-        edge: treatment of tiles that the right and bottom border cut; pad fills them with the slide's
+        jpeg_quality: quality of ``codec`` jpeg, 1..100; unused if the grid coincides with the slide's own
+            JPEG tiles, which are copied unchanged.
+        edge: treatment of tiles cut by the right and bottom border; pad fills them with the slide's
             background, which is no tissue.
         icc: convert colours to sRGB by the slide's ICC profile, if it has one.
         min_focus: least sharpness of a tile (0.08: blurred by 2 um); 0 measures none, which is faster.
         max_pen: greatest share of a tile covered by the ink of a pen, 0..1; 1 keeps all.
         max_fold: greatest share of a tile covered by folded tissue, 0..1; 1 keeps all.
         max_air: greatest share of air or fat within the tissue of a tile, 0..1; 1 keeps all.
-        channels: channels of a slide that holds several and is not RGB, by number from 0 or name, separated
-            by commas: one (grey), or three as red, green and blue.
+        channels: channels of a slide with several other than RGB, by number from 0 or name, separated by
+            commas: one (grey), or three as red, green and blue.
 
     Raises:
         UsageError: a value is out of range; the message names it.
@@ -95,7 +95,7 @@ class TileSpec:
             raise UsageError(f"channels must be one, or three separated by commas, not {self.channels!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain JSON values, as stored beside the tiles; channels only where some are named."""
+        """Returns plain JSON values, as stored beside the tiles; channels only if some are named."""
         values = dataclasses.asdict(self)
         return values if self.channels else {k: v for k, v in values.items() if k != "channels"}
 
@@ -116,8 +116,7 @@ class TileSpec:
 class TileGrid:
     """A regular grid of tiles over a slide, from its upper-left corner.
 
-    Tiles that would reach over the right or bottom border are dropped, or kept and padded, as
-    :attr:`TileSpec.edge` says.
+    :attr:`TileSpec.edge` drops or pads tiles across the right or bottom border.
 
     Attributes:
         columns: tiles along x.
@@ -144,7 +143,7 @@ class TileGrid:
         Args:
             size_level0: width and height of the slide, level-0 pixels.
             mpp_level0: spacing of level 0 along x and y, micrometres per pixel.
-            mpp_read: spacing along x and y at which the slide is really read for ``spec.mpp``
+            mpp_read: actual spacing of the read for ``spec.mpp`` along x and y
                 (:meth:`slidetl.slides.base.Slide.mpp_read`).
             spec: the tiles wanted.
         """
@@ -166,13 +165,13 @@ class TileGrid:
 
 
 def _count_whole(size: int, extent: float, stride: float) -> int:
-    """Counts the tiles that fit along an axis."""
+    """Counts the whole tiles along an axis."""
     # The small allowance keeps a tile that ends exactly at the border when the division rounds.
     return int(np.floor((size - extent) / stride + 1e-9)) + 1 if size + 1e-6 >= extent else 0
 
 
 def _count_covering(size: int, extent: float, stride: float) -> int:
-    """Counts the tiles that it takes to reach the border of an axis, each beginning inside it."""
-    # Origins are rounded to pixels: half a pixel that is left over would give a tile outside the slide.
+    """Counts the tiles needed to reach the border of an axis, each beginning inside it."""
+    # Origins are rounded to pixels: half a pixel left over would give a tile outside the slide.
     rest = max(size - 0.5 - extent, 0.0)
     return min(int(np.ceil(rest / stride)) + 1, int(np.ceil((size - 0.5) / stride)))

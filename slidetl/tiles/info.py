@@ -17,12 +17,12 @@ class SlideSummary:
 
     Attributes:
         slide_id: its identifier.
-        tiles: how many.
+        tiles: their number.
         bytes: on disk.
         mpp_read: spacing of the tiles along x and y, micrometres per pixel; None if it cannot be opened.
-        spec: index in :attr:`CacheInfo.specs` of the one that made it; -1 if it cannot be opened.
+        spec: index of its specification in :attr:`CacheInfo.specs`; -1 if it cannot be opened.
         features: names of the stored embeddings.
-        problem: why it cannot be opened; empty if it can.
+        problem: reason if it cannot be opened; empty if it can.
     """
 
     slide_id: str
@@ -40,9 +40,9 @@ class CacheInfo:
 
     Attributes:
         slides: by name.
-        specs: every way of tiling that occurs, as :meth:`slidetl.tiles.grid.TileSpec.to_dict`.
-        unfinished: slides that were begun.
-        stale_leases: slides on which a process of this machine that is gone left its lease.
+        specs: all distinct specifications, as :meth:`slidetl.tiles.grid.TileSpec.to_dict`.
+        unfinished: slides begun but not finished.
+        stale_leases: slides with a lease left by a dead process of this machine.
         tiles: of all slides.
         bytes: of all slides.
     """
@@ -56,7 +56,7 @@ class CacheInfo:
 
 
 def cache_info(cache_dir: Path) -> CacheInfo:
-    """Summarises a cache folder. A slide that cannot be opened is listed with the reason.
+    """Summarises a cache folder. If a slide cannot be opened, its summary has the reason.
 
     Raises:
         CacheMissingError: there is no such folder.

@@ -22,7 +22,7 @@ USED, EXCLUDED, FAILED = "used", "excluded", "failed"
 
 _NAMED = 5  # slides that a line on the screen names; the ledger names all
 _LINES = 12
-# A spreadsheet takes a cell that starts like this for a formula, and slides are named by strangers.
+# A spreadsheet takes a cell with such a beginning for a formula, and slide names are untrusted.
 _FORMULA = ("=", "+", "-", "@", "'")
 
 
@@ -32,10 +32,10 @@ class LedgerRow:
 
     Attributes:
         slide_id: its identifier.
-        path: its file, as it was named.
-        status: ``used`` (its tiles are in the cache), ``excluded`` (in order, but nothing to be had of it) or
+        path: its file, as given.
+        status: ``used`` (its tiles are in the cache), ``excluded`` (intact, but without usable tiles) or
             ``failed``.
-        reason: why, one line; empty if used.
+        reason: of any other status than used, one line.
         tiles: tiles in the cache.
         tiles_without_tissue: places on the grid left out for having too little tissue.
         tiles_without_data: of these, places on areas without data: not scanned, missing in the file, or of
@@ -43,7 +43,7 @@ class LedgerRow:
         tiles_pen: tiles with tissue left out for ink of a pen.
         tiles_fold: for folded tissue.
         tiles_air: for air or fat.
-        tiles_out_of_focus: for want of sharpness.
+        tiles_out_of_focus: for lack of sharpness.
         tiles_unreadable: tiles lost because the slide is damaged there.
         mpp_x: spacing of the tiles along x, micrometres per pixel; 0 if not known.
         mpp_y: along y.
@@ -52,10 +52,10 @@ class LedgerRow:
         width: of the slide, level-0 pixels; 0 if not known.
         height: of the slide.
         fingerprint: SHA-256 of its content.
-        note: what is doubtful, or was done to the pixels; several are separated by semicolons.
+        note: doubts about the slide and changes to its pixels, separated by semicolons.
         bytes, modified: size of its file and time of its last change (seconds since 1970), when it was tiled.
-        seconds: how long it took in the last run.
-        host: the machine that did it.
+        seconds: duration of the last run.
+        host: the machine of the last run.
         finished_at: UTC, ISO 8601.
     """
 
@@ -86,7 +86,7 @@ class LedgerRow:
     finished_at: str = ""
 
     def to_cells(self) -> dict[str, str]:
-        """Returns cells of one line each, with nothing that a spreadsheet would run."""
+        """Returns cells of one line each, with formulas made inert for spreadsheets."""
         return {name: _safe(str(value)) for name, value in asdict(self).items()}
 
     @classmethod
@@ -114,17 +114,13 @@ def file_state(path: Path) -> tuple[int, float] | None:
 
 
 class Ledger:
-    """``ledger.csv`` in a cache folder. Rows of slides that are not recorded anew stay as they are.
-
-    Args:
-        path: the CSV; it need not exist.
-    """
+    """``ledger.csv`` in a cache folder, existing or not. Rows of slides not recorded again stay unchanged."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def rows(self) -> list[LedgerRow]:
-        """Reads all rows, in the order in which the slides first came.
+        """Reads all rows, in the order of the slides' first appearance.
 
         Raises:
             CacheError: the file is not a ledger.
@@ -138,14 +134,14 @@ class Ledger:
             raise CacheError(f"{self._path}: not a ledger ({error}); move it away") from error
 
     def record(self, new: Iterable[LedgerRow]) -> None:
-        """Adds rows, or replaces those of the same slide; the file is replaced at once.
+        """Adds rows, or replaces those of the same slide, and replaces the file atomically.
 
         Raises:
             CacheError: the file is not a ledger, or cannot be written.
         """
         try:
-            # No lease, which a full disk has no room for; without kernel locks, the last of two that write
-            # within the same milliseconds wins.
+            # No lease: a full disk has no space for it. Without kernel locks, the last of two simultaneous
+            # writes wins.
             with kernel_lock(self._path.parent / ".locks" / f"{self._path.name}.lock"):
                 rows = {row.slide_id: row for row in self.rows()}
                 rows.update((row.slide_id, row) for row in new)
@@ -165,7 +161,7 @@ class Ledger:
 
 
 def summarise_notes(rows: Sequence[LedgerRow]) -> list[str]:
-    """Gathers what is doubtful about slides: one line for each note, with the slides that it is about."""
+    """Groups the notes on slides: one line for each note, with its slides."""
     slides: dict[str, list[str]] = defaultdict(list)
     lost = [row for row in rows if row.tiles_unreadable]
     if lost:  # first, since lines beyond some are left out

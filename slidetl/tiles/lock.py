@@ -1,14 +1,13 @@
 """One writer per slide: a kernel lock on one machine, a lease with a heartbeat between machines.
 
-The kernel lock (``flock``) dies with its owner, so that on one machine a killed run blocks nobody. File
-systems that machines share may not carry it across, or have none, hence the lease: a small file that names
-its owner and holds a counter, raised every few seconds. A waiting process watches whether the counter stands
-still, by its own clock: the clocks of two machines are never compared.
+The kernel lock (``flock``) dies with its owner, so a killed run blocks nobody on its machine. Shared file
+systems may lack it or not carry it across machines, hence the lease: a small file with its owner and a
+counter, raised every few seconds. Waiting processes watch the counter by their own clock: no clocks of two
+machines are compared.
 
-Taking over and renewing cannot both succeed. The owner renews *within the file it created* and then looks
-whether that file still lies under the lease's name; a successor renames the file away and then looks whether
-it was renewed. Whichever comes first, the other sees it. A share needs exclusive creation and renaming for
-this, and neither hard links nor ``flock``.
+Takeover and renewal cannot both succeed. The owner renews *within the file it created* and then checks if
+this file still has the lease's name; a successor renames the file away and then checks if it was renewed. The
+later of the two sees the earlier. This needs exclusive creation and renaming, no hard links or ``flock``.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from typing import IO, Any
 from slidetl.errors import CacheError
 
 HEARTBEAT_S = 10.0
-STALE_S = 60.0  # the counter stood still for so long: its owner is gone
+STALE_S = 60.0  # no renewal for so long: its owner is dead
 
 
 class LeaseLostError(CacheError):
@@ -37,12 +36,12 @@ class LeaseLostError(CacheError):
 
 
 def machine_id() -> str:
-    """Names this boot of this machine, the span in which a kernel lock means anything."""
+    """Names this boot of this machine, the scope of a kernel lock."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 class SlideLock:
-    """The right to write one slide, as :func:`slide_lock` gives it."""
+    """The right to write one slide, given by :func:`slide_lock`."""
 
     def __init__(
         self, lease: Path, machine: str, has_kernel_lock: bool, heartbeat_s: float, stale_s: float
@@ -66,13 +65,13 @@ class SlideLock:
         self._thread = threading.Thread(target=self._keep_beating, daemon=True, name="slidetl-lease")
 
     def check(self) -> None:
-        """Checks before a commit that the slide is still this process's.
+        """Checks before a commit if this process still holds the slide.
 
         Raises:
             LeaseLostError: another machine has taken the slide over, or the lease cannot be renewed.
         """
         try:
-            # A heartbeat younger than this cannot have been taken for stale.
+            # A younger heartbeat cannot have been taken for stale.
             if _now() - self._beaten_at > self._stale_s / 2:
                 self._beat()
             is_ours = self._is_ours(self._lease.read_bytes())
@@ -105,7 +104,7 @@ class SlideLock:
             if content != seen:
                 seen, since = content, _now()
             about = _parsed(content)
-            # An owner on this machine has lost the kernel lock that is ours now, so it is gone.
+            # An owner on this machine lost the kernel lock, now ours, so it is dead.
             is_dead = self._has_kernel_lock and (
                 about.get("machine") == self._about["machine"] and about.get("has_kernel_lock") is True
             )
@@ -132,7 +131,7 @@ class SlideLock:
                 self._take_away(content, any_beat=True)
 
     def _take_away(self, content: bytes, any_beat: bool) -> None:
-        """Removes a lease if it still is the one that was read; else it is put back."""
+        """Removes a lease if it is unchanged since it was read; else puts it back."""
         aside = self._lease.with_name(f"{self._lease.name}.{self._about['owner']}.old")
         try:
             self._lease.rename(aside)
@@ -142,12 +141,12 @@ class SlideLock:
         if now == content or (any_beat and _parsed(now).get("owner") == _parsed(content).get("owner")):
             aside.unlink()
         else:
-            # A third that created its lease in between has stored nothing yet; its next check tells it.
+            # A third process with a new lease in between has stored nothing yet; its next check fails.
             aside.rename(self._lease)
 
     def _keep_beating(self) -> None:
         while not self._stop.wait(self._heartbeat_s):
-            # If it fails for long, check() says so before a commit.
+            # check() reports lasting failure before a commit.
             with contextlib.suppress(OSError):
                 self._beat()
 
@@ -159,8 +158,8 @@ class SlideLock:
             line = json.dumps({**self._about, "beat": f"{self._beats:012}"}) + "\n"
             # In place: if the file was renamed away, the new lease is unharmed. The length stays the same.
             os.pwrite(self._file.fileno(), line.encode(), 0)
-            # Closing a file sends it to its server (NFS, SMB), where other machines see it. There is no
-            # fsync: no lease outlives its machine.
+            # Closing a file sends it to its server (NFS, SMB), visible to other machines. No fsync: no lease
+            # outlives its machine.
             os.close(os.dup(self._file.fileno()))
             self._beaten_at = started
 
@@ -176,22 +175,22 @@ def slide_lock(
 ) -> Iterator[SlideLock]:
     """Keeps other processes, here and elsewhere, from writing the same slide; waits while one does.
 
-    On one machine it is free the moment its owner dies. An owner on another machine that died or stopped is
-    superseded after ``stale_s``, and so is one on this machine if the file system has no kernel locks. Where
-    it carries them between machines (NFS 4), the server has to drop that of a dead machine first.
+    On one machine the lock is free as soon as its owner dies. A dead or stopped owner on another machine is
+    superseded after ``stale_s``, and so is one here without kernel locks. If the file system carries those
+    between machines (NFS 4), the server has to drop the lock of a dead machine first.
 
     Args:
-        cache_dir: the folder of all caches; made if it is not there.
+        cache_dir: the folder of all caches; created if missing.
         slide_id: the slide.
         machine: names the machine; by default :func:`machine_id`.
         heartbeat_s: interval of the renewals of the lease, seconds.
-        stale_s: time for which it must have stood still to be taken over, seconds; the same on all machines.
+        stale_s: time without renewal before a takeover, seconds; the same on all machines.
 
     Yields:
-        The lock, whose :meth:`SlideLock.check` belongs before each commit.
+        The lock; call :meth:`SlideLock.check` before each commit.
 
     Raises:
-        CacheError: there is a link where this slide is written.
+        CacheError: a link is in the way of this slide's files.
     """
     refuse_links(cache_dir, slide_id)
     locks = cache_dir / ".locks"
@@ -206,9 +205,9 @@ def slide_lock(
 
 
 def refuse_links(cache_dir: Path, slide_id: str) -> None:
-    """Refuses links and special files in all places where a slide of a shared cache is written.
+    """Refuses links and special files among the paths written for a slide of a shared cache.
 
-    Whoever may write to the cache could have put them there, for us to write or delete elsewhere.
+    Anyone with write access could plant them, and so make us write or delete elsewhere.
 
     Raises:
         CacheError: there is one.
@@ -229,7 +228,7 @@ def refuse_links(cache_dir: Path, slide_id: str) -> None:
 
 
 def dead_leases(cache_dir: Path) -> tuple[str, ...]:
-    """Lists the slides whose holder is certainly gone: it ran on this machine and lost its kernel lock."""
+    """Lists the slides with a dead holder: it ran on this machine and lost its kernel lock."""
     found = []
     for path in sorted((cache_dir / ".locks").glob("*.lease")):
         try:
@@ -247,10 +246,10 @@ def kernel_lock(path: Path) -> Iterator[bool]:
     """Holds the kernel's lock on a file, made with its folder; waits while another process has it.
 
     Yields:
-        False where the file system has no such locks: the block then runs without one.
+        False if the file system has no such locks: the block then runs without one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The file stays: to unlink it would let two processes hold locks on two files of one name.
+    # The file stays: after an unlink, two processes could hold locks on two files of one name.
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     with os.fdopen(descriptor, "ab") as file:
         try:

@@ -1,4 +1,4 @@
-"""Plans which tiles of a slide are worth reading, from its thumbnail."""
+"""Plans the tiles of a slide worth reading, from its thumbnail."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from slidetl.tiles.grid import TileGrid, TileSpec
 from slidetl.tiles.quality import focus_of, measure_quality
 from slidetl.tiles.tissue import TissueMask, blank_fill, find_tissue, thumbnail_mpp
 
-# A slide of which more than this share cannot be read is not to be trusted for the rest. It also bounds how
-# often a damaged slide is opened anew.
+# Do not trust the rest of a slide with a larger unreadable share. It also bounds how often a damaged slide
+# is opened again.
 MAX_UNREADABLE = 0.1
 
-# Tissue shares this near to all, or ten times nearer to nothing, are said of slides of so many tiles.
+# Note tissue shares this near to all, or ten times nearer to nothing, on slides of at least so many tiles.
 _EXTREME_SHARE = 0.03
 MANY_PLACES = 16
 
@@ -33,23 +33,21 @@ class TilePlan:
     """The wanted tiles of a slide, before any is read.
 
     Attributes:
-        spec: what was asked for.
+        spec: the specification.
         info: the slide.
         mpp_read: spacing of the tiles along x and y, micrometres per pixel.
         origins_level0: ``[N, 2] int32``, upper-left corners ``(x, y)``, level-0 pixels, row by row.
         extent_level0: size of a tile ``(x, y)``, level-0 pixels.
         tissue_fraction: ``[N] float32``, at least ``spec.min_tissue``.
-        tiles_without_tissue: places on the grid that are not wanted.
+        tiles_without_tissue: places on the grid with less tissue.
         thumbnail: ``[h, w, 3] uint8``, the whole slide.
-        tissue_mask: its tissue; what of the slide cannot be read counts as tissue, so that damage shows as
-            unreadable tiles instead of passing for glass.
-        quality: ``[N] float32`` each: shares of the tile by ``pen``, ``fold`` and ``air``
-            (:mod:`slidetl.tiles.quality`); its ``focus`` too if ``spec.min_focus`` asks for it, NaN if
-            unreadable.
+        tissue_mask: its tissue; unreadable areas count as tissue, to show as unreadable tiles, not as glass.
+        quality: ``[N] float32`` each: shares of ``pen``, ``fold`` and ``air`` (:mod:`slidetl.tiles.quality`),
+            and ``focus`` if ``spec.min_focus`` asks for it, NaN if unreadable.
         left_out_level0: ``[n, 2] int32``, corners of tiles with tissue left out for their quality, by the
             first reason that applies: ``pen``, ``fold``, ``air``, ``out of focus``.
-        tiles_without_data: of those without tissue, places on areas without data.
-        notes: what is doubtful about the slide, :func:`notes_on`.
+        tiles_without_data: places without tissue on areas without data.
+        notes: doubts about the slide, :func:`notes_on`.
     """
 
     spec: TileSpec
@@ -81,9 +79,9 @@ class TilePlan:
 
 
 def plan_tiles(slide: Slide, spec: TileSpec, threads: int = 1) -> TilePlan:
-    """Decides from the thumbnail of a slide which tiles are worth reading.
+    """Selects the tiles worth reading from the thumbnail of a slide.
 
-    A thumbnail does not show focus: where it is asked for, all tiles are read once for it.
+    A thumbnail does not show focus: if the specification asks for it, all tiles are read once.
 
     Raises:
         SpacingError: the slide is coarser than ``spec.mpp``.
@@ -140,13 +138,13 @@ def plan_tiles(slide: Slide, spec: TileSpec, threads: int = 1) -> TilePlan:
 
 
 def notes_on(info: SlideInfo, spec: TileSpec, tissue: NDArray[np.bool_] | None) -> tuple[str, ...]:
-    """Notes what is doubtful about a slide and what is asked of it.
+    """Notes doubts about a slide and about the request.
 
     Args:
         info: the slide.
-        spec: what is asked for.
-        tissue: its tissue mask, where it has data; None if its grid has less than :data:`MANY_PLACES`, since
-            a small picture may well be all tissue.
+        spec: the request.
+        tissue: its tissue mask over areas with data; None if its grid has less than :data:`MANY_PLACES`,
+            since a small picture may well be all tissue.
     """
     notes = list(info.notes)
     request = request_note(spec.mpp, max(info.mpp_level0))
@@ -169,7 +167,7 @@ def _missing(slide: Slide, size_px: tuple[int, int], mpp: float) -> NDArray[np.b
 
 
 def _focus(slide: Slide, origins: NDArray[np.int32], spec: TileSpec, threads: int) -> NDArray[np.float32]:
-    """Measures the sharpness of each tile, ``[N]``; NaN where it cannot be read."""
+    """Measures the sharpness of each tile, ``[N]``; NaN if it cannot be read."""
 
     def measure(rgb: NDArray[np.uint8]) -> float:
         return focus_of(rgb, spec.mpp)
@@ -182,13 +180,13 @@ def _focus(slide: Slide, origins: NDArray[np.int32], spec: TileSpec, threads: in
 
 
 def _read_thumbnail(slide: Slide, mpp: float, tile_um: float) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Reads the whole slide at a coarse spacing, and marks the pixels ``[h, w]`` that cannot be read.
+    """Reads the whole slide at a coarse spacing, and marks unreadable pixels ``[h, w]``.
 
-    Where it cannot be read at once, it is read in squares as wide as a tile.
+    If one read fails, it reads squares as wide as a tile.
     """
     info = slide.info
     width, height = (
-        # The allowance keeps a size that fits exactly from being one more when the product rounds.
+        # The allowance keeps an exactly fitting size from growing by one when the product rounds.
         math.ceil(size * m / mpp - 1e-6)
         for size, m in zip(info.size_level0, info.mpp_level0, strict=True)
     )

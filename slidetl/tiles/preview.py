@@ -1,4 +1,4 @@
-"""One picture per slide for people to look at: its tissue, the tiles kept, and those left out and why."""
+"""Draws one picture per slide: its tissue, the tiles kept, and those left out with the reason."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "out of focus": (150, 40, 180),
     "unreadable": (0, 0, 0),
 }
-"""Colour of tiles by what became of them, RGB 0..255. Tiles without tissue are not drawn."""
+"""Colour of tiles by outcome, RGB 0..255. Tiles without tissue are not drawn."""
 
 _OTHER = (90, 90, 90)
 _OUTLINE = (0, 170, 190)
@@ -30,11 +30,11 @@ _ROW_PX = 22
 
 
 def draw_preview(path: Path, plan: TilePlan, title: str) -> None:
-    """Draws the thumbnail with the outline of the tissue, the grid of kept tiles, and what was left out.
+    """Draws the thumbnail with the outline of the tissue, the grid of kept tiles, and those left out.
 
     Args:
-        path: the PNG; its folder is made, and a picture that is there is replaced at once.
-        plan: tiles kept and left out; a reason that is no key of :data:`COLOURS` is grey.
+        path: the PNG; its folder is created, and an existing picture is replaced atomically.
+        plan: tiles kept and left out; reasons without a key in :data:`COLOURS` are grey.
         title: the first line of the legend.
 
     Raises:
@@ -87,7 +87,7 @@ def draw_preview(path: Path, plan: TilePlan, title: str) -> None:
 
 
 def _outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Pixels of the mask with a neighbour outside it, two pixels wide."""
+    """Finds the border of the mask, two pixels wide."""
     inner = np.pad(mask, 2)
     for _ in range(2):
         smaller = inner.copy()

@@ -1,7 +1,7 @@
-"""Quality of tiles: pen marks, folds, air and fat, seen from afar; and lost focus, seen close by.
+"""Quality of tiles: pen marks, folds, air and fat, from the thumbnail; and focus, from the tiles' pixels.
 
-Pen, folds and air are looked for on the thumbnail that :func:`slidetl.tiles.tissue.find_tissue` works on, so
-they cost next to nothing; focus takes the pixels of every tile.
+Pen, folds and air are detected on the thumbnail of :func:`slidetl.tiles.tissue.find_tissue`, at next to no
+cost; focus takes the pixels of every tile.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _FILM_UM = 80.0
 _FILM_SPREAD = 0.06
 # Black ink: channels that differ by at most this share.
 _BLACK_SPREAD = 0.3
-# So dense is a film at least, by its colour: blue and red are colours of stains, too, and paler there.
+# Least density of a film, by its colour: blue and red are colours of stains, too, and paler there.
 _FILM_DENSITY = {"black": 0.8, "green": 0.4, "blue": 0.7, "red": 0.8}
-# What touches such a film and is so dense is its continuation over tissue, whose colour it then mixes with.
+# Pixels touching such a film, and so dense, are its continuation over tissue, which mixes their colours.
 _INK_ON_TISSUE = 0.85
 # A film shows over so many square micrometres; a stroke is a quarter of a millimetre wide, and as long.
 _FILM_UM2 = 100.0**2
@@ -34,15 +34,15 @@ _COOL = 1.2
 _COOL_UM = 16.0  # averaged over so much, a nucleus and a fringe of colour are gone
 _COOL_UM2 = 60.0**2  # the least piece of such ink
 _COOL_DENSITY = 0.15
-# So far from it, ink is followed over tissue by its colour.
+# Reach of ink over tissue from there, followed by its colour.
 _COOL_REACH_UM = 200.0
-# Where the stain itself is blue or green (trichrome, haematoxylin alone), this colour tells nothing: at least
-# so much of what is stained must be warm, and so much of what is cool may be scattered in small pieces.
+# If the stain itself is blue or green (trichrome, haematoxylin alone), this colour is no evidence: at least
+# so much of the stained area must be warm, and so much of the cool area may be scattered in small pieces.
 _WARM_SHARE = 0.5
 _SCATTERED_SHARE = 0.2
 
-# Two layers take the light away twice. In units of the density above which a tenth of the tissue lies: what
-# cannot be flat, and what may be the rest of the fold beside it.
+# Two layers absorb twice. In units of the density above which a tenth of the tissue lies: too dense for flat
+# tissue, and dense enough for the rest of the fold beside it.
 _FOLD_CORE = 1.3
 _FOLD_REST = 1.15
 # A fold is wider and longer than a nucleus or a vessel full of blood.
@@ -51,10 +51,10 @@ _FOLD_UM2 = 120.0**2
 # Rows worked on at a time, which bounds memory.
 _BAND_ROWS = 512
 
-# Detail and structure, micrometres: what a scanner in focus resolves, and what survives its defocus.
+# Detail and structure, micrometres: resolved by a scanner in focus, and surviving its defocus.
 _DETAIL_UM = 1.0
 _STRUCTURE_FACTOR = 4
-# Mean square difference of grey levels that noise and compression make where there is nothing to see.
+# Mean square difference of grey levels from noise and compression, without any structure.
 _NOISE_POWER = 4.0
 
 
@@ -64,46 +64,43 @@ def measure_quality(
     tissue_mask: NDArray[np.bool_],
     background_rgb: tuple[int, int, int],
 ) -> dict[str, TissueMask]:
-    """Looks for pen marks, folds and air on a slide seen from afar.
+    """Detects pen marks, folds and air on the thumbnail of a slide.
 
-    *Pen*: blue, green, black and red ink. Blue and green ink are told by their colour on slides whose stain
-    has neither (H&E, Sirius red), over tissue as well. Otherwise ink is a film: where nothing lies under it,
-    it is dense, even, and of its own colour; from there a stroke is followed over tissue, with which its
-    colour mixes, by density alone. Ink paler than a stain of its colour gets then goes unseen (density below
-    0.7 for blue, 0.8 for red), and so does a stroke with nothing but tissue under it unless its colour still
-    shows. A fold wider than 200 micrometres through solid collagen can be taken for ink of the collagen's
-    colour (blue on Masson's trichrome, red on Sirius red): both are even, and both are dense. See
+    *Pen*: blue, green, black and red ink. Colour detects blue and green ink on slides with a stain of neither
+    colour (H&E, Sirius red), over tissue as well. Other ink is a film, dense, even, and of its own colour
+    beside the tissue; from there a stroke is followed over tissue by density alone, since the colours mix.
+    This misses ink paler than stains of its colour (density below 0.7 for blue, 0.8 for red), and strokes
+    over nothing but tissue unless their colour still shows. A fold wider than 200 micrometres through solid
+    collagen can pass for ink of the collagen's colour (blue on Masson's trichrome, red on Sirius red). See
     docs/design/quality.md.
 
-    *Folds*: tissue denser than flat tissue of this slide gets. Pale tissue, doubled, is not denser than
-    that, so about 70 % of the tissue in a fold is found. The idea of an adaptive threshold on colour is
-    that of Kothari et al. 2013 (IEEE JBHI 17:813); density takes the place of their saturation minus
-    intensity, so that it holds for any stain.
+    *Folds*: tissue denser than this slide's flat tissue. Doubled pale tissue is not, so this finds about 70 %
+    of the tissue in a fold. The adaptive threshold follows Kothari et al. 2013 (IEEE JBHI 17:813); density
+    replaces their saturation minus intensity, to hold for any stain.
 
-    *Air*: what is as clear as glass within the tissue.
+    *Air*: areas within the tissue as clear as glass. Dark grounds get empty masks.
 
-    On a dark ground nothing is measured. ``tools/bench_quality.py`` prints the share of ink and folds
-    found, by stain, and of clean slides taken for them.
+    ``tools/bench_quality.py`` prints the share of ink and folds found, by stain, and of false alarms.
 
     Args:
         thumbnail_rgb: ``[h, w, 3] uint8``, the whole slide.
         mpp: its spacing, micrometres per pixel.
-        tissue_mask: ``[h, w] bool``, its tissue with the air in it, as
-            :func:`~slidetl.tiles.tissue.find_tissue` returns.
-        background_rgb: colour of glass that was not scanned, 0..255.
+        tissue_mask: ``[h, w] bool``, its tissue including air, from
+            :func:`~slidetl.tiles.tissue.find_tissue`.
+        background_rgb: colour of unscanned glass, 0..255.
 
     Returns:
-        A mask ``[h, w] bool`` each: ``pen``; ``fold``, tissue that lies double; ``air``, holes within the
-        tissue: alveoli, vessels, fat, tears.
+        A mask ``[h, w] bool`` each: ``pen``; ``fold``, doubled tissue; ``air`` (alveoli, vessels, fat,
+        tears).
     """
-    # Imported here: half a second that `slidetl --help` need not pay.
+    # Imported here: `slidetl --help` need not pay this half second.
     from scipy import ndimage
 
     if is_dark_ground(thumbnail_rgb) or not tissue_mask.any():
         return {name: TissueMask(np.zeros(tissue_mask.shape, bool), mpp) for name in ("pen", "fold", "air")}
     glass = glass_rgb(thumbnail_rgb, background_rgb)
     is_dense = is_stained(optical_density(thumbnail_rgb, glass))
-    # Nuclei and noise are smaller than what is looked for.
+    # Nuclei and noise are smaller than pen marks and folds.
     smooth = ndimage.uniform_filter(thumbnail_rgb, (3, 3, 1))
     density = optical_density(smooth, glass)
 
@@ -111,7 +108,7 @@ def measure_quality(
     for film, stroke in _inks(smooth, glass, density, mpp):
         pen |= _touched(_pieces(stroke, _STROKE_UM2, mpp), _pieces(film, _FILM_UM2, mpp))
     pen |= _cool_ink(thumbnail_rgb, glass, mpp)
-    # A stroke fades at its edge, where its colour is mixed with what lies under it.
+    # A stroke fades at its edge, its colour mixed with the ground.
     pen = ndimage.binary_dilation(pen, np.ones((3, 3)), iterations=max(1, round(32 / mpp)))
 
     flat = density[is_dense & tissue_mask & ~pen]
@@ -130,18 +127,18 @@ def measure_quality(
 def focus_of(rgb: NDArray[np.uint8], mpp: float) -> float:
     """Measures sharpness: 0.1 to 0.6 in focus, below 0.08 when blurred by 2 micrometres, on any stain.
 
-    It is Brenner's gradient (Brenner et al. 1976, J Histochem Cytochem 24:100), the mean square difference of
-    pixels a step apart, with a step of 1 micrometre (at least a pixel), divided by the same at four times
-    that step: blur takes the fine differences away before the coarse ones. The quotient makes it
-    independent of how strong the stain is; tiles without structure are near 0, since noise is discounted.
-    Compare tiles of one spacing only: a pixel above 1 micrometre hides slight blur.
+    Brenner's gradient (Brenner et al. 1976, J Histochem Cytochem 24:100), the mean square difference of
+    pixels 1 micrometre (at least a pixel) apart, divided by the same at four times this step: blur removes
+    fine differences before coarse ones. The quotient does not depend on the strength of the stain; tiles
+    without structure are near 0, since noise is discounted. Compare tiles of one spacing only: a pixel above
+    1 micrometre hides slight blur.
 
     Args:
         rgb: ``[h, w, 3] uint8``.
         mpp: its spacing, micrometres per pixel.
 
     Returns:
-        0 or more; 0 for a tile too small to measure, less than 8 steps wide.
+        0 or more; 0 for a tile less than 8 steps wide.
     """
     step = max(1, round(_DETAIL_UM / mpp))
     if min(rgb.shape[:2]) < 2 * _STRUCTURE_FACTOR * step:
@@ -162,8 +159,8 @@ def _power(grey: NDArray[np.float32], step: int) -> float:
 def _cool_ink(rgb: NDArray[np.uint8], glass: NDArray[np.float64], mpp: float) -> NDArray[np.bool_]:
     """Marks blue and green ink by its colour, if the stain of the slide has neither.
 
-    Compared are the optical densities of red and green light: their quotient does not depend on how thick
-    the ink or the tissue is, and ink over tissue lies between both.
+    It compares the optical densities of red and green light: their quotient does not depend on the thickness
+    of the ink or the tissue, and ink over tissue lies between both.
     """
     from scipy import ndimage
 
@@ -191,7 +188,7 @@ def _cool_ink(rgb: NDArray[np.uint8], glass: NDArray[np.float64], mpp: float) ->
 def _inks(
     rgb: NDArray[np.uint8], glass: NDArray[np.float64], density: NDArray[np.float32], mpp: float
 ) -> Iterator[tuple[NDArray[np.bool_], NDArray[np.bool_]]]:
-    """Yields for each ink the mask of its film, and that with all that may be the rest of a stroke."""
+    """Yields for each ink the mask of its film, and the same with possible rests of a stroke."""
     from scipy import ndimage
 
     table = np.log10((glass + 1) / (np.arange(256.0)[:, None] + 1)).clip(0).astype(np.float32)
@@ -213,7 +210,7 @@ def _inks(
 
 
 def _colours(table: NDArray[np.float32], rgb: NDArray[np.uint8]) -> dict[str, NDArray[np.bool_]]:
-    """Marks pixels of the colour of each ink, however dense, by the direction of their optical density."""
+    """Marks pixels of the colour of each ink, at any density, by the direction of their optical density."""
     red, green, blue = (table[:, channel][rgb[..., channel]] for channel in range(3))
     highest, lowest = (pick(pick(red, green), blue) for pick in (np.maximum, np.minimum))
     is_black = highest - lowest < _BLACK_SPREAD * highest
@@ -226,7 +223,7 @@ def _colours(table: NDArray[np.float32], rgb: NDArray[np.uint8]) -> dict[str, ND
 
 
 def _touched(mask: NDArray[np.bool_], seeds: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Keeps the connected parts of a mask that hold a seed."""
+    """Keeps the connected parts of a mask with a seed."""
     from scipy import ndimage
 
     labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
@@ -237,7 +234,7 @@ def _touched(mask: NDArray[np.bool_], seeds: NDArray[np.bool_]) -> NDArray[np.bo
 
 
 def _pieces(mask: NDArray[np.bool_], least_um2: float, mpp: float) -> NDArray[np.bool_]:
-    """Keeps the parts of a mask that are more than a line or a speck."""
+    """Keeps the parts of a mask larger than a line or a speck."""
     from scipy import ndimage
 
     solid = ndimage.binary_opening(mask, np.ones((2, 2)))

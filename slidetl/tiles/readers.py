@@ -1,4 +1,4 @@
-"""Reads slides in processes, one each, and hands tiles over in shared memory. See docs/design/gpu.md."""
+"""Reads slides in processes, one each, and passes tiles in shared memory. See docs/design/gpu.md."""
 
 from __future__ import annotations
 
@@ -19,26 +19,25 @@ from numpy.typing import NDArray
 from slidetl.errors import ProcessEnded, SlidetlError
 from slidetl.processes import Child, start_child
 
-_AHEAD = 2  # blocks of a reader beyond those that the caller holds
+_AHEAD = 2  # blocks of a reader beyond those held by the caller
 
 Part = tuple[Any, NDArray[np.uint8] | None]
-"""What a reader gives: a small value, and tiles ``[n, S, S, 3]``, or None."""
+"""A reader's item: a small value, and tiles ``[n, S, S, 3]``, or None."""
 Read = Callable[..., Generator[tuple[Any, Any], None, None]]
 
 
 class Readers:
-    """Processes that read one slide each, at a time. Use it as a context manager; threads may share it.
+    """Processes with one slide each at a time. Use it as a context manager; threads may share it.
 
-    Threads of one process wait for each other's hold on the interpreter, so that more than eight read no
-    faster. Tiles lie in blocks of constant size that this process and the reader both see: a reader without a
-    free block waits, whatever the size of the slide.
+    Threads of one process wait for the interpreter lock, so more than eight read no faster. Tiles lie in
+    blocks of constant size, shared between both processes: a reader without a free block waits.
 
     Args:
         read: called in a reader with the arguments of :meth:`stream`; a function of a module.
         count: processes.
-        tiles: most that ``read`` gives at once.
+        tiles: most tiles per item of ``read``.
         side_px: greatest side of a tile.
-        held: parts with tiles that the caller of :meth:`stream` uses at a time.
+        held: parts with tiles in use by the caller of :meth:`stream` at a time.
     """
 
     def __init__(self, read: Read, count: int, tiles: int, side_px: int, held: int) -> None:
@@ -59,7 +58,7 @@ class Readers:
 
     def _start(self) -> _Reader:
         blocks = self.held + _AHEAD
-        memory = os.memfd_create("tiles")  # has no name, so that it goes with the last process that sees it
+        memory = os.memfd_create("tiles")  # has no name, so it goes with its last process
         try:
             os.ftruncate(memory, blocks * self._block_bytes)
             shared = mmap.mmap(memory, 0)
@@ -71,7 +70,7 @@ class Readers:
         return reader
 
     def stream(self, *arguments: Any) -> Generator[Part, None, None]:
-        """Yields what ``read(*arguments)`` yields in a reader; waits for one that is idle.
+        """Yields the items of ``read(*arguments)`` from an idle reader; waits for one.
 
         Tiles are valid until ``held`` further parts with tiles were taken.
 
@@ -119,7 +118,7 @@ _STOP = -1  # in the place of a free block
 
 
 class _Descriptor:
-    """A file descriptor that a child which is being started inherits."""
+    """A file descriptor inherited by a child at its start."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -139,7 +138,7 @@ class _Ended(Exception):
 
 @dataclass(eq=False)
 class _Reader:
-    """A process, the memory that it shares with us, and the number of its present slide."""
+    """A process, its shared memory, and the number of its present slide."""
 
     child: Child
     shared: mmap.mmap
@@ -170,7 +169,7 @@ class _Reader:
             self.child.connection.send((self.number, value))
 
     def finish(self) -> None:
-        """Has it stop where the slide was left early, so that it is ready for the next."""
+        """Stops it if the slide was left early, so it is ready for the next."""
         self.free(_STOP)
         while self.is_busy:
             self.receive()
@@ -192,7 +191,7 @@ def _serve(connection: Connection, memory: int, block_bytes: int, read: Read) ->
 def _serve_slide(
     connection: Connection, blocks: NDArray[np.uint8], number: int, parts: Generator[Part, None, None]
 ) -> Exception | None:
-    """Sends the parts of a slide; returns what ended it early."""
+    """Sends the parts of a slide; returns the error if one ended it early."""
     free = deque(range(len(blocks)))
     with contextlib.closing(parts):
         while True:

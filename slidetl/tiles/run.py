@@ -1,4 +1,4 @@
-"""Tiles many slides at once, in processes of their own, and records each in the ledger."""
+"""Tiles many slides at once, in separate processes, and records each in the ledger."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from slidetl.tiles.tile import SlideSource, stamped, tile_slide
 
 _LESS_MEMORY = "use fewer --workers, or a machine with more"
 
-# Between two writings of the ledger, seconds.
+# Least interval between writes of the ledger, seconds.
 _LEDGER_SECONDS = 1.0
 
 
@@ -46,29 +46,28 @@ def tile_slides(
     preview: bool = False,
     on_done: Callable[[LedgerRow], None] | None = None,
 ) -> list[LedgerRow]:
-    """Tiles many slides in processes of their own, and records each in ``ledger.csv`` as it is done.
+    """Tiles many slides in separate processes, and records each in ``ledger.csv`` when it is done.
 
-    A process that dies (killed for memory, crashed in a decoder) costs the slide it was at; if others were
-    running beside it, the slide is tried once more at the end, alone. If this process dies, however suddenly,
-    its workers die with it, so that the next run can begin at once.
+    A dead process (killed for memory, crashed in a decoder) costs its present slide; if others ran beside it,
+    the slide is retried at the end, alone. Workers die with this process, so the next run can begin at once.
 
     Args:
         sources: the slides; their identifiers differ.
-        cache_dir: where the caches go; made if it is not there.
-        spec: which tiles.
-        workers: processes, each at a slide of its own; where there are fewer slides, so many threads in all.
-            0 does it all in this process and thread, where a crash ends the run.
+        cache_dir: the folder of all caches; created if missing.
+        spec: specification of the tiles.
+        workers: processes, one slide each; with fewer slides, the total number of threads. 0 runs everything
+            in this process and thread, so a crash ends the run.
         overwrite: replace caches of other parameters or other slides.
         preview: draw ``previews/<slide_id>.png`` of each, :mod:`slidetl.tiles.preview`.
-        on_done: called with each row, in the order in which slides are done.
+        on_done: called with each row, in the order of completion.
 
     Returns:
         The rows, in the order of ``sources``.
 
     Raises:
         UsageError: two sources have the same identifier.
-        CacheMismatchError: the cache holds some of these slides tiled with other parameters, and
-            ``overwrite`` is not set. Nothing was done then.
+        CacheMismatchError: the cache holds slides with other parameters, and ``overwrite`` is not set; before
+            any work.
         CacheError: the ledger cannot be read or written.
     """
     tile = partial(tile_slide, cache_dir=cache_dir, spec=spec, overwrite=overwrite, preview=preview)
@@ -89,11 +88,10 @@ def record_as_done(
     start: Callable[[], Iterator[LedgerRow]],
     on_done: Callable[[LedgerRow], None] | None = None,
 ) -> list[LedgerRow]:
-    """Checks that the slides can be tiled into a cache, starts the work, and records each row as it comes.
+    """Checks if the slides can be tiled into a cache, starts the work, and records each row when it comes.
 
-    It is :func:`tile_slides` for work that is done elsewhere: ``start`` begins it and yields a row as its
-    slide is done, in any order. A slide whose file is gone (a share that is not mounted) keeps the tiles that
-    an earlier run has cut from the same path.
+    ``start`` begins the work and yields a row for each finished slide, in any order. A slide with a missing
+    file (a share not mounted) keeps its tiles of an earlier run from the same path.
     """
     named = Counter(clash_key(source.slide_id) for source in sources)
     if twice := [source.slide_id for source in sources if named[clash_key(source.slide_id)] > 1]:
@@ -102,11 +100,11 @@ def record_as_done(
         _refuse_other_spec(sources, cache_dir, spec)
     cache_dir.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(cache_dir / "ledger.csv")
-    # A file of that name that is no ledger is found before the work, not after it.
+    # A foreign file of this name is found before the work, not after it.
     before = {row.slide_id: row for row in ledger.rows()}
     gone: list[str] = []
     rows: dict[str, LedgerRow] = {}
-    # It is written whole each time, which for thousands of small images is not to be done for each.
+    # Each write replaces the whole ledger, too slow after each of thousands of small images.
     waiting: list[LedgerRow] = []
     written = -_LEDGER_SECONDS
     with contextlib.ExitStack() as stack:
@@ -138,7 +136,7 @@ def record_as_done(
 def _kept_without_file(
     row: LedgerRow, before: LedgerRow | None, cache_dir: Path, spec: TileSpec
 ) -> LedgerRow | None:
-    """Returns the row of an earlier run whose finished tiles stand for a slide whose file is gone."""
+    """Returns the row of an earlier run with finished tiles for a slide with a missing file."""
     if row.status != FAILED or before is None or before.status != USED or before.path != row.path:
         return None
     item = NpzItem.of(Path(row.path))
@@ -152,7 +150,7 @@ def _kept_without_file(
 
 
 def _sync_file_system(folder: Path) -> None:
-    """Makes durable at once the many small caches that were written without waiting for the disk."""
+    """Makes the many small caches durable at once, since they were written without waiting for the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         if ctypes.CDLL(None, use_errno=True).syncfs(descriptor):
@@ -164,7 +162,7 @@ def _sync_file_system(folder: Path) -> None:
 def _refuse_other_spec(sources: Sequence[SlideSource], cache_dir: Path, spec: TileSpec) -> None:
     others: list[tuple[Path, TileSpec]] = []
     for path in (cache_path(cache_dir, source.slide_id) for source in sources):
-        # What is damaged fails by itself, when its turn comes.
+        # Damaged caches fail by themselves later, with their slide.
         with contextlib.suppress(CacheMissingError, CacheCorruptError):
             if (cached := read_header(path).spec) != spec:
                 others.append((path, cached))
@@ -178,7 +176,7 @@ def _refuse_other_spec(sources: Sequence[SlideSource], cache_dir: Path, spec: Ti
 
 @dataclass
 class _Worker:
-    """A process that tiles one slide after another, and its present slide."""
+    """A process tiling one slide after another, and its present slide."""
 
     child: Child
     source: SlideSource
@@ -202,7 +200,7 @@ def _in_processes(
 
     def give(worker: _Worker) -> None:
         worker.source, worker.started = waiting.pop(), time.monotonic()
-        # If it has just died, the end of its pipe tells so below, and the slide is known.
+        # If it has just died, the end of its pipe reports this below, with the slide.
         with contextlib.suppress(BrokenPipeError):
             worker.child.connection.send(worker.source)
 
@@ -249,7 +247,7 @@ def _work(connection: Connection, tile: Callable[[SlideSource], LedgerRow]) -> N
 
 
 def _tile(source: SlideSource, tile: Callable[[SlideSource], LedgerRow]) -> LedgerRow:
-    """Tiles a slide; whatever a library raises costs that slide alone."""
+    """Tiles a slide; an error of any library costs this slide alone."""
     started = time.monotonic()
     try:
         return tile(source)

@@ -1,7 +1,7 @@
 """A slide's tiles on disk: layout and fast random reading. See docs/design/cache.md.
 
-The folder is a zarr v3 group that zarr writes the metadata of and opens; the tiles themselves are written and
-read here, by zarr's sharding specification, since a shard must be committed at once and a tile be found fast.
+The folder is a zarr v3 group with metadata for zarr; this module reads and writes the tiles themselves, by
+zarr's sharding specification, since a shard must be committed at once and a tile be found fast.
 """
 
 from __future__ import annotations
@@ -39,21 +39,21 @@ TILES_PER_SHARD = 256
 MISSING = 2**64 - 1  # in a shard's index: no such chunk (zarr sharding specification)
 INDEX_BYTES = TILES_PER_SHARD * 16 + 4
 
-# What to do about damage that shows when a cache is opened; damaged tiles show only when they are read, and
-# --overwrite would keep them.
+# Remedy for damage found on opening a cache; damaged tiles show only when read, and --overwrite would keep
+# them.
 _TILE_AGAIN = "mend it with 'slidetl cache verify --repair', or tile the slide again with --overwrite"
 _REPAIR = "mend it with 'slidetl cache verify --repair'"
 
-# Its bytes are those that were written, so they were copied from a slide that is damaged there.
+# Its bytes are as written, so they were copied from a slide with damage there.
 _LEAVE_OUT = "so is the slide; leave out such tiles with 'slidetl cache verify --decode --repair'"
 
-# Shards that a process keeps open: a tile is then found by one call, and 1,000 slides cost no 1,000 files.
+# Shards kept open by a process: a tile then takes one call, and 1,000 slides need no 1,000 files.
 _OPEN_SHARDS = 64
 
-# What a small array may claim to be: features of 400,000 tiles, 2,560 numbers each.
+# Largest plausible size of a small array: features of 400,000 tiles, 2,560 numbers each.
 _MAX_ARRAY_BYTES = 2 * 2**30
 
-FEATURES = "features"  # the part of a group that is stored after the rest, and checked by its own seals
+FEATURES = "features"  # the part of a group stored after the rest, with its own seals
 _SEAL = re.compile(rb'"crc32c": "([0-9a-f]{8})"')
 
 
@@ -62,16 +62,16 @@ class CacheHeader:
     """Slide-level metadata of a cache; stored as the attributes of the group.
 
     Attributes:
-        slide_id: the name under which the slide is cached.
+        slide_id: the name of the slide's cache.
         fingerprint: SHA-256 of the slide's content, :func:`slidetl.slides.base.fingerprint_of`.
         vendor: of the scanner, as the reader calls it.
         size_level0: width and height of the slide, level-0 pixels.
         mpp_level0: spacing of level 0 along x and y, micrometres per pixel.
         mpp_read: spacing of the tiles along x and y, within ``spec.mpp_tolerance`` of ``spec.mpp``.
         extent_level0: size of a tile ``(x, y)``, level-0 pixels.
-        spec: how the tiles were made.
+        spec: specification of the tiles.
         tiles_without_tissue: places on the grid left out for having too little tissue.
-        tiles_without_data: of these, places on areas without data; written where there are any.
+        tiles_without_data: of these, places on areas without data; written if there are any.
         tiles_pen, tiles_fold, tiles_air, tiles_out_of_focus: tiles with tissue left out for their quality.
         tiles_unreadable: tiles left out because the slide is damaged there.
     """
@@ -101,10 +101,7 @@ class CacheHeader:
         return about | values
 
     def identity(self) -> dict[str, Any]:
-        """Returns the values that must be equal for a build to be resumed.
-
-        They are the slide's content, the format and all that shapes a pixel; not the software's release.
-        """
+        """Returns the values required to be equal to resume a build: all but the software's release."""
         return {name: value for name, value in self.to_attributes().items() if name != "software"}
 
     @classmethod
@@ -118,16 +115,15 @@ class CacheHeader:
 
 @dataclass(frozen=True, eq=False)
 class SlideCache:
-    """The finished tiles of one slide, to be read at random.
+    """The finished tiles of one slide, for random access.
 
-    It can be pickled, and used after a fork or a spawn alike; each process keeps the shards open that it read
-    last.
+    It can be pickled, and used after a fork or a spawn; each process keeps its latest shards open.
 
     Attributes:
         path: the folder, ``<cache>/<slide_id>.zarr``.
         header: slide-level metadata; its fields are properties here as well.
         origins_level0: ``[N, 2] int32``, upper-left corner ``(x, y)`` of each tile, level-0 pixels.
-        tissue_fraction: ``[N] float32``, share of each tile that is tissue, 0..1.
+        tissue_fraction: ``[N] float32``, share of tissue in each tile, 0..1.
     """
 
     path: Path
@@ -143,7 +139,7 @@ class SlideCache:
 
         Args:
             path: the folder.
-            spec: how the tiles must have been made; None takes them as they are.
+            spec: the specification required; None takes any.
 
         Raises:
             CacheMissingError: there is no cache, or it was never finished.
@@ -162,7 +158,7 @@ class SlideCache:
 
     @property
     def slide_id(self) -> str:
-        """The name under which the slide is cached."""
+        """The name of the slide's cache."""
         return self.header.slide_id
 
     @property
@@ -197,7 +193,7 @@ class SlideCache:
 
     @property
     def thumbnail(self) -> NDArray[np.uint8]:
-        """The whole slide, ``[h, w, 3] uint8``, read anew each time."""
+        """The whole slide, ``[h, w, 3] uint8``, read from disk at each access."""
         return read_array(self.path / "thumbnail")
 
     @property
@@ -213,12 +209,12 @@ class SlideCache:
 
     @property
     def quality(self) -> dict[str, NDArray[np.float32]]:
-        """``[N] float32`` each, read anew each time: see :attr:`slidetl.tiles.plan.TilePlan.quality`."""
+        """``[N] float32`` each, read at each access: see :attr:`slidetl.tiles.plan.TilePlan.quality`."""
         names = ("pen", "fold", "air", "focus")
         return {name: read_array(self.path / name) for name in names if (self.path / name).is_dir()}
 
     def read(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
-        """Reads tiles in the order asked for; a tile may be asked for more than once.
+        """Reads tiles in the given order; tiles may repeat.
 
         Returns:
             ``[n, S, S, 3] uint8`` RGB.
@@ -237,7 +233,7 @@ class SlideCache:
             return self._read_tile(int(wanted[0]))[None]
         size = self.header.spec.tile_size_px
         tiles = np.empty((len(wanted), size, size, 3), np.uint8)
-        # Shard by shard, so that each is opened once however many there are.
+        # Shard by shard, so each is opened once, at any number of shards.
         for place in np.argsort(wanted, kind="stable").tolist():
             self._read_tile(int(wanted[place]), tiles[place])
         return tiles
@@ -277,11 +273,11 @@ def cache_parts(
 
 
 class _Lifetime:
-    """Marks one opening of a cache in one process: files opened for another are not used for it."""
+    """Marks one opening of a cache in one process, so files opened for another are not used for it."""
 
 
 class Shard:
-    """An open shard and its index. Reading has no position, so that threads and forks may share it.
+    """An open shard and its index. Reads have no position, so threads and forks may share it.
 
     Attributes:
         path: the file.
@@ -302,7 +298,7 @@ class Shard:
             packed = checked(os.pread(self.descriptor, INDEX_BYTES, max(self.size - INDEX_BYTES, 0)))
             index = np.frombuffer(packed, "<u8").reshape(TILES_PER_SHARD, 2)
             offsets, lengths = index[index[:, 0] != MISSING].T
-            # Room is made for what the index says, before it is read.
+            # Reading allocates memory by the index, so check it first.
             if len(lengths) and (lengths.max() > self.size or (offsets > self.size - lengths).any()):
                 raise CacheCorruptError(f"it names tiles beyond the {self.size} bytes of the file")
         except (CacheCorruptError, ValueError) as error:
@@ -323,7 +319,7 @@ class Shard:
         """Reads the bytes of one tile and compares them with their crc32c.
 
         Raises:
-            CacheCorruptError: they do not, or there is no such tile.
+            CacheCorruptError: they differ, or there is no such tile.
         """
         offset, length = self.index[place]
         if offset == MISSING:
@@ -331,7 +327,7 @@ class Shard:
         return checked(os.pread(self.descriptor, length, offset))
 
     def damaged(self) -> Iterator[int]:
-        """Reads all tiles and yields the places of those that fail their checksum."""
+        """Reads all tiles and yields the places of those with a wrong checksum."""
         for place, (offset, _) in enumerate(self.index):
             if offset != MISSING:
                 try:
@@ -365,10 +361,10 @@ def groups(cache_dir: Path) -> list[Path]:
 
 
 def discard(cache_dir: Path, slide_id: str, finished: bool = False) -> None:
-    """Removes what was begun for a slide, and on request what is finished; the caller holds its lock."""
+    """Removes the partial cache of a slide, on request the finished one too; the caller holds its lock."""
     building = building_path(cache_dir, slide_id)
     if finished and cache_path(cache_dir, slide_id).exists():
-        # Renamed first, so that a kill never leaves half a cache under the name of a whole one.
+        # Renamed first: a kill must not leave half a cache under the name of a complete one.
         building.mkdir(parents=True, exist_ok=True)
         cache_path(cache_dir, slide_id).rename(building / "discarded")
     if building.exists():
@@ -381,7 +377,7 @@ def read_header(path: Path) -> CacheHeader:
     Raises:
         CacheMissingError: there is no cache, or it was never finished.
         CacheMismatchError: another version of the format.
-        CacheCorruptError: what it says cannot be understood, or fails its checksum.
+        CacheCorruptError: the metadata cannot be understood, or fail their checksum.
     """
     try:
         attributes = read_json(path).get("attributes", {})
@@ -412,7 +408,7 @@ def describe_difference(cached: TileSpec, wanted: TileSpec) -> str:
 
 
 def checksum(data: bytes) -> bytes:
-    """Computes the crc32c that zarr's codec of that name appends, 4 bytes, little-endian."""
+    """Computes the crc32c of zarr's codec of this name, 4 bytes, little-endian."""
     return int(google_crc32c.value(data)).to_bytes(4, "little")
 
 
@@ -428,7 +424,7 @@ def checked(data: bytes) -> bytes:
 
 
 def building_path(cache_dir: Path, slide_id: str) -> Path:
-    """Returns the folder in which a slide's cache grows until it is whole."""
+    """Returns the folder of a slide's cache while it grows."""
     return cache_dir / ".building" / slide_id
 
 
@@ -443,7 +439,7 @@ def shard_name(shard: int) -> str:
 
 
 def seal_node(node: Path) -> None:
-    """Seals the metadata document of an array or group that is added to a finished cache, as features are."""
+    """Seals the metadata of an array or group added to a finished cache, such as features."""
     (node / "zarr.json").write_bytes(sealed(read_json(node)))
 
 
@@ -465,25 +461,23 @@ def read_sealed(node: Path) -> dict[str, Any]:
 
 
 def file_digest(content: bytes) -> str:
-    """Computes what the seal of a group lists for each file that is no shard.
+    """Computes the digest of a file other than a shard, as listed by the seal of a group.
 
-    Not crc32c: over data that end with their own, as the chunks of zarr do, it is the same for all.
+    Not crc32c: over data ending with their own crc32c, such as zarr's chunks, it is the same for all.
     """
     return f"{zlib.crc32(content):08x}"
 
 
 def shard_digest(crcs: Sequence[bytes], index: bytes) -> str:
-    """Computes what the seal of a group lists for a shard: a shard of other tiles has another.
+    """Computes the digest of a shard, as listed by the seal of a group: other tiles give another digest.
 
-    Args:
-        crcs: of its chunks, 4 bytes each, which themselves vouch for the tiles.
-        index: with its crc32c.
+    It covers the chunks by their crc32c, 4 bytes each, and the index with its own.
     """
     return checksum(b"".join((*crcs, index))).hex()
 
 
 def is_small(group: Path) -> bool:
-    """Tells if a group is of a single shard; such are written without waiting for the disk.
+    """Tells if a group has a single shard; the writer does not wait for the disk for those.
 
     Raises:
         CacheMissingError: there is no such group.
@@ -493,7 +487,7 @@ def is_small(group: Path) -> bool:
 
 
 def is_intact(group: Path) -> bool:
-    """Reads a finished group whole, features apart, and compares every byte with its seal."""
+    """Reads a complete finished group, except features, and compares every byte with its seal."""
     try:
         listed = read_sealed(group)["attributes"]["checksums"]
         for name, digest in listed.items():
@@ -511,7 +505,7 @@ def is_intact(group: Path) -> bool:
 def sealed(document: Mapping[str, Any]) -> bytes:
     """Makes a metadata document of zarr with a crc32c of itself in its attributes."""
     attributes = {name: value for name, value in document["attributes"].items() if name != "crc32c"}
-    # In front, so that no attribute of that name can be taken for it.
+    # In front, so no attribute of this name can be taken for it.
     document = {**document, "attributes": {"crc32c": "00000000", **attributes}}
     data = json.dumps(document, indent=2).encode()
     return _SEAL.sub(f'"crc32c": "{_crc_of_document(data)}"'.encode(), data, count=1)
@@ -541,7 +535,7 @@ def read_json(node: Path) -> dict[str, Any]:
 
 
 def read_array(node: Path) -> NDArray[Any]:
-    """Reads one of the small arrays, which are a single chunk each: no need to start zarr in every worker.
+    """Reads one of the small arrays, of a single chunk each, without starting zarr in every worker.
 
     Raises:
         CacheMissingError: a file of it is gone.
@@ -563,7 +557,7 @@ def read_array(node: Path) -> NDArray[Any]:
 
 
 def describe_write_error(error: Exception, folder: Path) -> str:
-    """Describes in one line what ended the writing below a folder, with the remedy if the disk is full."""
+    """Describes the error of a write below a folder in one line, with the remedy if the disk is full."""
     if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return str(error)
     free = shutil.disk_usage(folder).free / 2**20

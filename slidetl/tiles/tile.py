@@ -48,8 +48,8 @@ class SlideSource:
     Attributes:
         slide_id: the name of its cache.
         path: its file.
-        mpp_override: micrometres per level-0 pixel, of a file that says none.
-        mpp_replace: micrometres per level-0 pixel, instead of what the file says.
+        mpp_override: micrometres per level-0 pixel, if the file has none.
+        mpp_replace: micrometres per level-0 pixel, instead of the file's.
 
     Raises:
         UsageError: ``slide_id`` cannot be the name of a folder.
@@ -73,17 +73,17 @@ def write_tiles(
     threads: int = 1,
     check: Callable[[], object] | None = None,
 ) -> SlideCache:
-    """Reads the tiles of a plan into a cache, or continues where a killed run stopped.
+    """Reads the tiles of a plan into a cache, or resumes a killed run.
 
-    The caller holds :func:`~slidetl.tiles.lock.slide_lock`; a cache that is there is replaced.
+    The caller holds :func:`~slidetl.tiles.lock.slide_lock`; an existing cache is replaced.
 
     Args:
         slide: the slide of the plan.
-        plan: which tiles; at least one.
+        plan: the tiles; at least one.
         cache_dir: the folder of all caches.
         slide_id: the name of the cache.
-        threads: that read and compress at a time; the cache does not depend on it.
-        check: called before every commit, in another thread; what it raises ends the writing.
+        threads: parallel reads and compressions; the cache does not depend on it.
+        check: called before every commit, in another thread; its exception ends the writing.
 
     Raises:
         SlideReadError: more than a tenth of all tiles cannot be read.
@@ -115,18 +115,18 @@ def tile_slide(
     threads: int = 1,
     preview: bool = False,
 ) -> LedgerRow:
-    """Makes the cache of one slide, or keeps the one that is there for the same slide and ``spec``.
+    """Makes the cache of one slide, or keeps an existing one of the same slide and ``spec``.
 
-    A slide that cannot be tiled does not raise: its row says ``failed``, and why. What was begun for it is
-    kept for the next run if the machine failed (a full disk), and thrown away if the slide did. A finished
-    cache stays in either case, and only the row tells that it is not of this slide.
+    If a slide cannot be tiled, its row has status ``failed`` and the reason. The next run resumes the partial
+    work if the machine failed (a full disk); if the slide did, the work is deleted. A finished cache stays in
+    either case, and only the row tells if it is not of this slide.
 
     Args:
         source: the slide.
         cache_dir: the folder of all caches.
-        spec: which tiles.
+        spec: specification of the tiles.
         overwrite: replace a cache of other parameters or of another slide, instead of failing.
-        threads: that read and compress at a time; the cache does not depend on it.
+        threads: parallel reads and compressions; the cache does not depend on it.
         preview: draw ``previews/<slide_id>.png``, :mod:`slidetl.tiles.preview`.
     """
     started, cache_dir = time.monotonic(), Path(cache_dir)
@@ -193,7 +193,7 @@ def _tile_open_slide(
 
 
 def _is_readable_now(slide: Slide, cache: SlideCache, threads: int) -> bool:
-    """Tells if a tile that a cache lacks, since it could not be read, can be read now."""
+    """Tells if any tile missing in a cache as unreadable can be read now."""
     plan = plan_tiles(slide, cache.spec, threads)
     kept = set(map(tuple, cache.origins_level0.tolist()))
     lost = [n for n, origin in enumerate(map(tuple, plan.origins_level0.tolist())) if origin not in kept]
@@ -217,12 +217,12 @@ def _kept_cache(info: SlideInfo, path: Path, spec: TileSpec, overwrite: bool) ->
                 f"{path}: made from another slide, or from this one at another spacing of level 0; "
                 "replace it with --overwrite, or tile into another folder"
             )
-        # Nobody waited for the disk when it was written, so after a power cut it may not be whole.
+        # Its writing did not wait for the disk, so after a power cut it may be incomplete.
         return None if is_small(path) and not is_intact(path) else SlideCache.open(path, spec)
     except CacheMissingError:
         if not path.exists() or overwrite:
             return None
-        # A cache gets its name when it is whole, so this is not ours, or was tampered with.
+        # A cache gets its name once complete, so this is foreign, or was tampered with.
         raise CacheMismatchError(
             f"{path}: in the way, and not a finished tile cache; move it, or replace it with --overwrite"
         ) from None

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from slidetl.slides.opencv import opencv
 from slidetl.tiles.grid import TileSpec
 
-# A mask pixel is at most this wide, a tile at least so many mask pixels, a mask never larger than that.
+# Greatest width of a mask pixel, least number of mask pixels across a tile, greatest side of a mask.
 _MASK_MPP = 16.0
 _PIXELS_PER_TILE = 4
 _MAX_SIDE_PX = 4096
@@ -21,11 +21,11 @@ _MAX_SIDE_PX = 4096
 # Air up to that width between septa belongs to the lung; a fleck smaller than one alveolus is dust.
 _AIR_UM = 360.0
 _FLECK_UM = 200.0
-# In a field of view that is itself not much wider than an alveolus, what fills so much of it is no dust.
+# In a field of view not much wider than an alveolus, pieces with this share of the area are no dust.
 _FLECK_SHARE = 0.1
 
-# The threshold on optical density may move between these: below is the unevenness of clean glass, above is
-# no longer pale.
+# Range of the threshold on optical density: below is the unevenness of clean glass, above is no longer
+# pale.
 _DENSITY_RANGE = (0.04, 0.14)
 # The same for light on a dark ground, as a share of full scale.
 _LIGHT_RANGE = (0.02, 0.14)
@@ -39,16 +39,16 @@ _GREYER_GLASS = 250
 # Scanned glass is at least this share of unscanned glass in brightness, and nearly grey (in grey levels).
 _GLASS_SHARE = 0.76
 _GLASS_CHROMA = 10
-# It is believed in only if it covers so much of the image.
+# Glass counts only if it covers so much of the image.
 _GLASS_LEAST = 0.05
 
 
 @dataclass(frozen=True, eq=False)
 class TissueMask:
-    """Marks the tissue of a slide, or another part of it.
+    """A mask over a slide: its tissue, or another part.
 
     Attributes:
-        mask: ``[h, w] bool``; its upper-left corner is that of the slide.
+        mask: ``[h, w] bool``; its upper-left corner is the slide's.
         mpp: width of a mask pixel, micrometres.
     """
 
@@ -61,7 +61,7 @@ class TissueMask:
         extent_level0: tuple[float, float],
         mpp_level0: tuple[float, float],
     ) -> NDArray[np.float32]:
-        """Computes the share of each tile that is tissue: the exact mean of the mask over the tile's area.
+        """Computes the share of tissue in each tile: the exact mean of the mask over the tile's area.
 
         Args:
             origins_level0: ``[N, 2]`` upper-left corners ``(x, y)``, level-0 pixels.
@@ -69,7 +69,7 @@ class TissueMask:
             mpp_level0: spacing of level 0 along x and y, micrometres per pixel.
 
         Returns:
-            ``[N] float32``, 0..1. What lies outside the mask counts as no tissue.
+            ``[N] float32``, 0..1. Areas outside the mask count as no tissue.
         """
         integral = np.zeros((self.mask.shape[0] + 1, self.mask.shape[1] + 1), np.int32)
         integral[1:, 1:] = self.mask.cumsum(0, dtype=np.int32).cumsum(1, dtype=np.int32)
@@ -87,10 +87,10 @@ class TissueMask:
 
 
 def thumbnail_mpp(size_level0: tuple[int, int], mpp_level0: tuple[float, float], spec: TileSpec) -> float:
-    """Chooses the spacing of the image in which tissue is looked for, micrometres per pixel.
+    """Chooses the spacing of the image for the search for tissue, micrometres per pixel.
 
-    16, or finer if a tile would then be less than 4 pixels wide; coarser where the image would have more
-    than 4096 pixels a side, or where the slide itself is coarser.
+    16, or finer if a tile would then be less than 4 pixels wide; coarser if the image would have more than
+    4096 pixels a side, or if the slide itself is coarser.
     """
     wanted = min(_MASK_MPP, spec.tile_size_px * spec.mpp / _PIXELS_PER_TILE)
     largest = max(size * mpp for size, mpp in zip(size_level0, mpp_level0, strict=True))
@@ -103,22 +103,21 @@ def blank_fill(
     background_rgb: tuple[int, int, int],
     missing: Callable[[], NDArray[np.bool_] | None] = lambda: None,
 ) -> tuple[NDArray[np.uint8], tuple[int, int, int], NDArray[np.bool_]]:
-    """Finds areas without data, and paints those that would pass for tissue like the empty ground.
+    """Finds areas without data, and paints those similar to tissue like the empty ground.
 
-    They were not scanned or are missing in the file, as the reader says, or they are black or grey without
-    variation: converters fill what was not scanned so. Clean glass stays what it is, and so does the black
-    ground of fluorescence, into which the signal fades; fill ends abruptly.
+    They are unscanned or missing in the file, by the reader's account, or black or grey without variation, as
+    converters fill unscanned areas. Clean glass stays, and so does the black ground of fluorescence: its
+    signal fades into it, while fill ends abruptly.
 
     Args:
         thumbnail_rgb: ``[h, w, 3] uint8``, the whole slide.
         mpp: its spacing, micrometres per pixel.
-        background_rgb: colour of what was not scanned, 0..255.
-        missing: returns what was not scanned, as :meth:`slidetl.slides.base.Slide.missing`; called where some
-            of the image has the background's colour.
+        background_rgb: colour of unscanned areas, 0..255.
+        missing: returns the unscanned areas, as :meth:`slidetl.slides.base.Slide.missing`; called if needed.
 
     Returns:
-        The image in which tissue is to be looked for, the given one if there is no fill to paint; the colour
-        of its empty ground, 0..255; and the areas without data, ``[h, w] bool``.
+        The image for the search for tissue, the given one if there is no fill to paint; the colour of its
+        empty ground, 0..255; and the areas without data, ``[h, w] bool``.
     """
     cv2 = opencv()
     square = np.ones((3, 3), np.uint8)
@@ -132,7 +131,7 @@ def blank_fill(
     chroma = brightest - darkest
     is_grey = ~is_background & (chroma <= _GREY_CHROMA)
     is_even = cv2.dilate(brightest, square) - cv2.erode(brightest, square) <= 1
-    # The level of clean glass, about as `glass_rgb` finds it; what was scanned is seldom even.
+    # The level of clean glass, about as in `glass_rgb`; scanned glass is seldom even.
     is_glass = ~is_background & (chroma <= _GLASS_CHROMA) & (brightest >= _GLASS_SHARE * 255)
     is_scanned = is_glass & ~(is_grey & is_even)
     is_glass = is_scanned if is_scanned.mean() > _GLASS_LEAST / 5 else is_glass
@@ -142,7 +141,7 @@ def blank_fill(
     fleck_px = (_FLECK_UM / mpp) ** 2
     painted = _large(is_grey & is_even & (brightest <= _BLACK), _BLACK_LEAST_PX)
     painted |= _large(is_grey & is_even & is_dense & (brightest > _BLACK), fleck_px)
-    # Their edge, and the pixels that mix it with what lies beside it.
+    # Their edge, and the pixels mixing it with its neighbours.
     painted = cv2.dilate(painted.view(np.uint8), square, iterations=2).view(bool) & ~is_background
     if not painted.any() and not is_background.any():
         return thumbnail_rgb, background_rgb, painted
@@ -164,7 +163,7 @@ def blank_fill(
         not_there = missing()
         if not_there is not None:
             without_data |= not_there & is_background
-        # White that is even is fill, too, where glass is not as white as that.
+        # Even white is fill, too, if glass is less white.
         if glass <= _GREYER_GLASS and is_glass.mean() >= _GLASS_LEAST:
             without_data |= _large(is_background & is_even, fleck_px)
     return thumbnail_rgb, ground, without_data
@@ -185,34 +184,33 @@ def _large(is_flat: NDArray[np.bool_], least_px: float) -> NDArray[np.bool_]:
 def find_tissue(
     thumbnail_rgb: NDArray[np.uint8], mpp: float, background_rgb: tuple[int, int, int]
 ) -> TissueMask:
-    """Tells tissue from glass by how much light it takes away, whatever the stain.
+    """Separates tissue from glass by optical density, for any stain.
 
-    The optical density of each pixel against the slide's own glass is compared with a threshold that Otsu's
-    method (1979) finds on the logarithm of the density, kept within bounds so that neither an image without
-    glass nor one without tissue is cut in two. Air spaces up to 360 um across are closed, since lung is
-    mostly air; flecks smaller than an alveolus are dropped. On a dark ground (fluorescence) light takes
-    the place of density.
+    It compares the optical density of each pixel against the slide's own glass with Otsu's threshold (1979)
+    on the logarithm of the density, kept within bounds so as not to split an image without glass or without
+    tissue. Air spaces up to 360 um across are closed, since lung is mostly air; flecks smaller than an
+    alveolus are dropped. On a dark ground (fluorescence) light replaces density.
 
     Args:
         thumbnail_rgb: ``[h, w, 3] uint8``.
         mpp: its spacing, micrometres per pixel.
-        background_rgb: colour of glass that was not scanned, 0..255.
+        background_rgb: colour of unscanned glass, 0..255.
 
     Returns:
         The mask, ``[h, w]``, at ``mpp``.
     """
-    # Imported here: half a second that `slidetl --help` need not pay.
+    # Imported here: `slidetl --help` need not pay this half second.
     from scipy import ndimage
 
     if is_dark_ground(thumbnail_rgb):
         signal = _light(thumbnail_rgb)
-        # The last pixels may cover some of what lies beyond the slide, which is bright.
+        # The last pixels may cover some of the area beyond the slide, which is bright.
         signal[-1] = signal[max(len(signal) - 2, 0)]
         signal[:, -1] = signal[:, max(signal.shape[1] - 2, 0)]
         mask = signal > _threshold(signal, _LIGHT_RANGE)
     else:
         mask = is_stained(optical_density(thumbnail_rgb, glass_rgb(thumbnail_rgb, background_rgb)))
-    # Lone pixels of noise would be joined to a web when air spaces are closed; a septum has company.
+    # Closing air spaces would join lone pixels of noise to a web; pixels of a septum have neighbours.
     mask &= ndimage.uniform_filter(mask.astype(np.float32), size=3) > 2.5 / 9
     mask = _close(mask, round(_AIR_UM / 2 / mpp))
 
@@ -224,23 +222,19 @@ def find_tissue(
 
 
 def is_dark_ground(thumbnail_rgb: NDArray[np.uint8]) -> bool:
-    """Tells if the tissue shines on a dark ground (fluorescence), instead of taking light away."""
+    """Tells if the tissue shines on a dark ground (fluorescence), instead of absorbing light."""
     return bool(np.median(thumbnail_rgb.max(axis=2)) < 64)
 
 
 def is_stained(density: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Marks the pixels that are denser than glass, by the threshold that :func:`find_tissue` uses.
-
-    Args:
-        density: ``[h, w] float32`` of :func:`optical_density`, of a whole slide.
-    """
+    """Marks the pixels of a whole slide denser than glass, by the threshold of :func:`find_tissue`."""
     return density > _threshold(density, _DENSITY_RANGE)
 
 
 def _interpolate(
     integral: NDArray[np.int32], x: NDArray[np.float64], y: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Reads an integral image at fractional places: between its nodes it is bilinear, so this is exact."""
+    """Reads an integral image at fractional places: it is bilinear between its nodes, so this is exact."""
     rows, columns = integral.shape
     x, y = np.clip(x, 0, columns - 1), np.clip(y, 0, rows - 1)
     column = np.minimum(x.astype(np.intp), columns - 2)
@@ -254,8 +248,8 @@ def _interpolate(
 def glass_rgb(rgb: NDArray[np.uint8], background_rgb: tuple[int, int, int]) -> NDArray[np.float64]:
     """Finds the colour of clean glass on this slide: scanned glass is seldom the white of the metadata.
 
-    It is the brightest that is nearly grey, nearly as bright as the unscanned background, and not that very
-    colour (which fills what was not scanned, and would hide the scanned glass beside it).
+    It is the brightest of the colours nearly grey and nearly as bright as the unscanned background, except
+    the background itself (it fills unscanned areas, and would hide the scanned glass beside them).
     """
     background = np.asarray(background_rgb)
     chroma = rgb.max(axis=2).astype(np.int16) - rgb.min(axis=2)
@@ -269,7 +263,7 @@ def glass_rgb(rgb: NDArray[np.uint8], background_rgb: tuple[int, int, int]) -> N
 
 
 def optical_density(rgb: NDArray[np.uint8], glass: NDArray[np.float64]) -> NDArray[np.float32]:
-    """Computes optical density against glass, its length over the channels; 0 where brighter than glass."""
+    """Computes optical density against glass, its length over the channels; 0 if brighter than glass."""
     table = np.log10((glass + 1) / (np.arange(256.0)[:, None] + 1)).clip(0) ** 2
     squares = table.astype(np.float32)
     return np.asarray(np.sqrt(sum(squares[:, channel][rgb[..., channel]] for channel in range(3))))
@@ -285,8 +279,8 @@ def _light(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
 def _threshold(signal: NDArray[np.float32], bounds: tuple[float, float]) -> float:
     """Computes Otsu's threshold on the logarithm of a signal, within bounds.
 
-    On the logarithm, because stained tissue is many times denser than pale tissue, and on a linear scale the
-    best cut lies between those two instead of beside the glass.
+    On a linear scale the best cut lies between pale tissue and stained tissue, many times denser, instead of
+    beside the glass.
     """
     low, high = bounds[0] / 4, 2.0
     counts, edges = np.histogram(
@@ -307,12 +301,12 @@ def _threshold(signal: NDArray[np.float32], bounds: tuple[float, float]) -> floa
 def _close(mask: NDArray[np.bool_], radius_px: int) -> NDArray[np.bool_]:
     """Closes by an octagon, as if the image lay on an endless empty plane: its border adds no tissue.
 
-    An octagon is a square grown by a diamond. A square alone would reach half as far again along the
-    diagonals, and leave boxes around whatever is scattered beside the tissue.
+    A square alone reaches half as far again along the diagonals, and leaves boxes around scatter beside the
+    tissue.
     """
     from scipy import ndimage
 
-    # So shared out, the octagon is a regular one.
+    # These shares make the octagon regular.
     diamond = round(radius_px * (2 - math.sqrt(2)))
     square = 2 * (radius_px - diamond) + 1
     padded = np.pad(mask, radius_px)

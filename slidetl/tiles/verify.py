@@ -1,8 +1,8 @@
-"""Verifies that every byte of a cache is what was written, and makes damaged tiles again.
+"""Verifies every byte of a cache, and repairs damaged tiles.
 
-A group is checked against itself: its metadata document seals itself and lists the checksums of all other
-files (:func:`slidetl.tiles.store.sealed`), each tile has its own crc32c, and a shard must consist of its
-tiles and its index and nothing else. Features are stored later, and seal themselves.
+A group's metadata document seals itself and lists the checksums of all other files
+(:func:`slidetl.tiles.store.sealed`), each tile has its own crc32c, and a shard must consist of its tiles and
+its index and nothing else. Features are stored later, and seal themselves.
 """
 
 from __future__ import annotations
@@ -51,12 +51,12 @@ _FEATURES_FAIL = "these features fail their checksum; run 'slidetl embed' again"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong with a cache.
+    """A defect of a cache.
 
     Attributes:
-        file: where, relative to the group.
+        file: its place, relative to the group.
         what: one line.
-        tiles: the numbers of the tiles that are lost by it; empty if none is, or all are.
+        tiles: the numbers of the tiles lost by it; empty if none is, or all are.
     """
 
     file: str
@@ -73,10 +73,10 @@ class Verification:
 
     Attributes:
         path: the group.
-        header: what the group, or the copy in it, says of itself; None if neither can be read.
-        tiles: how many the cache should have; 0 if that is not known.
-        bytes: how many were read.
-        findings: what is wrong; empty if nothing is.
+        header: read from the group, or from the copy in it; None if neither can be read.
+        tiles: expected number; 0 if unknown.
+        bytes: number read.
+        findings: the defects.
     """
 
     path: Path
@@ -87,21 +87,21 @@ class Verification:
 
     @property
     def is_sound(self) -> bool:
-        """True if every byte is what was written."""
+        """True if every byte is as written."""
         return not self.findings
 
 
 def verify_cache(
     path: Path, row: LedgerRow | None = None, decode: bool = False, threads: int = 1
 ) -> Verification:
-    """Reads a slide's cache whole and finds any byte that is not what was written.
+    """Reads a slide's cache completely and finds changed bytes.
 
     Args:
         path: the group, ``<cache>/<slide_id>.zarr``.
-        row: of the slide in the ledger; its fingerprint must be that of the cache.
-        decode: also decode every tile. One that was copied from a slide which is damaged within its
-            compressed data is exactly what was written, and still cannot be read.
-        threads: that decode at a time.
+        row: of the slide in the ledger; its fingerprint must equal the cache's.
+        decode: also decode every tile. A tile copied from a slide with damage in its compressed data passes
+            all checksums, and still cannot be read.
+        threads: parallel decodings.
 
     Raises:
         CacheMissingError: there is no such folder.
@@ -134,18 +134,17 @@ def verify_cache(
 
 
 def repair_cache(found: Verification, slide_path: Path) -> Verification:
-    """Makes the damaged parts of a cache again, byte for byte, from the slide; sound tiles are copied.
+    """Repairs the damaged parts of a cache, byte for byte, from the slide; sound tiles are copied.
 
-    The group is built beside the old one and put in its place at once. Features that are damaged are not
-    made again here; they are dropped, and the others kept. A tile that the slide cannot give (any more) is
-    left out and counted, as when tiling; features, which have a row for each tile, are then dropped as well.
+    The group is built beside the old one and replaces it atomically, without damaged features. If the slide
+    can no longer give a tile, it is left out and counted, as when tiling, and all features are dropped.
 
     Args:
-        found: what :func:`verify_cache` said.
-        slide_path: the slide that the cache was made from.
+        found: the result of :func:`verify_cache`.
+        slide_path: the slide of the cache.
 
     Returns:
-        The verification of the mended cache.
+        The verification of the repaired cache.
 
     Raises:
         CacheMismatchError: the slide is another one.
@@ -163,7 +162,7 @@ def repair_cache(found: Verification, slide_path: Path) -> Verification:
         kept = _kept_in_plan(found, header, plan)
         damaged = {tile for finding in found.findings for tile in finding.tiles}
         tile_of = {wanted: tile for tile, wanted in enumerate(kept) if tile not in damaged}
-        # What could not be read when the cache was made is left out of it again.
+        # Tiles unreadable when the cache was made are left out of it again.
         left_out = set(range(len(plan))) - set(kept)
         with CacheWriter(path.parent, replace(header, tiles_unreadable=0), plan, lock.check) as writer:
             numbers = range(writer.next_tile, len(plan))
@@ -185,7 +184,7 @@ def repair_cache(found: Verification, slide_path: Path) -> Verification:
 
 
 def _read_root(path: Path, findings: list[Finding]) -> tuple[CacheHeader | None, dict[str, str] | None]:
-    """Reads the group's metadata and its list of checksums; each is None where it cannot be trusted."""
+    """Reads the group's metadata and its list of checksums; each is None if it cannot be trusted."""
     try:
         attributes = read_sealed(path)["attributes"]
         return CacheHeader.from_attributes(attributes), dict(attributes["checksums"])
@@ -324,7 +323,7 @@ def _link_sound_features(found: Verification, group: Path) -> None:
 
 @contextlib.contextmanager
 def _open_same(slide_path: Path, header: CacheHeader) -> Iterator[Slide]:
-    """Opens the slide of a cache, at the spacing that it had then."""
+    """Opens the slide of a cache, at the spacing of the cache."""
     spec, mpp = header.spec, header.mpp_level0
     with open_slide(slide_path, icc=spec.icc, mpp_replace=mpp, channels=spec.channels) as slide:
         if slide.info.fingerprint != header.fingerprint:
@@ -358,10 +357,10 @@ def _kept_in_plan(found: Verification, header: CacheHeader, plan: TilePlan) -> l
 def _encoded(
     slide: Slide, plan: TilePlan, numbers: list[int]
 ) -> Iterator[tuple[bytes | None, SlideReadError | None]]:
-    """Encodes tiles of a plan as before; neighbours share reads, so the plan stays whole.
+    """Encodes tiles of a plan as before; neighbours share reads, so the plan stays complete.
 
     Yields:
-        The bytes of a tile, or why it cannot be read.
+        The bytes of a tile, or the error if it cannot be read.
     """
     codec = tile_codec(plan.spec)
     tiles: Iterator[tuple[int, bytes | None]] = iter(())

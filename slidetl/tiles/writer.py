@@ -1,7 +1,4 @@
-"""Writing one slide's cache, shard by shard: a killed run continues, and nothing half-written is trusted.
-
-See docs/design/cache.md for the layout, and :mod:`slidetl.tiles.store` for reading.
-"""
+"""Writes one slide's cache; :mod:`slidetl.tiles.store` reads it. See docs/design/cache.md for the layout."""
 
 from __future__ import annotations
 
@@ -40,28 +37,28 @@ from slidetl.tiles.store import (
     shard_name,
 )
 
-# A note of what is safe on the disk is made at most so often. Every one waits for the disk, which would hold
-# up the copying of tiles more than all else; what it may cost a killed run is the work of that time.
+# Least interval between notes of the progress. Each waits for the disk, and would delay the copying of tiles
+# more than all else; a killed run may lose the work of this interval.
 _NOTE_SECONDS = 0.5
 
 _SYNCED_TOGETHER = 16
 
 
 class CacheWriter:
-    """Writes one slide's cache, shard by shard, so that a killed run loses next to nothing.
+    """Writes one slide's cache, shard by shard, so a killed run loses next to nothing.
 
-    The group grows in ``<cache>/.building/<slide_id>/group`` and is renamed to its place when it is whole.
-    ``progress.json`` beside it says how far it came, and for which slide and parameters: what was begun for
-    others is thrown away. The caller holds :func:`slide_lock`.
+    The group grows in ``<cache>/.building/<slide_id>/group`` and is renamed to its place when complete.
+    ``progress.json`` beside it records the progress, the slide and the parameters: partial work for others is
+    deleted. The caller holds :func:`slide_lock`.
 
-    Shards are committed in a thread of their own, so that the next tiles are read while the disk works. It is
-    a context manager: on leaving, nothing writes any more, and what was written is noted.
+    A separate thread commits shards, so the next tiles are read while the disk works. Leaving the context
+    ends all writing and notes the progress.
 
     Args:
         cache_dir: the folder of all caches.
         header: metadata of the slide; ``tiles_unreadable`` is counted here.
         plan: all the tiles wanted, readable or not; at least one.
-        check: called before every commit; it raises if the slide is no longer this writer's.
+        check: called before every commit; it raises if this writer no longer holds the slide.
     """
 
     def __init__(
@@ -85,8 +82,8 @@ class CacheWriter:
         self._commit: Future[None] | None = None
         self._syncer = ThreadPoolExecutor(_SYNCED_TOGETHER)
         self._syncing: list[Future[None]] = []
-        # A single shard is sooner made again than its thirty files and folders are made durable one by one.
-        # After a power cut, the seal tells whether it is whole (`slidetl.tiles.store.is_intact`).
+        # A single shard is made again faster than its thirty files and folders are made durable one by one.
+        # After a power cut, the seal tells if it is complete (`slidetl.tiles.store.is_intact`).
         self._is_small = len(plan) <= TILES_PER_SHARD
         self._digests: dict[str, str] = {}
         self._unnoted: dict[str, Any] | None = None
@@ -98,19 +95,19 @@ class CacheWriter:
 
     def __exit__(self, *exc: object) -> None:
         self._committer.shutdown()
-        # Whoever lost the slide, or the disk, has another error on its way.
+        # If the slide or the disk is lost, another error is already on its way.
         with contextlib.suppress(OSError):
             self._note()
         self._syncer.shutdown()
 
     @property
     def next_tile(self) -> int:
-        """The first of the tiles wanted that is still to be added."""
+        """The first of the tiles wanted still to be added."""
         return self._next
 
     @property
     def unreadable(self) -> int:
-        """Number of tiles that could not be read so far."""
+        """Number of unreadable tiles so far."""
         return len(self._unreadable)
 
     def add(self, tile: int, payload: bytes | None) -> None:
@@ -118,7 +115,7 @@ class CacheWriter:
 
         Args:
             tile: its number among the tiles wanted; it must be :attr:`next_tile`.
-            payload: its bytes as :class:`~slidetl.tiles.codec.TileCodec` makes them; None if unreadable.
+            payload: its bytes from :class:`~slidetl.tiles.codec.TileCodec`; None if unreadable.
 
         Raises:
             UsageError: tiles come out of order.
@@ -135,7 +132,7 @@ class CacheWriter:
                 self._commit_shard()
 
     def finish(self) -> SlideCache:
-        """Writes what is pending and all metadata, then puts the cache in its place.
+        """Writes pending tiles and all metadata, then puts the cache in its place.
 
         Raises:
             UsageError: not all tiles were added.
@@ -160,7 +157,7 @@ class CacheWriter:
         return SlideCache.open(self._target, self._header.spec)
 
     def _identity(self) -> dict[str, Any]:
-        """Returns the values that must be equal for a build to be resumed."""
+        """Returns the values required to be equal to resume a build."""
         plan = google_crc32c.value(self._plan.origins_level0.tobytes() + self._plan.tissue_fraction.tobytes())
         return {**self._header.identity(), "tiles_wanted": len(self._plan), "plan": plan}
 
@@ -195,12 +192,12 @@ class CacheWriter:
         self._shards += 1
 
     def _committed(self) -> None:
-        """Waits for the shard that is being written, and raises what went wrong with it."""
+        """Waits for the present shard, and raises its error."""
         if self._commit is not None:
             self._commit.result()
 
     def _write_shard(self, shard: int, payloads: list[bytes], progress: dict[str, Any] | None) -> None:
-        """Writes a shard; it needs no temporary name, since it is not trusted before it is noted."""
+        """Writes a shard, without a temporary name, since it is not trusted before it is noted."""
         self._check()
         path = self._group / shard_name(shard)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -208,7 +205,7 @@ class CacheWriter:
         _write(path, parts)
         if self._is_small:
             return
-        # While the next tiles are read, the disk takes these.
+        # The disk writes these while the next tiles are read.
         self._sync(path, *list(path.parents)[:3])
         self._unnoted = progress
         if time.monotonic() - self._noted_s >= _NOTE_SECONDS:
@@ -226,11 +223,11 @@ class CacheWriter:
         self._noted_s = time.monotonic()
 
     def _sync(self, *paths: Path) -> None:
-        """Starts to make files and folders durable, several at a time, which the disk does together."""
+        """Starts to make files and folders durable, several at a time, to share the disk's work."""
         self._syncing += [self._syncer.submit(fsync_path, path) for path in paths]
 
     def _synced(self) -> None:
-        """Waits for them, and raises what went wrong."""
+        """Waits for them, and raises their errors."""
         for done in self._syncing:
             done.result()
         self._syncing = []
@@ -353,7 +350,7 @@ def pack_shard(payloads: Sequence[bytes]) -> tuple[list[bytes], str]:
 
 
 def _write(path: Path, parts: Sequence[bytes]) -> None:
-    """Writes a file without putting its parts together first, which would cost as much as to write them."""
+    """Writes a file without joining its parts first, which would cost as much as the write."""
     with path.open("wb", buffering=0) as file:
         written = os.writev(file.fileno(), parts)
         rest = memoryview(b"".join(parts))[written:] if written < sum(map(len, parts)) else b""
