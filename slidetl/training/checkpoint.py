@@ -26,6 +26,7 @@ from slidetl.training.slots import check_name, parse
 
 _CLASSES = ("aggregator", "head", "transfer", "schedule")
 _VALUES = {"backbone": BackboneSpec, "targets": Targets}
+_MOST_VALUES = 1000  # of a list, which the parser would take minutes for
 _PARAMETERS = frozenset(inspect.signature(SlideGrader).parameters)
 # Lightning needs these to resume a training.
 _TRAINING_STATE = {
@@ -215,7 +216,7 @@ def _check_hyper_parameters(values: dict[Any, Any], allow: Sequence[str]) -> Non
             for task in value if isinstance(value, list) else [value]:
                 _check_values(key, task, Task)
         elif not _is_plain(value):
-            raise CheckpointError(f"expected a plain value for {key}, found {value!r}")
+            raise CheckpointError(f"expected a plain value for {key}, found {value!r:.200}")
 
 
 def _check_values(key: str, value: Any, of: type[Any]) -> None:
@@ -273,7 +274,8 @@ def _text_arguments(class_path: str) -> frozenset[str]:
 
 
 def _is_plain(value: Any) -> bool:
-    return all(map(_is_scalar, value if isinstance(value, (list, tuple)) else [value]))
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return len(values) <= _MOST_VALUES and all(map(_is_scalar, values))
 
 
 def _is_scalar(value: Any, text: bool = True) -> bool:

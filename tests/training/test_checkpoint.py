@@ -37,6 +37,7 @@ ATTACKS: dict[str, dict[Any, Any]] = {
     "path": {"head": {"class_path": "slidetl./../evilmod.Head"}},
     "class of the module": {"_class_path": "evilmod.Head"},
     "grades": {"grades": [EVIL]},
+    "many grades": {"grades": [str(grade) for grade in range(100_000)]},
     "schedule": {"schedule": EVIL},
     "targets": {"targets": EVIL},
     "value of a target": {"targets": {"smoothing": EVIL}},
