@@ -119,13 +119,13 @@ def main(args: list[str] | None = None) -> int:
         Way(augmented, workers, threads)
         for augmented, workers, threads in itertools.product(AUGMENTED, options.workers, options.threads)
     ]
-    print(f"\n{'the loader alone':18}{'workers':>9}{'threads':>9}{'tiles/s':>9}{'per core':>10}")
+    print(f"\n{'the loader alone':22}{'workers':>9}{'threads':>9}{'tiles/s':>9}{'per core':>10}")
     timed = {} if options.only_train else time_loaders(slides, ways, options)
     for way, (rate, alone) in timed.items():
         name = f"read, {way.augmented}" if way.augmented else "read"
         # Of other processes the time is not known until they end; this one is not slowed by its neighbours.
         per_core = f"{alone:10.0f}" if not way.workers else ""
-        print(f"{name:18}{way.workers:9}{way.threads:9}{rate:9.0f}{per_core}")
+        print(f"{name:22}{way.workers:9}{way.threads:9}{rate:9.0f}{per_core}")
     if options.backbone:
         name = torch.cuda.get_device_name() if options.device == "cuda" else "the CPU"
         print(f"\ntraining {options.backbone} on {name}")

@@ -33,7 +33,9 @@ def test_the_loader_alone_and_a_training_beside_it(study: Study, capsys: pytest.
     assert "6 bags of 2 tiles of 64 px (jpeg) from 20 slides" in head
     rows = [line.rsplit(maxsplit=4) for line in loader.splitlines()[1:]]
     assert [row[:3] for row in rows] == [
-        [name, "0", threads] for name in ("read", "read and augment") for threads in ("1", "2")
+        [name, "0", threads]
+        for name in ("read", "read, default", "read, albumentations")
+        for threads in ("1", "2")
     ]
     assert all(float(rate) > 0 and float(per_core) > 0 for *_, rate, per_core in rows)
     assert training.startswith("training mobilenetv3_small_050 on the CPU")
