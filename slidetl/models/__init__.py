@@ -1,1 +1,1 @@
-"""Plain modules that turn tiles into a grade. They know no trainer, open no slide, and script."""
+"""Scriptable modules from tiles to a grade, independent of trainers and slide files."""

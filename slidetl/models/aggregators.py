@@ -1,7 +1,6 @@
 """Aggregators: the embeddings of a slide's tiles -> one embedding of the slide.
 
-All of them compute in float32 from the scores on, whatever precision the tiles come in, and none looks at
-what padding holds, even where that is NaN.
+All compute in float32 from the scores on, at any precision of the tiles, and ignore padding, even NaN.
 """
 
 from typing import NamedTuple, Optional, Protocol
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from slidetl.errors import UsageError
 
-# Named here, since TorchScript takes a comment on types in the function itself for a type comment.
+# Named here, since TorchScript would parse the comment inside a function as a type comment.
 is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined] # torch does not list it
 
 
@@ -21,14 +20,14 @@ class Aggregated(NamedTuple):
     Attributes:
         embedding: ``[B, D']``, one vector per slide.
         attention: ``[B, H, N]``, weight of each tile per head or hop; sums to one over the tiles of a
-            slide, zero where padded. Where tiles are chosen and not weighted, it is the tile's share of
-            the gradient of the embedding's sum, and carries no gradient itself.
-        contributions: ``[B, N, D']``, each tile's share in the embedding, for an aggregator whose embedding
-            is a sum over the tiles, the attention (its mean over heads or hops) times a value of the tile:
-            that attention times the difference between the tile's value and their plain mean. Over the
-            tiles they sum to the embedding less its baseline, the embedding if all tiles counted alike;
-            zero where padded. They carry no gradient. None for other aggregators; and in an exported file,
-            where :meth:`~slidetl.models.network.GradingNetwork.explain` takes tiles in parts.
+            slide, zero for padding. If tiles are chosen and not weighted, it is the tile's share of the
+            gradient of the embedding's sum, without a gradient of its own.
+        contributions: ``[B, N, D']``, each tile's share in an embedding computed as the sum over the tiles
+            of attention (mean over heads or hops) times value: the attention times the difference between
+            the tile's value and the plain mean of the values. They sum to the embedding less its baseline,
+            the embedding if all tiles counted alike; zero for padding, without a gradient. None for other
+            aggregators, and in an exported file, since
+            :meth:`~slidetl.models.network.GradingNetwork.explain` takes tiles in parts there.
     """
 
     embedding: Tensor
@@ -37,7 +36,7 @@ class Aggregated(NamedTuple):
 
 
 class Aggregator(Protocol):
-    """Pools the embeddings of a slide's tiles, whatever their order and number.
+    """Pools the embeddings of a slide's tiles, in any order and number.
 
     Attributes:
         out_features: length D' of the slide's embedding.
@@ -46,7 +45,7 @@ class Aggregator(Protocol):
     out_features: int
 
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
-        """Pools.
+        """Pools bags of embeddings.
 
         Args:
             embeddings: ``[B, N, D]`` float.
@@ -56,7 +55,7 @@ class Aggregator(Protocol):
 
 
 class Pooling(nn.Module):
-    """Base of the aggregators that a configuration can name: it finds classes by their base, not a protocol.
+    """Base of the configurable aggregators: a configuration finds classes by base, not by protocol.
 
     Args:
         in_features: length D of a tile's embedding.
@@ -67,18 +66,15 @@ class Pooling(nn.Module):
         self.out_features = in_features
 
     def values(self, tiles: Tensor) -> Optional[Tensor]:  # noqa: UP045 (TorchScript reads it)
-        """Computes what the attention averages, up to a constant: ``[B, n, D']`` of tiles ``[B, n, D]``.
-
-        An aggregator whose embedding is no such average returns None.
-        """
+        """Computes the averaged values ``[B, n, D']``, up to a constant; None for other embeddings."""
         return None
 
 
 class MeanPooling(Pooling):
-    """Every tile counts alike."""
+    """The mean over the tiles."""
 
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
-        """Pools as :class:`Aggregator` says; H is 1."""
+        """Pools as :class:`Aggregator`; H is 1."""
         return _weighted(_present(embeddings, mask), _even(mask), mask)
 
     def values(self, tiles: Tensor) -> Optional[Tensor]:  # noqa: UP045
@@ -87,13 +83,10 @@ class MeanPooling(Pooling):
 
 
 class MaxPooling(Pooling):
-    """The greatest value of each feature, over the tiles (the "embedding, max" of Ilse et al. 2018).
-
-    Tiles that share the greatest value share its gradient, so that order does not matter.
-    """
+    """The greatest value of each feature ("embedding, max" of Ilse et al. 2018); ties share its gradient."""
 
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
-        """Pools as :class:`Aggregator` says; H is 1, the share of the features that a tile decides."""
+        """Pools as :class:`Aggregator`; H is 1, each tile's share of the features."""
         pooled: list[Tensor] = []
         attention = torch.zeros(mask.shape, device=mask.device)
         for tiles in _features(_present(embeddings, mask, float("-inf"))):
@@ -107,14 +100,10 @@ class MaxPooling(Pooling):
 
 
 class TopKPooling(Pooling):
-    """The mean of the k greatest values of each feature; of all of them where there are fewer tiles.
-
-    Between the maximum (k = 1) and the mean. For top and bottom tiles by a learned score, see
-    :class:`Chowder`.
+    """The mean of the k greatest values of each feature, or of all values if there are fewer tiles.
 
     Args:
-        in_features: length D of a tile's embedding.
-        k: number of values that count, at least 1.
+        k: number of values, at least 1 (the maximum).
     """
 
     def __init__(self, in_features: int, k: int = 10) -> None:
@@ -124,7 +113,7 @@ class TopKPooling(Pooling):
         self.k = k
 
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
-        """Pools as :class:`Aggregator` says; H is 1, the share of the values that come from a tile."""
+        """Pools as :class:`Aggregator`; H is 1, each tile's share of the values."""
         k = min(self.k, embeddings.shape[1])
         weights = mask.sum(1, keepdim=True) > torch.arange(k, device=mask.device)  # [B, k]
         weights = weights / weights.sum(1, keepdim=True)
@@ -144,11 +133,10 @@ class Chowder(Pooling):
     """A learned score per tile; the k highest and the k lowest scores are the slide's embedding.
 
     Courtiol et al., "Classification and disease localization in histopathology using only global labels",
-    2018. Departures: the head takes the place of the network above the scores, and a slide with fewer than
-    k tiles repeats its last one.
+    2018. Departures: the head replaces the network above the scores, and a slide with fewer than k tiles
+    repeats its last one.
 
     Args:
-        in_features: length D of a tile's embedding.
         k: number of scores from each end, at least 1 (R in the paper, 5 there).
     """
 
@@ -161,7 +149,7 @@ class Chowder(Pooling):
         self.score = nn.Linear(in_features, 1)
 
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
-        """Pools as :class:`Aggregator` says; H is 1, the share of the 2k scores that are a tile's."""
+        """Pools as :class:`Aggregator`; H is 1, each tile's share of the 2k scores."""
         scores = self.score(_present(embeddings, mask)).squeeze(2).to(torch.float32)  # [B, N]
         k = min(self.k, scores.shape[1])
         rank = torch.arange(self.k, device=mask.device).unsqueeze(0)  # [1, k]
@@ -182,7 +170,6 @@ class LogSumExpPooling(Pooling):
     CVPR 2015, equation 6. Towards r = 0 it is the mean, towards infinity the maximum.
 
     Args:
-        in_features: length D of a tile's embedding.
         sharpness: r, above 0.
     """
 
@@ -193,7 +180,7 @@ class LogSumExpPooling(Pooling):
         self.sharpness = sharpness
 
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
-        """Pools as :class:`Aggregator` says; H is 1, the softmax over the tiles, a mean over the features."""
+        """Pools as :class:`Aggregator`; H is 1, the softmax over the tiles, a mean over the features."""
         count = mask.sum(1, keepdim=True)  # [B, 1]
         pooled: list[Tensor] = []
         attention = torch.zeros(mask.shape, device=mask.device)
@@ -206,13 +193,11 @@ class LogSumExpPooling(Pooling):
 
 
 class Attention(Pooling):
-    """A learned score per tile decides how much it counts.
+    """The mean over the tiles, weighted by the softmax of a learned score per tile.
 
-    Ilse, Tomczak and Welling, "Attention-based deep multiple instance learning", ICML 2018,
-    equation 8. The softmax is taken in float32.
+    Ilse, Tomczak and Welling, "Attention-based deep multiple instance learning", ICML 2018, equation 8.
 
     Args:
-        in_features: length D of a tile's embedding.
         hidden_features: length of the hidden layer (L in the paper, 128 there).
     """
 
@@ -222,7 +207,7 @@ class Attention(Pooling):
         self.score = nn.Linear(hidden_features, 1)
 
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
-        """Pools as :class:`Aggregator` says; H is 1."""
+        """Pools as :class:`Aggregator`; H is 1."""
         tiles = _present(embeddings, mask)
         scores = torch.cat([self._scores(part) for part in _parts(tiles)], 1)
         return _weighted(tiles, _softmax(scores.transpose(1, 2), mask), mask)
@@ -237,11 +222,10 @@ class Attention(Pooling):
 
 
 class GatedAttention(Pooling):
-    """:class:`Attention` whose hidden layer has a gate: equation 9 of the same paper.
+    """:class:`Attention` with a gated hidden layer: equation 9 of the same paper.
 
     Args:
-        in_features: length D of a tile's embedding.
-        hidden_features: as there.
+        hidden_features: length of the hidden layer.
     """
 
     def __init__(self, in_features: int, hidden_features: int = 128) -> None:
@@ -251,7 +235,7 @@ class GatedAttention(Pooling):
         self.score = nn.Linear(hidden_features, 1)
 
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
-        """Pools as :class:`Aggregator` says; H is 1."""
+        """Pools as :class:`Aggregator`; H is 1."""
         tiles = _present(embeddings, mask)
         return _weighted(tiles, self.attention(tiles, mask), mask)
 
@@ -260,7 +244,7 @@ class GatedAttention(Pooling):
         return tiles
 
     def attention(self, tiles: Tensor, mask: Tensor) -> Tensor:
-        """Computes the weights ``[B, 1, N]`` of tiles whose padding holds a constant."""
+        """Computes the weights ``[B, 1, N]`` of tiles with constant padding."""
         scores = torch.cat([self._scores(part) for part in _parts(tiles)], 1)
         return _softmax(scores.transpose(1, 2), mask)
 
@@ -271,16 +255,15 @@ class GatedAttention(Pooling):
 
 
 class MultiHopAttention(Pooling):
-    """A query attends to the tiles, is updated by what it read, and attends again.
+    """A query attends to the tiles in several hops; each adds the values it read to the query.
 
-    Sukhbaatar et al., "End-to-end memory networks", NeurIPS 2015, section 2.2, the slide being the memory:
-    keys and values are shared by all hops, ``query += update(read)``. Departures: the first query is
-    learned instead of given, and scores are divided by the square root of their length.
+    Sukhbaatar et al., "End-to-end memory networks", NeurIPS 2015, section 2.2, with the slide as memory:
+    all hops share keys and values, ``query += update(read)``. Departures: the first query is learned
+    instead of given, and scores are divided by the square root of their length.
 
     Args:
-        in_features: length D of a tile's embedding.
         hidden_features: length D' of query, keys, values and of the slide's embedding, the last query.
-        hops: how often it attends, H, at least 1.
+        hops: number H, at least 1.
     """
 
     def __init__(self, in_features: int, hidden_features: int = 128, hops: int = 3) -> None:
@@ -290,12 +273,12 @@ class MultiHopAttention(Pooling):
         self.out_features = hidden_features
         self.hops = hops
         self.query = nn.Parameter(torch.randn(1, hidden_features))
-        self.key = nn.Linear(in_features, hidden_features, bias=False)  # the softmax would not see a bias
+        self.key = nn.Linear(in_features, hidden_features, bias=False)  # a bias would not change the softmax
         self.value = nn.Linear(in_features, hidden_features)
         self.update = nn.Linear(hidden_features, hidden_features, bias=False)
 
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
-        """Pools as :class:`Aggregator` says; H is the number of hops, in their order."""
+        """Pools as :class:`Aggregator`; H is the number of hops, in their order."""
         tiles = _present(embeddings, mask)
         keys = self.key(tiles) * self.out_features**-0.5  # [B, N, L]; scaled first, so as not to overflow
         values = self.value(tiles)  # [B, N, L]
@@ -311,7 +294,7 @@ class MultiHopAttention(Pooling):
         )
 
     def values(self, tiles: Tensor) -> Optional[Tensor]:  # noqa: UP045
-        """Returns how far each tile moves the query, from which the embedding begins."""
+        """Returns each tile's step of the query, the start of the embedding."""
         return self._moves(self.value(tiles))
 
     def _moves(self, values: Tensor) -> Tensor:
@@ -320,15 +303,14 @@ class MultiHopAttention(Pooling):
 
 
 class AdditiveAttention(Pooling):
-    """Gated attention over tiles that each pass through a network of their own; what a tile adds is known.
+    """Gated attention over tiles transformed one by one, with an exact contribution of each tile.
 
     Javed et al., "Additive MIL: intrinsically interpretable multiple instance learning for pathology",
     NeurIPS 2022, equation 4: the sum over the tiles of ``f(a x)``, attention times tile through a network.
-    Ours is two layers with a ReLU and without biases, so that ``f(a x) = a f(x)`` and a slide with more
-    tiles has no more bias. The head above is affine and adds no interaction.
+    Our network has two layers with a ReLU and no biases: ``f(a x) = a f(x)``, and more tiles add no bias.
+    The head above is affine and adds no interaction.
 
     Args:
-        in_features: length D of a tile's embedding.
         hidden_features: length of the hidden layers, and D'.
     """
 
@@ -340,7 +322,7 @@ class AdditiveAttention(Pooling):
         self.second = nn.Linear(hidden_features, hidden_features, bias=False)
 
     def forward(self, embeddings: Tensor, mask: Tensor) -> Aggregated:
-        """Pools as :class:`Aggregator` says; H is 1."""
+        """Pools as :class:`Aggregator`; H is 1."""
         tiles = _present(embeddings, mask)
         return _weighted(self._values(tiles), self.attend.attention(tiles, mask), mask)
 
@@ -354,38 +336,38 @@ class AdditiveAttention(Pooling):
 
 
 def _present(embeddings: Tensor, mask: Tensor, padding: float = 0.0) -> Tensor:
-    """Puts a constant in place of padding in ``[B, N, D]``: a zero gradient times NaN is NaN."""
-    # No second copy of 100,000 tiles where none is padding.
+    """Replaces padding in ``[B, N, D]`` by a constant: a zero gradient times NaN is NaN."""
+    # Without padding this saves a second copy of 100,000 tiles.
     if is_scripting():
         if bool(mask.all()):
             return embeddings
-    else:  # a GPU would have to be waited for, and what is traced takes one way only
+    else:  # the check would synchronise a GPU, and tracing records one branch only
         if not embeddings.is_cuda and not torch.compiler.is_compiling() and bool(mask.all()):
             return embeddings
     return embeddings.masked_fill(~mask.unsqueeze(2), padding)
 
 
 def _parts(tiles: Tensor) -> list[Tensor]:
-    """Splits tiles ``[B, N, D]`` in an exported file, so that hidden layers are small; else keeps them."""
+    """Splits tiles ``[B, N, D]`` in an exported file, to keep hidden layers small."""
     if is_scripting():
         return list(torch.split(tiles, 8192, 1))
     return [tiles]
 
 
 def _features(tiles: Tensor) -> list[Tensor]:
-    """Splits the features of ``[B, N, D]`` in an exported file, to be pooled apart; else keeps them."""
+    """Splits the features of ``[B, N, D]`` in an exported file, to save memory."""
     if is_scripting():
         return list(torch.split(tiles, 32, 2))
     return [tiles]
 
 
 def _weighted(values: Tensor, attention: Tensor, mask: Tensor) -> Aggregated:
-    """Adds up values of the tiles, ``[B, N, D']``, by their attention ``[B, 1, N]``."""
+    """Sums the values of the tiles, ``[B, N, D']``, weighted by their attention ``[B, 1, N]``."""
     return Aggregated(_read(attention, values).squeeze(1), attention, _shares(values, attention, mask))
 
 
 def _shares(values: Tensor, attention: Tensor, mask: Tensor) -> Optional[Tensor]:  # noqa: UP045
-    """Computes the contributions of :class:`Aggregated` from values ``[B, N, D']`` that are added up."""
+    """Computes the contributions of :class:`Aggregated` from values ``[B, N, D']``."""
     if is_scripting():  # they would take as much memory as the embeddings of a huge slide
         return None
     else:
@@ -395,7 +377,7 @@ def _shares(values: Tensor, attention: Tensor, mask: Tensor) -> Optional[Tensor]
 
 
 def _even(mask: Tensor) -> Tensor:
-    """Returns the weights ``[B, 1, N]`` of tiles that all count alike."""
+    """Returns equal weights ``[B, 1, N]`` of the tiles."""
     weights = mask.to(torch.float32)  # [B, N]
     return (weights / weights.sum(1, keepdim=True)).unsqueeze(1)
 
@@ -407,7 +389,7 @@ def _softmax(scores: Tensor, mask: Tensor) -> Tensor:
 
 def _read(weights: Tensor, tiles: Tensor) -> Tensor:
     """Multiplies ``[B, H, N]`` by ``[B, N, D]`` to ``[B, H, D]``, in float32 also under autocast."""
-    if is_scripting():  # an exported file runs as the caller says
+    if is_scripting():  # the caller of an exported file controls autocast
         return weights.to(torch.float32) @ tiles.to(torch.float32)
     else:
         with torch.autocast(tiles.device.type, enabled=False):

@@ -1,4 +1,4 @@
-"""Backbones: tile -> embedding, and where their pretrained weights come from."""
+"""Backbones: tile -> embedding, and the sources of their pretrained weights."""
 
 import hashlib
 import inspect
@@ -23,34 +23,33 @@ from slidetl.models.spec import BackboneSpec
 from slidetl.models.tensors import check_finite, is_state, load_tensors
 from slidetl.models.weights import BUNDLED, bundled_weights
 
-# Named here, since TorchScript takes a comment on types in the function itself for a type comment.
+# Named here, since TorchScript would parse the comment inside a function as a type comment.
 _is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined] # torch does not list it
 
-# How the weights that timm or the Hugging Face hub publishes for a network may be asked for.
+# Names of the weights published for a network by timm or on the Hugging Face hub.
 PUBLISHED = ("imagenet", "hub")
 
-# Where the state of an exported network (`slidetl.publish.export.ExportedNetwork`) has its first backbone.
+# Prefix of the first backbone in the state of `slidetl.publish.export.ExportedNetwork`.
 _FIRST_MEMBER = "networks.0.backbone."
 
 
 class Backbone(nn.Module):
-    """A network without its classifier, with the normalisation that its weights expect.
+    """A network without its classifier, with the normalisation of its weights.
 
     It starts from random weights; :meth:`load_pretrained` replaces them. Convolutional networks take tiles of
-    any size, transformers of timm's ViT, EVA and Swin families whole multiples of their patch; the few others
-    that know one size (timm marks them ``fixed_input_size``) take tiles of that size alone.
+    any size, timm's ViT, EVA and Swin families multiples of their patch, and the few networks marked
+    ``fixed_input_size`` by timm a single size.
 
     Attributes:
         num_features: length D of an embedding.
-        description: the network's name, and how it was changed since.
-        mean, std: buffers ``[1, C, 1, 1]``, of pixel values in 0..1. They travel with the weights.
+        description: the network's name and later changes.
+        mean, std: buffers ``[1, C, 1, 1]``, of pixel values in 0..1, saved with the weights.
         architecture: configuration of a network of the hub or a folder, as plain values; None for others.
-        lineage: SHA-256 of the weights that it began from, and those began from, nearest first; see
-            :class:`Pretrained`.
+        lineage: SHA-256 of the initial weights and their ancestors, nearest first; see :class:`Pretrained`.
 
     Raises:
-        WeightsError: there is no such model, or its configuration cannot be had.
-        UsageError: the network cannot do what the specification asks for.
+        WeightsError: no such model, or its configuration cannot be downloaded or read.
+        UsageError: the network does not support the specification.
     """
 
     mean: Tensor
@@ -85,8 +84,8 @@ class Backbone(nn.Module):
         """Embeds tiles.
 
         Args:
-            tiles: ``[N, C, H, W] uint8``; RGB where there are three channels, of which a network of one takes
-                the luma, ``0.299 R + 0.587 G + 0.114 B`` (ITU-R BT.601), not rounded.
+            tiles: ``[N, C, H, W] uint8``; three channels are RGB, and a network of one channel takes their
+                luma, ``0.299 R + 0.587 G + 0.114 B`` (ITU-R BT.601), not rounded.
 
         Returns:
             ``[N, D] float32`` (lower precision under autocast).
@@ -97,7 +96,7 @@ class Backbone(nn.Module):
         if self.in_channels == 1 and tiles.shape[1] == 3:
             rgb = tiles.to(self.mean.dtype)
             tiles = 0.299 * rgb[:, :1] + 0.587 * rgb[:, 1:2] + 0.114 * rgb[:, 2:]
-        if not _is_scripting():  # an exported file raises what its convolution does
+        if not _is_scripting():  # in an exported file the convolution raises
             self._check_channels(tiles)
         scale = 1.0 / (255.0 * self.std)
         x = torch.addcmul(-self.mean / self.std, tiles.to(self.mean.dtype), scale)  # one pass, not three
@@ -114,7 +113,7 @@ class Backbone(nn.Module):
             )
 
     def load_pretrained(self) -> None:
-        """Replaces the weights by the pretrained ones that the specification names.
+        """Loads the pretrained weights named by the specification.
 
         Raises:
             WeightsError: they cannot be found or read, or their names or shapes differ.
@@ -143,11 +142,9 @@ class Backbone(nn.Module):
         self.lineage = found.lineage
 
     def blocks(self) -> dict[str, nn.Module]:
-        """Returns the parts of the network whose outputs timm counts as its features, lowest first.
+        """Returns timm's feature stages of the network, lowest first, or else its children.
 
-        Returns:
-            Modules by their names in ``net``, e.g. ``layer1`` to ``layer4`` of a ResNet after its stem; for a
-            network that lists none, its children.
+        The keys are names in ``net``, e.g. ``layer1`` to ``layer4`` of a ResNet after its stem.
         """
         listed = getattr(self.net, "feature_info", None)
         if not listed:
@@ -162,12 +159,12 @@ def _config(network: nn.Module) -> dict[str, Any]:
 
 
 def _names(value: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Returns the names that timm's configurations give as one, as several, or as nothing."""
+    """Returns the names in an entry of timm's configuration: one, several or none."""
     return (value,) if isinstance(value, str) else tuple(value or ())
 
 
 def _per_channel(values: Sequence[float], in_channels: int) -> Tensor:
-    """Returns mean or std ``[1, C, 1, 1]``: those given, or three of them adapted as the kernels are."""
+    """Returns mean or std ``[1, C, 1, 1]``; adapts three values like the kernels."""
     given = torch.tensor(values, dtype=torch.float32)
     if len(given) != in_channels:
         given = given.mean().view(1) if in_channels == 1 else given.repeat(2)[:in_channels]
@@ -193,13 +190,13 @@ def _build_network(spec: BackboneSpec, architecture: Mapping[str, Any] | None) -
     return _timm_network(architecture["architecture"], spec, **options)
 
 
-# The architecture that a checkpoint records; {} for one that records none. None asks the hub.
+# The architecture recorded in a checkpoint, {} if it has none; None asks the hub.
 _recorded: ContextVar[Mapping[str, Any] | None] = ContextVar("_recorded", default=None)
 
 
 @contextmanager
 def without_downloads(checkpoint: Mapping[str, Any]) -> Iterator[None]:
-    """Builds what a checkpoint names from what it records: within, nothing is downloaded."""
+    """Takes architectures from a checkpoint while the context is open, and downloads nothing."""
     before = _recorded.set(checkpoint.get("architecture") or {})
     try:
         yield
@@ -208,7 +205,7 @@ def without_downloads(checkpoint: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _architecture(name: str) -> dict[str, Any] | None:
-    """Returns the configuration of a network that timm does not know by name; None for one that it knows."""
+    """Returns the configuration of a network of the hub or a folder; None for timm's own names."""
     if ":" not in name:
         return None
     recorded = _recorded.get()
@@ -244,7 +241,7 @@ _SOURCES = ("file", "hf_hub_id", "source", "url")
 
 
 def _checked(found: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Checks the configuration of a network: timm could load files by some of its own arguments."""
+    """Checks the configuration of a network: some of timm's arguments load files."""
     import timm
 
     arguments = found.get("model_args")
@@ -291,7 +288,7 @@ def _timm_network(name: str, spec: BackboneSpec, **options: Any) -> nn.Module:
         options.update(mlp_layer=SwiGLUPacked, act_layer=nn.SiLU)
     if spec.layer_scale:
         options.update(init_values=1e-5)  # at the start; loaded weights replace it
-    # Tiles of any size: so the ViT and EVA families are told, so the Swin family; the rest knows neither.
+    # Options for tiles of any size: of the ViT and EVA families, of the Swin family, of the rest.
     any_size: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
     for number, size in enumerate(any_size):
         try:
@@ -306,19 +303,19 @@ def _timm_network(name: str, spec: BackboneSpec, **options: Any) -> nn.Module:
             wanted = "the published weights" if options.get("pretrained") else "the configuration"
             raise _not_found(spec.name, wanted, error) from error
         break
-    if getattr(network, "global_pool", None) == "":  # every token comes out; one vector per tile is needed
+    if getattr(network, "global_pool", None) == "":  # returns every token; a tile needs one vector
         network.reset_classifier(0, "token")  # type: ignore[operator]
     return network
 
 
 def local_weights(name: str) -> Path | None:
-    """Finds the published weights of a model on this machine, without asking any network.
+    """Finds the published weights of a model on this machine, without a connection.
 
     Args:
         name: a timm name, ``hf-hub:OWNER/MODEL`` or ``local-dir:FOLDER``.
 
     Returns:
-        A file in the cache of the Hugging Face hub or of torch's hub, or in the folder; None for none.
+        A file in the cache of the Hugging Face hub or of torch's hub, or in the folder; or None.
     """
     import timm
 
@@ -354,14 +351,14 @@ def _hub_folder(name: str, file: str) -> Path | None:
 
 @dataclass(frozen=True)
 class Pretrained:
-    """The weights that a specification names.
+    """The pretrained weights of a specification.
 
     Attributes:
         weights: a state dict on the CPU.
-        normalisation: ``mean`` and ``std`` where the file states them, else empty: timm's own hold.
-        lineage: SHA-256 of where a training that begins with them begins, nearest first. Of a model that
-            slidetl exported, its card's ``weights_sha256`` and ``lineage``; of other weights, their own hash
-            (:func:`state_sha256`), for nothing is known of what they began from.
+        normalisation: ``mean`` and ``std`` if the file states them, else empty: timm's own hold.
+        lineage: SHA-256 of the weights and their ancestors, nearest first. For a model exported by slidetl,
+            its card's ``weights_sha256`` and ``lineage``; for other weights, of unknown ancestors, their own
+            hash (:func:`state_sha256`).
     """
 
     weights: dict[str, Tensor]
@@ -370,10 +367,10 @@ class Pretrained:
 
 
 def read_pretrained(spec: BackboneSpec) -> Pretrained:
-    """Finds the pretrained weights that a specification names.
+    """Reads the pretrained weights of a specification.
 
     Raises:
-        WeightsError: nothing there, or not readable without unpickling objects.
+        WeightsError: they are missing, or unreadable without unpickling objects.
     """
     if spec.pretrained in PUBLISHED:
         weights = _published_weights(spec)
@@ -458,7 +455,7 @@ def _statistic(path: Path, key: str, text: str) -> list[float]:
 
 
 def _backbone_of(state: dict[str, Tensor], metadata: dict[str, str], path: Path) -> Pretrained:
-    """Takes the backbone out of the state of an exported network; of several that vote, the first one's."""
+    """Extracts the backbone from the state of an exported network, the first one of an ensemble."""
     own = state_sha256(state)
     try:
         lineage = tuple(str(sha256) for sha256 in json.loads(metadata["lineage"]))

@@ -1,4 +1,4 @@
-"""Parts of a backbone from its input upwards: in their order, copied, or narrowed."""
+"""Blocks of a backbone from its input upwards: listed, copied or narrowed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from slidetl.errors import UsageError
 from slidetl.models.backbones import Backbone
 
-_TRIAL_SIZE_PX = 128  # of the tile that finds out which channels arrive where; Inception needs 75
+_TRIAL_SIZE_PX = 128  # side of the tile sent through to see the channels of each layer; Inception needs 75
 
 
 def batch_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
@@ -23,9 +23,9 @@ def pretrained_backbone(backbone: Backbone) -> Backbone:
     """Builds another backbone of the same specification, with the pretrained weights.
 
     Raises:
-        WeightsError: they cannot be had.
+        WeightsError: they cannot be found or read.
     """
-    with torch.random.fork_rng(devices=[]):  # its random start is thrown away; no later draw shall notice
+    with torch.random.fork_rng(devices=[]):  # its random start is discarded and must not change later draws
         other = Backbone(backbone.spec)
     other.load_pretrained()
     return other
@@ -34,8 +34,8 @@ def pretrained_backbone(backbone: Backbone) -> Backbone:
 def blocks_of(backbone: Backbone) -> list[list[nn.Parameter]]:
     """Returns the backbone's parameters, block by block from the input to the embedding.
 
-    A block is a child of the network, or an entry of a child that is a sequence; what has no kernel of its
-    own, such as a norm, belongs to the block before it.
+    A block is a child of the network, or an entry of a sequential child; layers without a kernel, such as
+    norms, belong to the block before them.
     """
     sequences = tuple(
         f"{name}."
@@ -58,11 +58,11 @@ def blocks_of(backbone: Backbone) -> list[list[nn.Parameter]]:
 
 
 def copy_up_to(backbone: Backbone, block: str) -> None:
-    """Gives everything up to and including a block the pretrained weights and statistics.
+    """Copies the pretrained weights and statistics up to and including a block.
 
     Raises:
         UsageError: no such block.
-        WeightsError: the pretrained weights cannot be had.
+        WeightsError: the pretrained weights cannot be found or read.
     """
     keys = keys_up_to(backbone, block)
     pretrained = pretrained_backbone(backbone)
@@ -73,7 +73,7 @@ def copy_up_to(backbone: Backbone, block: str) -> None:
 
 
 def copy_normalisation(source: Backbone, target: Backbone) -> None:
-    """Makes one backbone, which begins from weights of another, normalise its tiles as that does."""
+    """Copies normalisation and lineage to a backbone with weights from another."""
     target.lineage = source.lineage
     target.mean.copy_(source.mean)
     target.std.copy_(source.std)
@@ -90,10 +90,10 @@ def keep_statistics_up_to(backbone: Backbone, block: str) -> None:
 def keys_up_to(backbone: Backbone, block: str) -> tuple[str, ...]:
     """Names the state of ``backbone.net`` from the input up to and including a block.
 
-    The order is that in which the network declares its modules; in timm it is that of execution.
+    The order is the network's order of declaration, in timm also of execution.
 
     Raises:
-        UsageError: no block of that name has weights.
+        UsageError: no such block with weights.
     """
     keys = list(backbone.net.state_dict())
     inside = [index for index, key in enumerate(keys) if key.startswith(f"{block}.")]
@@ -108,17 +108,16 @@ def keys_up_to(backbone: Backbone, block: str) -> tuple[str, ...]:
 def narrow_above(backbone: Backbone, block: str, width: float) -> None:
     """Gives everything above a block fewer channels and fresh random weights, in place.
 
-    A tile is sent through, and each layer above the block is rebuilt as it comes: it takes the channels
-    that arrive and gives ``width`` times as many as before. Kernels are drawn as by He et al. 2015 (normal,
-    by the fan-out).
+    A tile passes through and each layer above the block is rebuilt in turn: it takes the arriving channels
+    and gives ``width`` times as many as before. Kernels are drawn as by He et al. 2015 (normal, by fan-out).
 
     Args:
         backbone: made of convolutions, batch or layer norms and linear layers above the block.
         block: name of a module of ``backbone.net``.
-        width: share of the channels that is kept, above 0 and up to 1.
+        width: share of the channels to keep, above 0 and up to 1.
 
     Raises:
-        UsageError: no such block; or the network cannot be narrowed there.
+        UsageError: no such block, or the network cannot be narrowed above it.
     """
     below = set(keys_up_to(backbone, block))
     hooks = []

@@ -1,4 +1,4 @@
-"""Lists backbones: their size, and whether their weights are on this machine."""
+"""Lists backbones with their size and the place of their weights."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ RECOMMENDED = (
     "hf-hub:prov-gigapath/prov-gigapath",
     "hf-hub:bioptimus/H-optimus-0",
 )
-# To count parameters a network must be laid out, without memory: some 50 ms each.
+# Counting parameters builds the network on the meta device: about 50 ms each.
 MOST_COUNTED = 40
 
 
 @dataclass(frozen=True)
 class BackboneEntry:
-    """One line of the list.
+    """An entry of the list.
 
     Attributes:
         name: for :class:`~slidetl.models.spec.BackboneSpec`.
-        parameters: without a classifier; None where it was not counted.
+        parameters: number without a classifier; None if not counted.
         features: length D of an embedding, likewise.
-        input_size_px: side of the tiles that its weights were made for, likewise.
+        input_size_px: side of the tiles in its pretraining, likewise.
         weights: ``bundled``, the path of a file on this machine, ``download`` or ``none``.
     """
 
@@ -54,9 +54,8 @@ def list_backbones(pattern: str | None = None) -> list[BackboneEntry]:
     """Lists backbones; opens no connection.
 
     Args:
-        pattern: part of a name, or a name with ``*`` and ``?``: every model of timm and of the CBR family
-            that it fits. None lists what is bundled, the CBR family, whatever has weights on this machine,
-            and a few recommended ones.
+        pattern: part of a name, or a name with ``*`` and ``?``, of models of timm and the CBR family. None
+            lists bundled weights, the CBR family, models with weights on this machine, and recommended ones.
 
     Returns:
         Entries, counted up to :data:`MOST_COUNTED`.
@@ -79,11 +78,11 @@ def _with_local_weights() -> list[str]:
 
     published = [name for name in timm.list_models(pretrained=True) if local_weights(name)]
     default = {name: name.partition(".")[0] for name in published}
-    # Without its tag where that is the default: shorter, and the same weights.
+    # Without its tag if it is the default: shorter, and the same weights.
     names = [
         short if local_weights(short) == local_weights(name) else name for name, short in default.items()
     ]
-    # Models of timm's form in the Hugging Face cache that are not timm's own.
+    # Models in timm's form in the Hugging Face cache, published by others.
     for config in sorted(Path(constants.HF_HUB_CACHE).glob("models--*/snapshots/*/config.json")):
         owner, _, model = config.parents[2].name.removeprefix("models--").partition("--")
         name = f"hf-hub:{owner}/{model}"
@@ -111,7 +110,7 @@ def _entry(name: str, is_bundled: bool, is_counted: bool) -> BackboneEntry:
     try:
         with torch.device("meta"):
             backbone = Backbone(BackboneSpec(name))
-    except SlidetlError:  # a configuration in the cache that is damaged, or lacks what gated_mlp would say
+    except SlidetlError:  # a cached configuration is damaged, or needs gated_mlp
         return BackboneEntry(name, None, None, None, weights)
     parameters = sum(parameter.numel() for parameter in backbone.parameters())
     config = backbone.net.pretrained_cfg

@@ -1,4 +1,4 @@
-"""The CBR family: small plain convolutional networks, as a measure of what large ones are worth.
+"""The CBR family: small plain convolutional networks, as a baseline for large ones.
 
 Source: Raghu et al., "Transfusion: Understanding Transfer Learning for Medical Imaging", NeurIPS 2019,
 appendix.
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from slidetl.errors import WeightsError
 
-# Side of the kernels, channels of the layers, and whether a pool follows the last layer too. That the tallest
-# alone has none is the authors' text; so is the tiny network, whose parameters they count as if its channels
-# were those of the small one. Both are here.
+# Side of the kernels, channels of the layers, and True if a pool follows the last layer too; by the authors'
+# text only the tallest has none. Their text and their parameter count give the tiny network different
+# channels: `cbr_tiny` follows the text, `cbr_tiny_published` the count, with the channels of the small one.
 _LAYOUTS: dict[str, tuple[int, tuple[int, ...], bool]] = {
     "cbr_larget": (7, (32, 64, 128, 256, 512), False),
     "cbr_largew": (7, (64, 128, 256, 512), True),
@@ -32,9 +32,9 @@ class CBR(nn.Module):
     al. (2015) propose, so that the variants without batch norm train too.
 
     Args:
-        name: one of :data:`CBR_NAMES`; ``_elu`` behind it replaces ReLU by ELU, and ``_nobn`` behind
-            that leaves batch norm out (the convolutions then have biases), e.g. ``cbr_tiny_elu_nobn``.
-        in_channels: of the input.
+        name: one of :data:`CBR_NAMES`, then ``_elu`` for ELU instead of ReLU, then ``_nobn`` for no batch
+            norm (the convolutions then have biases), e.g. ``cbr_tiny_elu_nobn``.
+        in_channels: channels of the input.
 
     Attributes:
         num_features: length D of an embedding; ``head_hidden_size`` is timm's name for it.
@@ -42,7 +42,7 @@ class CBR(nn.Module):
         feature_info: the layers' names and numbers of channels, likewise.
 
     Raises:
-        WeightsError: there is no such variant.
+        WeightsError: no such variant.
     """
 
     def __init__(self, name: str, in_channels: int = 3) -> None:

@@ -12,7 +12,7 @@ _GAP = 3.0  # between neighbouring thresholds at the start, in units of the logi
 
 
 class Head(nn.Module):
-    """Base of the heads; each has the three methods that raise here.
+    """Base of the heads; they implement ``forward``, ``probabilities`` and ``grade_losses``.
 
     Args:
         in_features: length D' of a slide's embedding.
@@ -33,7 +33,7 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Computes probabilities ``[B, K]``, which sum to one, from logits."""
+        """Computes probabilities ``[B, K]`` from logits; each row sums to one."""
         raise NotImplementedError
 
     def grade_losses(self, logits: Tensor) -> Tensor:
@@ -41,15 +41,15 @@ class Head(nn.Module):
         raise NotImplementedError
 
     def explain(self, embedding: Tensor, contributions: Tensor) -> Optional[tuple[Tensor, Tensor]]:  # noqa: UP045 (TorchScript reads it)
-        """Projects an embedding and its tiles' contributions on the score that decides the grade.
+        """Projects an embedding and its tiles' contributions on the score of the slide.
 
         Args:
             embedding: ``[B, D']``.
-            contributions: ``[B, N, D']``, as :class:`~slidetl.models.aggregators.Aggregated` has them.
+            contributions: ``[B, N, D']``, of :class:`~slidetl.models.aggregators.Aggregated`.
 
         Returns:
             The slide's score ``[B]`` and each tile's contribution to it, ``[B, N]``, in ``score_unit``; None
-            for a head without one score.
+            for a head without a score.
         """
         return None
 
@@ -71,13 +71,12 @@ class Head(nn.Module):
         Args:
             logits: as :meth:`forward` returns them.
             target: grades ``[B]`` int64, below 0 for none; or probabilities ``[B, K]``
-                (:mod:`slidetl.models.targets`), a row of zeros for none. The loss is linear in them: the
-                mean over the grades that the slide may have.
+                (:mod:`slidetl.models.targets`), a row of zeros for none. The loss is linear in them.
             weight: ``[B]`` of the slides, not negative.
             class_weight: ``[K]`` of the grades, not negative.
 
         Returns:
-            The mean over the slides that have a grade; 0, with a gradient of 0, where none has one.
+            The mean over the slides with a grade; 0, with a gradient of 0, if there are none.
         """
         summed, total = self.summed_loss(logits, target, weight, class_weight)
         return summed / torch.where(total > 0, total, torch.ones_like(total))
@@ -89,10 +88,7 @@ class Head(nn.Module):
         weight: Tensor | None = None,
         class_weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Computes the two scalars of which :meth:`loss` is the quotient: weighted sum, and sum of weights.
-
-        Where several processes share a batch, each has a part of both.
-        """
+        """Computes weighted sum and sum of weights, to add up over processes; their quotient is the loss."""
         losses = self.grade_losses(logits)
         if not target.is_floating_point():
             target = one_hot_grades(target, self.n_grades)
@@ -105,7 +101,7 @@ class Head(nn.Module):
 
 
 class _ScoreHead(Head):
-    """Base of the heads that see one linear score of a slide, and cut it into grades."""
+    """Base of the heads with one linear score per slide, cut into grades."""
 
     score_unit = "log-odds"
 
@@ -114,23 +110,23 @@ class _ScoreHead(Head):
         self.score = nn.Linear(in_features, 1, bias=bias)
 
     def explain(self, embedding: Tensor, contributions: Tensor) -> Optional[tuple[Tensor, Tensor]]:  # noqa: UP045 (TorchScript reads it)
-        """Projects as :meth:`Head.explain` says."""
+        """Projects as :meth:`Head.explain`."""
         return self.score(embedding).squeeze(1), contributions @ self.score.weight[0]
 
 
 class CumulativeLink(_ScoreHead):
-    """Proportional odds: one score per slide, and ordered thresholds that cut it into K grades.
+    """Proportional odds: one score per slide, cut into K grades by ordered thresholds.
 
     McCullagh, "Regression models for ordinal data", JRSS B 1980: ``P(grade <= k) =
-    sigmoid(threshold_k - score)``. Thresholds are kept in order by construction: the first is free,
-    the gaps between them are softplus of free parameters. A logit is ``score - threshold_k``, that of
-    ``grade > k``. The loss is the negative log-likelihood.
+    sigmoid(threshold_k - score)``. Thresholds are ordered by construction: the first is free, the gaps are
+    softplus of free parameters. The logit of ``grade > k`` is ``score - threshold_k``. The loss is the
+    negative log-likelihood.
     """
 
     def __init__(self, in_features: int, n_grades: int) -> None:
-        super().__init__(in_features, n_grades)  # without a bias, which is the first threshold
-        # Wide enough apart that each grade is somewhere the most probable one. From closer thresholds the
-        # middle grades are never predicted until training has moved the thresholds, which is slow.
+        super().__init__(in_features, n_grades)  # the first threshold replaces a bias
+        # At this distance each grade is the most probable one somewhere. Closer thresholds never predict the
+        # middle grades until training, slowly, moves them apart.
         self.first = nn.Parameter(torch.tensor([-_GAP * (n_grades - 2) / 2]))  # [1]
         self.gaps = nn.Parameter(torch.full((n_grades - 2,), _GAP).expm1().log())  # [K-2]
 
@@ -140,7 +136,7 @@ class CumulativeLink(_ScoreHead):
         return score - _ordered(self.first, self.gaps)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Computes probabilities ``[B, K]``, which sum to one."""
+        """Computes probabilities ``[B, K]``; each row sums to one."""
         return _differences(torch.sigmoid(logits))
 
     def grade_losses(self, logits: Tensor) -> Tensor:
@@ -149,12 +145,12 @@ class CumulativeLink(_ScoreHead):
 
 
 class Coral(_ScoreHead):
-    """Asks K-1 binary questions "is the grade above k?", which share one score and differ in bias.
+    """Asks K-1 binary questions "is the grade above k?" with a shared score and separate biases.
 
     CORAL: Cao, Mirjalili and Raschka, "Rank consistent ordinal regression for neural networks", Pattern
     Recognition Letters 2020. The loss is the sum of the questions' cross-entropies. Departures: biases
-    start three apart, as the thresholds of :class:`CumulativeLink` do; and since they are in order only
-    where training has converged, probabilities come from the running minimum of the answers.
+    start three apart, like the thresholds of :class:`CumulativeLink`; and probabilities come from the
+    running minimum of the answers, since biases are ordered only after training has converged.
     """
 
     def __init__(self, in_features: int, n_grades: int) -> None:
@@ -167,7 +163,7 @@ class Coral(_ScoreHead):
         return score + self.bias
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Computes probabilities ``[B, K]``, which sum to one."""
+        """Computes probabilities ``[B, K]``; each row sums to one."""
         falling = [logits[:, 0]]  # the running minimum; ONNX has no cummin
         for threshold in range(1, logits.shape[1]):
             falling.append(torch.minimum(falling[-1], logits[:, threshold]))
@@ -183,12 +179,12 @@ class Coral(_ScoreHead):
 
 
 class Corn(Head):
-    """Asks "is the grade above k, given that it is above k-1?", K-1 questions, each with its own weights.
+    """Asks K-1 questions "is the grade above k, if above k-1?", each with its own weights.
 
     CORN: Shi, Cao and Raschka, "Deep neural networks for rank-consistent ordinal regression based on
     conditional probabilities", 2021. Departure: cross-entropies are summed over the questions of a slide and
-    averaged over slides, where the paper divides by the number of questions asked in the batch; a slide's
-    share so does not depend on its batch.
+    averaged over slides, so a slide's share does not depend on its batch; the paper divides by the number
+    of questions in the batch.
     """
 
     def __init__(self, in_features: int, n_grades: int) -> None:
@@ -201,12 +197,12 @@ class Corn(Head):
         return logits
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Computes probabilities ``[B, K]``, which sum to one."""
+        """Computes probabilities ``[B, K]``; each row sums to one."""
         # The product of the conditional probabilities; ONNX has no cumprod.
         return _differences(functional.logsigmoid(logits).cumsum(1).exp())
 
     def grade_losses(self, logits: Tensor) -> Tensor:
-        """Sums the cross-entropies of the questions that each grade is asked, ``[B, K]``."""
+        """Sums the cross-entropies of the questions for each grade, ``[B, K]``."""
         yes, no = functional.softplus(-logits), functional.softplus(logits)  # [B, K-1]
         zero = torch.zeros_like(logits[:, :1])
         # All questions up to the grade are answered yes, the next no, and the rest not asked.
@@ -214,11 +210,10 @@ class Corn(Head):
 
 
 class RegressionWithThresholds(_ScoreHead):
-    """Regresses the grade as a number, and learns apart from it where to cut that number into grades.
+    """Regresses the grade as a number, and fits thresholds to cut it into grades.
 
-    The squared error alone moves the score. The thresholds and the slope at them are fitted to the score
-    as it is, by the likelihood of a cumulative link; no gradient of theirs reaches the score. That is
-    regression with thresholds tuned afterwards, in one pass and on the training slides alone.
+    Only the squared error moves the score. Thresholds and their slope are fitted to the detached score by
+    the likelihood of a cumulative link, as if tuned after training, on the training slides alone.
     """
 
     score_unit = "grades"
@@ -237,7 +232,7 @@ class RegressionWithThresholds(_ScoreHead):
         return torch.cat([score, cumulative], dim=1)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Computes probabilities ``[B, K]``, which sum to one."""
+        """Computes probabilities ``[B, K]``; each row sums to one."""
         return _differences(torch.sigmoid(logits[:, 1:]))
 
     def grade_losses(self, logits: Tensor) -> Tensor:
@@ -259,7 +254,7 @@ class CrossEntropy(Head):
         return logits
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Computes probabilities ``[B, K]``, which sum to one."""
+        """Computes probabilities ``[B, K]``; each row sums to one."""
         return logits.softmax(1)
 
     def grade_losses(self, logits: Tensor) -> Tensor:
@@ -268,7 +263,7 @@ class CrossEntropy(Head):
 
 
 def _ordered(first: Tensor, gaps: Tensor) -> Tensor:
-    """Returns thresholds ``[K-1]`` that increase, whatever the parameters ``[1]`` and ``[K-2]``."""
+    """Returns increasing thresholds ``[K-1]`` for any parameters ``[1]`` and ``[K-2]``."""
     return torch.cat([first, first + functional.softplus(gaps).cumsum(0)])
 
 
@@ -282,7 +277,7 @@ def _differences(above: Tensor) -> Tensor:
 def _cumulative_losses(logits: Tensor) -> Tensor:
     """Computes the negative log-likelihood ``[B, K]`` of each grade from logits ``[B, K-1]``.
 
-    It stays finite, with a gradient, however wrong a confident score is:
+    It stays finite, with a gradient, even for confident wrong scores:
     ``log(sigmoid(a) - sigmoid(b)) = logsigmoid(a) + logsigmoid(-b) + log(1 - exp(b - a))``.
     """
     far = torch.full_like(logits[:, :1], 1e4)  # sigmoid is exactly 1 there, and its gradient 0

@@ -1,4 +1,4 @@
-"""The network that grades a slide; what is trained is what is exported."""
+"""The grading network, the same in training and in exported files."""
 
 from typing import Optional
 
@@ -11,13 +11,7 @@ from slidetl.models.heads import Head
 
 
 class GradingNetwork(nn.Module):
-    """Normalisation and backbone per tile, then aggregator and head per slide.
-
-    Args:
-        backbone: tile -> embedding.
-        aggregator: pools; an :class:`~slidetl.models.aggregators.Aggregator`.
-        head: from :mod:`slidetl.models.heads`.
-    """
+    """Normalisation and backbone per tile, then aggregator and head per slide."""
 
     def __init__(self, backbone: Backbone, aggregator: Pooling, head: Head) -> None:
         super().__init__()
@@ -43,7 +37,7 @@ class GradingNetwork(nn.Module):
         return embeddings.view(tiles.shape[0], tiles.shape[1], -1)
 
     def grade(self, embeddings: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes the rest of :meth:`forward` from embeddings ``[B, N, D]``; not for lower precisions."""
+        """Grades bags of embeddings ``[B, N, D]``; not for lower precisions."""
         logits, attention, _ = self.explain(embeddings, mask)
         return logits, attention
 
@@ -60,8 +54,8 @@ class GradingNetwork(nn.Module):
 
         Returns:
             Logits ``[B, L]``, attention ``[B, H, N]``, and the score ``[B]`` with the contributions
-            ``[B, N]``, in the head's ``score_unit``, 0 for padding; None in their place where the aggregator
-            does not add tiles up or the head has no such score.
+            ``[B, N]``, in the head's ``score_unit``, 0 for padding; None instead if the aggregator does not
+            sum over tiles or the head has no score.
         """
         pooled: Aggregated = self.aggregator(embeddings, mask)
         explained: Optional[tuple[Tensor, Tensor]] = None  # noqa: UP045
@@ -73,7 +67,7 @@ class GradingNetwork(nn.Module):
         return self.head(pooled.embedding), pooled.attention, explained
 
     def _explain_in_parts(self, embeddings: Tensor, pooled: Aggregated) -> Optional[tuple[Tensor, Tensor]]:  # noqa: UP045
-        """Explains one slide without padding in an exported file, in memory for some of its tiles."""
+        """Explains one slide without padding in an exported file, some tiles at a time to save memory."""
         score: Optional[Tensor] = None  # noqa: UP045
         projected: list[Tensor] = []
         for part in torch.split(embeddings, 8192, 1):

@@ -26,8 +26,8 @@ class Seen(NamedTuple):
 
     Attributes:
         tiles: ``[B, N, 3, H, W] uint8``.
-        mask: ``[B, N]`` bool, False for padding, which must not count.
-        activations: what modules of ``backbone.net`` gave, by their names.
+        mask: ``[B, N]`` bool, False for padding.
+        activations: outputs of modules of ``backbone.net``, by their names.
     """
 
     tiles: Tensor
@@ -36,16 +36,13 @@ class Seen(NamedTuple):
 
 
 class Reference(nn.Module):
-    """A frozen pretrained backbone, to measure distances from.
+    """A frozen pretrained backbone, to measure distances from; takes over the given one.
 
-    Its parameters are turned into buffers that no state dict contains. So it moves with ``.to()``, and no
-    optimiser, no checkpoint, no exported file and no gradient of DDP ever holds it.
-
-    Args:
-        backbone: with its pretrained weights; it is taken over, not copied.
+    Its parameters become non-persistent buffers: they move with ``.to()``, but stay out of optimisers,
+    checkpoints, exported files and the gradients of DDP.
 
     Attributes:
-        sha256: of the weights, as :func:`~slidetl.models.backbones.weights_sha256` gives it.
+        sha256: of the weights (:func:`~slidetl.models.backbones.weights_sha256`).
     """
 
     def __init__(self, backbone: Backbone) -> None:
@@ -59,7 +56,7 @@ class Reference(nn.Module):
                 delattr(module, name)
                 module.register_buffer(name, value.detach(), persistent=False)
         for norm in batch_norms(backbone):
-            # With this off, `training` only chooses between batch and stored statistics; it updates none.
+            # With this off, `training` chooses between batch and stored statistics, and updates none.
             norm.track_running_stats = False
 
     @property
@@ -69,7 +66,7 @@ class Reference(nn.Module):
 
     @property
     def attention(self) -> dict[str, Tensor]:
-        """Weights ``[C]`` of a layer's channels, which sum to one; layers without weigh them alike."""
+        """Weights ``[C]`` by layer, with a sum of one; other layers weigh their channels alike."""
         return {layer: self.get_buffer(name) for layer, name in self._attention.items()}
 
     @attention.setter
@@ -79,11 +76,11 @@ class Reference(nn.Module):
             self.register_buffer(f"attention{index}", value.detach(), persistent=False)
 
     def to_checkpoint(self) -> dict[str, Any]:
-        """Returns what a training needs to resume; the weights are those of a file, the hash says which."""
+        """Returns the state to resume from, with the hash of the weights instead of the weights."""
         return {"sha256": self.sha256, "attention": self.attention}
 
     def restore(self, kept: Mapping[str, Any]) -> None:
-        """Inverts :meth:`to_checkpoint`.
+        """Restores the state of :meth:`to_checkpoint`.
 
         Raises:
             CheckpointError: the pretrained weights have changed since.
@@ -102,7 +99,7 @@ class Reference(nn.Module):
         Args:
             tiles: the tiles.
             layers: names of modules of ``backbone.net``.
-            like: batch norms that use batch statistics there use them here too in this call.
+            like: backbone to follow; batch norms with batch statistics there use them here too in this call.
         """
         self.eval()
         for mine, other in zip(batch_norms(self.backbone), batch_norms(like), strict=True):
@@ -122,7 +119,7 @@ def ramp(start: float, end: float | None, shape: Shape, progress: float) -> floa
 
 def squared_distance(parameters: Sequence[Tensor], anchors: Sequence[Tensor]) -> Tensor:
     """Sums ``||p - p0||^2`` over pairs of tensors: a scalar with a gradient, in float32 at least."""
-    # One kernel forward and one backward, where a difference and its square are three and more.
+    # One kernel forward and one backward; a difference and its square need three and more.
     distances = [
         mse_loss(_wide(p), _wide(p0), reduction="sum") for p, p0 in zip(parameters, anchors, strict=True)
     ]
@@ -134,7 +131,7 @@ def pull(parameters: Sequence[Tensor], anchors: Sequence[Tensor], factor: float)
     """Moves parameters towards their anchors in place: ``p -= factor (p - p0)``.
 
     Args:
-        parameters: what is moved.
+        parameters: tensors to move.
         anchors: a tensor of equal shape for each.
         factor: 0 leaves them, 1 puts them onto the anchors; more would overshoot and counts as 1.
 
@@ -154,15 +151,14 @@ def activation_distance(
 ) -> Tensor:
     """Sums the squared differences of activations over layers, a mean over the slides of a batch.
 
-    Per tile and layer it is ``sum_c W_c mean_xy (a_cxy - a0_cxy)^2`` with weights W that sum to one. A
-    slide counts by the mean over its tiles, so that neither padding nor the sharing out of slides over
-    processes changes the figure.
+    Per tile and layer it is ``sum_c W_c mean_xy (a_cxy - a0_cxy)^2``, W of sum one. The mean over a slide's
+    tiles counts, so neither padding nor the split of slides over processes changes the result.
 
     Args:
         found: activations ``[B*N, C, ...]`` (or ``[B*N, T, C]``, tokens) by layer; they get the gradient.
-        expected: those of the reference.
+        expected: activations of the reference.
         mask: ``[B, N]`` bool, False for padding.
-        attention: ``[C]`` by layer; layers that are missing weigh their channels alike.
+        attention: ``[C]`` by layer; missing layers weigh their channels alike.
     """
     share = (mask / (mask.sum(1, keepdim=True) * len(mask))).flatten()  # [B*N], sums to one
     total = share.new_zeros(())
@@ -190,21 +186,21 @@ def channel_attention(
     batches: Sequence[Batch],
     steps: int = 100,
 ) -> dict[str, Tensor]:
-    """Measures how much each channel of the pretrained network matters to the task.
+    """Measures the importance of each channel of the pretrained network for the task.
 
     DELTA (Li et al., ICLR 2019), section 3.3: a classifier is fitted on the pretrained network's frozen
-    features; a channel's weight is the softmax, over the channels of its layer, of how much the loss rises
-    when that channel is set to zero. The classifier here is a copy of the network's aggregator and head.
+    features; a channel's weight is the softmax, over the channels of its layer, of the rise of the loss
+    with the channel set to zero. The classifier here is a copy of the network's aggregator and head.
 
     Args:
         reference: the pretrained network.
-        network: whose aggregator and head are copied.
+        network: its aggregator and head are copied.
         layers: names of modules of ``backbone.net``.
         batches: training data; each channel costs one forward pass over them.
         steps: of Adam for the classifier.
 
     Returns:
-        Weights ``[C]`` by layer, which sum to one.
+        Weights ``[C]`` by layer, each with a sum of one.
     """
     reference.eval()
     aggregator, head = copy.deepcopy(network.aggregator).eval(), copy.deepcopy(network.head).eval()
@@ -244,7 +240,7 @@ def channel_attention(
 
 @contextmanager
 def recorded(backbone: Backbone, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Collects what the named modules of ``backbone.net`` give while the context is open."""
+    """Collects the outputs of modules of ``backbone.net`` while the context is open."""
     found: dict[str, Tensor] = {}
     hooks = []
     for layer in layers:
@@ -279,10 +275,10 @@ def _silenced(backbone: Backbone, layer: str, axis: int, channel: int) -> Iterat
 
 
 def find_module(backbone: Backbone, name: str) -> nn.Module:
-    """Returns the module of a name in ``backbone.net``.
+    """Returns a module of ``backbone.net`` by name.
 
     Raises:
-        UsageError: there is none; the message names some.
+        UsageError: no such module; the message names some.
     """
     modules: dict[str, nn.Module] = dict(backbone.net.named_modules())
     if not name or name not in modules:

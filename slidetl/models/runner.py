@@ -21,11 +21,11 @@ from slidetl.errors import UsageError
 
 _T = TypeVar("_T")
 _About = TypeVar("_About")
-_MOST_PASSES = 8  # at a time on a processor; each holds its activations in memory
+_MOST_PASSES = 8  # at a time on a CPU; each holds its activations in memory
 _BUFFERS = 3  # batches on a GPU: one computed, one copied, one filled
-_PATIENCE_S = 0.02  # a GPU that has nothing else to do runs a batch that is not full
-_WARM_PASSES = 3  # TorchScript looks at two before it settles
-_PROFILE_S = 0.5  # that the network alone is measured, while the first slides are searched for tissue
+_PATIENCE_S = 0.02  # an idle GPU waits so long for a full batch
+_WARM_PASSES = 3  # TorchScript profiles two before it settles
+_PROFILE_S = 0.5  # to measure the network alone, during the tissue search of the first slides
 
 Embed = Callable[[Tensor], Tensor]
 """Tiles ``[n, 3, S, S] uint8`` on the device -> ``[n, D]`` there."""
@@ -34,28 +34,26 @@ Embed = Callable[[Tensor], Tensor]
 class Runner:
     """Embeds tiles on one device. Use it as a context manager.
 
-    On a GPU one thread owns the card for as long as the runner lives, and every pass has the same shape:
-    cuDNN plans anew for each thread and each batch length, which costs seconds. Tiles of several slides
-    share a batch; the last one is padded with zeros and the padding dropped. Copies leave pinned memory on
-    a stream of their own while the card computes.
+    On a GPU one thread owns the device, and every pass has the same shape: cuDNN takes seconds to plan for
+    each new thread and batch length. Tiles of several slides share a batch; zeros fill up the last one.
+    Copies from pinned memory run on a stream of their own while the GPU computes.
 
-    On a processor each piece is a pass, several at a time: threads that share a pass wait for each other
-    after every layer (docs/design/loading.md).
+    On a CPU each piece is a pass, several at a time: threads sharing a pass wait for each other after every
+    layer (docs/design/loading.md).
 
     Args:
         embed: the network; called in the runner's threads alone.
-        device: where it runs.
-        batch_size: tiles in a pass on a GPU. Where the card has no room, it is halved, with a warning.
-        side_px: of a tile; for the passes that warm a GPU up. 0: the first tiles do it.
-        passes: on a processor, how many run at a time (eight at most); they share torch's threads.
-        packs: whether one thread owns the device and packs tiles into batches of one shape; by default
-            where the device is a GPU.
-        profile: where it packs, measure the network alone as soon as it is warm, into ``alone``.
+        device: of the network.
+        batch_size: tiles in a pass on a GPU; halved, with a warning, if its memory is too small.
+        side_px: side of a tile, for the warm-up passes of a GPU; 0: the first tiles warm it up.
+        passes: passes at a time on a CPU (eight at most); they share torch's threads.
+        packs: one thread owns the device and packs tiles into batches of one shape; by default on a GPU.
+        profile: if it packs, measure the network alone after the warm-up, into ``alone``.
 
     Attributes:
-        first_pass_s: seconds of the first pass where it packs.
+        first_pass_s: seconds of the first pass if it packs.
         packs: as above.
-        alone: tiles per second of the network on tiles that lie on the device; None if not measured.
+        alone: tiles per second of the network on tiles already on the device; None if not measured.
     """
 
     def __init__(
@@ -82,11 +80,11 @@ class Runner:
 
     @property
     def depth(self) -> int:
-        """Pieces that a caller should have submitted before it waits for the first."""
+        """Number of pieces for a caller to submit before it waits for the first."""
         return _BUFFERS if self.packs else self._passes
 
     def depth_of(self, piece: int, callers: int) -> int:
-        """Computes :attr:`depth` for pieces of so many tiles, so that its callers fill two batches."""
+        """Computes :attr:`depth` for pieces of ``piece`` tiles, for the callers to fill two batches."""
         return max(_BUFFERS, -(-2 * self.batch_size // (piece * callers)) + 1)
 
     def __enter__(self) -> Self:
@@ -104,13 +102,13 @@ class Runner:
             self._owner.join()
         else:
             self._pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(self._torch_threads)  # a part of what a thread sets is everyone's
+            torch.set_num_threads(self._torch_threads)  # part of this setting is shared by all threads
 
     def submit(self, tiles: NDArray[np.uint8]) -> Future[Tensor]:
         """Queues tiles ``[n, S, S, 3]``, and blocks while too many wait.
 
         Returns:
-            Their embeddings ``[n, D]`` on the device. What a pass raises, the future raises.
+            Their embeddings ``[n, D]`` on the device. The future raises the errors of the pass.
         """
         if self.packs:
             piece = _Piece(tiles)
@@ -133,8 +131,8 @@ class Runner:
         """Yields the embeddings of parts in order, several at a time.
 
         Args:
-            parts: tiles ``[n, S, S, 3]``, and what they are.
-            depth: parts that are in use at a time; :attr:`depth` by default.
+            parts: descriptions of tiles, and the tiles ``[n, S, S, 3]``.
+            depth: parts in use at a time; :attr:`depth` by default.
         """
         pending: deque[tuple[_About, Future[Tensor]]] = deque()
         for about, tiles in parts:
@@ -146,7 +144,7 @@ class Runner:
             yield done, future.result()
 
     def call(self, function: Callable[[], _T]) -> _T:
-        """Calls a function in the thread that owns the device; where none does, in this one."""
+        """Calls a function in the thread owning the device, or in this one if none does."""
         if not self.packs:
             with torch.inference_mode():
                 return function()
@@ -155,7 +153,7 @@ class Runner:
         return called.result()
 
     def rate(self, tiles: NDArray[np.uint8], seconds: float = 2.0) -> float:
-        """Measures the network alone, on tiles ``[n, S, S, 3]`` that lie on the device: tiles per second."""
+        """Measures tiles per second of the network alone, on tiles ``[n, S, S, 3]``."""
         if self.packs:
             return self.call(lambda: self._rate(tiles, seconds))
         done, started = 0, time.perf_counter()
@@ -169,7 +167,7 @@ class Runner:
 
     @property
     def rate_so_far(self) -> float:
-        """Tiles per second that came through since it was warm, where it packs."""
+        """Tiles per second since the warm-up, if it packs."""
         return self._tiles / (time.perf_counter() - self._warm_at)
 
     def _rate(self, tiles: NDArray[np.uint8], seconds: float) -> float:
@@ -185,7 +183,7 @@ class Runner:
             done += 8 * self.batch_size
         return done / (time.perf_counter() - started)
 
-    # What follows runs in the thread that owns the device.
+    # The methods below run in the thread owning the device.
 
     @torch.inference_mode()
     def _own(self) -> None:
@@ -193,7 +191,7 @@ class Runner:
         if self._is_gpu:
             self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call] # torch's
         self._buffers: list[_Buffer] = []
-        self._pieces: list[tuple[_Piece, int, int]] = []  # piece, and which of its rows the batch holds
+        self._pieces: list[tuple[_Piece, int, int]] = []  # piece, and its rows in the batch
         self._filled = 0
         failed: BaseException | None = None
         try:
@@ -202,7 +200,7 @@ class Runner:
                 if self._profile:
                     tile = np.zeros((1, self._side_px, self._side_px, 3), np.uint8)
                     self.alone = self._rate(tile, _PROFILE_S)
-        except BaseException as error:  # handed on to whoever asks for embeddings
+        except BaseException as error:  # raised where embeddings are asked for
             failed = error
         self._warm_at = time.perf_counter()
         while True:
@@ -244,19 +242,19 @@ class Runner:
                 self._filled += len(part)
                 if self._filled == len(buffer.array):
                     self._launch()
-        except BaseException as error:  # belongs to whoever submitted the piece
+        except BaseException as error:  # raised where the piece was submitted
             if not piece.future.done():
                 piece.future.set_exception(error)
 
     def _buffer(self, shape: tuple[int, ...]) -> _Buffer:
-        """The buffer that is being filled: of the batch size and tile of now."""
+        """Returns the buffer to fill, of the current batch size and tile shape."""
         wanted = (self.batch_size, *shape)
         if not self._buffers or (not self._filled and self._buffers[0].array.shape != wanted):
             self._buffers = [_Buffer.of(wanted, self._is_gpu) for _ in range(_BUFFERS)]
         return self._buffers[0]
 
     def _launch(self) -> None:
-        """Runs the batch that is filled so far, and hands its embeddings to their pieces."""
+        """Runs the batch filled so far, and hands its embeddings to their pieces."""
         if not self._filled:
             return
         buffer, pieces, filled = self._buffers[0], self._pieces, self._filled
@@ -268,13 +266,13 @@ class Runner:
             self._tiles += filled
             for piece, begin, end in pieces:
                 piece.add(rows[begin:end])
-        except BaseException as error:  # joining the parts of a piece may find no room, too
+        except BaseException as error:  # joining the parts of a piece may run out of memory, too
             for piece, _, _ in pieces:
                 if not piece.future.done():
                     piece.future.set_exception(error)
 
     def _copied(self, buffer: _Buffer) -> Tensor:
-        """The buffer's tiles on the device; a GPU copies while it computes."""
+        """Copies the buffer's tiles to the device; a GPU copies while it computes."""
         if not self._is_gpu:
             return buffer.tensor.to(self.device)
         with torch.cuda.stream(self._copies):
@@ -290,7 +288,7 @@ class Runner:
             torch.cuda.synchronize(self.device)
 
     def _pass(self, batch: Tensor) -> Tensor:
-        """A pass, in halves where the card has no room for it whole."""
+        """Runs a pass, in halves if the GPU has no memory for all of it."""
         try:
             return self._embed(batch)
         except torch.OutOfMemoryError as error:
@@ -314,7 +312,7 @@ class Runner:
 
 @dataclass(eq=False)
 class _Piece:
-    """Tiles ``[n, S, S, 3]`` of one caller, and their embeddings as they come."""
+    """Tiles ``[n, S, S, 3]`` of one caller, and their embeddings so far."""
 
     tiles: NDArray[np.uint8]
     future: Future[Tensor] = field(default_factory=Future)
@@ -334,7 +332,7 @@ class _Call:
 
 @dataclass(eq=False)
 class _Buffer:
-    """Memory of a batch ``[B, S, S, 3] uint8``, pinned for a GPU, and when its last copy has left it."""
+    """Memory of a batch ``[B, S, S, 3] uint8``, pinned for a GPU, and the event of its last copy."""
 
     tensor: Tensor
     array: NDArray[np.uint8]
@@ -350,5 +348,5 @@ class _Buffer:
 def _settle(future: Future[Any], function: Callable[[], Any]) -> None:
     try:
         future.set_result(function())
-    except BaseException as error:  # belongs to the thread that asked
+    except BaseException as error:  # raised in the calling thread
         future.set_exception(error)

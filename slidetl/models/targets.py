@@ -1,6 +1,6 @@
-"""Grades that are not quite certain, as probabilities ``[B, K]`` that a head's loss takes as its target.
+"""Uncertain grades as probabilities ``[B, K]``, targets of a head's loss.
 
-In each of them a row of zeros is a slide without a grade.
+A row of zeros is a slide without a grade.
 """
 
 from __future__ import annotations
@@ -48,31 +48,31 @@ def smoothed_grades(target: Tensor, amount: float) -> Tensor:
 
 
 def reader_grades(grades: Tensor, n_grades: int) -> Tensor:
-    """Computes the share of several readers that gave each grade.
+    """Computes the share of readers for each grade.
 
     Args:
-        grades: ``[B, R]`` int64, below 0 where a reader gave none.
+        grades: ``[B, R]`` int64, one of each reader, below 0 for none.
         n_grades: K.
 
     Returns:
-        ``[B, K] float32``; zeros where no reader gave a grade.
+        ``[B, K] float32``; zeros without any reader's grade.
     """
     votes = one_hot_grades(grades, n_grades).sum(1)
     return votes / votes.sum(1, keepdim=True).clamp_min(1)
 
 
 def bootstrapped_grades(target: Tensor, probabilities: Tensor, beta: float, hard: bool = False) -> Tensor:
-    """Mixes what the network itself believes into the target, for labels that are often wrong.
+    """Mixes the network's own predictions into the target, for labels with many errors.
 
     Reed et al., "Training deep neural networks on noisy labels with bootstrapping", ICLR 2015 workshop,
     section 3: ``beta t + (1 - beta) q``, q the probabilities (equation 6; beta .95 there) or their most
-    probable grade (equation 7; .8). No gradient passes through it. Train on the plain target first: what
-    an untrained network believes is noise.
+    probable grade (equation 7; .8). No gradient passes through q. Train on the plain target first:
+    predictions of an untrained network are noise.
 
     Args:
         target: ``[B, K]`` probabilities.
         probabilities: ``[B, K]``, the head's.
-        beta: how far the target is trusted, 0..1.
+        beta: share of the target, 0..1.
         hard: count only the most probable grade.
     """
     if not 0 <= beta <= 1:
@@ -86,18 +86,17 @@ def bootstrapped_grades(target: Tensor, probabilities: Tensor, beta: float, hard
 
 @dataclass(frozen=True)
 class Targets:
-    """Options of the target that a training compares with, for labels that are not quite certain.
+    """Options of the target in training, for uncertain labels.
 
-    First what the readers said, then smoothing, then bootstrapping, each where it is asked for.
+    Readers' votes come first, then smoothing, then bootstrapping, each if set.
 
     Attributes:
-        smoothing: share of each grade that goes to its neighbours, 0..1 (:func:`smoothed_grades`).
-        readers: take the readers' votes as a slide's target (:func:`reader_grades`); where no reader has
-            graded it, its grade.
-        bootstrap: mix in what the network believes, ``soft`` or ``hard``
-            (:func:`bootstrapped_grades`).
-        beta: how far the labels are then trusted, 0..1; None: .95 soft and .8 hard, as in the paper.
-        bootstrap_after: share of the training steps, 0..1, before the first that mixes it in.
+        smoothing: share of each grade moved to its neighbours, 0..1 (:func:`smoothed_grades`).
+        readers: take the readers' votes as a slide's target (:func:`reader_grades`), or its grade if there
+            are none.
+        bootstrap: mix in the network's predictions, ``soft`` or ``hard`` (:func:`bootstrapped_grades`).
+        beta: share of the labels in the mix, 0..1; None: .95 soft and .8 hard, as in the paper.
+        bootstrap_after: share of the training steps, 0..1, before bootstrapping starts.
     """
 
     smoothing: float = 0.0
@@ -113,7 +112,7 @@ class Targets:
                 raise UsageError(f"targets.{name} must be from 0 to 1, not {value}")
 
     def check_readers(self, votes: Iterable[Sequence[int | None]]) -> None:
-        """Refuses to learn from the readers' grades of slides where there are none."""
+        """Refuses ``readers`` for slides without any reader's grade."""
         if self.readers and all(grade is None for of_slide in votes for grade in of_slide):
             raise UsageError(
                 "model.targets.readers needs readers' grades, and no training slide has any; give the "
@@ -125,9 +124,9 @@ class Targets:
 
         Args:
             grades: ``[B]`` int64, below 0 for none.
-            readers: ``[B, R]`` int64, below 0 where a reader gave none; R may be 0.
+            readers: ``[B, R]`` int64, one of each reader, below 0 for none; R may be 0.
             probabilities: ``[B, K]``, the head's.
-            progress: share of all training steps that are done, 0..1.
+            progress: share of the training steps done, 0..1.
         """
         n_grades = probabilities.shape[1]
         target = one_hot_grades(grades, n_grades)
@@ -144,7 +143,7 @@ class Targets:
 
 
 def balanced_weights(counts: Sequence[int]) -> Tensor:
-    """Computes weights ``[K]`` that give each grade the same total, and the mean slide 1.
+    """Computes weights ``[K]`` of equal total for each grade, and of mean 1 over the slides.
 
     Args:
         counts: slides of each grade; a grade without any weighs 0.

@@ -16,10 +16,10 @@ from slidetl.files import check_stored, write_whole
 
 
 def load_tensors(path: Path) -> Any:
-    """Reads a file of ``torch.save`` as plain values and tensors that are no larger than the file.
+    """Reads a file of ``torch.save`` as plain values and tensors, no larger than the file.
 
     Raises:
-        ValueError: it holds other objects, is damaged, or would grow; one line says which.
+        ValueError: it holds other objects, is damaged, or would grow; the message is one line.
     """
     try:
         size = path.stat().st_size
@@ -38,18 +38,18 @@ def load_tensors(path: Path) -> Any:
                 raise ValueError(f"a tensor {list(tensor.shape)} would be larger than the file")
         if sum(storages.values()) > size:
             raise ValueError("its tensors would be larger than the file")
-    except Exception as error:  # torch.load raises whatever its unpickler meets in a foreign file
+    except Exception as error:  # torch.load raises any kind of error for a foreign file
         raise ValueError(str(error).partition("\n")[0] or type(error).__name__) from error
     return loaded
 
 
 def save_tensors(path: Path, value: Any) -> None:
-    """Writes what ``torch.save`` takes, whole or not at all.
+    """Writes a value with ``torch.save``, whole or not at all.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    content = io.BytesIO()  # where a disk is full, torch would leave half a file, or end the process
+    content = io.BytesIO()  # on a full disk torch would leave half a file, or end the process
     torch.save(value, content)
     write_whole(path, content.getbuffer())
 
@@ -62,7 +62,7 @@ def is_state(value: object) -> TypeGuard[dict[str, Tensor]]:
 
 
 def check_finite(state: Mapping[str, Tensor], of: str) -> None:
-    """Refuses weights that are not finite: the largest of NaN is grade 0.
+    """Refuses weights with NaN or infinite values: the argmax of NaN would be grade 0.
 
     Raises:
         WeightsError: a value is NaN or infinite.

@@ -1,4 +1,4 @@
-"""Transfer strategies: what starts where, what trains, at what rate, and what is penalised."""
+"""Transfer strategies: initial weights, trained layers, learning rates and penalties."""
 
 from __future__ import annotations
 
@@ -41,119 +41,115 @@ Terms = dict[str, Tensor]  # scalars by name
 
 
 class TransferStrategy(Protocol):
-    """One way of leaning on a pretrained backbone; as it stands: random weights, all train, no penalty.
+    """One use of a pretrained backbone; by default random weights, all layers trained, no penalty.
 
     A training calls, in this order: ``adapt`` when the network is built; ``start`` if the training is new;
     ``reference``; ``parameter_groups``; ``prepare`` if the training is new. Then ``set_training_mode`` and
     ``frozen`` in each epoch, ``watched`` and ``penalties`` in each forward pass, ``after_step`` after each
-    step of the optimiser. The last four only where there is a reference.
+    step of the optimiser. ``prepare``, ``watched``, ``penalties`` and ``after_step`` need a reference.
 
-    Several processes (DDP) compute what one does with the same global batch, but for two things: a batch norm
-    that uses batch statistics normalises by those of its own process's share, and keeps those of the first
-    process; and dropout draws apart in each. Where pretrained layers keep their stored statistics, as they do
-    by default, the first does not arise.
+    Several processes (DDP) compute the same as one with the same global batch, with two exceptions: dropout
+    draws separately in each; and batch statistics are those of each process's share, and the running ones
+    those of the first process. By default pretrained layers keep their stored statistics instead.
 
     Attributes:
-        from_pretrained: True if it makes any use of the pretrained weights.
+        from_pretrained: True if it uses the pretrained weights in any way.
     """
 
-    # A method with nothing but a docstring would count as abstract: hence each `return`.
+    # A method with only a docstring would count as abstract: hence each `return`.
     from_pretrained: ClassVar[bool] = True
 
     def adapt(self, backbone: Backbone) -> None:
-        """Changes the architecture, if at all; the same for a network that a checkpoint will fill.
+        """Changes the architecture, if at all; also before a checkpoint is loaded.
 
         Raises:
-            UsageError: this backbone cannot be changed so.
+            UsageError: this backbone does not allow it.
         """
         return
 
     def start(self, backbone: Backbone) -> None:
-        """Gives the backbone the weights from which training starts. Called once, before it.
+        """Sets the initial weights of the backbone, once before training.
 
         Raises:
-            WeightsError: pretrained weights are needed and cannot be had.
+            WeightsError: pretrained weights are needed and cannot be found or read.
         """
         return
 
     def set_training_mode(self, backbone: Backbone, epoch: int = 0) -> None:
-        """Puts back into evaluation mode what must not follow ``train()``; called each time after it."""
+        """Puts some modules back into evaluation mode, each time after ``train()``."""
         return
 
     def frozen(self, backbone: Backbone, epoch: int) -> list[nn.Parameter]:
-        """Returns the trained parameters that rest in an epoch, counted from 0."""
+        """Returns the trained parameters to freeze in an epoch, counted from 0."""
         return []
 
     def parameter_groups(self, network: GradingNetwork, lr: float, weight_decay: float) -> Groups:
         """Returns the optimiser's parameter groups.
 
         Args:
-            network: all of whose parameters that train are in exactly one group.
+            network: each of its trained parameters is in exactly one group.
             lr: peak learning rate of the new layers (aggregator and head).
-            weight_decay: of kernels; norms, biases, and what is pulled elsewhere have none.
+            weight_decay: of kernels; norms, biases and pulled parameters have none.
         """
         return _groups(network.parameters(), lr, weight_decay)
 
     def reference(self, backbone: Backbone) -> Reference | None:
-        """Builds the pretrained network that penalties are measured against, or None without penalties.
+        """Builds the pretrained reference of the penalties, or None without penalties.
 
         Raises:
-            WeightsError: pretrained weights are needed and cannot be had.
+            WeightsError: pretrained weights are needed and cannot be found or read.
         """
         return None
 
     def prepare(self, network: GradingNetwork, reference: Reference, batches: Iterable[Batch]) -> None:
-        """Learns about the reference from training data, once, before the first step."""
+        """Prepares the reference from training data, once before the first step."""
         return
 
     def watched(self, backbone: Backbone) -> tuple[str, ...]:
-        """Names the modules of ``backbone.net`` whose activations :meth:`penalties` wants to see."""
+        """Names the modules of ``backbone.net`` with activations for :meth:`penalties`."""
         return ()
 
     def penalties(self, network: GradingNetwork, reference: Reference, seen: Seen, progress: float) -> Terms:
-        """Computes what is added to the loss of a batch, each scalar under a name of its own.
+        """Computes the penalties to add to the loss of a batch, scalars by name.
 
         Args:
             network: after its forward pass.
-            reference: what :meth:`reference` gave.
-            seen: what went through it, with the activations of the modules that :meth:`watched` names.
-            progress: share of all training steps that are done, 0..1.
+            reference: from :meth:`reference`.
+            seen: the batch, with the activations of the modules named by :meth:`watched`.
+            progress: share of the training steps done, 0..1.
         """
         return {}
 
     def after_step(
         self, network: GradingNetwork, reference: Reference, groups: Groups, progress: float
     ) -> Terms:
-        """Applies what is decoupled from the optimiser's moments.
+        """Applies the penalties decoupled from the optimiser's moments.
 
         Args:
             network: after the optimiser's step.
-            reference: what :meth:`reference` gave.
+            reference: from :meth:`reference`.
             groups: the optimiser's groups, with the rates of this step.
-            progress: share of all training steps that were done before this one, 0..1.
+            progress: share of the training steps done before this one, 0..1.
 
         Returns:
-            The value of each penalty that was applied, for the log.
+            The value of each applied penalty, for the log.
         """
         return {}
 
 
 @dataclass(frozen=True)
 class Scratch(TransferStrategy):
-    """Random weights; everything trains at the same rate. What transfer must beat."""
+    """Random weights; everything trains at the same rate. The baseline of transfer."""
 
     from_pretrained: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
 class FrozenFeatures(TransferStrategy):
-    """The pretrained backbone as it is; only aggregator and head train.
-
-    The backbone stays in evaluation mode, and no graph is kept for it.
-    """
+    """The pretrained backbone in evaluation mode, without a graph; only aggregator and head train."""
 
     def adapt(self, backbone: Backbone) -> None:
-        """Takes the backbone out of training, before DDP counts what trains."""
+        """Freezes the backbone, before DDP counts the trained parameters."""
         backbone.requires_grad_(False)
 
     def start(self, backbone: Backbone) -> None:
@@ -161,7 +157,7 @@ class FrozenFeatures(TransferStrategy):
         backbone.load_pretrained()
 
     def set_training_mode(self, backbone: Backbone, epoch: int = 0) -> None:
-        """Keeps stored batch-norm statistics, and drops nothing out."""
+        """Keeps stored batch-norm statistics, and turns off dropout."""
         backbone.eval()
 
 
@@ -169,19 +165,19 @@ class FrozenFeatures(TransferStrategy):
 class WarmRestart(TransferStrategy):
     """Starts from the pretrained weights, and trains everything.
 
-    The options: discriminative rates and gradual unfreezing follow Howard and Ruder, "Universal language
-    model fine-tuning", ACL 2018 (whose rates fall by 2.6 per layer); head first is LP-FT of Kumar et al.,
-    "Fine-tuning can distort pretrained features", ICLR 2022. Blocks are those in which the network is
-    declared: the entries of its stages, each with the norms that follow it. All share one schedule of the
-    rate; a block that is unfrozen late joins in where the schedule is then.
+    Discriminative rates and gradual unfreezing follow Howard and Ruder, "Universal language model
+    fine-tuning", ACL 2018 (rates fall by 2.6 per layer there); head first is LP-FT of Kumar et al.,
+    "Fine-tuning can distort pretrained features", ICLR 2022. Blocks are the declared entries of the
+    network's stages, each with its norms. All share one schedule of the rate; a block unfrozen late joins
+    at its current point.
 
     Attributes:
-        backbone_lr_scale: rate of the backbone's topmost block relative to that of the new layers.
+        backbone_lr_scale: rate of the backbone's topmost block relative to the new layers.
         layer_lr_decay: rate of each block relative to the block above it; 1 for one rate.
-        head_first_epochs: epochs in which only the new layers train.
-        gradual_unfreezing_epochs: epochs, after those, over which the blocks join in from the top down.
-        batch_statistics: whether batch norm uses and updates batch statistics. By default the stored
-            ones stay: a hundred slides, of which each batch sees four, estimate them badly.
+        head_first_epochs: first epochs, with only the new layers in training.
+        gradual_unfreezing_epochs: epochs, after those, to unfreeze the blocks from the top down.
+        batch_statistics: use and update batch statistics in batch norm. By default the stored ones stay: a
+            hundred slides in batches of four estimate them badly.
     """
 
     backbone_lr_scale: float = 0.1
@@ -205,14 +201,14 @@ class WarmRestart(TransferStrategy):
         backbone.load_pretrained()
 
     def set_training_mode(self, backbone: Backbone, epoch: int = 0) -> None:
-        """Keeps the stored batch-norm statistics unless told otherwise, and those of frozen blocks."""
+        """Keeps the stored batch-norm statistics, of frozen blocks alone with ``batch_statistics``."""
         frozen = set(self.frozen(backbone, epoch))
         for module in batch_norms(backbone):
             if not self.batch_statistics or module.weight in frozen:
                 module.eval()
 
     def frozen(self, backbone: Backbone, epoch: int) -> list[nn.Parameter]:
-        """Returns the blocks whose turn has not come."""
+        """Returns the parameters of the blocks not yet unfrozen."""
         blocks = blocks_of(backbone)
         awake = epoch - self.head_first_epochs + 1
         share = min(1.0, max(0, awake) / (self.gradual_unfreezing_epochs + 1))
@@ -270,32 +266,32 @@ class _SharedRepresentation(TransferStrategy):
 
 @dataclass(frozen=True)
 class SharedWeights(_SharedRepresentation):
-    """Everything trains, on a leash of ``alpha/2 ||w - w0||^2`` to the pretrained weights.
+    """Trains everything, with a pull of ``alpha/2 ||w - w0||^2`` towards the pretrained weights.
 
     L2-SP: Li, Grandvalet and Davoine, "Explicit inductive bias for transfer learning with convolutional
-    networks", ICML 2018. It departs in two points. The start may be random: then the training is drawn
-    towards the pretrained network without beginning there. And by default the pull is decoupled, as the
-    weight decay of AdamW is: after each step ``w -= lr alpha (w - w0)``, at the rate of that step, so that
-    Adam does not divide it by the size of the gradients. In the paper it is in the loss, with plain SGD:
-    ``decoupled: false``. Weight decay of what is pulled is 0; statistics of batch norm are never pulled.
+    networks", ICML 2018. Departures: the start may be random, and is then pulled towards the pretrained
+    network. And by default the pull is decoupled, like the weight decay of AdamW: after each step
+    ``w -= lr alpha (w - w0)`` at its rate, so Adam does not divide it by the size of the gradients. The
+    paper has it in the loss, with plain SGD: ``decoupled: false``. Pulled parameters have no weight decay;
+    batch-norm statistics are never pulled.
 
     Attributes:
-        alpha: weight of the pull on the backbone. The paper's 0.1 is for SGD at a rate of 0.01. Decoupled
-            from Adam, a step moves a weight by about ``lr`` however small its gradient, and the pull
-            balances a steady gradient at a distance of ``1 / alpha``: hence the larger value. Left to
-            itself it halves the distance in ``0.7 / (lr alpha)`` steps, ``lr`` being the backbone's rate:
-            below the length of a training it matters, far below it the backbone is all but frozen. To be
-            chosen among 1, 10 and 100 on the validation part, with the drift report beside it.
-        alpha_end: where alpha goes over the training; None: it stays.
+        alpha: weight of the pull on the backbone. The paper's 0.1 is for SGD at a rate of 0.01. Adam moves a
+            weight by about ``lr`` per step even for a small gradient, and the decoupled pull balances a
+            steady gradient at a distance of ``1 / alpha``: hence the larger value. Alone it halves the
+            distance in ``0.7 / (lr alpha)`` steps at the backbone's rate ``lr``: below the length of a
+            training it matters, far below it the backbone is nearly frozen. Choose among 1, 10 and 100 on
+            the validation part, with the drift report.
+        alpha_end: alpha at the end of the training; None: constant.
         beta: weight of ``beta/2 ||w||^2`` on the kernels of the new layers (aggregator and head); decoupled,
             it is their weight decay.
-        schedule: how alpha goes there, ``linear`` or ``cosine``.
+        schedule: course of alpha, ``linear`` or ``cosine``.
         parameters: ``kernels`` as in the authors' code, or ``all``: biases and norms too.
         decoupled: keep the pull outside the loss.
         start_from: ``pretrained`` or ``random``.
-        backbone_lr_scale: rate of the backbone relative to that of the new layers; None: 0.1 from
-            pretrained weights, 1 from random ones.
-        batch_statistics: whether batch norm uses and updates batch statistics; None: from a random start.
+        backbone_lr_scale: rate of the backbone relative to the new layers; None: 0.1 from pretrained
+            weights, 1 from random ones.
+        batch_statistics: use and update batch statistics in batch norm; None: from a random start only.
     """
 
     alpha: float = 10.0
@@ -310,7 +306,7 @@ class SharedWeights(_SharedRepresentation):
         _check_weights(alpha=self.alpha, alpha_end=self.alpha_end, beta=self.beta)
 
     def parameter_groups(self, network: GradingNetwork, lr: float, weight_decay: float) -> Groups:
-        """Sets weight decay to 0, but for beta where it is decoupled."""
+        """Sets weight decay to 0, or to beta for the new kernels if decoupled."""
         new = {id(parameter) for parameter in _new_parameters(network)}
         groups = super().parameter_groups(network, lr, weight_decay)
         for group in groups:
@@ -319,7 +315,7 @@ class SharedWeights(_SharedRepresentation):
         return groups
 
     def penalties(self, network: GradingNetwork, reference: Reference, seen: Seen, progress: float) -> Terms:
-        """Computes ``weights`` and ``new_layers``, where they belong into the loss."""
+        """Computes ``weights`` and ``new_layers``, unless decoupled."""
         found = super().penalties(network, reference, seen, progress)
         if self.decoupled:
             return found
@@ -334,7 +330,7 @@ class SharedWeights(_SharedRepresentation):
     def after_step(
         self, network: GradingNetwork, reference: Reference, groups: Groups, progress: float
     ) -> Terms:
-        """Applies ``weights``, where it does not belong into the loss."""
+        """Applies ``weights``, if decoupled."""
         if not self.decoupled:
             return {}
         alpha = ramp(self.alpha, self.alpha_end, self.schedule, progress)
@@ -353,25 +349,25 @@ class SharedWeights(_SharedRepresentation):
 
 @dataclass(frozen=True)
 class SharedActivations(_SharedRepresentation):
-    """Everything trains; what chosen layers see in a tile stays close to what the pretrained network sees.
+    """Trains everything, and keeps activations of chosen layers close to those of the pretrained network.
 
     DELTA: Li et al., "DEep Learning Transfer using feature map with Attention", ICLR 2019: the squared
-    difference of feature maps, each channel weighed by how much the pretrained network needs it for this
-    task. It departs from it: the figure is a mean over positions, tiles and slides instead of a sum, so
-    that its weight depends neither on the layer's size nor on the batch. The backbone has no dropout in
-    training, so that equal weights cost nothing. With batch statistics in the target, the reference uses
-    those of its own batch in that step. Under DDP batch statistics are those of each process.
+    difference of feature maps, each channel weighed by its importance in the pretrained network for this
+    task. Departures: the distance is a mean over positions, tiles and slides instead of a sum, so its
+    weight depends neither on the layer's size nor on the batch; and the backbone trains without dropout, so
+    equal weights have distance 0. If the backbone uses batch statistics, so does the reference, in the same
+    step and on its own activations; under DDP in each process.
 
     Attributes:
         layers: names of modules of the backbone; none: the last four stages.
-        weight: of the penalty. It is in units of the layers' squared activations, so no value fits every
-            network: to be chosen among 0.1, 1 and 10 on the validation part, such that the logged
-            ``penalty/activations`` is neither lost beside the loss of the grades nor all of it.
-        weight_end: where the weight goes over the training; None: it stays.
-        schedule: how it goes there, ``linear`` or ``cosine``.
-        attention: ``plain`` weighs the channels of a layer alike; ``delta`` as in the paper, from a
-            classifier fitted at the start. That costs as many forward passes as the layers have channels.
-        attention_batches: batches of training data for that.
+        weight: of the penalty, in units of the layers' squared activations, so no value fits every network.
+            Choose among 0.1, 1 and 10 on the validation part: the logged ``penalty/activations`` should
+            neither vanish beside the loss of the grades nor dominate it.
+        weight_end: weight at the end of the training; None: constant.
+        schedule: course of the weight, ``linear`` or ``cosine``.
+        attention: ``plain`` weighs the channels of a layer alike; ``delta`` as in the paper, by a
+            classifier fitted at the start, at the cost of one forward pass per channel of the layers.
+        attention_batches: batches of training data for ``delta``.
         start_from, backbone_lr_scale, batch_statistics: as in :class:`SharedWeights`.
     """
 
@@ -389,19 +385,19 @@ class SharedActivations(_SharedRepresentation):
             raise UsageError(f"attention_batches must be at least 1, not {self.attention_batches}")
 
     def set_training_mode(self, backbone: Backbone, epoch: int = 0) -> None:
-        """Turns off training mode, and so dropout, but for batch norm where it uses batch statistics."""
+        """Turns off training mode, and so dropout, except in batch norm with batch statistics."""
         backbone.eval()
         for module in batch_norms(backbone):
             module.train(self._batch_statistics)
 
     def reference(self, backbone: Backbone) -> Reference | None:
-        """Freezes the pretrained weights; the layers are looked up before anything trains."""
+        """Freezes the pretrained weights, and checks the names of the layers before training."""
         for layer in self.watched(backbone):
             find_module(backbone, layer)
         return super().reference(backbone)
 
     def prepare(self, network: GradingNetwork, reference: Reference, batches: Iterable[Batch]) -> None:
-        """Weighs the channels, if wanted."""
+        """Weighs the channels for ``delta``."""
         if self.attention == "delta":
             some = [batch for _, batch in zip(range(self.attention_batches), batches, strict=False)]
             reference.attention = channel_attention(reference, network, self.watched(network.backbone), some)
@@ -421,11 +417,7 @@ class SharedActivations(_SharedRepresentation):
 
 @dataclass(frozen=True)
 class SharedBoth(SharedActivations, SharedWeights):
-    """The leash on the weights and that on the activations together.
-
-    The attributes are those of :class:`SharedWeights` and :class:`SharedActivations`; ``schedule`` holds
-    for both weights.
-    """
+    """Both :class:`SharedWeights` and :class:`SharedActivations`, with one ``schedule`` for both weights."""
 
     def __post_init__(self) -> None:
         SharedWeights.__post_init__(self)
@@ -459,7 +451,7 @@ class MeanVarInit(TransferStrategy):
     """Random weights, each layer normal with the mean and variance of the pretrained one.
 
     Raghu et al., "Transfusion", NeurIPS 2019, section 4: it keeps the scale of the weights, and nothing of
-    the features. Every parameter tensor counts as a layer; batch norm learns its statistics anew.
+    the features. Every parameter tensor counts as a layer; batch norm learns new statistics.
     """
 
     def start(self, backbone: Backbone) -> None:
@@ -480,8 +472,8 @@ class SlimHybrid(WeightTransfusion):
     its width). The embedding gets narrower with the top.
 
     Attributes:
-        up_to: name of the last pretrained block, which must end a stage, e.g. ``layer2`` of a ResNet.
-        width: share of the channels that is kept above it, above 0 and up to 1.
+        up_to: name of the last pretrained block, the end of a stage, e.g. ``layer2`` of a ResNet.
+        width: share of the channels kept above it, above 0 and up to 1.
     """
 
     width: float = 0.5
@@ -499,10 +491,10 @@ class SlimHybrid(WeightTransfusion):
 class GaborInit(TransferStrategy):
     """Gabor filters in the first layer, random weights above; everything trains at one rate.
 
-    Raghu et al., "Transfusion", NeurIPS 2019, section 4.2: are the pretrained edges of the first layer all
-    that helps? The paper gives no parameters; here the filters step through orientations, an even and an
-    odd phase, and wavelengths from 2.5 px up to the kernel's size, with an envelope of half a wavelength.
-    Each filter has mean 0, is the same in all colours, and has the scale of the random one it replaces.
+    Raghu et al., "Transfusion", NeurIPS 2019, section 4.2: do only the pretrained edges of the first layer
+    help? The paper gives no parameters; here the filters step through orientations, an even and an odd
+    phase, and wavelengths from 2.5 px up to the kernel's size, with an envelope of half a wavelength. Each
+    filter has mean 0, is the same in all colours, and has the scale of the random one it replaces.
 
     Attributes:
         orientations: number of directions within half a turn.
