@@ -41,7 +41,7 @@ def test_the_loader_alone_and_a_training_beside_it(study: Study, capsys: pytest.
     assert training.startswith("training mobilenetv3_small_050 on the CPU")
     rows = [line.split() for line in training.splitlines()[2:]]
     assert [row[:2] for row in rows] == [["0", "1"], ["0", "2"]]
-    for _, _, rate, alone, waiting in rows:
+    for _, _, rate, alone, waiting, *_ in rows:
         share = float(waiting.removesuffix("%")) / 100
         assert 0 < share < 1 and float(rate) == pytest.approx((1 - share) * float(alone), rel=0.05, abs=2)
 
