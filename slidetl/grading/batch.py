@@ -1,4 +1,4 @@
-"""Grades many slides, several at a time, and keeps a table of what became of each."""
+"""Grades many slides, several at a time, and writes a table of their results."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ from slidetl.tiles.identifier import clash_key, safe_slide_id
 from slidetl.tiles.readers import Readers
 
 GRADED, FAILED = "graded", "failed"
-_THREADS_OF_A_GPU = 2  # that feed it and gather results; each other core reads a slide
-_PIECE = 32  # tiles that a reader hands over at once
+_THREADS_OF_A_GPU = 2  # to feed it and gather results; each other core reads a slide
+_PIECE = 32  # tiles handed over by a reader at once
 _COLUMNS = ("slide", "status", "grade", "grade_name", "set_lowest", "set_highest", "expected_grade")
 _MORE = ("tiles", "tiles_unreadable", "tissue_mm2", "novelty", "fingerprint", "model_sha256", "reason")
 
@@ -55,11 +55,11 @@ class GradeRow:
     """The outcome of one slide.
 
     Attributes:
-        slide: the file, as it was named.
+        slide: the file, as given.
         status: ``graded`` or ``failed``.
-        result: as :meth:`slidetl.grading.grade.SlideGrade.to_dict`; empty for a slide that failed.
-        reason: why it failed, in one line.
-        rates: how fast it was graded, if that was asked for.
+        result: as :meth:`slidetl.grading.grade.SlideGrade.to_dict`; empty for a failed slide.
+        reason: cause of the failure, in one line.
+        rates: throughput, if measured.
     """
 
     slide: Path
@@ -70,10 +70,10 @@ class GradeRow:
 
 
 def find_slides(named: Sequence[Path]) -> tuple[list[Path], dict[Path, float]]:
-    """Lists slides, those of manifests and folders, and the matches of patterns such as ``study/*.svs``.
+    """Lists slides, also of manifests and folders, and the matches of patterns such as ``study/*.svs``.
 
     Returns:
-        Each slide once; and the spacing of level 0, micrometres per pixel, of those whose manifest gives it.
+        Each slide once; and the spacings of level 0, micrometres per pixel, given in manifests.
 
     Raises:
         UsageError: a pattern matches nothing.
@@ -107,15 +107,15 @@ def grade_slides(
     finished: Container[Path] = (),
     spacings: Mapping[Path, float] | None = None,
 ) -> Iterator[GradeRow]:
-    """Grades slides, in the order in which they get done; a bad one costs itself alone.
+    """Grades slides, and yields them in order of completion; a bad slide does not affect the others.
 
     Args:
         model: recorded as trusted; with several jobs each process loads it again.
-        slides: as :func:`find_slides` gives them.
-        options: how.
+        slides: from :func:`find_slides`.
+        options: of the computation.
         jobs: slides at a time, each in a process of its own if more than one.
-        finished: which of the slides are left out.
-        spacings: spacing of level 0, micrometres per pixel, of slides whose own is not to be taken.
+        finished: slides to skip.
+        spacings: spacing of level 0, micrometres per pixel, instead of the slides' own.
     """
     spacings = spacings or {}
     names = output_names(slides)
@@ -136,10 +136,10 @@ def grade_slides(
                         yield future.result()
                     except BrokenProcessPool:
                         undone.append(path)
-            finally:  # where no more can be written, the others need not be graded
+            finally:  # if no more can be written, the others need not be graded
                 for future in running:
                     future.cancel()
-        # Which slide killed its process is not told: each of those left gets one to itself, the first first.
+        # The pool does not name the slide that killed it: the first unfinished one gets a process to itself.
         if undone:
             yield _grade_apart(undone[0], names[undone[0]], model, options, spacings.get(undone[0]))
         waiting = undone[1:]
@@ -152,10 +152,10 @@ def _grade_here(
     options: GradeOptions,
     spacings: Mapping[Path, float],
 ) -> Iterator[GradeRow]:
-    """Grades slides in this process: one at a time on a processor, several before a GPU.
+    """Grades slides in this process: one at a time on a CPU, several on a GPU.
 
-    For a GPU slides are read in processes, one each, since threads wait for each other's hold on the
-    interpreter; the last tiles of one slide share a batch with the first of the next.
+    For a GPU each slide is read in a process, since threads wait for the interpreter lock; the last tiles
+    of one slide share a batch with the first of the next.
     """
     threads = _threads(1)
     with _runner(model, options, threads) as runner:
@@ -186,9 +186,9 @@ def _grade_here(
 
 
 def _ready(model: ModelFile, options: GradeOptions) -> ModelFile:
-    """Freezes the network, which is faster, where that changes no grade beyond the seventh decimal.
+    """Freezes the network for speed, if grades then agree to the seventh decimal.
 
-    In bfloat16 a folded batch normalisation rounds otherwise than in ``slidetl test``.
+    In bfloat16 a folded batch norm rounds otherwise than in ``slidetl test``.
     """
     return model if chosen_precision(model, options.precision) == "bfloat16" else model.frozen()
 
@@ -199,12 +199,7 @@ def _runner(model: ModelFile, options: GradeOptions, threads: int) -> Runner:
 
 
 def describe(row: GradeRow, card: ModelCard) -> str:
-    """One line for people of a slide that was graded: its grade, and how sure that is.
-
-    Args:
-        row: of :func:`grade_slides`.
-        card: of the model.
-    """
+    """Describes a graded slide in one line: its grade, and the certainty of the grade."""
     result = row.result
     probability = result["probabilities"][result["grade"]]
     parts = [f"{row.slide}: grade {result['grade_name']}, probability {probability:.2f}"]
@@ -257,15 +252,13 @@ def read_finished(
     options: GradeOptions,
     spacings: Mapping[Path, float],
 ) -> dict[Path, GradeRow]:
-    """Finds the slides whose results lie in a folder already.
-
-    They are of this model, and of the very content, spacing and channels that the slides have now.
+    """Finds the slides with results in a folder, of this model and of their content, spacing and channels.
 
     Args:
-        folder: where results were written.
-        names: of :func:`output_names`.
-        model: that grades.
-        options: how; with a report, a slide without its page is not finished.
+        folder: folder of the results.
+        names: from :func:`output_names`.
+        model: the model to grade with.
+        options: of the computation; with a report, a slide without its page is not finished.
         spacings: as for :func:`grade_slides`.
     """
     channels = options.channels or model.card.tile_spec.channels
@@ -273,7 +266,7 @@ def read_finished(
     for path, name in names.items():
         try:
             text = (folder / f"{name}.json").read_text(encoding="utf-8")
-            result = json.loads(text, parse_constant=int)  # which refuses NaN
+            result = json.loads(text, parse_constant=int)  # refuses NaN
             same = (result["slide"], result["model_sha256"]) == (str(path), model.sha256)
             same = same and result["channels"] == channels
             same = same and all(isinstance(result[key], kind) for key, kind in _RESULT.items())
@@ -285,7 +278,7 @@ def read_finished(
                 info = slide.info
             if (info.fingerprint, max(info.mpp_level0)) == (result["fingerprint"], result["mpp_level0"]):
                 finished[path] = GradeRow(path, GRADED, result)
-        except Exception:  # not there, torn, of another form, or the slide cannot be read now
+        except Exception:  # missing, cut off, of another form, or the slide is unreadable now
             continue
     return finished
 
@@ -301,9 +294,9 @@ _RESULT: dict[str, Any] = {
 
 
 def output_names(slides: Sequence[Path]) -> dict[Path, str]:
-    """Names for the files written for each slide: its own, if taken its folder's as well, then numbered.
+    """Names the output files of each slide: its own name, if taken with its folder's, then numbered.
 
-    No two are equal, even on a file system that does not tell ``A`` from ``a``.
+    No two are equal, even on a file system without case.
     """
     names: dict[Path, str] = {}
     taken = {"index"}  # the page of all slides
@@ -344,7 +337,7 @@ def _grade(
         if options.output is not None:
             with _drawing:
                 _write(result, model, options, options.output, name, threads)
-    except Exception as error:  # of a decoder, a bug, or for want of memory: one slide costs itself alone
+    except Exception as error:  # of a decoder, a bug, or lack of memory: the other slides go on
         if isinstance(error, SlidetlError) and not isinstance(error, SlideError):
             raise
         reason = describe_failure(error, "lower --batch-size or --jobs")
@@ -358,16 +351,16 @@ def _write(
     draw_map(result, folder / f"{name}.png")
     if options.report:
         write_slide_report(result, model.card, folder, name, threads=threads)
-    # Last and at once: a run that goes on takes the slide for done by it.
+    # Last and whole: a resumed run takes a slide with this file as finished.
     write_whole(folder / f"{name}.json", json.dumps(result.to_dict(), allow_nan=False) + "\n")
 
 
-# Manifests by name, and what is refused as one with a clear line.
+# Suffixes of manifests, and of tables refused with a clear message.
 _TABLES = frozenset([".csv", ".tsv", ".txt", ".xlsx", ".xls", ".ods"])
 
 _drawing = threading.Lock()  # matplotlib takes one thread at a time
 
-# What a process of a pool works with, set once when it starts; its runner lives as long as the process.
+# State of a process of the pool, set once at its start; the runner lives as long as the process.
 _loaded: tuple[ModelFile, GradeOptions, Runner, int] | None = None
 
 

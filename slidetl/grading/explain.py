@@ -1,4 +1,4 @@
-"""Each tile's share in the grade of its slide: exact where the network adds tiles up, else by occlusion."""
+"""Each tile's share in the grade of its slide: exact if the network adds tiles up, else by occlusion."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 DIVERGING = "RdBu_r"
-"""Colours of contributions: blue lowers, red raises, told apart also by people who are colour-blind."""
+"""Colours of contributions: blue lowers, red raises; distinct also for colour-blind people."""
 
-_GROUPS = 64  # that are left out in turn, at most
+_GROUPS = 64  # to leave out in turn, at most
 _LEAST_REACH = 1.0  # of the colours: tiles that hardly differ look alike
 _BEYOND = 98  # percent of the tiles lie within the colours
 
@@ -43,7 +43,7 @@ class Explanation:
 
     @property
     def reach(self) -> float:
-        """The value of :attr:`relative` at either end of the colours, zero being in their middle."""
+        """The value of :attr:`relative` at either end of the colours, with zero in their middle."""
         return max(_LEAST_REACH, float(np.percentile(np.abs(self.relative), _BEYOND)))
 
     @property
@@ -68,7 +68,7 @@ class Explanation:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The sums as plain JSON values: ``score`` is ``baseline + raised + lowered`` where there is one."""
+        """Returns the sums as plain JSON values; ``score`` is any ``baseline`` plus ``raised + lowered``."""
         values = self.contributions.astype(np.float64)
         return {
             "method": "occlusion" if self.baseline is None else "additive",
@@ -85,13 +85,13 @@ def explain_by_occlusion(
 ) -> Explanation:
     """Leaves out group after group of neighbouring tiles, and grades the rest.
 
-    A tile is taken out with its neighbours, since tissue that is on many tiles is missed from none of them
-    alone (Zeiler and Fergus, "Visualizing and understanding convolutional networks", ECCV 2014, who grey
-    out a patch of a picture).
+    A tile is left out with its neighbours, since one of many tiles of the same tissue would not be missed
+    (Zeiler and Fergus, "Visualizing and understanding convolutional networks", ECCV 2014, grey out a patch
+    of a picture).
 
     Args:
         expected_grade: of a slide's embeddings ``[n, D]``.
-        embeddings: ``[N, D]``, of all tiles. Of a single tile there is no rest, and its contribution is 0.
+        embeddings: ``[N, D]``, of all tiles; the contribution of a single tile is 0.
         places: ``[N, 2]``, column and row of each tile.
     """
     side = 1

@@ -1,4 +1,4 @@
-"""A model file and a slide -> a grade, and a map that shows why. Streaming: no cache is needed."""
+"""Grades a slide with a model file, and explains the grade in a map. Streams tiles without a cache."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from slidetl.tiles.plan import TilePlan
 from slidetl.tiles.readers import Readers
 
 _T = TypeVar("_T")
-_IN_MEMORY = 64 << 20  # bytes of a slide's embeddings; more of them lie in a file
-_BATCH_SIZE = {"cpu": 16, "cuda": 256}  # on a processor more cost memory and gain nothing
+_IN_MEMORY = 64 << 20  # bytes of a slide's embeddings; larger ones lie in a file
+_BATCH_SIZE = {"cpu": 16, "cuda": 256}  # on a CPU more cost memory and gain nothing
 Precision = Literal["auto", "float32", "bfloat16"]
-_READING_LIMITS = 0.85  # below this share of the network's own rate, reading is what grading waits for
+_READING_LIMITS = 0.85  # below this share of the network's own rate, grading waits for reading
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,15 @@ class Rates:
     """Throughput of grading a slide.
 
     Attributes:
-        everything: tiles per second, from the first read to the grade; on a GPU, which slides share, of all
-            slides so far, since its first pass.
-        network_alone: tiles per second of the network on tiles that lie on its device, right after; on a GPU
+        everything: tiles per second, from the first read to the grade; on a GPU, shared by slides, of all
+            slides since its first pass.
+        network_alone: tiles per second of the network on tiles already on its device, right after; on a GPU
             right before.
-        processor_share: processor time of the network alone, as a share of that of everything. Others who
-            use the machine disturb it less than they do the clock; on a single core of one's own the
-            quotient of the rates is this. None where the network runs elsewhere, on a GPU.
-        first_pass_s: seconds of the first pass on a GPU, which plans; it runs while the first slide is
-            read. 0 on a processor.
+        processor_share: CPU time of the network alone, as a share of the CPU time of everything. Other users
+            of the machine disturb it less than the rates; on a single free core it equals their quotient.
+            None on a GPU.
+        first_pass_s: seconds of the first pass on a GPU, with its planning, while the first slide is read;
+            0 on a CPU.
     """
 
     everything: float
@@ -62,36 +62,35 @@ class Rates:
 
     @property
     def share(self) -> float:
-        """The rate with everything on, as a share of that of the network alone."""
+        """The rate with everything on, as a share of the network's own."""
         return self.everything / self.network_alone
 
     @property
     def reading_limits(self) -> bool:
-        """True where the network waited for tiles, so that ``everything`` is the rate of reading."""
+        """True if the network waited for tiles; ``everything`` is then the rate of reading."""
         return self.share < _READING_LIMITS
 
 
 @dataclass(frozen=True, eq=False)
 class SlideGrade:
-    """The grade of a slide, and the map that explains it.
+    """The grade of a slide, and its explanation as a map.
 
     Attributes:
-        slide: the file, as it was named.
+        slide: the file, as given.
         fingerprint: of its content.
         grade: the most probable grade, 0..K-1.
         grade_name: its name.
         probabilities: of the grades 0..K-1; they sum to one.
         expected_grade: their mean, 0..K-1: the continuous score.
-        grade_set: lowest and highest grade that the model does not rule out, or None if it carries no
-            evidence for such a set.
-        tissue_mm2: area of the tissue that was graded, square millimetres.
-        novelty: how unlike the training slides it is, 1 being the limit; None if the model cannot tell.
+        grade_set: lowest and highest grade not ruled out; None if the model has no evidence for such a set.
+        tissue_mm2: area of the graded tissue, square millimetres.
+        novelty: distance from the training slides, with 1 as the limit; None if the model has no limit.
         model_sha256: hash of the model file.
-        plan: which tiles were wanted, with thumbnail and tissue.
-        origins_level0: ``[N, 2] int32``, upper-left corners ``(x, y)`` of the tiles that were read.
+        plan: the tiles to read, with thumbnail and tissue.
+        origins_level0: ``[N, 2] int32``, upper-left corners ``(x, y)`` of the tiles read.
         attention: ``[N] float32``, weight of each tile; they sum to one.
         explanation: each tile's contribution to the score.
-        rates: if they were asked for.
+        rates: throughput, if measured.
     """
 
     slide: Path
@@ -111,7 +110,7 @@ class SlideGrade:
     rates: Rates | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The result as plain JSON values, without the map."""
+        """Returns the result as plain JSON values, without the map."""
         return {
             "slide": str(self.slide),
             "fingerprint": self.fingerprint,
@@ -147,30 +146,30 @@ def grade_slide(
     mpp_tolerance: float | None = None,
     channels: str = "",
 ) -> SlideGrade:
-    """Grades one slide, from its file, through the pixels that a cache would hold.
+    """Grades one slide from its file, with the same pixels as from a cache.
 
-    Tiles are read ahead in threads while the network embeds others, so memory grows by the embeddings
-    alone; those of a large slide lie in a nameless file in the folder for temporary files (``TMPDIR``).
+    Threads read tiles ahead while the network embeds others, so memory grows by the embeddings alone; those
+    of a large slide lie in a temporary file without a name (in ``TMPDIR``).
 
     Args:
-        model: as :func:`slidetl.publish.model_file.load_model` returns it, best frozen.
+        model: from :func:`slidetl.publish.model_file.load_model`, best frozen.
         path: the slide.
-        mpp_override: micrometres per level-0 pixel, for a slide whose metadata has none.
-        batch_size: tiles per pass through the backbone; by default 16 on a processor and 256 on a GPU.
-        threads: that read and, on a processor, as many that run the network; the kernel shares out.
-        force: grade a slide also if it has too little tissue or is unlike the training slides.
+        mpp_override: micrometres per level-0 pixel, for a slide without a spacing in its metadata.
+        batch_size: tiles per pass through the backbone; by default 16 on a CPU and 256 on a GPU.
+        threads: number of reading threads and, on a CPU, as many for the network.
+        force: also grade a slide with too little tissue, or unlike the training slides.
         profile: measure the rates; costs a few seconds.
-        runner: of :func:`start_runner` for this model; whoever grades several slides shares one among
-            them, from several threads if they like. By default one is made for this slide.
-        readers: of :func:`slidetl.tiles.cut.slide_parts`, one of which reads the slide; by default threads of
-            this process do.
+        runner: of :func:`start_runner` for this model; several slides may share one, also from several
+            threads. By default one is made for this slide.
+        readers: of :func:`slidetl.tiles.cut.slide_parts`; one reads the slide. By default threads of this
+            process do.
         mpp_replace: micrometres per level-0 pixel, instead of the metadata's.
-        mpp_tolerance: instead of that of the training, :attr:`slidetl.tiles.grid.TileSpec.mpp_tolerance`.
-        channels: instead of those of the training, :attr:`slidetl.tiles.grid.TileSpec.channels`.
+        mpp_tolerance: instead of the training's :attr:`slidetl.tiles.grid.TileSpec.mpp_tolerance`.
+        channels: instead of the training's :attr:`slidetl.tiles.grid.TileSpec.channels`.
 
     Raises:
         SlideError: the slide cannot be opened or read, has no spacing, or is too coarse.
-        UnfitSlideError: it has no tissue; or, unless forced, less than half of what any training slide has,
+        UnfitSlideError: it has no tissue; or, unless forced, less than half as much as any training slide,
             or is unlike them.
     """
     path = Path(path)
@@ -196,7 +195,7 @@ def grade_slide(
     origins: list[NDArray[np.int32]] = []
     tissue = 0.0
     of = (path, mpp_override, mpp_replace, spec)
-    # Closed whatever happens: a thread or process that reads ahead uses the slide.
+    # Closed in any case: a thread or process uses the slide to read ahead.
     with (
         contextlib.closing(
             _ahead(read_slide(*of, runner.batch_size, threads))
@@ -206,7 +205,7 @@ def grade_slide(
         torch.inference_mode(),
     ):
         plan = next(parts)
-        assert isinstance(plan, TilePlan)  # which comes first
+        assert isinstance(plan, TilePlan)  # it comes first
         _check_tissue(model, path, plan, force)
         started = _Clocks.now()
         embedded = _Embeddings(len(plan))
@@ -224,12 +223,12 @@ def grade_slide(
             novelty = embeddings.new_zeros(()) if card.novelty_limit is None else network.novelty(embeddings)
             return novelty, *network.grade(embeddings)
 
-        # Copied in this thread, so that the one that owns a GPU does not wait for it.
+        # Copied in this thread, for the thread owning a GPU not to wait for it.
         novelty, probabilities, expected, attention, *explained = (
             value.cpu() if isinstance(value, Tensor) else value for value in runner.call(graded)
         )
         relative_novelty = _check_novelty(model, path, float(novelty), force)
-        _check_finite(path, "probabilities", probabilities.numpy())  # the largest of NaN would be grade 0
+        _check_finite(path, "probabilities", probabilities.numpy())  # the argmax of NaN would be grade 0
         _check_finite(path, "attention", attention.numpy())
         taken = started.since()
         places = _places(plan, np.concatenate(origins))
@@ -263,13 +262,13 @@ def start_runner(
     precision: Precision = "float32",
     profile: bool = False,
 ) -> Runner:
-    """Makes the runner that embeds the tiles of slides with a model; use it as a context manager.
+    """Makes a runner to embed tiles with a model; use it as a context manager.
 
     Args:
-        model: as :func:`slidetl.publish.model_file.load_model` returns it, best frozen.
-        batch_size: tiles in a pass; by default 16 on a processor and 256 on a GPU.
-        threads: passes at a time on a processor.
-        precision: ``float32`` or ``bfloat16``, in which the backbone computes.
+        model: from :func:`slidetl.publish.model_file.load_model`, best frozen.
+        batch_size: tiles in a pass; by default 16 on a CPU and 256 on a GPU.
+        threads: passes at a time on a CPU.
+        precision: ``float32`` or ``bfloat16``, of the backbone.
         profile: measure the network alone on a GPU, before the first slide.
     """
     device = model.device
@@ -285,20 +284,20 @@ def start_runner(
 
 
 def chosen_precision(model: ModelFile, precision: Precision) -> Precision:
-    """Chooses what ``auto`` stands for; see :class:`slidetl.grading.batch.GradeOptions`."""
+    """Resolves ``auto``; see :class:`slidetl.grading.options.GradeOptions`."""
     if precision != "auto":
         return precision
     return "bfloat16" if model.device.type == "cuda" and "bfloat16" in model.card.precisions else "float32"
 
 
 class _Embeddings:
-    """The embeddings of a slide, from one batch after the other, in little memory however many they are.
+    """The embeddings of a slide, collected batch by batch in limited memory.
 
-    In one piece from the start, since joining would hold them twice. Those in a file the kernel drops from
-    memory where it needs the room, and so do we as they come.
+    They lie in one piece from the start, since joining would hold them twice. Large ones lie in a file; its
+    pages are dropped from memory by us as they are filled, and by the kernel as it needs room.
 
     Args:
-        most: tiles that can come.
+        most: greatest number of tiles.
     """
 
     def __init__(self, most: int) -> None:
@@ -306,10 +305,10 @@ class _Embeddings:
         self._filled = 0
         self._rows: Tensor | None = None
         self._file: mmap.mmap | None = None
-        self._written = 0  # bytes that were dropped from memory
+        self._written = 0  # bytes dropped from memory
 
     def add(self, rows: Tensor) -> None:
-        """Takes a batch ``[n, D]``."""
+        """Adds a batch ``[n, D]``."""
         if self._rows is None:
             self._rows = self._room(rows)
         self._rows[self._filled : self._filled + len(rows)] = rows
@@ -321,7 +320,7 @@ class _Embeddings:
                 self._written = end
 
     def of_all(self) -> Tensor:
-        """All that came, ``[N, D]``."""
+        """Returns all embeddings so far, ``[N, D]``."""
         assert self._rows is not None
         if self._file is not None:
             hand_back_memory()  # of the activations
@@ -386,7 +385,7 @@ def _check_finite(path: Path, name: str, values: NDArray[np.float32]) -> None:
 def _explanation(
     model: ModelFile, runner: Runner, explained: list[Any], embeddings: Tensor, places: NDArray[np.int64]
 ) -> Explanation:
-    """Takes the network's own explanation; a file of before contributions has none to give."""
+    """Takes the network's own explanation; older model files have none, and need occlusion."""
     if explained and explained[0] is not None:
         score, contributions = (value.cpu() for value in explained[0])
         baseline = float(score) - float(contributions.double().sum())
@@ -409,13 +408,13 @@ def _grade_set(model: ModelFile, probabilities: Tensor) -> tuple[int, int] | Non
 
 
 def _tile_mm2(plan: TilePlan) -> float:
-    """Area that a tile stands for: where tiles overlap, less than it covers."""
+    """Returns a tile's share of the area, square millimetres; overlapping tiles count by their stride."""
     return (plan.spec.stride_px * plan.spec.mpp / 1000) ** 2
 
 
 @dataclass(frozen=True)
 class _Clocks:
-    """Seconds on the wall, and of the processor in all threads of this process."""
+    """Seconds of wall time, and of CPU time in all threads of this process."""
 
     wall: float
     processor: float
@@ -430,13 +429,10 @@ class _Clocks:
 
 
 def _rates(runner: Runner, tiles: NDArray[np.uint8] | None, graded: int, taken: _Clocks) -> Rates:
-    """Measures the network alone, once so many tiles were graded in the time taken.
-
-    Slides share a GPU, so there the rates are those of all slides so far.
-    """
+    """Measures the network alone, after ``graded`` tiles in the time taken; on a GPU, for all slides."""
     if runner.alone is not None:
         return Rates(runner.rate_so_far, runner.alone, None, runner.first_pass_s)
-    assert tiles is not None  # kept where threads of this process read
+    assert tiles is not None  # kept if threads of this process read
     started = _Clocks.now()
     alone = runner.rate(tiles)
     spent = started.since()
@@ -447,7 +443,7 @@ def _rates(runner: Runner, tiles: NDArray[np.uint8] | None, graded: int, taken: 
 
 
 def _in_reader(readers: Readers, path: Path, *arguments: Any) -> Generator[TilePlan | TileBatch, None, None]:
-    """Yields what :func:`slidetl.tiles.cut.read_slide` does, from a reader."""
+    """Yields the parts of :func:`slidetl.tiles.cut.read_slide`, from a reader."""
     try:
         for about, pixels in readers.stream(path, *arguments):
             yield about if pixels is None else TileBatch(about[0], about[1], pixels)
@@ -464,7 +460,7 @@ def _with_pixels(
 
 
 def _ahead(items: Generator[_T, None, None], depth: int = 4) -> Generator[_T, None, None]:
-    """The items, made by another thread while earlier ones are in use; at most so many wait."""
+    """Yields the items, made ahead in another thread; at most ``depth`` wait."""
     waiting: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
     stopped = threading.Event()
 
@@ -483,7 +479,7 @@ def _ahead(items: Generator[_T, None, None], depth: int = 4) -> Generator[_T, No
                     if stopped.is_set():
                         return
             give((False, None))
-        except BaseException as error:  # whatever it is belongs to the thread that asked for items
+        except BaseException as error:  # raised in the thread asking for items
             give((False, error))
 
     thread = threading.Thread(target=produce, name="read-ahead", daemon=True)
@@ -505,8 +501,7 @@ def _ahead(items: Generator[_T, None, None], depth: int = 4) -> Generator[_T, No
 def draw_map(result: SlideGrade, path: Path) -> None:
     """Draws the tiles' contributions and the attention over the thumbnail, as a PNG.
 
-    Attention is shown relative to a slide whose tiles all count alike: 1 is the average tile. A model that
-    pools by the mean has no attention to show.
+    Attention is relative: 1 is the average tile. It is left out if all tiles count alike.
     """
     from matplotlib.figure import Figure
 
@@ -559,12 +554,12 @@ def _stride_level0(plan: TilePlan) -> tuple[float, float]:
 
 
 def _places(plan: TilePlan, origins_level0: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Column and row ``[N, 2]`` of tiles on the grid."""
+    """Returns column and row ``[N, 2]`` of tiles on the grid."""
     return np.round(origins_level0 / _stride_level0(plan)).astype(np.int64)
 
 
 def _on_grid(result: SlideGrade, values: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Values of the tiles on their grid ``[rows, columns]``, NaN where no tile was read."""
+    """Puts values of the tiles on their grid ``[rows, columns]``, NaN for cells without a tile."""
     column, row = _places(result.plan, result.origins_level0).T
     grid = np.full((row.max() + 1, column.max() + 1), np.nan)
     grid[row, column] = values
@@ -572,7 +567,7 @@ def _on_grid(result: SlideGrade, values: NDArray[np.float32]) -> NDArray[np.floa
 
 
 def _thumbnail_px(result: SlideGrade, columns: int, rows: int) -> tuple[float, float]:
-    """Converts columns and rows of the grid to thumbnail pixels whose centres are whole."""
+    """Converts columns and rows of the grid to thumbnail pixels, with centres at whole numbers."""
     height, width = result.plan.thumbnail.shape[:2]
     size_x, size_y = result.plan.info.size_level0
     stride_x, stride_y = _stride_level0(result.plan)

@@ -1,4 +1,4 @@
-"""Options of grading; loads no torch, so that the help of ``slidetl grade`` answers at once."""
+"""Options of grading; imports no torch, to keep the help of ``slidetl grade`` fast."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from slidetl.tiles.grid import TileSpec
 
 @dataclass(frozen=True)
 class GradeOptions:
-    """Options of grading: the computation, and the files that are written.
+    """Options of grading: the computation, and the output files.
 
     Attributes:
         output: folder for results.csv, and for each slide a map (PNG) and the result (JSON).
-        report: write into ``output`` also a page for each slide (HTML that needs nothing else), a map that
-            QuPath reads (GeoJSON), and index.html over all slides.
-        mpp_override: spacing of level 0, micrometres per pixel, of slides that have none in the manifest or
+        report: write into ``output`` also a page for each slide (self-contained HTML), a map for QuPath
+            (GeoJSON), and index.html over all slides.
+        mpp_override: spacing of level 0, micrometres per pixel, of slides without one in the manifest or
             their metadata; fills gaps only.
-        mpp_replace: spacing of level 0 in place of that of the metadata, of all slides without mpp in a
-            manifest.
-        mpp_tolerance: relative difference within which a pyramid level is read as it is, 0..0.5; by default
-            that of the model's training.
-        channels: channels of slides that hold several and are not RGB, by number from 0 or name, separated by
-            commas: one, or three as red, green and blue; by default those of the model's training.
-        force: also grade slides that have too little tissue or are unlike those of the training.
-        batch_size: tiles per forward pass; by default 16 on a CPU, where more cost memory and gain nothing,
-            else 256, and fewer where the card has no room for them.
+        mpp_replace: spacing of level 0, micrometres per pixel, instead of the metadata's, of all slides
+            without mpp in a manifest.
+        mpp_tolerance: relative difference of spacing, 0..0.5; a pyramid level within it is read as it is; by
+            default as in the model's training.
+        channels: channels of slides with several other than RGB, by number from 0 or name, separated by
+            commas: one, or three as red, green and blue; by default as in the model's training.
+        force: also grade slides with too little tissue, or unlike those of the training.
+        batch_size: tiles per forward pass; by default 16 on a CPU (more cost memory and gain nothing), else
+            256, and fewer if the GPU has too little memory.
         precision: number format of the backbone's forward pass; auto is float32 on a CPU, and on a GPU
-            bfloat16 where the export compared the model file with its checkpoint in it.
-        devices: GPUs among which the slides are shared out, one process each; on a CPU, processes.
+            bfloat16 if the export compared the model file with its checkpoint in it.
+        devices: number of GPUs to share the slides, one process each; on a CPU, processes.
         profile: print tiles per second with everything on, and of the network alone.
 
     Raises:
-        UsageError: a report without a folder, a batch without tiles, or a spacing that cannot be.
+        UsageError: a report without a folder, a batch without tiles, or an impossible spacing.
     """
 
     output: Path | None = None
@@ -55,7 +55,7 @@ class GradeOptions:
         check_given("--mpp-override", self.mpp_override)
         check_given("--mpp-replace", self.mpp_replace)
         tolerance = 0.0 if self.mpp_tolerance is None else self.mpp_tolerance
-        TileSpec(1.0, mpp_tolerance=tolerance, channels=self.channels)  # refuses what cannot be
+        TileSpec(1.0, mpp_tolerance=tolerance, channels=self.channels)  # raises if they are invalid
         if self.report and self.output is None:
             raise UsageError("--report needs --output, the folder for the pages")
         if self.batch_size is not None and self.batch_size < 1:
