@@ -1,4 +1,4 @@
-"""The map of a graded slide as QuPath reads it: a tile object per tile, with its class and measurements."""
+"""The map of a graded slide for QuPath: a tile object per tile, with its class and measurements."""
 
 from __future__ import annotations
 
@@ -21,20 +21,18 @@ if TYPE_CHECKING:
 def write_geojson(result: SlideGrade, path: Path) -> None:
     """Writes a ``FeatureCollection`` of squares, in the level-0 pixels of QuPath's image of the slide.
 
-    QuPath crops a slide to the scanned area where OpenSlide gives ``openslide.bounds-*`` (MIRAX, Leica,
-    Ventana), unless opened with ``--no-crop``, and counts from the corner of that area.
+    QuPath crops a slide to the scanned area given by OpenSlide in ``openslide.bounds-*`` (MIRAX, Leica,
+    Ventana), unless opened with ``--no-crop``, and counts from the corner of this area.
 
-    Each has the ``objectType`` ``tile``, the measurements ``attention`` (1: the average tile) and
+    Each square has the ``objectType`` ``tile``, the measurements ``attention`` (1: the average tile) and
     ``contribution`` with its unit (:class:`slidetl.grading.explain.Explanation`), and as ``classification``
-    the third of the report's colours in which that lies, so that it shows without a measurement map.
-    Measurements are an object of
-    names and values, and colours three integers, as QuPath writes them since version 0.4 (qupath/qupath
-    pull request 1099). The ``id`` of a tile is the same whenever this model grades this slide, which lets
-    QuPath notice what it has imported before.
+    its third of the report's colours, visible without a measurement map. Measurements are an object of names
+    and values, and colours three integers, as in QuPath since version 0.4 (qupath/qupath pull request 1099).
+    A tile has the same ``id`` each time a model grades a slide, so QuPath recognises repeated imports.
 
     Args:
         result: the graded slide.
-        path: where to.
+        path: the file to write.
 
     Raises:
         OSError: the file cannot be written.

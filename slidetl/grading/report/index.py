@@ -18,10 +18,10 @@ class IndexEntry:
     """A slide in the index.
 
     Attributes:
-        slide: the file, as it was named.
-        name: of its page, without ``.html``.
-        result: as :meth:`slidetl.grading.grade.SlideGrade.to_dict`; empty for a slide that failed.
-        reason: why it failed.
+        slide: the file, as given.
+        name: name of its page, without ``.html``.
+        result: as :meth:`slidetl.grading.grade.SlideGrade.to_dict`; empty for a failed slide.
+        reason: cause of the failure.
     """
 
     slide: Path
@@ -34,12 +34,12 @@ def write_index(folder: Path, entries: Sequence[IndexEntry], card: ModelCard) ->
     """Writes ``index.html`` over the pages of :func:`slidetl.grading.report.slide.write_slide_report`.
 
     Args:
-        folder: where those pages lie.
+        folder: folder of the pages.
         entries: the slides, in any order.
-        card: of the model that graded them.
+        card: card of the model.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
         OSError: it cannot be written.
@@ -70,7 +70,7 @@ def _row(folder: Path, entry: IndexEntry, card: ModelCard) -> dict[str, Any]:
     return {
         "slide": entry.slide.name,
         "folder": str(entry.slide.parent),
-        # There may be a page of an earlier run, which would belie the row.
+        # A page of an earlier run would contradict the row.
         "page": quote(f"{entry.name}.html") if has_page else "",
         "thumbnail": data_uri("jpeg", thumbnail.read_bytes()) if has_page else "",
         "result": result,

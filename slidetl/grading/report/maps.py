@@ -1,4 +1,4 @@
-"""Maps that a page lays over the slide: a value per tile, and the colours that stand for it."""
+"""Maps to lay over the slide in a page: a value and a colour per tile."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Below this range of attention, relative to the average tile, a model weighs all tiles alike.
 _FLAT = 1e-3
-# The scale of attention goes at least to so many times the average: what is almost even shall look even.
+# The scale of attention goes at least to so many times the average: almost even maps look even.
 _LEAST_REACH = 4.0
 
 
@@ -25,15 +25,15 @@ class TileMap:
     """A value for each of some tiles.
 
     Attributes:
-        name: what it shows.
-        description: what that means, in a sentence.
-        unit: said behind a value.
+        name: title of the map.
+        description: its meaning, in a sentence.
+        unit: unit of the values, shown after them.
         origins_level0: ``[n, 2] int32``, upper-left corners ``(x, y)``, level-0 pixels.
         values: ``[n] float32``, or numbers of categories.
         shades: ``[n]`` integers, the index of each in ``colours``.
         colours: ``[256, 3] uint8``, or one per category.
         categories: their names; empty for a scale.
-        ticks: places on the scale, 0..1, and what is said of them.
+        ticks: places on the scale, 0..1, and their labels.
     """
 
     name: str
@@ -54,7 +54,7 @@ def relative_attention(result: SlideGrade) -> NDArray[np.float32] | None:
 
 
 def maps_of(result: SlideGrade) -> list[TileMap]:
-    """Makes the maps of a graded slide, the most telling first."""
+    """Makes the maps of a graded slide, the most important first."""
     explanation = result.explanation
     ends = f"{explanation.reach:.2g}"
     maps = [
@@ -70,8 +70,8 @@ def maps_of(result: SlideGrade) -> list[TileMap]:
         )
     ]
     if (relative := relative_attention(result)) is not None:
-        # By powers: on a scale that is even from zero to the greatest, a few tiles are bright and all others
-        # black. The average lies in the middle, and as far below it as above.
+        # A logarithmic scale with the average in the middle: on a linear one a few tiles are bright and all
+        # others black.
         reach = max(_LEAST_REACH, float(relative.max()))
         place = 0.5 + 0.5 * np.log(np.maximum(relative, 1 / reach)) / np.log(reach)
         maps.append(
@@ -105,7 +105,7 @@ def maps_of(result: SlideGrade) -> list[TileMap]:
 
 
 def left_out_level0(result: SlideGrade) -> dict[str, NDArray[np.int32]]:
-    """Finds corners ``[n, 2]`` of the tiles with tissue that were not graded, by reason; none is empty."""
+    """Finds corners ``[n, 2]`` of ungraded tiles with tissue, by reason; none is empty."""
     wanted = result.plan.origins_level0
     is_graded = {(x, y) for x, y in result.origins_level0.tolist()}
     unreadable = [(x, y) not in is_graded for x, y in wanted.tolist()]
@@ -122,7 +122,7 @@ def extreme_tiles(values: NDArray[np.float32], count: int) -> tuple[list[int], l
 
 
 def colour_table(name: str) -> NDArray[np.uint8]:
-    """Returns Matplotlib's colours of a name, ``[256, 3] uint8``."""
+    """Returns a colour map of Matplotlib by name, ``[256, 3] uint8``."""
     from matplotlib import colormaps
 
     rgba = colormaps[name](np.arange(256), bytes=True)

@@ -1,4 +1,4 @@
-"""A slide small enough to lie inside a page: JPEG tiles of a pyramid, as fine as a budget of bytes allows."""
+"""Slides embedded in a page: JPEG tiles of a pyramid, as fine as a budget of bytes allows."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Pyramid:
     Attributes:
         size_px: width and height at the finest level, pixels.
         mpp: spacing of the finest level, micrometres per pixel.
-        mpp_everywhere: that of the finest level which is there wherever there is tissue.
-        mpp_slide: that of the finest level that the slide would have had.
-        levels: coarsest first, a single tile; JPEGs by column and row. A tile that is absent shows glass,
-            cannot be read, or was beyond the budget.
-        unreadable: how many tiles could not be read.
+        mpp_everywhere: spacing of the finest level covering all tissue.
+        mpp_slide: spacing of the slide's own finest level.
+        levels: coarsest first, a single tile; JPEGs by column and row. Absent tiles show glass, are
+            unreadable, or exceed the budget.
+        unreadable: number of unreadable tiles.
     """
 
     size_px: tuple[int, int]
@@ -58,17 +58,16 @@ def build_pyramid(
 ) -> Pyramid:
     """Reads level after level, each twice as fine, until the budget is used up.
 
-    Of the level that would exceed it, as much is there as fits: what counted most. Levels finer than the
-    picture in which tissue is looked for have tiles where there is tissue only. The tiles are held as JPEGs
-    alone, so memory stays within the budget.
+    The last level holds as many tiles as fit, those of most attention. Levels finer than the tissue mask have
+    tiles on tissue only. Tiles are kept as JPEGs alone, so memory stays within the budget.
 
     Args:
         slide: the slide, open.
         plan: its tiles and tissue.
-        origins_level0: ``[N, 2] int32``, upper-left corners ``(x, y)`` of the tiles that were graded.
-        attention: ``[N] float32``, how much each counted.
-        budget_bytes: of all tiles together; the coarsest level, a single tile, is there whatever it takes.
-        threads: that read and compress at a time.
+        origins_level0: ``[N, 2] int32``, upper-left corners ``(x, y)`` of the graded tiles.
+        attention: ``[N] float32``, their weights.
+        budget_bytes: of all tiles together; the coarsest level, a single tile, may exceed it.
+        threads: number of threads to read and compress.
     """
     mpp_slide = max(plan.info.mpp_level0)
     coarsest = max(0, math.ceil(math.log2(max(_size_px(plan.info, mpp_slide)) / TILE_PX)))
@@ -100,7 +99,7 @@ def build_pyramid(
 
 
 def encode_jpeg(rgb: NDArray[np.uint8], quality: int = _QUALITY) -> bytes:
-    """Compresses ``[h, w, 3] uint8`` for people to look at: colour at half the resolution."""
+    """Compresses ``[h, w, 3] uint8`` for viewing, with colour at half the resolution."""
     import simplejpeg
 
     return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(rgb), quality, "RGB", "420"))
@@ -144,7 +143,7 @@ class _Level:
     def most_attended(
         self, plan: TilePlan, origins_level0: NDArray[np.int32], attention: NDArray[np.float32], count: int
     ) -> Self:
-        """Keeps ``count`` of the tiles: those in which the middles of the tiles that counted most lie."""
+        """Keeps ``count`` tiles, those with the most attention of graded tiles by their centres."""
         middles = origins_level0 + np.asarray(plan.extent_level0) / 2
         sums: dict[tuple[int, int], float] = {}
         for (column, row), weight in zip(
@@ -159,7 +158,7 @@ class _Level:
 def _read(
     slide: Slide, level: _Level, budget_bytes: float, threads: int
 ) -> tuple[dict[tuple[int, int], bytes], int]:
-    """Reads the tiles of a level, up to the first beyond the budget, and counts those that cannot be read."""
+    """Reads the tiles of a level, up to the first beyond the budget, and counts unreadable ones."""
     jpegs: dict[tuple[int, int], bytes] = {}
     taken = unreadable = 0
     where = (level.origins_level0, TILE_PX, level.mpp, _MPP_TOLERANCE)

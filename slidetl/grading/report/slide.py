@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from slidetl.grading.grade import SlideGrade
 
 BUDGET_BYTES = 16 * 2**20
-"""Of the slide's pyramid in a page. As text a third is added; with all the rest a page is below 25 MB."""
+"""Size of the slide's pyramid in a page. Base64 adds a third; a whole page stays below 25 MB."""
 
 _TILES_SHOWN = 8
 _TILE_SHOWN_PX = 512
@@ -41,21 +41,21 @@ def write_slide_report(
 ) -> Path:
     """Writes ``name.html``, ``name.geojson`` and ``name.thumbnail.jpg`` for a graded slide.
 
-    The page needs nothing else: it works from ``file://``, without a network.
+    The page is self-contained: it works from ``file://``, without a network.
 
     Args:
-        result: what the model said of the slide; its file is read again.
-        card: the model's.
-        folder: where to.
+        result: the graded slide; its file is read again.
+        card: the model's card.
+        folder: folder of the page.
         name: safe as the name of a file.
-        threads: that read and compress at a time.
-        budget_bytes: of the slide's picture in the page; the finest level in it follows from this.
+        threads: number of threads to read and compress.
+        budget_bytes: size of the slide's picture in the page; it sets the finest level.
 
     Returns:
-        The page.
+        The path of the page.
 
     Raises:
-        SlideError: the slide cannot be opened any more.
+        SlideError: the slide can no longer be opened.
         OSError: a file cannot be written.
     """
     plan = result.plan
@@ -90,11 +90,11 @@ def write_slide_report(
 
 
 def has_slide_report(folder: Path, name: str, result: Mapping[str, Any]) -> bool:
-    """Tells if there is a page of this very result, not of another model or of what the slide once was.
+    """Tells if there is a page for a result: of the same model and the same content of the slide.
 
     Args:
-        folder: where pages are written.
-        name: of the page, without ``.html``.
+        folder: folder of the pages.
+        name: name of the page, without ``.html``.
         result: as :meth:`slidetl.grading.grade.SlideGrade.to_dict`.
     """
     try:
@@ -119,11 +119,11 @@ def _data(result: SlideGrade, pyramid: Pyramid, maps: list[TileMap]) -> dict[str
             {f"{x}_{y}": base64.b64encode(jpeg).decode("ascii") for (x, y), jpeg in level.items()}
             for level in pyramid.levels
         ],
-        # Where tiles overlap or leave gaps, a cell is what lies nearest to the middle of its tile.
+        # If tiles overlap or leave gaps, a cell covers the points nearest to the centre of its tile.
         "cellOrigin": ((extent - stride) / 2 * scale).tolist(),
         "cellSize": (stride * scale).tolist(),
         "tileExtent": (extent * scale).tolist(),
-        # Of the tiles shown by themselves; where it is finer than the rest, they are laid into the slide.
+        # Spacing of the separately shown tiles; if it is finer than the rest, they are laid into the slide.
         "mppShown": plan.spec.mpp * max(1.0, plan.spec.tile_size_px / _TILE_SHOWN_PX),
         "maps": [
             {
@@ -141,7 +141,7 @@ def _data(result: SlideGrade, pyramid: Pyramid, maps: list[TileMap]) -> dict[str
 
 
 def _galleries(slide: Slide, result: SlideGrade, pyramid: Pyramid) -> list[dict[str, Any]]:
-    """Shows the tiles that raise and lower the score most."""
+    """Collects the tiles with the greatest and the least contributions."""
     relative = relative_attention(result)
     titles = ("Tiles that raise the score most", "Tiles that lower it most")
     most, least = extreme_tiles(result.explanation.contributions, _TILES_SHOWN)
@@ -162,7 +162,7 @@ def _tile(
     try:
         pixels = slide.read((x, y), side, spec.mpp, spec.mpp_tolerance)
         picture = data_uri("jpeg", _jpeg(pixels, _TILE_SHOWN_PX, 85))
-    except SlideReadError:  # it could be read when it was graded; the page is still worth having
+    except SlideReadError:  # it was readable before; the page is useful without it
         picture = ""
     return {
         "picture": picture,
@@ -210,7 +210,7 @@ def _warnings(result: SlideGrade, card: ModelCard) -> list[str]:
 
 
 def _quality(result: SlideGrade) -> list[dict[str, str]]:
-    """Tells by which rules tiles are left out, how many were, and what was measured of the rest."""
+    """Lists the rules for leaving out tiles, their numbers, and the measured quality of the rest."""
     spec = result.plan.spec
     left_out = left_out_level0(result)
 

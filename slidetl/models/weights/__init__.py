@@ -1,4 +1,4 @@
-"""Weights that come with slidetl, so that nothing need be downloaded; their ``.md`` say what they are."""
+"""Bundled weights, for work without downloads; their ``.md`` describe them."""
 
 from pathlib import Path
 
@@ -6,5 +6,5 @@ BUNDLED = Path(__file__).parent
 
 
 def bundled_weights(backbone: str) -> Path:
-    """Returns the path of a backbone's bundled weights; they exist for few."""
+    """Returns the path of a backbone's bundled weights, present for few."""
     return BUNDLED / f"procedural_{backbone}.safetensors"
