@@ -1,25 +1,24 @@
-"""Every error that slidetl raises on purpose.
+"""Exceptions of slidetl.
 
-Each inherits the builtin that a caller would catch, and each message says what was
-expected, what came, and what to do about it::
+Each inherits a fitting builtin, and each message states the expected and the found value, and a remedy::
 
     SlidetlError
-    |-- UsageError (ValueError)             an option or argument that cannot be meant
+    |-- UsageError (ValueError)             an invalid option or argument
     |-- ManifestError (ValueError)          faults in a manifest, all of them, with line numbers
     |-- SlideError (OSError)
-    |   |-- SlideOpenError                  not a slide, or not one that can be read
+    |   |-- SlideOpenError                  not a slide, or an unreadable one
     |   |-- SlideReadError                  opened, but a region of it is damaged
     |   |-- SpacingError (ValueError)       no physical spacing, or coarser than asked for
-    |   `-- UnfitSlideError (ValueError)    readable, but not one that the model can be trusted on
+    |   `-- UnfitSlideError (ValueError)    readable, but too little tissue or unlike the training slides
     |-- CacheError (OSError)
     |   |-- CacheMissingError (FileNotFoundError)
     |   |-- CacheMismatchError (ValueError) made with other parameters or from another slide
-    |   `-- CacheCorruptError               bytes that fail their checksum
-    |-- ProcessEnded (RuntimeError)         a process that did a part of the work ended before it was done
-    |-- WeightsError (ValueError)           weights that do not fit, or cannot be found
-    |-- CheckpointError (ValueError)        a checkpoint that is not ours, or not allowed
-    |-- ModelFileError (ValueError)         an exported model that is not ours, or damaged
-    `-- OutputError (OSError)               a result that cannot be written: no room, no permission
+    |   `-- CacheCorruptError               wrong checksum
+    |-- ProcessEnded (RuntimeError)         a worker process ended before its work was done
+    |-- WeightsError (ValueError)           weights do not fit, or cannot be found
+    |-- CheckpointError (ValueError)        a foreign checkpoint, or forbidden content
+    |-- ModelFileError (ValueError)         a foreign or damaged exported model
+    `-- OutputError (OSError)               a result cannot be written: no room, no permission
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ import re
 
 from slidetl.text import one_line
 
-# What libraries say instead of raising MemoryError: torch, OpenCV, C++, a DataLoader whose worker was killed.
+# Messages of libraries instead of MemoryError: torch, OpenCV, C++, a DataLoader with a killed worker.
 _NO_MEMORY = re.compile(
     "(can.?t|cannot|unable to) allocate|(not enough|insufficient|out of) (shared )?memory|bad_alloc"
     "|can.?t start new thread|failed to map segment|killed by signal: (killed|bus)",
@@ -38,11 +37,11 @@ _NO_MEMORY = re.compile(
 
 
 class SlidetlError(Exception):
-    """Base class: catch this to catch whatever slidetl raises on purpose."""
+    """Base class of all exceptions raised by slidetl on purpose."""
 
 
 class UsageError(SlidetlError, ValueError):
-    """An option or argument that cannot be meant."""
+    """An option or argument is invalid."""
 
 
 class ManifestError(SlidetlError, ValueError):
@@ -54,7 +53,7 @@ class SlideError(SlidetlError, OSError):
 
 
 class SlideOpenError(SlideError):
-    """The file is not a slide, or not one that can be read."""
+    """The file is not a slide, or an unreadable one."""
 
 
 class SlideReadError(SlideError):
@@ -66,7 +65,7 @@ class SpacingError(SlideError, ValueError):
 
 
 class UnfitSlideError(SlideError, ValueError):
-    """Too little tissue, or unlike the slides that the model was trained on."""
+    """The slide has too little tissue, or is unlike the training slides."""
 
 
 class CacheError(SlidetlError, OSError):
@@ -86,7 +85,7 @@ class CacheCorruptError(CacheError):
 
 
 class ProcessEnded(SlidetlError, RuntimeError):
-    """A process that did a part of the work ended before it was done."""
+    """A worker process ended before its work was done."""
 
 
 class WeightsError(SlidetlError, ValueError):
@@ -94,19 +93,19 @@ class WeightsError(SlidetlError, ValueError):
 
 
 class CheckpointError(SlidetlError, ValueError):
-    """The checkpoint is not one of ours, or names something that is not allowed."""
+    """The checkpoint is not from slidetl, or names something forbidden."""
 
 
 class ModelFileError(SlidetlError, ValueError):
-    """The exported model is not one of ours, or is damaged."""
+    """The exported model is not from slidetl, or is damaged."""
 
 
 class OutputError(SlidetlError, OSError):
-    """A file cannot be written; the one that was there before is kept."""
+    """A file cannot be written; its earlier version is kept."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tells if an error, or the one that it came from, is want of memory."""
+    """Tells if an error, or its cause, is a lack of memory."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, SlidetlError):
         if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno == errno.ENOMEM):
@@ -118,11 +117,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def describe_failure(error: BaseException, less_memory: str) -> str:
-    """Describes in one line what ended one piece of work, whatever was raised.
+    """Describes the failure of a job in one line.
 
     Args:
         error: of slidetl, of the machine, or of a library.
-        less_memory: what to do about want of memory, an infinitive with its options.
+        less_memory: remedy for lack of memory, an infinitive with its options.
     """
     text = one_line(str(error))[:500]
     if is_out_of_memory(error):

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and foreign files that must not grow when they are read."""
+"""Writes files whole or not at all, and checks foreign files before they are read."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _MAX_NPY_HEADER_BYTES = 10_000  # NumPy's own limit; three numbers and a type ar
 
 @contextmanager
 def replaced(path: Path) -> Iterator[IO[bytes]]:
-    """Opens a file that takes the place of ``path`` once it is whole and durable; made with its folder.
+    """Opens a file to replace ``path`` once it is whole and durable; makes the folder.
 
-    It is written beside it under another name. If anything fails, that is removed and ``path`` stays.
+    It is written beside ``path`` under another name, and removed if anything fails.
 
     Raises:
         OutputError: the file cannot be written.
@@ -37,13 +37,13 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.unlink(missing_ok=True)
         try:
-            with partial.open("xb") as file:  # never through a link that somebody put there
+            with partial.open("xb") as file:  # never through a link of someone else
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
         finally:
-            partial.unlink(missing_ok=True)  # on a full disk it would keep the room that is wanting
+            partial.unlink(missing_ok=True)  # on a full disk it would take the missing room
         fsync_path(path.parent)
     except SlidetlError:
         raise
@@ -67,7 +67,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
     Args:
         path: the file.
         columns: in order.
-        rows: by column; a column that is missing, None or NaN is empty.
+        rows: by column; a missing column, None or NaN is empty.
 
     Raises:
         OutputError: the file cannot be written.
@@ -90,7 +90,7 @@ def fsync_path(path: Path) -> None:
 
 
 def is_full(error: BaseException) -> bool:
-    """Tells if the disk, or the user's share of it, is full."""
+    """Tells if the disk, or the user's quota, is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -102,10 +102,10 @@ def describe_full(error: OSError) -> str:
 
 
 def check_stored(path: Path) -> None:
-    """Checks that an archive of torch holds everything as it is: none of it grows when it is read.
+    """Checks an archive of torch for compressed parts, as they would grow when read.
 
     Raises:
-        ValueError: it is packed.
+        ValueError: it is compressed, or larger than its file.
         BadZipFile: it is damaged.
     """
     with zipfile.ZipFile(path) as archive:
@@ -136,8 +136,8 @@ def array_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], 
     """Reads shape and type of an array in an ``.npz``, without its values.
 
     Raises:
-        ValueError: no array of NumPy, or one with a header that no array needs.
-        KeyError: there is none of that name.
+        ValueError: no array of NumPy, or a header larger than any array needs.
+        KeyError: no array of this name.
     """
     with archive.open(f"{name}.npy") as stream:
         # NumPy reads a header whole before it finds it too long; packed, 4 GB of spaces are 4 MB.
@@ -152,17 +152,17 @@ def array_header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], 
             raise ValueError(f"{name} is of version {version[0]} of the format, expected 1 or 2")
         try:
             shape, _, dtype = headers[version[0]](stream)
-        except Exception as error:  # of the parser of Python: SyntaxError, TokenError, RecursionError, ...
+        except Exception as error:  # of Python's parser: SyntaxError, TokenError, RecursionError, ...
             raise ValueError(f"{name} has a header that cannot be read: {error}") from error
     return shape, dtype
 
 
 def read_packed_array(archive: zipfile.ZipFile, name: str, most_bytes: int) -> NDArray[Any]:
-    """Reads an array in an ``.npz``, of at most so many bytes; never a pickle, which could run anything.
+    """Reads an array in an ``.npz``, of at most ``most_bytes``; never a pickle, as it could run code.
 
     Raises:
         ValueError: it would take more, or is no array.
-        KeyError: there is none of that name.
+        KeyError: no array of this name.
     """
     shape, dtype = array_header(archive, name)
     wanted = int(np.prod(shape, dtype=object)) * dtype.itemsize

@@ -1,4 +1,4 @@
-"""Pages that need nothing but themselves: no network, no file beside them, no script but ours."""
+"""Self-contained pages: no network, no other files, no scripts but ours."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def write_page(
 ) -> None:
     """Fills a template and writes it, whole or not at all.
 
-    Every value is escaped. The page's policy allows the scripts and the style named here, by their hashes,
-    images that lie in the page, and nothing else.
+    Every value is escaped. The page's policy allows only these scripts and this style, by their hashes, and
+    images inside the page.
 
     Args:
         path: the page.
-        package: the package whose folder ``templates`` holds the files named next.
+        package: package with the files named next in its folder ``templates``.
         template: the template.
         style: the style sheet.
         scripts: the scripts, in order.
-        values: what the template speaks of.
+        values: variables of the template.
 
     Raises:
         OutputError: the page cannot be written.
@@ -52,12 +52,12 @@ def write_page(
 
 
 def data_uri(kind: str, content: bytes) -> str:
-    """Returns an image's content as its own address; ``kind`` is e.g. ``jpeg``."""
+    """Encodes an image as a data URI; ``kind`` is e.g. ``jpeg``."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def script_json(values: Any) -> Any:
-    """Dumps values as JSON for a ``<script>``: nothing in them can end it or begin a comment."""
+    """Dumps values as JSON for a ``<script>``; they cannot end it or begin a comment."""
     from markupsafe import Markup
 
     text = json.dumps(values, separators=(",", ":"), allow_nan=False)
@@ -78,7 +78,7 @@ def _asset(package: str, name: str) -> str:
     text = (folder / name).read_text(encoding="utf-8")
     if name != _OPENSEADRAGON:
         return text
-    # With developer tools open a browser would look for the source map.
+    # With open developer tools a browser would request the source map.
     code = text[: text.index("//# sourceMappingURL")]
     licence = (folder / "openseadragon" / "LICENSE.txt").read_text(encoding="utf-8")
     return f"/*\n{licence}*/\n{code}"

@@ -1,4 +1,4 @@
-"""Child processes that end with their parent, each joined to it by a pipe."""
+"""Child processes with a pipe to their parent; they end with it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 @dataclass(eq=False)
 class Child:
-    """A process, and our end of its pipe, which ends when it does."""
+    """A process, and our end of its pipe; the pipe ends with it."""
 
     process: SpawnProcess
     connection: Connection
 
     def cause_of_death(self, did: str) -> str:
-        """Waits for its end, and says what ended the process that ``did`` (past tense) something."""
+        """Waits for the process to end and describes the cause; ``did`` is its work, in the past tense."""
         self.connection.close()
         self.process.join()
         exitcode = self.process.exitcode
@@ -35,17 +35,17 @@ class Child:
         return f"the process that {did} it ended itself, as libraries do that cannot go on (code {exitcode})"
 
     def end(self) -> None:
-        """Ends it at once."""
+        """Ends the process at once."""
         self.process.terminate()
         self.process.join()
         self.connection.close()
 
 
 def start_child(work: Callable[..., None], *arguments: Any, has_children: bool = False) -> Child:
-    """Starts a process that calls ``work(connection, *arguments)``; it may have children if told so.
+    """Starts a process to call ``work(connection, *arguments)``.
 
-    If this process dies, however suddenly, the child is killed; also when the thread ends that started it.
-    It is spawned: OpenSlide, zarr and torch hold threads and locks.
+    The kernel kills it when this process dies or the starting thread ends. It is spawned, since OpenSlide,
+    zarr and torch hold threads and locks.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -58,20 +58,20 @@ def start_child(work: Callable[..., None], *arguments: Any, has_children: bool =
 
 
 def begin(parent: int, module: str, function: str, *arguments: Any) -> None:
-    """Begins the work of a process of a pool: it ends with its parent, also while it still imports."""
+    """Begins the work of a process of a pool; it ends with its parent, also during its imports."""
     end_with(parent)
     getattr(import_module(module), function)(*arguments)
 
 
 def end_with(parent: int) -> None:
-    """Has the kernel kill this process when its parent dies, however suddenly."""
+    """Has the kernel kill this process when its parent dies."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)  # it died before the line above
 
 
 def _run(work: Callable[..., None], connection: Connection, parent: int, arguments: tuple[Any, ...]) -> None:
-    # Without this, children of a killed run would go on, hold locks and keep a card's memory.
+    # Without this, children of a killed run would go on, hold locks and keep a GPU's memory.
     end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     work(connection, *arguments)

@@ -1,4 +1,4 @@
-"""Settings of the C library and of OpenMP for processes that run a network on processors."""
+"""Settings of the C library and of OpenMP for networks on a CPU."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ _KEEP = {
 
 
 def prepare_for_networks() -> None:
-    """Has freed memory kept for the next tensor, and idle threads sleep soon; call it before torch is loaded.
+    """Keeps freed memory for the next tensor, and lets idle threads sleep soon; call it before torch loads.
 
-    glibc hands a freed activation back to the kernel, and takes as much back page by page for the next
-    layer: half the time of a training step of MobileNetV2, a third of its forward pass
-    (docs/design/processor.md). All threads share one heap, since those that glibc makes for further ones
-    keep no block of 64 MiB or more. Torch's idle threads spin for milliseconds by default, on cores that
-    others could read and decode tiles on.
+    glibc returns a freed activation to the kernel, and takes it back page by page for the next layer: half
+    the time of a training step of MobileNetV2, a third of its forward pass (docs/design/processor.md). All
+    threads share one heap, since glibc's further heaps keep no block of 64 MiB or more. By default torch's
+    idle threads spin for milliseconds, on cores needed to read and decode tiles.
 
-    The environment hands both on to processes started from here; where it says otherwise already, that
-    stands. Without glibc only the environment is set.
+    Child processes inherit both from the environment; variables already set stay. Without glibc only the
+    environment is set.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -37,7 +36,7 @@ def prepare_for_networks() -> None:
 
 
 def hand_back_memory() -> None:
-    """Gives what is kept for the next tensor back to the kernel, before other work that needs room."""
+    """Returns memory kept for the next tensor to the kernel, before other work."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -45,7 +44,7 @@ def hand_back_memory() -> None:
 
 @contextmanager
 def postpone_collection() -> Iterator[None]:
-    """Postpones collecting garbage while a command is imported and built: a fifth of the time."""
+    """Postpones garbage collection while a command is imported and built: saves a fifth of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""Text of strangers, made harmless for a terminal, a spreadsheet and a plot; Jinja escapes it for pages."""
+"""Makes foreign text harmless for a terminal, a spreadsheet and a plot; Jinja escapes it for pages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _FORMULA = ("=", "+", "-", "@")
 
 
 def one_line(text: str) -> str:
-    """Makes one line of a text: white space becomes a space, what a terminal would obey its escape."""
+    """Makes one line of a text: white space becomes a space, a control character its escape."""
     return "".join(
         letter if letter.isprintable() else " " if letter.isspace() else ascii(letter)[1:-1]
         for letter in text
@@ -18,7 +18,7 @@ def one_line(text: str) -> str:
 
 
 def csv_cell(value: Any) -> Any:
-    """Makes one line of text that no spreadsheet runs; None and NaN are empty, numbers stay."""
+    """Makes one line of text, never a spreadsheet's formula; None and NaN are empty, numbers stay."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if not isinstance(value, str):
@@ -32,5 +32,5 @@ def csv_cell(value: Any) -> Any:
 
 
 def plot_label(text: str) -> str:
-    """Makes one line of text for matplotlib, which takes what stands between two ``$`` for a formula."""
+    """Makes one line of text for matplotlib, with escaped ``$``: text between two would be a formula."""
     return one_line(text).replace("$", r"\$")
