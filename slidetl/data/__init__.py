@@ -1,1 +1,1 @@
-"""Turns caches and grades into batches. Import the module that is needed; this one imports nothing."""
+"""Batches from caches and grades. Import its modules directly; this file imports nothing."""

@@ -22,17 +22,17 @@ _GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Changes of a tile that leave its grade as it is.
+    """Changes of a tile without effect on its grade.
 
-    Hue is left alone on purpose: in trichrome and Sirius red the hue *is* the collagen. The changes of colour
-    are those of torchvision's and albumentations' ``ColorJitter``, always in the order below and clipped once
-    at the end: so they are one affine map of a pixel, which makes them several times faster.
+    Hue stays unchanged: in trichrome and Sirius red it *is* the collagen. The colour changes of torchvision's
+    and albumentations' ``ColorJitter`` apply in the order below with one clip at the end: as one affine map
+    per pixel they are several times faster.
 
     Attributes:
         flips: the eight symmetries of the square; tissue has no upright position.
         brightness: greatest relative change of brightness, 0..1.
         contrast: greatest relative change of contrast about the tile's mean grey, 0..1.
-        saturation: greatest relative change of saturation, 0..1; the strength of a stain varies.
+        saturation: greatest relative change of saturation, 0..1; stains vary in strength.
     """
 
     flips: bool = True
@@ -46,12 +46,7 @@ class Augmentation:
                 raise UsageError(f"augmentation.{name} must be from 0 to below 1, not {getattr(self, name)}")
 
     def __call__(self, tiles: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
-        """Augments each tile by itself.
-
-        Args:
-            tiles: ``[N, S, S, 3] uint8``.
-            seed: the same seed gives the same result.
-        """
+        """Augments tiles ``[N, S, S, 3] uint8`` one by one; the same seed gives the same result."""
         out = np.empty_like(tiles)
         for tile, change, target in zip(tiles, self.draw(len(tiles), seed), out, strict=True):
             self.apply(tile, change, target)
@@ -71,7 +66,7 @@ class Augmentation:
         return np.column_stack([symmetries, factors])
 
     def apply(self, tile: NDArray[np.uint8], change: NDArray[np.float64], out: NDArray[np.uint8]) -> None:
-        """Writes a tile ``[S, S, 3] uint8``, changed as :meth:`draw` said, into another; threads may."""
+        """Writes a tile ``[S, S, 3] uint8`` to ``out``, changed as drawn by :meth:`draw`; thread-safe."""
         cv2 = opencv()
         symmetry, (brightness, contrast, saturation) = int(change[0]), change[1:]
         if symmetry & 4:
@@ -89,7 +84,7 @@ class Augmentation:
 
 
 class Transform(Protocol):
-    """A transform of albumentations, or several in one: the part of both that slidetl needs."""
+    """The interface of an albumentations transform or composition, as used by slidetl."""
 
     def set_random_seed(self, seed: int | None) -> None:
         """Sets the seed of the next call."""
@@ -99,13 +94,12 @@ class Transform(Protocol):
 
 
 class Pipeline:
-    """A pipeline of albumentations; a tile's seed alone decides its changes, so that trainings repeat.
+    """A pipeline of albumentations; a tile's seed alone decides its changes, for repeatable trainings.
 
     It is several times slower than :class:`Augmentation` (docs/evidence/augmentation.md).
 
     Args:
-        transforms: each with ``class_path``, a class of albumentations, and ``init_args``; the transforms of
-            ``OneOf`` and its like are written alike.
+        transforms: each with ``class_path`` of albumentations and ``init_args``; likewise within ``OneOf``.
 
     Raises:
         UsageError: there is no such transform, or albumentations refuses its arguments.
@@ -127,7 +121,7 @@ class Pipeline:
 
     @property
     def moves_hue(self) -> tuple[str, ...]:
-        """Names of the transforms that change hue, which is the collagen in trichrome and Sirius red."""
+        """Names of the transforms of hue; in trichrome and Sirius red, hue is the collagen."""
         return tuple(name for name in _class_names(self._pipeline) if name in _MOVE_HUE)
 
     def draw(self, n: int, seed: int) -> NDArray[np.int64]:
@@ -135,7 +129,7 @@ class Pipeline:
         return np.random.default_rng(seed).integers(2**32, size=n)
 
     def apply(self, tile: NDArray[np.uint8], change: np.int64, out: NDArray[np.uint8]) -> None:
-        """Writes a tile ``[S, S, 3] uint8``, changed by its seed, into another; threads may.
+        """Writes a tile ``[S, S, 3] uint8`` to ``out``, changed by its seed; thread-safe.
 
         Raises:
             UsageError: the pipeline changes size or type of the tile.
@@ -153,12 +147,12 @@ class Pipeline:
 
 
 def build_augmentation(value: Augmentation | Sequence[Mapping[str, Any]]) -> Augmentation | Pipeline:
-    """Builds the augmentation that a configuration names: a list is a pipeline of albumentations."""
+    """Builds the augmentation of a configuration; a list is a pipeline of albumentations."""
     return value if isinstance(value, Augmentation) else Pipeline(value)
 
 
 def read_augmentation(config: Mapping[str, Any]) -> Augmentation | Pipeline:
-    """Reads the augmentation of a configuration of ``slidetl fit``; slidetl's own where it names none."""
+    """Reads the augmentation of a configuration of ``slidetl fit``; :class:`Augmentation` by default."""
     value = (config.get("data") or {}).get("augmentation") or {}
     return build_augmentation(Augmentation(**value) if isinstance(value, Mapping) else value)
 
@@ -166,7 +160,7 @@ def read_augmentation(config: Mapping[str, Any]) -> Augmentation | Pipeline:
 def draw_sheet(
     tile: NDArray[np.uint8], augmentation: Augmentation | Pipeline, rows: int, columns: int, seed: int
 ) -> NDArray[np.uint8]:
-    """Draws a contact sheet of a tile: as it is in the upper-left corner, changed everywhere else.
+    """Draws a contact sheet of a tile: unchanged in the upper-left corner, changed elsewhere.
 
     Args:
         tile: ``[S, S, 3] uint8``.
@@ -176,8 +170,7 @@ def draw_sheet(
         seed: of the changes.
 
     Returns:
-        ``[rows * (S + 4) + 4, columns * (S + 4) + 4, 3] uint8``, tiles apart by 4 px of white, the first
-        in a black frame.
+        ``[rows * (S + 4) + 4, columns * (S + 4) + 4, 3] uint8``, 4 px between tiles, the first framed.
     """
     step = len(tile) + 4
     sheet = np.full((rows * step + 4, columns * step + 4, 3), 255, np.uint8)
@@ -212,14 +205,14 @@ _MOVE_HUE = (
 
 
 def _class_names(transform: Any) -> Iterator[str]:
-    """Yields the name of a transform, and of those within it."""
+    """Yields the names of a transform and its inner transforms."""
     yield type(transform).__name__
     for inner in getattr(transform, "transforms", ()):
         yield from _class_names(inner)
 
 
 def _build(item: Any) -> Any:
-    """Builds a transform and those within it; other values stay."""
+    """Builds a transform and its inner transforms; other values stay."""
     if isinstance(item, (list, tuple)):
         return [_build(part) for part in item]
     if not isinstance(item, Mapping) or "class_path" not in item:
@@ -238,7 +231,7 @@ def _build(item: Any) -> Any:
     arguments = {key: _build(value) for key, value in (item.get("init_args") or {}).items()}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # it would ignore an argument that it does not know
+            warnings.simplefilter("error", UserWarning)  # it warns of unknown arguments and ignores them
             return made(**arguments)
     except (TypeError, ValueError, UserWarning) as error:
         raise UsageError(f"data.augmentation: {name}: {' '.join(str(error).split())}") from error

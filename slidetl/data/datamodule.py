@@ -1,4 +1,4 @@
-"""The manifest and the cache together, as Lightning wants them."""
+"""The LightningDataModule of a manifest and its cache."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ from slidetl.tiles.grid import TileSpec
 _Loader = TypeVar("_Loader", bound=DataLoader[Any])
 
 _ENDLESS = 2**31  # epochs
-_WORKERS = 2  # before a processor, which the network needs
-_THREADS_OF_A_GPU = 2  # that feed it; each other core reads tiles
+_WORKERS = 2  # on a CPU: the network needs the other cores
+_THREADS_OF_A_GPU = 2  # to feed it; each other core reads tiles
 _PART_OF = {"validate": "val", "test": "test"}
 
 DEFAULT_BATCH_SIZE = 4
@@ -50,40 +50,38 @@ class SlideDataModule(pl.LightningDataModule):
 
     Args:
         manifest: the CSV of the study (or, for ``predict``, a folder of slides).
-        cache: the folder that ``slidetl tile`` wrote.
-        grades: names of the grades, lowest first; the manifest gives their indices 0..K-1.
+        cache: the folder written by ``slidetl tile``.
+        grades: names of the grades, lowest first; the manifest has their indices 0..K-1.
         bag_size: tiles drawn from each slide in each epoch of training.
         batch_size: slides per training step (and per process).
-        chunk_size: tiles per step of evaluation, which sees every tile of a slide.
-        val_fraction: share of the slides for validation, where the manifest has no ``split`` column.
+        chunk_size: tiles per step of evaluation; evaluation reads every tile of a slide.
+        val_fraction: share of the slides for validation, if the manifest has no ``split`` column.
         test_fraction: share of the slides for the test, likewise.
-        seed: of the split, the draws of tiles and the augmentation.
-        num_workers: processes that read tiles ahead, in training and evaluation each; ``auto`` is all cores
-            but two of a GPU's share of them, and two where no GPU trains.
-        decode_threads: threads in each of them that decode and augment the tiles of a bag.
-        prefetch: batches that each of them reads ahead.
-        augmentation: changes of training tiles that leave the grade as it is: the options of
+        seed: seed of the split, the draws of tiles and the augmentation.
+        num_workers: processes to read tiles ahead, in training and evaluation each; ``auto`` is a GPU's share
+            of the cores minus two, or two without a GPU.
+        decode_threads: threads per process to decode and augment the tiles of a bag.
+        prefetch: batches for each process to read ahead.
+        augmentation: changes of training tiles without effect on the grade: options of
             :class:`~slidetl.data.augment.Augmentation`, or a list of albumentations transforms, each with
             ``class_path`` and ``init_args`` (``configs/augmentation/stain.yaml``).
-        sampling: how the tiles of a bag are drawn: :class:`~slidetl.data.sampling.Uniform` by default, by
-            their tissue, or where the model looked.
-        features: name under which ``slidetl embed`` stored the embeddings of the pretrained backbone; empty
-            for none. A bag then has all tiles of the slide: those drawn go through the backbone and train it,
-            the rest take part by their stored embeddings, without a gradient. These grow stale as the
-            backbone moves away from the weights that made them; so a small ``backbone_lr_scale`` suits them.
-            With ``bag_size: 0`` no tile is read at all, in training or evaluation: for ``FrozenFeatures``,
-            whose embeddings never change, the same result in a fraction of the time.
-        fold: which fold of a cross-validation this is, written into ``predictions.csv``.
+        sampling: rule for drawing tiles, of :mod:`slidetl.data.sampling`; uniform by default.
+        features: name of the pretrained backbone's embeddings stored by ``slidetl embed``; empty for none.
+            A bag then has all tiles of the slide: drawn tiles go through the backbone and train it, the rest
+            add their stored embeddings, without a gradient. These grow stale as the backbone changes, so
+            choose a small ``backbone_lr_scale``. With ``bag_size: 0`` no tile is read, in training or
+            evaluation: with ``FrozenFeatures`` the result is the same, in a fraction of the time.
+        fold: fold of a cross-validation, for ``predictions.csv``.
         tasks: label scales to read beside the grade; set by ``model.tasks``.
-        every_grade: whether a training part that lacks a grade is refused, since that could not be learned.
-        split_from: who is tested by a checkpoint: ``checkpoint`` takes the parts that it recorded and refuses
-            another study, but tests a study of strangers whole; ``manifest`` takes the column ``split``, or
-            without it tests every patient that the checkpoint has not seen; ``external`` tests everyone as
-            strangers, however their patients are called. Slides that it was trained or chosen on are refused.
+        every_grade: refuse a training part without a slide of each grade.
+        split_from: choice of slides for testing a checkpoint. ``checkpoint`` takes its recorded parts and
+            refuses another study, but tests a study of strangers whole; ``manifest`` takes the column
+            ``split``, or without it tests every patient unseen by the checkpoint; ``external`` tests everyone
+            as strangers, whatever their patient ids. Slides used to train or choose it are refused.
 
     Attributes:
-        past: the record of the checkpoint that is tested or resumed; None for a new training.
-        config_sha256: of the configuration that a training records.
+        past: the record of the checkpoint to test or resume; None for a new training.
+        config_sha256: SHA-256 of the configuration, for the record of a training.
     """
 
     def __init__(
@@ -147,13 +145,13 @@ class SlideDataModule(pl.LightningDataModule):
         test: Sequence[CachedSlide] = (),
         **options: Any,
     ) -> Self:
-        """Makes a data module of slides that were read and divided before.
+        """Makes a data module of slides already read and divided.
 
         Args:
-            train: slides to train on, graded.
-            val: slides for validation, graded.
-            test: slides of the test, graded.
-            options: the other options of this class; the options of the split are not used.
+            train: graded slides to train on.
+            val: graded slides for validation.
+            test: graded slides for the test.
+            options: other options of this class; options of the split are not used.
         """
         data = cls("", "", **options)
         data.slides = {"train": tuple(train), "val": tuple(val), "test": tuple(test)}
@@ -161,13 +159,13 @@ class SlideDataModule(pl.LightningDataModule):
         return data
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads the study, divides its patients, and checks the parts that are needed.
+        """Reads the study, divides its patients, and checks the parts of the stage.
 
         Raises:
             ManifestError: the manifest has faults.
             CacheMissingError: no slide of the manifest is in the cache.
-            CacheMismatchError: the slides were not all tiled alike, or a cache is of another slide.
-            UsageError: a part that is needed has no slide, or training would lack a grade.
+            CacheMismatchError: slides were tiled differently, or a cache belongs to another slide.
+            UsageError: a part of the stage has no slide, or the training part lacks a grade.
         """
         if self.tile_spec is not None:
             return
@@ -182,10 +180,10 @@ class SlideDataModule(pl.LightningDataModule):
             self._check_part(part)
 
     def follow(self, record: StudyRecord, stage: str) -> None:
-        """Divides the study by the record of a checkpoint, where it is not yet.
+        """Divides the study by the record of a checkpoint, unless done before.
 
         Raises:
-            SlidetlError: as :func:`~slidetl.data.record.recorded_parts`, or a part that is needed is empty.
+            SlidetlError: as :func:`~slidetl.data.record.recorded_parts`, or a part of the stage is empty.
         """
         if self.past == record or self._study is None:
             return
@@ -196,7 +194,7 @@ class SlideDataModule(pl.LightningDataModule):
 
     @property
     def record(self) -> StudyRecord:
-        """Everyone in the study with their parts, for the checkpoint of a training."""
+        """The slides of the study and their parts, for the checkpoint of a training."""
         return StudyRecord.of(self.slides, self.config_sha256)
 
     def _needed(self, stage: str | None) -> tuple[str, ...]:
@@ -218,7 +216,7 @@ class SlideDataModule(pl.LightningDataModule):
     def _divide(self, study: Study, stage: str | None) -> None:
         parts: dict[str, tuple[CachedSlide, ...]]
         note = ""
-        if stage == "predict":  # which needs no grades, and so no split
+        if stage == "predict":  # it needs no grades, and so no split
             parts = dict.fromkeys(SPLITS, ())
             if seen := self.past.seen(study) if self.past is not None else 0:
                 note = (
@@ -270,14 +268,14 @@ class SlideDataModule(pl.LightningDataModule):
                 )
 
     def check_features(self, sha256: str, trains_backbone: bool) -> None:
-        """Refuses stored features that a training cannot use.
+        """Refuses stored features unfit for a training.
 
         Args:
-            sha256: of the weights that the training starts from.
-            trains_backbone: whether they change.
+            sha256: SHA-256 of the initial weights of the training.
+            trains_backbone: if the training changes them.
 
         Raises:
-            UsageError: the features are of other weights, or would keep the backbone from training.
+            UsageError: the features come from other weights, or would keep the backbone from training.
         """
         assert self.feature_source is not None
         if not self.bag_size and trains_backbone:
@@ -294,7 +292,7 @@ class SlideDataModule(pl.LightningDataModule):
             )
 
     def train_dataloader(self) -> DataLoader[Bag]:
-        """Bags ``[B, N, ...]``, each slide once per epoch."""
+        """Builds the loader of bags ``[B, N, ...]``, each slide once per epoch."""
         dataset = BagDataset(
             self.slides["train"],
             self.bag_size,
@@ -310,7 +308,7 @@ class SlideDataModule(pl.LightningDataModule):
                 "lower trainer.devices or trainer.num_nodes"
             )
         sampler = EpochSampler(len(dataset), self.seed, self._rank, self._n_ranks)
-        # Bags that follow the attention of an epoch cannot be drawn before it begins.
+        # Bags drawn by attention cannot be read ahead of their epoch.
         epochs = self.trainer.max_epochs if self.trainer is not None and dataset.attention is None else 0
         stop = _ENDLESS if epochs in (None, -1) else epochs
         batches = EpochBatches(sampler, self.batch_size, stop)
@@ -323,20 +321,19 @@ class SlideDataModule(pl.LightningDataModule):
 
     @property
     def training_bags(self) -> BagDataset:
-        """The bags that the training loader draws from."""
+        """The dataset of the training loader."""
         assert self._training is not None
         bags: BagDataset = self._training.dataset  # type: ignore[assignment] # as train_dataloader made it
         return bags
 
     def attention_dataloader(self) -> DataLoader[Chunk]:
-        """Whole training slides, for the model to look at: stored features if there are, else tiles."""
+        """Builds a loader of whole training slides, stored features if available, for the attention."""
         return self._evaluation_loader("train", self.features)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the progress within the epoch, and the attention drawn by so far.
+        """Returns the progress within the epoch, and the attention for drawing.
 
-        Lightning asks the loader too, but gives it back only to a training whose optimiser was made without
-        a look at the number of steps.
+        Lightning skips a loader's own state if the optimiser was built from the number of steps.
         """
         if self._training is None:
             return {}
@@ -345,29 +342,29 @@ class SlideDataModule(pl.LightningDataModule):
         return {"loader": self._training.state_dict(), **looked}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes what :meth:`state_dict` gave."""
+        """Restores the state, for the next training loader."""
         self._resumed = state_dict
 
     def val_dataloader(self) -> DataLoader[Chunk]:
-        """Whole slides of the validation part, in chunks."""
+        """Builds the loader of whole slides of the validation part, in chunks."""
         return self._evaluation_loader("val", self._instead)
 
     def test_dataloader(self) -> DataLoader[Chunk]:
-        """Whole slides of the test part, in chunks."""
+        """Builds the loader of whole slides of the test part, in chunks."""
         return self._evaluation_loader("test", self._instead)
 
     def predict_dataloader(self) -> DataLoader[Chunk]:
-        """Every slide of the manifest, graded or not, in chunks."""
+        """Builds the loader of every slide of the manifest, graded or not, in chunks."""
         return self._evaluation_loader("predict", self._instead)
 
     @property
     def _instead(self) -> str:
-        """The stored features that take the place of all tiles; empty for none."""
+        """Name of the stored features instead of all tiles; empty for none."""
         return self.features if not self.bag_size else ""
 
     def _evaluation_loader(self, part: str, features: str) -> DataLoader[Chunk]:
-        # With several processes a short part is filled up from its start, so that no process has
-        # nothing to do; slides graded twice are counted once.
+        # With several processes a short part is padded from its start, to keep every process in step;
+        # slides graded twice count once.
         slides = self.slides[part]
         per_rank = -(-len(slides) // self._n_ranks)
         mine = [slides[(self._rank + step * self._n_ranks) % len(slides)] for step in range(per_rank)]
@@ -388,7 +385,7 @@ class SlideDataModule(pl.LightningDataModule):
 
     @property
     def _workers(self) -> int:
-        """The processes that ``auto`` stands for."""
+        """The number of processes meant by ``auto``."""
         if self.trainer is None or self.trainer.strategy.root_device.type != "cuda":
             return _WORKERS
         return max(1, len(os.sched_getaffinity(0)) // self.trainer.num_devices - _THREADS_OF_A_GPU)

@@ -1,4 +1,4 @@
-"""Slides as a training loop wants them: bags of sampled tiles, or the whole slide in chunks."""
+"""Datasets of slides: bags of sampled tiles for training, whole slides in chunks for evaluation."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ class Bag(TypedDict):
     """Tiles drawn from a slide; collated, every entry has a leading axis B.
 
     ``tiles [N, 3, S, S] uint8``; ``mask [N] bool``, False for padding; ``grade`` int64; ``readers [R]``
-    int64, each reader's grade or -1; ``labels`` of the tasks by their names, int64, -1 for none: of
-    the slide, or ``[N]`` of its tiles. Where features are stored also ``stored [M, D] float16``, those of
-    the tiles that were not drawn, and ``stored_mask [M] bool``.
+    int64, each reader's grade or -1; ``labels`` by task name, int64, -1 for none: of the slide, or ``[N]`` of
+    its tiles. Stored features add ``stored [M, D] float16`` of the other tiles, and ``stored_mask [M] bool``.
     """
 
     tiles: Tensor
@@ -43,9 +42,9 @@ class Bag(TypedDict):
 class Chunk(TypedDict):
     """A run of a slide's tiles. Chunks of a slide come in order, without another slide's between.
 
-    ``tiles [n, 3, S, S] uint8``, or in their place ``stored [n, D] float16``, their features; whose they
-    are; ``fingerprint`` of the slide's content; ``grade`` 0..K-1, or -1 for none; ``labels`` of the tasks by
-    their names, likewise: of the slide, or ``[n]`` of its tiles; ``last`` whether the chunk ends the slide.
+    ``tiles [n, 3, S, S] uint8``, or instead their features ``stored [n, D] float16``; identifiers;
+    ``fingerprint`` of the slide's content; ``grade`` 0..K-1, or -1 for none; ``labels`` by task name,
+    likewise: of the slide, or ``[n]`` of its tiles; ``last``: True if the chunk ends the slide.
     """
 
     tiles: NotRequired[Tensor]
@@ -60,17 +59,16 @@ class Chunk(TypedDict):
 
 
 class BagDataset(Dataset[Bag]):
-    """Bags for training. An index is ``(epoch, slide)``: the draw depends on it and the seed alone.
+    """Bags for training. An index is ``(epoch, slide)``; it and the seed alone decide the draw.
 
     Args:
         slides: graded slides.
         bag_size: tiles drawn per slide without replacement; slides with fewer are padded.
         augmentation: applied to each tile, or None.
-        seed: of the draws and the augmentation.
-        sampling: how likely each tile is.
-        features: name of stored features, of which a bag has those of the tiles that are not drawn; empty
-            for none.
-        threads: how many read and augment the tiles of a bag at once; the result is the same.
+        seed: seed of the draws and the augmentation.
+        sampling: probabilities of the tiles.
+        features: name of stored features, added to a bag for the tiles not drawn; empty for none.
+        threads: number of threads to read and augment the tiles of a bag; it does not change the result.
     """
 
     def __init__(
@@ -91,7 +89,7 @@ class BagDataset(Dataset[Bag]):
         self.features = features
         self.threads = threads
         ends = np.cumsum([len(slide.cache) for slide in self.slides])
-        # What the model last gave to each tile, slide after slide; in memory that the workers see too.
+        # The latest attention of each tile, slide after slide, in memory shared with the workers.
         self.attention = torch.zeros(int(ends[-1])) if sampling.attends_every else None
         if self.attention is not None:
             self.attention.share_memory_()  # type: ignore[no-untyped-call] # torch's
@@ -123,7 +121,7 @@ class BagDataset(Dataset[Bag]):
         return bag
 
     def _read(self, cache: SlideCache, drawn: NDArray[np.int64], seed: int) -> NDArray[np.uint8]:
-        """The tiles that were drawn, augmented, and zeros behind them up to the size of a bag."""
+        """Reads the drawn tiles, augmented and padded with zeros to the size of a bag."""
         side = cache.spec.tile_size_px
         bag = np.zeros((self.bag_size, side, side, 3), np.uint8)
         changes = self.augmentation.draw(len(drawn), seed) if self.augmentation is not None else None
@@ -140,7 +138,7 @@ class BagDataset(Dataset[Bag]):
         if self.threads == 1:
             fill(parts[0])
         else:
-            list(_pool(os.getpid(), self.threads).map(fill, parts))  # waits, and raises what they raised
+            list(_pool(os.getpid(), self.threads).map(fill, parts))  # waits, and raises their errors
         return bag
 
     def _attention(self, number: int) -> NDArray[np.float32] | None:
@@ -150,7 +148,7 @@ class BagDataset(Dataset[Bag]):
         return values
 
     def attend(self, attention: Mapping[str, NDArray[np.float32]]) -> None:
-        """Takes what the model gives to the tiles of each slide, by the slides' identifiers."""
+        """Sets the model's attention of the tiles ``[N]``, by slide identifier."""
         if self.attention is not None:
             every = [attention[slide.row.slide_id] for slide in self.slides]
             self.attention.copy_(torch.from_numpy(np.concatenate(every)))
@@ -158,14 +156,14 @@ class BagDataset(Dataset[Bag]):
 
 @cache
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    """Returns the threads of this worker process; none survive the fork that it began with."""
+    """Returns the threads of this worker process; threads do not survive a fork."""
     return ThreadPoolExecutor(threads, thread_name_prefix="tiles")
 
 
 def collate_bags(bags: list[Bag]) -> Bag:
-    """Stacks bags; stored features, of which each slide has another number, are padded.
+    """Stacks bags, and pads stored features to one number.
 
-    Tiles stay in channels-last memory, which is how most networks take them.
+    Tiles stay in channels-last memory, the fast format of most networks.
     """
     if "stored" in bags[0]:
         most = max(len(bag["stored"]) for bag in bags)
@@ -173,17 +171,17 @@ def collate_bags(bags: list[Bag]) -> Bag:
             missing = most - len(bag["stored"])
             bag["stored"] = functional.pad(bag["stored"], (0, 0, 0, missing))
             bag["stored_mask"] = functional.pad(bag["stored_mask"], (0, missing))
-    # As they lie in memory: a worker copies them in the order of their axes, and would transpose them.
+    # Stacked in memory order: a worker copies in the order of the axes, and would transpose them.
     stacked: Bag = default_collate([{**bag, "tiles": bag["tiles"].permute(0, 2, 3, 1)} for bag in bags])
     stacked["tiles"] = stacked["tiles"].permute(0, 1, 4, 2, 3)
     return stacked
 
 
 def with_stored(embeddings: Tensor | None, batch: Bag) -> tuple[Tensor, Bag]:
-    """Joins embeddings ``[B, N, D]`` with those stored, which come behind them, and their masks."""
+    """Appends stored embeddings to embeddings ``[B, N, D]``, and joins their masks."""
     stored, missing = batch["stored"].float(), batch["stored"].shape[1]
     joined = stored if embeddings is None else torch.cat([embeddings.float(), stored], dim=1)
-    labels = {  # those of tiles are padded: what is stored is there for the slide
+    labels = {  # stored tiles get no tile label: they serve the slide alone
         name: functional.pad(label, (0, missing), value=-1) if label.ndim == 2 else label
         for name, label in batch["labels"].items()
     }
@@ -192,13 +190,12 @@ def with_stored(embeddings: Tensor | None, batch: Bag) -> tuple[Tensor, Bag]:
 
 
 class ChunkDataset(Dataset[Chunk]):
-    """Whole slides for evaluation, in chunks, so that memory does not grow with the slide.
+    """Whole slides for evaluation, in chunks to bound memory.
 
     Args:
-        slides: the slides, in the order in which they will come.
+        slides: the slides, in order.
         chunk_size: greatest number of tiles in a chunk.
-        features: name of stored features that come in the place of tiles, a whole slide in a chunk; empty
-            for tiles.
+        features: name of stored features to use instead of tiles, a whole slide per chunk; empty for tiles.
     """
 
     def __init__(self, slides: Sequence[CachedSlide], chunk_size: int, features: str = "") -> None:
@@ -238,10 +235,10 @@ class ChunkDataset(Dataset[Chunk]):
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """Every slide once per epoch, in an order that depends on the seed and the epoch alone.
+    """Every slide once per epoch, in an order given by seed and epoch alone.
 
-    Lightning calls :meth:`set_epoch`. With several processes each takes every n-th slide; those left
-    over at the end wait for another epoch's order.
+    Lightning calls :meth:`set_epoch`. With several processes each takes every n-th slide; an epoch skips
+    the remainder.
     """
 
     def __init__(self, n_slides: int, seed: int, rank: int = 0, n_ranks: int = 1) -> None:
@@ -249,7 +246,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch whose order comes next."""
+        """Sets the epoch of the next order."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -265,18 +262,18 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of the sampler's epoch, and of the epochs behind it, so that these are read ahead.
+    """Batches of the sampler's epoch, then of later epochs, to read them ahead.
 
     Args:
-        sampler: gives the order of each epoch; it is told the epoch to begin with.
+        sampler: gives the order of each epoch, and the epoch to begin with.
         batch_size: slides in a batch; the last of an epoch may have fewer.
-        stop: epoch before which reading ahead ends; 0 for none.
+        stop: end of reading ahead, an epoch (exclusive); 0 reads none ahead.
     """
 
     def __init__(self, sampler: EpochSampler, batch_size: int, stop: int = 0) -> None:
         self.sampler, self.batch_size, self.stop = sampler, batch_size, stop
         self.first = 0
-        """Batch of the first epoch to begin with."""
+        """Index of the first batch in the first epoch."""
 
     def __len__(self) -> int:
         return -(-len(self.sampler) // self.batch_size)
@@ -290,7 +287,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
 
 
 def _padded(label: int | NDArray[np.int64], drawn: NDArray[np.int64], bag_size: int) -> Tensor:
-    """The slide's label, or ``[N]`` those of its drawn tiles, -1 for padding."""
+    """Returns the slide's label, or the labels ``[N]`` of its drawn tiles, -1 for padding."""
     if isinstance(label, int):
         return torch.tensor(label)
     padded = torch.full((bag_size,), -1)
@@ -299,5 +296,5 @@ def _padded(label: int | NDArray[np.int64], drawn: NDArray[np.int64], bag_size: 
 
 
 def channels_first(tiles: NDArray[np.uint8]) -> Tensor:
-    """``[N, S, S, 3]`` array -> ``[N, 3, S, S]`` tensor: a view in channels-last memory, no copy."""
+    """Converts an array ``[N, S, S, 3]`` to a tensor ``[N, 3, S, S]``: a channels-last view, no copy."""
     return torch.from_numpy(tiles).permute(0, 3, 1, 2)

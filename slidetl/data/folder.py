@@ -1,4 +1,4 @@
-"""Finds the files of slides below a folder, and says what it leaves out."""
+"""Finds slide files below a folder, and reports files left out."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-# What OpenSlide 4 reads, by file name; whether a file really is a slide is found out when it is opened.
+# Formats of OpenSlide 4, by file name; opening a file shows if it really is a slide.
 SLIDE_SUFFIXES = frozenset(
     ".svs .tif .tiff .ndpi .vms .vmu .scn .mrxs .svslide .bif .dcm .czi".split()  # noqa: SIM905 (reads better)
 )
-# Papers that lie beside slides in any study; nobody misses them among the slides.
+# Documents beside the slides of any study; not worth a warning.
 _PAPERS = frozenset(
     ".csv .tsv .txt .md .json .geojson .xml .yaml .yml .html .log .ini .db .pdf .doc .docx .xls .xlsx".split()  # noqa: SIM905
 )
-_NAMED = 5  # of each kind of what is left out
+_NAMED = 5  # of each kind left out
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class FoundFiles:
     Attributes:
         folder: the folder, absolute.
         paths: regular files, sorted.
-        dangling: links to nothing that can be read.
+        dangling: links without a readable target.
         unreadable: folders that cannot be listed.
         odd: neither files nor folders: pipes, sockets, devices.
-        again: further links to files and folders that are listed already.
+        again: further links to listed files and folders.
     """
 
     folder: Path
@@ -42,21 +42,21 @@ class FoundFiles:
     again: tuple[Path, ...]
 
     def slides(self, suffixes: frozenset[str]) -> list[Path]:
-        """Returns the files with these suffixes; if ``.dcm`` is one, DICOM files without a suffix as well.
+        """Returns the files with these suffixes; if ``.dcm`` is one, DICOM files without a suffix too.
 
-        A link to nothing is one of them, so that the slide fails when it is opened instead of being missed.
+        Dangling links are included: opening them fails, and the slide is reported.
         """
         dicom = ".dcm" in suffixes
         every = sorted((*self.paths, *self.dangling))
         return [path for path in every if path.suffix.lower() in suffixes or (dicom and _is_dicom(path))]
 
     def warn_of_rest(self, taken: list[Path]) -> None:
-        """Names in one line what is below the folder and not taken, papers apart."""
+        """Warns in one line of files not taken, documents apart."""
         if rest := self.describe_rest(taken):
             warnings.warn(f"{self.folder}: left out {rest}", stacklevel=4)
 
     def describe_rest(self, taken: list[Path]) -> str:
-        """Counts and names what is below the folder and not taken, papers apart; empty if nothing."""
+        """Counts and names files not taken, documents apart; empty if there are none."""
         known = set(taken)
         formats = Counter(path.suffix.lower() or "no suffix" for path in self.paths if path not in known)
         for suffix in _PAPERS:
@@ -81,10 +81,9 @@ class FoundFiles:
 def find_files(folder: Path) -> FoundFiles:
     """Lists the files below a folder, linked folders included.
 
-    A link may lead out of the folder, since sites are often mounted elsewhere; what lies above the folder is
-    not entered again. Each file and folder is listed once, under its own path if that is below ``folder``.
-    Left out without a word are hidden files and folders, what is in a tile cache, and the folder of data
-    beside a ``.mrxs``.
+    Links may lead out of the folder, since sites are often mounted elsewhere, but not to a parent of it. Each
+    file and folder is listed once, under its own path if it is below ``folder``. Hidden files and folders,
+    the content of tile caches, and data folders beside a ``.mrxs`` are skipped silently.
     """
     folder = folder.absolute()
     root = os.path.realpath(folder)
@@ -115,7 +114,7 @@ def find_files(folder: Path) -> FoundFiles:
                 if is_cache and (path.suffix == ".zarr" or entry.name == "previews"):
                     continue
                 if path.suffix.lower() == ".zarr":
-                    real[path] = path  # a format that is not read
+                    real[path] = path  # an unsupported format
                 elif f"{entry.name.lower()}.mrxs" not in names:
                     (linked_folders if entry.is_symlink() else waiting).append(path)
             elif entry.is_symlink():
@@ -146,7 +145,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_dicom(path: Path) -> bool:
-    """Tells if a file without a suffix, or of ``.dicom`` or a DICOM identifier (1.2.840...), is DICOM."""
+    """Checks if a file without suffix, or named ``.dicom`` or by a DICOM UID (1.2.840...), is DICOM."""
     if not re.fullmatch(r"(\.(\d+|dicom))?", path.suffix.lower()):
         return False
     try:

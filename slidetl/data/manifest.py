@@ -1,4 +1,4 @@
-"""The manifest: which slides there are, whose they are, and how they were graded."""
+"""The manifest of a study: its slides, their patients and their grades."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ REQUIRED = ("slide_id", "path", "patient_id", "grade")
 FIVE_GRADES = ("0", "1", "2", "3", "4")  # the default scale
 OPTIONAL = ("site", "scanner", "stain", "block", "mpp", "split")
 _READER = re.compile(r"grade_reader(\d+)")
-# Cells that say that there is no value, as R, pandas and spreadsheets write them.
+# Cells without a value, as written by R, pandas and spreadsheets.
 _MISSING = frozenset(["na", "n/a", "#n/a", "nan", "<na>", "null"])
 _SPREADSHEET_ERROR = re.compile(r"#[A-Z/0]+[!?]", re.IGNORECASE)
-# A long number that a spreadsheet has cut to a few digits: many patients would become one.
+# A long number cut to a few digits by a spreadsheet: it would merge many patients.
 _ROUNDED = re.compile(r"\d[.,]?\d*E\+\d+")
-_FAULTS_EACH = 3  # of one kind with a line for each; more are counted
+_FAULTS_EACH = 3  # faults of one kind listed one by one; more are counted
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,15 @@ class ManifestRow:
     """One slide.
 
     Attributes:
-        line: line in the CSV, 1 being the header; 0 for a slide found in a folder.
-        slide_id: identifier, safe as the name of a folder.
+        line: line in the CSV, 1 for the header; 0 for a slide found in a folder.
+        slide_id: identifier, safe as a folder name.
         path: the slide's file, absolute; of an image in an ``.npz``, ``FILE.npz#SPLIT/INDEX``.
-        patient_id: whose slide it is; equal to ``slide_id`` where nothing is known.
-        grade: 0..K-1, or None for a slide that nobody graded.
-        site, scanner, stain, block: as given, empty where not.
+        patient_id: identifier of the patient; equal to ``slide_id`` if unknown.
+        grade: 0..K-1, or None if not graded.
+        site, scanner, stain, block: from the manifest, or empty.
         reader_grades: each reader's grade, in the order of their numbers.
-        mpp: spacing of level 0 in micrometres per pixel, in place of that of the slide's metadata.
-        split: ``train``, ``val`` or ``test``; empty where the split is left to a seed.
+        mpp: spacing of level 0 in micrometres per pixel, overriding the slide's metadata.
+        split: ``train``, ``val`` or ``test``; empty if a seed decides.
         labels: label of each task: 0..K-1, the path of a table of tile labels, or None.
     """
 
@@ -72,7 +72,7 @@ class Manifest:
 
     Attributes:
         rows: one per slide, in the order of the file.
-        grades: names of the grades, lowest first, where folders of labelled images name them; else empty.
+        grades: names of the grades, lowest first, from folders of labelled images; else empty.
     """
 
     rows: tuple[ManifestRow, ...]
@@ -87,23 +87,21 @@ def read_manifest(
 ) -> Manifest:
     """Reads a CSV, or lists a folder of slides, a folder of labelled images, or an ``.npz`` of both.
 
-    Labelled images lie in one folder for each label, ``FOLDER/LABEL/...`` or ``FOLDER/SPLIT/LABEL/...`` with
-    ``train``, ``val`` and ``test`` as splits. The labels become grades in the order of their names, of
-    numbers in the order of their values; each image counts as a patient of its own. In an ``.npz`` they lie
-    as :mod:`slidetl.slides.npz` says.
+    Labelled images lie in one folder per label, ``FOLDER/LABEL/...`` or ``FOLDER/SPLIT/LABEL/...`` with
+    ``train``, ``val`` and ``test`` as splits. Sorted by name (numbers by value), the labels become grades;
+    each image counts as a separate patient. For ``.npz`` files see :mod:`slidetl.slides.npz`.
 
     Args:
         path: a table (:mod:`slidetl.data.spreadsheet`) with the columns ``slide_id, path, patient_id, grade``
             and optionally ``site``, ``scanner``, ``stain``, ``block``, ``mpp``, ``split``, ``grade_reader1``,
-            ...; or a folder, searched with its sub-folders (:mod:`slidetl.data.folder`), whose slides have no
-            grades; or labelled images. A folder without slides is searched for images (PNG, JPEG, BMP).
-        n_grades: number of grades K on the scale; None checks only that a grade is a whole number.
-        images: whether a folder is one of labelled images even if there are TIFFs or slides in it.
-        tasks: label scales whose columns are read where they are there.
+            ...; or a folder of ungraded slides, searched with its sub-folders (:mod:`slidetl.data.folder`);
+            or labelled images. A folder without slides is searched for images (PNG, JPEG, BMP).
+        n_grades: number of grades K on the scale; None accepts any whole number.
+        images: treat a folder as labelled images even if it has TIFFs or slides.
+        tasks: label scales to read from their columns, if present.
 
     Raises:
-        ManifestError: every fault found, with line numbers. A file that is missing is none: it fails when it
-            is opened, and costs its slide alone.
+        ManifestError: every fault found, with line numbers. Missing files are no faults: opening them fails.
     """
     path = Path(path)
     if path.is_dir() and images:
@@ -120,11 +118,7 @@ def read_manifest(
 
 
 def check_scale(grades: Sequence[str]) -> None:
-    """Checks a scale's names, lowest first.
-
-    Raises:
-        UsageError: fewer than two, or the same name twice.
-    """
+    """Raises a UsageError unless a scale has at least two names, all different."""
     if len(grades) < 2 or len(set(grades)) < len(grades):
         raise UsageError(
             f"data.grades must be at least two different names, lowest first, not {list(grades)}"
@@ -138,15 +132,11 @@ class _Faults:
         self._found: dict[str, list[tuple[int, str]]] = {}
 
     def add(self, line: int, rule: str, *values: object) -> None:
-        """Adds a fault: ``rule`` with ``values`` in the place of its ``{}``."""
+        """Adds a fault: ``rule`` formatted with ``values``."""
         self._found.setdefault(rule, []).append((line, rule.format(*values)))
 
     def check(self, path: Path) -> None:
-        """Raises them all.
-
-        Raises:
-            ManifestError: there are any.
-        """
+        """Raises a ManifestError with all faults, if there are any."""
         listed: list[tuple[int, str]] = []
         for faults in self._found.values():
             faults.sort()
@@ -267,13 +257,13 @@ def _parse_row(
 
 
 def _whole(text: str) -> int | None:
-    """Parses a whole number of at most three digits; statistics programs write ``2.0``, or ``2,0``."""
+    """Parses a whole number of at most three digits, also ``2.0`` or ``2,0`` of statistics programs."""
     match = re.fullmatch(r"(\d{1,3})([.,]0*)?", text)
     return int(match[1]) if match else None
 
 
 def _slide_path(folder: Path, text: str) -> Path:
-    """Returns the absolute path that a cell names; nobody looks yet if a file is there."""
+    """Returns the absolute path of a cell; the file need not exist."""
     path = folder.absolute() / (Path(text).expanduser() if text.startswith("~/") else text)
     if "\\" in text and not path.exists():  # written on Windows
         path = folder.absolute() / text.replace("\\", "/")
@@ -281,7 +271,7 @@ def _slide_path(folder: Path, text: str) -> Path:
 
 
 def _check_between(rows: Iterable[ManifestRow], faults: _Faults) -> None:
-    """Adds the faults that take two rows to see."""
+    """Adds the faults between two rows."""
     rows = list(rows)
     first_with_id: dict[str, ManifestRow] = {}
     first_with_path: dict[Path, ManifestRow] = {}
@@ -307,14 +297,14 @@ def _check_between(rows: Iterable[ManifestRow], faults: _Faults) -> None:
 
 
 def _warn_of_spellings(path: Path, rows: Iterable[ManifestRow]) -> None:
-    """Warns of patients with names that differ in nothing but their spelling."""
+    """Warns of patient names with different spellings only."""
     first: dict[str, ManifestRow] = {}
     seen: dict[str, str] = {}  # each name once
     for row in rows:
         other = first.setdefault(spelling(row.patient_id), row)
         if other.patient_id != row.patient_id:
             one, two = (unicodedata.normalize("NFC", name) for name in (other.patient_id, row.patient_id))
-            show = ascii if one == two else repr  # else they look the same
+            show = ascii if one == two else repr  # else they look equal
             seen.setdefault(
                 row.patient_id,
                 f"{show(other.patient_id)} (line {other.line}) and {show(row.patient_id)} (line {row.line})",
@@ -329,7 +319,7 @@ def _warn_of_spellings(path: Path, rows: Iterable[ManifestRow]) -> None:
 
 
 def spelling(name: str) -> str:
-    """Returns what is common to the spellings of a name: 12, 012 and 12.0, P7 and p7, composed or not."""
+    """Normalises the spelling of a name: 12, 012 and 12.0, P7 and p7, composed or not."""
     letters = (
         "-" if unicodedata.category(letter) == "Pd" else letter
         for letter in unicodedata.normalize("NFKC", name).casefold()
@@ -340,7 +330,7 @@ def spelling(name: str) -> str:
 
 
 def _with_labels(manifest: Manifest, tasks: Sequence[Task]) -> Manifest:
-    """Leaves everything but the grade unknown where there are no columns."""
+    """Sets labels of rows without columns: the grade for ``grade``, else None."""
     rows = (
         replace(row, labels=tuple(row.grade if task.column == "grade" else None for task in tasks))
         for row in manifest.rows
@@ -349,7 +339,7 @@ def _with_labels(manifest: Manifest, tasks: Sequence[Task]) -> Manifest:
 
 
 def _list_folder(folder: Path, n_grades: int | None) -> Manifest:
-    """The slides below a folder, files of one slide (DICOM instances) once; its images if it has none."""
+    """Lists the slides below a folder, a DICOM series once, or its images if it has no slides."""
     found = find_files(folder)
     slides: dict[object, Path] = {}
     files = found.slides(SLIDE_SUFFIXES)
@@ -369,16 +359,16 @@ def _list_folder(folder: Path, n_grades: int | None) -> Manifest:
 
 
 def _series(path: Path) -> tuple[Path, str] | None:
-    """Identifies the DICOM series that a file belongs to."""
+    """Identifies the DICOM series of a file."""
     try:
         series = None if path.suffix.lower() in SLIDE_SUFFIXES - {".dcm"} else series_instance_uid(path)
-    except OSError:  # found out when the slide is opened
+    except OSError:  # reported on opening the slide
         return None
     return (path.parent, series) if series else None
 
 
 def _list_images(folder: Path, n_grades: int | None, suffixes: frozenset[str]) -> Manifest:
-    """The images below a folder, graded by the folders in it; not graded if some lie beside those."""
+    """Lists the images below a folder, graded by sub-folder; ungraded if some lie outside of these."""
     found = find_files(folder)
     folder, paths = found.folder, found.slides(suffixes)
     if not paths:
@@ -404,7 +394,7 @@ def _list_images(folder: Path, n_grades: int | None, suffixes: frozenset[str]) -
 
 
 def _list_arrays(file: Path, n_grades: int | None) -> Manifest:
-    """The images of an ``.npz``."""
+    """Lists the images of an ``.npz``."""
     file = file.absolute()
     try:
         labels = read_labels(file)
@@ -436,7 +426,7 @@ def _check_labels(path: Path, count: int, n_grades: int | None) -> None:
 
 
 def _named(rows: list[ManifestRow], folder: Path) -> tuple[ManifestRow, ...]:
-    """Gives every row an identifier: its file's name, with as much of its folders, or a hash, as it takes."""
+    """Gives every row an identifier: its file name, if needed with its folders or a hash."""
 
     def names(path: Path) -> list[str]:
         below = path.relative_to(folder)

@@ -1,4 +1,4 @@
-"""The record that a checkpoint keeps of its study: everyone, and the part that they were in."""
+"""The record of a study in a checkpoint: its slides, patients and parts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from slidetl.errors import CheckpointError, UsageError
 
 SplitFrom = Literal["checkpoint", "manifest", "external"]
 
-# Options that say where data lie and how they are read, and change no result.
+# Options for the place and the reading of data; they change no result.
 _PLACES = ("manifest", "cache", "num_workers", "decode_threads", "prefetch", "fold", "split_from")
 _OTHER_WAYS = (
     "--data.split_from manifest (by the manifest's 'split', or without one the recorded test part and every "
@@ -32,10 +32,10 @@ NO_RECORD = (
 
 @dataclass(frozen=True)
 class RecordedSlide:
-    """A slide of the study that a checkpoint was trained with.
+    """A slide in the study of a checkpoint.
 
     Attributes:
-        slide_id, patient_id: from the manifest of then.
+        slide_id, patient_id: from the manifest of the training.
         fingerprint: SHA-256 of the slide's content.
         part: ``train``, ``val`` (an epoch was chosen on it) or ``test``; empty without a grade.
     """
@@ -48,11 +48,11 @@ class RecordedSlide:
 
 @dataclass(frozen=True)
 class StudyRecord:
-    """Everyone in a study, with their parts.
+    """All slides of a study, with their parts.
 
     Attributes:
         slides: in the order of the manifest.
-        config_sha256: of the configuration, :func:`config_sha256`; empty for a training from Python.
+        config_sha256: hash of the configuration, :func:`config_sha256`; empty for a training from Python.
     """
 
     slides: tuple[RecordedSlide, ...]
@@ -60,7 +60,7 @@ class StudyRecord:
 
     @classmethod
     def of(cls, parts: Mapping[str, Sequence[CachedSlide]], config_sha256: str = "") -> Self:
-        """Records the parts of a data module; ``predict`` has everyone."""
+        """Records the parts of a data module; ``predict`` has all slides."""
         part_of = {slide.row.slide_id: part for part in SPLITS for slide in parts[part]}
         slides = (
             RecordedSlide(
@@ -72,7 +72,7 @@ class StudyRecord:
         return cls(tuple(slides), config_sha256)
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain values."""
+        """Converts the record to plain values."""
         return {
             "slides": [list(asdict(slide).values()) for slide in self.slides],
             "config": self.config_sha256,
@@ -80,11 +80,7 @@ class StudyRecord:
 
     @classmethod
     def from_dict(cls, values: Any) -> Self:
-        """Inverts :meth:`to_dict`.
-
-        Raises:
-            CheckpointError: other values.
-        """
+        """Inverts :meth:`to_dict`; raises a CheckpointError for other values."""
         try:
             slides = tuple(RecordedSlide(*row) for row in values["slides"])
             is_text = all(isinstance(text, str) for slide in slides for text in asdict(slide).values())
@@ -122,12 +118,12 @@ class StudyRecord:
         return [f"{len(names)} {kind}: {listed(names)}" for kind, names in found.items()]
 
     def part_of(self, slide_id: str, patient_id: str | None, fingerprint: str) -> str:
-        """Returns the part of a slide or its patient, the first of train, val and test; empty for a stranger.
+        """Returns the part of a slide or its patient, the first of train, val and test; empty if unknown.
 
         Args:
             slide_id: from a manifest or a table.
-            patient_id: None where patients of that name are others.
-            fingerprint: of the slide; empty where it is not known, and the identifier counts instead.
+            patient_id: None to ignore patients.
+            fingerprint: SHA-256 of the slide's content; if empty, the identifier counts instead.
         """
         content = self._contents.get(fingerprint, "") if fingerprint else self._names.get(slide_id, "")
         parts = {content, self._patients.get(spelling(patient_id or ""), "")}
@@ -151,7 +147,7 @@ class StudyRecord:
         return {getattr(slide, of): slide.part for slide in slides}
 
     def knows(self, slide_id: str, patient_id: str) -> bool:
-        """Tells if the slide of a table is one of these."""
+        """Checks if the record has a slide of a table."""
         return (slide_id, patient_id) in self._pairs
 
     @cached_property
@@ -159,7 +155,7 @@ class StudyRecord:
         return frozenset((slide.slide_id, slide.patient_id) for slide in self.slides)
 
     def knows_nobody(self, study: Study) -> bool:
-        """Tells if a study shares neither a slide's content nor a patient with the recorded one."""
+        """Checks if a study shares neither a slide's content nor a patient with the record."""
         return not any(
             slide.cache.fingerprint in self._contents or spelling(slide.row.patient_id) in self._patients
             for slide in study.slides
@@ -169,7 +165,7 @@ class StudyRecord:
         """Finds the slides of a recorded part.
 
         Raises:
-            CheckpointError: one is gone, or has other content; the message names it.
+            CheckpointError: a slide is gone, or has other content; the message names it.
         """
         now = {slide.row.slide_id: slide for slide in study.slides}
         then = [was for was in self.slides if was.part == part]
@@ -185,7 +181,7 @@ class StudyRecord:
         return tuple(now[was.slide_id] for was in then)
 
     def seen(self, study: Study) -> int:
-        """Counts the slides that were trained or chosen on, or whose patients were."""
+        """Counts the slides used to train or choose the checkpoint, their patients' other slides included."""
         return sum(
             self.part_of(slide.row.slide_id, slide.row.patient_id, slide.cache.fingerprint)
             in ("train", "val")
@@ -196,12 +192,12 @@ class StudyRecord:
         """Refuses slides of some recorded parts.
 
         Args:
-            slides: those that must not be.
-            parts: recorded ones.
-            patients: whether other slides of their patients are refused, too.
+            slides: the slides to check.
+            parts: recorded parts to refuse.
+            patients: if other slides of their patients are refused too.
 
         Raises:
-            UsageError: some are; the message names them.
+            UsageError: some slides are refused; the message names them.
         """
         refused = [
             row.slide_id
@@ -218,23 +214,22 @@ class StudyRecord:
 def recorded_parts(
     study: Study, record: StudyRecord | None, split_from: SplitFrom = "checkpoint", *, resumes: bool = False
 ) -> tuple[dict[str, tuple[CachedSlide, ...]], str]:
-    """Divides a study as a checkpoint recorded it, so that nobody whom it was trained on is tested.
+    """Divides a study by the record of a checkpoint, to test on no slide or patient of its training.
 
     Args:
-        study: of today.
+        study: the current study.
         record: None for a checkpoint of an older version.
-        split_from: ``checkpoint`` takes the recorded parts, if the study is the recorded one, and tests a
-            study of strangers whole; ``manifest`` the manifest's ``split``, or without it the recorded part
-            of each patient, and ``test`` for strangers; ``external`` tests everyone, and compares the content
-            alone.
-        resumes: whether a training goes on, which takes the recorded study alone.
+        split_from: ``checkpoint`` takes the recorded parts and refuses another study, but tests a study of
+            strangers whole; ``manifest`` takes the manifest's ``split``, or without it the recorded part of
+            each patient, and ``test`` for strangers; ``external`` tests all, and compares only content.
+        resumes: True for resuming a training; it accepts only the recorded study.
 
     Returns:
-        ``train``, ``val`` and ``test``, and a remark for people, or nothing.
+        ``train``, ``val`` and ``test``, and a note for the user, maybe empty.
 
     Raises:
-        CheckpointError: today's study differs from the record, or there is none.
-        UsageError: a slide would be tested that the checkpoint was trained or chosen on, or nothing divides.
+        CheckpointError: the study differs from the record, or there is no record.
+        UsageError: a test slide was used to train or choose the checkpoint, or no split is known.
     """
     check_duplicates(study.graded)
     graded, note = study.graded, ""
@@ -278,21 +273,14 @@ def recorded_parts(
 
 
 def read_record(checkpoint: Mapping[str, Any]) -> StudyRecord | None:
-    """Reads the record of a checkpoint; None where an older version wrote it.
-
-    Raises:
-        CheckpointError: the record cannot be understood.
-    """
+    """Reads the record of a checkpoint, None for older versions; raises a CheckpointError if invalid."""
     return StudyRecord.from_dict(checkpoint["record"]) if checkpoint.get("record") else None
 
 
 def config_sha256(values: Mapping[str, Any]) -> str:
-    """Hashes model, data and seed of a fit by SHA-256, and not where its data lie.
+    """Hashes model, data options and seed of a ``config.yaml`` by SHA-256.
 
-    Nor the epochs: a resumed training may have more, and keeps checkpoints of the one before.
-
-    Args:
-        values: plain values of ``config.yaml``.
+    Paths are left out, and epochs too: a resumed training may have more, and keeps earlier checkpoints.
     """
     data = values.get("data") or {}
     kept = {

@@ -1,4 +1,4 @@
-"""A loader of training batches that reads ahead into the next epoch, and that a checkpoint can continue."""
+"""A resumable loader of training batches; it reads ahead into the next epoch."""
 
 from __future__ import annotations
 
@@ -13,32 +13,30 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class ResumableLoader(DataLoader[T_co]):
-    """Knows how far into the epoch it is, goes on from there, and does not stop reading at its end.
+    """A loader with its progress within the epoch as state, reading beyond the end of the epoch.
 
-    While the last batches of an epoch train, its workers read the first of the next one; otherwise every
-    epoch would begin by waiting for a batch. Lightning keeps :meth:`state_dict` in every checkpoint. Without
-    it a resumed epoch would begin with the slides that it has already seen.
+    While the last batches of an epoch train, its workers read the first of the next one, to start it without
+    waiting. Lightning saves :meth:`state_dict` in every checkpoint; without it resuming would repeat slides.
 
     Args:
-        dataset: of bags, by epoch and slide.
+        dataset: bags, by epoch and slide.
         batches: their order.
         options: further options of ``DataLoader``.
     """
 
     batch_sampler: EpochBatches
     _done = 0
-    _resume: tuple[int, int] | None = None  # epoch, batches of it that are done
+    _resume: tuple[int, int] | None = None  # epoch, number of its batches done
     _live: Iterator[T_co] | None = None
-    _next = (-1, 0)  # epoch and batch that ``_live`` gives next
+    _next = (-1, 0)  # epoch and batch of the next item of ``_live``
 
     def __init__(self, dataset: Dataset[T_co], batches: EpochBatches, **options: Any) -> None:
         super().__init__(dataset, batch_sampler=batches, **options)
 
     def __iter__(self) -> Iterator[T_co]:  # type: ignore[override] # torch promises its own iterator
-        """Batches of the sampler's epoch; the workers start with the first that is asked for.
+        """Yields the batches of the sampler's epoch; workers start on the first request.
 
-        Not before: when it resumes, Lightning makes the iterator before it says which epoch it is, and
-        workers would have read ahead in the first.
+        On resuming, Lightning builds the iterator before it sets the epoch: workers would read epoch 0.
         """
         batches, epoch = self.batch_sampler, self.batch_sampler.sampler.epoch
         resumed, done = self._resume or (-1, 0)
@@ -57,9 +55,9 @@ class ResumableLoader(DataLoader[T_co]):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its batches were handed out."""
+        """Returns the epoch, and the number of its batches handed out."""
         return {"epoch": self.batch_sampler.sampler.epoch, "batches": self._done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Takes what :meth:`state_dict` gave: that epoch will go on; another begins at its beginning."""
+        """Restores the state: its epoch continues, another starts from its first batch."""
         self._resume = state["epoch"], state["batches"]

@@ -1,4 +1,4 @@
-"""Rules by which the tiles of a bag are drawn from a slide."""
+"""Rules for drawing the tiles of a bag from a slide."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from slidetl.errors import UsageError
 
 
 class Sampling:
-    """Base of the ways to draw. Tiles are drawn without replacement, and none is out of reach.
+    """Base of the rules. Tiles are drawn without replacement, each with a probability above 0.
 
     Attributes:
-        attends_every: after how many epochs the model looks at all tiles of the training slides again; 0
-            where its attention is not asked for.
+        attends_every: epochs between updates of the attention of all training tiles; 0 without attention.
     """
 
     attends_every = 0
@@ -26,19 +25,18 @@ class Sampling:
         """Returns the probability of each tile.
 
         Args:
-            tissue: ``[N]``, share of each tile that is tissue, 0..1.
-            attention: ``[N]``, what the model last gave to each tile, not negative; None where it has not
-                looked yet.
+            tissue: ``[N]``, share of tissue in each tile, 0..1.
+            attention: ``[N]``, the model's latest attention, not negative; None before the first update.
 
         Returns:
-            ``[N]``, above 0, of sum 1; None where all are alike.
+            ``[N]``, above 0, of sum 1; None for equal probabilities.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Uniform(Sampling):
-    """Each tile as likely as any other."""
+    """Equal probabilities of all tiles."""
 
     def weights(
         self, tissue: NDArray[np.float32], attention: NDArray[np.float32] | None
@@ -49,10 +47,10 @@ class Uniform(Sampling):
 
 @dataclass(frozen=True)
 class TissueWeighted(Sampling):
-    """Each tile in proportion to its tissue: fewer tiles from the edges.
+    """Probabilities in proportion to tissue: fewer tiles from the edges.
 
     Attributes:
-        power: of the share of tissue; 0 is uniform, above 1 leaves more of the edges out.
+        power: power of the share of tissue; 0 is uniform, above 1 draws even fewer edge tiles.
     """
 
     power: float = 1.0
@@ -64,22 +62,21 @@ class TissueWeighted(Sampling):
     def weights(
         self, tissue: NDArray[np.float32], attention: NDArray[np.float32] | None
     ) -> NDArray[np.float64] | None:
-        """Weighs tiles by ``tissue ** power``; a tile without any counts as one with a hundredth."""
+        """Weights tiles by ``tissue ** power``, with a share of at least 0.01 per tile."""
         weights = np.maximum(tissue, 0.01).astype(np.float64) ** self.power
         return np.asarray(weights / weights.sum())
 
 
 @dataclass(frozen=True)
 class AttentionGuided(Sampling):
-    """A share of the bag where the model looked last, the rest anywhere.
+    """A share of the bag drawn by the model's latest attention, the rest uniformly.
 
-    Before an epoch the model looks at every tile of the training slides once: at stored features, where
-    ``data.features`` names some, which is quick, else through the backbone, which costs as much as an
-    evaluation of them. The first epoch is uniform.
+    Before an epoch the model computes the attention of every training tile: quickly from the stored features
+    of ``data.features``, else through the backbone at the cost of an evaluation. The first epoch is uniform.
 
     Attributes:
-        share: of the draws that follow the attention, 0 to below 1.
-        every_n_epochs: how often the model looks.
+        share: share of the draws by attention, 0 to below 1.
+        every_n_epochs: epochs between updates of the attention.
     """
 
     share: float = 0.5
@@ -94,13 +91,13 @@ class AttentionGuided(Sampling):
 
     @property
     def attends_every(self) -> int:  # type: ignore[override] # a field here
-        """The epochs between two looks: :attr:`every_n_epochs`."""
+        """The epochs between updates: :attr:`every_n_epochs`."""
         return self.every_n_epochs
 
     def weights(
         self, tissue: NDArray[np.float32], attention: NDArray[np.float32] | None
     ) -> NDArray[np.float64] | None:
-        """The mixture of both."""
+        """Returns the mixture of attention and uniform probabilities."""
         if attention is None or not attention.any():
             return None
         seen = attention.astype(np.float64)

@@ -1,4 +1,4 @@
-"""Splits in which no patient is on two sides."""
+"""Splits of slides, each patient in one part."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def split_patients(
     """Splits slides into train, val and test by patient, each with about the same mix of grades.
 
     The test part is some folds of scikit-learn's ``StratifiedGroupKFold``, the validation part some folds
-    of what remains; so the fractions are met as closely as ten folds and whole patients allow. The only
-    slide of a grade goes to neither, where that can be avoided.
+    of the rest, so the fractions hold as closely as ten folds and whole patients allow. The only slide of a
+    grade stays in training if possible.
 
     Args:
         rows: graded slides.
-        val_fraction: share of all slides wanted for validation, 0..0.5.
-        test_fraction: share of all slides wanted for the test, 0..0.5.
-        seed: decides who goes where; the order of the rows does not matter.
+        val_fraction: share of all slides for validation, 0..0.5.
+        test_fraction: share of all slides for the test, 0..0.5.
+        seed: seed of the folds; the order of the rows does not matter.
 
     Returns:
         ``slide_id`` -> ``train``, ``val`` or ``test``.
@@ -60,7 +60,7 @@ def _fold(rows: list[ManifestRow], fraction: float, seed: int, part: str) -> lis
     grades = np.array([row.grade for row in rows])
     patients = np.array([row.patient_id for row in rows])
     n_patients = len(set(patients))
-    # In a small study no grade may have a slide for each fold; then the part is larger than asked for.
+    # If no grade has a slide for each fold, the part becomes larger than requested.
     commonest = max(Counter(grades.tolist()).values(), default=0)
     share = Fraction(fraction).limit_denominator(max(2, min(10, commonest)))
     share = max(share, Fraction(1, max(2, min(10, commonest))))
@@ -75,7 +75,7 @@ def _fold(rows: list[ManifestRow], fraction: float, seed: int, part: str) -> lis
         warnings.filterwarnings("ignore", "The least populated class", UserWarning)
         parts = [members for _, members in folds.split(np.zeros(len(grades)), grades, patients)]
     parts = [members for members in parts if len(members)]
-    # A rare grade stays where it can be learned: parts that hold the last slides of one come last.
+    # Rare grades stay in training: folds with the last slides of a grade come last.
     left = Counter(grades.tolist())
     chosen: list[NDArray[np.intp]] = []
     others: list[NDArray[np.intp]] = []

@@ -1,4 +1,4 @@
-"""Reads tables as spreadsheets and statistics programs export them."""
+"""Reads tables exported by spreadsheets and statistics programs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from slidetl.errors import ManifestError
 
 _SEPARATORS = ",;\t|"
-_BYTE_ORDER_MARKS = {  # the longer ones first: that of UTF-16 begins that of UTF-32
+_BYTE_ORDER_MARKS = {  # longer ones first: the mark of UTF-16 begins the one of UTF-32
     codecs.BOM_UTF32_LE: "utf-32",
     codecs.BOM_UTF32_BE: "utf-32",
     codecs.BOM_UTF16_LE: "utf-16",
@@ -35,9 +35,9 @@ class Table:
     """A table of text.
 
     Attributes:
-        header: names of the columns; known ones as they are asked for, others as they stand.
-        rows: each with the line that it begins on, the header's being 1 in most files. Cells have no blanks
-            around them; a row has as many as it came with, empty ones beyond the header removed.
+        header: names of the columns; known ones as requested, others as in the file.
+        rows: first line (the header usually has 1) and cells of each row. Cells have no outer blanks, rows no
+            empty cells beyond the header.
     """
 
     header: tuple[str, ...]
@@ -52,11 +52,11 @@ def read_table(path: Path, required: Iterable[str], optional: Iterable[str] = ()
 
     Args:
         path: the file.
-        required: columns that must be there.
-        optional: columns that may be there.
+        required: columns the file must have.
+        optional: further known columns.
 
     Raises:
-        ManifestError: it is no such table, or a required column is missing or not the only one of its name.
+        ManifestError: it is no such table, a required column is missing, or a column occurs twice.
     """
     required = tuple(required)
     text = _decode(path)
@@ -97,7 +97,7 @@ def _decode(path: Path) -> str:
                 f"{path}: expected a CSV, found {what}; save the table as CSV, in Excel 'CSV UTF-8'"
             )
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "")
-    if not encoding and b"\0" in data[:2]:  # the first letter is of ASCII
+    if not encoding and b"\0" in data[:2]:  # the first letter is ASCII
         encoding = "utf-16-be" if data.startswith(b"\0") else "utf-16-le"
     try:
         return data.decode(encoding or "utf-8")
@@ -122,7 +122,7 @@ def _decode(path: Path) -> str:
 
 
 def _separator(path: Path, text: str, required: tuple[str, ...]) -> str:
-    """Chooses the separator that gives most of the columns required; the comma if none does."""
+    """Chooses the separator for the most required columns; the comma by default."""
     wanted = {_folded(name) for name in required}
 
     def found(separator: str) -> int:
@@ -135,10 +135,10 @@ def _separator(path: Path, text: str, required: tuple[str, ...]) -> str:
 def _rows(
     path: Path, text: str, separator: str, first: int, only_first: bool = False
 ) -> list[tuple[int, tuple[str, ...]]]:
-    """Splits text into rows that are not empty, each with the line that it begins on."""
+    """Splits text into non-empty rows, each with its first line."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=not only_first, delimiter=separator)
     rows: list[tuple[int, tuple[str, ...]]] = []
-    begins = first  # with a quote left open, a row goes on to the end of the file
+    begins = first  # an open quote extends a row to the end of the file
     try:
         for cells in reader:
             row = tuple(cell.strip() for cell in cells)

@@ -1,4 +1,4 @@
-"""The one reading of a study: its manifest, the ledger and the tile caches, joined and checked."""
+"""Reads a study: its manifest, ledger and tile caches, joined and checked."""
 
 from __future__ import annotations
 
@@ -22,19 +22,18 @@ from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.ledger import USED, Ledger, LedgerRow, file_state
 from slidetl.tiles.store import SlideCache, cache_path
 
-_MUCH = 2**30  # bytes that take a while to read
-_CLOCK_S = 2.0  # by which file systems round the time of change: FAT, and so many a USB disk
+_MUCH = 2**30  # bytes, slow enough to read for a warning
+_CLOCK_S = 2.0  # rounding of modification times by file systems: FAT, on many USB disks
 
 
 @dataclass(frozen=True, eq=False)
 class CachedSlide:
-    """A slide of the manifest whose tiles are in the cache.
+    """A slide of the manifest with tiles in the cache.
 
     Attributes:
         row: its line of the manifest.
         cache: its tiles.
-        labels: labels of the tasks by task name, -1 for none: one of the slide, or ``[N] int64`` of
-            its tiles.
+        labels: labels by task name, -1 for none: of the slide, or ``[N] int64`` of its tiles.
     """
 
     row: ManifestRow
@@ -44,12 +43,12 @@ class CachedSlide:
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """The slides of a manifest, each with the tiles that were cut from it.
+    """The slides of a manifest, with their tiles.
 
     Attributes:
-        manifest: every line of the manifest, those without tiles included.
+        manifest: every line of the manifest, slides without tiles included.
         slides: the slides with tiles, in the order of the manifest.
-        folder: the cache that ``slidetl tile`` wrote, absolute.
+        folder: the cache written by ``slidetl tile``, absolute.
     """
 
     manifest: tuple[ManifestRow, ...]
@@ -68,7 +67,7 @@ class Study:
 
     @property
     def graded(self) -> tuple[CachedSlide, ...]:
-        """The slides that have a grade."""
+        """The slides with a grade."""
         return tuple(slide for slide in self.slides if slide.row.grade is not None)
 
     def parts(
@@ -77,7 +76,7 @@ class Study:
         """Divides the graded slides into ``train``, ``val`` and ``test``.
 
         The manifest's ``split`` column decides. Without it, :func:`~slidetl.data.splits.split_patients`
-        divides the whole manifest, so that a slide without tiles moves no other patient.
+        divides the whole manifest, so a slide without tiles moves no other patient.
 
         Args:
             val_fraction: share of the slides for validation, 0..0.5.
@@ -85,8 +84,7 @@ class Study:
             seed: seed of the division.
 
         Raises:
-            UsageError: a fraction is out of range, there are too few patients, or two of them have a slide
-                of the same content.
+            UsageError: a fraction is out of range, patients are too few, or two share a slide's content.
         """
         graded = self.graded
         check_duplicates(graded)
@@ -115,24 +113,22 @@ class Study:
 def read_study(
     manifest: str | Path, cache: str | Path, n_grades: int | None = None, tasks: Sequence[Task] = ()
 ) -> Study:
-    """Reads a manifest, opens the tiles of its slides, and checks that each slide has its own.
+    """Reads a manifest, opens the tiles of its slides, and checks their identity.
 
-    The cache is enough: a slide's file is read only where it is there and the ledger does not know it, by
-    its path below a folder, its size and its time of change.
-
-    A slide that the ledger has as failed or excluded, or that has no finished cache, is left out with a
-    warning.
+    The cache suffices: an existing slide file is read only if the ledger does not know its path below a
+    folder, size and modification time. Failed or excluded slides of the ledger, and slides without a
+    finished cache, are left out with a warning.
 
     Args:
         manifest: the CSV of the study, or a folder of slides.
-        cache: the folder that ``slidetl tile`` wrote.
+        cache: the folder written by ``slidetl tile``.
         n_grades: number of grades K; None accepts any whole number.
         tasks: label scales to read beside the grade.
 
     Raises:
         ManifestError: the manifest or a table of tile labels has faults.
         CacheMissingError: no slide of the manifest is in the cache.
-        CacheMismatchError: a cache holds the tiles of another slide, or the slides were not all tiled alike.
+        CacheMismatchError: a cache holds the tiles of another slide, or slides were tiled differently.
     """
     folder = Path(cache).absolute()
     rows = read_manifest(Path(manifest), n_grades, tasks=tasks).rows
@@ -157,10 +153,10 @@ def read_study(
 
 
 def check_duplicates(slides: Sequence[CachedSlide]) -> None:
-    """Refuses a slide's content under two patients: one side of a division would know the other.
+    """Refuses the same content under two patients: it would leak between parts.
 
     Raises:
-        UsageError: some slides; the message names them in pairs.
+        UsageError: two patients share content; the message names the pairs of slides.
     """
     first: dict[str, ManifestRow] = {}
     pairs = []
@@ -176,22 +172,22 @@ def check_duplicates(slides: Sequence[CachedSlide]) -> None:
 
 
 def listed(names: Sequence[str], most: int = 10) -> str:
-    """Lists names for a message, the first of many."""
+    """Formats the first names of a list for a message."""
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def find_slides(cache: Path, slide_ids: Sequence[str] = ()) -> dict[str, LedgerRow | None]:
     """Lists the slides of a cache without a manifest, by identifier, each with its row of the ledger.
 
-    A slide that the ledger has as failed or excluded is left out with a warning.
+    Failed or excluded slides of the ledger are left out with a warning.
 
     Args:
-        cache: the folder that ``slidetl tile`` wrote.
-        slide_ids: the slides wanted; none named means all.
+        cache: the folder written by ``slidetl tile``.
+        slide_ids: slides to list; empty for all.
 
     Raises:
         CacheMissingError: there are none.
-        UsageError: one that is named is not there.
+        UsageError: a named slide is missing.
     """
     names = sorted(path.stem for path in cache.glob("*.zarr"))
     if not names:
@@ -208,10 +204,10 @@ def find_slides(cache: Path, slide_ids: Sequence[str] = ()) -> dict[str, LedgerR
 
 
 def open_cache(folder: Path, slide_id: str, entry: LedgerRow | None) -> SlideCache:
-    """Opens the tiles of a slide, and checks that they are those that the ledger has.
+    """Opens the tiles of a slide, and compares them with the ledger.
 
     Raises:
-        CacheMissingError: there is no finished cache, or the ledger has the slide as failed or excluded.
+        CacheMissingError: there is no finished cache, or the ledger lists the slide as failed or excluded.
         CacheMismatchError: the tiles are of another slide.
     """
     if entry is not None and entry.status != USED:
@@ -223,11 +219,7 @@ def open_cache(folder: Path, slide_id: str, entry: LedgerRow | None) -> SlideCac
 
 
 def common_spec(caches: Sequence[SlideCache]) -> TileSpec:
-    """Returns the tiling of slides that were all tiled alike.
-
-    Raises:
-        CacheMismatchError: they were not.
-    """
+    """Returns the tiling of slides; raises a CacheMismatchError if it differs between them."""
     specs = {cache.spec for cache in caches}
     if len(specs) > 1:
         raise CacheMismatchError(
@@ -243,9 +235,9 @@ def check_identity(cache: SlideCache, slide_id: str, fingerprint: str, source: s
 
     Args:
         cache: the tiles.
-        slide_id: identifier of the slide that they must be of.
+        slide_id: identifier of the expected slide.
         fingerprint: SHA-256 of its content.
-        source: where that comes from, for the message.
+        source: source of the fingerprint, for the message.
 
     Raises:
         CacheMismatchError: the header of the cache names another slide, or other content.
@@ -258,13 +250,13 @@ def check_identity(cache: SlideCache, slide_id: str, fingerprint: str, source: s
 
 
 def _check_files(folder: Path, slides: Sequence[CachedSlide], ledger: Mapping[str, LedgerRow]) -> None:
-    """Refuses tiles under the path of another slide; reads those files that the ledger does not know."""
+    """Refuses tiles under the path of another slide; reads files unknown to the ledger."""
     endings = Counter(end for entry in ledger.values() for end in _endings(Path(entry.path)))
     unknown = []
     for slide in slides:
         row, entry = slide.row, ledger.get(slide.row.slide_id)
         state = file_state(row.path)
-        # Moved with its folder: the end of its path is still that of this slide, and of no other.
+        # Moved with its folder: the end of its path still identifies this slide alone.
         shared = set(_endings(row.path)) & set(_endings(Path(entry.path))) if entry is not None else ()
         is_named = any(endings[end] == 1 for end in shared)
         is_same = entry is not None and entry.path == str(row.path)
@@ -294,12 +286,12 @@ def _check_files(folder: Path, slides: Sequence[CachedSlide], ledger: Mapping[st
             check_identity(cache, row.slide_id, opened.info.fingerprint, str(row.path))
         if entry is not None:
             found.append(replace(entry, path=str(row.path), bytes=size, modified=modified))
-    with contextlib.suppress(CacheError):  # a cache that cannot be written: they are read again next time
+    with contextlib.suppress(CacheError):  # a read-only cache: they are read again next time
         Ledger(folder / "ledger.csv").record(found)
 
 
 def _endings(path: Path) -> Iterator[tuple[str, ...]]:
-    """Yields the last parts of a path, ever more of them."""
+    """Yields the last 1, 2, ... parts of a path."""
     parts = path.parts
     return (parts[-n:] for n in range(1, len(parts) + 1))
 
@@ -326,7 +318,7 @@ def _warn_of_lost(lost: Sequence[str], n_slides: int) -> None:
 def _read_labels(
     row: ManifestRow, cache: SlideCache, tasks: Sequence[Task]
 ) -> dict[str, int | NDArray[np.int64]]:
-    """Reads the label of each task, of the slide or of its tiles; -1 where there is none."""
+    """Reads the label of each task, of the slide or of its tiles; -1 for none."""
     labels: dict[str, int | NDArray[np.int64]] = {}
     for task, label in zip(tasks, row.labels, strict=True):
         if isinstance(label, Path):

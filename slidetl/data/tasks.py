@@ -1,4 +1,4 @@
-"""Tasks: label scales of slides or of single tiles that a network learns beside the grade."""
+"""Tasks: label scales of slides or single tiles, learned beside the grade."""
 
 from __future__ import annotations
 
@@ -15,24 +15,22 @@ from slidetl.errors import ManifestError, UsageError
 from slidetl.tiles.identifier import safe_slide_id
 
 TABLE_COLUMNS = ("x_level0", "y_level0", "label")
-IGNORE = "ignore"  # the label of a tile that does not count towards the grade of its slide
+IGNORE = "ignore"  # label of tiles without effect on the grade of their slide
 
 
 @dataclass(frozen=True)
 class Task:
-    """A label scale that a network learns beside the grade, from a column of the manifest.
-
-    A row may have no label.
+    """A label scale to learn beside the grade, from a column of the manifest.
 
     Attributes:
-        name: in the logs and the names of files; letters, digits, ``-`` and ``_``.
-        column: of the manifest. It holds an index 0..K-1 or nothing; for tiles, an index holds for all tiles
-            of the slide, and a path (absolute or relative to the manifest) names a table of labels,
-            :func:`read_points`. With ``grade``, images in folders have it too.
+        name: name in logs and file names; letters, digits, ``-`` and ``_``.
+        column: column of the manifest, with an index 0..K-1 or nothing; for tiles, an index applies to all
+            tiles of the slide, and a path (absolute or relative to the manifest) names a table of labels,
+            :func:`read_points`. The column ``grade`` also exists for images in folders.
         grades: names of the scale's K grades, lowest first, or of its classes.
-        weight: of this loss beside that of the grade, which has weight 1.
-        of_tiles: whether the labels are of single tiles.
-        ordinal: whether the grades have an order. Otherwise they are classes.
+        weight: weight of this loss; the grade has weight 1.
+        of_tiles: True for labels of single tiles.
+        ordinal: True for ordered grades, False for classes.
     """
 
     name: str
@@ -56,11 +54,7 @@ class Task:
 
 
 def check_tasks(tasks: Sequence[Task]) -> None:
-    """Checks that no two tasks have the same name.
-
-    Raises:
-        UsageError: two have.
-    """
+    """Raises a UsageError if two tasks have the same name."""
     names = [task.name for task in tasks]
     if len(set(names)) < len(names):
         raise UsageError(f"each task needs a name of its own, found {', '.join(names)}")
@@ -68,7 +62,7 @@ def check_tasks(tasks: Sequence[Task]) -> None:
 
 @dataclass(frozen=True)
 class LabelledPoints:
-    """Points of one slide whose label is known.
+    """Labelled points of one slide.
 
     Attributes:
         xy_level0: ``[P, 2]`` level-0 pixels.
@@ -81,9 +75,9 @@ class LabelledPoints:
     def of_tiles(
         self, origin_level0: NDArray[np.integer], extent_level0: tuple[float, float]
     ) -> NDArray[np.float64]:
-        """Labels each tile: the commonest label of the points in it, the lowest of equally common ones.
+        """Labels each tile by the commonest label of its points, the lowest in a tie.
 
-        The upper and left edges belong to a tile, so its upper-left corner is a point in it.
+        The upper and left edges belong to a tile, so its upper-left corner lies in it.
 
         Args:
             origin_level0: ``[N, 2]`` upper-left corners ``(x, y)`` of the tiles, level-0 pixels.
@@ -94,7 +88,7 @@ class LabelledPoints:
         """
         known, votes_for = np.unique(self.labels, return_inverse=True)
         votes = np.zeros((len(origin_level0), len(known)), np.int64)
-        # Corners are rounded to pixels. With a whole size, a corner does not lie in the tile before it.
+        # Corners are rounded to pixels; a whole size keeps a corner out of the neighbouring tile.
         end = origin_level0 + np.floor(extent_level0)
         for point, label in zip(self.xy_level0, votes_for, strict=True):
             inside = (origin_level0 <= point).all(1) & (point < end).all(1)
@@ -107,7 +101,7 @@ class LabelledPoints:
 def read_points(path: Path, n_labels: int | None = None) -> dict[str, LabelledPoints]:
     """Reads a table of labels: a CSV with ``x_level0``, ``y_level0`` and ``label``, one line for each point.
 
-    A column ``slide_id`` tells the slides of a study apart; without it, the table is of one slide.
+    A column ``slide_id`` distinguishes the slides of a study; without it, the table is of one slide.
 
     Args:
         path: the table.
@@ -115,10 +109,10 @@ def read_points(path: Path, n_labels: int | None = None) -> dict[str, LabelledPo
             :data:`IGNORE`.
 
     Returns:
-        The points of each slide by its identifier, the empty one where there is no column ``slide_id``.
+        The points of each slide by its identifier, empty without a column ``slide_id``.
 
     Raises:
-        ManifestError: it is no such table; the message has the line.
+        ManifestError: it is no such table; the message names the line.
     """
     expected = "a number or 'ignore'" if n_labels is None else f"a label from 0 to {n_labels - 1}"
     found: dict[str, list[tuple[float, float, float]]] = {}
