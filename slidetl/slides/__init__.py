@@ -1,4 +1,4 @@
-"""Slides: something readable at a physical spacing. :func:`open_slide` picks the reader."""
+"""Slides: images with a physical spacing. :func:`open_slide` picks the reader."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def open_slide(
     mpp_replace: float | Pair | None = None,
     channels: str = "",
 ) -> Slide:
-    """Opens a slide of any format that OpenSlide reads, or an image. Use it as a context manager.
+    """Opens a slide of any OpenSlide format, or an image. Use it as a context manager.
 
     Args:
-        path: the slide; of several files, the one that the vendor's software would open. Or a PNG, JPEG,
-            TIFF, OME-TIFF, or an image in an ``.npz`` (:mod:`slidetl.slides.npz`).
-        mpp_override: micrometres per level-0 pixel along both axes, of a slide that says none.
+        path: the slide; of several files, the one opened by the vendor's software. Or a PNG, JPEG, TIFF,
+            OME-TIFF, or an image in an ``.npz`` (:mod:`slidetl.slides.npz`).
+        mpp_override: micrometres per level-0 pixel along both axes, for a slide without a spacing.
         icc: convert colours to sRGB by the slide's ICC profile, if it has one.
-        mpp_replace: the same, or that along x and y, instead of what the file says.
-        channels: which planes of a TIFF are read that holds several and does not say which are red, green and
-            blue: numbers from 0 or names, one or three, separated by commas.
+        mpp_replace: micrometres per level-0 pixel, or those along x and y, instead of the file's.
+        channels: planes to read of a TIFF with several, not known as red, green and blue: numbers from 0 or
+            names, one or three, separated by commas.
 
     Raises:
-        SlideOpenError: the file is missing, or not a slide that can be read.
-        SpacingError: neither the file nor the caller gives a spacing that a microscope can have.
+        SlideOpenError: the file is missing, or not a readable slide.
+        SpacingError: neither the file nor the caller gives a plausible spacing for a microscope.
     """
-    # Imported here: the library costs a tenth of a second, which `slidetl --help` need not pay.
+    # Imported here: `slidetl --help` need not pay this tenth of a second.
     from slidetl.slides.raster import RasterSlide, is_raster
 
     path = Path(path)
@@ -53,7 +53,7 @@ def open_slide(
         try:
             slide = OpenSlideSlide(*given)
         except SlideOpenError as error:
-            # What else is wrong (a file that was cut off) is wrong for every reader.
+            # Other defects (a truncated file) are the same for every reader.
             if "Unsupported TIFF compression" not in str(error):
                 raise
             try:

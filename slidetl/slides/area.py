@@ -1,4 +1,4 @@
-"""Averaging of areas: how pixels of a pyramid level become pixels at another spacing. Pure arithmetic."""
+"""Averaging of areas: from pixels of a pyramid level to pixels at another spacing. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def pixel_edges(start: float, step: float, first: int, stop: int) -> NDArray[np.
     """Computes the edges of the output pixels ``first .. stop - 1`` along one axis, in source pixels.
 
     Args:
-        start: where output pixel 0 begins, source pixels.
+        start: left edge of output pixel 0, source pixels.
         step: width of an output pixel, source pixels, at least 1.
         first: first output pixel.
         stop: one past the last.
 
     Returns:
-        ``[stop - first + 1] float64``. An edge does not depend on ``first``, so an image put together
-        from bands equals one made at once.
+        ``[stop - first + 1] float64``. An edge does not depend on ``first``: images joined from bands equal
+        images read at once.
     """
     edges = start + step * np.arange(first, stop + 1, dtype=np.float64)
     nearest = np.round(edges)
@@ -33,8 +33,8 @@ def average_areas(
 ) -> NDArray[np.uint8]:
     """Averages the source over the rectangles between the edges: a box filter with fractional ends.
 
-    Every output pixel is the mean of exactly the area it covers, a source pixel that lies in it by a
-    third counting one third; so there is no shift, whatever the phase.
+    Every output pixel is the mean of exactly its area, partly covered source pixels counting by their share,
+    so there is no shift at any phase.
 
     Args:
         source: ``[h, w, 3] uint8``.
@@ -55,7 +55,7 @@ def average_areas(
         return _block_means(inside, (whole[1], whole[0]))
     rows = _sum_axis(source, edges_y, axis=0)
     sums = _sum_axis(rows, edges_x, axis=1)
-    # Divided once, at the end: over whole pixels the sums are integers, and so the means exact.
+    # One division at the end: over whole pixels the sums are integers, and so the means exact.
     areas = np.diff(edges_y)[:, None] * np.diff(edges_x)[None, :]
     return (sums / areas[..., None].astype(np.float32) + np.float32(0.5)).astype(np.uint8)
 
@@ -72,10 +72,10 @@ def _whole_step(edges: NDArray[np.float64]) -> int:
 
 
 def _block_means(source: NDArray[np.uint8], step: tuple[int, int]) -> NDArray[np.uint8]:
-    """Computes means of whole blocks, ``step`` rows by columns, in whole numbers, which is faster."""
+    """Computes means of whole blocks, ``step`` rows by columns, in fast integer arithmetic."""
     area = step[0] * step[1]
     kind = np.uint16 if 255 * area + area // 2 < 2**16 else np.uint64
-    # Whole rows first: they lie together in memory.
+    # Rows first, since they are contiguous in memory.
     rows: NDArray[np.unsignedinteger] = source[:: step[0]].astype(kind)
     for row in range(1, step[0]):
         np.add(rows, source[row :: step[0]], out=rows)
@@ -88,7 +88,7 @@ def _block_means(source: NDArray[np.uint8], step: tuple[int, int]) -> NDArray[np
 def _sum_axis(
     source: NDArray[np.uint8] | NDArray[np.float32], edges: NDArray[np.float64], axis: int
 ) -> NDArray[np.float32]:
-    """Integrates between neighbouring edges along one axis, a tap at a time, which bounds memory."""
+    """Integrates between neighbouring edges along one axis, a tap at a time, to bound memory."""
     first = np.floor(edges[:-1])
     taps = int(np.max(np.ceil(edges[1:]) - first))
     shape = list(source.shape)

@@ -1,4 +1,4 @@
-"""The interface of a slide: something readable at a physical spacing."""
+"""The interface of a slide: an image with a physical spacing."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class SlideInfo:
     """Metadata of a slide.
 
     Attributes:
-        path: the file (of several files, the one that was named).
-        fingerprint: SHA-256 over the content of the slide (:func:`fingerprint_of`), hexadecimal; it
-            identifies the slide wherever the file lies.
-        vendor: as the reader calls it, e.g. ``aperio``.
+        path: the file (of several files, the one given).
+        fingerprint: SHA-256 over the content of the slide (:func:`fingerprint_of`), hexadecimal; independent
+            of the file's place.
+        vendor: the reader's word for it, e.g. ``aperio``.
         size_level0: width and height, level-0 pixels.
         mpp_level0: spacing along x and y, micrometres per level-0 pixel.
         mpp_levels: nominal spacing of every pyramid level, finest first; for messages only.
-        background_rgb: colour of glass that was not scanned, 0..255.
-        objective_power: nominal magnification, where the file says so.
-        notes: what is doubtful about the slide, or was done to its pixels; one line each, no semicolon.
-        corner_level0: ``(x, y)`` of the scanned area, to which viewers crop the slide, level-0 pixels.
+        background_rgb: colour of unscanned glass, 0..255.
+        objective_power: nominal magnification, if the file has it.
+        notes: doubts about the slide and changes to its pixels; one line each, no semicolon.
+        corner_level0: ``(x, y)`` of the scanned area, the crop shown by viewers, level-0 pixels.
     """
 
     path: Path
@@ -48,10 +48,9 @@ class SlideInfo:
 
 
 class Slide(Protocol):
-    """A slide that is open. Not shared between processes or threads: each opens its own.
+    """An open slide. Not shared between processes or threads: each opens its own.
 
-    A reader inherits from it: it is then a context manager, and :meth:`map_tiles` and :meth:`copy_tiles` work
-    without being fast.
+    Readers inherit from it: they become context managers, with slow :meth:`map_tiles` and :meth:`copy_tiles`.
     """
 
     @property
@@ -60,10 +59,10 @@ class Slide(Protocol):
         ...
 
     def mpp_read(self, mpp: float, mpp_tolerance: float = 0.01) -> tuple[float, float]:
-        """Returns the spacing ``(x, y)`` of the pixels that :meth:`read` returns for ``mpp``.
+        """Returns the spacing ``(x, y)`` of the pixels of :meth:`read` for ``mpp``.
 
-        It is ``mpp`` itself, or that of a pyramid level which lies within the relative tolerance
-        and is then read as it is.
+        It is ``mpp`` itself, or the spacing of a pyramid level within the relative tolerance, then read
+        without resampling.
 
         Raises:
             SpacingError: the slide is coarser than ``mpp``; it is never enlarged.
@@ -83,11 +82,11 @@ class Slide(Protocol):
             origin_level0: upper-left corner ``(x, y)``, level-0 pixels.
             size_px: width and height of the result, pixels of :meth:`mpp_read` micrometres.
             mpp: spacing of the result, micrometres per pixel.
-            mpp_tolerance: relative difference within which a level is read as it is.
+            mpp_tolerance: relative difference within which a level is read without resampling.
 
         Returns:
-            ``[height, width, 3] uint8`` RGB. What lies outside the slide, or was not scanned, has
-            its background colour.
+            ``[height, width, 3] uint8`` RGB. Areas outside the slide or not scanned have its background
+            colour.
 
         Raises:
             SlideReadError: the region is damaged, or the slide is closed.
@@ -96,14 +95,10 @@ class Slide(Protocol):
         ...
 
     def missing(self, size_px: tuple[int, int], mpp: float) -> NDArray[np.bool_] | None:
-        """Marks what was not scanned, or is missing in the file.
-
-        Args:
-            size_px: width and height of the whole slide at ``mpp``.
-            mpp: spacing, micrometres per pixel.
+        """Marks areas unscanned or missing in the file, for the whole slide at ``mpp`` micrometres per pixel.
 
         Returns:
-            ``[height, width] bool``, or None where it cannot be told apart from glass.
+            ``[height, width] bool`` of ``size_px``, or None if they cannot be distinguished from glass.
         """
         return None
 
@@ -117,21 +112,21 @@ class Slide(Protocol):
         first: int = 0,
         threads: int = 1,
     ) -> Iterator[_Result | SlideReadError]:
-        """Reads many tiles, sharing among them what can be shared, and does something with each.
+        """Reads many tiles, shares work between them, and calls a function with each.
 
         Args:
-            work: given the pixels of a tile, as :meth:`read` would; called in several threads.
+            work: called with the pixels of a tile, as from :meth:`read`, in several threads.
             origins_level0: ``[N, 2] int32``, upper-left corners ``(x, y)``, level-0 pixels, row by row. The
-                pixels of a tile depend on all of them, so give the same ones to continue.
+                pixels of a tile depend on all of them, so give the same ones to resume.
             side_px: of a tile, pixels of :meth:`mpp_read` micrometres.
             mpp: spacing of the tiles, micrometres per pixel.
-            mpp_tolerance: relative difference within which a level is read as it is.
+            mpp_tolerance: relative difference within which a level is read without resampling.
             first: the tile to begin with.
-            threads: that read and work at a time.
+            threads: parallel reads and calls.
 
         Yields:
-            In order, from the tile ``first`` on, what ``work`` returned; instead of it the error, where the
-            slide is damaged.
+            In order, from the tile ``first`` on, the result of ``work``, or the error if the slide is damaged
+            there.
 
         Raises:
             SpacingError: the slide is coarser than ``mpp``.
@@ -150,11 +145,11 @@ class Slide(Protocol):
         mpp_tolerance: float = 0.01,
         first: int = 0,
     ) -> Iterator[bytes | None] | None:
-        """Copies the slide's own JPEGs, where they coincide with the tiles wanted; see :meth:`map_tiles`.
+        """Copies the slide's own JPEGs, if they coincide with the tiles wanted; see :meth:`map_tiles`.
 
         Returns:
-            None if they do not. Else, in order, each tile as a JPEG that stands alone and has exactly the
-            pixels of :meth:`read`; None for a tile that must be read instead.
+            None if they do not. Else, in order, each tile as a standalone JPEG with exactly the pixels of
+            :meth:`read`; None for a tile to be read instead.
 
         Raises:
             SpacingError: the slide is coarser than ``mpp``.
@@ -173,10 +168,10 @@ class Slide(Protocol):
 
 
 def check_there(path: Path) -> None:
-    """Checks that a slide is a file, and that the folder is there whose index it is (MIRAX).
+    """Checks if a slide is a file, with its folder of pixels in the case of MIRAX.
 
     Raises:
-        SlideOpenError: the message says what is missing.
+        SlideOpenError: something is missing; the message names it.
     """
     if not path.is_file():
         what = "not a file" if path.exists() else "no such file"
@@ -187,20 +182,20 @@ def check_there(path: Path) -> None:
         raise SlideOpenError(f"{path}: its pixels are missing, the folder {path.stem} beside it; copy both")
 
 
-# Up to this size a file is hashed whole; beyond it by so many blocks of so many bytes.
+# Up to this size a file is hashed completely; beyond it by so many blocks of so many bytes.
 WHOLE_BYTES = 64 * 2**20
 _BLOCKS = 64
 _BLOCK_BYTES = 2**20
 
 
 def fingerprint_of(files: Iterable[Path]) -> str:
-    """Identifies a slide's content: SHA-256, hexadecimal, whatever its files are called.
+    """Identifies a slide's content: SHA-256, hexadecimal, independent of file names.
 
-    A file of up to 64 MiB is hashed whole. Of a larger one, its size and 64 blocks of 1 MiB are: the first
-    (which holds the metadata or the pointer to it), the last, and 62 evenly between. Another slide, or the
-    same slide scanned, cut or written again, differs everywhere, and so here; hashing 5 GB whole would cost
-    more than tiling a small slide. What this cannot see is a few bytes flipped in a large file. Of a slide in
-    several files, the sorted digests are hashed.
+    A file of up to 64 MiB is hashed completely; of a larger one, its size and 64 blocks of 1 MiB: the first
+    (with the metadata or the pointer to it), the last, and 62 evenly between. Another slide, or the same
+    slide scanned, cut or written again, differs everywhere, and so here; hashing 5 GB completely would cost
+    more than tiling a small slide. It misses a few flipped bytes in a large file. Of several files, the
+    sorted digests are hashed.
 
     Raises:
         OSError: a file cannot be read.

@@ -1,4 +1,4 @@
-"""Colour management: from what the scanner's ICC profile describes to sRGB."""
+"""Colour management: from the space of the scanner's ICC profile to sRGB."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _Result = TypeVar("_Result")
 
 
 class SrgbSlide(Slide):
-    """A slide whose pixels are converted to sRGB; otherwise the slide itself.
+    """A slide converted to sRGB, otherwise the slide itself.
 
-    The profile is applied to what :meth:`read` returns, after areas were averaged: on averaged pixels it is
-    the cheaper by the square of the reduction, and within a grey level of the other order but at hard edges.
+    The profile is applied to averaged areas: cheaper by the square of the reduction, and within a grey level
+    of the other order except at hard edges.
 
     Args:
-        slide: the slide, which this one owns from now on.
+        slide: the slide, owned by this one from now on.
         profile: its ICC profile.
 
     Raises:
@@ -47,7 +47,7 @@ class SrgbSlide(Slide):
 
     @property
     def info(self) -> SlideInfo:
-        """The slide's own description, but for the background's colour."""
+        """The slide's own metadata, except for the background's colour."""
         return self._info
 
     def mpp_read(self, mpp: float, mpp_tolerance: float = 0.01) -> tuple[float, float]:
@@ -61,7 +61,7 @@ class SrgbSlide(Slide):
         mpp: float,
         mpp_tolerance: float = 0.01,
     ) -> NDArray[np.uint8]:
-        """Reads as :meth:`slidetl.slides.base.Slide.read`, in sRGB."""
+        """Reads like :meth:`slidetl.slides.base.Slide.read`, in sRGB."""
         return to_srgb(self._slide.read(origin_level0, size_px, mpp, mpp_tolerance), self._profile)
 
     def missing(self, size_px: tuple[int, int], mpp: float) -> NDArray[np.bool_] | None:
@@ -102,7 +102,7 @@ def _transform(profile: bytes) -> ImageCms.ImageCmsTransform:
     """Builds a transform, which costs milliseconds; the slides of one scanner share theirs."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    except OSError as error:  # what Pillow raises for bytes that are no profile
+    except OSError as error:  # Pillow's error for bytes without a profile
         raise ImageCms.PyCMSError(error) from error
     relative = ImageCms.Intent.RELATIVE_COLORIMETRIC
     return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), "RGB", "RGB", relative)

@@ -1,14 +1,14 @@
-"""Reads the size that compressed pixels declare, before a decoder believes it and takes the memory.
+"""Reads the declared size of compressed pixels, before a decoder allocates memory for it.
 
-A tile of a TIFF says twice how large it is: in the directory, which is checked when the file is opened, and
-in its own header, which the decoder goes by. A JPEG of 600 bytes may call itself 65,500 pixels wide and high.
+A tile of a TIFF has two sizes: in the directory, checked when the file is opened, and in its own header, used
+by the decoder. A JPEG of 600 bytes may declare 65,500 pixels in width and height.
 """
 
 from __future__ import annotations
 
 import struct
 
-# The number of a TIFF's compression; those in which the directory alone decides how much is unpacked.
+# TIFF compressions without a size of their own: the directory alone decides how much is unpacked.
 _NO_HEADER = frozenset([1, 5, 8, 32773, 32946, 34925, 34926, 50000])  # none, LZW, deflate, LZMA, zstd
 _JPEG, _PNG = 7, 34933
 _JPEG_2000 = frozenset([33003, 33004, 33005, 34712])
@@ -21,7 +21,7 @@ _CODESTREAM = b"\xff\x4f\xff\x51"  # ITU-T T.800, annex A: the markers SOC and S
 
 
 def check_declared(compression: int, data: bytes, tables: bytes | None, limit_px: int) -> None:
-    """Refuses compressed pixels that call themselves larger than the directory says.
+    """Refuses compressed pixels with a larger size than the directory's.
 
     Args:
         compression: a TIFF's number of it, one of :data:`READABLE`.
@@ -30,7 +30,7 @@ def check_declared(compression: int, data: bytes, tables: bytes | None, limit_px
         limit_px: greatest number of pixels.
 
     Raises:
-        ValueError: it has no size that can be found, or too large a one.
+        ValueError: its size cannot be found, or is too large.
     """
     if compression in _NO_HEADER:
         return
@@ -49,7 +49,7 @@ def check_declared(compression: int, data: bytes, tables: bytes | None, limit_px
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Reads the first frame header; None where the markers before it are not in order."""
+    """Reads the first frame header; None if the markers before it are out of order."""
     place = 2
     while place + 9 <= len(data) and data[place] == 0xFF:
         marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")

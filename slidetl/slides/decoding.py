@@ -1,4 +1,4 @@
-"""Tiles cut from the JPEGs of a level: each decoded once, reduced in the decoder where that is allowed."""
+"""Tiles cut from the JPEGs of a level: each decoded once, reduced in the decoder if that is exact enough."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from slidetl.slides.tiff import Jpeg, JpegTiles
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
-# Decoded JPEGs that wait for the next row of tiles; what does not fit is decoded again.
+# Decoded JPEGs kept for the next row of tiles; beyond this size, they are decoded again.
 _KEPT_BYTES = 96 * 2**20
 
-# What libjpeg can leave out of a block of 8 x 8 pixels.
+# libjpeg's reductions of a block of 8 x 8 pixels.
 _REDUCTIONS = (8, 4, 2)
 
-# A pixel of the decoder's is taken for the mean of its area. Where tiles do not end at such pixels, so many
-# of them per pixel of the result keep what that costs below two grey levels in any tile.
+# A decoder's pixel is taken for the mean of its area. If tiles do not end at such pixels, this many per pixel
+# of the result keep the error below two grey levels in any tile.
 _LEAST_STEP = 2.5
 
 
@@ -50,7 +50,7 @@ class Placement:
         return self.side_px * self.step[0], self.side_px * self.step[1]
 
     def edges(self, tile: int, reduction: int = 1) -> list[NDArray[np.float64]]:
-        """Computes the edges of a tile's pixels along x and y, pixels of the level reduced so."""
+        """Computes the edges of a tile's pixels along x and y, pixels of the reduced level."""
         start = self.start[tile].tolist()
         return [
             pixel_edges(at / reduction, step / reduction, 0, self.side_px)
@@ -58,7 +58,7 @@ class Placement:
         ]
 
     def runs(self, first: int, most: int) -> Iterator[range]:
-        """Yields the tiles from ``first`` on, in runs of at most ``most`` that are of one row."""
+        """Yields the tiles from ``first`` on, in runs of at most ``most`` from one row."""
         y = self.start[:, 1]
         while first < len(y):
             stop = first + 1
@@ -71,8 +71,8 @@ class Placement:
 def reduction_for(placement: Placement, tile_px: tuple[int, int]) -> int:
     """Chooses the reduction in the decoder: 1, 2, 4 or 8.
 
-    Never beyond the spacing of the tiles, and only where their pixels are wide, or begin and end with whole
-    pixels of the decoder's; so nothing shifts or blurs.
+    Never beyond the spacing of the tiles, and only if their pixels are wide, or begin and end with whole
+    pixels of the decoder's, so nothing shifts or blurs.
     """
     for reduction in _REDUCTIONS:
         if any(t % reduction for t in tile_px):
@@ -91,8 +91,8 @@ class JpegCutter:
     Args:
         jpegs: of the level.
         placement: of the tiles.
-        reduction: by which the decoder reduces, as :func:`reduction_for` allows.
-        runs: in which the tiles will be asked for, each once; a JPEG is kept until its last run has been.
+        reduction: by the decoder, from :func:`reduction_for`.
+        runs: expected in :meth:`cut`, each once; a JPEG is kept until its last run.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class JpegCutter:
         """Cuts the tiles of a run, ``[side, side, 3] uint8`` each.
 
         Returns:
-            None for a tile that is not whole on the level, or of which a JPEG cannot be decoded.
+            None for a tile across the level's border, or with a JPEG that cannot be decoded.
         """
         decoded = self._decoded(*self._touched(run))
         tiles: list[NDArray[np.uint8] | None] = []
@@ -164,13 +164,13 @@ class JpegCutter:
             for key, jpeg in zip(mine, self._jpegs.read(places[:, 0], places[:, 1]), strict=True):
                 try:
                     slots[key].set_result(None if jpeg is None else self._decode(jpeg))
-                except BaseException as error:  # whoever waits for it in another thread must be told
+                except BaseException as error:  # other threads waiting for it must get the error
                     slots[key].set_exception(error)
-        # Whoever took one before is at it now, and waits for nobody before it is done.
+        # Threads with an earlier claim are decoding now, and wait for nobody before they finish.
         return {key: slot.result() for key, slot in slots.items()}
 
     def _decode(self, jpeg: Jpeg) -> NDArray[np.uint8] | None:
-        """Decodes to ``[h, w, 3] uint8``, reduced; None for a JPEG in which anything is wrong."""
+        """Decodes to ``[h, w, 3] uint8``, reduced; None for a JPEG with any defect."""
         import simplejpeg
 
         width, height = self._tile_px
@@ -214,7 +214,7 @@ class JpegCutter:
 def map_in_order(
     function: Callable[[_Item], _Result], items: Iterable[_Item], threads: int
 ) -> Iterator[_Result]:
-    """Yields results in the order of the items, a few computed ahead; in this thread if it is to be one."""
+    """Yields results in the order of the items, a few computed ahead; in this thread if ``threads`` is 1."""
     if threads <= 1:
         yield from map(function, items)
         return

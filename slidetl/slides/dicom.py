@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 
 # StudyInstanceUID (0020,000D) and, next to it, SeriesInstanceUID (0020,000E), explicit little endian. Only at
-# the top level of a file are they neighbours: a series that is merely referred to stands without its study.
+# the top level of a file are they neighbours: a reference to another series has no study beside it.
 _STUDY_AND_SERIES = re.compile(rb"\x20\x00\x0d\x00UI..[0-9.]*[\0 ]?\x20\x00\x0e\x00UI..([0-9.]+)", re.DOTALL)
 _HEAD_BYTES = 1 << 16
 
 
 def series_instance_uid(path: Path) -> str | None:
-    """Reads the series that a DICOM file belongs to; None if it is not DICOM in explicit little endian.
+    """Reads the series of a DICOM file; None if it is not DICOM in explicit little endian.
 
     Raises:
         OSError: the file cannot be read.

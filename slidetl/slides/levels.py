@@ -1,4 +1,4 @@
-"""A pyramid of levels seen at a physical spacing: which level is read, and how its pixels become others."""
+"""A pyramid of levels seen at a physical spacing: choice of the level, and resampling of its pixels."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from slidetl.slides.area import average_areas, pixel_edges
 from slidetl.slides.base import Slide, SlideInfo
 from slidetl.slides.spacing import REMEDY
 
-# One band that is averaged has at most this many pixels of its level, whatever is asked for.
+# Most level pixels in one averaged band, for any request.
 MAX_SOURCE_PX = 8 * 2**20
 
-# Spacings that differ by less are the same number, written with other digits.
+# Relative difference of equal spacings, written with other digits.
 _SAME = 1e-9
-# Within so much the tolerance is a remedy.
+# Greatest relative difference for which the error message suggests a tolerance.
 _NEAR = 0.1
 
-# Upper-left corner and size, level pixels; to [height, width, 3] uint8, and where its corner really lies.
+# Upper-left corner and size, level pixels; to [height, width, 3] uint8, and its actual corner.
 ReadWindow = Callable[[tuple[int, int], tuple[int, int]], tuple[NDArray[np.uint8], list[float]]]
 
 
@@ -42,7 +42,7 @@ class Level:
 
     @property
     def is_exact(self) -> bool:
-        """True if a window of it begins just where it was asked to, and not a fraction of a pixel beside."""
+        """True if windows of it begin exactly as requested, not a fraction of a pixel beside."""
         return True
 
 
@@ -51,12 +51,12 @@ _Level = TypeVar("_Level", bound=Level)
 
 @dataclass(frozen=True)
 class View(Generic[_Level]):
-    """A level, and how it is seen at a spacing.
+    """A level, and its resampling for a spacing.
 
     Attributes:
-        level: that is read.
+        level: the level to read.
         step: level pixels per pixel of the result, along x and y.
-        as_it_is: the axes along which nothing is resampled.
+        as_it_is: the axes without resampling.
     """
 
     level: _Level
@@ -64,36 +64,36 @@ class View(Generic[_Level]):
     as_it_is: tuple[bool, bool]
 
     def starts(self, origins_level0: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
-        """Turns level-0 pixels ``[N, 2] int`` into level pixels ``float64``; whole ones as the level is."""
+        """Turns level-0 pixels ``[N, 2] int`` into level pixels ``float64``, rounded if not resampled."""
         start = origins_level0 / np.array(self.level.scale)
         return np.asarray(np.where(self.as_it_is, np.round(start), start))
 
     def read(
         self, window: ReadWindow, start: tuple[float, float], size_px: tuple[int, int]
     ) -> NDArray[np.uint8]:
-        """Reads a rectangle of ``size_px`` that begins at ``start``, level pixels, in bands."""
+        """Reads a rectangle of ``size_px`` from ``start``, level pixels, in bands."""
         image = np.empty((size_px[1], size_px[0], 3), np.uint8)
-        # Room for the fraction of a pixel by which the corner may be missed.
+        # Space for a corner missed by a fraction of a pixel.
         margin = [0 if same or self.level.is_exact else 1 for same in self.as_it_is]
         for x0, x1, y0, y1 in _blocks(size_px, self.step):
             edges = [pixel_edges(start[0], self.step[0], x0, x1), pixel_edges(start[1], self.step[1], y0, y1)]
             first = [math.floor(e[0]) - m for e, m in zip(edges, margin, strict=True)]
             size = [math.ceil(e[-1]) + m - f for e, m, f in zip(edges, margin, first, strict=True)]
             source, corner = window((first[0], first[1]), (size[0], size[1]))
-            # A level that is read as it is is not resampled again for the sake of that fraction.
+            # Such a fraction alone does not justify resampling.
             corner = [f if same else c for f, c, same in zip(first, corner, self.as_it_is, strict=True)]
             image[y0:y1, x0:x1] = average_areas(source, edges[0] - corner[0], edges[1] - corner[1])
         return image
 
 
 class PyramidSlide(Slide, Generic[_Level]):
-    """The base of the readers of files. A reader sets the two attributes, and gives :meth:`_window`.
+    """The base of the readers of files. A reader sets the two attributes, and implements :meth:`_window`.
 
-    The coarsest level that is fine enough is read, at an integer pixel of that level, and averaged over
-    areas in bands, so memory stays below about 100 MB for any region.
+    It reads the coarsest level fine enough, at an integer pixel of this level, and averages areas in bands,
+    so memory stays below about 100 MB for any region.
 
     Attributes:
-        _info: what :attr:`info` returns.
+        _info: value of :attr:`info`.
         _levels: finest first.
     """
 
@@ -111,7 +111,7 @@ class PyramidSlide(Slide, Generic[_Level]):
         """Its ICC profile, if it has one."""
 
     def mpp_read(self, mpp: float, mpp_tolerance: float = 0.01) -> tuple[float, float]:
-        """Returns the spacing of what is read; see :meth:`slidetl.slides.base.Slide.mpp_read`."""
+        """Returns the spacing of the read pixels; see :meth:`slidetl.slides.base.Slide.mpp_read`."""
         view = self._view(mpp, mpp_tolerance)
         x, y = self._spacing(view.level)
         return (x if view.as_it_is[0] else mpp), (y if view.as_it_is[1] else mpp)
@@ -141,7 +141,7 @@ class PyramidSlide(Slide, Generic[_Level]):
         return mpp[0] * level.scale[0], mpp[1] * level.scale[1]
 
     def _view(self, mpp: float, mpp_tolerance: float) -> View[_Level]:
-        """Chooses the coarsest level that is as fine as ``mpp`` on both axes, or within the tolerance."""
+        """Chooses the coarsest level as fine as ``mpp`` on both axes, or within the tolerance."""
         for level in reversed(self._levels):
             x, y = self._spacing(level)
             as_it_is = (_is_close(x, mpp, mpp_tolerance), _is_close(y, mpp, mpp_tolerance))
@@ -165,13 +165,13 @@ def scale_of(
 ) -> tuple[float, float]:
     """Computes level-0 pixels per pixel of a level, along x and y.
 
-    Scanners halve and drop, or fill up, what is left over: 3567 pixels become 1783, and each still covers
-    two. So it is a whole number where the sizes allow that.
+    Scanners halve and drop, or fill up, the remainder: 3567 pixels become 1783, and each still covers two. So
+    the scale is a whole number if the sizes allow it.
 
     Args:
         size_level0: width and height of level 0.
         size_px: those of the level.
-        downsample: about what is asked for, one number for both axes.
+        downsample: approximate scale, one number for both axes.
     """
     whole = round(downsample)
     if all(s in (s0 // whole, -(-s0 // whole)) for s, s0 in zip(size_px, size_level0, strict=True)):
@@ -190,7 +190,7 @@ def _is_close(spacing: float, mpp: float, mpp_tolerance: float) -> bool:
 
 
 def _blocks(size_px: tuple[int, int], step: tuple[float, float]) -> Iterator[tuple[int, int, int, int]]:
-    """Splits an output image so that each block's source stays below ``MAX_SOURCE_PX``, in full rows."""
+    """Splits an output image into blocks of full rows, each with a source below ``MAX_SOURCE_PX``."""
     per_pixel = step[0] * step[1]
     columns = min(size_px[0], max(1, int(MAX_SOURCE_PX / per_pixel)))
     rows = min(size_px[1], max(1, int(MAX_SOURCE_PX / (per_pixel * columns))))

@@ -1,8 +1,8 @@
-"""Images kept in an ``.npz`` of arrays: one item of an array is an image, and has a path of its own.
+"""Images in an ``.npz`` of arrays: one item of an array is an image, and has a path of its own.
 
 The layout is that of the public patch sets in MedMNIST form (Yang et al. 2023, Scientific Data 10:41):
-``train_images [N, h, w, 3]`` or ``[N, h, w]``, ``train_labels [N, 1]``, and so for ``val`` and ``test``.
-Item 17 of the first is named ``FILE.npz#train/17``.
+``train_images [N, h, w, 3]`` or ``[N, h, w]``, ``train_labels [N, 1]``, and so for ``val`` and ``test``. Item
+17 of the first is named ``FILE.npz#train/17``.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ SPLITS = ("train", "val", "test")
 
 _ITEM = re.compile(rf"(?P<file>.+\.npz)#(?P<split>{'|'.join(SPLITS)})/(?P<index>\d{{1,9}})", re.IGNORECASE)
 
-# An array is held whole, once in each process: 90,000 colour images of 64 pixels are 1.1 GB.
+# Each process holds an array completely, once: 90,000 colour images of 64 pixels are 1.1 GB.
 _MAX_BYTES = 2 * 2**30
 _MAX_ITEMS = 1_000_000  # each becomes a row of a manifest; the largest such set has 236,386
-# What a damaged or foreign file makes of NumPy and zipfile.
+# Errors of NumPy and zipfile on damaged or foreign files.
 _DAMAGE = (
     OSError,
     ValueError,
@@ -64,7 +64,7 @@ class NpzItem:
 
     @property
     def path(self) -> Path:
-        """The path that names it."""
+        """The path ``FILE.npz#SPLIT/INDEX``."""
         return Path(f"{self.file}#{self.split}/{self.index}")
 
     def read(self) -> NDArray[np.uint8]:
@@ -86,10 +86,10 @@ class NpzItem:
 
 
 def read_labels(file: Path) -> dict[str, NDArray[np.integer[Any]]]:
-    """Reads the labels of every split that an ``.npz`` holds, ``[N]`` each.
+    """Reads the labels of every split in an ``.npz``, ``[N]`` each.
 
     Raises:
-        SlideOpenError: the file is no ``.npz`` in this form; the message says what is wrong with it.
+        SlideOpenError: the file is no ``.npz`` in this form; the message gives the reason.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -117,7 +117,7 @@ def read_labels(file: Path) -> dict[str, NDArray[np.integer[Any]]]:
 
 @functools.lru_cache(maxsize=1)
 def _load(file: Path, name: str, mtime_ns: int, size: int) -> NDArray[np.uint8]:
-    """Loads an array of images. One is kept, since items are asked for one after another."""
+    """Loads an array of images. One is kept, since items are requested one after another."""
     del mtime_ns, size  # they only make another file another key
     try:
         with zipfile.ZipFile(file) as archive:
@@ -134,7 +134,7 @@ def _load(file: Path, name: str, mtime_ns: int, size: int) -> NDArray[np.uint8]:
 
 
 def _images(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Reads shape and type of an array of images that is not too large."""
+    """Reads shape and type of an array of images, and refuses too large ones."""
     shape, dtype = array_header(archive, name)
     if not shape:
         raise ValueError(f"{name} has no items")

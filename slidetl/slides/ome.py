@@ -14,9 +14,9 @@ _ROOT = re.compile(r"<(\w+:)?OME[\s>]")
 _RGB_NAMES = ({"r", "red"}, {"g", "green"}, {"b", "blue"})
 # Signed RGBA without alpha.
 _RGB_COLOURS = (0xFF0000, 0x00FF00, 0x0000FF)
-# Of the first picture; a level has a quarter of it at most.
+# Least share of the first picture's area for another picture; a level has a quarter at most.
 _AS_LARGE = 0.3
-_SHOWN = 12  # channels that a message lists
+_SHOWN = 12  # channels listed in a message
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class OmeImage:
     """The first image of an OME-XML.
 
     Attributes:
-        mpp: micrometres per pixel along x and y; None if it does not say so.
-        objective_power: nominal magnification, where it says so.
-        significant_bits: bits of a sample that carry values, where it says so.
-        channels: name of each plane; the empty string where it has none.
+        mpp: micrometres per pixel along x and y; None if missing.
+        objective_power: nominal magnification, if present.
+        significant_bits: bits of a sample with values, if present.
+        channels: name of each plane; the empty string if it has none.
         directories: of each plane, counted from 0.
-        rgb: the planes of red, green and blue, if names or colours tell them; else None.
-        others: number of further pictures that are as large; those of labels and of levels are not.
+        rgb: the planes of red, green and blue by names or colours; None if unknown.
+        others: number of further pictures of similar size, except labels and levels.
     """
 
     mpp: Pair | None
@@ -54,7 +54,7 @@ def read_ome(xml: str, name: str, samples: int, n_directories: int) -> OmeImage:
         xml: the description of the file's first directory.
         name: of the file.
         samples: per pixel of the file's first directory.
-        n_directories: how many the file has; nothing larger is believed.
+        n_directories: number in the file; larger ones in the XML are refused.
 
     Raises:
         SlideOpenError: it is damaged, its pixels are in other files, or it has depth or time.
@@ -105,12 +105,12 @@ def read_ome(xml: str, name: str, samples: int, n_directories: int) -> OmeImage:
 
 
 def choose_channels(wanted: str, names: tuple[str, ...], rgb: tuple[int, int, int] | None) -> tuple[int, ...]:
-    """Chooses the planes that are read: one, or three as red, green and blue.
+    """Chooses the planes to read: one, or three as red, green and blue.
 
     Args:
         wanted: numbers from 0 or names, separated by commas; the empty string leaves it to the file.
         names: of the planes.
-        rgb: the planes of red, green and blue, where the file tells them.
+        rgb: the planes of red, green and blue, if known from the file.
 
     Raises:
         SlideOpenError: there is no such channel, or the file leaves the choice open.

@@ -8,7 +8,7 @@ from typing import Any
 
 @cache
 def opencv() -> Any:
-    """Imports OpenCV once in a process, when it is first needed."""
+    """Imports OpenCV at its first use in a process."""
     import cv2
 
     cv2.setNumThreads(1)

@@ -1,4 +1,4 @@
-"""Every vendor's format that OpenSlide reads."""
+"""Reads every vendor's format known to OpenSlide."""
 
 from __future__ import annotations
 
@@ -36,43 +36,43 @@ from slidetl.slides.turn import Turn
 
 _Result = TypeVar("_Result")
 
-# Tiles that are read, or decoded, together: so many, of at most so many pixels of their level.
+# Most tiles read or decoded together, and most pixels of their level.
 _MAX_RUN = 16
 _MAX_RUN_PX = 4 * 2**20
 
-# Reads of at most so many pixels share a buffer: new memory costs more than what is written into it.
+# Reads of at most so many pixels share a buffer: new memory costs more than the write into it.
 _BUFFER_PX = 4 * 2**20
 
-# Neighbours that have gaps between them are not read together beyond so many times their own pixels.
+# Neighbours with gaps are not read together beyond so many times their own pixels.
 _MAX_WASTE = 1.5
 
-# Keys of MIRAX and Hamamatsu that name files, with a value that leaves the folder.
+# Keys with file names in MIRAX and Hamamatsu, with a value outside the folder.
 _OUTSIDE = re.compile(
     r"^\s*(?:FILE_\d+|INDEXFILE|ImageFile[^=]*|MapFile|OptimisationFile|MacroImage)\s*=\s*(.*[/\\].*)$",
     re.MULTILINE | re.IGNORECASE,
 )
 _MAX_INDEX_CHARACTERS = 2**22
 
-# A level whose alpha is read beside its colours has at most so many pixels.
+# Most pixels of a level for reading its alpha beside its colours.
 _MAX_ALPHA_PX = 64 * 2**20
 
-# Tiles that are copied at once.
+# Tiles copied at once.
 _COPIED_TOGETHER = 64
 
-# How much decoded JPEGs may differ from OpenSlide where either of them resamples, grey levels on average:
-# over the tiles that are compared, and in the worst of them.
+# Greatest difference of decoded JPEGs from OpenSlide if either resamples, grey levels on average: over the
+# compared tiles, and in the worst of them.
 _MEAN_DIFFERENCE = 1.5
 _MAX_DIFFERENCE = 3.0
 
 
 @dataclass(frozen=True)
 class _Level(Level):
-    """One level of the pyramid; beside what every level has:
+    """One level of the pyramid, with attributes of OpenSlide.
 
     Attributes:
         index: OpenSlide's number for it.
-        downsample: the scale as OpenSlide reckons it, one mean for both axes.
-        tile_px: width and height of its tiles in the file, where OpenSlide says so.
+        downsample: OpenSlide's scale, one mean for both axes.
+        tile_px: width and height of its tiles in the file, if known to OpenSlide.
     """
 
     index: int
@@ -81,19 +81,19 @@ class _Level(Level):
 
     @property
     def is_exact(self) -> bool:
-        """True if OpenSlide can be asked for any pixel of it."""
+        """True if OpenSlide can read from any pixel of it."""
         return self.downsample.is_integer()
 
 
 class OpenSlideSlide(PyramidSlide[_Level]):
     """A slide read through OpenSlide; see :class:`slidetl.slides.base.Slide` for the interface.
 
-    Where OpenSlide can't be asked for an integer pixel (a level whose size is no whole fraction of level 0)
-    it interpolates by a fraction of a pixel; that fraction is put into the weights, so nothing shifts. After
-    an error the slide is opened anew by the next read, since OpenSlide refuses everything after one.
+    If a level's size is no whole fraction of level 0, OpenSlide interpolates by a fraction of a pixel; the
+    weights of the averaging include this fraction, so nothing shifts. After an error OpenSlide refuses every
+    read, so the next read opens the slide again.
 
-    Many tiles at once are copied or decoded from the file itself where it is a TIFF of JPEGs and the first,
-    middle and last of them prove equal to what OpenSlide reads. See docs/design/fast-paths.md.
+    Many tiles at once are copied or decoded from the file itself if it is a TIFF of JPEGs and the first,
+    middle and last of them equal OpenSlide's pixels. See docs/design/fast-paths.md.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class OpenSlideSlide(PyramidSlide[_Level]):
         try:
             self._levels = _levels(handle)
             self._info = _describe(path, handle, self._levels, mpp_override, mpp_replace)
-        except BaseException:  # whatever it was, the file must not stay open
+        except BaseException:  # close the file after any error
             handle.close()
             raise
         profile = handle.color_profile
@@ -130,10 +130,10 @@ class OpenSlideSlide(PyramidSlide[_Level]):
         first: int = 0,
         threads: int = 1,
     ) -> Iterator[_Result | SlideReadError]:
-        """Reads many tiles and does something with each; see :meth:`slidetl.slides.base.Slide.map_tiles`.
+        """Reads many tiles and calls ``work`` with each; see :meth:`slidetl.slides.base.Slide.map_tiles`.
 
         The JPEGs of a TIFF are decoded, each once; of other slides, neighbours are read together. Every
-        thread reads through a handle of its own, since OpenSlide refuses everything after an error.
+        thread has its own handle, since OpenSlide refuses everything after an error.
         """
         view = self._view(mpp, mpp_tolerance)
         placement = Placement(view.starts(origins_level0), view.step, side_px)
@@ -143,7 +143,7 @@ class OpenSlideSlide(PyramidSlide[_Level]):
         local, opened = threading.local(), list[_Regions]()
 
         def mine() -> _Regions:
-            """Returns this thread's own handle, opened when it first asks; of one thread, the slide's."""
+            """Returns this thread's own handle, opened at its first call; with one thread, the slide's."""
             if threads > 1 and not hasattr(local, "regions"):
                 local.regions = _Regions(self._path, self._info.background_rgb, None)
                 opened.append(local.regions)
@@ -186,7 +186,7 @@ class OpenSlideSlide(PyramidSlide[_Level]):
         return _copies(jpegs, placement, first)
 
     def missing(self, size_px: tuple[int, int], mpp: float) -> NDArray[np.bool_] | None:
-        """Marks what was not scanned, by OpenSlide's alpha; see :meth:`slidetl.slides.base.Slide.missing`."""
+        """Marks unscanned areas, by OpenSlide's alpha; see :meth:`slidetl.slides.base.Slide.missing`."""
         view = self._view(mpp, 0.0)
         if math.prod(view.level.size_px) > _MAX_ALPHA_PX:
             return None
@@ -206,7 +206,7 @@ class OpenSlideSlide(PyramidSlide[_Level]):
         return self._regions.read_level(level, first, size)
 
     def _jpegs(self, level: _Level) -> JpegTiles | None:
-        """Returns the level's tiles as they lie in the file, if it is of a kind that can be read so."""
+        """Returns the level's tiles in the file, if the format is known."""
         if self._info.vendor not in PLAIN_TIFFS or level.tile_px is None:
             return None
         if self._regions.is_closed:
@@ -228,7 +228,7 @@ class OpenSlideSlide(PyramidSlide[_Level]):
         return None
 
     def _agrees(self, cutter: JpegCutter, view: View[_Level]) -> bool:
-        """Compares some of the tiles that lie whole on the level with what OpenSlide reads there."""
+        """Compares some tiles, completely on the level, with OpenSlide's pixels."""
         placement = cutter.placement
         count = len(placement.start)
         differences: list[float] = []
@@ -239,7 +239,7 @@ class OpenSlideSlide(PyramidSlide[_Level]):
             try:
                 wanted = _read_tile(view, self._regions, placement, tile)
             except SlideReadError:
-                continue  # damage, which shows in its turn
+                continue  # damage, reported later with its tile
             differences.append(float(np.abs(rgb.astype(np.int16) - wanted).mean()))
         if not differences or (cutter.reduction == 1 and view.level.is_exact):
             return bool(differences) and not any(differences)
@@ -259,17 +259,13 @@ def _read_tile(view: View[_Level], regions: _Regions, placement: Placement, tile
 def _read_run(
     view: View[_Level], regions: _Regions, placement: Placement, run: range
 ) -> list[NDArray[np.uint8] | None]:
-    """Reads neighbours at once.
-
-    Returns:
-        The tiles as :func:`_read_tile` returns them; None for those that must be read by it.
-    """
+    """Reads neighbours at once; None for tiles left to :func:`_read_tile`, otherwise equal to its result."""
     edges = [placement.edges(tile) for tile in run]
     low = [min(math.floor(e[axis][0]) for e in edges) for axis in (0, 1)]
     high = [max(math.ceil(e[axis][-1]) for e in edges) for axis in (0, 1)]
     size = (high[0] - low[0], high[1] - low[1])
     alone = placement.extent[0] * placement.extent[1]
-    # Where OpenSlide interpolates, what it shows of a place depends on where the reading begins.
+    # If OpenSlide interpolates, its pixels depend on the start of the read.
     if len(run) == 1 or not view.level.is_exact or size[0] * size[1] > _MAX_WASTE * alone * len(run):
         return [None] * len(run)
     try:
@@ -285,7 +281,7 @@ def _read_run(
 
 def _copies(jpegs: JpegTiles, placement: Placement, first: int) -> Iterator[bytes | None]:
     places = (placement.start // placement.side_px).astype(np.intp)
-    # A tile that the border of the slide cuts is not whole in the file either.
+    # A tile across the border of the slide is not complete in the file either.
     is_whole = np.all(
         (placement.start >= 0) & (placement.start + placement.side_px <= jpegs.level.size_px), 1
     )
@@ -299,7 +295,7 @@ def _copies(jpegs: JpegTiles, placement: Placement, first: int) -> Iterator[byte
 
 
 class _Regions:
-    """OpenSlide's handle of a slide, opened anew after an error."""
+    """OpenSlide's handle of a slide, opened again after an error."""
 
     def __init__(
         self, path: Path, background_rgb: tuple[int, int, int], handle: openslide.OpenSlide | None
@@ -316,9 +312,9 @@ class _Regions:
     def read_level(
         self, level: _Level, first: tuple[int, int], size: tuple[int, int], of_alpha: bool = False
     ) -> tuple[NDArray[np.uint8], list[float]]:
-        """Reads pixels of one level, background outside; and where their corner really lies, level pixels.
+        """Reads pixels of one level, background outside, and their actual corner, level pixels.
 
-        Of alpha, if that is asked for, in place of the colours.
+        ``of_alpha`` reads alpha in place of the colours.
         """
         low = [max(f, 0) for f in first]
         high = [min(f + s, limit) for f, s, limit in zip(first, size, level.size_px, strict=True)]
@@ -349,7 +345,7 @@ class _Regions:
         try:
             if self._handle is None:
                 self._handle = openslide.OpenSlide(self._path)
-            # As `read_region` of openslide-python, without its image: three copies fewer for each tile.
+            # Like `read_region` of openslide-python, without its image: three copies fewer for each tile.
             pointer = argb.ctypes.data_as(ctypes.POINTER(ctypes.c_uint32))
             openslide.lowlevel._read_region(self._handle._osr, pointer, *location_level0, level, *size_px)
         except openslide.OpenSlideError as error:
@@ -372,7 +368,7 @@ _local = threading.local()
 
 
 def _buffer(count: int) -> NDArray[np.uint32]:
-    """Makes room for so many pixels, until the same thread asks again."""
+    """Returns a buffer of so many pixels, valid until the next call of the thread."""
     if count > _BUFFER_PX:
         return np.empty(count, np.uint32)
     if not hasattr(_local, "buffer") or len(_local.buffer) < count:
@@ -384,7 +380,7 @@ def composite(bgra: NDArray[np.uint8], background_rgb: tuple[int, int, int]) -> 
     """Lays an image over a background colour.
 
     Args:
-        bgra: ``[h, w, 4] uint8``, alpha multiplied into the colours, as OpenSlide gives them.
+        bgra: ``[h, w, 4] uint8``, alpha multiplied into the colours, as from OpenSlide.
         background_rgb: 0..255.
 
     Returns:
@@ -461,7 +457,7 @@ def _describe(
 
 
 def _corner(properties: Mapping[str, str]) -> tuple[int, int]:
-    """Finds the corner of the scanned area as QuPath does (``OpenslideImageServer``): by all four bounds."""
+    """Finds the corner of the scanned area like QuPath (``OpenslideImageServer``): by all four bounds."""
     sides = ("x", "y", "width", "height")
     try:
         x, y, _, _ = (int(properties[f"openslide.bounds-{side}"]) for side in sides)
@@ -471,7 +467,7 @@ def _corner(properties: Mapping[str, str]) -> tuple[int, int]:
 
 
 def _positive(text: str | None) -> float | None:
-    """Parses a property as a positive number; vendors write 0 or nothing for what they don't know."""
+    """Parses a property as a positive number; vendors write 0 or nothing for unknown values."""
     try:
         value = float(text or "nan")
     except ValueError:
@@ -480,7 +476,7 @@ def _positive(text: str | None) -> float | None:
 
 
 def _beside(path: Path) -> Iterable[Path]:
-    """Lists the files that OpenSlide may open for a slide beside the one that is named."""
+    """Lists the files beside a slide that OpenSlide may open for it."""
     if path.suffix.lower() == ".mrxs":
         return path.with_suffix("").rglob("*")
     if path.suffix.lower() in (".vms", ".vmu") or series_instance_uid(path) is not None:
@@ -489,7 +485,7 @@ def _beside(path: Path) -> Iterable[Path]:
 
 
 def _index_of(path: Path) -> str:
-    """Reads the text by which a slide names its files; nothing if it has none."""
+    """Reads the text with a slide's file names; nothing if it has none."""
     index = path.with_suffix("") / "Slidedat.ini" if path.suffix.lower() == ".mrxs" else path
     if index.suffix.lower() not in (".ini", ".vms", ".vmu") or not index.is_file():
         return ""
@@ -498,7 +494,7 @@ def _index_of(path: Path) -> str:
 
 
 def _files(path: Path, dicom_series: str | None) -> Iterable[Path]:
-    """Lists all the files of the slide that ``path`` names."""
+    """Lists all the files of the slide at ``path``."""
     if dicom_series is not None:
         beside = (p for p in path.parent.iterdir() if p != path and p.is_file())
         return [path, *(p for p in beside if series_instance_uid(p) == dicom_series)]

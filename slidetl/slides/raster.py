@@ -1,4 +1,4 @@
-"""Images that no scanner's software wrote: PNG, JPEG, TIFF without a vendor, OME-TIFF, items of ``.npz``."""
+"""Images without scanner software: PNG, JPEG, TIFF without a vendor, OME-TIFF, items of ``.npz``."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from slidetl.slides.turn import ReadPixels, Turn
 IMAGE_SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".bmp"])
 TIFF_SUFFIXES = frozenset([".tif", ".tiff"])
 
-# A PNG or JPEG is decoded whole; 80 megapixels are 240 MB. It is below Pillow's own limit of 89.
+# A PNG or JPEG is decoded at once; 80 megapixels are 240 MB. It is below Pillow's own limit of 89.
 _MAX_PLAIN_PX = 80 * 2**20
-# A strip or tile of a TIFF is decoded whole.
+# A strip or tile of a TIFF is decoded at once.
 _MAX_SEGMENT_PX = 64 * 2**20
-# Decoded strips and tiles that are kept, since neighbours share them.
+# Most bytes of cached strips and tiles, shared by neighbours.
 _KEPT_BYTES = 48 * 2**20
 _MINISWHITE, _MINISBLACK, _RGB, _YCBCR = 0, 1, 2, 6  # TIFF 6.0, PhotometricInterpretation
 _GREYS = (_MINISWHITE, _MINISBLACK)
@@ -51,43 +51,43 @@ _MAX_LEVELS = 64
 _MAX_CHANNELS = 256
 _MAX_SAMPLES = 32  # of one page, which are read together
 
-# The scale of samples of more than 8 bits is found in so many windows across and down, of so many pixels.
+# Windows across and down, and their side, to find the scale of samples of more than 8 bits.
 _SAMPLES_ACROSS = 8
 _SAMPLE_PX = 256
-# White glass is at least this share of the full scale, where that is the camera's depth.
+# White glass is at least this share of the full scale of the camera's depth.
 _NEAR_FULL = 0.75
 
 _GLASS = (255, 255, 255)
 
-# What decoders raise on damaged or hostile files; imagecodecs' own errors are RuntimeErrors.
+# Errors of decoders on damaged or hostile files; imagecodecs' own errors are RuntimeErrors.
 _DAMAGE = (
     *(OSError, ValueError, TypeError, LookupError, EOFError, SyntaxError),
     *(ArithmeticError, RuntimeError, MemoryError, struct.error, zlib.error),
 )
 
 
-# A rectangle of one page, to [height, width, samples] as they are stored.
+# A rectangle of one page, to stored samples [height, width, samples].
 _ReadSamples = Callable[[int, int, int, int], NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class _Level(Level):
-    """One level of the pyramid; beside what every level has, how its pixels are read."""
+    """One level of the pyramid, with the reader of its pixels."""
 
     read: ReadPixels
 
 
 @dataclass(frozen=True)
 class _Opened:
-    """An image that is open.
+    """An open image.
 
     Attributes:
         vendor: name of its format.
         fingerprint: of its content.
         sizes_px: width and height of every level.
         readers: of every level.
-        mpp: spacing that it states.
-        power: of its objective, where it says so.
+        mpp: its own spacing.
+        power: of its objective, if known.
         profile: its ICC profile.
         notes: on its pixels.
     """
@@ -113,20 +113,20 @@ class RasterSlide(PyramidSlide[_Level]):
     """An image read as a slide; see :class:`slidetl.slides.base.Slide` for the interface.
 
     A tiled or striped TIFF is decoded a piece at a time, so memory stays bounded; a PNG or JPEG is held
-    whole, and refused above 80 megapixels. Transparent pixels lie over white. Grey becomes RGB. Samples of 9
-    to 16 bits are scaled to 8 by the bits that carry values: as the file says, else by its highest values.
-    Orientation is applied. OME-XML decides which planes are read.
+    completely, and refused above 80 megapixels. Transparent pixels lie over white. Grey becomes RGB. Samples
+    of 9 to 16 bits are scaled to 8 by their significant bits: from the file, else by its highest values.
+    Orientation is applied. OME-XML selects the planes.
 
     Args:
         path: a PNG, JPEG, BMP or TIFF, or ``FILE.npz#SPLIT/INDEX``.
-        mpp_override: micrometres per pixel of a picture that says none. OME-XML says its own, and so does the
+        mpp_override: micrometres per pixel of a picture without a spacing. OME-XML has one, and so does the
             resolution of a TIFF if it is finer than a printer's.
-        mpp_replace: instead of that of the file.
-        channels: which planes of a picture in several are read, by number from 0 or by name, separated by
-            commas: one, or those of red, green and blue.
+        mpp_replace: micrometres per pixel instead of the file's.
+        channels: planes to read of several, by number from 0 or by name, separated by commas: one, or those
+            of red, green and blue.
 
     Raises:
-        SlideOpenError: the file is missing, or not an image that can be read.
+        SlideOpenError: the file is missing, or not a readable image.
         SpacingError: its spacing is not known.
     """
 
@@ -151,7 +151,7 @@ class RasterSlide(PyramidSlide[_Level]):
                 for size, read in levels
             )
             mpp, notes = settle_spacing(path, opened.mpp, mpp_override, mpp_replace, opened.power)
-        except BaseException:  # whatever it was, the file must not stay open
+        except BaseException:  # close the file after any error
             self.close()
             raise
         self._profile = opened.profile
@@ -173,7 +173,7 @@ class RasterSlide(PyramidSlide[_Level]):
         return self._profile
 
     def missing(self, size_px: tuple[int, int], mpp: float) -> NDArray[np.bool_] | None:
-        """Marks the pieces that a TIFF lacks; see :meth:`slidetl.slides.base.Slide.missing`."""
+        """Marks pieces missing in a TIFF; see :meth:`slidetl.slides.base.Slide.missing`."""
         if self._tiff is None:
             return None
         scale = [m / mpp for m in self._info.mpp_level0]
@@ -229,25 +229,23 @@ class RasterSlide(PyramidSlide[_Level]):
 
 
 class _Tiff:
-    """A TIFF as tifffile understands it: the levels of its first image, decoded piece by piece.
+    """A TIFF read by tifffile: the levels of its first image, decoded piece by piece.
 
-    Args:
-        path: the file.
-        channels: which of several planes are read, :func:`slidetl.slides.ome.choose_channels`.
+    ``channels`` selects planes by :func:`slidetl.slides.ome.choose_channels`.
     """
 
     def __init__(self, path: Path, channels: str = "") -> None:
         # Imported here: PNGs and arrays need not pay for it.
         import tifffile
 
-        logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # of damage we tell ourselves
+        logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # our own errors report damage
         self._path = path
         self._ome: OmeImage | None = None
         self._kept: OrderedDict[tuple[int, int], NDArray[Any] | None] = OrderedDict()
         self._kept_bytes = 0
         self._notes: list[str] = []
         with _damage_told(path):
-            # As OME-TIFF it would open other files, and make room for every plane that its XML counts.
+            # As OME-TIFF it would open other files, and allocate memory for every plane counted in its XML.
             self._file = tifffile.TiffFile(path, is_ome=False)
         try:
             with _damage_told(path):
@@ -269,7 +267,7 @@ class _Tiff:
                 ]
                 sizes = [(int(planes[0].imagewidth), int(planes[0].imagelength)) for planes in levels]
                 self._full = self._full_scale(levels[-1], raw[-1], sizes[-1])
-        except BaseException:  # whatever it was, the file must not stay open
+        except BaseException:  # close the file after any error
             self.close()
             raise
         self._notes += turned
@@ -280,7 +278,7 @@ class _Tiff:
         ]
 
     def opened(self, fingerprint: str) -> _Opened:
-        """Returns what :class:`RasterSlide` needs of it."""
+        """Returns the values for :class:`RasterSlide`."""
         profile = _tag(self._first, _ICC_PROFILE, None)
         aperio = dict(_APERIO.findall(self._first.description))
         power = aperio.get("AppMag") if self._ome is None else self._ome.objective_power
@@ -299,7 +297,7 @@ class _Tiff:
         self._file.close()
 
     def missing(self, size_px: tuple[int, int], scale: tuple[float, float]) -> NDArray[np.bool_] | None:
-        """Marks the pieces of the finest level that have no bytes, at ``scale`` pixels per level-0 pixel."""
+        """Marks the pieces of the finest level without bytes, at ``scale`` pixels per level-0 pixel."""
         page = self._first
         counts = np.asarray(page.databytecounts)
         piece_px, pieces = _pieces(page)
@@ -391,7 +389,7 @@ class _Tiff:
             )
 
     def _mpp(self) -> Pair | None:
-        """Reads the spacing of the picture as it is shown: by OME-XML, else by a resolution of no printer."""
+        """Reads the spacing of the turned picture from OME-XML, or a resolution finer than a printer's."""
         mpp = self._ome.mpp if self._ome is not None else None
         if mpp is None:
             unit_um = {2: 25400.0, 3: 10000.0}.get(int(_tag(self._first, _RESOLUTION_UNIT, 2)))
@@ -417,9 +415,9 @@ class _Tiff:
         return partial(self._decode, page)
 
     def _decode(self, page: Any, x: int, y: int, width: int, height: int) -> NDArray[Any]:
-        """Puts a rectangle together from the strips or tiles that it touches."""
+        """Puts a rectangle together from its strips or tiles."""
         samples = int(page.samplesperpixel)
-        # What is missing in the file is bright.
+        # Missing pieces are bright.
         bright = 0 if int(page.photometric) == _MINISWHITE else np.iinfo(page.dtype).max
         image = np.full((height, width, samples), bright, page.dtype)
         is_planar = samples > 1 and int(page.planarconfig) == 2
@@ -440,7 +438,7 @@ class _Tiff:
         return image
 
     def _segment(self, page: Any, index: int) -> NDArray[Any] | None:
-        """Decodes a strip or tile, ``[h, w, S]``, cut to the image; None where the file has none."""
+        """Decodes a strip or tile, ``[h, w, S]``, cut to the image; None if the file has none."""
         key = (int(page.offset), index)
         if key in self._kept:
             self._kept.move_to_end(key)
@@ -464,7 +462,7 @@ class _Tiff:
     def _full_scale(
         self, planes: list[Any], readers: list[_ReadSamples], size: tuple[int, int]
     ) -> tuple[float, float]:
-        """Finds the values that are white, and opaque, of samples of more than 8 bits."""
+        """Finds the white value, and the opaque one, of samples of more than 8 bits."""
         page = planes[0]
         if page.dtype == np.uint8:
             return 255.0, 255.0
@@ -494,7 +492,7 @@ class _Tiff:
         return np.stack([picture[..., 0] for picture in pictures], axis=2)
 
     def _to_8_bits(self, page: Any, pixels: NDArray[Any]) -> NDArray[np.uint8]:
-        """Scales samples, and drops what is neither colour nor alpha."""
+        """Scales samples, and drops all but colours and alpha."""
         n_colours = _n_colours(page)
         if pixels.dtype != np.uint8:
             scale = np.full(pixels.shape[-1], self._full[0], np.float32)
@@ -503,7 +501,7 @@ class _Tiff:
         if int(page.photometric) == _MINISWHITE:
             pixels = pixels.copy()
             pixels[..., 0] = 255 - pixels[..., 0]
-        # An extra sample that is not alpha has no meaning that we know.
+        # Extra samples other than alpha have no known meaning.
         has_alpha = bool(page.extrasamples) and int(page.extrasamples[0]) in (1, 2)
         return pixels[..., : n_colours + has_alpha]
 
@@ -521,7 +519,7 @@ def _n_colours(page: Any) -> int:
 
 
 def _pieces(page: Any) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Returns width and height of a strip or tile, and how many there are across and down."""
+    """Returns width and height of a strip or tile, and their number across and down."""
     width, height = int(page.imagewidth), int(page.imagelength)
     piece = (
         (int(page.tilewidth), int(page.tilelength))
@@ -537,14 +535,14 @@ def _tag(page: Any, code: int, default: Any) -> Any:
 
 
 def _ratio(value: Any) -> float:
-    """Returns a rational number of a TIFF; 0 for what is none."""
+    """Returns a rational number of a TIFF; 0 for any other value."""
     if isinstance(value, tuple):
         return value[0] / value[1] if len(value) >= 2 and value[1] else 0.0
     return float(value)
 
 
 def _pyramid(planes: list[Any], reduced: list[list[Any]]) -> list[list[Any]]:
-    """Lists the levels of planes: the finest, and those of the reduced pages that show the same."""
+    """Lists the levels of planes: the finest, and the reduced pages with the same picture."""
     width, height = int(planes[0].imagewidth), int(planes[0].imagelength)
     levels = [planes]
     for pages in zip(*reduced, strict=False):
@@ -557,7 +555,7 @@ def _pyramid(planes: list[Any], reduced: list[list[Any]]) -> list[list[Any]]:
 
 
 def _read_plain(path: Path, fingerprint: str) -> _Opened:
-    """Reads a PNG, JPEG or BMP, as viewers show it."""
+    """Reads a PNG, JPEG or BMP, turned as in viewers."""
     from PIL import Image
 
     with _damage_told(path):
@@ -599,7 +597,7 @@ def _is_deep_png(path: Path) -> bool:
 
 
 def _read_deep_png(path: Path) -> tuple[NDArray[np.uint8], str]:
-    """Reads a PNG of 16 bits, of which Pillow would keep the higher 8; and a note of its scale."""
+    """Reads a PNG of 16 bits, and a note of its scale; Pillow would keep the higher 8 only."""
     import imagecodecs
 
     pixels = np.atleast_3d(imagecodecs.png_decode(path.read_bytes()))
@@ -611,10 +609,9 @@ def _read_deep_png(path: Path) -> tuple[NDArray[np.uint8], str]:
 
 
 def _full_of(parts: list[NDArray[Any]]) -> tuple[float, str]:
-    """Finds the value that is white among samples of 16 bits, and says it in a note.
+    """Returns the white value among samples of 16 bits, and a note of it.
 
-    It is the full scale of a camera's depth, or the highest value if that is far below; but for a thousandth
-    of them, which may be hot pixels.
+    It is the full scale of a camera's depth, or the 99.9th percentile (without hot pixels) if far below.
     """
     highest = max(float(np.percentile(part, 99.9)) for part in parts)
     bits = next(bits for bits in (8, 10, 12, 14, 16) if highest < 2**bits)
@@ -628,7 +625,7 @@ def _scaled(samples: NDArray[Any], full: NDArray[np.float32]) -> NDArray[np.uint
 
 
 def _as_rgb(pixels: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
-    """Turns grey, RGB, and either with alpha, into ``[h, w, 3]``; what is transparent lies over white."""
+    """Turns grey, RGB, and either with alpha, into ``[h, w, 3]``; transparent pixels lie over white."""
     if pixels.ndim == 2:
         pixels = pixels[..., None]
     channels = pixels.shape[-1]
@@ -643,7 +640,7 @@ def _as_rgb(pixels: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
 
 @contextmanager
 def _damage_told(path: Path) -> Iterator[None]:
-    """Turns what decoders raise on damaged files into one error that names the file."""
+    """Turns errors of decoders on damaged files into one with the file's name."""
     try:
         yield
     except SlideOpenError:
@@ -658,9 +655,9 @@ def _line(error: BaseException) -> str:
 
 
 def is_raster(path: Path) -> bool:
-    """Tells if a path is for :class:`RasterSlide`.
+    """Tells if :class:`RasterSlide` reads a path.
 
-    It is if it names an image, or a TIFF that OpenSlide does not know or would not show as it is.
+    It reads images, and TIFFs unknown to OpenSlide or shown wrongly by it.
     """
     if NpzItem.of(path) is not None or path.suffix.lower() in IMAGE_SUFFIXES:
         return True
@@ -669,6 +666,6 @@ def is_raster(path: Path) -> bool:
     import openslide
 
     vendor = openslide.OpenSlide.detect_format(path)
-    if vendor is None:  # a scanner's file without its vendor was cut off
+    if vendor is None:  # a scanner's file without its vendor is truncated
         return path.suffix.lower() in TIFF_SUFFIXES
     return vendor in PLAIN_TIFFS and not is_plain(path, vendor == GENERIC_TIFF)

@@ -1,4 +1,4 @@
-"""Spacing of level 0: the file's own, or the one that the user gives, and its plausibility."""
+"""Spacing of level 0: the file's own or the user's, and its plausibility."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ UM_PER_UNIT = dict(
 )
 Pair = tuple[float, float]
 
-# A spacing outside is none. Coarse ones are for pictures whose pixels the user takes as the unit.
+# Bounds of a spacing. Coarse ones are for pictures with pixels as the user's unit.
 _BOUNDS_UM = (0.01, 1e5)
 # Coarser is the resolution of a printer: 1200 dpi are 21.2 um, 72 dpi 352.8.
 PRINTER_UM = 20.0
 
-# Micrometres times magnification: 10 by the usual cameras (40x: 0.25 um). A second lens or binning makes 4.5
-# of it (20x: 0.23 um on MIRAX and Zeiss scanners) or up to 16.
+# Micrometres times magnification: 10 with the usual cameras (40x: 0.25 um). A second lens or binning makes it
+# 4.5 (20x: 0.23 um on MIRAX and Zeiss scanners) or up to 16.
 _PRODUCT_OF_POWER = (4.0, 16.0)
 # Finer than 100x with oil.
 _FINEST_UM = 0.06
 # Line scanners differ by a few percent along x and y.
 _SQUARE = 1.25
-# Spacings that differ by no more are the same, written with other digits.
+# Relative difference of equal spacings, written with other digits.
 _SAME = 0.01
 
 REMEDY = "correct it in the manifest's mpp column or with --mpp-replace"
 
 
 def check_given(option: str, mpp: float | None) -> None:
-    """Refuses a spacing given by the user that cannot be one.
+    """Refuses an impossible spacing from the user.
 
     Raises:
         UsageError: it is not a number of micrometres from 0.01 to 100,000.
@@ -59,16 +59,17 @@ def settle_spacing(
 
     Args:
         path: the slide, for the message.
-        stated: of the file, along x and y; None if it says none.
+        stated: of the file, along x and y; None if it has none.
         mpp_override: for a file without a spacing.
         mpp_replace: instead of the file's, along both axes or along x and y.
-        objective_power: nominal magnification, where the file says so.
+        objective_power: nominal magnification, if the file has it.
 
     Returns:
-        Micrometres per level-0 pixel along x and y, and notes on what is doubtful about them.
+        Micrometres per level-0 pixel along x and y, and notes on doubts about them.
 
     Raises:
-        SpacingError: the file says none that a microscope has, and none is given; or the one given cannot be.
+        SpacingError: the file has no plausible one for a microscope, and none is given; or the one given is
+            impossible.
     """
     instead = mpp_replace if isinstance(mpp_replace, tuple | None) else (mpp_replace, mpp_replace)
     try:
@@ -115,11 +116,7 @@ def settle_spacing(
 
 
 def cohort_notes(spacings: Mapping[str, float]) -> dict[str, str]:
-    """Notes slides whose spacing is far from the median of a cohort, by the names of the slides.
-
-    Args:
-        spacings: micrometres per level-0 pixel, by name.
-    """
+    """Notes slides far from a cohort's median spacing (micrometres per level-0 pixel), by name."""
     believed = {name: mpp for name, mpp in spacings.items() if 0 < mpp <= PRINTER_UM}
     middle = median(believed.values()) if believed else 1.0
     return {
@@ -131,12 +128,7 @@ def cohort_notes(spacings: Mapping[str, float]) -> dict[str, str]:
 
 
 def request_note(mpp: float, mpp_level0: float) -> str | None:
-    """Notes a spacing asked for that is far coarser than the slide; None if it is not.
-
-    Args:
-        mpp: of the tiles.
-        mpp_level0: of the slide.
-    """
+    """Notes a request (``mpp`` of the tiles) far coarser than the slide; None if it is not."""
     if mpp < 19.5 * mpp_level0:
         return None
     return f"--mpp {mpp:g} is 20 times the slide's own or more (it is um per pixel, not a magnification)"

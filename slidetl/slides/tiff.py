@@ -1,8 +1,8 @@
-"""JPEG tiles of TIFF and SVS files as they lie in the file: copied, or decoded without OpenSlide.
+"""JPEG tiles of TIFF and SVS files: copied from the file, or decoded without OpenSlide.
 
-What OpenSlide says of a slide stays the truth; this only finds, for a level that OpenSlide named, the very
-tiles that it would decode. Nothing in the file is trusted: a structure that is not exactly the plain one
-described in :func:`read_jpeg_level` gives None, and its caller reads through OpenSlide instead.
+OpenSlide's metadata stay authoritative; this module only finds the tiles behind a level of OpenSlide. It
+trusts nothing in the file: any structure other than the plain one of :func:`read_jpeg_level` gives None, and
+the caller reads through OpenSlide instead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from slidetl.slides.ome import is_ome
 
-# TIFF 6.0 and BigTIFF: tag numbers, and types that hold whole numbers.
+# TIFF 6.0 and BigTIFF: tag numbers, and types of whole numbers.
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
 _SAMPLES, _PLANAR, _TILE_WIDTH, _TILE_HEIGHT = 277, 284, 322, 323
 _TILE_OFFSETS, _TILE_BYTE_COUNTS, _JPEG_TABLES = 324, 325, 347
@@ -46,26 +46,26 @@ _MAX_DESCRIPTION_BYTES = 2**16
 _SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
 _DHT, _SOF0, _RST0, _SOS, _DQT, _DRI, _COM = 0xC4, 0xC0, 0xD0, 0xDA, 0xDB, 0xDD, 0xFE
 
-# One read takes tiles that lie beside one another, with so much between them that nobody asked for. Larger
-# ones are slower: for each of them the system would clear new memory.
+# One read takes adjacent tiles, with gaps up to this size. Larger reads are slower: for each of them the
+# system would clear new memory.
 _MAX_READ_BYTES = 2**18
 _MAX_GAP_BYTES = 2**16
 
-# Compressed data of so many zero bytes would say nothing, 256 times.
+# Compressed data with so many zero bytes would encode nothing, 256 times.
 _ZEROS = bytes(32)
 
 
 @dataclass(frozen=True, eq=False)
 class JpegLevel:
-    """One level of a pyramid whose tiles are baseline JPEGs.
+    """One level of a pyramid with tiles in baseline JPEG.
 
     Attributes:
         size_px: width and height of the level.
         tile_px: width and height of a tile; the last ones reach beyond the level.
         is_rgb: the JPEGs hold RGB, not YCbCr.
-        tables: quantisation and Huffman tables that the tiles share, as segments of a JPEG; may be empty.
-        offsets: ``[rows, columns] int64``, where each tile begins in the file.
-        byte_counts: ``[rows, columns] int64``, 0 for a tile that is not there.
+        tables: quantisation and Huffman tables shared by the tiles, as segments of a JPEG; may be empty.
+        offsets: ``[rows, columns] int64``, start of each tile in the file.
+        byte_counts: ``[rows, columns] int64``, 0 for a missing tile.
     """
 
     size_px: tuple[int, int]
@@ -77,15 +77,15 @@ class JpegLevel:
 
 
 def read_jpeg_level(file: IO[bytes], size_px: tuple[int, int], tile_px: tuple[int, int]) -> JpegLevel | None:
-    """Finds the one directory of a TIFF with this size and these tiles, if its tiles are JPEGs we know.
+    """Finds the one directory of a TIFF with this size and these tiles, if its JPEGs are of a known form.
 
     Known are classic TIFF and BigTIFF, of either byte order; 8 bits, three interleaved samples, RGB or YCbCr;
     compression 7 (TIFF technical note 2), with ``JPEGTables`` or without.
 
     Args:
         file: the TIFF, unbuffered.
-        size_px: width and height of the level, as OpenSlide says.
-        tile_px: width and height of its tiles, as OpenSlide says.
+        size_px: width and height of the level, from OpenSlide.
+        tile_px: width and height of its tiles, from OpenSlide.
 
     Returns:
         None if there is no such directory, or several, or anything in it is unusual.
@@ -106,17 +106,17 @@ def read_jpeg_level(file: IO[bytes], size_px: tuple[int, int], tile_px: tuple[in
 GENERIC_TIFF = "generic-tiff"
 """OpenSlide's word for a tiled TIFF of no vendor."""
 PLAIN_TIFFS = ("aperio", GENERIC_TIFF)
-"""Vendors, in OpenSlide's words, whose levels are the directories of a TIFF and nothing else."""
+"""Vendors, in OpenSlide's words, with the directories of a TIFF as levels and nothing else."""
 
 
 def is_tiff(path: Path) -> bool:
-    """Tells if a file begins as a TIFF or BigTIFF does."""
+    """Tells if a file begins like a TIFF or BigTIFF."""
     with path.open("rb") as file:
         return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def stored_orientation(path: Path) -> int:
-    """Reads the orientation of the first picture of a TIFF, 1..8; 1 if it is none or says nothing of it."""
+    """Reads the orientation of the first picture of a TIFF, 1..8; 1 if there is none."""
     with path.open("rb", buffering=0) as file:
         try:
             return next(_walk(file)).number(_ORIENTATION, 1)
@@ -125,11 +125,11 @@ def stored_orientation(path: Path) -> int:
 
 
 def is_plain(path: Path, is_generic: bool) -> bool:
-    """Tells if OpenSlide shows a TIFF as it is.
+    """Tells if OpenSlide shows a TIFF correctly, or the file is too unusual to judge.
 
-    It does not if samples are deeper than 8 bits or no whole numbers. Of a generic TIFF it knows no more than
-    its pixels: it does not, either, if OME-XML describes it, it is to be turned, or its channels are further
-    samples or directories. What cannot be understood is left to it.
+    It does not if samples are deeper than 8 bits or no whole numbers. Of a generic TIFF it knows only the
+    pixels, so neither if OME-XML describes it, it has an orientation, or its channels are further samples or
+    directories.
     """
     with path.open("rb", buffering=0) as file:
         try:
@@ -140,13 +140,13 @@ def is_plain(path: Path, is_generic: bool) -> bool:
             if bits.max() > 8 or np.any((kinds != 1) & (kinds != 4)):
                 return False
             if not is_generic:
-                # libtiff, to which OpenSlide gives other tiles than these, would turn each by itself.
+                # OpenSlide passes all other tiles to libtiff, which would turn each separately.
                 is_left = first.number(_COMPRESSION, 1) in (_JPEG, *_JPEG_2000)
                 return is_left or first.number(_ORIENTATION, 1) == 1
             is_described = is_ome(first.text(_DESCRIPTION, _MAX_DESCRIPTION_BYTES))
             if is_described or first.number(_ORIENTATION, 1) != 1:
                 return False
-            # Of grey it shows the first sample alone; what is no alpha it takes for it.
+            # It shows the first sample of grey alone, and takes any extra sample for alpha.
             colours = _COLOURS.get(first.number(_PHOTOMETRIC, 1), samples)
             if samples > colours + 1 or (samples > colours and first.few(_EXTRA_SAMPLES, 0)[0] not in (1, 2)):
                 return False
@@ -161,12 +161,7 @@ def is_plain(path: Path, is_generic: bool) -> bool:
 
 
 class Jpeg(NamedTuple):
-    """A JPEG that stands alone.
-
-    Attributes:
-        data: its bytes.
-        subsampling: ``"444"``, ``"422"`` or ``"420"``.
-    """
+    """A standalone JPEG; ``subsampling`` is ``"444"``, ``"422"`` or ``"420"``."""
 
     data: bytes
     subsampling: str
@@ -183,18 +178,14 @@ class JpegTiles:
     def __init__(self, file: IO[bytes], level: JpegLevel) -> None:
         self.level = level
         self._descriptor = file.fileno()
-        # The heads of tiles are alike, so one comparison spares most of them the reading of markers.
+        # The heads of tiles are alike, so for most tiles one comparison replaces the reading of markers.
         self._known: _Head | None = None
 
     def read(self, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> list[Jpeg | None]:
-        """Reads tiles in the order asked for; what lies together in the file is read at once.
-
-        Args:
-            rows: ``[n]``.
-            columns: ``[n]``.
+        """Reads tiles at ``[n]`` rows and columns in the given order, adjacent ones at once.
 
         Returns:
-            For each tile a JPEG that stands alone; None for one that is missing, or not as it should be.
+            A standalone JPEG for each tile; None for a missing or defective one.
         """
         offsets = self.level.offsets[rows, columns].tolist()
         counts = self.level.byte_counts[rows, columns].tolist()
@@ -236,10 +227,10 @@ class JpegTiles:
 
 
 class _Data:
-    """Part of a file with many tiles, looked through once for what compressed data never holds.
+    """Part of a file with many tiles, searched once for bytes impossible in compressed data.
 
-    Within it 0xFF is followed by 0 or is a restart marker (T.81, B.1.1.5); zeros are a block lost on a disk.
-    To find that is far cheaper than to decode the tiles, all the more for all of them at once.
+    In it 0xFF is followed by 0 or is a restart marker (T.81, B.1.1.5); zeros are a block lost on a disk. The
+    search is far cheaper than decoding.
     """
 
     def __init__(self, raw: bytes) -> None:
@@ -252,14 +243,14 @@ class _Data:
         self._has_zeros = _ZEROS in raw
 
     def is_plausible(self, begin: int, end: int) -> bool:
-        """Tells if compressed data, up to and with the end of the image, can be whole."""
+        """Tells if compressed data, including the end of the image, can be complete."""
         # The marker that ends the image is the last of them.
         is_clean = bisect_left(self._markers, begin) == bisect_left(self._markers, end - len(_EOI))
         return is_clean and not (self._has_zeros and self.raw.find(_ZEROS, begin, end) >= 0)
 
 
 class _UnusualError(Exception):
-    """The file has a structure that this reader leaves to OpenSlide."""
+    """A structure left to OpenSlide."""
 
 
 def _need(is_usual: bool) -> None:
@@ -286,7 +277,7 @@ class _Directory:
         return self._values(tag, count, _INTEGER_TYPES).astype(np.int64)
 
     def few(self, tag: int, default: int = 1) -> NDArray[np.int64]:
-        """Reads the whole numbers of a tag, however many it says; the default if it is not there."""
+        """Reads the whole numbers of a tag, of any count; the default if it is missing."""
         if tag not in self.entries:
             return np.array([default])
         count = self.entries[tag][1]
@@ -294,7 +285,7 @@ class _Directory:
         return self.numbers(tag, count)
 
     def bytes(self, tag: int, most: int) -> bytes:
-        """Reads the content of a tag; nothing if it is not there."""
+        """Reads the content of a tag; nothing if it is missing."""
         if tag not in self.entries:
             return b""
         count = self.entries[tag][1]
@@ -302,7 +293,7 @@ class _Directory:
         return self._values(tag, count, _BYTE_TYPES).tobytes()
 
     def text(self, tag: int, most: int) -> str:
-        """Reads the beginning of a text; nothing if it is not there."""
+        """Reads the beginning of a text; nothing if it is missing."""
         if tag not in self.entries or self.entries[tag][0] != _ASCII:
             return ""
         _, count, value = self.entries[tag]
@@ -335,7 +326,7 @@ def _read(file: IO[bytes], offset: int, size: int) -> bytes:
 
 
 def _directories(file: IO[bytes]) -> list[_Directory]:
-    """Reads the main chain of directories, if it is no longer than that of a pyramid."""
+    """Reads the main chain of directories, up to the length of a pyramid."""
     directories = list(islice(_walk(file), _MAX_DIRECTORIES + 1))
     _need(len(directories) <= _MAX_DIRECTORIES)
     return directories
@@ -417,7 +408,7 @@ def _tables(data: bytes) -> bytes:
 
 
 def _segment(data: bytes, at: int) -> tuple[int, bytes]:
-    """Reads the marker at a place, and its segment whole."""
+    """Reads the marker at a place, and its complete segment."""
     _need(len(data) >= at + 4 and data[at] == 0xFF)
     size = int.from_bytes(data[at + 2 : at + 4], "big")
     _need(size >= 2 and at + 2 + size <= len(data))
@@ -425,7 +416,7 @@ def _segment(data: bytes, at: int) -> tuple[int, bytes]:
 
 
 def _is_comment(marker: int) -> bool:
-    """Tells comments and application data, by which decoders would guess colours that the TIFF states."""
+    """Tells if a marker holds comments or application data; decoders would guess colours by it."""
     return marker == _COM or 0xE0 <= marker <= 0xEF
 
 
@@ -434,8 +425,8 @@ class _Head:
     """The bytes before the compressed data of a tile.
 
     Attributes:
-        raw: as it is in the file.
-        prefix: what stands for it in a JPEG that stands alone.
+        raw: as in the file.
+        prefix: their replacement in a standalone JPEG.
         subsampling: of the colours.
     """
 
@@ -479,7 +470,7 @@ def _head(data: bytes, level: JpegLevel) -> _Head | None:
 
 
 def _subsampling(frame: bytes, tile_px: tuple[int, int]) -> str:
-    """Reads a start-of-frame segment, which must be of a whole tile."""
+    """Reads a start-of-frame segment, required to be of a whole tile."""
     _need(len(frame) == 19)
     precision, height, width, components = struct.unpack(">BHHB", frame[4:10])
     _need((precision, components) == (8, 3) and (width, height) == tile_px)

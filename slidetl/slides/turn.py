@@ -1,4 +1,4 @@
-"""Orientation of a picture: the eight ways in which its rows and columns can be stored."""
+"""Orientation of a picture: the eight arrangements of its rows and columns in a file."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ ReadPixels = Callable[[int, int, int, int], NDArray[np.uint8]]
 
 @dataclass(frozen=True)
 class Turn:
-    """Turns a stored picture as viewers show it: mirrored first, then transposed.
+    """Turns a stored picture into its view: mirrored first, then transposed.
 
     Attributes:
         mirror_x: exchange left and right.
         mirror_y: exchange top and bottom.
-        is_transposed: exchange rows and columns after that.
+        is_transposed: exchange rows and columns after the mirroring.
     """
 
     mirror_x: bool = False
@@ -34,11 +34,11 @@ class Turn:
         return turn, [f"turned as its orientation {orientation} says"] if turn != cls() else []
 
     def size(self, stored: tuple[int, int]) -> tuple[int, int]:
-        """Returns width and height as shown of those stored."""
+        """Returns width and height of the view from the stored ones."""
         return (stored[1], stored[0]) if self.is_transposed else stored
 
     def reader(self, read: ReadPixels, stored: tuple[int, int]) -> ReadPixels:
-        """Turns the reader of a stored picture of a size into one of the picture as shown."""
+        """Turns the reader of a stored picture of a size into a reader of its view."""
         if self == Turn():
             return read
 
