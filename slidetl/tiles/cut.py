@@ -36,17 +36,11 @@ class TileBatch:
 def encode_tiles(
     slide: Slide, plan: TilePlan, first: int = 0, unreadable: int = 0, threads: int = 1
 ) -> Iterator[tuple[int, bytes | None]]:
-    """Reads the tiles of a plan as the bytes of a cache.
+    """Reads the tiles of a plan as the bytes of a cache, from the tile ``first`` on.
 
     Tiles that coincide with the slide's own JPEGs are copied, at any ``spec.jpeg_quality``: to compress them
-    again would lose once more.
-
-    Args:
-        slide: the slide of the plan.
-        plan: the tiles.
-        first: number of the tile to begin with.
-        unreadable: number of unreadable tiles before it.
-        threads: parallel reads and compressions; the bytes do not depend on it.
+    again would lose once more. ``unreadable`` counts unreadable tiles before ``first``; the bytes do not
+    depend on ``threads``.
 
     Yields:
         The number of the tile in the plan, and its bytes; None instead of them if it cannot be read.

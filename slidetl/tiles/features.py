@@ -143,10 +143,7 @@ def common_source(name: str, caches: Sequence[SlideCache]) -> FeatureSource:
 def read_features(cache: SlideCache, name: str, weights_sha256: str | None = None) -> NDArray[np.float16]:
     """Reads the embeddings of all tiles of a slide, without zarr.
 
-    Args:
-        cache: the slide's cache.
-        name: of the features, :func:`feature_name`.
-        weights_sha256: the network required; None takes any.
+    ``weights_sha256`` is the network required; None takes any.
 
     Returns:
         ``[N, D] float16``, a row for each tile, in the order of the cache.

@@ -140,11 +140,8 @@ def plan_tiles(slide: Slide, spec: TileSpec, threads: int = 1) -> TilePlan:
 def notes_on(info: SlideInfo, spec: TileSpec, tissue: NDArray[np.bool_] | None) -> tuple[str, ...]:
     """Notes doubts about a slide and about the request.
 
-    Args:
-        info: the slide.
-        spec: the request.
-        tissue: its tissue mask over areas with data; None if its grid has less than :data:`MANY_PLACES`,
-            since a small picture may well be all tissue.
+    ``tissue`` is the tissue mask over areas with data; None if the grid has less than :data:`MANY_PLACES`,
+    since a small picture may well be all tissue.
     """
     notes = list(info.notes)
     request = request_note(spec.mpp, max(info.mpp_level0))
@@ -162,7 +159,7 @@ def notes_on(info: SlideInfo, spec: TileSpec, tissue: NDArray[np.bool_] | None) 
 def _missing(slide: Slide, size_px: tuple[int, int], mpp: float) -> NDArray[np.bool_] | None:
     try:
         return slide.missing(size_px, mpp)
-    except SlideReadError:  # damage, which shows as unreadable tiles
+    except SlideReadError:  # damage, shown as unreadable tiles
         return None
 
 
@@ -180,9 +177,10 @@ def _focus(slide: Slide, origins: NDArray[np.int32], spec: TileSpec, threads: in
 
 
 def _read_thumbnail(slide: Slide, mpp: float, tile_um: float) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Reads the whole slide at a coarse spacing, and marks unreadable pixels ``[h, w]``.
+    """Reads the whole slide at a coarse spacing, in squares as wide as a tile if one read fails.
 
-    If one read fails, it reads squares as wide as a tile.
+    Returns:
+        The thumbnail, and its unreadable pixels ``[h, w] bool``.
     """
     info = slide.info
     width, height = (

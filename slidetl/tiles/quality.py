@@ -1,8 +1,4 @@
-"""Quality of tiles: pen marks, folds, air and fat, from the thumbnail; and focus, from the tiles' pixels.
-
-Pen, folds and air are detected on the thumbnail of :func:`slidetl.tiles.tissue.find_tissue`, at next to no
-cost; focus takes the pixels of every tile.
-"""
+"""Quality of tiles: pen, folds, air and fat from the thumbnail; focus from the pixels of every tile."""
 
 from __future__ import annotations
 
@@ -48,7 +44,7 @@ _FOLD_REST = 1.15
 # A fold is wider and longer than a nucleus or a vessel full of blood.
 _FOLD_UM2 = 120.0**2
 
-# Rows worked on at a time, which bounds memory.
+# Rows processed at a time, to bound memory.
 _BAND_ROWS = 512
 
 # Detail and structure, micrometres: resolved by a scanner in focus, and surviving its defocus.

@@ -90,8 +90,8 @@ def record_as_done(
 ) -> list[LedgerRow]:
     """Checks if the slides can be tiled into a cache, starts the work, and records each row when it comes.
 
-    ``start`` begins the work and yields a row for each finished slide, in any order. A slide with a missing
-    file (a share not mounted) keeps its tiles of an earlier run from the same path.
+    ``start`` yields a row for each finished slide, in any order. A slide with a missing file (a share not
+    mounted) keeps its tiles of an earlier run from the same path.
     """
     named = Counter(clash_key(source.slide_id) for source in sources)
     if twice := [source.slide_id for source in sources if named[clash_key(source.slide_id)] > 1]:
@@ -209,7 +209,7 @@ def _in_processes(
             start()
         while busy:
             for ready in multiprocessing.connection.wait(list(busy)):
-                assert isinstance(ready, Connection)  # what `wait` was given
+                assert isinstance(ready, Connection)  # from `busy`
                 worker = busy[ready]
                 try:
                     yield ready.recv()

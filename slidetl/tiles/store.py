@@ -471,7 +471,7 @@ def file_digest(content: bytes) -> str:
 def shard_digest(crcs: Sequence[bytes], index: bytes) -> str:
     """Computes the digest of a shard, as listed by the seal of a group: other tiles give another digest.
 
-    It covers the chunks by their crc32c, 4 bytes each, and the index with its own.
+    It covers the crc32c of each chunk (4 bytes), and the index.
     """
     return checksum(b"".join((*crcs, index))).hex()
 

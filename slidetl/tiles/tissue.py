@@ -89,8 +89,8 @@ class TissueMask:
 def thumbnail_mpp(size_level0: tuple[int, int], mpp_level0: tuple[float, float], spec: TileSpec) -> float:
     """Chooses the spacing of the image for the search for tissue, micrometres per pixel.
 
-    16, or finer if a tile would then be less than 4 pixels wide; coarser if the image would have more than
-    4096 pixels a side, or if the slide itself is coarser.
+    16, or finer for tiles of at least 4 pixels; coarser for an image of at most 4096 pixels a side, or if the
+    slide itself is coarser.
     """
     wanted = min(_MASK_MPP, spec.tile_size_px * spec.mpp / _PIXELS_PER_TILE)
     largest = max(size * mpp for size, mpp in zip(size_level0, mpp_level0, strict=True))

@@ -134,17 +134,11 @@ def verify_cache(
 
 
 def repair_cache(found: Verification, slide_path: Path) -> Verification:
-    """Repairs the damaged parts of a cache, byte for byte, from the slide; sound tiles are copied.
+    """Repairs the damaged parts of a cache, byte for byte, from its slide, and verifies the result.
 
-    The group is built beside the old one and replaces it atomically, without damaged features. If the slide
-    can no longer give a tile, it is left out and counted, as when tiling, and all features are dropped.
-
-    Args:
-        found: the result of :func:`verify_cache`.
-        slide_path: the slide of the cache.
-
-    Returns:
-        The verification of the repaired cache.
+    The group is built beside the old one, with copies of sound tiles, and replaces it atomically, without
+    damaged features. If the slide can no longer give a tile, it is left out and counted, as when tiling, and
+    all features are dropped.
 
     Raises:
         CacheMismatchError: the slide is another one.

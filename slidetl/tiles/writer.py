@@ -331,9 +331,6 @@ def _document(
 def pack_shard(payloads: Sequence[bytes]) -> tuple[list[bytes], str]:
     """Packs a shard by zarr's sharding specification: chunks with their crc32c, then the index with its own.
 
-    Args:
-        payloads: at most ``TILES_PER_SHARD`` encoded tiles, in order.
-
     Returns:
         The shard in parts, and its digest (:func:`slidetl.tiles.store.shard_digest`).
     """
