@@ -119,9 +119,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def describe_failure(error: BaseException, less_memory: str) -> str:
     """Describes the failure of a job in one line.
 
-    Args:
-        error: of slidetl, of the machine, or of a library.
-        less_memory: remedy for lack of memory, an infinitive with its options.
+    ``less_memory`` is the remedy for lack of memory, an infinitive with its options.
     """
     text = one_line(str(error))[:500]
     if is_out_of_memory(error):

@@ -27,7 +27,7 @@ _MAX_NPY_HEADER_BYTES = 10_000  # NumPy's own limit; three numbers and a type ar
 def replaced(path: Path) -> Iterator[IO[bytes]]:
     """Opens a file to replace ``path`` once it is whole and durable; makes the folder.
 
-    It is written beside ``path`` under another name, and removed if anything fails.
+    It is written beside ``path`` under another name. If anything fails, it is removed and ``path`` stays.
 
     Raises:
         OutputError: the file cannot be written.

@@ -23,16 +23,9 @@ def write_page(
 ) -> None:
     """Fills a template and writes it, whole or not at all.
 
-    Every value is escaped. The page's policy allows only these scripts and this style, by their hashes, and
-    images inside the page.
-
-    Args:
-        path: the page.
-        package: package with the files named next in its folder ``templates``.
-        template: the template.
-        style: the style sheet.
-        scripts: the scripts, in order.
-        values: variables of the template.
+    Template, style sheet and scripts are files in the folder ``templates`` of the package; ``values`` are the
+    template's variables, and are escaped. The page's policy allows only these scripts and this style, by
+    their hashes, and images inside the page.
 
     Raises:
         OutputError: the page cannot be written.

@@ -254,12 +254,7 @@ def read_finished(
 ) -> dict[Path, GradeRow]:
     """Finds the slides with results in a folder, of this model and of their content, spacing and channels.
 
-    Args:
-        folder: folder of the results.
-        names: from :func:`output_names`.
-        model: the model to grade with.
-        options: of the computation; with a report, a slide without its page is not finished.
-        spacings: as for :func:`grade_slides`.
+    ``names`` are from :func:`output_names`. With a report, a slide without its page is not finished.
     """
     channels = options.channels or model.card.tile_spec.channels
     finished = {}

@@ -293,11 +293,8 @@ def chosen_precision(model: ModelFile, precision: Precision) -> Precision:
 class _Embeddings:
     """The embeddings of a slide, collected batch by batch in limited memory.
 
-    They lie in one piece from the start, since joining would hold them twice. Large ones lie in a file; its
-    pages are dropped from memory by us as they are filled, and by the kernel as it needs room.
-
-    Args:
-        most: greatest number of tiles.
+    They lie in one piece from the start, for ``most`` tiles, since joining would hold them twice. Large ones
+    lie in a file; its pages are dropped from memory by us once full, and by the kernel as it needs room.
     """
 
     def __init__(self, most: int) -> None:
@@ -499,10 +496,7 @@ def _ahead(items: Generator[_T, None, None], depth: int = 4) -> Generator[_T, No
 
 
 def draw_map(result: SlideGrade, path: Path) -> None:
-    """Draws the tiles' contributions and the attention over the thumbnail, as a PNG.
-
-    Attention is relative: 1 is the average tile. It is left out if all tiles count alike.
-    """
+    """Draws contributions, and the relative attention if it varies, over the thumbnail, as a PNG."""
     from matplotlib.figure import Figure
 
     plan = result.plan

@@ -1,7 +1,6 @@
 """The CBR family: small plain convolutional networks, as a baseline for large ones.
 
-Source: Raghu et al., "Transfusion: Understanding Transfer Learning for Medical Imaging", NeurIPS 2019,
-appendix.
+Raghu et al., "Transfusion: Understanding Transfer Learning for Medical Imaging", NeurIPS 2019, appendix.
 """
 
 import re

@@ -119,8 +119,7 @@ class CumulativeLink(_ScoreHead):
 
     McCullagh, "Regression models for ordinal data", JRSS B 1980: ``P(grade <= k) =
     sigmoid(threshold_k - score)``. Thresholds are ordered by construction: the first is free, the gaps are
-    softplus of free parameters. The logit of ``grade > k`` is ``score - threshold_k``. The loss is the
-    negative log-likelihood.
+    softplus of free parameters. The logit of ``grade > k`` is ``score - threshold_k``.
     """
 
     def __init__(self, in_features: int, n_grades: int) -> None:
@@ -148,9 +147,9 @@ class Coral(_ScoreHead):
     """Asks K-1 binary questions "is the grade above k?" with a shared score and separate biases.
 
     CORAL: Cao, Mirjalili and Raschka, "Rank consistent ordinal regression for neural networks", Pattern
-    Recognition Letters 2020. The loss is the sum of the questions' cross-entropies. Departures: biases
-    start three apart, like the thresholds of :class:`CumulativeLink`; and probabilities come from the
-    running minimum of the answers, since biases are ordered only after training has converged.
+    Recognition Letters 2020. Departures: biases start three apart, like the thresholds of
+    :class:`CumulativeLink`; and probabilities come from the running minimum of the answers, since biases are
+    ordered only after training has converged.
     """
 
     def __init__(self, in_features: int, n_grades: int) -> None:

@@ -94,12 +94,9 @@ class Reference(nn.Module):
         self.attention = kept["attention"]
 
     def activations(self, tiles: Tensor, layers: Sequence[str], like: Backbone) -> dict[str, Tensor]:
-        """Computes the outputs of layers for tiles ``[N, 3, H, W] uint8``.
+        """Computes the outputs of layers of ``backbone.net``, by name, for tiles ``[N, 3, H, W] uint8``.
 
-        Args:
-            tiles: the tiles.
-            layers: names of modules of ``backbone.net``.
-            like: backbone to follow; batch norms with batch statistics there use them here too in this call.
+        Batch norms with batch statistics in the backbone ``like`` use them here too in this call.
         """
         self.eval()
         for mine, other in zip(batch_norms(self.backbone), batch_norms(like), strict=True):

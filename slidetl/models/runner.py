@@ -128,12 +128,7 @@ class Runner:
     def stream(
         self, parts: Iterable[tuple[_About, NDArray[np.uint8]]], depth: int = 0
     ) -> Iterator[tuple[_About, Tensor]]:
-        """Yields the embeddings of parts in order, several at a time.
-
-        Args:
-            parts: descriptions of tiles, and the tiles ``[n, S, S, 3]``.
-            depth: parts in use at a time; :attr:`depth` by default.
-        """
+        """Yields embeddings of described tiles ``[n, S, S, 3]`` in order; ``depth`` 0 is :attr:`depth`."""
         pending: deque[tuple[_About, Future[Tensor]]] = deque()
         for about, tiles in parts:
             pending.append((about, self.submit(tiles)))

@@ -1,7 +1,4 @@
-"""Uncertain grades as probabilities ``[B, K]``, targets of a head's loss.
-
-A row of zeros is a slide without a grade.
-"""
+"""Uncertain grades as probabilities ``[B, K]``, targets of a loss; a zero row is a slide without a grade."""
 
 from __future__ import annotations
 

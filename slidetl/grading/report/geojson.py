@@ -30,9 +30,6 @@ def write_geojson(result: SlideGrade, path: Path) -> None:
     and values, and colours three integers, as in QuPath since version 0.4 (qupath/qupath pull request 1099).
     A tile has the same ``id`` each time a model grades a slide, so QuPath recognises repeated imports.
 
-    Args:
-        result: the graded slide.
-        path: the file to write.
 
     Raises:
         OSError: the file cannot be written.

@@ -33,11 +33,6 @@ class IndexEntry:
 def write_index(folder: Path, entries: Sequence[IndexEntry], card: ModelCard) -> Path:
     """Writes ``index.html`` over the pages of :func:`slidetl.grading.report.slide.write_slide_report`.
 
-    Args:
-        folder: folder of the pages.
-        entries: the slides, in any order.
-        card: card of the model.
-
     Returns:
         The path of the page.
 

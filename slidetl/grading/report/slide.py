@@ -90,12 +90,9 @@ def write_slide_report(
 
 
 def has_slide_report(folder: Path, name: str, result: Mapping[str, Any]) -> bool:
-    """Tells if there is a page for a result: of the same model and the same content of the slide.
+    """Tells if ``name.html`` in a folder shows a result, by model and content of the slide.
 
-    Args:
-        folder: folder of the pages.
-        name: name of the page, without ``.html``.
-        result: as :meth:`slidetl.grading.grade.SlideGrade.to_dict`.
+    The result is as :meth:`slidetl.grading.grade.SlideGrade.to_dict`.
     """
     try:
         with (folder / f"{name}.html").open(encoding="utf-8") as file:
