@@ -30,6 +30,8 @@ imported from its module when it is first used::
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from slidetl.version import VERSION as __version__
+
 if TYPE_CHECKING:
     from slidetl.data.study import Study as Study
     from slidetl.data.study import read_study as read_study
@@ -54,8 +56,6 @@ if TYPE_CHECKING:
     from slidetl.tiles.tile import tile_slide as tile_slide
     from slidetl.training.checkpoint import load_grader as load_grader
 
-
-__version__ = "0.1.0"
 
 # Not the strategies, nor what else a class_path names: jsonargparse would write the shorter name into
 # configurations and checkpoints.

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import slidetl
 from slidetl.compare.plan import FORMAT_VERSION, Job
 from slidetl.training.predictions import SlidePrediction
+from slidetl.version import VERSION
 
 _ABOUT, _RESULT, _EMBEDDINGS = "job.json", "result.json", "embeddings.npy"
 
@@ -97,7 +97,7 @@ def write_result(job: Job, result: JobResult, building: Path, finished: Path) ->
     (work / _RESULT).write_text(json.dumps(values) + "\n", encoding="utf-8")
     about = {
         "format": FORMAT_VERSION,
-        "software": f"slidetl {slidetl.__version__}",
+        "software": f"slidetl {VERSION}",
         "recipe": job.recipe,
         "seed": job.fold.seed,
         "train_slides": len(job.fold.train),

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import slidetl
 from slidetl.compare.aggregate import ComparisonResult, combine
 from slidetl.compare.config import Comparison
 from slidetl.compare.plan import Job, plan_and_audit, plan_jobs, read_slides
@@ -21,6 +20,7 @@ from slidetl.evaluation.protocol import Fold, folds_to_json, splits_sha256
 from slidetl.files import write_whole
 from slidetl.processor import postpone_collection
 from slidetl.tiles.lock import slide_lock
+from slidetl.version import VERSION
 
 _JOBS = "jobs"
 
@@ -145,7 +145,7 @@ def _aggregate(
 def _write_splits(folds: Sequence[Fold], path: Path) -> None:
     about = {
         "sha256": splits_sha256(folds),
-        "software": f"slidetl {slidetl.__version__}",
+        "software": f"slidetl {VERSION}",
         "folds": folds_to_json(folds),
     }
     write_whole(path, json.dumps(about, indent=1) + "\n")

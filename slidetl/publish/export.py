@@ -12,7 +12,6 @@ from typing import IO, Any, Optional
 import torch
 from torch import Tensor, nn
 
-import slidetl
 from slidetl.analysis.novelty import Familiar
 from slidetl.errors import ModelFileError
 from slidetl.files import replaced
@@ -24,6 +23,7 @@ from slidetl.models.network import GradingNetwork
 from slidetl.models.spec import BackboneSpec
 from slidetl.publish.model_file import load_model, without_deprecation
 from slidetl.training.grader import SlideGrader
+from slidetl.version import VERSION
 
 # Greatest difference of a probability between the file and its networks. A bfloat16 has eight bits: the order
 # of sums shows there.
@@ -192,7 +192,7 @@ def build_network(
         backbone=backbone.description,
         architecture=_architecture(backbone.spec),
         normalisation={"mean": backbone.mean.flatten().tolist(), "std": backbone.std.flatten().tolist()},
-        versions={"slidetl": slidetl.__version__, "torch": str(torch.__version__), "timm": timm.__version__},
+        versions={"slidetl": VERSION, "torch": str(torch.__version__), "timm": timm.__version__},
         weights_sha256=weights_sha256(network),
         members=len(graders),
         licence=licence,

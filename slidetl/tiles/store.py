@@ -23,12 +23,12 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-import slidetl
 from slidetl.errors import CacheCorruptError, CacheMismatchError, CacheMissingError, UsageError
 from slidetl.slides.decoding import map_in_order
 from slidetl.tiles.codec import TileCodec, decode_zstd, tile_codec
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.tissue import TissueMask
+from slidetl.version import VERSION
 
 # Raised whenever the same slide and TileSpec would give other tiles, or the same tiles in another layout.
 FORMAT_VERSION = 4
@@ -94,7 +94,7 @@ class CacheHeader:
 
     def to_attributes(self) -> dict[str, Any]:
         """Returns plain JSON values."""
-        about = {"format_version": FORMAT_VERSION, "software": f"slidetl {slidetl.__version__}"}
+        about = {"format_version": FORMAT_VERSION, "software": f"slidetl {VERSION}"}
         values: dict[str, Any] = json.loads(json.dumps(asdict(self) | {"spec": self.spec.to_dict()}))
         if not self.tiles_without_data:
             del values["tiles_without_data"]  # caches of slides without such areas keep their bytes

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 
-import slidetl
 from slidetl.compare.aggregate import ArmResult, PairedDifference, Place
 from slidetl.compare.config import METRICS
 from slidetl.compare.learning import CurveMetric
 from slidetl.compare.report.view import NAMES, View
 from slidetl.compare.table import Table, format_percent, format_range
 from slidetl.evaluation.conformal import RiskCoverage, referral_rule
+from slidetl.version import VERSION
 
 _BASELINES = {
     "prior": "how common each grade is among the training slides",
@@ -352,7 +352,7 @@ def _provenance(view: View) -> Table:
     return Table(
         ("What", "Value"),
         [
-            ("slidetl", slidetl.__version__),
+            ("slidetl", VERSION),
             ("Python", platform.python_version()),
             *((name, importlib.metadata.version(name)) for name in _SOFTWARE),
             ("Splits, SHA-256", result.splits_sha256),
