@@ -16,6 +16,9 @@ from numpy.typing import NDArray
 from slidetl.errors import UsageError
 from slidetl.slides.opencv import opencv
 
+# Else albumentations asks a server for its version as it is imported, be it by the parser of a configuration.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
 _JITTERED = 0.8  # share of the tiles whose colours change
 _GREY = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 
@@ -106,7 +109,6 @@ class Pipeline:
     """
 
     def __init__(self, transforms: Sequence[Mapping[str, Any]]) -> None:
-        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else it asks a server for its version
         import albumentations
 
         self._pipeline: Transform = albumentations.Compose([_build(item) for item in transforms])

@@ -190,7 +190,7 @@ def test_damage_costs_its_tiles_only(
     damaged = tmp_path / "damaged.tiff"
     damaged.write_bytes(content)
     if not fast:
-        monkeypatch.setattr(reader, "_PLAIN_TIFF", ())
+        monkeypatch.setattr(reader, "PLAIN_TIFFS", ())
     at = origins(640, 40, 40)
     with OpenSlideSlide(damaged) as slide, OpenSlideSlide(whole) as intact:
         found = list(slide.map_tiles(lambda rgb: rgb, at, 40, 0.5, threads=threads))
