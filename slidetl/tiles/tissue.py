@@ -105,9 +105,9 @@ def blank_fill(
 ) -> tuple[NDArray[np.uint8], tuple[int, int, int], NDArray[np.bool_]]:
     """Finds areas without data, and paints those similar to tissue like the empty ground.
 
-    They are unscanned or missing in the file, by the reader's account, or black or grey without variation, as
-    converters fill unscanned areas. Clean glass stays, and so does the black ground of fluorescence: its
-    signal fades into it, while fill ends abruptly.
+    They are unscanned or missing in the file, by the reader's account, or without variation, as converters
+    fill unscanned areas: black, grey, or of another colour from a corner of the image on. Clean glass stays,
+    and so does the black ground of fluorescence: its signal fades into it, while fill ends abruptly.
 
     Args:
         thumbnail_rgb: ``[h, w, 3] uint8``, the whole slide.
@@ -137,10 +137,14 @@ def blank_fill(
     is_glass = is_scanned if is_scanned.mean() > _GLASS_LEAST / 5 else is_glass
     above = np.cumsum(np.bincount(brightest[is_glass], minlength=256)[::-1])[::-1]
     glass = int(np.flatnonzero(above >= 0.1 * above[0])[-1]) if above[0] else 255
-    is_dense = brightest + 1.0 < (glass + 1) * 10 ** (-_DENSITY_RANGE[0] / math.sqrt(3))
+    pale = (glass + 1) * 10 ** (-_DENSITY_RANGE[0] / math.sqrt(3)) - 1
+    is_dense = brightest < pale
     fleck_px = (_FLECK_UM / mpp) ** 2
     painted = _large(is_grey & is_even & (brightest <= _BLACK), _BLACK_LEAST_PX)
     painted |= _large(is_grey & is_even & is_dense & (brightest > _BLACK), fleck_px)
+    # Of another colour: exactly one, from a corner of the image on, as nothing real is.
+    same = np.all(cv2.dilate(thumbnail_rgb, square) == cv2.erode(thumbnail_rgb, square), axis=2)
+    painted |= _from_corners(same & ~is_grey & ~is_background & (thumbnail_rgb.mean(2) < pale), fleck_px)
     # Their edge, and the pixels mixing it with its neighbours.
     painted = cv2.dilate(painted.view(np.uint8), square, iterations=2).view(bool) & ~is_background
     if not painted.any() and not is_background.any():
@@ -167,6 +171,16 @@ def blank_fill(
         if glass <= _GREYER_GLASS and is_glass.mean() >= _GLASS_LEAST:
             without_data |= _large(is_background & is_even, fleck_px)
     return thumbnail_rgb, ground, without_data
+
+
+def _from_corners(is_flat: NDArray[np.bool_], least_px: float) -> NDArray[np.bool_]:
+    """Keeps the pieces of so many pixels or more that have a corner of the image."""
+    corners = is_flat[[0, 0, -1, -1], [0, -1, 0, -1]]
+    if not corners.any():
+        return np.zeros_like(is_flat)
+    _, labels = opencv().connectedComponents(is_flat.view(np.uint8))
+    numbers = np.unique(labels[[0, 0, -1, -1], [0, -1, 0, -1]][corners])
+    return _large(np.isin(labels, numbers), least_px)
 
 
 def _large(is_flat: NDArray[np.bool_], least_px: float) -> NDArray[np.bool_]:

@@ -147,7 +147,9 @@ def test_spacing_of_the_thumbnail() -> None:
     assert thumbnail_mpp((1152, 700), (28.9, 29.0), spec) == 29.0
 
 
-@pytest.mark.parametrize("fill", [(0, 0, 0), (3, 2, 3), (128, 128, 128), (205, 205, 205), WHITE])
+@pytest.mark.parametrize(
+    "fill", [(0, 0, 0), (3, 2, 3), (128, 128, 128), (205, 205, 205), (200, 30, 150), (0, 0, 255), WHITE]
+)
 @pytest.mark.parametrize("border", [40, 70])
 def test_fill_of_one_colour_is_no_tissue(fill: tuple[int, int, int], border: int) -> None:
     """Converted slides are black, or of another grey, where nothing was scanned; also most of them."""
