@@ -174,9 +174,9 @@ def blank_fill(
 
 
 def _from_corners(is_flat: NDArray[np.bool_], least_px: float) -> NDArray[np.bool_]:
-    """Keeps the pieces of so many pixels or more that have a corner of the image."""
+    """Keeps the pieces of so many pixels or more with a corner of the image; none if all of it is one."""
     corners = is_flat[[0, 0, -1, -1], [0, -1, 0, -1]]
-    if not corners.any():
+    if not corners.any() or is_flat.all():
         return np.zeros_like(is_flat)
     _, labels = opencv().connectedComponents(is_flat.view(np.uint8))
     numbers = np.unique(labels[[0, 0, -1, -1], [0, -1, 0, -1]][corners])
