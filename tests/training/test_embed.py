@@ -237,8 +237,12 @@ def test_a_run_that_is_interrupted_loses_the_slides_it_was_at(
 ) -> None:
     cache_dir = tmp_path / "cache"
     shutil.copytree(study.cache, cache_dir)
+
+    def interrupt(progress: Progress, text: str) -> None:  # a signal would do, but pytest-xdist ignores those
+        raise KeyboardInterrupt
+
     # Control-C while the first slide is reported, which is stored by then.
-    monkeypatch.setattr(Progress, "show", lambda self, text: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(Progress, "show", interrupt)
     assert main(["embed", str(cache_dir), "--device", "cpu", "--batch-size", "1"]) == 130
     assert "interrupted" in capsys.readouterr().err
     stored = [cache for cache in opened(cache_dir) if list_features(cache)]
