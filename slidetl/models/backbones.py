@@ -19,6 +19,7 @@ from slidetl.files import check_safetensors
 from slidetl.library.card import WEIGHTS
 from slidetl.library.local import SCHEME, pulled_file
 from slidetl.models.cbr import CBR
+from slidetl.models.packaged import check_packaged, packaged_weights
 from slidetl.models.spec import BackboneSpec
 from slidetl.models.tensors import check_finite, is_state, load_tensors
 from slidetl.models.weights import BUNDLED, bundled_weights
@@ -315,10 +316,14 @@ def local_weights(name: str) -> Path | None:
         name: a timm name, ``hf-hub:OWNER/MODEL`` or ``local-dir:FOLDER``.
 
     Returns:
-        A file in the cache of the Hugging Face hub or of torch's hub, or in the folder; or None.
+        A file of an installed package, in the cache of the Hugging Face hub or of torch's hub, or in the
+        folder; or None.
     """
     import timm
 
+    path = packaged_weights(name)
+    if path is not None:
+        return path
     if name.startswith("local-dir:"):
         files = (Path(name.removeprefix("local-dir:")) / file for file in _HUB_FILES)
         return next((file for file in files if file.is_file()), None)
@@ -401,6 +406,9 @@ def _published_weights(spec: BackboneSpec) -> dict[str, Tensor]:
             f"no weights were published for {spec.name}; give a file: pretrained: PATH.safetensors"
         )
     name, options = spec.name, {}
+    path = packaged_weights(name)
+    if path is not None:
+        return _packaged_state(path, name)
     path = local_weights(name)
     if path is None and _recorded.get() is not None:
         raise WeightsError(
@@ -412,6 +420,23 @@ def _published_weights(spec: BackboneSpec) -> dict[str, Tensor]:
     elif path is not None and ":" not in name:
         options = {"pretrained_cfg_overlay": {"file": str(path)}}
     return dict(_timm_network(name, spec, pretrained=True, **options).state_dict())
+
+
+def _packaged_state(path: Path, name: str) -> dict[str, Tensor]:
+    """Reads the tensors of the installed package under timm's names: their order and shapes are the same."""
+    import timm
+
+    check_packaged(path)
+    state = load_tensors(path)
+    with torch.device("meta"):
+        expected: dict[str, Tensor] = timm.create_model(name).state_dict()
+    kinds = [[(key.rpartition(".")[2], value.shape) for key, value in of.items()] for of in (state, expected)]
+    if kinds[0] != kinds[1]:
+        raise WeightsError(
+            f"{path}: its tensors are not in the order of {name} in timm {timm.__version__}; "
+            "install the version of timm that constraints.txt names"
+        )
+    return dict(zip(expected, state.values(), strict=True))
 
 
 def _file_weights(path: Path) -> Pretrained:
