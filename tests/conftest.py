@@ -211,6 +211,7 @@ def trained(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from slidetl.cli import main
 
     root = tmp_path_factory.mktemp("trained")
-    assert main(["fit", *study.options(root), "--trainer.max_epochs=2"]) == 0
+    kept = ["--status", str(root / "status.json")]
+    assert main(["fit", *study.options(root), "--trainer.max_epochs=2", *kept]) == 0
     assert main(["test", *study.options(root)]) == 0
     return root

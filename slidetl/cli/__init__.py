@@ -14,11 +14,13 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import slidetl
-from slidetl.errors import SlidetlError, describe_failure, is_out_of_memory
+from slidetl.errors import OutputError, SlidetlError, describe_failure, is_out_of_memory
 from slidetl.files import describe_full, is_full
 from slidetl.processor import postpone_collection, prepare_for_networks
+from slidetl.status import show_end, status_file
 from slidetl.text import one_line
 
 TRAINING_COMMANDS = {
@@ -72,7 +74,32 @@ def main(args: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     _stay_offline()
+    words, status = _take_status(words)
     command = words[0] if words else ""
+    try:
+        with status_file(status, command):
+            return _run(command, words, debug)
+    except OutputError as error:  # of the status file, before anything is done
+        _complain(str(error))
+        return 2
+
+
+def _run(command: str, words: list[str], debug: bool) -> int:
+    """Runs one command, and reports its end to the status file."""
+    try:
+        code = _exit_code(command, words, debug)
+    except SystemExit as end:
+        # On Ctrl-C Lightning ends a training by itself, with 1.
+        interrupted = isinstance(end.__context__, KeyboardInterrupt)
+        show_end(
+            130 if interrupted else end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        )
+        raise
+    show_end(code)
+    return code
+
+
+def _exit_code(command: str, words: list[str], debug: bool) -> int:
     if command in NETWORK_COMMANDS:
         prepare_for_networks()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a letter missing in the terminal must not end a run
@@ -113,7 +140,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser = _OneLineParser(
         prog="slidetl",
         description="Transfer learning that grades gigapixel slides. For research; not a medical device.",
-        epilog="Every command takes --help, and --debug to show the traceback of an error.",
+        epilog="Every command takes --help, --status FILE to keep its progress in a small JSON file, and "
+        "--debug to show the traceback of an error.",
     )
     parser.add_argument("--version", action="version", version=f"slidetl {slidetl.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -142,6 +170,14 @@ class _OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> None:  # type: ignore[override]
         print(f"{self.prog}: error: {message} (see '{self.prog} --help')", file=sys.stderr)
         sys.exit(2)
+
+
+def _take_status(words: list[str]) -> tuple[list[str], Path | None]:
+    """Takes ``--status FILE`` out of the words of any command; the last one counts."""
+    parser = _OneLineParser(prog=f"slidetl {' '.join(words[:1])}".strip(), add_help=False, allow_abbrev=False)
+    parser.add_argument("--status", type=Path)
+    found, rest = parser.parse_known_args(words)
+    return rest, found.status
 
 
 def _complain(message: str) -> None:

@@ -30,7 +30,7 @@ def embed(
     from slidetl.training.embed import EmbeddedSlide, embed_cache
 
     started = time.monotonic()
-    with Progress("tiles", rate=True) as progress:
+    with Progress("tiles", stage="embedding", rate=True) as progress:
 
         def report(slide: EmbeddedSlide) -> None:
             state = slide.reason or ("embedded" if slide.is_new else "there already")

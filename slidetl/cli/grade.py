@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from slidetl.cli.progress import Progress
 from slidetl.grading.options import GradeOptions
+
+if TYPE_CHECKING:
+    from slidetl.grading.batch import GradeRow
 
 
 def grade(
@@ -35,8 +41,6 @@ def grade(
         jobs: slides graded at a time.
     """
     import torch
-    from rich.console import Console
-    from rich.progress import track
 
     from slidetl.errors import UsageError
     from slidetl.grading.batch import (
@@ -72,14 +76,8 @@ def grade(
         print(f"slidetl: {len(rows)} of {len(found)} slides are graded already", file=sys.stderr)
     finished = {row.slide for row in rows}
     failed = 0
-    console = Console(stderr=True)
-    for row in track(
-        grade_slides(loaded, found, options, jobs, finished, spacings),
-        "slides",
-        total=len(found) - len(finished),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
+    for row in _with_progress(
+        grade_slides(loaded, found, options, jobs, finished, spacings), len(found) - len(finished)
     ):
         rows.append(row)
         if output is not None:
@@ -101,3 +99,11 @@ def grade(
     if failed:
         print(f"slidetl: {failed} of {len(found)} slides failed", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _with_progress(rows: Iterator[GradeRow], total: int) -> Iterator[GradeRow]:
+    """Counts rows as they are used, on a terminal and in the file of ``--status``."""
+    with Progress("slides", total, stage="grading") as progress:
+        for row in rows:
+            yield row
+            progress.advance()

@@ -34,6 +34,7 @@ def add_command(parser: argparse.ArgumentParser, command: Command) -> None:
     """
     _, parser.description = _read_docstring(command, {})
     _add_parameters(parser, parser, command)
+    parser.add_argument("--status", metavar="FILE", help="keep the progress in this small JSON file")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.set_defaults(run=partial(_call, command))
 

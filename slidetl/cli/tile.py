@@ -71,7 +71,7 @@ def tile(
         for row in found.rows
     ]
     started = time.monotonic()
-    with Progress("slides", len(sources)) as progress:
+    with Progress("slides", len(sources), stage="tiling") as progress:
 
         def report(row: LedgerRow) -> None:
             progress.advance()

@@ -35,6 +35,7 @@ from slidetl.training.checkpoint import check_network, check_resumable, read_che
 from slidetl.training.drift import DriftReport
 from slidetl.training.grader import SlideGrader
 from slidetl.training.outputs import ResultFiles
+from slidetl.training.progress import StatusReport
 from slidetl.training.range_test import RangeTest, find_rate, write_range
 from slidetl.training.slots import check_classes, check_import, own_error, permit
 from slidetl.training.waiting import WaitingReport
@@ -42,7 +43,10 @@ from slidetl.training.waiting import WaitingReport
 _PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}  # in Lightning's words
 _HIGHER_IS_BETTER = ("accuracy", "qwk", "f1")
 
-_SHIPPED = "--config configs/NAME.yaml takes the file that comes with slidetl, unless there is one here."
+_SHIPPED = (
+    "--config configs/NAME.yaml takes the file that comes with slidetl, unless there is one here. "
+    "--status FILE keeps the progress in a small JSON file."
+)
 
 
 def run(command: str, args: list[str]) -> int:
@@ -228,7 +232,9 @@ class GradingCLI(LightningCLI):
         precision = self._get(self.config_init, "precision")
         if precision in _PRECISIONS:
             kwargs["precision"] = _PRECISIONS[precision]
-        ours: list[Callback] = [ResultFiles()] if self.subcommand in ("test", "predict") else []
+        ours: list[Callback] = [StatusReport()]
+        if self.subcommand in ("test", "predict"):
+            ours.append(ResultFiles())
         if self._get(self.config_init, "trainer").get("logger") is None:
             kwargs["logger"] = False
             if self.subcommand == "fit" and self.keeps_logs:
@@ -236,7 +242,7 @@ class GradingCLI(LightningCLI):
                 table = CSVLogger(root, name="logs")
                 board = TensorBoardLogger(root, name="logs", version=table.version, default_hp_metric=False)
                 kwargs["logger"] = [table, board]
-                ours = [LearningRateMonitor("epoch"), DriftReport(), WaitingReport()]
+                ours += [LearningRateMonitor("epoch"), DriftReport(), WaitingReport()]
         trainer = self._get(self.config_init, "trainer")
         plugins = trainer.get("plugins") or []
         kwargs["plugins"] = [WholeCheckpoints(), *(plugins if isinstance(plugins, list) else [plugins])]

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from slidetl.compare.plan import Job
 from slidetl.compare.records import JobResult
+from slidetl.status import show_stage
 
 
 class JobProgress:
@@ -96,6 +97,7 @@ class JobProgress:
         return max(self._processes, computed / max(time.monotonic() - self._started, 1.0))
 
     def _show(self, line: str) -> None:
+        show_stage("computing", self._total - self._left.total(), self._total, "jobs")
         if self._console.is_terminal:
             self._live.update(self.table(), refresh=True)
         else:

@@ -20,6 +20,7 @@ from slidetl.data.record import StudyRecord, config_sha256
 from slidetl.data.study import CachedSlide, read_study
 from slidetl.errors import CheckpointError, UsageError
 from slidetl.library.model_card import TrainingData
+from slidetl.status import show_stage
 from slidetl.training.slots import parse
 
 _BATCH = 64
@@ -85,7 +86,8 @@ def learn_familiar(network: Any, slides: Sequence[CachedSlide], tiles_per_slide:
     """
     means = []
     with torch.inference_mode():
-        for slide in track(slides, description="training slides", transient=True):
+        for number, slide in enumerate(track(slides, description="training slides", transient=True)):
+            show_stage("describing the training", number, len(slides), "slides")
             count = min(tiles_per_slide, len(slide.cache))
             tiles = np.linspace(0, len(slide.cache) - 1, count).round().astype(int)
             total = torch.zeros(())

@@ -25,6 +25,7 @@ from slidetl.evaluation.classical import (
 )
 from slidetl.evaluation.metrics import GradeMetrics, grade_metrics
 from slidetl.files import write_whole
+from slidetl.status import show_metrics, show_stage
 from slidetl.tiles.features import common_source, read_features
 from slidetl.tiles.store import SlideCache
 from slidetl.training.options import FeatureStudy
@@ -87,10 +88,12 @@ def fit_pooled(
     if model not in MODELS:
         raise UsageError(f"--model must be one of {', '.join(MODELS)}, not {model!r}")
     train, test = _parts(study)
-    x, x_test = (
-        np.stack([pool_tiles(_features(study, slide.cache), pool, k) for slide in part])
-        for part in (train, test)
-    )
+    pooled = []
+    for number, slide in enumerate((*train, *test)):
+        show_stage("reading features", number, len(train) + len(test), "slides")
+        pooled.append(pool_tiles(_features(study, slide.cache), pool, k))
+    x, x_test = np.stack(pooled[: len(train)]), np.stack(pooled[len(train) :])
+    show_stage("fitting", 0, None, "")
     grader = fit_grader(model, x, _grades(train), _patients(train), len(study.grades), seed=study.seed)
     metrics = _write(study, test, grader.probabilities(x_test), output)
     if model == "trees":  # saving them needs pickle
@@ -183,6 +186,7 @@ def _write(
     figures = {**metrics.to_json(), **judged_probabilities(true, probabilities), "grades": study.grades}
     write_whole(output / "metrics.json", json.dumps(figures, indent=2) + "\n")
     draw_confusion(output / "confusion.png", metrics, study.grades)
+    show_metrics({"test/accuracy": metrics.accuracy, "test/qwk": metrics.qwk, "test/mae": metrics.mae})
     return metrics
 
 

@@ -190,3 +190,10 @@ def test_an_epoch_is_chosen_by_a_proper_score(
 
 def test_metrics_count_the_slides_that_are_not_graded(trained: Path) -> None:
     assert json.loads((trained / "test" / "metrics.json").read_text())["not_graded"] == []
+
+
+def test_a_training_keeps_its_progress(trained: Path) -> None:
+    found = json.loads((trained / "status.json").read_text())
+    assert (found["stage"], found["done"], found["total"], found["unit"]) == ("training", 2, 2, "epochs")
+    assert (found["command"], found["state"], found["exit_code"]) == ("fit", "done", 0)
+    assert {"train/loss", "val/rps"} <= found["metrics"].keys()
