@@ -16,6 +16,7 @@ def fit_features(
     pool: Literal["mean", "max", "both", "top-k"] = "mean",
     top_k: int = 10,
     tile_labels: Path | None = None,
+    pretrained: str = "",
 ) -> int:
     """Fits a classical model on stored features, and grades the test part as 'slidetl test' does.
 
@@ -27,12 +28,17 @@ def fit_features(
         top_k: number of highest values for ``pool`` top-k.
         tile_labels: labels of points (CSV: slide_id, x_level0, y_level0, label: a number, or 'ignore');
             grades by a tile classifier instead, with its classes averaged over the slide.
+        pretrained: weights of the features' network, as for 'slidetl embed'; writes a ridge on the mean of
+            all tiles as a checkpoint too, OUTPUT/checkpoints/ridge.ckpt, for 'slidetl export'.
     """
+    from slidetl.errors import UsageError
     from slidetl.training.classical import describe, fit_labelled_tiles, fit_pooled
 
     if tile_labels is not None:
+        if pretrained:
+            raise UsageError("--pretrained writes a ridge on slides; leave out --tile-labels")
         metrics = fit_labelled_tiles(study, output, tile_labels)
     else:
-        metrics = fit_pooled(study, output, model, pool, top_k)
+        metrics = fit_pooled(study, output, model, pool, top_k, pretrained)
     print(f"{describe(metrics, study.grades)}\nwritten to {output}")
     return 0

@@ -240,6 +240,35 @@ class RegressionWithThresholds(_ScoreHead):
         return (logits[:, :1] - grades).square() / 2 + _cumulative_losses(logits[:, 1:])
 
 
+class NormalGrade(_ScoreHead):
+    """Takes the grade as normal about a linear score, at whole numbers only, as ridge regression does.
+
+    ``P(grade = k)`` is proportional to ``exp(-(k - score)^2 / (2 sigma^2))``, the probabilities of
+    :class:`slidetl.evaluation.classical.Grader`; ``slidetl fit-features`` writes its ridge as this head.
+    """
+
+    score_unit = "grades"
+
+    def __init__(self, in_features: int, n_grades: int) -> None:
+        super().__init__(in_features, n_grades, bias=True)
+        nn.init.constant_(self.score.bias, (n_grades - 1) / 2)
+        self.log_sigma = nn.Parameter(torch.zeros(1))  # [1]
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """Computes logits ``[B, K]`` of the grades."""
+        score: Tensor = self.score(embedding)
+        grades = torch.arange(self.n_grades, dtype=score.dtype, device=score.device)
+        return -(grades - score).square() / (2 * (2 * self.log_sigma).exp())
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Computes probabilities ``[B, K]``; each row sums to one."""
+        return logits.softmax(1)
+
+    def grade_losses(self, logits: Tensor) -> Tensor:
+        """Computes the negative log-likelihood ``[B, K]`` of each grade."""
+        return -logits.log_softmax(1)
+
+
 class CrossEntropy(Head):
     """The grades as classes without an order: softmax and cross-entropy."""
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.data.manifest import check_scale
+from slidetl.data.record import StudyRecord
 from slidetl.data.study import CachedSlide, read_study
 from slidetl.data.tasks import LabelledPoints, read_points
 from slidetl.errors import UsageError
@@ -33,8 +34,8 @@ from slidetl.training.outputs import describe_metrics, draw_confusion
 from slidetl.training.predictions import SlidePrediction, write_predictions
 
 
-def _parts(study: FeatureStudy) -> tuple[tuple[CachedSlide, ...], tuple[CachedSlide, ...]]:
-    """Returns the training slides (train and val), and the test slides.
+def _parts(study: FeatureStudy) -> tuple[tuple[CachedSlide, ...], tuple[CachedSlide, ...], StudyRecord]:
+    """Returns the training slides (train and val), the test slides, and the record of both.
 
     Raises:
         CacheMismatchError: the features come from different networks.
@@ -42,9 +43,8 @@ def _parts(study: FeatureStudy) -> tuple[tuple[CachedSlide, ...], tuple[CachedSl
         SlidetlError: as :func:`~slidetl.data.study.read_study` and its ``parts``.
     """
     check_scale(study.grades)
-    parts = read_study(study.manifest, study.cache, len(study.grades)).parts(
-        val_fraction=study.val_fraction, test_fraction=study.test_fraction, seed=study.seed
-    )
+    whole = read_study(study.manifest, study.cache, len(study.grades))
+    parts = whole.parts(val_fraction=study.val_fraction, test_fraction=study.test_fraction, seed=study.seed)
     train, test = (*parts["train"], *parts["val"]), parts["test"]
     if not test:
         raise UsageError("the test part has no slide; set --test-fraction or the manifest's 'split'")
@@ -56,7 +56,8 @@ def _parts(study: FeatureStudy) -> tuple[tuple[CachedSlide, ...], tuple[CachedSl
         )
     for name in study.names:
         common_source(name, [slide.cache for slide in (*train, *test)])
-    return train, test
+    record = StudyRecord.of({"train": train, "val": (), "test": test, "predict": whole.slides})
+    return train, test, record
 
 
 def _features(study: FeatureStudy, cache: SlideCache) -> NDArray[np.float64]:
@@ -66,7 +67,12 @@ def _features(study: FeatureStudy, cache: SlideCache) -> NDArray[np.float64]:
 
 
 def fit_pooled(
-    study: FeatureStudy, output: Path, model: ClassicalModel = "ridge", pool: Pool = "mean", k: int = 10
+    study: FeatureStudy,
+    output: Path,
+    model: ClassicalModel = "ridge",
+    pool: Pool = "mean",
+    k: int = 10,
+    pretrained: str = "",
 ) -> GradeMetrics:
     """Fits a classical model on pooled features, and grades the test part.
 
@@ -77,17 +83,21 @@ def fit_pooled(
         model: one of :data:`~slidetl.evaluation.classical.MODELS`.
         pool: pooling of a slide's tiles to one vector, :func:`~slidetl.evaluation.classical.pool_tiles`.
         k: number of tiles of ``top-k``.
+        pretrained: weights of the features' network, as for ``slidetl embed``; a ridge on the mean of all
+            tiles is then written as a checkpoint too, ``checkpoints/ridge.ckpt``, for ``slidetl export``.
 
     Returns:
         The metrics of the test part.
 
     Raises:
-        UsageError: the model is unknown, or the training part cannot be fitted.
+        UsageError: the model is unknown, the training part cannot be fitted, or the model is no network.
         SlidetlError: the study cannot be read, or its parts cannot be fitted.
     """
     if model not in MODELS:
         raise UsageError(f"--model must be one of {', '.join(MODELS)}, not {model!r}")
-    train, test = _parts(study)
+    if pretrained and (model != "ridge" or pool != "mean" or len(study.names) != 1):
+        raise UsageError("--pretrained takes --model ridge, --pool mean and one name of --features")
+    train, test, record = _parts(study)
     pooled = []
     for number, slide in enumerate((*train, *test)):
         show_stage("reading features", number, len(train) + len(test), "slides")
@@ -95,7 +105,16 @@ def fit_pooled(
     x, x_test = np.stack(pooled[: len(train)]), np.stack(pooled[len(train) :])
     show_stage("fitting", 0, None, "")
     grader = fit_grader(model, x, _grades(train), _patients(train), len(study.grades), seed=study.seed)
-    metrics = _write(study, test, grader.probabilities(x_test), output)
+    probabilities = grader.probabilities(x_test)
+    checkpoint = ""
+    if pretrained:
+        from slidetl.training.ridge import write_ridge  # imported here: it builds networks
+
+        source = common_source(study.names[0], [slide.cache for slide in train])
+        checkpoint = write_ridge(
+            output, study, grader, source, pretrained, train[0].cache.spec, record, x_test
+        )
+    metrics = _write(study, test, probabilities, output, checkpoint)
     if model == "trees":  # saving them needs pickle
         (output / "model.npz").unlink(missing_ok=True)  # from an earlier model in this folder
     else:
@@ -117,7 +136,7 @@ def fit_labelled_tiles(study: FeatureStudy, output: Path, labels: Path) -> Grade
         UsageError: the points of a slide lie outside its tiles, or all labels are equal.
         SlidetlError: as :func:`fit_pooled`.
     """
-    train, test = _parts(study)
+    train, test, _ = _parts(study)
     tables = read_points(labels)
     if "" in tables:
         raise UsageError(f"{labels}: expected a column slide_id with a slide in each line")
@@ -167,7 +186,11 @@ def _patients(slides: Sequence[CachedSlide]) -> list[str]:
 
 
 def _write(
-    study: FeatureStudy, test: Sequence[CachedSlide], probabilities: NDArray[np.float64], output: Path
+    study: FeatureStudy,
+    test: Sequence[CachedSlide],
+    probabilities: NDArray[np.float64],
+    output: Path,
+    checkpoint: str = "",
 ) -> GradeMetrics:
     predictions = [
         SlidePrediction(
@@ -177,6 +200,8 @@ def _write(
             probabilities=tuple(row.tolist()),
             tiles=len(slide.cache),
             site=slide.row.site,
+            checkpoint=checkpoint,
+            fingerprint=slide.cache.fingerprint,
         )
         for slide, row in zip(test, probabilities, strict=True)
     ]

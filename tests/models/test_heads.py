@@ -8,9 +8,24 @@ import torch
 from coral_pytorch.losses import coral_loss, corn_loss
 from scipy.special import expit
 
-from slidetl.models.heads import Coral, Corn, CrossEntropy, CumulativeLink, Head, RegressionWithThresholds
+from slidetl.models.heads import (
+    Coral,
+    Corn,
+    CrossEntropy,
+    CumulativeLink,
+    Head,
+    NormalGrade,
+    RegressionWithThresholds,
+)
 
-HEADS: tuple[type[Head], ...] = (CumulativeLink, Coral, Corn, RegressionWithThresholds, CrossEntropy)
+HEADS: tuple[type[Head], ...] = (
+    CumulativeLink,
+    Coral,
+    Corn,
+    RegressionWithThresholds,
+    NormalGrade,
+    CrossEntropy,
+)
 every_head = pytest.mark.parametrize("make", HEADS)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import cohen_kappa_score
 
 from slidetl.cli import main
@@ -16,8 +17,10 @@ from slidetl.data.splits import split_patients
 from slidetl.errors import CacheMismatchError, CacheMissingError, UsageError
 from slidetl.evaluation.calibration import judged_probabilities
 from slidetl.evaluation.classical import ClassicalModel, fit_grader, load_grader, pool_tiles
+from slidetl.publish.model_file import load_model
 from slidetl.tiles.features import FeatureSource, read_features, write_features
 from slidetl.tiles.store import SlideCache, cache_path
+from slidetl.training.checkpoint import load_grader as load_network
 from slidetl.training.classical import fit_pooled
 from slidetl.training.options import FeatureStudy
 from slidetl.training.predictions import read_predictions
@@ -215,3 +218,57 @@ def test_labels_of_tiles_that_are_not_there_are_refused(
     assert main(words(stored, tmp_path / "out", "--features", "labelled", "--tile-labels", str(path))) == 2
     assert "none of the 1 points of slide-" in (said := capsys.readouterr().err)
     assert "lies in a tile of the cache, first (-7.0, -7.0); expected level-0 pixels" in said
+
+
+@pytest.mark.slow  # embeds the study
+def test_a_ridge_becomes_a_file_that_grades_slides(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLIDETL_HOME", str(tmp_path / "home"))
+    stored, output, name = (
+        Study(study.manifest, tmp_path / "cache"),
+        tmp_path / "out",
+        "mobilenetv3_small_050",
+    )
+    shutil.copytree(study.cache, stored.cache)
+    assert main(["embed", str(stored.cache), "--backbone", name]) == 0
+    fit = words(stored, output, "--features", name, "--pretrained", "procedural")
+    assert main(fit) == 0
+    ridge = output / "checkpoints" / "ridge.ckpt"
+    assert main(["export", str(ridge), "--output", str(tmp_path / "model.pt")]) == 0
+    loaded = load_model(tmp_path / "model.pt")
+    assert loaded.card.score_unit == "grades" and loaded.card.training is not None
+    predictions = read_predictions(output / "predictions.csv")
+    for row in predictions[:2]:
+        cache = SlideCache.open(cache_path(stored.cache, row.slide_id))
+        tiles = torch.from_numpy(cache.read(range(len(cache))).transpose(0, 3, 1, 2).copy())
+        with torch.inference_mode():
+            grades = loaded.network.grade(loaded.network.embed(tiles))
+        np.testing.assert_allclose(grades[0].numpy(), row.probabilities, atol=2e-3)
+    # Those it was trained on are recorded, and its own predictions are taken as evidence.
+    record = load_network(ridge).record
+    assert record is not None
+    assert {slide.slide_id for slide in record.slides if slide.part == "test"} == {
+        row.slide_id for row in predictions
+    }
+    assert load_network(ridge).record is not None
+    capsys.readouterr()
+    for wrong in (["--pool", "max"], ["--model", "ordinal"]):
+        assert main([*fit, *wrong]) == 2
+        assert "--pretrained takes --model ridge" in capsys.readouterr().err
+
+
+def test_a_ridge_of_other_weights_is_refused(study: Study, tmp_path: Path) -> None:
+    shutil.copytree(study.cache, tmp_path / "cache")
+    rng = np.random.default_rng(0)
+    for row in read_manifest(study.manifest).rows:
+        cache = SlideCache.open(cache_path(tmp_path / "cache", row.slide_id))
+        source = FeatureSource("mobilenetv3_small_050", "", WEIGHTS, (0, 0, 0), (1, 1, 1))
+        write_features(cache, {"f": (source, rng.normal(size=(len(cache), 6)).astype(np.float16))})
+    with pytest.raises(CacheMismatchError, match="of other weights than --pretrained procedural"):
+        fit_pooled(
+            FeatureStudy(study.manifest, tmp_path / "cache", ("f",)),
+            tmp_path / "out",
+            pretrained="procedural",
+        )
+    assert not (tmp_path / "out").exists()
