@@ -19,6 +19,7 @@ METRICS: tuple[MetricName, ...] = ("qwk", "accuracy", "mae", "rps", "log_loss")
 Baseline = Literal["prior", "colour_area", "site", "collagen"]
 
 EPOCHS = 30  # the default of ``trainer.max_epochs``, as in ``slidetl fit``
+LENGTH = "trainer.max_epochs"
 FIT_PARTS = ("model", "data", "trainer")  # of a configuration of ``slidetl fit``
 _RESERVED = ("data.manifest", "data.cache", "data.grades", "data.seed", "model.grades")
 
@@ -56,8 +57,9 @@ class Arm:
         baseline: a trivial arm, to be beaten by all others: ``prior`` (share of each grade), ``site`` (its
             share at that site), ``colour_area`` (mean colour and tissue area), ``collagen`` (area stained as
             collagen, by colour deconvolution).
-        choices: of ``fit``: dotted names, such as ``model.lr``, and candidate values for the inner folds.
-            They always choose the number of epochs, too, up to ``trainer.max_epochs``.
+        choices: of ``fit``: dotted names, such as ``model.lr`` or ``trainer.max_epochs``, and candidate
+            values for the inner folds. Each number of epochs is trained on a schedule of its own: 15, 30 and
+            60 cost as much as 105.
     """
 
     fit: dict[str, Any] | None = None
@@ -145,8 +147,7 @@ class Comparison:
         grades: names, lowest first.
         base: common part of the arms with ``fit``: ``model``, ``data`` and ``trainer`` of a configuration of
             ``slidetl fit``.
-        validate_every: epochs between two points of a learning curve, and between two candidates for the
-            number of epochs.
+        validate_every: epochs between two points of a learning curve; the last epoch always is one.
         sizes: arms on smaller training parts.
         permutations: arms on permuted labels.
         tile_draws: gradings of each test slide by as many tiles as it has, drawn from them with replacement,

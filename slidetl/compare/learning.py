@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.compare.aggregate import ArmResult
-from slidetl.compare.config import Comparison
+from slidetl.compare.config import LENGTH, Comparison
 from slidetl.compare.records import CurvePoint, JobResult
 
 CurveMetric = Literal["qwk", "accuracy", "rps"]
@@ -65,13 +65,14 @@ class Learning:
 def learning_of(comparison: Comparison, arm: ArmResult) -> Learning | None:
     """Joins the curves of an arm; None for an arm without epochs.
 
-    With inner folds they are of the chosen trial, on the held-out parts of the inner folds: there each
-    training runs to its last epoch. Without, they are of the test parts, which chose nothing.
+    With inner folds they are of the chosen trial, or of the longest one that differs from it in the number of
+    epochs alone, on the held-out parts of the inner folds. Without, they are of the test parts, which chose
+    nothing.
     """
     series: list[list[CurvePoint]] = []
     part: Literal["inner", "test"] = "test"
     for _, found in arm.jobs:
-        trial = _chosen_trial(comparison, arm.arm, found)
+        trial = _shown_trial(comparison, arm.arm, found)
         by_part: dict[str, list[CurvePoint]] = {}
         for point in found.curves:
             if point.part == "test" or point.trial == trial:
@@ -107,7 +108,11 @@ def equal_epochs(curves: Sequence[Learning], most: int = 4) -> list[int]:
     return [common[place] for place in places]
 
 
-def _chosen_trial(comparison: Comparison, arm: str, found: JobResult) -> int:
-    values = {key: value for key, value in (found.chosen or {}).items() if key != "epochs"}
-    trials = comparison.trials(arm)
-    return trials.index(values) if values in trials else 0
+def _shown_trial(comparison: Comparison, arm: str, found: JobResult) -> int:
+    chosen, trials = found.chosen or {}, comparison.trials(arm)
+    alike = [
+        number
+        for number, trial in enumerate(trials)
+        if all(chosen.get(name) == value for name, value in trial.items() if name != LENGTH)
+    ]
+    return max(alike, key=lambda number: trials[number].get(LENGTH, 0), default=0)

@@ -29,7 +29,7 @@ from slidetl.tiles.features import common_source
 from slidetl.tiles.store import SlideCache, cache_path
 
 # Raised with every change of the computation or of the files of a job.
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 
 @dataclass(frozen=True)

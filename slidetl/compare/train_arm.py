@@ -27,7 +27,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.cli import LightningArgumentParser
 
 from slidetl.analysis.similarity import linear_cka
-from slidetl.compare.config import EPOCHS, first_lines, with_values
+from slidetl.compare.config import EPOCHS, LENGTH, first_lines, with_values
 from slidetl.compare.plan import Job
 from slidetl.compare.records import CurvePoint, JobResult, predictions_from
 from slidetl.data.datamodule import SlideDataModule
@@ -50,7 +50,7 @@ from slidetl.training.similarity import embed_layers
 from slidetl.training.slots import own_error, parse
 
 # Relative distance of scores in the inner folds that counts as equal to the best: on twenty slides a smaller
-# difference means nothing, and the earlier epoch has drifted less.
+# difference means nothing, and the shorter training has drifted less.
 _PLATEAU = 0.02
 _SIMILARITY_TILES = 512
 _START, _LAST = "start", "last"  # names of the weights that are kept
@@ -85,7 +85,6 @@ def train_job(job: Job, folder: Path, threads: int = 1, allow: Sequence[str] = (
     fold, recipe = job.fold, job.recipe
     torch.set_num_threads(threads)
     chosen: dict[str, Any] = {}
-    epochs: int | None = None
     temperature, curves = 1.0, list[CurvePoint]()
     if fold.inner:
         trained: dict[int, list[_Training]] = {}
@@ -95,15 +94,15 @@ def train_job(job: Job, folder: Path, threads: int = 1, allow: Sequence[str] = (
                 fit = _Fit(job, place, values, inner.train, inner.validation, allow)
                 trained.setdefault(trial, []).append(fit.run(f"inner-{number}", trial))
         curves = [point for trainings in trained.values() for one in trainings for point in one.points]
-        trial, epochs = choose(curves)
+        trial = choose(recipe["trials"], curves)
         chosen = recipe["trials"][trial]
-        held_out = [row for one in trained[trial] for row in one.predictions_after(epochs)]
+        held_out = [row for one in trained[trial] for row in one.predictions[-1]]
         temperature = fit_temperature(
             [row.grade for row in held_out if row.grade is not None],
             [row.probabilities for row in held_out],
         )
     final = _Fit(job, folder / "final", chosen, fold.train, fold.test, allow)
-    curves = [*curves, *final.run("test", 0, epochs=epochs, keep_weights=True).points]
+    curves = [*curves, *final.run("test", 0, keep_weights=True).points]
     predictions = final.predict()
     draws, pooled = final.examine(
         recipe["tile_draws"], temperature, pool=len({row.site for row in job.rows}) > 1
@@ -116,28 +115,41 @@ def train_job(job: Job, folder: Path, threads: int = 1, allow: Sequence[str] = (
         drift=final.drift(),
         similarity=final.similarity(),  # the last, since it may leave the network on a GPU
         embeddings=np.stack([pooled[slide] for slide in slides]) if slides else np.empty((0, 0), np.float32),
-        chosen={**chosen, "epochs": epochs or final.max_epochs},
+        chosen={**chosen, "epochs": final.max_epochs},
         temperature=temperature,
         nested=bool(fold.inner),
     )
 
 
-def choose(curves: Sequence[CurvePoint]) -> tuple[int, int]:
-    """Chooses the trial and the number of epochs by the ranked probability score over the inner folds.
+def choose(trials: Sequence[Mapping[str, Any]], curves: Sequence[CurvePoint]) -> int:
+    """Chooses a trial by the ranked probability score at the end of its trainings in the inner folds.
 
-    The best epoch decides the trial; of its epochs the earliest within two per cent of the best is chosen.
-    The score is smooth, while a kappa of twenty results jumps.
+    Of the trials that differ from the best in the number of epochs alone, the shortest within two per cent of
+    its score is chosen. The score is smooth, while a kappa of twenty results jumps. Earlier points of a curve
+    choose nothing: there the rate is still high, and a training of so many epochs has another schedule.
+
+    Args:
+        trials: values by dotted name, :data:`LENGTH` perhaps among them.
+        curves: of all trials and inner folds.
 
     Returns:
-        Trial, from 0, and epochs, from 1.
+        Number of the trial.
     """
-    scores: dict[tuple[int, int], list[float]] = {}
-    for point in curves:
-        scores.setdefault((point.trial, point.epoch), []).append(point.rps)
-    means = {key: float(np.mean(values)) for key, values in scores.items()}
-    trial, best_epoch = min(means, key=lambda key: (means[key], key))
-    enough = means[trial, best_epoch] * (1 + _PLATEAU)
-    return trial, min(epoch for (of, epoch), score in means.items() if of == trial and score <= enough)
+    ends: dict[tuple[int, str], CurvePoint] = {}
+    for point in sorted(curves, key=lambda point: point.epoch):
+        ends[point.trial, point.part] = point
+    means = [
+        float(np.mean([end.rps for (of, _), end in ends.items() if of == trial]))
+        for trial in range(len(trials))
+    ]
+    best = int(np.argmin(means))
+    alike = [
+        number
+        for number, trial in enumerate(trials)
+        if {**trial, LENGTH: 0} == {**trials[best], LENGTH: 0}
+        and means[number] <= means[best] * (1 + _PLATEAU)
+    ]
+    return min(alike, key=lambda number: trials[number].get(LENGTH, 0))
 
 
 def _all_graded(evaluation: Evaluation | None) -> tuple[SlidePrediction, ...]:
@@ -165,10 +177,6 @@ class _Training:
 
     points: tuple[CurvePoint, ...]
     predictions: tuple[tuple[SlidePrediction, ...], ...]
-
-    def predictions_after(self, epochs: int) -> tuple[SlidePrediction, ...]:
-        """Returns the predictions at one point of the curve."""
-        return self.predictions[[point.epoch for point in self.points].index(epochs)]
 
 
 class _Fit:
@@ -208,15 +216,12 @@ class _Fit:
         parts = {"train": self._train, "val": self._monitored, "test": self._monitored}
         return ready.model, SlideDataModule.from_slides(**parts, **ready.data)
 
-    def run(
-        self, part: str, trial: int, *, epochs: int | None = None, keep_weights: bool = False
-    ) -> _Training:
+    def run(self, part: str, trial: int, *, keep_weights: bool = False) -> _Training:
         """Trains, unless that was done before.
 
         Args:
             part: name of the monitored slides in the curve.
             trial: number in the curve.
-            epochs: to stop after, on the schedule of ``trainer.max_epochs``; all of them by default.
             keep_weights: keep the first and the last weights, for the other methods.
         """
         done = self._folder / "training.json"
@@ -230,10 +235,13 @@ class _Fit:
         self._weights.mkdir(parents=True)
         recipe = self._job.recipe
         weights = self._weights if keep_weights else None
-        watch = _Watch(weights, part, trial, epochs or self.max_epochs, recipe["unit"])
-        every = min(recipe["validate_every"], epochs or self.max_epochs)
+        watch = _Watch(weights, part, trial, recipe["unit"])
         with _quiet():
-            self._trainer(every, [watch]).fit(*self._built)
+            trainer = self._trainer(min(recipe["validate_every"], self.max_epochs), [watch])
+            trainer.fit(*self._built)
+            if not watch.points or watch.points[-1].epoch < trainer.current_epoch:  # between two points
+                trainer.validate(*self._built, verbose=False)
+                watch.add_point(trainer.current_epoch, self._built[0])
         training = _Training(tuple(watch.points), tuple(watch.predictions))
         write_whole(done, json.dumps(asdict(training)))
         return training
@@ -349,12 +357,12 @@ def _tile_embeddings(network: GradingNetwork, cache: SlideCache, chunk: int) -> 
 
 
 class _Watch(Callback):
-    """Keeps the curve, the predictions and the first and last weights, and stops after so many epochs."""
+    """Keeps the curve, the predictions, and the first and the last weights."""
 
-    def __init__(self, weights: Path | None, part: str, trial: int, epochs: int, unit: Unit) -> None:
+    def __init__(self, weights: Path | None, part: str, trial: int, unit: Unit) -> None:
         self.points: list[CurvePoint] = []
         self.predictions: list[tuple[SlidePrediction, ...]] = []
-        self._weights, self._part, self._trial, self._epochs = weights, part, trial, epochs
+        self._weights, self._part, self._trial = weights, part, trial
         self._unit: Unit = unit
         self._seconds, self._started = 0.0, 0.0
         self._losses: list[torch.Tensor] = []
@@ -378,12 +386,16 @@ class _Watch(Callback):
         self._stop_clock()
         done = trainer.current_epoch + 1
         if done % trainer.check_val_every_n_epoch == 0:  # type: ignore[operator] # always a number here
-            assert isinstance(pl_module, SlideGrader) and pl_module.validated is not None
-            self.predictions.append(_all_graded(pl_module.validated))
-            self.points.append(self._point(done, len(pl_module.grades)))
-        if done == self._epochs:
-            self._save(pl_module, _LAST)
-            trainer.should_stop = True
+            assert isinstance(pl_module, SlideGrader)
+            self.add_point(done, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(pl_module, _LAST)
+
+    def add_point(self, epoch: int, grader: SlideGrader) -> None:
+        """Adds the grader's latest validation to the curve."""
+        self.predictions.append(_all_graded(grader.validated))
+        self.points.append(self._point(epoch, len(grader.grades)))
 
     def _point(self, epoch: int, n_grades: int) -> CurvePoint:
         graded = [(row.grade, row) for row in self.predictions[-1] if row.grade is not None]

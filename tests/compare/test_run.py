@@ -17,11 +17,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import yaml
 from PIL import Image
+from pytorch_lightning.callbacks import Callback
 from sklearn.metrics import accuracy_score, cohen_kappa_score
 
 from slidetl.cli import main
+from slidetl.compare import train_arm
 from slidetl.compare.config import read_comparison
 from slidetl.compare.plan import Job, read_slides
 from slidetl.compare.pool import Workplace, run_job
@@ -398,9 +401,10 @@ def test_choices_are_made_in_inner_folds_alone(
         tmp_path,
         protocol={"outer_folds": 2, "inner_folds": 2, "unit": "worst"},
         arms={
-            "scratch": {"fit": SCRATCH, "choices": {"model.lr": [1e-3, 1e-7]}},
+            "scratch": {"fit": SCRATCH, "choices": {"model.lr": [1e-3, 1e-7], "trainer.max_epochs": [1, 3]}},
             "prior": {"baseline": "prior"},
         },
+        validate_every=2,
     )
     comparison = read_comparison(path)
     plan = plan_comparison(comparison)
@@ -413,32 +417,48 @@ def test_choices_are_made_in_inner_folds_alone(
         return from_slides(*slides, **options)
 
     monkeypatch.setattr(SlideDataModule, "from_slides", counted)
+    rates: list[tuple[int, list[float]]] = []
+
+    class Rates(Callback):
+        def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            rates.append((trainer.max_epochs or 0, []))
+
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            rates[-1][1].append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    trainer_of = train_arm._Fit._trainer
+    monkeypatch.setattr(
+        train_arm._Fit, "_trainer", lambda fit, every, calls: trainer_of(fit, every, [*calls, Rates()])
+    )
     found = train_job(job, tmp_path / "work")
-    assert len(built) == 2 * 2 + 1  # once for each training: of two trials in two inner folds, and the last
+    assert len(built) == 4 * 2 + 1  # once for each training: of four trials in two inner folds, and the last
     # A training leaves what resuming it needs, to the last digit, and no table or picture.
     left = {str(path.relative_to(tmp_path / "work")) for path in (tmp_path / "work").rglob("*.*")}
-    inner = {f"trial-{trial}-inner-{number}/training.json" for trial in (0, 1) for number in (0, 1)}
+    inner = {f"trial-{trial}-inner-{number}/training.json" for trial in range(4) for number in (0, 1)}
     weights = {f"final/weights/{name}.pt" for name in ("start", "last")}
     assert left == {*inner, "final/training.json", *weights}
     again = train_job(job, tmp_path / "work")
     assert again == found and np.array_equal(again.embeddings, found.embeddings)
     assert found.nested
-    parts = {(point.part, point.trial) for point in found.curves}
-    assert parts == {("inner-0", 0), ("inner-1", 0), ("inner-0", 1), ("inner-1", 1), ("test", 0)}
-    # Chosen again by hand from the inner curves; that of the test part has no say.
-    means = {
-        (trial, epoch): np.mean(
-            [p.rps for p in found.curves if p.part != "test" and (p.trial, p.epoch) == (trial, epoch)]
-        )
-        for trial in (0, 1)
-        for epoch in (1, 2)
-    }
-    trial = min(means, key=lambda at: means[at])[0]
-    best = min(means[trial, epoch] for epoch in (1, 2))
-    assert found.chosen is not None
-    assert found.chosen["model.lr"] == (1e-3, 1e-7)[trial]
-    assert found.chosen["epochs"] == (1 if means[trial, 1] <= 1.02 * best else 2)
+    inner_points = [p for p in found.curves if p.part != "test"]
+    assert {(p.part, p.trial) for p in inner_points} == {(f"inner-{n}", t) for n in (0, 1) for t in range(4)}
+    # A training ends in a point, though its length is no multiple of validate_every.
+    of_trial = {t: sorted({p.epoch for p in inner_points if p.trial == t}) for t in range(4)}
+    assert of_trial == {0: [1], 1: [2, 3], 2: [1], 3: [2, 3]}
+    # Chosen again by hand from the ends of the inner trainings; that of the test part has no say.
+    trials = comparison.trials("scratch")
+    ends = [
+        np.mean([p.rps for p in inner_points if (p.trial, p.epoch) == (t, e)])
+        for t, e in enumerate((1, 3) * 2)
+    ]
+    best = int(np.argmin(ends))
+    short = best - best % 2
+    chosen = short if ends[short] <= 1.02 * ends[best] else best
+    assert found.chosen == {**trials[chosen], "epochs": trials[chosen]["trainer.max_epochs"]}
     assert max(p.epoch for p in found.curves if p.part == "test") == found.chosen["epochs"]
+    # Each training was the whole of its own cycle; one that is stopped before ends near its peak.
+    assert [epochs for epochs, _ in rates] == [1, 1, 3, 3, 1, 1, 3, 3, found.chosen["epochs"]]
+    assert all(taken[-1] < 0.6 * max(taken) for epochs, taken in rates if epochs == 3)
     assert 0.05 <= found.temperature <= 20
     assert found.temperature != 1
     assert sorted(row.slide_id for row in found.predictions) == list(job.fold.test)
@@ -498,13 +518,17 @@ def test_labels_are_permuted_before_anything_is_fitted(study: Cohort, tmp_path: 
     assert float(row["p"]) in (0.25, 0.5, 0.75, 1.0)
 
 
-def test_the_earliest_epoch_within_two_per_cent_of_the_best_is_chosen() -> None:
-    def point(trial: int, epoch: int, rps: float) -> CurvePoint:
-        return CurvePoint("inner-0", trial, epoch, 9, 1.0, 1.0, 0.5, 0.5, rps, 1.0)
+def test_the_shortest_training_within_two_per_cent_of_the_best_is_chosen_by_its_end() -> None:
+    def point(trial: int, epoch: int, rps: float, part: str = "inner-0") -> CurvePoint:
+        return CurvePoint(part, trial, epoch, 9, 1.0, 1.0, 0.5, 0.5, rps, 1.0)
 
-    curves = [point(0, 1, 0.2), point(0, 2, 0.11)]
-    for early, chosen in ((0.1021, (1, 2)), (0.1019, (1, 1))):
-        assert choose([*curves, point(1, 1, early), point(1, 2, 0.1), point(1, 3, 0.1)]) == chosen
+    trials = [{"model.lr": rate, "trainer.max_epochs": epochs} for rate in (1, 2) for epochs in (2, 4)]
+    # In mid-cycle another one was better: that is no training of so many epochs.
+    curves = [point(0, 1, 0.01), point(0, 2, 0.11), point(1, 4, 0.1005), point(1, 2, 0.02), point(3, 4, 0.1)]
+    for short, chosen in ((0.1021, 3), (0.1019, 2)):
+        assert choose(trials, [*curves, point(2, 2, short)]) == chosen
+    # The mean over the inner folds decides.
+    assert choose(trials, [*curves, point(2, 2, 0.1), point(2, 2, 0.9, "inner-1")]) == 3
 
 
 def test_a_job_is_read_back_to_the_last_digit(study: Cohort, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from slidetl.compare.aggregate import ArmResult, PairedDifference, Place
-from slidetl.compare.config import METRICS
+from slidetl.compare.config import LENGTH, METRICS
 from slidetl.compare.learning import CurveMetric
 from slidetl.compare.report.view import NAMES, View
 from slidetl.compare.table import Table, format_percent, format_range
@@ -394,9 +394,10 @@ def _configured(view: View, result: ArmResult) -> tuple[str, str | None]:
         parts.append(f"pretrained: {Path(str(backbone['pretrained'])).name}")
     parts += [_named(model[key], "") for key in ("aggregator", "head") if key in model]
     parts += [f"lr {model['lr']:g}"] if isinstance(model.get("lr"), int | float) else []
-    parts += [f"{trainer['max_epochs']} epochs at most"] if "max_epochs" in trainer else []
+    parts += (
+        [f"{trainer['max_epochs']} epochs"] if "max_epochs" in trainer and LENGTH not in arm.choices else []
+    )
     chosen = [f"{key.split('.')[-1]} of {_list(values)}" for key, values in arm.choices.items()]
-    chosen += ["epochs"] if view.protocol.is_nested else []
     return "; ".join(parts), ", ".join(chosen) or None
 
 
