@@ -16,7 +16,7 @@ from slidetl.tiles.grid import TileSpec
 METADATA = "slidetl.json"
 """The file name of the card inside a model file, under ``_extra_files``."""
 
-_ARCHITECTURE = {"name", "in_channels", "gated_mlp", "layer_scale"}
+_ARCHITECTURE = {"name", "in_channels", "gated_mlp", "layer_scale", "pooling"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ class ModelCard:
         tile_spec: the tiles of the training, and of grading.
         backbone: timm's name for it, and the changes; for display.
         architecture: fields of its :class:`~slidetl.models.spec.BackboneSpec` (of an ensemble, the first):
-            ``name``, and of ``in_channels``, ``gated_mlp`` and ``layer_scale`` the ones without the default.
+            ``name``, and of ``in_channels``, ``gated_mlp``, ``layer_scale`` and ``pooling`` the ones without
+            the default.
         normalisation: ``mean`` and ``std`` of pixel values in 0..1, applied by the network itself.
         versions: of the software behind the file.
         weights_sha256: hash of the network's state, checked when the file is loaded.

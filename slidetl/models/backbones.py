@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,7 @@ class Backbone(nn.Module):
 
     mean: Tensor
     std: Tensor
+    pools_tokens: Final[bool]  # a constant: TorchScript then leaves `_pool` out of other networks
 
     def __init__(self, spec: BackboneSpec) -> None:
         super().__init__()
@@ -76,6 +77,12 @@ class Backbone(nn.Module):
                     f"{spec.name} has no gradient checkpointing; set backbone.gradient_checkpointing to false"
                 ) from error
         self.num_features: int = self.net.head_hidden_size  # type: ignore[assignment] # timm is untyped
+        self.pools_class_token = "token" in spec.pooling
+        self.pools_patches = "mean" in spec.pooling
+        self.pools_tokens = self.pools_class_token or self.pools_patches
+        self.prefix_tokens = _prefix_tokens(self.net, spec) if self.pools_tokens else 0
+        if self.pools_class_token and self.pools_patches:
+            self.num_features *= 2
         for key in ("mean", "std"):
             self.register_buffer(key, _per_channel(_config(self.net)[key], spec.in_channels))
         if self.channels_last:
@@ -92,21 +99,57 @@ class Backbone(nn.Module):
             ``[N, D] float32`` (lower precision under autocast).
 
         Raises:
-            UsageError: the tiles have another number of channels.
+            UsageError: the tiles have another number of channels, or a size that the patch does not divide.
         """
         if self.in_channels == 1 and tiles.shape[1] == 3:
             rgb = tiles.to(self.mean.dtype)
             tiles = 0.299 * rgb[:, :1] + 0.587 * rgb[:, 1:2] + 0.114 * rgb[:, 2:]
         if not _is_scripting():  # in an exported file the convolution raises
-            self._check_channels(tiles)
+            self._check_tiles(tiles)
         scale = 1.0 / (255.0 * self.std)
         x = torch.addcmul(-self.mean / self.std, tiles.to(self.mean.dtype), scale)  # one pass, not three
         if self.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
+        if self.pools_tokens:
+            return self._pool(x)
         embeddings: Tensor = self.net(x)
         return embeddings
 
-    def _check_channels(self, tiles: Tensor) -> None:
+    def _pool(self, x: Tensor) -> Tensor:
+        """Pools the tokens of images ``[N, C, H, W] float32``, each part after the network's last norm."""
+        tokens = self.net.forward_features(x)  # type: ignore[operator]
+        parts: list[Tensor] = []
+        if self.pools_class_token:
+            parts.append(self.net.fc_norm(tokens[:, 0]))  # type: ignore[operator]
+        if self.pools_patches:
+            parts.append(self.net.fc_norm(tokens[:, self.prefix_tokens :].mean(1)))  # type: ignore[operator]
+        return torch.cat(parts, 1)
+
+    def check_tile_size(self, side_px: int) -> None:
+        """Checks that square tiles of a side fit the network.
+
+        Raises:
+            UsageError: they do not; the message has the nearest sizes that do.
+        """
+        from timm.layers.patch_embed import PatchEmbed
+
+        embed = getattr(self.net, "patch_embed", None)
+        if not isinstance(embed, PatchEmbed) or embed.dynamic_img_pad:
+            return
+        patch_px, below = embed.patch_size[0], side_px - side_px % embed.patch_size[0]
+        sizes_px = (below, below + patch_px)
+        if embed.strict_img_size and embed.img_size is not None:
+            sizes_px = embed.img_size[:1]
+        if side_px not in sizes_px:
+            sizes = " or ".join(str(size) for size in sizes_px if size)
+            raise UsageError(
+                f"{self.spec.name} (patches of {patch_px} px) takes no tiles of {side_px} px; "
+                f"cut tiles of {sizes} px"
+            )
+
+    def _check_tiles(self, tiles: Tensor) -> None:
+        for side_px in tiles.shape[2:]:
+            self.check_tile_size(side_px)
         if tiles.shape[1] != self.in_channels:
             raise UsageError(
                 f"{self.spec.name} takes {self.in_channels} channels, the tiles have {tiles.shape[1]}; "
@@ -162,6 +205,28 @@ def _config(network: nn.Module) -> dict[str, Any]:
 def _names(value: str | Sequence[str] | None) -> tuple[str, ...]:
     """Returns the names in an entry of timm's configuration: one, several or none."""
     return (value,) if isinstance(value, str) else tuple(value or ())
+
+
+def _prefix_tokens(network: Any, spec: BackboneSpec) -> int:
+    """Counts the class and register tokens of a transformer with a pooling of its own.
+
+    Raises:
+        UsageError: the network has no tokens to pool so.
+    """
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+    families: Any = (VisionTransformer, Eva)  # timm is untyped
+    if (
+        not isinstance(network, families)
+        or network.attn_pool is not None
+        or ("token" in spec.pooling and network.cls_token is None)
+    ):
+        raise UsageError(
+            f"backbone.pooling {spec.pooling!r} is for vision transformers with these tokens, "
+            f"{spec.name} is none; leave it at 'default'"
+        )
+    return int(network.num_prefix_tokens)
 
 
 def _per_channel(values: Sequence[float], in_channels: int) -> Tensor:
@@ -497,8 +562,14 @@ def _backbone_of(state: dict[str, Tensor], metadata: dict[str, str], path: Path)
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """Computes the SHA-256 of a module's state, :func:`state_sha256`."""
-    return state_sha256(module.state_dict())
+    """Computes the SHA-256 of a module's state, :func:`state_sha256`; of a backbone with its pooling.
+
+    Equal weights with another pooling are another network to stored features.
+    """
+    sha256 = state_sha256(module.state_dict())
+    if not isinstance(module, Backbone) or not module.pools_tokens:
+        return sha256
+    return hashlib.sha256(f"{sha256} {module.spec.pooling}".encode()).hexdigest()
 
 
 def state_sha256(state: Mapping[str, Tensor]) -> str:

@@ -1,8 +1,11 @@
 """Specification of a backbone; imports no torch, to keep the help of commands fast."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from slidetl.errors import UsageError, WeightsError
+
+Pooling = Literal["default", "token", "mean", "token+mean"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,9 @@ class BackboneSpec:
             Virchow2. A configuration on the hub cannot state it.
         layer_scale: the transformer's blocks scale their outputs by learned factors, as in UNI and H-optimus.
             Set it if weights are refused for their ``ls1.gamma``: a configuration on the hub may omit it.
+        pooling: embedding of a transformer: its class token, the mean of its patch tokens, or both in this
+            order, of twice the length, as for Virchow and H0-mini; register tokens do not count. ``default``
+            leaves it to the network.
     """
 
     name: str = field(default="mobilenetv3_small_050", metadata={"option": "backbone"})
@@ -38,6 +44,7 @@ class BackboneSpec:
     gradient_checkpointing: bool = field(default=False, metadata={"option": ""})  # of trainings alone
     gated_mlp: bool = False
     layer_scale: bool = False
+    pooling: Pooling = "default"
 
     def __post_init__(self) -> None:
         if not self.name or not self.pretrained:

@@ -207,9 +207,9 @@ def build_network(
 
 
 def _architecture(spec: BackboneSpec) -> dict[str, str | int | bool]:
-    """Returns the part of a specification that determines the shapes of the weights."""
+    """Returns the part of a specification that determines the network, not its initial weights."""
     usual = BackboneSpec()
-    values = {key: getattr(spec, key) for key in ("in_channels", "gated_mlp", "layer_scale")}
+    values = {key: getattr(spec, key) for key in ("in_channels", "gated_mlp", "layer_scale", "pooling")}
     return {"name": spec.name} | {key: found for key, found in values.items() if found != getattr(usual, key)}
 
 

@@ -51,6 +51,7 @@ class FeatureSource:
         weights_sha256: of all its weights, :func:`slidetl.models.backbones.weights_sha256`.
         mean: by channel, of pixel values in 0..1, subtracted before the network.
         std: by channel, divides the difference.
+        pooling: of a transformer's tokens; ``weights_sha256`` covers it too.
         precision: ``float32`` or ``bfloat16``, of the network. Not part of the identity: the two agree to
             about two digits, and several machines may embed one cohort.
     """
@@ -61,6 +62,7 @@ class FeatureSource:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     precision: str = "float32"
+    pooling: str = "default"
 
     def to_attributes(self) -> dict[str, Any]:
         """Returns plain JSON values."""
@@ -69,7 +71,8 @@ class FeatureSource:
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> Self:
         """Inverts :meth:`to_attributes`."""
-        values: dict[str, Any] = {name: attributes[name] for name in cls.__dataclass_fields__}
+        defaults = {"pooling": "default"}  # caches of slidetl 0.1 do not have it
+        values: dict[str, Any] = {name: {**defaults, **attributes}[name] for name in cls.__dataclass_fields__}
         return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
     def same_network(self, other: Self) -> bool:

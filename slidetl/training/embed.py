@@ -167,6 +167,7 @@ def embed_cache(
         mean=_by_channel(backbone.mean),
         std=_by_channel(backbone.std),
         precision=str(dtype).removeprefix("torch."),
+        pooling=spec.pooling,
     )
     sources = {
         feature_name(options.name or spec.name, block): FeatureSource(**{**vars(source), "block": block})

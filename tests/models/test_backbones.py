@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from slidetl.models.backbones import (
     weights_sha256,
     without_downloads,
 )
-from slidetl.models.spec import BackboneSpec
+from slidetl.models.spec import BackboneSpec, Pooling
 from slidetl.models.weights import BUNDLED
 
 
@@ -301,6 +302,80 @@ def test_transformers_are_built_as_asked() -> None:
     assert scaled["blocks.0.ls1.gamma"].shape == (64,)
     with pytest.raises(WeightsError, match="resnet18 cannot be built with act_layer, in_chans, mlp_layer"):
         Backbone(BackboneSpec("resnet18", gated_mlp=True))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("prefix", "arguments"),
+    [
+        (1 + 4, {"reg_tokens": 4}),
+        (1, {"global_pool": "avg"}),  # its last norm follows the pooling
+        (1, None),  # of the other family
+    ],
+)
+def test_tokens_are_pooled_as_asked_and_it_scripts(
+    prefix: int, arguments: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    name = "eva02_tiny_patch14_224"
+    if arguments is not None:
+        name = f"local-dir:{tmp_path / 'model'}"
+        hub_repository(tmp_path / "model", **arguments)
+    side = 32 if arguments is not None else 28
+    tiles = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
+    backbones = {}
+    for pooling in get_args(Pooling):
+        torch.manual_seed(0)
+        backbones[pooling] = backbone = Backbone(BackboneSpec(name, pooling=pooling)).eval()
+        with torch.inference_mode():
+            embedded = backbone(tiles)
+            assert embedded.shape == (2, backbone.num_features)
+            if arguments is not None:  # twelve layers take long to compile
+                torch.testing.assert_close(torch.jit.script(backbone)(tiles), embedded, atol=0, rtol=0)
+    net: Any = backbones["default"].net
+    with torch.inference_mode():
+        found = {pooling: backbone(tiles) for pooling, backbone in backbones.items()}
+        std = backbones["default"].std
+        tokens = net.forward_features((tiles / 255 - backbones["default"].mean) / std)
+        by_hand = {"token": net.fc_norm(tokens[:, 0]), "mean": net.fc_norm(tokens[:, prefix:].mean(1))}
+    for pooling, expected in by_hand.items():
+        torch.testing.assert_close(found[pooling], expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found["token+mean"], torch.cat([found["token"], found["mean"]], 1))
+    torch.testing.assert_close(found["default"], found["token" if net.global_pool == "token" else "mean"])
+    assert len({weights_sha256(backbone) for backbone in backbones.values()}) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "pooling"),
+    [
+        ("resnet18", "mean"),
+        ("cbr_tiny", "token"),
+        ("swin_tiny_patch4_window7_224", "token+mean"),
+        ("vit_base_patch16_siglip_224", "token"),  # it has no class token
+    ],
+)
+def test_networks_without_these_tokens_refuse_a_pooling(name: str, pooling: Pooling) -> None:
+    with torch.device("meta"), pytest.raises(UsageError) as caught:
+        Backbone(BackboneSpec(name, pooling=pooling))
+    assert str(caught.value) == (
+        f"backbone.pooling '{pooling}' is for vision transformers with these tokens, {name} is none; "
+        "leave it at 'default'"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "said"),
+    [
+        ("test_vit", 100, "patches of 16 px) takes no tiles of 100 px; cut tiles of 96 or 112 px"),
+        ("eva02_tiny_patch14_224", 8, "patches of 14 px) takes no tiles of 8 px; cut tiles of 14 px"),
+        ("swin_tiny_patch4_window7_224", 66, "takes no tiles of 66 px; cut tiles of 64 or 68 px"),
+        ("beit_base_patch16_224", 240, "takes no tiles of 240 px; cut tiles of 224 px"),
+    ],
+)
+def test_tiles_that_the_patch_does_not_divide_are_one_line(name: str, side: int, said: str) -> None:
+    with torch.device("meta"):
+        backbone = Backbone(BackboneSpec(name))
+        with pytest.raises(UsageError, match=re.escape(said)):
+            backbone(torch.zeros(1, 3, side, side, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("in_channels", [0, 5])

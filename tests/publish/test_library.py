@@ -286,7 +286,13 @@ def test_a_pulled_model_begins_the_next_training(library: Library, model: Path) 
     "spec",
     [
         BackboneSpec(in_channels=1),
-        BackboneSpec("vit_tiny_patch16_224", gated_mlp=True, layer_scale=True, channels_last=False),
+        BackboneSpec(
+            "vit_tiny_patch16_224",
+            gated_mlp=True,
+            layer_scale=True,
+            channels_last=False,
+            pooling="token+mean",
+        ),
     ],
 )
 def test_the_fields_that_a_model_is_used_by_build_a_network_that_its_weights_fit(
@@ -301,6 +307,7 @@ def test_the_fields_that_a_model_is_used_by_build_a_network_that_its_weights_fit
     prefix = "networks.0.backbone."
     expected = {key[len(prefix) :]: value for key, value in parent.items() if key.startswith(prefix)}
     found = child.state_dict()
+    assert child.spec.pooling == spec.pooling
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 

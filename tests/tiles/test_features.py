@@ -56,6 +56,8 @@ def test_what_was_written_is_read_by_us_and_by_zarr(cache: SlideCache) -> None:
     features = group["features"]
     assert isinstance(features, zarr.Group)
     assert sorted(features.array_keys()) == ["resnet18", "resnet18.layer3"]
+    older = {name: value for name, value in SOURCE.to_attributes().items() if name != "pooling"}
+    assert FeatureSource.from_attributes(older) == SOURCE  # of a cache of slidetl 0.1
     # Tiles and all else are read as before.
     assert SlideCache.open(cache.path).read([0]).shape == (1, 32, 32, 3)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -124,6 +125,23 @@ def test_what_is_there_is_kept_and_other_weights_are_refused(cache_dir: Path, tm
     assert (read_features(opened(cache_dir)[0], NAME) != first).any()
 
 
+def test_another_pooling_is_another_network_and_is_recorded(cache_dir: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path = tmp_path / "w.pth"
+    torch.save(Backbone(BackboneSpec("test_vit")).net.state_dict(), path)
+    options = EmbedOptions(device="cpu", slides=(opened(cache_dir)[0].slide_id,))
+    embed_cache(cache_dir, BackboneSpec("test_vit", str(path)), options)
+    both = BackboneSpec("test_vit", str(path), pooling="token+mean")
+    with pytest.raises(CacheMismatchError, match="from other weights"):
+        embed_cache(cache_dir, both, options)
+    embed_cache(cache_dir, both, replace(options, name="both"))
+    cache = opened(cache_dir)[0]
+    token, found = (read_features(cache, name) for name in ("test_vit", "both"))
+    assert (token.shape[1], found.shape[1]) == (64, 128)
+    np.testing.assert_array_equal(found[:, :64], token)
+    assert [read_source(cache, name).pooling for name in ("test_vit", "both")] == ["default", "token+mean"]
+
+
 def test_a_damaged_slide_costs_itself(cache_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good, bad, unreadable = opened(cache_dir)
     data = bytearray(shard_path(bad.path, 0).read_bytes())
@@ -199,6 +217,7 @@ def test_mistakes_end_with_one_line(
         ([str(tmp_path / "nothing")], "no tile cache here"),
         ([str(cache_dir), "--backbone", "resnet999"], "timm knows no backbone"),
         ([str(cache_dir), "--name", "a/b"], "features are named by"),
+        ([str(cache_dir), "--pooling", "mean"], "backbone.pooling 'mean' is for vision transformers"),
     ]:
         assert main(["embed", *words]) == 2
         err = capsys.readouterr().err
