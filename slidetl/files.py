@@ -32,15 +32,20 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
     Raises:
         OutputError: the file cannot be written.
     """
+    with replaced_path(path) as partial, partial.open("xb") as file:  # never through a link of someone else
+        yield file
+
+
+@contextmanager
+def replaced_path(path: Path) -> Iterator[Path]:
+    """Gives the name of a file to write, and puts it in the place of ``path``; see :func:`replaced`."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.unlink(missing_ok=True)
         try:
-            with partial.open("xb") as file:  # never through a link of someone else
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
+            yield partial
+            fsync_path(partial)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)  # on a full disk it would take the missing room

@@ -37,6 +37,7 @@ COMMANDS = {
     "cache": "look into a tile cache, verify it, or mend it",
     "augment": "draw a contact sheet of a tile as trainings see it",
     "embed": "store the features of every tile of a cache",
+    "features": "exchange stored features with CLAM, TRIDENT, STAMP and AnnData",
     "fit-features": "grade slides by classical models on stored features",
     **TRAINING_COMMANDS,
     "backbones": "list networks, their size, and whether their weights are at hand",

@@ -51,6 +51,7 @@ def export(
         from slidetl.training.checkpoint import load_grader
 
     graders = [load_grader(path, allow) for path in checkpoints]
+    graders[0].network.backbone.check_network()
     training = familiar = None
     records = {weights_sha256(grader.network): grader.record for grader in graders}
     kept = evidence_from(evidence, records, coverage, arm) if evidence is not None else None

@@ -135,10 +135,17 @@ def plan_and_audit(comparison: Comparison, study: Study) -> tuple[Study, tuple[F
     """
     alike = []
     if comparison.near_duplicates:
-        names = [row.slide_id for row in study.rows]
+        seen = [cache for cache in study.caches if not cache.header.imported]
+        names = [cache.slide_id for cache in seen]
+        if blind := len(study.caches) - len(seen):
+            warnings.warn(
+                f"near_duplicates: {blind} slides have imported features and no thumbnail, so that near-"
+                "duplicates among them are not found",
+                stacklevel=2,
+            )
         found = near_duplicates(
-            [cache.thumbnail for cache in study.caches],
-            [cache.thumbnail_mpp for cache in study.caches],
+            [cache.thumbnail for cache in seen],
+            [cache.thumbnail_mpp for cache in seen],
             comparison.near_duplicates,
         )
         alike = [(names[one], names[two], likeness) for one, two, likeness in found]

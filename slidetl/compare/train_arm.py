@@ -41,6 +41,7 @@ from slidetl.files import write_whole
 from slidetl.models.blocks import pretrained_backbone
 from slidetl.models.network import GradingNetwork
 from slidetl.models.tensors import save_tensors
+from slidetl.tiles.features import read_features
 from slidetl.tiles.store import SlideCache
 from slidetl.training.drift import distances
 from slidetl.training.evaluation import NOT_FINITE, Evaluation
@@ -288,7 +289,7 @@ class _Fit:
                 drawn = draws if slide in self._monitored and n_tiles > 1 else 0
                 if not (pool or drawn):
                     continue
-                tiles = _tile_embeddings(network, slide.cache, chunk_size)
+                tiles = _tile_embeddings(network, slide.cache, chunk_size, self._stored)
                 mask = torch.ones((1, n_tiles), dtype=torch.bool)
                 if pool:
                     embedding = network.aggregator(tiles[None], mask).embedding[0]
@@ -309,6 +310,8 @@ class _Fit:
         Blocks of constant output are left out; with fewer than four tiles all are.
         """
         caches = [slide.cache for slide in self._monitored]
+        if self._stored and any(cache.header.imported for cache in caches):
+            return {}  # no tiles, and a frozen backbone is the same before and after
         drawn = draw_evenly([len(cache) for cache in caches], _SIMILARITY_TILES, self._job.fold.seed)
         tiles = np.concatenate([caches[number].read(part) for number, part in drawn.items()])
         if len(tiles) < 4:
@@ -321,6 +324,12 @@ class _Fit:
             layer: linear_cka(values, after[layer], permutations=1).value for layer, values in before.items()
         }
         return {layer: value for layer, value in found.items() if np.isfinite(value)}
+
+    @property
+    def _stored(self) -> str:
+        """Name of the stored features instead of all tiles; empty for none."""
+        data = self._built[1]
+        return data.features if not data.bag_size else ""
 
     def _loaded(self, name: str) -> SlideGrader:
         """Returns the network with the weights saved under a name."""
@@ -350,8 +359,10 @@ class _Fit:
         )
 
 
-def _tile_embeddings(network: GradingNetwork, cache: SlideCache, chunk: int) -> torch.Tensor:
-    """Embeds all tiles of a slide, so many at a time: ``[N, D]``."""
+def _tile_embeddings(network: GradingNetwork, cache: SlideCache, chunk: int, stored: str) -> torch.Tensor:
+    """Embeds all tiles of a slide, so many at a time, or reads their ``stored`` features: ``[N, D]``."""
+    if stored:
+        return torch.from_numpy(read_features(cache, stored)).float()
     parts = np.array_split(np.arange(len(cache)), -(-len(cache) // chunk))
     return torch.cat([network.backbone(channels_first(cache.read(part))) for part in parts])
 

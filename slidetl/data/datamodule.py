@@ -31,7 +31,7 @@ from slidetl.data.sampling import Sampling, Uniform
 from slidetl.data.study import CachedSlide, Study, common_spec, read_study
 from slidetl.data.tasks import Task, check_tasks
 from slidetl.errors import UsageError
-from slidetl.tiles.features import FeatureSource, common_source
+from slidetl.tiles.features import FeatureSource, common_source, feature_width
 from slidetl.tiles.grid import TileSpec
 
 _Loader = TypeVar("_Loader", bound=DataLoader[Any])
@@ -267,12 +267,17 @@ class SlideDataModule(pl.LightningDataModule):
                     f"{task.column!r} must have some, and a table of tile labels must meet some tiles"
                 )
 
-    def check_features(self, sha256: str, trains_backbone: bool) -> None:
+    def check_features(self, sha256: str, trains_backbone: bool, width: int) -> str:
         """Refuses stored features unfit for a training.
 
         Args:
-            sha256: SHA-256 of the initial weights of the training.
+            sha256: SHA-256 of the initial weights of the training, or :attr:`FeatureSource.identity` of its
+                features; empty for a backbone that only stands for stored features.
             trains_backbone: if the training changes them.
+            width: length of its embeddings.
+
+        Returns:
+            The identity of the features.
 
         Raises:
             UsageError: the features come from other weights, or would keep the backbone from training.
@@ -283,13 +288,25 @@ class SlideDataModule(pl.LightningDataModule):
                 "with data.bag_size 0 nothing goes through the backbone, but the strategy trains it; use "
                 "slidetl.models.transfer.FrozenFeatures, or a bag_size above 0"
             )
-        found = self.feature_source.weights_sha256
-        if found != sha256:
+        found = self.feature_source
+        stored = feature_width(self.slides["predict"][0].cache, self.features)
+        if not found.weights_sha256 and sha256 not in ("", found.identity):
             raise UsageError(
-                f"data.features {self.features!r} are of weights {found[:12]}..., the training starts from "
-                f"{sha256[:12]}...; run 'slidetl embed' with the same backbone and pretrained weights, and "
-                "let the strategy start from them"
+                f"data.features {self.features!r} were imported, and their file states no weights to compare "
+                f"with; use model.backbone.name stored_{stored}, or make them with 'slidetl embed'"
             )
+        if width != stored:
+            raise UsageError(
+                f"data.features {self.features!r} have a length of {stored}, the backbone's have {width}; "
+                "use the backbone that made them"
+            )
+        if sha256 not in ("", found.identity):
+            raise UsageError(
+                f"data.features {self.features!r} are of weights {found.short_identity}, the training starts "
+                f"from {sha256[:12]}...; run 'slidetl embed' with the same backbone and pretrained weights, "
+                "and let the strategy start from them"
+            )
+        return found.identity
 
     def train_dataloader(self) -> DataLoader[Bag]:
         """Builds the loader of bags ``[B, N, ...]``, each slide once per epoch."""

@@ -17,7 +17,8 @@ from slidetl.data.splits import split_patients
 from slidetl.data.tasks import Task, read_points
 from slidetl.errors import CacheError, CacheMismatchError, CacheMissingError, UsageError
 from slidetl.slides import open_slide
-from slidetl.slides.base import WHOLE_BYTES
+from slidetl.slides.base import WHOLE_BYTES, fingerprint_of
+from slidetl.tiles.foreign import SUFFIXES as FEATURE_SUFFIXES
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.ledger import USED, Ledger, LedgerRow, file_state
 from slidetl.tiles.store import SlideCache, cache_path
@@ -282,12 +283,20 @@ def _check_files(folder: Path, slides: Sequence[CachedSlide], ledger: Mapping[st
     found = []
     for slide, entry, (size, modified) in unknown:
         row, cache = slide.row, slide.cache
-        with open_slide(row.path, mpp_replace=cache.mpp_level0, channels=cache.spec.channels) as opened:
-            check_identity(cache, row.slide_id, opened.info.fingerprint, str(row.path))
+        check_identity(cache, row.slide_id, _fingerprint(row.path, cache), str(row.path))
         if entry is not None:
             found.append(replace(entry, path=str(row.path), bytes=size, modified=modified))
     with contextlib.suppress(CacheError):  # a read-only cache: they are read again next time
         Ledger(folder / "ledger.csv").record(found)
+
+
+def _fingerprint(path: Path, cache: SlideCache) -> str:
+    """Computes the fingerprint of a slide's file, or of the file of imported features in its place."""
+    if cache.header.imported and path.suffix.lower() in FEATURE_SUFFIXES:
+        return fingerprint_of([path])
+    mpp = cache.mpp_level0 if all(cache.mpp_level0) else 1.0  # any spacing: no pixel is read
+    with open_slide(path, mpp_replace=mpp, channels=cache.spec.channels or "0") as opened:
+        return opened.info.fingerprint
 
 
 def _endings(path: Path) -> Iterator[tuple[str, ...]]:

@@ -21,6 +21,7 @@ from slidetl.library.local import SCHEME, pulled_file
 from slidetl.models.cbr import CBR
 from slidetl.models.packaged import check_packaged, packaged_weights
 from slidetl.models.spec import BackboneSpec
+from slidetl.models.stored import NO_NETWORK, PREFIX, StoredFeatures
 from slidetl.models.tensors import check_finite, is_state, load_tensors
 from slidetl.models.weights import BUNDLED, bundled_weights
 
@@ -162,6 +163,8 @@ class Backbone(nn.Module):
         Raises:
             WeightsError: they cannot be found or read, or their names or shapes differ.
         """
+        if self.is_stored:
+            return
         found = read_pretrained(self.spec)
         config = _config(self.net)
         prefixes = tuple(f"{name}." for name in _names(config.get("classifier")))
@@ -184,6 +187,16 @@ class Backbone(nn.Module):
         for key, values in found.normalisation.items():
             getattr(self, key).copy_(_per_channel(values, self.spec.in_channels))
         self.lineage = found.lineage
+
+    @property
+    def is_stored(self) -> bool:
+        """True if it only stands for stored features (:mod:`slidetl.models.stored`)."""
+        return isinstance(self.net, StoredFeatures)
+
+    def check_network(self) -> None:
+        """Raises a UsageError if it only stands for stored features."""
+        if self.is_stored:
+            raise UsageError(NO_NETWORK)
 
     def blocks(self) -> dict[str, nn.Module]:
         """Returns timm's feature stages of the network, lowest first, or else its children.
@@ -249,6 +262,8 @@ def _adapt_kernel(kernel: Tensor, in_channels: int) -> Tensor:
 def _build_network(spec: BackboneSpec, architecture: Mapping[str, Any] | None) -> nn.Module:
     if spec.name.startswith("cbr_"):
         return CBR(spec.name, spec.in_channels)
+    if spec.name.startswith(PREFIX):
+        return StoredFeatures(spec.name)
     if architecture is None:
         return _timm_network(spec.name, spec, in_chans=spec.in_channels)
     about = dict(architecture["pretrained_cfg"])

@@ -15,7 +15,8 @@ class BackboneSpec:
     Attributes:
         name: a model of timm, e.g. ``resnet18``; one in timm's form on the Hugging Face hub,
             ``hf-hub:OWNER/MODEL``, or in a folder, ``local-dir:FOLDER`` (``config.json`` and weights); or one
-            of the CBR family, e.g. ``cbr_tiny`` (:class:`~slidetl.models.cbr.CBR`).
+            of the CBR family, e.g. ``cbr_tiny`` (:class:`~slidetl.models.cbr.CBR`); or ``stored_D``, which
+            stands for stored features of length D whose network is not here, as imported ones.
         pretrained: ``procedural`` (bundled, no network needed); ``imagenet`` or ``hub``, both for the weights
             published under the name, downloaded unless they are on this machine; ``zoo://NAME``, a model
             from ``slidetl zoo pull``; or the path of a ``.safetensors`` or ``.pth`` file. The transfer

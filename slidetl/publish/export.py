@@ -181,6 +181,7 @@ def build_network(
                 f"{first.grades} on {first.tile_spec} and {grader.grades} on {grader.tile_spec}"
             )
     backbone = first.network.backbone
+    backbone.check_network()
     network = ExportedNetwork(
         [grader.network for grader in graders], evidence.temperature if evidence else 1.0, familiar
     ).eval()

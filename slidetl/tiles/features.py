@@ -39,6 +39,7 @@ from slidetl.tiles.store import (
 
 _GROUP = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
 _AGAIN = "make it with 'slidetl embed'"
+NOT_STATED = "not stated"  # by the file of another tool
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class FeatureSource:
         mean: by channel, of pixel values in 0..1, subtracted before the network.
         std: by channel, divides the difference.
         pooling: of a transformer's tokens; ``weights_sha256`` covers it too.
-        precision: ``float32`` or ``bfloat16``, of the network. Not part of the identity: the two agree to
+        precision: ``float32`` or ``bfloat16``, of the network; :data:`NOT_STATED` for imported features,
+            with an empty hash and no mean and std. Not part of the identity: the two agree to
             about two digits, and several machines may embed one cohort.
     """
 
@@ -75,9 +77,19 @@ class FeatureSource:
         values: dict[str, Any] = {name: {**defaults, **attributes}[name] for name in cls.__dataclass_fields__}
         return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
+    @property
+    def identity(self) -> str:
+        """The hash of the weights, or for imported features the name of their network."""
+        return self.weights_sha256 or f"imported: {self.backbone}"
+
+    @property
+    def short_identity(self) -> str:
+        """The beginning of the hash, for messages; of imported features all of :attr:`identity`."""
+        return f"{self.weights_sha256[:12]}..." if self.weights_sha256 else self.identity
+
     def same_network(self, other: Self) -> bool:
         """Returns True if both are of one network and block, at any precision."""
-        return (self.block, self.weights_sha256) == (other.block, other.weights_sha256)
+        return (self.block, self.identity) == (other.block, other.identity)
 
 
 def feature_name(backbone: str, block: str = "") -> str:
@@ -137,10 +149,15 @@ def common_source(name: str, caches: Sequence[SlideCache]) -> FeatureSource:
         if not source.same_network(first):
             raise CacheMismatchError(
                 f"features {name!r} of {cache.slide_id} are of other weights "
-                f"({source.weights_sha256[:12]}...) than those of {caches[0].slide_id} "
-                f"({first.weights_sha256[:12]}...); run 'slidetl embed --overwrite' for all"
+                f"({source.short_identity}) than those of {caches[0].slide_id} "
+                f"({first.short_identity}); run 'slidetl embed --overwrite' for all"
             )
     return first
+
+
+def feature_width(cache: SlideCache, name: str) -> int:
+    """Reads the length D of a slide's stored embeddings, without their values."""
+    return int(read_sealed(cache.path / FEATURES / feature_name(name))["shape"][1])
 
 
 def read_features(cache: SlideCache, name: str, weights_sha256: str | None = None) -> NDArray[np.float16]:

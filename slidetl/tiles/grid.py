@@ -46,6 +46,8 @@ class TileSpec:
         max_air: greatest share of air or fat within the tissue of a tile, 0..1; 1 keeps all.
         channels: channels of a slide with several other than RGB, by number from 0 or name, separated by
             commas: one (grey), or three as red, green and blue.
+        foreign: the tool that cut the tiles, and what else tells its tiles from others; empty for slidetl.
+            ``mpp`` and ``tile_size_px`` are then 0 if its files do not state them.
 
     Raises:
         UsageError: a value is out of range; the message names it.
@@ -65,11 +67,13 @@ class TileSpec:
     max_fold: float = 1.0
     max_air: float = 1.0
     channels: str = ""
+    foreign: str = dataclasses.field(default="", metadata={"option": ""})
 
     def __post_init__(self) -> None:
-        if not (np.isfinite(self.mpp) and self.mpp > 0):
+        least = 0 if self.foreign else 1
+        if not (np.isfinite(self.mpp) and (self.mpp > 0 or (self.foreign and self.mpp == 0))):
             raise UsageError(f"mpp must be a positive number of micrometres, not {self.mpp}")
-        if self.tile_size_px < 1:
+        if self.tile_size_px < least:
             raise UsageError(f"tile size must be at least 1 pixel, not {self.tile_size_px}")
         if self.stride_px < 0:
             raise UsageError(f"stride must be at least 1 pixel (0: the tile size), not {self.stride_px}")
@@ -95,9 +99,9 @@ class TileSpec:
             raise UsageError(f"channels must be one, or three separated by commas, not {self.channels!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain JSON values, as stored beside the tiles; channels only if some are named."""
+        """Returns plain JSON values, as stored beside the tiles; channels and a tool only if named."""
         values = dataclasses.asdict(self)
-        return values if self.channels else {k: v for k, v in values.items() if k != "channels"}
+        return {k: v for k, v in values.items() if v or k not in ("channels", "foreign")}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

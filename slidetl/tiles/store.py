@@ -74,6 +74,8 @@ class CacheHeader:
         tiles_without_data: of these, places on areas without data; written if there are any.
         tiles_pen, tiles_fold, tiles_air, tiles_out_of_focus: tiles with tissue left out for their quality.
         tiles_unreadable: tiles left out because the slide is damaged there.
+        imported: the tool behind imported features, whose tiles are not here; empty for a tiled slide. Sizes
+            and spacings are then 0 if its file does not state them, and tissue is NaN.
     """
 
     slide_id: str
@@ -91,6 +93,7 @@ class CacheHeader:
     tiles_air: int = 0
     tiles_out_of_focus: int = 0
     tiles_unreadable: int = 0
+    imported: str = ""
 
     def to_attributes(self) -> dict[str, Any]:
         """Returns plain JSON values."""
@@ -98,6 +101,8 @@ class CacheHeader:
         values: dict[str, Any] = json.loads(json.dumps(asdict(self) | {"spec": self.spec.to_dict()}))
         if not self.tiles_without_data:
             del values["tiles_without_data"]  # caches of slides without such areas keep their bytes
+        if not self.imported:
+            del values["imported"]
         return about | values
 
     def identity(self) -> dict[str, Any]:
@@ -107,7 +112,7 @@ class CacheHeader:
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> Self:
         """Inverts :meth:`to_attributes`."""
-        attributes = {"tiles_without_data": 0, **attributes}
+        attributes = {"tiles_without_data": 0, "imported": "", **attributes}
         values = {name: attributes[name] for name in cls.__dataclass_fields__}
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return cls(**{**values, "spec": TileSpec.from_dict(attributes["spec"])})
@@ -188,12 +193,22 @@ class SlideCache:
 
     @property
     def extent_level0(self) -> tuple[float, float]:
-        """Size of a tile ``(x, y)``, level-0 pixels."""
+        """Size of a tile ``(x, y)``, level-0 pixels.
+
+        Raises:
+            CacheMismatchError: the features were imported from a file that does not state it.
+        """
+        if not all(self.header.extent_level0):
+            raise CacheMismatchError(
+                f"{self.path}: its features were imported ({self.header.imported}) without the size of a "
+                "tile, so nothing can be placed on them; import a file that states it"
+            )
         return self.header.extent_level0
 
     @property
     def thumbnail(self) -> NDArray[np.uint8]:
         """The whole slide, ``[h, w, 3] uint8``, read from disk at each access."""
+        self.check_tiles()
         return read_array(self.path / "thumbnail")
 
     @property
@@ -204,6 +219,7 @@ class SlideCache:
     @property
     def tissue_mask(self) -> TissueMask:
         """The tissue, in the frame of :attr:`thumbnail`."""
+        self.check_tiles()
         mpp = float(read_json(self.path / "tissue_mask")["attributes"]["mpp"])
         return TissueMask(read_array(self.path / "tissue_mask"), mpp)
 
@@ -213,6 +229,14 @@ class SlideCache:
         names = ("pen", "fold", "air", "focus")
         return {name: read_array(self.path / name) for name in names if (self.path / name).is_dir()}
 
+    def check_tiles(self) -> None:
+        """Raises a CacheMismatchError for imported features: the tiles behind them are not here."""
+        if self.header.imported:
+            raise CacheMismatchError(
+                f"{self.path}: it has features imported from {self.header.imported}, and no tiles; tile the "
+                "slide into another folder for what needs its tiles or its thumbnail"
+            )
+
     def read(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
         """Reads tiles in the given order; tiles may repeat.
 
@@ -221,10 +245,13 @@ class SlideCache:
 
         Raises:
             IndexError: there is no such tile.
+            CacheMismatchError: the features were imported, without tiles.
             CacheCorruptError: a tile fails its checksum; the message names it.
             CacheMissingError: a file of the cache is gone.
         """
         wanted = np.asarray(indices, dtype=np.int64).reshape(-1)
+        if len(wanted):
+            self.check_tiles()
         if len(wanted) and not (wanted.min() >= 0 and wanted.max() < len(self)):
             raise IndexError(
                 f"{self.path}: tiles are numbered 0 to {len(self) - 1}, asked for {wanted.tolist()}"

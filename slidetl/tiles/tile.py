@@ -212,6 +212,11 @@ def _kept_cache(info: SlideInfo, path: Path, spec: TileSpec, overwrite: bool) ->
         header = read_header(path)
         if header.spec != spec:
             raise CacheMismatchError(f"{path}: {describe_difference(header.spec, spec)}")
+        if header.imported:
+            raise CacheMismatchError(
+                f"{path}: features imported from {header.imported} are here; tile into another folder, or "
+                "replace them with --overwrite"
+            )
         if (header.fingerprint, header.mpp_level0) != (info.fingerprint, info.mpp_level0):
             raise CacheMismatchError(
                 f"{path}: made from another slide, or from this one at another spacing of level 0; "

@@ -126,7 +126,7 @@ def verify_cache(
     for name in sorted(set(listed or ()) - core):
         findings.append(Finding(name, "missing", _tiles_of(name, tiles)))
     findings.extend(_check_features(path, files - core - {"zarr.json"}))
-    if decode and header is not None:
+    if decode and header is not None and not header.imported:
         damaged = {tile for finding in findings for tile in finding.tiles}
         sound = [tile for tile in range(tiles) if tile not in damaged]
         findings.extend(_check_pixels(path, header, sound, threads))
@@ -149,6 +149,10 @@ def repair_cache(found: Verification, slide_path: Path) -> Verification:
     if header is None:
         raise CacheCorruptError(
             f"{path}: both copies of its description are damaged; tile the slide again with --overwrite"
+        )
+    if header.imported:
+        raise CacheCorruptError(
+            f"{path}: its features were imported; remove this folder, and run 'slidetl features import' again"
         )
     slide_id = path.name.removesuffix(".zarr")
     with slide_lock(path.parent, slide_id) as lock, _open_same(slide_path, header) as slide:

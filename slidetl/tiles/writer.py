@@ -258,23 +258,45 @@ class CacheWriter:
             "thumbnail": (plan.thumbnail, spacing),
             "tissue_mask": (plan.tissue_mask.mask, spacing),
         }
-        for name, (values, about) in arrays.items():
-            self._put(f"{name}/zarr.json", json.dumps(_array_document(values, about), indent=2).encode())
-            chunk = encode_zstd(values.astype(values.dtype.newbyteorder("<")).tobytes())
-            self._put("/".join((name, "c", *"0" * values.ndim)), chunk + checksum(chunk))
-
+        self._digests |= write_arrays(self._group, arrays)
         attributes = {**self._header.to_attributes(), "tiles_unreadable": len(self._unreadable)}
-        tiles = _tiles_document(int(is_readable.sum()), self._header, attributes)
-        self._put("tiles/zarr.json", sealed(tiles))
-        attributes = {**attributes, "complete": True, "checksums": dict(sorted(self._digests.items()))}
-        group = {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
-        (self._group / "zarr.json").write_bytes(sealed(group))
+        tiles = sealed(_tiles_document(int(is_readable.sum()), self._header, attributes))
+        (self._group / "tiles").mkdir(exist_ok=True)
+        (self._group / "tiles" / "zarr.json").write_bytes(tiles)
+        self._digests["tiles/zarr.json"] = file_digest(tiles)
+        write_seal(self._group, attributes, self._digests)
 
-    def _put(self, name: str, content: bytes) -> None:
-        path = self._group / name
+
+def write_arrays(group: Path, arrays: Mapping[str, tuple[NDArray[Any], Mapping[str, Any]]]) -> dict[str, str]:
+    """Writes small arrays of a group, of one chunk each.
+
+    Args:
+        group: the folder.
+        arrays: values and attributes by name.
+
+    Returns:
+        The digest of each file written, by its name in the group.
+    """
+    digests = {}
+
+    def put(name: str, content: bytes) -> None:
+        path = group / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-        self._digests[name] = file_digest(content)
+        digests[name] = file_digest(content)
+
+    for name, (values, about) in arrays.items():
+        put(f"{name}/zarr.json", json.dumps(_array_document(values, about), indent=2).encode())
+        chunk = encode_zstd(values.astype(values.dtype.newbyteorder("<")).tobytes())
+        put("/".join((name, "c", *"0" * values.ndim)), chunk + checksum(chunk))
+    return digests
+
+
+def write_seal(group: Path, attributes: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    """Writes the metadata of a group with the digests of its files, the last step to complete it."""
+    about = {**attributes, "complete": True, "checksums": dict(sorted(digests.items()))}
+    document = {"attributes": about, "zarr_format": 3, "node_type": "group"}
+    (group / "zarr.json").write_bytes(sealed(document))
 
 
 def _tiles_document(count: int, header: CacheHeader, attributes: Mapping[str, Any]) -> dict[str, Any]:

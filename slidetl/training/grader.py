@@ -128,7 +128,7 @@ class SlideGrader(pl.LightningModule):
             self._weigh_grades()
             if self.trainer.ckpt_path is None:  # a resumed training loads its weights
                 self.transfer.start(self.network.backbone)
-                self._check_features(weights_sha256(self.network.backbone))
+                self._check_features(self._weights)
             self.reference = self.transfer.reference(self.network.backbone)
             if self.reference is not None:  # equal in all processes; DDP need not broadcast it each step
                 names = [f"reference.{name}" for name, _ in self.reference.named_buffers()]
@@ -145,9 +145,15 @@ class SlideGrader(pl.LightningModule):
     def _check_features(self, sha256: str) -> None:
         """Refuses stored features of other weights than the initial ones of the training."""
         if self._data is not None and self._data.feature_source is not None:
-            trains = any(weight.requires_grad for weight in self.network.backbone.parameters())
-            self._data.check_features(sha256, trains)
-            self._features_sha256 = sha256
+            backbone = self.network.backbone
+            trains = any(weight.requires_grad for weight in backbone.parameters())
+            self._features_sha256 = self._data.check_features(sha256, trains, backbone.num_features)
+
+    @property
+    def _weights(self) -> str:
+        """The hash of the backbone's weights; empty if it only stands for stored features."""
+        backbone = self.network.backbone
+        return "" if backbone.is_stored else weights_sha256(backbone)
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Adds the callbacks of every training."""
@@ -323,7 +329,7 @@ class SlideGrader(pl.LightningModule):
     def validation_step(self, batch: Chunk, batch_idx: int) -> None:
         """Evaluates one chunk of a slide."""
         if "stored" in batch and not self._features_sha256:
-            self._check_features(weights_sha256(self.network.backbone))
+            self._check_features(self._weights)
         self._evaluation.take(batch, self._data.fold if self._data is not None else "")
 
     test_step = predict_step = validation_step

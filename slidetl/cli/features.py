@@ -1,0 +1,186 @@
+"""Exchanges stored features with other tools: CLAM, TRIDENT, STAMP and AnnData."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from slidetl.cli.progress import Progress
+from slidetl.text import one_line
+
+if TYPE_CHECKING:
+    from slidetl.tiles.ledger import LedgerRow
+
+
+def export(
+    cache: Path,
+    output: Path,
+    *,
+    features: str,
+    to: Literal["hdf5", "anndata"] = "hdf5",
+    slides: tuple[str, ...] = (),
+    overwrite: bool = False,
+) -> int:
+    """Writes stored features, one file for each slide, for another tool to read.
+
+    Files that are there already are kept. Exit code 1 if any slide failed.
+
+    Args:
+        cache: folder of 'slidetl tile' and 'slidetl embed'.
+        output: folder for the files.
+        features: name of the stored features; 'slidetl cache info' lists them.
+        to: hdf5 is TRIDENT's layout, read by CLAM and STAMP-like tools too; anndata is .h5ad.
+        slides: identifiers of slides, instead of all in the cache.
+        overwrite: replace files with other content.
+    """
+    from slidetl.data.study import find_slides, open_cache
+    from slidetl.errors import CacheError, OutputError
+    from slidetl.tiles.exchange import SUFFIXES, export_features
+
+    found = find_slides(cache, slides)
+    written = failed = 0
+    with Progress("slides", len(found)) as progress:
+        for slide_id, entry in found.items():
+            try:
+                path = output / f"{slide_id}{SUFFIXES[to]}"
+                is_new = export_features(
+                    open_cache(cache, slide_id, entry), features, path, to, overwrite=overwrite
+                )
+                written += is_new
+                state = "written" if is_new else "there already"
+            except (CacheError, OutputError) as error:
+                failed += 1
+                state = str(error)
+                print(one_line(f"failed: {slide_id}: {error}"), file=sys.stderr)
+            progress.advance()
+            progress.show(f"{slide_id}: {state}")
+    kept = len(found) - written - failed
+    print(f"{len(found)} slides: {written} written to {output}, {kept} there already, {failed} failed")
+    return 1 if failed else 0
+
+
+def import_(
+    files: tuple[Path, ...],
+    cache: Path,
+    *,
+    name: str,
+    slides: Path | None = None,
+    backbone: str = "",
+    overwrite: bool = False,
+) -> int:
+    """Stores features that TRIDENT, CLAM or STAMP wrote (HDF5), or 'slidetl features export'.
+
+    The cache then serves 'fit-features', and with a frozen backbone 'fit', 'test' and 'compare'. It has no
+    tiles. Features that are there already are kept. Exit code 1 if any file failed.
+
+    Args:
+        files: HDF5 files, or folders of them; the name of a file is that of its slide.
+        cache: folder to store them in; a new one, or one with the same tiles.
+        name: name for the features.
+        slides: manifest (CSV) or folder of the slides. It gives identifiers and paths; of a slide that is on
+            this machine, content and spacing are recorded, and coordinates compared with its size. Without
+            it, the path in a manifest is that of the HDF5 file.
+        backbone: the network of files that do not state it, as CLAM's.
+        overwrite: replace other features of this name.
+    """
+    from slidetl.errors import SlidetlError
+    from slidetl.tiles.features import NOT_STATED, feature_name
+    from slidetl.tiles.importing import import_features
+    from slidetl.tiles.ledger import Ledger
+
+    feature_name(name)
+    jobs = _match(_hdf5_files(files), slides)
+    rows: list[LedgerRow] = []
+    unknown, failed, new = set[str](), 0, 0
+    with Progress("files", len(jobs)) as progress, contextlib.ExitStack() as stack:
+        stack.callback(lambda: Ledger(cache / "ledger.csv").record(rows))
+        for slide_id, (file, slide, mpp) in jobs.items():
+            try:
+                done = import_features(
+                    *(file, cache, slide_id, name),
+                    slide=slide,
+                    mpp=mpp,
+                    backbone=backbone,
+                    overwrite=overwrite,
+                )
+                rows.append(done.row)
+                new += done.is_new
+                state = f"{done.row.tiles} tiles" + ("" if done.is_new else ", there already")
+                for note in done.notes:
+                    print(one_line(f"{slide_id}: {note}"), file=sys.stderr)
+                if done.source.backbone == NOT_STATED:
+                    unknown.add(slide_id)
+            except (SlidetlError, OSError) as error:
+                failed += 1
+                state = str(error)
+                print(one_line(f"failed: {slide_id}: {error}"), file=sys.stderr)
+            progress.advance()
+            progress.show(f"{slide_id}: {state}")
+    if unknown:
+        print(
+            f"{len(unknown)} files do not state their network: nothing would notice files of two networks in "
+            "one folder; state it with --backbone",
+            file=sys.stderr,
+        )
+    kept = len(jobs) - new - failed
+    print(f"{len(jobs)} slides: {new} stored in {cache}, {kept} there already, {failed} failed")
+    return 1 if failed else 0
+
+
+def _hdf5_files(paths: tuple[Path, ...]) -> list[Path]:
+    """Lists the HDF5 files among paths and below folders."""
+    from slidetl.errors import UsageError
+    from slidetl.tiles.foreign import SUFFIXES
+
+    found = []
+    for path in paths:
+        if not path.exists():
+            raise UsageError(f"{path}: no such file or folder")
+        below = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found += [file for file in below if file.suffix.lower() in SUFFIXES or not path.is_dir()]
+        if path.is_dir() and not any(file.suffix.lower() in SUFFIXES for file in below):
+            pickles = sum(file.suffix.lower() == ".pt" for file in below)
+            raise UsageError(
+                f"{path}: no .h5 files here"
+                + (f", and {pickles} .pt, which are pickles and not read; see --help" if pickles else "")
+            )
+    return found
+
+
+def _match(files: list[Path], slides: Path | None) -> dict[str, tuple[Path, Path | None, float | None]]:
+    """Assigns files to slides, by the name of the file: identifier, file, path of the slide, its spacing."""
+    from slidetl.data.manifest import read_manifest
+    from slidetl.data.study import listed
+    from slidetl.errors import UsageError
+    from slidetl.tiles.identifier import safe_slide_id
+
+    named: dict[str, Path] = {}
+    for file in files:
+        stem = safe_slide_id(file.stem)
+        if not stem or stem in named:
+            other = f" as {named[stem]}" if stem else ""
+            raise UsageError(f"{file}: its name gives the slide {stem!r}{other}; import one folder at a time")
+        named[stem] = file.absolute()
+    if slides is None:
+        return {stem: (file, None, None) for stem, file in named.items()}
+    matched: dict[str, tuple[Path, Path | None, float | None]] = {}
+    missing = []
+    for row in read_manifest(slides).rows:
+        stem = row.path.stem.removesuffix(".ome")
+        names = (row.slide_id, safe_slide_id(row.path.stem), safe_slide_id(stem))
+        of = next((named.pop(name) for name in names if name in named), None)
+        if of is None:
+            missing.append(row.slide_id)
+        else:
+            matched[row.slide_id] = (of, row.path, row.mpp)
+    for what, left in (("slides without a file", missing), ("files of no slide", list(named))):
+        if left:
+            print(one_line(f"{len(left)} {what}, left out: {listed(left)}"), file=sys.stderr)
+    if not matched:
+        raise UsageError(f"{slides}: no file has the name of one of its slides")
+    return matched
+
+
+COMMANDS = {"export": export, "import": import_}
