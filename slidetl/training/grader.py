@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from jsonargparse import lazy_instance  # type: ignore[attr-defined] # not in its __all__
 from numpy.typing import NDArray
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
@@ -44,9 +43,8 @@ from slidetl.training.multitask import TaskHeads
 from slidetl.training.room import RoomOnDevice
 from slidetl.training.schedules import OneCycle, Schedule, rate_for_batch
 
-# jsonargparse needs this form for an instance as the default of a protocol.
-_WARM_RESTART = lazy_instance(WarmRestart)
-_ONE_CYCLE = lazy_instance(OneCycle)
+_WARM_RESTART = WarmRestart()
+_ONE_CYCLE = OneCycle()
 
 
 class SlideGrader(pl.LightningModule):
