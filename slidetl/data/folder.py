@@ -10,9 +10,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-# Formats of OpenSlide 4, by file name; opening a file shows if it really is a slide.
+from slidetl.slides.ngff import is_ngff
+
+# Formats of OpenSlide 4 and OME-Zarr, by name; opening a file shows if it really is a slide.
 SLIDE_SUFFIXES = frozenset(
-    ".svs .tif .tiff .ndpi .vms .vmu .scn .mrxs .svslide .bif .dcm .czi".split()  # noqa: SIM905 (reads better)
+    ".svs .tif .tiff .ndpi .vms .vmu .scn .mrxs .svslide .bif .dcm .czi .zarr".split()  # noqa: SIM905 (reads better)
 )
 # Documents beside the slides of any study; not worth a warning.
 _PAPERS = frozenset(
@@ -27,7 +29,7 @@ class FoundFiles:
 
     Attributes:
         folder: the folder, absolute.
-        paths: regular files, sorted.
+        paths: regular files, and folders named ``.zarr``, sorted.
         dangling: links without a readable target.
         unreadable: folders that cannot be listed.
         odd: neither files nor folders: pipes, sockets, devices.
@@ -42,13 +44,21 @@ class FoundFiles:
     again: tuple[Path, ...]
 
     def slides(self, suffixes: frozenset[str]) -> list[Path]:
-        """Returns the files with these suffixes; if ``.dcm`` is one, DICOM files without a suffix too.
+        """Returns the files with these suffixes, and OME-Zarr folders if ``.zarr`` is one.
+
+        If ``.dcm`` is one, DICOM files without a suffix too.
 
         Dangling links are included: opening them fails, and the slide is reported.
         """
         dicom = ".dcm" in suffixes
         every = sorted((*self.paths, *self.dangling))
-        return [path for path in every if path.suffix.lower() in suffixes or (dicom and _is_dicom(path))]
+        return [
+            path
+            for path in every
+            if path.suffix.lower() in suffixes - {".zarr"}
+            or (dicom and _is_dicom(path))
+            or (".zarr" in suffixes and path.suffix.lower() == ".zarr" and is_ngff(path))
+        ]
 
     def warn_of_rest(self, taken: list[Path]) -> None:
         """Warns in one line of files not taken, documents apart."""
@@ -114,7 +124,7 @@ def find_files(folder: Path) -> FoundFiles:
                 if is_cache and (path.suffix == ".zarr" or entry.name == "previews"):
                     continue
                 if path.suffix.lower() == ".zarr":
-                    real[path] = path  # an unsupported format
+                    real[path] = path  # an OME-Zarr, or a format that is not read
                 elif f"{entry.name.lower()}.mrxs" not in names:
                     (linked_folders if entry.is_symlink() else waiting).append(path)
             elif entry.is_symlink():

@@ -17,6 +17,7 @@ from slidetl.data.spreadsheet import read_table
 from slidetl.data.tasks import Task
 from slidetl.errors import ManifestError, SlideOpenError, UsageError
 from slidetl.slides.dicom import series_instance_uid
+from slidetl.slides.ngff import is_ngff
 from slidetl.slides.npz import NpzItem, read_labels
 from slidetl.slides.raster import IMAGE_SUFFIXES, TIFF_SUFFIXES
 from slidetl.tiles.identifier import clash_key, safe_slide_id, short_digest
@@ -95,7 +96,8 @@ def read_manifest(
         path: a table (:mod:`slidetl.data.spreadsheet`) with the columns ``slide_id, path, patient_id, grade``
             and optionally ``site``, ``scanner``, ``stain``, ``block``, ``mpp``, ``split``, ``grade_reader1``,
             ...; or a folder of ungraded slides, searched with its sub-folders (:mod:`slidetl.data.folder`);
-            or labelled images. A folder without slides is searched for images (PNG, JPEG, BMP).
+            or labelled images; or one OME-Zarr. A folder without slides is searched for images (PNG, JPEG,
+            BMP).
         n_grades: number of grades K on the scale; None accepts any whole number.
         images: treat a folder as labelled images even if it has TIFFs or slides.
         tasks: label scales to read from their columns, if present.
@@ -104,6 +106,9 @@ def read_manifest(
         ManifestError: every fault found, with line numbers. Missing files are no faults: opening them fails.
     """
     path = Path(path)
+    if is_ngff(path):
+        row = ManifestRow(0, "", path.absolute(), "")
+        return _with_labels(Manifest(_named([row], path.absolute().parent)), tasks)
     if path.is_dir() and images:
         return _with_labels(_list_images(path, n_grades, IMAGE_SUFFIXES | TIFF_SUFFIXES), tasks)
     if path.is_dir():
@@ -339,15 +344,22 @@ def _with_labels(manifest: Manifest, tasks: Sequence[Task]) -> Manifest:
 
 
 def _list_folder(folder: Path, n_grades: int | None) -> Manifest:
-    """Lists the slides below a folder, a DICOM series once, or its images if it has no slides."""
+    """Lists the slides below a folder, a DICOM series once, or its images if it has no slides.
+
+    A series of several files is named by its UID, since none of the files names it.
+    """
     found = find_files(folder)
-    slides: dict[object, Path] = {}
+    series: dict[tuple[Path, str], list[Path]] = {}
     files = found.slides(SLIDE_SUFFIXES)
     for path in files:
-        slides.setdefault(_series(path) or path, path)
-    if slides:
+        series.setdefault(_series(path) or (path, ""), []).append(path)
+    if series:
         found.warn_of_rest(files)
-        return Manifest(_named([ManifestRow(0, "", path, "") for path in slides.values()], found.folder))
+        rows = [
+            ManifestRow(0, safe_slide_id(uid) if len(paths) > 1 else "", paths[0], "")
+            for (_, uid), paths in series.items()
+        ]
+        return Manifest(_named(rows, found.folder))
     if found.slides(IMAGE_SUFFIXES):
         return _list_images(folder, n_grades, IMAGE_SUFFIXES)
     known = " ".join(sorted(SLIDE_SUFFIXES | IMAGE_SUFFIXES))
@@ -426,18 +438,19 @@ def _check_labels(path: Path, count: int, n_grades: int | None) -> None:
 
 
 def _named(rows: list[ManifestRow], folder: Path) -> tuple[ManifestRow, ...]:
-    """Gives every row an identifier: its file name, if needed with its folders or a hash."""
+    """Gives every row an identifier: its own or its file name, if needed with its folders or a hash."""
 
-    def names(path: Path) -> list[str]:
+    def names(row: ManifestRow) -> list[str]:
+        path = row.path
         below = path.relative_to(folder)
         return [
-            path.stem,
+            row.slide_id or path.stem,
             "_".join([*below.parent.parts, path.stem]),
             "_".join(below.parts),
             f"{safe_slide_id(path.stem) or 'slide'}_{short_digest(str(below))}",
         ]
 
-    every = [[safe_slide_id(name) for name in names(row.path)] for row in rows]
+    every = [[safe_slide_id(name) for name in names(row)] for row in rows]
     chosen = [candidates[0] for candidates in every]
     for attempt in range(1, len(every[0])):
         counts = Counter(map(clash_key, chosen))

@@ -27,8 +27,9 @@ def open_slide(
     """Opens a slide of any OpenSlide format, or an image. Use it as a context manager.
 
     Args:
-        path: the slide; of several files, the one opened by the vendor's software. Or a PNG, JPEG, TIFF,
-            OME-TIFF, or an image in an ``.npz`` (:mod:`slidetl.slides.npz`).
+        path: the slide; of several files, the one opened by the vendor's software, of DICOM any one or the
+            folder of its series. Or a PNG, JPEG, TIFF,
+            OME-TIFF, the folder of an OME-Zarr, or an image in an ``.npz`` (:mod:`slidetl.slides.npz`).
         mpp_override: micrometres per level-0 pixel along both axes, for a slide without a spacing.
         icc: convert colours to sRGB by the slide's ICC profile, if it has one.
         mpp_replace: micrometres per level-0 pixel, or those along x and y, instead of the file's.
@@ -48,8 +49,12 @@ def open_slide(
     if is_raster(path):
         slide = RasterSlide(*given, channels)
     else:
+        from slidetl.slides.dicom import first_instance
         from slidetl.slides.openslide import OpenSlideSlide
 
+        if path.is_dir():
+            path = first_instance(path) or path
+            given = (path, mpp_override, mpp_replace)
         try:
             slide = OpenSlideSlide(*given)
         except SlideOpenError as error:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.errors import SlideOpenError, SlideReadError
+from slidetl.slides.unread import describe_unread
 
 _Result = TypeVar("_Result")
 
@@ -174,7 +175,9 @@ def check_there(path: Path) -> None:
         SlideOpenError: something is missing; the message names it.
     """
     if not path.is_file():
-        what = "not a file" if path.exists() else "no such file"
+        what = "no such file"
+        if path.exists():
+            what = describe_unread(path) or "not a file"
         if path.is_symlink() and not path.exists():
             what = f"a link to {path.readlink()}, which is not there"
         raise SlideOpenError(f"{path}: {what}")
@@ -200,11 +203,12 @@ def fingerprint_of(files: Iterable[Path]) -> str:
     Raises:
         OSError: a file cannot be read.
     """
-    digests = sorted(_file_digest(path) for path in files)
+    digests = sorted(file_digest(path) for path in files)
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Identifies a file's content, as :func:`fingerprint_of` says."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size

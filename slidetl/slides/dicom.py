@@ -5,10 +5,32 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from slidetl.errors import SlideOpenError
+
 # StudyInstanceUID (0020,000D) and, next to it, SeriesInstanceUID (0020,000E), explicit little endian. Only at
 # the top level of a file are they neighbours: a reference to another series has no study beside it.
 _STUDY_AND_SERIES = re.compile(rb"\x20\x00\x0d\x00UI..[0-9.]*[\0 ]?\x20\x00\x0e\x00UI..([0-9.]+)", re.DOTALL)
 _HEAD_BYTES = 1 << 16
+
+
+def first_instance(folder: Path) -> Path | None:
+    """Finds a file of the one series in a folder, by which OpenSlide opens the slide; None without any.
+
+    Raises:
+        SlideOpenError: the folder has several series; the message names a file of each.
+        OSError: it cannot be read.
+    """
+    series: dict[str, Path] = {}
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        if uid := series_instance_uid(path):
+            series.setdefault(uid, path)
+    if len(series) > 1:
+        names = ", ".join(path.name for path in list(series.values())[:5])
+        raise SlideOpenError(
+            f"{folder}: {len(series)} DICOM series, each a slide of its own; name a file of one ({names}), "
+            "or give the folder to 'slidetl tile'"
+        )
+    return next(iter(series.values()), None)
 
 
 def series_instance_uid(path: Path) -> str | None:

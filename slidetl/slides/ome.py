@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
@@ -99,7 +99,7 @@ def read_ome(xml: str, name: str, samples: int, n_directories: int) -> OmeImage:
         significant_bits=bits or None,
         channels=names + ("",) * (n_planes - len(names)),
         directories=directories,
-        rgb=_rgb(channels, names) if n_planes == 3 else None,
+        rgb=rgb_planes(names, list(map(_colour, channels))) if n_planes == len(channels) else None,
         others=sum(_area(other) > _AS_LARGE * _area(pixels) for other in _find(root, "Pixels")) - 1,
     )
 
@@ -194,15 +194,14 @@ def _objective(root: ElementTree.Element, image: ElementTree.Element) -> float |
     return power if 0 < power < 1000 else None
 
 
-def _rgb(channels: list[ElementTree.Element], names: tuple[str, ...]) -> tuple[int, int, int] | None:
-    """Finds red, green and blue among three channels by their names, or by colours if they have no names."""
-    if len(channels) != 3:
+def rgb_planes(names: Sequence[str], colours: Sequence[int | None]) -> tuple[int, int, int] | None:
+    """Finds red, green and blue among three planes by their names, or by colours if they have no names."""
+    if len(names) != 3:
         return None
     if any(names):
         keys = [name.casefold() for name in names]
         found = [[n for n, key in enumerate(keys) if key in colour] for colour in _RGB_NAMES]
     else:
-        colours = [_colour(channel) for channel in channels]
         found = [[n for n, colour in enumerate(colours) if colour == wanted] for wanted in _RGB_COLOURS]
     if not all(len(places) == 1 for places in found):
         return None

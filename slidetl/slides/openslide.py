@@ -33,6 +33,7 @@ from slidetl.slides.opencv import opencv
 from slidetl.slides.spacing import Pair, settle_spacing
 from slidetl.slides.tiff import PLAIN_TIFFS, JpegTiles, read_jpeg_level, stored_orientation
 from slidetl.slides.turn import Turn
+from slidetl.slides.unread import describe_unread
 
 _Result = TypeVar("_Result")
 
@@ -402,14 +403,18 @@ def _open(path: Path) -> openslide.OpenSlide:
         raise SlideOpenError(
             f"{path}: it names a file in another folder, {outside[1][:80]!r}; nothing outside is read"
         )
+    advice = f"; {unread}" if (unread := describe_unread(path)) else ""
     try:
         return openslide.OpenSlide(path)
     except openslide.OpenSlideUnsupportedFormatError as error:
         raise SlideOpenError(
-            f"{path}: not a slide in a format that OpenSlide reads, or its header is damaged"
+            f"{path}: not a slide in a format that OpenSlide reads, or its header is damaged{advice}"
         ) from error
     except openslide.OpenSlideError as error:
-        raise SlideOpenError(f"{path}: the slide cannot be opened; OpenSlide says: {error}") from error
+        advice = advice if "not supported" in str(error) else ""
+        raise SlideOpenError(
+            f"{path}: the slide cannot be opened; OpenSlide says: {error}{advice}"
+        ) from error
 
 
 def _levels(handle: openslide.OpenSlide) -> tuple[_Level, ...]:

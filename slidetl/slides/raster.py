@@ -1,4 +1,4 @@
-"""Images without scanner software: PNG, JPEG, TIFF without a vendor, OME-TIFF, items of ``.npz``."""
+"""Images without scanner software: PNG, JPEG, plain TIFF, OME-TIFF, OME-Zarr, items of ``.npz``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 from slidetl.errors import SlideOpenError, SlideReadError
 from slidetl.slides.base import SlideInfo, check_there, fingerprint_of
 from slidetl.slides.declared import READABLE, check_declared
+from slidetl.slides.depth import full_of, sample_windows, to_8_bits
 from slidetl.slides.levels import Level, PyramidSlide, nominal_mpp, scale_of
+from slidetl.slides.ngff import is_ngff, read_ngff
 from slidetl.slides.npz import NpzItem
 from slidetl.slides.ome import OmeImage, choose_channels, is_ome, read_ome
 from slidetl.slides.spacing import PRINTER_UM, Pair, settle_spacing
@@ -50,12 +52,6 @@ _APERIO = re.compile(r"\|\s*(MPP|AppMag)\s*=\s*([0-9.,]+)")
 _MAX_LEVELS = 64
 _MAX_CHANNELS = 256
 _MAX_SAMPLES = 32  # of one page, which are read together
-
-# Windows across and down, and their side, to find the scale of samples of more than 8 bits.
-_SAMPLES_ACROSS = 8
-_SAMPLE_PX = 256
-# White glass is at least this share of the full scale of the camera's depth.
-_NEAR_FULL = 0.75
 
 _GLASS = (255, 255, 255)
 
@@ -118,7 +114,7 @@ class RasterSlide(PyramidSlide[_Level]):
     Orientation is applied. OME-XML selects the planes.
 
     Args:
-        path: a PNG, JPEG, BMP or TIFF, or ``FILE.npz#SPLIT/INDEX``.
+        path: a PNG, JPEG, BMP or TIFF, the folder of an OME-Zarr, or ``FILE.npz#SPLIT/INDEX``.
         mpp_override: micrometres per pixel of a picture without a spacing. OME-XML has one, and so does the
             resolution of a TIFF if it is finer than a printer's.
         mpp_replace: micrometres per pixel instead of the file's.
@@ -193,6 +189,8 @@ class RasterSlide(PyramidSlide[_Level]):
             image = _as_rgb(item.read(), str(self._path))
             digest = hashlib.sha256(repr(image.shape).encode() + image.tobytes()).hexdigest()
             return _Opened.whole("npz", digest, image)
+        if self._path.is_dir():
+            return _read_ngff(self._path, channels)
         check_there(self._path)
         fingerprint = fingerprint_of([self._path])
         if self._path.suffix.lower() in IMAGE_SUFFIXES:
@@ -470,17 +468,12 @@ class _Tiff:
         if 8 <= stated < 16:
             self._notes.append(f"samples of {stated} bits are scaled to 8")
             return 2.0**stated - 1, 2.0**stated - 1
-        side = min(_SAMPLE_PX, size[0]), min(_SAMPLE_PX, size[1])
-        xs, ys = (
-            np.unique(np.linspace(0, length - part, _SAMPLES_ACROSS).astype(int)).tolist()
-            for length, part in zip(size, side, strict=True)
-        )
-        windows = [read(x, y, *side) for y in ys for x in xs for read in readers]
+        windows = [read(*window) for window in sample_windows(size) for read in readers]
         n_colours = _n_colours(page)
-        full, note = _full_of([window[..., :n_colours] for window in windows])
+        full, note = full_of([window[..., :n_colours] for window in windows])
         self._notes.append(note)
         alphas = [window[..., n_colours:] for window in windows]
-        return full, _full_of(alphas)[0] if alphas[0].size else full
+        return full, full_of(alphas)[0] if alphas[0].size else full
 
     def _rgb(self, planes: list[Any], raw: list[_ReadSamples], *window: int) -> NDArray[np.uint8]:
         pictures = [
@@ -497,7 +490,7 @@ class _Tiff:
         if pixels.dtype != np.uint8:
             scale = np.full(pixels.shape[-1], self._full[0], np.float32)
             scale[n_colours:] = self._full[1]
-            pixels = _scaled(pixels, scale)
+            pixels = to_8_bits(pixels, scale)
         if int(page.photometric) == _MINISWHITE:
             pixels = pixels.copy()
             pixels[..., 0] = 255 - pixels[..., 0]
@@ -590,6 +583,19 @@ def _read_plain(path: Path, fingerprint: str) -> _Opened:
     return _Opened.whole(name, fingerprint, rgb, profile=profile, notes=tuple(notes))
 
 
+def _read_ngff(path: Path, channels: str) -> _Opened:
+    """Reads the description of an OME-Zarr."""
+    try:
+        image = read_ngff(path, channels)
+    except SlideOpenError as error:
+        raise SlideOpenError(f"{path}: {error}") from error
+    except _DAMAGE as error:
+        raise SlideOpenError(f"{path}: not an OME-Zarr that can be read: {_line(error)}") from error
+    return _Opened(
+        "ome-zarr", image.fingerprint, image.sizes_px, image.readers, mpp=image.mpp, notes=image.notes
+    )
+
+
 def _is_deep_png(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(25)
@@ -602,26 +608,10 @@ def _read_deep_png(path: Path) -> tuple[NDArray[np.uint8], str]:
 
     pixels = np.atleast_3d(imagecodecs.png_decode(path.read_bytes()))
     n_colours = pixels.shape[2] - (pixels.shape[2] in (2, 4))
-    full, note = _full_of([pixels[..., :n_colours]])
+    full, note = full_of([pixels[..., :n_colours]])
     scale = np.full(pixels.shape[2], full, np.float32)
     scale[n_colours:] = 2**16 - 1
-    return _scaled(pixels, scale), note
-
-
-def _full_of(parts: list[NDArray[Any]]) -> tuple[float, str]:
-    """Returns the white value among samples of 16 bits, and a note of it.
-
-    It is the full scale of a camera's depth, or the 99.9th percentile (without hot pixels) if far below.
-    """
-    highest = max(float(np.percentile(part, 99.9)) for part in parts)
-    bits = next(bits for bits in (8, 10, 12, 14, 16) if highest < 2**bits)
-    if highest >= _NEAR_FULL * (2**bits - 1) or highest < 1:
-        return 2.0**bits - 1, f"samples of 16 bits hold {bits}, and are scaled to 8"
-    return highest, f"samples of 16 bits go up to {highest:.0f}, and are scaled to 8 bits"
-
-
-def _scaled(samples: NDArray[Any], full: NDArray[np.float32]) -> NDArray[np.uint8]:
-    return np.asarray((samples * (np.float32(255) / full) + np.float32(0.5)).clip(0, 255).astype(np.uint8))
+    return to_8_bits(pixels, scale), note
 
 
 def _as_rgb(pixels: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
@@ -659,7 +649,7 @@ def is_raster(path: Path) -> bool:
 
     It reads images, and TIFFs unknown to OpenSlide or shown wrongly by it.
     """
-    if NpzItem.of(path) is not None or path.suffix.lower() in IMAGE_SUFFIXES:
+    if NpzItem.of(path) is not None or path.suffix.lower() in IMAGE_SUFFIXES or is_ngff(path):
         return True
     if not path.is_file() or not (path.suffix.lower() in TIFF_SUFFIXES or is_tiff(path)):
         return False

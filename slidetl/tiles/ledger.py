@@ -12,6 +12,7 @@ from typing import Self
 
 from slidetl.errors import CacheError
 from slidetl.files import write_whole
+from slidetl.slides.ngff import metadata_file
 from slidetl.slides.npz import NpzItem
 from slidetl.slides.spacing import REMEDY, cohort_notes
 from slidetl.text import one_line
@@ -107,7 +108,7 @@ def file_state(path: Path) -> tuple[int, float] | None:
     """Returns size (bytes) and time of change (seconds since 1970) of a slide's file, None if it is gone."""
     item = NpzItem.of(path)
     try:
-        found = (item.file if item else path).stat()
+        found = (item.file if item else metadata_file(path) if path.is_dir() else path).stat()
     except (OSError, ValueError):  # ValueError: it cannot be a path
         return None
     return found.st_size, round(found.st_mtime, 3)

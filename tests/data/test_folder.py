@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from slidetl.data.manifest import read_manifest
-from slidetl.errors import ManifestError
+from slidetl.errors import ManifestError, SlideOpenError
+from slidetl.slides import open_slide
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -103,3 +104,27 @@ def test_names_of_every_script_and_clashes(tmp_path: Path) -> None:
         "slide",
     ]
     assert found == identifiers(tmp_path)
+
+
+def test_series_of_several_files_are_named_by_their_uid(tmp_path: Path, test_data: Path) -> None:
+    uid = b"1.3.6.1.4.1.5962.99.1.1747645553.419656796.1689669825649.4.0"
+    other = uid[:-3] + b"9.0"
+    for name in ("openslide-python-boxes_0.dcm", "openslide-python-boxes_1.dcm"):
+        data = (test_data / "slides" / name).read_bytes()
+        (tmp_path / name).write_bytes(data)
+        (tmp_path / f"z{name}").write_bytes(data.replace(uid, other))
+    data = (test_data / "slides" / "gcp-camelyon-jpeg.dcm").read_bytes()
+    (tmp_path / "alone.dcm").write_bytes(data)
+    found = {row.slide_id: row.path for row in read_manifest(tmp_path).rows}
+    assert found.keys() == {uid.decode(), other.decode(), "alone"}
+    for path in found.values():
+        open_slide(path).close()
+    with pytest.raises(SlideOpenError, match=r"3 DICOM series, each a slide of its own; name a file of one"):
+        open_slide(tmp_path)
+
+
+def test_the_folder_of_one_series_opens_as_its_slide(tmp_path: Path, test_data: Path) -> None:
+    for name in ("openslide-python-boxes_0.dcm", "openslide-python-boxes_1.dcm"):
+        (tmp_path / name).write_bytes((test_data / "slides" / name).read_bytes())
+    with open_slide(tmp_path) as slide, open_slide(tmp_path / "openslide-python-boxes_1.dcm") as other:
+        assert slide.info.fingerprint == other.info.fingerprint

@@ -17,7 +17,16 @@ from slidetl.slides.base import Slide
 from slidetl.slides.openslide import _corner, composite
 from tests.conftest import Picture, PyramidTiff
 from tests.contracts.slide import SlideContract
-from tests.slides.vendor_files import FILL, write_mirax, write_philips
+from tests.slides.vendor_files import (
+    CZI_JPEG,
+    CZI_JPEG_XR,
+    CZI_PLAIN,
+    CZI_ZSTD,
+    FILL,
+    write_czi,
+    write_mirax,
+    write_philips,
+)
 
 
 def noise(height: int, width: int, seed: int = 0) -> Picture:
@@ -243,6 +252,35 @@ def test_all_instances_of_a_dicom_series_count(test_data: Path, tmp_path: Path) 
     assert open_slide(tmp_path / names[0]).info.fingerprint == prints[0]
     (tmp_path / names[1]).unlink()
     assert open_slide(tmp_path / names[0]).info.fingerprint != prints[0]
+
+
+class TestCzi(SlideContract):
+    @pytest.fixture
+    def picture(self) -> Picture:
+        return noise(320, 360)
+
+    @pytest.fixture(params=[CZI_PLAIN, CZI_ZSTD])
+    def slide(self, picture: Picture, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Slide]:
+        with open_slide(write_czi(tmp_path / "a.czi", picture, compression=request.param)) as slide:
+            assert (slide.info.vendor, slide.info.objective_power) == ("zeiss", 20)
+            assert len(slide.info.mpp_levels) == 2
+            yield slide
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"compression": CZI_JPEG}, "JPEG compression is not supported"),
+        ({"compression": CZI_JPEG_XR}, "JPEG XR compression is not supported"),
+        ({"is_grey": True}, "Pixel type GRAY8 is not supported"),
+    ],
+)
+def test_a_czi_that_openslide_does_not_read_names_a_converter(
+    tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
+    path = write_czi(tmp_path / "a.czi", noise(64, 64), **options)
+    with pytest.raises(SlideOpenError, match=rf"{said}; this kind of Zeiss CZI .* bfconvert"):
+        open_slide(path)
 
 
 class TestMirax(SlideContract):

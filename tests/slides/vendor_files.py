@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 from PIL import Image
 
@@ -111,3 +112,71 @@ def write_philips(path: Path, picture: Picture, mpp: tuple[float, float] = (0.25
                 metadata=None,
             )
     return path
+
+
+CZI_PLAIN, CZI_JPEG, CZI_JPEG_XR, CZI_ZSTD = 0, 1, 4, 5
+_CZI_GREY, _CZI_BGR = 0, 3
+_CZI_XML = """<ImageDocument><Metadata><Information><Image><SizeX>{}</SizeX><SizeY>{}</SizeY><SizeS>1</SizeS>
+<ObjectiveSettings><ObjectiveRef Id="Objective:1"/></ObjectiveSettings></Image><Instrument><Objectives>
+<Objective Id="Objective:1"><NominalMagnification>20</NominalMagnification></Objective></Objectives>
+</Instrument></Information><Scaling><Items><Distance Id="X"><Value>{}</Value></Distance>
+<Distance Id="Y"><Value>{}</Value>
+</Distance></Items></Scaling></Metadata></ImageDocument>"""
+
+
+def write_czi(
+    path: Path,
+    picture: Picture,
+    mpp: float = 0.5,
+    factors: tuple[int, ...] = (2,),
+    compression: int = CZI_PLAIN,
+    tile_px: int = 128,
+    is_grey: bool = False,
+) -> Path:
+    """A Zeiss CZI with levels of block means, by the structures of openslide-vendor-zeiss.c."""
+    height, width = picture.shape[:2]
+    body, entries = bytearray(_segment("ZISRAWFILE", bytes(512))), []
+    for factor in (1, *factors):
+        level = picture if factor == 1 else block_means(picture, factor)
+        for x, y, tile in _tiles(level, tile_px):
+            stored = tile[..., :1] if is_grey else tile[..., ::-1]
+            data = np.ascontiguousarray(stored).tobytes()
+            data = bytes(imagecodecs.zstd_encode(data)) if compression == CZI_ZSTD else data
+            at = len(body)
+            entry = struct.pack(
+                "<2siqiib5xi", b"DV", _CZI_GREY if is_grey else _CZI_BGR, at, 0, compression, 0, 4
+            )
+            for name, start, stored_px in (("X", x, tile.shape[1]), ("Y", y, tile.shape[0])):
+                entry += struct.pack(
+                    "<4siifi", name.encode(), start * factor, stored_px * factor, 0.0, stored_px
+                )
+            for name in ("C", "S"):
+                entry += struct.pack("<4siifi", name.encode(), 0, 1, 0.0, 1)
+            entries.append(entry)
+            head = struct.pack("<iiq", 0, 0, len(data)) + entry
+            body += _segment("ZISRAWSUBBLOCK", head.ljust(256, b"\0") + data)
+    places = []
+    listed = struct.pack("<i124x", len(entries)) + b"".join(entries)
+    xml = _CZI_XML.format(width, height, mpp * 1e-6, mpp * 1e-6).encode()
+    for name, content in (
+        ("ZISRAWDIRECTORY", listed),
+        ("ZISRAWMETADATA", struct.pack("<ii248x", len(xml), 0) + xml),
+        ("ZISRAWATTDIR", struct.pack("<i252x", 0)),
+    ):
+        places.append(len(body))
+        body += _segment(name, content)
+    guid = bytes(range(16))
+    about = struct.pack("<iiii16s16siqqiq", 1, 0, 0, 0, guid, guid, 0, places[0], places[1], 0, places[2])
+    body[32 : 32 + len(about)] = about
+    path.write_bytes(body)
+    return path
+
+
+def _segment(name: str, content: bytes) -> bytes:
+    return struct.pack("<16sqq", name.encode(), len(content), len(content)) + content
+
+
+def _tiles(picture: Picture, side: int) -> Iterator[tuple[int, int, Picture]]:
+    for y in range(0, picture.shape[0], side):
+        for x in range(0, picture.shape[1], side):
+            yield x, y, picture[y : y + side, x : x + side]
