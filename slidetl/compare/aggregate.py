@@ -416,8 +416,9 @@ class _Pooling:
         probabilities = np.full((self._n_repeats, len(self.rows), self._n_grades), np.nan)
         folds = np.zeros(probabilities.shape[:2], np.int64)
         for job, result in jobs:
-            where = [number[row.slide_id] for row in result.predictions]
-            rows = np.array([row.probabilities for row in result.predictions])
+            found = [row for row in result.predictions if row.slide_id in number]  # not the external ones
+            where = [number[row.slide_id] for row in found]
+            rows = np.array([row.probabilities for row in found])
             probabilities[job.fold.repeat, where] = with_temperature(rows, result.temperature)
             folds[job.fold.repeat, where] = self._folds.index(job.fold.name)
         return probabilities, folds[:, self._first]
@@ -504,6 +505,8 @@ def _site_in_embeddings(
 
     Empty if a site has a single patient, a patient several sites, or folds leave a site out.
     """
+    if site := comparison.protocol.external_site:  # no fold trains on it
+        study = replace(study, slides=tuple(slide for slide in study.slides if slide.row.site != site))
     sites, patients = (np.array([getattr(row, k) for row in study.rows]) for k in ("site", "patient_id"))
     site_of = {row.slide_id: row.site for row in study.rows}
     pairs = {(row.patient_id, row.site) for row in study.rows}  # more than patients if one has two sites

@@ -199,6 +199,8 @@ class Comparison:
                 raise UsageError(f"there is no arm {name!r}; there are {', '.join(self.arms)}")
         if self.primary.arm == self.primary.against:
             raise UsageError(f"primary: {self.primary.arm!r} is compared with itself; name another arm")
+        if self.permutations.n and self.protocol.external_site:
+            raise UsageError("permutations exchange grades between sites; leave out protocol.external_site")
         for name, arm in self.arms.items():
             if arm.choices and not self.protocol.is_nested:
                 raise UsageError(

@@ -46,7 +46,7 @@ def grade_by_features(job: Job) -> JobResult:
         held_out = [graded(inner.train, job.open(inner.validation)) for inner in fold.inner]
         truth = [grade for inner in fold.inner for grade in _labels(job.part(inner.validation))[0]]
         temperature = fit_temperature(truth, np.concatenate(held_out))
-    test = job.open(fold.test)
+    test = job.open((*fold.test, *fold.external))
     result = _result(test, graded(fold.train, test))
     return replace(result, temperature=temperature, nested=bool(fold.inner))
 
@@ -54,7 +54,7 @@ def grade_by_features(job: Job) -> JobResult:
 def grade_by_baseline(job: Job) -> JobResult:
     """Grades by the share of each grade, by site, or by colour."""
     fold, n_grades, name = job.fold, len(job.grades), job.recipe["baseline"]
-    train, test = job.part(fold.train), job.open(fold.test)
+    train, test = job.part(fold.train), job.open((*fold.test, *fold.external))
     grades, patients = _labels(train)
     prior = _shares(grades, n_grades)
     if name == "prior":

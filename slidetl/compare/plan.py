@@ -221,7 +221,7 @@ def plan_jobs(
         longer: float = 1.0,
     ) -> Job:
         recipe = recipes[name] if n_slides is None else _longer(recipes[name], longer)
-        data = {slide: data_of[permutation][slide] for slide in (*fold.train, *fold.test)}
+        data = {slide: data_of[permutation][slide] for slide in (*fold.train, *fold.test, *fold.external)}
         about = {
             "format": FORMAT_VERSION,
             "recipe": recipe,
@@ -233,6 +233,8 @@ def plan_jobs(
             "data": data,
             "spec": spec,
         }
+        if fold.external:
+            about["external"] = fold.external
         slides = [slide for slide in studies[permutation].slides if slide.row.slide_id in data]
         return Job(
             *(name, fold, n_slides, permutation, recipe, canonical_sha256(about)[:20]),

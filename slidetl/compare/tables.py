@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from slidetl.compare.aggregate import RISK, ArmResult, ComparisonResult, PairedDifference
+from slidetl.compare.external import external_results
 from slidetl.compare.learning import CURVE_METRICS, equal_epochs, learning_of
 from slidetl.compare.plan import Job
 from slidetl.compare.records import CurvePoint, JobResult
 from slidetl.evaluation.bootstrap import Interval
+from slidetl.evaluation.calibration import with_temperature
 from slidetl.evaluation.conformal import referral_rule
 from slidetl.evaluation.repeatability import ScoreShift
 from slidetl.files import write_csv
 
 # One row for each number, grouped by ``section``: primary, metric (of an arm), repeat, threshold, variance,
-# calibration, sets, site, scanner, reader, repeatability, groups, chance; learning; difference; agreement,
-# ceiling, confounding, power.
+# calibration, sets, site, scanner, reader, repeatability, groups, chance; external; learning; difference;
+# agreement, ceiling, confounding, power.
 COLUMNS = (
     *("section", "arm", "train_slides", "against", "metric", "estimate", "low", "high", "level"),
     *("p", "p_holm", "n", "note"),
@@ -45,6 +47,21 @@ def write_tables(result: ComparisonResult, folder: Path) -> None:
     # Two files, so that predictions.csv has each slide of an arm once a repeat.
     for name, arms in (("predictions", result.arms), ("predictions_smaller", result.smaller)):
         write_csv(folder / f"{name}.csv", columns, _of_jobs(arms, partial(_predictions, result)))
+    outside = folder / "predictions_external.csv"
+    outside.unlink(missing_ok=True)
+    if result.comparison.protocol.external_site:
+        columns = (
+            *_JOB,
+            "slide_id",
+            "patient_id",
+            "site",
+            "grade",
+            "predicted_grade",
+            *grades,
+            "temperature",
+        )
+        rows = _of_jobs((*result.arms, *result.smaller), partial(_external_predictions, result))
+        write_csv(outside, columns, rows)
     found: dict[str, tuple[tuple[str, ...], _Cells]] = {
         "curves": (
             tuple(item.name for item in fields(CurvePoint)),
@@ -65,6 +82,7 @@ def _result_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
     for arm in (*result.arms, *result.smaller):
         rows = _arm_rows(arm, result.comparison.referral_risks)
         yield from ({"arm": arm.arm, "train_slides": arm.n_slides, **row} for row in rows)
+    yield from _external_rows(result)
     yield from _learning_rows(result)
     for pair in (*result.differences, *result.smaller_differences):
         yield from _difference_rows("difference", pair)
@@ -147,6 +165,14 @@ def _arm_rows(arm: ArmResult, referral_risks: Sequence[float]) -> Iterator[dict[
         yield _row("chance", "permuted_labels", None, p=arm.chance_p, n=arm.n_permuted)
 
 
+def _external_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
+    for found in external_results(result):
+        for note, metrics in (("as it comes", found.metrics), ("recalibrated", found.recalibrated)):
+            for name, interval in metrics.items():
+                row = _row("external", name, interval, n=len(found.results.true), note=note)
+                yield {"arm": found.arm, "train_slides": found.n_slides, **row}
+
+
 def _group_rows(found: ScoreShift) -> Iterator[dict[str, Any]]:
     """Yields the shift of the score of an arm, or of the grades in the manifest."""
     how = "the same patients" if found.paired else "different patients"
@@ -222,6 +248,8 @@ def _predictions(
     """
     numbers = {row.slide_id: number for number, row in enumerate(result.rows)}
     for prediction in found.predictions:
+        if prediction.slide_id not in numbers:  # of the external site
+            continue
         number = numbers[prediction.slide_id]
         row = arm.probabilities[job.fold.repeat, number]
         readings = enumerate(result.readings[number].tolist(), 1)
@@ -237,6 +265,22 @@ def _predictions(
             "expected_grade": f"{sum(grade * value for grade, value in enumerate(row)):.5f}",
             "temperature": f"{found.temperature:.5g}",
             **{f"uncalibrated_{grade}": p for grade, p in enumerate(prediction.probabilities)},
+        }
+
+
+def _external_predictions(
+    result: ComparisonResult, _: ArmResult, job: Job, found: JobResult
+) -> Iterator[dict[str, Any]]:
+    """Yields a row for each slide of the external site, with calibrated probabilities."""
+    external = set(job.fold.external)
+    own = [row for row in found.predictions if row.slide_id in external]
+    calibrated = with_temperature([row.probabilities for row in own], found.temperature)
+    for row, values in zip(own, calibrated, strict=True):
+        yield {
+            **{name: getattr(row, name) for name in ("slide_id", "patient_id", "site", "grade")},
+            "predicted_grade": int(values.argmax()),
+            **{f"probability_{grade}": f"{value:.7f}" for grade, value in enumerate(values)},
+            "temperature": f"{found.temperature:.5g}",
         }
 
 

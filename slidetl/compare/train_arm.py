@@ -102,11 +102,13 @@ def train_job(job: Job, folder: Path, threads: int = 1, allow: Sequence[str] = (
             [row.grade for row in held_out if row.grade is not None],
             [row.probabilities for row in held_out],
         )
-    final = _Fit(job, folder / "final", chosen, fold.train, fold.test, allow)
+    final = _Fit(job, folder / "final", chosen, fold.train, fold.test, allow, fold.external)
     curves = [*curves, *final.run("test", 0, keep_weights=True).points]
     predictions = final.predict()
     draws, pooled = final.examine(
-        recipe["tile_draws"], temperature, pool=len({row.site for row in job.rows}) > 1
+        recipe["tile_draws"],
+        temperature,
+        pool=len({row.site for row in job.part((*fold.train, *fold.test))}) > 1,
     )
     slides = (*fold.train, *fold.test) if pooled else ()
     return JobResult(
@@ -190,6 +192,7 @@ class _Fit:
         train: slides.
         monitored: slides to grade now and then; they do not influence the training.
         allow: as for :func:`check_configs`.
+        external: slides to predict beside the monitored ones.
     """
 
     def __init__(
@@ -200,10 +203,12 @@ class _Fit:
         train: Sequence[str],
         monitored: Sequence[str],
         allow: Sequence[str],
+        external: Sequence[str] = (),
     ) -> None:
         self._job, self._folder, self._allow = job, folder, allow
         self._config = with_values(job.recipe["fit"], chosen)
         self._train, self._monitored = job.open(train), job.open(monitored)
+        self._external = job.open(external)
         self._weights = folder / "weights"
         self.max_epochs = int(self._config["trainer"].get("max_epochs", EPOCHS))
 
@@ -214,7 +219,7 @@ class _Fit:
         config = _parse(self._config, self._job.grades, seed, self._allow)
         with own_error():
             ready = _parser().instantiate_classes(config)
-        parts = {"train": self._train, "val": self._monitored, "test": self._monitored}
+        parts = {"train": self._train, "val": self._monitored, "test": (*self._monitored, *self._external)}
         return ready.model, SlideDataModule.from_slides(**parts, **ready.data)
 
     def run(self, part: str, trial: int, *, keep_weights: bool = False) -> _Training:
@@ -248,7 +253,7 @@ class _Fit:
         return training
 
     def predict(self) -> tuple[SlidePrediction, ...]:
-        """Predicts the monitored slides by the last weights."""
+        """Predicts the monitored and the external slides by the last weights."""
         with _quiet():
             model = self._loaded(_LAST)
             self._trainer(1, []).test(model, self._built[1], verbose=False)

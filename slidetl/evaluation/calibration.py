@@ -26,6 +26,7 @@ from slidetl.evaluation.metrics import (
     probability_metrics,
 )
 
+_RECALIBRATION_PENALTY = 1e-3  # keeps the slope finite where the grades are separated
 _TEMPERATURES = (0.05, 20.0)  # beyond these a model is always, or never, sure
 
 
@@ -67,6 +68,50 @@ def fit_temperature(true: ArrayLike, probabilities: ArrayLike) -> float:
     bounds = (1 / _TEMPERATURES[1], 1 / _TEMPERATURES[0])
     found = minimize_scalar(log_loss, bounds=bounds, method="bounded", options={"xatol": 1e-6})
     return float(1 / found.x)
+
+
+def recalibrate(
+    true: ArrayLike, probabilities: ArrayLike, patients: ArrayLike, *, n_folds: int = 5, seed: int = 0
+) -> NDArray[np.float64]:
+    """Recalibrates a model on a new cohort, each patient by the grades of the others.
+
+    The expected grade is the one feature of an ordinal regression
+    (:class:`~slidetl.evaluation.ordinal.ProportionalOdds`), fitted to all folds of patients but one and
+    applied to that one: a new offset, slope and thresholds. The order of the slides stays, except between
+    folds, and turns round where the expected grade falls with the grade.
+
+    Args:
+        true: ``[N]`` grades.
+        probabilities: ``[N, K]`` by the model.
+        patients: ``[N]``.
+        n_folds: of patients; a patient is in one.
+        seed: of the folds.
+
+    Returns:
+        ``[N, K]`` probabilities; 0 for a grade that the other folds lack.
+
+    Raises:
+        UsageError: fewer patients than folds, or the other folds have a single grade.
+    """
+    from sklearn.model_selection import GroupKFold
+
+    from slidetl.evaluation.ordinal import ProportionalOdds
+
+    grades, (rows,) = check_probabilities(true, probabilities)
+    who = np.unique(np.asarray(patients), return_inverse=True)[1]
+    if len(np.unique(who)) < n_folds:
+        raise UsageError(
+            f"expected at least {n_folds} patients to recalibrate on, found {len(np.unique(who))}"
+        )
+    scores = (rows @ np.arange(rows.shape[1]))[:, None]
+    found = np.zeros_like(rows)
+    folds = GroupKFold(n_folds, shuffle=True, random_state=seed)
+    for train, held_out in folds.split(scores, grades, who):
+        if len(np.unique(grades[train])) < 2:
+            raise UsageError("recalibration needs patients of two grades beside those of any fold")
+        fitted = ProportionalOdds(penalty=_RECALIBRATION_PENALTY).fit(scores[train], grades[train])
+        found[np.ix_(held_out, fitted.classes_)] = fitted.predict_proba(scores[held_out])
+    return np.asarray(found)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ class Protocol:
         leave_one_site_out: each test part is one site. A grade missing at the other sites is then a warning.
         given_split: the manifest's ``split`` column instead: trained on ``train`` and ``val``, tested once
             per repeat on ``test``; ``val`` is the one inner fold.
+        external_site: site of slides to grade by the model of each fold, and to report apart; no fold trains
+            or tests on them. Empty for none.
     """
 
     repeats: int = 1
@@ -44,6 +46,7 @@ class Protocol:
     unit: Unit = "worst"
     leave_one_site_out: bool = False
     given_split: bool = False
+    external_site: str = ""
 
     def __post_init__(self) -> None:
         if self.repeats < 1 or self.outer_folds < 2 or self.inner_folds < 0 or self.inner_folds == 1:
@@ -57,6 +60,8 @@ class Protocol:
             raise UsageError(f"protocol: unit must be one of {', '.join(UNITS)}, not {self.unit!r}")
         if self.leave_one_site_out and self.given_split:
             raise UsageError("protocol: leave_one_site_out and given_split exclude each other; choose one")
+        if self.leave_one_site_out and self.external_site:
+            raise UsageError("protocol: leave_one_site_out and external_site exclude each other; choose one")
 
     @property
     def is_nested(self) -> bool:
@@ -101,6 +106,7 @@ class Fold:
         train: slide identifiers, sorted.
         test: slide identifiers, sorted.
         inner: folds of ``train``; empty without choices.
+        external: slides of the external site, graded beside ``test``, sorted.
     """
 
     repeat: int
@@ -109,6 +115,7 @@ class Fold:
     train: tuple[str, ...]
     test: tuple[str, ...]
     inner: tuple[InnerFold, ...] = ()
+    external: tuple[str, ...] = ()
 
 
 def plan_folds(cases: Sequence[Case], protocol: Protocol, n_grades: int) -> tuple[Fold, ...]:
@@ -130,6 +137,13 @@ def plan_folds(cases: Sequence[Case], protocol: Protocol, n_grades: int) -> tupl
     strange = [case.slide_id for case in cases if not 0 <= case.grade < n_grades]
     if strange:
         raise UsageError(f"grades must be from 0 to {n_grades - 1}; slide {strange[0]!r} has another")
+    site, external = protocol.external_site, tuple[str, ...]()
+    if site:
+        external = _ids(case for case in cases if case.site == site)
+        if not external:
+            found = ", ".join(sorted({case.site or "''" for case in cases}))
+            raise UsageError(f"protocol.external_site: no slide is of site {site!r}; there are {found}")
+        cases = [case for case in cases if case.site != site]
     folds = []
     for repeat in range(protocol.repeats):
         for number, (name, train, test) in enumerate(_outer(cases, protocol, repeat)):
@@ -144,7 +158,7 @@ def plan_folds(cases: Sequence[Case], protocol: Protocol, n_grades: int) -> tupl
                 chosen = set(fold.train)
                 kept = [case for case in train if case.slide_id in chosen]
                 _check_grades(kept, n_grades, f"{where}, an inner fold", protocol, inner=True)
-            folds.append(Fold(repeat, name, seed, _ids(train), _ids(test), inner))
+            folds.append(Fold(repeat, name, seed, _ids(train), _ids(test), inner, external))
     return tuple(folds)
 
 
@@ -175,7 +189,7 @@ def subsample(fold: Fold, cases: Iterable[Case], n_slides: int, n_grades: int) -
     taken = [case for patient in dict.fromkeys([*first, *order]) for case in slides[patient]][:n_slides]
     if {case.grade for case in taken} != seen:
         raise UsageError(f"{n_slides} slides do not hold all {len(seen)} grades; raise 'sizes.slides'")
-    return Fold(fold.repeat, fold.name, fold.seed, _ids(taken), fold.test)
+    return Fold(fold.repeat, fold.name, fold.seed, _ids(taken), fold.test, external=fold.external)
 
 
 def permute_grades(cases: Iterable[Case], seed: int) -> dict[str, int]:
@@ -199,8 +213,12 @@ def permute_grades(cases: Iterable[Case], seed: int) -> dict[str, int]:
 
 
 def folds_to_json(folds: Iterable[Fold]) -> list[dict[str, Any]]:
-    """Converts folds to plain JSON values."""
-    return list(json.loads(json.dumps([asdict(fold) for fold in folds])))
+    """Converts folds to plain JSON values; without external slides these are not named."""
+    values = [asdict(fold) for fold in folds]
+    for fold in values:
+        if not fold["external"]:
+            del fold["external"]
+    return list(json.loads(json.dumps(values)))
 
 
 def canonical_sha256(value: object) -> str:
@@ -234,7 +252,7 @@ def audit_folds(
     patient = {case.slide_id: case.patient_id for case in cases}
     pairs = list(near_duplicates)
     for fold in folds:
-        sides = [("test", fold.train, fold.test)]
+        sides = [("test", fold.train, fold.test), ("external", fold.train, fold.external)]
         sides += [("validation", inner.train, inner.validation) for inner in fold.inner]
         for other, train, test in sides:
             where = f"repeat {fold.repeat}, fold {fold.name}: training and {other} part"

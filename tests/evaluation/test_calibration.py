@@ -13,6 +13,7 @@ from slidetl.evaluation.calibration import (
     calibration_null,
     calibration_slope,
     fit_temperature,
+    recalibrate,
     reliability,
     with_temperature,
 )
@@ -168,3 +169,24 @@ def test_bars_of_one_bin_are_those_of_the_binomial() -> None:
     assert (point.n, point.accuracy) == (50, 0.6) and point.confidence == pytest.approx(0.6)
     # 2.5 and 97.5 % of Binomial(50, 0.6) are 23 and 37.
     assert [50 * point.low, 50 * point.high] == pytest.approx([23, 37])
+
+
+def test_recalibration_grades_a_shifted_cohort_by_other_patients() -> None:
+    rng = np.random.default_rng(0)
+    true = rng.integers(0, 5, 200)
+    score = 0.4 * true + 0.2 * rng.normal(size=200)  # an expected grade that is far too low
+    shifted = np.exp(-((np.arange(5) - score[:, None]) ** 2))
+    shifted /= shifted.sum(axis=1, keepdims=True)
+    patients = np.arange(200) // 2
+    found = recalibrate(true, shifted, patients)
+    np.testing.assert_allclose(found.sum(axis=1), 1)
+    assert (shifted.argmax(axis=1) == true).mean() < 0.4 < 0.7 < (found.argmax(axis=1) == true).mean()
+    # no slide of a patient takes part in its own recalibration
+    changed = true.copy()
+    changed[:2] = 4 - changed[:2]
+    np.testing.assert_allclose(recalibrate(changed, shifted, patients)[:2], found[:2])
+
+
+def test_recalibration_needs_enough_patients() -> None:
+    with pytest.raises(UsageError, match="at least 5 patients"):
+        recalibrate([0, 1, 2], np.full((3, 3), 1 / 3), [0, 1, 2])

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from slidetl.compare.aggregate import ArmResult, PairedDifference, Place
-from slidetl.compare.config import LENGTH, METRICS
+from slidetl.compare.config import LENGTH, METRICS, MetricName
 from slidetl.compare.learning import CurveMetric
 from slidetl.compare.report.view import NAMES, View
 from slidetl.compare.table import Table, format_percent, format_range
@@ -34,6 +34,7 @@ _DIFFERENCE: tuple[str | tuple[str, str], ...] = (
     ("Difference over folds", "+.2f"),
     ("p, corrected t", "p"),
 )
+_GRADED: tuple[MetricName, ...] = ("qwk", "accuracy")
 _SOFTWARE = ("torch", "pytorch-lightning", "timm", "scikit-learn", "scipy", "numpy")
 _95 = "95\N{NO-BREAK SPACE}%"
 
@@ -52,6 +53,21 @@ def tables_of(view: View) -> dict[str, Table]:
             ("Arm", "What it is", "Chosen in inner folds"),
             [(arm.arm, *_configured(view, arm)) for arm in view.arms],
             words=(1, 2),
+        ),
+        "external": Table(
+            ("Arm", "Training slides", "QWK", "Accuracy", "QWK, recalibrated", "Accuracy, recalibrated"),
+            [
+                (
+                    *(found.arm, found.n_slides),
+                    *(
+                        metrics.get(name)
+                        for metrics in (found.metrics, found.recalibrated)
+                        for name in _GRADED
+                    ),
+                )
+                for found in view.external
+            ],
+            strong=(primary.arm, primary.against),
         ),
         "slides": Table(
             ("", *view.comparison.grades, "all"),

@@ -11,6 +11,7 @@ import numpy as np
 
 from slidetl.compare.aggregate import ArmResult, ComparisonResult
 from slidetl.compare.config import Comparison, MetricName
+from slidetl.compare.external import External, external_results
 from slidetl.compare.learning import CurveMetric, Learning, equal_epochs, learning_of
 from slidetl.compare.table import format_number
 from slidetl.evaluation.protocol import Protocol
@@ -61,6 +62,11 @@ class View:
 
     result: ComparisonResult
     failed: Mapping[str, str]
+
+    @cached_property
+    def external(self) -> tuple[External, ...]:
+        """The arms on the external site."""
+        return external_results(self.result)
 
     @property
     def comparison(self) -> Comparison:

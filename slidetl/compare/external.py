@@ -1,0 +1,97 @@
+"""Grades an external cohort by the arms of a comparison: as it comes, and recalibrated on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidetl.compare.aggregate import ArmResult, ComparisonResult
+from slidetl.compare.config import METRICS, MetricName
+from slidetl.evaluation.bootstrap import Interval, bca_interval_if_defined
+from slidetl.evaluation.calibration import recalibrate, with_temperature
+from slidetl.evaluation.comparison import PatientResults, patient_results
+from slidetl.evaluation.metrics import accuracy, log_loss, mae, qwk, rps
+
+
+@dataclass(frozen=True, eq=False)
+class External:
+    """An arm on the slides of the external site.
+
+    Attributes:
+        arm: its name.
+        n_slides: of a smaller training part in each fold; None for the whole one.
+        results: of the models of all folds and repeats, ``[J, M]``.
+        metrics: averaged over the J models, with intervals over patients; an undefined one is left out.
+        recalibrated: the same of probabilities by :func:`~slidetl.evaluation.calibration.recalibrate`, fitted
+            to other external patients.
+    """
+
+    arm: str
+    n_slides: int | None
+    results: PatientResults
+    metrics: Mapping[MetricName, Interval]
+    recalibrated: Mapping[MetricName, Interval]
+
+
+def external_results(result: ComparisonResult) -> tuple[External, ...]:
+    """Judges all arms on the external slides; empty without any."""
+    if not result.comparison.protocol.external_site:
+        return ()
+    return tuple(_external(result, arm) for arm in (*result.arms, *result.smaller))
+
+
+def _external(result: ComparisonResult, arm: ArmResult) -> External:
+    tested = {row.slide_id for row in result.rows}
+    grade: dict[str, tuple[int, str]] = {}
+    models = []
+    for _, found in arm.jobs:
+        own = {row.slide_id: row for row in found.predictions if row.slide_id not in tested}
+        grade |= {name: (row.grade, row.patient_id) for name, row in own.items() if row.grade is not None}
+        models.append((own, found.temperature))
+    names = sorted(grade)
+    true, patients = (np.array([grade[name][place] for name in names]) for place in (0, 1))
+    rows = np.stack(
+        [
+            with_temperature([own[name].probabilities for name in names], temperature)
+            for own, temperature in models
+        ]
+    )
+    again = np.stack([recalibrate(true, of_model, patients) for of_model in rows])
+    draws, unit = result.comparison.bootstrap_draws, result.comparison.protocol.unit
+    results = patient_results(true, rows, patients, unit)
+    return External(
+        arm.arm,
+        arm.n_slides,
+        results,
+        *(_metrics(each, draws) for each in (results, patient_results(true, again, patients, unit))),
+    )
+
+
+def _metrics(results: PatientResults, n_draws: int) -> dict[MetricName, Interval]:
+    found = {}
+    for name in METRICS:
+        metric = partial(_mean_metric, name, results)
+        interval = bca_interval_if_defined(metric, results.patients, n_draws=n_draws)
+        if interval is not None:
+            found[name] = interval
+    return found
+
+
+def _mean_metric(
+    name: MetricName, results: PatientResults, weights: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Averages a metric over the models, for rows of weights ``[B, M]``."""
+    true, n_grades = results.true, results.probabilities.shape[2]
+    each = []
+    for graded, probabilities in zip(results.predicted, results.probabilities, strict=True):
+        if name == "qwk":
+            each.append(qwk(true, graded, n_grades, weights))
+        elif name in ("rps", "log_loss"):
+            each.append({"rps": rps, "log_loss": log_loss}[name](true, probabilities, weights))
+        else:
+            each.append({"accuracy": accuracy, "mae": mae}[name](true, graded, weights))
+    return np.asarray(np.mean(each, axis=0))
