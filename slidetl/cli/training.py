@@ -29,6 +29,7 @@ from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.record import NO_RECORD, StudyRecord, config_sha256, read_record
 from slidetl.errors import CheckpointError, SlidetlError, UsageError
 from slidetl.models.backbones import without_downloads
+from slidetl.models.spec import with_preset
 from slidetl.processor import postpone_collection
 from slidetl.training.best import BestCheckpoint, WholeCheckpoints
 from slidetl.training.checkpoint import check_network, check_resumable, read_checkpoint
@@ -156,6 +157,13 @@ class GradingCLI(LightningCLI):
                 "float32 on a CPU and bfloat16 on a GPU, as for 'slidetl grade'.",
             )
         return parser
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Replaces the preset of a backbone by its fields, which the configuration then records."""
+        super().parse_arguments(parser, args)
+        backbone = self.config[self.config.subcommand].model.backbone
+        for key, value in with_preset(backbone.as_dict()).items():
+            backbone[key] = value
 
     def before_instantiate_classes(self) -> None:
         """Checks every named class before one is called."""

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from slidetl.errors import UsageError
 from slidetl.evaluation.classical import POOLS, ClassicalModel, Pool
 from slidetl.evaluation.protocol import Protocol
+from slidetl.models.spec import with_preset
 
 MetricName = Literal["qwk", "accuracy", "mae", "rps", "log_loss"]
 METRICS: tuple[MetricName, ...] = ("qwk", "accuracy", "mae", "rps", "log_loss")
@@ -227,6 +228,8 @@ class Comparison:
             part, _, key = name.partition(".")
             if key in config[part]:
                 raise UsageError(f"arm {arm!r}: {name} is set by the comparison itself; leave it out")
+        if isinstance(backbone := config["model"].get("backbone"), dict):
+            config["model"]["backbone"] = with_preset(backbone)
         return config
 
     def trials(self, arm: str) -> list[dict[str, Any]]:

@@ -19,7 +19,9 @@ from slidetl.files import check_safetensors
 from slidetl.library.card import WEIGHTS
 from slidetl.library.local import SCHEME, pulled_file
 from slidetl.models.cbr import CBR
+from slidetl.models.huggingface import convert_dinov2, is_dinov2
 from slidetl.models.packaged import check_packaged, packaged_weights
+from slidetl.models.presets import Preset, preset_of
 from slidetl.models.spec import BackboneSpec
 from slidetl.models.stored import NO_NETWORK, PREFIX, StoredFeatures
 from slidetl.models.tensors import check_finite, is_state, load_tensors
@@ -292,6 +294,8 @@ def _architecture(name: str) -> dict[str, Any] | None:
     recorded = _recorded.get()
     if recorded:
         return _checked(recorded, name)
+    if preset := preset_of(name):
+        return _checked(preset.configuration, name)
     from timm.models._hub import load_model_config_from_path
 
     try:
@@ -407,9 +411,10 @@ def local_weights(name: str) -> Path | None:
     if name.startswith("local-dir:"):
         files = (Path(name.removeprefix("local-dir:")) / file for file in _HUB_FILES)
         return next((file for file in files if file.is_file()), None)
+    preset = preset_of(name)
     config = None if ":" in name or not timm.is_model(name) else timm.get_pretrained_cfg(name)
     repository = name if config is None else f"hf-hub:{config.hf_hub_id}" if config.hf_hub_id else ""
-    for file in _HUB_FILES:
+    for file in (*_HUB_FILES, preset.file) if preset else _HUB_FILES:
         folder = _hub_folder(repository, file)
         if folder is not None:
             return folder / file
@@ -495,11 +500,23 @@ def _published_weights(spec: BackboneSpec) -> dict[str, Tensor]:
             f"a checkpoint downloads nothing, and {spec.pretrained} weights of {name} are not on this "
             "machine; name the backbone and its weights"
         )
+    if preset := preset_of(name):
+        return _file_weights(path or _downloaded(preset)).weights
     if path is not None and name.startswith("hf-hub:") and (path.parent / "config.json").is_file():
         name = f"local-dir:{path.parent}"
     elif path is not None and ":" not in name:
         options = {"pretrained_cfg_overlay": {"file": str(path)}}
     return dict(_timm_network(name, spec, pretrained=True, **options).state_dict())
+
+
+def _downloaded(preset: Preset) -> Path:
+    """Downloads the weights of a published pathology backbone."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(preset.name.removeprefix("hf-hub:"), preset.file))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _not_found(preset.name, "the published weights", error) from error
 
 
 def _packaged_state(path: Path, name: str) -> dict[str, Tensor]:
@@ -532,11 +549,17 @@ def _file_weights(path: Path) -> Pretrained:
             raise WeightsError(f"{path}: not a readable safetensors file: {error}") from error
         if any(key.startswith(_FIRST_MEMBER) for key in weights):
             return _backbone_of(weights, metadata, path)
+        if is_dinov2(weights):
+            own = state_sha256(weights)
+            try:
+                return Pretrained(convert_dinov2(weights), {}, (own,))
+            except WeightsError as error:
+                raise WeightsError(f"{path}: {error}") from None
         normalisation = {
             key: _statistic(path, key, metadata[key]) for key in ("mean", "std") & metadata.keys()
         }
         return Pretrained(weights, normalisation, (state_sha256(weights),))
-    if path.suffix in (".pth", ".pt"):
+    if path.suffix in (".pth", ".pt", ".bin"):
         try:
             state = load_tensors(path)
         except ValueError as error:
@@ -544,6 +567,8 @@ def _file_weights(path: Path) -> Pretrained:
         state = state.get("state_dict", state) if isinstance(state, dict) else state
         if not is_state(state):
             raise WeightsError(f"{path}: expected a dictionary of tensors; save the model's state_dict()")
+        if is_dinov2(state):
+            raise WeightsError(f"{path}: expected the model.safetensors of these weights of transformers")
         return Pretrained(state, {}, (state_sha256(state),))
     raise WeightsError(f"{path}: expected a .safetensors or .pth file")
 

@@ -12,6 +12,7 @@ import torch
 from slidetl.errors import SlidetlError
 from slidetl.models.backbones import Backbone, local_weights
 from slidetl.models.cbr import CBR_NAMES
+from slidetl.models.presets import PRESETS, Preset, preset_of
 from slidetl.models.spec import BackboneSpec
 from slidetl.models.weights import BUNDLED
 
@@ -72,6 +73,18 @@ def list_backbones(pattern: str | None = None) -> list[BackboneEntry]:
     return [_entry(name, name in bundled, number < MOST_COUNTED) for number, name in enumerate(names)]
 
 
+def list_presets(pattern: str | None = None) -> list[tuple[Preset, BackboneEntry]]:
+    """Lists published pathology backbones with the place of their weights; opens no connection.
+
+    Args:
+        pattern: part of a preset's key, or a key with ``*`` and ``?``; None for all.
+    """
+    glob = pattern or "*"
+    glob = glob if set("*?[") & set(glob) else f"*{glob}*"
+    chosen = [preset for preset in PRESETS if fnmatch.fnmatch(preset.key, glob.lower())]
+    return [(preset, _entry(preset.name, False, True)) for preset in chosen]
+
+
 def _with_local_weights() -> list[str]:
     import timm
     from huggingface_hub import constants
@@ -104,12 +117,13 @@ def _entry(name: str, is_bundled: bool, is_counted: bool) -> BackboneEntry:
         weights = "none"
     else:
         weights = "download"
-    needs_a_connection = name.startswith("hf-hub:") and path is None
+    preset = preset_of(name)
+    needs_a_connection = name.startswith("hf-hub:") and path is None and preset is None
     if not is_counted or needs_a_connection:
         return BackboneEntry(name, None, None, None, weights)
     try:
         with torch.device("meta"):
-            backbone = Backbone(BackboneSpec(name))
+            backbone = Backbone(BackboneSpec(preset=preset.key) if preset else BackboneSpec(name))
     except SlidetlError:  # a cached configuration is damaged, or needs gated_mlp
         return BackboneEntry(name, None, None, None, weights)
     parameters = sum(parameter.numel() for parameter in backbone.parameters())

@@ -1,11 +1,13 @@
 """Specification of a backbone; imports no torch, to keep the help of commands fast."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from slidetl.errors import UsageError, WeightsError
+from slidetl.models.presets import Pooling, find_preset
 
-Pooling = Literal["default", "token", "mean", "token+mean"]
+__all__ = ["BackboneSpec", "Pooling", "with_preset"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,10 @@ class BackboneSpec:
         pooling: embedding of a transformer: its class token, the mean of its patch tokens, or both in this
             order, of twice the length, as for Virchow and H0-mini; register tokens do not count. ``default``
             leaves it to the network.
+        preset: a published pathology backbone, e.g. ``uni2-h``; ``slidetl backbones --pathology`` lists them.
+            It stands for ``name``, ``pretrained``, ``gated_mlp``, ``layer_scale`` and ``pooling``; of these,
+            ``pretrained`` (a file, without a connection) and ``pooling`` may be given beside it. Empty once
+            these fields are set.
     """
 
     name: str = field(default="mobilenetv3_small_050", metadata={"option": "backbone"})
@@ -46,11 +52,40 @@ class BackboneSpec:
     gated_mlp: bool = False
     layer_scale: bool = False
     pooling: Pooling = "default"
+    preset: str = ""
 
     def __post_init__(self) -> None:
+        if self.preset:
+            self._expand()
         if not self.name or not self.pretrained:
             raise WeightsError(
                 f"backbone needs a name and pretrained weights, not {self.name!r}, {self.pretrained!r}"
             )
         if not 1 <= self.in_channels <= 4:
             raise UsageError(f"backbone.in_channels must be 1 to 4, not {self.in_channels}")
+
+    def _expand(self) -> None:
+        """Replaces the preset by the fields that it stands for."""
+        usual = {entry.name: entry.default for entry in fields(self)}
+        for key, value in find_preset(self.preset).fields.items():
+            given = getattr(self, key)
+            if given == usual[key]:
+                object.__setattr__(self, key, value)
+            elif given != value and key not in ("pretrained", "pooling"):
+                raise UsageError(
+                    f"backbone.preset {self.preset} has {key} {value}, not {given}; give one of them"
+                )
+        object.__setattr__(self, "preset", "")
+
+
+def with_preset(backbone: Mapping[str, Any]) -> dict[str, Any]:
+    """Replaces the preset in the fields of a :class:`BackboneSpec` by what it stands for, for the record.
+
+    Raises:
+        UsageError: there is no such preset, or another field contradicts it.
+    """
+    if not backbone.get("preset"):
+        return dict(backbone)
+    known = {entry.name for entry in fields(BackboneSpec)}
+    expanded = BackboneSpec(**{key: value for key, value in backbone.items() if key in known})
+    return {**backbone, **asdict(expanded)}

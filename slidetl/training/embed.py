@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from slidetl.data.study import find_slides, open_cache
 from slidetl.errors import CacheError, CacheMismatchError, ProcessEnded, SlidetlError, UsageError
 from slidetl.models.backbones import Backbone, weights_sha256
+from slidetl.models.presets import tile_warnings
 from slidetl.models.runner import Runner
 from slidetl.models.spec import BackboneSpec
 from slidetl.processes import Child, start_child
@@ -170,7 +172,9 @@ def embed_cache(
         pooling=spec.pooling,
     )
     sources = {
-        feature_name(options.name or spec.name, block): FeatureSource(**{**vars(source), "block": block})
+        feature_name(options.name or _short_name(spec.name), block): FeatureSource(
+            **{**vars(source), "block": block}
+        )
         for block in ("", *blocks)
     }
 
@@ -192,6 +196,10 @@ def embed_cache(
         else:
             todo.append(cache)
 
+    for tile_spec in dict.fromkeys(cache.spec for cache in todo):
+        backbone.check_tile_size(tile_spec.tile_size_px)
+        for line in tile_warnings(spec.name, tile_spec.tile_size_px, tile_spec.mpp):
+            warnings.warn(line, stacklevel=2)
     on_plan(sum(len(cache) for cache in todo))
     if options.devices > 1:
         _share_out(todo, cache_dir, spec, options, on_batch, done)
@@ -253,6 +261,11 @@ def embed_cache(
     return [results[slide_id] for slide_id in found]
 
 
+def _short_name(backbone: str) -> str:
+    """Returns a backbone's name without its owner at the hub, to name features."""
+    return backbone.removeprefix("hf-hub:").rpartition("/")[2] if backbone.startswith("hf-hub:") else backbone
+
+
 def _share_out(
     caches: Sequence[SlideCache],
     cache_dir: Path,
@@ -308,6 +321,7 @@ def _embed_share(
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number] if visible else str(number)
     torch.set_num_threads(max(1, torch.get_num_threads() // count))
+    warnings.simplefilter("ignore")  # the first process has said it
     try:
         embed_cache(cache_dir, spec, options, on_batch=connection.send, on_slide=connection.send)
     except SlidetlError as error:

@@ -10,7 +10,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,6 +25,7 @@ from slidetl.models.backbones import Backbone, weights_sha256
 from slidetl.models.heads import CumulativeLink, Head
 from slidetl.models.network import GradingNetwork
 from slidetl.models.penalties import Batch, Reference, Seen, recorded
+from slidetl.models.presets import tile_warnings
 from slidetl.models.spec import BackboneSpec
 from slidetl.models.targets import Targets, balanced_weights
 from slidetl.models.transfer import TransferStrategy, WarmRestart
@@ -123,6 +124,7 @@ class SlideGrader(pl.LightningModule):
         if stage == "fit":
             self.record = self._data.record if self._data is not None else None
             self.tile_spec = self._data.tile_spec if self._data is not None else None
+            self._check_tiles()
             self._weigh_grades()
             if self.trainer.ckpt_path is None:  # a resumed training loads its weights
                 self.transfer.start(self.network.backbone)
@@ -131,6 +133,17 @@ class SlideGrader(pl.LightningModule):
             if self.reference is not None:  # equal in all processes; DDP need not broadcast it each step
                 names = [f"reference.{name}" for name, _ in self.reference.named_buffers()]
                 DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)  # type: ignore[no-untyped-call] # torch's
+
+    def _check_tiles(self) -> None:
+        """Checks that the tiles fit the backbone, and warns if a published one was trained on others."""
+        backbone, tiles = self.network.backbone, self.tile_spec
+        if tiles is None or (
+            self._data is not None and self._data.feature_source and not self._data.bag_size
+        ):
+            return
+        backbone.check_tile_size(tiles.tile_size_px)
+        for line in tile_warnings(backbone.spec.name, tiles.tile_size_px, tiles.mpp):
+            rank_zero_warn(line)
 
     def _weigh_grades(self) -> None:
         """Computes the weights of the grades and checks the readers' grades, if the options need them."""

@@ -197,3 +197,23 @@ def test_a_training_keeps_its_progress(trained: Path) -> None:
     assert (found["stage"], found["done"], found["total"], found["unit"]) == ("training", 2, 2, "epochs")
     assert (found["command"], found["state"], found["exit_code"]) == ("fit", "done", 0)
     assert {"train/loss", "val/rps"} <= found["metrics"].keys()
+
+
+@pytest.mark.slow  # a training of a transformer
+def test_a_preset_is_recorded_as_its_fields_and_its_tiles_are_compared(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [
+        "--model.transfer=slidetl.models.transfer.Scratch",
+        "--trainer.limit_val_batches=1",
+        "--trainer.limit_train_batches=1",
+    ]
+    words = ["fit", *study.options(tmp_path), *options, "--trainer.max_epochs=1", "--data.bag_size=1"]
+    assert main([*words, "--model.backbone.preset=prost40m"]) == 2
+    assert "(patches of 14 px) takes no tiles of 64 px; cut tiles of 56 or 70 px" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="kaiko-s16 was trained on tiles of 224 px, these have 64"):
+        assert main([*words, "--model.backbone.preset=kaiko-s16"]) == 0
+    (last,) = tmp_path.glob("logs/version_*/checkpoints/last.ckpt")
+    backbone = read_checkpoint(last)["hyper_parameters"]["backbone"]
+    assert backbone["name"].startswith("hf-hub:1aurent/vit_small_patch16_224.kaiko")
+    assert (backbone["pretrained"], backbone["pooling"], backbone["preset"]) == ("hub", "token", "")

@@ -48,6 +48,13 @@ def test_arms_are_the_base_and_what_differs(tmp_path: Path) -> None:
     assert comparison.arms["ridge"].classical == Classical(["r"])
 
 
+def test_a_preset_is_written_out(tmp_path: Path) -> None:
+    text = PLAIN.replace("lr: 1.0e-3,", "lr: 1.0e-3, backbone: {preset: uni2-h, pretrained: w.bin},")
+    backbone = read(text, tmp_path).fit_config("warm")["model"]["backbone"]
+    assert backbone["name"] == "hf-hub:MahmoodLab/UNI2-h" and backbone["gated_mlp"] is True
+    assert (backbone["pretrained"], backbone["preset"]) == ("w.bin", "")
+
+
 def test_choices_are_tried_in_every_combination(tmp_path: Path) -> None:
     comparison = read(PLAIN, tmp_path)
     trials = comparison.trials("warm")

@@ -27,8 +27,8 @@ def test_the_short_list_is_what_is_bundled_small_or_recommended() -> None:
     # torchvision's figure without the classifier of 1,000 classes
     assert (resnet.parameters, resnet.features) == (11_689_512 - 513 * 1000, 512)
     assert (resnet.input_size_px, resnet.weights) == (224, "download")
-    unseen = entries["hf-hub:MahmoodLab/UNI"]
-    assert (unseen.parameters, unseen.features, unseen.weights) == (None, None, "download")
+    known = entries["hf-hub:MahmoodLab/UNI"]
+    assert (known.features, known.weights) == (1024, "download")
 
 
 def test_weights_on_this_machine_are_found_and_named(tmp_path: Path) -> None:

@@ -217,6 +217,7 @@ def test_mistakes_end_with_one_line(
         ([str(tmp_path / "nothing")], "no tile cache here"),
         ([str(cache_dir), "--backbone", "resnet999"], "timm knows no backbone"),
         ([str(cache_dir), "--name", "a/b"], "features are named by"),
+        ([str(cache_dir), "--preset", "uni3"], "backbone.preset: expected one of uni, uni2-h"),
         ([str(cache_dir), "--pooling", "mean"], "backbone.pooling 'mean' is for vision transformers"),
     ]:
         assert main(["embed", *words]) == 2
