@@ -23,9 +23,9 @@ def write_page(
 ) -> None:
     """Fills a template and writes it, whole or not at all.
 
-    Template, style sheet and scripts are files in the folder ``templates`` of the package; ``values`` are the
-    template's variables, and are escaped. The page's policy allows only these scripts and this style, by
-    their hashes, and images inside the page.
+    Template, style sheet and scripts are files in the folder ``templates`` of the package, or of slidetl if
+    pages share them; ``values`` are the template's variables, and are escaped. The page's policy allows only
+    these scripts and this style, by their hashes, and images inside the page.
 
     Raises:
         OutputError: the page cannot be written.
@@ -67,7 +67,9 @@ def _environment(package: str) -> Environment:
 
 @functools.cache
 def _asset(package: str, name: str) -> str:
-    folder = resources.files(package) / "templates"
+    shared = resources.files("slidetl") / "templates"
+    own = resources.files(package) / "templates"
+    folder = own if (own / name).is_file() else shared
     text = (folder / name).read_text(encoding="utf-8")
     if name != _OPENSEADRAGON:
         return text

@@ -41,6 +41,7 @@ COMMANDS = {
     "fit-features": "grade slides by classical models on stored features",
     **TRAINING_COMMANDS,
     "backbones": "list networks, their size, and whether their weights are at hand",
+    "atlas": "find recurring patterns and similar tiles in stored features",
     "compare": "compare arms (scratch, transfer, classical) by cross-validation over patients",
     "similarity": "compare the layers of networks before and after training",
     "export": "write a checkpoint as one TorchScript file",
@@ -59,7 +60,7 @@ _LESS_MEMORY = {
     "compare": "use fewer --jobs, or lower bag_size and batch_size in its configuration",
     "grade": "lower --batch-size or --jobs",
 }
-NETWORK_COMMANDS = {*TRAINING_COMMANDS, "embed", "compare", "similarity", "export", "grade"}
+NETWORK_COMMANDS = {*TRAINING_COMMANDS, "embed", "atlas", "compare", "similarity", "export", "grade"}
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -14,10 +14,10 @@ from slidetl.errors import SlideReadError
 from slidetl.files import write_whole
 from slidetl.grading.report.geojson import write_geojson
 from slidetl.grading.report.maps import TileMap, extreme_tiles, left_out_level0, maps_of, relative_attention
-from slidetl.grading.report.pyramid import TILE_PX, Pyramid, build_pyramid, encode_jpeg
 from slidetl.library.model_card import ModelCard
 from slidetl.page import data_uri, script_json, write_page
 from slidetl.slides import Slide, open_slide
+from slidetl.tiles.pyramid import TILE_PX, Canvas, Pyramid, build_pyramid, encode_jpeg
 
 if TYPE_CHECKING:
     from slidetl.grading.grade import SlideGrade
@@ -61,7 +61,9 @@ def write_slide_report(
     plan = result.plan
     spec, mpp = plan.spec, plan.info.mpp_level0
     with open_slide(result.slide, icc=spec.icc, mpp_replace=mpp, channels=spec.channels) as slide:
-        pyramid = build_pyramid(slide, plan, result.origins_level0, result.attention, budget_bytes, threads)
+        pyramid = build_pyramid(
+            slide, Canvas.of_plan(plan), result.origins_level0, result.attention, budget_bytes, threads
+        )
         galleries = _galleries(slide, result, pyramid)
     maps = maps_of(result)
     page = folder / f"{name}.html"
@@ -72,7 +74,7 @@ def write_slide_report(
         __package__,
         "slide.html",
         "style.css",
-        ("openseadragon/openseadragon.min.js", "slide.js"),
+        ("openseadragon/openseadragon.min.js", "viewer.js"),
         title=result.slide.name,
         result=result,
         card=card,

@@ -10,15 +10,50 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.errors import SlideReadError
-from slidetl.slides import Slide, SlideInfo
+from slidetl.slides import Slide
 from slidetl.tiles.grid import TileGrid, TileSpec
+from slidetl.tiles.mosaic import Mosaic
 from slidetl.tiles.plan import TilePlan
+from slidetl.tiles.store import SlideCache
+from slidetl.tiles.tissue import TissueMask
 
 TILE_PX = 512
 _QUALITY = 75
 # Levels of the slide's own pyramid are rarely smaller by exactly 2 or 4. Every tile is placed by its own
 # corner, so this can shift the far side of one by half a pixel, and no more.
 _MPP_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Canvas:
+    """The frame of a picture of a slide.
+
+    Attributes:
+        size_level0: width and height of the slide, level-0 pixels.
+        mpp_level0: spacing of level 0 along x and y, micrometres per pixel.
+        mpp_finest: finest spacing to draw.
+        extent_level0: size of a tile ``(x, y)``, level-0 pixels.
+        tissue_mask: its tissue.
+    """
+
+    size_level0: tuple[int, int]
+    mpp_level0: tuple[float, float]
+    mpp_finest: float
+    extent_level0: tuple[float, float]
+    tissue_mask: TissueMask
+
+    @classmethod
+    def of_plan(cls, plan: TilePlan) -> Self:
+        """Frames a slide at its own spacing."""
+        info = plan.info
+        mpp = max(info.mpp_level0)
+        return cls(info.size_level0, info.mpp_level0, mpp, plan.extent_level0, plan.tissue_mask)
+
+    @classmethod
+    def of_cache(cls, cache: SlideCache) -> Self:
+        """Frames a slide at the spacing of its cached tiles."""
+        mpp = max(cache.mpp_read)
+        return cls(cache.size_level0, cache.mpp_level0, mpp, cache.extent_level0, cache.tissue_mask)
 
 
 @dataclass(frozen=True)
@@ -49,8 +84,8 @@ class Pyramid:
 
 
 def build_pyramid(
-    slide: Slide,
-    plan: TilePlan,
+    slide: Slide | Mosaic,
+    canvas: Canvas,
     origins_level0: NDArray[np.int32],
     attention: NDArray[np.float32],
     budget_bytes: int,
@@ -62,28 +97,28 @@ def build_pyramid(
     tiles on tissue only. Tiles are kept as JPEGs alone, so memory stays within the budget.
 
     Args:
-        slide: the slide, open.
-        plan: its tiles and tissue.
+        slide: the slide, open, or its cached tiles.
+        canvas: its size, spacing and tissue.
         origins_level0: ``[N, 2] int32``, upper-left corners ``(x, y)`` of the graded tiles.
         attention: ``[N] float32``, their weights.
         budget_bytes: of all tiles together; the coarsest level, a single tile, may exceed it.
         threads: number of threads to read and compress.
     """
-    mpp_slide = max(plan.info.mpp_level0)
-    coarsest = max(0, math.ceil(math.log2(max(_size_px(plan.info, mpp_slide)) / TILE_PX)))
+    mpp_slide = canvas.mpp_finest
+    coarsest = max(0, math.ceil(math.log2(max(_size_px(canvas, mpp_slide)) / TILE_PX)))
     levels: list[dict[tuple[int, int], bytes]] = []
     left = math.inf
     unreadable = 0
     mpp = mpp_everywhere = mpp_slide * 2**coarsest
     for halvings in range(coarsest, -1, -1):
-        level = _Level.over(plan.info, mpp_slide * 2**halvings)
-        if levels and level.mpp < plan.tissue_mask.mpp:
-            level = level.with_tissue(plan)
+        level = _Level.over(canvas, mpp_slide * 2**halvings)
+        if levels and level.mpp < canvas.tissue_mask.mpp:
+            level = level.with_tissue(canvas)
         jpegs, damaged = _read(slide, level, left, threads)
         is_whole = _bytes(jpegs) <= left
         if not is_whole:
             fitting = int(0.9 * left / (_bytes(jpegs) / len(jpegs)))  # tiles are not all of one size
-            level = level.most_attended(plan, origins_level0, attention, fitting)
+            level = level.most_attended(canvas, origins_level0, attention, fitting)
             jpegs, damaged = _read(slide, level, left, threads)
             while _bytes(jpegs) > left:
                 jpegs.popitem()
@@ -95,7 +130,7 @@ def build_pyramid(
             break
         mpp_everywhere = level.mpp
         left = max(0, budget_bytes - sum(map(_bytes, levels)))
-    return Pyramid(_size_px(plan.info, mpp), mpp, mpp_everywhere, mpp_slide, tuple(levels), unreadable)
+    return Pyramid(_size_px(canvas, mpp), mpp, mpp_everywhere, mpp_slide, tuple(levels), unreadable)
 
 
 def encode_jpeg(rgb: NDArray[np.uint8], quality: int = _QUALITY) -> bytes:
@@ -105,10 +140,10 @@ def encode_jpeg(rgb: NDArray[np.uint8], quality: int = _QUALITY) -> bytes:
     return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(rgb), quality, "RGB", "420"))
 
 
-def _size_px(info: SlideInfo, mpp: float) -> tuple[int, int]:
+def _size_px(canvas: Canvas, mpp: float) -> tuple[int, int]:
     width, height = (
         math.ceil(size * own / mpp - 1e-6)
-        for size, own in zip(info.size_level0, info.mpp_level0, strict=True)
+        for size, own in zip(canvas.size_level0, canvas.mpp_level0, strict=True)
     )
     return width, height
 
@@ -127,24 +162,24 @@ class _Level:
     places: NDArray[np.int64]
 
     @classmethod
-    def over(cls, info: SlideInfo, mpp: float) -> Self:
+    def over(cls, canvas: Canvas, mpp: float) -> Self:
         spec = TileSpec(mpp, TILE_PX, edge="pad")
-        grid = TileGrid.over(info.size_level0, info.mpp_level0, (mpp, mpp), spec)
+        grid = TileGrid.over(canvas.size_level0, canvas.mpp_level0, (mpp, mpp), spec)
         places = np.stack(np.divmod(np.arange(len(grid)), grid.columns)[::-1], axis=1)
         return cls(mpp, grid.extent_level0, grid.origins_level0(), places)
 
     def __getitem__(self, chosen: NDArray[Any]) -> Self:
         return replace(self, origins_level0=self.origins_level0[chosen], places=self.places[chosen])
 
-    def with_tissue(self, plan: TilePlan) -> Self:
-        mpp = plan.info.mpp_level0
-        return self[plan.tissue_mask.fraction(self.origins_level0, self.extent_level0, mpp) > 0]
+    def with_tissue(self, canvas: Canvas) -> Self:
+        mpp = canvas.mpp_level0
+        return self[canvas.tissue_mask.fraction(self.origins_level0, self.extent_level0, mpp) > 0]
 
     def most_attended(
-        self, plan: TilePlan, origins_level0: NDArray[np.int32], attention: NDArray[np.float32], count: int
+        self, canvas: Canvas, origins_level0: NDArray[np.int32], attention: NDArray[np.float32], count: int
     ) -> Self:
         """Keeps ``count`` tiles, those with the most attention of graded tiles by their centres."""
-        middles = origins_level0 + np.asarray(plan.extent_level0) / 2
+        middles = origins_level0 + np.asarray(canvas.extent_level0) / 2
         sums: dict[tuple[int, int], float] = {}
         for (column, row), weight in zip(
             (middles // self.extent_level0).astype(int).tolist(), attention.tolist(), strict=True
@@ -156,7 +191,7 @@ class _Level:
 
 
 def _read(
-    slide: Slide, level: _Level, budget_bytes: float, threads: int
+    slide: Slide | Mosaic, level: _Level, budget_bytes: float, threads: int
 ) -> tuple[dict[tuple[int, int], bytes], int]:
     """Reads the tiles of a level, up to the first beyond the budget, and counts unreadable ones."""
     jpegs: dict[tuple[int, int], bytes] = {}

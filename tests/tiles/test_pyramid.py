@@ -1,3 +1,4 @@
+# ruff: noqa: F811  # fixtures of the reports are used here too
 from __future__ import annotations
 
 import dataclasses
@@ -10,17 +11,17 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from slidetl.grading.report.pyramid import TILE_PX, Pyramid, build_pyramid
 from slidetl.slides import Slide, open_slide
 from slidetl.tiles.plan import TilePlan, plan_tiles
+from slidetl.tiles.pyramid import TILE_PX, Canvas, Pyramid, build_pyramid
 from tests.conftest import Picture, PyramidTiff
-from tests.grading.report.conftest import SPEC, Graded
+from tests.grading.report.conftest import SPEC, Graded, graded, slide_picture  # noqa: F401  # fixtures
 
 
 def pyramid_of(slide: Slide, plan: TilePlan, budget_bytes: int = 10**9, threads: int = 1) -> Pyramid:
     """The pyramid of a slide whose tiles all count alike."""
     attention = np.ones(len(plan), np.float32)
-    return build_pyramid(slide, plan, plan.origins_level0, attention, budget_bytes, threads)
+    return build_pyramid(slide, Canvas.of_plan(plan), plan.origins_level0, attention, budget_bytes, threads)
 
 
 def mosaic(pyramid: Pyramid, level: int) -> Picture:
@@ -80,7 +81,7 @@ def test_what_counted_most_is_finer_where_not_all_fits(graded: Graded) -> None:
         whole = pyramid_of(slide, plan)
         finest = whole.levels[-1]
         budget = whole.bytes - sum(map(len, finest.values())) + 3 * max(map(len, finest.values()))
-        part = build_pyramid(slide, plan, plan.origins_level0, attention, budget)
+        part = build_pyramid(slide, Canvas.of_plan(plan), plan.origins_level0, attention, budget)
     assert part.levels[:-1] == whole.levels[:-1]
     assert (1, 1) in part.levels[-1] and 1 <= len(part.levels[-1]) < 9
     assert part.levels[-1].items() <= finest.items()

@@ -1,0 +1,1 @@
+"""Recurring patterns and similar tiles in stored features, without labels."""
