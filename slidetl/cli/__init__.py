@@ -46,6 +46,7 @@ COMMANDS = {
     "similarity": "compare the layers of networks before and after training",
     "export": "write a checkpoint as one TorchScript file",
     "grade": "grade slides with an exported file",
+    "doctor": "examine the installation, the machine and file systems",
     "zoo": "publish models to a library, and build on those of others",
 }
 _TRAINING_MEMORY = "lower --data.bag_size, --data.batch_size or --data.num_workers, or use a smaller backbone"

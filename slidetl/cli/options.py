@@ -64,7 +64,7 @@ def _add_parameters(
         takes = _values(hint, default)
         if name in positional:
             if default is not parameter.empty:
-                takes |= {"nargs": "?", "default": default}
+                takes |= {"nargs": "*" if takes.get("nargs") == "+" else "?", "default": default}
             dest = f"{key}{name}"
             group.add_argument(dest, metavar=_metavar(name, hint), help=text, **takes)
             continue

@@ -65,7 +65,7 @@ def list_backbones(pattern: str | None = None) -> list[BackboneEntry]:
 
     bundled = [path.stem.removeprefix("procedural_") for path in sorted(BUNDLED.glob("*.safetensors"))]
     if pattern is None:
-        names = [*bundled, *CBR_NAMES, *RECOMMENDED, *_with_local_weights()]
+        names = [*bundled, *CBR_NAMES, *RECOMMENDED, *with_local_weights()]
     else:
         glob = pattern if set("*?[") & set(pattern) else f"*{pattern}*"
         names = [*fnmatch.filter([*CBR_NAMES, *RECOMMENDED], glob), *timm.list_models(glob)]
@@ -85,7 +85,8 @@ def list_presets(pattern: str | None = None) -> list[tuple[Preset, BackboneEntry
     return [(preset, _entry(preset.name, False, True)) for preset in chosen]
 
 
-def _with_local_weights() -> list[str]:
+def with_local_weights() -> list[str]:
+    """Lists the models with published weights on this machine; opens no connection."""
     import timm
     from huggingface_hub import constants
 
