@@ -26,7 +26,13 @@ from slidetl.evaluation.agreement import (
     reader_agreement,
     reader_ceiling,
 )
-from slidetl.evaluation.bootstrap import Interval, Metric, Resampling, bca_interval
+from slidetl.evaluation.bootstrap import (
+    Interval,
+    Metric,
+    Resampling,
+    bca_interval_if_defined,
+    share_interval,
+)
 from slidetl.evaluation.calibration import (
     CalibrationNull,
     CalibrationSlope,
@@ -38,7 +44,6 @@ from slidetl.evaluation.calibration import (
 )
 from slidetl.evaluation.comparison import (
     CorrectedT,
-    MetricOfPredictions,
     PatientResults,
     SignFlip,
     VarianceSplit,
@@ -63,8 +68,10 @@ from slidetl.evaluation.confounding import (
     site_decodability_by_fold,
 )
 from slidetl.evaluation.metrics import (
+    MetricOfPredictions,
     ProbabilityMetrics,
     accuracy,
+    by_repeat,
     confusion_matrix,
     difference,
     log_loss,
@@ -80,8 +87,11 @@ from slidetl.tiles.features import read_features
 
 RISK = 0.1  # share of patients that sets of grades may miss
 _BY_PLACE: tuple[MetricName, ...] = ("accuracy", "qwk")
-# Pairs of true accuracies in the power table.
-_ACCURACIES = tuple((0.56, second) for second in (0.56, 0.60, 0.64, 0.68, 0.72, 0.80))
+_LEVEL = 0.95  # of all intervals
+# Differences of the true accuracies in the power table.
+_DIFFERENCES = (0.0, 0.04, 0.08, 0.12, 0.16, 0.24)
+
+_UNDEFINED = Interval(float("nan"), float("nan"), float("nan"), _LEVEL)
 
 Done = Sequence[tuple[Job, JobResult]]
 Place = Literal["site", "scanner"]
@@ -106,8 +116,9 @@ class Untempered:
 class ArmResult:
     """One arm, its out-of-fold predictions pooled within each repeat.
 
-    R repeats, N slides in the order of :attr:`ComparisonResult.slides`, K grades, M results (patients or
-    slides, by the protocol's unit). Metrics are of results; intervals resample patients, given the models.
+    R repeats (of a smaller training part, R subsets of slides), N slides in the order of
+    :attr:`ComparisonResult.rows`, K grades, M results (patients or slides, by the protocol's unit). Metrics
+    are of results; intervals resample patients and repeats, and are exact for the accuracy.
 
     Attributes:
         arm: its name.
@@ -173,9 +184,9 @@ class PairedDifference:
         arm, against: their names.
         n_slides: of a smaller training part of both in each fold; None for the whole one.
         metric: the difference is ``arm`` minus ``against``.
-        interval: paired, over patients.
+        interval: paired, over patients and repeats; NaN if undefined.
         corrected_t: over folds; None for a single fold.
-        sign_flip: on the first repeat.
+        sign_flip: over patients, on the mean of the repeats.
         p_holm: of the sign-flip test, corrected over the family of all pairs but the primary one; None for
             the primary one. Smaller training parts are a separate family.
     """
@@ -212,7 +223,9 @@ class ComparisonResult:
         places: grades by site and by scanner; None for a single one.
         site_in_embeddings: accuracy at telling the site from stored features, by their name, and from the
             trained networks of an arm in the first repeat, by its label.
-        power: to find a difference with as many patients and slides.
+        power: to find a difference with as many results, about the observed accuracy of the declared pair's
+            reference.
+        design: the study of :attr:`power`; its arms correlate as the errors observed, if there are any.
         group_shift: of the true grades between the configured groups, if any.
     """
 
@@ -233,6 +246,7 @@ class ComparisonResult:
     places: Mapping[Place, SiteByGrade | None]
     site_in_embeddings: Mapping[str, SiteDecodability]
     power: tuple[PowerRow, ...]
+    design: StudyDesign
     group_shift: ScoreShift | None
 
 
@@ -273,7 +287,7 @@ def combine(
     smaller = tuple(arm for arm in found_arms if arm.n_slides is not None)
     pairs = pooling.differences(arms)
     primary = next((pair for pair in pairs if pair.arm == comparison.primary.arm), None)
-    design = StudyDesign(len(np.unique(pooling.patients)), len(pooling.rows), len(comparison.grades))
+    design, accuracies = pooling.observed_design(arms)
     agreements, ceiling = pooling.readers()
     return ComparisonResult(
         comparison=comparison,
@@ -292,7 +306,8 @@ def combine(
         ceiling=ceiling,
         places={place: pooling.by_grade(place) for place in PLACES},
         site_in_embeddings=_site_in_embeddings(comparison, study, {job.arm for job, _ in done}, arms, folds),
-        power=_power(design),
+        power=_power(accuracies, design),
+        design=design,
         group_shift=pooling.group_shift(pooling.true.astype(np.float64)),
     )
 
@@ -302,9 +317,9 @@ class _Pooling:
 
     def __init__(self, comparison: Comparison, study: Study, folds: Sequence[Fold]) -> None:
         self._primary, self._n_grades = comparison.primary, len(comparison.grades)
-        self._n_repeats, self._unit = comparison.protocol.repeats, comparison.protocol.unit
+        self._unit = comparison.protocol.unit
         self._folds = list(dict.fromkeys(fold.name for fold in folds))
-        self._how = Resampling(n_draws=comparison.bootstrap_draws)
+        self._how = Resampling(n_draws=comparison.bootstrap_draws, level=_LEVEL)
         tested = {slide for fold in folds for slide in fold.test}
         self.rows = rows = tuple(row for row in study.rows if row.slide_id in tested)
         self.patients = np.array([row.patient_id for row in rows])
@@ -331,7 +346,7 @@ class _Pooling:
         results = self._results(probabilities, self.true)
         true, first, graded = results.true, results.probabilities[0], results.predicted[0]
         who, name, how = results.patients, self._primary.metric, self._how
-        metrics = {name: bca_interval(self._metric(name, results), who, **how) for name in METRICS}
+        metrics = {name: self._interval(name, results) for name in METRICS}
         is_nested = [result.nested for _, result in jobs]
         fewest = min(len(np.unique(who[row == k])) for row in folds for k in range(len(self._folds)))
         observed = _signed(name, metrics[name].estimate)
@@ -368,7 +383,7 @@ class _Pooling:
             else (),
             repeatability=self._repeatability(jobs),
             group_shift=self.group_shift(probabilities.mean(axis=0) @ np.arange(self._n_grades)),
-            chance_p=chance_p(observed, null) if null else None,
+            chance_p=chance_p(observed, null) if null and np.isfinite([observed, *null]).all() else None,
             n_permuted=len(null),
             jobs=tuple(jobs),
         )
@@ -378,7 +393,7 @@ class _Pooling:
         grade = {row.slide_id: row.grade for row in study.rows}
         true = np.array([grade[row.slide_id] for row in self.rows], np.int64)
         results, name = self._results(self._pooled(jobs)[0], true), self._primary.metric
-        return _signed(name, float(self._metric(name, results)(np.ones(len(results.true)))))
+        return _signed(name, float(np.mean(self._by_repeat(name, results))))
 
     def differences(self, arms: Sequence[ArmResult]) -> list[PairedDifference]:
         """Tests arms against the primary's reference on as many slides, without Holm's correction."""
@@ -388,6 +403,27 @@ class _Pooling:
             for arm in arms
             if arm.n_slides in against and arm.arm != self._primary.against
         ]
+
+    def observed_design(
+        self, arms: Sequence[ArmResult]
+    ) -> tuple[StudyDesign, tuple[tuple[float, float], ...]]:
+        """Designs a study of as many results as these, and lists true accuracies about the observed one.
+
+        The correlation of the errors of the declared pair, after rounding, is taken for that before: a little
+        too low, and the power with it.
+        """
+        by_name = {arm.arm: arm.results for arm in arms}
+        reference = by_name.get(self._primary.against, arms[0].results)
+        design = StudyDesign(len(np.unique(reference.patients)), len(reference.true), self._n_grades)
+        if self._primary.arm in by_name and self._primary.against in by_name:
+            pair = (by_name[self._primary.arm], reference)
+            errors = [(results.predicted - results.true).mean(axis=0) for results in pair]
+            if min(error.std() for error in errors) > 0:
+                alike = float(np.clip(np.corrcoef(errors)[0, 1], 0, 0.95))
+                design = replace(design, arm_correlation=round(alike, 2))
+        observed = float((reference.predicted == reference.true).mean())
+        start = round(max(observed, 1 / self._n_grades + 0.02), 2)
+        return design, tuple((start, round(start + d, 2)) for d in _DIFFERENCES if start + d <= 0.98)
 
     def readers(self) -> tuple[tuple[Agreement, ...], ReaderCeiling | None]:
         """Computes the agreement of the readers and their ceiling."""
@@ -413,7 +449,8 @@ class _Pooling:
     def _pooled(self, jobs: Done) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
         """Pools calibrated probabilities ``[R, N, K]``, and folds of the results ``[R, M]``."""
         number = {row.slide_id: n for n, row in enumerate(self.rows)}
-        probabilities = np.full((self._n_repeats, len(self.rows), self._n_grades), np.nan)
+        n_repeats = 1 + max(job.fold.repeat for job, _ in jobs)
+        probabilities = np.full((n_repeats, len(self.rows), self._n_grades), np.nan)
         folds = np.zeros(probabilities.shape[:2], np.int64)
         for job, result in jobs:
             found = [row for row in result.predictions if row.slide_id in number]  # not the external ones
@@ -427,7 +464,20 @@ class _Pooling:
         return patient_results(true, probabilities, self.patients, self._unit)
 
     def _metric(self, name: MetricName, results: PatientResults) -> Metric:
-        return partial(_metric_of(name, self._n_grades), results.true, _predictions(name, results))
+        return by_repeat(_metric_of(name, self._n_grades), results.true, _predictions(name, results))
+
+    def _interval(
+        self, name: MetricName, results: PatientResults, members: NDArray[np.intp] | slice = slice(None)
+    ) -> Interval:
+        """Computes a metric of all, or of some results, by their numbers."""
+        true, who = results.true[members], results.patients[members]
+        rows = _predictions(name, results)[:, members]
+        if name == "accuracy":
+            return share_interval(rows == true, who, level=_LEVEL)
+        found = bca_interval_if_defined(
+            by_repeat(_metric_of(name, self._n_grades), true, rows), who, **self._how
+        )
+        return _UNDEFINED if found is None else found
 
     def _by_repeat(self, name: MetricName, results: PatientResults) -> tuple[float, ...]:
         metric, ones = _metric_of(name, self._n_grades), np.ones(len(results.true))
@@ -450,14 +500,15 @@ class _Pooling:
             gaps = by_fold[0] - by_fold[1]
             if np.isfinite(gaps).all():  # undefined in a fold of a single grade
                 t = corrected_t(gaps, 1 / len(self._folds))
+        gap = difference(*(self._metric(name, results) for results in both))
         return PairedDifference(
             arm=arm.arm,
             against=against.arm,
             n_slides=arm.n_slides,
             metric=name,
-            interval=bca_interval(difference(*(self._metric(name, r) for r in both)), who, **self._how),
+            interval=bca_interval_if_defined(gap, who, **self._how) or _UNDEFINED,
             corrected_t=t,
-            sign_flip=sign_flip_test(metric, arm.results.true, one[0], other[0], who),
+            sign_flip=sign_flip_test(metric, arm.results.true, one, other, who),
             p_holm=None,
         )
 
@@ -472,7 +523,7 @@ class _Pooling:
                 of_patient.setdefault(patient, set()).add(group)
             groups = [" + ".join(sorted(of_patient[patient])) for patient in self._who.tolist()]
         return {
-            name: estimate_by_group(self._metric(name, results), groups, self._who, **self._how)
+            name: estimate_by_group(partial(self._interval, name, results), groups, self._who)
             for name in _BY_PLACE
         }
 
@@ -492,10 +543,9 @@ class _Pooling:
 
 
 @cache
-def _power(design: StudyDesign) -> tuple[PowerRow, ...]:
+def _power(accuracies: tuple[tuple[float, float], ...], design: StudyDesign) -> tuple[PowerRow, ...]:
     """Simulates the power of a study, once for equal designs: it takes seconds."""
-    accuracies = [pair for pair in _ACCURACIES if min(pair) > 1 / design.n_grades]
-    return power_table(accuracies, design, n_studies=400, n_draws=300)
+    return power_table(accuracies, design, n_studies=400, n_flips=300)
 
 
 def _site_in_embeddings(
@@ -539,9 +589,10 @@ def _site_in_embeddings(
 
 
 def _corrected(family: Sequence[PairedDifference]) -> tuple[PairedDifference, ...]:
-    """Corrects the p-values of a family of pairs after Holm."""
-    adjusted = holm([pair.sign_flip.p for pair in family])
-    return tuple(replace(pair, p_holm=float(p)) for pair, p in zip(family, adjusted, strict=True))
+    """Corrects the p-values of a family of pairs after Holm; those of an undefined metric stay NaN."""
+    p = np.array([pair.sign_flip.p for pair in family])
+    p[~np.isnan(p)] = holm(p[~np.isnan(p)])
+    return tuple(replace(pair, p_holm=float(found)) for pair, found in zip(family, p, strict=True))
 
 
 def _metric_of(name: MetricName, n_grades: int) -> MetricOfPredictions:

@@ -83,11 +83,23 @@ class Arm:
 
 @dataclass(frozen=True)
 class Primary:
-    """The one comparison declared before anything runs: is ``arm`` better than ``against`` by ``metric``?"""
+    """The one comparison declared before anything runs: is ``arm`` better than ``against`` by ``metric``?
+
+    Attributes:
+        arm, against: names of two arms.
+        metric: of the difference, ``arm`` minus ``against``.
+        margin: largest difference that means nothing in practice, above 0: the report says if the arms are
+            equivalent, the difference being within it. None for no such test.
+    """
 
     arm: str
     against: str
     metric: MetricName = "qwk"
+    margin: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.margin is not None and not 0 < self.margin < float("inf"):
+            raise UsageError(f"primary.margin must be a number above 0, not {self.margin}")
 
 
 @dataclass(frozen=True)
@@ -96,12 +108,18 @@ class Sizes:
 
     Attributes:
         slides: numbers of slides to train on.
+        subsets: of so many slides drawn from each training part; their spread is part of the intervals.
         arms: arms to train on them, at fixed hyper-parameters and in as many steps as on the whole part:
             with more epochs.
     """
 
     slides: list[int] = field(default_factory=list)
     arms: list[str] = field(default_factory=list)
+    subsets: int = 1
+
+    def __post_init__(self) -> None:
+        if self.subsets < 1:
+            raise UsageError(f"sizes.subsets must be at least 1, not {self.subsets}")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,7 @@ def plan_jobs(
     names = [name for name in names if not only or name in only]
     recipes = {name: _recipe(comparison, study, name) for name in names}
     spec, cases = study.caches[0].spec.to_dict(), cases_of(study)
+    n_grades = len(comparison.grades)
     studies: dict[int | None, Study] = {None: study}
     studies |= {number: permuted(study, number) for number in range(comparison.permutations.n)}
     data_of = {number: _data_of(labelled) for number, labelled in studies.items()}
@@ -245,15 +247,19 @@ def plan_jobs(
         )
 
     jobs = [job(name, fold) for fold in folds for name in names]
-    for n_slides in comparison.sizes.slides:
-        for fold in folds:
-            smaller = subsample(fold, cases, n_slides, len(comparison.grades))
-            sized = [name for name in names if name in comparison.sizes.arms]
-            longer = len(fold.train) / len(smaller.train)
-            jobs += [job(name, smaller, n_slides, longer=longer) for name in sized]
-    for number in range(comparison.permutations.n):
-        tested = [name for name in names if name in comparison.permutations.arms]
-        jobs += [job(name, fold, permutation=number) for fold in folds for name in tested]
+    subsets = comparison.sizes.subsets
+    sized = [name for name in names if name in comparison.sizes.arms]
+    for n_slides, fold, subset in product(comparison.sizes.slides, folds, range(subsets)):
+        smaller = subsample(fold, cases, n_slides, n_grades, subset, subsets)
+        longer = len(fold.train) / len(smaller.train)
+        jobs += [job(name, smaller, n_slides, longer=longer) for name in sized]
+    tested = [name for name in names if name in comparison.permutations.arms]
+    for number in range(comparison.permutations.n if tested else 0):
+        try:  # as those of the labels: stratified by the true grades, they would favour them
+            own = plan_folds(cases_of(studies[number]), comparison.protocol, n_grades)
+        except UsageError as error:
+            raise UsageError(f"permutation {number} of the labels: {error}") from error
+        jobs += [job(name, fold, permutation=number) for fold in own for name in tested]
     return tuple(jobs)
 
 

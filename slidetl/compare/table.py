@@ -79,8 +79,10 @@ def format_cell(cell: Any, form: str = ".2f") -> str:
         return str(cell)
     if isinstance(cell, Interval):
         return format_interval(cell, form)
-    if form == "p":
+    if form == "p" and not math.isnan(cell):
         return f"{cell:.3f}" if cell >= 0.0005 else "< 0.001"
+    if form == "p":
+        return "undefined"
     return format_number(cell, form)
 
 
@@ -101,9 +103,9 @@ def format_interval(interval: Interval, form: str = ".2f") -> str:
 
 
 def format_p(value: float) -> str:
-    """Formats a p-value within a sentence: ``p = 0.023``, ``p < 0.001``."""
+    """Formats a p-value within a sentence: ``p = 0.023``, ``p < 0.001``, ``p undefined``."""
     text = format_cell(value, "p")
-    return f"p {text}" if text.startswith("<") else f"p = {text}"
+    return f"p = {text}" if text[0].isdigit() else f"p {text}"
 
 
 def format_percent(share: float) -> str:

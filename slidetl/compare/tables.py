@@ -202,7 +202,7 @@ def _learning_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
 def _difference_rows(section: str, pair: PairedDifference) -> Iterator[dict[str, Any]]:
     about = {"arm": pair.arm, "train_slides": pair.n_slides, "against": pair.against}
     flip, t = pair.sign_flip, pair.corrected_t
-    note = f"p by sign flips of {flip.n_discordant} discordant patients, first repeat"
+    note = f"p by sign flips of {flip.n_discordant} discordant patients, all repeats"
     row = _row(section, pair.metric, pair.interval, p=flip.p, note=note)
     yield {**about, **row, "p_holm": _number(pair.p_holm)}
     if t is not None:

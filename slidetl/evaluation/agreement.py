@@ -12,9 +12,18 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import UsageError
-from slidetl.evaluation.bootstrap import Interval, Resampling, bca_interval_if_defined, resampled_metric
+from slidetl.evaluation.bootstrap import (
+    Interval,
+    Metric,
+    Resampling,
+    bca_interval_if_defined,
+    resampled_metric,
+    share_interval,
+)
 from slidetl.evaluation.comparison import Unit, per_patient
-from slidetl.evaluation.metrics import accuracy, difference, kappa, qwk, qwk_of_table
+from slidetl.evaluation.metrics import by_repeat, difference, kappa, qwk, qwk_of_table
+
+_DEVIATIONS = np.arange(1, 100, dtype=np.float64) * 0.02  # of a reader's error, to choose from
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,8 @@ class ReaderCeiling:
     """Metrics of a model without any error, judged by noisy readers.
 
     Attributes:
-        reader_sd: standard deviation of a reader's error, in grades, before rounding.
+        reader_sd: standard deviation of a reader's error, in grades, before rounding, from 0.02 to 1.98.
+        at_bound: True if it is one of these ends: the fit would go on, and the ceiling is a bound itself.
         accuracy, qwk: against one reader's grades.
         consensus_accuracy, consensus_qwk: against the rounded mean of two readers' grades (between two of
             them, the higher).
@@ -74,6 +84,7 @@ class ReaderCeiling:
     """
 
     reader_sd: float
+    at_bound: bool
     accuracy: float
     qwk: float
     consensus_accuracy: float
@@ -152,7 +163,7 @@ def model_against_readers(
             continue
         true = grades[shared, reader]
         peers = partial(qwk, true, grades[shared][:, others].T, n_grades)
-        gain = difference(partial(qwk, true, rows[:, shared], n_grades), peers)
+        gain = difference(_qwk_by_repeat(true, rows[:, shared], n_grades), peers)
         peer_qwk, less = (bca_interval_if_defined(each, who[shared], **how) for each in (peers, gain))
         against.append(ModelAgainstReader(reader, model, peer_qwk, less))
     consensus = consensus_grades(grades)
@@ -252,6 +263,7 @@ def reader_ceiling(
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return ReaderCeiling(
         reader_sd=float(deviations[0]),
+        at_bound=bool(deviations[0] in (_DEVIATIONS[0], _DEVIATIONS[-1])),
         accuracy=float(np.trace(alone)),
         qwk=float(qwk_of_table(alone)),
         consensus_accuracy=float(np.trace(agreed)),
@@ -285,12 +297,21 @@ def _agreement(
     n_grades: int,
     **how: Unpack[Resampling],
 ) -> Agreement | None:
-    """Computes the agreement of two; None if a kappa is undefined."""
-    measures = partial(accuracy, true, rows), *(partial(f, true, rows, n_grades) for f in (kappa, qwk))
-    share, plain, quadratic = (bca_interval_if_defined(each, patients, **how) for each in measures)
-    if share is None or plain is None or quadratic is None:
+    """Computes the agreement of two; None if a kappa is undefined. ``rows`` are ``[N]`` or ``[R, N]``."""
+    rows = np.atleast_2d(rows)
+    measures = (
+        by_repeat(lambda true, graded, weights: kappa(true, graded, n_grades, weights), true, rows),
+        _qwk_by_repeat(true, rows, n_grades),
+    )
+    plain, quadratic = (bca_interval_if_defined(each, patients, **how) for each in measures)
+    if plain is None or quadratic is None:
         return None
+    share = share_interval(rows == true, patients, level=how.get("level", 0.95))
     return Agreement(first, second, len(true), len(np.unique(patients)), share, plain, quadratic)
+
+
+def _qwk_by_repeat(true: NDArray[np.int64], rows: NDArray[np.int64], n_grades: int) -> Metric:
+    return by_repeat(lambda true, graded, weights: qwk(true, graded, n_grades, weights), true, rows)
 
 
 def readings_given_truth(deviations: NDArray[np.float64], n_grades: int) -> NDArray[np.float64]:
@@ -305,18 +326,18 @@ def readings_given_truth(deviations: NDArray[np.float64], n_grades: int) -> NDAr
 def _fit_readers(tables: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Fits two readings ``[B, K, K]``: deviations ``[B]`` and shares of the true grades ``[B, K]``."""
     n_grades = tables.shape[1]
-    grid = np.arange(1, 100, dtype=np.float64) * 0.02
-    reads = readings_given_truth(grid, n_grades)
-    pairs = (reads[:, :, :, None] * reads[:, :, None, :]).reshape(len(grid), n_grades, -1)  # [S, K, K * K]
+    reads = readings_given_truth(_DEVIATIONS, n_grades)
+    # [S, K, K * K]
+    pairs = (reads[:, :, :, None] * reads[:, :, None, :]).reshape(len(_DEVIATIONS), n_grades, -1)
     counts = (tables + tables.transpose(0, 2, 1)).reshape(len(tables), 1, -1) / 2  # [B, 1, K * K]
     total = counts.sum(axis=2, keepdims=True)
-    shares = np.full((len(tables), len(grid), n_grades), 1 / n_grades)
+    shares = np.full((len(tables), len(_DEVIATIONS), n_grades), 1 / n_grades)
     for _ in range(100):
         expected = np.maximum(np.einsum("bsk,skc->bsc", shares, pairs, optimize=True), 1e-300)
         shares = shares * np.einsum("bsc,skc->bsk", counts / expected, pairs, optimize=True) / total
     expected = np.maximum(np.einsum("bsk,skc->bsc", shares, pairs, optimize=True), 1e-300)
     best = (counts * np.log(expected)).sum(axis=2).argmax(axis=1)
-    return grid[best], shares[np.arange(len(tables)), best]
+    return _DEVIATIONS[best], shares[np.arange(len(tables)), best]
 
 
 def _of_patients(slides: NDArray[np.float64], whose: NDArray[np.int64], unit: Unit) -> NDArray[np.float64]:

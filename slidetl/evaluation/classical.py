@@ -212,7 +212,7 @@ def slide_score(
         The score, in units of ``classes``.
 
     Raises:
-        UsageError: every class is ignored, or every tile is.
+        UsageError: every class is ignored, or every tile is; or a row is not of probabilities.
     """
     p, values = np.asarray(tile_probabilities, np.float64), np.asarray(classes, np.float64)
     counts = ~np.asarray(ignore, bool) if ignore is not None else np.ones(len(values), bool)
@@ -221,6 +221,8 @@ def slide_score(
             f"expected probabilities [N, C], C classes and C flags, "
             f"not {p.shape}, {values.shape}, {counts.shape}"
         )
+    if not (np.isfinite(p) & (p >= 0)).all() or not (p.sum(axis=1) > 0).all():
+        raise UsageError("expected probabilities of at least 0 in each row, not all of them 0")
     is_kept = counts[p.argmax(axis=1)]
     if not is_kept.any():
         raise UsageError(f"all {len(p)} tiles of the slide are of a class to be ignored; it has no score")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -13,13 +12,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import UsageError
 from slidetl.evaluation.bootstrap import Interval, Metric, resampled_metric
+from slidetl.evaluation.metrics import MetricOfPredictions
 from slidetl.evaluation.shapes import check_lengths
 
 Unit = Literal["worst", "mean", "slide"]
-
-# True grades [N], predictions [N] or [R, N] (or probabilities) and weights [B, N] -> [B]: `accuracy`, or
-# `lambda true, predicted, weights: qwk(true, predicted, 5, weights)`.
-MetricOfPredictions = Callable[[NDArray[Any], NDArray[Any], NDArray[np.float64]], NDArray[np.float64]]
 
 # So many discordant patients give 2^14 ways to swap them: all are tried.
 _EXACT_PATIENTS = 14
@@ -153,6 +149,8 @@ class CorrectedT:
         standard_error: corrected for overlapping training parts.
         t: the mean over its standard error, on ``degrees`` degrees of freedom.
         p: two-sided.
+
+    All but the mean are NaN if the differences are all equal: nothing tells their spread.
     """
 
     interval: Interval
@@ -168,8 +166,8 @@ def corrected_t(differences: ArrayLike, test_share: float, *, level: float = 0.9
     Nadeau and Bengio, Machine Learning 52 (2003), for R repeats of K folds as in Bouckaert and Frank, PAKDD
     2004: the variance of the mean is ``(1 / RK + n_test / n_train)`` times the sample variance of the RK
     differences, with RK - 1 degrees of freedom. The correction is a heuristic, and so is normality for kappa
-    in small folds: a secondary test. Unlike the bootstrap it counts the variance of another training. If all
-    differences are equal, p is 1 for no difference, 0 otherwise.
+    in small folds: a secondary test. It counts the variance of another training, as a bootstrap over patients
+    alone does not.
 
     Args:
         differences: ``[R, K]`` of the metric, first arm minus second, by fold.
@@ -190,9 +188,10 @@ def corrected_t(differences: ArrayLike, test_share: float, *, level: float = 0.9
         raise UsageError(f"the share of a test part must be between 0 and 1, not {test_share}")
     mean, degrees = float(values.mean()), len(values) - 1
     error = float(np.sqrt((1 / len(values) + test_share / (1 - test_share)) * values.var(ddof=1)))
+    if error <= 1e-12:
+        error = float("nan")
     half = float(student.ppf((1 + level) / 2, degrees)) * error
-    certain = 0.0 if abs(mean) < 1e-12 else float(np.copysign(np.inf, mean))
-    ratio = mean / error if error > 1e-12 else certain
+    ratio = mean / error
     p = float(2 * student.sf(abs(ratio), degrees))
     return CorrectedT(Interval(mean, mean - half, mean + half, level), error, ratio, degrees, p)
 
@@ -202,9 +201,9 @@ class SignFlip:
     """The patient-clustered sign-flip test.
 
     Attributes:
-        difference: of the metric, first arm minus second.
-        p: two-sided.
-        n_discordant: patients with differing predictions; the others carry no information.
+        difference: of the metric, first arm minus second, averaged over repeats.
+        p: two-sided; NaN if the metric is undefined.
+        n_discordant: patients with differing predictions in any repeat; the others carry no information.
         exact: True if all ways to swap were tried, not a sample of them.
     """
 
@@ -230,26 +229,28 @@ def sign_flip_test(
     together; McNemar's test would take slides for independent. For a mean over slides a swap flips
     the sign of the patient's contribution (Good, Permutation Tests, 2nd ed. 2000); kappa is recomputed. p is
     the share of all swaps with 14 discordant patients or fewer, and otherwise ``(1 + hits) / (1 + n_flips)``
-    (Phipson and Smyth 2010).
+    (Phipson and Smyth 2010); a swap with an undefined metric is a hit. Repeats share their patients: all
+    repeats of a patient are swapped together, and the metric is averaged over them.
 
-    Conditional on the fitted models. It takes one repeat, declared beforehand: several share their patients.
+    Conditional on the fitted models.
 
     Args:
         metric: such as :func:`slidetl.evaluation.metrics.accuracy`.
         true: ``[N]`` grades.
-        first: predictions ``[N]`` of one arm, or ``[N, K]`` probabilities, to suit the metric.
+        first: predictions ``[R, N]`` of one arm, or ``[R, N, K]`` probabilities, to suit the metric; ``[N]``
+            of a single repeat.
         second: those of the other.
         patients: ``[N]``.
         n_flips: number of random swaps.
         seed: of the swaps.
     """
-    truth, a, b = np.asarray(true), np.asarray(first), np.asarray(second)
+    truth, a, b = np.asarray(true), np.atleast_2d(first), np.atleast_2d(second)
     names, member = np.unique(np.asarray(patients), return_inverse=True)
-    check_lengths(grades=truth, first=a, second=b, patients=member)
     if a.shape != b.shape:
         raise UsageError(f"expected two arms of one shape, not {a.shape} and {b.shape}")
-    both = partial(metric, np.concatenate([truth, truth]), np.concatenate([a, b]))
-    differs = (a != b).reshape(len(a), -1).any(axis=1)
+    check_lengths(grades=truth, predictions=a.swapaxes(0, 1), patients=member)
+    both = partial(metric, np.concatenate([truth, truth]), np.concatenate([a, b], axis=1))
+    differs = (a != b).swapaxes(0, 1).reshape(len(truth), -1).any(axis=1)
     discordant = np.unique(member[differs])
     n = len(discordant)
 
@@ -260,6 +261,8 @@ def sign_flip_test(
         return both(np.concatenate([own, 1 - own], axis=1)) - both(np.concatenate([1 - own, own], axis=1))
 
     observed = float(differences(np.ones((1, n), bool))[0])
+    if np.isnan(observed):
+        return SignFlip(observed, observed, n, False)
     exact = n <= _EXACT_PATIENTS
     if exact:
         keeps = np.array(list(itertools.product([True, False], repeat=n)), bool).reshape(2**n, n)
@@ -268,7 +271,7 @@ def sign_flip_test(
     # Sums in another order differ in the last bit; a tie must count.
     step = max(1, (1 << 22) // len(truth))
     hits = sum(
-        int((abs(differences(keeps[start : start + step])) >= abs(observed) - 1e-12).sum())
+        int((~(abs(differences(keeps[start : start + step])) < abs(observed) - 1e-12)).sum())
         for start in range(0, len(keeps), step)
     )
     p = hits / len(keeps) if exact else (1 + hits) / (1 + n_flips)
@@ -387,4 +390,5 @@ def variance_split(
 def _patient_variance(metric: Metric, patients: NDArray[Any], n_draws: int, seed: int) -> float:
     n_patients = len(np.unique(patients))
     drawn = resampled_metric(metric, patients, n_draws=n_draws, seed=seed)
-    return float(np.nanvar(drawn, ddof=1) * n_patients / (n_patients - 1))
+    drawn = drawn[~np.isnan(drawn)]
+    return float(drawn.var(ddof=1) * n_patients / (n_patients - 1)) if len(drawn) > 1 else float("nan")

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import UsageError
-from slidetl.evaluation.bootstrap import Interval, Resampling, bca_interval
+from slidetl.evaluation.bootstrap import Interval, Resampling, bca_interval, share_interval
 from slidetl.evaluation.metrics import check_finite, check_probabilities, weighted_mean
-from slidetl.evaluation.shapes import check_lengths
+from slidetl.evaluation.shapes import check_lengths, value_of_patient
 
 REFERRAL_POINTS = 10  # thresholds of a risk-coverage curve: its bounds hold for all of them together
 
@@ -110,12 +110,13 @@ def check_coverage(
     not quite a check on new patients. Intervals are conditional on models and quantiles.
 
     Raises:
-        UsageError: a single fold.
+        UsageError: a single fold, or a patient in two.
     """
     grades, rows = np.asarray(true), np.asarray(probabilities, np.float64)
     who, numbers = np.asarray(patients), np.asarray(folds)
     if numbers.shape != grades.shape or len(np.unique(numbers)) < 2:
         raise UsageError("a check of coverage needs the fold of each slide, and two folds at least")
+    names, member, _ = value_of_patient(who, numbers, "is in two folds; plan folds by patient")
     ends = np.zeros((len(grades), 2), np.int64)
     for number in np.unique(numbers):
         test = numbers == number
@@ -123,10 +124,9 @@ def check_coverage(
         ends[test] = rule.sets(rows[test])
     covered = (ends[:, 0] <= grades) & (grades <= ends[:, 1])
     sizes = ends[:, 1] - ends[:, 0] + 1
-    names, member = np.unique(who, return_inverse=True)
     missed = np.bincount(member, ~covered) > 0
     return SetCoverage(
-        patients_covered=bca_interval(partial(weighted_mean, ~missed), names, **how),
+        patients_covered=share_interval(~missed, names, level=how.get("level", 0.95)),
         mean_size=bca_interval(partial(weighted_mean, sizes), who, **how),
         sizes=tuple(int(count) for count in np.bincount(sizes, minlength=rows.shape[1] + 1)[1:]),
         risk=risk,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import UsageError
-from slidetl.evaluation.bootstrap import Interval, Metric, Resampling, bca_interval_if_defined
+from slidetl.evaluation.bootstrap import Interval
 from slidetl.evaluation.comparison import chance_p
 from slidetl.evaluation.shapes import check_lengths, value_of_patient
 
@@ -211,12 +211,17 @@ class GroupEstimate:
 
 
 def estimate_by_group(
-    metric: Metric, groups: ArrayLike, patients: ArrayLike, **how: Unpack[Resampling]
+    estimate: Callable[[NDArray[np.intp]], Interval | None], groups: ArrayLike, patients: ArrayLike
 ) -> tuple[GroupEstimate, ...]:
-    """Computes the metric within each of ``groups [N]``, with intervals, in the order of their names.
+    """Computes a metric within each of ``groups [N]``, in the order of their names.
 
     With leave-one-site-out the groups are new to the model; otherwise they were seen in training. Kappa
     depends on the grades at a site: at a site of one grade it is 0, or undefined.
+
+    Args:
+        estimate: computes the metric of some results, by their numbers.
+        groups: ``[N]``.
+        patients: ``[N]``.
     """
     names, who = np.asarray(groups).astype(str), np.asarray(patients)
     check_lengths(groups=names, patients=who)
@@ -224,13 +229,7 @@ def estimate_by_group(
     for name in np.unique(names):
         members = np.flatnonzero(names == name)
         n_patients = len(np.unique(who[members]))
-
-        def within(weights: NDArray[np.float64], members: NDArray[np.intp] = members) -> NDArray[np.float64]:
-            spread = np.zeros((len(weights), len(who)))
-            spread[:, members] = weights
-            return metric(spread)
-
-        interval = bca_interval_if_defined(within, who[members], **how) if n_patients > 1 else None
+        interval = estimate(members) if n_patients > 1 else None
         rows.append(GroupEstimate(str(name), len(members), n_patients, interval))
     return tuple(rows)
 

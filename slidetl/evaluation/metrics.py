@@ -11,6 +11,7 @@ Accuracy, MAE, QWK, kappa, RPS and log loss take weights of the results, as resa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +25,10 @@ from slidetl.evaluation.bootstrap import Metric
 LEAST_PROBABILITY = 1e-7
 
 Weights = NDArray[np.float64] | None
+
+# True grades [N], predictions [N] or [R, N] (or probabilities) and weights [B, N] -> [B]: `accuracy`, or
+# `lambda true, predicted, weights: qwk(true, predicted, 5, weights)`.
+MetricOfPredictions = Callable[[NDArray[Any], NDArray[Any], NDArray[np.float64]], NDArray[np.float64]]
 
 
 @dataclass(frozen=True)
@@ -179,6 +184,18 @@ def log_loss(true: ArrayLike, probabilities: ArrayLike, weights: Weights = None)
     truth, rows = check_probabilities(true, probabilities)
     of_truth = rows[:, np.arange(len(truth)), truth]
     return weighted_mean(-np.log(np.maximum(of_truth, LEAST_PROBABILITY)), weights)
+
+
+def by_repeat(metric: MetricOfPredictions, true: ArrayLike, predicted: ArrayLike) -> Metric:
+    """Returns the metric of each repeat, weights ``[B, N]`` -> ``[R, B]``, for intervals over repeats, too.
+
+    Args:
+        metric: such as :func:`accuracy`.
+        true: ``[N]`` grades.
+        predicted: ``[R, N]`` grades, or ``[R, N, K]`` probabilities, to suit the metric.
+    """
+    truth, rows = np.asarray(true), np.asarray(predicted)
+    return lambda weights: np.stack([metric(truth, of_repeat, weights) for of_repeat in rows])
 
 
 def difference(first: Metric, second: Metric) -> Metric:

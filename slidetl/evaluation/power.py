@@ -52,7 +52,7 @@ class PowerRow:
     Attributes:
         accuracy_first, accuracy_second: true accuracies of the arms.
         qwk_first, qwk_second: their true quadratic-weighted kappas, under the model.
-        power_accuracy, power_qwk: share of studies with an interval of the difference without zero.
+        power_accuracy, power_qwk: share of studies with a sign-flip test that finds a difference.
         error: standard error of these shares, at most.
     """
 
@@ -69,16 +69,16 @@ def power_table(
     accuracies: Sequence[tuple[float, float]],
     design: StudyDesign | None = None,
     *,
-    level: float = 0.95,
+    alpha: float = 0.05,
     n_studies: int = 1000,
-    n_draws: int = 500,
+    n_flips: int = 500,
     seed: int = 0,
 ) -> tuple[PowerRow, ...]:
-    """Simulates studies, and counts how often a paired patient bootstrap finds the difference.
+    """Simulates studies, and counts how often a test of sign flips finds the difference.
 
-    Each study resamples its patients, each with all slides and both arms; the difference is found if
-    the percentile interval excludes zero. (BCa differs little for a difference, and costs a jackknife for
-    each of thousands of studies.) For equal accuracies the power is the share of false findings.
+    The test is :func:`~slidetl.evaluation.comparison.sign_flip_test`, which decides a comparison. For equal
+    accuracies the power is the share of false findings. If the results of a study are of patients, give it as
+    many slides as patients: 100 slides of 60 patients show more than 60 results.
 
     The power depends on how alike the arms err, known only afterwards: state the correlation with it, or
     give a range of designs.
@@ -86,9 +86,9 @@ def power_table(
     Args:
         accuracies: pairs of true accuracies, above chance and below 1.
         design: the study; 60 patients with 100 slides in five grades by default.
-        level: of the intervals.
+        alpha: level of the tests, between 0 and 1.
         n_studies: simulated for each pair; 1000 give a standard error of 0.016 at most.
-        n_draws: resamples for each study.
+        n_flips: random swaps for each study.
         seed: of everything.
 
     Raises:
@@ -98,22 +98,21 @@ def power_table(
     rng = np.random.default_rng(seed)
     n = design.n_patients
     member = np.sort(np.arange(design.n_slides) % n)
-    # One set of resamples for all studies: it changes no study's law, only their dependence.
-    drawn = rng.integers(n, size=(n_draws, n)) + n * np.arange(n_draws)[:, None]
-    weights = np.bincount(drawn.ravel(), minlength=n * n_draws).reshape(n_draws, n).astype(np.float64)
+    # One set of swaps for all studies: it changes no study's law, only their dependence. The first is none.
+    keeps = np.concatenate([np.ones((1, n)), rng.integers(2, size=(n_flips, n))])
     rows = []
     for pair in accuracies:
         deviations = [_deviation(accuracy, design.n_grades) for accuracy in pair]
         found = np.zeros(2)
         for _ in range(n_studies):
-            tables = _study(deviations, design, member, rng)
-            one, other = (np.stack(_metrics(np.tensordot(weights, of_arm, 1))) for of_arm in tables)
-            differences = one - other  # [2, B]
-            low, high = np.quantile(differences, [(1 - level) / 2, (1 + level) / 2], axis=1)
-            found += (low > 0) | (high < 0)
-        first, second = (_true_qwk(deviation, design.n_grades) for deviation in deviations)
+            first, second = _study(deviations, design, member, rng)
+            both, kept = (first + second).sum(axis=0), np.tensordot(keeps, first - second, 1)
+            one = kept + second.sum(axis=0)
+            apart = abs(np.stack(_metrics(one)) - np.stack(_metrics(both - one)))  # [2, 1 + n_flips]
+            found += (~(apart < apart[:, :1] - 1e-12)).mean(axis=1) <= alpha  # the share counts itself
+        own, other = (_true_qwk(deviation, design.n_grades) for deviation in deviations)
         by_accuracy, by_qwk = (found / n_studies).tolist()
-        rows.append(PowerRow(*pair, first, second, by_accuracy, by_qwk, 0.5 / n_studies**0.5))
+        rows.append(PowerRow(*pair, own, other, by_accuracy, by_qwk, 0.5 / n_studies**0.5))
     return tuple(rows)
 
 

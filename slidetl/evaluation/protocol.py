@@ -162,12 +162,15 @@ def plan_folds(cases: Sequence[Case], protocol: Protocol, n_grades: int) -> tupl
     return tuple(folds)
 
 
-def subsample(fold: Fold, cases: Iterable[Case], n_slides: int, n_grades: int) -> Fold:
+def subsample(
+    fold: Fold, cases: Iterable[Case], n_slides: int, n_grades: int, subset: int = 0, subsets: int = 1
+) -> Fold:
     """Returns the fold with fewer slides to train on, for the curve of accuracy against their number.
 
     Patients are taken in a random order, first those with a grade not yet there, until the part has
-    ``n_slides``; the last patient may be cut. Smaller parts lie within larger ones. There are no inner
-    folds: hyper-parameters are fixed, or come from the whole part.
+    ``n_slides``; the last patient may be cut. Smaller parts lie within larger ones. Of several ``subsets`` of
+    a training part each has its own order and seed, and counts as a repeat. There are no inner folds:
+    hyper-parameters are fixed, or come from the whole part.
 
     Raises:
         UsageError: the training part has fewer slides, or ``n_slides`` cannot hold each grade.
@@ -180,7 +183,8 @@ def subsample(fold: Fold, cases: Iterable[Case], n_slides: int, n_grades: int) -
     members = set(fold.train)
     slides = _slides_of_patients(case for case in cases if case.slide_id in members)
     patients = sorted(slides)
-    order = [patients[index] for index in np.random.default_rng(fold.seed).permutation(len(patients))]
+    seed = _seed(fold.seed, subset) if subset else fold.seed
+    order = [patients[index] for index in np.random.default_rng(seed).permutation(len(patients))]
     first, seen = [], set[int]()
     for patient in order:
         if not {case.grade for case in slides[patient]} <= seen:
@@ -189,7 +193,9 @@ def subsample(fold: Fold, cases: Iterable[Case], n_slides: int, n_grades: int) -
     taken = [case for patient in dict.fromkeys([*first, *order]) for case in slides[patient]][:n_slides]
     if {case.grade for case in taken} != seen:
         raise UsageError(f"{n_slides} slides do not hold all {len(seen)} grades; raise 'sizes.slides'")
-    return Fold(fold.repeat, fold.name, fold.seed, _ids(taken), fold.test, external=fold.external)
+    return Fold(
+        fold.repeat * subsets + subset, fold.name, seed, _ids(taken), fold.test, external=fold.external
+    )
 
 
 def permute_grades(cases: Iterable[Case], seed: int) -> dict[str, int]:

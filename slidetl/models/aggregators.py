@@ -153,7 +153,8 @@ class Chowder(Pooling):
         scores = self.score(_present(embeddings, mask)).squeeze(2).to(torch.float32)  # [B, N]
         k = min(self.k, scores.shape[1])
         rank = torch.arange(self.k, device=mask.device).unsqueeze(0)  # [1, k]
-        rank = torch.minimum(rank, mask.sum(1, keepdim=True) - 1)  # [B, k], repeating the last tile
+        last = (mask.sum(1, keepdim=True) - 1).clamp(min=0)
+        rank = torch.minimum(rank, last)  # [B, k], repeating the last tile
         top = scores.masked_fill(~mask, float("-inf")).topk(k, dim=1)[1].gather(1, rank)
         bottom = scores.masked_fill(~mask, float("inf")).topk(k, dim=1, largest=False)[1].gather(1, rank)
         chosen = torch.cat([top, bottom], dim=1)  # [B, 2k]
@@ -336,7 +337,10 @@ class AdditiveAttention(Pooling):
 
 
 def _present(embeddings: Tensor, mask: Tensor, padding: float = 0.0) -> Tensor:
-    """Replaces padding in ``[B, N, D]`` by a constant: a zero gradient times NaN is NaN."""
+    """Replaces padding in ``[B, N, D]`` by a constant: a zero gradient times NaN is NaN.
+
+    A slide without tiles becomes NaN, in every aggregator, so that no finite grade comes of it.
+    """
     # Without padding this saves a second copy of 100,000 tiles.
     if is_scripting():
         if bool(mask.all()):
@@ -344,7 +348,9 @@ def _present(embeddings: Tensor, mask: Tensor, padding: float = 0.0) -> Tensor:
     else:  # the check would synchronise a GPU, and tracing records one branch only
         if not embeddings.is_cuda and not torch.compiler.is_compiling() and bool(mask.all()):
             return embeddings
-    return embeddings.masked_fill(~mask.unsqueeze(2), padding)
+    fill = torch.full((mask.shape[0], 1, 1), padding, dtype=embeddings.dtype, device=embeddings.device)
+    fill = fill.masked_fill(~mask.any(1).reshape(-1, 1, 1), float("nan"))
+    return torch.where(mask.unsqueeze(2), embeddings, fill)
 
 
 def _parts(tiles: Tensor) -> list[Tensor]:

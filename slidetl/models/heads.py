@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slidetl.errors import UsageError
 from slidetl.models.targets import one_hot_grades
 
 _GAP = 3.0  # between neighbouring thresholds at the start, in units of the logistic's scale
@@ -26,6 +27,8 @@ class Head(nn.Module):
 
     def __init__(self, in_features: int, n_grades: int) -> None:
         super().__init__()
+        if n_grades < 2:
+            raise UsageError(f"a head tells at least two grades apart, not {n_grades}")
         self.n_grades = n_grades
 
     def forward(self, embedding: Tensor) -> Tensor:

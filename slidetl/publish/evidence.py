@@ -15,10 +15,10 @@ import numpy as np
 from slidetl.data.record import StudyRecord
 from slidetl.data.study import listed
 from slidetl.errors import CheckpointError, SlidetlError, UsageError
-from slidetl.evaluation.bootstrap import bca_interval
+from slidetl.evaluation.bootstrap import bca_interval, share_interval
 from slidetl.evaluation.calibration import fit_temperature, with_temperature
 from slidetl.evaluation.conformal import fit_grade_sets
-from slidetl.evaluation.metrics import accuracy, check_finite, mae, qwk
+from slidetl.evaluation.metrics import check_finite, mae, qwk
 from slidetl.library.model_card import Evidence
 from slidetl.text import csv_cell
 
@@ -88,12 +88,11 @@ def evidence_from(
             f"expected at least {_LEAST_PATIENTS}"
         )
     predicted = probabilities.argmax(1)
-    metrics = {
-        "QWK": partial(qwk, true, predicted, len(names)),
-        "accuracy": partial(accuracy, true, predicted),
-        "MAE": partial(mae, true, predicted),
+    intervals = {
+        "QWK": bca_interval(partial(qwk, true, predicted, len(names)), patients),
+        "accuracy": share_interval(predicted == true, patients),
+        "MAE": bca_interval(partial(mae, true, predicted), patients),
     }
-    intervals = {name: bca_interval(metric, patients) for name, metric in metrics.items()}
     temperature = fit_temperature(true, probabilities)
     sets = fit_grade_sets(true, with_temperature(probabilities, temperature), patients, risk=1 - coverage)
     return Evidence(

@@ -8,6 +8,7 @@ import struct
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import product
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -25,6 +26,7 @@ from slidetl.compare.report.document import write_html
 from slidetl.compare.report.page import document_of, write_report
 from slidetl.compare.report.tables import tables_of
 from slidetl.compare.report.view import View
+from slidetl.compare.table import format_interval
 from slidetl.compare.tables import write_tables
 from slidetl.data.manifest import ManifestRow
 from slidetl.data.study import CachedSlide, Study
@@ -163,6 +165,8 @@ def invented(
     groups: Groups | None = None,
     temperature: float = 1.1,
     reads: tuple[int, ...] | None = None,
+    subsets: int = 1,
+    test_grade: int | None = None,
 ) -> ComparisonResult:
     """A comparison whose first two arms are the primary ones; units of ``missing`` arms are not done."""
     arms = arms or {"warm": Arm(fit=fit("WarmRestart")), "scratch": Arm(fit=fit("Scratch")),
@@ -179,7 +183,7 @@ def invented(
         base={"model": {"backbone": {"name": "mobilenetv3_small_050"}}, "trainer": {"max_epochs": 30}},
         grades=grades or ["0", "1", "2", "3", "4"],
         bootstrap_draws=draws,
-        sizes=Sizes(list(sizes), [first, second] if sizes else []),
+        sizes=Sizes(list(sizes), [first, second] if sizes else [], subsets),
         permutations=Permutations(3, [first]),
         groups=groups,
     )
@@ -192,6 +196,13 @@ def invented(
             )))
             for n, slide in enumerate(study.slides)
         ]  # fmt: skip
+        study = replace(study, slides=tuple(slides))
+    if test_grade is not None:
+        of_test = [slide.row.split == "test" for slide in study.slides]
+        slides = [
+            replace(slide, row=replace(slide.row, grade=test_grade)) if held else slide
+            for slide, held in zip(study.slides, of_test, strict=True)
+        ]
         study = replace(study, slides=tuple(slides))
     folds = plan_folds(cases_of(study), comparison.protocol, 5)
     done: list[tuple[Job, JobResult | None]] = []
@@ -209,8 +220,8 @@ def invented(
         for fold in folds:
             found = invented_result(study, fold, own_noise, **options)  # type: ignore[arg-type]
             done.append((Job(name, fold, None, None, {}, f"key-{name}"), None if name in missing else found))
-            for size in sizes if number < 2 else ():
-                part = subsample(fold, cases_of(study), size, 5)
+            for size, subset in product(sizes if number < 2 else (), range(subsets)):
+                part = subsample(fold, cases_of(study), size, 5, subset, subsets)
                 found = invented_result(study, part, own_noise + 12 / size, **options)  # type: ignore[arg-type]
                 done.append((Job(name, part, size, None, {}, f"key-{name}-{size}"), found))
     return combine(comparison, study, folds, done)
@@ -324,10 +335,103 @@ def test_the_declared_comparison_comes_first(whole: tuple[ComparisonResult, Path
     head = Page(folder / "report.html").text[""]
     (interval, *_) = [row for row in table(folder / "results.csv") if row["section"] == "primary"]
     assert f"warm minus scratch: {as_shown(interval, '{:+.2f}')}" in head
-    contains_zero = float(interval["low"]) <= 0 <= float(interval["high"])
-    assert ("interval contains zero" in head) == contains_zero
-    assert ("interval excludes zero" in head) != contains_zero
-    assert result.primary is not None
+    assert result.primary is not None and result.primary.corrected_t is not None
+    assert ("It finds warm better" in head) == (result.primary.sign_flip.p <= 0.05)
+    over_folds = result.primary.corrected_t.interval
+    assert f"over folds {format_interval(over_folds, '+.2f')}" in head
+
+
+def spoken(
+    result: ComparisonResult,
+    p: float,
+    interval: tuple[float, float],
+    t: float | None = None,
+    margin: float | None = None,
+) -> str:
+    """The first paragraph of the report of another outcome of the declared comparison."""
+    assert result.primary is not None and result.primary.corrected_t is not None
+    middle = sum(interval) / 2
+    primary = replace(
+        result.primary,
+        interval=replace(result.primary.interval, estimate=middle, low=interval[0], high=interval[1]),
+        sign_flip=replace(result.primary.sign_flip, difference=middle, p=p),
+        corrected_t=None if t is None else replace(result.primary.corrected_t, p=t),
+    )
+    comparison = replace(result.comparison, primary=replace(result.comparison.primary, margin=margin))
+    view = View(replace(result, primary=primary, comparison=comparison), {})
+    return document_of(view, tables_of(view), {}).summary[0]
+
+
+def test_the_verdict_follows_the_sign_flips_and_says_where_others_disagree(
+    small: tuple[ComparisonResult, Path],
+) -> None:
+    agreed = spoken(small[0], 0.01, (0.02, 0.1), 0.03)
+    assert "p = 0.010. It finds warm better." in agreed and "disagree" not in agreed
+    assert "It finds scratch better" in spoken(small[0], 0.05, (-0.1, -0.02), 0.03)
+    narrow = spoken(small[0], 0.07, (0.001, 0.1), 0.2)  # by the interval alone warm would be better
+    assert "finds no difference" in narrow and "better." in narrow and "warm better" not in narrow
+    assert "The tests disagree: the interval over patients excludes zero." in narrow
+    both = spoken(small[0], 0.04, (-0.001, 0.1), 0.2)
+    assert "contains zero, and the corrected t over folds finds no difference." in both
+    assert "finds a difference" in spoken(small[0], 0.3, (-0.1, 0.1), 0.01)
+    assert "there is no corrected t" in spoken(small[0], 0.3, (-0.1, 0.1))
+
+
+def test_power_counts_results_from_the_observed_accuracy(
+    whole: tuple[ComparisonResult, Path],
+) -> None:
+    result, folder = whole
+    warm, scratch = (next(arm for arm in result.arms if arm.arm == name) for name in ("warm", "scratch"))
+    n = len(scratch.results.true)
+    assert (result.design.n_patients, result.design.n_slides) == (n, n) and n < len(result.rows)
+    observed = (scratch.results.predicted == scratch.results.true).mean()
+    assert [row.accuracy_first for row in result.power] == [round(float(observed), 2)] * len(result.power)
+    assert result.power[0].accuracy_second == result.power[0].accuracy_first
+    one, other = ((arm.results.predicted - arm.results.true).mean(axis=0) for arm in (warm, scratch))
+    correlation = np.corrcoef(one, other)[0, 1]
+    assert result.design.arm_correlation == pytest.approx(np.clip(correlation, 0, 0.95), abs=0.006)
+    page = Page(folder / "report.html").text["power"]
+    assert f"how often a study of {n} patients finds" in page
+    assert f"correlated by {result.design.arm_correlation:.2f} before rounding." in page
+
+
+def test_subsets_of_slides_are_repeats(tmp_path: Path) -> None:
+    result = invented(30, repeats=2, sizes=(20,), subsets=3)
+    assert {arm.results.predicted.shape[0] for arm in result.arms} == {2}
+    assert {arm.results.predicted.shape[0] for arm in result.smaller} == {6}
+    parts = {
+        (job.fold.repeat, job.fold.name): job.fold.train
+        for job, _ in result.smaller[0].jobs
+        if job.arm == "warm"
+    }
+    assert len(parts) == 2 * 3 * 5 and len(set(parts.values())) == len(parts)
+    assert "and over 3 subsets of each training part" in written(result, tmp_path).text["sizes"]
+    repeats = {row["repeat"] for row in table(tmp_path / "predictions_smaller.csv")}
+    assert repeats == set("012345")
+
+
+def test_an_undefined_qwk_ends_no_comparison(tmp_path: Path) -> None:
+    """All test patients of one grade, and graded so: kappa is undefined, and so is every test of it."""
+    options = {"readers": 0, "sites": ("north",), "noise": 0.02, "given_split": True}
+    result = invented(30, repeats=1, sizes=(), test_grade=2, **options)  # type: ignore[arg-type]
+    assert all(np.isnan(arm.metrics["qwk"].estimate) for arm in result.arms[:2])
+    assert all(arm.metrics["accuracy"].estimate == 1 for arm in result.arms[:2])
+    page = worded(result, tmp_path)
+    assert "undefined [undefined, undefined]" in page.text[""] and "p undefined" in page.text[""]
+    (primary, *_) = table(tmp_path / "results.csv")
+    assert (primary["section"], primary["estimate"], primary["p"]) == ("primary", "", "")
+
+
+def test_no_difference_is_not_equivalence(small: tuple[ComparisonResult, Path]) -> None:
+    assert "Nor are the arms shown to be equal" in spoken(small[0], 0.3, (-0.02, 0.03))
+    near = spoken(small[0], 0.3, (-0.02, 0.03), margin=0.05)
+    assert "margin is 0.05: the interval lies within it" in near and "Nor are" not in near
+    assert "equivalence is not shown" in spoken(small[0], 0.3, (-0.02, 0.06), margin=0.05)
+    assert "equivalence is not shown" in spoken(small[0], 0.3, (-0.05, 0.03), margin=0.05)
+    nan = float("nan")
+    undefined = spoken(small[0], nan, (nan, nan), margin=0.05)
+    assert "undefined [undefined, undefined]" in undefined and "p undefined" in undefined
+    assert "equivalence is not shown" in undefined and "warm better" not in undefined
 
 
 def test_figures_on_the_page_are_those_of_the_tables(whole: tuple[ComparisonResult, Path]) -> None:

@@ -26,7 +26,7 @@ from sklearn.metrics import accuracy_score, cohen_kappa_score
 from slidetl.cli import main
 from slidetl.compare import train_arm
 from slidetl.compare.config import read_comparison
-from slidetl.compare.plan import Job, read_slides
+from slidetl.compare.plan import Job, cases_of, permuted, read_slides
 from slidetl.compare.pool import Workplace, run_job
 from slidetl.compare.records import CurvePoint, JobResult, read_result
 from slidetl.compare.run import plan_comparison
@@ -36,7 +36,7 @@ from slidetl.data.study import Study
 from slidetl.errors import CacheMismatchError, UsageError
 from slidetl.evaluation.calibration import fit_temperature, with_temperature
 from slidetl.evaluation.classical import fit_grader
-from slidetl.evaluation.protocol import Fold, canonical_sha256
+from slidetl.evaluation.protocol import Fold, canonical_sha256, plan_folds
 from slidetl.models.weights import bundled_weights
 from slidetl.tiles.features import read_features
 from slidetl.training.predictions import SlidePrediction
@@ -509,6 +509,11 @@ def test_labels_are_permuted_before_anything_is_fitted(study: Cohort, tmp_path: 
     plan = plan_comparison(comparison)
     jobs = [job for job in plan.jobs if job.permutation is not None]
     assert len(jobs) == 6
+    # Folds are planned for the permuted labels, as they were for the true ones.
+    for number in range(3):
+        own = plan_folds(cases_of(permuted(plan.study, number)), comparison.protocol, 5)
+        assert [job.fold for job in jobs if job.permutation == number] == list(own)
+    assert {job.fold.test for job in jobs} != {fold.test for fold in plan.folds}
     grades = {job.permutation: {row.slide_id: row.grade for row in job.rows} for job in jobs}
     true = {row.slide_id: row.grade for row in plan.study.rows}
     assert all(sorted(map(str, of.values())) == sorted(map(str, true.values())) for of in grades.values())

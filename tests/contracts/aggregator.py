@@ -37,6 +37,16 @@ class AggregatorContract:
         assert (out.attention >= 0).all()
         torch.testing.assert_close(out.attention.sum(2), torch.ones_like(out.attention.sum(2)))
 
+    @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+    def test_a_slide_without_tiles_has_no_embedding(self) -> None:
+        aggregator = self.aggregator()
+        embeddings, mask = self.bag(7, batch=2)
+        mask[1] = False
+        for pool in (aggregator, torch.jit.script(aggregator)):
+            found = pool(embeddings, mask).embedding
+            assert found[1].isnan().all()
+            torch.testing.assert_close(found[:1], aggregator(embeddings[:1], mask[:1]).embedding)
+
     @pytest.mark.parametrize("n_tiles", [1, 7, 20_000])
     def test_contributions_sum_to_the_embedding_less_its_baseline(self, n_tiles: int) -> None:
         aggregator = self.aggregator()

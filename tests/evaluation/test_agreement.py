@@ -157,6 +157,9 @@ def test_readers_who_never_differ_leave_no_ceiling() -> None:
     grades = np.arange(40) % 5
     ceiling = reader_ceiling(grades, grades, range(40), 5, n_draws=10)
     assert ceiling.accuracy == pytest.approx(1) and ceiling.qwk == pytest.approx(1)
+    assert ceiling.at_bound and ceiling.reader_sd == 0.02
+    rough = reader_ceiling(grades, np.minimum(grades + 1, 4), range(40), 5, n_draws=10)
+    assert not rough.at_bound
     opposite = reader_ceiling(grades, 4 - grades, range(40), 5, n_draws=10)
     assert opposite.qwk_by_attenuation is None and opposite.accuracy < 0.5
 

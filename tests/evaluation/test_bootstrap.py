@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from scipy.stats import bootstrap
+from scipy.stats import binom, binomtest, bootstrap
 
 from slidetl.errors import UsageError
-from slidetl.evaluation.bootstrap import Metric, bca_interval, resampled_metric
-from slidetl.evaluation.metrics import qwk, weighted_mean
+from slidetl.evaluation.bootstrap import Metric, bca_interval, resampled_metric, share_interval
+from slidetl.evaluation.metrics import accuracy, by_repeat, qwk, weighted_mean
 
 
 def mean_of(values: NDArray[np.float64]) -> Metric:
@@ -135,6 +135,87 @@ def test_neither_the_order_of_slides_nor_names_of_patients_matter(order: list[in
     assert (first.estimate, first.low, first.high) == pytest.approx(
         (second.estimate, second.low, second.high)
     )
+
+
+def means_of(values: NDArray[np.float64]) -> Metric:
+    """The mean of each repeat, values [R, N]."""
+    return lambda weights: np.stack([weighted_mean(row, weights) for row in values])
+
+
+def test_repeats_are_resampled_along_with_patients() -> None:
+    """Of a sum of patient and repeat the variance is that of both means, by hand."""
+    rng = np.random.default_rng(0)
+    of_patient, of_repeat = rng.normal(size=50), rng.normal(size=4)
+    drawn = resampled_metric(means_of(of_patient + of_repeat[:, None]), range(50), n_draws=20_000)
+    assert drawn.var() == pytest.approx(of_patient.var() / 50 + of_repeat.var(ddof=1) / 4, rel=0.03)
+    patients_alone = resampled_metric(mean_of(of_patient), range(50), n_draws=20_000)
+    assert patients_alone.var() == pytest.approx(of_patient.var() / 50, rel=0.03)
+    # Repeats that agree add nothing.
+    equal = means_of(np.tile(of_patient, (4, 1)))
+    interval, alone = bca_interval(equal, range(50)), bca_interval(mean_of(of_patient), range(50))
+    assert (interval.low, interval.high) == pytest.approx((alone.low, alone.high))
+
+
+def test_an_interval_over_repeats_covers_other_repeats() -> None:
+    rng = np.random.default_rng(0)
+    held = np.zeros(2)
+    for study in range(200):
+        values = rng.normal(size=40) / 40**0.5 * 3 + rng.normal(size=(5, 1))
+        both = bca_interval(means_of(values), range(40), n_draws=300, seed=study)
+        patients = bca_interval(mean_of(values.mean(0)), range(40), n_draws=300, seed=study)
+        held += both.low <= 0 <= both.high, patients.low <= 0 <= patients.high
+    assert held[0] / 200 >= 0.88 and held[1] / 200 < 0.75
+
+
+def test_a_metric_of_repeats_is_that_of_each() -> None:
+    rng = np.random.default_rng(0)
+    true, rows = rng.integers(0, 5, 30), rng.integers(0, 5, (3, 30))
+    weights = rng.integers(0, 3, (7, 30)).astype(float)
+    found = by_repeat(accuracy, true, rows)(weights)
+    assert found.shape == (3, 7)
+    np.testing.assert_allclose(found.mean(axis=0), accuracy(true, rows, weights))
+
+
+@pytest.mark.parametrize("hits", [0, 7, 19, 20])
+def test_a_share_has_the_exact_interval(hits: int) -> None:
+    held = np.arange(20) < hits
+    theirs = binomtest(hits, 20).proportion_ci(0.95, method="exact")
+    ours = share_interval(held, range(20))
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high))
+    assert (ours.estimate, ours.level) == (hits / 20, 0.95)
+    # Neither slides of a patient that all agree nor equal repeats are new evidence.
+    for again in (share_interval(np.repeat(held, 10), np.repeat(range(20), 10)),
+                  share_interval(np.tile(held, (5, 1)), range(20))):  # fmt: skip
+        assert (again.low, again.high) == pytest.approx((theirs.low, theirs.high))
+
+
+def test_a_share_near_one_is_covered() -> None:
+    """20 patients, truth .97: all are right in most studies, and the bootstrap is then a point."""
+    exact = boot = 0.0
+    for hits in range(21):
+        held = np.arange(20) < hits
+        chance = binom.pmf(hits, 20, 0.97)
+        if chance > 1e-6:
+            one, other = (
+                share_interval(held, range(20)),
+                bca_interval(mean_of(held.astype(np.float64)), range(20), n_draws=500),
+            )
+            exact += chance * (one.low <= 0.97 <= one.high)
+            boot += chance * (other.low <= 0.97 <= other.high)
+    assert exact >= 0.95 and boot < 0.5
+
+
+def test_a_share_of_slides_or_repeats_that_differ_is_covered() -> None:
+    rng = np.random.default_rng(0)
+    covered = np.zeros(2)
+    for _ in range(400):
+        easy = rng.beta(9.2, 0.8, 30)  # .92 on average, and alike within a patient
+        slides = rng.random(60) < np.repeat(easy, 2)
+        good = np.clip(rng.normal(0.9, 0.05, (5, 1)), 0, 1)  # another training is better, or worse
+        repeats = rng.random((5, 40)) < good
+        found = share_interval(slides, np.repeat(range(30), 2)), share_interval(repeats, range(40))
+        covered += [one.low <= truth <= one.high for one, truth in zip(found, (0.92, 0.9), strict=True)]
+    assert (covered / 400 >= 0.94).all()
 
 
 def test_where_nothing_varies_the_interval_is_a_point() -> None:

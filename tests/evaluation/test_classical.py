@@ -271,6 +271,9 @@ def test_slide_score_by_hand() -> None:
         slide_score(tiles[2:], classes, ignore)
     with pytest.raises(UsageError, match=r"\[N, C\]"):
         slide_score(tiles, classes[:3])
+    for row in ([0.0, 0.0, 0.0, 0.0], [np.nan, 0.5, 0.5, 0.0], [-0.5, 1.5, 0.0, 0.0]):
+        with pytest.raises(UsageError, match="not all of them 0"):
+            slide_score([*tiles, row], classes, ignore)
 
 
 def test_a_tile_classifier_grades_slides_and_leaves_out_what_does_not_count() -> None:

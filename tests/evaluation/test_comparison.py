@@ -109,9 +109,11 @@ def test_corrected_t_is_students_with_a_wider_error() -> None:
     assert (alone.interval.low, alone.interval.high) == pytest.approx(tuple(plain.confidence_interval(0.95)))
 
 
-def test_corrected_t_where_all_differences_are_one() -> None:
-    assert corrected_t([0.0, 0.0, 0.0], 0.2).p == 1
-    assert corrected_t([0.1, 0.1, 0.1], 0.2).p == 0
+def test_corrected_t_of_equal_differences_is_undefined() -> None:
+    for value in (0.0, 0.1):  # two folds that agree by chance prove nothing
+        test = corrected_t([value, value], 0.5)
+        assert test.interval.estimate == value
+        assert np.isnan([test.p, test.t, test.standard_error, test.interval.low, test.interval.high]).all()
     with pytest.raises(UsageError, match="two differences"):
         corrected_t([0.1], 0.2)
     with pytest.raises(UsageError, match="between 0 and 1, not 1"):
@@ -164,12 +166,41 @@ def test_sign_flips_of_kappa_enumerated_by_hand() -> None:
 def test_sign_flips_take_probabilities_and_equal_arms() -> None:
     rows = np.random.default_rng(0).dirichlet(np.ones(5), 20)
     true = np.arange(20) % 5
-    better = sign_flip_test(rps, true, 0.5 * rows + 0.5 * np.eye(5)[true], rows, range(20))
+    better = sign_flip_test(rps, true, (0.5 * rows + 0.5 * np.eye(5)[true])[None], rows[None], range(20))
     assert better.difference < 0 and better.p < 0.001
-    same = sign_flip_test(rps, true, rows, rows, range(20))
+    same = sign_flip_test(rps, true, rows[None], rows[None], range(20))
     assert (same.difference, same.p, same.n_discordant) == (0, 1, 0)
+    with pytest.raises(UsageError, match="of one shape"):
+        sign_flip_test(rps, true, rows[None], rows[None, :10], range(20))
     with pytest.raises(UsageError, match="of one length"):
-        sign_flip_test(rps, true, rows, rows[:10], range(20))
+        sign_flip_test(rps, true, rows[None, :10], rows[None, :10], range(20))
+
+
+def test_sign_flips_swap_all_repeats_of_a_patient() -> None:
+    rng = np.random.default_rng(2)
+    true = rng.integers(0, 5, 8)
+    first, second = rng.integers(0, 5, (2, 3, 8))
+    observed = qwk(true, first, 5) - qwk(true, second, 5)
+    gaps = []
+    for keeps in itertools.product([True, False], repeat=8):
+        a, b = np.where(keeps, first, second), np.where(keeps, second, first)
+        gaps.append(float(qwk(true, a, 5) - qwk(true, b, 5)))
+    test = sign_flip_test(qwk_of_five, true, first, second, range(8))
+    assert test.difference == pytest.approx(observed)
+    assert test.p == pytest.approx(np.mean(np.abs(gaps) >= abs(observed) - 1e-12))
+    # The other repeats count: one arm is better in the first alone, by as much as it is worse in the second.
+    better, worse = np.stack([true, (true + 1) % 5]), np.stack([(true + 1) % 5, true])
+    assert sign_flip_test(accuracy, true, better, worse, range(8)).p == 1
+    assert sign_flip_test(accuracy, true, better[0], worse[0], range(8)).p < 0.01
+
+
+def test_sign_flips_of_an_undefined_metric_are_undefined() -> None:
+    same = np.ones((1, 20), int)
+    test = sign_flip_test(qwk_of_five, same[0], same, same, range(20))
+    assert np.isnan([test.difference, test.p]).all()
+    # Some swaps are undefined: they count against a difference.
+    few = sign_flip_test(qwk_of_five, np.array([0, 0, 1]), np.array([0, 0, 1]), np.array([1, 1, 1]), range(3))
+    assert 0 < few.p <= 1
 
 
 def test_sign_flips_find_nothing_as_often_as_they_say() -> None:

@@ -113,6 +113,8 @@ def test_what_cannot_be_promised_is_refused() -> None:
         fit_grade_sets([0, 1, 0, 1], rows, range(3))
     with pytest.raises(UsageError, match="two folds at least"):
         check_coverage([0, 1, 0, 1], rows, range(4), [0, 0, 0, 0])
+    with pytest.raises(UsageError, match="patient 1 is in two folds"):
+        check_coverage([0, 1, 0, 1], rows, [0, 1, 1, 2], [0, 0, 1, 1])
     with pytest.raises(UsageError, match="a quantile of 0 to 1"):
         GradeSets(1.5, 0.1, 9)
     with pytest.raises(UsageError, match="expected probabilities"):

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from scipy.stats import chi2_contingency
 
 from slidetl.errors import UsageError
-from slidetl.evaluation.bootstrap import bca_interval
+from slidetl.evaluation.bootstrap import Interval, bca_interval, bca_interval_if_defined
 from slidetl.evaluation.confounding import (
     EmbeddedFold,
     estimate_by_group,
@@ -15,7 +18,7 @@ from slidetl.evaluation.confounding import (
     site_decodability,
     site_decodability_by_fold,
 )
-from slidetl.evaluation.metrics import accuracy, qwk
+from slidetl.evaluation.metrics import MetricOfPredictions, accuracy, qwk
 
 
 def test_the_table_counts_slides_and_the_test_patients() -> None:
@@ -177,7 +180,15 @@ def test_each_site_has_its_own_estimate() -> None:
     rng = np.random.default_rng(0)
     true, predicted = rng.integers(0, 5, 50), rng.integers(0, 5, (2, 50))
     sites, patients = np.repeat(["B", "A", "C"], [30, 18, 2]), np.arange(50) // 2
-    a, b, c = estimate_by_group(partial(accuracy, true, predicted), sites, patients)
+
+    def of(
+        metric: MetricOfPredictions, true: NDArray[np.int64]
+    ) -> Callable[[NDArray[np.intp]], Interval | None]:
+        return lambda members: bca_interval_if_defined(
+            partial(metric, true[members], predicted[:, members]), patients[members]
+        )
+
+    a, b, c = estimate_by_group(of(accuracy, true), sites, patients)
     assert [(row.group, row.n, row.n_patients) for row in (a, b, c)] == [
         ("A", 18, 9),
         ("B", 30, 15),
@@ -186,12 +197,17 @@ def test_each_site_has_its_own_estimate() -> None:
     alone = bca_interval(partial(accuracy, true[:30], predicted[:, :30]), patients[:30])
     assert b.estimate == alone
     assert c.estimate is None
-    kappas = estimate_by_group(partial(qwk, true, predicted, 5), sites, patients)
+
+    def kappa(true: Any, predicted: Any, weights: Any) -> NDArray[np.float64]:
+        return qwk(true, predicted, 5, weights)
+
+    kappas = estimate_by_group(of(kappa, true), sites, patients)
     assert kappas[0].estimate is not None
     assert kappas[0].estimate.estimate == pytest.approx(float(qwk(true[30:48], predicted[:, 30:48], 5)))
     # At site B every slide has one grade, and all are graded right.
     of_one = np.where(sites == "B", 3, true)
-    undefined = estimate_by_group(partial(qwk, of_one, of_one, 5), sites, patients)
+    predicted = of_one[None]
+    undefined = estimate_by_group(of(kappa, of_one), sites, patients)
     assert undefined[0].estimate is not None and undefined[1].estimate is None
     with pytest.raises(UsageError, match="groups and patients of one length"):
-        estimate_by_group(partial(accuracy, true, predicted), sites[:3], patients)
+        estimate_by_group(of(accuracy, true), sites[:3], patients)

@@ -8,6 +8,7 @@ import torch
 from coral_pytorch.losses import coral_loss, corn_loss
 from scipy.special import expit
 
+from slidetl.errors import UsageError
 from slidetl.models.heads import (
     Coral,
     Corn,
@@ -27,6 +28,12 @@ HEADS: tuple[type[Head], ...] = (
     CrossEntropy,
 )
 every_head = pytest.mark.parametrize("make", HEADS)
+
+
+@every_head
+def test_one_grade_is_nothing_to_tell(make: type[Head]) -> None:
+    with pytest.raises(UsageError, match="at least two grades apart, not 1"):
+        make(3, 1)
 
 
 @every_head

@@ -16,7 +16,7 @@ from slidetl.compare.learning import PLATEAU
 from slidetl.compare.report.document import Document, Part, Plot, Section, as_text, write_html, write_markdown
 from slidetl.compare.report.plots import draw_all
 from slidetl.compare.report.tables import tables_of
-from slidetl.compare.report.view import NAMES, View
+from slidetl.compare.report.view import ALPHA, NAMES, View
 from slidetl.compare.table import Table, format_cell, format_p, format_percent, format_range
 from slidetl.evaluation.conformal import REFERRAL_POINTS
 from slidetl.evaluation.confounding import SiteByGrade
@@ -93,6 +93,7 @@ def document_of(view: View, tables: Mapping[str, Table], plots: Mapping[str, Plo
         "comparison": view.comparison,
         "protocol": view.protocol,
         "primary": view.comparison.primary,
+        "alpha": ALPHA,
         "tables": tables,
         "names": NAMES,
         "level": view.arms[0].metrics[view.comparison.primary.metric].level,

@@ -28,6 +28,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _LINES = ("-", (0, (5, 1.5)), (0, (1, 1)))
 GREY = "#7A828B"
+ALPHA = 0.05  # of the test that decides
 
 
 @dataclass(frozen=True)
@@ -150,12 +151,34 @@ class View:
 
     @property
     def better(self) -> str:
-        """The arm favoured by the declared comparison; empty if its interval contains zero."""
+        """The arm favoured by the declared comparison; empty if its sign-flip test finds no difference."""
         declared = self.result.primary
-        if declared is None or declared.interval.low <= 0 <= declared.interval.high:
+        if declared is None or not declared.sign_flip.p <= ALPHA:
             return ""
         lower = declared.metric in ("mae", "rps", "log_loss")
-        return declared.arm if (declared.interval.estimate > 0) != lower else declared.against
+        return declared.arm if (declared.sign_flip.difference > 0) != lower else declared.against
+
+    @property
+    def equivalent(self) -> bool:
+        """True if the interval of the declared comparison lies within the declared margin."""
+        declared, margin = self.result.primary, self.comparison.primary.margin
+        return bool(
+            declared and margin and -margin < declared.interval.low and declared.interval.high < margin
+        )
+
+    @property
+    def against_verdict(self) -> tuple[str, ...]:
+        """The secondary tests of the declared comparison that disagree with its sign-flip test, in words."""
+        declared = self.result.primary
+        if declared is None or np.isnan(declared.sign_flip.p):
+            return ()
+        found, others = bool(self.better), []
+        interval, t = declared.interval, declared.corrected_t
+        if not np.isnan(interval.low) and (interval.low > 0 or interval.high < 0) != found:
+            others.append(f"the interval over patients {'contains' if found else 'excludes'} zero")
+        if t is not None and not np.isnan(t.p) and (t.p <= ALPHA) != found:
+            others.append(f"the corrected t over folds finds {'no' if found else 'a'} difference")
+        return tuple(others)
 
     @cached_property
     def limit(self) -> float | None:
