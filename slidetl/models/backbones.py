@@ -47,6 +47,7 @@ class Backbone(nn.Module):
     Attributes:
         num_features: length D of an embedding.
         description: the network's name and later changes.
+        is_stored: True if it only stands for stored features (:mod:`slidetl.models.stored`).
         mean, std: buffers ``[1, C, 1, 1]``, of pixel values in 0..1, saved with the weights.
         architecture: configuration of a network of the hub or a folder, as plain values; None for others.
         lineage: SHA-256 of the initial weights and their ancestors, nearest first; see :class:`Pretrained`.
@@ -69,6 +70,7 @@ class Backbone(nn.Module):
         self.channels_last = spec.channels_last
         self.architecture = _architecture(spec.name)
         self.net: nn.Module = _build_network(spec, self.architecture)
+        self.is_stored = isinstance(self.net, StoredFeatures)  # TorchScript would compile a property
         if spec.gradient_checkpointing:
             try:
                 self.net.set_grad_checkpointing(True)  # type: ignore[operator] # timm is untyped
@@ -189,11 +191,6 @@ class Backbone(nn.Module):
         for key, values in found.normalisation.items():
             getattr(self, key).copy_(_per_channel(values, self.spec.in_channels))
         self.lineage = found.lineage
-
-    @property
-    def is_stored(self) -> bool:
-        """True if it only stands for stored features (:mod:`slidetl.models.stored`)."""
-        return isinstance(self.net, StoredFeatures)
 
     def check_network(self) -> None:
         """Raises a UsageError if it only stands for stored features."""
