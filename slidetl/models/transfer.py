@@ -22,6 +22,7 @@ from slidetl.models.blocks import (
     pretrained_backbone,
 )
 from slidetl.models.gabor import gabor_filters
+from slidetl.models.lora import add_low_rank, merge_low_rank, without_low_rank
 from slidetl.models.network import GradingNetwork
 from slidetl.models.penalties import (
     Batch,
@@ -65,6 +66,10 @@ class TransferStrategy(Protocol):
         Raises:
             UsageError: this backbone does not allow it.
         """
+        return
+
+    def merge(self, backbone: Backbone) -> None:
+        """Takes additions to the architecture back into the weights, for an exported file."""
         return
 
     def start(self, backbone: Backbone) -> None:
@@ -159,6 +164,56 @@ class FrozenFeatures(TransferStrategy):
     def set_training_mode(self, backbone: Backbone, epoch: int = 0) -> None:
         """Keeps stored batch-norm statistics, and turns off dropout."""
         backbone.eval()
+
+
+@dataclass(frozen=True)
+class LoRA(TransferStrategy):
+    """The pretrained backbone, frozen, with trained low-rank updates of its attention layers.
+
+    Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022 (arXiv:2106.09685). Only the
+    factors have gradients and moments: about 1 % of a large transformer's parameters at rank 8. Departures:
+    queries, keys and values share a first factor, since timm has one layer for the three, and the output
+    layer of the attention has an update too. An exported file has the updates added to the weights.
+
+    Attributes:
+        rank: of each update.
+        alpha: updates are scaled by ``alpha / rank``.
+        backbone_lr_scale: rate of the factors relative to the new layers.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    backbone_lr_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UsageError(f"rank must be at least 1, not {self.rank}")
+        _check_positive("alpha", self.alpha)
+        _check_positive("backbone_lr_scale", self.backbone_lr_scale)
+
+    def adapt(self, backbone: Backbone) -> None:
+        """Freezes the backbone and adds the factors."""
+        add_low_rank(backbone, self.rank, self.alpha)
+
+    def merge(self, backbone: Backbone) -> None:
+        """Adds the updates to the weights."""
+        merge_low_rank(backbone)
+
+    def start(self, backbone: Backbone) -> None:
+        """Loads the pretrained weights; the updates are 0."""
+        with without_low_rank(backbone):
+            backbone.load_pretrained()
+
+    def set_training_mode(self, backbone: Backbone, epoch: int = 0) -> None:
+        """Keeps stored batch-norm statistics, and turns off dropout."""
+        backbone.eval()
+
+    def parameter_groups(self, network: GradingNetwork, lr: float, weight_decay: float) -> Groups:
+        """Groups the factors at their rate, then the new layers."""
+        return [
+            *_groups(network.backbone.parameters(), lr * self.backbone_lr_scale, weight_decay),
+            *_groups(_new_parameters(network), lr, weight_decay),
+        ]
 
 
 @dataclass(frozen=True)

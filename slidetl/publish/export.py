@@ -180,6 +180,8 @@ def build_network(
                 "the checkpoints of an ensemble must have the same grades and tiles; found "
                 f"{first.grades} on {first.tile_spec} and {grader.grades} on {grader.tile_spec}"
             )
+    for grader in graders:
+        grader.transfer.merge(grader.network.backbone)
     backbone = first.network.backbone
     backbone.check_network()
     network = ExportedNetwork(

@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 from torch import Tensor, nn
 
 from slidetl.models.blocks import pretrained_backbone
+from slidetl.models.lora import merged_parameters
 from slidetl.training.grader import SlideGrader
 
 
@@ -26,7 +27,7 @@ def distances(network: nn.Module, anchors: Mapping[str, Tensor]) -> dict[str, tu
         ``||w - w0||`` and ``||w0||`` by layer name, in the order of the network.
     """
     found = {}
-    for name, parameter in network.named_parameters():
+    for name, parameter in merged_parameters(network):
         anchor = anchors.get(name)
         if parameter.ndim > 1 and anchor is not None and anchor.shape == parameter.shape and anchor.any():
             here, there = parameter.detach().double().cpu(), anchor.detach().double().cpu()

@@ -23,6 +23,7 @@ from slidetl.errors import CacheMismatchError, UsageError
 from slidetl.models.aggregators import GatedAttention, Pooling
 from slidetl.models.backbones import Backbone, weights_sha256
 from slidetl.models.heads import CumulativeLink, Head
+from slidetl.models.lora import without_low_rank
 from slidetl.models.network import GradingNetwork
 from slidetl.models.penalties import Batch, Reference, Seen, recorded
 from slidetl.models.presets import tile_warnings
@@ -164,7 +165,8 @@ class SlideGrader(pl.LightningModule):
     def _weights(self) -> str:
         """The hash of the backbone's weights; empty if it only stands for stored features."""
         backbone = self.network.backbone
-        return "" if backbone.is_stored else weights_sha256(backbone)
+        with without_low_rank(backbone):  # its updates are 0 at the start
+            return "" if backbone.is_stored else weights_sha256(backbone)
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Adds the callbacks of every training."""

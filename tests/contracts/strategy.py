@@ -24,6 +24,7 @@ from slidetl.tiles.grid import TileSpec
 from slidetl.training.grader import SlideGrader
 
 TILE_PX = 32  # the least that the bundled backbone takes
+BACKBONE = BackboneSpec()
 
 
 class Bags(pl.LightningDataModule):
@@ -51,9 +52,9 @@ def batch() -> Bag:
     return bags
 
 
-def make_grader(strategy: TransferStrategy, **options: Any) -> SlideGrader:
+def make_grader(strategy: TransferStrategy, backbone: BackboneSpec = BACKBONE, **options: Any) -> SlideGrader:
     torch.manual_seed(0)
-    return SlideGrader(BackboneSpec(), transfer=strategy, **options)
+    return SlideGrader(backbone, transfer=strategy, **options)
 
 
 def fit(grader: SlideGrader, root: Path, ckpt_path: Path | None = None, **options: Any) -> SlideGrader:
@@ -86,12 +87,13 @@ class StrategyContract:
     """Subclass it and set ``strategy``; ``frozen`` where the backbone does not train."""
 
     strategy: TransferStrategy
+    backbone = BACKBONE
     frozen = False
 
     def network(self) -> GradingNetwork:
         """Built and started as a training does it."""
         torch.manual_seed(0)
-        backbone = Backbone(BackboneSpec())
+        backbone = Backbone(self.backbone)
         self.strategy.adapt(backbone)
         features = backbone.num_features
         network = GradingNetwork(backbone, GatedAttention(features), CumulativeLink(features, 5))
@@ -174,13 +176,13 @@ class StrategyContract:
 
     @pytest.mark.slow  # a minute over all strategies
     def test_saved_and_loaded_it_goes_on_alike(self, tmp_path: Path) -> None:
-        at_once = fit(make_grader(self.strategy), tmp_path)
+        at_once = fit(make_grader(self.strategy, self.backbone), tmp_path)
         first = tmp_path / "epoch=0.ckpt"
         # Written a moment ago, with the strategy as an object: a command's own holds plain values only.
         checkpoint = torch.load(first, weights_only=False)
         assert {key.split(".")[0] for key in checkpoint["state_dict"]} == {"network"}
         assert ("reference" in checkpoint) == (at_once.reference is not None)
-        resumed = fit(make_grader(self.strategy), tmp_path / "resumed", ckpt_path=first)
+        resumed = fit(make_grader(self.strategy, self.backbone), tmp_path / "resumed", ckpt_path=first)
         moved = 0
         for (name, value), (_, there) in zip(
             at_once.state_dict().items(), resumed.state_dict().items(), strict=True
@@ -196,7 +198,7 @@ class StrategyContract:
             "accumulate_grad_batches": 2,
             "gradient_clip_val": 0.5,
         }
-        grader = make_grader(self.strategy)
+        grader = make_grader(self.strategy, self.backbone)
         before = {name: value.clone() for name, value in grader.network.head.named_parameters()}
         fit(grader, tmp_path, max_epochs=1, **options)
         assert all(value.isfinite().all() for value in grader.state_dict().values())

@@ -15,10 +15,12 @@ from slidetl.errors import UsageError
 from slidetl.models.backbones import Backbone, weights_sha256
 from slidetl.models.blocks import blocks_of, pretrained_backbone
 from slidetl.models.gabor import gabor_filters
+from slidetl.models.network import GradingNetwork
 from slidetl.models.spec import BackboneSpec
 from slidetl.models.transfer import (
     FrozenFeatures,
     GaborInit,
+    LoRA,
     MeanVarInit,
     Scratch,
     SharedActivations,
@@ -29,7 +31,10 @@ from slidetl.models.transfer import (
     WarmRestart,
     WeightTransfusion,
 )
-from tests.contracts.strategy import StrategyContract, is_pretrained
+from slidetl.publish.export import build_network, export_model
+from slidetl.publish.model_file import load_model
+from slidetl.training.drift import distances
+from tests.contracts.strategy import Bags, StrategyContract, batch, is_pretrained, make_grader
 
 
 def batch_norms(module: nn.Module) -> list[nn.Module]:
@@ -56,6 +61,96 @@ class TestFrozenFeatures(StrategyContract):
         backbone = self.network().backbone
         assert all(is_pretrained(backbone).values())
         assert not any(module.training for module in backbone.modules())
+
+
+class TestLoRA(StrategyContract):
+    strategy = LoRA(rank=2)
+
+    @pytest.fixture(autouse=True)
+    def transformer(self, tmp_path_factory: pytest.TempPathFactory) -> None:
+        torch.manual_seed(3)
+        path = tmp_path_factory.mktemp("weights") / "w.pth"
+        weights = Backbone(BackboneSpec("test_vit")).net.state_dict()
+        torch.save(weights, path)
+        self.backbone = BackboneSpec("test_vit", str(path))
+
+    def moved(self) -> GradingNetwork:
+        """A network after some steps, say."""
+        network = self.network()
+        with torch.no_grad():
+            for name, parameter in network.backbone.named_parameters():
+                if ".lora_" in name:
+                    parameter.normal_(std=0.1)
+        return network
+
+    def test_it_starts_as_the_pretrained_network_and_trains_few_parameters(self) -> None:
+        backbone = self.network().backbone
+        pretrained = pretrained_backbone(backbone).eval()
+        tiles = batch()["tiles"].flatten(0, 1)
+        torch.testing.assert_close(backbone(tiles), pretrained(tiles), atol=1e-6, rtol=0)
+        trained = [name for name, parameter in backbone.named_parameters() if parameter.requires_grad]
+        assert trained and all(name.endswith(("lora_a", "lora_b")) for name in trained)
+        assert not any(module.training for module in backbone.modules())
+
+    def test_merged_it_computes_the_same_and_has_nothing_more(self) -> None:
+        backbone = self.moved().backbone
+        plain = Backbone(self.backbone).net
+        tiles = batch()["tiles"].flatten(0, 1)
+        drift = distances(backbone.net, dict(pretrained_backbone(backbone).net.named_parameters()))
+        with torch.inference_mode():
+            before = backbone(tiles)
+        start = before - pretrained_backbone(backbone).eval()(tiles)
+        assert start.abs().max() > 0.01
+        self.strategy.merge(backbone)
+        with torch.inference_mode():
+            torch.testing.assert_close(backbone(tiles), before, atol=1e-5, rtol=1e-5)
+        assert [type(part) for part in backbone.net.modules()] == [type(part) for part in plain.modules()]
+        assert backbone.net.state_dict().keys() == plain.state_dict().keys()
+        # The drift was that of the merged weights.
+        anchors = dict(pretrained_backbone(backbone).net.named_parameters())
+        for layer, measured in distances(backbone.net, anchors).items():
+            assert drift[layer] == pytest.approx(measured, abs=1e-5)
+        assert drift["blocks.0.attn.qkv"][0] > 0 == drift["blocks.0.mlp.fc1"][0]
+
+    def test_an_exported_file_has_no_factors(self, tmp_path: Path) -> None:
+        grader = make_grader(self.strategy, self.backbone).eval()
+        grader.network.load_state_dict({**grader.network.state_dict(), **self.moved().state_dict()})
+        tiles = batch()["tiles"][:1]
+        with torch.inference_mode():
+            expected = grader.network.backbone(tiles[0])
+        grader.tile_spec = Bags.tile_spec
+        network, card = build_network([grader])
+        assert export_model(network, card, tmp_path / "m.pt")["cpu float32"] < 1e-6
+        loaded = load_model(tmp_path / "m.pt").network
+        assert not any("lora" in name for name in loaded.state_dict())
+        with torch.inference_mode():
+            torch.testing.assert_close(loaded.embed(tiles[0]), expected, atol=1e-5, rtol=1e-5)
+
+    def test_gradients_pass_checkpoints(self) -> None:
+        self.backbone = dataclasses.replace(self.backbone, gradient_checkpointing=True)
+        network = self.moved()
+        network.backbone.train()  # with checkpoints
+        network.backbone(batch()["tiles"].flatten(0, 1)).square().mean().backward()
+        assert all(p.grad is not None for p in network.backbone.parameters() if p.requires_grad)
+
+    @pytest.mark.parametrize("name", ["resnet18", "cbr_tiny", "beit_base_patch16_224"])
+    def test_other_networks_are_refused(self, name: str) -> None:
+        with (
+            torch.device("meta"),
+            pytest.raises(UsageError, match=f"{name} has no attention layers for LoRA"),
+        ):
+            self.strategy.adapt(Backbone(BackboneSpec(name)))
+
+    def test_swin_has_updates_too(self) -> None:
+        with torch.device("meta"):
+            backbone = Backbone(BackboneSpec("swin_tiny_patch4_window7_224"))
+            self.strategy.adapt(backbone)
+        factors = sum(".lora_a" in name for name, _ in backbone.named_parameters())
+        assert factors == 2 * 12  # two layers of each of the twelve blocks
+
+    def test_ranks_below_one_are_refused(self) -> None:
+        with pytest.raises(UsageError, match="rank must be at least 1, not 0"):
+            LoRA(rank=0)
 
 
 class TestWarmRestart(StrategyContract):
