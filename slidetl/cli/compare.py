@@ -36,7 +36,8 @@ def compare(
         scheduler: address of a Dask scheduler, tcp://HOST:PORT; its workers train instead of this machine.
         only: arms to compute, instead of all.
         report_only: compute nothing, write the report of the finished jobs.
-        dry_run: plan, audit the splits and print the number of jobs, without computing any.
+        dry_run: plan, audit the splits, and print the number of jobs and the SHA-256 of the configuration (to
+            register before the run), without computing any job.
         allow: package or class outside slidetl, for the configuration to import, which runs its code.
     """
     from dataclasses import replace
@@ -56,6 +57,8 @@ def compare(
     if dry_run:
         arms = len({job.arm for job in plan.jobs})
         print(f"{len(plan.study.rows)} slides, {len(plan.folds)} folds, {arms} arms, {len(plan.jobs)} jobs")
+        state = f"declared in {comparison.registered}" if comparison.is_declared else "not declared"
+        print(f"configuration {comparison.sha256}: {state}")
         return 0
     if report_only:
         result = report_comparison(plan, output)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
 from slidetl.errors import UsageError
 from slidetl.evaluation.classical import POOLS, ClassicalModel, Pool
-from slidetl.evaluation.protocol import Protocol
+from slidetl.evaluation.protocol import Protocol, canonical_sha256
 from slidetl.models.spec import with_preset
 
 MetricName = Literal["qwk", "accuracy", "mae", "rps", "log_loss"]
@@ -83,7 +83,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Primary:
-    """The one comparison declared before anything runs: is ``arm`` better than ``against`` by ``metric``?
+    """The one comparison that decides: is ``arm`` better than ``against`` by ``metric``?
 
     Attributes:
         arm, against: names of two arms.
@@ -161,7 +161,7 @@ class Comparison:
         manifest: the manifest of the study, or labelled images as for ``slidetl tile``.
         cache: folder written by ``slidetl tile``.
         arms: by name.
-        primary: declared before running, and printed first.
+        primary: printed first.
         protocol: splits, and the unit of a result.
         grades: names, lowest first.
         base: common part of the arms with ``fit``: ``model``, ``data`` and ``trainer`` of a configuration of
@@ -179,6 +179,8 @@ class Comparison:
         groups: two groups of slides, to compare their scores; None for no such comparison.
         referral_risks: acceptable shares of patients with a wrong grade, between 0 and 1, when the least sure
             slides are left to a human.
+        registered: a text file. Its authors commit :attr:`sha256` to it before the run; the report calls the
+            primary comparison declared only if it is there.
     """
 
     manifest: str
@@ -197,6 +199,7 @@ class Comparison:
     duplicates: Literal["stop", "join"] = "stop"
     groups: Groups | None = None
     referral_risks: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3])
+    registered: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.grades) < 2 or len(set(self.grades)) < len(self.grades):
@@ -249,6 +252,28 @@ class Comparison:
         if isinstance(backbone := config["model"].get("backbone"), dict):
             config["model"]["backbone"] = with_preset(backbone)
         return config
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the configuration without its paths (manifest, cache, registered).
+
+        Values at their defaults are left out: an option that slidetl gets later changes no hash.
+        """
+        return canonical_sha256(_without_defaults(replace(self, manifest="", cache="", registered=None)))
+
+    @property
+    def is_declared(self) -> bool:
+        """True if the registered file has :attr:`sha256`.
+
+        Raises:
+            UsageError: the file is there, but cannot be read.
+        """
+        if self.registered is None or not Path(self.registered).exists():
+            return False
+        try:
+            return self.sha256 in Path(self.registered).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"registered: {self.registered} is no readable text file: {error}") from error
 
     def trials(self, arm: str) -> list[dict[str, Any]]:
         """Lists the combinations of the arm's choices for the inner folds, by dotted name."""
@@ -308,6 +333,20 @@ def first_lines(message: str) -> str:
     lines = [line.strip(" -:") for line in message.splitlines() if line.strip(" -:")]
     lines = [line for line in lines if not line.startswith(("Given value", "Expected a <class 'NoneType'"))]
     return " ".join(lines[:6])
+
+
+def _without_defaults(value: Any) -> Any:
+    """Converts a configuration to JSON values, without the fields at their defaults."""
+    if is_dataclass(value):
+        kept = {}
+        for item in fields(value):
+            default = item.default if item.default_factory is MISSING else item.default_factory()
+            if getattr(value, item.name) != default:
+                kept[item.name] = _without_defaults(getattr(value, item.name))
+        return kept
+    if isinstance(value, Mapping):
+        return {name: _without_defaults(each) for name, each in value.items()}
+    return [_without_defaults(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _usage_error_in(error: BaseException) -> BaseException:

@@ -95,6 +95,25 @@ def test_what_cannot_be_meant_is_one_line(old: str, new: str, message: str, tmp_
     assert "\n" not in str(caught.value)
 
 
+def test_the_hash_is_of_all_that_is_run_and_of_no_path(tmp_path: Path) -> None:
+    comparison = read(PLAIN, tmp_path)
+    for old, new in (
+        ("cache: c", "cache: d"),
+        ("cache: c", "cache: c\nregistered: x.md"),
+        ("cache: c", "cache: c\ntile_draws: 8"),
+    ):
+        assert read(PLAIN.replace(old, new), tmp_path).sha256 == comparison.sha256, new
+    for old, new in (
+        ("lr: 1.0e-3,", "lr: 2.0e-3,"),
+        ("[1.0e-3, 1.0e-2]", "[1.0e-3, 1.0e-1]"),
+        ("outer_folds: 4", "outer_folds: 5"),
+        ("class_path: B", "class_path: C"),
+        ("cache: c", "cache: c\ntile_draws: 9"),
+        ("features: [r]", "features: [s]"),
+    ):
+        assert read(PLAIN.replace(old, new), tmp_path).sha256 != comparison.sha256, new
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="expected the YAML of a comparison"):
         read_comparison(tmp_path / "none.yaml")

@@ -39,7 +39,7 @@ from slidetl.training.predictions import SlidePrediction
 TRANSFER = "slidetl.models.transfer"
 SECTIONS = (
     *("arms", "protocol", "others", "confusion", "learning", "sizes", "calibration", "referral", "readers"),
-    *("sites", "score", "power", "layers", "limits", "provenance"),
+    *("sites", "external", "score", "power", "layers", "limits", "provenance"),
 )
 DRAWN = {"forest", "confusion", "learning", "sizes", "reliability", "referral", "drift", "similarity"}
 HOSTILE = '<img src=x onerror="alert(1)">'
@@ -432,6 +432,23 @@ def test_no_difference_is_not_equivalence(small: tuple[ComparisonResult, Path]) 
     undefined = spoken(small[0], nan, (nan, nan), margin=0.05)
     assert "undefined [undefined, undefined]" in undefined and "p undefined" in undefined
     assert "equivalence is not shown" in undefined and "warm better" not in undefined
+
+
+def test_only_a_registered_comparison_is_called_declared(
+    small: tuple[ComparisonResult, Path], tmp_path: Path
+) -> None:
+    """The word is nowhere else: neither in the text, nor in a table."""
+    result, file = small[0], tmp_path / "registered.md"
+    assert "declared" not in worded(result, tmp_path).text[""] + worded(result, tmp_path).text["others"]
+    named = replace(result, comparison=replace(result.comparison, registered=str(file)))
+    for content in (None, "another one"):
+        if content is not None:
+            file.write_text(content)
+        assert "It was not declared: the SHA-256" in worded(named, tmp_path).text[""]
+    file.write_text(f"2026-11-27, collage: {result.comparison.sha256}\n")
+    assert "It was declared before the run" in worded(named, tmp_path).text[""]
+    changed = replace(named, comparison=replace(named.comparison, bootstrap_draws=4999))
+    assert "It was not declared" in worded(changed, tmp_path).text[""]
 
 
 def test_figures_on_the_page_are_those_of_the_tables(whole: tuple[ComparisonResult, Path]) -> None:

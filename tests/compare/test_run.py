@@ -271,14 +271,20 @@ def test_a_mistake_in_an_arm_is_found_before_anything_runs(
 def test_a_dry_run_writes_nothing(study: Cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = configuration(study, tmp_path)
     assert main(["compare", "--config", str(path), "--output", str(tmp_path / "out"), "--dry-run"]) == 0
-    assert capsys.readouterr().out == "20 slides, 2 folds, 2 arms, 4 jobs\n"
+    sha256 = read_comparison(path).sha256
+    jobs = "20 slides, 2 folds, 2 arms, 4 jobs\n"
+    assert capsys.readouterr().out == f"{jobs}configuration {sha256}: not declared\n"
+    (tmp_path / "registered.md").write_text(sha256)
+    path = configuration(study, tmp_path, registered=str(tmp_path / "registered.md"))
+    assert main(["compare", "--config", str(path), "--output", str(tmp_path / "out"), "--dry-run"]) == 0
+    assert f"configuration {sha256}: declared in" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 
 def test_only_some_arms(study: Cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["compare", "--config", str(configuration(study, tmp_path)), "--output", str(tmp_path / "out")]
     assert main([*words, "--only", "prior", "--dry-run"]) == 0
-    assert capsys.readouterr().out == "20 slides, 2 folds, 1 arms, 2 jobs\n"
+    assert capsys.readouterr().out.startswith("20 slides, 2 folds, 1 arms, 2 jobs\n")
     assert main([*words, "--only", "prio"]) == 2
     assert "there is no arm 'prio'" in capsys.readouterr().err
 

@@ -238,7 +238,7 @@ def _differences(view: View) -> Table:
 
 
 def _difference(pair: PairedDifference) -> tuple[Any, ...]:
-    t, holm = pair.corrected_t, "declared" if pair.p_holm is None else pair.p_holm
+    t, holm = pair.corrected_t, "primary" if pair.p_holm is None else pair.p_holm
     over_folds = (None, None) if t is None else (t.interval, t.p)
     return pair.interval, pair.sign_flip.p, holm, *over_folds
 
