@@ -1,45 +1,64 @@
 "use strict";
-// The slide with its map. Lengths are in pixels of the finest level on the page ("image"), or of the screen.
+// A slide with its map, or one of several. Lengths are in pixels of the finest level on the page ("image"), or of
+// the screen.
 (() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
+  const all = JSON.parse(document.getElementById("data").textContent);
+  const slides = all.slides ?? [all];
+  let data = slides[0];
   const stage = document.getElementById("stage");
   const overlay = document.getElementById("overlay");
   const readout = document.getElementById("readout");
   const scaleBar = document.getElementById("scale-bar");
   const calm = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
 
-  const source = new OpenSeadragon.TileSource({
-    width: data.width,
-    height: data.height,
-    tileSize: data.tileSize,
-    tileOverlap: 0,
-    minLevel: 0,
-    maxLevel: data.levels.length - 1,
-  });
-  source.tileExists = (level, x, y) => Boolean(data.levels[level]?.[`${x}_${y}`]);
-  source.getTileUrl = (level, x, y) => `data:image/jpeg;base64,${data.levels[level][`${x}_${y}`]}`;
-  source.getTileHashKey = (level, x, y) => `${level}_${x}_${y}`; // else the whole picture would be the key
+  function sourceOf(slide) {
+    const source = new OpenSeadragon.TileSource({
+      width: slide.width,
+      height: slide.height,
+      tileSize: slide.tileSize,
+      tileOverlap: 0,
+      minLevel: 0,
+      maxLevel: slide.levels.length - 1,
+    });
+    const number = slides.indexOf(slide);
+    source.tileExists = (level, x, y) => Boolean(slide.levels[level]?.[`${x}_${y}`]);
+    source.getTileUrl = (level, x, y) => `data:image/jpeg;base64,${slide.levels[level][`${x}_${y}`]}`;
+    // Else the whole picture would be the key.
+    source.getTileHashKey = (level, x, y) => `${number}_${level}_${x}_${y}`;
+    return source;
+  }
 
   const viewer = OpenSeadragon({
     element: document.getElementById("viewer"),
-    tileSources: source,
+    tileSources: sourceOf(data),
     drawer: "canvas",
     showNavigationControl: false,
     gestureSettingsMouse: { clickToZoom: false, dblClickToZoom: true },
     gestureSettingsTouch: { clickToZoom: false, dblClickToZoom: true },
     animationTime: calm ? 0 : 0.4,
-    maxZoomPixelRatio: 4 * Math.max(1, data.mpp / data.mppShown),
+    maxZoomPixelRatio: mostZoom(data),
     minZoomImageRatio: 0.8,
     visibilityRatio: 0.5,
     placeholderFillStyle: "#fff",
   });
 
+  function mostZoom(slide) {
+    return 4 * Math.max(1, slide.mpp / slide.mppShown);
+  }
+
   let shown = data.maps.length ? 0 : null;
   let opacity = document.getElementById("opacity").valueAsNumber / 100;
   let marked = null; // upper-left corner of the tile that was chosen, image pixels
 
+  let only = null; // the category that is shown alone
+  let pictures = picturesOf(data);
+
   // One pixel per tile: enlarged without smoothing, each is its tile's square.
-  const pictures = data.maps.map((map) => {
+  function picturesOf(slide) {
+    return slide.maps.map(pictureOf);
+  }
+
+  function pictureOf(map) {
     const columns = 1 + furthest(map.cells, 0);
     const rows = 1 + furthest(map.cells, 1);
     const canvas = document.createElement("canvas");
@@ -49,12 +68,13 @@
     const image = context.createImageData(columns, rows);
     map.at = new Map();
     map.cells.forEach(([column, row], tile) => {
-      image.data.set([...map.colours[map.shades[tile]], 255], 4 * (row * columns + column));
+      const alpha = only === null || map.shades[tile] === only ? 255 : 0;
+      image.data.set([...map.colours[map.shades[tile]], alpha], 4 * (row * columns + column));
       map.at.set(`${column}_${row}`, tile);
     });
     context.putImageData(image, 0, 0);
     return canvas;
-  });
+  }
 
   function furthest(cells, axis) {
     return cells.reduce((most, cell) => Math.max(most, cell[axis]), 0);
@@ -117,7 +137,7 @@
     const row = Math.floor((at.y - data.cellOrigin[1]) / data.cellSize[1]);
     const tile = map.at.get(`${column}_${row}`);
     if (tile === undefined) readout.textContent = "";
-    else if (map.categories.length) readout.textContent = map.categories[map.values[tile]];
+    else if (map.categories.length) readout.textContent = map.categories[map.shades[tile]];
     else readout.textContent = `${map.name}: ${map.values[tile].toFixed(2)} ${map.unit}`;
   }
 
@@ -132,6 +152,7 @@
     draw();
     // Tiles that are shown below lie in the slide too, where they are finer than what the page affords there.
     for (const button of document.querySelectorAll("button.tile")) {
+      if (slides[button.dataset.slide ?? 0] !== data) continue;
       const picture = button.querySelector("img");
       if (!picture || data.mppShown > data.mpp * 0.9) continue;
       const [x, y] = button.dataset.place.split(",").map(Number);
@@ -140,6 +161,37 @@
       viewer.addSimpleImage({ url: picture.src, x: bounds.x, y: bounds.y, width: bounds.width });
     }
     document.body.dataset.ready = "";
+    if (marked) goTo();
+  });
+
+  function open(slide, place) {
+    marked = place;
+    if (slide === data) {
+      draw();
+      if (marked) goTo();
+      return;
+    }
+    data = slide;
+    pictures = picturesOf(data);
+    if (chooser) chooser.value = slides.indexOf(data);
+    viewer.viewport.maxZoomPixelRatio = mostZoom(data);
+    viewer.open(sourceOf(data));
+  }
+
+  function goTo() {
+    const [width, height] = data.tileExtent;
+    const item = viewer.world.getItemAt(0);
+    viewer.viewport.fitBounds(
+      item.imageToViewportRectangle(marked[0] - width, marked[1] - height, 3 * width, 3 * height),
+    );
+  }
+
+  const chooser = document.getElementById("choose-slide");
+  chooser?.addEventListener("change", () => open(slides[chooser.value], null));
+  document.getElementById("choose-category")?.addEventListener("change", (event) => {
+    only = event.target.value === "" ? null : Number(event.target.value);
+    pictures = picturesOf(data);
+    draw();
   });
 
   viewer.element.addEventListener("pointermove", say);
@@ -167,12 +219,7 @@
   }
   for (const button of document.querySelectorAll("button.tile")) {
     button.addEventListener("click", () => {
-      marked = button.dataset.place.split(",").map(Number);
-      const [width, height] = data.tileExtent;
-      const item = viewer.world.getItemAt(0);
-      viewer.viewport.fitBounds(
-        item.imageToViewportRectangle(marked[0] - width, marked[1] - height, 3 * width, 3 * height),
-      );
+      open(slides[button.dataset.slide ?? 0], button.dataset.place.split(",").map(Number));
       stage.scrollIntoView({ block: "center", behavior: calm ? "auto" : "smooth" });
     });
   }

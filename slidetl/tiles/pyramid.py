@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -81,6 +82,30 @@ class Pyramid:
     def bytes(self) -> int:
         """Size of all tiles, bytes."""
         return sum(map(_bytes, self.levels))
+
+    def to_viewer(self, canvas: Canvas, stride_level0: NDArray[np.float64]) -> dict[str, Any]:
+        """Returns the data of the page's script; lengths in pixels of the finest level.
+
+        Args:
+            canvas: the frame of the picture.
+            stride_level0: distance of neighbouring tiles along x and y, level-0 pixels.
+        """
+        scale = np.asarray(canvas.mpp_level0) / self.mpp
+        extent = np.asarray(canvas.extent_level0)
+        return {
+            "width": self.size_px[0],
+            "height": self.size_px[1],
+            "tileSize": TILE_PX,
+            "mpp": self.mpp,
+            "levels": [
+                {f"{x}_{y}": base64.b64encode(jpeg).decode("ascii") for (x, y), jpeg in level.items()}
+                for level in self.levels
+            ],
+            # If tiles overlap or leave gaps, a cell covers the points nearest to the centre of its tile.
+            "cellOrigin": ((extent - stride_level0) / 2 * scale).tolist(),
+            "cellSize": (stride_level0 * scale).tolist(),
+            "tileExtent": (extent * scale).tolist(),
+        }
 
 
 def build_pyramid(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from slidetl.grading.report.maps import TileMap, extreme_tiles, left_out_level0,
 from slidetl.library.model_card import ModelCard
 from slidetl.page import data_uri, script_json, write_page
 from slidetl.slides import Slide, open_slide
-from slidetl.tiles.pyramid import TILE_PX, Canvas, Pyramid, build_pyramid, encode_jpeg
+from slidetl.tiles.pyramid import Canvas, Pyramid, build_pyramid, encode_jpeg
 
 if TYPE_CHECKING:
     from slidetl.grading.grade import SlideGrade
@@ -106,22 +105,9 @@ def has_slide_report(folder: Path, name: str, result: Mapping[str, Any]) -> bool
 def _data(result: SlideGrade, pyramid: Pyramid, maps: list[TileMap]) -> dict[str, Any]:
     """Collects the data of the page's script; lengths in pixels of the pyramid's finest level."""
     plan = result.plan
-    scale = np.asarray(plan.info.mpp_level0) / pyramid.mpp
-    extent = np.asarray(plan.extent_level0)
-    stride = extent * plan.spec.stride_px / plan.spec.tile_size_px
+    stride = np.asarray(plan.extent_level0) * plan.spec.stride_px / plan.spec.tile_size_px
     return {
-        "width": pyramid.size_px[0],
-        "height": pyramid.size_px[1],
-        "tileSize": TILE_PX,
-        "mpp": pyramid.mpp,
-        "levels": [
-            {f"{x}_{y}": base64.b64encode(jpeg).decode("ascii") for (x, y), jpeg in level.items()}
-            for level in pyramid.levels
-        ],
-        # If tiles overlap or leave gaps, a cell covers the points nearest to the centre of its tile.
-        "cellOrigin": ((extent - stride) / 2 * scale).tolist(),
-        "cellSize": (stride * scale).tolist(),
-        "tileExtent": (extent * scale).tolist(),
+        **pyramid.to_viewer(Canvas.of_plan(plan), stride),
         # Spacing of the separately shown tiles; if it is finer than the rest, they are laid into the slide.
         "mppShown": plan.spec.mpp * max(1.0, plan.spec.tile_size_px / _TILE_SHOWN_PX),
         "maps": [

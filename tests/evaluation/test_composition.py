@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from slidetl.errors import UsageError
+from slidetl.evaluation.bootstrap import Interval
+from slidetl.evaluation.composition import grade_correlation, site_share
+
+
+def test_share_of_a_site_is_of_means_and_its_interval_tells_chance_from_a_batch() -> None:
+    rng = np.random.default_rng(0)
+    sites = np.array(["a"] * 10 + ["b"] * 30)
+    patients = np.arange(40)
+    even = rng.uniform(0.2, 0.4, 40)
+    own = np.where(sites == "a", 0.5, 0.02) * rng.uniform(0.8, 1.2, 40)
+    found = site_share(own, sites, patients, n_draws=500)
+    assert found is not None
+    assert found.site == "a"
+    assert isinstance(found.share, Interval)
+    expected = own[:10].mean() / (own[:10].mean() + own[10:].mean())
+    assert found.share.estimate == pytest.approx(expected)
+    assert found.chance == 0.5 < found.share.low < expected < found.share.high
+    alike = site_share(even, sites, patients, n_draws=500)
+    assert alike is not None
+    assert isinstance(alike.share, Interval)
+    assert alike.share.low < 0.5
+
+
+def test_slides_of_a_patient_are_drawn_together() -> None:
+    rng = np.random.default_rng(0)
+    share, grade = rng.uniform(size=24), rng.integers(0, 4, 24)
+    apart = grade_correlation(share, grade, np.arange(24), n_draws=500)
+    together = grade_correlation(
+        np.repeat(share, 4), np.repeat(grade, 4), np.repeat(np.arange(24), 4), n_draws=500
+    )
+    assert apart is not None
+    assert together is not None
+    assert together.high - together.low == pytest.approx(apart.high - apart.low, rel=0.2)
+
+
+def test_correlation_with_the_grade_is_spearmans() -> None:
+    rng = np.random.default_rng(1)
+    grade = rng.integers(0, 5, 40)
+    share = np.clip(grade / 10 + rng.uniform(0, 0.3, 40), 0, 1)
+    found = grade_correlation(share, grade, np.arange(40), n_draws=500)
+    assert found is not None
+    assert found.estimate == pytest.approx(spearmanr(share, grade).statistic)
+    assert 0 < found.low < found.estimate < found.high <= 1
+
+
+def test_what_cannot_be_told_is_none() -> None:
+    share, patients = np.array([0.1, 0.2, 0.3, 0.4]), np.arange(4)
+    assert site_share(share, ["a"] * 4, patients) is None
+    assert site_share(np.zeros(4), ["a", "b", "a", "b"], patients) is None
+    lone = site_share(share, ["a", "a", "a", "b"], patients)
+    assert lone is not None
+    assert lone.share == pytest.approx(0.4 / (0.4 + 0.2))  # one patient at b: no interval
+    assert grade_correlation(share, [1, 1, 1, 1], patients) is None
+    assert grade_correlation(share, [0, 1, 1, 2], [1, 1, 1, 2]) is None
+    assert site_share(share, ["a", "b", "a", "b"], [1, 1, 2, 2], n_draws=200) is not None  # patients at both
+    with pytest.raises(UsageError, match="between 0 and 1"):
+        site_share([2.0, 0.1], ["a", "b"], [1, 2])
