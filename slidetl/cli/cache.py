@@ -118,7 +118,10 @@ def info(cache: Path, *, json: bool = False) -> int:
     table.add_column("tiled as")
     table.add_column("features")
     for slide in found.slides:
-        spacing = f"{slide.mpp_read[0]:.4g} x {slide.mpp_read[1]:.4g}" if slide.mpp_read else ""
+        spacing = ""
+        if slide.mpp_read is not None:
+            x, y = slide.mpp_read
+            spacing = f"{x:.4g} x {y:.4g}" if x and y else "not stated"
         cells = (
             slide.slide_id,
             str(slide.tiles),
@@ -131,6 +134,9 @@ def info(cache: Path, *, json: bool = False) -> int:
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False)
     console.print(table)
     for number, spec in enumerate(found.specs):
+        if spec.get("foreign"):  # the rest says how slidetl would cut tiles
+            known = ("foreign", "mpp", "tile_size_px", "stride_px")
+            spec = {name: spec[name] or "not stated" for name in known}
         print(f"[{number}] " + ", ".join(f"{name} {value}" for name, value in spec.items()))
     if len(found.specs) > 1:
         print(f"warning: {len(found.specs)} ways of tiling in one cache; a training takes only one")

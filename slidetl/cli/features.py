@@ -93,9 +93,11 @@ def import_(
     feature_name(name)
     jobs = _match(_hdf5_files(files), slides)
     rows: list[LedgerRow] = []
+    ledger = Ledger(cache / "ledger.csv")
+    known = {row.slide_id for row in ledger.rows()}
     unknown, failed, new = set[str](), 0, 0
     with Progress("files", len(jobs)) as progress, contextlib.ExitStack() as stack:
-        stack.callback(lambda: Ledger(cache / "ledger.csv").record(rows))
+        stack.callback(lambda: ledger.record(rows) if rows else None)
         for slide_id, (file, slide, mpp) in jobs.items():
             try:
                 done = import_features(
@@ -105,9 +107,11 @@ def import_(
                     backbone=backbone,
                     overwrite=overwrite,
                 )
-                rows.append(done.row)
+                # A further network's file does not stand for the slide in the place of the first.
+                if done.row is not None and (slide is not None or slide_id not in known):
+                    rows.append(done.row)
                 new += done.is_new
-                state = f"{done.row.tiles} tiles" + ("" if done.is_new else ", there already")
+                state = f"{done.tiles} tiles" + ("" if done.is_new else ", there already")
                 for note in done.notes:
                     print(one_line(f"{slide_id}: {note}"), file=sys.stderr)
                 if done.source.backbone == NOT_STATED:

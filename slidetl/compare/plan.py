@@ -12,7 +12,7 @@ from typing import Any
 
 from slidetl.compare.config import EPOCHS, Comparison, with_values
 from slidetl.data.manifest import ManifestRow
-from slidetl.data.study import CachedSlide, Study, check_duplicates, check_identity, read_study
+from slidetl.data.study import CachedSlide, Study, check_duplicates, check_identity, listed, read_study
 from slidetl.errors import CacheMissingError, UsageError
 from slidetl.evaluation.leakage import near_duplicates
 from slidetl.evaluation.protocol import (
@@ -136,17 +136,16 @@ def plan_and_audit(comparison: Comparison, study: Study) -> tuple[Study, tuple[F
     """
     alike = []
     if comparison.near_duplicates:
-        seen = [cache for cache in study.caches if not cache.header.imported]
-        names = [cache.slide_id for cache in seen]
-        if blind := len(study.caches) - len(seen):
-            warnings.warn(
-                f"near_duplicates: {blind} slides have imported features and no thumbnail, so that near-"
-                "duplicates among them are not found",
-                stacklevel=2,
+        names = [row.slide_id for row in study.rows]
+        blind = [cache.slide_id for cache in study.caches if cache.header.imported]
+        if blind:
+            raise UsageError(
+                f"{len(blind)} slides have imported features and no thumbnail ({listed(blind)}), so that "
+                "near-duplicates among them would go unnoticed; set near_duplicates: 0 if there are none"
             )
         found = near_duplicates(
-            [cache.thumbnail for cache in seen],
-            [cache.thumbnail_mpp for cache in seen],
+            [cache.thumbnail for cache in study.caches],
+            [cache.thumbnail_mpp for cache in study.caches],
             comparison.near_duplicates,
         )
         alike = [(names[one], names[two], likeness) for one, two, likeness in found]

@@ -17,8 +17,9 @@ from slidetl.data.splits import split_patients
 from slidetl.data.tasks import Task, read_points
 from slidetl.errors import CacheError, CacheMismatchError, CacheMissingError, UsageError
 from slidetl.slides import open_slide
-from slidetl.slides.base import WHOLE_BYTES, fingerprint_of
+from slidetl.slides.base import WHOLE_BYTES
 from slidetl.tiles.foreign import SUFFIXES as FEATURE_SUFFIXES
+from slidetl.tiles.foreign import read_foreign
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.ledger import USED, Ledger, LedgerRow, file_state
 from slidetl.tiles.store import SlideCache, cache_path
@@ -293,7 +294,7 @@ def _check_files(folder: Path, slides: Sequence[CachedSlide], ledger: Mapping[st
 def _fingerprint(path: Path, cache: SlideCache) -> str:
     """Computes the fingerprint of a slide's file, or of the file of imported features in its place."""
     if cache.header.imported and path.suffix.lower() in FEATURE_SUFFIXES:
-        return fingerprint_of([path])
+        return read_foreign(path).fingerprint
     mpp = cache.mpp_level0 if all(cache.mpp_level0) else 1.0  # any spacing: no pixel is read
     with open_slide(path, mpp_replace=mpp, channels=cache.spec.channels or "0") as opened:
         return opened.info.fingerprint

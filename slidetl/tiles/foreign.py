@@ -5,6 +5,7 @@ The files are untrusted: shapes are bounded before anything is read, and no link
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -76,6 +77,11 @@ class ForeignFeatures:
         return TileSpec(self.mpp, self.tile_size_px, self.stride_px, foreign=f"{self.tool}{power}")
 
     @property
+    def fingerprint(self) -> str:
+        """SHA-256 of values and places, which a copy under another name shares."""
+        return hashlib.sha256(self.values.tobytes() + self.coords.tobytes()).hexdigest()
+
+    @property
     def duplicates(self) -> int:
         """Number of tiles at the place of an earlier one."""
         return len(self.coords) - len(np.unique(self.coords, axis=0))
@@ -101,7 +107,7 @@ def read_foreign(path: Path) -> ForeignFeatures:
     except ImportError as error:
         raise needs_formats() from error
     try:
-        with h5py.File(path, "r") as file:
+        with h5py.File(path, "r", locking=False) as file:  # shares without locks refuse them
             return _read(file)
     except CacheCorruptError as error:
         raise CacheCorruptError(f"{path}: {error}") from error

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from slidetl.errors import CacheCorruptError, CacheMismatchError, CacheMissingError
 from slidetl.files import fsync_path
 from slidetl.slides import SlideInfo, open_slide
-from slidetl.slides.base import fingerprint_of
 from slidetl.tiles.features import NOT_STATED, FeatureSource, read_features, read_source, write_features
 from slidetl.tiles.foreign import ForeignFeatures, read_foreign
 from slidetl.tiles.ledger import USED, LedgerRow, file_state
@@ -29,13 +28,15 @@ class ImportedSlide:
     """The outcome of one file.
 
     Attributes:
-        row: for the ledger.
+        row: for the ledger, if the slide has no tiles.
         source: the network behind the features.
+        tiles: their number.
         is_new: False if the same features were there.
         notes: what is doubtful; one line each.
     """
 
-    row: LedgerRow
+    row: LedgerRow | None
+    tiles: int
     source: FeatureSource
     is_new: bool
     notes: tuple[str, ...] = ()
@@ -92,6 +93,10 @@ def import_features(
         cache = SlideCache.open(cache_path(cache_dir, slide_id))
     except CacheMissingError:
         cache = _write_group(cache_dir, header, origins)
+    if info is not None and cache.fingerprint != info.fingerprint:
+        raise CacheMismatchError(
+            f"{cache.path}: not of {info.path}, or imported without it; import into another folder"
+        )
     order = _order(origins, cache)
     values = found.values[order]
     is_new = not _is_there(cache, name, source, values, overwrite)
@@ -115,7 +120,8 @@ def import_features(
         bytes=size,
         modified=modified,
     )
-    return ImportedSlide(stamped(row, started), source, is_new, tuple(notes))
+    ours = stamped(row, started) if about.imported else None
+    return ImportedSlide(ours, len(cache), source, is_new, tuple(notes))
 
 
 def _source(found: ForeignFeatures, backbone: str) -> FeatureSource:
@@ -165,7 +171,7 @@ def _describe(
         mpp_read = (mpp_level0[0] * extent[0] / side_px, mpp_level0[1] * extent[1] / side_px)
     header = CacheHeader(
         slide_id=slide_id,
-        fingerprint=info.fingerprint if info is not None else fingerprint_of([path]),
+        fingerprint=info.fingerprint if info is not None else found.fingerprint,
         vendor=info.vendor if info is not None else NOT_STATED,
         size_level0=size_level0,
         mpp_level0=mpp_level0,

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,19 @@ import pytest
 from numpy.typing import NDArray
 
 from slidetl.cli import main
-from slidetl.data.study import read_study
+from slidetl.compare.config import read_comparison
+from slidetl.compare.run import plan_comparison
+from slidetl.compare.train_arm import train_job
+from slidetl.data.study import check_duplicates, read_study
 from slidetl.errors import CacheCorruptError, CacheMismatchError, UsageError
 from slidetl.tiles.features import NOT_STATED, common_source, read_features, read_source
 from slidetl.tiles.foreign import read_foreign
+from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.importing import import_features
 from slidetl.tiles.ledger import Ledger
+from slidetl.tiles.run import tile_slides
 from slidetl.tiles.store import SlideCache
+from slidetl.tiles.tile import SlideSource
 from slidetl.tiles.verify import verify_cache
 from tests.cli.test_tile import Draw
 from tests.conftest import PyramidTiff
@@ -307,12 +314,46 @@ def test_imported_features_are_a_study(cohort: Path) -> None:
     assert row.note == "features imported from trident"
 
 
-def test_a_manifest_of_slides_that_are_elsewhere_serves_too(cohort: Path, tmp_path: Path) -> None:
-    words = ["features", "import", str(cohort / "h5"), str(tmp_path / "c"), "--name", "uni"]
+def test_a_manifest_of_slides_that_are_elsewhere_serves_too(
+    cohort: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(cohort / "h5" / f"{name}.h5") for name in ("s0", "s1")]
+    words = ["features", "import", *files, str(tmp_path / "c"), "--name", "uni"]
     assert main([*words, "--slides", str(cohort / "slides.csv")]) == 0
-    assert len(read_study(cohort / "slides.csv", tmp_path / "c").slides) == 24
+    assert "22 slides without a file, left out: s2, s3" in capfd.readouterr().err
+    with pytest.warns(UserWarning, match="22 of 24 slides are not in the cache"):
+        assert len(read_study(cohort / "slides.csv", tmp_path / "c").slides) == 2
     with pytest.raises(CacheMismatchError, match="nothing shows that the tiles are of /not/here"):
         read_study(cohort / "slides.csv", cohort / "cache")
+
+
+def test_one_slide_under_two_patients_is_noticed(tmp_path: Path) -> None:
+    files = [trident(tmp_path / name, features()) for name in ("a.h5", "b.h5")]
+    assert main(["features", "import", *map(str, files), str(tmp_path / "cache"), "--name", "u"]) == 0
+    (tmp_path / "m.csv").write_text(
+        "slide_id,path,patient_id,grade\n" + "".join(f"{f.stem},{f},{f.stem},0\n" for f in files)
+    )
+    with pytest.raises(UsageError, match=r"1 pair of slides with the same content.*a \(a\) and b \(b\)"):
+        check_duplicates(read_study(tmp_path / "m.csv", tmp_path / "cache").slides)
+
+
+def test_features_for_a_tiled_slide_leave_its_ledger_alone(
+    pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path
+) -> None:
+    slide = pyramid_tiff(tissue_picture(512), 0.5)
+    tile_slides([SlideSource("slide", slide)], tmp_path / "cache", TileSpec(1.0, 32), workers=0)
+    before = (tmp_path / "cache" / "ledger.csv").read_bytes()
+    cache = SlideCache.open(tmp_path / "cache" / "slide.zarr")
+    file = clam(tmp_path / "slide.h5", features(rows=len(cache)), cache.origins_level0)
+    manifest = tmp_path / "m.csv"
+    manifest.write_text(f"slide_id,path,patient_id,grade\nslide,{slide},p,0\n")
+    words = ["features", "import", str(file), str(tmp_path / "cache"), "--name", "uni", "--slides"]
+    assert main([*words, str(manifest)]) == 0
+    assert (tmp_path / "cache" / "ledger.csv").read_bytes() == before
+    assert read_source(SlideCache.open(cache.path), "uni").identity == "imported: not stated"
+    other = pyramid_tiff(tissue_picture(512)[::-1], 0.5, name="other")
+    with pytest.raises(CacheMismatchError, match=r"not of .*other.tiff"):
+        import_features(file, tmp_path / "cache", "slide", "x", slide=other)
 
 
 def test_a_feature_file_that_changed_is_noticed(tmp_path: Path) -> None:
@@ -361,6 +402,35 @@ trainer: {{default_root_dir: {tmp_path / "run"}, max_epochs: 2, accelerator: cpu
     for name, said in wrong:
         assert main(["fit", "--config", str(config), "--model.backbone.name", name]) == 2
         assert said in capfd.readouterr().err
+
+
+def test_arms_of_a_comparison_take_them_and_lack_thumbnails(cohort: Path, tmp_path: Path) -> None:
+    config = tmp_path / "compare.yaml"
+    config.write_text(
+        f"""
+manifest: {cohort / "manifest.csv"}
+cache: {cohort / "cache"}
+grades: ["0", "1"]
+protocol: {{outer_folds: 2, inner_folds: 0}}
+primary: {{arm: mil, against: ridge}}
+near_duplicates: 0
+base:
+  data: {{features: uni, bag_size: 0, num_workers: 0}}
+  model:
+    backbone: {{name: stored_6}}
+    transfer: {{class_path: slidetl.models.transfer.FrozenFeatures}}
+  trainer: {{max_epochs: 1, accelerator: cpu}}
+arms:
+  ridge: {{classical: {{features: [uni]}}}}
+  mil: {{fit: {{}}}}
+"""
+    )
+    comparison = read_comparison(config)
+    job = next(job for job in plan_comparison(comparison).jobs if job.arm == "mil")
+    found = train_job(job, tmp_path / "work")
+    assert len(found.predictions) == 12 and not found.similarity
+    with pytest.raises(UsageError, match=r"24 slides have imported features and no thumbnail .* set near"):
+        plan_comparison(replace(comparison, near_duplicates=0.95))
 
 
 def test_our_own_export_comes_back_as_it_was(cohort: Path, tmp_path: Path) -> None:
