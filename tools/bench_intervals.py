@@ -10,6 +10,7 @@ the scale. Of the error's variance .7 is common to both arms and .3 to the slide
 from __future__ import annotations
 
 import argparse
+import itertools
 import platform
 import shlex
 import sys
@@ -23,12 +24,13 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 from scipy.optimize import brentq
-from scipy.stats import norm
+from scipy.stats import binom, norm
 
-from slidetl.evaluation.bootstrap import Metric, bca_interval, resampled_metric
+from slidetl.evaluation.bootstrap import Metric, bca_interval, resampled_metric, share_interval
 from slidetl.evaluation.calibration import calibration_null
+from slidetl.evaluation.comparison import sign_flip_test
 from slidetl.evaluation.conformal import fit_grade_sets, referral_rule, risk_coverage
-from slidetl.evaluation.metrics import accuracy, difference, qwk
+from slidetl.evaluation.metrics import accuracy, by_repeat, difference, qwk
 from slidetl.evaluation.power import StudyDesign, power_table
 
 GRADES = 5
@@ -39,6 +41,9 @@ SLIDES_A_PATIENT = 5 / 3
 PROMISING = 0.8  # accuracy of the arm whose promises are judged
 RISK, REFERRAL_RISK = 0.1, 0.3
 NEW_PATIENTS = 20_000
+SHARES = (0.8, 0.9, 0.97)
+REPEATS = (2, 3, 5)
+SEED_SD = 0.4  # grades by which another training of an arm reads everything higher or lower
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +95,7 @@ def coverage(n_studies: int, n_draws: int, seed: int) -> Iterable[tuple[int, lis
     truth = [float(metric(np.ones(len(whole.true)))) for metric in _metrics(whole)]
     for n_patients in PATIENTS:
         rng = np.random.default_rng((seed, n_patients))
-        held = np.zeros((len(truth), 2))
+        held, exact = np.zeros((len(truth), 2)), 0
         for number in range(n_studies):
             one = study(rng, n_patients, deviations)
             for place, (metric, value) in enumerate(zip(_metrics(one), truth, strict=True)):
@@ -98,13 +103,101 @@ def coverage(n_studies: int, n_draws: int, seed: int) -> Iterable[tuple[int, lis
                 drawn = resampled_metric(metric, one.patients, n_draws=n_draws, seed=number)
                 low, high = np.nanquantile(drawn, [0.025, 0.975])
                 held[place] += bca.low <= value <= bca.high, low <= value <= high
-        yield n_patients, [f"{bca:.3f} / {percentile:.3f}" for bca, percentile in held / n_studies]
+            share = share_interval(one.graded[0] == one.true, one.patients)
+            exact += share.low <= truth[1] <= share.high
+        cells = [f"{bca:.3f} / {percentile:.3f}" for bca, percentile in held / n_studies]
+        cells[1] += f" / {exact / n_studies:.3f}"
+        yield n_patients, cells
 
 
 def _metrics(one: Studied) -> list[Metric]:
     kappas = [partial(qwk, one.true, graded, GRADES) for graded in one.graded]
     shares = [partial(accuracy, one.true, graded) for graded in one.graded]
     return [kappas[0], shares[0], difference(kappas[1], kappas[0]), difference(shares[1], shares[0])]
+
+
+def shares(n_draws: int, seed: int) -> Iterable[tuple[str, ...]]:
+    """Coverage of a share of patients, by every possible number of hits and its probability: no chance."""
+    for n_patients in PATIENTS:
+        for share in SHARES:
+            held = np.zeros(2)
+            for hits in range(n_patients + 1):
+                right = np.arange(n_patients) < hits
+                metric = partial(accuracy, np.ones(n_patients, int), right.astype(int))
+                bca = bca_interval(metric, range(n_patients), n_draws=n_draws, seed=seed)
+                exact = share_interval(right, range(n_patients))
+                inside = [one.low <= share <= one.high for one in (bca, exact)]
+                held += binom.pmf(hits, n_patients, share) * np.array(inside)
+            yield str(n_patients), str(share), *(f"{value:.3f}" for value in held)
+
+
+def decisions(n_studies: int, n_draws: int, seed: int) -> Iterable[tuple[str, ...]]:
+    """How often tests of the difference of QWK err, one result a patient, by number of patients."""
+    margin = ACCURACIES[0], ACCURACIES[1]
+    for n_patients in PATIENTS:
+        rng = np.random.default_rng((seed, n_patients))
+        false, equivalent, gap = np.zeros(2), np.zeros(2), 0.0
+        for pair in ((ACCURACIES[0],) * 2, margin):
+            deviations = [deviation_of(reached) for reached in pair]
+            whole = one_each(rng, 400_000, deviations)
+            gap = float(_metrics(whole)[2](np.ones((1, len(whole.true))))[0])
+            for number in range(n_studies):
+                one = one_each(rng, n_patients, deviations)
+                inner, outer = (
+                    bca_interval(_metrics(one)[2], one.patients, n_draws=n_draws, seed=number, level=level)
+                    for level in (0.9, 0.95)
+                )
+                if pair[0] == pair[1]:
+                    second, first = one.graded
+                    test = sign_flip_test(qwk_of_five, one.true, first, second, one.patients, n_flips=n_draws)
+                    false += not outer.low <= 0 <= outer.high, test.p <= 0.05
+                else:
+                    equivalent += [-gap < each.low and each.high < gap for each in (inner, outer)]
+        rates = (f"{value:.3f}" for value in np.concatenate([false, equivalent]) / n_studies)
+        yield str(n_patients), *rates, f"{gap:.3f}"
+
+
+def one_each(rng: np.random.Generator, n_patients: int, deviations: Sequence[float]) -> Studied:
+    """Draws patients with a single slide each."""
+    true = rng.integers(GRADES, size=n_patients)
+    common = rng.standard_normal(n_patients)
+    own = rng.standard_normal((len(deviations), n_patients))
+    errors = COMMON_TO_ARMS**0.5 * common + (1 - COMMON_TO_ARMS) ** 0.5 * own
+    scores = true + np.array(deviations)[:, None] * errors
+    graded = np.clip(np.rint(scores), 0, GRADES - 1).astype(np.int64)
+    return Studied(np.arange(n_patients), true, scores, graded)
+
+
+def qwk_of_five(
+    true: NDArray[np.int64], graded: NDArray[np.int64], weights: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """The kappa of five grades."""
+    return qwk(true, graded, GRADES, weights)
+
+
+def over_repeats(n_studies: int, n_draws: int, seed: int) -> Iterable[tuple[str, ...]]:
+    """Coverage of the QWK of another training, by patients alone and with repeats, by their number."""
+    deviation = deviation_of(ACCURACIES[0])
+
+    def graded(
+        rng: np.random.Generator, n_patients: int, repeats: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        true = rng.integers(GRADES, size=n_patients)
+        hard, own = rng.standard_normal(n_patients), rng.standard_normal((repeats, n_patients))
+        scores = true + deviation * (COMMON_TO_ARMS**0.5 * hard + (1 - COMMON_TO_ARMS) ** 0.5 * own)
+        scores = scores + SEED_SD * rng.standard_normal((repeats, 1))
+        return true, np.clip(np.rint(scores), 0, GRADES - 1).astype(np.int64)
+
+    truth = float(qwk(*graded(np.random.default_rng(seed), 20_000, 400), GRADES))
+    for repeats in REPEATS:
+        rng, held = np.random.default_rng((seed, repeats)), np.zeros(2)
+        for number in range(n_studies):
+            true, rows = graded(rng, 60, repeats)
+            metrics: list[Metric] = [partial(qwk, true, rows, GRADES), by_repeat(qwk_of_five, true, rows)]
+            for place, metric in enumerate(metrics):
+                found = bca_interval(metric, range(60), n_draws=n_draws, seed=number)
+                held[place] += found.low <= truth <= found.high
+        yield str(repeats), *(f"{value:.3f}" for value in held / n_studies)
 
 
 def promises(n_studies: int, seed: int) -> Iterable[tuple[str, ...]]:
@@ -180,27 +273,58 @@ def main() -> None:
     print("## Coverage of 95 % intervals over patients\n")
     say(
         f"Shares of intervals that hold the truth, BCa / percentile, {draws:,} resamples each, of an arm of "
-        f"accuracy {ACCURACIES[0]} and of its difference to one of {ACCURACIES[1]}. The standard error of a "
-        f"share of .95 is {(0.95 * 0.05 / n) ** 0.5:.4f}."
+        f"accuracy {ACCURACIES[0]} (of the accuracy the exact one, too) and of its difference to one of "
+        f"{ACCURACIES[1]}. The standard error of a share of .95 is {(0.95 * 0.05 / n) ** 0.5:.4f}."
     )
     begin("patients", "QWK", "accuracy", "difference of QWK", "difference of accuracy")
     for patients, cells in coverage(n, draws, seed):
         row(patients, *cells)
+    print("\n## Shares near 1\n")
+    say(
+        "Coverage of 95 % intervals of a share of patients, summed over all numbers of hits with their "
+        "probabilities, so that nothing but BCa's own draws is left to chance."
+    )
+    begin("patients", "true share", "BCa", "exact")
+    for cells_of_share in shares(draws, seed):
+        row(*cells_of_share)
+    print("\n## Decisions about a difference\n")
+    say(
+        f"One result a patient. Left: two arms of accuracy {ACCURACIES[0]}, and how often a difference of "
+        f"QWK is found, which should be .05. Right: arms of {ACCURACIES[0]} and {ACCURACIES[1]}, a margin of "
+        "their true difference, and how often they are called equivalent, which should be at most .05. The "
+        f"standard error of a share of .05 is {(0.05 * 0.95 / n) ** 0.5:.4f}."
+    )
+    begin(
+        *("patients", "95 % interval excludes 0", "sign flips, p up to .05"),
+        *("90 % interval within the margin", "95 % interval within it", "margin"),
+    )
+    for cells_of_test in decisions(n, draws, seed):
+        row(*cells_of_test)
+    print("\n## Repeats\n")
+    say(
+        "Coverage of 95 % intervals of the QWK of another training: 60 patients, one result each, graded by "
+        "R trainings of one arm, each of which reads everything higher or lower by a normal error of "
+        f"{SEED_SD} grades. The mean over repeats is resampled by patients alone, or by patients and repeats."
+    )
+    begin("repeats", "patients alone", "patients and repeats")
+    for cells_of_repeats in over_repeats(n, draws, seed):
+        row(*cells_of_repeats)
     print("\n## Power\n")
     say(
-        "How often a study of 60 patients with 100 slides finds a true difference (the 95 % percentile "
-        "interval of the paired difference excludes 0), by the share of the error's variance that is common "
-        "to the arms. Where accuracies are equal it is the rate of false findings. The standard error of a "
-        f"share of .5 is {0.5 / n**0.5:.3f}, of .05 {(0.05 * 0.95 / n) ** 0.5:.4f}."
+        "How often a study of 60 patients finds a true difference by sign flips, by the share of the error's "
+        "variance that is common to the arms; with a result a patient (60), or a result a slide (100). "
+        "Where accuracies are equal it is the rate of false findings. The standard error of a share of .5 is "
+        f"{0.5 / n**0.5:.3f}, of .05 {(0.05 * 0.95 / n) ** 0.5:.4f}."
     )
-    begin("accuracies", "QWK", "common to the arms", "power by QWK", "power by accuracy")
-    for shared in (0.0, COMMON_TO_ARMS, 0.9):
-        design = StudyDesign(arm_correlation=shared, patient_correlation=COMMON_TO_SLIDES)
+    begin("accuracies", "QWK", "common to the arms", "results", "power by QWK", "power by accuracy")
+    for shared, results in itertools.product((0.0, COMMON_TO_ARMS, 0.9), (60, 100)):
+        design = StudyDesign(60, results, arm_correlation=shared, patient_correlation=COMMON_TO_SLIDES)
         for found in power_table([(0.56, 0.56), (0.56, 0.64)], design, n_studies=n, seed=seed):
             row(
                 f"{found.accuracy_first} and {found.accuracy_second}",
                 f"{found.qwk_first:.3f} and {found.qwk_second:.3f}",
                 shared,
+                results,
                 f"{found.power_qwk:.3f}",
                 f"{found.power_accuracy:.3f}",
             )

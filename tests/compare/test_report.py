@@ -22,8 +22,9 @@ from slidetl.compare.aggregate import ComparisonResult, combine
 from slidetl.compare.config import Arm, Comparison, Groups, Permutations, Primary, Sizes
 from slidetl.compare.plan import Job, cases_of
 from slidetl.compare.records import CurvePoint, JobResult
+from slidetl.compare.report.checklists import checklists_of
 from slidetl.compare.report.document import write_html
-from slidetl.compare.report.page import document_of, write_report
+from slidetl.compare.report.page import document_of, renderer, write_report
 from slidetl.compare.report.tables import tables_of
 from slidetl.compare.report.view import View
 from slidetl.compare.table import format_interval
@@ -328,6 +329,32 @@ def test_every_section_is_there_and_in_the_contents(whole: tuple[ComparisonResul
     linked = [about["href"].removeprefix("#") for tag, about in page.tags if tag == "a"]
     assert tuple(sections) == SECTIONS == tuple(linked)
     assert all(len(page.text[name]) > 100 for name in SECTIONS)
+
+
+def test_the_checklists_have_every_item_and_what_the_comparison_knows(
+    whole: tuple[ComparisonResult, Path], tmp_path: Path
+) -> None:
+    result, folder = whole
+    page = Page(folder / "checklists.html")
+    for name, count, parts in (("tripod", 27, 52), ("claim", 44, 44)):
+        rows = [row for where, row in page.rows if where == name][1:]
+        assert len(rows) == parts
+        numbers = list(dict.fromkeys(int(row[0].rstrip("abcdefg")) for row in rows))
+        assert numbers == list(range(1, count + 1))
+        assert all(len(row) == 4 and row[1] and (row[2], row[3]) != ("–", "–") for row in rows)
+        assert not any(mark in cell for row in rows for cell in row for mark in "{}|")
+        text = page.text[name]
+        assert f"{len(result.rows)} slides of 60 patients at 3 sites" in text
+        assert "5 folds, disjoint in patients and stratified by grade, 2 times" in text
+        assert f"warm QWK {format_interval(result.arms[0].metrics['qwk'])}" in text
+        assert "For you to answer" in text and "all of it" in text
+    assert "| 27c |" in (folder / "checklists.md").read_text()
+    other = invented(30, given_split=True, repeats=1, sizes=(), sites=("",), readers=0, nested=False)
+    view = View(other, {})
+    document = checklists_of(view, renderer(view, tables_of(view)))
+    write_html(tmp_path / "checklists.html", document)
+    text = Page(tmp_path / "checklists.html").text["claim"]
+    assert "the split of the manifest" in text and "at 3 sites" not in text
 
 
 def test_the_declared_comparison_comes_first(whole: tuple[ComparisonResult, Path]) -> None:

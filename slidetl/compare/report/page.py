@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 
 from slidetl.compare.aggregate import RISK, ComparisonResult
 from slidetl.compare.learning import PLATEAU
+from slidetl.compare.report.checklists import checklists_of
 from slidetl.compare.report.document import Document, Part, Plot, Section, as_text, write_html, write_markdown
 from slidetl.compare.report.plots import draw_all
 from slidetl.compare.report.tables import tables_of
@@ -21,13 +22,13 @@ from slidetl.compare.table import Table, format_cell, format_p, format_percent, 
 from slidetl.evaluation.conformal import REFERRAL_POINTS
 from slidetl.evaluation.confounding import SiteByGrade
 
-PAGE, TEXT, PLOTS_FOLDER = "report.html", "report.md", "figures"
+REPORT, CHECKLISTS, PLOTS_FOLDER = "report", "checklists", "figures"
 
 
 def write_report(result: ComparisonResult, output: Path, failed: Mapping[str, str] | None = None) -> None:
-    """Writes ``report.html``, ``report.md``, ``figures/*.svg`` and ``*.png`` into the folder of a comparison.
+    """Writes ``report`` and ``checklists`` as HTML and Markdown, and ``figures/*`` as SVG and PNG.
 
-    The page needs no network and no other file, and names incomplete arms. Other plots, of an earlier
+    Pages need no network and no other file, and name incomplete arms. Other plots, of an earlier
     report, are removed.
 
     Args:
@@ -42,8 +43,10 @@ def write_report(result: ComparisonResult, output: Path, failed: Mapping[str, st
     tables = tables_of(view)
     plots = draw_all(view, tables, folder)
     document = document_of(view, tables, plots)
-    write_html(output / PAGE, document)
-    write_markdown(output / TEXT, document)
+    checklists = checklists_of(view, renderer(view, tables))
+    for name, content in ((REPORT, document), (CHECKLISTS, checklists)):
+        write_html(output / f"{name}.html", content)
+        write_markdown(output / f"{name}.md", content)
     for old in folder.glob("*.svg"):
         if old.stem not in plots:
             old.unlink()
@@ -76,6 +79,37 @@ def document_of(view: View, tables: Mapping[str, Table], plots: Mapping[str, Plo
         tables: of :func:`~slidetl.compare.report.tables.tables_of`; one without rows is left out.
         plots: of :func:`~slidetl.compare.report.plots.draw_all`; a missing one is left out.
     """
+    say = renderer(view, tables)
+    title, notices, summary = "", [], []
+    sections: list[tuple[str, str, list[Part]]] = []
+    source = (resources.files(__package__) / "templates" / "report.txt").read_text(encoding="utf-8")
+    for block in re.split(r"\n\n+", source):
+        kind, _, rest = block.partition(" ")
+        if kind in ("@table", "@plot"):
+            name, _, words = rest.partition(" ")
+            part = tables[name] if kind == "@table" else plots.get(name)
+            if part is not None and (isinstance(part, Plot) or len(part.rows)):
+                about, _, note = words.partition("//")
+                sections[-1][2].append(replace(part, title=say(about), note=say(note)))
+        elif kind == "#":
+            title = say(rest)
+        elif kind == "##":
+            anchor, _, heading = rest.partition(" | ")
+            sections.append((anchor, say(heading), []))
+        elif text := say(block.removeprefix("> ")):
+            if block.startswith("> "):
+                notices.append(text)
+            elif sections:
+                sections[-1][2].append(text)
+            else:
+                summary.append(text)
+    return Document(
+        title, tuple(notices), tuple(summary), tuple(Section(a, h, tuple(p)) for a, h, p in sections)
+    )
+
+
+def renderer(view: View, tables: Mapping[str, Table]) -> Callable[..., str]:
+    """Returns a function that renders a template of one paragraph, with more values by name."""
     # No autoescape: the writers of a document escape, each in its own way.
     environment = Environment(undefined=StrictUndefined, autoescape=False)
     environment.filters |= {
@@ -105,36 +139,11 @@ def document_of(view: View, tables: Mapping[str, Table], plots: Mapping[str, Plo
         "least_risk": 1 - ((1 - referral_level) / REFERRAL_POINTS) ** (1 / view.n_patients),
     }
 
-    def say(template: str) -> str:
-        text = environment.from_string(template).render(values)
+    def say(template: str, **more: str) -> str:
+        text = environment.from_string(template).render(values, **more)
         return re.sub(r"[ \n]+", " ", text).strip(" ")
 
-    title, notices, summary = "", [], []
-    sections: list[tuple[str, str, list[Part]]] = []
-    source = (resources.files(__package__) / "templates" / "report.txt").read_text(encoding="utf-8")
-    for block in re.split(r"\n\n+", source):
-        kind, _, rest = block.partition(" ")
-        if kind in ("@table", "@plot"):
-            name, _, words = rest.partition(" ")
-            part = tables[name] if kind == "@table" else plots.get(name)
-            if part is not None and (isinstance(part, Plot) or len(part.rows)):
-                about, _, note = words.partition("//")
-                sections[-1][2].append(replace(part, title=say(about), note=say(note)))
-        elif kind == "#":
-            title = say(rest)
-        elif kind == "##":
-            anchor, _, heading = rest.partition(" | ")
-            sections.append((anchor, say(heading), []))
-        elif text := say(block.removeprefix("> ")):
-            if block.startswith("> "):
-                notices.append(text)
-            elif sections:
-                sections[-1][2].append(text)
-            else:
-                summary.append(text)
-    return Document(
-        title, tuple(notices), tuple(summary), tuple(Section(a, h, tuple(p)) for a, h, p in sections)
-    )
+    return say
 
 
 def _association(found: SiteByGrade) -> str:
