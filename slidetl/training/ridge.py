@@ -65,6 +65,11 @@ def write_ridge(
         raise UsageError(
             f"features of the inner block {source.block!r} are no network; leave out --pretrained"
         )
+    if not source.weights_sha256:
+        raise UsageError(
+            f"the features were imported ({source.identity}), their network is not here; leave out "
+            "--pretrained"
+        )
     spec = BackboneSpec(name=source.backbone, pretrained=pretrained)
     grader = SlideGrader(spec, MeanPooling, NormalGrade, FrozenFeatures(), list(study.grades)).eval()
     backbone = grader.network.backbone

@@ -429,6 +429,11 @@ arms:
     job = next(job for job in plan_comparison(comparison).jobs if job.arm == "mil")
     found = train_job(job, tmp_path / "work")
     assert len(found.predictions) == 12 and not found.similarity
+    values = {job.arm: job.key for job in plan_comparison(comparison).jobs}
+    again = trident(tmp_path / "s0.h5", features(99))
+    import_features(again, cohort / "cache", "s0", "uni", overwrite=True)
+    assert not values.items() & {job.arm: job.key for job in plan_comparison(comparison).jobs}.items()
+    import_features(cohort / "h5" / "s0.h5", cohort / "cache", "s0", "uni", overwrite=True)
     with pytest.raises(UsageError, match=r"24 slides have imported features and no thumbnail .* set near"):
         plan_comparison(replace(comparison, near_duplicates=0.95))
 
