@@ -44,10 +44,10 @@ def describe_tile(collection: Collection, tile: int, grades: tuple[str, ...] = (
     }
 
 
-def draw_tile(collection: Collection, tile: int) -> str:
+def draw_tile(collection: Collection, tile: int, longest_px: int = _SHOWN_PX) -> str:
     """Draws a tile for a page."""
     slide, number = collection.place(tile)
-    return picture_of(slide.cache.read([number])[0])
+    return picture_of(slide.cache.read([number])[0], longest_px)
 
 
 def draw_surroundings(collection: Collection, tile: int) -> str:

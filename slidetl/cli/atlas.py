@@ -5,7 +5,47 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from slidetl.atlas.options import Selection, SimilarOptions
+from slidetl.atlas.options import ClusterOptions, Selection, SimilarOptions
+from slidetl.data.study import listed
+
+
+def cluster(selection: Selection, *, output: Path, options: ClusterOptions) -> int:
+    """Finds the recurring patterns of slides, and how far they go with sites and grades.
+
+    Args:
+        selection: the tiles to cluster.
+        output: folder for atlas.html (one self-contained page), clusters.csv, composition.csv (the share of
+            each slide's tiles) and geojson/ (maps for QuPath).
+        options: of clustering.
+    """
+    from slidetl.atlas.cluster import find_patterns, store_clusters
+    from slidetl.atlas.cluster_page import write_atlas
+    from slidetl.atlas.collection import open_collection
+
+    def say(message: str) -> None:
+        print(f"slidetl: {message}", file=sys.stderr)
+
+    collection = open_collection(selection)
+    if not collection.has_manifest:
+        say("warning: without --manifest each slide counts as a patient of its own")
+    atlas = find_patterns(collection, options, say)
+    if options.store:
+        store_clusters(collection, atlas.clusters, options.store)
+    page, missing = write_atlas(atlas, collection, selection, options, output)
+    if missing:
+        say(f"warning: no GeoJSON for {len(missing)} slides, whose files are not at hand: {listed(missing)}")
+    if (check := atlas.check) is not None:
+        say(
+            f"over {check.neighbours} neighbours {check.clusters} clusters, exactly {check.exact}; adjusted "
+            f"Rand index {check.rand:.2f}"
+        )
+    sizes = ", ".join(str(pattern.tiles) for pattern in atlas.patterns[:10])
+    more = ", ..." if len(atlas.patterns) > 10 else ""
+    print(
+        f"{len(collection)} tiles of {len(collection.slides)} slides: {len(atlas.patterns)} clusters of "
+        f"{sizes}{more} tiles\nwritten to {page}"
+    )
+    return 0
 
 
 def similar(selection: Selection, *, output: Path, options: SimilarOptions) -> int:
@@ -35,4 +75,4 @@ def similar(selection: Selection, *, output: Path, options: SimilarOptions) -> i
     return 0
 
 
-COMMANDS = {"similar": similar}
+COMMANDS = {"cluster": cluster, "similar": similar}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from slidetl.atlas.collection import Collection
 from slidetl.data.manifest import read_manifest
 from slidetl.tiles.features import FeatureSource, write_features
 from slidetl.tiles.store import SlideCache, cache_path
@@ -25,6 +26,10 @@ def pattern_of(cache: SlideCache, grade: int) -> NDArray[np.int64]:
     )
     pattern[len(pattern) - grade * len(pattern) // 8 :] = 3
     return pattern
+
+
+def patterns(collection: Collection) -> NDArray[np.int64]:
+    return np.concatenate([pattern_of(slide.cache, slide.row.grade or 0) for slide in collection.slides])
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
 
 from slidetl.atlas.collection import Collection, open_collection
@@ -17,7 +16,7 @@ from slidetl.errors import CacheCorruptError, CacheMissingError, UsageError, Wei
 from slidetl.models.spec import BackboneSpec
 from slidetl.training.embed import embed_cache
 from slidetl.training.options import EmbedOptions
-from tests.atlas.conftest import pattern_of
+from tests.atlas.conftest import patterns
 from tests.conftest import Study
 
 
@@ -30,10 +29,6 @@ def name_of(collection: Collection, tile: int) -> str:
     slide, number = collection.place(tile)
     x, y = slide.cache.origins_level0[number].tolist()
     return f"{slide.row.slide_id}@{x},{y}"
-
-
-def patterns(collection: Collection) -> NDArray[np.int64]:
-    return np.concatenate([pattern_of(slide.cache, slide.row.grade or 0) for slide in collection.slides])
 
 
 def test_hits_have_the_pattern_of_other_patients_and_few_of_a_slide(collection: Collection) -> None:

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import adjusted_rand_score
+
+from slidetl.atlas.cluster import find_patterns, store_clusters
+from slidetl.atlas.cluster_page import _sheet
+from slidetl.atlas.collection import Collection, open_collection
+from slidetl.atlas.options import ClusterOptions, Selection
+from slidetl.cli import main
+from slidetl.errors import UsageError
+from slidetl.evaluation.bootstrap import Interval
+from slidetl.evaluation.classical import pool_tiles
+from slidetl.tiles.features import read_features
+from tests.atlas.conftest import patterns
+from tests.conftest import Study
+
+
+@pytest.fixture
+def collection(patterned: Study) -> Collection:
+    return open_collection(Selection(patterned.cache, "told", patterned.manifest))
+
+
+@pytest.mark.parametrize("method", ["mean-shift", "k-means", "hdbscan"])
+def test_each_method_finds_the_drawn_patterns(collection: Collection, method: str) -> None:
+    options = ClusterOptions(method=method, components=6, clusters=4, bandwidth=0.6)  # type: ignore[arg-type]
+    atlas = find_patterns(collection, options)
+    assert adjusted_rand_score(patterns(collection), atlas.clusters.labels) > 0.95
+    np.testing.assert_allclose(atlas.composition.sum(1) + 0, 1, atol=0.05)
+    sizes = [pattern.tiles for pattern in atlas.patterns]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sum(sizes) + atlas.unclustered == len(collection)
+
+
+def test_the_pattern_that_grows_with_the_grade_is_told_from_the_others(collection: Collection) -> None:
+    atlas = find_patterns(collection, ClusterOptions(bandwidth=0.6, components=6))
+    drawn = patterns(collection)
+    severe = int(np.bincount(atlas.clusters.labels[drawn == 3]).argmax())
+    for number, pattern in enumerate(atlas.patterns):
+        assert isinstance(pattern.grade, Interval)
+        if number == severe:
+            assert pattern.grade.low > 0.8
+            assert pattern.by_grade[4] > pattern.by_grade[1] > pattern.by_grade[0] == 0
+        else:
+            assert pattern.grade.low < 0.3
+    assert atlas.confounding is not None
+
+
+def test_an_approximate_run_is_checked_against_an_exact_one(collection: Collection) -> None:
+    few = find_patterns(collection, ClusterOptions(bandwidth=0.6, components=6, neighbours=3, least=2))
+    assert few.check is not None
+    assert few.check.exact == 4
+    assert few.check.cut > 0.9
+    assert find_patterns(collection, ClusterOptions(bandwidth=0.6)).check is None
+
+
+def test_contact_sheets_mix_patients_as_the_cluster_does(collection: Collection) -> None:
+    slide = collection.slide_of
+    labels = np.where((slide == 0) | ((slide == 1) & (np.arange(len(slide)) % 3 == 0)), 0, 1)
+    tiles = _sheet(collection, labels, 0, np.random.default_rng(0))
+    assert len(set(tiles)) == 12
+    share = (slide[labels == 0] == 0).mean()
+    assert (slide[tiles] == 0).mean() == pytest.approx(share, abs=1 / 12)
+    assert (
+        len(_sheet(collection, np.where(np.arange(len(slide)) < 5, 0, 1), 0, np.random.default_rng(0))) == 5
+    )
+
+
+def test_stored_clusters_are_features_whose_mean_is_the_composition(
+    patterned: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cache"
+    shutil.copytree(patterned.cache, folder)
+    collection = open_collection(Selection(folder, "told", patterned.manifest))
+    atlas = find_patterns(collection, ClusterOptions(bandwidth=0.6, components=6))
+    store_clusters(collection, atlas.clusters, "patterns")
+    for slide, shares in zip(collection.slides, atlas.composition, strict=True):
+        rows = read_features(slide.cache, "patterns").astype(np.float64)
+        np.testing.assert_allclose(pool_tiles(rows, "mean", 1), shares)
+    with pytest.raises(UsageError, match="features of this name, of net"):
+        store_clusters(collection, atlas.clusters, "told")
+    words = ["fit-features", str(patterned.manifest), "--cache", str(folder), "--features", "patterns"]
+    assert main([*words, "--output", str(tmp_path / "fit"), "--test-fraction", "0.34"]) == 0
+    assert json.loads((tmp_path / "fit" / "metrics.json").read_text())["qwk"] > 0.7
+    written: list[object] = []
+    monkeypatch.setattr("slidetl.atlas.cluster.write_features", lambda cache, arrays: written.append(cache))
+    store_clusters(collection, atlas.clusters, "patterns")  # replaces its own
+    assert len(written) == 20
+
+
+def test_the_command_writes_one_page_tables_and_maps(
+    patterned: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["atlas", "cluster", str(patterned.cache), "--features", "told", "--output", str(tmp_path)]
+    words += ["--bandwidth", "0.6", "--components", "6"]
+    assert main([*words, "--manifest", str(patterned.manifest)]) == 0
+    assert "4 clusters" in capsys.readouterr().out
+    page = (tmp_path / "atlas.html").read_text()
+    assert "It grows with the grade" in page
+    with (tmp_path / "clusters.csv").open() as file:
+        clusters = list(csv.DictReader(file))
+    with (tmp_path / "composition.csv").open() as file:
+        slides = list(csv.DictReader(file))
+    assert [row["cluster"] for row in clusters] == ["1", "2", "3", "4"]
+    assert len(slides) == 20
+    assert sum(float(slides[3][f"cluster_{n}"]) for n in range(1, 5)) == pytest.approx(1)
+    maps = sorted((tmp_path / "geojson").glob("*.geojson"))
+    assert len(maps) == 20
+    features = json.loads(maps[0].read_text())["features"]
+    assert len(features) == int(slides[0]["tiles"])
+    assert features[0]["properties"]["classification"]["name"].startswith("Cluster ")
+    assert main([*words, "--slides", slides[0]["slide_id"], "--method", "k-means", "--clusters", "999"]) == 2
+    assert "1 to" in capsys.readouterr().err
+
+
+def test_a_slide_that_is_not_at_hand_has_no_map_and_the_page_says_so(
+    patterned: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slidetl.atlas.cluster_page._corner", lambda slide: None)
+    words = ["atlas", "cluster", str(patterned.cache), "--features", "told", "--output", str(tmp_path)]
+    assert main([*words, "--method", "k-means", "--clusters", "4", "--slides", "slide-00", "slide-01"]) == 0
+    assert "no GeoJSON for 2 slides" in capsys.readouterr().err
+    page = (tmp_path / "atlas.html").read_text()
+    assert "No GeoJSON for 2 slides" in page
+    assert "each slide counts as a patient of its own" in page
+    assert not (tmp_path / "geojson").exists()
