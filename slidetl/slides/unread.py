@@ -21,8 +21,8 @@ UNREAD = {
     ".oir": ("Olympus OIR", _BIO_FORMATS),
     ".zvi": ("Zeiss ZVI", _BIO_FORMATS),
     ".jp2": ("JPEG 2000", "a converter to tiled TIFF"),
-    ".czi": ("this kind of Zeiss CZI (8- or 16-bit RGB, uncompressed or zstd, is read)", _BIO_FORMATS),
-    ".dcm": ("this kind of DICOM (a whole slide, explicit little endian, is read)", "the scanner's export"),
+    ".czi": ("this kind of Zeiss CZI", f"{_BIO_FORMATS} (RGB, uncompressed or zstd, is read)"),
+    ".dcm": ("this kind of DICOM", "the scanner's export (a whole slide, explicit little endian, is read)"),
     ".zarr": ("a zarr without the multiscales of an OME-Zarr", _BIO_FORMATS),
 }
 

@@ -48,7 +48,8 @@ def export_features(
         False if the file was there already, with the same features.
 
     Raises:
-        CacheError: there are no such features, or they are damaged.
+        CacheError: there are no such features, they are damaged, or were imported without the size of a tile,
+            as ``anndata`` needs it.
         OutputError: the file cannot be written, or has other content.
         UsageError: h5py or anndata is not installed.
     """
@@ -135,7 +136,7 @@ def _write_anndata(
         index=names,
     )
     var = pd.DataFrame(index=[str(number) for number in range(values.shape[1])])
-    extent = np.asarray(cache.header.extent_level0)
+    extent = np.asarray(cache.extent_level0)
     spots = {"scalefactors": {"spot_diameter_fullres": float(extent[0])}}
     data = anndata.AnnData(
         X=values,

@@ -281,7 +281,11 @@ def _ours(values: NDArray[np.float16], coords: NDArray[np.float64], text: str) -
         pairs = (header.size_level0, header.mpp_level0, header.mpp_read, header.extent_level0)
         if not all(len(pair) == 2 and all(0 <= value < 1e7 for value in pair) for pair in pairs):
             raise ValueError(f"sizes or spacings out of range: {pairs}")
-        texts = (header.fingerprint, header.vendor, source.backbone, source.block, source.weights_sha256)
+        spec = header.spec
+        if not all(isinstance(size, int) for size in (spec.tile_size_px, spec.stride_px)):
+            raise ValueError(f"tiles of {spec.tile_size_px} pixels")
+        texts = [header.fingerprint, header.vendor, spec.foreign, spec.channels]
+        texts += [source.backbone, source.block, source.weights_sha256, source.precision]
         if not all(isinstance(text, str) for text in texts) or len(header.fingerprint) != 64:
             raise ValueError("expected text, and a fingerprint of 64 digits")
     except (ValueError, KeyError, TypeError, UsageError) as error:

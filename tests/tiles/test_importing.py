@@ -21,6 +21,7 @@ from slidetl.compare.run import plan_comparison
 from slidetl.compare.train_arm import train_job
 from slidetl.data.study import check_duplicates, read_study
 from slidetl.errors import CacheCorruptError, CacheMismatchError, UsageError
+from slidetl.tiles.exchange import export_features
 from slidetl.tiles.features import NOT_STATED, common_source, read_features, read_source
 from slidetl.tiles.foreign import read_foreign
 from slidetl.tiles.grid import TileSpec
@@ -112,6 +113,8 @@ def test_a_file_of_clam_states_nothing_but_values_and_places(tmp_path: Path, has
     np.testing.assert_array_equal(read_features(cache, "r50"), features().astype(np.float16))
     with pytest.raises(CacheMismatchError, match="without the size of a tile"):
         assert cache.extent_level0
+    with pytest.raises(CacheMismatchError, match="without the size of a tile"):
+        export_features(cache, "r50", tmp_path / "s.h5ad", "anndata")
     for read in (lambda: cache.read([0]), lambda: cache.thumbnail, lambda: cache.tissue_mask):
         with pytest.raises(CacheMismatchError, match="features imported from clam, and no tiles"):
             read()
@@ -436,6 +439,31 @@ arms:
     import_features(cohort / "h5" / "s0.h5", cohort / "cache", "s0", "uni", overwrite=True)
     with pytest.raises(UsageError, match=r"24 slides have imported features and no thumbnail .* set near"):
         plan_comparison(replace(comparison, near_duplicates=0.95))
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("header", "mpp_level0", [-1, 0.5]),
+        ("header", "size_level0", ["a", 2]),
+        ("header", "fingerprint", "x"),
+        ("header", "spec", {"mpp": 0.5, "foreign": {}}),
+        ("header", "spec", {"mpp": 0.5, "tile_size_px": 2.5}),
+        ("features", "backbone", 7),
+        ("features", "mean", 7),
+    ],
+)
+def test_an_export_with_a_forged_description_is_refused(
+    cohort: Path, tmp_path: Path, part: str, name: str, value: object
+) -> None:
+    cache = SlideCache.open(cohort / "cache" / "s0.zarr")
+    export_features(cache, "uni", tmp_path / "s0.h5")
+    with h5py.File(tmp_path / "s0.h5", "r+") as file:
+        about = json.loads(file.attrs["slidetl"])
+        about[part][name] = value
+        file.attrs["slidetl"] = json.dumps(about)
+    with pytest.raises(CacheCorruptError, match="its description by slidetl cannot be understood"):
+        read_foreign(tmp_path / "s0.h5")
 
 
 def test_our_own_export_comes_back_as_it_was(cohort: Path, tmp_path: Path) -> None:
