@@ -5,6 +5,7 @@ Each inherits a fitting builtin, and each message states the expected and the fo
     SlidetlError
     |-- UsageError (ValueError)             an invalid option or argument
     |-- ManifestError (ValueError)          faults in a manifest, all of them, with line numbers
+    |-- AnnotationError (ValueError)        a file of annotations is damaged, or does not fit its slide
     |-- SlideError (OSError)
     |   |-- SlideOpenError                  not a slide, or an unreadable one
     |   |-- SlideReadError                  opened, but a region of it is damaged
@@ -46,6 +47,10 @@ class UsageError(SlidetlError, ValueError):
 
 class ManifestError(SlidetlError, ValueError):
     """Faults in a manifest: all of them together, each with its line number."""
+
+
+class AnnotationError(SlidetlError, ValueError):
+    """A file of annotations is damaged, or does not fit its slide."""
 
 
 class SlideError(SlidetlError, OSError):

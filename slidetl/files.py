@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
+from xml.etree import ElementTree
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,6 +105,29 @@ def describe_full(error: OSError) -> str:
     if not is_full(error):
         return error.strerror or str(error)
     return "the disk is full; make room and run again: what was written before is kept"
+
+
+def parse_xml(data: str | bytes) -> ElementTree.Element:
+    """Parses XML of a stranger: without a document type, so no entity grows or opens another file.
+
+    Raises:
+        ValueError: it is damaged, or has a document type.
+    """
+    text = data if isinstance(data, str) else _decode_xml(data)
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:
+        raise ValueError("its XML has a document type, which none needs")
+    try:
+        # As text: the encoding that the XML declares cannot hide what was looked for.
+        return ElementTree.fromstring(text)
+    except ElementTree.ParseError as error:
+        raise ValueError(f"its XML is damaged: {error}") from error
+
+
+def _decode_xml(data: bytes) -> str:
+    try:
+        return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
 
 
 def check_stored(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Inspects, verifies and repairs a tile cache."""
+"""Inspects, verifies and repairs a tile cache, and exports its tissue."""
 
 from __future__ import annotations
 
@@ -148,4 +148,27 @@ def info(cache: Path, *, json: bool = False) -> int:
     return 0
 
 
-COMMANDS = {"info": info, "verify": verify}
+def tissue(cache: Path, *, export: Path) -> int:
+    """Writes the tissue of each slide as GeoJSON for QuPath; edited there, it comes back by 'tile --regions'.
+
+    Args:
+        cache: folder of 'slidetl tile'.
+        export: folder for SLIDE.geojson, annotations of class Tissue; existing files are replaced.
+    """
+    from slidetl.tiles.geojson import write_tissue
+    from slidetl.tiles.store import SlideCache, groups
+
+    paths, pieces, written = groups(cache), 0, 0
+    with Progress("writing", len(paths)) as progress:
+        for path in paths:
+            opened = SlideCache.open(path)
+            if not opened.header.imported:
+                pieces += write_tissue(opened, export / f"{opened.slide_id}.geojson")
+                written += 1
+            progress.advance()
+    left = f"; {len(paths) - written} slides of imported features have none" if written < len(paths) else ""
+    print(f"{written} slides, {pieces} pieces of tissue: {export}{left}")
+    return 0
+
+
+COMMANDS = {"info": info, "tissue": tissue, "verify": verify}

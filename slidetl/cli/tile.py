@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from slidetl.cli.progress import Progress
 from slidetl.text import one_line
 from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.regions import RegionOptions, find_regions
 
 if TYPE_CHECKING:
     from slidetl.tiles.ledger import LedgerRow
@@ -23,6 +24,7 @@ def tile(
     *,
     cache: Path,
     spec: TileSpec,
+    regions: RegionOptions,
     images: bool = False,
     mpp_override: float | None = None,
     mpp_replace: float | None = None,
@@ -39,6 +41,7 @@ def tile(
             them.
         cache: folder for the caches and ledger.csv.
         spec: the tiles, and the conditions to keep them.
+        regions: annotated regions that the tiles must lie in.
         images: read a folder as labelled images, even if TIFFs or slides are among them.
         mpp_override: spacing of level 0, micrometres per pixel, of slides without one in the manifest or
             their metadata; fills gaps only.
@@ -66,8 +69,15 @@ def tile(
     found = read_manifest(manifest, grades, images)
     if found.grades:
         print(f"labels by folder, in this order: --data.grades='{list(found.grades)}'")
+    annotated = find_regions(regions, [(row.slide_id, row.path) for row in found.rows])
     sources = [
-        SlideSource(row.slide_id, row.path, mpp_override, mpp_replace if row.mpp is None else row.mpp)
+        SlideSource(
+            row.slide_id,
+            row.path,
+            mpp_override,
+            mpp_replace if row.mpp is None else row.mpp,
+            annotated.get(row.slide_id),
+        )
         for row in found.rows
     ]
     started = time.monotonic()

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.errors import SlideOpenError, SlideReadError
+from slidetl.slides.turn import ViewerFrame
 from slidetl.slides.unread import describe_unread
 
 _Result = TypeVar("_Result")
@@ -34,6 +35,7 @@ class SlideInfo:
         objective_power: nominal magnification, if the file has it.
         notes: doubts about the slide and changes to its pixels; one line each, no semicolon.
         corner_level0: ``(x, y)`` of the scanned area, the crop shown by viewers, level-0 pixels.
+        orientation: of TIFF and EXIF, 1..8, as applied to the stored pixels.
     """
 
     path: Path
@@ -46,6 +48,12 @@ class SlideInfo:
     objective_power: float | None
     notes: tuple[str, ...] = ()
     corner_level0: tuple[int, int] = (0, 0)
+    orientation: int = 1
+
+    @property
+    def viewer(self) -> ViewerFrame:
+        """The frame of the slide in other programs."""
+        return ViewerFrame(self.size_level0, self.corner_level0, self.orientation)
 
 
 class Slide(Protocol):

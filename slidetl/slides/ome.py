@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from xml.etree import ElementTree
 
 from slidetl.errors import SlideOpenError
+from slidetl.files import parse_xml
 from slidetl.slides.spacing import UM_PER_UNIT, Pair
 
 _ROOT = re.compile(r"<(\w+:)?OME[\s>]")
@@ -60,12 +61,10 @@ def read_ome(xml: str, name: str, samples: int, n_directories: int) -> OmeImage:
         SlideOpenError: it is damaged, its pixels are in other files, or it has depth or time.
         ValueError: a number in it is none.
     """
-    if "<!DOCTYPE" in xml or "<!ENTITY" in xml:
-        raise SlideOpenError("its OME-XML has a document type, which none needs")
     try:
-        root = ElementTree.fromstring(xml.encode())
-    except ElementTree.ParseError as error:
-        raise SlideOpenError(f"its OME-XML is damaged: {error}") from error
+        root = parse_xml(xml)
+    except ValueError as error:
+        raise SlideOpenError(str(error).replace("XML", "OME-XML", 1)) from error
     if next(_find(root, "BinaryOnly"), None) is not None:
         raise SlideOpenError("its OME-XML is in another file; one file is read: convert it to one")
     image = next(_find(root, "Image"), None)

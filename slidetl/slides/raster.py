@@ -86,6 +86,7 @@ class _Opened:
         power: of its objective, if known.
         profile: its ICC profile.
         notes: on its pixels.
+        turn: applied to its pixels.
     """
 
     vendor: str
@@ -96,6 +97,7 @@ class _Opened:
     power: float | None = None
     profile: bytes | None = None
     notes: tuple[str, ...] = ()
+    turn: Turn = Turn()  # noqa: RUF009 - frozen
 
     @classmethod
     def whole(cls, vendor: str, fingerprint: str, image: NDArray[np.uint8], **more: Any) -> Self:
@@ -161,6 +163,7 @@ class RasterSlide(PyramidSlide[_Level]):
             background_rgb=_GLASS,
             objective_power=opened.power,
             notes=(*opened.notes, *notes),
+            orientation=opened.turn.orientation,
         )
 
     @property
@@ -289,6 +292,7 @@ class _Tiff:
             power=_number(power) or None,
             profile=None if profile is None else bytes(profile),
             notes=tuple(self._notes),
+            turn=self._turn,
         )
 
     def close(self) -> None:
@@ -580,7 +584,7 @@ def _read_plain(path: Path, fingerprint: str) -> _Opened:
             rgb = turn.apply(_as_rgb(pixels, str(path)))
             profile = image.info.get("icc_profile") or None
             name = str(image.format).lower()
-    return _Opened.whole(name, fingerprint, rgb, profile=profile, notes=tuple(notes))
+    return _Opened.whole(name, fingerprint, rgb, profile=profile, notes=tuple(notes), turn=turn)
 
 
 def _read_ngff(path: Path, channels: str) -> _Opened:

@@ -41,7 +41,8 @@ class LedgerRow:
         tiles_without_tissue: places on the grid left out for having too little tissue.
         tiles_without_data: of these, places on areas without data: not scanned, missing in the file, or of
             one colour.
-        tiles_pen: tiles with tissue left out for ink of a pen.
+        tiles_outside_regions: tiles with tissue left out for lying outside the regions.
+        tiles_pen: tiles left out for ink of a pen.
         tiles_fold: for folded tissue.
         tiles_air: for air or fat.
         tiles_out_of_focus: for lack of sharpness.
@@ -54,6 +55,8 @@ class LedgerRow:
         height: of the slide.
         fingerprint: SHA-256 of its content.
         note: doubts about the slide and changes to its pixels, separated by semicolons.
+        regions: file of the regions that the tiles lie in, and the first digits of their digest; empty if the
+            whole slide was tiled.
         bytes, modified: size of its file and time of its last change (seconds since 1970), when it was tiled.
         seconds: duration of the last run.
         host: the machine of the last run.
@@ -67,6 +70,7 @@ class LedgerRow:
     tiles: int = 0
     tiles_without_tissue: int = 0
     tiles_without_data: int = 0
+    tiles_outside_regions: int = 0
     tiles_pen: int = 0
     tiles_fold: int = 0
     tiles_air: int = 0
@@ -80,6 +84,7 @@ class LedgerRow:
     height: int = 0
     fingerprint: str = ""
     note: str = ""
+    regions: str = ""
     bytes: int = 0
     modified: float = 0.0
     seconds: float = 0.0

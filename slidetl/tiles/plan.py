@@ -14,7 +14,15 @@ from slidetl.slides import Slide, SlideInfo
 from slidetl.slides.spacing import REMEDY, request_note
 from slidetl.tiles.grid import TileGrid, TileSpec
 from slidetl.tiles.quality import focus_of, measure_quality
-from slidetl.tiles.tissue import TissueMask, blank_fill, find_tissue, thumbnail_mpp
+from slidetl.tiles.regions import Regions
+from slidetl.tiles.tissue import (
+    TissueMask,
+    area_means,
+    blank_fill,
+    find_tissue,
+    mask_size,
+    thumbnail_mpp,
+)
 
 # Do not trust the rest of a slide with a larger unreadable share. It also bounds how often a damaged slide
 # is opened again.
@@ -45,9 +53,11 @@ class TilePlan:
         quality: ``[N] float32`` each: shares of ``pen``, ``fold`` and ``air`` (:mod:`slidetl.tiles.quality`),
             and ``focus`` if ``spec.min_focus`` asks for it, NaN if unreadable.
         left_out_level0: ``[n, 2] int32``, corners of tiles with tissue left out for their quality, by the
-            first reason that applies: ``pen``, ``fold``, ``air``, ``out of focus``.
+            first reason that applies: ``outside regions`` (if there are any), ``pen``, ``fold``, ``air``,
+            ``out of focus``.
         tiles_without_data: places without tissue on areas without data.
         notes: doubts about the slide, :func:`notes_on`.
+        regions: share inside the regions of each pixel of the thumbnail, ``[h, w] float32``; None without.
     """
 
     spec: TileSpec
@@ -63,6 +73,7 @@ class TilePlan:
     left_out_level0: dict[str, NDArray[np.int32]]
     tiles_without_data: int = 0
     notes: tuple[str, ...] = ()
+    regions: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.origins_level0)
@@ -78,12 +89,13 @@ class TilePlan:
         return without | spoilt
 
 
-def plan_tiles(slide: Slide, spec: TileSpec, threads: int = 1) -> TilePlan:
-    """Selects the tiles worth reading from the thumbnail of a slide.
+def plan_tiles(slide: Slide, spec: TileSpec, threads: int = 1, regions: Regions | None = None) -> TilePlan:
+    """Selects the tiles worth reading from the thumbnail of a slide, of those in its regions if it has any.
 
     A thumbnail does not show focus: if the specification asks for it, all tiles are read once.
 
     Raises:
+        AnnotationError: the regions are too intricate.
         SpacingError: the slide is coarser than ``spec.mpp``.
         SlideReadError: more than a tenth of the slide cannot be read.
     """
@@ -115,6 +127,11 @@ def plan_tiles(slide: Slide, spec: TileSpec, threads: int = 1) -> TilePlan:
         origins, fraction = origins[~is_spoilt], fraction[~is_spoilt]
         quality = {name: values[~is_spoilt] for name, values in quality.items()}
 
+    covered = None
+    if regions is not None:
+        covered = regions.cover(size_px, mpp, mpp_level0)
+        share = area_means(covered, mpp, origins, extent, mpp_level0)
+        leave_out("outside regions", share < regions.share - _ROUNDING)
     for reason, most in (("pen", spec.max_pen), ("fold", spec.max_fold), ("air", spec.max_air)):
         leave_out(reason, quality[reason] > most + _ROUNDING)
     if spec.min_focus > 0:
@@ -134,6 +151,7 @@ def plan_tiles(slide: Slide, spec: TileSpec, threads: int = 1) -> TilePlan:
         quality=quality,
         left_out_level0=left_out,
         notes=notes_on(info, spec, tissue_mask.mask[~is_fill] if len(grid) >= MANY_PLACES else None),
+        regions=covered,
     )
 
 
@@ -183,11 +201,7 @@ def _read_thumbnail(slide: Slide, mpp: float, tile_um: float) -> tuple[NDArray[n
         The thumbnail, and its unreadable pixels ``[h, w] bool``.
     """
     info = slide.info
-    width, height = (
-        # The allowance keeps an exactly fitting size from growing by one when the product rounds.
-        math.ceil(size * m / mpp - 1e-6)
-        for size, m in zip(info.size_level0, info.mpp_level0, strict=True)
-    )
+    width, height = mask_size(info.size_level0, info.mpp_level0, mpp)
     is_unreadable = np.zeros((height, width), bool)
     try:
         return slide.read((0, 0), (width, height), mpp, mpp_tolerance=0.0), is_unreadable

@@ -13,6 +13,7 @@ from slidetl.tiles.plan import TilePlan
 KEPT = "kept"
 COLOURS: dict[str, tuple[int, int, int]] = {
     KEPT: (20, 130, 40),
+    "outside regions": (200, 200, 60),
     "pen": (30, 80, 220),
     "fold": (220, 40, 40),
     "air": (230, 150, 0),
@@ -23,6 +24,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 
 _OTHER = (90, 90, 90)
 _OUTLINE = (0, 170, 190)
+_REGIONS = (230, 0, 200)
 _LONGEST_PX = 2000
 _SHORTEST_PX = 600
 _TINT = 0.35
@@ -66,10 +68,15 @@ def draw_preview(path: Path, plan: TilePlan, title: str) -> None:
         for place in places:
             brush.rectangle(place, outline=COLOURS.get(reason, _OTHER))
 
-    mask = np.asarray(Image.fromarray(plan.tissue_mask.mask).resize(size, Image.Resampling.NEAREST))
     pixels = np.array(picture)
-    pixels[_outline(mask)] = _OUTLINE
     legend = [(_OUTLINE, "outline of the tissue")]
+    outlined = [(_OUTLINE, plan.tissue_mask.mask)]
+    if plan.regions is not None:
+        legend.append((_REGIONS, "outline of the regions"))
+        outlined.append((_REGIONS, plan.regions >= 0.5))
+    for colour, mask in outlined:
+        shown = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
+        pixels[_outline(shown)] = colour
     legend += [(COLOURS.get(r, _OTHER), f"{r}: {len(places)} tiles") for r, places in boxes.items()]
     sheet = Image.new("RGB", (max(size[0], 340), size[1] + _ROW_PX * (len(legend) + 1) + 8), "white")
     sheet.paste(Image.fromarray(pixels), (0, 0))

@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from slidetl.errors import (
+    AnnotationError,
     CacheCorruptError,
     CacheError,
     CacheMismatchError,
@@ -28,6 +29,7 @@ from slidetl.slides.npz import NpzItem
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.identifier import clash_key
 from slidetl.tiles.ledger import FAILED, USED, Ledger, LedgerRow
+from slidetl.tiles.regions import RegionSource
 from slidetl.tiles.store import cache_path, describe_difference, read_header
 from slidetl.tiles.tile import SlideSource, stamped, tile_slide
 
@@ -98,10 +100,12 @@ def record_as_done(
         raise UsageError(f"slide identifiers must differ, case ignored; clashing: {', '.join(twice[:10])}")
     if not overwrite:
         _refuse_other_spec(sources, cache_dir, spec)
+        _refuse_other_extent(sources, cache_dir)
     cache_dir.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(cache_dir / "ledger.csv")
     # A foreign file of this name is found before the work, not after it.
     before = {row.slide_id: row for row in ledger.rows()}
+    regions_of = {source.slide_id: source.regions for source in sources}
     gone: list[str] = []
     rows: dict[str, LedgerRow] = {}
     # Each write replaces the whole ledger, too slow after each of thousands of small images.
@@ -113,7 +117,9 @@ def record_as_done(
         if isinstance(done, Generator):
             stack.enter_context(contextlib.closing(done))  # whatever is raised in here ends the workers
         for row in done:
-            if (kept := _kept_without_file(row, before.get(row.slide_id), cache_dir, spec)) is not None:
+            regions = regions_of[row.slide_id]
+            kept = _kept_without_file(row, before.get(row.slide_id), cache_dir, spec, regions)
+            if kept is not None:
                 gone.append(row.slide_id)
                 row = kept
             waiting.append(row)
@@ -134,17 +140,23 @@ def record_as_done(
 
 
 def _kept_without_file(
-    row: LedgerRow, before: LedgerRow | None, cache_dir: Path, spec: TileSpec
+    row: LedgerRow,
+    before: LedgerRow | None,
+    cache_dir: Path,
+    spec: TileSpec,
+    regions: RegionSource | None,
 ) -> LedgerRow | None:
     """Returns the row of an earlier run with finished tiles for a slide with a missing file."""
     if row.status != FAILED or before is None or before.status != USED or before.path != row.path:
         return None
     item = NpzItem.of(Path(row.path))
-    with contextlib.suppress(OSError):  # of the cache, or of a folder that must not be looked into
+    # Of the cache, of a folder that must not be looked into, or of annotations.
+    with contextlib.suppress(OSError, AnnotationError):
         if (item.file if item else Path(row.path)).exists():
             return None
         header = read_header(cache_path(cache_dir, row.slide_id))
-        if header.spec == spec and header.fingerprint == before.fingerprint:
+        wanted = "" if regions is None else regions.digest(header.viewer, header.vendor)
+        if (header.spec, header.fingerprint, header.regions) == (spec, before.fingerprint, wanted):
             return before
     return None
 
@@ -170,6 +182,23 @@ def _refuse_other_spec(sources: Sequence[SlideSource], cache_dir: Path, spec: Ti
         path, cached = others[0]
         raise CacheMismatchError(
             f"{path}: {describe_difference(cached, spec)}; so are {len(others)} slides in all: "
+            "tile into another folder with --cache, or replace them with --overwrite"
+        )
+
+
+def _refuse_other_extent(sources: Sequence[SlideSource], cache_dir: Path) -> None:
+    """Refuses to keep whole slides if regions are wanted, and the reverse; edited regions fail later."""
+    others: list[tuple[Path, str]] = []
+    for source in sources:
+        path = cache_path(cache_dir, source.slide_id)
+        is_confined = source.regions is not None and source.regions.path is not None
+        with contextlib.suppress(CacheMissingError, CacheCorruptError):
+            if bool(read_header(path).regions) != is_confined:
+                others.append((path, "tiled whole" if is_confined else "confined to --regions"))
+    if others:
+        path, before = others[0]
+        raise CacheMismatchError(
+            f"{path}: was {before}, and now it is not; so are {len(others)} slides in all: "
             "tile into another folder with --cache, or replace them with --overwrite"
         )
 

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from slidetl.errors import CacheCorruptError, CacheMismatchError, CacheMissingError, UsageError
 from slidetl.slides.decoding import map_in_order
+from slidetl.slides.turn import ViewerFrame
 from slidetl.tiles.codec import TileCodec, decode_zstd, tile_codec
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.tissue import TissueMask
@@ -53,6 +54,11 @@ _OPEN_SHARDS = 64
 # Largest plausible size of a small array: features of 400,000 tiles, 2,560 numbers each.
 _MAX_ARRAY_BYTES = 2 * 2**30
 
+# Fields of the header that are written if they differ from their default.
+_OPTIONAL = frozenset(
+    ["tiles_without_data", "imported", "tiles_outside_regions", "regions", "corner_level0", "orientation"]
+)
+
 FEATURES = "features"  # the part of a group stored after the rest, with its own seals
 _SEAL = re.compile(rb'"crc32c": "([0-9a-f]{8})"')
 
@@ -71,11 +77,16 @@ class CacheHeader:
         extent_level0: size of a tile ``(x, y)``, level-0 pixels.
         spec: specification of the tiles.
         tiles_without_tissue: places on the grid left out for having too little tissue.
-        tiles_without_data: of these, places on areas without data; written if there are any.
+        tiles_without_data: of these, places on areas without data.
         tiles_pen, tiles_fold, tiles_air, tiles_out_of_focus: tiles with tissue left out for their quality.
         tiles_unreadable: tiles left out because the slide is damaged there.
         imported: the tool behind imported features, whose tiles are not here; empty for a tiled slide. Sizes
             and spacings are then 0 if its file does not state them, and tissue is NaN.
+        tiles_outside_regions: tiles with tissue left out for lying outside the regions.
+        regions: digest of the regions that the tiles lie in, :attr:`slidetl.tiles.regions.Regions.digest`;
+            empty if the whole slide was tiled.
+        corner_level0: of the scanned area, :class:`slidetl.slides.base.SlideInfo`; None if not recorded.
+        orientation: as applied to the slide; None if not recorded.
     """
 
     slide_id: str
@@ -94,15 +105,32 @@ class CacheHeader:
     tiles_out_of_focus: int = 0
     tiles_unreadable: int = 0
     imported: str = ""
+    tiles_outside_regions: int = 0
+    regions: str = ""
+    corner_level0: tuple[int, int] | None = None
+    orientation: int | None = None
+
+    @property
+    def viewer(self) -> ViewerFrame:
+        """The frame of the slide in other programs.
+
+        Raises:
+            CacheMismatchError: it was made before the frame was recorded.
+        """
+        if self.corner_level0 is None or self.orientation is None:
+            raise CacheMismatchError(
+                f"the cache of {self.slide_id} does not record how QuPath shows the slide; tile it again "
+                "with --overwrite"
+            )
+        return ViewerFrame(self.size_level0, self.corner_level0, self.orientation)
 
     def to_attributes(self) -> dict[str, Any]:
         """Returns plain JSON values."""
         about = {"format_version": FORMAT_VERSION, "software": f"slidetl {VERSION}"}
         values: dict[str, Any] = json.loads(json.dumps(asdict(self) | {"spec": self.spec.to_dict()}))
-        if not self.tiles_without_data:
-            del values["tiles_without_data"]  # caches of slides without such areas keep their bytes
-        if not self.imported:
-            del values["imported"]
+        for name in _OPTIONAL:  # caches from before have none of them, and keep their bytes
+            if getattr(self, name) == self.__dataclass_fields__[name].default:
+                del values[name]
         return about | values
 
     def identity(self) -> dict[str, Any]:
@@ -112,8 +140,9 @@ class CacheHeader:
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> Self:
         """Inverts :meth:`to_attributes`."""
-        attributes = {"tiles_without_data": 0, "imported": "", **attributes}
-        values = {name: attributes[name] for name in cls.__dataclass_fields__}
+        fields = cls.__dataclass_fields__
+        names = [name for name in fields if name in attributes or name not in _OPTIONAL]
+        values = {name: attributes[name] for name in names}
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         return cls(**{**values, "spec": TileSpec.from_dict(attributes["spec"])})
 

@@ -27,6 +27,7 @@ from slidetl.tiles.ledger import EXCLUDED, FAILED, USED, LedgerRow, file_state
 from slidetl.tiles.lock import slide_lock
 from slidetl.tiles.plan import MANY_PLACES, TilePlan, notes_on, plan_tiles
 from slidetl.tiles.preview import draw_preview
+from slidetl.tiles.regions import Regions, RegionSource, read_regions
 from slidetl.tiles.store import (
     CacheHeader,
     SlideCache,
@@ -50,6 +51,7 @@ class SlideSource:
         path: its file.
         mpp_override: micrometres per level-0 pixel, if the file has none.
         mpp_replace: micrometres per level-0 pixel, instead of the file's.
+        regions: the annotations to which its tiles are confined; None for the whole slide.
 
     Raises:
         UsageError: ``slide_id`` cannot be the name of a folder.
@@ -59,6 +61,7 @@ class SlideSource:
     path: Path
     mpp_override: float | None = None
     mpp_replace: float | None = None
+    regions: RegionSource | None = None
 
     def __post_init__(self) -> None:
         if not self.slide_id or self.slide_id.startswith(".") or self.slide_id != Path(self.slide_id).name:
@@ -72,6 +75,7 @@ def write_tiles(
     slide_id: str,
     threads: int = 1,
     check: Callable[[], object] | None = None,
+    regions: str = "",
 ) -> SlideCache:
     """Reads the tiles of a plan into a cache, or resumes a killed run.
 
@@ -84,6 +88,7 @@ def write_tiles(
         slide_id: the name of the cache.
         threads: parallel reads and compressions; the cache does not depend on it.
         check: called before every commit, in another thread; its exception ends the writing.
+        regions: the digest of the plan's regions, if it has any.
 
     Raises:
         SlideReadError: more than a tenth of all tiles cannot be read.
@@ -99,6 +104,9 @@ def write_tiles(
         mpp_read=plan.mpp_read,
         extent_level0=plan.extent_level0,
         spec=plan.spec,
+        regions=regions,
+        corner_level0=info.corner_level0,
+        orientation=info.orientation,
         **plan.left_out,
     )
     with CacheWriter(cache_dir, header, plan, check) as writer:
@@ -146,7 +154,7 @@ def tile_slide(
                     row = replace(row, width=width, height=height, mpp_level0=max(info.mpp_level0))
                     row = replace(row, bytes=size, modified=modified)
                     row = _tile_open_slide(
-                        row, slide, cache_dir, spec, overwrite, threads, lock.check, picture
+                        row, slide, source.regions, cache_dir, spec, overwrite, threads, lock.check, picture
                     )
             except SlideError:
                 discard(cache_dir, source.slide_id)
@@ -159,6 +167,7 @@ def tile_slide(
 def _tile_open_slide(
     row: LedgerRow,
     slide: Slide,
+    annotated: RegionSource | None,
     cache_dir: Path,
     spec: TileSpec,
     overwrite: bool,
@@ -166,35 +175,54 @@ def _tile_open_slide(
     check: Callable[[], object],
     preview: Path | None,
 ) -> LedgerRow:
-    kept = _kept_cache(slide.info, cache_path(cache_dir, row.slide_id), spec, overwrite)
-    if kept is not None and not (kept.header.tiles_unreadable and _is_readable_now(slide, kept, threads)):
+    path = cache_path(cache_dir, row.slide_id)
+    regions, doubts, digest = None, [], ""
+    if annotated is not None and annotated.path is not None:
+        regions = read_regions(annotated.path, annotated.options, slide.info.viewer, slide.info.vendor)
+        doubts, digest = list(regions.notes), regions.digest
+        row = replace(row, regions=f"{annotated.path.name} {digest[:12]}")
+    elif annotated is not None and annotated.options.missing == "whole":
+        doubts = ["no file of annotations, tiled whole"]
+    elif annotated is not None:
+        if path.exists() and not overwrite:
+            raise CacheMismatchError(
+                f"{path}: its slide has no file of annotations; remove it with --overwrite"
+            )
+        discard(cache_dir, row.slide_id, finished=True)
+        return replace(row, status=EXCLUDED, reason="no file of annotations")
+    kept = _kept_cache(slide.info, path, spec, digest, overwrite)
+    if kept is not None and not (
+        kept.header.tiles_unreadable and _is_readable_now(slide, kept, threads, regions)
+    ):
         if preview is not None and not preview.exists():
-            draw_preview(preview, plan_tiles(slide, spec, threads), row.slide_id)
+            draw_preview(preview, plan_tiles(slide, spec, threads, regions), row.slide_id)
         discard(cache_dir, row.slide_id)
         is_large = len(kept) + kept.header.tiles_without_tissue >= MANY_PLACES
         notes = notes_on(slide.info, spec, kept.tissue_mask.mask if is_large else None)
-        return replace(_used(row, kept), note="; ".join(notes))
+        return replace(_used(row, kept), note="; ".join([*notes, *doubts]))
 
-    plan = plan_tiles(slide, spec, threads)
+    plan = plan_tiles(slide, spec, threads, regions)
     row = replace(row, mpp_x=plan.mpp_read[0], mpp_y=plan.mpp_read[1], **plan.left_out)
-    row = replace(row, note="; ".join(plan.notes))
+    row = replace(row, note="; ".join([*plan.notes, *doubts]))
     if preview is not None:
         draw_preview(preview, plan, row.slide_id)
     if not len(plan):
         discard(cache_dir, row.slide_id, finished=True)
-        if any(map(len, plan.left_out_level0.values())):
+        if regions is not None and len(plan.left_out_level0["outside regions"]):
+            reason = f"no tile with tissue is good enough and {regions.share:.0%} inside the regions"
+        elif any(map(len, plan.left_out_level0.values())):
             reason = "no tile with tissue is good enough"
         elif plan.tiles_without_tissue:
             reason = f"no tile has {spec.min_tissue:.0%} tissue"
         else:
             reason = "the slide is smaller than one tile"
         return replace(row, status=EXCLUDED, reason=reason)
-    return _used(row, write_tiles(slide, plan, cache_dir, row.slide_id, threads, check))
+    return _used(row, write_tiles(slide, plan, cache_dir, row.slide_id, threads, check, digest))
 
 
-def _is_readable_now(slide: Slide, cache: SlideCache, threads: int) -> bool:
+def _is_readable_now(slide: Slide, cache: SlideCache, threads: int, regions: Regions | None) -> bool:
     """Tells if any tile missing in a cache as unreadable can be read now."""
-    plan = plan_tiles(slide, cache.spec, threads)
+    plan = plan_tiles(slide, cache.spec, threads, regions)
     kept = set(map(tuple, cache.origins_level0.tolist()))
     lost = [n for n, origin in enumerate(map(tuple, plan.origins_level0.tolist())) if origin not in kept]
     if len(lost) < cache.header.tiles_unreadable:
@@ -206,7 +234,9 @@ def _is_readable_now(slide: Slide, cache: SlideCache, threads: int) -> bool:
     return False
 
 
-def _kept_cache(info: SlideInfo, path: Path, spec: TileSpec, overwrite: bool) -> SlideCache | None:
+def _kept_cache(
+    info: SlideInfo, path: Path, spec: TileSpec, regions: str, overwrite: bool
+) -> SlideCache | None:
     """Opens the finished cache of this very slide; returns None if it must be made (again)."""
     try:
         header = read_header(path)
@@ -221,6 +251,12 @@ def _kept_cache(info: SlideInfo, path: Path, spec: TileSpec, overwrite: bool) ->
             raise CacheMismatchError(
                 f"{path}: made from another slide, or from this one at another spacing of level 0; "
                 "replace it with --overwrite, or tile into another folder"
+            )
+        if header.regions != regions:
+            before = "other regions" if header.regions and regions else "regions" if header.regions else "all"
+            raise CacheMismatchError(
+                f"{path}: made from {before} of this slide; replace it with --overwrite, or tile into "
+                "another folder"
             )
         # Its writing did not wait for the disk, so after a power cut it may be incomplete.
         return None if is_small(path) and not is_intact(path) else SlideCache.open(path, spec)

@@ -71,19 +71,34 @@ class TissueMask:
         Returns:
             ``[N] float32``, 0..1. Areas outside the mask count as no tissue.
         """
-        integral = np.zeros((self.mask.shape[0] + 1, self.mask.shape[1] + 1), np.int32)
-        integral[1:, 1:] = self.mask.cumsum(0, dtype=np.int32).cumsum(1, dtype=np.int32)
-        scale = np.asarray(mpp_level0) / self.mpp
-        low = origins_level0 * scale
-        high = (origins_level0 + np.asarray(extent_level0)) * scale
-        inside = (
-            _interpolate(integral, high[:, 0], high[:, 1])
-            - _interpolate(integral, low[:, 0], high[:, 1])
-            - _interpolate(integral, high[:, 0], low[:, 1])
-            + _interpolate(integral, low[:, 0], low[:, 1])
-        )
-        area = extent_level0[0] * scale[0] * extent_level0[1] * scale[1]
-        return np.asarray(np.clip(inside / area, 0, 1), dtype=np.float32)
+        return area_means(self.mask, self.mpp, origins_level0, extent_level0, mpp_level0)
+
+
+def area_means(
+    values: NDArray[np.bool_] | NDArray[np.float32],
+    mpp: float,
+    origins_level0: NDArray[np.int32],
+    extent_level0: tuple[float, float],
+    mpp_level0: tuple[float, float],
+) -> NDArray[np.float32]:
+    """Computes the exact mean of an image ``[h, w]`` of shares, 0..1, at ``mpp`` over the area of each tile.
+
+    The other arguments, and the result, are those of :meth:`TissueMask.fraction`.
+    """
+    kind = np.int32 if values.dtype == bool else np.float64
+    integral = np.zeros((values.shape[0] + 1, values.shape[1] + 1), kind)
+    integral[1:, 1:] = values.cumsum(0, dtype=kind).cumsum(1, dtype=kind)
+    scale = np.asarray(mpp_level0) / mpp
+    low = origins_level0 * scale
+    high = (origins_level0 + np.asarray(extent_level0)) * scale
+    inside = (
+        _interpolate(integral, high[:, 0], high[:, 1])
+        - _interpolate(integral, low[:, 0], high[:, 1])
+        - _interpolate(integral, high[:, 0], low[:, 1])
+        + _interpolate(integral, low[:, 0], low[:, 1])
+    )
+    area = extent_level0[0] * scale[0] * extent_level0[1] * scale[1]
+    return np.asarray(np.clip(inside / area, 0, 1), dtype=np.float32)
 
 
 def thumbnail_mpp(size_level0: tuple[int, int], mpp_level0: tuple[float, float], spec: TileSpec) -> float:
@@ -95,6 +110,13 @@ def thumbnail_mpp(size_level0: tuple[int, int], mpp_level0: tuple[float, float],
     wanted = min(_MASK_MPP, spec.tile_size_px * spec.mpp / _PIXELS_PER_TILE)
     largest = max(size * mpp for size, mpp in zip(size_level0, mpp_level0, strict=True))
     return max(wanted, largest / _MAX_SIDE_PX, *mpp_level0)
+
+
+def mask_size(size_level0: tuple[int, int], mpp_level0: tuple[float, float], mpp: float) -> tuple[int, int]:
+    """Computes width and height of an image of a whole slide at a spacing, micrometres per pixel."""
+    # The allowance keeps an exactly fitting size from growing by one when the product rounds.
+    width, height = (math.ceil(s * m / mpp - 1e-6) for s, m in zip(size_level0, mpp_level0, strict=True))
+    return width, height
 
 
 def blank_fill(
@@ -246,7 +268,7 @@ def is_stained(density: NDArray[np.float32]) -> NDArray[np.bool_]:
 
 
 def _interpolate(
-    integral: NDArray[np.int32], x: NDArray[np.float64], y: NDArray[np.float64]
+    integral: NDArray[np.int32] | NDArray[np.float64], x: NDArray[np.float64], y: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Reads an integral image at fractional places: it is bilinear between its nodes, so this is exact."""
     rows, columns = integral.shape

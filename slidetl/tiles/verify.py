@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from slidetl.errors import (
     CacheCorruptError,
     CacheMismatchError,
@@ -157,6 +159,8 @@ def repair_cache(found: Verification, slide_path: Path) -> Verification:
     slide_id = path.name.removesuffix(".zarr")
     with slide_lock(path.parent, slide_id) as lock, _open_same(slide_path, header) as slide:
         plan = plan_tiles(slide, header.spec)
+        if header.regions:
+            plan = _confined(found, header, plan)
         kept = _kept_in_plan(found, header, plan)
         damaged = {tile for finding in found.findings for tile in finding.tiles}
         tile_of = {wanted: tile for tile, wanted in enumerate(kept) if tile not in damaged}
@@ -330,6 +334,31 @@ def _open_same(slide_path: Path, header: CacheHeader) -> Iterator[Slide]:
                 "name the right one with --slides, or tile again with --overwrite"
             )
         yield slide
+
+
+def _confined(found: Verification, header: CacheHeader, plan: TilePlan) -> TilePlan:
+    """Confines the plan of a whole slide to the tiles of a cache made of regions, which are not stored."""
+    again = "tile the slide again with --regions and --overwrite"
+    if header.tiles_unreadable:
+        raise CacheCorruptError(
+            f"{found.path}: tiles within its regions were left out as unreadable; {again}"
+        )
+    try:
+        origins = read_array(found.path / "origin_level0")
+    except (CacheCorruptError, CacheMissingError) as error:
+        raise CacheCorruptError(
+            f"{found.path}: the places of its tiles in regions are damaged; {again}"
+        ) from error
+    wanted = set(map(tuple, origins.tolist()))
+    is_kept = np.array([tuple(origin) in wanted for origin in plan.origins_level0.tolist()], bool)
+    if not np.array_equal(plan.origins_level0[is_kept], origins):
+        raise CacheMismatchError(f"{found.path}: this slidetl selects other tiles; {again}")
+    return replace(
+        plan,
+        origins_level0=plan.origins_level0[is_kept],
+        tissue_fraction=plan.tissue_fraction[is_kept],
+        quality={name: values[is_kept] for name, values in plan.quality.items()},
+    )
 
 
 def _kept_in_plan(found: Verification, header: CacheHeader, plan: TilePlan) -> list[int]:

@@ -31,7 +31,7 @@ def write_geojson(result: SlideGrade, path: Path) -> None:
         path,
         result.origins_level0,
         result.plan.extent_level0,
-        result.plan.info.corner_level0,
+        result.plan.info.viewer,
         f"{result.fingerprint} {result.model_sha256}",
         _properties(result),
     )

@@ -11,6 +11,7 @@ import pytest
 from slidetl.grading.grade import SlideGrade
 from slidetl.grading.report.geojson import write_geojson
 from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.regions import RegionOptions, read_regions
 from tests.grading.report.conftest import Graded
 
 
@@ -74,6 +75,27 @@ def test_a_tile_is_known_again(graded: Graded, tmp_path: Path) -> None:
     assert len({uuid.UUID(name) for name in first}) == len(first)
     assert ids(result) == first
     assert not set(ids(replace(result, model_sha256="00" * 32))) & set(first)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_map_read_as_regions_has_the_tiles_of_a_turned_slide(
+    graded: Graded, tmp_path: Path, orientation: int
+) -> None:
+    """What grade writes for QuPath and what tile reads from it agree on the frame."""
+    result = graded(spec=TileSpec(1.0, 50, stride_px=75))
+    info = replace(result.plan.info, orientation=orientation, corner_level0=(0, 0))
+    write_geojson(replace(result, plan=replace(result.plan, info=info)), tmp_path / "map.geojson")
+    found = read_regions(tmp_path / "map.geojson", RegionOptions(tmp_path), info.viewer, "")
+    squares = np.array([np.concatenate([ring.min(0), ring.max(0)]) for (ring,) in found.inside])
+    assert squares == pytest.approx(np.hstack([result.origins_level0, result.origins_level0 + 100]))
+    feature = json.loads((tmp_path / "map.geojson").read_text())["features"][0]
+    x, y = result.origins_level0[0]
+    width, height = info.size_level0
+    # The first row and column of the picture lie there in the file (TIFF 6.0, Orientation).
+    sides = {1: (x, y), 2: (width - x - 100, y), 3: (width - x - 100, height - y - 100)}
+    sides |= {4: (x, height - y - 100), 5: (y, x), 6: (y, width - x - 100)}
+    sides |= {7: (height - y - 100, width - x - 100), 8: (height - y - 100, x)}
+    assert tuple(feature["geometry"]["coordinates"][0][0]) == sides[orientation]
 
 
 def test_it_counts_from_the_corner_to_which_qupath_crops(graded: Graded, tmp_path: Path) -> None:
