@@ -24,15 +24,17 @@ class External:
     Attributes:
         arm: its name.
         n_slides: of a smaller training part in each fold; None for the whole one.
-        results: of the models of all folds and repeats, ``[J, M]``.
+        results: of the models of all folds and repeats, ``[J, M]``, as they come.
+        again: the same with probabilities by :func:`~slidetl.evaluation.calibration.recalibrate`, fitted to
+            other external patients.
         metrics: averaged over the J models, with intervals over patients; an undefined one is left out.
-        recalibrated: the same of probabilities by :func:`~slidetl.evaluation.calibration.recalibrate`, fitted
-            to other external patients.
+        recalibrated: the same of ``again``.
     """
 
     arm: str
     n_slides: int | None
     results: PatientResults
+    again: PatientResults
     metrics: Mapping[MetricName, Interval]
     recalibrated: Mapping[MetricName, Interval]
 
@@ -60,15 +62,11 @@ def _external(result: ComparisonResult, arm: ArmResult) -> External:
             for own, temperature in models
         ]
     )
-    again = np.stack([recalibrate(true, of_model, patients) for of_model in rows])
+    fitted = np.stack([recalibrate(true, of_model, patients) for of_model in rows])
     draws, unit = result.comparison.bootstrap_draws, result.comparison.protocol.unit
-    results = patient_results(true, rows, patients, unit)
-    return External(
-        arm.arm,
-        arm.n_slides,
-        results,
-        *(_metrics(each, draws) for each in (results, patient_results(true, again, patients, unit))),
-    )
+    results, again = (patient_results(true, each, patients, unit) for each in (rows, fitted))
+    metrics = _metrics(results, draws), _metrics(again, draws)
+    return External(arm.arm, arm.n_slides, results, again, *metrics)
 
 
 def _metrics(results: PatientResults, n_draws: int) -> dict[MetricName, Interval]:

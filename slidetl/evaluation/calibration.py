@@ -93,7 +93,7 @@ def recalibrate(
     Raises:
         UsageError: fewer patients than folds, or the other folds have a single grade.
     """
-    from sklearn.model_selection import GroupKFold
+    from sklearn.model_selection import StratifiedGroupKFold
 
     from slidetl.evaluation.ordinal import ProportionalOdds
 
@@ -105,7 +105,8 @@ def recalibrate(
         )
     scores = (rows @ np.arange(rows.shape[1]))[:, None]
     found = np.zeros_like(rows)
-    folds = GroupKFold(n_folds, shuffle=True, random_state=seed)
+    # Stratified, or a constant score gets the commonest grade of the other folds, the rarest one here.
+    folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
     for train, held_out in folds.split(scores, grades, who):
         if len(np.unique(grades[train])) < 2:
             raise UsageError("recalibration needs patients of two grades beside those of any fold")

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 
 from slidetl.errors import UsageError
 from slidetl.evaluation.calibration import (
@@ -18,6 +19,7 @@ from slidetl.evaluation.calibration import (
     with_temperature,
 )
 from slidetl.evaluation.metrics import calibration_error, probability_metrics
+from slidetl.evaluation.ordinal import ProportionalOdds
 
 Rows = NDArray[np.float64]
 
@@ -181,10 +183,14 @@ def test_recalibration_grades_a_shifted_cohort_by_other_patients() -> None:
     found = recalibrate(true, shifted, patients)
     np.testing.assert_allclose(found.sum(axis=1), 1)
     assert (shifted.argmax(axis=1) == true).mean() < 0.4 < 0.7 < (found.argmax(axis=1) == true).mean()
-    # no slide of a patient takes part in its own recalibration
-    changed = true.copy()
-    changed[:2] = 4 - changed[:2]
-    np.testing.assert_allclose(recalibrate(changed, shifted, patients)[:2], found[:2])
+    folds = StratifiedGroupKFold(5, shuffle=True, random_state=0)
+    expected = shifted @ np.arange(5)
+    reference = cross_val_predict(
+        ProportionalOdds(1e-3), expected[:, None], true, groups=patients, cv=folds, method="predict_proba"
+    )
+    np.testing.assert_allclose(found, reference)
+    constant = recalibrate(np.arange(200) % 5, np.full((200, 5), 0.2), np.arange(200))
+    np.testing.assert_allclose(constant, 0.2, atol=1e-3)  # not the reverse of the fold
 
 
 def test_recalibration_needs_enough_patients() -> None:

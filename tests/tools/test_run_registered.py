@@ -1,0 +1,135 @@
+"""The registered experiment in small: real slides, tiles, embeddings and jobs, without training."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from sklearn.metrics import cohen_kappa_score
+
+from slidetl.compare.config import read_comparison
+from slidetl.evaluation.comparison import patient_results
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--train", "20", "--test", "10", "--external-slides", "10", "--tiles-per-slide", "10"]
+SMALL += ["--train-tiles", "14", "--test-tiles", "10", "--target", "b"]
+
+
+def load_tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("run_registered", ROOT / "tools/run_registered.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = load_tool()
+
+
+def draw_tiles(folder: Path, seed: int) -> Path:
+    """Draws tiles of 112 px, of three classes: a colour each, with smooth noise of their own."""
+    rng = np.random.default_rng(seed)
+    for name, colour in {"a": (200, 60, 60), "b": (60, 200, 60), "c": (60, 60, 200)}.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(24):
+            coarse = rng.integers(0, 256, (8, 8), np.uint8)
+            noise = np.asarray(Image.fromarray(coarse).resize((112, 112), Image.Resampling.BICUBIC), float)
+            tile = np.clip(np.array(colour) + (noise[..., None] - 128) * 0.4, 0, 255).astype(np.uint8)
+            Image.fromarray(tile).save(folder / name / f"{number:02d}.png")
+    return folder
+
+
+def write_config(folder: Path, registered: str) -> Path:
+    """Writes the shipped configuration, with fewer resamples."""
+    values: dict[str, Any] = yaml.safe_load((ROOT / "configs/compare/collage.yaml").read_text())
+    values |= {"registered": str(folder / "registered.md"), "bootstrap_draws": 100}
+    values["sizes"] = {"slides": [10], "arms": ["scratch", "warm", "colour-area", "prior"]}
+    for name in ("frozen-ridge", "random-ridge"):
+        del values["arms"][name]  # no network: seconds
+    path = folder / "collage.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    (folder / "registered.md").write_text(registered or read_comparison(path).sha256)
+    return path
+
+
+def run(folder: Path, config: Path, *more: str) -> int:
+    words = ["--tiles", str(folder / "home"), "--external-tiles", str(folder / "other"), *more]
+    places = ["--output", str(folder / "out"), "--page", str(folder / "page.md")]
+    return int(tool.main([*words, *places, "--config", str(config), "--redraws", "1"], SMALL))
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_what_is_registered_is_in_the_repository() -> None:
+    comparison = read_comparison(ROOT / "configs/compare/collage.yaml")
+    assert comparison.registered == "docs/evidence/registered.md"
+    assert comparison.sha256 in (ROOT / comparison.registered).read_text()
+
+
+def test_the_page_has_the_metrics_of_the_arms_that_were_run_and_names_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw_tiles(tmp_path / "home", 0), draw_tiles(tmp_path / "other", 1)
+    monkeypatch.setattr(tool, "embed", lambda cache, weights: [])  # no arm here uses features
+    config = write_config(tmp_path, "")
+    assert run(tmp_path, config, "--stages", "frozen") == 0
+    page = (tmp_path / "page.md").read_text()
+    assert "**not run yet** (0 of 5 redraws)" in page
+    assert "Not run, or not in every redraw: scratch, warm, shared-weights" in page
+    assert "| scratch | 0 of 5 | not run | not run | not run | not run |" in page
+
+    cells = next(line for line in page.splitlines() if line.startswith("| colour-area | 1 of 5")).split("|")
+    for name, cell in (("predictions", cells[3]), ("predictions_external", cells[5])):
+        rows = table(tmp_path / "out" / "redraw-0" / "compare" / f"{name}.csv")
+        rows = [row for row in rows if (row["arm"], row["train_slides"]) == ("colour-area", "")]
+        true, predicted = ([int(row[column]) for row in rows] for column in ("grade", "predicted_grade"))
+        kappa = cohen_kappa_score(true, predicted, labels=range(5), weights="quadratic")
+        assert float(cell) == pytest.approx(kappa, abs=0.005)
+    plan = tool.plan_comparison(
+        replace(
+            read_comparison(config),
+            manifest=str(tmp_path / "out/redraw-0/manifest.csv"),
+            cache=str(tmp_path / "out/redraw-0/cache"),
+        )
+    )
+    capsys.readouterr()
+    assert not tool.compute([plan], [tmp_path / "out" / "redraw-0"], ["frozen"], 1, 1)
+    assert "0 jobs to compute" in capsys.readouterr().err
+
+
+def test_what_is_not_registered_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, write_config(tmp_path, "another hash")) == 1
+    assert "register it, commit that" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_effect_is_that_of_sklearn_and_a_constant_has_no_interval() -> None:
+    rng = np.random.default_rng(0)
+    true = rng.integers(0, 5, 100)
+    names = np.arange(100)
+
+    def results(graded: Any) -> Any:
+        return patient_results(true, np.eye(5)[graded], names, "slide")
+
+    good, bad = np.clip(true + rng.integers(-1, 2, 100), 0, 4), rng.integers(0, 5, 100)
+    kappas = [cohen_kappa_score(true, graded, labels=range(5), weights="quadratic") for graded in (good, bad)]
+    estimate, error = tool.effect(results(good), "qwk", results(bad))
+    assert estimate == pytest.approx(kappas[0] - kappas[1]) and 0.02 < error < 0.3
+    constant = [tool.effect(results(np.zeros(100, int)), "qwk")] * 2
+    assert tool.combined(constant) is None and tool.as_text(constant) == "0.00"
+    assert tool.as_text([]) == "not run"
+    assert re.fullmatch(r"0\.\d\d \[.*\]", tool.as_text([(0.5, 0.1), (0.6, 0.1)]))

@@ -1,0 +1,470 @@
+"""Runs the registered experiment on slides built from labelled tiles, and writes its page.
+
+    python tools/run_registered.py --tiles TILES --external-tiles OTHER --output runs/collage --page PAGE.md
+
+For each redraw it builds the slides (tools/make_collage.py), tiles and embeds them, computes the arms of
+configs/compare/collage.yaml, and combines the redraws. It refuses a configuration with a hash that is not
+registered (docs/evidence/registered.md). The same command resumes a run; --hours ends it between two jobs.
+Jobs are computed in the order of --stages: arms without training (frozen), the primary pair on all training
+slides (primary), the other arms on all of them (others), the primary pair on fewer (sizes); within a stage
+redraw by redraw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import textwrap
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from slidetl.cli import main as slidetl
+from slidetl.cli.shipped import find_config
+from slidetl.compare.aggregate import ComparisonResult
+from slidetl.compare.config import Comparison, read_comparison
+from slidetl.compare.external import external_results
+from slidetl.compare.plan import Job
+from slidetl.compare.pool import Workplace, run_here
+from slidetl.compare.records import read_result
+from slidetl.compare.run import Plan, plan_comparison, report_comparison
+from slidetl.errors import SlidetlError, UsageError
+from slidetl.evaluation.bootstrap import Metric, resampled_metric
+from slidetl.evaluation.comparison import PatientResults
+from slidetl.evaluation.metrics import accuracy, difference, qwk
+from slidetl.evaluation.redraws import RedrawnEffect, combine_redraws
+from slidetl.files import write_whole
+from slidetl.version import VERSION
+
+BACKBONE = "tf_efficientnet_lite0"
+TARGET = "AC"
+REDRAWS = 5  # as registered
+TILING = ["--mpp", "1.75", "--tile-size", "64", "--min-tissue", "0"]
+STAGES = ("frozen", "primary", "others", "sizes")
+ABOUT = """
+Slides are mosaics of 40 real H&E tiles of colorectal tissue in five classes. The grade 0 to 4 is the share
+of adenocarcinoma, 0, 10, 20, 30 and 40 %; the rest is a Dirichlet draw. Networks see the grade of a slide,
+never the class of a tile. **It shows transfer to real texture from slide-level labels, not patients**:
+their differences, readers and scanners are not in it, and which tiles are of one patient is not known.
+
+{redraws} of {registered} redraws of everything (tiles, slides, networks), each with {train} training
+slides, {home} test slides from other tiles, and {external} external slides from tiles of another source.
+Numbers are means over redraws with 95 % intervals, redraw as a random effect
+([why](../design/statistics.md)); the error of a redraw is over its slides. The redraws share one pool of
+tiles, so the intervals are about other draws from it. [What was registered](registered.md); the
+configuration's hash {declared}.
+"""
+TRIVIAL = """
+Trivial are prior (a constant grade has a QWK of 0), colour-area, and random-ridge (frozen random weights).
+Recalibrated: by an ordinal regression on the grades of four fifths of the external slides; it turns a score
+round that falls with the grade.
+"""
+N_DRAWS = 2000  # resamples of the patients of a redraw, for the error of its effect
+
+Key = tuple[str, int | None]  # an arm, and its number of training slides; None for all of them
+Effect = tuple[float, float]  # an estimate and its standard error over patients
+
+
+@dataclass(frozen=True, eq=False)
+class Redrawn:
+    """The results of one redraw, by arm and number of training slides.
+
+    Attributes:
+        home: test slides of the source of the training slides.
+        external: external slides, as they come.
+        again: external slides, recalibrated.
+        result: the whole comparison.
+    """
+
+    home: Mapping[Key, PatientResults]
+    external: Mapping[Key, PatientResults]
+    again: Mapping[Key, PatientResults]
+    result: ComparisonResult
+
+
+def prepare(home: Path, external: Path, folder: Path, redraw: int, collage: Sequence[str]) -> None:
+    """Builds, tiles and embeds the slides of a redraw, as far as they are not there.
+
+    Raises:
+        UsageError: a step failed; its own message is on stderr.
+    """
+
+    def step(code: int, what: str) -> None:
+        if code:
+            raise UsageError(f"redraw {redraw}: {what} failed; the lines above say why")
+
+    if not (folder / "manifest.csv").exists():  # it is written last
+        shutil.rmtree(folder, ignore_errors=True)
+        words = [str(home), str(folder), "--external", str(external), "--redraw", str(redraw)]
+        step(_tool("make_collage").main([*words, "--target", TARGET, *collage]), "make_collage")
+    cache = folder / "cache"
+    step(slidetl(["tile", str(folder / "manifest.csv"), "--cache", str(cache), *TILING]), "slidetl tile")
+    weights = folder.parent / "random.safetensors"
+    if not weights.exists():
+        _write_random_weights(weights)
+    for words in embed(cache, weights):
+        step(slidetl(words), "slidetl embed")
+
+
+def embed(cache: Path, random_weights: Path) -> list[list[str]]:
+    """Lists the commands to store the features that the frozen arms read."""
+    common = ["embed", str(cache), "--backbone", BACKBONE, "--precision", "float32"]
+    sources = {"lite0": "imagenet", "lite0-random": str(random_weights)}
+    return [[*common, "--pretrained", source, "--name", name] for name, source in sources.items()]
+
+
+def in_order(plans: Sequence[Plan], stages: Sequence[str]) -> list[tuple[int, Job]]:
+    """Lists the jobs of some stages with the number of their redraw, in the order of computation."""
+    listed = []
+    for stage in stages:
+        for redraw, plan in enumerate(plans):
+            listed += [(redraw, job) for job in plan.jobs if stage_of(plan.comparison, job) == stage]
+    return listed
+
+
+def stage_of(comparison: Comparison, job: Job) -> str:
+    """Returns the stage of a job."""
+    if "fit" not in job.recipe:
+        return "frozen"
+    if job.n_slides is not None:
+        return "sizes"
+    return "primary" if job.arm in (comparison.primary.arm, comparison.primary.against) else "others"
+
+
+def compute(
+    plans: Sequence[Plan], folders: Sequence[Path], stages: Sequence[str], hours: float, processes: int
+) -> dict[str, str]:
+    """Computes the missing jobs until the time is up, and returns the reasons of failed ones."""
+    deadline = time.monotonic() + hours * 3600
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    failed = {}
+    places = [Workplace(folder / "compare" / "jobs", threads) for folder in folders]
+    to_do = [
+        (redraw, job)
+        for redraw, job in in_order(plans, stages)
+        if read_result(places[redraw].folder, job.key) is None
+    ]
+    print(f"{len(to_do)} jobs to compute", file=sys.stderr)
+    done = 0
+    while to_do and time.monotonic() < deadline:
+        redraw = to_do[0][0]
+        batch = [job for number, job in to_do[:processes] if number == redraw]
+        to_do = to_do[len(batch) :]
+        places[redraw].folder.mkdir(parents=True, exist_ok=True)
+        for job, reason in run_here(batch, places[redraw], processes):
+            done += 1
+            print(f"[{done}] redraw {redraw}: {job.label} {reason or 'done'}", file=sys.stderr)
+            if reason:
+                failed[f"redraw {redraw}: {job.label}"] = reason
+    if to_do:
+        print(f"the time is up: {len(to_do)} jobs are left; the same command resumes", file=sys.stderr)
+    return failed
+
+
+def redrawn(plan: Plan, folder: Path) -> Redrawn:
+    """Aggregates the finished jobs of a redraw, and writes its report."""
+    result = report_comparison(plan, folder / "compare")
+    outside = external_results(result)
+    return Redrawn(
+        home={(arm.arm, arm.n_slides): arm.results for arm in (*result.arms, *result.smaller)},
+        external={(found.arm, found.n_slides): found.results for found in outside},
+        again={(found.arm, found.n_slides): found.again for found in outside},
+        result=result,
+    )
+
+
+def metric_of(results: PatientResults, name: str) -> Metric:
+    """Returns QWK, or accuracy, of the results of a single model."""
+    n_grades = results.probabilities.shape[2]
+    if name == "qwk":
+        return partial(qwk, results.true, results.predicted[0], n_grades)
+    return partial(accuracy, results.true, results.predicted[0])
+
+
+def effect(results: PatientResults, name: str, against: PatientResults | None = None) -> Effect:
+    """Estimates a metric, or its paired difference from another arm, with its error over patients."""
+    metric = metric_of(results, name)
+    if against is not None:
+        metric = difference(metric, metric_of(against, name))
+    drawn = resampled_metric(metric, results.patients, n_draws=N_DRAWS)
+    return float(metric(np.ones((1, len(results.true))))[0]), float(np.nanstd(drawn, ddof=1))
+
+
+def combined(effects: Sequence[Effect]) -> RedrawnEffect | None:
+    """Combines the effects of redraws; None for fewer than two, and for a constant, which has no error."""
+    values = np.array(effects).reshape(-1, 2)
+    if len(values) < 2 or not np.isfinite(values).all() or (values[:, 1] <= 0).any():
+        return None
+    return combine_redraws(values[:, 0], values[:, 1])
+
+
+def as_text(effects: Sequence[Effect], form: str = ".2f") -> str:
+    """Formats the mean over redraws with its interval."""
+    if not effects:
+        return "not run"
+    found = combined(effects)
+    if found is None:
+        return f"{np.mean([estimate for estimate, _ in effects]):{form}}"
+    return f"{found.interval.estimate:{form}} [{found.interval.low:{form}}, {found.interval.high:{form}}]"
+
+
+def effects_of(
+    redraws: Sequence[Redrawn], part: str, key: Key, name: str = "qwk", against: Key | None = None
+) -> list[Effect]:
+    """Lists the effect of each redraw that has the arm, and the arm it is compared with."""
+    found = []
+    for one in redraws:
+        results: Mapping[Key, PatientResults] = getattr(one, part)
+        if key in results and (against is None or against in results):
+            found.append(effect(results[key], name, None if against is None else results[against]))
+    return found
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in (columns, ["---"] * len(columns), *rows)]
+    return "\n".join(lines)
+
+
+def write_page(redraws: Sequence[Redrawn], plans: Sequence[Plan], command: str) -> str:
+    """Writes the page of the experiment: what was run, what it shows, and what was not run."""
+    comparison = plans[0].comparison
+    primary, arms = comparison.primary, list(comparison.arms)
+    trained = [name for name in arms if comparison.arms[name].fit is not None]
+    n_train = len(plans[0].folds[0].train)
+    n_home, n_external = len(plans[0].folds[0].test), len(plans[0].folds[0].external)
+    complete = {name: sum((name, None) in one.home for one in redraws) for name in arms}
+    missing = [name for name in trained if complete[name] < REDRAWS]
+    gaps = effects_of(redraws, "home", (primary.arm, None), against=(primary.against, None))
+
+    declared = "is there: declared" if comparison.is_declared else "is NOT there: not declared"
+    about = ABOUT.format(
+        redraws=len(plans),
+        registered=REDRAWS,
+        train=n_train,
+        home=n_home,
+        external=n_external,
+        declared=declared,
+    )
+    parts = [
+        "# Real texture, slide-level labels, redrawn",
+        *about.strip().split("\n\n"),
+        "## The primary comparison",
+    ]
+    if len(gaps) == REDRAWS:
+        found = combined(gaps)
+        parts.append(
+            f"QWK, best-tuned {primary.arm} minus best-tuned {primary.against}, at {n_train} slides: "
+            f"**{as_text(gaps, '+.2f')}**"
+            + (
+                f", p = {found.p:.3f}; between redraws, a standard deviation of {found.between:.2f}."
+                if found
+                else "."
+            )
+        )
+    else:
+        parts.append(
+            f"QWK, best-tuned {primary.arm} minus best-tuned {primary.against}, at {n_train} slides: "
+            f"**not run yet** ({len(gaps)} of {REDRAWS} redraws)."
+        )
+    if missing:
+        parts.append(
+            f"**Not run, or not in every redraw: {', '.join(missing)}.** This command runs and resumes them:"
+        )
+        parts.append(f"```console\n$ {command}\n```")
+    rows = [
+        [
+            name,
+            f"{complete[name]} of {REDRAWS}",
+            *(as_text(effects_of(redraws, "home", (name, None), metric)) for metric in ("qwk", "accuracy")),
+            *(as_text(effects_of(redraws, part, (name, None))) for part in ("external", "again")),
+        ]
+        for name in arms
+    ]
+    parts += [
+        f"## All arms, {n_train} training slides",
+        markdown(
+            [
+                *("arm", "redraws", f"QWK, {n_home} test slides", "accuracy"),
+                *(f"QWK, {n_external} external", "external, recalibrated"),
+            ],
+            rows,
+        ),
+        TRIVIAL,
+    ]
+    sized = comparison.sizes
+    rows = [
+        [
+            name,
+            *(as_text(effects_of(redraws, "home", (name, size))) for size in sized.slides),
+            as_text(effects_of(redraws, "home", (name, None))),
+        ]
+        for name in sized.arms
+    ]
+    rows.append(
+        [
+            f"{primary.arm} minus {primary.against}",
+            *(
+                as_text(
+                    effects_of(redraws, "home", (primary.arm, size), against=(primary.against, size)), "+.2f"
+                )
+                for size in (*sized.slides, None)
+            ),
+        ]
+    )
+    parts += [
+        "## QWK by the number of training slides",
+        markdown(["arm", *map(str, sized.slides), str(n_train)], rows),
+        "On fewer slides trained arms have a fixed rate and as many steps; ridges choose their penalty.",
+    ]
+    frozen = [name for name in arms if name not in trained]
+    reference = next((name for name in frozen if comparison.arms[name].classical is not None), None)
+    if reference is not None:
+        rows = [
+            [
+                name,
+                *(
+                    as_text(effects_of(redraws, part, (name, None), against=(reference, None)), "+.2f")
+                    for part in ("home", "external", "again")
+                ),
+            ]
+            for name in arms
+            if name != reference
+        ]
+        parts += [
+            f"## QWK minus that of {reference}, paired",
+            markdown(["arm", "test", "external", "external, recalibrated"], rows),
+        ]
+    parts += ["## Speed", *_speed(redraws, comparison)]
+    seconds = dict.fromkeys(arms, 0.0)
+    for one in redraws:
+        for each in (*one.result.arms, *one.result.smaller):
+            seconds[each.arm] += sum(found.seconds for _, found in each.jobs)
+    spent = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if value)
+    parts += [
+        "## How it was run",
+        f"slidetl {VERSION}, Python {platform.python_version()}, {os.cpu_count()} cores. "
+        f"Configuration {comparison.sha256}. Seconds of jobs, without building, tiling and embedding: "
+        f"{spent}.",
+        "The pictures are not here, since their licence is not stated.",
+    ]
+    plain = ("#", "|", "`")  # not to be wrapped
+    wrapped = [part if part.startswith(plain) else textwrap.fill(part.strip(), 120) for part in parts]
+    return "\n\n".join(wrapped) + "\n"
+
+
+def _speed(redraws: Sequence[Redrawn], comparison: Comparison) -> list[str]:
+    """Tells the QWK of each whole schedule in the inner folds, its best rate, and its seconds."""
+    primary = comparison.primary
+    points: dict[tuple[str, int], dict[int, list[tuple[float, float]]]] = {}
+    for one in redraws:
+        for arm in one.result.arms:
+            for _, found in arm.jobs:
+                ends: dict[tuple[int, str], tuple[int, float, float]] = {}
+                for point in found.curves:
+                    if point.part != "test":
+                        ends[point.trial, point.part] = (point.epoch, point.qwk, point.seconds)
+                for (trial, _), (epoch, value, seconds) in ends.items():
+                    points.setdefault((arm.arm, epoch), {}).setdefault(trial, []).append((value, seconds))
+    best = {
+        key: max((np.mean(values, axis=0) for values in trials.values()), key=lambda pair: float(pair[0]))
+        for key, trials in points.items()
+    }
+    of_scratch = [pair[0] for (name, _), pair in best.items() if name == primary.against]
+    if not of_scratch or not any(name == primary.arm for name, _ in best):
+        return ["Not run: speed is that of trained arms."]
+    goal = max(of_scratch)
+    rows = []
+    for name in dict.fromkeys(name for name, _ in best):
+        mine = sorted((epoch, pair) for (arm, epoch), pair in best.items() if arm == name)
+        first = next((f"{epoch} epochs, {pair[1]:.0f} s" for epoch, pair in mine if pair[0] >= goal), "never")
+        shown = ", ".join(f"{pair[0]:.2f} after {epoch} ({pair[1]:.0f} s)" for epoch, pair in mine)
+        rows.append([name, shown, first])
+    columns = ["arm", "QWK of whole schedules in the inner folds (seconds of one)", f"reaches {goal:.2f}"]
+    about = (
+        f"{goal:.2f} is the best of {primary.against}. The better rate; means over inner folds and redraws."
+    )
+    return [markdown(columns, rows), about]
+
+
+def _write_random_weights(path: Path) -> None:
+    import timm
+    import torch
+    from safetensors.torch import save
+
+    torch.manual_seed(0)
+    network = timm.create_model(BACKBONE, pretrained=False, num_classes=0)
+    write_whole(path, save({name: value.contiguous() for name, value in network.state_dict().items()}))
+
+
+def _tool(name: str) -> ModuleType:
+    """Loads a program that lies beside this one."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def main(arguments: Sequence[str] | None = None, collage: Sequence[str] = ()) -> int:
+    """Runs the experiment; ``collage`` are further options of make_collage, for a smaller one."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--tiles", type=Path, required=True, help="folder of tiles, CLASS/*.jpg or *.png")
+    parser.add_argument("--external-tiles", type=Path, required=True, help="tiles of another source")
+    parser.add_argument("--output", type=Path, required=True, help="folder for slides, caches and jobs")
+    parser.add_argument("--page", type=Path, required=True, help="Markdown to write")
+    config = Path("configs/compare/collage.yaml")
+    parser.add_argument("--config", type=Path, default=config, help="a comparison (default: %(default)s)")
+    parser.add_argument(
+        "--redraws", type=int, metavar="N", default=REDRAWS, help="redraws to run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=STAGES, help="jobs to compute (default: all)"
+    )
+    about = "start no job after so many hours (default: %(default)s)"
+    parser.add_argument("--hours", type=float, default=8.0, metavar="X", help=about)
+    about = "jobs at a time; they share the cores (default: %(default)s)"
+    parser.add_argument("--jobs", type=int, metavar="N", default=1, help=about)
+    given = parser.parse_args(arguments)
+    if min(given.redraws, given.jobs) < 1:
+        parser.error("--redraws and --jobs must be at least 1")
+    try:
+        configured = read_comparison(find_config(given.config))
+        if not configured.is_declared:
+            raise UsageError(
+                f"{configured.sha256}, the hash of {given.config}, is not in {configured.registered}: "
+                "register it, commit that, and run afterwards"
+            )
+        folders = [given.output / f"redraw-{redraw}" for redraw in range(given.redraws)]
+        plans = []
+        for redraw, folder in enumerate(folders):
+            prepare(given.tiles, given.external_tiles, folder, redraw, collage)
+            here = replace(configured, manifest=str(folder / "manifest.csv"), cache=str(folder / "cache"))
+            plans.append(plan_comparison(here))
+        failed = compute(plans, folders, given.stages, given.hours, given.jobs)
+        redraws = [redrawn(plan, folder) for plan, folder in zip(plans, folders, strict=True)]
+        command = (
+            "python tools/run_registered.py --tiles data/crc5_112/train --external-tiles data/crc5_112/test "
+        )
+        command += "\\\n    --output runs/collage --page docs/evidence/collage.md"
+        write_whole(given.page, write_page(redraws, plans, command))
+    except SlidetlError as error:
+        print(f"run_registered: {error}", file=sys.stderr)
+        return 1
+    for label, reason in failed.items():
+        print(f"failed: {label}: {reason}", file=sys.stderr)
+    print(f"written to {given.page}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
