@@ -219,6 +219,9 @@
   }
   for (const button of document.querySelectorAll("button.tile")) {
     button.addEventListener("click", () => {
+      const like = document.getElementById("like");
+      like.querySelector("code").textContent = button.dataset.command;
+      like.hidden = false;
       open(slides[button.dataset.slide ?? 0], button.dataset.place.split(",").map(Number));
       stage.scrollIntoView({ block: "center", behavior: calm ? "auto" : "smooth" });
     });

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from slidetl.atlas.options import Selection
+from slidetl.atlas.pictures import similar_command
 from slidetl.errors import SlideReadError
 from slidetl.files import write_whole
 from slidetl.grading.report.geojson import write_geojson
@@ -63,7 +65,7 @@ def write_slide_report(
         pyramid = build_pyramid(
             slide, Canvas.of_plan(plan), result.origins_level0, result.attention, budget_bytes, threads
         )
-        galleries = _galleries(slide, result, pyramid)
+        galleries = _galleries(slide, result, pyramid, name)
     maps = maps_of(result)
     page = folder / f"{name}.html"
     write_whole(folder / f"{name}.thumbnail.jpg", _jpeg(plan.thumbnail, _THUMBNAIL_PX, 80))
@@ -125,20 +127,25 @@ def _data(result: SlideGrade, pyramid: Pyramid, maps: list[TileMap]) -> dict[str
     }
 
 
-def _galleries(slide: Slide, result: SlideGrade, pyramid: Pyramid) -> list[dict[str, Any]]:
+def _galleries(slide: Slide, result: SlideGrade, pyramid: Pyramid, name: str) -> list[dict[str, Any]]:
     """Collects the tiles with the greatest and the least contributions."""
     relative = relative_attention(result)
     titles = ("Tiles that raise the score most", "Tiles that lower it most")
     most, least = extreme_tiles(result.explanation.contributions, _TILES_SHOWN)
     return [
-        {"title": title, "tiles": [_tile(slide, result, pyramid, tile, relative) for tile in tiles]}
+        {"title": title, "tiles": [_tile(slide, result, pyramid, tile, relative, name) for tile in tiles]}
         for title, tiles in zip(titles, (most, least), strict=True)
         if tiles
     ]
 
 
 def _tile(
-    slide: Slide, result: SlideGrade, pyramid: Pyramid, tile: int, relative: NDArray[np.float32] | None
+    slide: Slide,
+    result: SlideGrade,
+    pyramid: Pyramid,
+    tile: int,
+    relative: NDArray[np.float32] | None,
+    name: str,
 ) -> dict[str, Any]:
     spec = result.plan.spec
     x, y = result.origins_level0[tile].tolist()
@@ -154,6 +161,7 @@ def _tile(
         "place": f"{x * scale_x:.2f},{y * scale_y:.2f}",
         "attention": None if relative is None else float(relative[tile]),
         "contribution": float(result.explanation.relative[tile]),
+        "command": similar_command(Selection(Path("CACHE"), "FEATURES", Path("MANIFEST")), f"{name}@{x},{y}"),
         "x_level0": x,
         "y_level0": y,
     }

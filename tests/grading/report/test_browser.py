@@ -291,6 +291,9 @@ def test_a_tile_leads_to_its_place_and_says_its_value(
     shown = f"{contributions.max():+.2f} · {relative[contributions.argmax()]:.2f}×"
     assert shown in first.inner_text()
     first.click()
+    x, y = first.evaluate("tile => tile.getAttribute('aria-label').match(/\\d+/g)")
+    like = opened.page.locator("#like code")
+    assert like.inner_text().endswith(f"--manifest MANIFEST --tile s1@{x},{y} --output similar")
     opened.settle()
     overlay = opened.overlay()
     is_mark = (overlay[:, :, 2] > 180) & (overlay[:, :, 0] < 40) & (overlay[:, :, 3] == 255)
