@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from slidetl.atlas.collection import Collection
 from slidetl.atlas.options import ClusterOptions, Selection
 from slidetl.atlas.pictures import describe_tile, draw_tile, similar_command
 from slidetl.data.study import CachedSlide, listed
-from slidetl.errors import SlideError
+from slidetl.errors import CacheMismatchError, SlideError
 from slidetl.evaluation.bootstrap import Interval
 from slidetl.files import write_csv
 from slidetl.page import script_json, write_page
 from slidetl.slides import open_slide
+from slidetl.slides.turn import ViewerFrame
 from slidetl.tiles.geojson import write_tile_objects
 from slidetl.tiles.mosaic import Mosaic
 from slidetl.tiles.pyramid import Canvas, build_pyramid
@@ -373,26 +375,28 @@ def _write_geojson(atlas: Atlas, collection: Collection, folder: Path) -> list[s
 
     missing = []
     for number, slide in enumerate(collection.slides):
-        corner = _corner(slide)
-        if corner is None:
+        viewer = _viewer(slide)
+        if viewer is None:
             missing.append(slide.row.slide_id)
             continue
         write_tile_objects(
             folder / f"{slide.row.slide_id}.geojson",
             slide.cache.origins_level0,
             slide.cache.extent_level0,
-            corner,
+            viewer,
             f"atlas {slide.cache.fingerprint} {collection.source.identity}",
             properties(_labels(atlas, collection, number)),
         )
     return missing
 
 
-def _corner(slide: CachedSlide) -> tuple[int, int] | None:
-    """Reads the corner of the scanned area from the slide's file; None if it is not there, or another."""
+def _viewer(slide: CachedSlide) -> ViewerFrame | None:
+    """Returns the frame of a slide in QuPath; None if neither its cache nor its file at hand tells it."""
     cache = slide.cache
+    with contextlib.suppress(CacheMismatchError):
+        return cache.header.viewer
     try:
         with open_slide(slide.row.path, mpp_replace=cache.mpp_level0, channels=cache.spec.channels) as opened:
-            return opened.info.corner_level0 if opened.info.fingerprint == cache.fingerprint else None
+            return opened.info.viewer if opened.info.fingerprint == cache.fingerprint else None
     except SlideError:
         return None

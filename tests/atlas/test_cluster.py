@@ -122,7 +122,7 @@ def test_the_command_writes_one_page_tables_and_maps(
 def test_a_slide_that_is_not_at_hand_has_no_map_and_the_page_says_so(
     patterned: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slidetl.atlas.cluster_page._corner", lambda slide: None)
+    monkeypatch.setattr("slidetl.atlas.cluster_page._viewer", lambda slide: None)
     words = ["atlas", "cluster", str(patterned.cache), "--features", "told", "--output", str(tmp_path)]
     assert main([*words, "--method", "k-means", "--clusters", "4", "--slides", "slide-00", "slide-01"]) == 0
     assert "no GeoJSON for 2 slides" in capsys.readouterr().err
