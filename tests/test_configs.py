@@ -52,6 +52,7 @@ def test_one_trains_on_features_alone_and_one_beside_them() -> None:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:kaiko-s16 was trained on tiles of 224 px")
 def test_fit_and_test(config: Path, embedded: Study, tmp_path: Path) -> None:
     options = ["--config", str(config), *embedded.options(tmp_path)]
     if yaml.safe_load(config.read_text())["data"].get("bag_size") == 0:
