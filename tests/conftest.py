@@ -21,6 +21,8 @@ from hypothesis import settings
 from numpy.typing import NDArray
 from xdist.scheduler import LoadFileScheduling
 
+from tests.small import small_backbone
+
 # "check", the default, draws the same examples in each run, so that a change is judged by what it changes.
 # SLIDETL_HYPOTHESIS=explore, or pytest --hypothesis-profile=explore, searches for new ones (a nightly run):
 # add what it finds as an @example. No deadline: the time of an example depends on what else the machine does.
@@ -165,7 +167,7 @@ class Study:
     cache: Path
 
     def options(self, root: Path) -> list[str]:
-        """Options of the training commands: this study, everything written below ``root``."""
+        """Options of the training commands: this study, a small backbone, outputs below ``root``."""
         return [
             f"--data.manifest={self.manifest}",
             f"--data.cache={self.cache}",
@@ -175,6 +177,7 @@ class Study:
             "--trainer.accelerator=cpu",
             "--trainer.enable_progress_bar=false",
             "--trainer.enable_model_summary=false",
+            *small_backbone(),
         ]
 
 

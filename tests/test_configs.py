@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from slidetl.models.backbones import Backbone
 from slidetl.models.spec import BackboneSpec
 from slidetl.training.predictions import read_predictions
 from tests.conftest import Study
+from tests.small import SMALL, small_embed
 
 # Those of comparisons are for another command: tests/compare/.
 CONFIGS = sorted(
@@ -40,7 +42,7 @@ def embedded(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Study:
     """The study with stored features, named as 'slidetl embed' names them, in a cache of its own."""
     cache = tmp_path_factory.mktemp("embedded") / "cache"
     shutil.copytree(study.cache, cache)
-    assert main(["embed", str(cache), "--device", "cpu"]) == 0
+    assert main(["embed", str(cache), *small_embed(), "--device", "cpu"]) == 0
     return Study(study.manifest, cache)
 
 
@@ -50,12 +52,27 @@ def test_one_trains_on_features_alone_and_one_beside_them() -> None:
     assert sizes[0] == 0 and sizes[-1] > 0
 
 
+def test_they_name_layers_of_their_network() -> None:
+    with torch.device("meta"):
+        network = Backbone(BackboneSpec()).net
+    named = re.compile(r"blocks\.\d")
+    for path in (Path(__file__).parents[1] / "configs").rglob("*.yaml"):
+        text = path.read_text()
+        if f"name: {BackboneSpec().name}" in text:
+            for layer in named.findall(text):
+                network.get_submodule(layer)
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:kaiko-s16 was trained on tiles of 224 px")
 def test_fit_and_test(config: Path, embedded: Study, tmp_path: Path) -> None:
     options = ["--config", str(config), *embedded.options(tmp_path)]
-    if yaml.safe_load(config.read_text())["data"].get("bag_size") == 0:
+    if config.stem == "fibrosis":  # one as it ships; the others with a smaller network, for the time
+        options = [word for word in options if "backbone" not in word]
+    data = yaml.safe_load(config.read_text())["data"]
+    if "features" in data:
+        options.append(f"--data.features={SMALL}")
+    if data.get("bag_size") == 0:
         options.append("--data.bag_size=0")  # what the options above make small is none here
     if config.stem == "lora":  # a preset of weights that are not on this machine
         torch.save(Backbone(BackboneSpec(preset="kaiko-s16")).net.state_dict(), tmp_path / "w.pth")

@@ -15,6 +15,7 @@ from slidetl.tiles.features import read_features
 from slidetl.tiles.store import SlideCache
 from slidetl.training.predictions import read_predictions
 from tests.conftest import Study
+from tests.small import small_embed
 
 pytestmark = pytest.mark.gpu
 
@@ -57,7 +58,8 @@ def test_features_in_bfloat16_are_those_in_float32(study: Study, tmp_path: Path)
     for path in sorted(study.cache.glob("*.zarr"))[:3]:
         shutil.copytree(path, tmp_path / path.name)
     for precision in ("float32", "bfloat16"):
-        assert main(["embed", str(tmp_path), "--name", precision, "--precision", precision]) == 0
+        words = ["embed", str(tmp_path), *small_embed(), "--name", precision]
+        assert main([*words, "--precision", precision]) == 0
     caches = [SlideCache.open(path) for path in sorted(tmp_path.glob("*.zarr"))]
     whole, half = (
         np.concatenate([read_features(cache, name) for cache in caches]).astype(np.float64)

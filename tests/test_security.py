@@ -41,6 +41,7 @@ from slidetl.tiles.grid import Codec, TileSpec
 from slidetl.tiles.store import INDEX_BYTES, MISSING, Shard, building_path, cache_path, read_array
 from slidetl.tiles.writer import pack_shard
 from slidetl.training.predictions import SlidePrediction, write_predictions
+from tests.small import SMALL
 
 LITTLE_BYTES = 64 * 2**20
 HUGE_PX = 60_000  # a side; in RGB 10.8 GB
@@ -335,7 +336,7 @@ def test_weights_claim_no_more_than_the_file_holds(header: str, tmp_path: Path) 
     path = tmp_path / "a.safetensors"
     path.write_bytes(struct.pack("<Q", len(text) if header == "shape" else 2**40) + text)
     with little_memory(), pytest.raises(WeightsError, match="not a readable safetensors file"):
-        read_pretrained(BackboneSpec(pretrained=str(path)))
+        read_pretrained(BackboneSpec(SMALL, str(path)))
 
 
 # ---- tables that a spreadsheet opens

@@ -130,7 +130,7 @@ def scrambled(rng: Rng, content: bytes) -> bytes:
 
 
 MODEL: dict[str, Any] = {
-    "backbone": {"name": "cbr_tiny", "pretrained": "procedural", "in_channels": 3},
+    "backbone": {"name": "cbr_tiny", "pretrained": "imagenet", "in_channels": 3},
     "aggregator": {
         "class_path": "slidetl.models.aggregators.GatedAttention",
         "init_args": {"hidden_features": 8},

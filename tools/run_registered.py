@@ -20,7 +20,6 @@ import shutil
 import sys
 import textwrap
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -57,12 +56,12 @@ of adenocarcinoma, 0, 10, 20, 30 and 40 %; the rest is a Dirichlet draw. Network
 never the class of a tile. **It shows transfer to real texture from slide-level labels, not patients**:
 their differences, readers and scanners are not in it, and which tiles are of one patient is not known.
 
-{redraws} of {registered} redraws of everything (tiles, slides, initial weights), each with {train} training
+{redraws} of {registered} redraws of everything (tiles, slides, networks), each with {train} training
 slides, {home} test slides from other tiles, and {external} external slides from tiles of another source.
 Numbers are means over redraws with 95 % intervals, redraw as a random effect
 ([why](../design/statistics.md)); the error of a redraw is over its slides. The redraws share one pool of
-tiles, so the intervals are about other draws from it. [What was registered](registered.md); the hashes of
-the configurations {declared}.
+tiles, so the intervals are about other draws from it. [What was registered](registered.md); the
+configuration's hash {declared}.
 """
 TRIVIAL = """
 Trivial are prior (a constant grade has a QWK of 0), colour-area, and random-ridge (frozen random weights).
@@ -123,19 +122,6 @@ def embed(cache: Path, random_weights: Path) -> list[list[str]]:
     return [[*common, "--pretrained", source, "--name", name] for name, source in sources.items()]
 
 
-def comparisons_of(configured: Comparison, folders: Sequence[Path]) -> list[Comparison]:
-    """Configures a redraw for each folder: its slides, and its seed of folds, initial weights and bags."""
-    return [
-        replace(
-            configured,
-            manifest=str(folder / "manifest.csv"),
-            cache=str(folder / "cache"),
-            protocol=replace(configured.protocol, seed=configured.protocol.seed + redraw),
-        )
-        for redraw, folder in enumerate(folders)
-    ]
-
-
 def in_order(plans: Sequence[Plan], stages: Sequence[str]) -> list[tuple[int, Job]]:
     """Lists the jobs of some stages with the number of their redraw, in the order of computation."""
     listed = []
@@ -155,9 +141,10 @@ def stage_of(comparison: Comparison, job: Job) -> str:
 
 
 def compute(
-    plans: Sequence[Plan], folders: Sequence[Path], stages: Sequence[str], deadline: float, processes: int
+    plans: Sequence[Plan], folders: Sequence[Path], stages: Sequence[str], hours: float, processes: int
 ) -> dict[str, str]:
-    """Computes the missing jobs, starts none after the deadline, and returns the reasons of failed ones."""
+    """Computes the missing jobs until the time is up, and returns the reasons of failed ones."""
+    deadline = time.monotonic() + hours * 3600
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     failed = {}
     places = [Workplace(folder / "compare" / "jobs", threads) for folder in folders]
@@ -258,14 +245,14 @@ def write_page(redraws: Sequence[Redrawn], plans: Sequence[Plan], command: str) 
     missing = [name for name in trained if complete[name] < REDRAWS]
     gaps = effects_of(redraws, "home", (primary.arm, None), against=(primary.against, None))
 
-    declared = all(plan.comparison.is_declared for plan in plans)
+    declared = "is there: declared" if comparison.is_declared else "is NOT there: not declared"
     about = ABOUT.format(
         redraws=len(plans),
         registered=REDRAWS,
         train=n_train,
         home=n_home,
         external=n_external,
-        declared="are there: declared" if declared else "are NOT there: not declared",
+        declared=declared,
     )
     parts = [
         "# Real texture, slide-level labels, redrawn",
@@ -365,8 +352,8 @@ def write_page(redraws: Sequence[Redrawn], plans: Sequence[Plan], command: str) 
     parts += [
         "## How it was run",
         f"slidetl {VERSION}, Python {platform.python_version()}, {os.cpu_count()} cores. "
-        f"Configuration of redraw 0: {comparison.sha256}. Seconds of jobs, without building, tiling and "
-        f"embedding: {spent}.",
+        f"Configuration {comparison.sha256}. Seconds of jobs, without building, tiling and embedding: "
+        f"{spent}.",
         "The pictures are not here, since their licence is not stated.",
     ]
     plain = ("#", "|", "`")  # not to be wrapped
@@ -387,11 +374,10 @@ def _speed(redraws: Sequence[Redrawn], comparison: Comparison) -> list[str]:
                         ends[point.trial, point.part] = (point.epoch, point.qwk, point.seconds)
                 for (trial, _), (epoch, value, seconds) in ends.items():
                     points.setdefault((arm.arm, epoch), {}).setdefault(trial, []).append((value, seconds))
-    best = {}
-    for key, trials in points.items():
-        means = [np.mean(values, axis=0) for values in trials.values()]
-        if defined := [pair for pair in means if np.isfinite(pair[0])]:
-            best[key] = max(defined, key=lambda pair: float(pair[0]))
+    best = {
+        key: max((np.mean(values, axis=0) for values in trials.values()), key=lambda pair: float(pair[0]))
+        for key, trials in points.items()
+    }
     of_scratch = [pair[0] for (name, _), pair in best.items() if name == primary.against]
     if not of_scratch or not any(name == primary.arm for name, _ in best):
         return ["Not run: speed is that of trained arms."]
@@ -406,25 +392,7 @@ def _speed(redraws: Sequence[Redrawn], comparison: Comparison) -> list[str]:
     about = (
         f"{goal:.2f} is the best of {primary.against}. The better rate; means over inner folds and redraws."
     )
-    return [markdown(columns, rows), about, _choices(redraws)]
-
-
-def _choices(redraws: Sequence[Redrawn]) -> str:
-    """Counts the choices of the inner folds: an arm that chose the longest may not be at its plateau."""
-    chosen: dict[str, Counter[str]] = {}
-    for one in redraws:
-        for arm in one.result.arms:
-            for _, found in arm.jobs:
-                if found.chosen is not None:
-                    choice = ", ".join(
-                        f"{name.split('.')[-1]} {value}" for name, value in found.chosen.items()
-                    )
-                    chosen.setdefault(arm.arm, Counter())[choice] += 1
-    lines = [
-        f"{arm}: " + "; ".join(f"{choice} ({count} times)" for choice, count in counts.most_common())
-        for arm, counts in chosen.items()
-    ]
-    return "Chosen in the inner folds. " + ". ".join(lines) + "."
+    return [markdown(columns, rows), about]
 
 
 def _write_random_weights(path: Path) -> None:
@@ -469,21 +437,20 @@ def main(arguments: Sequence[str] | None = None, collage: Sequence[str] = ()) ->
     given = parser.parse_args(arguments)
     if min(given.redraws, given.jobs) < 1:
         parser.error("--redraws and --jobs must be at least 1")
-    deadline = time.monotonic() + given.hours * 3600
     try:
+        configured = read_comparison(find_config(given.config))
+        if not configured.is_declared:
+            raise UsageError(
+                f"{configured.sha256}, the hash of {given.config}, is not in {configured.registered}: "
+                "register it, commit that, and run afterwards"
+            )
         folders = [given.output / f"redraw-{redraw}" for redraw in range(given.redraws)]
-        comparisons = comparisons_of(read_comparison(find_config(given.config)), folders)
-        for redraw, comparison in enumerate(comparisons):
-            if not comparison.is_declared:
-                raise UsageError(
-                    f"{comparison.sha256}, the hash of {given.config} with protocol.seed {redraw}, is not in "
-                    f"{comparison.registered}: register it, commit that, and run afterwards"
-                )
         plans = []
-        for redraw, (folder, comparison) in enumerate(zip(folders, comparisons, strict=True)):
+        for redraw, folder in enumerate(folders):
             prepare(given.tiles, given.external_tiles, folder, redraw, collage)
-            plans.append(plan_comparison(comparison))
-        failed = compute(plans, folders, given.stages, deadline, given.jobs)
+            here = replace(configured, manifest=str(folder / "manifest.csv"), cache=str(folder / "cache"))
+            plans.append(plan_comparison(here))
+        failed = compute(plans, folders, given.stages, given.hours, given.jobs)
         redraws = [redrawn(plan, folder) for plan, folder in zip(plans, folders, strict=True)]
         command = (
             "python tools/run_registered.py --tiles data/crc5_112/train --external-tiles data/crc5_112/test "

@@ -48,7 +48,7 @@ class SimilarOptions:
     tile: tuple[str, ...] = ()
     minus: tuple[str, ...] = ()
     image: Path | None = None
-    pretrained: str = "procedural"
+    pretrained: str = "imagenet"
     count: int = 24
     most_each: int = 3
     same_patient: bool = False

@@ -133,7 +133,7 @@ def read_picture(path: Path, spec: TileSpec) -> NDArray[np.uint8]:
 
 
 def embed_tiles(
-    tiles: NDArray[np.uint8], source: FeatureSource, pretrained: str = "procedural"
+    tiles: NDArray[np.uint8], source: FeatureSource, pretrained: str = "imagenet"
 ) -> NDArray[np.float16]:
     """Embeds tiles ``[n, S, S, 3]`` by the network of stored features: ``[n, D]``.
 

@@ -10,8 +10,8 @@ def backbones(pattern: str | None = None, *, pathology: bool = False) -> int:
     are possible), and place of the weights.
 
     Args:
-        pattern: part of a name, or a name with * and ?, among all of timm's; without it, the bundled ones,
-            those with weights on this machine, and a few recommended ones.
+        pattern: part of a name, or a name with * and ?, among all of timm's; without it, those with weights
+            on this machine, and a few recommended ones.
         pathology: list published pathology backbones instead, which --preset takes; with a pattern, all that
             is known of each, and its sources.
     """

@@ -15,7 +15,7 @@ def similarity(
     data: Path,
     output: Path,
     backbone: str | None = None,
-    pretrained: str = "procedural",
+    pretrained: str = "imagenet",
     options: SimilarityOptions,
 ) -> int:
     """Compares the layers of networks before and after training on the same tiles.
@@ -30,8 +30,7 @@ def similarity(
         data: folder of 'slidetl tile'; tile images and slides first.
         output: folder for similarity.png and similarity.csv.
         backbone: name of the network, instead of the first checkpoint's.
-        pretrained: with ``backbone``, the meaning of 'pretrained': procedural, imagenet, hub,
-            zoo://NAME or a file.
+        pretrained: with ``backbone``, the meaning of 'pretrained': imagenet, hub, zoo://NAME or a file.
         options: tiles and noise floor.
     """
     from slidetl.models.spec import BackboneSpec

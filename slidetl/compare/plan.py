@@ -25,7 +25,8 @@ from slidetl.evaluation.protocol import (
     subsample,
 )
 from slidetl.library.local import SCHEME, pulled_card
-from slidetl.models.weights import bundled_weights
+from slidetl.models.packaged import packaged_weights
+from slidetl.models.spec import PUBLISHED, BackboneSpec
 from slidetl.tiles.features import common_source, read_features
 from slidetl.tiles.store import SlideCache, cache_path
 
@@ -312,10 +313,11 @@ def _longer(recipe: dict[str, Any], factor: float) -> dict[str, Any]:
 
 
 def _weights_sha256(config: dict[str, Any]) -> str:
-    """Hashes the file of the pretrained weights; empty if timm finds them by name."""
-    backbone = config["model"].get("backbone", {})
-    source = str(backbone.get("pretrained", "procedural"))
+    """Hashes the file of the pretrained weights; empty if they are in a cache or are downloaded."""
+    backbone, usual = config["model"].get("backbone", {}), BackboneSpec()
+    source = str(backbone.get("pretrained", usual.pretrained))
     if source.startswith(SCHEME):
         return pulled_card(source.removeprefix(SCHEME)).model.weights_sha256
-    path = bundled_weights(backbone.get("name", "")) if source == "procedural" else Path(source)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+    name = str(backbone.get("name", usual.name))
+    path = packaged_weights(name) if source in PUBLISHED else Path(source)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path is not None and path.is_file() else ""

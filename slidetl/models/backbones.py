@@ -18,21 +18,16 @@ from slidetl.errors import ModelFileError, UsageError, WeightsError
 from slidetl.files import check_safetensors
 from slidetl.library.card import WEIGHTS
 from slidetl.library.local import SCHEME, pulled_file
-from slidetl.models import conv_stem
 from slidetl.models.cbr import CBR
 from slidetl.models.huggingface import convert_dinov2, is_dinov2
 from slidetl.models.packaged import check_packaged, packaged_weights
 from slidetl.models.presets import Preset, preset_of
-from slidetl.models.spec import BackboneSpec
+from slidetl.models.spec import PUBLISHED, BackboneSpec
 from slidetl.models.stored import NO_NETWORK, PREFIX, StoredFeatures
 from slidetl.models.tensors import check_finite, is_state, load_tensors
-from slidetl.models.weights import BUNDLED, bundled_weights
 
 # Named here, since TorchScript would parse the comment inside a function as a type comment.
 _is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined] # torch does not list it
-
-# Names of the weights published for a network by timm or on the Hugging Face hub.
-PUBLISHED = ("imagenet", "hub")
 
 # Prefix of the first backbone in the state of `slidetl.publish.export.ExportedNetwork`.
 _FIRST_MEMBER = "networks.0.backbone."
@@ -371,8 +366,6 @@ def _timm_network(name: str, spec: BackboneSpec, **options: Any) -> nn.Module:
         options.update(mlp_layer=SwiGLUPacked, act_layer=nn.SiLU)
     if spec.layer_scale:
         options.update(init_values=1e-5)  # at the start; loaded weights replace it
-    if options.get("embed_layer") == conv_stem.NAME:
-        options["embed_layer"] = conv_stem.ConvStem
     # Options for tiles of any size: of the ViT and EVA families, of the Swin family, of the rest.
     any_size: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
     for number, size in enumerate(any_size):
@@ -465,12 +458,7 @@ def read_pretrained(spec: BackboneSpec) -> Pretrained:
     if spec.pretrained in PUBLISHED:
         weights = _published_weights(spec)
         return Pretrained(weights, {}, (state_sha256(weights),))
-    if spec.pretrained == "procedural":
-        path = bundled_weights(spec.name)
-        if not path.is_file():
-            have = sorted(file.stem.removeprefix("procedural_") for file in BUNDLED.glob("*.safetensors"))
-            raise WeightsError(f"no bundled weights for {spec.name!r}; they exist for: {', '.join(have)}")
-    elif spec.pretrained.startswith(SCHEME):
+    if spec.pretrained.startswith(SCHEME):
         try:
             path = pulled_file(spec.pretrained.removeprefix(SCHEME), WEIGHTS)
         except (ModelFileError, UsageError) as error:
@@ -479,7 +467,7 @@ def read_pretrained(spec: BackboneSpec) -> Pretrained:
         path = Path(spec.pretrained)
         if not path.is_file():
             raise WeightsError(
-                f"pretrained: expected 'procedural', 'imagenet', 'hub', 'zoo://NAME' or the path of a "
+                f"pretrained: expected 'imagenet', 'hub', 'zoo://NAME' or the path of a "
                 f".safetensors or .pth file, found {spec.pretrained!r}, which is no file"
             )
     return _file_weights(path)

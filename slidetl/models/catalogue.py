@@ -12,9 +12,9 @@ import torch
 from slidetl.errors import SlidetlError
 from slidetl.models.backbones import Backbone, local_weights
 from slidetl.models.cbr import CBR_NAMES
+from slidetl.models.packaged import PACKAGED, packaged_weights
 from slidetl.models.presets import PRESETS, Preset, preset_of
 from slidetl.models.spec import BackboneSpec
-from slidetl.models.weights import BUNDLED
 
 # A choice from small to large, and pathology models published in timm's form.
 RECOMMENDED = (
@@ -41,7 +41,7 @@ class BackboneEntry:
         parameters: number without a classifier; None if not counted.
         features: length D of an embedding, likewise.
         input_size_px: side of the tiles in its pretraining, likewise.
-        weights: ``bundled``, the path of a file on this machine, ``download`` or ``none``.
+        weights: ``installed`` with slidetl, the path of a file on this machine, ``download`` or ``none``.
     """
 
     name: str
@@ -56,21 +56,20 @@ def list_backbones(pattern: str | None = None) -> list[BackboneEntry]:
 
     Args:
         pattern: part of a name, or a name with ``*`` and ``?``, of models of timm and the CBR family. None
-            lists bundled weights, the CBR family, models with weights on this machine, and recommended ones.
+            lists the CBR family, models with weights on this machine, and recommended ones.
 
     Returns:
         Entries, counted up to :data:`MOST_COUNTED`.
     """
     import timm
 
-    bundled = [path.stem.removeprefix("procedural_") for path in sorted(BUNDLED.glob("*.safetensors"))]
     if pattern is None:
-        names = [*bundled, *CBR_NAMES, *RECOMMENDED, *with_local_weights()]
+        names = [PACKAGED, *CBR_NAMES, *RECOMMENDED, *with_local_weights()]
     else:
         glob = pattern if set("*?[") & set(pattern) else f"*{pattern}*"
         names = [*fnmatch.filter([*CBR_NAMES, *RECOMMENDED], glob), *timm.list_models(glob)]
     names = list(dict.fromkeys(names))
-    return [_entry(name, name in bundled, number < MOST_COUNTED) for number, name in enumerate(names)]
+    return [_entry(name, number < MOST_COUNTED) for number, name in enumerate(names)]
 
 
 def list_presets(pattern: str | None = None) -> list[tuple[Preset, BackboneEntry]]:
@@ -82,7 +81,7 @@ def list_presets(pattern: str | None = None) -> list[tuple[Preset, BackboneEntry
     glob = pattern or "*"
     glob = glob if set("*?[") & set(glob) else f"*{glob}*"
     chosen = [preset for preset in PRESETS if fnmatch.fnmatch(preset.key, glob.lower())]
-    return [(preset, _entry(preset.name, False, True)) for preset in chosen]
+    return [(preset, _entry(preset.name, True)) for preset in chosen]
 
 
 def with_local_weights() -> list[str]:
@@ -106,12 +105,12 @@ def with_local_weights() -> list[str]:
     return names
 
 
-def _entry(name: str, is_bundled: bool, is_counted: bool) -> BackboneEntry:
+def _entry(name: str, is_counted: bool) -> BackboneEntry:
     import timm
 
     path = None if name in CBR_NAMES else local_weights(name)
-    if is_bundled:
-        weights = "bundled"
+    if path is not None and path == packaged_weights(name):
+        weights = "installed"
     elif path is not None:
         weights = str(path)
     elif name in CBR_NAMES or (":" not in name and not timm.is_model_pretrained(name)):

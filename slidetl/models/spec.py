@@ -9,6 +9,9 @@ from slidetl.models.presets import Pooling, find_preset
 
 __all__ = ["BackboneSpec", "Pooling", "with_preset"]
 
+# Names of the weights published for a network by timm or on the Hugging Face hub.
+PUBLISHED = ("imagenet", "hub")
+
 
 @dataclass(frozen=True)
 class BackboneSpec:
@@ -19,10 +22,10 @@ class BackboneSpec:
             ``hf-hub:OWNER/MODEL``, or in a folder, ``local-dir:FOLDER`` (``config.json`` and weights); or one
             of the CBR family, e.g. ``cbr_tiny`` (:class:`~slidetl.models.cbr.CBR`); or ``stored_D``, which
             stands for stored features of length D whose network is not here, as imported ones.
-        pretrained: ``procedural`` (bundled, no network needed); ``imagenet`` or ``hub``, both for the weights
-            published under the name, downloaded unless they are on this machine; ``zoo://NAME``, a model
-            from ``slidetl zoo pull``; or the path of a ``.safetensors`` or ``.pth`` file. The transfer
-            strategy decides if a training starts from them.
+        pretrained: ``imagenet`` or ``hub``, both for the weights published under the name, downloaded unless
+            they are on this machine, as those of ``tf_efficientnet_lite0`` are, which install with slidetl;
+            ``zoo://NAME``, a model from ``slidetl zoo pull``; or the path of a ``.safetensors`` or ``.pth``
+            file. The transfer strategy decides if a training starts from them.
         channels_last: use channels-last memory layout for tiles and kernels; faster for most convolutional
             networks, on a CPU too.
         in_channels: channels of the network's input, 1 to 4. Weights made for three are adapted: their sum
@@ -44,8 +47,8 @@ class BackboneSpec:
             these fields are set.
     """
 
-    name: str = field(default="mobilenetv3_small_050", metadata={"option": "backbone"})
-    pretrained: str = "procedural"
+    name: str = field(default="tf_efficientnet_lite0", metadata={"option": "backbone"})
+    pretrained: str = "imagenet"
     channels_last: bool = True
     in_channels: int = 3
     gradient_checkpointing: bool = field(default=False, metadata={"option": ""})  # of trainings alone

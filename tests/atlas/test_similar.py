@@ -13,11 +13,11 @@ from slidetl.atlas.options import Selection, SimilarOptions
 from slidetl.atlas.similar import find_similar
 from slidetl.cli import main
 from slidetl.errors import CacheCorruptError, CacheMissingError, UsageError, WeightsError
-from slidetl.models.spec import BackboneSpec
 from slidetl.training.embed import embed_cache
 from slidetl.training.options import EmbedOptions
 from tests.atlas.conftest import patterns
 from tests.conftest import Study
+from tests.small import small_spec, small_weights
 
 
 @pytest.fixture
@@ -107,24 +107,28 @@ def test_a_picture_of_a_tile_finds_that_tile_and_other_weights_are_refused(
     folder = tmp_path / "cache"
     shutil.copytree(study.cache, folder)
     ids = tuple(sorted(path.stem for path in folder.glob("*.zarr"))[:2])
-    embed_cache(folder, BackboneSpec(), EmbedOptions(slides=ids, device="cpu"))
+    embed_cache(folder, small_spec(), EmbedOptions(slides=ids, device="cpu"))
     collection = open_collection(Selection(folder, "mobilenetv3_small_050", None, ids))
     slide, number = collection.place(len(collection) - 2)
     Image.fromarray(slide.cache.read([number])[0]).save(tmp_path / "tile.png")
-    found = find_similar(collection, SimilarOptions(image=tmp_path / "tile.png", count=1))
+    found = find_similar(
+        collection, SimilarOptions(image=tmp_path / "tile.png", pretrained=str(small_weights()), count=1)
+    )
     assert found.hits.tolist() == [len(collection) - 2]
     assert found.distances[0] < 1e-3
     Image.fromarray(slide.cache.read([number])[0][:40]).save(tmp_path / "small.png")
     with pytest.raises(UsageError, match="expected at least 64"):
-        find_similar(collection, SimilarOptions(image=tmp_path / "small.png"))
+        find_similar(
+            collection, SimilarOptions(image=tmp_path / "small.png", pretrained=str(small_weights()))
+        )
 
 
 def test_a_picture_for_another_network_is_refused(collection: Collection, tmp_path: Path) -> None:
     source = type(collection.source)("mobilenetv3_small_050", "", "b" * 64, (0, 0, 0), (1, 1, 1))
     other = Collection(collection.slides, collection.features, source, True)
     Image.new("RGB", (80, 80), "pink").save(tmp_path / "picture.png")
-    with pytest.raises(WeightsError, match=r"with weights bbbbbbbbbbbb.*procedural has"):
-        find_similar(other, SimilarOptions(image=tmp_path / "picture.png"))
+    with pytest.raises(WeightsError, match=r"with weights bbbbbbbbbbbb.* has"):
+        find_similar(other, SimilarOptions(image=tmp_path / "picture.png", pretrained=str(small_weights())))
 
 
 def test_the_command_writes_a_page_and_a_table(

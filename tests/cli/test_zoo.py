@@ -12,20 +12,20 @@ import yaml
 from slidetl.cli import main
 from slidetl.library.model_card import Evidence
 from slidetl.models.aggregators import MeanPooling
-from slidetl.models.spec import BackboneSpec
 from slidetl.publish.export import build_network, export_model
 from slidetl.publish.model_file import load_model
 from slidetl.tiles.grid import TileSpec
 from slidetl.training.checkpoint import load_grader
 from slidetl.training.grader import SlideGrader
 from tests.conftest import Study
+from tests.small import small_spec
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "lung-1.pt"
     torch.manual_seed(0)
-    grader = SlideGrader(BackboneSpec(), MeanPooling).eval()
+    grader = SlideGrader(small_spec(), MeanPooling).eval()
     grader.network.backbone.load_pretrained()
     grader.tile_spec = TileSpec(mpp=4, tile_size_px=64)
     evidence = Evidence(60, 50, {"QWK": (0.712, 0.6, 0.8)}, 1.2, 0.9, 0.8, "01" * 32)
@@ -137,7 +137,7 @@ assert "torch" not in sys.modules
 def test_a_training_names_its_ancestors(strategy: str, library: Path, study: Study, tmp_path: Path) -> None:
     assert main(["zoo", "pull", "lung-1", "--from", str(library)]) == 0
     parent = load_model(tmp_path / "home" / "zoo" / "lung-1" / "model.pt").card
-    assert len(parent.lineage) == 1  # the bundled weights
+    assert len(parent.lineage) == 1
     options = [*study.options(tmp_path / "run"), f"--model.transfer={strategy}", "--trainer.max_epochs=1"]
     begun = ["--model.backbone.pretrained=zoo://lung-1", "--trainer.limit_train_batches=1"]
     assert main(["fit", *options, *begun]) == 0

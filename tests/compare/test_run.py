@@ -37,10 +37,10 @@ from slidetl.errors import CacheMismatchError, UsageError
 from slidetl.evaluation.calibration import fit_temperature, with_temperature
 from slidetl.evaluation.classical import fit_grader
 from slidetl.evaluation.protocol import Fold, canonical_sha256, plan_folds
-from slidetl.models.weights import bundled_weights
 from slidetl.tiles.features import read_features
 from slidetl.training.predictions import SlidePrediction
 from tests.conftest import Study as Cohort
+from tests.small import SMALL, small_embed, small_weights
 
 PATIENCE_S = 900  # a busy machine starts Python with torch in a minute
 SCRATCH = {"model": {"transfer": {"class_path": "slidetl.models.transfer.Scratch"}}}
@@ -55,7 +55,7 @@ def configuration(study: Cohort, folder: Path, **changes: Any) -> Path:
         "primary": {"arm": "scratch", "against": "prior"},
         "base": {
             "data": {"bag_size": 4, "num_workers": 0},
-            "model": {"backbone": {"name": "mobilenetv3_small_050"}},
+            "model": {"backbone": {"name": SMALL, "pretrained": str(small_weights())}},
             "trainer": {"max_epochs": 2, "accelerator": "cpu"},
         },
         "arms": {"scratch": {"fit": SCRATCH}, "prior": {"baseline": "prior"}},
@@ -479,7 +479,7 @@ def test_choices_are_made_in_inner_folds_alone(
         assert len(scores) == comparison.tile_draws and np.std(scores) > 0
         assert abs(np.mean(scores) - whole[slide]) < 4 * np.std(scores)
     assert found.embeddings.shape == (len(job.fold.train) + len(job.fold.test), 1024)
-    assert job.recipe["weights"] == sha256(bundled_weights("mobilenetv3_small_050").read_bytes()).hexdigest()
+    assert job.recipe["weights"] == sha256(small_weights().read_bytes()).hexdigest()
 
 
 @pytest.mark.slow
@@ -644,7 +644,7 @@ def test_a_classical_arm_needs_stored_features_and_says_how(study: Cohort, tmp_p
 def test_a_classical_arm_is_fitted_and_calibrated_on_its_training_part(study: Cohort, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     shutil.copytree(study.cache, cache)
-    assert main(["embed", str(cache), "--backbone", "mobilenetv3_small_050", "--name", "tiny"]) == 0
+    assert main(["embed", str(cache), *small_embed(), "--name", "tiny"]) == 0
     path = configuration(
         study,
         tmp_path,

@@ -22,9 +22,10 @@ from slidetl.models.spec import BackboneSpec
 from slidetl.models.transfer import SharedWeights, TransferStrategy
 from slidetl.tiles.grid import TileSpec
 from slidetl.training.grader import SlideGrader
+from tests.small import small_spec
 
-TILE_PX = 32  # the least that the bundled backbone takes
-BACKBONE = BackboneSpec()
+TILE_PX = 32  # the least that the small backbone takes
+BACKBONE = small_spec()
 
 
 class Bags(pl.LightningDataModule):
@@ -158,7 +159,8 @@ class StrategyContract:
                 assert torch.equal(value, kept[name]), name
         for name, value in network.named_parameters():
             assert value.isfinite().all()
-            assert torch.equal(value, before[name]) != value.requires_grad, name
+            if name != "aggregator.score.bias":  # the softmax does not see it: its gradient is rounding
+                assert torch.equal(value, before[name]) != value.requires_grad, name
 
     def test_pretrained_weights_cost_nothing_in_training_mode(self) -> None:
         network = self.network()

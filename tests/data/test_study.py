@@ -20,6 +20,7 @@ from slidetl.tiles.ledger import FAILED, Ledger
 from slidetl.tiles.store import seal_node
 from tests.conftest import Study
 from tests.data.test_datamodule import rewrite
+from tests.small import small_embed
 
 
 def test_a_study_is_its_manifest_with_the_tiles_of_each_slide(study: Study) -> None:
@@ -106,8 +107,8 @@ def words(command: str, manifest: Path, cache: Path, trained: Path, folder: Path
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         return [command, str(checkpoint), "--config", str(folder / "config.yaml"), *output]
     if command == "embed":
-        return [command, str(cache)]
-    networks = ["--before", "pretrained", "--after", "random", "--backbone", "mobilenetv3_small_050"]
+        return [command, str(cache), *small_embed()]
+    networks = ["--before", "pretrained", "--after", "random", *small_embed()]
     return [command, *networks, "--data", str(cache), *output]
 
 

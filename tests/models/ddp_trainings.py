@@ -16,6 +16,7 @@ from slidetl.models.spec import BackboneSpec
 from slidetl.training.grader import SlideGrader
 from tests.contracts.strategy import fit
 from tests.models.test_transfer import DDP, DDP_WITHOUT_NORM
+from tests.small import small_spec
 
 
 class PlainDescent(SlideGrader):
@@ -42,7 +43,7 @@ if __name__ == "__main__":
         plain = BackboneSpec("cbr_tiny_published_nobn", f"{folder}/weights.pth")
         torch.manual_seed(2)
         torch.save(Backbone(plain).net.state_dict(), plain.pretrained)
-        runs = {name: (strategy, BackboneSpec()) for name, strategy in DDP.items()}
+        runs = {name: (strategy, small_spec()) for name, strategy in DDP.items()}
         runs |= {name: (strategy, plain) for name, strategy in DDP_WITHOUT_NORM.items()}
         for kind, options in (
             ("together", {"devices": 2, "strategy": "ddp_fork"}),

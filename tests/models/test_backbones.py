@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -23,7 +22,7 @@ from slidetl.models.backbones import (
     without_downloads,
 )
 from slidetl.models.spec import BackboneSpec, Pooling
-from slidetl.models.weights import BUNDLED
+from tests.small import SMALL, small_spec
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "resnet18"])
@@ -48,21 +47,8 @@ def test_channels_last_changes_the_speed_alone() -> None:
     for channels_last in (True, False):
         torch.manual_seed(0)
         with torch.inference_mode():
-            results.append(Backbone(BackboneSpec(channels_last=channels_last)).eval()(tiles))
+            results.append(Backbone(small_spec(channels_last=channels_last)).eval()(tiles))
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
-
-
-def test_bundled_weights_are_small_carded_and_load() -> None:
-    (path,) = BUNDLED.glob("*.safetensors")
-    assert path.stat().st_size <= 4_000_000
-    card = path.with_suffix(".md").read_text(encoding="utf-8")
-    assert hashlib.sha256(path.read_bytes()).hexdigest() in card
-    backbone = Backbone(BackboneSpec())
-    random = weights_sha256(backbone)
-    backbone.load_pretrained()
-    assert weights_sha256(backbone) != random
-    for key, value in load_file(path).items():
-        torch.testing.assert_close(backbone.net.state_dict()[key], value)
 
 
 def test_imagenet_weights_load_with_strict_keys_and_know_a_palace(test_data: Path) -> None:
@@ -381,7 +367,7 @@ def test_tiles_that_the_patch_does_not_divide_are_one_line(name: str, side: int,
 @pytest.mark.parametrize("in_channels", [0, 5])
 def test_a_tile_has_one_to_four_channels(in_channels: int) -> None:
     with pytest.raises(UsageError, match=f"in_channels must be 1 to 4, not {in_channels}"):
-        BackboneSpec(in_channels=in_channels)
+        small_spec(in_channels=in_channels)
 
 
 class Evil:
@@ -402,11 +388,9 @@ def test_unfit_weights_are_refused_in_one_line(tmp_path: Path, capsys: pytest.Ca
         (str(tmp_path / "weights.h5"), "expected a .safetensors or .pth file"),
     ):
         with pytest.raises(WeightsError, match=said) as caught:
-            Backbone(BackboneSpec(pretrained=pretrained)).load_pretrained()
+            Backbone(BackboneSpec(SMALL, pretrained)).load_pretrained()
         assert "\n" not in str(caught.value)
     assert "never run" not in capsys.readouterr().out
-    with pytest.raises(WeightsError, match="they exist for: mobilenetv3_small_050"):
-        Backbone(BackboneSpec("resnet18")).load_pretrained()
     with pytest.raises(WeightsError, match="timm knows no backbone 'resnet19'; names like it: "):
         Backbone(BackboneSpec("resnet19"))
 

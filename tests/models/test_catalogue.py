@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from slidetl.models.catalogue import RECOMMENDED, list_backbones
 from slidetl.models.cbr import CBR_NAMES
-from slidetl.models.spec import BackboneSpec
+from slidetl.models.packaged import PACKAGED
 
 
 @pytest.fixture(autouse=True)
@@ -18,10 +18,10 @@ def empty_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 
 
-def test_the_short_list_is_what_is_bundled_small_or_recommended() -> None:
+def test_the_short_list_is_what_is_installed_small_or_recommended() -> None:
     entries = {entry.name: entry for entry in list_backbones()}
-    assert set(entries) == {BackboneSpec().name, *CBR_NAMES, *RECOMMENDED}
-    assert entries[BackboneSpec().name].weights == "bundled"
+    assert set(entries) == {PACKAGED, *CBR_NAMES, *RECOMMENDED}
+    assert (entries[PACKAGED].weights, entries[PACKAGED].input_size_px) == ("installed", 224)
     assert entries["cbr_tiny"].weights == "none"
     resnet = entries["resnet18"]
     # torchvision's figure without the classifier of 1,000 classes

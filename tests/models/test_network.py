@@ -16,11 +16,12 @@ from slidetl.models.backbones import Backbone
 from slidetl.models.heads import Coral, Corn, CrossEntropy, CumulativeLink, Head, RegressionWithThresholds
 from slidetl.models.network import GradingNetwork
 from slidetl.models.spec import BackboneSpec
+from tests.small import small_spec
 
 
 def test_bags_equal_their_embeddings_graded() -> None:
     torch.manual_seed(0)
-    backbone = Backbone(BackboneSpec())
+    backbone = Backbone(small_spec())
     network = GradingNetwork(
         backbone, MeanPooling(backbone.num_features), CumulativeLink(backbone.num_features, 5)
     )

@@ -24,14 +24,14 @@ from slidetl.models.penalties import (
     recorded,
     squared_distance,
 )
-from slidetl.models.spec import BackboneSpec
 from slidetl.models.transfer import SharedActivations, SharedBoth, SharedWeights
+from tests.small import small_spec
 
 
 def two_layers(seed: int, norm: bool = False) -> Backbone:
     """A backbone of two linear layers on the mean colour of a tile, or with a batch norm between."""
     torch.manual_seed(seed)
-    backbone = Backbone(BackboneSpec())
+    backbone = Backbone(small_spec())
     middle = nn.BatchNorm1d(4) if norm else nn.Tanh()
     backbone.net = nn.Sequential(
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4), middle, nn.Dropout(0.5), nn.Linear(4, 2)

@@ -35,6 +35,7 @@ from slidetl.publish.export import build_network, export_model
 from slidetl.publish.model_file import load_model
 from slidetl.training.drift import distances
 from tests.contracts.strategy import Bags, StrategyContract, batch, is_pretrained, make_grader
+from tests.small import small_spec
 
 
 def batch_norms(module: nn.Module) -> list[nn.Module]:
@@ -46,7 +47,7 @@ class TestScratch(StrategyContract):
 
     def test_starts_at_random(self) -> None:
         torch.manual_seed(0)
-        fresh = Backbone(BackboneSpec())
+        fresh = Backbone(small_spec())
         assert weights_sha256(self.network().backbone) == weights_sha256(fresh)
 
     def test_learns_batch_statistics(self) -> None:
@@ -296,7 +297,7 @@ class TestWeightTransfusion(StrategyContract):
         with pytest.raises(
             UsageError, match=r"no block 'layer2' with weights; it has conv_stem, bn1, blocks\.0"
         ):
-            WeightTransfusion("layer2").start(Backbone(BackboneSpec()))
+            WeightTransfusion("layer2").start(Backbone(small_spec()))
 
 
 class TestMeanVarInit(StrategyContract):
@@ -323,7 +324,7 @@ class TestSlimHybrid(StrategyContract):
 
     def test_pretrained_below_and_narrow_above(self) -> None:
         backbone = self.network().backbone
-        whole = Backbone(BackboneSpec())
+        whole = Backbone(small_spec())
         assert backbone.num_features == whole.num_features // 2
         assert whole.description == "mobilenetv3_small_050"
         assert backbone.description == "mobilenetv3_small_050, above blocks.1 0.5 times as wide"
@@ -368,7 +369,7 @@ class TestGaborInit(StrategyContract):
 
     def test_first_layer_alone_differs_from_random(self) -> None:
         torch.manual_seed(0)
-        fresh = Backbone(BackboneSpec()).net.state_dict()
+        fresh = Backbone(small_spec()).net.state_dict()
         state = self.network().backbone.net.state_dict()
         assert [key for key in state if not torch.equal(state[key], fresh[key])] == ["conv_stem.weight"]
         kernel, random = state["conv_stem.weight"], fresh["conv_stem.weight"]
@@ -391,7 +392,7 @@ class TestGaborInit(StrategyContract):
                 assert answers.argmax() == direction
 
     def test_kernels_too_small_for_a_wave_are_refused(self) -> None:
-        backbone = Backbone(BackboneSpec())
+        backbone = Backbone(small_spec())
         backbone.net = nn.Sequential(nn.Conv2d(3, 4, 1))
         with pytest.raises(UsageError, match="no first convolution of at least 3 px"):
             GaborInit().start(backbone)
@@ -410,7 +411,7 @@ class TestGaborInit(StrategyContract):
         (lambda: SlimHybrid("layer1", width=0), "width must be above 0 and up to 1, not 0"),
         (lambda: GaborInit(orientations=0), "orientations must be at least 1, not 0"),
         (
-            lambda: SharedActivations(layers=("nowhere",)).reference(Backbone(BackboneSpec())),
+            lambda: SharedActivations(layers=("nowhere",)).reference(Backbone(small_spec())),
             "mobilenetv3_small_050 has no layer 'nowhere'; it has conv_stem, bn1",
         ),
     ],
@@ -431,7 +432,7 @@ def test_blocks_hold_every_parameter_once_in_order(name: str) -> None:
     assert all(any(parameter.ndim > 1 for parameter in block) for block in blocks)
 
 
-# Where batch norm keeps its stored statistics, on the bundled network; the others on one without batch norm.
+# Where batch norm keeps its stored statistics, on the small network; the others on one without batch norm.
 DDP: dict[str, TransferStrategy] = {
     "frozen": FrozenFeatures(),
     "stepwise": WarmRestart(layer_lr_decay=0.5, head_first_epochs=1),

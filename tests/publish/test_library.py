@@ -23,6 +23,7 @@ from slidetl.publish.library import Library
 from slidetl.publish.model_file import load_model
 from slidetl.tiles.grid import TileSpec
 from slidetl.training.grader import SlideGrader
+from tests.small import SMALL, small_spec
 
 FILES = ["card.json", "model.pt", "weights.safetensors"]
 
@@ -40,7 +41,7 @@ def exported(path: Path, *specs: BackboneSpec) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return exported(tmp_path_factory.mktemp("model") / "model.pt", BackboneSpec())
+    return exported(tmp_path_factory.mktemp("model") / "model.pt", small_spec())
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +228,7 @@ def test_a_name_that_leaves_the_library_is_refused(name: str, library: Library, 
     with pytest.raises(UsageError, match="named by small letters"):
         library.publish(model, name, trusted=True)
     with pytest.raises(WeightsError, match="named by small letters"):
-        read_pretrained(BackboneSpec(pretrained=f"zoo://{name}"))
+        read_pretrained(BackboneSpec(SMALL, f"zoo://{name}"))
 
 
 def test_a_card_without_end_is_not_read_to_the_end(library: Library) -> None:
@@ -255,10 +256,10 @@ def test_places_and_models_that_are_not_there(tmp_path: Path, library: Library, 
 
 def test_a_pulled_model_begins_the_next_training(library: Library, model: Path) -> None:
     with pytest.raises(WeightsError, match=r"zoo://lung-2: no model 'lung-2' was pulled.*zoo pull lung-2"):
-        read_pretrained(BackboneSpec(pretrained="zoo://lung-2"))
+        read_pretrained(BackboneSpec(SMALL, "zoo://lung-2"))
     folder = library.pull("lung-2")
     shutil.rmtree(library.url)  # only the local copy is used
-    backbone = Backbone(BackboneSpec(pretrained="zoo://lung-2"))
+    backbone = Backbone(BackboneSpec(SMALL, "zoo://lung-2"))
     backbone.load_pretrained()
     parent = load_model(model, trusted=True)
     expected = {
@@ -276,16 +277,16 @@ def test_a_pulled_model_begins_the_next_training(library: Library, model: Path) 
     content[-1] ^= 1
     (folder / "weights.safetensors").write_bytes(content)
     with pytest.raises(WeightsError, match="not what was pulled"):
-        read_pretrained(BackboneSpec(pretrained="zoo://lung-2"))
+        read_pretrained(BackboneSpec(SMALL, "zoo://lung-2"))
     # The file alone, named by its path, is checked by the hash that it holds.
     with pytest.raises(WeightsError, match="it was changed"):
-        read_pretrained(BackboneSpec(pretrained=str(folder / "weights.safetensors")))
+        read_pretrained(BackboneSpec(SMALL, str(folder / "weights.safetensors")))
 
 
 @pytest.mark.parametrize(
     "spec",
     [
-        BackboneSpec(in_channels=1),
+        small_spec(in_channels=1),
         BackboneSpec(
             "vit_tiny_patch16_224",
             gated_mlp=True,
@@ -314,12 +315,12 @@ def test_the_fields_that_a_model_is_used_by_build_a_network_that_its_weights_fit
 
 @pytest.mark.slow
 def test_an_ensemble_is_published_whole_and_its_first_network_begins_the_next(tmp_path: Path) -> None:
-    pair = exported(tmp_path / "pair.pt", BackboneSpec(), BackboneSpec())
+    pair = exported(tmp_path / "pair.pt", small_spec(), small_spec())
     library = Library(str(tmp_path / "library"))
     assert library.publish(pair, "pair").model.members == 2
     library.pull("pair")
     state = load_model(pair).network.state_dict()
-    found = read_pretrained(BackboneSpec(pretrained="zoo://pair")).weights
+    found = read_pretrained(BackboneSpec(SMALL, "zoo://pair")).weights
     key = "conv_stem.weight"
     assert torch.equal(found[key], state[f"networks.0.backbone.net.{key}"])
     assert not torch.equal(found[key], state[f"networks.1.backbone.net.{key}"])
@@ -327,7 +328,7 @@ def test_an_ensemble_is_published_whole_and_its_first_network_begins_the_next(tm
 
 def test_what_is_pulled_is_trusted_and_nothing_else(library: Library, tmp_path: Path) -> None:
     folder = library.pull("lung-2")
-    other = exported(tmp_path / "other.pt", BackboneSpec(in_channels=1))
+    other = exported(tmp_path / "other.pt", small_spec(in_channels=1))
     (tmp_path / "home" / "trusted_models.txt").unlink()
     library.pull("lung-2")
     assert load_model(folder / "model.pt").card.grades

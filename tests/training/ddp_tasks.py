@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader
 
 from slidetl.data.datasets import Bag
 from slidetl.data.tasks import Task
-from slidetl.models.spec import BackboneSpec
 from slidetl.models.transfer import WarmRestart
 from slidetl.tiles.grid import TileSpec
 from slidetl.training.grader import SlideGrader
+from tests.small import small_spec
 
-TILE_PX = 32  # the least that the bundled backbone takes
+TILE_PX = 32  # the least that the small backbone takes
 TASKS = [
     Task("second", "second", ("a", "b", "c"), weight=0.5),
     Task("nests", "nests", ("no", "yes"), weight=2.0, of_tiles=True, ordinal=False),
@@ -64,7 +64,7 @@ class PlainDescent(SlideGrader):
 
 def train(root: Path, **options: Any) -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
-    grader = PlainDescent(BackboneSpec(), transfer=WarmRestart(), lr=0.02, tasks=TASKS)
+    grader = PlainDescent(small_spec(), transfer=WarmRestart(), lr=0.02, tasks=TASKS)
     trainer = pl.Trainer(
         accelerator="cpu",
         logger=False,

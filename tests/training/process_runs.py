@@ -20,11 +20,11 @@ from torch.nn import functional
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.sampling import AttentionGuided
 from slidetl.models.aggregators import Aggregated, GatedAttention
-from slidetl.models.spec import BackboneSpec
 from slidetl.models.transfer import FrozenFeatures, SharedWeights
 from slidetl.training.grader import SlideGrader
 from slidetl.training.outputs import ResultFiles
 from slidetl.training.schedules import OneCycle
+from tests.small import small_spec
 
 STEPS_AN_EPOCH = 5
 # In the middle of the first epoch, and of the second; what other processes add does not depend on which.
@@ -64,14 +64,14 @@ def trainer(root: Path, **options: Any) -> pl.Trainer:
 def fit(root: Path, module: SlideDataModule, ckpt_path: Path | None = None, **options: Any) -> None:
     torch.manual_seed(0)
     grader = SlideGrader(
-        BackboneSpec(), Forgetful, transfer=SharedWeights(alpha=0.1), lr=1e-3, schedule=OneCycle()
+        small_spec(), Forgetful, transfer=SharedWeights(alpha=0.1), lr=1e-3, schedule=OneCycle()
     )
     trainer(root, **options).fit(grader, module, ckpt_path=ckpt_path, weights_only=False)
 
 
 def test(root: Path, module: SlideDataModule, **options: Any) -> None:
     torch.manual_seed(0)
-    grader = SlideGrader(BackboneSpec(), transfer=FrozenFeatures(), schedule=OneCycle())
+    grader = SlideGrader(small_spec(), transfer=FrozenFeatures(), schedule=OneCycle())
     trainer(root, callbacks=[ResultFiles()], **options).test(grader, module, verbose=False)
 
 

@@ -25,6 +25,7 @@ from slidetl.training.classical import fit_pooled
 from slidetl.training.options import FeatureStudy
 from slidetl.training.predictions import read_predictions
 from tests.conftest import Study
+from tests.small import SMALL, small_embed, small_weights
 
 WEIGHTS = "a" * 64
 
@@ -225,14 +226,10 @@ def test_a_ridge_becomes_a_file_that_grades_slides(
     study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SLIDETL_HOME", str(tmp_path / "home"))
-    stored, output, name = (
-        Study(study.manifest, tmp_path / "cache"),
-        tmp_path / "out",
-        "mobilenetv3_small_050",
-    )
+    stored, output, name = Study(study.manifest, tmp_path / "cache"), tmp_path / "out", SMALL
     shutil.copytree(study.cache, stored.cache)
-    assert main(["embed", str(stored.cache), "--backbone", name]) == 0
-    fit = words(stored, output, "--features", name, "--pretrained", "procedural")
+    assert main(["embed", str(stored.cache), *small_embed()]) == 0
+    fit = words(stored, output, "--features", name, "--pretrained", str(small_weights()))
     assert main(fit) == 0
     ridge = output / "checkpoints" / "ridge.ckpt"
     assert main(["export", str(ridge), "--output", str(tmp_path / "model.pt")]) == 0
@@ -263,12 +260,12 @@ def test_a_ridge_of_other_weights_is_refused(study: Study, tmp_path: Path) -> No
     rng = np.random.default_rng(0)
     for row in read_manifest(study.manifest).rows:
         cache = SlideCache.open(cache_path(tmp_path / "cache", row.slide_id))
-        source = FeatureSource("mobilenetv3_small_050", "", WEIGHTS, (0, 0, 0), (1, 1, 1))
+        source = FeatureSource(SMALL, "", WEIGHTS, (0, 0, 0), (1, 1, 1))
         write_features(cache, {"f": (source, rng.normal(size=(len(cache), 6)).astype(np.float16))})
-    with pytest.raises(CacheMismatchError, match="of other weights than --pretrained procedural"):
+    with pytest.raises(CacheMismatchError, match="of other weights than --pretrained "):
         fit_pooled(
             FeatureStudy(study.manifest, tmp_path / "cache", ("f",)),
             tmp_path / "out",
-            pretrained="procedural",
+            pretrained=str(small_weights()),
         )
     assert not (tmp_path / "out").exists()

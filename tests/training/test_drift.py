@@ -10,10 +10,10 @@ from torch import nn
 
 from slidetl.cli import main
 from slidetl.models.backbones import read_pretrained
-from slidetl.models.spec import BackboneSpec
 from slidetl.training.checkpoint import read_checkpoint
 from slidetl.training.drift import distances
 from tests.conftest import Study
+from tests.small import small_spec
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -34,7 +34,7 @@ def test_a_fit_reports_how_far_each_layer_went(trained: Path) -> None:
     log = trained / "logs" / "version_0"
     rows = rows_of(log / "drift.csv")
     checkpoint = read_checkpoint(log / "checkpoints" / "last.ckpt")
-    weights = read_pretrained(BackboneSpec()).weights
+    weights = read_pretrained(small_spec()).weights
     layers = sorted(key.removesuffix(".weight") for key in weights if weights[key].ndim > 1)
     for epochs in (0, 1, 2):
         assert sorted(row["layer"] for row in rows if row["epochs"] == str(epochs)) == layers

@@ -23,8 +23,9 @@ from slidetl.training import embed
 from slidetl.training.embed import BlockEmbedder, EmbeddedSlide, _dtype, block_names, embed_cache
 from slidetl.training.options import EmbedOptions
 from tests.conftest import Study
+from tests.small import small_embed, small_spec
 
-SPEC = BackboneSpec()
+SPEC = small_spec()
 NAME = SPEC.name
 
 
@@ -63,7 +64,7 @@ def test_stored_features_are_what_the_network_gives(cache_dir: Path) -> None:
 
 
 def test_bfloat16_agrees_to_about_two_digits(cache_dir: Path) -> None:
-    words = ["embed", str(cache_dir), "--device", "cpu", "--blocks", "blocks.2"]
+    words = ["embed", str(cache_dir), *small_embed(), "--device", "cpu", "--blocks", "blocks.2"]
     assert main([*words, "--name", "whole"]) == 0
     assert main([*words, "--name", "half", "--precision", "bfloat16"]) == 0
     for cache in opened(cache_dir):
@@ -83,7 +84,7 @@ def test_a_gpu_computes_in_bfloat16_unless_told_otherwise() -> None:
 
 
 def test_a_network_of_one_channel_embeds_the_luma(cache_dir: Path) -> None:
-    grey, cache = BackboneSpec(in_channels=1), opened(cache_dir)[0]
+    grey, cache = small_spec(in_channels=1), opened(cache_dir)[0]
     (slide,) = embed_cache(
         cache_dir, grey, EmbedOptions(name="grey", slides=(cache.path.stem,), device="cpu")
     )
@@ -98,7 +99,7 @@ def test_a_network_of_one_channel_embeds_the_luma(cache_dir: Path) -> None:
     source = read_source(cache, "grey")
     assert (len(source.mean), len(source.std)) == (1, 1)
     with pytest.raises(UsageError, match="takes 4 channels, the tiles have 3; set"):
-        embed_cache(cache_dir, BackboneSpec(in_channels=4), EmbedOptions(name="four", device="cpu"))
+        embed_cache(cache_dir, small_spec(in_channels=4), EmbedOptions(name="four", device="cpu"))
 
 
 def test_what_is_there_is_kept_and_other_weights_are_refused(cache_dir: Path, tmp_path: Path) -> None:
@@ -148,7 +149,7 @@ def test_a_damaged_slide_costs_itself(cache_dir: Path, capsys: pytest.CaptureFix
     data[100] ^= 1
     shard_path(bad.path, 0).write_bytes(data)
     (unreadable.path / "zarr.json").write_text("{")
-    assert main(["embed", str(cache_dir), "--device", "cpu", "--batch-size", "8"]) == 1
+    assert main(["embed", str(cache_dir), *small_embed(), "--device", "cpu", "--batch-size", "8"]) == 1
     out, err = capsys.readouterr()
     assert "3 slides: 1 embedded, 0 there already, 2 failed" in out
     assert f"failed: {bad.slide_id}: " in err and f"failed: {unreadable.slide_id}: " in err
@@ -197,7 +198,8 @@ def killed(*arguments: object) -> None:
 
 def test_only_the_slides_that_are_named(cache_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first, second, _ = opened(cache_dir)
-    words = ["embed", str(cache_dir), "--device", "cpu", "--blocks", "blocks.0,blocks.1", "--name", "mine"]
+    words = ["embed", str(cache_dir), *small_embed(), "--device", "cpu", "--name", "mine"]
+    words += ["--blocks", "blocks.0,blocks.1"]
     assert main([*words, "--slides", second.slide_id]) == 0
     assert "1 slides: 1 embedded" in capsys.readouterr().out
     assert list_features(first) == () and list_features(second) == ("mine", "mine.blocks.0", "mine.blocks.1")
@@ -210,7 +212,7 @@ def test_mistakes_end_with_one_line(
 ) -> None:
     for words, says in [
         (
-            [str(cache_dir), "--blocks", "blocks.9"],
+            [str(cache_dir), *small_embed(), "--blocks", "blocks.9"],
             "has no block 'blocks.9'; it has: conv_stem, bn1, blocks.0",
         ),
         ([str(cache_dir), "--batch-size", "0"], "--batch-size must be at least 1"),
@@ -263,7 +265,7 @@ def test_a_run_that_is_interrupted_loses_the_slides_it_was_at(
 
     # Control-C while the first slide is reported, which is stored by then.
     monkeypatch.setattr(Progress, "show", interrupt)
-    assert main(["embed", str(cache_dir), "--device", "cpu", "--batch-size", "1"]) == 130
+    assert main(["embed", str(cache_dir), *small_embed(), "--device", "cpu", "--batch-size", "1"]) == 130
     assert "interrupted" in capsys.readouterr().err
     stored = [cache for cache in opened(cache_dir) if list_features(cache)]
     assert 1 <= len(stored) <= 3 and len(stored) < len(opened(cache_dir))

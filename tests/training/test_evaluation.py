@@ -8,11 +8,11 @@ import torch
 from slidetl.data.datasets import Chunk
 from slidetl.data.tasks import Task
 from slidetl.errors import UsageError
-from slidetl.models.spec import BackboneSpec
 from slidetl.training.evaluation import NOT_FINITE, evaluate
 from slidetl.training.grader import SlideGrader
 from slidetl.training.outputs import describe_metrics
 from slidetl.training.predictions import read_predictions, write_predictions
+from tests.small import small_spec
 
 
 def chunk(name: str, features: torch.Tensor, *, last: bool = True) -> Chunk:
@@ -31,7 +31,7 @@ def chunk(name: str, features: torch.Tensor, *, last: bool = True) -> Chunk:
 def test_a_slide_of_numbers_that_are_not_finite_is_not_graded(tmp_path: Path) -> None:
     """The largest of five NaN is the first: such a slide was grade 0, "no fibrosis"."""
     tasks = [Task("second", "second", ("a", "b"))]
-    grader = SlideGrader(BackboneSpec(), tasks=tasks).eval()
+    grader = SlideGrader(small_spec(), tasks=tasks).eval()
     width = grader.network.backbone.num_features
     grading = grader._evaluation
     grading.start("sha")

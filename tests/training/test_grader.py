@@ -21,7 +21,6 @@ from slidetl.errors import CheckpointError
 from slidetl.evaluation.calibration import judged_probabilities
 from slidetl.evaluation.metrics import grade_metrics
 from slidetl.models.backbones import read_pretrained, weights_sha256
-from slidetl.models.spec import BackboneSpec
 from slidetl.models.transfer import WarmRestart
 from slidetl.training.checkpoint import load_grader, read_checkpoint
 from slidetl.training.grader import SlideGrader
@@ -29,6 +28,7 @@ from slidetl.training.outputs import ResultFiles
 from slidetl.training.predictions import read_predictions
 from slidetl.training.schedules import OneCycle
 from tests.conftest import Study
+from tests.small import small_spec
 
 
 def test_a_run_leaves_logs_checkpoints_and_results(trained: Path) -> None:
@@ -271,7 +271,7 @@ def test_penalties_are_logged_and_the_reference_is_held_to_its_hash(
     study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = tmp_path / "weights.pth"
-    state = read_pretrained(BackboneSpec()).weights
+    state = read_pretrained(small_spec()).weights
     torch.save(state, weights)
     options = [
         *study.options(tmp_path),
@@ -334,7 +334,7 @@ def test_head_first_leaves_the_backbone_alone_in_the_first_epoch(study: Study, t
         "--model.transfer.head_first_epochs=1",
         "--checkpoint.save_top_k=-1",
     ]
-    weights = read_pretrained(BackboneSpec()).weights
+    weights = read_pretrained(small_spec()).weights
     for epochs, moved in ((1, False), (2, True)):
         root = tmp_path / str(epochs)
         assert main(["fit", *study.options(root), *options, f"--trainer.max_epochs={epochs}"]) == 0

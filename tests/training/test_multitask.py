@@ -17,7 +17,6 @@ from slidetl.data.tasks import Task
 from slidetl.errors import UsageError
 from slidetl.evaluation.metrics import grade_metrics
 from slidetl.models.heads import CrossEntropy, CumulativeLink
-from slidetl.models.spec import BackboneSpec
 from slidetl.publish.model_file import load_model
 from slidetl.training.checkpoint import load_grader
 from slidetl.training.grader import SlideGrader
@@ -25,6 +24,7 @@ from slidetl.training.multitask import TaskHeads, TaskOutcome, task_metrics
 from slidetl.training.predictions import read_predictions
 from tests.conftest import Study
 from tests.data.test_datamodule import rewrite
+from tests.small import small_spec
 from tests.training.ddp_tasks import TASKS, HalfLabelled
 
 CLASSES = Task("classes", "classes", ("a", "b", "c"), ordinal=False)
@@ -75,7 +75,7 @@ def test_gradients_of_each_head_are_those_by_hand() -> None:
 
 def test_labels_on_half_of_the_slides_train_as_that_half_does() -> None:
     torch.manual_seed(0)
-    grader = SlideGrader(BackboneSpec(), tasks=TASKS).eval()  # in evaluation mode slides do not mix
+    grader = SlideGrader(small_spec(), tasks=TASKS).eval()  # in evaluation mode slides do not mix
     batch: Bag = default_collate(HalfLabelled().bags())
     grader.training_step(batch, 0).backward()
     mixed = [parameter.grad.clone() for parameter in grader.parameters() if parameter.grad is not None]
@@ -99,7 +99,7 @@ def test_labels_on_half_of_the_slides_train_as_that_half_does() -> None:
 
 
 def test_without_any_label_nothing_is_learned_and_nothing_is_nan() -> None:
-    grader = SlideGrader(BackboneSpec(), tasks=TASKS).eval()
+    grader = SlideGrader(small_spec(), tasks=TASKS).eval()
     batch: Bag = default_collate(HalfLabelled().bags()[1::2])
     loss = grader.training_step(batch, 0)
     loss.backward()

@@ -14,7 +14,6 @@ from torch import Tensor
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.datasets import Bag
 from slidetl.errors import UsageError
-from slidetl.models.spec import BackboneSpec
 from slidetl.models.targets import Targets
 from slidetl.models.transfer import WarmRestart
 from slidetl.training.grader import SlideGrader
@@ -22,6 +21,7 @@ from slidetl.training.schedules import Triangular2
 from tests.conftest import Study
 from tests.contracts.strategy import fit
 from tests.data.test_datamodule import rewrite
+from tests.small import small_spec
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*does not have many workers", "ignore:.*have no `val_dataloader`", "ignore:The dirpath"
@@ -56,7 +56,7 @@ class Noted(SlideGrader):
 
 def make_grader(**options: Any) -> Noted:
     torch.manual_seed(0)
-    grader = Noted(BackboneSpec(), transfer=WarmRestart(), **options)
+    grader = Noted(small_spec(), transfer=WarmRestart(), **options)
     grader.note()
     return grader
 

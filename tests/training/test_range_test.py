@@ -14,15 +14,15 @@ from torch.utils.data import DataLoader
 from slidetl.cli import main
 from slidetl.data.datasets import Bag
 from slidetl.errors import UsageError
-from slidetl.models.spec import BackboneSpec
 from slidetl.models.transfer import WarmRestart
 from slidetl.tiles.grid import TileSpec
 from slidetl.training.grader import SlideGrader
 from slidetl.training.range_test import RangeResult, RangeTest, find_rate, steepest_fall
 from tests.conftest import Study
+from tests.small import small_spec
 
 STEPS = 13
-TILE_PX = 32  # the least that the bundled backbone takes
+TILE_PX = 32  # the least that the small backbone takes
 
 
 class SameBatch(pl.LightningDataModule):
@@ -61,7 +61,7 @@ class Watched(SlideGrader):
 
 def run(root: Path, tried: RangeTest, accumulate: int = 1, **options: Any) -> tuple[Watched, RangeResult]:
     torch.manual_seed(0)
-    grader = Watched(BackboneSpec(), transfer=WarmRestart(backbone_lr_scale=0.25), **options)
+    grader = Watched(small_spec(), transfer=WarmRestart(backbone_lr_scale=0.25), **options)
     trainer = pl.Trainer(
         accelerator="cpu",
         logger=False,
@@ -84,7 +84,7 @@ pytestmark = pytest.mark.filterwarnings(
 def test_the_weights_come_back_and_nothing_is_left_behind(tmp_path: Path) -> None:
     grader, result = run(tmp_path, RangeTest(1e-4, 1e-1, STEPS))
     torch.manual_seed(0)
-    fresh = SlideGrader(BackboneSpec())
+    fresh = SlideGrader(small_spec())
     fresh.transfer.start(fresh.network.backbone)
     for (name, value), there in zip(grader.state_dict().items(), fresh.state_dict().values(), strict=True):
         assert torch.equal(value, there), name

@@ -21,8 +21,9 @@ from slidetl.training.similarity import (
     embed_layers,
 )
 from tests.conftest import Study
+from tests.small import small_spec
 
-SPEC = BackboneSpec()
+SPEC = small_spec()
 
 
 @pytest.mark.parametrize(
@@ -115,13 +116,13 @@ def test_what_cannot_be_compared_is_refused(study: Study, trained: Path, tmp_pat
         with pytest.raises(UsageError, match=said):
             compare_networks(before, after, cache)
     with pytest.raises(UsageError, match=r"expected a network to be 'random', .* found 'nothing'"):
-        compare_networks(["random"], ["nothing"], cache, SimilarityOptions(tiles=8), spec=BackboneSpec())
+        compare_networks(["random"], ["nothing"], cache, SimilarityOptions(tiles=8), spec=small_spec())
     (checkpoint,) = trained.glob("logs/*/checkpoints/best*.ckpt")
     with pytest.raises(UsageError, match="have no layer in common"):
         other = BackboneSpec("cbr_tiny_published")
         compare_networks(["random"], [str(checkpoint)], cache, SimilarityOptions(tiles=8), spec=other)
     with pytest.raises(UsageError, match="at least 4 tiles"):
-        compare_networks(["random"], ["pretrained"], cache, SimilarityOptions(tiles=3), spec=BackboneSpec())
+        compare_networks(["random"], ["pretrained"], cache, SimilarityOptions(tiles=3), spec=small_spec())
 
 
 def test_tiles_unlike_those_of_the_training_are_refused(study: Study, trained: Path, tmp_path: Path) -> None:

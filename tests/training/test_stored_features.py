@@ -12,10 +12,10 @@ import torch
 
 from slidetl.cli import main
 from slidetl.models.backbones import read_pretrained
-from slidetl.models.spec import BackboneSpec
 from slidetl.training.checkpoint import load_grader, read_checkpoint
 from slidetl.training.predictions import read_predictions
 from tests.conftest import Study
+from tests.small import small_embed, small_spec
 
 FROZEN = "--model.transfer=slidetl.models.transfer.FrozenFeatures"
 PLAIN = ("flips=false", "brightness=0", "contrast=0", "saturation=0")
@@ -23,10 +23,10 @@ PLAIN = ("flips=false", "brightness=0", "contrast=0", "saturation=0")
 
 @pytest.fixture(scope="module")
 def embedded(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Study:
-    """The study with the embeddings of the bundled backbone, in a cache of its own."""
+    """The study with the embeddings of the small backbone, in a cache of its own."""
     cache = tmp_path_factory.mktemp("embedded") / "cache"
     shutil.copytree(study.cache, cache)
-    assert main(["embed", str(cache), "--name", "plain", "--device", "cpu"]) == 0
+    assert main(["embed", str(cache), *small_embed(), "--name", "plain", "--device", "cpu"]) == 0
     return Study(study.manifest, cache)
 
 
@@ -61,7 +61,7 @@ def test_fresh_tiles_train_the_backbone_beside_stored_ones(embedded: Study, tmp_
     losses, _ = fit_and_test(embedded, tmp_path, "--data.features=plain", guided, every)
     assert len(losses) == 2
     last = tmp_path / "logs" / "version_0" / "checkpoints" / "last.ckpt"
-    state, weights = load_grader(last).state_dict(), read_pretrained(BackboneSpec()).weights
+    state, weights = load_grader(last).state_dict(), read_pretrained(small_spec()).weights
     assert not torch.equal(state["network.backbone.net.conv_stem.weight"], weights["conv_stem.weight"])
     attention = read_checkpoint(last)["SlideDataModule"]["attention"]
     assert attention.sum().item() == pytest.approx(10, rel=1e-4)  # ten training slides, one each
@@ -71,7 +71,7 @@ def test_features_of_other_weights_are_refused(
     embedded: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = tmp_path / "weights.pth"
-    state = read_pretrained(BackboneSpec()).weights
+    state = read_pretrained(small_spec()).weights
     state["conv_stem.weight"] += 1e-3
     torch.save(state, weights)
     options = [*embedded.options(tmp_path), "--data.features=plain", "--trainer.max_epochs=1"]
@@ -94,10 +94,10 @@ def test_a_training_goes_on_with_the_features_that_it_began_with(
     last = tmp_path / "logs" / "version_0" / "checkpoints" / "last.ckpt"
     resume = ["fit", *options, "--trainer.max_epochs=2", f"--ckpt_path={last}"]
     assert main(resume) == 0  # the backbone has moved since
-    state = read_pretrained(BackboneSpec()).weights
+    state = read_pretrained(small_spec()).weights
     state["conv_stem.weight"] += 1e-3
     torch.save(state, tmp_path / "weights.pth")
-    again = ["--name", "plain", "--pretrained", str(tmp_path / "weights.pth"), "--overwrite"]
+    again = ["--name", "plain", *small_embed(), "--pretrained", str(tmp_path / "weights.pth"), "--overwrite"]
     assert main(["embed", str(cache), "--device", "cpu", *again]) == 0
     capsys.readouterr()
     assert main(resume) == 2
