@@ -65,6 +65,7 @@ def test_they_name_layers_of_their_network() -> None:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:kaiko-s16 was trained on tiles of 224 px")
 def test_fit_and_test(config: Path, embedded: Study, tmp_path: Path) -> None:
     options = ["--config", str(config), *embedded.options(tmp_path)]
     if config.stem == "fibrosis":  # one as it ships; the others with a smaller network, for the time

@@ -18,6 +18,7 @@ from slidetl.errors import ModelFileError, UsageError, WeightsError
 from slidetl.files import check_safetensors
 from slidetl.library.card import WEIGHTS
 from slidetl.library.local import SCHEME, pulled_file
+from slidetl.models import conv_stem
 from slidetl.models.cbr import CBR
 from slidetl.models.huggingface import convert_dinov2, is_dinov2
 from slidetl.models.packaged import check_packaged, packaged_weights
@@ -366,6 +367,8 @@ def _timm_network(name: str, spec: BackboneSpec, **options: Any) -> nn.Module:
         options.update(mlp_layer=SwiGLUPacked, act_layer=nn.SiLU)
     if spec.layer_scale:
         options.update(init_values=1e-5)  # at the start; loaded weights replace it
+    if options.get("embed_layer") == conv_stem.NAME:
+        options["embed_layer"] = conv_stem.ConvStem
     # Options for tiles of any size: of the ViT and EVA families, of the Swin family, of the rest.
     any_size: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
     for number, size in enumerate(any_size):

@@ -70,7 +70,7 @@ class Preset:
             "std": list(std),
             "input_size": [3, self.tile_px, self.tile_px],
             "num_classes": 0,
-            "first_conv": "patch_embed.proj",
+            "first_conv": "patch_embed.proj.0" if "embed_layer" in self.arguments else "patch_embed.proj",
             "classifier": "head",
         }
         return {
@@ -308,6 +308,23 @@ PRESETS = (
         is_gated=None,
         file="model.safetensors",
         sources=("github.com/owkin/HistoSSLscaling@73f1d19 README.md", TRIDENT, f"{SLIDE2VEC}/phikon.py"),
+    ),
+    Preset(
+        key="ctranspath",
+        name="hf-hub:1aurent/swin_tiny_patch4_window7_224.CTransPath",
+        architecture="swin_tiny_patch4_window7_224",
+        arguments={"embed_layer": "conv_stem"},
+        pooling="default",
+        normalisation=IMAGENET,
+        mpp=(1.0,),  # recommended to be tried first
+        licence="GPL-3.0",
+        is_gated=None,
+        file="model.safetensors",
+        sources=(
+            "github.com/Xiyue-Wang/TransPath@26c6194 ctran.py, README.md",
+            "huggingface.co/1aurent/swin_tiny_patch4_window7_224.CTransPath",
+            TRIDENT,
+        ),
     ),
     Preset(
         key="gpfm",

@@ -231,11 +231,8 @@ def export_model(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[
     Raises:
         ModelFileError: the file does not compute the same; it is not written then.
     """
-    packed = io.BytesIO()  # where a disk is full, torch ends the process
-    with without_deprecation():
-        torch.jit.save(torch.jit.script(network), packed, _extra_files={METADATA: card.to_json()})
     with replaced(path) as file:
-        file.write(_without_source_paths(packed))
+        _write(network, card, file)
         file.flush()
         partial = Path(file.name)
         worst: dict[str, float] = {}
@@ -255,14 +252,15 @@ def export_model(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[
     return worst
 
 
-def _without_source_paths(packed: IO[bytes]) -> bytes:
-    """Drops the debug records, with the paths of source files on this machine."""
-    kept = io.BytesIO()
-    with zipfile.ZipFile(packed) as archive, zipfile.ZipFile(kept, "w", zipfile.ZIP_STORED) as copy:
+def _write(network: ExportedNetwork, card: ModelCard, file: IO[bytes]) -> None:
+    """Writes a network without the debug records, which have the paths of source files on this machine."""
+    packed = io.BytesIO()  # where a disk is full, torch ends the process
+    with without_deprecation():
+        torch.jit.save(torch.jit.script(network), packed, _extra_files={METADATA: card.to_json()})
+    with zipfile.ZipFile(packed) as archive, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as copy:
         for name in archive.namelist():
             if not name.endswith(".debug_pkl"):
                 copy.writestr(zipfile.ZipInfo(name), archive.read(name))
-    return kept.getvalue()
 
 
 def _parity(network: ExportedNetwork, loaded: Any, tile_size_px: int, precision: torch.dtype) -> float:

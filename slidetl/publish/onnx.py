@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from slidetl.publish.export import ExportedNetwork
 _METADATA = "slidetl.json"  # its name among the model's properties
 _GRADED = ["probabilities", "expected_grade", "attention"]
 _EXPLAINED = ["score", "contributions"]
+_MOST_INSIDE = (
+    1536 * 2**20
+)  # bytes of weights in a graph: protobuf ends at 2 GiB, and torch's own limit is this
 PARITY_TOLERANCE = 1e-4  # other kernels sum in another order
 
 
@@ -72,6 +76,7 @@ def export_onnx(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[s
                                                            ``contributions [N]``, all float32
     ========================== =========================== ==========================================
 
+    The weights of a network above 1.5 GiB lie in ``MODEL.onnx.data``, which belongs beside ``MODEL.onnx``.
     The card is the property ``slidetl.json`` of either.
 
     Args:
@@ -100,9 +105,10 @@ def export_onnx(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[s
     shape = (5, network.in_channels, size, size)
     tiles = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     second = path.with_name(f"{path.stem}.grade.onnx")
-    partial, partial_second = (file.with_name(f".{file.name}.partial") for file in (path, second))
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    # Under their own names, since a graph names the file of its weights.
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.partial-") as folder:
+        partial, partial_second = (Path(folder) / file.name for file in (path, second))
         with torch.no_grad():
             embeddings = network.embed(tiles)
             expected, *_, explained = network.grade(embeddings)
@@ -126,11 +132,11 @@ def export_onnx(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[s
                     f"{name} differs from the network by {difference:.1e} in a probability or a tile's "
                     f"contribution, more than {PARITY_TOLERANCE:.0e}; it was not written"
                 )
-        partial_second.replace(second)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-        partial_second.unlink(missing_ok=True)
+        del whole, of_embeddings  # they have the files open
+        for file in (path, second):  # of an earlier, larger network
+            file.with_name(f"{file.name}.data").unlink(missing_ok=True)
+        for written in sorted(Path(folder).iterdir(), key=lambda file: file.suffix != ".data"):
+            written.replace(path.with_name(written.name))
     return worst
 
 
@@ -156,4 +162,5 @@ def _write(
             traced, (example,), input_names=[name], output_names=outputs, dynamo=True, verbose=False
         )
     program.model.metadata_props[_METADATA] = card.to_json()
-    program.save(str(path), external_data=False)
+    size = sum(value.numel() * value.element_size() for value in module.state_dict().values())
+    program.save(str(path), external_data=size > _MOST_INSIDE)

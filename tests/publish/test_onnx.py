@@ -22,6 +22,7 @@ from slidetl.models.aggregators import (
     Pooling,
     TopKPooling,
 )
+from slidetl.models.backbones import without_downloads
 from slidetl.models.heads import Coral, Corn, CrossEntropy, CumulativeLink, Head, RegressionWithThresholds
 from slidetl.models.spec import BackboneSpec
 from slidetl.publish.export import ExportedNetwork, build_network
@@ -91,3 +92,36 @@ def test_any_number_of_tiles_is_graded_alike(
 def test_another_suffix_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"end in \.onnx"):
         export_onnx(*graded_by((MeanPooling, CumulativeLink)), tmp_path / "m.pt")
+
+
+@pytest.mark.slow
+def test_a_large_transformer_has_its_weights_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = {"depth": 1, "img_size": 32, "reg_tokens": 4}
+    about = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    architecture = {"architecture": "vit_tiny_patch16_224", "model_args": arguments, "pretrained_cfg": about}
+    with without_downloads({"architecture": architecture}):
+        spec = BackboneSpec("hf-hub:lab/vit", pooling="token+mean")
+        grader = SlideGrader(spec, MeanPooling, CumulativeLink).eval()
+    grader.tile_spec = TileSpec(mpp=1, tile_size_px=32)
+    network, card = build_network([grader])
+    monkeypatch.setattr("slidetl.publish.onnx._MOST_INSIDE", 0)
+    worst = export_onnx(network, card, tmp_path / "first" / "m.onnx")
+    assert max(worst.values()) < 1e-5
+    (tmp_path / "first").rename(tmp_path / "moved")
+    names = {file.name: file.stat().st_size for file in (tmp_path / "moved").iterdir()}
+    assert names.keys() == {"m.onnx", "m.onnx.data", "m.grade.onnx", "m.grade.onnx.data"}
+    assert names["m.onnx"] < 10**6 < names["m.onnx.data"]
+    session = onnxruntime.InferenceSession(
+        str(tmp_path / "moved" / "m.onnx"), providers=["CPUExecutionProvider"]
+    )
+    tiles = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = network.embed(tiles).numpy()
+    found = session.run(["embeddings"], {"tiles": tiles.numpy()})[0]
+    assert found.shape == (2, 2 * 192)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    monkeypatch.undo()
+    export_onnx(network, card, tmp_path / "moved" / "m.onnx")
+    assert {file.name for file in (tmp_path / "moved").iterdir()} == {"m.onnx", "m.grade.onnx"}
