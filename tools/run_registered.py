@@ -20,6 +20,7 @@ import shutil
 import sys
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -141,10 +142,9 @@ def stage_of(comparison: Comparison, job: Job) -> str:
 
 
 def compute(
-    plans: Sequence[Plan], folders: Sequence[Path], stages: Sequence[str], hours: float, processes: int
+    plans: Sequence[Plan], folders: Sequence[Path], stages: Sequence[str], deadline: float, processes: int
 ) -> dict[str, str]:
-    """Computes the missing jobs until the time is up, and returns the reasons of failed ones."""
-    deadline = time.monotonic() + hours * 3600
+    """Computes the missing jobs, starts none after the deadline, and returns the reasons of failed ones."""
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
     failed = {}
     places = [Workplace(folder / "compare" / "jobs", threads) for folder in folders]
@@ -374,10 +374,11 @@ def _speed(redraws: Sequence[Redrawn], comparison: Comparison) -> list[str]:
                         ends[point.trial, point.part] = (point.epoch, point.qwk, point.seconds)
                 for (trial, _), (epoch, value, seconds) in ends.items():
                     points.setdefault((arm.arm, epoch), {}).setdefault(trial, []).append((value, seconds))
-    best = {
-        key: max((np.mean(values, axis=0) for values in trials.values()), key=lambda pair: float(pair[0]))
-        for key, trials in points.items()
-    }
+    best = {}
+    for key, trials in points.items():
+        means = [np.mean(values, axis=0) for values in trials.values()]
+        if defined := [pair for pair in means if np.isfinite(pair[0])]:
+            best[key] = max(defined, key=lambda pair: float(pair[0]))
     of_scratch = [pair[0] for (name, _), pair in best.items() if name == primary.against]
     if not of_scratch or not any(name == primary.arm for name, _ in best):
         return ["Not run: speed is that of trained arms."]
@@ -392,7 +393,25 @@ def _speed(redraws: Sequence[Redrawn], comparison: Comparison) -> list[str]:
     about = (
         f"{goal:.2f} is the best of {primary.against}. The better rate; means over inner folds and redraws."
     )
-    return [markdown(columns, rows), about]
+    return [markdown(columns, rows), about, _choices(redraws)]
+
+
+def _choices(redraws: Sequence[Redrawn]) -> str:
+    """Counts the choices of the inner folds: an arm that chose the longest may not be at its plateau."""
+    chosen: dict[str, Counter[str]] = {}
+    for one in redraws:
+        for arm in one.result.arms:
+            for _, found in arm.jobs:
+                if found.chosen is not None:
+                    choice = ", ".join(
+                        f"{name.split('.')[-1]} {value}" for name, value in found.chosen.items()
+                    )
+                    chosen.setdefault(arm.arm, Counter())[choice] += 1
+    lines = [
+        f"{arm}: " + "; ".join(f"{choice} ({count} times)" for choice, count in counts.most_common())
+        for arm, counts in chosen.items()
+    ]
+    return "Chosen in the inner folds. " + ". ".join(lines) + "."
 
 
 def _write_random_weights(path: Path) -> None:
@@ -437,6 +456,7 @@ def main(arguments: Sequence[str] | None = None, collage: Sequence[str] = ()) ->
     given = parser.parse_args(arguments)
     if min(given.redraws, given.jobs) < 1:
         parser.error("--redraws and --jobs must be at least 1")
+    deadline = time.monotonic() + given.hours * 3600
     try:
         configured = read_comparison(find_config(given.config))
         if not configured.is_declared:
@@ -450,7 +470,7 @@ def main(arguments: Sequence[str] | None = None, collage: Sequence[str] = ()) ->
             prepare(given.tiles, given.external_tiles, folder, redraw, collage)
             here = replace(configured, manifest=str(folder / "manifest.csv"), cache=str(folder / "cache"))
             plans.append(plan_comparison(here))
-        failed = compute(plans, folders, given.stages, given.hours, given.jobs)
+        failed = compute(plans, folders, given.stages, deadline, given.jobs)
         redraws = [redrawn(plan, folder) for plan, folder in zip(plans, folders, strict=True)]
         command = (
             "python tools/run_registered.py --tiles data/crc5_112/train --external-tiles data/crc5_112/test "

@@ -6,9 +6,10 @@ import csv
 import importlib.util
 import re
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from PIL import Image
 from sklearn.metrics import cohen_kappa_score
 
 from slidetl.compare.config import read_comparison
+from slidetl.compare.records import CurvePoint
 from slidetl.evaluation.comparison import patient_results
 
 ROOT = Path(__file__).parents[2]
@@ -107,7 +109,7 @@ def test_the_page_has_the_metrics_of_the_arms_that_were_run_and_names_the_others
         )
     )
     capsys.readouterr()
-    assert not tool.compute([plan], [tmp_path / "out" / "redraw-0"], ["frozen"], 1, 1)
+    assert not tool.compute([plan], [tmp_path / "out" / "redraw-0"], ["frozen"], time.monotonic() + 60, 1)
     assert "0 jobs to compute" in capsys.readouterr().err
 
 
@@ -133,3 +135,30 @@ def test_an_effect_is_that_of_sklearn_and_a_constant_has_no_interval() -> None:
     assert tool.combined(constant) is None and tool.as_text(constant) == "0.00"
     assert tool.as_text([]) == "not run"
     assert re.fullmatch(r"0\.\d\d \[.*\]", tool.as_text([(0.5, 0.1), (0.6, 0.1)]))
+
+
+def test_speed_is_that_of_whole_schedules_in_the_inner_folds() -> None:
+    def arm(name: str, kappas: dict[int, tuple[float, float]], epochs: int) -> SimpleNamespace:
+        """Two trials of each length, the second of a worse rate; two inner folds and a test curve."""
+        curves = []
+        for number, (length, (kappa, seconds)) in enumerate(kappas.items()):
+            for trial, loss in ((2 * number, 0.0), (2 * number + 1, 0.3)):
+                for part, shift in (("inner-0", 0.1), ("inner-1", -0.1)):
+                    value = kappa - loss + shift
+                    about = {"train_loss": 1.0, "accuracy": 0.5, "qwk": value, "rps": 0.1, "log_loss": 1.0}
+                    curves.append(CurvePoint(part, trial, length, 50, seconds, **about))
+        curves.append(replace(curves[0], part="test", qwk=1.0))
+        curves.append(replace(curves[0], trial=9, qwk=float("nan")))
+        found = SimpleNamespace(curves=curves, chosen={"model.lr": 0.001, "epochs": epochs})
+        return SimpleNamespace(arm=name, jobs=[(None, found)])
+
+    scratch = arm("scratch", {10: (0.1, 5), 30: (0.4, 15), 100: (0.6, 50)}, 100)
+    warm = arm("warm", {10: (0.5, 6), 30: (0.7, 18), 100: (0.8, 60)}, 30)
+    one = SimpleNamespace(result=SimpleNamespace(arms=[scratch, warm]))
+    comparison = read_comparison(ROOT / "configs/compare/collage.yaml")
+    text, about, chosen = tool._speed([one, one], comparison)
+    row = "| scratch | 0.10 after 10 (5 s), 0.40 after 30 (15 s), 0.60 after 100 (50 s) | 100 epochs, 50 s |"
+    assert row in text
+    assert "| 30 epochs, 18 s |" in text and about.startswith("0.60 is the best of scratch")
+    assert "scratch: lr 0.001, epochs 100 (2 times). warm: lr 0.001, epochs 30 (2 times)" in chosen
+    assert "Not run" in tool._speed([SimpleNamespace(result=SimpleNamespace(arms=[warm]))], comparison)[0]
