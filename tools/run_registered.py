@@ -57,12 +57,12 @@ of adenocarcinoma, 0, 10, 20, 30 and 40 %; the rest is a Dirichlet draw. Network
 never the class of a tile. **It shows transfer to real texture from slide-level labels, not patients**:
 their differences, readers and scanners are not in it, and which tiles are of one patient is not known.
 
-{redraws} of {registered} redraws of everything (tiles, slides, networks), each with {train} training
+{redraws} of {registered} redraws of everything (tiles, slides, initial weights), each with {train} training
 slides, {home} test slides from other tiles, and {external} external slides from tiles of another source.
 Numbers are means over redraws with 95 % intervals, redraw as a random effect
 ([why](../design/statistics.md)); the error of a redraw is over its slides. The redraws share one pool of
-tiles, so the intervals are about other draws from it. [What was registered](registered.md); the
-configuration's hash {declared}.
+tiles, so the intervals are about other draws from it. [What was registered](registered.md); the hashes of
+the configurations {declared}.
 """
 TRIVIAL = """
 Trivial are prior (a constant grade has a QWK of 0), colour-area, and random-ridge (frozen random weights).
@@ -121,6 +121,19 @@ def embed(cache: Path, random_weights: Path) -> list[list[str]]:
     common = ["embed", str(cache), "--backbone", BACKBONE, "--precision", "float32"]
     sources = {"lite0": "imagenet", "lite0-random": str(random_weights)}
     return [[*common, "--pretrained", source, "--name", name] for name, source in sources.items()]
+
+
+def comparisons_of(configured: Comparison, folders: Sequence[Path]) -> list[Comparison]:
+    """Configures a redraw for each folder: its slides, and its seed of folds, initial weights and bags."""
+    return [
+        replace(
+            configured,
+            manifest=str(folder / "manifest.csv"),
+            cache=str(folder / "cache"),
+            protocol=replace(configured.protocol, seed=configured.protocol.seed + redraw),
+        )
+        for redraw, folder in enumerate(folders)
+    ]
 
 
 def in_order(plans: Sequence[Plan], stages: Sequence[str]) -> list[tuple[int, Job]]:
@@ -245,14 +258,14 @@ def write_page(redraws: Sequence[Redrawn], plans: Sequence[Plan], command: str) 
     missing = [name for name in trained if complete[name] < REDRAWS]
     gaps = effects_of(redraws, "home", (primary.arm, None), against=(primary.against, None))
 
-    declared = "is there: declared" if comparison.is_declared else "is NOT there: not declared"
+    declared = all(plan.comparison.is_declared for plan in plans)
     about = ABOUT.format(
         redraws=len(plans),
         registered=REDRAWS,
         train=n_train,
         home=n_home,
         external=n_external,
-        declared=declared,
+        declared="are there: declared" if declared else "are NOT there: not declared",
     )
     parts = [
         "# Real texture, slide-level labels, redrawn",
@@ -352,8 +365,8 @@ def write_page(redraws: Sequence[Redrawn], plans: Sequence[Plan], command: str) 
     parts += [
         "## How it was run",
         f"slidetl {VERSION}, Python {platform.python_version()}, {os.cpu_count()} cores. "
-        f"Configuration {comparison.sha256}. Seconds of jobs, without building, tiling and embedding: "
-        f"{spent}.",
+        f"Configuration of redraw 0: {comparison.sha256}. Seconds of jobs, without building, tiling and "
+        f"embedding: {spent}.",
         "The pictures are not here, since their licence is not stated.",
     ]
     plain = ("#", "|", "`")  # not to be wrapped
@@ -458,18 +471,18 @@ def main(arguments: Sequence[str] | None = None, collage: Sequence[str] = ()) ->
         parser.error("--redraws and --jobs must be at least 1")
     deadline = time.monotonic() + given.hours * 3600
     try:
-        configured = read_comparison(find_config(given.config))
-        if not configured.is_declared:
-            raise UsageError(
-                f"{configured.sha256}, the hash of {given.config}, is not in {configured.registered}: "
-                "register it, commit that, and run afterwards"
-            )
         folders = [given.output / f"redraw-{redraw}" for redraw in range(given.redraws)]
+        comparisons = comparisons_of(read_comparison(find_config(given.config)), folders)
+        for redraw, comparison in enumerate(comparisons):
+            if not comparison.is_declared:
+                raise UsageError(
+                    f"{comparison.sha256}, the hash of {given.config} with protocol.seed {redraw}, is not in "
+                    f"{comparison.registered}: register it, commit that, and run afterwards"
+                )
         plans = []
-        for redraw, folder in enumerate(folders):
+        for redraw, (folder, comparison) in enumerate(zip(folders, comparisons, strict=True)):
             prepare(given.tiles, given.external_tiles, folder, redraw, collage)
-            here = replace(configured, manifest=str(folder / "manifest.csv"), cache=str(folder / "cache"))
-            plans.append(plan_comparison(here))
+            plans.append(plan_comparison(comparison))
         failed = compute(plans, folders, given.stages, deadline, given.jobs)
         redraws = [redrawn(plan, folder) for plan, folder in zip(plans, folders, strict=True)]
         command = (

@@ -77,9 +77,14 @@ def table(path: Path) -> list[dict[str, str]]:
 
 
 def test_what_is_registered_is_in_the_repository() -> None:
-    comparison = read_comparison(ROOT / "configs/compare/collage.yaml")
-    assert comparison.registered == "docs/evidence/registered.md"
-    assert comparison.sha256 in (ROOT / comparison.registered).read_text()
+    configured = read_comparison(ROOT / "configs/compare/collage.yaml")
+    assert configured.registered == "docs/evidence/registered.md"
+    text = (ROOT / configured.registered).read_text()
+    comparisons = tool.comparisons_of(
+        configured, [Path(f"redraw-{redraw}") for redraw in range(tool.REDRAWS)]
+    )
+    assert len({comparison.protocol.seed for comparison in comparisons}) == tool.REDRAWS
+    assert all(comparison.sha256 in text for comparison in comparisons)
 
 
 def test_the_page_has_the_metrics_of_the_arms_that_were_run_and_names_the_others(
@@ -101,13 +106,8 @@ def test_the_page_has_the_metrics_of_the_arms_that_were_run_and_names_the_others
         true, predicted = ([int(row[column]) for row in rows] for column in ("grade", "predicted_grade"))
         kappa = cohen_kappa_score(true, predicted, labels=range(5), weights="quadratic")
         assert float(cell) == pytest.approx(kappa, abs=0.005)
-    plan = tool.plan_comparison(
-        replace(
-            read_comparison(config),
-            manifest=str(tmp_path / "out/redraw-0/manifest.csv"),
-            cache=str(tmp_path / "out/redraw-0/cache"),
-        )
-    )
+    (comparison,) = tool.comparisons_of(read_comparison(config), [tmp_path / "out" / "redraw-0"])
+    plan = tool.plan_comparison(comparison)
     capsys.readouterr()
     assert not tool.compute([plan], [tmp_path / "out" / "redraw-0"], ["frozen"], time.monotonic() + 60, 1)
     assert "0 jobs to compute" in capsys.readouterr().err
