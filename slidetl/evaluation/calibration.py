@@ -13,7 +13,6 @@ from slidetl.evaluation.bootstrap import (
     Interval,
     Metric,
     Resampling,
-    bca_interval,
     bca_interval_if_defined,
 )
 from slidetl.evaluation.comparison import chance_p
@@ -123,11 +122,12 @@ class CalibrationSlope:
         slope: 1 for a calibrated model, less for one too sure. None without a finite estimate, here or on
             most resamples: the predictions separate the grades completely.
         intercept: log odds of the grades above the predicted ones, at a slope of 1: 0 if they agree on
-            average, positive if the model grades too low.
+            average, positive if the model grades too low. None where all slides are of the lowest, or of the
+            highest grade, as is the slope: they tell no calibration.
     """
 
     slope: Interval | None
-    intercept: Interval
+    intercept: Interval | None
 
 
 def calibration_slope(
@@ -140,19 +140,14 @@ def calibration_slope(
     model. The slope's model has a free intercept; the intercept's has a slope of 1. Questions of a slide and
     slides of a patient are dependent: intervals resample patients. Probabilities ``[N, K]`` of the questions
     are kept 1e-7 from 0 and 1.
-
-    Raises:
-        UsageError: slides that are all of the lowest or all of the highest grade.
     """
     grades, (rows,) = check_probabilities(true, probabilities)
     above = np.clip(rows[:, ::-1].cumsum(axis=1)[:, -2::-1], LEAST_PROBABILITY, 1 - LEAST_PROBABILITY)
     odds, happened = np.log(above / (1 - above)), grades[:, None] > np.arange(rows.shape[1] - 1)
     if happened.all() or not happened.any():
-        raise UsageError("slides that are all of the lowest, or all of the highest grade tell no calibration")
-    slope, intercept = (_recalibration(odds, happened, slope_is_free=free) for free in (True, False))
-    return CalibrationSlope(
-        bca_interval_if_defined(slope, patients, **how), bca_interval(intercept, patients, **how)
-    )
+        return CalibrationSlope(None, None)
+    fits = (_recalibration(odds, happened, slope_is_free=free) for free in (True, False))
+    return CalibrationSlope(*(bca_interval_if_defined(fit, patients, **how) for fit in fits))
 
 
 @dataclass(frozen=True)

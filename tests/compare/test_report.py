@@ -437,10 +437,11 @@ def test_subsets_of_slides_are_repeats(tmp_path: Path) -> None:
     assert repeats == set("012345")
 
 
-def test_an_undefined_qwk_ends_no_comparison(tmp_path: Path) -> None:
+@pytest.mark.parametrize("grade", [0, 2])
+def test_an_undefined_qwk_ends_no_comparison(grade: int, tmp_path: Path) -> None:
     """All test patients of one grade, and graded so: kappa is undefined, and so is every test of it."""
     options = {"readers": 0, "sites": ("north",), "noise": 0.02, "given_split": True}
-    result = invented(30, repeats=1, sizes=(), test_grade=2, **options)  # type: ignore[arg-type]
+    result = invented(30, repeats=1, sizes=(), test_grade=grade, **options)  # type: ignore[arg-type]
     assert all(np.isnan(arm.metrics["qwk"].estimate) for arm in result.arms[:2])
     assert all(arm.metrics["accuracy"].estimate == 1 for arm in result.arms[:2])
     page = worded(result, tmp_path)

@@ -97,6 +97,7 @@ def test_slope_and_intercept_are_those_of_scikit_learn() -> None:
     assert found.slope is not None
     assert found.slope.estimate == pytest.approx(theirs.coef_[0, 0], abs=1e-4)
     # At a slope of 1 the intercept makes the mean of the probabilities that of the outcomes.
+    assert found.intercept is not None
     assert expit(odds + found.intercept.estimate).mean() == pytest.approx(happened.mean())
     assert found.slope.low < found.slope.estimate < found.slope.high
 
@@ -107,24 +108,27 @@ def test_probabilities_that_are_right_have_slope_one_and_sure_ones_less() -> Non
     true = drawn(rows, rng)
     right = calibration_slope(true, rows, np.arange(600) // 6, n_draws=300)
     assert right.slope is not None and right.slope.low < 1 < right.slope.high
+    assert right.intercept is not None
     assert right.intercept.low < 0 < right.intercept.high
     above = expit(2 * logit(rows[:, ::-1].cumsum(1)[:, -2::-1]) - 1)
     surer = -np.diff(above, axis=1, prepend=1, append=0)
     found = calibration_slope(true, surer, np.arange(600) // 6, n_draws=300)
     assert found.slope is not None and found.slope.estimate == pytest.approx(0.5, abs=0.05)
+    assert found.intercept is not None
     assert found.intercept.estimate > 0.3  # it grades too low
 
 
 def test_grades_that_are_told_apart_completely_have_no_slope() -> None:
     true = np.arange(20) % 5
     found = calibration_slope(true, 0.6 * np.eye(5)[true] + 0.08, range(20))
-    assert found.slope is None and np.isfinite(found.intercept.estimate)
+    assert found.slope is None and found.intercept is not None and np.isfinite(found.intercept.estimate)
     # One pair of slides keeps the grades from being parted; three resamples of five lack one of the two.
     above = np.linspace(0.1, 0.9, 12)
     barely = calibration_slope([0] * 5 + [1, 0] + [1] * 5, np.stack([1 - above, above], 1), range(12))
     assert barely.slope is None
-    with pytest.raises(UsageError, match="all of the highest grade"):
-        calibration_slope([4, 4], np.full((2, 5), 0.2), [0, 1])
+    for grade in (0, 4):  # without two sides
+        none = calibration_slope([grade] * 2, np.full((2, 5), 0.2), [0, 1])
+        assert none.slope is None and none.intercept is None
 
 
 def test_the_null_is_the_error_of_calibrated_probabilities() -> None:
