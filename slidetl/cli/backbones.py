@@ -59,7 +59,10 @@ def _list_pathology(pattern: str | None) -> int:
                 f"{spacing:<14}  {access[preset.is_gated]:<10}  {preset.licence:<30}  {preset.name}"
             )
             continue
-        mean, std = (" ".join(map(str, statistic)) for statistic in preset.normalisation)
+        normalisation = "not stated; of config.json at the hub"
+        if preset.normalisation:
+            mean, std = (" ".join(map(str, statistic)) for statistic in preset.normalisation)
+            normalisation = f"mean {mean}, std {std}"
         arguments = " ".join(f"{key}={value}" for key, value in preset.arguments.items())
         print(f"{preset.key}\n  {'name':<13}  {preset.name}")
         for label, value in (
@@ -69,7 +72,7 @@ def _list_pathology(pattern: str | None) -> int:
             ("pooling", preset.pooling),
             ("embedding", entry.features or "-"),
             ("parameters", millions),
-            ("normalisation", f"mean {mean}, std {std}"),
+            ("normalisation", normalisation),
             ("spacing", f"{spacing} micrometres per pixel" if preset.mpp else spacing),
             ("tile", f"{preset.tile_px} px"),
             ("licence", preset.licence),

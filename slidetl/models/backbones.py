@@ -288,8 +288,8 @@ def _architecture(name: str) -> dict[str, Any] | None:
     recorded = _recorded.get()
     if recorded:
         return _checked(recorded, name)
-    if preset := preset_of(name):
-        return _checked(preset.configuration, name)
+    if (preset := preset_of(name)) and (known := preset.configuration):
+        return _checked(known, name)
     from timm.models._hub import load_model_config_from_path
 
     try:
@@ -541,9 +541,8 @@ def _file_weights(path: Path) -> Pretrained:
         if any(key.startswith(_FIRST_MEMBER) for key in weights):
             return _backbone_of(weights, metadata, path)
         if is_dinov2(weights):
-            own = state_sha256(weights)
             try:
-                return Pretrained(convert_dinov2(weights), {}, (own,))
+                weights = convert_dinov2(weights)
             except WeightsError as error:
                 raise WeightsError(f"{path}: {error}") from None
         normalisation = {

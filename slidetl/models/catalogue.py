@@ -118,7 +118,7 @@ def _entry(name: str, is_counted: bool) -> BackboneEntry:
     else:
         weights = "download"
     preset = preset_of(name)
-    needs_a_connection = name.startswith("hf-hub:") and path is None and preset is None
+    needs_a_connection = name.startswith("hf-hub:") and path is None and not (preset and preset.configuration)
     if not is_counted or needs_a_connection:
         return BackboneEntry(name, None, None, None, weights)
     try:

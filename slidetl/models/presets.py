@@ -37,7 +37,7 @@ class Preset:
         architecture: the network of timm.
         arguments: what that network is built with.
         gated_mlp, layer_scale, pooling: fields of :class:`~slidetl.models.spec.BackboneSpec`.
-        normalisation: mean and standard deviation of pixel values in 0..1.
+        normalisation: mean and standard deviation of pixel values in 0..1; None if no source states them.
         mpp: spacings in micrometres per pixel of the tiles in its training; empty if no source states them.
         tile_px: side of a tile.
         licence: of the weights.
@@ -50,7 +50,7 @@ class Preset:
     name: str
     architecture: str
     arguments: Mapping[str, int | float | bool | str]
-    normalisation: tuple[Statistic, Statistic]
+    normalisation: tuple[Statistic, Statistic] | None
     mpp: tuple[float, ...]
     licence: str
     is_gated: bool | None
@@ -62,8 +62,10 @@ class Preset:
     file: str = "pytorch_model.bin"
 
     @property
-    def configuration(self) -> dict[str, Any]:
-        """The configuration in the form that timm's models have on the hub."""
+    def configuration(self) -> dict[str, Any] | None:
+        """The configuration in the form of timm's models on the hub; None if only the hub's is complete."""
+        if self.normalisation is None:
+            return None
         mean, std = self.normalisation
         about = {
             "mean": list(mean),
@@ -289,7 +291,7 @@ PRESETS = (
         normalisation=LUNIT,
         mpp=(0.5,),
         licence="lunit-non-commercial",
-        is_gated=False,
+        is_gated=None,
         file="model.safetensors",
         sources=(
             "github.com/lunit-io/benchmark-ssl-pathology@d0288de README.md",
@@ -349,10 +351,10 @@ PRESETS = (
         name="hf-hub:waticlems/Prost40M",
         architecture="vit_small_patch16_224",
         arguments={"img_size": 224, "patch_size": 14},
-        normalisation=IMAGENET,
+        normalisation=None,
         mpp=(0.5,),
         licence="Apache-2.0",
-        is_gated=False,
+        is_gated=None,
         file="model.safetensors",
         sources=("huggingface.co/waticlems/Prost40M payload_manifest.json", f"{SLIDE2VEC}/prost40m.py"),
     ),

@@ -209,7 +209,7 @@ def test_a_preset_is_recorded_as_its_fields_and_its_tiles_are_compared(
         "--trainer.limit_train_batches=1",
     ]
     words = ["fit", *study.options(tmp_path), *options, "--trainer.max_epochs=1", "--data.bag_size=1"]
-    assert main([*words, "--model.backbone.preset=prost40m"]) == 2
+    assert main([*words, "--model.backbone.preset=h0-mini"]) == 2
     assert "(patches of 14 px) takes no tiles of 64 px; cut tiles of 56 or 70 px" in capsys.readouterr().err
     with pytest.warns(UserWarning, match="kaiko-s16 was trained on tiles of 224 px, these have 64"):
         assert main([*words, "--model.backbone.preset=kaiko-s16"]) == 0

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from slidetl.errors import UsageError, WeightsError
 from slidetl.models.backbones import Backbone, read_pretrained, without_downloads
-from slidetl.models.presets import PRESETS, Preset, find_preset, preset_of, tile_warnings
+from slidetl.models.presets import HALVES, PRESETS, Preset, find_preset, preset_of, tile_warnings
 from slidetl.models.spec import BackboneSpec, with_preset
 
 # Their embeddings, as their authors or other toolkits state them.
@@ -42,7 +42,8 @@ FEATURES = {
 
 def shallow(preset: Preset) -> Backbone:
     """The network of a preset with two of its layers, built as a checkpoint's is."""
-    configuration = preset.configuration
+    configuration = replace(preset, normalisation=preset.normalisation or HALVES).configuration
+    assert configuration is not None
     # timm's initialisation takes most of the time.
     small: dict[str, Any] = {"depth": 2, "weight_init": "skip"}
     if preset.architecture.startswith("swin"):
@@ -61,7 +62,7 @@ def test_every_preset_is_built_at_its_width_and_scripts_without_a_difference(pre
         for name, parameter in backbone.net.named_parameters():
             if name.endswith((".gamma", "_token", "pos_embed")):  # too small to be seen
                 parameter.fill_(0.5)
-    mean, std = preset.normalisation
+    mean, std = preset.normalisation or HALVES
     torch.testing.assert_close(backbone.mean.flatten(), torch.tensor(mean))
     torch.testing.assert_close(backbone.std.flatten(), torch.tensor(std))
     tiles = torch.randint(0, 256, (1, 3, 112, 112), dtype=torch.uint8)  # every patch divides it
@@ -122,6 +123,9 @@ def test_weights_of_a_preset_come_from_the_cache_or_a_file(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(WeightsError, match="the published weights of 'hf-hub:MahmoodLab/UNI' could not be"):
         read_pretrained(BackboneSpec(preset="uni"))
+    # Its normalisation is stated at the hub alone, and is not guessed.
+    with pytest.raises(WeightsError, match="the configuration of 'hf-hub:waticlems/Prost40M' could not be"):
+        Backbone(BackboneSpec(preset="prost40m"))
 
 
 def test_tiles_unlike_those_of_the_training_are_named() -> None:
