@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Sequence
 
 from slidetl.text import one_line
 
@@ -46,7 +47,16 @@ class UsageError(SlidetlError, ValueError):
 
 
 class ManifestError(SlidetlError, ValueError):
-    """Faults in a manifest: all of them together, each with its line number."""
+    """Faults in a manifest: all of them together, each with its line number.
+
+    Args:
+        message: for the reader.
+        faults: line and text of each fault of a line.
+    """
+
+    def __init__(self, message: str, faults: Sequence[tuple[int, str]] = ()) -> None:
+        super().__init__(message)
+        self.faults = tuple(faults)
 
 
 class AnnotationError(SlidetlError, ValueError):

@@ -41,7 +41,7 @@ def write_page(
     )
     # Style and scripts are files of this package.
     own = {"policy": policy, "style": Markup(css), "scripts": [Markup(text) for text in code]}
-    write_whole(path, _environment(package).get_template(template).render(**own, **values))
+    write_whole(path, environment(package).get_template(template).render(**own, **values))
 
 
 def data_uri(kind: str, content: bytes) -> str:
@@ -58,7 +58,8 @@ def script_json(values: Any) -> Any:
 
 
 @functools.cache
-def _environment(package: str) -> Environment:
+def environment(package: str) -> Environment:
+    """Returns the templates of a package; values are escaped, and a missing one is an error."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     loader, strict = PackageLoader(package), StrictUndefined

@@ -48,7 +48,9 @@ COMMANDS = {
     "grade": "grade slides with an exported file",
     "doctor": "examine the installation, the machine and file systems",
     "zoo": "publish models to a library, and build on those of others",
+    "studio": "open a page in the browser that does all this without a command line",
 }
+_ELSEWHERE = {"studio": "slidetl.studio.command"}  # it stands above the command line
 _TRAINING_MEMORY = "lower --data.bag_size, --data.batch_size or --data.num_workers, or use a smaller backbone"
 _EVALUATION_MEMORY = "lower --data.chunk_size or --data.num_workers"
 # Advice for each command that runs out of memory.
@@ -158,7 +160,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
 def _add_command(parser: argparse.ArgumentParser, name: str) -> None:
     from slidetl.cli.options import add_command
 
-    module = importlib.import_module(f"slidetl.cli.{name}")
+    module = importlib.import_module(_ELSEWHERE.get(name, f"slidetl.cli.{name}"))
     if not hasattr(module, "COMMANDS"):
         add_command(parser, getattr(module, name))
         return

@@ -154,7 +154,10 @@ class _Faults:
         if listed:
             count = sum(map(len, self._found.values()))
             lines = "\n  ".join(text for _, text in sorted(listed))
-            raise ManifestError(f"{path}: {count} fault{'s' * (count > 1)} in the manifest:\n  {lines}")
+            raise ManifestError(
+                f"{path}: {count} fault{'s' * (count > 1)} in the manifest:\n  {lines}",
+                sorted(fault for faults in self._found.values() for fault in faults),
+            )
 
 
 def _read_csv(path: Path, n_grades: int | None, tasks: Sequence[Task]) -> Manifest:

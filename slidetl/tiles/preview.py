@@ -23,7 +23,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 """Colour of tiles by outcome, RGB 0..255. Tiles without tissue are not drawn."""
 
 _OTHER = (90, 90, 90)
-_OUTLINE = (0, 170, 190)
+OUTLINE = (0, 170, 190)
 _REGIONS = (230, 0, 200)
 _LONGEST_PX = 2000
 _SHORTEST_PX = 600
@@ -69,14 +69,14 @@ def draw_preview(path: Path, plan: TilePlan, title: str) -> None:
             brush.rectangle(place, outline=COLOURS.get(reason, _OTHER))
 
     pixels = np.array(picture)
-    legend = [(_OUTLINE, "outline of the tissue")]
-    outlined = [(_OUTLINE, plan.tissue_mask.mask)]
+    legend = [(OUTLINE, "outline of the tissue")]
+    outlined = [(OUTLINE, plan.tissue_mask.mask)]
     if plan.regions is not None:
         legend.append((_REGIONS, "outline of the regions"))
         outlined.append((_REGIONS, plan.regions >= 0.5))
     for colour, mask in outlined:
         shown = np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
-        pixels[_outline(shown)] = colour
+        pixels[outline(shown)] = colour
     legend += [(COLOURS.get(r, _OTHER), f"{r}: {len(places)} tiles") for r, places in boxes.items()]
     sheet = Image.new("RGB", (max(size[0], 340), size[1] + _ROW_PX * (len(legend) + 1) + 8), "white")
     sheet.paste(Image.fromarray(pixels), (0, 0))
@@ -93,7 +93,7 @@ def draw_preview(path: Path, plan: TilePlan, title: str) -> None:
         sheet.save(file, format="PNG")
 
 
-def _outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def outline(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Finds the border of the mask, two pixels wide."""
     inner = np.pad(mask, 2)
     for _ in range(2):

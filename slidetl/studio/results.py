@@ -1,0 +1,191 @@
+"""Reads what commands wrote, in numbers for the pages."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slidetl.errors import SlidetlError, UsageError
+from slidetl.evaluation.bootstrap import Interval, bca_interval_if_defined
+from slidetl.evaluation.calibration import ReliabilityBin, reliability
+from slidetl.evaluation.conformal import ReferralPoint, referral_rule, risk_coverage
+from slidetl.evaluation.metrics import GradeMetrics, accuracy, grade_metrics, qwk
+from slidetl.library.local import pulled_folder
+from slidetl.library.model_card import ModelCard
+from slidetl.studio.presets import predictions_of
+from slidetl.training.predictions import SlidePrediction, read_predictions
+
+_CURVES = ("train/loss", "val/loss", "val/qwk", "val/rps", "val/accuracy")
+_MOST_POINTS = 2000
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The test part of a run.
+
+    Attributes:
+        metrics: of its slides.
+        patients: their number.
+        accuracy, qwk: with 95 % intervals over patients; None if undefined.
+        bins: of the reliability diagram.
+        sites: name, slides, accuracy of each site.
+        referral: the rule for a chosen risk; None if no rule keeps it.
+    """
+
+    metrics: GradeMetrics
+    patients: int
+    accuracy: Interval | None
+    qwk: Interval | None
+    bins: tuple[ReliabilityBin, ...]
+    sites: tuple[tuple[str, int, float], ...]
+    referral: ReferralPoint | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The declared comparison of a run of ``slidetl compare``.
+
+    Attributes:
+        arms: arm, and its QWK with interval.
+        difference: of the declared arms; None if they are not complete.
+    """
+
+    arms: tuple[tuple[str, dict[str, float]], ...]
+    difference: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class ModelFileEntry:
+    """A model file to grade with.
+
+    Attributes:
+        name: for the page.
+        path: of the file.
+        card: its card; None if it cannot be read.
+        is_pulled: taken from a library.
+    """
+
+    name: str
+    path: Path
+    card: ModelCard | None
+    is_pulled: bool
+
+
+def judge(folder: Path, n_grades: int, risk: float) -> Judged | None:
+    """Judges the predictions of a run; None if there are none of graded slides.
+
+    Raises:
+        UsageError: the table is damaged.
+    """
+    table = predictions_of(folder)
+    if table is None or (folder / "comparison.yaml").is_file():
+        return None
+    rows = [row for row in read_predictions(table) if row.grade is not None and not row.reason]
+    if not rows:
+        return None
+    true = np.array([row.grade for row in rows])
+    probabilities = np.array([row.probabilities for row in rows])
+    if probabilities.shape[1:] != (n_grades,):
+        raise UsageError(f"{table.name}: made for another scale than the {n_grades} grades of this project")
+    predicted, who = probabilities.argmax(axis=1), np.array([row.patient_id for row in rows])
+    curve = risk_coverage(predicted != true, probabilities.max(axis=1), who)
+    return Judged(
+        metrics=grade_metrics(true, predicted, n_grades),
+        patients=len(set(who.tolist())),
+        accuracy=bca_interval_if_defined(partial(accuracy, true, predicted), who, n_draws=1000),
+        qwk=bca_interval_if_defined(partial(qwk, true, predicted, n_grades), who, n_draws=1000),
+        bins=reliability(true, probabilities, n_bins=5, n_draws=300),
+        sites=_by_site(rows),
+        referral=referral_rule(curve, risk),
+    )
+
+
+def _by_site(rows: list[SlidePrediction]) -> tuple[tuple[str, int, float], ...]:
+    hits: dict[str, list[bool]] = defaultdict(list)
+    for row in rows:
+        hits[row.site].append(row.predicted_grade == row.grade)
+    return tuple((site, len(of), sum(of) / len(of)) for site, of in sorted(hits.items()))
+
+
+def verdict(folder: Path) -> Verdict | None:
+    """Reads the verdict of a comparison; None before it has one."""
+    try:
+        with (folder / "results.csv").open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return None
+    arms = [
+        (row["arm"], _numbers(row)) for row in rows if (row["section"], row["metric"]) == ("metric", "qwk")
+    ]
+    primary = [row for row in rows if row["section"] == "primary"]
+    names = {key: primary[0][key] for key in ("arm", "against")} if primary else {}
+    return Verdict(tuple(arms), {**names, **_numbers(primary[0])} if primary else None)
+
+
+def _numbers(row: dict[str, str]) -> dict[str, float]:
+    return {name: float(row[name]) for name in ("estimate", "low", "high", "p") if row.get(name)}
+
+
+def curve(folder: Path) -> dict[str, list[float | None]]:
+    """Reads the learning curve of a training: metrics by epoch, of all its resumed parts."""
+    points: dict[int, dict[str, float]] = defaultdict(dict)
+    for table in sorted(
+        folder.glob("logs/version_*/metrics.csv"), key=lambda path: int(path.parent.name[8:])
+    ):
+        try:
+            with table.open(newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    for name in _CURVES:
+                        if row.get("epoch") and row.get(name) and math.isfinite(value := float(row[name])):
+                            points[int(row["epoch"])][name] = value
+        except (OSError, ValueError, csv.Error):
+            continue  # a line is being written
+    epochs = sorted(points)[-_MOST_POINTS:]
+    names = [name for name in _CURVES if any(name in points[epoch] for epoch in epochs)]
+    return {
+        "epoch": [epoch + 1 for epoch in epochs],
+        **{n: [points[e].get(n) for e in epochs] for n in names},
+    }
+
+
+def models(project: Path) -> list[ModelFileEntry]:
+    """Lists the model files of a project, and those taken from libraries."""
+    own = [(path.stem, path, False) for path in sorted((project / "models").glob("*.pt"))]
+    pulled = [(path.parent.name, path, True) for path in sorted(pulled_folder().glob("*/model.pt"))]
+    return [ModelFileEntry(name, path, _card(path), is_pulled) for name, path, is_pulled in (*own, *pulled)]
+
+
+def _card(path: Path) -> ModelCard | None:
+    try:
+        return ModelCard.of_file(path)
+    except (SlidetlError, OSError):
+        return None
+
+
+def graded(folder: Path) -> list[dict[str, Any]]:
+    """Reads the results of a run of ``slidetl grade``, with the name of each slide's page."""
+    pages: dict[str, str] = {}
+    for path in folder.glob("*.json"):
+        try:
+            pages[str(json.loads(path.read_text(encoding="utf-8"))["slide"])] = path.stem
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    try:
+        with (folder / "results.csv").open(newline="", encoding="utf-8") as file:
+            rows: list[dict[str, Any]] = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return []
+    for row in rows:
+        row["page"] = pages.get(row["slide"], "")
+        row["name"] = Path(row["slide"]).name
+        shares = [float(row[name]) for name in row if name.startswith("probability_") and row[name]]
+        row["probability"] = max(shares, default=None)
+    return rows

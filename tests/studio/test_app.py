@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import csv
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from slidetl.studio.project import Project
+from tests.studio.conftest import ORIGIN, Client
+
+PAGES = ("slides", "labels", "train", "model", "grade")
+
+
+def project_of(client: Client) -> Project:
+    return Project(client.studio.root, client.studio.home, "lung")
+
+
+def test_the_server_never_loads_torch() -> None:
+    program = (
+        "import sys\nimport slidetl.studio.command, slidetl.studio.app, slidetl.studio.results\n"
+        "sys.exit(str({'torch', 'pytorch_lightning', 'timm'} & set(sys.modules) or '') or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_page_opens_before_there_is_anything(page: str, client: Client) -> None:
+    client.post("/projects", name="lung", grades="0, 1")
+    answer = client.http.get(f"/p/lung/{page}")
+    assert answer.status_code == 200 and 'aria-current="page"' in answer.text
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_page_opens_with_slides(page: str, project: Client) -> None:
+    assert project.http.get(f"/p/lung/{page}").status_code == 200
+
+
+def test_a_fault_stands_beside_its_row_and_stops_nothing_that_was_typed(project: Client) -> None:
+    fields = {"grade:0": "mild", "grade:1": "9", "patient_id:1": "P2", "site:2": "north"}
+    page = project.post("/p/lung/labels", **fields)
+    assert "Rows with a fault: 1" in page and page.count('class="wrong"') == 1
+    assert "found &#39;9&#39;" in page and 'value="9"' in page and 'value="P2"' in page
+    lung = project_of(project)
+    assert [row["grade"] for row in lung.check().rows] == ["1", "9", ""]
+    # Commands keep the labels of before.
+    with lung.manifest.open(newline="") as file:
+        assert [row["grade"] for row in csv.DictReader(file)] == ["", "", ""]
+    status, said = project.refused("/p/lung/train", preset="ridge", network="x")
+    assert status == 400 and "Before training" in said
+    assert "no fault found" in project.post("/p/lung/labels", **{"grade:1": "severe"})
+    with lung.manifest.open(newline="") as file:
+        assert [row["grade"] for row in csv.DictReader(file)] == ["1", "2", ""]
+
+
+def test_patients_spelled_twice_and_patients_unknown_are_doubts(project: Client) -> None:
+    assert "Each slide counts as a patient of its own" in project.http.get("/p/lung/labels").text
+    page = project.post(
+        "/p/lung/labels", **{"patient_id:0": "P7", "patient_id:1": "p 7", "patient_id:2": "P8"}
+    )
+    assert "spelled twice" in page and "as a patient of its own" not in page
+
+
+def test_a_table_of_a_spreadsheet_gives_labels(project: Client) -> None:
+    table = "\ufeffSlide ID;Patient-ID;Grade;Site\r\na.svs;P1;severe;north\r\nb;P2;0;\r\nz;P3;1;\r\n".encode()
+    headers = {"Origin": ORIGIN, "X-CSRF-Token": project.csrf}
+    assert project.http.put("/p/lung/table", content=table, headers=headers).status_code == 201
+    page = project.http.get("/p/lung/labels").text
+    assert "1 lines of the table are of no slide of this project: z (4)" in page
+    rows = project_of(project).check().rows
+    assert [(row["patient_id"], row["grade"], row["site"]) for row in rows] == [
+        ("P1", "2", "north"),
+        ("P2", "0", ""),
+        ("c", "", ""),
+    ]
+    answer = project.http.put("/p/lung/table", content=b"PK\x03\x04 a workbook", headers=headers)
+    assert answer.status_code == 400 and "save the table as CSV" in answer.text
+
+
+def test_labels_stay_when_slides_are_added(project: Client) -> None:
+    project.post("/p/lung/labels", **{"grade:1": "mild", "patient_id:1": "P2"})
+    (project.root / "study" / "aa.svs").write_bytes(b"no slide")
+    project.post("/p/lung/folder", folder="study")
+    rows = {row["slide_id"]: row for row in project_of(project).check().rows}
+    assert len(rows) == 4 and (rows["b"]["patient_id"], rows["b"]["grade"]) == ("P2", "1")
+
+
+def test_the_commands_of_every_preset_are_shown(project: Client) -> None:
+    page = project.http.get("/p/lung/train").text
+    for said in (
+        "slidetl fit-features manifest.csv --cache cache",
+        "slidetl fit --config runs/warm-1/training.yaml",
+        "slidetl compare --config runs/compare-1/comparison.yaml",
+        "slidetl.models.transfer.SharedBoth",
+    ):
+        assert said in page
+
+
+def test_a_job_is_queued_once_and_no_more_than_twenty(project: Client) -> None:
+    project.post("/p/lung/tile")
+    assert project.refused("/p/lung/tile")[0] == 409
+    queue = project.studio.queue
+    assert queue.jobs()[0].steps[0].words[:4] == ("tile", "manifest.csv", "--cache", "cache")
+    step = queue.jobs()[0].steps
+    for number in range(19):
+        queue.add("train", "lung", f"r{number}", step, project.root)
+    assert project.refused("/p/lung/pull", name="m", **{"from": "models"})[0] == 429
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["", "/etc", "../x", "file:///x", "http://elsewhere.example", "simplecache::s3://b/x", "s3://b/../c"],
+)
+def test_a_library_is_below_the_root_or_a_bucket(place: str, project: Client) -> None:
+    assert project.refused("/p/lung/pull", name="m", **{"from": place})[0] in (400, 403)
+    assert not project.studio.queue.jobs()
+
+
+def test_a_model_is_published_and_taken_by_the_commands(project: Client) -> None:
+    models = project.root / "studio" / "lung" / "models"
+    models.mkdir()
+    (models / "ridge-1.pt").write_bytes(b"")
+    about = {"description": "--trust", "intended_use": ""}
+    project.post("/p/lung/publish", model="ridge-1", to="shared", name="lung-1", **about)
+    project.post("/p/lung/pull", name="lung-2", **{"from": "s3://hospital/models"})
+    pulled, published = project.studio.queue.jobs()
+    assert published.steps[0].words == (
+        *("zoo", "publish", "models/ridge-1.pt", "--to", str(project.root / "shared"), "--name", "lung-1"),
+        "--description=--trust",
+    )
+    assert pulled.steps[0].words == ("zoo", "pull", "lung-2", "--from", "s3://hospital/models")
+
+
+def test_a_project_needs_a_name_and_grades(client: Client) -> None:
+    for fields in (
+        {"name": "../x", "grades": "0,1"},
+        {"name": ".jobs", "grades": "0,1"},
+        {"name": "a", "grades": "0"},
+        {"name": "a", "grades": "x,x"},
+        {"name": "a", "grades": "0,1", "mpp": "-1"},
+        {"name": "a", "grades": "0,1", "mpp": "nan"},
+        {"name": "a", "grades": "0,1", "tile_size": "x"},
+    ):
+        assert client.refused("/projects", **fields)[0] == 400
+    assert client.http.get("/p/none/slides").status_code == 404
+
+
+def test_another_studio_on_the_same_folder_is_refused(client: Client, opened: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match="another studio works on this folder"):
+        opened()
+
+
+def test_every_text_is_used(client: Client) -> None:
+    from slidetl.studio import texts
+
+    folder = Path(texts.__file__).parent
+    source = "\n".join(path.read_text() for path in (*folder.glob("*.py"), *folder.glob("templates/*.html")))
+    source = source.replace(Path(texts.__file__).read_text(), "")
+    built = ("nav.", "labels.", "train.", "jobs.", "grade.")  # names put together in a template
+    named = set(re.findall(r"[\"'](\w+\.\w+)[\"']", source))
+    unused = [name for name in texts.TEXTS if name not in named and not name.startswith(built)]
+    assert not unused
