@@ -138,7 +138,7 @@ ProjectOf = Annotated[Project, Depends(_project)]
 def create_app(studio: Studio) -> FastAPI:
     """Builds the pages of a studio."""
     # Newer versions could be told by the environment to send telemetry away.
-    quiet = dict.fromkeys(("auto_configure", "tracing", "metrics", "logs"), False)
+    quiet: Any = dict.fromkeys(("auto_configure", "tracing", "metrics", "logs"), False)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, telemetry=quiet)
     app.state.studio = studio
     static = resources.files("slidetl.studio") / "static"

@@ -129,6 +129,7 @@ class JobQueue:
         self._folder = folder
         self._lock = threading.RLock()
         self._ended = threading.Event()
+        self._child: subprocess.Popen[bytes] | None = None
         folder.mkdir(parents=True, exist_ok=True)
         self._held: IO[str] = (folder / "lock").open("w")
         try:
@@ -262,7 +263,7 @@ class JobQueue:
         with (folder / "log.txt").open("ab") as log:
             log.write(f"$ slidetl {' '.join(words)}\n".encode())
             log.flush()
-            child = subprocess.Popen(
+            self._child = child = subprocess.Popen(
                 [sys.executable, "-m", "slidetl", *words, *status],
                 cwd=job.folder,
                 stdin=subprocess.DEVNULL,
@@ -278,11 +279,12 @@ class JobQueue:
 
     def _end_step(self, job: Job, process: _Process) -> None:
         """Takes the exit code of an ended command, and ends the job or starts its next command."""
-        code = None
-        with suppress(ChildProcessError):  # of an earlier server
-            pid, found = os.waitpid(process.pid, os.WNOHANG)
-            code = os.waitstatus_to_exitcode(found) if pid else None
-        code = self.status(job).get("exit_code") if code is None else code
+        if self._child is not None and self._child.pid == process.pid:
+            code: object = self._child.wait()  # it is dead
+            self._child = None
+        else:  # of an earlier server
+            code = self.status(job).get("exit_code")
+        code = code if isinstance(code, int) else None
         job = replace(job, exit_code=code)
         if job.state == STOPPING and code != 0:
             self._write(replace(job, state=STOPPED))
@@ -297,12 +299,12 @@ class JobQueue:
         else:
             self._write(replace(job, state=DONE))
 
-    def _reason(self, job: Job, code: object) -> str:
+    def _reason(self, job: Job, code: int | None) -> str:
         lines = [line for line in self.log(job).splitlines() if line.strip()]
         said = [line for line in lines if line.startswith("slidetl: error: ")]
         if said:
             return said[-1].removeprefix("slidetl: error: ")
-        if code is None or (isinstance(code, int) and code < 0):
+        if code is None or code < 0:
             return "its process was ended from outside, perhaps for want of memory"
         return lines[-1] if lines else f"it ended with code {code}"
 

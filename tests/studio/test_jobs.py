@@ -1,0 +1,137 @@
+"""The queue, with real processes of our own commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from slidetl.studio.jobs import Job, JobQueue, Step, _Process, _resumed
+
+QUICK = Step(("backbones", "--help"))
+SLEEPS = "import signal, sys, time\nsignal.signal(signal.SIGINT, signal.{how})\ntime.sleep(60)\n"
+
+
+@pytest.fixture
+def queue(tmp_path: Path) -> Iterator[JobQueue]:
+    queue = JobQueue(tmp_path / "jobs")
+    yield queue
+    queue.close()
+
+
+def until(queue: JobQueue, job: Job, done: Callable[[Job], bool], seconds: float = 60) -> Job:
+    """Turns the queue by hand until a job is as wanted."""
+    end = time.monotonic() + seconds
+    while not done(found := queue.find(job.id)):
+        assert time.monotonic() < end, found
+        queue._turn()
+        time.sleep(0.05)
+    return found
+
+
+def is_over(job: Job) -> bool:
+    return not job.is_active
+
+
+def test_one_job_at_a_time_in_order(queue: JobQueue, tmp_path: Path) -> None:
+    bad = Step(("cache", "info", "none"))
+    first = queue.add("tile", "a", "", (QUICK, QUICK), tmp_path)
+    second = queue.add("train", "b", "r", (bad, QUICK), tmp_path)
+    queue._turn()
+    assert (queue.find(first.id).state, queue.find(second.id).state) == ("running", "waiting")
+    done = until(queue, first, is_over)
+    assert (done.state, done.exit_code, done.step) == ("done", 0, 1)
+    failed = until(queue, second, is_over)
+    assert (failed.state, failed.exit_code, failed.step) == ("failed", 2, 0)
+    assert "none" in failed.reason and "\n" not in failed.reason
+    assert "$ slidetl cache info none" in queue.log(failed)
+    assert [job.id for job in queue.jobs()] == [second.id, first.id]
+    assert [job.id for job in queue.jobs("a")] == [first.id]
+
+
+def pretend(queue: JobQueue, folder: Path, how: str) -> tuple[Job, subprocess.Popen[bytes]]:
+    """A job with a process of ours: one that ends by SIGINT, or one that does not."""
+    job = queue.add("train", "a", "r", (QUICK,), folder)
+    child = subprocess.Popen([sys.executable, "-c", SLEEPS.format(how=how)], start_new_session=True)
+    time.sleep(0.5)
+    place = folder / "jobs" / job.id
+    process = _Process.of(child.pid)
+    assert process is not None
+    (place / "process.json").write_text(json.dumps(vars(process)))
+    values = json.loads((place / "job.json").read_text())
+    (place / "job.json").write_text(json.dumps({**values, "state": "running"}))
+    return job, child
+
+
+def test_stop_asks_first_and_forces_later(
+    queue: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slidetl.studio.jobs._TERM_S", 0.2)
+    job, child = pretend(queue, tmp_path, "SIG_IGN")
+    queue.stop(job.id)
+    assert queue.find(job.id).state == "stopping" and child.poll() is None
+    assert until(queue, job, is_over, 20).state == "stopped"
+    assert child.wait(10) == -signal.SIGTERM
+
+
+def test_stop_leaves_another_process_of_the_same_pid_alone(queue: JobQueue, tmp_path: Path) -> None:
+    job, child = pretend(queue, tmp_path, "SIG_DFL")
+    place = tmp_path / "jobs" / job.id / "process.json"
+    for wrong in ({"started": 1}, {"boot": "another"}):
+        place.write_text(json.dumps({**json.loads(place.read_text()), **wrong}))
+        queue.stop(job.id)
+        time.sleep(0.2)
+        assert child.poll() is None
+    assert not until(queue, job, is_over).is_active
+    child.kill()
+    child.wait()
+
+
+def test_another_server_finds_the_jobs(tmp_path: Path) -> None:
+    first = JobQueue(tmp_path / "jobs")
+    running, child = pretend(first, tmp_path, "SIG_DFL")
+    waiting = first.add("tile", "a", "", (QUICK,), tmp_path)
+    first.close()
+    second = JobQueue(tmp_path / "jobs")
+    second._turn()
+    assert (second.find(running.id).state, second.find(waiting.id).state) == ("running", "waiting")
+    # Ended while no server looked: the status file has the exit code.
+    child.kill()
+    child.wait()
+    status = tmp_path / "jobs" / running.id / "status-0.json"
+    status.write_text(json.dumps({"state": "done", "exit_code": 0}))
+    assert until(second, running, is_over).state == "done"
+    assert until(second, waiting, is_over).state == "done"
+    second.close()
+
+
+def test_a_process_killed_from_outside_says_so_and_resumes(queue: JobQueue, tmp_path: Path) -> None:
+    job, child = pretend(queue, tmp_path, "SIG_DFL")
+    child.kill()
+    child.wait()
+    failed = until(queue, job, is_over)
+    assert failed.state == "failed" and "ended from outside" in failed.reason
+    queue.resume(job.id)
+    assert until(queue, job, is_over).state == "done"
+
+
+def test_a_training_resumes_from_its_last_checkpoint(tmp_path: Path) -> None:
+    plain = ("fit", "--config", "runs/r/training.yaml")
+    words: tuple[str, ...] = plain
+    assert _resumed(words, tmp_path) == plain
+    for version in (0, 1):
+        last = tmp_path / "runs" / "r" / "logs" / f"version_{version}" / "checkpoints" / "last.ckpt"
+        last.parent.mkdir(parents=True)
+        last.write_bytes(b"")
+        os.utime(last, (version, version))
+        words = _resumed(words, tmp_path)
+        assert words == (*plain, "--ckpt_path", str(last.relative_to(tmp_path)))
+    assert _resumed(("grade", "m"), tmp_path) == ("grade", "m", "--resume")
+    assert _resumed(("tile", "m"), tmp_path) == ("tile", "m")
