@@ -115,7 +115,7 @@ class Guard:
             return
         scope.setdefault("state", {})
         session = self._session(headers)
-        if session is None and self.token and scope["method"] == "GET" and path == "/":
+        if self.token and session is None and scope["method"] == "GET" and path == "/":
             token = _query(scope, "token")
             with self._lock:
                 is_right = bool(token) and secrets.compare_digest(token.encode(), self.token.encode())

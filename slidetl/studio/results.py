@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from slidetl import library
 from slidetl.errors import SlidetlError, UsageError
 from slidetl.evaluation.bootstrap import Interval, bca_interval_if_defined
 from slidetl.evaluation.calibration import ReliabilityBin, reliability
 from slidetl.evaluation.conformal import ReferralPoint, referral_rule, risk_coverage
 from slidetl.evaluation.metrics import GradeMetrics, accuracy, grade_metrics, qwk
-from slidetl.library.local import pulled_folder
-from slidetl.library.model_card import ModelCard
 from slidetl.studio.presets import predictions_of
 from slidetl.training.predictions import SlidePrediction, read_predictions
 
@@ -75,7 +74,7 @@ class ModelFileEntry:
 
     name: str
     path: Path
-    card: ModelCard | None
+    card: library.ModelCard | None
     is_pulled: bool
 
 
@@ -159,13 +158,13 @@ def curve(folder: Path) -> dict[str, list[float | None]]:
 def models(project: Path) -> list[ModelFileEntry]:
     """Lists the model files of a project, and those taken from libraries."""
     own = [(path.stem, path, False) for path in sorted((project / "models").glob("*.pt"))]
-    pulled = [(path.parent.name, path, True) for path in sorted(pulled_folder().glob("*/model.pt"))]
+    pulled = [(path.parent.name, path, True) for path in sorted(library.pulled_folder().glob("*/model.pt"))]
     return [ModelFileEntry(name, path, _card(path), is_pulled) for name, path, is_pulled in (*own, *pulled)]
 
 
-def _card(path: Path) -> ModelCard | None:
+def _card(path: Path) -> library.ModelCard | None:
     try:
-        return ModelCard.of_file(path)
+        return library.ModelCard.of_file(path)
     except (SlidetlError, OSError):
         return None
 
