@@ -49,7 +49,7 @@ class ManifestRow:
         reader_grades: each reader's grade, in the order of their numbers.
         mpp: spacing of level 0 in micrometres per pixel, overriding the slide's metadata.
         split: ``train``, ``val`` or ``test``; empty if a seed decides.
-        labels: label of each task: 0..K-1, the path of a table of tile labels, or None.
+        labels: label of each task: 0..K-1, the path of a table or of annotations with tile labels, or None.
     """
 
     line: int
@@ -217,7 +217,7 @@ def _parse_row(
             return table
         rule = (
             f"{task.column} must be a whole number from 0 to {len(task.grades) - 1} "
-            f"{'or a table of tile labels ' if task.of_tiles else ''}(empty: no label), found {{!r}}"
+            f"{'or a file of tile labels ' if task.of_tiles else ''}(empty: no label), found {{!r}}"
         )
         faults.add(line, rule, text)
         return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,10 +18,12 @@ from slidetl.data.tasks import Task, read_points
 from slidetl.errors import CacheError, CacheMismatchError, CacheMissingError, UsageError
 from slidetl.slides import open_slide
 from slidetl.slides.base import WHOLE_BYTES
+from slidetl.tiles.annotations import is_annotation_file
 from slidetl.tiles.foreign import SUFFIXES as FEATURE_SUFFIXES
 from slidetl.tiles.foreign import read_foreign
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.ledger import USED, Ledger, LedgerRow, file_state
+from slidetl.tiles.regions import label_tiles
 from slidetl.tiles.store import SlideCache, cache_path
 
 _MUCH = 2**30  # bytes, slow enough to read for a warning
@@ -129,6 +131,7 @@ def read_study(
 
     Raises:
         ManifestError: the manifest or a table of tile labels has faults.
+        AnnotationError: a file of annotations has.
         CacheMissingError: no slide of the manifest is in the cache.
         CacheMismatchError: a cache holds the tiles of another slide, or slides were tiled differently.
     """
@@ -136,21 +139,33 @@ def read_study(
     rows = read_manifest(Path(manifest), n_grades, tasks=tasks).rows
     ledger = _read_ledger(folder)
     slides, lost = [], []
+    others: dict[str, set[str]] = defaultdict(set)
     for row in rows:
         try:
             opened = open_cache(folder, row.slide_id, ledger.get(row.slide_id))
         except CacheMissingError:
             lost.append(row.slide_id)
             continue
-        slides.append(CachedSlide(row, opened, _read_labels(row, opened, tasks)))
+        slides.append(CachedSlide(row, opened, _read_labels(row, opened, tasks, others)))
     if not slides:
         raise CacheMissingError(
             f"{cache}: none of the {len(rows)} slides of {manifest} is here; run 'slidetl tile' first"
         )
     _warn_of_lost(lost, len(rows))
+    for name, classes in others.items():
+        warnings.warn(
+            f"task {name}: annotations of class {listed(sorted(classes))} are no label, not in its grades",
+            stacklevel=2,
+        )
     _check_files(folder, slides, ledger)
     study = Study(rows, tuple(slides), folder)
     common_spec(study.caches)
+    confined = sum(bool(opened.header.regions) for opened in study.caches)
+    if 0 < confined < len(slides):
+        warnings.warn(
+            f"{confined} of {len(slides)} slides have tiles of --regions only, the others of all tissue",
+            stacklevel=2,
+        )
     return study
 
 
@@ -326,12 +341,25 @@ def _warn_of_lost(lost: Sequence[str], n_slides: int) -> None:
 
 
 def _read_labels(
-    row: ManifestRow, cache: SlideCache, tasks: Sequence[Task]
+    row: ManifestRow, cache: SlideCache, tasks: Sequence[Task], others: Mapping[str, set[str]]
 ) -> dict[str, int | NDArray[np.int64]]:
-    """Reads the label of each task, of the slide or of its tiles; -1 for none."""
+    """Reads the label of each task, of the slide or of its tiles, -1 for none; adds unknown classes."""
     labels: dict[str, int | NDArray[np.int64]] = {}
     for task, label in zip(tasks, row.labels, strict=True):
-        if isinstance(label, Path):
+        if isinstance(label, Path) and is_annotation_file(label):
+            labels[task.name], unknown = label_tiles(
+                label,
+                task.grades,
+                task.least_share,
+                cache.header.viewer,
+                cache.header.vendor,
+                cache.origins_level0,
+                cache.extent_level0,
+                cache.mpp_level0,
+                cache.thumbnail_mpp,
+            )
+            others[task.name].update(unknown)
+        elif isinstance(label, Path):
             tables = read_points(label, len(task.grades))
             labels[task.name] = np.full(len(cache), -1)
             if points := tables.get(row.slide_id) or tables.get(""):

@@ -26,11 +26,14 @@ class Task:
         name: name in logs and file names; letters, digits, ``-`` and ``_``.
         column: column of the manifest, with an index 0..K-1 or nothing; for tiles, an index applies to all
             tiles of the slide, and a path (absolute or relative to the manifest) names a table of labels,
-            :func:`read_points`. The column ``grade`` also exists for images in folders.
+            :func:`read_points`, or annotations of QuPath, ASAP or ImageScope with the names in ``grades`` as
+            classes, :func:`slidetl.tiles.regions.label_tiles`. The column ``grade`` also exists for images in
+            folders.
         grades: names of the scale's K grades, lowest first, or of its classes.
         weight: weight of this loss; the grade has weight 1.
         of_tiles: True for labels of single tiles.
         ordinal: True for ordered grades, False for classes.
+        least_share: least share of a tile inside annotations of its class, above 0, up to 1.
     """
 
     name: str
@@ -39,6 +42,7 @@ class Task:
     weight: float = 1.0
     of_tiles: bool = False
     ordinal: bool = True
+    least_share: float = 0.5
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w-]+", self.name, re.ASCII):
@@ -51,6 +55,10 @@ class Task:
             )
         if not self.weight > 0:
             raise UsageError(f"task {self.name}: the weight must be above 0, not {self.weight}")
+        if not 0 < self.least_share <= 1:
+            raise UsageError(
+                f"task {self.name}: least_share must be above 0, up to 1, not {self.least_share}"
+            )
 
 
 def check_tasks(tasks: Sequence[Task]) -> None:

@@ -224,7 +224,7 @@ def label_tiles(
     extent_level0: tuple[float, float],
     mpp_level0: tuple[float, float],
     mpp: float,
-) -> NDArray[np.int64]:
+) -> tuple[NDArray[np.int64], frozenset[str]]:
     """Labels tiles by the class of the annotations that cover the largest share of them.
 
     Args:
@@ -239,14 +239,12 @@ def label_tiles(
         mpp: spacing at which shares are computed, micrometres per pixel.
 
     Returns:
-        ``[N]``, 0..K-1, the first of equal shares; -1 for no label.
+        ``[N]``, 0..K-1, the first of equal shares, -1 for no label; and the names of other classes.
 
     Raises:
-        AnnotationError: it cannot be read, has none of the classes, or reaches beyond the slide.
+        AnnotationError: it cannot be read, or reaches beyond the slide.
     """
     read = read_annotations(path)
-    if not _keys(classes) & _keys(area.class_name for area in read.areas):
-        raise AnnotationError(f"{path}: no area of class {', '.join(classes)}; it has {read.describe()}")
     size_px = mask_size(viewer.size_level0, mpp_level0, mpp)
     shares = np.zeros((len(classes), len(origins_level0)), np.float32)
     for number, name in enumerate(classes):
@@ -256,7 +254,11 @@ def label_tiles(
         if inside:
             covered = _cover(path, inside, cut, size_px, mpp, mpp_level0)
             shares[number] = area_means(covered, mpp, origins_level0, extent_level0, mpp_level0)
-    return np.where(shares.max(0) >= least_share - 1e-6, shares.argmax(0), -1).astype(np.int64)
+    labels = np.where(shares.max(0) >= least_share - 1e-6, shares.argmax(0), -1).astype(np.int64)
+    known = _keys(classes)
+    return labels, frozenset(
+        a.class_name for a in read.areas if a.class_name and _key(a.class_name) not in known
+    )
 
 
 def _cover(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import random
 import resource
@@ -369,3 +370,41 @@ def test_what_is_doubtful_is_said_once_with_the_option(
     assert said[0] == f"{replaced}: fine, tenfold, odd"
     caches = (SlideCache.open(cache_path(tmp_path / "cache", name)) for name in slides)
     assert {cache.mpp_level0 for cache in caches} == {(0.5, 0.5)}
+
+
+def test_regions_drawn_in_qupath(
+    pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A slide's tissue goes out, comes back unedited with the same tiles, and edited with fewer."""
+    slides = {name: pyramid_tiff(tissue_picture(512), name=name) for name in ("A", "B")}
+    manifest = write_manifest(tmp_path / "m.csv", slides)
+    words = ["tile", str(manifest), "--mpp", "1", "--tile-size", "32", "--workers", "1", "--cache"]
+    cache, again, tissue = (str(tmp_path / name) for name in ("cache", "again", "tissue"))
+    assert main([*words, cache]) == 0
+    assert main(["cache", "tissue", cache, "--export", tissue]) == 0
+    assert "2 slides, 2 pieces of tissue" in capsys.readouterr().out
+    assert main([*words, again, "--regions", tissue]) == 0
+    one, other = (SlideCache.open(cache_path(Path(folder), "A")) for folder in (cache, again))
+    assert np.array_equal(one.origins_level0, other.origins_level0) and len(one) == 48
+    assert other.header.regions and Ledger(Path(again) / "ledger.csv").rows()[0].regions.startswith(
+        "A.geojson "
+    )
+
+    edited = json.loads(Path(tissue, "A.geojson").read_text())
+    ring = [[0, 0], [512, 0], [512, 256], [0, 256], [0, 0]]
+    edited["features"][0]["geometry"]["coordinates"] = [ring]
+    Path(tissue, "A.geojson").write_text(json.dumps(edited))
+    assert main([*words, again, "--regions", tissue, "--overwrite"]) == 0
+    assert len(SlideCache.open(cache_path(Path(again), "A"))) == 24
+
+    Path(tissue, "B.geojson").unlink()
+    capsys.readouterr()
+    assert main([*words, again, "--regions", tissue]) == 2
+    said = capsys.readouterr().err
+    assert (
+        said.startswith("slidetl: error: --regions ")
+        and "1 of 2 slides have no file of annotations: B;" in said
+    )
+    assert main([*words, str(tmp_path / "none"), "--regions-share", "0.5"]) == 2
+    assert "need --regions DIR" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()

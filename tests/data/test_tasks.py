@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +109,36 @@ def test_the_manifest_has_the_labels_of_each_task(study: Study, tmp_path: Path) 
     assert "line 2: ishak must be a whole number from 0 to 6 (empty: no label), found '7'" in str(
         caught.value
     )
-    assert "line 2: nests must be a whole number from 0 to 1 or a table of tile labels" in str(caught.value)
+    assert "line 2: nests must be a whole number from 0 to 1 or a file of tile labels" in str(caught.value)
+
+
+def test_annotations_of_qupath_label_tiles_by_class(study: Study, tmp_path: Path) -> None:
+    """The upper part of a slide is of one class, the lower of an unknown one; another slide has a table."""
+    first, *_ = read_study(study.manifest, study.cache).slides
+    width, height = first.cache.size_level0
+    side = first.cache.extent_level0[1]
+    upper = [[0, 0], [width, 0], [width, 2 * side], [0, 2 * side]]
+    below = [[0, 2 * side], [width, 2 * side], [width, height], [0, height]]
+    features = [
+        {
+            "type": "Feature",
+            "geometry": {"type": "Polygon", "coordinates": [ring]},
+            "properties": {"objectType": "annotation", "classification": {"name": name}},
+        }
+        for name, ring in (("tumor", upper), ("Necrosis", below))
+    ]
+    (tmp_path / "slide.geojson").write_text(json.dumps(features))
+    (tmp_path / "labels.csv").write_text("x_level0,y_level0,label\n0,0,0\n")
+    path = rewrite(study, tmp_path / "m.csv", nests=["slide.geojson", "labels.csv", *[""] * 18])
+    task = Task("nests", "nests", ("Stroma", "Tumor"), of_tiles=True, ordinal=False)
+    with pytest.warns(UserWarning, match="task nests: annotations of class Necrosis are no label"):
+        slide, *_ = read_study(path, study.cache, tasks=[task]).slides
+    labels, y = slide.labels["nests"], slide.cache.origins_level0[:, 1]
+    assert np.array_equal(labels, np.where(y < 2 * side - side / 2, 1, -1)) and {1, -1} == set(
+        np.unique(labels)
+    )
+    with pytest.raises(UsageError, match="least_share must be above 0, up to 1, not 0"):
+        Task("nests", "nests", ("0", "1"), least_share=0)
 
 
 def test_what_cannot_be_a_task_is_refused() -> None:

@@ -382,7 +382,7 @@ def labels(
     path: Path, classes: tuple[str, ...], least: float = 0.5, viewer: ViewerFrame = PLAIN
 ) -> NDArray[np.int64]:
     origins = np.array([(x, y) for y in (0, 64, 128) for x in (0, 64, 128)], np.int32)
-    return label_tiles(path, classes, least, viewer, "", origins, (64.0, 64.0), (0.5, 0.5), 4.0)
+    return label_tiles(path, classes, least, viewer, "", origins, (64.0, 64.0), (0.5, 0.5), 4.0)[0]
 
 
 def test_tiles_have_the_class_of_the_largest_share(tmp_path: Path) -> None:
@@ -397,5 +397,17 @@ def test_tiles_have_the_class_of_the_largest_share(tmp_path: Path) -> None:
     assert labels(path, ("Stroma", "Tumor", "Fat"), 0.51).tolist() == [1, -1, 0, -1, -1, -1, 2, -1, -1]
     shifted = labels(path, ("Tumor", "Fat"), viewer=ViewerFrame((1024, 1024), (64, 0)))
     assert shifted.tolist() == [-1, 0, -1, -1, 0, 0, -1, 1, -1]
-    with pytest.raises(AnnotationError, match=r"no area of class Tumour, fatty; it has Stroma \(3\)"):
-        labels(path, ("Tumour", "fatty"))
+    found, others = label_tiles(
+        *(
+            path,
+            ("Tumour", "stroma"),
+            0.5,
+            PLAIN,
+            "",
+            np.zeros((1, 2), np.int32),
+            (64.0, 64.0),
+            (0.5, 0.5),
+            4.0,
+        )
+    )
+    assert found.tolist() == [-1] and others == {"Tumor", "Fat"}
