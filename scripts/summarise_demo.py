@@ -1,7 +1,8 @@
-"""The last step of scripts/demo: sets the figures of the run against chance and mean colour.
+"""The last step of scripts/demo: sets the figures of the run against the same network from scratch,
+mean colour and chance.
 
 Usage: summarise_demo.py DEMO_FOLDER. Writes summary.json there, prints a table. Exit code 1 where the network
-does not beat both (paired patient bootstrap, lower 90 % bound), or 'grade' and 'test' disagree.
+does not beat colour and chance (paired patient bootstrap, lower 90 % bound), or 'grade' and 'test' disagree.
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ def main(folder: Path) -> int:
     patients = [row.patient_id for row in predictions]
     true = np.array([row.grade for row in predictions])
     model = np.array([row.predicted_grade for row in predictions])
+    without = {
+        row.slide_id: row.predicted_grade
+        for row in read_predictions(folder / "scratch" / "test" / "predictions.csv")
+    }
+    scratch = np.array([without[row.slide_id] for row in predictions])
 
     rows = read_manifest(folder / "data" / "manifest.csv", N_GRADES).rows
     features = colour_features(SlideCache.open(folder / "cache" / f"{row.slide_id}.zarr") for row in rows)
@@ -66,7 +72,8 @@ def main(folder: Path) -> int:
     for heading in ("", "accuracy [95 %]", "QWK [95 %]", "QWK of slidetl minus this [90 %]"):
         table.add_column(heading)
     arms = {
-        "slidetl": model,
+        "slidetl, from ImageNet weights": model,
+        "the same network from scratch, as many epochs": scratch,
         f"mean colour and tissue area ({baseline.grader.model})": colour,
         "chance (the most common grade)": chance,
     }
@@ -94,9 +101,12 @@ def main(folder: Path) -> int:
     estimates = {
         "accuracy": share(model),
         "qwk": kappa(model),
+        "scratch_accuracy": share(scratch),
+        "scratch_qwk": kappa(scratch),
         "mean_colour_accuracy": share(colour),
         "mean_colour_qwk": kappa(colour),
         "chance": share(chance),
+        "qwk_gain_over_scratch": gain(scratch),
         "qwk_gain_over_mean_colour": gain(colour),
         "qwk_gain_over_chance": gain(chance),
     }

@@ -78,6 +78,7 @@ def test_fit_and_test(config: Path, embedded: Study, tmp_path: Path) -> None:
     if config.stem == "lora":  # a preset of weights that are not on this machine
         torch.save(Backbone(BackboneSpec(preset="kaiko-s16")).net.state_dict(), tmp_path / "w.pth")
         options.append(f"--model.backbone.pretrained={tmp_path / 'w.pth'}")
+    options.append("--trainer.check_val_every_n_epoch=1")  # the demo's is the number of its epochs
     assert main(["fit", *options, "--trainer.max_epochs=1"]) == 0
     assert main(["test", *options]) == 0
     assert len(read_predictions(tmp_path / "test" / "predictions.csv")) >= 4
