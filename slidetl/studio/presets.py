@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from slidetl.files import write_whole
-from slidetl.models.packaged import PACKAGED, packaged_weights
+from slidetl.models.packaged import PACKAGED
 from slidetl.studio.jobs import Step
 from slidetl.studio.paths import Refused
 from slidetl.studio.project import Project
@@ -34,9 +34,8 @@ class Network:
 
 
 def networks() -> tuple[Network, ...]:
-    """Lists the networks with weights on this machine, the best first."""
-    small = Network("mobilenetv3_small_050", "procedural")
-    return (Network(PACKAGED, "imagenet"), small) if packaged_weights(PACKAGED) is not None else (small,)
+    """Lists the networks to choose, with weights that install with slidetl."""
+    return (Network(PACKAGED, "imagenet"),)
 
 
 def tile_steps(project: Project) -> tuple[Step, ...]:

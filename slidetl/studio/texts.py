@@ -184,7 +184,6 @@ TEXTS: Mapping[str, str] = {
     "train.more": "More",
     "train.network": "Pretrained network",
     "train.network_tf_efficientnet_lite0": "EfficientNet-Lite0, trained on ImageNet",
-    "train.network_mobilenetv3_small_050": "MobileNetV3 small, weights of slidetl (faster, knows less)",
     "train.epochs": "Rounds through the slides at most (not for features and ridge)",
     "train.start": "Add to the queue",
     "train.started": "{run} is in the queue.",

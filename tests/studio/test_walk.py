@@ -132,7 +132,6 @@ def test_a_training_is_stopped_and_resumed_by_a_restarted_server(tmp_path: Path)
         visit.go("Train")
         page.get_by_text("Warm restart").first.click()
         page.get_by_text("More", exact=True).click()
-        page.get_by_label("Pretrained network").select_option("mobilenetv3_small_050")
         page.get_by_label("Rounds through the slides").fill("500")
         page.get_by_role("button", name="Add to the queue").click()
         last = (
