@@ -208,7 +208,8 @@ def test_a_preset_is_recorded_as_its_fields_and_its_tiles_are_compared(
         "--trainer.limit_val_batches=1",
         "--trainer.limit_train_batches=1",
     ]
-    words = ["fit", *study.options(tmp_path), *options, "--trainer.max_epochs=1", "--data.bag_size=1"]
+    of_study = [word for word in study.options(tmp_path) if not word.startswith("--model.backbone")]
+    words = ["fit", *of_study, *options, "--trainer.max_epochs=1", "--data.bag_size=1"]
     assert main([*words, "--model.backbone.preset=h0-mini"]) == 2
     assert "(patches of 14 px) takes no tiles of 64 px; cut tiles of 56 or 70 px" in capsys.readouterr().err
     with pytest.warns(UserWarning, match="kaiko-s16 was trained on tiles of 224 px, these have 64"):
