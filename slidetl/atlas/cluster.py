@@ -120,7 +120,7 @@ def find_patterns(
     on_step(f"reading {len(collection)} tiles of {len(collection.slides)} slides")
     points, kept = _points(collection, options)
     on_step(f"clustering by {options.method}")
-    clusters, check = _cluster(points, options)
+    clusters, check = cluster_points(points, options)
     composition = np.stack(
         [
             np.bincount(labels[labels >= 0], minlength=len(clusters.centres)) / len(labels)
@@ -191,7 +191,12 @@ def _points(collection: Collection, options: ClusterOptions) -> tuple[NDArray[np
     return np.concatenate(points), projection.kept
 
 
-def _cluster(points: NDArray[np.float32], options: ClusterOptions) -> tuple[Clusters, Check | None]:
+def cluster_points(points: NDArray[np.float32], options: ClusterOptions) -> tuple[Clusters, Check | None]:
+    """Clusters points ``[N, D]``; approximate clusters come with a check against exact ones.
+
+    Raises:
+        UsageError: too few points, or clusters that cannot be found with these options.
+    """
     if options.method == "k-means":
         return k_means(points, options.clusters, options.seed), None
     if options.method == "hdbscan":
