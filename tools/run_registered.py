@@ -190,7 +190,7 @@ def redrawn(plan: Plan, folder: Path) -> Redrawn:
     return Redrawn(
         home={(arm.arm, arm.n_slides): arm.results for arm in (*result.arms, *result.smaller)},
         external={(found.arm, found.n_slides): found.results for found in outside},
-        again={(found.arm, found.n_slides): found.again for found in outside},
+        again={(found.arm, found.n_slides): found.again for found in outside if found.again is not None},
         result=result,
     )
 

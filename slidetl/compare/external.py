@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from slidetl.compare.aggregate import ArmResult, ComparisonResult
 from slidetl.compare.config import METRICS, MetricName
+from slidetl.errors import UsageError
 from slidetl.evaluation.bootstrap import Interval, bca_interval_if_defined
 from slidetl.evaluation.calibration import recalibrate, with_temperature
 from slidetl.evaluation.comparison import PatientResults, patient_results
@@ -26,15 +28,15 @@ class External:
         n_slides: of a smaller training part in each fold; None for the whole one.
         results: of the models of all folds and repeats, ``[J, M]``, as they come.
         again: the same with probabilities by :func:`~slidetl.evaluation.calibration.recalibrate`, fitted to
-            other external patients.
+            other external patients; None if these are too few.
         metrics: averaged over the J models, with intervals over patients; an undefined one is left out.
-        recalibrated: the same of ``again``.
+        recalibrated: the same of ``again``; empty without it.
     """
 
     arm: str
     n_slides: int | None
     results: PatientResults
-    again: PatientResults
+    again: PatientResults | None
     metrics: Mapping[MetricName, Interval]
     recalibrated: Mapping[MetricName, Interval]
 
@@ -62,11 +64,13 @@ def _external(result: ComparisonResult, arm: ArmResult) -> External:
             for own, temperature in models
         ]
     )
-    fitted = np.stack([recalibrate(true, of_model, patients) for of_model in rows])
     draws, unit = result.comparison.bootstrap_draws, result.comparison.protocol.unit
-    results, again = (patient_results(true, each, patients, unit) for each in (rows, fitted))
-    metrics = _metrics(results, draws), _metrics(again, draws)
-    return External(arm.arm, arm.n_slides, results, again, *metrics)
+    results, again = patient_results(true, rows, patients, unit), None
+    with suppress(UsageError):  # too few patients to recalibrate on
+        fitted = np.stack([recalibrate(true, of_model, patients) for of_model in rows])
+        again = patient_results(true, fitted, patients, unit)
+    recalibrated = {} if again is None else _metrics(again, draws)
+    return External(arm.arm, arm.n_slides, results, again, _metrics(results, draws), recalibrated)
 
 
 def _metrics(results: PatientResults, n_draws: int) -> dict[MetricName, Interval]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any, Unpack
 
@@ -90,7 +91,8 @@ def recalibrate(
         ``[N, K]`` probabilities; 0 for a grade that the other folds lack.
 
     Raises:
-        UsageError: fewer patients than folds, or the other folds have a single grade.
+        UsageError: fewer patients, or slides of the commonest grade, than folds; or the other folds have a
+            single grade.
     """
     from sklearn.model_selection import StratifiedGroupKFold
 
@@ -98,15 +100,19 @@ def recalibrate(
 
     grades, (rows,) = check_probabilities(true, probabilities)
     who = np.unique(np.asarray(patients), return_inverse=True)[1]
-    if len(np.unique(who)) < n_folds:
+    if min(len(np.unique(who)), np.bincount(grades).max()) < n_folds:
         raise UsageError(
-            f"expected at least {n_folds} patients to recalibrate on, found {len(np.unique(who))}"
+            f"expected at least {n_folds} patients to recalibrate on, and as many slides of the commonest "
+            f"grade, found {len(np.unique(who))} and {np.bincount(grades).max()}"
         )
     scores = (rows @ np.arange(rows.shape[1]))[:, None]
     found = np.zeros_like(rows)
     # Stratified, or a constant score gets the commonest grade of the other folds, the rarest one here.
     folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
-    for train, held_out in folds.split(scores, grades, who):
+    with warnings.catch_warnings():  # a rare grade need not be in each fold
+        warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+        parts = list(folds.split(scores, grades, who))
+    for train, held_out in parts:
         if len(np.unique(grades[train])) < 2:
             raise UsageError("recalibration needs patients of two grades beside those of any fold")
         fitted = ProportionalOdds(penalty=_RECALIBRATION_PENALTY).fit(scores[train], grades[train])

@@ -106,7 +106,8 @@ def test_an_external_site_is_graded_by_every_fold_and_counted_apart(study: Study
     assert float(printed["scratch", "as it comes", "accuracy"]["estimate"]) == pytest.approx(
         np.mean(accuracies)
     )
-    assert ("prior", "recalibrated", "accuracy") in printed
+    # Four slides of a grade are too few to recalibrate on: that is left out, and the report is written.
+    assert not any(note == "recalibrated" for _, note, _ in printed)
     view = View(result, {})
     sections = {section.anchor: section for section in document_of(view, tables_of(view), {}).sections}
     text, shown = sections["external"].parts

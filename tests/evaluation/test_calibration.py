@@ -198,5 +198,7 @@ def test_recalibration_grades_a_shifted_cohort_by_other_patients() -> None:
 
 
 def test_recalibration_needs_enough_patients() -> None:
-    with pytest.raises(UsageError, match="at least 5 patients"):
-        recalibrate([0, 1, 2], np.full((3, 3), 1 / 3), [0, 1, 2])
+    for true in ([0, 1, 2], [0, 1, 2, 0, 1, 2]):
+        with pytest.raises(UsageError, match=r"at least 5 patients .* as many slides of the commonest grade"):
+            recalibrate(true, np.full((len(true), 3), 1 / 3), np.arange(len(true)))
+    assert recalibrate([0] * 5 + [1, 2], np.full((7, 3), 1 / 3), np.arange(7)).shape == (7, 3)

@@ -23,7 +23,7 @@ from slidetl.compare.records import CurvePoint
 from slidetl.evaluation.comparison import patient_results
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--train", "20", "--test", "10", "--external-slides", "10", "--tiles-per-slide", "10"]
+SMALL = ["--train", "20", "--test", "10", "--external-slides", "25", "--tiles-per-slide", "10"]
 SMALL += ["--train-tiles", "14", "--test-tiles", "10", "--target", "b"]
 
 
