@@ -1,4 +1,8 @@
-"""Published pathology backbones: their architecture, pooling, normalisation, tiles and terms, as data."""
+"""Published pathology backbones: their architecture, pooling, normalisation, tiles and terms, as data.
+
+A network named here is built by this table even where the hub's configuration is at hand: that one cannot
+state gated layers, may change, and is missing without a connection. Weights of another shape are refused.
+"""
 
 from __future__ import annotations
 

@@ -594,8 +594,8 @@ def _new_parameters(network: GradingNetwork) -> Sequence[nn.Parameter]:
 
 
 def _check_positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise UsageError(f"{name} must be above 0, not {value}")
+    if not 0 < value < math.inf:
+        raise UsageError(f"{name} must be above 0 and finite, not {value}")
 
 
 def _check_weights(**weights: float | None) -> None:

@@ -401,7 +401,7 @@ class TestGaborInit(StrategyContract):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: WarmRestart(backbone_lr_scale=0), "backbone_lr_scale must be above 0, not 0"),
+        (lambda: WarmRestart(backbone_lr_scale=0), "backbone_lr_scale must be above 0 and finite, not 0"),
         (lambda: WarmRestart(layer_lr_decay=1.5), "layer_lr_decay must be above 0 and up to 1, not 1.5"),
         (lambda: WarmRestart(head_first_epochs=-1), "must be at least 0, not -1, 0"),
         (lambda: SharedWeights(alpha=-1), "alpha must be at least 0, not -1"),
