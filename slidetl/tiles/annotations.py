@@ -109,7 +109,7 @@ def read_annotations(path: Path) -> Annotations:
         raise AnnotationError(f"{path}: its JSON is nested too deeply for annotations") from error
     except (OSError, EOFError, zlib.error) as error:
         raise AnnotationError(f"{path}: cannot be read: {error}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise AnnotationError(
             f"{path}: expected annotations as GeoJSON of QuPath, or XML of ASAP or ImageScope: {error}"
         ) from error

@@ -99,8 +99,7 @@ def record_as_done(
     if twice := [source.slide_id for source in sources if named[clash_key(source.slide_id)] > 1]:
         raise UsageError(f"slide identifiers must differ, case ignored; clashing: {', '.join(twice[:10])}")
     if not overwrite:
-        _refuse_other_spec(sources, cache_dir, spec)
-        _refuse_other_extent(sources, cache_dir)
+        _refuse_others(sources, cache_dir, spec)
     cache_dir.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(cache_dir / "ledger.csv")
     # A foreign file of this name is found before the work, not after it.
@@ -171,34 +170,26 @@ def _sync_file_system(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _refuse_other_spec(sources: Sequence[SlideSource], cache_dir: Path, spec: TileSpec) -> None:
-    others: list[tuple[Path, TileSpec]] = []
-    for path in (cache_path(cache_dir, source.slide_id) for source in sources):
-        # Damaged caches fail by themselves later, with their slide.
-        with contextlib.suppress(CacheMissingError, CacheCorruptError):
-            if (cached := read_header(path).spec) != spec:
-                others.append((path, cached))
-    if others:
-        path, cached = others[0]
-        raise CacheMismatchError(
-            f"{path}: {describe_difference(cached, spec)}; so are {len(others)} slides in all: "
-            "tile into another folder with --cache, or replace them with --overwrite"
-        )
+def _refuse_others(sources: Sequence[SlideSource], cache_dir: Path, spec: TileSpec) -> None:
+    """Refuses caches of another specification, whole slides if regions are wanted, and the reverse.
 
-
-def _refuse_other_extent(sources: Sequence[SlideSource], cache_dir: Path) -> None:
-    """Refuses to keep whole slides if regions are wanted, and the reverse; edited regions fail later."""
+    Other regions show later, with their slide.
+    """
     others: list[tuple[Path, str]] = []
     for source in sources:
         path = cache_path(cache_dir, source.slide_id)
         is_confined = source.regions is not None and source.regions.path is not None
+        # Damaged caches fail by themselves later, with their slide.
         with contextlib.suppress(CacheMissingError, CacheCorruptError):
-            if bool(read_header(path).regions) != is_confined:
-                others.append((path, "tiled whole" if is_confined else "confined to --regions"))
+            header = read_header(path)
+            if header.spec != spec:
+                others.append((path, describe_difference(header.spec, spec)))
+            elif bool(header.regions) != is_confined:
+                others.append((path, f"the cache was made {'without' if is_confined else 'with'} --regions"))
     if others:
-        path, before = others[0]
+        path, difference = others[0]
         raise CacheMismatchError(
-            f"{path}: was {before}, and now it is not; so are {len(others)} slides in all: "
+            f"{path}: {difference}; so are {len(others)} slides in all: "
             "tile into another folder with --cache, or replace them with --overwrite"
         )
 

@@ -301,7 +301,7 @@ class TestTiling:
     ) -> None:
         tiled()
         with pytest.raises(
-            CacheMismatchError, match=r"S1\.zarr: was confined to --regions, and now it is not"
+            CacheMismatchError, match=r"S1\.zarr: the cache was made with --regions; so are 1"
         ):
             tile_slides([source], tmp_path, SPEC, workers=0)
 
