@@ -37,7 +37,7 @@ class RegionOptions:
             QuPath (.geojson, .json), XML of ASAP or ImageScope, also with .gz.
         include: classes whose annotations are regions; all by default, those without a class, too.
         exclude: classes cut out of the regions.
-        share: least share of a tile inside the regions, above 0, up to 1; 0.25 is that of ``min_tissue``.
+        share: least share of a tile inside the regions, above 0, up to 1; 0.25 is that of --min-tissue.
         missing: treatment of slides without a file of annotations: refuse to start, skip them, or tile them
             whole.
 
@@ -228,7 +228,7 @@ def label_tiles(
     """Labels tiles by the class of the annotations that cover the largest share of them.
 
     Args:
-        path: the file of annotations.
+        path: the file of annotations; areas of class ``Ignore*`` are cut out of the others.
         classes: names of the K classes; case is ignored.
         least_share: of a tile to be labelled, above 0, up to 1.
         viewer: the frame of the slide in other programs.
@@ -246,18 +246,20 @@ def label_tiles(
     """
     read = read_annotations(path)
     size_px = mask_size(viewer.size_level0, mpp_level0, mpp)
+    known = _keys(classes)
+    ignored = [area for area in read.areas if _key(area.class_name) in _keys([IGNORED]) - known]
+    unlabelled = [area.polygon for area in _in_level0(read, ignored, viewer, vendor)]
     shares = np.zeros((len(classes), len(origins_level0)), np.float32)
     for number, name in enumerate(classes):
         areas = [area for area in read.areas if _key(area.class_name) == _key(name)]
         placed = _in_level0(read, areas, viewer, vendor)
         inside, cut = ([a.polygon for a in placed if a.is_negative == is_cut] for is_cut in (False, True))
         if inside:
-            covered = _cover(path, inside, cut, size_px, mpp, mpp_level0)
+            covered = _cover(path, inside, [*cut, *unlabelled], size_px, mpp, mpp_level0)
             shares[number] = area_means(covered, mpp, origins_level0, extent_level0, mpp_level0)
     labels = np.where(shares.max(0) >= least_share - 1e-6, shares.argmax(0), -1).astype(np.int64)
-    known = _keys(classes)
     return labels, frozenset(
-        a.class_name for a in read.areas if a.class_name and _key(a.class_name) not in known
+        area.class_name for area in read.areas if _key(area.class_name) not in known | _keys([IGNORED, ""])
     )
 
 

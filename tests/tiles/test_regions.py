@@ -395,6 +395,8 @@ def test_tiles_have_the_class_of_the_largest_share(tmp_path: Path) -> None:
     # Above: tumour; stroma 0.5 and tumour 0.375; stroma. Below: half tumour, twice.
     assert labels(path, ("stroma", "Tumor")).tolist() == [1, 0, 0, 1, 1, -1, -1, -1, -1]
     assert labels(path, ("Stroma", "Tumor", "Fat"), 0.51).tolist() == [1, -1, 0, -1, -1, -1, 2, -1, -1]
+    write(tmp_path / "S2.geojson", areas | {"Ignore*": [[box(0, 0, 40, 64)]]})
+    assert labels(tmp_path / "S2.geojson", ("stroma", "Tumor")).tolist()[:4] == [-1, 0, 0, 1]
     shifted = labels(path, ("Tumor", "Fat"), viewer=ViewerFrame((1024, 1024), (64, 0)))
     assert shifted.tolist() == [-1, 0, -1, -1, 0, 0, -1, 1, -1]
     found, others = label_tiles(
