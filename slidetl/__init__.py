@@ -15,6 +15,7 @@ The package reads downwards as one story; imports run one way, towards the groun
     publish/       export (TorchScript, ONNX), evidence, model library
     grading/       model file + slide -> grade, map, report/
     cli/           the same from the command line
+    studio/        the same from a page in the browser
 
 Importing the package imports nothing heavy. The names in ``__all__`` are the stable public API; each is
 imported from its module when it is first used::

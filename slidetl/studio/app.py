@@ -34,7 +34,15 @@ from slidetl.studio.guard import REPORT_POLICY, Guard, Session
 from slidetl.studio.jobs import Job, JobQueue, Step
 from slidetl.studio.paths import Refused, Root, check_name
 from slidetl.studio.pictures import draw_thumbnail
-from slidetl.studio.project import Checked, Project, Settings, check_upload, list_folder, list_projects
+from slidetl.studio.project import (
+    SUFFIXES,
+    Checked,
+    Project,
+    Settings,
+    check_upload,
+    list_folder,
+    list_projects,
+)
 from slidetl.studio.texts import say
 from slidetl.tiles.ledger import EXCLUDED, USED
 from slidetl.tiles.store import SlideCache, cache_path
@@ -325,15 +333,13 @@ def create_app(studio: Studio) -> FastAPI:
     # --- train ---
 
     @app.get("/p/{name}/train")
-    def train(request: Request, project: ProjectOf, network: str = "", epochs: str = "") -> Response:
-        found = presets.networks()
-        chosen = next((each for each in found if each.name == network), found[0])
+    def train(request: Request, project: ProjectOf, epochs: str = "") -> Response:
         rounds = int(_number(epochs, 30))
         ways = []
         for preset in presets.PRESETS:
             run = project.free_run(preset)
-            files = presets.train_files(project, preset, run, chosen, rounds)
-            steps = presets.train_steps(project, preset, run, chosen, rounds)
+            files = presets.train_files(project, preset, run, rounds)
+            steps = presets.train_steps(project, preset, run, rounds)
             ways.append(
                 (preset, _commands(steps), {f"runs/{run}/{name}": text for name, text in files.items()})
             )
@@ -344,8 +350,6 @@ def create_app(studio: Studio) -> FastAPI:
             "train.html",
             project=project,
             ways=ways,
-            networks=found,
-            chosen=chosen,
             epochs=rounds,
             is_ready=_is_ready(project),
             curve=fitted.target if fitted is not None else "",
@@ -358,12 +362,11 @@ def create_app(studio: Studio) -> FastAPI:
         if not _is_ready(project):
             raise Refused(say("train.not_ready"))
         preset, epochs = _one(form, "preset"), int(_number(_one(form, "epochs"), 30))
-        network = next((each for each in presets.networks() if each.name == _one(form, "network")), None)
-        if network is None or preset not in presets.PRESETS:
+        if preset not in presets.PRESETS:
             raise Refused(say("train.bad"))
         run = project.free_run(preset)
-        steps = presets.train_steps(project, preset, run, network, epochs)
-        presets.write_files(project, run, presets.train_files(project, preset, run, network, epochs))
+        steps = presets.train_steps(project, preset, run, epochs)
+        presets.write_files(project, run, presets.train_files(project, preset, run, epochs))
         (project.folder / "runs" / run).mkdir(parents=True, exist_ok=True)
         queue.add("train", project.name, run, steps, project.folder)
         return go(request, project, "train", say("train.started", run=run))
@@ -471,13 +474,15 @@ def create_app(studio: Studio) -> FastAPI:
         named = form.get("slide", [])
         if not named:
             raise Refused(say("grade.nothing"))
-        files = [str(studio.root.find(text)) for text in named]
+        files = [studio.root.find(text) for text in named]
+        if not all(path.suffix.lower() in SUFFIXES and path.is_file() for path in files):
+            raise Refused(say("grade.no_slide"))  # a table could name files elsewhere
         taken = {path.name for path in (project.folder / "grades").glob("*")}
         target = next(name for n in range(1, 10_000) if (name := f"grades-{n}") not in taken)
         inside = entry.path.is_relative_to(project.folder)
         file = str(entry.path.relative_to(project.folder)) if inside else str(entry.path)
         (project.folder / "grades" / target).mkdir(parents=True)
-        words = ("grade", file, *files, "--output", f"grades/{target}", "--report")
+        words = ("grade", file, *map(str, files), "--output", f"grades/{target}", "--report")
         queue.add("grade", project.name, target, (Step(words, fine=(0, 1)),), project.folder)
         return go(request, project, "grade", folder=_one(form, "folder"))
 

@@ -28,10 +28,10 @@ def studio(
 
     Args:
         root: folder that the page may read; its projects are in ROOT/studio.
-        host: address to listen at; any but this machine's own needs ``password_file``, and a proxy in front
-            that speaks TLS.
+        host: address to listen at; any but this machine's own needs ``public_url`` and ``password_file``.
         port: port to listen at; 0 takes a free one.
-        public_url: address of that proxy, as browsers see it, e.g. https://studio.hospital.example.
+        public_url: address in browsers of a proxy in front that speaks TLS, e.g.
+            https://studio.hospital.example.
         password_file: file of ``new_password``.
         new_password: ask for a password, write its hash to ``password_file``, and end.
         max_upload_gb: largest upload of a slide, GB.
@@ -61,14 +61,12 @@ def studio(
         raise UsageError(f"--root must be a folder that is there, not {root}")
     if not max_upload_gb > 0:
         raise UsageError(f"--max-upload-gb must be above 0, not {max_upload_gb:g}")
-    if (host not in LOOPBACK or public_url) and password_file is None:
+    if (host not in LOOPBACK or public_url) and (password_file is None or not public_url):
         raise UsageError(
             "to be reached from other machines the studio needs --password-file (made by --new-password), "
-            "and a proxy in front that speaks TLS: see docs/howto/studio.md"
+            "and a proxy in front that speaks TLS, with its address as --public-url: see docs/howto/studio.md"
         )
-    if public_url and (
-        urlsplit(public_url).scheme not in ("http", "https") or not urlsplit(public_url).netloc
-    ):
+    if public_url and (urlsplit(public_url).scheme != "https" or not urlsplit(public_url).netloc):
         raise UsageError(
             f"--public-url must be an address such as https://studio.hospital.example, not {public_url}"
         )
@@ -82,8 +80,7 @@ def studio(
             f"cannot listen at {host}:{port}: {error.strerror}; choose another --port"
         ) from error
     port = listening.getsockname()[1]
-    names = LOOPBACK if host in LOOPBACK else (host,)
-    hosts = [f"[{name}]" if ":" in name else name for name in names]
+    hosts = [f"[{name}]" if ":" in name else name for name in LOOPBACK]
     origins = (public_url.rstrip("/"),) if public_url else tuple(f"http://{name}:{port}" for name in hosts)
     app = create_app(opened)
     guard = Guard(app, origins, password)

@@ -129,6 +129,7 @@ class JobQueue:
         self._folder = folder
         self._lock = threading.RLock()
         self._ended = threading.Event()
+        self._known: dict[str, tuple[int, Job]] = {}  # by the time of their files
         self._child: subprocess.Popen[bytes] | None = None
         folder.mkdir(parents=True, exist_ok=True)
         self._held: IO[str] = (folder / "lock").open("w")
@@ -315,10 +316,16 @@ class JobQueue:
             return None
 
     def _read(self, job_id: str) -> Job | None:
+        path = self._folder / job_id / "job.json"
         try:
-            values = json.loads((self._folder / job_id / "job.json").read_text(encoding="utf-8"))
+            modified = path.stat().st_mtime_ns
+            known = self._known.get(job_id)
+            if known is not None and known[0] == modified:
+                return known[1]
+            values = json.loads(path.read_text(encoding="utf-8"))
             steps = tuple(Step(tuple(step["words"]), tuple(step["fine"])) for step in values.pop("steps"))
-            return Job(**values, steps=steps)
+            self._known[job_id] = modified, Job(**values, steps=steps)
+            return self._known[job_id][1]
         except (OSError, ValueError, TypeError, KeyError):
             return None
 

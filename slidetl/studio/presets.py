@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from slidetl.files import write_whole
-from slidetl.models.packaged import PACKAGED
+from slidetl.models.spec import BackboneSpec
 from slidetl.studio.jobs import Step
 from slidetl.studio.paths import Refused
 from slidetl.studio.project import Project
@@ -18,24 +17,7 @@ from slidetl.studio.texts import say
 PRESETS = ("ridge", "warm", "shared", "compare")
 _FRACTIONS = {"val_fraction": 0.15, "test_fraction": 0.25}
 _LEAST_PATIENTS = 10  # of 'slidetl export --evidence'
-
-
-@dataclass(frozen=True)
-class Network:
-    """A pretrained network to choose.
-
-    Attributes:
-        name: of timm.
-        pretrained: its weights.
-    """
-
-    name: str
-    pretrained: str
-
-
-def networks() -> tuple[Network, ...]:
-    """Lists the networks to choose, with weights that install with slidetl."""
-    return (Network(PACKAGED, "imagenet"),)
+_NETWORK = BackboneSpec()  # weights of ImageNet come with slidetl
 
 
 def tile_steps(project: Project) -> tuple[Step, ...]:
@@ -46,7 +28,7 @@ def tile_steps(project: Project) -> tuple[Step, ...]:
     return (Step((*words, *more), fine=(0, 1)),)
 
 
-def train_steps(project: Project, preset: str, run: str, network: Network, epochs: int) -> tuple[Step, ...]:
+def train_steps(project: Project, preset: str, run: str, epochs: int) -> tuple[Step, ...]:
     """Returns the commands of a preset, and the files that they read, by name.
 
     Raises:
@@ -55,10 +37,10 @@ def train_steps(project: Project, preset: str, run: str, network: Network, epoch
     if preset not in PRESETS or not 1 <= epochs <= 1000:
         raise Refused(say("train.bad"))
     folder, grades = f"runs/{run}", project.settings.grades
-    embed = Step(("embed", "cache", "--backbone", network.name, "--pretrained", network.pretrained))
+    embed = Step(("embed", "cache", "--backbone", _NETWORK.name, "--pretrained", _NETWORK.pretrained))
     if preset == "ridge":
-        words = ("fit-features", "manifest.csv", "--cache", "cache", "--features", network.name)
-        more = ("--output", folder, "--pretrained", network.pretrained, "--test-fraction")
+        words = ("fit-features", "manifest.csv", "--cache", "cache", "--features", _NETWORK.name)
+        more = ("--output", folder, "--pretrained", _NETWORK.pretrained, "--test-fraction")
         return embed, Step((*words, *more, str(_FRACTIONS["test_fraction"]), "--grades", *grades))
     if preset == "compare":
         config = f"{folder}/comparison.yaml"
@@ -67,10 +49,10 @@ def train_steps(project: Project, preset: str, run: str, network: Network, epoch
     return fit, Step(("test", "--config", f"{folder}/training.yaml"))
 
 
-def train_files(project: Project, preset: str, run: str, network: Network, epochs: int) -> dict[str, str]:
+def train_files(project: Project, preset: str, run: str, epochs: int) -> dict[str, str]:
     """Returns the configurations that :func:`train_steps` name, as YAML by file name."""
     if preset == "compare":
-        return {"comparison.yaml": _yaml(_comparison(project, network, epochs))}
+        return {"comparison.yaml": _yaml(_comparison(project, epochs))}
     if preset == "ridge":
         return {}
     values = {
@@ -82,7 +64,7 @@ def train_files(project: Project, preset: str, run: str, network: Network, epoch
             **_DATA,
             **_FRACTIONS,
         },
-        "model": {**_model(network), "transfer": _TRANSFER[preset]},
+        "model": {**_model(), "transfer": _TRANSFER[preset]},
         "trainer": {"default_root_dir": f"runs/{run}", "max_epochs": epochs, "enable_progress_bar": False},
         "early_stopping": {"patience": max(5, epochs // 2)},
     }
@@ -117,7 +99,7 @@ def export_steps(run: str, folder: Path, patients: int, licence: str) -> tuple[S
     words = ["export", str(found.relative_to(folder.parents[1])), "--output", f"models/{run}.pt"]
     if table is not None and patients >= _LEAST_PATIENTS:
         words += ["--evidence", str(table.relative_to(folder.parents[1]))]
-    return (Step((*words, *(("--licence", licence) if licence else ()))),)
+    return (Step((*words, *([f"--licence={licence}"] if licence else []))),)
 
 
 def predictions_of(folder: Path) -> Path | None:
@@ -139,11 +121,11 @@ _TRANSFER: dict[str, dict[str, Any]] = {
 }
 
 
-def _model(network: Network) -> dict[str, Any]:
-    return {"backbone": {"name": network.name, "pretrained": network.pretrained}, "lr": 2.0e-3}
+def _model() -> dict[str, Any]:
+    return {"backbone": {"name": _NETWORK.name, "pretrained": _NETWORK.pretrained}, "lr": 2.0e-3}
 
 
-def _comparison(project: Project, network: Network, epochs: int) -> dict[str, Any]:
+def _comparison(project: Project, epochs: int) -> dict[str, Any]:
     fits = {name: {"fit": {"model": {"transfer": transfer}}} for name, transfer in _TRANSFER.items()}
     return {
         "manifest": "manifest.csv",
@@ -151,9 +133,9 @@ def _comparison(project: Project, network: Network, epochs: int) -> dict[str, An
         "grades": list(project.settings.grades),
         "protocol": {"repeats": 1, "outer_folds": 5, "inner_folds": 0, "seed": 0, "unit": "worst"},
         "primary": {"arm": "warm", "against": "ridge", "metric": "qwk"},
-        "base": {"data": _DATA, "model": _model(network), "trainer": {"max_epochs": epochs}},
+        "base": {"data": _DATA, "model": _model(), "trainer": {"max_epochs": epochs}},
         "arms": {
-            "ridge": {"classical": {"features": [network.name], "model": "ridge", "pool": "mean"}},
+            "ridge": {"classical": {"features": [_NETWORK.name], "model": "ridge", "pool": "mean"}},
             **fits,
             "prior": {"baseline": "prior"},
         },

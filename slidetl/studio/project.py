@@ -52,10 +52,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_scale(self.grades)
-        if (
-            not all(name and len(name) <= 40 and name.isprintable() for name in self.grades)
-            or len(self.grades) > 20
-        ):
+        # A name that begins with - would be an option of a command.
+        plain = all(
+            name[:1] not in ("", "-") and len(name) <= 40 and name.isprintable() for name in self.grades
+        )
+        if not plain or len(self.grades) > 20:
             raise Refused(say("home.bad_grades"))
         TileSpec(self.mpp, self.tile_size_px)  # raises if they are invalid
 

@@ -57,7 +57,7 @@ TEXTS: Mapping[str, str] = {
     "home.tile": "Side of a tile, in pixels",
     "home.tile_hint": "224 fits the pretrained networks.",
     "home.create": "Create the project",
-    "home.bad_grades": "a grade has a name of at most 40 letters, and there are at most 20 grades",
+    "home.bad_grades": "a grade has a name of at most 40 letters, not beginning with -; at most 20 grades",
     "project.none": "there is no such project",
     "project.exists": "a project or folder of this name is there already; choose another name",
     # slides
@@ -182,8 +182,6 @@ TEXTS: Mapping[str, str] = {
         "which is best; takes a night."
     ),
     "train.more": "More",
-    "train.network": "Pretrained network",
-    "train.network_tf_efficientnet_lite0": "EfficientNet-Lite0, trained on ImageNet",
     "train.epochs": "Rounds through the slides at most (not for features and ridge)",
     "train.start": "Add to the queue",
     "train.started": "{run} is in the queue.",
@@ -330,6 +328,7 @@ TEXTS: Mapping[str, str] = {
     "grade.all": "All slides of this folder",
     "grade.start": "Grade",
     "grade.nothing": "choose at least one slide",
+    "grade.no_slide": "only slides can be graded, chosen in their folder",
     "grade.no_such_model": "there is no such model",
     "grade.results": "Results of {name}",
     "grade.none": "Nothing is graded yet.",

@@ -118,6 +118,31 @@ def test_a_link_out_of_the_root_is_left_out(project: Client, tmp_path: Path) -> 
     assert status in (403, 404)
 
 
+@pytest.mark.parametrize("slide", ["manifest.csv", "study", ".", "list.svs.txt"])
+def test_only_slides_are_graded(slide: str, project: Client) -> None:
+    """A table or a folder could lead the command out of the root."""
+    models = project.root / "studio" / "lung" / "models"
+    models.mkdir()
+    (models / "m.pt").write_bytes(b"")
+    (project.root / "manifest.csv").write_text("slide_id,path,patient_id,grade\na,/etc/passwd,a,\n")
+    (project.root / "list.svs.txt").write_text("")
+    status, said = project.refused("/p/lung/grade", slide=slide, model=str(models / "m.pt"))
+    assert status == 400 and "only slides can be graded" in said
+    assert not project.studio.queue.jobs()
+    project.post("/p/lung/grade", slide="study/a.svs", model=str(models / "m.pt"))
+    words = project.studio.queue.jobs()[0].steps[0].words
+    assert words[:3] == ("grade", "models/m.pt", str(project.root / "study" / "a.svs"))
+
+
+def test_no_field_becomes_an_option(project: Client) -> None:
+    assert project.refused("/projects", name="b", grades="0, --output=/x")[0] == 400
+    run = project.root / "studio" / "lung" / "runs" / "r" / "checkpoints"
+    run.mkdir(parents=True)
+    (run / "ridge.ckpt").write_bytes(b"")
+    project.post("/p/lung/export", run="r", licence="--allow os")
+    assert project.studio.queue.jobs()[0].steps[0].words[-1] == "--licence=--allow os"
+
+
 def test_a_manifest_that_was_changed_to_lead_out_is_a_fault(project: Client) -> None:
     labels = project.root / "studio" / "lung" / "labels.csv"
     labels.write_text(labels.read_text().replace(str(project.root / "study" / "a.svs"), "/etc/passwd"))
@@ -337,6 +362,7 @@ def test_a_password_file_is_checked(tmp_path: Path) -> None:
         ["--host", "0.0.0.0"],
         ["--host", "studio.hospital.example"],
         ["--public-url", "https://studio.hospital.example"],
+        ["--host", "0.0.0.0", "--password-file", "password"],
     ],
 )
 def test_other_machines_need_a_password(

@@ -27,13 +27,13 @@ def labelled(visit: Visit, root: Path, mistake: bool) -> None:
     page.get_by_role("button", name="Save the labels").click()
 
 
-def made_project(visit: Visit, address: str, name: str) -> None:
+def made_project(visit: Visit, address: str, name: str, tile: str = "128") -> None:
     """From the printed address to a project with a folder of slides."""
     page = visit.page
     page.goto(address)
     page.get_by_label("Name", exact=True).fill(name)
     page.get_by_label("Detail").fill("2")
-    page.get_by_label("Side of a tile").fill("128")
+    page.get_by_label("Side of a tile").fill(tile)
     page.get_by_role("button", name="Create the project").click()
     page.get_by_role("link", name="study").click()
     page.get_by_role("link", name="slides", exact=True).click()
@@ -121,7 +121,7 @@ def test_a_training_is_stopped_and_resumed_by_a_restarted_server(tmp_path: Path)
     with chromium() as browser, served(root, tmp_path / "home") as server:
         visit = Visit(browser, server)
         page = visit.page
-        made_project(visit, server.start(), "lung")
+        made_project(visit, server.start(), "lung", tile="64")
         visit.go("Labels")
         labelled(visit, root, mistake=False)
         visit.go("Slides")
@@ -137,7 +137,7 @@ def test_a_training_is_stopped_and_resumed_by_a_restarted_server(tmp_path: Path)
         last = (
             root / "studio" / "lung" / "runs" / "warm-1" / "logs" / "version_0" / "checkpoints" / "last.ckpt"
         )
-        until = time.monotonic() + 180
+        until = time.monotonic() + 400
         while not last.exists():
             assert time.monotonic() < until
             page.wait_for_timeout(300)
