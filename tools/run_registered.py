@@ -7,7 +7,7 @@ configs/compare/collage.yaml, and combines the redraws. It refuses a configurati
 registered (docs/evidence/registered.md). The same command resumes a run; --hours ends it between two jobs.
 Jobs are computed in the order of --stages: arms without training (frozen), the primary pair on all training
 slides (primary), the other arms on all of them (others), the primary pair on fewer (sizes); within a stage
-redraw by redraw.
+redraw by redraw. The report of each redraw is written after the page.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ import numpy as np
 
 from slidetl.cli import main as slidetl
 from slidetl.cli.shipped import find_config
-from slidetl.compare.aggregate import ComparisonResult
 from slidetl.compare.config import Comparison, read_comparison
-from slidetl.compare.external import external_results
 from slidetl.compare.plan import Job
 from slidetl.compare.pool import Workplace, run_here
-from slidetl.compare.records import read_result
+from slidetl.compare.records import JobResult, read_result
 from slidetl.compare.run import Plan, plan_comparison, report_comparison
 from slidetl.errors import SlidetlError, UsageError
 from slidetl.evaluation.bootstrap import Metric, resampled_metric
-from slidetl.evaluation.comparison import PatientResults
+from slidetl.evaluation.calibration import recalibrate, with_temperature
+from slidetl.evaluation.comparison import PatientResults, patient_results
 from slidetl.evaluation.metrics import accuracy, difference, qwk
 from slidetl.evaluation.redraws import RedrawnEffect, combine_redraws
 from slidetl.files import write_whole
+from slidetl.training.predictions import SlidePrediction
 from slidetl.version import VERSION
 
 BACKBONE = "tf_efficientnet_lite0"
@@ -83,13 +83,13 @@ class Redrawn:
         home: test slides of the source of the training slides.
         external: external slides, as they come.
         again: external slides, recalibrated.
-        result: the whole comparison.
+        jobs: with choices and curves.
     """
 
-    home: Mapping[Key, PatientResults]
-    external: Mapping[Key, PatientResults]
-    again: Mapping[Key, PatientResults]
-    result: ComparisonResult
+    home: dict[Key, PatientResults]
+    external: dict[Key, PatientResults]
+    again: dict[Key, PatientResults]
+    jobs: dict[Key, JobResult]
 
 
 def prepare(home: Path, external: Path, folder: Path, redraw: int, collage: Sequence[str]) -> None:
@@ -184,15 +184,27 @@ def compute(
 
 
 def redrawn(plan: Plan, folder: Path) -> Redrawn:
-    """Aggregates the finished jobs of a redraw, and writes its report."""
-    result = report_comparison(plan, folder / "compare")
-    outside = external_results(result)
-    return Redrawn(
-        home={(arm.arm, arm.n_slides): arm.results for arm in (*result.arms, *result.smaller)},
-        external={(found.arm, found.n_slides): found.results for found in outside},
-        again={(found.arm, found.n_slides): found.again for found in outside if found.again is not None},
-        result=result,
-    )
+    """Reads the finished jobs of a redraw; an arm with an unfinished job is left out."""
+    one = Redrawn({}, {}, {}, {})
+    for job in plan.jobs:  # of a single fold: one job for each arm and size
+        found = read_result(folder / "compare" / "jobs", job.key)
+        if found is None:
+            continue
+        key, outside = (job.arm, job.n_slides), set(job.fold.external)
+        one.jobs[key] = found
+        home = [row for row in found.predictions if row.slide_id not in outside]
+        one.home[key] = _results(home, found.temperature)
+        away = _results([row for row in found.predictions if row.slide_id in outside], found.temperature)
+        one.external[key] = away
+        again = recalibrate(away.true, away.probabilities[0], away.patients)
+        one.again[key] = patient_results(away.true, again, away.patients, "slide")
+    return one
+
+
+def _results(rows: Sequence[SlidePrediction], temperature: float) -> PatientResults:
+    calibrated = with_temperature([row.probabilities for row in rows], temperature)
+    true = [row.grade for row in rows if row.grade is not None]  # a comparison has graded slides only
+    return patient_results(true, calibrated, [row.patient_id for row in rows], "slide")
 
 
 def metric_of(results: PatientResults, name: str) -> Metric:
@@ -213,11 +225,14 @@ def effect(results: PatientResults, name: str, against: PatientResults | None = 
 
 
 def combined(effects: Sequence[Effect]) -> RedrawnEffect | None:
-    """Combines the effects of redraws; None for fewer than two, and for a constant, which has no error."""
-    values = np.array(effects).reshape(-1, 2)
-    if len(values) < 2 or not np.isfinite(values).all() or (values[:, 1] <= 0).any():
+    """Combines the effects of redraws; None for fewer than two, and if all are one constant.
+
+    If an arm gives one grade to all slides of a redraw, that redraw has no error: then all count the same.
+    """
+    values, errors = np.array(effects).reshape(-1, 2).T
+    if len(values) < 2 or not np.isfinite([values, errors]).all() or not errors.any():
         return None
-    return combine_redraws(values[:, 0], values[:, 1])
+    return combine_redraws(values, errors if errors.all() else np.full(len(errors), errors.mean()))
 
 
 def as_text(effects: Sequence[Effect], form: str = ".2f") -> str:
@@ -289,9 +304,10 @@ def write_page(redraws: Sequence[Redrawn], plans: Sequence[Plan], command: str) 
             f"**not run yet** ({len(gaps)} of {REDRAWS} redraws)."
         )
     if missing:
-        parts.append(
-            f"**Not run, or not in every redraw: {', '.join(missing)}.** This command runs and resumes them:"
+        state = (
+            "Not run in every redraw" if any(map(complete.get, trained)) else "No trained arm has been run"
         )
+        parts.append(f"**{state}: {', '.join(missing)}.** This command runs and resumes them:")
         parts.append(f"```console\n$ {command}\n```")
     rows = [
         [
@@ -359,8 +375,8 @@ def write_page(redraws: Sequence[Redrawn], plans: Sequence[Plan], command: str) 
     parts += ["## Speed", *_speed(redraws, comparison)]
     seconds = dict.fromkeys(arms, 0.0)
     for one in redraws:
-        for each in (*one.result.arms, *one.result.smaller):
-            seconds[each.arm] += sum(found.seconds for _, found in each.jobs)
+        for (name, _), job in one.jobs.items():
+            seconds[name] += job.seconds
     spent = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items() if value)
     parts += [
         "## How it was run",
@@ -370,7 +386,10 @@ def write_page(redraws: Sequence[Redrawn], plans: Sequence[Plan], command: str) 
         "The pictures are not here, since their licence is not stated.",
     ]
     plain = ("#", "|", "`")  # not to be wrapped
-    wrapped = [part if part.startswith(plain) else textwrap.fill(part.strip(), 120) for part in parts]
+    wrapped = [
+        part if part.startswith(plain) else textwrap.fill(part.strip(), 120, break_on_hyphens=False)
+        for part in parts
+    ]
     return "\n\n".join(wrapped) + "\n"
 
 
@@ -379,14 +398,14 @@ def _speed(redraws: Sequence[Redrawn], comparison: Comparison) -> list[str]:
     primary = comparison.primary
     points: dict[tuple[str, int], dict[int, list[tuple[float, float]]]] = {}
     for one in redraws:
-        for arm in one.result.arms:
-            for _, found in arm.jobs:
+        for (arm, n_slides), found in one.jobs.items():
+            if n_slides is None:
                 ends: dict[tuple[int, str], tuple[int, float, float]] = {}
                 for point in found.curves:
                     if point.part != "test":
                         ends[point.trial, point.part] = (point.epoch, point.qwk, point.seconds)
                 for (trial, _), (epoch, value, seconds) in ends.items():
-                    points.setdefault((arm.arm, epoch), {}).setdefault(trial, []).append((value, seconds))
+                    points.setdefault((arm, epoch), {}).setdefault(trial, []).append((value, seconds))
     best = {}
     for key, trials in points.items():
         means = [np.mean(values, axis=0) for values in trials.values()]
@@ -413,13 +432,10 @@ def _choices(redraws: Sequence[Redrawn]) -> str:
     """Counts the choices of the inner folds: an arm that chose the longest may not be at its plateau."""
     chosen: dict[str, Counter[str]] = {}
     for one in redraws:
-        for arm in one.result.arms:
-            for _, found in arm.jobs:
-                if found.chosen is not None:
-                    choice = ", ".join(
-                        f"{name.split('.')[-1]} {value}" for name, value in found.chosen.items()
-                    )
-                    chosen.setdefault(arm.arm, Counter())[choice] += 1
+        for (arm, n_slides), found in one.jobs.items():
+            if n_slides is None and found.chosen is not None:
+                values = [f"{name.split('.')[-1]} {value}" for name, value in found.chosen.items()]
+                chosen.setdefault(arm, Counter())[", ".join(values)] += 1
     lines = [
         f"{arm}: " + "; ".join(f"{choice} ({count} times)" for choice, count in counts.most_common())
         for arm, counts in chosen.items()
@@ -490,12 +506,15 @@ def main(arguments: Sequence[str] | None = None, collage: Sequence[str] = ()) ->
         )
         command += "\\\n    --output runs/collage --page docs/evidence/collage.md"
         write_whole(given.page, write_page(redraws, plans, command))
+        print(f"written to {given.page}")
+        for plan, folder in zip(plans, folders, strict=True):
+            report_comparison(plan, folder / "compare")
+            print(f"the report of this redraw: {folder / 'compare' / 'report.html'}")
     except SlidetlError as error:
         print(f"run_registered: {error}", file=sys.stderr)
         return 1
     for label, reason in failed.items():
         print(f"failed: {label}: {reason}", file=sys.stderr)
-    print(f"written to {given.page}")
     return 1 if failed else 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,7 @@ class External:
     recalibrated: Mapping[MetricName, Interval]
 
 
+@lru_cache(maxsize=1)  # tables and page of one result; it takes seconds
 def external_results(result: ComparisonResult) -> tuple[External, ...]:
     """Judges all arms on the external slides; empty without any."""
     if not result.comparison.protocol.external_site:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from scipy.stats import ttest_1samp
 from sklearn.metrics import cohen_kappa_score
 
 from slidetl.compare.config import read_comparison
@@ -96,7 +97,7 @@ def test_the_page_has_the_metrics_of_the_arms_that_were_run_and_names_the_others
     assert run(tmp_path, config, "--stages", "frozen") == 0
     page = (tmp_path / "page.md").read_text()
     assert "**not run yet** (0 of 5 redraws)" in page
-    assert "Not run, or not in every redraw: scratch, warm, shared-weights" in page
+    assert "No trained arm has been run: scratch, warm, shared-weights" in page
     assert "| scratch | 0 of 5 | not run | not run | not run | not run |" in page
 
     cells = next(line for line in page.splitlines() if line.startswith("| colour-area | 1 of 5")).split("|")
@@ -134,11 +135,15 @@ def test_an_effect_is_that_of_sklearn_and_a_constant_has_no_interval() -> None:
     constant = [tool.effect(results(np.zeros(100, int)), "qwk")] * 2
     assert tool.combined(constant) is None and tool.as_text(constant) == "0.00"
     assert tool.as_text([]) == "not run"
+    # One grade for all slides of one redraw: it counts, and the interval is the t-interval of the redraws.
+    mixed = tool.combined([(0.0, 0.0), (0.4, 0.03), (0.5, 0.03)])
+    assert mixed.interval.estimate == pytest.approx(0.3)
+    assert mixed.p == pytest.approx(ttest_1samp([0.0, 0.4, 0.5], 0).pvalue)
     assert re.fullmatch(r"0\.\d\d \[.*\]", tool.as_text([(0.5, 0.1), (0.6, 0.1)]))
 
 
 def test_speed_is_that_of_whole_schedules_in_the_inner_folds() -> None:
-    def arm(name: str, kappas: dict[int, tuple[float, float]], epochs: int) -> SimpleNamespace:
+    def arm(name: str, kappas: dict[int, tuple[float, float]], epochs: int) -> dict[Any, SimpleNamespace]:
         """Two trials of each length, the second of a worse rate; two inner folds and a test curve."""
         curves = []
         for number, (length, (kappa, seconds)) in enumerate(kappas.items()):
@@ -150,15 +155,15 @@ def test_speed_is_that_of_whole_schedules_in_the_inner_folds() -> None:
         curves.append(replace(curves[0], part="test", qwk=1.0))
         curves.append(replace(curves[0], trial=9, qwk=float("nan")))
         found = SimpleNamespace(curves=curves, chosen={"model.lr": 0.001, "epochs": epochs})
-        return SimpleNamespace(arm=name, jobs=[(None, found)])
+        return {(name, None): found, (name, 20): SimpleNamespace(curves=curves[:1], chosen={"epochs": 9})}
 
     scratch = arm("scratch", {10: (0.1, 5), 30: (0.4, 15), 100: (0.6, 50)}, 100)
     warm = arm("warm", {10: (0.5, 6), 30: (0.7, 18), 100: (0.8, 60)}, 30)
-    one = SimpleNamespace(result=SimpleNamespace(arms=[scratch, warm]))
+    one = SimpleNamespace(jobs=scratch | warm)
     comparison = read_comparison(ROOT / "configs/compare/collage.yaml")
     text, about, chosen = tool._speed([one, one], comparison)
     row = "| scratch | 0.10 after 10 (5 s), 0.40 after 30 (15 s), 0.60 after 100 (50 s) | 100 epochs, 50 s |"
     assert row in text
     assert "| 30 epochs, 18 s |" in text and about.startswith("0.60 is the best of scratch")
     assert "scratch: lr 0.001, epochs 100 (2 times). warm: lr 0.001, epochs 30 (2 times)" in chosen
-    assert "Not run" in tool._speed([SimpleNamespace(result=SimpleNamespace(arms=[warm]))], comparison)[0]
+    assert "Not run" in tool._speed([SimpleNamespace(jobs=warm)], comparison)[0]
