@@ -75,6 +75,7 @@ def configuration(study: Study, folder: Path, **changes: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_an_external_site_is_graded_by_every_fold_and_counted_apart(study: Study, tmp_path: Path) -> None:
     plan = plan_comparison(read_comparison(configuration(study, tmp_path)))
     place = Workplace(tmp_path / "out" / "jobs")

@@ -88,6 +88,7 @@ def test_what_is_registered_is_in_the_repository() -> None:
     assert all(comparison.sha256 in text for comparison in comparisons)
 
 
+@pytest.mark.slow
 def test_the_page_has_the_metrics_of_the_arms_that_were_run_and_names_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
