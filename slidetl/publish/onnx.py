@@ -162,5 +162,6 @@ def _write(
             traced, (example,), input_names=[name], output_names=outputs, dynamo=True, verbose=False
         )
     program.model.metadata_props[_METADATA] = card.to_json()
-    size = sum(value.numel() * value.element_size() for value in module.state_dict().values())
+    weights = (value.const_value for value in program.model.graph.initializers.values())
+    size = sum(value.nbytes for value in weights if value is not None)
     program.save(str(path), external_data=size > _MOST_INSIDE)
