@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,16 @@ def training_slides(
 
 
 def describe_training(slides: Sequence[CachedSlide]) -> TrainingData:
-    """Counts the training slides, and computes their common fingerprint."""
+    """Counts the training slides, and computes their common fingerprint; warns if tiles are of regions."""
     digest = hashlib.sha256()
     for fingerprint, grade in sorted((slide.cache.fingerprint, slide.row.grade) for slide in slides):
         digest.update(f"{fingerprint} {grade}\n".encode())
+    if confined := sum(bool(slide.cache.header.regions) for slide in slides):
+        warnings.warn(
+            f"{confined} of {len(slides)} training slides have tiles of --regions only, and 'slidetl grade' "
+            "takes all tissue of a slide: compare grades of whole slides before you rely on them",
+            stacklevel=2,
+        )
     rows = [slide.row for slide in slides]
     return TrainingData(
         slides=len(slides),
