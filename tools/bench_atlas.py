@@ -130,10 +130,10 @@ def main() -> None:
     print(f"{len(truth)} tiles: {counts}\n{'features':<24}{'method':<30}{'clusters':>9}{'Rand':>8}")
     for name, rows in features.items():
         points = unit(rows)
-        points = np.asarray(principal_components(points, 32)(points), np.float32)
+        points = np.asarray(principal_components(points, 16)(points), np.float32)
         for title, how in (
             ("mean shift, as by default", ClusterOptions()),
-            ("mean shift, 5 % neighbours", ClusterOptions(neighbour_share=0.05)),
+            ("mean shift, median", ClusterOptions(quantile=0.5)),
             ("mean shift, Gaussian", ClusterOptions(kernel="gaussian")),
             (f"k-means, {len(classes)}", ClusterOptions("k-means", clusters=len(classes))),
             ("HDBSCAN, 20 at least", ClusterOptions("hdbscan", least=20)),

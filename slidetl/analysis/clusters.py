@@ -22,7 +22,8 @@ Points = NDArray[np.float32] | NDArray[np.float64]
 Kernel = Literal["flat", "gaussian"]
 
 _STOP = 1e-3  # of the bandwidth, as scikit-learn
-_SEEDS, _POINTS = 512, 8192  # rows and columns of a block of distances: 16 MB
+_SEEDS = 512  # moved together
+_DISTANCES = 2**22  # of a block: 16 MB; fewer seeds are compared with more points at once
 _CANDIDATES = 4  # times k: points searched for the k nearest
 _LLOYD = 4  # iterations that place the cells of that search
 _SAMPLE = 20_000  # points that fit principal components and cells
@@ -259,18 +260,19 @@ class _Field:
         own = places.square().sum(1, keepdim=True)
         return [
             (start, torch.addmm(self.squares[start:end], places, self.points[start:end].T, alpha=-2) + own)
-            for start, end in self.blocks()
+            for start, end in self.blocks(len(places))
         ]
 
-    def blocks(self) -> list[tuple[int, int]]:
-        n = len(self.points)
-        return [(start, min(start + _POINTS, n)) for start in range(0, n, _POINTS)]
+    def blocks(self, places: int) -> list[tuple[int, int]]:
+        """Divides the points for so many places: first and end of each block."""
+        n, step = len(self.points), max(1, _DISTANCES // max(1, places))
+        return [(start, min(start + step, n)) for start in range(0, n, step)]
 
     def means(self, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Computes means ``[S, D]``, their points or weights ``[S]``, and whether points were left out."""
         sums = self.points.new_zeros(len(places), self.counted.shape[1])
         own = places.square().sum(1, keepdim=True)
-        for start, end in self.blocks():
+        for start, end in self.blocks(len(places)):
             rest = torch.addmm(self.squares[start:end], places, self.points[start:end].T, alpha=-2)
             sums += self.weigh(rest, own, self.bandwidth**2 - own) @ self.counted[start:end]
         weights = sums[:, -1]
@@ -288,7 +290,7 @@ class _Field:
 
     def assign(self, centres: Tensor) -> tuple[Tensor, Tensor]:
         """Finds the nearest of some places for each point: numbers and squared distances ``[N]``."""
-        found = [nearest_of(self.points[start:end], centres) for start, end in self.blocks()]
+        found = [nearest_of(self.points[start:end], centres) for start, end in self.blocks(len(centres))]
         return torch.cat([labels for labels, _ in found]), torch.cat([squared for _, squared in found])
 
 

@@ -209,9 +209,9 @@ def cluster_points(points: NDArray[np.float32], options: ClusterOptions) -> tupl
     bandwidth = options.bandwidth
     if bandwidth is None:
         k = min(len(points) - 1, max(options.least, round(options.neighbour_share * len(points))))
-        bandwidth = bandwidth_of(points, k, seed=options.seed, device=options.device)
+        bandwidth = bandwidth_of(points, k, options.quantile, seed=options.seed, device=options.device)
         if options.kernel == "gaussian":
-            bandwidth /= 3  # the edge of the flat kernel is three standard deviations
+            bandwidth /= 2  # at a third of it, seeds in 16 dimensions hardly move
     seeds: int | None = options.seeds or None
     how: Any = {"kernel": options.kernel, "seed": options.seed, "device": options.device}
     least = 1 if options.kernel == "gaussian" else min(options.least, len(points))

@@ -71,9 +71,10 @@ class ClusterOptions:
         method: mean-shift finds the number of clusters, k-means is given it, hdbscan also leaves tiles out.
         components: principal components to cluster, of the features scaled to length 1; 0 for all features.
         kernel: of mean shift.
-        bandwidth: radius of mean shift; by default from ``neighbour_share``.
-        neighbour_share: of the tiles: the bandwidth is the median distance to the neighbour of this rank, so
+        bandwidth: radius of mean shift; by default from the next two.
+        neighbour_share: of the tiles: the bandwidth is a distance to the neighbour of this rank, so this is
             about the size of the smallest cluster.
+        quantile: of these distances over tiles, 0..1: the denser places decide if it is low.
         seeds: tiles that mean shift starts from; 0 for all.
         neighbours: approximate mean shift over so many nearest tiles; 0 for the exact one.
         clusters: number of clusters of k-means.
@@ -87,10 +88,11 @@ class ClusterOptions:
     """
 
     method: Literal["mean-shift", "k-means", "hdbscan"] = "mean-shift"
-    components: int = 32
+    components: int = 16
     kernel: Literal["flat", "gaussian"] = "flat"
     bandwidth: float | None = None
     neighbour_share: float = 0.01
+    quantile: float = 0.1
     seeds: int = 2000
     neighbours: int = 0
     clusters: int = 12
@@ -101,8 +103,9 @@ class ClusterOptions:
 
     def __post_init__(self) -> None:
         lowest = min(self.components, self.seeds, self.neighbours)
-        if lowest < 0 or not 0 < self.neighbour_share < 1 or self.clusters < 2 or self.least < 2:
+        is_share = 0 < self.neighbour_share < 1 and 0 <= self.quantile <= 1
+        if lowest < 0 or not is_share or self.clusters < 2 or self.least < 2:
             raise UsageError(
                 "expected --components, --seeds and --neighbours of at least 0, --clusters and --least of at "
-                "least 2, and a --neighbour-share between 0 and 1"
+                "least 2, and --neighbour-share and --quantile between 0 and 1"
             )

@@ -55,7 +55,7 @@ def test_float32_finds_the_same_groups_and_blocks_do_not_matter(monkeypatch: pyt
     single = mean_shift(points.astype(np.float32), 2.5, seeds=points[::7].astype(np.float32))
     assert adjusted_rand_score(exact.labels, single.labels) == 1
     np.testing.assert_allclose(single.centres, exact.centres, atol=1e-3)
-    monkeypatch.setattr("slidetl.analysis.clusters._POINTS", 37)
+    monkeypatch.setattr("slidetl.analysis.clusters._DISTANCES", 37 * 11)
     monkeypatch.setattr("slidetl.analysis.clusters._SEEDS", 11)
     blocks = mean_shift(points, 2.5, seeds=points[::7])
     np.testing.assert_array_equal(blocks.labels, exact.labels)
