@@ -41,8 +41,10 @@ SLIDES_A_PATIENT = 5 / 3
 PROMISING = 0.8  # accuracy of the arm whose promises are judged
 RISK, REFERRAL_RISK = 0.1, 0.3
 NEW_PATIENTS = 20_000
+BETTER = (0.66, 0.8)  # accuracies of the better arm, for two margins of equivalence
 SHARES = (0.8, 0.9, 0.97)
 REPEATS = (2, 3, 5)
+TRAININGS = 400  # whose mean QWK is the truth
 SEED_SD = 0.4  # grades by which another training of an arm reads everything higher or lower
 
 
@@ -131,30 +133,35 @@ def shares(n_draws: int, seed: int) -> Iterable[tuple[str, ...]]:
             yield str(n_patients), str(share), *(f"{value:.3f}" for value in held)
 
 
-def decisions(n_studies: int, n_draws: int, seed: int) -> Iterable[tuple[str, ...]]:
-    """How often tests of the difference of QWK err, one result a patient, by number of patients."""
-    margin = ACCURACIES[0], ACCURACIES[1]
+def findings(n_studies: int, n_draws: int, seed: int) -> Iterable[tuple[str, ...]]:
+    """How often a difference of QWK is found between two equal arms, by number of patients."""
+    deviations = [deviation_of(ACCURACIES[0])] * 2
     for n_patients in PATIENTS:
-        rng = np.random.default_rng((seed, n_patients))
-        false, equivalent, gap = np.zeros(2), np.zeros(2), 0.0
-        for pair in ((ACCURACIES[0],) * 2, margin):
-            deviations = [deviation_of(reached) for reached in pair]
-            whole = one_each(rng, 400_000, deviations)
-            gap = float(_metrics(whole)[2](np.ones((1, len(whole.true))))[0])
-            for number in range(n_studies):
-                one = one_each(rng, n_patients, deviations)
-                inner, outer = (
-                    bca_interval(_metrics(one)[2], one.patients, n_draws=n_draws, seed=number, level=level)
-                    for level in (0.9, 0.95)
+        rng, found = np.random.default_rng((seed, n_patients)), np.zeros(2)
+        for number in range(n_studies):
+            one = one_each(rng, n_patients, deviations)
+            interval = bca_interval(_metrics(one)[2], one.patients, n_draws=n_draws, seed=number)
+            second, first = one.graded
+            test = sign_flip_test(qwk_of_five, one.true, first, second, one.patients, n_flips=n_draws)
+            found += not interval.low <= 0 <= interval.high, test.p <= 0.05
+        yield str(n_patients), *(f"{value:.3f}" for value in found / n_studies)
+
+
+def equivalence(n_studies: int, n_draws: int, seed: int) -> Iterable[tuple[str, ...]]:
+    """How often arms that differ by the margin are called equivalent, by number of patients and margin."""
+    for n_patients, better in itertools.product(PATIENTS, BETTER):
+        rng, within, margin = np.random.default_rng((seed, n_patients)), np.zeros(2), 0.0
+        deviations = [deviation_of(reached) for reached in (ACCURACIES[0], better)]
+        whole = one_each(rng, 400_000, deviations)
+        margin = float(_metrics(whole)[2](np.ones((1, len(whole.true))))[0])
+        for number in range(n_studies):
+            one = one_each(rng, n_patients, deviations)
+            for place, level in enumerate((0.9, 0.95)):
+                found = bca_interval(
+                    _metrics(one)[2], one.patients, n_draws=n_draws, seed=number, level=level
                 )
-                if pair[0] == pair[1]:
-                    second, first = one.graded
-                    test = sign_flip_test(qwk_of_five, one.true, first, second, one.patients, n_flips=n_draws)
-                    false += not outer.low <= 0 <= outer.high, test.p <= 0.05
-                else:
-                    equivalent += [-gap < each.low and each.high < gap for each in (inner, outer)]
-        rates = (f"{value:.3f}" for value in np.concatenate([false, equivalent]) / n_studies)
-        yield str(n_patients), *rates, f"{gap:.3f}"
+                within[place] += -margin < found.low and found.high < margin
+        yield str(n_patients), f"{margin:.3f}", *(f"{value:.3f}" for value in within / n_studies)
 
 
 def one_each(rng: np.random.Generator, n_patients: int, deviations: Sequence[float]) -> Studied:
@@ -188,7 +195,7 @@ def over_repeats(n_studies: int, n_draws: int, seed: int) -> Iterable[tuple[str,
         scores = scores + SEED_SD * rng.standard_normal((repeats, 1))
         return true, np.clip(np.rint(scores), 0, GRADES - 1).astype(np.int64)
 
-    truth = float(qwk(*graded(np.random.default_rng(seed), 20_000, 400), GRADES))
+    truth = float(qwk(*graded(np.random.default_rng(seed), NEW_PATIENTS, TRAININGS), GRADES))
     for repeats in REPEATS:
         rng, held = np.random.default_rng((seed, repeats)), np.zeros(2)
         for number in range(n_studies):
@@ -289,17 +296,21 @@ def main() -> None:
         row(*cells_of_share)
     print("\n## Decisions about a difference\n")
     say(
-        f"One result a patient. Left: two arms of accuracy {ACCURACIES[0]}, and how often a difference of "
-        f"QWK is found, which should be .05. Right: arms of {ACCURACIES[0]} and {ACCURACIES[1]}, a margin of "
-        "their true difference, and how often they are called equivalent, which should be at most .05. The "
-        f"standard error of a share of .05 is {(0.05 * 0.95 / n) ** 0.5:.4f}."
+        f"Two arms of accuracy {ACCURACIES[0]}, one result a patient: how often a difference of QWK is "
+        f"found, which should be .05. The standard error of a share of .05 is {(0.05 * 0.95 / n) ** 0.5:.4f}."
     )
-    begin(
-        *("patients", "95 % interval excludes 0", "sign flips, p up to .05"),
-        *("90 % interval within the margin", "95 % interval within it", "margin"),
-    )
-    for cells_of_test in decisions(n, draws, seed):
+    begin("patients", "95 % interval excludes 0", "sign flips, p up to .05")
+    for cells_of_test in findings(n, draws, seed):
         row(*cells_of_test)
+    print()
+    say(
+        f"Arms of accuracy {ACCURACIES[0]} and {' or '.join(map(str, BETTER))}, a margin of their "
+        "true difference: how often they are called equivalent. Two one-sided tests at .05 (the 90 % "
+        "interval lies within the margin) should do so in at most .05 of studies, at .025 (95 %) in .025."
+    )
+    begin("patients", "margin", "90 % interval within it", "95 % interval within it")
+    for cells_of_margin in equivalence(n, draws, seed):
+        row(*cells_of_margin)
     print("\n## Repeats\n")
     say(
         "Coverage of 95 % intervals of the QWK of another training: 60 patients, one result each, graded by "

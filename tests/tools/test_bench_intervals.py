@@ -52,12 +52,18 @@ def test_the_promising_arm_is_calibrated() -> None:
 def test_the_page_has_its_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["bench_intervals.py", "--studies", "3", "--draws", "100"])
     monkeypatch.setattr(tool, "NEW_PATIENTS", 200)
+    monkeypatch.setattr(tool, "TRAININGS", 5)
     tool.main()
     page = capsys.readouterr().out
     assert "`python tools/bench_intervals.py --studies 3 --draws 100`" in page
     rows = [line for line in page.splitlines() if line.startswith("| ") and line[2].isdigit()]
     assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == [
         *("20", "60"),
-        *["0.56 and 0.56", "0.56 and 0.64"] * 3,
+        *["20"] * 3,
+        *["60"] * 3,
+        *("20", "60"),
+        *("20", "20", "60", "60"),
+        *("2", "3", "5"),
+        *["0.56 and 0.56", "0.56 and 0.64"] * 6,
         *("20", "60"),
     ]
