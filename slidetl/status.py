@@ -94,10 +94,10 @@ def show_stage(stage: str, done: int, total: int | None, unit: str) -> None:
 
 
 def show_metrics(metrics: Mapping[str, float]) -> None:
-    """Reports the latest metrics; those that are not finite are left out."""
+    """Takes the latest metrics into the next report; those that are not finite are left out."""
     if _current is not None:
-        _current.values["metrics"] = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        _current.try_to_write(at_once=False)
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        _current.values["metrics"] = finite
 
 
 def show_end(exit_code: int) -> None:

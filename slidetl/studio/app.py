@@ -578,7 +578,7 @@ def _shown(job: Job, status: Mapping[str, Any]) -> dict[str, Any]:
         kind = "jobs.progress" if total else "jobs.progress_open"
         progress = say(kind, stage=status.get("stage"), done=done, total=total, unit=status.get("unit"))
     partly = job.state == "done" and job.exit_code == 1
-    metrics = status.get("metrics") if is_running else {}
+    metrics = status.get("metrics") or {}
     return {
         "job": job,
         "title": _title(job),
@@ -586,7 +586,7 @@ def _shown(job: Job, status: Mapping[str, Any]) -> dict[str, Any]:
         "progress": progress,
         "done": done if is_running and total else None,
         "total": total if is_running and total else None,
-        "metrics": sorted((metrics or {}).items())[:12],
+        "metrics": [(name, metrics[name]) for name in results.CURVES if is_running and name in metrics],
         "step": say("jobs.step", step=job.step + 1, steps=len(job.steps))
         if len(job.steps) > 1 and is_running
         else "",

@@ -22,7 +22,7 @@ from slidetl.evaluation.metrics import GradeMetrics, accuracy, grade_metrics, qw
 from slidetl.studio.presets import predictions_of
 from slidetl.training.predictions import SlidePrediction, read_predictions
 
-_CURVES = ("train/loss", "val/loss", "val/qwk", "val/rps", "val/accuracy")
+CURVES = ("train/loss", "val/loss", "val/qwk", "val/rps", "val/accuracy")
 _MOST_POINTS = 2000
 
 
@@ -142,13 +142,13 @@ def curve(folder: Path) -> dict[str, list[float | None]]:
         try:
             with table.open(newline="", encoding="utf-8") as file:
                 for row in csv.DictReader(file):
-                    for name in _CURVES:
+                    for name in CURVES:
                         if row.get("epoch") and row.get(name) and math.isfinite(value := float(row[name])):
                             points[int(row["epoch"])][name] = value
         except (OSError, ValueError, csv.Error):
             continue  # a line is being written
     epochs = sorted(points)[-_MOST_POINTS:]
-    names = [name for name in _CURVES if any(name in points[epoch] for epoch in epochs)]
+    names = [name for name in CURVES if any(name in points[epoch] for epoch in epochs)]
     return {
         "epoch": [epoch + 1 for epoch in epochs],
         **{n: [points[e].get(n) for e in epochs] for n in names},

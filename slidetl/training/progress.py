@@ -23,6 +23,6 @@ class StatusReport(pl.Callback):
         show_metrics({name: float(value) for name, value in trainer.callback_metrics.items()})
 
     def _report(self, trainer: pl.Trainer, epochs: int) -> None:
+        show_metrics({name: float(value) for name, value in trainer.callback_metrics.items()})
         total = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None
         show_stage("training", epochs, total, "epochs")
-        show_metrics({name: float(value) for name, value in trainer.callback_metrics.items()})
