@@ -67,8 +67,8 @@
     const dashes = { "train/loss": [6, 4], "val/loss": [2, 3], "val/rps": [10, 4], "val/accuracy": [4, 2] };
     let plot = null, names = "";
     const draw = async () => {
-      const response = await fetch(curve.dataset.src, { headers: { Accept: "application/json" } });
-      if (!response.ok) return;
+      const response = await fetch(curve.dataset.src).catch(() => null);
+      if (!response || !response.ok) return;
       const found = await response.json(), keys = Object.keys(found).filter(key => key !== "epoch");
       const data = [found.epoch, ...keys.map(key => found[key])];
       if (!found.epoch.length) return;
