@@ -12,12 +12,13 @@ import pytest
 import yaml
 
 from slidetl.cli import main
+from slidetl.data import study as data_study
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.study import find_slides, read_study
 from slidetl.errors import CacheMismatchError, UsageError
 from slidetl.slides import Slide, open_slide
-from slidetl.tiles.ledger import FAILED, Ledger
-from slidetl.tiles.store import seal_node
+from slidetl.tiles.ledger import FAILED, Ledger, LedgerRow
+from slidetl.tiles.store import SlideCache, seal_node
 from tests.conftest import Study
 from tests.data.test_datamodule import rewrite
 from tests.small import small_embed
@@ -244,3 +245,20 @@ def test_a_slide_of_two_patients_is_refused_where_patients_are_divided(
         assert main(words(command, there.manifest, there.cache, tmp_path, tmp_path)) == 2
         said = rf"1 pair of slides with the same content.*{one.slide_id} \(.*\) and {two.slide_id} \("
         assert re.search(said, capsys.readouterr().err)
+
+
+def test_a_mix_of_whole_slides_and_regions_is_said(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = data_study.open_cache
+
+    def open_cache(folder: Path, slide_id: str, entry: LedgerRow | None) -> SlideCache:
+        cache = opened(folder, slide_id, entry)
+        is_confined = slide_id.endswith("00")
+        return (
+            dataclasses.replace(cache, header=dataclasses.replace(cache.header, regions="ab" * 32))
+            if is_confined
+            else cache
+        )
+
+    monkeypatch.setattr(data_study, "open_cache", open_cache)
+    with pytest.warns(UserWarning, match="1 of 20 slides have tiles of --regions only, the others of all"):
+        read_study(study.manifest, study.cache)
