@@ -41,6 +41,7 @@ def tile(path: Path, cache: Path, spec: TileSpec, override: float | None) -> Led
     return tile_slide(SlideSource("S", path, override), cache, spec)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPENABLE)
 @pytest.mark.parametrize("coarser", [1.0, 1.7, 4.0])
 def test_what_openslide_opens_is_tiled(slides: Path, tmp_path: Path, name: str, coarser: float) -> None:
@@ -66,6 +67,7 @@ def test_finer_than_the_slide_fails_with_that_reason(slides: Path, tmp_path: Pat
     assert "finest spacing" in row.reason and "asked for" in row.reason
 
 
+@pytest.mark.slow
 def test_broken_slides_fail_and_the_others_are_done(slides: Path, tmp_path: Path) -> None:
     sources = [SlideSource(f"B{n}", slides / name) for n, name in enumerate(BROKEN)]
     sources.insert(2, SlideSource("good", slides / "CMU-1-Small-Region.svs"))
@@ -93,6 +95,7 @@ def test_a_truncated_slide_fails_however_little_is_missing(
     assert not cache_path(tmp_path, "S").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("begin", "end", "status"), [(0.1, 0.11, USED), (0.3, 0.33, FAILED), (0.3, 0.6, FAILED)]
 )
@@ -124,6 +127,7 @@ def test_a_slide_smaller_than_a_tile_is_excluded(slides: Path, tmp_path: Path) -
     assert (row.status, row.reason) == (EXCLUDED, "the slide is smaller than one tile")
 
 
+@pytest.mark.slow
 def test_a_folder_of_all_sorts_is_told_apart(slides: Path, tmp_path: Path) -> None:
     words = ["--cache", str(tmp_path), "--mpp", "0.5", "--tile-size", "224", "--workers", "2"]
     assert main(["tile", str(slides), *words]) == 1

@@ -81,6 +81,7 @@ def keywords(call: ast.Call) -> dict[str | None, str]:
     return {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
 
 
+@pytest.mark.slow
 def test_nothing_is_read_in_a_way_that_runs_it() -> None:
     calls = calls_of_the_package()
     for name in (
@@ -190,6 +191,7 @@ def test_a_compression_whose_claims_are_not_known_is_not_read(tmp_path: Path) ->
         RasterSlide(path, 1.0)
 
 
+@pytest.mark.slow
 def test_a_packed_tile_does_not_grow_beyond_its_size(tmp_path: Path) -> None:
     path = tiff(tmp_path / "a.tif", tile=(256, 256), compression="deflate")
     with tifffile.TiffFile(path) as file:
@@ -245,6 +247,7 @@ def packed_npy(path: Path, head: bytes, zeros: int = 0, fill: bytes = b" ") -> P
     return path
 
 
+@pytest.mark.slow
 def test_an_array_in_an_archive_is_no_larger_than_it_may_be(tmp_path: Path) -> None:
     header = io.BytesIO()
     shape = (10**6, 1000, 1000)

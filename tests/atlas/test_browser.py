@@ -4,12 +4,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from slidetl.cli import main
 from tests.conftest import Study
 from tests.grading.report.test_browser import Open, browser, open_page  # noqa: F401  # fixtures
 
 
+@pytest.mark.slow
 def test_the_atlas_shows_any_slide_with_its_clusters_and_leads_to_a_tile(
     patterned: Study, tmp_path: Path, open_page: Open
 ) -> None:

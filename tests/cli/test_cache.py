@@ -106,6 +106,7 @@ def test_what_cannot_be_meant(cache: Path, tmp_path: Path, capsys: pytest.Captur
     assert "give both, or neither" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_tiles_copied_from_a_damaged_slide_are_found_left_out_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tissue_picture: Callable[[int], Picture]
 ) -> None:
@@ -143,6 +144,7 @@ def test_tiles_copied_from_a_damaged_slide_are_found_left_out_and_counted(
     assert np.array_equal(np.concatenate([batch.pixels for batch in batches]), mended.read(range(47)))
 
 
+@pytest.mark.slow
 def test_a_slide_damaged_all_over_is_not_mended(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tissue_picture: Callable[[int], Picture]
 ) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,6 +24,7 @@ def test_slides_of_one_name_get_names_of_their_own() -> None:
     }
 
 
+@pytest.mark.slow
 @given(st.lists(st.text(alphabet="aA_2./ é-", min_size=1, max_size=8).map(Path), max_size=12))
 def test_no_slide_overwrites_another(paths: list[Path]) -> None:
     names = output_names(paths)

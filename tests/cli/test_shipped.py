@@ -75,6 +75,7 @@ def test_an_installed_wheel_draws_tiles_and_grades(wheel: Path, trained: Path, t
     assert sum(graded["probabilities"]) == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_shipped_configuration_is_found_by_the_name_that_the_readme_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -31,6 +31,7 @@ def test_writes_a_cohort_and_prints_the_colour_baseline(
     assert "is not empty" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_few_slides_need_no_other_option_and_are_not_judged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,6 +49,7 @@ def test_patients_and_sites_that_are_given_count(tmp_path: Path, capsys: pytest.
     assert "4 patients need at least as many slides" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_grade_may_be_what_the_readers_agree_on(tmp_path: Path) -> None:
     grades = {}
     for label in ("truth", "consensus"):
@@ -60,6 +62,7 @@ def test_the_grade_may_be_what_the_readers_agree_on(tmp_path: Path) -> None:
     assert grades["consensus"] == [entry.consensus for entry in cohort.plan()] != grades["truth"]
 
 
+@pytest.mark.slow
 def test_a_harder_cohort_has_less_fibrosis(tmp_path: Path) -> None:
     for share in ("0.12", "0.03"):
         options = "--slides 5 --size 512 --mpp 8 --seed 1000 --workers 1 --share-per-grade "

@@ -48,6 +48,7 @@ def groups(cache: Path) -> dict[str, dict[str, bytes]]:
     return {path.name: tree(path) for path in sorted(cache.glob("*.zarr"))}
 
 
+@pytest.mark.slow
 def test_a_run_with_one_bad_slide_does_the_others_and_exits_with_1(
     pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,6 +74,7 @@ def test_a_run_with_one_bad_slide_does_the_others_and_exits_with_1(
     assert main(words) == 0
 
 
+@pytest.mark.slow
 def test_every_option_reaches_the_specification(
     pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path
 ) -> None:
@@ -119,6 +121,7 @@ def area_means(
     return means
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slide_mpp", [(0.2527, 0.2527), (0.25, 0.2305)])
 def test_a_fraction_of_a_pixel_is_not_lost(
     pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path, slide_mpp: tuple[float, float]
@@ -141,6 +144,7 @@ def test_a_fraction_of_a_pixel_is_not_lost(
         assert np.abs(tile.astype(int) - wanted).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_level_close_to_the_spacing_is_read_as_it_is(
     pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path
 ) -> None:
@@ -160,6 +164,7 @@ def test_a_level_close_to_the_spacing_is_read_as_it_is(
     assert far.extent_level0[0] == pytest.approx(32 * 0.5 / 0.4962, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_slide_without_spacing_fails_with_the_remedy_and_the_remedies_work(
     test_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -182,6 +187,7 @@ def test_a_slide_without_spacing_fails_with_the_remedy_and_the_remedies_work(
     assert SlideCache.open(cache_path(tmp_path / "cache", "S1")).mpp_level0 == (0.499, 0.499)
 
 
+@pytest.mark.slow
 def test_mistakes_end_with_one_line_and_2(
     pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,6 +206,7 @@ def test_mistakes_end_with_one_line_and_2(
     assert main([*words, "2", "--overwrite"]) == 0
 
 
+@pytest.mark.slow
 def test_a_grade_off_the_scale_is_found_before_the_work(
     pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -233,6 +240,7 @@ def test_missing_files_cost_their_slides_and_are_one_line(
     assert rows["患者1"].status == USED and SlideCache.open(cache_path(cache, "患者1")).slide_id == "患者1"
 
 
+@pytest.mark.slow
 def test_a_terminal_without_the_letters_shows_their_codes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -291,6 +299,7 @@ def test_killed_at_any_moment_and_run_again_gives_the_same_bytes(
     assert {row.status for row in Ledger(tmp_path / "stormy" / "ledger.csv").rows()} == {USED}
 
 
+@pytest.mark.slow
 def test_workers_die_with_a_run_that_is_killed(
     pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path
 ) -> None:
@@ -340,6 +349,7 @@ def test_help_answers_at_once_with_units_and_defaults() -> None:
         assert words in text
 
 
+@pytest.mark.slow
 def test_what_is_doubtful_is_said_once_with_the_option(
     pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -372,6 +382,7 @@ def test_what_is_doubtful_is_said_once_with_the_option(
     assert {cache.mpp_level0 for cache in caches} == {(0.5, 0.5)}
 
 
+@pytest.mark.slow
 def test_regions_drawn_in_qupath(
     pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -100,6 +100,7 @@ def test_a_test_never_tests_what_was_trained_on(
     assert code == 2 and "2 gone" in line and "or start a new training" in line
 
 
+@pytest.mark.slow
 def test_strangers_are_tested_whole(
     study: Study, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -116,6 +117,7 @@ def test_strangers_are_tested_whole(
     assert "left out: 15 of 20 slides (train 10, val 5)" in caplog.text
 
 
+@pytest.mark.slow
 def test_predict_says_whom_the_checkpoint_has_seen(
     study: Study,
     trained: Path,
@@ -139,6 +141,7 @@ def test_predict_says_whom_the_checkpoint_has_seen(
     assert not (tmp_path / "m.pt").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["test", "fit", "predict"])
 def test_a_checkpoint_of_an_older_version(
     command: str, study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -159,6 +162,7 @@ def test_a_checkpoint_without_progress_is_one_line(
     assert "no training can resume from it, it lacks the progress of its loops" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_grade_nothing(
     study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

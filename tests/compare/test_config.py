@@ -121,6 +121,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
         read_comparison(tmp_path / "none.yaml")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_what_ships_can_be_read(path: Path) -> None:
     comparison = read_comparison(path)

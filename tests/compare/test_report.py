@@ -331,6 +331,7 @@ def test_every_section_is_there_and_in_the_contents(whole: tuple[ComparisonResul
     assert all(len(page.text[name]) > 100 for name in SECTIONS)
 
 
+@pytest.mark.slow
 def test_the_checklists_have_every_item_and_what_the_comparison_knows(
     whole: tuple[ComparisonResult, Path], tmp_path: Path
 ) -> None:
@@ -422,6 +423,7 @@ def test_power_counts_results_from_the_observed_accuracy(
     assert f"correlated by {result.design.arm_correlation:.2f} before rounding." in page
 
 
+@pytest.mark.slow
 def test_subsets_of_slides_are_repeats(tmp_path: Path) -> None:
     result = invented(30, repeats=2, sizes=(20,), subsets=3)
     assert {arm.results.predicted.shape[0] for arm in result.arms} == {2}
@@ -567,6 +569,7 @@ def test_the_page_reaches_for_nothing_outside(whole: tuple[ComparisonResult, Pat
     assert all(address.startswith(("data:image/", "#")) for address in addresses)
 
 
+@pytest.mark.slow
 def test_equal_results_give_an_equal_page(whole: tuple[ComparisonResult, Path], tmp_path: Path) -> None:
     result, folder = whole
     write_report(result, tmp_path)
@@ -593,6 +596,7 @@ def test_what_comes_from_outside_is_escaped(tmp_path: Path) -> None:
     assert HOSTILE in page.text[""]  # why a job failed
 
 
+@pytest.mark.slow
 def test_an_unfinished_comparison_says_so(tmp_path: Path) -> None:
     page = written(invented(20, missing=("warm",), repeats=1, sizes=()), tmp_path)
     assert "This comparison is not finished" in page.text[""]
@@ -602,6 +606,7 @@ def test_an_unfinished_comparison_says_so(tmp_path: Path) -> None:
     assert "The shaded row" not in page.text["arms"]
 
 
+@pytest.mark.slow
 def test_arms_without_epochs_readers_or_sites_leave_no_gap(tmp_path: Path) -> None:
     arms = {"area": Arm(baseline="colour_area"), "prior": Arm(baseline="prior")}
     (tmp_path / "figures").mkdir()
@@ -645,6 +650,7 @@ def test_curves_of_a_nested_comparison_are_those_of_the_inner_folds(
     assert "held-out parts of the inner folds" in page.text["learning"]
 
 
+@pytest.mark.slow
 def test_slides_are_left_to_a_human_at_a_chosen_risk(tmp_path: Path) -> None:
     """What the table says is judged on the predictions, by SciPy's exact interval of a share."""
     result, risks = invented(repeats=1, sizes=(), noise=0.3), [0.1, 0.25, 0.4]
@@ -732,6 +738,7 @@ def test_sites_are_told_from_the_networks_of_each_arm(
     assert "Embeddings" not in alone.text["sites"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nested", [True, False])
 def test_arms_are_shown_at_equal_epochs_and_at_their_plateaus(
     small: tuple[ComparisonResult, Path], tmp_path: Path, nested: bool
@@ -779,6 +786,7 @@ def test_arms_are_shown_at_equal_epochs_and_at_their_plateaus(
     assert f"epochs, {late:+.2f}. Means".replace("-", "\N{MINUS SIGN}") in page.text["learning"]
 
 
+@pytest.mark.slow
 def test_temperatures_are_judged_against_none(small: tuple[ComparisonResult, Path]) -> None:
     result, folder = small
     plain = invented(20, repeats=1, sizes=(), temperature=1.0)
@@ -834,6 +842,7 @@ def test_arms_on_fewer_slides_are_compared_too(whole: tuple[ComparisonResult, Pa
     assert "trained on fewer slides" in worded(result, tmp_path).text["others"]
 
 
+@pytest.mark.slow
 def test_readers_without_a_slide_in_common_end_no_report(tmp_path: Path) -> None:
     for reads in ((0, 1), (2,)):  # half of the slides each; none at all
         result = invented(20, repeats=1, sizes=(), reads=reads, draws=100)
@@ -841,6 +850,7 @@ def test_readers_without_a_slide_in_common_end_no_report(tmp_path: Path) -> None
         assert "noise of the labels is unknown" in worded(result, tmp_path).text["limits"]
 
 
+@pytest.mark.slow
 def test_two_groups_are_compared_by_every_arm_and_by_the_labels(tmp_path: Path) -> None:
     groups = Groups("site", "north", "south")
     page = worded(invented(20, repeats=1, sizes=(), groups=groups), tmp_path)
@@ -867,6 +877,7 @@ def test_two_groups_are_compared_by_every_arm_and_by_the_labels(tmp_path: Path) 
     assert "south minus north (by site)" in page.text["score"]
 
 
+@pytest.mark.slow
 def test_an_undefined_metric_is_said_to_be(small: tuple[ComparisonResult, Path], tmp_path: Path) -> None:
     """Learning curves whose QWK is undefined early, and a threshold without two sides."""
     warm, *others = small[0].arms

@@ -345,6 +345,7 @@ def copied_slide(study: Cohort, folder: Path, cropped: bool = False) -> tuple[Pa
     return manifest, cache
 
 
+@pytest.mark.slow
 def test_one_slide_under_two_names_stops_the_run_or_is_joined(study: Cohort, tmp_path: Path) -> None:
     manifest, cache = copied_slide(study, tmp_path)
     places = {"manifest": str(manifest), "cache": str(cache)}
@@ -368,6 +369,7 @@ def test_one_slide_under_two_names_stops_the_run_or_is_joined(study: Cohort, tmp
     assert refused
 
 
+@pytest.mark.slow
 def test_a_cropped_slide_on_the_other_side_stops_the_run(study: Cohort, tmp_path: Path) -> None:
     manifest, cache = copied_slide(study, tmp_path, cropped=True)
     refused = 0
@@ -567,6 +569,7 @@ def test_a_baseline_by_site_knows_the_site_alone(study: Cohort, tmp_path: Path) 
         assert probabilities == pytest.approx((counts + prior) / (counts.sum() + 1), abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["colour_area", "collagen"])
 def test_baselines_by_colour_give_distributions(name: str, study: Cohort, tmp_path: Path) -> None:
     _, job = planned(study, tmp_path, {"baseline": name})

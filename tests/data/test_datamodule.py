@@ -143,6 +143,7 @@ def test_errors_name_the_remedy(study: Study, tmp_path: Path) -> None:
         SlideDataModule(str(empty_part), str(study.cache)).setup("fit")
 
 
+@pytest.mark.slow
 def test_slides_tiled_differently_are_refused(study: Study, tmp_path: Path) -> None:
     from slidetl.cli import main
 

@@ -136,6 +136,7 @@ def test_no_command_grades_tiles_by_the_label_of_another_slide(
     assert not (tmp_path / "output").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_says_that_it_leaves_out_a_slide_that_failed(
     command: str, study: Study, trained: Path, tmp_path: Path
@@ -231,6 +232,7 @@ def test_slides_that_were_moved_are_read_only_where_they_look_changed(
         read_study(there.manifest, there.cache)
 
 
+@pytest.mark.slow
 def test_a_slide_of_two_patients_is_refused_where_patients_are_divided(
     study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -103,6 +103,7 @@ def test_the_ceiling_is_what_the_truth_reaches(sd: float) -> None:
     assert ceiling.together_qwk == pytest.approx(qwk(true, together, 5), abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", ["worst", "mean"])
 @pytest.mark.parametrize("alike", [False, True])
 def test_the_ceiling_of_patients_is_what_the_truth_of_their_slides_reaches(unit: Unit, alike: bool) -> None:
@@ -132,6 +133,7 @@ def test_the_ceiling_of_patients_is_what_the_truth_of_their_slides_reaches(unit:
         assert kappa == pytest.approx(qwk(truth, judged, 5), abs=0.015)
 
 
+@pytest.mark.slow
 def test_the_interval_of_the_ceiling_covers_it() -> None:
     rng = np.random.default_rng(3)
     population = rng.integers(0, 5, 100_000)

@@ -13,6 +13,7 @@ def cohort(n: int = 50) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return rng.normal(size=(n, 4)), np.arange(n) % 5, np.arange(n) // 2
 
 
+@pytest.mark.slow
 def test_grades_written_in_the_colour_are_found() -> None:
     features, grades, patients = cohort()
     features[:, 1] = 200 - 10 * grades + features[:, 1]
@@ -23,6 +24,7 @@ def test_grades_written_in_the_colour_are_found() -> None:
     np.testing.assert_array_equal(best.grader.probabilities(features), whole.probabilities(features))
 
 
+@pytest.mark.slow
 def test_grades_out_of_order_in_the_colour_are_found_too() -> None:
     features, grades, patients = cohort()
     features[:, 0] = np.array([0, 30, 10, 40, 20])[grades] + features[:, 0]
@@ -39,6 +41,7 @@ def test_noise_stays_near_chance() -> None:
     np.testing.assert_array_equal(best.out_of_fold, again.out_of_fold)
 
 
+@pytest.mark.slow
 def test_a_patients_other_slides_do_not_help() -> None:
     rng = np.random.default_rng(1)
     patients = np.arange(60) // 2

@@ -276,6 +276,7 @@ def test_slide_score_by_hand() -> None:
             slide_score([*tiles, row], classes, ignore)
 
 
+@pytest.mark.slow
 def test_a_tile_classifier_grades_slides_and_leaves_out_what_does_not_count() -> None:
     """Tiles of two features: how fibrotic, and whether it is a vessel; vessels look very fibrotic."""
     rng = np.random.default_rng(6)

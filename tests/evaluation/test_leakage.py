@@ -67,6 +67,7 @@ def cropped(picture: Picture, left: float, right: float, top: float, bottom: flo
     return np.clip(again, 0, 255).astype(np.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [3, 30])  # the mean of many is taken out, spectra are compared first
 @pytest.mark.parametrize("sides", [(0.1, 0, 0.1, 0), (0, 0.1, 0.05, 0.1), (0.02, 0.02, 0.02, 0.02)])
 def test_a_section_in_another_frame_is_found_and_nothing_else(
@@ -80,6 +81,7 @@ def test_a_section_in_another_frame_is_found_and_nothing_else(
     assert all(0.65 <= likeness <= 1 for _, _, likeness in found)
 
 
+@pytest.mark.slow
 def test_a_wider_scan_of_the_same_section_is_found() -> None:
     """More glass around it, at the same spacing."""
     pictures = [section(seed, glass=True) for seed in range(25)]

@@ -18,6 +18,7 @@ def test_patients_show_less_than_their_slides(slides: int, power: float) -> None
     assert row.error == pytest.approx(0.0177, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_power_is_that_of_the_sign_flip_test() -> None:
     """Against studies drawn here, and the test as a comparison uses it."""
     (row,) = power_table([(0.5, 0.7)], StudyDesign(40, 40), n_studies=600)

@@ -224,6 +224,7 @@ def test_the_audit_finds_slides_that_look_alike_in_an_inner_fold(pair: tuple[str
     audit_folds(folds, CASES, CONTENT, [("a", "b", 0.99)])
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(n=st.integers(10, 60), seed=st.integers(0, 50))
 def test_a_smaller_training_part_lies_within_larger_ones_and_has_every_grade(n: int, seed: int) -> None:

@@ -49,6 +49,7 @@ def model(model_path: Path) -> ModelFile:
     return load_model(model_path)
 
 
+@pytest.mark.slow
 def test_agrees_with_slidetl_test_on_every_test_slide(
     study: Study, trained: Path, model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -67,6 +68,7 @@ def test_agrees_with_slidetl_test_on_every_test_slide(
             assert picture.width > 1000
 
 
+@pytest.mark.slow
 def test_agrees_with_slidetl_test_in_bfloat16(
     study: Study, trained: Path, model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -99,6 +101,7 @@ def test_map_lies_where_the_tiles_are(study: Study, model: ModelFile, tmp_path: 
     assert (tmp_path / "new" / "map.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), [((0, 0), (5, 7)), ((5, 0), (0, 7))])
 def test_the_map_is_bright_where_the_network_looked(
     pyramid_tiff: PyramidTiff,
@@ -158,6 +161,7 @@ def test_embeddings_in_a_file_give_the_same_grade(
         np.testing.assert_array_equal(other.explanation.contributions, in_memory.explanation.contributions)
 
 
+@pytest.mark.slow
 def test_a_bad_slide_costs_itself_alone(
     study: Study,
     model_path: Path,
@@ -213,6 +217,7 @@ def test_slides_unlike_the_training_are_refused_unless_forced(
     assert little_result["tissue_mm2"] < card.training.least_tissue_mm2 / 2
 
 
+@pytest.mark.slow
 def test_evidence_gives_a_set_of_grades(
     trained: Path, study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -243,6 +248,7 @@ def test_evidence_gives_a_set_of_grades(
     assert f"; set of grades, coverage 80%: {names}; expected grade " in err
 
 
+@pytest.mark.slow
 def test_a_person_at_a_terminal_reads_one_line_a_slide(study: Study, model_path: Path) -> None:
     slide = next((study.manifest.parent / "slides").glob("*.tiff"))
     terminal, end = pty.openpty()
@@ -255,6 +261,7 @@ def test_a_person_at_a_terminal_reads_one_line_a_slide(study: Study, model_path:
     assert f"{slide.name}: grade " in done.stderr and "set of grades" not in done.stderr
 
 
+@pytest.mark.slow
 def test_grading_loads_nothing_that_trains_or_draws(study: Study, model_path: Path) -> None:
     slide = next((study.manifest.parent / "slides").glob("*.tiff"))
     program = f"""
@@ -269,6 +276,7 @@ print(sorted((trains | draws) & sys.modules.keys()), file=sys.stderr)
     assert done.stderr.splitlines()[-1] == "[]"
 
 
+@pytest.mark.slow
 def test_an_unknown_file_needs_trust_once(
     study: Study,
     model_path: Path,
@@ -336,6 +344,7 @@ def test_several_processes_grade_as_one_does_and_a_run_goes_on(
     assert len(table(output)) == 4
 
 
+@pytest.mark.slow
 def test_rates_are_measured_when_asked_for(
     study: Study, model_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -350,6 +359,7 @@ def test_rates_are_measured_when_asked_for(
     assert share is not None and 0 < int(share[1]) < 150  # measured on a busy machine
 
 
+@pytest.mark.slow
 def test_slides_read_in_processes_for_one_thread_grade_alike(
     study: Study, model: ModelFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,6 +67,7 @@ def test_a_text_of_two_lines_is_not_published() -> None:
         dataclasses.replace(CARD, contact="a\nb")
 
 
+@pytest.mark.slow
 @given(st.text(max_size=12))
 def test_a_name_is_one_folder_below_the_library(name: str) -> None:
     try:

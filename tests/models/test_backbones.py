@@ -73,6 +73,7 @@ def test_imagenet_weights_load_with_strict_keys_and_know_a_palace(test_data: Pat
     assert probabilities[698].item() == pytest.approx(0.81, abs=0.03)
 
 
+@pytest.mark.slow
 def test_weights_files_of_both_kinds_and_the_normalisation_in_the_file(tmp_path: Path) -> None:
     torch.manual_seed(1)
     state = timm.create_model("resnet18", num_classes=3).state_dict()  # with a classifier of its own
@@ -148,6 +149,7 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else() -> None:
         Backbone(BackboneSpec("inception_v3", gradient_checkpointing=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_channels", [1, 2, 4])
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "test_vit"])
 def test_pretrained_kernels_are_adapted_to_the_channels_as_timm_does(
@@ -246,6 +248,7 @@ def test_hub_models_come_from_the_folder_or_cache_without_a_connection(
         assert backbone(tiles).shape == (2, 192)
 
 
+@pytest.mark.slow
 def test_published_weights_are_found_in_the_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
@@ -290,6 +293,7 @@ def test_transformers_are_built_as_asked() -> None:
         Backbone(BackboneSpec("resnet18", gated_mlp=True))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize(
     ("prefix", "arguments"),

@@ -18,6 +18,7 @@ def empty_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 
 
+@pytest.mark.slow
 def test_the_short_list_is_what_is_installed_small_or_recommended() -> None:
     entries = {entry.name: entry for entry in list_backbones()}
     assert set(entries) == {PACKAGED, *CBR_NAMES, *RECOMMENDED}
@@ -31,6 +32,7 @@ def test_the_short_list_is_what_is_installed_small_or_recommended() -> None:
     assert (known.features, known.weights) == (1024, "download")
 
 
+@pytest.mark.slow
 def test_weights_on_this_machine_are_found_and_named(tmp_path: Path) -> None:
     tagged, default = "resnet34.tv_in1k", "resnet26"
     for name in (tagged, default):

@@ -50,6 +50,7 @@ def numbers_of(rows: Tensor) -> list[int]:
     return (rows[:, 0] + 256 * rows[:, 1]).long().tolist()
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(1, 40), max_size=12), st.integers(1, 16))
 def test_every_piece_gets_its_own_embeddings_in_batches_of_one_shape(pieces: list[int], batch: int) -> None:
     network = Network()

@@ -113,6 +113,7 @@ class TestLoRA(StrategyContract):
             assert drift[layer] == pytest.approx(measured, abs=1e-5)
         assert drift["blocks.0.attn.qkv"][0] > 0 == drift["blocks.0.mlp.fc1"][0]
 
+    @pytest.mark.slow
     def test_an_exported_file_has_no_factors(self, tmp_path: Path) -> None:
         grader = make_grader(self.strategy, self.backbone).eval()
         grader.network.load_state_dict({**grader.network.state_dict(), **self.moved().state_dict()})

@@ -58,6 +58,7 @@ def test_file_computes_what_the_network_computes(grader: SlideGrader, model_path
     assert model.card.grades == ("0", "1", "2", "3", "4")
 
 
+@pytest.mark.slow
 def test_file_runs_where_only_torch_is(model_path: Path) -> None:
     program = f"""
 import sys
@@ -112,6 +113,7 @@ def test_networks_of_other_grades_make_no_ensemble(grader: SlideGrader) -> None:
         build_network([grader, other])
 
 
+@pytest.mark.slow
 def test_the_file_knows_what_is_familiar(grader: SlideGrader, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     width = grader.network.backbone.num_features
@@ -157,6 +159,7 @@ class Unlike(torch.nn.Module):
         return y.flip(1) if _is_scripting() else y
 
 
+@pytest.mark.slow
 def test_a_file_that_computes_something_else_is_not_written(tmp_path: Path) -> None:
     other = SlideGrader(BackboneSpec("resnet18"), MeanPooling).eval()
     other.tile_spec = TileSpec(mpp=4, tile_size_px=64)
@@ -170,6 +173,7 @@ def test_a_file_does_not_say_where_the_sources_lay(model_path: Path) -> None:
     assert str(Path(slidetl.__file__).parents[1]).encode() not in model_path.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("aggregator", [MeanPooling, GatedAttention])
 @pytest.mark.parametrize("name", ["resnet18", "mobilenetv2_100"])
 def test_other_networks_export_too(

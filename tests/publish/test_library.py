@@ -283,6 +283,7 @@ def test_a_pulled_model_begins_the_next_training(library: Library, model: Path) 
         read_pretrained(BackboneSpec(SMALL, str(folder / "weights.safetensors")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec",
     [
@@ -326,6 +327,7 @@ def test_an_ensemble_is_published_whole_and_its_first_network_begins_the_next(tm
     assert not torch.equal(found[key], state[f"networks.1.backbone.net.{key}"])
 
 
+@pytest.mark.slow
 def test_what_is_pulled_is_trusted_and_nothing_else(library: Library, tmp_path: Path) -> None:
     folder = library.pull("lung-2")
     other = exported(tmp_path / "other.pt", small_spec(in_channels=1))

@@ -123,6 +123,7 @@ def test_the_coarsest_level_that_is_fine_enough_is_read(pyramid_tiff: PyramidTif
         assert slide.mpp_read(0.49) == (0.49, 0.49)
 
 
+@pytest.mark.slow
 def test_levels_whose_odd_remainder_was_dropped_keep_their_place(pyramid_tiff: PyramidTiff) -> None:
     picture = noise(1003, 1001)  # the level has 501 x 500 pixels, each still two wide
     with open_slide(pyramid_tiff(picture, factors=(2,))) as slide:

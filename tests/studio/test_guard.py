@@ -322,6 +322,7 @@ def test_a_form_without_end_is_refused(project: Client) -> None:
     assert answer.status_code == 400
 
 
+@pytest.mark.slow
 def test_a_password_lets_in_and_nothing_else_does(opened: Callable[..., Client], tmp_path: Path) -> None:
     path = tmp_path / "password"
     write_password(path, "correct horse battery")

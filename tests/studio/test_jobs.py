@@ -40,6 +40,7 @@ def is_over(job: Job) -> bool:
     return not job.is_active
 
 
+@pytest.mark.slow
 def test_one_job_at_a_time_in_order(queue: JobQueue, tmp_path: Path) -> None:
     bad = Step(("cache", "info", "none"))
     first = queue.add("tile", "a", "", (QUICK, QUICK), tmp_path)
@@ -70,6 +71,7 @@ def pretend(queue: JobQueue, folder: Path, how: str) -> tuple[Job, subprocess.Po
     return job, child
 
 
+@pytest.mark.slow
 def test_stop_asks_first_and_forces_later(
     queue: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,6 +83,7 @@ def test_stop_asks_first_and_forces_later(
     assert child.wait(10) == -signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_stop_leaves_another_process_of_the_same_pid_alone(queue: JobQueue, tmp_path: Path) -> None:
     job, child = pretend(queue, tmp_path, "SIG_DFL")
     place = tmp_path / "jobs" / job.id / "process.json"
@@ -94,6 +97,7 @@ def test_stop_leaves_another_process_of_the_same_pid_alone(queue: JobQueue, tmp_
     child.wait()
 
 
+@pytest.mark.slow
 def test_another_server_finds_the_jobs(tmp_path: Path) -> None:
     first = JobQueue(tmp_path / "jobs")
     running, child = pretend(first, tmp_path, "SIG_DFL")
@@ -112,6 +116,7 @@ def test_another_server_finds_the_jobs(tmp_path: Path) -> None:
     second.close()
 
 
+@pytest.mark.slow
 def test_a_process_killed_from_outside_says_so_and_resumes(queue: JobQueue, tmp_path: Path) -> None:
     job, child = pretend(queue, tmp_path, "SIG_DFL")
     child.kill()

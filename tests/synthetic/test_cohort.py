@@ -90,6 +90,7 @@ def test_neither_names_nor_order_tell_the_grade() -> None:
     assert abs(np.corrcoef(grades[1:], grades[:-1])[0, 1]) < 0.15
 
 
+@pytest.mark.slow
 def test_written_cohort(tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     summaries = write_cohort(SMALL, tmp_path, progress=lambda done, total: seen.append((done, total)))
@@ -133,6 +134,7 @@ def test_written_cohort(tmp_path: Path) -> None:
         assert grade_of_share(share) == entry.drawn_grade == int(row["grade"])
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_whatever_the_workers(tmp_path: Path) -> None:
     write_cohort(SMALL, tmp_path / "a")
     write_cohort(SMALL, tmp_path / "b", workers=2)

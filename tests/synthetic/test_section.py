@@ -42,6 +42,7 @@ def test_grades_have_even_shares_with_borders_halfway() -> None:
     assert [grade_of_share(share) for share in (0.0599, 0.0601, 0.4199, 0.4201, 0.55)] == [0, 1, 3, 4, 4]
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(share=st.floats(0, 0.55), seed=st.integers(0, 2**32 - 1))
 def test_truth_adds_up_to_the_share_that_was_asked_for(share: float, seed: int) -> None:
@@ -58,6 +59,7 @@ def test_no_fibrosis_means_none_at_all() -> None:
     assert LungSection(slide(0.0)).truth().collagen_fraction.max() == 0
 
 
+@pytest.mark.slow
 def test_lesion_area_is_independent_of_the_fibrotic_share() -> None:
     shares = np.tile(np.linspace(0, 0.5, 5), 12)
     seeds = 1000 + np.arange(len(shares))
@@ -67,6 +69,7 @@ def test_lesion_area_is_independent_of_the_fibrotic_share() -> None:
     assert lesion_share(LungSection(slide(0.0))) == pytest.approx(lesion_share(LungSection(slide(0.5))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stain", STAINS)
 def test_fibrosis_hardly_moves_colour_and_area_but_changes_the_picture(stain: str) -> None:
     size = (1024, 1024)
@@ -82,6 +85,7 @@ def test_fibrosis_hardly_moves_colour_and_area_but_changes_the_picture(stain: st
     assert (np.abs(healthy - fibrotic).max(axis=2) > 40).mean() > 0.05
 
 
+@pytest.mark.slow
 def test_fibrotic_tissue_is_oriented_and_inflamed_tissue_is_not() -> None:
     truth = LungSection(slide(0.3, mpp=2.0, size_px=(2048, 2048))).truth()
     image = LungSection(slide(0.3, mpp=2.0, size_px=(2048, 2048))).draw((0, 0), (2048, 2048))
@@ -100,6 +104,7 @@ def test_fibrotic_tissue_is_oriented_and_inflamed_tissue_is_not() -> None:
     assert np.median(coherence[fibrotic]) > np.quantile(coherence[inflamed], 0.95)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(
     mpp=st.sampled_from([0.5, 0.73, 2.0, 5.0]),
@@ -119,6 +124,7 @@ def test_a_part_drawn_alone_equals_that_part_of_the_whole(
     assert np.abs(part.astype(int) - whole[y : y + height, x : x + width]).max(initial=0) <= 1
 
 
+@pytest.mark.slow
 def test_a_coarse_slide_shows_the_same_tissue_as_a_fine_one() -> None:
     fine = LungSection(slide(mpp=0.5, size_px=(3072, 3072))).draw((0, 0), (3072, 3072))
     coarse = LungSection(slide(mpp=2.0, size_px=(768, 768))).draw((0, 0), (768, 768)).astype(float)
@@ -138,6 +144,7 @@ def test_corners_are_glass_of_the_sites_colour() -> None:
     assert image.mean(axis=(0, 1)) == pytest.approx(SITE.white_rgb, abs=0.3)
 
 
+@pytest.mark.slow
 def test_a_band_of_the_largest_slide_fits_in_memory() -> None:
     tracemalloc.start()
     try:

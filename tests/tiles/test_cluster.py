@@ -152,6 +152,7 @@ def test_a_slide_whose_workers_die_is_failed_and_the_next_run_goes_on(
     assert groups(tmp_path / "cache") == groups(tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_goes_away_ends_the_run_with_one_line(
     start: Start, pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path
 ) -> None:
@@ -169,6 +170,7 @@ def test_a_scheduler_that_goes_away_ends_the_run_with_one_line(
     ]
 
 
+@pytest.mark.slow
 def test_a_scheduler_that_is_not_there_is_one_line(
     start: Start, pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path
 ) -> None:

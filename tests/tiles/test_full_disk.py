@@ -41,6 +41,7 @@ shutil.copytree(disk / "cache" / "S1.zarr", out)
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_clearly_and_is_continued_after_space_is_made(
     pyramid_tiff: PyramidTiff, tissue_picture: Callable[..., Picture], tmp_path: Path
 ) -> None:

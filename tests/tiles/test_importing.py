@@ -375,6 +375,7 @@ def test_a_linear_model_grades_by_them(cohort: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "metrics.json").read_text())["accuracy"] == 1
 
 
+@pytest.mark.slow
 def test_a_network_trains_and_tests_on_them_and_grades_no_slide(
     cohort: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -401,12 +402,13 @@ trainer: {{default_root_dir: {tmp_path / "run"}, max_epochs: 2, accelerator: cpu
     assert main(["test", "--config", str(config), "--ckpt_path", str(checkpoint)]) == 0
     assert main(["export", str(checkpoint), "--output", str(tmp_path / "m.pt")]) == 2
     assert "stands for stored features and embeds no tile" in capfd.readouterr().err
-    wrong = ("stored_7", "length of 6, the backbone's have 7"), ("mobilenetv3_small_050", "stored_6")
+    wrong = ("stored_7", "length of 6, the backbone's have 7"), ("tf_efficientnet_lite0", "stored_6")
     for name, said in wrong:
         assert main(["fit", "--config", str(config), "--model.backbone.name", name]) == 2
         assert said in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_arms_of_a_comparison_take_them_and_lack_thumbnails(cohort: Path, tmp_path: Path) -> None:
     config = tmp_path / "compare.yaml"
     config.write_text(

@@ -196,6 +196,7 @@ def test_a_lease_that_is_renewed_is_waited_for(tmp_path: Path, monkeypatch: pyte
         assert 3 * STALE_S <= clock.waited_s <= 3 * STALE_S + 1
 
 
+@pytest.mark.slow
 def test_an_owner_that_was_stopped_finds_out_before_it_commits(tmp_path: Path, owners: list[Owner]) -> None:
     owner = Owner(tmp_path, machine="elsewhere")
     owners.append(owner)
@@ -216,6 +217,7 @@ def test_an_owner_that_was_stopped_finds_out_before_it_commits(tmp_path: Path, o
     assert [name for name in files(tmp_path) if "lease" in name] == []
 
 
+@pytest.mark.slow
 def test_one_that_beats_across_machines_is_not_robbed(tmp_path: Path, owners: list[Owner]) -> None:
     owner = Owner(tmp_path, machine="elsewhere")
     owners.append(owner)
@@ -236,6 +238,7 @@ def test_one_that_beats_across_machines_is_not_robbed(tmp_path: Path, owners: li
     thread.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", ["", *SHARES])
 def test_of_many_that_wait_one_takes_over_at_a_time(tmp_path: Path, share: str) -> None:
     lease_of_another_machine(tmp_path)
@@ -288,6 +291,7 @@ print(row.status, row.reason)
     assert files(tmp_path) == ["S1.lock", "ledger.csv.lock"]
 
 
+@pytest.mark.slow
 def test_without_kernel_locks_a_killed_owner_here_is_waited_for_as_one_elsewhere(
     tmp_path: Path, owners: list[Owner]
 ) -> None:

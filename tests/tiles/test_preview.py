@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -60,6 +61,7 @@ def test_tiles_are_drawn_where_they_lie(tmp_path: Path) -> None:
     assert (image[600:] != 255).any()  # the legend
 
 
+@pytest.mark.slow
 def test_colours_appear_only_with_their_reason(tmp_path: Path) -> None:
     draw(tmp_path / "a.png", [], {})
     draw(tmp_path / "b.png", [], {"fold": [[0, 0]]})

@@ -126,6 +126,7 @@ def test_real_pale_blue_ink_is_found(test_data: Path, mpp: float) -> None:
     assert (maps["pen"].mask & beside).sum() < 0.001 * beside.sum()
 
 
+@pytest.mark.slow
 def test_real_tissue_without_ink_raises_no_alarm(test_data: Path) -> None:
     """H&E, a lymph node full of haematoxylin, haematoxylin with DAB, stroma of a hundred tiles."""
     with open_slide(test_data / "slides" / "gcp-camelyon-jpeg.dcm") as slide:

@@ -63,6 +63,7 @@ def test_the_ledger_tells_that_a_cache_is_no_longer_of_its_slide(source: SlideSo
     assert tree(cache_path(tmp_path / "cache", "S1")) == before
 
 
+@pytest.mark.slow
 def test_processes_give_the_same_bytes_and_the_ledger_all_rows(
     source: SlideSource, pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path
 ) -> None:
@@ -85,6 +86,7 @@ def waits_for_lock(pid: int | None) -> bool:
     return any(f" {pid} " in line for line in Path("/proc/locks").read_text().splitlines() if "->" in line)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_costs_its_slide_only(source: SlideSource, tmp_path: Path) -> None:
     def kill_the_one_that_waits() -> None:
         deadline = time.monotonic() + 120
@@ -104,6 +106,7 @@ def test_a_process_that_dies_costs_its_slide_only(source: SlideSource, tmp_path:
     assert "ended by SIGKILL" in rows[0].reason
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_beside_others_leaves_its_slide_to_the_end(
     source: SlideSource, tmp_path: Path
 ) -> None:

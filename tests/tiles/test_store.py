@@ -394,6 +394,7 @@ def test_another_release_of_the_software_continues_what_was_begun(
     assert writer(tmp_path, 300, header(codec="zstd")).next_tile == 0
 
 
+@pytest.mark.slow
 def test_few_files_stay_open_however_many_slides_are_read(tmp_path: Path) -> None:
     caches = [write(tmp_path / str(number), 300) for number in range(60)]
     for cache in caches:

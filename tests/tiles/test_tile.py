@@ -95,6 +95,7 @@ def test_failures_say_why_and_do_not_raise(
     assert tile_slide(SlideSource("S", without, 0.5), tmp_path / "cache", SPEC).status == USED
 
 
+@pytest.mark.slow
 def test_a_damaged_region_costs_its_tiles_and_much_damage_the_slide(
     pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path
 ) -> None:

@@ -100,6 +100,7 @@ def test_lung_is_one_tissue_with_its_air(mpp: float) -> None:
     assert overlap(found.mask, truth) > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stain", SYNTHETIC_STAINS)
 @pytest.mark.parametrize(("share", "seed"), [(0.0, 2), (0.4, 3)])
 def test_overlap_with_the_known_tissue_of_synthetic_slides(stain: str, share: float, seed: int) -> None:

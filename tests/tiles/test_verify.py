@@ -73,6 +73,7 @@ def test_a_sound_cache_is_found_sound(sound: Tiled) -> None:
     assert (found.tiles, found.bytes) == (row.tiles, sum(len(data) for data in tree(path).values()))
 
 
+@pytest.mark.slow
 def test_a_flip_of_any_byte_of_any_file_is_found(sound: Tiled, tmp_path: Path) -> None:
     path = Path(shutil.copytree(sound[0], tmp_path / sound[0].name))
     rng = random.Random(0)
@@ -86,6 +87,7 @@ def test_a_flip_of_any_byte_of_any_file_is_found(sound: Tiled, tmp_path: Path) -
     assert verify_cache(path).is_sound
 
 
+@pytest.mark.slow
 def test_every_byte_of_the_groups_own_document_counts(tiled: Tiled) -> None:
     path = tiled[0]
     for name in ("zarr.json", "tiles/zarr.json"):
@@ -96,6 +98,7 @@ def test_every_byte_of_the_groups_own_document_counts(tiled: Tiled) -> None:
             (path / name).write_bytes(data)
 
 
+@pytest.mark.slow
 def test_each_file_is_mended_byte_for_byte(tiled: Tiled) -> None:
     path, source, row = tiled
     before = tree(path)
@@ -120,6 +123,7 @@ def test_a_damaged_tile_is_named_and_only_it_is_made_again(tiled: Tiled) -> None
     assert tree(path) == before
 
 
+@pytest.mark.slow
 def test_lost_shards_and_files_are_named_and_made_again(tiled: Tiled) -> None:
     path, source, row = tiled
     before = tree(path)
@@ -204,6 +208,7 @@ def test_a_cache_of_another_format_is_not_called_damaged(tiled: Tiled) -> None:
         verify_cache(path.with_name("none.zarr"))
 
 
+@pytest.mark.slow
 def test_features_are_checked_and_outlive_a_repair(tiled: Tiled) -> None:
     path, source, row = tiled
     for name in ("features/sound", "features/spoilt"):
@@ -233,6 +238,7 @@ def test_features_are_checked_and_outlive_a_repair(tiled: Tiled) -> None:
     assert tree(path) == {n: data for n, data in before.items() if not n.startswith("features/spoilt")}
 
 
+@pytest.mark.slow
 def test_tiles_that_were_left_out_stay_out(
     tmp_path: Path, pyramid_tiff: PyramidTiff, tissue_picture: Draw
 ) -> None:

@@ -49,6 +49,7 @@ def test_the_promising_arm_is_calibrated() -> None:
     assert found.error < 0.01
 
 
+@pytest.mark.slow
 def test_the_page_has_its_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["bench_intervals.py", "--studies", "3", "--draws", "100"])
     monkeypatch.setattr(tool, "NEW_PATIENTS", 200)

@@ -26,6 +26,7 @@ tool = load_tool()
 FEW = ["--epoch", "6", "--bag-size", "2", "--repeats", "1", "--workers", "0"]
 
 
+@pytest.mark.slow
 def test_the_loader_alone_and_a_training_beside_it(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*FEW, "--threads", "1", "2", "--backbone", "mobilenetv3_small_050", "--device", "cpu"]
     assert tool.main([str(study.cache), *words]) == 0
@@ -46,6 +47,7 @@ def test_the_loader_alone_and_a_training_beside_it(study: Study, capsys: pytest.
         assert 0 < share < 1 and float(rate) == pytest.approx((1 - share) * float(alone), rel=0.05, abs=2)
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_not_there_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     drawn = ["--slides", "2", "--slide-px", "512", "--tile-px", "128", "--threads", "1"]
     assert tool.main([str(tmp_path / "cache"), *FEW, *drawn]) == 0

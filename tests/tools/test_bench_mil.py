@@ -40,6 +40,7 @@ def toy_set(path: Path) -> tuple[Path, NDArray[np.uint8]]:
     return path, labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Attention", "MaxPooling", "MultiHopAttention"])
 def test_a_plain_rule_is_learned(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(tool.RATES, "toy", tool.Rates(lr=0.01))
@@ -60,6 +61,7 @@ def test_every_aggregator_can_be_trained_in_a_batch_of_networks(name: str, tmp_p
     assert np.isfinite(after).all() and (before != after).all()
 
 
+@pytest.mark.slow
 def test_a_held_out_bag_leaves_no_trace(tmp_path: Path) -> None:
     path, _ = toy_set(tmp_path / "toy.npz")
     (bags,) = tool.read_bags(path)
@@ -103,6 +105,7 @@ def test_bags_of_digits_alternate_and_hold_nines_as_labelled() -> None:
     assert abs(lengths.mean() - 9.7) < 0.4 and 1.5 < lengths.std() < 2.5 and lengths.min() >= 1
 
 
+@pytest.mark.slow
 def test_digits_are_told_apart(test_data: Path) -> None:
     images, digits = tool.read_digits(test_data / "mnist")
     assert images.shape == (10_000, 1, 28, 28) and np.bincount(digits).min() > 800

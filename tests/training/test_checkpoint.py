@@ -56,6 +56,7 @@ def evil_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.usefixtures("evil_module")
 def test_no_foreign_code_runs(attack: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,6 +165,7 @@ def test_a_training_goes_on_only_with_its_progress() -> None:
         check_resumable({}, trainer)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_network_is_refused_in_no_memory(tmp_path: Path) -> None:
     values = {"backbone": {"name": "vit_giant_patch14_dinov2"}}  # 4.5 GB
     with pytest.raises(

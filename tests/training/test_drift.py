@@ -52,6 +52,7 @@ def test_a_fit_reports_how_far_each_layer_went(trained: Path) -> None:
     assert (log / "drift.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_without_pretrained_weights_there_is_no_report(study: Study, tmp_path: Path) -> None:
     options = ["--model.transfer=slidetl.models.transfer.Scratch", "--model.backbone.pretrained=nowhere.pth"]
     assert main(["fit", *study.options(tmp_path), *options, "--trainer.max_epochs=1"]) == 0

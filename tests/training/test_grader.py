@@ -66,6 +66,7 @@ def test_same_seed_same_figures(study: Study, trained: Path, tmp_path: Path) -> 
     assert again != (other / "test" / "predictions.csv").read_bytes()
 
 
+@pytest.mark.slow
 def test_checkpoint_reloads_as_plain_values_and_grades_alike(study: Study, trained: Path) -> None:
     path = trained / "logs" / "version_0" / "checkpoints" / "best.ckpt"
     checkpoint = read_checkpoint(path)
@@ -107,6 +108,7 @@ trainer:
     assert all(torch.equal(value, again["state_dict"][key]) for key, value in end["state_dict"].items())
 
 
+@pytest.mark.slow
 def test_predictions_name_the_fold(study: Study, trained: Path, tmp_path: Path) -> None:
     checkpoint = trained / "logs" / "version_0" / "checkpoints" / "best.ckpt"
     options = [*study.options(tmp_path), f"--ckpt_path={checkpoint}", "--data.fold=r2f3"]
@@ -118,6 +120,7 @@ def test_predictions_name_the_fold(study: Study, trained: Path, tmp_path: Path) 
         assert {row["fold"] for row in csv.DictReader(file)} == {""}
 
 
+@pytest.mark.slow
 def test_predict_takes_slides_without_grades(study: Study, trained: Path, tmp_path: Path) -> None:
     checkpoint = trained / "logs" / "version_0" / "checkpoints" / "best.ckpt"
     options = [option for option in study.options(tmp_path) if not option.startswith("--data.manifest")]
@@ -133,6 +136,7 @@ def test_predict_takes_slides_without_grades(study: Study, trained: Path, tmp_pa
             np.testing.assert_allclose(row.probabilities, tested[row.slide_id], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_other_tiles_than_those_of_training_are_refused(
     study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,6 +150,7 @@ def test_other_tiles_than_those_of_training_are_refused(
     assert "trained on other tiles: the cache was made with mpp 8.0 (wanted: 4.0), tile_size_px 32" in err
 
 
+@pytest.mark.slow
 def test_evaluation_in_chunks_is_evaluation_at_once(study: Study, trained: Path, tmp_path: Path) -> None:
     checkpoint = trained / "logs" / "version_0" / "checkpoints" / "best.ckpt"
     for size in (3, 500):
@@ -168,6 +173,7 @@ def test_stored_batch_statistics_stay_as_they_are(trained: Path) -> None:
     assert any(not torch.equal(state[key], weights[key]) for key in weights)
 
 
+@pytest.mark.slow
 def test_statistics_of_the_batches_are_learned_from_scratch(study: Study, tmp_path: Path) -> None:
     options = ["--model.transfer=slidetl.models.transfer.Scratch", "--trainer.max_epochs=1"]
     assert main(["fit", *study.options(tmp_path), *options]) == 0
@@ -176,6 +182,7 @@ def test_statistics_of_the_batches_are_learned_from_scratch(study: Study, tmp_pa
     assert not any((value == 0).all() for key, value in state.items() if key.endswith("running_mean"))
 
 
+@pytest.mark.slow
 def test_an_evaluation_cut_short_leaves_nothing_behind(study: Study, trained: Path, tmp_path: Path) -> None:
     checkpoint = trained / "logs" / "version_0" / "checkpoints" / "best.ckpt"
     grader = load_grader(checkpoint)
@@ -230,6 +237,7 @@ def test_what_a_training_needs_can_be_sent_to_a_process_that_is_spawned(study: S
         assert again.hparams == value.hparams
 
 
+@pytest.mark.slow
 def test_a_resumed_training_keeps_its_model(
     study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -242,6 +250,7 @@ def test_a_resumed_training_keeps_its_model(
     assert "was trained with grades" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_damaged_tile_is_one_line_from_a_worker_too(
     study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -357,6 +366,7 @@ def test_predictions_say_whose_they_are_and_by_which_weights(trained: Path) -> N
     assert figures | json.loads(json.dumps(judged_probabilities(true, probabilities))) == figures
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
 @pytest.mark.parametrize("loads", [True, False])
 def test_from_python_too_the_recorded_parts_are_tested(

@@ -48,6 +48,7 @@ def step(checkpointing: bool) -> tuple[int, dict[str, Tensor]]:
     return sum(kept.values()), gradients
 
 
+@pytest.mark.slow
 def test_a_step_keeps_less_and_has_the_same_gradients() -> None:
     plain, gradients = step(False)
     checkpointed, again = step(True)

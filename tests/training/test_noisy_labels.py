@@ -61,6 +61,7 @@ def make_grader(**options: Any) -> Noted:
     return grader
 
 
+@pytest.mark.slow
 def test_a_resumed_training_has_the_rates_and_targets_of_then(tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "lr": 0.01,

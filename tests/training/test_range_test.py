@@ -81,6 +81,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.slow
 def test_the_weights_come_back_and_nothing_is_left_behind(tmp_path: Path) -> None:
     grader, result = run(tmp_path, RangeTest(1e-4, 1e-1, STEPS))
     torch.manual_seed(0)
@@ -93,6 +94,7 @@ def test_the_weights_come_back_and_nothing_is_left_behind(tmp_path: Path) -> Non
     assert np.ptp(result.losses) > 0.1  # it did train
 
 
+@pytest.mark.slow
 def test_every_group_keeps_its_rate_relative_to_the_new_layers(tmp_path: Path) -> None:
     grader, result = run(tmp_path, RangeTest(1e-5, 1e-2, STEPS), lr_scale_with_batch=True)
     groups = grader.parameter_groups(1.0)
@@ -103,6 +105,7 @@ def test_every_group_keeps_its_rate_relative_to_the_new_layers(tmp_path: Path) -
         assert used == pytest.approx([tried * 0.75 * group["lr"] for group in groups])
 
 
+@pytest.mark.slow
 def test_weights_that_rest_have_a_level_loss(tmp_path: Path) -> None:
     _, result = run(tmp_path, RangeTest(1e-12, 1e-11, STEPS))
     assert result.losses == pytest.approx([result.losses[0]] * STEPS, rel=1e-5)
@@ -125,6 +128,7 @@ def test_what_cannot_be_meant_is_refused() -> None:
         RangeTest(steps=11)
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_table_and_a_picture(
     study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

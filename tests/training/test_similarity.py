@@ -26,6 +26,7 @@ from tests.small import small_spec
 SPEC = small_spec()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["cbr_tiny_published", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"]
 )
@@ -65,6 +66,7 @@ def packed(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: value.contiguous() for key, value in state.items()}
 
 
+@pytest.mark.slow
 def test_curves_of_two_trainings(study: Study, tmp_path: Path) -> None:
     cache = study.cache
     torch.manual_seed(1)
@@ -107,6 +109,7 @@ def test_curves_of_two_trainings(study: Study, tmp_path: Path) -> None:
     assert found.tiles == len(tiles) and found.channels == (16, 16)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compared_is_refused(study: Study, trained: Path, tmp_path: Path) -> None:
     cache = study.cache
     for before, after, said in (
@@ -125,6 +128,7 @@ def test_what_cannot_be_compared_is_refused(study: Study, trained: Path, tmp_pat
         compare_networks(["random"], ["pretrained"], cache, SimilarityOptions(tiles=3), spec=small_spec())
 
 
+@pytest.mark.slow
 def test_tiles_unlike_those_of_the_training_are_refused(study: Study, trained: Path, tmp_path: Path) -> None:
     from slidetl.cli import main
 

@@ -67,6 +67,7 @@ def test_fresh_tiles_train_the_backbone_beside_stored_ones(embedded: Study, tmp_
     assert attention.sum().item() == pytest.approx(10, rel=1e-4)  # ten training slides, one each
 
 
+@pytest.mark.slow
 def test_features_of_other_weights_are_refused(
     embedded: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,6 +105,7 @@ def test_a_training_goes_on_with_the_features_that_it_began_with(
     assert "data.features 'plain' are of weights" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_cannot_be_meant_is_refused(
     embedded: Study, study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -162,6 +162,7 @@ def slide_on_screen(opened: Opened, result: SlideGrade) -> tuple[float, float, f
     return (stage[0] - size[0] * scale) / 2, (stage[1] - size[1] * scale) / 2, scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [DESKTOP, PHONE])
 def test_the_map_lies_where_the_tiles_are(
     report: Path, result: SlideGrade, open_page: Open, size: tuple[int, int]
@@ -186,6 +187,7 @@ def test_the_map_lies_where_the_tiles_are(
     assert (expected[result.explanation.relative.argmax()] @ [1, 0, -1]) > 50
 
 
+@pytest.mark.slow
 def test_the_slide_is_seen(report: Path, result: SlideGrade, slide_picture: Picture, open_page: Open) -> None:
     opened = open_page(report)
     opened.page.check("input[name=map][value='']", force=True)
@@ -202,6 +204,7 @@ def test_the_slide_is_seen(report: Path, result: SlideGrade, slide_picture: Pict
     assert correlation > 0.9
 
 
+@pytest.mark.slow
 def test_two_fingers_zoom(report: Path, open_page: Open) -> None:
     opened = open_page(report, PHONE)
     home = opened.px_per_um()
@@ -222,6 +225,7 @@ def test_two_fingers_zoom(report: Path, open_page: Open) -> None:
     assert opened.px_per_um() == pytest.approx(2 * home, rel=0.2)
 
 
+@pytest.mark.slow
 def test_zoom_by_wheel_buttons_and_keys(report: Path, open_page: Open) -> None:
     opened = open_page(report)
     page = opened.page
@@ -242,6 +246,7 @@ def test_zoom_by_wheel_buttons_and_keys(report: Path, open_page: Open) -> None:
     assert opened.px_per_um() == pytest.approx(home, rel=0.05)
 
 
+@pytest.mark.slow
 def test_dragging_moves_the_slide(report: Path, open_page: Open) -> None:
     opened = open_page(report)
     opened.page.click("#zoom-in")
@@ -259,6 +264,7 @@ def test_dragging_moves_the_slide(report: Path, open_page: Open) -> None:
     assert (after[60:-60, 80:-80] == before[40:-80, 40:-120]).mean() > 0.97
 
 
+@pytest.mark.slow
 def test_the_slider_changes_the_opacity_of_the_map(report: Path, open_page: Open) -> None:
     opened = open_page(report)
     for percent in (0, 30, 100):
@@ -266,6 +272,7 @@ def test_the_slider_changes_the_opacity_of_the_map(report: Path, open_page: Open
         assert opened.overlay()[:, :, 3].max() == pytest.approx(2.55 * percent, abs=1.5)
 
 
+@pytest.mark.slow
 def test_another_map_is_another_picture_with_its_legend(report: Path, open_page: Open) -> None:
     opened = open_page(report)
     contribution = opened.overlay()
@@ -280,6 +287,7 @@ def test_another_map_is_another_picture_with_its_legend(report: Path, open_page:
     assert "How much each tile counted" in opened.page.locator(".legend:visible").inner_text()
 
 
+@pytest.mark.slow
 def test_a_tile_leads_to_its_place_and_says_its_value(
     report: Path, result: SlideGrade, open_page: Open
 ) -> None:
@@ -309,6 +317,7 @@ def test_a_tile_leads_to_its_place_and_says_its_value(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [DESKTOP, PHONE])
 def test_layout(report: Path, open_page: Open, size: tuple[int, int]) -> None:
     opened = open_page(report, size)
@@ -338,6 +347,7 @@ def test_layout(report: Path, open_page: Open, size: tuple[int, int]) -> None:
         assert opened.shot(name).std() > 10, name  # not blank
 
 
+@pytest.mark.slow
 def test_a_script_that_is_not_ours_is_not_run(report: Path, open_page: Open, tmp_path: Path) -> None:
     text = report.read_text()
     spoilt = tmp_path / "out" / "spoilt.html"
@@ -348,6 +358,7 @@ def test_a_script_that_is_not_ours_is_not_run(report: Path, open_page: Open, tmp
     assert len(complaints) == 1 and "Content Security Policy" in complaints[0]
 
 
+@pytest.mark.slow
 def test_detail_is_laid_in_where_the_page_is_coarser(
     pyramid_tiff: PyramidTiff, card: ModelCard, open_page: Open, tmp_path: Path
 ) -> None:
@@ -369,6 +380,7 @@ def test_detail_is_laid_in_where_the_page_is_coarser(
     assert tile.std() > 2 * beside.std()
 
 
+@pytest.mark.slow
 def test_the_index_is_sorted_by_a_click(
     result: SlideGrade, report: Path, card: ModelCard, open_page: Open
 ) -> None:

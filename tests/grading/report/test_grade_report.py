@@ -23,6 +23,7 @@ def model_path(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", ["1", "2"])
 def test_every_slide_gets_a_page_and_all_an_index(
     study: Study, model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], jobs: str
@@ -50,6 +51,7 @@ def test_every_slide_gets_a_page_and_all_an_index(
     assert "3 slides 1 could not be graded" in index.text and f"{HOSTILE}.tiff" in index.text
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_makes_the_pages_that_are_missing(
     study: Study, model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
