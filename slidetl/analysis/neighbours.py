@@ -1,4 +1,4 @@
-"""Finds the nearest of many embeddings by their cosine, block by block, exactly; and by an index.
+"""Finds the nearest of many embeddings by their cosine, block by block, exactly.
 
 A search reads every row once, so memory holds one block and one number for each row: arrays may be mapped
 into memory (``numpy.memmap``), or come one after the other.
@@ -6,7 +6,7 @@ into memory (``numpy.memmap``), or come one after the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -49,12 +49,23 @@ def cosines(queries: Rows, blocks: Iterable[Rows]) -> NDArray[np.float32]:
         UsageError: numbers that are not finite, or another number of columns.
     """
     directions = _unit(queries)
-    found = []
-    for rows in blocks:
-        if rows.ndim != 2 or rows.shape[1] != directions.shape[1]:
-            raise UsageError(f"expected rows of {directions.shape[1]} columns, found {rows.shape}")
-        found += [directions @ _unit(rows[start : start + _ROWS]).T for start in range(0, len(rows), _ROWS)]
+    found = [directions @ rows.T for rows in in_blocks(blocks, directions.shape[1])]
     return np.concatenate(found, axis=1) if found else np.zeros((len(directions), 0), np.float32)
+
+
+def in_blocks(blocks: Iterable[Rows], columns: int | None = None) -> Iterator[NDArray[np.float32]]:
+    """Yields the rows of some arrays ``[n, D]``, scaled to length 1, at most 8,192 at once.
+
+    Raises:
+        UsageError: numbers that are not finite, or another number of columns than the first array or
+            ``columns`` has.
+    """
+    for rows in blocks:
+        columns = columns or rows.shape[-1]
+        if rows.ndim != 2 or rows.shape[1] != columns:
+            raise UsageError(f"expected rows of {columns} columns, found {rows.shape}")
+        for start in range(0, len(rows), _ROWS):
+            yield _unit(rows[start : start + _ROWS])
 
 
 def best_of(

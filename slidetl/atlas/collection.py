@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from slidetl.atlas.options import Selection
 from slidetl.data.manifest import ManifestRow
 from slidetl.data.study import CachedSlide, common_spec, find_slides, listed, open_cache, read_study
 from slidetl.errors import CacheCorruptError, UsageError
-from slidetl.tiles.features import FeatureSource, common_source, read_features
+from slidetl.tiles.features import FeatureSource, common_source, feature_checksum, read_features
 from slidetl.tiles.store import SlideCache
 
 
@@ -51,6 +52,16 @@ class Collection:
     def patients(self) -> NDArray[Any]:
         """Patient of each slide, ``[S]``."""
         return np.array([slide.row.patient_id for slide in self.slides])
+
+    @cached_property
+    def identity(self) -> str:
+        """The hash of the slides in their order, with the network and the checksums of their features."""
+        digest = hashlib.sha256(f"{self.source.identity} {self.source.block} {self.features}".encode())
+        for slide in self.slides:
+            checksum = feature_checksum(slide.cache, self.features)
+            about = (slide.row.slide_id, slide.cache.fingerprint, len(slide.cache), checksum)
+            digest.update(repr(about).encode())
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return int(self.starts[-1])

@@ -39,6 +39,9 @@ class SimilarOptions:
         count: number of tiles to show.
         most_each: at most so many of one slide.
         same_patient: also show tiles of the patients searched by.
+        index: file of an index, built at its first use and kept for the next questions, much faster over
+            millions of tiles; it misses some of the nearest, the share is measured and told. Needs the extra
+            slidetl[atlas]. Without one all tiles are compared.
         seed: of the random tile.
 
     Raises:
@@ -52,6 +55,7 @@ class SimilarOptions:
     count: int = 24
     most_each: int = 3
     same_patient: bool = False
+    index: Path | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from slidetl.analysis.index import Index, open_index
 from slidetl.analysis.neighbours import best_of, concept, cosines
 from slidetl.atlas.collection import Collection
 from slidetl.atlas.options import SimilarOptions
@@ -28,6 +30,9 @@ class Similar:
         hits: numbers of the tiles found, nearest first.
         distances: ``[k] float32``, 1 less the cosine, 0..2.
         searched: number of tiles that could have been found.
+        recall: of the index, a sentence; empty if all tiles were compared.
+        sampled: number of tiles drawn at random for ``random_rank`` and ``quantiles``; all if ``recall`` is
+            empty.
         random: number of a tile drawn from these.
         random_rank, random_distance: its rank among them, 1 for the nearest, and its distance.
         quantiles: distance of the nearest 1, 5, 50 and 95 % of these.
@@ -40,6 +45,8 @@ class Similar:
     hits: NDArray[np.int64]
     distances: NDArray[np.float32]
     searched: int
+    recall: str
+    sampled: int
     random: int
     random_rank: int
     random_distance: float
@@ -47,16 +54,19 @@ class Similar:
     left_out: tuple[str, ...]
 
 
-def find_similar(collection: Collection, options: SimilarOptions) -> Similar:
-    """Searches all tiles of a collection, exactly.
+def find_similar(
+    collection: Collection, options: SimilarOptions, say: Callable[[str], None] = lambda _: None
+) -> Similar:
+    """Searches all tiles of a collection, exactly or by an index.
 
     The examples' directions are averaged, and those of ``minus`` subtracted. Tiles of the examples' patients
-    are left out unless asked for, the tiles searched by always.
+    are left out unless asked for, the tiles searched by always. Distances of the tiles found are exact in
+    any case; where the index does not fill the answer, all tiles are compared.
 
     Raises:
         UsageError: an unknown slide or tile, no tile left to search, or two patients share a slide.
         WeightsError: the picture's network is not that of the features.
-        SlidetlError: the features cannot be read.
+        SlidetlError: the features or the index cannot be read.
     """
     if collection.has_manifest:
         check_duplicates(collection.slides)
@@ -70,7 +80,6 @@ def find_similar(collection: Collection, options: SimilarOptions) -> Similar:
         vectors.append(embed_tiles(picture[None], collection.source, options.pretrained)[0])
     subtracted = np.stack([_vector(collection, tile) for tile in minus]) if minus else None
     direction = concept(np.stack(vectors), subtracted)
-    distances = 1 - cosines(direction[None], collection)[0]
 
     patients = collection.patients
     own = {str(patients[collection.slide_of[tile]]) for tile in examples}
@@ -84,21 +93,70 @@ def find_similar(collection: Collection, options: SimilarOptions) -> Similar:
             f"no tile is left to search: all are of {', '.join(sorted(own)) or 'one slide'}; add slides of "
             "other patients, or give --same-patient"
         )
-    hits = best_of(-distances, collection.slide_of, is_allowed, options.count, options.most_each)
     random = int(np.random.default_rng(options.seed).choice(allowed))
+    recall, hits = "", np.zeros(0, np.int64)
+    if options.index is not None:
+        owner = np.unique(patients, return_inverse=True)[1][collection.slide_of]
+        index = open_index(
+            options.index,
+            collection.identity,
+            collection,
+            collection.slide_of,
+            owner,
+            SimilarOptions.most_each,
+            say,
+        )
+        hits = index.best(direction, collection.slide_of, is_allowed, options.count, options.most_each)
+        recall = _describe_recall(index, options.count)
+    if len(hits) == options.count:
+        background = 1 - index.sample(direction, is_allowed, options.seed)
+        of_hits = _distances(collection, direction, hits)
+        order = np.argsort(of_hits, kind="stable")
+        hits, of_hits = hits[order], of_hits[order]
+        of_random = float(_distances(collection, direction, np.array([random]))[0])
+    else:
+        recall = ""
+        distances = 1 - cosines(direction[None], collection)[0]
+        hits = best_of(-distances, collection.slide_of, is_allowed, options.count, options.most_each)
+        of_hits, of_random, background = distances[hits], float(distances[random]), distances[allowed]
     return Similar(
         examples,
         minus,
         picture,
         hits,
-        distances[hits],
+        of_hits,
         len(allowed),
+        recall,
+        len(background),
         random,
-        1 + int((distances[allowed] < distances[random]).sum()),
-        float(distances[random]),
-        tuple(np.quantile(distances[allowed], (0.01, 0.05, 0.5, 0.95)).tolist()),
+        1 + round(float((background < of_random).mean()) * len(allowed)),
+        of_random,
+        tuple(np.quantile(background, (0.01, 0.05, 0.5, 0.95)).tolist()),
         () if options.same_patient else tuple(sorted(own)),
     )
+
+
+def _describe_recall(index: Index, count: int) -> str:
+    k = min(count, len(index.recalls))
+    return (
+        f"An index was searched. When built, it found {index.recalls[k - 1]:.1%} of the exact {k} "
+        f"nearest tiles of other patients, at most {SimilarOptions.most_each} of a slide, for "
+        f"{index.checked} tiles drawn at random"
+    )
+
+
+def _distances(
+    collection: Collection, direction: NDArray[np.float32], tiles: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Computes the exact distances of some tiles, reading their slides alone."""
+    distances = np.zeros(len(tiles), np.float32)
+    slides = collection.slide_of[tiles]
+    for number in np.unique(slides):
+        rows = read_features(collection.slides[number].cache, collection.features)
+        chosen = slides == number
+        places = tiles[chosen] - collection.starts[number]
+        distances[chosen] = 1 - cosines(direction[None], [rows[places]])[0]
+    return distances
 
 
 def _vector(collection: Collection, tile: int) -> NDArray[np.float16]:

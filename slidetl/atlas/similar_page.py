@@ -47,6 +47,9 @@ def write_similar(
     if found.picture is not None and options.image is not None:
         examples.append({"picture": picture_of(found.picture), "tile": "", "around": "", "command": ""})
     nearest, near, middle, far = (f"{value:.3f}" for value in found.quantiles)
+    drawn, of_rank = "searched", ""
+    if found.recall:
+        drawn, of_rank = "drawn at random", "The rank is an estimate. "
     page = folder / "similar.html"
     write_page(
         page,
@@ -58,13 +61,17 @@ def write_similar(
         examples=examples,
         minus=[card(tile) for tile in found.minus],
         hits=hits,
-        random={"rank": found.random_rank, "distance": found.random_distance, **card(found.random)},
+        random={
+            "rank": f"about {found.random_rank}" if found.recall else found.random_rank,
+            "distance": found.random_distance,
+            **card(found.random),
+        },
         searched=found.searched,
         about=_about(found, collection, options),
         doubts=_doubts(found, collection, options),
-        floor=f"Of the {found.searched} tiles searched, the nearest 1 % lie within a distance of {nearest}, "
-        f"5 % within {near}, half within {middle}, 95 % within {far}. Some tile is always the nearest: a hit "
-        "says little if its distance is not far below these.",
+        floor=f"{of_rank}Of the {found.sampled} tiles {drawn}, the nearest 1 % lie within a distance of "
+        f"{nearest}, 5 % within {near}, half within {middle}, 95 % within {far}. Some tile is always "
+        "the nearest: a hit says little if its distance is not far below these.",
     )
     write_csv(folder / "similar.csv", _COLUMNS, [{name: hit[name] for name in _COLUMNS} for hit in hits])
     return page
@@ -86,16 +93,16 @@ def _about(found: Similar, collection: Collection, options: SimilarOptions) -> s
             f"The picture {options.image.name} is taken for one tile of {spec.tile_size_px * spec.mpp:g} µm; "
             "its true scale is not known."
         )
-    parts.append(
-        f"All {found.searched} tiles "
-        + (
-            f"of other patients than {', '.join(found.left_out)} "
-            if found.left_out and collection.has_manifest
-            else ""
+    others = ""
+    if found.left_out and collection.has_manifest:
+        others = f"of other patients than {', '.join(found.left_out)} "
+    if found.recall:
+        parts.append(
+            f"{found.recall}. The distances shown are exact. It holds {found.searched} tiles {others}to find"
         )
-        + f"were compared, exactly; at most {options.most_each} of a slide are shown."
-    )
-    return " ".join(parts)
+    else:
+        parts.append(f"All {found.searched} tiles {others}were compared, exactly")
+    return f"{' '.join(parts)}; at most {options.most_each} of a slide are shown."
 
 
 def _doubts(found: Similar, collection: Collection, options: SimilarOptions) -> list[str]:
@@ -109,6 +116,8 @@ def _doubts(found: Similar, collection: Collection, options: SimilarOptions) -> 
         )
     elif options.same_patient:
         doubts.append("Tiles of the same patient are included: hits of one slide prove no pattern.")
+    if options.index is not None and not found.recall:
+        doubts.append("The index did not fill the answer, so all tiles were compared instead.")
     if len(found.hits) < options.count:
         doubts.append(
             f"{options.count} tiles were asked for, {len(found.hits)} found: there are no more to show."

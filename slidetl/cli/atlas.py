@@ -8,6 +8,8 @@ from pathlib import Path
 from slidetl.atlas.options import ClusterOptions, Selection, SimilarOptions
 from slidetl.data.study import listed
 
+_MANY = 1_000_000  # tiles: an exact search takes ten seconds of processor time (docs/evidence/atlas.md)
+
 
 def cluster(selection: Selection, *, output: Path, options: ClusterOptions) -> int:
     """Finds the recurring patterns of slides, and how far they go with sites and grades.
@@ -22,20 +24,17 @@ def cluster(selection: Selection, *, output: Path, options: ClusterOptions) -> i
     from slidetl.atlas.cluster_page import write_atlas
     from slidetl.atlas.collection import open_collection
 
-    def say(message: str) -> None:
-        print(f"slidetl: {message}", file=sys.stderr)
-
     collection = open_collection(selection)
     if not collection.has_manifest:
-        say("warning: without --manifest each slide counts as a patient of its own")
-    atlas = find_patterns(collection, options, say)
+        _say("warning: without --manifest each slide counts as a patient of its own")
+    atlas = find_patterns(collection, options, _say)
     if options.store:
         store_clusters(collection, atlas.clusters, options.store)
     page, missing = write_atlas(atlas, collection, selection, options, output)
     if missing:
-        say(f"warning: no GeoJSON for {len(missing)} slides, whose files are not at hand: {listed(missing)}")
+        _say(f"warning: no GeoJSON for {len(missing)} slides, whose files are not at hand: {listed(missing)}")
     if (check := atlas.check) is not None:
-        say(
+        _say(
             f"over {check.neighbours} neighbours {check.clusters} clusters, exactly {check.exact}; adjusted "
             f"Rand index {check.rand:.2f}"
         )
@@ -62,17 +61,27 @@ def similar(selection: Selection, *, output: Path, options: SimilarOptions) -> i
 
     collection = open_collection(selection)
     if not collection.has_manifest:
-        print(
-            "slidetl: warning: without --manifest each slide counts as a patient of its own", file=sys.stderr
+        _say("warning: without --manifest each slide counts as a patient of its own")
+    if options.index is None and len(collection) > _MANY:
+        _say(
+            f"comparing {len(collection)} tiles one by one; --index FILE keeps an index for the next "
+            "questions, approximate, with its recall measured"
         )
-    found = find_similar(collection, options)
+    found = find_similar(collection, options, _say)
     page = write_similar(found, collection, selection, options, output)
+    about = "about " if found.recall else ""
     print(
         f"{len(found.hits)} of {found.searched} tiles, distance {found.distances[0]:.3f} to "
-        f"{found.distances[-1]:.3f}; a random tile ranks {found.random_rank} at {found.random_distance:.3f}\n"
-        f"written to {page}"
+        f"{found.distances[-1]:.3f}; a random tile ranks {about}{found.random_rank} at "
+        f"{found.random_distance:.3f}\n"
+        + (f"{found.recall}\n" if found.recall else "")
+        + f"written to {page}"
     )
     return 0
+
+
+def _say(message: str) -> None:
+    print(f"slidetl: {message}", file=sys.stderr)
 
 
 COMMANDS = {"cluster": cluster, "similar": similar}

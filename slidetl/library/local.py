@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from slidetl.errors import ModelFileError
+from slidetl.files import file_sha256
 from slidetl.library.card import CARD, LibraryCard, check_name
 from slidetl.library.fields import MAX_CARD_BYTES
 from slidetl.library.trust import record_path
@@ -56,9 +56,3 @@ def pulled_file(name: str, file: str) -> Path:
             f"{path}: missing, or not what was pulled; remove the folder {path.parent} and pull {name} again"
         )
     return path
-
-
-def file_sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

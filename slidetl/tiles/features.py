@@ -7,6 +7,7 @@ crc32c against flipped bytes). Tiling the slide again deletes them together with
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -158,6 +159,21 @@ def common_source(name: str, caches: Sequence[SlideCache]) -> FeatureSource:
 def feature_width(cache: SlideCache, name: str) -> int:
     """Reads the length D of a slide's stored embeddings, without their values."""
     return int(read_sealed(cache.path / FEATURES / feature_name(name))["shape"][1])
+
+
+def feature_checksum(cache: SlideCache, name: str) -> str:
+    """Reads the stored checksum of a slide's embeddings, without their values; hexadecimal.
+
+    Raises:
+        CacheCorruptError: their file is missing.
+    """
+    chunk = cache.path / FEATURES / feature_name(name) / "c" / "0" / "0"
+    try:
+        with chunk.open("rb") as file:
+            file.seek(-4, os.SEEK_END)
+            return file.read().hex()
+    except OSError as error:
+        raise CacheCorruptError(f"{chunk}: {error.strerror}, {_AGAIN} --overwrite") from error
 
 
 def read_features(cache: SlideCache, name: str, weights_sha256: str | None = None) -> NDArray[np.float16]:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from slidetl.atlas.options import Selection, SimilarOptions
 from slidetl.atlas.similar import find_similar
 from slidetl.cli import main
 from slidetl.errors import CacheCorruptError, CacheMissingError, UsageError, WeightsError
+from slidetl.tiles.features import read_features, write_features
 from slidetl.training.embed import embed_cache
 from slidetl.training.options import EmbedOptions
 from tests.atlas.conftest import patterns
@@ -149,3 +152,57 @@ def test_the_command_writes_a_page_and_a_table(
     assert main([*words, "--tile", tile]) == 0
     assert "patients are not known" in (output / "similar.html").read_text()
     assert main([*words]) == 2
+
+
+def test_an_index_is_kept_and_answers_as_the_exact_search(
+    patterned: Study, collection: Collection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    torch.ones(64, 64) @ torch.ones(64, 64)  # its OpenMP runs beside that of faiss
+    file, output, told = tmp_path / "tiles.index", tmp_path / "similar", ""
+    words = ["atlas", "similar", str(patterned.cache), "--features", "told", "--output", str(output)]
+    words += ["--manifest", str(patterned.manifest), "--tile", name_of(collection, 5), "--count", "4"]
+    for built in (True, False):
+        assert main([*words, "--index", str(file)]) == 0
+        out, err = capsys.readouterr()
+        assert ("building the index" in err) is built
+        assert re.search(r"it found \d+\.\d% of the exact 4 nearest tiles of other patients", out)
+        told = told or out
+        assert out == told
+    assert "An index was searched" in (output / "similar.html").read_text()
+    with (output / "similar.csv").open() as lines:
+        by_index = list(csv.DictReader(lines))
+    found = find_similar(collection, SimilarOptions((name_of(collection, 5),), count=4, index=file))
+    exact = find_similar(collection, SimilarOptions((name_of(collection, 5),), count=4))
+    assert [float(row["distance"]) for row in by_index] == pytest.approx(found.distances.tolist(), abs=1e-6)
+    assert (found.distances >= exact.distances - 1e-6).all()
+    patient = collection.patients[collection.slide_of]
+    assert patient[5] not in patient[found.hits]
+    assert found.random_distance == pytest.approx(exact.random_distance, abs=1e-6)
+    assert found.quantiles == pytest.approx(exact.quantiles, abs=0.02)
+
+
+def test_more_than_an_index_can_fill_is_searched_exactly(collection: Collection, tmp_path: Path) -> None:
+    many = SimilarOptions((name_of(collection, 0),), count=10**6, most_each=1, index=tmp_path / "i")
+    found = find_similar(collection, many)
+    exact = find_similar(collection, replace(many, index=None))
+    assert found.recall == ""
+    assert found.hits.tolist() == exact.hits.tolist()
+
+
+def test_the_identity_of_a_collection_tells_other_features_and_slides(
+    patterned: Study, collection: Collection, tmp_path: Path
+) -> None:
+    folder = tmp_path / "cache"
+    shutil.copytree(patterned.cache, folder)
+    copy = open_collection(Selection(folder, "told", patterned.manifest))
+    assert copy.identity == collection.identity
+    fewer = Collection(copy.slides[:-1], "told", copy.source, True)
+    turned = Collection(copy.slides[::-1], "told", copy.source, True)
+    slide = copy.slides[2].cache
+    rows = read_features(slide, "told")
+    rows[1, 0] += np.float16(0.01)
+    write_features(slide, {"told": (copy.source, rows)})
+    other = open_collection(Selection(folder, "told", patterned.manifest))
+    assert len({c.identity for c in (collection, fewer, turned, other)}) == 4
