@@ -135,11 +135,16 @@ def test_a_picture_for_another_network_is_refused(collection: Collection, tmp_pa
 
 
 def test_the_command_writes_a_page_and_a_table(
-    patterned: Study, collection: Collection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    patterned: Study,
+    collection: Collection,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output = tmp_path / "similar"
     words = ["atlas", "similar", str(patterned.cache), "--features", "told", "--output", str(output)]
     tile = name_of(collection, 5)
+    monkeypatch.setattr("slidetl.cli.atlas._MANY", len(collection))
     assert main([*words, "--manifest", str(patterned.manifest), "--tile", tile, "--count", "4"]) == 0
     page = (output / "similar.html").read_text()
     assert page.count("data:image/jpeg") == 2 * (1 + 4 + 1)
@@ -148,8 +153,12 @@ def test_the_command_writes_a_page_and_a_table(
         rows = list(csv.DictReader(file))
     assert [row["rank"] for row in rows] == ["1", "2", "3", "4"]
     assert all(row["site"] and row["patient"] for row in rows)
-    assert "random tile ranks" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "random tile ranks" in out
+    assert "--index" not in err
+    monkeypatch.setattr("slidetl.cli.atlas._MANY", len(collection) - 1)
     assert main([*words, "--tile", tile]) == 0
+    assert "--index FILE keeps an index" in capsys.readouterr().err
     assert "patients are not known" in (output / "similar.html").read_text()
     assert main([*words]) == 2
 
