@@ -99,7 +99,7 @@ class Transform(Protocol):
 class Pipeline:
     """A pipeline of albumentations; a tile's seed alone decides its changes, for repeatable trainings.
 
-    It is several times slower than :class:`Augmentation` (docs/evidence/augmentation.md).
+    A core reads and changes half as many tiles as by :class:`Augmentation` (docs/evidence/augmentation.md).
 
     Args:
         transforms: each with ``class_path`` of albumentations and ``init_args``; likewise within ``OneOf``.
