@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.studio.served import Visit, chromium, draw_slides, served
+from tests.browser import chromium
+from tests.studio.served import Visit, draw_slides, served
 
 
 def labelled(visit: Visit, root: Path, mistake: bool) -> None:

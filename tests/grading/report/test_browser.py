@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import io
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, ConsoleMessage, Dialog, FloatRect, Request, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Dialog, FloatRect, Request
 from playwright.sync_api import Page as BrowserPage
 
 from slidetl.grading.grade import SlideGrade
@@ -24,32 +22,18 @@ from slidetl.grading.report.maps import colour_table, relative_attention
 from slidetl.grading.report.slide import write_slide_report
 from slidetl.library.model_card import ModelCard
 from slidetl.tiles.grid import TileSpec
+from tests.browser import chromium
 from tests.conftest import Picture, PyramidTiff
 from tests.grading.report.conftest import Graded, grade_of
 from tests.grading.report.test_slide import HOSTILE
 
-_ARGUMENTS = (
-    "--no-sandbox",  # there is none in the containers that run tests
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-)
 DESKTOP, PHONE = (1280, 800), (390, 844)
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if found is None:
-        if os.environ.get("SLIDETL_TEST_BROWSER"):
-            pytest.fail("SLIDETL_TEST_BROWSER is set, but there is no chromium")
-        pytest.skip("no chromium here, and SLIDETL_TEST_BROWSER is not set")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found, args=list(_ARGUMENTS))
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @dataclass
