@@ -59,10 +59,10 @@ def script_json(values: Any) -> Any:
 
 @functools.cache
 def environment(package: str) -> Environment:
-    """Returns the templates of a package; values are escaped, and a missing one is an error."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    """Returns the templates of a package and the shared ones; values are escaped, none may be missing."""
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
-    loader, strict = PackageLoader(package), StrictUndefined
+    loader, strict = ChoiceLoader([PackageLoader(package), PackageLoader("slidetl")]), StrictUndefined
     return Environment(loader=loader, undefined=strict, autoescape=True, trim_blocks=True, lstrip_blocks=True)
 
 
