@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--clusters", type=int, default=20, help="drawn")
     parser.add_argument("--seeds", type=int, default=200, help="points that climb, the same on all sides")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=2, help="processes of scikit-learn, over seeds")
+    parser.add_argument("--jobs", type=int, default=1, help="processes of scikit-learn, over seeds")
     parser.add_argument("--sides", nargs="+", default=["scikit-learn", "flat", "gaussian", "k=512", "k=16"])
     parser.add_argument("--output", type=Path, help="text file to write the table to")
     options = parser.parse_args()
