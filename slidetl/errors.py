@@ -19,6 +19,7 @@ Each inherits a fitting builtin, and each message states the expected and the fo
     |-- WeightsError (ValueError)           weights do not fit, or cannot be found
     |-- CheckpointError (ValueError)        a foreign checkpoint, or forbidden content
     |-- ModelFileError (ValueError)         a foreign or damaged exported model
+    |-- FederationError (RuntimeError)      too few sites are left in a round
     `-- OutputError (OSError)               a result cannot be written: no room, no permission
 """
 
@@ -113,6 +114,10 @@ class CheckpointError(SlidetlError, ValueError):
 
 class ModelFileError(SlidetlError, ValueError):
     """The exported model is not from slidetl, or is damaged."""
+
+
+class FederationError(SlidetlError, RuntimeError):
+    """Too few sites of a federation are left, or its network is no longer usable."""
 
 
 class OutputError(SlidetlError, OSError):
