@@ -10,7 +10,8 @@ Each inherits a fitting builtin, and each message states the expected and the fo
     |   |-- SlideOpenError                  not a slide, or an unreadable one
     |   |-- SlideReadError                  opened, but a region of it is damaged
     |   |-- SpacingError (ValueError)       no physical spacing, or coarser than asked for
-    |   `-- UnfitSlideError (ValueError)    readable, but too little tissue or unlike the training slides
+    |   |-- UnfitSlideError (ValueError)    readable, but too little tissue or unlike the training slides
+    |   `-- VolumeError (ValueError)        not one CT volume in Hounsfield units
     |-- CacheError (OSError)
     |   |-- CacheMissingError (FileNotFoundError)
     |   |-- CacheMismatchError (ValueError) made with other parameters or from another slide
@@ -82,6 +83,10 @@ class SpacingError(SlideError, ValueError):
 
 class UnfitSlideError(SlideError, ValueError):
     """The slide has too little tissue, or is unlike the training slides."""
+
+
+class VolumeError(SlideError, ValueError):
+    """A series is not one CT volume in Hounsfield units, or its file is damaged."""
 
 
 class CacheError(SlidetlError, OSError):

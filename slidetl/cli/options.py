@@ -81,7 +81,7 @@ def _add_parameters(
         else:
             takes["default"] = default
             if hint is not bool and default not in (None, "", ()):
-                shown = " ".join(default) if isinstance(default, tuple) else default
+                shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
                 text += f" (default: {shown})"
         group.add_argument(spelled[name], dest=f"{key}{name}", help=text, **takes)
 

@@ -72,14 +72,17 @@ def decode_jpeg(
 
 
 class TileCodec(Protocol):
-    """The compression of the tiles of one cache, with the same result by hand and through zarr."""
+    """The compression of the tiles of one cache, with the same result by hand and through zarr.
 
-    def encode(self, rgb: NDArray[np.uint8]) -> bytes:
-        """Compresses a tile, ``[S, S, 3] uint8``."""
+    A tile is ``[S, S, 3] uint8``, or a patch of a CT series ``[S, S, S] int16``.
+    """
+
+    def encode(self, tile: NDArray[Any]) -> bytes:
+        """Compresses a tile."""
         ...
 
-    def decode(self, data: bytes, into: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
-        """Decompresses a tile, ``[S, S, 3] uint8``, into a new array or the given one without gaps."""
+    def decode(self, data: bytes, into: NDArray[Any] | None = None) -> NDArray[Any]:
+        """Decompresses a tile into a new array or the given one without gaps."""
         ...
 
     def zarr_codecs(self) -> tuple[ArrayBytesCodec, tuple[BytesBytesCodec, ...]]:
@@ -89,7 +92,9 @@ class TileCodec(Protocol):
 
 def tile_codec(spec: TileSpec) -> TileCodec:
     """Returns the codec of a specification."""
-    return _Jpeg(spec.jpeg_quality, spec.tile_size_px) if spec.codec == "jpeg" else _Zstd(spec.tile_size_px)
+    if spec.codec == "jpeg":
+        return _Jpeg(spec.jpeg_quality, spec.tile_size_px)
+    return _Zstd(spec.tile_shape, spec.dtype.newbyteorder("<"))
 
 
 @dataclass(frozen=True)
@@ -97,10 +102,10 @@ class _Jpeg:
     quality: int
     size_px: int
 
-    def encode(self, rgb: NDArray[np.uint8]) -> bytes:
-        return encode_jpeg(rgb, self.quality)
+    def encode(self, tile: NDArray[Any]) -> bytes:
+        return encode_jpeg(tile, self.quality)
 
-    def decode(self, data: bytes, into: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+    def decode(self, data: bytes, into: NDArray[Any] | None = None) -> NDArray[Any]:
         return decode_jpeg(data, (self.size_px, self.size_px), into)
 
     def zarr_codecs(self) -> tuple[ArrayBytesCodec, tuple[BytesBytesCodec, ...]]:
@@ -109,21 +114,23 @@ class _Jpeg:
 
 @dataclass(frozen=True)
 class _Zstd:
-    size_px: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
 
-    def encode(self, rgb: NDArray[np.uint8]) -> bytes:
-        return encode_zstd(rgb.tobytes())
+    def encode(self, tile: NDArray[Any]) -> bytes:
+        return encode_zstd(tile.astype(self.dtype, copy=False).tobytes())
 
-    def decode(self, data: bytes, into: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
-        shape = (self.size_px, self.size_px, 3)
-        pixels = np.frombuffer(decode_zstd(data, math.prod(shape)), np.uint8).reshape(shape)
+    def decode(self, data: bytes, into: NDArray[Any] | None = None) -> NDArray[Any]:
+        content = decode_zstd(data, math.prod(self.shape) * self.dtype.itemsize)
+        pixels = np.frombuffer(content, self.dtype).reshape(self.shape)
         if into is None:
             return pixels
         into[:] = pixels
         return into
 
     def zarr_codecs(self) -> tuple[ArrayBytesCodec, tuple[BytesBytesCodec, ...]]:
-        return BytesCodec(endian=None), (ZstdCodec(level=ZSTD_LEVEL),)
+        endian = "little" if self.dtype.itemsize > 1 else None
+        return BytesCodec(endian=endian), (ZstdCodec(level=ZSTD_LEVEL),)
 
 
 def encode_zstd(data: bytes) -> bytes:

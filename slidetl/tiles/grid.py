@@ -18,20 +18,28 @@ from slidetl.errors import UsageError
 
 Codec = Literal["jpeg", "zstd"]
 Edge = Literal["drop", "pad"]
+Mask = Literal["lung", "body", "none"]
+
+_SIZE_PX, _SIZE_VOXEL = 224, 64  # of tiles of slides and of series
 
 
 @dataclass(frozen=True)
 class TileSpec:
-    """The choice of a slide's tiles and of their pixels.
+    """The choice of a slide's tiles and of their pixels, or of a CT series' patches and of their voxels.
 
-    ``slidetl tile`` has these fields as its options, with the help below.
+    ``slidetl tile`` has these fields as its options, with the help below. Those of slides alone must keep
+    their defaults with ``spacing_mm``, which makes it a choice of patches.
 
     Attributes:
-        mpp: spacing of the tiles, micrometres per pixel.
-        tile_size_px: side of a tile, pixels at ``mpp``.
-        stride_px: distance between neighbouring tiles, pixels at ``mpp``; 0 is ``tile_size_px`` (no overlap,
+        mpp: spacing of the tiles of slides, micrometres per pixel.
+        spacing_mm: spacing of the patches of CT series along all axes, millimetres per voxel, instead of
+            ``mpp``.
+        tile_size_px: side of a tile or patch, pixels or voxels; 0 is 224, for patches 64.
+        stride_px: distance between neighbouring tiles, pixels or voxels; 0 is ``tile_size_px`` (no overlap,
             no gap).
-        min_tissue: least share of tissue in a tile, 0..1.
+        min_tissue: least share of tissue in a tile, or of ``mask`` in a patch, 0..1.
+        window_hu: lowest and highest Hounsfield unit kept in patches; voxels beyond get the limit.
+        mask: part of the body that patches must lie in: the lungs, the whole body, or none of both.
         mpp_tolerance: greatest relative difference from ``mpp`` at which a pyramid level is read without
             resampling, 0..0.5.
         codec: compression of the tiles; zstd is lossless, and any zarr reader opens it.
@@ -53,8 +61,8 @@ class TileSpec:
         UsageError: a value is out of range; the message names it.
     """
 
-    mpp: float
-    tile_size_px: int = 224
+    mpp: float = 0.0
+    tile_size_px: int = 0
     stride_px: int = 0
     min_tissue: float = 0.25
     mpp_tolerance: float = 0.01
@@ -68,11 +76,22 @@ class TileSpec:
     max_air: float = 1.0
     channels: str = ""
     foreign: str = dataclasses.field(default="", metadata={"option": ""})
+    spacing_mm: float = 0.0
+    window_hu: tuple[float, float] = dataclasses.field(
+        default=(-1000.0, 400.0), metadata={"option": "window"}
+    )
+    mask: Mask = "lung"
 
     def __post_init__(self) -> None:
         least = 0 if self.foreign else 1
+        self._check_volume()
+        if not (self.tile_size_px or self.foreign):
+            object.__setattr__(self, "tile_size_px", _SIZE_VOXEL if self.spacing_mm else _SIZE_PX)
         if not (np.isfinite(self.mpp) and (self.mpp > 0 or (self.foreign and self.mpp == 0))):
-            raise UsageError(f"mpp must be a positive number of micrometres, not {self.mpp}")
+            raise UsageError(
+                f"mpp must be a positive number of micrometres, not {self.mpp} (CT series take spacing_mm "
+                "instead)"
+            )
         if self.tile_size_px < least:
             raise UsageError(f"tile size must be at least 1 pixel, not {self.tile_size_px}")
         if self.stride_px < 0:
@@ -98,10 +117,60 @@ class TileSpec:
         if len(words) not in (1, 3) or (self.channels and not all(map(str.strip, words))):
             raise UsageError(f"channels must be one, or three separated by commas, not {self.channels!r}")
 
+    def _check_volume(self) -> None:
+        """Checks and completes the fields of patches."""
+        object.__setattr__(self, "window_hu", tuple(map(float, self.window_hu)))
+        if not (np.isfinite(self.spacing_mm) and self.spacing_mm >= 0):
+            raise UsageError(f"spacing must be a positive number of millimetres, not {self.spacing_mm}")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        if not self.spacing_mm:
+            if any(getattr(self, name) != defaults[name] for name in _OF_VOLUMES):
+                raise UsageError("window and mask are for CT series, with spacing_mm instead of mpp")
+            return
+        mpp = 1000.0 * self.spacing_mm
+        if self.mpp not in (0, mpp):
+            raise UsageError("spacing_mm is for CT series and mpp for slides; give one of them")
+        if others := [name for name in _OF_SLIDES if getattr(self, name) != defaults[name]]:
+            raise UsageError(f"{', '.join(others)} is for slides, and has no meaning with spacing_mm")
+        low, high = self.window_hu if len(self.window_hu) == 2 else (0.0, 0.0)
+        if not (-32768 <= low < high <= 32767 and low == int(low) and high == int(high)):
+            raise UsageError(
+                f"window must be two whole numbers of Hounsfield units, the lower one first, "
+                f"not {self.window_hu}"
+            )
+        if self.mask not in ("lung", "body", "none"):
+            raise UsageError(f"mask must be 'lung', 'body' or 'none', not {self.mask!r}")
+        object.__setattr__(self, "mpp", mpp)
+        object.__setattr__(self, "codec", "zstd")
+
+    @property
+    def is_volume(self) -> bool:
+        """True for patches of CT series, False for tiles of slides."""
+        return self.spacing_mm > 0
+
+    @property
+    def tile_shape(self) -> tuple[int, int, int]:
+        """Shape of a tile's array: ``(S, S, 3)``, ``(S, S, S)`` of a patch, ``(z, y, x)``."""
+        side = self.tile_size_px
+        return side, side, side if self.is_volume else 3
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of a tile's numbers: ``uint8``; of a patch, ``int16`` Hounsfield units."""
+        return np.dtype(np.int16 if self.is_volume else np.uint8)
+
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain JSON values, as stored beside the tiles; channels and a tool only if named."""
+        """Returns plain JSON values, as stored beside the tiles, without the fields of the other kind.
+
+        Channels and a tool are there only if named.
+        """
         values = dataclasses.asdict(self)
-        return {k: v for k, v in values.items() if v or k not in ("channels", "foreign")}
+        left_out = _OF_SLIDES if self.is_volume else ("spacing_mm", *_OF_VOLUMES)
+        return {
+            k: list(v) if isinstance(v, tuple) else v
+            for k, v in values.items()
+            if k not in left_out and (v or k not in ("channels", "foreign"))
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -114,6 +183,13 @@ class TileSpec:
             return cls(**values)
         except TypeError as error:
             raise UsageError(f"not a tile specification: {error}") from error
+
+
+_OF_VOLUMES = ("window_hu", "mask")
+_OF_SLIDES = (
+    *("mpp_tolerance", "jpeg_quality", "edge", "icc", "min_focus", "max_pen", "max_fold", "max_air"),
+    *("channels", "foreign"),
+)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,22 @@ class TilePlan:
         return len(self.origins_level0)
 
     @property
+    def identity(self) -> bytes:
+        """Bytes that differ for other tiles."""
+        return self.origins_level0.tobytes() + self.tissue_fraction.tobytes()
+
+    def arrays(self, is_kept: NDArray[np.bool_]) -> dict[str, tuple[NDArray[Any], dict[str, Any]]]:
+        """Returns the arrays of a cache beside the tiles ``is_kept``, with their attributes."""
+        spacing = {"mpp": self.tissue_mask.mpp}
+        return {
+            "origin_level0": (self.origins_level0[is_kept], {}),
+            "tissue_fraction": (self.tissue_fraction[is_kept], {}),
+            **{name: (values[is_kept], {}) for name, values in self.quality.items()},
+            "thumbnail": (self.thumbnail, spacing),
+            "tissue_mask": (self.tissue_mask.mask, spacing),
+        }
+
+    @property
     def left_out(self) -> dict[str, Any]:
         """Numbers (int) of tiles left out, by the names of the ledger's columns."""
         spoilt = {f"tiles_{reason.replace(' ', '_')}": len(o) for reason, o in self.left_out_level0.items()}

@@ -30,6 +30,7 @@ from slidetl.tiles.codec import TileCodec, decode_zstd, tile_codec
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.tissue import TissueMask
 from slidetl.version import VERSION
+from slidetl.volumes.frame import Triple, VolumeFrame
 
 # Raised whenever the same slide and TileSpec would give other tiles, or the same tiles in another layout.
 FORMAT_VERSION = 4
@@ -56,7 +57,10 @@ _MAX_ARRAY_BYTES = 2 * 2**30
 
 # Fields of the header that are written if they differ from their default.
 _OPTIONAL = frozenset(
-    ["tiles_without_data", "imported", "tiles_outside_regions", "regions", "corner_level0", "orientation"]
+    [
+        *("tiles_without_data", "imported", "tiles_outside_regions", "regions", "corner_level0"),
+        *("orientation", "frame", "location_mm"),
+    ]
 )
 
 FEATURES = "features"  # the part of a group stored after the rest, with its own seals
@@ -87,6 +91,9 @@ class CacheHeader:
             empty if the whole slide was tiled.
         corner_level0: of the scanned area, :class:`slidetl.slides.base.SlideInfo`; None if not recorded.
         orientation: as applied to the slide; None if not recorded.
+        frame: the grid that patches of a CT series are cut from, at ``spec.spacing_mm``; None for a slide.
+            Sizes and spacings of level 0 are then those of the series along x and y, 1000 um per millimetre.
+        location_mm: patient coordinates of the centre of the only patch, if one was asked for.
     """
 
     slide_id: str
@@ -109,6 +116,8 @@ class CacheHeader:
     regions: str = ""
     corner_level0: tuple[int, int] | None = None
     orientation: int | None = None
+    frame: VolumeFrame | None = None
+    location_mm: Triple | None = None
 
     @property
     def viewer(self) -> ViewerFrame:
@@ -144,25 +153,26 @@ class CacheHeader:
         names = [name for name in fields if name in attributes or name not in _OPTIONAL]
         values = {name: attributes[name] for name in names}
         values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        if values.get("frame") is not None:
+            values["frame"] = VolumeFrame(**values["frame"])
         return cls(**{**values, "spec": TileSpec.from_dict(attributes["spec"])})
 
 
 @dataclass(frozen=True, eq=False)
 class SlideCache:
-    """The finished tiles of one slide, for random access.
+    """The finished tiles of one slide, or the patches of one CT series, for random access.
 
     It can be pickled, and used after a fork or a spawn; each process keeps its latest shards open.
 
     Attributes:
         path: the folder, ``<cache>/<slide_id>.zarr``.
         header: slide-level metadata; its fields are properties here as well.
-        origins_level0: ``[N, 2] int32``, upper-left corner ``(x, y)`` of each tile, level-0 pixels.
-        tissue_fraction: ``[N] float32``, share of tissue in each tile, 0..1.
+        tissue_fraction: ``[N] float32``, share of tissue in each tile, 0..1; in a patch, of ``spec.mask``.
     """
 
     path: Path
     header: CacheHeader
-    origins_level0: NDArray[np.int32]
+    _origins: NDArray[np.int32] = field(repr=False)
     tissue_fraction: NDArray[np.float32]
     _codec: TileCodec = field(repr=False)
     _lifetime: _Lifetime = field(default_factory=lambda: _Lifetime(), repr=False)
@@ -184,11 +194,91 @@ class SlideCache:
         header = read_header(path)
         if spec is not None and header.spec != spec:
             raise CacheMismatchError(f"{path}: {describe_difference(header.spec, spec)}")
-        origins, fraction = (read_array(path / name) for name in ("origin_level0", "tissue_fraction"))
+        origins, fraction = (read_array(path / n) for n in (origin_name(header.spec), "tissue_fraction"))
         return cls(path, header, origins, fraction, tile_codec(header.spec))
 
     def __len__(self) -> int:
-        return len(self.origins_level0)
+        return len(self._origins)
+
+    @property
+    def origins_level0(self) -> NDArray[np.int32]:
+        """Upper-left corners ``[N, 2] int32``, ``(x, y)`` of each tile, level-0 pixels.
+
+        Raises:
+            CacheMismatchError: it has the patches of a CT series.
+        """
+        self._check_slide()
+        return self._origins
+
+    @property
+    def origins_voxel(self) -> NDArray[np.int32]:
+        """First voxels ``[N, 3] int32``, ``(x, y, z)`` of each patch, voxels of :attr:`frame`.
+
+        A patch may begin before the volume and end after it; it is padded with the window's lower limit.
+
+        Raises:
+            CacheMismatchError: it has the tiles of a slide.
+        """
+        self.frame  # noqa: B018 # raises
+        return self._origins
+
+    @property
+    def frame(self) -> VolumeFrame:
+        """The grid of the patches in patient coordinates.
+
+        Raises:
+            CacheMismatchError: it has the tiles of a slide.
+        """
+        if self.header.frame is None:
+            raise CacheMismatchError(f"{self.path}: it has the tiles of a slide, not patches of a CT series")
+        return self.header.frame
+
+    @property
+    def centres_mm(self) -> NDArray[np.float64]:
+        """Centres of the patches ``[N, 3]``, patient coordinates (LPS).
+
+        Raises:
+            CacheMismatchError: it has the tiles of a slide.
+        """
+        return self.frame.to_patient_mm(self.origins_voxel + (self.spec.tile_size_px - 1) / 2)
+
+    @property
+    def overview_hu(self) -> NDArray[np.int16]:
+        """The whole series, ``[z, y, x] int16`` Hounsfield units within the window, read at each access.
+
+        Its grid is ``frame.at_spacing(overview_mm)``.
+
+        Raises:
+            CacheMismatchError: it has the tiles of a slide.
+        """
+        self.frame  # noqa: B018 # raises
+        return read_array(self.path / "overview")
+
+    @property
+    def overview_mask(self) -> NDArray[np.bool_]:
+        """The lungs or the body by ``spec.mask``, ``[z, y, x] bool`` on the grid of :attr:`overview_hu`.
+
+        Raises:
+            CacheMismatchError: it has the tiles of a slide.
+        """
+        self.frame  # noqa: B018 # raises
+        return read_array(self.path / "mask")
+
+    @property
+    def overview_mm(self) -> float:
+        """Spacing of :attr:`overview_hu`, millimetres per voxel.
+
+        Raises:
+            CacheMismatchError: it has the tiles of a slide.
+        """
+        self.frame  # noqa: B018 # raises
+        return float(read_json(self.path / "overview")["attributes"]["spacing_mm"])
+
+    def _check_slide(self) -> None:
+        if self.header.frame is not None:
+            raise CacheMismatchError(
+                f"{self.path}: it has the patches of a CT series, which has no level 0 and no thumbnail"
+            )
 
     @property
     def slide_id(self) -> str:
@@ -236,18 +326,25 @@ class SlideCache:
 
     @property
     def thumbnail(self) -> NDArray[np.uint8]:
-        """The whole slide, ``[h, w, 3] uint8``, read from disk at each access."""
+        """The whole slide, ``[h, w, 3] uint8``, read from disk at each access.
+
+        Raises:
+            CacheMismatchError: it has the patches of a CT series, or imported features.
+        """
+        self._check_slide()
         self.check_tiles()
         return read_array(self.path / "thumbnail")
 
     @property
     def thumbnail_mpp(self) -> float:
         """Spacing of :attr:`thumbnail`, micrometres per pixel."""
+        self._check_slide()
         return float(read_json(self.path / "thumbnail")["attributes"]["mpp"])
 
     @property
     def tissue_mask(self) -> TissueMask:
         """The tissue, in the frame of :attr:`thumbnail`."""
+        self._check_slide()
         self.check_tiles()
         mpp = float(read_json(self.path / "tissue_mask")["attributes"]["mpp"])
         return TissueMask(read_array(self.path / "tissue_mask"), mpp)
@@ -266,11 +363,11 @@ class SlideCache:
                 "slide into another folder for what needs its tiles or its thumbnail"
             )
 
-    def read(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.uint8]:
+    def read(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[Any]:
         """Reads tiles in the given order; tiles may repeat.
 
         Returns:
-            ``[n, S, S, 3] uint8`` RGB.
+            ``[n, S, S, 3] uint8`` RGB; of a CT series ``[n, S, S, S] int16`` Hounsfield units, axes z, y, x.
 
         Raises:
             IndexError: there is no such tile.
@@ -287,14 +384,13 @@ class SlideCache:
             )
         if len(wanted) == 1:
             return self._read_tile(int(wanted[0]))[None]
-        size = self.header.spec.tile_size_px
-        tiles = np.empty((len(wanted), size, size, 3), np.uint8)
+        tiles = np.empty((len(wanted), *self.spec.tile_shape), self.spec.dtype)
         # Shard by shard, so each is opened once, at any number of shards.
         for place in np.argsort(wanted, kind="stable").tolist():
             self._read_tile(int(wanted[place]), tiles[place])
         return tiles
 
-    def _read_tile(self, tile: int, into: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
+    def _read_tile(self, tile: int, into: NDArray[Any] | None = None) -> NDArray[Any]:
         number, place = divmod(tile, TILES_PER_SHARD)
         try:
             shard = _open_shard(self._lifetime, self.path, number)
@@ -313,16 +409,16 @@ class SlideCache:
 
 def cache_parts(
     cache: SlideCache, size: int, threads: int = 1
-) -> Generator[tuple[int, NDArray[np.uint8]], None, None]:
+) -> Generator[tuple[int, NDArray[Any]], None, None]:
     """Yields the tiles of a cache in order, at most ``size`` at a time, and the number of the first.
 
-    Each part is ``[n, S, S, 3] uint8``.
+    Each part is as :meth:`SlideCache.read` returns it.
 
     Raises:
         CacheError: a tile is damaged, or a file is gone.
     """
 
-    def read(start: int) -> tuple[int, NDArray[np.uint8]]:
+    def read(start: int) -> tuple[int, NDArray[Any]]:
         return start, cache.read(np.arange(start, min(start + size, len(cache))))
 
     yield from map_in_order(read, range(0, len(cache), size), threads)
@@ -403,6 +499,11 @@ open_cache = SlideCache.open  # a public name of the package
 def cache_path(cache_dir: Path, slide_id: str) -> Path:
     """Returns the folder of a slide's tiles."""
     return cache_dir / f"{slide_id}.zarr"
+
+
+def origin_name(spec: TileSpec) -> str:
+    """Names the array with the places of tiles."""
+    return "origin_voxel" if spec.is_volume else "origin_level0"
 
 
 def groups(cache_dir: Path) -> list[Path]:

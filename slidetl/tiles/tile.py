@@ -25,6 +25,7 @@ from slidetl.tiles.cut import encode_tile, encode_tiles
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.ledger import EXCLUDED, FAILED, USED, LedgerRow, file_state
 from slidetl.tiles.lock import slide_lock
+from slidetl.tiles.patches import PatchPlan
 from slidetl.tiles.plan import MANY_PLACES, TilePlan, notes_on, plan_tiles
 from slidetl.tiles.preview import draw_preview
 from slidetl.tiles.regions import Regions, RegionSource, read_regions
@@ -40,6 +41,8 @@ from slidetl.tiles.store import (
     read_header,
 )
 from slidetl.tiles.writer import CacheWriter
+from slidetl.volumes.frame import Triple
+from slidetl.volumes.volume import Volume
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,50 @@ def write_tiles(
     with CacheWriter(cache_dir, header, plan, check) as writer:
         for tile, payload in encode_tiles(slide, plan, writer.next_tile, writer.unreadable, threads):
             writer.add(tile, payload)
+        return writer.finish()
+
+
+def write_patches(
+    plan: PatchPlan,
+    series: Volume,
+    cache_dir: Path,
+    slide_id: str,
+    threads: int = 1,
+    check: Callable[[], object] | None = None,
+    location_mm: Triple | None = None,
+) -> SlideCache:
+    """Cuts the patches of a plan into a cache, or resumes a killed run; see :func:`write_tiles`.
+
+    Args:
+        plan: the patches; at least one.
+        series: the series of the plan, as read.
+        cache_dir: the folder of all caches.
+        slide_id: the name of the cache.
+        threads: parallel compressions; the cache does not depend on it.
+        check: called before every commit, in another thread; its exception ends the writing.
+        location_mm: the location of the plan, if it has one.
+
+    Raises:
+        OSError: the cache cannot be written.
+    """
+    mpp = (1000 * series.spacing_mm[0], 1000 * series.spacing_mm[1])
+    extent = [plan.spec.tile_size_px * plan.spec.mpp / of for of in mpp]
+    header = CacheHeader(
+        slide_id=slide_id,
+        fingerprint=series.fingerprint,
+        vendor="CT",
+        size_level0=series.frame.size_voxel[:2],
+        mpp_level0=mpp,
+        mpp_read=(plan.spec.mpp, plan.spec.mpp),
+        extent_level0=(extent[0], extent[1]),
+        spec=plan.spec,
+        tiles_without_tissue=plan.patches_without_mask,
+        frame=plan.volume.frame,
+        location_mm=location_mm,
+    )
+    with CacheWriter(cache_dir, header, plan, check) as writer:
+        for number, payload in enumerate(plan.encode(writer.next_tile, threads), writer.next_tile):
+            writer.add(number, payload)
         return writer.finish()
 
 

@@ -208,7 +208,7 @@ def _refuse_other_format(path: Path) -> None:
 
 
 def _count_tiles(path: Path) -> int:
-    for node in ("tiles", "origin_level0"):
+    for node in ("tiles", "origin_level0", "origin_voxel"):
         with contextlib.suppress(CacheCorruptError, CacheMissingError, KeyError, TypeError, IndexError):
             return int(read_json(path / node)["shape"][0])
     return 0
@@ -260,10 +260,9 @@ def _check_shard(path: Path, name: str, expected: str | None, tiles: int) -> Ite
 
 def _check_pixels(path: Path, header: CacheHeader, tiles: list[int], threads: int) -> Iterator[Finding]:
     codec = tile_codec(header.spec)
-    side = header.spec.tile_size_px
 
     def is_readable(tile: int) -> bool:
-        return _is_readable(codec, _payload(path, tile), side)
+        return _is_readable(codec, _payload(path, tile), header.spec.tile_shape)
 
     for tile, is_sound in zip(tiles, map_in_order(is_readable, tiles, threads), strict=True):
         if not is_sound:
@@ -271,9 +270,9 @@ def _check_pixels(path: Path, header: CacheHeader, tiles: list[int], threads: in
             yield Finding(name, f"tile {tile} cannot be decoded: the slide is damaged there", (tile,))
 
 
-def _is_readable(codec: TileCodec, payload: bytes, side_px: int) -> bool:
+def _is_readable(codec: TileCodec, payload: bytes, shape: tuple[int, ...]) -> bool:
     try:
-        return codec.decode(payload).shape == (side_px, side_px, 3)
+        return codec.decode(payload).shape == shape
     except CacheCorruptError:
         return False
 
@@ -397,7 +396,7 @@ def _encoded(
             tiles = encode_tiles(slide, plan, number)
         at = number
         payload = next(payload for tile, payload in tiles if tile == number)
-        if payload is not None and _is_readable(codec, payload, plan.spec.tile_size_px):
+        if payload is not None and _is_readable(codec, payload, plan.spec.tile_shape):
             yield payload, None
             continue
         try:

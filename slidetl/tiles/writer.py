@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from slidetl.errors import CacheCorruptError, UsageError
 from slidetl.files import fsync_path, write_whole
 from slidetl.tiles.codec import ZSTD_LEVEL, encode_zstd, tile_codec
+from slidetl.tiles.patches import PatchPlan
 from slidetl.tiles.plan import TilePlan
 from slidetl.tiles.store import (
     FEATURES,
@@ -65,7 +66,7 @@ class CacheWriter:
         self,
         cache_dir: Path,
         header: CacheHeader,
-        plan: TilePlan,
+        plan: TilePlan | PatchPlan,
         check: Callable[[], object] | None = None,
     ) -> None:
         self._header = header
@@ -158,7 +159,7 @@ class CacheWriter:
 
     def _identity(self) -> dict[str, Any]:
         """Returns the values required to be equal to resume a build."""
-        plan = google_crc32c.value(self._plan.origins_level0.tobytes() + self._plan.tissue_fraction.tobytes())
+        plan = google_crc32c.value(self._plan.identity)
         return {**self._header.identity(), "tiles_wanted": len(self._plan), "plan": plan}
 
     def _resume(self) -> None:
@@ -247,18 +248,9 @@ class CacheWriter:
             if entry.name not in ("tiles", FEATURES):  # those of a cache under repair
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
-        plan = self._plan
-        is_readable = np.ones(len(plan), bool)
+        is_readable = np.ones(len(self._plan), bool)
         is_readable[self._unreadable] = False
-        spacing = {"mpp": plan.tissue_mask.mpp}
-        arrays: dict[str, tuple[NDArray[Any], dict[str, Any]]] = {
-            "origin_level0": (plan.origins_level0[is_readable], {}),
-            "tissue_fraction": (plan.tissue_fraction[is_readable], {}),
-            **{name: (values[is_readable], {}) for name, values in plan.quality.items()},
-            "thumbnail": (plan.thumbnail, spacing),
-            "tissue_mask": (plan.tissue_mask.mask, spacing),
-        }
-        self._digests |= write_arrays(self._group, arrays)
+        self._digests |= write_arrays(self._group, self._plan.arrays(is_readable))
         attributes = {**self._header.to_attributes(), "tiles_unreadable": len(self._unreadable)}
         tiles = sealed(_tiles_document(int(is_readable.sum()), self._header, attributes))
         (self._group / "tiles").mkdir(exist_ok=True)
@@ -301,7 +293,7 @@ def write_seal(group: Path, attributes: Mapping[str, Any], digests: Mapping[str,
 
 def _tiles_document(count: int, header: CacheHeader, attributes: Mapping[str, Any]) -> dict[str, Any]:
     """Makes the metadata of the tiles as zarr writes them."""
-    tile = [header.spec.tile_size_px, header.spec.tile_size_px, 3]
+    tile = list(header.spec.tile_shape)
     serializer, compressors = tile_codec(header.spec).zarr_codecs()
     sharding = {
         "chunk_shape": [1, *tile],
@@ -310,9 +302,10 @@ def _tiles_document(count: int, header: CacheHeader, attributes: Mapping[str, An
         "index_location": "end",
     }
     codecs = [{"name": "sharding_indexed", "configuration": sharding}]
-    names = ["tile", "y", "x", "channel"]
+    names = ["tile", "z", "y", "x"] if header.spec.is_volume else ["tile", "y", "x", "channel"]
+    dtype = header.spec.dtype.name
     return _document(
-        [count, *tile], "uint8", [TILES_PER_SHARD, *tile], codecs, attributes, dimension_names=names
+        [count, *tile], dtype, [TILES_PER_SHARD, *tile], codecs, attributes, dimension_names=names
     )
 
 

@@ -113,7 +113,7 @@ def test_specification_round_trips_and_fills_in_the_stride() -> None:
     [
         ("mpp", 0, "mpp must be a positive"),
         ("mpp", float("nan"), "mpp must be a positive"),
-        ("tile_size_px", 0, "tile size"),
+        ("tile_size_px", -1, "tile size"),
         ("stride_px", -1, "stride"),
         ("min_tissue", 1.1, "share from 0 to 1"),
         ("mpp_tolerance", 0.5, "tolerance"),

@@ -1,0 +1,171 @@
+"""Plans and cuts the patches of a CT series: cubes of voxels at a physical spacing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidetl.errors import VolumeError
+from slidetl.slides.decoding import map_in_order
+from slidetl.tiles.codec import tile_codec
+from slidetl.tiles.grid import TileSpec
+from slidetl.volumes.frame import Triple, VolumeFrame
+from slidetl.volumes.masks import find_body, find_lungs
+from slidetl.volumes.resample import resample
+from slidetl.volumes.volume import Volume
+
+# Spacing of the volume for the search for the lungs, millimetres, or finer for this many voxels per patch.
+_OVERVIEW_MM = 4.0
+_VOXELS_PER_PATCH = 8
+
+_ROUNDING = 1e-6  # least share of the mask is compared with float32 shares
+
+
+@dataclass(frozen=True, eq=False)
+class PatchPlan:
+    """The wanted patches of a series.
+
+    Attributes:
+        spec: the specification.
+        volume: the series at ``spec.spacing_mm``, within the window.
+        origins_voxel: ``[N, 3] int32``, first voxels ``(x, y, z)`` of the patches, voxels of ``volume``.
+        tissue_fraction: ``[N] float32``, share of the mask in each patch.
+        patches_without_mask: places on the grid with a smaller share than ``spec.min_tissue``.
+        overview: the whole series at a coarse spacing.
+        mask: the lungs or the body in ``overview``, ``[z, y, x] bool``; all True for ``spec.mask`` none.
+    """
+
+    spec: TileSpec
+    volume: Volume
+    origins_voxel: NDArray[np.int32]
+    tissue_fraction: NDArray[np.float32]
+    patches_without_mask: int
+    overview: Volume
+    mask: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.origins_voxel)
+
+    @property
+    def identity(self) -> bytes:
+        """Bytes that differ for other patches."""
+        return self.origins_voxel.tobytes() + self.tissue_fraction.tobytes()
+
+    def arrays(self, is_kept: NDArray[np.bool_]) -> dict[str, tuple[NDArray[Any], dict[str, Any]]]:
+        """Returns the arrays of a cache beside the patches, with their attributes."""
+        spacing = {"spacing_mm": self.overview.spacing_mm[0]}
+        return {
+            "origin_voxel": (self.origins_voxel[is_kept], {}),
+            "tissue_fraction": (self.tissue_fraction[is_kept], {}),
+            "overview": (self.overview.hu, spacing),
+            "mask": (self.mask, spacing),
+        }
+
+    def patch(self, number: int) -> NDArray[np.int16]:
+        """Cuts a patch, ``[S, S, S] int16``; voxels outside the volume have the window's lower limit."""
+        side, low = self.spec.tile_size_px, int(self.spec.window_hu[0])
+        first = self.origins_voxel[number][::-1].tolist()
+        hu = self.volume.hu
+        patch = np.full(self.spec.tile_shape, low, np.int16)
+        inside = [slice(max(0, f), min(n, f + side)) for f, n in zip(first, hu.shape, strict=True)]
+        into = tuple(slice(s.start - f, s.stop - f) for s, f in zip(inside, first, strict=True))
+        patch[into] = hu[tuple(inside)]
+        return patch
+
+    def encode(self, first: int, threads: int = 1) -> Iterator[bytes]:
+        """Yields the bytes of each patch in a cache, from ``first`` on; ``threads`` does not change them."""
+        encode = tile_codec(self.spec).encode
+        yield from map_in_order(lambda n: encode(self.patch(n)), range(first, len(self)), threads)
+
+
+def plan_patches(series: Volume, spec: TileSpec, location_mm: Triple | None = None) -> PatchPlan:
+    """Resamples a series, and selects the patches with enough of the mask, or one patch around a location.
+
+    The grid begins at the first voxel; its last patch along an axis ends with the last voxel, so that
+    nothing is left out. A series smaller than a patch is padded.
+
+    Args:
+        series: as read.
+        spec: the specification, with ``spacing_mm``.
+        location_mm: patient coordinates of the centre of the only patch, to half a voxel; the mask then
+            selects nothing.
+
+    Raises:
+        VolumeError: the location is outside the series.
+    """
+    if location_mm is not None and not series.frame.is_inside(location_mm):
+        raise VolumeError(
+            f"the location {location_mm} mm is outside the series, which reaches from "
+            f"{_corner(series.frame, 0)} to {_corner(series.frame, 1)}; give patient "
+            "coordinates as in DICOM (LPS)"
+        )
+    volume = resample(series, spec.spacing_mm)
+    side = spec.tile_size_px
+    coarse = max(spec.spacing_mm, min(_OVERVIEW_MM, side * spec.spacing_mm / _VOXELS_PER_PATCH))
+    overview = resample(volume, coarse)
+    np.clip(volume.hu, *map(int, spec.window_hu), out=volume.hu)  # after the mask, which needs all values
+    if spec.mask == "none":
+        mask = np.ones(overview.hu.shape, bool)
+    else:
+        mask = (find_lungs if spec.mask == "lung" else find_body)(overview.hu, coarse)
+    if location_mm is not None:
+        # The centre of a patch of an even side lies between two voxels.
+        origin = np.rint(volume.frame.to_voxel(location_mm) - (side - 1) / 2)
+        origins = origin.astype(np.int32)[None]
+        fraction = box_means(mask, origins, side, spec.spacing_mm / coarse)
+        return PatchPlan(spec, volume, origins, fraction, 0, overview, mask)
+    origins = patch_grid(volume.frame.size_voxel, side, spec.stride_px)
+    fraction = box_means(mask, origins, side, spec.spacing_mm / coarse)
+    is_wanted = fraction >= spec.min_tissue - _ROUNDING
+    without = int((~is_wanted).sum())
+    return PatchPlan(spec, volume, origins[is_wanted], fraction[is_wanted], without, overview, mask)
+
+
+def patch_grid(size_voxel: tuple[int, int, int], side: int, stride: int) -> NDArray[np.int32]:
+    """Lays a grid of cubes over a volume that leaves nothing out.
+
+    Returns:
+        ``[N, 3] int32``, first voxels ``(x, y, z)``, z slowest.
+    """
+    x, y, z = (
+        np.unique(np.minimum(np.arange(0, max(size - side, 0) + stride, stride), max(size - side, 0)))
+        for size in size_voxel
+    )
+    grid = np.stack(np.meshgrid(z, y, x, indexing="ij")[::-1], axis=-1)
+    return grid.reshape(-1, 3).astype(np.int32)
+
+
+def box_means(
+    mask: NDArray[np.bool_], origins: NDArray[np.int32], side: int, scale: float
+) -> NDArray[np.float32]:
+    """Computes the exact share of a mask in cubes; outside the mask there is none.
+
+    Args:
+        mask: ``[z, y, x]``.
+        origins: ``[N, 3]``, first voxels ``(x, y, z)`` of the cubes.
+        side: of the cubes, their voxels.
+        scale: voxels of the mask per voxel of the cubes; both grids begin at the same corner.
+
+    Returns:
+        ``[N] float32``, 0..1.
+    """
+    from scipy import ndimage
+
+    integral = np.pad(mask.astype(np.float64).cumsum(0).cumsum(1).cumsum(2), ((1, 0),) * 3)
+    low = origins[:, ::-1].T * scale
+    total = np.zeros(len(origins))
+    for corner in np.ndindex(2, 2, 2):
+        at = low + np.array(corner)[:, None] * side * scale
+        sign = (-1) ** (3 - sum(corner))
+        total += sign * ndimage.map_coordinates(integral, at, order=1, mode="nearest")
+    return np.asarray(np.clip(total / (side * scale) ** 3, 0, 1), np.float32)
+
+
+def _corner(frame: VolumeFrame, end: int) -> list[float]:
+    """Returns the centre of the first or last voxel, rounded to a tenth of a millimetre."""
+    point = frame.to_patient_mm((np.array(frame.size_voxel) - 1) * end)
+    return [round(value, 1) for value in point.tolist()]
