@@ -1,8 +1,8 @@
 """Groups embeddings without labels: mean shift in blocks on a CPU or GPU, k-means, HDBSCAN.
 
 Mean shift with the flat kernel gives the clusters of scikit-learn's ``MeanShift`` from the same seeds. Seeds
-move together: distances and means of a block of seeds are two matrix products. Computation is in float64 if
-the points are, else in float32.
+move together: distances and means of a block of seeds are two matrix products, on a processor only with the
+points in reach. Computation is in float64 if the points are, else in float32.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ _DISTANCES = 2**22  # of a block: 16 MB; fewer seeds are compared with more poin
 _CANDIDATES = 4  # times k: points searched for the k nearest
 _LLOYD = 4  # iterations that place the cells of that search
 _SAMPLE = 20_000  # points that fit principal components and cells
+_SHELLS = 32  # cells of the exact search on a processor
+_SPREAD = 2000  # points from which they are chosen
+_FEW = 16  # places below which a product takes as long as with so many
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,9 +175,19 @@ def mean_shift(
     if seeds.shape[1] != points.shape[1]:
         raise UsageError(f"seeds have {seeds.shape[1]} columns, points {points.shape[1]}")
     kind = _Field if neighbours is None or neighbours == len(points) else _NearField
+    device = _device(device)
+    if (
+        kind is _Field
+        and (kernel, device) == ("flat", "cpu")
+        and len(seeds) > _SHELLS
+        and len(points) > _SPREAD
+    ):
+        kind = _ShellField
     field = kind.of(points, bandwidth, kernel, device)
     if isinstance(field, _NearField):
         field.build(neighbours or 1, seed)
+    elif isinstance(field, _ShellField):
+        field.build(seed)
     with torch.inference_mode():
         modes, weights, cut = _climb(field, field.place(seeds), max_iterations)
         kept = weights >= max(min_points, 1e-12)
@@ -243,10 +256,7 @@ class _Field:
     def of(cls, points: Points, bandwidth: float, kernel: Kernel, device: str) -> Self:
         if kernel not in ("flat", "gaussian"):
             raise UsageError(f"the kernel must be flat or gaussian, not {kernel!r}")
-        if device == "cuda" and not torch.cuda.is_available():
-            raise UsageError("--device cuda: PyTorch finds no GPU here; use --device cpu")
-        chosen = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-        rows = torch.from_numpy(np.ascontiguousarray(points)).to(chosen)
+        rows = torch.from_numpy(np.ascontiguousarray(points)).to(_device(device))
         mean = rows.mean(0)
         # Distances are differences of squares: they are exact only around the origin.
         return cls(rows - mean, mean, bandwidth, kernel)
@@ -275,12 +285,14 @@ class _Field:
         for start, end in self.blocks(len(places)):
             rest = torch.addmm(self.squares[start:end], places, self.points[start:end].T, alpha=-2)
             sums += self.weigh(rest, own, self.bandwidth**2 - own) @ self.counted[start:end]
+        return self.divided(sums)
+
+    @staticmethod
+    def divided(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Divides weighted sums ``[S, D + 1]`` by their last column; no point was left out."""
         weights = sums[:, -1]
-        return (
-            sums[:, :-1] / weights.clamp(min=1e-30)[:, None],
-            weights,
-            torch.zeros_like(weights, dtype=torch.bool),
-        )
+        means = sums[:, :-1] / weights.clamp(min=1e-30)[:, None]
+        return means, weights, torch.zeros_like(weights, dtype=torch.bool)
 
     def weigh(self, rest: Tensor, own: Tensor, limit: Tensor) -> Tensor:
         """Turns squared distances less ``own`` into weights, in place; the flat kernel ends at ``limit``."""
@@ -292,6 +304,64 @@ class _Field:
         """Finds the nearest of some places for each point: numbers and squared distances ``[N]``."""
         found = [nearest_of(self.points[start:end], centres) for start, end in self.blocks(len(centres))]
         return torch.cat([labels for labels, _ in found]), torch.cat([squared for _, squared in found])
+
+
+class _ShellField(_Field):
+    """Points sorted by cell and distance to its centre: for the flat kernel those around a place are slices.
+
+    By the triangle inequality a point p of the cell around c is within r of a place x only if its distance to
+    c is within r of x's. Nothing is left out, so the result is that of :class:`_Field`.
+    """
+
+    def build(self, seed: int) -> None:
+        """Chooses centres far from each other, and sorts the points."""
+        drawn = self.points[torch.from_numpy(_draw(len(self.points), _SPREAD, seed)).to(self.points.device)]
+        centres = [drawn[0]]
+        gaps = (drawn - centres[0]).square().sum(1)
+        while len(centres) < _SHELLS:
+            centres.append(drawn[int(gaps.argmax())])
+            gaps = torch.minimum(gaps, (drawn - centres[-1]).square().sum(1))
+        self.cells = torch.stack(centres)
+        cell, squared = super().assign(self.cells)
+        radius = squared.clamp(min=0).sqrt().double()
+        self.longest = 2 * float(radius.max()) + 1
+        self.keys, self.order = torch.sort(2 * self.longest * cell + radius)
+        self.counted, self.squares = self.counted[self.order], self.squares[self.order]
+        self.points = self.counted[:, :-1]
+        # Distances are roots of differences of squares: what rounding may add to them.
+        slack = math.sqrt(64 * torch.finfo(self.points.dtype).eps * float(self.squares.max()))
+        self.reach = self.bandwidth + slack
+
+    def assign(self, centres: Tensor) -> tuple[Tensor, Tensor]:
+        found = super().assign(centres)
+        labels, squared = torch.empty_like(found[0]), torch.empty_like(found[1])
+        labels[self.order], squared[self.order] = found
+        return labels, squared
+
+    def means(self, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Computes what :class:`_Field` does, from the slices within reach of places of the same cell."""
+        gaps = torch.cdist(places, self.cells).double()
+        group = gaps.argmin(1)
+        members = [torch.nonzero(group == number).flatten() for number in torch.unique(group).tolist()]
+        low = torch.stack([gaps[rows].amin(0) for rows in members]) - self.reach
+        high = torch.stack([gaps[rows].amax(0) for rows in members]) + self.reach
+        first = 2 * self.longest * torch.arange(len(self.cells))
+        starts = torch.searchsorted(self.keys, first + low.clamp(0, self.longest))
+        ends = torch.searchsorted(self.keys, first + high.clamp(0, self.longest), right=True)
+        sizes = torch.tensor([max(len(rows), _FEW) for rows in members])
+        if ((ends - starts).sum(1) * sizes).sum() > len(places) * len(self.points):
+            return super().means(places)
+        sums = self.points.new_zeros(len(places), self.counted.shape[1])
+        own = places.square().sum(1, keepdim=True)
+        limit = self.bandwidth**2 - own
+        for rows, begin, end in zip(members, starts.tolist(), ends.tolist(), strict=True):
+            mine, found = places[rows], sums.new_zeros(len(rows), sums.shape[1])
+            for start, stop in zip(begin, end, strict=True):
+                if start < stop:
+                    rest = torch.addmm(self.squares[start:stop], mine, self.points[start:stop].T, alpha=-2)
+                    found += self.weigh(rest, own[rows], limit[rows]) @ self.counted[start:stop]
+            sums[rows] = found
+        return self.divided(sums)
 
 
 class _NearField(_Field):
@@ -389,6 +459,12 @@ def _by_size(
     number = np.full(len(centres) + 1, -1, np.int64)  # the last stands for no group
     number[order] = np.arange(len(order))
     return Clusters(number[labels], np.asarray(centres)[order], bandwidth, cut)
+
+
+def _device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: PyTorch finds no GPU here; use --device cpu")
+    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def _draw(n: int, sample: int, seed: int) -> NDArray[np.int64]:

@@ -2,12 +2,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.cluster import MeanShift
 from sklearn.metrics import adjusted_rand_score
 
 from slidetl.analysis.clusters import (
     Kernel,
+    _Field,
+    _ShellField,
     bandwidth_of,
     hdbscan,
     k_means,
@@ -30,7 +35,11 @@ def drawn(
 
 @pytest.mark.parametrize("bandwidth", [1.2, 2.5, 6.0])
 @pytest.mark.parametrize("cluster_all", [True, False])
-def test_flat_kernel_equals_scikit_learn_from_the_same_seeds(bandwidth: float, cluster_all: bool) -> None:
+@pytest.mark.parametrize("spread", [100, 10**9])  # points above which they are sorted into shells
+def test_flat_kernel_equals_scikit_learn_from_the_same_seeds(
+    bandwidth: float, cluster_all: bool, spread: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slidetl.analysis.clusters._SPREAD", spread)
     points, _ = drawn()
     seeds = points[::7]
     ours = mean_shift(points, bandwidth, seeds=seeds, cluster_all=cluster_all)
@@ -41,6 +50,26 @@ def test_flat_kernel_equals_scikit_learn_from_the_same_seeds(bandwidth: float, c
     mine = ours.centres[np.lexsort(ours.centres.T)]
     used = theirs.cluster_centers_[np.unique(theirs.labels_[theirs.labels_ >= 0])]
     np.testing.assert_allclose(mine, used[np.lexsort(used.T)], rtol=1e-9)
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 2**31), st.floats(0.3, 30), st.floats(0, 50))
+def test_shells_leave_no_point_out(seed: int, bandwidth: float, away: float) -> None:
+    rng = np.random.default_rng(seed)
+    points = drawn((300, 90, 30))[0] + away * rng.normal(size=6)
+    places = torch.from_numpy(rng.permutation(points)[:150] + rng.normal(size=(150, 6)))
+    every = _Field.of(points, bandwidth, "flat", "cpu")
+    shells = _ShellField.of(points, bandwidth, "flat", "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("slidetl.analysis.clusters._SPREAD", 200)
+        patch.setattr("slidetl.analysis.clusters._FEW", 0)  # never all points
+        shells.build(0)
+        for one, other in zip(
+            every.means(places - every.mean), shells.means(places - every.mean), strict=True
+        ):
+            np.testing.assert_allclose(other, one, atol=1e-9)
+    for one, other in zip(every.assign(places[:7]), shells.assign(places[:7]), strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-9)
 
 
 def test_all_points_as_seeds_equal_scikit_learn() -> None:
