@@ -34,3 +34,10 @@ def csv_cell(value: Any) -> Any:
 def plot_label(text: str) -> str:
     """Makes one line of text for matplotlib, with escaped ``$``: text between two would be a formula."""
     return one_line(text).replace("$", r"\$")
+
+
+def first_lines(message: str) -> str:
+    """Shortens a parser's message, which may quote pages of input."""
+    lines = [line.strip(" -:") for line in message.splitlines() if line.strip(" -:")]
+    lines = [line for line in lines if not line.startswith(("Given value", "Expected a <class 'NoneType'"))]
+    return " ".join(lines[:6])

@@ -14,6 +14,7 @@ from slidetl.errors import UsageError
 from slidetl.evaluation.classical import POOLS, ClassicalModel, Pool
 from slidetl.evaluation.protocol import Protocol, canonical_sha256
 from slidetl.models.spec import with_preset
+from slidetl.text import first_lines
 
 MetricName = Literal["qwk", "accuracy", "mae", "rps", "log_loss"]
 METRICS: tuple[MetricName, ...] = ("qwk", "accuracy", "mae", "rps", "log_loss")
@@ -317,7 +318,7 @@ def read_comparison(path: Path) -> Comparison:
         arms = {name: replace(arm, fit=fits.get(name, arm.fit)) for name, arm in parsed.arms.items()}
         return replace(parsed, base=base, arms=arms)
     except (ArgumentError, TypeError, ValueError) as error:
-        raise UsageError(f"{path}: {first_lines(str(_usage_error_in(error)))}") from error
+        raise UsageError(f"{path}: {first_lines(str(usage_error_in(error)))}") from error
 
 
 def with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -326,13 +327,6 @@ def with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[st
     for name, value in values.items():
         _merge(changed, _nested(name, value))
     return changed
-
-
-def first_lines(message: str) -> str:
-    """Shortens a parser's message, which may quote pages of input."""
-    lines = [line.strip(" -:") for line in message.splitlines() if line.strip(" -:")]
-    lines = [line for line in lines if not line.startswith(("Given value", "Expected a <class 'NoneType'"))]
-    return " ".join(lines[:6])
 
 
 def _without_defaults(value: Any) -> Any:
@@ -349,7 +343,7 @@ def _without_defaults(value: Any) -> Any:
     return [_without_defaults(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def _usage_error_in(error: BaseException) -> BaseException:
+def usage_error_in(error: BaseException) -> BaseException:
     """Finds our own error in the causes of a parser's, or returns the latter."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, UsageError):

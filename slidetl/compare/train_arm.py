@@ -6,28 +6,23 @@ column. A killed job resumes after its last whole training.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import shutil
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from jsonargparse import ArgumentError
 from numpy.typing import NDArray
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.cli import LightningArgumentParser
 
 from slidetl.analysis.similarity import linear_cka
-from slidetl.compare.config import EPOCHS, LENGTH, first_lines, with_values
+from slidetl.compare.config import EPOCHS, LENGTH, with_values
 from slidetl.compare.plan import Job
 from slidetl.compare.records import CurvePoint, JobResult, predictions_from
 from slidetl.data.datamodule import SlideDataModule
@@ -43,12 +38,12 @@ from slidetl.models.network import GradingNetwork
 from slidetl.models.tensors import save_tensors
 from slidetl.tiles.features import read_features
 from slidetl.tiles.store import SlideCache
+from slidetl.training.configured import build_grader, build_trainer, parse_training, quiet
 from slidetl.training.drift import distances
 from slidetl.training.evaluation import NOT_FINITE, Evaluation
 from slidetl.training.grader import SlideGrader
 from slidetl.training.predictions import SlidePrediction
 from slidetl.training.similarity import embed_layers
-from slidetl.training.slots import own_error, parse
 
 # Relative distance of scores in the inner folds that counts as equal to the best: on twenty slides a smaller
 # difference means nothing, and the shorter training has drifted less.
@@ -69,7 +64,7 @@ def check_configs(configs: Mapping[str, Mapping[str, Any]], allow: Sequence[str]
     """
     for arm, config in configs.items():
         try:
-            _parse(config, ("0", "1"), 0, allow)
+            parse_training(config, ("0", "1"), 0, allow)
         except UsageError as error:
             raise UsageError(f"arm {arm!r}: {error}") from error
 
@@ -216,11 +211,10 @@ class _Fit:
     def _built(self) -> tuple[SlideGrader, SlideDataModule]:
         seed = self._job.fold.seed
         pl.seed_everything(seed, workers=True, verbose=False)
-        config = _parse(self._config, self._job.grades, seed, self._allow)
-        with own_error():
-            ready = _parser().instantiate_classes(config)
+        config = parse_training(self._config, self._job.grades, seed, self._allow)
+        model, data = build_grader(config)
         parts = {"train": self._train, "val": self._monitored, "test": (*self._monitored, *self._external)}
-        return ready.model, SlideDataModule.from_slides(**parts, **ready.data)
+        return model, SlideDataModule.from_slides(**parts, **data)
 
     def run(self, part: str, trial: int, *, keep_weights: bool = False) -> _Training:
         """Trains, unless that was done before.
@@ -242,7 +236,7 @@ class _Fit:
         recipe = self._job.recipe
         weights = self._weights if keep_weights else None
         watch = _Watch(weights, part, trial, recipe["unit"])
-        with _quiet():
+        with quiet():
             trainer = self._trainer(min(recipe["validate_every"], self.max_epochs), [watch])
             trainer.fit(*self._built)
             if not watch.points or watch.points[-1].epoch < trainer.current_epoch:  # between two points
@@ -254,7 +248,7 @@ class _Fit:
 
     def predict(self) -> tuple[SlidePrediction, ...]:
         """Predicts the monitored and the external slides by the last weights."""
-        with _quiet():
+        with quiet():
             model = self._loaded(_LAST)
             self._trainer(1, []).test(model, self._built[1], verbose=False)
         assert model.tested is not None
@@ -262,7 +256,7 @@ class _Fit:
 
     def drift(self) -> dict[str, float]:
         """Measures the relative distance of each layer from its pretrained weights, if any."""
-        with _quiet():
+        with quiet():
             model = self._loaded(_LAST)
         if not model.transfer.from_pretrained:
             return {}
@@ -287,7 +281,7 @@ class _Fit:
         scores: dict[str, list[float]] = {}
         pooled: dict[str, NDArray[np.float32]] = {}
         rng = np.random.default_rng(self._job.fold.seed)
-        with _quiet(), torch.inference_mode():
+        with quiet(), torch.inference_mode():
             network, chunk_size = self._loaded(_LAST).network.eval(), self._built[1].chunk_size
             for slide in (*self._train, *self._monitored) if pool else self._monitored:
                 n_tiles = len(slide.cache)
@@ -321,7 +315,7 @@ class _Fit:
         tiles = np.concatenate([caches[number].read(part) for number, part in drawn.items()])
         if len(tiles) < 4:
             return {}
-        with _quiet():
+        with quiet():
             before, after = (
                 embed_layers(self._loaded(name).network.backbone, tiles) for name in (_START, _LAST)
             )
@@ -345,23 +339,11 @@ class _Fit:
 
     def _trainer(self, every: int, callbacks: list[Callback]) -> pl.Trainer:
         options = {
-            "deterministic": "warn",
-            "precision": "bf16-mixed" if torch.cuda.is_available() else "32-true",
             **self._config["trainer"],
             "max_epochs": self.max_epochs,
+            "check_val_every_n_epoch": every,
         }
-        return pl.Trainer(
-            **options,
-            default_root_dir=self._folder,
-            callbacks=callbacks,
-            check_val_every_n_epoch=every,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        return build_trainer(options, self._folder, callbacks)
 
 
 def _tile_embeddings(network: GradingNetwork, cache: SlideCache, chunk: int, stored: str) -> torch.Tensor:
@@ -439,44 +421,3 @@ class _Watch(Callback):
         assert isinstance(module, SlideGrader)
         if self._weights is not None:
             save_tensors(self._weights / f"{name}.pt", module.network.state_dict())
-
-
-@cache
-def _parser() -> LightningArgumentParser:
-    """Builds the parser of a training's configuration, once for all trainings of a process."""
-    parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_lightning_class_args(SlideGrader, "model")
-    parser.add_class_arguments(SlideDataModule, "data", skip={"manifest", "cache"}, instantiate=False)
-    parser.add_class_arguments(pl.Trainer, "trainer", instantiate=False)
-    return parser
-
-
-def _parse(config: Mapping[str, Any], grades: Sequence[str], seed: int, allow: Sequence[str] = ()) -> Any:
-    """Parses and checks the configuration of a training."""
-    data = {**config["data"], "grades": list(grades), "seed": seed}
-    model = {**config["model"], "grades": list(grades)}
-    try:
-        return parse(_parser(), {"model": model, "data": data, "trainer": config["trainer"]}, allow)
-    except ArgumentError as error:
-        raise UsageError(first_lines(str(error))) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences messages of Lightning, repeated in each of hundreds of trainings."""
-    levels = {name: logging.getLogger(name).level for name in ("pytorch_lightning", "lightning_fabric")}
-    for name in levels:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        for message in (
-            ".*does not have many workers.*",
-            ".*LeafSpec.*is deprecated.*",
-            ".*number of training batches.*is smaller than the logging interval.*",
-            ".*Checkpoint directory.*exists.*",
-        ):
-            warnings.filterwarnings("ignore", message)
-        try:
-            yield
-        finally:
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)

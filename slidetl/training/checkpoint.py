@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
+import pytorch_lightning
 import torch
 from pytorch_lightning import Trainer
 from pytorch_lightning.cli import LightningArgumentParser
@@ -20,7 +21,7 @@ from slidetl.models import transfer
 from slidetl.models.backbones import without_downloads
 from slidetl.models.spec import BackboneSpec
 from slidetl.models.targets import Targets
-from slidetl.models.tensors import check_finite, is_state, load_tensors
+from slidetl.models.tensors import check_finite, is_state, load_tensors, save_tensors
 from slidetl.training.grader import SlideGrader
 from slidetl.training.slots import check_name, parse
 
@@ -111,6 +112,26 @@ def load_grader(path: str | Path, allow: Sequence[str] = ()) -> SlideGrader:
     except (ArgumentError, RuntimeError, KeyError, TypeError, ValueError, SlidetlError) as error:
         raise _unbuildable(path, error) from error
     return grader.eval()
+
+
+def write_grader(path: Path, grader: SlideGrader, hyper_parameters: Mapping[str, Any]) -> None:
+    """Writes a grader as a checkpoint to test and export, without the state of a training to resume.
+
+    Args:
+        path: the file.
+        grader: with its record and tile specification.
+        hyper_parameters: its arguments, as plain values.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    checkpoint = {
+        "pytorch-lightning_version": pytorch_lightning.__version__,  # type: ignore[attr-defined]
+        "hyper_parameters": dict(hyper_parameters),
+        "state_dict": {name: value.detach().cpu() for name, value in grader.state_dict().items()},
+    }
+    grader.on_save_checkpoint(checkpoint)
+    save_tensors(path, checkpoint)
 
 
 def check_network(path: Path, checkpoint: Mapping[str, Any], allow: Sequence[str] = ()) -> None:

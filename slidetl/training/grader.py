@@ -71,11 +71,13 @@ class SlideGrader(pl.LightningModule):
     Attributes:
         validated, tested: the latest evaluation of the validation and the test part; None before the first.
         predicted: the slides of the latest prediction.
+        whole_epochs: length of the training that this fit is a part of, in epochs; 0 if it is the whole one.
     """
 
     validated: Evaluation | None = None
     tested: Evaluation | None = None
     predicted: tuple[GradedSlide, ...] = ()
+    whole_epochs = 0
 
     def __init__(
         self,
@@ -110,7 +112,8 @@ class SlideGrader(pl.LightningModule):
         self.reference: Reference | None = None
         self.tile_spec: TileSpec | None = None
         self.record: StudyRecord | None = None
-        self._total_steps = 1.0
+        self._first_step: float = 0.0
+        self._total_steps: float = 1.0
         self._class_weight: Tensor | None = None  # [K]
         self._means = EpochMeans(self)
         self._kept_means: dict[str, Any] = {}  # of the epoch of the checkpoint
@@ -231,8 +234,13 @@ class SlideGrader(pl.LightningModule):
         self._total_steps = self.trainer.estimated_stepping_batches
         accumulated = self.trainer.accumulate_grad_batches
         per_epoch = -(-self.trainer.num_training_batches // accumulated)
+        if self.whole_epochs:
+            self._first_step = self.trainer.current_epoch * per_epoch
+            self._total_steps = self.whole_epochs * per_epoch
+        first = self._first_step
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: self.schedule.rate(step / per_epoch, self._total_steps / per_epoch)
+            optimizer,
+            lambda step: self.schedule.rate((first + step) / per_epoch, self._total_steps / per_epoch),
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -326,7 +334,7 @@ class SlideGrader(pl.LightningModule):
 
     @property
     def _progress(self) -> float:
-        return self.global_step / self._total_steps
+        return (self._first_step + self.global_step) / self._total_steps
 
     def _frozen(self) -> list[torch.nn.Parameter]:
         return self.transfer.frozen(self.network.backbone, self.current_epoch)

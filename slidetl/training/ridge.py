@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from slidetl.data.record import StudyRecord, config_sha256
 from slidetl.errors import CacheMismatchError, UsageError
 from slidetl.evaluation.classical import Grader
-from slidetl.files import replaced, write_whole
+from slidetl.files import write_whole
 from slidetl.models.aggregators import MeanPooling
 from slidetl.models.backbones import weights_sha256
 from slidetl.models.heads import NormalGrade
@@ -22,6 +22,7 @@ from slidetl.models.spec import BackboneSpec
 from slidetl.models.transfer import FrozenFeatures
 from slidetl.tiles.features import FeatureSource
 from slidetl.tiles.grid import TileSpec
+from slidetl.training.checkpoint import write_grader
 from slidetl.training.grader import SlideGrader
 from slidetl.training.options import FeatureStudy
 
@@ -104,10 +105,7 @@ def write_ridge(
     config = {"seed_everything": study.seed, "model": model, "data": data}
     grader.tile_spec = tile_spec
     grader.record = replace(record, config_sha256=config_sha256(config))
-    checkpoint: dict[str, Any] = {"hyper_parameters": model, "state_dict": grader.state_dict()}
-    grader.on_save_checkpoint(checkpoint)
-    with replaced(output / "checkpoints" / "ridge.ckpt") as file:
-        torch.save(checkpoint, file)
+    write_grader(output / "checkpoints" / "ridge.ckpt", grader, model)
     write_whole(output.joinpath("config.yaml"), yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     return weights_sha256(grader.network)
 

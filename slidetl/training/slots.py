@@ -77,8 +77,9 @@ def permit(allow: Sequence[str] = ()) -> None:
     Raises:
         UsageError: one is no dotted name.
     """
-    # A comparison in the same process parses its own dataclasses.
-    wanted = {home for slot in SLOTS.values() for home in slot.homes} | {"slidetl.compare.config", *allow}
+    # Comparisons and federations in the same process parse their own dataclasses.
+    ours = {"slidetl.compare.config", "slidetl.federation.config", "slidetl.federation.combine"}
+    wanted = {home for slot in SLOTS.values() for home in slot.homes} | ours | {*allow}
     for name in allow:
         if not _NAME.fullmatch(name) or name.split(".")[0] == "jsonargparse":
             raise UsageError(

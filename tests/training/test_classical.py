@@ -248,7 +248,12 @@ def test_a_ridge_becomes_a_file_that_grades_slides(
     assert {slide.slide_id for slide in record.slides if slide.part == "test"} == {
         row.slide_id for row in predictions
     }
-    assert load_network(ridge).record is not None
+    assert main(["test", *study.options(tmp_path / "again"), f"--ckpt_path={ridge}"]) == 0
+    again = read_predictions(tmp_path / "again" / "test" / "predictions.csv")
+    assert [row.slide_id for row in again] == [row.slide_id for row in predictions]
+    np.testing.assert_allclose(
+        [row.probabilities for row in again], [row.probabilities for row in predictions], atol=2e-3
+    )
     capsys.readouterr()
     for wrong in (["--pool", "max"], ["--model", "ordinal"]):
         assert main([*fit, *wrong]) == 2

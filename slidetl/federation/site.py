@@ -1,0 +1,294 @@
+"""One site of a federation: rounds of training and validation with the ordinary LightningModule.
+
+Nothing here knows an engine: arrays come in, arrays and counts go out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+import yaml
+from numpy.typing import NDArray
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+
+from slidetl.data.datamodule import SlideDataModule
+from slidetl.data.manifest import SPLITS
+from slidetl.data.record import config_sha256
+from slidetl.data.study import CachedSlide
+from slidetl.errors import UsageError, WeightsError
+from slidetl.federation.config import Federation, Site
+from slidetl.federation.weights import SiteUpdate, Weights, find_fault, travelling
+from slidetl.files import write_whole
+from slidetl.models.penalties import pull
+from slidetl.models.tensors import is_state, load_tensors, save_tensors
+from slidetl.training.checkpoint import write_grader
+from slidetl.training.configured import build_grader, build_trainer, data_options, parse_training, quiet
+from slidetl.training.evaluation import Evaluation
+from slidetl.training.grader import SlideGrader
+
+Parts = Mapping[str, Sequence[CachedSlide]]  # train, val and test
+
+METRICS = ("rps", "accuracy", "mae", "loss")
+"""Metrics of a validation that leave a site: means over slides, so the sites' pooled score is exact."""
+
+
+def site_slides(federation: Federation, site: Site) -> Parts:
+    """Reads the slides of a site, and divides its patients.
+
+    Raises:
+        UsageError: the site names no slides, or a part has none.
+        SlidetlError: the manifest or the cache has faults.
+    """
+    if not site.manifest:
+        raise UsageError("the site has no manifest and cache; name them in its file SLIDETL_SITE")
+    parsed = parse_training(federation.fit_config, federation.grades, federation.seed)
+    data = SlideDataModule(site.manifest, site.cache, **data_options(parsed))
+    with quiet():
+        data.setup("fit")
+    return {part: data.slides[part] for part in SPLITS}
+
+
+def pooled_slides(parts_of: Mapping[str, Parts]) -> Parts:
+    """Joins the slides of sites, for the baseline of all data in one place.
+
+    Identifiers get the name of their site, since two sites may use the same ones.
+    """
+    return {
+        part: tuple(
+            replace(
+                slide,
+                row=replace(
+                    slide.row,
+                    slide_id=f"{site}/{slide.row.slide_id}",
+                    patient_id=f"{site}/{slide.row.patient_id}",
+                ),
+            )
+            for site, parts in parts_of.items()
+            for slide in parts[part]
+        )
+        for part in SPLITS
+    }
+
+
+def initial_weights(federation: Federation) -> dict[str, NDArray[Any]]:
+    """Builds the network before its first round, as the sites' strategy starts it; the same for one seed."""
+    pl.seed_everything(federation.seed, workers=True, verbose=False)
+    grader, _ = build_grader(parse_training(federation.fit_config, federation.grades, federation.seed))
+    grader.transfer.start(grader.network.backbone)
+    state = _shared(grader)
+    return travelling({name: _array(value) for name, value in state.items()}, federation.travel)
+
+
+class SiteTrainer:
+    """Trains and validates at one site, round by round.
+
+    Args:
+        federation: the configuration.
+        name: of the site.
+        parts: its slides, of :func:`site_slides`.
+        folder: for files of this site; what stays here between rounds (FedBN) survives a restart in it.
+
+    Attributes:
+        examples: training slides, the number that the site claims.
+    """
+
+    def __init__(self, federation: Federation, name: str, parts: Parts, folder: Path) -> None:
+        self.federation, self.name, self.folder = federation, name, folder
+        self.examples = len(parts["train"])
+        place = list(federation.sites).index(name) if name in federation.sites else 0
+        self._seed = federation.seed + place  # sites draw differently; one site draws as 'slidetl fit'
+        parsed = parse_training(federation.fit_config, federation.grades, self._seed)
+        pl.seed_everything(self._seed, workers=True, verbose=False)
+        self.grader, options = build_grader(parsed)
+        self._model: dict[str, Any] = parsed.model.as_dict()
+        self._data_options = parsed.data.as_dict()
+        self.data = SlideDataModule.from_slides(**parts, **options)
+        self.grader.whole_epochs = federation.rounds * federation.epochs_of(name)
+        self._shared = tuple(_shared(self.grader))
+        self._stays = folder / "stays.pt"
+        if self._stays.is_file():
+            self._put(_read_arrays(self._stays))
+
+    def train(self, weights: Weights, round_number: int) -> SiteUpdate:
+        """Trains from the network that arrived.
+
+        The round is a part of one training over all rounds: its epochs, the schedule of the learning rate and
+        the ramps of penalties continue from the round before. The moments of Adam begin anew.
+
+        Args:
+            weights: the travelling entries.
+            round_number: from 1.
+
+        Raises:
+            SlidetlError: the network does not fit, or the data cannot be read.
+        """
+        self._arrive(weights)
+        epochs = self.federation.epochs_of(self.name)
+        before = (round_number - 1) * epochs
+        options = {"max_epochs": before + epochs, "limit_val_batches": 0}
+        arrival = _Arrival(self._state(), self.federation.proximal)
+        trainer = self._trainer(options, [arrival])
+        progress = trainer.fit_loop.epoch_progress.current
+        for counter in ("ready", "started", "processed", "completed"):
+            setattr(progress, counter, before)
+        pl.seed_everything(self._seed, workers=True, verbose=False)
+        with quiet():
+            trainer.fit(self.grader, datamodule=self.data)
+        own = {name: _array(value) for name, value in self._state().items()}
+        sent = travelling(own, self.federation.travel)
+        if stays := {name: value for name, value in own.items() if name not in sent}:
+            save_tensors(self._stays, {name: torch.from_numpy(value) for name, value in stays.items()})
+        loss = float(trainer.callback_metrics.get("train/loss", float("nan")))
+        return SiteUpdate(self.name, sent, self.examples, {"train_loss": loss} if np.isfinite(loss) else {})
+
+    def validate(self, weights: Weights) -> dict[str, float]:
+        """Scores a network on the site's validation part: :data:`METRICS`, and the number of ``slides``.
+
+        Raises:
+            UsageError: some slides are not graded.
+            SlidetlError: the network does not fit, or the data cannot be read.
+        """
+        evaluation = self.evaluate(weights)
+        if evaluation.not_graded:
+            raise UsageError(f"{len(evaluation.not_graded)} slides are not graded; lower model.lr")
+        found = evaluation.scalars(())
+        graded = sum(row.grade is not None for row in evaluation.predictions)
+        return {"slides": float(graded), **{name: float(found[name]) for name in METRICS}}
+
+    def evaluate(self, weights: Weights, part: str = "val") -> Evaluation:
+        """Grades a part of the site's slides, ``val`` or ``test``, with a network."""
+        self._arrive(weights)
+        trainer = self._trainer({}, [])
+        with quiet():
+            (trainer.validate if part == "val" else trainer.test)(
+                self.grader, datamodule=self.data, verbose=False
+            )
+        found = self.grader.validated if part == "val" else self.grader.tested
+        assert found is not None
+        return found
+
+    def write_checkpoint(self, weights: Weights, lineage: Sequence[str]) -> Path:
+        """Writes a network as the ordinary ``checkpoints/best.ckpt`` of this site, with ``config.yaml``.
+
+        It records the site's own slides, so ``slidetl test`` and ``export`` work at the site.
+
+        Args:
+            weights: the travelling entries; what stays at the site is added.
+            lineage: hashes of the networks that it comes from, nearest first.
+        """
+        self._arrive(weights)
+        site = self.federation.sites.get(self.name)
+        places = {"manifest": site.manifest, "cache": site.cache} if site is not None else {}
+        config = {
+            "seed_everything": self._seed,
+            "model": self._model,
+            "data": {**self._data_options, **places},
+        }
+        self.grader.tile_spec = self.data.tile_spec
+        self.grader.record = replace(self.data.record, config_sha256=config_sha256(config))
+        path = self.folder / "checkpoints" / "best.ckpt"
+        backbone = self.grader.network.backbone
+        backbone.lineage = tuple(dict.fromkeys((*lineage, *backbone.lineage)))
+        write_grader(path, self.grader, self._model)
+        write_whole(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        return path
+
+    def _arrive(self, weights: Weights) -> None:
+        """Puts the network that arrived into ours, if it fits."""
+        ours = travelling(
+            {name: _array(value) for name, value in self._state().items()}, self.federation.travel
+        )
+        if fault := find_fault(SiteUpdate("server", weights, 1), ours):
+            raise WeightsError(f"the network that arrived does not fit this site's: {fault}")
+        self._put(weights)
+
+    def _put(self, weights: Weights) -> None:
+        state = self._state()
+        with torch.no_grad():
+            for name, value in weights.items():
+                state[name].copy_(torch.from_numpy(np.array(value)))
+
+    def _state(self) -> dict[str, Tensor]:
+        state = self.grader.state_dict()
+        return {name: state[name] for name in self._shared}
+
+    def _trainer(self, options: Mapping[str, Any], callbacks: Sequence[Callback]) -> pl.Trainer:
+        return build_trainer({**self.federation.trainer, **options}, self.folder, callbacks)
+
+
+class _Arrival(Callback):
+    """Starts from the network that arrived, and pulls towards it.
+
+    The pull is that of L2-SP (Li et al., ICML 2018) with the arrived network in place of the pretrained one:
+    FedProx (Li et al., MLSys 2020), but decoupled from Adam, after each step at its rate.
+
+    Args:
+        state: of the network that arrived.
+        proximal: weight of the pull.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], proximal: float) -> None:
+        self._arrived = {name: value.detach().clone() for name, value in state.items()}
+        self._proximal = proximal
+        self._rates: list[tuple[list[Tensor], list[Tensor], float]] = []
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Undoes the strategy's start, which is for new trainings."""
+        own = pl_module.state_dict()
+        with torch.no_grad():
+            for name, value in self._arrived.items():
+                own[name].copy_(value)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Notes the parameters of this step with their rates."""
+        if not self._proximal:
+            return
+        names = {parameter: name for name, parameter in pl_module.named_parameters()}
+        for group in optimizer.param_groups:
+            moved = [parameter for parameter in group["params"] if parameter.requires_grad]
+            anchors = [self._arrived[names[parameter]].to(parameter.device) for parameter in moved]
+            if moved:
+                self._rates.append((moved, anchors, group["lr"] * self._proximal))
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Pulls after the optimiser's step."""
+        for moved, anchors, factor in self._rates:
+            pull(moved, anchors, factor)
+        self._rates = []
+
+
+def _shared(grader: SlideGrader) -> dict[str, Tensor]:
+    """Returns the entries of the state that a training can change: a frozen backbone has none."""
+    parameters = dict(grader.named_parameters())
+    is_frozen = not any(parameter.requires_grad for parameter in grader.network.backbone.parameters())
+    return {
+        name: value
+        for name, value in grader.state_dict().items()
+        if not (name in parameters and not parameters[name].requires_grad)
+        and not (is_frozen and name.startswith("network.backbone."))
+    }
+
+
+def _array(value: Tensor) -> NDArray[Any]:
+    return np.array(value.detach().cpu().numpy())
+
+
+def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    try:
+        state = load_tensors(path)
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    if not is_state(state):
+        raise WeightsError(f"{path}: expected arrays by name")
+    return {name: value.numpy() for name, value in state.items()}

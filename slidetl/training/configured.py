@@ -1,0 +1,116 @@
+"""Builds a training from ``model``, ``data`` and ``trainer`` of a configuration of ``slidetl fit``."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from jsonargparse import ArgumentError
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.cli import LightningArgumentParser
+
+from slidetl.data.datamodule import SlideDataModule
+from slidetl.errors import UsageError
+from slidetl.text import first_lines
+from slidetl.training.grader import SlideGrader
+from slidetl.training.slots import own_error, parse
+
+
+def parse_training(
+    config: Mapping[str, Any], grades: Sequence[str], seed: int, allow: Sequence[str] = ()
+) -> Any:
+    """Parses and checks the configuration of a training.
+
+    Args:
+        config: ``model``, ``data`` without manifest and cache, and ``trainer``.
+        grades: names, lowest first.
+        seed: of the data.
+        allow: names outside slidetl that it may import.
+
+    Raises:
+        UsageError: ``slidetl fit`` would refuse it.
+    """
+    data = {**config["data"], "grades": list(grades), "seed": seed}
+    model = {**config["model"], "grades": list(grades)}
+    try:
+        return parse(_parser(), {"model": model, "data": data, "trainer": config["trainer"]}, allow)
+    except ArgumentError as error:
+        raise UsageError(first_lines(str(error))) from error
+
+
+def build_grader(parsed: Any) -> tuple[SlideGrader, dict[str, Any]]:
+    """Builds the network of a parsed configuration; returns it with the options of its data."""
+    with own_error():
+        ready = _parser().instantiate_classes(parsed)
+    return ready.model, dict(ready.data)
+
+
+def data_options(parsed: Any) -> dict[str, Any]:
+    """Returns the options of the data of a parsed configuration, without building its network."""
+    without = parsed.clone()
+    del without["model"]
+    with own_error():
+        return dict(_parser().instantiate_classes(without).data)
+
+
+def build_trainer(options: Mapping[str, Any], folder: Path, callbacks: Sequence[Callback]) -> pl.Trainer:
+    """Builds a trainer without logs, bars and checkpoints, for one of many trainings.
+
+    Args:
+        options: of Lightning's trainer, before our defaults.
+        folder: its ``default_root_dir``.
+        callbacks: what watches the training.
+    """
+    return pl.Trainer(
+        **{
+            "deterministic": "warn",
+            "precision": "bf16-mixed" if torch.cuda.is_available() else "32-true",
+            **options,
+        },
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences messages of Lightning, repeated in each of many trainings."""
+    levels = {name: logging.getLogger(name).level for name in ("pytorch_lightning", "lightning_fabric")}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        for message in (
+            ".*does not have many workers.*",
+            ".*LeafSpec.*is deprecated.*",
+            ".*number of training batches.*is smaller than the logging interval.*",
+            ".*Checkpoint directory.*exists.*",
+        ):
+            warnings.filterwarnings("ignore", message)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)
+
+
+@cache
+def _parser() -> LightningArgumentParser:
+    """Builds the parser of a training's configuration, once for all trainings of a process."""
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_lightning_class_args(SlideGrader, "model")
+    parser.add_class_arguments(SlideDataModule, "data", skip={"manifest", "cache"}, instantiate=False)
+    parser.add_class_arguments(pl.Trainer, "trainer", instantiate=False)
+    return parser

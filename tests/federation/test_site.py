@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from slidetl.cli import main
+from slidetl.errors import UsageError, WeightsError
+from slidetl.federation.config import Federation, Site
+from slidetl.federation.site import (
+    METRICS,
+    Parts,
+    SiteTrainer,
+    initial_weights,
+    pooled_slides,
+    site_slides,
+)
+from slidetl.federation.weights import normalisation_entries
+from slidetl.training.checkpoint import load_grader
+from tests.conftest import Study
+from tests.small import SMALL, small_weights
+
+ArrayDict = dict[str, NDArray[Any]]
+
+
+@pytest.fixture(scope="module")
+def site(study: Study) -> Site:
+    return Site(13, str(study.manifest), str(study.cache))
+
+
+@pytest.fixture(scope="module")
+def federation(site: Site) -> Federation:
+    return Federation(
+        {"here": site, "there": Site(9)},
+        model={
+            "backbone": {"name": SMALL, "pretrained": str(small_weights())},
+            "transfer": {
+                "class_path": "slidetl.models.transfer.WarmRestart",
+                "init_args": {"batch_statistics": True},
+            },
+        },
+        data={"bag_size": 4, "num_workers": 0},
+        trainer={"accelerator": "cpu"},
+        rounds=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def parts(federation: Federation, site: Site) -> Parts:
+    return site_slides(federation, site)
+
+
+@pytest.fixture(scope="module")
+def start(federation: Federation) -> ArrayDict:
+    return initial_weights(federation)
+
+
+def distance(a: ArrayDict, b: ArrayDict) -> float:
+    return float(np.sqrt(sum(np.square(a[name] - b[name].astype(np.float64)).sum() for name in a)))
+
+
+def trained(trainer: SiteTrainer, weights: ArrayDict, number: int = 1) -> ArrayDict:
+    return dict(trainer.train(weights, number).weights)
+
+
+def test_a_round_is_the_training_of_slidetl_fit(
+    federation: Federation, site: Site, start: ArrayDict, parts: Parts, study: Study, tmp_path: Path
+) -> None:
+    one = replace(federation, rounds=1, local_epochs=2)
+    update = SiteTrainer(one, "here", parts, tmp_path).train(start, 1)
+    assert (update.site, update.examples) == ("here", len(parts["train"]))
+    assert update.weights.keys() == start.keys()
+    assert all(update.weights[name].dtype == start[name].dtype for name in start)
+    options = [*study.options(tmp_path), "--data.bag_size=4", "--data.every_grade=false"]
+    strategy = [
+        "--model.transfer=slidetl.models.transfer.WarmRestart",
+        "--model.transfer.batch_statistics=true",
+    ]
+    assert main(["fit", *options, *strategy, "--trainer.max_epochs=2"]) == 0
+    fitted = load_grader(next(tmp_path.glob("logs/version_0/checkpoints/last.ckpt"))).state_dict()
+    for name, value in update.weights.items():
+        np.testing.assert_allclose(value, fitted[name].numpy(), rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_a_later_round_continues_epochs_and_schedule(
+    federation: Federation, start: ArrayDict, parts: Parts, tmp_path: Path
+) -> None:
+    trainer = SiteTrainer(federation, "here", parts, tmp_path)
+    rates: list[float] = []
+    epochs: list[int] = []
+    take = trainer.grader.optimizer_step
+
+    def note(epoch: int, batch: int, optimizer: Any, closure: Any = None) -> None:
+        rates.append(optimizer.param_groups[-1]["lr"])
+        epochs.append(epoch)
+        take(epoch, batch, optimizer, closure)
+
+    trainer.grader.optimizer_step = note  # type: ignore[assignment]
+    first = trained(trainer, start)
+    trained(trainer, first, 2)
+    steps = len(rates) // 2
+    assert epochs == [0] * steps + [1] * steps
+    schedule = trainer.grader.schedule
+    expected = [trainer.grader.lr * schedule.rate(step / steps, 2) for step in range(2 * steps)]
+    assert rates == pytest.approx(expected)
+
+
+def test_sites_draw_differently_and_the_same_again(
+    federation: Federation, start: ArrayDict, parts: Parts, tmp_path: Path
+) -> None:
+    def weights(name: str) -> ArrayDict:
+        return trained(SiteTrainer(federation, name, parts, tmp_path / name), start)
+
+    here = weights("here")
+    assert distance(here, weights("here")) == 0
+    assert distance(here, weights("there")) > 0
+
+
+def test_validation_says_what_the_pooled_score_needs(
+    federation: Federation, start: ArrayDict, parts: Parts, tmp_path: Path
+) -> None:
+    trainer = SiteTrainer(federation, "here", parts, tmp_path)
+    metrics = trainer.validate(start)
+    assert metrics.keys() == {"slides", *METRICS} and metrics["slides"] == len(parts["val"])
+    assert all(np.isfinite(value) for value in metrics.values())
+    # A validation changes nothing.
+    assert (
+        distance(trained(trainer, start), trained(SiteTrainer(federation, "here", parts, tmp_path), start))
+        == 0
+    )
+
+
+def test_the_pull_keeps_the_network_near_the_one_that_arrived(
+    federation: Federation, start: ArrayDict, parts: Parts, tmp_path: Path
+) -> None:
+    def moved(proximal: float) -> float:
+        kept = replace(federation, proximal=proximal)
+        after = trained(SiteTrainer(kept, "here", parts, tmp_path), start)
+        stays = normalisation_entries(start)
+        return distance({name: after[name] for name in start if name not in stays}, start)
+
+    free, pulled, held = moved(0), moved(1000), moved(1e9)
+    assert held < 1e-4 * free  # a pull of the whole way: the network that arrived comes back after each step
+    assert 2 * pulled < free
+
+
+def test_what_no_training_changes_never_travels(federation: Federation, parts: Parts, tmp_path: Path) -> None:
+    frozen = replace(
+        federation,
+        model={**federation.model, "transfer": {"class_path": "slidetl.models.transfer.FrozenFeatures"}},
+    )
+    start = initial_weights(frozen)
+    assert start and not any(name.startswith("network.backbone.") for name in start)
+    trainer = SiteTrainer(frozen, "here", parts, tmp_path)
+    before = {name: value.clone() for name, value in trainer.grader.network.backbone.state_dict().items()}
+    update = trainer.train(start, 1)
+    assert update.weights.keys() == start.keys() and distance(dict(update.weights), start) > 0
+    pretrained = trainer.grader.network.backbone.state_dict()
+    assert any(not torch.equal(before[name], pretrained[name]) for name in before)
+    assert trainer.validate(update.weights)["slides"] == len(parts["val"])
+
+
+def test_normalisation_stays_at_its_site_and_outlives_a_restart(
+    federation: Federation, parts: Parts, tmp_path: Path
+) -> None:
+    own = replace(federation, travel="all-but-normalisation")
+    start = initial_weights(own)
+    assert not normalisation_entries(start)
+    trainer = SiteTrainer(own, "here", parts, tmp_path)
+    update = trainer.train(start, 1)
+    assert update.weights.keys() == start.keys()
+    statistics = {
+        name: value for name, value in trainer.grader.state_dict().items() if name.endswith("running_mean")
+    }
+    assert statistics
+    again = SiteTrainer(own, "here", parts, tmp_path)
+    for name, value in statistics.items():
+        assert torch.equal(again.grader.state_dict()[name], value), name
+    assert again.validate(update.weights) == trainer.validate(update.weights)
+
+
+def test_a_network_that_does_not_fit_is_refused(
+    federation: Federation, start: ArrayDict, parts: Parts, tmp_path: Path
+) -> None:
+    trainer = SiteTrainer(federation, "here", parts, tmp_path)
+    name = max(start, key=lambda name: start[name].size)
+    for wrong in (
+        {key: value for key, value in start.items() if key != name},
+        {**start, name: np.full_like(start[name], np.nan)},
+        {**start, name: start[name][:1]},
+        {**start, "other": start[name]},
+    ):
+        with pytest.raises(WeightsError, match="does not fit"):
+            trainer.train(wrong, 1)
+
+
+def test_the_result_is_an_ordinary_checkpoint(
+    federation: Federation, start: ArrayDict, parts: Parts, study: Study, tmp_path: Path
+) -> None:
+    trainer = SiteTrainer(federation, "here", parts, tmp_path)
+    after = trained(trainer, start)
+    path = trainer.write_checkpoint(after, ["f" * 64])
+    grader = load_grader(path)
+    assert grader.record is not None and len(grader.record.slides) == 20
+    assert grader.network.backbone.lineage[0] == "f" * 64
+    for name, value in after.items():
+        np.testing.assert_array_equal(grader.state_dict()[name].numpy(), value)
+    options = study.options(tmp_path)
+    assert main(["test", *options, f"--ckpt_path={path}"]) == 0
+    assert main(["export", str(path), "--output", str(tmp_path / "model.pt")]) == 0
+
+
+def test_pooled_slides_of_sites_keep_apart(federation: Federation, parts: Parts, tmp_path: Path) -> None:
+    pooled = pooled_slides({"a": parts, "b": parts})
+    ids = [slide.row.slide_id for slide in pooled["train"]]
+    assert len(set(ids)) == len(ids) == 2 * len(parts["train"])
+    assert SiteTrainer(federation, "pooled", pooled, tmp_path).examples == len(ids)
+
+
+def test_a_site_without_slides_says_so(federation: Federation) -> None:
+    with pytest.raises(UsageError, match="SLIDETL_SITE"):
+        site_slides(federation, Site(3))
