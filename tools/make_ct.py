@@ -11,12 +11,11 @@ OUT gets series/ID/*.dcm; nodules.csv, places in the source series: nodules, and
 every other at a vessel crossing; series.csv, the target series with a label of the patient; and
 target-nodules.csv, their nodules in the form of nodules.csv. Columns beside those of every manifest:
 
-    x_mm, y_mm, z_mm   the place in patient coordinates (LPS); a nodule's deepest point
-    nodule             1, or 0 for a place without one
-    diameter_mm        mean of the readers' greatest axial diameters; empty without a nodule
-    malignancy         0 to 4, the median of the readers' ratings 1 to 5; empty without a nodule
-    grade              of a place: 0 without a nodule, else 1 to 5, the median of the readers
-    grade_reader1-4    1 to 5; readers are anonymous, so a column is no single person
+    x_mm, y_mm, z_mm       the place in patient coordinates (LPS); a nodule's deepest point
+    grade                  of a place: 1 for a nodule, 0 without
+    diameter_mm            mean of the readers' greatest axial diameters; empty without a nodule
+    malignancy             0 to 4, the median of the readers' ratings 1 to 5; empty without a nodule
+    malignancy_reader1-4   0 to 4; readers are anonymous, so a column is no single person
 
 The label of a target patient (grade 0 or 1) is whether the worst nodule, by the mean of its readers plus a
 normal error of --reader-sd, is above 3; 0 without a nodule.
@@ -60,8 +59,8 @@ SLAB = 16  # slices drawn at a time
 TRIES = 2000  # to find a place
 WORST = 3.0  # malignancy above which a patient's label is 1
 SERIES = ("slide_id", "path", "patient_id", "grade", "site", "scanner", "split")
-READERS = tuple(f"grade_reader{n}" for n in range(1, 5))
-LOCATED = (*SERIES, "x_mm", "y_mm", "z_mm", "nodule", "diameter_mm", "malignancy", *READERS)
+READERS = tuple(f"malignancy_reader{n}" for n in range(1, 5))
+LOCATED = (*SERIES, "x_mm", "y_mm", "z_mm", "diameter_mm", "malignancy", *READERS)
 
 
 @dataclass(frozen=True)
@@ -537,14 +536,13 @@ def located_rows(
     rng = np.random.default_rng([*phantom.seed, 3])
     rows = []
     for number, nodule in enumerate(phantom.nodules, 1):
-        consensus = int(consensus_grades([nodule.malignancies])[0])
+        given = np.array(nodule.malignancies) - 1
         own = {
             **about,
-            "grade": consensus,
-            "nodule": 1,
+            "grade": 1,
             "diameter_mm": round(nodule.diameter_mm, 2),
-            "malignancy": consensus - 1,
-            **{f"grade_reader{n}": rating for n, rating in enumerate(nodule.malignancies, 1)},
+            "malignancy": int(consensus_grades([given])[0]),
+            **dict(zip(READERS, given.tolist(), strict=False)),
         }
         for copy in range(1 + options.shifted):
             shift = rng.uniform(-options.shift_mm, options.shift_mm, 3) if copy else np.zeros(3)
@@ -556,7 +554,7 @@ def located_rows(
             )
     wanted = max(2, len(rows))
     for number, place in enumerate(empty_places(phantom, wanted, options.clear_mm, rng), 1):
-        rows.append({**about, "grade": 0, "nodule": 0, **_at(f"{phantom.name}-e{number}", place)})
+        rows.append({**about, "grade": 0, **_at(f"{phantom.name}-e{number}", place)})
     return rows
 
 
@@ -627,7 +625,7 @@ def build(options: argparse.Namespace) -> None:
                 tables["series"].append(
                     {**about, "slide_id": name, "grade": patient_label(phantom, options.reader_sd)}
                 )
-                tables["target-nodules"] += [row for row in rows if row["nodule"]]
+                tables["target-nodules"] += [row for row in rows if row["grade"]]
             progress.advance()
     for table, rows in tables.items():
         if rows:

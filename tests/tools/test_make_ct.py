@@ -115,23 +115,23 @@ def test_a_nodule_lies_at_the_named_place(built: Path) -> None:
         spacing = np.array([*slices[0].PixelSpacing, slices[0].SliceThickness], float)
         x, y, z = np.rint((np.array([float(row[f"{a}_mm"]) for a in "xyz"]) - origin) / spacing).astype(int)
         near = hu[z, y - 1 : y + 2, x - 1 : x + 2].mean()
-        if row["nodule"] == "1":
+        if row["grade"] == "1":
             assert near == pytest.approx(tool.TEXTURE[4], abs=60)
             assert float(row["diameter_mm"]) == pytest.approx(2 * RADIUS_MM + 1, abs=0.5)
-            assert [row[f"grade_reader{n}"] for n in (1, 2, 3, 4)] == ["2", "3", "4", ""]
-            assert (row["grade"], row["malignancy"]) == ("3", "2")
+            assert [row[f"malignancy_reader{n}"] for n in (1, 2, 3, 4)] == ["1", "2", "3", ""]
+            assert row["malignancy"] == "2"
         else:
-            assert near < -300 and row["grade"] == "0" and row["diameter_mm"] == ""
+            assert near < -300 and row["malignancy"] == row["diameter_mm"] == ""
 
 
 def test_empty_places_are_clear_of_nodules(built: Path) -> None:
     rows = rows_of(built / "nodules.csv")
     places = {row["slide_id"]: np.array([float(row[f"{a}_mm"]) for a in "xyz"]) for row in rows}
-    empty = [row for row in rows if row["nodule"] == "0"]
+    empty = [row for row in rows if row["grade"] == "0"]
     assert len(empty) >= 4
     for row in empty:
         for other in rows:
-            if other["nodule"] == "1" and other["path"] == row["path"]:
+            if other["grade"] == "1" and other["path"] == row["path"]:
                 away = np.abs(places[row["slide_id"]] - places[other["slide_id"]]).max()
                 assert away > 32
 
