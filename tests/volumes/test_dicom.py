@@ -1,0 +1,207 @@
+"""DICOM series: read as they lie in the patient, and refused with the fault named."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from slidetl.errors import VolumeError
+from slidetl.volumes import open_series, read_volume
+from slidetl.volumes.frame import VolumeFrame
+from slidetl.volumes.volume import Volume
+from tests.volumes.series import edit, small, write_series
+
+
+def test_a_series_is_read_in_the_order_of_its_positions(tmp_path: Path) -> None:
+    wanted = small()
+    found = read_volume(write_series(tmp_path / "s", wanted))
+    assert np.array_equal(found.hu, wanted.hu) and found.hu.dtype == np.int16
+    assert found.frame.size_voxel == wanted.frame.size_voxel
+    assert np.allclose(found.spacing_mm, wanted.spacing_mm) and np.allclose(found.origin_mm, wanted.origin_mm)
+    assert np.allclose(found.direction, np.eye(3)) and found.notes == () and len(found.fingerprint) == 64
+
+
+def test_simpleitk_reads_the_same_voxels_at_the_same_places(tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "s", slope=2.0, intercept=-1000.0)
+    found = read_volume(folder)
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+    image = reader.Execute()
+    for index in ((0, 0, 0), (5, 4, 3), (2, 1, 3)):
+        x, y, z = index
+        at = image.TransformIndexToPhysicalPoint(index)
+        assert np.allclose(found.frame.to_patient_mm(index), at)
+        assert found.hu[z, y, x] == image[index]
+
+
+def test_each_slice_has_its_own_slope_and_intercept(tmp_path: Path) -> None:
+    wanted = small()
+
+    def change(dataset: Any, number: int) -> None:
+        stored = wanted.hu[number] * 2 + 3 * number
+        dataset.RescaleSlope, dataset.RescaleIntercept = 0.5, -1.5 * number
+        dataset.PixelData = stored.astype(np.int16).tobytes()
+
+    assert np.array_equal(read_volume(write_series(tmp_path / "s", wanted, change)).hu, wanted.hu)
+
+
+def test_padding_below_air_becomes_air(tmp_path: Path) -> None:
+    volume = small()
+    volume.hu[0, 0, 0] = -3024
+    assert read_volume(write_series(tmp_path / "s", volume, intercept=0)).hu[0, 0, 0] == -1024
+
+
+def test_a_coronal_series_lies_like_any_other(tmp_path: Path) -> None:
+    """Rows run to the patient's right, columns to the feet, slices from back to front."""
+    stored = small()
+    axes = (-1, 0, 0, 0, 0, -1, 0, -1, 0)
+    about = VolumeFrame(stored.frame.size_voxel, stored.spacing_mm, (50.0, 30.0, 10.0), axes)
+    assert np.allclose(np.cross(about.matrix[:, 0], about.matrix[:, 1]), about.matrix[:, 2])  # as in DICOM
+    folder = write_series(tmp_path / "s", Volume(stored.hu, about))
+    found = read_volume(folder)
+    assert np.allclose(found.direction, np.eye(3))
+    for index in ((0, 0, 0), (5, 4, 3), (1, 2, 3)):
+        x, y, z = np.rint(found.frame.to_voxel(about.to_patient_mm(index))).astype(int)
+        assert found.hu[z, y, x] == stored.hu[index[::-1]]
+
+
+def _position(axis: int, by: Callable[[int], float]) -> Callable[[Any, int], None]:
+    def change(dataset: Any, number: int) -> None:
+        position = [float(v) for v in dataset.ImagePositionPatient]
+        position[axis] += by(number)
+        dataset.ImagePositionPatient = position
+
+    return change
+
+
+def _set(keyword: str, value: object, only: int | None = None) -> Callable[[Any, int], None]:
+    def change(dataset: Any, number: int) -> None:
+        if only in (None, number):
+            if value is None:
+                delattr(dataset, keyword)
+            else:
+                setattr(dataset, keyword, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (_position(2, lambda n: 2.5 * (n > 1)), "slices are missing.*1 after 22.5 mm"),
+        (_position(2, lambda n: -2.5 * (n > 1)), "1 doubled slices: .* at 22.5 mm"),
+        (_position(2, lambda n: 0.8 * (n > 1)), "mixed spacing of slices, 2.5 to 3.3 mm"),
+        (_position(1, lambda n: 0.6 * n), "gantry was tilted by 13.5 degrees"),
+        (_position(0, lambda n: 3.0 * (n == 1)), "shifted sideways by up to 3.0 mm"),
+        (_set("GantryDetectorTilt", 12.0), "GantryDetectorTilt is 12 degrees"),
+        (_set("RescaleType", "US"), "in 'US' \\(RescaleType\\), expected HU"),
+        (_set("RescaleSlope", None), "RescaleSlope must be a finite number, found None"),
+        (_set("RescaleIntercept", None, 2), "RescaleIntercept must be a finite number"),
+        (_set("Modality", "MR"), "its modality is MR, expected CT"),
+        (_set("Modality", "SM"), "a whole slide is tiled with --mpp"),
+        (_set("ImagePositionPatient", None, 1), "ImagePositionPatient must be 3 finite numbers"),
+        (_set("ImageOrientationPatient", [1, 0, 0, 1, 0, 0]), "two unit vectors at a right angle"),
+        (_set("ImageOrientationPatient", [0, 1, 0, -1, 0, 0], 1), "slices differ: .* another orientation"),
+        (_set("PixelSpacing", [0.9, 0.9], 1), "slices differ: .* pixels of \\[0.9, 0.9\\] mm"),
+        (_set("PixelSpacing", [0.0, 0.9]), "PixelSpacing must be positive"),
+        (_set("NumberOfFrames", 4), "enhanced \\(multi-frame\\) CT is not read"),
+        (_set("PhotometricInterpretation", "MONOCHROME1"), "expected one MONOCHROME2 value"),
+        (_set("ImageType", ["ORIGINAL", "PRIMARY", "LOCALIZER"]), "localizer images only"),
+        (_set("Rows", 3, 1), "slices differ: .* 6 x 3 pixels"),
+        (_set("PixelData", b"\0" * 20, 1), "damaged, or not DICOM: .*bytes"),
+        (_set("RescaleSlope", 100.0), "far beyond any Hounsfield unit"),
+    ],
+)
+def test_each_fault_is_named(tmp_path: Path, change: Callable[[Any, int], None], says: str) -> None:
+    folder = write_series(tmp_path / "s", change=change)
+    with pytest.raises(VolumeError, match=says):
+        read_volume(folder)
+
+
+def test_positions_rounded_to_a_tenth_are_even(tmp_path: Path) -> None:
+    volume = Volume(
+        small((6, 5, 9)).hu, VolumeFrame((6, 5, 9), (0.7, 0.8, 0.625), (0, 0, 0), tuple(np.eye(3).ravel()))
+    )
+
+    def rounded(dataset: Any, number: int) -> None:
+        dataset.ImagePositionPatient = [0, 0, round(0.625 * number, 1)]
+
+    assert read_volume(write_series(tmp_path / "s", volume, rounded)).spacing_mm[2] == pytest.approx(0.625)
+
+
+def test_of_several_series_a_file_chooses_one(tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "s")
+    other = small()
+    other.hu[:] += 5
+    write_series(folder, other, series="2")
+    with pytest.raises(VolumeError, match=r"2 DICOM series in one folder.*CT of 4 files"):
+        read_volume(folder)
+    assert np.array_equal(read_volume(next(folder.glob("*-2-*"))).hu, other.hu)
+
+
+def test_localizers_and_other_files_are_left_out(tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "s")
+    plain = read_volume(folder)
+    write_series(folder, change=_set("ImageType", ["ORIGINAL", "PRIMARY", "LOCALIZER"]), series="2")
+    (folder / "readings.xml").write_text("<readings/>")
+    (folder / "LICENSE").write_text("free")
+    found = read_volume(folder)
+    assert np.array_equal(found.hu, plain.hu) and found.fingerprint == plain.fingerprint
+    assert found.notes == ("localizer images are left out (4)",)
+
+
+def test_broken_and_missing_files_are_named(tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "s")
+    one = sorted(folder.iterdir())[1]
+    data = one.read_bytes()
+    for content, says in (
+        (b"", "not DICOM, though it is named so"),
+        (data[:100] + bytes(100), "not DICOM, though it is named so"),
+        (data[:200], "it has no SeriesInstanceUID"),
+        (data[:-10], "damaged, or not DICOM"),
+    ):
+        one.write_bytes(content)
+        with pytest.raises(VolumeError, match=f"{one.name}.*({says})"):
+            read_volume(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(VolumeError, match="no such file or folder"):
+        read_volume(folder)
+    folder.mkdir()
+    (folder / "a.txt").write_text("a")
+    for path, says in ((folder, "no DICOM files"), (folder / "a.txt", "no DICOM files")):
+        with pytest.raises(VolumeError, match=says):
+            read_volume(path)
+    single = write_series(tmp_path / "single", small((6, 5, 1)))
+    with pytest.raises(VolumeError, match="one slice makes no volume"):
+        read_volume(single)
+
+
+def test_a_compressed_series_is_read_without_loss(tmp_path: Path) -> None:
+    wanted = small((32, 32, 3))
+    folder = write_series(tmp_path / "s", wanted)
+    for path in folder.iterdir():
+        image = sitk.ReadImage(str(path), sitk.sitkInt16)
+        writer = sitk.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.UseCompressionOn()
+        writer.SetFileName(str(path))
+        writer.Execute(image)
+        edit(path, lambda dataset: setattr(dataset, "RescaleType", "HU"))
+    assert open_series(folder).frame.size_voxel == (32, 32, 3)
+    assert np.array_equal(read_volume(folder).hu, wanted.hu)
+
+
+def test_values_that_pydicom_cannot_parse_are_one_line(tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "s")
+    one = sorted(folder.iterdir())[0]
+    data = one.read_bytes().replace(b"-1024.0", b"-10x4.0")
+    one.write_bytes(data)
+    with pytest.raises(VolumeError, match=f"{one.name}.*") as caught:
+        read_volume(folder)
+    assert "\n" not in str(caught.value)

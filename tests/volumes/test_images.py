@@ -1,0 +1,152 @@
+"""NIfTI and MetaImage: places in LPS, values in Hounsfield units, damage found."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from slidetl.errors import VolumeError
+from slidetl.volumes import open_series, read_volume
+from tests.volumes.series import small, write_series
+
+SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd")
+
+
+def write_image(path: Path, kind: int = sitk.sitkInt16, compress: bool = False) -> Path:
+    volume = small()
+    image = sitk.Cast(sitk.GetImageFromArray(volume.hu), kind)
+    image.SetSpacing(volume.spacing_mm)
+    image.SetOrigin(volume.origin_mm)
+    sitk.WriteImage(image, str(path), useCompression=compress)
+    return path
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("compress", [False, True])
+def test_all_formats_give_the_voxels_and_places_of_the_dicom_series(
+    tmp_path: Path, suffix: str, compress: bool
+) -> None:
+    wanted = read_volume(write_series(tmp_path / "s"))
+    found = read_volume(write_image(tmp_path / f"a{suffix}", compress=compress))
+    assert np.array_equal(found.hu, wanted.hu)
+    assert found.frame.size_voxel == wanted.frame.size_voxel
+    assert np.allclose(found.spacing_mm, wanted.spacing_mm)
+    assert np.allclose(found.origin_mm, wanted.origin_mm, atol=1e-4)
+    assert np.allclose(found.direction, wanted.direction)
+
+
+def test_ras_of_a_nifti_becomes_lps(tmp_path: Path) -> None:
+    """The first voxel of this NIfTI lies at R 30, A 20, S 10, and its axes run right, front and head."""
+    path = write_image(tmp_path / "a.nii")
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<hh", data, 252, 0, 1)  # by its sform
+    struct.pack_into("<12f", data, 280, 0.7, 0, 0, 30, 0, 0.8, 0, 20, 0, 0, 2.5, 10)
+    path.write_bytes(data)
+    found = read_volume(path)
+    x, y, z = np.rint(found.frame.to_voxel((-30.0, -20.0, 10.0))).astype(int)
+    assert found.hu[z, y, x] == small().hu[0, 0, 0]
+    x, y, z = np.rint(found.frame.to_voxel((-30.0 - 0.7 * 5, -20.0 - 0.8 * 4, 10.0))).astype(int)
+    assert found.hu[z, y, x] == small().hu[0, 4, 5]
+    assert np.allclose(found.direction, np.eye(3))  # turned
+
+
+def test_floats_are_rounded_to_hounsfield_units(tmp_path: Path) -> None:
+    assert np.array_equal(read_volume(write_image(tmp_path / "a.nii.gz", sitk.sitkFloat64)).hu, small().hu)
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.mha", "a.mhd", "compressed.mha", "compressed.mhd"])
+def test_truncated_and_damaged_files_are_refused(tmp_path: Path, name: str) -> None:
+    path = write_image(tmp_path / name, compress=name.startswith("c"))
+    voxels = next((p for p in tmp_path.iterdir() if p.suffix in (".raw", ".zraw")), path)
+    data = voxels.read_bytes()
+    for length in (len(data) - 1, len(data) * 3 // 4):
+        voxels.write_bytes(data[:length])
+        with pytest.raises(VolumeError, match=r"ends early|damaged|cannot be read"):
+            read_volume(path)
+    if name in ("a.nii.gz", "compressed.mha", "compressed.mhd"):
+        for place in (len(data) * 3 // 4, len(data) - 6):
+            voxels.write_bytes(data[:place] + bytes([data[place] ^ 0x10]) + data[place + 1 :])
+            with pytest.raises(VolumeError, match=r"damaged|ends early|ITK says"):
+                read_volume(path)
+
+
+def _nifti(change: Callable[[bytearray], None]) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        path = write_image(folder / "a.nii.gz")
+        data = bytearray(gzip.decompress(path.read_bytes()))
+        change(data)
+        path.write_bytes(gzip.compress(data))
+        return path
+
+    return write
+
+
+def _meta(old: str, new: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        path = write_image(folder / "a.mhd")
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+        return path
+
+    return write
+
+
+def _of(image: sitk.Image, name: str = "a.nii.gz") -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        sitk.WriteImage(image, str(folder / name))
+        return folder / name
+
+    return write
+
+
+def _garbage(folder: Path) -> Path:
+    (folder / "a.nii").write_bytes(b"no nifti")
+    return folder / "a.nii"
+
+
+ONES = np.ones((4, 4, 4), np.int16)
+NAN = np.full((4, 4, 4), -1.0, np.float32)
+NAN[1, 1, 1] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("write", "says"),
+    [
+        (lambda folder: folder / "none.nii.gz", "no such file"),
+        (_garbage, "not readable; ITK says: Unable to determine"),
+        (_nifti(lambda data: struct.pack_into("<hh", data, 252, 0, 0)), "qform_code and sform_code are 0"),
+        (_of(sitk.GetImageFromArray(ONES * 1024)), "no value is below 0, so these are no Hounsfield units"),
+        (_of(sitk.GetImageFromArray(ONES.astype(np.uint8))), "unsigned integers cannot hold Hounsfield"),
+        (_of(sitk.GetImageFromArray(NAN)), "values that are not finite"),
+        (_of(sitk.GetImageFromArray(NAN), "a.mha"), "plane 1 has values that are not finite"),
+        (_of(sitk.GetImageFromArray(NAN[0])), "expected a volume of three axes"),
+        (_of(sitk.GetImageFromArray(ONES - 2, isVector=False)[:, :, 0], "a.mha"), "three axes"),
+        (_meta("ElementSpacing", "NoSpacing"), "has no ElementSpacing"),
+        (_meta("Offset", "NoOffset"), "has no Offset"),
+        (_meta("ElementDataFile = a.raw", "ElementDataFile = ../a.raw"), "one file beside it, not in"),
+        (_meta("ElementDataFile = a.raw", "ElementDataFile = LIST"), "one file beside it"),
+        (_meta("ElementDataFile = a.raw", "ElementDataFile = b.raw"), "the file b.raw beside it; copy both"),
+        (_meta("ElementDataFile", "DataFile"), "no ElementDataFile"),
+        (_meta("DimSize = 6 5 4", "DimSize = 6000 5000 4000"), "more than a CT series may have"),
+    ],
+)
+def test_each_fault_is_named(tmp_path: Path, write: Callable[[Path], Path], says: str) -> None:
+    with pytest.raises(VolumeError, match=says) as caught:
+        open_series(write(tmp_path)).read()
+    assert "\n" not in str(caught.value)
+
+
+def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
+    one, two = write_image(tmp_path / "a.mhd"), write_image(tmp_path / "b.nii")
+    (tmp_path / "c.nii").write_bytes(two.read_bytes())
+    before = open_series(one).fingerprint
+    assert open_series(tmp_path / "c.nii").fingerprint == open_series(two).fingerprint != before
+    data = (tmp_path / "a.raw").read_bytes()
+    (tmp_path / "a.raw").write_bytes(data[:-1] + b"\1")
+    assert open_series(one).fingerprint != before
