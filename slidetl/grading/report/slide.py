@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,8 +81,10 @@ def write_slide_report(
         card=card,
         n_wanted=len(plan),
         n_graded=len(result.attention),
+        noun="slides",
+        measured=[("Tissue", f"{result.tissue_mm2:.3g} mm² in {len(result.attention)} tiles")],
         warnings=_warnings(result, card),
-        bars=_bars(result, card),
+        bars=grade_bars(result.grade, result.grade_set, result.probabilities, card),
         galleries=galleries,
         maps=maps,
         pyramid=pyramid,
@@ -175,13 +177,30 @@ def _jpeg(rgb: NDArray[np.uint8], longest_px: int, quality: int) -> bytes:
     return encode_jpeg(np.asarray(picture), quality)
 
 
-def _bars(result: SlideGrade, card: ModelCard) -> list[dict[str, Any]]:
-    lowest, highest = result.grade_set or (len(card.grades), -1)
-    named = enumerate(zip(card.grades, result.probabilities, strict=True))
+def grade_bars(
+    grade: int, grade_set: tuple[int, int] | None, probabilities: Sequence[float], card: ModelCard
+) -> list[dict[str, Any]]:
+    """Lists the grades with their probabilities, for a page."""
+    lowest, highest = grade_set or (len(card.grades), -1)
+    named = enumerate(zip(card.grades, probabilities, strict=True))
     return [
-        {"grade": name, "probability": p, "is_best": k == result.grade, "in_set": lowest <= k <= highest}
+        {"grade": name, "probability": p, "is_best": k == grade, "in_set": lowest <= k <= highest}
         for k, (name, p) in named
     ]
+
+
+def doubts(novelty: float | None, card: ModelCard, noun: str) -> list[str]:
+    """Lists the doubts about a grade from the model's card; ``noun`` is what the model grades."""
+    found = []
+    if novelty is not None and novelty > 1:
+        check = "scanner, contrast" if card.tile_spec.is_volume else "stain, organ"
+        found.append(
+            f"Unlike the {noun} of the training: novelty {novelty:.3g}, where none of theirs is above "
+            f"1. Check {check} and spacing."
+        )
+    if card.evidence is None:
+        found.append(f"The model carries no evidence of how well it grades {noun} that were kept from it.")
+    return found
 
 
 def _warnings(result: SlideGrade, card: ModelCard) -> list[str]:
@@ -192,14 +211,7 @@ def _warnings(result: SlideGrade, card: ModelCard) -> list[str]:
             f"Too little tissue: {result.tissue_mm2:.3g} mm². Every slide of the training had "
             f"{training.least_tissue_mm2:.3g} mm² or more."
         )
-    if result.novelty is not None and result.novelty > 1:
-        found.append(
-            f"Unlike the slides of the training: novelty {result.novelty:.3g}, where none of theirs is above "
-            "1. Check stain, organ and spacing."
-        )
-    if card.evidence is None:
-        found.append("The model carries no evidence of how well it grades slides that were kept from it.")
-    return found
+    return found + doubts(result.novelty, card, "slides")
 
 
 def _quality(result: SlideGrade) -> list[dict[str, str]]:

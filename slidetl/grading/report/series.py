@@ -1,0 +1,116 @@
+"""The page of one graded CT series: the patches that counted, in three planes, its grade, and the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from slidetl.files import write_csv, write_whole
+from slidetl.grading.report.maps import extreme_tiles
+from slidetl.grading.report.planes import Plane, planes_at
+from slidetl.grading.report.slide import doubts, grade_bars
+from slidetl.grading.series import SeriesGrade
+from slidetl.library.model_card import ModelCard
+from slidetl.page import data_uri, write_page
+from slidetl.tiles.pyramid import encode_jpeg
+
+_SHOWN = 5
+_LONGEST_PX = 384
+_THUMBNAIL_PX = 240
+_EVEN = 1e-3  # below this range of relative attention a model weighs all patches alike
+
+
+def write_series_report(result: SeriesGrade, card: ModelCard, folder: Path, name: str) -> Path:
+    """Writes ``name.html``, ``name.patches.csv`` and ``name.thumbnail.jpg`` for a graded series.
+
+    The page is self-contained. Its pictures are planes through the place of each patch
+    (:func:`slidetl.grading.report.planes.planes_at`).
+
+    Args:
+        result: the graded series.
+        card: the model's card.
+        folder: folder of the page.
+        name: safe as the name of a file.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    plan = result.plan
+    relative = result.attention * np.float32(len(result.attention))
+    varies = float(np.ptp(relative)) > _EVEN
+    most, least = extreme_tiles(result.explanation.contributions, _SHOWN)
+    contributions = result.explanation.contributions
+    galleries = [
+        {"title": title, "patches": [_patch(result, patch, relative if varies else None) for patch in kept]}
+        for title, kept in (
+            ("Patches that raise the score most", [patch for patch in most if contributions[patch] > 0]),
+            ("Patches that lower it most", [patch for patch in least if contributions[patch] < 0]),
+        )
+        if kept
+    ]
+    rows = result.patch_rows()
+    write_csv(folder / f"{name}.patches.csv", list(rows[0]), rows)
+    shown = _planes(result, most[0])[1]
+    write_whole(folder / f"{name}.thumbnail.jpg", _jpeg(shown.marked(), _THUMBNAIL_PX))
+    page = folder / f"{name}.html"
+    part = {"lung": "Lungs", "body": "Body", "none": "Series"}[plan.spec.mask]
+    write_page(
+        page,
+        __package__,
+        "series.html",
+        "style.css",
+        (),
+        title=result.slide.name,
+        result=result,
+        card=card,
+        noun="series",
+        measured=[(part, f"{result.mask_ml:.0f} ml in {len(plan)} patches")],
+        warnings=[*plan.volume.notes, *doubts(result.novelty, card, "series")],
+        bars=grade_bars(result.grade, result.grade_set, result.probabilities, card),
+        galleries=galleries,
+        has_attention=varies,
+        n_patches=len(plan),
+        side_mm=plan.spec.tile_size_px * plan.spec.spacing_mm,
+        stride_mm=plan.spec.stride_px * plan.spec.spacing_mm,
+        table=f"{name}.patches.csv",
+    )
+    return page
+
+
+def _planes(result: SeriesGrade, patch: int) -> tuple[Plane, Plane, Plane]:
+    plan, spec = result.plan, result.plan.spec
+    place, origin = result.points_voxel[patch], plan.origins_voxel[patch]
+    return planes_at(plan.volume, place, origin, spec.tile_size_px, spec.window_hu)
+
+
+def _patch(result: SeriesGrade, patch: int, relative: NDArray[np.float32] | None) -> dict[str, Any]:
+    return {
+        "contribution": float(result.explanation.contributions[patch]),
+        "attention": None if relative is None else float(relative[patch]),
+        "at_mm": result.points_mm[patch].tolist(),
+        "planes": [
+            {
+                "name": plane.name,
+                "sides": plane.sides,
+                "picture": data_uri("jpeg", _jpeg(plane.marked(), _LONGEST_PX)),
+                "width": plane.pixels.shape[1],
+                "height": plane.pixels.shape[0],
+                "face": data_uri("jpeg", _jpeg(np.repeat(plane.within_box()[..., None], 3, 2), _LONGEST_PX)),
+            }
+            for plane in _planes(result, patch)
+        ],
+    }
+
+
+def _jpeg(rgb: NDArray[np.uint8], longest_px: int) -> bytes:
+    picture = Image.fromarray(rgb)
+    scale = min(longest_px / max(picture.size), 4.0)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return encode_jpeg(np.asarray(picture.resize(size, Image.Resampling.BICUBIC)), 85)

@@ -1,0 +1,104 @@
+"""The grade of a CT series, and the patches that counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidetl.grading.explain import Explanation
+from slidetl.tiles.patches import PatchPlan
+
+_LISTED = 8  # patches in the result; all are in its table
+
+
+@dataclass(frozen=True, eq=False)
+class SeriesGrade:
+    """The grade of a series, and each patch's part in it.
+
+    Attributes:
+        slide: the series, as given.
+        fingerprint: of its content.
+        grade: the most probable grade, 0..K-1.
+        grade_name: its name.
+        probabilities: of the grades 0..K-1; they sum to one.
+        expected_grade: their mean, 0..K-1: the continuous score.
+        grade_set: lowest and highest grade not ruled out; None if the model has no evidence for such a set.
+        novelty: distance from the training series, with 1 as the limit; None if the model has no limit.
+        model_sha256: hash of the model file.
+        plan: the patches, with the series at their spacing.
+        attention: ``[N] float32``, weight of each patch; they sum to one.
+        explanation: each patch's contribution to the score.
+        points_voxel: ``[N, 3]`` the place ``(x, y, z)`` within each patch to show, voxels of ``plan.volume``.
+    """
+
+    slide: Path
+    fingerprint: str
+    grade: int
+    grade_name: str
+    probabilities: tuple[float, ...]
+    expected_grade: float
+    grade_set: tuple[int, int] | None
+    novelty: float | None
+    model_sha256: str
+    plan: PatchPlan
+    attention: NDArray[np.float32]
+    explanation: Explanation
+    points_voxel: NDArray[np.float64]
+
+    @property
+    def points_mm(self) -> NDArray[np.float64]:
+        """The places ``[N, 3]`` in patient coordinates (LPS)."""
+        return self.plan.volume.frame.to_patient_mm(self.points_voxel)
+
+    @property
+    def mask_ml(self) -> float:
+        """Volume of the lungs, or of the part of the body that patches lie in, millilitres."""
+        return float(self.plan.mask.sum()) * float(np.prod(self.plan.overview.spacing_mm)) / 1000
+
+    def patch_rows(self) -> list[dict[str, Any]]:
+        """Lists the patches, the greatest contribution first, as rows of a table."""
+        contributions = self.explanation.contributions.astype(np.float64)
+        relative = self.attention.astype(np.float64) * len(self.attention)
+        return [
+            {
+                "rank": rank,
+                "contribution": float(f"{contributions[patch]:.6g}"),
+                "attention": round(float(relative[patch]), 6),
+                **{
+                    f"{axis}_mm": round(v, 2)
+                    for axis, v in zip("xyz", self.points_mm[patch].tolist(), strict=True)
+                },
+                **dict(
+                    zip(
+                        ("x_voxel", "y_voxel", "z_voxel"),
+                        self.plan.origins_voxel[patch].tolist(),
+                        strict=True,
+                    )
+                ),
+            }
+            for rank, patch in enumerate(np.argsort(-contributions, kind="stable").tolist(), 1)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the result as plain JSON values, with the patches that raised the score most."""
+        return {
+            "slide": str(self.slide),
+            "fingerprint": self.fingerprint,
+            "grade": self.grade,
+            "grade_name": self.grade_name,
+            "grade_set": list(self.grade_set) if self.grade_set else None,
+            "probabilities": [round(probability, 7) for probability in self.probabilities],
+            "expected_grade": round(self.expected_grade, 5),
+            "tiles": len(self.attention),
+            "mask_ml": round(self.mask_ml, 2),
+            "novelty": None if self.novelty is None else round(self.novelty, 4),
+            "explanation": self.explanation.to_dict(),
+            "patches": self.patch_rows()[:_LISTED],
+            "model_sha256": self.model_sha256,
+            "spacing_mm": self.plan.spec.spacing_mm,
+            "notes": list(self.plan.volume.notes),
+        }
