@@ -188,8 +188,6 @@ def _tpr(positive: NDArray[np.bool_], scores: Floats, fpr: float) -> Metric:
         no = np.cumsum(sorted_weights * ~first, axis=1)
         taken = no <= fpr * no[:, -1:]
         with np.errstate(invalid="ignore"):
-            return np.asarray(
-                (sorted_weights * (taken & first)).sum(1) / (sorted_weights * first).sum(1)
-            )
+            return np.asarray((sorted_weights * (taken & first)).sum(1) / (sorted_weights * first).sum(1))
 
     return metric

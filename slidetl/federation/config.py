@@ -13,6 +13,7 @@ from slidetl.errors import UsageError
 from slidetl.evaluation.protocol import canonical_sha256
 from slidetl.federation.combine import Rule, WeightedMean, check_sites
 from slidetl.federation.mixing import Floats, check_matrix, full_graph, ring
+from slidetl.federation.privacy import Privacy
 from slidetl.federation.weights import Travel
 from slidetl.models.spec import with_preset
 from slidetl.text import first_lines
@@ -126,6 +127,10 @@ class Federation:
             training changes never travel.
         proximal: pull of each site towards the network that arrived, ``proximal/2 ||w - w_arrived||^2`` on
             every trained weight, decoupled from Adam as in L2-SP. With ``averaged`` this is FedProx.
+        privacy: differential privacy of what leaves a site; see :class:`~slidetl.federation.privacy.Privacy`.
+            ``level: site`` clips and noises each update. ``level: patient`` trains aggregator and head on
+            stored features by DP-SGD, with AdamW at the constant ``model.lr``. The baselines send nothing
+            and have none.
         answer_seconds: longest wait for a site's answer. A later one is left out of its round.
         cyclic, averaged, peer_to_peer: options of the scheme.
     """
@@ -141,6 +146,7 @@ class Federation:
     seed: int = 0
     travel: Travel = "all"
     proximal: float = 0.0
+    privacy: Privacy | None = None
     answer_seconds: float = 24 * 3600.0
     cyclic: Cyclic = field(default_factory=Cyclic)
     averaged: Averaged = field(default_factory=Averaged)
@@ -173,6 +179,8 @@ class Federation:
             check_sites(self.averaged.rule, len(self.sites))
         if self.scheme == "peer_to_peer":
             self.peer_to_peer.matrix(len(self.sites))
+        if self.privacy is not None and self.proximal and self.privacy.level == "patient":
+            raise UsageError("privacy.level patient trains without the pull of proximal; set proximal: 0")
         given = {"model": self.model, "data": self.data, "trainer": self.trainer}
         for name in (*_PLACES, *_LENGTH):
             part, _, key = name.partition(".")
@@ -215,6 +223,7 @@ class Federation:
         return {
             "sites": sites,
             **{name: getattr(self, name) for name in (*scalars, "proximal", "answer_seconds")},
+            "privacy": vars(self.privacy) if self.privacy is not None else None,
             "cyclic": {"order": list(self.cyclic.order)},
             "averaged": {"rule": named, "momentum": self.averaged.momentum, "fewest": self.averaged.fewest},
             "peer_to_peer": vars(self.peer_to_peer),
@@ -255,7 +264,8 @@ def federation_from(values: Mapping[str, Any]) -> Federation:
     parts = {part: values.get(part) or {} for part in FIT_PARTS}
     rest = {name: value for name, value in values.items() if name not in FIT_PARTS}
     set_parsing_settings(
-        import_path_denylist=["*"], import_path_allowlist=[__name__, "slidetl.federation.combine"]
+        import_path_denylist=["*"],
+        import_path_allowlist=[__name__, "slidetl.federation.combine", "slidetl.federation.privacy.Privacy"],
     )
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Federation, "federation")

@@ -13,8 +13,8 @@ from slidetl.errors import FederationError
 from slidetl.federation.weights import SiteUpdate, Weights, find_fault
 from slidetl.text import one_line
 
-METRICS = frozenset({"slides", "rps", "accuracy", "mae", "loss", "train_loss"})
-"""Metrics that may leave a site: the number of graded slides, and means over slides."""
+METRICS = frozenset({"slides", "rps", "accuracy", "mae", "loss", "train_loss", "epsilon"})
+"""Metrics that may leave a site: the number of graded slides, means over slides, and the privacy spent."""
 
 
 class Message(NamedTuple):

@@ -10,13 +10,15 @@ Neither covers the number of examples and the validation metrics, which leave in
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -25,12 +27,15 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slidetl.errors import UsageError
+from slidetl.errors import FederationError, UsageError
 from slidetl.federation.weights import Weights
+from slidetl.files import write_whole
 from slidetl.models.network import GradingNetwork
 from slidetl.models.targets import one_hot_grades
 
-_ORDERS = [1 + x / 10 for x in range(1, 100)] + list(range(12, 64)) + [80, 128, 256, 512, 1024]  # of RDP
+Release: TypeAlias = tuple[float, float, int]  # noise over sensitivity, rate of sampling, number
+
+_ORDERS = [1 + x / 4 for x in range(1, 40)] + [*range(11, 64), 80, 128, 256]  # of RDP; more take seconds
 _ELEMENTS = 1 << 24  # features in one batched gradient: 64 MB in float32
 
 
@@ -43,10 +48,11 @@ class Privacy:
             patient and adds noise to each step, on stored features.
         clip: greatest L2 norm of an update (site) or of a patient's gradient (patient), above 0.
         noise: standard deviation of the Gaussian noise, as a multiple of ``clip``.
-        epsilon: target of the whole training, instead of ``noise``: the least noise to keep it is computed.
-            With either, a site refuses rounds beyond those of the configuration.
+        epsilon: target of the whole training, instead of ``noise``: the least noise to keep it is computed,
+            and a site refuses to release more, whatever the server asks for.
         delta: probability with which epsilon may fail, below one over the number of patients of a site.
         sample_rate: probability of each patient to take part in a step (patient level), above 0, up to 1.
+            An epoch has ``1 / sample_rate`` steps.
     """
 
     level: Literal["site", "patient"]
@@ -108,7 +114,7 @@ class Privacy:
                     sample_rate=self._rate,
                     steps=steps,
                     accountant="rdp",
-                    epsilon_tolerance=self.epsilon / 500,
+                    epsilon_tolerance=self.epsilon / 100,
                     alphas=_ORDERS,
                 )
         except ValueError as error:
@@ -119,27 +125,18 @@ class Privacy:
         return replace(self, noise=multiplier / self._share, epsilon=None)
 
     def spent(self, steps: int) -> float:
-        """Computes epsilon after a number of noisy releases, by the accountant of Opacus.
+        """Computes epsilon at ``delta`` after a number of noisy releases, by the accountant of Opacus.
 
         Renyi accounting (Mironov 2017; Mironov, Talwar and Zhang 2019). At patient level, neighbours differ
         by one patient more or less, and each patient takes part in a step with ``sample_rate``. At site
         level all data of the site may be replaced: two clipped updates differ by up to twice the clip.
-
-        Args:
-            steps: number of steps (patient) or rounds (site).
-
-        Returns:
-            Epsilon at ``delta``.
         """
+        return _epsilon([self._release(steps)], self.delta) if steps > 0 else 0.0
+
+    def _release(self, steps: int) -> Release:
         if self.noise is None:
             raise UsageError("privacy: the noise is not known yet")
-        if steps <= 0:
-            return 0.0
-        accountant = _opacus("opacus.accountants").RDPAccountant()
-        accountant.history = [(self.noise * self._share, self._rate, steps)]
-        with warnings.catch_warnings():  # the bound at the last order holds, though a tighter one exists
-            warnings.filterwarnings("ignore", message="Optimal order")
-            return float(accountant.get_epsilon(delta=self.delta, alphas=_ORDERS))
+        return self.noise * self._share, self._rate, steps
 
     @property
     def _rate(self) -> float:
@@ -151,6 +148,71 @@ class Privacy:
         return 1.0 if self.level == "patient" else 0.5
 
 
+class Account:
+    """A site's account of the privacy spent in one training, in a file that survives a restart.
+
+    Args:
+        privacy: the options.
+        planned: noisy releases of the whole training.
+        path: of the file.
+
+    Attributes:
+        privacy: with its noise.
+        epsilon: spent so far at ``privacy.delta``.
+    """
+
+    def __init__(self, privacy: Privacy, planned: int, path: Path) -> None:
+        self._limit = privacy.epsilon
+        self.privacy = privacy.with_noise(planned)
+        self._path = path
+        self._history: list[Release] = []
+        if path.is_file():
+            try:
+                kept = json.loads(path.read_text(encoding="utf-8"))
+                if kept["level"] != privacy.level:
+                    raise UsageError(
+                        f"{path}: the account is of {kept['level']} level, not {privacy.level}; two levels "
+                        "cannot be added up, so start the training in another folder"
+                    )
+                self._history = [(float(n), float(rate), int(steps)) for n, rate, steps in kept["releases"]]
+            except (KeyError, TypeError, json.JSONDecodeError) as error:
+                raise UsageError(f"{path}: expected a site's account of its privacy: {error}") from error
+        self.epsilon = _epsilon(self._history, privacy.delta) if self._history else 0.0
+
+    def spend(self, steps: int) -> None:
+        """Records noisy releases, before they happen.
+
+        Raises:
+            FederationError: they would exceed the target epsilon; nothing is recorded.
+        """
+        history = [*self._history, self.privacy._release(steps)]
+        if len(history) > 1 and history[-1][:2] == history[-2][:2]:
+            history[-2:] = [(*history[-1][:2], history[-1][2] + history[-2][2])]
+        epsilon = _epsilon(history, self.privacy.delta)
+        if self._limit is not None and epsilon > self._limit:
+            raise FederationError(
+                f"this site sends nothing: epsilon would be {epsilon:.2f} at delta {self.privacy.delta:g}, "
+                f"above privacy.epsilon {self._limit:g}"
+            )
+        kept = {
+            "level": self.privacy.level,
+            "delta": self.privacy.delta,
+            "epsilon": epsilon,
+            "releases": history,
+        }
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(self._path, json.dumps(kept))
+        self._history, self.epsilon = history, epsilon
+
+
+def _epsilon(history: Sequence[Release], delta: float) -> float:
+    accountant = _opacus("opacus.accountants").RDPAccountant()
+    accountant.history = list(history)
+    with warnings.catch_warnings():  # the bound at the last order holds, though a tighter one exists
+        warnings.filterwarnings("ignore", message="Optimal order")
+        return float(accountant.get_epsilon(delta=delta, alphas=_ORDERS))
+
+
 def _opacus(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
@@ -158,6 +220,20 @@ def _opacus(name: str) -> ModuleType:
         raise UsageError(
             "differential privacy needs Opacus for its account; install 'slidetl[federated]'"
         ) from error
+
+
+def check_variances(names: Iterable[str]) -> None:
+    """Refuses to add noise to the variances of a batch normalisation.
+
+    Raises:
+        UsageError: one of the names is such a variance.
+    """
+    for name in names:
+        if name.endswith("running_var"):
+            raise UsageError(
+                f"privacy: noise could make {name} negative; keep the normalisation at each site, by "
+                "travel: all-but-normalisation"
+            )
 
 
 def privatise_update(
@@ -183,14 +259,11 @@ def privatise_update(
     rng = rng or np.random.default_rng()
     if before.keys() != after.keys():
         raise UsageError("privacy: the weights before and after training have different names")
+    check_variances(after)
     deltas: dict[str, NDArray[np.float64]] = {}
     for name, value in after.items():
         if not np.issubdtype(value.dtype, np.floating):
             continue
-        if name.endswith("running_var"):
-            raise UsageError(
-                f"privacy: noise could make {name} negative; keep the normalisation of each site local"
-            )
         if value.shape != before[name].shape:
             raise UsageError(f"privacy: {name} has the shape {value.shape}, not {before[name].shape}")
         deltas[name] = value.astype(np.float64) - before[name].astype(np.float64)

@@ -23,11 +23,23 @@ from slidetl.data.manifest import SPLITS
 from slidetl.data.record import config_sha256
 from slidetl.data.study import CachedSlide
 from slidetl.errors import UsageError, WeightsError
-from slidetl.federation.config import Federation, Site
+from slidetl.federation.config import BASELINES, Federation, Site
+from slidetl.federation.privacy import (
+    Account,
+    PatientSlides,
+    Privacy,
+    check_unmixed,
+    check_variances,
+    privatise_update,
+    train_private,
+)
 from slidetl.federation.weights import SiteUpdate, Weights, find_fault, travelling
 from slidetl.files import write_whole
+from slidetl.models.backbones import weights_sha256
 from slidetl.models.penalties import pull
+from slidetl.models.targets import Targets
 from slidetl.models.tensors import is_state, load_tensors, save_tensors
+from slidetl.tiles.features import read_features
 from slidetl.training.checkpoint import write_grader
 from slidetl.training.configured import build_grader, build_trainer, data_options, parse_training, quiet
 from slidetl.training.evaluation import Evaluation
@@ -115,6 +127,44 @@ class SiteTrainer:
         self._stays = folder / "stays.pt"
         if self._stays.is_file():
             self._put(_read_arrays(self._stays))
+        self.account: Account | None = None
+        self._patients: list[PatientSlides] = []  # of a training by DP-SGD
+        if federation.privacy is not None and federation.scheme not in BASELINES:
+            self._releases = federation.privacy.steps_per_round(federation.epochs_of(name))
+            planned = federation.rounds * self._releases
+            self.account = Account(federation.privacy, planned, folder / "privacy.json")
+            self._patients = self._prepare_private(federation.privacy)
+
+    def _prepare_private(self, privacy: Privacy) -> list[PatientSlides]:
+        """Checks that the training can be private; returns the samples of DP-SGD, none at site level."""
+        groups: dict[str, list[CachedSlide]] = {}
+        for slide in self.data.slides["train"]:
+            groups.setdefault(slide.row.patient_id, []).append(slide)
+        privacy.check_patients(len(groups))
+        if privacy.level == "site":
+            own = {name: _array(value) for name, value in self._state().items()}
+            check_variances(travelling(own, self.federation.travel))
+            return []
+        grader, backbone = self.grader, self.grader.network.backbone
+        if not self.data.features or self.data.bag_size:
+            raise UsageError(
+                "privacy.level patient needs stored features: data.features, and data.bag_size: 0"
+            )
+        if grader.tasks.tasks or grader.balance or grader.targets != Targets():
+            raise UsageError("privacy.level patient knows no model.tasks, model.balance and model.targets")
+        check_unmixed(grader.network, backbone.num_features)
+        self.data.setup("fit")
+        sha256 = "" if backbone.is_stored else weights_sha256(backbone)
+        trains = any(weight.requires_grad for weight in backbone.parameters())
+        # Lightning's fit would set it for the checkpoint.
+        grader._features_sha256 = self.data.check_features(sha256, trains, backbone.num_features)
+        return [
+            PatientSlides(
+                tuple(torch.from_numpy(read_features(slide.cache, self.data.features)) for slide in slides),
+                tuple(int(slide.row.grade) for slide in slides),  # type: ignore[arg-type] # a training part is graded
+            )
+            for slides in groups.values()
+        ]
 
     def train(self, weights: Weights, round_number: int) -> SiteUpdate:
         """Trains from the network that arrived.
@@ -130,6 +180,33 @@ class SiteTrainer:
             SlidetlError: the network does not fit, or the data cannot be read.
         """
         self._arrive(weights)
+        if self.account is not None:
+            self.account.spend(self._releases)
+        metrics = self._train_private() if self._patients else self._train_round(round_number)
+        own = {name: _array(value) for name, value in self._state().items()}
+        sent = travelling(own, self.federation.travel)
+        if stays := {name: value for name, value in own.items() if name not in sent}:
+            save_tensors(self._stays, {name: torch.from_numpy(value) for name, value in stays.items()})
+        if self.account is not None:
+            privacy, metrics = self.account.privacy, {"epsilon": self.account.epsilon}
+            if privacy.level == "site" and privacy.noise is not None:
+                sent = privatise_update(weights, sent, privacy.clip, privacy.noise)
+        return SiteUpdate(self.name, sent, self.examples, metrics)
+
+    def _train_private(self) -> dict[str, float]:
+        """Trains aggregator and head by DP-SGD on the patients' features."""
+        assert self.account is not None
+        train_private(
+            self.grader.network,
+            self._patients,
+            self.account.privacy,
+            self._releases,
+            lr=self.grader.lr,
+            weight_decay=self.grader.weight_decay,
+        )
+        return {}
+
+    def _train_round(self, round_number: int) -> dict[str, float]:
         epochs = self.federation.epochs_of(self.name)
         before = (round_number - 1) * epochs
         options = {"max_epochs": before + epochs, "limit_val_batches": 0}
@@ -141,12 +218,8 @@ class SiteTrainer:
         pl.seed_everything(self._seed, workers=True, verbose=False)
         with quiet():
             trainer.fit(self.grader, datamodule=self.data)
-        own = {name: _array(value) for name, value in self._state().items()}
-        sent = travelling(own, self.federation.travel)
-        if stays := {name: value for name, value in own.items() if name not in sent}:
-            save_tensors(self._stays, {name: torch.from_numpy(value) for name, value in stays.items()})
         loss = float(trainer.callback_metrics.get("train/loss", float("nan")))
-        return SiteUpdate(self.name, sent, self.examples, {"train_loss": loss} if np.isfinite(loss) else {})
+        return {"train_loss": loss} if np.isfinite(loss) else {}
 
     def validate(self, weights: Weights) -> dict[str, float]:
         """Scores a network on the site's validation part: :data:`METRICS`, and the number of ``slides``.

@@ -59,7 +59,10 @@ def test_pixels_paths_and_identifiers_among_the_weights_stop_the_message(
 @pytest.mark.parametrize(
     ("metrics", "reason"),
     [
-        ({"P0012": 0.5}, "the metric 'P0012' is not one of accuracy, loss, mae, rps, slides, train_loss"),
+        (
+            {"P0012": 0.5},
+            "metric 'P0012' is not one of accuracy, epsilon, loss, mae, rps, slides, train_loss",
+        ),
         ({"accuracy": "P0012"}, "metric accuracy is no finite number"),
         ({"accuracy": [0.1, 0.2]}, "metric accuracy is no finite number"),
         ({"accuracy": float("nan")}, "metric accuracy is no finite number"),
