@@ -18,6 +18,7 @@ import pydicom
 import pytest
 
 from slidetl.data.manifest import read_manifest
+from slidetl.volumes import read_volume
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--size", "96", "--slices", "48", "--source", "2", "--target", "2", "--seed", "4"]
@@ -99,6 +100,16 @@ def test_a_series_is_one_of_dicom(built: Path) -> None:
     assert slices[-1].InstanceNumber == 1  # from the head down
     assert np.median(hu[:, 0]) == pytest.approx(-1000, abs=40)  # air above the patient
     assert np.median(hu[24, 40:56, 20:30]) < -700 < 0 < np.percentile(hu, 95)  # lung; ribs and flesh
+
+
+def test_a_series_reads_as_a_volume_with_the_named_places(built: Path) -> None:
+    for row in rows_of(built / "nodules.csv"):
+        volume = read_volume(built / row["path"])
+        assert (volume.hu == read_series(built / row["path"])[0]).all() and not volume.notes
+        assert volume.spacing_mm == pytest.approx([350 / 96, 350 / 96, 280 / 48], abs=1e-4)
+        at = volume.frame.to_voxel([float(row[f"{axis}_mm"]) for axis in "xyz"])
+        x, y, z = np.rint(at).astype(int)
+        assert (volume.hu[z, y, x] > -300) == (row["grade"] == "1")
 
 
 def test_sites_store_values_in_two_ways(built: Path) -> None:

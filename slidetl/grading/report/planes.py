@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from slidetl.volumes.frame import VolumeFrame
 from slidetl.volumes.volume import Volume
 
 _MARK = (255, 170, 0)  # of box and lines; no grey value
@@ -65,52 +64,31 @@ def planes_at(
     """Cuts the axial, coronal and sagittal plane through a place.
 
     The patient's right is on the left, as seen from the feet, the front is at the top or on the left, and the
-    head is at the top. Axes of the volume that are tilted count as the nearest ones of the patient.
+    head is at the top.
 
     Args:
-        volume: of cubic voxels.
-        point_voxel: the place ``(x, y, z)``, voxels; within the volume.
+        volume: of cubic voxels, with its axes nearly to left, back and head, as all that are read.
+        point_voxel: the place ``(x, y, z)``, voxels.
         origin_voxel: first voxel ``(x, y, z)`` of a cube to mark.
         side: of the cube, voxels.
         window_hu: Hounsfield units of black and white.
     """
-    hu, axes, flips = _as_patient(volume)
-    sizes = np.array(hu.shape[::-1])
-    point, first = (np.asarray(of, np.float64)[axes] for of in (point_voxel, origin_voxel))
-    point, first = (np.where(flips, sizes - 1 - point, point), np.where(flips, sizes - side - first, first))
+    point, first = (np.asarray(of, np.float64) for of in (point_voxel, origin_voxel))
+    sizes = np.array(volume.frame.size_voxel)
     x, y, z = np.clip(np.rint(point), 0, sizes - 1).astype(int).tolist()
     low, high = window_hu
 
     def plane(name: str, sides: str, cut: NDArray[np.int16], across: int, down: int) -> Plane:
         grey = np.clip((cut.astype(np.float32) - low) * (255 / (high - low)), 0, 255).astype(np.uint8)
-        at, start = (point[[across, down]], first[[across, down]])
+        row, top = float(point[down]), float(first[down])
         if down == 2:  # z grows upwards
             grey = grey[::-1]
-            at, start = (
-                np.array([at[0], sizes[2] - 1 - at[1]]),
-                np.array([start[0], sizes[2] - side - start[1]]),
-            )
-        left, top, column, row = (float(value) for value in (*start, *at))
-        return Plane(name, sides, grey, (left, top, left + side, top + side), (column, row))
+            row, top = float(sizes[2] - 1 - row), float(sizes[2] - side - top)
+        left = float(first[across])
+        return Plane(name, sides, grey, (left, top, left + side, top + side), (float(point[across]), row))
 
     return (
-        plane("axial", "RLAP", hu[z], 0, 1),
-        plane("coronal", "RLHF", hu[:, y], 0, 2),
-        plane("sagittal", "APHF", hu[:, :, x], 1, 2),
+        plane("axial", "RLAP", volume.hu[z], 0, 1),
+        plane("coronal", "RLHF", volume.hu[:, y], 0, 2),
+        plane("sagittal", "APHF", volume.hu[:, :, x], 1, 2),
     )
-
-
-def nearest_axes(frame: VolumeFrame) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Finds the axis of a volume that is nearest to x, y and z of the patient, and if it runs against it."""
-    from scipy.optimize import linear_sum_assignment
-
-    matrix = frame.matrix
-    axes = np.asarray(linear_sum_assignment(-np.abs(matrix))[1], np.int64)  # each once
-    return axes, matrix[np.arange(3), axes] < 0
-
-
-def _as_patient(volume: Volume) -> tuple[NDArray[np.int16], NDArray[np.int64], NDArray[np.bool_]]:
-    """Views the array with its axes along those of the patient."""
-    axes, flips = nearest_axes(volume.frame)
-    view = volume.hu.transpose(*(2 - axes[::-1]))
-    return view[tuple(slice(None, None, -1 if flip else 1) for flip in flips[::-1])], axes, flips
