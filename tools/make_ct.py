@@ -398,7 +398,12 @@ def _box(low: Array, high: Array, side: Array, z_mm: Array) -> tuple[slice, slic
 
 
 def make_phantom(
-    name: str, nodules: Sequence[Any], scanner: Scanner, seed: tuple[int, ...], most: int
+    name: str,
+    nodules: Sequence[Any],
+    scanner: Scanner,
+    seed: tuple[int, ...],
+    most: int,
+    body: float = 1.0,
 ) -> Phantom:
     """Draws the anatomy of a phantom, and places the nodules of a patient in its lungs.
 
@@ -408,11 +413,12 @@ def make_phantom(
         scanner: of the site.
         seed: of all that is random.
         most: nodules to place; of more, some.
+        body: size of all but the nodules, 1 for an adult.
     """
     rng = np.random.default_rng(seed)
-    scale = float(rng.uniform(0.88, 1.0))
-    vessels = grow_tree(rng, scale, 4.5, 0.8, 4)
-    tree, main = grow_tree(rng, scale, 3.5, 1.2, 3), trachea(scale)
+    scale = body * float(rng.uniform(0.88, 1.0))
+    vessels = grow_tree(rng, scale, 4.5 * scale, 0.8, 4)
+    tree, main = grow_tree(rng, scale, 3.5 * scale, 1.2, 3), trachea(scale)
     airways = Tree(*(np.concatenate(pair) for pair in zip(_parts(main), _parts(tree), strict=True)))
     chosen = rng.permutation(len(nodules))[:most]
     placed: list[PlacedNodule] = []
@@ -444,7 +450,7 @@ def make_phantom(
                 float(np.mean([reading.diameter_mm for reading in nodule.readings])),
             )
         )
-    fat_mm = float(rng.uniform(6, 18))
+    fat_mm = scale * float(rng.uniform(6, 18))
     return Phantom(name, scale, fat_mm, scanner, vessels, airways, tuple(placed), seed)
 
 
@@ -592,6 +598,8 @@ def build(options: argparse.Namespace) -> None:
         )
     if min(options.shift_mm, options.clear_mm, options.reader_sd) < 0 or options.most_nodules < 1:
         raise UsageError("--shift-mm, --clear-mm and --reader-sd must be 0 or more, --most-nodules 1 or more")
+    if not 0.3 <= options.body <= 1.2:
+        raise UsageError(f"--body must be from 0.3 to 1.2, not {options.body}")
     geometry = Geometry(options.size, options.slices, options.field_mm, options.length_mm)
     nodules_of: dict[str, list[Any]] = {patient: [] for patient in annotations.patients}
     for nodule in annotations.nodules:
@@ -605,7 +613,7 @@ def build(options: argparse.Namespace) -> None:
             seed = (options.seed, number)
             scanner = SCANNERS[int(np.random.default_rng([*seed, 5]).integers(len(SCANNERS)))]
             of_patient = nodules_of[annotations.patients[patient]]
-            phantom = make_phantom(name, of_patient, scanner, seed, options.most_nodules)
+            phantom = make_phantom(name, of_patient, scanner, seed, options.most_nodules, options.body)
             write_series(phantom, geometry, options.out / "series" / name)
             if is_source:
                 split = split_of(number, options.source, 0.15, 0.15)
@@ -664,6 +672,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("length-mm", 280.0, "length of a series"),
         ("shift-mm", 12.0, "the most that --shifted moves a place along an axis"),
         ("clear-mm", 32.0, "least distance of a place without a nodule from one, along some axis"),
+        ("body", 1.0, "size of all but the nodules; less makes fewer patches"),
         ("reader-sd", 0.5, "error of the patient's label, in steps of malignancy"),
     ):
         parser.add_argument(
