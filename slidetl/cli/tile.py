@@ -36,6 +36,8 @@ def tile(
 ) -> int:
     """Cuts slides into tiles and stores those with tissue in a cache. Exit code 1 if any slide failed.
 
+    With --spacing-mm, cuts CT series into patches instead: folders of DICOM series, NIfTI or MetaImage.
+
     Args:
         manifest: a manifest (CSV), a folder of slides, one of labelled images (LABEL/*.png), or an .npz of
             them.
@@ -77,6 +79,7 @@ def tile(
             mpp_override,
             mpp_replace if row.mpp is None else row.mpp,
             annotated.get(row.slide_id),
+            row.location_mm,
         )
         for row in found.rows
     ]

@@ -25,7 +25,8 @@ from slidetl.tiles.identifier import clash_key, safe_slide_id, short_digest
 SPLITS = ("train", "val", "test")
 REQUIRED = ("slide_id", "path", "patient_id", "grade")
 FIVE_GRADES = ("0", "1", "2", "3", "4")  # the default scale
-OPTIONAL = ("site", "scanner", "stain", "block", "mpp", "split")
+LOCATION = ("x_mm", "y_mm", "z_mm")
+OPTIONAL = ("site", "scanner", "stain", "block", "mpp", "split", *LOCATION)
 _READER = re.compile(r"grade_reader(\d+)")
 # Cells without a value, as written by R, pandas and spreadsheets.
 _MISSING = frozenset(["na", "n/a", "#n/a", "nan", "<na>", "null"])
@@ -50,6 +51,8 @@ class ManifestRow:
         mpp: spacing of level 0 in micrometres per pixel, overriding the slide's metadata.
         split: ``train``, ``val`` or ``test``; empty if a seed decides.
         labels: label of each task: 0..K-1, the path of a table or of annotations with tile labels, or None.
+        location_mm: patient coordinates ``(x, y, z)`` in a CT series, as in DICOM (LPS); the unit is then the
+            patch around it, and other lines may have the same path.
     """
 
     line: int
@@ -65,6 +68,7 @@ class ManifestRow:
     mpp: float | None = None
     split: str = ""
     labels: tuple[int | Path | None, ...] = ()
+    location_mm: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -237,12 +241,15 @@ def _parse_row(
         faults.add(line, "path must name a file that this machine sees, found {!r}", text)
     mpp: float | None = None
     if text := known("mpp"):
-        try:
-            mpp = float(text.replace(",", ".") if text.count(",") == 1 else text)
-        except ValueError:
-            mpp = math.nan
+        mpp = _number(text)
         if not (math.isfinite(mpp) and mpp > 0):
             faults.add(line, "mpp must be a positive number of micrometres per pixel, found {!r}", text)
+    location: tuple[float, float, float] | None = None
+    if texts := [known(name) for name in LOCATION if known(name)]:
+        x, y, z = (_number(known(name)) for name in LOCATION)
+        location = x, y, z
+        if not all(map(math.isfinite, location)):
+            faults.add(line, "x_mm, y_mm and z_mm must be three numbers of millimetres, found {}", texts)
     split = known("split").lower()
     if split and split not in SPLITS:
         faults.add(line, "split must be train, val or test, found {!r}", split)
@@ -261,7 +268,16 @@ def _parse_row(
         mpp=mpp,
         split=split,
         labels=tuple(label(task) for task in tasks),
+        location_mm=location,
     )
+
+
+def _number(text: str) -> float:
+    """Parses a number, also with a decimal comma; NaN if it is none."""
+    try:
+        return float(text.replace(",", ".") if text.count(",") == 1 else text)
+    except ValueError:
+        return math.nan
 
 
 def _whole(text: str) -> int | None:
@@ -282,7 +298,8 @@ def _check_between(rows: Iterable[ManifestRow], faults: _Faults) -> None:
     """Adds the faults between two rows."""
     rows = list(rows)
     first_with_id: dict[str, ManifestRow] = {}
-    first_with_path: dict[Path, ManifestRow] = {}
+    first_with_path: dict[object, ManifestRow] = {}
+    whole = {row.path: row for row in rows if row.location_mm is None}
     first_of_patient: dict[str, ManifestRow] = {}
     some_split = any(row.split for row in rows)
     for row in rows:
@@ -290,9 +307,12 @@ def _check_between(rows: Iterable[ManifestRow], faults: _Faults) -> None:
         if other is not row and row.slide_id:
             same = "" if row.slide_id == other.slide_id else f" as {other.slide_id!r} (case is ignored)"
             faults.add(row.line, "slide_id {!r} is already on line {}{}", row.slide_id, other.line, same)
-        other = first_with_path.setdefault(row.path, row)
+        other = first_with_path.setdefault((row.path, row.location_mm), row)
         if other is not row:
-            faults.add(row.line, "the same file as on line {}", other.line)
+            same = "the same file as on line {}" + ", at the same location" * (row.location_mm is not None)
+            faults.add(row.line, same, other.line)
+        elif row.location_mm is not None and row.path in whole:
+            faults.add(row.line, "the file of line {}, which is there as a whole", whole[row.path].line)
         other = first_of_patient.setdefault(row.patient_id, row)
         if row.patient_id and row.split and other.split and row.split != other.split:
             faults.add(

@@ -25,6 +25,7 @@ from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.ledger import USED, Ledger, LedgerRow, file_state
 from slidetl.tiles.regions import label_tiles
 from slidetl.tiles.store import SlideCache, cache_path
+from slidetl.volumes import open_series
 
 _MUCH = 2**30  # bytes, slow enough to read for a warning
 _CLOCK_S = 2.0  # rounding of modification times by file systems: FAT, on many USB disks
@@ -146,6 +147,11 @@ def read_study(
         except CacheMissingError:
             lost.append(row.slide_id)
             continue
+        if opened.header.location_mm != row.location_mm:
+            raise CacheMismatchError(
+                f"slide {row.slide_id!r}: the manifest's location is {row.location_mm}, its cache is of "
+                f"{opened.header.location_mm} (None: the whole series); tile it again with --overwrite"
+            )
         slides.append(CachedSlide(row, opened, _read_labels(row, opened, tasks, others)))
     if not slides:
         raise CacheMissingError(
@@ -310,6 +316,8 @@ def _fingerprint(path: Path, cache: SlideCache) -> str:
     """Computes the fingerprint of a slide's file, or of the file of imported features in its place."""
     if cache.header.imported and path.suffix.lower() in FEATURE_SUFFIXES:
         return read_foreign(path).fingerprint
+    if cache.header.frame is not None:
+        return open_series(path).fingerprint
     mpp = cache.mpp_level0 if all(cache.mpp_level0) else 1.0  # any spacing: no pixel is read
     with open_slide(path, mpp_replace=mpp, channels=cache.spec.channels or "0") as opened:
         return opened.info.fingerprint

@@ -49,9 +49,14 @@ def open_slide(
     if is_raster(path):
         slide = RasterSlide(*given, channels)
     else:
-        from slidetl.slides.dicom import first_instance
+        from slidetl.slides.dicom import SLIDE, first_instance, modality
         from slidetl.slides.openslide import OpenSlideSlide
 
+        if (kind := modality(path) if path.is_dir() else "") not in ("", SLIDE):
+            raise SlideOpenError(
+                f"{path}: a DICOM series of modality {kind}, not a slide (SM); CT series are tiled with "
+                "--spacing-mm instead of --mpp"
+            )
         if path.is_dir():
             path = first_instance(path) or path
             given = (path, mpp_override, mpp_replace)

@@ -10,7 +10,10 @@ from slidetl.errors import SlideOpenError
 # StudyInstanceUID (0020,000D) and, next to it, SeriesInstanceUID (0020,000E), explicit little endian. Only at
 # the top level of a file are they neighbours: a reference to another series has no study beside it.
 _STUDY_AND_SERIES = re.compile(rb"\x20\x00\x0d\x00UI..[0-9.]*[\0 ]?\x20\x00\x0e\x00UI..([0-9.]+)", re.DOTALL)
+# Modality (0008,0060), in explicit or implicit little endian.
+_MODALITY = re.compile(rb"\x08\x00\x60\x00(?:CS..|..\0\0)([A-Z]{2,16})", re.DOTALL)
 _HEAD_BYTES = 1 << 16
+SLIDE = "SM"  # the modality of whole slides
 
 
 def first_instance(folder: Path) -> Path | None:
@@ -42,3 +45,20 @@ def series_instance_uid(path: Path) -> str | None:
     with path.open("rb") as file:
         match = _STUDY_AND_SERIES.search(file.read(_HEAD_BYTES))
     return match[1].decode("ascii") if match else None
+
+
+def modality(path: Path) -> str:
+    """Reads the modality of a DICOM file, or of the first in a folder: ``SM`` for a slide, ``CT`` and others.
+
+    Returns:
+        Empty if there is no DICOM, or it cannot be read.
+    """
+    try:
+        for file in sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]:
+            with file.open("rb") as opened:
+                head = opened.read(_HEAD_BYTES)
+            if head[128:132] == b"DICM" and (match := _MODALITY.search(head)):
+                return match[1].decode("ascii")
+    except OSError:  # reported on opening the slide
+        pass
+    return ""

@@ -15,6 +15,7 @@ from slidetl.slides import Slide, open_slide
 from slidetl.slides.decoding import map_in_order
 from slidetl.tiles.codec import tile_codec
 from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.patches import PatchPlan
 from slidetl.tiles.plan import MAX_UNREADABLE, TilePlan, plan_tiles
 
 
@@ -57,7 +58,7 @@ def encode_tiles(
         yield tile, None
 
 
-def check_unreadable(plan: TilePlan, unreadable: int, last: SlideReadError) -> None:
+def check_unreadable(plan: TilePlan | PatchPlan, unreadable: int, last: SlideReadError) -> None:
     """Ends the reading of a slide with too much damage.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -113,10 +114,18 @@ def file_state(path: Path) -> tuple[int, float] | None:
     """Returns size (bytes) and time of change (seconds since 1970) of a slide's file, None if it is gone."""
     item = NpzItem.of(path)
     try:
-        found = (item.file if item else metadata_file(path) if path.is_dir() else path).stat()
+        file = item.file if item else metadata_file(path) if path.is_dir() else path
+        # Of a DICOM series, all that lies in its folder.
+        found = (
+            [entry.stat() for entry in os.scandir(file) if entry.is_file()]
+            if file.is_dir()
+            else [file.stat()]
+        )
     except (OSError, ValueError):  # ValueError: it cannot be a path
         return None
-    return found.st_size, round(found.st_mtime, 3)
+    if not found:
+        return None
+    return sum(one.st_size for one in found), round(max(one.st_mtime for one in found), 3)
 
 
 class Ledger:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from slidetl.tiles.grid import TileSpec
 from slidetl.volumes.frame import Triple, VolumeFrame
 from slidetl.volumes.masks import find_body, find_lungs
 from slidetl.volumes.resample import resample
+from slidetl.volumes.series import Series
 from slidetl.volumes.volume import Volume
 
 # Spacing of the volume for the search for the lungs, millimetres, or finer for this many voxels per patch.
@@ -82,47 +83,84 @@ class PatchPlan:
         yield from map_in_order(lambda n: encode(self.patch(n)), range(first, len(self)), threads)
 
 
-def plan_patches(series: Volume, spec: TileSpec, location_mm: Triple | None = None) -> PatchPlan:
-    """Resamples a series, and selects the patches with enough of the mask, or one patch around a location.
+@dataclass(frozen=True, eq=False)
+class PreparedSeries:
+    """A series ready to be cut, for any number of locations.
 
-    The grid begins at the first voxel; its last patch along an axis ends with the last voxel, so that
-    nothing is left out. A series smaller than a patch is padded.
+    Attributes:
+        volume: at the spacing of a specification, within its window.
+        overview: the whole series at a coarse spacing.
+        mask: the lungs or the body in ``overview``.
+    """
 
-    Args:
-        series: as read.
-        spec: the specification, with ``spacing_mm``.
-        location_mm: patient coordinates of the centre of the only patch, to half a voxel; the mask then
-            selects nothing.
+    volume: Volume
+    overview: Volume
+    mask: NDArray[np.bool_]
+
+
+def prepare_series(series: Series, spec: TileSpec) -> PreparedSeries:
+    """Reads a series, resamples it, and finds its lungs or body.
 
     Raises:
-        VolumeError: the location is outside the series.
+        VolumeError: it cannot be read, or is no CT volume.
     """
-    if location_mm is not None and not series.frame.is_inside(location_mm):
-        raise VolumeError(
-            f"the location {location_mm} mm is outside the series, which reaches from "
-            f"{_corner(series.frame, 0)} to {_corner(series.frame, 1)}; give patient "
-            "coordinates as in DICOM (LPS)"
-        )
-    volume = resample(series, spec.spacing_mm)
-    side = spec.tile_size_px
-    coarse = max(spec.spacing_mm, min(_OVERVIEW_MM, side * spec.spacing_mm / _VOXELS_PER_PATCH))
+    volume = resample(series.read(), spec.spacing_mm)
+    coarse = max(spec.spacing_mm, min(_OVERVIEW_MM, spec.tile_size_px * spec.spacing_mm / _VOXELS_PER_PATCH))
     overview = resample(volume, coarse)
     np.clip(volume.hu, *map(int, spec.window_hu), out=volume.hu)  # after the mask, which needs all values
     if spec.mask == "none":
         mask = np.ones(overview.hu.shape, bool)
     else:
         mask = (find_lungs if spec.mask == "lung" else find_body)(overview.hu, coarse)
-    if location_mm is not None:
-        # The centre of a patch of an even side lies between two voxels.
-        origin = np.rint(volume.frame.to_voxel(location_mm) - (side - 1) / 2)
+    return PreparedSeries(volume, overview, mask)
+
+
+def plan_patches(
+    series: Series,
+    spec: TileSpec,
+    location_mm: Triple | None = None,
+    prepare: Callable[[Series, TileSpec], PreparedSeries] = prepare_series,
+) -> PatchPlan:
+    """Selects the patches of a series with enough of the mask, or the one patch around a location.
+
+    The grid begins at the first voxel; its last patch along an axis ends with the last voxel, so that
+    nothing is left out. A series smaller than a patch is padded.
+
+    Args:
+        series: the series.
+        spec: the specification, with ``spacing_mm``.
+        location_mm: patient coordinates of the centre of the only patch, to half a voxel; the mask then
+            selects nothing.
+        prepare: reads and resamples the series.
+
+    Raises:
+        VolumeError: it cannot be read, is no CT volume, or does not reach to the location.
+    """
+    if location_mm is not None and not series.frame.is_inside(location_mm):
+        raise VolumeError(
+            f"{series.path}: the location {location_mm} mm is outside the series, which reaches from "
+            f"{_corner(series.frame, 0)} to {_corner(series.frame, 1)}; give patient coordinates as in DICOM "
+            "(LPS)"
+        )
+    prepared = prepare(series, spec)
+    frame, side = prepared.volume.frame, spec.tile_size_px
+    if location_mm is None:
+        origins = patch_grid(frame.size_voxel, side, spec.stride_px)
+    else:  # the centre of a patch of an even side lies between two voxels
+        origin = np.rint(frame.to_voxel(location_mm) - (side - 1) / 2)
         origins = origin.astype(np.int32)[None]
-        fraction = box_means(mask, origins, side, spec.spacing_mm / coarse)
-        return PatchPlan(spec, volume, origins, fraction, 0, overview, mask)
-    origins = patch_grid(volume.frame.size_voxel, side, spec.stride_px)
-    fraction = box_means(mask, origins, side, spec.spacing_mm / coarse)
-    is_wanted = fraction >= spec.min_tissue - _ROUNDING
+    fraction = box_means(prepared.mask, origins, side, spec.spacing_mm / prepared.overview.spacing_mm[0])
+    is_wanted = fraction >= (spec.min_tissue - _ROUNDING if location_mm is None else 0)
     without = int((~is_wanted).sum())
-    return PatchPlan(spec, volume, origins[is_wanted], fraction[is_wanted], without, overview, mask)
+    return PatchPlan(
+        spec=spec,
+        volume=prepared.volume,
+        origins_voxel=origins[is_wanted],
+        tissue_fraction=fraction[is_wanted],
+        patches_without_mask=without,
+        overview=prepared.overview,
+        mask=prepared.mask,
+    )
 
 
 def patch_grid(size_voxel: tuple[int, int, int], side: int, stride: int) -> NDArray[np.int32]:

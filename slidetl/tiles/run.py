@@ -31,7 +31,8 @@ from slidetl.tiles.identifier import clash_key
 from slidetl.tiles.ledger import FAILED, USED, Ledger, LedgerRow
 from slidetl.tiles.regions import RegionSource
 from slidetl.tiles.store import cache_path, describe_difference, read_header
-from slidetl.tiles.tile import SlideSource, stamped, tile_slide
+from slidetl.tiles.tile import SlideSource, release_series, stamped, tile_slide
+from slidetl.volumes import is_series
 
 _LESS_MEMORY = "use fewer --workers, or a machine with more"
 
@@ -75,9 +76,13 @@ def tile_slides(
     tile = partial(tile_slide, cache_dir=cache_dir, spec=spec, overwrite=overwrite, preview=preview)
 
     def start() -> Iterator[LedgerRow]:
-        return _in_processes(sources, tile, workers) if workers else (_tile(s, tile) for s in sources)
+        jobs = _by_file(sources)
+        return (
+            _in_processes(jobs, tile, workers) if workers else (_tile(s, tile) for job in jobs for s in job)
+        )
 
     rows = record_as_done(sources, cache_dir, spec, overwrite, start, on_done)
+    release_series()
     _sync_file_system(cache_dir)
     return rows
 
@@ -98,6 +103,7 @@ def record_as_done(
     named = Counter(clash_key(source.slide_id) for source in sources)
     if twice := [source.slide_id for source in sources if named[clash_key(source.slide_id)] > 1]:
         raise UsageError(f"slide identifiers must differ, case ignored; clashing: {', '.join(twice[:10])}")
+    _check_kind(sources, spec)
     if not overwrite:
         _refuse_others(sources, cache_dir, spec)
     cache_dir.mkdir(parents=True, exist_ok=True)
@@ -136,6 +142,34 @@ def record_as_done(
             stacklevel=3,
         )
     return [rows[source.slide_id] for source in sources]
+
+
+def _check_kind(sources: Sequence[SlideSource], spec: TileSpec) -> None:
+    """Refuses slides where patches of CT series are asked for, the reverse, and a mixture of both."""
+    kinds = {path: is_series(path) for path in {source.path for source in sources}}
+    series, slides = (
+        [source.slide_id for source in sources if kinds[source.path] is wanted] for wanted in (True, False)
+    )
+    if series and slides:
+        raise UsageError(
+            f"slides ({_named(slides)}) and CT series ({_named(series)}) in one manifest; tile each kind by "
+            "its own manifest into its own folder"
+        )
+    if spec.is_volume and slides:
+        raise UsageError(f"--spacing-mm is for CT series; {_named(slides)}: slides, tiled with --mpp")
+    if not spec.is_volume and series:
+        raise UsageError(f"--mpp is for slides; {_named(series)}: CT series, tiled with --spacing-mm")
+    if located := [source.slide_id for source in sources if source.location_mm and not spec.is_volume]:
+        raise UsageError(f"x_mm, y_mm and z_mm are for CT series, with --spacing-mm: {_named(located)}")
+    for source in sources:
+        if spec.is_volume and (source.mpp_override or source.mpp_replace or source.regions):
+            raise UsageError(
+                f"{source.slide_id}: a spacing or regions given for a slide, not for a CT series"
+            )
+
+
+def _named(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" ... ({len(names)} in all)" if len(names) > 3 else "")
 
 
 def _kept_without_file(
@@ -194,35 +228,46 @@ def _refuse_others(sources: Sequence[SlideSource], cache_dir: Path, spec: TileSp
         )
 
 
+Job = Sequence[SlideSource]
+"""Slides of one file: locations in a CT series, which is then read once, else a single one."""
+
+
+def _by_file(sources: Sequence[SlideSource]) -> list[Job]:
+    jobs: dict[Path, list[SlideSource]] = {}
+    for source in sources:
+        jobs.setdefault(source.path, []).append(source)
+    return list(jobs.values())
+
+
 @dataclass
 class _Worker:
-    """A process tiling one slide after another, and its present slide."""
+    """A process tiling one slide after another, and the rest of its job, the present slide first."""
 
     child: Child
-    source: SlideSource
+    left: list[SlideSource]
     started: float
 
 
 def _in_processes(
-    sources: Sequence[SlideSource], tile: partial[LedgerRow], workers: int
+    jobs: Sequence[Job], tile: partial[LedgerRow], workers: int
 ) -> Generator[LedgerRow, None, None]:
     """Yields rows as slides are done."""
-    waiting = list(reversed(sources))
-    count = min(workers, len(sources))
+    waiting = list(reversed(jobs))
+    count = min(workers, len(jobs))
     tile = partial(tile, threads=workers // max(1, count))
     busy: dict[Connection, _Worker] = {}
-    apart: list[SlideSource] = []
+    apart: list[Job] = []
 
     def start() -> None:
-        worker = _Worker(start_child(_work, tile), waiting[-1], time.monotonic())
+        worker = _Worker(start_child(_work, tile), [], time.monotonic())
         busy[worker.child.connection] = worker
         give(worker)
 
     def give(worker: _Worker) -> None:
-        worker.source, worker.started = waiting.pop(), time.monotonic()
+        worker.left, worker.started = list(waiting.pop()), time.monotonic()
         # If it has just died, the end of its pipe reports this below, with the slide.
         with contextlib.suppress(BrokenPipeError):
-            worker.child.connection.send(worker.source)
+            worker.child.connection.send(worker.left)
 
     try:
         for _ in range(count):
@@ -236,12 +281,19 @@ def _in_processes(
                 except (EOFError, ConnectionResetError):
                     del busy[ready]
                     reason = f"{worker.child.cause_of_death('tiled')}; if memory is short, {_LESS_MEMORY}"
+                    lost, *rest = worker.left
+                    if rest:
+                        waiting.append(rest)
                     if count > 1:
-                        apart.append(worker.source)
+                        apart.append([lost])
                     else:
-                        yield _failed(worker.source, reason, worker.started)
+                        yield _failed(lost, reason, worker.started)
                     if waiting:
                         start()
+                    continue
+                del worker.left[0]
+                worker.started = time.monotonic()
+                if worker.left:
                     continue
                 if waiting:
                     give(worker)
@@ -257,13 +309,15 @@ def _in_processes(
 
 
 def _work(connection: Connection, tile: Callable[[SlideSource], LedgerRow]) -> None:
-    """Tiles slides in a worker process until its pipe ends."""
+    """Tiles the slides of jobs in a worker process until its pipe ends."""
     while True:
         try:
-            source = connection.recv()
+            job = connection.recv()
         except EOFError:
             return
-        connection.send(_tile(source, tile))
+        for source in job:
+            connection.send(_tile(source, tile))
+        release_series()
 
 
 def _tile(source: SlideSource, tile: Callable[[SlideSource], LedgerRow]) -> LedgerRow:

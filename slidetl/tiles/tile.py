@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,14 @@ from slidetl.errors import (
     SlidetlError,
     UsageError,
 )
-from slidetl.slides import Slide, SlideInfo, open_slide
+from slidetl.slides import Slide, open_slide
 from slidetl.tiles.cut import encode_tile, encode_tiles
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.ledger import EXCLUDED, FAILED, USED, LedgerRow, file_state
 from slidetl.tiles.lock import slide_lock
-from slidetl.tiles.patches import PatchPlan
+from slidetl.tiles.patches import PatchPlan, PreparedSeries, plan_patches, prepare_series
 from slidetl.tiles.plan import MANY_PLACES, TilePlan, notes_on, plan_tiles
-from slidetl.tiles.preview import draw_preview
+from slidetl.tiles.preview import draw_patches, draw_preview
 from slidetl.tiles.regions import Regions, RegionSource, read_regions
 from slidetl.tiles.store import (
     CacheHeader,
@@ -41,8 +42,8 @@ from slidetl.tiles.store import (
     read_header,
 )
 from slidetl.tiles.writer import CacheWriter
-from slidetl.volumes.frame import Triple
-from slidetl.volumes.volume import Volume
+from slidetl.volumes import Series, open_series
+from slidetl.volumes.frame import Triple, VolumeFrame
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class SlideSource:
         mpp_override: micrometres per level-0 pixel, if the file has none.
         mpp_replace: micrometres per level-0 pixel, instead of the file's.
         regions: the annotations to which its tiles are confined; None for the whole slide.
+        location_mm: patient coordinates ``(x, y, z)`` of the centre of the only patch of a CT series; None
+            for all of it.
 
     Raises:
         UsageError: ``slide_id`` cannot be the name of a folder.
@@ -65,6 +68,7 @@ class SlideSource:
     mpp_override: float | None = None
     mpp_replace: float | None = None
     regions: RegionSource | None = None
+    location_mm: Triple | None = None
 
     def __post_init__(self) -> None:
         if not self.slide_id or self.slide_id.startswith(".") or self.slide_id != Path(self.slide_id).name:
@@ -120,7 +124,7 @@ def write_tiles(
 
 def write_patches(
     plan: PatchPlan,
-    series: Volume,
+    series: Series,
     cache_dir: Path,
     slide_id: str,
     threads: int = 1,
@@ -131,7 +135,7 @@ def write_patches(
 
     Args:
         plan: the patches; at least one.
-        series: the series of the plan, as read.
+        series: the series of the plan.
         cache_dir: the folder of all caches.
         slide_id: the name of the cache.
         threads: parallel compressions; the cache does not depend on it.
@@ -141,7 +145,7 @@ def write_patches(
     Raises:
         OSError: the cache cannot be written.
     """
-    mpp = (1000 * series.spacing_mm[0], 1000 * series.spacing_mm[1])
+    mpp = _in_plane_um(series.frame)
     extent = [plan.spec.tile_size_px * plan.spec.mpp / of for of in mpp]
     header = CacheHeader(
         slide_id=slide_id,
@@ -160,6 +164,10 @@ def write_patches(
         for number, payload in enumerate(plan.encode(writer.next_tile, threads), writer.next_tile):
             writer.add(number, payload)
         return writer.finish()
+
+
+def _in_plane_um(frame: VolumeFrame) -> tuple[float, float]:
+    return 1000 * frame.spacing_mm[0], 1000 * frame.spacing_mm[1]
 
 
 def tile_slide(
@@ -189,7 +197,21 @@ def tile_slide(
     row = LedgerRow(source.slide_id, str(source.path), FAILED)
     try:
         with slide_lock(cache_dir, source.slide_id) as lock:
+            size, modified = file_state(source.path) or (0, 0.0)
+            row = replace(row, bytes=size, modified=modified)
             try:
+                if spec.is_volume:
+                    series = _open_series(source.path, modified)
+                    frame, mpp = series.frame, _in_plane_um(series.frame)
+                    row = replace(row, vendor="CT", fingerprint=series.fingerprint, mpp_level0=max(mpp))
+                    row = replace(row, width=frame.size_voxel[0], height=frame.size_voxel[1])
+                    row = replace(row, note="; ".join(series.notes))
+                    return stamped(
+                        _tile_open_series(
+                            row, series, source, cache_dir, spec, overwrite, threads, lock.check, picture
+                        ),
+                        started,
+                    )
                 with open_slide(
                     *(source.path, source.mpp_override, spec.icc),
                     mpp_replace=source.mpp_replace,
@@ -197,9 +219,7 @@ def tile_slide(
                 ) as slide:
                     info, (width, height) = slide.info, slide.info.size_level0
                     row = replace(row, vendor=info.vendor, fingerprint=info.fingerprint)
-                    size, modified = file_state(source.path) or (0, 0.0)
                     row = replace(row, width=width, height=height, mpp_level0=max(info.mpp_level0))
-                    row = replace(row, bytes=size, modified=modified)
                     row = _tile_open_slide(
                         row, slide, source.regions, cache_dir, spec, overwrite, threads, lock.check, picture
                     )
@@ -237,7 +257,8 @@ def _tile_open_slide(
             )
         discard(cache_dir, row.slide_id, finished=True)
         return replace(row, status=EXCLUDED, reason="no file of annotations")
-    kept = _kept_cache(slide.info, path, spec, digest, overwrite)
+    info = slide.info
+    kept = _kept_cache(path, info.fingerprint, info.mpp_level0, spec, digest, None, overwrite)
     if kept is not None and not (
         kept.header.tiles_unreadable and _is_readable_now(slide, kept, threads, regions)
     ):
@@ -267,6 +288,62 @@ def _tile_open_slide(
     return _used(row, write_tiles(slide, plan, cache_dir, row.slide_id, threads, check, digest))
 
 
+def _tile_open_series(
+    row: LedgerRow,
+    series: Series,
+    source: SlideSource,
+    cache_dir: Path,
+    spec: TileSpec,
+    overwrite: bool,
+    threads: int,
+    check: Callable[[], object],
+    preview: Path | None,
+) -> LedgerRow:
+    path = cache_path(cache_dir, row.slide_id)
+    known = series.fingerprint, _in_plane_um(series.frame)
+    kept = _kept_cache(path, *known, spec, "", source.location_mm, overwrite)
+    if kept is not None and (preview is None or preview.exists()):
+        discard(cache_dir, row.slide_id)
+        return _used(row, kept)
+    plan = plan_patches(series, spec, source.location_mm, _held if source.location_mm else prepare_series)
+    if preview is not None:
+        draw_patches(preview, plan, row.slide_id)
+    if kept is not None:
+        discard(cache_dir, row.slide_id)
+        return _used(row, kept)
+    row = replace(row, mpp_x=spec.mpp, mpp_y=spec.mpp, tiles_without_tissue=plan.patches_without_mask)
+    if not len(plan):
+        discard(cache_dir, row.slide_id, finished=True)
+        found = plan.mask.any()
+        reason = (
+            f"no patch has {spec.min_tissue:.0%} {spec.mask}" if found else f"no {spec.mask} is found in it"
+        )
+        return replace(row, status=EXCLUDED, reason=f"{reason}; --mask chooses another part, or none")
+    made = write_patches(plan, series, cache_dir, row.slide_id, threads, check, source.location_mm)
+    return _used(row, made)
+
+
+@lru_cache(maxsize=1)
+def _open_series(path: Path, modified: float) -> Series:
+    """Opens a series; many locations in it are cut one after the other."""
+    return open_series(path)
+
+
+@lru_cache(maxsize=1)
+def _held(series: Series, spec: TileSpec) -> PreparedSeries:
+    return prepare_series(series, spec)
+
+
+def release_series() -> None:
+    """Releases the memory of the last series."""
+    _open_series.cache_clear()
+    _held.cache_clear()
+
+
+def _place(location_mm: Triple | None) -> str:
+    return "all" if location_mm is None else f"the location {location_mm} mm"
+
+
 def _is_readable_now(slide: Slide, cache: SlideCache, threads: int, regions: Regions | None) -> bool:
     """Tells if any tile missing in a cache as unreadable can be read now."""
     plan = plan_tiles(slide, cache.spec, threads, regions)
@@ -282,7 +359,13 @@ def _is_readable_now(slide: Slide, cache: SlideCache, threads: int, regions: Reg
 
 
 def _kept_cache(
-    info: SlideInfo, path: Path, spec: TileSpec, regions: str, overwrite: bool
+    path: Path,
+    fingerprint: str,
+    mpp_level0: tuple[float, float],
+    spec: TileSpec,
+    regions: str,
+    location_mm: Triple | None,
+    overwrite: bool,
 ) -> SlideCache | None:
     """Opens the finished cache of this very slide; returns None if it must be made (again)."""
     try:
@@ -294,7 +377,7 @@ def _kept_cache(
                 f"{path}: features imported from {header.imported} are here; tile into another folder, or "
                 "replace them with --overwrite"
             )
-        if (header.fingerprint, header.mpp_level0) != (info.fingerprint, info.mpp_level0):
+        if (header.fingerprint, header.mpp_level0) != (fingerprint, mpp_level0):
             raise CacheMismatchError(
                 f"{path}: made from another slide, or from this one at another spacing of level 0; "
                 "replace it with --overwrite, or tile into another folder"
@@ -304,6 +387,11 @@ def _kept_cache(
             raise CacheMismatchError(
                 f"{path}: made from {before} of this slide; replace it with --overwrite, or tile into "
                 "another folder"
+            )
+        if header.location_mm != location_mm:
+            raise CacheMismatchError(
+                f"{path}: made at {_place(header.location_mm)} of this series, wanted {_place(location_mm)}; "
+                "replace it with --overwrite, or tile into another folder"
             )
         # Its writing did not wait for the disk, so after a power cut it may be incomplete.
         return None if is_small(path) and not is_intact(path) else SlideCache.open(path, spec)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from slidetl.tiles.codec import TileCodec, tile_codec
 from slidetl.tiles.cut import check_unreadable, encode_tile, encode_tiles
 from slidetl.tiles.ledger import LedgerRow
 from slidetl.tiles.lock import slide_lock
+from slidetl.tiles.patches import PatchPlan, plan_patches
 from slidetl.tiles.plan import TilePlan, plan_tiles
 from slidetl.tiles.store import (
     FEATURES,
@@ -46,6 +47,7 @@ from slidetl.tiles.store import (
     shard_path,
 )
 from slidetl.tiles.writer import CacheWriter
+from slidetl.volumes import open_series
 
 _FAILS = "it fails its checksum"
 _FEATURES_FAIL = "these features fail their checksum; run 'slidetl embed' again"
@@ -157,10 +159,7 @@ def repair_cache(found: Verification, slide_path: Path) -> Verification:
             f"{path}: its features were imported; remove this folder, and run 'slidetl features import' again"
         )
     slide_id = path.name.removesuffix(".zarr")
-    with slide_lock(path.parent, slide_id) as lock, _open_same(slide_path, header) as slide:
-        plan = plan_tiles(slide, header.spec)
-        if header.regions:
-            plan = _confined(found, header, plan)
+    with slide_lock(path.parent, slide_id) as lock, _planned(found, header, slide_path) as (plan, encode):
         kept = _kept_in_plan(found, header, plan)
         damaged = {tile for finding in found.findings for tile in finding.tiles}
         tile_of = {wanted: tile for tile, wanted in enumerate(kept) if tile not in damaged}
@@ -168,7 +167,7 @@ def repair_cache(found: Verification, slide_path: Path) -> Verification:
         left_out = set(range(len(plan))) - set(kept)
         with CacheWriter(path.parent, replace(header, tiles_unreadable=0), plan, lock.check) as writer:
             numbers = range(writer.next_tile, len(plan))
-            made = _encoded(slide, plan, [n for n in numbers if n not in tile_of and n not in left_out])
+            made = encode([n for n in numbers if n not in tile_of and n not in left_out])
             for number in numbers:
                 if number in left_out:
                     writer.add(number, None)
@@ -322,17 +321,36 @@ def _link_sound_features(found: Verification, group: Path) -> None:
             shutil.copytree(node, group / FEATURES / node.name, copy_function=os.link)
 
 
+_Made = Iterator[tuple[bytes | None, SlideReadError | None]]
+
+
 @contextlib.contextmanager
-def _open_same(slide_path: Path, header: CacheHeader) -> Iterator[Slide]:
-    """Opens the slide of a cache, at the spacing of the cache."""
-    spec, mpp = header.spec, header.mpp_level0
-    with open_slide(slide_path, icc=spec.icc, mpp_replace=mpp, channels=spec.channels) as slide:
-        if slide.info.fingerprint != header.fingerprint:
+def _planned(
+    found: Verification, header: CacheHeader, slide_path: Path
+) -> Iterator[tuple[TilePlan | PatchPlan, Callable[[list[int]], _Made]]]:
+    """Opens the slide of a cache, at the spacing of the cache, and plans its tiles as before."""
+
+    def check_same(fingerprint: str) -> None:
+        if fingerprint != header.fingerprint:
             raise CacheMismatchError(
                 f"{slide_path}: not the slide that the cache of {header.slide_id} was made from; "
                 "name the right one with --slides, or tile again with --overwrite"
             )
-        yield slide
+
+    spec, mpp = header.spec, header.mpp_level0
+    if spec.is_volume:
+        series = open_series(slide_path)
+        check_same(series.fingerprint)
+        patches = plan_patches(series, spec, header.location_mm)
+        encode = tile_codec(spec).encode
+        yield patches, lambda numbers: ((encode(patches.patch(n)), None) for n in numbers)
+        return
+    with open_slide(slide_path, icc=spec.icc, mpp_replace=mpp, channels=spec.channels) as slide:
+        check_same(slide.info.fingerprint)
+        plan = plan_tiles(slide, spec)
+        if header.regions:
+            plan = _confined(found, header, plan)
+        yield plan, lambda numbers: _encoded(slide, plan, numbers)
 
 
 def _confined(found: Verification, header: CacheHeader, plan: TilePlan) -> TilePlan:
@@ -360,10 +378,10 @@ def _confined(found: Verification, header: CacheHeader, plan: TilePlan) -> TileP
     )
 
 
-def _kept_in_plan(found: Verification, header: CacheHeader, plan: TilePlan) -> list[int]:
+def _kept_in_plan(found: Verification, header: CacheHeader, plan: TilePlan | PatchPlan) -> list[int]:
     """Finds the number in the plan of each tile of the cache."""
     is_damaged = any(Path(finding.file).parts[0] == "origin_level0" for finding in found.findings)
-    if not header.tiles_unreadable:
+    if not header.tiles_unreadable or isinstance(plan, PatchPlan):
         return list(range(len(plan)))
     if is_damaged:
         raise CacheCorruptError(
@@ -380,9 +398,7 @@ def _kept_in_plan(found: Verification, header: CacheHeader, plan: TilePlan) -> l
         ) from error
 
 
-def _encoded(
-    slide: Slide, plan: TilePlan, numbers: list[int]
-) -> Iterator[tuple[bytes | None, SlideReadError | None]]:
+def _encoded(slide: Slide, plan: TilePlan, numbers: list[int]) -> _Made:
     """Encodes tiles of a plan as before; neighbours share reads, so the plan stays complete.
 
     Yields:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from slidetl.errors import UsageError
+from slidetl.slides.dicom import SLIDE, modality
+from slidetl.slides.ngff import is_ngff
 from slidetl.volumes.frame import VolumeFrame
 from slidetl.volumes.series import Series
 from slidetl.volumes.volume import Volume
 
-__all__ = ["Series", "Volume", "VolumeFrame", "is_volume_file", "open_series", "read_volume"]
+__all__ = ["Series", "Volume", "VolumeFrame", "is_series", "is_volume_file", "open_series", "read_volume"]
 
 SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd")
 
@@ -17,6 +20,25 @@ SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd")
 def is_volume_file(path: Path) -> bool:
     """Tells by its name if a file is a NIfTI or MetaImage."""
     return path.name.lower().endswith(SUFFIXES)
+
+
+def is_series(path: Path) -> bool | None:
+    """Tells if a path is of a series of images through a body (CT, but also MR), or of a slide.
+
+    Returns:
+        True for a NIfTI or MetaImage by its name and for DICOM of any modality but SM, False for all other
+        files, None for a folder without DICOM and for a path that is not there.
+    """
+    if is_volume_file(path):
+        return True
+    if not path.exists():
+        return None
+    if is_ngff(path):
+        return False
+    if path.is_dir() or re.fullmatch(r"\.(dcm|dicom|ima|\d+)|", path.suffix.lower()):
+        kind = modality(path)
+        return kind != SLIDE if kind else None if path.is_dir() else False
+    return False
 
 
 def open_series(path: str | Path) -> Series:

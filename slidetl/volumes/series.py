@@ -24,25 +24,30 @@ class Series:
 
     Attributes:
         path: as given.
-        frame: the grid as stored; of the volume read, with its axes in another order or direction.
+        stored: the grid as stored; :attr:`frame` has its axes in another order or direction.
         fingerprint: SHA-256 over the content of its files, hexadecimal.
         notes: doubts, and what was left out.
-        planes: returns an iterator over the planes of ``frame`` along z, ``[y, x]`` Hounsfield units of any
+        planes: returns an iterator over the planes of ``stored`` along z, ``[y, x]`` Hounsfield units of any
             type.
     """
 
     path: Path
-    frame: VolumeFrame
+    stored: VolumeFrame
     fingerprint: str
     notes: tuple[str, ...]
     planes: Callable[[], Iterator[NDArray[np.generic]]]
 
     def __post_init__(self) -> None:
-        if np.prod(self.frame.size_voxel, dtype=np.float64) > _MOST_VOXELS:
+        if np.prod(self.stored.size_voxel, dtype=np.float64) > _MOST_VOXELS:
             raise VolumeError(
-                f"{self.path}: it has {self.frame.size_voxel} voxels, more than a CT series may have here "
+                f"{self.path}: it has {self.stored.size_voxel} voxels, more than a CT series may have here "
                 f"({_MOST_VOXELS})"
             )
+
+    @property
+    def frame(self) -> VolumeFrame:
+        """The grid of the volume read."""
+        return _turn(self.stored)[2]
 
     def read(self) -> Volume:
         """Reads the voxels.
@@ -50,7 +55,7 @@ class Series:
         Raises:
             VolumeError: they are damaged, not finite, or no Hounsfield units.
         """
-        hu = np.empty(self.frame.size_voxel[::-1], np.int16)
+        hu = np.empty(self.stored.size_voxel[::-1], np.int16)
         for number, plane in enumerate(self.planes()):
             lowest, highest = float(plane.min()), float(plane.max())
             if not (np.isfinite(lowest) and np.isfinite(highest)):
@@ -61,29 +66,37 @@ class Series:
                     "the rescale slope and intercept"
                 )
             hu[number] = np.maximum(np.rint(plane.astype(np.float32)), AIR_HU)
-        return turned(Volume(hu, self.frame, self.fingerprint, self.notes))
+        return turned(Volume(hu, self.stored, self.fingerprint, self.notes))
 
 
 def turned(volume: Volume) -> Volume:
     """Permutes and mirrors the axes of a volume to run as nearly as they can to left, back and head."""
-    matrix = volume.direction
-    order = max(
-        itertools.permutations(range(3)), key=lambda axes: sum(abs(matrix[n, a]) for n, a in enumerate(axes))
-    )
-    is_mirrored = [bool(matrix[n, axis] < 0) for n, axis in enumerate(order)]
+    order, is_mirrored, frame = _turn(volume.frame)
     hu = volume.hu.transpose([2 - axis for axis in order][::-1])
     hu = hu[tuple(slice(None, None, -1 if mirror else 1) for mirror in is_mirrored[::-1])]
-    old = volume.frame
+    return Volume(np.ascontiguousarray(hu), frame, volume.fingerprint, volume.notes)
+
+
+def _turn(old: VolumeFrame) -> tuple[tuple[int, ...], list[bool], VolumeFrame]:
+    """Chooses the old axis for each new one, tells if it is mirrored, and returns the new frame."""
+    matrix = old.matrix
+
+    def nearness(axes: tuple[int, ...]) -> float:
+        return float(sum(abs(matrix[n, axis]) for n, axis in enumerate(axes)))
+
+    order = max(itertools.permutations(range(3)), key=nearness)
+    is_mirrored = [bool(matrix[n, axis] < 0) for n, axis in enumerate(order)]
     first = [0, 0, 0]
     for axis, mirror in zip(order, is_mirrored, strict=True):
         first[axis] = (old.size_voxel[axis] - 1) * mirror
     x, y, z = old.to_patient_mm(first).tolist()
     signs = [-1.0 if mirror else 1.0 for mirror in is_mirrored]
-    size, spacing = ([values[axis] for axis in order] for values in (old.size_voxel, old.spacing_mm))
+    size = [old.size_voxel[axis] for axis in order]
+    spacing = [old.spacing_mm[axis] for axis in order]
     frame = VolumeFrame(
-        (int(size[0]), int(size[1]), int(size[2])),
+        (size[0], size[1], size[2]),
         (spacing[0], spacing[1], spacing[2]),
         (x, y, z),
         tuple((matrix[:, list(order)] * signs).ravel().tolist()),
     )
-    return Volume(np.ascontiguousarray(hu), frame, volume.fingerprint, volume.notes)
+    return order, is_mirrored, frame

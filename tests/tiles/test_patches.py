@@ -18,13 +18,13 @@ from slidetl.tiles.store import SlideCache, cache_path
 from slidetl.tiles.tile import write_patches
 from slidetl.tiles.verify import verify_cache
 from tests.tiles.conftest import tree
-from tests.volumes.phantom import chest
+from tests.volumes.phantom import as_series, chest
 
 SPEC = TileSpec(spacing_mm=4.0, tile_size_px=16, stride_px=8)
 
 
 def test_a_series_becomes_a_cache_of_its_lungs(tmp_path: Path) -> None:
-    series, _ = chest()
+    series = as_series(chest()[0])
     plan = plan_patches(series, SPEC)
     cache = write_patches(plan, series, tmp_path, "S1", threads=2)
     assert cache.spec == SPEC and len(cache) == len(plan) > 10
@@ -44,7 +44,7 @@ def test_a_series_becomes_a_cache_of_its_lungs(tmp_path: Path) -> None:
 
 
 def test_its_attributes_name_window_and_spacing_and_zarr_reads_all_of_it(tmp_path: Path) -> None:
-    series, _ = chest()
+    series = as_series(chest()[0])
     cache = write_patches(plan_patches(series, SPEC), series, tmp_path, "S1")
     attributes = json.loads((cache.path / "zarr.json").read_text())["attributes"]
     assert attributes["spec"] == {
@@ -68,7 +68,7 @@ def test_its_attributes_name_window_and_spacing_and_zarr_reads_all_of_it(tmp_pat
 def test_equal_series_give_equal_bytes_and_a_killed_run_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    series, _ = chest()
+    series = as_series(chest()[0])
     spec = TileSpec(spacing_mm=4.0, tile_size_px=8, stride_px=4, min_tissue=0.0)
     plan = plan_patches(series, spec)
     assert len(plan) > 2 * 256
@@ -92,7 +92,7 @@ def test_equal_series_give_equal_bytes_and_a_killed_run_loses_nothing(
 
 
 def test_a_location_gives_the_one_patch_around_it(tmp_path: Path) -> None:
-    series, _ = chest()
+    series = as_series(chest()[0])
     plan = plan_patches(series, SPEC, (60.0, 0.0, 10.0))
     cache = write_patches(plan, series, tmp_path, "N1", location_mm=(60.0, 0.0, 10.0))
     assert len(cache) == 1 and cache.header.location_mm == (60.0, 0.0, 10.0)
@@ -106,7 +106,7 @@ def test_a_location_gives_the_one_patch_around_it(tmp_path: Path) -> None:
 
 
 def test_a_cache_of_a_series_is_no_cache_of_a_slide(tmp_path: Path) -> None:
-    series, _ = chest()
+    series = as_series(chest()[0])
     cache = write_patches(plan_patches(series, SPEC), series, tmp_path, "S1")
     for name in ("origins_level0", "thumbnail", "tissue_mask", "thumbnail_mpp"):
         with pytest.raises(CacheMismatchError, match="patches of a CT series"):

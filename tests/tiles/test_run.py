@@ -158,7 +158,7 @@ def test_whatever_a_slide_raises_costs_it_alone(
 
 def test_a_process_that_ends_itself_is_told_without_blame(source: SlideSource, tmp_path: Path) -> None:
     tile = partial(end_at_once, cache_dir=tmp_path)
-    (row,) = _in_processes([source], tile, 1)
+    (row,) = _in_processes([[source]], tile, 1)
     assert row.status == FAILED and row.reason == (
         "the process that tiled it ended itself, as libraries do that cannot go on (code 1); if memory is "
         "short, use fewer --workers, or a machine with more"

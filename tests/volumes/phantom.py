@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.volumes.frame import VolumeFrame
+from slidetl.volumes.series import Series
 from slidetl.volumes.volume import Volume
 
 IDENTITY = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
@@ -52,3 +55,8 @@ def chest(
     rng = np.random.default_rng(0)
     hu += np.rint(rng.standard_normal(hu.shape) * 15).astype(np.int16)
     return Volume(hu.clip(-1024, None), about, fingerprint), {"body": body, "lungs": lungs, "nodule": nodule}
+
+
+def as_series(volume: Volume) -> Series:
+    """Wraps a volume as a series that is read from nowhere."""
+    return Series(Path("drawn"), volume.frame, volume.fingerprint, volume.notes, lambda: iter(volume.hu))
