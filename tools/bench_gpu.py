@@ -101,6 +101,7 @@ def embed_rows(cache: Path, backbone: str, device: Literal["cpu", "cuda"]) -> li
     from slidetl.models.backbones import Backbone
     from slidetl.models.runner import Runner
     from slidetl.models.spec import BackboneSpec
+    from slidetl.tiles.grid import TileSpec
     from slidetl.training.embed import embed_cache
     from slidetl.training.options import EmbedOptions
 
@@ -129,7 +130,7 @@ def embed_rows(cache: Path, backbone: str, device: Literal["cpu", "cuda"]) -> li
         warm = sum(done for _, done in marks[1:]) / (ended - marks[0][0])
         network.to(place)
         noise = np.random.default_rng(0).integers(0, 256, (256, side, side, 3), np.uint8)
-        with Runner(_in(precision, network), place, 256, side) as runner:
+        with Runner(_in(precision, network), place, 256, TileSpec(1.0, side)) as runner:
             alone = runner.rate(noise)
         what = f"`embed`, {len(caches)} slides, {tiles} tiles of {side} px, {backbone}, {precision}"
         first = marks[0][0] - started

@@ -42,6 +42,8 @@ def augment(
     except (yaml.YAMLError, AttributeError, TypeError) as error:
         raise UsageError(f"{config}: expected data.augmentation: {' '.join(str(error).split())}") from error
     opened = SlideCache.open(cache)
+    if opened.spec.is_volume:
+        raise UsageError(f"{cache} has patches of volumes; a sheet is drawn of tiles of slides")
     if not 0 <= tile < len(opened):
         raise UsageError(f"{cache} has tiles 0 to {len(opened) - 1}, not {tile}")
     Image.fromarray(draw_sheet(opened.read([tile])[0], augmentation, rows, columns, seed)).save(output)

@@ -1,14 +1,15 @@
-"""Augmentation of tiles: a fast default, or a pipeline of albumentations."""
+"""Augmentation: of tiles a fast default, or a pipeline of albumentations; of volumes a fast default."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,6 +87,68 @@ class Augmentation:
         cv2.transform(tile, matrix, dst=out)
 
 
+@dataclass(frozen=True)
+class VolumeAugmentation:
+    """Changes of a patch of a volume without effect on its label; the default on volumes.
+
+    The default symmetries keep the axial axis: slices are often thicker than pixels are wide, and resampling
+    does not restore the detail lost between them, so a patch turned onto its side looks like no scan.
+
+    Attributes:
+        symmetries: ``axial``, the 16 symmetries of the cube that keep the axial axis; ``cube``, all 48, for
+            thin slices; or ``none``.
+        shift_hu: greatest shift, Hounsfield units.
+        scale: greatest relative change of the density above that of air at -1000 HU, 0..1.
+        noise_hu: greatest standard deviation of added normal noise, Hounsfield units.
+    """
+
+    symmetries: Literal["axial", "cube", "none"] = "axial"
+    shift_hu: float = 20.0
+    scale: float = 0.05
+    noise_hu: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.scale < 1:
+            raise UsageError(f"augmentation.scale must be from 0 to below 1, not {self.scale}")
+        for name in ("shift_hu", "noise_hu"):
+            if not 0 <= getattr(self, name) <= 1000:
+                raise UsageError(f"augmentation.{name} must be from 0 to 1000, not {getattr(self, name)}")
+
+    def draw(self, n: int, seed: int) -> NDArray[np.float64]:
+        """Draws the changes of ``n`` patches, for :meth:`apply`.
+
+        Returns:
+            ``[n, 5]``: the symmetry, 0..47, shift, scale, standard deviation and seed of the noise.
+        """
+        rng = np.random.default_rng(seed)
+        symmetries = rng.integers({"none": 1, "axial": 16, "cube": 48}[self.symmetries], size=n)
+        greatest = np.array([self.shift_hu, self.scale, self.noise_hu])
+        change = rng.uniform(-1, 1, (n, 3)) * greatest
+        change[rng.random(n) >= _JITTERED] = 0
+        return np.column_stack([symmetries, change, rng.integers(2**32, size=n)])
+
+    def apply(self, tile: NDArray[np.int16], change: NDArray[np.float64], out: NDArray[np.int16]) -> None:
+        """Writes a patch ``[S, S, S] int16`` to ``out``, changed as drawn by :meth:`draw`; thread-safe."""
+        axes, flips = divmod(int(change[0]), 8)
+        shift, scale, noise = change[1:4]
+        tile = tile.transpose(_AXES[axes])[
+            tuple(slice(None, None, -1 if flips & bit else 1) for bit in (4, 2, 1))
+        ]
+        if not change[1:4].any():
+            out[:] = tile
+            return
+        hu = (tile.astype(np.float32) - _AIR_HU) * np.float32(1 + scale) + np.float32(_AIR_HU + shift)
+        if noise:
+            rng = np.random.default_rng(int(change[4]))
+            hu += np.float32(noise) * rng.standard_normal(hu.shape, np.float32)
+        np.rint(hu, out=hu)
+        out[:] = np.clip(hu, -32768, 32767)
+
+
+_AIR_HU = -1000
+_AXES = tuple(itertools.permutations(range(3)))  # the first two keep the axial axis, which is the first
+
+
 class Transform(Protocol):
     """The interface of an albumentations transform or composition, as used by slidetl."""
 
@@ -148,15 +211,36 @@ class Pipeline:
         out[:] = changed
 
 
-def build_augmentation(value: Augmentation | Sequence[Mapping[str, Any]]) -> Augmentation | Pipeline:
+def build_augmentation(
+    value: Augmentation | VolumeAugmentation | Sequence[Mapping[str, Any]],
+) -> Augmentation | VolumeAugmentation | Pipeline:
     """Builds the augmentation of a configuration; a list is a pipeline of albumentations."""
-    return value if isinstance(value, Augmentation) else Pipeline(value)
+    return value if isinstance(value, Augmentation | VolumeAugmentation) else Pipeline(value)
+
+
+def fit_augmentation(
+    augmentation: Augmentation | VolumeAugmentation | Pipeline, is_volume: bool
+) -> Augmentation | VolumeAugmentation | Pipeline:
+    """Returns the augmentation, or the default one of volumes instead of the default one of tiles.
+
+    Raises:
+        UsageError: it is of tiles and the data are volumes, or the reverse.
+    """
+    if is_volume and augmentation == Augmentation():
+        return VolumeAugmentation()
+    if is_volume != isinstance(augmentation, VolumeAugmentation):
+        kinds = ("volumes", "VolumeAugmentation") if is_volume else ("tiles of slides", "Augmentation")
+        raise UsageError(
+            f"data.augmentation is {type(augmentation).__name__}, but the cache has {kinds[0]}; give options "
+            f"of slidetl.data.augment.{kinds[1]}"
+        )
+    return augmentation
 
 
 def read_augmentation(config: Mapping[str, Any]) -> Augmentation | Pipeline:
     """Reads the augmentation of a configuration of ``slidetl fit``; :class:`Augmentation` by default."""
     value = (config.get("data") or {}).get("augmentation") or {}
-    return build_augmentation(Augmentation(**value) if isinstance(value, Mapping) else value)
+    return Augmentation(**value) if isinstance(value, Mapping) else Pipeline(value)
 
 
 def draw_sheet(

@@ -14,7 +14,13 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 
-from slidetl.data.augment import Augmentation, Pipeline, build_augmentation
+from slidetl.data.augment import (
+    Augmentation,
+    Pipeline,
+    VolumeAugmentation,
+    build_augmentation,
+    fit_augmentation,
+)
 from slidetl.data.datasets import (
     Bag,
     BagDataset,
@@ -64,7 +70,8 @@ class SlideDataModule(pl.LightningDataModule):
         prefetch: batches for each process to read ahead.
         augmentation: changes of training tiles without effect on the grade: options of
             :class:`~slidetl.data.augment.Augmentation`, or a list of albumentations transforms, each with
-            ``class_path`` and ``init_args`` (``configs/augmentation/stain.yaml``).
+            ``class_path`` and ``init_args`` (``configs/augmentation/stain.yaml``). On volumes, options of
+            :class:`~slidetl.data.augment.VolumeAugmentation`, also by default.
         sampling: rule for drawing tiles, of :mod:`slidetl.data.sampling`; uniform by default.
         features: name of the pretrained backbone's embeddings stored by ``slidetl embed``; empty for none.
             A bag then has all tiles of the slide: drawn tiles go through the backbone and train it, the rest
@@ -96,7 +103,7 @@ class SlideDataModule(pl.LightningDataModule):
         test_fraction: float = 0.25,
         seed: int = 0,
         num_workers: int | Literal["auto"] = "auto",
-        augmentation: Augmentation | list[dict[str, Any]] = Augmentation(),  # noqa: B008 (frozen)
+        augmentation: Augmentation | VolumeAugmentation | list[dict[str, Any]] = Augmentation(),  # noqa: B008 (frozen)
         sampling: Sampling | None = None,
         features: str = "",
         fold: str = "",
@@ -173,6 +180,7 @@ class SlideDataModule(pl.LightningDataModule):
             self._read(stage)
         needed = self._needed(stage)
         self.tile_spec = common_spec([slide.cache for slide in self.slides["predict"]])
+        self.augmentation = fit_augmentation(self.augmentation, self.tile_spec.is_volume)
         if self.features and (stage == "fit" or not self.bag_size):
             using = self.slides["train" if self.bag_size else "predict"]  # the latter are all
             self.feature_source = common_source(self.features, [slide.cache for slide in using])

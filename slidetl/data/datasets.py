@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -15,17 +15,21 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from slidetl.data.augment import Augmentation, Pipeline
+from slidetl.data.augment import Augmentation, Pipeline, VolumeAugmentation
 from slidetl.data.sampling import Sampling, Uniform
 from slidetl.data.study import CachedSlide
+from slidetl.models.runner import channels_first
+from slidetl.models.volumes import unit_window
 from slidetl.tiles.features import read_features
+from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.store import SlideCache
 
 
 class Bag(TypedDict):
     """Tiles drawn from a slide; collated, every entry has a leading axis B.
 
-    ``tiles [N, 3, S, S] uint8``; ``mask [N] bool``, False for padding; ``grade`` int64; ``readers [R]``
+    ``tiles [N, 3, S, S] uint8``, or patches ``[N, 1, S, S, S] float32``, 0..1 over the window; ``mask [N]
+    bool``, False for padding; ``grade`` int64; ``readers [R]``
     int64, each reader's grade or -1; ``labels`` by task name, int64, -1 for none: of the slide, or ``[N]`` of
     its tiles. Stored features add ``stored [M, D] float16`` of the other tiles, and ``stored_mask [M] bool``.
     """
@@ -42,7 +46,7 @@ class Bag(TypedDict):
 class Chunk(TypedDict):
     """A run of a slide's tiles. Chunks of a slide come in order, without another slide's between.
 
-    ``tiles [n, 3, S, S] uint8``, or instead their features ``stored [n, D] float16``; identifiers;
+    ``tiles`` as in a :class:`Bag`, or instead their features ``stored [n, D] float16``; identifiers;
     ``fingerprint`` of the slide's content; ``grade`` 0..K-1, or -1 for none; ``labels`` by task name,
     likewise: of the slide, or ``[n]`` of its tiles; ``last``: True if the chunk ends the slide.
     """
@@ -75,7 +79,7 @@ class BagDataset(Dataset[Bag]):
         self,
         slides: Sequence[CachedSlide],
         bag_size: int,
-        augmentation: Augmentation | Pipeline | None,
+        augmentation: Augmentation | Pipeline | VolumeAugmentation | None,
         seed: int,
         sampling: Sampling = Uniform(),  # noqa: B008 (frozen)
         features: str = "",
@@ -108,7 +112,7 @@ class BagDataset(Dataset[Bag]):
         drawn.sort()  # neighbours share a shard
         tiles = self._read(slide.cache, drawn, int(rng.integers(2**31)))
         bag: Bag = {
-            "tiles": channels_first(tiles),
+            "tiles": network_input(tiles, slide.cache.spec),
             "mask": torch.arange(self.bag_size) < size,
             "grade": torch.tensor(slide.row.grade),
             "readers": torch.tensor([-1 if g is None else g for g in slide.row.reader_grades]).long(),
@@ -120,10 +124,11 @@ class BagDataset(Dataset[Bag]):
             bag["stored_mask"] = torch.ones(len(rest), dtype=torch.bool)
         return bag
 
-    def _read(self, cache: SlideCache, drawn: NDArray[np.int64], seed: int) -> NDArray[np.uint8]:
-        """Reads the drawn tiles, augmented and padded with zeros to the size of a bag."""
-        side = cache.spec.tile_size_px
-        bag = np.zeros((self.bag_size, side, side, 3), np.uint8)
+    def _read(self, cache: SlideCache, drawn: NDArray[np.int64], seed: int) -> NDArray[Any]:
+        """Reads the drawn tiles, augmented and padded with black to the size of a bag."""
+        spec = cache.spec
+        nothing = int(spec.window_hu[0]) if spec.is_volume else 0
+        bag = np.full((self.bag_size, *spec.tile_shape), nothing, spec.dtype)
         changes = self.augmentation.draw(len(drawn), seed) if self.augmentation is not None else None
 
         def fill(places: NDArray[np.intp]) -> None:
@@ -172,8 +177,8 @@ def collate_bags(bags: list[Bag]) -> Bag:
             bag["stored"] = functional.pad(bag["stored"], (0, 0, 0, missing))
             bag["stored_mask"] = functional.pad(bag["stored_mask"], (0, missing))
     # Stacked in memory order: a worker copies in the order of the axes, and would transpose them.
-    stacked: Bag = default_collate([{**bag, "tiles": bag["tiles"].permute(0, 2, 3, 1)} for bag in bags])
-    stacked["tiles"] = stacked["tiles"].permute(0, 1, 4, 2, 3)
+    stacked: Bag = default_collate([{**bag, "tiles": bag["tiles"].movedim(1, -1)} for bag in bags])
+    stacked["tiles"] = stacked["tiles"].movedim(-1, 2)
     return stacked
 
 
@@ -230,7 +235,7 @@ class ChunkDataset(Dataset[Chunk]):
         if self.features:
             chunk["stored"] = torch.from_numpy(read_features(cache, self.features))
         else:
-            chunk["tiles"] = channels_first(cache.read(np.arange(start, stop)))
+            chunk["tiles"] = network_input(cache.read(np.arange(start, stop)), cache.spec)
         return chunk
 
 
@@ -295,6 +300,15 @@ def _padded(label: int | NDArray[np.int64], drawn: NDArray[np.int64], bag_size: 
     return padded
 
 
-def channels_first(tiles: NDArray[np.uint8]) -> Tensor:
-    """Converts an array ``[N, S, S, 3]`` to a tensor ``[N, 3, S, S]``: a channels-last view, no copy."""
-    return torch.from_numpy(tiles).permute(0, 3, 1, 2)
+def network_input(tiles: NDArray[Any], spec: TileSpec) -> Tensor:
+    """Converts an array of tiles, as a cache reads them, to the input of a backbone.
+
+    Args:
+        tiles: ``[N, S, S, 3] uint8``, or patches ``[N, S, S, S] int16``.
+        spec: their specification.
+
+    Returns:
+        ``[N, 3, S, S] uint8``, a channels-last view; or ``[N, 1, S, S, S] float32``, 0..1 over the window.
+    """
+    found = channels_first(torch.from_numpy(tiles))
+    return unit_window(found, *spec.window_hu) if spec.is_volume else found

@@ -1,4 +1,4 @@
-"""Backbones: tile -> embedding, and the sources of their pretrained weights."""
+"""Backbones: tile or volume -> embedding, and the sources of their pretrained weights."""
 
 import hashlib
 import inspect
@@ -23,15 +23,19 @@ from slidetl.models.cbr import CBR
 from slidetl.models.huggingface import convert_dinov2, is_dinov2
 from slidetl.models.packaged import check_packaged, packaged_weights
 from slidetl.models.presets import Preset, preset_of
-from slidetl.models.spec import PUBLISHED, BackboneSpec
+from slidetl.models.spec import CONV3D, PUBLISHED, BackboneSpec
 from slidetl.models.stored import NO_NETWORK, PREFIX, StoredFeatures
 from slidetl.models.tensors import check_finite, is_state, load_tensors
+from slidetl.models.volumes import Conv3dNetwork, inflate, inflate_kernel
+from slidetl.tiles.grid import TileSpec
 
 # Named here, since TorchScript would parse the comment inside a function as a type comment.
 _is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined] # torch does not list it
 
 # Prefix of the first backbone in the state of `slidetl.publish.export.ExportedNetwork`.
 _FIRST_MEMBER = "networks.0.backbone."
+# Prefix of the backbone in the state of a checkpoint.
+_IN_CHECKPOINT = "network.backbone."
 
 
 class Backbone(nn.Module):
@@ -39,13 +43,15 @@ class Backbone(nn.Module):
 
     It starts from random weights; :meth:`load_pretrained` replaces them. Convolutional networks take tiles of
     any size, timm's ViT, EVA and Swin families multiples of their patch, and the few networks marked
-    ``fixed_input_size`` by timm a single size.
+    ``fixed_input_size`` by timm a single size. Networks for volumes take patches of any size.
 
     Attributes:
         num_features: length D of an embedding.
         description: the network's name and later changes.
         is_stored: True if it only stands for stored features (:mod:`slidetl.models.stored`).
-        mean, std: buffers ``[1, C, 1, 1]``, of pixel values in 0..1, saved with the weights.
+        takes_volumes: True for a network of volumes.
+        mean, std: buffers ``[1, C, 1, 1]``, of pixel values in 0..1, or ``[1, C, 1, 1, 1]``, of values of the
+            window in 0..1; saved with the weights.
         architecture: configuration of a network of the hub or a folder, as plain values; None for others.
         lineage: SHA-256 of the initial weights and their ancestors, nearest first; see :class:`Pretrained`.
 
@@ -57,16 +63,20 @@ class Backbone(nn.Module):
     mean: Tensor
     std: Tensor
     pools_tokens: Final[bool]  # a constant: TorchScript then leaves `_pool` out of other networks
+    takes_volumes: Final[bool]
 
     def __init__(self, spec: BackboneSpec) -> None:
         super().__init__()
         self.spec = spec
         self.description = spec.name
         self.lineage: tuple[str, ...] = ()
-        self.in_channels = spec.in_channels
+        self.takes_volumes = spec.takes_volumes
         self.channels_last = spec.channels_last
-        self.architecture = _architecture(spec.name)
-        self.net: nn.Module = _build_network(spec, self.architecture)
+        self.architecture = _architecture(spec.in_plane.name)
+        self.net: nn.Module = _build_network(spec.in_plane, self.architecture)
+        if spec.in_plane != spec:
+            inflate(self.net, spec.in_channels, spec.name)
+        self.in_channels = 1 if isinstance(self.net, Conv3dNetwork) else spec.in_channels
         self.is_stored = isinstance(self.net, StoredFeatures)  # TorchScript would compile a property
         if spec.gradient_checkpointing:
             try:
@@ -86,23 +96,33 @@ class Backbone(nn.Module):
         if self.pools_class_token and self.pools_patches:
             self.num_features *= 2
         for key in ("mean", "std"):
-            self.register_buffer(key, _per_channel(_config(self.net)[key], spec.in_channels))
+            self.register_buffer(key, self._per_channel(_config(self.net)[key]))
         if self.channels_last:
-            self.net.to(memory_format=torch.channels_last)
+            self.net.to(memory_format=torch.channels_last_3d if self.takes_volumes else torch.channels_last)
 
     def forward(self, tiles: Tensor) -> Tensor:
-        """Embeds tiles.
+        """Embeds tiles, or patches of volumes.
 
         Args:
             tiles: ``[N, C, H, W] uint8``; three channels are RGB, and a network of one channel takes their
-                luma, ``0.299 R + 0.587 G + 0.114 B`` (ITU-R BT.601), not rounded.
+                luma, ``0.299 R + 0.587 G + 0.114 B`` (ITU-R BT.601), not rounded. Of volumes
+                ``[N, 1, D, H, W] float``, 0..1 over the window (:func:`~slidetl.models.volumes.unit_window`).
 
         Returns:
             ``[N, D] float32`` (lower precision under autocast).
 
         Raises:
-            UsageError: the tiles have another number of channels, or a size that the patch does not divide.
+            UsageError: the tiles have another number of channels, or a size that the patch does not divide;
+                or tiles came for volumes, or the reverse.
         """
+        if self.takes_volumes:
+            if not _is_scripting():
+                self._check_volumes(tiles)
+            v = (tiles.to(self.mean.dtype) - self.mean) / self.std  # grey in every channel
+            if self.channels_last:
+                v = v.contiguous(memory_format=torch.channels_last_3d)
+            of_volumes: Tensor = self.net(v)
+            return of_volumes
         if self.in_channels == 1 and tiles.shape[1] == 3:
             rgb = tiles.to(self.mean.dtype)
             tiles = 0.299 * rgb[:, :1] + 0.587 * rgb[:, 1:2] + 0.114 * rgb[:, 2:]
@@ -127,6 +147,23 @@ class Backbone(nn.Module):
             parts.append(self.net.fc_norm(tokens[:, self.prefix_tokens :].mean(1)))  # type: ignore[operator]
         return torch.cat(parts, 1)
 
+    def check_tiles(self, spec: TileSpec) -> None:
+        """Checks that the tiles or patches of a cache fit the network.
+
+        Raises:
+            UsageError: they do not; the message says what does.
+        """
+        if spec.is_volume != self.takes_volumes:
+            takes, found = (
+                ("volumes", "tiles of slides") if self.takes_volumes else ("tiles of slides", "volumes")
+            )
+            names = "conv3d_64 or inflated_resnet18" if spec.is_volume else "tf_efficientnet_lite0"
+            raise UsageError(
+                f"{self.spec.name} takes {takes}, the cache has {found}; use a backbone such as {names}"
+            )
+        if not spec.is_volume:
+            self.check_tile_size(spec.tile_size_px)
+
     def check_tile_size(self, side_px: int) -> None:
         """Checks that square tiles of a side fit the network.
 
@@ -149,7 +186,16 @@ class Backbone(nn.Module):
                 f"cut tiles of {sizes} px"
             )
 
+    def _check_volumes(self, tiles: Tensor) -> None:
+        if tiles.ndim != 5 or tiles.shape[1] != 1 or not tiles.is_floating_point():
+            raise UsageError(
+                f"{self.spec.name} takes volumes [N, 1, D, H, W] of the window in 0..1, not {tiles.dtype} "
+                f"{list(tiles.shape)}"
+            )
+
     def _check_tiles(self, tiles: Tensor) -> None:
+        if tiles.ndim != 4:
+            raise UsageError(f"{self.spec.name} takes tiles [N, C, H, W], not {list(tiles.shape)}")
         for side_px in tiles.shape[2:]:
             self.check_tile_size(side_px)
         if tiles.shape[1] != self.in_channels:
@@ -174,7 +220,14 @@ class Backbone(nn.Module):
         for name in _names(config.get("first_conv")):
             kernel = weights.get(f"{name}.weight")
             if kernel is not None and kernel.ndim == 4 and kernel.shape[1] == 3:
-                weights[f"{name}.weight"] = _adapt_kernel(kernel, self.spec.in_channels)
+                weights[f"{name}.weight"] = _adapt_kernel(kernel, self.in_channels)
+        if self.takes_volumes:
+            weights = {
+                key: inflate_kernel(value)
+                if value.ndim == 4 and key in expected and expected[key].ndim == 5
+                else value
+                for key, value in weights.items()
+            }
         wrong = sorted(set(expected) ^ set(weights)) + sorted(
             key for key in set(expected) & set(weights) if expected[key].shape != weights[key].shape
         )
@@ -186,8 +239,15 @@ class Backbone(nn.Module):
         check_finite(weights, self.spec.pretrained)
         self.net.load_state_dict(weights)
         for key, values in found.normalisation.items():
-            getattr(self, key).copy_(_per_channel(values, self.spec.in_channels))
+            getattr(self, key).copy_(self._per_channel(values))
         self.lineage = found.lineage
+
+    def _per_channel(self, values: Sequence[float]) -> Tensor:
+        """Returns mean or std with axes as the tiles; adapts three values like the kernels."""
+        given = torch.tensor(values, dtype=torch.float32)
+        if len(given) != self.in_channels:
+            given = given.mean().view(1) if self.in_channels == 1 else given.repeat(2)[: self.in_channels]
+        return given.view(1, -1, *[1] * (3 if self.takes_volumes else 2))
 
     def check_network(self) -> None:
         """Raises a UsageError if it only stands for stored features."""
@@ -238,14 +298,6 @@ def _prefix_tokens(network: Any, spec: BackboneSpec) -> int:
     return int(network.num_prefix_tokens)
 
 
-def _per_channel(values: Sequence[float], in_channels: int) -> Tensor:
-    """Returns mean or std ``[1, C, 1, 1]``; adapts three values like the kernels."""
-    given = torch.tensor(values, dtype=torch.float32)
-    if len(given) != in_channels:
-        given = given.mean().view(1) if in_channels == 1 else given.repeat(2)[:in_channels]
-    return given.view(1, -1, 1, 1)
-
-
 def _adapt_kernel(kernel: Tensor, in_channels: int) -> Tensor:
     """Adapts a first layer's kernel ``[O, 3, h, w]`` to another number of channels, as timm does."""
     if in_channels == 3:
@@ -258,6 +310,8 @@ def _adapt_kernel(kernel: Tensor, in_channels: int) -> Tensor:
 def _build_network(spec: BackboneSpec, architecture: Mapping[str, Any] | None) -> nn.Module:
     if spec.name.startswith("cbr_"):
         return CBR(spec.name, spec.in_channels)
+    if spec.name.startswith(CONV3D):
+        return Conv3dNetwork(spec.name)
     if spec.name.startswith(PREFIX):
         return StoredFeatures(spec.name)
     if architecture is None:
@@ -458,6 +512,7 @@ def read_pretrained(spec: BackboneSpec) -> Pretrained:
     Raises:
         WeightsError: they are missing, or unreadable without unpickling objects.
     """
+    spec = spec.in_plane
     if spec.pretrained in PUBLISHED:
         weights = _published_weights(spec)
         return Pretrained(weights, {}, (state_sha256(weights),))
@@ -471,13 +526,13 @@ def read_pretrained(spec: BackboneSpec) -> Pretrained:
         if not path.is_file():
             raise WeightsError(
                 f"pretrained: expected 'imagenet', 'hub', 'zoo://NAME' or the path of a "
-                f".safetensors or .pth file, found {spec.pretrained!r}, which is no file"
+                f".safetensors, .pth or .ckpt file, found {spec.pretrained!r}, which is no file"
             )
     return _file_weights(path)
 
 
 def _published_weights(spec: BackboneSpec) -> dict[str, Tensor]:
-    if spec.name.startswith("cbr_"):
+    if spec.name.startswith(("cbr_", CONV3D)):
         raise WeightsError(
             f"no weights were published for {spec.name}; give a file: pretrained: PATH.safetensors"
         )
@@ -560,7 +615,9 @@ def _file_weights(path: Path) -> Pretrained:
         if is_dinov2(state):
             raise WeightsError(f"{path}: expected the model.safetensors of these weights of transformers")
         return Pretrained(state, {}, (state_sha256(state),))
-    raise WeightsError(f"{path}: expected a .safetensors or .pth file")
+    if path.suffix == ".ckpt":
+        return _backbone_of_checkpoint(path)
+    raise WeightsError(f"{path}: expected a .safetensors, .pth or .ckpt file")
 
 
 def _statistic(path: Path, key: str, text: str) -> list[float]:
@@ -572,6 +629,30 @@ def _statistic(path: Path, key: str, text: str) -> list[float]:
     if len(found) != 3 or not all(map(math.isfinite, found)) or (key == "std" and min(found) <= 0):
         raise WeightsError(f"{path}: expected its {key} to have three numbers, found {text!r:.100}")
     return found
+
+
+def _backbone_of_checkpoint(path: Path) -> Pretrained:
+    """Extracts the backbone from a checkpoint of ``slidetl fit``; its own hash comes first in the lineage."""
+    try:
+        checkpoint = load_tensors(path)
+        state = checkpoint["state_dict"]
+        if not is_state(state):
+            raise ValueError("its state_dict has more than tensors")
+        inside = {
+            key.removeprefix(_IN_CHECKPOINT): value
+            for key, value in state.items()
+            if key.startswith(_IN_CHECKPOINT)
+        }
+        normalisation: dict[str, list[float]] = {
+            key: inside.pop(key).flatten().tolist() for key in ("mean", "std")
+        }
+        before = tuple(str(sha256) for sha256 in checkpoint.get("lineage", ()))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise WeightsError(
+            f"{path}: expected a checkpoint of 'slidetl fit', with a backbone: {error!r}"
+        ) from error
+    weights = {key.removeprefix("net."): value for key, value in inside.items()}
+    return Pretrained(weights, normalisation, (state_sha256(weights), *before))
 
 
 def _backbone_of(state: dict[str, Tensor], metadata: dict[str, str], path: Path) -> Pretrained:

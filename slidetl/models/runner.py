@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slidetl.errors import UsageError
+from slidetl.tiles.grid import TileSpec
 
 _T = TypeVar("_T")
 _About = TypeVar("_About")
@@ -28,7 +29,12 @@ _WARM_PASSES = 3  # TorchScript profiles two before it settles
 _PROFILE_S = 0.5  # to measure the network alone, during the tissue search of the first slides
 
 Embed = Callable[[Tensor], Tensor]
-"""Tiles ``[n, 3, S, S] uint8`` on the device -> ``[n, D]`` there."""
+"""Tiles ``[n, 3, S, S] uint8``, or patches ``[n, 1, S, S, S] int16``, on the device -> ``[n, D]`` there."""
+
+
+def channels_first(tiles: Tensor) -> Tensor:
+    """Views tiles ``[n, S, S, 3] uint8`` as ``[n, 3, S, S]``, patches ``[n, S, S, S]`` with one channel."""
+    return tiles.permute(0, 3, 1, 2) if tiles.dtype == torch.uint8 else tiles.unsqueeze(1)
 
 
 class Runner:
@@ -45,7 +51,7 @@ class Runner:
         embed: the network; called in the runner's threads alone.
         device: of the network.
         batch_size: tiles in a pass on a GPU; halved, with a warning, if its memory is too small.
-        side_px: side of a tile, for the warm-up passes of a GPU; 0: the first tiles warm it up.
+        spec: of the tiles, for the warm-up passes of a GPU; None: the first tiles warm it up.
         passes: passes at a time on a CPU (eight at most); they share torch's threads.
         packs: one thread owns the device and packs tiles into batches of one shape; by default on a GPU.
         profile: if it packs, measure the network alone after the warm-up, into ``alone``.
@@ -61,7 +67,7 @@ class Runner:
         embed: Embed,
         device: torch.device,
         batch_size: int,
-        side_px: int = 0,
+        spec: TileSpec | None = None,
         passes: int = 1,
         packs: bool | None = None,
         profile: bool = False,
@@ -70,7 +76,7 @@ class Runner:
         self.first_pass_s = 0.0
         self.alone: float | None = None
         self._tiles, self._warm_at, self._profile = 0, 0.0, profile
-        self._embed, self._side_px = embed, side_px
+        self._embed, self._spec = embed, spec
         self._is_gpu = device.type == "cuda"
         self.packs = self._is_gpu if packs is None else packs
         self._passes = 1 if self.packs else max(1, min(passes, _MOST_PASSES))
@@ -104,8 +110,8 @@ class Runner:
             self._pool.shutdown(cancel_futures=True)
             torch.set_num_threads(self._torch_threads)  # part of this setting is shared by all threads
 
-    def submit(self, tiles: NDArray[np.uint8]) -> Future[Tensor]:
-        """Queues tiles ``[n, S, S, 3]``, and blocks while too many wait.
+    def submit(self, tiles: NDArray[Any]) -> Future[Tensor]:
+        """Queues tiles ``[n, S, S, 3]`` or patches ``[n, S, S, S]``, and blocks while too many wait.
 
         Returns:
             Their embeddings ``[n, D]`` on the device. The future raises the errors of the pass.
@@ -119,16 +125,16 @@ class Runner:
         def run() -> Tensor:
             try:
                 with torch.inference_mode():
-                    return self._embed(torch.from_numpy(tiles).permute(0, 3, 1, 2))
+                    return self._embed(channels_first(torch.from_numpy(tiles)))
             finally:
                 self._room.release()
 
         return self._pool.submit(run)
 
     def stream(
-        self, parts: Iterable[tuple[_About, NDArray[np.uint8]]], depth: int = 0
+        self, parts: Iterable[tuple[_About, NDArray[Any]]], depth: int = 0
     ) -> Iterator[tuple[_About, Tensor]]:
-        """Yields embeddings of described tiles ``[n, S, S, 3]`` in order; ``depth`` 0 is :attr:`depth`."""
+        """Yields embeddings of described tiles in order; ``depth`` 0 is :attr:`depth`."""
         pending: deque[tuple[_About, Future[Tensor]]] = deque()
         for about, tiles in parts:
             pending.append((about, self.submit(tiles)))
@@ -147,7 +153,7 @@ class Runner:
         self._waiting.put(_Call(function, called))
         return called.result()
 
-    def rate(self, tiles: NDArray[np.uint8], seconds: float = 2.0) -> float:
+    def rate(self, tiles: NDArray[Any], seconds: float = 2.0) -> float:
         """Measures tiles per second of the network alone, on tiles ``[n, S, S, 3]``."""
         if self.packs:
             return self.call(lambda: self._rate(tiles, seconds))
@@ -165,9 +171,9 @@ class Runner:
         """Tiles per second since the warm-up, if it packs."""
         return self._tiles / (time.perf_counter() - self._warm_at)
 
-    def _rate(self, tiles: NDArray[np.uint8], seconds: float) -> float:
+    def _rate(self, tiles: NDArray[Any], seconds: float) -> float:
         repeated = np.resize(tiles, (self.batch_size, *tiles.shape[1:]))
-        batch = torch.from_numpy(repeated).to(self.device).permute(0, 3, 1, 2)
+        batch = channels_first(torch.from_numpy(repeated).to(self.device))
         self._embed(batch)
         self._synchronise()
         done, started = 0, time.perf_counter()
@@ -190,10 +196,10 @@ class Runner:
         self._filled = 0
         failed: BaseException | None = None
         try:
-            if self._side_px:
-                self._warm(self._side_px)
+            if self._spec is not None:
+                tile = np.zeros((1, *self._spec.tile_shape), self._spec.dtype)
+                self._warm(tile)
                 if self._profile:
-                    tile = np.zeros((1, self._side_px, self._side_px, 3), np.uint8)
                     self.alone = self._rate(tile, _PROFILE_S)
         except BaseException as error:  # raised where embeddings are asked for
             failed = error
@@ -214,11 +220,11 @@ class Runner:
             else:
                 self._take(item)
 
-    def _warm(self, side_px: int) -> None:
+    def _warm(self, tile: NDArray[Any]) -> None:
         started = time.perf_counter()
-        zeros = torch.zeros((self.batch_size, side_px, side_px, 3), dtype=torch.uint8, device=self.device)
+        zeros = channels_first(torch.from_numpy(np.repeat(tile, self.batch_size, 0)).to(self.device))
         for number in range(_WARM_PASSES):
-            self._pass(zeros.permute(0, 3, 1, 2))
+            self._pass(zeros)
             self._synchronise()
             if not number:
                 self.first_pass_s = time.perf_counter() - started
@@ -227,7 +233,7 @@ class Runner:
         taken = 0
         try:
             while taken < len(piece.tiles):
-                buffer = self._buffer(piece.tiles.shape[1:])
+                buffer = self._buffer(piece.tiles)
                 part = piece.tiles[taken : taken + len(buffer.array) - self._filled]
                 if not self._filled and buffer.free is not None:
                     buffer.free.synchronize()  # its last copy has left
@@ -241,11 +247,11 @@ class Runner:
             if not piece.future.done():
                 piece.future.set_exception(error)
 
-    def _buffer(self, shape: tuple[int, ...]) -> _Buffer:
-        """Returns the buffer to fill, of the current batch size and tile shape."""
-        wanted = (self.batch_size, *shape)
+    def _buffer(self, tiles: NDArray[Any]) -> _Buffer:
+        """Returns the buffer to fill, of the current batch size and the tiles' shape and type."""
+        wanted = (self.batch_size, *tiles.shape[1:])
         if not self._buffers or (not self._filled and self._buffers[0].array.shape != wanted):
-            self._buffers = [_Buffer.of(wanted, self._is_gpu) for _ in range(_BUFFERS)]
+            self._buffers = [_Buffer.of(wanted, tiles.dtype, self._is_gpu) for _ in range(_BUFFERS)]
         return self._buffers[0]
 
     def _launch(self) -> None:
@@ -257,7 +263,7 @@ class Runner:
         self._pieces, self._filled = [], 0
         buffer.array[filled:] = 0
         try:
-            rows = self._pass(self._copied(buffer).permute(0, 3, 1, 2))
+            rows = self._pass(channels_first(self._copied(buffer)))
             self._tiles += filled
             for piece, begin, end in pieces:
                 piece.add(rows[begin:end])
@@ -307,9 +313,9 @@ class Runner:
 
 @dataclass(eq=False)
 class _Piece:
-    """Tiles ``[n, S, S, 3]`` of one caller, and their embeddings so far."""
+    """Tiles of one caller, and their embeddings so far."""
 
-    tiles: NDArray[np.uint8]
+    tiles: NDArray[Any]
     future: Future[Tensor] = field(default_factory=Future)
     parts: list[Tensor] = field(default_factory=list)
 
@@ -327,15 +333,16 @@ class _Call:
 
 @dataclass(eq=False)
 class _Buffer:
-    """Memory of a batch ``[B, S, S, 3] uint8``, pinned for a GPU, and the event of its last copy."""
+    """Memory of a batch of tiles or patches, pinned for a GPU, and the event of its last copy."""
 
     tensor: Tensor
-    array: NDArray[np.uint8]
+    array: NDArray[Any]
     free: Any
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], is_pinned: bool) -> Self:
-        tensor = torch.empty(shape, dtype=torch.uint8, pin_memory=is_pinned)
+    def of(cls, shape: tuple[int, ...], dtype: np.dtype[Any], is_pinned: bool) -> Self:
+        like = torch.from_numpy(np.empty(0, dtype))
+        tensor = torch.empty(shape, dtype=like.dtype, pin_memory=is_pinned)
         event = torch.cuda.Event() if is_pinned else None  # type: ignore[no-untyped-call] # torch's
         return cls(tensor, tensor.numpy(), event)
 

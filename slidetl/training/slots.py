@@ -53,7 +53,10 @@ SLOTS: Mapping[str, Slot] = {
     "model.transfer": Slot(TransferStrategy, ("slidetl.models.transfer",)),
     "model.schedule": Slot(Schedule, ("slidetl.training.schedules",)),
     # Base classes of transforms are checked on building: a check here would import albumentations every time.
-    "data.augmentation": Slot(object, ("slidetl.data.augment.Augmentation", "albumentations")),
+    "data.augmentation": Slot(
+        object,
+        ("slidetl.data.augment.Augmentation", "slidetl.data.augment.VolumeAugmentation", "albumentations"),
+    ),
     "data.sampling": Slot(Sampling, ("slidetl.data.sampling",)),
     "model.tasks": Slot(Task, ("slidetl.data.tasks.Task",)),
     "data.tasks": Slot(Task, ("slidetl.data.tasks.Task",)),
