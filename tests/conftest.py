@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Before NumPy and torch are loaded, which read it: the threads of OpenMP spin while they wait, and networks
 # this small take three times the processor time on two of them.
@@ -22,6 +22,9 @@ from numpy.typing import NDArray
 from xdist.scheduler import LoadFileScheduling
 
 from tests.small import small_backbone
+
+if TYPE_CHECKING:
+    from tests.volumes.studies import VolumeStudy
 
 # "check", the default, draws the same examples in each run, so that a change is judged by what it changes.
 # SLIDETL_HYPOTHESIS=explore, or pytest --hypothesis-profile=explore, searches for new ones (a nightly run):
@@ -206,6 +209,22 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     options = ["--cache", str(study.cache), "--mpp", "4", "--tile-size", "64", "--workers", "1"]
     assert main(["tile", str(study.manifest), *options]) == 0
     return study
+
+
+@pytest.fixture(scope="session")
+def nodules(tmp_path_factory: pytest.TempPathFactory) -> VolumeStudy:
+    """A patch with a nodule and one without, of 16 voxels a side, of each of ten patients."""
+    from tests.volumes.studies import source_rows, write_study
+
+    return write_study(tmp_path_factory.mktemp("nodules"), "patches", source_rows(10), at=True)
+
+
+@pytest.fixture(scope="session")
+def scans(tmp_path_factory: pytest.TempPathFactory) -> VolumeStudy:
+    """Series of eight overlapping patches, of sixteen patients, one of them with two."""
+    from tests.volumes.studies import target_rows, write_study
+
+    return write_study(tmp_path_factory.mktemp("scans"), "series", target_rows(16), at=False)
 
 
 @pytest.fixture(scope="session")

@@ -37,8 +37,8 @@ def fit_features(
     if tile_labels is not None:
         if pretrained:
             raise UsageError("--pretrained writes a ridge on slides; leave out --tile-labels")
-        metrics = fit_labelled_tiles(study, output, tile_labels)
+        scored = fit_labelled_tiles(study, output, tile_labels)
     else:
-        metrics = fit_pooled(study, output, model, pool, top_k, pretrained)
-    print(f"{describe(metrics, study.grades)}\nwritten to {output}")
+        scored = fit_pooled(study, output, model, pool, top_k, pretrained)
+    print(f"{describe(scored, study.grades)}\nwritten to {output}")
     return 0

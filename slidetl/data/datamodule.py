@@ -268,8 +268,14 @@ class SlideDataModule(pl.LightningDataModule):
                 "slides, move some to the training part (the manifest's 'split', or another data.seed), "
                 "or give data.grades a scale without it"
             )
-        for task in self.tasks:
-            if not any(np.any(slide.labels[task.name] >= 0) for slide in slides):
+        for number, task in enumerate(self.tasks):
+            given = (vote for slide in slides for votes in slide.row.votes[number:][:1] for vote in votes)
+            if task.readers and all(vote is None for vote in given):
+                raise UsageError(
+                    f"task {task.name} takes the readers' labels, and no training slide has any; give the "
+                    f"manifest the columns {task.column}_reader1, {task.column}_reader2, ..."
+                )
+            if not any(np.any(task.is_label(slide.labels[task.name])) for slide in slides):
                 raise UsageError(
                     f"no training slide has a label for task {task.name}; the manifest's column "
                     f"{task.column!r} must have some, and a table of tile labels must meet some tiles"

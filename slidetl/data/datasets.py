@@ -29,9 +29,10 @@ class Bag(TypedDict):
     """Tiles drawn from a slide; collated, every entry has a leading axis B.
 
     ``tiles [N, 3, S, S] uint8``, or patches ``[N, 1, S, S, S] float32``, 0..1 over the window; ``mask [N]
-    bool``, False for padding; ``grade`` int64; ``readers [R]``
-    int64, each reader's grade or -1; ``labels`` by task name, int64, -1 for none: of the slide, or ``[N]`` of
-    its tiles. Stored features add ``stored [M, D] float16`` of the other tiles, and ``stored_mask [M] bool``.
+    bool``, False for padding; ``grade`` int64; ``readers [R]`` int64, each reader's grade or -1; ``labels``
+    by task name, int64, -1 for none: of the slide, or ``[N]`` of its tiles; of a number float32, NaN for
+    none; ``votes`` likewise, ``[R]`` readers' labels of a task with readers. Stored features add
+    ``stored [M, D] float16`` of the other tiles, and ``stored_mask [M] bool``.
     """
 
     tiles: Tensor
@@ -39,6 +40,7 @@ class Bag(TypedDict):
     grade: Tensor
     readers: Tensor
     labels: dict[str, Tensor]
+    votes: NotRequired[dict[str, Tensor]]
     stored: NotRequired[Tensor]
     stored_mask: NotRequired[Tensor]
 
@@ -58,7 +60,7 @@ class Chunk(TypedDict):
     site: str
     fingerprint: str
     grade: int
-    labels: dict[str, int | Tensor]
+    labels: dict[str, int | float | Tensor]
     last: bool
 
 
@@ -115,9 +117,12 @@ class BagDataset(Dataset[Bag]):
             "tiles": network_input(tiles, slide.cache.spec),
             "mask": torch.arange(self.bag_size) < size,
             "grade": torch.tensor(slide.row.grade),
-            "readers": torch.tensor([-1 if g is None else g for g in slide.row.reader_grades]).long(),
+            "readers": _votes(slide.row.reader_grades),
             "labels": {name: _padded(label, drawn, self.bag_size) for name, label in slide.labels.items()},
         }
+        if any(slide.row.votes):  # in the order of the labels, both of the tasks
+            of_tasks = zip(slide.labels, slide.row.votes, strict=True)
+            bag["votes"] = {name: _votes(votes) for name, votes in of_tasks if votes}
         if self.features:
             rest = np.setdiff1d(np.arange(len(slide.cache)), drawn, assume_unique=True)
             bag["stored"] = torch.from_numpy(read_features(slide.cache, self.features)[rest])
@@ -227,7 +232,7 @@ class ChunkDataset(Dataset[Chunk]):
             "fingerprint": cache.fingerprint,
             "grade": -1 if row.grade is None else row.grade,
             "labels": {
-                name: label if isinstance(label, int) else torch.from_numpy(label[start:stop])
+                name: torch.from_numpy(label[start:stop]) if isinstance(label, np.ndarray) else label
                 for name, label in self.slides[number].labels.items()
             },
             "last": stop == len(cache),
@@ -291,9 +296,13 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
                 yield order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
 
-def _padded(label: int | NDArray[np.int64], drawn: NDArray[np.int64], bag_size: int) -> Tensor:
+def _votes(grades: Sequence[int | None]) -> Tensor:
+    return torch.tensor([-1 if grade is None else grade for grade in grades]).long()
+
+
+def _padded(label: int | float | NDArray[np.int64], drawn: NDArray[np.int64], bag_size: int) -> Tensor:
     """Returns the slide's label, or the labels ``[N]`` of its drawn tiles, -1 for padding."""
-    if isinstance(label, int):
+    if not isinstance(label, np.ndarray):
         return torch.tensor(label)
     padded = torch.full((bag_size,), -1)
     padded[: len(drawn)] = torch.from_numpy(label[drawn])

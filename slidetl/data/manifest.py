@@ -27,7 +27,7 @@ REQUIRED = ("slide_id", "path", "patient_id", "grade")
 FIVE_GRADES = ("0", "1", "2", "3", "4")  # the default scale
 LOCATION = ("x_mm", "y_mm", "z_mm")
 OPTIONAL = ("site", "scanner", "stain", "block", "mpp", "split", *LOCATION)
-_READER = re.compile(r"grade_reader(\d+)")
+_MOST_READERS = 100
 # Cells without a value, as written by R, pandas and spreadsheets.
 _MISSING = frozenset(["na", "n/a", "#n/a", "nan", "<na>", "null"])
 _SPREADSHEET_ERROR = re.compile(r"#[A-Z/0]+[!?]", re.IGNORECASE)
@@ -50,9 +50,11 @@ class ManifestRow:
         reader_grades: each reader's grade, in the order of their numbers.
         mpp: spacing of level 0 in micrometres per pixel, overriding the slide's metadata.
         split: ``train``, ``val`` or ``test``; empty if a seed decides.
-        labels: label of each task: 0..K-1, the path of a table or of annotations with tile labels, or None.
+        labels: label of each task: 0..K-1, a number, the path of a table or of annotations with tile labels,
+            or None.
         location_mm: patient coordinates ``(x, y, z)`` in a CT series, as in DICOM (LPS); the unit is then the
             patch around it, and other lines may have the same path.
+        votes: readers' labels of each task, in the order of their numbers; empty for tasks without readers.
     """
 
     line: int
@@ -67,8 +69,9 @@ class ManifestRow:
     reader_grades: tuple[int | None, ...] = ()
     mpp: float | None = None
     split: str = ""
-    labels: tuple[int | Path | None, ...] = ()
+    labels: tuple[int | float | Path | None, ...] = ()
     location_mm: tuple[float, float, float] | None = None
+    votes: tuple[tuple[int | None, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,9 @@ class _Faults:
 
 
 def _read_csv(path: Path, n_grades: int | None, tasks: Sequence[Task]) -> Manifest:
-    columns = (*OPTIONAL, *(task.column for task in tasks), *(f"grade_reader{n}" for n in range(100)))
+    read_by_several = ("grade", *(task.column for task in tasks if task.readers))
+    readers = (f"{column}_reader{n}" for column in read_by_several for n in range(_MOST_READERS))
+    columns = (*OPTIONAL, *(task.column for task in tasks), *readers)
     table = read_table(path, REQUIRED, columns)
     if not table.rows:
         raise ManifestError(f"{path}: a header but no slides; expected one line per slide")
@@ -209,10 +214,14 @@ def _parse_row(
             return None
         return number
 
-    def label(task: Task) -> int | Path | None:
-        text = known(task.column)
+    def label(task: Task, column: str) -> int | float | Path | None:
+        text = known(column)
         if not text:
             return None
+        if task.numeric:
+            if not math.isfinite(value := _number(text)):
+                faults.add(line, f"{column} must be a finite number (empty: no label), found {{!r}}", text)
+            return value
         number = _whole(text)
         if number is not None and number < len(task.grades):
             return number
@@ -220,7 +229,7 @@ def _parse_row(
         if task.of_tiles and table.is_file():
             return table
         rule = (
-            f"{task.column} must be a whole number from 0 to {len(task.grades) - 1} "
+            f"{column} must be a whole number from 0 to {len(task.grades) - 1} "
             f"{'or a file of tile labels ' if task.of_tiles else ''}(empty: no label), found {{!r}}"
         )
         faults.add(line, rule, text)
@@ -253,7 +262,14 @@ def _parse_row(
     split = known("split").lower()
     if split and split not in SPLITS:
         faults.add(line, "split must be train, val or test, found {!r}", split)
-    readers = sorted((int(match[1]), name) for name in values if (match := _READER.fullmatch(name)))
+
+    def of_readers(column: str) -> list[str]:
+        return [name for n in range(_MOST_READERS) if (name := f"{column}_reader{n}") in values]
+
+    def votes(task: Task) -> tuple[int | None, ...]:
+        given = (label(task, name) for name in of_readers(task.column))
+        return tuple(vote if isinstance(vote, int) else None for vote in given)
+
     return ManifestRow(
         line=line,
         slide_id=slide_id,
@@ -264,11 +280,12 @@ def _parse_row(
         scanner=known("scanner"),
         stain=known("stain"),
         block=known("block"),
-        reader_grades=tuple(grade(name) for _, name in readers),
+        reader_grades=tuple(map(grade, of_readers("grade"))),
         mpp=mpp,
         split=split,
-        labels=tuple(label(task) for task in tasks),
+        labels=tuple(label(task, task.column) for task in tasks),
         location_mm=location,
+        votes=tuple(votes(task) if task.readers else () for task in tasks),
     )
 
 

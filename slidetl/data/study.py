@@ -38,12 +38,13 @@ class CachedSlide:
     Attributes:
         row: its line of the manifest.
         cache: its tiles.
-        labels: labels by task name, -1 for none: of the slide, or ``[N] int64`` of its tiles.
+        labels: labels by task name, -1 or (of a number) NaN for none: of the slide, or ``[N] int64`` of its
+            tiles.
     """
 
     row: ManifestRow
     cache: SlideCache
-    labels: Mapping[str, int | NDArray[np.int64]] = field(default_factory=dict)
+    labels: Mapping[str, int | float | NDArray[np.int64]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -350,10 +351,12 @@ def _warn_of_lost(lost: Sequence[str], n_slides: int) -> None:
 
 def _read_labels(
     row: ManifestRow, cache: SlideCache, tasks: Sequence[Task], others: Mapping[str, set[str]]
-) -> dict[str, int | NDArray[np.int64]]:
-    """Reads the label of each task, of the slide or of its tiles, -1 for none; adds unknown classes."""
-    labels: dict[str, int | NDArray[np.int64]] = {}
+) -> dict[str, int | float | NDArray[np.int64]]:
+    """Reads the label of each task, of the slide or of its tiles, -1 or NaN if none; adds others."""
+    labels: dict[str, int | float | NDArray[np.int64]] = {}
     for task, label in zip(tasks, row.labels, strict=True):
+        if isinstance(label, Path) and cache.spec.is_volume:
+            raise UsageError(f"{label}: labels of tiles are in pixels of a slide, {row.slide_id} is a volume")
         if isinstance(label, Path) and is_annotation_file(label):
             labels[task.name], unknown = label_tiles(
                 label,
@@ -376,5 +379,6 @@ def _read_labels(
         elif task.of_tiles:
             labels[task.name] = np.full(len(cache), -1 if label is None else label)
         else:
-            labels[task.name] = -1 if label is None else label
+            nothing = np.nan if task.numeric else -1
+            labels[task.name] = nothing if label is None else label
     return labels

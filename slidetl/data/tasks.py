@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from slidetl.data.spreadsheet import read_table
 from slidetl.errors import ManifestError, UsageError
@@ -20,7 +20,7 @@ IGNORE = "ignore"  # label of tiles without effect on the grade of their slide
 
 @dataclass(frozen=True)
 class Task:
-    """A label scale to learn beside the grade, from a column of the manifest.
+    """A label scale, or a number, to learn beside the grade, from a column of the manifest.
 
     Attributes:
         name: name in logs and file names; letters, digits, ``-`` and ``_``.
@@ -29,27 +29,37 @@ class Task:
             :func:`read_points`, or annotations of QuPath, ASAP or ImageScope with the names in ``grades`` as
             classes, :func:`slidetl.tiles.regions.label_tiles`. The column ``grade`` also exists for images in
             folders.
-        grades: names of the scale's K grades, lowest first, or of its classes.
+        grades: names of the scale's K grades, lowest first, or of its classes; none with ``numeric``.
         weight: weight of this loss; the grade has weight 1.
         of_tiles: True for labels of single tiles.
         ordinal: True for ordered grades, False for classes.
         least_share: least share of a tile inside annotations of its class, above 0, up to 1.
+        readers: True to train on the shares of several readers for each grade, from the columns
+            ``COLUMN_reader1``, ``COLUMN_reader2``, ...; a slide without any takes its label.
+        numeric: True for a number per slide, such as a diameter in millimetres: the loss is half the squared
+            error, standardised by mean and standard deviation of the training part.
     """
 
     name: str
     column: str
-    grades: tuple[str, ...]
+    grades: tuple[str, ...] = ()
     weight: float = 1.0
     of_tiles: bool = False
     ordinal: bool = True
     least_share: float = 0.5
+    readers: bool = False
+    numeric: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w-]+", self.name, re.ASCII):
             raise UsageError(
                 f"the name of a task has only letters, digits, - and _; {self.name!r} has others"
             )
-        if len(self.grades) < 2 or len(set(self.grades)) < len(self.grades):
+        if (self.readers or self.numeric) and (self.of_tiles or self.readers == self.numeric):
+            raise UsageError(f"task {self.name}: of_tiles, readers and numeric exclude each other")
+        if self.numeric and self.grades:
+            raise UsageError(f"task {self.name}: a number has no grades, found {list(self.grades)}")
+        if not self.numeric and (len(self.grades) < 2 or len(set(self.grades)) < len(self.grades)):
             raise UsageError(
                 f"task {self.name}: expected at least two different grades, found {list(self.grades)}"
             )
@@ -59,6 +69,10 @@ class Task:
             raise UsageError(
                 f"task {self.name}: least_share must be above 0, up to 1, not {self.least_share}"
             )
+
+    def is_label(self, values: ArrayLike) -> NDArray[np.bool_]:
+        """Tells labels from the values that stand for none: NaN of a number, below 0 of a grade."""
+        return np.isfinite(values) if self.numeric else np.asarray(values) >= 0
 
 
 def check_tasks(tasks: Sequence[Task]) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import UsageError
-from slidetl.evaluation.bootstrap import Metric
+from slidetl.evaluation.bootstrap import Metric, bca_interval_if_defined, share_interval
 
 # Floor of a probability in a logarithm, so that one slide cannot decide a log loss alone.
 LEAST_PROBABILITY = 1e-7
@@ -63,6 +63,25 @@ class GradeMetrics:
 
 
 @dataclass(frozen=True)
+class NumberMetrics:
+    """Metrics of predicted numbers, in their unit.
+
+    Attributes:
+        n: number of slides.
+        mae: mean absolute error.
+        rmse: root of the mean squared error.
+    """
+
+    n: int
+    mae: float
+    rmse: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the metrics by name."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class ProbabilityMetrics:
     """Metrics of the probabilities of the grades.
 
@@ -96,6 +115,13 @@ def grade_metrics(true: ArrayLike, predicted: ArrayLike, n_grades: int) -> Grade
         macro_f1=float((2 * hits[met] / (is_true + is_predicted)[met]).mean()),
         confusion=tuple(tuple(int(count) for count in row) for row in counts),
     )
+
+
+def number_metrics(true: ArrayLike, predicted: ArrayLike) -> NumberMetrics:
+    """Computes the metrics of predicted numbers ``[N]`` against true ones ``[N]``."""
+    errors = np.asarray(predicted, np.float64) - np.asarray(true, np.float64)
+    check_finite(errors)
+    return NumberMetrics(len(errors), float(abs(errors).mean()), float(np.sqrt((errors**2).mean())))
 
 
 def probability_metrics(true: ArrayLike, probabilities: ArrayLike) -> ProbabilityMetrics:
@@ -184,6 +210,47 @@ def log_loss(true: ArrayLike, probabilities: ArrayLike, weights: Weights = None)
     truth, rows = check_probabilities(true, probabilities)
     of_truth = rows[:, np.arange(len(truth)), truth]
     return weighted_mean(-np.log(np.maximum(of_truth, LEAST_PROBABILITY)), weights)
+
+
+def patient_intervals(
+    true: ArrayLike, probabilities: ArrayLike, patients: ArrayLike
+) -> dict[str, tuple[float, float, float]]:
+    """Computes accuracy, log loss and AUROCs with their 95 % intervals over patients, given the model.
+
+    Args:
+        true: grades ``[N]``.
+        probabilities: ``[N, K]``.
+        patients: ``[N]``.
+
+    Returns:
+        Estimate, low and high by name; undefined ones, or all with a single patient, are left out.
+    """
+    grades, (rows,) = check_probabilities(true, probabilities)
+    if len(set(np.asarray(patients).tolist())) < 2:
+        return {}
+    above = rows[:, ::-1].cumsum(1)[:, -2::-1].round(12)
+    metrics: dict[str, Metric] = {"log_loss": lambda weights: log_loss(grades, rows, weights)}
+    for k in range(above.shape[1]):
+        metrics[f"auroc_above_{k}"] = _weighted_auroc(grades > k, above[:, k])
+    found = {name: bca_interval_if_defined(metric, patients) for name, metric in metrics.items()}
+    found = {"accuracy": share_interval(rows.argmax(1) == grades, patients), **found}
+    return {name: (one.estimate, one.low, one.high) for name, one in found.items() if one is not None}
+
+
+def _weighted_auroc(positive: NDArray[np.bool_], scores: NDArray[np.float64]) -> Metric:
+    """Returns :func:`auroc` as a function of weights; ties count half."""
+    order = np.argsort(scores, kind="stable")
+    ranked, is_positive = scores[order], positive[order]
+    first, end = np.searchsorted(ranked, ranked, "left"), np.searchsorted(ranked, ranked, "right")
+
+    def metric(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        of_positives, of_negatives = weights[:, order] * is_positive, weights[:, order] * ~is_positive
+        below = np.pad(of_negatives.cumsum(axis=1), ((0, 0), (1, 0)))
+        pairs = of_positives.sum(axis=1) * of_negatives.sum(axis=1)
+        above = (of_positives * (below[:, first] + below[:, end]) / 2).sum(axis=1)
+        return np.asarray(np.where(pairs > 0, above / np.where(pairs > 0, pairs, 1), np.nan))
+
+    return metric
 
 
 def by_repeat(metric: MetricOfPredictions, true: ArrayLike, predicted: ArrayLike) -> Metric:

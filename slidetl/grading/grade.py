@@ -280,7 +280,7 @@ def start_runner(
         return rows
 
     size = batch_size or _BATCH_SIZE.get(device.type, _BATCH_SIZE["cuda"])
-    return Runner(embed, device, size, model.card.tile_spec.tile_size_px, threads, profile=profile)
+    return Runner(embed, device, size, model.card.tile_spec, threads, profile=profile)
 
 
 def chosen_precision(model: ModelFile, precision: Precision) -> Precision:

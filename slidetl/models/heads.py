@@ -293,6 +293,47 @@ class CrossEntropy(Head):
         return -logits.log_softmax(1)
 
 
+class NumberHead(nn.Module):
+    """Regresses a number, linear in the embedding and standardised by its training values.
+
+    Args:
+        in_features: length D' of an embedding.
+
+    Attributes:
+        mean, std: of the training values, in their unit; buffers.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__()
+        self.number = nn.Linear(in_features, 1)
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("std", torch.ones(()))
+
+    def standardise(self, values: Tensor) -> None:
+        """Takes mean and standard deviation of training values ``[n]``; the latter is 1 if they are equal."""
+        self.mean.fill_(values.double().mean())
+        std = values.double().std(correction=0)
+        self.std.fill_(std if std > 0 else 1.0)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """Computes standardised numbers ``[B, 1]`` of embeddings ``[B, D']``."""
+        numbers: Tensor = self.number(embedding)
+        return numbers
+
+    def values(self, numbers: Tensor) -> Tensor:
+        """Returns standardised numbers in their unit."""
+        return numbers * self.std + self.mean
+
+    def summed_loss(self, numbers: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums half the squared errors, and counts them; ``target`` ``[B]`` is in its unit, NaN for none."""
+        known = target.isfinite()
+        error = numbers[:, 0] - (torch.where(known, target, self.mean) - self.mean) / self.std
+        return (error.square() * known).sum() / 2, known.sum().to(numbers.dtype)
+
+
 def _ordered(first: Tensor, gaps: Tensor) -> Tensor:
     """Returns increasing thresholds ``[K-1]`` for any parameters ``[1]`` and ``[K-2]``."""
     return torch.cat([first, first + functional.softplus(gaps).cumsum(0)])

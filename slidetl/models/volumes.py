@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +97,7 @@ class InflatedConv(nn.Conv3d):
         self.pads_same = type(plane).__name__ == "Conv2dSame"
         padding = (0, 0) if isinstance(plane.padding, str) else plane.padding
         self.pads = (padding[0], padding[0], padding[1])
-        self.to(plane.weight.device)
+        self.to(plane.weight)
         with torch.no_grad():
             self.weight.copy_(inflate_kernel(plane.weight))
             if self.bias is not None and plane.bias is not None:
@@ -127,7 +128,8 @@ class InflatedNormAct(nn.BatchNorm3d):
     """Batch norm, then an activation, under the names of timm's ``BatchNormAct2d``."""
 
     def __init__(self, plane: nn.BatchNorm2d) -> None:
-        super().__init__(plane.num_features, plane.eps, plane.momentum, device=plane.running_var.device)
+        super().__init__(plane.num_features, plane.eps, plane.momentum)
+        self.to(plane.weight)
         self.load_state_dict(plane.state_dict())
         self.drop, self.act = plane.drop, plane.act
 
@@ -144,7 +146,7 @@ class InflatedNormAct(nn.BatchNorm3d):
             self.momentum or 0.1,
             self.eps,
         )
-        activated: Tensor = self.act(self.drop(x))
+        activated: Tensor = self.act(self.drop(x))  # type: ignore[operator] # modules of timm
         return activated
 
 
@@ -209,19 +211,24 @@ def _replace_layers(network: nn.Module) -> None:
             made: nn.Module | None = None
             if isinstance(layer, nn.Conv2d):
                 made = InflatedConv(layer)
-            elif type(layer).__name__ == "BatchNormAct2d":
-                made = InflatedNormAct(layer)
             elif type(layer) is nn.BatchNorm2d:
-                layer.__class__ = nn.BatchNorm3d  # the same, but for a check of the number of axes
+                # The same, but for a check of the number of axes.
+                layer.__class__ = nn.BatchNorm3d  # type: ignore[assignment] # on purpose
+            elif isinstance(layer, nn.BatchNorm2d) and type(layer).__name__ == "BatchNormAct2d":
+                made = InflatedNormAct(layer)
             elif isinstance(layer, nn.MaxPool2d):
-                made = nn.MaxPool3d(
-                    layer.kernel_size, layer.stride, layer.padding, layer.dilation, ceil_mode=layer.ceil_mode
-                )
+                size, stride, padding = map(_with_depth, (layer.kernel_size, layer.stride, layer.padding))
+                dilation = _with_depth(layer.dilation)
+                made = nn.MaxPool3d(size, stride, padding, dilation, ceil_mode=layer.ceil_mode)
             elif isinstance(layer, nn.AvgPool2d):
-                made = nn.AvgPool3d(
-                    layer.kernel_size, layer.stride, layer.padding, layer.ceil_mode, layer.count_include_pad
-                )
+                size, stride, padding = map(_with_depth, (layer.kernel_size, layer.stride, layer.padding))
+                made = nn.AvgPool3d(size, stride, padding, layer.ceil_mode, layer.count_include_pad)
             elif isinstance(layer, nn.AdaptiveAvgPool2d) and layer.output_size in (1, (1, 1)):
                 made = nn.AdaptiveAvgPool3d(1)
             if made is not None:
                 setattr(parent, name, made)
+
+
+def _with_depth(size: Any) -> tuple[int, int, int]:
+    rows, columns = (size, size) if isinstance(size, int) else size
+    return rows, rows, columns

@@ -124,7 +124,7 @@ class _Zstd:
         content = decode_zstd(data, math.prod(self.shape) * self.dtype.itemsize)
         pixels = np.frombuffer(content, self.dtype).reshape(self.shape)
         if into is None:
-            return pixels
+            return pixels.copy()  # a buffer of bytes is read-only
         into[:] = pixels
         return into
 

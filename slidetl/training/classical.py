@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from slidetl.evaluation.classical import (
     pool_tiles,
     save_grader,
 )
-from slidetl.evaluation.metrics import GradeMetrics, grade_metrics
+from slidetl.evaluation.metrics import GradeMetrics, grade_metrics, patient_intervals
 from slidetl.files import write_whole
 from slidetl.status import show_metrics, show_stage
 from slidetl.tiles.features import common_source, read_features
@@ -32,6 +33,20 @@ from slidetl.tiles.store import SlideCache
 from slidetl.training.options import FeatureStudy
 from slidetl.training.outputs import describe_metrics, draw_confusion
 from slidetl.training.predictions import SlidePrediction, write_predictions
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores of the test part.
+
+    Attributes:
+        metrics: of its grades.
+        intervals: accuracy, log loss and AUROCs over patients,
+            :func:`~slidetl.evaluation.metrics.patient_intervals`.
+    """
+
+    metrics: GradeMetrics
+    intervals: Mapping[str, tuple[float, float, float]]
 
 
 def _parts(study: FeatureStudy) -> tuple[tuple[CachedSlide, ...], tuple[CachedSlide, ...], StudyRecord]:
@@ -73,7 +88,7 @@ def fit_pooled(
     pool: Pool = "mean",
     k: int = 10,
     pretrained: str = "",
-) -> GradeMetrics:
+) -> Scored:
     """Fits a classical model on pooled features, and grades the test part.
 
     Args:
@@ -87,7 +102,7 @@ def fit_pooled(
             tiles is then written as a checkpoint too, ``checkpoints/ridge.ckpt``, for ``slidetl export``.
 
     Returns:
-        The metrics of the test part.
+        The metrics of the test part, and their intervals.
 
     Raises:
         UsageError: the model is unknown, the training part cannot be fitted, or the model is no network.
@@ -114,15 +129,15 @@ def fit_pooled(
         checkpoint = write_ridge(
             output, study, grader, source, pretrained, train[0].cache.spec, record, x_test
         )
-    metrics = _write(study, test, probabilities, output, checkpoint)
+    scored = _write(study, test, probabilities, output, checkpoint)
     if model == "trees":  # saving them needs pickle
         (output / "model.npz").unlink(missing_ok=True)  # from an earlier model in this folder
     else:
         save_grader(output / "model.npz", grader)
-    return metrics
+    return scored
 
 
-def fit_labelled_tiles(study: FeatureStudy, output: Path, labels: Path) -> GradeMetrics:
+def fit_labelled_tiles(study: FeatureStudy, output: Path, labels: Path) -> Scored:
     """Fits a tile classifier on the labelled tiles of the training part, and grades the test part by it.
 
     Args:
@@ -191,7 +206,7 @@ def _write(
     probabilities: NDArray[np.float64],
     output: Path,
     checkpoint: str = "",
-) -> GradeMetrics:
+) -> Scored:
     predictions = [
         SlidePrediction(
             slide_id=slide.row.slide_id,
@@ -209,12 +224,14 @@ def _write(
     metrics = grade_metrics(true, [row.predicted_grade for row in predictions], len(study.grades))
     write_predictions(output / "predictions.csv", predictions)
     figures = {**metrics.to_json(), **judged_probabilities(true, probabilities), "grades": study.grades}
+    intervals = patient_intervals(true, probabilities, _patients(test))
+    figures["intervals"] = intervals
     write_whole(output / "metrics.json", json.dumps(figures, indent=2) + "\n")
     draw_confusion(output / "confusion.png", metrics, study.grades)
     show_metrics({"test/accuracy": metrics.accuracy, "test/qwk": metrics.qwk, "test/mae": metrics.mae})
-    return metrics
+    return Scored(metrics, intervals)
 
 
-def describe(metrics: GradeMetrics, grades: tuple[str, ...]) -> str:
-    """Formats the metrics and the confusion matrix as text."""
-    return describe_metrics(metrics, grades)
+def describe(scored: Scored, grades: tuple[str, ...]) -> str:
+    """Formats the metrics, the confusion matrix and the intervals as text."""
+    return describe_metrics(scored.metrics, grades, intervals=scored.intervals)

@@ -19,12 +19,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from slidetl.data.study import find_slides, open_cache
+from slidetl.data.study import common_spec, find_slides, open_cache
 from slidetl.errors import CacheError, CacheMismatchError, ProcessEnded, SlidetlError, UsageError
 from slidetl.models.backbones import Backbone, weights_sha256
 from slidetl.models.presets import tile_warnings
 from slidetl.models.runner import Runner
 from slidetl.models.spec import BackboneSpec
+from slidetl.models.volumes import unit_window
 from slidetl.processes import Child, start_child
 from slidetl.tiles.features import FeatureSource, feature_name, read_source, write_features
 from slidetl.tiles.readers import Readers
@@ -34,6 +35,7 @@ from slidetl.training.options import EmbedOptions
 _MOST_READERS = 4  # threads on a CPU: a core decodes ten times as many tiles as it embeds
 _THREADS_OF_A_GPU = 2  # to feed it and gather features; each other core reads a slide
 _PIECE = 32  # tiles handed over by a reader at once
+_BATCH, _BATCH_OF_VOLUMES = 128, 16  # a patch of 64 voxels has five times the values of a tile
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class BlockEmbedder:
             hook.remove()
 
     def __call__(self, tiles: Tensor) -> dict[str, Tensor]:
-        """Embeds tiles ``[n, 3, H, W] uint8``: ``[n, D] float32`` by block, the final ones under ``""``."""
+        """Embeds tiles of a backbone: ``[n, D] float32`` by block, the final ones under ``""``."""
         self._outputs = {}
         last: Tensor = self._backbone(tiles)
         return {"": last.float(), **{block: self._outputs[block] for block in self._blocks}}
@@ -103,12 +105,13 @@ class BlockEmbedder:
         return hook
 
     def _average(self, output: Any, block: str) -> Tensor:
-        if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4):
+        if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4, 5):
             raise UsageError(
                 f"the output of block {block!r} is no map, no tokens and no vector; choose another"
             )
-        if output.ndim == 4:
-            return output.float().mean((1, 2) if self._is_channels_last else (2, 3))
+        if output.ndim >= 4:
+            maps = output.float()
+            return maps.mean((1, 2)) if self._is_channels_last else maps.flatten(2).mean(2)
         return output.float() if output.ndim == 2 else output[:, self._prefix_tokens :].float().mean(1)
 
 
@@ -197,7 +200,7 @@ def embed_cache(
             todo.append(cache)
 
     for tile_spec in dict.fromkeys(cache.spec for cache in todo):
-        backbone.check_tile_size(tile_spec.tile_size_px)
+        backbone.check_tiles(tile_spec)
         for line in tile_warnings(spec.name, tile_spec.tile_size_px, tile_spec.mpp):
             warnings.warn(line, stacklevel=2)
     on_plan(sum(len(cache) for cache in todo))
@@ -207,14 +210,22 @@ def embed_cache(
     backbone.to(place)
     widths: list[int] = []  # of the blocks' embeddings, joined along D
 
+    # Slides may differ in their tiles; volumes share a window.
+    volumes = common_spec(todo) if todo and todo[0].spec.is_volume else None
+
     def embed(tiles: Tensor) -> Tensor:
+        if volumes is not None:
+            tiles = unit_window(tiles, *volumes.window_hu)
         with torch.autocast(place.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
             parts = embedder(tiles)
         widths[:] = [parts[source.block].shape[1] for source in sources.values()]
         return torch.cat([parts[source.block].to(torch.float16) for source in sources.values()], dim=1)
 
-    size, cores = options.batch_size, len(os.sched_getaffinity(0))
-    side_px = todo[0].spec.tile_size_px if todo else 0
+    size, cores = (
+        options.batch_size or (_BATCH if volumes is None else _BATCH_OF_VOLUMES),
+        len(os.sched_getaffinity(0)),
+    )
+    first = todo[0].spec if todo else None
     counted, stopped = threading.Lock(), threading.Event()
 
     def embed_slide(cache: SlideCache) -> EmbeddedSlide:
@@ -242,14 +253,16 @@ def embed_cache(
 
     with contextlib.ExitStack() as stack:
         embedder = stack.enter_context(BlockEmbedder(backbone, blocks))
-        runner = stack.enter_context(Runner(embed, place, size, side_px))
+        runner = stack.enter_context(Runner(embed, place, size, first))
         # On a GPU, a process for each slide; on a CPU, one slide is stored while another is read.
         free = max(1, cores - _THREADS_OF_A_GPU)
         count = min(len(todo), free if runner.packs else 2)
         threads = free // count if runner.packs and todo else min(cores, _MOST_READERS)
         readers = (
-            stack.enter_context(Readers(cache_parts, count, _PIECE, side_px, runner.depth_of(_PIECE, count)))
-            if runner.packs and todo
+            stack.enter_context(
+                Readers(cache_parts, count, _PIECE, first.tile_size_px, runner.depth_of(_PIECE, count))
+            )
+            if runner.packs and first is not None and volumes is None
             else None
         )
         pool = stack.enter_context(ThreadPoolExecutor(max(1, count), "slide"))

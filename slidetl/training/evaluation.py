@@ -15,7 +15,7 @@ from slidetl.data.datasets import Chunk
 from slidetl.data.tasks import Task
 from slidetl.errors import UsageError
 from slidetl.evaluation.calibration import judged_probabilities
-from slidetl.evaluation.metrics import GradeMetrics, grade_metrics
+from slidetl.evaluation.metrics import GradeMetrics, NumberMetrics, grade_metrics
 from slidetl.models.network import GradingNetwork
 from slidetl.training.multitask import TaskHeads, TaskOutcome, task_metrics
 from slidetl.training.predictions import SlidePrediction
@@ -47,7 +47,7 @@ class GradedSlide:
         if not self.prediction.probabilities:
             return replace(self.prediction, grade=None)
         outcome = self.outcomes[task.name]
-        label, probabilities = int(outcome.labels[0]), tuple(outcome.probabilities[0].tolist())
+        label, probabilities = int(outcome.labels[0]), tuple(outcome.predicted[0].tolist())
         return replace(self.prediction, grade=None if label < 0 else label, probabilities=probabilities)
 
 
@@ -66,7 +66,7 @@ class Evaluation:
     slides: tuple[GradedSlide, ...]
     metrics: GradeMetrics
     quality: dict[str, Any]
-    tasks: dict[str, GradeMetrics]
+    tasks: dict[str, GradeMetrics | NumberMetrics]
     not_graded: tuple[str, ...] = ()
 
     @property
@@ -84,6 +84,7 @@ class Evaluation:
                 found[f"auroc_above_{threshold}"] = value
         for task in tasks:
             names = ("accuracy", "balanced_accuracy", *(("qwk", "mae") if task.ordinal else ()))
+            names = ("mae", "rmse") if task.numeric else names
             if task.name in self.tasks:
                 found |= {f"{task.name}/{name}": getattr(self.tasks[task.name], name) for name in names}
         return found
@@ -104,7 +105,7 @@ class ChunkedEvaluation:
         """Discards all slides; ``checkpoint`` is the SHA-256 of the weights."""
         self._checkpoint = checkpoint
         self._embeddings: list[Tensor] = []  # of the slide in progress
-        self._labels: list[dict[str, int | Tensor]] = []  # of its tasks, chunk by chunk
+        self._labels: list[dict[str, int | float | Tensor]] = []  # of its tasks, chunk by chunk
         self.slides: list[GradedSlide] = []
 
     def take(self, chunk: Chunk, fold: str = "") -> None:
@@ -118,7 +119,7 @@ class ChunkedEvaluation:
         # In float64 on the CPU (some devices lack it): metrics expect the rows to sum to one.
         probabilities = self._network.head.probabilities(logits.cpu().double())[0].tolist()
         outcomes = self._tasks.outcomes(of_tasks, labels)
-        computed = np.concatenate([probabilities, *(one.probabilities.ravel() for one in outcomes.values())])
+        computed = np.concatenate([probabilities, *(one.predicted.ravel() for one in outcomes.values())])
         is_finite = bool(np.isfinite(computed).all())  # argmax of NaN would give grade 0
         prediction = SlidePrediction(
             slide_id=chunk["slide_id"],

@@ -145,13 +145,16 @@ class SlideGrader(pl.LightningModule):
             self._data is not None and self._data.feature_source and not self._data.bag_size
         ):
             return
-        backbone.check_tile_size(tiles.tile_size_px)
+        backbone.check_tiles(tiles)
         for line in tile_warnings(backbone.spec.name, tiles.tile_size_px, tiles.mpp):
             rank_zero_warn(line)
 
     def _weigh_grades(self) -> None:
-        """Computes the weights of the grades and checks the readers' grades, if the options need them."""
-        rows = [slide.row for slide in self._data.slides["train"]] if self._data is not None else []
+        """Computes the weights of the grades, the scale of numbers, and checks the readers' grades."""
+        slides = self._data.slides["train"] if self._data is not None else ()
+        rows = [slide.row for slide in slides]
+        if slides:
+            self.tasks.standardise([slide.labels for slide in slides])
         self.targets.check_readers(row.reader_grades for row in rows)
         if self.balance:
             counts = Counter(row.grade for row in rows)
@@ -294,7 +297,7 @@ class SlideGrader(pl.LightningModule):
     def _task_losses(self, logits: dict[str, Tensor], batch: Bag) -> Tensor:
         """Sums the weighted losses of all tasks beside the grade."""
         total = torch.zeros((), device=self.device)
-        summed = self.tasks.summed_losses(logits, batch["labels"])
+        summed = self.tasks.summed_losses(logits, batch["labels"], batch.get("votes"))
         for task in self.tasks.tasks:
             loss = self._mean(*summed[task.name])
             self._means.add({f"train/{task.name}/loss": loss}, summed[task.name][1])

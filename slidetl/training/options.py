@@ -18,7 +18,7 @@ class EmbedOptions:
         blocks: inner blocks to store too, averaged over space, as NAME.BLOCK; separated by commas.
         name: name of the features, instead of the backbone's; distinguishes weights of one network.
         slides: identifiers of the slides to embed, instead of all in the cache.
-        batch_size: tiles per forward pass.
+        batch_size: tiles per forward pass; by default 128, of volumes 16.
         device: auto takes a GPU if there is one.
         precision: number format of the forward pass; auto is bfloat16 on a GPU, else float32. Features are
             stored in float16.
@@ -32,14 +32,14 @@ class EmbedOptions:
     blocks: str = ""
     name: str | None = None
     slides: tuple[str, ...] = ()
-    batch_size: int = 128
+    batch_size: int | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     devices: int = 1
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
+        if self.batch_size is not None and self.batch_size < 1:
             raise UsageError(f"--batch-size must be at least 1, not {self.batch_size}")
         if self.devices < 1:
             raise UsageError(f"--devices must be at least 1, not {self.devices}")

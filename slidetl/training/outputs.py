@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_info
 
 from slidetl.data.study import listed
 from slidetl.data.tasks import Task
-from slidetl.evaluation.metrics import GradeMetrics
-from slidetl.files import replaced, write_whole
+from slidetl.evaluation.bootstrap import bca_interval_if_defined
+from slidetl.evaluation.metrics import GradeMetrics, patient_intervals, weighted_mean
+from slidetl.files import replaced, write_csv, write_whole
 from slidetl.text import plot_label
 from slidetl.training.evaluation import Evaluation, GradedSlide
 from slidetl.training.grader import SlideGrader
@@ -28,7 +34,7 @@ class ResultFiles(pl.Callback):
         if trainer.is_global_zero:
             folder, evaluation = Path(trainer.default_root_dir) / "test", pl_module.tested
             _write_tables(folder, evaluation.slides, pl_module.tasks.tasks)
-            write_metrics(folder, evaluation, pl_module.grades)
+            write_metrics(folder, evaluation, pl_module.grades, pl_module.tasks.tasks)
             told = describe_metrics(evaluation.metrics, pl_module.grades, evaluation.not_graded)
             rank_zero_info(f"{told}\nwritten to {folder}")
 
@@ -50,23 +56,68 @@ def _write_tables(folder: Path, slides: Sequence[GradedSlide], tasks: Iterable[T
     """Writes a table for the grade, and one for each further slide-level task."""
     write_predictions(folder / "predictions.csv", [slide.prediction for slide in slides])
     for task in tasks:
-        if not task.of_tiles:
+        if task.numeric:
+            columns = ["slide_id", "patient_id", "value", "predicted", "checkpoint", "fingerprint", "reason"]
+            write_csv(folder / f"predictions-{task.name}.csv", columns, map(partial(_numbers, task), slides))
+        elif not task.of_tiles:
             rows = [slide.prediction_of(task) for slide in slides]
             write_predictions(folder / f"predictions-{task.name}.csv", rows)
 
 
-def write_metrics(folder: Path, evaluation: Evaluation, grades: tuple[str, ...]) -> None:
-    """Writes ``metrics.json`` and ``confusion.png``."""
+def _numbers(task: Task, slide: GradedSlide) -> dict[str, Any]:
+    """Returns the row of a number in its table."""
+    row = vars(slide.prediction)
+    if not slide.outcomes:
+        return {**row, "value": None, "predicted": None}
+    outcome = slide.outcomes[task.name]
+    value = float(outcome.labels[0])
+    return {
+        **row,
+        "value": value if math.isfinite(value) else None,
+        "predicted": float(outcome.predicted[0, 0]),
+    }
+
+
+def write_metrics(
+    folder: Path, evaluation: Evaluation, grades: tuple[str, ...], tasks: Sequence[Task] = ()
+) -> None:
+    """Writes ``metrics.json``, with intervals over patients, and ``confusion.png``."""
     figures = {**evaluation.quality, **evaluation.metrics.to_json(), "grades": grades}
     figures["not_graded"] = evaluation.not_graded
+    graded = [one for one in evaluation.predictions if one.grade is not None and not one.reason]
+    figures["intervals"] = patient_intervals(
+        np.array([one.grade for one in graded]),
+        [one.probabilities for one in graded],
+        [one.patient_id for one in graded],
+    )
     if evaluation.tasks:
         figures["tasks"] = {name: found.to_json() for name, found in evaluation.tasks.items()}
+    for task in tasks:
+        if task.numeric and task.name in evaluation.tasks:
+            figures["tasks"][task.name]["intervals"] = _number_intervals(task, evaluation.slides)
     write_whole(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")
     draw_confusion(folder / "confusion.png", evaluation.metrics, grades)
 
 
-def describe_metrics(metrics: GradeMetrics, grades: tuple[str, ...], not_graded: Sequence[str] = ()) -> str:
-    """Formats accuracy, QWK, MAE and the confusion matrix as lines of text."""
+def _number_intervals(task: Task, slides: Sequence[GradedSlide]) -> dict[str, tuple[float, float, float]]:
+    """Computes the interval of the mean absolute error over patients; empty with a single one."""
+    known = [one for one in slides if one.outcomes and task.is_label(one.outcomes[task.name].labels).all()]
+    patients = [one.prediction.patient_id for one in known]
+    if len(set(patients)) < 2:
+        return {}
+    of_task = [one.outcomes[task.name] for one in known]
+    errors = [abs(float(one.predicted[0, 0]) - float(one.labels[0])) for one in of_task]
+    found = bca_interval_if_defined(partial(weighted_mean, errors), patients)
+    return {} if found is None else {"mae": (found.estimate, found.low, found.high)}
+
+
+def describe_metrics(
+    metrics: GradeMetrics,
+    grades: tuple[str, ...],
+    not_graded: Sequence[str] = (),
+    intervals: Mapping[str, Sequence[float]] = MappingProxyType({}),
+) -> str:
+    """Formats accuracy, QWK, MAE, the confusion matrix and any intervals as lines of text."""
     width = max(5, *(len(name) + 1 for name in grades))
     lost = f" ({len(not_graded)} more not graded: {listed(not_graded)})" if not_graded else ""
     lines = [
@@ -76,6 +127,9 @@ def describe_metrics(metrics: GradeMetrics, grades: tuple[str, ...], not_graded:
     ]
     for name, counts in zip(grades, metrics.confusion, strict=True):
         lines.append(name.rjust(17) + " " + "".join(str(count).rjust(width) for count in counts))
+    if intervals:
+        told = (f"{name} {a:.3f} ({low:.3f} to {high:.3f})" for name, (a, low, high) in intervals.items())
+        lines.append(f"95 % intervals over patients: {', '.join(told)}")
     return "\n".join(lines)
 
 

@@ -367,9 +367,7 @@ def test_slides_read_in_processes_for_one_thread_grade_alike(
     runners: list[Runner] = []
 
     def packed(*arguments: Any) -> Runner:
-        runners.append(
-            Runner(model.network.embed, model.device, 16, model.card.tile_spec.tile_size_px, packs=True)
-        )
+        runners.append(Runner(model.network.embed, model.device, 16, model.card.tile_spec, packs=True))
         runners[-1].alone = 1.0
         return runners[-1]
 

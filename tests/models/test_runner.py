@@ -15,9 +15,11 @@ from torch import Tensor
 
 from slidetl.errors import UsageError
 from slidetl.models.runner import Runner
+from slidetl.tiles.grid import TileSpec
 
 CPU = torch.device("cpu")
 SIDE = 4
+TILES = TileSpec(mpp=1.0, tile_size_px=SIDE)
 
 
 class Network:
@@ -54,7 +56,7 @@ def numbers_of(rows: Tensor) -> list[int]:
 @given(st.lists(st.integers(1, 40), max_size=12), st.integers(1, 16))
 def test_every_piece_gets_its_own_embeddings_in_batches_of_one_shape(pieces: list[int], batch: int) -> None:
     network = Network()
-    with Runner(network, CPU, batch, SIDE, packs=True) as runner:
+    with Runner(network, CPU, batch, TILES, packs=True) as runner:
         starts = np.cumsum([0, *pieces])
         futures = [runner.submit(tiles_of(int(s), n)) for s, n in zip(starts, pieces, strict=False)]
         found = [numbers_of(future.result(120)) for future in futures]
@@ -83,7 +85,7 @@ def test_slides_share_batches_and_one_thread() -> None:
 
 def test_the_device_is_warmed_before_tiles_come() -> None:
     network = Network()
-    with Runner(network, CPU, 8, SIDE, packs=True) as runner:
+    with Runner(network, CPU, 8, TILES, packs=True) as runner:
         assert runner.call(lambda: len(network.shapes)) == 3
         assert runner.first_pass_s > 0
     assert set(network.shapes) == {(8, 3, SIDE, SIDE)}
@@ -145,3 +147,19 @@ def test_on_a_processor_a_piece_is_a_pass(passes: int) -> None:
     assert sorted(shape[0] for shape in network.shapes) == [1, 2, 3, 4, 5, 6]
     assert len(set(network.threads)) <= passes
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_patches_of_volumes_keep_their_type_and_their_owners(packs: bool) -> None:
+    spec = TileSpec(spacing_mm=1.0, tile_size_px=4)
+    patches = np.random.default_rng(0).integers(-1000, 400, (7, *spec.tile_shape)).astype(spec.dtype)
+    seen: set[tuple[torch.dtype, tuple[int, ...]]] = set()
+
+    def embed(tiles: Tensor) -> Tensor:
+        seen.add((tiles.dtype, tuple(tiles.shape[1:])))
+        return tiles.flatten(1).float()
+
+    with Runner(embed, CPU, 3, spec, packs=packs) as runner:
+        found = torch.cat([rows for _, rows in runner.stream((n, patches[n : n + 2]) for n in (0, 2, 4, 6))])
+    assert seen == {(torch.int16, (1, 4, 4, 4))}
+    np.testing.assert_array_equal(found.numpy(), patches.reshape(7, -1))

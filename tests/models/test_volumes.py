@@ -47,7 +47,7 @@ def test_networks_embed_script_and_name_their_blocks(name: str) -> None:
 
 
 @pytest.mark.parametrize("in_channels", [1, 3])
-@pytest.mark.parametrize("name", ["resnet10t", "tf_efficientnet_lite0", "resnet26d"])
+@pytest.mark.parametrize("name", ["resnet10t", "tf_efficientnet_lite0"])
 def test_a_volume_that_is_constant_in_depth_has_the_activations_of_its_slice(
     name: str, in_channels: int, tmp_path: Path
 ) -> None:

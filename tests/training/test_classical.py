@@ -128,7 +128,7 @@ def test_the_saved_model_gives_the_predictions(stored: Study, tmp_path: Path) ->
 def test_several_features_are_joined(stored: Study, tmp_path: Path) -> None:
     for names, qwk in [(("noise",), (-1, 0.6)), (("noise", "told"), (0.8, 1))]:
         study = FeatureStudy(stored.manifest, stored.cache, names, test_fraction=0.34)
-        assert qwk[0] <= fit_pooled(study, tmp_path / "out").qwk <= qwk[1]
+        assert qwk[0] <= fit_pooled(study, tmp_path / "out").metrics.qwk <= qwk[1]
         with np.load(tmp_path / "out" / "model.npz") as model:
             assert model["centre"].shape == (6 * len(names),)
 
