@@ -129,6 +129,7 @@ class SlideGrader(pl.LightningModule):
             self.record = self._data.record if self._data is not None else None
             self.tile_spec = self._data.tile_spec if self._data is not None else None
             self._check_tiles()
+            self._check_precision()
             self._weigh_grades()
             if self.trainer.ckpt_path is None:  # a resumed training loads its weights
                 self.transfer.start(self.network.backbone)
@@ -148,6 +149,15 @@ class SlideGrader(pl.LightningModule):
         backbone.check_tiles(tiles)
         for line in tile_warnings(backbone.spec.name, tiles.tile_size_px, tiles.mpp):
             rank_zero_warn(line)
+
+    def _check_precision(self) -> None:
+        """Refuses bfloat16 for volumes on a CPU: torch 2.15 gives gradients of 2 x 2 x 2 maps up to 1e36."""
+        on_cpu = self.trainer.strategy.root_device.type == "cpu"
+        if self.network.backbone.takes_volumes and on_cpu and "bf16" in str(self.trainer.precision):
+            raise UsageError(
+                f"trainer.precision {self.trainer.precision}: on a CPU, gradients of 3-D convolutions are "
+                "wrong in it; use 32"
+            )
 
     def _weigh_grades(self) -> None:
         """Computes the weights of the grades, the scale of numbers, and checks the readers' grades."""

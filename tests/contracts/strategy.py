@@ -29,15 +29,21 @@ BACKBONE = small_spec()
 
 
 class Bags(pl.LightningDataModule):
-    """Eight bags of three tiles, some padded, four to a global batch whatever the number of processes."""
+    """Eight bags of three tiles or volumes, some padded, four to a global batch on any number of processes."""
 
-    tile_spec = TileSpec(mpp=4, tile_size_px=TILE_PX)
+    def __init__(self, volumes: bool = False) -> None:
+        super().__init__()
+        self.tile_spec = TileSpec(mpp=4, tile_size_px=TILE_PX)
+        if volumes:
+            self.tile_spec = TileSpec(spacing_mm=1, tile_size_px=TILE_PX)
 
     def train_dataloader(self) -> DataLoader[Bag]:
         generator = torch.Generator().manual_seed(5)
         bags: list[Bag] = []
         for number in range(8):
             tiles = torch.randint(0, 256, (3, 3, TILE_PX, TILE_PX), dtype=torch.uint8, generator=generator)
+            if self.tile_spec.is_volume:
+                tiles = torch.rand(3, 1, *self.tile_spec.tile_shape, generator=generator)
             mask = torch.arange(3) < 1 + number % 3
             tiles[~mask] = 0
             grade = torch.tensor(number % 5)
@@ -48,8 +54,8 @@ class Bags(pl.LightningDataModule):
         return DataLoader(bags[rank::size], batch_size=4 // size)  # type: ignore[arg-type]
 
 
-def batch() -> Bag:
-    bags: Bag = next(iter(Bags().train_dataloader()))
+def batch(volumes: bool = False) -> Bag:
+    bags: Bag = next(iter(Bags(volumes).train_dataloader()))
     return bags
 
 
@@ -74,7 +80,8 @@ def fit(grader: SlideGrader, root: Path, ckpt_path: Path | None = None, **option
             **options,
         }
     )
-    trainer.fit(grader, Bags(), ckpt_path=ckpt_path, weights_only=False)
+    volumes = grader.network.backbone.takes_volumes
+    trainer.fit(grader, Bags(volumes), ckpt_path=ckpt_path, weights_only=False)
     return grader
 
 
@@ -90,6 +97,7 @@ class StrategyContract:
     strategy: TransferStrategy
     backbone = BACKBONE
     frozen = False
+    precision = "bf16-mixed"
 
     def network(self) -> GradingNetwork:
         """Built and started as a training does it."""
@@ -108,7 +116,7 @@ class StrategyContract:
         reference = self.strategy.reference(network.backbone)
         if reference is None:
             return {}
-        bags = batch()
+        bags = batch(self.backbone.takes_volumes)
         with recorded(network.backbone, self.strategy.watched(network.backbone)) as activations:
             network(bags["tiles"], bags["mask"])
         seen = Seen(bags["tiles"], bags["mask"], activations)
@@ -140,7 +148,7 @@ class StrategyContract:
         kept = {name: value.clone() for name, value in reference.weights.items()} if reference else {}
         optimizer = torch.optim.AdamW(self.strategy.parameter_groups(network, lr=0.01, weight_decay=0.01))
         before = {name: value.clone() for name, value in network.named_parameters()}
-        bags = batch()
+        bags = batch(self.backbone.takes_volumes)
         with recorded(network.backbone, self.strategy.watched(network.backbone)) as activations:
             embeddings = network.embed(bags["tiles"])
         assert embeddings.requires_grad != self.frozen  # no graph is kept for a frozen backbone
@@ -196,7 +204,7 @@ class StrategyContract:
     @pytest.mark.slow  # a minute over all strategies
     def test_mixed_precision_accumulation_and_clipping_and_it_scripts(self, tmp_path: Path) -> None:
         options: dict[str, Any] = {
-            "precision": "bf16-mixed",
+            "precision": self.precision,
             "accumulate_grad_batches": 2,
             "gradient_clip_val": 0.5,
         }
@@ -210,7 +218,7 @@ class StrategyContract:
         network = grader.network.eval()
         scripted = torch.jit.script(network)
         assert scripted.state_dict().keys() == network.state_dict().keys()  # no reference inside
-        bags = batch()
+        bags = batch(self.backbone.takes_volumes)
         with torch.inference_mode():
             here, there = (one(bags["tiles"], bags["mask"])[0] for one in (network, scripted))
         torch.testing.assert_close(here, there, atol=1e-5, rtol=1e-5)
