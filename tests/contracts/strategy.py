@@ -29,7 +29,7 @@ BACKBONE = small_spec()
 
 
 class Bags(pl.LightningDataModule):
-    """Eight bags of three tiles or volumes, some padded, four to a global batch on any number of processes."""
+    """Eight bags of three tiles or volumes, some padded, four to a batch of all processes."""
 
     def __init__(self, volumes: bool = False) -> None:
         super().__init__()

@@ -389,7 +389,7 @@ def test_unfit_weights_are_refused_in_one_line(tmp_path: Path, capsys: pytest.Ca
         (str(tmp_path / "evil.pth"), "cannot be read as weights only"),
         (str(tmp_path / "torn.safetensors"), "not a readable safetensors file"),
         (str(tmp_path / "other.safetensors"), "not weights of mobilenetv3_small_050"),
-        (str(tmp_path / "weights.h5"), "expected a .safetensors or .pth file"),
+        (str(tmp_path / "weights.h5"), "expected a .safetensors, .pth or .ckpt file"),
     ):
         with pytest.raises(WeightsError, match=said) as caught:
             Backbone(BackboneSpec(SMALL, pretrained)).load_pretrained()
