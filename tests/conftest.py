@@ -216,7 +216,7 @@ def nodules(tmp_path_factory: pytest.TempPathFactory) -> VolumeStudy:
     """A patch with a nodule and one without, of 16 voxels a side, of each of ten patients."""
     from tests.volumes.studies import source_rows, write_study
 
-    return write_study(tmp_path_factory.mktemp("nodules"), "patches", source_rows(10), at=True)
+    return write_study(tmp_path_factory.mktemp("nodules"), "patches", source_rows(10))
 
 
 @pytest.fixture(scope="session")
@@ -224,7 +224,7 @@ def scans(tmp_path_factory: pytest.TempPathFactory) -> VolumeStudy:
     """Series of eight overlapping patches, of sixteen patients, one of them with two."""
     from tests.volumes.studies import target_rows, write_study
 
-    return write_study(tmp_path_factory.mktemp("scans"), "series", target_rows(16), at=False)
+    return write_study(tmp_path_factory.mktemp("scans"), "series", target_rows(16))
 
 
 @pytest.fixture(scope="session")

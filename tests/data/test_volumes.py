@@ -115,7 +115,7 @@ def test_readers_and_numbers_are_checked(nodules: VolumeStudy, tmp_path: Path) -
     with pytest.raises(ManifestError, match=r"diameter_mm must be a finite number .* found 'six'"):
         read_study(broken, nodules.cache, 2, TASKS)
     rows = [{k: v for k, v in row.items() if "_reader" not in k} for row in source_rows(4)]
-    alone = write_study(tmp_path, "alone", rows, at=True)
+    alone = write_study(tmp_path, "alone", rows)
     data = SlideDataModule(str(alone.manifest), str(alone.cache), ["no", "yes"], tasks=list(TASKS))
     with pytest.raises(
         UsageError, match="task malignancy takes the readers' labels, and no training slide has"

@@ -1,22 +1,19 @@
-"""A study of small volumes, written into caches without files of series."""
+"""A study of small volumes, tiled by the real command."""
 
 from __future__ import annotations
 
 import csv
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from slidetl.tiles.grid import TileSpec
-from slidetl.tiles.ledger import USED, Ledger, LedgerRow
-from slidetl.tiles.patches import plan_patches
-from slidetl.tiles.tile import write_patches
-from slidetl.volumes.volume import Volume
+from slidetl.cli import main
 from tests.volumes.phantom import ellipsoid, frame
 
-SPEC = TileSpec(spacing_mm=1.0, tile_size_px=16, stride_px=8, mask="none", min_tissue=0.0)
+MIDDLE_MM = 11.5
 
 
 @dataclass(frozen=True)
@@ -41,34 +38,30 @@ class VolumeStudy:
         ]
 
 
-def series(number: int, diameter_mm: float) -> Volume:
+def write_series(path: Path, seed: int, diameter_mm: float) -> None:
     """Draws a lung of 24 x 24 x 24 mm with a ball in its middle, or none of diameter 0."""
-    about = frame((24, 24, 24))
-    rng = np.random.default_rng(number)
-    hu = rng.normal(-850, 20, about.size_voxel[::-1])
-    if diameter_mm:
-        radius = diameter_mm / 2
-        hu[ellipsoid(about, (11.5, 11.5, 11.5), (radius, radius, radius))] = 40
-    return Volume(np.rint(hu).astype(np.int16), about, f"{number:064x}")
+    import SimpleITK as sitk
+
+    about, radius = frame((24, 24, 24)), diameter_mm / 2
+    hu = np.random.default_rng(seed).normal(-850, 20, about.size_voxel[::-1])
+    if radius:
+        hu[ellipsoid(about, (MIDDLE_MM,) * 3, (radius,) * 3)] = 40
+    sitk.WriteImage(sitk.GetImageFromArray(np.rint(hu).astype(np.int16)), str(path))
 
 
-def write_study(folder: Path, name: str, rows: list[dict[str, Any]], at: bool) -> VolumeStudy:
-    """Writes the cache of a study: whole series, or one patch ``at`` the middle of each."""
+def write_study(folder: Path, name: str, rows: list[dict[str, Any]]) -> VolumeStudy:
+    """Writes series of a study, and tiles them with patches of 16 voxels that overlap by half."""
     cache, manifest = folder / f"cache-{name}", folder / f"{name}.csv"
-    ledger = []
     for number, row in enumerate(rows):
-        diameter_mm = row.get("diameter_mm") or 9.0 * row["grade"]
-        volume, location = series(number, diameter_mm), (11.5, 11.5, 11.5) if at else None
-        write_patches(
-            plan_patches(volume, SPEC, location), volume, cache, row["slide_id"], location_mm=location
-        )
-        path = str(folder / row["path"])
-        ledger.append(LedgerRow(row["slide_id"], path, USED, fingerprint=volume.fingerprint))
-    Ledger(cache / "ledger.csv").record(ledger)
+        write_series(folder / row["path"], number, row.get("diameter_mm") or 9.0 * row["grade"])
     with manifest.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+    words = ["--spacing-mm", "1", "--tile-size", "16", "--stride", "8", "--mask", "none", "--min-tissue", "0"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*unknown column", UserWarning)  # those of tasks
+        assert main(["tile", str(manifest), "--cache", str(cache), *words, "--workers", "1"]) == 0
     return VolumeStudy(manifest, cache)
 
 
@@ -82,13 +75,14 @@ def source_rows(patients: int) -> list[dict[str, Any]]:
         rows.append(
             {
                 "slide_id": f"n{number:02}",
-                "path": f"n{number:02}.nii",
+                "path": f"n{number:02}.mha",
                 "patient_id": f"p{number // 2}",
                 "grade": is_nodule,
                 "malignancy": malignancy,
                 "malignancy_reader1": malignancy,
                 "malignancy_reader2": None if malignancy is None else max(0, malignancy - number % 3 // 2),
                 "diameter_mm": diameter,
+                **dict.fromkeys(("x_mm", "y_mm", "z_mm"), MIDDLE_MM),
             }
         )
     return rows
@@ -99,7 +93,7 @@ def target_rows(patients: int) -> list[dict[str, Any]]:
     return [
         {
             "slide_id": f"s{number:02}",
-            "path": f"s{number:02}.nii",
+            "path": f"s{number:02}.mha",
             "patient_id": f"p{patient}",
             "grade": patient % 2,
         }
