@@ -56,6 +56,8 @@ if TYPE_CHECKING:
     from slidetl.tiles.tile import SlideSource as SlideSource
     from slidetl.tiles.tile import tile_slide as tile_slide
     from slidetl.training.checkpoint import load_grader as load_grader
+    from slidetl.volumes import read_volume as read_volume
+    from slidetl.volumes.volume import Volume as Volume
 
 
 # Not the strategies, nor what else a class_path names: jsonargparse would write the shorter name into
@@ -72,6 +74,8 @@ _MODULES = {
     "tiles.store": ("SlideCache", "open_cache"),
     "tiles.tile": ("SlideSource", "tile_slide"),
     "training.checkpoint": ("load_grader",),
+    "volumes": ("read_volume",),
+    "volumes.volume": ("Volume",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -171,6 +171,11 @@ def _readers() -> Iterator[Check]:
     )
     yield Check(topic, "tifffile", f"{tifffile.__version__}: TIFF and OME-TIFF")
     yield Check(topic, "zarr", f"{zarr.__version__}: OME-Zarr, and the tile cache")
+    for package, module, reads in (("pydicom", "pydicom", "CT series"), ("simpleitk", "SimpleITK", "NIfTI")):
+        try:
+            yield Check(topic, module, f"{metadata.version(package)}: {reads}")
+        except metadata.PackageNotFoundError:
+            yield Check(topic, module, f"not installed: {reads} need the extra slidetl[ct]")
     import imagecodecs
 
     names = ("JPEG8", "JPEG2K", "WEBP", "ZSTD", "LZW", "DEFLATE")

@@ -21,6 +21,7 @@ from slidetl.slides.ngff import is_ngff
 from slidetl.slides.npz import NpzItem, read_labels
 from slidetl.slides.raster import IMAGE_SUFFIXES, TIFF_SUFFIXES
 from slidetl.tiles.identifier import clash_key, safe_slide_id, short_digest
+from slidetl.volumes import is_volume_file
 
 SPLITS = ("train", "val", "test")
 REQUIRED = ("slide_id", "path", "patient_id", "grade")
@@ -384,19 +385,19 @@ def _with_labels(manifest: Manifest, tasks: Sequence[Task]) -> Manifest:
 
 
 def _list_folder(folder: Path, n_grades: int | None) -> Manifest:
-    """Lists the slides below a folder, a DICOM series once, or its images if it has no slides.
+    """Lists the slides and CT series below a folder, a DICOM series once, or its images if it has neither.
 
     A series of several files is named by its UID, since none of the files names it.
     """
     found = find_files(folder)
     series: dict[tuple[Path, str], list[Path]] = {}
-    files = found.slides(SLIDE_SUFFIXES)
+    files = [*found.slides(SLIDE_SUFFIXES), *filter(is_volume_file, found.paths)]
     for path in files:
         series.setdefault(_series(path) or (path, ""), []).append(path)
     if series:
         found.warn_of_rest(files)
         rows = [
-            ManifestRow(0, safe_slide_id(uid) if len(paths) > 1 else "", paths[0], "")
+            ManifestRow(0, safe_slide_id(uid) if len(paths) > 1 else _stem(paths[0]), paths[0], "")
             for (_, uid), paths in series.items()
         ]
         return Manifest(_named(rows, found.folder))
@@ -408,6 +409,11 @@ def _list_folder(folder: Path, n_grades: int | None) -> Manifest:
         f"{found.folder}: no slides in this folder; expected files ending in one of {known}"
         + (f"; found {rest}" if rest else "")
     )
+
+
+def _stem(path: Path) -> str:
+    """Returns the name of a ``.nii.gz`` without both endings; empty for other files, named by their stem."""
+    return path.name[:-7] if path.name.lower().endswith(".nii.gz") else ""
 
 
 def _series(path: Path) -> tuple[Path, str] | None:

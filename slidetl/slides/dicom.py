@@ -7,9 +7,12 @@ from pathlib import Path
 
 from slidetl.errors import SlideOpenError
 
-# StudyInstanceUID (0020,000D) and, next to it, SeriesInstanceUID (0020,000E), explicit little endian. Only at
-# the top level of a file are they neighbours: a reference to another series has no study beside it.
-_STUDY_AND_SERIES = re.compile(rb"\x20\x00\x0d\x00UI..[0-9.]*[\0 ]?\x20\x00\x0e\x00UI..([0-9.]+)", re.DOTALL)
+# StudyInstanceUID (0020,000D) and, next to it, SeriesInstanceUID (0020,000E), explicit or implicit little
+# endian. Only at the top level of a file are they neighbours: a reference to another series has no study
+# beside it.
+_STUDY_AND_SERIES = re.compile(
+    rb"\x20\x00\x0d\x00(?:UI..|..\0\0)[0-9.]*[\0 ]?\x20\x00\x0e\x00(?:UI..|..\0\0)([0-9.]+)", re.DOTALL
+)
 # Modality (0008,0060), in explicit or implicit little endian.
 _MODALITY = re.compile(rb"\x08\x00\x60\x00(?:CS..|..\0\0)([A-Z]{2,16})", re.DOTALL)
 _HEAD_BYTES = 1 << 16
@@ -37,7 +40,7 @@ def first_instance(folder: Path) -> Path | None:
 
 
 def series_instance_uid(path: Path) -> str | None:
-    """Reads the series of a DICOM file; None if it is not DICOM in explicit little endian.
+    """Reads the series of a DICOM file; None if it is not DICOM in little endian.
 
     Raises:
         OSError: the file cannot be read.

@@ -31,9 +31,9 @@ class TileSpec:
     their defaults with ``spacing_mm``, which makes it a choice of patches.
 
     Attributes:
-        mpp: spacing of the tiles of slides, micrometres per pixel.
-        spacing_mm: spacing of the patches of CT series along all axes, millimetres per voxel, instead of
-            ``mpp``.
+        mpp: spacing of the tiles, micrometres per pixel; slides need it.
+        spacing_mm: spacing of the patches along all axes, millimetres per voxel; CT series need it, instead
+            of ``mpp``.
         tile_size_px: side of a tile or patch, pixels or voxels; 0 is 224, for patches 64.
         stride_px: distance between neighbouring tiles, pixels or voxels; 0 is ``tile_size_px`` (no overlap,
             no gap).

@@ -21,11 +21,11 @@ from slidetl.tiles.patches import prepare_series
 from slidetl.tiles.run import tile_slides
 from slidetl.tiles.store import SlideCache, cache_path
 from slidetl.tiles.tile import SlideSource
-from slidetl.volumes import is_series
+from slidetl.volumes import is_series, read_volume
 from slidetl.volumes.volume import Volume
 from tests.tiles.conftest import tree
 from tests.volumes.phantom import chest, frame
-from tests.volumes.series import write_series
+from tests.volumes.series import ROOT, small, write_series
 
 SPEC = TileSpec(spacing_mm=8.0, tile_size_px=8)
 NODULE = (60.0, 0.0, 10.0)
@@ -193,3 +193,14 @@ def test_faults_of_locations_are_told(tmp_path: Path, rows: list[tuple[str, str,
     listed = [row(name, tmp_path / path, place) for name, path, place in rows]  # type: ignore[arg-type]
     with pytest.raises(ManifestError, match=says):
         read_manifest(manifest(tmp_path, listed))
+
+
+def test_a_folder_of_series_lists_each_once(tmp_path: Path) -> None:
+    write_series(tmp_path / "a", small(), series="7")
+    for name in ("b.nii.gz", "c.mha"):
+        (tmp_path / name).write_bytes(b"")
+    rows = read_manifest(tmp_path).rows
+    assert sorted(row.slide_id for row in rows) == [f"{ROOT}.7", "b", "c"]
+    assert all(is_series(row.path) for row in rows)
+    (one,) = [row for row in rows if row.path.parent.name == "a"]
+    assert read_volume(one.path).frame.size_voxel == (6, 5, 4)
