@@ -603,7 +603,8 @@ def build(options: argparse.Namespace) -> None:
     geometry = Geometry(options.size, options.slices, options.field_mm, options.length_mm)
     nodules_of: dict[str, list[Any]] = {patient: [] for patient in annotations.patients}
     for nodule in annotations.nodules:
-        if len(nodule.readings) <= lidc.READERS:  # else several nodules that cannot be told apart
+        # More readings than readers are several nodules that cannot be told apart.
+        if options.least_readers <= len(nodule.readings) <= lidc.READERS:
             nodules_of[nodule.patient].append(nodule)
     order = np.random.default_rng([options.seed]).permutation(len(annotations.patients))[:count]
     tables: dict[str, list[dict[str, Any]]] = {"nodules": [], "series": [], "target-nodules": []}
@@ -660,6 +661,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("target", 60, "other patients, each with a label of its own"),
         ("size", 512, "rows and columns of a slice, pixels"),
         ("slices", 280, "slices of a series"),
+        ("least-readers", 1, "readers that marked a nodule, at least"),
         ("most-nodules", 6, "nodules in a phantom, of those of the patient"),
         ("shifted", 0, "rows more for each nodule, with a place beside it"),
         ("seed", 0, "of everything"),

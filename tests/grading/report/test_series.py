@@ -21,7 +21,7 @@ from slidetl.library.model_card import ModelCard
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.patches import plan_patches
 from slidetl.volumes.frame import VolumeFrame
-from slidetl.volumes.volume import Volume
+from slidetl.volumes.series import Series
 from tests.grading.report.test_slide import Page
 
 SPEC = TileSpec(spacing_mm=2.0, tile_size_px=16, stride_px=8, mask="none", min_tissue=0.0)
@@ -35,7 +35,8 @@ def graded() -> SeriesGrade:
     z, y, x = np.indices((32, 40, 48))
     near = np.linalg.norm(frame.to_patient_mm(np.stack([x, y, z], axis=-1)) - BALL_MM, axis=-1)
     hu = np.where(near < 7, 60, -900).astype(np.int16)
-    plan = plan_patches(Volume(hu, frame, "aa" * 32, ("slices 3 and 4 are doubled",)), SPEC)
+    notes = ("slices 3 and 4 are doubled",)
+    plan = plan_patches(Series(Path("scans/p1"), frame, "aa" * 32, notes, lambda: iter(hu)), SPEC)
     points = np.asarray(plan.origins_voxel + (SPEC.tile_size_px - 1) / 2, np.float64)
     away = np.linalg.norm(frame.to_patient_mm(points) - BALL_MM, axis=1)
     contributions = (np.exp(-away / 10) - 0.1).astype(np.float32)
