@@ -200,8 +200,8 @@ def embed_tiles(
     """
     import torch
 
-    from slidetl.data.datasets import channels_first
     from slidetl.models.backbones import Backbone, weights_sha256
+    from slidetl.models.runner import channels_first
     from slidetl.models.spec import BackboneSpec
     from slidetl.training.embed import BlockEmbedder
 
@@ -221,5 +221,5 @@ def embed_tiles(
         )
     blocks = (source.block,) if source.block else ()
     with BlockEmbedder(backbone, blocks) as embedder, torch.inference_mode():
-        values = embedder(channels_first(tiles))[source.block]
+        values = embedder(channels_first(torch.from_numpy(tiles)))[source.block]
     return np.asarray(values.numpy(), np.float16)

@@ -26,7 +26,7 @@ from slidetl.compare.config import EPOCHS, LENGTH, with_values
 from slidetl.compare.plan import Job
 from slidetl.compare.records import CurvePoint, JobResult, predictions_from
 from slidetl.data.datamodule import SlideDataModule
-from slidetl.data.datasets import channels_first
+from slidetl.data.datasets import network_input
 from slidetl.data.study import listed
 from slidetl.errors import UsageError
 from slidetl.evaluation.calibration import fit_temperature, with_temperature
@@ -351,7 +351,7 @@ def _tile_embeddings(network: GradingNetwork, cache: SlideCache, chunk: int, sto
     if stored:
         return torch.from_numpy(read_features(cache, stored)).float()
     parts = np.array_split(np.arange(len(cache)), -(-len(cache) // chunk))
-    return torch.cat([network.backbone(channels_first(cache.read(part))) for part in parts])
+    return torch.cat([network.backbone(network_input(cache.read(part), cache.spec)) for part in parts])
 
 
 class _Watch(Callback):

@@ -16,11 +16,11 @@ from rich.progress import track
 
 from slidetl.analysis.novelty import Familiar, fit_familiar
 from slidetl.data.datamodule import SlideDataModule
-from slidetl.data.datasets import channels_first
 from slidetl.data.record import StudyRecord, config_sha256
 from slidetl.data.study import CachedSlide, read_study
 from slidetl.errors import CheckpointError, UsageError
 from slidetl.library.model_card import TrainingData
+from slidetl.models.runner import channels_first
 from slidetl.status import show_stage
 from slidetl.training.slots import parse
 
@@ -99,7 +99,7 @@ def learn_familiar(network: Any, slides: Sequence[CachedSlide], tiles_per_slide:
             tiles = np.linspace(0, len(slide.cache) - 1, count).round().astype(int)
             total = torch.zeros(())
             for start in range(0, count, _BATCH):
-                pixels = channels_first(slide.cache.read(tiles[start : start + _BATCH]))
+                pixels = channels_first(torch.from_numpy(slide.cache.read(tiles[start : start + _BATCH])))
                 total = total + network.embed(pixels).sum(0).double()
             means.append((total / count).numpy())
     return fit_familiar(np.stack(means), [slide.row.patient_id for slide in slides])

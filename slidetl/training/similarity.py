@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slidetl.analysis.similarity import Similarity, linear_cka, pwcca, rbf_cka, svcca
-from slidetl.data.datasets import channels_first
 from slidetl.data.study import common_spec, find_slides, open_cache
 from slidetl.errors import CacheMismatchError, UsageError
 from slidetl.models.backbones import Backbone, without_downloads
+from slidetl.models.runner import channels_first
 from slidetl.models.spec import BackboneSpec
 from slidetl.text import plot_label
 from slidetl.tiles.grid import TileSpec
@@ -121,6 +121,8 @@ def compare_networks(
     seed = options.seed
     caches = [open_cache(cache_dir, *found) for found in find_slides(cache_dir, options.slides).items()]
     tile_spec = common_spec(caches)
+    if tile_spec.is_volume:
+        raise UsageError(f"{cache_dir} has patches of volumes; networks are compared on tiles of slides")
     names = list(dict.fromkeys([*before, *after, RANDOM]))
     checkpoints = {
         name: _load_checkpoint(name, tile_spec, options.allow) for name in names if name.endswith(".ckpt")
@@ -186,7 +188,7 @@ def embed_layers(backbone: Backbone, tiles: NDArray[np.uint8], batch_size: int =
     parts: dict[str, list[Tensor]] = {name: [] for name in (*blocks, "")}
     with BlockEmbedder(backbone, blocks) as embedder, torch.inference_mode():
         for first in range(0, len(tiles), batch_size):
-            batch = channels_first(tiles[first : first + batch_size]).to(device)
+            batch = channels_first(torch.from_numpy(tiles[first : first + batch_size])).to(device)
             for name, values in embedder(batch).items():
                 parts[name].append(values.cpu())
     return {name or EMBEDDING: torch.cat(values).numpy() for name, values in parts.items()}
