@@ -138,10 +138,11 @@ def plan_and_audit(comparison: Comparison, study: Study) -> tuple[Study, tuple[F
     alike = []
     if comparison.near_duplicates:
         names = [row.slide_id for row in study.rows]
-        blind = [cache.slide_id for cache in study.caches if cache.header.imported]
+        blind = [c.slide_id for c in study.caches if c.header.imported or c.spec.is_volume]
         if blind:
             raise UsageError(
-                f"{len(blind)} slides have imported features and no thumbnail ({listed(blind)}), so that "
+                f"{len(blind)} slides have imported features, or are CT series, and have no thumbnail "
+                f"({listed(blind)}), so that "
                 "near-duplicates among them would go unnoticed; set near_duplicates: 0 if there are none"
             )
         found = near_duplicates(

@@ -76,7 +76,7 @@ def tile_slides(
     tile = partial(tile_slide, cache_dir=cache_dir, spec=spec, overwrite=overwrite, preview=preview)
 
     def start() -> Iterator[LedgerRow]:
-        jobs = _by_file(sources)
+        jobs = _jobs(sources)
         return (
             _in_processes(jobs, tile, workers) if workers else (_tile(s, tile) for job in jobs for s in job)
         )
@@ -232,10 +232,10 @@ Job = Sequence[SlideSource]
 """Slides of one file: locations in a CT series, which is then read once, else a single one."""
 
 
-def _by_file(sources: Sequence[SlideSource]) -> list[Job]:
-    jobs: dict[Path, list[SlideSource]] = {}
+def _jobs(sources: Sequence[SlideSource]) -> list[Job]:
+    jobs: dict[object, list[SlideSource]] = {}
     for source in sources:
-        jobs.setdefault(source.path, []).append(source)
+        jobs.setdefault(source.path if source.location_mm else source.slide_id, []).append(source)
     return list(jobs.values())
 
 

@@ -21,6 +21,7 @@ from slidetl.volumes.frame import VolumeFrame
 from slidetl.volumes.series import Series
 
 _BLOCK_BYTES = 2**22
+_NIFTI = ("qform_code", "sform_code", "vox_offset", "bitpix", "datatype", "dim[1]", "dim[2]", "dim[3]")
 _LITTLE = [size.to_bytes(4, "little") for size in (348, 540)]  # size of the header of NIfTI 1 and 2
 _HEADER_BYTES = 2**16  # of a MetaImage; a real one has 500
 # Fields of a MetaImage with defaults in ITK that would be guesses here, each with its synonyms.
@@ -55,7 +56,7 @@ def open_image(path: Path) -> Series:
     kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
     if reader.GetPixelID() in (sitk.sitkUInt8, sitk.sitkInt8):
         raise VolumeError(f"{path}: its {kind}s cannot hold Hounsfield units; is it a mask or a picture?")
-    about = {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
+    about = {key: reader.GetMetaData(key) for key in _NIFTI if is_nifti and reader.HasMetaDataKey(key)}
     if is_nifti and about.get("qform_code") == "0" and about.get("sform_code") == "0":
         raise VolumeError(
             f"{path}: it does not say how its axes lie in the patient (qform_code and sform_code are 0); "
@@ -97,9 +98,12 @@ def _planes(path: Path) -> Iterator[NDArray[np.generic]]:
 
 def _check_nifti(path: Path, about: dict[str, str]) -> None:
     """Checks that a NIfTI is complete and undamaged, and its numbers finite: ITK reads NaN as 0."""
-    start, bits = int(float(about["vox_offset"])), int(about["bitpix"])
-    left = math.prod(int(about[f"dim[{n}]"]) for n in (1, 2, 3)) * bits // 8
-    is_float = about["datatype"] in ("16", "64")
+    try:
+        start, bits = int(float(about["vox_offset"])), int(about["bitpix"])
+        left = math.prod(int(about[f"dim[{n}]"]) for n in (1, 2, 3)) * bits // 8
+    except (KeyError, ValueError, OverflowError) as error:
+        raise VolumeError(f"{path}: its header is damaged ({error!r})") from error
+    is_float = about.get("datatype") in ("16", "64")
     try:
         with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as file:
             order = "<" if file.read(4) in _LITTLE else ">"
@@ -149,8 +153,10 @@ def _read_meta(path: Path) -> _MetaHeader:
     voxels = path if is_local else path.with_name(data)
     if not voxels.is_file():
         raise VolumeError(f"{path}: its voxels are missing, the file {data} beside it; copy both")
-    is_compressed = names.get("CompressedData", "").lower() in ("true", "1")
-    return _MetaHeader(voxels, found.end() if is_local else 0, is_compressed)
+    compressed = names.get("CompressedData", "False")
+    if compressed.lower() not in ("true", "false"):
+        raise VolumeError(f"{path}: CompressedData must be True or False, found {compressed[:20]!r}")
+    return _MetaHeader(voxels, found.end() if is_local else 0, compressed.lower() == "true")
 
 
 def _check_zlib(path: Path, start: int) -> None:

@@ -439,7 +439,7 @@ arms:
     import_features(again, cohort / "cache", "s0", "uni", overwrite=True)
     assert not values.items() & {job.arm: job.key for job in plan_comparison(comparison).jobs}.items()
     import_features(cohort / "h5" / "s0.h5", cohort / "cache", "s0", "uni", overwrite=True)
-    with pytest.raises(UsageError, match=r"24 slides have imported features and no thumbnail .* set near"):
+    with pytest.raises(UsageError, match=r"24 slides have imported features, or are CT series.* set near"):
         plan_comparison(replace(comparison, near_duplicates=0.95))
 
 

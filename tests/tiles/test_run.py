@@ -165,8 +165,22 @@ def test_a_process_that_ends_itself_is_told_without_blame(source: SlideSource, t
     )
 
 
+def test_a_process_that_ends_within_a_job_costs_one_of_it(tmp_path: Path) -> None:
+    job = [
+        SlideSource(name, tmp_path / "s", location_mm=(0.0, 0.0, float(n))) for n, name in enumerate("abc")
+    ]
+    rows = list(_in_processes([job], partial(end_at_b), 1))
+    assert [(row.slide_id, row.status) for row in rows] == [("a", USED), ("b", FAILED), ("c", USED)]
+
+
 def end_at_once(source: SlideSource, **_: Any) -> LedgerRow:
     os._exit(1)
+
+
+def end_at_b(source: SlideSource, **_: Any) -> LedgerRow:
+    if source.slide_id == "b":
+        os._exit(1)
+    return LedgerRow(source.slide_id, str(source.path), USED)
 
 
 def test_tiles_of_a_slide_whose_file_is_gone_are_kept(source: SlideSource, tmp_path: Path) -> None:

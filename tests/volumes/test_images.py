@@ -133,6 +133,7 @@ NAN[1, 1, 1] = np.nan
         (_meta("ElementDataFile = a.raw", "ElementDataFile = LIST"), "one file beside it"),
         (_meta("ElementDataFile = a.raw", "ElementDataFile = b.raw"), "the file b.raw beside it; copy both"),
         (_meta("ElementDataFile", "DataFile"), "no ElementDataFile"),
+        (_meta("CompressedData = False", "CompressedData = Tralse"), "must be True or False"),
         (_meta("DimSize = 6 5 4", "DimSize = 6000 5000 4000"), "more than a CT series may have"),
     ],
 )
