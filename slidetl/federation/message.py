@@ -1,9 +1,10 @@
-"""All that may leave a site, by an allow-list of names and types, where messages are built."""
+"""All that may leave a site, by an allow-list of fields and their types, where messages are built."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,54 +13,121 @@ from numpy.typing import NDArray
 from slidetl.errors import FederationError
 from slidetl.federation.weights import SiteUpdate, Weights, find_fault
 from slidetl.text import one_line
+from slidetl.tiles.grid import TileSpec
 
 METRICS = frozenset({"slides", "rps", "accuracy", "mae", "loss", "train_loss", "epsilon"})
 """Metrics that may leave a site: the number of graded slides, means over slides, and the privacy spent."""
 
 
-class Message(NamedTuple):
-    """The whole content of a site's message; the engine adds the site's name and the job.
+class _Known(NamedTuple):
+    """All that a site knows to be public.
 
     Attributes:
-        weights: plain arrays, of the names, shapes and types of the network that the site was sent.
-        examples: number of training slides.
-        metrics: of :data:`METRICS`.
+        network: the entries that travel.
+        sites: names of all sites.
     """
 
-    weights: dict[str, NDArray[Any]]
-    examples: int
-    metrics: dict[str, float]
+    network: Weights
+    sites: Collection[str]
 
 
-def outgoing(update: SiteUpdate, network: Weights) -> Message:
-    """Builds the message of an update, and refuses all but weights, a count and chosen metrics.
+def outgoing(answer: Mapping[str, Any], network: Weights, sites: Collection[str] = ()) -> dict[str, Any]:
+    """Builds what leaves a site of an answer, and refuses all that is not on the list.
+
+    The list: ``weights`` of the names, shapes and types of the network; ``examples``, a count; ``metrics`` of
+    :data:`METRICS`; ``tile_spec``, the options of tiling; ``frozen_sha256``, a hash; ``left_out``, names of
+    sites; ``failed``, the class of an error.
 
     Args:
-        update: of the site.
-        network: the entries that the site was sent, which name all that may return.
+        answer: of the site.
+        network: the entries that travel.
+        sites: names of all sites.
+
+    Returns:
+        The answer, of new plain values.
 
     Raises:
-        FederationError: an entry has a foreign name, shape or type, or a metric is not on the list.
+        FederationError: a field is not on the list, or not of its form.
     """
-    if fault := find_fault(update, network):
+    known = _Known(network, sites)
+    built = {}
+    for field, value in answer.items():
+        if field not in _FIELDS:
+            raise FederationError(f"this site sends nothing: the field {_name(field)} is not on the list")
+        built[str(field)] = _FIELDS[field](value, known)
+    return built
+
+
+def _weights(value: Any, known: _Known) -> dict[str, NDArray[Any]]:
+    fault = (
+        find_fault(SiteUpdate("", value, 1), known.network) if isinstance(value, Mapping) else "no weights"
+    )
+    if fault:
         raise FederationError(f"this site sends nothing: {fault}")
     # New arrays: a view or a subclass could carry more than its values.
-    weights = {str(name): np.array(value, copy=True, subok=False) for name, value in update.weights.items()}
-    return Message(weights, int(update.examples), outgoing_metrics(update.metrics))
+    return {str(name): np.array(array, copy=True, subok=False) for name, array in value.items()}
 
 
-def outgoing_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Returns metrics as plain numbers, and refuses all that are not on the list.
+def _count(value: Any, known: _Known) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
+        raise FederationError("this site sends nothing: examples is no count")
+    return int(value)
 
-    Raises:
-        FederationError: a name is not in :data:`METRICS`, or a value is no finite number.
-    """
-    for name, value in metrics.items():
+
+def _metrics(value: Any, known: _Known) -> dict[str, float]:
+    for name, number in _mapping(value, "metrics").items():
         if name not in METRICS:
             raise FederationError(
-                f"this site sends nothing: the metric {one_line(str(name))[:80]!r} is not one of "
+                f"this site sends nothing: the metric {_name(name)} is not one of "
                 f"{', '.join(sorted(METRICS))}"
             )
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
             raise FederationError(f"this site sends nothing: the metric {name} is no finite number")
-    return {str(name): float(value) for name, value in metrics.items()}
+    return {str(name): float(number) for name, number in value.items()}
+
+
+def _tile_spec(value: Any, known: _Known) -> dict[str, Any]:
+    try:
+        spec = TileSpec.from_dict(dict(_mapping(value, "tile_spec"))).to_dict()
+    except (KeyError, TypeError, ValueError) as error:
+        raise FederationError("this site sends nothing: tile_spec has another form") from error
+    if any(isinstance(text, str) and re.search(r"[/\\]", text) for text in spec.values()):
+        raise FederationError("this site sends nothing: tile_spec names a path")
+    return spec
+
+
+def _site_names(value: Any, known: _Known) -> dict[str, str]:
+    """Keeps names of sites; the reasons stay here, since their texts could hold anything."""
+    if any(name not in known.sites for name in _mapping(value, "left_out")):
+        raise FederationError("this site sends nothing: left_out names no site")
+    return {str(name): "" for name in value}
+
+
+def _text(pattern: str) -> Callable[[Any, _Known], str]:
+    def check(value: Any, known: _Known) -> str:
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise FederationError("this site sends nothing: a text has another form")
+        return str(value)
+
+    return check
+
+
+def _mapping(value: Any, field: str) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise FederationError(f"this site sends nothing: {field} has another form")
+    return value
+
+
+def _name(value: object) -> str:
+    return repr(one_line(str(value))[:80])
+
+
+_FIELDS: dict[str, Callable[[Any, _Known], Any]] = {
+    "weights": _weights,
+    "examples": _count,
+    "metrics": _metrics,
+    "tile_spec": _tile_spec,
+    "frozen_sha256": _text(r"([0-9a-f]{64})?"),
+    "left_out": _site_names,
+    "failed": _text(r"[A-Za-z_]\w{0,60}"),
+}
