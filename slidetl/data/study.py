@@ -275,11 +275,15 @@ def check_identity(cache: SlideCache, slide_id: str, fingerprint: str, source: s
 
 def _check_files(folder: Path, slides: Sequence[CachedSlide], ledger: Mapping[str, LedgerRow]) -> None:
     """Refuses tiles under the path of another slide; reads files unknown to the ledger."""
-    endings = Counter(end for entry in ledger.values() for end in _endings(Path(entry.path)))
+    # Locations in one CT series share its path.
+    endings = Counter(
+        end for path in {entry.path for entry in ledger.values()} for end in _endings(Path(path))
+    )
+    states = {path: file_state(path) for path in {slide.row.path for slide in slides}}
     unknown = []
     for slide in slides:
         row, entry = slide.row, ledger.get(slide.row.slide_id)
-        state = file_state(row.path)
+        state = states[row.path]
         # Moved with its folder: the end of its path still identifies this slide alone.
         shared = set(_endings(row.path)) & set(_endings(Path(entry.path))) if entry is not None else ()
         is_named = any(endings[end] == 1 for end in shared)
@@ -296,7 +300,9 @@ def _check_files(folder: Path, slides: Sequence[CachedSlide], ledger: Mapping[st
             unknown.append((slide, entry, state))
     if not unknown:
         return
-    to_read = sum(min(size, WHOLE_BYTES) for _, _, (size, _) in unknown)
+    to_read = sum(
+        min(size, WHOLE_BYTES) for size in {s.row.path: size for s, _, (size, _) in unknown}.values()
+    )
     if to_read > _MUCH:
         warnings.warn(
             f"{len(unknown)} slides moved or changed since they were tiled: reading {to_read / 1e9:.1f} GB "
@@ -304,9 +310,12 @@ def _check_files(folder: Path, slides: Sequence[CachedSlide], ledger: Mapping[st
             stacklevel=3,
         )
     found = []
+    fingerprints: dict[Path, str] = {}
     for slide, entry, (size, modified) in unknown:
         row, cache = slide.row, slide.cache
-        check_identity(cache, row.slide_id, _fingerprint(row.path, cache), str(row.path))
+        if row.path not in fingerprints:
+            fingerprints[row.path] = _fingerprint(row.path, cache)
+        check_identity(cache, row.slide_id, fingerprints[row.path], str(row.path))
         if entry is not None:
             found.append(replace(entry, path=str(row.path), bytes=size, modified=modified))
     with contextlib.suppress(CacheError):  # a read-only cache: they are read again next time

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from slidetl.tiles.patches import prepare_series
 from slidetl.tiles.run import tile_slides
 from slidetl.tiles.store import SlideCache, cache_path
 from slidetl.tiles.tile import SlideSource
-from slidetl.volumes import is_series, read_volume
+from slidetl.volumes import is_series, open_series, read_volume
 from slidetl.volumes.volume import Volume
 from tests.tiles.conftest import tree
 from tests.volumes.phantom import chest, frame
@@ -204,3 +205,34 @@ def test_a_folder_of_series_lists_each_once(tmp_path: Path) -> None:
     assert all(is_series(row.path) for row in rows)
     (one,) = [row for row in rows if row.path.parent.name == "a"]
     assert read_volume(one.path).frame.size_voxel == (6, 5, 4)
+
+
+def test_a_series_of_many_locations_is_compared_once_and_only_if_it_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    series = write_series(tmp_path / "ct", chest((16.0, 16.0, 16.0))[0])
+    places = [row(f"N{n}", series, (60.0, 0.0, 10.0 * n)) for n in range(3)]
+    rows = read_manifest(manifest(tmp_path, places)).rows
+    sources = [SlideSource(r.slide_id, r.path, location_mm=r.location_mm) for r in rows]
+    cache = tmp_path / "cache"
+    tile_slides(sources, cache, TileSpec(spacing_mm=16.0, tile_size_px=4), 0)
+    opened: list[Path] = []
+
+    def counted(path: Path) -> object:
+        opened.append(path)
+        return open_series(path)
+
+    monkeypatch.setattr("slidetl.data.study.open_series", counted)
+    assert len(read_study(tmp_path / "manifest.csv", cache).slides) == 3 and not opened
+    one = next(series.iterdir())
+    os.utime(one, (1e9, 2e9))
+    assert len(read_study(tmp_path / "manifest.csv", cache).slides) == 3 and opened == [series]
+    assert len(read_study(tmp_path / "manifest.csv", cache).slides) == 3 and opened == [series]
+    data = bytearray(one.read_bytes())
+    data[-1] ^= 1
+    one.write_bytes(data)
+    os.utime(one, (1e9, 3e9))
+    with pytest.raises(CacheMismatchError, match="tiles of another file"):
+        read_study(tmp_path / "manifest.csv", cache)
+    series.rename(tmp_path / "moved")
+    assert len(read_study(tmp_path / "manifest.csv", cache).slides) == 3  # its path is known to the ledger

@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from pydicom.uid import ImplicitVRLittleEndian
 
 from slidetl.errors import VolumeError
-from slidetl.volumes import open_series, read_volume
+from slidetl.slides.dicom import series_instance_uid
+from slidetl.volumes import is_series, open_series, read_volume
 from slidetl.volumes.frame import VolumeFrame
 from slidetl.volumes.volume import Volume
-from tests.volumes.series import edit, small, write_series
+from tests.volumes.series import ROOT, edit, small, write_series
 
 
 def test_a_series_is_read_in_the_order_of_its_positions(tmp_path: Path) -> None:
@@ -49,6 +51,16 @@ def test_each_slice_has_its_own_slope_and_intercept(tmp_path: Path) -> None:
         dataset.PixelData = stored.astype(np.int16).tobytes()
 
     assert np.array_equal(read_volume(write_series(tmp_path / "s", wanted, change)).hu, wanted.hu)
+
+
+def test_implicit_little_endian_is_read_and_known_as_a_series(tmp_path: Path) -> None:
+    def implicit(dataset: Any, number: int) -> None:
+        dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
+
+    folder = write_series(tmp_path / "s", change=implicit)
+    assert np.array_equal(read_volume(folder).hu, small().hu)
+    one = next(folder.iterdir())
+    assert is_series(folder) and is_series(one) and series_instance_uid(one) == f"{ROOT}.1"
 
 
 def test_padding_below_air_becomes_air(tmp_path: Path) -> None:
