@@ -1,4 +1,4 @@
-"""Reads NIfTI and MetaImage through SimpleITK, whose coordinates are DICOM's (LPS) for both."""
+"""Reads NIfTI and MetaImage by SimpleITK's account of them, in DICOM's coordinates (LPS) for both."""
 
 from __future__ import annotations
 
@@ -21,7 +21,12 @@ from slidetl.volumes.frame import VolumeFrame
 from slidetl.volumes.series import Series
 
 _BLOCK_BYTES = 2**22
-_NIFTI = ("qform_code", "sform_code", "vox_offset", "bitpix", "datatype", "dim[1]", "dim[2]", "dim[3]")
+_NIFTI = (
+    *("qform_code", "sform_code", "vox_offset", "datatype", "scl_slope", "scl_inter"),
+    *("dim[1]", "dim[2]", "dim[3]"),
+)
+_NIFTI_TYPES = {"4": "i2", "8": "i4", "16": "f4", "64": "f8", "512": "u2"}
+_NIFTI_TYPES |= {"768": "u4", "1024": "i8", "1280": "u8"}
 _LITTLE = [size.to_bytes(4, "little") for size in (348, 540)]  # size of the header of NIfTI 1 and 2
 _HEADER_BYTES = 2**16  # of a MetaImage; a real one has 500
 # Fields of a MetaImage with defaults in ITK that would be guesses here, each with its synonyms.
@@ -69,57 +74,62 @@ def open_image(path: Path) -> Series:
     files = [path] if header is None else sorted({path, header.voxels})
 
     def planes() -> Iterator[NDArray[np.generic]]:
-        # ITK reads truncated and damaged files without an error.
-        if header is None:
-            _check_nifti(path, about)
-        elif header.is_compressed:
-            _check_zlib(header.voxels, header.start)
-        yield from _planes(path)
+        lowest = math.inf
+        for plane in _nifti_planes(path, about) if header is None else _meta_planes(path, header):
+            lowest = min(lowest, float(plane.min()))
+            yield plane
+        if lowest >= 0:
+            raise VolumeError(
+                f"{path}: no value is below 0, so these are no Hounsfield units (air has -1000); export it "
+                "with the rescale intercept applied"
+            )
 
     return Series(path, frame, fingerprint_of(files), (), planes)
 
 
-def _planes(path: Path) -> Iterator[NDArray[np.generic]]:
+def _nifti_planes(path: Path, about: dict[str, str]) -> Iterator[NDArray[np.generic]]:
+    """Yields the planes of a NIfTI; by hand, since ITK holds it several times and reads NaN as 0.
+
+    Truncated files, which ITK takes for complete, and other checksums than gzip's are errors.
+    """
+    try:
+        dtype = np.dtype(_NIFTI_TYPES[about["datatype"]])
+        x, y, z = (int(about[f"dim[{n}]"]) for n in (1, 2, 3))
+        start, slope, offset = (float(about[name]) for name in ("vox_offset", "scl_slope", "scl_inter"))
+        if not np.isfinite([start, slope, offset]).all():
+            raise ValueError("numbers that are not finite")
+    except (KeyError, ValueError) as error:
+        raise VolumeError(
+            f"{path}: its header is damaged, or of a kind that is not read ({error!r})"
+        ) from error
+    slope, offset = (slope, offset) if slope else (1.0, 0.0)
+    size = x * y * dtype.itemsize
+    try:
+        with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as file:
+            dtype = dtype.newbyteorder("<" if file.read(4) in _LITTLE else ">")
+            file.seek(int(start))
+            for number in range(z):
+                content = file.read(size)
+                if len(content) < size:
+                    raise VolumeError(f"{path}: it ends early, at plane {number} of {z}; copy it again")
+                plane = np.frombuffer(content, dtype).reshape(y, x)
+                yield plane if (slope, offset) == (1, 0) else plane * slope + offset
+            while file.read(_BLOCK_BYTES):  # the checksum of gzip stands at the end
+                pass
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise VolumeError(f"{path}: it is damaged: {error}") from error
+
+
+def _meta_planes(path: Path, header: _MetaHeader) -> Iterator[NDArray[np.generic]]:
     import SimpleITK as sitk
 
+    if header.is_compressed:
+        _check_zlib(header.voxels, header.start)
     try:
         image = sitk.ReadImage(str(path))  # it owns the memory of the view, so it must live as long
     except RuntimeError as error:
         raise VolumeError(f"{path}: it cannot be read; ITK says: {_reason(error)}") from error
-    voxels = sitk.GetArrayViewFromImage(image)
-    lowest = float(voxels.min())
-    if lowest >= 0:
-        raise VolumeError(
-            f"{path}: no value is below 0, so these are no Hounsfield units (air has -1000); export it with "
-            "the rescale intercept applied"
-        )
-    yield from voxels
-
-
-def _check_nifti(path: Path, about: dict[str, str]) -> None:
-    """Checks that a NIfTI is complete and undamaged, and its numbers finite: ITK reads NaN as 0."""
-    try:
-        start, bits = int(float(about["vox_offset"])), int(about["bitpix"])
-        left = math.prod(int(about[f"dim[{n}]"]) for n in (1, 2, 3)) * bits // 8
-    except (KeyError, ValueError, OverflowError) as error:
-        raise VolumeError(f"{path}: its header is damaged ({error!r})") from error
-    is_float = about.get("datatype") in ("16", "64")
-    try:
-        with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as file:
-            order = "<" if file.read(4) in _LITTLE else ">"
-            file.seek(start)
-            # To the end, since the checksum of gzip stands there.
-            while block := file.read(_BLOCK_BYTES):
-                numbers = block[: max(0, min(left, len(block) // 8 * 8))]
-                if is_float and not np.isfinite(np.frombuffer(numbers, f"{order}f{bits // 8}")).all():
-                    raise VolumeError(f"{path}: it has values that are not finite numbers")
-                left -= len(block)
-    except (OSError, EOFError, zlib.error) as error:
-        if isinstance(error, VolumeError):
-            raise
-        raise VolumeError(f"{path}: it is damaged: {error}") from error
-    if left > 0:
-        raise VolumeError(f"{path}: it ends early, {left} bytes are missing; copy it again")
+    yield from sitk.GetArrayViewFromImage(image)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,20 @@ def test_ras_of_a_nifti_becomes_lps(tmp_path: Path) -> None:
     assert np.allclose(found.direction, np.eye(3))  # turned
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [sitk.sitkInt16, sitk.sitkInt32, sitk.sitkFloat32, sitk.sitkFloat64, sitk.sitkInt64, sitk.sitkUInt16],
+)
+def test_simpleitk_reads_the_same_values_from_any_type_with_its_slope(tmp_path: Path, kind: int) -> None:
+    path = tmp_path / "a.nii"
+    sitk.WriteImage(sitk.Cast(sitk.GetImageFromArray(small().hu + 1000), kind), str(path))
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<2f", data, 112, 0.5, -333.0)
+    path.write_bytes(data)
+    theirs = np.rint(sitk.GetArrayFromImage(sitk.ReadImage(str(path), sitk.sitkFloat64)))
+    assert np.array_equal(read_volume(path).hu, theirs)
+
+
 def test_floats_are_rounded_to_hounsfield_units(tmp_path: Path) -> None:
     assert np.array_equal(read_volume(write_image(tmp_path / "a.nii.gz", sitk.sitkFloat64)).hu, small().hu)
 
@@ -123,7 +137,7 @@ NAN[1, 1, 1] = np.nan
         (_nifti(lambda data: struct.pack_into("<hh", data, 252, 0, 0)), "qform_code and sform_code are 0"),
         (_of(sitk.GetImageFromArray(ONES * 1024)), "no value is below 0, so these are no Hounsfield units"),
         (_of(sitk.GetImageFromArray(ONES.astype(np.uint8))), "unsigned integers cannot hold Hounsfield"),
-        (_of(sitk.GetImageFromArray(NAN)), "values that are not finite"),
+        (_of(sitk.GetImageFromArray(NAN)), "plane 1 has values that are not finite"),
         (_of(sitk.GetImageFromArray(NAN), "a.mha"), "plane 1 has values that are not finite"),
         (_of(sitk.GetImageFromArray(NAN[0])), "expected a volume of three axes"),
         (_of(sitk.GetImageFromArray(ONES - 2, isVector=False)[:, :, 0], "a.mha"), "three axes"),
