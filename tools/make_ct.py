@@ -619,7 +619,7 @@ def build(options: argparse.Namespace) -> None:
             if is_source:
                 split = split_of(number, options.source, 0.15, 0.15)
             else:
-                split = split_of(number - options.source, options.target, 0.1, 0.4)
+                split = split_of(number - options.source, options.target, 0.05, 0.5)
             about = {
                 "path": f"series/{name}",
                 "patient_id": name,

@@ -231,13 +231,13 @@ def patient_intervals(
     above = rows[:, ::-1].cumsum(1)[:, -2::-1].round(12)
     metrics: dict[str, Metric] = {"log_loss": lambda weights: log_loss(grades, rows, weights)}
     for k in range(above.shape[1]):
-        metrics[f"auroc_above_{k}"] = _weighted_auroc(grades > k, above[:, k])
+        metrics[f"auroc_above_{k}"] = auroc_metric(grades > k, above[:, k])
     found = {name: bca_interval_if_defined(metric, patients) for name, metric in metrics.items()}
     found = {"accuracy": share_interval(rows.argmax(1) == grades, patients), **found}
     return {name: (one.estimate, one.low, one.high) for name, one in found.items() if one is not None}
 
 
-def _weighted_auroc(positive: NDArray[np.bool_], scores: NDArray[np.float64]) -> Metric:
+def auroc_metric(positive: NDArray[np.bool_], scores: NDArray[np.float64]) -> Metric:
     """Returns :func:`auroc` as a function of weights; ties count half."""
     order = np.argsort(scores, kind="stable")
     ranked, is_positive = scores[order], positive[order]

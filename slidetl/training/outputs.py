@@ -24,6 +24,8 @@ from slidetl.training.evaluation import Evaluation, GradedSlide
 from slidetl.training.grader import SlideGrader
 from slidetl.training.predictions import write_predictions
 
+_NUMBER_COLUMNS = ("slide_id", "patient_id", "value", "predicted", "checkpoint", "fingerprint", "reason")
+
 
 class ResultFiles(pl.Callback):
     """Writes into ``test`` and ``predict`` below ``trainer.default_root_dir``."""
@@ -57,8 +59,8 @@ def _write_tables(folder: Path, slides: Sequence[GradedSlide], tasks: Iterable[T
     write_predictions(folder / "predictions.csv", [slide.prediction for slide in slides])
     for task in tasks:
         if task.numeric:
-            columns = ["slide_id", "patient_id", "value", "predicted", "checkpoint", "fingerprint", "reason"]
-            write_csv(folder / f"predictions-{task.name}.csv", columns, map(partial(_numbers, task), slides))
+            rows_of_task = map(partial(_numbers, task), slides)
+            write_csv(folder / f"predictions-{task.name}.csv", _NUMBER_COLUMNS, rows_of_task)
         elif not task.of_tiles:
             rows = [slide.prediction_of(task) for slide in slides]
             write_predictions(folder / f"predictions-{task.name}.csv", rows)
@@ -66,7 +68,7 @@ def _write_tables(folder: Path, slides: Sequence[GradedSlide], tasks: Iterable[T
 
 def _numbers(task: Task, slide: GradedSlide) -> dict[str, Any]:
     """Returns the row of a number in its table."""
-    row = vars(slide.prediction)
+    row = {name: value for name, value in vars(slide.prediction).items() if name in _NUMBER_COLUMNS}
     if not slide.outcomes:
         return {**row, "value": None, "predicted": None}
     outcome = slide.outcomes[task.name]
