@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -44,6 +44,9 @@ from slidetl.tiles.store import (
 from slidetl.tiles.writer import CacheWriter
 from slidetl.volumes import Series, open_series
 from slidetl.volumes.frame import Triple, VolumeFrame
+
+# A series is enlarged, as is usual between thick slices; from so many times on, a note says it.
+_COARSE = 2.5
 
 
 @dataclass(frozen=True)
@@ -201,27 +204,10 @@ def tile_slide(
             row = replace(row, bytes=size, modified=modified)
             try:
                 if spec.is_volume:
-                    series = _open_series(source.path, modified)
-                    frame, mpp = series.frame, _in_plane_um(series.frame)
-                    row = replace(row, vendor="CT", fingerprint=series.fingerprint, mpp_level0=max(mpp))
-                    row = replace(row, width=frame.size_voxel[0], height=frame.size_voxel[1])
-                    row = replace(row, note="; ".join(series.notes))
-                    return stamped(
-                        _tile_open_series(
-                            row, series, source, cache_dir, spec, overwrite, threads, lock.check, picture
-                        ),
-                        started,
-                    )
-                with open_slide(
-                    *(source.path, source.mpp_override, spec.icc),
-                    mpp_replace=source.mpp_replace,
-                    channels=spec.channels,
-                ) as slide:
-                    info, (width, height) = slide.info, slide.info.size_level0
-                    row = replace(row, vendor=info.vendor, fingerprint=info.fingerprint)
-                    row = replace(row, width=width, height=height, mpp_level0=max(info.mpp_level0))
-                    row = _tile_open_slide(
-                        row, slide, source.regions, cache_dir, spec, overwrite, threads, lock.check, picture
+                    row = _tile_series(row, source, cache_dir, spec, overwrite, threads, lock.check, picture)
+                else:
+                    row = _tile_one_slide(
+                        row, source, cache_dir, spec, overwrite, threads, lock.check, picture
                     )
             except SlideError:
                 discard(cache_dir, source.slide_id)
@@ -229,6 +215,29 @@ def tile_slide(
     except (SlidetlError, OSError) as error:
         row = replace(row, status=FAILED, reason=describe_write_error(error, cache_dir))
     return stamped(row, started)
+
+
+def _tile_one_slide(
+    row: LedgerRow,
+    source: SlideSource,
+    cache_dir: Path,
+    spec: TileSpec,
+    overwrite: bool,
+    threads: int,
+    check: Callable[[], object],
+    preview: Path | None,
+) -> LedgerRow:
+    with open_slide(
+        *(source.path, source.mpp_override, spec.icc),
+        mpp_replace=source.mpp_replace,
+        channels=spec.channels,
+    ) as slide:
+        info, (width, height) = slide.info, slide.info.size_level0
+        row = replace(row, vendor=info.vendor, fingerprint=info.fingerprint)
+        row = replace(row, width=width, height=height, mpp_level0=max(info.mpp_level0))
+        return _tile_open_slide(
+            row, slide, source.regions, cache_dir, spec, overwrite, threads, check, preview
+        )
 
 
 def _tile_open_slide(
@@ -288,9 +297,8 @@ def _tile_open_slide(
     return _used(row, write_tiles(slide, plan, cache_dir, row.slide_id, threads, check, digest))
 
 
-def _tile_open_series(
+def _tile_series(
     row: LedgerRow,
-    series: Series,
     source: SlideSource,
     cache_dir: Path,
     spec: TileSpec,
@@ -300,8 +308,11 @@ def _tile_open_series(
     preview: Path | None,
 ) -> LedgerRow:
     path = cache_path(cache_dir, row.slide_id)
-    known = series.fingerprint, _in_plane_um(series.frame)
-    kept = _kept_cache(path, *known, spec, "", source.location_mm, overwrite)
+    series = _open_series(source.path, row.modified)
+    (width, height, _), mpp = series.frame.size_voxel, _in_plane_um(series.frame)
+    row = replace(row, vendor="CT", fingerprint=series.fingerprint, mpp_level0=max(mpp))
+    row = replace(row, width=width, height=height, note="; ".join([*series.notes, *_notes(series, spec)]))
+    kept = _kept_cache(path, series.fingerprint, mpp, spec, "", source.location_mm, overwrite)
     if kept is not None and (preview is None or preview.exists()):
         discard(cache_dir, row.slide_id)
         return _used(row, kept)
@@ -321,6 +332,12 @@ def _tile_open_series(
         return replace(row, status=EXCLUDED, reason=f"{reason}; --mask chooses another part, or none")
     made = write_patches(plan, series, cache_dir, row.slide_id, threads, check, source.location_mm)
     return _used(row, made)
+
+
+def _notes(series: Series, spec: TileSpec) -> Iterator[str]:
+    apart = max(series.frame.spacing_mm)
+    if apart > _COARSE * spec.spacing_mm:
+        yield f"slices or pixels are {apart:.3g} mm apart, interpolated to {spec.spacing_mm:g} mm"
 
 
 @lru_cache(maxsize=1)

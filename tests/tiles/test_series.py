@@ -158,6 +158,14 @@ def test_series_without_lungs_are_excluded_with_the_reason(tmp_path: Path) -> No
     assert found.status == USED
 
 
+def test_thick_slices_are_noted(tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "s", chest((8.0, 8.0, 25.0))[0])
+    (found,) = tile_slides([SlideSource("C1", folder)], tmp_path / "cache", SPEC, 0)
+    assert (found.status, found.note) == (USED, "slices or pixels are 25 mm apart, interpolated to 8 mm")
+    (kept,) = tile_slides([SlideSource("C1", folder)], tmp_path / "cache", SPEC, 0)
+    assert kept.note == found.note
+
+
 def test_wrong_kinds_and_mixtures_are_one_line(series: Path, tmp_path: Path) -> None:
     picture = tmp_path / "slide.png"
     Image.new("RGB", (64, 64)).save(picture)
