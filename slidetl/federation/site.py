@@ -5,7 +5,7 @@ Nothing here knows an engine: arrays come in, arrays and counts go out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from slidetl.models.penalties import pull
 from slidetl.models.targets import Targets
 from slidetl.models.tensors import is_state, load_tensors, save_tensors
 from slidetl.tiles.features import read_features
+from slidetl.tiles.grid import TileSpec
 from slidetl.training.checkpoint import write_grader
 from slidetl.training.configured import build_grader, build_trainer, data_options, parse_training, quiet
 from slidetl.training.evaluation import Evaluation
@@ -91,11 +92,35 @@ def pooled_slides(parts_of: Mapping[str, Parts]) -> Parts:
 
 def initial_weights(federation: Federation) -> dict[str, NDArray[Any]]:
     """Builds the network before its first round, as the sites' strategy starts it; the same for one seed."""
+    grader, _ = _initial(federation)
+    return travelling({name: _array(value) for name, value in _shared(grader).items()}, federation.travel)
+
+
+def write_shared_checkpoint(
+    federation: Federation, weights: Weights, tile_spec: TileSpec, lineage: Sequence[str], path: Path
+) -> None:
+    """Writes a network as a checkpoint of no site: without a record of slides.
+
+    Args:
+        federation: the configuration.
+        weights: all travelling entries.
+        tile_spec: of the sites' tiles.
+        lineage: as for :meth:`SiteTrainer.write_checkpoint`.
+        path: of the checkpoint.
+    """
+    grader, model = _initial(federation)
+    _put(grader, _shared(grader), weights)
+    grader.tile_spec = tile_spec
+    _write(path, grader, model, lineage)
+
+
+def _initial(federation: Federation) -> tuple[SlideGrader, dict[str, Any]]:
+    """Builds the grader as its strategy starts it, and returns its arguments too."""
+    parsed = parse_training(federation.fit_config, federation.grades, federation.seed)
     pl.seed_everything(federation.seed, workers=True, verbose=False)
-    grader, _ = build_grader(parse_training(federation.fit_config, federation.grades, federation.seed))
+    grader, _ = build_grader(parsed)
     grader.transfer.start(grader.network.backbone)
-    state = _shared(grader)
-    return travelling({name: _array(value) for name, value in state.items()}, federation.travel)
+    return grader, parsed.model.as_dict()
 
 
 class SiteTrainer:
@@ -124,9 +149,8 @@ class SiteTrainer:
         self.data = SlideDataModule.from_slides(**parts, **options)
         self.grader.whole_epochs = federation.rounds * federation.epochs_of(name)
         self._shared = tuple(_shared(self.grader))
-        self._stays = folder / "stays.pt"
-        if self._stays.is_file():
-            self._put(_read_arrays(self._stays))
+        self.grader.transfer.start(self.grader.network.backbone)  # what never travels
+        self._stays, self._is_new = folder / "stays.pt", True
         self.account: Account | None = None
         self._patients: list[PatientSlides] = []  # of a training by DP-SGD
         if federation.privacy is not None and federation.scheme not in BASELINES:
@@ -179,6 +203,8 @@ class SiteTrainer:
         Raises:
             SlidetlError: the network does not fit, or the data cannot be read.
         """
+        if round_number == 1:
+            self._stays.unlink(missing_ok=True)  # of an earlier federation
         self._arrive(weights)
         if self.account is not None:
             self.account.spend(self._releases)
@@ -267,11 +293,16 @@ class SiteTrainer:
         self.grader.tile_spec = self.data.tile_spec
         self.grader.record = replace(self.data.record, config_sha256=config_sha256(config))
         path = self.folder / "checkpoints" / "best.ckpt"
-        backbone = self.grader.network.backbone
-        backbone.lineage = tuple(dict.fromkeys((*lineage, *backbone.lineage)))
-        write_grader(path, self.grader, self._model)
+        _write(path, self.grader, self._model, lineage)
         write_whole(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         return path
+
+    @property
+    def frozen_sha256(self) -> str:
+        """SHA-256 of the backbone if it never travels, so must be the same at all sites; empty otherwise."""
+        backbone = self.grader.network.backbone
+        travels = any(name.startswith("network.backbone.") for name in self._shared)
+        return "" if travels or backbone.is_stored else weights_sha256(backbone)
 
     def _arrive(self, weights: Weights) -> None:
         """Puts the network that arrived into ours, if it fits."""
@@ -280,13 +311,10 @@ class SiteTrainer:
         )
         if fault := find_fault(SiteUpdate("server", weights, 1), ours):
             raise WeightsError(f"the network that arrived does not fit this site's: {fault}")
-        self._put(weights)
-
-    def _put(self, weights: Weights) -> None:
-        state = self._state()
-        with torch.no_grad():
-            for name, value in weights.items():
-                state[name].copy_(torch.from_numpy(np.array(value)))
+        if self._is_new and self._stays.is_file():  # after a restart
+            _put(self.grader, self._shared, _read_arrays(self._stays))
+        self._is_new = False
+        _put(self.grader, self._shared, weights)
 
     def _state(self) -> dict[str, Tensor]:
         state = self.grader.state_dict()
@@ -339,6 +367,25 @@ class _Arrival(Callback):
         for moved, anchors, factor in self._rates:
             pull(moved, anchors, factor)
         self._rates = []
+
+
+def _put(grader: SlideGrader, names: Iterable[str], weights: Weights) -> None:
+    """Puts arrays into the state of a grader, those of ``names`` alone."""
+    state = grader.state_dict()
+    with torch.no_grad():
+        for name in names:
+            if name in weights:
+                state[name].copy_(torch.from_numpy(np.array(weights[name])))
+
+
+def _write(path: Path, grader: SlideGrader, model: Mapping[str, Any], lineage: Sequence[str]) -> None:
+    """Writes a checkpoint with a lineage that begins with the network of a round."""
+    backbone = grader.network.backbone
+    own, backbone.lineage = backbone.lineage, tuple(dict.fromkeys((*lineage, *backbone.lineage)))
+    try:
+        write_grader(path, grader, model)
+    finally:
+        backbone.lineage = own
 
 
 def _shared(grader: SlideGrader) -> dict[str, Tensor]:

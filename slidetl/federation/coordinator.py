@@ -1,0 +1,325 @@
+"""The rounds of a federation, seen from the server: asks the sites, combines, keeps, and chooses the best.
+
+It knows no engine: :class:`Sites` carries the messages. Answers are untrusted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from slidetl.errors import FederationError
+from slidetl.federation.combine import combine_round
+from slidetl.federation.config import BASELINES, Federation
+from slidetl.federation.participant import Answer, Participant, read_update
+from slidetl.federation.records import SCORE, Rounds, best_round, pooled, read_arrays, write_arrays
+from slidetl.federation.rounds import cyclic
+from slidetl.federation.site import METRICS, initial_weights, write_shared_checkpoint
+from slidetl.federation.weights import SiteUpdate, Weights
+from slidetl.text import one_line
+from slidetl.tiles.grid import TileSpec
+
+Report = Callable[[dict[str, Any]], None]
+Account = dict[str, Any]
+
+
+class Sites(Protocol):
+    """Carries messages to the sites."""
+
+    def ask(
+        self, names: Sequence[str], message: str, **arguments: Any
+    ) -> tuple[dict[str, Answer], dict[str, str]]:
+        """Asks sites at the same time.
+
+        Args:
+            names: of the sites.
+            message: a method of :class:`~slidetl.federation.participant.Participant`.
+            arguments: of the method.
+
+        Returns:
+            The answers, and a reason for each site without one.
+        """
+        ...
+
+
+class SitesHere:
+    """Sites in this process, one after the other: for the baselines and tests."""
+
+    def __init__(self, participants: Mapping[str, Participant]) -> None:
+        self.participants = participants
+        for participant in participants.values():
+            participant.ask = self.between
+
+    def ask(
+        self, names: Sequence[str], message: str, **arguments: Any
+    ) -> tuple[dict[str, Answer], dict[str, str]]:
+        """Asks one after the other."""
+        return {name: getattr(self.participants[name], message)(**arguments) for name in names}, {}
+
+    def between(self, name: str, number: int, what: str) -> Answer:
+        """Asks a site on behalf of another one."""
+        return self.participants[name].give(number, what)
+
+
+def run_rounds(federation: Federation, sites: Sites, output: Path, report: Report) -> Account:
+    """Runs the rounds that are not finished in ``output``, then hands the best network to the sites.
+
+    Args:
+        federation: the configuration.
+        sites: carry the messages.
+        output: ``rounds/`` with each network and account; ``checkpoints/best.ckpt`` at the end, unless
+            networks are at the sites alone.
+        report: called with the account of each new round.
+
+    Returns:
+        ``best``, the number of the best round, its ``score``, and ``kept``, the sites that wrote it.
+
+    Raises:
+        FederationError: too few sites are left.
+        UsageError: ``output`` has rounds of another configuration.
+    """
+    rounds = Rounds(output / "rounds", federation.sha256)
+    accounts = rounds.accounts()
+    is_shared = federation.scheme != "peer_to_peer"
+    tile_spec = _greet(federation, sites)
+    weights: Weights = rounds.read(len(accounts)) if accounts and is_shared else initial_weights(federation)
+    run = {"averaged": _averaged, "peer_to_peer": _peer_to_peer}.get(federation.scheme, _cyclic)
+    for account, network in run(federation, sites, weights, len(accounts), output):
+        message = {"message": "validate", "weights": network} if is_shared else {"message": "validate_own"}
+        validated, unscored = _ask_metrics(federation, sites, **message)
+        account |= {
+            "validated": validated,
+            "score": pooled(validated),
+            "left_out": unscored | account["left_out"],
+        }
+        accounts.append(rounds.write(account["round"], network if is_shared else None, account))
+        report(accounts[-1])
+    best = best_round(accounts)
+    if is_shared:
+        network, sha256 = rounds.read(best), rounds.sha256(best)
+        if federation.travel == "all" and federation.scheme not in BASELINES:
+            path = output / "checkpoints" / "best.ckpt"
+            write_shared_checkpoint(federation, network, tile_spec, [sha256], path)
+        answers, lost = sites.ask(list(federation.declared), "keep", weights=network, lineage=[sha256])
+    else:
+        answers, lost = sites.ask(list(federation.declared), "keep_own", number=best)
+    kept, failed = _split(answers)
+    return {"best": best, "score": accounts[best - 1]["score"], "kept": sorted(kept), "lost": lost | failed}
+
+
+def describe(account: Mapping[str, Any], rounds: int) -> str:
+    """Describes a round in one line."""
+    score = account["score"]
+    shown = ", ".join(f"{name} {score[name]:.4f}" for name in (SCORE, "accuracy") if name in score)
+    slides = f"{score['slides']:.0f} validation slides of {len(account['validated'])} sites" if score else ""
+    rest = [f"{name} left out: {reason}" for name, reason in sorted(account["left_out"].items())]
+    rest += [f"{name} {note}" for name, note in sorted(account["notes"].items())]
+    return one_line(
+        "; ".join((f"round {account['round']} of {rounds}: {shown or 'no score'}", slides, *rest))
+    )
+
+
+def _greet(federation: Federation, sites: Sites) -> TileSpec:
+    """Compares what must be the same at all sites; returns the specification of their tiles."""
+    answers, lost = sites.ask(list(federation.declared), "hello")
+    answers, failed = _split(answers)
+    if not answers:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted((lost | failed).items()))
+        raise FederationError(f"no site answered ({reasons})")
+    first = next(iter(answers))
+    for key, what, remedy in (
+        ("tile_spec", "tiles", "cut all with the same options of 'slidetl tile'"),
+        ("frozen_sha256", "weights of the frozen backbone", "give all the same file of pretrained weights"),
+    ):
+        for name, answer in answers.items():
+            here, there = answers[first].get(key), answer.get(key)
+            if here != there:
+                raise FederationError(
+                    f"sites have other {what}: {first} {here}, {name} {one_line(str(there))[:300]}; {remedy}"
+                )
+    try:
+        return TileSpec.from_dict(answers[first]["tile_spec"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise FederationError(f"{first} has told no tile specification: {error}") from error
+
+
+def _cyclic(
+    federation: Federation, sites: Sites, weights: Weights, done: int, output: Path
+) -> Iterator[tuple[Account, Weights]]:
+    number = done + 1
+
+    def train(site: str, sent: Weights) -> SiteUpdate:
+        answers, lost = sites.ask([site], "train", weights=sent, number=number)
+        if site in lost:
+            raise FederationError(lost[site])
+        return read_update(site, answers[site])
+
+    for found in cyclic(train, weights, federation.declared, federation.rounds - done):
+        metrics = {site: dict(values) for site, values in found.metrics.items()}
+        account = {
+            "round": number,
+            "trained": metrics,
+            "left_out": dict(found.left_out),
+            "notes": dict(found.notes),
+        }
+        yield account, found.weights
+        number += 1
+
+
+def _averaged(
+    federation: Federation, sites: Sites, weights: Weights, done: int, output: Path
+) -> Iterator[tuple[Account, Weights]]:
+    options, declared = federation.averaged, federation.declared
+    kept = output / "velocity.safetensors"  # of the round in the name of its entries
+    velocity: dict[str, Any] = {}
+    if options.momentum and done and kept.is_file():
+        prefix = f"{done}/"
+        velocity = {
+            name.removeprefix(prefix): value
+            for name, value in read_arrays(kept).items()
+            if name.startswith(prefix)
+        }
+    for number in range(done + 1, federation.rounds + 1):
+        answers, lost = sites.ask(list(declared), "train", weights=weights, number=number)
+        updates, metrics = [], {}
+        for site, answer in answers.items():
+            try:
+                updates.append(read_update(site, answer))
+            except FederationError as error:
+                lost[site] = str(error)
+        try:
+            found = combine_round(
+                weights,
+                updates,
+                declared,
+                options.rule,
+                fewest=options.fewest,
+                momentum=options.momentum,
+                velocity=velocity,
+            )
+        except FederationError as error:
+            reasons = "".join(f"; {site}: {reason}" for site, reason in sorted(lost.items()))
+            raise FederationError(f"round {number}: {error}{reasons}") from error
+        weights, velocity = found.weights, dict(found.velocity)
+        if velocity:
+            write_arrays(kept, {f"{number}/{name}": value for name, value in velocity.items()})
+        metrics = {
+            update.site: dict(update.metrics) for update in updates if update.site not in found.left_out
+        }
+        yield (
+            {
+                "round": number,
+                "trained": metrics,
+                "used": list(found.used),
+                "left_out": lost | found.left_out,
+                "notes": dict(found.notes),
+            },
+            weights,
+        )
+
+
+def _peer_to_peer(
+    federation: Federation, sites: Sites, weights: Weights, done: int, output: Path
+) -> Iterator[tuple[Account, Weights]]:
+    """Tells the sites when to train and exchange; no network comes to the server."""
+    names = list(federation.declared)
+    answers, lost = sites.ask(names, "begin", weights=weights, number=done)
+    begun, failed = _split(answers)
+    lost |= failed
+    for number in range(done + 1, federation.rounds + 1):
+        left_out = dict(lost)
+        answers, late = sites.ask(list(begun), "train_own", number=number)
+        trained, failed = _split(answers)
+        left_out |= late | failed
+        if len(trained) < 2:
+            raise FederationError(f"round {number}: fewer than two sites have trained: {left_out}")
+        metrics = {name: _finite(answer.get("metrics")) for name, answer in trained.items()}
+        exchange = _swarm if federation.peer_to_peer.mixing == "swarm" else _neighbours
+        left_out |= exchange(sites, list(trained), number)
+        yield {"round": number, "trained": metrics, "left_out": left_out, "notes": {}}, {}
+
+
+def _neighbours(sites: Sites, present: Sequence[str], number: int) -> dict[str, str]:
+    answers, lost = sites.ask(present, "mix", number=number, present=present)
+    mixed, failed = _split(answers)
+    missed = {
+        name: f"{site} could not use its network"
+        for site, answer in mixed.items()
+        for name in _names(answer.get("left_out"), present)
+    }
+    return missed | lost | failed
+
+
+def _swarm(sites: Sites, present: Sequence[str], number: int) -> dict[str, str]:
+    """Lets one site combine the updates, another one in each round, the next one if it fails."""
+    left_out: dict[str, str] = {}
+    for place in range(len(present)):
+        centre = present[(number - 1 + place) % len(present)]
+        answers, lost = sites.ask([centre], "combine", number=number, present=present)
+        combined, failed = _split(answers)
+        if centre in combined:
+            missed = _names(combined[centre].get("left_out"), present)
+            left_out |= dict.fromkeys(missed, f"{centre} could not use its update")
+            others = [name for name in present if name != centre]
+            answers, lost = sites.ask(others, "take", number=number, centre=centre)
+            return left_out | lost | _split(answers)[1]
+        left_out |= lost | failed
+    raise FederationError(f"round {number}: no site could combine the updates: {left_out}")
+
+
+def _ask_metrics(
+    federation: Federation, sites: Sites, message: str, **arguments: Any
+) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Asks all sites to validate; returns usable metrics, and a reason for each other site.
+
+    A site counts at most as many validation slides as it declares training slides.
+    """
+    answers, lost = sites.ask(list(federation.declared), message, **arguments)
+    answers, failed = _split(answers)
+    validated = {}
+    for name, answer in answers.items():
+        metrics = _finite(answer.get("metrics"))
+        if (
+            not metrics.keys() >= {"slides", *METRICS}
+            or metrics["slides"] < 1
+            or not 0 <= metrics[SCORE] <= 1
+        ):
+            failed[name] = "its validation has no usable metrics"
+            continue
+        slides = min(metrics["slides"], float(federation.declared[name]))
+        validated[name] = {**{metric: metrics[metric] for metric in METRICS}, "slides": slides}
+    return validated, {name: f"not validated: {reason}" for name, reason in (lost | failed).items()}
+
+
+def _split(answers: Mapping[str, Any]) -> tuple[dict[str, Answer], dict[str, str]]:
+    """Divides answers into usable ones and reasons of failures."""
+    good, failed = {}, {}
+    for name, answer in answers.items():
+        if not isinstance(answer, dict):
+            failed[name] = "its answer has another form"
+        elif "failed" in answer:
+            failed[name] = f"failed with {one_line(str(answer['failed']))[:40]}; its log says why"
+        else:
+            good[name] = answer
+    return good, failed
+
+
+def _finite(metrics: object) -> dict[str, float]:
+    """Returns the finite numbers of an untrusted answer, by name."""
+    values = metrics.items() if isinstance(metrics, dict) else ()
+    return {
+        name: float(value)
+        for name, value in values
+        if isinstance(name, str)
+        and len(name) <= 40
+        and isinstance(value, (int, float, np.floating, np.integer))
+        and math.isfinite(value)
+    }
+
+
+def _names(found: object, known: Sequence[str]) -> list[str]:
+    return [name for name in known if name in found] if isinstance(found, dict) else []

@@ -1,0 +1,239 @@
+"""A site as it answers the coordinator and other sites: each public method is one kind of message.
+
+What leaves a site is the travelling weights, numbers of slides, the metrics of a validation and the tile
+specification. A failure leaves it as the name of its class: the text may hold paths and names of slides.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec
+
+from slidetl.errors import FederationError, SlidetlError
+from slidetl.federation.combine import WeightedMean, combine_round
+from slidetl.federation.config import Federation
+from slidetl.federation.message import outgoing, outgoing_metrics
+from slidetl.federation.mixing import mix, without
+from slidetl.federation.records import Rounds
+from slidetl.federation.site import Parts, SiteTrainer
+from slidetl.federation.weights import SiteUpdate, Weights, find_fault
+
+Answer = dict[str, Any]
+AskSite = Callable[..., Answer]  # (name of a site, number of a round, "update" or "network") -> its answer
+_P = ParamSpec("_P")
+
+
+def _answers(method: Callable[_P, Answer]) -> Callable[_P, Answer]:
+    """Lets one message at a time compute, and keeps the text of an error at the site."""
+
+    @wraps(method)
+    def answer(*args: _P.args, **kwargs: _P.kwargs) -> Answer:
+        self: Any = args[0]
+        if not self.busy.acquire(blocking=False):
+            return {"failed": "Busy"}  # with a round that the coordinator no longer waits for
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:
+            self.note(error)
+            return {"failed": type(error).__name__}
+        finally:
+            self.busy.release()
+
+    return answer
+
+
+@dataclass
+class Participant:
+    """Answers for one site.
+
+    Attributes:
+        federation: the configuration.
+        name: of the site.
+        parts: its slides.
+        folder: for its files.
+        ask: asks another site for its update or network of a round; peer to peer only.
+        note: takes an error that stays at the site.
+        busy: held while a message is computed.
+    """
+
+    federation: Federation
+    name: str
+    parts: Parts
+    folder: Path
+    ask: AskSite | None = None
+    note: Callable[[Exception], None] = print
+
+    def __post_init__(self) -> None:
+        self.busy = threading.Lock()
+        self._trainer: SiteTrainer | None = None
+        self._network: Weights = {}  # peer to peer: this site's own
+        self._offered: dict[str, tuple[int, Answer]] = {}  # to other sites: update and network of a round
+
+    @property
+    def trainer(self) -> SiteTrainer:
+        """The site's training, built with the first message that needs it."""
+        if self._trainer is None:
+            self._trainer = SiteTrainer(self.federation, self.name, self.parts, self.folder)
+        return self._trainer
+
+    @_answers
+    def hello(self) -> Answer:
+        """Tells what must be the same at all sites, and the number of training slides."""
+        spec = self.trainer.data.tile_spec
+        if spec is None:
+            self.trainer.data.setup("fit")
+            spec = self.trainer.data.tile_spec
+        assert spec is not None  # set up
+        return {
+            "tile_spec": spec.to_dict(),
+            "examples": self.trainer.examples,
+            "frozen_sha256": self.trainer.frozen_sha256,
+        }
+
+    @_answers
+    def train(self, weights: Weights, number: int) -> Answer:
+        """Trains from a network, and returns the site's."""
+        return outgoing(self.trainer.train(weights, number), weights)._asdict()
+
+    @_answers
+    def validate(self, weights: Weights) -> Answer:
+        """Scores a network on the site's validation slides."""
+        return {"metrics": outgoing_metrics(self.trainer.validate(weights))}
+
+    @_answers
+    def keep(self, weights: Weights, lineage: Sequence[str]) -> Answer:
+        """Writes a network as the site's checkpoint."""
+        self.trainer.write_checkpoint(weights, lineage)
+        return {}
+
+    @_answers
+    def begin(self, weights: Weights, number: int) -> Answer:
+        """Starts peer to peer from a common network, or continues from the site's own of a round."""
+        if not number:
+            self._rounds.clear()
+        latest = self._rounds.latest(number)
+        self._network = self._rounds.read(latest) if latest else weights
+        return {}
+
+    @_answers
+    def train_own(self, number: int) -> Answer:
+        """Trains the site's own network, and offers the update to other sites."""
+        update = outgoing(self.trainer.train(self._network, number), self._network)
+        self._offered["update"] = (number, update._asdict())
+        return {"metrics": update.metrics}
+
+    def give(self, number: int, what: str) -> Answer:
+        """Gives another site the ``update`` or ``network`` of a round. The coordinator may not ask for it."""
+        of, answer = self._offered.get(what, (0, {}))
+        return answer if of == number else {"failed": "NotReady"}
+
+    @_answers
+    def mix(self, number: int, present: Sequence[str]) -> Answer:
+        """Mixes the site's network with those of its neighbours.
+
+        A neighbour without a usable update leaves its share to this site.
+        """
+        names = list(self.federation.sites)
+        matrix = self.federation.peer_to_peer.matrix(len(names))
+        assert matrix is not None  # not a swarm
+        matrix = without(matrix, [place for place, name in enumerate(names) if name not in present])
+        mine = names.index(self.name)
+        networks: dict[str, Weights] = {self.name: self._offer("update", number)["weights"]}
+        left_out = {}
+        for place, name in enumerate(names):
+            if name != self.name and matrix[mine, place]:
+                update, fault = self._fetch(name, number)
+                if update is None:
+                    left_out[name] = fault
+                else:
+                    networks[name] = update.weights
+        matrix = without(matrix, [names.index(name) for name in left_out])
+        others = [networks.get(name, networks[self.name]) for name in names]
+        self._settle(number, mix(others, matrix)[mine])
+        return {"left_out": left_out}
+
+    @_answers
+    def combine(self, number: int, present: Sequence[str]) -> Answer:
+        """Combines the updates of all sites in a round of a swarm, and offers the network."""
+        updates, left_out = [], {}
+        for name in present:
+            if name == self.name:
+                answer = self._offer("update", number)
+                updates.append(SiteUpdate(name, answer["weights"], answer["examples"]))
+                continue
+            update, fault = self._fetch(name, number)
+            if update is None:
+                left_out[name] = fault
+            else:
+                updates.append(update)
+        found = combine_round(self._network, updates, self.federation.declared, WeightedMean())
+        self._offered["network"] = (number, {"weights": found.weights})
+        self._settle(number, found.weights)
+        return {"left_out": left_out | found.left_out, "notes": found.notes}
+
+    @_answers
+    def take(self, number: int, centre: str) -> Answer:
+        """Takes the network of a round from the site that combined it."""
+        assert self.ask is not None  # peer to peer
+        weights = self.ask(centre, number, "network").get("weights", {})
+        if fault := find_fault(SiteUpdate(centre, weights, 1), self._network):
+            raise FederationError(f"the network of {centre} is not usable: {fault}")
+        self._settle(number, weights)
+        return {}
+
+    @_answers
+    def validate_own(self) -> Answer:
+        """Scores the site's own network on its validation slides."""
+        return {"metrics": outgoing_metrics(self.trainer.validate(self._network))}
+
+    @_answers
+    def keep_own(self, number: int) -> Answer:
+        """Writes the site's own network of a round as its checkpoint."""
+        latest = self._rounds.latest(number)
+        self.trainer.write_checkpoint(self._rounds.read(latest), [self._rounds.sha256(latest)])
+        return {}
+
+    @property
+    def _rounds(self) -> Rounds:
+        return Rounds(self.folder / "rounds", self.federation.sha256)
+
+    def _settle(self, number: int, weights: Weights) -> None:
+        """Makes a network the site's own, and keeps it."""
+        self._network = weights
+        self._rounds.write(number, weights, {})
+
+    def _offer(self, what: str, number: int) -> Answer:
+        answer = self.give(number, what)
+        if "failed" in answer:
+            raise FederationError(f"this site has no {what} of round {number}")
+        return answer
+
+    def _fetch(self, name: str, number: int) -> tuple[SiteUpdate | None, str]:
+        """Asks another site for its update; returns it, or the reason why it is not usable."""
+        assert self.ask is not None  # peer to peer
+        try:
+            update = read_update(name, self.ask(name, number, "update"))
+        except SlidetlError as error:
+            return None, str(error)
+        fault = find_fault(update, self._network)
+        return (None, fault) if fault else (update, "")
+
+
+def read_update(site: str, answer: object) -> SiteUpdate:
+    """Reads the update in an answer; its site is the one that was asked, whatever the answer says.
+
+    Raises:
+        FederationError: the site failed, or the answer has another form.
+    """
+    if not isinstance(answer, dict):
+        raise FederationError("its answer has another form")
+    if "failed" in answer:
+        raise FederationError(f"failed with {str(answer['failed'])[:40]}; its log says why")
+    weights, metrics = answer.get("weights"), answer.get("metrics")
+    if not isinstance(weights, dict) or not isinstance(metrics, dict):
+        raise FederationError("its answer has no weights and metrics")
+    return SiteUpdate(site, weights, answer.get("examples", 0), metrics)

@@ -1,0 +1,169 @@
+"""The rounds of a federation on disk: each network with its hash, its parent and the account of the sites."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slidetl.errors import FederationError, UsageError
+from slidetl.federation.weights import Weights
+from slidetl.files import check_safetensors, file_sha256, replaced, write_whole
+
+SCORE = "rps"
+"""The metric that chooses the best round, lower is better: a proper score."""
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """The finished rounds in a folder: ``0001.safetensors`` and, written last, ``0001.json``.
+
+    Attributes:
+        folder: of the files.
+        config_sha256: of the federation; rounds of another one are refused.
+    """
+
+    folder: Path
+    config_sha256: str
+
+    def write(self, number: int, weights: Weights | None, account: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes a round: its network, unless the sites alone have one, and its account.
+
+        Raises:
+            OutputError: a file cannot be written.
+        """
+        parent = self._account_path(number - 1)
+        before = json.loads(parent.read_text(encoding="utf-8")) if parent.is_file() else {}
+        whole = {
+            "round": number,
+            "config_sha256": self.config_sha256,
+            "sha256": write_arrays(self.path(number), weights) if weights is not None else None,
+            "parent_sha256": before.get("sha256"),
+            **account,
+        }
+        write_whole(self._account_path(number), json.dumps(whole, indent=1, allow_nan=False))
+        return whole
+
+    def accounts(self) -> list[dict[str, Any]]:
+        """Reads the accounts of all finished rounds, in order.
+
+        Raises:
+            UsageError: they are of another configuration.
+        """
+        found: list[dict[str, Any]] = []
+        while (path := self._account_path(len(found) + 1)).is_file():
+            account = json.loads(path.read_text(encoding="utf-8"))
+            if account.get("config_sha256") != self.config_sha256:
+                raise UsageError(
+                    f"{path} is of another configuration; name another --output, or use the one of then"
+                )
+            found.append(account)
+        return found
+
+    def latest(self, number: int) -> int:
+        """Returns the latest finished round up to ``number``; 0 for none. A site may have missed some."""
+        return next((n for n in range(number, 0, -1) if self._account_path(n).is_file()), 0)
+
+    def clear(self) -> None:
+        """Removes the rounds of an earlier federation."""
+        for path in self.folder.glob("[0-9]*"):
+            path.unlink()
+
+    def read(self, number: int) -> dict[str, NDArray[Any]]:
+        """Reads the network of a round, and checks its hash.
+
+        Raises:
+            FederationError: there is none, or it was changed.
+        """
+        path, expected = self.path(number), self.sha256(number)
+        if not path.is_file() or file_sha256(path) != expected:
+            raise FederationError(
+                f"{path}: expected the network with SHA-256 {expected}; it is gone or changed"
+            )
+        return read_arrays(path)
+
+    def sha256(self, number: int) -> str:
+        """Returns the SHA-256 of the file of a round's network.
+
+        Raises:
+            FederationError: there is no such round.
+        """
+        path = self._account_path(number)
+        if not path.is_file():
+            raise FederationError(f"{path}: no such round")
+        return str(json.loads(path.read_text(encoding="utf-8"))["sha256"])
+
+    def path(self, number: int) -> Path:
+        """Returns the place of the network of a round."""
+        return self.folder / f"{number:04}.safetensors"
+
+    def _account_path(self, number: int) -> Path:
+        return self.folder / f"{number:04}.json"
+
+
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> str:
+    """Writes arrays as safetensors, whole or not at all; returns the SHA-256 of the file."""
+    from safetensors.numpy import save
+
+    content = save({name: np.array(value, order="C") for name, value in arrays.items()})
+    with replaced(path) as file:
+        file.write(content)
+    return file_sha256(path)
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """Reads arrays of safetensors.
+
+    Raises:
+        FederationError: the file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        check_safetensors(path)
+        found: dict[str, NDArray[Any]] = load_file(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise FederationError(f"{path}: not the arrays of a round: {error}") from error
+    return found
+
+
+def pooled(validated: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Pools the metrics of sites, means over slides, into those over all their slides.
+
+    Args:
+        validated: ``slides`` and the same metrics of each site.
+    """
+    slides = sum(metrics["slides"] for metrics in validated.values())
+    names = set.intersection(*(set(metrics) for metrics in validated.values())) if validated else set()
+    return {
+        name: slides
+        if name == "slides"
+        else sum(metrics[name] * metrics["slides"] for metrics in validated.values()) / slides
+        for name in sorted(names)
+    }
+
+
+def best_round(accounts: Sequence[Mapping[str, Any]]) -> int:
+    """Chooses the round with the best pooled score, the first in a tie.
+
+    Only the sites that validated the last round count, and only rounds that all of them validated: a site
+    that is gone does not decide, and no round is better for lack of a site with harder slides.
+
+    Raises:
+        FederationError: no site validated the last round.
+    """
+    sites = set(accounts[-1]["validated"])
+    if not sites:
+        raise FederationError("no site has validated the last round; there is no best one")
+    scores = {
+        int(account["round"]): pooled({name: account["validated"][name] for name in sites})[SCORE]
+        for account in accounts
+        if sites <= set(account["validated"])
+    }
+    return min(scores, key=lambda number: scores[number])
