@@ -43,6 +43,7 @@ COMMANDS = {
     "backbones": "list networks, their size, and whether their weights are at hand",
     "atlas": "find recurring patterns and similar tiles in stored features",
     "compare": "compare arms (scratch, transfer, classical) by cross-validation over patients",
+    "federate": "train one grader over several sites whose slides stay there",
     "similarity": "compare the layers of networks before and after training",
     "export": "write a checkpoint as one TorchScript file",
     "grade": "grade slides with an exported file",
@@ -60,10 +61,20 @@ _LESS_MEMORY = {
     **dict.fromkeys(("fit", "find-lr"), _TRAINING_MEMORY),
     "tile": "use fewer --workers, or a machine with more",
     "embed": "lower --batch-size",
+    "federate": "lower bag_size, batch_size or num_workers in its configuration",
     "compare": "use fewer --jobs, or lower bag_size and batch_size in its configuration",
     "grade": "lower --batch-size or --jobs",
 }
-NETWORK_COMMANDS = {*TRAINING_COMMANDS, "embed", "atlas", "compare", "similarity", "export", "grade"}
+NETWORK_COMMANDS = {
+    *TRAINING_COMMANDS,
+    "embed",
+    "atlas",
+    "compare",
+    "federate",
+    "similarity",
+    "export",
+    "grade",
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:

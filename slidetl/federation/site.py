@@ -237,12 +237,12 @@ class SiteTrainer:
         before = (round_number - 1) * epochs
         options = {"max_epochs": before + epochs, "limit_val_batches": 0}
         arrival = _Arrival(self._state(), self.federation.proximal)
-        trainer = self._trainer(options, [arrival])
-        progress = trainer.fit_loop.epoch_progress.current
-        for counter in ("ready", "started", "processed", "completed"):
-            setattr(progress, counter, before)
         pl.seed_everything(self._seed, workers=True, verbose=False)
         with quiet():
+            trainer = self._trainer(options, [arrival])
+            progress = trainer.fit_loop.epoch_progress.current
+            for counter in ("ready", "started", "processed", "completed"):
+                setattr(progress, counter, before)
             trainer.fit(self.grader, datamodule=self.data)
         loss = float(trainer.callback_metrics.get("train/loss", float("nan")))
         return {"train_loss": loss} if np.isfinite(loss) else {}
@@ -264,8 +264,8 @@ class SiteTrainer:
     def evaluate(self, weights: Weights, part: str = "val") -> Evaluation:
         """Grades a part of the site's slides, ``val`` or ``test``, with a network."""
         self._arrive(weights)
-        trainer = self._trainer({}, [])
         with quiet():
+            trainer = self._trainer({}, [])
             (trainer.validate if part == "val" else trainer.test)(
                 self.grader, datamodule=self.data, verbose=False
             )
