@@ -19,9 +19,11 @@ from slidetl.training.predictions import read_predictions
 from tests.conftest import Study
 from tests.small import SMALL, small_embed
 
-# Those of comparisons are for another command: tests/compare/.
+# Those of comparisons and federations are for other commands: tests/compare/, tests/federation/.
 CONFIGS = sorted(
-    path for path in (Path(__file__).parents[1] / "configs").rglob("*.yaml") if path.parent.name != "compare"
+    path
+    for path in (Path(__file__).parents[1] / "configs").rglob("*.yaml")
+    if path.parent.name not in ("compare", "federated")
 )
 
 

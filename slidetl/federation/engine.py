@@ -30,6 +30,9 @@ from slidetl.text import one_line
 
 Report = Callable[[str, dict[str, Any]], None]  # a name or "", and the account of a round
 
+SITE_FILE = "SLIDETL_SITE"
+"""Environment variable of a site's process: a YAML with ``manifest``, ``cache`` and ``folder`` of the site,
+or a folder with such a file for each site, ``NAME.yaml``."""
 OUTCOME = "outcome.json"
 JOB = "slidetl"
 _MARK = "SLIDETL_FEDERATION"  # in the environment of all processes of a run
@@ -55,6 +58,30 @@ def check_places(federation: Federation) -> None:
     """
     if lacking := [name for name, site in federation.sites.items() if not site.manifest]:
         raise UsageError(f"sites: {', '.join(lacking)} needs manifest and cache, to run on one machine")
+
+
+def read_site(name: str, federation: Federation) -> tuple[Site, Path]:
+    """Reads the places of a site from the file that its environment names; returns its folder too.
+
+    Raises:
+        UsageError: there is no such file, or it lacks a place.
+    """
+    where = os.environ.get(SITE_FILE, "")
+    path = Path(where) / f"{name}.yaml" if where and Path(where).is_dir() else Path(where)
+    if not where or not path.is_file():
+        raise UsageError(f"{SITE_FILE}={where!r}: expected a file with manifest, cache and folder of {name}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path}: expected YAML: {one_line(str(error))}") from error
+    keys = ("manifest", "cache", "folder")
+    if not isinstance(values, dict) or set(values) != set(keys):
+        raise UsageError(f"{path}: expected {', '.join(keys)}, found {one_line(str(values))[:200]}")
+    declared = federation.sites.get(name)
+    if declared is None:
+        raise UsageError(f"{name} is no site of the federation; it has {', '.join(federation.sites)}")
+    site = Site(declared.examples, str(values["manifest"]), str(values["cache"]), declared.local_epochs)
+    return site, Path(str(values["folder"]))
 
 
 def run_baseline(federation: Federation, output: Path, report: Report) -> dict[str, dict[str, Any]]:
@@ -117,7 +144,7 @@ def simulate(federation: Federation, output: Path, report: Report) -> dict[str, 
     write_whole(engine / "federation.json", json.dumps(federation.to_dict()))
     (output / OUTCOME).unlink(missing_ok=True)
     threads = max(1, len(os.sched_getaffinity(0)) // len(federation.sites))
-    environment = {"SLIDETL_SITE": str(places), "SLIDETL_SIMULATED": "1", "OMP_NUM_THREADS": str(threads)}
+    environment = {SITE_FILE: str(places), "SLIDETL_SIMULATED": "1", "OMP_NUM_THREADS": str(threads)}
     words = [sys.executable, "-m", "slidetl.federation.nvflare_job", str(engine), str(output)]
     before = len(Rounds(output / "rounds", federation.sha256).accounts())
     with _marked_process(words, environment, engine / "log.txt") as process:

@@ -16,23 +16,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from nvflare.collab import collab
 from nvflare.collab.api.context import get_call_context, set_call_context
 
-from slidetl.errors import FederationError, SlidetlError, UsageError
-from slidetl.federation.config import Federation, Site, federation_from
+from slidetl.errors import FederationError, SlidetlError
+from slidetl.federation.config import Federation, federation_from
 from slidetl.federation.coordinator import describe, run_rounds
-from slidetl.federation.engine import OUTCOME
+from slidetl.federation.engine import OUTCOME, read_site
 from slidetl.federation.participant import Answer, Participant
 from slidetl.federation.site import site_slides
 from slidetl.files import write_whole
 from slidetl.processor import prepare_for_networks
 from slidetl.text import one_line
 
-SITE_FILE = "SLIDETL_SITE"
-"""Environment variable of a site's process: a YAML with ``manifest``, ``cache`` and ``folder`` of the site,
-or a folder with such a file for each site, ``NAME.yaml``."""
 MESSAGES = (
     *("hello", "train", "validate", "keep"),
     *("begin", "train_own", "mix", "combine", "take", "validate_own", "keep_own"),
@@ -158,30 +154,6 @@ class Client:
         text = "".join(traceback.format_exception(error))
         with self._log.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-
-
-def read_site(name: str, federation: Federation) -> tuple[Site, Path]:
-    """Reads the places of a site from the file that its environment names; returns its folder too.
-
-    Raises:
-        UsageError: there is no such file, or it lacks a place.
-    """
-    where = os.environ.get(SITE_FILE, "")
-    path = Path(where) / f"{name}.yaml" if where and Path(where).is_dir() else Path(where)
-    if not where or not path.is_file():
-        raise UsageError(f"{SITE_FILE}={where!r}: expected a file with manifest, cache and folder of {name}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{path}: expected YAML: {one_line(str(error))}") from error
-    keys = ("manifest", "cache", "folder")
-    if not isinstance(values, dict) or set(values) != set(keys):
-        raise UsageError(f"{path}: expected {', '.join(keys)}, found {one_line(str(values))[:200]}")
-    declared = federation.sites.get(name)
-    if declared is None:
-        raise UsageError(f"{name} is no site of the federation; it has {', '.join(federation.sites)}")
-    site = Site(declared.examples, str(values["manifest"]), str(values["cache"]), declared.local_epochs)
-    return site, Path(str(values["folder"]))
 
 
 class _PeerCalls:

@@ -243,7 +243,7 @@ class SiteTrainer:
             progress = trainer.fit_loop.epoch_progress.current
             for counter in ("ready", "started", "processed", "completed"):
                 setattr(progress, counter, before)
-            trainer.fit(self.grader, datamodule=self.data)
+            trainer.fit(self.grader.train(), datamodule=self.data)
         loss = float(trainer.callback_metrics.get("train/loss", float("nan")))
         return {"train_loss": loss} if np.isfinite(loss) else {}
 

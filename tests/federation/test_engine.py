@@ -1,0 +1,112 @@
+"""Every shipped federation runs; two of them on the engine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from slidetl.cli import main
+from slidetl.federation.config import Site, read_federation
+from slidetl.federation.coordinator import SitesHere, run_rounds
+from slidetl.federation.participant import Participant
+from slidetl.federation.site import Parts
+from slidetl.library.local import file_sha256
+from slidetl.training.checkpoint import load_grader
+from slidetl.training.predictions import read_predictions
+from tests.conftest import Study
+from tests.small import SMALL, small_weights
+
+SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "federated").glob("*.yaml"))
+
+
+def small(path: Path, sites: dict[str, Site], to: Path) -> Path:
+    """Writes a shipped federation with the small sites and network, and one epoch in each of two rounds."""
+    values: dict[str, Any] = yaml.safe_load(path.read_text())
+    for name, site in values["sites"].items():
+        site |= {"examples": 4, "manifest": sites[name].manifest, "cache": sites[name].cache}
+    values["data"] |= {"bag_size": 2, "num_workers": 0}
+    values["model"]["backbone"] = {"name": SMALL, "pretrained": str(small_weights())}
+    values |= {"rounds": 2, "local_epochs": 1, "trainer": {"accelerator": "cpu"}}
+    config = to / path.name
+    config.write_text(yaml.safe_dump(values))
+    return config
+
+
+def test_all_schemes_are_shipped() -> None:
+    assert {path.stem for path in SHIPPED} == {"averaged", "cyclic", "local", "peer_to_peer", "pooled"}
+    assert all(read_federation(path).scheme == path.stem for path in SHIPPED)
+
+
+@pytest.mark.slow  # six trainings each
+@pytest.mark.parametrize("path", [path for path in SHIPPED if path.stem in ("local", "pooled")], ids=str)
+def test_baselines_run_without_the_engine(
+    path: Path, three_sites: dict[str, Site], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small(path, three_sites, tmp_path)
+    words = ["federate", "--config", str(config), "--output", str(tmp_path / "out")]
+    assert main([*words, "--status", str(tmp_path / "status.json")]) == 0
+    said = capsys.readouterr().out
+    names = ["north", "south", "west"] if path.stem == "local" else ["pooled"]
+    for name in names:
+        assert f"{name}: round 2 of 2: rps 0." in said and f"{name}: best round " in said
+        assert load_grader(tmp_path / "out" / "sites" / name / "checkpoints" / "best.ckpt").record
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "done"
+    assert main(words) == 0  # nothing is left to do
+    assert ": round " not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cyclic", "averaged", "peer_to_peer"])
+def test_shipped_schemes_run_in_one_process(
+    name: str, three_sites: dict[str, Site], parts_of: dict[str, Parts], tmp_path: Path
+) -> None:
+    path = next(path for path in SHIPPED if path.stem == name)
+    federation = replace(read_federation(small(path, three_sites, tmp_path)), rounds=1)
+    here = SitesHere(
+        {site: Participant(federation, site, parts_of[site], tmp_path / site) for site in federation.sites}
+    )
+    assert run_rounds(federation, here, tmp_path, print)["kept"] == ["north", "south", "west"]
+
+
+@pytest.mark.slow  # NVFlare takes most of a minute to start and end its processes
+@pytest.mark.parametrize("name", ["averaged", "peer_to_peer"])
+def test_the_engine_runs_a_federation(
+    name: str,
+    three_sites: dict[str, Site],
+    study: Study,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("nvflare")
+    config = small(next(path for path in SHIPPED if path.stem == name), three_sites, tmp_path)
+    output = tmp_path / "out"
+    assert main(["federate", "--config", str(config), "--output", str(output), "--simulate"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in said if line.startswith("round 1 of 2: rps 0.") and "3 sites" in line]
+    assert [line for line in said if line.startswith("round 2 of 2: rps 0.") and "left out" not in line]
+    accounts = [json.loads((output / "rounds" / f"000{number}.json").read_text()) for number in (1, 2)]
+    best = json.loads((output / "outcome.json").read_text())["best"]
+    for account in accounts:
+        if name == "averaged":
+            network = output / "rounds" / f"000{account['round']}.safetensors"
+            assert account["sha256"] == file_sha256(network)
+    # The result of a site is an ordinary checkpoint.
+    here = output / "sites" / "north"
+    lineage = load_grader(here / "checkpoints" / "best.ckpt").network.backbone.lineage
+    if name == "averaged":
+        assert lineage[0] == accounts[best - 1]["sha256"]
+    options = [f"--ckpt_path={here / 'checkpoints' / 'best.ckpt'}", f"--config={here / 'config.yaml'}"]
+    assert (
+        main(["test", *options, f"--trainer.default_root_dir={tmp_path}", "--trainer.accelerator=cpu"]) == 0
+    )
+    assert len(read_predictions(tmp_path / "test" / "predictions.csv")) == 1
+    # No process of the engine is left, and no place of a slide is in what the engine was given.
+    mark = (output / "engine" / "federation.json").read_text()
+    assert str(study.cache) not in mark and "manifest" not in mark
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not [command for command in commands if str(output).encode() in command]
