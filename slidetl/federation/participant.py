@@ -1,7 +1,7 @@
 """A site as it answers the coordinator and other sites: each public method is one kind of message.
 
-What leaves a site is the travelling weights, numbers of slides, the metrics of a validation and the tile
-specification. A failure leaves it as the name of its class: the text may hold paths and names of slides.
+An answer has fields of the list in :mod:`slidetl.federation.message` alone. A failure leaves the site as the
+name of its class: the text may hold paths and names of slides.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, cast
 
 from slidetl.errors import FederationError, SlidetlError
 from slidetl.federation.combine import WeightedMean, combine_round
 from slidetl.federation.config import Federation
-from slidetl.federation.message import outgoing, outgoing_metrics
+from slidetl.federation.message import outgoing
 from slidetl.federation.mixing import mix, without
 from slidetl.federation.records import Rounds
 from slidetl.federation.site import Parts, SiteTrainer
@@ -28,15 +28,15 @@ _P = ParamSpec("_P")
 
 
 def _answers(method: Callable[_P, Answer]) -> Callable[_P, Answer]:
-    """Lets one message at a time compute, and keeps the text of an error at the site."""
+    """Computes one answer at a time, lets out what is on the list alone, and keeps the texts of errors."""
 
     @wraps(method)
     def answer(*args: _P.args, **kwargs: _P.kwargs) -> Answer:
-        self: Any = args[0]
+        self = cast(Participant, args[0])
         if not self.busy.acquire(blocking=False):
             return {"failed": "Busy"}  # with a round that the coordinator no longer waits for
         try:
-            return method(*args, **kwargs)
+            return self.let_out(method(*args, **kwargs))
         except Exception as error:
             self.note(error)
             return {"failed": type(error).__name__}
@@ -70,7 +70,7 @@ class Participant:
     def __post_init__(self) -> None:
         self.busy = threading.Lock()
         self._trainer: SiteTrainer | None = None
-        self._network: Weights = {}  # peer to peer: this site's own
+        self._network: Weights = {}  # that arrived; peer to peer this site's own
         self._offered: dict[str, tuple[int, Answer]] = {}  # to other sites: update and network of a round
 
     @property
@@ -79,6 +79,14 @@ class Participant:
         if self._trainer is None:
             self._trainer = SiteTrainer(self.federation, self.name, self.parts, self.folder)
         return self._trainer
+
+    def let_out(self, answer: Answer) -> Answer:
+        """Builds what leaves the site of an answer.
+
+        Raises:
+            FederationError: a field is not on the list of :mod:`slidetl.federation.message`.
+        """
+        return outgoing(answer, self._network, self.federation.sites)
 
     @_answers
     def hello(self) -> Answer:
@@ -97,12 +105,14 @@ class Participant:
     @_answers
     def train(self, weights: Weights, number: int) -> Answer:
         """Trains from a network, and returns the site's."""
-        return outgoing(self.trainer.train(weights, number), weights)._asdict()
+        update = self.trainer.train(weights, number)
+        self._network = weights
+        return _update_answer(update)
 
     @_answers
     def validate(self, weights: Weights) -> Answer:
         """Scores a network on the site's validation slides."""
-        return {"metrics": outgoing_metrics(self.trainer.validate(weights))}
+        return {"metrics": self.trainer.validate(weights)}
 
     @_answers
     def keep(self, weights: Weights, lineage: Sequence[str]) -> Answer:
@@ -122,9 +132,9 @@ class Participant:
     @_answers
     def train_own(self, number: int) -> Answer:
         """Trains the site's own network, and offers the update to other sites."""
-        update = outgoing(self.trainer.train(self._network, number), self._network)
-        self._offered["update"] = (number, update._asdict())
-        return {"metrics": update.metrics}
+        offered = self.let_out(_update_answer(self.trainer.train(self._network, number)))
+        self._offered["update"] = (number, offered)
+        return {"metrics": offered["metrics"]}
 
     def give(self, number: int, what: str) -> Answer:
         """Gives another site the ``update`` or ``network`` of a round. The coordinator may not ask for it."""
@@ -171,9 +181,9 @@ class Participant:
             else:
                 updates.append(update)
         found = combine_round(self._network, updates, self.federation.declared, WeightedMean())
-        self._offered["network"] = (number, {"weights": found.weights})
+        self._offered["network"] = (number, self.let_out({"weights": found.weights}))
         self._settle(number, found.weights)
-        return {"left_out": left_out | found.left_out, "notes": found.notes}
+        return {"left_out": left_out | found.left_out}
 
     @_answers
     def take(self, number: int, centre: str) -> Answer:
@@ -188,7 +198,7 @@ class Participant:
     @_answers
     def validate_own(self) -> Answer:
         """Scores the site's own network on its validation slides."""
-        return {"metrics": outgoing_metrics(self.trainer.validate(self._network))}
+        return {"metrics": self.trainer.validate(self._network)}
 
     @_answers
     def keep_own(self, number: int) -> Answer:
@@ -221,6 +231,14 @@ class Participant:
             return None, str(error)
         fault = find_fault(update, self._network)
         return (None, fault) if fault else (update, "")
+
+
+def _update_answer(update: SiteUpdate) -> Answer:
+    return {
+        "weights": dict(update.weights),
+        "examples": update.examples,
+        "metrics": dict(update.metrics),
+    }
 
 
 def read_update(site: str, answer: object) -> SiteUpdate:
