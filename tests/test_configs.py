@@ -19,11 +19,13 @@ from slidetl.training.predictions import read_predictions
 from tests.conftest import Study
 from tests.small import SMALL, small_embed
 
-# Those of comparisons and federations are for other commands: tests/compare/, tests/federation/.
+# Those of comparisons and federations are for other commands (tests/compare/, tests/federation/), those of
+# volumes go together (tests/training/test_volumes.py).
+ELSEWHERE = ("compare", "federated", "volumes")
 CONFIGS = sorted(
     path
     for path in (Path(__file__).parents[1] / "configs").rglob("*.yaml")
-    if path.parent.name not in ("compare", "federated")
+    if path.parent.name not in ELSEWHERE
 )
 
 

@@ -27,8 +27,8 @@ def export(
     Args:
         checkpoints: files of 'slidetl fit'; several, of the folds of a cross-validation, vote.
         output: file to write, e.g. MODEL.pt.
-        format: onnx writes FILE.onnx (whole slides) and FILE.grade.onnx (stored embeddings); 'slidetl grade'
-            reads torchscript.
+        format: onnx writes FILE.onnx (whole slides) and FILE.grade.onnx (stored embeddings), not for volumes;
+            'slidetl grade' reads torchscript.
         config: config.yaml of the fit, with the training slides; by default the one beside the checkpoint's
             folder.
         no_training_data: export without the training slides; the file then cannot detect unfamiliar slides.
@@ -78,9 +78,13 @@ def export(
     else:
         worst = export_model(network, card, output)
     spec = card.tile_spec
+    tiles = f"tiles of {spec.tile_size_px} px at {spec.mpp:g} um/px"
+    if spec.is_volume:
+        low, high = spec.window_hu
+        tiles = f"patches of {spec.tile_size_px} voxels at {spec.spacing_mm:g} mm, {low:g} to {high:g} HU"
     print(
         f"{output}: {output.stat().st_size / 1e6:.1f} MB, {card.members} x {card.backbone}, "
-        f"grades {', '.join(card.grades)}, tiles of {spec.tile_size_px} px at {spec.mpp:g} um/px"
+        f"grades {', '.join(card.grades)}, {tiles}"
     )
     if training:
         print(f"trained on {training.slides} slides of {training.patients} patients")

@@ -212,22 +212,22 @@ class Pipeline:
 
 
 def build_augmentation(
-    value: Augmentation | VolumeAugmentation | Sequence[Mapping[str, Any]],
-) -> Augmentation | VolumeAugmentation | Pipeline:
+    value: Augmentation | VolumeAugmentation | Sequence[Mapping[str, Any]] | None,
+) -> Augmentation | VolumeAugmentation | Pipeline | None:
     """Builds the augmentation of a configuration; a list is a pipeline of albumentations."""
-    return value if isinstance(value, Augmentation | VolumeAugmentation) else Pipeline(value)
+    return Pipeline(value) if isinstance(value, Sequence) else value
 
 
 def fit_augmentation(
-    augmentation: Augmentation | VolumeAugmentation | Pipeline, is_volume: bool
+    augmentation: Augmentation | VolumeAugmentation | Pipeline | None, is_volume: bool
 ) -> Augmentation | VolumeAugmentation | Pipeline:
-    """Returns the augmentation, or the default one of volumes instead of the default one of tiles.
+    """Returns the augmentation, or without any the default one of tiles or volumes.
 
     Raises:
         UsageError: it is of tiles and the data are volumes, or the reverse.
     """
-    if is_volume and augmentation == Augmentation():
-        return VolumeAugmentation()
+    if augmentation is None:
+        return VolumeAugmentation() if is_volume else Augmentation()
     if is_volume != isinstance(augmentation, VolumeAugmentation):
         kinds = ("volumes", "VolumeAugmentation") if is_volume else ("tiles of slides", "Augmentation")
         raise UsageError(

@@ -70,8 +70,8 @@ class SlideDataModule(pl.LightningDataModule):
         prefetch: batches for each process to read ahead.
         augmentation: changes of training tiles without effect on the grade: options of
             :class:`~slidetl.data.augment.Augmentation`, or a list of albumentations transforms, each with
-            ``class_path`` and ``init_args`` (``configs/augmentation/stain.yaml``). On volumes, options of
-            :class:`~slidetl.data.augment.VolumeAugmentation`, also by default.
+            ``class_path`` and ``init_args`` (``configs/augmentation/stain.yaml``); on volumes, options of
+            :class:`~slidetl.data.augment.VolumeAugmentation`. By default the options' own defaults.
         sampling: rule for drawing tiles, of :mod:`slidetl.data.sampling`; uniform by default.
         features: name of the pretrained backbone's embeddings stored by ``slidetl embed``; empty for none.
             A bag then has all tiles of the slide: drawn tiles go through the backbone and train it, the rest
@@ -103,7 +103,7 @@ class SlideDataModule(pl.LightningDataModule):
         test_fraction: float = 0.25,
         seed: int = 0,
         num_workers: int | Literal["auto"] = "auto",
-        augmentation: Augmentation | VolumeAugmentation | list[dict[str, Any]] = Augmentation(),  # noqa: B008 (frozen)
+        augmentation: Augmentation | VolumeAugmentation | list[dict[str, Any]] | None = None,
         sampling: Sampling | None = None,
         features: str = "",
         fold: str = "",

@@ -26,12 +26,15 @@ from slidetl.grading.grade import (
     SlideGrade,
     chosen_precision,
     draw_map,
+    grade_series,
     grade_slide,
     start_runner,
 )
 from slidetl.grading.options import GradeOptions
 from slidetl.grading.report.index import IndexEntry, write_index
+from slidetl.grading.report.series import write_series_report
 from slidetl.grading.report.slide import has_slide_report, write_slide_report
+from slidetl.grading.series import SeriesGrade
 from slidetl.library.model_card import ModelCard
 from slidetl.models.runner import Runner
 from slidetl.processes import begin
@@ -42,12 +45,22 @@ from slidetl.text import one_line
 from slidetl.tiles.cut import slide_parts
 from slidetl.tiles.identifier import clash_key, safe_slide_id
 from slidetl.tiles.readers import Readers
+from slidetl.volumes import open_series
 
 GRADED, FAILED = "graded", "failed"
 _THREADS_OF_A_GPU = 2  # to feed it and gather results; each other core reads a slide
 _PIECE = 32  # tiles handed over by a reader at once
 _COLUMNS = ("slide", "status", "grade", "grade_name", "set_lowest", "set_highest", "expected_grade")
-_MORE = ("tiles", "tiles_unreadable", "tissue_mm2", "novelty", "fingerprint", "model_sha256", "reason")
+_MORE = (
+    "tiles",
+    "tiles_unreadable",
+    "tissue_mm2",
+    "mask_ml",
+    "novelty",
+    "fingerprint",
+    "model_sha256",
+    "reason",
+)
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,7 @@ def grade_slides(
     finished: Container[Path] = (),
     spacings: Mapping[Path, float] | None = None,
 ) -> Iterator[GradeRow]:
-    """Grades slides, and yields them in order of completion; a bad slide does not affect the others.
+    """Grades slides, or CT series, and yields them in order of completion; a bad one does not affect others.
 
     Args:
         model: recorded as trusted; with several jobs each process loads it again.
@@ -118,6 +131,12 @@ def grade_slides(
         spacings: spacing of level 0, micrometres per pixel, instead of the slides' own.
     """
     spacings = spacings or {}
+    given = [options.mpp_override, options.mpp_replace, options.mpp_tolerance, options.channels or None]
+    if model.card.tile_spec.is_volume and (any(one is not None for one in given) or options.profile):
+        raise UsageError(
+            f"{model.path} grades CT series, which have a spacing of their own; leave out --mpp-override, "
+            "--mpp-replace, --mpp-tolerance, --channels and --profile"
+        )
     names = output_names(slides)
     waiting = [path for path in slides if path not in finished]
     if not waiting:
@@ -155,11 +174,11 @@ def _grade_here(
     """Grades slides in this process: one at a time on a CPU, several on a GPU.
 
     For a GPU each slide is read in a process, since threads wait for the interpreter lock; the last tiles
-    of one slide share a batch with the first of the next.
+    of one slide share a batch with the first of the next. Series are read one at a time: each is 100 MB.
     """
     threads = _threads(1)
     with _runner(model, options, threads) as runner:
-        if not runner.packs:
+        if not runner.packs or model.card.tile_spec.is_volume:
             for path in slides:
                 yield _grade(model, path, names[path], options, spacings.get(path), runner, threads)
             return
@@ -207,7 +226,12 @@ def describe(row: GradeRow, card: ModelCard) -> str:
         names = dict.fromkeys(card.grades[grade] for grade in result["grade_set"])
         parts.append(f"set of grades, coverage {card.evidence.coverage:.0%}: {' to '.join(names)}")
     parts.append(f"expected grade {result['expected_grade']:.2f}")
-    parts.append(f"{result['tissue_mm2']:.3g} mm2 of tissue")
+    spec = card.tile_spec
+    parts.append(
+        f"{result['mask_ml']:.0f} ml ({'all' if spec.mask == 'none' else spec.mask})"
+        if spec.is_volume
+        else f"{result['tissue_mm2']:.3g} mm2 of tissue"
+    )
     if result["novelty"] is not None:
         parts.append(f"novelty {result['novelty']:.2f}")
     if row.rates:
@@ -225,7 +249,9 @@ def describe(row: GradeRow, card: ModelCard) -> str:
 
 def write_results(path: Path, rows: Sequence[GradeRow], n_grades: int) -> None:
     """Writes the table of results, whole or not at all."""
-    columns = [*_COLUMNS, *(f"probability_{grade}" for grade in range(n_grades)), *_MORE]
+    is_volume = any("mask_ml" in row.result for row in rows)
+    more = [name for name in _MORE if name not in (_OF_SLIDES if is_volume else ("mask_ml",))]
+    columns = [*_COLUMNS, *(f"probability_{grade}" for grade in range(n_grades)), *more]
     write_csv(path, columns, ({name: _cells(row).get(name) for name in columns} for row in rows))
 
 
@@ -263,10 +289,17 @@ def read_finished(
             text = (folder / f"{name}.json").read_text(encoding="utf-8")
             result = json.loads(text, parse_constant=int)  # refuses NaN
             same = (result["slide"], result["model_sha256"]) == (str(path), model.sha256)
-            same = same and result["channels"] == channels
             same = same and all(isinstance(result[key], kind) for key, kind in _RESULT.items())
             same = same and (not options.report or has_slide_report(folder, name, result))
             if not same:
+                continue
+            if model.card.tile_spec.is_volume:
+                if open_series(path).fingerprint == result["fingerprint"]:
+                    finished[path] = GradeRow(path, GRADED, result)
+                continue
+            if result["channels"] != channels or not all(
+                isinstance(result[key], kind) for key, kind in _OF_SLIDES.items()
+            ):
                 continue
             mpp = spacings.get(path, options.mpp_replace)
             with open_slide(path, options.mpp_override, mpp_replace=mpp, channels=channels) as slide:
@@ -280,11 +313,15 @@ def read_finished(
 
 _RESULT: dict[str, Any] = {
     **dict.fromkeys(("fingerprint", "grade_name"), str),
-    **dict.fromkeys(("grade", "tiles", "tiles_unreadable"), int),
-    **dict.fromkeys(("expected_grade", "tissue_mm2", "mpp_level0"), int | float),
+    **dict.fromkeys(("grade", "tiles"), int),
+    "expected_grade": int | float,
     **dict.fromkeys(("probabilities", "notes"), list),
     "grade_set": list | None,
     "novelty": int | float | None,
+}
+_OF_SLIDES: dict[str, Any] = {
+    "tiles_unreadable": int,
+    **dict.fromkeys(("tissue_mm2", "mpp_level0"), int | float),
 }
 
 
@@ -315,18 +352,22 @@ def _grade(
     readers: Readers | None = None,
 ) -> GradeRow:
     try:
-        result = grade_slide(
-            model,
-            path,
-            options.mpp_override,
-            threads=threads,
-            force=options.force,
-            profile=options.profile,
-            runner=runner,
-            readers=readers,
-            mpp_replace=options.mpp_replace if mpp is None else mpp,
-            mpp_tolerance=options.mpp_tolerance,
-            channels=options.channels,
+        result = (
+            grade_series(model, path, threads=threads, force=options.force, runner=runner)
+            if model.card.tile_spec.is_volume
+            else grade_slide(
+                model,
+                path,
+                options.mpp_override,
+                threads=threads,
+                force=options.force,
+                profile=options.profile,
+                runner=runner,
+                readers=readers,
+                mpp_replace=options.mpp_replace if mpp is None else mpp,
+                mpp_tolerance=options.mpp_tolerance,
+                channels=options.channels,
+            )
         )
         hand_back_memory()  # of embeddings and activations; a report needs some
         if options.output is not None:
@@ -337,15 +378,27 @@ def _grade(
             raise
         reason = describe_failure(error, "lower --batch-size or --jobs")
         return GradeRow(path, FAILED, {}, reason if str(path) in reason else one_line(f"{path}: {reason}"))
-    return GradeRow(path, GRADED, result.to_dict(), rates=result.rates)
+    rates = result.rates if isinstance(result, SlideGrade) else None
+    return GradeRow(path, GRADED, result.to_dict(), rates=rates)
 
 
 def _write(
-    result: SlideGrade, model: ModelFile, options: GradeOptions, folder: Path, name: str, threads: int
+    result: SlideGrade | SeriesGrade,
+    model: ModelFile,
+    options: GradeOptions,
+    folder: Path,
+    name: str,
+    threads: int,
 ) -> None:
-    draw_map(result, folder / f"{name}.png")
-    if options.report:
-        write_slide_report(result, model.card, folder, name, threads=threads)
+    if isinstance(result, SlideGrade):
+        draw_map(result, folder / f"{name}.png")
+        if options.report:
+            write_slide_report(result, model.card, folder, name, threads=threads)
+    elif options.report:
+        write_series_report(result, model.card, folder, name)
+    else:
+        patches = result.patch_rows()
+        write_csv(folder / f"{name}.patches.csv", list(patches[0]), patches)
     # Last and whole: a resumed run takes a slide with this file as finished.
     write_whole(folder / f"{name}.json", json.dumps(result.to_dict(), allow_nan=False) + "\n")
 

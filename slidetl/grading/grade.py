@@ -1,4 +1,4 @@
-"""Grades a slide with a model file, and explains the grade in a map. Streams tiles without a cache."""
+"""Grades a slide or CT series with a model file, and explains the grade. Streams tiles without a cache."""
 
 from __future__ import annotations
 
@@ -20,17 +20,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slidetl.errors import ProcessEnded, SlideError, UnfitSlideError
+from slidetl.errors import ProcessEnded, SlideError, UnfitSlideError, UsageError
 from slidetl.evaluation.conformal import GradeSets
 from slidetl.files import replaced
 from slidetl.grading.explain import DIVERGING, Explanation, explain_by_occlusion
+from slidetl.grading.series import SeriesGrade
 from slidetl.models.runner import Runner
 from slidetl.processor import hand_back_memory
 from slidetl.publish.model_file import ModelFile
 from slidetl.text import plot_label
 from slidetl.tiles.cut import TileBatch, read_slide
+from slidetl.tiles.patches import plan_patches
 from slidetl.tiles.plan import TilePlan
 from slidetl.tiles.readers import Readers
+from slidetl.volumes import open_series
 
 _T = TypeVar("_T")
 _IN_MEMORY = 64 << 20  # bytes of a slide's embeddings; larger ones lie in a file
@@ -187,7 +190,9 @@ def grade_slide(
                 mpp_tolerance=mpp_tolerance,
                 channels=channels,
             )
-    card, network = model.card, model.network
+    card = model.card
+    if card.tile_spec.is_volume:
+        raise UsageError(f"{model.path} grades CT series; use grade_series")
     spec = replace(card.tile_spec, channels=channels or card.tile_spec.channels)
     if mpp_tolerance is not None:
         spec = replace(spec, mpp_tolerance=mpp_tolerance)
@@ -218,41 +223,101 @@ def grade_slide(
         if not origins:
             raise UnfitSlideError(f"{path}: none of its {len(plan)} tiles with tissue can be read")
         embeddings = embedded.of_all()
-
-        def graded() -> tuple[Any, ...]:
-            novelty = embeddings.new_zeros(()) if card.novelty_limit is None else network.novelty(embeddings)
-            return novelty, *network.grade(embeddings)
-
-        # Copied in this thread, for the thread owning a GPU not to wait for it.
-        novelty, probabilities, expected, attention, *explained = (
-            value.cpu() if isinstance(value, Tensor) else value for value in runner.call(graded)
-        )
-        relative_novelty = _check_novelty(model, path, float(novelty), force)
-        _check_finite(path, "probabilities", probabilities.numpy())  # the argmax of NaN would be grade 0
-        _check_finite(path, "attention", attention.numpy())
-        taken = started.since()
         places = _places(plan, np.concatenate(origins))
-        explanation = _explanation(model, runner, explained, embeddings, places)
-        _check_finite(path, "contributions", explanation.contributions)
-        rates = _rates(runner, kept, len(embeddings), taken) if profile else None
-    grade = int(probabilities.argmax())
+        graded = _graded(model, runner, path, embeddings, places, force)
+        rates = _rates(runner, kept, len(embeddings), started.since()) if profile else None
     return SlideGrade(
         slide=path,
         fingerprint=plan.info.fingerprint,
-        grade=grade,
-        grade_name=card.grades[grade],
-        probabilities=tuple(probabilities.tolist()),
-        expected_grade=float(expected),
-        grade_set=_grade_set(model, probabilities),
         tissue_mm2=tissue * _tile_mm2(plan),
-        novelty=relative_novelty,
-        model_sha256=model.sha256,
         plan=plan,
         origins_level0=np.concatenate(origins),
-        attention=attention.numpy(),
-        explanation=explanation,
         rates=rates,
+        **graded,
     )
+
+
+def grade_series(
+    model: ModelFile, path: str | Path, *, threads: int = 1, force: bool = False, runner: Runner | None = None
+) -> SeriesGrade:
+    """Grades one CT series from its files, with the same patches as from a cache.
+
+    Args:
+        model: from :func:`slidetl.publish.model_file.load_model`, best frozen.
+        path: the series, as :func:`slidetl.volumes.open_series` takes it.
+        threads: as for :func:`grade_slide`.
+        force: also grade a series unlike those of the training.
+        runner: as for :func:`grade_slide`.
+
+    Raises:
+        VolumeError: it is no CT series that makes one volume, or damaged.
+        UnfitSlideError: no patch has enough of the mask; or, unless forced, it is unlike the training series.
+    """
+    path = Path(path)
+    if runner is None:
+        with start_runner(model, threads=threads) as own:
+            return grade_series(model, path, threads=threads, force=force, runner=own)
+    spec, size = model.card.tile_spec, runner.batch_size
+    series = open_series(path)
+    plan = plan_patches(series, spec)
+    if not len(plan):
+        raise UnfitSlideError(
+            f"{path}: no patch of {spec.tile_size_px} voxels at {spec.spacing_mm:g} mm has at least "
+            f"{spec.min_tissue:.0%} {spec.mask}; there is nothing to grade"
+        )
+    starts = range(0, len(plan), size)
+    parts = ((n, np.stack([plan.patch(i) for i in range(n, min(n + size, len(plan)))])) for n in starts)
+    embedded = _Embeddings(len(plan))
+    with torch.inference_mode():
+        for _, rows in runner.stream(parts):
+            embedded.add(rows)
+        places = plan.origins_voxel.astype(np.int64) // spec.stride_px
+        graded = _graded(model, runner, path, embedded.of_all(), places, force)
+    return SeriesGrade(
+        slide=path,
+        fingerprint=series.fingerprint,
+        plan=plan,
+        points_voxel=np.asarray(plan.origins_voxel + (spec.tile_size_px - 1) / 2, np.float64),
+        **graded,
+    )
+
+
+def _graded(
+    model: ModelFile,
+    runner: Runner,
+    path: Path,
+    embeddings: Tensor,
+    places: NDArray[np.int64],
+    force: bool,
+) -> dict[str, Any]:
+    """Grades embeddings ``[N, D]``: the fields that slides and series have in common."""
+    card, network = model.card, model.network
+
+    def graded() -> tuple[Any, ...]:
+        novelty = embeddings.new_zeros(()) if card.novelty_limit is None else network.novelty(embeddings)
+        return novelty, *network.grade(embeddings)
+
+    # Copied in this thread, for the thread owning a GPU not to wait for it.
+    novelty, probabilities, expected, attention, *explained = (
+        value.cpu() if isinstance(value, Tensor) else value for value in runner.call(graded)
+    )
+    relative_novelty = _check_novelty(model, path, float(novelty), force)
+    _check_finite(path, "probabilities", probabilities.numpy())  # the argmax of NaN would be grade 0
+    _check_finite(path, "attention", attention.numpy())
+    explanation = _explanation(model, runner, explained, embeddings, places)
+    _check_finite(path, "contributions", explanation.contributions)
+    grade = int(probabilities.argmax())
+    return {
+        "grade": grade,
+        "grade_name": card.grades[grade],
+        "probabilities": tuple(probabilities.tolist()),
+        "expected_grade": float(expected),
+        "grade_set": _grade_set(model, probabilities),
+        "novelty": relative_novelty,
+        "model_sha256": model.sha256,
+        "attention": attention.numpy(),
+        "explanation": explanation,
+    }
 
 
 def start_runner(
@@ -363,10 +428,14 @@ def _check_novelty(model: ModelFile, path: Path, distance: float, force: bool) -
         raise UnfitSlideError(f"{path}: not graded: its novelty is {novelty}; check the model file")
     if novelty > 1 and not force:
         training = model.card.training
+        is_volume = model.card.tile_spec.is_volume
+        noun, doubts = (
+            ("series", "scanner and organ") if is_volume else ("slides", "stain, organ and spacing")
+        )
         stains = f" (stains: {', '.join(training.stains)})" if training and training.stains else ""
         raise UnfitSlideError(
-            f"{path}: unlike the slides that the model was trained on{stains}: its novelty is {novelty:.3g}, "
-            "where none of theirs is above 1; check stain, organ and spacing; --force grades it all the same"
+            f"{path}: unlike the {noun} that the model was trained on{stains}: its novelty is {novelty:.3g}, "
+            f"where none of theirs is above 1; check {doubts}; --force grades it all the same"
         )
     return novelty
 

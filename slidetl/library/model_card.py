@@ -26,7 +26,7 @@ class TrainingData:
     Attributes:
         slides, patients: their numbers.
         sites, scanners, stains: from the manifest, sorted.
-        least_tissue_mm2: tissue of the training slide with the least of it.
+        least_tissue_mm2: tissue of the training slide with the least of it; of volumes 0.
         fingerprint: SHA-256 over the slides' fingerprints and grades; equal for equal data.
     """
 
@@ -79,12 +79,13 @@ class ModelCard:
 
     Attributes:
         grades: names, lowest first.
-        tile_spec: the tiles of the training, and of grading.
+        tile_spec: the tiles of the training, and of grading; of volumes their spacing and window too.
         backbone: timm's name for it, and the changes; for display.
         architecture: fields of its :class:`~slidetl.models.spec.BackboneSpec` (of an ensemble, the first):
             ``name``, and of ``in_channels``, ``gated_mlp``, ``layer_scale`` and ``pooling`` the ones without
             the default.
-        normalisation: ``mean`` and ``std`` of pixel values in 0..1, applied by the network itself.
+        normalisation: ``mean`` and ``std`` of pixel values in 0..1, of volumes of the window in 0..1; the
+            network itself applies them, and the window.
         versions: of the software behind the file.
         weights_sha256: hash of the network's state, checked when the file is loaded.
         members: number of networks, which vote.

@@ -7,7 +7,7 @@ import io
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any, Optional
+from typing import IO, Any, Final, Optional
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,9 @@ from slidetl.library.trust import trust
 from slidetl.models.backbones import weights_sha256
 from slidetl.models.network import GradingNetwork
 from slidetl.models.spec import BackboneSpec
+from slidetl.models.volumes import unit_window
 from slidetl.publish.model_file import load_model, without_deprecation
+from slidetl.tiles.grid import TileSpec
 from slidetl.training.grader import SlideGrader
 from slidetl.version import VERSION
 
@@ -41,7 +43,10 @@ class ExportedNetwork(nn.Module):
         temperature: each network's probabilities are raised to its inverse and rescaled.
         familiar: description of the training slides, or None.
         chunk_size: tiles per pass through the backbones in :meth:`forward`.
+        window_hu: of the volumes, the Hounsfield units to map to 0 and 1; None for tiles of slides.
     """
+
+    takes_volumes: Final[bool]
 
     def __init__(
         self,
@@ -49,11 +54,14 @@ class ExportedNetwork(nn.Module):
         temperature: float = 1.0,
         familiar: Familiar | None = None,
         chunk_size: int = 64,
+        window_hu: tuple[float, float] | None = None,
     ) -> None:
         super().__init__()
         self.networks: Any = nn.ModuleList(networks)
         self.widths = [network.backbone.num_features for network in networks]
-        wanted = networks[0].backbone.spec.in_channels
+        self.takes_volumes = window_hu is not None
+        self.low_hu, self.high_hu = window_hu or (0.0, 1.0)
+        wanted = networks[0].backbone.in_channels
         self.in_channels = 3 if wanted == 1 else wanted  # of a tile: a network of one takes the luma of RGB
         self.chunk_size = chunk_size
         self.has_one_score = len({network.head.score_unit for network in networks}) == 1
@@ -75,13 +83,19 @@ class ExportedNetwork(nn.Module):
         self.register_buffer("residual_variance", torch.tensor(residual))
 
     def forward(self, tiles: Tensor) -> Tensor:
-        """Grades the tiles of one slide, ``[N, 3, H, W] uint8``: probabilities ``[K] float32``."""
+        """Grades the tiles of one slide, as :meth:`embed` takes them: probabilities ``[K] float32``."""
         chunks = [self.embed(chunk) for chunk in torch.split(tiles, self.chunk_size)]
         return self.grade(torch.cat(chunks))[0]
 
     @torch.jit.export
     def embed(self, tiles: Tensor) -> Tensor:
-        """Embeds tiles ``[N, 3, H, W] uint8`` as ``[N, D] float32``."""
+        """Embeds tiles ``[N, 3, H, W] uint8`` as ``[N, D] float32``.
+
+        Of volumes it takes patches ``[N, 1, S, S, S]`` in Hounsfield units, axes z, y, x, of any type, at the
+        spacing on the card, and applies the window itself.
+        """
+        if self.takes_volumes:
+            tiles = unit_window(tiles, self.low_hu, self.high_hu)
         parts: list[Tensor] = []
         for network in self.networks:
             parts.append(network.backbone(tiles).to(torch.float32))
@@ -185,7 +199,10 @@ def build_network(
     backbone = first.network.backbone
     backbone.check_network()
     network = ExportedNetwork(
-        [grader.network for grader in graders], evidence.temperature if evidence else 1.0, familiar
+        [grader.network for grader in graders],
+        evidence.temperature if evidence else 1.0,
+        familiar,
+        window_hu=first.tile_spec.window_hu if first.tile_spec.is_volume else None,
     ).eval()
     with torch.inference_mode():
         is_explained = network.grade(torch.zeros(1, sum(network.widths)))[3] is not None
@@ -240,7 +257,7 @@ def export_model(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[
             loaded = load_model(partial, device, trusted=True).network
             for precision in PARITY_TOLERANCE:
                 name = f"{device} {str(precision).removeprefix('torch.')}"
-                worst[name] = _parity(network.to(device), loaded, card.tile_spec.tile_size_px, precision)
+                worst[name] = _parity(network.to(device), loaded, card.tile_spec, precision)
                 if not worst[name] <= PARITY_TOLERANCE[precision]:
                     raise ModelFileError(
                         f"the exported file differs from the network by {worst[name]:.1e} in a probability "
@@ -263,13 +280,26 @@ def _write(network: ExportedNetwork, card: ModelCard, file: IO[bytes]) -> None:
                 copy.writestr(zipfile.ZipInfo(name), archive.read(name))
 
 
-def _parity(network: ExportedNetwork, loaded: Any, tile_size_px: int, precision: torch.dtype) -> float:
+def random_tiles(
+    network: ExportedNetwork, spec: TileSpec, n_tiles: int, generator: torch.Generator
+) -> Tensor:
+    """Draws tiles as a network takes them; of volumes, Hounsfield units within and beyond the window."""
+    side = spec.tile_size_px
+    if spec.is_volume:
+        low, high = (int(hu) for hu in spec.window_hu)
+        low, high = max(low - 100, -32768), min(high + 100, 32767)
+        patches = (n_tiles, 1, side, side, side)
+        return torch.randint(low, high, patches, dtype=torch.int16, generator=generator)
+    shape = (n_tiles, network.in_channels, side, side)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def _parity(network: ExportedNetwork, loaded: Any, spec: TileSpec, precision: torch.dtype) -> float:
     generator = torch.Generator().manual_seed(0)
     device = network.temperature.device
     differences = []
     for n_tiles in (1, 5):
-        shape = (n_tiles, network.in_channels, tile_size_px, tile_size_px)
-        tiles = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
+        tiles = random_tiles(network, spec, n_tiles, generator).to(device)
         is_lower = precision is not torch.float32
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=is_lower):
             differences.append((network(tiles) - loaded(tiles)).abs().max())

@@ -93,6 +93,8 @@ def export_onnx(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[s
     """
     if path.suffix != ".onnx":
         raise UsageError(f"expected the name of an ONNX file to end in .onnx, not {path.name!r}")
+    if card.tile_spec.is_volume:
+        raise UsageError("a model of volumes is exported as TorchScript alone; leave out --format onnx")
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime

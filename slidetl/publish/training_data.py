@@ -107,6 +107,8 @@ def learn_familiar(network: Any, slides: Sequence[CachedSlide], tiles_per_slide:
 
 def _tissue_mm2(slide: CachedSlide) -> float:
     spec = slide.cache.spec
+    if spec.is_volume:
+        return 0.0
     return float(slide.cache.tissue_fraction.sum()) * (spec.stride_px * spec.mpp / 1000) ** 2
 
 

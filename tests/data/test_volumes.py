@@ -94,8 +94,8 @@ def test_intensities_move_within_their_bounds() -> None:
 
 
 def test_augmentation_of_tiles_is_not_for_volumes() -> None:
-    assert fit_augmentation(Augmentation(), is_volume=True) == VolumeAugmentation()
-    assert fit_augmentation(Augmentation(), is_volume=False) == Augmentation()
+    assert fit_augmentation(None, is_volume=True) == VolumeAugmentation()
+    assert fit_augmentation(None, is_volume=False) == Augmentation()
     with pytest.raises(
         UsageError, match=r"data\.augmentation is Augmentation, but the cache has volumes; give"
     ):

@@ -23,7 +23,7 @@ class VolumeStudy:
     manifest: Path
     cache: Path
 
-    def options(self, root: Path, *more: str) -> list[str]:
+    def options(self, root: Path) -> list[str]:
         """Options of the training commands: this study, a small network, outputs below ``root``."""
         return [
             f"--data.manifest={self.manifest}",
@@ -34,7 +34,6 @@ class VolumeStudy:
             "--trainer.accelerator=cpu",
             "--trainer.enable_progress_bar=false",
             "--trainer.enable_model_summary=false",
-            *more,
         ]
 
 
