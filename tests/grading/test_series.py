@@ -1,0 +1,144 @@
+"""Grading of CT series by an exported model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from slidetl.cli import main
+from slidetl.errors import UnfitSlideError, UsageError
+from slidetl.grading.grade import grade_series, grade_slide
+from slidetl.models.aggregators import MaxPooling
+from slidetl.models.spec import BackboneSpec
+from slidetl.models.volumes import unit_window
+from slidetl.publish.export import build_network, export_model
+from slidetl.publish.model_file import ModelFile, load_model
+from slidetl.publish.onnx import export_onnx
+from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.store import SlideCache
+from slidetl.training.grader import SlideGrader
+from tests.volumes.studies import VolumeStudy
+
+SPEC = TileSpec(spacing_mm=1.0, tile_size_px=16, stride_px=8, mask="none", min_tissue=0.0)
+
+
+def grader(**options: object) -> SlideGrader:
+    torch.manual_seed(0)
+    made = SlideGrader(BackboneSpec("conv3d_8"), grades=["benign", "malignant"], **options)  # type: ignore[arg-type]
+    made.tile_spec = SPEC
+    return made.eval()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFile:
+    path = tmp_path_factory.mktemp("model") / "model.pt"
+    export_model(*build_network([grader()]), path)
+    return load_model(path)
+
+
+def test_the_file_takes_hounsfield_units_and_says_their_window_and_spacing(model: ModelFile) -> None:
+    card = model.card
+    assert (card.tile_spec.spacing_mm, card.tile_spec.window_hu) == (1.0, (-1000.0, 400.0))
+    assert card.architecture["name"] == "conv3d_8" and card.normalisation == {"mean": [0.5], "std": [0.5]}
+    patches = torch.randint(-1500, 900, (3, 1, 16, 16, 16), dtype=torch.int16)
+    with torch.inference_mode():
+        expected = grader().network.backbone(unit_window(patches, -1000, 400))
+        torch.testing.assert_close(model.network.embed(patches), expected)
+        assert torch.equal(
+            model.network.embed(patches), model.network.embed(patches.clamp(-1000, 400).float())
+        )
+
+
+def test_a_series_is_graded_as_its_cache_is(model: ModelFile, scans: VolumeStudy) -> None:
+    graded = grade_series(model, scans.manifest.parent / "s02.mha", threads=2)
+    cache = SlideCache.open(scans.cache / "s02.zarr")
+    network = grader().network
+    with torch.inference_mode():
+        embeddings = network.backbone(
+            unit_window(torch.from_numpy(cache.read(range(8))).unsqueeze(1), -1000, 400)
+        )
+        logits, attention, explained = network.explain(embeddings[None], torch.ones(1, 8, dtype=torch.bool))
+        probabilities = network.head.probabilities(logits)[0]
+    np.testing.assert_allclose(graded.probabilities, probabilities, atol=1e-6)
+    np.testing.assert_allclose(graded.attention, attention[0, 0], atol=1e-6)
+    assert explained is not None
+    np.testing.assert_allclose(graded.explanation.contributions, explained[1][0], atol=1e-6)
+    np.testing.assert_array_equal(graded.plan.origins_voxel, cache.origins_voxel)
+    np.testing.assert_allclose(graded.points_mm, cache.centres_mm)
+    assert graded.fingerprint == cache.fingerprint and graded.grade == int(probabilities.argmax())
+    rows = graded.patch_rows()
+    assert [row["rank"] for row in rows] == list(range(1, 9))
+    total = graded.explanation.score - (graded.explanation.baseline or 0)
+    assert sum(row["contribution"] for row in rows) == pytest.approx(total, abs=1e-4)
+
+
+def test_without_a_sum_over_patches_they_are_left_out_in_turn(scans: VolumeStudy, tmp_path: Path) -> None:
+    export_model(*build_network([grader(aggregator=MaxPooling)]), tmp_path / "model.pt")
+    graded = grade_series(load_model(tmp_path / "model.pt"), scans.manifest.parent / "s02.mha")
+    assert graded.explanation.to_dict()["method"] == "occlusion"
+    assert len(graded.explanation.contributions) == 8 and graded.explanation.contributions.any()
+
+
+def test_what_is_no_series_and_what_is_unlike_is_refused(
+    model: ModelFile, scans: VolumeStudy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    series = scans.manifest.parent / "s02.mha"
+    with pytest.raises(UsageError, match=r"model\.pt grades CT series; use grade_series"):
+        grade_slide(model, series)
+    strict = dataclasses.replace(SPEC, mask="lung", min_tissue=1.0)
+    of_lungs = dataclasses.replace(model, card=dataclasses.replace(model.card, tile_spec=strict))
+    with pytest.raises(
+        UnfitSlideError, match="no patch of 16 voxels at 1 mm has at least 100% lung; there is"
+    ):
+        grade_series(of_lungs, series)
+    unlike = dataclasses.replace(model, card=dataclasses.replace(model.card, novelty_limit=1e-9))
+    monkey = dataclasses.replace(unlike, network=_FarAway(model.network))
+    with pytest.raises(
+        UnfitSlideError, match=r"unlike the series that the model was trained on.* check scanner"
+    ):
+        grade_series(monkey, series)
+    assert grade_series(monkey, series, force=True).novelty == pytest.approx(1e9)
+    with pytest.raises(UsageError, match="exported as TorchScript alone; leave out --format onnx"):
+        export_onnx(build_network([grader()])[0], model.card, tmp_path / "m.onnx")
+    (tmp_path / "slide.tiff").write_bytes(b"no series")
+    assert main(["grade", str(model.path), str(tmp_path / "slide.tiff")]) == 1
+    assert "slide.tiff" in capsys.readouterr().err
+    assert main(["grade", str(model.path), str(series), "--mpp-override", "0.5"]) != 0
+    assert "grades CT series, which have a spacing of their own; leave out" in capsys.readouterr().err
+
+
+class _FarAway:
+    """A network whose every series is unlike those of the training."""
+
+    def __init__(self, network: object) -> None:
+        self._network = network
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._network, name)
+
+    def novelty(self, embeddings: torch.Tensor) -> torch.Tensor:
+        return torch.ones(())
+
+
+def test_a_run_is_resumed_and_has_pages(
+    model: ModelFile, scans: VolumeStudy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [str(scans.manifest.parent / f"s0{number}.mha") for number in (2, 3)]
+    words = ["--output", str(tmp_path), "--report", "--device", "cpu"]
+    assert main(["grade", str(model.path), files[0], *words]) == 0
+    capsys.readouterr()
+    assert main(["grade", str(model.path), *files, *words, "--resume"]) == 0
+    assert "1 of 2 slides are graded already" in capsys.readouterr().err
+    assert {"s02.html", "s03.html", "s02.patches.csv", "index.html", "results.csv"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+    assert "Volume, ml" in (tmp_path / "index.html").read_text()
+    result = json.loads((tmp_path / "s03.json").read_text())
+    header, *rows = (tmp_path / "results.csv").read_text().splitlines()
+    assert "mask_ml" in header and "tissue_mm2" not in header and len(rows) == 2
+    assert result["spacing_mm"] == 1.0
