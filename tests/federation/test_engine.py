@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,66 @@ from tests.conftest import Study
 from tests.small import SMALL, small_weights
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "federated").glob("*.yaml"))
+
+
+# Runs in every process of the engine: keeps all that a process sends, in a file by its name in NVFlare.
+RECORDER = """
+import importlib.abc, importlib.util, os, sys, threading
+
+NAME = "nvflare.fuel.f3.sfm.sfm_conn"
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != NAME:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+        spec.loader.exec_module = lambda module: (load(module), record(module.SfmConnection))
+        return spec
+
+
+def record(connection):
+    send, lock = connection.send_frame, threading.Lock()
+
+    def send_frame(self, prefix, headers, payload):
+        path = os.path.join(os.environ["RECORDED"], self.local_endpoint.name.replace("/", "-"))
+        with lock, open(path, "ab") as file:
+            file.write(repr(headers).encode() + bytes(payload or b""))
+        send(self, prefix, headers, payload)
+
+    connection.send_frame = send_frame
+
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """All messages between the processes of NVFlare, before encryption, by the sender."""
+    hook, folder = tmp_path / "hook", tmp_path / "recorded"
+    hook.mkdir()
+    folder.mkdir()
+    (hook / "sitecustomize.py").write_text(RECORDER)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(hook), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("RECORDED", str(folder))
+    return folder
+
+
+def check_messages(recorded: Path, sites: dict[str, Site]) -> None:
+    """Asserts that weights have left each site, and nothing that names a slide, a patient or a place."""
+    secrets = set()
+    for site in sites.values():
+        secrets |= {site.manifest, Path(site.manifest).name, site.cache}
+        with Path(site.manifest).open() as file:
+            for row in csv.DictReader(file):
+                secrets |= {row["slide_id"], row["patient_id"], Path(row["path"]).name}
+    for name in sites:
+        sent = b"".join(path.read_bytes() for path in recorded.iterdir() if path.name.startswith(name))
+        assert b"network.head.score.weight" in sent and len(sent) > 2e5
+        assert not [secret for secret in secrets if secret.encode() in sent]
 
 
 def small(path: Path, sites: dict[str, Site], to: Path) -> Path:
@@ -80,6 +142,7 @@ def test_the_engine_runs_a_federation(
     three_sites: dict[str, Site],
     study: Study,
     tmp_path: Path,
+    recorded: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("nvflare")
@@ -95,6 +158,7 @@ def test_the_engine_runs_a_federation(
         if name == "averaged":
             network = output / "rounds" / f"000{account['round']}.safetensors"
             assert account["sha256"] == file_sha256(network)
+    check_messages(recorded, three_sites)
     # The result of a site is an ordinary checkpoint.
     here = output / "sites" / "north"
     lineage = load_grader(here / "checkpoints" / "best.ckpt").network.backbone.lineage
