@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from slidetl.grading.explain import Explanation, explain_by_occlusion
+from slidetl.grading.explain import Explanation, explain_by_occlusion, find_voxels
 
 
 def grid(columns: int, rows: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
@@ -53,3 +54,35 @@ def test_sums_tell_how_the_score_comes_about() -> None:
     }
     # Times three they are 1.5, -0.75 and 0.375; the colours reach to 1.47.
     assert explanation.shades.tolist() == [255, 62, 160]
+
+
+class _Looks(torch.nn.Module):
+    """Embeds a patch by the density within a cube of it."""
+
+    def __init__(self, at: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.at = at  # (x, y, z) of the first voxel
+
+    def forward(self, hu: Tensor) -> Tensor:
+        x, y, z = self.at
+        return (hu[:, 0, z : z + 4, y : y + 4, x : x + 4].mean((1, 2, 3)) / 1000 + 1).unsqueeze(1)
+
+
+def test_the_voxels_that_a_grade_reacts_to_are_found() -> None:
+    patches = np.random.default_rng(0).integers(-900, 100, (3, 16, 16, 16)).astype(np.int16)
+    looks = _Looks((9, 2, 5))
+    with torch.inference_mode():
+        embeddings = torch.cat([looks(torch.from_numpy(patch)[None, None].float()) for patch in patches])
+    found = find_voxels(lambda rows: rows.sum(), looks, embeddings, dict(enumerate(patches)), 4)
+    assert list(found) == [0, 1, 2]
+    assert all(place.tolist() == [11, 4, 7] for place in found.values())
+
+
+def test_a_grade_that_reacts_to_no_voxel_of_a_patch_shows_its_centre() -> None:
+    patches = np.full((2, 8, 8, 8), -500, np.int16)
+    patches[1] = 0
+    looks = _Looks((0, 0, 0))
+    embeddings = torch.cat([looks(torch.from_numpy(patch)[None, None].float()) for patch in patches])
+    found = find_voxels(lambda rows: rows.max(), looks, embeddings, dict(enumerate(patches)), 3)
+    assert found[0].tolist() == [4, 4, 4]  # the other patch decides
+    assert found[1].tolist() == [1, 1, 1] and embeddings.grad is None
