@@ -10,7 +10,7 @@ import queue
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -23,14 +23,14 @@ from torch import Tensor
 from slidetl.errors import ProcessEnded, SlideError, UnfitSlideError, UsageError
 from slidetl.evaluation.conformal import GradeSets
 from slidetl.files import replaced
-from slidetl.grading.explain import DIVERGING, Explanation, explain_by_occlusion
-from slidetl.grading.series import SeriesGrade
+from slidetl.grading.explain import DIVERGING, Explanation, explain_by_occlusion, find_voxels
+from slidetl.grading.series import SeriesGrade, shown_patches
 from slidetl.models.runner import Runner
 from slidetl.processor import hand_back_memory
 from slidetl.publish.model_file import ModelFile
 from slidetl.text import plot_label
 from slidetl.tiles.cut import TileBatch, read_slide
-from slidetl.tiles.patches import plan_patches
+from slidetl.tiles.patches import PatchPlan, plan_patches
 from slidetl.tiles.plan import TilePlan
 from slidetl.tiles.readers import Readers
 from slidetl.volumes import open_series
@@ -39,6 +39,7 @@ _T = TypeVar("_T")
 _IN_MEMORY = 64 << 20  # bytes of a slide's embeddings; larger ones lie in a file
 _BATCH_SIZE = {"cpu": 16, "cuda": 256}  # on a CPU more cost memory and gain nothing
 Precision = Literal["auto", "float32", "bfloat16"]
+_PLACE_MM = 6.0  # width of a place in a patch, about that of a small nodule
 _READING_LIMITS = 0.85  # below this share of the network's own rate, grading waits for reading
 
 
@@ -273,12 +274,22 @@ def grade_series(
             embedded.add(rows)
         places = plan.origins_voxel.astype(np.int64) // spec.stride_px
         graded = _graded(model, runner, path, embedded.of_all(), places, force)
-    return SeriesGrade(
-        slide=path,
-        fingerprint=series.fingerprint,
-        plan=plan,
-        points_voxel=np.asarray(plan.origins_voxel + (spec.tile_size_px - 1) / 2, np.float64),
-        **graded,
+    points = np.full((len(plan), 3), np.nan)
+    shown = [patch for part in shown_patches(graded["explanation"].contributions) for patch in part]
+    for patch, place in _places_of(model, runner, embedded.of_all(), plan, shown).items():
+        points[patch] = plan.origins_voxel[patch] + place
+    return SeriesGrade(slide=path, fingerprint=series.fingerprint, plan=plan, points_voxel=points, **graded)
+
+
+def _places_of(
+    model: ModelFile, runner: Runner, embeddings: Tensor, plan: PatchPlan, shown: Sequence[int]
+) -> dict[int, NDArray[np.int64]]:
+    """Finds the place in each of some patches to which the grade reacts most."""
+    network, spec = model.network, plan.spec
+    width = min(spec.tile_size_px, max(1, round(_PLACE_MM / spec.spacing_mm)))
+    patches = {patch: plan.patch(patch) for patch in shown}
+    return runner.call(
+        lambda: find_voxels(lambda rows: network.grade(rows)[1], network.embed, embeddings, patches, width)
     )
 
 

@@ -10,9 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.grading.explain import Explanation
+from slidetl.grading.report.maps import extreme_tiles
 from slidetl.tiles.patches import PatchPlan
 
-_LISTED = 8  # patches in the result; all are in its table
+_SHOWN = 5  # patches of either sign; all are in the table
+
+
+def shown_patches(contributions: NDArray[np.float32]) -> tuple[list[int], list[int]]:
+    """Finds the patches that raise the score most, and those that lower it most, the most extreme first."""
+    most, least = extreme_tiles(contributions, _SHOWN)
+    return [n for n in most if contributions[n] > 0], [n for n in least if contributions[n] < 0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +39,8 @@ class SeriesGrade:
         plan: the patches, with the series at their spacing.
         attention: ``[N] float32``, weight of each patch; they sum to one.
         explanation: each patch's contribution to the score.
-        points_voxel: ``[N, 3]`` the place ``(x, y, z)`` within each patch to show, voxels of ``plan.volume``.
+        points_voxel: ``[N, 3]`` the place ``(x, y, z)`` in each of :func:`shown_patches` to which the grade
+            reacts most, voxels of ``plan.volume``; NaN for other patches.
     """
 
     slide: Path
@@ -50,9 +58,9 @@ class SeriesGrade:
     points_voxel: NDArray[np.float64]
 
     @property
-    def points_mm(self) -> NDArray[np.float64]:
-        """The places ``[N, 3]`` in patient coordinates (LPS)."""
-        return self.plan.volume.frame.to_patient_mm(self.points_voxel)
+    def centres_voxel(self) -> NDArray[np.float64]:
+        """Centres of the patches ``[N, 3]``, voxels of ``plan.volume``."""
+        return np.asarray(self.plan.origins_voxel + (self.plan.spec.tile_size_px - 1) / 2, np.float64)
 
     @property
     def mask_ml(self) -> float:
@@ -60,25 +68,27 @@ class SeriesGrade:
         return float(self.plan.mask.sum()) * float(np.prod(self.plan.overview.spacing_mm)) / 1000
 
     def patch_rows(self) -> list[dict[str, Any]]:
-        """Lists the patches, the greatest contribution first, as rows of a table."""
+        """Lists the patches, the greatest contribution first, as rows of a table.
+
+        Centres, and places if they were sought, are in patient coordinates (LPS), millimetres.
+        """
         contributions = self.explanation.contributions.astype(np.float64)
         relative = self.attention.astype(np.float64) * len(self.attention)
+        frame = self.plan.volume.frame
+        centres, places = frame.to_patient_mm(self.centres_voxel), frame.to_patient_mm(self.points_voxel)
         return [
             {
                 "rank": rank,
                 "contribution": float(f"{contributions[patch]:.6g}"),
                 "attention": round(float(relative[patch]), 6),
                 **{
-                    f"{axis}_mm": round(v, 2)
-                    for axis, v in zip("xyz", self.points_mm[patch].tolist(), strict=True)
+                    f"{axis}_mm": round(mm, 2)
+                    for axis, mm in zip("xyz", centres[patch].tolist(), strict=True)
                 },
-                **dict(
-                    zip(
-                        ("x_voxel", "y_voxel", "z_voxel"),
-                        self.plan.origins_voxel[patch].tolist(),
-                        strict=True,
-                    )
-                ),
+                **{
+                    f"place_{axis}_mm": round(mm, 2) if np.isfinite(mm) else None
+                    for axis, mm in zip("xyz", places[patch].tolist(), strict=True)
+                },
             }
             for rank, patch in enumerate(np.argsort(-contributions, kind="stable").tolist(), 1)
         ]
@@ -97,7 +107,7 @@ class SeriesGrade:
             "mask_ml": round(self.mask_ml, 2),
             "novelty": None if self.novelty is None else round(self.novelty, 4),
             "explanation": self.explanation.to_dict(),
-            "patches": self.patch_rows()[:_LISTED],
+            "patches": self.patch_rows()[: len(shown_patches(self.explanation.contributions)[0])],
             "model_sha256": self.model_sha256,
             "spacing_mm": self.plan.spec.spacing_mm,
             "notes": list(self.plan.volume.notes),

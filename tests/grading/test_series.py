@@ -13,6 +13,7 @@ import torch
 from slidetl.cli import main
 from slidetl.errors import UnfitSlideError, UsageError
 from slidetl.grading.grade import grade_series, grade_slide
+from slidetl.grading.series import shown_patches
 from slidetl.models.aggregators import MaxPooling
 from slidetl.models.spec import BackboneSpec
 from slidetl.models.volumes import unit_window
@@ -69,7 +70,12 @@ def test_a_series_is_graded_as_its_cache_is(model: ModelFile, scans: VolumeStudy
     assert explained is not None
     np.testing.assert_allclose(graded.explanation.contributions, explained[1][0], atol=1e-6)
     np.testing.assert_array_equal(graded.plan.origins_voxel, cache.origins_voxel)
-    np.testing.assert_allclose(graded.points_mm, cache.centres_mm)
+    frame = graded.plan.volume.frame
+    np.testing.assert_allclose(frame.to_patient_mm(graded.centres_voxel), cache.centres_mm)
+    shown = [patch for part in shown_patches(graded.explanation.contributions) for patch in part]
+    assert shown and np.flatnonzero(np.isfinite(graded.points_voxel[:, 0])).tolist() == sorted(shown)
+    within = graded.points_voxel[shown] - cache.origins_voxel[shown]
+    assert (within >= 0).all() and (within < cache.spec.tile_size_px).all()
     assert graded.fingerprint == cache.fingerprint and graded.grade == int(probabilities.argmax())
     rows = graded.patch_rows()
     assert [row["rank"] for row in rows] == list(range(1, 9))

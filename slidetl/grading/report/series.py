@@ -10,15 +10,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from slidetl.files import write_csv, write_whole
-from slidetl.grading.report.maps import extreme_tiles
 from slidetl.grading.report.planes import Plane, planes_at
 from slidetl.grading.report.slide import doubts, grade_bars
-from slidetl.grading.series import SeriesGrade
+from slidetl.grading.series import SeriesGrade, shown_patches
 from slidetl.library.model_card import ModelCard
 from slidetl.page import data_uri, write_page
 from slidetl.tiles.pyramid import encode_jpeg
 
-_SHOWN = 5
 _LONGEST_PX = 384
 _THUMBNAIL_PX = 240
 _EVEN = 1e-3  # below this range of relative attention a model weighs all patches alike
@@ -45,19 +43,18 @@ def write_series_report(result: SeriesGrade, card: ModelCard, folder: Path, name
     plan = result.plan
     relative = result.attention * np.float32(len(result.attention))
     varies = float(np.ptp(relative)) > _EVEN
-    most, least = extreme_tiles(result.explanation.contributions, _SHOWN)
-    contributions = result.explanation.contributions
+    most, least = shown_patches(result.explanation.contributions)
     galleries = [
         {"title": title, "patches": [_patch(result, patch, relative if varies else None) for patch in kept]}
         for title, kept in (
-            ("Patches that raise the score most", [patch for patch in most if contributions[patch] > 0]),
-            ("Patches that lower it most", [patch for patch in least if contributions[patch] < 0]),
+            ("Patches that raise the score most", most),
+            ("Patches that lower it most", least),
         )
         if kept
     ]
     rows = result.patch_rows()
     write_csv(folder / f"{name}.patches.csv", list(rows[0]), rows)
-    shown = _planes(result, most[0])[1]
+    shown = _planes(result, int(result.explanation.contributions.argmax()))[1]
     write_whole(folder / f"{name}.thumbnail.jpg", _jpeg(shown.marked(), _THUMBNAIL_PX))
     page = folder / f"{name}.html"
     part = {"lung": "Lungs", "body": "Body", "none": "Series"}[plan.spec.mask]
@@ -86,15 +83,21 @@ def write_series_report(result: SeriesGrade, card: ModelCard, folder: Path, name
 
 def _planes(result: SeriesGrade, patch: int) -> tuple[Plane, Plane, Plane]:
     plan, spec = result.plan, result.plan.spec
-    place, origin = result.points_voxel[patch], plan.origins_voxel[patch]
-    return planes_at(plan.volume, place, origin, spec.tile_size_px, spec.window_hu)
+    origin = plan.origins_voxel[patch]
+    return planes_at(plan.volume, _place(result, patch), origin, spec.tile_size_px, spec.window_hu)
+
+
+def _place(result: SeriesGrade, patch: int) -> NDArray[np.float64]:
+    """Returns the place ``(x, y, z)`` in a patch to show, voxels: the centre, if none was sought."""
+    point = result.points_voxel[patch]
+    return np.asarray(point if np.isfinite(point).all() else result.centres_voxel[patch])
 
 
 def _patch(result: SeriesGrade, patch: int, relative: NDArray[np.float32] | None) -> dict[str, Any]:
     return {
         "contribution": float(result.explanation.contributions[patch]),
         "attention": None if relative is None else float(relative[patch]),
-        "at_mm": result.points_mm[patch].tolist(),
+        "at_mm": result.plan.volume.frame.to_patient_mm(_place(result, patch)).tolist(),
         "planes": [
             {
                 "name": plane.name,

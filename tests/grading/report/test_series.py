@@ -37,8 +37,10 @@ def graded() -> SeriesGrade:
     hu = np.where(near < 7, 60, -900).astype(np.int16)
     notes = ("slices 3 and 4 are doubled",)
     plan = plan_patches(Series(Path("scans/p1"), frame, "aa" * 32, notes, lambda: iter(hu)), SPEC)
-    points = np.asarray(plan.origins_voxel + (SPEC.tile_size_px - 1) / 2, np.float64)
-    away = np.linalg.norm(frame.to_patient_mm(points) - BALL_MM, axis=1)
+    centres = np.asarray(plan.origins_voxel + (SPEC.tile_size_px - 1) / 2, np.float64)
+    away = np.linalg.norm(frame.to_patient_mm(centres) - BALL_MM, axis=1)
+    points = np.full(centres.shape, np.nan)
+    points[np.argsort(away)[:5]] = frame.to_voxel(BALL_MM)
     contributions = (np.exp(-away / 10) - 0.1).astype(np.float32)
     attention = np.exp(-away / 10)
     return SeriesGrade(
@@ -95,9 +97,10 @@ def test_the_patch_that_counts_most_is_shown_at_its_place(
     with (tmp_path / "p1.patches.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 60 and [row["rank"] for row in rows[:2]] == ["1", "2"]
-    place = np.array([float(rows[0][f"{axis}_mm"]) for axis in "xyz"])
-    assert np.abs(place - BALL_MM).max() <= 8  # half a stride
-    assert f"at x {place[0]:.1f}, y {place[1]:.1f}, z {place[2]:.1f} mm" in page.text
+    centre, place = (np.array([float(rows[0][f"{of}{axis}_mm"]) for axis in "xyz"]) for of in ("", "place_"))
+    assert np.abs(centre - BALL_MM).max() <= 8  # half a stride
+    assert place.tolist() == BALL_MM.tolist() and rows[-1]["place_x_mm"] == ""
+    assert "at x 10.0, y -22.0, z 14.0 mm" in page.text
     first = [about["src"] or "" for tag, about in page.elements if tag == "img"][:6]
     pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(src.split(",")[1])))) for src in first]
     for whole, face in zip(pictures[::2], pictures[1::2], strict=True):
@@ -112,14 +115,14 @@ def test_the_patch_that_counts_most_is_shown_at_its_place(
 
 def test_the_result_lists_the_patches_that_counted(graded: SeriesGrade) -> None:
     result = json.loads(json.dumps(graded.to_dict(), allow_nan=False))
-    assert len(result["patches"]) == 8 and result["tiles"] == 60 and result["spacing_mm"] == 2.0
+    assert len(result["patches"]) == 5 and result["tiles"] == 60 and result["spacing_mm"] == 2.0
     contributions = [row["contribution"] for row in result["patches"]]
     assert contributions == sorted(contributions, reverse=True)
     first = result["patches"][0]
-    centre = np.array([first[f"{axis}_voxel"] for axis in "xyz"]) + 7.5
-    assert graded.plan.volume.frame.to_patient_mm(centre).tolist() == pytest.approx(
-        [first[f"{axis}_mm"] for axis in "xyz"]
-    )
+    assert [first[f"place_{axis}_mm"] for axis in "xyz"] == BALL_MM.tolist()
+    nearest = np.argmax(graded.explanation.contributions)
+    expected = graded.plan.volume.frame.to_patient_mm(graded.centres_voxel[nearest])
+    assert [first[f"{axis}_mm"] for axis in "xyz"] == pytest.approx(expected.tolist())
 
 
 def test_patches_that_do_not_raise_the_score_are_not_shown_as_such(
