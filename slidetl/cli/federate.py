@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 
-def federate(*, config: Path, output: Path, simulate: bool = False) -> int:
+def federate(*, config: Path, output: Path, simulate: bool = False, kit: Path | None = None) -> int:
     """Trains one grader over several sites: the slides stay, the network travels.
 
     Exit code 1 if a site did not get its checkpoint. The same command resumes after the last finished round.
@@ -15,11 +15,13 @@ def federate(*, config: Path, output: Path, simulate: bool = False) -> int:
         config: the federation (YAML); configs/federated/averaged.yaml and others come with slidetl.
         output: folder for the rounds, the logs and the checkpoints.
         simulate: run server and sites in NVFlare's simulator on this machine, a process each.
+        kit: an administrator's folder of 'nvflare provision', to run on its server and sites; the output is
+            then an absolute path on the server.
     """
     from slidetl.cli.shipped import find_config
     from slidetl.errors import UsageError
     from slidetl.federation.config import BASELINES, read_federation
-    from slidetl.federation.engine import run_baseline
+    from slidetl.federation.engine import check_engine, run_baseline
     from slidetl.federation.engine import simulate as run_simulator
     from slidetl.status import show_stage
 
@@ -35,10 +37,15 @@ def federate(*, config: Path, output: Path, simulate: bool = False) -> int:
         outcomes = run_baseline(federation, output, report)
     elif simulate:
         outcomes = {"": run_simulator(federation, output, report)}
+    elif kit is not None:
+        check_engine()
+        from slidetl.federation.nvflare_job import submit
+
+        outcomes = {"": submit(federation, output, kit, lambda line: print(line, flush=True))}
     else:
         raise UsageError(
-            f"{federation.scheme} needs the engine: add --simulate for this machine; "
-            "for several see docs/howto/federated.md"
+            f"{federation.scheme} needs the engine: add --simulate for this machine, or --kit for several "
+            "(docs/howto/federated.md)"
         )
     for name, outcome in outcomes.items():
         score = ", ".join(f"{key} {outcome['score'][key]:.4f}" for key in ("rps", "accuracy"))

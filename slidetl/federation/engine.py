@@ -34,6 +34,7 @@ SITE_FILE = "SLIDETL_SITE"
 """Environment variable of a site's process: a YAML with ``manifest``, ``cache`` and ``folder`` of the site,
 or a folder with such a file for each site, ``NAME.yaml``."""
 OUTCOME = "outcome.json"
+SAYS, RESULT = "slidetl says: ", "outcome "  # before our lines in the log of a job
 JOB = "slidetl"
 _MARK = "SLIDETL_FEDERATION"  # in the environment of all processes of a run
 _END_SECONDS = 60.0  # for the engine to end after the outcome
@@ -147,7 +148,7 @@ def simulate(federation: Federation, output: Path, report: Report) -> dict[str, 
     environment = {SITE_FILE: str(places), "SLIDETL_SIMULATED": "1", "OMP_NUM_THREADS": str(threads)}
     words = [sys.executable, "-m", "slidetl.federation.nvflare_job", str(engine), str(output)]
     before = len(Rounds(output / "rounds", federation.sha256).accounts())
-    with _marked_process(words, environment, engine / "log.txt") as process:
+    with marked_process(words, environment, engine / "log.txt") as process:
         for account in _follow(federation, output, before, process):
             report("", account)
     return _read_outcome(output, engine / "log.txt")
@@ -189,7 +190,7 @@ def _tail(log: Path) -> list[str]:
 
 
 @contextmanager
-def _marked_process(
+def marked_process(
     words: list[str], environment: dict[str, str], log: Path
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Starts a process, and ends it with all processes that it has started, by a mark in their environment.

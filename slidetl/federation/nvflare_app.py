@@ -8,6 +8,7 @@ middle of a training is noticed within a minute, and a training may last days.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 import time
@@ -22,13 +23,14 @@ from nvflare.collab.api.context import get_call_context, set_call_context
 from slidetl.errors import FederationError, SlidetlError
 from slidetl.federation.config import Federation, federation_from
 from slidetl.federation.coordinator import describe, run_rounds
-from slidetl.federation.engine import OUTCOME, read_site
+from slidetl.federation.engine import OUTCOME, RESULT, SAYS, read_site
 from slidetl.federation.participant import Answer, Participant
 from slidetl.federation.site import site_slides
 from slidetl.files import write_whole
 from slidetl.processor import prepare_for_networks
 from slidetl.text import one_line
 
+_LOG = logging.getLogger(__name__)
 MESSAGES = (
     *("hello", "train", "validate", "keep"),
     *("begin", "train_own", "mix", "combine", "take", "validate_own", "keep_own"),
@@ -62,7 +64,7 @@ class Server:
                 federation,
                 _ConnectedSites(federation),
                 output,
-                lambda account: print(describe(account, federation.rounds), flush=True),
+                lambda account: _LOG.info(f"{SAYS}{describe(account, federation.rounds)}"),
             )
         except SlidetlError as error:
             outcome = {"error": one_line(str(error))}
@@ -72,6 +74,7 @@ class Server:
             )
             raise
         write_whole(output / OUTCOME, json.dumps(outcome))
+        _LOG.info(f"{SAYS}{RESULT}{json.dumps(outcome)}")
 
 
 class Client:

@@ -1,21 +1,29 @@
-"""The job that NVFlare runs, and its start in the simulator: ``python -m slidetl.federation.nvflare_job``."""
+"""The job that NVFlare runs: its start in the simulator, and on a server by an administrator's kit."""
 
 from __future__ import annotations
 
 import json
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from nvflare.app_common.default_component_policy import DEFAULT_CLASS_ALLOW_LIST
 from nvflare.collab import CollabRecipe
+from nvflare.fuel.flare_api.flare_api import new_secure_session
 from nvflare.recipe.sim_env import SimEnv
 
-from slidetl.federation.engine import JOB
+from slidetl.errors import FederationError, UsageError
+from slidetl.federation.config import Federation
+from slidetl.federation.engine import JOB, RESULT, SAYS
 from slidetl.federation.nvflare_app import Client, Server
 
-ALLOWED = "slidetl.federation.nvflare_app."
-"""Entry for ``class_allow_list`` in ``local/resources.json`` of the server and each site."""
+_LOGIN_SECONDS = 30.0
+_POLL_SECONDS = 2.0
+
+ALLOWED = ["nvflare.collab.runtime.", "slidetl.federation.nvflare_app."]
+"""The ``class_allow_list`` in ``local/resources.json`` of the server and each site."""
 
 
 class InstalledRecipe(CollabRecipe):  # type: ignore[misc]
@@ -40,7 +48,65 @@ def make_recipe(federation: dict[str, Any], output: Path) -> InstalledRecipe:
     text = json.dumps(federation)
     server, client = Server(text, str(output)), Client(text)
     # A job ends if fewer sites than this are alive; rounds have their own rule.
-    return InstalledRecipe(job_name=JOB, server=server, client=client, min_clients=1)
+    recipe = InstalledRecipe(job_name=JOB, server=server, client=client, min_clients=1)
+    recipe._job.job.set_app_packages(["slidetl"])  # else the sources that the classes import go along
+    return recipe
+
+
+def submit(federation: Federation, output: Path, kit: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """Runs a federation on the server of a kit, and waits for its end.
+
+    Args:
+        federation: its sites have the places of their slides themselves.
+        output: folder for the rounds, absolute, on the server.
+        kit: folder of the administrator, of ``nvflare provision``; it has the name of the user.
+        say: called with each new line of the rounds.
+
+    Returns:
+        The outcome of the rounds.
+
+    Raises:
+        UsageError: a site is not connected, or ``output`` is not absolute.
+        FederationError: the server cannot be reached, or the job failed.
+    """
+    if not output.is_absolute():
+        raise UsageError(f"--output is a folder on the server: expected an absolute path, not {output}")
+    try:
+        session = new_secure_session(kit.resolve().name, str(kit), timeout=_LOGIN_SECONDS)
+    except Exception as error:  # of the network, of the kit
+        raise FederationError(
+            f"{kit}: the server does not let in: {error or type(error).__name__}"
+        ) from error
+    try:
+        connected = {client.name for client in session.get_connected_client_list()}
+        if lacking := sorted(federation.sites.keys() - connected):
+            raise UsageError(f"not connected with the server: {', '.join(lacking)}; start them first")
+        with TemporaryDirectory() as folder:
+            make_recipe(federation.to_dict(), output).export(folder)
+            job = session.submit_job(str(Path(folder) / JOB))
+        say(f"job {job}")
+        told = 0
+        while True:
+            status = str(session.get_job_status(job))
+            log = str(session.get_job_logs(job).get("logs", {}).get("server", ""))
+            lines = [line.partition(SAYS)[2] for line in log.splitlines() if SAYS in line]
+            for line in lines[told:]:
+                if not line.startswith(RESULT):
+                    say(line)
+            told = len(lines)
+            if status.startswith("FINISHED"):
+                break
+            time.sleep(_POLL_SECONDS)
+    finally:
+        session.close()
+    if not lines or not lines[-1].startswith(RESULT):
+        raise FederationError(
+            f"job {job} ended with {status} and without a result; its log on the server says why"
+        )
+    outcome: dict[str, Any] = json.loads(lines[-1].removeprefix(RESULT))
+    if "error" in outcome:
+        raise FederationError(outcome["error"])
+    return outcome
 
 
 def main(engine: Path, output: Path) -> None:
@@ -48,7 +114,7 @@ def main(engine: Path, output: Path) -> None:
     federation = json.loads((engine / "federation.json").read_text(encoding="utf-8"))
     local = engine / "workspace" / JOB / "local"
     local.mkdir(parents=True)
-    policy = {"format_version": 2, "class_allow_list": [*DEFAULT_CLASS_ALLOW_LIST, ALLOWED]}
+    policy = {"format_version": 2, "class_allow_list": ALLOWED}
     (local / "resources.json.default").write_text(json.dumps(policy), encoding="utf-8")
     sites = list(federation["sites"])
     recipe = make_recipe(federation, output)

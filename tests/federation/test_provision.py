@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from slidetl.federation.config import Federation
+from slidetl.federation.nvflare_job import ALLOWED, make_recipe
+from slidetl.federation.provision import ADMIN, provision
+
+
+def test_kits_let_in_no_code_and_out_no_log(tmp_path: Path) -> None:
+    kits = provision(tmp_path / "kits", "localhost:18102", ["north", "south"])
+    assert kits.keys() == {"localhost", "north", "south", ADMIN}
+    for name in ("localhost", "north", "south"):
+        resources = json.loads((kits[name] / "local" / "resources.json").read_text())
+        assert resources["class_allow_list"] == ALLOWED
+        assert "site_log_streamer" not in {part["id"] for part in resources["components"]}
+        assert not resources.get("allow_log_streaming")
+        rights = json.loads((kits[name] / "local" / "authorization.json").read_text())["permissions"]
+        assert {right["byoc"] for right in rights.values()} == {"none"}
+        assert {right["shell_commands"] for right in rights.values()} == {"none"}
+    server = (kits["localhost"] / "local" / "resources.json").read_text()
+    assert "/tmp/nvflare" not in server and str(kits["localhost"] / "storage") in server
+    for name, file in (("localhost", "fed_server.json"), ("north", "fed_client.json")):
+        start = (kits[name] / "startup" / file).read_text()
+        assert '"mtls"' in start and "localhost:18102" in start
+
+
+def test_a_job_carries_no_code_and_no_place(three: Federation, tmp_path: Path) -> None:
+    make_recipe(three.to_dict(), tmp_path / "out").export(str(tmp_path / "job"))
+    files = sorted(path.name for path in (tmp_path / "job").rglob("*") if path.is_file())
+    assert files == ["config_fed_client.json", "config_fed_server.json", "meta.json"]
+    client = next((tmp_path / "job").rglob("config_fed_client.json")).read_text()
+    assert "manifest" not in client and str(three.sites["north"].cache) not in client
+    named = [part["path"] for part in json.loads(client)["components"]]
+    assert named == ["slidetl.federation.nvflare_app.Client"]
