@@ -116,10 +116,12 @@ def describe(account: Mapping[str, Any], rounds: int) -> str:
     score = account["score"]
     shown = ", ".join(f"{name} {score[name]:.4f}" for name in (SCORE, "accuracy") if name in score)
     slides = f"{score['slides']:.0f} validation slides of {len(account['validated'])} sites" if score else ""
+    spent = [values["epsilon"] for values in account["trained"].values() if "epsilon" in values]
+    privacy = [f"epsilon up to {max(spent):.3g}"] if spent else []
     rest = [f"{name} left out: {reason}" for name, reason in sorted(account["left_out"].items())]
     rest += [f"{name} {note}" for name, note in sorted(account["notes"].items())]
     return one_line(
-        "; ".join((f"round {account['round']} of {rounds}: {shown or 'no score'}", slides, *rest))
+        "; ".join((f"round {account['round']} of {rounds}: {shown or 'no score'}", slides, *privacy, *rest))
     )
 
 

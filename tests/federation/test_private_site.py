@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from slidetl.data.study import read_study
 from slidetl.errors import FederationError, UsageError
 from slidetl.federation.config import Federation, Site, federation_from
+from slidetl.federation.coordinator import SitesHere, describe, run_rounds
 from slidetl.federation.message import METRICS
+from slidetl.federation.participant import Participant
 from slidetl.federation.privacy import Account, Privacy
 from slidetl.federation.site import SiteTrainer, initial_weights, site_slides
 from slidetl.tiles.features import NOT_STATED, FeatureSource, write_features
@@ -136,6 +138,18 @@ def test_the_section_is_read_from_plain_values(federation: Federation) -> None:
     assert federation_from(read.to_dict()) == read
     with pytest.raises(UsageError, match="either noise or epsilon"):
         federation_from({"sites": sites, "privacy": {"level": "site"}})
+
+
+def test_rounds_print_the_epsilon_beside_the_score(federation: Federation, tmp_path: Path) -> None:
+    here = federation.sites["here"]
+    both = replace(federation, sites={"here": here, "there": replace(here, local_epochs=1)}, local_epochs=2)
+    parts = site_slides(both, here)
+    sites = {name: Participant(both, name, parts, tmp_path / name) for name in both.sites}
+    lines: list[str] = []
+    run_rounds(both, SitesHere(sites), tmp_path, lambda account: lines.append(describe(account, both.rounds)))
+    for number, line in enumerate(lines, 1):
+        assert line.startswith(f"round {number} of 2: rps 0.") and "accuracy" in line
+        assert f"; epsilon up to {PATIENT.spent(4 * number):.3g}" in line  # of the site with more steps
 
 
 def test_a_damaged_account_is_refused(tmp_path: Path) -> None:
