@@ -4,12 +4,13 @@ Each kind runs in a process of its own that may take 1 GB more than it has after
 sees what is executed, connected to, written or deleted; any of it, another kind of error, or more than 5 s
 for a file, is a finding. Prints a table.
 
-    python tools/fuzz.py --seed 0 > docs/evidence/fuzz.md
+    python -m tools.fuzz --seed 0 > docs/evidence/fuzz.md
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import os
 import resource
@@ -22,6 +23,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -308,8 +310,36 @@ def safetensors(rng: Rng, folder: Path) -> Iterator[Case]:
         yield repr(head[:300]), lambda: read_pretrained(spec)
 
 
-KINDS = {kind.__name__: kind for kind in (checkpoints, configurations, ome_xml, npz, safetensors)}
-FILES = {"checkpoints": 2000}
+def volumes(rng: Rng, folder: Path) -> Iterator[Case]:
+    """A slice of a DICOM series, and NIfTI and MetaImage, mostly their headers."""
+    import SimpleITK as sitk
+
+    from slidetl.volumes import read_volume
+    from tools.bench_volumes import draw_series
+
+    draw_series(folder / "series", (8, 8, 3))
+    image: Any = sitk.GetImageFromArray(read_volume(folder / "series").hu)
+    for name in ("a.nii", "a.nii.gz", "a.mha", "packed.mha"):
+        sitk.WriteImage(image, str(folder / name), useCompression=name in ("a.nii.gz", "packed.mha"))
+    one = sorted((folder / "series").iterdir())[1]
+    files = [one, *(folder / name for name in ("a.nii", "a.nii.gz", "a.mha", "packed.mha"))]
+    contents = {path: path.read_bytes() for path in files}
+    while True:
+        path = files[int(rng.integers(len(files)))]
+        content, packed = contents[path], path.suffix == ".gz"
+        content = gzip.decompress(content) if packed else content
+        head = int(rng.choice([len(content), 400]))
+        content = scrambled(rng, content[:head]) + content[head:]
+        path.write_bytes(gzip.compress(content) if packed and rng.random() < 0.7 else content)
+        yield (
+            f"{path.name} {content[:200]!r}",
+            partial(read_volume, folder / "series" if path == one else path),
+        )
+        path.write_bytes(contents[path])
+
+
+KINDS = {kind.__name__: kind for kind in (checkpoints, configurations, ome_xml, npz, safetensors, volumes)}
+FILES = {"checkpoints": 2000, "volumes": 2000}
 
 
 def run(kind: str, files: int, seed: int) -> dict[str, Any]:
@@ -380,7 +410,9 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--files", type=int, help="of each kind, instead of 2000 checkpoints and 500 of the others"
+        "--files",
+        type=int,
+        help="of each kind, instead of 2000 checkpoints and volumes and 500 of the others",
     )
     parser.add_argument("--kind", choices=KINDS, help="that one alone, in this process")
     options = parser.parse_args()
@@ -399,7 +431,7 @@ def main() -> int:
     print("|---|---|---|---|---|---|---|")
     found = 0
     for kind in KINDS:
-        words = [sys.executable, __file__, "--kind", kind, "--seed", str(options.seed)]
+        words = [sys.executable, "-m", "tools.fuzz", "--kind", kind, "--seed", str(options.seed)]
         words += ["--files", str(options.files)] if options.files else []
         done = subprocess.run(words, capture_output=True, text=True)
         if done.returncode:

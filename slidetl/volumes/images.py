@@ -21,6 +21,7 @@ from slidetl.volumes.frame import VolumeFrame
 from slidetl.volumes.series import Series
 
 _BLOCK_BYTES = 2**22
+_DENSEST = 1032  # deflate packs no more bytes into one, so a header may claim no more
 _NIFTI = (
     *("qform_code", "sform_code", "vox_offset", "datatype", "scl_slope", "scl_inter"),
     *("dim[1]", "dim[2]", "dim[3]"),
@@ -29,12 +30,14 @@ _NIFTI_TYPES = {"4": "i2", "8": "i4", "16": "f4", "64": "f8", "512": "u2"}
 _NIFTI_TYPES |= {"768": "u4", "1024": "i8", "1280": "u8"}
 _LITTLE = [size.to_bytes(4, "little") for size in (348, 540)]  # size of the header of NIfTI 1 and 2
 _HEADER_BYTES = 2**16  # of a MetaImage; a real one has 500
-# Fields of a MetaImage with defaults in ITK that would be guesses here, each with its synonyms.
-_GEOMETRY = (
-    ("ElementSpacing",),
-    ("TransformMatrix", "Rotation", "Orientation"),
-    ("Offset", "Position", "Origin"),
-)
+# Fields of a MetaImage with defaults in ITK that would be guesses here, each with its synonyms and count of
+# numbers. ITK crashes at other counts.
+_GEOMETRY = {
+    ("DimSize",): 3,
+    ("ElementSpacing",): 3,
+    ("TransformMatrix", "Rotation", "Orientation"): 9,
+    ("Offset", "Position", "Origin"): 3,
+}
 
 
 def open_image(path: Path) -> Series:
@@ -61,6 +64,10 @@ def open_image(path: Path) -> Series:
     kind = sitk.GetPixelIDValueAsString(reader.GetPixelID())
     if reader.GetPixelID() in (sitk.sitkUInt8, sitk.sitkInt8):
         raise VolumeError(f"{path}: its {kind}s cannot hold Hounsfield units; is it a mask or a picture?")
+    stored = path if header is None else header.voxels
+    is_packed = stored.suffix.lower() == ".gz" if header is None else header.is_compressed
+    if math.prod(size) * 2 > stored.stat().st_size * (_DENSEST if is_packed else 1):
+        raise VolumeError(f"{path}: it ends early, or its header is damaged: {size} voxels are not in it")
     about = {key: reader.GetMetaData(key) for key in _NIFTI if is_nifti and reader.HasMetaDataKey(key)}
     if is_nifti and about.get("qform_code") == "0" and about.get("sform_code") == "0":
         raise VolumeError(
@@ -148,12 +155,21 @@ def _read_meta(path: Path) -> _MetaHeader:
     found = re.search(rb"^ElementDataFile[ \t]*=[ \t]*([^\r\n]*?)[ \t]*\r?\n", head, re.MULTILINE)
     if found is None:
         raise VolumeError(f"{path}: not a MetaImage, or its header is damaged: no ElementDataFile")
-    names = dict(
-        re.findall(r"^(\w+)[ \t]*=[ \t]*(.*?)[ \t\r]*$", head[: found.end()].decode("latin-1"), re.MULTILINE)
-    )
-    for synonyms in _GEOMETRY:
-        if not names.keys() & set(synonyms):
+    text = head[: found.end()].decode("latin-1")
+    pairs = re.findall(r"^([A-Za-z]+)[ \t]*=[ \t]*([ -~]*?)[ \t\r]*$", text, re.MULTILINE)
+    names = dict(pairs)
+    if len(pairs) != len(text.splitlines()) or len(names) != len(pairs):
+        raise VolumeError(
+            f"{path}: not a MetaImage, or its header is damaged: a line is no field, or there twice"
+        )
+    if names.get("NDims") != "3" or names.get("ElementNumberOfChannels", "1") != "1":
+        raise VolumeError(f"{path}: expected a volume of three axes and one value per voxel")
+    for synonyms, count in _GEOMETRY.items():
+        values = [names[name] for name in synonyms if name in names]
+        if not values:
             raise VolumeError(f"{path}: its header has no {synonyms[0]}, so its place is not known")
+        if len(values) > 1 or not re.fullmatch(rf"\s*([-+.\deE]+\s*){{{count}}}", values[0]):
+            raise VolumeError(f"{path}: {synonyms[0]} must be {count} numbers, once, found {values}")
     data = found[1].decode("latin-1")
     is_local = data == "LOCAL"
     if not is_local and (

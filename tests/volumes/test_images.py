@@ -147,8 +147,12 @@ NAN[1, 1, 1] = np.nan
         (_meta("ElementDataFile = a.raw", "ElementDataFile = LIST"), "one file beside it"),
         (_meta("ElementDataFile = a.raw", "ElementDataFile = b.raw"), "the file b.raw beside it; copy both"),
         (_meta("ElementDataFile", "DataFile"), "no ElementDataFile"),
+        (_meta("NDims = 3", "NDims = 103"), "volume of three axes"),
+        (_meta("NDims = 3", "NDims = 3\nNDims = 3"), "a line is no field, or there twice"),
+        (_meta("DimSize = 6 5 4", "DimSize = 6 5"), "DimSize must be 3 numbers"),
+        (_meta("Offset = ", "Offset = x "), "Offset must be 3 numbers"),
         (_meta("CompressedData = False", "CompressedData = Tralse"), "must be True or False"),
-        (_meta("DimSize = 6 5 4", "DimSize = 6000 5000 4000"), "more than a CT series may have"),
+        (_meta("DimSize = 6 5 4", "DimSize = 6000 5000 4000"), "6000, 5000, 4000\\) voxels are not in it"),
     ],
 )
 def test_each_fault_is_named(tmp_path: Path, write: Callable[[Path], Path], says: str) -> None:
