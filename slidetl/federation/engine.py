@@ -23,7 +23,8 @@ from typing import Any
 import yaml
 
 from slidetl.errors import FederationError, UsageError
-from slidetl.federation.config import Federation, Site
+from slidetl.federation.config import BASELINES, Federation, Site
+from slidetl.federation.privacy import check_policy
 from slidetl.federation.records import Rounds
 from slidetl.files import write_whole
 from slidetl.text import one_line
@@ -64,8 +65,10 @@ def check_places(federation: Federation) -> None:
 def read_site(name: str, federation: Federation) -> tuple[Site, Path]:
     """Reads the places of a site from the file that its environment names; returns its folder too.
 
+    The file may state ``privacy``, too: the site then refuses a job under any other.
+
     Raises:
-        UsageError: there is no such file, or it lacks a place.
+        UsageError: there is no such file, it lacks a place, or the job has another privacy than it asks for.
     """
     where = os.environ.get(SITE_FILE, "")
     path = Path(where) / f"{name}.yaml" if where and Path(where).is_dir() else Path(where)
@@ -76,8 +79,13 @@ def read_site(name: str, federation: Federation) -> tuple[Site, Path]:
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: expected YAML: {one_line(str(error))}") from error
     keys = ("manifest", "cache", "folder")
-    if not isinstance(values, dict) or set(values) != set(keys):
-        raise UsageError(f"{path}: expected {', '.join(keys)}, found {one_line(str(values))[:200]}")
+    if not isinstance(values, dict) or set(values) - {"privacy"} != set(keys):
+        raise UsageError(
+            f"{path}: expected {', '.join(keys)}, and privacy if it asks for one, found "
+            f"{one_line(str(values))[:200]}"
+        )
+    if "privacy" in values:
+        check_policy(values["privacy"], federation.privacy if federation.scheme not in BASELINES else None)
     declared = federation.sites.get(name)
     if declared is None:
         raise UsageError(f"{name} is no site of the federation; it has {', '.join(federation.sites)}")

@@ -148,6 +148,20 @@ class Privacy:
         return 1.0 if self.level == "patient" else 0.5
 
 
+def check_policy(own: object, asked: Privacy | None) -> None:
+    """Refuses a job with another privacy than the site's own file asks for: the server writes the job.
+
+    Raises:
+        UsageError: they differ, or the site's is not valid.
+    """
+    try:
+        wanted = Privacy(**own) if isinstance(own, dict) else None
+    except TypeError as error:
+        raise UsageError(f"the site's privacy: {error}") from error
+    if wanted is None or wanted != asked:
+        raise UsageError(f"this site trains under privacy {own}, and the job asks for {asked}")
+
+
 class Account:
     """A site's account of the privacy spent in one training, in a file that survives a restart.
 

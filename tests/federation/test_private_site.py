@@ -16,6 +16,7 @@ from slidetl.data.study import read_study
 from slidetl.errors import FederationError, UsageError
 from slidetl.federation.config import Federation, Site, federation_from
 from slidetl.federation.coordinator import SitesHere, describe, run_rounds
+from slidetl.federation.engine import SITE_FILE, read_site
 from slidetl.federation.message import METRICS
 from slidetl.federation.participant import Participant
 from slidetl.federation.privacy import Account, Privacy
@@ -150,6 +151,27 @@ def test_rounds_print_the_epsilon_beside_the_score(federation: Federation, tmp_p
     for number, line in enumerate(lines, 1):
         assert line.startswith(f"round {number} of 2: rps 0.") and "accuracy" in line
         assert f"; epsilon up to {PATIENT.spent(4 * number):.3g}" in line  # of the site with more steps
+
+
+def test_a_site_trains_under_its_own_privacy_alone(
+    federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "site.yaml"
+    monkeypatch.setenv(SITE_FILE, str(path))
+    places = {"manifest": "m.csv", "cache": "cache", "folder": "here"}
+    own = {"level": "patient", "noise": 0.6, "delta": 1e-3, "sample_rate": 0.5}
+    path.write_text(json.dumps({**places, "privacy": own}))
+    assert read_site("here", federation)[1] == Path("here")
+    for weaker in (
+        replace(federation, privacy=None),
+        replace(federation, privacy=replace(PATIENT, noise=0.1)),
+        replace(federation, scheme="local"),  # a baseline is not private
+    ):
+        with pytest.raises(UsageError, match="this site trains under privacy"):
+            read_site("here", weaker)
+    path.write_text(json.dumps({**places, "privacy": {"levl": "site"}}))
+    with pytest.raises(UsageError, match="the site's privacy"):
+        read_site("here", federation)
 
 
 def test_a_damaged_account_is_refused(tmp_path: Path) -> None:
