@@ -22,7 +22,7 @@ from slidetl.models import conv_stem
 from slidetl.models.cbr import CBR
 from slidetl.models.huggingface import convert_dinov2, is_dinov2
 from slidetl.models.packaged import check_packaged, packaged_weights
-from slidetl.models.presets import Preset, preset_of
+from slidetl.models.presets import Preset, preset_of, tile_warnings
 from slidetl.models.spec import CONV3D, PUBLISHED, BackboneSpec
 from slidetl.models.stored import NO_NETWORK, PREFIX, StoredFeatures
 from slidetl.models.tensors import check_finite, is_state, load_tensors
@@ -54,6 +54,7 @@ class Backbone(nn.Module):
             window in 0..1; saved with the weights.
         architecture: configuration of a network of the hub or a folder, as plain values; None for others.
         lineage: SHA-256 of the initial weights and their ancestors, nearest first; see :class:`Pretrained`.
+        trained_on: tiles of the training that a checkpoint's weights come from; None for other weights.
 
     Raises:
         WeightsError: no such model, or its configuration cannot be downloaded or read.
@@ -70,6 +71,7 @@ class Backbone(nn.Module):
         self.spec = spec
         self.description = spec.name
         self.lineage: tuple[str, ...] = ()
+        self.trained_on: TileSpec | None = None
         self.takes_volumes = spec.takes_volumes
         self.channels_last = spec.channels_last
         self.architecture = _architecture(spec.in_plane.name)
@@ -240,7 +242,20 @@ class Backbone(nn.Module):
         self.net.load_state_dict(weights)
         for key, values in found.normalisation.items():
             getattr(self, key).copy_(self._per_channel(values))
-        self.lineage = found.lineage
+        self.lineage, self.trained_on = found.lineage, found.trained_on
+
+    def describe_other_tiles(self, spec: TileSpec) -> list[str]:
+        """Describes differences of tiles from those of the weights' training, a line each."""
+        found = tile_warnings(self.spec.name, spec.tile_size_px, spec.mpp)
+        if self.trained_on is not None and self.trained_on.is_volume == spec.is_volume:
+            of = ("spacing_mm", "window_hu") if spec.is_volume else ("mpp",)
+            for name in of:
+                then, now = getattr(self.trained_on, name), getattr(spec, name)
+                if then != now:
+                    found.append(
+                        f"{self.spec.pretrained} was trained on tiles of {name} {then}, these have {now}"
+                    )
+        return found
 
     def _per_channel(self, values: Sequence[float]) -> Tensor:
         """Returns mean or std with axes as the tiles; adapts three values like the kernels."""
@@ -499,11 +514,13 @@ class Pretrained:
         lineage: SHA-256 of the weights and their ancestors, nearest first. For a model exported by slidetl,
             its card's ``weights_sha256`` and ``lineage``; for other weights, of unknown ancestors, their own
             hash (:func:`state_sha256`).
+        trained_on: tiles of their training, of a checkpoint.
     """
 
     weights: dict[str, Tensor]
     normalisation: dict[str, list[float]]
     lineage: tuple[str, ...]
+    trained_on: TileSpec | None = None
 
 
 def read_pretrained(spec: BackboneSpec) -> Pretrained:
@@ -647,12 +664,13 @@ def _backbone_of_checkpoint(path: Path) -> Pretrained:
             key: inside.pop(key).flatten().tolist() for key in ("mean", "std")
         }
         before = tuple(str(sha256) for sha256 in checkpoint.get("lineage", ()))
+        trained_on = TileSpec.from_dict(checkpoint["tile_spec"]) if checkpoint.get("tile_spec") else None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WeightsError(
             f"{path}: expected a checkpoint of 'slidetl fit', with a backbone: {error!r}"
         ) from error
     weights = {key.removeprefix("net."): value for key, value in inside.items()}
-    return Pretrained(weights, normalisation, (state_sha256(weights), *before))
+    return Pretrained(weights, normalisation, (state_sha256(weights), *before), trained_on)
 
 
 def _backbone_of(state: dict[str, Tensor], metadata: dict[str, str], path: Path) -> Pretrained:

@@ -131,7 +131,7 @@ class InflatedNormAct(nn.BatchNorm3d):
         super().__init__(plane.num_features, plane.eps, plane.momentum)
         self.to(plane.weight)
         self.load_state_dict(plane.state_dict())
-        self.drop, self.act = plane.drop, plane.act
+        self.drop, self.act = plane.get_submodule("drop"), plane.get_submodule("act")
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalises ``[N, C, D, H, W]`` as timm's does ``[N, C, H, W]``."""
@@ -146,7 +146,7 @@ class InflatedNormAct(nn.BatchNorm3d):
             self.momentum or 0.1,
             self.eps,
         )
-        activated: Tensor = self.act(self.drop(x))  # type: ignore[operator] # modules of timm
+        activated: Tensor = self.act(self.drop(x))
         return activated
 
 

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from slidetl.data.study import common_spec, find_slides, open_cache
 from slidetl.errors import CacheError, CacheMismatchError, ProcessEnded, SlidetlError, UsageError
 from slidetl.models.backbones import Backbone, weights_sha256
-from slidetl.models.presets import tile_warnings
 from slidetl.models.runner import Runner
 from slidetl.models.spec import BackboneSpec
 from slidetl.models.volumes import unit_window
@@ -201,7 +200,7 @@ def embed_cache(
 
     for tile_spec in dict.fromkeys(cache.spec for cache in todo):
         backbone.check_tiles(tile_spec)
-        for line in tile_warnings(spec.name, tile_spec.tile_size_px, tile_spec.mpp):
+        for line in backbone.describe_other_tiles(tile_spec):
             warnings.warn(line, stacklevel=2)
     on_plan(sum(len(cache) for cache in todo))
     if options.devices > 1:

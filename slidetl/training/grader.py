@@ -26,7 +26,6 @@ from slidetl.models.heads import CumulativeLink, Head
 from slidetl.models.lora import without_low_rank
 from slidetl.models.network import GradingNetwork
 from slidetl.models.penalties import Batch, Reference, Seen, recorded
-from slidetl.models.presets import tile_warnings
 from slidetl.models.spec import BackboneSpec
 from slidetl.models.targets import Targets, balanced_weights
 from slidetl.models.transfer import TransferStrategy, WarmRestart
@@ -133,6 +132,7 @@ class SlideGrader(pl.LightningModule):
             self._weigh_grades()
             if self.trainer.ckpt_path is None:  # a resumed training loads its weights
                 self.transfer.start(self.network.backbone)
+                self._warn_of_tiles()
                 self._check_features(self._weights)
             self.reference = self.transfer.reference(self.network.backbone)
             if self.reference is not None:  # equal in all processes; DDP need not broadcast it each step
@@ -140,15 +140,20 @@ class SlideGrader(pl.LightningModule):
                 DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)  # type: ignore[no-untyped-call] # torch's
 
     def _check_tiles(self) -> None:
-        """Checks that the tiles fit the backbone, and warns if a published one was trained on others."""
+        """Checks that the tiles fit the backbone."""
         backbone, tiles = self.network.backbone, self.tile_spec
         if tiles is None or (
             self._data is not None and self._data.feature_source and not self._data.bag_size
         ):
             return
         backbone.check_tiles(tiles)
-        for line in tile_warnings(backbone.spec.name, tiles.tile_size_px, tiles.mpp):
-            rank_zero_warn(line)
+
+    def _warn_of_tiles(self) -> None:
+        """Warns if the weights were trained on other tiles."""
+        is_read = self._data is None or not self._data.feature_source or self._data.bag_size
+        if self.tile_spec is not None and is_read:
+            for line in self.network.backbone.describe_other_tiles(self.tile_spec):
+                rank_zero_warn(line)
 
     def _check_precision(self) -> None:
         """Refuses bfloat16 for volumes on a CPU: torch 2.15 gives gradients of 2 x 2 x 2 maps up to 1e36."""

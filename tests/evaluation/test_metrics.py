@@ -24,6 +24,7 @@ from slidetl.evaluation.conformal import GradeSets
 from slidetl.evaluation.metrics import (
     accuracy,
     auroc,
+    auroc_metric,
     calibration_error,
     confusion_matrix,
     difference,
@@ -31,6 +32,8 @@ from slidetl.evaluation.metrics import (
     kappa,
     log_loss,
     mae,
+    number_metrics,
+    patient_intervals,
     probability_metrics,
     qwk,
     rps,
@@ -258,3 +261,31 @@ def test_numbers_that_are_not_finite_are_refused(bad: float) -> None:
         grade_metrics([0, 1], [0, bad], 2)
     with pytest.raises(UsageError, match="temperature"):
         with_temperature([[0.5, 0.5]], bad)
+
+
+def test_intervals_over_patients_weigh_as_scikit_learn_does() -> None:
+    rng = np.random.default_rng(0)
+    true, who = rng.integers(0, 2, 40), np.arange(40) // 2
+    score = np.clip(true * 0.3 + rng.random(40), 0.01, 0.99).round(1)  # with ties
+    rows = np.column_stack([1 - score, score])
+    found = patient_intervals(true, rows, who)
+    assert list(found) == ["accuracy", "log_loss", "auroc_above_0"]
+    metrics = probability_metrics(true, rows)
+    assert found["log_loss"][0] == pytest.approx(metrics.log_loss)
+    assert found["auroc_above_0"][0] == pytest.approx(metrics.auroc[0])
+    for estimate, low, high in found.values():
+        assert low < estimate < high
+    # A patient twice counts as copies of its slides do.
+    twice = np.concatenate([np.arange(40), [6, 7]])
+    metric = auroc_metric(true == 1, score)
+    copied = roc_auc_score(true[twice], score[twice])
+    weights = np.bincount(twice).astype(float)
+    assert metric(weights[None])[0] == pytest.approx(copied)
+    assert np.isnan(metric((true == 1).astype(float)[None])[0])  # no negative is left
+    assert patient_intervals(true, rows, np.zeros(40)) == {}
+
+
+def test_numbers_that_are_not_finite_have_no_metrics() -> None:
+    assert number_metrics([1.0, 4.0], [2.0, 2.0]).mae == 1.5
+    with pytest.raises(UsageError, match="expected finite numbers"):
+        number_metrics([1.0], [np.nan])

@@ -133,3 +133,26 @@ def test_own_weights_of_an_inflated_network_load_again(tmp_path: Path) -> None:
     second = Backbone(BackboneSpec("inflated_resnet10t", str(tmp_path / "w.pth")))
     second.load_pretrained()
     assert weights_sha256(first) == weights_sha256(second)
+
+
+def test_a_checkpoint_gives_its_backbone_and_says_what_it_was_trained_on(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    trained, path = Backbone(BackboneSpec("conv3d_8")), tmp_path / "best.ckpt"
+    trained.mean.fill_(0.25)
+    state = {f"network.backbone.{key}": value for key, value in trained.state_dict().items()}
+    spec = TileSpec(spacing_mm=1.0, tile_size_px=16)
+    kept = {"state_dict": {**state, "network.head.first": torch.zeros(1)}, "lineage": ["ab"]}
+    torch.save({**kept, "tile_spec": spec.to_dict()}, path)
+    loaded = Backbone(BackboneSpec("conv3d_8", str(path)))
+    loaded.load_pretrained()
+    assert weights_sha256(loaded) == weights_sha256(trained) and loaded.lineage[1:] == ("ab",)
+    assert loaded.describe_other_tiles(spec) == []
+    (line,) = loaded.describe_other_tiles(TileSpec(spacing_mm=1.0, tile_size_px=16, window_hu=(-160, 240)))
+    assert line.endswith("was trained on tiles of window_hu (-1000.0, 400.0), these have (-160.0, 240.0)")
+    with pytest.raises(WeightsError, match="not weights of conv3d_16"):
+        Backbone(BackboneSpec("conv3d_16", str(path))).load_pretrained()
+    broken: object
+    for broken in ({"state_dict": {}}, {"state_dict": 1}, [1], {**kept, "tile_spec": {"mpp": -1}}):
+        torch.save(broken, path)
+        with pytest.raises(WeightsError, match="expected a checkpoint of 'slidetl fit', with a backbone"):
+            Backbone(BackboneSpec("conv3d_8", str(path))).load_pretrained()

@@ -15,7 +15,7 @@ from slidetl.cli import main
 from slidetl.data.datasets import Bag
 from slidetl.data.tasks import Task
 from slidetl.errors import UsageError
-from slidetl.evaluation.metrics import grade_metrics
+from slidetl.evaluation.metrics import NumberMetrics, grade_metrics
 from slidetl.models.heads import CrossEntropy, CumulativeLink
 from slidetl.publish.model_file import load_model
 from slidetl.training.checkpoint import load_grader
@@ -107,6 +107,33 @@ def test_without_any_label_nothing_is_learned_and_nothing_is_nan() -> None:
     torch.testing.assert_close(loss, grader.network.head.loss(logits, batch["grade"]))
     for parameter in grader.tasks.parameters():
         assert parameter.grad is not None and not parameter.grad.any()  # DDP waits for one
+
+
+def test_readers_share_the_target_and_numbers_are_standardised() -> None:
+    torch.manual_seed(0)
+    votes = Task("votes", "votes", ("a", "b", "c"), ordinal=False, readers=True)
+    size = Task("size", "size_mm", numeric=True)
+    heads = TaskHeads([votes, size], tile_features=4, slide_features=3).double()
+    heads.standardise([{"size": value} for value in (4.0, float("nan"), 8.0)])
+    slides = torch.randn(3, 3).double()
+    logits = heads(torch.zeros(3, 1, 4).double(), slides)
+    labels = {"votes": torch.tensor([2, 0, -1]), "size": torch.tensor([7.0, float("nan"), 4.0]).double()}
+    summed = heads.summed_losses(
+        logits, labels, {"votes": torch.tensor([[2, 1, -1], [-1, -1, -1], [-1, -1, -1]])}
+    )
+    wanted = torch.tensor([[0, 0.5, 0.5], [1, 0, 0], [0, 0, 0]]).double()  # shares, the label, nothing
+    expected = -(wanted * logits["votes"].log_softmax(1)).sum()
+    torch.testing.assert_close(summed["votes"][0], expected)
+    assert summed["votes"][1] == 2 and summed["size"][1] == 2
+    errors = logits["size"][[0, 2], 0] - torch.tensor([0.5, -1.0]).double()  # mean 6 mm, deviation 2 mm
+    torch.testing.assert_close(summed["size"][0], errors.square().sum() / 2)
+    outcomes = [
+        TaskOutcome(np.array([7.0]), np.array([[6.0]], np.float32)),
+        TaskOutcome(np.array([np.nan]), np.array([[50.0]], np.float32)),
+        TaskOutcome(np.array([4.0]), np.array([[7.0]], np.float32)),
+    ]
+    assert task_metrics(size, outcomes) == NumberMetrics(2, 2.0, 5**0.5)
+    assert task_metrics(size, outcomes[1:2]) is None
 
 
 @pytest.mark.slow

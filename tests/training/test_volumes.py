@@ -37,6 +37,7 @@ def best(root: Path) -> Path:
     return root / "logs" / "version_0" / "checkpoints" / "best.ckpt"
 
 
+@pytest.mark.slow
 def test_the_source_task_learns_grade_readers_and_millimetres(source: Path, nodules: VolumeStudy) -> None:
     metrics = json.loads((source / "test" / "metrics.json").read_text())
     assert metrics["accuracy"] > 0.7
@@ -63,6 +64,7 @@ def test_the_source_task_learns_grade_readers_and_millimetres(source: Path, nodu
     assert float(head.std) == pytest.approx(np.std(values))
 
 
+@pytest.mark.slow
 def test_its_vectors_grade_patients_by_maximum_and_trees(
     source: Path, scans: VolumeStudy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -98,6 +100,7 @@ def test_its_vectors_grade_patients_by_maximum_and_trees(
     assert len(both) in (0, 2)  # a patient with two series is on one side
 
 
+@pytest.mark.slow
 def test_attention_starts_from_the_source_and_leaves_as_one_file(
     source: Path, scans: VolumeStudy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
