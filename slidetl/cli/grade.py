@@ -25,7 +25,7 @@ def grade(
     device: str = "auto",
     jobs: int = 1,
 ) -> int:
-    """Grades slides with an exported model.
+    """Grades slides, or CT series, with an exported model.
 
     Prints a line for each slide on stderr, and one of JSON on stdout unless that is a terminal. Exit code 1
     if any slide failed, after all the others are graded.
@@ -33,7 +33,8 @@ def grade(
     Args:
         model: file of 'slidetl export'; it is run.
         slides: slides in any supported format, folders of them, patterns such as 'study/*.svs', or manifests
-            (CSV); their mpp column gives slides their spacing.
+            (CSV); their mpp column gives slides their spacing. For a model of volumes CT series: folders of
+            DICOM, NIfTI or MetaImage.
         options: of grading and its output.
         resume: leave out slides with results by this model in the output folder.
         trust: vouch for a model file from elsewhere: it is a program. Its hash is recorded.

@@ -7,7 +7,8 @@ import json
 import multiprocessing
 import os
 import threading
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ from slidetl.text import one_line
 from slidetl.tiles.cut import slide_parts
 from slidetl.tiles.identifier import clash_key, safe_slide_id
 from slidetl.tiles.readers import Readers
-from slidetl.volumes import open_series
+from slidetl.volumes import is_series, is_volume_file, open_series
 
 GRADED, FAILED = "graded", "failed"
 _THREADS_OF_A_GPU = 2  # to feed it and gather results; each other core reads a slide
@@ -83,7 +84,7 @@ class GradeRow:
 
 
 def find_slides(named: Sequence[Path]) -> tuple[list[Path], dict[Path, float]]:
-    """Lists slides, also of manifests and folders, and the matches of patterns such as ``study/*.svs``.
+    """Lists slides or CT series, also of manifests and folders, and the matches of ``study/*.svs``.
 
     Returns:
         Each slide once; and the spacings of level 0, micrometres per pixel, given in manifests.
@@ -100,7 +101,7 @@ def find_slides(named: Sequence[Path]) -> tuple[list[Path], dict[Path, float]]:
             found += [row.path for row in rows]
             spacings |= {row.path: row.mpp for row in rows if row.mpp is not None}
         elif path.is_dir() and path.suffix.lower() != ".mrxs":
-            found += [row.path for row in read_manifest(path).rows]
+            found += _with_series(row.path for row in read_manifest(path).rows)
         elif not path.exists() and any(letter in str(path) for letter in "*?["):
             root = Path(path.anchor) if path.is_absolute() else Path()
             matches = sorted(root.glob(str(path.relative_to(path.anchor))))
@@ -110,6 +111,16 @@ def find_slides(named: Sequence[Path]) -> tuple[list[Path], dict[Path, float]]:
         else:
             found.append(path)
     return list(dict.fromkeys(found)), spacings
+
+
+def _with_series(paths: Iterable[Path]) -> list[Path]:
+    """Puts the folder of a DICOM series in the place of its first file, if it is alone there."""
+    found = list(paths)
+    counts = Counter(path.parent for path in found)
+    return [
+        path.parent if counts[path.parent] == 1 and not is_volume_file(path) and is_series(path) else path
+        for path in found
+    ]
 
 
 def grade_slides(

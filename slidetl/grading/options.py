@@ -16,9 +16,10 @@ class GradeOptions:
     """Options of grading: the computation, and the output files.
 
     Attributes:
-        output: folder for results.csv, and for each slide a map (PNG) and the result (JSON).
-        report: write into ``output`` also a page for each slide (self-contained HTML), a map for QuPath
-            (GeoJSON), and index.html over all slides.
+        output: folder for results.csv, and for each slide a map (PNG) and the result (JSON); for a CT series
+            a table of its patches (CSV) instead of the map.
+        report: write into ``output`` also a page for each slide or series (self-contained HTML), a map of a
+            slide for QuPath (GeoJSON), and index.html over all.
         mpp_override: spacing of level 0, micrometres per pixel, of slides without one in the manifest or
             their metadata; fills gaps only.
         mpp_replace: spacing of level 0, micrometres per pixel, instead of the metadata's, of all slides

@@ -12,6 +12,7 @@ import torch
 
 from slidetl.cli import main
 from slidetl.errors import UnfitSlideError, UsageError
+from slidetl.grading.batch import find_slides, output_names
 from slidetl.grading.grade import grade_series, grade_slide
 from slidetl.grading.series import shown_patches
 from slidetl.models.aggregators import MaxPooling
@@ -23,6 +24,7 @@ from slidetl.publish.onnx import export_onnx
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.store import SlideCache
 from slidetl.training.grader import SlideGrader
+from tests.volumes.series import write_series as write_dicom
 from tests.volumes.studies import VolumeStudy
 
 SPEC = TileSpec(spacing_mm=1.0, tile_size_px=16, stride_px=8, mask="none", min_tissue=0.0)
@@ -148,3 +150,13 @@ def test_a_run_is_resumed_and_has_pages(
     header, *rows = (tmp_path / "results.csv").read_text().splitlines()
     assert "mask_ml" in header and "tissue_mm2" not in header and len(rows) == 2
     assert result["spacing_mm"] == 1.0
+
+
+def test_a_dicom_series_is_named_by_its_folder(tmp_path: Path) -> None:
+    folders = [write_dicom(tmp_path / "study" / name, series=name[1]) for name in ("P7", "P8")]
+    assert find_slides([folders[0]])[0] == folders[:1]
+    found, _ = find_slides([tmp_path / "study"])
+    assert sorted(found) == folders
+    assert output_names(found) == {folder: folder.name for folder in folders}
+    write_dicom(folders[0], series="9")  # two in one folder
+    assert [path.parent for path in find_slides([folders[0]])[0]] == [folders[0]] * 2

@@ -94,6 +94,15 @@ def test_its_vectors_grade_patients_by_maximum_and_trees(
     metrics = json.loads((output / "metrics.json").read_text())
     estimate, low, high = metrics["intervals"]["log_loss"]
     assert low <= estimate <= high and estimate == pytest.approx(metrics["log_loss"])
+    words[words.index("max") :] = ["mean", "--model", "ridge", "--output", str(tmp_path / "ridge")]
+    assert main(["fit-features", str(scans.manifest), *words, "--pretrained", str(best(source))]) == 0
+    ridge, model = tmp_path / "ridge" / "checkpoints" / "ridge.ckpt", tmp_path / "ridge.pt"
+    assert main(["export", str(ridge), "--output", str(model)]) == 0
+    assert (
+        main(["grade", str(model), str(scans.manifest.parent / "s03.mha"), "--force", "--device", "cpu"]) == 0
+    )
+    graded = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert graded["tiles"] == 8 and graded["explanation"]["unit"] == "grades"
     tested = {row.patient_id for row in read_predictions(output / "predictions.csv")}
     assert 2 <= len(tested) < 16
     both = [row for row in read_predictions(output / "predictions.csv") if row.patient_id == "p0"]
