@@ -42,7 +42,8 @@ class TileSpec:
         mask: part of the body that patches must lie in: the lungs, the whole body, or none of both.
         mpp_tolerance: greatest relative difference from ``mpp`` at which a pyramid level is read without
             resampling, 0..0.5.
-        codec: compression of the tiles; zstd is lossless, and any zarr reader opens it.
+        codec: compression of the tiles; zstd is lossless, and any zarr reader opens it. Of patches always
+            zstd.
         jpeg_quality: quality of ``codec`` jpeg, 1..100; unused if the grid coincides with the slide's own
             JPEG tiles, which are copied unchanged.
         edge: treatment of tiles cut by the right and bottom border; pad fills them with the slide's

@@ -50,7 +50,7 @@ class LedgerRow:
         tiles_unreadable: tiles lost because the slide is damaged there.
         mpp_x: spacing of the tiles along x, micrometres per pixel; 0 if not known.
         mpp_y: along y.
-        mpp_level0: spacing of the slide's level 0.
+        mpp_level0: spacing of the slide's level 0; of CT series, 1000 um per millimetre of a slice.
         vendor: of the scanner, as the reader calls it.
         width: of the slide, level-0 pixels; 0 if not known.
         height: of the slide.

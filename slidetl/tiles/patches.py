@@ -203,6 +203,16 @@ def box_means(
     return np.asarray(np.clip(total / (side * scale) ** 3, 0, 1), np.float32)
 
 
+def share_left_out(mask: NDArray[np.bool_], origins: NDArray[np.int32], side: int, scale: float) -> float:
+    """Computes the share of a mask outside all cubes, 0..1; the arguments are those of :func:`box_means`."""
+    is_left_out = mask.copy()
+    low = np.floor(origins[:, ::-1] * scale + _ROUNDING).astype(int).clip(0)
+    high = np.ceil((origins[:, ::-1] + side) * scale - _ROUNDING).astype(int)
+    for (z0, y0, x0), (z1, y1, x1) in zip(low.tolist(), high.tolist(), strict=True):
+        is_left_out[z0:z1, y0:y1, x0:x1] = False
+    return float(is_left_out.sum() / max(1, mask.sum()))
+
+
 def _corner(frame: VolumeFrame, end: int) -> list[float]:
     """Returns the centre of the first or last voxel, rounded to a tenth of a millimetre."""
     point = frame.to_patient_mm((np.array(frame.size_voxel) - 1) * end)

@@ -244,7 +244,7 @@ class SlideCache:
 
     @property
     def overview_hu(self) -> NDArray[np.int16]:
-        """The whole series, ``[z, y, x] int16`` Hounsfield units within the window, read at each access.
+        """The whole series, ``[z, y, x] int16`` Hounsfield units, read at each access.
 
         Its grid is ``frame.at_spacing(overview_mm)``.
 

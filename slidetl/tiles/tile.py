@@ -26,7 +26,7 @@ from slidetl.tiles.cut import encode_tile, encode_tiles
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.ledger import EXCLUDED, FAILED, USED, LedgerRow, file_state
 from slidetl.tiles.lock import slide_lock
-from slidetl.tiles.patches import PatchPlan, PreparedSeries, plan_patches, prepare_series
+from slidetl.tiles.patches import PatchPlan, PreparedSeries, plan_patches, prepare_series, share_left_out
 from slidetl.tiles.plan import MANY_PLACES, TilePlan, notes_on, plan_tiles
 from slidetl.tiles.preview import draw_patches, draw_preview
 from slidetl.tiles.regions import Regions, RegionSource, read_regions
@@ -47,6 +47,7 @@ from slidetl.volumes.frame import Triple, VolumeFrame
 
 # A series is enlarged, as is usual between thick slices; from so many times on, a note says it.
 _COARSE = 2.5
+_LEFT_OUT = 0.02  # of the lungs or the body, worth a note
 
 
 @dataclass(frozen=True)
@@ -315,13 +316,13 @@ def _tile_series(
     kept = _kept_cache(path, series.fingerprint, mpp, spec, "", source.location_mm, overwrite)
     if kept is not None and (preview is None or preview.exists()):
         discard(cache_dir, row.slide_id)
-        return _used(row, kept)
+        return _used_series(row, kept)
     plan = plan_patches(series, spec, source.location_mm, _held if source.location_mm else prepare_series)
     if preview is not None:
         draw_patches(preview, plan, row.slide_id)
     if kept is not None:
         discard(cache_dir, row.slide_id)
-        return _used(row, kept)
+        return _used_series(row, kept)
     row = replace(row, mpp_x=spec.mpp, mpp_y=spec.mpp, tiles_without_tissue=plan.patches_without_mask)
     if not len(plan):
         discard(cache_dir, row.slide_id, finished=True)
@@ -331,7 +332,19 @@ def _tile_series(
         )
         return replace(row, status=EXCLUDED, reason=f"{reason}; --mask chooses another part, or none")
     made = write_patches(plan, series, cache_dir, row.slide_id, threads, check, source.location_mm)
-    return _used(row, made)
+    return _used_series(row, made)
+
+
+def _used_series(row: LedgerRow, cache: SlideCache) -> LedgerRow:
+    """Notes a part of the lungs or the body without patches: whatever lies in it is not seen."""
+    spec, note = cache.spec, row.note
+    if cache.header.location_mm is None and spec.mask != "none":
+        scale = spec.spacing_mm / cache.overview_mm
+        lost = share_left_out(cache.overview_mask, cache.origins_voxel, spec.tile_size_px, scale)
+        if lost > _LEFT_OUT:
+            said = f"{lost:.0%} of the {spec.mask} is in no patch, lower --min-tissue or --stride"
+            note = "; ".join(filter(None, [note, said]))
+    return _used(replace(row, note=note), cache)
 
 
 def _notes(series: Series, spec: TileSpec) -> Iterator[str]:

@@ -32,6 +32,7 @@ _LITTLE = [size.to_bytes(4, "little") for size in (348, 540)]  # size of the hea
 _HEADER_BYTES = 2**16  # of a MetaImage; a real one has 500
 # Fields of a MetaImage with defaults in ITK that would be guesses here, each with its synonyms and count of
 # numbers. ITK crashes at other counts.
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _GEOMETRY = {
     ("DimSize",): 3,
     ("ElementSpacing",): 3,
@@ -168,13 +169,12 @@ def _read_meta(path: Path) -> _MetaHeader:
         values = [names[name] for name in synonyms if name in names]
         if not values:
             raise VolumeError(f"{path}: its header has no {synonyms[0]}, so its place is not known")
-        if len(values) > 1 or not re.fullmatch(rf"\s*([-+.\deE]+\s*){{{count}}}", values[0]):
+        numbers = values[0].split()
+        if len(values) > 1 or len(numbers) != count or not all(map(_NUMBER.fullmatch, numbers)):
             raise VolumeError(f"{path}: {synonyms[0]} must be {count} numbers, once, found {values}")
     data = found[1].decode("latin-1")
     is_local = data == "LOCAL"
-    if not is_local and (
-        not re.fullmatch(r"[^/\\%]+", data) or data.startswith(("LIST", "..")) or " " in data
-    ):
+    if not is_local and (not re.fullmatch(r"[^/\\%]+", data) or data.startswith(("LIST", ".."))):
         raise VolumeError(f"{path}: its voxels must be in one file beside it, not in {data[:80]!r}")
     voxels = path if is_local else path.with_name(data)
     if not voxels.is_file():

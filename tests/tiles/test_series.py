@@ -158,11 +158,31 @@ def test_series_without_lungs_are_excluded_with_the_reason(tmp_path: Path) -> No
     assert found.status == USED
 
 
+def test_a_part_of_the_lungs_without_patches_is_noted(series: Path, tmp_path: Path) -> None:
+    narrow = dataclasses.replace(SPEC, min_tissue=0.7)
+    (found,) = tile_slides([SlideSource("C1", series)], tmp_path / "cache", narrow, 0)
+    cache = SlideCache.open(cache_path(tmp_path / "cache", "C1"))
+    mask = np.kron(cache.overview_mask, np.ones((2,) * 3, bool))  # overview at 8 mm, in halves of voxels
+    assert cache.overview_mm == 8.0
+    for x, y, z in 2 * cache.origins_voxel:
+        mask[z : z + 16, y : y + 16, x : x + 16] = False
+    lost = mask.sum() / 8 / cache.overview_mask.sum()
+    assert lost > 0.1
+    assert found.note == f"{lost:.0%} of the lung is in no patch, lower --min-tissue or --stride"
+    (kept,) = tile_slides([SlideSource("C1", series)], tmp_path / "cache", narrow, 0)
+    assert kept.note == found.note
+    (all_of_it,) = tile_slides(
+        [SlideSource("C1", series)], tmp_path / "all", dataclasses.replace(SPEC, min_tissue=0.0), 0
+    )
+    assert all_of_it.note == ""
+
+
 def test_thick_slices_are_noted(tmp_path: Path) -> None:
     folder = write_series(tmp_path / "s", chest((8.0, 8.0, 25.0))[0])
-    (found,) = tile_slides([SlideSource("C1", folder)], tmp_path / "cache", SPEC, 0)
+    whole = dataclasses.replace(SPEC, min_tissue=0.0)
+    (found,) = tile_slides([SlideSource("C1", folder)], tmp_path / "cache", whole, 0)
     assert (found.status, found.note) == (USED, "slices or pixels are 25 mm apart, interpolated to 8 mm")
-    (kept,) = tile_slides([SlideSource("C1", folder)], tmp_path / "cache", SPEC, 0)
+    (kept,) = tile_slides([SlideSource("C1", folder)], tmp_path / "cache", whole, 0)
     assert kept.note == found.note
 
 

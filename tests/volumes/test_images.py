@@ -151,6 +151,7 @@ NAN[1, 1, 1] = np.nan
         (_meta("NDims = 3", "NDims = 3\nNDims = 3"), "a line is no field, or there twice"),
         (_meta("DimSize = 6 5 4", "DimSize = 6 5"), "DimSize must be 3 numbers"),
         (_meta("Offset = ", "Offset = x "), "Offset must be 3 numbers"),
+        (_meta("DimSize = 6 5 4", "DimSize = 654"), "DimSize must be 3 numbers"),
         (_meta("CompressedData = False", "CompressedData = Tralse"), "must be True or False"),
         (_meta("DimSize = 6 5 4", "DimSize = 6000 5000 4000"), "6000, 5000, 4000\\) voxels are not in it"),
     ],
