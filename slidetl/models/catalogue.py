@@ -14,9 +14,9 @@ from slidetl.models.backbones import Backbone, local_weights
 from slidetl.models.cbr import CBR_NAMES
 from slidetl.models.packaged import PACKAGED, packaged_weights
 from slidetl.models.presets import PRESETS, Preset, preset_of
-from slidetl.models.spec import BackboneSpec
+from slidetl.models.spec import INFLATED, BackboneSpec
 
-# A choice from small to large, and pathology models published in timm's form.
+# A choice from small to large, pathology models published in timm's form, and networks for volumes.
 RECOMMENDED = (
     "mobilenetv2_100",
     "resnet18",
@@ -27,6 +27,9 @@ RECOMMENDED = (
     "hf-hub:MahmoodLab/UNI",
     "hf-hub:prov-gigapath/prov-gigapath",
     "hf-hub:bioptimus/H-optimus-0",
+    "conv3d_64",
+    "inflated_tf_efficientnet_lite0",
+    "inflated_resnet18",
 )
 # Counting parameters builds the network on the meta device: about 50 ms each.
 MOST_COUNTED = 40
@@ -108,12 +111,13 @@ def with_local_weights() -> list[str]:
 def _entry(name: str, is_counted: bool) -> BackboneEntry:
     import timm
 
-    path = None if name in CBR_NAMES else local_weights(name)
-    if path is not None and path == packaged_weights(name):
+    plane = name.removeprefix(INFLATED)  # its weights are those of the 2-D network
+    path = None if name in CBR_NAMES else local_weights(plane)
+    if path is not None and path == packaged_weights(plane):
         weights = "installed"
     elif path is not None:
         weights = str(path)
-    elif name in CBR_NAMES or (":" not in name and not timm.is_model_pretrained(name)):
+    elif name in CBR_NAMES or (":" not in name and not timm.is_model_pretrained(plane)):
         weights = "none"
     else:
         weights = "download"

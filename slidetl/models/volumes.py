@@ -66,7 +66,13 @@ class Conv3dNetwork(nn.Module):
         self.last = nn.AdaptiveAvgPool3d(2)
         self.head_hidden_size = 8 * width
         self.feature_info = [{"module": f"layers.{n}", "num_chs": of} for n, of in enumerate(channels[1:])]
-        self.pretrained_cfg = {"mean": (0.5,), "std": (0.5,), "first_conv": "layers.0.0", "classifier": ()}
+        self.pretrained_cfg = {
+            "mean": (0.5,),
+            "std": (0.5,),
+            "input_size": (1, 64, 64, 64),
+            "first_conv": "layers.0.0",
+            "classifier": (),
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         """Embeds normalised patches ``[N, 1, D, H, W]`` as ``[N, 8 W]``."""

@@ -202,6 +202,7 @@ def build_network(
         [grader.network for grader in graders],
         evidence.temperature if evidence else 1.0,
         familiar,
+        chunk_size=16 if first.tile_spec.is_volume else 64,  # a patch has five times the values of a tile
         window_hu=first.tile_spec.window_hu if first.tile_spec.is_volume else None,
     ).eval()
     with torch.inference_mode():
