@@ -34,6 +34,7 @@ _is_scripting = torch.jit.is_scripting  # type: ignore[attr-defined] # torch doe
 
 # Prefix of the first backbone in the state of `slidetl.publish.export.ExportedNetwork`.
 _FIRST_MEMBER = "networks.0.backbone."
+_SURELY_FITS_VOXELS = 32  # five strides of two
 # Prefix of the backbone in the state of a checkpoint.
 _IN_CHECKPOINT = "network.backbone."
 
@@ -165,6 +166,8 @@ class Backbone(nn.Module):
             )
         if not spec.is_volume:
             self.check_tile_size(spec.tile_size_px)
+        elif spec.tile_size_px < _SURELY_FITS_VOXELS:
+            self._try_patch(spec.tile_size_px)
 
     def check_tile_size(self, side_px: int) -> None:
         """Checks that square tiles of a side fit the network.
@@ -187,6 +190,20 @@ class Backbone(nn.Module):
                 f"{self.spec.name} (patches of {patch_px} px) takes no tiles of {side_px} px; "
                 f"cut tiles of {sizes} px"
             )
+
+    def _try_patch(self, side: int) -> None:
+        """Embeds one patch; raises a UsageError if it is too small for the pools."""
+        training = self.training
+        try:
+            with torch.inference_mode():
+                self.eval()(torch.zeros(1, 1, side, side, side, device=self.mean.device))
+        except RuntimeError as error:
+            raise UsageError(
+                f"{self.spec.name} takes no patches of {side} voxels: {error}; cut patches of "
+                f"{_SURELY_FITS_VOXELS} voxels"
+            ) from error
+        finally:
+            self.train(training)
 
     def _check_volumes(self, tiles: Tensor) -> None:
         if tiles.ndim != 5 or tiles.shape[1] != 1 or not tiles.is_floating_point():

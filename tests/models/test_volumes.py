@@ -117,6 +117,9 @@ def test_tiles_and_volumes_are_not_mixed() -> None:
     with pytest.raises(UsageError, match=r"cbr_tiny takes tiles \[N, C, H, W\]"):
         of_tiles(VOLUMES)
     of_volumes.check_tiles(TileSpec(spacing_mm=1.0))
+    of_volumes.check_tiles(TileSpec(spacing_mm=1.0, tile_size_px=8))
+    with pytest.raises(UsageError, match="inflated_test_resnet takes no patches of 8 voxels: input image"):
+        Backbone(BackboneSpec("inflated_test_resnet")).check_tiles(TileSpec(spacing_mm=1.0, tile_size_px=8))
     of_tiles.check_tiles(TileSpec(mpp=1.0))
     with pytest.raises(UsageError, match="conv3d_8 takes volumes, the cache has tiles of slides"):
         of_volumes.check_tiles(TileSpec(mpp=1.0))
