@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import threading
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -344,7 +345,8 @@ def output_names(slides: Sequence[Path]) -> dict[Path, str]:
     names: dict[Path, str] = {}
     taken = {"index"}  # the page of all slides
     for path in dict.fromkeys(slides):
-        short = safe_slide_id(path.stem) or "slide"
+        is_uid = re.fullmatch(r"\.\d+", path.suffix) is not None  # as a folder of DICOM is named
+        short = safe_slide_id(path.name if is_uid else path.stem) or "slide"
         long = safe_slide_id("_".join(path.parts[-2:])) or short
         candidates = itertools.chain((short, long), (f"{long}_{n}" for n in itertools.count(2)))
         names[path] = next(name for name in candidates if clash_key(name) not in taken)

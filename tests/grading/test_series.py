@@ -157,6 +157,7 @@ def test_a_dicom_series_is_named_by_its_folder(tmp_path: Path) -> None:
     assert find_slides([folders[0]])[0] == folders[:1]
     found, _ = find_slides([tmp_path / "study"])
     assert sorted(found) == folders
-    assert output_names(found) == {folder: folder.name for folder in folders}
+    named = [*found, tmp_path / "1.2.840.10", tmp_path / "1.2.840.11"]  # by a UID
+    assert output_names(named) == {folder: folder.name for folder in named}
     write_dicom(folders[0], series="9")  # two in one folder
     assert [path.parent for path in find_slides([folders[0]])[0]] == [folders[0]] * 2

@@ -40,6 +40,7 @@ def write_index(folder: Path, entries: Sequence[IndexEntry], card: ModelCard) ->
         OSError: it cannot be written.
     """
     page = folder / "index.html"
+    noun = "series" if card.tile_spec.is_volume else "slides"
     ordered = sorted(entries, key=lambda entry: (entry.slide.name.lower(), str(entry.slide)))
     write_page(
         page,
@@ -47,7 +48,8 @@ def write_index(folder: Path, entries: Sequence[IndexEntry], card: ModelCard) ->
         "index.html",
         "style.css",
         ("index.js",),
-        title="1 slide" if len(entries) == 1 else f"{len(entries)} slides",
+        title=f"{len(entries)} {'slide' if noun == 'slides' and len(entries) == 1 else noun}",
+        noun=noun,
         rows=[_row(folder, entry, card) for entry in ordered],
         n_failed=sum(not entry.result for entry in entries),
         card=card,

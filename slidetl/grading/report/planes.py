@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 
 from slidetl.volumes.volume import Volume
 
@@ -30,21 +31,30 @@ class Plane:
     box_px: tuple[float, float, float, float]
     point_px: tuple[float, float]
 
-    def marked(self) -> NDArray[np.uint8]:
-        """Draws the box, and lines from it to the edges that cross at the place: ``[h, w, 3] uint8``."""
-        picture = np.repeat(self.pixels[..., None], 3, axis=2)
-        height, width = self.pixels.shape
-        left, right = (int(np.clip(edge, 0, width - 1)) for edge in (self.box_px[0], self.box_px[2] - 1))
-        top, bottom = (int(np.clip(edge, 0, height - 1)) for edge in (self.box_px[1], self.box_px[3] - 1))
-        column, row = (
-            int(np.clip(n, 0, size - 1)) for n, size in zip(self.point_px, (width, height), strict=True)
-        )
-        picture[top : bottom + 1, [left, right]] = _MARK
-        picture[[top, bottom], left : right + 1] = _MARK
-        for line in (slice(None, top), slice(bottom + 1, None)):
-            picture[line, column] = _MARK
-        for line in (slice(None, left), slice(right + 1, None)):
-            picture[row, line] = _MARK
+    def marked(self, longest_px: int) -> NDArray[np.uint8]:
+        """Draws the box, and lines from it to the edges that cross at the place: ``[h, w, 3] uint8``.
+
+        The picture is scaled for its longer side to be ``longest_px``; the lines are two pixels wide.
+        """
+        scale = longest_px / max(self.pixels.shape)
+        height, width = (max(1, round(side * scale)) for side in self.pixels.shape)
+        scaled = Image.fromarray(self.pixels).resize((width, height), Image.Resampling.BICUBIC)
+        picture = np.repeat(np.asarray(scaled)[..., None], 3, axis=2)
+
+        def at(value: float, size: int) -> int:
+            return int(np.clip(np.floor(value * scale), 0, size - 1))
+
+        left, right = at(self.box_px[0], width), at(self.box_px[2], width)
+        top, bottom = at(self.box_px[1], height), at(self.box_px[3], height)
+        column, row = at(self.point_px[0] + 0.5, width), at(self.point_px[1] + 0.5, height)
+        for x in (left, right):
+            picture[top : bottom + 1, _line(x)] = _MARK
+        for y in (top, bottom):
+            picture[_line(y), left : right + 1] = _MARK
+        for part in (slice(None, top), slice(bottom + 1, None)):
+            picture[part, _line(column)] = _MARK
+        for part in (slice(None, left), slice(right + 1, None)):
+            picture[_line(row), part] = _MARK
         return picture
 
     def within_box(self) -> NDArray[np.uint8]:
@@ -56,6 +66,11 @@ class Plane:
         into = (slice(rows.start - top, rows.stop - top), slice(columns.start - left, columns.stop - left))
         face[into] = self.pixels[rows, columns]
         return face
+
+
+def _line(place: int) -> slice:
+    """Widens a line to two pixels; one would lose its colour in a JPEG."""
+    return slice(max(0, place - 1), place + 1)
 
 
 def planes_at(

@@ -17,7 +17,7 @@ from slidetl.library.model_card import ModelCard
 from slidetl.page import data_uri, write_page
 from slidetl.tiles.pyramid import encode_jpeg
 
-_LONGEST_PX = 384
+_LONGEST_PX, _FACE_PX = 384, 192
 _THUMBNAIL_PX = 240
 _EVEN = 1e-3  # below this range of relative attention a model weighs all patches alike
 
@@ -55,7 +55,7 @@ def write_series_report(result: SeriesGrade, card: ModelCard, folder: Path, name
     rows = result.patch_rows()
     write_csv(folder / f"{name}.patches.csv", list(rows[0]), rows)
     shown = _planes(result, int(result.explanation.contributions.argmax()))[1]
-    write_whole(folder / f"{name}.thumbnail.jpg", _jpeg(shown.marked(), _THUMBNAIL_PX))
+    write_whole(folder / f"{name}.thumbnail.jpg", encode_jpeg(shown.marked(_THUMBNAIL_PX), 85))
     page = folder / f"{name}.html"
     part = {"lung": "Lungs", "body": "Body", "none": "Series"}[plan.spec.mask]
     write_page(
@@ -102,18 +102,16 @@ def _patch(result: SeriesGrade, patch: int, relative: NDArray[np.float32] | None
             {
                 "name": plane.name,
                 "sides": plane.sides,
-                "picture": data_uri("jpeg", _jpeg(plane.marked(), _LONGEST_PX)),
+                "picture": data_uri("jpeg", encode_jpeg(plane.marked(_LONGEST_PX), 85)),
                 "width": plane.pixels.shape[1],
                 "height": plane.pixels.shape[0],
-                "face": data_uri("jpeg", _jpeg(np.repeat(plane.within_box()[..., None], 3, 2), _LONGEST_PX)),
+                "face": data_uri("jpeg", _enlarged(plane.within_box())),
             }
             for plane in _planes(result, patch)
         ],
     }
 
 
-def _jpeg(rgb: NDArray[np.uint8], longest_px: int) -> bytes:
-    picture = Image.fromarray(rgb)
-    scale = min(longest_px / max(picture.size), 4.0)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    return encode_jpeg(np.asarray(picture.resize(size, Image.Resampling.BICUBIC)), 85)
+def _enlarged(face: NDArray[np.uint8]) -> bytes:
+    picture = Image.fromarray(face).convert("RGB").resize((_FACE_PX, _FACE_PX), Image.Resampling.BICUBIC)
+    return encode_jpeg(np.asarray(picture), 85)

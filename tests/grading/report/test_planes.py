@@ -42,12 +42,13 @@ def test_the_sides_are_a_radiologists() -> None:
 
 def test_the_mark_leaves_the_inside_of_the_box_as_it_is() -> None:
     axial = planes()[0]
-    picture = axial.marked()
+    picture = axial.marked(400)  # ten times as large
     coloured = (picture != picture[..., :1]).any(axis=2)
-    assert coloured[5, 20:28].all() and coloured[12, 20:28].all()
-    assert coloured[5:13, 20].all() and coloured[5:13, 27].all()
-    assert not coloured[6:12, 21:27].any()
-    assert coloured[8, :20].all() and coloured[8, 28:].all() and coloured[:5, 23].all()
+    assert picture.shape == (300, 400, 3)
+    assert coloured[49:51, 200:280].all() and coloured[129:131, 200:280].all()
+    assert coloured[50:130, 199:201].all() and coloured[50:130, 279:281].all()
+    assert not coloured[52:128, 202:278].any()
+    assert coloured[85, :200].all() and coloured[85, 282:].all() and coloured[:50, 235].all()
     assert axial.within_box().shape == (SIDE, SIDE) and axial.within_box()[3, 3] == 255
 
 
@@ -55,4 +56,4 @@ def test_a_cube_beyond_the_volume_is_black_there() -> None:
     plane = Plane("axial", "RLAP", np.full((6, 5), 9, np.uint8), (-2, 3, 2, 7), (0, 5))
     face = plane.within_box()
     assert face.tolist() == [[0, 0, 9, 9]] * 3 + [[0, 0, 0, 0]]
-    assert plane.marked().shape == (6, 5, 3)
+    assert plane.marked(12).shape == (12, 10, 3)
