@@ -24,7 +24,7 @@ _BLOCK_BYTES = 2**22
 _DENSEST = 1032  # deflate packs no more bytes into one, so a header may claim no more
 _NIFTI = (
     *("qform_code", "sform_code", "vox_offset", "datatype", "scl_slope", "scl_inter"),
-    *("dim[1]", "dim[2]", "dim[3]"),
+    *("dim[1]", "dim[2]", "dim[3]", "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
 )
 _NIFTI_TYPES = {"4": "i2", "8": "i4", "16": "f4", "64": "f8", "512": "u2"}
 _NIFTI_TYPES |= {"768": "u4", "1024": "i8", "1280": "u8"}
@@ -70,11 +70,8 @@ def open_image(path: Path) -> Series:
     if math.prod(size) * 2 > stored.stat().st_size * (_DENSEST if is_packed else 1):
         raise VolumeError(f"{path}: it ends early, or its header is damaged: {size} voxels are not in it")
     about = {key: reader.GetMetaData(key) for key in _NIFTI if is_nifti and reader.HasMetaDataKey(key)}
-    if is_nifti and about.get("qform_code") == "0" and about.get("sform_code") == "0":
-        raise VolumeError(
-            f"{path}: it does not say how its axes lie in the patient (qform_code and sform_code are 0); "
-            "convert it again from DICOM"
-        )
+    if is_nifti:
+        _check_place(path, about)
     try:
         frame = VolumeFrame(size, reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
     except VolumeError as error:
@@ -93,6 +90,33 @@ def open_image(path: Path) -> Series:
             )
 
     return Series(path, frame, fingerprint_of(files), (), planes)
+
+
+def _check_place(path: Path, about: dict[str, str]) -> None:
+    """Checks that a NIfTI says once how it lies in the patient, not in an atlas."""
+    codes = {about.get("qform_code", "0"), about.get("sform_code", "0")} - {"0"}
+    if not codes or codes & {"3", "4"}:
+        wrong = (
+            "it has the coordinates of an atlas"
+            if codes
+            else "it does not say how its axes lie in the patient"
+        )
+        raise VolumeError(
+            f"{path}: {wrong} (qform_code {about.get('qform_code')}, sform_code {about.get('sform_code')}); "
+            "convert it again from DICOM"
+        )
+    if "0" in (about.get("qform_code"), about.get("sform_code")):
+        return
+    try:
+        one = [float(about[f"qoffset_{axis}"]) for axis in "xyz"]
+        two = [float(about[f"srow_{axis}"].split()[3]) for axis in "xyz"]
+    except (KeyError, ValueError, IndexError) as error:
+        raise VolumeError(f"{path}: its header is damaged ({error!r})") from error
+    if not np.allclose(one, two, rtol=0, atol=0.1):
+        raise VolumeError(
+            f"{path}: its qform begins at {one} mm, its sform at {two} mm (RAS), and which is right is not "
+            "known; convert it again from DICOM"
+        )
 
 
 def _nifti_planes(path: Path, about: dict[str, str]) -> Iterator[NDArray[np.generic]]:

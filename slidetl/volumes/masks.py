@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 _BODY_HU = -400
 # Thinner things than this are a table, clothes, or a bridge between body and table.
 _BRIDGE_MM = 5.0
-# Vessels and nodules of up to about twice this width within the lungs belong to them.
+# Vessels within the lungs, and nodules at their border, of up to about twice this width belong to them.
 _CLOSING_MM = 8.0
 # The second lung has at least this share of the first, and lungs at least this volume.
 _SECOND_SHARE = 0.1
@@ -45,6 +45,8 @@ def find_lungs(hu: NDArray[np.int16], spacing_mm: float) -> NDArray[np.bool_]:
     Returns:
         ``[z, y, x] bool``; all False if no air of 50 ml is inside the body.
     """
+    from scipy import ndimage
+
     body = find_body(hu, spacing_mm)
     lungs = _largest((hu <= _BODY_HU) & body, 2, _SECOND_SHARE)
     if lungs.sum() * spacing_mm**3 / 1000 < _LEAST_LUNG_ML:
@@ -53,7 +55,8 @@ def find_lungs(hu: NDArray[np.int16], spacing_mm: float) -> NDArray[np.bool_]:
     margin = int(np.ceil(radius)) + 1
     grown = _within(np.pad(lungs, margin), radius)
     closed = _distance(grown)[(slice(margin, -margin),) * 3] > radius
-    return np.asarray((closed | lungs) & body, bool)
+    # A large nodule is a hole once the vessels that lead to it belong to the lung.
+    return np.asarray(ndimage.binary_fill_holes(closed | lungs) & body, bool)
 
 
 def _largest(mask: NDArray[np.bool_], count: int, least_share: float = 0.0) -> NDArray[np.bool_]:

@@ -57,8 +57,8 @@ def test_one_command_tiles_a_manifest_of_series(
 ) -> None:
     cache = tmp_path / "cache"
     listed = str(manifest(tmp_path, [row("C1", series)]))
-    words = ["tile", listed, "--cache", str(cache), "--spacing-mm", "8", "--tile-size", "8", "--workers", "1"]
-    assert main([*words, "--preview"]) == 0
+    words = ["--cache", str(cache), "--spacing-mm", "8", "--tile-size", "8", "--window", "-1000", "400"]
+    assert main(["tile", listed, *words, "--workers", "1", "--preview"]) == 0
     (entry,) = Ledger(cache / "ledger.csv").rows()
     assert (entry.status, entry.vendor, entry.mpp_x, entry.width) == (USED, "CT", 8000.0, 40)
     assert entry.tiles > 3 and entry.tiles_without_tissue > 0 and entry.bytes > 20 * 30 * 40 * 2
@@ -68,16 +68,18 @@ def test_one_command_tiles_a_manifest_of_series(
             map(tuple, np.asarray(picture.convert("RGB")).reshape(-1, 3).tolist())
         )
     before = tree(cache_path(cache, "C1"))
-    assert main(words) == 0 and tree(cache_path(cache, "C1")) == before  # kept
+    (kept,) = tile_slides([SlideSource("C1", series)], cache, SPEC, 0)
+    assert kept.tiles == entry.tiles and tree(cache_path(cache, "C1")) == before
     assert main(["cache", "verify", str(cache), "--decode"]) == 0
     assert main(["cache", "info", str(cache)]) == 0
     assert "spacing_mm 8.0" in capsys.readouterr().out
     study = read_study(listed, cache)
     assert study.caches[0].read([0]).shape == (1, 8, 8, 8)
-    assert main([*words, "--overwrite", "--window", "-160", "240"]) == 0
-    assert SlideCache.open(cache_path(cache, "C1")).read([0]).max() <= 240
+    narrow = dataclasses.replace(SPEC, window_hu=(-160, 240))
     with pytest.raises(CacheMismatchError, match="window_hu"):
-        tile_slides([SlideSource("C1", series)], cache, SPEC, 0)
+        tile_slides([SlideSource("C1", series)], cache, narrow, 0)
+    assert tile_slides([SlideSource("C1", series)], cache, narrow, 0, overwrite=True)[0].status == USED
+    assert SlideCache.open(cache_path(cache, "C1")).read([0]).max() <= 240
 
 
 def test_locations_are_units_of_one_patch_and_the_series_is_read_once(

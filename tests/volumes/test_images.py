@@ -134,7 +134,12 @@ NAN[1, 1, 1] = np.nan
     [
         (lambda folder: folder / "none.nii.gz", "no such file"),
         (_garbage, "not readable; ITK says: Unable to determine"),
-        (_nifti(lambda data: struct.pack_into("<hh", data, 252, 0, 0)), "qform_code and sform_code are 0"),
+        (
+            _nifti(lambda data: struct.pack_into("<hh", data, 252, 0, 0)),
+            r"how its axes lie in the patient \(qform_code 0, sform_code 0\)",
+        ),
+        (_nifti(lambda data: struct.pack_into("<hh", data, 252, 1, 4)), "coordinates of an atlas"),
+        (_nifti(lambda data: struct.pack_into("<f", data, 268, 7.0)), "qform begins at .* which is right"),
         (_of(sitk.GetImageFromArray(ONES * 1024)), "no value is below 0, so these are no Hounsfield units"),
         (_of(sitk.GetImageFromArray(ONES.astype(np.uint8))), "unsigned integers cannot hold Hounsfield"),
         (_of(sitk.GetImageFromArray(NAN)), "plane 1 has values that are not finite"),

@@ -9,20 +9,24 @@ from numpy.typing import NDArray
 from slidetl.volumes.masks import find_body, find_lungs
 from slidetl.volumes.resample import resample
 from slidetl.volumes.volume import Volume
-from tests.volumes.phantom import chest, frame
+from tests.volumes.phantom import chest, ellipsoid, frame
 
 
 def dice(one: NDArray[np.bool_], two: NDArray[np.bool_]) -> float:
     return float(2 * (one & two).sum() / (one.sum() + two.sum()))
 
 
-@pytest.mark.parametrize("spacing", [4.0, 3.0])
+@pytest.mark.parametrize("spacing", [4.0, 5.0])
 def test_body_and_lungs_of_a_chest_are_found(spacing: float) -> None:
     volume, parts = chest((spacing, spacing, spacing))
     assert dice(find_body(volume.hu, spacing), parts["body"]) > 0.97
     lungs = find_lungs(volume.hu, spacing)
     assert dice(lungs, parts["lungs"]) > 0.95
     assert lungs[parts["nodule"]].all()  # a nodule within belongs to the lung
+    large = ellipsoid(volume.frame, (-60, -10, 0), (22, 22, 22))
+    vessel = ellipsoid(volume.frame, (-40, -10, 0), (30, 5, 5))  # it leads out of the lung
+    hu = np.where(large | vessel, 50, volume.hu).astype(np.int16)
+    assert find_lungs(hu, spacing)[large].all()
     ml = lungs.sum() * spacing**3 / 1000
     assert ml == pytest.approx(parts["lungs"].sum() * spacing**3 / 1000, rel=0.06)
     assert not (find_body(volume.hu, spacing)[:, int(volume.hu.shape[1] * 0.93) :]).any()  # the table
