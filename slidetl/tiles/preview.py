@@ -133,7 +133,10 @@ def draw_patches(path: Path, plan: PatchPlan, title: str) -> None:
     height = max(panel.shape[0] for panel in panels)
     padded = [np.pad(panel, ((0, height - len(panel)), (0, 8), (0, 0))) for panel in panels]
     legend = [
-        (COLOURS[KEPT], f"kept: {len(plan)} patches, {plan.patches_without_mask} without {plan.spec.mask}")
+        (
+            COLOURS[KEPT],
+            f"patches kept: {len(plan)}, with too little {plan.spec.mask}: {plan.patches_without_mask}",
+        )
     ]
     if plan.spec.mask != "none":
         legend.insert(0, (OUTLINE, f"outline of the {plan.spec.mask}"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -205,10 +205,22 @@ def tile_slide(
             row = replace(row, bytes=size, modified=modified)
             try:
                 if spec.is_volume:
-                    row = _tile_series(row, source, cache_dir, spec, overwrite, threads, lock.check, picture)
-                else:
-                    row = _tile_one_slide(
-                        row, source, cache_dir, spec, overwrite, threads, lock.check, picture
+                    series = _open_series(source.path, modified)
+                    row = _described(row, series, spec)
+                    row = _tile_open_series(
+                        row, series, source, cache_dir, spec, overwrite, threads, lock.check, picture
+                    )
+                    return stamped(row, started)
+                with open_slide(
+                    *(source.path, source.mpp_override, spec.icc),
+                    mpp_replace=source.mpp_replace,
+                    channels=spec.channels,
+                ) as slide:
+                    info, (width, height) = slide.info, slide.info.size_level0
+                    row = replace(row, vendor=info.vendor, fingerprint=info.fingerprint)
+                    row = replace(row, width=width, height=height, mpp_level0=max(info.mpp_level0))
+                    row = _tile_open_slide(
+                        row, slide, source.regions, cache_dir, spec, overwrite, threads, lock.check, picture
                     )
             except SlideError:
                 discard(cache_dir, source.slide_id)
@@ -216,29 +228,6 @@ def tile_slide(
     except (SlidetlError, OSError) as error:
         row = replace(row, status=FAILED, reason=describe_write_error(error, cache_dir))
     return stamped(row, started)
-
-
-def _tile_one_slide(
-    row: LedgerRow,
-    source: SlideSource,
-    cache_dir: Path,
-    spec: TileSpec,
-    overwrite: bool,
-    threads: int,
-    check: Callable[[], object],
-    preview: Path | None,
-) -> LedgerRow:
-    with open_slide(
-        *(source.path, source.mpp_override, spec.icc),
-        mpp_replace=source.mpp_replace,
-        channels=spec.channels,
-    ) as slide:
-        info, (width, height) = slide.info, slide.info.size_level0
-        row = replace(row, vendor=info.vendor, fingerprint=info.fingerprint)
-        row = replace(row, width=width, height=height, mpp_level0=max(info.mpp_level0))
-        return _tile_open_slide(
-            row, slide, source.regions, cache_dir, spec, overwrite, threads, check, preview
-        )
 
 
 def _tile_open_slide(
@@ -298,8 +287,26 @@ def _tile_open_slide(
     return _used(row, write_tiles(slide, plan, cache_dir, row.slide_id, threads, check, digest))
 
 
-def _tile_series(
+def _described(row: LedgerRow, series: Series, spec: TileSpec) -> LedgerRow:
+    """Adds the metadata of a series to its row, and doubts about it."""
+    (width, height, _), apart = series.frame.size_voxel, max(series.frame.spacing_mm)
+    notes = list(series.notes)
+    if apart > _COARSE * spec.spacing_mm:
+        notes.append(f"slices or pixels are {apart:.3g} mm apart, interpolated to {spec.spacing_mm:g} mm")
+    return replace(
+        row,
+        vendor="CT",
+        fingerprint=series.fingerprint,
+        mpp_level0=max(_in_plane_um(series.frame)),
+        width=width,
+        height=height,
+        note="; ".join(notes),
+    )
+
+
+def _tile_open_series(
     row: LedgerRow,
+    series: Series,
     source: SlideSource,
     cache_dir: Path,
     spec: TileSpec,
@@ -309,10 +316,7 @@ def _tile_series(
     preview: Path | None,
 ) -> LedgerRow:
     path = cache_path(cache_dir, row.slide_id)
-    series = _open_series(source.path, row.modified)
-    (width, height, _), mpp = series.frame.size_voxel, _in_plane_um(series.frame)
-    row = replace(row, vendor="CT", fingerprint=series.fingerprint, mpp_level0=max(mpp))
-    row = replace(row, width=width, height=height, note="; ".join([*series.notes, *_notes(series, spec)]))
+    mpp = _in_plane_um(series.frame)
     kept = _kept_cache(path, series.fingerprint, mpp, spec, "", source.location_mm, overwrite)
     if kept is not None and (preview is None or preview.exists()):
         discard(cache_dir, row.slide_id)
@@ -345,12 +349,6 @@ def _used_series(row: LedgerRow, cache: SlideCache) -> LedgerRow:
             said = f"{lost:.0%} of the {spec.mask} is in no patch, lower --min-tissue or --stride"
             note = "; ".join(filter(None, [note, said]))
     return _used(replace(row, note=note), cache)
-
-
-def _notes(series: Series, spec: TileSpec) -> Iterator[str]:
-    apart = max(series.frame.spacing_mm)
-    if apart > _COARSE * spec.spacing_mm:
-        yield f"slices or pixels are {apart:.3g} mm apart, interpolated to {spec.spacing_mm:g} mm"
 
 
 @lru_cache(maxsize=1)
