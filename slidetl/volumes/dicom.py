@@ -19,6 +19,7 @@ from slidetl.slides.base import fingerprint_of
 from slidetl.text import one_line
 from slidetl.volumes.frame import VolumeFrame
 from slidetl.volumes.series import Series
+from slidetl.volumes.volume import AIR_HU
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -82,8 +83,13 @@ def open_dicom(path: Path) -> Series:
             f"({listed})"
         )
     slices = [_parse(file, header) for file, header in found.items()]
-    slices, frame = _stack(path, slices)
-    return Series(path, frame, fingerprint_of(s.path for s in slices), tuple(notes), lambda: _planes(slices))
+    stack = _stack(path, slices)
+    if stack.shifts_px.any():
+        notes.append(
+            f"a gantry tilt of {stack.tilt_degrees:.1f} degrees is straightened by moving its slices"
+        )
+    fingerprint = fingerprint_of(one.path for one in stack.slices)
+    return Series(path, stack.frame, fingerprint, tuple(notes), lambda: _planes(stack))
 
 
 def _headers(folder: Path) -> dict[Path, _Header]:
@@ -181,7 +187,17 @@ def _parse(path: Path, header: _Header) -> _Slice:
     )
 
 
-def _stack(path: Path, slices: Sequence[_Slice]) -> tuple[list[_Slice], VolumeFrame]:
+@dataclass(frozen=True, eq=False)
+class _Stack:
+    """Slices in order, their common grid, and the place of each in it, pixels ``(x, y)``, fractional."""
+
+    slices: Sequence[_Slice]
+    frame: VolumeFrame
+    shifts_px: NDArray[np.float64]
+    tilt_degrees: float
+
+
+def _stack(path: Path, slices: Sequence[_Slice]) -> _Stack:
     """Sorts slices along their normal, and checks that they make one regular grid."""
     first = slices[0]
     if len(slices) < 2:
@@ -209,7 +225,6 @@ def _stack(path: Path, slices: Sequence[_Slice]) -> tuple[list[_Slice], VolumeFr
         raise VolumeError(
             f"{path}: {doubled.size} doubled slices: {pairs}; keep one reconstruction and one time point"
         )
-    _check_tilt(path, first, positions, normal)
     step = float(np.median(gaps))
     allowed = _GAP_SHARE * step + _GAP_MM
     whole = np.rint(gaps / step)
@@ -224,43 +239,55 @@ def _stack(path: Path, slices: Sequence[_Slice]) -> tuple[list[_Slice], VolumeFr
         raise VolumeError(
             f"{path}: mixed spacing of slices, {gaps.min():.4g} to {gaps.max():.4g} mm; reconstruct it evenly"
         )
-    x, y, z = slices[0].position_mm.tolist()
+    drift = _drift(path, first, positions, normal)
+    spacing = first.spacing_mm[::-1]  # (x, y)
+    shifts = np.round((regular - along[0])[:, None] * (first.axes @ drift) / spacing, 6)
+    low = np.floor(shifts.min(axis=0))
+    extra = (np.ceil(shifts.max(axis=0)) - low).astype(int)
+    x, y, z = (slices[0].position_mm + (low * spacing) @ first.axes).tolist()
     rows, columns = first.shape
     frame = VolumeFrame(
-        (columns, rows, len(slices)),
-        (float(first.spacing_mm[1]), float(first.spacing_mm[0]), step),
+        (columns + int(extra[0]), rows + int(extra[1]), len(slices)),
+        (float(spacing[0]), float(spacing[1]), step),
         (x, y, z),
         tuple(np.stack([*first.axes, normal], axis=1).ravel().tolist()),
     )
-    return slices, frame
+    return _Stack(slices, frame, shifts - low, math.degrees(math.atan(float(np.linalg.norm(drift)))))
 
 
-def _check_tilt(
+def _drift(
     path: Path, first: _Slice, positions: NDArray[np.float64], normal: NDArray[np.float64]
-) -> None:
-    """Refuses slices that do not lie above each other."""
+) -> NDArray[np.float64]:
+    """Computes how far each slice lies beside the last, per millimetre along the normal, 0 without a tilt."""
     way = positions - positions[0]
-    aside = np.linalg.norm(way - (way @ normal)[:, None] * normal, axis=1)
-    height = float(way[-1] @ normal)
-    tilt = math.degrees(math.atan2(float(aside[-1]), height))
-    remedy = "straighten it first (dcm2niix does), or use a series without tilt"
-    if tilt > _TILT_DEGREES:
-        raise VolumeError(
-            f"{path}: the gantry was tilted by {tilt:.1f} degrees, so its slices lie askew; {remedy}"
-        )
-    if aside.max() > max(_GAP_MM, math.tan(math.radians(_TILT_DEGREES)) * height):
-        raise VolumeError(f"{path}: its slices are shifted sideways by up to {aside.max():.1f} mm")
+    height = way @ normal
+    aside = way - height[:, None] * normal
+    drift: NDArray[np.float64] = aside[-1] / height[-1]
+    uneven = float(np.linalg.norm(aside - height[:, None] * drift, axis=1).max())
+    if uneven > 2 * _GAP_MM:
+        raise VolumeError(f"{path}: its slices are shifted sideways, unevenly, by {uneven:.1f} mm")
+    is_tilted = float(np.linalg.norm(aside, axis=1).max()) > _GAP_MM
     is_upright = abs(normal[2]) > math.cos(math.radians(_TILT_DEGREES / 2))
-    if abs(first.tilt_degrees) > _TILT_DEGREES and is_upright:
+    if abs(first.tilt_degrees) > _TILT_DEGREES and is_upright and not is_tilted:
         raise VolumeError(
             f"{path}: GantryDetectorTilt is {first.tilt_degrees:g} degrees, while its slices lie upright, a "
-            f"contradiction; {remedy}"
+            "contradiction; use a series without tilt"
         )
+    return drift if is_tilted else np.zeros(3)
 
 
-def _planes(slices: Sequence[_Slice]) -> Iterator[NDArray[np.generic]]:
-    for one in slices:
-        yield _hounsfield(one)
+def _planes(stack: _Stack) -> Iterator[NDArray[np.generic]]:
+    """Yields the Hounsfield units of the slices, those of a tilted gantry moved to their places linearly."""
+    from scipy import ndimage
+
+    columns, rows, _ = stack.frame.size_voxel
+    for one, shift in zip(stack.slices, stack.shifts_px, strict=True):
+        plane = _hounsfield(one)
+        if stack.shifts_px.any():
+            more = ((0, rows - plane.shape[0]), (0, columns - plane.shape[1]))
+            wide = np.pad(plane.astype(np.float32), more, constant_values=AIR_HU)
+            plane = ndimage.shift(wide, shift[::-1], order=1, cval=AIR_HU)
+        yield plane
 
 
 def _hounsfield(one: _Slice) -> NDArray[np.generic]:
