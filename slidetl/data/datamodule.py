@@ -45,6 +45,7 @@ _Loader = TypeVar("_Loader", bound=DataLoader[Any])
 _ENDLESS = 2**31  # epochs
 _WORKERS = 2  # on a CPU: the network needs the other cores
 _THREADS_OF_A_GPU = 2  # to feed it; each other core reads tiles
+_CHUNK_OF_VOLUMES = 32  # a first layer of 32 patches of 64 voxels takes 270 MB
 _PART_OF = {"validate": "val", "test": "test"}
 
 DEFAULT_BATCH_SIZE = 4
@@ -60,7 +61,7 @@ class SlideDataModule(pl.LightningDataModule):
         grades: names of the grades, lowest first; the manifest has their indices 0..K-1.
         bag_size: tiles drawn from each slide in each epoch of training.
         batch_size: slides per training step (and per process).
-        chunk_size: tiles per step of evaluation; evaluation reads every tile of a slide.
+        chunk_size: tiles per step of evaluation, at most 32 of volumes; it reads every tile of a slide.
         val_fraction: share of the slides for validation, if the manifest has no ``split`` column.
         test_fraction: share of the slides for the test, likewise.
         seed: seed of the split, the draws of tiles and the augmentation.
@@ -399,7 +400,9 @@ class SlideDataModule(pl.LightningDataModule):
         slides = self.slides[part]
         per_rank = -(-len(slides) // self._n_ranks)
         mine = [slides[(self._rank + step * self._n_ranks) % len(slides)] for step in range(per_rank)]
-        dataset = ChunkDataset(mine, self.chunk_size, features)
+        is_volume = self.tile_spec is not None and self.tile_spec.is_volume
+        chunk_size = min(self.chunk_size, _CHUNK_OF_VOLUMES) if is_volume else self.chunk_size
+        dataset = ChunkDataset(mine, chunk_size, features)
         return self._loader(DataLoader, dataset, batch_size=None, shuffle=False)
 
     def _loader(self, kind: type[_Loader], dataset: Any, **options: Any) -> _Loader:

@@ -50,6 +50,12 @@ def test_bags_are_volumes_of_the_window_from_zero_to_one(nodules: VolumeStudy) -
     assert torch.equal(chunk["tiles"][0], bag["tiles"][0]) and chunk["labels"]["diameter"] == 6.0
 
 
+def test_whole_series_are_evaluated_a_few_patches_at_a_time(scans: VolumeStudy) -> None:
+    data = SlideDataModule(str(scans.manifest), str(scans.cache), ["no", "yes"], num_workers=0)
+    data.setup("test")
+    assert data.test_dataloader().dataset.chunk_size == 32  # type: ignore[attr-defined] # of ChunkDataset
+
+
 def test_seed_and_epoch_alone_decide_the_changes(nodules: VolumeStudy) -> None:
     slides = read_study(nodules.manifest, nodules.cache, 2, TASKS).slides
     bags = BagDataset(slides, 1, VolumeAugmentation(), seed=1)
