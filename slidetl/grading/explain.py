@@ -116,9 +116,8 @@ def find_voxels(
 ) -> dict[int, NDArray[np.int64]]:
     """Finds the place in each patch to which the grade of its series reacts most.
 
-    That is where the magnitude of the gradient of the expected grade by the voxels, times their density above
-    air, has the greatest mean over a cube (Simonyan, Vedaldi and Zisserman, "Deep inside convolutional
-    networks", ICLR 2014 workshop, who take the gradient alone).
+    That is where the magnitude of the gradient of the expected grade by the voxels has the greatest mean over
+    a cube (Simonyan, Vedaldi and Zisserman, "Deep inside convolutional networks", ICLR 2014 workshop).
 
     Args:
         expected_grade: of the embeddings ``[N, D]`` of a series, a tensor that can be differentiated.
@@ -141,8 +140,7 @@ def find_voxels(
             side = len(patch)
             places[number] = np.full(3, side // 2, np.int64)
             if slope is not None and bool(slope.any()):
-                reaction = slope.abs() * (hu.detach() + 1000).clamp_min(0)
-                pooled = torch.nn.functional.avg_pool3d(reaction, width_voxel, 1, 0)[0, 0]
+                pooled = torch.nn.functional.avg_pool3d(slope.abs(), width_voxel, 1)[0, 0]
                 corner = np.unravel_index(int(pooled.argmax()), pooled.shape)
                 places[number] = np.array(corner[::-1], np.int64) + width_voxel // 2
     return places
