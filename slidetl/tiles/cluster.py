@@ -1,4 +1,4 @@
-"""Tiles slides on many machines, one job per slide, scheduled by Dask.
+"""Tiles slides on many machines, one job per slide or CT series, scheduled by Dask.
 
 All machines see the slides and the cache folder under the same paths. If a worker dies in mid-slide, another
 continues from the last complete shard.
@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING
 from slidetl.errors import CacheError, CacheMissingError, UsageError, describe_failure
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.ledger import FAILED, LedgerRow
-from slidetl.tiles.run import record_as_done
-from slidetl.tiles.tile import SlideSource, stamped, tile_slide
+from slidetl.tiles.run import Job, jobs_of, record_as_done
+from slidetl.tiles.tile import SlideSource, release_series, stamped, tile_slide
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -58,7 +58,7 @@ def tile_on_cluster(
     cache_dir = cache_dir.absolute()
     sources = [replace(source, path=source.path.absolute()) for source in sources]
     with connect(scheduler) as client:
-        tile = partial(_tile, cache_dir=cache_dir, spec=spec, overwrite=overwrite, preview=preview)
+        tile = partial(_tile_job, cache_dir=cache_dir, spec=spec, overwrite=overwrite, preview=preview)
         start = partial(_rows, client, sources, tile)
         return record_as_done(sources, cache_dir, spec, overwrite, start, on_done)
 
@@ -97,33 +97,36 @@ def connect(address: str) -> Client:
 
 
 def _rows(
-    client: Client, sources: Sequence[SlideSource], tile: Callable[[SlideSource], LedgerRow]
+    client: Client, sources: Sequence[SlideSource], tile: Callable[[Job], list[LedgerRow]]
 ) -> Iterator[LedgerRow]:
     import distributed
 
     # Not pure: a second run must tile again, not receive the rows of the first.
-    futures = {client.submit(tile, source, pure=False, retries=RETRIES): source for source in sources}
+    futures = {client.submit(tile, job, pure=False, retries=RETRIES): job for job in jobs_of(sources)}
     for future in distributed.as_completed(futures, loop=client.loop):  # type: ignore[no-untyped-call]
-        source = futures[future]
+        job = futures[future]
         if future.status == "finished":
-            yield future.result()
+            yield from future.result()
         elif future.status == "error":
             error = future.exception()
             reason = f"on the cluster: {describe_failure(error, 'start workers with more, or fewer threads')}"
-            yield stamped(LedgerRow(source.slide_id, str(source.path), FAILED, reason), time.monotonic())
+            for source in job:
+                yield stamped(LedgerRow(source.slide_id, str(source.path), FAILED, reason), time.monotonic())
         else:
             raise CacheError(
-                f"the scheduler went away before {source.slide_id} was done; what was tiled is kept: start "
+                f"the scheduler went away before {job[0].slide_id} was done; what was tiled is kept: start "
                 "it and its workers anew, and run the same command again"
             )
         future.release()
 
 
-def _tile(source: SlideSource, cache_dir: Path, spec: TileSpec, overwrite: bool, preview: bool) -> LedgerRow:
-    """Tiles a slide on a worker."""
+def _tile_job(job: Job, cache_dir: Path, spec: TileSpec, overwrite: bool, preview: bool) -> list[LedgerRow]:
+    """Tiles the slides of a job on a worker."""
     if not cache_dir.is_dir():
         raise CacheMissingError(
             f"{socket.gethostname()} does not see {cache_dir}; the cache must be on a file system that all "
             "workers share"
         )
-    return tile_slide(source, cache_dir, spec, overwrite, preview=preview)
+    rows = [tile_slide(source, cache_dir, spec, overwrite, preview=preview) for source in job]
+    release_series()
+    return rows

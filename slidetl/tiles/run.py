@@ -76,7 +76,7 @@ def tile_slides(
     tile = partial(tile_slide, cache_dir=cache_dir, spec=spec, overwrite=overwrite, preview=preview)
 
     def start() -> Iterator[LedgerRow]:
-        jobs = _jobs(sources)
+        jobs = jobs_of(sources)
         return (
             _in_processes(jobs, tile, workers) if workers else (_tile(s, tile) for job in jobs for s in job)
         )
@@ -232,7 +232,8 @@ Job = Sequence[SlideSource]
 """Slides of one file: locations in a CT series, which is then read once, else a single one."""
 
 
-def _jobs(sources: Sequence[SlideSource]) -> list[Job]:
+def jobs_of(sources: Sequence[SlideSource]) -> list[Job]:
+    """Groups the locations of each CT series; every other slide is alone."""
     jobs: dict[object, list[SlideSource]] = {}
     for source in sources:
         jobs.setdefault(source.path if source.location_mm else source.slide_id, []).append(source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import SimpleITK as sitk
 from pydicom.uid import ImplicitVRLittleEndian
 
-from slidetl.errors import VolumeError
+from slidetl.errors import UsageError, VolumeError
 from slidetl.slides.dicom import series_instance_uid
 from slidetl.volumes import is_series, open_series, read_volume
 from slidetl.volumes.frame import VolumeFrame
@@ -243,3 +244,14 @@ def test_values_that_pydicom_cannot_parse_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(VolumeError, match=f"{one.name}.*") as caught:
         read_volume(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("package", "name"), [("pydicom", "s"), ("SimpleITK", "a.nii")])
+def test_without_the_extra_the_remedy_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, name: str
+) -> None:
+    write_series(tmp_path / "s")
+    (tmp_path / "a.nii").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UsageError, match=rf"CT series need {package}: pip install 'slidetl\[ct\]'"):
+        read_volume(tmp_path / name)
