@@ -634,7 +634,8 @@ def build(options: argparse.Namespace) -> None:
                 tables["series"].append(
                     {**about, "slide_id": name, "grade": patient_label(phantom, options.reader_sd)}
                 )
-                tables["target-nodules"] += [row for row in rows if row["grade"]]
+                own = {f"{name}-n{number + 1}" for number in range(len(phantom.nodules))}  # none is shifted
+                tables["target-nodules"] += [row for row in rows if row["slide_id"] in own]
             progress.advance()
     for table, rows in tables.items():
         if rows:

@@ -109,7 +109,7 @@ def test_a_series_reads_as_a_volume_with_the_named_places(built: Path) -> None:
         assert volume.spacing_mm == pytest.approx([350 / 96, 350 / 96, 280 / 48], abs=1e-4)
         at = volume.frame.to_voxel([float(row[f"{axis}_mm"]) for axis in "xyz"])
         x, y, z = np.rint(at).astype(int)
-        assert (volume.hu[z, y, x] > -300) == (row["grade"] == "1")
+        assert volume.hu[z, y, x] > -300 or row["grade"] == "0"
 
 
 def test_sites_store_values_in_two_ways(built: Path) -> None:
@@ -132,7 +132,7 @@ def test_a_nodule_lies_at_the_named_place(built: Path) -> None:
             assert [row[f"malignancy_reader{n}"] for n in (1, 2, 3, 4)] == ["1", "2", "3", ""]
             assert row["malignancy"] == "2"
         else:
-            assert near < -300 and row["malignancy"] == row["diameter_mm"] == ""
+            assert near < 0 and row["malignancy"] == row["diameter_mm"] == ""  # lung, or a vessel in it
 
 
 def test_empty_places_are_clear_of_nodules(built: Path) -> None:
@@ -172,10 +172,10 @@ def test_the_seed_decides_every_byte(built: Path, tmp_path: Path) -> None:
 
 
 def test_shifted_rows_stay_near_their_nodule(tmp_path: Path) -> None:
-    out = build(tmp_path / "out", "--shifted", "2", "--shift-mm", "5", "--target", "0")
+    out = build(tmp_path / "out", "--shifted", "2", "--shift-mm", "5", "--source", "1", "--target", "1")
     rows = {row["slide_id"]: row for row in rows_of(out / "nodules.csv")}
     shifted = [name for name in rows if "s" in name.rsplit("-", 1)[1]]
-    assert shifted and not (out / "series.csv").exists()
+    assert shifted and not any("s" in row["slide_id"][-3:] for row in rows_of(out / "target-nodules.csv"))
     for name in shifted:
         own = rows[name[: name.rindex("s")]]
         off = [float(rows[name][f"{a}_mm"]) - float(own[f"{a}_mm"]) for a in "xyz"]
