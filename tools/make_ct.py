@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,13 +46,7 @@ from slidetl.files import write_csv
 Array = NDArray[np.float64]
 
 AIR, FAT, MUSCLE, BLOOD, BONE, LUNG, TABLE = -1000.0, -100.0, 50.0, 40.0, 350.0, -860.0, 150.0
-TEXTURE = (
-    -650.0,
-    -500.0,
-    -300.0,
-    -50.0,
-    30.0,
-)  # HU of a nodule by its texture, 1 (ground glass) to 5 (solid)
+TEXTURE = (-650.0, -500.0, -300.0, -50.0, 30.0)  # HU by texture, 1 (ground glass) to 5 (solid)
 SOFTNESS_MM = (3.0, 2.0, 1.2, 0.7, 0.4)  # width of its edge by its margin, 1 (poorly defined) to 5 (sharp)
 SOLID_CALCIUM, NO_CALCIUM = 3, 6  # ratings of calcification
 GRID_MM = 0.5  # of the contours
@@ -615,7 +610,9 @@ def build(options: argparse.Namespace) -> None:
             scanner = SCANNERS[int(np.random.default_rng([*seed, 5]).integers(len(SCANNERS)))]
             of_patient = nodules_of[annotations.patients[patient]]
             phantom = make_phantom(name, of_patient, scanner, seed, options.most_nodules, options.body)
-            write_series(phantom, geometry, options.out / "series" / name)
+            folder = options.out / "series" / name
+            shutil.rmtree(folder, ignore_errors=True)  # slices of another drawing would make no series
+            write_series(phantom, geometry, folder)
             if is_source:
                 split = split_of(number, options.source, 0.15, 0.15)
             else:

@@ -166,7 +166,11 @@ def test_the_label_is_that_of_the_worst_nodule(readers: int, label: int, tmp_pat
 
 
 def test_the_seed_decides_every_byte(built: Path, tmp_path: Path) -> None:
+    stale = tmp_path / "again/series/phantom-0000/0099.dcm"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"of another drawing")
     again = build(tmp_path / "again", "--target", "0")  # which moves no source patient
+    assert not stale.exists()
     paths = ["nodules.csv", "series/phantom-0000/0001.dcm", "series/phantom-0001/0024.dcm"]
     assert all((built / path).read_bytes() == (again / path).read_bytes() for path in paths)
 
