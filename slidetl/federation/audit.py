@@ -37,7 +37,7 @@ class MembershipAudit:
 
 @dataclass(frozen=True)
 class CountAudit:
-    """Success of inferring a count of a site, such as its patients of grade 4.
+    """Success of inferring a count of a site, such as its patients of a grade.
 
     Attributes:
         auroc: of telling sites above the median count from those below; 0.5 is chance.
@@ -96,13 +96,28 @@ def likelihood_ratios(confidence: ArrayLike, member: ArrayLike) -> Floats:
     return np.asarray(density[0] - density[1])
 
 
+def centre_by_grade(confidence: ArrayLike, grades: ArrayLike) -> Floats:
+    """Subtracts each training's mean confidence in patients of a grade.
+
+    That mean tells how many patients of the grade the site has, which is no membership of a patient.
+
+    Args:
+        confidence: ``[S, N]``.
+        grades: ``[N]``.
+    """
+    values, of = np.array(confidence, np.float64), np.asarray(grades)
+    for grade in np.unique(of):
+        values[:, of == grade] -= values[:, of == grade].mean(1, keepdims=True)
+    return values
+
+
 def audit_membership(
     confidence: ArrayLike, member: ArrayLike, fpr: float = 0.05, *, n_draws: int = 1000, seed: int = 0
 ) -> MembershipAudit:
     """Attacks every shadow training with the others, and scores the guesses, with intervals over patients.
 
     Args:
-        confidence: as for :func:`likelihood_ratios`.
+        confidence: as for :func:`likelihood_ratios`, best of :func:`centre_by_grade`.
         member: likewise.
         fpr: false-positive rate of the reported share of members.
         n_draws: resamples of the patients.
@@ -132,11 +147,11 @@ def audit_count(
 ) -> CountAudit:
     """Infers a count of each site from its message, with a regression fitted to sites of other populations.
 
-    Property inference (Ateniese et al. 2015; Ganju et al., CCS 2018) by ridge regression on the update: a
-    head is small enough to need no meta-classifier of sets.
+    Property inference (Ateniese et al. 2015; Ganju et al., CCS 2018) by ridge regression.
 
     Args:
-        messages: ``[S, P]``, the update of each of S shadow sites.
+        messages: ``[S, P]``, numbers computed from the message of each of S shadow sites: the mean
+            probability of each grade for patients of the attacker tells more than a thousand weights.
         counts: ``[S]``.
         population: ``[S]``, the attacker never learns from sites that share patients with the target's.
         n_draws: resamples of the sites.

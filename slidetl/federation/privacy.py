@@ -363,7 +363,9 @@ def train_private(
         gradients = patient_gradients(network, drawn) if drawn else {}
         clipped = _clipped_sum(gradients, privacy.clip)
         for name, weight in weights.items():
-            noise = torch.from_numpy(rng.normal(0.0, privacy.noise * privacy.clip, tuple(weight.shape)))
+            noise = torch.from_numpy(rng.normal(0.0, privacy.noise * privacy.clip, tuple(weight.shape))).to(
+                weight.device
+            )
             summed = clipped[name].double() + noise if clipped else noise
             weight.grad = (summed / (privacy.sample_rate * len(patients))).to(weight.dtype)
         optimizer.step()

@@ -10,6 +10,7 @@ from slidetl.federation.audit import (
     _auroc,
     audit_count,
     audit_membership,
+    centre_by_grade,
     likelihood_ratios,
     logit_confidence,
 )
@@ -83,6 +84,18 @@ def test_a_count_in_the_update_is_inferred_from_sites_of_other_patients() -> Non
 def test_confidence_is_the_logit_of_the_true_grade() -> None:
     found = logit_confidence([1, 0], [[0.2, 0.8], [0.0, 1.0]])
     assert found[0] == pytest.approx(np.log(4)) and np.isfinite(found).all() and found[1] < -20
+
+
+def test_a_property_of_the_site_is_no_membership() -> None:
+    """Sites with more patients of a grade are surer of all of them, and hold more of them."""
+    rng = np.random.default_rng(0)
+    grades = np.repeat([0, 1], 40)
+    share = rng.uniform(0.2, 0.8, (80, 1))
+    member = rng.random((80, 80)) < np.where(grades == 1, share, 0.5)
+    confidence = rng.normal(size=(80, 80)) + np.where(grades == 1, 8 * share, 0)
+    assert audit_membership(confidence, member, n_draws=100).auroc.low > 0.52
+    centred = audit_membership(centre_by_grade(confidence, grades), member, n_draws=100).auroc
+    assert centred.low < 0.5 < centred.high
 
 
 def test_too_few_shadows_are_refused() -> None:
