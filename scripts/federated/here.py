@@ -12,8 +12,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
+from types import MappingProxyType
 
 import yaml
 
@@ -26,8 +28,14 @@ from slidetl.federation.provision import ADMIN, provision
 _START_SECONDS = 180.0
 
 
-def run_here(config: Path, output: Path) -> int:
-    """Provisions, starts, runs and ends; returns the exit code of ``slidetl federate``."""
+def run_here(config: Path, output: Path, of_server: Mapping[str, str] = MappingProxyType({})) -> int:
+    """Provisions, starts, runs and ends; returns the exit code of ``slidetl federate``.
+
+    Args:
+        config: the federation, with the places of all slides.
+        output: folder for the rounds, the kits and the logs.
+        of_server: environment of the server's processes.
+    """
     federation = read_federation(find_config(config))
     check_places(federation)
     output = output.absolute()
@@ -37,7 +45,9 @@ def run_here(config: Path, output: Path) -> int:
     run = "nvflare.private.fed.app"
     with ExitStack() as running:
         words = [f"{run}.server.server_train", "-m", str(kits["localhost"]), "-s", "fed_server.json"]
-        processes = {"localhost": running.enter_context(_started(words, "", engine / "server.txt", {}))}
+        processes = {
+            "localhost": running.enter_context(_started(words, "", engine / "server.txt", dict(of_server)))
+        }
         _wait_for(engine / "server.txt", "Server started", processes["localhost"])
         for name, site in federation.sites.items():
             place = engine / f"{name}.yaml"

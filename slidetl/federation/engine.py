@@ -37,7 +37,8 @@ or a folder with such a file for each site, ``NAME.yaml``."""
 OUTCOME = "outcome.json"
 SAYS, RESULT = "slidetl says: ", "outcome "  # before our lines in the log of a job
 JOB = "slidetl"
-_MARK = "SLIDETL_FEDERATION"  # in the environment of all processes of a run
+PROCESS_MARK = "SLIDETL_FEDERATION"
+"""Environment variable of all processes of a run, with its mark."""
 _END_SECONDS = 60.0  # for the engine to end after the outcome
 _POLL_SECONDS = 0.5
 
@@ -209,7 +210,7 @@ def marked_process(
     with log.open("wb") as file:
         process = subprocess.Popen(
             words,
-            env={**os.environ, **environment, _MARK: mark},
+            env={**os.environ, **environment, PROCESS_MARK: mark},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -230,7 +231,7 @@ def marked_process(
 
 def _marked(mark: str) -> list[int]:
     """Lists the living processes of this user with the mark in their environment."""
-    wanted = f"{_MARK}={mark}".encode()
+    wanted = f"{PROCESS_MARK}={mark}".encode()
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:

@@ -25,7 +25,8 @@ from slidetl.federation.config import Federation, federation_from
 from slidetl.federation.coordinator import describe, run_rounds
 from slidetl.federation.engine import OUTCOME, RESULT, SAYS, read_site
 from slidetl.federation.participant import Answer, Participant
-from slidetl.federation.site import site_slides
+from slidetl.federation.site import initial_weights, site_slides
+from slidetl.federation.weights import Weights
 from slidetl.files import write_whole
 from slidetl.processor import prepare_for_networks
 from slidetl.text import one_line
@@ -35,8 +36,8 @@ MESSAGES = (
     *("hello", "train", "validate", "keep"),
     *("begin", "train_own", "mix", "combine", "take", "validate_own", "keep_own"),
 )
-_CALL_SECONDS = 30.0  # of a short call
-_MOVE_SECONDS = 3600.0  # of a call that moves a network
+_CALL_SECONDS = 20.0  # of a short call; one to a site that has died takes it whole
+_SLOWEST = 500_000.0  # bytes per second, of a call that moves a network
 _LOST_SECONDS = 60.0  # without a sign of life
 _POLL_SECONDS = (0.1, 3.0)  # first and longest pause between questions
 
@@ -149,7 +150,8 @@ class Client:
         participant = Participant(federation, name, site_slides(federation, site), folder)
         participant.note = self._note
         if federation.scheme == "peer_to_peer":
-            participant.ask = _PeerCalls(federation.peer_to_peer.secure).ask
+            seconds = _seconds(initial_weights(federation))
+            participant.ask = _PeerCalls(federation.peer_to_peer.secure, seconds).ask
         return participant
 
     def _note(self, error: Exception) -> None:
@@ -162,13 +164,13 @@ class Client:
 class _PeerCalls:
     """Calls of a site to other sites."""
 
-    def __init__(self, secure: bool) -> None:
-        self._wanted = secure
+    def __init__(self, secure: bool, seconds: float) -> None:
+        self._wanted, self._seconds = secure, seconds
 
     def ask(self, name: str, number: int, what: str) -> Answer:
         """Asks a site for its update or network; encrypted for that site where NVFlare has certificates."""
         try:
-            found = collab.get_clients([name])(timeout=_MOVE_SECONDS, secure=self._secure()).give(
+            found = collab.get_clients([name])(timeout=self._seconds, secure=self._secure()).give(
                 number, what
             )
             return dict(dict(found)[name])
@@ -185,6 +187,8 @@ class _ConnectedSites:
     def __init__(self, federation: Federation) -> None:
         self._patience = federation.answer_seconds
         self._number = 0
+        self._move_seconds = _seconds(initial_weights(federation))
+        self._silent: set[str] = set()  # asked in vain
 
     def ask(
         self, names: Sequence[str], message: str, **arguments: Any
@@ -194,10 +198,13 @@ class _ConnectedSites:
         token = f"{os.getpid()}-{self._number}"
         connected = {client.name for client in collab.clients}
         lost = {name: "is not connected" for name in names if name not in connected}
+        back, _ = self._call([name for name in names if name in self._silent], "is_done", 5.0, token="")
+        self._silent -= back.keys()
+        lost |= {name: "is gone" for name in names if name in self._silent}
         started, failed = self._call(
-            [name for name in names if name in connected],
+            [name for name in names if name not in lost],
             "start",
-            _MOVE_SECONDS,
+            self._move_seconds,
             token=token,
             message=message,
             arguments=arguments,
@@ -217,7 +224,7 @@ class _ConnectedSites:
             states, _ = self._call(list(seen), "is_done", _CALL_SECONDS, token=token)
             done = [name for name, state in states.items() if state is True]
             if done:
-                found, failed = self._call(done, "collect", _MOVE_SECONDS, token=token)
+                found, failed = self._call(done, "collect", self._move_seconds, token=token)
                 answers |= found
                 lost |= dict.fromkeys(failed, "broke off its answer")
             now = time.monotonic()
@@ -232,6 +239,7 @@ class _ConnectedSites:
             if now - begun > self._patience:
                 lost |= dict.fromkeys(seen, f"late: no answer within {self._patience:g} s")
                 break
+        self._silent |= lost.keys()
         return answers, lost
 
     @staticmethod
@@ -243,3 +251,8 @@ class _ConnectedSites:
         group = collab.get_clients(list(names))(timeout=seconds)
         results = getattr(group, method)(**arguments)
         return dict(results), list(results.failures)
+
+
+def _seconds(weights: Weights) -> float:
+    """Returns the longest time for a call that moves a network."""
+    return 2 * _CALL_SECONDS + sum(value.nbytes for value in weights.values()) / _SLOWEST
