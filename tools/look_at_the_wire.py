@@ -99,7 +99,7 @@ def _watch(ended: threading.Event, addresses: set[str]) -> None:
 
 
 def _listening(folder: Path) -> set[str]:
-    inodes = {os.readlink(link) for link in (folder / "fd").iterdir()}
+    inodes = {str(link.readlink()) for link in (folder / "fd").iterdir()}
     found = set()
     for table in ("tcp", "tcp6"):
         for line in (folder / "net" / table).read_text().splitlines()[1:]:
