@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from numpy.typing import NDArray
 
 from slidetl.data.study import read_study
@@ -22,6 +24,7 @@ from slidetl.federation.participant import Participant
 from slidetl.federation.privacy import Account, Privacy
 from slidetl.federation.site import SiteTrainer, initial_weights, site_slides
 from slidetl.tiles.features import NOT_STATED, FeatureSource, write_features
+from slidetl.training.configured import parse_training
 from tests.conftest import Study
 from tests.small import SMALL, small_weights
 
@@ -172,6 +175,18 @@ def test_a_site_trains_under_its_own_privacy_alone(
     path.write_text(json.dumps({**places, "privacy": {"levl": "site"}}))
     with pytest.raises(UsageError, match="the site's privacy"):
         read_site("here", federation)
+
+
+def test_the_how_to_shows_sections_that_work() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "howto" / "federated-privacy.md").read_text()
+    sites = {"a": {"examples": 9}, "b": {"examples": 9}}
+    patient, site = (
+        federation_from({"sites": sites, **yaml.safe_load(block)})
+        for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    )
+    assert patient.privacy == Privacy("patient", epsilon=8.0) and site.travel == "all-but-normalisation"
+    parsed = parse_training(patient.fit_config, patient.grades, 0)
+    assert parsed.model.backbone.name == parsed.data.features
 
 
 def test_a_damaged_account_is_refused(tmp_path: Path) -> None:
