@@ -341,7 +341,7 @@ def test_help_answers_at_once_with_units_and_defaults() -> None:
     text = " ".join(done.stdout.split())
     for words in (
         "micrometres per pixel",
-        "(default: 224)",
+        "0 is 224, for patches 64",
         "(default: 0.25)",
         "(default: jpeg)",
         "--overwrite",
