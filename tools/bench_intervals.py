@@ -16,8 +16,8 @@ import shlex
 import sys
 import textwrap
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -28,10 +28,11 @@ from scipy.stats import binom, norm
 
 from slidetl.evaluation.bootstrap import Metric, bca_interval, resampled_metric, share_interval
 from slidetl.evaluation.calibration import calibration_null
-from slidetl.evaluation.comparison import sign_flip_test
+from slidetl.evaluation.comparison import chance_p, sign_flip_test
 from slidetl.evaluation.conformal import fit_grade_sets, referral_rule, risk_coverage
 from slidetl.evaluation.metrics import accuracy, by_repeat, difference, qwk
 from slidetl.evaluation.power import StudyDesign, power_table
+from slidetl.evaluation.protocol import Case, Fold, Protocol, permute_grades, plan_folds
 
 GRADES = 5
 COMMON_TO_ARMS, COMMON_TO_SLIDES = 0.7, 0.3
@@ -45,6 +46,8 @@ BETTER = (0.66, 0.8)  # accuracies of the better arm, for two margins of equival
 SHARES = (0.8, 0.9, 0.97)
 REPEATS = (2, 3, 5)
 TRAININGS = 400  # whose mean QWK is the truth
+PERMUTATIONS = 39  # with which p can be .05 exactly
+NOISE_COLUMNS = 8
 SEED_SD = 0.4  # grades by which another training of an arm reads everything higher or lower
 
 
@@ -145,6 +148,41 @@ def findings(n_studies: int, n_draws: int, seed: int) -> Iterable[tuple[str, ...
             test = sign_flip_test(qwk_of_five, one.true, first, second, one.patients, n_flips=n_draws)
             found += not interval.low <= 0 <= interval.high, test.p <= 0.05
         yield str(n_patients), *(f"{value:.3f}" for value in found / n_studies)
+
+
+def permuted_labels(n_studies: int, seed: int, n_patients: int = 60) -> tuple[float, float]:
+    """How often noise is found to grade better than chance, with folds of the labels kept or planned anew."""
+    cases = [Case(f"{number:03}", f"{number:03}", number % GRADES) for number in range(n_patients)]
+    found = np.zeros(2)
+    for number in range(n_studies):
+        rng = np.random.default_rng((seed, number))
+        noise = np.c_[rng.standard_normal((n_patients, NOISE_COLUMNS)), np.ones(n_patients)]
+        protocol = Protocol(inner_folds=0, seed=number)
+        labels = [permute_grades(cases, int(draw)) for draw in rng.integers(2**31, size=PERMUTATIONS)]
+        known = {case.slide_id: case.grade for case in cases}
+        folds = plan_folds(cases, protocol, GRADES)
+        kept, anew = [qwk_by_ridge(noise, known, folds)], list[float]()
+        for grades in labels:
+            kept.append(qwk_by_ridge(noise, grades, folds))
+            again = [replace(case, grade=grades[case.slide_id]) for case in cases]
+            anew.append(qwk_by_ridge(noise, grades, plan_folds(again, protocol, GRADES)))
+        found += chance_p(kept[0], kept[1:]) <= 0.05, chance_p(kept[0], anew) <= 0.05
+    of_kept, of_anew = (found / n_studies).tolist()
+    return of_kept, of_anew
+
+
+def qwk_by_ridge(columns: NDArray[np.float64], grades: Mapping[str, int], folds: Sequence[Fold]) -> float:
+    """QWK of what a ridge regression says of the test parts, a slide named by its row."""
+    true: list[int] = []
+    said: list[NDArray[np.int64]] = []
+    for fold in folds:
+        train, test = ([int(name) for name in part] for part in (fold.train, fold.test))
+        rows = columns[train]
+        known = np.array([grades[name] for name in fold.train], float)
+        weights = np.linalg.solve(rows.T @ rows + np.eye(rows.shape[1]), rows.T @ known)
+        said.append(np.clip(np.rint(columns[test] @ weights), 0, GRADES - 1).astype(int))
+        true.extend(grades[name] for name in fold.test)
+    return float(qwk(np.array(true), np.concatenate(said), GRADES))
 
 
 def equivalence(n_studies: int, n_draws: int, seed: int) -> Iterable[tuple[str, ...]]:
@@ -311,7 +349,15 @@ def main() -> None:
     begin("patients", "margin", "90 % interval within it", "95 % interval within it")
     for cells_of_margin in equivalence(n, draws, seed):
         row(*cells_of_margin)
-    print("\n## Repeats\n")
+    print("\n## Permuted labels\n")
+    kept, anew = permuted_labels(n, seed)
+    say(
+        f"60 patients, {NOISE_COLUMNS} columns of noise, a ridge regression in five folds, and the same for "
+        f"{PERMUTATIONS} permutations of the labels: how often p is at most .05, which should be .05. With "
+        f"the folds of the labels for all permutations: {kept:.3f}; with folds planned for each, as `slidetl "
+        f"compare` does: {anew:.3f}."
+    )
+    print("## Repeats\n")
     say(
         "Coverage of 95 % intervals of the QWK of another training: 60 patients, one result each, graded by "
         "R trainings of one arm, each of which reads everything higher or lower by a normal error of "

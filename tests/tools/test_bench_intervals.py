@@ -68,3 +68,14 @@ def test_the_page_has_its_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         *["0.56 and 0.56", "0.56 and 0.64"] * 6,
         *("20", "60"),
     ]
+
+
+def test_a_ridge_on_what_it_is_told_grades_better_than_on_noise() -> None:
+    cases = [tool.Case(f"{number:03}", f"{number:03}", number % 5) for number in range(60)]
+    grades = {case.slide_id: case.grade for case in cases}
+    folds = tool.plan_folds(cases, tool.Protocol(inner_folds=0), 5)
+    told = np.c_[np.arange(60) % 5, np.ones(60)].astype(float)
+    noise = np.random.default_rng(0).standard_normal((60, 8))
+    assert tool.qwk_by_ridge(told, grades, folds) > 0.9
+    assert abs(tool.qwk_by_ridge(noise, grades, folds)) < 0.4
+    assert all(0 <= share <= 1 for share in tool.permuted_labels(1, 0))
