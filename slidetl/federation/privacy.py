@@ -163,11 +163,11 @@ def check_policy(own: object, asked: Privacy | None) -> None:
 
 
 class Account:
-    """A site's account of the privacy spent in one training, in a file that survives a restart.
+    """A site's account of the privacy spent by the trainings of a folder, in a file that survives a restart.
 
     Args:
         privacy: the options.
-        planned: noisy releases of the whole training.
+        planned: noisy releases of the whole training, this one alone.
         path: of the file.
 
     Attributes:
@@ -183,14 +183,15 @@ class Account:
         if path.is_file():
             try:
                 kept = json.loads(path.read_text(encoding="utf-8"))
-                if kept["level"] != privacy.level:
-                    raise UsageError(
-                        f"{path}: the account is of {kept['level']} level, not {privacy.level}; two levels "
-                        "cannot be added up, so start the training in another folder"
-                    )
+                level = kept["level"]
                 self._history = [(float(n), float(rate), int(steps)) for n, rate, steps in kept["releases"]]
-            except (KeyError, TypeError, json.JSONDecodeError) as error:
+            except (KeyError, TypeError, ValueError) as error:
                 raise UsageError(f"{path}: expected a site's account of its privacy: {error}") from error
+            if level != privacy.level:
+                raise UsageError(
+                    f"{path}: the account is of {level} level, not {privacy.level}; two levels cannot be "
+                    "added up, so start the training in another folder"
+                )
         self.epsilon = _epsilon(self._history, privacy.delta) if self._history else 0.0
 
     def spend(self, steps: int) -> None:

@@ -189,7 +189,10 @@ def test_the_how_to_shows_sections_that_work() -> None:
     assert parsed.model.backbone.name == parsed.data.features
 
 
-def test_a_damaged_account_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "privacy.json").write_text('{"level": "patient"}')
+@pytest.mark.parametrize(
+    "text", ['{"level": "patient"}', '{"level": "patient", "releases": [["a", 1, 1]]}', "[]", "{"]
+)
+def test_a_damaged_account_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "privacy.json").write_text(text)
     with pytest.raises(UsageError, match="expected a site's account"):
         Account(PATIENT, 40, tmp_path / "privacy.json")
