@@ -36,8 +36,13 @@ class ResultFiles(pl.Callback):
         if trainer.is_global_zero:
             folder, evaluation = Path(trainer.default_root_dir) / "test", pl_module.tested
             _write_tables(folder, evaluation.slides, pl_module.tasks.tasks)
-            write_metrics(folder, evaluation, pl_module.grades, pl_module.tasks.tasks)
-            told = describe_metrics(evaluation.metrics, pl_module.grades, evaluation.not_graded)
+            figures = write_metrics(folder, evaluation, pl_module.grades, pl_module.tasks.tasks)
+            told = describe_metrics(
+                evaluation.metrics, pl_module.grades, evaluation.not_graded, figures["intervals"]
+            )
+            for name, of_task in figures.get("tasks", {}).items():
+                if error := of_task.get("intervals", {}).get("mae"):
+                    told += "\n{}: mean absolute error {:.3g} ({:.3g} to {:.3g})".format(name, *error)
             rank_zero_info(f"{told}\nwritten to {folder}")
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -82,8 +87,8 @@ def _numbers(task: Task, slide: GradedSlide) -> dict[str, Any]:
 
 def write_metrics(
     folder: Path, evaluation: Evaluation, grades: tuple[str, ...], tasks: Sequence[Task] = ()
-) -> None:
-    """Writes ``metrics.json``, with intervals over patients, and ``confusion.png``."""
+) -> dict[str, Any]:
+    """Writes ``metrics.json``, with intervals over patients, and ``confusion.png``; returns the former."""
     figures = {**evaluation.quality, **evaluation.metrics.to_json(), "grades": grades}
     figures["not_graded"] = evaluation.not_graded
     graded = [one for one in evaluation.predictions if one.grade is not None and not one.reason]
@@ -99,6 +104,7 @@ def write_metrics(
             figures["tasks"][task.name]["intervals"] = _number_intervals(task, evaluation.slides)
     write_whole(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")
     draw_confusion(folder / "confusion.png", evaluation.metrics, grades)
+    return figures
 
 
 def _number_intervals(task: Task, slides: Sequence[GradedSlide]) -> dict[str, tuple[float, float, float]]:

@@ -111,12 +111,17 @@ def test_its_vectors_grade_patients_by_maximum_and_trees(
 
 @pytest.mark.slow
 def test_attention_starts_from_the_source_and_leaves_as_one_file(
-    source: Path, scans: VolumeStudy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    source: Path,
+    scans: VolumeStudy,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     options = ["--config", str(CONFIGS / "attention.yaml"), *scans.options(tmp_path), "--data.bag_size=4"]
     options.append(f"--model.backbone.pretrained={best(source)}")
     assert main(["fit", *options, "--trainer.max_epochs=1"]) == 0
     assert main(["test", *options]) == 0
+    assert "95 % intervals over patients: accuracy" in caplog.text
     assert len(read_predictions(tmp_path / "test" / "predictions.csv")) >= 3
     trained = load_grader(best(tmp_path))
     begun = load_grader(best(source)).network.backbone
