@@ -307,7 +307,16 @@ def page(found: Mapping[str, Sequence[PatientResults]], seconds: Mapping[str, fl
         sha256=sha256,
     )
     wrapped = [textwrap.fill(part, 120, break_on_hyphens=False) for part in about.strip().split("\n\n")]
-    run = f"slidetl {VERSION}, torch {torch.__version__}, Python {platform.python_version()}, one thread."
+    decided = p_values[first, second] <= 0.05
+    verdict = (
+        f"Averaged minus local, the primary comparison: p = {p_values[first, second]:.2f}, so a difference "
+        f"is {'found' if decided else 'not shown; that is no proof of equality'}."
+    )
+    run = (
+        f"slidetl {VERSION}, torch {torch.__version__}, Python {platform.python_version()}, one thread. "
+        "Seconds are of a machine shared with other work. Repeat: `python tools/run_federated_slides.py "
+        "--output runs/slides --page docs/evidence/federated-slides.md`."
+    )
     return (
         "\n\n".join(
             [
@@ -318,7 +327,8 @@ def page(found: Mapping[str, Sequence[PatientResults]], seconds: Mapping[str, fl
                 "## Differences of QWK",
                 "| | over patients | sign flips, p | Holm | over redraws |\n|---|---|---|---|---|\n"
                 + "\n".join(compared),
-                run,
+                textwrap.fill(verdict, 120),
+                textwrap.fill(run, 120),
             ]
         )
         + "\n"
