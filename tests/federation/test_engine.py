@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,10 @@ import pytest
 import yaml
 
 from slidetl.cli import main
-from slidetl.federation.config import Site, read_federation
+from slidetl.errors import FederationError, UsageError
+from slidetl.federation.config import Federation, Site, read_federation
 from slidetl.federation.coordinator import SitesHere, run_rounds
+from slidetl.federation.engine import SITE_FILE, _read_outcome, marked_process, read_site
 from slidetl.federation.participant import Participant
 from slidetl.federation.site import Parts
 from slidetl.library.local import file_sha256
@@ -174,3 +179,76 @@ def test_the_engine_runs_a_federation(
     assert str(study.cache) not in mark and "manifest" not in mark
     commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
     assert not [command for command in commands if str(output).encode() in command]
+
+
+def test_a_missing_engine_or_place_is_one_line(
+    three_sites: dict[str, Site],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = small(next(path for path in SHIPPED if path.stem == "averaged"), three_sites, tmp_path)
+    words = ["federate", "--config", str(config), "--output", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "add --simulate for this machine, or --kit for several" in capsys.readouterr().err
+    assert main([*words, "--kit", str(tmp_path / "none")]) == 2
+    assert "the server does not let in" in capsys.readouterr().err
+    values = yaml.safe_load(config.read_text())
+    values["sites"]["south"] = {"examples": 4}
+    (tmp_path / "no-place.yaml").write_text(yaml.safe_dump(values))
+    assert main(["federate", "--config", str(tmp_path / "no-place.yaml"), *words[3:], "--simulate"]) == 2
+    assert "sites: south needs manifest and cache" in capsys.readouterr().err
+    monkeypatch.setattr("slidetl.federation.engine.find_spec", lambda name: None)
+    assert main([*words, "--simulate"]) == 2
+    assert "pip install 'slidetl[federated]'" in capsys.readouterr().err
+
+
+def test_an_engine_without_a_result_has_failed(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_text("INFO - begins\nERROR - Communication error\nINFO - ends\n")
+    with pytest.raises(
+        FederationError, match=r"without a result: ERROR - Communication error; see .*log.txt"
+    ):
+        _read_outcome(tmp_path, log)
+    (tmp_path / "outcome.json").write_text('{"error": "no site answered"}')
+    with pytest.raises(FederationError, match=r"^no site answered$"):
+        _read_outcome(tmp_path, log)
+
+
+def test_all_processes_of_an_engine_end_with_it(tmp_path: Path) -> None:
+    sleeper = tmp_path / "sleeper.py"
+    sleeper.write_text("import time; time.sleep(60)")
+    starter = (
+        f"import subprocess, sys; subprocess.run([sys.executable, {str(sleeper)!r}], start_new_session=True)"
+    )
+    with marked_process([sys.executable, "-c", starter], {}, tmp_path / "log.txt"):
+        deadline = time.monotonic() + 20
+        while not (started := running(sleeper)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert started and not running(sleeper)  # though in a session of its own, as the simulator's
+
+
+def running(script: Path) -> list[bytes]:
+    commands = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            commands.append(path.read_bytes())
+    return [command for command in commands if command.endswith(f"\0{script}\0".encode())]
+
+
+def test_the_file_of_a_site(three: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SITE_FILE, raising=False)
+    with pytest.raises(UsageError, match="manifest, cache and folder of north"):
+        read_site("north", three)
+    places = {"manifest": "m.csv", "cache": "c", "folder": "f"}
+    (tmp_path / "north.yaml").write_text(yaml.safe_dump(places))
+    for named in (tmp_path, tmp_path / "north.yaml"):
+        monkeypatch.setenv(SITE_FILE, str(named))
+        site, folder = read_site("north", three)
+        assert (site.manifest, site.cache, str(folder)) == ("m.csv", "c", "f")
+        assert site.examples == three.sites["north"].examples
+    with pytest.raises(UsageError, match="east is no site"):
+        read_site("east", three)
+    (tmp_path / "north.yaml").write_text(yaml.safe_dump({**places, "grades": 3}))
+    with pytest.raises(UsageError, match="expected manifest, cache, folder"):
+        read_site("north", three)
