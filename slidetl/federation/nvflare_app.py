@@ -90,7 +90,7 @@ class Client:
         self._participant: Participant | None = None
         self._lock = threading.Lock()
         self._answers: dict[str, Answer | None] = {}  # by token; None while it is computed
-        self._log = Path("site.log")
+        self._log: Path | None = None  # known with the places of the site
 
     @collab.publish  # type: ignore[untyped-decorator]
     def start(self, token: str, message: str, arguments: dict[str, Any]) -> bool:
@@ -144,8 +144,8 @@ class Client:
         prepare_for_networks()
         federation = federation_from(json.loads(self.federation))
         site, folder = read_site(name, federation)
-        self._log = folder / "site.log"
         folder.mkdir(parents=True, exist_ok=True)
+        self._log = folder / "site.log"
         federation.sites[name] = site
         participant = Participant(federation, name, site_slides(federation, site), folder)
         participant.note = self._note
@@ -156,6 +156,9 @@ class Client:
 
     def _note(self, error: Exception) -> None:
         """Writes an error to the site's own log: NVFlare's may be sent to the server."""
+        if self._log is None:
+            traceback.print_exception(error)
+            return
         text = "".join(traceback.format_exception(error))
         with self._log.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
