@@ -198,12 +198,9 @@ def _last(rounds: Iterator[Round]) -> Round:
     return done
 
 
-def results_of(
-    output: Path, seeds: Sequence[int]
-) -> tuple[dict[str, list[PatientResults]], dict[str, float]]:
-    """Computes what is missing; returns the results of each redraw and the seconds, by scheme."""
+def results_of(output: Path, seeds: Sequence[int]) -> dict[str, list[PatientResults]]:
+    """Computes what is missing; returns the results of each redraw, by scheme."""
     found: dict[str, list[PatientResults]] = {scheme: [] for scheme in CONFIG["schemes"]}
-    seconds = dict.fromkeys(CONFIG["schemes"], 0.0)
     for seed in seeds:
         folder = output / str(seed)
         draw(seed, folder)
@@ -214,7 +211,6 @@ def results_of(
             kept = np.load(path)
             results = patient_results(kept["true"], kept["probabilities"], kept["patients"], "worst")
             found[scheme].append(results)
-            seconds[scheme] += float(kept["seconds"])
             print(
                 f"{seed} {scheme}: QWK {qwk(results.true, results.predicted[0], 5):.3f}, "
                 f"accuracy {accuracy(results.true, results.predicted[0]):.3f}, "
@@ -222,7 +218,7 @@ def results_of(
                 file=sys.stderr,
                 flush=True,
             )
-    return found, seconds
+    return found
 
 
 def effect(
@@ -262,7 +258,7 @@ def _text(interval: Interval, form: str) -> str:
     return f"{interval.estimate:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
 
 
-def page(found: Mapping[str, Sequence[PatientResults]], seconds: Mapping[str, float], sha256: str) -> str:
+def page(found: Mapping[str, Sequence[PatientResults]], sha256: str) -> str:
     """Writes the page."""
     schemes, (first, second) = CONFIG["schemes"], CONFIG["primary"]
     rows = []
@@ -277,7 +273,7 @@ def page(found: Mapping[str, Sequence[PatientResults]], seconds: Mapping[str, fl
                 partial(mae, joined.true, joined.predicted[0]),
             )
         ]
-        rows.append(f"| {scheme} | {' | '.join(intervals)} | {seconds[scheme]:.0f} |")
+        rows.append(f"| {scheme} | {' | '.join(intervals)} |")
     pairs = [(scheme, against) for against in ("local", "pooled") for scheme in schemes if scheme != against]
     pairs.remove(("local", "pooled"))
     secondary = [pair for pair in pairs if pair != (first, second)]
@@ -314,7 +310,7 @@ def page(found: Mapping[str, Sequence[PatientResults]], seconds: Mapping[str, fl
     )
     run = (
         f"slidetl {VERSION}, torch {torch.__version__}, Python {platform.python_version()}, one thread. "
-        "Seconds are of a machine shared with other work. Repeat: `python tools/run_federated_slides.py "
+        "Repeat: `python tools/run_federated_slides.py "
         "--output runs/slides --page docs/evidence/federated-slides.md`."
     )
     return (
@@ -322,8 +318,7 @@ def page(found: Mapping[str, Sequence[PatientResults]], seconds: Mapping[str, fl
             [
                 "# Federated training on slides of three synthetic sites",
                 *wrapped,
-                "| scheme | QWK | accuracy | MAE, grades | seconds of training |\n|---|---|---|---|---|\n"
-                + "\n".join(rows),
+                "| scheme | QWK | accuracy | MAE, grades |\n|---|---|---|---|\n" + "\n".join(rows),
                 "## Differences of QWK",
                 "| | over patients | sign flips, p | Holm | over redraws |\n|---|---|---|---|---|\n"
                 + "\n".join(compared),
@@ -360,9 +355,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if sha256 not in REGISTERED.read_text(encoding="utf-8"):
         raise SystemExit(f"the configuration {sha256} is not in {REGISTERED}: register it before the run")
-    found, seconds = results_of(options.output, CONFIG["seeds"][: options.redraws])
+    found = results_of(options.output, CONFIG["seeds"][: options.redraws])
     if options.page:
-        write_whole(options.page, page(found, seconds, sha256))
+        write_whole(options.page, page(found, sha256))
     return 0
 
 

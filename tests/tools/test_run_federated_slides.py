@@ -41,7 +41,7 @@ def test_the_page_names_the_primary_comparison_and_each_secondary_once() -> None
         scheme: [results(seed, 2.0 if scheme == "local" else 0.3) for seed in (1, 2)]
         for scheme in tool.CONFIG["schemes"]
     }
-    text = tool.page(found, dict.fromkeys(found, 1.0), "0" * 64)
+    text = tool.page(found, "0" * 64)
     assert "2 of " in text and "120 test patients" in text
     (primary,) = [line for line in text.splitlines() if line.startswith("| **averaged minus local**")]
     cells = [cell.strip() for cell in primary.split("|")]
