@@ -370,6 +370,20 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
+def verdict(found: Interval | None, n_redraws: int) -> str:
+    """Tells what follows from the primary comparison by the registered rule."""
+    if n_redraws < REDRAWS:
+        return (
+            f"**Not decided: {n_redraws} of {REDRAWS} registered redraws are done.** What is here shows that "
+            "the recipe runs, and how large a difference might be."
+        )
+    if found is not None and found.low > 0:
+        return (
+            "By the registered rule local labels help on these phantoms: the interval excludes 0 from below."
+        )
+    return "By the registered rule it is **not shown** that local labels help: the interval holds 0 or less."
+
+
 def write_page(redraws: Mapping[int, dict[str, Graded]], command: str) -> str:
     """Writes the page: the primary comparison, all arms, and what was not run."""
     first, second = PRIMARY
@@ -410,6 +424,7 @@ def write_page(redraws: Mapping[int, dict[str, Graded]], command: str) -> str:
         *ABOUT.strip().split("\n\n"),
         "## The primary comparison",
         told,
+        verdict(estimate(own, "AUROC", other) if own else None, len(own)),
         "AUROC is computed within each redraw and averaged. Intervals are 95 % BCa over the test patients, "
         "resampled within each redraw, both arms on the same ones; flips exchange the two probabilities "
         "of a patient. Both are about other patients given these trainings; how trainings on other phantoms "
@@ -418,7 +433,8 @@ def write_page(redraws: Mapping[int, dict[str, Graded]], command: str) -> str:
         markdown(
             ["arm", "what it learns from", "redraws", "AUROC", "log loss", f"AUROC minus {second}"], rows
         ),
-        "A constant has an AUROC of 0.5. All but the primary comparison are secondary, without correction.",
+        "A constant has an AUROC of 0.5. A log loss above the prior's is that of probabilities that mislead, "
+        "whatever the order of patients. All but the primary comparison are secondary, without correction.",
         "## AUROC of each redraw",
         markdown(["arm", *map(str, redraws)], each),
     ]

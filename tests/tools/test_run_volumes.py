@@ -81,6 +81,13 @@ def test_the_page_tells_what_was_not_run() -> None:
     assert "**not run yet**" in tool.write_page({1: {}}, "COMMAND")
 
 
+def test_only_all_registered_redraws_decide() -> None:
+    clear, none = tool.Interval(0.2, 0.1, 0.3, 0.95), tool.Interval(0.2, -0.1, 0.3, 0.95)
+    assert "Not decided: 2 of 3" in tool.verdict(clear, 2)
+    assert "local labels help" in tool.verdict(clear, 3)
+    assert "not shown" in tool.verdict(none, 3) and "not shown" in tool.verdict(None, 3)
+
+
 def test_trainings_differ_in_what_their_names_say(tmp_path: Path) -> None:
     def read(*arguments: object) -> dict[str, dict[str, Any]]:
         config: dict[str, dict[str, Any]] = yaml.safe_load(tool.fit_config(tmp_path, *arguments).read_text())
