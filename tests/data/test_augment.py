@@ -11,7 +11,7 @@ import pytest
 import yaml
 from PIL import Image, ImageEnhance
 
-from slidetl.data.augment import Augmentation, Pipeline, build_augmentation, draw_sheet
+from slidetl.data.augment import Augmentation, Pipeline, draw_sheet
 from slidetl.errors import UsageError
 
 
@@ -120,7 +120,7 @@ def test_a_pipeline_that_resizes_is_refused() -> None:
 
 def test_a_sheet_has_the_tile_itself_first() -> None:
     tile = tiles()[0]
-    sheet = draw_sheet(tile, build_augmentation(Augmentation()), 2, 3, seed=0)
+    sheet = draw_sheet(tile, Augmentation(), 2, 3, seed=0)
     assert sheet.shape == (44, 64, 3)
     np.testing.assert_array_equal(sheet[4:20, 4:20], tile)
     assert (sheet[4:20, 24:40] != tile).any() and (sheet[:4, :24] == 0).all()

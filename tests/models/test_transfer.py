@@ -120,7 +120,7 @@ class TestLoRA(StrategyContract):
         tiles = batch()["tiles"][:1]
         with torch.inference_mode():
             expected = grader.network.backbone(tiles[0])
-        grader.tile_spec = Bags.tile_spec
+        grader.tile_spec = Bags().tile_spec
         network, card = build_network([grader])
         assert export_model(network, card, tmp_path / "m.pt")["cpu float32"] < 1e-6
         loaded = load_model(tmp_path / "m.pt").network
