@@ -337,7 +337,6 @@ def measure_encryption(name: str, sizes: Mapping[str, int]) -> Encrypted:
     from nvflare.fuel.utils import fobs
     from nvflare.lighter.impl.he import HEBuilder
 
-    logging.disable(logging.WARNING)  # a line for each entry
     builder = HEBuilder()
     builder.initialize(None, None)  # it reads neither
     keys = tenseal.context_from(builder.get_serialized_context(is_client=True))
@@ -585,4 +584,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # NVFlare writes a line for each entry
     sys.exit(main())

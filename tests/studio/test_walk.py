@@ -70,7 +70,7 @@ def test_from_a_folder_of_slides_to_the_pages_of_new_ones(tmp_path: Path) -> Non
         pictures = page.locator(".card img")
         assert pictures.count() == 24
         pictures.first.scroll_into_view_if_needed()
-        page.wait_for_function("document.querySelector('.card img').naturalWidth > 0")
+        pictures.first.evaluate("picture => picture.decode()")  # ends when it is loaded, or fails
         page.evaluate("scrollTo(0, 0)")
         visit.picture("slides")
 
