@@ -136,7 +136,7 @@ def main() -> None:
     text = "\n".join(run(options)) + "\n"
     print(text)
     if options.output:
-        options.output.write_text(text)
+        options.output.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -255,7 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.output is None:
         print(text)
     else:
-        options.output.write_text(text)
+        options.output.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -46,7 +46,7 @@ def main(args: list[str]) -> int:
     root = Path(__file__).parents[1]
     for name, change in (("pyproject.toml", with_urls), ("README.md", with_absolute_links)):
         path = root / name
-        path.write_text(change(path.read_text(), args[0]))
+        path.write_text(change(path.read_text(encoding="utf-8"), args[0]), encoding="utf-8")
     return 0
 
 

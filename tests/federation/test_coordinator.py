@@ -43,6 +43,7 @@ def run(federation: Federation, sites: Sites, output: Path) -> tuple[dict[str, A
     return outcome, accounts
 
 
+@pytest.mark.slow
 def test_averaged_keeps_each_round_and_an_ordinary_checkpoint(
     three: Federation, sites_here: Make, tmp_path: Path
 ) -> None:

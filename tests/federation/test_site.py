@@ -69,6 +69,7 @@ def trained(trainer: SiteTrainer, weights: ArrayDict, number: int = 1) -> ArrayD
     return dict(trainer.train(weights, number).weights)
 
 
+@pytest.mark.slow
 def test_a_round_is_the_training_of_slidetl_fit(
     federation: Federation, site: Site, start: ArrayDict, parts: Parts, study: Study, tmp_path: Path
 ) -> None:
@@ -207,6 +208,7 @@ def test_a_network_that_does_not_fit_is_refused(
             trainer.train(wrong, 1)
 
 
+@pytest.mark.slow
 def test_the_result_is_an_ordinary_checkpoint(
     federation: Federation, start: ArrayDict, parts: Parts, study: Study, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ ADDRESS = "https://example.org/group/slidetl"
 
 
 def test_every_link_of_the_page_becomes_the_address_of_a_file_that_is_there() -> None:
-    page = with_absolute_links((ROOT / "README.md").read_text(), ADDRESS)
+    page = with_absolute_links((ROOT / "README.md").read_text(encoding="utf-8"), ADDRESS)
     links = re.findall(r"\]\(([^)\s]+)\)", page)
     assert len(links) > 10
     for link in links:
@@ -22,7 +22,7 @@ def test_every_link_of_the_page_becomes_the_address_of_a_file_that_is_there() ->
 
 def test_a_second_address_replaces_the_first() -> None:
     for name, change in (("README.md", with_absolute_links), ("pyproject.toml", with_urls)):
-        text = (ROOT / name).read_text()
+        text = (ROOT / name).read_text(encoding="utf-8")
         moved = change(change(text, "https://example.org/old"), ADDRESS)
         assert moved == change(text, ADDRESS)
         assert moved != text
@@ -34,7 +34,7 @@ def test_foreign_links_and_anchors_stay() -> None:
 
 
 def test_the_metadata_gain_the_addresses_and_keep_the_rest() -> None:
-    text = (ROOT / "pyproject.toml").read_text()
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     before, after = tomllib.loads(text), tomllib.loads(with_urls(text, ADDRESS))
     urls = after["project"].pop("urls")
     assert urls["Repository"] == ADDRESS
