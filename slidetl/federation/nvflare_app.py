@@ -69,7 +69,7 @@ class Server:
             )
         except SlidetlError as error:
             outcome = {"error": one_line(str(error))}
-        except BaseException as error:
+        except BaseException as error:  # the command that waits reads the reason from this file alone
             write_whole(
                 output / OUTCOME, json.dumps({"error": f"{type(error).__name__}: {one_line(str(error))}"})
             )
