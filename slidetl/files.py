@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from slidetl.errors import OutputError, SlidetlError
+from slidetl.errors import OutputError, SlidetlError, UsageError
 from slidetl.text import csv_cell
 
 # A network of a thousand tensors has 100 kB; the library would read up to 100 MB.
@@ -206,3 +206,25 @@ def read_packed_array(archive: zipfile.ZipFile, name: str, most_bytes: int) -> N
         raise ValueError(f"{name} would take {wanted} bytes, more than {most_bytes}")
     with archive.open(f"{name}.npy") as stream:
         return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
+
+
+def read_yaml(path: Path, what: str, expected: str) -> dict[str, Any]:
+    """Reads a YAML file of named values.
+
+    Args:
+        path: the file.
+        what: it describes, for messages: "a comparison".
+        expected: names of values in it, and where there is an example, for messages.
+
+    Raises:
+        UsageError: it cannot be read, or holds no named values.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path}: expected the YAML of {what}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: expected {expected}")
+    return values

@@ -11,8 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from slidetl.errors import OutputError, SlideReadError
-from slidetl.files import check_safetensors, check_stored, read_packed_array, replaced, write_csv, write_whole
+from slidetl.errors import OutputError, SlideReadError, UsageError
+from slidetl.files import (
+    check_safetensors,
+    check_stored,
+    read_packed_array,
+    read_yaml,
+    replaced,
+    write_csv,
+    write_whole,
+)
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
@@ -105,3 +113,13 @@ def test_the_header_of_safetensors_has_a_limit(tmp_path: Path, length: int) -> N
     (tmp_path / "b").write_bytes(struct.pack("<Q", 100) + b"{}")
     with pytest.raises(ValueError, match="within the file of 10"):
         check_safetensors(tmp_path / "b")
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "", "\x00"])
+def test_a_yaml_without_named_values_is_one_line(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError, match=r"x\.yaml: expected [^\n]*$"):
+        read_yaml(path, "a comparison", "arms and more")
+    path.write_text("é: 1", encoding="utf-8")
+    assert read_yaml(path, "a comparison", "arms and more") == {"é": 1}

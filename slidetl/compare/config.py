@@ -13,6 +13,7 @@ from typing import Any, Literal
 from slidetl.errors import UsageError
 from slidetl.evaluation.classical import POOLS, ClassicalModel, Pool
 from slidetl.evaluation.protocol import Protocol, canonical_sha256
+from slidetl.files import read_yaml
 from slidetl.models.spec import with_preset
 from slidetl.text import first_lines
 
@@ -288,17 +289,9 @@ def read_comparison(path: Path) -> Comparison:
     Raises:
         UsageError: it cannot be read, or a value is wrong; one line says where.
     """
-    import yaml
     from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(
-            f"{path}: expected the YAML of a comparison: {' '.join(str(error).split())}"
-        ) from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: expected manifest, cache, arms, primary and more; see configs/compare/")
+    values = read_yaml(path, "a comparison", "manifest, cache, arms, primary and more; see configs/compare/")
     # The parser makes objects of all with a class_path; base and fit must stay as written.
     base, fits = values.pop("base", {}), {}
     arms = values.get("arms")

@@ -15,6 +15,7 @@ from slidetl.federation.combine import Rule, WeightedMean, check_sites
 from slidetl.federation.mixing import Floats, check_matrix, full_graph, ring
 from slidetl.federation.privacy import Privacy
 from slidetl.federation.weights import Travel
+from slidetl.files import read_yaml
 from slidetl.models.spec import with_preset
 from slidetl.text import first_lines
 
@@ -236,16 +237,7 @@ def read_federation(path: Path) -> Federation:
     Raises:
         UsageError: it cannot be read, or a value is wrong; one line says where.
     """
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(
-            f"{path}: expected the YAML of a federation: {' '.join(str(error).split())}"
-        ) from error
-    if not isinstance(values, dict):
-        raise UsageError(f"{path}: expected sites, scheme, model and more; see configs/federated/")
+    values = read_yaml(path, "a federation", "sites, scheme, model and more; see configs/federated/")
     try:
         return federation_from(values)
     except UsageError as error:

@@ -26,7 +26,7 @@ from slidetl.errors import FederationError, UsageError
 from slidetl.federation.config import BASELINES, Federation, Site
 from slidetl.federation.privacy import check_policy
 from slidetl.federation.records import Rounds
-from slidetl.files import write_whole
+from slidetl.files import read_yaml, write_whole
 from slidetl.text import one_line
 
 Report = Callable[[str, dict[str, Any]], None]  # a name or "", and the account of a round
@@ -75,16 +75,11 @@ def read_site(name: str, federation: Federation) -> tuple[Site, Path]:
     path = Path(where) / f"{name}.yaml" if where and Path(where).is_dir() else Path(where)
     if not where or not path.is_file():
         raise UsageError(f"{SITE_FILE}={where!r}: expected a file with manifest, cache and folder of {name}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{path}: expected YAML: {one_line(str(error))}") from error
     keys = ("manifest", "cache", "folder")
-    if not isinstance(values, dict) or set(values) - {"privacy"} != set(keys):
-        raise UsageError(
-            f"{path}: expected {', '.join(keys)}, and privacy if it asks for one, found "
-            f"{one_line(str(values))[:200]}"
-        )
+    expected = f"{', '.join(keys)}, and privacy if it asks for one"
+    values = read_yaml(path, "a site", expected)
+    if set(values) - {"privacy"} != set(keys):
+        raise UsageError(f"{path}: expected {expected}, found {one_line(str(values))[:200]}")
     if "privacy" in values:
         check_policy(values["privacy"], federation.privacy if federation.scheme not in BASELINES else None)
     declared = federation.sites.get(name)
