@@ -5,6 +5,8 @@
 For each redraw it builds the slides (tools/make_collage.py), tiles and embeds them, computes the arms of
 configs/compare/collage.yaml, and combines the redraws. It refuses a configuration with a hash that is not
 registered (docs/evidence/registered.md). The same command resumes a run; --hours ends it between two jobs.
+Results of trained arms are kept under --results too, without embeddings: a machine that builds the same
+slides computes none of them again, and anyone can recompute the statistics.
 Jobs are computed in the order of --stages: arms without training (frozen), the primary pair on all training
 slides (primary), the other arms on all of them (others), the primary pair on fewer (sizes); within a stage
 redraw by redraw. The report of each redraw is written after the page.
@@ -13,7 +15,9 @@ redraw by redraw. The report of each redraw is written after the page.
 from __future__ import annotations
 
 import argparse
+import gzip
 import importlib.util
+import json
 import os
 import platform
 import shutil
@@ -34,7 +38,7 @@ from slidetl.cli.shipped import find_config
 from slidetl.compare.config import Comparison, read_comparison
 from slidetl.compare.plan import Job
 from slidetl.compare.pool import Workplace, run_here
-from slidetl.compare.records import JobResult, read_result
+from slidetl.compare.records import JobResult, read_result, result_from, values_of, write_result
 from slidetl.compare.run import Plan, plan_comparison, report_comparison
 from slidetl.errors import SlidetlError, UsageError
 from slidetl.evaluation.bootstrap import Metric, resampled_metric
@@ -134,6 +138,27 @@ def comparisons_of(configured: Comparison, folders: Sequence[Path]) -> list[Comp
         )
         for redraw, folder in enumerate(folders)
     ]
+
+
+def restore(plan: Plan, folder: Path, results: Path) -> None:
+    """Puts the results that were kept of the jobs of a redraw beside those computed here."""
+    jobs = folder / "compare" / "jobs"
+    for job in plan.jobs:
+        kept = results / f"{job.key}.json.gz"
+        if kept.exists() and read_result(jobs, job.key) is None:
+            jobs.mkdir(parents=True, exist_ok=True)
+            result = result_from(json.loads(gzip.decompress(kept.read_bytes())))
+            write_result(job, result, jobs, jobs / job.key)
+
+
+def keep(plan: Plan, folder: Path, results: Path) -> None:
+    """Keeps the results of the trained arms of a redraw."""
+    for job in plan.jobs:
+        found = read_result(folder / "compare" / "jobs", job.key) if "fit" in job.recipe else None
+        kept = results / f"{job.key}.json.gz"
+        if found is not None and not kept.exists():
+            results.mkdir(parents=True, exist_ok=True)
+            write_whole(kept, gzip.compress(json.dumps(values_of(found)).encode(), mtime=0))
 
 
 def in_order(plans: Sequence[Plan], stages: Sequence[str]) -> list[tuple[int, Job]]:
@@ -287,22 +312,26 @@ def write_page(redraws: Sequence[Redrawn], plans: Sequence[Plan], command: str) 
         *about.strip().split("\n\n"),
         "## The primary comparison",
     ]
-    if len(gaps) == REDRAWS:
-        found = combined(gaps)
-        parts.append(
-            f"QWK, best-tuned {primary.arm} minus best-tuned {primary.against}, at {n_train} slides: "
-            f"**{as_text(gaps, '+.2f')}**"
-            + (
-                f", p = {found.p:.3f}; between redraws, a standard deviation of {found.between:.2f}."
-                if found
-                else "."
-            )
-        )
+    title = f"QWK, best-tuned {primary.arm} minus best-tuned {primary.against}, at {n_train} slides: "
+    found = combined(gaps)
+    state = "" if len(gaps) == REDRAWS else f"{len(gaps)} of {REDRAWS} redraws, so not yet the answer: "
+    if not gaps:
+        parts.append(f"{title}**not run yet** (0 of {REDRAWS} redraws).")
+    elif found is None:
+        parts.append(f"{title}{state}{as_text(gaps, '+.2f')}. One redraw has no interval over redraws.")
     else:
-        parts.append(
-            f"QWK, best-tuned {primary.arm} minus best-tuned {primary.against}, at {n_train} slides: "
-            f"**not run yet** ({len(gaps)} of {REDRAWS} redraws)."
-        )
+        spread = f"p = {found.p:.3f}; between redraws, a standard deviation of {found.between:.2f}."
+        parts.append(f"{title}{state}**{as_text(gaps, '+.2f')}**, {spread}")
+    if gaps:
+        pair = [(name, None) for name in (primary.arm, primary.against)]
+        rows = [
+            [number, *(f"{effect(one.home[key], 'qwk')[0]:.2f}" for key in pair), f"{gap:+.2f} ({error:.2f})"]
+            for number, one in enumerate(redraws)
+            if all(key in one.home for key in pair)
+            for gap, error in [effect(one.home[pair[0]], "qwk", one.home[pair[1]])]
+        ]
+        columns = ["redraw", primary.arm, primary.against, "difference (standard error over slides)"]
+        parts.append(markdown(columns, rows))
     if missing:
         state = (
             "Not run in every redraw" if any(map(complete.get, trained)) else "No trained arm has been run"
@@ -478,6 +507,9 @@ def main(arguments: Sequence[str] | None = None, collage: Sequence[str] = ()) ->
     parser.add_argument(
         "--stages", nargs="+", choices=STAGES, default=STAGES, help="jobs to compute (default: all)"
     )
+    results = Path("docs/evidence/collage")
+    about = "results of trained arms: read from there, and kept there (default: %(default)s)"
+    parser.add_argument("--results", type=Path, default=results, metavar="FOLDER", help=about)
     about = "start no job after so many hours (default: %(default)s)"
     parser.add_argument("--hours", type=float, default=8.0, metavar="X", help=about)
     about = "jobs at a time; they share the cores (default: %(default)s)"
@@ -499,7 +531,10 @@ def main(arguments: Sequence[str] | None = None, collage: Sequence[str] = ()) ->
         for redraw, (folder, comparison) in enumerate(zip(folders, comparisons, strict=True)):
             prepare(given.tiles, given.external_tiles, folder, redraw, collage)
             plans.append(plan_comparison(comparison))
+            restore(plans[-1], folder, given.results)
         failed = compute(plans, folders, given.stages, deadline, given.jobs)
+        for plan, folder in zip(plans, folders, strict=True):
+            keep(plan, folder, given.results)
         redraws = [redrawn(plan, folder) for plan, folder in zip(plans, folders, strict=True)]
         command = (
             "python tools/run_registered.py --tiles data/crc5_112/train --external-tiles data/crc5_112/test "

@@ -85,16 +85,36 @@ def predictions_from(rows: Iterable[Mapping[str, Any]]) -> tuple[SlidePrediction
     return tuple(SlidePrediction(**{**row, "probabilities": tuple(row["probabilities"])}) for row in rows)
 
 
+def values_of(result: JobResult) -> dict[str, Any]:
+    """Returns the fields of a result but for its embeddings, as JSON has them."""
+    values = {item.name: getattr(result, item.name) for item in fields(JobResult)}
+    del values["embeddings"]
+    for name in ("predictions", "curves"):
+        values[name] = [asdict(record) for record in values[name]]
+    return values
+
+
+def result_from(values: Mapping[str, Any], embeddings: NDArray[np.float32] | None = None) -> JobResult:
+    """Makes a result of its fields, as JSON has them, and its embeddings.
+
+    Raises:
+        KeyError, TypeError, ValueError: they are not those of a result.
+    """
+    made = {
+        **values,
+        "predictions": predictions_from(values["predictions"]),
+        "curves": tuple(CurvePoint(**point) for point in values["curves"]),
+    }
+    return JobResult(**made) if embeddings is None else JobResult(**made, embeddings=embeddings)
+
+
 def write_result(job: Job, result: JobResult, building: Path, finished: Path) -> None:
     """Writes the files of a result below ``building``, and renames them to ``finished`` as a whole."""
     work = building / "result"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
-    values = {item.name: getattr(result, item.name) for item in fields(JobResult)}
-    np.save(work / _EMBEDDINGS, values.pop("embeddings"))
-    for name in ("predictions", "curves"):
-        values[name] = [asdict(record) for record in values[name]]
-    (work / _RESULT).write_text(json.dumps(values) + "\n", encoding="utf-8")
+    np.save(work / _EMBEDDINGS, result.embeddings)
+    (work / _RESULT).write_text(json.dumps(values_of(result)) + "\n", encoding="utf-8")
     about = {
         "format": FORMAT_VERSION,
         "software": f"slidetl {VERSION}",
@@ -119,12 +139,9 @@ def read_result(folder: Path, key: str) -> JobResult | None:
             return None
         if any(_sha256(finished / name) != sha256 for name, sha256 in about["sha256"].items()):
             return None
-        values = json.loads((finished / _RESULT).read_text(encoding="utf-8"))
-        values["predictions"] = predictions_from(values["predictions"])
-        values["curves"] = tuple(CurvePoint(**point) for point in values["curves"])
         # By way of a map, which is no larger than the file.
         embeddings = np.array(np.load(finished / _EMBEDDINGS, mmap_mode="r", allow_pickle=False))
-        return JobResult(**values, embeddings=embeddings)
+        return result_from(json.loads((finished / _RESULT).read_text(encoding="utf-8")), embeddings)
     except (OSError, KeyError, TypeError, ValueError):
         return None
 

@@ -20,8 +20,9 @@ from scipy.stats import ttest_1samp
 from sklearn.metrics import cohen_kappa_score
 
 from slidetl.compare.config import read_comparison
-from slidetl.compare.records import CurvePoint
+from slidetl.compare.records import CurvePoint, JobResult, read_result, write_result
 from slidetl.evaluation.comparison import patient_results
+from slidetl.training.predictions import SlidePrediction
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--train", "20", "--test", "10", "--external-slides", "25", "--tiles-per-slide", "10"]
@@ -69,6 +70,7 @@ def write_config(folder: Path, registered: str) -> Path:
 def run(folder: Path, config: Path, *more: str) -> int:
     words = ["--tiles", str(folder / "home"), "--external-tiles", str(folder / "other"), *more]
     places = ["--output", str(folder / "out"), "--page", str(folder / "page.md")]
+    places += ["--results", str(folder / "results")]
     return int(tool.main([*words, *places, "--config", str(config), "--redraws", "1"], SMALL))
 
 
@@ -113,6 +115,65 @@ def test_the_page_has_the_metrics_of_the_arms_that_were_run_and_names_the_others
     capsys.readouterr()
     assert not tool.compute([plan], [tmp_path / "out" / "redraw-0"], ["frozen"], time.monotonic() + 60, 1)
     assert "0 jobs to compute" in capsys.readouterr().err
+
+
+def test_the_primary_pair_is_shown_redraw_by_redraw_until_all_are_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tool, "N_DRAWS", 50)
+    comparison = read_comparison(ROOT / "configs/compare/collage.yaml")
+    rng = np.random.default_rng(0)
+    true, names = np.arange(60) % 5, np.arange(60)
+
+    def redraw(n_wrong: int) -> Any:
+        def results(graded: Any) -> Any:
+            return patient_results(true, np.eye(5)[graded], names, "slide")
+
+        worse = true.copy()
+        worse[:n_wrong] = rng.integers(0, 5, n_wrong)
+        home = {("warm", None): results(true), ("scratch", None): results(worse)}
+        return tool.Redrawn(home, home, home, {})
+
+    fold = SimpleNamespace(train=["a"] * 100, test=["b"] * 60, external=["c"] * 3)
+    plan = SimpleNamespace(comparison=comparison, folds=[fold])
+
+    def page(*redraws: Any) -> str:
+        return " ".join(tool.write_page(redraws, [plan] * len(redraws), "command").split())
+
+    one = page(redraw(30))
+    assert "1 of 5 redraws, so not yet the answer: +0." in one and "no interval over redraws" in one
+    two = page(redraw(30), redraw(40))
+    assert "2 of 5 redraws, so not yet the answer: **+0." in two
+    assert re.search(r"\| 1 \| 1\.00 \| 0\.\d\d \| \+0\.\d\d \(0\.\d\d\) \|", two)
+    five = page(*(redraw(20 + n) for n in range(5)))
+    assert "not yet the answer" not in five and "between redraws, a standard deviation of" in five
+
+
+def test_a_kept_result_is_not_computed_again(tmp_path: Path) -> None:
+    """On another machine, which builds the same slides and has the results alone."""
+    row = SlidePrediction("s", "p", 2, (0.1, 0.2, 0.4, 0.2, 0.1), 40, site="home")
+    point = CurvePoint("inner-0", 1, 10, 50, 3.0, 1.0, 0.5, 0.1 + 0.2, 0.1, float("nan"))
+    result = JobResult((row,), (point,), chosen={"model.lr": 0.001, "epochs": 10}, temperature=1.3)
+    job = SimpleNamespace(
+        key="k", recipe={"fit": {}}, fold=SimpleNamespace(seed=0, train=("t",), test=("s",), external=())
+    )
+    other = SimpleNamespace(**{**vars(job), "key": "colour", "recipe": {"baseline": "colour_area"}})
+    plan = SimpleNamespace(jobs=(job, other))
+    for name in ("k", "colour"):
+        building, jobs = tmp_path / "building" / name, tmp_path / "here" / "compare" / "jobs"
+        building.mkdir(parents=True)
+        jobs.mkdir(parents=True, exist_ok=True)
+        one: Any = job if name == "k" else other
+        write_result(one, replace(result, embeddings=np.ones((2, 3), np.float32)), building, jobs / name)
+    tool.keep(plan, tmp_path / "here", tmp_path / "results")
+    assert [file.name for file in (tmp_path / "results").iterdir()] == ["k.json.gz"]
+    tool.restore(plan, tmp_path / "there", tmp_path / "results")
+    found = read_result(tmp_path / "there" / "compare" / "jobs", "k")
+    assert found is not None and found.predictions == (row,) and found.chosen == result.chosen
+    assert repr(found.curves) == repr((point,)) and found.embeddings.size == 0
+    before = (tmp_path / "results" / "k.json.gz").read_bytes()
+    tool.keep(plan, tmp_path / "there", tmp_path / "results")
+    assert (tmp_path / "results" / "k.json.gz").read_bytes() == before
 
 
 def test_what_is_not_registered_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
