@@ -38,7 +38,7 @@ def federate(*, config: Path, output: Path, simulate: bool = False, kit: Path | 
     elif simulate:
         outcomes = {"": run_simulator(federation, output, report)}
     elif kit is not None:
-        check_engine()
+        check_engine(federation)
         from slidetl.federation.nvflare_job import submit
 
         outcomes = {"": submit(federation, output, kit, lambda line: print(line, flush=True))}

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.errors import FederationError, UsageError
-from slidetl.federation.weights import SiteUpdate, Weights, find_fault, is_statistic
+from slidetl.federation.weights import SiteUpdate, Weights, find_fault, is_floating, is_statistic
 
 Floats = NDArray[np.float64]
 
@@ -249,7 +249,7 @@ def combine_round(
             f"{type(rule).__name__} needs {needed} usable updates, and {len(usable)} of {len(declared)} "
             f"sites sent one{f' ({reasons})' if reasons else ''}: mend them and resume from the last round"
         )
-    floating = [name for name, value in reference.items() if np.issubdtype(value.dtype, np.floating)]
+    floating = [name for name, value in reference.items() if is_floating(value)]
     chosen = usable
     if isinstance(rule, Krum):
         chosen = [usable[number] for number in rule.select(_squared_distances(reference, usable, floating))]

@@ -72,13 +72,21 @@ class Averaged:
             malicious sites.
         momentum: of the server (FedAvgM), at least 0 and below 1.
         fewest: usable updates with which a round counts.
+        encrypted: sites encrypt their updates, and the server adds what it cannot read; the sites decrypt the
+            mean. At least two updates must be in it.
     """
 
     rule: Rule = WeightedMean()  # noqa: RUF009 (frozen)
     momentum: float = 0.0
     fewest: int = 1
+    encrypted: bool = False
 
     def __post_init__(self) -> None:
+        if self.encrypted and not isinstance(self.rule, WeightedMean):
+            raise UsageError(
+                "averaged.encrypted: averaged.rule must be WeightedMean, since the server cannot compare "
+                f"updates that it cannot read, not {type(self.rule).__name__}"
+            )
         if not 0 <= self.momentum < 1 or self.fewest < 1:
             raise UsageError(f"averaged: expected a momentum from 0 to below 1 and fewest >= 1, not {self}")
 
@@ -178,6 +186,11 @@ class Federation:
             )
         if self.scheme == "averaged":
             check_sites(self.averaged.rule, len(self.sites))
+        if self.averaged.encrypted and self.scheme != "averaged":
+            raise UsageError(
+                f"averaged.encrypted: scheme must be averaged, not {self.scheme}, in which no server adds "
+                "updates"
+            )
         if self.scheme == "peer_to_peer":
             self.peer_to_peer.matrix(len(self.sites))
         if self.privacy is not None and self.proximal and self.privacy.level == "patient":
@@ -220,13 +233,16 @@ class Federation:
         }
         rule = self.averaged.rule
         named = {"class_path": f"{type(rule).__module__}.{type(rule).__qualname__}", "init_args": vars(rule)}
+        averaged = {"rule": named, "momentum": self.averaged.momentum, "fewest": self.averaged.fewest}
+        if self.averaged.encrypted:  # else the hash is that of before there was encryption
+            averaged["encrypted"] = True
         scalars = ("scheme", "model", "data", "trainer", "rounds", "local_epochs", "grades", "seed", "travel")
         return {
             "sites": sites,
             **{name: getattr(self, name) for name in (*scalars, "proximal", "answer_seconds")},
             "privacy": vars(self.privacy) if self.privacy is not None else None,
             "cyclic": {"order": list(self.cyclic.order)},
-            "averaged": {"rule": named, "momentum": self.averaged.momentum, "fewest": self.averaged.fewest},
+            "averaged": averaged,
             "peer_to_peer": vars(self.peer_to_peer),
         }
 

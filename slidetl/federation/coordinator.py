@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from slidetl.errors import FederationError
-from slidetl.federation.combine import combine_round
+from slidetl.errors import FederationError, UsageError
+from slidetl.federation.combine import accept, combine_round, middle_value
 from slidetl.federation.config import BASELINES, Federation
+from slidetl.federation.encryption import Cipher
 from slidetl.federation.participant import Answer, Participant, read_update
 from slidetl.federation.records import SCORE, Rounds, best_round, pooled, read_arrays, write_arrays
 from slidetl.federation.rounds import cyclic
 from slidetl.federation.site import METRICS, initial_weights, write_shared_checkpoint
-from slidetl.federation.weights import SiteUpdate, Weights
+from slidetl.federation.weights import SiteUpdate, Weights, counters, find_fault, is_floating
 from slidetl.text import one_line
 from slidetl.tiles.grid import TileSpec
 
@@ -65,7 +68,9 @@ class SitesHere:
         return self.participants[name].give(number, what)
 
 
-def run_rounds(federation: Federation, sites: Sites, output: Path, report: Report) -> Account:
+def run_rounds(
+    federation: Federation, sites: Sites, output: Path, report: Report, cipher: Cipher | None = None
+) -> Account:
     """Runs the rounds that are not finished in ``output``, then hands the best network to the sites.
 
     Args:
@@ -74,20 +79,27 @@ def run_rounds(federation: Federation, sites: Sites, output: Path, report: Repor
         output: ``rounds/`` with each network and account; ``checkpoints/best.ckpt`` at the end, unless
             networks are at the sites alone.
         report: called with the account of each new round.
+        cipher: with the keys of the server; for ``averaged.encrypted`` only.
 
     Returns:
         ``best``, the number of the best round, its ``score``, and ``kept``, the sites that wrote it.
 
     Raises:
         FederationError: too few sites are left.
-        UsageError: ``output`` has rounds of another configuration.
+        UsageError: ``output`` has rounds of another configuration, or the keys are missing.
     """
+    if federation.averaged.encrypted and cipher is None:
+        raise UsageError("averaged.encrypted needs keys of the server")
     rounds = Rounds(output / "rounds", federation.sha256)
     accounts = rounds.accounts()
     is_shared = federation.scheme != "peer_to_peer"
     tile_spec = _greet(federation, sites)
     weights: Weights = rounds.read(len(accounts)) if accounts and is_shared else initial_weights(federation)
-    run = {"averaged": _averaged, "peer_to_peer": _peer_to_peer}.get(federation.scheme, _cyclic)
+    loops: dict[str, Callable[..., Iterator[tuple[Account, Weights]]]] = {
+        "averaged": partial(_averaged, cipher=cipher),
+        "peer_to_peer": _peer_to_peer,
+    }
+    run = loops.get(federation.scheme, _cyclic)
     for account, network in run(federation, sites, weights, len(accounts), output):
         message = {"message": "validate", "weights": network} if is_shared else {"message": "validate_own"}
         validated, unscored = _ask_metrics(federation, sites, **message)
@@ -173,7 +185,12 @@ def _cyclic(
 
 
 def _averaged(
-    federation: Federation, sites: Sites, weights: Weights, done: int, output: Path
+    federation: Federation,
+    sites: Sites,
+    weights: Weights,
+    done: int,
+    output: Path,
+    cipher: Cipher | None,
 ) -> Iterator[tuple[Account, Weights]]:
     options, declared = federation.averaged, federation.declared
     kept = output / "velocity.safetensors"  # of the round in the name of its entries
@@ -190,19 +207,34 @@ def _averaged(
         updates, metrics = [], {}
         for site, answer in answers.items():
             try:
-                updates.append(read_update(site, answer))
+                updates.append(read_update(site, answer, "counters" if options.encrypted else "weights"))
             except FederationError as error:
                 lost[site] = str(error)
         try:
-            found = combine_round(
-                weights,
-                updates,
-                declared,
-                options.rule,
-                fewest=options.fewest,
-                momentum=options.momentum,
-                velocity=velocity,
-            )
+            if options.encrypted:
+                assert cipher is not None  # run_rounds has refused
+                mean, used, left_out, notes = _add_encrypted(
+                    federation, sites, cipher, weights, updates, answers, number
+                )
+                found = combine_round(
+                    weights,
+                    [mean],
+                    {mean.site: mean.examples},
+                    options.rule,
+                    momentum=options.momentum,
+                    velocity=velocity,
+                )
+                found = replace(found, used=used, left_out=left_out, notes=notes)
+            else:
+                found = combine_round(
+                    weights,
+                    updates,
+                    declared,
+                    options.rule,
+                    fewest=options.fewest,
+                    momentum=options.momentum,
+                    velocity=velocity,
+                )
         except FederationError as error:
             reasons = "".join(f"; {site}: {reason}" for site, reason in sorted(lost.items()))
             raise FederationError(f"round {number}: {error}{reasons}") from error
@@ -222,6 +254,96 @@ def _averaged(
             },
             weights,
         )
+
+
+def _add_encrypted(
+    federation: Federation,
+    sites: Sites,
+    cipher: Cipher,
+    weights: Weights,
+    updates: Sequence[SiteUpdate],
+    answers: Mapping[str, Any],
+    number: int,
+) -> tuple[SiteUpdate, tuple[str, ...], dict[str, str], dict[str, str]]:
+    """Adds the encrypted updates of a round, and lets the sites in the sum decrypt it.
+
+    More than half of them must agree on the mean, so a minority cannot invent one.
+
+    Args:
+        federation: the configuration.
+        sites: carry the messages.
+        cipher: with the keys of the server.
+        weights: the network that the sites were sent.
+        updates: their counters, which are in the clear, examples and metrics.
+        answers: with the ciphertexts.
+        number: of the round.
+
+    Returns:
+        The mean as one update; the sites in it; the reason for each other one; remarks on those in it.
+
+    Raises:
+        FederationError: fewer than two updates are usable, or there is no agreement.
+    """
+    declared = federation.declared
+    usable, left_out, notes = accept(counters(weights), updates, declared)
+    for update in usable:
+        if fault := cipher.find_fault(answers[update.site].get("ciphertexts"), weights):
+            left_out[update.site] = fault
+    usable = [update for update in usable if update.site not in left_out]
+    needed = max(2, federation.averaged.fewest)
+    if len(usable) < needed:
+        raise FederationError(
+            f"an encrypted mean needs {needed} usable updates, since that of one site is its update, and "
+            f"{len(usable)} of {len(declared)} sites sent one{_in_brackets(left_out)}: mend them and resume "
+            "from the last round"
+        )
+    names = tuple(update.site for update in usable)
+    total = sum(update.examples for update in usable)
+    summed = cipher.add(
+        [answers[name]["ciphertexts"] for name in names], [update.examples / total for update in usable]
+    )
+    found, silent = sites.ask(names, "decrypt", ciphertexts=summed, number=number, present=names)
+    given, failed = _split(found)
+    silent |= failed
+    means = []
+    for name, answer in given.items():
+        try:
+            mean = read_update(name, {**answer, "examples": total, "metrics": {}})
+            fault = find_fault(mean, weights)
+        except FederationError as error:
+            fault = str(error)
+        if fault:
+            silent[name] = fault
+        else:
+            means.append(mean)
+    middle: dict[str, Any] = {}
+    if means:
+        middle = {name: middle_value([mean.weights[name] for mean in means]) for name in weights}
+        others = [mean.site for mean in means if not _is_close(mean.weights, middle)]
+        silent |= dict.fromkeys(others, "has another mean than most")
+    if len(names) - len(silent) <= len(names) / 2:
+        raise FederationError(
+            f"{len(names) - len(silent)} of {len(names)} sites agree on the decrypted mean"
+            f"{_in_brackets(silent)}, and more than half must: see their logs, and resume from the last round"
+        )
+    for name, reason in silent.items():
+        notes[name] = "; ".join([*filter(None, [notes.get(name)]), f"did not decrypt the mean: {reason}"])
+    middle |= {name: middle_value([update.weights[name] for update in usable]) for name in counters(weights)}
+    return SiteUpdate("mean", middle, total), names, left_out, notes
+
+
+def _is_close(one: Weights, other: Weights) -> bool:
+    """Tells if two networks are the same up to some rounding; all sites decrypt the same error."""
+    return all(
+        np.allclose(value, other[name], rtol=4 * float(np.finfo(value.dtype).eps), atol=1e-6)
+        for name, value in one.items()
+        if is_floating(value)
+    )
+
+
+def _in_brackets(reasons: Mapping[str, str]) -> str:
+    """Returns the reasons of sites in one line, empty without any."""
+    return f" ({'; '.join(f'{site}: {reason}' for site, reason in sorted(reasons.items()))})" * bool(reasons)
 
 
 def _peer_to_peer(

@@ -37,20 +37,25 @@ or a folder with such a file for each site, ``NAME.yaml``."""
 OUTCOME = "outcome.json"
 SAYS, RESULT = "slidetl says: ", "outcome "  # before our lines in the log of a job
 JOB = "slidetl"
+KEYS_OF_SITES, KEYS_OF_SERVER = "client_context.tenseal", "server_context.tenseal"  # by NVFlare, in a kit
 PROCESS_MARK = "SLIDETL_FEDERATION"
 """Environment variable of all processes of a run, with its mark."""
 _END_SECONDS = 60.0  # for the engine to end after the outcome
 _POLL_SECONDS = 0.5
 
 
-def check_engine() -> None:
-    """Refuses to start without NVFlare.
+def check_engine(federation: Federation) -> None:
+    """Refuses to start without NVFlare, or TenSEAL where it is needed.
 
     Raises:
         UsageError: it is not installed.
     """
-    if find_spec("nvflare") is None:
-        raise UsageError("NVFlare is not installed, which runs this scheme: pip install 'slidetl[federated]'")
+    needed = {"NVFlare": "runs this scheme"}
+    if federation.averaged.encrypted:
+        needed["TenSEAL"] = "encrypts its updates"
+    for name, use in needed.items():
+        if find_spec(name.lower()) is None:
+            raise UsageError(f"{name} is not installed, which {use}: pip install 'slidetl[federated]'")
 
 
 def check_places(federation: Federation) -> None:
@@ -66,22 +71,27 @@ def check_places(federation: Federation) -> None:
 def read_site(name: str, federation: Federation) -> tuple[Site, Path]:
     """Reads the places of a site from the file that its environment names; returns its folder too.
 
-    The file may state ``privacy``, too: the site then refuses a job under any other.
+    The file may state ``privacy``, too: the site then refuses a job under any other. With ``encrypted: true``
+    it refuses a job that would send its updates in the clear.
 
     Raises:
-        UsageError: there is no such file, it lacks a place, or the job has another privacy than it asks for.
+        UsageError: there is no such file, it lacks a place, or the job is under other terms than it states.
     """
     where = os.environ.get(SITE_FILE, "")
     path = Path(where) / f"{name}.yaml" if where and Path(where).is_dir() else Path(where)
     if not where or not path.is_file():
         raise UsageError(f"{SITE_FILE}={where!r}: expected a file with manifest, cache and folder of {name}")
     keys = ("manifest", "cache", "folder")
-    expected = f"{', '.join(keys)}, and privacy if it asks for one"
+    expected = f"{', '.join(keys)}, and its terms if it has some: privacy, encrypted: true"
     values = read_yaml(path, "a site", expected)
-    if set(values) - {"privacy"} != set(keys):
+    if set(values) - {"privacy", "encrypted"} != set(keys) or values.get("encrypted", True) is not True:
         raise UsageError(f"{path}: expected {expected}, found {one_line(str(values))[:200]}")
     if "privacy" in values:
         check_policy(values["privacy"], federation.privacy if federation.scheme not in BASELINES else None)
+    if "encrypted" in values and not federation.averaged.encrypted:
+        raise UsageError(
+            "this site sends encrypted updates alone, and the job has no averaged.encrypted: true"
+        )
     declared = federation.sites.get(name)
     if declared is None:
         raise UsageError(f"{name} is no site of the federation; it has {', '.join(federation.sites)}")
@@ -133,7 +143,7 @@ def simulate(federation: Federation, output: Path, report: Report) -> dict[str, 
     Raises:
         FederationError: the engine, or too many sites, failed.
     """
-    check_engine()
+    check_engine(federation)
     check_places(federation)
     output = output.absolute()
     engine, places = output / "engine", output / "engine" / "sites"

@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.errors import FederationError
-from slidetl.federation.weights import SiteUpdate, Weights, find_fault
+from slidetl.federation.encryption import serialised
+from slidetl.federation.weights import SiteUpdate, Weights, counters, find_fault
 from slidetl.text import one_line
 from slidetl.tiles.grid import TileSpec
 
@@ -34,9 +35,10 @@ class _Known(NamedTuple):
 def outgoing(answer: Mapping[str, Any], network: Weights, sites: Collection[str] = ()) -> dict[str, Any]:
     """Builds what leaves a site of an answer, and refuses all that is not on the list.
 
-    The list: ``weights`` of the names, shapes and types of the network; ``examples``, a count; ``metrics`` of
-    :data:`METRICS`; ``tile_spec``, the options of tiling; ``frozen_sha256``, a hash; ``left_out``, names of
-    sites; ``failed``, the class of an error.
+    The list: ``weights`` of the names, shapes and types of the network; of an encrypted update instead
+    ``ciphertexts``, which are serialised here, and ``counters``, the entries of integers; ``examples``, a
+    count; ``metrics`` of :data:`METRICS`; ``tile_spec``, the options of tiling; ``frozen_sha256``, a hash;
+    ``left_out``, names of sites; ``failed``, the class of an error.
 
     Args:
         answer: of the site.
@@ -66,6 +68,14 @@ def _weights(value: Any, known: _Known) -> dict[str, NDArray[Any]]:
         raise FederationError(f"this site sends nothing: {fault}")
     # New arrays: a view or a subclass could carry more than its values.
     return {str(name): np.array(array, copy=True, subok=False) for name, array in value.items()}
+
+
+def _counters(value: Any, known: _Known) -> dict[str, NDArray[Any]]:
+    return _weights(value, known._replace(network=counters(known.network)))
+
+
+def _ciphertexts(value: Any, known: _Known) -> list[bytes]:
+    return serialised(value, known.network)
 
 
 def _count(value: Any, known: _Known) -> int:
@@ -124,6 +134,8 @@ def _name(value: object) -> str:
 
 _FIELDS: dict[str, Callable[[Any, _Known], Any]] = {
     "weights": _weights,
+    "counters": _counters,
+    "ciphertexts": _ciphertexts,
     "examples": _count,
     "metrics": _metrics,
     "tile_spec": _tile_spec,

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import UsageError
 from slidetl.federation.combine import middle_value
-from slidetl.federation.weights import Weights
+from slidetl.federation.weights import Weights, is_floating
 
 Floats = NDArray[np.float64]
 
@@ -104,7 +104,7 @@ def mix(networks: Sequence[Weights], matrix: Floats) -> list[dict[str, NDArray[A
     mixed: list[dict[str, NDArray[Any]]] = [{} for _ in networks]
     for name, first in networks[0].items():
         values = np.stack([network[name] for network in networks])
-        if np.issubdtype(first.dtype, np.floating):
+        if is_floating(first):
             for own, row in zip(mixed, np.tensordot(matrix, values.astype(np.float64), axes=1), strict=True):
                 own[name] = row.astype(first.dtype)
         else:

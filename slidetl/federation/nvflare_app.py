@@ -20,10 +20,11 @@ from typing import Any
 from nvflare.collab import collab
 from nvflare.collab.api.context import get_call_context, set_call_context
 
-from slidetl.errors import FederationError, SlidetlError
+from slidetl.errors import FederationError, SlidetlError, UsageError
 from slidetl.federation.config import Federation, federation_from
 from slidetl.federation.coordinator import describe, run_rounds
-from slidetl.federation.engine import OUTCOME, RESULT, SAYS, read_site
+from slidetl.federation.encryption import CIPHERTEXT_BYTES, Cipher, count_ciphertexts
+from slidetl.federation.engine import KEYS_OF_SERVER, KEYS_OF_SITES, OUTCOME, RESULT, SAYS, read_site
 from slidetl.federation.participant import Answer, Participant
 from slidetl.federation.site import initial_weights, site_slides
 from slidetl.federation.weights import Weights
@@ -33,7 +34,7 @@ from slidetl.text import one_line
 
 _LOG = logging.getLogger(__name__)
 MESSAGES = (
-    *("hello", "train", "validate", "keep"),
+    *("hello", "train", "decrypt", "validate", "keep"),
     *("begin", "train_own", "mix", "combine", "take", "validate_own", "keep_own"),
 )
 _CALL_SECONDS = 20.0  # of a short call; one to a site that has died takes it whole
@@ -66,6 +67,7 @@ class Server:
                 _ConnectedSites(federation),
                 output,
                 lambda account: _LOG.info(f"{SAYS}{describe(account, federation.rounds)}"),
+                _read_cipher(federation, KEYS_OF_SERVER),
             )
         except SlidetlError as error:
             outcome = {"error": one_line(str(error))}
@@ -149,8 +151,9 @@ class Client:
         federation.sites[name] = site
         participant = Participant(federation, name, site_slides(federation, site), folder)
         participant.note = self._note
+        participant.cipher = _read_cipher(federation, KEYS_OF_SITES)
         if federation.scheme == "peer_to_peer":
-            seconds = _seconds(initial_weights(federation))
+            seconds = _seconds(_bytes(initial_weights(federation)))
             participant.ask = _PeerCalls(federation.peer_to_peer.secure, seconds).ask
         return participant
 
@@ -190,7 +193,9 @@ class _ConnectedSites:
     def __init__(self, federation: Federation) -> None:
         self._patience = federation.answer_seconds
         self._number = 0
-        self._move_seconds = _seconds(initial_weights(federation))
+        weights = initial_weights(federation)
+        encrypted = CIPHERTEXT_BYTES * count_ciphertexts(weights) * federation.averaged.encrypted
+        self._move_seconds = _seconds(_bytes(weights) + encrypted)
         self._silent: set[str] = set()  # asked in vain
 
     def ask(
@@ -256,6 +261,29 @@ class _ConnectedSites:
         return dict(results), list(results.failures)
 
 
-def _seconds(weights: Weights) -> float:
-    """Returns the longest time for a call that moves a network."""
-    return 2 * _CALL_SECONDS + sum(value.nbytes for value in weights.values()) / _SLOWEST
+def _bytes(weights: Weights) -> int:
+    return sum(value.nbytes for value in weights.values())
+
+
+def _seconds(moved: int) -> float:
+    """Returns the longest time for a call that moves so many bytes."""
+    return 2 * _CALL_SECONDS + moved / _SLOWEST
+
+
+def _read_cipher(federation: Federation, file: str) -> Cipher | None:
+    """Reads the keys of this process from its kit; None without encryption.
+
+    Raises:
+        UsageError: the kit has none, or they are changed.
+    """
+    if not federation.averaged.encrypted:
+        return None
+    from nvflare.app_opt.he.homomorphic_encrypt import load_tenseal_context_from_workspace
+
+    try:
+        return Cipher(load_tenseal_context_from_workspace(file, collab.fl_ctx))
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"averaged.encrypted needs the keys of slidetl's kits ({error}): make kits by "
+            "'python -m slidetl.federation.provision'"
+        ) from error

@@ -16,7 +16,8 @@ from nvflare.recipe.sim_env import SimEnv
 
 from slidetl.errors import FederationError, UsageError
 from slidetl.federation.config import Federation
-from slidetl.federation.engine import JOB, RESULT, SAYS
+from slidetl.federation.encryption import make_keys
+from slidetl.federation.engine import JOB, KEYS_OF_SERVER, KEYS_OF_SITES, RESULT, SAYS
 from slidetl.federation.nvflare_app import Client, Server
 
 _LOGIN_SECONDS = 30.0
@@ -116,6 +117,12 @@ def main(engine: Path, output: Path) -> None:
     local.mkdir(parents=True)
     policy = {"format_version": 2, "class_allow_list": ALLOWED}
     (local / "resources.json.default").write_text(json.dumps(policy), encoding="utf-8")
+    if federation["averaged"].get("encrypted"):
+        # Of this run alone. The simulator copies the folder to the server and all sites.
+        startup = local.parent / "startup"
+        startup.mkdir()
+        for name, keys in zip((KEYS_OF_SITES, KEYS_OF_SERVER), make_keys(), strict=True):
+            (startup / name).write_bytes(keys)
     sites = list(federation["sites"])
     recipe = make_recipe(federation, output)
     recipe.execute(SimEnv(clients=sites, workspace_root=str(engine / "workspace")))

@@ -16,11 +16,12 @@ from typing import Any, ParamSpec, cast
 from slidetl.errors import FederationError, SlidetlError
 from slidetl.federation.combine import WeightedMean, combine_round
 from slidetl.federation.config import Federation
+from slidetl.federation.encryption import Cipher
 from slidetl.federation.message import outgoing
 from slidetl.federation.mixing import mix, without
 from slidetl.federation.records import Rounds
 from slidetl.federation.site import Parts, SiteTrainer
-from slidetl.federation.weights import SiteUpdate, Weights, find_fault
+from slidetl.federation.weights import SiteUpdate, Weights, counters, find_fault
 
 Answer = dict[str, Any]
 AskSite = Callable[..., Answer]  # (name of a site, number of a round, "update" or "network") -> its answer
@@ -57,6 +58,7 @@ class Participant:
         folder: for its files.
         ask: asks another site for its update or network of a round; peer to peer only.
         note: takes an error that stays at the site.
+        cipher: with the keys of the sites; for ``averaged.encrypted`` only.
         busy: held while a message is computed.
     """
 
@@ -66,11 +68,13 @@ class Participant:
     folder: Path
     ask: AskSite | None = None
     note: Callable[[Exception], None] = print
+    cipher: Cipher | None = None
 
     def __post_init__(self) -> None:
         self.busy = threading.Lock()
         self._trainer: SiteTrainer | None = None
         self._network: Weights = {}  # that arrived; peer to peer this site's own
+        self._encrypted = 0  # the round whose mean this site has not decrypted yet
         self._offered: dict[str, tuple[int, Answer]] = {}  # to other sites: update and network of a round
 
     @property
@@ -104,10 +108,36 @@ class Participant:
 
     @_answers
     def train(self, weights: Weights, number: int) -> Answer:
-        """Trains from a network, and returns the site's."""
+        """Trains from a network, and returns the site's, or the encrypted change."""
         update = self.trainer.train(weights, number)
         self._network = weights
-        return _update_answer(update)
+        if not self.federation.averaged.encrypted:
+            return _update_answer(update)
+        if fault := find_fault(update, weights):
+            raise FederationError(f"this site sends nothing: {fault}")
+        ciphertexts = self._keys.encrypt(weights, update.weights)
+        self._encrypted = number
+        answer = {**_update_answer(update), "ciphertexts": ciphertexts, "counters": counters(update.weights)}
+        del answer["weights"]
+        return answer
+
+    @_answers
+    def decrypt(self, ciphertexts: Sequence[bytes], number: int, present: Sequence[str]) -> Answer:
+        """Decrypts the mean of the sites ``present`` in a round, once: of two sums one could be an update."""
+        if number != self._encrypted:
+            raise FederationError(
+                f"this site has no mean of round {number} to decrypt, or has done so already"
+            )
+        if self.name not in present or len(set(present) & self.federation.sites.keys()) < 2:
+            raise FederationError(f"expected a sum of this site and others, not of {', '.join(present)}")
+        self._encrypted = 0
+        return {"weights": self._keys.decrypt(ciphertexts, self._network)}
+
+    @property
+    def _keys(self) -> Cipher:
+        if self.cipher is None:
+            raise FederationError("this site has no keys for averaged.encrypted")
+        return self.cipher
 
     @_answers
     def validate(self, weights: Weights) -> Answer:
@@ -241,8 +271,13 @@ def _update_answer(update: SiteUpdate) -> Answer:
     }
 
 
-def read_update(site: str, answer: object) -> SiteUpdate:
+def read_update(site: str, answer: object, entries: str = "weights") -> SiteUpdate:
     """Reads the update in an answer; its site is the one that was asked, whatever the answer says.
+
+    Args:
+        site: that was asked.
+        answer: came from it.
+        entries: field with the entries: ``weights``, or ``counters`` of an encrypted update.
 
     Raises:
         FederationError: the site failed, or the answer has another form.
@@ -251,7 +286,7 @@ def read_update(site: str, answer: object) -> SiteUpdate:
         raise FederationError("its answer has another form")
     if "failed" in answer:
         raise FederationError(f"failed with {str(answer['failed'])[:40]}; its log says why")
-    weights, metrics = answer.get("weights"), answer.get("metrics")
+    weights, metrics = answer.get(entries), answer.get("metrics")
     if not isinstance(weights, dict) or not isinstance(metrics, dict):
-        raise FederationError("its answer has no weights and metrics")
+        raise FederationError(f"its answer has no {entries} and metrics")
     return SiteUpdate(site, weights, answer.get("examples", 0), metrics)

@@ -28,7 +28,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from slidetl.errors import FederationError, UsageError
-from slidetl.federation.weights import Weights
+from slidetl.federation.weights import Weights, is_floating
 from slidetl.files import write_whole
 from slidetl.models.network import GradingNetwork
 from slidetl.models.targets import one_hot_grades
@@ -277,7 +277,7 @@ def privatise_update(
     check_variances(after)
     deltas: dict[str, NDArray[np.float64]] = {}
     for name, value in after.items():
-        if not np.issubdtype(value.dtype, np.floating):
+        if not is_floating(value):
             continue
         if value.shape != before[name].shape:
             raise UsageError(f"privacy: {name} has the shape {value.shape}, not {before[name].shape}")

@@ -2,7 +2,8 @@
 
     python -m slidetl.federation.provision kits --server federation.example.org:8002 --site north south west
 
-Each kit goes to its machine by a safe way: its key proves who it is. Kits differ from those of
+Each kit goes to its machine by a safe way: its key proves who it is. Kits of sites share the secret key of
+homomorphic encryption ('averaged.encrypted'); the server's has none. Kits differ from those of
 'nvflare provision': sites and server take jobs of slidetl's installed classes alone, no code and no shell
 commands; no log of a site goes to the server; the server keeps its jobs in --storage.
 """
@@ -62,6 +63,7 @@ def provision(
             },
             {"path": f"{impl}.static_file.StaticFileBuilder", "args": {"config_folder": "config"}},
             {"path": f"{impl}.cert.CertBuilder"},
+            {"path": f"{impl}.he.HEBuilder"},
             {"path": f"{impl}.signature.SignatureBuilder"},
         ],
     }

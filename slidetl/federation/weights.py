@@ -55,6 +55,16 @@ def normalisation_entries(names: Iterable[str]) -> set[str]:
     return {name for name in names if name.rpartition(".")[0] in layers}
 
 
+def is_floating(value: NDArray[Any]) -> bool:
+    """Tells if an entry has floating-point numbers, not integers or booleans."""
+    return bool(np.issubdtype(value.dtype, np.floating))
+
+
+def counters(weights: Weights) -> dict[str, NDArray[Any]]:
+    """Returns the entries of integers and booleans, such as ``num_batches_tracked``."""
+    return {name: value for name, value in weights.items() if not is_floating(value)}
+
+
 def travelling(weights: Weights, travel: Travel) -> dict[str, NDArray[Any]]:
     """Returns the entries that leave a site.
 

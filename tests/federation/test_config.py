@@ -26,6 +26,8 @@ def test_values_survive_the_way_to_a_site() -> None:
     assert federation.averaged.rule == Krum(1)
     assert federation.model["transfer"] == {"class_path": "slidetl.models.transfer.Scratch"}
     assert federation_from(federation.to_dict()) == federation
+    hidden = federation_from({"sites": SITES, "averaged": {"encrypted": True}})
+    assert hidden.averaged.encrypted and federation_from(hidden.to_dict()) == hidden
 
 
 def test_the_places_of_the_slides_stay_at_home() -> None:

@@ -6,21 +6,24 @@ import contextlib
 import csv
 import json
 import os
+import pickle
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from slidetl.cli import main
 from slidetl.errors import FederationError, UsageError
-from slidetl.federation.config import Federation, Site, read_federation
+from slidetl.federation.config import Averaged, Federation, Site, read_federation
 from slidetl.federation.coordinator import SitesHere, run_rounds
 from slidetl.federation.engine import SITE_FILE, _read_outcome, marked_process, read_site
 from slidetl.federation.participant import Participant
+from slidetl.federation.records import read_arrays
 from slidetl.federation.site import Parts
 from slidetl.library.local import file_sha256
 from slidetl.training.checkpoint import load_grader
@@ -31,25 +34,47 @@ from tests.small import SMALL, small_weights
 SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "federated").glob("*.yaml"))
 
 
-# Runs in every process of the engine: keeps all that a process sends, in a file by its name in NVFlare.
+# Runs in every process of the engine: keeps all that a process sends, in a file by its name in NVFlare, and
+# what it encrypts, before and after.
 RECORDER = """
-import importlib.abc, importlib.util, os, sys, threading
-
-NAME = "nvflare.fuel.f3.sfm.sfm_conn"
+import importlib.abc, importlib.util, os, pickle, sys, threading
 
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != NAME:
+        if name not in CHANGES:
             return None
+        change = CHANGES.pop(name)
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
+        sys.meta_path.insert(0, self)
         load = spec.loader.exec_module
-        spec.loader.exec_module = lambda module: (load(module), record(module.SfmConnection))
+        spec.loader.exec_module = lambda module: (load(module), change(module))
         return spec
 
 
-def record(connection):
+def keep(name, value):
+    with open(os.path.join(os.environ["RECORDED"] + "-encrypted", f"{name}-{os.getpid()}"), "ab") as file:
+        pickle.dump(value, file)
+
+
+def record_encrypted(module):
+    encrypt, serialised = module.Cipher.encrypt, module.serialised
+
+    def keep_clear(self, before, after):
+        keep("clear", dict(after))
+        return encrypt(self, before, after)
+
+    def serialise(ciphertexts, network):
+        contents = serialised(ciphertexts, network)
+        keep("hidden", contents)
+        return contents
+
+    module.Cipher.encrypt, module.serialised = keep_clear, serialise
+
+
+def record(module):
+    connection = module.SfmConnection
     send, lock = connection.send_frame, threading.Lock()
 
     def send_frame(self, prefix, headers, payload):
@@ -61,6 +86,7 @@ def record(connection):
     connection.send_frame = send_frame
 
 
+CHANGES = {"nvflare.fuel.f3.sfm.sfm_conn": record, "slidetl.federation.encryption": record_encrypted}
 sys.meta_path.insert(0, Finder())
 """
 
@@ -71,6 +97,7 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     hook, folder = tmp_path / "hook", tmp_path / "recorded"
     hook.mkdir()
     folder.mkdir()
+    (tmp_path / "recorded-encrypted").mkdir()
     (hook / "sitecustomize.py").write_text(RECORDER)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(hook), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("RECORDED", str(folder))
@@ -89,6 +116,27 @@ def check_messages(recorded: Path, sites: dict[str, Site]) -> None:
         sent = b"".join(path.read_bytes() for path in recorded.iterdir() if path.name.startswith(name))
         assert b"network.head.score.weight" in sent and len(sent) > 2e5
         assert not [secret for secret in secrets if secret.encode() in sent]
+
+
+def check_encrypted(recorded: Path, networks: list[dict[str, np.ndarray[Any, Any]]]) -> None:
+    """Asserts that ciphertexts have been sent and the means, and that no update was sent in the clear."""
+    kept: dict[str, list[Any]] = {"clear": [], "hidden": []}
+    for path in Path(f"{recorded}-encrypted").iterdir():
+        with path.open("rb") as file, contextlib.suppress(EOFError):
+            while True:
+                kept[path.name.partition("-")[0]].append(pickle.load(file))
+    sent = b"".join(path.read_bytes() for path in recorded.iterdir())
+    of_sites = b"".join(
+        path.read_bytes() for path in recorded.iterdir() if not path.name.startswith("server")
+    )
+    assert len(kept["clear"]) == len(kept["hidden"]) == 6  # three sites, two rounds
+    assert all(ciphertext[5000:5100] in of_sites for update in kept["hidden"] for ciphertext in update)
+    large = [name for name, value in networks[0].items() if value.size >= 16]
+    for network in networks:  # so that the search finds arrays
+        assert all(network[name].tobytes()[:64] in of_sites for name in large)
+    starts = [[update[name].tobytes()[:64] for update in kept["clear"]] for name in large]
+    trained = [of_entry for of_entry in starts if len(set(of_entry)) == 6]  # the others are as they were sent
+    assert len(trained) > 10 and not [start for of_entry in trained for start in of_entry if start in sent]
 
 
 def small(path: Path, sites: dict[str, Site], to: Path) -> Path:
@@ -141,7 +189,7 @@ def test_shipped_schemes_run_in_one_process(
 
 
 @pytest.mark.slow  # NVFlare takes most of a minute to start and end its processes
-@pytest.mark.parametrize("name", ["averaged", "peer_to_peer"])
+@pytest.mark.parametrize("name", ["averaged", "peer_to_peer", "encrypted"])
 def test_the_engine_runs_a_federation(
     name: str,
     three_sites: dict[str, Site],
@@ -151,7 +199,12 @@ def test_the_engine_runs_a_federation(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("nvflare")
+    is_encrypted, name = name == "encrypted", name.replace("encrypted", "averaged")
     config = small(next(path for path in SHIPPED if path.stem == name), three_sites, tmp_path)
+    if is_encrypted:
+        values = yaml.safe_load(config.read_text())
+        values["averaged"]["encrypted"] = True
+        config.write_text(yaml.safe_dump(values))
     output = tmp_path / "out"
     assert main(["federate", "--config", str(config), "--output", str(output), "--simulate"]) == 0
     said = capsys.readouterr().out.splitlines()
@@ -164,6 +217,10 @@ def test_the_engine_runs_a_federation(
             network = output / "rounds" / f"000{account['round']}.safetensors"
             assert account["sha256"] == file_sha256(network)
     check_messages(recorded, three_sites)
+    if is_encrypted:
+        check_encrypted(
+            recorded, [read_arrays(output / "rounds" / f"000{number}.safetensors") for number in (1, 2)]
+        )
     # The result of a site is an ordinary checkpoint.
     here = output / "sites" / "north"
     lineage = load_grader(here / "checkpoints" / "best.ckpt").network.backbone.lineage
@@ -200,7 +257,13 @@ def test_a_missing_engine_or_place_is_one_line(
     assert "sites: south needs manifest and cache" in capsys.readouterr().err
     monkeypatch.setattr("slidetl.federation.engine.find_spec", lambda name: None)
     assert main([*words, "--simulate"]) == 2
-    assert "pip install 'slidetl[federated]'" in capsys.readouterr().err
+    assert "NVFlare is not installed" in capsys.readouterr().err
+    values["averaged"]["encrypted"] = True
+    config.write_text(yaml.safe_dump(values))
+    monkeypatch.setattr("slidetl.federation.engine.find_spec", lambda name: name == "nvflare" or None)
+    assert main([*words, "--simulate"]) == 2
+    told = "TenSEAL is not installed, which encrypts its updates: pip install 'slidetl[federated]'"
+    assert told in capsys.readouterr().err
 
 
 def test_an_engine_without_a_result_has_failed(tmp_path: Path) -> None:
@@ -249,6 +312,11 @@ def test_the_file_of_a_site(three: Federation, tmp_path: Path, monkeypatch: pyte
         assert site.examples == three.sites["north"].examples
     with pytest.raises(UsageError, match="east is no site"):
         read_site("east", three)
-    (tmp_path / "north.yaml").write_text(yaml.safe_dump({**places, "grades": 3}))
-    with pytest.raises(UsageError, match="expected manifest, cache, folder"):
+    for wrong in ({"grades": 3}, {"encrypted": False}, {"encrypted": "yes"}):
+        (tmp_path / "north.yaml").write_text(yaml.safe_dump({**places, **wrong}))
+        with pytest.raises(UsageError, match="expected manifest, cache, folder"):
+            read_site("north", three)
+    (tmp_path / "north.yaml").write_text(yaml.safe_dump({**places, "encrypted": True}))
+    with pytest.raises(UsageError, match="sends encrypted updates alone"):
         read_site("north", three)
+    assert read_site("north", replace(three, averaged=Averaged(encrypted=True)))[0].cache == "c"

@@ -25,6 +25,9 @@ def test_allowed_fields_leave_as_plain_values() -> None:
         assert value.dtype == NETWORK[name].dtype and value.shape == NETWORK[name].shape
     assert sent["weights"].keys() == NETWORK.keys() and sent["metrics"].keys() <= METRICS
     assert type(sent["examples"]) is int and all(type(value) is float for value in sent["metrics"].values())
+    assert send(counters={"norm.num_batches_tracked": np.array(9)}) == {
+        "counters": {"norm.num_batches_tracked": np.array(9)}
+    }
     hello = {"tile_spec": SPEC, "examples": 3, "frozen_sha256": "a" * 64}
     assert send(**hello) == hello
     assert send(frozen_sha256="") == {"frozen_sha256": ""} and send(failed="KeyError") == {
@@ -55,6 +58,11 @@ def test_arrays_carry_nothing_beside_their_values() -> None:
         ({"weights": {**TRAINED, "head.score.weight": "P0012"}}, "is no array"),
         ({"weights": {"head.score.weight": TRAINED["head.score.weight"]}}, "1 missing entries"),
         ({"weights": "P0012"}, "no weights"),
+        ({"counters": TRAINED}, "1 foreign entries, such as head.score.weight"),
+        ({"counters": {"norm.num_batches_tracked": TILE}}, r"is uint8 \[8, 8, 3\]"),
+        ({"counters": [1]}, "no weights"),
+        ({"ciphertexts": [b"P0012"]}, "the ciphertexts of an update"),
+        ({"ciphertexts": TRAINED}, "the ciphertexts of an update"),
         ({"examples": "P0012"}, "examples is no count"),
         ({"examples": [1, 2]}, "examples is no count"),
         ({"metrics": {"P0012": 0.5}}, "metric 'P0012' is not one of accuracy, epsilon, loss"),

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from slidetl.data.study import read_study
 from slidetl.errors import FederationError, UsageError
-from slidetl.federation.config import Federation, Site, federation_from
+from slidetl.federation.config import Averaged, Federation, Site, federation_from
 from slidetl.federation.coordinator import SitesHere, describe, run_rounds
+from slidetl.federation.encryption import Cipher, make_keys
 from slidetl.federation.engine import SITE_FILE, read_site
 from slidetl.federation.message import METRICS
 from slidetl.federation.participant import Participant
@@ -144,13 +145,26 @@ def test_the_section_is_read_from_plain_values(federation: Federation) -> None:
         federation_from({"sites": sites, "privacy": {"level": "site"}})
 
 
-def test_rounds_print_the_epsilon_beside_the_score(federation: Federation, tmp_path: Path) -> None:
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_rounds_print_the_epsilon_beside_the_score(
+    encrypted: bool, federation: Federation, tmp_path: Path
+) -> None:
     here = federation.sites["here"]
-    both = replace(federation, sites={"here": here, "there": replace(here, local_epochs=1)}, local_epochs=2)
+    both = replace(
+        federation,
+        sites={"here": here, "there": replace(here, local_epochs=1)},
+        local_epochs=2,
+        averaged=Averaged(encrypted=encrypted),
+    )
     parts = site_slides(both, here)
-    sites = {name: Participant(both, name, parts, tmp_path / name) for name in both.sites}
+    of_sites, of_server = map(Cipher.read, make_keys()) if encrypted else (None, None)
+    sites = {name: Participant(both, name, parts, tmp_path / name, cipher=of_sites) for name in both.sites}
     lines: list[str] = []
-    run_rounds(both, SitesHere(sites), tmp_path, lambda account: lines.append(describe(account, both.rounds)))
+
+    def tell(account: dict[str, Any]) -> None:
+        lines.append(describe(account, both.rounds))
+
+    run_rounds(both, SitesHere(sites), tmp_path, tell, of_server)
     for number, line in enumerate(lines, 1):
         assert line.startswith(f"round {number} of 2: rps 0.") and "accuracy" in line
         assert f"; epsilon up to {PATIENT.spent(4 * number):.3g}" in line  # of the site with more steps
@@ -180,10 +194,11 @@ def test_a_site_trains_under_its_own_privacy_alone(
 def test_the_how_to_shows_sections_that_work() -> None:
     text = (Path(__file__).parents[2] / "docs" / "howto" / "federated-privacy.md").read_text()
     sites = {"a": {"examples": 9}, "b": {"examples": 9}}
-    patient, site = (
+    patient, site, encrypted = (
         federation_from({"sites": sites, **yaml.safe_load(block)})
         for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     )
+    assert encrypted.averaged.encrypted
     assert patient.privacy == Privacy("patient", epsilon=8.0) and site.travel == "all-but-normalisation"
     parsed = parse_training(patient.fit_config, patient.grades, 0)
     assert parsed.model.backbone.name == parsed.data.features

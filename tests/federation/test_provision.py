@@ -3,7 +3,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+import pytest
+
+from slidetl.errors import FederationError
 from slidetl.federation.config import Federation
+from slidetl.federation.encryption import Cipher, serialised
+from slidetl.federation.engine import KEYS_OF_SERVER, KEYS_OF_SITES
 from slidetl.federation.nvflare_job import ALLOWED, make_recipe
 from slidetl.federation.provision import ADMIN, provision
 
@@ -24,6 +30,24 @@ def test_kits_let_in_no_code_and_out_no_log(tmp_path: Path) -> None:
     for name, file in (("localhost", "fed_server.json"), ("north", "fed_client.json")):
         start = (kits[name] / "startup" / file).read_text()
         assert '"mtls"' in start and "localhost:18102" in start
+    files = {name: {path.name for path in (kit / "startup").glob("*.tenseal")} for name, kit in kits.items()}
+    assert files == {
+        "localhost": {KEYS_OF_SERVER},
+        "north": {KEYS_OF_SITES},
+        "south": {KEYS_OF_SITES},
+        ADMIN: set(),
+    }
+    sent_to = {"head.weight": np.zeros(3, np.float32)}
+    of_north, of_south, of_server = (
+        Cipher.read((kits[name] / "startup" / file).read_bytes())
+        for name, file in (("north", KEYS_OF_SITES), ("south", KEYS_OF_SITES), ("localhost", KEYS_OF_SERVER))
+    )
+    sent = serialised(of_north.encrypt(sent_to, {"head.weight": np.ones(3, np.float32)}), sent_to)
+    assert of_server.find_fault(sent, sent_to) is None
+    mean = of_south.decrypt(of_server.add([sent, sent], [0.5, 0.5]), sent_to)
+    np.testing.assert_allclose(mean["head.weight"], 1, atol=1e-5)
+    with pytest.raises(FederationError, match="secret_key"):
+        of_server.decrypt(sent, sent_to)
 
 
 def test_a_job_carries_no_code_and_no_place(three: Federation, tmp_path: Path) -> None:
