@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from slidetl.evaluation.comparison import PatientResults, patient_results
+from tests.small import SMALL, small_weights
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,9 +42,9 @@ def results(seed: int, noise: float) -> PatientResults:
 def test_the_page_names_the_primary_comparison_and_each_secondary_once() -> None:
     found = {
         scheme: [results(seed, 2.0 if scheme == "local" else 0.3) for seed in (1, 2)]
-        for scheme in tool.CONFIG["schemes"]
+        for scheme in tool.FROZEN["schemes"]
     }
-    text = tool.page(found, "0" * 64)
+    text = tool.page(tool.EXPERIMENTS["frozen"], found)
     assert "2 of " in text and "120 test patients" in text
     (primary,) = [line for line in text.splitlines() if line.startswith("| **averaged minus local**")]
     cells = [cell.strip() for cell in primary.split("|")]
@@ -55,10 +58,45 @@ def test_the_page_names_the_primary_comparison_and_each_secondary_once() -> None
     assert "+0.00" in same and "1.0000" in same
 
 
+def test_a_primary_comparison_that_is_not_with_a_baseline_comes_first() -> None:
+    found = {scheme: [results(seed, 0.5) for seed in (1, 2)] for scheme in tool.FINE_TUNED["schemes"]}
+    lines = tool.page(tool.EXPERIMENTS["fine-tuned"], found).splitlines()
+    rows = [line.split(" | ")[0] for line in lines if " minus " in line and line.startswith("| ")]
+    assert rows == [
+        "| **FedBN minus averaged**",
+        "| pooled minus local",
+        "| averaged minus local",
+        "| FedBN minus local",
+        "| averaged minus pooled",
+        "| FedBN minus pooled",
+    ]
+
+
+@pytest.mark.slow
+def test_fedbn_grades_each_site_with_its_own_normalisation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = copy.deepcopy(tool.FINE_TUNED)
+    config["cohort"] |= {"slides": 45, "patients": 45}
+    config["split"] = ["train", "test", "val"]
+    config["schemes"] = ["averaged", "FedBN"]
+    config["federation"]["rounds"] = 2
+    config["federation"]["model"]["backbone"] = {"name": SMALL, "pretrained": str(small_weights())}
+    monkeypatch.setitem(
+        tool.EXPERIMENTS, "fine-tuned", replace(tool.EXPERIMENTS["fine-tuned"], config=config)
+    )
+    assert tool.main(["--fine-tuned", "--tune", "5", "--output", str(tmp_path)]) == 0
+    averaged, fedbn = (np.load(tmp_path / "5" / f"{scheme}.npz") for scheme in config["schemes"])
+    assert averaged["patients"].tolist() == fedbn["patients"].tolist() and len(averaged["true"]) == 15
+    assert np.abs(averaged["probabilities"] - fedbn["probabilities"]).max() > 1e-3
+    with pytest.raises(SystemExit, match="register it before the run"):
+        tool.main(["--fine-tuned", "--output", str(tmp_path)])
+
+
 def test_a_configuration_that_is_not_registered_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(tool.CONFIG, "seeds", [1])
+    monkeypatch.setitem(tool.FROZEN, "seeds", [1])
     with pytest.raises(SystemExit, match="register it before the run"):
         tool.main(["--output", str(tmp_path)])
     assert not any(tmp_path.iterdir())
@@ -66,5 +104,5 @@ def test_a_configuration_that_is_not_registered_is_refused(
 
 def test_neighbours_are_not_the_full_graph() -> None:
     """On three sites a ring mixes as averaging does."""
-    matrix = tool.metropolis_weights(tool.CONFIG["neighbours"])
+    matrix = tool.metropolis_weights(tool.FROZEN["neighbours"])
     assert (matrix == 0).sum() == 2
