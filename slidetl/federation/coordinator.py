@@ -112,11 +112,11 @@ def run_rounds(
         report(accounts[-1])
     best = best_round(accounts)
     if is_shared:
-        network, sha256 = rounds.read(best), rounds.sha256(best)
+        network, lineage = rounds.read(best), rounds.lineage(best)
         if federation.travel == "all" and federation.scheme not in BASELINES:
             path = output / "checkpoints" / "best.ckpt"
-            write_shared_checkpoint(federation, network, tile_spec, [sha256], path)
-        answers, lost = sites.ask(list(federation.declared), "keep", weights=network, lineage=[sha256])
+            write_shared_checkpoint(federation, network, tile_spec, lineage, path)
+        answers, lost = sites.ask(list(federation.declared), "keep", weights=network, lineage=lineage)
     else:
         answers, lost = sites.ask(list(federation.declared), "keep_own", number=best)
     kept, failed = _split(answers)

@@ -234,7 +234,7 @@ class Participant:
     def keep_own(self, number: int) -> Answer:
         """Writes the site's own network of a round as its checkpoint."""
         latest = self._rounds.latest(number)
-        self.trainer.write_checkpoint(self._rounds.read(latest), [self._rounds.sha256(latest)])
+        self.trainer.write_checkpoint(self._rounds.read(latest), self._rounds.lineage(latest))
         return {}
 
     @property

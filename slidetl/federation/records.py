@@ -98,6 +98,15 @@ class Rounds:
             raise FederationError(f"{path}: no such round")
         return str(json.loads(path.read_text(encoding="utf-8"))["sha256"])
 
+    def lineage(self, number: int) -> list[str]:
+        """Returns the hashes of the networks of a round and of those before it, nearest first.
+
+        Raises:
+            FederationError: there is no such round.
+        """
+        before = [n for n in range(number - 1, 0, -1) if self._account_path(n).is_file()]
+        return [self.sha256(n) for n in (number, *before)]
+
     def path(self, number: int) -> Path:
         """Returns the place of the network of a round."""
         return self.folder / f"{number:04}.safetensors"

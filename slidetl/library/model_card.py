@@ -93,7 +93,8 @@ class ModelCard:
         training: the training slides, or None if exported without them.
         evidence: metrics on held-out slides, or None without any.
         novelty_limit: above this a slide is unlike the training slides; None if unknown.
-        lineage: hashes of the weights it started from, nearest first.
+        lineage: hashes of the weights it started from, nearest first; of a federation, first the files of its
+            rounds, from the best back to the first.
         precisions: number formats in which the export compared the file with its networks.
         score_unit: unit of the slide's score and of the tiles' contributions to it; empty without such a sum.
     """

@@ -107,6 +107,7 @@ class Adder:
 
     def write_checkpoint(self, weights: Weights, lineage: Sequence[str]) -> None:
         write_arrays(self.folder / "best.safetensors", weights)
+        (self.folder / "lineage.txt").write_text("\n".join(lineage))
 
 
 START: dict[str, Any] = {

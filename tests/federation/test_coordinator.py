@@ -189,6 +189,20 @@ def test_a_killed_federation_continues_from_its_last_round(
     assert nothing == [] and again == outcome
 
 
+@pytest.mark.parametrize("scheme", ["averaged", "cyclic", "peer_to_peer"])
+def test_the_lineage_of_the_result_is_its_round_and_all_before(
+    scheme: Any, three: Federation, adders: Make, tmp_path: Path
+) -> None:
+    federation = replace(three, scheme=scheme, rounds=3)
+    best = run(federation, adders(federation), tmp_path)[0]["best"]
+    assert best > 1 or scheme == "cyclic"
+    for name in federation.sites:
+        site = tmp_path / "sites" / name
+        rounds = (site if scheme == "peer_to_peer" else tmp_path) / "rounds"
+        expected = [file_sha256(rounds / f"{number:04}.safetensors") for number in range(best, 0, -1)]
+        assert (site / "lineage.txt").read_text().split() == expected
+
+
 def test_rounds_of_another_configuration_are_refused(three: Federation, adders: Make, tmp_path: Path) -> None:
     federation = replace(three, rounds=1)
     run(federation, adders(federation), tmp_path)
