@@ -5,8 +5,12 @@
 TILES has a folder of small images for each class. Each patient is a bag of eight tiles that no other patient
 has, embedded once by the packaged ImageNet network; the grade 0 to 4 is the number of tiles of the target
 class. Each defence trains mean pooling and a head, at three sites for the grade and at single sites for the
-attacks of :mod:`slidetl.federation.audit`. Then it measures the homomorphic encryption that NVFlare uses.
-Results are kept under --output: what is there is not computed again.
+attacks of :mod:`slidetl.federation.audit`. Then it measures homomorphic encryption: averaged.encrypted, and
+NVFlare's own form. Results are kept under --output: what is there is not computed again.
+
+    python tools/run_federated_privacy.py --encryption --output runs/privacy --page PAGE.md
+
+measures the encryption alone, and writes that section of a page alone.
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ from slidetl.federation.audit import (
     centre_by_grade,
     logit_confidence,
 )
+from slidetl.federation.encryption import Cipher, make_keys, serialised
 from slidetl.federation.privacy import PatientSlides, Privacy, privatise_update, train_private
 from slidetl.federation.rounds import averaged
 from slidetl.federation.weights import SiteUpdate, Weights
@@ -56,6 +61,7 @@ from slidetl.models.transfer import FrozenFeatures
 from slidetl.version import VERSION
 
 TILES, GRADES, PATIENTS = 8, 5, 400
+WIDTH = 1280  # features of the packaged network
 SITE, POPULATION = 80, 160  # patients
 FEWEST_TOP, MOST_TOP = 4, 28  # of the greatest grade at a site
 ROUNDS, STEPS, RATE, SAMPLED = 5, 25, 0.01, 0.2
@@ -300,22 +306,27 @@ def _audit_members(
     return audit_membership(values[:, usable], inside[:, usable])
 
 
+COUNTS = (80, 60, 100)  # examples of three sites under encryption
+
+
 class Encrypted(NamedTuple):
     """A round of three sites under homomorphic encryption.
 
     Attributes:
         name: of the network's part.
+        form: of the encryption, ours or NVFlare's.
         values: that travel.
         clear_mb: size of an update in the clear.
-        sent_mb: size of an update as NVFlare sends it.
-        back_mb: size of the average.
+        sent_mb: size of an update as a site sends it.
+        back_mb: size of the sum as a site gets it.
         encrypt_s: of one site, with packing.
-        add_s: of the server, with unpacking, three sites together.
+        add_s: of the server, with checks and unpacking, three sites together.
         decrypt_s: of one site.
         error: greatest difference from the weighted mean in the clear.
     """
 
     name: str
+    form: str
     values: int
     clear_mb: float
     sent_mb: float
@@ -326,7 +337,45 @@ class Encrypted(NamedTuple):
     error: float
 
 
-def measure_encryption(name: str, sizes: Mapping[str, int]) -> Encrypted:
+def measure_packed(name: str, sizes: Mapping[str, int]) -> Encrypted:
+    """Runs the encryption of ``averaged.encrypted`` on updates, without transport."""
+    of_sites, of_server = map(Cipher.read, make_keys())
+    rng = np.random.default_rng(0)
+    start = {key: np.ones(size, np.float32) for key, size in sizes.items()}  # no variance falls below 0
+    expected = {key: np.zeros(size) for key, size in sizes.items()}
+    shares = [count / sum(COUNTS) for count in COUNTS]
+    times, sent = [0.0, 0.0], []
+    for share in shares:
+        update = {key: rng.normal(1, 0.05, size).astype(np.float32) for key, size in sizes.items()}
+        expected = {key: expected[key] + share * value.astype(float) for key, value in update.items()}
+        began = time.perf_counter()
+        sent.append(serialised(of_sites.encrypt(start, update), start))
+        times[0] += (time.perf_counter() - began) / len(COUNTS)
+    began = time.perf_counter()
+    assert not any(of_server.find_fault(ciphertexts, start) for ciphertexts in sent)
+    summed = of_server.add(sent, shares)
+    times[1] = time.perf_counter() - began
+    began = time.perf_counter()
+    found = of_sites.decrypt(summed, start)
+    decrypting = time.perf_counter() - began
+    error = max(float(np.abs(found[key] - expected[key]).max()) for key in sizes)
+    values = sum(sizes.values())
+    sent_mb, back_mb = (sum(map(len, contents)) / 1e6 for contents in (sent[0], summed))
+    return Encrypted(
+        name,
+        "averaged.encrypted",
+        values,
+        4 * values / 1e6,
+        sent_mb,
+        back_mb,
+        times[0],
+        times[1],
+        decrypting,
+        error,
+    )
+
+
+def measure_entries(name: str, sizes: Mapping[str, int]) -> Encrypted:
     """Runs NVFlare's own encryptor, aggregation and decryptor on a message, with keys as it provisions."""
     import tenseal
     from nvflare.apis.dxo import DXO, DataKind, MetaKey
@@ -344,19 +393,19 @@ def measure_encryption(name: str, sizes: Mapping[str, int]) -> Encrypted:
     encryptor.tenseal_context = decryptor.tenseal_context = keys
     encryptor.encrypt_layers = [True]
     helper = WeightedAggregationHelper(weigh_by_local_iter=False)  # the sites weigh before they encrypt
-    rng, context, counts = np.random.default_rng(0), FLContext(), (80, 60, 100)
+    rng, context = np.random.default_rng(0), FLContext()
     expected = dict.fromkeys(sizes, np.zeros(1))
     times, sent = [0.0, 0.0], b""
-    for count in counts:
+    for count in COUNTS:
         update = {key: rng.normal(0, 0.05, size).astype(np.float32) for key, size in sizes.items()}
         expected = {
-            key: expected[key] + value.astype(float) * count / sum(counts) for key, value in update.items()
+            key: expected[key] + value.astype(float) * count / sum(COUNTS) for key, value in update.items()
         }
         began = time.perf_counter()
         encryptor.n_iter = count
         meta = {MetaKey.NUM_STEPS_CURRENT_ROUND: count}
         sent = fobs.dumps(encryptor._process(DXO(DataKind.WEIGHTS, data=update, meta=meta), context).data)
-        times[0] += (time.perf_counter() - began) / len(counts)
+        times[0] += (time.perf_counter() - began) / len(COUNTS)
         began = time.perf_counter()
         helper.add(fobs.loads(sent), count, str(count), 0)
         times[1] += time.perf_counter() - began
@@ -372,7 +421,9 @@ def measure_encryption(name: str, sizes: Mapping[str, int]) -> Encrypted:
     error = max(float(np.abs(np.array(found[key]) - expected[key]).max()) for key in sizes)
     values = sum(sizes.values())
     clear_mb, sent_mb, back_mb = 4 * values / 1e6, len(sent) / 1e6, len(back) / 1e6
-    return Encrypted(name, values, clear_mb, sent_mb, back_mb, times[0], times[1], decrypting, error)
+    return Encrypted(
+        name, "NVFlare's, by entry", values, clear_mb, sent_mb, back_mb, times[0], times[1], decrypting, error
+    )
 
 
 def encryption_rows(width: int, kept: Path) -> list[Encrypted]:
@@ -384,9 +435,9 @@ def encryption_rows(width: int, kept: Path) -> list[Encrypted]:
     head = {name: value.size for name, value in state_of(build(width, 0)).items()}
     network = Backbone(BackboneSpec(PACKAGED, pretrained="imagenet")).state_dict()
     backbone = {name: value.numel() for name, value in network.items() if value.is_floating_point()}
+    parts = {"mean pooling and head": head, f"backbone {PACKAGED}": backbone}
     rows = [
-        measure_encryption("mean pooling and head", head),
-        measure_encryption(f"backbone {PACKAGED}", backbone),
+        measure(name, sizes) for name, sizes in parts.items() for measure in (measure_packed, measure_entries)
     ]
     write_whole(kept, json.dumps([row._asdict() for row in rows]))
     return rows
@@ -424,17 +475,7 @@ Epsilon of DP-SGD is per patient (one more or less), that of noise on updates pe
 replaced): they cannot be compared. The number of examples and the metrics of the validation leave in the
 clear, in no epsilon. An attack that fails proves nothing: a better one may not. Only epsilon is a bound.
 
-## Homomorphic encryption
-
-NVFlare's own encryptor, aggregation and decryptor in one process, without transport, with the keys that it
-provisions (`HEBuilder`: CKKS, degree 8192, coefficients 60-40-40, scale 2^40). Three sites of 80, 60 and
-100 examples, seconds of one core that others used, too.
-
-{encryption_columns}
 {encryption}
-
-Each entry is a ciphertext of at least 4,096 places and NVFlare sends the public context with each, so the
-overhead is largest for small entries.
 
 ## Repeat
 
@@ -447,6 +488,22 @@ slidetl {version}, Python {python}, torch {torch}.
 """
 
 
+ENCRYPTION = """## Homomorphic encryption
+
+A round of three sites of 80, 60 and 100 examples, in one process and without transport, with the keys that
+NVFlare provisions (`HEBuilder`: CKKS, degree 8192, coefficients 60-40-40, scale 2^40): `averaged.encrypted`,
+and NVFlare's own encryptor, aggregation and decryptor. Seconds of one core that others used, too.
+
+{columns}
+{rows}
+
+NVFlare makes at least one ciphertext of 4,096 places of each entry and sends the public context with each;
+`averaged.encrypted` packs all entries together and sends no context. Its site also returns the decrypted mean
+in the clear, as large as an update in the clear, and its server checks each ciphertext before it adds.
+
+"""
+
+
 COLUMNS = ("defence", "noise / clip", "epsilon", "QWK", "membership, AUROC", "property, AUROC")
 MORE_COLUMNS = (
     "defence",
@@ -456,7 +513,7 @@ MORE_COLUMNS = (
     "property: error (guess)",
 )
 ENCRYPTION_COLUMNS = (
-    *("update", "values", "MB in the clear", "MB to the server", "MB back", "s a site, encrypt"),
+    *("update", "form", "values", "MB in the clear", "MB to the server", "MB back", "s a site, encrypt"),
     *("s server, add three", "s a site, decrypt", "greatest error"),
 )
 
@@ -527,13 +584,28 @@ def read_aloud(rows: Sequence[Row]) -> str:
     return " ".join(lines)
 
 
+def describe_encryption(rows: Sequence[Encrypted]) -> str:
+    """Formats the section on encryption."""
+    shown = [
+        f"| {row.name} | {row.form} | {row.values:,} | {row.clear_mb:.3g} | {row.sent_mb:.3g} | "
+        f"{row.back_mb:.3g} | {row.encrypt_s:.2g} | {row.add_s:.2g} | {row.decrypt_s:.2g} | {row.error:.0e} |"
+        for row in rows
+    ]
+    found = "\n".join(shown) or "Not measured: tenseal is not installed."
+    return ENCRYPTION.format(columns=_header(ENCRYPTION_COLUMNS), rows=found).rstrip()
+
+
+def replace_encryption(rows: Sequence[Encrypted], page: Path) -> None:
+    """Writes the section on encryption into a page that is there, and leaves the rest."""
+    before, heading, rest = page.read_text(encoding="utf-8").partition("## Homomorphic encryption\n")
+    _, repeat, after = rest.partition("## Repeat\n")
+    if not heading or not repeat:
+        raise UsageError(f"{page}: expected a page of this program with its section on encryption")
+    write_whole(page, f"{before}{_refilled(describe_encryption(rows))}\n{repeat}{after}")
+
+
 def write_page(rows: Sequence[Row], encryption: Sequence[Encrypted], width: int, page: Path) -> None:
     """Writes the page."""
-    shown = [
-        f"| {row.name} | {row.values:,} | {row.clear_mb:.3g} | {row.sent_mb:.3g} | {row.back_mb:.3g} | "
-        f"{row.encrypt_s:.2g} | {row.add_s:.2g} | {row.decrypt_s:.2g} | {row.error:.0e} |"
-        for row in encryption
-    ]
     text = PAGE.format(
         patients=PATIENTS,
         tiles=TILES,
@@ -553,8 +625,7 @@ def write_page(rows: Sequence[Row], encryption: Sequence[Encrypted], width: int,
         more_columns=_header(MORE_COLUMNS),
         more="\n".join(map(describe_more, rows)),
         reading=read_aloud(rows),
-        encryption_columns=_header(ENCRYPTION_COLUMNS),
-        encryption="\n".join(shown) or "Not measured: tenseal is not installed.",
+        encryption=describe_encryption(encryption),
         version=VERSION,
         python=platform.python_version(),
         torch=torch.__version__,
@@ -566,20 +637,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--tiles", type=Path, help="a folder of tiles for each class, in any depth")
+    parser.add_argument("--target", help="name of the folder of the class that makes the grade")
     parser.add_argument(
-        "--tiles", type=Path, required=True, help="a folder of tiles for each class, in any depth"
-    )
-    parser.add_argument(
-        "--target", required=True, help="name of the folder of the class that makes the grade"
+        "--encryption", action="store_true", help="measure the encryption alone, into a page that is there"
     )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--page", type=Path, required=True)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    kept = options.output / "encryption.json"
+    if options.encryption:
+        replace_encryption(encryption_rows(WIDTH, kept), options.page)
+        return 0
+    if options.tiles is None or options.target is None:
+        parser.error("expected --tiles and --target, or --encryption")
     patients = read_patients(options.tiles, options.target, options.output / "features.npy")
     rows = [run_row(patients, defence, place, options.output) for place, defence in enumerate(defences())]
     width = patients.features.shape[2]
-    write_page(rows, encryption_rows(width, options.output / "encryption.json"), width, options.page)
+    write_page(rows, encryption_rows(width, kept), width, options.page)
     return 0
 
 

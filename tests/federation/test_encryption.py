@@ -209,8 +209,8 @@ def run(federation: Federation, sites: Any, output: Path, server: Cipher) -> lis
     return accounts
 
 
-def differ(one: Path, other: Path) -> float:
-    first, second = (read_arrays(folder / "rounds" / "0002.safetensors") for folder in (one, other))
+def differ(one: Path, other: Path, number: int = 2) -> float:
+    first, second = (read_arrays(folder / "rounds" / f"000{number}.safetensors") for folder in (one, other))
     assert {name: value.dtype for name, value in first.items()} == {n: v.dtype for n, v in second.items()}
     # The adders' changes are several units, of which CKKS loses 7e-7.
     return max(
@@ -423,7 +423,7 @@ def test_real_networks_are_those_in_the_clear(
     tmp_path: Path,
 ) -> None:
     for name, averaged in (("clear", Averaged()), ("hidden", ENCRYPTED)):
-        federation = replace(three, averaged=averaged, **options)
+        federation = replace(three, averaged=averaged, rounds=1, **options)
         sites = SitesHere(
             {
                 site: Participant(federation, site, parts_of[site], tmp_path / name / site)
@@ -431,7 +431,7 @@ def test_real_networks_are_those_in_the_clear(
             }
         )
         run(federation, with_keys(sites, cipher), tmp_path / name, server)
-    assert differ(tmp_path / "clear", tmp_path / "hidden") < 1e-4  # of 1e-7 after another training
+    assert differ(tmp_path / "clear", tmp_path / "hidden", 1) < 1e-6
 
 
 @pytest.mark.slow

@@ -53,22 +53,27 @@ def test_the_page_has_a_row_for_each_defence(
     noisy = tool.Defence("noise on each update", update=Privacy("site", clip=1.0, noise=2.0))
     private = tool.Defence("DP-SGD", Privacy("patient", noise=1.5))
     monkeypatch.setattr(tool, "defences", lambda: [tool.Defence("none"), noisy, private])
-    monkeypatch.setattr(
-        tool,
-        "encryption_rows",
-        lambda *_: [tool.measure_encryption("a head", {"weight": WIDTH, "bias": 3})],
-    )
+    sizes = {"weight": WIDTH, "bias": 3}
+    measured = [measure("a head", sizes) for measure in (tool.measure_packed, tool.measure_entries)]
+    monkeypatch.setattr(tool, "encryption_rows", lambda *_: measured)
     words = ["--tiles", str(tmp_path / "tiles"), "--target", "AC", "--output", str(tmp_path / "out")]
     assert tool.main([*words, "--page", str(tmp_path / "page.md")]) == 0
     text = (tmp_path / "page.md").read_text()
     assert "| none | - | none |" in text and "| noise on each update | 2.00 |" in text
-    assert (
-        "| DP-SGD | 1.50 |" in text and "| a head | 15 |" in text and re.search(r"\| [1-9]e-0[5-9] \|", text)
-    )
+    assert "| DP-SGD | 1.50 |" in text
+    for form in ("averaged.encrypted", "NVFlare's, by entry"):
+        assert re.search(rf"\| a head \| {form} \| 15 \|.*\| [1-9]e-0[6-9] \|\n", text)
     kept = [path.read_bytes() for path in sorted((tmp_path / "out").glob("*.npz"))]
     monkeypatch.setattr(tool, "train_site", None)  # kept results are not computed again
     assert tool.main([*words, "--page", str(tmp_path / "page.md")]) == 0
     assert kept == [path.read_bytes() for path in sorted((tmp_path / "out").glob("*.npz"))]
+    # The encryption alone changes its own section.
+    words = ["--encryption", "--output", str(tmp_path / "out"), "--page", str(tmp_path / "page.md")]
+    (tmp_path / "page.md").write_text(text.replace("| a head |", "| of before |"))
+    assert tool.main(words) == 0 and (tmp_path / "page.md").read_text() == text
+    (tmp_path / "page.md").write_text("# Another page\n")
+    with pytest.raises(UsageError, match="expected a page of this program"):
+        tool.main(words)
 
 
 def test_patients_share_no_tile_and_have_their_grade(tool: ModuleType, tmp_path: Path) -> None:
