@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from nvflare.apis.fl_context import FLContext
+from nvflare.fuel.sec.security_content_service import SecurityContentManager, SecurityContentService
 
-from slidetl.errors import FederationError
-from slidetl.federation.config import Federation
+from slidetl.errors import FederationError, UsageError
+from slidetl.federation.config import Averaged, Federation
 from slidetl.federation.encryption import Cipher, serialised
 from slidetl.federation.engine import KEYS_OF_SERVER, KEYS_OF_SITES
+from slidetl.federation.nvflare_app import _read_cipher
 from slidetl.federation.nvflare_job import ALLOWED, make_recipe
 from slidetl.federation.provision import ADMIN, provision
 
@@ -30,6 +35,14 @@ def test_kits_let_in_no_code_and_out_no_log(tmp_path: Path) -> None:
     for name, file in (("localhost", "fed_server.json"), ("north", "fed_client.json")):
         start = (kits[name] / "startup" / file).read_text()
         assert '"mtls"' in start and "localhost:18102" in start
+
+
+@pytest.mark.slow  # a provisioning
+@pytest.mark.filterwarnings("ignore:.*unclosed file:ResourceWarning")  # NVFlare opens a kit's files so
+def test_kits_hold_the_keys_of_encryption(
+    three: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kits = provision(tmp_path / "kits", "localhost:18102", ["north", "south"])
     files = {name: {path.name for path in (kit / "startup").glob("*.tenseal")} for name, kit in kits.items()}
     assert files == {
         "localhost": {KEYS_OF_SERVER},
@@ -37,17 +50,30 @@ def test_kits_let_in_no_code_and_out_no_log(tmp_path: Path) -> None:
         "south": {KEYS_OF_SITES},
         ADMIN: set(),
     }
+    hidden = replace(three, averaged=Averaged(encrypted=True))
+    monkeypatch.setattr("slidetl.federation.nvflare_app.collab", SimpleNamespace(fl_ctx=FLContext()))
+
+    def read(kit: str, file: str) -> Cipher:
+        manager = SecurityContentManager(str(kits[kit] / "startup"))
+        monkeypatch.setattr(SecurityContentService, "security_content_manager", manager)
+        cipher = _read_cipher(hidden, file)
+        assert cipher is not None and _read_cipher(three, file) is None
+        return cipher
+
+    of_north, of_south = read("north", KEYS_OF_SITES), read("south", KEYS_OF_SITES)
+    of_server = read("localhost", KEYS_OF_SERVER)
     sent_to = {"head.weight": np.zeros(3, np.float32)}
-    of_north, of_south, of_server = (
-        Cipher.read((kits[name] / "startup" / file).read_bytes())
-        for name, file in (("north", KEYS_OF_SITES), ("south", KEYS_OF_SITES), ("localhost", KEYS_OF_SERVER))
-    )
     sent = serialised(of_north.encrypt(sent_to, {"head.weight": np.ones(3, np.float32)}), sent_to)
     assert of_server.find_fault(sent, sent_to) is None
     mean = of_south.decrypt(of_server.add([sent, sent], [0.5, 0.5]), sent_to)
     np.testing.assert_allclose(mean["head.weight"], 1, atol=1e-5)
     with pytest.raises(FederationError, match="secret_key"):
         of_server.decrypt(sent, sent_to)
+    keys = kits["north"] / "startup" / KEYS_OF_SITES
+    keys.write_bytes(keys.read_bytes() + b" ")
+    for kit in ("north", "localhost"):  # changed, and none
+        with pytest.raises(UsageError, match=r"needs the keys of slidetl's kits \(Cannot load"):
+            read(kit, KEYS_OF_SITES)
 
 
 def test_a_job_carries_no_code_and_no_place(three: Federation, tmp_path: Path) -> None:
