@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from slidetl.data.manifest import ManifestRow
 from slidetl.errors import UsageError
+from slidetl.evaluation.folds import stratified_folds
 
 
 def split_patients(
@@ -19,9 +19,9 @@ def split_patients(
 ) -> dict[str, str]:
     """Splits slides into train, val and test by patient, each with about the same mix of grades.
 
-    The test part is some folds of scikit-learn's ``StratifiedGroupKFold``, the validation part some folds
-    of the rest, so the fractions hold as closely as ten folds and whole patients allow. The only slide of a
-    grade stays in training if possible.
+    The test part is some folds of :func:`~slidetl.evaluation.folds.stratified_folds`, the validation part
+    some folds of the rest, so the fractions hold as closely as ten folds and whole patients allow. The only
+    slide of a grade stays in training if possible.
 
     Args:
         rows: graded slides.
@@ -55,8 +55,6 @@ def split_patients(
 def _fold(rows: list[ManifestRow], fraction: float, seed: int, part: str) -> list[ManifestRow]:
     if fraction == 0:
         return []
-    from sklearn.model_selection import StratifiedGroupKFold
-
     grades = np.array([row.grade for row in rows])
     patients = np.array([row.patient_id for row in rows])
     n_patients = len(set(patients))
@@ -69,12 +67,8 @@ def _fold(rows: list[ManifestRow], fraction: float, seed: int, part: str) -> lis
             f"{len(rows)} slides of {n_patients} patients are too few for a {part} part of {fraction:.0%}; "
             "add slides, or give the manifest a 'split' column"
         )
-    folds = StratifiedGroupKFold(share.denominator, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        # A grade with fewer slides than folds cannot be in each; the report of the split shows it.
-        warnings.filterwarnings("ignore", "The least populated class", UserWarning)
-        parts = [members for _, members in folds.split(np.zeros(len(grades)), grades, patients)]
-    parts = [members for members in parts if len(members)]
+    # A grade with fewer slides than folds cannot be in each; the report of the split shows it.
+    parts = [fold for fold in stratified_folds(grades, patients, share.denominator, seed) if len(fold)]
     # Rare grades stay in training: folds with the last slides of a grade come last.
     left = Counter(grades.tolist())
     chosen: list[NDArray[np.intp]] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import asdict, dataclass
 from typing import Any, Unpack
 
@@ -17,6 +16,7 @@ from slidetl.evaluation.bootstrap import (
     bca_interval_if_defined,
 )
 from slidetl.evaluation.comparison import chance_p
+from slidetl.evaluation.folds import stratified_folds
 from slidetl.evaluation.metrics import (
     LEAST_PROBABILITY,
     calibration_error,
@@ -94,8 +94,6 @@ def recalibrate(
         UsageError: fewer patients, or slides of the commonest grade, than folds; or the other folds have a
             single grade.
     """
-    from sklearn.model_selection import StratifiedGroupKFold
-
     from slidetl.evaluation.ordinal import ProportionalOdds
 
     grades, (rows,) = check_probabilities(true, probabilities)
@@ -108,11 +106,8 @@ def recalibrate(
     scores = (rows @ np.arange(rows.shape[1]))[:, None]
     found = np.zeros_like(rows)
     # Stratified, or a constant score gets the commonest grade of the other folds, the rarest one here.
-    folds = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():  # a rare grade need not be in each fold
-        warnings.filterwarnings("ignore", "The least populated class", UserWarning)
-        parts = list(folds.split(scores, grades, who))
-    for train, held_out in parts:
+    for held_out in stratified_folds(grades, who, n_folds, seed):
+        train = np.setdiff1d(np.arange(len(grades)), held_out)
         if len(np.unique(grades[train])) < 2:
             raise UsageError("recalibration needs patients of two grades beside those of any fold")
         fitted = ProportionalOdds(penalty=_RECALIBRATION_PENALTY).fit(scores[train], grades[train])

@@ -18,6 +18,7 @@ import numpy as np
 
 from slidetl.errors import UsageError
 from slidetl.evaluation.comparison import Unit
+from slidetl.evaluation.folds import stratified_folds
 
 UNITS: tuple[Unit, ...] = ("worst", "mean", "slide")
 
@@ -121,8 +122,8 @@ class Fold:
 def plan_folds(cases: Sequence[Case], protocol: Protocol, n_grades: int) -> tuple[Fold, ...]:
     """Plans all folds of a comparison.
 
-    Folds come from scikit-learn's ``StratifiedGroupKFold``: no patient is on two sides, and the mix of
-    grades is about the same everywhere. The order of the cases does not matter.
+    Folds come from :func:`~slidetl.evaluation.folds.stratified_folds`: no patient is on two sides, and the
+    mix of grades is about the same everywhere. The order of the cases does not matter.
 
     Args:
         cases: the graded slides.
@@ -317,8 +318,6 @@ def _inner(train: list[Case], protocol: Protocol, seed: int) -> list[InnerFold]:
 
 
 def _stratified(cases: list[Case], n_folds: int, seed: int, option: str) -> list[list[Case]]:
-    from sklearn.model_selection import StratifiedGroupKFold
-
     patients = [case.patient_id for case in cases]
     commonest = max(Counter(case.grade for case in cases).values(), default=0)
     if min(len(set(patients)), commonest) < n_folds:
@@ -326,12 +325,9 @@ def _stratified(cases: list[Case], n_folds: int, seed: int, option: str) -> list
             f"{len(cases)} slides of {len(set(patients))} patients are too few for {n_folds} folds; lower "
             f"protocol.{option}"
         )
-    grades = np.array([case.grade for case in cases])
-    splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        # A grade with fewer slides than folds cannot be in each test part; training parts are checked.
-        warnings.filterwarnings("ignore", "The least populated class", UserWarning)
-        parts = [[cases[index] for index in test] for _, test in splitter.split(grades, grades, patients)]
+    # A grade with fewer slides than folds cannot be in each test part; training parts are checked.
+    folds = stratified_folds([case.grade for case in cases], patients, n_folds, seed)
+    parts = [[cases[index] for index in fold] for fold in folds]
     if not all(parts):
         raise UsageError(f"a fold is empty; lower protocol.{option} or choose another protocol.seed")
     return parts
