@@ -143,6 +143,7 @@ class SlideDataModule(pl.LightningDataModule):
         self.tile_spec: TileSpec | None = None
         self._study: Study | None = None
         self._training: ResumableLoader[Bag] | None = None
+        self._begun: ResumableLoader[Bag] | None = None  # by read_ahead, for Lightning to ask for
         self._resumed: dict[str, Any] = {}
 
     @classmethod
@@ -323,8 +324,19 @@ class SlideDataModule(pl.LightningDataModule):
             )
         return found.identity
 
+    def read_ahead(self) -> None:
+        """Starts reading the first bags of a new training, while its network is set up."""
+        assert self.trainer is not None
+        self._begun = self._training_loader()
+        self._begun.batch_sampler.sampler.set_epoch(self.trainer.current_epoch)
+        self._begun.read_ahead()
+
     def train_dataloader(self) -> DataLoader[Bag]:
-        """Builds the loader of bags ``[B, N, ...]``, each slide once per epoch."""
+        """Builds the loader of bags ``[B, N, ...]``, each slide once per epoch; or returns the one begun."""
+        begun, self._begun = self._begun, None
+        return begun if begun is not None else self._training_loader()
+
+    def _training_loader(self) -> ResumableLoader[Bag]:
         dataset = BagDataset(
             self.slides["train"],
             self.bag_size,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from slidetl.data.datasets import EpochBatches
@@ -32,6 +33,13 @@ class ResumableLoader(DataLoader[T_co]):
 
     def __init__(self, dataset: Dataset[T_co], batches: EpochBatches, **options: Any) -> None:
         super().__init__(dataset, batch_sampler=batches, **options)
+
+    def read_ahead(self) -> None:
+        """Starts the workers on the sampler's epoch, before its first batch is asked for."""
+        if self.num_workers and self.batch_sampler.stop:
+            with torch.random.fork_rng(devices=[]):  # the workers' seeds must not change later draws
+                self._live = super().__iter__()
+            self._next = self.batch_sampler.sampler.epoch, 0
 
     def __iter__(self) -> Iterator[T_co]:  # type: ignore[override] # torch promises its own iterator
         """Yields the batches of the sampler's epoch; workers start on the first request.

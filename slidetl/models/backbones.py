@@ -55,6 +55,7 @@ class Backbone(nn.Module):
             window in 0..1; saved with the weights.
         architecture: configuration of a network of the hub or a folder, as plain values; None for others.
         lineage: SHA-256 of the initial weights and their ancestors, nearest first; see :class:`Pretrained`.
+        starts_pretrained: True once :meth:`load_pretrained` has replaced all weights.
         trained_on: tiles of the training that a checkpoint's weights come from; None for other weights.
 
     Raises:
@@ -73,6 +74,7 @@ class Backbone(nn.Module):
         self.description = spec.name
         self.lineage: tuple[str, ...] = ()
         self.trained_on: TileSpec | None = None
+        self.starts_pretrained = False
         self.takes_volumes = spec.takes_volumes
         self.channels_last = spec.channels_last
         self.architecture = _architecture(spec.in_plane.name)
@@ -260,6 +262,7 @@ class Backbone(nn.Module):
         for key, values in found.normalisation.items():
             getattr(self, key).copy_(self._per_channel(values))
         self.lineage, self.trained_on = found.lineage, found.trained_on
+        self.starts_pretrained = True
 
     def describe_other_tiles(self, spec: TileSpec) -> list[str]:
         """Describes differences of tiles from those of the weights' training, a line each."""

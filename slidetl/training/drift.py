@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytorch_lightning as pl
+import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 
 from slidetl.models.blocks import pretrained_backbone
 from slidetl.models.lora import merged_parameters
@@ -26,13 +28,17 @@ def distances(network: nn.Module, anchors: Mapping[str, Tensor]) -> dict[str, tu
     Returns:
         ``||w - w0||`` and ``||w0||`` by layer name, in the order of the network.
     """
-    found = {}
+    names, norms = [], []
     for name, parameter in merged_parameters(network):
         anchor = anchors.get(name)
         if parameter.ndim > 1 and anchor is not None and anchor.shape == parameter.shape and anchor.any():
-            here, there = parameter.detach().double().cpu(), anchor.detach().double().cpu()
-            found[name.removesuffix(".weight")] = ((here - there).norm().item(), there.norm().item())
-    return found
+            here, there = parameter.detach(), anchor.detach().to(parameter.device)
+            names.append(name.removesuffix(".weight"))
+            norms += [vector_norm(here - there, dtype=torch.float64), vector_norm(there, dtype=torch.float64)]
+    if not names:
+        return {}
+    pairs = torch.stack(norms).view(-1, 2).tolist()  # copied from a GPU at once
+    return {name: (apart, size) for name, (apart, size) in zip(names, pairs, strict=True)}
 
 
 class DriftReport(pl.Callback):
@@ -52,10 +58,14 @@ class DriftReport(pl.Callback):
         self.rows, self._anchors = [], None
         if not isinstance(pl_module, SlideGrader) or not pl_module.transfer.from_pretrained:
             return
+        backbone = pl_module.network.backbone
         if pl_module.reference is not None:
             self._anchors = pl_module.reference.weights
+        elif backbone.starts_pretrained and trainer.ckpt_path is None:  # read before
+            weights = merged_parameters(backbone.net)
+            self._anchors = {name: weight.detach().to("cpu", copy=True) for name, weight in weights}
         else:
-            self._anchors = dict(pretrained_backbone(pl_module.network.backbone).net.named_parameters())
+            self._anchors = dict(pretrained_backbone(backbone).net.named_parameters())
         self._measure(trainer, pl_module, trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

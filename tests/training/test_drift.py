@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,8 @@ from torch import nn
 from slidetl.cli import main
 from slidetl.models.backbones import read_pretrained
 from slidetl.training.checkpoint import read_checkpoint
-from slidetl.training.drift import distances
+from slidetl.training.drift import DriftReport, distances
+from slidetl.training.grader import SlideGrader
 from tests.conftest import Study
 from tests.small import small_spec
 
@@ -27,6 +30,22 @@ def test_distances_are_those_of_numpy_and_other_layers_are_left_out() -> None:
     found = distances(network, anchors)
     here, there = network.get_parameter("0.weight").detach().numpy(), anchors["0.weight"].numpy()
     assert found == {"0": pytest.approx((np.linalg.norm(here - there), np.linalg.norm(there)))}
+
+
+def test_weights_read_for_the_training_are_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    grader, report = SlideGrader(small_spec()), DriftReport()
+    net = grader.network.backbone.net
+    grader.transfer.start(grader.network.backbone)
+    trainer: Any = SimpleNamespace(ckpt_path=None, current_epoch=0, log_dir=None, is_global_zero=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("slidetl.training.drift.pretrained_backbone", lambda backbone: pytest.fail("read"))
+        report.on_train_start(trainer, grader)
+    assert report.rows and all(apart == 0 for _, _, apart in report.rows)
+    with torch.no_grad():
+        net.get_parameter("conv_stem.weight").mul_(1.5)
+    trainer.ckpt_path, trainer.current_epoch = "last.ckpt", 1  # resumed: the weights are trained ones
+    report.on_train_start(trainer, grader)
+    assert {layer: apart for _, layer, apart in report.rows}["conv_stem"] == pytest.approx(0.5)
 
 
 @pytest.mark.slow
