@@ -215,7 +215,6 @@ def train(
         and the share of waiting. And the seconds from the device being ready until the trainer is set up, the
         first batch is there, and its step is done.
     """
-    first = FirstStep(options.device)
     data = SlideDataModule(
         "",
         str(options.cache),
@@ -231,6 +230,7 @@ def train(
     grader = SlideGrader(BackboneSpec(options.backbone), transfer=Scratch(), schedule=Constant())
     report = WaitingReport()
     on_gpu = options.device == "cuda"
+    first = FirstStep(options.device)  # ``fit``, too, builds its network before it takes the card
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice on workers and logs; this is about nothing else
         pl.Trainer(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from slidetl.cli.progress import Progress
 from slidetl.models.spec import BackboneSpec
+from slidetl.processor import postpone_collection
 from slidetl.text import one_line
 from slidetl.training.options import EmbedOptions
 
@@ -27,7 +28,8 @@ def embed(
         backbone: the network and its weights; 'slidetl backbones' lists some.
         options: of embedding and storing.
     """
-    from slidetl.training.embed import EmbeddedSlide, embed_cache
+    with postpone_collection():
+        from slidetl.training.embed import EmbeddedSlide, embed_cache
 
     started = time.monotonic()
     with Progress("tiles", stage="embedding", rate=True) as progress:

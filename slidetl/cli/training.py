@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from jsonargparse import ArgumentError
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Trainer
@@ -231,8 +230,8 @@ class GradingCLI(LightningCLI):
             if watch.mode == "min" and (watch.monitor or "").endswith(_HIGHER_IS_BETTER):
                 raise UsageError(f"{name}.monitor {watch.monitor} is better when higher; set {name}.mode max")
         if self.subcommand == "fit":
-            written = self._parser("fit").dump(self.config.fit, skip_none=False)
-            self.datamodule.config_sha256 = config_sha256(yaml.safe_load(written))
+            written = self._parser("fit").dump(self.config.fit, skip_none=False, format="json")
+            self.datamodule.config_sha256 = config_sha256(json.loads(written))
         self._starting.close()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

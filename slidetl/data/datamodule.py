@@ -387,7 +387,7 @@ class SlideDataModule(pl.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the state, for the next training loader."""
-        self._resumed = state_dict
+        self._resumed, self._begun = state_dict, None
 
     def val_dataloader(self) -> DataLoader[Chunk]:
         """Builds the loader of whole slides of the validation part, in chunks."""

@@ -26,6 +26,7 @@ from slidetl.models.runner import Runner
 from slidetl.models.spec import BackboneSpec
 from slidetl.models.volumes import unit_window
 from slidetl.processes import Child, start_child
+from slidetl.processor import postpone_collection
 from slidetl.tiles.features import FeatureSource, feature_name, read_source, write_features
 from slidetl.tiles.readers import Readers
 from slidetl.tiles.store import SlideCache, cache_parts
@@ -161,8 +162,9 @@ def embed_cache(
     place = _device(options.device, options.devices)
     dtype = _dtype(options.precision, place)
     found = find_slides(cache_dir, options.slides)
-    backbone = Backbone(spec)
-    backbone.load_pretrained()
+    with postpone_collection():
+        backbone = Backbone(spec)
+        backbone.load_pretrained()
     backbone.eval()
     source = FeatureSource(
         backbone=spec.name,

@@ -130,7 +130,7 @@ class SlideGrader(pl.LightningModule):
             self._check_tiles()
             self._check_precision()
             self._weigh_grades()
-            if self.trainer.ckpt_path is None:  # a resumed training loads its weights, and its place
+            if self.trainer.ckpt_path is None:  # a resumed training loads its weights
                 if self._data is not None and self.trainer.limit_train_batches:
                     self._data.read_ahead()
                 self.transfer.start(self.network.backbone)

@@ -271,6 +271,21 @@ def test_the_next_epoch_is_read_before_the_last_step_of_this_one(
     assert read_of(0) == read_of(1) == len(data.slides["train"]) and not read_of(2)  # each once, none beyond
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_begun_early_gives_the_same_batches_and_draws(study: Study, workers: int) -> None:
+    expected = [epoch_of(loaded(study, 0), epoch) for epoch in (1, 2)]
+    loader = loaded(study, workers)
+    loader.batch_sampler.sampler.set_epoch(1)
+    state = torch.get_rng_state()
+    loader.read_ahead()
+    assert torch.equal(torch.get_rng_state(), state)
+    begun = loader._live
+    for number, epoch in enumerate((1, 2)):
+        for ours, theirs in zip(epoch_of(loader, epoch), expected[number], strict=True):
+            assert torch.equal(ours, theirs)
+    assert not workers or loader._live is begun
+
+
 def test_workers_are_chosen_by_the_machine(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(16))
     data = SlideDataModule(str(study.manifest), str(study.cache))

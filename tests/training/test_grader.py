@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from sklearn.metrics import log_loss
 
 from slidetl.cli import main
 from slidetl.data.datamodule import SlideDataModule
+from slidetl.data.datasets import Bag, BagDataset
 from slidetl.errors import CheckpointError
 from slidetl.evaluation.calibration import judged_probabilities
 from slidetl.evaluation.metrics import grade_metrics
-from slidetl.models.backbones import read_pretrained, weights_sha256
+from slidetl.models.backbones import Backbone, read_pretrained, weights_sha256
 from slidetl.models.transfer import WarmRestart
 from slidetl.training.checkpoint import load_grader, read_checkpoint
 from slidetl.training.grader import SlideGrader
@@ -64,6 +66,31 @@ def test_same_seed_same_figures(study: Study, trained: Path, tmp_path: Path) -> 
     assert main(["fit", *study.options(other), "--trainer.max_epochs=1", "--seed_everything=1"]) == 0
     assert main(["test", *study.options(other)]) == 0
     assert again != (other / "test" / "predictions.csv").read_bytes()
+
+
+@pytest.mark.slow
+def test_bags_are_read_while_the_weights_are(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note, read, start = tmp_path / "note", BagDataset.__getitem__, WarmRestart.start
+    seen = []
+
+    def noted(self: BagDataset, index: tuple[int, int]) -> Bag:
+        note.touch()  # by a worker, which is forked
+        return read(self, index)
+
+    def waiting(self: WarmRestart, backbone: Backbone) -> None:
+        deadline = time.monotonic() + 60
+        while not note.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        seen.append(note.exists())
+        start(self, backbone)
+
+    monkeypatch.setattr(BagDataset, "__getitem__", noted)
+    monkeypatch.setattr(WarmRestart, "start", waiting)
+    options = ["--data.num_workers=1", "--trainer.max_epochs=1"]
+    assert main(["fit", *study.options(tmp_path), *options]) == 0
+    assert seen == [True]
 
 
 @pytest.mark.slow
