@@ -45,6 +45,7 @@ def embed(
             on_plan=progress.start,
             on_batch=progress.advance,
             on_slide=report,
+            on_rates=lambda rates: progress.show(str(rates)),
         )
     seconds = time.monotonic() - started
     failed = [slide for slide in slides if slide.reason]

@@ -24,7 +24,6 @@ from slidetl.data.manifest import read_manifest
 from slidetl.errors import SlideError, SlidetlError, UsageError, describe_failure
 from slidetl.files import write_csv, write_whole
 from slidetl.grading.grade import (
-    Rates,
     SlideGrade,
     chosen_precision,
     draw_map,
@@ -38,7 +37,7 @@ from slidetl.grading.report.series import write_series_report
 from slidetl.grading.report.slide import has_slide_report, write_slide_report
 from slidetl.grading.series import SeriesGrade
 from slidetl.library.model_card import ModelCard
-from slidetl.models.runner import Runner
+from slidetl.models.runner import Rates, Runner
 from slidetl.processes import begin
 from slidetl.processor import hand_back_memory
 from slidetl.publish.model_file import ModelFile, load_model
@@ -247,15 +246,7 @@ def describe(row: GradeRow, card: ModelCard) -> str:
     if result["novelty"] is not None:
         parts.append(f"novelty {result['novelty']:.2f}")
     if row.rates:
-        rates = row.rates
-        parts.append(
-            f"{rates.everything:.1f} tiles/s with everything on, {rates.network_alone:.1f} by the network "
-            f"alone: {rates.share:.0%}" + (" (reading is the limit)" if rates.reading_limits else "")
-        )
-        if rates.first_pass_s:
-            parts.append(f"the first pass took {rates.first_pass_s:.1f} s, while the first slide was read")
-        if rates.processor_share is not None:
-            parts.append(f"{rates.processor_share:.0%} of the processor time went to the network")
+        parts.append(str(row.rates))
     return "; ".join(parts)
 
 

@@ -25,7 +25,7 @@ from slidetl.evaluation.conformal import GradeSets
 from slidetl.files import replaced
 from slidetl.grading.explain import DIVERGING, Explanation, explain_by_occlusion, find_voxels
 from slidetl.grading.series import SeriesGrade, shown_patches
-from slidetl.models.runner import Runner
+from slidetl.models.runner import Rates, Runner
 from slidetl.processor import hand_back_memory
 from slidetl.publish.model_file import ModelFile
 from slidetl.text import plot_label
@@ -40,39 +40,6 @@ _IN_MEMORY = 64 << 20  # bytes of a slide's embeddings; larger ones lie in a fil
 _BATCH_SIZE = {"cpu": 16, "cuda": 256}  # on a CPU more cost memory and gain nothing
 Precision = Literal["auto", "float32", "bfloat16"]
 _PLACE_MM = 6.0  # width of a place in a patch, about that of a small nodule
-_READING_LIMITS = 0.85  # below this share of the network's own rate, grading waits for reading
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Throughput of grading a slide.
-
-    Attributes:
-        everything: tiles per second, from the first read to the grade; on a GPU, shared by slides, of all
-            slides since its first pass.
-        network_alone: tiles per second of the network on tiles already on its device, right after; on a GPU
-            right before.
-        processor_share: CPU time of the network alone, as a share of the CPU time of everything. Other users
-            of the machine disturb it less than the rates; on a single free core it equals their quotient.
-            None on a GPU.
-        first_pass_s: seconds of the first pass on a GPU, with its planning, while the first slide is read;
-            0 on a CPU.
-    """
-
-    everything: float
-    network_alone: float
-    processor_share: float | None
-    first_pass_s: float = 0.0
-
-    @property
-    def share(self) -> float:
-        """The rate with everything on, as a share of the network's own."""
-        return self.everything / self.network_alone
-
-    @property
-    def reading_limits(self) -> bool:
-        """True if the network waited for tiles; ``everything`` is then the rate of reading."""
-        return self.share < _READING_LIMITS
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,6 +26,7 @@ _MOST_PASSES = 8  # at a time on a CPU; each holds its activations in memory
 _BUFFERS = 3  # batches on a GPU: one computed, one copied, one filled
 _PATIENCE_S = 0.02  # an idle GPU waits so long for a full batch
 _WARM_PASSES = 3  # TorchScript profiles two before it settles
+_READING_LIMITS = 0.85  # below this share of the network's own rate, it waits for reading
 _PROFILE_S = 0.5  # to measure the network alone, during the tissue search of the first slides
 
 Embed = Callable[[Tensor], Tensor]
@@ -35,6 +36,49 @@ Embed = Callable[[Tensor], Tensor]
 def channels_first(tiles: Tensor) -> Tensor:
     """Views tiles ``[n, S, S, 3] uint8`` as ``[n, 3, S, S]``, patches ``[n, S, S, S]`` with one channel."""
     return tiles.permute(0, 3, 1, 2) if tiles.dtype == torch.uint8 else tiles.unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Throughput of reading tiles and running a network, beside the network alone.
+
+    Attributes:
+        everything: tiles per second, from the first read to the end of the slide, or of all slides; on a GPU,
+            shared by slides, of all since its first pass.
+        network_alone: tiles per second of the network on tiles already on its device, right after; on a GPU
+            right before.
+        processor_share: CPU time of the network alone, as a share of the CPU time of everything. Other users
+            of the machine disturb it less than the rates; on a single free core it equals their quotient.
+            None on a GPU.
+        first_pass_s: seconds of the first pass on a GPU, with its planning, while the first slide is read;
+            0 on a CPU.
+    """
+
+    everything: float
+    network_alone: float
+    processor_share: float | None
+    first_pass_s: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """The rate with everything on, as a share of the network's own."""
+        return self.everything / self.network_alone
+
+    @property
+    def reading_limits(self) -> bool:
+        """True if the network waited for tiles; ``everything`` is then the rate of reading."""
+        return self.share < _READING_LIMITS
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.everything:.1f} tiles/s with everything on, {self.network_alone:.1f} by the network "
+            f"alone: {self.share:.0%}" + (" (reading is the limit)" if self.reading_limits else "")
+        ]
+        if self.first_pass_s:
+            parts.append(f"the first pass took {self.first_pass_s:.1f} s, while the first slide was read")
+        if self.processor_share is not None:
+            parts.append(f"{self.processor_share:.0%} of the processor time went to the network")
+        return "; ".join(parts)
 
 
 class Runner:

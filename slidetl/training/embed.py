@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from slidetl.data.study import common_spec, find_slides, open_cache
 from slidetl.errors import CacheError, CacheMismatchError, ProcessEnded, SlidetlError, UsageError
 from slidetl.models.backbones import Backbone, weights_sha256
-from slidetl.models.runner import Runner
+from slidetl.models.runner import Rates, Runner
 from slidetl.models.spec import BackboneSpec
 from slidetl.models.volumes import unit_window
 from slidetl.processes import Child, start_child
@@ -136,6 +137,7 @@ def embed_cache(
     on_plan: Callable[[int], None] = lambda tiles: None,
     on_batch: Callable[[int], None] = lambda tiles: None,
     on_slide: Callable[[EmbeddedSlide], None] = lambda slide: None,
+    on_rates: Callable[[Rates], None] = lambda rates: None,
 ) -> list[EmbeddedSlide]:
     """Embeds every tile of a cache, and stores the embeddings slide by slide.
 
@@ -148,6 +150,7 @@ def embed_cache(
         on_plan: called once, with the number of tiles to embed.
         on_batch: called with the number of tiles just embedded.
         on_slide: called with each finished slide.
+        on_rates: called at the end, if ``options.profile`` and tiles were embedded.
 
     Returns:
         The outcome of each slide, ordered by identifier.
@@ -254,7 +257,7 @@ def embed_cache(
 
     with contextlib.ExitStack() as stack:
         embedder = stack.enter_context(BlockEmbedder(backbone, blocks))
-        runner = stack.enter_context(Runner(embed, place, size, first))
+        runner = stack.enter_context(Runner(embed, place, size, first, profile=options.profile))
         # On a GPU, a process for each slide; on a CPU, one slide is stored while another is read.
         free = max(1, cores - _THREADS_OF_A_GPU)
         count = min(len(todo), free if runner.packs else 2)
@@ -266,13 +269,28 @@ def embed_cache(
             if runner.packs and first is not None and volumes is None
             else None
         )
+        started = time.perf_counter()
         pool = stack.enter_context(ThreadPoolExecutor(max(1, count), "slide"))
         running = [pool.submit(embed_slide, cache) for cache in todo]
         stack.callback(lambda: [future.cancel() for future in running])
         stack.callback(stopped.set)
         for future in as_completed(running):
             done(future.result())
+        tiles = sum(slide.tiles for slide in results.values() if slide.is_new)
+        if options.profile and tiles:
+            on_rates(_rates(runner, tiles / (time.perf_counter() - started), todo))
     return [results[slide_id] for slide_id in found]
+
+
+def _rates(runner: Runner, everything: float, caches: Sequence[SlideCache]) -> Rates:
+    """Returns the rates of a run; on a CPU measures the network alone, on a GPU it was measured before."""
+    if runner.alone is not None:
+        return Rates(runner.rate_so_far, runner.alone, None, runner.first_pass_s)
+    for cache in caches:
+        with contextlib.suppress(CacheError):  # a damaged one
+            tiles = cache.read(range(min(runner.batch_size, len(cache))))
+            return Rates(everything, runner.rate(tiles), None)
+    raise AssertionError("tiles were embedded before")
 
 
 def _short_name(backbone: str) -> str:

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,6 +177,47 @@ def test_slides_read_in_processes_for_one_thread_are_embedded_alike(
     assert sum(counted) == sum(slide.tiles for slide in others)
     for cache in caches[1:]:
         np.testing.assert_allclose(read_features(cache, "packed"), read_features(cache, "plain"), atol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("slow", ["reading", "network"])
+def test_the_profile_says_whether_reading_is_the_limit_and_at_what_rate(
+    cache_dir: Path,
+    packs: bool,
+    slow: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    read, forward = SlideCache.read, BlockEmbedder.__call__
+
+    def slowly(self: SlideCache, *arguments: Any) -> Any:
+        time.sleep(0.2)
+        return read(self, *arguments)
+
+    def dearly(self: BlockEmbedder, tiles: torch.Tensor) -> dict[str, torch.Tensor]:
+        time.sleep(0.01 * len(tiles))
+        return forward(self, tiles)
+
+    if slow == "reading":
+        monkeypatch.setattr(SlideCache, "read", slowly)  # readers are forked
+    else:
+        monkeypatch.setattr(BlockEmbedder, "__call__", dearly)
+    monkeypatch.setattr(embed, "Runner", partial(Runner, packs=packs))
+    words = ["--device", "cpu", "--batch-size", "8", "--profile"]
+    assert main(["embed", str(cache_dir), *small_embed(), *words]) == 0
+    said = capsys.readouterr().err
+    found = re.search(r"([\d.]+) tiles/s with everything on, ([\d.]+) by the network alone: (\d+)%", said)
+    assert found is not None
+    everything, alone = float(found[1]), float(found[2])
+    assert ("(reading is the limit)" in said) == (everything < 0.85 * alone)
+    if slow == "reading":
+        assert "(reading is the limit)" in said
+
+
+def test_a_profile_is_of_one_process() -> None:
+    with pytest.raises(UsageError, match="leave out --devices 2"):
+        EmbedOptions(profile=True, devices=2)
 
 
 @pytest.mark.slow
