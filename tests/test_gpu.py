@@ -1,23 +1,34 @@
-"""Whole commands on a card, beside each other; ``scripts/check-gpu`` runs these."""
+"""Whole commands on a card, beside each other; ``scripts/check-gpu`` runs these.
+
+Where nothing but the device differs, the test runs on a processor too, for it not to rot.
+"""
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
+from slidetl.analysis.clusters import Kernel, bandwidth_of, mean_shift
 from slidetl.cli import main
+from slidetl.doctor import examine
 from slidetl.tiles.features import read_features
 from slidetl.tiles.store import SlideCache
 from slidetl.training.predictions import read_predictions
 from tests.conftest import Study
 from tests.small import small_embed
+from tests.volumes.studies import VolumeStudy
 
-pytestmark = pytest.mark.gpu
+DEVICES = [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
+CLOSE = {"cpu": 1e-4, "cuda": 1e-3}  # of probabilities by two commands; TF32 on a card
+VOLUMES = Path(__file__).parents[1] / "configs" / "volumes"
 
 
 def on_gpu(study: Study, root: Path) -> list[str]:
@@ -34,6 +45,7 @@ def fitted(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_grade_equals_test(
     study: Study, fitted: Path, precision: str, capsys: pytest.CaptureFixture[str]
@@ -54,6 +66,7 @@ def test_grade_equals_test(
     assert apart < 1e-4
 
 
+@pytest.mark.gpu
 def test_features_in_bfloat16_are_those_in_float32(study: Study, tmp_path: Path) -> None:
     for path in sorted(study.cache.glob("*.zarr"))[:3]:
         shutil.copytree(path, tmp_path / path.name)
@@ -71,6 +84,7 @@ def test_features_in_bfloat16_are_those_in_float32(study: Study, tmp_path: Path)
     assert relative < 0.06 and correlation > 0.998
 
 
+@pytest.mark.gpu
 def test_a_card_without_room_says_the_batch_that_fits(
     study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,3 +101,95 @@ def test_a_card_without_room_says_the_batch_that_fits(
         torch.cuda.set_per_process_memory_fraction(1.0)
     said = capsys.readouterr().err
     assert "has no room for --data.batch_size 10" in said and "this fits: --data.batch_size" in said
+
+
+def trained_on(device: str, options: list[str], root: Path) -> Path:
+    """Fits for an epoch in float32 and tests, on a device; returns the model file."""
+    words = [word for word in options if "accelerator" not in word]
+    words.append(f"--trainer.accelerator={'cpu' if device == 'cpu' else 'gpu'}")
+    words.append("--trainer.precision=32-true")
+    assert main(["fit", *words, "--trainer.max_epochs=1"]) == 0
+    assert main(["test", *words]) == 0
+    best = root / "logs" / "version_0" / "checkpoints" / "best.ckpt"
+    assert main(["export", str(best), "--output", str(root / "model.pt")]) == 0
+    return root / "model.pt"
+
+
+def graded_on(device: str, model: Path, slide: Path, capsys: pytest.CaptureFixture[str]) -> list[float]:
+    """Grades a slide or series in float32; returns its probabilities."""
+    capsys.readouterr()
+    words = ["--force", "--precision", "float32", "--device", device]
+    assert main(["grade", str(model), str(slide), *words]) == 0
+    found: list[float] = json.loads(capsys.readouterr().out.splitlines()[-1])["probabilities"]
+    return found
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_low_rank_updates_train_leave_in_a_file_and_grade_as_tested(
+    study: Study, tmp_path: Path, device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, weights = "test_vit", tmp_path / "vit.safetensors"
+    state = timm.create_model(name, num_classes=0).state_dict()
+    save_file({key: value.contiguous() for key, value in state.items()}, weights)
+    options = [*study.options(tmp_path), "--model.transfer=slidetl.models.transfer.LoRA"]
+    options += [f"--model.backbone.name={name}", f"--model.backbone.pretrained={weights}"]
+    model = trained_on(device, options, tmp_path)
+    with (tmp_path / "logs" / "version_0" / "drift.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["epochs"] == "1"]
+    moved = {row["layer"] for row in rows if float(row["relative_distance"])}
+    assert moved and all("attn" in layer for layer in moved)
+    row = read_predictions(tmp_path / "test" / "predictions.csv")[0]
+    slide = study.manifest.parent / "slides" / f"{row.slide_id}.tiff"
+    assert graded_on(device, model, slide, capsys) == pytest.approx(row.probabilities, abs=CLOSE[device])
+    best, output = tmp_path / "logs" / "version_0" / "checkpoints" / "best.ckpt", tmp_path / "similar"
+    words = ["--before", "pretrained", "--after", str(best), "--data", str(study.cache)]
+    assert main(["similarity", *words, "--output", str(output), "--tiles", "60", "--permutations", "2"]) == 0
+    with (output / "similarity.csv").open(newline="") as file:
+        values = [float(row["value"]) for row in csv.DictReader(file) if row["measure"] == "linear_cka"]
+    assert values and max(values) > 0.9
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_volumes_train_embed_and_grade(
+    scans: VolumeStudy, tmp_path: Path, device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--config", str(VOLUMES / "attention.yaml"), *scans.options(tmp_path), "--data.bag_size=4"]
+    model = trained_on(device, [*options, "--model.transfer=slidetl.models.transfer.Scratch"], tmp_path)
+    row = read_predictions(tmp_path / "test" / "predictions.csv")[0]
+    series = scans.manifest.parent / f"{row.slide_id}.mha"
+    assert graded_on(device, model, series, capsys) == pytest.approx(row.probabilities, abs=CLOSE[device])
+    shutil.copytree(scans.cache / "s01.zarr", tmp_path / "cache" / "s01.zarr")
+    best = tmp_path / "logs" / "version_0" / "checkpoints" / "best.ckpt"
+    words = ["embed", str(tmp_path / "cache"), "--backbone", "conv3d_8", "--pretrained", str(best)]
+    for place in {device, "cpu"}:
+        assert main([*words, "--name", place, "--device", place, "--precision", "float32"]) == 0
+    (cache,) = map(SlideCache.open, (tmp_path / "cache").glob("*.zarr"))
+    here, there = (read_features(cache, place).astype(np.float64) for place in (device, "cpu"))
+    assert np.abs(here).max() > 0
+    np.testing.assert_allclose(here, there, atol=2e-2 * np.abs(there).max())  # a card multiplies in TF32
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("neighbours", [None, 50])
+@pytest.mark.parametrize("kernel", ["flat", "gaussian"])
+def test_clusters_of_an_atlas(device: str, kernel: Kernel, neighbours: int | None) -> None:
+    rng = np.random.default_rng(0)
+    truth = np.repeat(np.arange(3), 80)
+    points = (8.0 * np.eye(3, 6)[truth] + rng.normal(0, 0.5, (240, 6))).astype(np.float32)
+    found = mean_shift(points, 2.0, kernel=kernel, seeds=60, neighbours=neighbours, device=device)
+    pairs = set(zip(truth.tolist(), found.labels.tolist(), strict=True))
+    assert len(pairs) == 3 == len({label for _, label in pairs})
+    assert bandwidth_of(points, 10, device=device) == pytest.approx(
+        bandwidth_of(points, 10, device="cpu"), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_doctor_names_the_cards(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cpu":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (card,) = (check for check in examine() if check.topic == "GPU" and "card" in check.name)
+    if device == "cpu":
+        assert card.value == "none that torch sees" and card.state == "slow"
+    else:
+        assert card.name == "card 0" and torch.cuda.get_device_name(0) in card.value and "GiB" in card.value
