@@ -378,6 +378,7 @@ def page(experiment: Experiment, found: Mapping[str, Sequence[PatientResults]]) 
         over_patients, over_redraws = effect(_qwk, found[pair[0]], found[pair[1]])
         name = f"**{pair[0]} minus {pair[1]}**" if pair == (first, second) else f"{pair[0]} minus {pair[1]}"
         corrected = f"{adjusted[pair]:.3f}" if pair in adjusted else ""
+        corrected = corrected.replace("0.000", "< 0.001")
         compared.append(f"| {name} | {over_patients} | {p_values[pair]:.4f} | {corrected} | {over_redraws} |")
     n_redraws, n_patients = len(found[first]), len(_joined(found[first]).patients)
     about = ABOUT.format(
