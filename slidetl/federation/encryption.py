@@ -121,7 +121,8 @@ class Cipher:
         """Decrypts a mean change, and adds it to the network that the sites were sent.
 
         Entries of integers stay those of ``before``. The error of CKKS is about 1e-7, and 7e-7 of the change,
-        since TenSEAL divides by 2^40 and not by the prime next to it. A variance that it makes negative is 0.
+        since TenSEAL divides by 2^40 and not by the prime next to it. A variance that is below 0 by no more
+        than such an error is 0.
 
         Raises:
             FederationError: a value is not finite or above 100,000, or the ciphertexts do not fit.
@@ -145,7 +146,9 @@ class Cipher:
             change = values[start : start + value.size].reshape(value.shape)
             start += value.size
             moved = value.astype(np.float64) + change
-            mean[name] = (np.maximum(moved, 0) if name.endswith("running_var") else moved).astype(value.dtype)
+            if name.endswith("running_var"):
+                moved = np.where((moved < 0) & (moved > -1e-6 * (1 + np.abs(change))), 0.0, moved)
+            mean[name] = moved.astype(value.dtype)
         return mean
 
     def _load(self, content: bytes) -> Any:

@@ -20,7 +20,7 @@ from slidetl.federation.participant import Participant
 from slidetl.federation.privacy import Privacy
 from slidetl.federation.records import read_arrays
 from slidetl.federation.site import Parts
-from slidetl.federation.weights import SiteUpdate, Weights
+from slidetl.federation.weights import SiteUpdate, Weights, find_fault
 from tests.federation.conftest import START
 from tests.federation.test_coordinator import Make, Watched
 
@@ -103,6 +103,13 @@ def test_a_variance_does_not_become_negative_by_the_error(cipher: Cipher, server
     sent = serialised(cipher.encrypt(start, start), start)
     mean = cipher.decrypt(server.add([sent, sent], [0.5, 0.5]), start)
     assert (mean["head.weight"] < 0).any() and (mean["norm.running_var"] >= 0).all()
+
+
+def test_a_variance_that_a_site_made_negative_is_found(cipher: Cipher, server: Cipher) -> None:
+    start = {"norm.running_var": np.full(8, 0.1, np.float32)}
+    sent = serialised(cipher.encrypt(start, {"norm.running_var": np.full(8, -1, np.float32)}), start)
+    mean = cipher.decrypt(server.add([sent, sent], [0.5, 0.5]), start)
+    assert find_fault(SiteUpdate("a", mean, 1), start) == "norm.running_var has negative variances"
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 2e5])
