@@ -44,17 +44,19 @@ def hand_back_memory() -> None:
 
 
 @contextmanager
-def postpone_collection() -> Iterator[None]:
+def postpone_collection(of_a_command: bool = False) -> Iterator[None]:
     """Postpones garbage collection while a command is imported and built: saves a fifth of the time.
 
-    Later collections leave out what was there by the end of the first time: modules and parsers, which last.
+    Args:
+        of_a_command: this process runs a command and ends with it, so later collections leave out all that is
+            there by now. Never in a library function: its caller's objects would stay to the end.
     """
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if not gc.get_freeze_count():
+        if of_a_command and not gc.get_freeze_count():
             gc.freeze()
             atexit.register(gc.unfreeze)  # else nanobind reports all that it holds as leaked
         if enabled:

@@ -79,17 +79,17 @@ def test_collection_is_postponed_and_then_as_it_was(enabled: bool) -> None:
         gc.enable()
 
 
-def test_what_was_built_is_left_out_of_collections_until_the_end() -> None:
+def test_what_a_command_built_is_left_out_of_collections_until_the_end() -> None:
     program = """
 import atexit, gc
 atexit.register(lambda: print(gc.get_freeze_count()))
 from slidetl.processor import postpone_collection
 built = []
-for _ in range(2):
-    with postpone_collection():
+for of_a_command in (False, True, True):
+    with postpone_collection(of_a_command):
         built += [[] for _ in range(1000)]
     print(gc.get_freeze_count())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    first, second, end = map(int, done.stdout.split())
-    assert first > 1000 and second == first and end == 0
+    library, first, second, end = map(int, done.stdout.split())
+    assert library == 0 and first > 1000 and second == first and end == 0

@@ -123,7 +123,7 @@ def _exit_code(command: str, words: list[str], debug: bool) -> int:
     warnings.formatwarning = lambda message, *_, **__: f"slidetl: warning: {message}\n"
     try:
         if command in TRAINING_COMMANDS:
-            with postpone_collection():
+            with postpone_collection(of_a_command=True):
                 from slidetl.cli import training
 
             return training.run(command, words[1:])

@@ -28,7 +28,7 @@ def embed(
         backbone: the network and its weights; 'slidetl backbones' lists some.
         options: of embedding and storing.
     """
-    with postpone_collection():
+    with postpone_collection(of_a_command=True):
         from slidetl.training.embed import EmbeddedSlide, embed_cache
 
     started = time.monotonic()

@@ -42,7 +42,7 @@ def export(
     from slidetl.errors import SlidetlError, UsageError
     from slidetl.processor import postpone_collection
 
-    with postpone_collection():
+    with postpone_collection(of_a_command=True):
         from slidetl.models.backbones import weights_sha256
         from slidetl.publish.evidence import evidence_from
         from slidetl.publish.export import build_network, export_model
