@@ -198,7 +198,6 @@ def test_the_engine_runs_a_federation(
     recorded: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pytest.importorskip("nvflare")
     is_encrypted, name = name == "encrypted", name.replace("encrypted", "averaged")
     config = small(next(path for path in SHIPPED if path.stem == name), three_sites, tmp_path)
     if is_encrypted:

@@ -12,15 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from slidetl.federation import nvflare_app
 from slidetl.federation.config import Averaged, Federation
 from slidetl.federation.coordinator import SitesHere, run_rounds
 from slidetl.federation.encryption import CIPHERTEXT_BYTES
+from slidetl.federation.nvflare_app import Client, _ConnectedSites
 from slidetl.federation.records import read_arrays
 from slidetl.federation.weights import SiteUpdate, Weights
-
-pytest.importorskip("nvflare")
-from slidetl.federation import nvflare_app
-from slidetl.federation.nvflare_app import Client, _ConnectedSites
 from tests.federation.conftest import START
 
 Make = Callable[[Federation], SitesHere]
