@@ -25,7 +25,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -184,7 +184,6 @@ def compute(
 ) -> dict[str, str]:
     """Computes the missing jobs, starts none after the deadline, and returns the reasons of failed ones."""
     threads = max(1, len(os.sched_getaffinity(0)) // processes)
-    failed = {}
     places = [Workplace(folder / "compare" / "jobs", threads) for folder in folders]
     to_do = [
         (redraw, job)
@@ -192,17 +191,19 @@ def compute(
         if read_result(places[redraw].folder, job.key) is None
     ]
     print(f"{len(to_do)} jobs to compute", file=sys.stderr)
-    done = 0
-    while to_do and time.monotonic() < deadline:
-        redraw = to_do[0][0]
-        batch = [job for number, job in to_do[:processes] if number == redraw]
-        to_do = to_do[len(batch) :]
-        places[redraw].folder.mkdir(parents=True, exist_ok=True)
-        for job, reason in run_here(batch, places[redraw], processes):
-            done += 1
-            print(f"[{done}] redraw {redraw}: {job.label} {reason or 'done'}", file=sys.stderr)
-            if reason:
-                failed[f"redraw {redraw}: {job.label}"] = reason
+    labels = {job.key: f"redraw {redraw}: {job.label}" for redraw, job in to_do}
+
+    def in_time() -> Iterator[tuple[Job, Workplace]]:
+        while to_do and time.monotonic() < deadline:
+            redraw, job = to_do.pop(0)
+            places[redraw].folder.mkdir(parents=True, exist_ok=True)
+            yield job, places[redraw]
+
+    failed = {}
+    for done, (job, reason) in enumerate(run_here(in_time(), processes), 1):
+        print(f"[{done}] {labels[job.key]} {reason or 'done'}", file=sys.stderr)
+        if reason:
+            failed[labels[job.key]] = reason
     if to_do:
         print(f"the time is up: {len(to_do)} jobs are left; the same command resumes", file=sys.stderr)
     return failed

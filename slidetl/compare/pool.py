@@ -9,9 +9,9 @@ import socket
 import threading
 import time
 import traceback
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -60,8 +60,12 @@ def run_job(job: Job, place: Workplace) -> None:
         shutil.rmtree(building)
 
 
-def run_here(jobs: Sequence[Job], place: Workplace, processes: int) -> Iterator[tuple[Job, str]]:
+def run_here(jobs: Iterable[tuple[Job, Workplace]], processes: int) -> Iterator[tuple[Job, str]]:
     """Computes jobs on this machine, each in its own process, so that none can end another.
+
+    Args:
+        jobs: each with its place; the next is taken when a process is free.
+        processes: at a time.
 
     Yields:
         Each finished job, with the reason of its failure; empty for success.
@@ -73,17 +77,18 @@ def run_here(jobs: Sequence[Job], place: Workplace, processes: int) -> Iterator[
         raise UsageError(f"--jobs must be at least 1, not {processes}")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    waiting = deque(jobs)
+    waiting = iter(jobs)
     running: dict[int, tuple[ForkServerProcess, Job, Connection]] = {}
     try:
-        while waiting or running:
-            while waiting and len(running) < processes:
-                job = waiting.popleft()
+        while True:
+            for job, place in islice(waiting, processes - len(running)):
                 ours, theirs = context.Pipe(duplex=False)
                 process = context.Process(target=_run_in_process, args=(job, place, theirs))
                 process.start()
                 theirs.close()
                 running[process.sentinel] = (process, job, ours)
+            if not running:
+                return
             for sentinel in wait(list(running)):
                 assert isinstance(sentinel, int)
                 process, job, ours = running.pop(sentinel)

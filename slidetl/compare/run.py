@@ -105,7 +105,7 @@ def run_comparison(
         done = (
             run_on_cluster(to_do, place, options.scheduler)
             if options.scheduler
-            else run_here(to_do, place, options.processes)
+            else run_here([(job, place) for job in to_do], options.processes)
         )
         for job, reason in done if to_do else ():
             if reason:
