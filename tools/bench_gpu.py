@@ -5,7 +5,7 @@ cache of them, and networks of random weights; rates do not depend on the weight
 at 0.5 um per pixel, *aligned* ones 256 px at 0.25, which coincide with the slide's own. The network alone
 runs on a batch that lies on the card, in the same process, right after.
 
-    python -m tools.bench_gpu --output docs/evidence/gpu.md
+    python -m tools.bench_gpu --output tools/bench_gpu.txt
 """
 
 from __future__ import annotations

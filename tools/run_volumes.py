@@ -52,7 +52,7 @@ SOURCE_EPOCHS, TARGET_EPOCHS = 30, 20
 PRIMARY = ("local-trees", "scratch-max")
 AGGREGATORS = {"max": "MaxPooling", "attention": "GatedAttention"}
 ARMS = {
-    "local-trees": "source labels, then the maximum over patches and boosted trees: the talk's recipe",
+    "local-trees": "source labels, then the maximum over patches and boosted trees",
     "local-warm": "source labels, then end to end on patients, maximum",
     "scratch-max": "patient labels alone, end to end, maximum",
     "scratch-attention": "patient labels alone, end to end, gated attention",

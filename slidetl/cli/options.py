@@ -112,7 +112,9 @@ def _metavar(name: str, hint: Any) -> str:
         return "PX"
     kinds = get_args(hint) or (hint,)
     name = name.rstrip("_")
-    word = name.upper().removesuffix("S") if get_origin(hint) is tuple else name.upper()
+    word = name.upper()
+    if get_origin(hint) is tuple and not word.endswith("US"):
+        word = word.removesuffix("S")
     return "N" if int in kinds else "X" if float in kinds else word
 
 
