@@ -86,10 +86,11 @@ def reading_rate(slides: list[Path], work: Work) -> float:
     with Readers(slide_parts, count, 32, work.side_px, 2) as readers, ThreadPoolExecutor(count) as pool:
 
         def read(path: Path) -> int:
-            parts = readers.stream(path, None, None, spec, 32, 1)
-            return sum(len(tiles) for _, tiles in parts if tiles is not None)
+            with readers.stream(path, None, None, spec, 32, 1) as parts:
+                return sum(len(tiles) for _, tiles in parts if tiles is not None)
 
-        next(iter(readers.stream(slides[0], None, None, spec, 32, 1)))  # they are there
+        with readers.stream(slides[0], None, None, spec, 32, 1) as parts:
+            next(parts)  # they are there
         started = time.perf_counter()
         return sum(pool.map(read, slides)) / (time.perf_counter() - started)
 
@@ -154,7 +155,8 @@ def cache_rates(caches: list[SlideCache]) -> str:
     with Readers(cache_parts, count, 64, caches[0].spec.tile_size_px, 2) as readers:
 
         def drain(cache: SlideCache) -> int:
-            return sum(len(t) for _, t in readers.stream(cache, 64) if t is not None)
+            with readers.stream(cache, 64) as tiles:
+                return sum(len(t) for _, t in tiles if t is not None)
 
         drain(caches[0])
         with ThreadPoolExecutor(count) as pool:

@@ -169,14 +169,12 @@ def grade_slide(
     tissue = 0.0
     of = (path, mpp_override, mpp_replace, spec)
     # Closed in any case: a thread or process uses the slide to read ahead.
-    with (
-        contextlib.closing(
-            _ahead(read_slide(*of, runner.batch_size, threads))
-            if readers is None
-            else _in_reader(readers, *of, readers.tiles, threads)
-        ) as parts,
-        torch.inference_mode(),
-    ):
+    source = (
+        contextlib.closing(_ahead(read_slide(*of, runner.batch_size, threads)))
+        if readers is None
+        else _in_reader(readers, *of, readers.tiles, threads)
+    )
+    with source as parts, torch.inference_mode():
         plan = next(parts)
         assert isinstance(plan, TilePlan)  # it comes first
         _check_tissue(model, path, plan, force)
@@ -188,8 +186,9 @@ def grade_slide(
             tissue += float(batch.tissue_fraction.sum())
             origins.append(batch.origins_level0)
             kept = batch.pixels if kept is None and readers is None else kept
-        if not origins:
-            raise UnfitSlideError(f"{path}: none of its {len(plan)} tiles with tissue can be read")
+    if not origins:
+        raise UnfitSlideError(f"{path}: none of its {len(plan)} tiles with tissue can be read")
+    with torch.inference_mode():
         embeddings = embedded.of_all()
         places = _places(plan, np.concatenate(origins))
         graded = _graded(model, runner, path, embeddings, places, force)
@@ -486,11 +485,16 @@ def _rates(runner: Runner, tiles: NDArray[np.uint8] | None, graded: int, taken: 
     return Rates(graded / taken.wall, alone, share, runner.first_pass_s)
 
 
-def _in_reader(readers: Readers, path: Path, *arguments: Any) -> Generator[TilePlan | TileBatch, None, None]:
-    """Yields the parts of :func:`slidetl.tiles.cut.read_slide`, from a reader."""
+@contextlib.contextmanager
+def _in_reader(
+    readers: Readers, path: Path, *arguments: Any
+) -> Generator[Iterator[TilePlan | TileBatch], None, None]:
+    """Opens the parts of :func:`slidetl.tiles.cut.read_slide`, from a reader."""
     try:
-        for about, pixels in readers.stream(path, *arguments):
-            yield about if pixels is None else TileBatch(about[0], about[1], pixels)
+        with readers.stream(path, *arguments) as parts:
+            yield (
+                about if pixels is None else TileBatch(about[0], about[1], pixels) for about, pixels in parts
+            )
     except ProcessEnded as error:
         raise SlideError(f"{path}: {error}") from error
 

@@ -7,7 +7,7 @@ import mmap
 import os
 import queue
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import DupFd
@@ -69,32 +69,31 @@ class Readers:
         self._all.append(reader)
         return reader
 
-    def stream(self, *arguments: Any) -> Generator[Part, None, None]:
-        """Yields the items of ``read(*arguments)`` from an idle reader; waits for one.
+    @contextlib.contextmanager
+    def stream(self, *arguments: Any) -> Generator[Iterator[Part], None, None]:
+        """Opens the items of ``read(*arguments)``, from an idle reader; waits for one.
 
-        Tiles are valid until ``held`` further parts with tiles were taken.
+        Tiles are valid until ``held`` further parts with tiles were taken, or until the context ends: only
+        then does the reader begin another slide, in the same blocks.
 
         Raises:
             ProcessEnded: the reader's process ended; and whatever ``read`` raises.
         """
         reader = self._idle.get()
-        held: deque[int] = deque()
         try:
-            try:
-                yield from self._parts(reader, arguments, held)
-            finally:
-                reader.finish()
-        except _Ended:
-            reason = reader.child.cause_of_death("read")
-            self._all.remove(reader)
-            reader = self._start()
-            raise ProcessEnded(reason) from None
+            yield self._parts(reader, arguments)
         finally:
-            self._idle.put(reader)
+            with contextlib.suppress(ProcessEnded):  # the slide was left early
+                reader.finish()
+            try:
+                if reader.child.connection.closed:
+                    self._all.remove(reader)
+                    reader = self._start()
+            finally:
+                self._idle.put(reader)
 
-    def _parts(
-        self, reader: _Reader, arguments: tuple[Any, ...], held: deque[int]
-    ) -> Generator[Part, None, None]:
+    def _parts(self, reader: _Reader, arguments: tuple[Any, ...]) -> Iterator[Part]:
+        held: deque[int] = deque()
         reader.begin(arguments)
         while True:
             part = reader.receive()
@@ -132,10 +131,6 @@ def _detach(duplicate: Any) -> int:
     return descriptor
 
 
-class _Ended(Exception):
-    """A reader's process has ended."""
-
-
 @dataclass(eq=False)
 class _Reader:
     """A process, its shared memory, and the number of its present slide."""
@@ -151,12 +146,16 @@ class _Reader:
         self._send(arguments)
 
     def receive(self) -> Any:
-        """Receives a part; an error, or None, ends the slide."""
+        """Receives a part; an error, or None, ends the slide.
+
+        Raises:
+            ProcessEnded: the process ended; the connection is closed then.
+        """
         try:
             value = self.child.connection.recv()
         except (EOFError, ConnectionError):
             self.is_busy = False
-            raise _Ended from None
+            raise ProcessEnded(self.child.cause_of_death("read")) from None
         self.is_busy = isinstance(value, tuple)
         return value
 

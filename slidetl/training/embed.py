@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
@@ -234,11 +234,13 @@ def embed_cache(
 
     def embed_slide(cache: SlideCache) -> EmbeddedSlide:
         rows = []
-        parts: Generator[tuple[Any, Any], None, None] = (
-            cache_parts(cache, size, threads) if readers is None else readers.stream(cache, _PIECE, threads)
+        source: contextlib.AbstractContextManager[Iterable[tuple[Any, Any]]] = (
+            contextlib.closing(cache_parts(cache, size, threads))
+            if readers is None
+            else readers.stream(cache, _PIECE, threads)
         )
         try:
-            with contextlib.closing(parts):
+            with source as parts:
                 for _, part in runner.stream(parts, readers.held if readers is not None else 0):
                     if stopped.is_set():
                         raise CacheError("interrupted")  # nobody reads it
