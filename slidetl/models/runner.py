@@ -233,13 +233,13 @@ class Runner:
     @torch.inference_mode()
     def _own(self) -> None:
         self._copies: Any = None
-        if self._is_gpu:
-            self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call] # torch's
         self._buffers: list[_Buffer] = []
         self._pieces: list[tuple[_Piece, int, int]] = []  # piece, and its rows in the batch
         self._filled = 0
         failed: BaseException | None = None
         try:
+            if self._is_gpu:
+                self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call] # torch's
             if self._spec is not None:
                 tile = np.zeros((1, *self._spec.tile_shape), self._spec.dtype)
                 self._warm(tile)

@@ -130,6 +130,22 @@ def test_a_card_without_room_for_one_tile_is_one_clear_line() -> None:
         runner.submit(tiles_of(0, 4)).result(120)
 
 
+def test_a_card_owns_its_thread_by_default_and_one_that_fails_to_start_is_no_wait_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(device: torch.device) -> None:
+        raise RuntimeError("no stream")
+
+    monkeypatch.setattr(torch.cuda, "Stream", fails)
+    assert not Runner(Network(), CPU, 4).packs
+    with Runner(Network(), torch.device("cuda"), 4) as runner:
+        assert runner.packs
+        with pytest.raises(RuntimeError, match="no stream"):
+            runner.submit(tiles_of(0, 4)).result(20)
+        with pytest.raises(RuntimeError, match="no stream"):
+            runner.call(lambda: None)
+
+
 @pytest.mark.parametrize("packs", [False, True])
 def test_the_rate_of_the_network_alone_is_measured(packs: bool) -> None:
     with Runner(Network(), CPU, 4, packs=packs) as runner:
