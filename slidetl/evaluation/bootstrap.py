@@ -19,6 +19,7 @@ from slidetl.evaluation.shapes import check_lengths, value_of_patient
 Metric = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 _BLOCK = 1 << 21  # weights at a time: 16 MB
+_DECIMALS = 12
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,16 @@ def bca_interval(
 
     Patients are drawn with replacement, each with all its results (Davison and Hinkley 1997, section 3.8).
     The bias correction is the normal quantile of the share of draws below the estimate, draws equal to it
-    counting half; the acceleration is ``sum(d^3) / (6 sum(d^2)^1.5)`` over the leave-one-patient-out
-    estimates, d being their mean minus each (with strata, d of each stratum over its own size). For one
-    result a patient it equals ``scipy.stats.bootstrap``.
+    counting half (values are rounded to 12 decimals, so that equal ones tie); the acceleration is
+    ``sum(d^3) / (6 sum(d^2)^1.5)`` over the leave-one-patient-out estimates, d being their mean minus each
+    (with strata, d of each stratum over its own size). For one result a patient it equals
+    ``scipy.stats.bootstrap``.
 
-    Repeats are averaged, and resampled along with the patients: each draw takes R of them with replacement
-    (Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 2007). The deviation of a draw of repeats
-    is multiplied by ``sqrt(R / (R - 1))``, so that its variance is the unbiased one of a mean of R.
+    Repeats are averaged, and resampled along with the patients (Owen, "The pigeonhole bootstrap", Annals of
+    Applied Statistics 2007): each draw takes R - 1 of them with replacement. The variance of their mean is
+    the unbiased one of a mean of R (Rao and Wu, JASA 1988), and it stays within the range of the metric.
+    Few repeats say little of other trainings: where nothing but these varies, the interval of two holds the
+    truth in .59 of studies, of three in .80, of five in .86.
 
     Without repeats the interval is conditional on the fitted models: it covers other patients, not another
     training. At 95 % it covers about 93 to 95 % of the time with 60 patients, 91 to 94 % with 20
@@ -110,6 +114,8 @@ def bca_interval_if_defined(
         return None
     rng = np.random.default_rng(seed)
     draws = _with_repeats(_resampled(metric, member, stratum, n_draws, rng), rng)
+    # Equal values differ in the last bits, by the order of their sums, and must tie. Adding 0 makes -0 a 0.
+    estimate, draws = round(estimate, _DECIMALS) + 0.0, draws.round(_DECIMALS) + 0.0
     defined = draws[~np.isnan(draws)]
     if 2 * len(defined) < n_draws:
         return None
@@ -179,9 +185,8 @@ def _with_repeats(draws: NDArray[np.float64], rng: np.random.Generator) -> NDArr
     """Resamples repeats: draws of patients ``[n]``, or ``[R, n]``, to ``[n]``."""
     if draws.ndim == 1 or len(draws) == 1:
         return draws.reshape(-1)
-    n_repeats, mean = len(draws), draws.mean(axis=0)
-    drawn = np.take_along_axis(draws, rng.integers(n_repeats, size=draws.shape), axis=0).mean(axis=0)
-    return np.asarray(mean + (n_repeats / (n_repeats - 1)) ** 0.5 * (drawn - mean))
+    drawn = rng.integers(len(draws), size=(len(draws) - 1, draws.shape[1]))
+    return np.asarray(np.take_along_axis(draws, drawn, axis=0).mean(axis=0))
 
 
 def _patients_and_strata(

@@ -11,7 +11,7 @@ from scipy.stats import binom, binomtest, bootstrap
 
 from slidetl.errors import UsageError
 from slidetl.evaluation.bootstrap import Metric, bca_interval, resampled_metric, share_interval
-from slidetl.evaluation.metrics import accuracy, by_repeat, qwk, weighted_mean
+from slidetl.evaluation.metrics import accuracy, by_repeat, difference, mae, qwk, weighted_mean
 
 
 def mean_of(values: NDArray[np.float64]) -> Metric:
@@ -156,6 +156,36 @@ def test_repeats_are_resampled_along_with_patients() -> None:
     assert (interval.low, interval.high) == pytest.approx((alone.low, alone.high))
 
 
+@pytest.mark.parametrize(("name", "low", "high"), [("qwk", -1, 1), ("mae", 0, 4)])
+def test_an_interval_over_repeats_stays_within_the_range_of_the_metric(
+    name: str, low: float, high: float
+) -> None:
+    """Of two repeats of 60 patients one is perfect, and one has 12 wrong grades."""
+    true = np.arange(60) % 5
+    wrong = np.where(np.arange(60) < 12, (true + 2) % 5, true)
+    metric = mae if name == "mae" else lambda true, graded, weights: qwk(true, graded, 5, weights)
+    found = bca_interval(by_repeat(metric, true, np.stack([true, wrong])), range(60))
+    assert low <= found.low < found.estimate < found.high <= high
+
+
+def test_differences_that_are_equal_but_for_rounding_tie() -> None:
+    """Of 20 patients one arm is right in 16, the other in 12 of them: 22 % of draws are the estimate."""
+    right = [(np.arange(20) < hits).astype(np.int64) for hits in (16, 12)]
+    gap = difference(*(partial(accuracy, np.ones(20, np.int64), graded) for graded in right))
+    theirs = bootstrap(
+        ((right[0] - right[1]).astype(float),), np.mean, n_resamples=5000, rng=np.random.default_rng(0)
+    ).confidence_interval
+    ours = bca_interval(gap, range(20))
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high)) == (0.05, 0.4)
+
+
+def test_a_bound_of_zero_is_zero() -> None:
+    """A sum of tenths is 5.6e-17, and would exclude 0; a loss of nothing is no -0.00."""
+    found = bca_interval(lambda weights: np.where(weights[:, 0] > 0, 0.1 + 0.2 - 0.3, 0.5), range(10))
+    assert (found.estimate, found.low) == (0, 0)
+    assert f"{bca_interval(lambda weights: -0.0 * weights[:, 0], range(10)).low:+.2f}" == "+0.00"
+
+
 def test_an_interval_over_repeats_covers_other_repeats() -> None:
     rng = np.random.default_rng(0)
     held = np.zeros(2)
@@ -164,7 +194,7 @@ def test_an_interval_over_repeats_covers_other_repeats() -> None:
         both = bca_interval(means_of(values), range(40), n_draws=300, seed=study)
         patients = bca_interval(mean_of(values.mean(0)), range(40), n_draws=300, seed=study)
         held += both.low <= 0 <= both.high, patients.low <= 0 <= patients.high
-    assert held[0] / 200 >= 0.88 and held[1] / 200 < 0.75
+    assert held[0] / 200 >= 0.84 and held[1] / 200 < 0.75
 
 
 def test_a_metric_of_repeats_is_that_of_each() -> None:
