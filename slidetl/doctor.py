@@ -21,13 +21,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from slidetl import processor
 from slidetl.text import one_line
 from slidetl.version import VERSION
 
 State = Literal["", "slow", "fails"]
 
 _GIB = 2**30
-_CACHE_GROUP = Path("/sys/fs/cgroup")
 # Below these, advice is given.
 _LEAST_MEMORY = 8 * _GIB
 _LEAST_SHARED = 2**30
@@ -98,28 +98,17 @@ def _system() -> Iterator[Check]:
     yield Check(topic, "Python", f"{platform.python_version()} ({platform.python_implementation()})")
     libc = " ".join(platform.libc_ver()).strip()
     yield Check(topic, "kernel", f"{platform.system()} {platform.release()} {platform.machine()}, {libc}")
-    cores, quota = len(os.sched_getaffinity(0)), _cpu_quota()
-    is_cut = quota is not None and quota < cores
+    cores, quota = len(os.sched_getaffinity(0)), processor.core_quota()
+    is_cut, is_few = quota is not None and quota < cores, processor.usable_cores() < _LEAST_CORES
     yield Check(
         topic,
         "processor cores",
         f"{cores}" + (f", of which a container may use {quota:g}" if is_cut else ""),
-        "slow" if is_cut or cores < _LEAST_CORES else "",
-        f"threads wait for their turn: set OMP_NUM_THREADS={max(1, int(quota or 1))} and --workers likewise"
-        if is_cut
-        else "tiling and training on the processor take their time; store features, or use a GPU"
-        if cores < _LEAST_CORES
+        "slow" if is_few else "",
+        "tiling and training on the processor take their time; store features, or use a GPU"
+        if is_few
         else "",
     )
-
-
-def _cpu_quota() -> float | None:
-    """Reads the cores that a control group may use."""
-    try:
-        share, period = (_CACHE_GROUP / "cpu.max").read_text().split()[:2]
-        return None if share == "max" else int(share) / int(period)
-    except (OSError, ValueError):
-        return None
 
 
 def _packages() -> Iterator[Check]:
@@ -218,7 +207,7 @@ def _memory_limit() -> int | None:
     """Reads the bytes that a control group may use, of either version."""
     for name in ("memory.max", "memory/memory.limit_in_bytes"):
         try:
-            text = (_CACHE_GROUP / name).read_text().strip()
+            text = (processor.CONTROL_GROUP / name).read_text().strip()
             return int(text) if text.isdigit() and int(text) < 2**60 else None
         except OSError:
             continue

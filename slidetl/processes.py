@@ -8,7 +8,6 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
@@ -55,12 +54,6 @@ def start_child(work: Callable[..., None], *arguments: Any, has_children: bool =
     process.start()
     theirs.close()  # else its death would not show as the end of the pipe
     return Child(process, ours)
-
-
-def begin(parent: int, module: str, function: str, *arguments: Any) -> None:
-    """Begins the work of a process of a pool; it ends with its parent, also during its imports."""
-    end_with(parent)
-    getattr(import_module(module), function)(*arguments)
 
 
 def end_with(parent: int) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import atexit
 import ctypes
 import gc
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h of glibc
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 _KEEP = {
     "MALLOC_MMAP_THRESHOLD_": (_M_MMAP_THRESHOLD, 256 << 20),
     "MALLOC_TRIM_THRESHOLD_": (_M_TRIM_THRESHOLD, 512 << 20),
@@ -17,8 +20,25 @@ _KEEP = {
 }
 
 
+def usable_cores() -> int:
+    """Counts the cores for this process: those that it may run on, or as many as its container may use."""
+    cores, quota = len(os.sched_getaffinity(0)), core_quota()
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
+
+
+def core_quota() -> float | None:
+    """Reads how many cores' time a control group may use (Docker's ``--cpus``, a limit of Kubernetes)."""
+    try:
+        share, period = (CONTROL_GROUP / "cpu.max").read_text().split()[:2]
+        return None if share == "max" else int(share) / int(period)
+    except (OSError, ValueError):
+        return None
+
+
 def prepare_for_networks() -> None:
     """Keeps freed memory for the next tensor, and lets idle threads sleep soon; call it before torch loads.
+
+    In a container with a limit, libraries have as many threads as it may use cores, not as the machine has.
 
     glibc returns a freed activation to the kernel, and takes it back page by page for the next layer: half
     the time of a training step of MobileNetV2, a third of its forward pass (docs/design/processor.md). All
@@ -29,6 +49,8 @@ def prepare_for_networks() -> None:
     environment is set.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if usable_cores() < len(os.sched_getaffinity(0)):
+        os.environ.setdefault("OMP_NUM_THREADS", str(usable_cores()))
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     for name, (option, size) in _KEEP.items():
         if name not in os.environ and mallopt is not None:

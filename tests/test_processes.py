@@ -7,15 +7,13 @@ import sys
 import time
 from pathlib import Path
 
-from slidetl.processes import begin
-
 PARENT = """
-import multiprocessing, os, sys, time
-from slidetl.processes import begin
-child = multiprocessing.get_context("spawn").Process(target=begin, args=(os.getpid(), "time", "sleep", 600))
+import time
+from slidetl.processes import start_child
+def work(connection):
+    time.sleep(600)
 if __name__ == "__main__":
-    child.start()
-    print(child.pid, flush=True)
+    print(start_child(work).process.pid, flush=True)
     time.sleep(600)
 """
 
@@ -27,7 +25,7 @@ def is_running(process: int) -> bool:
         return False
 
 
-def test_a_process_of_a_pool_ends_with_its_parent(tmp_path: Path) -> None:
+def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
     (tmp_path / "parent.py").write_text(PARENT)
     with subprocess.Popen(
         [sys.executable, str(tmp_path / "parent.py")],
@@ -46,8 +44,3 @@ def test_a_process_of_a_pool_ends_with_its_parent(tmp_path: Path) -> None:
     while is_running(child):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-
-
-def test_the_work_begins_by_its_name(tmp_path: Path) -> None:
-    begin(os.getppid(), "os", "mkdir", tmp_path / "done")
-    assert (tmp_path / "done").is_dir()

@@ -6,9 +6,11 @@ import platform
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from slidetl import processor
 from slidetl.cli import main
 from slidetl.processor import postpone_collection
 
@@ -93,3 +95,24 @@ for of_a_command in (False, True, True):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     library, first, second, end = map(int, done.stdout.split())
     assert library == 0 and first > 1000 and second == first and end == 0
+
+
+@pytest.mark.parametrize(
+    ("limit", "cores"),
+    [
+        ("max 100000", 4),
+        ("150000 100000", 2),
+        ("50000 100000", 1),
+        ("6400000 100000", 4),
+        ("?", 4),
+        (None, 4),
+    ],
+)
+def test_a_container_has_as_many_cores_as_it_may_use(
+    limit: str | None, cores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr(processor, "CONTROL_GROUP", tmp_path)
+    if limit is not None:
+        (tmp_path / "cpu.max").write_text(limit + "\n")
+    assert processor.usable_cores() == cores

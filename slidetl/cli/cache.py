@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slidetl.cli.progress import Progress
+from slidetl.processor import usable_cores
 from slidetl.text import one_line
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def verify(cache: Path, *, repair: bool = False, decode: bool = False, slides: P
             raise UsageError("--slides says where --repair finds the slides; give both, or neither")
         sources.update(_slide_paths(slides))
     damaged = tiles = 0
-    threads = len(os.sched_getaffinity(0))
+    threads = usable_cores()
     with Progress("verifying", len(paths)) as progress:
         for path in paths:
             slide_id = path.name.removesuffix(".zarr")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
-_CORES = len(os.sched_getaffinity(0))
+from slidetl.processor import usable_cores
+
+_CORES = usable_cores()
 
 
 def compare(

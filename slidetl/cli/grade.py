@@ -50,6 +50,7 @@ def grade(
         find_slides,
         grade_slides,
         output_names,
+        places_of,
         read_finished,
         write_index_page,
         write_results,
@@ -66,7 +67,8 @@ def grade(
     output = options.output
     if resume and output is None:
         raise UsageError("--resume needs --output, the folder with the results so far")
-    loaded = load_model(model, device, trust)
+    places = places_of(device, options.devices, jobs)
+    loaded = load_model(model, device if len(places) == 1 else "cpu", trust)
     if trust:
         record_trust(loaded.sha256, model.name)
     found, spacings = find_slides(slides)
@@ -78,7 +80,7 @@ def grade(
     finished = {row.slide for row in rows}
     failed = 0
     for row in _with_progress(
-        grade_slides(loaded, found, options, jobs, finished, spacings), len(found) - len(finished)
+        grade_slides(loaded, found, options, places, finished, spacings), len(found) - len(finished)
     ):
         rows.append(row)
         if output is not None:

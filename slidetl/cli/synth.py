@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from slidetl.cli.progress import Progress
+from slidetl.processor import usable_cores
 from slidetl.synthetic.cohort import SyntheticCohort
 
-_CORES = len(os.sched_getaffinity(0))
+_CORES = usable_cores()
 
 
 def synth(out: Path, *, cohort: SyntheticCohort, workers: int = _CORES, overwrite: bool = False) -> int:

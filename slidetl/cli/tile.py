@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from slidetl.cli.progress import Progress
+from slidetl.processor import usable_cores
 from slidetl.text import one_line
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.regions import RegionOptions, find_regions
@@ -16,7 +16,7 @@ from slidetl.tiles.regions import RegionOptions, find_regions
 if TYPE_CHECKING:
     from slidetl.tiles.ledger import LedgerRow
 
-_CORES = len(os.sched_getaffinity(0))
+_CORES = usable_cores()
 
 
 def tile(

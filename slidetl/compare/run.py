@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from slidetl.data.study import Study
 from slidetl.errors import UsageError
 from slidetl.evaluation.protocol import Fold, folds_to_json, splits_sha256
 from slidetl.files import write_whole
-from slidetl.processor import postpone_collection
+from slidetl.processor import postpone_collection, usable_cores
 from slidetl.tiles.lock import slide_lock
 from slidetl.version import VERSION
 
@@ -100,7 +99,7 @@ def run_comparison(
         # Two arms of one configuration share a job.
         to_do = list({job.key: job for job in plan.jobs if found[job.key] is None}.values())
         options.on_start([job for job in plan.jobs if found[job.key] is not None], to_do)
-        threads = max(1, len(os.sched_getaffinity(0)) // options.processes)
+        threads = max(1, usable_cores() // options.processes)
         place = Workplace(folder, threads, options.allow)
         done = (
             run_on_cluster(to_do, place, options.scheduler)

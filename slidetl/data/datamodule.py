@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -37,6 +36,7 @@ from slidetl.data.sampling import Sampling, Uniform
 from slidetl.data.study import CachedSlide, Study, common_spec, read_study
 from slidetl.data.tasks import Task, check_tasks
 from slidetl.errors import UsageError
+from slidetl.processor import usable_cores
 from slidetl.tiles.features import FeatureSource, common_source, feature_width
 from slidetl.tiles.grid import TileSpec
 
@@ -434,7 +434,7 @@ class SlideDataModule(pl.LightningDataModule):
         """The number of processes meant by ``auto``."""
         if self.trainer is None or self.trainer.strategy.root_device.type != "cuda":
             return _WORKERS
-        return max(1, len(os.sched_getaffinity(0)) // self.trainer.num_devices - _THREADS_OF_A_GPU)
+        return max(1, usable_cores() // self.trainer.num_devices - _THREADS_OF_A_GPU)
 
     @property
     def _rank(self) -> int:

@@ -27,6 +27,7 @@ from slidetl.federation.config import BASELINES, Federation, Site
 from slidetl.federation.privacy import check_policy
 from slidetl.federation.records import Rounds
 from slidetl.files import read_yaml, write_whole
+from slidetl.processor import usable_cores
 from slidetl.text import one_line
 
 Report = Callable[[str, dict[str, Any]], None]  # a name or "", and the account of a round
@@ -158,7 +159,7 @@ def simulate(federation: Federation, output: Path, report: Report) -> dict[str, 
         write_whole(places / f"{name}.yaml", yaml.safe_dump(values))
     write_whole(engine / "federation.json", json.dumps(federation.to_dict()))
     (output / OUTCOME).unlink(missing_ok=True)
-    threads = max(1, len(os.sched_getaffinity(0)) // len(federation.sites))
+    threads = max(1, usable_cores() // len(federation.sites))
     environment = {SITE_FILE: str(places), "SLIDETL_SIMULATED": "1", "OMP_NUM_THREADS": str(threads)}
     words = [sys.executable, "-m", "slidetl.federation.nvflare_job", str(engine), str(output)]
     before = len(Rounds(output / "rounds", federation.sha256).accounts())

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
-import multiprocessing
-import os
 import re
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing.queues import SimpleQueue
+from multiprocessing import connection
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from slidetl.data.manifest import read_manifest
-from slidetl.errors import SlideError, SlidetlError, UsageError, describe_failure
+from slidetl.errors import ProcessEnded, SlideError, SlidetlError, UsageError, describe_failure
 from slidetl.files import write_csv, write_whole
 from slidetl.grading.grade import (
     SlideGrade,
@@ -38,8 +36,8 @@ from slidetl.grading.report.slide import has_slide_report, write_slide_report
 from slidetl.grading.series import SeriesGrade
 from slidetl.library.model_card import ModelCard
 from slidetl.models.runner import Rates, Runner
-from slidetl.processes import begin
-from slidetl.processor import hand_back_memory
+from slidetl.processes import Child, start_child
+from slidetl.processor import hand_back_memory, usable_cores
 from slidetl.publish.model_file import ModelFile, load_model
 from slidetl.slides import open_slide
 from slidetl.text import one_line
@@ -123,21 +121,38 @@ def _with_series(paths: Iterable[Path]) -> list[Path]:
     ]
 
 
+def places_of(device: str, devices: int, jobs: int) -> list[str]:
+    """Lists the device of each process of a run: GPUs from the first on, or the one device again and again.
+
+    Raises:
+        UsageError: there are not so many GPUs, or one of them was named.
+    """
+    if devices > 1 and device.startswith("cuda"):
+        if device != "cuda":
+            raise UsageError(
+                f"--devices {devices} takes GPUs from the first on: use --device cuda, not {device}"
+            )
+        if devices > torch.cuda.device_count():
+            raise UsageError(f"--devices {devices}: there are {torch.cuda.device_count()} GPUs here")
+        return [f"cuda:{number % devices}" for number in range(max(jobs, devices))]
+    return [device] * max(jobs, devices)
+
+
 def grade_slides(
     model: ModelFile,
     slides: Sequence[Path],
     options: GradeOptions,
-    jobs: int = 1,
+    places: Sequence[str] = (),
     finished: Container[Path] = (),
     spacings: Mapping[Path, float] | None = None,
 ) -> Iterator[GradeRow]:
     """Grades slides, or CT series, and yields them in order of completion; a bad one does not affect others.
 
     Args:
-        model: recorded as trusted; with several jobs each process loads it again.
+        model: recorded as trusted; with several places each process loads it again.
         slides: from :func:`find_slides`.
         options: of the computation.
-        jobs: slides at a time, each in a process of its own if more than one.
+        places: devices of processes, from :func:`places_of`; none, or one, for this process.
         finished: slides to skip.
         spacings: spacing of level 0, micrometres per pixel, instead of the slides' own.
     """
@@ -152,67 +167,54 @@ def grade_slides(
     waiting = [path for path in slides if path not in finished]
     if not waiting:
         return
-    jobs = max(jobs, options.devices)
-    if jobs == 1:
-        yield from _grade_here(_ready(model, options), waiting, names, options, spacings)
+    if len(places) < 2:
+        ready = _ready(model, options)
+        yield from _grade_here(ready, waiting, names, options, spacings, len(waiting), usable_cores())
         return
-    while waiting:
-        undone = []
-        with _processes(min(jobs, len(waiting)), model, options) as pool:
-            running = {pool.submit(_work, path, names[path], spacings.get(path)): path for path in waiting}
-            try:
-                for future, path in _as_done(running):
-                    try:
-                        yield future.result()
-                    except BrokenProcessPool:
-                        undone.append(path)
-            finally:  # if no more can be written, the others need not be graded
-                for future in running:
-                    future.cancel()
-        # The pool does not name the slide that killed it: the first unfinished one gets a process to itself.
-        if undone:
-            yield _grade_apart(undone[0], names[undone[0]], model, options, spacings.get(undone[0]))
-        waiting = undone[1:]
+    tasks = [(path, names[path], spacings.get(path)) for path in waiting]
+    yield from _grade_apart(model.path, places[: len(tasks)], tasks, options)
 
 
 def _grade_here(
     model: ModelFile,
-    slides: Sequence[Path],
-    names: dict[Path, str],
+    slides: Iterable[Path],
+    names: Mapping[Path, str],
     options: GradeOptions,
     spacings: Mapping[Path, float],
+    most: int,
+    threads: int,
 ) -> Iterator[GradeRow]:
-    """Grades slides in this process: one at a time on a CPU, several on a GPU.
+    """Grades slides in this process: one at a time on a CPU, up to ``most`` on a GPU, in that many threads.
 
-    For a GPU each slide is read in a process, since threads wait for the interpreter lock; the last tiles
-    of one slide share a batch with the first of the next. Series are read one at a time: each is 100 MB.
+    The next slide is taken when there is room for it. For a GPU each is read in a process, since threads
+    wait for the interpreter lock; the last tiles of one slide share a batch with the first of the next.
+    Series are read one at a time: each is 100 MB.
     """
-    threads = _threads(1)
     with _runner(model, options, threads) as runner:
         if not runner.packs or model.card.tile_spec.is_volume:
             for path in slides:
                 yield _grade(model, path, names[path], options, spacings.get(path), runner, threads)
             return
         free = max(1, threads - _THREADS_OF_A_GPU)
-        count = min(len(slides), free)
+        count = min(most, free)
         side_px, depth = model.card.tile_spec.tile_size_px, runner.depth_of(_PIECE, count)
         with (
+            ThreadPoolExecutor(count, "slide") as pool,  # ends last: a slide ends with its reader
             Readers(slide_parts, count, _PIECE, side_px, depth) as readers,
-            ThreadPoolExecutor(count, "slide") as pool,
         ):
-            running = {
-                pool.submit(
-                    partial(_grade, model, path, names[path], options, spacings.get(path)),
-                    *(runner, free // count, readers),
-                ): path
-                for path in slides
-            }
-            try:
-                for future, _ in _as_done(running):
-                    yield future.result()
-            finally:
-                for future in running:
-                    future.cancel()
+            waiting, running = iter(slides), set[Future[GradeRow]]()
+
+            def fill() -> None:
+                for path in itertools.islice(waiting, count - len(running)):
+                    known = (model, path, names[path], options, spacings.get(path))
+                    running.add(pool.submit(_grade, *known, runner, free // count, readers))
+
+            fill()
+            while running:
+                done = wait(running, return_when=FIRST_COMPLETED).done
+                running -= done
+                fill()
+                yield from sorted((future.result() for future in done), key=lambda row: str(row.slide))
 
 
 def _ready(model: ModelFile, options: GradeOptions) -> ModelFile:
@@ -412,55 +414,93 @@ _TABLES = frozenset([".csv", ".tsv", ".txt", ".xlsx", ".xls", ".ods"])
 
 _drawing = threading.Lock()  # matplotlib takes one thread at a time
 
-# State of a process of the pool, set once at its start; the runner lives as long as the process.
-_loaded: tuple[ModelFile, GradeOptions, Runner, int] | None = None
-
-
-def _threads(processes: int) -> int:
-    return max(1, len(os.sched_getaffinity(0)) // processes)
-
-
-def _processes(count: int, model: ModelFile, options: GradeOptions) -> ProcessPoolExecutor:
-    context = multiprocessing.get_context("spawn")  # OpenSlide and torch hold threads and locks
-    devices = context.SimpleQueue()  # one for each process
-    for number in range(count):
-        is_one_of_many = model.device.type == "cuda" and options.devices > 1
-        devices.put(f"cuda:{number % options.devices}" if is_one_of_many else str(model.device))
-    start = (os.getpid(), __name__, _start.__name__, model.path, devices, options, _threads(count))
-    return ProcessPoolExecutor(count, context, begin, start)
-
-
-def _start(path: Path, devices: SimpleQueue[str], options: GradeOptions, threads: int) -> None:
-    global _loaded
-    torch.set_num_threads(threads)
-    model = _ready(load_model(path, devices.get()), options)
-    runner = _runner(model, options, threads)
-    runner.__enter__()
-    _loaded = model, options, runner, threads
-
-
-def _work(path: Path, name: str, mpp: float | None) -> GradeRow:
-    assert _loaded is not None  # set by `_start`
-    model, options, runner, threads = _loaded
-    return _grade(model, path, name, options, mpp, runner, threads)
-
-
-def _as_done(running: dict[Future[GradeRow], Path]) -> Iterator[tuple[Future[GradeRow], Path]]:
-    pending = set(running)
-    while pending:
-        done, pending = wait(pending, return_when=FIRST_COMPLETED)
-        for future in sorted(done, key=lambda future: str(running[future])):
-            yield future, running[future]
+Task = tuple[Path, str, float | None]
+"""A slide, the name of its files, and its spacing of level 0 from a manifest."""
 
 
 def _grade_apart(
-    path: Path, name: str, model: ModelFile, options: GradeOptions, mpp: float | None
-) -> GradeRow:
-    with _processes(1, model, options) as pool:
-        try:
-            return pool.submit(_work, path, name, mpp).result()
-        except BrokenProcessPool:
-            reason = (
-                f"{path}: the process that graded it was ended, perhaps for want of memory; use fewer --jobs"
-            )
-            return GradeRow(path, FAILED, {}, reason)
+    model: Path, places: Sequence[str], tasks: Sequence[Task], options: GradeOptions
+) -> Iterator[GradeRow]:
+    """Grades slides in a process for each place, which asks for the next when it has room for it.
+
+    What a process had begun when it was ended is tried again, one slide alone in a process.
+
+    Raises:
+        SlidetlError: as of a process; it concerns all slides.
+        ProcessEnded: a process was ended before it asked for a slide.
+    """
+    threads = max(1, usable_cores() // len(places))
+    waiting, begun_twice = deque(tasks), list[Task]()
+    busy: dict[Connection, tuple[Child, str, dict[Path, Task]]] = {}
+    most = -(-len(tasks) // len(places))
+
+    def start(place: str) -> None:
+        child = start_child(_serve, model, place, options, most, threads, has_children=True)
+        busy[child.connection] = child, place, {}
+
+    try:
+        for place in places:
+            start(place)
+        while busy:
+            for ready in connection.wait(list(busy)):
+                assert isinstance(ready, Connection)  # from `busy`
+                child, place, begun = busy[ready]
+                try:
+                    found = ready.recv()
+                except (EOFError, ConnectionError):
+                    del busy[ready]
+                    reason = child.cause_of_death("graded")
+                    if not begun and child.process.exitcode == 0:
+                        continue
+                    if not begun:
+                        raise ProcessEnded(f"on {place}: {reason}; use fewer --jobs or --devices") from None
+                    if len(tasks) > 1:
+                        begun_twice += begun.values()
+                    else:
+                        yield GradeRow(tasks[0][0], FAILED, {}, f"{tasks[0][0]}: {reason}; use fewer --jobs")
+                    if waiting:
+                        start(place)
+                    continue
+                if isinstance(found, Exception):
+                    raise found
+                if isinstance(found, GradeRow):
+                    del begun[found.slide]
+                    yield found
+                    continue
+                task = waiting.popleft() if waiting else None
+                with contextlib.suppress(BrokenPipeError):  # its end is found above
+                    ready.send(task)
+                if task is not None:
+                    begun[task[0]] = task
+    finally:  # if no more can be written, the others need not be graded
+        for child, _, _ in busy.values():
+            child.end()
+    for task in begun_twice:
+        yield from _grade_apart(model, places[:1], [task], options)
+
+
+def _serve(
+    parent: Connection, path: Path, place: str, options: GradeOptions, most: int, threads: int
+) -> None:
+    """Grades the slides that it asks for, in a process of its own."""
+    names: dict[Path, str] = {}
+    spacings: dict[Path, float] = {}
+
+    def asked() -> Iterator[Path]:
+        while True:
+            parent.send(None)
+            task: Task | None = parent.recv()
+            if task is None:
+                return
+            slide, names[slide], mpp = task
+            if mpp is not None:
+                spacings[slide] = mpp
+            yield slide
+
+    torch.set_num_threads(threads)
+    try:
+        model = _ready(load_model(path, place), options)
+        for row in _grade_here(model, asked(), names, options, spacings, most, threads):
+            parent.send(row)
+    except SlidetlError as error:
+        parent.send(error)

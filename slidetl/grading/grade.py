@@ -26,6 +26,7 @@ from slidetl.files import replaced
 from slidetl.grading.explain import DIVERGING, Explanation, explain_by_occlusion, find_voxels
 from slidetl.grading.series import SeriesGrade, shown_patches
 from slidetl.models.runner import Rates, Runner
+from slidetl.models.tensors import has_bfloat16
 from slidetl.processor import hand_back_memory
 from slidetl.publish.model_file import ModelFile
 from slidetl.text import plot_label
@@ -329,7 +330,7 @@ def chosen_precision(model: ModelFile, precision: Precision) -> Precision:
     """Resolves ``auto``; see :class:`slidetl.grading.options.GradeOptions`."""
     if precision != "auto":
         return precision
-    return "bfloat16" if model.device.type == "cuda" and "bfloat16" in model.card.precisions else "float32"
+    return "bfloat16" if "bfloat16" in model.card.precisions and has_bfloat16(model.device) else "float32"
 
 
 class _Embeddings:

@@ -25,9 +25,10 @@ from slidetl.errors import CacheError, CacheMismatchError, ProcessEnded, Slidetl
 from slidetl.models.backbones import Backbone, weights_sha256
 from slidetl.models.runner import Rates, Runner
 from slidetl.models.spec import BackboneSpec
+from slidetl.models.tensors import has_bfloat16
 from slidetl.models.volumes import unit_window
 from slidetl.processes import Child, start_child
-from slidetl.processor import postpone_collection
+from slidetl.processor import postpone_collection, usable_cores
 from slidetl.tiles.features import FeatureSource, feature_name, read_source, write_features
 from slidetl.tiles.readers import Readers
 from slidetl.tiles.store import SlideCache, cache_parts
@@ -209,7 +210,8 @@ def embed_cache(
             warnings.warn(line, stacklevel=2)
     on_plan(sum(len(cache) for cache in todo))
     if options.devices > 1:
-        _share_out(todo, cache_dir, spec, options, on_batch, done)
+        mine = replace(options, device="cuda" if place.type == "cuda" else "cpu")
+        _share_out(todo, cache_dir, spec, mine, on_batch, done)
         return [results[slide_id] for slide_id in found]
     backbone.to(place)
     widths: list[int] = []  # of the blocks' embeddings, joined along D
@@ -227,7 +229,7 @@ def embed_cache(
 
     size, cores = (
         options.batch_size or (_BATCH if volumes is None else _BATCH_OF_VOLUMES),
-        len(os.sched_getaffinity(0)),
+        usable_cores(),
     )
     first = todo[0].spec if todo else None
     counted, stopped = threading.Lock(), threading.Event()
@@ -352,8 +354,10 @@ def _embed_share(
     options: EmbedOptions,
 ) -> None:
     """Embeds the slides of one device, and sends the arguments of the callbacks."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number] if visible else str(number)
+    if options.device == "cuda":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number) if visible is None else visible.split(",")[number]
+    os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[number::count]) or os.sched_getaffinity(0))
     torch.set_num_threads(max(1, torch.get_num_threads() // count))
     warnings.simplefilter("ignore")  # the first process has said it
     try:
@@ -399,5 +403,5 @@ def _dtype(precision: str, place: torch.device) -> torch.dtype:
     if precision not in ("auto", "float32", "bfloat16"):
         raise UsageError(f"--precision must be auto, float32 or bfloat16, not {precision!r}")
     if precision == "auto":
-        return torch.bfloat16 if place.type == "cuda" else torch.float32
+        return torch.bfloat16 if has_bfloat16(place) else torch.float32
     return torch.bfloat16 if precision == "bfloat16" else torch.float32

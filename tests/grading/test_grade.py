@@ -8,10 +8,12 @@ import pty
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Generator
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from slidetl.cli import main
-from slidetl.errors import SpacingError, UnfitSlideError
+from slidetl.errors import ProcessEnded, SpacingError, UnfitSlideError, UsageError
 from slidetl.grading import batch
 from slidetl.grading.grade import _ahead, chosen_precision, draw_map, grade_slide
 from slidetl.grading.options import GradeOptions
 from slidetl.models.runner import Runner
+from slidetl.processes import Child, start_child
 from slidetl.publish.export import build_network, export_model
 from slidetl.publish.model_file import ModelFile, load_model
 from slidetl.slides import open_slide
@@ -303,17 +306,29 @@ def test_an_unknown_file_needs_trust_once(
     ],
 )
 def test_auto_takes_the_precision_that_the_export_compared(
-    wanted: Any, device: str, covered: tuple[str, ...], chosen: str, model_path: Path
+    wanted: Any,
+    device: str,
+    covered: tuple[str, ...],
+    chosen: str,
+    model_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = load_model(model_path)
     assert model.card.precisions == ("float32", "bfloat16")
     there = replace(model, device=torch.device(device), card=replace(model.card, precisions=covered))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     assert chosen_precision(there, wanted) == chosen
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert wanted != "auto" or chosen_precision(there, wanted) == "float32"
 
 
 @pytest.mark.slow
 def test_several_processes_grade_as_one_does_and_a_run_goes_on(
-    study: Study, model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    study: Study,
+    model_path: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for number, slide in enumerate(sorted((study.manifest.parent / "slides").glob("*.tiff"))[:3]):
         shutil.copy(slide, tmp_path / f"s{number}.tiff")
@@ -322,7 +337,15 @@ def test_several_processes_grade_as_one_does_and_a_run_goes_on(
     one = tmp_path / "one"
     assert main(["grade", str(model_path), pattern, "--output", str(one)]) == 1
     capsys.readouterr()
+    started: list[Child] = []
+
+    def noted(*arguments: Any, **options: Any) -> Child:
+        started.append(start_child(*arguments, **options))
+        return started[-1]
+
+    monkeypatch.setattr(batch, "start_child", noted)
     assert main(["grade", str(model_path), pattern, "--output", str(output), "--devices", "2"]) == 1
+    assert [child.process.exitcode for child in started] == [0, 0]
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 3 and "s3.svs" in err
 
@@ -342,6 +365,67 @@ def test_several_processes_grade_as_one_does_and_a_run_goes_on(
     assert "1 of 4 slides are graded already" in err
     assert [Path(json.loads(line)["slide"]).name for line in out.splitlines()] == ["s1.tiff", "s2.tiff"]
     assert len(table(output)) == 4
+
+
+def _die_with(parent: Connection, fatal: str) -> None:
+    """Takes two slides at a time, and dies once it has the fatal one."""
+    while True:
+        begun = []
+        for _ in range(2):
+            parent.send(None)
+            if (task := parent.recv()) is not None:
+                begun.append(task[0])
+        if not begun:
+            return
+        if any(path.name == fatal for path in begun):
+            os.kill(os.getpid(), signal.SIGKILL)
+        for path in begun:
+            parent.send(batch.GradeRow(path, batch.GRADED, {}))
+
+
+@pytest.mark.slow
+def test_a_slide_that_kills_its_process_costs_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    slides = [Path(f"s{number}.tiff") for number in range(7)]
+    started: list[str] = []
+
+    def start(work: Any, model: Path, place: str, *_: Any, has_children: bool) -> Child:
+        started.append(place)
+        return start_child(_die_with, "s3.tiff")
+
+    monkeypatch.setattr(batch, "start_child", start)
+    tasks = [(path, path.stem, None) for path in slides]
+    rows = {
+        row.slide: row for row in batch._grade_apart(Path("m"), ["cuda:0", "cuda:1"], tasks, GradeOptions())
+    }
+    assert sorted(rows) == slides
+    assert [path.name for path, row in rows.items() if row.status != batch.GRADED] == ["s3.tiff"]
+    assert "SIGKILL" in rows[slides[3]].reason and rows[slides[3]].reason.startswith("s3.tiff: ")
+    assert set(started) == {"cuda:0", "cuda:1"}
+
+
+def _die_at_once(_: Connection) -> None:
+    os._exit(3)
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_before_it_asks_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "start_child", lambda *_, has_children: start_child(_die_at_once))
+    with pytest.raises(ProcessEnded, match="use fewer --jobs or --devices"):
+        list(batch._grade_apart(Path("m"), ["cuda:1"], [(Path("a"), "a", None)] * 2, GradeOptions()))
+
+
+def test_processes_take_gpus_from_the_first_on_and_no_more_than_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert batch.places_of("cuda", 2, 1) == ["cuda:0", "cuda:1"]
+    assert batch.places_of("cuda", 2, 3) == ["cuda:0", "cuda:1", "cuda:0"]
+    assert batch.places_of("cuda:1", 1, 2) == ["cuda:1", "cuda:1"]
+    assert batch.places_of("cpu", 3, 1) == ["cpu"] * 3
+    with pytest.raises(UsageError, match="--devices 3: there are 2 GPUs here"):
+        batch.places_of("cuda", 3, 1)
+    with pytest.raises(UsageError, match="use --device cuda, not cuda:1"):
+        batch.places_of("cuda:1", 2, 1)
 
 
 @pytest.mark.slow

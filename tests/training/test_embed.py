@@ -227,6 +227,7 @@ def test_devices_share_out_the_slides(cache_dir: Path, monkeypatch: pytest.Monke
     tiles: list[int] = []
     told: list[EmbeddedSlide] = []
     options = EmbedOptions(device="cpu", devices=2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")  # fewer than the processes on a CPU
     slides = embed_cache(cache_dir, SPEC, options, on_batch=tiles.append, on_slide=told.append)
     assert slides == sorted(told, key=lambda slide: slide.slide_id) and len(slides) == 3
     assert "the shard is missing" in slides[0].reason and all(slide.is_new for slide in slides[1:])
