@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from slidetl.compare.config import METRICS, Comparison, MetricName
+from slidetl.compare.config import ALPHA, LOWER_IS_BETTER, METRICS, Comparison, MetricName
 from slidetl.compare.groups import members_of, shift_between
 from slidetl.compare.plan import Job, permuted
 from slidetl.compare.records import JobResult
@@ -138,9 +139,10 @@ class ArmResult:
         referral: share of wrong results against the share of results graded at all.
         places: accuracy and QWK by site and by scanner; empty for a single one.
         readers: the model against each reader, and their consensus.
-        repeatability: of the score over draws of tiles; None without draws.
+        repeatability: of the score over draws of tiles; None without draws, or if all scores are the same.
         group_shift: of the score between the configured groups, if any.
-        chance_p: of the primary metric, against refits on permuted labels; None without refits.
+        chance_p: of the primary metric, against refits on permuted labels (an undefined one counts as one
+            that is as good); None without refits, or if the metric is undefined.
         n_permuted: number of complete refits.
         jobs: each with its result.
     """
@@ -184,7 +186,8 @@ class PairedDifference:
         arm, against: their names.
         n_slides: of a smaller training part of both in each fold; None for the whole one.
         metric: the difference is ``arm`` minus ``against``.
-        interval: paired, over patients and repeats; NaN if undefined.
+        interval: paired, over patients and repeats; NaN if undefined. If all resamples agree they bound
+            nothing: the bounds are exact ones of an accuracy, and NaN of another metric.
         corrected_t: over folds; None for a single fold.
         sign_flip: over patients, on the mean of the repeats.
         p_holm: of the sign-flip test, corrected over the family of all pairs but the primary one; None for
@@ -199,6 +202,19 @@ class PairedDifference:
     corrected_t: CorrectedT | None
     sign_flip: SignFlip
     p_holm: float | None
+
+    @property
+    def better(self) -> str:
+        """The arm favoured by the sign-flip test; empty if it finds no difference, or is undefined."""
+        return self.favoured(self.sign_flip.difference) if self.sign_flip.p <= ALPHA else ""
+
+    def favoured(self, difference: float) -> str:
+        """Names the arm that a difference of this sign favours."""
+        return self.arm if (difference > 0) != (self.metric in LOWER_IS_BETTER) else self.against
+
+    def is_within(self, margin: float) -> bool:
+        """Returns True if the interval lies within a margin: two one-sided tests."""
+        return -margin < self.interval.low and self.interval.high < margin
 
 
 @dataclass(frozen=True, eq=False)
@@ -346,7 +362,7 @@ class _Pooling:
         results = self._results(probabilities, self.true)
         true, first, graded = results.true, results.probabilities[0], results.predicted[0]
         who, name, how = results.patients, self._primary.metric, self._how
-        metrics = {name: self._interval(name, results) for name in METRICS}
+        metrics = {name: metric_interval(name, results, **how) for name in METRICS}
         is_nested = [result.nested for _, result in jobs]
         fewest = min(len(np.unique(who[row == k])) for row in folds for k in range(len(self._folds)))
         observed = _signed(name, metrics[name].estimate)
@@ -383,7 +399,9 @@ class _Pooling:
             else (),
             repeatability=self._repeatability(jobs),
             group_shift=self.group_shift(probabilities.mean(axis=0) @ np.arange(self._n_grades)),
-            chance_p=chance_p(observed, null) if null and np.isfinite([observed, *null]).all() else None,
+            chance_p=chance_p(observed, np.where(np.isnan(null), observed, null))
+            if null and np.isfinite(observed)
+            else None,
             n_permuted=len(null),
             jobs=tuple(jobs),
         )
@@ -407,7 +425,9 @@ class _Pooling:
     def observed_design(
         self, arms: Sequence[ArmResult]
     ) -> tuple[StudyDesign, tuple[tuple[float, float], ...]]:
-        """Designs a study of as many results as these, and lists true accuracies about the observed one.
+        """Designs a study of as many results as these, and lists true accuracies from the observed one.
+
+        The others are higher, or lower where the observed one is near the highest that can be simulated.
 
         The correlation of the errors of the declared pair, after rounding, is taken for that before: a little
         too low, and the power with it.
@@ -422,8 +442,11 @@ class _Pooling:
                 alike = float(np.clip(np.corrcoef(errors)[0, 1], 0, 0.95))
                 design = replace(design, arm_correlation=round(alike, 2))
         observed = float((reference.predicted == reference.true).mean())
-        start = round(max(observed, 1 / self._n_grades + 0.02), 2)
-        return design, tuple((start, round(start + d, 2)) for d in _DIFFERENCES if start + d <= 0.98)
+        least, most = 1 / self._n_grades + 0.02, 0.98
+        start = round(min(max(observed, least), most), 2)
+        sign = 1 if start + _DIFFERENCES[1] <= most else -1
+        others = (round(start + sign * d, 2) for d in _DIFFERENCES)
+        return design, tuple((start, other) for other in others if least <= other <= most)
 
     def readers(self) -> tuple[tuple[Agreement, ...], ReaderCeiling | None]:
         """Computes the agreement of the readers and their ceiling."""
@@ -466,19 +489,6 @@ class _Pooling:
     def _metric(self, name: MetricName, results: PatientResults) -> Metric:
         return by_repeat(_metric_of(name, self._n_grades), results.true, _predictions(name, results))
 
-    def _interval(
-        self, name: MetricName, results: PatientResults, members: NDArray[np.intp] | slice = slice(None)
-    ) -> Interval:
-        """Computes a metric of all, or of some results, by their numbers."""
-        true, who = results.true[members], results.patients[members]
-        rows = _predictions(name, results)[:, members]
-        if name == "accuracy":
-            return share_interval(rows == true, who, level=_LEVEL)
-        found = bca_interval_if_defined(
-            by_repeat(_metric_of(name, self._n_grades), true, rows), who, **self._how
-        )
-        return _UNDEFINED if found is None else found
-
     def _by_repeat(self, name: MetricName, results: PatientResults) -> tuple[float, ...]:
         metric, ones = _metric_of(name, self._n_grades), np.ones(len(results.true))
         return tuple(float(metric(results.true, row, ones)) for row in _predictions(name, results))
@@ -499,14 +509,23 @@ class _Pooling:
             by_fold = [metric_per_fold(metric, arm.results.true, rows, arm.folds) for rows in (one, other)]
             gaps = by_fold[0] - by_fold[1]
             if np.isfinite(gaps).all():  # undefined in a fold of a single grade
-                t = corrected_t(gaps, 1 / len(self._folds))
+                t = corrected_t(gaps, _test_share([job.fold for job, _ in arm.jobs]))
         gap = difference(*(self._metric(name, results) for results in both))
+        interval = bca_interval_if_defined(gap, who, **self._how) or _UNDEFINED
+        if interval.high - interval.low < 1e-12:
+            low = high = float("nan")
+            if name == "accuracy":
+                right, other_right = (rows == arm.results.true for rows in (one, other))
+                more, less = (share_interval(wins, who, level=_LEVEL)
+                              for wins in (right & ~other_right, other_right & ~right))  # fmt: skip
+                low, high = more.low - less.high, more.high - less.low
+            interval = replace(interval, low=low, high=high)
         return PairedDifference(
             arm=arm.arm,
             against=against.arm,
             n_slides=arm.n_slides,
             metric=name,
-            interval=bca_interval_if_defined(gap, who, **self._how) or _UNDEFINED,
+            interval=interval,
             corrected_t=t,
             sign_flip=sign_flip_test(metric, arm.results.true, one, other, who),
             p_holm=None,
@@ -523,7 +542,7 @@ class _Pooling:
                 of_patient.setdefault(patient, set()).add(group)
             groups = [" + ".join(sorted(of_patient[patient])) for patient in self._who.tolist()]
         return {
-            name: estimate_by_group(partial(self._interval, name, results), groups, self._who)
+            name: estimate_by_group(partial(metric_interval, name, results, **self._how), groups, self._who)
             for name in _BY_PLACE
         }
 
@@ -537,9 +556,25 @@ class _Pooling:
         of_slides = [draws.get(row.slide_id, [np.nan] * n_draws) for row in self.rows]
         scores = per_patient(of_slides, self.patients, self._unit)
         drawn = np.isfinite(scores).all(axis=1) & (n_draws > 0)
-        if len(np.unique(self._who[drawn])) < 2 or np.ptp(scores[drawn]) == 0:
-            return None
-        return repeatability(scores[drawn], self._who[drawn], **self._how)
+        with suppress(UsageError):  # too few draws, or scores that are all the same
+            if len(np.unique(self._who[drawn])) > 1:
+                return repeatability(scores[drawn], self._who[drawn], **self._how)
+        return None
+
+
+def metric_interval(
+    name: MetricName,
+    results: PatientResults,
+    members: NDArray[np.intp] | slice = slice(None),
+    **how: Unpack[Resampling],
+) -> Interval:
+    """Computes a metric of all, or of some results, by their numbers; NaN if it is undefined."""
+    true, who = results.true[members], results.patients[members]
+    rows = _predictions(name, results)[:, members]
+    if name == "accuracy":
+        return share_interval(rows == true, who, level=how.get("level", _LEVEL))
+    metric = by_repeat(_metric_of(name, results.probabilities.shape[2]), true, rows)
+    return bca_interval_if_defined(metric, who, **how) or _UNDEFINED
 
 
 @cache
@@ -588,6 +623,12 @@ def _site_in_embeddings(
     return found
 
 
+def _test_share(folds: Sequence[Fold]) -> float:
+    """Computes the share of the test part, of it and the training part, by the mean ratio of these."""
+    ratio = float(np.mean([len(fold.test) / len(fold.train) for fold in folds]))
+    return ratio / (1 + ratio)
+
+
 def _corrected(family: Sequence[PairedDifference]) -> tuple[PairedDifference, ...]:
     """Corrects the p-values of a family of pairs after Holm; those of an undefined metric stay NaN."""
     p = np.array([pair.sign_flip.p for pair in family])
@@ -608,7 +649,7 @@ def _predictions(name: MetricName, results: PatientResults) -> NDArray[Any]:
 
 def _signed(name: MetricName, value: float) -> float:
     """Changes the sign of metrics that are better when lower."""
-    return value if name in ("qwk", "accuracy") else -value
+    return -value if name in LOWER_IS_BETTER else value
 
 
 def _label(arm: str, n_slides: int | None, permutation: int | None) -> str:

@@ -19,6 +19,8 @@ from slidetl.text import first_lines
 
 MetricName = Literal["qwk", "accuracy", "mae", "rps", "log_loss"]
 METRICS: tuple[MetricName, ...] = ("qwk", "accuracy", "mae", "rps", "log_loss")
+LOWER_IS_BETTER: tuple[MetricName, ...] = ("mae", "rps", "log_loss")
+ALPHA = 0.05  # of the test that decides
 Baseline = Literal["prior", "colour_area", "site", "collagen"]
 
 EPOCHS = 30  # the default of ``trainer.max_epochs``, as in ``slidetl fit``

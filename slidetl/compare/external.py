@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
-from slidetl.compare.aggregate import ArmResult, ComparisonResult
+from slidetl.compare.aggregate import ArmResult, ComparisonResult, metric_interval
 from slidetl.compare.config import METRICS, MetricName
 from slidetl.errors import UsageError
-from slidetl.evaluation.bootstrap import Interval, bca_interval_if_defined
+from slidetl.evaluation.bootstrap import Interval
 from slidetl.evaluation.calibration import recalibrate, with_temperature
 from slidetl.evaluation.comparison import PatientResults, patient_results
-from slidetl.evaluation.metrics import accuracy, log_loss, mae, qwk, rps
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +27,8 @@ class External:
         results: of the models of all folds and repeats, ``[J, M]``, as they come.
         again: the same with probabilities by :func:`~slidetl.evaluation.calibration.recalibrate`, fitted to
             other external patients; None if these are too few.
-        metrics: averaged over the J models, with intervals over patients; an undefined one is left out.
+        metrics: averaged over the J models, with intervals over patients and models (as over repeats);
+            an undefined one is left out.
         recalibrated: the same of ``again``; empty without it.
     """
 
@@ -74,27 +73,6 @@ def _external(result: ComparisonResult, arm: ArmResult) -> External:
     return External(arm.arm, arm.n_slides, results, again, _metrics(results, draws), recalibrated)
 
 
-def _metrics(results: PatientResults, n_draws: int) -> dict[MetricName, Interval]:
-    found = {}
-    for name in METRICS:
-        metric = partial(_mean_metric, name, results)
-        interval = bca_interval_if_defined(metric, results.patients, n_draws=n_draws)
-        if interval is not None:
-            found[name] = interval
-    return found
-
-
-def _mean_metric(
-    name: MetricName, results: PatientResults, weights: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Averages a metric over the models, for rows of weights ``[B, M]``."""
-    true, n_grades = results.true, results.probabilities.shape[2]
-    each = []
-    for graded, probabilities in zip(results.predicted, results.probabilities, strict=True):
-        if name == "qwk":
-            each.append(qwk(true, graded, n_grades, weights))
-        elif name in ("rps", "log_loss"):
-            each.append({"rps": rps, "log_loss": log_loss}[name](true, probabilities, weights))
-        else:
-            each.append({"accuracy": accuracy, "mae": mae}[name](true, graded, weights))
-    return np.asarray(np.mean(each, axis=0))
+def _metrics(results: PatientResults, draws: int) -> dict[MetricName, Interval]:
+    found = {name: metric_interval(name, results, n_draws=draws) for name in METRICS}
+    return {name: interval for name, interval in found.items() if not np.isnan(interval.estimate)}

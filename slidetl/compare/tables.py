@@ -79,6 +79,10 @@ def write_tables(result: ComparisonResult, folder: Path) -> None:
 def _result_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
     if result.primary is not None:
         yield from _difference_rows("primary", result.primary)
+        if (margin := result.comparison.primary.margin) is not None:
+            note = f"1 if the interval lies within the margin of {margin:g}"
+            about = {"arm": result.primary.arm, "against": result.primary.against}
+            yield about | _row("primary", "equivalent", result.primary.is_within(margin), note=note)
     for arm in (*result.arms, *result.smaller):
         rows = _arm_rows(arm, result.comparison.referral_risks)
         yield from ({"arm": arm.arm, "train_slides": arm.n_slides, **row} for row in rows)
@@ -161,7 +165,7 @@ def _arm_rows(arm: ArmResult, referral_risks: Sequence[float]) -> Iterator[dict[
             yield _row("repeatability", name, interval, n=arm.repeatability.n, note=draws)
     if arm.group_shift is not None:
         yield from _group_rows(arm.group_shift)
-    if arm.chance_p is not None:
+    if arm.n_permuted:
         yield _row("chance", "permuted_labels", None, p=arm.chance_p, n=arm.n_permuted)
 
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score
 
-from slidetl.compare.aggregate import combine
+from slidetl.compare.aggregate import combine, metric_interval
 from slidetl.compare.config import read_comparison
 from slidetl.compare.external import external_results
 from slidetl.compare.pool import Workplace, run_job
@@ -24,6 +25,8 @@ from slidetl.compare.run import plan_comparison
 from slidetl.compare.table import Table
 from slidetl.compare.tables import write_tables
 from slidetl.errors import UsageError
+from slidetl.evaluation.bootstrap import share_interval
+from slidetl.evaluation.comparison import patient_results
 from tests.conftest import Study
 
 HOME, AWAY = 12, 8
@@ -107,6 +110,11 @@ def test_an_external_site_is_graded_by_every_fold_and_counted_apart(study: Study
     assert float(printed["scratch", "as it comes", "accuracy"]["estimate"]) == pytest.approx(
         np.mean(accuracies)
     )
+    right = np.stack(
+        [[row["grade"] == row["predicted_grade"] for row in rows if row["fold"] == fold] for fold in "01"]
+    )
+    patients = [row["patient_id"] for row in rows if row["fold"] == "0"]
+    assert found["scratch"].metrics["accuracy"] == share_interval(right, patients)
     # Four slides of a grade are too few to recalibrate on: that is left out, and the report is written.
     assert not any(note == "recalibrated" for _, note, _ in printed)
     view = View(result, {})
@@ -114,6 +122,19 @@ def test_an_external_site_is_graded_by_every_fold_and_counted_apart(study: Study
     text, shown = sections["external"].parts
     assert isinstance(text, str) and f"{AWAY} slides of site away" in text
     assert isinstance(shown, Table) and shown.rows[0][3] == found["scratch"].metrics["accuracy"]
+
+
+def test_intervals_of_several_models_are_exact_for_shares_and_resample_models() -> None:
+    true = np.arange(20) % 5
+    right = np.eye(5)[true]
+    of_one = patient_results(true, right, np.arange(20), "slide")
+    found = metric_interval("accuracy", of_one, n_draws=200)
+    exact = binomtest(20, 20).proportion_ci(0.95, "exact")
+    assert (found.low, found.high) == pytest.approx((exact.low, exact.high))
+    wrong = np.eye(5)[np.where(np.arange(20) < 6, (true + 2) % 5, true)]
+    of_two = patient_results(true, np.stack([right, wrong]), np.arange(20), "slide")
+    pair, alone = metric_interval("qwk", of_two, n_draws=500), metric_interval("qwk", of_one, n_draws=500)
+    assert pair.low < alone.low == 1  # the second model errs, and another one might err more
 
 
 def test_no_slide_of_the_external_site_is_in_a_fold(study: Study, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import csv
 import struct
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
@@ -15,11 +16,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from scipy.stats import binomtest
 from sklearn.metrics import cohen_kappa_score
 
+from slidetl.compare import aggregate
 from slidetl.compare.aggregate import ComparisonResult, combine
-from slidetl.compare.config import Arm, Comparison, Groups, Permutations, Primary, Sizes
+from slidetl.compare.config import Arm, Comparison, Groups, MetricName, Permutations, Primary, Sizes
 from slidetl.compare.plan import Job, cases_of
 from slidetl.compare.records import CurvePoint, JobResult
 from slidetl.compare.report.checklists import checklists_of
@@ -31,6 +34,8 @@ from slidetl.compare.table import format_interval
 from slidetl.compare.tables import write_tables
 from slidetl.data.manifest import ManifestRow
 from slidetl.data.study import CachedSlide, Study
+from slidetl.evaluation.comparison import metric_per_fold
+from slidetl.evaluation.metrics import qwk
 from slidetl.evaluation.protocol import Fold, Protocol, plan_folds, subsample
 from slidetl.tiles.codec import tile_codec
 from slidetl.tiles.grid import TileSpec
@@ -168,6 +173,8 @@ def invented(
     reads: tuple[int, ...] | None = None,
     subsets: int = 1,
     test_grade: int | None = None,
+    metric: MetricName = "qwk",
+    refits: int = 0,
 ) -> ComparisonResult:
     """A comparison whose first two arms are the primary ones; units of ``missing`` arms are not done."""
     arms = arms or {"warm": Arm(fit=fit("WarmRestart")), "scratch": Arm(fit=fit("Scratch")),
@@ -177,7 +184,7 @@ def invented(
         manifest="manifest.csv",
         cache="cache",
         arms=arms,
-        primary=Primary(first, second),
+        primary=Primary(first, second, metric),
         protocol=Protocol(
             repeats=repeats, outer_folds=5, inner_folds=2 if nested else 0, given_split=given_split
         ),
@@ -225,7 +232,15 @@ def invented(
                 part = subsample(fold, cases_of(study), size, 5, subset, subsets)
                 found = invented_result(study, part, own_noise + 12 / size, **options)  # type: ignore[arg-type]
                 done.append((Job(name, part, size, None, {}, f"key-{name}-{size}"), found))
+    for number in range(refits):
+        refitted = [(replace(job, permutation=number), found) for job, found in done
+                    if (job.arm, job.n_slides, job.permutation) == (first, None, None)]  # fmt: skip
+        done += refitted
     return combine(comparison, study, folds, done)
+
+
+def weighted(n_grades: int, true: Any, predicted: Any, weights: Any) -> NDArray[np.float64]:
+    return qwk(true, predicted, n_grades, weights)
 
 
 class Page(HTMLParser):
@@ -375,6 +390,8 @@ def spoken(
     interval: tuple[float, float],
     t: float | None = None,
     margin: float | None = None,
+    t_interval: tuple[float, float] | None = None,
+    flipped: float | None = None,
 ) -> str:
     """The first paragraph of the report of another outcome of the declared comparison."""
     assert result.primary is not None and result.primary.corrected_t is not None
@@ -382,9 +399,13 @@ def spoken(
     primary = replace(
         result.primary,
         interval=replace(result.primary.interval, estimate=middle, low=interval[0], high=interval[1]),
-        sign_flip=replace(result.primary.sign_flip, difference=middle, p=p),
+        sign_flip=replace(result.primary.sign_flip, difference=middle if flipped is None else flipped, p=p),
         corrected_t=None if t is None else replace(result.primary.corrected_t, p=t),
     )
+    if primary.corrected_t is not None:
+        low, high = t_interval or interval
+        bounds = replace(primary.corrected_t.interval, estimate=(low + high) / 2, low=low, high=high)
+        primary = replace(primary, corrected_t=replace(primary.corrected_t, interval=bounds))
     comparison = replace(result.comparison, primary=replace(result.comparison.primary, margin=margin))
     view = View(replace(result, primary=primary, comparison=comparison), {})
     return document_of(view, tables_of(view), {}).summary[0]
@@ -403,6 +424,71 @@ def test_the_verdict_follows_the_sign_flips_and_says_where_others_disagree(
     assert "contains zero, and the corrected t over folds finds no difference." in both
     assert "finds a difference" in spoken(small[0], 0.3, (-0.1, 0.1), 0.01)
     assert "there is no corrected t" in spoken(small[0], 0.3, (-0.1, 0.1))
+    rounded = spoken(small[0], 0.3, (1e-17, 0.1))  # a sum of zero
+    assert "disagree" not in rounded
+
+
+def test_a_result_in_the_other_direction_is_a_disagreement(small: tuple[ComparisonResult, Path]) -> None:
+    text = spoken(small[0], 0.001, (0.1, 0.3), 0.0002, t_interval=(-0.12, -0.09))
+    assert (
+        "It finds warm better. The tests disagree: the corrected t over folds finds scratch better." in text
+    )
+    assert "the interval over patients favours warm" in spoken(small[0], 0.001, (0.1, 0.3), flipped=-0.2)
+    lower = replace(small[0].comparison, primary=replace(small[0].comparison.primary, metric="rps"))
+    assert small[0].primary is not None
+    errors = replace(small[0], comparison=lower, primary=replace(small[0].primary, metric="rps"))
+    assert "It finds scratch better" in spoken(errors, 0.001, (0.1, 0.3), 0.001)  # a lower RPS is better
+
+
+def test_a_test_that_cannot_be_computed_is_no_finding(small: tuple[ComparisonResult, Path]) -> None:
+    nan = float("nan")
+    text = spoken(small[0], nan, (nan, nan))
+    assert "p undefined. It could not be computed" in text
+    assert "finds" not in text and "Nor are" not in text
+
+
+def test_equivalence_is_judged_by_the_corrected_t_too(
+    small: tuple[ComparisonResult, Path], tmp_path: Path
+) -> None:
+    text = spoken(small[0], 0.6, (-0.03, 0.04), 0.9, margin=0.05, t_interval=(-0.45, 0.47))
+    assert "the arms are equivalent in that sense" in text
+    assert "The tests disagree: the interval of the corrected t does not lie within the margin." in text
+    assert "disagree" not in spoken(small[0], 0.6, (-0.03, 0.04), 0.9, margin=0.05)
+    assert small[0].primary is not None
+    for high, expected in ((0.04, "1"), (0.06, "0")):
+        interval = replace(small[0].primary.interval, low=-0.03, high=high)
+        comparison = replace(small[0].comparison, primary=replace(small[0].comparison.primary, margin=0.05))
+        result = replace(
+            small[0], comparison=comparison, primary=replace(small[0].primary, interval=interval)
+        )
+        write_tables(result, tmp_path)
+        (row,) = [row for row in table(tmp_path / "results.csv") if row["metric"] == "equivalent"]
+        assert (row["section"], row["arm"], row["estimate"]) == ("primary", "warm", expected)
+        assert "margin of 0.05" in row["note"]
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "qwk"])
+def test_arms_that_agree_everywhere_are_not_shown_to_be_equivalent(
+    metric: MetricName, tmp_path: Path
+) -> None:
+    """All resamples agree, and bound nothing: of six patients one in two may differ."""
+    result = invented(
+        30, repeats=1, sizes=(), noise=0.02, given_split=True, readers=0, sites=("north",), metric=metric
+    )
+    n, primary = len(result.arms[0].results.true), result.primary
+    assert primary is not None and primary.sign_flip.n_discordant == 0 and primary.interval.estimate == 0
+    assert [row.accuracy_second for row in result.power] == [0.98, 0.94, 0.9, 0.86, 0.82, 0.74]  # all right
+    bound = binomtest(0, n).proportion_ci(0.95, "exact").high
+    assert primary.is_within(0.9) == (metric == "accuracy")
+    if metric == "accuracy":
+        assert (primary.interval.low, primary.interval.high) == pytest.approx((-bound, bound))
+        assert not primary.is_within(bound - 0.01)
+    comparison = replace(result.comparison, primary=replace(result.comparison.primary, margin=0.05))
+    text = worded(replace(result, comparison=comparison), tmp_path).text[""]
+    assert f"which differ in 0 of {n}" in text and "equivalence is not shown" in text
+    assert ("all resamples of the patients have this difference" in text) == (metric == "qwk")
+    arms = Page(tmp_path / "report.html").text["arms"]
+    assert "An interval of a single point (of warm, scratch" in arms
 
 
 def test_power_counts_results_from_the_observed_accuracy(
@@ -421,6 +507,55 @@ def test_power_counts_results_from_the_observed_accuracy(
     page = Page(folder / "report.html").text["power"]
     assert f"how often a study of {n} patients finds" in page
     assert f"correlated by {result.design.arm_correlation:.2f} before rounding." in page
+
+
+def test_the_corrected_t_goes_by_the_slides_trained_on(whole: tuple[ComparisonResult, Path]) -> None:
+    arms = {(arm.arm, arm.n_slides): arm for arm in (*whole[0].arms, *whole[0].smaller)}
+    assert whole[0].primary is not None
+    for pair in (whole[0].primary, *whole[0].smaller_differences):
+        one, other = (arms[name, pair.n_slides] for name in (pair.arm, pair.against))
+        kappas = [
+            metric_per_fold(partial(weighted, 5), arm.results.true, arm.results.predicted, arm.folds)
+            for arm in (one, other)
+        ]
+        ratio = np.mean([len(job.fold.test) / len(job.fold.train) for job, _ in one.jobs])
+        variance = (1 / 10 + ratio) * (kappas[0] - kappas[1]).var(ddof=1)
+        assert pair.corrected_t is not None and pair.corrected_t.standard_error == pytest.approx(
+            variance**0.5
+        )
+    assert {pair.n_slides for pair in whole[0].smaller_differences} == {20, 40}
+
+
+def test_an_undefined_refit_counts_against_the_arm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    values = iter([float("nan"), -1.0, -1.0])
+    monkeypatch.setattr(aggregate._Pooling, "permuted_metric", lambda *given: next(values))
+    result = invented(20, repeats=1, sizes=(), nested=False, readers=0, sites=("north",), refits=3)
+    assert result.arms[0].chance_p == (1 + 1) / (1 + 3)
+    page = worded(result, tmp_path)
+    assert "Against chance" in page.text["others"]
+    undefined = replace(result, arms=(replace(result.arms[0], chance_p=None), *result.arms[1:]))
+    assert "Against chance" in worded(undefined, tmp_path).text["others"]
+    (row,) = [row for row in table(tmp_path / "results.csv") if row["section"] == "chance"]
+    assert (row["p"], row["n"]) == ("", "3")
+
+
+@pytest.mark.parametrize("draws", [2.0 + 4.4e-16 * np.arange(8) % 2, np.array([2.0])])
+def test_a_network_with_one_score_for_all_slides_ends_no_report(
+    draws: NDArray[np.float64], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Scores that differ by their rounding alone; and a single draw."""
+    original = invented_result
+
+    def collapsed(*given: Any, **options: Any) -> JobResult:
+        found = original(*given, **options)
+        return replace(
+            found, draws={slide: np.roll(draws, n).tolist() for n, slide in enumerate(found.draws)}
+        )
+
+    monkeypatch.setitem(globals(), "invented_result", collapsed)
+    result = invented(20, repeats=1, sizes=(), nested=False, readers=0, sites=("north",))
+    assert result.arms[0].repeatability is None
+    assert "not all the same" in worded(result, tmp_path).text["score"]
 
 
 @pytest.mark.slow

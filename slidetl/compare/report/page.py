@@ -12,12 +12,13 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from slidetl.compare.aggregate import RISK, ComparisonResult
+from slidetl.compare.config import ALPHA
 from slidetl.compare.learning import PLATEAU
 from slidetl.compare.report.checklists import checklists_of
 from slidetl.compare.report.document import Document, Part, Plot, Section, as_text, write_html, write_markdown
 from slidetl.compare.report.plots import draw_all
 from slidetl.compare.report.tables import tables_of
-from slidetl.compare.report.view import ALPHA, NAMES, View
+from slidetl.compare.report.view import NAMES, View
 from slidetl.compare.table import Table, format_cell, format_p, format_percent, format_range
 from slidetl.evaluation.conformal import REFERRAL_POINTS
 from slidetl.evaluation.confounding import SiteByGrade

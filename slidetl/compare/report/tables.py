@@ -83,7 +83,7 @@ def tables_of(view: View) -> dict[str, Table]:
             [
                 (arm.arm, arm.metrics[primary.metric], arm.n_permuted, arm.chance_p)
                 for arm in view.arms
-                if arm.chance_p is not None
+                if arm.n_permuted
             ],
         ),
         "thresholds": Table(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from slidetl.compare.aggregate import ArmResult, ComparisonResult
-from slidetl.compare.config import Comparison, MetricName
+from slidetl.compare.config import ALPHA, Comparison, MetricName
 from slidetl.compare.external import External, external_results
 from slidetl.compare.learning import CurveMetric, Learning, equal_epochs, learning_of
 from slidetl.compare.table import format_number
@@ -28,7 +28,6 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _LINES = ("-", (0, (5, 1.5)), (0, (1, 1)))
 GREY = "#7A828B"
-ALPHA = 0.05  # of the test that decides
 
 
 @dataclass(frozen=True)
@@ -153,31 +152,53 @@ class View:
     def better(self) -> str:
         """The arm favoured by the declared comparison; empty if its sign-flip test finds no difference."""
         declared = self.result.primary
-        if declared is None or not declared.sign_flip.p <= ALPHA:
-            return ""
-        lower = declared.metric in ("mae", "rps", "log_loss")
-        return declared.arm if (declared.sign_flip.difference > 0) != lower else declared.against
+        return declared.better if declared is not None else ""
+
+    @property
+    def is_constant(self) -> bool:
+        """True if the declared difference is the same on all resamples of the patients."""
+        declared = self.result.primary
+        return declared is not None and bool(
+            np.isnan(declared.interval.low) and not np.isnan(declared.interval.estimate)
+        )
+
+    @property
+    def pointlike(self) -> tuple[str, ...]:
+        """Arms with an interval of a single point."""
+        intervals = ((arm.label, found) for arm in self.arms for found in arm.metrics.values())
+        return tuple(dict.fromkeys(label for label, found in intervals if found.high - found.low < 1e-12))
 
     @property
     def equivalent(self) -> bool:
         """True if the interval of the declared comparison lies within the declared margin."""
         declared, margin = self.result.primary, self.comparison.primary.margin
-        return bool(
-            declared and margin and -margin < declared.interval.low and declared.interval.high < margin
-        )
+        return declared is not None and margin is not None and declared.is_within(margin)
 
     @property
     def against_verdict(self) -> tuple[str, ...]:
-        """The secondary tests of the declared comparison that disagree with its sign-flip test, in words."""
+        """The secondary results of the declared comparison that disagree with its verdict, in words."""
         declared = self.result.primary
         if declared is None or np.isnan(declared.sign_flip.p):
             return ()
-        found, others = bool(self.better), []
-        interval, t = declared.interval, declared.corrected_t
-        if not np.isnan(interval.low) and (interval.low > 0 or interval.high < 0) != found:
-            others.append(f"the interval over patients {'contains' if found else 'excludes'} zero")
-        if t is not None and not np.isnan(t.p) and (t.p <= ALPHA) != found:
-            others.append(f"the corrected t over folds finds {'no' if found else 'a'} difference")
+        found, others = self.better, []
+        interval, t, margin = declared.interval, declared.corrected_t, self.comparison.primary.margin
+        if not np.isnan(interval.low):
+            excludes_zero = interval.low > 1e-12 or interval.high < -1e-12  # not a rounded sum of zero
+            favoured = declared.favoured(interval.low + interval.high) if excludes_zero else ""
+            if favoured != found:
+                words = f"favours {favoured}" if found and favoured else "excludes zero" if favoured else ""
+                others.append(f"the interval over patients {words or 'contains zero'}")
+        if t is not None and not np.isnan(t.p):
+            favoured = declared.favoured(t.interval.estimate) if t.p <= ALPHA else ""
+            if favoured != found:
+                words = (
+                    f"{favoured} better" if found and favoured else f"{'a' if favoured else 'no'} difference"
+                )
+                others.append(f"the corrected t over folds finds {words}")
+            is_within = margin is not None and -margin < t.interval.low and t.interval.high < margin
+            if is_within != self.equivalent:
+                where = "lies" if is_within else "does not lie"
+                others.append(f"the interval of the corrected t {where} within the margin")
         return tuple(others)
 
     @cached_property
