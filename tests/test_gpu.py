@@ -193,3 +193,23 @@ def test_doctor_names_the_cards(device: str, monkeypatch: pytest.MonkeyPatch) ->
         assert card.value == "none that torch sees" and card.state == "slow"
     else:
         assert card.name == "card 0" and torch.cuda.get_device_name(0) in card.value and "GiB" in card.value
+
+
+@pytest.mark.gpu
+def test_grading_halves_the_batches_of_a_card_without_room(
+    study: Study, fitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slide = str(next((study.manifest.parent / "slides").glob("*.tiff")))
+    words = ["grade", str(fitted / "model.pt"), slide, "--force", "--precision", "float32"]
+    assert main(words) == 0
+    expected = json.loads(capsys.readouterr().out)["probabilities"]
+    torch.cuda.empty_cache()
+    total, used = torch.cuda.get_device_properties(0).total_memory, torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction((used + 300 * 2**20) / total)
+    try:
+        assert main([*words, "--batch-size", "4096"]) == 0
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    out, err = capsys.readouterr()
+    assert "tiles at once; it takes" in err
+    assert json.loads(out)["probabilities"] == pytest.approx(expected, abs=CLOSE["cuda"])

@@ -38,6 +38,17 @@ def channels_first(tiles: Tensor) -> Tensor:
     return tiles.permute(0, 3, 1, 2) if tiles.dtype == torch.uint8 else tiles.unsqueeze(1)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tells if an error means that a GPU has no memory left.
+
+    TorchScript raises it as a RuntimeError, and cuDNN and cuBLAS have words of their own.
+    """
+    said = str(error).lower()
+    return (
+        isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "status_alloc_failed" in said
+    )
+
+
 @dataclass(frozen=True)
 class Rates:
     """Throughput of reading tiles and running a network, beside the network alone.
@@ -336,8 +347,10 @@ class Runner:
         """Runs a pass, in halves if the GPU has no memory for all of it."""
         try:
             return self._embed(batch)
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
             size = len(batch)
+            if not is_out_of_memory(error):
+                raise
             if size == 1:
                 raise UsageError(
                     f"{self.device} has no room for a single tile beside the network; use --device cpu, or "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slidetl.errors import UsageError
-from slidetl.models.runner import Runner
+from slidetl.models.runner import Runner, is_out_of_memory
+from slidetl.publish.model_file import without_deprecation
 from slidetl.tiles.grid import TileSpec
 
 CPU = torch.device("cpu")
@@ -119,6 +121,45 @@ def test_a_card_without_room_takes_smaller_batches_and_loses_nothing() -> None:
         rest = runner.submit(tiles_of(8, 8)).result(120)
     assert numbers_of(first) + numbers_of(rest) == list(range(16))
     assert {shape[0] for shape in network.shapes[tried:]} == {2}
+
+
+def limited(tiles: Tensor, room: int, says: str) -> Tensor:
+    if tiles.size(0) > room:
+        raise RuntimeError(says)
+    return tiles[:, :2, 0, 0].float()
+
+
+@pytest.fixture(scope="module")
+def scripted() -> Any:
+    """A network in TorchScript, as in a model file; it takes so many tiles and raises so many words."""
+    with without_deprecation():
+        return torch.jit.script(limited)
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB",
+        "CUDA error: out of memory",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ],
+)
+def test_a_scripted_network_without_room_takes_smaller_batches_too(scripted: Any, says: str) -> None:
+    """TorchScript raises the OutOfMemoryError of a card as a plain RuntimeError."""
+    assert is_out_of_memory(RuntimeError(f"The following operation failed in the TorchScript ...: {says}"))
+    with Runner(lambda tiles: scripted(tiles, 4, says), CPU, 8, packs=True) as runner:
+        with pytest.warns(UserWarning, match=r"no room for 8 tiles at once; it takes 4"):
+            found = runner.submit(tiles_of(0, 8)).result(120)
+        assert runner.batch_size == 4
+    assert numbers_of(found) == list(range(8))
+
+
+def test_another_error_of_a_scripted_network_is_raised_as_it_is(scripted: Any) -> None:
+    with Runner(lambda tiles: scripted(tiles, 4, "a layer is broken"), CPU, 8, packs=True) as runner:
+        with pytest.raises(RuntimeError, match="a layer is broken"):
+            runner.submit(tiles_of(0, 8)).result(120)
+        assert runner.batch_size == 8
 
 
 def test_a_card_without_room_for_one_tile_is_one_clear_line() -> None:
