@@ -157,7 +157,7 @@ def test_a_scripted_network_without_room_takes_smaller_batches_too(scripted: Any
 
 def test_another_error_of_a_scripted_network_is_raised_as_it_is(scripted: Any) -> None:
     with Runner(lambda tiles: scripted(tiles, 4, "a layer is broken"), CPU, 8, packs=True) as runner:
-        with pytest.raises(RuntimeError, match="a layer is broken"):
+        with pytest.raises(torch.jit.Error, match="a layer is broken"):
             runner.submit(tiles_of(0, 8)).result(120)
         assert runner.batch_size == 8
 
