@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from slidetl.analysis.clusters import Kernel, bandwidth_of, mean_shift
 from slidetl.cli import main
 from slidetl.doctor import examine
+from slidetl.grading import grade
 from slidetl.tiles.features import read_features
 from slidetl.tiles.store import SlideCache
 from slidetl.training.predictions import read_predictions
@@ -213,3 +214,21 @@ def test_grading_halves_the_batches_of_a_card_without_room(
     out, err = capsys.readouterr()
     assert "tiles at once; it takes" in err
     assert json.loads(out)["probabilities"] == pytest.approx(expected, abs=CLOSE["cuda"])
+
+
+@pytest.mark.gpu
+def test_embeddings_of_a_large_slide_wait_in_host_memory(
+    study: Study, fitted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slide = next((study.manifest.parent / "slides").glob("*.tiff"))
+    on_card = graded_on("cuda", fitted / "model.pt", slide, capsys)
+    devices, of_all = [], grade._Embeddings.of_all
+
+    def noted(kept: grade._Embeddings) -> torch.Tensor:
+        devices.append(of_all(kept).device.type)
+        return of_all(kept)
+
+    monkeypatch.setattr(grade, "_IN_MEMORY", 1000)
+    monkeypatch.setattr(grade._Embeddings, "of_all", noted)
+    assert graded_on("cuda", fitted / "model.pt", slide, capsys) == pytest.approx(on_card, abs=1e-5)
+    assert devices == ["cpu"]

@@ -25,7 +25,7 @@ from slidetl.evaluation.conformal import GradeSets
 from slidetl.files import replaced
 from slidetl.grading.explain import DIVERGING, Explanation, explain_by_occlusion, find_voxels
 from slidetl.grading.series import SeriesGrade, shown_patches
-from slidetl.models.runner import Rates, Runner
+from slidetl.models.runner import Rates, Runner, is_out_of_memory
 from slidetl.models.tensors import has_bfloat16
 from slidetl.processor import hand_back_memory
 from slidetl.publish.model_file import ModelFile
@@ -37,7 +37,7 @@ from slidetl.tiles.readers import Readers
 from slidetl.volumes import open_series
 
 _T = TypeVar("_T")
-_IN_MEMORY = 64 << 20  # bytes of a slide's embeddings; larger ones lie in a file
+_IN_MEMORY = 64 << 20  # bytes of a slide's embeddings, also on a GPU; larger ones lie in a file
 _BATCH_SIZE = {"cpu": 16, "cuda": 256}  # on a CPU more cost memory and gain nothing
 Precision = Literal["auto", "float32", "bfloat16"]
 _PLACE_MM = 6.0  # width of a place in a patch, about that of a small nodule
@@ -256,7 +256,13 @@ def _places_of(
     width = min(spec.tile_size_px, max(1, round(_PLACE_MM / spec.spacing_mm)))
     patches = {patch: plan.patch(patch) for patch in shown}
     return runner.call(
-        lambda: find_voxels(lambda rows: network.grade(rows)[1], network.embed, embeddings, patches, width)
+        lambda: find_voxels(
+            lambda rows: network.grade(rows)[1],
+            network.embed,
+            embeddings.to(runner.device),
+            patches,
+            width,
+        )
     )
 
 
@@ -272,8 +278,9 @@ def _graded(
     card, network = model.card, model.network
 
     def graded() -> tuple[Any, ...]:
-        novelty = embeddings.new_zeros(()) if card.novelty_limit is None else network.novelty(embeddings)
-        return novelty, *network.grade(embeddings)
+        rows = embeddings.to(runner.device)
+        novelty = rows.new_zeros(()) if card.novelty_limit is None else network.novelty(rows)
+        return novelty, *network.grade(rows)
 
     # Copied in this thread, for the thread owning a GPU not to wait for it.
     novelty, probabilities, expected, attention, *explained = (
@@ -337,7 +344,8 @@ class _Embeddings:
     """The embeddings of a slide, collected batch by batch in limited memory.
 
     They lie in one piece from the start, for ``most`` tiles, since joining would hold them twice. Large ones
-    lie in a file; its pages are dropped from memory by us once full, and by the kernel as it needs room.
+    lie in a file, not on a GPU, where many slides are open at a time; its pages are dropped from memory by us
+    once full, and by the kernel as it needs room.
     """
 
     def __init__(self, most: int) -> None:
@@ -368,7 +376,7 @@ class _Embeddings:
 
     def _room(self, rows: Tensor) -> Tensor:
         size = self._most * rows[0].nbytes
-        if size > _IN_MEMORY and rows.device.type == "cpu":
+        if size > _IN_MEMORY:
             try:
                 with tempfile.TemporaryFile() as file:
                     os.posix_fallocate(file.fileno(), 0, size)  # else a full disk would kill the process
@@ -378,7 +386,13 @@ class _Embeddings:
             else:
                 hand_back_memory()  # of the search for tissue
                 return torch.frombuffer(self._file, dtype=rows.dtype).view(self._most, -1)
-        return rows.new_empty(self._most, rows.shape[1])
+        if size <= _IN_MEMORY:
+            try:
+                return rows.new_empty(self._most, rows.shape[1])
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+        return torch.empty(self._most, rows.shape[1], dtype=rows.dtype)
 
 
 def _check_tissue(model: ModelFile, path: Path, plan: TilePlan, force: bool) -> None:
@@ -436,7 +450,9 @@ def _explanation(
         return Explanation(contributions.numpy(), model.card.score_unit, float(score), baseline)
     network = model.network
     return runner.call(
-        lambda: explain_by_occlusion(lambda rest: float(network.grade(rest)[1]), embeddings, places)
+        lambda: explain_by_occlusion(
+            lambda rest: float(network.grade(rest)[1]), embeddings.to(runner.device), places
+        )
     )
 
 

@@ -277,7 +277,7 @@ class Runner:
 
     def _warm(self, tile: NDArray[Any]) -> None:
         started = time.perf_counter()
-        zeros = channels_first(torch.from_numpy(np.repeat(tile, self.batch_size, 0)).to(self.device))
+        zeros = torch.from_numpy(np.repeat(tile, self.batch_size, 0))
         for number in range(_WARM_PASSES):
             self._pass(zeros)
             self._synchronise()
@@ -318,7 +318,7 @@ class Runner:
         self._pieces, self._filled = [], 0
         buffer.array[filled:] = 0
         try:
-            rows = self._pass(channels_first(self._copied(buffer)))
+            rows = self._pass(buffer.tensor, buffer.free)
             self._tiles += filled
             for piece, begin, end in pieces:
                 piece.add(rows[begin:end])
@@ -327,13 +327,14 @@ class Runner:
                 if not piece.future.done():
                     piece.future.set_exception(error)
 
-    def _copied(self, buffer: _Buffer) -> Tensor:
-        """Copies the buffer's tiles to the device; a GPU copies while it computes."""
+    def _copied(self, tiles: Tensor, free: Any) -> Tensor:
+        """Copies tiles to the device; a GPU copies while it computes, and records the event ``free``."""
         if not self._is_gpu:
-            return buffer.tensor.to(self.device)
+            return tiles.to(self.device)
         with torch.cuda.stream(self._copies):
-            batch = buffer.tensor.to(self.device, non_blocking=True)
-            buffer.free.record(self._copies)
+            batch = tiles.to(self.device, non_blocking=True)
+            if free is not None:
+                free.record(self._copies)
         compute = torch.cuda.current_stream(self.device)
         compute.wait_stream(self._copies)
         batch.record_stream(compute)
@@ -343,12 +344,12 @@ class Runner:
         if self._is_gpu:
             torch.cuda.synchronize(self.device)
 
-    def _pass(self, batch: Tensor) -> Tensor:
-        """Runs a pass, in halves if the GPU has no memory for all of it."""
+    def _pass(self, tiles: Tensor, free: Any = None) -> Tensor:
+        """Runs a pass of tiles in a buffer, in halves if the GPU has no memory for all of it."""
         try:
-            return self._embed(batch)
+            return self._embed(channels_first(self._copied(tiles, free)))
         except Exception as error:
-            size = len(batch)
+            size = len(tiles)
             if not is_out_of_memory(error):
                 raise
             if size == 1:
@@ -357,7 +358,7 @@ class Runner:
                     "free memory on the card"
                 ) from error
         torch.cuda.empty_cache()
-        halves = [self._pass(half) for half in (batch[: size // 2], batch[size // 2 :])]
+        halves = [self._pass(half, free) for half in (tiles[: size // 2], tiles[size // 2 :])]
         if self.batch_size > size // 2:
             self.batch_size = size // 2
             warnings.warn(
@@ -406,6 +407,17 @@ class _Buffer:
 
 def _settle(future: Future[Any], function: Callable[[], Any]) -> None:
     try:
-        future.set_result(function())
+        future.set_result(_with_room(function))
     except BaseException as error:  # raised in the calling thread
         future.set_exception(error)
+
+
+def _with_room(function: Callable[[], _T]) -> _T:
+    """Calls a function, and again, after freeing what torch keeps of the GPU's memory, if that is full."""
+    try:
+        return function()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    torch.cuda.empty_cache()
+    return function()

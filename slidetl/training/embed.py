@@ -36,6 +36,7 @@ from slidetl.training.options import EmbedOptions
 
 _MOST_READERS = 4  # threads on a CPU: a core decodes ten times as many tiles as it embeds
 _THREADS_OF_A_GPU = 2  # to feed it and gather features; each other core reads a slide
+_ON_DEVICE = 64 << 20  # bytes of a slide's features kept on a GPU; those of larger ones are copied at once
 _PIECE = 32  # tiles handed over by a reader at once
 _BATCH, _BATCH_OF_VOLUMES = 128, 16  # a patch of 64 voxels has five times the values of a tile
 
@@ -246,10 +247,11 @@ def embed_cache(
                 for _, part in runner.stream(parts, readers.held if readers is not None else 0):
                     if stopped.is_set():
                         raise CacheError("interrupted")  # nobody reads it
-                    rows.append(part)
+                    is_large = len(cache) * part[0].nbytes > _ON_DEVICE
+                    rows.append(part.cpu() if is_large else part)
                     with counted:
                         on_batch(len(part))
-            slide: NDArray[np.float16] = torch.cat(rows).cpu().numpy()
+            slide: NDArray[np.float16] = torch.cat([part.cpu() for part in rows]).numpy()
             arrays = dict(zip(sources, np.split(slide, np.cumsum(widths)[:-1], axis=1), strict=True))
             try:
                 write_features(cache, {name: (sources[name], array) for name, array in arrays.items()})

@@ -26,7 +26,7 @@ from PIL import Image
 from slidetl.cli import main
 from slidetl.errors import ProcessEnded, SpacingError, UnfitSlideError, UsageError
 from slidetl.grading import batch
-from slidetl.grading.grade import _ahead, chosen_precision, draw_map, grade_slide
+from slidetl.grading.grade import _ahead, _Embeddings, chosen_precision, draw_map, grade_slide
 from slidetl.grading.options import GradeOptions
 from slidetl.models.runner import Runner
 from slidetl.processes import Child, start_child
@@ -162,6 +162,21 @@ def test_embeddings_in_a_file_give_the_same_grade(
         assert other.probabilities == in_memory.probabilities
         np.testing.assert_array_equal(other.attention, in_memory.attention)
         np.testing.assert_array_equal(other.explanation.contributions, in_memory.explanation.contributions)
+
+
+def test_embeddings_of_a_large_slide_or_without_room_are_not_kept_on_a_card(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = torch.empty(2, 1024, device="meta")  # a card, for a processor
+    assert _Embeddings(20)._room(rows).device.type == "meta"
+    assert _Embeddings(20_000)._room(rows).device.type == "cpu"
+
+    def full(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", full)
+    kept = _Embeddings(20)._room(rows)
+    assert kept.device.type == "cpu" and kept.shape == (20, 1024)
 
 
 @pytest.mark.slow

@@ -123,6 +123,38 @@ def test_a_card_without_room_takes_smaller_batches_and_loses_nothing() -> None:
     assert {shape[0] for shape in network.shapes[tried:]} == {2}
 
 
+def test_a_card_without_room_for_the_copy_of_a_batch_takes_smaller_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def copied(runner: Runner, tiles: Tensor, free: Any) -> Tensor:
+        if len(tiles) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return tiles.clone()
+
+    monkeypatch.setattr(Runner, "_copied", copied)
+    network = Network()
+    with Runner(network, CPU, 8, packs=True) as runner, pytest.warns(UserWarning, match="it takes 2"):
+        found = runner.submit(tiles_of(0, 8)).result(120)
+    assert numbers_of(found) == list(range(8))
+    assert [shape[0] for shape in network.shapes] == [2] * 4
+
+
+def test_a_call_without_room_is_tried_again_with_the_cache_emptied(monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+
+    def pool() -> str:
+        if not emptied:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return "graded"
+
+    with Runner(Network(), CPU, 2, packs=True) as runner:
+        assert runner.call(pool) == "graded"
+        with pytest.raises(ZeroDivisionError):
+            runner.call(lambda: 1 // 0)
+    assert emptied == [True]
+
+
 def limited(tiles: Tensor, room: int, says: str) -> Tensor:
     if tiles.size(0) > room:
         raise RuntimeError(says)

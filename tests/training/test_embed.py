@@ -215,6 +215,29 @@ def test_the_profile_says_whether_reading_is_the_limit_and_at_what_rate(
         assert "(reading is the limit)" in said
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_features_of_a_large_slide_leave_the_device_piece_by_piece(
+    cache_dir: Path, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events, copy = [], torch.Tensor.cpu
+
+    def noted(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype == torch.float16:
+            events.append("copy")
+        return copy(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", noted)
+    monkeypatch.setattr(embed, "_ON_DEVICE", 64 << 20 if kept else 1000)
+    first = opened(cache_dir)[0].path.stem
+    options = EmbedOptions(device="cpu", batch_size=32, slides=(first,))
+    embed_cache(cache_dir, SPEC, options, on_batch=lambda tiles: events.append("batch"))
+    batches = events.count("batch")
+    assert batches > 1
+    assert events[: 2 * batches] == (
+        ["batch"] * batches + ["copy"] * batches if kept else ["copy", "batch"] * batches
+    )
+
+
 def test_a_profile_is_of_one_process() -> None:
     with pytest.raises(UsageError, match="leave out --devices 2"):
         EmbedOptions(profile=True, devices=2)
