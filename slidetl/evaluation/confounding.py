@@ -80,7 +80,7 @@ class SiteDecodability:
     """Accuracy of a classifier at telling the site of unseen patients.
 
     Attributes:
-        balanced_accuracy: mean share right over the sites, 0..1.
+        balanced_accuracy: mean share right over the sites with tested slides, 0..1.
         null_mean, null_high: mean and 95 % quantile of the same accuracy with sites permuted over patients.
         p: of the permutation test.
         n_patients: tested.
@@ -180,9 +180,12 @@ def site_decodability_by_fold(
             scores = test_rows @ centres.T - (centres**2).sum(axis=1) / 2
             predicted[row, fold.test] = np.where(counts > 0, scores, -np.inf).argmax(axis=1)
     tested = predicted[0] >= 0
+    if not tested.any():
+        raise UsageError("expected folds with tested slides, found none")
     of_site = [(slide_labels == each) & tested for each in range(len(names))]
-    right = [((predicted == slide_labels) & mine).sum(axis=1) for mine in of_site]
-    balanced = np.mean([n / np.maximum(m.sum(axis=1), 1) for n, m in zip(right, of_site, strict=True)], 0)
+    n_of_site = np.array([mine.sum(axis=1) for mine in of_site])  # [sites, 1 + n]
+    right = np.array([((predicted == slide_labels) & mine).sum(axis=1) for mine in of_site])
+    balanced = (right / np.maximum(n_of_site, 1)).sum(axis=0) / (n_of_site > 0).sum(axis=0)
     null = balanced[1:]
     return SiteDecodability(
         balanced_accuracy=float(balanced[0]),

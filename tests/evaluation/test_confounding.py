@@ -171,6 +171,17 @@ def test_each_fold_may_have_a_network_of_its_own() -> None:
     assert site_decodability_by_fold(lost, sites, patients, n_permutations=99).balanced_accuracy < 0.6
 
 
+def test_a_site_without_tested_slides_does_not_count() -> None:
+    """Three sites that are told apart completely; the third is not tested."""
+    sites, embeddings = np.repeat(list("ABC"), 4), np.repeat(5 * np.eye(3), 4, axis=0)
+    test = np.array([2, 3, 6, 7])
+    train = np.setdiff1d(np.arange(12), test)
+    fold = EmbeddedFold(train, test, embeddings[train], embeddings[test])
+    assert site_decodability_by_fold([fold], sites, range(12), n_permutations=99).balanced_accuracy == 1
+    with pytest.raises(UsageError, match="folds with tested slides, found none"):
+        site_decodability_by_fold([], sites, range(12), n_permutations=9)
+
+
 def test_embeddings_must_be_finite() -> None:
     with pytest.raises(UsageError, match="finite"):
         site_decodability(np.full((4, 2), np.nan), [0, 0, 1, 1], range(4))
