@@ -384,8 +384,8 @@ class _Pooling:
             if fewest > 1
             else None,
             slope=calibration_slope(true, first, who, **how),
-            null=calibration_null(true, first),
-            bins=reliability(true, first),
+            null=calibration_null(true, first, graded),
+            bins=reliability(true, first, graded),
             untempered=self._untempered(jobs) if any(is_nested) else None,
             sets=check_coverage(true, first, who, folds[0], risk=RISK, **how)
             if len(self._folds) > 1

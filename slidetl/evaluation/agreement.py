@@ -72,7 +72,7 @@ class ReaderCeiling:
     Attributes:
         reader_sd: standard deviation of a reader's error, in grades, before rounding, from 0.02 to 1.98.
         at_bound: True if it is one of these ends: the fit would go on, and the ceiling is a bound itself.
-        accuracy, qwk: against one reader's grades.
+        accuracy, qwk: against one reader's grades; all three QWKs are NaN if all slides have one grade.
         consensus_accuracy, consensus_qwk: against the rounded mean of two readers' grades (between two of
             them, the higher).
         together_accuracy, together_qwk: against the grade of two readers looking together: the mean of
@@ -139,7 +139,8 @@ def model_against_readers(
 
     Predictions ``[N]`` or ``[R, N]`` are out of fold; readings as for :func:`reader_agreement`. Returns one
     for each reader with slides of two patients or more, then one for the consensus; without those of
-    undefined kappa. A model is as good as a reader if ``qwk_less_peers`` is not below zero.
+    undefined kappa. An interval of ``qwk_less_peers`` that holds zero does not prove the model as good as a
+    reader: for that its low bound must be above a loss that does not matter, named beforehand.
 
     Raises:
         UsageError: no readings.

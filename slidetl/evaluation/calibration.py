@@ -23,6 +23,7 @@ from slidetl.evaluation.metrics import (
     check_finite,
     check_probabilities,
     confidence_bins,
+    confidence_of,
     probability_metrics,
 )
 
@@ -156,7 +157,7 @@ class CalibrationNull:
     """The expected calibration error beside the error of a calibrated model.
 
     Attributes:
-        error: expected calibration error of the most probable grade, 0..1.
+        error: expected calibration error of the predicted grade, 0..1.
         null_mean, null_high: mean and 95 % quantile of it for grades drawn from these very probabilities.
         p: share of such draws with an error at least as high.
     """
@@ -168,18 +169,24 @@ class CalibrationNull:
 
 
 def calibration_null(
-    true: ArrayLike, probabilities: ArrayLike, *, n_bins: int = 10, n_draws: int = 1000, seed: int = 0
+    true: ArrayLike,
+    probabilities: ArrayLike,
+    predicted: ArrayLike | None = None,
+    *,
+    n_bins: int = 10,
+    n_draws: int = 1000,
+    seed: int = 0,
 ) -> CalibrationNull:
     """Computes the calibration error, and its distribution under perfect calibration of as many slides.
 
     Consistency resampling (Bröcker and Smith, Weather and Forecasting 2007; Vaicenavicius et al., AISTATS
     2019). Grades of slides are drawn independently; slides of one patient are not independent, so with
-    several a patient the null is somewhat too narrow, and p somewhat too small. Bins of the probabilities
-    ``[N, K]`` have equal width.
+    several a patient the null is somewhat too narrow, and p somewhat too small. Arguments are those of
+    :func:`~slidetl.evaluation.metrics.calibration_error`.
     """
-    error = calibration_error(true, probabilities, n_bins)
-    _, (rows,) = check_probabilities(true, probabilities)
-    null = abs(_null_gaps(rows, confidence_bins(rows, n_bins), n_bins, n_draws, seed)).sum(axis=1) / len(rows)
+    error = calibration_error(true, probabilities, n_bins, predicted)
+    confidence, _ = confidence_of(true, probabilities, predicted)
+    null = abs(_null_gaps(confidence, n_bins, n_draws, seed)).sum(axis=1) / len(confidence)
     return CalibrationNull(
         error=error,
         null_mean=float(null.mean()),
@@ -219,17 +226,21 @@ class ReliabilityBin:
 
 
 def reliability(
-    true: ArrayLike, probabilities: ArrayLike, *, n_bins: int = 10, n_draws: int = 1000, seed: int = 0
+    true: ArrayLike,
+    probabilities: ArrayLike,
+    predicted: ArrayLike | None = None,
+    *,
+    n_bins: int = 10,
+    n_draws: int = 1000,
+    seed: int = 0,
 ) -> tuple[ReliabilityBin, ...]:
     """Computes a reliability diagram with consistency bars (Bröcker and Smith 2007), in the error's bins.
 
     Arguments are as for :func:`calibration_null`. Bars are bin by bin, so one of twenty bins is expected
     outside; they take slides for independent. Returns the bins with slides, in rising confidence.
     """
-    grades, (rows,) = check_probabilities(true, probabilities)
-    bins = confidence_bins(rows, n_bins)
-    confidence, right = rows.max(axis=1), rows.argmax(axis=1) == grades
-    gaps = _null_gaps(rows, bins, n_bins, n_draws, seed)
+    confidence, right = confidence_of(true, probabilities, predicted)
+    bins, gaps = confidence_bins(confidence, n_bins), _null_gaps(confidence, n_bins, n_draws, seed)
     points = []
     for number in np.unique(bins):
         held = bins == number
@@ -241,13 +252,12 @@ def reliability(
     return tuple(points)
 
 
-def _null_gaps(
-    rows: NDArray[np.float64], bins: NDArray[np.intp], n_bins: int, n_draws: int, seed: int
-) -> NDArray[np.float64]:
+def _null_gaps(confidence: NDArray[np.float64], n_bins: int, n_draws: int, seed: int) -> NDArray[np.float64]:
     """Draws right minus expected ones by bin, ``[n_draws, n_bins]``, as if the confidence were the truth."""
-    confidence = rows.max(axis=1)
-    right = np.random.default_rng(seed).random((n_draws, len(rows))) < confidence
-    return np.asarray((right - confidence) @ (bins[:, None] == np.arange(n_bins)))
+    right = np.random.default_rng(seed).random((n_draws, len(confidence))) < confidence
+    return np.asarray(
+        (right - confidence) @ (confidence_bins(confidence, n_bins)[:, None] == np.arange(n_bins))
+    )
 
 
 def _recalibration(odds: NDArray[np.float64], happened: NDArray[np.bool_], *, slope_is_free: bool) -> Metric:

@@ -183,14 +183,16 @@ def kappa_of_table(tables: ArrayLike, penalties: ArrayLike) -> NDArray[np.float6
         penalties: ``[K, K]``, 0 on the diagonal.
 
     Returns:
-        One minus the penalty over the penalty expected by chance; NaN if the latter is 0.
+        One minus the penalty over the penalty expected by chance; NaN if the latter is 0, or so small (1e-9
+        of the total) that it is left over by rounding.
     """
     counts, by_cell = np.asarray(tables, np.float64), np.asarray(penalties, np.float64)
     total = counts.sum(axis=(-2, -1))
+    least = 1e-9 * total
     chance = ((counts.sum(axis=-1) @ by_cell) * counts.sum(axis=-2)).sum(axis=-1)
     chance = chance / np.where(total > 0, total, 1)
     observed = (counts * by_cell).sum(axis=(-2, -1))
-    return np.asarray(np.where(chance > 0, 1 - observed / np.where(chance > 0, chance, 1), np.nan))
+    return np.asarray(np.where(chance > least, 1 - observed / np.where(chance > least, chance, 1), np.nan))
 
 
 def qwk_of_table(tables: ArrayLike) -> NDArray[np.float64]:
@@ -286,24 +288,39 @@ def auroc(positive: ArrayLike, scores: ArrayLike) -> float:
     return float(above / n_pairs) if n_pairs else float("nan")
 
 
-def calibration_error(true: ArrayLike, probabilities: ArrayLike, n_bins: int = 10) -> float:
-    """Computes the expected calibration error of the most probable grade, over bins of equal width.
+def calibration_error(
+    true: ArrayLike, probabilities: ArrayLike, n_bins: int = 10, predicted: ArrayLike | None = None
+) -> float:
+    """Computes the expected calibration error of the predicted grade, over bins of equal width.
 
     Naeini et al., AAAI 2015, for the most probable class as in Guo et al., ICML 2017: the mean over slides
     of the distance between the accuracy of their bin ``(0, 1/n], (1/n, 2/n], ...`` and its mean confidence.
     Empty bins do not count. On a hundred slides it is biased upwards by several hundredths; compare it with
-    the error of a calibrated model, not with zero.
+    the error of a calibrated model, not with zero. ``predicted [N]`` are the grades that are reported, by
+    default the most probable ones: of several slides of a patient they may be others.
+    """
+    confidence, right = confidence_of(true, probabilities, predicted)
+    gaps = np.bincount(confidence_bins(confidence, n_bins), right - confidence, minlength=n_bins)
+    return float(abs(gaps).sum() / len(right))  # gaps are summed over the slides of a bin
+
+
+def confidence_of(
+    true: ArrayLike, probabilities: ArrayLike, predicted: ArrayLike | None
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Returns the probability of the predicted grade, and whether it is right: ``[N]`` both.
+
+    Arguments are those of :func:`calibration_error`.
     """
     grades, (rows,) = check_probabilities(true, probabilities)
-    gaps = np.bincount(  # summed over the slides of a bin
-        confidence_bins(rows, n_bins), (rows.argmax(1) == grades) - rows.max(1), minlength=n_bins
+    graded = (
+        rows.argmax(axis=1) if predicted is None else _check_grades(grades, predicted, rows.shape[1])[1][0]
     )
-    return float(abs(gaps).sum() / len(grades))
+    return rows[np.arange(len(rows)), graded], graded == grades
 
 
-def confidence_bins(rows: NDArray[np.float64], n_bins: int) -> NDArray[np.intp]:
-    """Returns the bin ``[N]`` of each row's highest probability: ``(0, 1/n], (1/n, 2/n], ...``."""
-    return np.asarray(np.clip(np.ceil(rows.max(axis=1) * n_bins).astype(np.intp) - 1, 0, n_bins - 1))
+def confidence_bins(confidence: NDArray[np.float64], n_bins: int) -> NDArray[np.intp]:
+    """Returns the bin ``[N]`` of each probability: ``(0, 1/n], (1/n, 2/n], ...``."""
+    return np.asarray(np.clip(np.ceil(confidence * n_bins).astype(np.intp) - 1, 0, n_bins - 1))
 
 
 def confusion_matrix(true: ArrayLike, predicted: ArrayLike, n_grades: int) -> NDArray[np.int64]:

@@ -84,6 +84,12 @@ def test_a_single_reader_has_no_peers() -> None:
     assert [(row.reader, row.peer_qwk) for row in against] == [(0, None), (None, None)]
 
 
+def test_readers_who_gave_one_grade_leave_the_kappas_of_the_ceiling_undefined() -> None:
+    ceiling = reader_ceiling([2] * 20, [2] * 20, np.arange(20), 5, n_draws=5)
+    assert ceiling.accuracy == ceiling.consensus_accuracy == ceiling.together_accuracy == 1
+    assert np.isnan([ceiling.qwk, ceiling.consensus_qwk, ceiling.together_qwk]).all()
+
+
 @pytest.mark.parametrize("sd", [0.3, 0.6, 0.9])
 def test_the_ceiling_is_what_the_truth_reaches(sd: float) -> None:
     """On 20,000 slides whose readers err as the model says, against the grades that they were drawn from."""

@@ -18,6 +18,7 @@ from slidetl.evaluation.calibration import (
     reliability,
     with_temperature,
 )
+from slidetl.evaluation.comparison import patient_results
 from slidetl.evaluation.metrics import calibration_error, probability_metrics
 from slidetl.evaluation.ordinal import ProportionalOdds
 
@@ -167,6 +168,18 @@ def test_the_diagram_holds_every_slide_and_gives_the_calibration_error() -> None
     confidences = [point.confidence for point in points]
     assert confidences == sorted(confidences)
     assert all(0 <= point.low <= point.confidence <= point.high <= 1 for point in points)
+
+
+def test_calibration_judges_the_reported_grade_of_a_patient_not_the_peak_of_the_mean() -> None:
+    """Two slides of grades 0 and 2: the patient has grade 1, of a mean probability of .1."""
+    found = patient_results([0, 2], [[0.9, 0.1, 0], [0, 0.1, 0.9]], ["a", "a"], "mean")
+    rows, predicted = found.probabilities[0], found.predicted[0]
+    assert (found.true.tolist(), predicted.tolist()) == ([1], [1])
+    (point,) = reliability(found.true, rows, predicted)
+    assert point.confidence == pytest.approx(0.1) and point.accuracy == 1
+    null = calibration_null(found.true, rows, predicted, n_draws=99)
+    assert null.error == calibration_error(found.true, rows, predicted=predicted) == pytest.approx(0.9)
+    assert null.p < 0.3
 
 
 def test_bars_of_one_bin_are_those_of_the_binomial() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -208,7 +209,8 @@ class View:
         if found is None or name not in ("qwk", "accuracy"):
             return None
         kind = {"consensus": "consensus_", "together": "together_"}.get(self.labels, "")
-        return float(getattr(found, kind + name))
+        limit = float(getattr(found, kind + name))
+        return None if math.isnan(limit) else limit
 
     @cached_property
     def labels(self) -> str:
