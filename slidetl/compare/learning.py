@@ -44,22 +44,30 @@ class Learning:
         """Number of trainings T."""
         return len(self.values["qwk"])
 
-    def mean(self, metric: CurveMetric, epoch: int) -> float:
-        """Averages a metric over the trainings at one point of the curve."""
-        return float(self.values[metric][:, self.epochs.tolist().index(epoch)].mean())
+    def mean(self, metric: CurveMetric, epoch: int | None) -> float:
+        """Averages a metric over the trainings at one point of the curve; NaN at None."""
+        return float("nan" if epoch is None else self.values[metric][:, self._place(epoch)].mean())
 
-    def plateau(self, metric: CurveMetric) -> int:
-        """Counts epochs until the mean is within 0.02 (of RPS: 2 %) of the best on the curve."""
+    def plateau(self, metric: CurveMetric) -> int | None:
+        """Counts epochs until the mean is within 0.02 (of RPS: 2 %) of the best on the curve.
+
+        None if the metric is undefined at every point.
+        """
         means = self.values[metric].mean(axis=0)
+        if np.isnan(means).all():
+            return None
         if metric == "rps":
             near = means <= means.min() * (1 + PLATEAU)
         else:  # an undefined QWK is no plateau
             near = means >= np.where(np.isnan(means), -np.inf, means).max() - PLATEAU
         return int(self.epochs[near.argmax()])
 
-    def seconds_until(self, epoch: int) -> float:
-        """Averages the seconds of training until one point of the curve."""
-        return float(self.seconds[self.epochs.tolist().index(epoch)])
+    def seconds_until(self, epoch: int | None) -> float:
+        """Averages the seconds of training until one point of the curve; NaN at None."""
+        return float("nan" if epoch is None else self.seconds[self._place(epoch)])
+
+    def _place(self, epoch: int) -> int:
+        return int(self.epochs.tolist().index(epoch))
 
 
 def learning_of(comparison: Comparison, arm: ArmResult) -> Learning | None:

@@ -196,11 +196,12 @@ def _learning_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
             plateau = curve.plateau(name)
             points: list[tuple[str, int, str]]
             points = [(name, epoch, f"after {epoch} epochs, {of}") for epoch in shown]
-            points.append((f"plateau_{name}", plateau, f"at its plateau, after {plateau} epochs, {of}"))
+            if plateau is not None:
+                points.append((f"plateau_{name}", plateau, f"at its plateau, after {plateau} epochs, {of}"))
             for label, epoch, note in points:
                 yield about | _row("learning", label, curve.mean(name, epoch), n=curve.results, note=note)
             note = f"until the plateau of {name}"
-            yield about | _row("learning", "epochs_to_plateau", float(plateau), note=note)
+            yield about | _row("learning", "epochs_to_plateau", plateau, note=note)
 
 
 def _difference_rows(section: str, pair: PairedDifference) -> Iterator[dict[str, Any]]:

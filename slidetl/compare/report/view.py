@@ -134,14 +134,14 @@ class View:
             return ""
         metric, one, other = self.learned[0], self.curves[primary.arm], self.curves[primary.against]
 
-        def gap(first: int, second: int) -> str:
+        def gap(first: int | None, second: int | None) -> str:
             return format_number(one.mean(metric, first) - other.mean(metric, second), "+.2f")
 
         gaps = ", ".join(f"{gap(n, n)} after {n}" for n in self.epochs)
         first, second = one.plateau(metric), other.plateau(metric)
         return (
-            f"{gaps} epochs; each at its own plateau, after {first} and {second} epochs, "
-            f"{gap(first, second)}. Means over {one.trainings} trainings"
+            f"{gaps} epochs; each at its own plateau, after {first or 'unknown'} and {second or 'unknown'} "
+            f"epochs, {gap(first, second)}. Means over {one.trainings} trainings"
         )
 
     @property
