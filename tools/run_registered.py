@@ -64,9 +64,9 @@ their differences, readers and scanners are not in it, and which tiles are of on
 {redraws} of {registered} redraws of everything (tiles, slides, initial weights), each with {train} training
 slides, {home} test slides from other tiles, and {external} external slides from tiles of another source.
 Numbers are means over redraws with 95 % intervals, redraw as a random effect
-([why](../design/statistics.md)); the error of a redraw is over its slides. The redraws share one pool of
-tiles, so the intervals are about other draws from it. [What was registered](registered.md); the hashes of
-the configurations {declared}.
+([why](../design/statistics.md)), cut at the range of the metric, which t does not know; the error of a
+redraw is over its slides. The redraws share one pool of tiles, so the intervals are about other draws from
+it. [What was registered](registered.md); the hashes of the configurations {declared}.
 """
 TRIVIAL = """
 Trivial are prior (a constant grade has a QWK of 0), colour-area, and random-ridge (frozen random weights).
@@ -253,22 +253,31 @@ def effect(results: PatientResults, name: str, against: PatientResults | None = 
 def combined(effects: Sequence[Effect]) -> RedrawnEffect | None:
     """Combines the effects of redraws; None for fewer than two, and if all are one constant.
 
-    If an arm gives one grade to all slides of a redraw, that redraw has no error: then all count the same.
+    If an arm gives one grade to all slides of a redraw, that redraw has no error: then all count the same,
+    with the mean of the other errors.
     """
     values, errors = np.array(effects).reshape(-1, 2).T
     if len(values) < 2 or not np.isfinite([values, errors]).all() or not errors.any():
         return None
-    return combine_redraws(values, errors if errors.all() else np.full(len(errors), errors.mean()))
+    return combine_redraws(
+        values, errors if errors.all() else np.full(len(errors), errors[errors > 0].mean())
+    )
 
 
-def as_text(effects: Sequence[Effect], form: str = ".2f") -> str:
-    """Formats the mean over redraws with its interval."""
+def as_text(effects: Sequence[Effect], form: str = ".2f", least: float = -1.0, most: float = 1.0) -> str:
+    """Formats the mean over redraws with its interval, cut at the range of the metric; by default QWK's."""
     if not effects:
         return "not run"
     found = combined(effects)
     if found is None:
         return f"{np.mean([estimate for estimate, _ in effects]):{form}}"
-    return f"{found.interval.estimate:{form}} [{found.interval.low:{form}}, {found.interval.high:{form}}]"
+    low, high = max(found.interval.low, least), min(found.interval.high, most)
+    return f"{found.interval.estimate:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def as_difference(effects: Sequence[Effect]) -> str:
+    """Formats a mean difference of QWK."""
+    return as_text(effects, "+.2f", -2.0, 2.0)
 
 
 def effects_of(
@@ -319,10 +328,10 @@ def write_page(redraws: Sequence[Redrawn], plans: Sequence[Plan], command: str) 
     if not gaps:
         parts.append(f"{title}**not run yet** (0 of {REDRAWS} redraws).")
     elif found is None:
-        parts.append(f"{title}{state}{as_text(gaps, '+.2f')}. One redraw has no interval over redraws.")
+        parts.append(f"{title}{state}{as_difference(gaps)}. One redraw has no interval over redraws.")
     else:
         spread = f"p = {found.p:.3f}; between redraws, a standard deviation of {found.between:.2f}."
-        parts.append(f"{title}{state}**{as_text(gaps, '+.2f')}**, {spread}")
+        parts.append(f"{title}{state}**{as_difference(gaps)}**, {spread}")
     if gaps:
         pair = [(name, None) for name in (primary.arm, primary.against)]
         rows = [
@@ -343,7 +352,8 @@ def write_page(redraws: Sequence[Redrawn], plans: Sequence[Plan], command: str) 
         [
             name,
             f"{complete[name]} of {REDRAWS}",
-            *(as_text(effects_of(redraws, "home", (name, None), metric)) for metric in ("qwk", "accuracy")),
+            as_text(effects_of(redraws, "home", (name, None))),
+            as_text(effects_of(redraws, "home", (name, None), "accuracy"), least=0.0),
             *(as_text(effects_of(redraws, part, (name, None))) for part in ("external", "again")),
         ]
         for name in arms
@@ -372,8 +382,8 @@ def write_page(redraws: Sequence[Redrawn], plans: Sequence[Plan], command: str) 
         [
             f"{primary.arm} minus {primary.against}",
             *(
-                as_text(
-                    effects_of(redraws, "home", (primary.arm, size), against=(primary.against, size)), "+.2f"
+                as_difference(
+                    effects_of(redraws, "home", (primary.arm, size), against=(primary.against, size))
                 )
                 for size in (*sized.slides, None)
             ),
@@ -391,7 +401,7 @@ def write_page(redraws: Sequence[Redrawn], plans: Sequence[Plan], command: str) 
             [
                 name,
                 *(
-                    as_text(effects_of(redraws, part, (name, None), against=(reference, None)), "+.2f")
+                    as_difference(effects_of(redraws, part, (name, None), against=(reference, None)))
                     for part in ("home", "external", "again")
                 ),
             ]

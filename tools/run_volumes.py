@@ -359,9 +359,11 @@ def flips_p(first: Sequence[Graded], second: Sequence[Graded]) -> float:
 
 
 def as_text(found: Interval | None, form: str = ".2f") -> str:
-    """Formats an estimate with its interval."""
+    """Formats an estimate with its interval; a point is no interval."""
     if found is None:
         return "undefined"
+    if found.low == found.high:
+        return f"{found.estimate:{form}} (the same in all resamples)"
     return f"{found.estimate:{form}} [{found.low:{form}}, {found.high:{form}}]"
 
 
@@ -377,7 +379,12 @@ def verdict(found: Interval | None, n_redraws: int) -> str:
             f"**Not decided: {n_redraws} of {REDRAWS} registered redraws are done.** What is here shows that "
             "the recipe runs, and how large a difference might be."
         )
-    if found is not None and found.low > 0:
+    if found is None:
+        return (
+            "**The registered rule cannot be applied**: the difference is undefined on these patients, or on "
+            "most resamples of them."
+        )
+    if found.low > 0:
         return (
             "By the registered rule local labels help on these phantoms: the interval excludes 0 from below."
         )
@@ -411,9 +418,11 @@ def write_page(redraws: Mapping[int, dict[str, Graded]], command: str) -> str:
             sum(int(value) for value in values)
             for values in ([len(one.true) for one in own], [one.true.sum() for one in own])
         )
+        p = flips_p(own, other)
+        tested = "the test could not be computed" if np.isnan(p) else f"p = {p:.3f} by sign flips"
         told += (
-            f"**{as_text(estimate(own, 'AUROC', other), '+.2f')}**, p = {flips_p(own, other):.3f} by sign "
-            f"flips; {n_test} test patients, {n_positive} of grade 1."
+            f"**{as_text(estimate(own, 'AUROC', other), '+.2f')}**, {tested}; {n_test} test patients, "
+            f"{n_positive} of grade 1."
         )
     else:
         told += "**not run yet**."

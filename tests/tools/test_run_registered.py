@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from scipy.stats import t as student
 from scipy.stats import ttest_1samp
 from sklearn.metrics import cohen_kappa_score
 
@@ -202,6 +203,17 @@ def test_an_effect_is_that_of_sklearn_and_a_constant_has_no_interval() -> None:
     assert mixed.interval.estimate == pytest.approx(0.3)
     assert mixed.p == pytest.approx(ttest_1samp([0.0, 0.4, 0.5], 0).pvalue)
     assert re.fullmatch(r"0\.\d\d \[.*\]", tool.as_text([(0.5, 0.1), (0.6, 0.1)]))
+    # Where the redraws agree, the errors make the interval: those of 0 do not make the others smaller.
+    alike = tool.combined([(0.4, 0.0), (0.4, 0.03), (0.4, 0.03)]).interval
+    assert alike.high - 0.4 == pytest.approx(student.ppf(0.975, 2) * 0.03 / 3**0.5)
+
+
+def test_intervals_are_cut_at_the_range_of_the_metric() -> None:
+    effects = [(0.75, 0.03), (0.54, 0.03), (0.0, 0.03)]
+    assert tool.combined(effects).interval.high > 1.3
+    assert re.fullmatch(r"0\.43 \[-0\.\d\d, 1\.00\]", tool.as_text(effects))
+    assert re.fullmatch(r"0\.43 \[0\.00, 1\.00\]", tool.as_text(effects, least=0.0))
+    assert re.fullmatch(r"\+0\.43 \[-0\.\d\d, \+1\.\d\d\]", tool.as_difference(effects))
 
 
 def test_speed_is_that_of_whole_schedules_in_the_inner_folds() -> None:

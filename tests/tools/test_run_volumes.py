@@ -85,7 +85,19 @@ def test_only_all_registered_redraws_decide() -> None:
     clear, none = tool.Interval(0.2, 0.1, 0.3, 0.95), tool.Interval(0.2, -0.1, 0.3, 0.95)
     assert "Not decided: 2 of 3" in tool.verdict(clear, 2)
     assert "local labels help" in tool.verdict(clear, 3)
-    assert "not shown" in tool.verdict(none, 3) and "not shown" in tool.verdict(None, 3)
+    assert "not shown" in tool.verdict(none, 3)
+
+
+def test_an_undefined_difference_is_no_finding_and_a_point_no_interval() -> None:
+    """All test patients are of grade 0; then an arm that tells all of them apart."""
+    one = graded(0, 1.0)
+    lone = tool.Graded(one.patients, np.zeros(40, int), one.scores)
+    redraws = {number: {"local-trees": lone, "scratch-max": lone} for number in (1, 2, 3)}
+    page = " ".join(tool.write_page(redraws, "COMMAND").split())
+    assert "**undefined**, the test could not be computed; 120 test patients, 0 of grade 1." in page
+    assert "The registered rule cannot be applied" in page and "not shown" not in page
+    perfect = tool.Graded(one.patients, one.true, one.true.astype(float))
+    assert tool.as_text(tool.estimate([perfect], "AUROC")) == "1.00 (the same in all resamples)"
 
 
 def test_trainings_differ_in_what_their_names_say(tmp_path: Path) -> None:
