@@ -303,9 +303,15 @@ class Runner:
                 piece.future.set_exception(error)
 
     def _buffer(self, tiles: NDArray[Any]) -> _Buffer:
-        """Returns the buffer to fill, of the current batch size and the tiles' shape and type."""
-        wanted = (self.batch_size, *tiles.shape[1:])
-        if not self._buffers or (not self._filled and self._buffers[0].array.shape != wanted):
+        """Returns the buffer to fill, of the current batch size and the tiles' shape and type.
+
+        Tiles of another shape or type than those that wait run them first, in a batch that is not full.
+        """
+        wanted, now = (self.batch_size, *tiles.shape[1:]), self._buffers[0].array if self._buffers else None
+        if now is not None and (now.shape[1:] != wanted[1:] or now.dtype != tiles.dtype):
+            self._launch()
+            now = None
+        if now is None or (not self._filled and len(now) != wanted[0]):
             self._buffers = [_Buffer.of(wanted, tiles.dtype, self._is_gpu) for _ in range(_BUFFERS)]
         return self._buffers[0]
 

@@ -268,10 +268,9 @@ def embed_cache(
         free = max(1, cores - _THREADS_OF_A_GPU)
         count = min(len(todo), free if runner.packs else 2)
         threads = free // count if runner.packs and todo else min(cores, _MOST_READERS)
+        most_px = max((cache.spec.tile_size_px for cache in todo), default=0)
         readers = (
-            stack.enter_context(
-                Readers(cache_parts, count, _PIECE, first.tile_size_px, runner.depth_of(_PIECE, count))
-            )
+            stack.enter_context(Readers(cache_parts, count, _PIECE, most_px, runner.depth_of(_PIECE, count)))
             if runner.packs and first is not None and volumes is None
             else None
         )

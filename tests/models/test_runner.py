@@ -85,6 +85,38 @@ def test_slides_share_batches_and_one_thread() -> None:
     assert len(network.shapes) < 20
 
 
+def test_tiles_of_several_sizes_and_types_never_share_a_batch() -> None:
+    shapes: list[tuple[torch.dtype, tuple[int, ...]]] = []
+
+    def embed(tiles: Tensor) -> Tensor:
+        shapes.append((tiles.dtype, tuple(tiles.shape)))
+        return tiles.flatten(1)[:, :1].float()
+
+    pieces = [
+        np.full(shape, value, dtype)
+        for value, (shape, dtype) in enumerate(
+            [
+                ((3, 4, 4, 3), np.uint8),
+                ((3, 6, 6, 3), np.uint8),
+                ((9, 6, 6, 3), np.uint8),
+                ((2, 6, 6, 3), np.int16),
+                ((3, 4, 4, 3), np.uint8),
+            ]
+        )
+    ]
+    with Runner(embed, CPU, 8, packs=True) as runner:
+        futures = [runner.submit(piece) for piece in pieces]
+        for value, (future, piece) in enumerate(zip(futures, pieces, strict=True)):
+            assert future.result(20).flatten().tolist() == [value] * len(piece)
+    side4, side6 = (8, 3, 4, 4), (8, 3, 6, 6)
+    assert shapes == [
+        (torch.uint8, side4),
+        *[(torch.uint8, side6)] * 2,
+        (torch.int16, (8, 1, 6, 6, 3)),
+        (torch.uint8, side4),
+    ]
+
+
 def test_the_device_is_warmed_before_tiles_come() -> None:
     network = Network()
     with Runner(network, CPU, 8, TILES, packs=True) as runner:

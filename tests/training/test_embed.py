@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -213,6 +214,45 @@ def test_the_profile_says_whether_reading_is_the_limit_and_at_what_rate(
     assert ("(reading is the limit)" in said) == (everything < 0.85 * alone)
     if slow == "reading":
         assert "(reading is the limit)" in said
+
+
+@pytest.mark.slow
+def test_a_card_embeds_from_one_thread_in_one_shape_for_each_size_of_tiles(
+    study: Study, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a processor in the place of the card; slides of tiles of two sizes, the larger not first."""
+    name = opened(cache_dir)[1].path.name
+    shutil.rmtree(cache_dir / name)
+    head, *rows = study.manifest.read_text().splitlines()
+    large, manifest = cache_dir.parent / "large", study.manifest.with_name("one.csv")
+    manifest.write_text("\n".join([head, *(row for row in rows if name.removesuffix(".zarr") in row)]))
+    words = ["tile", str(manifest), "--cache", str(large), "--workers", "1"]
+    assert main([*words, "--mpp", "4", "--tile-size", "96"]) == 0
+    manifest.unlink()
+    shutil.move(large / name, cache_dir / name)
+    assert [cache.spec.tile_size_px for cache in opened(cache_dir)] == [64, 96, 64]
+    expected = embed_cache(cache_dir, SPEC, EmbedOptions(name="pieces", device="cpu"))
+    assert all(slide.is_new for slide in expected)
+
+    threads: set[int] = set()
+    shapes: set[tuple[int, ...]] = set()
+    forward = BlockEmbedder.__call__
+
+    def noted(embedder: BlockEmbedder, tiles: torch.Tensor) -> dict[str, torch.Tensor]:
+        threads.add(threading.get_ident())
+        shapes.add(tuple(tiles.shape))
+        return forward(embedder, tiles)
+
+    monkeypatch.setattr(BlockEmbedder, "__call__", noted)
+    monkeypatch.setattr(embed, "Runner", partial(Runner, packs=True))
+    packed = embed_cache(cache_dir, SPEC, EmbedOptions(name="packed", device="cpu", batch_size=24))
+    assert packed == expected
+    assert len(threads) == 1 and threading.get_ident() not in threads
+    assert shapes == {(24, 3, 64, 64), (24, 3, 96, 96)}
+    for cache in opened(cache_dir):
+        np.testing.assert_allclose(
+            read_features(cache, "packed"), read_features(cache, "pieces"), atol=1e-2, rtol=1e-2
+        )
 
 
 @pytest.mark.parametrize("kept", [True, False])
