@@ -39,7 +39,7 @@ from slidetl.compare.config import Comparison, read_comparison
 from slidetl.compare.plan import Job
 from slidetl.compare.pool import Workplace, run_here
 from slidetl.compare.records import JobResult, read_result, result_from, values_of, write_result
-from slidetl.compare.run import Plan, plan_comparison, report_comparison
+from slidetl.compare.run import Plan, plan_comparison, record_registration, report_comparison
 from slidetl.errors import SlidetlError, UsageError
 from slidetl.evaluation.bootstrap import Metric, resampled_metric
 from slidetl.evaluation.calibration import recalibrate, with_temperature
@@ -543,6 +543,7 @@ def main(arguments: Sequence[str] | None = None, collage: Sequence[str] = ()) ->
             prepare(given.tiles, given.external_tiles, folder, redraw, collage)
             plans.append(plan_comparison(comparison))
             restore(plans[-1], folder, given.results)
+            record_registration(comparison, folder / "compare")
         failed = compute(plans, folders, given.stages, deadline, given.jobs)
         for plan, folder in zip(plans, folders, strict=True):
             keep(plan, folder, given.results)

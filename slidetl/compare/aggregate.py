@@ -243,6 +243,8 @@ class ComparisonResult:
             reference.
         design: the study of :attr:`power`; its arms correlate as the errors observed, if there are any.
         group_shift: of the true grades between the configured groups, if any.
+        was_registered: True if the configuration was registered before the first result, by a record made
+            then; None without such a record.
     """
 
     comparison: Comparison
@@ -264,6 +266,7 @@ class ComparisonResult:
     power: tuple[PowerRow, ...]
     design: StudyDesign
     group_shift: ScoreShift | None
+    was_registered: bool | None = None
 
 
 def combine(

@@ -184,7 +184,7 @@ class Comparison:
         referral_risks: acceptable shares of patients with a wrong grade, between 0 and 1, when the least sure
             slides are left to a human.
         registered: a text file. Its authors commit :attr:`sha256` to it before the run; the report calls the
-            primary comparison declared only if it is there.
+            primary comparison declared only if it was there before the first result.
     """
 
     manifest: str
@@ -267,7 +267,7 @@ class Comparison:
 
     @property
     def is_declared(self) -> bool:
-        """True if the registered file has :attr:`sha256`.
+        """True if the registered file has :attr:`sha256` now.
 
         Raises:
             UsageError: the file is there, but cannot be read.

@@ -18,6 +18,7 @@ from slidetl.evaluation.leakage import near_duplicates
 from slidetl.evaluation.protocol import (
     Case,
     Fold,
+    Protocol,
     audit_folds,
     canonical_sha256,
     permute_grades,
@@ -133,7 +134,8 @@ def plan_and_audit(comparison: Comparison, study: Study) -> tuple[Study, tuple[F
 
     Raises:
         UsageError: as :func:`~slidetl.evaluation.protocol.plan_folds` and
-            :func:`~slidetl.evaluation.protocol.audit_folds`.
+            :func:`~slidetl.evaluation.protocol.audit_folds`; or the results of such patients could not be
+            aggregated.
     """
     alike = []
     if comparison.near_duplicates:
@@ -159,7 +161,29 @@ def plan_and_audit(comparison: Comparison, study: Study) -> tuple[Study, tuple[F
     folds = plan_folds(cases, comparison.protocol, len(comparison.grades))
     fingerprints = {cache.slide_id: cache.fingerprint for cache in study.caches}
     audit_folds(folds, cases, fingerprints, alike)
+    _check_patients(folds, cases, comparison.protocol)
     return study, folds
+
+
+def _check_patients(folds: Sequence[Fold], cases: Sequence[Case], protocol: Protocol) -> None:
+    sites: dict[str, set[str]] = {}
+    for case in cases:
+        sites.setdefault(case.patient_id, set()).add(case.site)
+    torn = [patient for patient, own in sorted(sites.items()) if len(own) > 1]
+    if torn and protocol.leave_one_site_out:
+        raise UsageError(
+            f"protocol.leave_one_site_out: patient {torn[0]!r} has slides at "
+            f"{', '.join(sorted(sites[torn[0]]))}, so it would be in several test parts; "
+            "leave out its slides of all sites but one, or take folds of patients"
+        )
+    patient = {case.slide_id: case.patient_id for case in cases}
+    for part in ("test", "external"):
+        found = {patient[slide] for fold in folds for slide in getattr(fold, part)}
+        if len(found) == 1:
+            raise UsageError(
+                f"all {part} slides are of patient {found.pop()!r}; an interval over patients takes two at "
+                "least: add slides of others, or choose another protocol"
+            )
 
 
 def join_duplicates(study: Study, alike: Sequence[tuple[str, str]], given_split: bool) -> Study:

@@ -130,6 +130,11 @@ def write_result(job: Job, result: JobResult, building: Path, finished: Path) ->
     work.rename(finished)
 
 
+def has_results(folder: Path) -> bool:
+    """Returns True if any job below the folder is finished."""
+    return any(folder.glob(f"*/{_ABOUT}"))
+
+
 def read_result(folder: Path, key: str) -> JobResult | None:
     """Reads a finished job; None if there is none, or if its files were changed since."""
     finished = folder / key

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from slidetl.compare.aggregate import ComparisonResult, combine
 from slidetl.compare.config import Comparison
 from slidetl.compare.plan import Job, plan_and_audit, plan_jobs, read_slides
 from slidetl.compare.pool import Workplace, run_here, run_on_cluster
-from slidetl.compare.records import JobResult, read_result
+from slidetl.compare.records import JobResult, has_results, read_result
 from slidetl.compare.tables import write_tables
 from slidetl.data.study import Study
 from slidetl.errors import UsageError
@@ -21,7 +21,7 @@ from slidetl.processor import postpone_collection, usable_cores
 from slidetl.tiles.lock import slide_lock
 from slidetl.version import VERSION
 
-_JOBS = "jobs"
+_JOBS, _REGISTRATION = "jobs", "registration.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +95,7 @@ def run_comparison(
     failed: dict[str, str] = {}
     with slide_lock(folder, "comparison"):
         _write_splits(plan.folds, output / "splits.json")
+        record_registration(plan.comparison, output)
         found = {job.key: read_result(folder, job.key) for job in plan.jobs}
         # Two arms of one configuration share a job.
         to_do = list({job.key: job for job in plan.jobs if found[job.key] is None}.values())
@@ -128,6 +129,36 @@ def report_comparison(plan: Plan, output: Path) -> ComparisonResult:
     return _aggregate(plan, output, found, {})
 
 
+def record_registration(comparison: Comparison, output: Path) -> None:
+    """Records if the configuration is registered, unless a job has a result already.
+
+    So the record tells the state before the first result; a comparison that is registered later stays
+    undeclared.
+
+    Raises:
+        UsageError: the registered file is there, but cannot be read.
+    """
+    if not has_results(output / _JOBS):
+        about = {
+            "sha256": comparison.sha256,
+            "registered": comparison.registered,
+            "found": comparison.is_declared,
+        }
+        output.mkdir(parents=True, exist_ok=True)
+        write_whole(output / _REGISTRATION, json.dumps(about, indent=1) + "\n")
+
+
+def _was_registered(comparison: Comparison, output: Path) -> bool | None:
+    """Reads the record of this configuration; None if there is none."""
+    try:
+        about = json.loads((output / _REGISTRATION).read_text(encoding="utf-8"))
+        if about["sha256"] != comparison.sha256:
+            return None
+        return bool(about["found"]) and about["registered"] == comparison.registered
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _aggregate(
     plan: Plan, output: Path, found: Mapping[str, JobResult | None], failed: Mapping[str, str]
 ) -> ComparisonResult:
@@ -136,6 +167,7 @@ def _aggregate(
 
     jobs = [(job, found[job.key]) for job in plan.jobs]
     result = combine(plan.comparison, plan.study, plan.folds, jobs)
+    result = replace(result, was_registered=_was_registered(plan.comparison, output))
     write_tables(result, output)
     write_report(result, output, failed)
     return result

@@ -158,3 +158,17 @@ def test_a_patient_at_home_and_away_stops_the_run(study: Study, tmp_path: Path) 
     )
     with pytest.raises(UsageError, match="external part share patient"):
         plan_comparison(read_comparison(path))
+
+
+def test_an_external_site_of_one_patient_is_refused_before_the_run(study: Study, tmp_path: Path) -> None:
+    path = configuration(study, tmp_path)
+    manifest = tmp_path / "manifest.csv"
+    rows = table(manifest)
+    for row in rows:
+        row["site"] = "away" if row["patient_id"] == rows[-1]["patient_id"] else "home"
+    with manifest.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    with pytest.raises(UsageError, match=f"all external slides are of patient '{rows[-1]['patient_id']}'"):
+        plan_comparison(read_comparison(path))

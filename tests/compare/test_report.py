@@ -611,9 +611,16 @@ def test_only_a_registered_comparison_is_called_declared(
             file.write_text(content)
         assert "It was not declared: the SHA-256" in worded(named, tmp_path).text[""]
     file.write_text(f"2026-11-27, collage: {result.comparison.sha256}\n")
-    assert "It was declared before the run" in worded(named, tmp_path).text[""]
-    changed = replace(named, comparison=replace(named.comparison, bootstrap_draws=4999))
-    assert "It was not declared" in worded(changed, tmp_path).text[""]
+    assert "Whether it was declared before the run is not known" in worded(named, tmp_path).text[""]
+    late = replace(named, was_registered=False)
+    text = worded(late, tmp_path).text[""]
+    assert "It was not declared" in text and "was not, before the first result, in" in text
+    early = replace(named, was_registered=True)
+    assert "It was declared before the run" in worded(early, tmp_path).text[""]
+    for given, words in ((early, True), (late, False), (named, False)):
+        document = checklists_of(View(given, {}), renderer(View(given, {}), tables_of(View(given, {}))))
+        cells = str([row for section in document.sections for row in section.parts[0].rows])  # type: ignore[union-attr]
+        assert ("registered before the run" in cells) == words
 
 
 def test_figures_on_the_page_are_those_of_the_tables(whole: tuple[ComparisonResult, Path]) -> None:

@@ -281,6 +281,56 @@ def test_a_dry_run_writes_nothing(study: Cohort, tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+def test_a_comparison_registered_after_its_first_result_stays_undeclared(
+    study: Cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = {name: {"baseline": name} for name in ("site", "prior")}
+    about = {"arms": arms, "primary": {"arm": "site", "against": "prior"}}
+    file = tmp_path / "registered.md"
+    path = configuration(study, tmp_path, registered=str(file), **about)
+
+    def declared(folder: str, *more: str) -> str:
+        words = ["compare", "--config", str(path), "--output", str(tmp_path / folder), "--jobs", "1"]
+        assert main([*words, *more]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    assert "It was not declared" in declared("late")
+    file.write_text(read_comparison(path).sha256)
+    for more in ([], ["--report-only"]):
+        assert "was not, before the first result, in" in declared("late", *more)
+    record = tmp_path / "late" / "registration.json"
+    assert json.loads(record.read_text())["found"] is False
+    record.unlink()
+    for more in ([], ["--report-only"]):
+        assert "Whether it was declared before the run is not known" in declared("late", *more)
+    assert "It was declared before the run" in declared("early", "--only", "prior")
+    path = configuration(study, tmp_path, registered=str(file), tile_draws=3, **about)  # another hash
+    file.write_text(file.read_text() + read_comparison(path).sha256)
+    assert "Whether it was declared before the run is not known" in declared("early")
+
+
+@pytest.mark.filterwarnings("ignore:repeat 0, fold .* no training slide")  # ten slides of five grades
+def test_patients_who_cannot_be_aggregated_are_refused_before_the_run(study: Cohort, tmp_path: Path) -> None:
+    rows = table(study.manifest)
+    one, north = rows[0]["patient_id"], {row["slide_id"] for row in rows[::2]}
+    manifest = relabelled(
+        study,
+        tmp_path,
+        patient_id=lambda row: one if row["slide_id"] == rows[-1]["slide_id"] else row["patient_id"],
+        site=lambda row: "north" if row["slide_id"] in north else "south",
+    )
+    protocol = {"inner_folds": 0, "unit": "slide", "leave_one_site_out": True}
+    path = configuration(study, tmp_path, manifest=str(manifest), protocol=protocol)
+    with pytest.raises(UsageError, match=f"patient '{one}' has slides at north, south"):
+        plan_comparison(read_comparison(path))
+    manifest = relabelled(study, tmp_path, split=lambda row: "test" if row["patient_id"] == one else "train")
+    given = {"inner_folds": 0, "given_split": True}
+    path = configuration(study, tmp_path, manifest=str(manifest), protocol=given)
+    with pytest.raises(UsageError, match=f"all test slides are of patient '{one}'"):
+        plan_comparison(read_comparison(path))
+
+
 def test_only_some_arms(study: Cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["compare", "--config", str(configuration(study, tmp_path)), "--output", str(tmp_path / "out")]
     assert main([*words, "--only", "prior", "--dry-run"]) == 0
