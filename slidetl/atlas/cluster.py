@@ -42,7 +42,8 @@ class Pattern:
         share: of all tiles, 0..1.
         slides, patients: number of those that have it.
         site: the site with most of it; None for fewer than two sites.
-        grade: correlation of its share in slides with their grade; None if it cannot be told.
+        grade: correlation of its share in slides with their grade; without an interval for few patients; None
+            if it cannot be told.
         by_site, by_grade: mean share in the slides of each, 0..1.
     """
 
@@ -51,7 +52,7 @@ class Pattern:
     slides: int
     patients: int
     site: SiteShare | None
-    grade: Interval | None
+    grade: Interval | float | None
     by_site: dict[str, float]
     by_grade: dict[int, float]
 

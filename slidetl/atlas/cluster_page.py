@@ -182,9 +182,13 @@ def _button(
     }
 
 
-def _interval(interval: Interval, scale: float = 1.0, form: str = ".2f") -> str:
-    low, high = (format(scale * value, form) for value in (interval.low, interval.high))
-    return f"{format(scale * interval.estimate, form)} [{low}, {high}]"
+def _interval(interval: Interval, scale: float = 1.0, form: str = ".2f", unit: str = "") -> str:
+    estimate, low, high = (
+        format(scale * value, form) for value in (interval.estimate, interval.low, interval.high)
+    )
+    # A point is no interval: nothing varied, which is no proof.
+    bounds = "(the same in all resamples)" if interval.low == interval.high else f"[{low}, {high}]"
+    return f"{estimate}{unit} {bounds}"
 
 
 def _say_site(pattern: Pattern) -> dict[str, Any] | None:
@@ -200,7 +204,7 @@ def _say_site(pattern: Pattern) -> dict[str, Any] | None:
     differs = found.share.low > found.chance
     return {
         "stands_out": differs,
-        "text": f"Most at {found.site}: {_interval(found.share, 100, '.0f')} % of it if all sites had as "
+        "text": f"Most at {found.site}: {_interval(found.share, 100, '.0f', ' %')} of it if all sites had as "
         f"much tissue; {100 * found.chance:.0f} % if sites are alike."
         + (" It differs between sites: stain, scanner or preparation may make it." if differs else ""),
     }
@@ -210,6 +214,12 @@ def _say_grade(pattern: Pattern) -> dict[str, Any] | None:
     found = pattern.grade
     if found is None:
         return None
+    if not isinstance(found, Interval):
+        return {
+            "stands_out": False,
+            "text": f"Rank correlation with the grade {found:+.2f}; too few patients of other grades than "
+            "the commonest for an interval.",
+        }
     goes = found.low > 0 or found.high < 0
     word = "" if not goes else " It grows with the grade." if found.low > 0 else " It shrinks with the grade."
     return {
@@ -332,7 +342,7 @@ def _cluster_rows(atlas: Atlas) -> tuple[list[str], list[dict[str, Any]]]:
         if pattern.site is not None:
             share = pattern.site.share
             row |= {"site": pattern.site.site, "site_chance": pattern.site.chance}
-            row |= _bounds("site_share", share) if isinstance(share, Interval) else {"site_share": share}
+            row |= _bounds("site_share", share)
         if pattern.grade is not None:
             row |= _bounds("grade_correlation", pattern.grade)
         row |= {f"share_site_{site}": share for site, share in pattern.by_site.items()}
@@ -344,7 +354,9 @@ def _cluster_rows(atlas: Atlas) -> tuple[list[str], list[dict[str, Any]]]:
     return list(dict.fromkeys([*first, *(name for row in rows for name in row)])), rows
 
 
-def _bounds(name: str, interval: Interval) -> dict[str, float]:
+def _bounds(name: str, interval: Interval | float) -> dict[str, float]:
+    if not isinstance(interval, Interval):
+        return {name: interval}
     return {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 

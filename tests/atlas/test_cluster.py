@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
-from slidetl.atlas.cluster import find_patterns, store_clusters
-from slidetl.atlas.cluster_page import _sheet
+from slidetl.atlas.cluster import Pattern, find_patterns, store_clusters
+from slidetl.atlas.cluster_page import _say_grade, _say_site, _sheet
 from slidetl.atlas.collection import Collection, open_collection
 from slidetl.atlas.options import ClusterOptions, Selection
 from slidetl.cli import main
 from slidetl.errors import UsageError
 from slidetl.evaluation.bootstrap import Interval
 from slidetl.evaluation.classical import pool_tiles
+from slidetl.evaluation.composition import grade_correlation, site_share
 from slidetl.tiles.features import read_features
 from tests.atlas.conftest import patterns
 from tests.conftest import Study
@@ -50,6 +51,23 @@ def test_the_pattern_that_grows_with_the_grade_is_told_from_the_others(collectio
         else:
             assert pattern.grade.low < 0.3
     assert atlas.confounding is not None
+
+
+def test_few_patients_find_nothing_and_a_point_is_no_interval() -> None:
+    def said(n: int) -> list[str]:
+        """The sentences of a pattern of n patients at each of two sites, all of it at A and of grade 1."""
+        shares, second, who = [0.3] * n + [0.0] * n, [1] * n + [0] * n, range(2 * n)
+        site = site_share(shares, ["A"] * n + ["B"] * n, who, n_draws=200)
+        pattern = Pattern(1, 1.0, n, n, site, grade_correlation(shares, second, who, n_draws=200), {}, {})
+        found = [_say_site(pattern), _say_grade(pattern)]
+        return [f"{each['stands_out']} {each['text']}" for each in found if each is not None]
+
+    site, grade = said(2)
+    assert site.startswith("False Most at A: 100 % of it") and "too few patients" in site
+    assert grade.startswith("False Rank correlation with the grade +1.00; too few patients")
+    site, grade = said(5)
+    assert site.startswith("True Most at A: 100 % (the same in all resamples) of it")
+    assert grade.startswith("True Rank correlation with the grade +1.00 (the same in all resamples).")
 
 
 def test_an_approximate_run_is_checked_against_an_exact_one(collection: Collection) -> None:

@@ -35,8 +35,8 @@ def test_slides_of_a_patient_are_drawn_together() -> None:
     together = grade_correlation(
         np.repeat(share, 4), np.repeat(grade, 4), np.repeat(np.arange(24), 4), n_draws=500
     )
-    assert apart is not None
-    assert together is not None
+    assert isinstance(apart, Interval)
+    assert isinstance(together, Interval)
     assert together.high - together.low == pytest.approx(apart.high - apart.low, rel=0.2)
 
 
@@ -45,9 +45,24 @@ def test_correlation_with_the_grade_is_spearmans() -> None:
     grade = rng.integers(0, 5, 40)
     share = np.clip(grade / 10 + rng.uniform(0, 0.3, 40), 0, 1)
     found = grade_correlation(share, grade, np.arange(40), n_draws=500)
-    assert found is not None
+    assert isinstance(found, Interval)
     assert found.estimate == pytest.approx(spearmanr(share, grade).statistic)
     assert 0 < found.low < found.estimate < found.high <= 1
+
+
+def test_a_few_patients_have_no_interval() -> None:
+    """All resamples of three patients, or of two at each site, agree."""
+    assert grade_correlation([0.1, 0.2, 0.3], [0, 1, 2], list("abc")) == pytest.approx(1)
+    found = site_share([0.4, 0.3, 0, 0], list("AABB"), list("abcd"))
+    assert found is not None and found.share == 1
+    # Nine patients of grade 0, and four, or five, of grade 1.
+    shares = np.arange(14) / 20
+    assert isinstance(grade_correlation(shares[:13], [0] * 9 + [1] * 4, range(13)), float)
+    assert isinstance(grade_correlation(shares, [0] * 9 + [1] * 5, range(14), n_draws=200), Interval)
+    # Slides of a patient are no patients.
+    assert isinstance(grade_correlation(shares, [0] * 9 + [1] * 5, [*range(9), 9, 9, 9, 9, 9]), float)
+    found = site_share(shares, ["a"] * 9 + ["b"] * 5, range(14), n_draws=200)
+    assert found is not None and isinstance(found.share, Interval)
 
 
 def test_what_cannot_be_told_is_none() -> None:
