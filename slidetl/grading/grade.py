@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -275,16 +276,11 @@ def _graded(
     force: bool,
 ) -> dict[str, Any]:
     """Grades embeddings ``[N, D]``: the fields that slides and series have in common."""
-    card, network = model.card, model.network
-
-    def graded() -> tuple[Any, ...]:
-        rows = embeddings.to(runner.device)
-        novelty = rows.new_zeros(()) if card.novelty_limit is None else network.novelty(rows)
-        return novelty, *network.grade(rows)
-
+    card, has_limit = model.card, model.card.novelty_limit is not None
     # Copied in this thread, for the thread owning a GPU not to wait for it.
     novelty, probabilities, expected, attention, *explained = (
-        value.cpu() if isinstance(value, Tensor) else value for value in runner.call(graded)
+        value.cpu() if isinstance(value, Tensor) else value
+        for value in runner.call(lambda: _pool(model.network, embeddings.to(runner.device), has_limit))
     )
     relative_novelty = _check_novelty(model, path, float(novelty), force)
     _check_finite(path, "probabilities", probabilities.numpy())  # the argmax of NaN would be grade 0
@@ -303,6 +299,17 @@ def _graded(
         "attention": attention.numpy(),
         "explanation": explanation,
     }
+
+
+def _pool(network: Any, rows: Tensor, has_limit: bool) -> tuple[Any, ...]:
+    """Grades embeddings ``[N, D]`` on the network's device: the novelty, then the results of its ``grade``.
+
+    On a GPU the operations run as they are. TorchScript would compile them for several N, one slide after the
+    other, while the thread owning the GPU waits.
+    """
+    with torch.jit.optimized_execution(rows.device.type != "cuda"):  # type: ignore[attr-defined] # torch does not list it
+        novelty = network.novelty(rows) if has_limit else rows.new_zeros(())
+        return novelty, *network.grade(rows)
 
 
 def start_runner(
@@ -330,7 +337,9 @@ def start_runner(
         return rows
 
     size = batch_size or _BATCH_SIZE.get(device.type, _BATCH_SIZE["cuda"])
-    return Runner(embed, device, size, model.card.tile_spec, threads, profile=profile)
+    has_limit = model.card.novelty_limit is not None
+    pool = partial(_pool, model.network, has_limit=has_limit)
+    return Runner(embed, device, size, model.card.tile_spec, threads, then=pool, profile=profile)
 
 
 def chosen_precision(model: ModelFile, precision: Precision) -> Precision:

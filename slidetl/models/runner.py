@@ -109,6 +109,7 @@ class Runner:
         spec: of the tiles, for the warm-up passes of a GPU; None: the first tiles warm it up.
         passes: passes at a time on a CPU (eight at most); they share torch's threads.
         packs: one thread owns the device and packs tiles into batches of one shape; by default on a GPU.
+        then: called after the warm-up passes with their embeddings, to warm up what else runs on a GPU.
         profile: if it packs, measure the network alone after the warm-up, into ``alone``.
 
     Attributes:
@@ -125,13 +126,14 @@ class Runner:
         spec: TileSpec | None = None,
         passes: int = 1,
         packs: bool | None = None,
+        then: Callable[[Tensor], object] | None = None,
         profile: bool = False,
     ) -> None:
         self.device, self.batch_size = device, batch_size
         self.first_pass_s = 0.0
         self.alone: float | None = None
         self._tiles, self._warm_at, self._profile = 0, 0.0, profile
-        self._embed, self._spec = embed, spec
+        self._embed, self._spec, self._then = embed, spec, then
         self._is_gpu = device.type == "cuda"
         self.packs = self._is_gpu if packs is None else packs
         self._passes = 1 if self.packs else max(1, min(passes, _MOST_PASSES))
@@ -279,10 +281,12 @@ class Runner:
         started = time.perf_counter()
         zeros = torch.from_numpy(np.repeat(tile, self.batch_size, 0))
         for number in range(_WARM_PASSES):
-            self._pass(zeros)
+            rows = self._pass(zeros)
             self._synchronise()
             if not number:
                 self.first_pass_s = time.perf_counter() - started
+        if self._then is not None:
+            self._then(rows)
 
     def _take(self, piece: _Piece) -> None:
         taken = 0

@@ -11,11 +11,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Generator
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -25,7 +28,7 @@ from PIL import Image
 
 from slidetl.cli import main
 from slidetl.errors import ProcessEnded, SpacingError, UnfitSlideError, UsageError
-from slidetl.grading import batch
+from slidetl.grading import batch, grade
 from slidetl.grading.grade import _ahead, _Embeddings, chosen_precision, draw_map, grade_slide
 from slidetl.grading.options import GradeOptions
 from slidetl.models.runner import Runner
@@ -458,31 +461,72 @@ def test_rates_are_measured_when_asked_for(
     assert share is not None and 0 < int(share[1]) < 150  # measured on a busy machine
 
 
+class Noted:
+    """A network that notes the threads that run it, and the shapes that reach it."""
+
+    def __init__(self, network: Any) -> None:
+        self.network = network
+        self.threads: set[int] = set()
+        self.shapes: dict[str, list[tuple[int, ...]]] = {"embed": [], "grade": [], "novelty": []}
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.network, name)
+        if name not in self.shapes:
+            return found
+
+        def noted(values: torch.Tensor) -> Any:
+            self.threads.add(threading.get_ident())
+            self.shapes[name].append(tuple(values.shape))
+            return found(values)
+
+        return noted
+
+
 @pytest.mark.slow
-def test_slides_read_in_processes_for_one_thread_grade_alike(
+def test_a_card_is_run_by_one_thread_in_one_shape_and_grades_alike(
     study: Study, model: ModelFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What runs before a GPU, with a processor in its place."""
-    runners: list[Runner] = []
-
-    def packed(*arguments: Any) -> Runner:
-        runners.append(Runner(model.network.embed, model.device, 16, model.card.tile_spec, packs=True))
-        runners[-1].alone = 1.0
-        return runners[-1]
-
-    monkeypatch.setattr(batch, "start_runner", packed)
+    """With a processor in the place of the card: slides are read in processes, and share batches."""
+    monkeypatch.setattr(grade, "Runner", partial(Runner, packs=True))
     monkeypatch.setattr(batch, "_PIECE", 7)
+    monkeypatch.setattr(batch, "_ready", lambda model, options: model)
     bad = tmp_path / "bad.svs"
     bad.write_bytes(b"II*\0nothing")
     slides = [*sorted((study.manifest.parent / "slides").glob("*.tiff"))[:3], bad]
-    rows = {row.slide: row for row in batch.grade_slides(model, slides, GradeOptions(profile=True))}
-    assert len(runners) == 1 and "not a slide" in rows.pop(bad).reason
+    noted = Noted(model.network)
+    options = GradeOptions(profile=True)
+    rows = {row.slide: row for row in batch.grade_slides(replace(model, network=noted), slides, options)}
+    assert "not a slide" in rows.pop(bad).reason
+    assert len(noted.threads) == 1 and threading.get_ident() not in noted.threads
+    side = model.card.tile_spec.tile_size_px
+    assert set(noted.shapes["embed"]) == {(16, 3, side, side)}
+    assert noted.shapes["grade"][0][0] == 16  # warmed up, before the first slide
+    assert len(noted.shapes["grade"]) == 4
+    assert noted.shapes["novelty"] == (noted.shapes["grade"] if model.card.novelty_limit else [])
+    monkeypatch.undo()
     for slide in slides[:3]:
         alone = grade_slide(model, slide)
         assert rows[slide].result["tiles"] == len(alone.attention)
         np.testing.assert_allclose(rows[slide].result["probabilities"], alone.probabilities, atol=1e-5)
         rates = rows[slide].rates
         assert rates is not None and rates.everything > 0 and rates.first_pass_s > 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_pooling_on_a_card_is_not_compiled(device: str) -> None:
+    optimised: list[bool] = []
+
+    class Network:
+        def grade(self, rows: Any) -> tuple[str]:
+            optimised.append(torch._C._get_graph_executor_optimize())
+            return ("graded",)
+
+        novelty = grade
+
+    rows = torch.zeros(2, 3) if device == "cpu" else Mock(device=torch.device("cuda"))
+    assert grade._pool(Network(), rows, True) == (("graded",), "graded")
+    assert optimised == [device == "cpu"] * 2
+    assert torch._C._get_graph_executor_optimize()
 
 
 def test_the_grade_does_not_depend_on_the_number_of_threads(study: Study, model: ModelFile) -> None:
