@@ -20,6 +20,7 @@ from slidetl.analysis.clusters import Kernel, bandwidth_of, mean_shift
 from slidetl.cli import main
 from slidetl.doctor import examine
 from slidetl.grading import grade
+from slidetl.publish.model_file import load_model
 from slidetl.tiles.features import read_features
 from slidetl.tiles.store import SlideCache
 from slidetl.training.predictions import read_predictions
@@ -232,3 +233,18 @@ def test_embeddings_of_a_large_slide_wait_in_host_memory(
     monkeypatch.setattr(grade._Embeddings, "of_all", noted)
     assert graded_on("cuda", fitted / "model.pt", slide, capsys) == pytest.approx(on_card, abs=1e-5)
     assert devices == ["cpu"]
+
+
+@pytest.mark.gpu
+def test_grading_a_slide_does_not_wait_for_the_card(fitted: Path) -> None:
+    """The thread that owns the card pools slides between passes."""
+    network = load_model(fitted / "model.pt", "cuda").network
+    with torch.inference_mode():
+        rows = torch.rand(300, sum(network.widths), device="cuda")
+        grade._pool(network, rows, True)  # loads kernels
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for number in (50, 70, 299):
+                grade._pool(network, rows[:number], True)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
