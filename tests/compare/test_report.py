@@ -22,7 +22,17 @@ from sklearn.metrics import cohen_kappa_score
 
 from slidetl.compare import aggregate
 from slidetl.compare.aggregate import ComparisonResult, combine
-from slidetl.compare.config import Arm, Comparison, Groups, MetricName, Permutations, Primary, Sizes
+from slidetl.compare.config import (
+    Arm,
+    Classical,
+    Comparison,
+    Groups,
+    MetricName,
+    Permutations,
+    Primary,
+    Sizes,
+)
+from slidetl.compare.external import External
 from slidetl.compare.plan import Job, cases_of
 from slidetl.compare.records import CurvePoint, JobResult
 from slidetl.compare.report.checklists import checklists_of
@@ -30,7 +40,7 @@ from slidetl.compare.report.document import write_html
 from slidetl.compare.report.page import document_of, renderer, write_report
 from slidetl.compare.report.tables import tables_of
 from slidetl.compare.report.view import View
-from slidetl.compare.table import format_interval
+from slidetl.compare.table import Table, format_interval
 from slidetl.compare.tables import write_tables
 from slidetl.data.manifest import ManifestRow
 from slidetl.data.study import CachedSlide, Study
@@ -371,6 +381,67 @@ def test_the_checklists_have_every_item_and_what_the_comparison_knows(
     write_html(tmp_path / "checklists.html", document)
     text = Page(tmp_path / "checklists.html").text["claim"]
     assert "the split of the manifest" in text and "at 3 sites" not in text
+
+
+def cells_of(view: View) -> dict[str, str]:
+    """What the checklists know, by checklist and item."""
+    document = checklists_of(view, renderer(view, tables_of(view)))
+    return {
+        f"{section.anchor} {row[0]}": row[2]
+        for section in document.sections
+        for part in section.parts
+        if isinstance(part, Table)
+        for row in part.rows
+    }
+
+
+def test_the_checklists_claim_what_was_done(small: tuple[ComparisonResult, Path]) -> None:
+    result = small[0]
+    known = cells_of(View(result, {}))
+    assert "one source for both" in known["tripod 5a"] and "corrected t" in known["claim 29"]
+    assert known["tripod 12f"] == "one temperature from the inner folds"
+    assert known["tripod 12d"] == "metrics by site and scanner"
+    assert "and the ceiling that their noise sets: the section" in known["claim 18"]
+    assert known["claim 36"].startswith("tested slides by grade")
+
+    protocol = replace(result.comparison.protocol, external_site="east", inner_folds=0)
+    comparison = replace(result.comparison, protocol=protocol, permutations=Permutations())
+    assert result.primary is not None
+    arms = tuple(replace(arm, untempered=None, repeatability=None) for arm in result.arms)
+    without = replace(
+        result, comparison=comparison, arms=arms, ceiling=None,
+        primary=replace(result.primary, corrected_t=None), differences=(),
+    )  # fmt: skip
+    view = View(without, {})
+    few = External("warm", None, arms[0].results, None, arms[0].metrics, {})  # too few to recalibrate on
+    view.__dict__["external"] = (few,)
+    known = cells_of(view)
+    assert "one source for both" not in known["tripod 5a"]
+    assert known["tripod 5a"].endswith("site east for evaluation alone")
+    assert known["tripod 12f"] == known["tripod 24"] == "none"
+    assert "ceiling" not in known["claim 18"]
+    assert "corrected t" not in known["claim 29"] and "Holm" not in known["claim 29"]
+    assert known["claim 30"] == "metrics by site; metrics by scanner"
+    view.__dict__["external"] = (replace(few, recalibrated=arms[0].metrics),)
+    assert cells_of(view)["tripod 12f"] == "recalibrated on east"
+    assert cells_of(view)["tripod 24"] == "that of the external site"
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_choices_of_classical_arms_are_named(nested: bool, tmp_path: Path) -> None:
+    arms = {
+        "frozen": Arm(classical=Classical(["lite0"])),
+        "area": Arm(baseline="colour_area"),
+        "prior": Arm(baseline="prior"),
+    }
+    options: dict[str, Any] = {"readers": 0, "sites": ("north",), "repeats": 1, "sizes": ()}
+    result = invented(20, arms=arms, nested=nested, **options)
+    text = worded(result, tmp_path).text["protocol"]
+    own = "the penalty of ridge by the squared error, the classifier on colour by the log loss"
+    assert f"Chosen in folds of the training part's patients: {own}. Test slides chose nothing." in text
+    assert ("by the ranked probability score" in text) == nested
+    known = cells_of(View(result, {}))
+    assert all(own in known[item] for item in ("tripod 12c", "claim 26"))
 
 
 def test_the_declared_comparison_comes_first(whole: tuple[ComparisonResult, Path]) -> None:
@@ -1067,7 +1138,7 @@ def test_every_protocol_has_its_words(whole: tuple[ComparisonResult, Path]) -> N
 def test_a_given_split_has_a_single_fold(tmp_path: Path) -> None:
     page = worded(invented(30, given_split=True, repeats=1, sizes=()), tmp_path)
     assert "The split given in the manifest was used" in page.text["protocol"]
-    assert "was made in 2 inner folds" in page.text["protocol"]  # it has no validation part
+    assert "were chosen in 2 inner folds" in page.text["protocol"]  # it has no validation part
     assert "With a single fold" in page.text["referral"]
     assert page.row("others", "warm")[-1] == "–"  # of a t over folds
     assert page.row("power", "warm")[1:3] == ["–", "–"]  # neither seed nor fold

@@ -8,6 +8,7 @@ from importlib import resources
 
 import numpy as np
 
+from slidetl.compare.aggregate import PLACES
 from slidetl.compare.report.document import Document, Section
 from slidetl.compare.report.view import NAMES, View
 from slidetl.compare.table import NONE, Table, format_cell, format_range
@@ -65,7 +66,29 @@ def _values(view: View) -> dict[str, str]:
     train, test = zip(*result.fold_sizes, strict=True)
     alike = ", or slides that look alike," if comparison.near_duplicates else ""
     metric = comparison.primary.metric
+    choices = "hyper-parameters of networks were fixed"
+    if protocol.is_nested:
+        choices = (
+            "listed choices were made in inner folds of each training part, by the ranked probability score"
+        )
+    if view.own_choices:
+        choices += f"; in folds of the training part's patients: {', '.join(view.own_choices)}"
+    site = protocol.external_site
+    updates = []
+    if any(arm.untempered is not None for arm in result.arms):
+        updates.append(("one temperature from the inner folds", "the table of temperatures"))
+    if site and any(found.recalibrated for found in view.external):
+        updates.append((f"recalibrated on {site}", "that of the external site"))
+    pairs = (*([result.primary] if result.primary else []), *result.differences)
+    robust = ["the score over draws of tiles"] * any(arm.repeatability is not None for arm in result.arms)
+    robust += [f"metrics by {place}" for place in PLACES if result.places[place]]
     return {
+        "choices": choices,
+        "updating": "; ".join(what for what, _ in updates) or "none",
+        "updated": ", and ".join(where for _, where in updates) or "none",
+        "over_folds": "yes" if any(pair.corrected_t for pair in pairs) else "",
+        "robustness": "; ".join(robust),
+        "places": " and ".join(place for place in PLACES if result.places[place]),
         "version": VERSION,
         "parts": parts,
         "audited": f"a patient or a slide's content on both sides{alike} would have stopped the run",

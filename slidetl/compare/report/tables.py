@@ -16,7 +16,7 @@ import numpy as np
 from slidetl.compare.aggregate import ArmResult, PairedDifference, Place
 from slidetl.compare.config import LENGTH, METRICS, MetricName
 from slidetl.compare.learning import CurveMetric
-from slidetl.compare.report.view import NAMES, View
+from slidetl.compare.report.view import COLOURS, NAMES, View
 from slidetl.compare.table import Table, format_percent, format_range
 from slidetl.evaluation.conformal import RiskCoverage, referral_rule
 from slidetl.version import VERSION
@@ -50,7 +50,7 @@ def tables_of(view: View) -> dict[str, Table]:
             strong=(primary.arm, primary.against),
         ),
         "configured": Table(
-            ("Arm", "What it is", "Chosen in inner folds"),
+            ("Arm", "What it is", "Choices"),
             [(arm.arm, *_configured(view, arm)) for arm in view.arms],
             words=(1, 2),
         ),
@@ -392,10 +392,10 @@ def _jobs(arm: ArmResult) -> tuple[Any, ...]:
 
 
 def _configured(view: View, result: ArmResult) -> tuple[str, str | None]:
-    """Describes an arm by its configuration, and the choices of its inner folds."""
+    """Describes an arm by its configuration, and its choices."""
     arm = view.comparison.arms[result.arm]
     if arm.baseline is not None:
-        return f"trivial: {_BASELINES[arm.baseline]}", None
+        return f"trivial: {_BASELINES[arm.baseline]}", "its classifier" if arm.baseline in COLOURS else None
     if arm.classical is not None:
         pool = arm.classical.pool + (f" {arm.classical.k}" if arm.classical.pool == "top-k" else "")
         features = " and ".join(arm.classical.features)

@@ -29,6 +29,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _LINES = ("-", (0, (5, 1.5)), (0, (1, 1)))
 GREY = "#7A828B"
+COLOURS = ("colour_area", "collagen")  # baselines that choose their classifier
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,20 @@ class View:
         known = {arm.arm for arm in self.result.arms}
         known |= {label.split(" (")[0] for label in self.result.incomplete}
         return tuple(name for name in self.comparison.arms if name not in known)
+
+    @cached_property
+    def own_choices(self) -> tuple[str, ...]:
+        """Choices that arms make by a cross-validation of their own, in words."""
+        arms = [self.comparison.arms[arm.arm] for arm in self.arms]
+        models = {arm.classical.model for arm in arms if arm.classical is not None}
+        scores = {
+            "ridge": "squared error",
+            **dict.fromkeys(("ordinal", "logistic"), "ranked probability score"),
+        }
+        words = [f"the penalty of {name} by the {score}" for name, score in scores.items() if name in models]
+        if any(arm.baseline in COLOURS for arm in arms):
+            words.append("the classifier on colour by the log loss")
+        return tuple(words)
 
     @cached_property
     def looks(self) -> dict[str, Look]:
