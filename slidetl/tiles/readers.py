@@ -45,6 +45,7 @@ class Readers:
         self._count, self._read = count, read
         self._block_bytes = tiles * side_px * side_px * 3
         self._all: list[_Reader] = []
+        self._is_over = False
         self._idle: queue.SimpleQueue[_Reader] = queue.SimpleQueue()
 
     def __enter__(self) -> Self:
@@ -53,7 +54,8 @@ class Readers:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for reader in self._all:
+        self._is_over = True
+        for reader in list(self._all):
             reader.child.end()
 
     def _start(self) -> _Reader:
@@ -86,7 +88,7 @@ class Readers:
             with contextlib.suppress(ProcessEnded):  # the slide was left early
                 reader.finish()
             try:
-                if reader.child.connection.closed:
+                if reader.child.connection.closed and not self._is_over:
                     self._all.remove(reader)
                     reader = self._start()
             finally:
@@ -153,7 +155,7 @@ class _Reader:
         """
         try:
             value = self.child.connection.recv()
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):  # an OSError if it was closed by the thread that ends all readers
             self.is_busy = False
             raise ProcessEnded(self.child.cause_of_death("read")) from None
         self.is_busy = isinstance(value, tuple)
@@ -164,7 +166,7 @@ class _Reader:
             self._send(block)
 
     def _send(self, value: Any) -> None:
-        with contextlib.suppress(BrokenPipeError):  # if it has just ended, `receive` tells so
+        with contextlib.suppress(OSError):  # if it has just ended, `receive` tells so
             self.child.connection.send((self.number, value))
 
     def finish(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -131,6 +132,32 @@ def test_an_error_belongs_to_its_slide(
     with pytest.raises(error, match=message):
         all_parts(readers, 5, end)
     assert all_parts(readers, 0)[0][0] == pid
+
+
+@pytest.mark.slow
+def test_readers_that_end_end_their_slides_and_start_no_other() -> None:
+    """As after Ctrl-C, while another thread reads."""
+    reasons: list[str] = []
+
+    def read_on(readers: Readers) -> None:
+        with contextlib.suppress(ProcessEnded), readers.stream(1) as parts:
+            list(parts)
+            begun.set()
+            ended.wait(60)
+        try:
+            all_parts(readers, 5)
+        except ProcessEnded as error:
+            reasons.append(str(error))
+
+    begun, ended = threading.Event(), threading.Event()
+    with Readers(read, 1, TILES, SIDE, HELD) as readers:
+        thread = threading.Thread(target=read_on, args=(readers,))
+        thread.start()
+        assert begun.wait(60)
+        (reader,) = readers._all
+    ended.set()
+    thread.join(60)
+    assert len(reasons) == 1 and readers._all == [reader] and not reader.child.process.is_alive()
 
 
 def test_a_process_that_dies_costs_its_slide(readers: Readers) -> None:
