@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from slidetl import library
+from slidetl.compare.config import ALPHA, LOWER_IS_BETTER
 from slidetl.errors import SlidetlError, UsageError
-from slidetl.evaluation.bootstrap import Interval, bca_interval_if_defined
+from slidetl.evaluation.bootstrap import Interval, bca_interval_if_defined, share_interval
 from slidetl.evaluation.calibration import ReliabilityBin, reliability
 from slidetl.evaluation.conformal import ReferralPoint, referral_rule, risk_coverage
-from slidetl.evaluation.metrics import GradeMetrics, accuracy, grade_metrics, qwk
+from slidetl.evaluation.metrics import GradeMetrics, grade_metrics, qwk
 from slidetl.studio.presets import predictions_of
 from slidetl.training.predictions import SlidePrediction, read_predictions
 
@@ -33,7 +34,8 @@ class Judged:
     Attributes:
         metrics: of its slides.
         patients: their number.
-        accuracy, qwk: with 95 % intervals over patients; None if undefined.
+        accuracy: with its exact 95 % interval.
+        qwk: with its 95 % interval over patients; None if undefined, or for a single patient.
         bins: of the reliability diagram.
         sites: name, slides, accuracy of each site.
         referral: the rule for a chosen risk; None if no rule keeps it.
@@ -41,7 +43,7 @@ class Judged:
 
     metrics: GradeMetrics
     patients: int
-    accuracy: Interval | None
+    accuracy: Interval
     qwk: Interval | None
     bins: tuple[ReliabilityBin, ...]
     sites: tuple[tuple[str, int, float], ...]
@@ -50,15 +52,17 @@ class Judged:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The declared comparison of a run of ``slidetl compare``.
+    """The primary comparison of a run of ``slidetl compare``.
 
     Attributes:
         arms: arm, and its QWK with interval.
-        difference: of the declared arms; None if they are not complete.
+        difference: of the primary arms; None if they are not complete.
+        better: the arm that the sign-flip test favours; empty if it finds no difference, or is undefined.
     """
 
     arms: tuple[tuple[str, dict[str, float]], ...]
     difference: dict[str, Any] | None
+    better: str
 
 
 @dataclass(frozen=True)
@@ -95,12 +99,13 @@ def judge(folder: Path, n_grades: int, risk: float) -> Judged | None:
     if probabilities.shape[1:] != (n_grades,):
         raise UsageError(f"{table.name}: made for another scale than the {n_grades} grades of this project")
     predicted, who = probabilities.argmax(axis=1), np.array([row.patient_id for row in rows])
+    patients, agreement = len(set(who.tolist())), partial(qwk, true, predicted, n_grades)
     curve = risk_coverage(predicted != true, probabilities.max(axis=1), who)
     return Judged(
         metrics=grade_metrics(true, predicted, n_grades),
-        patients=len(set(who.tolist())),
-        accuracy=bca_interval_if_defined(partial(accuracy, true, predicted), who, n_draws=1000),
-        qwk=bca_interval_if_defined(partial(qwk, true, predicted, n_grades), who, n_draws=1000),
+        patients=patients,
+        accuracy=share_interval(predicted == true, who),
+        qwk=bca_interval_if_defined(agreement, who, n_draws=1000) if patients > 1 else None,
         bins=reliability(true, probabilities, n_bins=5, n_draws=300),
         sites=_by_site(rows),
         referral=referral_rule(curve, risk),
@@ -125,8 +130,14 @@ def verdict(folder: Path) -> Verdict | None:
         (row["arm"], _numbers(row)) for row in rows if (row["section"], row["metric"]) == ("metric", "qwk")
     ]
     primary = [row for row in rows if row["section"] == "primary"]
-    names = {key: primary[0][key] for key in ("arm", "against")} if primary else {}
-    return Verdict(tuple(arms), {**names, **_numbers(primary[0])} if primary else None)
+    if not primary:
+        return Verdict(tuple(arms), None, "")
+    names, numbers = {key: primary[0][key] for key in ("arm", "against")}, _numbers(primary[0])
+    better = ""
+    if numbers.get("p", 1.0) <= ALPHA:
+        is_first = (numbers["estimate"] > 0) != (primary[0]["metric"] in LOWER_IS_BETTER)
+        better = names["arm" if is_first else "against"]
+    return Verdict(tuple(arms), {**names, **numbers}, better)
 
 
 def _numbers(row: dict[str, str]) -> dict[str, float]:

@@ -230,6 +230,7 @@ TEXTS: Mapping[str, str] = {
     "model.verdict": "Verdict",
     "model.exact": "{right} of {n} test slides have exactly your grade",
     "model.interval": "95 % interval {low} to {high}, over {n} patients",
+    "model.no_interval": "no interval: all samples of these patients give the same",
     "model.undefined": "undefined on these slides",
     "model.accuracy": "Exactly right",
     "model.qwk": "Agreement (quadratic-weighted kappa)",
@@ -274,13 +275,12 @@ TEXTS: Mapping[str, str] = {
     ),
     "model.arms": "QWK of each way, 95 % interval over patients",
     "model.arm": "Way",
-    "model.compared": (
-        "Declared question: is {arm} better than {against}? Difference in agreement {estimate} ({low} to"
-        " {high})."
-    ),
-    "model.clear_first": "{arm} is better.",
-    "model.clear_second": "{against} is better.",
-    "model.not_clear": "No difference is shown. Take the simpler one.",
+    "model.question": "Question: is {arm} better than {against}?",
+    "model.compared": "Difference in agreement {estimate}; p = {p} by the test that decides (sign flips).",
+    "model.compared_interval": "95 % interval over patients {low} to {high}.",
+    "model.clear": "{arm} is better.",
+    "model.not_clear": "No difference is shown. Take the simpler one, or test on more patients.",
+    "model.no_test": "The difference cannot be computed on these patients. Test on more of them.",
     "model.report": "Full report of the comparison",
     "model.train_one": "Train the way that you choose by itself; the comparison keeps no single model.",
     "model.export": "Export",

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.stats import binomtest
 
 from slidetl.studio.project import Project
+from slidetl.studio.results import judge
+from slidetl.training.predictions import SlidePrediction, write_predictions
 from tests.studio.conftest import ORIGIN, Client
 
 PAGES = ("slides", "labels", "train", "model", "grade")
@@ -165,3 +168,42 @@ def test_every_text_is_used(client: Client) -> None:
     named = set(re.findall(r"[\"'](\w+\.\w+)[\"']", source))
     unused = [name for name in texts.TEXTS if name not in named and not name.startswith(built)]
     assert not unused
+
+
+def write_verdict(client: Client, **primary: str) -> str:
+    """Writes the results of a comparison, and returns its page."""
+    lung = project_of(client)
+    folder = lung.folder / "runs" / "compare-1"
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        client.studio.queue.add("train", "lung", "compare-1", (), lung.folder)
+    row = {"section": "primary", "arm": "warm", "against": "ridge", "metric": "qwk", **primary}
+    columns = ("section", "arm", "against", "metric", "estimate", "low", "high", "p")
+    with (folder / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerow(row)
+    return client.http.get("/p/lung/model?run=compare-1").text
+
+
+def test_the_verdict_is_that_of_the_sign_flips(project: Client) -> None:
+    page = write_verdict(project, estimate="0.1", low="0.001", high="0.2", p="0.07")
+    assert "No difference is shown" in page and "warm is better." not in page
+    assert "p = 0.070" in page and "+0.00 to +0.20" in page and "Declared" not in page
+    page = write_verdict(project, estimate="-0.1", low="-0.2", high="0.01", p="0.03")
+    assert "ridge is better." in page
+    assert "warm is better." in write_verdict(project, metric="rps", estimate="-0.1", p="0.03")
+    page = write_verdict(project)  # undefined
+    assert "cannot be computed" in page and "No difference is shown" not in page
+
+
+def test_a_perfect_test_part_is_no_certainty(tmp_path: Path) -> None:
+    rows = [SlidePrediction(f"s{n}", f"p{n}", n % 2, (1.0 - n % 2, float(n % 2)), 10, "") for n in range(20)]
+    write_predictions(tmp_path / "predictions.csv", rows)
+    judged = judge(tmp_path, 2, 0.1)
+    assert judged is not None and judged.qwk is not None
+    exact = binomtest(20, 20).proportion_ci(0.95, "exact")
+    assert (judged.accuracy.low, judged.accuracy.high) == pytest.approx((exact.low, exact.high))
+    write_predictions(tmp_path / "predictions.csv", rows[:1])
+    alone = judge(tmp_path, 2, 0.1)
+    assert alone is not None and alone.qwk is None and alone.accuracy.low < 0.1
