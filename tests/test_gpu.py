@@ -20,6 +20,7 @@ from slidetl.analysis.clusters import Kernel, bandwidth_of, mean_shift
 from slidetl.cli import main
 from slidetl.doctor import examine
 from slidetl.grading import grade
+from slidetl.models.precision import has_bfloat16
 from slidetl.publish.model_file import load_model
 from slidetl.tiles.features import read_features
 from slidetl.tiles.store import SlideCache
@@ -29,7 +30,7 @@ from tests.small import small_embed
 from tests.volumes.studies import VolumeStudy
 
 DEVICES = [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
-CLOSE = {"cpu": 1e-4, "cuda": 1e-3}  # of probabilities by two commands; TF32 on a card
+CLOSE = 1e-4  # of probabilities by two commands at equal precision
 VOLUMES = Path(__file__).parents[1] / "configs" / "volumes"
 
 
@@ -61,11 +62,26 @@ def test_grade_equals_test(
     graded = {
         Path(line["slide"]).stem: line for line in map(json.loads, capsys.readouterr().out.splitlines())
     }
+    assert {line["precision"] for line in graded.values()} == {precision}
     apart = max(
         np.abs(np.subtract(graded[row.slide_id]["probabilities"], row.probabilities)).max() for row in rows
     )
     print(f"grade and test differ by {apart:.2e} in {precision}")
-    assert apart < 1e-4
+    assert apart < CLOSE
+
+
+@pytest.mark.gpu
+def test_grade_takes_the_precision_of_test_by_default(
+    study: Study, fitted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slide = next((study.manifest.parent / "slides").glob("*.tiff"))
+    model = load_model(fitted / "model.pt")
+    assert {"cuda float32", "cpu float32"} <= set(model.card.precisions)
+    usual = "bfloat16" if has_bfloat16(torch.device("cuda")) else "float32"
+    for words, precision in (([], usual), (["--device", "cpu"], "float32")):
+        capsys.readouterr()
+        assert main(["grade", str(model.path), str(slide), "--force", *words]) == 0
+        assert json.loads(capsys.readouterr().out)["precision"] == precision
 
 
 @pytest.mark.gpu
@@ -142,7 +158,7 @@ def test_low_rank_updates_train_leave_in_a_file_and_grade_as_tested(
     assert moved and all("attn" in layer for layer in moved)
     row = read_predictions(tmp_path / "test" / "predictions.csv")[0]
     slide = study.manifest.parent / "slides" / f"{row.slide_id}.tiff"
-    assert graded_on(device, model, slide, capsys) == pytest.approx(row.probabilities, abs=CLOSE[device])
+    assert graded_on(device, model, slide, capsys) == pytest.approx(row.probabilities, abs=CLOSE)
     best, output = tmp_path / "logs" / "version_0" / "checkpoints" / "best.ckpt", tmp_path / "similar"
     words = ["--before", "pretrained", "--after", str(best), "--data", str(study.cache)]
     assert main(["similarity", *words, "--output", str(output), "--tiles", "60", "--permutations", "2"]) == 0
@@ -159,7 +175,7 @@ def test_volumes_train_embed_and_grade(
     model = trained_on(device, [*options, "--model.transfer=slidetl.models.transfer.Scratch"], tmp_path)
     row = read_predictions(tmp_path / "test" / "predictions.csv")[0]
     series = scans.manifest.parent / f"{row.slide_id}.mha"
-    assert graded_on(device, model, series, capsys) == pytest.approx(row.probabilities, abs=CLOSE[device])
+    assert graded_on(device, model, series, capsys) == pytest.approx(row.probabilities, abs=CLOSE)
     shutil.copytree(scans.cache / "s01.zarr", tmp_path / "cache" / "s01.zarr")
     best = tmp_path / "logs" / "version_0" / "checkpoints" / "best.ckpt"
     words = ["embed", str(tmp_path / "cache"), "--backbone", "conv3d_8", "--pretrained", str(best)]
@@ -214,7 +230,7 @@ def test_grading_halves_the_batches_of_a_card_without_room(
         torch.cuda.set_per_process_memory_fraction(1.0)
     out, err = capsys.readouterr()
     assert "tiles at once; it takes" in err
-    assert json.loads(out)["probabilities"] == pytest.approx(expected, abs=CLOSE["cuda"])
+    assert json.loads(out)["probabilities"] == pytest.approx(expected, abs=CLOSE)
 
 
 @pytest.mark.gpu

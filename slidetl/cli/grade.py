@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ def grade(
             (CSV); their mpp column gives slides their spacing. For a model of volumes CT series: folders of
             DICOM, NIfTI or MetaImage.
         options: of grading and its output.
-        resume: leave out slides with results by this model in the output folder.
+        resume: leave out slides with results by this model and precision in the output folder.
         trust: vouch for a model file from elsewhere: it is a program. Its hash is recorded.
         device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
         jobs: slides graded at a time.
@@ -55,6 +56,7 @@ def grade(
         write_index_page,
         write_results,
     )
+    from slidetl.grading.grade import chosen_precision
     from slidetl.library.trust import trust as record_trust
     from slidetl.publish.model_file import load_model
     from slidetl.slides.spacing import cohort_notes
@@ -71,6 +73,7 @@ def grade(
     loaded = load_model(model, device if len(places) == 1 else "cpu", trust)
     if trust:
         record_trust(loaded.sha256, model.name)
+    options = replace(options, precision=chosen_precision(loaded, options.precision, device))
     found, spacings = find_slides(slides)
     rows = []
     if output is not None and resume:

@@ -14,7 +14,6 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from jsonargparse import ArgumentError
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Trainer
@@ -32,6 +31,7 @@ from slidetl.models.spec import with_preset
 from slidetl.processor import postpone_collection
 from slidetl.training.best import BestCheckpoint, WholeCheckpoints
 from slidetl.training.checkpoint import check_network, check_resumable, read_checkpoint
+from slidetl.training.configured import default_precision
 from slidetl.training.drift import DriftReport
 from slidetl.training.grader import SlideGrader
 from slidetl.training.outputs import ResultFiles
@@ -69,7 +69,6 @@ def run(command: str, args: list[str]) -> int:
             seed_everything_default=0,
             trainer_defaults={
                 "max_epochs": 30,
-                "precision": "bf16-mixed" if torch.cuda.is_available() else "32-true",
                 "deterministic": "warn",  # a GPU lacks some operations in a deterministic form
                 "use_distributed_sampler": False,  # the data module shares out whole slides
                 "num_sanity_val_steps": 0,  # a slide is several steps; half a slide cannot be graded
@@ -152,17 +151,22 @@ class GradingCLI(LightningCLI):
                 "--precision",
                 type=Literal["auto", *_PRECISIONS],
                 default="auto",
-                help="Number format of the backbone's forward pass; auto is trainer.precision, by default "
-                "float32 on a CPU and bfloat16 on a GPU, as for 'slidetl grade'.",
+                help="Number format of the backbone's forward pass, as for 'slidetl grade'; auto is float32 "
+                "on a CPU, and on a GPU trainer.precision, by default bfloat16. float32 is without TF32.",
             )
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Replaces the preset of a backbone by its fields, which the configuration then records."""
+        """Sets the fields of a backbone's preset, and the precision, which the configuration then records."""
         super().parse_arguments(parser, args)
-        backbone = self.config[self.config.subcommand].model.backbone
-        for key, value in with_preset(backbone.as_dict()).items():
-            backbone[key] = value
+        config = self.config[self.config.subcommand]
+        for key, value in with_preset(config.model.backbone.as_dict()).items():
+            config.model.backbone[key] = value
+        usual = default_precision(config.trainer.accelerator)
+        wanted = _PRECISIONS.get(config.get("precision"))
+        if "precision" in config and usual == "32-true" and str(config.trainer.precision).endswith("mixed"):
+            wanted = wanted or usual  # a fit on a GPU left that in its configuration
+        config.trainer.precision = wanted or config.trainer.precision or usual
 
     def before_instantiate_classes(self) -> None:
         """Checks every named class before one is called."""
@@ -236,9 +240,6 @@ class GradingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Keeps everything of a run in ``<default_root_dir>/logs/version_N`` unless loggers are given."""
-        precision = self._get(self.config_init, "precision")
-        if precision in _PRECISIONS:
-            kwargs["precision"] = _PRECISIONS[precision]
         ours: list[Callback] = [StatusReport()]
         if self.subcommand in ("test", "predict"):
             ours.append(ResultFiles())

@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import threading
+import warnings
 from collections import Counter, deque
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -58,6 +59,7 @@ _MORE = (
     "novelty",
     "fingerprint",
     "model_sha256",
+    "precision",
     "reason",
 )
 
@@ -285,8 +287,10 @@ def read_finished(
 ) -> dict[Path, GradeRow]:
     """Finds the slides with results in a folder, of this model and of their content, spacing and channels.
 
-    ``names`` are from :func:`output_names`. With a report, a slide without its page is not finished.
+    ``names`` are from :func:`output_names`. With a report, a slide without its page is not finished; one of
+    another precision is not either, and a warning counts them.
     """
+    precision, others = chosen_precision(model, options.precision), 0
     channels = options.channels or model.card.tile_spec.channels
     finished = {}
     for path, name in names.items():
@@ -296,6 +300,9 @@ def read_finished(
             same = (result["slide"], result["model_sha256"]) == (str(path), model.sha256)
             same = same and all(isinstance(result[key], kind) for key, kind in _RESULT.items())
             same = same and (not options.report or has_slide_report(folder, name, result))
+            if same and result.get("precision") != precision:
+                others += 1
+                continue
             if not same:
                 continue
             if model.card.tile_spec.is_volume:
@@ -313,6 +320,12 @@ def read_finished(
                 finished[path] = GradeRow(path, GRADED, result)
         except Exception:  # missing, cut off, of another form, or the slide is unreadable now
             continue
+    if others:
+        warnings.warn(
+            f"{folder}: {others} of {len(names)} slides were not graded in {precision}, or by an earlier "
+            "version, which does not say; they are graded again",
+            stacklevel=2,
+        )
     return finished
 
 

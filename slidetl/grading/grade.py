@@ -26,8 +26,8 @@ from slidetl.evaluation.conformal import GradeSets
 from slidetl.files import replaced
 from slidetl.grading.explain import DIVERGING, Explanation, explain_by_occlusion, find_voxels
 from slidetl.grading.series import SeriesGrade, shown_patches
+from slidetl.models.precision import exact_float32, has_bfloat16
 from slidetl.models.runner import Rates, Runner, is_out_of_memory
-from slidetl.models.tensors import has_bfloat16
 from slidetl.processor import hand_back_memory
 from slidetl.publish.model_file import ModelFile
 from slidetl.text import plot_label
@@ -59,6 +59,7 @@ class SlideGrade:
         tissue_mm2: area of the graded tissue, square millimetres.
         novelty: distance from the training slides, with 1 as the limit; None if the model has no limit.
         model_sha256: hash of the model file.
+        precision: number format of the backbone's forward pass, ``float32`` or ``bfloat16``.
         plan: the tiles to read, with thumbnail and tissue.
         origins_level0: ``[N, 2] int32``, upper-left corners ``(x, y)`` of the tiles read.
         attention: ``[N] float32``, weight of each tile; they sum to one.
@@ -76,6 +77,7 @@ class SlideGrade:
     tissue_mm2: float
     novelty: float | None
     model_sha256: str
+    precision: str
     plan: TilePlan
     origins_level0: NDArray[np.int32]
     attention: NDArray[np.float32]
@@ -98,6 +100,7 @@ class SlideGrade:
             "novelty": None if self.novelty is None else round(self.novelty, 4),
             "explanation": self.explanation.to_dict(),
             "model_sha256": self.model_sha256,
+            "precision": self.precision,
             "mpp_level0": max(self.plan.info.mpp_level0),
             "channels": self.plan.spec.channels,
             "notes": list(self.plan.notes),
@@ -296,6 +299,7 @@ def _graded(
         "grade_set": _grade_set(model, probabilities),
         "novelty": relative_novelty,
         "model_sha256": model.sha256,
+        "precision": runner.precision,
         "attention": attention.numpy(),
         "explanation": explanation,
     }
@@ -325,28 +329,34 @@ def start_runner(
         model: from :func:`slidetl.publish.model_file.load_model`, best frozen.
         batch_size: tiles in a pass; by default 16 on a CPU and 256 on a GPU.
         threads: passes at a time on a CPU.
-        precision: ``float32`` or ``bfloat16``, of the backbone.
+        precision: of the backbone; see :class:`slidetl.grading.options.GradeOptions`.
         profile: measure the network alone on a GPU, before the first slide.
     """
-    device = model.device
+    device, precision = model.device, chosen_precision(model, precision)
     is_half = precision == "bfloat16"
 
     def embed(tiles: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=is_half):
+        with exact_float32(device), torch.autocast(device.type, torch.bfloat16, enabled=is_half):
             rows: Tensor = model.network.embed(tiles)
         return rows
 
     size = batch_size or _BATCH_SIZE.get(device.type, _BATCH_SIZE["cuda"])
     has_limit = model.card.novelty_limit is not None
     pool = partial(_pool, model.network, has_limit=has_limit)
-    return Runner(embed, device, size, model.card.tile_spec, threads, then=pool, profile=profile)
+    spec = model.card.tile_spec
+    return Runner(embed, device, size, spec, threads, then=pool, profile=profile, precision=precision)
 
 
-def chosen_precision(model: ModelFile, precision: Precision) -> Precision:
-    """Resolves ``auto``; see :class:`slidetl.grading.options.GradeOptions`."""
+def chosen_precision(model: ModelFile, precision: Precision, device: str = "") -> Precision:
+    """Resolves ``auto`` on a device, by default the model's.
+
+    It is float32 on a CPU. On a GPU it is bfloat16 if the GPU computes in it, and the export compared the
+    file with its networks in it on a GPU; older files do not say on which device: float32.
+    """
     if precision != "auto":
         return precision
-    return "bfloat16" if "bfloat16" in model.card.precisions and has_bfloat16(model.device) else "float32"
+    is_covered = "cuda bfloat16" in model.card.precisions and (device or str(model.device)).startswith("cuda")
+    return "bfloat16" if is_covered and has_bfloat16(torch.device("cuda")) else "float32"
 
 
 class _Embeddings:

@@ -36,6 +36,7 @@ class SeriesGrade:
         grade_set: lowest and highest grade not ruled out; None if the model has no evidence for such a set.
         novelty: distance from the training series, with 1 as the limit; None if the model has no limit.
         model_sha256: hash of the model file.
+        precision: number format of the backbone's forward pass, ``float32`` or ``bfloat16``.
         plan: the patches, with the series at their spacing.
         attention: ``[N] float32``, weight of each patch; they sum to one.
         explanation: each patch's contribution to the score.
@@ -52,6 +53,7 @@ class SeriesGrade:
     grade_set: tuple[int, int] | None
     novelty: float | None
     model_sha256: str
+    precision: str
     plan: PatchPlan
     attention: NDArray[np.float32]
     explanation: Explanation
@@ -109,6 +111,7 @@ class SeriesGrade:
             "explanation": self.explanation.to_dict(),
             "patches": self.patch_rows()[: len(shown_patches(self.explanation.contributions)[0])],
             "model_sha256": self.model_sha256,
+            "precision": self.precision,
             "spacing_mm": self.plan.spec.spacing_mm,
             "notes": list(self.plan.volume.notes),
         }

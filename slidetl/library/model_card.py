@@ -95,7 +95,8 @@ class ModelCard:
         novelty_limit: above this a slide is unlike the training slides; None if unknown.
         lineage: hashes of the weights it started from, nearest first; of a federation, first the files of its
             rounds, from the best back to the first.
-        precisions: number formats in which the export compared the file with its networks.
+        precisions: devices and number formats in which the export compared the file with its networks, as
+            ``cuda bfloat16``; files of earlier versions have the number format alone.
         score_unit: unit of the slide's score and of the tiles' contributions to it; empty without such a sum.
     """
 
@@ -112,7 +113,7 @@ class ModelCard:
     evidence: Evidence | None = None
     novelty_limit: float | None = None
     lineage: tuple[str, ...] = ()
-    precisions: tuple[str, ...] = ("float32",)
+    precisions: tuple[str, ...] = ("cpu float32",)
     score_unit: str = ""
 
     def __post_init__(self) -> None:

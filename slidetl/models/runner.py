@@ -111,10 +111,11 @@ class Runner:
         packs: one thread owns the device and packs tiles into batches of one shape; by default on a GPU.
         then: called after the warm-up passes with their embeddings, to warm up what else runs on a GPU.
         profile: if it packs, measure the network alone after the warm-up, into ``alone``.
+        precision: number format of ``embed``, for records.
 
     Attributes:
         first_pass_s: seconds of the first pass if it packs.
-        packs: as above.
+        packs, precision: as above.
         alone: tiles per second of the network on tiles already on the device; None if not measured.
     """
 
@@ -128,8 +129,9 @@ class Runner:
         packs: bool | None = None,
         then: Callable[[Tensor], object] | None = None,
         profile: bool = False,
+        precision: str = "float32",
     ) -> None:
-        self.device, self.batch_size = device, batch_size
+        self.device, self.batch_size, self.precision = device, batch_size, precision
         self.first_pass_s = 0.0
         self.alone: float | None = None
         self._tiles, self._warm_at, self._profile = 0, 0.0, profile

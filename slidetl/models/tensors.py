@@ -15,11 +15,6 @@ from slidetl.errors import WeightsError
 from slidetl.files import check_stored, write_whole
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Tells if a GPU computes in bfloat16; older ones emulate it, which is slower than float32."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-
-
 def load_tensors(path: Path) -> Any:
     """Reads a file of ``torch.save`` as plain values and tensors, no larger than the file.
 

@@ -4,8 +4,10 @@ TorchScript is deprecated upstream; only this module and :mod:`slidetl.publish.m
 """
 
 import io
+import itertools
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Final, Optional
 
@@ -20,6 +22,7 @@ from slidetl.library.model_card import METADATA, Evidence, ModelCard, TrainingDa
 from slidetl.library.trust import trust
 from slidetl.models.backbones import weights_sha256
 from slidetl.models.network import GradingNetwork
+from slidetl.models.precision import exact_float32, has_bfloat16
 from slidetl.models.spec import BackboneSpec
 from slidetl.models.volumes import unit_window
 from slidetl.publish.model_file import load_model, without_deprecation
@@ -223,7 +226,6 @@ def build_network(
         # Folds begin from the same weights; other networks may not.
         lineage=tuple(dict.fromkeys(sha for grader in graders for sha in grader.network.backbone.lineage)),
         score_unit=first.network.head.score_unit if is_explained else "",
-        precisions=tuple(str(precision).removeprefix("torch.") for precision in PARITY_TOLERANCE),
     )
 
 
@@ -237,6 +239,8 @@ def _architecture(spec: BackboneSpec) -> dict[str, str | int | bool]:
 def export_model(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[str, float]:
     """Writes a network as one file, compares the two, and records the file as trusted.
 
+    They are compared on a CPU, and on a GPU where there is one; the card in the file says so.
+
     Args:
         network: of :func:`build_network`.
         card: of the same.
@@ -249,15 +253,17 @@ def export_model(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[
     Raises:
         ModelFileError: the file does not compute the same; it is not written then.
     """
+    covered = _covered()
+    card = replace(card, precisions=tuple(covered))
     with replaced(path) as file:
         _write(network, card, file)
         file.flush()
         partial = Path(file.name)
         worst: dict[str, float] = {}
-        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for device, several in itertools.groupby(covered, key=lambda name: name.split()[0]):
             loaded = load_model(partial, device, trusted=True).network
-            for precision in PARITY_TOLERANCE:
-                name = f"{device} {str(precision).removeprefix('torch.')}"
+            for name in several:
+                precision = covered[name]
                 worst[name] = _parity(network.to(device), loaded, card.tile_spec, precision)
                 if not worst[name] <= PARITY_TOLERANCE[precision]:
                     raise ModelFileError(
@@ -268,6 +274,16 @@ def export_model(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[
         network.to("cpu")
         trust(file_sha256(partial), path.name)
     return worst
+
+
+def _covered() -> dict[str, torch.dtype]:
+    """Lists the devices and number formats of the comparison, as ``cuda bfloat16``, by device."""
+    return {
+        f"{device} {str(precision).removeprefix('torch.')}": precision
+        for device in (("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))
+        for precision in PARITY_TOLERANCE
+        if device == "cpu" or precision is torch.float32 or has_bfloat16(torch.device(device))
+    }
 
 
 def _write(network: ExportedNetwork, card: ModelCard, file: IO[bytes]) -> None:
@@ -302,7 +318,8 @@ def _parity(network: ExportedNetwork, loaded: Any, spec: TileSpec, precision: to
     for n_tiles in (1, 5):
         tiles = random_tiles(network, spec, n_tiles, generator).to(device)
         is_lower = precision is not torch.float32
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=is_lower):
+        half = torch.autocast(device.type, torch.bfloat16, enabled=is_lower)
+        with torch.inference_mode(), exact_float32(device), half:
             differences.append((network(tiles) - loaded(tiles)).abs().max())
             here, there = (of.grade(of.embed(tiles))[3] for of in (network, loaded))
         # As a share of the greatest, since contributions have no scale of their own.

@@ -18,6 +18,7 @@ from pytorch_lightning.cli import LightningArgumentParser
 
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.errors import UsageError
+from slidetl.models.precision import has_bfloat16
 from slidetl.text import first_lines
 from slidetl.training.grader import SlideGrader
 from slidetl.training.slots import own_error, parse
@@ -60,6 +61,11 @@ def data_options(parsed: Any) -> dict[str, Any]:
         return dict(_parser().instantiate_classes(without).data)
 
 
+def default_precision(accelerator: object) -> str:
+    """Returns Lightning's name of a device's number format: bfloat16 on a GPU that has it, or float32."""
+    return "bf16-mixed" if accelerator != "cpu" and has_bfloat16(torch.device("cuda")) else "32-true"
+
+
 def build_trainer(options: Mapping[str, Any], folder: Path, callbacks: Sequence[Callback]) -> pl.Trainer:
     """Builds a trainer without logs, bars and checkpoints, for one of many trainings.
 
@@ -71,7 +77,7 @@ def build_trainer(options: Mapping[str, Any], folder: Path, callbacks: Sequence[
     return pl.Trainer(
         **{
             "deterministic": "warn",
-            "precision": "bf16-mixed" if torch.cuda.is_available() else "32-true",
+            "precision": default_precision(options.get("accelerator", "auto")),
             **options,
         },
         default_root_dir=folder,

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from slidetl.data.study import common_spec, find_slides, open_cache
 from slidetl.errors import CacheError, CacheMismatchError, ProcessEnded, SlidetlError, UsageError
 from slidetl.models.backbones import Backbone, weights_sha256
+from slidetl.models.precision import has_bfloat16
 from slidetl.models.runner import Rates, Runner
 from slidetl.models.spec import BackboneSpec
-from slidetl.models.tensors import has_bfloat16
 from slidetl.models.volumes import unit_window
 from slidetl.processes import Child, start_child
 from slidetl.processor import postpone_collection, usable_cores

@@ -17,6 +17,7 @@ from slidetl.errors import UsageError
 from slidetl.evaluation.calibration import judged_probabilities
 from slidetl.evaluation.metrics import GradeMetrics, NumberMetrics, grade_metrics
 from slidetl.models.network import GradingNetwork
+from slidetl.models.precision import exact_float32
 from slidetl.training.multitask import TaskHeads, TaskOutcome, task_metrics
 from slidetl.training.predictions import SlidePrediction
 
@@ -156,7 +157,8 @@ class ChunkedEvaluation:
         if "stored" in chunk:
             self._embeddings.append(chunk["stored"].float())
         else:
-            self._embeddings.append(self._network.backbone(chunk["tiles"]).float())
+            with exact_float32(chunk["tiles"].device):
+                self._embeddings.append(self._network.backbone(chunk["tiles"]).float())
         if not chunk["last"]:
             return None
         embeddings, self._embeddings = torch.cat(self._embeddings).unsqueeze(0), []

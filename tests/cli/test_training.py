@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from slidetl.cli import main
+from slidetl.cli.training import GradingCLI
 from slidetl.data.record import StudyRecord, read_record
+from slidetl.errors import UsageError
 from slidetl.training.checkpoint import read_checkpoint
 from slidetl.training.predictions import read_predictions
 from tests.conftest import Study
@@ -222,3 +224,31 @@ def test_a_preset_is_recorded_as_its_fields_and_its_tiles_are_compared(
     backbone = read_checkpoint(last)["hyper_parameters"]["backbone"]
     assert backbone["name"].startswith("hf-hub:1aurent/vit_small_patch16_224.kaiko")
     assert (backbone["pretrained"], backbone["pooling"], backbone["preset"]) == ("hub", "token", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "precision"),
+    [
+        (["fit"], "bf16-mixed"),
+        (["fit", "--trainer.accelerator=cpu"], "32-true"),
+        (["fit", "--trainer.accelerator=cpu", "--trainer.precision=bf16-mixed"], "bf16-mixed"),
+        (["test"], "bf16-mixed"),
+        (["test", "--trainer.precision=32-true"], "32-true"),
+        (["test", "--precision=float32"], "32-true"),
+        (["test", "--trainer.accelerator=cpu"], "32-true"),
+        (["predict", "--trainer.accelerator=cpu", "--trainer.precision=bf16-mixed"], "32-true"),
+        (["validate", "--trainer.accelerator=cpu", "--precision=bfloat16"], "bf16-mixed"),
+    ],
+)
+def test_the_precision_is_that_of_the_device(
+    words: list[str], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(cli: GradingCLI) -> None:
+        found.append(cli.config[cli.config.subcommand].trainer.precision)
+        raise UsageError("parsed")
+
+    found: list[str] = []
+    monkeypatch.setattr("slidetl.training.configured.has_bfloat16", lambda _: True)
+    monkeypatch.setattr(GradingCLI, "_parse_ckpt_path", stop)
+    assert main([*words, "--data.manifest=m.csv", "--data.cache=cache"]) == 2
+    assert found == [precision]

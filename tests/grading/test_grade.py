@@ -67,6 +67,7 @@ def test_agrees_with_slidetl_test_on_every_test_slide(
     assert len(lines) == len(predictions) >= 4
     for line, row in zip(lines, predictions, strict=True):
         assert line["grade"] == row.predicted_grade and line["tiles"] == row.tiles
+        assert line["precision"] == "float32"
         np.testing.assert_allclose(line["probabilities"], row.probabilities, atol=1e-4)
         assert line["expected_grade"] == pytest.approx(row.expected_grade, abs=1e-3)
         assert json.loads((tmp_path / f"{row.slide_id}.json").read_text()) == line
@@ -89,6 +90,7 @@ def test_agrees_with_slidetl_test_in_bfloat16(
     assert main(["grade", str(model_path), *slides, "--precision", "bfloat16"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     for line, row in zip(lines, rows[:3], strict=True):
+        assert line["precision"] == "bfloat16"
         np.testing.assert_allclose(line["probabilities"], row.probabilities, atol=1e-4)
 
 
@@ -314,30 +316,31 @@ def test_an_unknown_file_needs_trust_once(
 
 
 @pytest.mark.parametrize(
-    ("wanted", "device", "covered", "chosen"),
+    ("wanted", "device", "covered", "has_it", "chosen"),
     [
-        ("auto", "cpu", ("float32", "bfloat16"), "float32"),
-        ("auto", "cuda", ("float32", "bfloat16"), "bfloat16"),
-        ("auto", "cuda", ("float32",), "float32"),
-        ("float32", "cuda", ("float32", "bfloat16"), "float32"),
-        ("bfloat16", "cpu", ("float32",), "bfloat16"),
+        ("auto", "cpu", ("cpu bfloat16", "cuda bfloat16"), True, "float32"),
+        ("auto", "cuda", ("cpu bfloat16", "cuda float32", "cuda bfloat16"), True, "bfloat16"),
+        ("auto", "cuda:1", ("cuda bfloat16",), False, "float32"),
+        ("auto", "cuda", ("cpu float32", "cpu bfloat16"), True, "float32"),
+        ("auto", "cuda", ("float32", "bfloat16"), True, "float32"),  # of an earlier version
+        ("float32", "cuda", ("cuda float32", "cuda bfloat16"), True, "float32"),
+        ("bfloat16", "cpu", ("cpu float32",), False, "bfloat16"),
     ],
 )
 def test_auto_takes_the_precision_that_the_export_compared(
     wanted: Any,
     device: str,
     covered: tuple[str, ...],
+    has_it: bool,
     chosen: str,
     model_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = load_model(model_path)
-    assert model.card.precisions == ("float32", "bfloat16")
     there = replace(model, device=torch.device(device), card=replace(model.card, precisions=covered))
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr("slidetl.grading.grade.has_bfloat16", lambda _: has_it)
     assert chosen_precision(there, wanted) == chosen
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
-    assert wanted != "auto" or chosen_precision(there, wanted) == "float32"
+    assert chosen_precision(replace(there, device=torch.device("cpu")), wanted, device) == chosen
 
 
 @pytest.mark.slow
@@ -652,6 +655,13 @@ def test_a_manifest_gives_slides_their_spacing(
     for more, says in (([], "1 of 1"), ([f"--mpp-replace={mpp * 0.9}"], "0 of 1")):
         assert main(["grade", str(model_path), str(rows[2][1]), "--force", *output, *more]) == 0
         assert f"{says} slides are graded already" in capsys.readouterr().err
+    # Nor are those of another precision.
+    words = ["grade", str(model_path), str(rows[2][1]), *output, f"--mpp-replace={mpp * 0.9}", "--force"]
+    with pytest.warns(UserWarning, match="1 of 1 slides were not graded in bfloat16, or by an earlier"):
+        assert main([*words, "--precision=bfloat16"]) == 0
+    assert main([*words, "--precision=bfloat16"]) == 0
+    counted = re.findall(r"(\d) of 1 slides are graded already", capsys.readouterr().err)
+    assert counted == ["0", "1"]
     capsys.readouterr()
     assert main(["grade", str(model_path), str(rows[0][1]), f"--mpp-override={mpp}", "--force"]) == 0
     assert json.loads(capsys.readouterr().out)["probabilities"] == results[0]["probabilities"]

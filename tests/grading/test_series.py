@@ -149,7 +149,7 @@ def test_a_run_is_resumed_and_has_pages(
     result = json.loads((tmp_path / "s03.json").read_text())
     header, *rows = (tmp_path / "results.csv").read_text().splitlines()
     assert "mask_ml" in header and "tissue_mm2" not in header and len(rows) == 2
-    assert result["spacing_mm"] == 1.0
+    assert result["spacing_mm"] == 1.0 and result["precision"] == "float32"
 
 
 def test_a_dicom_series_is_named_by_its_folder(tmp_path: Path) -> None:

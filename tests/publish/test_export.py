@@ -16,7 +16,7 @@ from slidetl.errors import ModelFileError
 from slidetl.library.model_card import Evidence
 from slidetl.models.aggregators import GatedAttention, MeanPooling, Pooling
 from slidetl.models.spec import BackboneSpec
-from slidetl.publish.export import build_network, export_model
+from slidetl.publish.export import _covered, build_network, export_model
 from slidetl.publish.model_file import load_model
 from slidetl.tiles.grid import TileSpec
 from slidetl.training.checkpoint import load_grader
@@ -33,8 +33,18 @@ def model_path(grader: SlideGrader, tmp_path_factory: pytest.TempPathFactory) ->
     path = tmp_path_factory.mktemp("export") / "model.pt"
     worst = export_model(*build_network([grader]), path)
     assert worst["cpu float32"] < 1e-5 and worst["cpu bfloat16"] < 2e-2
+    assert load_model(path).card.precisions == tuple(worst)
     assert [entry.name for entry in path.parent.iterdir()] == ["model.pt"]
     return path
+
+
+def test_the_comparison_covers_what_a_gpu_computes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_cpu, on_gpu = ["cpu float32", "cpu bfloat16"], ["cuda float32"]
+    assert torch.cuda.is_available() or list(_covered()) == of_cpu
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for has_it, more in ((False, []), (True, ["cuda bfloat16"])):
+        monkeypatch.setattr("slidetl.publish.export.has_bfloat16", lambda _, found=has_it: found)
+        assert list(_covered()) == [*of_cpu, *on_gpu, *more]
 
 
 def test_file_computes_what_the_network_computes(grader: SlideGrader, model_path: Path) -> None:

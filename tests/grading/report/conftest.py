@@ -45,6 +45,7 @@ def grade_of(path: Path, spec: TileSpec = SPEC, seed: int = 0) -> SlideGrade:
         tissue_mm2=0.8,
         novelty=0.7,
         model_sha256="ab" * 32,
+        precision="float32",
         plan=plan,
         origins_level0=plan.origins_level0,
         attention=attention,

@@ -53,6 +53,7 @@ def graded() -> SeriesGrade:
         grade_set=(0, 1),
         novelty=1.4,
         model_sha256="bb" * 32,
+        precision="float32",
         plan=plan,
         attention=(attention / attention.sum()).astype(np.float32),
         explanation=Explanation(contributions, "log-odds", 1.0, 1.0 - float(contributions.sum())),

@@ -1,0 +1,32 @@
+"""Number formats of a network's forward pass on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Returns True if it is a GPU that computes in bfloat16; older ones (V100, T4) emulate it, slowly."""
+    on_gpu = device.type == "cuda" and torch.cuda.is_available()
+    return on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@contextmanager
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """Computes float32 convolutions on a GPU in float32; torch's default is TF32, with 10 bits for 23.
+
+    In TF32 a folded batch norm, or another batch length, changes a probability by up to 1e-3. The setting is
+    the whole process's, so only one thread may use it at a time; on a CPU nothing is set.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
