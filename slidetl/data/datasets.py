@@ -50,10 +50,12 @@ class Chunk(TypedDict):
 
     ``tiles`` as in a :class:`Bag`, or instead their features ``stored [n, D] float16``; identifiers;
     ``fingerprint`` of the slide's content; ``grade`` 0..K-1, or -1 for none; ``labels`` by task name,
-    likewise: of the slide, or ``[n]`` of its tiles; ``last``: True if the chunk ends the slide.
+    likewise: of the slide, or ``[n]`` of its tiles; ``last``: True if the chunk ends the slide; ``full``: the
+    number of tiles in a chunk that does not.
     """
 
     tiles: NotRequired[Tensor]
+    full: NotRequired[int]
     stored: NotRequired[Tensor]
     slide_id: str
     patient_id: str
@@ -241,6 +243,7 @@ class ChunkDataset(Dataset[Chunk]):
             chunk["stored"] = torch.from_numpy(read_features(cache, self.features))
         else:
             chunk["tiles"] = network_input(cache.read(np.arange(start, stop)), cache.spec)
+            chunk["full"] = self.chunk_size
         return chunk
 
 

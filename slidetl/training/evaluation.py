@@ -94,12 +94,18 @@ class Evaluation:
 class ChunkedEvaluation:
     """Grades the slides of this process, chunk after chunk.
 
+    Args:
+        network: embeds and grades.
+        tasks: heads of the further tasks.
+        pads: fill up the last chunk of a slide with zeros, for the backbone to see one shape: a GPU takes
+            seconds to plan for each new one. By default on a GPU.
+
     Attributes:
         slides: complete slides.
     """
 
-    def __init__(self, network: GradingNetwork, tasks: TaskHeads) -> None:
-        self._network, self._tasks = network, tasks
+    def __init__(self, network: GradingNetwork, tasks: TaskHeads, pads: bool | None = None) -> None:
+        self._network, self._tasks, self._pads = network, tasks, pads
         self.start()
 
     def start(self, checkpoint: str = "") -> None:
@@ -157,12 +163,24 @@ class ChunkedEvaluation:
         if "stored" in chunk:
             self._embeddings.append(chunk["stored"].float())
         else:
-            with exact_float32(chunk["tiles"].device):
-                self._embeddings.append(self._network.backbone(chunk["tiles"]).float())
+            self._embeddings.append(self._embed(chunk["tiles"], chunk["full"]))
         if not chunk["last"]:
             return None
         embeddings, self._embeddings = torch.cat(self._embeddings).unsqueeze(0), []
         return embeddings
+
+    def _embed(self, tiles: Tensor, full: int) -> Tensor:
+        """Embeds the tiles of a chunk, of ``full`` tiles unless it is a slide's last: ``[n, D]``."""
+        on_gpu, count = tiles.device.type == "cuda", len(tiles)
+        if (on_gpu if self._pads is None else self._pads) and count < full:
+            # With the strides of a full chunk: a GPU plans by them, too.
+            shape, strides = tiles[0].shape, tiles[0].stride()
+            filled = tiles.new_empty_strided((full, *shape), (shape.numel(), *strides)).zero_()
+            filled[:count] = tiles
+            tiles = filled
+        with exact_float32(tiles.device):
+            rows: Tensor = self._network.backbone(tiles)
+        return rows[:count].float()
 
 
 def _everything(embeddings: Tensor) -> Tensor:

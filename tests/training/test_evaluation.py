@@ -1,17 +1,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from slidetl.data.datasets import Chunk
+from slidetl.data.datasets import Chunk, ChunkDataset
+from slidetl.data.manifest import read_manifest
+from slidetl.data.study import CachedSlide
 from slidetl.data.tasks import Task
 from slidetl.errors import UsageError
-from slidetl.training.evaluation import NOT_FINITE, evaluate
+from slidetl.tiles.store import SlideCache
+from slidetl.training.evaluation import NOT_FINITE, ChunkedEvaluation, evaluate
 from slidetl.training.grader import SlideGrader
 from slidetl.training.outputs import describe_metrics
 from slidetl.training.predictions import read_predictions, write_predictions
+from tests.conftest import Study
 from tests.small import small_spec
 
 
@@ -26,6 +31,36 @@ def chunk(name: str, features: torch.Tensor, *, last: bool = True) -> Chunk:
         "labels": {"second": 1},
         "last": last,
     }
+
+
+@pytest.mark.parametrize("pads", [False, True])
+def test_one_shape_reaches_the_network_of_a_gpu(study: Study, pads: bool) -> None:
+    rows = read_manifest(study.manifest).rows[:3]
+    slides = [CachedSlide(row, SlideCache.open(study.cache / f"{row.slide_id}.zarr")) for row in rows]
+    size = max(len(slide.cache) for slide in slides) - 1  # the last chunk of one slide is a single tile
+    chunks = [dataset[number] for dataset in [ChunkDataset(slides, size)] for number in range(len(dataset))]
+    grader = SlideGrader(small_spec()).eval()
+    backbone, shapes = grader.network.backbone, []
+    backbone.register_forward_pre_hook(lambda _, tiles: shapes.append((tiles[0].shape, tiles[0].stride())))
+    grading = ChunkedEvaluation(grader.network, grader.tasks, pads)
+    attention: dict[str, Any] = {}
+    with torch.no_grad():
+        for one in chunks:
+            grading.take(one)
+        seen = set(shapes)
+        for one in chunks:
+            attention |= grading.attention(one)
+        whole = [
+            backbone(torch.cat([one["tiles"] for one in chunks if one["slide_id"] == row.slide_id]))
+            for row in rows
+        ]
+    assert (len(seen) == 1) == pads and all(shape[1:] == (3, 64, 64) for shape, _ in seen)
+    assert not pads or (seen == set(shapes[: 2 * len(chunks)]) and {shape[0] for shape, _ in seen} == {size})
+    for slide, graded, rest in zip(slides, grading.slides, whole, strict=True):
+        logits, _ = grader.network.grade(rest[None], torch.ones(1, len(rest), dtype=torch.bool))
+        expected = grader.network.head.probabilities(logits)[0]
+        assert graded.prediction.probabilities == pytest.approx(expected.tolist(), abs=1e-5)
+        assert graded.prediction.tiles == len(slide.cache) == len(attention[slide.row.slide_id])
 
 
 def test_a_slide_of_numbers_that_are_not_finite_is_not_graded(tmp_path: Path) -> None:
