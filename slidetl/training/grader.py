@@ -113,7 +113,8 @@ class SlideGrader(pl.LightningModule):
         self.record: StudyRecord | None = None
         self._first_step: float = 0.0
         self._total_steps: float = 1.0
-        self._class_weight: Tensor | None = None  # [K]
+        self._class_weight: Tensor | None  # [K]; a buffer, since a copy to a GPU in each step waits for it
+        self.register_buffer("_class_weight", None, persistent=False)
         self._means = EpochMeans(self)
         self._kept_means: dict[str, Any] = {}  # of the epoch of the checkpoint
         self._seed = 0
@@ -175,7 +176,8 @@ class SlideGrader(pl.LightningModule):
         self.targets.check_readers(row.reader_grades for row in rows)
         if self.balance:
             counts = Counter(row.grade for row in rows)
-            self._class_weight = balanced_weights([counts[grade] for grade in range(len(self.grades))])
+            weights = balanced_weights([counts[grade] for grade in range(len(self.grades))])
+            self._class_weight = weights.to(self.device)
 
     def _check_features(self, sha256: str) -> None:
         """Refuses stored features of other weights than the initial ones of the training."""
@@ -308,8 +310,7 @@ class SlideGrader(pl.LightningModule):
         if self.targets != Targets():
             probabilities = head.probabilities(logits.detach())
             target = self.targets(target, batch["readers"], probabilities, self._progress)
-        weight = self._class_weight.to(logits.device) if self._class_weight is not None else None
-        return self._mean(*head.summed_loss(logits, target, class_weight=weight))
+        return self._mean(*head.summed_loss(logits, target, class_weight=self._class_weight))
 
     def _task_losses(self, logits: dict[str, Tensor], batch: Bag) -> Tensor:
         """Sums the weighted losses of all tasks beside the grade."""

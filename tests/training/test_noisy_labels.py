@@ -113,6 +113,9 @@ def test_rare_grades_weigh_more_and_the_rate_follows_the_batch(
     assert len(grader.losses) == 4
     for loss, by_hand in grader.losses:
         assert loss == pytest.approx(by_hand)
+    # The weights go to a GPU with the network, once, and not into a checkpoint.
+    assert "_class_weight" not in grader.state_dict()
+    assert dict(grader.named_buffers())["_class_weight"].tolist() == grader.expected_weight.tolist()
     # Three slides in a batch, two batches in a step; the peak is meant for four.
     assert max(grader.rates) <= 0.01 * 6 / 4 and grader.peak_lr == pytest.approx(0.015)
     assert "learning rate 0.015: model.lr 0.01 is meant for 4 slides per step, and there are 6" in caplog.text
