@@ -85,6 +85,19 @@ def test_grade_takes_the_precision_of_test_by_default(
 
 
 @pytest.mark.gpu
+def test_an_export_describes_the_training_as_on_a_processor(
+    fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = load_model(fitted / "model.pt").card
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    best = fitted / "logs" / "version_0" / "checkpoints" / "best.ckpt"
+    assert main(["export", str(best), "--output", str(tmp_path / "model.pt")]) == 0
+    there = load_model(tmp_path / "model.pt").card
+    assert here.novelty_limit is not None
+    assert here.novelty_limit == pytest.approx(there.novelty_limit, rel=1e-3)
+
+
+@pytest.mark.gpu
 def test_features_in_bfloat16_are_those_in_float32(study: Study, tmp_path: Path) -> None:
     for path in sorted(study.cache.glob("*.zarr"))[:3]:
         shutil.copytree(path, tmp_path / path.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import numpy as np
 import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
+from numpy.typing import NDArray
 from rich.progress import track
+from torch import Tensor
 
 from slidetl.analysis.novelty import Familiar, fit_familiar
 from slidetl.data.datamodule import SlideDataModule
@@ -20,11 +22,10 @@ from slidetl.data.record import StudyRecord, config_sha256
 from slidetl.data.study import CachedSlide, read_study
 from slidetl.errors import CheckpointError, UsageError
 from slidetl.library.model_card import TrainingData
-from slidetl.models.runner import channels_first
+from slidetl.models.precision import exact_float32
+from slidetl.models.runner import Runner
 from slidetl.status import show_stage
 from slidetl.training.slots import parse
-
-_BATCH = 64
 
 
 def training_slides(
@@ -82,26 +83,36 @@ def learn_familiar(network: Any, slides: Sequence[CachedSlide], tiles_per_slide:
     """Embeds some tiles of each training slide, evenly spread over it, and describes their means.
 
     Later they are compared with means of whole slides, which spread a little less: the limit is generous.
+    They are embedded in float32 on a GPU where there is one.
 
     Args:
-        network: with ``embed``, as :class:`slidetl.publish.export.ExportedNetwork`.
+        network: with ``embed``, as :class:`slidetl.publish.export.ExportedNetwork`; it ends on the CPU.
         slides: the training slides.
         tiles_per_slide: tiles of each.
 
     Raises:
         UsageError: slides of fewer than five patients.
     """
-    means = []
-    with torch.inference_mode():
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def embed(tiles: Tensor) -> Tensor:
+        with exact_float32(place):
+            rows: Tensor = network.embed(tiles)
+        return rows
+
+    def read() -> Iterator[tuple[int, NDArray[Any]]]:
         for number, slide in enumerate(track(slides, description="training slides", transient=True)):
             show_stage("describing the training", number, len(slides), "slides")
             count = min(tiles_per_slide, len(slide.cache))
             tiles = np.linspace(0, len(slide.cache) - 1, count).round().astype(int)
-            total = torch.zeros(())
-            for start in range(0, count, _BATCH):
-                pixels = channels_first(torch.from_numpy(slide.cache.read(tiles[start : start + _BATCH])))
-                total = total + network.embed(pixels).sum(0).double()
-            means.append((total / count).numpy())
+            yield count, slide.cache.read(tiles)
+
+    network.to(place)
+    try:
+        with Runner(embed, place, tiles_per_slide, slides[0].cache.spec) as runner:
+            means = [(rows.sum(0).double() / count).cpu().numpy() for count, rows in runner.stream(read())]
+    finally:
+        network.to("cpu")
     return fit_familiar(np.stack(means), [slide.row.patient_id for slide in slides])
 
 

@@ -1,11 +1,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from slidetl.analysis.novelty import fit_familiar
 from slidetl.data.study import read_study
-from slidetl.publish.training_data import describe_training
+from slidetl.models.runner import Runner
+from slidetl.publish.export import build_network
+from slidetl.publish.training_data import describe_training, learn_familiar
+from slidetl.training.checkpoint import load_grader
 from tests.conftest import Study
 
 
@@ -16,3 +24,25 @@ def test_an_export_says_if_the_training_saw_regions_only(study: Study) -> None:
     with pytest.warns(UserWarning, match="1 of 2 training slides have tiles of --regions only"):
         found = describe_training([confined, other])
     assert found == describe_training([one, other])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packs", [False, True])
+def test_a_gpu_describes_the_training_in_one_shape(
+    study: Study, trained: Path, packs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grader = load_grader(trained / "logs" / "version_0" / "checkpoints" / "best.ckpt")
+    network, shapes = build_network([grader])[0], []
+    slides, count = read_study(study.manifest, study.cache).slides[:6], 10
+    rows = [np.linspace(0, len(slide.cache) - 1, count).round().astype(int) for slide in slides]
+    read = [slide.cache.read(tiles) for slide, tiles in zip(slides, rows, strict=True)]
+    with torch.inference_mode():
+        means = [network.embed(torch.from_numpy(tiles).permute(0, 3, 1, 2)).mean(0) for tiles in read]
+    expected = fit_familiar(torch.stack(means).double().numpy(), [slide.row.patient_id for slide in slides])
+    backbone = network.networks[0].backbone
+    backbone.register_forward_pre_hook(lambda _, tiles: shapes.append(tuple(tiles[0].shape)))
+    monkeypatch.setattr("slidetl.publish.training_data.Runner", partial(Runner, packs=packs))
+    found = learn_familiar(network, slides, count)
+    assert set(shapes) == {(count, 3, 64, 64)} and len(shapes) >= len(slides)
+    assert found.limit == pytest.approx(expected.limit, rel=1e-4)
+    np.testing.assert_allclose(found.mean, expected.mean, atol=1e-5)
