@@ -21,8 +21,8 @@ from rich.table import Table
 from slidetl.compare.colour import colour_features
 from slidetl.data.manifest import read_manifest
 from slidetl.evaluation.baselines import fit_best
-from slidetl.evaluation.bootstrap import Interval, Metric, resampled_metric
-from slidetl.evaluation.metrics import accuracy, difference, qwk
+from slidetl.evaluation.bootstrap import Interval, Metric, resampled_metric, share_interval
+from slidetl.evaluation.metrics import difference, qwk
 from slidetl.tiles.store import SlideCache
 from slidetl.training.predictions import read_predictions
 
@@ -59,7 +59,7 @@ def main(folder: Path) -> int:
         return Interval(float(metric(np.ones((1, len(true))))[0]), float(low), float(high), level)
 
     def share(predicted: NDArray[np.int64]) -> Interval:
-        return interval(partial(accuracy, true, predicted))
+        return share_interval(predicted == true, patients)
 
     def kappa(predicted: NDArray[np.int64]) -> Interval:
         return interval(partial(qwk, true, predicted, N_GRADES))
@@ -80,9 +80,9 @@ def main(folder: Path) -> int:
     for name, predicted in arms.items():
         table.add_row(
             name,
-            _text(share(predicted)),
-            _text(kappa(predicted)),
-            "" if predicted is model else _text(gain(predicted)),
+            f"{share(predicted):.2f}",
+            f"{kappa(predicted):.2f}",
+            "" if predicted is model else f"{gain(predicted):.2f}",
         )
     console = Console(width=120)
     console.print(table)
@@ -94,7 +94,7 @@ def main(folder: Path) -> int:
     )
     seconds = dict(line.split() for line in (folder / "seconds.txt").read_text(encoding="utf-8").splitlines())
     console.print(
-        f"Intervals are patient bootstraps, conditional on this one training.\n"
+        "Intervals are over patients, exact of accuracies and bootstraps of QWK, given this one training.\n"
         f"slidetl grade and slidetl test differ by at most {furthest:.1e} in a probability.\n"
         f"Heat maps: {folder / 'maps'}/*.png   model: {folder / 'model.pt'}   logs: {folder / 'logs'}"
     )
@@ -126,10 +126,6 @@ def main(folder: Path) -> int:
         console.print("[bold red]The demo did not show what it should: see the table above.")
         return 1
     return 0
-
-
-def _text(interval: Interval) -> str:
-    return f"{interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
 
 
 if __name__ == "__main__":

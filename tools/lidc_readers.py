@@ -275,7 +275,7 @@ def agreement_row(name: str, ratings: NDArray[np.int64], patients: Sequence[str]
 
 def as_text(value: Interval, form: str = ".2f") -> str:
     """Formats an estimate with its interval."""
-    return f"{value.estimate:{form}} [{value.low:{form}}, {value.high:{form}}]"
+    return format(value, form)
 
 
 def draw_pairs(ratings: NDArray[np.int64], seed: int) -> NDArray[np.int64]:

@@ -36,8 +36,8 @@ from PIL import Image
 from torch import nn
 
 from slidetl.errors import UsageError
-from slidetl.evaluation.bootstrap import Interval, bca_interval
-from slidetl.evaluation.metrics import accuracy, by_repeat, qwk
+from slidetl.evaluation.bootstrap import Interval, bca_interval, share_interval
+from slidetl.evaluation.metrics import qwk
 from slidetl.federation.audit import (
     CountAudit,
     MembershipAudit,
@@ -264,14 +264,10 @@ def run_row(patients: Patients, defence: Defence, place: int, output: Path) -> R
     # Each seed has other test patients: their results are pooled, patients being the units.
     seeds, patient = np.nonzero(grades >= 0)
     true, guessed = patients.grades[patient], grades[seeds, patient]
-    qwk_interval, accuracy_interval = (
-        bca_interval(by_repeat(metric, true, guessed[None]), patient, n_draws=1000)
-        for metric in (lambda grade, guess, weights: qwk(grade, guess, GRADES, weights), accuracy)
-    )
     return Row(
         defence,
-        qwk_interval,
-        accuracy_interval,
+        bca_interval(partial(qwk, true, guessed, GRADES), patient, n_draws=1000),
+        share_interval(true == guessed, patient),
         _audit_members(patients, fields["confidence"], fields["member"]),
         audit_count(_outputs(patients, fields["update"]), fields["top"], np.arange(SHADOWS) % 2),
     )
@@ -449,8 +445,8 @@ PAGE = """# Privacy of a federation: grade, epsilon, attack
 to 4 is the number of tiles of adenocarcinoma. Features of the packaged ImageNet network ({width} values),
 mean pooling and a cumulative-link head: {weights:,} weights travel. {rounds} rounds of {steps} steps; a
 step draws each patient with probability {sampled}. Delta is {delta:g}. Intervals are 95 % over patients,
-for the property over sites. **The tiles are real, the patients are not**: a real patient's tiles are more
-alike, so it is easier to recognise.
+for the property over sites; those of shares are exact. **The tiles are real, the patients are not**: a real
+patient's tiles are more alike, so it is easier to recognise.
 
 ## The price and the gain
 
@@ -526,10 +522,6 @@ def _line(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _shown(interval: Interval) -> str:
-    return f"{interval.estimate:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
-
-
 def _refilled(text: str) -> str:
     """Fills paragraphs and items to 120 columns; headings, tables and code stay."""
     blocks = []
@@ -555,7 +547,7 @@ def describe(row: Row) -> str:
         defence.name,
         f"{noised.noise:.2f}" if noised is not None else "-",
         "none" if epsilon is None else f"{epsilon:.1f}" if epsilon < 100 else f"{epsilon:.0f}, no protection",
-        *map(_shown, (row.qwk, row.membership.auroc, row.property.auroc)),
+        *(f"{found:.2f}" for found in (row.qwk, row.membership.auroc, row.property.auroc)),
     )
 
 
@@ -563,7 +555,7 @@ def describe_more(row: Row) -> str:
     """Formats a row of the second table."""
     return _line(
         row.defence.name,
-        *map(_shown, (row.accuracy, row.membership.balanced_accuracy, row.membership.tpr)),
+        *(f"{found:.2f}" for found in (row.accuracy, row.membership.balanced_accuracy, row.membership.tpr)),
         f"{row.property.error:.1f} ({row.property.error_of_mean:.1f})",
     )
 

@@ -30,7 +30,7 @@ import torch
 
 from slidetl.cli import main as slidetl
 from slidetl.errors import UsageError
-from slidetl.evaluation.bootstrap import Interval, Metric, bca_interval, resampled_metric
+from slidetl.evaluation.bootstrap import Metric, bca_interval, resampled_metric, share_interval
 from slidetl.evaluation.comparison import PatientResults, holm, patient_results, sign_flip_test
 from slidetl.evaluation.metrics import accuracy, difference, mae, qwk
 from slidetl.evaluation.protocol import canonical_sha256
@@ -105,11 +105,11 @@ slide from the same initial network, with the ordinary training of a site, and t
 
 {training}
 
-{patients} test patients. Intervals over patients are the paired bootstrap (BCa), and p-values those of sign
-flips, as in `slidetl compare`: both given the trained networks. The column over redraws takes each redraw
-for one of many ([why](../design/statistics.md)). The primary comparison, bold, was registered before the
-run ([where](registered.md)): configuration `{sha256}`. The others are secondary, corrected together by
-Holm.
+{patients} test patients. Intervals over patients are the paired bootstrap (BCa), those of accuracies exact
+(Clopper and Pearson), and p-values those of sign flips, as in `slidetl compare`: all given the trained
+networks. The column over redraws takes each redraw for one of many ([why](../design/statistics.md)). The
+primary comparison, bold, was registered before the run ([where](registered.md)): configuration `{sha256}`.
+The others are secondary, corrected together by Holm.
 """
 FROZEN_TRAINING = """
 The backbone (Lite0, ImageNet weights) is frozen, its features stored: attention and head are trained, and
@@ -321,8 +321,8 @@ def effect(
         values.append(float(paired(np.ones((1, len(one.true))))[0]))
         errors.append(float(np.nanstd(resampled_metric(paired, one.patients), ddof=1)))
     if len(errors) < 2 or not all(errors):  # one redraw, or equal predictions in one
-        return _text(over_patients, "+.2f"), ""
-    return _text(over_patients, "+.2f"), _text(combine_redraws(values, errors).interval, "+.2f")
+        return f"{over_patients:+.2f}", ""
+    return f"{over_patients:+.2f}", f"{combine_redraws(values, errors).interval:+.2f}"
 
 
 def _joined(redraws: Sequence[PatientResults]) -> PatientResults:
@@ -339,10 +339,6 @@ def _qwk(results: PatientResults) -> Metric:
     return partial(qwk, results.true, results.predicted[0], 5)
 
 
-def _text(interval: Interval, form: str) -> str:
-    return f"{interval.estimate:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
-
-
 def page(experiment: Experiment, found: Mapping[str, Sequence[PatientResults]]) -> str:
     """Writes the page."""
     config = experiment.config
@@ -352,14 +348,11 @@ def page(experiment: Experiment, found: Mapping[str, Sequence[PatientResults]]) 
         joined = _joined(found[scheme])
         strata = [name.split("/")[0] for name in joined.patients]
         intervals = [
-            _text(bca_interval(metric, joined.patients, strata=strata), ".2f")
-            for metric in (
-                _qwk(joined),
-                partial(accuracy, joined.true, joined.predicted[0]),
-                partial(mae, joined.true, joined.predicted[0]),
-            )
+            bca_interval(_qwk(joined), joined.patients, strata=strata),
+            share_interval(joined.predicted[0] == joined.true, joined.patients),
+            bca_interval(partial(mae, joined.true, joined.predicted[0]), joined.patients, strata=strata),
         ]
-        rows.append(f"| {scheme} | {' | '.join(intervals)} |")
+        rows.append(" | ".join([f"| {scheme}", *(f"{interval:.2f}" for interval in intervals)]) + " |")
     pairs = [(scheme, against) for against in ("local", "pooled") for scheme in schemes if scheme != against]
     secondary = [pair for pair in pairs if pair not in ((first, second), ("local", "pooled"))]
 

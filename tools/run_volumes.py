@@ -359,12 +359,8 @@ def flips_p(first: Sequence[Graded], second: Sequence[Graded]) -> float:
 
 
 def as_text(found: Interval | None, form: str = ".2f") -> str:
-    """Formats an estimate with its interval; a point is no interval."""
-    if found is None:
-        return "undefined"
-    if found.low == found.high:
-        return f"{found.estimate:{form}} (the same in all resamples)"
-    return f"{found.estimate:{form}} [{found.low:{form}}, {found.high:{form}}]"
+    """Formats an estimate with its interval."""
+    return "undefined" if found is None else format(found, form)
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

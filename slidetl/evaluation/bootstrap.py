@@ -37,6 +37,12 @@ class Interval:
     high: float
     level: float
 
+    def __format__(self, form: str) -> str:
+        """Formats the estimate and its bounds; a point is no interval: nothing varied, which is no proof."""
+        if self.low == self.high:
+            return f"{self.estimate:{form}} (the same in all resamples)"
+        return f"{self.estimate:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
 
 class Resampling(TypedDict, total=False):
     """Options of an interval, each with a default.
@@ -133,7 +139,9 @@ def bca_interval_if_defined(
     return Interval(estimate, float(low), float(high), level)
 
 
-def share_interval(held: ArrayLike, patients: ArrayLike, *, level: float = 0.95) -> Interval:
+def share_interval(
+    held: ArrayLike, patients: ArrayLike, *, level: float = 0.95, most: int | None = None
+) -> Interval:
     """Computes the exact interval of a share of results, such as an accuracy.
 
     A bootstrap of 20 results that all are right is a point, and of a true share of .97 it holds the truth in
@@ -146,6 +154,8 @@ def share_interval(held: ArrayLike, patients: ArrayLike, *, level: float = 0.95)
         held: ``[N]`` bool, or ``[R, N]`` of R repeats.
         patients: ``[N]``.
         level: of the interval, between 0 and 1.
+        most: trials at most, instead of the number of patients, where a patient's results are new draws, such
+            as of who is in a training. Where nothing varies, patients count.
     """
     from scipy.stats import beta
 
@@ -159,7 +169,7 @@ def share_interval(held: ArrayLike, patients: ArrayLike, *, level: float = 0.95)
     variance = float((of_patient**2).sum()) / len(who) ** 2
     if len(rows) > 1:
         variance += float(rows.mean(axis=1).var(ddof=1)) / len(rows)
-    trials = min(len(names), share * (1 - share) / variance) if variance > 0 else len(names)
+    trials = len(names) if variance <= 0 else min(most or len(names), share * (1 - share) / variance)
     hits = share * trials
     low = beta.ppf((1 - level) / 2, hits, trials - hits + 1) if share > 0 else 0.0
     high = beta.ppf((1 + level) / 2, hits + 1, trials - hits) if share < 1 else 1.0

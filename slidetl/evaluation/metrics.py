@@ -225,7 +225,8 @@ def patient_intervals(
         patients: ``[N]``.
 
     Returns:
-        Estimate, low and high by name; undefined ones, or all with a single patient, are left out.
+        Estimate, low and high by name; undefined ones are left out, and points (all resamples agree, which
+        proves no certainty), or all with a single patient.
     """
     grades, (rows,) = check_probabilities(true, probabilities)
     if len(set(np.asarray(patients).tolist())) < 2:
@@ -236,7 +237,9 @@ def patient_intervals(
         metrics[f"auroc_above_{k}"] = auroc_metric(grades > k, above[:, k])
     found = {name: bca_interval_if_defined(metric, patients) for name, metric in metrics.items()}
     found = {"accuracy": share_interval(rows.argmax(1) == grades, patients), **found}
-    return {name: (one.estimate, one.low, one.high) for name, one in found.items() if one is not None}
+    return {
+        name: (one.estimate, one.low, one.high) for name, one in found.items() if one and one.low < one.high
+    }
 
 
 def auroc_metric(positive: NDArray[np.bool_], scores: NDArray[np.float64]) -> Metric:

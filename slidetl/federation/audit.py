@@ -7,13 +7,13 @@ and known properties, and compares. Both attacks run on the outputs of such shad
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import UsageError
-from slidetl.evaluation.bootstrap import Interval, Metric, bca_interval
+from slidetl.evaluation.bootstrap import Interval, bca_interval, share_interval
+from slidetl.evaluation.metrics import auroc_metric
 
 Floats = NDArray[np.float64]
 
@@ -24,8 +24,10 @@ class MembershipAudit:
 
     Attributes:
         auroc: 0.5 is chance.
-        balanced_accuracy: of the sign of the log likelihood ratio; 0.5 is chance.
-        tpr: share of members found at the false-positive rate ``fpr``; ``fpr`` is chance.
+        balanced_accuracy: of the sign of the log likelihood ratio; 0.5 is chance. Its interval is made of the
+            exact ones of the two shares right, at 97.5 % each, so that both hold together at 95 %.
+        tpr: share of members found at the false-positive rate ``fpr``; ``fpr`` is chance. Its interval is
+            exact, for the threshold that has this rate here.
         fpr: 0..1.
     """
 
@@ -126,18 +128,22 @@ def audit_membership(
     scores, positive = likelihood_ratios(confidence, member), np.asarray(member, bool)
     patients = np.tile(np.arange(scores.shape[1]), len(scores))
     flat, inside = scores.ravel(), positive.ravel()
-    how: dict[str, Any] = {"n_draws": n_draws, "seed": seed}
-    guess = flat > 0
 
-    def balanced(weights: Floats) -> Floats:
-        found = (weights * (inside & guess)).sum(1) / (weights * inside).sum(1)
-        spared = (weights * (~inside & ~guess)).sum(1) / (weights * ~inside).sum(1)
-        return np.asarray((found + spared) / 2)
+    def share(right: NDArray[np.bool_], of: NDArray[np.bool_], level: float) -> Interval:
+        return share_interval(right[of], patients[of], level=level, most=int(of.sum()))
 
+    found, spared = share(flat > 0, inside, 0.975), share(flat <= 0, ~inside, 0.975)
+    others = np.sort(flat[~inside])[::-1]
+    threshold = np.append(others, -np.inf)[int(fpr * len(others))]
     return MembershipAudit(
-        bca_interval(_auroc(inside, flat), patients, **how),
-        bca_interval(balanced, patients, **how),
-        bca_interval(_tpr(inside, flat, fpr), patients, **how),
+        bca_interval(auroc_metric(inside, flat), patients, n_draws=n_draws, seed=seed),
+        Interval(
+            (found.estimate + spared.estimate) / 2,
+            (found.low + spared.low) / 2,
+            (found.high + spared.high) / 2,
+            0.95,
+        ),
+        share(flat > threshold, inside, 0.95),
         fpr,
     )
 
@@ -174,36 +180,5 @@ def audit_count(
     model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-2, 5, 15), cv=5))
     guessed = cross_val_predict(model, x, y, groups=groups, cv=LeaveOneGroupOut())
     means = np.array([y[groups != group].mean() for group in groups])
-    interval = bca_interval(_auroc(above, guessed), np.arange(len(y)), n_draws=n_draws, seed=seed)
+    interval = bca_interval(auroc_metric(above, guessed), np.arange(len(y)), n_draws=n_draws, seed=seed)
     return CountAudit(interval, float(np.abs(guessed - y).mean()), float(np.abs(means - y).mean()))
-
-
-def _auroc(positive: NDArray[np.bool_], scores: Floats) -> Metric:
-    """Returns the weighted AUROC as a metric, ties counting half."""
-    values, place = np.unique(scores, return_inverse=True)
-    order = np.argsort(place, kind="stable")
-    starts = np.searchsorted(place[order], np.arange(len(values)))
-
-    def metric(weights: Floats) -> Floats:
-        yes = np.add.reduceat((weights * positive)[:, order], starts, axis=1)  # [B, distinct scores]
-        no = np.add.reduceat((weights * ~positive)[:, order], starts, axis=1)
-        below = np.cumsum(no, axis=1) - no / 2
-        with np.errstate(invalid="ignore"):
-            return np.asarray((yes * below).sum(1) / (yes.sum(1) * no.sum(1)))
-
-    return metric
-
-
-def _tpr(positive: NDArray[np.bool_], scores: Floats, fpr: float) -> Metric:
-    """Returns the share of positives above the threshold of a false-positive rate, as a metric."""
-    order = np.argsort(-scores, kind="stable")
-    first = positive[order]
-
-    def metric(weights: Floats) -> Floats:
-        sorted_weights = weights[:, order]
-        no = np.cumsum(sorted_weights * ~first, axis=1)
-        taken = no <= fpr * no[:, -1:]
-        with np.errstate(invalid="ignore"):
-            return np.asarray((sorted_weights * (taken & first)).sum(1) / (sorted_weights * first).sum(1))
-
-    return metric

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.stats import binom, binomtest, bootstrap
 
 from slidetl.errors import UsageError
-from slidetl.evaluation.bootstrap import Metric, bca_interval, resampled_metric, share_interval
+from slidetl.evaluation.bootstrap import Interval, Metric, bca_interval, resampled_metric, share_interval
 from slidetl.evaluation.metrics import accuracy, by_repeat, difference, mae, qwk, weighted_mean
 
 
@@ -251,6 +251,8 @@ def test_a_share_of_slides_or_repeats_that_differ_is_covered() -> None:
 def test_where_nothing_varies_the_interval_is_a_point() -> None:
     interval = bca_interval(mean_of(np.ones(10)), range(10), n_draws=100)
     assert (interval.low, interval.estimate, interval.high) == (1, 1, 1)
+    assert f"{interval:.2f}" == "1.00 (the same in all resamples)"
+    assert f"{Interval(0.1, -0.1, 0.2, 0.95):+.1f}" == "+0.1 [-0.1, +0.2]"
 
 
 def test_many_slides_are_resampled_in_blocks_to_the_same_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,11 @@
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scipy.stats import norm
-from sklearn.metrics import roc_auc_score
+from scipy.stats import binomtest, norm
 
 from slidetl.errors import UsageError
 from slidetl.evaluation.metrics import auroc
 from slidetl.federation.audit import (
-    _auroc,
     audit_count,
     audit_membership,
     centre_by_grade,
@@ -54,15 +52,28 @@ def test_a_target_is_not_among_its_own_shadows() -> None:
         assert (ratios[0, 0] > 0) == (abs(value - inside) < abs(value - outside))
 
 
-def test_weighted_curves_agree_with_those_of_others() -> None:
+def test_the_curve_agrees_with_that_of_others() -> None:
     values, member = shadows(1.0)
     values = np.round(values, 1)  # with ties
     ratios = likelihood_ratios(values, member)
     found = audit_membership(values, member, n_draws=2)
     assert found.auroc.estimate == pytest.approx(auroc(member.ravel(), ratios.ravel()))
-    weights = np.random.default_rng(1).integers(0, 3, ratios.size).astype(float)
-    expected = roc_auc_score(member.ravel(), ratios.ravel(), sample_weight=weights)
-    assert float(_auroc(member.ravel(), ratios.ravel())(weights[None])[0]) == pytest.approx(expected)
+    threshold = np.quantile(ratios[~member], 0.95, method="inverted_cdf")
+    assert found.tpr.estimate == pytest.approx((ratios[member] > threshold).mean(), abs=0.002)
+
+
+def test_an_attack_that_never_fails_has_the_exact_interval_of_its_patients() -> None:
+    found = audit_membership(*shadows(100.0, n=20, patients=20), n_draws=2)
+    share = binomtest(20, 20).proportion_ci(0.95, method="exact")
+    assert found.tpr.low == pytest.approx(share.low) and found.tpr.estimate == found.tpr.high == 1
+    wider = binomtest(20, 20).proportion_ci(0.975, method="exact")
+    assert found.balanced_accuracy.low == pytest.approx(wider.low) and found.balanced_accuracy.high == 1
+
+
+def test_trainings_that_draw_their_members_count() -> None:
+    """Of patients alike, 200 trainings tell more than the 60 patients, and the interval covers what is so."""
+    found = audit_membership(*shadows(1.0, n=200), n_draws=2).balanced_accuracy
+    assert found.low < norm.cdf(0.5) < found.high and found.high - found.low < 0.04
 
 
 def test_a_count_in_the_update_is_inferred_from_sites_of_other_patients() -> None:

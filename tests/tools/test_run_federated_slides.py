@@ -41,11 +41,14 @@ def results(seed: int, noise: float) -> PatientResults:
 
 def test_the_page_names_the_primary_comparison_and_each_secondary_once() -> None:
     found = {
-        scheme: [results(seed, 2.0 if scheme == "local" else 0.3) for seed in (1, 2)]
+        scheme: [results(seed, {"local": 2.0, "cyclic": 0.0}.get(scheme, 0.3)) for seed in (1, 2)]
         for scheme in tool.FROZEN["schemes"]
     }
     text = tool.page(tool.EXPERIMENTS["frozen"], found)
     assert "2 of " in text and "120 test patients" in text
+    # All right: a bootstrap has nothing to resample, the exact interval of 120 of 120 begins at .97.
+    always = "1.00 (the same in all resamples)"
+    assert f"| cyclic | {always} | 1.00 [0.97, 1.00] | {always.replace('1', '0')} |" in text
     (primary,) = [line for line in text.splitlines() if line.startswith("| **averaged minus local**")]
     cells = [cell.strip() for cell in primary.split("|")]
     assert float(cells[3]) < 0.001  # sign flips
