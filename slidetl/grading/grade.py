@@ -183,7 +183,7 @@ def grade_slide(
         plan = next(parts)
         assert isinstance(plan, TilePlan)  # it comes first
         _check_tissue(model, path, plan, force)
-        started = _Clocks.now()
+        started = _Clocks.now(runner)
         embedded = _Embeddings(len(plan))
         depth = readers.held if readers is not None else 0
         for batch, part in runner.stream(_with_pixels(parts), depth):
@@ -197,7 +197,7 @@ def grade_slide(
         embeddings = embedded.of_all()
         places = _places(plan, np.concatenate(origins))
         graded = _graded(model, runner, path, embeddings, places, force)
-        rates = _rates(runner, kept, len(embeddings), started.since()) if profile else None
+        rates = _rates(runner, kept, len(embeddings), started.since(runner)) if profile else None
     return SlideGrade(
         slide=path,
         fingerprint=plan.info.fingerprint,
@@ -493,32 +493,35 @@ def _tile_mm2(plan: TilePlan) -> float:
 
 @dataclass(frozen=True)
 class _Clocks:
-    """Seconds of wall time, and of CPU time in all threads of this process."""
+    """Seconds of wall time, of CPU time in all threads of this process, and of passes."""
 
     wall: float
     processor: float
+    busy: float
 
     @classmethod
-    def now(cls) -> Self:
-        return cls(time.perf_counter(), time.process_time())
+    def now(cls, runner: Runner) -> Self:
+        return cls(time.perf_counter(), time.process_time(), runner.busy_s)
 
-    def since(self) -> _Clocks:
-        now = _Clocks.now()
-        return _Clocks(now.wall - self.wall, now.processor - self.processor)
+    def since(self, runner: Runner) -> _Clocks:
+        now = _Clocks.now(runner)
+        return _Clocks(now.wall - self.wall, now.processor - self.processor, now.busy - self.busy)
 
 
 def _rates(runner: Runner, tiles: NDArray[np.uint8] | None, graded: int, taken: _Clocks) -> Rates:
     """Measures the network alone, after ``graded`` tiles in the time taken; on a GPU, for all slides."""
     if runner.alone is not None:
-        return Rates(runner.rate_so_far, runner.alone, None, runner.first_pass_s)
+        return Rates(runner.rate_so_far, runner.alone, None, runner.waited_so_far, runner.first_pass_s)
     assert tiles is not None  # kept if threads of this process read
-    started = _Clocks.now()
+    started = _Clocks.now(runner)
     alone = runner.rate(tiles)
-    spent = started.since()
+    spent = started.since(runner)
     share = None
     if runner.device.type == "cpu":
         share = (spent.processor / (alone * spent.wall)) / (taken.processor / graded)
-    return Rates(graded / taken.wall, alone, share, runner.first_pass_s)
+    return Rates(
+        graded / taken.wall, alone, share, max(0.0, 1 - taken.busy / taken.wall), runner.first_pass_s
+    )
 
 
 @contextlib.contextmanager

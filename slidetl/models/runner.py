@@ -26,7 +26,7 @@ _MOST_PASSES = 8  # at a time on a CPU; each holds its activations in memory
 _BUFFERS = 3  # batches on a GPU: one computed, one copied, one filled
 _PATIENCE_S = 0.02  # an idle GPU waits so long for a full batch
 _WARM_PASSES = 3  # TorchScript profiles two before it settles
-_READING_LIMITS = 0.85  # below this share of the network's own rate, it waits for reading
+_PACE = 0.85  # from this share of the network's own rate on, the network is the limit
 _PROFILE_S = 0.5  # to measure the network alone, during the tissue search of the first slides
 
 Embed = Callable[[Tensor], Tensor]
@@ -61,6 +61,7 @@ class Rates:
         processor_share: CPU time of the network alone, as a share of the CPU time of everything. Other users
             of the machine disturb it less than the rates; on a single free core it equals their quotient.
             None on a GPU.
+        waited: share of the time in which the network waited for tiles, 0..1.
         first_pass_s: seconds of the first pass on a GPU, with its planning, while the first slide is read;
             0 on a CPU.
     """
@@ -68,6 +69,7 @@ class Rates:
     everything: float
     network_alone: float
     processor_share: float | None
+    waited: float
     first_pass_s: float = 0.0
 
     @property
@@ -76,14 +78,22 @@ class Rates:
         return self.everything / self.network_alone
 
     @property
-    def reading_limits(self) -> bool:
-        """True if the network waited for tiles; ``everything`` is then the rate of reading."""
-        return self.share < _READING_LIMITS
+    def limit(self) -> str:
+        """The limit: the network, reading or the runner.
+
+        It is reading if waiting for tiles explains at least half of the time lost; ``everything`` is then the
+        rate of reading. Else it is the runner: copying and starting passes, on a CPU also cores shared with
+        reading.
+        """
+        if self.share >= _PACE:
+            return "the network"
+        return "reading" if self.waited >= (1 - self.share) / 2 else "the runner"
 
     def __str__(self) -> str:
         parts = [
             f"{self.everything:.1f} tiles/s with everything on, {self.network_alone:.1f} by the network "
-            f"alone: {self.share:.0%}" + (" (reading is the limit)" if self.reading_limits else "")
+            f"alone: {self.share:.0%} ({self.limit} is the limit)",
+            f"the network waited for tiles {self.waited:.0%} of the time",
         ]
         if self.first_pass_s:
             parts.append(f"the first pass took {self.first_pass_s:.1f} s, while the first slide was read")
@@ -117,6 +127,7 @@ class Runner:
         first_pass_s: seconds of the first pass if it packs.
         packs, precision: as above.
         alone: tiles per second of the network on tiles already on the device; None if not measured.
+        busy_s: seconds of all passes, divided by those at a time, if it does not pack.
     """
 
     def __init__(
@@ -134,7 +145,9 @@ class Runner:
         self.device, self.batch_size, self.precision = device, batch_size, precision
         self.first_pass_s = 0.0
         self.alone: float | None = None
-        self._tiles, self._warm_at, self._profile = 0, 0.0, profile
+        self.busy_s = 0.0
+        self._tiles, self._warm_at, self._waited_s, self._profile = 0, 0.0, 0.0, profile
+        self._counted = threading.Lock()
         self._embed, self._spec, self._then = embed, spec, then
         self._is_gpu = device.type == "cuda"
         self.packs = self._is_gpu if packs is None else packs
@@ -182,11 +195,14 @@ class Runner:
         self._room.acquire()
 
         def run() -> Tensor:
+            started = time.perf_counter()
             try:
                 with torch.inference_mode():
                     return self._embed(channels_first(torch.from_numpy(tiles)))
             finally:
                 self._room.release()
+                with self._counted:
+                    self.busy_s += (time.perf_counter() - started) / self._passes
 
         return self._pool.submit(run)
 
@@ -230,6 +246,11 @@ class Runner:
         """Tiles per second since the warm-up, if it packs."""
         return self._tiles / (time.perf_counter() - self._warm_at)
 
+    @property
+    def waited_so_far(self) -> float:
+        """Share of the time since the warm-up in which the owner waited for tiles, 0..1, if it packs."""
+        return self._waited_s / (time.perf_counter() - self._warm_at)
+
     def _rate(self, tiles: NDArray[Any], seconds: float) -> float:
         repeated = np.resize(tiles, (self.batch_size, *tiles.shape[1:]))
         batch = channels_first(torch.from_numpy(repeated).to(self.device))
@@ -264,11 +285,14 @@ class Runner:
             failed = error
         self._warm_at = time.perf_counter()
         while True:
+            asked = time.perf_counter()
             try:
                 item = self._waiting.get(timeout=_PATIENCE_S if self._filled else None)
             except queue.Empty:
+                self._waited_s += time.perf_counter() - asked
                 self._launch()
                 continue
+            self._waited_s += time.perf_counter() - asked
             if item is None:
                 self._launch()
                 return

@@ -283,18 +283,19 @@ def embed_cache(
             done(future.result())
         tiles = sum(slide.tiles for slide in results.values() if slide.is_new)
         if options.profile and tiles:
-            on_rates(_rates(runner, tiles / (time.perf_counter() - started), todo))
+            on_rates(_rates(runner, tiles, time.perf_counter() - started, todo))
     return [results[slide_id] for slide_id in found]
 
 
-def _rates(runner: Runner, everything: float, caches: Sequence[SlideCache]) -> Rates:
-    """Returns the rates of a run; on a CPU measures the network alone, on a GPU it was measured before."""
+def _rates(runner: Runner, tiles: int, seconds: float, caches: Sequence[SlideCache]) -> Rates:
+    """Returns the rates of ``tiles`` in so many seconds; measures the network alone unless it was before."""
     if runner.alone is not None:
-        return Rates(runner.rate_so_far, runner.alone, None, runner.first_pass_s)
+        return Rates(runner.rate_so_far, runner.alone, None, runner.waited_so_far, runner.first_pass_s)
+    waited = max(0.0, 1 - runner.busy_s / seconds)
     for cache in caches:
         with contextlib.suppress(CacheError):  # a damaged one
-            tiles = cache.read(range(min(runner.batch_size, len(cache))))
-            return Rates(everything, runner.rate(tiles), None)
+            some = cache.read(range(min(runner.batch_size, len(cache))))
+            return Rates(tiles / seconds, runner.rate(some), None, waited)
     raise AssertionError("tiles were embedded before")
 
 

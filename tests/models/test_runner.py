@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slidetl.errors import UsageError
-from slidetl.models.runner import Runner, is_out_of_memory
+from slidetl.models.runner import Rates, Runner, is_out_of_memory
 from slidetl.publish.model_file import without_deprecation
 from slidetl.tiles.grid import TileSpec
 
@@ -255,6 +257,51 @@ def test_a_card_owns_its_thread_by_default_and_one_that_fails_to_start_is_no_wai
 def test_the_rate_of_the_network_alone_is_measured(packs: bool) -> None:
     with Runner(Network(), CPU, 4, packs=packs) as runner:
         assert runner.rate(tiles_of(0, 2), seconds=0.05) > 0
+
+
+@pytest.mark.parametrize(
+    ("share", "waited", "limit"),
+    [
+        (0.9, 0.1, "the network"),
+        (0.6, 0.35, "reading"),
+        (0.6, 0.15, "the runner"),
+        (0.1, 0.2, "the runner"),
+    ],
+)
+def test_reading_is_the_limit_only_if_it_was_waited_for(share: float, waited: float, limit: str) -> None:
+    rates = Rates(1000 * share, 1000.0, None, waited)
+    assert rates.limit == limit
+    assert f"{share:.0%} ({limit} is the limit); the network waited for tiles {waited:.0%}" in str(rates)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("slow", "packs"),
+    [("reading", True), ("reading", False), ("network", True), ("network", False), ("runner", True)],
+)
+def test_the_time_that_the_network_waits_for_tiles_is_measured(
+    slow: str, packs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if slow == "runner":
+        monkeypatch.setattr(Runner, "_copied", lambda _, tiles, free: time.sleep(0.1) or tiles)  # type: ignore[func-returns-value]
+
+    def embed(tiles: Tensor) -> Tensor:
+        if slow == "network":
+            time.sleep(0.1)
+        return tiles[:, :2, 0, 0].float()
+
+    def parts() -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        for number in range(8):
+            if slow == "reading":
+                time.sleep(0.1)
+            yield number, tiles_of(2 * number, 2)
+
+    with Runner(embed, CPU, 2, TILES, packs=packs) as runner:
+        runner.call(lambda: None)  # it is warm
+        started, found = time.perf_counter(), list(runner.stream(parts()))
+        waited = runner.waited_so_far if packs else 1 - runner.busy_s / (time.perf_counter() - started)
+    assert len(found) == 8
+    assert (waited > 0.5) == (slow == "reading")
 
 
 @pytest.mark.parametrize("passes", [1, 3])
