@@ -839,6 +839,16 @@ def test_arms_without_epochs_readers_or_sites_leave_no_gap(tmp_path: Path) -> No
     assert left == {"forest", "confusion", "reliability", "referral"}
 
 
+def test_an_undefined_ceiling_is_no_limit(whole: tuple[ComparisonResult, Path], tmp_path: Path) -> None:
+    """Both readers gave one grade to all slides."""
+    assert whole[0].ceiling is not None and View(whole[0], {}).limit is not None
+    nan = float("nan")
+    ceiling = replace(whole[0].ceiling, qwk=nan, consensus_qwk=nan, together_qwk=nan)
+    result = replace(whole[0], ceiling=ceiling)
+    assert View(result, {}).limit is None
+    assert "and an undefined QWK;" in worded(result, tmp_path).text["readers"]
+
+
 def test_one_reader_sets_no_ceiling(tmp_path: Path) -> None:
     page = worded(invented(20, readers=1, repeats=1, sizes=()), tmp_path)
     assert "One reader alone" in page.text["readers"]
