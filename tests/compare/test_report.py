@@ -846,7 +846,7 @@ def test_an_undefined_ceiling_is_no_limit(whole: tuple[ComparisonResult, Path], 
     ceiling = replace(whole[0].ceiling, qwk=nan, consensus_qwk=nan, together_qwk=nan)
     result = replace(whole[0], ceiling=ceiling)
     assert View(result, {}).limit is None
-    assert "and an undefined QWK;" in worded(result, tmp_path).text["readers"]
+    assert "and an undefined QWK" in worded(result, tmp_path).text["readers"]
 
 
 def test_one_reader_sets_no_ceiling(tmp_path: Path) -> None:
