@@ -18,7 +18,8 @@ class EpochTimes:
 
     Attributes:
         epoch: its number, from 0.
-        data_wait_s: seconds between steps, waiting for the next batch.
+        data_wait_s: seconds between steps, waiting for the next batch; with what is done between the epoch
+            before and this one, as writing checkpoints.
         compute_s: seconds within steps.
     """
 
@@ -50,8 +51,9 @@ class WaitingReport(pl.Callback):
         self._marks = [_mark(pl_module.device)]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the wait for the first batch."""
-        self._marks = [_mark(pl_module.device)]
+        """Starts the wait for the first batch; in later epochs it began at the end of the one before."""
+        if not self.epochs:
+            self._marks = [_mark(pl_module.device)]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -90,7 +92,7 @@ class WaitingReport(pl.Callback):
 
     def _take(self, epoch: int) -> None:
         """Adds the gaps between marks to the times of the epoch."""
-        marks, self._marks = self._marks, []
+        marks, self._marks = self._marks, self._marks[-1:]
         if len(marks) < 3:  # no step has ended
             return
         gaps = [_seconds(*pair) for pair in itertools.pairwise(marks)]

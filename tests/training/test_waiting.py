@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from slidetl.training.waiting import EpochTimes, WaitingReport, describe_times
 
-READ_S, STEP_S, EVALUATE_S = 0.5, 0.25, 4.0
+READ_S, STEP_S, EVALUATE_S, BOUNDARY_S = 0.5, 0.25, 4.0, 8.0
 
 
 class Clock:
@@ -47,6 +47,9 @@ class Sleeper(pl.LightningModule):
     def validation_step(self, batch: torch.Tensor) -> None:
         self.clock.now += EVALUATE_S
 
+    def on_train_epoch_end(self) -> None:
+        self.clock.now += BOUNDARY_S
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
@@ -74,7 +77,10 @@ def test_waiting_and_computing_are_told_apart(
         default_root_dir=tmp_path,
     )
     trainer.fit(Sleeper(clock), DataLoader(Slow(clock, READ_S)), DataLoader(Slow(clock, 0.0)))
-    assert report.epochs == [EpochTimes(epoch, 4 * READ_S, 4 * STEP_S) for epoch in (0, 1)]
+    assert report.epochs == [
+        EpochTimes(0, 4 * READ_S, 4 * STEP_S),
+        EpochTimes(1, 4 * READ_S + BOUNDARY_S, 4 * STEP_S),  # with what came before it
+    ]
     assert report.epochs[0].share == pytest.approx(READ_S / (READ_S + STEP_S))
     logged = trainer.callback_metrics
     assert logged["time/data_wait"].item() == pytest.approx(report.epochs[-1].data_wait_s, rel=1e-5)
