@@ -5,15 +5,17 @@
 
 CACHE is a folder that ``slidetl tile`` wrote; where there is none, synthetic slides are drawn and tiled
 into it. First the loader alone: whole epochs are timed after one that starts the workers; the ways take
-turns, and the medians are printed. With a backbone, then the training step of ``slidetl fit`` beside the
-same loader: all layers from random weights, in bfloat16 on a GPU. The share of waiting is that of the
-callback that ``fit`` has (:class:`~slidetl.training.waiting.WaitingReport`), over whole epochs after the
-first.
+turns, and the medians are printed. With a backbone, then ``slidetl fit`` with the same loader, from random
+weights, in bfloat16 on a GPU, with its logs and checkpoints and a validation after each epoch. The share of
+waiting is that of its own report (:class:`~slidetl.training.waiting.WaitingReport`), over whole epochs after
+the first, with what is done between epochs; validation is not counted.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import csv
 import itertools
 import logging
 import os
@@ -23,13 +25,15 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+from unittest import mock
 
 import pytorch_lightning as pl
 import torch
+from safetensors.torch import save_file
 
 from slidetl.cli import main as slidetl
 from slidetl.data.augment import Augmentation, Pipeline
@@ -38,12 +42,11 @@ from slidetl.data.datasets import Bag, BagDataset, EpochBatches, EpochSampler, c
 from slidetl.data.manifest import ManifestRow
 from slidetl.data.resuming import ResumableLoader
 from slidetl.data.study import CachedSlide
+from slidetl.models.backbones import Backbone
 from slidetl.models.spec import BackboneSpec
-from slidetl.models.transfer import Scratch
 from slidetl.tiles.store import SlideCache, groups
 from slidetl.training.grader import SlideGrader
-from slidetl.training.schedules import Constant
-from slidetl.training.waiting import WaitingReport
+from slidetl.training.waiting import EpochTimes
 
 N_GRADES = 5
 
@@ -96,6 +99,7 @@ def main(args: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="to train on (cpu)")
     parser.add_argument("--slides", type=int, default=8, help="to draw, where there is no cache (8)")
     parser.add_argument("--slide-px", type=int, default=4096, help="side of a drawn slide at 2 um/px (4096)")
+    parser.add_argument("--keep", type=Path, help="folder for the logs and checkpoints of one training")
     parser.add_argument("--only-train", action="store_true", help="leave out the loader alone")
     parser.add_argument("--tile-px", type=int, default=224, help="side of its tiles (224)")
     options = parser.parse_args(args)
@@ -105,10 +109,7 @@ def main(args: list[str] | None = None) -> int:
         draw(options.cache, options.slides, options.slide_px, options.tile_px)
 
     caches = [SlideCache.open(path) for path in groups(options.cache)]
-    slides = [
-        CachedSlide(ManifestRow(0, cache.slide_id, cache.path, cache.slide_id, number % N_GRADES), cache)
-        for number, cache in zip(range(options.epoch), itertools.cycle(caches), strict=False)
-    ]
+    slides = named(caches, options.epoch)
     spec = caches[0].spec
     print(
         f"{options.epoch} bags of {options.bag_size} tiles of {spec.tile_size_px} px ({spec.codec}) from "
@@ -179,12 +180,16 @@ def time_loaders(
 
 
 class FirstStep(pl.Callback):
-    """Takes the time until the first batch is there, and until its step is done."""
+    """Takes the time until the trainer is set up, the first batch is there, and its step is done."""
 
-    def __init__(self, device: str) -> None:
-        torch.zeros(1, device=device)  # the card is ready
-        self._started = time.perf_counter()
+    def __init__(self) -> None:
+        self._started = 0.0
         self.seconds: list[float] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Waits for the card, and starts the clock."""
+        torch.zeros(1, device=trainer.strategy.root_device)
+        self._started = time.perf_counter()
 
     def _mark(self, number: int) -> None:
         if len(self.seconds) == number:
@@ -205,52 +210,72 @@ class FirstStep(pl.Callback):
         self._mark(2)
 
 
+def named(caches: Sequence[SlideCache], count: int) -> list[CachedSlide]:
+    """Makes ``count`` graded slides of the caches in turn, each of its own name."""
+    several = zip(range(count), itertools.cycle(caches), strict=False)
+    names = ((number, f"{cache.slide_id}-{number}", cache) for number, cache in several)
+    return [
+        CachedSlide(ManifestRow(0, name, cache.path, name, number % N_GRADES), cache)
+        for number, name, cache in names
+    ]
+
+
+def run(command: str, cache: Path, root: Path, parts: dict[str, list[CachedSlide]], *words: str) -> None:
+    """Runs a command of training as ``slidetl`` does, on slides that stand for a manifest's."""
+
+    def read(data: SlideDataModule, _: str | None) -> None:
+        data.slides = {part: tuple(parts.get(part, ())) for part in ("train", "val", "test")}
+        data.slides["predict"] = tuple(slide for several in data.slides.values() for slide in several)
+
+    options = [f"--data.manifest={cache}", f"--data.cache={cache}", f"--trainer.default_root_dir={root}"]
+    options += ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    with (
+        mock.patch.object(SlideDataModule, "_read", read),
+        contextlib.redirect_stdout(sys.stderr),  # its results would stand within the table
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # advice on workers and logs; this is about nothing else
+        if slidetl([command, *options, *words]):
+            raise SystemExit(f"'slidetl {command}' failed")
+
+
+def save_weights(backbone: str, path: Path) -> Path:
+    """Writes random weights of a network; rates do not depend on them."""
+    network = Backbone(BackboneSpec(backbone))
+    save_file({name: value.contiguous() for name, value in network.net.state_dict().items()}, path)
+    return path
+
+
 def train(
     slides: list[CachedSlide], way: Way, options: argparse.Namespace
 ) -> tuple[float, float, float, list[float]]:
-    """Trains as ``slidetl fit`` does.
+    """Trains by ``slidetl fit``: with validation on four slides, logs, checkpoints and the report of drift.
 
     Returns:
         Medians over the epochs: tiles per second of training; as many as it would be without any waiting;
         and the share of waiting. And the seconds from the device being ready until the trainer is set up, the
         first batch is there, and its step is done.
     """
-    data = SlideDataModule(
-        "",
-        str(options.cache),
-        bag_size=options.bag_size,
-        batch_size=options.batch_size,
-        num_workers=way.workers,
-        decode_threads=way.threads,
-    )
-    # What its setup would find.
-    data.slides = {"train": tuple(slides), "val": (), "test": (), "predict": tuple(slides)}
-    data.tile_spec = slides[0].cache.spec
-    torch.manual_seed(0)
-    grader = SlideGrader(BackboneSpec(options.backbone), transfer=Scratch(), schedule=Constant())
-    report = WaitingReport()
-    on_gpu = options.device == "cuda"
-    first = FirstStep(options.device)  # ``fit``, too, builds its network before it takes the card
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # advice on workers and logs; this is about nothing else
-        pl.Trainer(
-            accelerator="gpu" if on_gpu else "cpu",
-            devices=1,
-            precision="bf16-mixed" if on_gpu else "32-true",
-            deterministic="warn",
-            max_epochs=options.repeats + 1,
-            limit_val_batches=0,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[report, first],
-            default_root_dir=folder,
-        ).fit(grader, data)
+    first = FirstStep()
+    with tempfile.TemporaryDirectory() as folder:
+        root = options.keep or Path(folder)
+        weights = save_weights(options.backbone, Path(folder) / "weights.safetensors")
+        words = [f"--model.backbone.name={options.backbone}", f"--model.backbone.pretrained={weights}"]
+        words += [f"--data.bag_size={options.bag_size}", f"--data.batch_size={options.batch_size}"]
+        words += [f"--data.num_workers={way.workers}", f"--data.decode_threads={way.threads}"]
+        words += [f"--trainer.max_epochs={options.repeats + 1}", f"--trainer.accelerator={options.device}"]
+        words.append("--trainer.devices=1")
+        parts = {"train": slides, "val": named([slide.cache for slide in slides], 4)}
+        own = SlideGrader.configure_callbacks
+        with mock.patch.object(SlideGrader, "configure_callbacks", lambda grader: [*own(grader), first]):
+            run("fit", options.cache, root, parts, *words)
+        (table,) = root.glob("logs/version_0/metrics.csv")
+        with table.open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["time/compute"]]
     tiles = sum(min(options.bag_size, len(slide.cache)) for slide in slides)
-    timed = report.epochs[1:]  # the first starts the workers, and the libraries of the device
+    spent = [(float(row["time/data_wait"]), float(row["time/compute"])) for row in rows]
+    # The first starts the workers, and the libraries of the device.
+    timed = [EpochTimes(number, *pair) for number, pair in enumerate(spent)][1:]
     return (
         statistics.median(tiles / (times.data_wait_s + times.compute_s) for times in timed),
         statistics.median(tiles / times.compute_s for times in timed),
