@@ -52,7 +52,7 @@ from slidetl.version import VERSION
 
 BACKBONE = "tf_efficientnet_lite0"
 TARGET = "AC"
-REDRAWS = 5  # as registered
+FIRST, REDRAWS = 1, 5  # as registered
 TILING = ["--mpp", "1.75", "--tile-size", "64", "--min-tissue", "0"]
 STAGES = ("frozen", "primary", "others", "sizes")
 ABOUT = """
@@ -96,7 +96,7 @@ class Redrawn:
     jobs: dict[Key, JobResult]
 
 
-def prepare(home: Path, external: Path, folder: Path, redraw: int, collage: Sequence[str]) -> None:
+def prepare(home: Path, external: Path, folder: Path, collage: Sequence[str]) -> None:
     """Builds, tiles and embeds the slides of a redraw, as far as they are not there.
 
     Raises:
@@ -105,11 +105,11 @@ def prepare(home: Path, external: Path, folder: Path, redraw: int, collage: Sequ
 
     def step(code: int, what: str) -> None:
         if code:
-            raise UsageError(f"redraw {redraw}: {what} failed; the lines above say why")
+            raise UsageError(f"{folder.name}: {what} failed; the lines above say why")
 
     if not (folder / "manifest.csv").exists():  # it is written last
         shutil.rmtree(folder, ignore_errors=True)
-        words = [str(home), str(folder), "--external", str(external), "--redraw", str(redraw)]
+        words = [str(home), str(folder), "--external", str(external), "--redraw", str(number_of(folder))]
         step(_tool("make_collage").main([*words, "--target", TARGET, *collage]), "make_collage")
     cache = folder / "cache"
     step(slidetl(["tile", str(folder / "manifest.csv"), "--cache", str(cache), *TILING]), "slidetl tile")
@@ -127,6 +127,11 @@ def embed(cache: Path, random_weights: Path) -> list[list[str]]:
     return [[*common, "--pretrained", source, "--name", name] for name, source in sources.items()]
 
 
+def number_of(folder: Path) -> int:
+    """Returns the number of a redraw from the name of its folder."""
+    return int(folder.name.removeprefix("redraw-"))
+
+
 def comparisons_of(configured: Comparison, folders: Sequence[Path]) -> list[Comparison]:
     """Configures a redraw for each folder: its slides, and its seed of folds, initial weights and bags."""
     return [
@@ -134,9 +139,9 @@ def comparisons_of(configured: Comparison, folders: Sequence[Path]) -> list[Comp
             configured,
             manifest=str(folder / "manifest.csv"),
             cache=str(folder / "cache"),
-            protocol=replace(configured.protocol, seed=configured.protocol.seed + redraw),
+            protocol=replace(configured.protocol, seed=configured.protocol.seed + number_of(folder)),
         )
-        for redraw, folder in enumerate(folders)
+        for folder in folders
     ]
 
 
@@ -191,7 +196,7 @@ def compute(
         if read_result(places[redraw].folder, job.key) is None
     ]
     print(f"{len(to_do)} jobs to compute", file=sys.stderr)
-    labels = {job.key: f"redraw {redraw}: {job.label}" for redraw, job in to_do}
+    labels = {job.key: f"redraw {number_of(folders[redraw])}: {job.label}" for redraw, job in to_do}
 
     def in_time() -> Iterator[tuple[Job, Workplace]]:
         while to_do and time.monotonic() < deadline:
@@ -336,7 +341,7 @@ def write_page(redraws: Sequence[Redrawn], plans: Sequence[Plan], command: str) 
         pair = [(name, None) for name in (primary.arm, primary.against)]
         rows = [
             [number, *(f"{effect(one.home[key], 'qwk')[0]:.2f}" for key in pair), f"{gap:+.2f} ({error:.2f})"]
-            for number, one in enumerate(redraws)
+            for number, one in enumerate(redraws, FIRST)
             if all(key in one.home for key in pair)
             for gap, error in [effect(one.home[pair[0]], "qwk", one.home[pair[1]])]
         ]
@@ -421,8 +426,8 @@ def write_page(redraws: Sequence[Redrawn], plans: Sequence[Plan], command: str) 
     parts += [
         "## How it was run",
         f"slidetl {VERSION}, Python {platform.python_version()}, {os.cpu_count()} cores. "
-        f"Configuration of redraw 0: {comparison.sha256}. Seconds of jobs, without building, tiling and "
-        f"embedding: {spent}.",
+        f"Configuration of the first redraw: {comparison.sha256}. Seconds of jobs, without building, tiling "
+        f"and embedding: {spent}.",
         "The pictures are not here, since their licence is not stated.",
     ]
     plain = ("#", "|", "`")  # not to be wrapped
@@ -530,17 +535,18 @@ def main(arguments: Sequence[str] | None = None, collage: Sequence[str] = ()) ->
         parser.error("--redraws and --jobs must be at least 1")
     deadline = time.monotonic() + given.hours * 3600
     try:
-        folders = [given.output / f"redraw-{redraw}" for redraw in range(given.redraws)]
+        folders = [given.output / f"redraw-{FIRST + number}" for number in range(given.redraws)]
         comparisons = comparisons_of(read_comparison(find_config(given.config)), folders)
-        for redraw, comparison in enumerate(comparisons):
+        for comparison in comparisons:
             if not comparison.is_declared:
+                seed = comparison.protocol.seed
                 raise UsageError(
-                    f"{comparison.sha256}, the hash of {given.config} with protocol.seed {redraw}, is not in "
+                    f"{comparison.sha256}, the hash of {given.config} with protocol.seed {seed}, is not in "
                     f"{comparison.registered}: register it, commit that, and run afterwards"
                 )
         plans = []
-        for redraw, (folder, comparison) in enumerate(zip(folders, comparisons, strict=True)):
-            prepare(given.tiles, given.external_tiles, folder, redraw, collage)
+        for folder, comparison in zip(folders, comparisons, strict=True):
+            prepare(given.tiles, given.external_tiles, folder, collage)
             plans.append(plan_comparison(comparison))
             restore(plans[-1], folder, given.results)
             record_registration(comparison, folder / "compare")

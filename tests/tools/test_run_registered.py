@@ -85,7 +85,7 @@ def test_what_is_registered_is_in_the_repository() -> None:
     assert configured.registered == "docs/evidence/registered.md"
     text = (ROOT / configured.registered).read_text()
     comparisons = tool.comparisons_of(
-        configured, [Path(f"redraw-{redraw}") for redraw in range(tool.REDRAWS)]
+        configured, [Path(f"redraw-{tool.FIRST + number}") for number in range(tool.REDRAWS)]
     )
     assert len({comparison.protocol.seed for comparison in comparisons}) == tool.REDRAWS
     assert all(comparison.sha256 in text for comparison in comparisons)
@@ -106,15 +106,15 @@ def test_the_page_has_the_metrics_of_the_arms_that_were_run_and_names_the_others
 
     cells = next(line for line in page.splitlines() if line.startswith("| colour-area | 1 of 5")).split("|")
     for name, cell in (("predictions", cells[3]), ("predictions_external", cells[5])):
-        rows = table(tmp_path / "out" / "redraw-0" / "compare" / f"{name}.csv")
+        rows = table(tmp_path / "out" / "redraw-1" / "compare" / f"{name}.csv")
         rows = [row for row in rows if (row["arm"], row["train_slides"]) == ("colour-area", "")]
         true, predicted = ([int(row[column]) for row in rows] for column in ("grade", "predicted_grade"))
         kappa = cohen_kappa_score(true, predicted, labels=range(5), weights="quadratic")
         assert float(cell) == pytest.approx(kappa, abs=0.005)
-    (comparison,) = tool.comparisons_of(read_comparison(config), [tmp_path / "out" / "redraw-0"])
+    (comparison,) = tool.comparisons_of(read_comparison(config), [tmp_path / "out" / "redraw-1"])
     plan = tool.plan_comparison(comparison)
     capsys.readouterr()
-    assert not tool.compute([plan], [tmp_path / "out" / "redraw-0"], ["frozen"], time.monotonic() + 60, 1)
+    assert not tool.compute([plan], [tmp_path / "out" / "redraw-1"], ["frozen"], time.monotonic() + 60, 1)
     assert "0 jobs to compute" in capsys.readouterr().err
 
 
