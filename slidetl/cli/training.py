@@ -33,6 +33,7 @@ from slidetl.training.best import BestCheckpoint, WholeCheckpoints
 from slidetl.training.checkpoint import check_network, check_resumable, read_checkpoint
 from slidetl.training.configured import default_precision
 from slidetl.training.drift import DriftReport
+from slidetl.training.evaluation import SAME_FOR_ALL
 from slidetl.training.grader import SlideGrader
 from slidetl.training.outputs import ResultFiles
 from slidetl.training.progress import StatusReport
@@ -237,6 +238,11 @@ class GradingCLI(LightningCLI):
             written = self._parser("fit").dump(self.config.fit, skip_none=False, format="json")
             self.datamodule.config_sha256 = config_sha256(json.loads(written))
         self._starting.close()
+
+    def after_fit(self) -> None:
+        """Refuses a network that told no slides apart after any epoch; its checkpoints stay."""
+        if self.model.validated is not None and not self.model.told_apart:
+            raise UsageError(f"after every epoch all slides of the val part {SAME_FOR_ALL}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Keeps everything of a run in ``<default_root_dir>/logs/version_N`` unless loggers are given."""

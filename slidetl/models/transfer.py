@@ -232,7 +232,8 @@ class WarmRestart(TransferStrategy):
         head_first_epochs: first epochs, with only the new layers in training.
         gradual_unfreezing_epochs: epochs, after those, to unfreeze the blocks from the top down.
         batch_statistics: use and update batch statistics in batch norm. By default the stored ones stay: a
-            hundred slides in batches of four estimate them badly.
+            hundred slides in batches of four estimate them badly. They hold nothing, though, if a high rate
+            moves the weights away from them: then features die (``docs/howto/strategy.md``).
     """
 
     backbone_lr_scale: float = 0.1

@@ -27,6 +27,11 @@ NOT_FINITE = (
     "the network gives numbers that are not finite; its training has diverged, or its precision overflows"
 )
 
+SAME_FOR_ALL = (
+    "get the same probabilities: the network no longer tells slides apart, as when all its features have "
+    "become zero. Lower model.lr or model.transfer.backbone_lr_scale, or set model.transfer.batch_statistics"
+)
+_SAME = 1e-4  # greatest difference of a probability that is none
 _OF_GRADES = ("accuracy", "balanced_accuracy", "qwk", "mae", "macro_f1")
 _OF_PROBABILITIES = ("rps", "calibration_error", "calibration_error_if_calibrated")
 
@@ -74,6 +79,15 @@ class Evaluation:
     def predictions(self) -> tuple[SlidePrediction, ...]:
         """The predictions of the grade, one per slide."""
         return tuple(slide.prediction for slide in self.slides)
+
+    @property
+    def tells_apart(self) -> bool:
+        """Tells if any two slides differ in their probabilities; if fewer than two have some, nobody knows.
+
+        A network whose features have died gives the same to all, and learns no more.
+        """
+        rows = [slide.probabilities for slide in self.predictions if slide.probabilities]
+        return len(rows) < 2 or bool(np.ptp(rows, axis=0).max() > _SAME)
 
     def scalars(self, tasks: Iterable[Task]) -> dict[str, float]:
         """Returns the metrics to log, by name."""

@@ -32,6 +32,7 @@ from slidetl.models.transfer import TransferStrategy, WarmRestart
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.store import describe_difference
 from slidetl.training.evaluation import (
+    SAME_FOR_ALL,
     ChunkedEvaluation,
     Evaluation,
     GradedSlide,
@@ -69,6 +70,7 @@ class SlideGrader(pl.LightningModule):
 
     Attributes:
         validated, tested: the latest evaluation of the validation and the test part; None before the first.
+        told_apart: whether the network gave any two slides different probabilities, in any evaluation.
         predicted: the slides of the latest prediction.
         whole_epochs: length of the training that this fit is a part of, in epochs; 0 if it is the whole one.
     """
@@ -77,6 +79,7 @@ class SlideGrader(pl.LightningModule):
     tested: Evaluation | None = None
     predicted: tuple[GradedSlide, ...] = ()
     whole_epochs = 0
+    told_apart = False
 
     def __init__(
         self,
@@ -402,6 +405,9 @@ class SlideGrader(pl.LightningModule):
         evaluation = evaluate(
             gather_slides(self._evaluation.slides, part), self.tasks.tasks, len(self.grades)
         )
+        self.told_apart |= evaluation.tells_apart
+        if not evaluation.tells_apart:
+            rank_zero_warn(f"all {len(evaluation.slides)} slides of the {part} part {SAME_FOR_ALL}")
         shown = ("accuracy", "qwk", "loss") if part == "val" else ()
         # Every process computes the same metrics from all predictions: no reduction needed.
         for name, value in evaluation.scalars(self.tasks.tasks).items():

@@ -14,6 +14,7 @@ from slidetl.cli import main
 from slidetl.cli.training import GradingCLI
 from slidetl.data.record import StudyRecord, read_record
 from slidetl.errors import UsageError
+from slidetl.models.heads import CumulativeLink
 from slidetl.training.checkpoint import read_checkpoint
 from slidetl.training.predictions import read_predictions
 from tests.conftest import Study
@@ -100,6 +101,24 @@ def test_a_test_never_tests_what_was_trained_on(
     code, _ = run("fit", fewer, tmp_path / "fit", best(trained), "--data.split_from=manifest")
     line = capsys.readouterr().err
     assert code == 2 and "2 gone" in line and "or start a new training" in line
+
+
+@pytest.mark.slow
+def test_a_fit_that_tells_no_slides_apart_fails_and_names_the_remedies(
+    study: Study,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A warm restart had died on real tissue: one grade for all slides, and exit code 0."""
+    seeing = CumulativeLink.forward
+    monkeypatch.setattr(CumulativeLink, "forward", lambda self, embedding: seeing(self, embedding * 0))
+    with pytest.warns(UserWarning, match="slides of the val part get the same probabilities"):
+        code = main(["fit", *study.options(tmp_path), "--trainer.max_epochs=1"])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert code == 2 and "after every epoch" in line and "batch_statistics" in line
+    assert best(tmp_path).is_file()
 
 
 @pytest.mark.slow

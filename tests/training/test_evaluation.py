@@ -88,3 +88,17 @@ def test_a_slide_of_numbers_that_are_not_finite_is_not_graded(tmp_path: Path) ->
         assert slide.prediction_of(tasks[0]).probabilities == ()
     with pytest.raises(UsageError, match="none of 2 slides is graded: the network gives numbers"):
         evaluate(grading.slides[1:], tasks, 5)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"), [((0.5, 0.5, 0.5), False), ((0.5, 0.7, 0.5), True), ((0.5,), True)]
+)
+def test_slides_of_the_same_probabilities_are_not_told_apart(values: tuple[float, ...], told: bool) -> None:
+    grader = SlideGrader(small_spec()).eval()
+    width = grader.network.backbone.num_features
+    grading = grader._evaluation
+    with torch.no_grad():
+        for number, value in enumerate(values):
+            one = chunk(str(number), torch.full((3, width), value))
+            grading.take({**one, "labels": {}})
+    assert evaluate(grading.slides, [], 5).tells_apart == told
