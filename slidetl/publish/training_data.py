@@ -25,6 +25,7 @@ from slidetl.library.model_card import TrainingData
 from slidetl.models.precision import exact_float32
 from slidetl.models.runner import Runner
 from slidetl.status import show_stage
+from slidetl.training.evaluation import SAME_FOR_ALL, told_apart
 from slidetl.training.slots import parse
 
 
@@ -91,7 +92,7 @@ def learn_familiar(network: Any, slides: Sequence[CachedSlide], tiles_per_slide:
         tiles_per_slide: tiles of each.
 
     Raises:
-        UsageError: slides of fewer than five patients.
+        UsageError: slides of fewer than five patients, or a network that does not tell slides apart.
     """
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -113,6 +114,10 @@ def learn_familiar(network: Any, slides: Sequence[CachedSlide], tiles_per_slide:
             means = [(rows.sum(0).double() / count).cpu().numpy() for count, rows in runner.stream(read())]
     finally:
         network.to("cpu")
+    with torch.inference_mode():
+        grades = [network.grade(torch.from_numpy(mean)[None].float())[0].tolist() for mean in means]
+    if not told_apart(grades):
+        raise UsageError(f"all {len(slides)} training slides {SAME_FOR_ALL}, and train again")
     return fit_familiar(np.stack(means), [slide.row.patient_id for slide in slides])
 
 

@@ -36,6 +36,11 @@ _OF_GRADES = ("accuracy", "balanced_accuracy", "qwk", "mae", "macro_f1")
 _OF_PROBABILITIES = ("rps", "calibration_error", "calibration_error_if_calibrated")
 
 
+def told_apart(probabilities: Sequence[Sequence[float]]) -> bool:
+    """Tells if any two slides differ in their probabilities ``[N, K]``; true for fewer than two."""
+    return len(probabilities) < 2 or bool(np.ptp(probabilities, axis=0).max() > _SAME)
+
+
 @dataclass(frozen=True, eq=False)
 class GradedSlide:
     """A slide after its last chunk.
@@ -82,12 +87,8 @@ class Evaluation:
 
     @property
     def tells_apart(self) -> bool:
-        """Tells if any two slides differ in their probabilities; if fewer than two have some, nobody knows.
-
-        A network whose features have died gives the same to all, and learns no more.
-        """
-        rows = [slide.probabilities for slide in self.predictions if slide.probabilities]
-        return len(rows) < 2 or bool(np.ptp(rows, axis=0).max() > _SAME)
+        """False if all slides have the same probabilities, as of a network whose features have died."""
+        return told_apart([slide.probabilities for slide in self.predictions if slide.probabilities])
 
     def scalars(self, tasks: Iterable[Task]) -> dict[str, float]:
         """Returns the metrics to log, by name."""

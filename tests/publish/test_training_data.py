@@ -10,6 +10,7 @@ import torch
 
 from slidetl.analysis.novelty import fit_familiar
 from slidetl.data.study import read_study
+from slidetl.errors import UsageError
 from slidetl.models.runner import Runner
 from slidetl.publish.export import build_network
 from slidetl.publish.training_data import describe_training, learn_familiar
@@ -46,3 +47,15 @@ def test_a_gpu_describes_the_training_in_one_shape(
     assert set(shapes) == {(count, 3, 64, 64)} and len(shapes) >= len(slides)
     assert found.limit == pytest.approx(expected.limit, rel=1e-4)
     np.testing.assert_allclose(found.mean, expected.mean, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_network_that_tells_no_slides_apart_is_not_exported(
+    study: Study, trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grader = load_grader(trained / "logs" / "version_0" / "checkpoints" / "best.ckpt")
+    network = build_network([grader])[0]
+    embed = network.embed
+    monkeypatch.setattr(network, "embed", lambda tiles: embed(tiles) * 0)
+    with pytest.raises(UsageError, match="all 6 training slides get the same probabilities"):
+        learn_familiar(network, read_study(study.manifest, study.cache).slides[:6], 4)

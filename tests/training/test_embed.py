@@ -83,8 +83,11 @@ def test_bfloat16_agrees_to_about_two_digits(cache_dir: Path) -> None:
         embed_cache(cache_dir, SPEC, EmbedOptions(precision="half"))  # type: ignore[arg-type]
 
 
-def test_a_gpu_computes_in_bfloat16_unless_told_otherwise() -> None:
+def test_a_gpu_computes_in_bfloat16_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(embed, "has_bfloat16", lambda _: False)  # an older one emulates it
+    assert _dtype("auto", gpu) == torch.float32
+    monkeypatch.setattr(embed, "has_bfloat16", lambda place: place == gpu)
     assert (_dtype("auto", gpu), _dtype("auto", cpu)) == (torch.bfloat16, torch.float32)
     assert (_dtype("float32", gpu), _dtype("bfloat16", cpu)) == (torch.float32, torch.bfloat16)
 
