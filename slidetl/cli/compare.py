@@ -58,7 +58,7 @@ def compare(
     if dry_run:
         arms = len({job.arm for job in plan.jobs})
         print(f"{len(plan.study.rows)} slides, {len(plan.folds)} folds, {arms} arms, {len(plan.jobs)} jobs")
-        state = f"declared in {comparison.registered}" if comparison.is_declared else "not declared"
+        state = f"the hash is in {comparison.registered}" if comparison.is_declared else "not declared"
         print(f"configuration {comparison.sha256}: {state}")
         return 0
     if report_only:

@@ -131,8 +131,8 @@ def write_result(job: Job, result: JobResult, building: Path, finished: Path) ->
 
 
 def has_results(folder: Path) -> bool:
-    """Returns True if any job below the folder is finished."""
-    return any(folder.glob(f"*/{_ABOUT}"))
+    """Returns True if a job below the folder is finished, or a training of one, which a later run reuses."""
+    return any(any(folder.glob(pattern)) for pattern in (f"*/{_ABOUT}", ".building/**/training.json"))
 
 
 def read_result(folder: Path, key: str) -> JobResult | None:

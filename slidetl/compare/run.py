@@ -130,31 +130,33 @@ def report_comparison(plan: Plan, output: Path) -> ComparisonResult:
 
 
 def record_registration(comparison: Comparison, output: Path) -> None:
-    """Records if the configuration is registered, unless a job has a result already.
+    """Records if the configuration is registered, unless a job or a training has a result already.
 
     So the record tells the state before the first result; a comparison that is registered later stays
     undeclared.
 
     Raises:
-        UsageError: the registered file is there, but cannot be read.
+        UsageError: the registered file is there, but cannot be read; or it lies in the output folder.
     """
+    registered, found = comparison.registered, comparison.is_declared  # unreadable: before anything runs
+    if registered is not None and Path(registered).resolve().is_relative_to(output.resolve()):
+        raise UsageError(
+            f"registered: expected a file outside the output folder, not {registered}: the run writes the "
+            "SHA-256 there itself; name a file that you commit before the run"
+        )
     if not has_results(output / _JOBS):
-        about = {
-            "sha256": comparison.sha256,
-            "registered": comparison.registered,
-            "found": comparison.is_declared,
-        }
+        about = {"sha256": comparison.sha256, "registered": registered, "found": found}
         output.mkdir(parents=True, exist_ok=True)
         write_whole(output / _REGISTRATION, json.dumps(about, indent=1) + "\n")
 
 
 def _was_registered(comparison: Comparison, output: Path) -> bool | None:
-    """Reads the record of this configuration; None if there is none."""
+    """Reads the record of this configuration and registered file; None if there is none."""
     try:
         about = json.loads((output / _REGISTRATION).read_text(encoding="utf-8"))
-        if about["sha256"] != comparison.sha256:
+        if (about["sha256"], about["registered"]) != (comparison.sha256, comparison.registered):
             return None
-        return bool(about["found"]) and about["registered"] == comparison.registered
+        return bool(about["found"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -25,11 +25,11 @@ from sklearn.metrics import accuracy_score, cohen_kappa_score
 
 from slidetl.cli import main
 from slidetl.compare import train_arm
-from slidetl.compare.config import read_comparison
+from slidetl.compare.config import Arm, Comparison, Primary, read_comparison
 from slidetl.compare.plan import Job, cases_of, permuted, read_slides
 from slidetl.compare.pool import Workplace, run_job
 from slidetl.compare.records import CurvePoint, JobResult, read_result
-from slidetl.compare.run import plan_comparison
+from slidetl.compare.run import _was_registered, plan_comparison, record_registration
 from slidetl.compare.train_arm import choose, draw_evenly, train_job
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.study import Study
@@ -277,7 +277,7 @@ def test_a_dry_run_writes_nothing(study: Cohort, tmp_path: Path, capsys: pytest.
     (tmp_path / "registered.md").write_text(sha256)
     path = configuration(study, tmp_path, registered=str(tmp_path / "registered.md"))
     assert main(["compare", "--config", str(path), "--output", str(tmp_path / "out"), "--dry-run"]) == 0
-    assert f"configuration {sha256}: declared in" in capsys.readouterr().out
+    assert f"configuration {sha256}: the hash is in" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 
@@ -308,6 +308,61 @@ def test_a_comparison_registered_after_its_first_result_stays_undeclared(
     path = configuration(study, tmp_path, registered=str(file), tile_draws=3, **about)  # another hash
     file.write_text(file.read_text() + read_comparison(path).sha256)
     assert "Whether it was declared before the run is not known" in declared("early")
+
+
+def registered_in(file: Path | None) -> Comparison:
+    arms = {name: Arm(baseline=name) for name in ("site", "prior")}
+    named = None if file is None else str(file)
+    return Comparison("m.csv", "c", arms, Primary("site", "prior"), registered=named)
+
+
+def test_a_training_of_an_unfinished_job_is_a_result(tmp_path: Path) -> None:
+    """A run begun unregistered, ended within a job and resumed, reuses it."""
+    file, output = tmp_path / "registered.md", tmp_path / "out"
+    comparison = registered_in(file)
+    record_registration(comparison, output)
+    training = output / "jobs" / ".building" / "key" / "final" / "training.json"
+    training.parent.mkdir(parents=True)
+    file.write_text(comparison.sha256)
+    record_registration(comparison, output)
+    assert _was_registered(comparison, output) is True  # no training has ended yet
+    file.write_text("")
+    record_registration(comparison, output)
+    training.write_text("{}")
+    file.write_text(comparison.sha256)
+    record_registration(comparison, output)
+    assert _was_registered(comparison, output) is False
+
+
+def test_a_record_says_nothing_of_another_registered_file(tmp_path: Path) -> None:
+    one, other, output = tmp_path / "a.md", tmp_path / "b.md", tmp_path / "out"
+    one.write_text(registered_in(one).sha256)
+    record_registration(registered_in(one), output)
+    assert _was_registered(registered_in(one), output) is True
+    assert _was_registered(registered_in(other), output) is None
+    record_registration(registered_in(None), output)
+    assert _was_registered(registered_in(one), output) is None
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\xff"])
+def test_a_registered_file_that_cannot_be_read_ends_a_run_before_its_jobs(
+    content: bytes | None, tmp_path: Path
+) -> None:
+    """Also in a folder with results, where nothing is recorded."""
+    file = tmp_path / "registered"
+    file.mkdir() if content is None else file.write_bytes(content)
+    job = tmp_path / "out" / "jobs" / "key" / "job.json"
+    job.parent.mkdir(parents=True)
+    job.write_text("{}")
+    with pytest.raises(UsageError, match="is no readable text file"):
+        record_registration(registered_in(file), tmp_path / "out")
+
+
+def test_a_registered_file_in_the_output_folder_is_refused(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    with pytest.raises(UsageError, match="registered: expected a file outside the output folder"):
+        record_registration(registered_in(output / "registration.json"), output)
+    assert not output.exists()
 
 
 @pytest.mark.filterwarnings("ignore:repeat 0, fold .* no training slide")  # ten slides of five grades
