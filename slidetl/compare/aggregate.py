@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from contextlib import suppress
@@ -445,7 +446,7 @@ class _Pooling:
                 alike = float(np.clip(np.corrcoef(errors)[0, 1], 0, 0.95))
                 design = replace(design, arm_correlation=round(alike, 2))
         observed = float((reference.predicted == reference.true).mean())
-        least, most = 1 / self._n_grades + 0.02, 0.98
+        least, most = math.ceil(100 / self._n_grades + 2) / 100, 0.98  # of two digits, as the start is
         start = round(min(max(observed, least), most), 2)
         sign = 1 if start + _DIFFERENCES[1] <= most else -1
         others = (round(start + sign * d, 2) for d in _DIFFERENCES)

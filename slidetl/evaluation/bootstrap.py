@@ -74,7 +74,7 @@ def bca_interval(
     Applied Statistics 2007): each draw takes R - 1 of them with replacement. The variance of their mean is
     the unbiased one of a mean of R (Rao and Wu, JASA 1988), and it stays within the range of the metric.
     Few repeats say little of other trainings: where nothing but these varies, the interval of two holds the
-    truth in .59 of studies, of three in .80, of five in .86.
+    truth in .50 of studies, of three in .75, of five in .86.
 
     Without repeats the interval is conditional on the fitted models: it covers other patients, not another
     training. At 95 % it covers about 93 to 95 % of the time with 60 patients, 91 to 94 % with 20
@@ -145,7 +145,7 @@ def share_interval(
     """Computes the exact interval of a share of results, such as an accuracy.
 
     A bootstrap of 20 results that all are right is a point, and of a true share of .97 it holds the truth in
-    42 % of studies. This one is of Clopper and Pearson (Biometrika 1934) for as many trials as the results
+    44 % of studies. This one is of Clopper and Pearson (Biometrika 1934) for as many trials as the results
     are worth after Korn and Graubard (Survey Methodology 1998): ``p (1 - p)`` over the variance of the share,
     by patients (with all their results) and repeats, and never more than the number of patients. For one
     result a patient and one repeat it is Clopper's and Pearson's own, and covers at least ``level``.

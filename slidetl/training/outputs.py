@@ -108,7 +108,7 @@ def write_metrics(
 
 
 def _number_intervals(task: Task, slides: Sequence[GradedSlide]) -> dict[str, tuple[float, float, float]]:
-    """Computes the interval of the mean absolute error over patients; empty with a single one."""
+    """Computes the interval of the mean absolute error over patients; empty with a single one, or if a point."""
     known = [one for one in slides if one.outcomes and task.is_label(one.outcomes[task.name].labels).all()]
     patients = [one.prediction.patient_id for one in known]
     if len(set(patients)) < 2:
@@ -116,7 +116,7 @@ def _number_intervals(task: Task, slides: Sequence[GradedSlide]) -> dict[str, tu
     of_task = [one.outcomes[task.name] for one in known]
     errors = [abs(float(one.predicted[0, 0]) - float(one.labels[0])) for one in of_task]
     found = bca_interval_if_defined(partial(weighted_mean, errors), patients)
-    return {} if found is None else {"mae": (found.estimate, found.low, found.high)}
+    return {"mae": (found.estimate, found.low, found.high)} if found and found.low < found.high else {}
 
 
 def describe_metrics(

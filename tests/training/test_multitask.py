@@ -4,7 +4,10 @@ import csv
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from slidetl.publish.model_file import load_model
 from slidetl.training.checkpoint import load_grader
 from slidetl.training.grader import SlideGrader
 from slidetl.training.multitask import TaskHeads, TaskOutcome, task_metrics
+from slidetl.training.outputs import _number_intervals
 from slidetl.training.predictions import read_predictions
 from tests.conftest import Study
 from tests.data.test_datamodule import rewrite
@@ -30,6 +34,19 @@ from tests.training.ddp_tasks import TASKS, HalfLabelled
 CLASSES = Task("classes", "classes", ("a", "b", "c"), ordinal=False)
 SCALE = Task("scale", "scale", ("0", "1", "2"))
 NESTS = Task("nests", "nests", ("no", "yes"), of_tiles=True, ordinal=False)
+
+
+@pytest.mark.parametrize(("errors", "names"), [((0, 0, 0), []), ((0, 1, 3), ["mae"])])
+def test_an_error_with_an_interval_of_a_point_has_none(errors: Sequence[float], names: list[str]) -> None:
+    size = Task("size", "size_mm", numeric=True)
+    slides: Any = [
+        SimpleNamespace(
+            outcomes={"size": SimpleNamespace(labels=np.array([5.0]), predicted=np.array([[5.0 + error]]))},
+            prediction=SimpleNamespace(patient_id=f"p{n}"),
+        )
+        for n, error in enumerate(errors)
+    ]
+    assert list(_number_intervals(size, slides)) == names
 
 
 def test_gradients_of_each_head_are_those_by_hand() -> None:
