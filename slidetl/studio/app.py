@@ -26,6 +26,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
+from slidetl.compare.table import format_p
 from slidetl.errors import CacheError, SlidetlError
 from slidetl.evaluation.metrics import GradeMetrics
 from slidetl.page import environment
@@ -400,6 +401,7 @@ def create_app(studio: Studio) -> FastAPI:
             judged=judged,
             shades=_shades(judged.metrics) if judged else [],
             verdict=results.verdict(folder) if chosen else None,
+            format_p=format_p,
             has_report=(folder / "report.html").is_file(),
             limits=_limits(judged, project.settings.grades) if judged else [],
             risk=risk,

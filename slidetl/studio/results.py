@@ -134,7 +134,7 @@ def verdict(folder: Path) -> Verdict | None:
         return Verdict(tuple(arms), None, "")
     names, numbers = {key: primary[0][key] for key in ("arm", "against")}, _numbers(primary[0])
     better = ""
-    if numbers.get("p", 1.0) <= ALPHA:
+    if "estimate" in numbers and numbers.get("p", 1.0) <= ALPHA:
         is_first = (numbers["estimate"] > 0) != (primary[0]["metric"] in LOWER_IS_BETTER)
         better = names["arm" if is_first else "against"]
     return Verdict(tuple(arms), {**names, **numbers}, better)

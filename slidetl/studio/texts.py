@@ -276,7 +276,7 @@ TEXTS: Mapping[str, str] = {
     "model.arms": "QWK of each way, 95 % interval over patients",
     "model.arm": "Way",
     "model.question": "Question: is {arm} better than {against}?",
-    "model.compared": "Difference in agreement {estimate}; p = {p} by the test that decides (sign flips).",
+    "model.compared": "Difference in agreement {estimate}; {p} by the test that decides (sign flips).",
     "model.compared_interval": "95 % interval over patients {low} to {high}.",
     "model.clear": "{arm} is better.",
     "model.not_clear": "No difference is shown. Take the simpler one, or test on more patients.",

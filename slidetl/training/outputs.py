@@ -108,7 +108,7 @@ def write_metrics(
 
 
 def _number_intervals(task: Task, slides: Sequence[GradedSlide]) -> dict[str, tuple[float, float, float]]:
-    """Computes the interval of the mean absolute error over patients; empty with a single one, or if a point."""
+    """Computes the interval of the mean absolute error over patients; empty with one patient, or a point."""
     known = [one for one in slides if one.outcomes and task.is_label(one.outcomes[task.name].labels).all()]
     patients = [one.prediction.patient_id for one in known]
     if len(set(patients)) < 2:

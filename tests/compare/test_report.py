@@ -11,6 +11,7 @@ from functools import partial
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -401,6 +402,7 @@ def test_the_checklists_claim_what_was_done(small: tuple[ComparisonResult, Path]
     assert "one source for both" in known["tripod 5a"] and "corrected t" in known["claim 29"]
     assert known["tripod 12f"] == "one temperature from the inner folds"
     assert known["tripod 12d"] == "metrics by site and scanner"
+    assert known["tripod 23b"] == "metrics by site and scanner: the section on sites"
     assert "and the ceiling that their noise sets: the section" in known["claim 18"]
     assert known["claim 36"].startswith("tested slides by grade")
 
@@ -508,7 +510,9 @@ def test_a_result_in_the_other_direction_is_a_disagreement(small: tuple[Comparis
     lower = replace(small[0].comparison, primary=replace(small[0].comparison.primary, metric="rps"))
     assert small[0].primary is not None
     errors = replace(small[0], comparison=lower, primary=replace(small[0].primary, metric="rps"))
-    assert "It finds scratch better" in spoken(errors, 0.001, (0.1, 0.3), 0.001)  # a lower RPS is better
+    text = spoken(errors, 0.001, (0.1, 0.3), 0.001)
+    assert "It finds scratch better" in text  # a lower RPS is better
+    assert "swaps the arms' probabilities of whole patients" in text
 
 
 def test_a_test_that_cannot_be_computed_is_no_finding(small: tuple[ComparisonResult, Path]) -> None:
@@ -558,6 +562,7 @@ def test_arms_that_agree_everywhere_are_not_shown_to_be_equivalent(
     text = worded(replace(result, comparison=comparison), tmp_path).text[""]
     assert f"which differ in 0 of {n}" in text and "equivalence is not shown" in text
     assert ("all resamples of the patients have this difference" in text) == (metric == "qwk")
+    assert ("there is no interval, so equivalence" in text) == (metric == "qwk")
     arms = Page(tmp_path / "report.html").text["arms"]
     assert "An interval of a single point (of warm, scratch" in arms
 
@@ -578,6 +583,20 @@ def test_power_counts_results_from_the_observed_accuracy(
     page = Page(folder / "report.html").text["power"]
     assert f"how often a study of {n} patients finds" in page
     assert f"correlated by {result.design.arm_correlation:.2f} before rounding." in page
+
+
+@pytest.mark.parametrize("n_grades", range(2, 13))
+@pytest.mark.parametrize("right", [0, 2, 5, 10])
+def test_power_begins_with_no_difference(n_grades: int, right: int) -> None:
+    """Also of a reference no better than chance, on a scale with a chance of many digits."""
+    grades = np.arange(10) % n_grades
+    predicted = np.where(np.arange(10) < right, grades, (grades + 1) % n_grades)
+    results = SimpleNamespace(patients=np.arange(10), true=grades, predicted=predicted[None])
+    pooling: Any = SimpleNamespace(_primary=Primary("warm", "scratch"), _n_grades=n_grades)
+    arms: Any = [SimpleNamespace(arm="scratch", results=results)]
+    _, accuracies = aggregate._Pooling.observed_design(pooling, arms)
+    start, other = accuracies[0]
+    assert start == other and 1 / n_grades + 0.02 <= start + 1e-9 and len(accuracies) > 1
 
 
 def test_the_corrected_t_goes_by_the_slides_trained_on(whole: tuple[ComparisonResult, Path]) -> None:
@@ -662,12 +681,14 @@ def test_no_difference_is_not_equivalence(small: tuple[ComparisonResult, Path]) 
     assert "Nor are the arms shown to be equal" in spoken(small[0], 0.3, (-0.02, 0.03))
     near = spoken(small[0], 0.3, (-0.02, 0.03), margin=0.05)
     assert "margin is 0.05: the interval lies within it" in near and "Nor are" not in near
-    assert "equivalence is not shown" in spoken(small[0], 0.3, (-0.02, 0.06), margin=0.05)
+    wide = spoken(small[0], 0.3, (-0.02, 0.06), margin=0.05)
+    assert "the interval does not lie within it, so equivalence is not shown" in wide
     assert "equivalence is not shown" in spoken(small[0], 0.3, (-0.05, 0.03), margin=0.05)
     nan = float("nan")
     undefined = spoken(small[0], nan, (nan, nan), margin=0.05)
     assert "undefined [undefined, undefined]" in undefined and "p undefined" in undefined
-    assert "equivalence is not shown" in undefined and "warm better" not in undefined
+    assert "0.05: there is no interval, so equivalence is not shown." in undefined
+    assert "warm better" not in undefined
 
 
 def test_only_a_registered_comparison_is_called_declared(

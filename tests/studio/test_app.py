@@ -193,8 +193,11 @@ def test_the_verdict_is_that_of_the_sign_flips(project: Client) -> None:
     page = write_verdict(project, estimate="-0.1", low="-0.2", high="0.01", p="0.03")
     assert "ridge is better." in page
     assert "warm is better." in write_verdict(project, metric="rps", estimate="-0.1", p="0.03")
-    page = write_verdict(project)  # undefined
-    assert "cannot be computed" in page and "No difference is shown" not in page
+    assert "p &lt; 0.001 by the test" in write_verdict(project, estimate="0.1", p="0.0001")
+    for p in ("", "1", "0.01"):  # undefined, by itself or on most resamples
+        page = write_verdict(project, p=p)
+        assert "cannot be computed" in page and "No difference is shown" not in page
+        assert "is better." not in page
 
 
 def test_a_perfect_test_part_is_no_certainty(tmp_path: Path) -> None:

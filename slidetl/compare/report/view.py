@@ -165,6 +165,11 @@ class View:
         return NAMES[self.comparison.primary.metric]
 
     @property
+    def swapped(self) -> str:
+        """Predictions that the sign flips swap: those that the metric judges."""
+        return "probabilities" if self.comparison.primary.metric in ("rps", "log_loss") else "grades"
+
+    @property
     def better(self) -> str:
         """The arm favoured by the declared comparison; empty if its sign-flip test finds no difference."""
         declared = self.result.primary
