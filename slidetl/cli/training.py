@@ -241,7 +241,7 @@ class GradingCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Refuses a network that told no slides apart after any epoch; its checkpoints stay."""
-        if self.model.validated is not None and not self.model.told_apart:
+        if self.model.told_apart is False:
             raise UsageError(f"after every epoch all slides of the val part {SAME_FOR_ALL}")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

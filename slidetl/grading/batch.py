@@ -443,7 +443,7 @@ def _grade_apart(
         ProcessEnded: a process was ended before it asked for a slide.
     """
     threads = max(1, usable_cores() // len(places))
-    waiting, begun_twice = deque(tasks), list[Task]()
+    waiting, begun_twice, asked = deque(tasks), list[Task](), set[Connection]()
     busy: dict[Connection, tuple[Child, str, dict[Path, Task]]] = {}
     most = -(-len(tasks) // len(places))
 
@@ -463,13 +463,11 @@ def _grade_apart(
                 except (EOFError, ConnectionError):
                     del busy[ready]
                     reason = child.cause_of_death("graded")
-                    if not begun and child.process.exitcode == 0:
-                        continue
-                    if not begun:
+                    if not begun and ready not in asked:
                         raise ProcessEnded(f"on {place}: {reason}; use fewer --jobs or --devices") from None
                     if len(tasks) > 1:
                         begun_twice += begun.values()
-                    else:
+                    elif begun:
                         yield GradeRow(tasks[0][0], FAILED, {}, f"{tasks[0][0]}: {reason}; use fewer --jobs")
                     if waiting:
                         start(place)
@@ -480,6 +478,7 @@ def _grade_apart(
                     del begun[found.slide]
                     yield found
                     continue
+                asked.add(ready)
                 task = waiting.popleft() if waiting else None
                 with contextlib.suppress(BrokenPipeError):  # its end is found above
                     ready.send(task)

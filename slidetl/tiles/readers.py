@@ -89,7 +89,8 @@ class Readers:
                 reader.finish()
             try:
                 if reader.child.connection.closed and not self._is_over:
-                    self._all.remove(reader)
+                    if reader in self._all:  # not if it could not be started anew before
+                        self._all.remove(reader)
                     reader = self._start()
             finally:
                 self._idle.put(reader)

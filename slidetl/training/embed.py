@@ -135,6 +135,7 @@ def embed_cache(
     cache_dir: Path,
     spec: BackboneSpec,
     options: EmbedOptions = EmbedOptions(),  # noqa: B008  # frozen
+    cores: int | None = None,
     *,
     on_plan: Callable[[int], None] = lambda tiles: None,
     on_batch: Callable[[int], None] = lambda tiles: None,
@@ -149,6 +150,7 @@ def embed_cache(
         cache_dir: the folder written by ``slidetl tile``.
         spec: the network and its weights.
         options: blocks, names, devices and precision.
+        cores: to use; by default all.
         on_plan: called once, with the number of tiles to embed.
         on_batch: called with the number of tiles just embedded.
         on_slide: called with each finished slide.
@@ -230,7 +232,7 @@ def embed_cache(
 
     size, cores = (
         options.batch_size or (_BATCH if volumes is None else _BATCH_OF_VOLUMES),
-        usable_cores(),
+        cores or usable_cores(),
     )
     first = todo[0].spec if todo else None
     counted, stopped = threading.Lock(), threading.Event()
@@ -321,7 +323,8 @@ def _share_out(
         for number, share in enumerate(shares):
             left = {cache.path.stem: len(cache) for cache in share}
             mine = replace(options, slides=tuple(left), devices=1)
-            child = start_child(_embed_share, number, len(shares), cache_dir, spec, mine, has_children=True)
+            given = (number, max(1, usable_cores() // len(shares)), cache_dir, spec, mine)
+            child = start_child(_embed_share, *given, has_children=True)
             busy[child.connection] = child, left
         while busy:
             for ready in wait(list(busy)):
@@ -350,7 +353,7 @@ def _share_out(
 def _embed_share(
     connection: Connection,
     number: int,
-    count: int,
+    cores: int,
     cache_dir: Path,
     spec: BackboneSpec,
     options: EmbedOptions,
@@ -359,11 +362,10 @@ def _embed_share(
     if options.device == "cuda":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         os.environ["CUDA_VISIBLE_DEVICES"] = str(number) if visible is None else visible.split(",")[number]
-    os.sched_setaffinity(0, set(sorted(os.sched_getaffinity(0))[number::count]) or os.sched_getaffinity(0))
-    torch.set_num_threads(max(1, torch.get_num_threads() // count))
+    torch.set_num_threads(cores)
     warnings.simplefilter("ignore")  # the first process has said it
     try:
-        embed_cache(cache_dir, spec, options, on_batch=connection.send, on_slide=connection.send)
+        embed_cache(cache_dir, spec, options, cores, on_batch=connection.send, on_slide=connection.send)
     except SlidetlError as error:
         connection.send(error)
 

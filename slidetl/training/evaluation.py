@@ -31,14 +31,15 @@ SAME_FOR_ALL = (
     "get the same probabilities: the network no longer tells slides apart, as when all its features have "
     "become zero. Lower model.lr or model.transfer.backbone_lr_scale, or set model.transfer.batch_statistics"
 )
-_SAME = 1e-4  # greatest difference of a probability that is none
+_SAME = 1e-5  # greatest difference of a log probability that is none: rounding makes 1e-6
 _OF_GRADES = ("accuracy", "balanced_accuracy", "qwk", "mae", "macro_f1")
 _OF_PROBABILITIES = ("rps", "calibration_error", "calibration_error_if_calibrated")
 
 
 def told_apart(probabilities: Sequence[Sequence[float]]) -> bool:
     """Tells if any two slides differ in their probabilities ``[N, K]``; true for fewer than two."""
-    return len(probabilities) < 2 or bool(np.ptp(probabilities, axis=0).max() > _SAME)
+    logs = np.log(np.maximum(probabilities, 1e-30))
+    return len(logs) < 2 or bool(np.ptp(logs, axis=0).max() > _SAME)
 
 
 @dataclass(frozen=True, eq=False)

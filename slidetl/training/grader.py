@@ -70,7 +70,8 @@ class SlideGrader(pl.LightningModule):
 
     Attributes:
         validated, tested: the latest evaluation of the validation and the test part; None before the first.
-        told_apart: whether the network gave any two slides different probabilities, in any evaluation.
+        told_apart: whether any two slides had different probabilities in any evaluation of the training;
+            None before the first.
         predicted: the slides of the latest prediction.
         whole_epochs: length of the training that this fit is a part of, in epochs; 0 if it is the whole one.
     """
@@ -79,7 +80,7 @@ class SlideGrader(pl.LightningModule):
     tested: Evaluation | None = None
     predicted: tuple[GradedSlide, ...] = ()
     whole_epochs = 0
-    told_apart = False
+    told_apart: bool | None = None
 
     def __init__(
         self,
@@ -405,7 +406,7 @@ class SlideGrader(pl.LightningModule):
         evaluation = evaluate(
             gather_slides(self._evaluation.slides, part), self.tasks.tasks, len(self.grades)
         )
-        self.told_apart |= evaluation.tells_apart
+        self.told_apart = bool(self.told_apart) or evaluation.tells_apart
         if not evaluation.tells_apart:
             rank_zero_warn(f"all {len(evaluation.slides)} slides of the {part} part {SAME_FOR_ALL}")
         shown = ("accuracy", "qwk", "loss") if part == "val" else ()
@@ -423,6 +424,7 @@ class SlideGrader(pl.LightningModule):
         checkpoint["record"] = self.record.to_dict() if self.record is not None else None
         checkpoint["tile_spec"] = self.tile_spec.to_dict() if self.tile_spec else None
         checkpoint["epoch_means"] = self._means.state_dict()
+        checkpoint["told_apart"] = self.told_apart
         checkpoint["features_sha256"] = self._features_sha256
         checkpoint["architecture"] = self.network.backbone.architecture
         checkpoint["lineage"] = list(self.network.backbone.lineage)
@@ -446,6 +448,7 @@ class SlideGrader(pl.LightningModule):
                 self._weigh_grades()
                 self.record = self._data.record
         self._kept_means = checkpoint.get("epoch_means", {})
+        self.told_apart = checkpoint.get("told_apart", True)  # older ones do not say
         self.network.backbone.lineage = tuple(str(sha256) for sha256 in checkpoint.get("lineage", []))
         if checkpoint.get("features_sha256"):
             self._check_features(checkpoint["features_sha256"])

@@ -119,6 +119,9 @@ def test_a_fit_that_tells_no_slides_apart_fails_and_names_the_remedies(
     line = capsys.readouterr().err.splitlines()[-1]
     assert code == 2 and "after every epoch" in line and "batch_statistics" in line
     assert best(tmp_path).is_file()
+    done = best(tmp_path).with_name("last.ckpt")
+    words = [*study.options(tmp_path), "--trainer.max_epochs=1", f"--ckpt_path={done}"]
+    assert main(["fit", *words]) == 2 and "after every epoch" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -389,7 +389,7 @@ def test_several_processes_grade_as_one_does_and_a_run_goes_on(
 
 
 def _die_with(parent: Connection, fatal: str) -> None:
-    """Takes two slides at a time, and dies once it has the fatal one."""
+    """Takes two slides at a time, and dies once it has the fatal one, or in the end."""
     while True:
         begun = []
         for _ in range(2):
@@ -397,7 +397,7 @@ def _die_with(parent: Connection, fatal: str) -> None:
             if (task := parent.recv()) is not None:
                 begun.append(task[0])
         if not begun:
-            return
+            os._exit(139)
         if any(path.name == fatal for path in begun):
             os.kill(os.getpid(), signal.SIGKILL)
         for path in begun:
@@ -415,10 +415,9 @@ def test_a_slide_that_kills_its_process_costs_itself_alone(monkeypatch: pytest.M
 
     monkeypatch.setattr(batch, "start_child", start)
     tasks = [(path, path.stem, None) for path in slides]
-    rows = {
-        row.slide: row for row in batch._grade_apart(Path("m"), ["cuda:0", "cuda:1"], tasks, GradeOptions())
-    }
-    assert sorted(rows) == slides
+    graded = list(batch._grade_apart(Path("m"), ["cuda:0", "cuda:1"], tasks, GradeOptions()))
+    rows = {row.slide: row for row in graded}
+    assert sorted(rows) == slides and len(graded) == len(slides)
     assert [path.name for path, row in rows.items() if row.status != batch.GRADED] == ["s3.tiff"]
     assert "SIGKILL" in rows[slides[3]].reason and rows[slides[3]].reason.startswith("s3.tiff: ")
     assert set(started) == {"cuda:0", "cuda:1"}
