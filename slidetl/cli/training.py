@@ -14,6 +14,7 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from jsonargparse import ArgumentError
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Trainer
@@ -153,7 +154,8 @@ class GradingCLI(LightningCLI):
                 type=Literal["auto", *_PRECISIONS],
                 default="auto",
                 help="Number format of the backbone's forward pass, as for 'slidetl grade'; auto is float32 "
-                "on a CPU, and on a GPU trainer.precision, by default bfloat16. float32 is without TF32.",
+                "on a CPU, and on a GPU trainer.precision, by default bfloat16 if the GPU computes in it. "
+                "float32 is without TF32.",
             )
         return parser
 
@@ -163,11 +165,12 @@ class GradingCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         for key, value in with_preset(config.model.backbone.as_dict()).items():
             config.model.backbone[key] = value
-        usual = default_precision(config.trainer.accelerator)
-        wanted = _PRECISIONS.get(config.get("precision"))
-        if "precision" in config and usual == "32-true" and str(config.trainer.precision).endswith("mixed"):
-            wanted = wanted or usual  # a fit on a GPU left that in its configuration
-        config.trainer.precision = wanted or config.trainer.precision or usual
+        accelerator, precision = config.trainer.accelerator, config.trainer.precision
+        usual, wanted = default_precision(accelerator), _PRECISIONS.get(config.get("precision"))
+        on_cpu = accelerator == "cpu" or not torch.cuda.is_available()
+        if "precision" in config and on_cpu and str(precision).endswith("mixed"):
+            precision = usual  # a fit on a GPU left that in its configuration
+        config.trainer.precision = wanted or precision or usual
 
     def before_instantiate_classes(self) -> None:
         """Checks every named class before one is called."""

@@ -11,7 +11,8 @@ import torch
 def has_bfloat16(device: torch.device) -> bool:
     """Returns True if it is a GPU that computes in bfloat16; older ones (V100, T4) emulate it, slowly."""
     on_gpu = device.type == "cuda" and torch.cuda.is_available()
-    return on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    # torch.cuda.is_bf16_supported asks the same, but only of the current device.
+    return on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @contextmanager

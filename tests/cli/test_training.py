@@ -248,6 +248,20 @@ def test_a_preset_is_recorded_as_its_fields_and_its_tiles_are_compared(
     assert (backbone["pretrained"], backbone["pooling"], backbone["preset"]) == ("hub", "token", "")
 
 
+def parsed_precision(words: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """Returns the ``trainer.precision`` that a command takes."""
+
+    def stop(cli: GradingCLI) -> None:
+        found.append(cli.config[cli.config.subcommand].trainer.precision)
+        raise UsageError("parsed")
+
+    found: list[str] = []
+    monkeypatch.setattr(GradingCLI, "_parse_ckpt_path", stop)
+    assert main([*words, "--data.manifest=m.csv", "--data.cache=cache"]) == 2
+    (precision,) = found
+    return precision
+
+
 @pytest.mark.parametrize(
     ("words", "precision"),
     [
@@ -265,12 +279,25 @@ def test_a_preset_is_recorded_as_its_fields_and_its_tiles_are_compared(
 def test_the_precision_is_that_of_the_device(
     words: list[str], precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(cli: GradingCLI) -> None:
-        found.append(cli.config[cli.config.subcommand].trainer.precision)
-        raise UsageError("parsed")
-
-    found: list[str] = []
     monkeypatch.setattr("slidetl.training.configured.has_bfloat16", lambda _: True)
-    monkeypatch.setattr(GradingCLI, "_parse_ckpt_path", stop)
-    assert main([*words, "--data.manifest=m.csv", "--data.cache=cache"]) == 2
-    assert found == [precision]
+    assert parsed_precision(words, monkeypatch) == precision
+
+
+@pytest.mark.parametrize(
+    ("words", "on_old_gpu", "on_cpu"),
+    [
+        (["fit"], "32-true", "32-true"),
+        (["test"], "32-true", "32-true"),
+        (["test", "--trainer.precision=16-mixed"], "16-mixed", "32-true"),
+        (["test", "--trainer.precision=bf16-mixed"], "bf16-mixed", "32-true"),
+        (["test", "--trainer.precision=16-mixed", "--trainer.accelerator=cpu"], "32-true", "32-true"),
+        (["test", "--trainer.precision=16-mixed", "--precision=float32"], "32-true", "32-true"),
+    ],
+)
+def test_a_gpu_without_bfloat16_computes_in_the_precision_that_is_named(
+    words: list[str], on_old_gpu: str, on_cpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slidetl.training.configured.has_bfloat16", lambda _: False)
+    for has_gpu, precision in ((True, on_old_gpu), (False, on_cpu)):
+        monkeypatch.setattr("torch.cuda.is_available", lambda found=has_gpu: found)
+        assert parsed_precision(words, monkeypatch) == precision

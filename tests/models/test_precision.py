@@ -16,12 +16,11 @@ def test_convolutions_of_a_gpu_are_in_float32_for_a_while(device: str) -> None:
     assert torch.backends.cudnn.allow_tf32
 
 
-@pytest.mark.parametrize("native", [False, True])
-def test_a_gpu_that_emulates_bfloat16_has_none(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation or native
-    )
-    assert not has_bfloat16(torch.device("cuda")) or torch.cuda.is_available()
+def test_a_gpu_that_emulates_bfloat16_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    capabilities = [(7, 5), (8, 0), (9, 0), (7, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index or 0])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert has_bfloat16(torch.device("cuda:1")) == native
-    assert not has_bfloat16(torch.device("cpu"))
+    assert [has_bfloat16(torch.device("cuda", index)) for index in range(4)] == [False, True, True, False]
+    assert not has_bfloat16(torch.device("cuda")) and not has_bfloat16(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not has_bfloat16(torch.device("cuda:1"))
