@@ -32,6 +32,8 @@ from collections.abc import Sequence
 
 from slidetl.text import one_line
 
+# Messages of a GPU: torch's, which TorchScript raises as a RuntimeError, and those of cuDNN and cuBLAS.
+_GPU_FULL = re.compile("out of memory|STATUS_ALLOC_FAILED", re.IGNORECASE)
 # Messages of libraries instead of MemoryError: torch, OpenCV, C++, a DataLoader with a killed worker.
 _NO_MEMORY = re.compile(
     "(can.?t|cannot|unable to) allocate|(not enough|insufficient|out of) (shared )?memory|bad_alloc"
@@ -129,13 +131,18 @@ class OutputError(SlidetlError, OSError):
     """A file cannot be written; its earlier version is kept."""
 
 
+def is_gpu_full(error: BaseException) -> bool:
+    """Tells if an error is a GPU's lack of memory, for which a smaller batch is a remedy."""
+    return _GPU_FULL.search(str(error)) is not None
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tells if an error, or its cause, is a lack of memory."""
+    """Tells if an error, or its cause, is a lack of memory, of a GPU or of the machine."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, SlidetlError):
         if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno == errno.ENOMEM):
             return True
-        if _NO_MEMORY.search(str(cause)):
+        if is_gpu_full(cause) or _NO_MEMORY.search(str(cause)):
             return True
         cause = cause.__cause__ or cause.__context__
     return False

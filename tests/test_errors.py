@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from slidetl.cli import main
-from slidetl.errors import UsageError, describe_failure, is_out_of_memory
+from slidetl.errors import UsageError, describe_failure, is_gpu_full, is_out_of_memory
 
 
 def raised(work: object) -> BaseException:
@@ -27,12 +27,14 @@ def test_want_of_memory_is_known_whoever_says_it() -> None:
         raised(lambda: bytearray(2**62)),
         OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("std::bad_alloc"),
         RuntimeError("can't start new thread"),
         ImportError("libtorch_cpu.so: failed to map segment from shared object"),
         RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ..."),
     ]
     assert all(map(is_out_of_memory, errors))
+    assert [error for error in errors if is_gpu_full(error)] == errors[4:6]
     ended = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
     assert not is_out_of_memory(ended)
     ended.__cause__ = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")

@@ -21,13 +21,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slidetl.errors import ProcessEnded, SlideError, UnfitSlideError, UsageError
+from slidetl.errors import ProcessEnded, SlideError, UnfitSlideError, UsageError, is_gpu_full
 from slidetl.evaluation.conformal import GradeSets
 from slidetl.files import replaced
 from slidetl.grading.explain import DIVERGING, Explanation, explain_by_occlusion, find_voxels
 from slidetl.grading.series import SeriesGrade, shown_patches
 from slidetl.models.precision import exact_float32, has_bfloat16
-from slidetl.models.runner import Rates, Runner, is_out_of_memory
+from slidetl.models.runner import Rates, Runner
 from slidetl.processor import hand_back_memory
 from slidetl.publish.model_file import ModelFile
 from slidetl.text import plot_label
@@ -409,7 +409,7 @@ class _Embeddings:
             try:
                 return rows.new_empty(self._most, rows.shape[1])
             except Exception as error:
-                if not is_out_of_memory(error):
+                if not is_gpu_full(error):
                     raise
         return torch.empty(self._most, rows.shape[1], dtype=rows.dtype)
 

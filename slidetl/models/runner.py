@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slidetl.errors import UsageError
+from slidetl.errors import UsageError, is_gpu_full
 from slidetl.tiles.grid import TileSpec
 
 _T = TypeVar("_T")
@@ -36,17 +36,6 @@ Embed = Callable[[Tensor], Tensor]
 def channels_first(tiles: Tensor) -> Tensor:
     """Views tiles ``[n, S, S, 3] uint8`` as ``[n, 3, S, S]``, patches ``[n, S, S, S]`` with one channel."""
     return tiles.permute(0, 3, 1, 2) if tiles.dtype == torch.uint8 else tiles.unsqueeze(1)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tells if an error means that a GPU has no memory left.
-
-    TorchScript raises it as a RuntimeError, and cuDNN and cuBLAS have words of their own.
-    """
-    said = str(error).lower()
-    return (
-        isinstance(error, torch.OutOfMemoryError) or "out of memory" in said or "status_alloc_failed" in said
-    )
 
 
 @dataclass(frozen=True)
@@ -386,7 +375,7 @@ class Runner:
             return self._embed(channels_first(self._copied(tiles, free)))
         except Exception as error:
             size = len(tiles)
-            if not is_out_of_memory(error):
+            if not is_gpu_full(error):
                 raise
             if size == 1:
                 raise UsageError(
@@ -453,7 +442,7 @@ def _with_room(function: Callable[[], _T]) -> _T:
     try:
         return function()
     except Exception as error:
-        if not is_out_of_memory(error):
+        if not is_gpu_full(error):
             raise
     torch.cuda.empty_cache()
     return function()

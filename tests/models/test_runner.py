@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slidetl.errors import UsageError
-from slidetl.models.runner import Rates, Runner, is_out_of_memory
+from slidetl.errors import UsageError, is_gpu_full
+from slidetl.models.runner import Rates, Runner
 from slidetl.publish.model_file import without_deprecation
 from slidetl.tiles.grid import TileSpec
 
@@ -38,7 +38,7 @@ class Network:
         self.threads.append(threading.get_ident())
         self.shapes.append(tuple(tiles.shape))
         if len(tiles) > self.room:
-            raise torch.OutOfMemoryError("no room")
+            raise torch.OutOfMemoryError("CUDA out of memory")
         if self.broken:
             raise RuntimeError("a layer is broken")
         return tiles[:, :2, 0, 0].float()
@@ -162,7 +162,7 @@ def test_a_card_without_room_for_the_copy_of_a_batch_takes_smaller_ones(
 ) -> None:
     def copied(runner: Runner, tiles: Tensor, free: Any) -> Tensor:
         if len(tiles) > 2:
-            raise torch.OutOfMemoryError("no room")
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return tiles.clone()
 
     monkeypatch.setattr(Runner, "_copied", copied)
@@ -213,7 +213,7 @@ def scripted() -> Any:
 )
 def test_a_scripted_network_without_room_takes_smaller_batches_too(scripted: Any, says: str) -> None:
     """TorchScript raises the OutOfMemoryError of a card as a plain RuntimeError."""
-    assert is_out_of_memory(RuntimeError(f"The following operation failed in the TorchScript ...: {says}"))
+    assert is_gpu_full(RuntimeError(f"The following operation failed in the TorchScript ...: {says}"))
     with Runner(lambda tiles: scripted(tiles, 4, says), CPU, 8, packs=True) as runner:
         with pytest.warns(UserWarning, match=r"no room for 8 tiles at once; it takes 4"):
             found = runner.submit(tiles_of(0, 8)).result(120)
