@@ -331,6 +331,9 @@ def fit_rows(cache: Path, root: Path, device: str) -> list[Row]:
 
 def test_rows(cache: Path, root: Path, device: str) -> list[Row]:
     """Tests the checkpoint of the fit on slides of the cache by ``slidetl test``."""
+    import torch
+
+    from slidetl.models.precision import has_bfloat16
     from slidetl.training.grader import SlideGrader
     from tools.bench_loader import named, run
 
@@ -351,8 +354,9 @@ def test_rows(cache: Path, root: Path, device: str) -> list[Row]:
     note = f"first chunk after {begun - started:.1f} s of {seconds:.1f} s"
     # The grade of a slide is copied to the host, so that the last step ends with the card's work.
     rate = (tiles - first) / (steps[-1][0] - begun)
-    what = f"`test`, {len(slides)} slides, {tiles} tiles, resnet18"
-    return [Row(what, rate, network_rate(root, caches, device), note)]
+    precision: Precision = "bfloat16" if has_bfloat16(torch.device(device)) else "float32"
+    what = f"`test`, {len(slides)} slides, {tiles} tiles, resnet18, {precision}"
+    return [Row(what, rate, network_rate(root, caches, device, precision), note)]
 
 
 def export_rows(cache: Path, root: Path, device: str) -> list[Row]:
@@ -378,16 +382,16 @@ def export_rows(cache: Path, root: Path, device: str) -> list[Row]:
         if slidetl(["export", str(_best(root)), "--output", str(root / "model.pt")]):
             raise SystemExit("'slidetl export' failed")
     seconds, tiles = time.perf_counter() - started, sum(min(64, len(slide.cache)) for slide in slides)
-    what = f"`export`, {tiles} tiles of {len(slides)} training slides, resnet18"
+    what = f"`export`, {tiles} tiles of {len(slides)} training slides, resnet18, float32"
     note = f"with the first pass; {spent[0]:.1f} s of {seconds:.1f} s"
-    return [Row(what, tiles / spent[0], network_rate(root, caches, device), note)]
+    return [Row(what, tiles / spent[0], network_rate(root, caches, device, "float32"), note)]
 
 
-def network_rate(root: Path, caches: list[SlideCache], device: str) -> float:
-    """Measures the network of the fit alone, in the precision of ``test``; tiles per second."""
+def network_rate(root: Path, caches: list[SlideCache], device: str, precision: Precision) -> float:
+    """Measures the network of the fit alone; tiles per second. Its float32 is without TF32."""
     import torch
 
-    from slidetl.models.precision import has_bfloat16
+    from slidetl.models.precision import exact_float32
     from slidetl.models.runner import Runner
     from slidetl.tiles.grid import TileSpec
     from slidetl.training.checkpoint import load_grader
@@ -396,8 +400,7 @@ def network_rate(root: Path, caches: list[SlideCache], device: str) -> float:
     network = load_grader(_best(root)).network.backbone.eval().to(place)
     count = 256 if device == "cuda" else 8
     noise = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), np.uint8)
-    precision = "bfloat16" if has_bfloat16(place) else "float32"
-    with Runner(_in(precision, network), place, count, TileSpec(1.0, side)) as runner:
+    with exact_float32(place), Runner(_in(precision, network), place, count, TileSpec(1.0, side)) as runner:
         return runner.rate(noise)
 
 
@@ -406,13 +409,14 @@ def _best(root: Path) -> Path:
 
 
 def draw(folder: Path, count: int, side: int) -> list[Path]:
-    """Draws slides, each larger than the one before."""
+    """Draws slides, each larger than the one before and of another texture."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"slide{number:02d}.tiff" for number in range(count)]
-    sides = {path: side + JPEG_TILE_PX * number for number, path in enumerate(paths) if not path.exists()}
+    missing = [number for number, path in enumerate(paths) if not path.exists()]
+    sides = [side + JPEG_TILE_PX * number for number in missing]
     context = multiprocessing.get_context("spawn")  # torch may hold threads here
     with ProcessPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 2), context) as pool:
-        list(pool.map(write_slide, sides.keys(), sides.values()))
+        list(pool.map(write_slide, [paths[number] for number in missing], sides, missing))
     return paths
 
 
@@ -441,6 +445,8 @@ def main(args: list[str] | None = None) -> int:
     parts = set(options.parts)
     if {"test", "export"} & parts and "fit" not in parts:
         parser.error("the parts test and export need fit, for a checkpoint")
+    if "fit" in parts and options.slides < 2:
+        parser.error(f"the part fit needs at least 2 --slides to tell apart, not {options.slides}")
     import torch
 
     cores, started = len(os.sched_getaffinity(0)), time.perf_counter()

@@ -109,6 +109,11 @@ def main(args: list[str] | None = None) -> int:
         draw(options.cache, options.slides, options.slide_px, options.tile_px)
 
     caches = [SlideCache.open(path) for path in groups(options.cache)]
+    if options.backbone and min(len(caches), options.epoch) < 2:
+        parser.error(
+            f"training needs two different slides to validate on; there are {len(caches)} in {options.cache} "
+            f"and {options.epoch} in --epoch: take more, or leave out --backbone"
+        )
     slides = named(caches, options.epoch)
     spec = caches[0].spec
     print(
@@ -246,6 +251,12 @@ def save_weights(backbone: str, path: Path) -> Path:
     return path
 
 
+def newest_table(root: Path) -> Path:
+    """Returns the metrics of the last training in a folder, which may have those of earlier ones."""
+    tables = root.glob("logs/version_*/metrics.csv")
+    return max(tables, key=lambda path: int(path.parent.name.removeprefix("version_")))
+
+
 def train(
     slides: list[CachedSlide], way: Way, options: argparse.Namespace
 ) -> tuple[float, float, float, list[float]]:
@@ -269,8 +280,7 @@ def train(
         own = SlideGrader.configure_callbacks
         with mock.patch.object(SlideGrader, "configure_callbacks", lambda grader: [*own(grader), first]):
             run("fit", options.cache, root, parts, *words)
-        (table,) = root.glob("logs/version_0/metrics.csv")
-        with table.open(newline="") as file:
+        with newest_table(root).open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if row["time/compute"]]
     tiles = sum(min(options.bag_size, len(slide.cache)) for slide in slides)
     spent = [(float(row["time/data_wait"]), float(row["time/compute"])) for row in rows]

@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import tifffile
 
 from tools.bench_gpu import Row, exit_code
+from tools.bench_tiling import tissue_colour
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,6 +48,16 @@ def test_a_test_needs_a_fit() -> None:
     assert done.returncode == 2 and "the parts test and export need fit" in done.stderr
 
 
+def test_a_fit_needs_two_slides() -> None:
+    done = bench("--parts", "fit", "--slides", "1")
+    assert done.returncode == 2 and "the part fit needs at least 2 --slides" in done.stderr
+
+
+def test_slides_are_of_different_colours() -> None:
+    assert tissue_colour(0) == (215, 150, 190)  # of the recorded measurements
+    assert len({tissue_colour(seed) for seed in range(28)}) == 28
+
+
 @pytest.mark.slow
 def test_the_rows_run_on_a_processor_where_no_bound_is_held(tmp_path: Path) -> None:
     table, kept = tmp_path / "table.txt", tmp_path / "kept"
@@ -60,3 +72,7 @@ def test_the_rows_run_on_a_processor_where_no_bound_is_held(tmp_path: Path) -> N
     fit = ["`fit`", "first step of it"]
     assert works == [*fit, "`test`", "`export`", *["`grade`"] * 3, *["`embed`"] * 2]
     assert all(float(line.split("|")[2].replace(",", "")) >= 0 for line in lines[6:])
+    first, second = (
+        tifffile.imread(path, level=1)[512:768, 512:768].mean((0, 1)) for path in (kept / "slides").iterdir()
+    )
+    assert abs(first - second).max() > 2  # of the tissue

@@ -47,6 +47,21 @@ def test_the_loader_alone_and_a_training_beside_it(study: Study, capsys: pytest.
         assert 0 < share < 1 and float(rate) == pytest.approx((1 - share) * float(alone), rel=0.05, abs=2)
 
 
+def test_the_newest_training_of_a_folder_is_read(tmp_path: Path) -> None:
+    for version in (0, 2, 9, 10):
+        folder = tmp_path / f"logs/version_{version}"
+        folder.mkdir(parents=True)
+        (folder / "metrics.csv").touch()
+        assert tool.newest_table(tmp_path).parent == folder
+
+
+def test_a_training_validates_on_different_slides(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        tool.main([str(study.cache), "--backbone", "resnet18", "--epoch", "1"])
+    assert ended.value.code == 2
+    assert "two different slides to validate on; there are 20" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_cache_that_is_not_there_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     drawn = ["--slides", "2", "--slide-px", "512", "--tile-px", "128", "--threads", "1"]
