@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from slidetl.errors import UsageError
+from slidetl.errors import UsageError, is_gpu_full
 
 
 class RoomOnDevice(pl.Callback):
@@ -35,7 +35,7 @@ class RoomOnDevice(pl.Callback):
     ) -> None:
         """Tries smaller batches if memory runs out, and raises a UsageError naming the first to fit."""
         batch, self._batch = self._batch, None
-        if not isinstance(exception, torch.OutOfMemoryError) or batch is None:
+        if not is_gpu_full(exception) or batch is None:
             return
         traceback.clear_frames(exception.__traceback__)  # its frames hold the activations of the step
         slides, tiles = batch["tiles"].shape[:2]
@@ -74,7 +74,9 @@ def _fits(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, slides: i
         assert isinstance(loss, Tensor)  # as returned by a SlideGrader
         loss.backward()  # type: ignore[no-untyped-call] # torch's
         return True
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_gpu_full(error):
+            raise
         traceback.clear_frames(error.__traceback__)
         return False
     finally:
