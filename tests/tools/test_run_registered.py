@@ -64,7 +64,8 @@ def write_config(folder: Path, registered: str) -> Path:
         del values["arms"][name]  # no network: seconds
     path = folder / "collage.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
-    (folder / "registered.md").write_text(registered or read_comparison(path).sha256)
+    (first,) = tool.comparisons_of(read_comparison(path), [folder / f"redraw-{tool.FIRST}"])
+    (folder / "registered.md").write_text(registered or first.sha256)
     return path
 
 
