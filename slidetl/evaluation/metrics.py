@@ -11,7 +11,7 @@ Accuracy, MAE, QWK, kappa, RPS and log loss take weights of the results, as resa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +23,8 @@ from slidetl.evaluation.bootstrap import Metric, bca_interval_if_defined, share_
 
 # Floor of a probability in a logarithm, so that one slide cannot decide a log loss alone.
 LEAST_PROBABILITY = 1e-7
+
+_SAME = 1e-5  # greatest difference of a log probability that is none: rounding makes 1e-6
 
 Weights = NDArray[np.float64] | None
 
@@ -406,3 +408,9 @@ def _kappa(
         counts = weights @ (truth[:, None] * n_grades + graded[:, None] == cells).astype(np.float64)
         by_repeat.append(kappa_of_table(counts.reshape(*counts.shape[:-1], n_grades, n_grades), penalties))
     return np.asarray(np.mean(by_repeat, axis=0))
+
+
+def told_apart(probabilities: Sequence[Sequence[float]]) -> bool:
+    """Tells if any two slides differ in their probabilities ``[N, K]``; true for fewer than two."""
+    logs = np.log(np.maximum(probabilities, 1e-30))
+    return len(logs) < 2 or bool(np.ptp(logs, axis=0).max() > _SAME)

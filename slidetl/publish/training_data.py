@@ -21,11 +21,12 @@ from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.record import StudyRecord, config_sha256
 from slidetl.data.study import CachedSlide, read_study
 from slidetl.errors import CheckpointError, UsageError
+from slidetl.evaluation.metrics import told_apart
 from slidetl.library.model_card import TrainingData
 from slidetl.models.precision import exact_float32
 from slidetl.models.runner import Runner
 from slidetl.status import show_stage
-from slidetl.training.evaluation import SAME_FOR_ALL, told_apart
+from slidetl.training.evaluation import SAME_FOR_ALL
 from slidetl.training.slots import parse
 
 

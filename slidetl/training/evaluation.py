@@ -15,7 +15,7 @@ from slidetl.data.datasets import Chunk
 from slidetl.data.tasks import Task
 from slidetl.errors import UsageError
 from slidetl.evaluation.calibration import judged_probabilities
-from slidetl.evaluation.metrics import GradeMetrics, NumberMetrics, grade_metrics
+from slidetl.evaluation.metrics import GradeMetrics, NumberMetrics, grade_metrics, told_apart
 from slidetl.models.network import GradingNetwork
 from slidetl.models.precision import exact_float32
 from slidetl.training.multitask import TaskHeads, TaskOutcome, task_metrics
@@ -29,17 +29,11 @@ NOT_FINITE = (
 
 SAME_FOR_ALL = (
     "get the same probabilities: the network no longer tells slides apart, as when all its features have "
-    "become zero. Lower model.lr or model.transfer.backbone_lr_scale, or set model.transfer.batch_statistics"
+    "become zero. Lower model.lr or model.transfer.backbone_lr_scale, or set "
+    "model.transfer.batch_statistics, where the strategy has it"
 )
-_SAME = 1e-5  # greatest difference of a log probability that is none: rounding makes 1e-6
 _OF_GRADES = ("accuracy", "balanced_accuracy", "qwk", "mae", "macro_f1")
 _OF_PROBABILITIES = ("rps", "calibration_error", "calibration_error_if_calibrated")
-
-
-def told_apart(probabilities: Sequence[Sequence[float]]) -> bool:
-    """Tells if any two slides differ in their probabilities ``[N, K]``; true for fewer than two."""
-    logs = np.log(np.maximum(probabilities, 1e-30))
-    return len(logs) < 2 or bool(np.ptp(logs, axis=0).max() > _SAME)
 
 
 @dataclass(frozen=True, eq=False)

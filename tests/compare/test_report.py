@@ -567,6 +567,22 @@ def test_arms_that_agree_everywhere_are_not_shown_to_be_equivalent(
     assert "An interval of a single point (of warm, scratch" in arms
 
 
+def test_an_arm_that_told_no_slides_apart_is_named_at_the_head(tmp_path: Path) -> None:
+    result = invented(30, repeats=1, sizes=(), given_split=True, readers=0, sites=("north",))
+    said = "Learned nothing in at least one training, all slides having got the same probabilities: warm."
+    assert said not in worded(result, tmp_path).text[""]
+
+    def same(found: JobResult) -> JobResult:
+        rows = (replace(row, probabilities=(0.2,) * 5) for row in found.predictions)
+        return replace(found, predictions=tuple(rows))
+
+    arms = tuple(
+        replace(arm, jobs=tuple((job, same(found)) for job, found in arm.jobs)) if arm.arm == "warm" else arm
+        for arm in result.arms
+    )
+    assert said in worded(replace(result, arms=arms), tmp_path).text[""]
+
+
 def test_power_counts_results_from_the_observed_accuracy(
     whole: tuple[ComparisonResult, Path],
 ) -> None:

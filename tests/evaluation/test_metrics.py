@@ -37,6 +37,7 @@ from slidetl.evaluation.metrics import (
     probability_metrics,
     qwk,
     rps,
+    told_apart,
     weighted_mean,
 )
 
@@ -291,3 +292,10 @@ def test_numbers_that_are_not_finite_have_no_metrics() -> None:
     assert number_metrics([1.0, 4.0], [2.0, 2.0]).mae == 1.5
     with pytest.raises(UsageError, match="expected finite numbers"):
         number_metrics([1.0], [np.nan])
+
+
+def test_two_slides_of_one_certain_grade_are_told_apart() -> None:
+    """Their probabilities differ by less than 1e-4."""
+    odds = np.exp(-np.array([9.5, 10.5, 12.0]))
+    certain = np.stack([1 / (1 + odds), odds / (1 + odds)], axis=1)
+    assert told_apart(certain.tolist()) and not told_apart(certain[[0, 0]].tolist())
