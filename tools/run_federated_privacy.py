@@ -451,7 +451,8 @@ patient's tiles are more alike, so it is easier to recognise.
 ## The price and the gain
 
 Grade: three sites of {site} patients, averaged; {seeds} divisions, tested on patients of no site. Attack:
-the attacker sees every message of one site that trains alone, and has trained {shadows} sites like it.
+the attacker sees every message of one site that trains alone, and has trained sites like it: {own} on
+other draws of its patients (membership), {other} on other patients (property).
 
 - **Membership** (LiRA): was this patient in the training? AUROC and balanced accuracy are 0.5 by chance,
   the share of members found at 5 % false alarms is 0.05.
@@ -611,7 +612,8 @@ def write_page(rows: Sequence[Row], encryption: Sequence[Encrypted], width: int,
         fewest=FEWEST_TOP,
         most=MOST_TOP,
         seeds=SEEDS,
-        shadows=SHADOWS,
+        own=SHADOWS // 2 - 1,
+        other=SHADOWS // 2,
         columns=_header(COLUMNS),
         rows="\n".join(map(describe, rows)),
         more_columns=_header(MORE_COLUMNS),

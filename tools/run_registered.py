@@ -77,6 +77,7 @@ Trivial are prior (a constant grade has a QWK of 0), colour-area, and random-rid
 Recalibrated: by an ordinal regression on the grades of four fifths of the external slides; it turns a score
 round that falls with the grade.
 """
+_EPOCHS = "trainer.max_epochs"
 N_DRAWS = 2000  # resamples of the patients of a redraw, for the error of its effect
 
 Key = tuple[str, int | None]  # an arm, and its number of training slides; None for all of them
@@ -352,6 +353,13 @@ def write_page(redraws: Sequence[Redrawn], plans: Sequence[Plan], command: str) 
         ]
         columns = ["redraw", primary.arm, primary.against, "difference (standard error over slides)"]
         parts.append(markdown(columns, rows))
+        n_longest, n_chosen = _longest(redraws, comparison)
+        if 2 * n_longest > n_chosen:
+            parts.append(
+                f"In {n_longest} of {n_chosen} redraws the inner folds chose the longest schedule for "
+                f"{primary.against}: it may not be at its plateau, and the difference is then an upper bound "
+                "(as registered)."
+            )
     if missing:
         state = (
             "Not run in every redraw" if any(map(complete.get, trained)) else "No trained arm has been run"
@@ -491,6 +499,15 @@ def _choices(redraws: Sequence[Redrawn]) -> str:
         for arm, counts in chosen.items()
     ]
     return "Chosen in the inner folds. " + ". ".join(lines) + "."
+
+
+def _longest(redraws: Sequence[Redrawn], comparison: Comparison) -> tuple[int, int]:
+    """Counts the redraws that chose the longest schedule for the reference, and those that chose any."""
+    name = comparison.primary.against
+    offered = comparison.arms[name].choices.get(_EPOCHS, ())
+    jobs = [one.jobs[name, None] for one in redraws if (name, None) in one.jobs]
+    chosen = [found.chosen[_EPOCHS] for found in jobs if found.chosen and _EPOCHS in found.chosen]
+    return sum(epochs == max(offered) for epochs in chosen), len(chosen)
 
 
 def _write_random_weights(path: Path) -> None:

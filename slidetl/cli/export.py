@@ -25,7 +25,8 @@ def export(
     TorchScript needs torch alone, ONNX any runtime of it.
 
     Args:
-        checkpoints: files of 'slidetl fit'; several, of the folds of a cross-validation, vote.
+        checkpoints: folders of 'slidetl fit', each for the best checkpoint of its latest fit as in 'slidetl
+            test', or files; several, of the folds of a cross-validation, vote.
         output: file to write, e.g. MODEL.pt.
         format: onnx writes FILE.onnx (whole slides) and FILE.grade.onnx (stored embeddings), not for volumes;
             'slidetl grade' reads torchscript.
@@ -48,8 +49,12 @@ def export(
         from slidetl.publish.export import build_network, export_model
         from slidetl.publish.model_file import load_model
         from slidetl.publish.training_data import describe_training, learn_familiar, training_slides
-        from slidetl.training.checkpoint import load_grader
+        from slidetl.training.checkpoint import find_checkpoint, load_grader
 
+    given, checkpoints = checkpoints, tuple(find_checkpoint(path, allow) for path in checkpoints)
+    for path in checkpoints:
+        if path not in given:
+            print(f"checkpoint: {path}")
     graders = [load_grader(path, allow) for path in checkpoints]
     graders[0].network.backbone.check_network()
     training = familiar = None

@@ -9,7 +9,6 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +30,7 @@ from slidetl.models.backbones import without_downloads
 from slidetl.models.spec import with_preset
 from slidetl.processor import postpone_collection
 from slidetl.training.best import BestCheckpoint, WholeCheckpoints
-from slidetl.training.checkpoint import check_network, check_resumable, read_checkpoint
+from slidetl.training.checkpoint import check_network, check_resumable, find_checkpoint, read_checkpoint
 from slidetl.training.configured import default_precision
 from slidetl.training.drift import DriftReport
 from slidetl.training.evaluation import SAME_FOR_ALL
@@ -209,7 +208,9 @@ class GradingCLI(LightningCLI):
             if command == "fit":
                 return
             root = Path(options.trainer.default_root_dir or ".")
-            options["ckpt_path"] = str(_best_checkpoint(root, allow))
+            if not root.is_dir():
+                raise UsageError(f"no checkpoint of 'slidetl fit' below {root.absolute()}; give --ckpt_path")
+            options["ckpt_path"] = str(find_checkpoint(root, allow))
             rank_zero_info(f"checkpoint: {options['ckpt_path']}")
         path = Path(options["ckpt_path"])
         checkpoint = read_checkpoint(path, allow, resumable=command == "fit")
@@ -302,29 +303,6 @@ def _take_allow(args: list[str]) -> tuple[list[str], list[str]]:
     parser.add_argument("--allow", action="append", default=[])
     found, rest = parser.parse_known_args(args)
     return [name for text in found.allow for name in re.findall(r"[^\s,\[\]\"']+", text)], rest
-
-
-def _best_checkpoint(root: Path, allow: Sequence[str]) -> Path:
-    """Finds the best checkpoint of the latest fit below a run's folder, named in its last checkpoint."""
-    found = sorted(
-        root.glob("logs/version_*/checkpoints/last.ckpt"), key=lambda path: int(path.parts[-3].split("_")[1])
-    )
-    if not found:
-        raise UsageError(
-            f"no checkpoint of 'slidetl fit' below {root.absolute()}; name one with --ckpt_path FILE"
-        )
-    states = read_checkpoint(found[-1], allow).get("callbacks", {}).values()
-    names = [  # further checkpoints, each so many steps, have a path but no metric
-        Path(state["best_model_path"]).name
-        for state in states
-        if state.get("best_model_path") and state.get("monitor")
-    ]
-    best = found[-1].with_name(names[0]) if names else found[-1]
-    if not best.is_file():
-        raise UsageError(
-            f"{best}: the best checkpoint of that fit is gone; name another with --ckpt_path FILE"
-        )
-    return best
 
 
 def _one_line(message: str) -> str:

@@ -92,17 +92,46 @@ def read_checkpoint(path: Path, allow: Sequence[str] = (), resumable: bool = Fal
     return loaded
 
 
+def find_checkpoint(path: Path, allow: Sequence[str] = ()) -> Path:
+    """Finds the best checkpoint of the latest fit below a run's folder; a file stands for itself.
+
+    The last checkpoint of that fit names the best.
+
+    Raises:
+        UsageError: the folder has no checkpoint, or the best one is gone.
+        CheckpointError: as :func:`read_checkpoint`.
+    """
+    if not path.is_dir():
+        return path
+    found = sorted(
+        path.glob("logs/version_*/checkpoints/last.ckpt"), key=lambda last: int(last.parts[-3].split("_")[1])
+    )
+    if not found:
+        raise UsageError(f"no checkpoint of 'slidetl fit' below {path.absolute()}; name a file")
+    states = read_checkpoint(found[-1], allow).get("callbacks", {}).values()
+    names = [  # further checkpoints, each so many steps, have a path but no metric
+        Path(state["best_model_path"]).name
+        for state in states
+        if state.get("best_model_path") and state.get("monitor")
+    ]
+    best = found[-1].with_name(names[0]) if names else found[-1]
+    if not best.is_file():
+        raise UsageError(f"{best}: the best checkpoint of that fit is gone; name another file")
+    return best
+
+
 def load_grader(path: str | Path, allow: Sequence[str] = ()) -> SlideGrader:
     """Builds the grader of a checkpoint, on the CPU, in evaluation mode.
 
     Args:
-        path: a ``.ckpt`` file.
+        path: a ``.ckpt`` file, or the folder of a run, for the best of its latest fit.
         allow: as for :func:`read_checkpoint`.
 
     Raises:
+        UsageError: as :func:`find_checkpoint`.
         CheckpointError: as :func:`read_checkpoint`, or the state does not fit.
     """
-    path = Path(path)
+    path = find_checkpoint(Path(path), allow)
     checkpoint = read_checkpoint(path, allow)
     check_network(path, checkpoint, allow)
     try:

@@ -127,14 +127,15 @@ def test_the_primary_pair_is_shown_redraw_by_redraw_until_all_are_run(
     rng = np.random.default_rng(0)
     true, names = np.arange(60) % 5, np.arange(60)
 
-    def redraw(n_wrong: int) -> Any:
+    def redraw(n_wrong: int, epochs: int = 100) -> Any:
         def results(graded: Any) -> Any:
             return patient_results(true, np.eye(5)[graded], names, "slide")
 
         worse = true.copy()
         worse[:n_wrong] = rng.integers(0, 5, n_wrong)
         home = {("warm", None): results(true), ("scratch", None): results(worse)}
-        return tool.Redrawn(home, home, home, {})
+        job = SimpleNamespace(chosen={"trainer.max_epochs": epochs}, curves=[], seconds=1.0)
+        return tool.Redrawn(home, home, home, {("scratch", None): job})
 
     fold = SimpleNamespace(train=["a"] * 100, test=["b"] * 60, external=["c"] * 3)
     plan = SimpleNamespace(comparison=comparison, folds=[fold])
@@ -147,6 +148,8 @@ def test_the_primary_pair_is_shown_redraw_by_redraw_until_all_are_run(
     two = page(redraw(30), redraw(40))
     assert "2 of 5 redraws, so not yet the answer: **+0." in two
     assert re.search(r"\| 1 \| 1\.00 \| 0\.\d\d \| \+0\.\d\d \(0\.\d\d\) \|", two)
+    assert "In 2 of 2 redraws the inner folds chose the longest schedule for scratch" in two
+    assert "then an upper bound" not in page(redraw(30), redraw(40, epochs=30))
     five = page(*(redraw(20 + n) for n in range(5)))
     assert "not yet the answer" not in five and "between redraws, a standard deviation of" in five
 

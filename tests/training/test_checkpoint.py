@@ -9,8 +9,8 @@ import torch
 from pytorch_lightning import Trainer
 
 from slidetl.cli import main
-from slidetl.errors import CheckpointError
-from slidetl.training.checkpoint import check_resumable, load_grader, read_checkpoint
+from slidetl.errors import CheckpointError, UsageError
+from slidetl.training.checkpoint import check_resumable, find_checkpoint, load_grader, read_checkpoint
 
 
 def save(path: Path, hyper_parameters: Any, **others: Any) -> Path:
@@ -178,3 +178,22 @@ def test_a_checkpoint_does_not_ask_the_hub(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(CheckpointError, match="a checkpoint downloads nothing"):
         load_grader(save(tmp_path / "c.ckpt", {"backbone": {"name": "hf-hub:evil/model"}}))
+
+
+def test_a_runs_folder_stands_for_the_best_checkpoint_of_its_latest_fit(tmp_path: Path) -> None:
+    def fit(version: int, best: str) -> Path:
+        folder = tmp_path / "logs" / f"version_{version}" / "checkpoints"
+        folder.mkdir(parents=True)
+        callbacks = {"best": {"best_model_path": f"elsewhere/{best}", "monitor": "val/loss"}}
+        save(folder / "last.ckpt", {}, callbacks=callbacks)
+        return folder / best
+
+    with pytest.raises(UsageError, match="no checkpoint of 'slidetl fit' below"):
+        find_checkpoint(tmp_path)
+    for version in (2, 10):
+        best = fit(version, f"best-v{version}.ckpt")
+        with pytest.raises(UsageError, match=f"{best.name}: the best checkpoint of that fit is gone"):
+            find_checkpoint(tmp_path)
+        save(best, {})
+        assert find_checkpoint(tmp_path) == best
+    assert find_checkpoint(best) == best
