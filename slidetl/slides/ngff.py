@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from slidetl.errors import SlideOpenError
 from slidetl.slides.base import WHOLE_BYTES, file_digest
 from slidetl.slides.depth import full_of, sample_windows, to_8_bits
-from slidetl.slides.ome import choose_channels, rgb_planes
+from slidetl.slides.ome import choose_channels, note_of_others, rgb_planes
 from slidetl.slides.spacing import Pair
 from slidetl.slides.turn import ReadPixels
 
@@ -103,8 +103,7 @@ def read_ngff(path: Path, channels: str) -> NgffImage:
     if "multiscales" not in about and "bioformats2raw.layout" in about:
         path, others = path / "0", sum(1 for other in path.iterdir() if other.name.isdecimal()) - 1
         about = _ome(path)
-        if others > 0:
-            notes.append(f"of {others + 1} pictures in it the first alone is read")
+        notes += note_of_others(others)
     if "image-label" in about:
         raise SlideOpenError("labels, not an image")
     scales = about.get("multiscales")

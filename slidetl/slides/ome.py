@@ -15,8 +15,8 @@ _ROOT = re.compile(r"<(\w+:)?OME[\s>]")
 _RGB_NAMES = ({"r", "red"}, {"g", "green"}, {"b", "blue"})
 # Signed RGBA without alpha.
 _RGB_COLOURS = (0xFF0000, 0x00FF00, 0x0000FF)
-# Least share of the first picture's area for another picture; a level has a quarter at most.
-_AS_LARGE = 0.3
+AS_LARGE = 0.3
+"""Least share of the first picture's area for another picture; a level has a quarter at most."""
 _SHOWN = 12  # channels listed in a message
 
 
@@ -99,8 +99,13 @@ def read_ome(xml: str, name: str, samples: int, n_directories: int) -> OmeImage:
         channels=names + ("",) * (n_planes - len(names)),
         directories=directories,
         rgb=rgb_planes(names, list(map(_colour, channels))) if n_planes == len(channels) else None,
-        others=sum(_area(other) > _AS_LARGE * _area(pixels) for other in _find(root, "Pixels")) - 1,
+        others=sum(_area(other) > AS_LARGE * _area(pixels) for other in _find(root, "Pixels")) - 1,
     )
+
+
+def note_of_others(others: int) -> tuple[str, ...]:
+    """Notes the pictures of a file that are not read."""
+    return (f"of {others + 1} pictures in it the first alone is read",) if others > 0 else ()
 
 
 def choose_channels(wanted: str, names: tuple[str, ...], rgb: tuple[int, int, int] | None) -> tuple[int, ...]:

@@ -29,9 +29,17 @@ from slidetl.slides.levels import (
     nominal_mpp,
     scale_of,
 )
+from slidetl.slides.ome import note_of_others
 from slidetl.slides.opencv import opencv
 from slidetl.slides.spacing import Pair, settle_spacing
-from slidetl.slides.tiff import PLAIN_TIFFS, JpegTiles, read_jpeg_level, stored_orientation
+from slidetl.slides.tiff import (
+    GENERIC_TIFF,
+    PLAIN_TIFFS,
+    JpegTiles,
+    count_others,
+    read_jpeg_level,
+    stored_orientation,
+)
 from slidetl.slides.turn import Turn
 from slidetl.slides.unread import describe_unread
 
@@ -446,6 +454,8 @@ def _describe(
     if Turn.of(orientation)[0] != Turn():
         said = f"orientation {orientation}, which its TIFF tag says, is not applied to a scanner's file"
         notes = (*notes, said)
+    if properties.get(openslide.PROPERTY_NAME_VENDOR) == GENERIC_TIFF:
+        notes = (*notes, *note_of_others(count_others(path)))
     background = properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "FFFFFF")
     return SlideInfo(
         path=path,

@@ -27,9 +27,9 @@ from slidetl.slides.depth import full_of, sample_windows, to_8_bits
 from slidetl.slides.levels import Level, PyramidSlide, nominal_mpp, scale_of
 from slidetl.slides.ngff import is_ngff, read_ngff
 from slidetl.slides.npz import NpzItem
-from slidetl.slides.ome import OmeImage, choose_channels, is_ome, read_ome
+from slidetl.slides.ome import AS_LARGE, OmeImage, choose_channels, is_ome, note_of_others, read_ome
 from slidetl.slides.spacing import PRINTER_UM, Pair, settle_spacing
-from slidetl.slides.tiff import GENERIC_TIFF, PLAIN_TIFFS, is_plain, is_tiff
+from slidetl.slides.tiff import GENERIC_TIFF, NO_PICTURE, PLAIN_TIFFS, is_plain, is_tiff
 from slidetl.slides.turn import ReadPixels, Turn
 
 IMAGE_SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".bmp"])
@@ -46,6 +46,8 @@ _GREYS = (_MINISWHITE, _MINISBLACK)
 _JPEG_COMPRESSION = 7
 # TIFF tags: of TIFF 6.0, and of ICC.1:2010, annex B.4.
 _SUBFILE_TYPE, _ORIENTATION, _RESOLUTIONS, _RESOLUTION_UNIT, _ICC_PROFILE = 254, 274, (282, 283), 296, 34675
+
+_AGAIN = "copy it again"
 
 _APERIO = re.compile(r"\|\s*(MPP|AppMag)\s*=\s*([0-9.,]+)")
 # More levels than any pyramid has, and more channels than any microscope.
@@ -317,12 +319,12 @@ class _Tiff:
         """Lists the pages of every level, one or three planes each; finest first."""
         pages = self._file.pages
         first = pages.first
+        self._check_chain()
         if is_ome(first.description):
             count = len(pages)
             try:
                 self._ome = read_ome(first.description, self._path.name, int(first.samplesperpixel), count)
-                if self._ome.others > 0:
-                    self._notes.append(f"of {self._ome.others + 1} pictures in it the first alone is read")
+                self._notes += note_of_others(self._ome.others)
             except SlideOpenError as error:
                 raise SlideOpenError(f"{self._path}: {error}") from error
             numbers = self._choose(channels, self._ome.channels, self._ome.rgb)
@@ -333,7 +335,9 @@ class _Tiff:
                     [page for page in pages[: min(count, _MAX_LEVELS)] if _tag(page, _SUBFILE_TYPE, 0) & 1]
                 ]
             return _pyramid(chosen, reduced)
-        levels = list(self._file.series[0].levels)
+        series = self._file.series
+        self._notes += note_of_others(self._others([one.keyframe for one in series]))
+        levels = list(series[0].levels)
         stacks = [list(level.pages) for level in levels]
         n_planes = len(stacks[0])
         if levels[0].axes not in ("YX", "YXS", "SYX") and (
@@ -351,6 +355,27 @@ class _Tiff:
             for stack in stacks
             if len(stack) == n_planes
         ]
+
+    def _check_chain(self) -> None:
+        """Refuses a file in which the list of pages is cut off: planes or levels would be missing."""
+        handle = self._file.filehandle
+        handle.seek(self._file.pages.next_page_offset or 0)
+        if handle.read(self._file.tiff.offsetsize) != bytes(self._file.tiff.offsetsize):
+            raise SlideOpenError(f"{self._path}: it ends early, its list of pictures is cut off; {_AGAIN}")
+
+    def _others(self, pages: list[Any]) -> int:
+        """Counts the further pictures of similar size; refuses a larger one than the first, a preview."""
+        first, *further = pages
+        pictures = [page for page in further if not _tag(page, _SUBFILE_TYPE, 0) & NO_PICTURE]
+        areas = [int(page.imagewidth) * int(page.imagelength) for page in (first, *pictures)]
+        largest = int(np.argmax(areas))
+        if largest > 0:
+            sizes = [f"{page.imagewidth} x {page.imagelength}" for page in (first, pictures[largest - 1])]
+            raise SlideOpenError(
+                f"{self._path}: expected the slide as the first picture in it, found one of {sizes[0]} pixels "
+                f"before one of {sizes[1]}; write the one that is meant to a file of its own"
+            )
+        return sum(area > AS_LARGE * areas[0] for area in areas[1:])
 
     def _choose(
         self, channels: str, names: tuple[str, ...], rgb: tuple[int, int, int] | None
@@ -383,6 +408,12 @@ class _Tiff:
         if int(page.compression) not in READABLE:
             name = getattr(page.compression, "name", page.compression)  # tifffile may have none
             raise SlideOpenError(f"{self._path}: compressed by {name}, which is not read; convert it to JPEG")
+        ends = (at + count for at, count in zip(page.dataoffsets, page.databytecounts, strict=False) if count)
+        if not page.is_memmappable and (end := max(ends, default=0)) > self._file.filehandle.size:
+            raise SlideOpenError(
+                f"{self._path}: it ends early: its pixels lie in {end} bytes, the file has "
+                f"{self._file.filehandle.size}; {_AGAIN}"
+            )
         piece_bytes = math.prod(page.chunks) * page.dtype.itemsize
         if not page.is_memmappable and piece_bytes > _MAX_SEGMENT_PX * min(samples, 4):
             raise SlideOpenError(
@@ -448,6 +479,8 @@ class _Tiff:
         handle = self._file.filehandle
         handle.seek(page.dataoffsets[index])
         data = handle.read(page.databytecounts[index])
+        if len(data) < page.databytecounts[index]:
+            raise EOFError("the file ends early")
         piece = None
         if data:
             samples = int(page.samplesperpixel) if int(page.planarconfig) == 1 else 1

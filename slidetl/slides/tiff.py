@@ -19,7 +19,7 @@ from typing import IO, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from slidetl.slides.ome import is_ome
+from slidetl.slides.ome import AS_LARGE, is_ome
 
 # TIFF 6.0 and BigTIFF: tag numbers, and types of whole numbers.
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
@@ -108,6 +108,9 @@ GENERIC_TIFF = "generic-tiff"
 PLAIN_TIFFS = ("aperio", GENERIC_TIFF)
 """Vendors, in OpenSlide's words, with the directories of a TIFF as levels and nothing else."""
 
+NO_PICTURE = 1 | 4
+"""Bits of a TIFF's subfile type: a reduced picture, a mask."""
+
 
 def is_tiff(path: Path) -> bool:
     """Tells if a file begins like a TIFF or BigTIFF."""
@@ -128,8 +131,8 @@ def is_plain(path: Path, is_generic: bool) -> bool:
     """Tells if OpenSlide shows a TIFF correctly, or the file is too unusual to judge.
 
     It does not if samples are deeper than 8 bits or no whole numbers. Of a generic TIFF it knows only the
-    pixels, so neither if OME-XML describes it, it has an orientation, or its channels are further samples or
-    directories.
+    pixels, so neither if OME-XML describes it, it has an orientation, its channels are further samples or
+    directories, or a further picture is larger than the first.
     """
     with path.open("rb", buffering=0) as file:
         try:
@@ -150,14 +153,24 @@ def is_plain(path: Path, is_generic: bool) -> bool:
             colours = _COLOURS.get(first.number(_PHOTOMETRIC, 1), samples)
             if samples > colours + 1 or (samples > colours and first.few(_EXTRA_SAMPLES, 0)[0] not in (1, 2)):
                 return False
-            size = first.number(_WIDTH), first.number(_HEIGHT)
             for number, other in enumerate(walk):
-                is_plane = (other.number(_WIDTH, 0), other.number(_HEIGHT, 0)) == size
-                if (is_plane and not other.number(_SUBFILE_TYPE, 0)) or number > _MAX_DIRECTORIES:
+                is_plane = other.size_px == first.size_px and not other.number(_SUBFILE_TYPE, 0)
+                is_larger = other.is_picture and other.area_px > first.area_px
+                if is_plane or is_larger or number > _MAX_DIRECTORIES:
                     return False
         except (_UnusualError, StopIteration):
             return True
     return True
+
+
+def count_others(path: Path) -> int:
+    """Counts the further pictures of a TIFF of a size similar to the first's, except its levels and masks."""
+    with path.open("rb", buffering=0) as file:
+        try:
+            first, *further = _directories(file)
+            return sum(other.is_picture and other.area_px > AS_LARGE * first.area_px for other in further)
+        except (_UnusualError, ValueError):
+            return 0
 
 
 class Jpeg(NamedTuple):
@@ -266,6 +279,21 @@ class _Directory:
     order: str
     file_bytes: int
     entries: dict[int, tuple[int, int, bytes]]
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """Width and height; 0 if unknown."""
+        return self.number(_WIDTH, 0), self.number(_HEIGHT, 0)
+
+    @property
+    def area_px(self) -> int:
+        """Number of pixels."""
+        return self.size_px[0] * self.size_px[1]
+
+    @property
+    def is_picture(self) -> bool:
+        """True for a picture of its own, no level or mask."""
+        return not self.number(_SUBFILE_TYPE, 0) & NO_PICTURE
 
     def number(self, tag: int, default: int | None = None) -> int:
         if tag not in self.entries and default is not None:

@@ -446,6 +446,65 @@ def test_a_truncated_uncompressed_tiff_is_refused(tmp_path: Path) -> None:
         open_slide(tmp_path / "a.tif", 0.5)
 
 
+@pytest.mark.parametrize("kept", [0.3, 0.6, 0.9])
+@pytest.mark.parametrize("kind", ["tiles", "strips", "deep", "pyramid", "ome"])
+def test_a_truncated_tiff_is_refused_and_never_glass(tmp_path: Path, kind: str, kept: float) -> None:
+    picture, path = noise(320, 320), tmp_path / "a.tif"
+    if kind == "ome":
+        pyramid(path, picture)
+    elif kind == "pyramid":
+        with tifffile.TiffWriter(path) as file:
+            for level in range(3):
+                part = picture[:: 2**level, :: 2**level]
+                options: dict[str, Any] = {"subfiletype": int(level > 0), "metadata": None}
+                file.write(part, photometric="rgb", compression="jpeg", tile=(64, 64), **options)
+    elif kind == "strips":
+        flat(path, picture, compression="lzw", rowsperstrip=8)
+    else:
+        stored = picture.astype(np.uint16) * 257 if kind == "deep" else picture
+        flat(path, stored, compression="deflate", tile=(64, 64))
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * kept)])
+    with pytest.raises(SlideOpenError, match=r"a\.tif: it ends early.*; copy it again"):
+        RasterSlide(path, 0.5)
+
+
+def test_a_piece_that_is_read_in_part_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    flat(path, noise(256, 256), compression="deflate", tile=(64, 64))
+    with RasterSlide(path, 0.5) as slide:
+        path.write_bytes(path.read_bytes()[:20_000])  # as while a share is copied again
+        with pytest.raises(SlideReadError, match="the file ends early"):
+            slide.read((192, 192), (64, 64), 0.5)
+
+
+@pytest.mark.parametrize("options", [{"compression": "deflate", "rowsperstrip": 16}, {"tile": (32, 32)}])
+def test_a_preview_before_the_slide_is_refused(tmp_path: Path, options: dict[str, Any]) -> None:
+    picture = noise(256, 256)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        for part in (picture[::4, ::4], picture):
+            file.write(np.ascontiguousarray(part), photometric="rgb", metadata=None, **options)
+    with pytest.raises(SlideOpenError, match=r"one of 64 x 64 pixels before one of 256 x 256; write the one"):
+        open_slide(tmp_path / "a.tif", 2.0)
+
+
+@pytest.mark.parametrize("options", [{"compression": "deflate", "rowsperstrip": 16}, {"tile": (32, 32)}])
+def test_further_pictures_of_similar_size_are_noted(tmp_path: Path, options: dict[str, Any]) -> None:
+    picture = noise(256, 256)
+    level_and_label = ((picture[:200, :200], 1), (picture[:64, :64], 0))
+    for others, notes in (
+        (level_and_label, ()),
+        ((*level_and_label, (picture[56:, 6:], 0)), ("of 2 pictures in it the first alone is read",)),
+    ):
+        with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+            for part, kind in ((picture, 0), *others):
+                shared: dict[str, Any] = {"photometric": "rgb", "metadata": None, "subfiletype": kind}
+                file.write(np.ascontiguousarray(part), **shared, **options)
+        with open_slide(tmp_path / "a.tif", 2.0) as slide:
+            assert slide.info.notes == notes
+            assert np.array_equal(slide.read((0, 0), (256, 256), 2.0), picture)
+
+
 def planes(path: Path, picture: NDArray[Any], names: list[str], **about: Any) -> Path:
     """One directory for each channel, in tiles, as raw2ometiff writes."""
     metadata = {
