@@ -98,7 +98,7 @@ def read_slides(comparison: Comparison) -> Study:
         CacheMissingError: no graded slide is in the cache.
         SlidetlError: as :func:`~slidetl.data.study.read_study`.
     """
-    study = read_study(comparison.manifest, comparison.cache, len(comparison.grades))
+    study = read_study(comparison.manifest, comparison.cache, comparison.grades)
     if not study.graded:
         raise CacheMissingError(
             f"{comparison.cache}: none of the graded slides of {comparison.manifest} is here; "

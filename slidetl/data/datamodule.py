@@ -220,7 +220,7 @@ class SlideDataModule(pl.LightningDataModule):
         with warnings.catch_warnings():
             if self._rank:
                 warnings.simplefilter("ignore")  # each process reads, one warns
-            self._study = read_study(self.manifest, self.cache, len(self.grades), self.tasks)
+            self._study = read_study(self.manifest, self.cache, self.grades, self.tasks)
             self._divide(self._study, stage)
 
     def _divide(self, study: Study, stage: str | None) -> None:

@@ -24,6 +24,7 @@ from slidetl.tiles.identifier import clash_key, safe_slide_id, short_digest
 from slidetl.volumes import is_volume_file
 
 SPLITS = ("train", "val", "test")
+_SPLIT_NAMES = frozenset([*SPLITS, "training", "valid", "validation", "testing"])
 REQUIRED = ("slide_id", "path", "patient_id", "grade")
 FIVE_GRADES = ("0", "1", "2", "3", "4")  # the default scale
 LOCATION = ("x_mm", "y_mm", "z_mm")
@@ -92,13 +93,15 @@ class Manifest:
 
 
 def read_manifest(
-    path: Path, n_grades: int | None = None, images: bool = False, tasks: Sequence[Task] = ()
+    path: Path, scale: Sequence[str] | int | None = None, images: bool = False, tasks: Sequence[Task] = ()
 ) -> Manifest:
     """Reads a CSV, or lists a folder of slides, a folder of labelled images, or an ``.npz`` of both.
 
     Labelled images lie in one folder per label, ``FOLDER/LABEL/...`` or ``FOLDER/SPLIT/LABEL/...`` with
-    ``train``, ``val`` and ``test`` as splits. Sorted by name (numbers by value), the labels become grades;
-    each image counts as a separate patient. For ``.npz`` files see :mod:`slidetl.slides.npz`.
+    ``train``, ``val`` and ``test`` as splits. A label becomes the grade of its name on the scale; if the
+    scale has no such names, as many as there are labels, it is its place among the labels, sorted by name
+    (numbers by value). Each image counts as a separate patient. For ``.npz`` files see
+    :mod:`slidetl.slides.npz`.
 
     Args:
         path: a table (:mod:`slidetl.data.spreadsheet`) with the columns ``slide_id, path, patient_id, grade``
@@ -106,21 +109,21 @@ def read_manifest(
             ...; or a folder of ungraded slides, searched with its sub-folders (:mod:`slidetl.data.folder`);
             or labelled images; or one OME-Zarr. A folder without slides is searched for images (PNG, JPEG,
             BMP).
-        n_grades: number of grades K on the scale; None accepts any whole number.
+        scale: names of the grades, lowest first, or their number K; None accepts any whole number.
         images: treat a folder as labelled images even if it has TIFFs or slides.
         tasks: label scales to read from their columns, if present.
 
     Raises:
         ManifestError: every fault found, with line numbers. Missing files are no faults: opening them fails.
     """
-    path = Path(path)
+    path, n_grades = Path(path), len(scale) if isinstance(scale, Sequence) else scale
     if is_ngff(path):
         row = ManifestRow(0, "", path.absolute(), "")
         return _with_labels(Manifest(_named([row], path.absolute().parent)), tasks)
     if path.is_dir() and images:
-        return _with_labels(_list_images(path, n_grades, IMAGE_SUFFIXES | TIFF_SUFFIXES), tasks)
+        return _with_labels(_list_images(path, scale, IMAGE_SUFFIXES | TIFF_SUFFIXES), tasks)
     if path.is_dir():
-        return _with_labels(_list_folder(path, n_grades), tasks)
+        return _with_labels(_list_folder(path, scale), tasks)
     if path.suffix.lower() == ".npz" and path.is_file():
         return _with_labels(_list_arrays(path, n_grades), tasks)
     if not path.is_file():
@@ -384,7 +387,7 @@ def _with_labels(manifest: Manifest, tasks: Sequence[Task]) -> Manifest:
     return replace(manifest, rows=tuple(rows))
 
 
-def _list_folder(folder: Path, n_grades: int | None) -> Manifest:
+def _list_folder(folder: Path, scale: Sequence[str] | int | None) -> Manifest:
     """Lists the slides and CT series below a folder, a DICOM series once, or its images if it has neither.
 
     A series of several files is named by its UID, since none of the files names it.
@@ -402,7 +405,7 @@ def _list_folder(folder: Path, n_grades: int | None) -> Manifest:
         ]
         return Manifest(_named(rows, found.folder))
     if found.slides(IMAGE_SUFFIXES):
-        return _list_images(folder, n_grades, IMAGE_SUFFIXES)
+        return _list_images(folder, scale, IMAGE_SUFFIXES)
     known = " ".join(sorted(SLIDE_SUFFIXES | IMAGE_SUFFIXES))
     rest = found.describe_rest([])
     raise ManifestError(
@@ -425,7 +428,7 @@ def _series(path: Path) -> tuple[Path, str] | None:
     return (path.parent, series) if series else None
 
 
-def _list_images(folder: Path, n_grades: int | None, suffixes: frozenset[str]) -> Manifest:
+def _list_images(folder: Path, scale: Sequence[str] | int | None, suffixes: frozenset[str]) -> Manifest:
     """Lists the images below a folder, graded by sub-folder; ungraded if some lie outside of these."""
     found = find_files(folder)
     folder, paths = found.folder, found.slides(suffixes)
@@ -440,15 +443,35 @@ def _list_images(folder: Path, n_grades: int | None, suffixes: frozenset[str]) -
     if not all(labels):
         return Manifest(_named([ManifestRow(0, "", path, "") for path in paths], folder))
     names = {label[0] for label in labels}
-    grades = tuple(
-        sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
-    )
-    _check_labels(folder, len(grades), n_grades)
+    grades = _scale_of(folder, names, scale)
     rows = [
         ManifestRow(0, "", path, "", grade=grades.index(label[0]), split=parts[0] if has_splits else "")
         for path, parts, label in zip(paths, folders, labels, strict=True)
     ]
     return Manifest(_named(rows, folder), grades)
+
+
+def _scale_of(folder: Path, names: set[str], scale: Sequence[str] | int | None) -> tuple[str, ...]:
+    """Returns the names of the labels in the order of their grades."""
+    if splits := sorted(name for name in names if name.casefold() in _SPLIT_NAMES):
+        raise ManifestError(
+            f"{folder}: expected a folder for each label, found {splits}, which are splits; name these "
+            f"{', '.join(SPLITS)}, and let all images lie in them"
+        )
+    in_order = tuple(
+        sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
+    )
+    if scale is None or isinstance(scale, int):
+        _check_labels(folder, len(names), scale)
+        return in_order
+    if names <= set(scale):
+        return tuple(scale)
+    if names & set(scale) or len(names) != len(scale):
+        raise ManifestError(
+            f"{folder}: its images have the labels {list(in_order)}, the grades are {list(scale)}; rename "
+            "the folders as the grades, or give data.grades the labels, lowest first"
+        )
+    return in_order
 
 
 def _list_arrays(file: Path, n_grades: int | None) -> Manifest:

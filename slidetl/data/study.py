@@ -117,7 +117,10 @@ class Study:
 
 
 def read_study(
-    manifest: str | Path, cache: str | Path, n_grades: int | None = None, tasks: Sequence[Task] = ()
+    manifest: str | Path,
+    cache: str | Path,
+    scale: Sequence[str] | int | None = None,
+    tasks: Sequence[Task] = (),
 ) -> Study:
     """Reads a manifest, opens the tiles of its slides, and checks their identity.
 
@@ -128,17 +131,18 @@ def read_study(
     Args:
         manifest: the CSV of the study, or a folder of slides.
         cache: the folder written by ``slidetl tile``.
-        n_grades: number of grades K; None accepts any whole number.
+        scale: names of the grades, lowest first, or their number K; None accepts any whole number.
         tasks: label scales to read beside the grade.
 
     Raises:
         ManifestError: the manifest or a table of tile labels has faults.
         AnnotationError: a file of annotations has.
         CacheMissingError: no slide of the manifest is in the cache.
-        CacheMismatchError: a cache holds the tiles of another slide, or slides were tiled differently.
+        CacheMismatchError: a cache holds the tiles of another slide, or of another spacing of level 0 than
+            the manifest's, or slides were tiled differently.
     """
     folder = Path(cache).absolute()
-    rows = read_manifest(Path(manifest), n_grades, tasks=tasks).rows
+    rows = read_manifest(Path(manifest), scale, tasks=tasks).rows
     ledger = _read_ledger(folder)
     slides, lost = [], []
     others: dict[str, set[str]] = defaultdict(set)
@@ -152,6 +156,14 @@ def read_study(
             raise CacheMismatchError(
                 f"slide {row.slide_id!r}: the manifest's location is {row.location_mm}, its cache is of "
                 f"{opened.header.location_mm} (None: the whole series); tile it again with --overwrite"
+            )
+        header = opened.header
+        is_cut_here = header.frame is None and not header.imported  # else nothing was cut by this spacing
+        if is_cut_here and row.mpp is not None and header.mpp_level0 != (row.mpp, row.mpp):
+            found = " x ".join(f"{mpp:.6g}" for mpp in sorted(set(header.mpp_level0)))
+            raise CacheMismatchError(
+                f"slide {row.slide_id!r}: the manifest's mpp is {row.mpp:.6g}, its tiles were cut with "
+                f"{found} um per pixel of level 0; tile it again with --overwrite, or correct the manifest"
             )
         slides.append(CachedSlide(row, opened, _read_labels(row, opened, tasks, others)))
     if not slides:

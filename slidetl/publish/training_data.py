@@ -53,7 +53,7 @@ def training_slides(
         if record is None:
             raise CheckpointError("a checkpoint of an older version does not say which")
         data = _data_module(configs[number % len(configs)], record, allow)
-        study = read_study(data.manifest, data.cache, len(data.grades), data.tasks)
+        study = read_study(data.manifest, data.cache, data.grades, data.tasks)
         slides |= {slide.row.slide_id: slide for slide in record.find(study, "train")}
     return tuple(slides[slide_id] for slide_id in sorted(slides))
 

@@ -372,7 +372,7 @@ class _Tiff:
         if largest > 0:
             sizes = [f"{page.imagewidth} x {page.imagelength}" for page in (first, pictures[largest - 1])]
             raise SlideOpenError(
-                f"{self._path}: expected the slide as the first picture in it, found one of {sizes[0]} pixels "
+                f"{self._path}: expected the slide as its first picture, found one of {sizes[0]} pixels "
                 f"before one of {sizes[1]}; write the one that is meant to a file of its own"
             )
         return sum(area > AS_LARGE * areas[0] for area in areas[1:])

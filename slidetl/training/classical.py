@@ -58,7 +58,7 @@ def _parts(study: FeatureStudy) -> tuple[tuple[CachedSlide, ...], tuple[CachedSl
         SlidetlError: as :func:`~slidetl.data.study.read_study` and its ``parts``.
     """
     check_scale(study.grades)
-    whole = read_study(study.manifest, study.cache, len(study.grades))
+    whole = read_study(study.manifest, study.cache, study.grades)
     parts = whole.parts(val_fraction=study.val_fraction, test_fraction=study.test_fraction, seed=study.seed)
     train, test = (*parts["train"], *parts["val"]), parts["test"]
     if not test:

@@ -303,6 +303,42 @@ def test_numbered_folders_are_in_the_order_of_their_values(tmp_path: Path) -> No
     assert read_manifest(tmp_path).grades == ("2", "9", "10")
 
 
+def test_labels_are_the_grades_of_their_names(tmp_path: Path) -> None:
+    images(tmp_path, *(f"{n}/{n}.png" for n in "0124"))
+    scale = ("0", "1", "2", "3", "4")
+    manifest = read_manifest(tmp_path, scale)
+    assert [row.grade for row in manifest.rows] == [0, 1, 2, 4] and manifest.grades == scale
+    for other in (("4", "3", "2", "1", "0"), ("none", "4", "2", "1", "0")):
+        assert [other[row.grade or 0] for row in read_manifest(tmp_path, other).rows] == ["0", "1", "2", "4"]
+    # No name is on the scale, and all are there: as the folders are sorted.
+    words = read_manifest(tmp_path, ("none", "mild", "moderate", "severe"))
+    assert [row.grade for row in words.rows] == [0, 1, 2, 3] and words.grades == ("0", "1", "2", "4")
+
+
+@pytest.mark.parametrize(
+    ("labels", "scale"),
+    [
+        (["0", "1", "2", "3", "unclear"], ["0", "1", "2", "3", "4"]),
+        (["1", "2", "3", "4", "5"], ["0", "1", "2", "3", "4"]),
+        (["a", "b"], ["0", "1", "2"]),
+    ],
+)
+def test_labels_that_are_not_the_grades_are_refused(
+    tmp_path: Path, labels: list[str], scale: list[str]
+) -> None:
+    images(tmp_path, *(f"{name}/{name}.png" for name in labels))
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(tmp_path, scale)
+    assert f"the labels {labels}, the grades are {scale}; rename the folders" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["valid", "Validation", "Test", "testing"])
+def test_splits_of_another_spelling_are_no_labels(tmp_path: Path, name: str) -> None:
+    images(tmp_path, "train/a/1.png", "train/b/2.png", f"{name}/a/3.png")
+    with pytest.raises(ManifestError, match=r"which are splits; name these train, val, test"):
+        read_manifest(tmp_path)
+
+
 def test_folders_of_splits_hold_folders_of_labels(tmp_path: Path) -> None:
     images(tmp_path, "train/a/1.png", "train/b/2.png", "test/a/3.png")
     rows = {row.slide_id: (row.split, row.grade) for row in read_manifest(tmp_path).rows}

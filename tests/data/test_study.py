@@ -8,17 +8,23 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from slidetl.cli import main
 from slidetl.data import study as data_study
 from slidetl.data.datamodule import SlideDataModule
+from slidetl.data.manifest import read_manifest
 from slidetl.data.study import find_slides, read_study
 from slidetl.errors import CacheMismatchError, UsageError
 from slidetl.slides import Slide, open_slide
+from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.ledger import FAILED, Ledger, LedgerRow
+from slidetl.tiles.run import tile_slides
 from slidetl.tiles.store import SlideCache, seal_node
+from slidetl.tiles.tile import SlideSource
 from tests.conftest import Study
 from tests.data.test_datamodule import rewrite
 from tests.small import small_embed
@@ -52,6 +58,39 @@ def test_tiles_of_another_content_than_the_ledger_has_are_refused(study: Study, 
     ledger.record([dataclasses.replace(first, fingerprint="0" * 64)])
     with pytest.raises(CacheMismatchError, match=f"slide '{first.slide_id}'.*the ledger names"):
         read_study(study.manifest, tmp_path / "cache")
+
+
+def tiled_pictures(folder: Path, *names: str) -> Path:
+    """Tiles pictures at 1 um per pixel into the cache beside their folder."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((64, 64, 3), len(name), np.uint8)).save(folder / name)
+    rows = read_manifest(folder).rows
+    cache = folder.parent / "cache"
+    spec = TileSpec(mpp=1.0, tile_size_px=32, min_tissue=0)
+    tile_slides([SlideSource(row.slide_id, row.path, mpp_replace=1.0) for row in rows], cache, spec, 1)
+    return cache
+
+
+def test_labels_of_folders_are_read_on_the_scale_of_the_study(tmp_path: Path) -> None:
+    cache = tiled_pictures(tmp_path / "images", "0/a.png", "4/b.png")
+    data = SlideDataModule(str(tmp_path / "images"), str(cache), num_workers=0)
+    data.setup("predict")
+    assert [slide.row.grade for slide in data.slides["predict"]] == [0, 4]
+
+
+def test_an_mpp_corrected_after_tiling_is_refused(tmp_path: Path) -> None:
+    cache = tiled_pictures(tmp_path / "images", "a.png")
+    manifest = tmp_path / "manifest.csv"
+    for mpp, is_refused in (("", False), ("1.0", False), ("0.5", True)):
+        manifest.write_text(f"slide_id,path,patient_id,grade,mpp\na,images/a.png,p,0,{mpp}\n")
+        if is_refused:
+            with pytest.raises(
+                CacheMismatchError, match=r"'a': the manifest's mpp is 0\.5, .* cut with 1 um"
+            ):
+                read_study(manifest, cache)
+        else:
+            assert len(read_study(manifest, cache).slides) == 1
 
 
 def test_slides_can_be_given_directly(study: Study, tmp_path: Path) -> None:
