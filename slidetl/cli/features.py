@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -11,6 +12,7 @@ from slidetl.cli.progress import Progress
 from slidetl.text import one_line
 
 if TYPE_CHECKING:
+    from slidetl.data.manifest import ManifestRow
     from slidetl.tiles.ledger import LedgerRow
 
 
@@ -79,9 +81,10 @@ def import_(
         files: HDF5 files, or folders of them; the name of a file is that of its slide.
         cache: folder to store them in; a new one, or one with the same tiles.
         name: name for the features.
-        slides: manifest (CSV) or folder of the slides. It gives identifiers and paths; of a slide that is on
-            this machine, content and spacing are recorded, and coordinates compared with its size. Without
-            it, the path in a manifest is that of the HDF5 file.
+        slides: manifest (CSV) or folder of the slides. It gives identifiers and paths: a file has the name
+            of its slide_id, or of the slide's own file. Of a slide that is on this machine, content and
+            spacing are recorded, and coordinates compared with its size. Without it, the path in a manifest
+            is that of the HDF5 file.
         backbone: the network of files that do not state it, as CLAM's.
         overwrite: replace other features of this name.
     """
@@ -154,7 +157,10 @@ def _hdf5_files(paths: tuple[Path, ...]) -> list[Path]:
 
 
 def _match(files: list[Path], slides: Path | None) -> dict[str, tuple[Path, Path | None, float | None]]:
-    """Assigns files to slides, by the name of the file: identifier, file, path of the slide, its spacing."""
+    """Assigns files to slides, by the name of the file: identifier, file, path of the slide, its spacing.
+
+    It is the slide's identifier, or the name of its own file; a file that could be of two slides is refused.
+    """
     from slidetl.data.manifest import read_manifest
     from slidetl.data.study import listed
     from slidetl.errors import UsageError
@@ -169,17 +175,32 @@ def _match(files: list[Path], slides: Path | None) -> dict[str, tuple[Path, Path
         named[stem] = file.absolute()
     if slides is None:
         return {stem: (file, None, None) for stem, file in named.items()}
+    rows = read_manifest(slides).rows
+    by_id = {row.slide_id: row for row in rows}
+    by_path: dict[str, list[ManifestRow]] = defaultdict(list)
+    for row in rows:
+        for stem in {row.path.stem, row.path.stem.removesuffix(".ome")}:
+            by_path[safe_slide_id(stem)].append(row)
     matched: dict[str, tuple[Path, Path | None, float | None]] = {}
-    missing = []
-    for row in read_manifest(slides).rows:
-        stem = row.path.stem.removesuffix(".ome")
-        names = (row.slide_id, safe_slide_id(row.path.stem), safe_slide_id(stem))
-        of = next((named.pop(name) for name in names if name in named), None)
-        if of is None:
-            missing.append(row.slide_id)
+    strangers, doubtful = [], []
+    for name, file in named.items():
+        own, others = by_id.get(name), by_path[name]
+        if own is None or own in others:  # slides of the same file name may have files by their slide_id
+            others = [row for row in others if row.slide_id not in named]
+        claims = [*([own] if own else []), *(row for row in others if row is not own)]
+        if len(claims) > 1 or any(row.slide_id in matched for row in claims):
+            doubtful.append(f"{file} of {' or '.join(f'{row.slide_id} ({row.path})' for row in claims)}")
+        elif claims:
+            matched[claims[0].slide_id] = (file, claims[0].path, claims[0].mpp)
         else:
-            matched[row.slide_id] = (of, row.path, row.mpp)
-    for what, left in (("slides without a file", missing), ("files of no slide", list(named))):
+            strangers.append(name)
+    if doubtful:
+        raise UsageError(
+            f"{slides}: {len(doubtful)} files could be of another slide, or of one that has a file: "
+            f"{listed(doubtful)}; name each by its slide_id, and no slide_id as the file of another slide"
+        )
+    missing = [row.slide_id for row in rows if row.slide_id not in matched]
+    for what, left in (("slides without a file", missing), ("files of no slide", strangers)):
         if left:
             print(one_line(f"{len(left)} {what}, left out: {listed(left)}"), file=sys.stderr)
     if not matched:

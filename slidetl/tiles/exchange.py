@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from slidetl.errors import OutputError, UsageError
 from slidetl.files import replaced_path
-from slidetl.tiles.features import FeatureSource, read_features, read_source
+from slidetl.tiles.features import FeatureSource, feature_checksum, read_features, read_source
 from slidetl.tiles.store import SlideCache
 
 Form = Literal["hdf5", "anndata"]
@@ -55,7 +55,12 @@ def export_features(
     """
     source = read_source(cache, name)
     about = json.dumps(
-        {"header": cache.header.to_attributes(), "name": name, "features": source.to_attributes()},
+        {
+            "header": cache.header.to_attributes(),
+            "name": name,
+            "features": source.to_attributes(),
+            "checksum": feature_checksum(cache, name),  # imported features have no hash of their weights
+        },
         sort_keys=True,
     )
     if path.exists() and not overwrite:

@@ -18,7 +18,7 @@ from slidetl.tiles.features import NOT_STATED, FeatureSource, read_features, rea
 from slidetl.tiles.foreign import ForeignFeatures, read_foreign
 from slidetl.tiles.ledger import USED, LedgerRow, file_state
 from slidetl.tiles.lock import slide_lock
-from slidetl.tiles.store import CacheHeader, SlideCache, building_path, cache_path
+from slidetl.tiles.store import CacheHeader, SlideCache, building_path, cache_path, describe_difference
 from slidetl.tiles.tile import stamped
 from slidetl.tiles.writer import write_arrays, write_seal
 
@@ -71,7 +71,8 @@ def import_features(
 
     Raises:
         CacheCorruptError: the file is damaged or holds no features of tiles.
-        CacheMismatchError: the cache has other tiles, or features of another network under this name.
+        CacheMismatchError: the cache has other tiles, is of another slide, or has features of another network
+            under this name.
         SlideError: the slide is there, and cannot be read.
         UsageError: h5py is not installed, or the file is a pickle.
     """
@@ -93,10 +94,12 @@ def import_features(
         cache = SlideCache.open(cache_path(cache_dir, slide_id))
     except CacheMissingError:
         cache = _write_group(cache_dir, header, origins)
-    if info is not None and cache.fingerprint != info.fingerprint:
+    if (info is not None or found.header is not None) and cache.fingerprint != header.fingerprint:
         raise CacheMismatchError(
-            f"{cache.path}: not of {info.path}, or imported without it; import into another folder"
+            f"{cache.path}: not of {info.path if info is not None else f'the slide of {path}'}, or imported "
+            "without it; import into another folder"
         )
+    _check_tiles(header, cache)
     order = _order(origins, cache)
     values = found.values[order]
     is_new = not _is_there(cache, name, source, values, overwrite)
@@ -185,6 +188,21 @@ def _describe(
 
 def _whole(coords: NDArray[np.float64]) -> NDArray[np.int32]:
     return np.round(coords).astype(np.int32)
+
+
+def _check_tiles(header: CacheHeader, cache: SlideCache) -> None:
+    """Refuses features of a slide or of tiles of another size than a cache's; 0 is not stated."""
+    for what in ("size_level0", "extent_level0"):
+        theirs, ours = getattr(header, what), getattr(cache.header, what)
+        if all((*theirs, *ours)) and not np.allclose(theirs, ours, rtol=0, atol=1):  # tools round it
+            raise CacheMismatchError(
+                f"{cache.path}: its {'slide has' if what == 'size_level0' else 'tiles have'} {ours} level-0 "
+                f"pixels, those of the file {theirs}; import into another folder"
+            )
+    if not (header.spec.foreign or cache.spec.foreign) and header.spec != cache.spec:
+        raise CacheMismatchError(
+            f"{cache.path}: {describe_difference(cache.spec, header.spec)}; import into another folder"
+        )
 
 
 def _order(origins: NDArray[np.int32], cache: SlideCache) -> NDArray[np.intp]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -8,8 +9,8 @@ import pytest
 
 from slidetl.cli import main
 from slidetl.errors import OutputError
-from slidetl.tiles.exchange import export_features
-from slidetl.tiles.features import write_features
+from slidetl.tiles.exchange import Form, export_features
+from slidetl.tiles.features import NOT_STATED, write_features
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.run import tile_slides
 from slidetl.tiles.store import SlideCache, cache_path
@@ -73,6 +74,20 @@ def test_a_second_run_keeps_files_and_refuses_others(cache: SlideCache, tmp_path
     file.write_bytes(b"from elsewhere")
     assert main(words) == 1 and file.read_bytes() == b"from elsewhere"
     assert main([*words, "--overwrite"]) == 0 and file.read_bytes()[:8] == before[0][:8]
+
+
+@pytest.mark.parametrize("form", ["hdf5", "anndata"])
+def test_features_that_were_replaced_are_not_there_already(
+    cache: SlideCache, tmp_path: Path, form: Form
+) -> None:
+    imported = replace(SOURCE, weights_sha256="", precision=NOT_STATED)
+    write_features(cache, {"uni": (imported, values(len(cache)))})
+    file = tmp_path / "out" / "s"
+    assert export_features(cache, "uni", file, form)
+    assert not export_features(cache, "uni", file, form)
+    write_features(cache, {"uni": (imported, values(len(cache)) + 1)})
+    with pytest.raises(OutputError, match="it is there with other content"):
+        export_features(cache, "uni", file, form)
 
 
 def test_a_failure_leaves_nothing(cache: SlideCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from slidetl.compare.train_arm import train_job
 from slidetl.data.study import check_duplicates, read_study
 from slidetl.errors import CacheCorruptError, CacheMismatchError, UsageError
 from slidetl.tiles.exchange import export_features
-from slidetl.tiles.features import NOT_STATED, common_source, read_features, read_source
+from slidetl.tiles.features import NOT_STATED, common_source, read_features, read_source, write_features
 from slidetl.tiles.foreign import read_foreign
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.importing import import_features
@@ -33,6 +34,7 @@ from slidetl.tiles.tile import SlideSource
 from slidetl.tiles.verify import verify_cache
 from tests.cli.test_tile import Draw
 from tests.conftest import PyramidTiff
+from tests.tiles.test_features import SOURCE
 
 Values = NDArray[np.float32]
 COORDS = np.array([[0, 0], [448, 0], [0, 448], [448, 448]])
@@ -330,6 +332,42 @@ def test_a_manifest_of_slides_that_are_elsewhere_serves_too(
         read_study(cohort / "slides.csv", cohort / "cache")
 
 
+@pytest.mark.parametrize(
+    ("rows", "files", "said"),
+    [
+        # two slides of one file name: the tool wrote one over the other
+        (["A,a/s1.svs,PA,0", "B,b/s1.svs,PB,4"], ["s1"], r"s1.h5 of A \(.*a/s1.svs\) or B \(.*b/s1.svs\)"),
+        (["A,a/s1.ome.tiff,PA,0", "B,b/s1.svs,PB,4"], ["s1"], "s1.h5 of A .* or B"),
+        (["s1,a/s1.svs,PA,0", "B,b/s1.svs,PB,4"], ["s1"], "s1.h5 of s1 .* or B"),
+        # by one slide's identifier and another one's file name
+        (["X,a/s1.svs,PA,0", "s1,b/other.svs,PB,4"], ["s1"], "s1.h5 of s1 .* or X"),
+        (["1,a/2.svs,PA,0", "2,a/1.svs,PB,4"], ["1", "2"], "1.h5 of 1 .* or 2 .*, .*2.h5 of 2 .* or 1"),
+        (["A,a/s1.ome.tiff,PA,0"], ["s1", "s1.ome"], "s1.ome.h5 of A"),
+        (["s1,a/s1.svs,PA,0", "b_s1,b/s1.svs,PB,4"], ["s1", "b_s1"], ""),  # as slidetl names them
+        (["A,a/s1.ome.tiff,PA,0", "B,b/s2.svs,PB,4"], ["s1", "B"], ""),
+    ],
+)
+def test_a_file_that_could_be_of_two_slides_is_refused(
+    tmp_path: Path, rows: list[str], files: list[str], said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for number, name in enumerate(files):
+        clam(tmp_path / "h5" / f"{name}.h5", features(number))
+    (tmp_path / "m.csv").write_text("\n".join(["slide_id,path,patient_id,grade", *rows]) + "\n")
+    words = ["features", "import", str(tmp_path / "h5"), str(tmp_path / "cache"), "--name", "u"]
+    code = main([*words, "--slides", str(tmp_path / "m.csv")])
+    err = capfd.readouterr().err
+    if said:
+        assert code == 2 and re.search(said, err) and "name each by its slide_id" in err
+        assert not (tmp_path / "cache").exists()
+    else:
+        assert code == 0 and "left out" not in err
+        for row in rows:
+            slide_id = row.split(",")[0]
+            number = files.index(slide_id if slide_id in files else "s1")
+            stored = read_features(SlideCache.open(tmp_path / "cache" / f"{slide_id}.zarr"), "u")
+            np.testing.assert_array_equal(stored, features(number).astype(np.float16))
+
+
 def test_one_slide_under_two_patients_is_noticed(tmp_path: Path) -> None:
     files = [trident(tmp_path / name, features()) for name in ("a.h5", "b.h5")]
     assert main(["features", "import", *map(str, files), str(tmp_path / "cache"), "--name", "u"]) == 0
@@ -469,8 +507,6 @@ def test_an_export_with_a_forged_description_is_refused(
 
 
 def test_our_own_export_comes_back_as_it_was(cohort: Path, tmp_path: Path) -> None:
-    from tests.tiles.test_features import SOURCE
-
     cache = SlideCache.open(cohort / "cache" / "s0.zarr")
     words = ["features", "export", str(cohort / "cache"), str(tmp_path / "out"), "--features", "uni"]
     assert main([*words, "--slides", "s0"]) == 0
@@ -481,3 +517,30 @@ def test_our_own_export_comes_back_as_it_was(cohort: Path, tmp_path: Path) -> No
     again = SlideCache.open(tmp_path / "cache" / "s0.zarr")
     np.testing.assert_array_equal(read_features(again, "uni"), read_features(cache, "uni"))
     assert (again.spec, again.fingerprint) == (cache.spec, cache.fingerprint)
+    # Its tiles lie at the same places as those of all other slides.
+    with pytest.raises(CacheMismatchError, match=r"s1.zarr: not of the slide of .*s0.h5, or"):
+        import_features(tmp_path / "out" / "s0.h5", cohort / "cache", "s1", "other")
+
+
+def test_features_of_other_pixels_do_not_join(
+    pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path
+) -> None:
+    slide = pyramid_tiff(tissue_picture(512), 0.5)
+    for folder, quality in (("one", 90), ("other", 50)):
+        spec = TileSpec(1.0, 32, jpeg_quality=quality)
+        tile_slides([SlideSource("s", slide)], tmp_path / folder, spec, workers=0)
+    one = SlideCache.open(tmp_path / "one" / "s.zarr")
+    write_features(one, {"u": (SOURCE, features(rows=len(one)).astype(np.float16))})
+    export_features(one, "u", tmp_path / "s.h5")
+    with pytest.raises(CacheMismatchError, match=r"made with jpeg_quality 50 \(wanted: 90\)"):
+        import_features(tmp_path / "s.h5", tmp_path / "other", "s", "u")
+    assert not import_features(tmp_path / "s.h5", tmp_path / "one", "s", "u").is_new
+    # Of TRIDENT, at the same places: another slide, larger tiles, and rounded as it does.
+    places, most = one.origins_level0, one.size_level0
+    about = {"patch_size_level0": 64, "level0_width": most[0], "level0_height": most[1]}
+    for more, said in (({"level0_width": 900}, "slide has"), ({"patch_size_level0": 80}, "tiles have")):
+        file = trident(tmp_path / "t.h5", features(rows=len(one)), places, **about | more)
+        with pytest.raises(CacheMismatchError, match=said):
+            import_features(file, tmp_path / "one", "s", "t")
+    file = trident(tmp_path / "t.h5", features(rows=len(one)), places, **about | {"patch_size_level0": 65})
+    assert import_features(file, tmp_path / "one", "s", "t").is_new
