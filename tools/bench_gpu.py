@@ -97,7 +97,7 @@ def exit_code(rows: Iterable[Row], is_held: bool) -> int:
 
 def grade_rows(scratch: Path, backbone: str, slides: list[Path], device: str) -> list[Row]:
     """Grades all slides, once the first pass is done; the network alone runs before, in the same process."""
-    from slidetl.grading.batch import grade_slides
+    from slidetl.grading.batch import grade_slides, output_names
     from slidetl.grading.options import GradeOptions
     from slidetl.publish.model_file import load_model
     from tools.bench_grading import export
@@ -111,7 +111,7 @@ def grade_rows(scratch: Path, backbone: str, slides: list[Path], device: str) ->
         model = load_model(path, device, trusted=True)
         started = time.perf_counter()
         options = GradeOptions(force=True, precision=precision, profile=True)
-        graded = list(grade_slides(model, slides, options))
+        graded = list(grade_slides(model, output_names(slides), options))
         seconds = time.perf_counter() - started
         assert not any(one.reason for one in graded), graded
         rates = graded[-1].rates

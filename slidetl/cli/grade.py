@@ -37,7 +37,7 @@ def grade(
             (CSV); their mpp column gives slides their spacing. For a model of volumes CT series: folders of
             DICOM, NIfTI or MetaImage.
         options: of grading and its output.
-        resume: leave out slides with results by this model and precision in the output folder.
+        resume: leave out slides with results in the output folder by this model and these options.
         trust: vouch for a model file from elsewhere: it is a program. Its hash is recorded.
         device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
         jobs: slides graded at a time.
@@ -57,6 +57,7 @@ def grade(
         write_results,
     )
     from slidetl.grading.grade import chosen_precision
+    from slidetl.grading.report.slide import remove_page
     from slidetl.library.trust import trust as record_trust
     from slidetl.publish.model_file import load_model
     from slidetl.slides.spacing import cohort_notes
@@ -75,15 +76,16 @@ def grade(
         record_trust(loaded.sha256, model.name)
     options = replace(options, precision=chosen_precision(loaded, options.precision, device))
     found, spacings = find_slides(slides)
+    names = output_names(found, output)
     rows = []
     if output is not None and resume:
-        finished_rows = read_finished(output, output_names(found), loaded, options, spacings)
+        finished_rows = read_finished(output, names, loaded, options, spacings)
         rows = list(finished_rows.values())
         print(f"slidetl: {len(rows)} of {len(found)} slides are graded already", file=sys.stderr)
     finished = {row.slide for row in rows}
     failed = 0
     for row in _with_progress(
-        grade_slides(loaded, found, options, places, finished, spacings), len(found) - len(finished)
+        grade_slides(loaded, names, options, places, finished, spacings), len(found) - len(finished)
     ):
         rows.append(row)
         if output is not None:
@@ -100,8 +102,12 @@ def grade(
     far = cohort_notes({str(row.slide): row.result.get("mpp_level0", 0.0) for row in rows})
     for name, note in far.items():
         print(f"slidetl: warning: {name}: {note}", file=sys.stderr)
-    if output is not None and options.report:
-        write_index_page(output, rows, output_names(found), loaded)
+    if output is not None:
+        write_results(output / "results.csv", rows, len(loaded.card.grades))  # also if none was left to grade
+        if options.report:
+            write_index_page(output, rows, names, loaded)
+        else:
+            remove_page(output, "index")
     if failed:
         print(f"slidetl: {failed} of {len(found)} slides failed", file=sys.stderr)
     return 1 if failed else 0

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from slidetl.data.manifest import read_manifest
+from slidetl.data.study import listed
 from slidetl.errors import ProcessEnded, SlideError, SlidetlError, UsageError, describe_failure
 from slidetl.files import write_csv, write_whole
 from slidetl.grading.grade import (
@@ -33,7 +34,7 @@ from slidetl.grading.grade import (
 from slidetl.grading.options import GradeOptions
 from slidetl.grading.report.index import IndexEntry, write_index
 from slidetl.grading.report.series import write_series_report
-from slidetl.grading.report.slide import has_slide_report, write_slide_report
+from slidetl.grading.report.slide import PAGE, has_slide_report, remove_page, write_slide_report
 from slidetl.grading.series import SeriesGrade
 from slidetl.library.model_card import ModelCard
 from slidetl.models.runner import Rates, Runner
@@ -90,7 +91,7 @@ def find_slides(named: Sequence[Path]) -> tuple[list[Path], dict[Path, float]]:
         Each slide once; and the spacings of level 0, micrometres per pixel, given in manifests.
 
     Raises:
-        UsageError: a pattern matches nothing.
+        UsageError: a pattern matches nothing, or a manifest names places in series.
         ManifestError: a folder has no slides, or a manifest has faults.
     """
     found: list[Path] = []
@@ -98,6 +99,11 @@ def find_slides(named: Sequence[Path]) -> tuple[list[Path], dict[Path, float]]:
     for path in named:
         if path.suffix.lower() in _TABLES and path.is_file():
             rows = read_manifest(path).rows
+            if placed := [row.slide_id for row in rows if row.location_mm]:
+                raise UsageError(
+                    f"{path}: x_mm, y_mm and z_mm name a place in a series ({listed(placed, 3)}), and whole "
+                    "series are graded; leave out these columns, with a line for each series"
+                )
             found += [row.path for row in rows]
             spacings |= {row.path: row.mpp for row in rows if row.mpp is not None}
         elif path.is_dir() and path.suffix.lower() != ".mrxs":
@@ -142,7 +148,7 @@ def places_of(device: str, devices: int, jobs: int) -> list[str]:
 
 def grade_slides(
     model: ModelFile,
-    slides: Sequence[Path],
+    names: Mapping[Path, str],
     options: GradeOptions,
     places: Sequence[str] = (),
     finished: Container[Path] = (),
@@ -152,7 +158,7 @@ def grade_slides(
 
     Args:
         model: recorded as trusted; with several places each process loads it again.
-        slides: from :func:`find_slides`.
+        names: slides, with the names of their output files, from :func:`output_names`.
         options: of the computation.
         places: devices of processes, from :func:`places_of`; none, or one, for this process.
         finished: slides to skip.
@@ -165,8 +171,7 @@ def grade_slides(
             f"{model.path} grades CT series, which have a spacing of their own; leave out --mpp-override, "
             "--mpp-replace, --mpp-tolerance, --channels and --profile"
         )
-    names = output_names(slides)
-    waiting = [path for path in slides if path not in finished]
+    waiting = [path for path in names if path not in finished]
     if not waiting:
         return
     if len(places) < 2:
@@ -285,13 +290,16 @@ def read_finished(
     options: GradeOptions,
     spacings: Mapping[Path, float],
 ) -> dict[Path, GradeRow]:
-    """Finds the slides with results in a folder, of this model and of their content, spacing and channels.
+    """Finds the slides with results in a folder, as this model and these options would grade them.
 
-    ``names`` are from :func:`output_names`. With a report, a slide without its page is not finished; one of
+    ``names`` are from :func:`output_names`. Content, spacing, its tolerance and channels must be equal; with
+    a report, a slide without its page is not finished, nor is one that needed ``force``, without it. One of
     another precision is not either, and a warning counts them.
     """
     precision, others = chosen_precision(model, options.precision), 0
-    channels = options.channels or model.card.tile_spec.channels
+    spec = model.card.tile_spec
+    channels = options.channels or spec.channels
+    tolerance = spec.mpp_tolerance if options.mpp_tolerance is None else options.mpp_tolerance
     finished = {}
     for path, name in names.items():
         try:
@@ -300,16 +308,17 @@ def read_finished(
             same = (result["slide"], result["model_sha256"]) == (str(path), model.sha256)
             same = same and all(isinstance(result[key], kind) for key, kind in _RESULT.items())
             same = same and (not options.report or has_slide_report(folder, name, result))
+            same = same and (options.force or not _needs_force(result, model.card))
             if same and result.get("precision") != precision:
                 others += 1
                 continue
             if not same:
                 continue
-            if model.card.tile_spec.is_volume:
+            if spec.is_volume:
                 if open_series(path).fingerprint == result["fingerprint"]:
                     finished[path] = GradeRow(path, GRADED, result)
                 continue
-            if result["channels"] != channels or not all(
+            if (result["channels"], result["mpp_tolerance"]) != (channels, tolerance) or not all(
                 isinstance(result[key], kind) for key, kind in _OF_SLIDES.items()
             ):
                 continue
@@ -329,6 +338,12 @@ def read_finished(
     return finished
 
 
+def _needs_force(result: Mapping[str, Any], card: ModelCard) -> bool:
+    """Tells if a slide is refused without ``force``, or so near the limit that rounding hides it."""
+    least = round(card.training.least_tissue_mm2 / 2, 4) if card.training else 0.0
+    return (result["novelty"] or 0) >= 1 or (least > 0 and result["tissue_mm2"] <= least)
+
+
 _RESULT: dict[str, Any] = {
     **dict.fromkeys(("fingerprint", "grade_name"), str),
     **dict.fromkeys(("grade", "tiles"), int),
@@ -343,21 +358,57 @@ _OF_SLIDES: dict[str, Any] = {
 }
 
 
-def output_names(slides: Sequence[Path]) -> dict[Path, str]:
+def output_names(slides: Sequence[Path], folder: Path | None = None) -> dict[Path, str]:
     """Names the output files of each slide: its own name, if taken with its folder's, then numbered.
 
-    No two are equal, even on a file system without case.
+    No two are equal, even on a file system without case. In ``folder`` they replace neither the results of
+    another slide, nor one of the slides; a warning counts those that are named otherwise for it.
     """
     names: dict[Path, str] = {}
     taken = {"index"}  # the page of all slides
+    target = folder.resolve() if folder is not None else None
+    files = {path.resolve() for path in slides} if folder is not None else set()
+
+    def is_free(name: str, path: Path) -> bool:
+        if target is None or clash_key(name) in taken:
+            return clash_key(name) not in taken
+        replaced = (target / f"{name}{suffix}" for suffix in (*_RESULTS, *PAGE))
+        return files.isdisjoint(replaced) and _slide_of(target, name) in (None, path.resolve())
+
     for path in dict.fromkeys(slides):
         is_uid = re.fullmatch(r"\.\d+", path.suffix) is not None  # as a folder of DICOM is named
         short = safe_slide_id(path.name if is_uid else path.stem) or "slide"
         long = safe_slide_id("_".join(path.parts[-2:])) or short
         candidates = itertools.chain((short, long), (f"{long}_{n}" for n in itertools.count(2)))
-        names[path] = next(name for name in candidates if clash_key(name) not in taken)
+        names[path] = next(name for name in candidates if is_free(name, path))
         taken.add(clash_key(names[path]))
+    moved = [path for path, name in output_names(slides).items() if names[path] != name] if folder else []
+    if moved:
+        warnings.warn(
+            f"{folder}: files of {len(moved)} slides are named otherwise, not to replace those of another "
+            f"slide: {listed([f'{path} is {names[path]}.json' for path in moved], 3)}",
+            stacklevel=2,
+        )
     return names
+
+
+_RESULTS = (".json", ".png", ".patches.csv")
+
+
+def _slide_of(folder: Path, name: str) -> Path | None:
+    """Returns the slide with results of a name in a folder; None if there are none."""
+    try:
+        return Path(json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["slide"]).resolve()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _remove_results(folder: Path, name: str) -> None:
+    """Removes the results of an earlier run, which would pass for those of today's if that fails."""
+    if _slide_of(folder, name) is not None:
+        for suffix in _RESULTS:  # the JSON first: without it a slide is not finished
+            (folder / f"{name}{suffix}").unlink(missing_ok=True)
+    remove_page(folder, name)
 
 
 def _grade(
@@ -371,6 +422,8 @@ def _grade(
     readers: Readers | None = None,
 ) -> GradeRow:
     try:
+        if options.output is not None:
+            _remove_results(options.output, name)
         result = (
             grade_series(model, path, threads=threads, force=options.force, runner=runner)
             if model.card.tile_spec.is_volume

@@ -102,6 +102,7 @@ class SlideGrade:
             "model_sha256": self.model_sha256,
             "precision": self.precision,
             "mpp_level0": max(self.plan.info.mpp_level0),
+            "mpp_tolerance": self.plan.spec.mpp_tolerance,
             "channels": self.plan.spec.channels,
             "notes": list(self.plan.notes),
         }

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,21 @@ def test_slides_of_one_name_get_names_of_their_own() -> None:
         Path("q/café.svs"): "café",
         Path("q/cafe\u0301.svs"): "q_café.svs",
     }
+
+
+def test_names_replace_neither_results_of_another_slide_nor_a_slide(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    for name, slide in (("x", tmp_path / "a" / "x.svs"), ("y", tmp_path / "b" / "y.svs")):
+        (out / f"{name}.json").write_text(json.dumps({"slide": str(slide)}))
+    (out / "z.json").write_text("cut off")
+    paths = [tmp_path / "b" / name for name in ("x.svs", "y.svs", "z.svs")]
+    with pytest.warns(UserWarning, match=r"files of 1 slides are named otherwise.*b/x.svs is b_x.svs.json$"):
+        names = output_names(paths, out)
+    assert list(names.values()) == ["b_x.svs", "y", "z"]
+    (tmp_path / "link").symlink_to(out)
+    with pytest.warns(UserWarning, match="named otherwise"):
+        assert output_names([tmp_path / "link" / "p.png"], out) == {tmp_path / "link" / "p.png": "link_p.png"}
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ from slidetl.errors import ProcessEnded, SpacingError, UnfitSlideError, UsageErr
 from slidetl.grading import batch, grade
 from slidetl.grading.grade import _ahead, _Embeddings, chosen_precision, draw_map, grade_slide
 from slidetl.grading.options import GradeOptions
+from slidetl.library.model_card import TrainingData
 from slidetl.models.runner import Runner
 from slidetl.processes import Child, start_child
 from slidetl.publish.export import build_network, export_model
@@ -496,8 +497,8 @@ def test_a_card_is_run_by_one_thread_in_one_shape_and_grades_alike(
     bad.write_bytes(b"II*\0nothing")
     slides = [*sorted((study.manifest.parent / "slides").glob("*.tiff"))[:3], bad]
     noted = Noted(model.network)
-    options = GradeOptions(profile=True)
-    rows = {row.slide: row for row in batch.grade_slides(replace(model, network=noted), slides, options)}
+    options, names = GradeOptions(profile=True), batch.output_names(slides)
+    rows = {row.slide: row for row in batch.grade_slides(replace(model, network=noted), names, options)}
     assert "not a slide" in rows.pop(bad).reason
     assert len(noted.threads) == 1 and threading.get_ident() not in noted.threads
     side = model.card.tile_spec.tile_size_px
@@ -669,3 +670,64 @@ def test_a_manifest_gives_slides_their_spacing(
     assert main(["grade", str(model_path), coarse, "--force"]) == 1
     assert "accept 5.0% with --mpp-tolerance 0.05" in capsys.readouterr().err
     assert main(["grade", str(model_path), coarse, "--force", "--mpp-tolerance=0.06"]) == 0
+
+
+def test_a_folder_has_no_result_of_another_run_or_slide_under_a_name(
+    study: Study, model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x, y, other = (tmp_path / name for name in ("a/x.tiff", "a/y.tiff", "b/x.tiff"))
+    slides = sorted((study.manifest.parent / "slides").glob("*.tiff"))[:3]
+    for path, slide in zip((x, y, other), slides, strict=True):
+        path.parent.mkdir(exist_ok=True)
+        shutil.copy(slide, path)
+    out = tmp_path / "out"
+
+    def run(*words: object) -> tuple[int, list[str]]:
+        code = main(["grade", str(model_path), *map(str, words), "--output", str(out)])
+        with (out / "results.csv").open(newline="") as file:
+            graded = [row["slide"] for row in csv.DictReader(file) if row["status"] == "graded"]
+        return code, [Path(slide).name for slide in graded]
+
+    def files(of: str) -> list[str]:
+        return sorted(path.name.removeprefix(of) for path in out.glob(f"{of}.*"))
+
+    page = [".geojson", ".html", ".json", ".png", ".thumbnail.jpg"]
+    assert run(x, "--report") == (0, ["x.tiff"]) and files("x") == page and files("index")
+    assert run(y) == (0, ["y.tiff"]) and files("x") == page and not files("index")
+    capsys.readouterr()
+    assert run(x, y, "--resume") == (0, ["x.tiff", "y.tiff"])  # though nothing is left to grade
+    assert "2 of 2 slides are graded already" in capsys.readouterr().err
+
+    assert run(x, "--mpp-replace", "3.6") == (0, ["x.tiff"]) and files("x") == [".json", ".png"]
+    before = (out / "x.json").read_bytes()
+    with pytest.warns(UserWarning, match=r"files of 1 slides are named otherwise.*b/x.tiff is b_x.tiff.json"):
+        assert run(other) == (0, ["x.tiff"])
+    assert json.loads((out / "b_x.tiff.json").read_text())["slide"] == str(other)
+    assert (out / "x.json").read_bytes() == before
+
+    x.write_bytes(b"II*\0nothing")
+    assert run(x) == (1, []) and not files("x") and files("b_x.tiff") == [".json", ".png"]
+
+
+def test_a_resumed_run_takes_no_result_of_other_options(
+    study: Study, model_path: Path, model: ModelFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slide = next((study.manifest.parent / "slides").glob("*.tiff"))
+    words = ["grade", str(model_path), str(slide), "--output", str(tmp_path), "--resume"]
+    for more in ([], ["--mpp-tolerance", "0.4"], ["--mpp-tolerance", "0.4"], [], ["--mpp-tolerance", "0.01"]):
+        assert main([*words, *more]) == 0
+    counted = re.findall(r"(\d) of 1 slides are graded already", capsys.readouterr().err)
+    assert counted == ["0", "0", "1", "0", "1"]  # 0.01 is the model's
+
+    def finished(model: ModelFile, force: bool) -> bool:
+        options = GradeOptions(output=tmp_path, force=force)
+        return slide in batch.read_finished(tmp_path, {slide: slide.stem}, model, options, {})
+
+    path = tmp_path / f"{slide.stem}.json"
+    result = json.loads(path.read_text())
+    needed = TrainingData(9, 9, (), (), (), 2 * result["tissue_mm2"] + 0.01, "")
+    strict = replace(model, card=replace(model.card, training=needed))
+    assert finished(model, False) and finished(strict, True) and not finished(strict, False)
+    for novelty, is_familiar in ((0.9999, True), (1.0, False), (2.5, False)):
+        path.write_text(json.dumps(result | {"novelty": novelty}))
+        assert (finished(model, False), finished(model, True)) == (is_familiar, True)

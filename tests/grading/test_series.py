@@ -152,6 +152,14 @@ def test_a_run_is_resumed_and_has_pages(
     assert result["spacing_mm"] == 1.0 and result["precision"] == "float32"
 
 
+def test_places_in_series_are_refused(scans: VolumeStudy, tmp_path: Path) -> None:
+    manifest = tmp_path / "m.csv"
+    series = scans.manifest.parent / "s02.mha"
+    manifest.write_text(f"slide_id,path,patient_id,grade,x_mm,y_mm,z_mm\nn1,{series},p,0,1,2,3\n")
+    with pytest.raises(UsageError, match=r"x_mm, y_mm and z_mm name a place in a series \(n1\)"):
+        find_slides([manifest])
+
+
 def test_a_dicom_series_is_named_by_its_folder(tmp_path: Path) -> None:
     folders = [write_dicom(tmp_path / "study" / name, series=name[1]) for name in ("P7", "P8")]
     assert find_slides([folders[0]])[0] == folders[:1]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from slidetl.grading.report.slide import has_slide_report
+from slidetl.grading.report.slide import has_slide_report, result_sha256
 from slidetl.library.model_card import ModelCard
 from slidetl.page import data_uri, write_page
 
@@ -50,6 +50,7 @@ def write_index(folder: Path, entries: Sequence[IndexEntry], card: ModelCard) ->
         ("index.js",),
         title=f"{len(entries)} {'slide' if noun == 'slides' and len(entries) == 1 else noun}",
         noun=noun,
+        result_sha256=result_sha256({str(entry.slide): dict(entry.result) for entry in ordered}),
         rows=[_row(folder, entry, card) for entry in ordered],
         n_failed=sum(not entry.result for entry in entries),
         card=card,

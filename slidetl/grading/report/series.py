@@ -11,7 +11,7 @@ from PIL import Image
 
 from slidetl.files import write_csv, write_whole
 from slidetl.grading.report.planes import Plane, planes_at
-from slidetl.grading.report.slide import doubts, grade_bars
+from slidetl.grading.report.slide import doubts, grade_bars, result_sha256
 from slidetl.grading.series import SeriesGrade, shown_patches
 from slidetl.library.model_card import ModelCard
 from slidetl.page import data_uri, write_page
@@ -66,6 +66,7 @@ def write_series_report(result: SeriesGrade, card: ModelCard, folder: Path, name
         (),
         title=result.slide.name,
         result=result,
+        result_sha256=result_sha256(result.to_dict()),
         card=card,
         noun="series",
         measured=[(part, f"{result.mask_ml:.0f} ml in {len(plan)} patches")],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
 
 BUDGET_BYTES = 16 * 2**20
 """Size of the slide's pyramid in a page. Base64 adds a third; a whole page stays below 25 MB."""
+
+PAGE = (".html", ".geojson", ".thumbnail.jpg")
+"""Endings of a page and of the files beside it."""
 
 _TILES_SHOWN = 8
 _TILE_SHOWN_PX = 512
@@ -78,6 +84,7 @@ def write_slide_report(
         ("openseadragon/openseadragon.min.js", "viewer.js"),
         title=result.slide.name,
         result=result,
+        result_sha256=result_sha256(result.to_dict()),
         card=card,
         n_wanted=len(plan),
         n_graded=len(result.attention),
@@ -95,15 +102,30 @@ def write_slide_report(
 
 
 def has_slide_report(folder: Path, name: str, result: Mapping[str, Any]) -> bool:
-    """Tells if ``name.html`` in a folder shows a result, by model and content of the slide.
+    """Tells if ``name.html`` in a folder shows a result, given as by :meth:`SlideGrade.to_dict`."""
+    return _shown_sha256(folder, name) == result_sha256(result)
 
-    The result is as :meth:`slidetl.grading.grade.SlideGrade.to_dict`.
-    """
+
+def remove_page(folder: Path, name: str) -> None:
+    """Removes ``name.html`` from a folder, and the files beside it; a page of another origin stays."""
+    if _shown_sha256(folder, name):
+        for suffix in PAGE:
+            (folder / f"{name}{suffix}").unlink(missing_ok=True)
+
+
+def result_sha256(result: Mapping[str, Any]) -> str:
+    """Computes the hash by which the page of a result is known."""
+    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
+
+
+def _shown_sha256(folder: Path, name: str) -> str:
+    """Reads the hash of the result that a page shows; empty if it is no page of a result."""
     try:
         with (folder / f"{name}.html").open(encoding="utf-8") as file:
-            return f'content="{result["fingerprint"]} {result["model_sha256"]}"' in file.read(1000)
+            found = re.search(r'<meta name="slidetl-result" content="([^"]+)">', file.read(1000))
     except (OSError, UnicodeDecodeError):
-        return False
+        return ""
+    return found[1] if found else ""
 
 
 def _data(result: SlideGrade, pyramid: Pyramid, maps: list[TileMap]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from slidetl.grading.report.slide import has_slide_report, write_slide_report
+from slidetl.grading.report.slide import has_slide_report, remove_page, write_slide_report
 from slidetl.library.model_card import ModelCard
 from slidetl.page import script_json
 from tests.conftest import PyramidTiff
@@ -156,8 +156,15 @@ def test_a_page_is_known_by_the_result_it_shows(graded: Graded, card: ModelCard,
     assert not has_slide_report(tmp_path, "s1", result.to_dict())
     write_slide_report(result, card, tmp_path, "s1")
     assert has_slide_report(tmp_path, "s1", result.to_dict())
-    other = dataclasses.replace(result, model_sha256="00" * 32)
-    assert not has_slide_report(tmp_path, "s1", other.to_dict())
+    for other in ({"model_sha256": "00" * 32}, {"tissue_mm2": 0.9}, {"precision": "bfloat16"}):
+        assert not has_slide_report(tmp_path, "s1", dataclasses.replace(result, **other).to_dict())
+    read = json.loads(json.dumps(result.to_dict()))
+    assert has_slide_report(tmp_path, "s1", read)
+    (tmp_path / "own.html").write_text("<title>of somebody else</title>")
+    (tmp_path / "own.geojson").write_text("{}")
+    for name in ("own", "s1"):
+        remove_page(tmp_path, name)
+    assert sorted(path.name for path in tmp_path.glob("*.*")) == ["own.geojson", "own.html", "slide.tiff"]
 
 
 def test_a_slide_of_a_single_tile(pyramid_tiff: PyramidTiff, card: ModelCard, tmp_path: Path) -> None:
