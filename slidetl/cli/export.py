@@ -59,12 +59,14 @@ def export(
     graders[0].network.backbone.check_network()
     training = familiar = None
     records = {weights_sha256(grader.network): grader.record for grader in graders}
-    kept = evidence_from(evidence, records, coverage, arm) if evidence is not None else None
+    kept = (
+        evidence_from(evidence, records, len(graders[0].grades), coverage, arm)
+        if evidence is not None
+        else None
+    )
     if not no_training_data:
         try:
-            slides = training_slides(
-                config or _configs(checkpoints), [grader.record for grader in graders], allow
-            )
+            slides = training_slides(config or _configs(checkpoints), graders, allow)
         except SlidetlError as error:
             raise UsageError(
                 f"the training slides are not at hand ({error}); name the fit's configuration with --config, "

@@ -26,7 +26,11 @@ _LEAST_PATIENTS = 10
 
 
 def evidence_from(
-    path: Path, records: Mapping[str, StudyRecord | None], coverage: float = 0.9, arm: str | None = None
+    path: Path,
+    records: Mapping[str, StudyRecord | None],
+    n_grades: int,
+    coverage: float = 0.9,
+    arm: str | None = None,
 ) -> Evidence:
     """Reads predictions of held-out slides, and computes their metrics.
 
@@ -40,13 +44,14 @@ def evidence_from(
         path: ``predictions.csv`` of ``slidetl test`` or of ``slidetl compare``; of several repeats the first
             counts. Slides that are not graded are left out with a warning.
         records: of the exported checkpoints, by the SHA-256 of their weights.
+        n_grades: number of grades of the checkpoints.
         coverage: wanted share of patients with their grades in their sets, between 0 and 1.
         arm: of a comparison.
 
     Raises:
         UsageError: no such table, too few graded patients in it, several arms and none named, a table of
-            an older ``slidetl compare`` with calibrated probabilities alone, or predictions of another
-            checkpoint, of slides of its training or choice, or of arms on another study.
+            an older ``slidetl compare`` with calibrated probabilities alone, or predictions on another scale,
+            of another checkpoint, of slides of its training or choice, or of arms on another study.
     """
     if not 0 < coverage < 1:
         raise UsageError(f"expected a coverage between 0 and 1, not {coverage}")
@@ -75,6 +80,12 @@ def evidence_from(
                 "has calibrated probabilities alone: write it again with 'slidetl compare'"
             )
         true = np.array([int(row["grade"]) for row in rows], np.int64)
+        expected = [f"{kind}{grade}" for grade in range(n_grades)]
+        if rows and not (names == expected and 0 <= true.min() <= true.max() < n_grades):
+            raise UsageError(
+                f"{path}: of another scale, with {', '.join(names)} and grades {true.min()} to {true.max()}; "
+                f"the checkpoint has {n_grades} grades, from 0 up"
+            )
         probabilities = np.array([[float(row[key]) for key in names] for row in rows], np.float64)
         patients = np.array([row["patient_id"] for row in rows])
     except (OSError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:

@@ -19,47 +19,57 @@ from torch import Tensor
 from slidetl.analysis.novelty import Familiar, fit_familiar
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.record import StudyRecord, config_sha256
-from slidetl.data.study import CachedSlide, read_study
-from slidetl.errors import CheckpointError, UsageError
+from slidetl.data.study import CachedSlide, common_spec, read_study
+from slidetl.errors import CacheMismatchError, CheckpointError, UsageError
 from slidetl.evaluation.metrics import told_apart
 from slidetl.library.model_card import TrainingData
 from slidetl.models.precision import exact_float32
 from slidetl.models.runner import Runner
 from slidetl.status import show_stage
+from slidetl.tiles.store import describe_difference
 from slidetl.training.evaluation import SAME_FOR_ALL
+from slidetl.training.grader import SlideGrader
 from slidetl.training.slots import parse
 
 
 def training_slides(
-    configs: Sequence[Path], records: Sequence[StudyRecord | None], allow: Sequence[str] = ()
+    configs: Sequence[Path], graders: Sequence[SlideGrader], allow: Sequence[str] = ()
 ) -> tuple[CachedSlide, ...]:
     """Lists the training slides of checkpoints, each once, in the order of their identifiers.
 
     Args:
         configs: ``config.yaml`` of each fit, as Lightning keeps it beside the logs, or one for all; they say
             where the slides are.
-        records: those of the checkpoints; they say which slides.
+        graders: of the checkpoints; their records say which slides.
         allow: names outside slidetl that the configurations may import.
 
     Raises:
         UsageError: no such configuration, or it is that of another training.
         CheckpointError: a checkpoint has no record, or a slide that it was trained on is not as it was.
+        CacheMismatchError: the slides are tiled otherwise than for a checkpoint.
         SlidetlError: the manifest or the cache is not there any more.
     """
-    if len(configs) not in (1, len(records)):
-        raise UsageError(f"expected one configuration, or one for each of {len(records)} checkpoints")
+    if len(configs) not in (1, len(graders)):
+        raise UsageError(f"expected one configuration, or one for each of {len(graders)} checkpoints")
     slides: dict[str, CachedSlide] = {}
-    for number, record in enumerate(records):
+    for number, grader in enumerate(graders):
+        record = grader.record
         if record is None:
             raise CheckpointError("a checkpoint of an older version does not say which")
         data = _data_module(configs[number % len(configs)], record, allow)
         study = read_study(data.manifest, data.cache, data.grades, data.tasks)
+        tiled = common_spec(study.caches)
+        if grader.tile_spec is not None and grader.tile_spec != tiled:
+            difference = describe_difference(tiled, grader.tile_spec)
+            raise CacheMismatchError(
+                f"{data.cache}: {difference} by the checkpoint; use its cache, or tile them again as then"
+            )
         slides |= {slide.row.slide_id: slide for slide in record.find(study, "train")}
     return tuple(slides[slide_id] for slide_id in sorted(slides))
 
 
 def describe_training(slides: Sequence[CachedSlide]) -> TrainingData:
-    """Counts the training slides, and computes their common fingerprint; warns if tiles are of regions."""
+    """Counts the training slides, and computes their common fingerprint; warns of parts of slides."""
     digest = hashlib.sha256()
     for fingerprint, grade in sorted((slide.cache.fingerprint, slide.row.grade) for slide in slides):
         digest.update(f"{fingerprint} {grade}\n".encode())
@@ -67,6 +77,12 @@ def describe_training(slides: Sequence[CachedSlide]) -> TrainingData:
         warnings.warn(
             f"{confined} of {len(slides)} training slides have tiles of --regions only, and 'slidetl grade' "
             "takes all tissue of a slide: compare grades of whole slides before you rely on them",
+            stacklevel=2,
+        )
+    if placed := sum(slide.cache.header.location_mm is not None for slide in slides):
+        warnings.warn(
+            f"{placed} of {len(slides)} training slides are patches around places in a series, and 'slidetl "
+            "grade' takes whole series: compare grades of whole series before you rely on them",
             stacklevel=2,
         )
     rows = [slide.row for slide in slides]

@@ -44,15 +44,15 @@ def test_evidence_of_a_comparison_is_of_the_uncalibrated_network(tmp_path: Path)
             | {f"uncalibrated_{grade}": p for grade, p in enumerate(sharp)}
         )
     record = StudyRecord(tuple(RecordedSlide(f"s{n}", f"p{n}", f"f{n}", "test") for n in range(60)))
-    expected = evidence_from(written(tmp_path / "plain.csv", plain), {SHA: record})
-    found = evidence_from(written(tmp_path / "compared.csv", compared), {SHA: record})
+    expected = evidence_from(written(tmp_path / "plain.csv", plain), {SHA: record}, 3)
+    found = evidence_from(written(tmp_path / "compared.csv", compared), {SHA: record}, 3)
     assert replace(found, predictions_sha256="") == replace(expected, predictions_sha256="")
     older = [{key: row[key] for key in row if not key.startswith("uncalibrated")} for row in compared]
     with pytest.raises(UsageError, match="expected columns uncalibrated_0"):
-        evidence_from(written(tmp_path / "older.csv", older), {SHA: record})
+        evidence_from(written(tmp_path / "older.csv", older), {SHA: record}, 3)
     with pytest.raises(UsageError, match=r"compared on another study .*: s59$"):
         short = StudyRecord(record.slides[:59])
-        evidence_from(tmp_path / "compared.csv", {SHA: short})
+        evidence_from(tmp_path / "compared.csv", {SHA: short}, 3)
 
 
 def table(path: Path, **columns: str) -> Path:
@@ -79,41 +79,50 @@ def test_evidence_is_of_this_checkpoint_and_of_slides_that_it_has_not_seen(tmp_p
         return StudyRecord((*kept, RecordedSlide("s11", "p11", "f11", part)))
 
     path = table(tmp_path / "t.csv")
-    assert evidence_from(path, {SHA: record("test")}).slides == 12
+    assert evidence_from(path, {SHA: record("test")}, 3).slides == 12
     for part in ("train", "val"):
         with pytest.raises(
             UsageError, match=r"trained or chosen on 1 of these slides or their patients: s11;"
         ):
-            evidence_from(path, {SHA: record(part)})
+            evidence_from(path, {SHA: record(part)}, 3)
     for column, value in (
         ("slide_id", "x{n}"),
         ("patient_id", "y{n}"),
         ("fingerprint", "z{n}"),
     ):  # one is enough
         with pytest.raises(UsageError, match="trained or chosen on 1"):
-            evidence_from(table(tmp_path / f"{column}.csv", **{column: value}), {SHA: record("train")})
+            evidence_from(table(tmp_path / f"{column}.csv", **{column: value}), {SHA: record("train")}, 3)
     strangers = table(tmp_path / "external.csv", patient_id="ext{n}", fingerprint="z{n}")  # our slides' names
-    assert evidence_from(strangers, {SHA: record("train")}).slides == 12
+    assert evidence_from(strangers, {SHA: record("train")}, 3).slides == 12
     with pytest.raises(UsageError, match=r"predictions of checkpoint ffff.*is aaaa"):
-        evidence_from(table(tmp_path / "o.csv", checkpoint="f" * 64), {SHA: record("test")})
+        evidence_from(table(tmp_path / "o.csv", checkpoint="f" * 64), {SHA: record("test")}, 3)
     with pytest.raises(UsageError, match="predictions of no checkpoint"):
-        evidence_from(table(tmp_path / "n.csv", checkpoint=""), {SHA: record("test")})
+        evidence_from(table(tmp_path / "n.csv", checkpoint=""), {SHA: record("test")}, 3)
     with pytest.raises(CheckpointError, match="older version"):
-        evidence_from(path, {SHA: None})
+        evidence_from(path, {SHA: None}, 3)
     other = "b" * 64  # of an ensemble each row counts for its own checkpoint
-    assert evidence_from(path, {other: record("train"), SHA: record("test")}).slides == 12
+    assert evidence_from(path, {other: record("train"), SHA: record("test")}, 3).slides == 12
     formula = table(tmp_path / "f.csv", slide_id="x{n}", fingerprint="", patient_id="'=p{n}")
     with pytest.raises(UsageError, match="trained or chosen on 1"):
-        evidence_from(formula, {SHA: StudyRecord((RecordedSlide("a", "=p3", "g", "train"),))})
+        evidence_from(formula, {SHA: StudyRecord((RecordedSlide("a", "=p3", "g", "train"),))}, 3)
+    for more, said in (
+        ({}, "another scale, with probability_0, probability_1, probability_2 and .* has 5 grades"),
+        (
+            {"probability_3": "0", "probability_4": "0", "grade": "{n}"},
+            "another scale, .* grades 0 to 11;",
+        ),
+    ):
+        with pytest.raises(UsageError, match=said):
+            evidence_from(table(tmp_path / "scale.csv", **more), {SHA: record("test")}, 5)
 
 
 def test_evidence_is_of_finite_numbers(tmp_path: Path) -> None:
     record = {SHA: StudyRecord((RecordedSlide("a", "b", "c", "train"),))}
     with pytest.raises(UsageError, match="expected finite numbers"):
-        evidence_from(table(tmp_path / "n.csv", probability_0="nan"), record)
+        evidence_from(table(tmp_path / "n.csv", probability_0="nan"), record, 3)
     rows = table(tmp_path / "r.csv").read_text().splitlines()
     cells = rows[1].split(",")
     rows[1] = ",".join([*cells[:3], "", "", "", *cells[6:8], "not finite"])
     (tmp_path / "r.csv").write_text("\n".join(rows) + "\n")
     with pytest.warns(UserWarning, match="1 slides are not graded, left out: s0"):
-        assert evidence_from(tmp_path / "r.csv", record).slides == 11
+        assert evidence_from(tmp_path / "r.csv", record, 3).slides == 11

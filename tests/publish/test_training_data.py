@@ -9,12 +9,16 @@ import pytest
 import torch
 
 from slidetl.analysis.novelty import fit_familiar
+from slidetl.data.record import StudyRecord
 from slidetl.data.study import read_study
-from slidetl.errors import UsageError
+from slidetl.errors import CacheMismatchError, UsageError
+from slidetl.models.aggregators import MeanPooling
 from slidetl.models.runner import Runner
+from slidetl.models.spec import BackboneSpec
 from slidetl.publish.export import build_network
-from slidetl.publish.training_data import describe_training, learn_familiar
+from slidetl.publish.training_data import describe_training, learn_familiar, training_slides
 from slidetl.training.checkpoint import load_grader
+from slidetl.training.grader import SlideGrader
 from tests.conftest import Study
 
 
@@ -25,6 +29,24 @@ def test_an_export_says_if_the_training_saw_regions_only(study: Study) -> None:
     with pytest.warns(UserWarning, match="1 of 2 training slides have tiles of --regions only"):
         found = describe_training([confined, other])
     assert found == describe_training([one, other])
+    header = replace(one.cache.header, location_mm=(1.0, 2.0, 3.0))
+    placed = replace(one, cache=replace(one.cache, header=header))
+    with pytest.warns(UserWarning, match="1 of 2 training slides are patches around places in a series"):
+        assert describe_training([placed, other]) == found
+
+
+def test_training_slides_are_tiled_as_for_the_checkpoint(study: Study, tmp_path: Path) -> None:
+    slides = read_study(study.manifest, study.cache).slides
+    grader = SlideGrader(BackboneSpec("mobilenetv3_small_050"), MeanPooling)
+    grader.record = StudyRecord.of({"train": slides, "val": (), "test": (), "predict": slides})
+    config = tmp_path / "config.yaml"
+    config.write_text(f"data: {{manifest: {study.manifest}, cache: {study.cache}}}\n")
+    for spec in (slides[0].cache.spec, None):  # older checkpoints do not say
+        grader.tile_spec = spec
+        assert len(training_slides([config], [grader])) == len(slides)
+    grader.tile_spec = replace(slides[0].cache.spec, mpp=2.0)
+    with pytest.raises(CacheMismatchError, match=r"made with mpp 4.0 \(wanted: 2.0\) by the checkpoint;"):
+        training_slides([config], [grader])
 
 
 @pytest.mark.slow
