@@ -50,6 +50,7 @@ from slidetl.tiles.writer import CacheWriter
 from slidetl.volumes import open_series
 
 _FAILS = "it fails its checksum"
+_OF_EACH_TILE = ("origin_level0", "origin_voxel", "tissue_fraction")  # what a plan is known by
 _FEATURES_FAIL = "these features fail their checksum; run 'slidetl embed' again"
 
 
@@ -379,23 +380,35 @@ def _confined(found: Verification, header: CacheHeader, plan: TilePlan) -> TileP
 
 
 def _kept_in_plan(found: Verification, header: CacheHeader, plan: TilePlan | PatchPlan) -> list[int]:
-    """Finds the number in the plan of each tile of the cache."""
-    is_damaged = any(Path(finding.file).parts[0] == "origin_level0" for finding in found.findings)
-    if not header.tiles_unreadable or isinstance(plan, PatchPlan):
+    """Finds the number in the plan of each tile of the cache.
+
+    Raises:
+        CacheMismatchError: the plan has other tiles: this slidetl, or reads that failed then, selected them.
+        CacheCorruptError: tiles were left out, and their places are damaged.
+    """
+    again = "tile the slide again with --overwrite"
+    differ = CacheMismatchError(f"{found.path}: this slidetl selects other tiles; {again}")
+    damaged = {Path(finding.file).parts[0] for finding in found.findings}
+    stored = {}
+    for name, (values, _) in plan.arrays(np.ones(len(plan), bool)).items():
+        if name in _OF_EACH_TILE and name not in damaged:
+            with contextlib.suppress(CacheCorruptError, CacheMissingError):
+                stored[name] = values, read_array(found.path / name)
+    if not header.tiles_unreadable:
+        is_same = all(np.array_equal(*pair) for pair in stored.values())
+        if not (is_same if stored else found.tiles == len(plan)):
+            raise differ
         return list(range(len(plan)))
-    if is_damaged:
+    if "origin_level0" not in stored:
         raise CacheCorruptError(
-            f"{found.path}: tiles were left out, and the list of which is damaged; "
-            "tile the slide again with --overwrite"
+            f"{found.path}: tiles were left out, and the list of which is damaged; {again}"
         )
-    number_of = {origin: number for number, origin in enumerate(map(tuple, plan.origins_level0.tolist()))}
-    origins = read_array(found.path / "origin_level0").tolist()
-    try:
-        return [number_of[tuple(origin)] for origin in origins]
-    except KeyError as error:
-        raise CacheMismatchError(
-            f"{found.path}: this slidetl selects other tiles; tile the slide again with --overwrite"
-        ) from error
+    planned, origins = (list(map(tuple, array.tolist())) for array in stored["origin_level0"])
+    number_of = {origin: number for number, origin in enumerate(planned)}
+    kept = [number_of.get(origin, -1) for origin in origins]
+    if -1 in kept or len(plan) - len(kept) > header.tiles_unreadable:
+        raise differ
+    return kept
 
 
 def _encoded(slide: Slide, plan: TilePlan, numbers: list[int]) -> _Made:

@@ -461,8 +461,8 @@ def test_a_truncated_tiff_is_refused_and_never_glass(tmp_path: Path, kind: str, 
     elif kind == "strips":
         flat(path, picture, compression="lzw", rowsperstrip=8)
     else:
-        stored = picture.astype(np.uint16) * 257 if kind == "deep" else picture
-        flat(path, stored, compression="deflate", tile=(64, 64))
+        stored: NDArray[Any] = picture.astype(np.uint16) * 257 if kind == "deep" else picture
+        write_deep(path, stored, compression="deflate", tile=(64, 64))
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * kept)])
     with pytest.raises(SlideOpenError, match=r"a\.tif: it ends early.*; copy it again"):

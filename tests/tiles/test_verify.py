@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import shutil
@@ -11,11 +12,13 @@ import pytest
 import zarr
 
 from slidetl.errors import CacheCorruptError, CacheMismatchError, CacheMissingError
+from slidetl.slides import open_slide
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.ledger import FAILED, USED, Ledger, LedgerRow
+from slidetl.tiles.plan import plan_tiles
 from slidetl.tiles.run import tile_slides
 from slidetl.tiles.store import SlideCache, cache_path, seal_node
-from slidetl.tiles.tile import SlideSource
+from slidetl.tiles.tile import SlideSource, write_tiles
 from slidetl.tiles.verify import repair_cache, verify_cache
 from tests.conftest import Picture, PyramidTiff
 
@@ -236,6 +239,44 @@ def test_features_are_checked_and_outlive_a_repair(tiled: Tiled) -> None:
     flip(path / "tiles/c/0/0/0/0", 50)
     assert repair_cache(verify_cache(path), source.path).is_sound
     assert tree(path) == {n: data for n, data in before.items() if not n.startswith("features/spoilt")}
+
+
+@pytest.mark.parametrize(
+    ("damaged", "more_glass"),
+    [
+        ([], 0),
+        ([], 1),
+        (["origin_level0"], 0),
+        (["origin_level0"], 1),
+        (["origin_level0", "tissue_fraction"], 0),  # one more, and nothing could tell one from another
+    ],
+)
+def test_a_cache_of_other_tiles_than_are_planned_is_not_mended(
+    tmp_path: Path, pyramid_tiff: PyramidTiff, tissue_picture: Draw, damaged: list[str], more_glass: int
+) -> None:
+    """As when the thumbnail could not be read completely at the time."""
+    path, spec = pyramid_tiff(tissue_picture(512)), TileSpec(mpp=0.5, tile_size_px=64)
+    with open_slide(path) as slide:
+        every = plan_tiles(slide, dataclasses.replace(spec, min_tissue=0.0))
+        is_tissue = every.tissue_fraction >= spec.min_tissue
+        chosen = np.sort([*np.flatnonzero(is_tissue)[1:], *np.flatnonzero(~is_tissue)[:more_glass]])
+        plan = dataclasses.replace(
+            every,
+            spec=spec,
+            origins_level0=every.origins_level0[chosen],
+            tissue_fraction=every.tissue_fraction[chosen],
+            quality={name: values[chosen] for name, values in every.quality.items()},
+        )
+        cache = write_tiles(slide, plan, tmp_path, "S1").path
+    flip(cache / "tiles/c/0/0/0/0", 100)
+    for name in damaged:
+        flip(cache / name / "c" / "/".join("0" * (1 + (name == "origin_level0"))), 20)
+    before = tree(cache)
+    with pytest.raises(
+        CacheMismatchError, match="selects other tiles; tile the slide again with --overwrite"
+    ):
+        repair_cache(verify_cache(cache), path)
+    assert tree(cache) == before
 
 
 @pytest.mark.slow
