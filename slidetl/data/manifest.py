@@ -34,7 +34,7 @@ _MOST_READERS = 100
 _MISSING = frozenset(["na", "n/a", "#n/a", "nan", "<na>", "null"])
 _SPREADSHEET_ERROR = re.compile(r"#[A-Z/0]+[!?]", re.IGNORECASE)
 # A long number cut to a few digits by a spreadsheet: it would merge many patients.
-_ROUNDED = re.compile(r"\d[.,]?\d*E\+\d+")
+_ROUNDED = re.compile(r"\d[.,]?\d*[Ee]\+\d+")
 _FAULTS_EACH = 3  # faults of one kind listed one by one; more are counted
 
 
@@ -368,13 +368,14 @@ def _warn_of_spellings(path: Path, rows: Iterable[ManifestRow]) -> None:
 
 
 def spelling(name: str) -> str:
-    """Normalises the spelling of a name: 12, 012 and 12.0, P7 and p7, composed or not."""
+    """Normalises the spelling of a name: 12, '12, 012 and 12.0, P7 and p7, composed or not."""
     letters = (
         "-" if unicodedata.category(letter) == "Pd" else letter
         for letter in unicodedata.normalize("NFKC", name).casefold()
         if not letter.isspace() and unicodedata.category(letter) != "Cf"
     )
-    text = re.sub(r"(?<![\d.,])0+(?=\d)", "", "".join(letters))
+    # A spreadsheet's mark of text may come along.
+    text = re.sub(r"(?<![\d.,])0+(?=\d)", "", "".join(letters).removeprefix("'"))
     return re.sub(r"(\d+)[.,]0*", r"\1", text) if re.fullmatch(r"\d+[.,]0*", text) else text
 
 

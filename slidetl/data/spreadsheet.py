@@ -22,6 +22,7 @@ _BYTE_ORDER_MARKS = {  # longer ones first: the mark of UTF-16 begins the one of
     codecs.BOM_UTF16_BE: "utf-16",
     codecs.BOM_UTF8: "utf-8-sig",
 }
+_FORMULA_OF_TEXT = re.compile(r'^="([^"]*)"$')  # ="0012", which keeps zeros in a spreadsheet
 _NO_TEXT = {
     b"PK\x03\x04": "a workbook (.xlsx, .ods) or another zip file",
     b"\xd0\xcf\x11\xe0": "an Excel workbook (.xls)",
@@ -141,7 +142,7 @@ def _rows(
     begins = first  # an open quote extends a row to the end of the file
     try:
         for cells in reader:
-            row = tuple(cell.strip() for cell in cells)
+            row = tuple(_FORMULA_OF_TEXT.sub(r"\1", cell.strip()).strip() for cell in cells)
             if any(row):
                 rows.append((begins, row))
                 if only_first:

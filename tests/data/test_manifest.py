@@ -217,10 +217,21 @@ def test_cells_without_a_value(tmp_path: Path) -> None:
         ("NA", "patient_id is empty \\('NA'\\)"),
         ("#REF!", "#REF!"),
         ("1.2E+11", "rounded by a spread"),
+        ("1.23e+15", "rounded by a spread"),
     ):
         path.write_text(f"{HEADER}\na,a.svs,{patient},1\n")
         with pytest.raises(ManifestError, match=said):
             read_manifest(path)
+
+
+def test_text_that_a_spreadsheet_kept_as_a_formula_is_that_text(tmp_path: Path) -> None:
+    path = write(tmp_path, f'{HEADER},split\na,a.svs,"=""0012""",1,train\nb,b.svs,="0013",1,train\n')
+    assert [row.patient_id for row in read_manifest(path).rows] == ["0012", "0013"]
+    path.write_text(f'{HEADER},split\na,a.svs,"=""0012""",1,train\nb,b.svs,0012,1,test\n')
+    with pytest.raises(
+        ManifestError, match="patient '0012' is in split 'test' here and in 'train' on line 2"
+    ):
+        read_manifest(path)
 
 
 @pytest.mark.parametrize("grade", ["F3", "Grade 3", "2.5", "-1", "3+", "1e0", "III", "5"])
@@ -418,6 +429,7 @@ def test_public_patch_sets_are_read(test_data: Path) -> None:
         ("12", "12.0"),
         ("P7", "p7"),
         ("0042", "42"),
+        ("'0042", "0042"),
         ("P007", "P7"),
         ("Müller", "Mu\u0308ller"),
         ("A 1", "A\u00a01"),
