@@ -35,6 +35,7 @@ _MAX_LEVELS = 64
 _MAX_CHANNELS = 256
 _MAX_CHUNK_BYTES = 2**28  # is decoded at once, all its channels
 _KEPT_BYTES = 48 * 2**20  # of decoded chunks, shared by neighbours
+_PIECE = re.compile(r"(c/)?\d+([./]\d+)*")  # the file of a chunk or shard, in its array
 _SAMPLED_FILES = 64  # of a larger image, for its fingerprint
 
 # Of zarr 2 (numcodecs) and zarr 3. Not among them: pickle, JSON, msgpack, and whatever is installed.
@@ -127,6 +128,7 @@ def read_ngff(path: Path, channels: str) -> NgffImage:
             "meant to a folder of its own"
         )
     chosen = _channels(channels, about.get("omero"), counts.get("c", 1))
+    notes += _note_of_absent(path / sets[0]["path"], first)
     levels = [_Level(array, axes, chosen) for array in _pyramid(arrays)]
     full = 255.0
     if first.dtype != np.uint8:
@@ -194,6 +196,20 @@ def _array(path: Path, entry: Any) -> Any:
     if math.prod(array.chunks) * array.dtype.itemsize > _MAX_CHUNK_BYTES:
         raise SlideOpenError(f"its pixels are stored in pieces of {array.chunks}, too large to decode")
     return array
+
+
+def _note_of_absent(node: Path, array: Any) -> list[str]:
+    """Notes pieces without a file, of a sparse image or lost in copying."""
+    files = (Path(folder, name).relative_to(node) for folder, _, names in os.walk(node) for name in names)
+    there = sum(_PIECE.fullmatch(file.as_posix()) is not None for file in files)
+    sides = array.shards or array.chunks
+    count = math.prod(-(-length // side) for length, side in zip(array.shape, sides, strict=True))
+    if there >= count:
+        return []
+    return [
+        f"{count - there} of {count} pieces of level 0 are not in its folder, and count as blank (right for "
+        "a sparse image, else copy it again)"
+    ]
 
 
 def _check_codecs(about: Mapping[str, Any]) -> None:

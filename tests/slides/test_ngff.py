@@ -300,3 +300,22 @@ def test_a_folder_of_them_is_listed_and_a_cache_is_not(tmp_path: Path) -> None:
     (tmp_path / "in" / "b.zarr").rename(tmp_path / "none" / "b.zarr")
     with pytest.raises(ManifestError, match="no slides in this folder"):
         read_manifest(tmp_path / "none")
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+@pytest.mark.parametrize("options", [{}, {"chunks": (3, 32, 32), "shards": (3, 96, 128)}])
+def test_pieces_that_are_not_there_are_noted(tmp_path: Path, version: str, options: dict[str, Any]) -> None:
+    if version == "0.4" and options:
+        options = {"chunks": (3, 96, 128)}  # without shards
+    path = write(tmp_path / "a.zarr", [planes(noise(288, 256))], version=version, **options)
+    (path / "0" / ".DS_Store").touch()
+    with open_slide(path) as slide:
+        assert slide.info.notes == ()
+    pieces = sorted(p for p in (path / "0").rglob("*") if p.is_file() and p.name[0].isdecimal())
+    for piece in pieces[:2]:
+        piece.unlink()
+    with open_slide(path) as slide:
+        assert slide.info.notes == (
+            f"2 of {len(pieces)} pieces of level 0 are not in its folder, and count as blank (right for a "
+            "sparse image, else copy it again)",
+        )
