@@ -58,6 +58,7 @@ class TilePlan:
         tiles_without_data: places without tissue on areas without data.
         notes: doubts about the slide, :func:`notes_on`.
         regions: share inside the regions of each pixel of the thumbnail, ``[h, w] float32``; None without.
+        areas_unreadable: squares of the thumbnail, and tiles for their focus, that could not be read.
     """
 
     spec: TileSpec
@@ -74,6 +75,7 @@ class TilePlan:
     tiles_without_data: int = 0
     notes: tuple[str, ...] = ()
     regions: NDArray[np.float32] | None = None
+    areas_unreadable: int = 0
 
     def __len__(self) -> int:
         return len(self.origins_level0)
@@ -86,12 +88,13 @@ class TilePlan:
     def arrays(self, is_kept: NDArray[np.bool_]) -> dict[str, tuple[NDArray[Any], dict[str, Any]]]:
         """Returns the arrays of a cache beside the tiles ``is_kept``, with their attributes."""
         spacing = {"mpp": self.tissue_mask.mpp}
+        doubts = {"areas_unreadable": self.areas_unreadable} if self.areas_unreadable else {}
         return {
             "origin_level0": (self.origins_level0[is_kept], {}),
             "tissue_fraction": (self.tissue_fraction[is_kept], {}),
             **{name: (values[is_kept], {}) for name, values in self.quality.items()},
             "thumbnail": (self.thumbnail, spacing),
-            "tissue_mask": (self.tissue_mask.mask, spacing),
+            "tissue_mask": (self.tissue_mask.mask, spacing | doubts),
         }
 
     @property
@@ -118,7 +121,7 @@ def plan_tiles(slide: Slide, spec: TileSpec, threads: int = 1, regions: Regions 
     info = slide.info
     mpp_read = slide.mpp_read(spec.mpp, spec.mpp_tolerance)
     mpp = thumbnail_mpp(info.size_level0, info.mpp_level0, spec)
-    thumbnail, is_unreadable = _read_thumbnail(slide, mpp, spec.tile_size_px * spec.mpp)
+    thumbnail, is_unreadable, areas_unreadable = _read_thumbnail(slide, mpp, spec.tile_size_px * spec.mpp)
     size_px = thumbnail.shape[1], thumbnail.shape[0]
     seen, background, is_fill = blank_fill(
         thumbnail, mpp, info.background_rgb, lambda: _missing(slide, size_px, mpp)
@@ -152,6 +155,7 @@ def plan_tiles(slide: Slide, spec: TileSpec, threads: int = 1, regions: Regions 
         leave_out(reason, quality[reason] > most + _ROUNDING)
     if spec.min_focus > 0:
         quality["focus"] = _focus(slide, origins, spec, threads)
+        areas_unreadable += int(np.isnan(quality["focus"]).sum())
         leave_out("out of focus", quality["focus"] < spec.min_focus)  # NaN, unreadable, is not
     return TilePlan(
         spec=spec,
@@ -166,18 +170,28 @@ def plan_tiles(slide: Slide, spec: TileSpec, threads: int = 1, regions: Regions 
         tissue_mask=tissue_mask,
         quality=quality,
         left_out_level0=left_out,
-        notes=notes_on(info, spec, tissue_mask.mask[~is_fill] if len(grid) >= MANY_PLACES else None),
+        notes=notes_on(
+            info, spec, tissue_mask.mask[~is_fill] if len(grid) >= MANY_PLACES else None, areas_unreadable
+        ),
         regions=covered,
+        areas_unreadable=areas_unreadable,
     )
 
 
-def notes_on(info: SlideInfo, spec: TileSpec, tissue: NDArray[np.bool_] | None) -> tuple[str, ...]:
+def notes_on(
+    info: SlideInfo, spec: TileSpec, tissue: NDArray[np.bool_] | None, areas_unreadable: int
+) -> tuple[str, ...]:
     """Notes doubts about a slide and about the request.
 
     ``tissue`` is the tissue mask over areas with data; None if the grid has less than :data:`MANY_PLACES`,
     since a small picture may well be all tissue.
     """
     notes = list(info.notes)
+    if areas_unreadable:
+        notes.append(
+            "areas that could not be read when its tiles were chosen count as tissue, and are tried again by "
+            "the next run"
+        )
     request = request_note(spec.mpp, max(info.mpp_level0))
     if request is not None and not any(REMEDY in note for note in notes):  # of one mistake, one line
         notes.append(request)
@@ -210,34 +224,46 @@ def _focus(slide: Slide, origins: NDArray[np.int32], spec: TileSpec, threads: in
     return np.array(values, np.float32)
 
 
-def _read_thumbnail(slide: Slide, mpp: float, tile_um: float) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+def _read_thumbnail(
+    slide: Slide, mpp: float, tile_um: float
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_], int]:
     """Reads the whole slide at a coarse spacing, in squares as wide as a tile if one read fails.
 
+    Squares that fail are read once more, after all others, since a share may have hung.
+
     Returns:
-        The thumbnail, and its unreadable pixels ``[h, w] bool``.
+        The thumbnail, its unreadable pixels ``[h, w] bool``, and the number of unreadable squares.
     """
     info = slide.info
     width, height = mask_size(info.size_level0, info.mpp_level0, mpp)
     is_unreadable = np.zeros((height, width), bool)
     try:
-        return slide.read((0, 0), (width, height), mpp, mpp_tolerance=0.0), is_unreadable
+        return slide.read((0, 0), (width, height), mpp, mpp_tolerance=0.0), is_unreadable, 0
     except SlideReadError as error:
         whole_error = error
     image = np.empty((height, width, 3), np.uint8)
     image[:] = info.background_rgb
     side = max(1, round(tile_um / mpp))
     squares = [(x, y) for y in range(0, height, side) for x in range(0, width, side)]
-    lost = 0
-    for x, y in squares:
+
+    def is_lost(x: int, y: int) -> bool:
         size = (min(side, width - x), min(side, height - y))
         origin = (round(x * mpp / info.mpp_level0[0]), round(y * mpp / info.mpp_level0[1]))
         try:
             image[y : y + size[1], x : x + size[0]] = slide.read(origin, size, mpp, mpp_tolerance=0.0)
         except SlideReadError:
-            is_unreadable[y : y + size[1], x : x + size[0]] = True
-            lost += 1
-            if lost > MAX_UNREADABLE * len(squares):
-                raise SlideReadError(
-                    f"more than {MAX_UNREADABLE:.0%} of the slide cannot be read; first: {whole_error}"
-                ) from whole_error
-    return image, is_unreadable
+            return True
+        return False
+
+    lost: list[tuple[int, int]] = []
+    for square in squares:
+        if is_lost(*square):
+            lost.append(square)
+        if len(lost) > MAX_UNREADABLE * len(squares):
+            raise SlideReadError(
+                f"more than {MAX_UNREADABLE:.0%} of the slide cannot be read; first: {whole_error}"
+            ) from whole_error
+    lost = [square for square in lost if is_lost(*square)]
+    for x, y in lost:
+        is_unreadable[y : y + side, x : x + side] = True
+    return image, is_unreadable, len(lost)

@@ -350,6 +350,12 @@ class SlideCache:
         return TissueMask(read_array(self.path / "tissue_mask"), mpp)
 
     @property
+    def areas_unreadable(self) -> int:
+        """Number of areas that could not be read when the tiles were chosen, and count as tissue."""
+        self._check_slide()
+        return int(read_json(self.path / "tissue_mask")["attributes"].get("areas_unreadable", 0))
+
+    @property
     def quality(self) -> dict[str, NDArray[np.float32]]:
         """``[N] float32`` each, read at each access: see :attr:`slidetl.tiles.plan.TilePlan.quality`."""
         names = ("pen", "fold", "air", "focus")

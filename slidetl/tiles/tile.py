@@ -259,13 +259,15 @@ def _tile_open_slide(
     info = slide.info
     kept = _kept_cache(path, info.fingerprint, info.mpp_level0, spec, digest, None, overwrite)
     if kept is not None and not (
-        kept.header.tiles_unreadable and _is_readable_now(slide, kept, threads, regions)
+        (kept.header.tiles_unreadable or kept.areas_unreadable)
+        and _is_readable_now(slide, kept, threads, regions)
     ):
         if preview is not None and not preview.exists():
             draw_preview(preview, plan_tiles(slide, spec, threads, regions), row.slide_id)
         discard(cache_dir, row.slide_id)
         is_large = len(kept) + kept.header.tiles_without_tissue >= MANY_PLACES
-        notes = notes_on(slide.info, spec, kept.tissue_mask.mask if is_large else None)
+        mask = kept.tissue_mask.mask if is_large else None
+        notes = notes_on(slide.info, spec, mask, kept.areas_unreadable)
         return replace(_used(row, kept), note="; ".join([*notes, *doubts]))
 
     plan = plan_tiles(slide, spec, threads, regions)
@@ -373,8 +375,10 @@ def _place(location_mm: Triple | None) -> str:
 
 
 def _is_readable_now(slide: Slide, cache: SlideCache, threads: int, regions: Regions | None) -> bool:
-    """Tells if any tile missing in a cache as unreadable can be read now."""
+    """Tells if any tile missing in a cache as unreadable, or any area unreadable then, can be read now."""
     plan = plan_tiles(slide, cache.spec, threads, regions)
+    if plan.areas_unreadable < cache.areas_unreadable:
+        return True
     kept = set(map(tuple, cache.origins_level0.tolist()))
     lost = [n for n, origin in enumerate(map(tuple, plan.origins_level0.tolist())) if origin not in kept]
     if len(lost) < cache.header.tiles_unreadable:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import resource
 from pathlib import Path
 
@@ -204,3 +205,47 @@ def test_tiles_that_could_not_be_read_are_tried_again(
     row = tile_slide(source, tmp_path, SPEC)
     assert (row.status, row.tiles, row.tiles_unreadable) == (USED, 192, 0)
     assert len(SlideCache.open(cache_path(tmp_path, "S1"))) == 192
+
+
+def hang_on_glass(monkeypatch: pytest.MonkeyPatch, times: float) -> list[float]:
+    """Lets the first reads of a corner of glass fail in the thumbnail's level; returns their number left."""
+    read, left = _Regions.read_level, [times]
+
+    def hang(
+        self: _Regions, level: _Level, first: tuple[int, int], size: tuple[int, int], of_alpha: bool = False
+    ) -> object:
+        if level.index == 1 and first[0] + size[0] > 248 and first[1] < 8 and left[0] > 0:
+            left[0] -= 1
+            raise SlideReadError("the share hangs")
+        return read(self, level, first, size, of_alpha)
+
+    monkeypatch.setattr(_Regions, "read_level", hang)
+    return left
+
+
+def test_a_share_that_hangs_for_a_moment_changes_no_tile(
+    source: SlideSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tile_slide(source, tmp_path / "sound", SPEC)
+    left = hang_on_glass(monkeypatch, 2)  # the whole thumbnail, and a square of it
+    row = tile_slide(source, tmp_path, SPEC)
+    assert left == [0] and (row.status, row.tiles, row.note) == (USED, 192, "")
+    assert tree(cache_path(tmp_path, "S1")) == tree(cache_path(tmp_path / "sound", "S1"))
+
+
+def test_glass_taken_for_tissue_as_it_could_not_be_read_is_looked_at_again(
+    source: SlideSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tile_slide(source, tmp_path / "sound", SPEC)
+    left = hang_on_glass(monkeypatch, math.inf)
+    for _ in range(2):
+        row = tile_slide(source, tmp_path, SPEC)
+        assert row.status == USED and row.tiles > 192 and row.tiles_unreadable == 0
+        assert row.note == (
+            "areas that could not be read when its tiles were chosen count as tissue, and are tried again by "
+            "the next run"
+        )
+    left[0] = 0
+    row = tile_slide(source, tmp_path, SPEC)
+    assert (row.status, row.tiles, row.note) == (USED, 192, "")
+    assert tree(cache_path(tmp_path, "S1")) == tree(cache_path(tmp_path / "sound", "S1"))
