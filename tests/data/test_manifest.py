@@ -228,9 +228,7 @@ def test_text_that_a_spreadsheet_kept_as_a_formula_is_that_text(tmp_path: Path) 
     path = write(tmp_path, f'{HEADER},split\na,a.svs,"=""0012""",1,train\nb,b.svs,="0013",1,train\n')
     assert [row.patient_id for row in read_manifest(path).rows] == ["0012", "0013"]
     path.write_text(f'{HEADER},split\na,a.svs,"=""0012""",1,train\nb,b.svs,0012,1,test\n')
-    with pytest.raises(
-        ManifestError, match="patient '0012' is in split 'test' here and in 'train' on line 2"
-    ):
+    with pytest.raises(ManifestError, match="'0012' is in split 'test' here and in 'train' on line 2"):
         read_manifest(path)
 
 
