@@ -79,12 +79,17 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
     Raises:
         OutputError: the file cannot be written.
     """
+    write_whole(path, csv_text(columns, rows))
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Returns the content of a CSV file, as :func:`write_csv` writes it."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow({name: csv_cell(value) for name, value in row.items()})
-    write_whole(path, text.getvalue())
+    return text.getvalue()
 
 
 def file_sha256(path: Path) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slidetl.data.folder import SLIDE_SUFFIXES, find_files
-from slidetl.data.spreadsheet import read_table
+from slidetl.data.spreadsheet import Table, read_table
 from slidetl.data.tasks import Task
 from slidetl.errors import ManifestError, SlideOpenError, UsageError
 from slidetl.slides.dicom import series_instance_uid
@@ -141,6 +141,11 @@ def check_scale(grades: Sequence[str]) -> None:
         )
 
 
+def is_missing(text: str) -> bool:
+    """Tells if a cell has no value: empty, or NA and its like."""
+    return not text or text.casefold() in _MISSING
+
+
 class _Faults:
     """Collects the faults of a manifest; many of one kind become one line."""
 
@@ -172,15 +177,33 @@ class _Faults:
 
 
 def _read_csv(path: Path, n_grades: int | None, tasks: Sequence[Task]) -> Manifest:
+    return parse_table(read_table(path, REQUIRED, _optional(tasks)), path, n_grades, tasks)
+
+
+def _optional(tasks: Sequence[Task]) -> tuple[str, ...]:
     read_by_several = ("grade", *(task.column for task in tasks if task.readers))
     readers = (f"{column}_reader{n}" for column in read_by_several for n in range(_MOST_READERS))
-    columns = (*OPTIONAL, *(task.column for task in tasks), *readers)
-    table = read_table(path, REQUIRED, columns)
+    return (*OPTIONAL, *(task.column for task in tasks), *readers)
+
+
+def parse_table(table: Table, path: Path, n_grades: int | None, tasks: Sequence[Task] = ()) -> Manifest:
+    """Parses the table of a manifest, as :func:`read_manifest` does for a CSV.
+
+    Args:
+        table: with the required columns.
+        path: its file, for messages; its folder is that of relative paths. It need not exist.
+        n_grades: number of grades K on the scale; None accepts any whole number.
+        tasks: label scales to read from their columns, if present.
+
+    Raises:
+        ManifestError: every fault found, with line numbers.
+    """
+    columns = _optional(tasks)
     if not table.rows:
         raise ManifestError(f"{path}: a header but no slides; expected one line per slide")
     unknown = [name for name in table.header if name not in {*REQUIRED, *columns}]
     if unknown:
-        warnings.warn(f"{path}: unknown column {', '.join(unknown)} is ignored", stacklevel=3)
+        warnings.warn(f"{path}: unknown column {', '.join(unknown)} is ignored", stacklevel=4)
     faults, rows = _Faults(), []
     for line, cells in table.rows:
         if len(cells) != len(table.header):
@@ -204,7 +227,7 @@ def _parse_row(
 ) -> ManifestRow:
     def known(column: str) -> str:
         text = values.get(column, "")
-        return "" if text.casefold() in _MISSING else text
+        return "" if is_missing(text) else text
 
     def grade(column: str) -> int | None:
         text = known(column)
@@ -363,7 +386,7 @@ def _warn_of_spellings(path: Path, rows: Iterable[ManifestRow]) -> None:
         warnings.warn(
             f"{path}: patients that may be one, spelled twice: {'; '.join(list(seen.values())[:10])}{more}. "
             "They count as different ones; give one patient one patient_id, or it is in two parts",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

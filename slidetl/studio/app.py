@@ -43,6 +43,8 @@ from slidetl.studio.project import (
     check_upload,
     list_folder,
     list_projects,
+    row_key,
+    row_state,
 )
 from slidetl.studio.texts import say
 from slidetl.tiles.ledger import EXCLUDED, USED
@@ -265,8 +267,8 @@ def create_app(studio: Studio) -> FastAPI:
 
     @app.post("/p/{name}/tile")
     def tile(request: Request, project: ProjectOf, form: FormOf) -> Response:
-        if project.settings.slides:
-            project.choose(project.settings.slides)  # slides that came since
+        if project.settings.slides:  # others may have come since
+            _session(request).notes += project.choose(project.settings.slides)
         if not project.check().is_valid:
             raise Refused(say("slides.mistakes"))
         queue.add("tile", project.name, "", presets.tile_steps(project), project.folder)
@@ -300,16 +302,18 @@ def create_app(studio: Studio) -> FastAPI:
             checked=checked,
             counts=_counts(checked, project.settings.grades),
             copies=project.copies(),
+            row_key=row_key,
+            row_state=row_state,
             own=bool(checked.rows) and all(row["patient_id"] == row["slide_id"] for row in checked.rows),
         )
 
     @app.post("/p/{name}/labels")
     def save(request: Request, project: ProjectOf, form: FormOf) -> Response:
-        cells = {}
-        for key, values in form.items():
-            column, _, index = key.partition(":")
-            if index.isdecimal() and len(index) < 8:
-                cells[column, int(index)] = values[0]
+        cells: dict[str, dict[str, str]] = {}
+        for name, values in form.items():
+            column, colon, key = name.partition(":")
+            if colon:
+                cells.setdefault(key, {})[column] = values[0]
         checked = project.edit(cells)
         return go(request, project, "labels", *([say("labels.saved")] if checked.is_valid else []))
 
@@ -326,10 +330,12 @@ def create_app(studio: Studio) -> FastAPI:
         return PlainTextResponse("", 201)
 
     @app.get("/p/{name}/labels.csv")
-    def download(project: ProjectOf) -> Response:
+    def download(project: ProjectOf, aside: bool = False) -> Response:
         if not project.labels.is_file():
             raise HTTPException(404)
-        return FileResponse(project.labels, media_type="text/csv", filename=f"{project.name}-labels.csv")
+        name = f"{project.name}-labels{'-aside' * aside}.csv"
+        headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+        return Response(project.table(aside), media_type="text/csv", headers=headers)
 
     # --- train ---
 
@@ -602,16 +608,13 @@ def _counts(checked: Checked, grades: tuple[str, ...]) -> dict[str, Any]:
     table = [
         (
             site,
-            [
-                sum(r["grade"] == str(k) and r["site"] == site for r in checked.rows)
-                for k in range(len(grades))
-            ],
+            [sum(row["grade"] == name and row["site"] == site for row in checked.rows) for name in grades],
         )
         for site in sites
     ]
     return {
-        "by_grade": [sum(row["grade"] == str(k) for row in checked.rows) for k in range(len(grades))],
-        "ungraded": sum(not row["grade"] for row in checked.rows),
+        "by_grade": [sum(row["grade"] == name for row in checked.rows) for name in grades],
+        "ungraded": len(checked.rows) - checked.graded,
         "patients": len({row["patient_id"] for row in checked.rows}),
         "by_site": table,
     }

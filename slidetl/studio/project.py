@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
+import os
 import re
 import threading
 import warnings
@@ -14,23 +16,37 @@ from pathlib import Path
 from typing import Any, Self
 
 from slidetl.data.folder import SLIDE_SUFFIXES
-from slidetl.data.manifest import OPTIONAL, REQUIRED, check_scale, read_manifest
-from slidetl.data.spreadsheet import read_table
+from slidetl.data.manifest import (
+    OPTIONAL,
+    REQUIRED,
+    check_scale,
+    is_missing,
+    parse_table,
+    read_manifest,
+    spelling,
+)
+from slidetl.data.spreadsheet import Table, read_table
+from slidetl.data.study import listed
 from slidetl.errors import CacheError, ManifestError
-from slidetl.files import write_csv, write_whole
+from slidetl.files import csv_text, write_csv, write_whole
 from slidetl.slides.raster import IMAGE_SUFFIXES
 from slidetl.studio.paths import Refused, Root, check_name
 from slidetl.studio.texts import say
+from slidetl.text import csv_cell, one_line
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.identifier import safe_slide_id
 from slidetl.tiles.ledger import Ledger, LedgerRow
 
 COLUMNS = (*REQUIRED, *OPTIONAL)
 EDITED = ("patient_id", "grade", "site")
+_TAKEN = (*EDITED, "scanner", "stain", "block", "mpp", "split")  # from a table
+_ASIDE = "aside"  # a column of labels.csv alone, "yes" for a slide that is not there now
 SUFFIXES = SLIDE_SUFFIXES | IMAGE_SUFFIXES
 MOST_SLIDES = 5000
 _MOST_CELL = 200
+_MOST_FAULTS = 5  # of a table, in a message
 
+_changes = threading.Lock()  # labels are read, changed and written by one request at a time
 _warnings = threading.Lock()  # catching them changes the whole process
 
 
@@ -60,6 +76,28 @@ class Settings:
             raise Refused(say("home.bad_grades"))
         TileSpec(self.mpp, self.tile_size_px)  # raises if they are invalid
 
+    @property
+    def takes_numbers(self) -> bool:
+        """True if a number names a grade, counted from 0: no name has a digit, which it could mean."""
+        return not any(letter.isnumeric() for name in self.grades for letter in name)
+
+    @property
+    def numbered(self) -> str:
+        """The grades with the numbers that name them, too, in words."""
+        return ", ".join(f"{number} = {name}" for number, name in enumerate(self.grades))
+
+    def grade(self, text: str) -> str:
+        """Returns the name of the grade that a cell means; a text that means none stays."""
+        if text in self.grades:
+            return text
+        meant = spelling(text)
+        found = [name for name in self.grades if spelling(name) == meant]
+        if len(found) == 1:
+            return found[0]
+        if self.takes_numbers and meant.isdecimal() and int(meant) < len(self.grades):
+            return self.grades[int(meant)]
+        return text
+
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
         """Inverts ``asdict``."""
@@ -71,26 +109,35 @@ class Checked:
     """The labels of a project, with their faults.
 
     Attributes:
-        rows: cells by column, in the order of the file.
+        rows: cells by column, in the order of the file; grades by name, faulty ones as typed.
         faults: by index of the row.
         general: faults of no row.
         doubts: warnings.
+        graded: number of slides with a grade.
+        aside: number of labelled slides that are not there now.
     """
 
     rows: tuple[dict[str, str], ...]
     faults: dict[int, list[str]] = field(default_factory=dict)
     general: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
+    graded: int = 0
+    aside: int = 0
 
     @property
     def is_valid(self) -> bool:
         """True if commands may use them."""
         return bool(self.rows) and not self.faults and not self.general
 
-    @property
-    def graded(self) -> int:
-        """Number of slides with a grade."""
-        return sum(bool(row["grade"]) for row in self.rows)
+
+def row_key(row: Mapping[str, str]) -> str:
+    """Names a row by its slide's file: rows may move, and slides be named anew, while a page is open."""
+    return hashlib.sha256(row["path"].encode()).hexdigest()[:16]
+
+
+def row_state(row: Mapping[str, str]) -> str:
+    """Names the content of a row's cells, as far as pages change them."""
+    return hashlib.sha256("\0".join(row[column] for column in EDITED).encode()).hexdigest()[:16]
 
 
 class Project:
@@ -134,7 +181,7 @@ class Project:
 
     @property
     def labels(self) -> Path:
-        """The labels as they were last typed, with faults or without."""
+        """The labels as they were last typed, with faults or without, also of slides that are away now."""
         return self.folder / "labels.csv"
 
     @property
@@ -148,10 +195,12 @@ class Project:
         return self.folder / "slides"
 
     def choose(self, text: str) -> list[str]:
-        """Takes the slides of a folder below the root; labels of slides that stay are kept.
+        """Takes the slides of a folder below the root.
+
+        Labels stay with their files: those of slides that are not there are set aside until they are again.
 
         Returns:
-            What was left out, in words.
+            What was left out or set aside, in words.
 
         Raises:
             Refused: the folder is outside, empty, or of too many slides.
@@ -164,53 +213,91 @@ class Project:
             warnings.simplefilter("always")
             found = read_manifest(folder).rows
         inside = [row for row in found if self.root.holds(row.path)]
-        notes = [str(warning.message) for warning in said]
+        notes = [one_line(str(warning.message)) for warning in said]
         if len(inside) < len(found):
             notes.append(say("slides.outside", n=len(found) - len(inside)))
-        if not inside:
+        # A table would not give back such a path as it is.
+        fresh = {self._place(row.path): row for row in inside}
+        fresh = {place: row for place, row in fresh.items() if csv_cell(place) == place}
+        if len(fresh) < len(inside):
+            notes.append(say("slides.unwritable", n=len(inside) - len(fresh)))
+        if not fresh:
             raise Refused(say("slides.none"))
-        if len(inside) > MOST_SLIDES:
-            raise Refused(say("slides.too_many", n=len(inside), most=MOST_SLIDES))
-        before = {row["path"]: row for row in self._read_rows()}
-        rows = [
-            {**_EMPTY, **before.get(str(row.path), {"patient_id": row.patient_id}), "path": str(row.path)}
-            | {"slide_id": row.slide_id}
-            for row in inside
-        ]
-        self.settings = Settings.of({**asdict(self.settings), "slides": self.root.show(folder)})
-        write_whole(self.folder / "project.json", json.dumps(asdict(self.settings)))
-        self._save(rows)
+        if len(fresh) > MOST_SLIDES:
+            raise Refused(say("slides.too_many", n=len(fresh), most=MOST_SLIDES))
+        with _changes:
+            here, aside = self._read()
+            before = {row["path"]: row for row in (*aside, *here)}
+            rows = [
+                {**_EMPTY, **before.pop(place, {"patient_id": row.patient_id})}
+                | {"path": place, "slide_id": row.slide_id}
+                for place, row in fresh.items()
+            ]
+            away = [row for row in before.values() if _is_labelled(row)]
+            leaving = [row["slide_id"] for row in here if row["path"] in before and _is_labelled(row)]
+            if leaving:
+                notes.append(say("slides.aside", n=len(leaving), names=listed(leaving)))
+            self.settings = Settings.of({**asdict(self.settings), "slides": self.root.show(folder)})
+            write_whole(self.folder / "project.json", json.dumps(asdict(self.settings)))
+            self._save(rows, away)
         return notes
 
     def check(self) -> Checked:
         """Checks the labels by the manifest's own rules, and that every slide lies in the root."""
-        rows = self._read_rows()
+        rows, aside = self._read()
         if not rows:
-            return Checked(())
+            return Checked((), aside=len(aside))
         faults: dict[int, list[str]] = defaultdict(list)
         general: list[str] = []
+        plain = self._for_commands(rows)
+        table = Table(
+            COLUMNS, tuple((line, tuple(row[name] for name in COLUMNS)) for line, row in enumerate(plain, 2))
+        )
         with _warnings, warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             try:
-                read_manifest(self.labels, len(self.settings.grades))
+                parse_table(table, self.manifest, len(self.settings.grades))
             except ManifestError as error:
                 for line, text in error.faults:
                     faults[line - 2].append(text)
                 if not error.faults:
                     general.append(str(error))
         for index, row in enumerate(rows):
-            if not self.root.holds(Path(row["path"])):
+            if row["grade"] not in self.settings.grades and not is_missing(row["grade"]):
+                names = ", ".join(self.settings.grades)
+                faults[index].append(say("labels.bad_grade", grades=names, found=repr(row["grade"])))
+            if not self.root.holds(self.folder / row["path"]):
                 faults[index].append(say("labels.outside"))
-        doubts = [str(warning.message).partition(": ")[2] for warning in said]
-        return Checked(tuple(rows), dict(faults), tuple(general), tuple(doubts))
+        doubts = tuple(str(warning.message).removeprefix(f"{self.manifest}: ") for warning in said)
+        graded = sum(bool(row["grade"]) for row in plain)
+        return Checked(tuple(rows), dict(faults), tuple(general), doubts, graded, len(aside))
 
-    def edit(self, cells: Mapping[tuple[str, int], str]) -> Checked:
-        """Changes cells by column and row; grades may be given by name."""
-        rows = self._read_rows()
-        for (column, index), text in cells.items():
-            if column in EDITED and 0 <= index < len(rows):
-                rows[index][column] = self._grade(text) if column == "grade" else _cell(text)
-        return self._save(rows)
+    def edit(self, cells: Mapping[str, Mapping[str, str]]) -> Checked:
+        """Changes cells, by :func:`row_key` and column.
+
+        With ``was``, the row's :func:`row_state` on the page, only rows that the page changed are.
+
+        Raises:
+            Refused: a row is of no slide of this project, or was changed by someone else too; nothing is.
+        """
+        with _changes:
+            rows, aside = self._read()
+            by_key = {row_key(row): row for row in rows}
+            if not cells.keys() <= by_key.keys():
+                raise Refused(say("labels.other_slides"), 409)
+            clashes: list[str] = []
+            for key, given in cells.items():
+                row = by_key[key]
+                new = {**row, **{name: self._typed(name, given[name]) for name in EDITED if name in given}}
+                was = given.get("was", row_state(row))
+                if row_state(new) == was:
+                    continue
+                if row_state(row) not in (was, row_state(new)):
+                    clashes.append(row["slide_id"])
+                row.update(new)
+            if clashes:
+                raise Refused(say("labels.clash", names=listed(clashes)), 409)
+            return self._save(rows, aside)
 
     def bring(self, content: bytes) -> tuple[Checked, list[str]]:
         """Takes labels from a table: CSV, or what a spreadsheet exports as such.
@@ -221,39 +308,60 @@ class Project:
             The labels, and what was not understood, in words.
 
         Raises:
-            ManifestError: it is no table, or lacks the column.
+            ManifestError: it is no table, lacks the column, or says of a slide two things; nothing is taken.
         """
-        taken = self.folder / ".table.csv"
-        write_whole(taken, content)
-        try:
-            with _warnings, warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
-                table = read_table(taken, ("slide_id",), COLUMNS)
-        except ManifestError as error:
-            raise ManifestError(str(error).replace(str(taken), say("labels.table"))) from error
-        finally:
-            taken.unlink(missing_ok=True)
-        rows = self._read_rows()
-        by_name = {name: row for row in rows for name in (row["slide_id"], Path(row["path"]).name)}
-        notes = [str(warning.message).replace(str(taken), say("labels.table")) for warning in said]
-        strange: list[str] = []
-        for line, cells in table.rows:
-            values = dict(zip(table.header, cells, strict=False))
-            name = values["slide_id"]
-            row = (
-                by_name.get(name)
-                or by_name.get(safe_slide_id(name))
-                or by_name.get(safe_slide_id(Path(name).stem))
-            )
-            if row is None:
-                strange.append(f"{name} ({line})")
-                continue
-            for column in (*EDITED, "scanner", "stain", "block", "mpp", "split"):
-                if column in values:
-                    row[column] = self._grade(values[column]) if column == "grade" else _cell(values[column])
-        if strange:
-            notes.append(say("labels.strange", n=len(strange), names=", ".join(strange[:5])))
-        return self._save(rows), notes
+        with _changes:
+            table, notes = self._read_table(content)
+            rows, aside = self._read()
+            strange: list[str] = []
+            faults: list[str] = []
+            taken: dict[str, tuple[int, dict[str, str]]] = {}  # by the slide's file
+            for line, cells in table.rows:
+                if len(cells) != len(table.header):
+                    faults.append(say("labels.ragged", line=line, wanted=len(table.header), found=len(cells)))
+                    continue
+                values = dict(zip(table.header, cells, strict=True))
+                name = values["slide_id"]
+                found = _named(rows, name)
+                if not found:
+                    strange.append(f"{name} ({line})")
+                elif len(found) > 1:
+                    names = listed([row["slide_id"] for row in found])
+                    faults.append(say("labels.ambiguous", line=line, name=name, names=names))
+                else:
+                    new = {key: self._typed(key, values[key]) for key in _TAKEN if key in values}
+                    first, said = taken.setdefault(found[0]["path"], (line, new))
+                    if new != said:
+                        faults.append(say("labels.twice", first=first, line=line, name=found[0]["slide_id"]))
+            if faults:
+                more = f"; ... ({len(faults)} in all)" if len(faults) > _MOST_FAULTS else ""
+                raise ManifestError(say("labels.refused", faults="; ".join(faults[:_MOST_FAULTS]) + more))
+            changed = [(row, taken[row["path"]][1]) for row in rows if row["path"] in taken]
+            emptied = [
+                row["slide_id"]
+                for row, new in changed
+                if any(row[name] and not text for name, text in new.items())
+            ]
+            for row, new in changed:
+                row.update(new)
+            ignored = [name for name in table.header if name not in (*_TAKEN, "slide_id", "path")]
+            if self.settings.takes_numbers and any(
+                spelling(cells[table.header.index("grade")]).isdecimal()
+                for _, cells in table.rows
+                if "grade" in table.header
+            ):
+                notes.append(say("labels.numbers", grades=self.settings.numbered))
+            if ignored:
+                notes.append(say("labels.ignored", names=", ".join(ignored)))
+            if strange:
+                notes.append(say("labels.strange", n=len(strange), names=listed(strange)))
+            if emptied:
+                notes.append(say("labels.emptied", n=len(emptied), names=listed(emptied)))
+            return self._save(rows, aside), notes
+
+    def table(self, aside: bool) -> str:
+        """Returns the labels as a CSV for a spreadsheet, grades by name; or those that are set aside."""
+        return csv_text(COLUMNS, self._read()[aside])
 
     def ledger(self) -> dict[str, LedgerRow]:
         """Reads the outcome of tiling, by slide; empty before it."""
@@ -264,7 +372,7 @@ class Project:
 
     def copies(self) -> list[str]:
         """Names slides of the same content under different patients; known once they are tiled."""
-        patients = {row["slide_id"]: row["patient_id"] for row in self._read_rows()}
+        patients = {row["slide_id"]: row["patient_id"] for row in self._read()[0]}
         alike: dict[str, list[str]] = defaultdict(list)
         for slide_id, entry in self.ledger().items():
             if entry.fingerprint and slide_id in patients:
@@ -277,26 +385,62 @@ class Project:
         taken = {path.name for path in (self.folder / "runs").glob("*")}
         return next(name for n in range(1, 10_000) if (name := f"{preset}-{n}") not in taken)
 
-    def _grade(self, text: str) -> str:
-        text = _cell(text)
-        names = {name.casefold(): str(index) for index, name in enumerate(self.settings.grades)}
-        return names.get(text.casefold(), text)
+    def _place(self, path: Path) -> str:
+        """Returns the path of a slide as tables have it: from the project, as both may move with the root."""
+        return os.path.relpath(path, self.folder) if path.is_relative_to(self.root.folder) else str(path)
 
-    def _read_rows(self) -> list[dict[str, str]]:
+    def _meant(self, column: str, text: str) -> str:
+        """Returns what a cell means: the same, if it is asked of that again."""
+        return self.settings.grade(_cell(text)) if column == "grade" else _cell(text)
+
+    def _typed(self, column: str, text: str) -> str:
+        """Returns what is kept of a cell; raises Refused if it is too long."""
+        text = self._meant(column, text)
+        if len(text) > _MOST_CELL:
+            raise Refused(say("labels.long", most=_MOST_CELL, found=text[:40]))
+        return text
+
+    def _read_table(self, content: bytes) -> tuple[Table, list[str]]:
+        """Reads a table that was brought; returns doubts, too."""
+        brought = self.folder / ".table.csv"
+        write_whole(brought, content)
+        try:
+            with _warnings, warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                table = read_table(brought, ("slide_id",), COLUMNS)
+        except ManifestError as error:
+            raise ManifestError(str(error).replace(str(brought), say("labels.table"))) from error
+        finally:
+            brought.unlink(missing_ok=True)
+        return table, [str(warning.message).replace(str(brought), say("labels.table")) for warning in said]
+
+    def _read(self) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+        """Reads the labels of the slides, and those that are set aside."""
+        found: tuple[list[dict[str, str]], list[dict[str, str]]] = [], []
         try:
             with self.labels.open(newline="", encoding="utf-8") as file:
-                return [{name: row.get(name) or "" for name in COLUMNS} for row in csv.DictReader(file)]
+                for cells in csv.DictReader(file):
+                    row = {name: cells.get(name) or "" for name in COLUMNS}
+                    row |= {name: self._meant(name, row[name]) for name in _TAKEN}
+                    row["path"] = self._place(self.folder / row["path"])
+                    found[bool(cells.get(_ASIDE))].append(row)
         except FileNotFoundError:
-            return []
+            return [], []
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise Refused(say("labels.unreadable")) from error
+        return found
 
-    def _save(self, rows: Sequence[Mapping[str, str]]) -> Checked:
+    def _for_commands(self, rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+        """Turns grades into the numbers of a manifest; a text that names none is left out."""
+        numbers = {name: str(number) for number, name in enumerate(self.settings.grades)}
+        return [{**row, "grade": numbers.get(row["grade"], "")} for row in rows]
+
+    def _save(self, rows: Sequence[Mapping[str, str]], aside: Sequence[Mapping[str, str]]) -> Checked:
         """Keeps what was typed; commands get it only without faults."""
-        write_csv(self.labels, COLUMNS, rows)
+        write_csv(self.labels, (*COLUMNS, _ASIDE), [*rows, *({**row, _ASIDE: "yes"} for row in aside)])
         checked = self.check()
         if checked.is_valid:
-            write_whole(self.manifest, self.labels.read_bytes())
+            write_csv(self.manifest, COLUMNS, self._for_commands(rows))
         return checked
 
 
@@ -341,4 +485,27 @@ def check_upload(name: str) -> str:
 
 
 def _cell(text: str) -> str:
-    return re.sub(r"\s+", " ", text).strip()[:_MOST_CELL]
+    """Returns a cell as it was typed: in one line, without the quote by which a table disarms a formula."""
+    text = re.sub(r"\s+", " ", text).strip()
+    return text[1:] if text[:1] == "'" and csv_cell(text[1:]) == text else text
+
+
+def _is_labelled(row: Mapping[str, str]) -> bool:
+    """Tells if anything was typed into a row."""
+    return row["patient_id"] not in ("", row["slide_id"]) or any(row[name] for name in _TAKEN[1:])
+
+
+def _named(rows: Sequence[dict[str, str]], name: str) -> list[dict[str, str]]:
+    """Finds the rows of a slide by its identifier or its file's name, with its suffix or without."""
+    stem, dot, suffix = name.rpartition(".")
+    plain = stem if f"{dot}{suffix}".lower() in SUFFIXES else name
+    for column, wanted in (
+        ("slide_id", name),
+        ("path", name),
+        ("slide_id", safe_slide_id(name)),
+        ("slide_id", safe_slide_id(plain)),
+    ):
+        found = [row for row in rows if Path(row[column]).name == wanted]
+        if found:
+            return found
+    return []

@@ -77,14 +77,21 @@ TEXTS: Mapping[str, str] = {
     "slides.no_folder": "there is no such folder",
     "slides.none": "no slide of this folder lies in the folder of the studio",
     "slides.outside": "{n} slides are left out: they are links that lead out of the studio's folder",
+    "slides.unwritable": (
+        "{n} slides are left out: their names have letters that no table can hold (not UTF-8, a line break, "
+        "an odd blank, a formula); rename them"
+    ),
+    "slides.aside": (
+        "Labels of {n} slides that are not there now are kept aside, and come back with the slides: {names}"
+    ),
     "slides.too_many": "{n} slides are more than the {most} that a project takes",
     "slides.taken": "{n} slides found.",
     "slides.tiling": "Tiles",
     "slides.tile": "Cut the slides into tiles",
     "slides.again": "Look for new slides, and tile again",
     "slides.tile_hint": (
-        "Tiles without tissue, with pen, folds or blur are left out. It takes about a minute for each "
-        "slide; finished slides are kept."
+        "Tiles with less than a quarter of tissue are left out; pen, folds and blur are kept. It takes "
+        "about a minute for each slide; finished slides are kept."
     ),
     "slides.mistakes": "The labels have faults; correct them before you go on.",
     "slides.list": "All slides",
@@ -127,6 +134,18 @@ TEXTS: Mapping[str, str] = {
     "labels.take": "Take the labels of this table",
     "labels.table": "the table",
     "labels.strange": "{n} lines of the table are of no slide of this project: {names}",
+    "labels.ignored": "columns of the table that are not taken: {names}",
+    "labels.numbers": "numbers of the table were read as grades: {grades}",
+    "labels.emptied": "{n} slides have lost a label, since it is empty in the table: {names}",
+    "labels.refused": "nothing is taken of this table; correct it first: {faults}",
+    "labels.ragged": "line {line} has {found} cells, expected {wanted} as in the header",
+    "labels.twice": "lines {first} and {line} are both of {name}, and differ",
+    "labels.ambiguous": "line {line}: {name} may be any of {names}; write one of these",
+    "labels.aside": (
+        "Labels of {n} slides that are not in the chosen folder now are kept aside. They come back with "
+        "the slides; where these have moved, download the labels and bring them as a table."
+    ),
+    "labels.download_aside": "Download the labels kept aside (CSV)",
     "labels.download": "Download the labels (CSV)",
     "labels.grid": "Grades of the slides",
     "labels.slide": "Slide",
@@ -134,11 +153,24 @@ TEXTS: Mapping[str, str] = {
     "labels.grade": "Grade",
     "labels.site": "Site",
     "labels.of": "{column} of {slide}",
-    "labels.scale": "Grades: {grades}. Type the number or the name; leave empty what is not graded.",
+    "labels.scale": "Grades: {grades}. Type one of them; leave empty what is not graded.",
+    "labels.scale_numbers": (
+        "Grades: {grades}. Type the name, or its number; leave empty what is not graded."
+    ),
     "labels.save": "Save the labels",
     "labels.saved": "Saved: no fault found.",
     "labels.faults": (
         "Rows with a fault: {n}. They are marked below; nothing is trained before they are corrected."
+    ),
+    "labels.bad_grade": "grade must be one of {grades} (empty: not graded), found {found}",
+    "labels.long": "a cell has at most {most} letters; shorten the one that begins with: {found}",
+    "labels.other_slides": (
+        "Nothing is saved: the slides of this project have changed since this page was opened. Go back, "
+        "copy what you typed, and open the page again."
+    ),
+    "labels.clash": (
+        "Nothing is saved: someone else has changed {names} since this page was opened. Go back, copy "
+        "what you typed, and open the page again."
     ),
     "labels.outside": "this slide's file lies outside of the studio's folder",
     "labels.unreadable": "the labels of this project cannot be read",

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,30 @@ class Client:
         """Sends a form that must be refused."""
         answer = self.http.post(path, data={"csrf": self.csrf, **fields}, headers={"Origin": ORIGIN})
         assert answer.status_code >= 400, answer.text
+        return answer.status_code, answer.text
+
+    def grid(self) -> dict[str, str]:
+        """Reads the fields of the page Labels, as a browser would send them."""
+        text = self.http.get("/p/lung/labels").text
+        found = re.findall(r'<input [^>]*?name="(\w+:\w+)" value="([^"]*)"', text)
+        return {name: unescape(value) for name, value in found}
+
+    def typed(self, cells: Mapping[str, str], shown: Mapping[str, str] = {}) -> dict[str, str]:
+        """Changes cells of the page Labels, by column and number of their row: ``grade:0``."""
+        shown = shown or self.grid()
+        keys = list(dict.fromkeys(name.partition(":")[2] for name in shown))
+        places = ((*name.split(":"), text) for name, text in cells.items())
+        return {**shown, **{f"{column}:{keys[int(row)]}": text for column, row, text in places}}
+
+    def label(self, cells: Mapping[str, str]) -> str:
+        """Types into cells of the page Labels, and saves it."""
+        return self.post("/p/lung/labels", **self.typed(cells))
+
+    def bring(self, table: str | bytes) -> tuple[int, str]:
+        """Sends a table of labels."""
+        content = table.encode() if isinstance(table, str) else table
+        headers = {"Origin": ORIGIN, "X-CSRF-Token": self.csrf}
+        answer = self.http.put("/p/lung/table", content=content, headers=headers)
         return answer.status_code, answer.text
 
 

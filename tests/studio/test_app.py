@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import subprocess
 import sys
@@ -11,10 +12,13 @@ from typing import Any
 import pytest
 from scipy.stats import binomtest
 
+from slidetl.data.manifest import read_manifest
+from slidetl.studio.presets import tile_steps
 from slidetl.studio.project import Project
 from slidetl.studio.results import judge
+from slidetl.tiles.grid import TileSpec
 from slidetl.training.predictions import SlidePrediction, write_predictions
-from tests.studio.conftest import ORIGIN, Client
+from tests.studio.conftest import Client
 
 PAGES = ("slides", "labels", "train", "model", "grade")
 
@@ -46,51 +50,212 @@ def test_every_page_opens_with_slides(page: str, project: Client) -> None:
 
 def test_a_fault_stands_beside_its_row_and_stops_nothing_that_was_typed(project: Client) -> None:
     fields = {"grade:0": "mild", "grade:1": "9", "patient_id:1": "P2", "site:2": "north"}
-    page = project.post("/p/lung/labels", **fields)
+    page = project.label(fields)
     assert "Rows with a fault: 1" in page and page.count('class="wrong"') == 1
     assert "found &#39;9&#39;" in page and 'value="9"' in page and 'value="P2"' in page
     lung = project_of(project)
-    assert [row["grade"] for row in lung.check().rows] == ["1", "9", ""]
+    assert [row["grade"] for row in lung.check().rows] == ["mild", "9", ""]
     # Commands keep the labels of before.
     with lung.manifest.open(newline="") as file:
         assert [row["grade"] for row in csv.DictReader(file)] == ["", "", ""]
     status, said = project.refused("/p/lung/train", preset="ridge", network="x")
     assert status == 400 and "Before training" in said
-    assert "no fault found" in project.post("/p/lung/labels", **{"grade:1": "severe"})
+    assert "no fault found" in project.label({"grade:1": "severe"})
     with lung.manifest.open(newline="") as file:
         assert [row["grade"] for row in csv.DictReader(file)] == ["1", "2", ""]
 
 
 def test_patients_spelled_twice_and_patients_unknown_are_doubts(project: Client) -> None:
     assert "Each slide counts as a patient of its own" in project.http.get("/p/lung/labels").text
-    page = project.post(
-        "/p/lung/labels", **{"patient_id:0": "P7", "patient_id:1": "p 7", "patient_id:2": "P8"}
-    )
+    page = project.label({"patient_id:0": "P7", "patient_id:1": "p 7", "patient_id:2": "P8"})
     assert "spelled twice" in page and "as a patient of its own" not in page
 
 
 def test_a_table_of_a_spreadsheet_gives_labels(project: Client) -> None:
     table = "\ufeffSlide ID;Patient-ID;Grade;Site\r\na.svs;P1;severe;north\r\nb;P2;0;\r\nz;P3;1;\r\n".encode()
-    headers = {"Origin": ORIGIN, "X-CSRF-Token": project.csrf}
-    assert project.http.put("/p/lung/table", content=table, headers=headers).status_code == 201
+    assert project.bring(table)[0] == 201
     page = project.http.get("/p/lung/labels").text
+    assert "numbers of the table were read as grades: 0 = none, 1 = mild, 2 = severe" in page
     assert "1 lines of the table are of no slide of this project: z (4)" in page
     rows = project_of(project).check().rows
     assert [(row["patient_id"], row["grade"], row["site"]) for row in rows] == [
-        ("P1", "2", "north"),
-        ("P2", "0", ""),
+        ("P1", "severe", "north"),
+        ("P2", "none", ""),
         ("c", "", ""),
     ]
-    answer = project.http.put("/p/lung/table", content=b"PK\x03\x04 a workbook", headers=headers)
-    assert answer.status_code == 400 and "save the table as CSV" in answer.text
+    status, said = project.bring(b"PK\x03\x04 a workbook")
+    assert status == 400 and "save the table as CSV" in said
 
 
 def test_labels_stay_when_slides_are_added(project: Client) -> None:
-    project.post("/p/lung/labels", **{"grade:1": "mild", "patient_id:1": "P2"})
+    project.label({"grade:1": "mild", "patient_id:1": "P2"})
     (project.root / "study" / "aa.svs").write_bytes(b"no slide")
     project.post("/p/lung/folder", folder="study")
     rows = {row["slide_id"]: row for row in project_of(project).check().rows}
-    assert len(rows) == 4 and (rows["b"]["patient_id"], rows["b"]["grade"]) == ("P2", "1")
+    assert len(rows) == 4 and (rows["b"]["patient_id"], rows["b"]["grade"]) == ("P2", "mild")
+
+
+def test_the_page_says_what_tiling_leaves_out(project: Client) -> None:
+    page = project.http.get("/p/lung/slides").text
+    assert "less than a quarter of tissue are left out; pen, folds and blur are kept" in page
+    words = tile_steps(project_of(project))[0].words
+    assert not {"--max-pen", "--max-fold", "--min-focus", "--min-tissue"} & set(words)
+    spec = TileSpec(mpp=1.0)
+    assert (spec.min_tissue, spec.max_pen, spec.max_fold, spec.min_focus) == (0.25, 1, 1, 0)
+
+
+def graded(client: Client) -> list[str]:
+    return [row["grade"] for row in project_of(client).check().rows]
+
+
+def numbers(client: Client) -> list[str]:
+    with project_of(client).manifest.open(newline="") as file:
+        return [row["grade"] for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize(
+    "names",
+    ["1, 2, 3", "0, 1, 2", "2, 1, 0", "none, mild, severe", "I, II, III", "1+, 2+, 3+", "+, ++, +++",
+     "a, A, =A1", "NA, low, high", "0, 1, severe", "0.5, 1.0, 2", "'x, x, ='x"],
+)  # fmt: skip
+def test_a_cell_has_one_meaning(names: str, project: Client) -> None:
+    project.post("/projects", name="other", grades=names)
+    lung, grades = project_of(project), names.split(", ")
+    about = json.loads((lung.folder / "project.json").read_text())
+    (lung.folder / "project.json").write_text(json.dumps({**about, "grades": grades}))
+    page = project.label({f"grade:{index}": name for index, name in enumerate(grades)})
+    assert "no fault found" in page
+    assert (graded(project), numbers(project)) == (grades, ["0", "1", "2"])
+    before = lung.labels.read_bytes(), lung.manifest.read_bytes()
+    for _ in range(2):
+        project.label({})
+        assert (lung.labels.read_bytes(), lung.manifest.read_bytes()) == before
+        assert project.bring(project.http.get("/p/lung/labels.csv").content)[0] == 201
+        assert (lung.labels.read_bytes(), lung.manifest.read_bytes()) == before
+
+
+def test_a_number_names_a_grade_only_where_it_can_mean_one(project: Client) -> None:
+    assert "0 = none, 1 = mild" in project.http.get("/p/lung/labels").text
+    project.label({"grade:0": "1.0", "grade:1": " SEVERE", "grade:2": "NA"})
+    assert (graded(project), numbers(project)) == (["mild", "severe", "NA"], ["1", "2", ""])
+    folder = project_of(project).folder
+    about = json.loads((folder / "project.json").read_text())
+    (folder / "project.json").write_text(json.dumps({**about, "grades": ["1+", "2+", "3+"]}))
+    page = project.label({"grade:0": "1", "grade:1": "3 +", "grade:2": "0"})
+    assert "Rows with a fault: 2" in page and "0 = 1+" not in page
+    assert "grade must be one of 1+, 2+, 3+ (empty: not graded), found &#39;0&#39;" in page
+    assert graded(project) == ["1", "3+", "0"]
+
+
+def test_a_page_left_open_writes_to_no_other_slide(project: Client) -> None:
+    left = project.grid()
+    for name in ("a0", "0a"):
+        (project.root / "study" / f"{name}.svs").write_bytes(b"no slide")
+    project.post("/p/lung/folder", folder="study")
+    project.post("/p/lung/labels", **project.typed({"grade:1": "mild", "patient_id:1": "P2"}, left))
+    rows = project_of(project).check().rows
+    assert [row["slide_id"] for row in rows if row["grade"] or row["patient_id"] == "P2"] == ["b"]
+    # Another folder with slides of the same names.
+    (project.root / "else").mkdir()
+    (project.root / "else" / "a.svs").write_bytes(b"no slide")
+    project.post("/p/lung/folder", folder="else")
+    status, said = project.refused("/p/lung/labels", **project.typed({"grade:0": "severe"}, left))
+    assert status == 409 and "copy what you typed" in said and graded(project) == [""]
+
+
+def test_a_page_left_open_undoes_no_work_of_another(project: Client) -> None:
+    left = project.grid()
+    project.label({"grade:0": "mild", "patient_id:0": "P1"})
+    project.post("/p/lung/labels", **project.typed({"grade:1": "severe"}, left))
+    assert graded(project) == ["mild", "severe", ""]
+    status, said = project.refused(
+        "/p/lung/labels", **project.typed({"grade:0": "none", "grade:2": "none"}, left)
+    )
+    assert status == 409 and "someone else has changed a since" in said
+    assert graded(project) == ["mild", "severe", ""]
+    project.post("/p/lung/labels", **project.typed({"grade:0": "mild", "patient_id:0": "P1"}, left))
+
+
+def test_labels_outlive_their_slides(project: Client) -> None:
+    project.label({"grade:0": "mild", "patient_id:1": "P2", "site:2": "north"})
+    lung, elsewhere = project_of(project), project.root / "else"
+    before = lung.labels.read_bytes(), lung.manifest.read_bytes()
+    elsewhere.mkdir()
+    (elsewhere / "a.svs").write_bytes(b"no slide")
+    page = project.post("/p/lung/folder", folder="else")
+    assert "Labels of 3 slides that are not there now are kept aside" in page and "a, b, c" in page
+    assert graded(project) == [""]  # of the same name, but another slide
+    page = project.http.get("/p/lung/labels").text
+    assert "Labels of 3 slides" in page and "labels.csv?aside=1" in page
+    assert "../../study/a.svs" in project.http.get("/p/lung/labels.csv?aside=1").text
+    assert "study" not in project.http.get("/p/lung/labels.csv").text
+    project.label({"grade:0": "severe"})
+    project.post("/p/lung/folder", folder="study")
+    assert [row["grade"] for row in project_of(project).check().rows] == ["mild", "", ""]
+    assert lung.manifest.read_bytes() == before[1] and lung.check().aside == 1
+    # A slide is away while the slides are tiled again, and comes back.
+    (project.root / "study" / "a.svs").rename(project.root / "a.svs")
+    page = project.post("/p/lung/tile")
+    assert "Labels of 1 slides that are not there now are kept aside" in page
+    (project.root / "a.svs").rename(project.root / "study" / "a.svs")
+    project.post("/p/lung/folder", folder="study")
+    assert lung.manifest.read_bytes() == before[1]
+
+
+def test_labels_of_slides_that_moved_are_brought(project: Client) -> None:
+    project.label({"grade:0": "mild", "patient_id:1": "P2"})
+    (project.root / "study").rename(project.root / "archive")
+    project.post("/p/lung/folder", folder="archive")
+    assert graded(project) == ["", "", ""]
+    assert project.bring(project.http.get("/p/lung/labels.csv?aside=1").content)[0] == 201
+    assert graded(project) == ["mild", "", ""]
+    assert project_of(project).check().rows[1]["patient_id"] == "P2"
+
+
+def test_labels_outlive_a_root_that_is_mounted_elsewhere(
+    project: Client, opened: Callable[..., Client], tmp_path: Path
+) -> None:
+    project.label({"grade:0": "mild", "patient_id:1": "P2"})
+    before = project_of(project).manifest.read_bytes()
+    project.studio.queue.close()
+    project.root.rename(tmp_path / "elsewhere")
+    (tmp_path / "root").symlink_to(tmp_path / "elsewhere")
+    moved = opened()
+    assert moved.root == tmp_path / "elsewhere"
+    moved.post("/p/lung/tile")
+    lung = project_of(moved)
+    assert lung.check().is_valid and graded(moved) == ["mild", "", ""]
+    assert lung.manifest.read_bytes() == before
+    assert read_manifest(lung.manifest).rows[0].path == moved.root / "study" / "a.svs"
+
+
+def test_a_table_that_contradicts_itself_is_refused_whole(project: Client) -> None:
+    status, said = project.bring("slide_id,patient_id,grade\na.svs,P1,0\nb,P3,1\na,P1,2\nc,P4\n")
+    assert status == 400 and "lines 2 and 4 are both of a, and differ" in said
+    assert "line 5 has 2 cells, expected 3" in said and graded(project) == ["", "", ""]
+    assert project.bring("slide_id,grade\na.svs,0\na,none\n")[0] == 201  # they say the same
+    (project.root / "study" / "x").mkdir()
+    (project.root / "study" / "x" / "a.svs").write_bytes(b"no slide")
+    project.post("/p/lung/folder", folder="study")
+    status, said = project.bring("slide_id,grade\na.svs,0\n")
+    assert status == 400 and "line 2: a.svs may be any of" in said
+
+
+def test_a_table_labels_no_slide_of_a_like_name(project: Client) -> None:
+    assert project.bring("slide_id,patient_id,grade\nb.2,P9,2\nc.SVS,P3,1\n")[0] == 201
+    page = project.http.get("/p/lung/labels").text
+    assert "b.2 (2)" in page and graded(project) == ["", "", "mild"]
+
+
+def test_what_a_table_does_not_give_or_takes_away_is_said(project: Client) -> None:
+    project.label({"grade:0": "mild", "grade:1": "severe"})
+    project.bring("slide_id,grade,Case,grade_reader1\na,,17,2\nb,severe,18,1\n")
+    page = project.http.get("/p/lung/labels").text
+    assert "columns of the table that are not taken: Case, grade_reader1" in page
+    assert "1 slides have lost a label, since it is empty in the table: a" in page
+    assert "of no slide" not in page and "read as grades" not in page
+    status, said = project.bring(f"slide_id,patient_id\na,{'9' * 201}\n")
+    assert status == 400 and "at most 200 letters" in said
 
 
 def test_the_commands_of_every_preset_are_shown(project: Client) -> None:
