@@ -81,6 +81,7 @@ from slidetl.evaluation.metrics import (
     probability_metrics,
     qwk,
     rps,
+    told_apart,
 )
 from slidetl.evaluation.power import PowerRow, StudyDesign, power_table
 from slidetl.evaluation.protocol import Fold, splits_sha256
@@ -177,6 +178,14 @@ class ArmResult:
     def label(self) -> str:
         """Name of the arm, with the number of its training slides."""
         return self.arm if self.n_slides is None else f"{self.arm} ({self.n_slides} slides)"
+
+    @property
+    def untold(self) -> int:
+        """Number of jobs that gave all the slides they tested the same probabilities."""
+        rows = (
+            [row.probabilities for row in found.predictions if row.probabilities] for _, found in self.jobs
+        )
+        return sum(not told_apart(probabilities) for probabilities in rows)
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from slidetl.evaluation.repeatability import ScoreShift
 from slidetl.files import write_csv
 
 # One row for each number, grouped by ``section``: primary, metric (of an arm), repeat, threshold, variance,
-# calibration, sets, site, scanner, reader, repeatability, groups, chance; external; learning; difference;
-# agreement, ceiling, confounding, power.
+# calibration, sets, site, scanner, reader, repeatability, groups, chance, training; external; learning;
+# difference; agreement, ceiling, confounding, power.
 COLUMNS = (
     *("section", "arm", "train_slides", "against", "metric", "estimate", "low", "high", "level"),
     *("p", "p_holm", "n", "note"),
@@ -86,6 +86,10 @@ def _result_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
     for arm in (*result.arms, *result.smaller):
         rows = _arm_rows(arm, result.comparison.referral_risks)
         yield from ({"arm": arm.arm, "train_slides": arm.n_slides, **row} for row in rows)
+        if result.comparison.arms[arm.arm].fit is not None and arm.untold:
+            note = "trainings that gave all slides they tested the same probabilities"
+            row = _row("training", "learned_nothing", arm.untold, n=len(arm.jobs), note=note)
+            yield {"arm": arm.arm, "train_slides": arm.n_slides, **row}
     yield from _external_rows(result)
     yield from _learning_rows(result)
     for pair in (*result.differences, *result.smaller_differences):

@@ -27,6 +27,7 @@ from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
 from slidetl.compare.table import format_p
+from slidetl.data.study import listed
 from slidetl.errors import CacheError, SlidetlError
 from slidetl.evaluation.metrics import GradeMetrics
 from slidetl.page import environment
@@ -408,6 +409,7 @@ def create_app(studio: Studio) -> FastAPI:
             shades=_shades(judged.metrics) if judged else [],
             verdict=results.verdict(folder) if chosen else None,
             format_p=format_p,
+            listed=listed,
             has_report=(folder / "report.html").is_file(),
             limits=_limits(judged, project.settings.grades) if judged else [],
             risk=risk,

@@ -39,6 +39,7 @@ class Judged:
         bins: of the reliability diagram.
         sites: name, slides, accuracy of each site.
         referral: the rule for a chosen risk; None if no rule keeps it.
+        ungraded: slides with a true grade that the model did not grade; in no number above.
     """
 
     metrics: GradeMetrics
@@ -48,6 +49,7 @@ class Judged:
     bins: tuple[ReliabilityBin, ...]
     sites: tuple[tuple[str, int, float], ...]
     referral: ReferralPoint | None
+    ungraded: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,15 @@ class Verdict:
     Attributes:
         arms: arm, and its QWK with interval.
         difference: of the primary arms; None if they are not complete.
-        better: the arm that the sign-flip test favours; empty if it finds no difference, or is undefined.
+        better: the arm that the sign-flip test favours; empty if it finds no difference, is undefined, or
+            means nothing.
+        dead: arms of which a training learned nothing: a difference from them is no finding.
     """
 
     arms: tuple[tuple[str, dict[str, float]], ...]
     difference: dict[str, Any] | None
     better: str
+    dead: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,8 @@ def judge(folder: Path, n_grades: int, risk: float) -> Judged | None:
     table = predictions_of(folder)
     if table is None or (folder / "comparison.yaml").is_file():
         return None
-    rows = [row for row in read_predictions(table) if row.grade is not None and not row.reason]
+    every = [row for row in read_predictions(table) if row.grade is not None]
+    rows = [row for row in every if not row.reason]
     if not rows:
         return None
     true = np.array([row.grade for row in rows])
@@ -109,6 +115,7 @@ def judge(folder: Path, n_grades: int, risk: float) -> Judged | None:
         bins=reliability(true, probabilities, n_bins=5, n_draws=300),
         sites=_by_site(rows),
         referral=referral_rule(curve, risk),
+        ungraded=tuple(row.slide_id for row in every if row.reason),
     )
 
 
@@ -130,14 +137,17 @@ def verdict(folder: Path) -> Verdict | None:
         (row["arm"], _numbers(row)) for row in rows if (row["section"], row["metric"]) == ("metric", "qwk")
     ]
     primary = [row for row in rows if row["section"] == "primary"]
+    untold = [row for row in rows if (row["section"], row["metric"]) == ("training", "learned_nothing")]
+    dead = tuple(row["arm"] for row in untold if not row.get("train_slides"))
     if not primary:
-        return Verdict(tuple(arms), None, "")
+        return Verdict(tuple(arms), None, "", dead)
     names, numbers = {key: primary[0][key] for key in ("arm", "against")}, _numbers(primary[0])
     better = ""
-    if "estimate" in numbers and numbers.get("p", 1.0) <= ALPHA:
+    is_finding = not set(names.values()) & set(dead)
+    if is_finding and "estimate" in numbers and numbers.get("p", 1.0) <= ALPHA:
         is_first = (numbers["estimate"] > 0) != (primary[0]["metric"] in LOWER_IS_BETTER)
         better = names["arm" if is_first else "against"]
-    return Verdict(tuple(arms), {**names, **numbers}, better)
+    return Verdict(tuple(arms), {**names, **numbers}, better, dead)
 
 
 def _numbers(row: dict[str, str]) -> dict[str, float]:

@@ -261,6 +261,9 @@ TEXTS: Mapping[str, str] = {
     "model.unfinished": "This training has no results yet.",
     "model.verdict": "Verdict",
     "model.exact": "{right} of {n} test slides have exactly your grade",
+    "model.ungraded": (
+        "Of {n} more test slides the model gives no grade, and they are in no number here: {names}"
+    ),
     "model.interval": "95 % interval {low} to {high}, over {n} patients",
     "model.no_interval": "no interval: all samples of these patients give the same",
     "model.undefined": "undefined on these slides",
@@ -312,6 +315,11 @@ TEXTS: Mapping[str, str] = {
     "model.compared_interval": "95 % interval over patients {low} to {high}.",
     "model.clear": "{arm} is better.",
     "model.not_clear": "No difference is shown. Take the simpler one, or test on more patients.",
+    "model.no_finding": "No finding: one of the two learned nothing.",
+    "model.dead": (
+        "Learned nothing in at least one training, all slides having got the same probabilities: {arms}. "
+        "A difference from such a way is no finding; the report names the remedies."
+    ),
     "model.no_test": "The difference cannot be computed on these patients. Test on more of them.",
     "model.report": "Full report of the comparison",
     "model.train_one": "Train the way that you choose by itself; the comparison keeps no single model.",

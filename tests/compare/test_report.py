@@ -580,7 +580,12 @@ def test_an_arm_that_told_no_slides_apart_is_named_at_the_head(tmp_path: Path) -
         replace(arm, jobs=tuple((job, same(found)) for job, found in arm.jobs)) if arm.arm == "warm" else arm
         for arm in result.arms
     )
-    assert said in worded(replace(result, arms=arms), tmp_path).text[""]
+    died = replace(result, arms=arms)
+    assert said in worded(died, tmp_path).text[""]
+    for found, arms_untold in ((result, []), (died, [("warm", "1")])):
+        write_tables(found, tmp_path)
+        rows = [row for row in table(tmp_path / "results.csv") if row["section"] == "training"]
+        assert [(row["arm"], row["estimate"]) for row in rows] == arms_untold
 
 
 def test_power_counts_results_from_the_observed_accuracy(

@@ -335,7 +335,7 @@ def test_every_text_is_used(client: Client) -> None:
     assert not unused
 
 
-def write_verdict(client: Client, **primary: str) -> str:
+def write_verdict(client: Client, *more: dict[str, str], **primary: str) -> str:
     """Writes the results of a comparison, and returns its page."""
     lung = project_of(client)
     folder = lung.folder / "runs" / "compare-1"
@@ -343,11 +343,11 @@ def write_verdict(client: Client, **primary: str) -> str:
         folder.mkdir(parents=True)
         client.studio.queue.add("train", "lung", "compare-1", (), lung.folder)
     row = {"section": "primary", "arm": "warm", "against": "ridge", "metric": "qwk", **primary}
-    columns = ("section", "arm", "against", "metric", "estimate", "low", "high", "p")
+    columns = ("section", "arm", "train_slides", "against", "metric", "estimate", "low", "high", "p")
     with (folder / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, restval="")
         writer.writeheader()
-        writer.writerow(row)
+        writer.writerows((row, *more))
     return client.http.get("/p/lung/model?run=compare-1").text
 
 
@@ -363,6 +363,30 @@ def test_the_verdict_is_that_of_the_sign_flips(project: Client) -> None:
         page = write_verdict(project, p=p)
         assert "cannot be computed" in page and "No difference is shown" not in page
         assert "is better." not in page
+
+
+def test_no_arm_is_better_than_one_that_died(project: Client) -> None:
+    died = {"section": "training", "metric": "learned_nothing", "estimate": "1"}
+    page = write_verdict(project, died | {"arm": "warm"}, estimate="-0.8", low="-0.9", high="-0.7", p="0.001")
+    assert "same probabilities: warm." in page and "No finding" in page and "ridge is better." not in page
+    smaller = died | {"arm": "ridge", "train_slides": "20"}
+    page = write_verdict(project, smaller, died | {"arm": "shared"}, estimate="-0.8", p="0.001")
+    assert "same probabilities: shared." in page and "ridge is better." in page
+
+
+def test_slides_without_a_grade_are_named(project: Client) -> None:
+    folder = project_of(project).folder / "runs" / "ridge-1"
+    rows = [
+        SlidePrediction(f"s{n}", f"p{n}", n % 3, tuple(float(k == n % 3) for k in range(3)), 10)
+        for n in range(12)
+    ]
+    lost = SlidePrediction("s12", "p12", 1, (), 0, reason="no tiles")
+    folder.mkdir(parents=True)
+    write_predictions(folder / "predictions.csv", [*rows, lost])
+    project.studio.queue.add("train", "lung", "ridge-1", (), folder)
+    page = project.http.get("/p/lung/model?run=ridge-1").text
+    assert "12 of 12 test slides" in page and "Of 1 more test slides the model gives no grade" in page
+    assert "in no number here: s12" in page
 
 
 def test_a_perfect_test_part_is_no_certainty(tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from slidetl.compare.config import ALPHA, Comparison, MetricName
 from slidetl.compare.external import External, external_results
 from slidetl.compare.learning import CurveMetric, Learning, equal_epochs, learning_of
 from slidetl.compare.table import format_number
-from slidetl.evaluation.metrics import told_apart
 from slidetl.evaluation.protocol import Protocol
 
 NAMES: dict[MetricName, str] = {
@@ -187,15 +186,8 @@ class View:
     @property
     def dead(self) -> tuple[str, ...]:
         """Trained arms of which a training gave all the slides it tested the same probabilities."""
-        same = {
-            arm.label: any(
-                not told_apart([row.probabilities for row in result.predictions if row.probabilities])
-                for _, result in arm.jobs
-            )
-            for arm in self.arms
-            if self.comparison.arms[arm.arm].fit is not None
-        }
-        return tuple(label for label, is_dead in same.items() if is_dead)
+        trained = (arm for arm in self.arms if self.comparison.arms[arm.arm].fit is not None)
+        return tuple(arm.label for arm in trained if arm.untold)
 
     @property
     def pointlike(self) -> tuple[str, ...]:
