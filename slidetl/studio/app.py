@@ -460,9 +460,14 @@ def create_app(studio: Studio) -> FastAPI:
 
     @app.get("/p/{name}/grade")
     def grade(request: Request, project: ProjectOf, folder: str = "", target: str = "") -> Response:
-        targets = [job.target for job in queue.jobs(project.name) if job.kind == "grade"]
+        models = {
+            job.target: project.folder / job.steps[0].words[1]
+            for job in queue.jobs(project.name)
+            if job.kind == "grade"
+        }
+        targets = list(models)
         chosen = target if target in targets else next(iter(targets), "")
-        rows = results.graded(project.folder / "grades" / chosen) if chosen else []
+        rows = results.graded(project.folder / "grades" / chosen, models[chosen]) if chosen else []
         return show(
             request,
             "grade.html",

@@ -20,6 +20,7 @@ from slidetl.evaluation.bootstrap import Interval, bca_interval_if_defined, shar
 from slidetl.evaluation.calibration import ReliabilityBin, reliability
 from slidetl.evaluation.conformal import ReferralPoint, referral_rule, risk_coverage
 from slidetl.evaluation.metrics import GradeMetrics, grade_metrics, qwk
+from slidetl.slides.spacing import cohort_notes
 from slidetl.studio.presets import predictions_of
 from slidetl.training.predictions import SlidePrediction, read_predictions
 
@@ -190,12 +191,18 @@ def _card(path: Path) -> library.ModelCard | None:
         return None
 
 
-def graded(folder: Path) -> list[dict[str, Any]]:
-    """Reads the results of a run of ``slidetl grade``, with the name of each slide's page."""
-    pages: dict[str, str] = {}
+def graded(folder: Path, model: Path) -> list[dict[str, Any]]:
+    """Reads the results of a run of ``slidetl grade``, with the name of each slide's page, and its doubts.
+
+    Args:
+        folder: of the results.
+        model: the file that graded, for the names of the grades in a set.
+    """
+    found: dict[str, tuple[str, dict[str, Any]]] = {}
     for path in folder.glob("*.json"):
         try:
-            pages[str(json.loads(path.read_text(encoding="utf-8"))["slide"])] = path.stem
+            result = json.loads(path.read_text(encoding="utf-8"))
+            found[str(result["slide"])] = path.stem, result
         except (OSError, ValueError, KeyError, TypeError):
             continue
     try:
@@ -203,9 +210,25 @@ def graded(folder: Path) -> list[dict[str, Any]]:
             rows: list[dict[str, Any]] = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error):
         return []
+    names = _names(model, rows)
+    far = cohort_notes({slide: float(result.get("mpp_level0", 0)) for slide, (_, result) in found.items()})
     for row in rows:
-        row["page"] = pages.get(row["slide"], "")
+        row["page"], result = found.get(row["slide"], ("", {}))
+        row["doubts"] = [str(note) for note in result.get("notes") or ()]
+        row["doubts"] += [far[row["slide"]]] if row["slide"] in far else []
+        bounds = [int(row[name]) for name in ("set_lowest", "set_highest") if row.get(name)]
+        row["set"] = (
+            [names[grade] for grade in dict.fromkeys(bounds)] if bounds and max(bounds) < len(names) else []
+        )
         row["name"] = Path(row["slide"]).name
         shares = [float(row[name]) for name in row if name.startswith("probability_") and row[name]]
         row["probability"] = max(shares, default=None)
     return rows
+
+
+def _names(model: Path, rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Returns the names of a model's grades; none if it is not the one that graded these rows."""
+    card = _card(model)
+    names = card.grades if card is not None else ()
+    given = [(int(row["grade"]), row["grade_name"]) for row in rows if row.get("grade")]
+    return names if all(pair in enumerate(names) for pair in given) else ()

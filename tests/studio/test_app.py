@@ -5,7 +5,9 @@ import json
 import re
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,15 @@ import pytest
 from scipy.stats import binomtest
 
 from slidetl.data.manifest import read_manifest
+from slidetl.grading.batch import GRADED, GradeRow, write_results
+from slidetl.library.model_card import METADATA
+from slidetl.studio.jobs import Step
 from slidetl.studio.presets import tile_steps
 from slidetl.studio.project import Project
 from slidetl.studio.results import judge
 from slidetl.tiles.grid import TileSpec
 from slidetl.training.predictions import SlidePrediction, write_predictions
+from tests.library.test_model_card import CARD
 from tests.studio.conftest import Client
 
 PAGES = ("slides", "labels", "train", "model", "grade")
@@ -387,6 +393,43 @@ def test_slides_without_a_grade_are_named(project: Client) -> None:
     page = project.http.get("/p/lung/model?run=ridge-1").text
     assert "12 of 12 test slides" in page and "Of 1 more test slides the model gives no grade" in page
     assert "in no number here: s12" in page
+
+
+def test_sets_of_grades_have_the_names_of_the_model(project: Client) -> None:
+    lung = project_of(project)
+    model, output = lung.folder / "models" / "m.pt", lung.folder / "grades" / "grades-1"
+
+    def export(*grades: str) -> None:
+        model.parent.mkdir(exist_ok=True)
+        with zipfile.ZipFile(model, "w") as archive:
+            archive.writestr(f"m/extra/{METADATA}", replace(CARD, grades=grades).to_json())
+
+    results = [
+        {"slide": f"/x/{name}.svs", "grade": grade, "grade_name": str(grade + 1), "grade_set": grade_set,
+         "probabilities": [0.2, 0.6, 0.2], "tiles_unreadable": lost, "novelty": novelty, "notes": notes,
+         "mpp_level0": mpp}
+        for name, grade, grade_set, lost, novelty, notes, mpp in (
+            ("a", 1, [1, 2], 3, 0.83, ["<b>no spacing"], 0.25),
+            ("b", 0, [0, 0], 0, None, [], 0.25),
+            ("c", 2, None, 0, None, [], 4.0),
+        )
+    ]  # fmt: skip
+    export("1", "2", "3")
+    project.studio.queue.add("grade", "lung", "grades-1", (Step(("grade", "models/m.pt")),), lung.folder)
+    write_results(output / "results.csv", [GradeRow(Path(one["slide"]), GRADED, one) for one in results], 3)
+    for one in results:
+        (output / f"{Path(one['slide']).stem}.json").write_text(json.dumps(one))
+
+    def rows() -> list[str]:
+        page = project.http.get("/p/lung/grade").text
+        return re.findall(r"<tr>(.*?)</tr>", page.partition('class="results"')[2], re.DOTALL)[1:]
+
+    a, b, c = rows()
+    assert "<b>2</b>" in a and "<td>2 to 3</td>" in a and "<td>1</td>" in b and "<td>–</td>" in c
+    assert "&lt;b&gt;no spacing" in a and "3 tiles could not be read" in a and "novelty 0.83" in a
+    assert "doubt" not in b and "novelty" not in b and "4 um per pixel is far from the median" in c
+    export("none", "mild", "severe")  # another model under its name
+    assert "see its page" in rows()[0] and "mild" not in rows()[0]
 
 
 def test_a_perfect_test_part_is_no_certainty(tmp_path: Path) -> None:
