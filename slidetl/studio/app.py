@@ -33,7 +33,7 @@ from slidetl.evaluation.metrics import GradeMetrics
 from slidetl.page import environment
 from slidetl.studio import presets, results
 from slidetl.studio.guard import REPORT_POLICY, Guard, Session
-from slidetl.studio.jobs import Job, JobQueue, Step
+from slidetl.studio.jobs import WAITING, Job, JobQueue, Step
 from slidetl.studio.paths import Refused, Root, check_name
 from slidetl.studio.pictures import draw_thumbnail
 from slidetl.studio.project import (
@@ -175,17 +175,37 @@ def create_app(studio: Studio) -> FastAPI:
         return RedirectResponse(f"/p/{project.name}/{page}" + (f"?{more}" if more else ""), 303)
 
     def jobs_of(project: Project, *kinds: str) -> dict[str, Any]:
-        """Returns what the list of jobs shows: the active ones, and the last of these kinds."""
+        """Returns what the list of jobs shows: the active ones, and the last of these kinds.
+
+        Active jobs of projects that are gone are on every page: elsewhere nobody could stop them.
+        """
+        active = [job for job in reversed(queue.jobs()) if job.is_active]
+        projects = list_projects(studio.root, studio.home)
         every = queue.jobs(project.name)
         mine = [job for job in every if job.kind in kinds]
         chosen = [
             *reversed([job for job in mine if job.is_active]),
             *[j for j in mine if not j.is_active][:4],
         ]
-        other = [job for job in reversed(queue.jobs()) if job.is_active and job not in chosen]
+        other = [
+            job
+            for job in active
+            if job not in chosen and (job.project == project.name or job.project not in projects)
+        ]
+        ahead = next((job for job in active if job.state != WAITING and job.project != project.name), None)
+        held = say("jobs.behind", title=_title(ahead), project=ahead.project) if ahead is not None else ""
+        if queue.trouble:
+            held = say("jobs.trouble", reason=queue.trouble)
+
+        def shown(job: Job) -> dict[str, Any]:
+            found = _shown(job, queue.status(job))
+            if job.project not in projects:
+                found["title"] = say("jobs.gone", title=found["title"], project=job.project)
+            return found | ({"progress": held} if job.state == WAITING else {})
+
         return {
-            "jobs": [_shown(job, queue.status(job)) for job in chosen],
-            "others": [_shown(job, queue.status(job)) for job in other if job.project == project.name],
+            "jobs": [shown(job) for job in chosen],
+            "others": [shown(job) for job in other],
             "watch": next((job.id for job in reversed(every) if job.is_active and job.kind in kinds), ""),
             "kinds": "-".join(kinds),
         }
@@ -644,8 +664,9 @@ def _run(project: Project, run: str) -> Path:
 
 
 def _job(queue: JobQueue, project: Project, job_id: str) -> Job:
+    """Finds a job of this project, or of one that is gone."""
     job = queue.find(job_id)
-    if job.project != project.name:
+    if job.project != project.name and job.project in list_projects(project.root, project.folder.parent):
         raise HTTPException(404)
     return job
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import re
 import signal
@@ -21,8 +22,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+from slidetl.errors import OutputError
 from slidetl.files import write_whole
 from slidetl.studio.paths import Refused
+from slidetl.text import one_line
 
 WAITING, RUNNING, STOPPING = "waiting", "running", "stopping"
 DONE, FAILED, STOPPED = "done", "failed", "stopped"
@@ -121,6 +124,9 @@ class JobQueue:
     Args:
         folder: for the jobs' folders; made if missing.
 
+    Attributes:
+        trouble: why no job can be looked after now; empty if nothing is wrong.
+
     Raises:
         Refused: another studio works on this folder.
     """
@@ -131,6 +137,7 @@ class JobQueue:
         self._ended = threading.Event()
         self._known: dict[str, tuple[int, Job]] = {}  # by the time of their files
         self._child: subprocess.Popen[bytes] | None = None
+        self.trouble = ""
         folder.mkdir(parents=True, exist_ok=True)
         self._held: IO[str] = (folder / "lock").open("w")
         try:
@@ -154,10 +161,7 @@ class JobQueue:
     def jobs(self, project: str | None = None) -> list[Job]:
         """Lists jobs, the latest first."""
         with self._lock:
-            names = sorted(
-                (path.name for path in self._folder.glob("*-*") if _ID.fullmatch(path.name)), reverse=True
-            )
-            found = [job for name in names if (job := self._read(name)) is not None]
+            found = [job for name in self._names() if (job := self._read(name)) is not None]
         return [job for job in found if project in (None, job.project)]
 
     def add(self, kind: str, project: str, target: str, steps: tuple[Step, ...], folder: Path) -> Job:
@@ -167,13 +171,12 @@ class JobQueue:
             Refused: too many wait already, or one makes the same.
         """
         with self._lock:
-            every = self.jobs()
-            active = [job for job in every if job.is_active]
+            active = [job for job in self.jobs() if job.is_active]
             if len(active) >= MOST_WAITING:
                 raise Refused(f"{len(active)} jobs wait already; stop some, or come back later", 429)
             if any((job.kind, job.project, job.target) == (kind, project, target) for job in active):
                 raise Refused("this job is in the queue already", 409)
-            number = 1 + max((int(job.id[:6]) for job in every), default=0)
+            number = 1 + max((int(name[:6]) for name in self._names()), default=0)
             job = Job(f"{number:06d}-{kind}", kind, project, target, steps, str(folder))
             (self._folder / job.id).mkdir()
             self._write(job)
@@ -232,8 +235,14 @@ class JobQueue:
 
     def _watch(self) -> None:
         while not self._ended.wait(0.3):
-            with self._lock, suppress(OSError):  # a full disk: it is tried again
-                self._turn()
+            with self._lock:
+                try:
+                    self._turn()
+                    self.trouble = ""
+                except Exception as error:  # a full disk: it is tried again
+                    if self.trouble != str(error):
+                        logging.getLogger(__name__).exception("the jobs of the studio cannot be looked after")
+                    self.trouble = str(error) or type(error).__name__
 
     def _turn(self) -> None:
         """Looks after the running job, or starts the next one."""
@@ -255,16 +264,39 @@ class JobQueue:
             elif waited > _TERM_S:
                 process.signal_group(signal.SIGTERM)
 
+    def _names(self) -> list[str]:
+        """Lists the folders of the jobs, the latest first."""
+        names = (path.name for path in self._folder.glob("*-*") if _ID.fullmatch(path.name))
+        return sorted(names, reverse=True)
+
     def _start(self, job: Job) -> None:
+        """Starts the job's command; whatever is wrong with it, the job has failed and the next one begins."""
+        self._child = None
+        try:
+            self._launch(job)
+        except Exception as error:
+            if self._child is not None:  # without its record it could not be stopped
+                with suppress(ProcessLookupError):
+                    os.killpg(self._child.pid, signal.SIGKILL)
+                self._child.wait()
+            reason = one_line(f"it could not be started: {error or type(error).__name__}")
+            job = replace(job, state=FAILED, reason=reason)
+            try:
+                self._write(job)
+            except OutputError:  # this server goes by it all the same
+                path = self._folder / job.id / "job.json"
+                self._known[job.id] = path.stat().st_mtime_ns, job
+
+    def _launch(self, job: Job) -> None:
         folder = self._folder / job.id
         (folder / f"status-{job.step}.json").unlink(missing_ok=True)
         (folder / "process.json").unlink(missing_ok=True)
         words = job.steps[job.step].words
         status = ("--status", str(folder / f"status-{job.step}.json"))
         with (folder / "log.txt").open("ab") as log:
-            log.write(f"$ slidetl {' '.join(words)}\n".encode())
+            log.write(f"$ slidetl {' '.join(words)}\n".encode("utf-8", "backslashreplace"))
             log.flush()
-            self._child = child = subprocess.Popen(
+            self._child = subprocess.Popen(
                 [sys.executable, "-m", "slidetl", *words, *status],
                 cwd=job.folder,
                 stdin=subprocess.DEVNULL,
@@ -273,8 +305,9 @@ class JobQueue:
                 env={**os.environ, "COLUMNS": "120", "NO_COLOR": "1"},
                 start_new_session=True,  # Ctrl-C at the server does not reach it
             )
-        process = _Process.of(child.pid)
-        found = asdict(process) if process is not None else {"pid": child.pid, "started": 0, "boot": ""}
+        pid = self._child.pid
+        process = _Process.of(pid)
+        found = asdict(process) if process is not None else {"pid": pid, "started": 0, "boot": ""}
         write_whole(folder / "process.json", json.dumps(found))
         self._write(replace(job, state=RUNNING))
 
@@ -282,7 +315,6 @@ class JobQueue:
         """Takes the exit code of an ended command, and ends the job or starts its next command."""
         if self._child is not None and self._child.pid == process.pid:
             code: object = self._child.wait()  # it is dead
-            self._child = None
         else:  # of an earlier server
             code = self.status(job).get("exit_code")
         code = code if isinstance(code, int) else None

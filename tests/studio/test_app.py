@@ -286,6 +286,23 @@ def test_a_job_is_queued_once_and_no_more_than_twenty(project: Client) -> None:
     assert project.refused("/p/lung/pull", name="m", **{"from": "models"})[0] == 429
 
 
+def test_a_job_of_a_project_that_is_gone_can_be_stopped(project: Client) -> None:
+    project.post("/projects", name="old", grades="0, 1")
+    queue, root = project.studio.queue, project.root
+    job = queue.add("train", "old", "ridge-1", (), root)
+    record = root / "studio" / ".jobs" / job.id / "job.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "state": "running"}))
+    project.post("/p/lung/tile")
+    assert "behind Training ridge-1 of project old" in project.http.get("/p/lung/slides").text
+    assert project.refused(f"/p/lung/jobs/{job.id}/stop", page="slides")[0] == 404
+    (root / "studio" / "old").rename(root / "old")
+    assert "Training ridge-1 of project old, which is gone" in project.http.get("/p/lung/slides").text
+    project.post(f"/p/lung/jobs/{job.id}/stop", page="slides")
+    assert queue.find(job.id).state == "stopping"
+    queue.trouble = "the disk is full"
+    assert "cannot be looked after now: the disk is full" in project.http.get("/p/lung/slides").text
+
+
 @pytest.mark.parametrize(
     "place",
     ["", "/etc", "../x", "file:///x", "http://elsewhere.example", "simplecache::s3://b/x", "s3://b/../c"],

@@ -71,6 +71,71 @@ def pretend(queue: JobQueue, folder: Path, how: str) -> tuple[Job, subprocess.Po
     return job, child
 
 
+def test_a_job_that_cannot_start_holds_up_no_other(tmp_path: Path) -> None:
+    queue = JobQueue(tmp_path / "jobs")
+    gone = queue.add("tile", "gone", "", (QUICK,), tmp_path / "gone")
+    torn = queue.add("publish", "a", "m", (Step(("zoo", "a\0b")),), tmp_path)
+    strange = queue.add("grade", "a", "g", (Step(("grade", os.fsdecode(b"m\xe9.pt"))),), tmp_path)
+    last = queue.add("tile", "a", "", (QUICK,), tmp_path)
+    queue.start()
+    end = time.monotonic() + 60
+    while queue.find(last.id).is_active and time.monotonic() < end:
+        time.sleep(0.1)
+    queue.close()
+    states = [queue.find(job.id).state for job in (gone, torn, strange, last)]
+    assert states == ["failed", "failed", "failed", "done"] and not queue.trouble
+    assert "could not be started" in queue.find(gone.id).reason and "gone" in queue.find(gone.id).reason
+    assert "null byte" in queue.find(torn.id).reason
+    assert "$ slidetl grade m\\udce9.pt" in queue.log(strange)
+
+
+@pytest.mark.parametrize("blocked", ["process.json", "job.json"])
+def test_a_job_without_a_record_runs_on_as_no_process(
+    blocked: str, queue: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = queue.add("train", "a", "r", (Step(("studio", "--root", str(tmp_path))),), tmp_path)
+    second = queue.add("train", "a", "s", (QUICK,), tmp_path)
+    started: list[int] = []
+    identify = _Process.of
+
+    def of(pid: int) -> _Process | None:  # the command runs by now; the disk fills
+        started.append(pid)
+        (tmp_path / "jobs" / job.id / f".{blocked}.{os.getpid()}.partial").mkdir(exist_ok=True)
+        return identify(pid)
+
+    monkeypatch.setattr(_Process, "of", of)
+    queue._turn()
+    assert len(started) == 1 and identify(started[0]) is None
+    failed = queue.find(job.id)
+    assert failed.state == "failed" and "cannot be written" in failed.reason
+    queue._turn()
+    assert queue.find(job.id).state == "failed" and queue.find(second.id).state == "running"
+    monkeypatch.undo()
+    assert until(queue, second, is_over).state == "done"
+
+
+def test_what_goes_wrong_ends_no_watch(queue: JobQueue, tmp_path: Path) -> None:
+    job = queue.add("tile", "a", "", (QUICK,), tmp_path)
+    record = tmp_path / "jobs" / job.id / "job.json"
+    values = json.loads(record.read_text())
+    record.write_text(json.dumps({**values, "state": "running", "step": 5}))  # there is one
+    (record.parent / "process.json").write_text(json.dumps({"pid": 0, "started": 0, "boot": ""}))
+    queue.start()
+    end = time.monotonic() + 20
+    while not queue.trouble and time.monotonic() < end:
+        time.sleep(0.05)
+    assert "out of range" in queue.trouble
+    record.write_text(json.dumps({**values, "state": "running"}))
+    while (queue.find(job.id).is_active or queue.trouble) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert "ended from outside" in queue.find(job.id).reason and not queue.trouble
+
+
+def test_a_folder_without_a_record_stops_no_later_job(queue: JobQueue, tmp_path: Path) -> None:
+    (tmp_path / "jobs" / "000001-tile").mkdir()
+    assert queue.add("tile", "a", "", (QUICK,), tmp_path).id == "000002-tile"
+
+
 @pytest.mark.slow
 def test_stop_asks_first_and_forces_later(
     queue: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
