@@ -167,7 +167,7 @@ def create_app(studio: Studio) -> FastAPI:
             "project": values.get("project"),
         }
         text = environment("slidetl.studio").get_template(template).render(**{**shared, **values})
-        return HTMLResponse(text, status)
+        return HTMLResponse(text.encode("utf-8", "backslashreplace"), status)  # as a terminal would have it
 
     def go(request: Request, project: Project, page: str, *notes: str, **query: str) -> RedirectResponse:
         _session(request).notes += notes
@@ -214,7 +214,7 @@ def create_app(studio: Studio) -> FastAPI:
     def on_mistake(request: Request, error: SlidetlError) -> Response:
         status = error.status if isinstance(error, Refused) else 400
         if request.method == "PUT":
-            return PlainTextResponse(str(error), status)
+            return PlainTextResponse(str(error).encode("utf-8", "backslashreplace"), status)
         return show(request, "error.html", status, message=str(error))
 
     @app.exception_handler(HTTPException)

@@ -8,12 +8,12 @@ import secrets
 import threading
 import time
 from dataclasses import dataclass, field
-from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse, RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -159,11 +159,8 @@ class Guard:
             return is_right
 
     def _session(self, headers: Headers) -> Session | None:
-        try:
-            cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
-        except CookieError:
-            return None
-        session = self._sessions.get(cookie.value) if cookie is not None else None
+        # Not http.cookies, which gives up at a cookie of another program that it does not like.
+        session = self._sessions.get(cookie_parser(headers.get("cookie", "")).get(COOKIE, ""))
         return session if session is not None and time.monotonic() - session.since < _SESSION_S else None
 
     def _is_own(self, headers: Headers) -> bool:

@@ -34,6 +34,15 @@ def check_name(name: str, what: str) -> str:
     return name
 
 
+def is_text(path: Path) -> bool:
+    """Tells if a page and a table can have a path; old shares have names that are not UTF-8."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class Root:
     """The folder that the studio may read and write; symbolic links are resolved before a path is judged.
 
@@ -46,6 +55,8 @@ class Root:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve(strict=True)
+        if not is_text(self.folder):
+            raise Refused("the path of the studio's folder must be UTF-8; rename it")
 
     def find(self, text: str | Path) -> Path:
         """Resolves a path, relative to the root or absolute.
@@ -58,6 +69,8 @@ class Root:
             path.exists()  # raises for a name that no file system takes
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a zero byte
             raise Refused("not a path") from error
+        if not is_text(path):  # by a link
+            raise Refused("this path is not UTF-8; rename it")
         if not self.holds(path):
             raise Refused("this path leads out of the folder of the studio", 403)
         return path

@@ -30,7 +30,7 @@ from slidetl.data.study import listed
 from slidetl.errors import CacheError, ManifestError
 from slidetl.files import csv_text, write_csv, write_whole
 from slidetl.slides.raster import IMAGE_SUFFIXES
-from slidetl.studio.paths import Refused, Root, check_name
+from slidetl.studio.paths import Refused, Root, check_name, is_text
 from slidetl.studio.texts import say
 from slidetl.text import csv_cell, one_line
 from slidetl.tiles.grid import TileSpec
@@ -452,18 +452,22 @@ def list_projects(root: Root, home: Path) -> list[str]:
     return sorted(path.parent.name for path in home.glob("*/project.json") if root.holds(path))
 
 
-def list_folder(root: Root, text: str) -> tuple[str, list[tuple[str, str, int]], list[tuple[str, str]]]:
+def list_folder(root: Root, text: str) -> tuple[str, list[tuple[str, str, int]], list[tuple[str, str]], int]:
     """Lists a folder below the root.
 
     Returns:
-        The folder; its folders with their number of slides; its slides; each as name and path below the root.
+        The folder; its folders with their number of slides; its slides; each as name and path below the
+        root; and the number of names left out, as they are not UTF-8.
     """
     folder = root.find(text)
     if not folder.is_dir():
         raise Refused(say("slides.no_folder"), 404)
-    folders, slides = [], []
+    folders, slides, unnamed = [], [], 0
     for path in sorted(folder.iterdir(), key=lambda path: path.name.casefold()):
         if path.name.startswith(".") or not root.holds(path) or path.suffix == ".zarr":
+            continue
+        if not is_text(path):
+            unnamed += 1
             continue
         try:
             if path.is_dir():
@@ -473,7 +477,7 @@ def list_folder(root: Root, text: str) -> tuple[str, list[tuple[str, str, int]],
                 slides.append((path.name, root.show(folder / path.name)))
         except OSError:  # it may not be read
             continue
-    return ("" if folder == root.folder else root.show(folder)), folders, slides
+    return ("" if folder == root.folder else root.show(folder)), folders, slides, unnamed
 
 
 def check_upload(name: str) -> str:

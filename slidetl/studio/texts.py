@@ -73,6 +73,7 @@ TEXTS: Mapping[str, str] = {
     "slides.up": "One folder up",
     "slides.count": "{n} slides",
     "slides.no_folders": "No folders in here.",
+    "slides.unnamed": "{n} names here are not UTF-8 and cannot be used; rename them.",
     "slides.change": "Choose a folder",
     "slides.no_folder": "there is no such folder",
     "slides.none": "no slide of this folder lies in the folder of the studio",

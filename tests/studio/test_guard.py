@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import csv
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from starlette.testclient import TestClient
 
 from slidetl.errors import UsageError
 from slidetl.studio.guard import COOKIE, LOOPBACK, is_password, read_password, write_password
+from slidetl.studio.paths import Refused, Root
 from tests.studio.conftest import ORIGIN, Client
 
 
@@ -215,6 +217,39 @@ def test_a_log_and_a_reason_are_text(project: Client) -> None:
     assert project.http.get(f"/p/lung/jobs/{job.id}/log").headers["content-type"].startswith("text/plain")
     for wrong in ("../../lung", "000009-tile", "x"):
         assert project.http.get(f"/p/lung/jobs/{wrong}/log").status_code == 404
+
+
+def test_names_that_are_no_text_are_left_out(project: Client) -> None:
+    latin = os.fsdecode(b"\xe9t\xe9")
+    for folder in (project.root, project.root / "study"):
+        (folder / f"{latin}.svs").write_bytes(b"")
+        (folder / latin).mkdir()
+    (project.root / "linked").symlink_to(project.root / latin)
+    for page in ("grade", "slides?folder=", "grade?folder=study"):
+        answer = project.http.get(f"/p/lung/{page}")
+        assert answer.status_code == 200 and "2 names here are not UTF-8" in answer.text, page
+        assert "\\udce9" not in answer.text
+    assert project.http.get("/p/lung/grade?folder=linked").status_code == 400
+    page = project.post("/p/lung/folder", folder="study")
+    assert "3 slides found." in page and "1 slides are left out: their names" in page
+    (project.root / "study" / f"{latin}.svs").unlink()
+    (project.root / "study" / f"{latin}.svs").symlink_to("nowhere")
+    (project.root / "study" / f"{latin}.txt").symlink_to("nowhere")
+    assert "links to nothing" in project.post("/p/lung/folder", folder="study")
+    with pytest.raises(Refused, match="must be UTF-8"):
+        Root(project.root / latin)
+
+
+@pytest.mark.parametrize("other", ['prefs={"theme":"dark"}', "a[b]=1", "x", '"=;;a=é'])
+def test_a_cookie_of_another_program_shuts_nobody_out(other: str, client: Client) -> None:
+    key = client.http.cookies["slidetl_studio"]
+    client.http.cookies.clear()
+    for cookies in (f"{other}; slidetl_studio={key}", f"slidetl_studio={key}; {other}"):
+        assert client.http.get("/", headers={"Cookie": cookies.encode()}).status_code == 200
+    assert (
+        client.http.get("/", headers={"Cookie": f"{other}; slidetl_studio=x{key}".encode()}).status_code
+        == 401
+    )
 
 
 def test_no_cell_of_a_downloaded_table_is_a_formula(project: Client) -> None:
