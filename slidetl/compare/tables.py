@@ -84,12 +84,11 @@ def _result_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
             about = {"arm": result.primary.arm, "against": result.primary.against}
             yield about | _row("primary", "equivalent", result.primary.is_within(margin), note=note)
     for arm in (*result.arms, *result.smaller):
-        rows = _arm_rows(arm, result.comparison.referral_risks)
-        yield from ({"arm": arm.arm, "train_slides": arm.n_slides, **row} for row in rows)
+        rows = [*_arm_rows(arm, result.comparison.referral_risks)]
         if result.comparison.arms[arm.arm].fit is not None and arm.untold:
             note = "trainings that gave all slides they tested the same probabilities"
-            row = _row("training", "learned_nothing", arm.untold, n=len(arm.jobs), note=note)
-            yield {"arm": arm.arm, "train_slides": arm.n_slides, **row}
+            rows.append(_row("training", "learned_nothing", arm.untold, n=len(arm.jobs), note=note))
+        yield from ({"arm": arm.arm, "train_slides": arm.n_slides, **row} for row in rows)
     yield from _external_rows(result)
     yield from _learning_rows(result)
     for pair in (*result.differences, *result.smaller_differences):

@@ -271,14 +271,9 @@ class JobQueue:
 
     def _start(self, job: Job) -> None:
         """Starts the job's command; whatever is wrong with it, the job has failed and the next one begins."""
-        self._child = None
         try:
             self._launch(job)
         except Exception as error:
-            if self._child is not None:  # without its record it could not be stopped
-                with suppress(ProcessLookupError):
-                    os.killpg(self._child.pid, signal.SIGKILL)
-                self._child.wait()
             reason = one_line(f"it could not be started: {error or type(error).__name__}")
             job = replace(job, state=FAILED, reason=reason)
             try:
@@ -296,7 +291,7 @@ class JobQueue:
         with (folder / "log.txt").open("ab") as log:
             log.write(f"$ slidetl {' '.join(words)}\n".encode("utf-8", "backslashreplace"))
             log.flush()
-            self._child = subprocess.Popen(
+            self._child = child = subprocess.Popen(
                 [sys.executable, "-m", "slidetl", *words, *status],
                 cwd=job.folder,
                 stdin=subprocess.DEVNULL,
@@ -305,11 +300,16 @@ class JobQueue:
                 env={**os.environ, "COLUMNS": "120", "NO_COLOR": "1"},
                 start_new_session=True,  # Ctrl-C at the server does not reach it
             )
-        pid = self._child.pid
-        process = _Process.of(pid)
-        found = asdict(process) if process is not None else {"pid": pid, "started": 0, "boot": ""}
-        write_whole(folder / "process.json", json.dumps(found))
-        self._write(replace(job, state=RUNNING))
+        try:
+            process = _Process.of(child.pid)
+            found = asdict(process) if process is not None else {"pid": child.pid, "started": 0, "boot": ""}
+            write_whole(folder / "process.json", json.dumps(found))
+            self._write(replace(job, state=RUNNING))
+        except Exception:  # without its record it could not be stopped
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+            raise
 
     def _end_step(self, job: Job, process: _Process) -> None:
         """Takes the exit code of an ended command, and ends the job or starts its next command."""

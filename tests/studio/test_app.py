@@ -421,7 +421,7 @@ def test_sets_of_grades_have_the_names_of_the_model(project: Client) -> None:
         with zipfile.ZipFile(model, "w") as archive:
             archive.writestr(f"m/extra/{METADATA}", replace(CARD, grades=grades).to_json())
 
-    results = [
+    results: list[dict[str, Any]] = [
         {"slide": f"/x/{name}.svs", "grade": grade, "grade_name": str(grade + 1), "grade_set": grade_set,
          "probabilities": [0.2, 0.6, 0.2], "tiles_unreadable": lost, "novelty": novelty, "notes": notes,
          "mpp_level0": mpp}
