@@ -385,10 +385,11 @@ def page(experiment: Experiment, found: Mapping[str, Sequence[PatientResults]]) 
     wrapped = [textwrap.fill(part, 120, break_on_hyphens=False) for part in about.strip().split("\n\n")]
     decided = p_values[first, second] <= 0.05
     name = f"{first[0].upper()}{first[1:]} minus {second}"
-    verdict = (
-        f"{name}, the primary comparison: p = {p_values[first, second]:.2f}, so a difference "
-        f"is {'found' if decided else 'not shown; that is no proof of equality'}."
-    )
+    verdict = f"{name}, the primary comparison: p = {p_values[first, second]:.2f}, so a difference is "
+    if n_redraws < len(config["seeds"]):
+        verdict = f"{name}, the primary comparison, is not decided before all registered redraws are done."
+    else:
+        verdict += "found." if decided else "not shown; that is no proof of equality."
     run = (
         f"slidetl {VERSION}, torch {torch.__version__}, Python {platform.python_version()}, one thread. "
         f"Repeat: `{experiment.command}`."

@@ -40,6 +40,7 @@ from slidetl.files import write_csv, write_whole
 from slidetl.version import VERSION
 
 FIRST, REDRAWS = 1, 3  # as registered
+REGISTERED = range(FIRST, FIRST + REDRAWS)
 DRAWN = ["--source", "80", "--target", "100", "--size", "80", "--slices", "40", "--body", "0.5"]
 DRAWN += ["--field-mm", "180", "--length-mm", "140", "--shifted", "1", "--shift-mm", "10"]
 DRAWN += ["--least-readers", "3"]
@@ -368,12 +369,12 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
-def verdict(found: Interval | None, n_redraws: int) -> str:
-    """Tells what follows from the primary comparison by the registered rule."""
-    if n_redraws < REDRAWS:
+def verdict(found: Interval | None, redraws: Sequence[int]) -> str:
+    """Tells what follows from the primary comparison of some redraws by the registered rule."""
+    if list(redraws) != [*REGISTERED]:
         return (
-            f"**Not decided: {n_redraws} of {REDRAWS} registered redraws are done.** What is here shows that "
-            "the recipe runs, and how large a difference might be."
+            f"**Not decided, with {state_of(redraws)}.** What is here shows that the recipe runs, and how "
+            "large a difference might be."
         )
     if found is None:
         return (
@@ -387,6 +388,14 @@ def verdict(found: Interval | None, n_redraws: int) -> str:
     return "By the registered rule it is **not shown** that local labels help: the interval holds 0 or less."
 
 
+def state_of(redraws: Sequence[int]) -> str:
+    """Tells in words how far some redraws are those registered."""
+    if set(redraws) <= set(REGISTERED):
+        return f"{len(redraws)} of {len(REGISTERED)} redraws"
+    names, registered = (", ".join(map(str, numbers)) for numbers in (redraws, REGISTERED))
+    return f"redraws {names}, not the registered {registered}"
+
+
 def write_page(redraws: Mapping[int, dict[str, Graded]], command: str) -> str:
     """Writes the page: the primary comparison, all arms, and what was not run."""
     first, second = PRIMARY
@@ -395,6 +404,7 @@ def write_page(redraws: Mapping[int, dict[str, Graded]], command: str) -> str:
         both = [one for one in redraws.values() if arm in one and against in one]
         return [one[arm] for one in both], [one[against] for one in both]
 
+    both = [number for number, one in redraws.items() if first in one and second in one]
     rows: list[list[object]] = []
     for arm, about in ARMS.items():
         own, other = pair(arm, second)
@@ -408,7 +418,7 @@ def write_page(redraws: Mapping[int, dict[str, Graded]], command: str) -> str:
         for arm in ARMS
     ]
     own, other = pair(first, second)
-    told = f"AUROC of {first} minus {second}, {len(own)} of {REDRAWS} redraws: "
+    told = f"AUROC of {first} minus {second}, {state_of(both)}: "
     if own:
         n_test, n_positive = (
             sum(int(value) for value in values)
@@ -422,14 +432,14 @@ def write_page(redraws: Mapping[int, dict[str, Graded]], command: str) -> str:
         )
     else:
         told += "**not run yet**."
-    missing = [row[0] for row in rows if row[2] != REDRAWS]
+    missing = [row[0] for row in rows if row[2] != len({*redraws, *REGISTERED})]
     parts = [
         "# Transfer of local labels on phantoms of CT",
         f"`{command}`: no figure on this page is typed in. [What was registered](registered.md).",
         *ABOUT.strip().split("\n\n"),
         "## The primary comparison",
         told,
-        verdict(estimate(own, "AUROC", other) if own else None, len(own)),
+        verdict(estimate(own, "AUROC", other) if own else None, both),
         "AUROC is computed within each redraw and averaged. Intervals are 95 % BCa over the test patients, "
         "resampled within each redraw, both arms on the same ones; flips exchange the two probabilities "
         "of a patient. Both are about other patients given these trainings; how trainings on other phantoms "

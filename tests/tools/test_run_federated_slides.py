@@ -61,6 +61,15 @@ def test_the_page_names_the_primary_comparison_and_each_secondary_once() -> None
     assert "+0.00" in same and "1.0000" in same
 
 
+def test_only_all_registered_redraws_decide() -> None:
+    experiment = tool.EXPERIMENTS["frozen"]
+    for seeds, is_decided in (((1, 2), False), ((1, 2, 3), True)):
+        found = {scheme: [results(seed, 0.5) for seed in seeds] for scheme in tool.FROZEN["schemes"]}
+        text = " ".join(tool.page(experiment, found).split())
+        assert ("so a difference is" in text) == is_decided
+        assert ("is not decided before all registered redraws are done." in text) != is_decided
+
+
 def test_a_primary_comparison_that_is_not_with_a_baseline_comes_first() -> None:
     found = {scheme: [results(seed, 0.5) for seed in (1, 2)] for scheme in tool.FINE_TUNED["schemes"]}
     lines = tool.page(tool.EXPERIMENTS["fine-tuned"], found).splitlines()

@@ -81,11 +81,22 @@ def test_the_page_tells_what_was_not_run() -> None:
     assert "**not run yet**" in tool.write_page({1: {}}, "COMMAND")
 
 
-def test_only_all_registered_redraws_decide() -> None:
+def test_only_the_registered_redraws_decide() -> None:
     clear, none = tool.Interval(0.2, 0.1, 0.3, 0.95), tool.Interval(0.2, -0.1, 0.3, 0.95)
-    assert "Not decided: 2 of 3" in tool.verdict(clear, 2)
-    assert "local labels help" in tool.verdict(clear, 3)
-    assert "not shown" in tool.verdict(none, 3)
+    assert "Not decided, with 2 of 3 redraws." in tool.verdict(clear, [1, 3])
+    assert "local labels help" in tool.verdict(clear, [1, 2, 3])
+    assert "not shown" in tool.verdict(none, [1, 2, 3])
+    for others in ([7, 8, 9], [1, 2, 3, 4, 5, 6], [0, 1, 2]):
+        names = ", ".join(map(str, others))
+        told = f"**Not decided, with redraws {names}, not the registered 1, 2, 3.**"
+        assert told in tool.verdict(clear, others)
+        pair = {"local-trees": graded(0, 3.0), "scratch-max": graded(1, 0.0)}
+        page = " ".join(tool.write_page(dict.fromkeys(others, pair), "COMMAND").split())
+        assert (
+            told in page
+            and f"scratch-max, redraws {names}, not the" in page
+            and "By the registered rule" not in page
+        )
 
 
 def test_an_undefined_difference_is_no_finding_and_a_point_no_interval() -> None:
