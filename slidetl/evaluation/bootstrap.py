@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypedDict, Unpack
 
@@ -42,6 +42,18 @@ class Interval:
         if self.low == self.high:
             return f"{self.estimate:{form}} (the same in all resamples)"
         return f"{self.estimate:{form}} [{self.low:{form}}, {self.high:{form}}]"
+
+
+def proven(intervals: Mapping[str, Interval | None]) -> dict[str, tuple[float, float, float]]:
+    """Returns estimate, low and high by name, without undefined metrics (None) and without points.
+
+    Of a point all resamples agree, which proves no certainty.
+    """
+    return {
+        name: (one.estimate, one.low, one.high)
+        for name, one in intervals.items()
+        if one is not None and one.low < one.high
+    }
 
 
 class Resampling(TypedDict, total=False):

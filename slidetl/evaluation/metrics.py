@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import UsageError
-from slidetl.evaluation.bootstrap import Metric, bca_interval_if_defined, share_interval
+from slidetl.evaluation.bootstrap import Metric, bca_interval_if_defined, proven, share_interval
 
 # Floor of a probability in a logarithm, so that one slide cannot decide a log loss alone.
 LEAST_PROBABILITY = 1e-7
@@ -227,8 +227,7 @@ def patient_intervals(
         patients: ``[N]``.
 
     Returns:
-        Estimate, low and high by name; undefined ones are left out, and points (all resamples agree, which
-        proves no certainty), or all with a single patient.
+        The :func:`~slidetl.evaluation.bootstrap.proven` ones; none with a single patient.
     """
     grades, (rows,) = check_probabilities(true, probabilities)
     if len(set(np.asarray(patients).tolist())) < 2:
@@ -238,10 +237,7 @@ def patient_intervals(
     for k in range(above.shape[1]):
         metrics[f"auroc_above_{k}"] = auroc_metric(grades > k, above[:, k])
     found = {name: bca_interval_if_defined(metric, patients) for name, metric in metrics.items()}
-    found = {"accuracy": share_interval(rows.argmax(1) == grades, patients), **found}
-    return {
-        name: (one.estimate, one.low, one.high) for name, one in found.items() if one and one.low < one.high
-    }
+    return proven({"accuracy": share_interval(rows.argmax(1) == grades, patients), **found})
 
 
 def auroc_metric(positive: NDArray[np.bool_], scores: NDArray[np.float64]) -> Metric:

@@ -48,7 +48,8 @@ class Evidence:
 
     Attributes:
         slides, patients: numbers of graded ones.
-        figures: name -> (estimate, low, high), the 95 % interval over patients.
+        figures: name -> (estimate, low, high), the 95 % interval over patients. A metric that is the same in
+            all resamples has none and is left out; files of earlier versions have it as a point.
         temperature: probabilities are raised to its inverse and rescaled to sum to one.
         coverage: share of patients with their grade in the set; it determines ``quantile``.
         quantile: a grade is in the set while the score of the set up to it is at most this; see

@@ -15,7 +15,7 @@ import numpy as np
 from slidetl.data.record import StudyRecord
 from slidetl.data.study import listed
 from slidetl.errors import CheckpointError, SlidetlError, UsageError
-from slidetl.evaluation.bootstrap import bca_interval, share_interval
+from slidetl.evaluation.bootstrap import bca_interval, proven, share_interval
 from slidetl.evaluation.calibration import fit_temperature, with_temperature
 from slidetl.evaluation.conformal import fit_grade_sets
 from slidetl.evaluation.metrics import check_finite, mae, qwk
@@ -35,9 +35,10 @@ def evidence_from(
     """Reads predictions of held-out slides, and computes their metrics.
 
     Metrics are of the network's own probabilities (in a table of ``slidetl compare`` the columns
-    ``uncalibrated_K``), with BCa intervals over patients, given the models. The temperature is fitted on the
-    same slides, and the sets of grades on the calibrated probabilities. One number fitted on all of them
-    hardly flatters the sets; :func:`slidetl.evaluation.conformal.check_coverage` checks them on folds, as
+    ``uncalibrated_K``), with BCa intervals over patients, given the models; that of the accuracy is exact,
+    and a QWK or MAE that is the same in all resamples is left out. The temperature is fitted on the same
+    slides, and the sets of grades on the calibrated probabilities. One number fitted on all of them hardly
+    flatters the sets; :func:`slidetl.evaluation.conformal.check_coverage` checks them on folds, as
     ``slidetl compare`` does with results.
 
     Args:
@@ -109,7 +110,7 @@ def evidence_from(
     return Evidence(
         slides=len(rows),
         patients=sets.n_patients,
-        figures={name: (found.estimate, found.low, found.high) for name, found in intervals.items()},
+        figures=proven(intervals),
         temperature=temperature,
         coverage=coverage,
         quantile=sets.quantile,

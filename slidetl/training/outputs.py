@@ -16,7 +16,7 @@ from pytorch_lightning.utilities import rank_zero_info
 
 from slidetl.data.study import listed
 from slidetl.data.tasks import Task
-from slidetl.evaluation.bootstrap import bca_interval_if_defined
+from slidetl.evaluation.bootstrap import bca_interval_if_defined, proven
 from slidetl.evaluation.metrics import GradeMetrics, patient_intervals, weighted_mean
 from slidetl.files import replaced, write_csv, write_whole
 from slidetl.text import plot_label
@@ -115,8 +115,7 @@ def _number_intervals(task: Task, slides: Sequence[GradedSlide]) -> dict[str, tu
         return {}
     of_task = [one.outcomes[task.name] for one in known]
     errors = [abs(float(one.predicted[0, 0]) - float(one.labels[0])) for one in of_task]
-    found = bca_interval_if_defined(partial(weighted_mean, errors), patients)
-    return {"mae": (found.estimate, found.low, found.high)} if found and found.low < found.high else {}
+    return proven({"mae": bca_interval_if_defined(partial(weighted_mean, errors), patients)})
 
 
 def describe_metrics(

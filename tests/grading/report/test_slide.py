@@ -77,6 +77,12 @@ def test_says_what_the_model_said_and_what_it_is(graded: Graded, card: ModelCard
     ):
         assert said in text
     assert "Too little" not in text and "Unlike" not in text
+    assert card.evidence is not None
+    figures = {"QWK": (1.0, 1.0, 1.0)}  # of an older file
+    point = dataclasses.replace(card, evidence=dataclasses.replace(card.evidence, figures=figures))
+    path = write_slide_report(graded(), point, tmp_path / "older", "s1")
+    text = Page(path.read_text()).text
+    assert "QWK 1.00 (the same in all resamples)" in text and "[1.00" not in text
 
 
 def test_says_what_speaks_against_the_grade(graded: Graded, card: ModelCard, tmp_path: Path) -> None:
