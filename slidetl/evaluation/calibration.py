@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass
 from typing import Any, Unpack
 
@@ -29,6 +30,7 @@ from slidetl.evaluation.metrics import (
 
 _RECALIBRATION_PENALTY = 1e-3  # keeps the slope finite where the grades are separated
 _TEMPERATURES = (0.05, 20.0)  # beyond these a model is always, or never, sure
+_OWN_SLIDES = 2.0  # weight of a model's own probabilities in the targets of its temperature, as Platt's
 
 
 def with_temperature(probabilities: ArrayLike, temperature: float) -> NDArray[np.float64]:
@@ -52,23 +54,46 @@ def with_temperature(probabilities: ArrayLike, temperature: float) -> NDArray[np
 def fit_temperature(true: ArrayLike, probabilities: ArrayLike) -> float:
     """Finds the temperature of least log loss of probabilities ``[N, K]``, between 0.05 and 20.
 
-    Give it the predictions of inner folds only. The log loss is convex in ``1 / T``, so the minimum is
-    unique; at a bound, all slides were graded right (0.05) or the probabilities say nothing (20).
+    Give it the predictions of inner folds only. Against the grades alone there is no least log loss where
+    all slides are graded right: surer is always better. So the target of a slide is its grade with the weight
+    of N slides, and the model's own probabilities with that of two. These are Platt's targets
+    ``(N + 1) / (N + 2)`` and ``1 / (N + 2)`` (Advances in Large Margin Classifiers 1999), except that N
+    counts all slides, not those of the grade, and the smoothed part goes to the grades as the model shares it
+    out, not evenly: a far grade stays improbable. It is a conjugate prior of ``1 / T``, worth two slides and
+    with its mode at ``T = 1`` (Chen and Ibrahim, Statistica Sinica 2003). The log loss is convex in
+    ``1 / T``, so the minimum is unique.
+
+    Warns:
+        UserWarning: the temperature is at a bound: the probabilities say nothing about the grades (20), or
+            hardly differ between grades and yet are right (0.05).
     """
-    from scipy.optimize import minimize_scalar
+    from scipy.optimize import brentq
 
     grades, (rows,) = check_probabilities(true, probabilities)
-    logs = np.log(np.maximum(rows, LEAST_PROBABILITY))
-    of_truth = logs[np.arange(len(grades)), grades]
+    logs, n = np.log(np.maximum(rows, LEAST_PROBABILITY)), len(grades)
 
-    def log_loss(sharpness: float) -> float:
-        scaled = logs * sharpness
-        top = scaled.max(axis=1)
-        return float((top + np.log(np.exp(scaled - top[:, None]).sum(axis=1)) - of_truth * sharpness).mean())
+    def expected(sharpness: float) -> float:
+        """Computes the mean log probability of grades drawn from the sharpened probabilities."""
+        raised = np.exp((logs - logs.max(axis=1, keepdims=True)) * sharpness)
+        return float(((raised * logs).sum(axis=1) / raised.sum(axis=1)).mean())
 
-    bounds = (1 / _TEMPERATURES[1], 1 / _TEMPERATURES[0])
-    found = minimize_scalar(log_loss, bounds=bounds, method="bounded", options={"xatol": 1e-6})
-    return float(1 / found.x)
+    # Of the floored probabilities, by expected(1): certain ones of zeros and a one would bound nothing.
+    wanted = (n * logs[np.arange(n), grades].mean() + _OWN_SLIDES * expected(1)) / (n + _OWN_SLIDES)
+    low, high = _TEMPERATURES
+    if expected(1 / high) > wanted - 1e-12:  # equal for uniform probabilities, but for rounding
+        temperature, why = high, "the probabilities say nothing about the grades"
+    elif expected(1 / low) < wanted:
+        temperature, why = low, "the probabilities hardly differ between grades, and yet are right"
+    else:
+        return float(1 / brentq(lambda sharpness: expected(sharpness) - wanted, 1 / high, 1 / low))
+    warnings.warn(f"the temperature of {n} slides is at its bound of {temperature:g}: {why}", stacklevel=2)
+    return temperature
+
+
+def is_at_bound(temperature: float) -> bool:
+    """Tells if a temperature is within 5 % of a bound, as earlier versions ended there only nearly."""
+    low, high = _TEMPERATURES
+    return not 1.05 * low < temperature < high / 1.05
 
 
 def recalibrate(

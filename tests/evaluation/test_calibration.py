@@ -14,12 +14,13 @@ from slidetl.evaluation.calibration import (
     calibration_null,
     calibration_slope,
     fit_temperature,
+    is_at_bound,
     recalibrate,
     reliability,
     with_temperature,
 )
 from slidetl.evaluation.comparison import patient_results
-from slidetl.evaluation.metrics import calibration_error, probability_metrics
+from slidetl.evaluation.metrics import calibration_error, log_loss
 from slidetl.evaluation.ordinal import ProportionalOdds
 
 Rows = NDArray[np.float64]
@@ -66,23 +67,82 @@ def test_the_temperature_that_was_put_in_is_found(temperature: float) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_temperature_has_the_least_log_loss_of_a_grid(seed: int) -> None:
+def test_the_temperature_has_the_least_log_loss_of_slides_and_of_two_drawn_from_the_model(seed: int) -> None:
+    """Each slide once with its grade, and once with every grade, at its share of two slides."""
     rng = np.random.default_rng(seed)
     rows = rng.dirichlet(np.ones(5), 60)
     true = drawn(with_temperature(rows, 2), rng)
+    every = np.concatenate([true, np.tile(np.arange(5), 60)])
+    weights = np.concatenate([np.ones(60), 2 / 60 * rows.ravel()])
+
+    def loss(temperature: float) -> float:
+        calibrated = with_temperature(np.concatenate([rows, np.repeat(rows, 5, axis=0)]), temperature)
+        return float(log_loss(every, calibrated, weights))
+
     found = fit_temperature(true, rows)
-    losses = [
-        probability_metrics(true, with_temperature(rows, t)).log_loss for t in np.geomspace(0.05, 20, 500)
-    ]
-    least = probability_metrics(true, with_temperature(rows, found)).log_loss
-    assert least == pytest.approx(min(losses), abs=1e-4)
-    assert least <= probability_metrics(true, rows).log_loss
+    assert loss(found) <= min(loss(temperature) for temperature in np.geomspace(0.05, 20, 500))
 
 
-def test_temperatures_stop_at_their_bounds() -> None:
-    rows = np.array([[0.6, 0.4], [0.4, 0.6]])
-    assert fit_temperature([0, 1], rows) == pytest.approx(0.05, rel=0.01)
-    assert fit_temperature([1, 0], rows) == pytest.approx(20, rel=0.01)
+@pytest.mark.parametrize("flipped", [0, 3])
+def test_of_two_grades_the_temperature_is_the_slope_of_a_logistic_regression(flipped: int) -> None:
+    rng = np.random.default_rng(2)
+    odds = rng.normal(0, 1, 30)
+    rows, true = np.stack([1 - expit(odds), expit(odds)], axis=1), (odds > 0).astype(int)
+    true[:flipped] = 1 - true[:flipped]
+    fit = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10, max_iter=1000).fit(
+        np.tile(odds, 3)[:, None],
+        np.concatenate([true, np.zeros(30), np.ones(30)]),
+        np.concatenate([np.ones(30), 2 / 30 * rows.T.ravel()]),
+    )
+    assert fit_temperature(true, rows) == pytest.approx(1 / fit.coef_[0, 0], rel=1e-4)
+
+
+def test_slides_that_are_all_graded_right_make_no_model_certain() -> None:
+    """Platt's (N + 1) / (N + 2) where the model shares its probability alike; never a bound."""
+    for n in (2, 12, 100):
+        rows = np.tile([0.6, 0.4], (n, 1))
+        calibrated = with_temperature(rows, fit_temperature(np.zeros(n, int), rows))
+        assert calibrated[0, 0] == pytest.approx((n + 2 * 0.6) / (n + 2))
+    rows = np.tile([0.1, 0.6, 0.1, 0.1, 0.1], (12, 1))
+    new = with_temperature([0.05, 0.2, 0.5, 0.2, 0.05], fit_temperature(np.ones(12, int), rows))
+    assert 0.7 < new[2] < 0.9
+    certain = np.eye(2)[[0, 1] * 6]
+    assert 0.8 < fit_temperature([0, 1] * 6, certain) < 1  # zeros are floored
+
+
+def test_a_temperature_hardly_depends_on_the_model_itself_on_many_slides() -> None:
+    rng = np.random.default_rng(3)
+    rows = rng.dirichlet(np.ones(4), 5000)
+    true = drawn(with_temperature(rows, 3), rng)
+    losses = {t: float(log_loss(true, with_temperature(rows, t))) for t in np.geomspace(2, 4, 150)}
+    assert fit_temperature(true, rows) == pytest.approx(min(losses, key=losses.__getitem__), rel=0.005)
+
+
+def test_few_slides_calibrate_better_than_the_plain_log_loss_does() -> None:
+    """Ten slides by a calibrated model of two grades; log loss on new slides."""
+    rng = np.random.default_rng(4)
+    odds = rng.normal(0, 3, 1000)
+    new = np.stack([1 - expit(odds), expit(odds)], axis=1)
+    outcome, of_model, plain = drawn(new, rng), [], []
+    for _ in range(50):
+        rows = new[rng.integers(1000, size=10)]
+        true = drawn(rows, rng)
+        of_model.append(float(log_loss(outcome, with_temperature(new, fit_temperature(true, rows)))))
+        grid = [(log_loss(true, with_temperature(rows, t)), t) for t in np.geomspace(0.05, 20, 30)]
+        plain.append(float(log_loss(outcome, with_temperature(new, min(grid)[1]))))
+    least = float(log_loss(outcome, new))
+    assert np.mean(of_model) - least < 0.3 * (np.mean(plain) - least)
+
+
+def test_a_temperature_at_a_bound_is_told() -> None:
+    rows = np.array([[0.6, 0.4], [0.4, 0.6]] * 6)
+    with pytest.warns(UserWarning, match="of 12 slides is at its bound of 20: .* say nothing"):
+        assert fit_temperature([1, 0] * 6, rows) == 20
+    with pytest.warns(UserWarning, match="say nothing"):
+        assert fit_temperature([1, 0], np.full((2, 2), 0.5)) == 20
+    with pytest.warns(UserWarning, match=r"at its bound of 0.05: .* hardly differ"):
+        assert fit_temperature([0, 1] * 6, 0.5 + 0.01 * (rows - 0.5)) == 0.05
+    assert is_at_bound(20) and is_at_bound(0.0511) and not is_at_bound(0.06) and not is_at_bound(18)
     with pytest.raises(ValueError, match="sum to one"):
         fit_temperature([0, 1], [[0.6, 0.6], [0.4, 0.6]])
 

@@ -44,8 +44,10 @@ def test_evidence_of_a_comparison_is_of_the_uncalibrated_network(tmp_path: Path)
             | {f"uncalibrated_{grade}": p for grade, p in enumerate(sharp)}
         )
     record = StudyRecord(tuple(RecordedSlide(f"s{n}", f"p{n}", f"f{n}", "test") for n in range(60)))
-    expected = evidence_from(written(tmp_path / "plain.csv", plain), {SHA: record}, 3)
-    found = evidence_from(written(tmp_path / "compared.csv", compared), {SHA: record}, 3)
+    with pytest.warns(UserWarning, match="temperature of 60 slides is at its bound of 20"):  # they are noise
+        expected = evidence_from(written(tmp_path / "plain.csv", plain), {SHA: record}, 3)
+    with pytest.warns(UserWarning, match="temperature of 60 slides is at its bound of 20"):
+        found = evidence_from(written(tmp_path / "compared.csv", compared), {SHA: record}, 3)
     assert replace(found, predictions_sha256="") == replace(expected, predictions_sha256="")
     older = [{key: row[key] for key in row if not key.startswith("uncalibrated")} for row in compared]
     with pytest.raises(UsageError, match="expected columns uncalibrated_0"):
@@ -114,6 +116,20 @@ def test_evidence_is_of_this_checkpoint_and_of_slides_that_it_has_not_seen(tmp_p
     ):
         with pytest.raises(UsageError, match=said):
             evidence_from(table(tmp_path / "scale.csv", **more), {SHA: record("test")}, 5)
+
+
+def test_a_flawless_small_set_certifies_no_certainty(tmp_path: Path) -> None:
+    """All of twelve slides are graded right, with .8: not every new slide with 1, nor a QWK of 1 [1, 1]."""
+    record = {SHA: StudyRecord(tuple(RecordedSlide(f"s{n}", f"p{n}", f"f{n}", "test") for n in range(12)))}
+    found = evidence_from(table(tmp_path / "t.csv"), record, 3)
+    assert list(found.figures) == ["accuracy"]
+    assert found.figures["accuracy"] == pytest.approx((1.0, 0.735, 1.0), abs=1e-3)
+    calibrated = with_temperature([0.1, 0.8, 0.1], found.temperature)
+    assert calibrated[1] == pytest.approx((12 + 2 * 0.8) / 14)
+    rows = table(tmp_path / "one.csv").read_text().splitlines()
+    rows[1] = rows[1].replace(",0,0.8,", ",1,0.8,")
+    (tmp_path / "one.csv").write_text("\n".join(rows) + "\n")
+    assert list(evidence_from(tmp_path / "one.csv", record, 3).figures) == ["QWK", "accuracy", "MAE"]
 
 
 def test_evidence_is_of_finite_numbers(tmp_path: Path) -> None:

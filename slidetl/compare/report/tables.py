@@ -18,6 +18,7 @@ from slidetl.compare.config import LENGTH, METRICS, MetricName
 from slidetl.compare.learning import CurveMetric
 from slidetl.compare.report.view import COLOURS, NAMES, View
 from slidetl.compare.table import Table, format_percent, format_range
+from slidetl.evaluation.calibration import is_at_bound
 from slidetl.evaluation.conformal import RiskCoverage, referral_rule
 from slidetl.version import VERSION
 
@@ -276,9 +277,13 @@ def _sizes(view: View) -> Table:
 
 
 def _temperatures(view: View) -> Table:
+    def fitted(arm: ArmResult) -> str:
+        found = [result.temperature for _, result in arm.jobs]
+        return format_range(found, ".2f") + ", at a bound" * any(map(is_at_bound, found))
+
     rows = [
         (
-            *(arm.arm, format_range((result.temperature for _, result in arm.jobs), ".2f")),
+            *(arm.arm, fitted(arm)),
             *(plain.log_loss, arm.metrics["log_loss"].estimate, plain.rps, arm.metrics["rps"].estimate),
             *(plain.slope, arm.slope.slope and arm.slope.slope.estimate),
         )
