@@ -158,7 +158,9 @@ def permuted_labels(n_studies: int, seed: int, n_patients: int = 60) -> tuple[fl
         rng = np.random.default_rng((seed, number))
         noise = np.c_[rng.standard_normal((n_patients, NOISE_COLUMNS)), np.ones(n_patients)]
         protocol = Protocol(inner_folds=0, seed=number)
-        labels = [permute_grades(cases, int(draw)) for draw in rng.integers(2**31, size=PERMUTATIONS)]
+        labels = [
+            permute_grades(cases, protocol, int(draw)) for draw in rng.integers(2**31, size=PERMUTATIONS)
+        ]
         known = {case.slide_id: case.grade for case in cases}
         folds = plan_folds(cases, protocol, GRADES)
         kept, anew = [qwk_by_ridge(noise, known, folds)], list[float]()

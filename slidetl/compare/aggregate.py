@@ -198,7 +198,8 @@ class PairedDifference:
         metric: the difference is ``arm`` minus ``against``.
         interval: paired, over patients and repeats; NaN if undefined. If all resamples agree they bound
             nothing: the bounds are exact ones of an accuracy, and NaN of another metric.
-        corrected_t: over folds; None for a single fold.
+        corrected_t: over folds, several trainings with one test part averaged (repeats of the same sites,
+            subsets of slides); None for a single fold.
         sign_flip: over patients, on the mean of the repeats.
         p_holm: of the sign-flip test, corrected over the family of all pairs but the primary one; None for
             the primary one. Smaller training parts are a separate family.
@@ -304,7 +305,8 @@ def combine(
     null: dict[str, list[float]] = {}
     for (arm, _, permutation), jobs in complete.items():
         if permutation is not None:
-            null.setdefault(arm, []).append(pooling.permuted_metric(jobs, permuted(study, permutation)))
+            labelled = permuted(study, comparison.protocol, permutation)
+            null.setdefault(arm, []).append(pooling.permuted_metric(jobs, labelled))
     found_arms = [
         pooling.arm(arm, n_slides, jobs, null.get(arm, []) if n_slides is None else [])
         for (arm, n_slides, permutation), jobs in complete.items()
@@ -517,12 +519,16 @@ class _Pooling:
         name, both = self._primary.metric, (arm.results, against.results)
         metric, who = _metric_of(name, self._n_grades), arm.results.patients
         one, other = (_predictions(name, results) for results in both)
-        t = None
+        t, folds = None, [job.fold for job, _ in arm.jobs]
         if len(self._folds) > 1:
             by_fold = [metric_per_fold(metric, arm.results.true, rows, arm.folds) for rows in (one, other)]
-            gaps = by_fold[0] - by_fold[1]
-            if np.isfinite(gaps).all():  # undefined in a fold of a single grade
-                t = corrected_t(gaps, _test_share([job.fold for job, _ in arm.jobs]))
+            tested = {(fold.repeat, self._folds.index(fold.name)): fold.test for fold in folds}
+            gaps: dict[tuple[str, ...], list[float]] = {}  # by test part: its trainings are no new folds
+            for place, value in np.ndenumerate(by_fold[0] - by_fold[1]):
+                gaps.setdefault(tested[place], []).append(value)
+            means = [float(np.mean(of_part)) for of_part in gaps.values()]
+            if np.isfinite(means).all():  # undefined in a fold of a single grade
+                t = corrected_t(means, _test_share(folds))
         gap = difference(*(self._metric(name, results) for results in both))
         interval = bca_interval_if_defined(gap, who, **self._how) or _UNDEFINED
         if interval.high - interval.low < 1e-12:

@@ -130,6 +130,8 @@ class Sizes:
 class Permutations:
     """Whole cross-validations on labels permuted over patients, for the test against chance.
 
+    Sites that are left out in turn, and the parts of a given split, keep their grades.
+
     Attributes:
         n: their number; p = 0.05 takes at least 19.
         arms: arms to test. It costs ``n`` times the arm.

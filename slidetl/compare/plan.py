@@ -116,9 +116,9 @@ def cases_of(study: Study) -> tuple[Case, ...]:
     )
 
 
-def permuted(study: Study, number: int) -> Study:
+def permuted(study: Study, protocol: Protocol, number: int) -> Study:
     """Permutes the grades over patients; the grades of readers are left out."""
-    grades = permute_grades(cases_of(study), number)
+    grades = permute_grades(cases_of(study), protocol, number)
     slides = [
         replace(slide, row=replace(slide.row, grade=grades[slide.row.slide_id], reader_grades=()))
         for slide in study.slides
@@ -237,7 +237,9 @@ def plan_jobs(
     spec, cases = study.caches[0].spec.to_dict(), cases_of(study)
     n_grades = len(comparison.grades)
     studies: dict[int | None, Study] = {None: study}
-    studies |= {number: permuted(study, number) for number in range(comparison.permutations.n)}
+    studies |= {
+        number: permuted(study, comparison.protocol, number) for number in range(comparison.permutations.n)
+    }
     data_of = {number: _data_of(labelled) for number, labelled in studies.items()}
 
     def job(

@@ -28,7 +28,8 @@ class Protocol:
     """The splits of a comparison, and the unit of a result.
 
     Attributes:
-        repeats: R, how often the whole cross-validation is done with other folds and seeds.
+        repeats: R, how often the whole cross-validation is done, with other seeds, and other folds unless
+            these are sites or the given split.
         outer_folds: K, each with its test part; ignored for sites or the given split.
         inner_folds: folds of each training part, for choices; 0: nothing is chosen ("not nested").
         seed: of all folds, and through them of all trainings.
@@ -68,6 +69,11 @@ class Protocol:
     def is_nested(self) -> bool:
         """True if choices are made in inner folds."""
         return self.inner_folds > 0
+
+    @property
+    def repeats_folds(self) -> bool:
+        """True if all repeats have the same outer folds."""
+        return self.leave_one_site_out or self.given_split
 
 
 @dataclass(frozen=True)
@@ -199,17 +205,19 @@ def subsample(
     )
 
 
-def permute_grades(cases: Iterable[Case], seed: int) -> dict[str, int]:
+def permute_grades(cases: Iterable[Case], protocol: Protocol, seed: int) -> dict[str, int]:
     """Permutes grades over the patients, for a test against chance.
 
     A patient gives all its grades, in the order of its slides, to another one with as many slides: under the
-    null hypothesis those are exchangeable. The only patient with so many slides keeps its own. Returns the
-    grade of each slide.
+    null hypothesis those are exchangeable. Where the protocol's parts are sites or the given split, no grade
+    crosses between them: parts may have other shares of the grades, and without these the null would be
+    another one (permutation within strata; Good, Permutation Tests, 2nd ed. 2000). The only patient with so
+    many slides, of such parts, keeps its own. Returns the grade of each slide.
     """
     slides = _slides_of_patients(cases)
-    alike: dict[int, list[str]] = defaultdict(list)
+    alike: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for patient in sorted(slides):
-        alike[len(slides[patient])].append(patient)
+        alike[tuple(_part(case, protocol) for case in slides[patient])].append(patient)
     rng = np.random.default_rng(seed)
     grades = {}
     for patients in alike.values():
@@ -307,6 +315,13 @@ def _outer(cases: list[Case], protocol: Protocol, repeat: int) -> list[tuple[str
         inside = {case.slide_id for case in test}
         parts.append((str(number), [case for case in cases if case.slide_id not in inside], test))
     return parts
+
+
+def _part(case: Case, protocol: Protocol) -> str:
+    """Returns the part of the data, fixed by the manifest, with a case; empty if the protocol has none."""
+    if protocol.given_split:
+        return case.split
+    return case.site if protocol.leave_one_site_out else ""
 
 
 def _inner(train: list[Case], protocol: Protocol, seed: int) -> list[InnerFold]:

@@ -624,7 +624,7 @@ def test_labels_are_permuted_before_anything_is_fitted(study: Cohort, tmp_path: 
     assert len(jobs) == 6
     # Folds are planned for the permuted labels, as they were for the true ones.
     for number in range(3):
-        own = plan_folds(cases_of(permuted(plan.study, number)), comparison.protocol, 5)
+        own = plan_folds(cases_of(permuted(plan.study, comparison.protocol, number)), comparison.protocol, 5)
         assert [job.fold for job in jobs if job.permutation == number] == list(own)
     assert {job.fold.test for job in jobs} != {fold.test for fold in plan.folds}
     grades = {job.permutation: {row.slide_id: row.grade for row in job.rows} for job in jobs}

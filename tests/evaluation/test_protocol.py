@@ -3,13 +3,16 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slidetl.errors import UsageError
+from slidetl.evaluation.comparison import chance_p
 from slidetl.evaluation.protocol import (
     Case,
     Fold,
@@ -247,10 +250,58 @@ def test_a_training_part_cannot_grow() -> None:
 def test_permuted_grades_stay_together_by_patient() -> None:
     cases = [Case(f"{patient}-{slide}", f"{patient}", patient) for patient in range(20) for slide in "ab"]
     cases.append(Case("alone", "alone", 3))
-    grades = permute_grades(cases, 0)
+    grades = permute_grades(cases, Protocol(), 0)
     assert grades["alone"] == 3  # the only patient with one slide
     assert sorted(grades.values()) == sorted(case.grade for case in cases)
     assert all(grades[f"{patient}-a"] == grades[f"{patient}-b"] for patient in range(20))
     assert sum(grades[case.slide_id] == case.grade for case in cases) < 10
-    assert permute_grades(cases, 0) == grades
-    assert permute_grades(cases, 1) != grades
+    assert permute_grades(cases, Protocol(), 0) == grades
+    assert permute_grades(cases, Protocol(), 1) != grades
+
+
+@pytest.mark.parametrize(
+    "protocol",
+    [Protocol(repeats=2, given_split=True), Protocol(leave_one_site_out=True, inner_folds=0)],
+    ids=["given_split", "leave_one_site_out"],
+)
+def test_permuted_grades_stay_in_the_parts_that_the_manifest_fixes(protocol: Protocol) -> None:
+    parts = [("north", "train"), ("north", "val"), ("south", "test")]
+    cases = [
+        Case(f"{n:02}-{slide}", f"{n:02}", (n // 3 + n % 3) % (2 + n % 3), *parts[n % 3])
+        for n in range(60)
+        for slide in range(1 + n % 2)
+    ]
+    name = "split" if protocol.given_split else "site"
+
+    def shares(grades: Mapping[str, int]) -> Counter[tuple[str, int]]:
+        return Counter((getattr(case, name), grades[case.slide_id]) for case in cases)
+
+    own = {case.slide_id: case.grade for case in cases}
+    for seed in range(5):
+        grades = permute_grades(cases, protocol, seed)
+        assert shares(grades) == shares(own) != shares(permute_grades(cases, Protocol(), seed))
+        assert sum(grades[slide] != own[slide] for slide in own) > 20
+
+
+@pytest.mark.parametrize("protocol", [Protocol(given_split=True), Protocol(leave_one_site_out=True)])
+def test_parts_of_other_shares_of_the_grades_give_no_significance_against_chance(protocol: Protocol) -> None:
+    """Of arms that know nothing of a slide: the commonest training grade, and a guess by chance."""
+    found = np.zeros(2)
+    for study in range(200):
+        rng = np.random.default_rng(study)
+        train, test = rng.choice(3, 60, p=[0.5, 0.3, 0.2]), rng.choice(3, 30, p=[0.8, 0.15, 0.05])
+        cases = [Case(f"{n:02}", f"{n:02}", int(grade), "north", "train") for n, grade in enumerate(train)]
+        cases += [Case(f"t{n:02}", f"t{n:02}", int(grade), "south", "test") for n, grade in enumerate(test)]
+        tested = [case.slide_id for case in cases if case.split == "test"]
+        guesses = rng.choice(3, 30, p=[0.8, 0.1, 0.1])
+
+        def right(grades: Mapping[str, int]) -> tuple[float, float]:
+            truth = np.array([grades[slide] for slide in tested])  # noqa: B023
+            (commonest, _), *_ = Counter(grades[c.slide_id] for c in cases[:60]).most_common()  # noqa: B023
+            return float(np.mean(truth == commonest)), float(np.mean(truth == guesses))  # noqa: B023
+
+        observed = right({case.slide_id: case.grade for case in cases})
+        null = np.array([right(permute_grades(cases, protocol, draw)) for draw in range(39)])
+        found += [chance_p(of_arm, of_null) <= 0.05 for of_arm, of_null in zip(observed, null.T, strict=True)]
+    constant, guessing = found / 200
+    assert constant == 0 and guessing < 0.09  # .05 has a standard error of .015
