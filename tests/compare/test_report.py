@@ -34,7 +34,7 @@ from slidetl.compare.config import (
     Sizes,
 )
 from slidetl.compare.external import External
-from slidetl.compare.plan import Job, cases_of
+from slidetl.compare.plan import Job, cases_of, plan_jobs
 from slidetl.compare.records import CurvePoint, JobResult
 from slidetl.compare.report.checklists import checklists_of
 from slidetl.compare.report.document import write_html
@@ -45,7 +45,7 @@ from slidetl.compare.table import Table, format_interval
 from slidetl.compare.tables import write_tables
 from slidetl.data.manifest import ManifestRow
 from slidetl.data.study import CachedSlide, Study
-from slidetl.evaluation.comparison import metric_per_fold
+from slidetl.evaluation.comparison import corrected_t, metric_per_fold
 from slidetl.evaluation.metrics import qwk
 from slidetl.evaluation.protocol import Fold, Protocol, plan_folds, subsample
 from slidetl.tiles.codec import tile_codec
@@ -174,6 +174,7 @@ def invented(
     missing: tuple[str, ...] = (),
     nested: bool = True,
     given_split: bool = False,
+    by_site: bool = False,
     repeats: int = 2,
     grades: list[str] | None = None,
     sizes: tuple[int, ...] = (20, 40),
@@ -197,7 +198,11 @@ def invented(
         arms=arms,
         primary=Primary(first, second, metric),
         protocol=Protocol(
-            repeats=repeats, outer_folds=5, inner_folds=2 if nested else 0, given_split=given_split
+            repeats=repeats,
+            outer_folds=5,
+            inner_folds=2 if nested else 0,
+            given_split=given_split,
+            leave_one_site_out=by_site,
         ),
         base={"model": {"backbone": {"name": "mobilenetv3_small_050"}}, "trainer": {"max_epochs": 30}},
         grades=grades or ["0", "1", "2", "3", "4"],
@@ -635,6 +640,85 @@ def test_the_corrected_t_goes_by_the_slides_trained_on(whole: tuple[ComparisonRe
             variance**0.5
         )
     assert {pair.n_slides for pair in whole[0].smaller_differences} == {20, 40}
+
+
+@pytest.mark.parametrize("subsets", [1, 3])
+def test_trainings_with_one_test_part_are_one_fold_of_the_corrected_t(subsets: int, tmp_path: Path) -> None:
+    """Repeats of the same sites, and subsets of a training part: other trainings, no other patients."""
+    sizes = (20,) if subsets > 1 else ()
+    result = invented(
+        40, repeats=4, by_site=subsets == 1, nested=False, sizes=sizes, subsets=subsets, readers=0
+    )
+    arms = {arm.arm: arm for arm in (result.smaller if subsets > 1 else result.arms)}
+    pair = result.smaller_differences[0] if subsets > 1 else result.primary
+    assert pair is not None and pair.corrected_t is not None
+    one, other = (
+        metric_per_fold(partial(weighted, 5), arm.results.true, arm.results.predicted, arm.folds)
+        for arm in (arms[pair.arm], arms[pair.against])
+    )
+    gaps, n_parts = one - other, 3 if subsets == 1 else 4 * 5
+    assert gaps.size == n_parts * (4 if subsets == 1 else 3)
+    of_part = gaps.mean(axis=0) if subsets == 1 else gaps.reshape(4, 3, 5).mean(axis=1).ravel()
+    ratio = np.mean([len(job.fold.test) / len(job.fold.train) for job, _ in arms[pair.arm].jobs])
+    expected = corrected_t(of_part, float(ratio / (1 + ratio)))
+    assert pair.corrected_t.degrees == n_parts - 1
+    assert pair.corrected_t.interval.estimate == pytest.approx(gaps.mean())
+    assert (pair.corrected_t.standard_error, pair.corrected_t.p) == pytest.approx(
+        (expected.standard_error, expected.p)
+    )
+    page = worded(result, tmp_path).text
+    fixed = subsets == 1
+    assert ("4 times over with other seeds:" in page["protocol"]) == fixed
+    assert ("4 times over with other folds and seeds:" in page["protocol"]) != fixed
+    assert ("and other seeds as far as 4 repeats" in page["arms"]) == fixed
+    assert ("another split and initialisation (seed)" in page["power"]) != fixed
+
+
+def test_a_temperature_at_a_bound_is_told_in_the_report(tmp_path: Path) -> None:
+    for temperature, said in ((1.1, "1.10 to 1.10"), (20.0, "20.00 to 20.00, at a bound")):
+        result = invented(20, repeats=1, readers=0, sites=("north",), sizes=(), temperature=temperature)
+        rows = tables_of(View(result, {}))["temperatures"].rows
+        assert [row[:2] for row in rows] == [("warm", said), ("scratch", said)]
+
+
+def test_labels_permuted_for_a_given_split_stay_in_their_part() -> None:
+    """In the jobs that are planned, and in the null distribution made of them: of a constant arm a point."""
+    study = invented_study(60, sites=("north",), readers=0)
+    slides = [
+        replace(slide, row=replace(slide.row, grade=2)) if slide.row.split == "test" and n % 3 else slide
+        for n, slide in enumerate(study.slides)
+    ]
+    study = replace(study, slides=tuple(slides))
+    arms = {"prior": Arm(baseline="prior"), "site": Arm(baseline="site")}
+    comparison = Comparison(
+        manifest="manifest.csv",
+        cache="cache",
+        arms=arms,
+        primary=Primary("prior", "site", "accuracy"),
+        protocol=Protocol(given_split=True, inner_folds=0, unit="slide"),
+        bootstrap_draws=100,
+        permutations=Permutations(19, ["prior"]),
+    )
+    folds = plan_folds(cases_of(study), comparison.protocol, 5)
+    jobs = plan_jobs(comparison, study, folds)
+    held = [
+        {
+            slide: Counter(row.grade for row in job.part(getattr(job.fold, slide)))
+            for slide in ("train", "test")
+        }
+        for job in jobs
+    ]
+    assert len(jobs) == 21 and all(parts == held[0] for parts in held)
+    constant = JobResult(
+        tuple(
+            SlidePrediction(row.slide_id, row.patient_id, row.grade, (0.1, 0.1, 0.6, 0.1, 0.1), 50, row.site)
+            for row in study.rows
+            if row.split == "test"
+        )
+    )
+    result = combine(comparison, study, folds, [(job, constant) for job in jobs])
+    (prior,) = [arm for arm in result.arms if arm.arm == "prior"]
+    assert (prior.chance_p, prior.n_permuted) == (1.0, 19)
 
 
 def test_an_undefined_refit_counts_against_the_arm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

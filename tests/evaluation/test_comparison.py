@@ -109,6 +109,16 @@ def test_corrected_t_is_students_with_a_wider_error() -> None:
     assert (alone.interval.low, alone.interval.high) == pytest.approx(tuple(plain.confidence_interval(0.95)))
 
 
+def test_the_corrected_t_of_repeats_of_the_same_folds_has_its_size_by_their_means() -> None:
+    """Two equal arms: the patients of three sites are the same in ten repeats, trainings differ."""
+    rng = np.random.default_rng(0)
+    of_site, of_training = rng.normal(0, 1, (2000, 1, 3)), rng.normal(0, 0.3, (2000, 10, 3))
+    gaps = of_site + of_training
+    means = np.mean([corrected_t(study.mean(axis=0), 1 / 3).p <= 0.05 for study in gaps])
+    pooled = np.mean([corrected_t(study, 1 / 3).p <= 0.05 for study in gaps])
+    assert means < 0.05 and pooled > 0.1
+
+
 def test_corrected_t_of_equal_differences_is_undefined() -> None:
     for value in (0.0, 0.1):  # two folds that agree by chance prove nothing
         test = corrected_t([value, value], 0.5)

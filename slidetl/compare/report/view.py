@@ -80,6 +80,11 @@ class View:
         """The splits."""
         return self.result.comparison.protocol
 
+    @property
+    def varied(self) -> str:
+        """Word for what differs between repeats."""
+        return "seeds" if self.protocol.repeats_folds else "folds and seeds"
+
     @cached_property
     def trivial(self) -> tuple[str, ...]:
         """Names of the trivial arms, to be beaten by all others."""
