@@ -38,7 +38,8 @@ def parse_training(
     Raises:
         UsageError: ``slidetl fit`` would refuse it.
     """
-    data = {**config["data"], "grades": list(grades), "seed": seed}
+    tasks = config["model"].get("tasks", [])  # given once, as to 'slidetl fit'
+    data = {"tasks": tasks, **config["data"], "grades": list(grades), "seed": seed}
     model = {**config["model"], "grades": list(grades)}
     try:
         return parse(_parser(), {"model": model, "data": data, "trainer": config["trainer"]}, allow)

@@ -11,6 +11,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,7 +109,7 @@ def parse(parser: ArgumentParser, values: Mapping[str, Any], allow: Sequence[str
     """
     permit(allow)
     try:
-        config: Namespace = parser.parse_object(dict(values))
+        config: Namespace = parser.parse_object(deepcopy(dict(values)))  # it changes lists in place
     except ArgumentError as error:
         check_import(error)
         raise
