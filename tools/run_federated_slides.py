@@ -261,7 +261,7 @@ def run(config: Mapping[str, Any], seed: int, folder: Path, scheme: str) -> dict
     graded = [
         (f"{seed}/{row.site}/{row.patient_id}", row.grade, row.probabilities)
         for name, trainer in sites.trainers.items()
-        for row in trainer.evaluate(networks[name], "test").predictions
+        for row in trainer.evaluate(networks[name], federation.rounds, "test").predictions
     ]
     # Pooled slides have their site in their identifiers already; the last two parts are site and patient.
     patients = ["/".join((str(seed), *name.split("/")[-2:])) for name, _, _ in graded]

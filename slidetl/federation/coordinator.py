@@ -6,7 +6,7 @@ It knows no engine: :class:`Sites` carries the messages. Answers are untrusted.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from slidetl.federation.combine import accept, combine_round, middle_value
 from slidetl.federation.config import BASELINES, Federation
 from slidetl.federation.encryption import Cipher
 from slidetl.federation.participant import Answer, Participant, read_update
-from slidetl.federation.records import SCORE, Rounds, best_round, pooled, read_arrays, write_arrays
+from slidetl.federation.records import SCORE, Rounds, best_round, only_job, pooled
 from slidetl.federation.rounds import cyclic
 from slidetl.federation.site import METRICS, initial_weights, write_shared_checkpoint
 from slidetl.federation.weights import SiteUpdate, Weights, counters, find_fault, is_floating
@@ -90,10 +90,18 @@ def run_rounds(
     """
     if federation.averaged.encrypted and cipher is None:
         raise UsageError("averaged.encrypted needs keys of the server")
+    with only_job(output / "rounds"):
+        return _run_rounds(federation, sites, output, report, cipher)
+
+
+def _run_rounds(
+    federation: Federation, connected: Sites, output: Path, report: Report, cipher: Cipher | None
+) -> Account:
     rounds = Rounds(output / "rounds", federation.sha256)
     accounts = rounds.accounts()
     is_shared = federation.scheme != "peer_to_peer"
-    tile_spec = _greet(federation, sites)
+    sites = _AlikeSites(connected, federation.declared, accounts[-1].get("alike", {}) if accounts else {})
+    tile_spec = _greet_all(sites, federation, len(accounts))
     weights: Weights = rounds.read(len(accounts)) if accounts and is_shared else initial_weights(federation)
     loops: dict[str, Callable[..., Iterator[tuple[Account, Weights]]]] = {
         "averaged": partial(_averaged, cipher=cipher),
@@ -101,22 +109,27 @@ def run_rounds(
     }
     run = loops.get(federation.scheme, _cyclic)
     for account, network in run(federation, sites, weights, len(accounts), output):
+        number = account["round"]
         message = {"message": "validate", "weights": network} if is_shared else {"message": "validate_own"}
-        validated, unscored = _ask_metrics(federation, sites, **message)
+        validated, unscored = _ask_metrics(federation, sites, number=number, **message)
         account |= {
+            "alike": sites.alike,
             "validated": validated,
             "score": pooled(validated),
             "left_out": unscored | account["left_out"],
         }
-        accounts.append(rounds.write(account["round"], network if is_shared else None, account))
+        accounts.append(rounds.write(number, network if is_shared else None, account))
         report(accounts[-1])
+        sites.greet(number)
     best = best_round(accounts)
     if is_shared:
         network, lineage = rounds.read(best), rounds.lineage(best)
         if federation.travel == "all" and federation.scheme not in BASELINES:
             path = output / "checkpoints" / "best.ckpt"
             write_shared_checkpoint(federation, network, tile_spec, lineage, path)
-        answers, lost = sites.ask(list(federation.declared), "keep", weights=network, lineage=lineage)
+        answers, lost = sites.ask(
+            list(federation.declared), "keep", weights=network, number=best, lineage=lineage
+        )
     else:
         answers, lost = sites.ask(list(federation.declared), "keep_own", number=best)
     kept, failed = _split(answers)
@@ -137,28 +150,62 @@ def describe(account: Mapping[str, Any], rounds: int) -> str:
     )
 
 
-def _greet(federation: Federation, sites: Sites) -> TileSpec:
-    """Compares what must be the same at all sites; returns the specification of their tiles."""
-    answers, lost = sites.ask(list(federation.declared), "hello")
-    answers, failed = _split(answers)
-    if not answers:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted((lost | failed).items()))
-        raise FederationError(f"no site answered ({reasons})")
-    first = next(iter(answers))
-    for key, what, remedy in (
-        ("tile_spec", "tiles", "cut all with the same options of 'slidetl tile'"),
-        ("frozen_sha256", "weights of the frozen backbone", "give all the same file of pretrained weights"),
-    ):
+class _AlikeSites:
+    """Sites that have the same tiles and frozen weights; the others are left out of every message.
+
+    Args:
+        sites: carry the messages.
+        names: of all sites.
+        alike: what is the same, from the account of an earlier round; empty for a new federation, which takes
+            that of the first site to answer.
+    """
+
+    def __init__(self, sites: Sites, names: Iterable[str], alike: Mapping[str, Any]) -> None:
+        self._sites, self.alike = sites, dict(alike)
+        self.left_out = dict.fromkeys(names, "not asked yet")
+
+    def ask(
+        self, names: Sequence[str], message: str, **arguments: Any
+    ) -> tuple[dict[str, Answer], dict[str, str]]:
+        """Asks the sites that are not left out."""
+        lost = {name: self.left_out[name] for name in names if name in self.left_out}
+        answers, more = self._sites.ask([name for name in names if name not in lost], message, **arguments)
+        return answers, lost | more
+
+    def greet(self, number: int) -> dict[str, str]:
+        """Asks the sites that are left out, after a number of rounds; returns those that are not alike."""
+        if not self.left_out:
+            return {}
+        found, lost = self._sites.ask(list(self.left_out), "hello", number=number)
+        answers, failed = _split(found)
+        other = {}
         for name, answer in answers.items():
-            here, there = answers[first].get(key), answer.get(key)
-            if here != there:
-                raise FederationError(
-                    f"sites have other {what}: {first} {here}, {name} {one_line(str(there))[:300]}; {remedy}"
-                )
+            self.alike = self.alike or {"site": name, **{key: answer.get(key) for key in _ALIKE}}
+            for key, (what, remedy) in _ALIKE.items():
+                first, here, there = self.alike["site"], self.alike[key], answer.get(key)
+                if here != there:
+                    shown = one_line(str(there))[:300]
+                    other[name] = f"sites have other {what}: {first} {here}, {name} {shown}; {remedy}"
+        self.left_out = lost | failed | other
+        return other
+
+
+_ALIKE = {
+    "tile_spec": ("tiles", "cut all with the same options of 'slidetl tile'"),
+    "frozen_sha256": ("pretrained weights", "give all the same file of pretrained weights"),
+}
+
+
+def _greet_all(sites: _AlikeSites, federation: Federation, number: int) -> TileSpec:
+    """Compares what must be the same at all sites; returns the specification of their tiles."""
+    for difference in sites.greet(number).values():
+        raise FederationError(difference)
+    if sites.left_out.keys() == federation.sites.keys():
+        raise FederationError(f"no site answered{_in_brackets(sites.left_out)}")
     try:
-        return TileSpec.from_dict(answers[first]["tile_spec"])
+        return TileSpec.from_dict(sites.alike["tile_spec"])
     except (KeyError, TypeError, ValueError) as error:
-        raise FederationError(f"{first} has told no tile specification: {error}") from error
+        raise FederationError(f"{sites.alike['site']} has told no tile specification: {error}") from error
 
 
 def _cyclic(
@@ -193,15 +240,15 @@ def _averaged(
     cipher: Cipher | None,
 ) -> Iterator[tuple[Account, Weights]]:
     options, declared = federation.averaged, federation.declared
-    kept = output / "velocity.safetensors"  # of the round in the name of its entries
+    velocities = Rounds(output / "velocity", federation.sha256)
     velocity: dict[str, Any] = {}
-    if options.momentum and done and kept.is_file():
-        prefix = f"{done}/"
-        velocity = {
-            name.removeprefix(prefix): value
-            for name, value in read_arrays(kept).items()
-            if name.startswith(prefix)
-        }
+    if options.momentum and 0 < done < federation.rounds:
+        if velocities.latest(done) != done:
+            raise FederationError(
+                f"{velocities.path(done)}: expected the momentum of the server after round {done}, to resume "
+                "from it; it is gone: start again in another --output"
+            )
+        velocity = velocities.read(done)
     for number in range(done + 1, federation.rounds + 1):
         answers, lost = sites.ask(list(declared), "train", weights=weights, number=number)
         updates, metrics = [], {}
@@ -240,7 +287,7 @@ def _averaged(
             raise FederationError(f"round {number}: {error}{reasons}") from error
         weights, velocity = found.weights, dict(found.velocity)
         if velocity:
-            write_arrays(kept, {f"{number}/{name}": value for name, value in velocity.items()})
+            velocities.write(number, velocity, {})
         metrics = {
             update.site: dict(update.metrics) for update in updates if update.site not in found.left_out
         }
@@ -254,6 +301,7 @@ def _averaged(
             },
             weights,
         )
+        velocities.keep_only([number])  # the round is written, so nothing resumes from one before it
 
 
 def _add_encrypted(

@@ -25,7 +25,7 @@ import yaml
 from slidetl.errors import FederationError, UsageError
 from slidetl.federation.config import BASELINES, Federation, Site
 from slidetl.federation.privacy import check_policy
-from slidetl.federation.records import Rounds
+from slidetl.federation.records import Rounds, only_job
 from slidetl.files import read_yaml, write_whole
 from slidetl.processor import usable_cores
 from slidetl.text import one_line
@@ -147,6 +147,11 @@ def simulate(federation: Federation, output: Path, report: Report) -> dict[str, 
     check_engine(federation)
     check_places(federation)
     output = output.absolute()
+    with only_job(output):
+        return _simulate(federation, output, report)
+
+
+def _simulate(federation: Federation, output: Path, report: Report) -> dict[str, Any]:
     engine, places = output / "engine", output / "engine" / "sites"
     shutil.rmtree(engine, ignore_errors=True)
     for name, site in federation.sites.items():

@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from slidetl.federation.coordinator import describe, run_rounds
 from slidetl.federation.encryption import CIPHERTEXT_BYTES, Cipher, count_ciphertexts
 from slidetl.federation.engine import KEYS_OF_SERVER, KEYS_OF_SITES, OUTCOME, RESULT, SAYS, read_site
 from slidetl.federation.participant import Answer, Participant
+from slidetl.federation.records import only_job
 from slidetl.federation.site import initial_weights, site_slides
 from slidetl.federation.weights import Weights
 from slidetl.files import write_whole
@@ -93,6 +95,7 @@ class Client:
         self._lock = threading.Lock()
         self._answers: dict[str, Answer | None] = {}  # by token; None while it is computed
         self._log: Path | None = None  # known with the places of the site
+        self._held = ExitStack()
 
     @collab.publish  # type: ignore[untyped-decorator]
     def start(self, token: str, message: str, arguments: dict[str, Any]) -> bool:
@@ -148,13 +151,16 @@ class Client:
         site, folder = read_site(name, federation)
         folder.mkdir(parents=True, exist_ok=True)
         self._log = folder / "site.log"
-        federation.sites[name] = site
-        participant = Participant(federation, name, site_slides(federation, site), folder)
-        participant.note = self._note
-        participant.cipher = _read_cipher(federation, KEYS_OF_SITES)
-        if federation.scheme == "peer_to_peer":
-            seconds = _seconds(_bytes(initial_weights(federation)))
-            participant.ask = _PeerCalls(federation.peer_to_peer.secure, seconds).ask
+        with ExitStack() as held:
+            held.enter_context(only_job(folder))
+            federation.sites[name] = site
+            participant = Participant(federation, name, site_slides(federation, site), folder)
+            participant.note = self._note
+            participant.cipher = _read_cipher(federation, KEYS_OF_SITES)
+            if federation.scheme == "peer_to_peer":
+                seconds = _seconds(_bytes(initial_weights(federation)))
+                participant.ask = _PeerCalls(federation.peer_to_peer.secure, seconds).ask
+            self._held = held.pop_all()  # until this process of the job ends
         return participant
 
     def _note(self, error: Exception) -> None:

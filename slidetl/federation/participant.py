@@ -93,8 +93,15 @@ class Participant:
         return outgoing(answer, self._network, self.federation.sites)
 
     @_answers
-    def hello(self) -> Answer:
-        """Tells what must be the same at all sites, and the number of training slides."""
+    def hello(self, number: int) -> Answer:
+        """Tells what must be the same at all sites, and the number of training slides.
+
+        Rounds after ``number``, the last that is finished, were cut off or are of an earlier federation, and
+        are removed here.
+        """
+        self.trainer.resume(number)
+        if self.federation.scheme == "peer_to_peer":
+            self._rounds.keep_only(range(1, number + 1))
         spec = self.trainer.data.tile_spec
         if spec is None:
             self.trainer.data.setup("fit")
@@ -140,21 +147,19 @@ class Participant:
         return self.cipher
 
     @_answers
-    def validate(self, weights: Weights) -> Answer:
-        """Scores a network on the site's validation slides."""
-        return {"metrics": self.trainer.validate(weights)}
+    def validate(self, weights: Weights, number: int) -> Answer:
+        """Scores the network of a round on the site's validation slides."""
+        return {"metrics": self.trainer.validate(weights, number)}
 
     @_answers
-    def keep(self, weights: Weights, lineage: Sequence[str]) -> Answer:
-        """Writes a network as the site's checkpoint."""
-        self.trainer.write_checkpoint(weights, lineage)
+    def keep(self, weights: Weights, number: int, lineage: Sequence[str]) -> Answer:
+        """Writes the network of a round as the site's checkpoint."""
+        self.trainer.write_checkpoint(weights, number, lineage)
         return {}
 
     @_answers
     def begin(self, weights: Weights, number: int) -> Answer:
         """Starts peer to peer from a common network, or continues from the site's own of a round."""
-        if not number:
-            self._rounds.clear()
         latest = self._rounds.latest(number)
         self._network = self._rounds.read(latest) if latest else weights
         return {}
@@ -226,15 +231,15 @@ class Participant:
         return {}
 
     @_answers
-    def validate_own(self) -> Answer:
-        """Scores the site's own network on its validation slides."""
-        return {"metrics": self.trainer.validate(self._network)}
+    def validate_own(self, number: int) -> Answer:
+        """Scores the site's own network of a round on its validation slides."""
+        return {"metrics": self.trainer.validate(self._network, number)}
 
     @_answers
     def keep_own(self, number: int) -> Answer:
         """Writes the site's own network of a round as its checkpoint."""
         latest = self._rounds.latest(number)
-        self.trainer.write_checkpoint(self._rounds.read(latest), self._rounds.lineage(latest))
+        self.trainer.write_checkpoint(self._rounds.read(latest), number, self._rounds.lineage(latest))
         return {}
 
     @property

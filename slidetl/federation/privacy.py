@@ -32,6 +32,7 @@ from slidetl.federation.weights import Weights, is_floating
 from slidetl.files import write_whole
 from slidetl.models.network import GradingNetwork
 from slidetl.models.targets import one_hot_grades
+from slidetl.tiles.lock import kernel_lock
 
 Release: TypeAlias = tuple[float, float, int]  # noise over sensitivity, rate of sampling, number
 
@@ -179,28 +180,36 @@ class Account:
         self._limit = privacy.epsilon
         self.privacy = privacy.with_noise(planned)
         self._path = path
-        self._history: list[Release] = []
-        if path.is_file():
-            try:
-                kept = json.loads(path.read_text(encoding="utf-8"))
-                level = kept["level"]
-                self._history = [(float(n), float(rate), int(steps)) for n, rate, steps in kept["releases"]]
-            except (KeyError, TypeError, ValueError) as error:
-                raise UsageError(f"{path}: expected a site's account of its privacy: {error}") from error
-            if level != privacy.level:
-                raise UsageError(
-                    f"{path}: the account is of {level} level, not {privacy.level}; two levels cannot be "
-                    "added up, so start the training in another folder"
-                )
-        self.epsilon = _epsilon(self._history, privacy.delta) if self._history else 0.0
+        history = self._read()
+        self.epsilon = _epsilon(history, privacy.delta) if history else 0.0
+
+    def _read(self) -> list[Release]:
+        if not self._path.is_file():
+            return []
+        try:
+            kept = json.loads(self._path.read_text(encoding="utf-8"))
+            level = kept["level"]
+            history = [(float(n), float(rate), int(steps)) for n, rate, steps in kept["releases"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{self._path}: expected a site's account of its privacy: {error}") from error
+        if level != self.privacy.level:
+            raise UsageError(
+                f"{self._path}: the account is of {level} level, not {self.privacy.level}; two levels cannot "
+                "be added up, so start the training in another folder"
+            )
+        return history
 
     def spend(self, steps: int) -> None:
-        """Records noisy releases, before they happen.
+        """Records noisy releases, before they happen, beside those of all other trainings in the folder.
 
         Raises:
             FederationError: they would exceed the target epsilon; nothing is recorded.
         """
-        history = [*self._history, self.privacy._release(steps)]
+        with kernel_lock(self._path.with_suffix(".lock")):
+            self.epsilon = self._add(steps)
+
+    def _add(self, steps: int) -> float:
+        history = [*self._read(), self.privacy._release(steps)]
         if len(history) > 1 and history[-1][:2] == history[-2][:2]:
             history[-2:] = [(*history[-1][:2], history[-1][2] + history[-2][2])]
         epsilon = _epsilon(history, self.privacy.delta)
@@ -215,9 +224,8 @@ class Account:
             "epsilon": epsilon,
             "releases": history,
         }
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self._path, json.dumps(kept))
-        self._history, self.epsilon = history, epsilon
+        return epsilon
 
 
 def _epsilon(history: Sequence[Release], delta: float) -> float:

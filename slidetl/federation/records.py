@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slidetl.errors import FederationError, UsageError
+from slidetl.errors import FederationError, OutputError, UsageError
 from slidetl.federation.weights import Weights
-from slidetl.files import check_safetensors, file_sha256, replaced, write_whole
+from slidetl.files import check_safetensors, describe_full, file_sha256, replaced, write_whole
 
 SCORE = "rps"
 """The metric that chooses the best round, lower is better: a proper score."""
@@ -37,8 +39,7 @@ class Rounds:
         Raises:
             OutputError: a file cannot be written.
         """
-        parent = self._account_path(number - 1)
-        before = json.loads(parent.read_text(encoding="utf-8")) if parent.is_file() else {}
+        before = self._account(number - 1) or {}
         whole = {
             "round": number,
             "config_sha256": self.config_sha256,
@@ -67,12 +68,13 @@ class Rounds:
 
     def latest(self, number: int) -> int:
         """Returns the latest finished round up to ``number``; 0 for none. A site may have missed some."""
-        return next((n for n in range(number, 0, -1) if self._account_path(n).is_file()), 0)
+        return next((n for n in range(number, 0, -1) if self._account(n)), 0)
 
-    def clear(self) -> None:
-        """Removes the rounds of an earlier federation."""
+    def keep_only(self, numbers: Container[int]) -> None:
+        """Removes all other rounds, those of another configuration too."""
         for path in self.folder.glob("[0-9]*"):
-            path.unlink()
+            if int(path.stem) not in numbers:
+                path.unlink()
 
     def read(self, number: int) -> dict[str, NDArray[Any]]:
         """Reads the network of a round, and checks its hash.
@@ -91,12 +93,12 @@ class Rounds:
         """Returns the SHA-256 of the file of a round's network.
 
         Raises:
-            FederationError: there is no such round.
+            FederationError: there is no such round of this configuration.
         """
-        path = self._account_path(number)
-        if not path.is_file():
-            raise FederationError(f"{path}: no such round")
-        return str(json.loads(path.read_text(encoding="utf-8"))["sha256"])
+        account = self._account(number)
+        if account is None:
+            raise FederationError(f"{self._account_path(number)}: no such round of this configuration")
+        return str(account["sha256"])
 
     def lineage(self, number: int) -> list[str]:
         """Returns the hashes of the networks of a round and of those before it, nearest first.
@@ -104,7 +106,7 @@ class Rounds:
         Raises:
             FederationError: there is no such round.
         """
-        before = [n for n in range(number - 1, 0, -1) if self._account_path(n).is_file()]
+        before = [n for n in range(number - 1, 0, -1) if self._account(n)]
         return [self.sha256(n) for n in (number, *before)]
 
     def path(self, number: int) -> Path:
@@ -113,6 +115,38 @@ class Rounds:
 
     def _account_path(self, number: int) -> Path:
         return self.folder / f"{number:04}.json"
+
+    def _account(self, number: int) -> dict[str, Any] | None:
+        """Reads the account of a round; None without one of this configuration."""
+        path = self._account_path(number)
+        account: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return account if account.get("config_sha256") == self.config_sha256 else None
+
+
+@contextmanager
+def only_job(folder: Path) -> Iterator[None]:
+    """Keeps other jobs out of a folder while the context is open, or until this process dies.
+
+    Raises:
+        FederationError: another job is at work in it.
+        OutputError: nothing can be written there.
+    """
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = held.enter_context((folder / ".lock").open("ab"))
+        except OSError as error:
+            raise OutputError(f"{folder}: cannot be written: {describe_full(error)}") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FederationError(
+                f"{folder}: another training is at work in it; wait for its end, or abort its job, which "
+                "goes on when 'slidetl federate --kit' is interrupted"
+            ) from error
+        except OSError:
+            pass  # a file system without such locks
+        yield
 
 
 def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> str:

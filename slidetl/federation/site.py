@@ -5,6 +5,7 @@ Nothing here knows an engine: arrays come in, arrays and counts go out.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,12 +34,12 @@ from slidetl.federation.privacy import (
     privatise_update,
     train_private,
 )
+from slidetl.federation.records import Rounds
 from slidetl.federation.weights import SiteUpdate, Weights, find_fault, travelling
 from slidetl.files import write_whole
-from slidetl.models.backbones import weights_sha256
+from slidetl.models.backbones import state_sha256, weights_sha256
 from slidetl.models.penalties import pull
 from slidetl.models.targets import Targets
-from slidetl.models.tensors import is_state, load_tensors, save_tensors
 from slidetl.tiles.features import read_features
 from slidetl.tiles.grid import TileSpec
 from slidetl.training.checkpoint import write_grader
@@ -46,7 +47,7 @@ from slidetl.training.configured import build_grader, build_trainer, data_option
 from slidetl.training.evaluation import Evaluation
 from slidetl.training.grader import SlideGrader
 
-Parts = Mapping[str, Sequence[CachedSlide]]  # train, val and test
+Parts = Mapping[str, Sequence[CachedSlide]]  # train, val and test; predict, all slides, ungraded ones too
 
 METRICS = ("rps", "accuracy", "mae", "loss")
 """Metrics of a validation that leave a site: means over slides, so the sites' pooled score is exact."""
@@ -61,11 +62,11 @@ def site_slides(federation: Federation, site: Site) -> Parts:
     """
     if not site.manifest:
         raise UsageError("the site has no manifest and cache; name them in its file SLIDETL_SITE")
-    parsed = parse_training(federation.fit_config, federation.grades, federation.seed)
+    parsed = _parse(federation, federation.seed)
     data = SlideDataModule(site.manifest, site.cache, **data_options(parsed))
     with quiet():
         data.setup("fit")
-    return {part: data.slides[part] for part in SPLITS}
+    return data.slides
 
 
 def pooled_slides(parts_of: Mapping[str, Parts]) -> Parts:
@@ -86,7 +87,7 @@ def pooled_slides(parts_of: Mapping[str, Parts]) -> Parts:
             for site, parts in parts_of.items()
             for slide in parts[part]
         )
-        for part in SPLITS
+        for part in (*SPLITS, "predict")
     }
 
 
@@ -116,11 +117,27 @@ def write_shared_checkpoint(
 
 def _initial(federation: Federation) -> tuple[SlideGrader, dict[str, Any]]:
     """Builds the grader as its strategy starts it, and returns its arguments too."""
-    parsed = parse_training(federation.fit_config, federation.grades, federation.seed)
+    parsed = _parse(federation, federation.seed)
     pl.seed_everything(federation.seed, workers=True, verbose=False)
     grader, _ = build_grader(parsed)
     grader.transfer.start(grader.network.backbone)
     return grader, parsed.model.as_dict()
+
+
+def _parse(federation: Federation, seed: int) -> Any:
+    """Parses the configuration of a site's training.
+
+    Raises:
+        UsageError: it is not valid, or learns a number.
+    """
+    parsed = parse_training(federation.fit_config, federation.grades, seed)
+    for task in parsed.model.tasks:
+        if task.numeric:
+            raise UsageError(
+                f"model.tasks: {task.name} is a number, standardised by the mean and standard deviation of "
+                "the training slides, which stay at their sites; leave it out, or give it grades"
+            )
+    return parsed
 
 
 class SiteTrainer:
@@ -130,7 +147,7 @@ class SiteTrainer:
         federation: the configuration.
         name: of the site.
         parts: its slides, of :func:`site_slides`.
-        folder: for files of this site; what stays here between rounds (FedBN) survives a restart in it.
+        folder: for files of this site; what stays here after each round (FedBN) survives a restart in it.
 
     Attributes:
         examples: training slides, the number that the site claims.
@@ -141,16 +158,18 @@ class SiteTrainer:
         self.examples = len(parts["train"])
         place = list(federation.sites).index(name) if name in federation.sites else 0
         self._seed = federation.seed + place  # sites draw differently; one site draws as 'slidetl fit'
-        parsed = parse_training(federation.fit_config, federation.grades, self._seed)
+        parsed = _parse(federation, self._seed)
         pl.seed_everything(self._seed, workers=True, verbose=False)
         self.grader, options = build_grader(parsed)
         self._model: dict[str, Any] = parsed.model.as_dict()
         self._data_options = parsed.data.as_dict()
-        self.data = SlideDataModule.from_slides(**parts, **options)
+        self.data = SlideDataModule.from_slides(**{part: parts[part] for part in SPLITS}, **options)
+        self.data.slides["predict"] = tuple(parts["predict"])
         self.grader.whole_epochs = federation.rounds * federation.epochs_of(name)
         self._shared = tuple(_shared(self.grader))
         self.grader.transfer.start(self.grader.network.backbone)  # what never travels
-        self._stays, self._is_new = folder / "stays.pt", True
+        self._stays = Rounds(folder / "stays", federation.sha256)
+        _, self._start = self._divided()
         self.account: Account | None = None
         self._patients: list[PatientSlides] = []  # of a training by DP-SGD
         if federation.privacy is not None and federation.scheme not in BASELINES:
@@ -166,8 +185,7 @@ class SiteTrainer:
             groups.setdefault(slide.row.patient_id, []).append(slide)
         privacy.check_patients(len(groups))
         if privacy.level == "site":
-            own = {name: _array(value) for name, value in self._state().items()}
-            check_variances(travelling(own, self.federation.travel))
+            check_variances(self._divided()[0])
             return []
         grader, backbone = self.grader, self.grader.network.backbone
         if not self.data.features or self.data.bag_size:
@@ -190,6 +208,10 @@ class SiteTrainer:
             for slides in groups.values()
         ]
 
+    def resume(self, round_number: int) -> None:
+        """Forgets the rounds after one: they were cut off, or are of an earlier federation."""
+        self._stays.keep_only(range(1, round_number + 1))
+
     def train(self, weights: Weights, round_number: int) -> SiteUpdate:
         """Trains from the network that arrived.
 
@@ -203,16 +225,13 @@ class SiteTrainer:
         Raises:
             SlidetlError: the network does not fit, or the data cannot be read.
         """
-        if round_number == 1:
-            self._stays.unlink(missing_ok=True)  # of an earlier federation
-        self._arrive(weights)
+        self._arrive(weights, round_number - 1)
         if self.account is not None:
             self.account.spend(self._releases)
         metrics = self._train_private() if self._patients else self._train_round(round_number)
-        own = {name: _array(value) for name, value in self._state().items()}
-        sent = travelling(own, self.federation.travel)
-        if stays := {name: value for name, value in own.items() if name not in sent}:
-            save_tensors(self._stays, {name: torch.from_numpy(value) for name, value in stays.items()})
+        sent, stays = self._divided()
+        if stays:
+            self._stays.write(round_number, stays, {})
         if self.account is not None:
             privacy, metrics = self.account.privacy, {"epsilon": self.account.epsilon}
             if privacy.level == "site" and privacy.noise is not None:
@@ -247,23 +266,23 @@ class SiteTrainer:
         loss = float(trainer.callback_metrics.get("train/loss", float("nan")))
         return {"train_loss": loss} if np.isfinite(loss) else {}
 
-    def validate(self, weights: Weights) -> dict[str, float]:
-        """Scores a network on the site's validation part: :data:`METRICS`, and the number of ``slides``.
+    def validate(self, weights: Weights, round_number: int) -> dict[str, float]:
+        """Scores the network of a round on the validation part: :data:`METRICS`, and number of ``slides``.
 
         Raises:
             UsageError: some slides are not graded.
             SlidetlError: the network does not fit, or the data cannot be read.
         """
-        evaluation = self.evaluate(weights)
+        evaluation = self.evaluate(weights, round_number)
         if evaluation.not_graded:
             raise UsageError(f"{len(evaluation.not_graded)} slides are not graded; lower model.lr")
         found = evaluation.scalars(())
         graded = sum(row.grade is not None for row in evaluation.predictions)
         return {"slides": float(graded), **{name: float(found[name]) for name in METRICS}}
 
-    def evaluate(self, weights: Weights, part: str = "val") -> Evaluation:
-        """Grades a part of the site's slides, ``val`` or ``test``, with a network."""
-        self._arrive(weights)
+    def evaluate(self, weights: Weights, round_number: int, part: str = "val") -> Evaluation:
+        """Grades a part of the site's slides, ``val`` or ``test``, with the network of a round."""
+        self._arrive(weights, round_number)
         with quiet():
             trainer = self._trainer({}, [])
             (trainer.validate if part == "val" else trainer.test)(
@@ -273,16 +292,17 @@ class SiteTrainer:
         assert found is not None
         return found
 
-    def write_checkpoint(self, weights: Weights, lineage: Sequence[str]) -> Path:
-        """Writes a network as the ordinary ``checkpoints/best.ckpt`` of this site, with ``config.yaml``.
+    def write_checkpoint(self, weights: Weights, round_number: int, lineage: Sequence[str]) -> Path:
+        """Writes the network of a round as this site's ``checkpoints/best.ckpt``, with ``config.yaml``.
 
         It records the site's own slides, so ``slidetl test`` and ``export`` work at the site.
 
         Args:
-            weights: the travelling entries; what stays at the site is added.
+            weights: the travelling entries; what stayed at the site in this round is added.
+            round_number: from 1.
             lineage: hashes of the networks that it comes from, nearest first.
         """
-        self._arrive(weights)
+        self._arrive(weights, round_number)
         site = self.federation.sites.get(self.name)
         places = {"manifest": site.manifest, "cache": site.cache} if site is not None else {}
         config = {
@@ -299,22 +319,35 @@ class SiteTrainer:
 
     @property
     def frozen_sha256(self) -> str:
-        """SHA-256 of the backbone if it never travels, so must be the same at all sites; empty otherwise."""
-        backbone = self.grader.network.backbone
-        travels = any(name.startswith("network.backbone.") for name in self._shared)
-        return "" if travels or backbone.is_stored else weights_sha256(backbone)
+        """SHA-256 of the pretrained weights that never travel, so must be the same at all sites.
 
-    def _arrive(self, weights: Weights) -> None:
-        """Puts the network that arrived into ours, if it fits."""
-        ours = travelling(
-            {name: _array(value) for name, value in self._state().items()}, self.federation.travel
-        )
+        These are the frozen entries of the backbone, the weights behind stored features, and those towards
+        which a strategy pulls; empty without any.
+        """
+        backbone, source = self.grader.network.backbone, self.data.feature_source
+        held = {} if backbone.is_stored else backbone.state_dict()
+        held = {name: value for name, value in held.items() if f"network.backbone.{name}" not in self._shared}
+        hashes = [state_sha256(held)] if held else []
+        hashes += [source.identity] if source is not None else []
+        reference = self.grader.transfer.reference(backbone)
+        hashes += [reference.sha256] if reference is not None else []
+        return hashlib.sha256(" ".join(hashes).encode()).hexdigest() if hashes else ""
+
+    def _arrive(self, weights: Weights, round_number: int) -> None:
+        """Puts the network that arrived into ours, if it fits, with what stayed here in a round."""
+        ours, _ = self._divided()
         if fault := find_fault(SiteUpdate("server", weights, 1), ours):
             raise WeightsError(f"the network that arrived does not fit this site's: {fault}")
-        if self._is_new and self._stays.is_file():  # after a restart
-            _put(self.grader, self._shared, _read_arrays(self._stays))
-        self._is_new = False
+        if self._start:  # a round that the site has missed changed nothing here
+            latest = self._stays.latest(round_number)
+            _put(self.grader, self._shared, self._stays.read(latest) if latest else self._start)
         _put(self.grader, self._shared, weights)
+
+    def _divided(self) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+        """Returns the entries of the network that travel, and those that a training changes and that stay."""
+        own = {name: _array(value) for name, value in self._state().items()}
+        sent = travelling(own, self.federation.travel)
+        return sent, {name: value for name, value in own.items() if name not in sent}
 
     def _state(self) -> dict[str, Tensor]:
         state = self.grader.state_dict()
@@ -402,13 +435,3 @@ def _shared(grader: SlideGrader) -> dict[str, Tensor]:
 
 def _array(value: Tensor) -> NDArray[Any]:
     return np.array(value.detach().cpu().numpy())
-
-
-def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    try:
-        state = load_tensors(path)
-    except ValueError as error:
-        raise WeightsError(f"{path}: {error}") from error
-    if not is_state(state):
-        raise WeightsError(f"{path}: expected arrays by name")
-    return {name: value.numpy() for name, value in state.items()}

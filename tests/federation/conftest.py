@@ -90,9 +90,11 @@ class Adder:
     adds: float
     examples: int = 4
     frozen_sha256: str = ""
+    mpp: float = 4.0
 
     def __post_init__(self) -> None:
-        self.data = SimpleNamespace(tile_spec=TileSpec(tile_size_px=64, stride_px=64, mpp=4.0))
+        self.data = SimpleNamespace(tile_spec=TileSpec(tile_size_px=64, stride_px=64, mpp=self.mpp))
+        self.asked: list[tuple[str, int]] = []  # messages about networks of rounds
 
     def train(self, weights: Weights, number: int) -> SiteUpdate:
         moved = {
@@ -101,11 +103,16 @@ class Adder:
         }
         return SiteUpdate(self.name, moved, self.examples, {"train_loss": self.adds})
 
-    def validate(self, weights: Weights) -> dict[str, float]:
+    def resume(self, number: int) -> None:
+        self.asked.append(("resume", number))
+
+    def validate(self, weights: Weights, number: int) -> dict[str, float]:
+        self.asked.append(("validate", number))
         away = float(np.mean([np.abs(value - 5.0).mean() for value in weights.values()]))
         return {"slides": 2.0, "rps": min(away / 10, 1.0), "accuracy": 0.5, "mae": 1.0, "loss": away}
 
-    def write_checkpoint(self, weights: Weights, lineage: Sequence[str]) -> None:
+    def write_checkpoint(self, weights: Weights, number: int, lineage: Sequence[str]) -> None:
+        self.asked.append(("keep", number))
         write_arrays(self.folder / "best.safetensors", weights)
         (self.folder / "lineage.txt").write_text("\n".join(lineage))
 

@@ -16,6 +16,7 @@ from slidetl.federation.records import best_round, pooled, read_arrays
 from slidetl.federation.weights import normalisation_entries
 from slidetl.files import file_sha256
 from slidetl.training.checkpoint import load_grader
+from tests.federation.conftest import START, Adder
 
 Make = Callable[[Federation], SitesHere]
 Reply = tuple[dict[str, Answer], dict[str, str]]
@@ -165,6 +166,12 @@ def test_metrics_that_cannot_be_are_left_out(
     assert "no usable metrics" in account["left_out"]["south"]
 
 
+def adder(sites: SitesHere, name: str) -> Adder:
+    trainer: Any = sites.participants[name].trainer
+    assert isinstance(trainer, Adder)
+    return trainer
+
+
 class Killed(Exception):
     pass
 
@@ -203,6 +210,61 @@ def test_the_lineage_of_the_result_is_its_round_and_all_before(
         assert (site / "lineage.txt").read_text().split() == expected
 
 
+@pytest.mark.parametrize("scheme", ["averaged", "cyclic", "peer_to_peer"])
+def test_sites_validate_and_keep_the_network_of_a_round_by_its_number(
+    scheme: Any, three: Federation, adders: Make, tmp_path: Path
+) -> None:
+    federation = replace(three, scheme=scheme, rounds=3)
+    sites = adders(federation)
+    best = run(federation, sites, tmp_path)[0]["best"]
+    expected = [("resume", 0), ("validate", 1), ("validate", 2), ("validate", 3), ("keep", best)]
+    for name in federation.sites:
+        assert adder(sites, name).asked == expected
+
+
+def test_momentum_is_kept_until_the_next_round_is_written(
+    three: Federation, adders: Make, tmp_path: Path
+) -> None:
+    federation = replace(three, averaged=Averaged(momentum=0.5), rounds=3)
+    _, whole = run(federation, adders(federation), tmp_path / "whole")
+    asked = []
+
+    def kill(site: str, message: str) -> bool:
+        asked.append(message)
+        if asked.count("validate") == 4:  # of round 2
+            raise Killed
+        return False
+
+    with pytest.raises(Killed):
+        run(federation, Watched(adders(federation), lost=kill), tmp_path / "killed")
+    _, rest = run(federation, adders(federation), tmp_path / "killed")
+    assert [account["sha256"] for account in rest] == [account["sha256"] for account in whole[1:]]
+    left = tmp_path / "killed" / "velocity"
+    assert sorted(path.name for path in left.iterdir()) == ["0003.json", "0003.safetensors"]
+
+
+def test_a_federation_whose_momentum_is_gone_is_not_resumed(
+    three: Federation, adders: Make, tmp_path: Path
+) -> None:
+    def stop(account: dict[str, Any]) -> None:
+        raise Killed
+
+    federation = replace(three, averaged=Averaged(momentum=0.5))
+    with pytest.raises(Killed):
+        run_rounds(federation, adders(federation), tmp_path, stop)
+    (tmp_path / "velocity" / "0001.json").unlink()
+    with pytest.raises(FederationError, match="expected the momentum of the server after round 1"):
+        run(federation, adders(federation), tmp_path)
+
+
+def test_a_second_training_in_an_output_is_refused(three: Federation, adders: Make, tmp_path: Path) -> None:
+    def again(account: dict[str, Any]) -> None:
+        with pytest.raises(FederationError, match="another training is at work"):
+            run_rounds(three, adders(three), tmp_path, lambda account: None)
+
+    assert run_rounds(three, adders(three), tmp_path, again)["kept"] == ["north", "south", "west"]
+
+
 def test_rounds_of_another_configuration_are_refused(three: Federation, adders: Make, tmp_path: Path) -> None:
     federation = replace(three, rounds=1)
     run(federation, adders(federation), tmp_path)
@@ -225,6 +287,70 @@ def test_sites_with_other_tiles_do_not_train(three: Federation, adders: Make, tm
     with pytest.raises(FederationError, match=r"sites have other tiles: north .* west"):
         run(three, sites, tmp_path)
     assert {message for _, message in sites.asked} == {"hello"}
+
+
+def fails_hello(rounds: int) -> Callable[[str, str, Any], Any]:
+    """Lets the hello of west fail so often."""
+    failed: list[str] = []
+
+    def change(site: str, message: str, answer: Any) -> Any:
+        if (site, message) != ("west", "hello") or len(failed) == rounds:
+            return answer
+        failed.append(message)
+        return {"failed": "ManifestError"}
+
+    return change
+
+
+@pytest.mark.parametrize("scheme", ["averaged", "cyclic"])
+def test_a_site_trains_once_it_has_said_what_must_be_the_same(
+    scheme: Any, three: Federation, adders: Make, tmp_path: Path
+) -> None:
+    federation = replace(three, scheme=scheme)
+    outcome, (first, second) = run(federation, Watched(adders(federation), fails_hello(1)), tmp_path)
+    assert first["left_out"].keys() == {"west"} and "failed with ManifestError" in first["left_out"]["west"]
+    assert first["trained"].keys() == first["validated"].keys() == {"north", "south"}
+    assert second["trained"].keys() == second["validated"].keys() == {"north", "south", "west"}
+    assert second["left_out"] == {} and outcome["kept"] == ["north", "south", "west"]
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [({"mpp": 8.0}, "other tiles"), ({"frozen_sha256": "f" * 64}, "other pretrained weights")],
+)
+def test_a_late_site_that_is_not_alike_is_left_out_and_refused_on_resuming(
+    other: dict[str, Any], told: str, three: Federation, adders: Make, tmp_path: Path
+) -> None:
+    def make() -> SitesHere:
+        sites = adders(three)
+        west = adder(sites, "west")
+        sites.participants["west"]._trainer = replace(west, **other)  # type: ignore[assignment]
+        return sites
+
+    sites = Watched(make(), fails_hello(1))
+    outcome, (_, second) = run(three, sites, tmp_path)
+    assert {message for name, message in sites.asked if name == "west"} == {"hello"}
+    assert second["left_out"]["west"].startswith(f"sites have {told}: north ")
+    assert outcome["kept"] == ["north", "south"] and "other" in outcome["lost"]["west"]
+    alone = Watched(make(), lost=lambda site, message: site != "west")
+    with pytest.raises(FederationError, match=f"sites have {told}: north .* west"):
+        run(three, alone, tmp_path)
+
+
+def test_peers_take_no_round_of_another_federation_for_theirs(
+    three: Federation, adders: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    federation = replace(three, scheme="peer_to_peer")
+    run(federation, adders(federation), tmp_path / "earlier")
+    west = adders(replace(federation, seed=7)).participants["west"]
+    assert west.begin(START, 2) == {} and west._network is START
+    assert west.keep_own(2) == {"failed": "FederationError"}
+    assert "no such round of this configuration" in capsys.readouterr().out
+    # Of the same configuration, in another output.
+    away = Watched(adders(federation), lost=lambda site, message: (site, message) == ("west", "begin"))
+    outcome, _ = run(federation, away, tmp_path / "again")
+    assert outcome["kept"] == ["north", "south"]
+    assert outcome["lost"] == {"west": "failed with FederationError; its log says why"}
 
 
 @pytest.mark.parametrize("mixing", ["ring", "swarm", [[0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]])
@@ -285,7 +411,7 @@ def test_a_failure_leaves_a_site_without_its_text(
     assert "does not fit" in capsys.readouterr().out  # it stays in the site's log
     busy = sites.participants["south"]
     with busy.busy:
-        assert busy.validate({}) == {"failed": "Busy"}
+        assert busy.validate({}, 1) == {"failed": "Busy"}
 
 
 def test_best_round_is_of_the_sites_that_are_left() -> None:

@@ -23,7 +23,7 @@ from slidetl.federation.config import Averaged, Federation, Site, read_federatio
 from slidetl.federation.coordinator import SitesHere, run_rounds
 from slidetl.federation.engine import SITE_FILE, _read_outcome, marked_process, read_site
 from slidetl.federation.participant import Participant
-from slidetl.federation.records import read_arrays
+from slidetl.federation.records import only_job, read_arrays
 from slidetl.federation.site import Parts
 from slidetl.library.local import file_sha256
 from slidetl.training.checkpoint import load_grader
@@ -263,6 +263,21 @@ def test_a_missing_engine_or_place_is_one_line(
     assert main([*words, "--simulate"]) == 2
     told = "TenSEAL is not installed, which encrypts its updates: pip install 'slidetl[federated]'"
     assert told in capsys.readouterr().err
+
+
+def test_a_second_simulation_in_an_output_is_refused(
+    three_sites: dict[str, Site], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small(next(path for path in SHIPPED if path.stem == "averaged"), three_sites, tmp_path)
+    log = tmp_path / "out" / "engine" / "log.txt"
+    log.parent.mkdir(parents=True)
+    log.touch()
+    with only_job(tmp_path / "out"):
+        assert (
+            main(["federate", "--config", str(config), "--output", str(tmp_path / "out"), "--simulate"]) != 0
+        )
+    assert "another training is at work" in capsys.readouterr().err
+    assert log.exists()  # of the first one
 
 
 def test_an_engine_without_a_result_has_failed(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from slidetl.errors import FederationError, SlidetlError
 from slidetl.federation import nvflare_app
 from slidetl.federation.config import Averaged, Federation
 from slidetl.federation.coordinator import SitesHere, run_rounds
 from slidetl.federation.encryption import CIPHERTEXT_BYTES
+from slidetl.federation.engine import SITE_FILE
 from slidetl.federation.nvflare_app import Client, _ConnectedSites
 from slidetl.federation.records import read_arrays
 from slidetl.federation.weights import SiteUpdate, Weights
@@ -151,10 +154,10 @@ def test_a_site_without_a_sign_of_life_is_left_out_until_it_answers(
     slow, sites = Slow(wire, "south", breaks=True), _ConnectedSites(three)
     answers, lost = sites.ask(["north", "south"], "train", weights=START, number=1)
     assert answers.keys() == {"north"} and lost == {"south": "no sign of life for 0 s"}
-    assert sites.ask(["south"], "hello") == ({}, {"south": "is gone"})
+    assert sites.ask(["south"], "hello", number=0) == ({}, {"south": "is gone"})
     slow.finish()
     wire.broken.clear()
-    answers, lost = sites.ask(["south"], "hello")
+    answers, lost = sites.ask(["south"], "hello", number=0)
     assert "tile_spec" in answers["south"] and not lost
 
 
@@ -165,12 +168,30 @@ def test_sites_that_cannot_be_asked(
     sites = _ConnectedSites(three)
     wire.broken.add("west")
     del wire.sites["south"]
-    answers, lost = sites.ask(list(three.sites), "hello")
+    answers, lost = sites.ask(list(three.sites), "hello", number=0)
     assert answers.keys() == {"north"}
     assert lost == {"south": "is not connected", "west": "does not answer"}
     assert sites.ask(["north"], "let_out") == ({}, {"north": "has refused the message"})
     wire.caller = "west"
     assert wire.sites["north"].collect("token") == {"failed": "Refused"}
+
+
+def test_a_site_takes_part_in_one_job_at_a_time(
+    three: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = {"manifest": three.sites["west"].manifest, "cache": three.sites["west"].cache}
+    path = tmp_path / "site.yaml"
+    monkeypatch.setenv(SITE_FILE, str(path))
+    one, other = (Client(json.dumps(three.to_dict())) for _ in range(2))
+    path.write_text(json.dumps({**places, "manifest": str(tmp_path / "none.csv"), "folder": str(tmp_path)}))
+    with pytest.raises(SlidetlError, match=r"none\.csv"):
+        one._join("west")
+    path.write_text(json.dumps({**places, "folder": str(tmp_path)}))
+    assert one._join("west").name == "west"  # a join that has failed holds nothing
+    with pytest.raises(FederationError, match="another training is at work"):
+        other._join("west")
+    one._held.close()
+    assert other._join("west").name == "west"
 
 
 def test_ciphertexts_have_time_to_travel(three: Federation, wired: Callable[[Federation], Wire]) -> None:

@@ -73,12 +73,12 @@ def test_patients_train_privately_and_the_account_survives_a_restart(
     federation: Federation, tmp_path: Path
 ) -> None:
     trainer, start = build(federation, tmp_path)
-    before = trainer.validate(start)
+    before = trainer.validate(start, 0)
     update = trainer.train(start, 1)
     assert update.weights.keys() == start.keys() and all("backbone" not in name for name in start)
     assert update.metrics == {"epsilon": pytest.approx(PATIENT.spent(10))}  # no loss of the training
     assert update.metrics.keys() <= METRICS
-    assert trainer.validate(update.weights)["rps"] < before["rps"]
+    assert trainer.validate(update.weights, 1)["rps"] < before["rps"]
 
     again, _ = build(federation, tmp_path)
     assert again.train(update.weights, 2).metrics["epsilon"] == pytest.approx(PATIENT.spent(20))
@@ -202,6 +202,19 @@ def test_the_how_to_shows_sections_that_work() -> None:
     assert patient.privacy == Privacy("patient", epsilon=8.0) and site.travel == "all-but-normalisation"
     parsed = parse_training(patient.fit_config, patient.grades, 0)
     assert parsed.model.backbone.name == parsed.data.features
+
+
+def test_two_trainings_in_a_folder_share_an_account(tmp_path: Path) -> None:
+    path = tmp_path / "site" / "privacy.json"
+    one, other = (Account(Privacy("site", noise=10.0), 5, path) for _ in range(2))
+    for _ in range(3):
+        one.spend(1)
+        other.spend(1)
+    assert json.loads(path.read_text())["releases"] == [[5.0, 1.0, 6]]
+    assert other.epsilon == pytest.approx(Privacy("site", noise=10.0).spent(6))
+    limited = Account(Privacy("site", epsilon=other.epsilon, delta=1e-3), 1, path)
+    with pytest.raises(FederationError, match="this site sends nothing"):
+        limited.spend(1)
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import csv
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from slidetl.cli import main
+from slidetl.data.study import read_study
 from slidetl.errors import UsageError, WeightsError
 from slidetl.federation.config import Federation, Site
 from slidetl.federation.site import (
@@ -127,7 +131,7 @@ def test_validation_says_what_the_pooled_score_needs(
     federation: Federation, start: ArrayDict, parts: Parts, tmp_path: Path
 ) -> None:
     trainer = SiteTrainer(federation, "here", parts, tmp_path)
-    metrics = trainer.validate(start)
+    metrics = trainer.validate(start, 0)
     assert metrics.keys() == {"slides", *METRICS} and metrics["slides"] == len(parts["val"])
     assert all(np.isfinite(value) for value in metrics.values())
     # A validation changes nothing.
@@ -167,7 +171,7 @@ def test_what_no_training_changes_never_travels(federation: Federation, parts: P
     # A site that restarts, and only validates, has the pretrained backbone too.
     again = SiteTrainer(frozen, "here", parts, tmp_path)
     assert again.frozen_sha256 == trainer.frozen_sha256 != ""
-    assert again.validate(update.weights) == trainer.validate(update.weights)
+    assert again.validate(update.weights, 1) == trainer.validate(update.weights, 1)
 
 
 def test_normalisation_stays_at_its_site_and_outlives_a_restart(
@@ -184,13 +188,45 @@ def test_normalisation_stays_at_its_site_and_outlives_a_restart(
     }
     assert statistics
     again = SiteTrainer(own, "here", parts, tmp_path)
-    assert again.validate(update.weights) == trainer.validate(update.weights)
+    assert again.validate(update.weights, 1) == trainer.validate(update.weights, 1)
     for name, value in statistics.items():
         assert torch.equal(again.grader.state_dict()[name], value), name
     other = SiteTrainer(own, "here", parts, tmp_path)
     first = other.train(start, 1)  # of a new federation: what stayed of the earlier one is gone
     for name in start:
         assert np.array_equal(first.weights[name], update.weights[name]), name
+
+
+def test_normalisation_is_that_of_the_round(federation: Federation, parts: Parts, tmp_path: Path) -> None:
+    own = replace(federation, travel="all-but-normalisation")
+    start = initial_weights(own)
+    trainer = SiteTrainer(own, "here", parts, tmp_path)
+
+    def stays(of: SiteTrainer) -> ArrayDict:
+        state = of.grader.state_dict()
+        return {name: state[name].numpy().copy() for name in normalisation_entries(state)}
+
+    before = stays(trainer)
+    first = trained(trainer, start)
+    of_first = stays(trainer)
+    second = trained(trainer, first, 2)
+    of_second = stays(trainer)
+    assert min(distance(of_first, before), distance(of_second, of_first)) > 0
+    path = trainer.write_checkpoint(first, 1, ["f" * 64])
+    assert distance(stays(trainer), of_first) == 0
+    kept = load_grader(path).state_dict()
+    assert all(np.array_equal(kept[name].numpy(), value) for name, value in of_first.items())
+    # A round that is trained again, since the server did not record it, begins from the round before.
+    assert distance(trained(trainer, first, 2), second) == 0 and distance(stays(trainer), of_second) == 0
+    # A round that the site has missed, and rounds that were cut off or are of another federation.
+    trainer.validate(second, 3)
+    assert distance(stays(trainer), of_second) == 0
+    other = SiteTrainer(replace(own, seed=1), "here", parts, tmp_path)
+    other.validate(second, 2)
+    assert distance(stays(other), before) == 0
+    trainer.resume(1)
+    trainer.validate(second, 2)
+    assert distance(stays(trainer), of_first) == 0
 
 
 def test_a_network_that_does_not_fit_is_refused(
@@ -208,13 +244,96 @@ def test_a_network_that_does_not_fit_is_refused(
             trainer.train(wrong, 1)
 
 
+def frozen_hashes(federation: Federation, parts: Parts, folder: Path, files: list[Path]) -> list[str]:
+    """Hashes the frozen weights of sites with the same configuration and these files of weights."""
+    found, path = [], folder / "weights.safetensors"
+    named = replace(
+        federation,
+        model={
+            **federation.model,
+            "backbone": {**federation.model["backbone"], "pretrained": str(path)},
+        },
+    )
+    for file in files:
+        shutil.copy(file, path)
+        found.append(SiteTrainer(named, "here", parts, folder).frozen_sha256)
+    return found
+
+
+@pytest.mark.parametrize(
+    "strategy", ["LoRA", "FrozenFeatures", "SharedWeights", "SharedActivations", "WarmRestart"]
+)
+def test_pretrained_weights_that_never_travel_are_compared(
+    strategy: str, federation: Federation, parts: Parts, tmp_path: Path
+) -> None:
+    name = "test_vit" if strategy == "LoRA" else SMALL
+    transfer: dict[str, Any] = {"class_path": f"slidetl.models.transfer.{strategy}"}
+    if strategy == "SharedActivations":
+        transfer["init_args"] = {"layers": ["blocks.0"]}
+    files = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        network = timm.create_model(name, num_classes=0)
+        files.append(tmp_path / f"{seed}.safetensors")
+        save_file(network.state_dict(), files[-1])
+    kind = replace(federation, model={"backbone": {"name": name}, "transfer": transfer})
+    one, again, other = frozen_hashes(kind, parts, tmp_path, [files[0], files[0], files[1]])
+    assert one == again
+    if strategy == "WarmRestart":  # all of it travels
+        assert one == other == ""
+    else:
+        assert len(one) == 64 and one != other
+
+
+def test_numbers_are_refused(federation: Federation, site: Site, parts: Parts, tmp_path: Path) -> None:
+    task = {"name": "mm", "column": "mm", "numeric": True}
+    numbers = replace(federation, model={**federation.model, "tasks": [task]})
+    for build in (
+        lambda: initial_weights(numbers),
+        lambda: site_slides(numbers, site),
+        lambda: SiteTrainer(numbers, "here", parts, tmp_path),
+    ):
+        with pytest.raises(UsageError, match=r"model\.tasks: mm is a number"):
+            build()
+
+
+def test_a_site_learns_a_task_that_is_given_once(federation: Federation, site: Site, tmp_path: Path) -> None:
+    task = {"name": "second", "column": "grade", "grades": ["0", "1", "2", "3", "4"]}
+    two = replace(federation, model={**federation.model, "tasks": [task]})
+    start = initial_weights(two)
+    heads = [name for name in start if name.startswith("tasks.heads.0.")]
+    after = trained(SiteTrainer(two, "here", site_slides(two, site), tmp_path), start)
+    assert heads and distance({name: after[name] for name in heads}, start) > 0
+
+
+def test_the_checkpoint_records_slides_without_a_grade(
+    federation: Federation, site: Site, study: Study, tmp_path: Path
+) -> None:
+    with study.manifest.open() as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row["path"] = str(study.manifest.parent / row["path"])
+    rows[0]["grade"] = ""
+    manifest = tmp_path / "manifest.csv"
+    with manifest.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0]])
+        writer.writeheader()
+        writer.writerows(rows)
+    with pytest.warns(UserWarning, match="1 of 20 slides have no grade"):
+        parts = site_slides(federation, replace(site, manifest=str(manifest)))
+    trainer = SiteTrainer(federation, "here", parts, tmp_path)
+    record = load_grader(trainer.write_checkpoint(initial_weights(federation), 1, [])).record
+    assert record is not None and record.differences(read_study(manifest, study.cache, 5)) == []
+    assert [was.part for was in record.slides].count("") == 1
+
+
 @pytest.mark.slow
 def test_the_result_is_an_ordinary_checkpoint(
     federation: Federation, start: ArrayDict, parts: Parts, study: Study, tmp_path: Path
 ) -> None:
     trainer = SiteTrainer(federation, "here", parts, tmp_path)
     after = trained(trainer, start)
-    path = trainer.write_checkpoint(after, ["f" * 64])
+    path = trainer.write_checkpoint(after, 1, ["f" * 64])
     grader = load_grader(path)
     assert grader.record is not None and len(grader.record.slides) == 20
     assert grader.network.backbone.lineage[0] == "f" * 64
