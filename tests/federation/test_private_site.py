@@ -88,6 +88,14 @@ def test_patients_train_privately_and_the_account_survives_a_restart(
         build(other, tmp_path)
 
 
+def test_the_network_behind_stored_features_is_compared(federation: Federation, tmp_path: Path) -> None:
+    trainer, _ = build(federation, tmp_path)
+    here, source = trainer.frozen_sha256, trainer.data.feature_source
+    assert len(here) == 64 and source is not None
+    trainer.data.feature_source = replace(source, weights_sha256="f" * 64)
+    assert trainer.frozen_sha256 != here
+
+
 def test_a_site_refuses_rounds_beyond_its_epsilon(federation: Federation, tmp_path: Path) -> None:
     target = Privacy("patient", epsilon=3.0, delta=1e-3, sample_rate=0.5)
     trainer, weights = build(replace(federation, privacy=target), tmp_path)
