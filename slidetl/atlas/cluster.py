@@ -158,7 +158,13 @@ def store_clusters(collection: Collection, clusters: Clusters, name: str) -> Non
     identity.update(np.ascontiguousarray(clusters.centres).tobytes())
     identity.update(clusters.labels.tobytes())
     made = FeatureSource(
-        source.backbone, _BLOCK, identity.hexdigest(), source.mean, source.std, source.precision
+        source.backbone,
+        _BLOCK,
+        identity.hexdigest(),
+        source.mean,
+        source.std,
+        source.precision,
+        record=source.record,
     )
     for slide, labels in zip(
         collection.slides, np.split(clusters.labels, collection.starts[1:-1]), strict=True

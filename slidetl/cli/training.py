@@ -26,7 +26,7 @@ from slidetl.cli.shipped import with_shipped_configs
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.record import NO_RECORD, StudyRecord, config_sha256, read_record
 from slidetl.errors import CheckpointError, SlidetlError, UsageError
-from slidetl.models.backbones import without_downloads
+from slidetl.models.backbones import read_pretrained, without_downloads
 from slidetl.models.spec import with_preset
 from slidetl.processor import postpone_collection
 from slidetl.training.best import BestCheckpoint, WholeCheckpoints
@@ -241,7 +241,17 @@ class GradingCLI(LightningCLI):
         if self.subcommand == "fit":
             written = self._parser("fit").dump(self.config.fit, skip_none=False, format="json")
             self.datamodule.config_sha256 = config_sha256(json.loads(written))
+            if self._resumed is None:
+                self.datamodule.origin = self._find_origin()
         self._starting.close()
+
+    def _find_origin(self) -> StudyRecord | None:
+        """Reads the record of the checkpoint that the initial weights come from."""
+        spec = self.model.network.backbone.spec
+        if not self.model.transfer.from_pretrained or not spec.pretrained.endswith(".ckpt"):
+            return None
+        record = read_pretrained(spec).record
+        return StudyRecord.from_dict(record) if record else None
 
     def after_fit(self) -> None:
         """Refuses a network that told no slides apart after any epoch; its checkpoints stay."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from slidetl.compare.config import EPOCHS, Comparison, with_values
 from slidetl.data.manifest import ManifestRow
+from slidetl.data.record import StudyRecord, stored_record
 from slidetl.data.study import CachedSlide, Study, check_duplicates, check_identity, listed, read_study
 from slidetl.errors import CacheMissingError, UsageError
 from slidetl.evaluation.leakage import near_duplicates
@@ -288,6 +289,58 @@ def plan_jobs(
             raise UsageError(f"permutation {number} of the labels: {error}") from error
         jobs += [job(name, fold, permutation=number) for fold in own for name in tested]
     return tuple(jobs)
+
+
+def refuse_seen(jobs: Iterable[Job], study: Study, allow: Sequence[str] = ()) -> None:
+    """Refuses arms with weights or features of a checkpoint that has seen the slides to be graded.
+
+    Args:
+        jobs: of the arms.
+        study: with the slides.
+        allow: names outside slidetl that the arms may import.
+
+    Raises:
+        UsageError: there is such an arm; the message names slides.
+    """
+    graded: dict[str, dict[str, set[str]]] = {}
+    recipes = {}
+    for job in jobs:
+        recipes[job.arm] = job.recipe
+        parts = graded.setdefault(job.arm, {"val": set(), "test": set()})
+        parts["test"] |= {*job.fold.test, *job.fold.external}
+        parts["val"] |= {slide for inner in job.fold.inner for slide in inner.validation}
+    for arm, recipe in recipes.items():
+        by_content = recipe.get("fit", {}).get("data", {}).get("split_from") == "external"
+        parts_of = {
+            part: [slide for slide in study.slides if slide.row.slide_id in names]
+            for part, names in graded[arm].items()
+        }
+        for record in _origins(recipe, study, allow):
+            (record.by_content if by_content else record).refuse_seen(
+                parts_of,
+                f"arm {arm!r}: its weights or features were",
+                "start from weights of other patients (if these only have the same names, set "
+                "data.split_from external in base)",
+            )
+
+
+def _origins(recipe: Mapping[str, Any], study: Study, allow: Sequence[str]) -> list[StudyRecord]:
+    """Reads the records of the checkpoints that an arm starts from."""
+    features = [*recipe.get("features", ())] if "classical" in recipe else []
+    records = []
+    for trial in recipe.get("trials", ()):
+        config = with_values(recipe["fit"], trial)
+        features += filter(None, [config["data"].get("features")])
+        if str(config["model"].get("backbone", {}).get("pretrained", "")).endswith(".ckpt"):
+            from slidetl.models.backbones import read_pretrained  # imported here: torch takes seconds
+            from slidetl.training.configured import build_grader, parse_training
+
+            grader, _ = build_grader(parse_training(config, ("0", "1"), 0, allow))
+            if grader.transfer.from_pretrained:
+                records.append(read_pretrained(grader.network.backbone.spec).record)
+    sources = [common_source(name, study.caches) for name in dict.fromkeys(features)]
+    kept = [record for source in sources if (record := stored_record(study.folder, source)) is not None]
+    return [*(StudyRecord.from_dict(record) for record in records if record), *kept]
 
 
 def _data_of(study: Study) -> dict[str, list[Any]]:

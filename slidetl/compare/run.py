@@ -9,7 +9,7 @@ from pathlib import Path
 
 from slidetl.compare.aggregate import ComparisonResult, combine
 from slidetl.compare.config import Comparison
-from slidetl.compare.plan import Job, plan_and_audit, plan_jobs, read_slides
+from slidetl.compare.plan import Job, plan_and_audit, plan_jobs, read_slides, refuse_seen
 from slidetl.compare.pool import Workplace, run_here, run_on_cluster
 from slidetl.compare.records import JobResult, has_results, read_result
 from slidetl.compare.tables import write_tables
@@ -92,6 +92,7 @@ def run_comparison(
             from slidetl.compare.train_arm import check_configs
 
         check_configs(trained, options.allow)
+    refuse_seen(plan.jobs, plan.study, options.allow)
     failed: dict[str, str] = {}
     with slide_lock(folder, "comparison"):
         _write_splits(plan.folds, output / "splits.json")

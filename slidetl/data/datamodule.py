@@ -30,7 +30,7 @@ from slidetl.data.datasets import (
     collate_bags,
 )
 from slidetl.data.manifest import FIVE_GRADES, SPLITS, check_scale
-from slidetl.data.record import SplitFrom, StudyRecord, recorded_parts
+from slidetl.data.record import RecordedSlide, SplitFrom, StudyRecord, recorded_parts, stored_record
 from slidetl.data.resuming import ResumableLoader
 from slidetl.data.sampling import Sampling, Uniform
 from slidetl.data.study import CachedSlide, Study, common_spec, read_study
@@ -47,6 +47,10 @@ _WORKERS = 2  # on a CPU: the network needs the other cores
 _THREADS_OF_A_GPU = 2  # to feed it; each other core reads tiles
 _CHUNK_OF_VOLUMES = 32  # a first layer of 32 patches of 64 voxels takes 270 MB
 _PART_OF = {"validate": "val", "test": "test"}
+_KEEP_APART = (
+    "put them into the training part by the manifest's column 'split', or start from other weights; if they "
+    "are of other patients with the same names, set data.split_from external"
+)
 
 DEFAULT_BATCH_SIZE = 4
 """Slides per training step, for which the default learning rates are meant."""
@@ -85,10 +89,14 @@ class SlideDataModule(pl.LightningDataModule):
         split_from: choice of slides for testing a checkpoint. ``checkpoint`` takes its recorded parts and
             refuses another study, but tests a study of strangers whole; ``manifest`` takes the column
             ``split``, or without it tests every patient unseen by the checkpoint; ``external`` tests everyone
-            as strangers, whatever their patient ids. Slides used to train or choose it are refused.
+            as strangers, whatever their patient ids. Slides used to train or choose it are refused. A
+            training that starts from a checkpoint compares its slides with those of the checkpoint; with
+            ``external`` their content alone.
 
     Attributes:
         past: the record of the checkpoint to test or resume; None for a new training.
+        origin: the record of the checkpoint with the initial weights of a new training, for its patients to
+            keep their parts where the manifest has no ``split``; None for other weights.
         config_sha256: SHA-256 of the configuration, for the record of a training.
     """
 
@@ -137,6 +145,8 @@ class SlideDataModule(pl.LightningDataModule):
         self.decode_threads, self.prefetch = decode_threads, prefetch
         self.split_from: SplitFrom = split_from
         self.past: StudyRecord | None = None
+        self.origin: StudyRecord | None = None
+        self._before: tuple[RecordedSlide, ...] = ()
         self.config_sha256 = ""
         self.feature_source: FeatureSource | None = None
         self.slides: dict[str, tuple[CachedSlide, ...]] = {}
@@ -202,10 +212,29 @@ class SlideDataModule(pl.LightningDataModule):
         for part in self._needed(stage):
             self._check_part(part)
 
+    def start_from(self, records: Sequence[StudyRecord]) -> None:
+        """Refuses val and test slides that the start of a training has seen; records what it has.
+
+        Args:
+            records: of the checkpoints with its initial weights; that of stored features is added.
+
+        Raises:
+            UsageError: there are such slides; the message names them.
+            CacheError: the record of the stored features cannot be read.
+        """
+        if self.feature_source is not None:
+            of_features = stored_record(self.slides["predict"][0].cache.path.parent, self.feature_source)
+            records = [*records, of_features] if of_features is not None else records
+        for record in records:
+            counted = record.by_content if self.split_from == "external" else record
+            counted.refuse_seen(self.slides, "the initial weights were", _KEEP_APART)
+            self._before = tuple(dict.fromkeys((*self._before, *counted.used)))
+
     @property
     def record(self) -> StudyRecord:
         """The slides of the study and their parts, for the checkpoint of a training."""
-        return StudyRecord.of(self.slides, self.config_sha256)
+        before = self._before if self.past is None else self.past.before
+        return StudyRecord.of(self.slides, self.config_sha256, before)
 
     def _needed(self, stage: str | None) -> tuple[str, ...]:
         needed = ("train", "val") if stage == "fit" else (_PART_OF[stage],) if stage in _PART_OF else ()
@@ -237,6 +266,8 @@ class SlideDataModule(pl.LightningDataModule):
             parts = study.parts(
                 val_fraction=self.val_fraction, test_fraction=self.test_fraction, seed=self.seed
             )
+            if self.origin is not None and self.split_from != "external":
+                parts, note = self.origin.keep_parts(parts)
         else:
             resumes = stage == "fit"
             parts, note = recorded_parts(

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from slidetl.data.manifest import SPLITS, spelling
 from slidetl.data.study import CachedSlide, Study, check_duplicates, listed
-from slidetl.errors import CheckpointError, UsageError
+from slidetl.errors import CacheCorruptError, CacheMissingError, CheckpointError, UsageError
+from slidetl.files import write_whole
+from slidetl.tiles.features import FeatureSource
 
 SplitFrom = Literal["checkpoint", "manifest", "external"]
 
@@ -53,13 +57,21 @@ class StudyRecord:
     Attributes:
         slides: in the order of the manifest.
         config_sha256: hash of the configuration, :func:`config_sha256`; empty for a training from Python.
+        before: slides of earlier studies, ``train`` or ``val`` of the trainings that the initial weights or
+            features come from; without a patient if only their content counts.
     """
 
     slides: tuple[RecordedSlide, ...]
     config_sha256: str = ""
+    before: tuple[RecordedSlide, ...] = ()
 
     @classmethod
-    def of(cls, parts: Mapping[str, Sequence[CachedSlide]], config_sha256: str = "") -> Self:
+    def of(
+        cls,
+        parts: Mapping[str, Sequence[CachedSlide]],
+        config_sha256: str = "",
+        before: Iterable[RecordedSlide] = (),
+    ) -> Self:
         """Records the parts of a data module; ``predict`` has all slides."""
         part_of = {slide.row.slide_id: part for part in SPLITS for slide in parts[part]}
         slides = (
@@ -69,13 +81,14 @@ class StudyRecord:
             for slide in parts["predict"]
             for row in (slide.row,)
         )
-        return cls(tuple(slides), config_sha256)
+        return cls(tuple(slides), config_sha256, tuple(before))
 
     def to_dict(self) -> dict[str, Any]:
         """Converts the record to plain values."""
         return {
             "slides": [list(asdict(slide).values()) for slide in self.slides],
             "config": self.config_sha256,
+            "before": [list(asdict(slide).values()) for slide in self.before],
         }
 
     @classmethod
@@ -83,14 +96,16 @@ class StudyRecord:
         """Inverts :meth:`to_dict`; raises a CheckpointError for other values."""
         try:
             slides = tuple(RecordedSlide(*row) for row in values["slides"])
-            is_text = all(isinstance(text, str) for slide in slides for text in asdict(slide).values())
+            before = tuple(RecordedSlide(*row) for row in values.get("before", ()))
+            every = (*slides, *before)
+            is_text = all(isinstance(text, str) for slide in every for text in asdict(slide).values())
             if not is_text or not isinstance(values["config"], str):
                 raise TypeError("expected text")
-            if not {slide.part for slide in slides} <= {*SPLITS, ""}:
+            if not {slide.part for slide in every} <= {*SPLITS, ""}:
                 raise ValueError(f"expected the parts {', '.join(SPLITS)}")
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"its record of the study cannot be understood: {error}") from error
-        return cls(slides, values["config"])
+        return cls(slides, values["config"], before)
 
     def differences(self, study: Study) -> list[str]:
         """Lists the differences of a study to the recorded one, with the names of slides."""
@@ -117,16 +132,18 @@ class StudyRecord:
         found |= {"gone": gone} if gone else {}
         return [f"{len(names)} {kind}: {listed(names)}" for kind, names in found.items()]
 
-    def part_of(self, slide_id: str, patient_id: str | None, fingerprint: str) -> str:
+    def part_of(self, slide_id: str, patient_id: str, fingerprint: str) -> str:
         """Returns the part of a slide or its patient, the first of train, val and test; empty if unknown.
+
+        Slides of earlier trainings count as those of the study.
 
         Args:
             slide_id: from a manifest or a table.
-            patient_id: None to ignore patients.
+            patient_id: likewise.
             fingerprint: SHA-256 of the slide's content; if empty, the identifier counts instead.
         """
         content = self._contents.get(fingerprint, "") if fingerprint else self._names.get(slide_id, "")
-        parts = {content, self._patients.get(spelling(patient_id or ""), "")}
+        parts = {content, self._patients.get(spelling(patient_id), "")}
         return next((part for part in SPLITS if part in parts), "")
 
     @cached_property
@@ -135,7 +152,8 @@ class StudyRecord:
 
     @cached_property
     def _patients(self) -> dict[str, str]:
-        return {spelling(name): part for name, part in self._first_part("patient_id").items()}
+        named = self._first_part("patient_id")
+        return {spelling(name): part for name, part in named.items() if name}
 
     @cached_property
     def _names(self) -> dict[str, str]:
@@ -143,7 +161,7 @@ class StudyRecord:
 
     def _first_part(self, of: str) -> dict[str, str]:
         order = ("", *reversed(SPLITS))
-        slides = sorted(self.slides, key=lambda slide: order.index(slide.part))
+        slides = sorted((*self.slides, *self.before), key=lambda slide: order.index(slide.part))
         return {getattr(slide, of): slide.part for slide in slides}
 
     def knows(self, slide_id: str, patient_id: str) -> bool:
@@ -188,27 +206,74 @@ class StudyRecord:
             for slide in study.slides
         )
 
-    def refuse_seen(self, slides: Iterable[CachedSlide], parts: Sequence[str], patients: bool = True) -> None:
-        """Refuses slides of some recorded parts.
+    @property
+    def used(self) -> tuple[RecordedSlide, ...]:
+        """The slides that the weights were trained or chosen on, earlier trainings included."""
+        return tuple(slide for slide in (*self.slides, *self.before) if slide.part in ("train", "val"))
+
+    @property
+    def by_content(self) -> Self:
+        """The record without patients, for a study that may give others the same names."""
+        slides, before = (
+            tuple(replace(slide, patient_id="") for slide in of) for of in (self.slides, self.before)
+        )
+        return replace(self, slides=slides, before=before)
+
+    def refuse_seen(
+        self,
+        parts: Mapping[str, Iterable[CachedSlide]],
+        seer: str = "the checkpoint was",
+        remedy: str = "leave them out, or train again without them",
+    ) -> None:
+        """Refuses to test on slides of the training or its choice, or to choose on training slides.
 
         Args:
-            slides: the slides to check.
-            parts: recorded parts to refuse.
-            patients: if other slides of their patients are refused too.
+            parts: slides to check, of the parts ``val`` and ``test``.
+            seer: beginning of the message.
+            remedy: end of the message.
 
         Raises:
-            UsageError: some slides are refused; the message names them.
+            UsageError: some slides, or their patients, were seen; the message names them.
         """
-        refused = [
-            row.slide_id
-            for row, cache in ((slide.row, slide.cache) for slide in slides)
-            if self.part_of(row.slide_id, row.patient_id if patients else None, cache.fingerprint) in parts
-        ]
-        if refused:
-            raise UsageError(
-                f"the checkpoint was trained or chosen on {len(refused)} of the slides to be tested, or on "
-                f"their patients: {listed(refused)}; leave them out, or train again without them"
-            )
+        for part, recorded in (("test", ("train", "val")), ("val", ("train",))):
+            seen = [
+                row.slide_id
+                for row, cache in ((slide.row, slide.cache) for slide in parts.get(part, ()))
+                if self.part_of(row.slide_id, row.patient_id, cache.fingerprint) in recorded
+            ]
+            if seen:
+                raise UsageError(
+                    f"{seer} trained or chosen on {len(seen)} of the slides of the {part} part, or on their "
+                    f"patients: {listed(seen)}; {remedy}"
+                )
+
+    def keep_parts(
+        self, parts: Mapping[str, Sequence[CachedSlide]]
+    ) -> tuple[dict[str, tuple[CachedSlide, ...]], str]:
+        """Moves known patients to their recorded parts, unless the manifest has a ``split``.
+
+        Returns:
+            The parts, and a note for the user, empty if nobody moved.
+        """
+        everyone = [slide for part in SPLITS for slide in parts[part]]
+        if any(slide.row.split for slide in everyone):
+            return {part: tuple(parts[part]) for part in SPLITS}, ""
+        recorded: dict[str, set[str]] = defaultdict(set)
+        for row, cache in ((slide.row, slide.cache) for slide in everyone):
+            recorded[row.patient_id].add(self.part_of(row.slide_id, row.patient_id, cache.fingerprint))
+        kept: dict[str, list[CachedSlide]] = {part: [] for part in SPLITS}
+        moved = 0
+        for part in SPLITS:
+            for slide in parts[part]:
+                known = recorded[slide.row.patient_id]
+                target = next((name for name in SPLITS if name in known), part)
+                kept[target].append(slide)
+                moved += target != part
+        note = (
+            f"{moved} of {len(everyone)} slides take the part that their patient had in the training of the "
+            "initial weights"
+        )
+        return {part: tuple(slides) for part, slides in kept.items()}, note if moved else ""
 
 
 def recorded_parts(
@@ -267,14 +332,55 @@ def recorded_parts(
             for row in (slide.row,)
         }
     parts = study.divided(part_of)
-    record.refuse_seen(parts["test"], ("train", "val"), patients=split_from != "external")
-    record.refuse_seen(parts["val"], ("train",))
+    (record.by_content if split_from == "external" else record).refuse_seen(parts)
     return parts, note
 
 
 def read_record(checkpoint: Mapping[str, Any]) -> StudyRecord | None:
     """Reads the record of a checkpoint, None for older versions; raises a CheckpointError if invalid."""
     return StudyRecord.from_dict(checkpoint["record"]) if checkpoint.get("record") else None
+
+
+def store_record(cache: Path, record: StudyRecord) -> str:
+    """Stores the record of a checkpoint in the cache of features made by it; returns its SHA-256.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    content = json.dumps(record.to_dict())
+    sha256 = hashlib.sha256(content.encode()).hexdigest()
+    path = _record_path(cache, sha256)
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, content)
+    return sha256
+
+
+def stored_record(cache: Path, source: FeatureSource) -> StudyRecord | None:
+    """Reads the record of the checkpoint behind stored features; None if none is known.
+
+    Raises:
+        CacheMissingError: the cache lacks its file.
+        CacheCorruptError: the file is damaged.
+    """
+    if not source.record:
+        return None
+    path = _record_path(cache, source.record)
+    again = "copy it from the cache of the features, or run 'slidetl embed' again"
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise CacheMissingError(
+            f"{path}: no record of the slides that the network of these features was trained on; {again}"
+        ) from error
+    if hashlib.sha256(content).hexdigest() != source.record:
+        raise CacheCorruptError(f"{path}: damaged, {again}")
+    return StudyRecord.from_dict(json.loads(content))
+
+
+def _record_path(cache: Path, sha256: str) -> Path:
+    if not re.fullmatch("[0-9a-f]{64}", sha256):  # it may come from the file of another
+        raise CacheCorruptError(f"expected the SHA-256 of a record, found {sha256!r:.100}")
+    return cache / "records" / f"{sha256}.json"
 
 
 def config_sha256(values: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -57,6 +58,8 @@ class Backbone(nn.Module):
         lineage: SHA-256 of the initial weights and their ancestors, nearest first; see :class:`Pretrained`.
         starts_pretrained: True once :meth:`load_pretrained` has replaced all weights.
         trained_on: tiles of the training that a checkpoint's weights come from; None for other weights.
+        record: of the slides of that training (:class:`slidetl.data.record.StudyRecord`), as plain values;
+            None for other weights.
 
     Raises:
         WeightsError: no such model, or its configuration cannot be downloaded or read.
@@ -74,6 +77,7 @@ class Backbone(nn.Module):
         self.description = spec.name
         self.lineage: tuple[str, ...] = ()
         self.trained_on: TileSpec | None = None
+        self.record: Any = None
         self.starts_pretrained = False
         self.takes_volumes = spec.takes_volumes
         self.channels_last = spec.channels_last
@@ -261,7 +265,7 @@ class Backbone(nn.Module):
         self.net.load_state_dict(weights)
         for key, values in found.normalisation.items():
             getattr(self, key).copy_(self._per_channel(values))
-        self.lineage, self.trained_on = found.lineage, found.trained_on
+        self.lineage, self.trained_on, self.record = found.lineage, found.trained_on, found.record
         self.starts_pretrained = True
 
     def describe_other_tiles(self, spec: TileSpec) -> list[str]:
@@ -535,12 +539,14 @@ class Pretrained:
             its card's ``weights_sha256`` and ``lineage``; for other weights, of unknown ancestors, their own
             hash (:func:`state_sha256`).
         trained_on: tiles of their training, of a checkpoint.
+        record: of the slides of their training, likewise, as plain values.
     """
 
     weights: dict[str, Tensor]
     normalisation: dict[str, list[float]]
     lineage: tuple[str, ...]
     trained_on: TileSpec | None = None
+    record: Any = None
 
 
 def read_pretrained(spec: BackboneSpec) -> Pretrained:
@@ -689,8 +695,15 @@ def _backbone_of_checkpoint(path: Path) -> Pretrained:
         raise WeightsError(
             f"{path}: expected a checkpoint of 'slidetl fit', with a backbone: {error!r}"
         ) from error
+    record = checkpoint.get("record")
+    if not record:
+        warnings.warn(
+            f"{path}: no record of the slides that it was trained on: nothing shows that your val and test "
+            "slides were kept from it",
+            stacklevel=2,
+        )
     weights = {key.removeprefix("net."): value for key, value in inside.items()}
-    return Pretrained(weights, normalisation, (state_sha256(weights), *before), trained_on)
+    return Pretrained(weights, normalisation, (state_sha256(weights), *before), trained_on, record)
 
 
 def _backbone_of(state: dict[str, Tensor], metadata: dict[str, str], path: Path) -> Pretrained:

@@ -73,8 +73,8 @@ def copy_up_to(backbone: Backbone, block: str) -> None:
 
 
 def copy_normalisation(source: Backbone, target: Backbone) -> None:
-    """Copies normalisation and lineage to a backbone with weights from another."""
-    target.lineage = source.lineage
+    """Copies normalisation, lineage and record to a backbone with weights from another."""
+    target.lineage, target.record = source.lineage, source.record
     target.mean.copy_(source.mean)
     target.std.copy_(source.std)
 

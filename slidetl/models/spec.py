@@ -30,9 +30,9 @@ class BackboneSpec:
         pretrained: ``imagenet`` or ``hub``, both for the weights published under the name, downloaded unless
             they are on this machine, as those of ``tf_efficientnet_lite0`` are, which install with slidetl;
             ``zoo://NAME``, a model from ``slidetl zoo pull``; or the path of a ``.safetensors`` or ``.pth``
-            file, or of a checkpoint of ``slidetl fit``, for the backbone in it. An inflated network takes
-            weights of its 2-D network, or its own. The transfer strategy decides if a training starts from
-            them.
+            file, or of a checkpoint of ``slidetl fit``, for the backbone in it, whose patients are then kept
+            out of the test. An inflated network takes weights of its 2-D network, or its own. The transfer
+            strategy decides if a training starts from them.
         channels_last: use channels-last memory layout for tiles and kernels; faster for most convolutional
             networks, on a CPU too.
         in_channels: channels of the network's input, 1 to 4. Weights made for three are adapted: their sum

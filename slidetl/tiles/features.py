@@ -54,6 +54,8 @@ class FeatureSource:
         mean: by channel, of pixel values in 0..1, subtracted before the network.
         std: by channel, divides the difference.
         pooling: of a transformer's tokens; ``weights_sha256`` covers it too.
+        record: of the study behind a checkpoint's weights, the name of its file in ``records`` of the cache
+            (:func:`slidetl.data.record.stored_record`); empty for other weights.
         precision: ``float32`` or ``bfloat16``, of the network; :data:`NOT_STATED` for imported features,
             with an empty hash and no mean and std. Not part of the identity: the two agree to
             about two digits, and several machines may embed one cohort.
@@ -66,6 +68,7 @@ class FeatureSource:
     std: tuple[float, ...]
     precision: str = "float32"
     pooling: str = "default"
+    record: str = ""
 
     def to_attributes(self) -> dict[str, Any]:
         """Returns plain JSON values."""
@@ -74,7 +77,7 @@ class FeatureSource:
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> Self:
         """Inverts :meth:`to_attributes`."""
-        defaults = {"pooling": "default"}  # caches of slidetl 0.1 do not have it
+        defaults = {"pooling": "default", "record": ""}  # older caches do not have them
         values: dict[str, Any] = {name: {**defaults, **attributes}[name] for name in cls.__dataclass_fields__}
         return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
@@ -138,7 +141,7 @@ def read_source(cache: SlideCache, name: str) -> FeatureSource:
 
 
 def common_source(name: str, caches: Sequence[SlideCache]) -> FeatureSource:
-    """Returns the network behind the stored features of one or more slides.
+    """Returns the network behind the stored features of one or more slides, with its record if any has one.
 
     Raises:
         CacheMismatchError: the features of one slide are of another network.
@@ -153,6 +156,7 @@ def common_source(name: str, caches: Sequence[SlideCache]) -> FeatureSource:
                 f"({source.short_identity}) than those of {caches[0].slide_id} "
                 f"({first.short_identity}); run 'slidetl embed --overwrite' for all"
             )
+        first = first if first.record else source
     return first
 
 

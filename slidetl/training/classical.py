@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.data.manifest import check_scale
-from slidetl.data.record import StudyRecord
+from slidetl.data.record import StudyRecord, stored_record
 from slidetl.data.study import CachedSlide, read_study
 from slidetl.data.tasks import LabelledPoints, read_points
 from slidetl.errors import UsageError
@@ -34,6 +35,10 @@ from slidetl.training.options import FeatureStudy
 from slidetl.training.outputs import describe_metrics, draw_confusion
 from slidetl.training.predictions import SlidePrediction, write_predictions
 
+_KEEP_APART = (
+    "put them into the training part by the manifest's column 'split', or take features of other weights"
+)
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -52,15 +57,25 @@ class Scored:
 def _parts(study: FeatureStudy) -> tuple[tuple[CachedSlide, ...], tuple[CachedSlide, ...], StudyRecord]:
     """Returns the training slides (train and val), the test slides, and the record of both.
 
+    Patients that the network of the features was trained on keep their parts.
+
     Raises:
         CacheMismatchError: the features come from different networks.
-        UsageError: the test part is empty, or the training part lacks a grade.
+        UsageError: the test part is empty, the network was trained on it, or the training part lacks a grade.
         SlidetlError: as :func:`~slidetl.data.study.read_study` and its ``parts``.
     """
     check_scale(study.grades)
     whole = read_study(study.manifest, study.cache, study.grades)
     parts = whole.parts(val_fraction=study.val_fraction, test_fraction=study.test_fraction, seed=study.seed)
+    sources = [common_source(name, [slide.cache for slide in whole.graded]) for name in study.names]
+    origins = [record for source in sources if (record := stored_record(whole.folder, source)) is not None]
+    for origin in origins:
+        parts, note = origin.keep_parts(parts)
+        if note:
+            warnings.warn(note, stacklevel=3)
     train, test = (*parts["train"], *parts["val"]), parts["test"]
+    for origin in origins:
+        origin.refuse_seen({"test": test}, "the network of the features was", _KEEP_APART)
     if not test:
         raise UsageError("the test part has no slide; set --test-fraction or the manifest's 'split'")
     absent = [name for grade, name in enumerate(study.grades) if grade not in _grades(train)]
@@ -69,9 +84,8 @@ def _parts(study: FeatureStudy) -> tuple[tuple[CachedSlide, ...], tuple[CachedSl
             f"no training slide has grade {', '.join(absent)}; add some, choose another --seed, or merge "
             "grades"
         )
-    for name in study.names:
-        common_source(name, [slide.cache for slide in (*train, *test)])
-    record = StudyRecord.of({"train": train, "val": (), "test": test, "predict": whole.slides})
+    before = dict.fromkeys(slide for origin in origins for slide in origin.used)
+    record = StudyRecord.of({"train": train, "val": (), "test": test, "predict": whole.slides}, before=before)
     return train, test, record
 
 

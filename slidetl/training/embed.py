@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from slidetl.data.record import StudyRecord, store_record
 from slidetl.data.study import common_spec, find_slides, open_cache
 from slidetl.errors import CacheError, CacheMismatchError, ProcessEnded, SlidetlError, UsageError
 from slidetl.models.backbones import Backbone, weights_sha256
@@ -181,6 +182,7 @@ def embed_cache(
         std=_by_channel(backbone.std),
         precision=str(dtype).removeprefix("torch."),
         pooling=spec.pooling,
+        record=store_record(cache_dir, StudyRecord.from_dict(backbone.record)) if backbone.record else "",
     )
     sources = {
         feature_name(options.name or _short_name(spec.name), block): FeatureSource(
@@ -379,6 +381,8 @@ def _is_stored(cache: SlideCache, sources: Mapping[str, FeatureSource]) -> bool:
         except CacheError:
             is_stored = False
             continue
+        if source.record not in ("", stored.record):
+            is_stored = False  # of a version that kept no record
         if not stored.same_network(source):
             raise CacheMismatchError(
                 f"{cache.path}: features {name!r} are there from other weights "

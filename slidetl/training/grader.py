@@ -145,6 +145,18 @@ class SlideGrader(pl.LightningModule):
             if self.reference is not None:  # equal in all processes; DDP need not broadcast it each step
                 names = [f"reference.{name}" for name, _ in self.reference.named_buffers()]
                 DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, names)  # type: ignore[no-untyped-call] # torch's
+        if self._data is not None and self.trainer.ckpt_path is None:
+            self._data.start_from(self._origins)
+            if stage == "fit":
+                self.record = self._data.record
+
+    @property
+    def _origins(self) -> list[StudyRecord]:
+        """The records of the checkpoints that the initial weights, and those of the reference, come from."""
+        backbones = [self.network.backbone]
+        if self.reference is not None:
+            backbones.append(self.reference.backbone)
+        return [StudyRecord.from_dict(backbone.record) for backbone in backbones if backbone.record]
 
     def _check_tiles(self) -> None:
         """Checks that the tiles fit the backbone."""

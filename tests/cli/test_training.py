@@ -166,6 +166,69 @@ def test_predict_says_whom_the_checkpoint_has_seen(
 
 
 @pytest.mark.slow
+def test_a_second_stage_keeps_the_parts_of_the_first(
+    study: Study,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """By another seed, patients of the first training would be tested."""
+    first = recorded(trained)
+    options = [*study.options(tmp_path), f"--model.backbone.pretrained={best(trained)}"]
+    assert main(["fit", *options, "--trainer.max_epochs=1", "--data.seed=1"]) == 0
+    assert "of 20 slides take the part that their patient had in the training" in caplog.text
+    assert main(["test", *options]) == 0
+    second = recorded(tmp_path)
+    assert {one: part(second, one) for one in ("train", "val", "test")} == {
+        one: part(first, one) for one in ("train", "val", "test")
+    }
+    assert second.before == first.used and len(first.used) == 15
+    everyone = changed(study, tmp_path / "e.csv", lambda row: {**row, "split": "test"})
+    stage_three = rewritten(
+        tmp_path, tmp_path / "three.ckpt", lambda checkpoint: checkpoint["record"].update(slides=[])
+    )
+    code, _ = run("test", everyone, tmp_path / "x", stage_three, "--data.split_from=external")
+    assert code == 2 and "trained or chosen on 15 of the slides" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("to", "of", "options", "message"),
+    [
+        ("test", "val", (), "the initial weights were trained or chosen on 1 of the slides of the test part"),
+        ("val", "train", (), "the initial weights were trained or chosen on 1 of the slides of the val part"),
+        (
+            "test",
+            "train",
+            ("SharedWeights", "--model.transfer.start_from=random"),
+            "the initial weights were",
+        ),
+        ("test", "train", ("Scratch",), ""),
+    ],
+)
+def test_a_second_stage_tests_nobody_of_the_first(
+    to: str,
+    of: str,
+    options: tuple[str, ...],
+    message: str,
+    study: Study,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    part_of = {slide.slide_id: slide.part for slide in recorded(trained).slides}
+    part_of[part(recorded(trained), of)[-1]] = to
+    moved = changed(study, tmp_path / "m.csv", lambda row: {**row, "split": part_of[row["slide_id"]]})
+    words = [*moved.options(tmp_path), f"--model.backbone.pretrained={best(trained)}"]
+    words += ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--data.every_grade=false"]
+    if options:
+        words += [f"--model.transfer=slidetl.models.transfer.{options[0]}", *options[1:]]
+    assert main(["fit", *words]) == (2 if message else 0)
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["test", "fit", "predict"])
 def test_a_checkpoint_of_an_older_version(
     command: str, study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

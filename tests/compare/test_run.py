@@ -26,7 +26,7 @@ from sklearn.metrics import accuracy_score, cohen_kappa_score
 from slidetl.cli import main
 from slidetl.compare import train_arm
 from slidetl.compare.config import Arm, Comparison, Primary, read_comparison
-from slidetl.compare.plan import Job, cases_of, permuted, read_slides
+from slidetl.compare.plan import Job, cases_of, permuted, read_slides, refuse_seen
 from slidetl.compare.pool import Workplace, run_job
 from slidetl.compare.records import CurvePoint, JobResult, read_result
 from slidetl.compare.run import _was_registered, plan_comparison, record_registration
@@ -43,6 +43,7 @@ from tests.conftest import Study as Cohort
 from tests.small import SMALL, small_embed, small_weights
 
 PATIENCE_S = 900  # a busy machine starts Python with torch in a minute
+PRIOR = {"prior": {"baseline": "prior"}}
 SCRATCH = {"model": {"transfer": {"class_path": "slidetl.models.transfer.Scratch"}}}
 
 
@@ -58,7 +59,7 @@ def configuration(study: Cohort, folder: Path, **changes: Any) -> Path:
             "model": {"backbone": {"name": SMALL, "pretrained": str(small_weights())}},
             "trainer": {"max_epochs": 2, "accelerator": "cpu"},
         },
-        "arms": {"scratch": {"fit": SCRATCH}, "prior": {"baseline": "prior"}},
+        "arms": {"scratch": {"fit": SCRATCH}, **PRIOR},
         "bootstrap_draws": 100,
         **changes,
     }
@@ -266,6 +267,34 @@ def test_a_mistake_in_an_arm_is_found_before_anything_runs(
     assert "arm 'scratch'" in error
     assert "lrr" in error
     assert not list((tmp_path / "out" / "jobs").glob("*/job.json"))
+
+
+@pytest.mark.slow
+def test_weights_and_features_of_graded_patients_are_refused(
+    study: Cohort, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = str(trained / "logs" / "version_0" / "checkpoints" / "best.ckpt")
+    cache = tmp_path / "cache"
+    shutil.copytree(study.cache, cache)
+    assert main(["embed", str(cache), "--backbone", SMALL, "--pretrained", best, "--device", "cpu"]) == 0
+    warm = {"fit": {"model": {"backbone": {"pretrained": best}}}}
+    ridge = {"classical": {"features": [SMALL]}}
+    for name, arm in {"warm": warm, "ridge": ridge}.items():
+        path = configuration(
+            Cohort(study.manifest, cache),
+            tmp_path,
+            arms={"scratch": {"fit": SCRATCH}, **PRIOR, name: arm},
+        )
+        capsys.readouterr()
+        assert main(["compare", "--config", str(path), "--output", str(tmp_path / name), "--jobs", "1"]) == 2
+        line = capsys.readouterr().err
+        assert f"arm {name!r}: its weights or features were trained or chosen on 15 of the slides" in line
+        assert "start from weights of other patients" in line and not any(
+            (tmp_path / name / "jobs").iterdir()
+        )
+    scratch = {"fit": {"model": {**SCRATCH["model"], "backbone": {"pretrained": best}}}}
+    comparison = read_comparison(configuration(study, tmp_path, arms={"scratch": scratch, **PRIOR}))
+    refuse_seen(plan_comparison(comparison).jobs, read_slides(comparison))
 
 
 def test_a_dry_run_writes_nothing(study: Cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +17,13 @@ from slidetl.data.record import (
     config_sha256,
     read_record,
     recorded_parts,
+    store_record,
+    stored_record,
 )
 from slidetl.data.study import CachedSlide, Study
-from slidetl.errors import CheckpointError, UsageError
+from slidetl.errors import CacheCorruptError, CacheMissingError, CheckpointError, UsageError
 from slidetl.tiles.codec import tile_codec
+from slidetl.tiles.features import FeatureSource
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.store import CacheHeader, SlideCache
 
@@ -108,9 +112,9 @@ def test_a_split_column_decides_only_where_it_is_asked_to_and_tests_nobody_seen(
     with pytest.raises(CheckpointError, match=r"1 in another part: g \(train, was test\)"):
         who_is_tested(split("ttttvvtx"))
     assert who_is_tested(split("ttttvvtx"), split_from="manifest") == "h"
-    with pytest.raises(UsageError, match=r"trained or chosen on 2 of the slides to be tested.*: a, e;"):
+    with pytest.raises(UsageError, match=r"trained or chosen on 2 of the slides of the test part.*: a, e;"):
         who_is_tested(split("xtttxvxx"), split_from="manifest")
-    with pytest.raises(UsageError, match=r"to be tested.*: a;"):
+    with pytest.raises(UsageError, match=r"of the val part.*: a;"):
         recorded_parts(study(split("vtttvvxx")), RECORD, "manifest")
 
 
@@ -162,6 +166,11 @@ def test_a_record_is_plain_values() -> None:
     for broken in (["a"], {"slides": [["a", "b"]], "config": ""}, {"slides": [list("abcd")], "config": ""}):
         with pytest.raises(CheckpointError, match="record of the study cannot be understood"):
             read_record({"record": broken})
+    for before in (1, [["a", "b"]], [list("abcd")], [["a", 1, "c", "train"]]):
+        with pytest.raises(CheckpointError, match="record of the study cannot be understood"):
+            read_record({"record": {**RECORD.to_dict(), "before": before}})
+    older = {name: value for name, value in RECORD.to_dict().items() if name != "before"}
+    assert read_record({"record": older}) == RECORD
 
 
 def test_the_configurations_hash_is_of_what_shapes_the_result() -> None:
@@ -174,6 +183,63 @@ def test_the_configurations_hash_is_of_what_shapes_the_result() -> None:
     assert config_sha256(values) == config_sha256(moved)
     for other in ({"model": {"lr": 2}}, {"data": {"bag_size": 9}}, {"seed_everything": 1}):
         assert config_sha256(values) != config_sha256({**values, **other})
+
+
+SECOND = replace(StudyRecord(()), before=RECORD.used)  # trained on another study, from the weights of this
+
+
+@pytest.mark.parametrize(("part", "refused"), [("test", "abcdef"), ("val", "abcd"), ("train", "")])
+def test_earlier_trainings_are_seen_as_the_last_one(part: str, refused: str) -> None:
+    assert StudyRecord.from_dict(SECOND.to_dict()) == SECOND
+    for one in THEN:
+        name, patient = one.row.slide_id, one.row.patient_id
+        renamed, rescanned = slide("new", "someone", name), slide("new", patient.lower(), "new")
+        for record, now in ((SECOND, one), (SECOND, renamed), (SECOND, rescanned), (RECORD, rescanned)):
+            if name in refused:
+                with pytest.raises(UsageError, match=f"trained or chosen on 1 of the slides of the {part}"):
+                    record.refuse_seen({part: [now]})
+            else:
+                record.refuse_seen({part: [now]})
+        SECOND.by_content.refuse_seen({part: [rescanned]})
+        with pytest.raises(UsageError) if name in refused else nullcontext():
+            SECOND.by_content.refuse_seen({part: [renamed]})
+    assert SECOND.by_content.part_of("", "", "another") == ""  # a name left out is no patient
+
+
+def test_patients_keep_the_parts_of_the_training_that_weights_come_from() -> None:
+    now = [*THEN, slide("a2", "Pa"), slide("x"), slide("copy", "Pcopy", "b"), slide("copy2", "Pcopy")]
+    parts = study(now).divided(
+        dict(zip((one.row.slide_id for one in now), ["test", "train"] * 6, strict=True))
+    )
+    kept, note = RECORD.keep_parts(parts)
+    names = {part: {one.row.slide_id for one in slides} for part, slides in kept.items()}
+    assert names == {
+        "train": {*"abcd", "a2", "copy", "copy2", "x"},
+        "val": set("ef"),
+        "test": set("gh"),
+    }
+    assert note.startswith("7 of 12 slides take the part that their patient had")
+    RECORD.refuse_seen(kept)
+    assert RECORD.keep_parts(kept) == (kept, "")
+    strangers = {"train": (slide("x"),), "val": (slide("y"),), "test": (slide("z"),)}
+    assert RECORD.keep_parts(strangers) == (strangers, "")
+    given = {"train": (), "val": (), "test": tuple(slide(name, split="test") for name in "ab")}
+    assert RECORD.keep_parts(given) == (given, "")  # by the manifest
+
+
+def test_the_record_behind_features_lies_in_their_cache_or_is_missed(tmp_path: Path) -> None:
+    source = FeatureSource("net", "", "a" * 64, (), (), record=store_record(tmp_path, RECORD))
+    assert stored_record(tmp_path, source) == RECORD
+    assert stored_record(tmp_path, replace(source, record="")) is None
+    with pytest.raises(CacheCorruptError, match=r"expected the SHA-256 of a record, found '\.\./a'"):
+        stored_record(tmp_path, replace(source, record="../a"))
+    path = tmp_path / "records" / f"{source.record}.json"
+    path.write_text(path.read_text().replace("train", "test"))
+    with pytest.raises(CacheCorruptError, match="damaged"):
+        stored_record(tmp_path, source)
+    path.unlink()
+    with pytest.raises(CacheMissingError, match="run 'slidetl embed' again"):
+        stored_record(tmp_path, source)
 
 
 def test_a_data_module_of_given_slides_records_them() -> None:

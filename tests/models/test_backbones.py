@@ -430,3 +430,12 @@ def test_a_checkpoint_downloads_nothing(tmp_path: Path, monkeypatch: pytest.Monk
         changed = {"architecture": {**(trained.architecture or {}), key: value}}
         with without_downloads(changed), pytest.raises(WeightsError, match="with plain arguments"):
             Backbone(spec)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+def test_a_scripted_backbone_names_no_patient() -> None:
+    backbone = Backbone(BackboneSpec("cbr_tiny")).eval()
+    backbone.record = {"slides": [["s", "Jane Doe", "f", "train"]], "config": "", "before": []}
+    backbone.lineage = ("told",)
+    saved = torch.jit.script(backbone).save_to_buffer()
+    assert b"told" in saved and b"Jane Doe" not in saved

@@ -9,7 +9,7 @@ from torch import nn
 from slidetl.errors import UsageError, WeightsError
 from slidetl.models.backbones import Backbone, weights_sha256
 from slidetl.models.spec import BackboneSpec
-from slidetl.models.transfer import GaborInit, SlimHybrid
+from slidetl.models.transfer import GaborInit, MeanVarInit, SlimHybrid
 from slidetl.models.volumes import Conv3dNetwork, unit_window
 from slidetl.tiles.grid import TileSpec
 
@@ -144,10 +144,18 @@ def test_a_checkpoint_gives_its_backbone_and_says_what_it_was_trained_on(tmp_pat
     trained.mean.fill_(0.25)
     state = {f"network.backbone.{key}": value for key, value in trained.state_dict().items()}
     spec = TileSpec(spacing_mm=1.0, tile_size_px=16)
+    record = {"slides": [["s", "P", "f" * 64, "train"]], "config": ""}
     kept = {"state_dict": {**state, "network.head.first": torch.zeros(1)}, "lineage": ["ab"]}
     torch.save({**kept, "tile_spec": spec.to_dict()}, path)
     loaded = Backbone(BackboneSpec("conv3d_8", str(path)))
+    with pytest.warns(UserWarning, match="no record of the slides that it was trained on"):
+        loaded.load_pretrained()
+    kept["record"] = record
+    torch.save({**kept, "tile_spec": spec.to_dict()}, path)
     loaded.load_pretrained()
+    drawn = Backbone(BackboneSpec("conv3d_8", str(path)))
+    MeanVarInit().start(drawn)
+    assert loaded.record == drawn.record == record
     assert weights_sha256(loaded) == weights_sha256(trained) and loaded.lineage[1:] == ("ab",)
     assert loaded.describe_other_tiles(spec) == []
     (line,) = loaded.describe_other_tiles(TileSpec(spacing_mm=1.0, tile_size_px=16, window_hu=(-160, 240)))

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from slidetl.cli import main
+from slidetl.data.record import read_record
 from slidetl.models.backbones import read_pretrained
 from slidetl.training.checkpoint import load_grader, read_checkpoint
 from slidetl.training.predictions import read_predictions
 from tests.conftest import Study
-from tests.small import small_embed, small_spec
+from tests.small import SMALL, small_embed, small_spec
 
 FROZEN = "--model.transfer=slidetl.models.transfer.FrozenFeatures"
 PLAIN = ("flips=false", "brightness=0", "contrast=0", "saturation=0")
@@ -103,6 +104,54 @@ def test_a_training_goes_on_with_the_features_that_it_began_with(
     capsys.readouterr()
     assert main(resume) == 2
     assert "data.features 'plain' are of weights" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_features_of_a_checkpoint_bring_its_patients(
+    study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = trained / "logs" / "version_0" / "checkpoints" / "best.ckpt"
+    record = read_record(read_checkpoint(best))
+    assert record is not None
+    parts = {slide.slide_id: slide.part for slide in record.slides}
+    cache = tmp_path / "cache"
+    shutil.copytree(study.cache, cache)
+    embed = ["embed", str(cache), "--backbone", SMALL, "--pretrained", str(best), "--name", "own"]
+    assert main([*embed, "--device", "cpu"]) == 0
+    fit = ["fit-features", str(study.manifest), "--cache", str(cache), "--features", "own"]
+    with pytest.warns(UserWarning, match="slides take the part that their patient had in the training"):
+        assert (
+            main([*fit, "--seed", "1", "--output", str(tmp_path / "ridge"), "--pretrained", str(best)]) == 0
+        )
+    tested = {row.slide_id for row in read_predictions(tmp_path / "ridge" / "predictions.csv")}
+    assert tested == {name for name in parts if parts[name] == "test"}
+    ridge = read_record(read_checkpoint(tmp_path / "ridge" / "checkpoints" / "ridge.ckpt"))
+    assert ridge is not None and set(ridge.before) == set(record.used)
+
+    first = next(name for name in parts if parts[name] == "train")
+    moved = tmp_path / "moved.csv"
+    with study.manifest.open(newline="") as file:
+        rows = [{**row, "path": str(study.manifest.parent / row["path"])} for row in csv.DictReader(file)]
+    with moved.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], *(() if "split" in rows[0] else ("split",))])
+        writer.writeheader()
+        for row in rows:
+            name = row["slide_id"]
+            writer.writerow({**row, "split": "test" if name == first else parts[name]})
+    capsys.readouterr()
+    assert main([fit[0], str(moved), *fit[2:], "--output", str(tmp_path / "out")]) == 2
+    seen = f"trained or chosen on 1 of the slides of the test part, or on their patients: {first};"
+    assert f"the network of the features was {seen}" in capsys.readouterr().err
+    options = [*Study(moved, cache).options(tmp_path / "fit"), FROZEN, "--data.every_grade=false"]
+    stored = [*options, "--model.backbone.name=stored_1024", "--data.features=own", "--data.bag_size=0"]
+    assert main(["fit", *stored]) == 2
+    assert f"the initial weights were {seen}" in capsys.readouterr().err
+
+    shutil.rmtree(cache / "records")
+    assert main([*fit, "--output", str(tmp_path / "out")]) == 2
+    assert "run 'slidetl embed' again" in capsys.readouterr().err
+    assert main([*embed, "--device", "cpu"]) == 0
+    assert "0 embedded, 20 there already" in capsys.readouterr().out
 
 
 @pytest.mark.slow
