@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from pytorch_lightning.utilities import rank_zero_info
 
 from slidetl.cli.shipped import with_shipped_configs
 from slidetl.data.datamodule import SlideDataModule
-from slidetl.data.record import NO_RECORD, StudyRecord, config_sha256, read_record
+from slidetl.data.record import NO_RECORD, StudyRecord, config_sha256, kept_options, read_record
 from slidetl.errors import CheckpointError, SlidetlError, UsageError
 from slidetl.models.backbones import read_pretrained, without_downloads
 from slidetl.models.spec import with_preset
@@ -43,6 +44,7 @@ from slidetl.training.waiting import WaitingReport
 
 _PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}  # in Lightning's words
 _HIGHER_IS_BETTER = ("accuracy", "qwk", "f1")
+_OF_MACHINE = ("data.chunk_size",)  # as much as its memory holds; no result depends on it
 
 _SHIPPED = (
     "--config configs/NAME.yaml takes the file that comes with slidetl, unless there is one here. "
@@ -239,11 +241,29 @@ class GradingCLI(LightningCLI):
             if watch.mode == "min" and (watch.monitor or "").endswith(_HIGHER_IS_BETTER):
                 raise UsageError(f"{name}.monitor {watch.monitor} is better when higher; set {name}.mode max")
         if self.subcommand == "fit":
-            written = self._parser("fit").dump(self.config.fit, skip_none=False, format="json")
-            self.datamodule.config_sha256 = config_sha256(json.loads(written))
-            if self._resumed is None:
+            written = json.loads(self._parser("fit").dump(self.config.fit, skip_none=False, format="json"))
+            self.datamodule.config_sha256 = config_sha256(written)
+            options = kept_options(written)
+            self.datamodule.options = {"data": options["data"], "seed_everything": options["seed"]}
+            if self._resumed is not None:
+                self._check_options()
+            else:
                 self.datamodule.origin = self._find_origin()
         self._starting.close()
+
+    def _check_options(self) -> None:
+        """Refuses to resume a training with other data options or another seed."""
+        assert self._resumed is not None
+        then, now, changed = self._resumed.get("options"), self.datamodule, list[str]()
+        if isinstance(then, dict):
+            changed = _changes(then, now.options)
+        elif self._past is not None and self._past.config_sha256 not in ("", now.config_sha256):
+            changed = ["other options of the data or another seed"]  # an older version kept their hash alone
+        if changed:
+            raise UsageError(
+                f"{self.config.fit.ckpt_path} was trained with {'; '.join(changed)}; use the configuration "
+                "of that training (config.yaml, where its logs are)"
+            )
 
     def _find_origin(self) -> StudyRecord | None:
         """Reads the record of the checkpoint that the initial weights come from."""
@@ -305,6 +325,18 @@ class RangeTestCLI(GradingCLI):
             print(f"the loss does not fall anywhere between these rates; see {folder}")
         else:
             print(f"the loss falls fastest at --model.lr {result.suggestion:.2g}; written to {folder}")
+
+
+def _changes(then: Mapping[str, Any], now: Mapping[str, Any], of: str = "") -> list[str]:
+    """Lists the options that differ, by dotted name; one that a newer version added does not."""
+    found = []
+    for key, value in then.items():
+        other = now.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            found += _changes(value, other, f"{of}{key}.")
+        elif value != other and f"{of}{key}" not in _OF_MACHINE:
+            found.append(f"{of}{key} {value!s:.60}, the configuration says {other!s:.60}")
+    return found
 
 
 def _take_allow(args: list[str]) -> tuple[list[str], list[str]]:

@@ -98,6 +98,7 @@ class SlideDataModule(pl.LightningDataModule):
         origin: the record of the checkpoint with the initial weights of a new training, for its patients to
             keep their parts where the manifest has no ``split``; None for other weights.
         config_sha256: SHA-256 of the configuration, for the record of a training.
+        options: data options and seed of the configuration as plain values, likewise.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class SlideDataModule(pl.LightningDataModule):
         self.origin: StudyRecord | None = None
         self._before: tuple[RecordedSlide, ...] = ()
         self.config_sha256 = ""
+        self.options: dict[str, Any] = {}
         self.feature_source: FeatureSource | None = None
         self.slides: dict[str, tuple[CachedSlide, ...]] = {}
         self.tile_spec: TileSpec | None = None
@@ -313,6 +315,19 @@ class SlideDataModule(pl.LightningDataModule):
                     f"no training slide has a label for task {task.name}; the manifest's column "
                     f"{task.column!r} must have some, and a table of tile labels must meet some tiles"
                 )
+
+    def check_same_features(self, had_features: bool) -> None:
+        """Refuses to resume a training with stored features if it had none, or the reverse.
+
+        Raises:
+            UsageError: the two differ.
+        """
+        if had_features != bool(self.features):
+            then, now = ("with", "without") if had_features else ("without", "with")
+            raise UsageError(
+                f"the checkpoint was trained {then} stored features and cannot go on {now} them; "
+                "give data.features as that training had it"
+            )
 
     def check_features(self, sha256: str, trains_backbone: bool, width: int) -> str:
         """Refuses stored features unfit for a training.

@@ -383,15 +383,20 @@ def _record_path(cache: Path, sha256: str) -> Path:
     return cache / "records" / f"{sha256}.json"
 
 
-def config_sha256(values: Mapping[str, Any]) -> str:
-    """Hashes model, data options and seed of a ``config.yaml`` by SHA-256.
+def kept_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns model, data options and seed of a ``config.yaml``, which decide on the result of a training.
 
     Paths are left out, and epochs too: a resumed training may have more, and keeps earlier checkpoints.
     """
     data = values.get("data") or {}
-    kept = {
+    return {
         "model": values.get("model"),
         "data": {key: value for key, value in data.items() if key not in _PLACES},
         "seed": values.get("seed_everything"),
     }
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def config_sha256(values: Mapping[str, Any]) -> str:
+    """Hashes :func:`kept_options` of a ``config.yaml`` by SHA-256."""
+    kept = json.dumps(kept_options(values), sort_keys=True, default=str)
+    return hashlib.sha256(kept.encode()).hexdigest()

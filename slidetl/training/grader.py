@@ -438,6 +438,7 @@ class SlideGrader(pl.LightningModule):
         checkpoint["epoch_means"] = self._means.state_dict()
         checkpoint["told_apart"] = self.told_apart
         checkpoint["features_sha256"] = self._features_sha256
+        checkpoint["options"] = self._data.options if self._data is not None else {}
         checkpoint["architecture"] = self.network.backbone.architecture
         checkpoint["lineage"] = list(self.network.backbone.lineage)
         if self.reference is not None:  # its weights come from a file, identified by the hash
@@ -462,8 +463,11 @@ class SlideGrader(pl.LightningModule):
         self._kept_means = checkpoint.get("epoch_means", {})
         self.told_apart = checkpoint.get("told_apart", True)  # older ones do not say
         self.network.backbone.lineage = tuple(str(sha256) for sha256 in checkpoint.get("lineage", []))
-        if checkpoint.get("features_sha256"):
-            self._check_features(checkpoint["features_sha256"])
+        features = checkpoint.get("features_sha256", "")
+        if self._data is not None and self.trainer.training:
+            self._data.check_same_features(bool(features))
+        if features:
+            self._check_features(features)
         if self.reference is not None:
             self.reference.restore(checkpoint.get("reference") or {})
 

@@ -229,6 +229,24 @@ def test_a_second_stage_tests_nobody_of_the_first(
 
 
 @pytest.mark.slow
+def test_a_resumed_training_keeps_its_data_and_seed(
+    study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--trainer.max_epochs=3", "--data.num_workers=1", "--data.chunk_size=64")
+    others = ("--data.bag_size=4", "--seed_everything=3")
+    assert run("fit", study, tmp_path / "a", best(trained), *more, *others)[0] == 2
+    assert (
+        "was trained with data.bag_size 8, the configuration says 4; seed_everything 0, the configuration "
+        "says 3; use the configuration of that training"
+    ) in capsys.readouterr().err
+    assert run("fit", study, tmp_path / "b", best(trained), *more)[0] == 0
+    older = rewritten(trained, tmp_path / "older.ckpt", lambda checkpoint: checkpoint.pop("options"))
+    assert run("fit", study, tmp_path / "c", older, *others)[0] == 2
+    assert "was trained with other options of the data or another seed" in capsys.readouterr().err
+    assert run("fit", study, tmp_path / "d", older, *more[:2])[0] == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["test", "fit", "predict"])
 def test_a_checkpoint_of_an_older_version(
     command: str, study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -155,6 +155,18 @@ def test_features_of_a_checkpoint_bring_its_patients(
 
 
 @pytest.mark.slow
+def test_features_are_not_added_to_a_training_that_had_none(
+    embedded: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = torch.load(trained / "logs" / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
+    checkpoint["options"] = {}  # as of a training from Python
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    options = [*embedded.options(tmp_path), "--trainer.max_epochs=3", f"--ckpt_path={tmp_path / 'last.ckpt'}"]
+    assert main(["fit", *options, "--data.features=plain"]) == 2
+    assert "was trained without stored features and cannot go on with them" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_what_cannot_be_meant_is_refused(
     embedded: Study, study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
