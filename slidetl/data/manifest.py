@@ -24,7 +24,8 @@ from slidetl.tiles.identifier import clash_key, safe_slide_id, short_digest
 from slidetl.volumes import is_volume_file
 
 SPLITS = ("train", "val", "test")
-_SPLIT_NAMES = frozenset([*SPLITS, "training", "valid", "validation", "testing"])
+_TRAINING = frozenset(["train", "training"])
+_SPLIT_NAMES = frozenset([*SPLITS, *_TRAINING, "valid", "validation", "testing"])
 REQUIRED = ("slide_id", "path", "patient_id", "grade")
 FIVE_GRADES = ("0", "1", "2", "3", "4")  # the default scale
 LOCATION = ("x_mm", "y_mm", "z_mm")
@@ -98,10 +99,10 @@ def read_manifest(
     """Reads a CSV, or lists a folder of slides, a folder of labelled images, or an ``.npz`` of both.
 
     Labelled images lie in one folder per label, ``FOLDER/LABEL/...`` or ``FOLDER/SPLIT/LABEL/...`` with
-    ``train``, ``val`` and ``test`` as splits. A label becomes the grade of its name on the scale; if the
-    scale has no such names, as many as there are labels, it is its place among the labels, sorted by name
-    (numbers by value). Each image counts as a separate patient. For ``.npz`` files see
-    :mod:`slidetl.slides.npz`.
+    ``train``, ``val`` and ``test`` as splits. A label becomes the grade of its name on the scale, where
+    spelling does not count. On a scale of words, numbers are grades in the order of their values; without
+    a scale, all labels are, sorted by name. Each image counts as a separate patient. For ``.npz`` files
+    see :mod:`slidetl.slides.npz`.
 
     Args:
         path: a table (:mod:`slidetl.data.spreadsheet`) with the columns ``slide_id, path, patient_id, grade``
@@ -466,18 +467,26 @@ def _list_images(folder: Path, scale: Sequence[str] | int | None, suffixes: froz
     labels = [parts[has_splits : has_splits + 1] for parts in folders]
     if not all(labels):
         return Manifest(_named([ManifestRow(0, "", path, "") for path in paths], folder))
-    names = {label[0] for label in labels}
-    grades = _scale_of(folder, names, scale)
+    grades, places = _scale_of(folder, {label[0] for label in labels}, scale)
     rows = [
-        ManifestRow(0, "", path, "", grade=grades.index(label[0]), split=parts[0] if has_splits else "")
+        ManifestRow(0, "", path, "", grade=places[label[0]], split=parts[0] if has_splits else "")
         for path, parts, label in zip(paths, folders, labels, strict=True)
     ]
     return Manifest(_named(rows, folder), grades)
 
 
-def _scale_of(folder: Path, names: set[str], scale: Sequence[str] | int | None) -> tuple[str, ...]:
-    """Returns the names of the labels in the order of their grades."""
-    if splits := sorted(name for name in names if name.casefold() in _SPLIT_NAMES):
+def _scale_of(
+    folder: Path, names: set[str], scale: Sequence[str] | int | None
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Returns the names of the grades, and the grade of each label."""
+    named = () if scale is None or isinstance(scale, int) else tuple(scale)
+    for form in (str, spelling):
+        places = {form(grade): place for place, grade in enumerate(named)}
+        meant = {form(name) for name in names}
+        if meant <= places.keys() and len(places) == len(named) and len(meant) == len(names):
+            return named, {name: places[form(name)] for name in names}
+    splits = sorted(name for name in names if name.casefold() in _SPLIT_NAMES)
+    if not _TRAINING.isdisjoint(name.casefold() for name in splits):
         raise ManifestError(
             f"{folder}: expected a folder for each label, found {splits}, which are splits; name these "
             f"{', '.join(SPLITS)}, and let all images lie in them"
@@ -487,15 +496,17 @@ def _scale_of(folder: Path, names: set[str], scale: Sequence[str] | int | None) 
     )
     if scale is None or isinstance(scale, int):
         _check_labels(folder, len(names), scale)
-        return in_order
-    if names <= set(scale):
-        return tuple(scale)
-    if names & set(scale) or len(names) != len(scale):
+        named = in_order
+    elif (
+        len(named) != len({spelling(name) for name in names})
+        or not all(name.isdecimal() for name in names)
+        or any(letter.isnumeric() for grade in named for letter in grade)
+    ):
         raise ManifestError(
-            f"{folder}: its images have the labels {list(in_order)}, the grades are {list(scale)}; rename "
+            f"{folder}: its images have the labels {list(in_order)}, the grades are {list(named)}; rename "
             "the folders as the grades, or give data.grades the labels, lowest first"
         )
-    return in_order
+    return named, {name: place for place, name in enumerate(in_order)}
 
 
 def _list_arrays(file: Path, n_grades: int | None) -> Manifest:

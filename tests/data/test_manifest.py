@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slidetl.data.manifest import read_manifest
+from slidetl.data.manifest import read_manifest, spelling
 from slidetl.errors import ManifestError
 
 
@@ -319,9 +319,35 @@ def test_labels_are_the_grades_of_their_names(tmp_path: Path) -> None:
     assert [row.grade for row in manifest.rows] == [0, 1, 2, 4] and manifest.grades == scale
     for other in (("4", "3", "2", "1", "0"), ("none", "4", "2", "1", "0")):
         assert [other[row.grade or 0] for row in read_manifest(tmp_path, other).rows] == ["0", "1", "2", "4"]
-    # No name is on the scale, and all are there: as the folders are sorted.
+    # Numbers on a scale of words, as many: by their values.
     words = read_manifest(tmp_path, ("none", "mild", "moderate", "severe"))
-    assert [row.grade for row in words.rows] == [0, 1, 2, 3] and words.grades == ("0", "1", "2", "4")
+    assert [row.grade for row in words.rows] == [0, 1, 2, 3]
+    assert words.grades == ("none", "mild", "moderate", "severe")
+
+
+@pytest.mark.parametrize(
+    ("labels", "scale"),
+    [
+        (["None", "MILD", "Severe"], ["none", "mild", "severe"]),
+        (
+            ["gering", "ma\u0308\u00dfig", "stark"],
+            ["gering", "m\u00e4\u00dfig", "stark"],
+        ),  # as macOS writes it
+        (["03", "01", "00"], ["0", "1", "2", "3"]),
+        (["invalid", "valid"], ["valid", "invalid"]),
+        (["test", "training"], ["training", "test"]),
+    ],
+)
+def test_the_spelling_of_a_label_moves_no_grade(tmp_path: Path, labels: list[str], scale: list[str]) -> None:
+    images(tmp_path, *(f"{name}/{name}.png" for name in labels))
+    manifest = read_manifest(tmp_path, scale)
+    found = {row.path.parent.name: scale[row.grade or 0] for row in manifest.rows}
+    assert {name: spelling(name) for name in labels} == {a: spelling(b) for a, b in found.items()}
+    assert manifest.grades == tuple(scale)
+
+
+def test_labels_need_not_be_splits(tmp_path: Path) -> None:
+    assert read_manifest(images(tmp_path, "valid/1.png", "invalid/2.png")).grades == ("invalid", "valid")
 
 
 @pytest.mark.parametrize(
@@ -330,6 +356,12 @@ def test_labels_are_the_grades_of_their_names(tmp_path: Path) -> None:
         (["0", "1", "2", "3", "unclear"], ["0", "1", "2", "3", "4"]),
         (["1", "2", "3", "4", "5"], ["0", "1", "2", "3", "4"]),
         (["a", "b"], ["0", "1", "2"]),
+        (["a", "b"], ["x", "y"]),
+        (["grade 1", "grade 10", "grade 2"], ["1", "2", "10"]),
+        (["1", "2", "3"], ["grade 3", "grade 2", "grade 1"]),
+        (["01", "1"], ["none", "mild"]),
+        (["Mild", "mild"], ["none", "mild"]),
+        (["mild", "none"], ["none", "Mild", "MILD"]),
     ],
 )
 def test_labels_that_are_not_the_grades_are_refused(
