@@ -94,9 +94,13 @@ class Settings:
         found = [name for name in self.grades if spelling(name) == meant]
         if len(found) == 1:
             return found[0]
-        if self.takes_numbers and meant.isdecimal() and int(meant) < len(self.grades):
-            return self.grades[int(meant)]
-        return text
+        return self.numbered_grade(text) if self.takes_numbers else text
+
+    def numbered_grade(self, text: str) -> str:
+        """Returns the name of the grade of a number, counted from 0; another text stays."""
+        number = spelling(text)
+        is_one = number.isdecimal() and int(number) < len(self.grades)
+        return self.grades[int(number)] if is_one else text
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
@@ -302,7 +306,7 @@ class Project:
     def bring(self, content: bytes) -> tuple[Checked, list[str]]:
         """Takes labels from a table: CSV, or what a spreadsheet exports as such.
 
-        Slides are found by ``slide_id``, which may be the file's name with or without its suffix.
+        Slides are found by ``slide_id``, which may be the file's name or path, with or without its suffix.
 
         Returns:
             The labels, and what was not understood, in words.
@@ -419,8 +423,14 @@ class Project:
         found: tuple[list[dict[str, str]], list[dict[str, str]]] = [], []
         try:
             with self.labels.open(newline="", encoding="utf-8") as file:
-                for cells in csv.DictReader(file):
+                reader = csv.DictReader(file)
+                is_older = _ASIDE not in (
+                    reader.fieldnames or ()
+                )  # numbers count from 0 there, under any names
+                for cells in reader:
                     row = {name: cells.get(name) or "" for name in COLUMNS}
+                    if is_older:
+                        row["grade"] = self.settings.numbered_grade(row["grade"])
                     row |= {name: self._meant(name, row[name]) for name in _TAKEN}
                     row["path"] = self._place(self.folder / row["path"])
                     found[bool(cells.get(_ASIDE))].append(row)
@@ -500,16 +510,17 @@ def _is_labelled(row: Mapping[str, str]) -> bool:
 
 
 def _named(rows: Sequence[dict[str, str]], name: str) -> list[dict[str, str]]:
-    """Finds the rows of a slide by its identifier or its file's name, with its suffix or without."""
-    stem, dot, suffix = name.rpartition(".")
-    plain = stem if f"{dot}{suffix}".lower() in SUFFIXES else name
-    for column, wanted in (
-        ("slide_id", name),
-        ("path", name),
-        ("slide_id", safe_slide_id(name)),
-        ("slide_id", safe_slide_id(plain)),
-    ):
-        found = [row for row in rows if Path(row[column]).name == wanted]
-        if found:
-            return found
+    """Finds the rows of a slide by its identifier or its file's name or path, with its suffix or without."""
+    for text in (name, re.split(r"[/\\]", name)[-1]):
+        stem, dot, suffix = text.rpartition(".")
+        plain = stem if f"{dot}{suffix}".lower() in SUFFIXES else text
+        for column, wanted in (
+            ("slide_id", text),
+            ("path", text),
+            ("slide_id", safe_slide_id(text)),
+            ("slide_id", safe_slide_id(plain)),
+        ):
+            found = [row for row in rows if Path(row[column]).name == wanted]
+            if found:
+                return found
     return []

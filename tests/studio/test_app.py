@@ -140,6 +140,20 @@ def test_a_cell_has_one_meaning(names: str, project: Client) -> None:
         assert (lung.labels.read_bytes(), lung.manifest.read_bytes()) == before
 
 
+def test_labels_of_an_older_studio_keep_their_grades(project: Client) -> None:
+    """Grades were numbers from 0 in ``labels.csv``, faulty ones as typed, and it had no column ``aside``."""
+    lung = project_of(project)
+    about = json.loads((lung.folder / "project.json").read_text())
+    for names in (["1", "2", "3", "4"], ["F0", "F1", "F2", "F3"], ["none", "mild", "moderate", "severe"]):
+        (lung.folder / "project.json").write_text(json.dumps(about | {"grades": names}))
+        cells = zip("abc", ["1", "3.0", "9"], strict=True)
+        table = "".join(f"{name},{project.root}/study/{name}.svs,P,{grade}\n" for name, grade in cells)
+        lung.labels.write_text(f"slide_id,path,patient_id,grade\n{table}")
+        for _ in range(2):
+            assert graded(project) == [names[1], names[3], "9"]
+            project.post("/p/lung/folder", folder="study")  # it is saved in today's form
+
+
 def test_a_number_names_a_grade_only_where_it_can_mean_one(project: Client) -> None:
     assert "0 = none, 1 = mild" in project.http.get("/p/lung/labels").text
     project.label({"grade:0": "1.0", "grade:1": " SEVERE", "grade:2": "NA"})
@@ -251,6 +265,12 @@ def test_a_table_labels_no_slide_of_a_like_name(project: Client) -> None:
     assert project.bring("slide_id,patient_id,grade\nb.2,P9,2\nc.SVS,P3,1\n")[0] == 201
     page = project.http.get("/p/lung/labels").text
     assert "b.2 (2)" in page and graded(project) == ["", "", "mild"]
+
+
+@pytest.mark.parametrize("name", ["/data/other/b.svs", "other/b", r"D:\slides\b.SVS"])
+def test_a_table_may_have_paths(name: str, project: Client) -> None:
+    assert project.bring(f"slide_id,grade\n{name},mild\n")[0] == 201
+    assert graded(project) == ["", "mild", ""]
 
 
 def test_what_a_table_does_not_give_or_takes_away_is_said(project: Client) -> None:
