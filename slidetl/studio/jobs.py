@@ -7,6 +7,7 @@ goes on.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -37,6 +38,13 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _TAIL_BYTES = 16_000
 # Seconds after SIGINT until SIGTERM, and until SIGKILL: a training writes its checkpoint first.
 _TERM_S, _KILL_S = 20.0, 30.0
+# Errors of a machine short of disk, memory or open files, or of a share that is away: of no one job.
+_PASSING = frozenset(
+    [
+        *(errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EAGAIN),
+        *(errno.EMFILE, errno.ENFILE, errno.EIO, errno.ESTALE),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -234,7 +242,7 @@ class JobQueue:
             return ""
 
     def _watch(self) -> None:
-        while not self._ended.wait(0.3):
+        while not self._ended.wait(3.0 if self.trouble else 0.3):
             with self._lock:
                 try:
                     self._turn()
@@ -270,17 +278,25 @@ class JobQueue:
         return sorted(names, reverse=True)
 
     def _start(self, job: Job) -> None:
-        """Starts the job's command; whatever is wrong with it, the job has failed and the next one begins."""
+        """Starts the job's command; whatever is wrong with it, the job has failed and the next one begins.
+
+        Raises:
+            OSError: the machine lacks something, for any job; this one waits.
+        """
         try:
             self._launch(job)
         except Exception as error:
+            cause = error.__cause__ if isinstance(error, OutputError) else error
+            is_passing = isinstance(cause, OSError) and cause.errno in _PASSING
             reason = one_line(f"it could not be started: {error or type(error).__name__}")
-            job = replace(job, state=FAILED, reason=reason)
+            job = replace(job, state=WAITING) if is_passing else replace(job, state=FAILED, reason=reason)
             try:
                 self._write(job)
             except OutputError:  # this server goes by it all the same
                 path = self._folder / job.id / "job.json"
                 self._known[job.id] = path.stat().st_mtime_ns, job
+            if is_passing:
+                raise
 
     def _launch(self, job: Job) -> None:
         folder = self._folder / job.id

@@ -89,6 +89,24 @@ def test_a_job_that_cannot_start_holds_up_no_other(tmp_path: Path) -> None:
     assert "$ slidetl grade m\\udce9.pt" in queue.log(strange)
 
 
+def test_jobs_wait_for_a_machine_short_of_something(queue: JobQueue, tmp_path: Path) -> None:
+    job = queue.add("tile", "a", "", (QUICK, QUICK), tmp_path)
+    log = tmp_path / "jobs" / job.id / "log.txt"
+    for step in (0, 1):
+        log.unlink(missing_ok=True)
+        log.symlink_to("/dev/full")
+        end = time.monotonic() + 60
+        with pytest.raises(OSError, match="No space left"):
+            while time.monotonic() < end:
+                queue._turn()
+                time.sleep(0.05)
+        assert (queue.find(job.id).state, queue.find(job.id).step) == ("waiting", step)
+        log.unlink()
+        queue._turn()
+        assert (queue.find(job.id).state, queue.find(job.id).step) == ("running", step)
+    assert until(queue, job, is_over).state == "done"
+
+
 @pytest.mark.parametrize("blocked", ["process.json", "job.json"])
 def test_a_job_without_a_record_runs_on_as_no_process(
     blocked: str, queue: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
