@@ -18,6 +18,7 @@ from slidetl.data.tasks import Task, read_points
 from slidetl.errors import CacheError, CacheMismatchError, CacheMissingError, UsageError
 from slidetl.slides import open_slide
 from slidetl.slides.base import WHOLE_BYTES
+from slidetl.slides.spacing import differ
 from slidetl.tiles.annotations import is_annotation_file
 from slidetl.tiles.foreign import SUFFIXES as FEATURE_SUFFIXES
 from slidetl.tiles.foreign import read_foreign
@@ -159,7 +160,7 @@ def read_study(
             )
         header = opened.header
         is_cut_here = header.frame is None and not header.imported  # else nothing was cut by this spacing
-        if is_cut_here and row.mpp is not None and header.mpp_level0 != (row.mpp, row.mpp):
+        if is_cut_here and row.mpp is not None and differ(header.mpp_level0, (row.mpp, row.mpp)):
             found = " x ".join(f"{mpp:.6g}" for mpp in sorted(set(header.mpp_level0)))
             raise CacheMismatchError(
                 f"slide {row.slide_id!r}: the manifest's mpp is {row.mpp:.6g}, its tiles were cut with "

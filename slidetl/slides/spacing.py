@@ -85,11 +85,11 @@ def settle_spacing(
     notes = []
     if instead is not None:
         mpp = instead
-        if stated is not None and _differ(stated, mpp):
+        if stated is not None and differ(stated, mpp):
             notes.append(f"the spacing given, {max(mpp):g} um per pixel, replaces the file's own")
     elif stated is not None:
         mpp = stated
-        if mpp_override is not None and _differ(stated, (mpp_override, mpp_override)):
+        if mpp_override is not None and differ(stated, (mpp_override, mpp_override)):
             notes.append("the file's own spacing is kept, --mpp-override fills gaps (--mpp-replace replaces)")
     elif mpp_override is not None:
         mpp = (mpp_override, mpp_override)
@@ -138,5 +138,6 @@ def _is_within(value: float, bounds: Pair) -> bool:
     return math.isfinite(value) and bounds[0] <= value <= bounds[1]
 
 
-def _differ(one: Pair, other: Pair) -> bool:
+def differ(one: Pair, other: Pair) -> bool:
+    """Tells if two spacings differ by more than their digits: by 1 %."""
     return any(abs(a / b - 1) > _SAME for a, b in zip(one, other, strict=True))

@@ -82,7 +82,7 @@ def test_labels_of_folders_are_read_on_the_scale_of_the_study(tmp_path: Path) ->
 def test_an_mpp_corrected_after_tiling_is_refused(tmp_path: Path) -> None:
     cache = tiled_pictures(tmp_path / "images", "a.png")
     manifest = tmp_path / "manifest.csv"
-    for mpp, is_refused in (("", False), ("1.0", False), ("0.5", True)):
+    for mpp, is_refused in (("", False), ("1.0", False), ("1.0003", False), ("0.995", False), ("0.5", True)):
         manifest.write_text(f"slide_id,path,patient_id,grade,mpp\na,images/a.png,p,0,{mpp}\n")
         if is_refused:
             with pytest.raises(
