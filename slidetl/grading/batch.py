@@ -34,7 +34,13 @@ from slidetl.grading.grade import (
 from slidetl.grading.options import GradeOptions
 from slidetl.grading.report.index import IndexEntry, write_index
 from slidetl.grading.report.series import write_series_report
-from slidetl.grading.report.slide import PAGE, has_slide_report, remove_page, write_slide_report
+from slidetl.grading.report.slide import (
+    PAGE,
+    has_foreign_page,
+    has_slide_report,
+    remove_page,
+    write_slide_report,
+)
 from slidetl.grading.series import SeriesGrade
 from slidetl.library.model_card import ModelCard
 from slidetl.models.runner import Rates, Runner
@@ -45,6 +51,7 @@ from slidetl.slides import open_slide
 from slidetl.text import one_line
 from slidetl.tiles.cut import slide_parts
 from slidetl.tiles.identifier import clash_key, safe_slide_id
+from slidetl.tiles.ledger import file_state
 from slidetl.tiles.readers import Readers
 from slidetl.volumes import is_series, is_volume_file, open_series
 
@@ -70,7 +77,7 @@ class GradeRow:
     """The outcome of one slide.
 
     Attributes:
-        slide: the file, as given.
+        slide: the file.
         status: ``graded`` or ``failed``.
         result: as :meth:`slidetl.grading.grade.SlideGrade.to_dict`; empty for a failed slide.
         reason: cause of the failure, in one line.
@@ -88,7 +95,8 @@ def find_slides(named: Sequence[Path]) -> tuple[list[Path], dict[Path, float]]:
     """Lists slides or CT series, also of manifests and folders, and the matches of ``study/*.svs``.
 
     Returns:
-        Each slide once; and the spacings of level 0, micrometres per pixel, given in manifests.
+        The absolute path of each slide, once; and the spacings of level 0, micrometres per pixel, given in
+        manifests.
 
     Raises:
         UsageError: a pattern matches nothing, or a manifest names places in series.
@@ -116,7 +124,7 @@ def find_slides(named: Sequence[Path]) -> tuple[list[Path], dict[Path, float]]:
             found += matches
         else:
             found.append(path)
-    return list(dict.fromkeys(found)), spacings
+    return list(dict.fromkeys(path.absolute() for path in found)), spacings
 
 
 def _with_series(paths: Iterable[Path]) -> list[Path]:
@@ -297,38 +305,18 @@ def read_finished(
     another precision is not either, and a warning counts them.
     """
     precision, others = chosen_precision(model, options.precision), 0
-    spec = model.card.tile_spec
-    channels = options.channels or spec.channels
-    tolerance = spec.mpp_tolerance if options.mpp_tolerance is None else options.mpp_tolerance
     finished = {}
     for path, name in names.items():
-        try:
-            text = (folder / f"{name}.json").read_text(encoding="utf-8")
-            result = json.loads(text, parse_constant=int)  # refuses NaN
-            same = (result["slide"], result["model_sha256"]) == (str(path), model.sha256)
-            same = same and all(isinstance(result[key], kind) for key, kind in _RESULT.items())
-            same = same and (not options.report or has_slide_report(folder, name, result))
-            same = same and (options.force or not _needs_force(result, model.card))
-            if same and result.get("precision") != precision:
-                others += 1
-                continue
-            if not same:
-                continue
-            if spec.is_volume:
-                if open_series(path).fingerprint == result["fingerprint"]:
-                    finished[path] = GradeRow(path, GRADED, result)
-                continue
-            if (result["channels"], result["mpp_tolerance"]) != (channels, tolerance) or not all(
-                isinstance(result[key], kind) for key, kind in _OF_SLIDES.items()
-            ):
-                continue
-            mpp = spacings.get(path, options.mpp_replace)
-            with open_slide(path, options.mpp_override, mpp_replace=mpp, channels=channels) as slide:
-                info = slide.info
-            if (info.fingerprint, max(info.mpp_level0)) == (result["fingerprint"], result["mpp_level0"]):
-                finished[path] = GradeRow(path, GRADED, result)
-        except Exception:  # missing, cut off, of another form, or the slide is unreadable now
+        mpp = spacings.get(path, options.mpp_replace)
+        result = _read_result(folder, name, path, model, options, mpp)
+        if result is None or (options.report and not has_slide_report(folder, name, result)):
             continue
+        if result.get("precision") != precision:
+            others += 1
+            continue
+        with contextlib.suppress(Exception):  # the slide is unreadable now
+            if _identify(path, model, options, mpp) == (result["fingerprint"], result.get("mpp_level0")):
+                finished[path] = GradeRow(path, GRADED, result)
     if others:
         warnings.warn(
             f"{folder}: {others} of {len(names)} slides were not graded in {precision}, or by an earlier "
@@ -336,6 +324,40 @@ def read_finished(
             stacklevel=2,
         )
     return finished
+
+
+def _read_result(
+    folder: Path, name: str, path: Path, model: ModelFile, options: GradeOptions, mpp: float | None
+) -> dict[str, Any] | None:
+    """Reads the result of a slide by this model and, as far as a result says them, these options."""
+    spec = model.card.tile_spec
+    tolerance = spec.mpp_tolerance if options.mpp_tolerance is None else options.mpp_tolerance
+    try:
+        text = (folder / f"{name}.json").read_text(encoding="utf-8")
+        result: dict[str, Any] = json.loads(text, parse_constant=int)  # refuses NaN
+        same = (result["slide"], result["model_sha256"]) == (str(path), model.sha256)
+        kinds = _RESULT if spec.is_volume else _RESULT | _OF_SLIDES
+        same = same and all(isinstance(result[key], kind) for key, kind in kinds.items())
+        same = same and (options.force or not _needs_force(result, model.card))
+        if same and not spec.is_volume:
+            wanted = (options.channels or spec.channels, tolerance)
+            same = (result["channels"], result["mpp_tolerance"]) == wanted
+            same = same and mpp in (None, result["mpp_level0"])
+    except Exception:  # missing, cut off, or of another form
+        return None
+    return result if same else None
+
+
+def _identify(
+    path: Path, model: ModelFile, options: GradeOptions, mpp: float | None
+) -> tuple[str, float | None]:
+    """Opens a slide as it is graded; returns its fingerprint, and the spacing of its level 0."""
+    spec = model.card.tile_spec
+    if spec.is_volume:
+        return open_series(path).fingerprint, None
+    channels = options.channels or spec.channels
+    with open_slide(path, options.mpp_override, mpp_replace=mpp, channels=channels) as slide:
+        return slide.info.fingerprint, max(slide.info.mpp_level0)
 
 
 def _needs_force(result: Mapping[str, Any], card: ModelCard) -> bool:
@@ -362,7 +384,8 @@ def output_names(slides: Sequence[Path], folder: Path | None = None) -> dict[Pat
     """Names the output files of each slide: its own name, if taken with its folder's, then numbered.
 
     No two are equal, even on a file system without case. In ``folder`` they replace neither the results of
-    another slide, nor one of the slides; a warning counts those that are named otherwise for it.
+    another slide, nor one of the slides, nor a JSON or page of another origin; a warning counts those that
+    are named otherwise for it.
     """
     names: dict[Path, str] = {}
     taken = {"index"}  # the page of all slides
@@ -373,7 +396,9 @@ def output_names(slides: Sequence[Path], folder: Path | None = None) -> dict[Pat
         if target is None or clash_key(name) in taken:
             return clash_key(name) not in taken
         replaced = (target / f"{name}{suffix}" for suffix in (*_RESULTS, *PAGE))
-        return files.isdisjoint(replaced) and _slide_of(target, name) in (None, path.resolve())
+        if not files.isdisjoint(replaced) or has_foreign_page(target, name):
+            return False
+        return not (target / f"{name}.json").exists() or _slide_of(target, name) == path.resolve()
 
     for path in dict.fromkeys(slides):
         is_uid = re.fullmatch(r"\.\d+", path.suffix) is not None  # as a folder of DICOM is named
@@ -386,7 +411,7 @@ def output_names(slides: Sequence[Path], folder: Path | None = None) -> dict[Pat
     if moved:
         warnings.warn(
             f"{folder}: files of {len(moved)} slides are named otherwise, not to replace those of another "
-            f"slide: {listed([f'{path} is {names[path]}.json' for path in moved], 3)}",
+            f"slide or program: {listed([f'{path} is {names[path]}.json' for path in moved], 3)}",
             stacklevel=2,
         )
     return names
@@ -396,15 +421,33 @@ _RESULTS = (".json", ".png", ".patches.csv")
 
 
 def _slide_of(folder: Path, name: str) -> Path | None:
-    """Returns the slide with results of a name in a folder; None if there are none."""
+    """Returns the slide with results of a name in a folder; None if there are none.
+
+    A relative path, of an earlier version, is left: it was relative to a folder that is not known.
+    """
     try:
-        return Path(json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["slide"]).resolve()
+        slide = Path(json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["slide"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return slide.resolve() if slide.is_absolute() else slide
 
 
-def _remove_results(folder: Path, name: str) -> None:
-    """Removes the results of an earlier run, which would pass for those of today's if that fails."""
+def _remove_results(
+    folder: Path, name: str, path: Path, model: ModelFile, options: GradeOptions, mpp: float | None
+) -> None:
+    """Removes the results of an earlier run, which would pass for those of today's if that fails.
+
+    Those of this model and these options stay if the slide cannot be opened (its disk is away), unless it was
+    changed since; then the error of opening is raised.
+    """
+    if _read_result(folder, name, path, model, options, mpp) is not None:
+        try:
+            _identify(path, model, options, mpp)
+        except Exception as error:
+            state = file_state(path)
+            if state is None or state[1] <= (folder / f"{name}.json").stat().st_mtime:
+                error.add_note("its results of an earlier run are kept")
+                raise
     if _slide_of(folder, name) is not None:
         for suffix in _RESULTS:  # the JSON first: without it a slide is not finished
             (folder / f"{name}{suffix}").unlink(missing_ok=True)
@@ -421,9 +464,10 @@ def _grade(
     threads: int,
     readers: Readers | None = None,
 ) -> GradeRow:
+    mpp = options.mpp_replace if mpp is None else mpp
     try:
         if options.output is not None:
-            _remove_results(options.output, name)
+            _remove_results(options.output, name, path, model, options, mpp)
         result = (
             grade_series(model, path, threads=threads, force=options.force, runner=runner)
             if model.card.tile_spec.is_volume
@@ -436,7 +480,7 @@ def _grade(
                 profile=options.profile,
                 runner=runner,
                 readers=readers,
-                mpp_replace=options.mpp_replace if mpp is None else mpp,
+                mpp_replace=mpp,
                 mpp_tolerance=options.mpp_tolerance,
                 channels=options.channels,
             )
@@ -449,6 +493,7 @@ def _grade(
         if isinstance(error, SlidetlError) and not isinstance(error, SlideError):
             raise
         reason = describe_failure(error, "lower --batch-size or --jobs")
+        reason = "; ".join([reason, *getattr(error, "__notes__", ())])
         return GradeRow(path, FAILED, {}, reason if str(path) in reason else one_line(f"{path}: {reason}"))
     rates = result.rates if isinstance(result, SlideGrade) else None
     return GradeRow(path, GRADED, result.to_dict(), rates=rates)

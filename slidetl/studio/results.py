@@ -211,6 +211,10 @@ def graded(folder: Path, model: Path) -> list[dict[str, Any]]:
     except (OSError, UnicodeDecodeError, csv.Error):
         return []
     names = _names(model, rows)
+    graded = {
+        row["slide"] for row in rows if row.get("status") == "graded"
+    }  # others' results are of earlier runs
+    found = {slide: result for slide, result in found.items() if slide in graded}
     far = cohort_notes({slide: float(result.get("mpp_level0", 0)) for slide, (_, result) in found.items()})
     for row in rows:
         row["page"], result = found.get(row["slide"], ("", {}))

@@ -709,6 +709,55 @@ def test_a_folder_has_no_result_of_another_run_or_slide_under_a_name(
     assert run(x) == (1, []) and not files("x") and files("b_x.tiff") == [".json", ".png"]
 
 
+def test_a_slide_that_is_away_keeps_its_result(
+    study: Study, model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    share, away, out = tmp_path / "share", tmp_path / "away", tmp_path / "out"
+    share.mkdir()
+    slide = shutil.copy(next((study.manifest.parent / "slides").glob("*.tiff")), share / "x.tiff")
+    words = ["grade", str(model_path), str(slide), "--output", str(out)]
+
+    def files() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in out.glob("x.*")}
+
+    assert main([*words, "--report"]) == 0
+    kept = files()
+    assert len(kept) == 5
+    share.rename(away)
+    for more in (["--resume"], [], ["--resume", "--report"]):
+        assert main([*words, *more]) == 1 and files() == kept
+        with (out / "results.csv").open(newline="") as file:
+            (row,) = csv.DictReader(file)
+        assert row["status"] == "failed" and row["reason"].endswith(
+            "; its results of an earlier run are kept"
+        )
+    away.rename(share)
+    capsys.readouterr()
+    assert main([*words, "--resume", "--report"]) == 0 and files() == kept
+    assert "1 of 1 slides are graded already" in capsys.readouterr().err
+    share.rename(away)
+    assert main([*words, "--mpp-tolerance", "0.3"]) == 1 and not files()  # of other options
+
+
+def test_slides_of_one_relative_path_are_two(
+    study: Study, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    slides = sorted((study.manifest.parent / "slides").glob("*.tiff"))[:2]
+    for site, slide in zip("ab", slides, strict=True):
+        (tmp_path / site).mkdir()
+        shutil.copy(slide, tmp_path / site / "x.tiff")
+    monkeypatch.chdir(tmp_path / "a")
+    assert main(["grade", str(model_path), "x.tiff", "--output", str(out)]) == 0
+    monkeypatch.chdir(tmp_path / "b")
+    with pytest.warns(UserWarning, match="named otherwise"):
+        assert main(["grade", str(model_path), "*.tiff", "--output", str(out)]) == 0
+    found = {path.name: json.loads(path.read_text())["slide"] for path in out.glob("*.json")}
+    assert found == {"x.json": str(tmp_path / "a/x.tiff"), "b_x.tiff.json": str(tmp_path / "b/x.tiff")}
+    assert main(["grade", str(model_path), str(tmp_path / "a/x.tiff"), "--output", str(out)]) == 0
+    assert len(list(out.glob("*.json"))) == 2
+
+
 def test_a_resumed_run_takes_no_result_of_other_options(
     study: Study, model_path: Path, model: ModelFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

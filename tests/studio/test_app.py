@@ -15,7 +15,7 @@ import pytest
 from scipy.stats import binomtest
 
 from slidetl.data.manifest import read_manifest
-from slidetl.grading.batch import GRADED, GradeRow, write_results
+from slidetl.grading.batch import FAILED, GRADED, GradeRow, write_results
 from slidetl.library.model_card import METADATA
 from slidetl.studio.jobs import Step
 from slidetl.studio.presets import tile_steps
@@ -453,15 +453,19 @@ def test_sets_of_grades_have_the_names_of_the_model(project: Client) -> None:
     ]  # fmt: skip
     export("1", "2", "3")
     project.studio.queue.add("grade", "lung", "grades-1", (Step(("grade", "models/m.pt")),), lung.folder)
-    write_results(output / "results.csv", [GradeRow(Path(one["slide"]), GRADED, one) for one in results], 3)
-    for one in results:
+    graded = [GradeRow(Path(one["slide"]), GRADED, one) for one in results]
+    failed = GradeRow(Path("/x/d.svs"), FAILED, {}, "is away")
+    write_results(output / "results.csv", [*graded, failed], 3)
+    earlier = {**results[0], "slide": "/x/d.svs"}
+    for one in (*results, earlier):
         (output / f"{Path(one['slide']).stem}.json").write_text(json.dumps(one))
 
     def rows() -> list[str]:
         page = project.http.get("/p/lung/grade").text
         return re.findall(r"<tr>(.*?)</tr>", page.partition('class="results"')[2], re.DOTALL)[1:]
 
-    a, b, c = rows()
+    a, b, c, d = rows()
+    assert "is away" in d and "no spacing" not in d and "novelty" not in d
     assert "<b>2</b>" in a and "<td>2 to 3</td>" in a and "<td>1</td>" in b and "<td>–</td>" in c
     assert "&lt;b&gt;no spacing" in a and "3 tiles could not be read" in a and "novelty 0.83" in a
     assert "doubt" not in b and "novelty" not in b and "4 um per pixel is far from the median" in c

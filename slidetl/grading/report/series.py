@@ -55,7 +55,6 @@ def write_series_report(result: SeriesGrade, card: ModelCard, folder: Path, name
     rows = result.patch_rows()
     write_csv(folder / f"{name}.patches.csv", list(rows[0]), rows)
     shown = _planes(result, int(result.explanation.contributions.argmax()))[1]
-    write_whole(folder / f"{name}.thumbnail.jpg", encode_jpeg(shown.marked(_THUMBNAIL_PX), 85))
     page = folder / f"{name}.html"
     part = {"lung": "Lungs", "body": "Body", "none": "Series"}[plan.spec.mask]
     write_page(
@@ -79,6 +78,7 @@ def write_series_report(result: SeriesGrade, card: ModelCard, folder: Path, name
         stride_mm=plan.spec.stride_px * plan.spec.spacing_mm,
         table=f"{name}.patches.csv",
     )
+    write_whole(folder / f"{name}.thumbnail.jpg", encode_jpeg(shown.marked(_THUMBNAIL_PX), 85))
     return page
 
 

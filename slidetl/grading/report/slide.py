@@ -29,8 +29,9 @@ if TYPE_CHECKING:
 BUDGET_BYTES = 16 * 2**20
 """Size of the slide's pyramid in a page. Base64 adds a third; a whole page stays below 25 MB."""
 
-PAGE = (".html", ".geojson", ".thumbnail.jpg")
-"""Endings of a page and of the files beside it."""
+PAGE = (".thumbnail.jpg", ".geojson", ".html")
+"""Endings of the files beside a page, and of the page: it is written first and removed last, to tell whose
+they are."""
 
 _TILES_SHOWN = 8
 _TILE_SHOWN_PX = 512
@@ -74,8 +75,6 @@ def write_slide_report(
         galleries = _galleries(slide, result, pyramid, name)
     maps = maps_of(result)
     page = folder / f"{name}.html"
-    write_whole(folder / f"{name}.thumbnail.jpg", _jpeg(plan.thumbnail, _THUMBNAIL_PX, 80))
-    write_geojson(result, folder / f"{name}.geojson")
     write_page(
         page,
         __package__,
@@ -98,12 +97,19 @@ def write_slide_report(
         quality=_quality(result),
         data=script_json(_data(result, pyramid, maps)),
     )
+    write_whole(folder / f"{name}.thumbnail.jpg", _jpeg(plan.thumbnail, _THUMBNAIL_PX, 80))
+    write_geojson(result, folder / f"{name}.geojson")
     return page
 
 
 def has_slide_report(folder: Path, name: str, result: Mapping[str, Any]) -> bool:
     """Tells if ``name.html`` in a folder shows a result, given as by :meth:`SlideGrade.to_dict`."""
     return _shown_sha256(folder, name) == result_sha256(result)
+
+
+def has_foreign_page(folder: Path, name: str) -> bool:
+    """Tells if ``name.html``, or a file beside it, is in a folder, and of another origin."""
+    return any((folder / f"{name}{suffix}").exists() for suffix in PAGE) and not _shown_sha256(folder, name)
 
 
 def remove_page(folder: Path, name: str) -> None:

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pytest
 
-from slidetl.grading.report.slide import has_slide_report, remove_page, write_slide_report
+from slidetl.errors import OutputError
+from slidetl.grading.report.slide import has_foreign_page, has_slide_report, remove_page, write_slide_report
 from slidetl.library.model_card import ModelCard
 from slidetl.page import script_json
 from tests.conftest import PyramidTiff
@@ -166,7 +169,16 @@ def test_a_page_is_known_by_the_result_it_shows(graded: Graded, card: ModelCard,
         assert not has_slide_report(tmp_path, "s1", dataclasses.replace(result, **other).to_dict())
     read = json.loads(json.dumps(result.to_dict()))
     assert has_slide_report(tmp_path, "s1", read)
+    assert not has_foreign_page(tmp_path, "s1") and not has_foreign_page(tmp_path, "s2")
+    blocked = tmp_path / f".s2.geojson.{os.getpid()}.partial"
+    blocked.mkdir()  # it ends before all is written
+    with pytest.raises(OutputError):
+        write_slide_report(result, card, tmp_path, "s2")
+    assert (tmp_path / "s2.html").exists() and not has_foreign_page(tmp_path, "s2")
+    blocked.rmdir()
+    remove_page(tmp_path, "s2")
     (tmp_path / "own.html").write_text("<title>of somebody else</title>")
+    assert has_foreign_page(tmp_path, "own")
     (tmp_path / "own.geojson").write_text("{}")
     for name in ("own", "s1"):
         remove_page(tmp_path, name)
