@@ -515,6 +515,8 @@ def main(arguments: Sequence[str] | None = None, drawn: Sequence[str] = ()) -> i
                 if run():
                     raise UsageError(f"redraw {number}: {step} failed; the lines above say why")
         command = "python tools/run_volumes.py --output runs/volumes --page docs/evidence/volumes.md"
+        command += f" --first {given.first}" * (given.first != FIRST)
+        command += f" --redraws {given.redraws}" * (given.redraws != REDRAWS)
         write_whole(given.page, write_page({n: graded_by(folder) for n, folder in folders.items()}, command))
     except SlidetlError as error:
         print(f"run_volumes: {error}", file=sys.stderr)

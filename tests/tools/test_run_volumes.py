@@ -135,3 +135,11 @@ def test_the_clock_ends_it_before_a_step(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     assert tool.main(["--output", str(tmp_path / "out"), "--page", str(page), "--hours", "0"]) == 0
     assert "**not run yet**" in page.read_text() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", ["", " --first 4", " --redraws 2", " --first 7 --redraws 1"])
+def test_the_page_names_the_command_of_its_redraws(options: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    words = ["--output", str(tmp_path / "out"), "--page", str(page), "--hours", "0", *options.split()]
+    assert tool.main(words) == 0
+    assert f" --page docs/evidence/volumes.md{options}`" in " ".join(page.read_text().split())
