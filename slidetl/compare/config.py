@@ -130,7 +130,8 @@ class Sizes:
 class Permutations:
     """Whole cross-validations on labels permuted over patients, for the test against chance.
 
-    Sites that are left out in turn, and the parts of a given split, keep their grades.
+    Sites that are left out in turn, and the parts of a given split, keep their grades, and patients exchange
+    theirs with others of as many slides: a comparison with too few such patients is refused.
 
     Attributes:
         n: their number; p = 0.05 takes at least 19.

@@ -22,6 +22,7 @@ from slidetl.evaluation.protocol import (
     Protocol,
     audit_folds,
     canonical_sha256,
+    check_permutations,
     permute_grades,
     plan_folds,
     subsample,
@@ -225,7 +226,7 @@ def plan_jobs(
     """Plans the jobs of all arms, or ``only`` some, fold by fold, so that early results are comparable.
 
     Raises:
-        UsageError: no such arm, or a size that does not fit.
+        UsageError: no such arm, a size that does not fit, or too few patients to permute labels over.
         CacheMissingError: features of a classical arm are not stored; the message says how.
     """
     strange = [name for name in only if name not in comparison.arms]
@@ -234,8 +235,11 @@ def plan_jobs(
     first = (comparison.primary.against, comparison.primary.arm)
     names = [*first, *(name for name in comparison.arms if name not in first)]
     names = [name for name in names if not only or name in only]
-    recipes = {name: _recipe(comparison, study, name) for name in names}
     spec, cases = study.caches[0].spec.to_dict(), cases_of(study)
+    tested = [name for name in names if name in comparison.permutations.arms]
+    if tested:
+        check_permutations(cases, comparison.protocol, comparison.permutations.n)
+    recipes = {name: _recipe(comparison, study, name) for name in names}
     n_grades = len(comparison.grades)
     studies: dict[int | None, Study] = {None: study}
     studies |= {
@@ -281,7 +285,6 @@ def plan_jobs(
         smaller = subsample(fold, cases, n_slides, n_grades, subset, subsets)
         longer = len(fold.train) / len(smaller.train)
         jobs += [job(name, smaller, n_slides, longer=longer) for name in sized]
-    tested = [name for name in names if name in comparison.permutations.arms]
     for number in range(comparison.permutations.n if tested else 0):
         try:  # as those of the labels: stratified by the true grades, they would favour them
             own = plan_folds(cases_of(studies[number]), comparison.protocol, n_grades)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -215,16 +216,38 @@ def permute_grades(cases: Iterable[Case], protocol: Protocol, seed: int) -> dict
     many slides, of such parts, keeps its own. Returns the grade of each slide.
     """
     slides = _slides_of_patients(cases)
-    alike: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    for patient in sorted(slides):
-        alike[tuple(_part(case, protocol) for case in slides[patient])].append(patient)
     rng = np.random.default_rng(seed)
     grades = {}
-    for patients in alike.values():
+    for patients in _exchangeable(slides, protocol):
         for patient, giver in zip(patients, rng.permutation(patients).tolist(), strict=True):
             for case, given in zip(slides[patient], slides[giver], strict=True):
                 grades[case.slide_id] = given.grade
     return grades
+
+
+def check_permutations(cases: Iterable[Case], protocol: Protocol, n: int) -> None:
+    """Checks that permuted grades differ from the grades themselves, for a test against chance.
+
+    A permutation that changes no grade is as good as the labels, whatever an arm has learned. All different
+    labelings are equally likely; with ten of them for each of ``n`` permutations, the labels are among these
+    in at most a tenth of studies.
+
+    Raises:
+        UsageError: there are fewer labelings; the message tells how many patients can get other grades.
+    """
+    slides = _slides_of_patients(cases)
+    labelings, movable = 1, 0
+    for patients in _exchangeable(slides, protocol):
+        same = Counter(tuple(case.grade for case in slides[patient]) for patient in patients)
+        labelings *= math.factorial(len(patients)) // math.prod(map(math.factorial, same.values()))
+        movable += len(patients) if len(same) > 1 else 0
+    if labelings < 10 * n:
+        raise UsageError(
+            f"permutations: grades go to patients with as many slides{_within(protocol)}, so {movable} of "
+            f"{len(slides)} patients can get other grades, in {labelings} different ways; expected at least "
+            f"{10 * n} ways for {n} permutations, which would often be the labels themselves: leave "
+            "'permutations' out, or take fewer of them or a protocol with larger parts"
+        )
 
 
 def folds_to_json(folds: Iterable[Fold]) -> list[dict[str, Any]]:
@@ -322,6 +345,20 @@ def _part(case: Case, protocol: Protocol) -> str:
     if protocol.given_split:
         return case.split
     return case.site if protocol.leave_one_site_out else ""
+
+
+def _within(protocol: Protocol) -> str:
+    if protocol.given_split:
+        return " in the same part of the given split"
+    return " at the same site" if protocol.leave_one_site_out else ""
+
+
+def _exchangeable(slides: Mapping[str, Sequence[Case]], protocol: Protocol) -> list[list[str]]:
+    """Groups the patients that may exchange their grades."""
+    alike: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for patient in sorted(slides):
+        alike[tuple(_part(case, protocol) for case in slides[patient])].append(patient)
+    return list(alike.values())
 
 
 def _inner(train: list[Case], protocol: Protocol, seed: int) -> list[InnerFold]:

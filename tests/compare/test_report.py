@@ -45,6 +45,7 @@ from slidetl.compare.table import Table, format_interval
 from slidetl.compare.tables import write_tables
 from slidetl.data.manifest import ManifestRow
 from slidetl.data.study import CachedSlide, Study
+from slidetl.errors import UsageError
 from slidetl.evaluation.comparison import corrected_t, metric_per_fold
 from slidetl.evaluation.metrics import qwk
 from slidetl.evaluation.protocol import Fold, Protocol, plan_folds, subsample
@@ -719,6 +720,35 @@ def test_labels_permuted_for_a_given_split_stay_in_their_part() -> None:
     result = combine(comparison, study, folds, [(job, constant) for job in jobs])
     (prior,) = [arm for arm in result.arms if arm.arm == "prior"]
     assert (prior.chance_p, prior.n_permuted) == (1.0, 19)
+
+
+def test_permutations_of_too_few_labels_are_refused_before_any_job() -> None:
+    """Of one patient at each site."""
+    study = invented_study(12, sites=("north",), readers=0)
+    alone = [replace(slide, row=replace(slide.row, site=slide.row.patient_id)) for slide in study.slides]
+    arms = {"prior": Arm(baseline="prior"), "site": Arm(baseline="site")}
+    comparison = Comparison(
+        manifest="manifest.csv",
+        cache="cache",
+        arms=arms,
+        primary=Primary("prior", "site"),
+        protocol=Protocol(leave_one_site_out=True, inner_folds=0),
+        permutations=Permutations(19, ["prior"]),
+    )
+    with pytest.raises(UsageError, match=r"permutations: .* at the same site, so 0 of 12 patients"):
+        plan_jobs(comparison, replace(study, slides=tuple(alone)), ())
+    assert plan_jobs(comparison, replace(study, slides=tuple(alone)), (), only=["site"]) == ()
+
+
+@pytest.mark.parametrize("fixed", ["", "given_split", "by_site"])
+def test_the_report_says_within_which_parts_labels_are_permuted(fixed: str, tmp_path: Path) -> None:
+    sites = ("north", "south") if fixed == "by_site" else ("north",)
+    options: dict[str, Any] = {fixed: True} if fixed else {}
+    result = invented(20, repeats=1, sizes=(), nested=False, readers=0, sites=sites, refits=3, **options)
+    said = " ".join(worded(result, tmp_path).text["others"].split())
+    within = {"given_split": " within their part of the given split", "by_site": " within their site"}
+    assert f"labels permuted over patients{within.get(fixed, '')}." in said
+    assert "The least p of n refits is at best 1 / (n + 1)" in said
 
 
 def test_an_undefined_refit_counts_against_the_arm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

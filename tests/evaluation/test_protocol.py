@@ -20,6 +20,7 @@ from slidetl.evaluation.protocol import (
     Protocol,
     audit_folds,
     canonical_sha256,
+    check_permutations,
     folds_to_json,
     permute_grades,
     plan_folds,
@@ -281,6 +282,32 @@ def test_permuted_grades_stay_in_the_parts_that_the_manifest_fixes(protocol: Pro
         grades = permute_grades(cases, protocol, seed)
         assert shares(grades) == shares(own) != shares(permute_grades(cases, Protocol(), seed))
         assert sum(grades[slide] != own[slide] for slide in own) > 20
+
+
+def test_permutations_that_are_often_the_labels_are_refused() -> None:
+    """Three sites of four patients, with one to four slides, and with one; of grades 0, 0, 1, 1."""
+
+    def cases(most: int) -> list[Case]:
+        return [
+            Case(f"{site}-{n}-{slide}", f"{site}-{n}", n // 2, f"site {site}", "train")
+            for site in range(3)
+            for n in range(4)
+            for slide in range(1 + n % most)
+        ]
+
+    protocol = Protocol(leave_one_site_out=True)
+    own = {case.slide_id: case.grade for case in cases(4)}
+    assert all(permute_grades(cases(4), protocol, seed) == own for seed in range(19))
+    with pytest.raises(
+        UsageError, match=r"at the same site, so 0 of 12 patients .* in 1 different ways; .* 190"
+    ):
+        check_permutations(cases(4), protocol, 19)
+    check_permutations(cases(1), protocol, 21)  # 6 ways at each site
+    with pytest.raises(UsageError, match=r"so 12 of 12 patients .* in 216 different ways; .* 220"):
+        check_permutations(cases(1), protocol, 22)
+    check_permutations(cases(1), Protocol(), 92)  # 924 ways, six of twelve
+    with pytest.raises(UsageError, match=r"with as many slides in the same part of the given split, so 12"):
+        check_permutations(cases(1), Protocol(given_split=True), 93)
 
 
 @pytest.mark.parametrize("protocol", [Protocol(given_split=True), Protocol(leave_one_site_out=True)])
