@@ -44,8 +44,8 @@ def grade_by_features(job: Job) -> JobResult:
     temperature = 1.0
     if fold.inner:
         held_out = [graded(inner.train, job.open(inner.validation)) for inner in fold.inner]
-        truth = [grade for inner in fold.inner for grade in _labels(job.part(inner.validation))[0]]
-        temperature = fit_temperature(truth, np.concatenate(held_out))
+        grades, patients = _labels([row for inner in fold.inner for row in job.part(inner.validation)])
+        temperature = fit_temperature(grades, np.concatenate(held_out), patients)
     test = job.open((*fold.test, *fold.external))
     result = _result(test, graded(fold.train, test))
     return replace(result, temperature=temperature, nested=bool(fold.inner))

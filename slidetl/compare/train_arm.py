@@ -96,6 +96,7 @@ def train_job(job: Job, folder: Path, threads: int = 1, allow: Sequence[str] = (
         temperature = fit_temperature(
             [row.grade for row in held_out if row.grade is not None],
             [row.probabilities for row in held_out],
+            [row.patient_id for row in held_out],
         )
     final = _Fit(job, folder / "final", chosen, fold.train, fold.test, allow, fold.external)
     curves = [*curves, *final.run("test", 0, keep_weights=True).points]

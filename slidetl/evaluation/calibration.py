@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import asdict, dataclass
 from typing import Any, Unpack
 
@@ -27,10 +26,11 @@ from slidetl.evaluation.metrics import (
     confidence_of,
     probability_metrics,
 )
+from slidetl.evaluation.shapes import check_lengths
 
 _RECALIBRATION_PENALTY = 1e-3  # keeps the slope finite where the grades are separated
 _TEMPERATURES = (0.05, 20.0)  # beyond these a model is always, or never, sure
-_OWN_SLIDES = 2.0  # weight of a model's own probabilities in the targets of its temperature, as Platt's
+_OWN_PATIENTS = 2.0  # weight of a model's own probabilities in the targets of its temperature, as Platt's
 
 
 def with_temperature(probabilities: ArrayLike, temperature: float) -> NDArray[np.float64]:
@@ -51,26 +51,28 @@ def with_temperature(probabilities: ArrayLike, temperature: float) -> NDArray[np
     return np.asarray(raised / raised.sum(axis=-1, keepdims=True))
 
 
-def fit_temperature(true: ArrayLike, probabilities: ArrayLike) -> float:
+def fit_temperature(true: ArrayLike, probabilities: ArrayLike, patients: ArrayLike) -> float:
     """Finds the temperature of least log loss of probabilities ``[N, K]``, between 0.05 and 20.
 
     Give it the predictions of inner folds only. Against the grades alone there is no least log loss where
     all slides are graded right: surer is always better. So the target of a slide is its grade with the weight
-    of N slides, and the model's own probabilities with that of two. These are Platt's targets
-    ``(N + 1) / (N + 2)`` and ``1 / (N + 2)`` (Advances in Large Margin Classifiers 1999), except that N
-    counts all slides, not those of the grade, and the smoothed part goes to the grades as the model shares it
-    out, not evenly: a far grade stays improbable. It is a conjugate prior of ``1 / T``, worth two slides and
-    with its mode at ``T = 1`` (Chen and Ibrahim, Statistica Sinica 2003). The log loss is convex in
-    ``1 / T``, so the minimum is unique.
+    of all P patients ``[N]``, and the model's own probabilities with that of two. These are Platt's targets
+    ``(P + 1) / (P + 2)`` and ``1 / (P + 2)`` (Advances in Large Margin Classifiers 1999), except that P
+    counts all patients, not the slides of the grade, since those of a patient are right or wrong together,
+    and the smoothed part goes to the grades as the model shares it out, not evenly: a far grade stays
+    improbable. It is a conjugate prior of ``1 / T``, worth two patients of the mean number of slides and with
+    its mode at ``T = 1`` (Chen and Ibrahim, Statistica Sinica 2003). The log loss is convex in ``1 / T``, so
+    the minimum is unique.
 
-    Warns:
-        UserWarning: the temperature is at a bound: the probabilities say nothing about the grades (20), or
-            hardly differ between grades and yet are right (0.05).
+    At a bound the probabilities say nothing about the grades (20), or hardly differ between grades and yet
+    are right (0.05): see :func:`is_at_bound`.
     """
     from scipy.optimize import brentq
 
     grades, (rows,) = check_probabilities(true, probabilities)
-    logs, n = np.log(np.maximum(rows, LEAST_PROBABILITY)), len(grades)
+    who = np.asarray(patients)
+    check_lengths(grades=grades, patients=who)
+    logs, n = np.log(np.maximum(rows, LEAST_PROBABILITY)), len(np.unique(who))
 
     def expected(sharpness: float) -> float:
         """Computes the mean log probability of grades drawn from the sharpened probabilities."""
@@ -78,16 +80,14 @@ def fit_temperature(true: ArrayLike, probabilities: ArrayLike) -> float:
         return float(((raised * logs).sum(axis=1) / raised.sum(axis=1)).mean())
 
     # Of the floored probabilities, by expected(1): certain ones of zeros and a one would bound nothing.
-    wanted = (n * logs[np.arange(n), grades].mean() + _OWN_SLIDES * expected(1)) / (n + _OWN_SLIDES)
+    told = logs[np.arange(len(grades)), grades].mean()
+    wanted = (n * told + _OWN_PATIENTS * expected(1)) / (n + _OWN_PATIENTS)
     low, high = _TEMPERATURES
     if expected(1 / high) > wanted - 1e-12:  # equal for uniform probabilities, but for rounding
-        temperature, why = high, "the probabilities say nothing about the grades"
-    elif expected(1 / low) < wanted:
-        temperature, why = low, "the probabilities hardly differ between grades, and yet are right"
-    else:
-        return float(1 / brentq(lambda sharpness: expected(sharpness) - wanted, 1 / high, 1 / low))
-    warnings.warn(f"the temperature of {n} slides is at its bound of {temperature:g}: {why}", stacklevel=2)
-    return temperature
+        return high
+    if expected(1 / low) < wanted:
+        return low
+    return float(1 / brentq(lambda sharpness: expected(sharpness) - wanted, 1 / high, 1 / low))
 
 
 def is_at_bound(temperature: float) -> bool:

@@ -16,7 +16,7 @@ from slidetl.data.record import StudyRecord
 from slidetl.data.study import listed
 from slidetl.errors import CheckpointError, SlidetlError, UsageError
 from slidetl.evaluation.bootstrap import bca_interval, proven, share_interval
-from slidetl.evaluation.calibration import fit_temperature, with_temperature
+from slidetl.evaluation.calibration import fit_temperature, is_at_bound, with_temperature
 from slidetl.evaluation.conformal import fit_grade_sets
 from slidetl.evaluation.metrics import check_finite, mae, qwk
 from slidetl.library.model_card import Evidence
@@ -105,7 +105,14 @@ def evidence_from(
         "accuracy": share_interval(predicted == true, patients),
         "MAE": bca_interval(partial(mae, true, predicted), patients),
     }
-    temperature = fit_temperature(true, probabilities)
+    temperature = fit_temperature(true, probabilities, patients)
+    if is_at_bound(temperature):
+        why = "say nothing about the grades" if temperature > 1 else "hardly differ, and yet are right"
+        warnings.warn(
+            f"{path}: the temperature of {len(rows)} slides, {temperature:.2g}, is at a bound: "
+            f"the probabilities {why}",
+            stacklevel=3,
+        )
     sets = fit_grade_sets(true, with_temperature(probabilities, temperature), patients, risk=1 - coverage)
     return Evidence(
         slides=len(rows),

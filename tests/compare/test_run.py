@@ -28,7 +28,7 @@ from slidetl.compare import train_arm
 from slidetl.compare.config import Arm, Comparison, Primary, read_comparison
 from slidetl.compare.plan import Job, cases_of, permuted, read_slides, refuse_seen
 from slidetl.compare.pool import Workplace, run_job
-from slidetl.compare.records import CurvePoint, JobResult, read_result
+from slidetl.compare.records import CurvePoint, JobResult, predictions_from, read_result
 from slidetl.compare.run import _was_registered, plan_comparison, record_registration
 from slidetl.compare.train_arm import choose, draw_evenly, train_job
 from slidetl.data.datamodule import SlideDataModule
@@ -534,6 +534,13 @@ def first_job(path: Path, arm: str, folder: Path) -> tuple[Study, Job, JobResult
     return plan.study, job, found
 
 
+def joined(study: Cohort, folder: Path) -> Path:
+    """Writes a manifest of two patients with two slides each, of neighbouring grades; the others have one."""
+    by_grade = [row["slide_id"] for row in sorted(table(study.manifest), key=lambda row: row["grade"])]
+    other = {by_grade[4]: by_grade[3], by_grade[12]: by_grade[11]}
+    return relabelled(study, folder, patient_id=lambda row: other.get(row["slide_id"], row["slide_id"]))
+
+
 @pytest.mark.slow
 def test_choices_are_made_in_inner_folds_alone(
     study: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -541,6 +548,7 @@ def test_choices_are_made_in_inner_folds_alone(
     path = configuration(
         study,
         tmp_path,
+        manifest=str(joined(study, tmp_path)),
         protocol={"outer_folds": 2, "inner_folds": 2, "unit": "worst"},
         arms={
             "scratch": {"fit": SCRATCH, "choices": {"model.lr": [1e-3, 1e-7], "trainer.max_epochs": [1, 3]}},
@@ -601,8 +609,14 @@ def test_choices_are_made_in_inner_folds_alone(
     # Each training was the whole of its own cycle; one that is stopped before ends near its peak.
     assert [epochs for epochs, _ in rates] == [1, 1, 3, 3, 1, 1, 3, 3, found.chosen["epochs"]]
     assert all(taken[-1] < 0.6 * max(taken) for epochs, taken in rates if epochs == 3)
-    assert 0.05 <= found.temperature <= 20
-    assert found.temperature != 1
+    ends_of = [tmp_path / f"work/trial-{chosen}-inner-{number}/training.json" for number in (0, 1)]
+    of_inner = [json.loads(path.read_text())["predictions"][-1] for path in ends_of]
+    held_out = [row for rows in of_inner for row in predictions_from(rows)]
+    patients = [row.patient_id for row in held_out]
+    assert len(set(patients)) < len(held_out)
+    grades = [row.grade for row in held_out if row.grade is not None]
+    of_patients = fit_temperature(grades, [row.probabilities for row in held_out], patients)
+    assert found.temperature == pytest.approx(of_patients, rel=1e-6)
     assert sorted(row.slide_id for row in found.predictions) == list(job.fold.test)
     # Scores by tiles drawn anew scatter around those of the whole slides, calibrated as they are.
     whole = {
@@ -785,6 +799,7 @@ def test_a_classical_arm_is_fitted_and_calibrated_on_its_training_part(study: Co
     path = configuration(
         study,
         tmp_path,
+        manifest=str(joined(study, tmp_path)),
         cache=str(cache),
         protocol={"outer_folds": 2, "inner_folds": 2, "unit": "slide"},
         arms={"ridge": {"classical": {"features": ["tiny"]}}, "prior": {"baseline": "prior"}},
@@ -804,7 +819,9 @@ def test_a_classical_arm_is_fitted_and_calibrated_on_its_training_part(study: Co
 
     held_out = np.concatenate([graded(inner.train, inner.validation) for inner in job.fold.inner])
     true = [grade[slide] for inner in job.fold.inner for slide in inner.validation]
-    assert found.temperature == pytest.approx(fit_temperature(true, held_out), rel=1e-6)
+    patients = [rows[slide].patient_id for inner in job.fold.inner for slide in inner.validation]
+    assert len(set(patients)) < len(true)
+    assert found.temperature == pytest.approx(fit_temperature(true, held_out, patients), rel=1e-6)
     of_slide = {row.slide_id: row.probabilities for row in found.predictions}
     predicted = np.array([of_slide[slide] for slide in job.fold.test])
     np.testing.assert_allclose(predicted, graded(job.fold.train, job.fold.test), atol=1e-6)

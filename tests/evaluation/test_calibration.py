@@ -63,7 +63,7 @@ def test_the_temperature_that_was_put_in_is_found(temperature: float) -> None:
     rng = np.random.default_rng(0)
     rows = rng.dirichlet(np.ones(5), 20_000)
     told = with_temperature(rows, 1 / temperature)
-    assert fit_temperature(drawn(rows, rng), told) == pytest.approx(temperature, rel=0.05)
+    assert fit_temperature(drawn(rows, rng), told, range(20_000)) == pytest.approx(temperature, rel=0.05)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -79,7 +79,7 @@ def test_the_temperature_has_the_least_log_loss_of_slides_and_of_two_drawn_from_
         calibrated = with_temperature(np.concatenate([rows, np.repeat(rows, 5, axis=0)]), temperature)
         return float(log_loss(every, calibrated, weights))
 
-    found = fit_temperature(true, rows)
+    found = fit_temperature(true, rows, range(60))
     assert loss(found) <= min(loss(temperature) for temperature in np.geomspace(0.05, 20, 500))
 
 
@@ -94,20 +94,28 @@ def test_of_two_grades_the_temperature_is_the_slope_of_a_logistic_regression(fli
         np.concatenate([true, np.zeros(30), np.ones(30)]),
         np.concatenate([np.ones(30), 2 / 30 * rows.T.ravel()]),
     )
-    assert fit_temperature(true, rows) == pytest.approx(1 / fit.coef_[0, 0], rel=1e-4)
+    assert fit_temperature(true, rows, range(30)) == pytest.approx(1 / fit.coef_[0, 0], rel=1e-4)
 
 
 def test_slides_that_are_all_graded_right_make_no_model_certain() -> None:
     """Platt's (N + 1) / (N + 2) where the model shares its probability alike; never a bound."""
     for n in (2, 12, 100):
         rows = np.tile([0.6, 0.4], (n, 1))
-        calibrated = with_temperature(rows, fit_temperature(np.zeros(n, int), rows))
+        calibrated = with_temperature(rows, fit_temperature(np.zeros(n, int), rows, range(n)))
         assert calibrated[0, 0] == pytest.approx((n + 2 * 0.6) / (n + 2))
     rows = np.tile([0.1, 0.6, 0.1, 0.1, 0.1], (12, 1))
-    new = with_temperature([0.05, 0.2, 0.5, 0.2, 0.05], fit_temperature(np.ones(12, int), rows))
+    new = with_temperature([0.05, 0.2, 0.5, 0.2, 0.05], fit_temperature(np.ones(12, int), rows, range(12)))
     assert 0.7 < new[2] < 0.9
     certain = np.eye(2)[[0, 1] * 6]
-    assert 0.8 < fit_temperature([0, 1] * 6, certain) < 1  # zeros are floored
+    assert 0.8 < fit_temperature([0, 1] * 6, certain, range(12)) < 1  # zeros are floored
+
+
+def test_many_slides_of_a_patient_tell_a_temperature_no_more_than_one() -> None:
+    rows, true = np.tile([0.1, 0.8, 0.1], (12, 1)), np.ones(12, int)
+    one = fit_temperature(true, rows, range(12))
+    many = fit_temperature(true.repeat(20), rows.repeat(20, axis=0), np.arange(12).repeat(20))
+    assert many == pytest.approx(one)
+    assert with_temperature(rows, many)[0, 1] == pytest.approx((12 + 2 * 0.8) / 14)
 
 
 def test_a_temperature_hardly_depends_on_the_model_itself_on_many_slides() -> None:
@@ -115,7 +123,9 @@ def test_a_temperature_hardly_depends_on_the_model_itself_on_many_slides() -> No
     rows = rng.dirichlet(np.ones(4), 5000)
     true = drawn(with_temperature(rows, 3), rng)
     losses = {t: float(log_loss(true, with_temperature(rows, t))) for t in np.geomspace(2, 4, 150)}
-    assert fit_temperature(true, rows) == pytest.approx(min(losses, key=losses.__getitem__), rel=0.005)
+    assert fit_temperature(true, rows, range(5000)) == pytest.approx(
+        min(losses, key=losses.__getitem__), rel=0.005
+    )
 
 
 def test_few_slides_calibrate_better_than_the_plain_log_loss_does() -> None:
@@ -127,24 +137,25 @@ def test_few_slides_calibrate_better_than_the_plain_log_loss_does() -> None:
     for _ in range(50):
         rows = new[rng.integers(1000, size=10)]
         true = drawn(rows, rng)
-        of_model.append(float(log_loss(outcome, with_temperature(new, fit_temperature(true, rows)))))
+        of_model.append(
+            float(log_loss(outcome, with_temperature(new, fit_temperature(true, rows, range(10)))))
+        )
         grid = [(log_loss(true, with_temperature(rows, t)), t) for t in np.geomspace(0.05, 20, 30)]
         plain.append(float(log_loss(outcome, with_temperature(new, min(grid)[1]))))
     least = float(log_loss(outcome, new))
     assert np.mean(of_model) - least < 0.3 * (np.mean(plain) - least)
 
 
-def test_a_temperature_at_a_bound_is_told() -> None:
+def test_a_temperature_ends_at_a_bound() -> None:
     rows = np.array([[0.6, 0.4], [0.4, 0.6]] * 6)
-    with pytest.warns(UserWarning, match="of 12 slides is at its bound of 20: .* say nothing"):
-        assert fit_temperature([1, 0] * 6, rows) == 20
-    with pytest.warns(UserWarning, match="say nothing"):
-        assert fit_temperature([1, 0], np.full((2, 2), 0.5)) == 20
-    with pytest.warns(UserWarning, match=r"at its bound of 0.05: .* hardly differ"):
-        assert fit_temperature([0, 1] * 6, 0.5 + 0.01 * (rows - 0.5)) == 0.05
+    assert fit_temperature([1, 0] * 6, rows, range(12)) == 20
+    assert fit_temperature([1, 0], np.full((2, 2), 0.5), range(2)) == 20
+    assert fit_temperature([0, 1] * 6, 0.5 + 0.01 * (rows - 0.5), range(12)) == 0.05
     assert is_at_bound(20) and is_at_bound(0.0511) and not is_at_bound(0.06) and not is_at_bound(18)
     with pytest.raises(ValueError, match="sum to one"):
-        fit_temperature([0, 1], [[0.6, 0.6], [0.4, 0.6]])
+        fit_temperature([0, 1], [[0.6, 0.6], [0.4, 0.6]], range(2))
+    with pytest.raises(UsageError, match="patients"):
+        fit_temperature([0, 1], [[0.6, 0.4], [0.4, 0.6]], range(3))
 
 
 def test_slope_and_intercept_are_those_of_scikit_learn() -> None:

@@ -255,9 +255,11 @@ def test_numbers_that_are_not_finite_are_refused(bad: float) -> None:
     ):
         with pytest.raises(UsageError, match="expected finite numbers"):
             use(rows)
-    for metric in (rps, log_loss, calibration_error, probability_metrics, calibration_null, fit_temperature):
+    for metric in (rps, log_loss, calibration_error, probability_metrics, calibration_null):
         with pytest.raises(UsageError, match="row 1 is"):
             metric([0, 1], rows)
+    with pytest.raises(UsageError, match="row 1 is"):
+        fit_temperature([0, 1], rows, [0, 1])
     with pytest.raises(UsageError, match="whole numbers"):
         grade_metrics([0, 1], [0, bad], 2)
     with pytest.raises(UsageError, match="temperature"):

@@ -44,9 +44,11 @@ def test_evidence_of_a_comparison_is_of_the_uncalibrated_network(tmp_path: Path)
             | {f"uncalibrated_{grade}": p for grade, p in enumerate(sharp)}
         )
     record = StudyRecord(tuple(RecordedSlide(f"s{n}", f"p{n}", f"f{n}", "test") for n in range(60)))
-    with pytest.warns(UserWarning, match="temperature of 60 slides is at its bound of 20"):  # they are noise
+    with pytest.warns(
+        UserWarning, match="temperature of 60 slides, 20, is at a bound: .* say nothing"
+    ):  # they are noise
         expected = evidence_from(written(tmp_path / "plain.csv", plain), {SHA: record}, 3)
-    with pytest.warns(UserWarning, match="temperature of 60 slides is at its bound of 20"):
+    with pytest.warns(UserWarning, match="temperature of 60 slides, 20, is at a bound: .* say nothing"):
         found = evidence_from(written(tmp_path / "compared.csv", compared), {SHA: record}, 3)
     assert replace(found, predictions_sha256="") == replace(expected, predictions_sha256="")
     older = [{key: row[key] for key in row if not key.startswith("uncalibrated")} for row in compared]
@@ -126,6 +128,12 @@ def test_a_flawless_small_set_certifies_no_certainty(tmp_path: Path) -> None:
     assert found.figures["accuracy"] == pytest.approx((1.0, 0.735, 1.0), abs=1e-3)
     calibrated = with_temperature([0.1, 0.8, 0.1], found.temperature)
     assert calibrated[1] == pytest.approx((12 + 2 * 0.8) / 14)
+    header, *lines = (tmp_path / "t.csv").read_text().splitlines()
+    many = [line.replace(",", f"-{n},", 1) for line in lines for n in range(5)]  # slides of each patient
+    (tmp_path / "many.csv").write_text("\n".join([header, *many]) + "\n")
+    repeated = evidence_from(tmp_path / "many.csv", record, 3)
+    assert (repeated.slides, repeated.patients) == (60, 12)
+    assert repeated.temperature == pytest.approx(found.temperature)
     rows = table(tmp_path / "one.csv").read_text().splitlines()
     rows[1] = rows[1].replace(",0,0.8,", ",1,0.8,")
     (tmp_path / "one.csv").write_text("\n".join(rows) + "\n")
