@@ -7,7 +7,7 @@ import json
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -148,21 +148,20 @@ class StudyRecord:
 
     @cached_property
     def _contents(self) -> dict[str, str]:
-        return self._first_part("fingerprint")
+        return self._first_part(lambda slide: slide.fingerprint)
 
     @cached_property
     def _patients(self) -> dict[str, str]:
-        named = self._first_part("patient_id")
-        return {spelling(name): part for name, part in named.items() if name}
+        return self._first_part(lambda slide: spelling(slide.patient_id))
 
     @cached_property
     def _names(self) -> dict[str, str]:
-        return self._first_part("slide_id")
+        return self._first_part(lambda slide: slide.slide_id)
 
-    def _first_part(self, of: str) -> dict[str, str]:
+    def _first_part(self, name_of: Callable[[RecordedSlide], str]) -> dict[str, str]:
         order = ("", *reversed(SPLITS))
         slides = sorted((*self.slides, *self.before), key=lambda slide: order.index(slide.part))
-        return {getattr(slide, of): slide.part for slide in slides}
+        return {name: slide.part for slide in slides if (name := name_of(slide))}
 
     def knows(self, slide_id: str, patient_id: str) -> bool:
         """Checks if the record has a slide of a table."""

@@ -206,6 +206,20 @@ def test_earlier_trainings_are_seen_as_the_last_one(part: str, refused: str) -> 
     assert SECOND.by_content.part_of("", "", "another") == ""  # a name left out is no patient
 
 
+@pytest.mark.parametrize("rest", ["val", "test"])
+def test_a_patient_spelled_in_two_ways_counts_once(rest: str) -> None:
+    parts = ("", "train", rest)
+    slides = [
+        RecordedSlide(f"s{part}", name, f"f{part}", part)
+        for name, part in zip(("P7", "P7", "p7"), parts, strict=True)
+    ]
+    for order in (slides, slides[::-1]):
+        assert StudyRecord(tuple(order)).part_of("new", "P7", "another") == "train"
+        assert (
+            StudyRecord(tuple(order[:1]), before=tuple(order[1:])).part_of("new", "p7", "another") == "train"
+        )
+
+
 def test_patients_keep_the_parts_of_the_training_that_weights_come_from() -> None:
     now = [*THEN, slide("a2", "Pa"), slide("x"), slide("copy", "Pcopy", "b"), slide("copy2", "Pcopy")]
     parts = study(now).divided(
