@@ -188,7 +188,7 @@ class _Fit:
         train: slides.
         monitored: slides to grade now and then; they do not influence the training.
         allow: as for :func:`check_configs`.
-        external: slides to predict beside the monitored ones.
+        external: slides to predict beside the monitored ones; None for a training that predicts none.
     """
 
     def __init__(
@@ -199,12 +199,12 @@ class _Fit:
         train: Sequence[str],
         monitored: Sequence[str],
         allow: Sequence[str],
-        external: Sequence[str] = (),
+        external: Sequence[str] | None = None,
     ) -> None:
         self._job, self._folder, self._allow = job, folder, allow
         self._config = with_values(job.recipe["fit"], chosen)
         self._train, self._monitored = job.open(train), job.open(monitored)
-        self._external = job.open(external)
+        self._tested = () if external is None else (*self._monitored, *job.open(external))
         self._weights = folder / "weights"
         self.max_epochs = int(self._config["trainer"].get("max_epochs", EPOCHS))
 
@@ -214,7 +214,7 @@ class _Fit:
         pl.seed_everything(seed, workers=True, verbose=False)
         config = parse_training(self._config, self._job.grades, seed, self._allow)
         model, data = build_grader(config)
-        parts = {"train": self._train, "val": self._monitored, "test": (*self._monitored, *self._external)}
+        parts = {"train": self._train, "val": self._monitored, "test": self._tested}
         return model, SlideDataModule.from_slides(**parts, **data)
 
     def run(self, part: str, trial: int, *, keep_weights: bool = False) -> _Training:

@@ -38,6 +38,7 @@ from slidetl.evaluation.calibration import fit_temperature, with_temperature
 from slidetl.evaluation.classical import fit_grader
 from slidetl.evaluation.protocol import Fold, canonical_sha256, plan_folds
 from slidetl.tiles.features import read_features
+from slidetl.training.checkpoint import load_grader
 from slidetl.training.predictions import SlidePrediction
 from tests.conftest import Study as Cohort
 from tests.small import SMALL, small_embed, small_weights
@@ -295,6 +296,31 @@ def test_weights_and_features_of_graded_patients_are_refused(
     scratch = {"fit": {"model": {**SCRATCH["model"], "backbone": {"pretrained": best}}}}
     comparison = read_comparison(configuration(study, tmp_path, arms={"scratch": scratch, **PRIOR}))
     refuse_seen(plan_comparison(comparison).jobs, read_slides(comparison))
+
+
+@pytest.mark.slow
+def test_weights_of_the_same_split_may_be_chosen_on_its_val_part(
+    study: Cohort, trained: Path, tmp_path: Path
+) -> None:
+    best = trained / "logs" / "version_0" / "checkpoints" / "best.ckpt"
+    record = load_grader(best).record
+    assert record is not None
+    part_of = {slide.slide_id: slide.part for slide in record.slides}
+    moved = replace(study, manifest=relabelled(study, tmp_path, split=lambda row: part_of[row["slide_id"]]))
+    path = configuration(
+        moved,
+        tmp_path,
+        protocol={"given_split": True, "inner_folds": 2, "unit": "slide"},
+        arms={"warm": {"fit": {"model": {"backbone": {"pretrained": str(best)}}}}, **PRIOR},
+        primary={"arm": "warm", "against": "prior"},
+    )
+    comparison = read_comparison(path)
+    jobs, slides = plan_comparison(comparison).jobs, read_slides(comparison)
+    refuse_seen(jobs, slides)
+    job = next(job for job in jobs if job.arm == "warm")
+    assert {part_of[slide] for inner in job.fold.inner for slide in inner.validation} == {"val"}
+    found = train_job(job, tmp_path / "work")
+    assert found.nested and sorted(row.slide_id for row in found.predictions) == sorted(job.fold.test)
 
 
 def test_a_dry_run_writes_nothing(study: Cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
