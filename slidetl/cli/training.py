@@ -27,7 +27,7 @@ from slidetl.cli.shipped import with_shipped_configs
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.record import NO_RECORD, StudyRecord, config_sha256, kept_options, read_record
 from slidetl.errors import CheckpointError, SlidetlError, UsageError
-from slidetl.models.backbones import read_pretrained, without_downloads
+from slidetl.models.backbones import without_downloads
 from slidetl.models.spec import with_preset
 from slidetl.processor import postpone_collection
 from slidetl.training.best import BestCheckpoint, WholeCheckpoints
@@ -248,7 +248,7 @@ class GradingCLI(LightningCLI):
             if self._resumed is not None:
                 self._check_options()
             else:
-                self.datamodule.origin = self._find_origin()
+                self.datamodule.origin = self.model.origin
         self._starting.close()
 
     def _check_options(self) -> None:
@@ -264,14 +264,6 @@ class GradingCLI(LightningCLI):
                 f"{self.config.fit.ckpt_path} was trained with {'; '.join(changed)}; use the configuration "
                 "of that training (config.yaml, where its logs are)"
             )
-
-    def _find_origin(self) -> StudyRecord | None:
-        """Reads the record of the checkpoint that the initial weights come from."""
-        spec = self.model.network.backbone.spec
-        if not self.model.transfer.from_pretrained or not spec.pretrained.endswith(".ckpt"):
-            return None
-        record = read_pretrained(spec).record
-        return StudyRecord.from_dict(record) if record else None
 
     def after_fit(self) -> None:
         """Refuses a network that told no slides apart after any epoch; its checkpoints stay."""

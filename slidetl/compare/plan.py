@@ -330,20 +330,18 @@ def refuse_seen(jobs: Iterable[Job], study: Study, allow: Sequence[str] = ()) ->
 def _origins(recipe: Mapping[str, Any], study: Study, allow: Sequence[str]) -> list[StudyRecord]:
     """Reads the records of the checkpoints that an arm starts from."""
     features = [*recipe.get("features", ())] if "classical" in recipe else []
-    records = []
+    records: list[StudyRecord | None] = []
     for trial in recipe.get("trials", ()):
         config = with_values(recipe["fit"], trial)
         features += filter(None, [config["data"].get("features")])
         if str(config["model"].get("backbone", {}).get("pretrained", "")).endswith(".ckpt"):
-            from slidetl.models.backbones import read_pretrained  # imported here: torch takes seconds
+            # imported here: torch takes seconds
             from slidetl.training.configured import build_grader, parse_training
 
-            grader, _ = build_grader(parse_training(config, ("0", "1"), 0, allow))
-            if grader.transfer.from_pretrained:
-                records.append(read_pretrained(grader.network.backbone.spec).record)
+            records.append(build_grader(parse_training(config, ("0", "1"), 0, allow))[0].origin)
     sources = [common_source(name, study.caches) for name in dict.fromkeys(features)]
-    kept = [record for source in sources if (record := stored_record(study.folder, source)) is not None]
-    return [*(StudyRecord.from_dict(record) for record in records if record), *kept]
+    records += [stored_record(study.folder, source) for source in sources]
+    return [record for record in records if record is not None]
 
 
 def _data_of(study: Study) -> dict[str, list[Any]]:

@@ -37,7 +37,7 @@ from slidetl.data.study import CachedSlide, Study, common_spec, read_study
 from slidetl.data.tasks import Task, check_tasks
 from slidetl.errors import UsageError
 from slidetl.processor import usable_cores
-from slidetl.tiles.features import FeatureSource, common_source, feature_width
+from slidetl.tiles.features import FeatureSource, common_source, feature_width, list_features
 from slidetl.tiles.grid import TileSpec
 
 _Loader = TypeVar("_Loader", bound=DataLoader[Any])
@@ -268,8 +268,9 @@ class SlideDataModule(pl.LightningDataModule):
             parts = study.parts(
                 val_fraction=self.val_fraction, test_fraction=self.test_fraction, seed=self.seed
             )
-            if self.origin is not None and self.split_from != "external":
-                parts, note = self.origin.keep_parts(parts)
+            for origin in self._origins(study) if self.split_from != "external" else ():
+                parts, moved = origin.keep_parts(parts)
+                note = note or moved
         else:
             resumes = stage == "fit"
             parts, note = recorded_parts(
@@ -281,6 +282,14 @@ class SlideDataModule(pl.LightningDataModule):
         self.slides = {**parts, "predict": study.slides}
         if note:
             rank_zero_info(note)
+
+    def _origins(self, study: Study) -> list[StudyRecord]:
+        """Reads the known records of the networks behind the initial weights and the stored features."""
+        found = [self.origin]
+        if self.features:  # beside drawn tiles, some slides may have none
+            caches = [slide.cache for slide in study.slides if self.features in list_features(slide.cache)]
+            found += [stored_record(study.folder, common_source(self.features, caches))] if caches else []
+        return [record for record in found if record is not None]
 
     def _check_part(self, part: str) -> None:
         slides = self.slides[part]

@@ -103,9 +103,6 @@ class Participant:
         if self.federation.scheme == "peer_to_peer":
             self._rounds.keep_only(range(1, number + 1))
         spec = self.trainer.data.tile_spec
-        if spec is None:
-            self.trainer.data.setup("fit")
-            spec = self.trainer.data.tile_spec
         assert spec is not None  # set up
         return {
             "tile_spec": spec.to_dict(),

@@ -43,7 +43,7 @@ from slidetl.models.targets import Targets
 from slidetl.tiles.features import read_features
 from slidetl.tiles.grid import TileSpec
 from slidetl.training.checkpoint import write_grader
-from slidetl.training.configured import build_grader, build_trainer, data_options, parse_training, quiet
+from slidetl.training.configured import build_grader, build_trainer, parse_training, quiet
 from slidetl.training.evaluation import Evaluation
 from slidetl.training.grader import SlideGrader
 
@@ -63,7 +63,9 @@ def site_slides(federation: Federation, site: Site) -> Parts:
     if not site.manifest:
         raise UsageError("the site has no manifest and cache; name them in its file SLIDETL_SITE")
     parsed = _parse(federation, federation.seed)
-    data = SlideDataModule(site.manifest, site.cache, **data_options(parsed))
+    grader, options = build_grader(parsed)
+    data = SlideDataModule(site.manifest, site.cache, **options)
+    data.origin = grader.origin
     with quiet():
         data.setup("fit")
     return data.slides
@@ -165,6 +167,10 @@ class SiteTrainer:
         self._data_options = parsed.data.as_dict()
         self.data = SlideDataModule.from_slides(**{part: parts[part] for part in SPLITS}, **options)
         self.data.slides["predict"] = tuple(parts["predict"])
+        with quiet():
+            self.data.setup("fit")
+        origin = self.grader.origin
+        self.data.start_from([origin] if origin is not None else [])
         self.grader.whole_epochs = federation.rounds * federation.epochs_of(name)
         self._shared = tuple(_shared(self.grader))
         self.grader.transfer.start(self.grader.network.backbone)  # what never travels
@@ -195,7 +201,6 @@ class SiteTrainer:
         if grader.tasks.tasks or grader.balance or grader.targets != Targets():
             raise UsageError("privacy.level patient knows no model.tasks, model.balance and model.targets")
         check_unmixed(grader.network, backbone.num_features)
-        self.data.setup("fit")
         sha256 = "" if backbone.is_stored else weights_sha256(backbone)
         trains = any(weight.requires_grad for weight in backbone.parameters())
         # Lightning's fit would set it for the checkpoint.

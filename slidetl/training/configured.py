@@ -54,14 +54,6 @@ def build_grader(parsed: Any) -> tuple[SlideGrader, dict[str, Any]]:
     return ready.model, dict(ready.data)
 
 
-def data_options(parsed: Any) -> dict[str, Any]:
-    """Returns the options of the data of a parsed configuration, without building its network."""
-    without = parsed.clone()
-    del without["model"]
-    with own_error():
-        return dict(_parser().instantiate_classes(without).data)
-
-
 def default_precision(accelerator: object) -> str:
     """Returns Lightning's name of a device's number format: bfloat16 on a GPU that has it, or float32."""
     return "bf16-mixed" if accelerator != "cpu" and has_bfloat16(torch.device("cuda")) else "32-true"

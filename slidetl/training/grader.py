@@ -21,7 +21,7 @@ from slidetl.data.record import StudyRecord, read_record
 from slidetl.data.tasks import Task
 from slidetl.errors import CacheMismatchError, UsageError
 from slidetl.models.aggregators import GatedAttention, Pooling
-from slidetl.models.backbones import Backbone, weights_sha256
+from slidetl.models.backbones import Backbone, read_pretrained, weights_sha256
 from slidetl.models.heads import CumulativeLink, Head
 from slidetl.models.lora import without_low_rank
 from slidetl.models.network import GradingNetwork
@@ -149,6 +149,15 @@ class SlideGrader(pl.LightningModule):
             self._data.start_from(self._origins)
             if stage == "fit":
                 self.record = self._data.record
+
+    @property
+    def origin(self) -> StudyRecord | None:
+        """The record of the checkpoint that a new training starts from; None for other initial weights."""
+        spec = self.network.backbone.spec
+        if not self.transfer.from_pretrained or not spec.pretrained.endswith(".ckpt"):
+            return None
+        record = read_pretrained(spec).record
+        return StudyRecord.from_dict(record) if record else None
 
     @property
     def _origins(self) -> list[StudyRecord]:

@@ -17,6 +17,8 @@ from slidetl.cli import main
 from slidetl.data.study import read_study
 from slidetl.errors import UsageError, WeightsError
 from slidetl.federation.config import Federation, Site
+from slidetl.federation.participant import Participant
+from slidetl.federation.privacy import Privacy
 from slidetl.federation.site import (
     METRICS,
     Parts,
@@ -325,6 +327,36 @@ def test_the_checkpoint_records_slides_without_a_grade(
     record = load_grader(trainer.write_checkpoint(initial_weights(federation), 1, [])).record
     assert record is not None and record.differences(read_study(manifest, study.cache, 5)) == []
     assert [was.part for was in record.slides].count("") == 1
+
+
+def test_a_site_knows_whom_its_initial_weights_have_seen(
+    federation: Federation, site: Site, trained: Path, study: Study, tmp_path: Path
+) -> None:
+    best = trained / "logs" / "version_0" / "checkpoints" / "best.ckpt"
+    record = load_grader(best).record
+    assert record is not None
+    backbone = {**federation.model["backbone"], "pretrained": str(best)}
+    warm = replace(federation, model={**federation.model, "backbone": backbone}, seed=1)
+    own = site_slides(warm, site)  # without a split, patients keep their parts
+    for part in ("train", "val", "test"):
+        was = {slide.slide_id for slide in record.slides if slide.part == part}
+        assert {slide.row.slide_id for slide in own[part]} == was
+    # Nothing but the checkpoint is written, as when a finished command is run again.
+    asked = Participant(warm, "here", own, tmp_path / "keep")
+    assert asked.keep(initial_weights(warm), 1, ["f" * 64]) == {}
+    kept = load_grader(tmp_path / "keep" / "checkpoints" / "best.ckpt").record
+    assert kept is not None and set(kept.before) == set(record.used)
+    # A test part that was trained on is refused at the first message, before any privacy is spent.
+    errors: list[Exception] = []
+    swapped = {**own, "train": own["train"][1:], "test": (*own["test"], own["train"][0])}
+    site_level = replace(warm, privacy=Privacy("site", noise=1.0), travel="all-but-normalisation")
+    for number, one in enumerate((warm, site_level)):
+        folder = tmp_path / f"refused-{number}"
+        refused = Participant(one, "here", swapped, folder, note=errors.append)
+        assert refused.hello(0) == {"failed": "UsageError"}
+        assert "the initial weights were trained or chosen on 1 of the slides" in str(errors.pop())
+        assert refused.train(initial_weights(one), 1) == {"failed": "UsageError"}
+        assert not (folder / "privacy.json").exists()
 
 
 @pytest.mark.slow

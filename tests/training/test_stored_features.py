@@ -127,6 +127,11 @@ def test_features_of_a_checkpoint_bring_its_patients(
     assert tested == {name for name in parts if parts[name] == "test"}
     ridge = read_record(read_checkpoint(tmp_path / "ridge" / "checkpoints" / "ridge.ckpt"))
     assert ridge is not None and set(ridge.before) == set(record.used)
+    stored = [FROZEN, "--model.backbone.name=stored_1024", "--data.features=own", "--data.bag_size=0"]
+    again = [*Study(study.manifest, cache).options(tmp_path / "again"), *stored, "--data.every_grade=false"]
+    assert main(["fit", *again, "--data.seed=1", "--trainer.max_epochs=1"]) == 0
+    kept = load_grader(tmp_path / "again" / "logs" / "version_0" / "checkpoints" / "last.ckpt").record
+    assert kept is not None and {slide.slide_id: slide.part for slide in kept.slides} == parts
 
     first = next(name for name in parts if parts[name] == "train")
     moved = tmp_path / "moved.csv"
@@ -142,9 +147,8 @@ def test_features_of_a_checkpoint_bring_its_patients(
     assert main([fit[0], str(moved), *fit[2:], "--output", str(tmp_path / "out")]) == 2
     seen = f"trained or chosen on 1 of the slides of the test part, or on their patients: {first};"
     assert f"the network of the features was {seen}" in capsys.readouterr().err
-    options = [*Study(moved, cache).options(tmp_path / "fit"), FROZEN, "--data.every_grade=false"]
-    stored = [*options, "--model.backbone.name=stored_1024", "--data.features=own", "--data.bag_size=0"]
-    assert main(["fit", *stored]) == 2
+    options = [*Study(moved, cache).options(tmp_path / "fit"), "--data.every_grade=false"]
+    assert main(["fit", *options, *stored]) == 2
     assert f"the initial weights were {seen}" in capsys.readouterr().err
 
     shutil.rmtree(cache / "records")
