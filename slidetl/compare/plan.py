@@ -294,10 +294,11 @@ def plan_jobs(
     return tuple(jobs)
 
 
-def refuse_seen(jobs: Iterable[Job], study: Study, allow: Sequence[str] = ()) -> None:
+def refuse_seen(comparison: Comparison, jobs: Iterable[Job], study: Study, allow: Sequence[str] = ()) -> None:
     """Refuses arms with weights or features of a checkpoint that has seen the slides to be graded.
 
     Args:
+        comparison: its ``base`` tells how classical arms compare patients.
         jobs: of the arms.
         study: with the slides.
         allow: names outside slidetl that the arms may import.
@@ -313,7 +314,7 @@ def refuse_seen(jobs: Iterable[Job], study: Study, allow: Sequence[str] = ()) ->
         parts["test"] |= {*job.fold.test, *job.fold.external}
         parts["val"] |= {slide for inner in job.fold.inner for slide in inner.validation}
     for arm, recipe in recipes.items():
-        by_content = recipe.get("fit", {}).get("data", {}).get("split_from") == "external"
+        by_content = recipe.get("fit", comparison.base).get("data", {}).get("split_from") == "external"
         parts_of = {
             part: [slide for slide in study.slides if slide.row.slide_id in names]
             for part, names in graded[arm].items()

@@ -92,7 +92,7 @@ def run_comparison(
             from slidetl.compare.train_arm import check_configs
 
         check_configs(trained, options.allow)
-    refuse_seen(plan.jobs, plan.study, options.allow)
+    refuse_seen(plan.comparison, plan.jobs, plan.study, options.allow)
     failed: dict[str, str] = {}
     with slide_lock(folder, "comparison"):
         _write_splits(plan.folds, output / "splits.json")

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -32,12 +33,13 @@ from slidetl.compare.records import CurvePoint, JobResult, predictions_from, rea
 from slidetl.compare.run import _was_registered, plan_comparison, record_registration
 from slidetl.compare.train_arm import choose, draw_evenly, train_job
 from slidetl.data.datamodule import SlideDataModule
-from slidetl.data.study import Study
+from slidetl.data.record import RecordedSlide, StudyRecord, store_record
+from slidetl.data.study import Study, read_study
 from slidetl.errors import CacheMismatchError, UsageError
 from slidetl.evaluation.calibration import fit_temperature, with_temperature
 from slidetl.evaluation.classical import fit_grader
 from slidetl.evaluation.protocol import Fold, canonical_sha256, plan_folds
-from slidetl.tiles.features import read_features
+from slidetl.tiles.features import FeatureSource, read_features, write_features
 from slidetl.training.checkpoint import load_grader
 from slidetl.training.predictions import SlidePrediction
 from tests.conftest import Study as Cohort
@@ -295,7 +297,7 @@ def test_weights_and_features_of_graded_patients_are_refused(
         )
     scratch = {"fit": {"model": {**SCRATCH["model"], "backbone": {"pretrained": best}}}}
     comparison = read_comparison(configuration(study, tmp_path, arms={"scratch": scratch, **PRIOR}))
-    refuse_seen(plan_comparison(comparison).jobs, read_slides(comparison))
+    refuse_seen(comparison, plan_comparison(comparison).jobs, read_slides(comparison))
 
 
 @pytest.mark.slow
@@ -316,7 +318,7 @@ def test_weights_of_the_same_split_may_be_chosen_on_its_val_part(
     )
     comparison = read_comparison(path)
     jobs, slides = plan_comparison(comparison).jobs, read_slides(comparison)
-    refuse_seen(jobs, slides)
+    refuse_seen(comparison, jobs, slides)
     job = next(job for job in jobs if job.arm == "warm")
     assert {part_of[slide] for inner in job.fold.inner for slide in inner.validation} == {"val"}
     found = train_job(job, tmp_path / "work")
@@ -815,6 +817,34 @@ def test_a_site_that_alone_has_a_grade_can_be_left_out(
 def test_a_classical_arm_needs_stored_features_and_says_how(study: Cohort, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="make it with 'slidetl embed'"):
         planned(study, tmp_path, {"classical": {"features": ["none"]}})
+
+
+def test_features_of_other_patients_of_the_same_names_are_told_by_content(
+    study: Cohort, tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(study.cache, cache)
+    slides = read_study(study.manifest, cache, 5).slides
+    seen = [
+        RecordedSlide(row.slide_id, row.patient_id, "f" * 64, "train")
+        for row in (slide.row for slide in slides)
+    ]
+    source = FeatureSource("net", "", "a" * 64, (), (), record=store_record(cache, StudyRecord(tuple(seen))))
+    for slide in slides:
+        write_features(slide.cache, {"own": (source, np.ones((len(slide.cache), 2), np.float16))})
+    arms = {"ridge": {"classical": {"features": ["own"]}}, **PRIOR}
+    for data in ({}, {"data": {"split_from": "external"}}):
+        moved = replace(study, cache=cache)
+        path = configuration(
+            moved, tmp_path, arms=arms, base=data, primary={"arm": "ridge", "against": "prior"}
+        )
+        plan = plan_comparison(read_comparison(path))
+        with (
+            nullcontext()
+            if data
+            else pytest.raises(UsageError, match=r"set data\.split_from external in base")
+        ):
+            refuse_seen(plan.comparison, plan.jobs, plan.study)
 
 
 @pytest.mark.slow
