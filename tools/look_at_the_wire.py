@@ -78,7 +78,7 @@ def look(config: Path, output: Path, *, secure: bool) -> tuple[int, int, int, se
         watch.join()
     if code:
         raise SystemExit(f"the federation has failed: {said.getvalue()}")
-    network = read_arrays(next((output / "run" / "sites").glob("*/rounds/0001.safetensors")))
+    network = read_arrays(next((output / "run" / "sites").glob("*/rounds/*/0001.safetensors")))
     largest = max(network.values(), key=lambda value: value.nbytes).tobytes()
     step = (len(largest) - _PROBE_BYTES) // _PROBES
     probes = [largest[start * step : start * step + _PROBE_BYTES] for start in range(_PROBES)]

@@ -100,8 +100,8 @@ def _run_rounds(
     rounds = Rounds(output / "rounds", federation.sha256)
     accounts = rounds.accounts()
     is_shared = federation.scheme != "peer_to_peer"
-    sites = _AlikeSites(connected, federation.declared, accounts[-1].get("alike", {}) if accounts else {})
-    tile_spec = _greet_all(sites, federation, len(accounts))
+    sites = _AlikeSites(connected, federation.declared, accounts)
+    tile_spec = _greet_all(sites, federation)
     weights: Weights = rounds.read(len(accounts)) if accounts and is_shared else initial_weights(federation)
     loops: dict[str, Callable[..., Iterator[tuple[Account, Weights]]]] = {
         "averaged": partial(_averaged, cipher=cipher),
@@ -120,7 +120,7 @@ def _run_rounds(
         }
         accounts.append(rounds.write(number, network if is_shared else None, account))
         report(accounts[-1])
-        sites.greet(number)
+        sites.greet()
     best = best_round(accounts)
     if is_shared:
         network, lineage = rounds.read(best), rounds.lineage(best)
@@ -156,12 +156,13 @@ class _AlikeSites:
     Args:
         sites: carry the messages.
         names: of all sites.
-        alike: what is the same, from the account of an earlier round; empty for a new federation, which takes
-            that of the first site to answer.
+        accounts: of all finished rounds, also of later ones. The latest tells what is the same; a new
+            federation takes that of the first site to answer.
     """
 
-    def __init__(self, sites: Sites, names: Iterable[str], alike: Mapping[str, Any]) -> None:
-        self._sites, self.alike = sites, dict(alike)
+    def __init__(self, sites: Sites, names: Iterable[str], accounts: Sequence[Account]) -> None:
+        self._sites, self._accounts = sites, accounts
+        self.alike: Account = dict(accounts[-1].get("alike", {})) if accounts else {}
         self.left_out = dict.fromkeys(names, "not asked yet")
 
     def ask(
@@ -172,11 +173,17 @@ class _AlikeSites:
         answers, more = self._sites.ask([name for name in names if name not in lost], message, **arguments)
         return answers, lost | more
 
-    def greet(self, number: int) -> dict[str, str]:
-        """Asks the sites that are left out, after a number of rounds; returns those that are not alike."""
+    def greet(self) -> dict[str, str]:
+        """Asks the sites that are left out; returns those that are not alike."""
         if not self.left_out:
             return {}
-        found, lost = self._sites.ask(list(self.left_out), "hello", number=number)
+        last = {
+            name: account["round"]
+            for account in self._accounts
+            for name in account["trained"]
+            if name not in account["left_out"]
+        }
+        found, lost = self._sites.ask(list(self.left_out), "hello", number=len(self._accounts), last=last)
         answers, failed = _split(found)
         other = {}
         for name, answer in answers.items():
@@ -196,9 +203,9 @@ _ALIKE = {
 }
 
 
-def _greet_all(sites: _AlikeSites, federation: Federation, number: int) -> TileSpec:
+def _greet_all(sites: _AlikeSites, federation: Federation) -> TileSpec:
     """Compares what must be the same at all sites; returns the specification of their tiles."""
-    for difference in sites.greet(number).values():
+    for difference in sites.greet().values():
         raise FederationError(difference)
     if sites.left_out.keys() == federation.sites.keys():
         raise FederationError(f"no site answered{_in_brackets(sites.left_out)}")

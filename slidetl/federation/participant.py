@@ -7,7 +7,7 @@ name of its class: the text may hold paths and names of slides.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -93,15 +93,17 @@ class Participant:
         return outgoing(answer, self._network, self.federation.sites)
 
     @_answers
-    def hello(self, number: int) -> Answer:
+    def hello(self, number: int, last: Mapping[str, int]) -> Answer:
         """Tells what must be the same at all sites, and the number of training slides.
 
-        Rounds after ``number``, the last that is finished, were cut off or are of an earlier federation, and
-        are removed here.
+        Rounds of this federation after ``number``, the last that is finished, are removed here.
+
+        Raises:
+            FederationError: this site lacks what it kept of the ``last`` round that it was a part of.
         """
-        self.trainer.resume(number)
+        self.trainer.resume(number, last.get(self.name, 0))
         if self.federation.scheme == "peer_to_peer":
-            self._rounds.keep_only(range(1, number + 1))
+            self._rounds.resume(number, last.get(self.name, 0))
         spec = self.trainer.data.tile_spec
         assert spec is not None  # set up
         return {
@@ -241,7 +243,7 @@ class Participant:
 
     @property
     def _rounds(self) -> Rounds:
-        return Rounds(self.folder / "rounds", self.federation.sha256)
+        return Rounds(self.folder / "rounds" / self.federation.sha256[:16], self.federation.sha256)
 
     def _settle(self, number: int, weights: Weights) -> None:
         """Makes a network the site's own, and keeps it."""

@@ -70,6 +70,24 @@ class Rounds:
         """Returns the latest finished round up to ``number``; 0 for none. A site may have missed some."""
         return next((n for n in range(number, 0, -1) if self._account(n)), 0)
 
+    def resume(self, number: int, last: int) -> None:
+        """Removes the rounds after one: they were cut off, or are of another output.
+
+        Args:
+            number: the last round that is finished.
+            last: the last one that must be here, 0 for none.
+
+        Raises:
+            FederationError: it is gone, and so is what it would be resumed from.
+        """
+        self.keep_only(range(1, number + 1))
+        if self.latest(number) < last:
+            raise FederationError(
+                f"{self.path(last)}: expected what this site kept of round {last}, to resume after it; it is "
+                "gone, as when the same configuration was started in another --output: restore the folder, "
+                "or start again in another --output"
+            )
+
     def keep_only(self, numbers: Container[int]) -> None:
         """Removes all other rounds, those of another configuration too."""
         for path in self.folder.glob("[0-9]*"):

@@ -174,7 +174,7 @@ class SiteTrainer:
         self.grader.whole_epochs = federation.rounds * federation.epochs_of(name)
         self._shared = tuple(_shared(self.grader))
         self.grader.transfer.start(self.grader.network.backbone)  # what never travels
-        self._stays = Rounds(folder / "stays", federation.sha256)
+        self._stays = Rounds(folder / "stays" / federation.sha256[:16], federation.sha256)
         _, self._start = self._divided()
         self.account: Account | None = None
         self._patients: list[PatientSlides] = []  # of a training by DP-SGD
@@ -213,9 +213,9 @@ class SiteTrainer:
             for slides in groups.values()
         ]
 
-    def resume(self, round_number: int) -> None:
-        """Forgets the rounds after one: they were cut off, or are of an earlier federation."""
-        self._stays.keep_only(range(1, round_number + 1))
+    def resume(self, round_number: int, last: int) -> None:
+        """Forgets the rounds after one, as :meth:`~slidetl.federation.records.Rounds.resume`."""
+        self._stays.resume(round_number, last if self._start else 0)
 
     def train(self, weights: Weights, round_number: int) -> SiteUpdate:
         """Trains from the network that arrived.

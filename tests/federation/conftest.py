@@ -103,7 +103,7 @@ class Adder:
         }
         return SiteUpdate(self.name, moved, self.examples, {"train_loss": self.adds})
 
-    def resume(self, number: int) -> None:
+    def resume(self, number: int, last: int) -> None:
         self.asked.append(("resume", number))
 
     def validate(self, weights: Weights, number: int) -> dict[str, float]:

@@ -166,6 +166,10 @@ def test_metrics_that_cannot_be_are_left_out(
     assert "no usable metrics" in account["left_out"]["south"]
 
 
+def peer_rounds(site: Path, federation: Federation) -> Path:
+    return site / "rounds" / federation.sha256[:16]
+
+
 def adder(sites: SitesHere, name: str) -> Adder:
     trainer: Any = sites.participants[name].trainer
     assert isinstance(trainer, Adder)
@@ -205,7 +209,8 @@ def test_the_lineage_of_the_result_is_its_round_and_all_before(
     assert best > 1 or scheme == "cyclic"
     for name in federation.sites:
         site = tmp_path / "sites" / name
-        rounds = (site if scheme == "peer_to_peer" else tmp_path) / "rounds"
+        own = peer_rounds(site, federation)
+        rounds = own if scheme == "peer_to_peer" else tmp_path / "rounds"
         expected = [file_sha256(rounds / f"{number:04}.safetensors") for number in range(best, 0, -1)]
         assert (site / "lineage.txt").read_text().split() == expected
 
@@ -353,6 +358,21 @@ def test_peers_take_no_round_of_another_federation_for_theirs(
     assert outcome["lost"] == {"west": "failed with FederationError; its log says why"}
 
 
+def test_peers_resume_from_their_own_network_or_not_at_all(
+    three: Federation, adders: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    federation = replace(three, scheme="peer_to_peer")
+    before, _ = run(federation, adders(federation), tmp_path / "one")
+    other = replace(federation, seed=7)
+    run(other, adders(other), tmp_path / "other")
+    assert run(federation, adders(federation), tmp_path / "one")[0] == before
+    sites = adders(federation)
+    assert "failed" not in sites.participants["west"].hello(0, {})  # as by a mistyped --output
+    outcome, _ = run(federation, sites, tmp_path / "one")
+    assert outcome["kept"] == ["north", "south"] and "FederationError" in outcome["lost"]["west"]
+    assert "expected what this site kept of round 2" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("mixing", ["ring", "swarm", [[0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]]])
 def test_peer_to_peer_sends_no_network_to_the_server(
     mixing: Any, three: Federation, adders: Make, tmp_path: Path
@@ -368,7 +388,8 @@ def test_peer_to_peer_sends_no_network_to_the_server(
     assert not any("weights" in answer for answer in came)
     assert not list(tmp_path.glob("rounds/*.safetensors")) and not (tmp_path / "checkpoints").exists()
     networks = [
-        read_arrays(tmp_path / "sites" / name / "rounds" / "0002.safetensors") for name in three.sites
+        read_arrays(peer_rounds(tmp_path / "sites" / name, federation) / "0002.safetensors")
+        for name in three.sites
     ]
     some = max(networks[0], key=lambda name: networks[0][name].size)
     same = np.allclose(networks[0][some], networks[1][some], rtol=0, atol=1e-7)
@@ -376,7 +397,7 @@ def test_peer_to_peer_sends_no_network_to_the_server(
     assert outcome["kept"] == ["north", "south", "west"] and len(accounts) == 2
     for name in three.sites:
         kept = read_arrays(tmp_path / "sites" / name / "best.safetensors")
-        own = tmp_path / "sites" / name / "rounds" / f"000{outcome['best']}.safetensors"
+        own = peer_rounds(tmp_path / "sites" / name, federation) / f"000{outcome['best']}.safetensors"
         assert all(np.array_equal(kept[entry], value) for entry, value in read_arrays(own).items())
 
 
@@ -389,7 +410,8 @@ def test_peers_do_without_a_site_that_is_gone(
     _, (account,) = run(federation, sites, tmp_path)
     assert account["left_out"] == {"north": "no answer"}
     networks = [
-        read_arrays(tmp_path / "sites" / name / "rounds" / "0001.safetensors") for name in ("south", "west")
+        read_arrays(peer_rounds(tmp_path / "sites" / name, federation) / "0001.safetensors")
+        for name in ("south", "west")
     ]
     some = max(networks[0], key=lambda name: networks[0][name].size)
     assert np.array_equal(networks[0][some], networks[1][some]) == (mixing == "swarm")

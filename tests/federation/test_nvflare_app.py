@@ -154,10 +154,10 @@ def test_a_site_without_a_sign_of_life_is_left_out_until_it_answers(
     slow, sites = Slow(wire, "south", breaks=True), _ConnectedSites(three)
     answers, lost = sites.ask(["north", "south"], "train", weights=START, number=1)
     assert answers.keys() == {"north"} and lost == {"south": "no sign of life for 0 s"}
-    assert sites.ask(["south"], "hello", number=0) == ({}, {"south": "is gone"})
+    assert sites.ask(["south"], "hello", number=0, last={}) == ({}, {"south": "is gone"})
     slow.finish()
     wire.broken.clear()
-    answers, lost = sites.ask(["south"], "hello", number=0)
+    answers, lost = sites.ask(["south"], "hello", number=0, last={})
     assert "tile_spec" in answers["south"] and not lost
 
 
@@ -168,7 +168,7 @@ def test_sites_that_cannot_be_asked(
     sites = _ConnectedSites(three)
     wire.broken.add("west")
     del wire.sites["south"]
-    answers, lost = sites.ask(list(three.sites), "hello", number=0)
+    answers, lost = sites.ask(list(three.sites), "hello", number=0, last={})
     assert answers.keys() == {"north"}
     assert lost == {"south": "is not connected", "west": "does not answer"}
     assert sites.ask(["north"], "let_out") == ({}, {"north": "has refused the message"})

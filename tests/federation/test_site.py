@@ -226,9 +226,34 @@ def test_normalisation_is_that_of_the_round(federation: Federation, parts: Parts
     other = SiteTrainer(replace(own, seed=1), "here", parts, tmp_path)
     other.validate(second, 2)
     assert distance(stays(other), before) == 0
-    trainer.resume(1)
+    trainer.resume(1, 1)
     trainer.validate(second, 2)
     assert distance(stays(trainer), of_first) == 0
+
+
+def test_a_site_goes_on_with_its_own_normalisation_or_not_at_all(
+    federation: Federation, parts: Parts, tmp_path: Path
+) -> None:
+    own = replace(federation, travel="all-but-normalisation")
+    start = initial_weights(own)
+    errors: list[Exception] = []
+
+    def hello(of: Federation, number: int, last: dict[str, int]) -> bool:
+        asked = Participant(of, "here", parts, tmp_path, note=errors.append)
+        return "failed" not in asked.hello(number, last)
+
+    trainer = SiteTrainer(own, "here", parts, tmp_path)
+    after = trained(trainer, start)
+    scored = trainer.validate(after, 1)
+    assert hello(replace(own, seed=1), 0, {})  # another federation begins here
+    assert (
+        hello(own, 1, {"here": 1}) and SiteTrainer(own, "here", parts, tmp_path).validate(after, 1) == scored
+    )
+    assert hello(own, 0, {})  # the same configuration, in another output
+    assert not hello(own, 1, {"here": 1})
+    assert "expected what this site kept of round 1" in str(errors.pop())
+    assert hello(own, 1, {"there": 1})  # a site that has not trained yet has kept nothing
+    assert hello(federation, 1, {"here": 1}) and not errors  # all travels
 
 
 def test_a_network_that_does_not_fit_is_refused(
@@ -353,7 +378,7 @@ def test_a_site_knows_whom_its_initial_weights_have_seen(
     for number, one in enumerate((warm, site_level)):
         folder = tmp_path / f"refused-{number}"
         refused = Participant(one, "here", swapped, folder, note=errors.append)
-        assert refused.hello(0) == {"failed": "UsageError"}
+        assert refused.hello(0, {}) == {"failed": "UsageError"}
         assert "the initial weights were trained or chosen on 1 of the slides" in str(errors.pop())
         assert refused.train(initial_weights(one), 1) == {"failed": "UsageError"}
         assert not (folder / "privacy.json").exists()
