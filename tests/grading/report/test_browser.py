@@ -366,12 +366,14 @@ def test_detail_is_laid_in_where_the_page_is_coarser(
 
 @pytest.mark.slow
 def test_the_index_is_sorted_by_a_click(
-    result: SlideGrade, report: Path, card: ModelCard, open_page: Open
+    result: SlideGrade, tmp_path: Path, card: ModelCard, open_page: Open
 ) -> None:
-    rows = []
-    for name, score in (("b", 10.0), ("a", 9.0), ("c", 0.5)):
-        graded = dataclasses.replace(result, expected_grade=score).to_dict()
-        rows.append(IndexEntry(Path(f"{name}.svs"), "s1", graded))
+    graded = {
+        name: dataclasses.replace(result, expected_grade=score)
+        for name, score in (("b", 10.0), ("a", 9.0), ("c", 0.5))
+    }
+    report = write_slide_report(graded["b"], card, tmp_path, "s1")
+    rows = [IndexEntry(Path(f"{name}.svs"), "s1", one.to_dict()) for name, one in graded.items()]
     rows.append(IndexEntry(Path(f"{HOSTILE}.svs"), "failed", {}, "not a slide"))
     opened = open_page(write_index(report.parent, rows, card), PHONE)
 
