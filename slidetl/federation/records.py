@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from slidetl.errors import FederationError, OutputError, UsageError
 from slidetl.federation.weights import Weights
 from slidetl.files import check_safetensors, describe_full, file_sha256, replaced, write_whole
+from slidetl.tiles.lock import kernel_lock
 
 SCORE = "rps"
 """The metric that chooses the best round, lower is better: a proper score."""
@@ -151,19 +151,14 @@ def only_job(folder: Path) -> Iterator[None]:
     """
     with ExitStack() as held:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = held.enter_context((folder / ".lock").open("ab"))
-        except OSError as error:
-            raise OutputError(f"{folder}: cannot be written: {describe_full(error)}") from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(kernel_lock(folder / ".lock", wait=False))
         except BlockingIOError as error:
             raise FederationError(
                 f"{folder}: another training is at work in it; wait for its end, or abort its job, which "
                 "goes on when 'slidetl federate --kit' is interrupted"
             ) from error
-        except OSError:
-            pass  # a file system without such locks
+        except OSError as error:
+            raise OutputError(f"{folder}: cannot be written: {describe_full(error)}") from error
         yield
 
 

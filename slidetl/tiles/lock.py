@@ -242,19 +242,25 @@ def dead_leases(cache_dir: Path) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def kernel_lock(path: Path) -> Iterator[bool]:
+def kernel_lock(path: Path, wait: bool = True) -> Iterator[bool]:
     """Holds the kernel's lock on a file, made with its folder; waits while another process has it.
 
     Yields:
         False if the file system has no such locks: the block then runs without one.
+
+    Raises:
+        BlockingIOError: another process has it, and ``wait`` is False.
+        OSError: the file cannot be made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # The file stays: after an unlink, two processes could hold locks on two files of one name.
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     with os.fdopen(descriptor, "ab") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_locked = True
+        except BlockingIOError:
+            raise
         except OSError:  # such file systems say so by many numbers: ENOLCK, ENOSYS, ENOTSUP, EINVAL, EPERM
             is_locked = False
         yield is_locked
