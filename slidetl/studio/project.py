@@ -424,9 +424,8 @@ class Project:
         try:
             with self.labels.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
-                is_older = _ASIDE not in (
-                    reader.fieldnames or ()
-                )  # numbers count from 0 there, under any names
+                # In an older file numbers count from 0, under any names.
+                is_older = _ASIDE not in (reader.fieldnames or ())
                 for cells in reader:
                     row = {name: cells.get(name) or "" for name in COLUMNS}
                     if is_older:
