@@ -11,10 +11,10 @@ import struct
 # TIFF compressions without a size of their own: the directory alone decides how much is unpacked.
 _NO_HEADER = frozenset([1, 5, 8, 32773, 32946, 34925, 34926, 50000])  # none, LZW, deflate, LZMA, zstd
 _JPEG, _PNG = 7, 34933
-_JPEG_2000 = frozenset([33003, 33004, 33005, 34712])
+JPEG_2000 = frozenset([33003, 33004, 33005, 34712])
 _WEBP = frozenset([34927, 50001])
 
-READABLE = _NO_HEADER | _JPEG_2000 | _WEBP | {_JPEG, _PNG}
+READABLE = _NO_HEADER | JPEG_2000 | _WEBP | {_JPEG, _PNG}
 
 _START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # ITU-T T.81, table B.1
 _CODESTREAM = b"\xff\x4f\xff\x51"  # ITU-T T.800, annex A: the markers SOC and SIZ
@@ -38,7 +38,7 @@ def check_declared(compression: int, data: bytes, tables: bytes | None, limit_px
         size = _jpeg_size(data)
         if tables and _jpeg_size(tables) is not None:
             raise ValueError("its JPEG tables hold a picture")
-    elif compression in _JPEG_2000:
+    elif compression in JPEG_2000:
         size = _jpeg_2000_size(data)
     elif compression in _WEBP:
         size = _webp_size(data)

@@ -8,7 +8,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, TypeVar
 
@@ -121,8 +121,9 @@ class OpenSlideSlide(PyramidSlide[_Level]):
             raise
         profile = handle.color_profile
         self._profile = profile.tobytes() if profile is not None else None
-        self._regions = _Regions(path, self._info.background_rgb, handle)
+        self._regions = self._open_regions(handle)
         self._file: IO[bytes] | None = None
+        self._found: dict[int, JpegTiles | None] = {}
 
     @property
     def colour_profile(self) -> bytes | None:
@@ -154,7 +155,7 @@ class OpenSlideSlide(PyramidSlide[_Level]):
         def mine() -> _Regions:
             """Returns this thread's own handle, opened at its first call; with one thread, the slide's."""
             if threads > 1 and not hasattr(local, "regions"):
-                local.regions = _Regions(self._path, self._info.background_rgb, None)
+                local.regions = self._open_regions(None)
                 opened.append(local.regions)
             return local.regions if threads > 1 else self._regions
 
@@ -208,11 +209,31 @@ class OpenSlideSlide(PyramidSlide[_Level]):
         if self._file is not None:
             self._file.close()
             self._file = None
+            self._found = {}
 
     def _window(
         self, level: _Level, first: tuple[int, int], size: tuple[int, int]
     ) -> tuple[NDArray[np.uint8], list[float]]:
         return self._regions.read_level(level, first, size)
+
+    def _open_regions(self, handle: openslide.OpenSlide | None) -> _Regions:
+        return _Regions(self._path, self._info.background_rgb, handle, self._is_damaged)
+
+    def _is_damaged(self, level: _Level, low: list[int], high: list[int]) -> bool:
+        """Tells if a JPEG under a rectangle is damaged: OpenSlide would show most of them, pixels made up."""
+        jpegs = self._jpegs(level)
+        if jpegs is None:
+            return False
+        columns, rows = (
+            range(first // side, -(-last // side))
+            for first, last, side in zip(low, high, jpegs.level.tile_px, strict=True)
+        )
+        return any(jpegs.is_damaged(row, column) for row in rows for column in columns) and self._has_sound
+
+    @cached_property
+    def _has_sound(self) -> bool:
+        """True if some JPEG in the file is sound, so that none is refused for a habit of its encoder."""
+        return any(jpegs.has_sound() for jpegs in map(self._jpegs, self._levels) if jpegs is not None)
 
     def _jpegs(self, level: _Level) -> JpegTiles | None:
         """Returns the level's tiles in the file, if the format is known."""
@@ -222,14 +243,14 @@ class OpenSlideSlide(PyramidSlide[_Level]):
             raise SlideReadError(f"{self._path}: the slide is closed")
         if self._file is None:
             self._file = self._path.open("rb", buffering=0)
-        found = read_jpeg_level(self._file, level.size_px, level.tile_px)
-        return None if found is None else JpegTiles(self._file, found)
+        if level.index not in self._found:
+            found = read_jpeg_level(self._file, level.size_px, level.tile_px)
+            self._found[level.index] = None if found is None else JpegTiles(self._file, found)
+        return self._found[level.index]
 
     def _cutter(self, view: View[_Level], placement: Placement, runs: list[range]) -> JpegCutter | None:
-        if not runs or placement.extent[0] * placement.extent[1] > MAX_SOURCE_PX:
-            return None
         jpegs = self._jpegs(view.level)
-        if jpegs is None:
+        if jpegs is None or not runs or placement.extent[0] * placement.extent[1] > MAX_SOURCE_PX:
             return None
         for reduction in sorted({reduction_for(placement, jpegs.level.tile_px), 1}, reverse=True):
             if self._agrees(JpegCutter(jpegs, placement, reduction), view):
@@ -307,9 +328,14 @@ class _Regions:
     """OpenSlide's handle of a slide, opened again after an error."""
 
     def __init__(
-        self, path: Path, background_rgb: tuple[int, int, int], handle: openslide.OpenSlide | None
+        self,
+        path: Path,
+        background_rgb: tuple[int, int, int],
+        handle: openslide.OpenSlide | None,
+        is_damaged: Callable[[_Level, list[int], list[int]], bool],
     ) -> None:
         self._path, self._background_rgb, self._handle = path, background_rgb, handle
+        self._is_damaged = is_damaged
         self.is_closed = False
 
     def close(self) -> None:
@@ -331,6 +357,11 @@ class _Regions:
         if min(inside) <= 0:
             return self._glass(size), [float(f) for f in first]
         location = [round(p * level.downsample) for p in low]
+        if not of_alpha and self._is_damaged(level, low, high):
+            raise SlideReadError(
+                f"{self._path}: {inside[0]} x {inside[1]} pixels at level-0 ({location[0]}, {location[1]}) "
+                "cannot be read: a JPEG of the file is damaged there; copy it again"
+            )
         image = self._read((location[0], location[1]), level.index, (inside[0], inside[1]), of_alpha)
         if inside != list(size):
             y, x = low[1] - first[1], low[0] - first[0]

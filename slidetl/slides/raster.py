@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 
 from slidetl.errors import SlideOpenError, SlideReadError
 from slidetl.slides.base import SlideInfo, check_there, fingerprint_of
-from slidetl.slides.declared import READABLE, check_declared
+from slidetl.slides.declared import JPEG_2000, READABLE, check_declared
 from slidetl.slides.depth import full_of, sample_windows, to_8_bits
 from slidetl.slides.levels import Level, PyramidSlide, nominal_mpp, scale_of
 from slidetl.slides.ngff import is_ngff, read_ngff
 from slidetl.slides.npz import NpzItem
 from slidetl.slides.ome import AS_LARGE, OmeImage, choose_channels, is_ome, note_of_others, read_ome
 from slidetl.slides.spacing import PRINTER_UM, Pair, settle_spacing
-from slidetl.slides.tiff import GENERIC_TIFF, NO_PICTURE, PLAIN_TIFFS, is_plain, is_tiff
+from slidetl.slides.tiff import GENERIC_TIFF, NO_PICTURE, PLAIN_TIFFS, is_damaged_jpeg, is_plain, is_tiff
 from slidetl.slides.turn import ReadPixels, Turn
 
 IMAGE_SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".bmp"])
@@ -44,6 +44,7 @@ _KEPT_BYTES = 48 * 2**20
 _MINISWHITE, _MINISBLACK, _RGB, _YCBCR = 0, 1, 2, 6  # TIFF 6.0, PhotometricInterpretation
 _GREYS = (_MINISWHITE, _MINISBLACK)
 _JPEG_COMPRESSION = 7
+_CODESTREAM, _END_OF_CODESTREAM = b"\xff\x4f", b"\xff\xd9"  # of JPEG 2000, ITU-T T.800, annex A
 # TIFF tags: of TIFF 6.0, and of ICC.1:2010, annex B.4.
 _SUBFILE_TYPE, _ORIENTATION, _RESOLUTIONS, _RESOLUTION_UNIT, _ICC_PROFILE = 254, 274, (282, 283), 296, 34675
 
@@ -485,6 +486,8 @@ class _Tiff:
         if data:
             samples = int(page.samplesperpixel) if int(page.planarconfig) == 1 else 1
             check_declared(int(page.compression), data, page.jpegtables, math.prod(page.chunks) // samples)
+            if _is_damaged(page, data, samples):
+                raise ValueError(f"it is damaged; {_AGAIN}")
             decoded, _, shape = page.decode(data, index, jpegtables=page.jpegtables)
             piece = None if decoded is None else decoded[0, : shape[1], : shape[2]]
         self._kept[key] = piece
@@ -534,6 +537,14 @@ class _Tiff:
         # Extra samples other than alpha have no known meaning.
         has_alpha = bool(page.extrasamples) and int(page.extrasamples[0]) in (1, 2)
         return pixels[..., : n_colours + has_alpha]
+
+
+def _is_damaged(page: Any, data: bytes, samples: int) -> bool:
+    """Tells if a strip or tile is damaged, where its decoder might show it all the same."""
+    if int(page.compression) in JPEG_2000:
+        return data.startswith(_CODESTREAM) and not data.rstrip(b"\0").endswith(_END_OF_CODESTREAM)
+    is_known = int(page.compression) == _JPEG_COMPRESSION and page.dtype == np.uint8 and samples in (1, 3)
+    return is_known and is_damaged_jpeg(data, page.jpegtables)
 
 
 def _number(text: Any) -> float:
@@ -607,6 +618,11 @@ def _read_plain(path: Path, fingerprint: str) -> _Opened:
                 raise SlideOpenError(
                     f"{path}: expected grey or RGB of 8 to 16 bits, found {image.format} {image.mode}; "
                     "convert it"
+                )
+            if image.format in ("JPEG", "MPO") and is_damaged_jpeg(path.read_bytes()):
+                raise SlideOpenError(
+                    f"{path}: its JPEG does not decode completely; {_AGAIN}, or convert it to PNG if it is "
+                    "right in a viewer"
                 )
             turn, notes = Turn.of(image.getexif().get(_ORIENTATION, 1))
             if is_deep:

@@ -44,6 +44,8 @@ _MAX_DESCRIPTION_BYTES = 2**16
 
 # ITU-T T.81, table B.1.
 _SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
+_CODES = 17  # bytes of a Huffman table before its symbols, those with the shortest codes first
+_EIGHTH = 8  # least of libjpeg's reductions, which spares the arithmetic, not the reading
 _DHT, _SOF0, _RST0, _SOS, _DQT, _DRI, _COM = 0xC4, 0xC0, 0xD0, 0xDA, 0xDB, 0xDD, 0xFE
 
 # One read takes adjacent tiles, with gaps up to this size. Larger reads are slower: for each of them the
@@ -53,6 +55,9 @@ _MAX_GAP_BYTES = 2**16
 
 # Compressed data with so many zero bytes would encode nothing, 256 times.
 _ZEROS = bytes(32)
+
+# JPEGs of a level tried for a sound one.
+_TRIED = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,6 +178,51 @@ def count_others(path: Path) -> int:
             return 0
 
 
+def is_damaged_jpeg(data: bytes, tables: bytes | None = None) -> bool:
+    """Tells if a JPEG with a known header does not decode completely; most decoders show it all the same.
+
+    Args:
+        data: the JPEG, of 8 bits, and one component or three.
+        tables: the stream of tables shared with others, if there is one (TIFF technical note 2).
+    """
+    # Imported here: most commands need no decoder.
+    import simplejpeg
+
+    shared = (tables or b"")[len(_SOI) :].rpartition(_EOI)[0]
+    jpeg = b"".join((_SOI, shared, data[len(_SOI) :])) if shared else data
+    try:
+        simplejpeg.decode_jpeg_header(jpeg)
+    except (ValueError, KeyError):  # left to the decoder of its pixels; KeyError for an unknown subsampling
+        return False
+    try:
+        simplejpeg.decode_jpeg(jpeg, min_width=1, min_height=1, min_factor=_EIGHTH, strict=True)
+    except ValueError:
+        return True
+    return _has_hole(jpeg)
+
+
+def _has_hole(jpeg: bytes) -> bool:
+    """Tells if zeros interrupt the compressed data of a baseline JPEG; decoders often find their way again.
+
+    If every table of its coefficients gives the shortest code to the end of a block, they are blank blocks.
+    """
+    at, is_baseline, shortest = len(_SOI), False, set[int]()
+    try:
+        marker = 0
+        while marker != _SOS:
+            marker, segment = _segment(jpeg, at)
+            at += len(segment)
+            is_baseline |= marker == _SOF0
+            place = 4 if marker == _DHT else len(segment)
+            while place + _CODES < len(segment):
+                if segment[place] & 0xF0:
+                    shortest.add(segment[place + _CODES])
+                place += _CODES + sum(segment[place + 1 : place + _CODES])
+    except _UnusualError:
+        return False
+    return is_baseline and any(shortest) and jpeg.find(_ZEROS, at, jpeg.find(_EOI, at)) >= 0
+
+
 class Jpeg(NamedTuple):
     """A standalone JPEG; ``subsampling`` is ``"444"``, ``"422"`` or ``"420"``."""
 
@@ -217,6 +267,18 @@ class JpegTiles:
                 jpegs.append(self._standalone(data, at, at + counts[place]))
             first = last
         return jpegs
+
+    def is_damaged(self, row: int, column: int) -> bool:
+        """Tells if a tile is there and does not decode completely; see :func:`is_damaged_jpeg`."""
+        offset, count = int(self.level.offsets[row, column]), int(self.level.byte_counts[row, column])
+        tables = _SOI + self.level.tables + _EOI
+        return count > 0 and is_damaged_jpeg(os.pread(self._descriptor, count, offset), tables)
+
+    def has_sound(self) -> bool:
+        """Tells if any of some tiles, spread over the level, decodes completely."""
+        places = np.argwhere(self.level.byte_counts)
+        chosen = places[np.linspace(0, len(places) - 1, min(_TRIED, len(places))).astype(int)]
+        return not all(self.is_damaged(row, column) for row, column in chosen.tolist())
 
     def _standalone(self, data: _Data, begin: int, end: int) -> Jpeg | None:
         raw = data.raw

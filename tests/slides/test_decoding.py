@@ -6,7 +6,9 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import openslide
 import pytest
+import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -19,7 +21,7 @@ from slidetl.slides.openslide import OpenSlideSlide
 from slidetl.slides.tiff import Jpeg
 from slidetl.tiles.grid import Edge, TileGrid, TileSpec
 from tests.conftest import Picture, PyramidTiff
-from tests.slides.jpeg_tiff import write_jpeg_tiff
+from tests.slides.jpeg_tiff import encode, write_jpeg_tiff
 from tests.slides.test_openslide import noise
 
 
@@ -202,6 +204,63 @@ def test_damage_costs_its_tiles_only(
             assert isinstance(tile, SlideReadError)
         else:
             assert np.array_equal(np.asarray(tile), sound)
+
+
+def spoilt(whole: Path, tile: int, hole: bytes) -> Path:
+    """Overwrites the middle of a JPEG."""
+    content = bytearray(whole.read_bytes())
+    with tifffile.TiffFile(whole) as file:
+        page = file.pages.first
+        middle = page.dataoffsets[tile] + 2 * page.databytecounts[tile] // 3
+    content[middle : middle + len(hole)] = hole
+    path = whole.with_name("spoilt.tiff")
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("hole_bytes", [200, 20])
+@pytest.mark.parametrize("shared_tables", [False, True])
+def test_a_jpeg_that_openslide_would_make_up_in_part_is_refused_by_every_way(
+    tmp_path: Path, hole_bytes: int, shared_tables: bool
+) -> None:
+    picture = np.random.default_rng(0).integers(60, 200, (320, 320, 3)).astype(np.uint8)
+    whole = write_jpeg_tiff(tmp_path / "whole.tiff", picture, shared_tables=shared_tables)
+    path = spoilt(whole, 6, bytes(hole_bytes))
+    with openslide.OpenSlide(path) as shown, openslide.OpenSlide(whole) as meant:
+        places = ((64, 64), 0, (64, 64))
+        assert shown.read_region(*places).tobytes() != meant.read_region(*places).tobytes()
+    at = origins(320, 64, 64)
+    with OpenSlideSlide(path) as slide:
+        for side, mpp in ((64, 0.5), (32, 1.0)):
+            found = list(slide.map_tiles(lambda rgb: rgb, at, side, mpp))
+            assert [n for n, tile in enumerate(found) if isinstance(tile, SlideReadError)] == [6]
+        with pytest.raises(SlideReadError, match="a JPEG of the file is damaged there; copy it again"):
+            slide.read((60, 60), (8, 8), 0.5)
+        # Nothing to be compared with OpenSlide is sound, so all is read through it.
+        (tile,) = slide.map_tiles(lambda rgb: rgb, at[6:7], 64, 0.5)
+        assert isinstance(tile, SlideReadError)
+
+
+def test_a_habit_of_an_encoder_is_no_damage(tmp_path: Path) -> None:
+    picture = noise(128, 128)
+    jpegs = [encode(picture[y : y + 64, x : x + 64], 64, "420", False, 90) for y in (0, 64) for x in (0, 64)]
+    path = tmp_path / "slide.tiff"
+    tifffile.imwrite(
+        path,
+        iter(jpeg[:-2] + bytes(16) + jpeg[-2:] for jpeg in jpegs),
+        shape=picture.shape,
+        dtype=np.uint8,
+        tile=(64, 64),
+        photometric="ycbcr",
+        compression="jpeg",
+        subsampling=(2, 2),
+        resolution=(2e4, 2e4),
+        resolutionunit="CENTIMETER",
+        metadata=None,
+    )
+    with OpenSlideSlide(path) as slide, openslide.OpenSlide(path) as shown:
+        wanted = np.asarray(shown.read_region((0, 0), 0, (128, 128)).convert("RGB"))
+        assert np.array_equal(slide.read((0, 0), (128, 128), 0.5), wanted)
 
 
 def test_copies_are_what_is_read_and_only_where_tiles_coincide(tmp_path: Path) -> None:

@@ -257,6 +257,37 @@ def test_damage_within_costs_the_region_only(tmp_path: Path) -> None:
         assert np.array_equal(slide.read((128, 0), (64, 64), 1.0), picture[:64, 128:192])
 
 
+@pytest.mark.parametrize("form", ["tiles", "strips", "grey", "jpeg", "jpeg2000"])
+def test_damage_that_decoders_show_is_refused(tmp_path: Path, form: str) -> None:
+    picture = np.kron(noise(52, 52), np.ones((5, 5, 1), np.uint8))[:256, :256]
+    stored = picture[..., 0] if form == "grey" else picture
+    path = tmp_path / ("a.jpg" if form == "jpeg" else "a.ome.tif")
+    if form == "jpeg":
+        Image.fromarray(picture).save(path, quality=90)
+        places = [(0, path.stat().st_size)]
+    else:
+        pieces = {"rowsperstrip": 64} if form == "strips" else {"tile": (64, 64)}
+        kind: dict[str, Any] = {"photometric": "rgb", "compression": "jpeg2000"}
+        if form != "jpeg2000":
+            kind = {"photometric": "minisblack" if form == "grey" else "ycbcr", "compression": "jpeg"}
+        about = {"axes": "YX" if form == "grey" else "YXS"}
+        tifffile.imwrite(path, stored, metadata=about, **pieces, **kind)
+        with tifffile.TiffFile(path) as file:
+            page = file.pages.first
+            places = list(zip(page.dataoffsets, page.databytecounts, strict=True))
+    with open_slide(path, 0.5) as slide:
+        assert slide.read((0, 0), (256, 256), 0.5).shape == (256, 256, 3)
+    at, count = places[0]
+    data = bytearray(path.read_bytes())
+    data[at + count // 2 : at + count // 2 + 300] = bytes(300)
+    if form == "jpeg2000":
+        data[at + count // 2 : at + count] = bytes(count - count // 2)
+    path.write_bytes(data)
+    expected = pytest.raises((SlideOpenError, SlideReadError), match=r"damaged|not decode completely")
+    with expected, open_slide(path, 0.5) as slide:
+        slide.read((0, 0), (256, 256), 0.5)
+
+
 def test_without_a_spacing_the_remedy_is_named(tmp_path: Path) -> None:
     # 300 dots per inch are about paper.
     Image.fromarray(noise(8, 8)).save(tmp_path / "a.png", dpi=(300, 300))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from slidetl.errors import CacheCorruptError
-from slidetl.slides.tiff import JpegTiles, read_jpeg_level
+from slidetl.slides.tiff import JpegTiles, is_damaged_jpeg, read_jpeg_level
 from slidetl.tiles.codec import decode_jpeg
 from tests.conftest import Picture
 from tests.slides.jpeg_tiff import encode, write_jpeg_tiff
@@ -131,6 +131,19 @@ def test_single_tiles_that_are_not_plain_are_left_to_openslide(tmp_path: Path) -
         columns = np.arange(len(odd) + 1)
         jpegs = JpegTiles(opened, level).read(np.zeros_like(columns), columns)
     assert [jpeg is None for jpeg in jpegs] == [False] + [True] * len(odd)
+
+
+def test_zeros_in_a_jpeg_are_a_hole_unless_they_encode_blank_blocks() -> None:
+    sound = encode(texture(64, 64), 64, "420", False, 90)
+    middle = (sound.index(b"\xff\xda") + len(sound)) // 2
+    assert not is_damaged_jpeg(sound)
+    for size in (40, 200):
+        assert is_damaged_jpeg(sound[:middle] + bytes(size) + sound[middle + size :])
+    blank = io.BytesIO()
+    Image.new("RGB", (256, 256), (240, 240, 240)).save(blank, "JPEG", optimize=True)
+    assert bytes(32) in blank.getvalue()
+    assert not is_damaged_jpeg(blank.getvalue())
+    assert not is_damaged_jpeg(sound + bytes(64))  # what follows it is no part of it
 
 
 @given(data=st.data())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import zarr
 
 from slidetl.errors import CacheCorruptError, CacheMismatchError, CacheMissingError
@@ -21,6 +22,7 @@ from slidetl.tiles.store import SlideCache, cache_path, seal_node
 from slidetl.tiles.tile import SlideSource, write_tiles
 from slidetl.tiles.verify import repair_cache, verify_cache
 from tests.conftest import Picture, PyramidTiff
+from tests.slides.jpeg_tiff import write_jpeg_tiff
 
 Draw = Callable[..., Picture]
 Tiled = tuple[Path, SlideSource, LedgerRow]
@@ -31,8 +33,6 @@ def sound(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tissue_picture: Draw
 ) -> Tiled:
     """A cache of three shards, the last not full."""
-    import tifffile
-
     folder = tmp_path_factory.mktemp("sound")
     slide = folder / "slide.tiff"
     with tifffile.TiffWriter(slide) as file:
@@ -124,6 +124,25 @@ def test_a_damaged_tile_is_named_and_only_it_is_made_again(tiled: Tiled) -> None
     assert str(finding) == f"{shard}: tile 256 fails its checksum"
     assert repair_cache(verify_cache(path), source.path).is_sound
     assert tree(path) == before
+
+
+def test_a_tile_that_is_damaged_in_the_slide_is_left_out_and_not_made_up(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    picture = rng.integers(60, 200, (320, 320, 3)).astype(np.uint8)
+    slide = write_jpeg_tiff(tmp_path / "slide.tiff", picture, mpp=1.0)
+    data = bytearray(slide.read_bytes())
+    with tifffile.TiffFile(slide) as file:
+        at, count = (values[3] for values in (file.pages.first.dataoffsets, file.pages.first.databytecounts))
+    data[at + count - 900 : at + count - 880] = bytes(20)  # too short to be found by a copy
+    slide.write_bytes(data)
+    spec = TileSpec(mpp=1.0, tile_size_px=64, min_tissue=0)
+    tile_slides([SlideSource("S1", slide)], tmp_path / "cache", spec, workers=0)
+    path = cache_path(tmp_path / "cache", "S1")
+    found = verify_cache(path, decode=True)
+    assert (found.tiles, [finding.tiles for finding in found.findings]) == (25, [(3,)])
+    repaired = repair_cache(found, slide)
+    assert repaired.header is not None
+    assert (repaired.is_sound, repaired.tiles, repaired.header.tiles_unreadable) == (True, 24, 1)
 
 
 @pytest.mark.slow
