@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import re
+import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,12 +25,16 @@ from slidetl.volumes.series import Series
 _BLOCK_BYTES = 2**22
 _DENSEST = 1032  # deflate packs no more bytes into one, so a header may claim no more
 _NIFTI = (
-    *("qform_code", "sform_code", "vox_offset", "datatype", "scl_slope", "scl_inter"),
-    *("dim[1]", "dim[2]", "dim[3]", "qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
+    *("vox_offset", "datatype", "scl_slope", "scl_inter", "dim[1]", "dim[2]", "dim[3]", "xyzt_units"),
+    *("qform_code", "sform_code"),
 )
 _NIFTI_TYPES = {"4": "i2", "8": "i4", "16": "f4", "64": "f8", "512": "u2"}
 _NIFTI_TYPES |= {"768": "u4", "1024": "i8", "1280": "u8"}
-_LITTLE = [size.to_bytes(4, "little") for size in (348, 540)]  # size of the header of NIfTI 1 and 2
+_NIFTI_BYTES = 348  # its header, whose first number says so; ITK does not read NIfTI 2
+_LITTLE = _NIFTI_BYTES.to_bytes(4, "little")
+_UNIT_MM = {1: 1000.0, 3: 0.001}  # metres, micrometres; else millimetres
+# A quaternion of float32 loses up to 6e-4 radians of a turn by nearly 180 degrees, the usual one from DICOM.
+_APART_MM = 0.5
 _HEADER_BYTES = 2**16  # of a MetaImage; a real one has 500
 # Fields of a MetaImage with defaults in ITK that would be guesses here, each with its synonyms and count of
 # numbers. ITK crashes at other counts.
@@ -70,12 +76,12 @@ def open_image(path: Path) -> Series:
     if math.prod(size) * 2 > stored.stat().st_size * (_DENSEST if is_packed else 1):
         raise VolumeError(f"{path}: it ends early, or its header is damaged: {size} voxels are not in it")
     about = {key: reader.GetMetaData(key) for key in _NIFTI if is_nifti and reader.HasMetaDataKey(key)}
-    if is_nifti:
-        _check_place(path, about)
     try:
         frame = VolumeFrame(size, reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
     except VolumeError as error:
         raise VolumeError(f"{path}: {error}") from error
+    if is_nifti:
+        _check_place(path, frame, about)
     files = [path] if header is None else sorted({path, header.voxels})
 
     def planes() -> Iterator[NDArray[np.generic]]:
@@ -92,10 +98,10 @@ def open_image(path: Path) -> Series:
     return Series(path, frame, fingerprint_of(files), (), planes)
 
 
-def _check_place(path: Path, about: dict[str, str]) -> None:
-    """Checks that a NIfTI says once how it lies in the patient, not in an atlas."""
+def _check_place(path: Path, frame: VolumeFrame, about: dict[str, str]) -> None:
+    """Checks that a NIfTI says once how it lies in the patient, not in an atlas, and that ITK reads it so."""
     codes = {about.get("qform_code", "0"), about.get("sform_code", "0")} - {"0"}
-    if not codes or codes & {"3", "4"}:
+    if not codes or not codes <= {"1", "2"}:
         wrong = (
             "it has the coordinates of an atlas"
             if codes
@@ -105,18 +111,43 @@ def _check_place(path: Path, about: dict[str, str]) -> None:
             f"{path}: {wrong} (qform_code {about.get('qform_code')}, sform_code {about.get('sform_code')}); "
             "convert it again from DICOM"
         )
-    if "0" in (about.get("qform_code"), about.get("sform_code")):
-        return
+    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(frame.size_voxel) - 1)
+    taken = frame.to_patient_mm(corners) * (-1, -1, 1)  # LPS to RAS
     try:
-        one = [float(about[f"qoffset_{axis}"]) for axis in "xyz"]
-        two = [float(about[f"srow_{axis}"].split()[3]) for axis in "xyz"]
-    except (KeyError, ValueError, IndexError) as error:
+        unit = _UNIT_MM.get(int(about["xyzt_units"]) & 7, 1.0)
+        places = [unit * (corners @ form[:, :3].T + form[:, 3]) for form in _nifti_forms(path)]
+    except (KeyError, ValueError, struct.error, EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise VolumeError(f"{path}: its header is damaged ({error!r})") from error
-    if not np.allclose(one, two, rtol=0, atol=0.1):
+    apart = float(np.linalg.norm(np.array(places) - taken, axis=-1).max())
+    if not apart <= _APART_MM:
         raise VolumeError(
-            f"{path}: its qform begins at {one} mm, its sform at {two} mm (RAS), and which is right is not "
-            "known; convert it again from DICOM"
+            f"{path}: its qform, its sform and its voxel sizes (pixdim) differ: they lay a corner up to "
+            f"{apart:.3g} mm apart, and which is right is not known; convert it again from DICOM"
         )
+
+
+def _nifti_forms(path: Path) -> Iterator[NDArray[np.float64]]:
+    """Yields qform and sform, those with a code, ``[3, 4]``: from voxels to RAS in the unit of the file."""
+    from scipy.spatial.transform import Rotation
+
+    # ITK tells six digits of these, too few for a quaternion near half a turn.
+    with _opened(path) as file:
+        head = file.read(_NIFTI_BYTES)
+    order = "<" if head[:4] == _LITTLE else ">"
+    turn, *scale = struct.unpack_from(order + "4f", head, 76)
+    q_code, s_code, b, c, d, *numbers = struct.unpack_from(order + "2h18f", head, 252)
+    if q_code > 0:
+        rest = 1 - b * b - c * c - d * d
+        a = math.sqrt(rest) if rest > 1e-7 else 0.0  # as NIfTI's own library has it
+        axes = Rotation.from_quat([b, c, d, a]).as_matrix() * scale * (1, 1, -1 if turn < 0 else 1)
+        yield np.column_stack([axes, numbers[:3]])
+    if s_code > 0:
+        yield np.reshape(numbers[3:], (3, 4))
+
+
+def _opened(path: Path) -> io.BufferedIOBase:
+    """Opens a NIfTI, compressed or not."""
+    return gzip.open(path) if path.name.lower().endswith(".gz") else path.open("rb")
 
 
 def _nifti_planes(path: Path, about: dict[str, str]) -> Iterator[NDArray[np.generic]]:
@@ -137,8 +168,8 @@ def _nifti_planes(path: Path, about: dict[str, str]) -> Iterator[NDArray[np.gene
     slope, offset = (slope, offset) if slope else (1.0, 0.0)
     size = x * y * dtype.itemsize
     try:
-        with (gzip.open if path.name.lower().endswith(".gz") else open)(path, "rb") as file:
-            dtype = dtype.newbyteorder("<" if file.read(4) in _LITTLE else ">")
+        with _opened(path) as file:
+            dtype = dtype.newbyteorder("<" if file.read(4) == _LITTLE else ">")
             file.seek(int(start))
             for number in range(z):
                 content = file.read(size)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from scipy.spatial.transform import Rotation
 
 from slidetl.errors import VolumeError
 from slidetl.volumes import open_series, read_volume
@@ -45,8 +46,7 @@ def test_ras_of_a_nifti_becomes_lps(tmp_path: Path) -> None:
     """The first voxel of this NIfTI lies at R 30, A 20, S 10, and its axes run right, front and head."""
     path = write_image(tmp_path / "a.nii")
     data = bytearray(path.read_bytes())
-    struct.pack_into("<hh", data, 252, 0, 1)  # by its sform
-    struct.pack_into("<12f", data, 280, 0.7, 0, 0, 30, 0, 0.8, 0, 20, 0, 0, 2.5, 10)
+    _set_sform(data, 0.7, 0, 0, 30, 0, 0.8, 0, 20, 0, 0, 2.5, 10, codes=(0, 1))
     path.write_bytes(data)
     found = read_volume(path)
     x, y, z = np.rint(found.frame.to_voxel((-30.0, -20.0, 10.0))).astype(int)
@@ -54,6 +54,43 @@ def test_ras_of_a_nifti_becomes_lps(tmp_path: Path) -> None:
     x, y, z = np.rint(found.frame.to_voxel((-30.0 - 0.7 * 5, -20.0 - 0.8 * 4, 10.0))).astype(int)
     assert found.hu[z, y, x] == small().hu[0, 4, 5]
     assert np.allclose(found.direction, np.eye(3))  # turned
+
+
+def _set_sform(data: bytearray, *rows: float, codes: tuple[int, int] = (1, 1)) -> None:
+    struct.pack_into("<hh", data, 252, *codes)
+    struct.pack_into("<12f", data, 280, *rows)
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("unit", [1, 1000])
+def test_an_oblique_nifti_says_its_place_twice_alike(
+    tmp_path: Path, suffix: str, order: str, unit: int
+) -> None:
+    """Its qform has the axes mirrored along z and a turn of all three; its sform says the same."""
+    turn = Rotation.from_euler("xyz", (175, -8, 3), degrees=True)
+    axes, origin = turn.as_matrix() * (0.7, 0.8, -2.5), (-60.0, 70.0, 1230.0)
+    *bcd, a = turn.as_quat() * np.sign(turn.as_quat()[3])
+    assert a > 0
+    sizes = np.multiply([-1, 0.7, 0.8, 2.5, 0, 0, 0, 0], [1, *[unit] * 7])
+    forms = (*bcd, *np.multiply(origin, unit), *np.ravel(np.column_stack([axes, origin]) * unit))
+    head = bytearray(352)
+    struct.pack_into(order + "i", head, 0, 348)
+    struct.pack_into(order + "8h", head, 40, 3, 6, 5, 4, 1, 1, 1, 1)
+    struct.pack_into(order + "2h", head, 70, 4, 16)
+    struct.pack_into(order + "8f3f", head, 76, *sizes, 352, 1, 0)
+    head[123] = 3 if unit == 1000 else 2
+    struct.pack_into(order + "2h18f", head, 252, 1, 1, *forms)
+    head[344:348] = b"n+1\0"
+    content = bytes(head) + small().hu.astype(order + "i2").tobytes()
+    path = tmp_path / f"a{suffix}"
+    path.write_bytes(gzip.compress(content) if suffix.endswith(".gz") else content)
+    found = read_volume(path)
+    for index in ((0, 0, 0), (5, 4, 3), (5, 0, 2)):
+        place = (axes @ index + origin) * (-1, -1, 1)
+        x, y, z = np.rint(found.frame.to_voxel(place)).astype(int)
+        assert np.allclose(found.frame.to_patient_mm((x, y, z)), place, atol=1e-3)
+        assert found.hu[z, y, x] == small().hu[index[::-1]]
 
 
 @pytest.mark.parametrize(
@@ -124,6 +161,7 @@ def _garbage(folder: Path) -> Path:
     return folder / "a.nii"
 
 
+APART = r"its qform, its sform and its voxel sizes \(pixdim\) differ: .* apart"
 ONES = np.ones((4, 4, 4), np.int16)
 NAN = np.full((4, 4, 4), -1.0, np.float32)
 NAN[1, 1, 1] = np.nan
@@ -139,7 +177,18 @@ NAN[1, 1, 1] = np.nan
             r"how its axes lie in the patient \(qform_code 0, sform_code 0\)",
         ),
         (_nifti(lambda data: struct.pack_into("<hh", data, 252, 1, 4)), "coordinates of an atlas"),
-        (_nifti(lambda data: struct.pack_into("<f", data, 268, 7.0)), "qform begins at .* which is right"),
+        (_nifti(lambda data: struct.pack_into("<hh", data, 252, 5, 0)), "coordinates of an atlas"),
+        (
+            _nifti(lambda data: struct.pack_into("<f", data, 268, 99.0)),
+            "1 mm apart, and which is right is not",
+        ),
+        (_nifti(lambda data: _set_sform(data, -0.7, 0, 0, 100, 0, -0.8, 0.7, 50, 0, 0, 2.5, 20)), APART),
+        (_nifti(lambda data: _set_sform(data, 0.7, 0, 0, 100, 0, -0.8, 0, 50, 0, 0, 2.5, 20)), APART),
+        (_nifti(lambda data: _set_sform(data, -1.4, 0, 0, 100, 0, -1.6, 0, 50, 0, 0, 5, 20)), APART),
+        (
+            _nifti(lambda data: _set_sform(data, -1.4, 0, 0, 100, 0, -1.6, 0, 50, 0, 0, 5, 20, codes=(0, 1))),
+            APART,
+        ),
         (_of(sitk.GetImageFromArray(ONES * 1024)), "no value is below 0, so these are no Hounsfield units"),
         (_of(sitk.GetImageFromArray(ONES.astype(np.uint8))), "unsigned integers cannot hold Hounsfield"),
         (_of(sitk.GetImageFromArray(NAN)), "plane 1 has values that are not finite"),
