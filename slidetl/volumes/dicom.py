@@ -174,6 +174,9 @@ def _parse(path: Path, header: _Header) -> _Slice:
     spacing = numbers("PixelSpacing", 2)
     if spacing.min() <= 0:
         raise VolumeError(f"{path}: PixelSpacing must be positive, found {spacing.tolist()}")
+    slope = float(numbers("RescaleSlope", 1)[0])
+    if slope == 0:
+        raise VolumeError(f"{path}: RescaleSlope is 0, so all its values are one; use another series")
     tilt = header.get("GantryDetectorTilt")
     return _Slice(
         path=path,
@@ -181,7 +184,7 @@ def _parse(path: Path, header: _Header) -> _Slice:
         spacing_mm=spacing,
         position_mm=numbers("ImagePositionPatient", 3),
         axes=axes,
-        slope=float(numbers("RescaleSlope", 1)[0]),
+        slope=slope,
         intercept=float(numbers("RescaleIntercept", 1)[0]),
         tilt_degrees=0.0 if tilt is None else float(numbers("GantryDetectorTilt", 1)[0]),
     )
@@ -284,9 +287,9 @@ def _planes(stack: _Stack) -> Iterator[NDArray[np.generic]]:
     for one, shift in zip(stack.slices, stack.shifts_px, strict=True):
         plane = _hounsfield(one)
         if stack.shifts_px.any():
-            more = ((0, rows - plane.shape[0]), (0, columns - plane.shape[1]))
-            wide = np.pad(plane.astype(np.float32), more, constant_values=AIR_HU)
-            plane = ndimage.shift(wide, shift[::-1], order=1, cval=AIR_HU)
+            plane = ndimage.affine_transform(
+                *(plane.astype(np.float32), (1, 1), -shift[::-1], (rows, columns)), order=1, cval=AIR_HU
+            )
         yield plane
 
 

@@ -15,6 +15,7 @@ from slidetl.volumes.frame import VolumeFrame
 from slidetl.volumes.volume import AIR_HU, Volume
 
 _HIGHEST_HU = 32767  # of int16; metal ends far below
+_LEAST_RANGE_HU = 100  # noise alone has it
 _MOST_VOXELS = 2**30  # 2 GB; a header may claim any size
 
 
@@ -56,6 +57,7 @@ class Series:
             VolumeError: they are damaged, not finite, or no Hounsfield units.
         """
         hu = np.empty(self.stored.size_voxel[::-1], np.int16)
+        least, most = _HIGHEST_HU, AIR_HU
         for number, plane in enumerate(self.planes()):
             lowest, highest = float(plane.min()), float(plane.max())
             if not (np.isfinite(lowest) and np.isfinite(highest)):
@@ -66,6 +68,15 @@ class Series:
                     "the rescale slope and intercept"
                 )
             hu[number] = np.maximum(np.rint(plane.astype(np.float32)), AIR_HU)
+            # Padding has AIR_HU, whatever the other values are.
+            least = min(least, hu[number].min(where=hu[number] > AIR_HU, initial=_HIGHEST_HU))
+            most = max(most, hu[number].max())
+        if least >= 0 or most - least < _LEAST_RANGE_HU:
+            raise VolumeError(
+                f"{self.path}: its values, {hu.min()} to {hu.max()}, are no Hounsfield units: expected some "
+                f"between {AIR_HU} and 0 (air has -1000), over a range of at least {_LEAST_RANGE_HU}; export "
+                "it with the rescale slope and intercept applied"
+            )
         return turned(Volume(hu, self.stored, self.fingerprint, self.notes))
 
 

@@ -70,6 +70,33 @@ def test_padding_below_air_becomes_air(tmp_path: Path) -> None:
     assert read_volume(write_series(tmp_path / "s", volume, intercept=0)).hu[0, 0, 0] == -1024
 
 
+def test_padding_does_not_hide_a_lost_intercept(tmp_path: Path) -> None:
+    """The corners of its slices have -2000, the rest what a scanner stores for Hounsfield units plus 1024."""
+    volume = small()
+    volume.hu[:] += 1024
+    volume.hu[:, 0, 0] = -2000
+    folder = write_series(tmp_path / "s", volume, intercept=0)
+    with pytest.raises(
+        VolumeError, match=r"its values, -1024 to 469, are no Hounsfield units: expected some"
+    ):
+        read_volume(folder)
+
+
+def test_the_air_beside_a_tilted_slice_does_not_hide_a_lost_intercept(tmp_path: Path) -> None:
+    def change(dataset: Any, number: int) -> None:
+        _position(1, lambda n: 0.3 * n)(dataset, number)
+        dataset.RescaleIntercept = 0
+
+    with pytest.raises(VolumeError, match=r"its values, -1024 to 468, are no Hounsfield units"):
+        read_volume(write_series(tmp_path / "s", change=change))
+
+
+def test_soft_tissue_alone_is_read(tmp_path: Path) -> None:
+    volume = small()
+    volume.hu[:] = np.linspace(-60, 90, volume.hu.size).reshape(volume.hu.shape)
+    assert read_volume(write_series(tmp_path / "s", volume)).hu.min() == -60
+
+
 def test_a_coronal_series_lies_like_any_other(tmp_path: Path) -> None:
     """Rows run to the patient's right, columns to the feet, slices from back to front."""
     stored = small()
@@ -128,6 +155,8 @@ def _set(keyword: str, value: object, only: int | None = None) -> Callable[[Any,
         (_set("Rows", 3, 1), "slices differ: .* 6 x 3 pixels"),
         (_set("PixelData", b"\0" * 20, 1), "damaged, or not DICOM: .*bytes"),
         (_set("RescaleSlope", 100.0), "far beyond any Hounsfield unit"),
+        (_set("RescaleSlope", 0.0, 1), "RescaleSlope is 0"),
+        (_set("RescaleIntercept", 0.0), "its values, 124 to 469, are no Hounsfield units"),
     ],
 )
 def test_each_fault_is_named(tmp_path: Path, change: Callable[[Any, int], None], says: str) -> None:
