@@ -93,18 +93,36 @@ def open_dicom(path: Path) -> Series:
 
 
 def _headers(folder: Path) -> dict[Path, _Header]:
-    """Reads the metadata of all DICOM files in a folder."""
-    headers = {}
+    """Reads the metadata of all DICOM files in a folder.
+
+    Raises:
+        VolumeError: one is damaged; so is a file of zeros beside DICOM, and another that is named like it.
+    """
+    headers: dict[Path, _Header] = {}
+    others: dict[Path, bytes] = {}
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.name == "DICOMDIR" or not path.is_file():
             continue
         with path.open("rb") as file:
-            is_dicom = file.read(132)[128:] == b"DICM"
-        if not is_dicom and path.suffix.lower() in (".dcm", ".dicom", ".ima"):
-            raise VolumeError(f"{path}: not DICOM, though it is named so, or damaged; copy it again")
-        if is_dicom:
+            head = file.read(132)
+        if head[128:] == b"DICM":
             headers[path] = _read(path, _header, stop_before_pixels=True, specific_tags=list(_TAGS))
+        else:
+            others[path] = head
+    names = set(map(_form, headers))
+    for path, head in others.items():
+        is_named_so = path.suffix.lower() in (".dcm", ".dicom", ".ima") or _form(path) in names
+        if is_named_so or (headers and not head.strip(b"\0")):
+            raise VolumeError(
+                f"{path}: not DICOM, though it is {'named so' if is_named_so else 'empty'}, or damaged; "
+                "copy it again, or remove it"
+            )
     return headers
+
+
+def _form(path: Path) -> str:
+    """Returns the name of a file with all its numbers as one."""
+    return re.sub(r"\d[\d.]*", "#", path.name)
 
 
 def _header(dataset: Dataset) -> _Header:

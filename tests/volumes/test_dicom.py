@@ -250,6 +250,30 @@ def test_broken_and_missing_files_are_named(tmp_path: Path) -> None:
         read_volume(single)
 
 
+@pytest.mark.parametrize("form", ["IM{:05}", "CT.1.2.840.{}", "1.2.840.{}.7", "slice{}.raw"])
+@pytest.mark.parametrize("content", [b"", bytes(4096), b"garbage"])
+def test_a_lost_slice_at_the_end_is_named_whatever_its_suffix(
+    tmp_path: Path, form: str, content: bytes
+) -> None:
+    folder = write_series(tmp_path / "s", small((6, 5, 12)))
+    for path in list(folder.iterdir()):
+        path.rename(folder / form.format(int(path.stem.rsplit("-", 1)[1])))
+    for name in ("LICENSE", "DICOMDIR", "069.xml", "README.1st"):
+        (folder / name).write_text("free")
+    assert read_volume(folder).frame.size_voxel == (6, 5, 12)
+    last = folder / form.format(11)
+    last.write_bytes(content)
+    with pytest.raises(VolumeError, match=f"{last.name}: not DICOM, though it is named so, or damaged; copy"):
+        read_volume(folder)
+
+
+def test_an_empty_file_of_any_name_may_be_a_lost_slice(tmp_path: Path) -> None:
+    folder = write_series(tmp_path / "s")
+    (folder / "0fa3c8e1").write_bytes(bytes(200))
+    with pytest.raises(VolumeError, match="0fa3c8e1: not DICOM, though it is empty, or damaged; copy"):
+        read_volume(folder)
+
+
 def test_a_compressed_series_is_read_without_loss(tmp_path: Path) -> None:
     wanted = small((32, 32, 3))
     folder = write_series(tmp_path / "s", wanted)
