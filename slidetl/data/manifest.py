@@ -16,7 +16,7 @@ from slidetl.data.folder import SLIDE_SUFFIXES, find_files
 from slidetl.data.spreadsheet import Table, read_table
 from slidetl.data.tasks import Task
 from slidetl.errors import ManifestError, SlideOpenError, UsageError
-from slidetl.slides.dicom import series_instance_uid
+from slidetl.slides.dicom import is_localizer, series_instance_uid
 from slidetl.slides.ngff import is_ngff
 from slidetl.slides.npz import NpzItem, read_labels
 from slidetl.slides.raster import IMAGE_SUFFIXES, TIFF_SUFFIXES
@@ -415,7 +415,8 @@ def _with_labels(manifest: Manifest, tasks: Sequence[Task]) -> Manifest:
 def _list_folder(folder: Path, scale: Sequence[str] | int | None) -> Manifest:
     """Lists the slides and CT series below a folder, a DICOM series once, or its images if it has neither.
 
-    A series of several files is named by its UID, since none of the files names it.
+    A series of several files is named by its UID, since none of the files names it. Series of localizers
+    alone are left out beside others.
     """
     found = find_files(folder)
     series: dict[tuple[Path, str], list[Path]] = {}
@@ -424,6 +425,13 @@ def _list_folder(folder: Path, scale: Sequence[str] | int | None) -> Manifest:
         series.setdefault(_series(path) or (path, ""), []).append(path)
     if series:
         found.warn_of_rest(files)
+        scouts = [key for key, paths in series.items() if key[1] and all(map(is_localizer, paths))]
+        if 0 < len(scouts) < len(series):
+            names = [str(series.pop(key)[0].relative_to(found.folder)) for key in scouts]
+            about = ", ".join(names[:5]) + " ..." * (len(names) > 5)
+            warnings.warn(
+                f"{found.folder}: left out series of localizer images ({len(names)}: {about})", stacklevel=3
+            )
         rows = [
             ManifestRow(0, safe_slide_id(uid) if len(paths) > 1 else _stem(paths[0]), paths[0], "")
             for (_, uid), paths in series.items()

@@ -15,6 +15,8 @@ _STUDY_AND_SERIES = re.compile(
 )
 # Modality (0008,0060), in explicit or implicit little endian.
 _MODALITY = re.compile(rb"\x08\x00\x60\x00(?:CS..|..\0\0)([A-Z]{2,16})", re.DOTALL)
+# Image Type (0008,0008), likewise.
+_IMAGE_TYPE = re.compile(rb"\x08\x00\x08\x00(?:CS..|..\0\0)([A-Z0-9_ \\]+)", re.DOTALL)
 _HEAD_BYTES = 1 << 16
 SLIDE = "SM"  # the modality of whole slides
 
@@ -48,6 +50,18 @@ def series_instance_uid(path: Path) -> str | None:
     with path.open("rb") as file:
         match = _STUDY_AND_SERIES.search(file.read(_HEAD_BYTES))
     return match[1].decode("ascii") if match else None
+
+
+def is_localizer(path: Path) -> bool:
+    """Tells if a DICOM file is a localizer of a CT series.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        head = file.read(_HEAD_BYTES)
+    kind, kept = _MODALITY.search(head), _IMAGE_TYPE.search(head)
+    return bool(kind and kind[1] == b"CT" and kept and b"LOCALIZER" in kept[1].split(b"\\"))
 
 
 def modality(path: Path) -> str:

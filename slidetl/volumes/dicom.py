@@ -64,6 +64,9 @@ def open_dicom(path: Path) -> Series:
         raise VolumeError(f"{path}: no DICOM files here; expected the folder of a CT series")
     if path != folder and path not in found:
         raise VolumeError(f"{path}: not a DICOM file, a NIfTI or a MetaImage")
+    if path in found:
+        chosen = found[path]["SeriesInstanceUID"]
+        found = {p: header for p, header in found.items() if header["SeriesInstanceUID"] == chosen}
     notes = []
     localizers = [p for p, header in found.items() if "LOCALIZER" in _words(header, "ImageType")]
     if localizers:
@@ -74,9 +77,7 @@ def open_dicom(path: Path) -> Series:
     series: dict[str, dict[Path, _Header]] = defaultdict(dict)
     for file, header in found.items():
         series[str(header["SeriesInstanceUID"])][file] = header
-    if path in found:
-        found = series[str(found[path]["SeriesInstanceUID"])]
-    elif len(series) > 1:
+    if len(series) > 1:
         listed = "; ".join(map(_describe, list(series.values())[:_NAMED])) + " ..." * (len(series) > _NAMED)
         raise VolumeError(
             f"{path}: {len(series)} DICOM series in one folder; give each its own, or name a file of one "

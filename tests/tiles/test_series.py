@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import dataclasses
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from slidetl.cli import main
 from slidetl.data.manifest import read_manifest
 from slidetl.data.study import read_study
 from slidetl.errors import CacheMismatchError, ManifestError, UsageError
+from slidetl.grading.batch import find_slides
 from slidetl.slides import open_slide
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.ledger import EXCLUDED, FAILED, USED, Ledger
@@ -235,6 +238,28 @@ def test_a_folder_of_series_lists_each_once(tmp_path: Path) -> None:
     assert all(is_series(row.path) for row in rows)
     (one,) = [row for row in rows if row.path.parent.name == "a"]
     assert read_volume(one.path).frame.size_voxel == (6, 5, 4)
+
+
+def test_a_localizer_beside_a_series_is_no_patient(series: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "study" / "P1"
+    shutil.copytree(series, folder)
+
+    def localizer(dataset: Any, number: int) -> None:
+        dataset.ImageType = ["ORIGINAL", "PRIMARY", "LOCALIZER"]
+
+    write_series(folder, small((6, 5, 1)), localizer, series="9")
+    with pytest.warns(UserWarning, match=r"left out series of localizer images \(1: P1/00-9-0\.dcm\)"):
+        (listed,) = read_manifest(tmp_path / "study").rows
+    assert listed.slide_id == f"{ROOT}.1" and open_series(listed.path).frame.size_voxel == (40, 30, 20)
+    with pytest.warns(UserWarning, match="localizer"):
+        assert find_slides([folder])[0] == [folder]
+    words = ["--cache", str(tmp_path / "cache"), "--spacing-mm", "8", "--tile-size", "8", "--workers", "1"]
+    with pytest.warns(UserWarning, match="localizer"):
+        assert main(["tile", str(folder), *words]) == 0
+    alone = write_series(tmp_path / "alone", small((6, 5, 1)), localizer)
+    (listed,) = read_manifest(alone).rows
+    (found,) = tile_slides([SlideSource("A", listed.path)], tmp_path / "cache", SPEC, 0)
+    assert found.status == FAILED and "localizer images only" in found.reason
 
 
 def test_a_series_of_many_locations_is_compared_once_and_only_if_it_changed(

@@ -222,6 +222,10 @@ def test_localizers_and_other_files_are_left_out(tmp_path: Path) -> None:
     found = read_volume(folder)
     assert np.array_equal(found.hu, plain.hu) and found.fingerprint == plain.fingerprint
     assert found.notes == ("localizer images are left out (4)",)
+    named = read_volume(next(folder.glob("*-1-*")))
+    assert np.array_equal(named.hu, plain.hu) and named.notes == ()
+    with pytest.raises(VolumeError, match="localizer images only"):
+        read_volume(next(folder.glob("*-2-*")))
 
 
 def test_broken_and_missing_files_are_named(tmp_path: Path) -> None:
