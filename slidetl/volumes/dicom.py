@@ -37,6 +37,7 @@ _TAGS = (
     *("SeriesInstanceUID", "SeriesDescription", "Modality", "ImageType", "NumberOfFrames", "Rows", "Columns"),
     *("SamplesPerPixel", "PhotometricInterpretation", "PixelSpacing", "ImagePositionPatient"),
     *("ImageOrientationPatient", "RescaleSlope", "RescaleIntercept", "RescaleType", "GantryDetectorTilt"),
+    *("PixelRepresentation", "BitsStored", "PixelPaddingValue", "PixelPaddingRangeLimit"),
 )
 
 
@@ -51,6 +52,7 @@ class _Slice:
     axes: NDArray[np.float64]  # [2, 3]: of growing columns (x), of growing rows (y)
     slope: float
     intercept: float
+    padding_hu: tuple[float, float] | None  # lowest and highest; None if all padding is below air
     tilt_degrees: float
 
 
@@ -89,6 +91,8 @@ def open_dicom(path: Path) -> Series:
         notes.append(
             f"a gantry tilt of {stack.tilt_degrees:.1f} degrees is straightened by moving its slices"
         )
+    if any(one.padding_hu for one in stack.slices):
+        notes.append("voxels of the PixelPaddingValue that reach the edge of a slice are read as air")
     fingerprint = fingerprint_of(one.path for one in stack.slices)
     return Series(path, stack.frame, fingerprint, tuple(notes), lambda: _planes(stack))
 
@@ -196,6 +200,18 @@ def _parse(path: Path, header: _Header) -> _Slice:
     slope = float(numbers("RescaleSlope", 1)[0])
     if slope == 0:
         raise VolumeError(f"{path}: RescaleSlope is 0, so all its values are one; use another series")
+    intercept = float(numbers("RescaleIntercept", 1)[0])
+    padding = None
+    if header.get("PixelPaddingValue") is not None:
+        # Its bits are those of a pixel, whatever type the file gives it.
+        size = 2 ** min(16, int(numbers("BitsStored", 1)[0]))
+        least = -size // 2 if header.get("PixelRepresentation") == 1 else 0
+        last = (
+            "PixelPaddingValue" if header.get("PixelPaddingRangeLimit") is None else "PixelPaddingRangeLimit"
+        )
+        ends = [int(numbers(keyword, 1)[0]) for keyword in ("PixelPaddingValue", last)]
+        low, high = sorted(((end - least) % size + least) * slope + intercept for end in ends)
+        padding = (low, high) if high > AIR_HU else None
     tilt = header.get("GantryDetectorTilt")
     return _Slice(
         path=path,
@@ -204,7 +220,8 @@ def _parse(path: Path, header: _Header) -> _Slice:
         position_mm=numbers("ImagePositionPatient", 3),
         axes=axes,
         slope=slope,
-        intercept=float(numbers("RescaleIntercept", 1)[0]),
+        intercept=intercept,
+        padding_hu=padding,
         tilt_degrees=0.0 if tilt is None else float(numbers("GantryDetectorTilt", 1)[0]),
     )
 
@@ -325,6 +342,21 @@ def _hounsfield(one: _Slice) -> NDArray[np.generic]:
     values = _read(one.path, values_of)
     if values.shape != one.shape:
         raise VolumeError(f"{one.path}: expected {one.shape} pixels, found {values.shape}")
+    return values if one.padding_hu is None else _without_padding(values, one.padding_hu, abs(one.slope) / 2)
+
+
+def _without_padding(
+    hu: NDArray[np.generic], padding_hu: tuple[float, float], rounding: float
+) -> NDArray[np.generic]:
+    """Replaces padding that reaches the edge of a slice by air; within, the same values are tissue."""
+    from scipy import ndimage
+
+    low, high = padding_hu
+    values = hu.astype(np.float32)
+    is_padding = (values > low - rounding) & (values < high + rounding)
+    pieces, _ = ndimage.label(is_padding)
+    edge = np.concatenate([pieces[0], pieces[-1], pieces[:, 0], pieces[:, -1]])
+    values[np.isin(pieces, edge[edge > 0])] = AIR_HU
     return values
 
 

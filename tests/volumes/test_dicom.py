@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from pydicom.uid import ImplicitVRLittleEndian
+from pydicom.dataelem import DataElement
+from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from slidetl.errors import UsageError, VolumeError
 from slidetl.slides.dicom import series_instance_uid
@@ -68,6 +69,57 @@ def test_padding_below_air_becomes_air(tmp_path: Path) -> None:
     volume = small()
     volume.hu[0, 0, 0] = -3024
     assert read_volume(write_series(tmp_path / "s", volume, intercept=0)).hu[0, 0, 0] == -1024
+
+
+def _padded(
+    value: int, limit: int | None = None, vr: str = "SS", syntax: UID = ExplicitVRLittleEndian, **about: int
+) -> Callable[[Any, int], None]:
+    """Declares padding, and stores it in the first and last row, the first column and amid each slice."""
+
+    def change(dataset: Any, number: int) -> None:
+        pixels = np.frombuffer(dataset.PixelData, np.int16).reshape(dataset.Rows, dataset.Columns).copy()
+        stored = np.int64(value).astype(np.int16)
+        pixels[[0, -1]] = pixels[:, 0] = pixels[3, 3] = stored
+        if limit is not None:
+            pixels[0, 1:3] = np.int64(limit).astype(np.int16)
+        dataset.PixelData = pixels.tobytes()
+        dataset.file_meta.TransferSyntaxUID = syntax
+        for keyword, content in about.items():
+            setattr(dataset, keyword, content)
+        dataset.add(DataElement(0x00280120, vr, value))
+        if limit is not None:
+            dataset.add(DataElement(0x00280121, vr, limit))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "intercept", "inner"),
+    [
+        (_padded(4095, vr="US", PixelRepresentation=0), -1024.0, 3071),
+        (_padded(4095, vr="US", PixelRepresentation=0, syntax=ImplicitVRLittleEndian), -1024.0, 3071),
+        (_padded(0), 0.0, 0),
+        (_padded(2000, 1990), 0.0, 2000),
+        (_padded(1990, 2000), 0.0, 1990),
+        (_padded(-200, syntax=ImplicitVRLittleEndian), 1000.0, 800),
+        (_padded(65336, vr="US"), 1000.0, 800),  # -200, by another type
+        (_padded(3896, vr="US", BitsStored=12, HighBit=11), 1000.0, 800),  # -200, in 12 bits
+    ],
+)
+def test_padding_above_air_becomes_air_at_the_edge_of_a_slice_alone(
+    tmp_path: Path, change: Callable[[Any, int], None], intercept: float, inner: int
+) -> None:
+    wanted = small((7, 7, 3))
+    found = read_volume(write_series(tmp_path / "s", wanted, change, intercept=intercept))
+    wanted.hu[:, [0, -1]] = wanted.hu[:, :, 0] = -1024
+    wanted.hu[:, 3, 3] = inner
+    assert np.array_equal(found.hu, wanted.hu)
+    assert found.notes == ("voxels of the PixelPaddingValue that reach the edge of a slice are read as air",)
+
+
+def test_padding_below_air_needs_no_note(tmp_path: Path) -> None:
+    found = read_volume(write_series(tmp_path / "s", small((7, 7, 3)), _padded(-2000), intercept=0.0))
+    assert found.hu[0, 0, 0] == found.hu[0, 3, 3] == -1024 and found.notes == ()
 
 
 def test_padding_does_not_hide_a_lost_intercept(tmp_path: Path) -> None:
@@ -291,6 +343,9 @@ def test_a_compressed_series_is_read_without_loss(tmp_path: Path) -> None:
         edit(path, lambda dataset: setattr(dataset, "RescaleType", "HU"))
     assert open_series(folder).frame.size_voxel == (32, 32, 3)
     assert np.array_equal(read_volume(folder).hu, wanted.hu)
+    corner, one = int(wanted.hu[0, 0, 0]), min(folder.iterdir())
+    edit(one, lambda dataset: dataset.add(DataElement(0x00280120, "SS", corner + 1024)))
+    assert read_volume(folder).hu[0, 0, 0] == -1024
 
 
 def test_values_that_pydicom_cannot_parse_are_one_line(tmp_path: Path) -> None:
