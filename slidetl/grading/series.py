@@ -113,5 +113,5 @@ class SeriesGrade:
             "model_sha256": self.model_sha256,
             "precision": self.precision,
             "spacing_mm": self.plan.spec.spacing_mm,
-            "notes": list(self.plan.volume.notes),
+            "notes": list(self.plan.notes),
         }

@@ -23,6 +23,10 @@ from slidetl.volumes.volume import Volume
 _OVERVIEW_MM = 4.0
 _VOXELS_PER_PATCH = 8
 
+# A series is enlarged, as is usual between thick slices; from so many times on, a note says it.
+_COARSE = 2.5
+_LEFT_OUT = 0.02  # of the lungs or the body, worth a note
+
 _ROUNDING = 1e-6  # least share of the mask is compared with float32 shares
 
 
@@ -38,6 +42,7 @@ class PatchPlan:
         patches_without_mask: places on the grid with a smaller share than ``spec.min_tissue``.
         overview: the whole series at a coarse spacing.
         mask: the lungs or the body in ``overview``, ``[z, y, x] bool``; all True for ``spec.mask`` none.
+        notes: doubts about the series and the request, :func:`notes_on_series`.
     """
 
     spec: TileSpec
@@ -47,6 +52,7 @@ class PatchPlan:
     patches_without_mask: int
     overview: Volume
     mask: NDArray[np.bool_]
+    notes: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.origins_voxel)
@@ -152,6 +158,7 @@ def plan_patches(
     fraction = box_means(prepared.mask, origins, side, spec.spacing_mm / prepared.overview.spacing_mm[0])
     is_wanted = fraction >= (spec.min_tissue - _ROUNDING if location_mm is None else 0)
     without = int((~is_wanted).sum())
+    coarse = prepared.overview.spacing_mm[0]
     return PatchPlan(
         spec=spec,
         volume=prepared.volume,
@@ -160,7 +167,39 @@ def plan_patches(
         patches_without_mask=without,
         overview=prepared.overview,
         mask=prepared.mask,
+        notes=notes_on_series(series, spec, location_mm, origins[is_wanted], prepared.mask, coarse),
     )
+
+
+def notes_on_series(
+    series: Series,
+    spec: TileSpec,
+    location_mm: Triple | None,
+    origins_voxel: NDArray[np.int32],
+    mask: NDArray[np.bool_],
+    mask_mm: float,
+) -> tuple[str, ...]:
+    """Notes doubts about a series, and what its patches do not show.
+
+    Args:
+        series: the series.
+        spec: the specification of its patches.
+        location_mm: the location of its only patch; None for all of it.
+        origins_voxel: ``[N, 3]``, first voxels ``(x, y, z)`` of the patches.
+        mask: the lungs or the body, ``[z, y, x]``.
+        mask_mm: its spacing, millimetres.
+    """
+    notes, apart = list(series.notes), max(series.frame.spacing_mm)
+    if apart > _COARSE * spec.spacing_mm:
+        notes.append(f"slices or pixels are {apart:.3g} mm apart, interpolated to {spec.spacing_mm:g} mm")
+    if location_mm is None and spec.mask != "none" and len(origins_voxel):
+        lost = share_left_out(mask, origins_voxel, spec.tile_size_px, spec.spacing_mm / mask_mm)
+        if lost > _LEFT_OUT:
+            notes.append(
+                f"{lost:.0%} of the {spec.mask} is in no patch (min_tissue {spec.min_tissue:g}, stride "
+                f"{spec.stride_px})"
+            )
+    return tuple(notes)
 
 
 def patch_grid(size_voxel: tuple[int, int, int], side: int, stride: int) -> NDArray[np.int32]:

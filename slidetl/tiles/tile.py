@@ -26,7 +26,7 @@ from slidetl.tiles.cut import encode_tile, encode_tiles
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.ledger import EXCLUDED, FAILED, USED, LedgerRow, file_state
 from slidetl.tiles.lock import slide_lock
-from slidetl.tiles.patches import PatchPlan, PreparedSeries, plan_patches, prepare_series, share_left_out
+from slidetl.tiles.patches import PatchPlan, PreparedSeries, notes_on_series, plan_patches, prepare_series
 from slidetl.tiles.plan import MANY_PLACES, TilePlan, notes_on, plan_tiles
 from slidetl.tiles.preview import draw_patches, draw_preview
 from slidetl.tiles.regions import Regions, RegionSource, read_regions
@@ -44,10 +44,6 @@ from slidetl.tiles.store import (
 from slidetl.tiles.writer import CacheWriter
 from slidetl.volumes import Series, open_series
 from slidetl.volumes.frame import Triple, VolumeFrame
-
-# A series is enlarged, as is usual between thick slices; from so many times on, a note says it.
-_COARSE = 2.5
-_LEFT_OUT = 0.02  # of the lungs or the body, worth a note
 
 
 @dataclass(frozen=True)
@@ -206,7 +202,7 @@ def tile_slide(
             try:
                 if spec.is_volume:
                     series = _open_series(source.path, modified)
-                    row = _described(row, series, spec)
+                    row = _described(row, series)
                     row = _tile_open_series(
                         row, series, source, cache_dir, spec, overwrite, threads, lock.check, picture
                     )
@@ -289,12 +285,9 @@ def _tile_open_slide(
     return _used(row, write_tiles(slide, plan, cache_dir, row.slide_id, threads, check, digest))
 
 
-def _described(row: LedgerRow, series: Series, spec: TileSpec) -> LedgerRow:
+def _described(row: LedgerRow, series: Series) -> LedgerRow:
     """Adds the metadata of a series to its row, and doubts about it."""
-    (width, height, _), apart = series.frame.size_voxel, max(series.frame.spacing_mm)
-    notes = list(series.notes)
-    if apart > _COARSE * spec.spacing_mm:
-        notes.append(f"slices or pixels are {apart:.3g} mm apart, interpolated to {spec.spacing_mm:g} mm")
+    width, height, _ = series.frame.size_voxel
     return replace(
         row,
         vendor="CT",
@@ -302,7 +295,7 @@ def _described(row: LedgerRow, series: Series, spec: TileSpec) -> LedgerRow:
         mpp_level0=max(_in_plane_um(series.frame)),
         width=width,
         height=height,
-        note="; ".join(notes),
+        note="; ".join(series.notes),
     )
 
 
@@ -322,14 +315,15 @@ def _tile_open_series(
     kept = _kept_cache(path, series.fingerprint, mpp, spec, "", source.location_mm, overwrite)
     if kept is not None and (preview is None or preview.exists()):
         discard(cache_dir, row.slide_id)
-        return _used_series(row, kept)
+        return _used_series(row, series, kept)
     plan = plan_patches(series, spec, source.location_mm, _held if source.location_mm else prepare_series)
     if preview is not None:
         draw_patches(preview, plan, row.slide_id)
     if kept is not None:
         discard(cache_dir, row.slide_id)
-        return _used_series(row, kept)
+        return _used_series(row, series, kept)
     row = replace(row, mpp_x=spec.mpp, mpp_y=spec.mpp, tiles_without_tissue=plan.patches_without_mask)
+    row = replace(row, note="; ".join(plan.notes))
     if not len(plan):
         discard(cache_dir, row.slide_id, finished=True)
         found = plan.mask.any()
@@ -338,19 +332,13 @@ def _tile_open_series(
         )
         return replace(row, status=EXCLUDED, reason=f"{reason}; --mask chooses another part, or none")
     made = write_patches(plan, series, cache_dir, row.slide_id, threads, check, source.location_mm)
-    return _used_series(row, made)
+    return _used(row, made)
 
 
-def _used_series(row: LedgerRow, cache: SlideCache) -> LedgerRow:
-    """Notes a part of the lungs or the body without patches: whatever lies in it is not seen."""
-    spec, note = cache.spec, row.note
-    if cache.header.location_mm is None and spec.mask != "none":
-        scale = spec.spacing_mm / cache.overview_mm
-        lost = share_left_out(cache.overview_mask, cache.origins_voxel, spec.tile_size_px, scale)
-        if lost > _LEFT_OUT:
-            said = f"{lost:.0%} of the {spec.mask} is in no patch, lower --min-tissue or --stride"
-            note = "; ".join(filter(None, [note, said]))
-    return _used(replace(row, note=note), cache)
+def _used_series(row: LedgerRow, series: Series, cache: SlideCache) -> LedgerRow:
+    """Notes on a kept cache what the plan of its patches would."""
+    about = (cache.header.location_mm, cache.origins_voxel, cache.overview_mask, cache.overview_mm)
+    return _used(replace(row, note="; ".join(notes_on_series(series, cache.spec, *about))), cache)
 
 
 @lru_cache(maxsize=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from slidetl.cli import main
 from slidetl.errors import UnfitSlideError, UsageError
 from slidetl.grading.batch import find_slides, output_names
 from slidetl.grading.grade import grade_series, grade_slide
+from slidetl.grading.report.series import write_series_report
 from slidetl.grading.series import shown_patches
 from slidetl.models.aggregators import MaxPooling
 from slidetl.models.spec import BackboneSpec
@@ -22,8 +24,11 @@ from slidetl.publish.export import build_network, export_model
 from slidetl.publish.model_file import ModelFile, load_model
 from slidetl.publish.onnx import export_onnx
 from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.run import tile_slides
 from slidetl.tiles.store import SlideCache
+from slidetl.tiles.tile import SlideSource
 from slidetl.training.grader import SlideGrader
+from tests.volumes.phantom import chest
 from tests.volumes.series import write_series as write_dicom
 from tests.volumes.studies import VolumeStudy
 
@@ -83,6 +88,20 @@ def test_a_series_is_graded_as_its_cache_is(model: ModelFile, scans: VolumeStudy
     assert [row["rank"] for row in rows] == list(range(1, 9))
     total = graded.explanation.score - (graded.explanation.baseline or 0)
     assert sum(row["contribution"] for row in rows) == pytest.approx(total, abs=1e-4)
+
+
+def test_a_graded_series_has_the_notes_of_a_tiled_one(model: ModelFile, tmp_path: Path) -> None:
+    folder = write_dicom(tmp_path / "P1", chest((4.0, 4.0, 25.0))[0])
+    spec = TileSpec(spacing_mm=4.0, tile_size_px=16, stride_px=16, mask="lung", min_tissue=0.5)
+    card = dataclasses.replace(model.card, tile_spec=spec)
+    graded = grade_series(dataclasses.replace(model, card=card), folder, force=True)
+    (tiled,) = tile_slides([SlideSource("P1", folder)], tmp_path / "cache", spec, 0)
+    assert graded.to_dict()["notes"] == tiled.note.split("; ")
+    thick, lost = graded.to_dict()["notes"]
+    assert thick == "slices or pixels are 25 mm apart, interpolated to 4 mm"
+    assert re.fullmatch(r"\d+% of the lung is in no patch \(min_tissue 0\.5, stride 16\)", lost)
+    text = write_series_report(graded, card, tmp_path, "P1").read_text("utf-8")
+    assert thick in text and lost in text
 
 
 def test_without_a_sum_over_patches_they_are_left_out_in_turn(scans: VolumeStudy, tmp_path: Path) -> None:

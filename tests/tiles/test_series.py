@@ -173,7 +173,7 @@ def test_a_part_of_the_lungs_without_patches_is_noted(series: Path, tmp_path: Pa
         mask[z : z + 16, y : y + 16, x : x + 16] = False
     lost = mask.sum() / 8 / cache.overview_mask.sum()
     assert lost > 0.1
-    assert found.note == f"{lost:.0%} of the lung is in no patch, lower --min-tissue or --stride"
+    assert found.note == f"{lost:.0%} of the lung is in no patch (min_tissue 0.7, stride 8)"
     (kept,) = tile_slides([SlideSource("C1", series)], tmp_path / "cache", narrow, 0)
     assert kept.note == found.note
     (all_of_it,) = tile_slides(

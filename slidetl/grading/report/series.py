@@ -69,7 +69,7 @@ def write_series_report(result: SeriesGrade, card: ModelCard, folder: Path, name
         card=card,
         noun="series",
         measured=[(part, f"{result.mask_ml:.0f} ml in {len(plan)} patches")],
-        warnings=[*plan.volume.notes, *doubts(result.novelty, card, "series")],
+        warnings=[*plan.notes, *doubts(result.novelty, card, "series")],
         bars=grade_bars(result.grade, result.grade_set, result.probabilities, card),
         galleries=galleries,
         has_attention=varies,
