@@ -45,6 +45,13 @@ _GEOMETRY = {
     ("TransformMatrix", "Rotation", "Orientation"): 9,
     ("Offset", "Position", "Origin"): 3,
 }
+# Fields that change units or values, and ITK ignores, with the contents that change nothing.
+_PLAIN = {
+    "DistanceUnits": r"mm|\?",
+    "ElementToIntensityFunctionSlope": r"\+?1(\.0*)?",
+    "ElementToIntensityFunctionOffset": r"[-+]?0(\.0*)?",
+    "Modality": "MET_MOD_(CT|UNKNOWN|OTHER)",
+}
 
 
 def open_image(path: Path) -> Series:
@@ -219,6 +226,12 @@ def _read_meta(path: Path) -> _MetaHeader:
         numbers = values[0].split()
         if len(values) > 1 or len(numbers) != count or not all(map(_NUMBER.fullmatch, numbers)):
             raise VolumeError(f"{path}: {synonyms[0]} must be {count} numbers, once, found {values}")
+    for name, plain in _PLAIN.items():
+        if name in names and not re.fullmatch(plain, names[name]):
+            raise VolumeError(
+                f"{path}: expected Hounsfield units of CT as stored, and millimetres, found {name} = "
+                f"{names[name][:40]}; export it again from DICOM"
+            )
     data = found[1].decode("latin-1")
     is_local = data == "LOCAL"
     if not is_local and (not re.fullmatch(r"[^/\\%]+", data) or data.startswith(("LIST", ".."))):

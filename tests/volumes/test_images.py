@@ -208,6 +208,10 @@ NAN[1, 1, 1] = np.nan
         (_meta("DimSize = 6 5 4", "DimSize = 6 5"), "DimSize must be 3 numbers"),
         (_meta("Offset = ", "Offset = x "), "Offset must be 3 numbers"),
         (_meta("DimSize = 6 5 4", "DimSize = 654"), "DimSize must be 3 numbers"),
+        (_meta("NDims", "DistanceUnits = cm\nNDims"), "and millimetres, found DistanceUnits = cm; export"),
+        (_meta("NDims", "ElementToIntensityFunctionSlope = 1.5\nNDims"), "FunctionSlope = 1.5"),
+        (_meta("NDims", "ElementToIntensityFunctionOffset = -1000\nNDims"), "FunctionOffset = -1000"),
+        (_meta("NDims", "Modality = MET_MOD_MR\nNDims"), "found Modality = MET_MOD_MR"),
         (_meta("CompressedData = False", "CompressedData = Tralse"), "must be True or False"),
         (_meta("DimSize = 6 5 4", "DimSize = 6000 5000 4000"), "6000, 5000, 4000\\) voxels are not in it"),
     ],
@@ -216,6 +220,14 @@ def test_each_fault_is_named(tmp_path: Path, write: Callable[[Path], Path], says
     with pytest.raises(VolumeError, match=says) as caught:
         open_series(write(tmp_path)).read()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("units", ["mm", "?"])
+@pytest.mark.parametrize("kind", ["CT", "UNKNOWN", "OTHER"])
+def test_fields_of_a_metaimage_that_change_nothing_are_taken(tmp_path: Path, units: str, kind: str) -> None:
+    scale = "ElementToIntensityFunctionSlope = 1.0\nElementToIntensityFunctionOffset = -0\n"
+    fields = f"DistanceUnits = {units}\nModality = MET_MOD_{kind}\n{scale}"
+    assert np.array_equal(read_volume(_meta("NDims", f"{fields}NDims")(tmp_path)).hu, small().hu)
 
 
 def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
