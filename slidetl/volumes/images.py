@@ -160,6 +160,8 @@ def _nifti_planes(path: Path, about: dict[str, str]) -> Iterator[NDArray[np.gene
         start, slope, offset = (float(about[name]) for name in ("vox_offset", "scl_slope", "scl_inter"))
         if not np.isfinite([start, slope, offset]).all():
             raise ValueError("numbers that are not finite")
+        if start < _NIFTI_BYTES + 4:  # the flags of extensions end the header; ITK makes 348 of less
+            raise ValueError("voxels that begin within the header")
     except (KeyError, ValueError) as error:
         raise VolumeError(
             f"{path}: its header is damaged, or of a kind that is not read ({error!r})"
@@ -176,8 +178,13 @@ def _nifti_planes(path: Path, about: dict[str, str]) -> Iterator[NDArray[np.gene
                     raise VolumeError(f"{path}: it ends early, at plane {number} of {z}; copy it again")
                 plane = np.frombuffer(content, dtype).reshape(y, x)
                 yield plane if (slope, offset) == (1, 0) else plane * slope + offset
-            while file.read(_BLOCK_BYTES):  # the checksum of gzip stands at the end
-                pass
+            more = 0
+            while block := file.read(_BLOCK_BYTES):  # the checksum of gzip stands at the end
+                more += len(block)
+            if more >= size:
+                raise VolumeError(
+                    f"{path}: its header says {z} planes, and {more // size} more follow; export it again"
+                )
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise VolumeError(f"{path}: it is damaged: {error}") from error
 
@@ -186,12 +193,20 @@ def _meta_planes(path: Path, header: _MetaHeader) -> Iterator[NDArray[np.generic
     import SimpleITK as sitk
 
     if header.is_compressed:
-        _check_zlib(header.voxels, header.start)
+        size = _unpacked_bytes(header.voxels, header.start)
+    else:
+        size = header.voxels.stat().st_size - header.start
     try:
         image = sitk.ReadImage(str(path))  # it owns the memory of the view, so it must live as long
     except RuntimeError as error:
         raise VolumeError(f"{path}: it cannot be read; ITK says: {_reason(error)}") from error
-    yield from sitk.GetArrayViewFromImage(image)
+    view = sitk.GetArrayViewFromImage(image)
+    if size != view.nbytes:
+        raise VolumeError(
+            f"{path}: its header says {view.nbytes} bytes of voxels, {header.voxels.name} has {size}; export "
+            "it again"
+        )
+    yield from view
 
 
 @dataclass(frozen=True)
@@ -245,20 +260,21 @@ def _read_meta(path: Path) -> _MetaHeader:
     return _MetaHeader(voxels, found.end() if is_local else 0, compressed.lower() == "true")
 
 
-def _check_zlib(path: Path, start: int) -> None:
-    """Checks that the voxels can be decompressed."""
-    unpack = zlib.decompressobj()
+def _unpacked_bytes(path: Path, start: int) -> int:
+    """Counts the bytes of voxels that zlib compressed, and checks that all can be decompressed."""
+    unpack, size = zlib.decompressobj(), 0
     try:
         with path.open("rb") as file:
             file.seek(start)
             while not unpack.eof and (block := file.read(_BLOCK_BYTES)):
                 while block and not unpack.eof:
-                    unpack.decompress(block, _BLOCK_BYTES)
+                    size += len(unpack.decompress(block, _BLOCK_BYTES))
                     block = unpack.unconsumed_tail
     except zlib.error as error:
         raise VolumeError(f"{path}: it is damaged: {error}") from error
     if not unpack.eof:
         raise VolumeError(f"{path}: it ends early; copy it again")
+    return size
 
 
 def _reason(error: Any) -> str:

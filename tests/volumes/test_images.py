@@ -156,6 +156,24 @@ def _of(image: sitk.Image, name: str = "a.nii.gz") -> Callable[[Path], Path]:
     return write
 
 
+def _fewer(name: str, compress: bool = False) -> Callable[[Path], Path]:
+    """Writes four planes, and a header that says three."""
+
+    def write(folder: Path) -> Path:
+        path = write_image(folder / name, compress=compress)
+        data = path.read_bytes()
+        if path.suffix in (".mha", ".mhd"):
+            data = data.replace(b"DimSize = 6 5 4", b"DimSize = 6 5 3")
+        else:
+            plain = bytearray(gzip.decompress(data) if path.suffix == ".gz" else data)
+            struct.pack_into("<h", plain, 46, 3)
+            data = gzip.compress(plain) if path.suffix == ".gz" else bytes(plain)
+        path.write_bytes(data)
+        return path
+
+    return write
+
+
 def _garbage(folder: Path) -> Path:
     (folder / "a.nii").write_bytes(b"no nifti")
     return folder / "a.nii"
@@ -193,6 +211,16 @@ NAN[1, 1, 1] = np.nan
         (_of(sitk.GetImageFromArray(np.linspace(-2, 2, 64).reshape(4, 4, 4))), "its values, -2 to 2, are no"),
         (_of(sitk.GetImageFromArray(ONES * -3024)), "its values, -1024 to -1024, are no Hounsfield units"),
         (_of(sitk.GetImageFromArray(ONES.astype(np.uint8))), "unsigned integers cannot hold Hounsfield"),
+        (_fewer("a.nii"), "its header says 3 planes, and 1 more follow; export it again"),
+        (_fewer("a.nii.gz"), "its header says 3 planes, and 1 more follow"),
+        (_fewer("a.mhd"), r"its header says 180 bytes of voxels, a\.raw has 240; export it again"),
+        (_fewer("a.mha"), r"its header says 180 bytes of voxels, a\.mha has 240"),
+        (_fewer("a.mhd", compress=True), r"its header says 180 bytes of voxels, a\.zraw has 240"),
+        (_fewer("a.mha", compress=True), r"its header says 180 bytes of voxels, a\.mha has 240"),
+        (
+            _nifti(lambda data: struct.pack_into("<f", data, 108, 0.0)),
+            "voxels that begin within the header",
+        ),
         (_of(sitk.GetImageFromArray(NAN)), "plane 1 has values that are not finite"),
         (_of(sitk.GetImageFromArray(NAN), "a.mha"), "plane 1 has values that are not finite"),
         (_of(sitk.GetImageFromArray(NAN[0])), "expected a volume of three axes"),
@@ -228,6 +256,12 @@ def test_fields_of_a_metaimage_that_change_nothing_are_taken(tmp_path: Path, uni
     scale = "ElementToIntensityFunctionSlope = 1.0\nElementToIntensityFunctionOffset = -0\n"
     fields = f"DistanceUnits = {units}\nModality = MET_MOD_{kind}\n{scale}"
     assert np.array_equal(read_volume(_meta("NDims", f"{fields}NDims")(tmp_path)).hu, small().hu)
+
+
+def test_a_few_bytes_after_the_voxels_of_a_nifti_are_taken(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "a.nii")
+    path.write_bytes(path.read_bytes() + bytes(59))
+    assert np.array_equal(read_volume(path).hu, small().hu)
 
 
 def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
