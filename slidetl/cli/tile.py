@@ -69,8 +69,8 @@ def tile(
     check_given("--mpp-override", mpp_override)
     check_given("--mpp-replace", mpp_replace)
     found = read_manifest(manifest, grades, images)
-    if found.grades:
-        print(f"labels by folder, in this order: --data.grades='{list(found.grades)}'")
+    if found.labels:
+        print(f"labels by folder: {', '.join(found.labels)}; give them to --data.grades, lowest first")
     annotated = find_regions(regions, [(row.slide_id, row.path) for row in found.rows])
     sources = [
         SlideSource(

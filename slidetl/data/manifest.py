@@ -8,7 +8,7 @@ import re
 import unicodedata
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -83,11 +83,11 @@ class Manifest:
 
     Attributes:
         rows: one per slide, in the order of the file.
-        grades: names of the grades, lowest first, from folders of labelled images; else empty.
+        labels: names of the folders of labelled images, numbers by value; else empty.
     """
 
     rows: tuple[ManifestRow, ...]
-    grades: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -100,9 +100,9 @@ def read_manifest(
 
     Labelled images lie in one folder per label, ``FOLDER/LABEL/...`` or ``FOLDER/SPLIT/LABEL/...`` with
     ``train``, ``val`` and ``test`` as splits. A label becomes the grade of its name on the scale, where
-    spelling does not count. On a scale of words, numbers are grades in the order of their values; without
-    a scale, all labels are, sorted by name. Each image counts as a separate patient. For ``.npz`` files
-    see :mod:`slidetl.slides.npz`.
+    spelling does not count. On a scale of words, numbers are grades in the order of their values. Without
+    names, whole numbers are grades, and words are none: their order is not known. Each image counts as a
+    separate patient. For ``.npz`` files see :mod:`slidetl.slides.npz`.
 
     Args:
         path: a table (:mod:`slidetl.data.spreadsheet`) with the columns ``slide_id, path, patient_id, grade``
@@ -475,46 +475,50 @@ def _list_images(folder: Path, scale: Sequence[str] | int | None, suffixes: froz
     labels = [parts[has_splits : has_splits + 1] for parts in folders]
     if not all(labels):
         return Manifest(_named([ManifestRow(0, "", path, "") for path in paths], folder))
-    grades, places = _scale_of(folder, {label[0] for label in labels}, scale)
+    in_order = sorted(
+        {label[0] for label in labels},
+        key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name),
+    )
+    grades = _grade_labels(folder, in_order, scale)
     rows = [
-        ManifestRow(0, "", path, "", grade=places[label[0]], split=parts[0] if has_splits else "")
+        ManifestRow(0, "", path, "", grade=grades[label[0]], split=parts[0] if has_splits else "")
         for path, parts, label in zip(paths, folders, labels, strict=True)
     ]
-    return Manifest(_named(rows, folder), grades)
+    return Manifest(_named(rows, folder), tuple(in_order))
 
 
-def _scale_of(
-    folder: Path, names: set[str], scale: Sequence[str] | int | None
-) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Returns the names of the grades, and the grade of each label."""
+def _grade_labels(
+    folder: Path, names: Sequence[str], scale: Sequence[str] | int | None
+) -> Mapping[str, int | None]:
+    """Returns the grade of each label, the names of folders in their order; None if its place is unknown."""
     named = () if scale is None or isinstance(scale, int) else tuple(scale)
     for form in (str, spelling):
         places = {form(grade): place for place, grade in enumerate(named)}
         meant = {form(name) for name in names}
         if meant <= places.keys() and len(places) == len(named) and len(meant) == len(names):
-            return named, {name: places[form(name)] for name in names}
+            return {name: places[form(name)] for name in names}
     splits = sorted(name for name in names if name.casefold() in _SPLIT_NAMES)
     if not _TRAINING.isdisjoint(name.casefold() for name in splits):
         raise ManifestError(
             f"{folder}: expected a folder for each label, found {splits}, which are splits; name these "
             f"{', '.join(SPLITS)}, and let all images lie in them"
         )
-    in_order = tuple(
-        sorted(names, key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0, name))
-    )
     if scale is None or isinstance(scale, int):
         _check_labels(folder, len(names), scale)
-        named = in_order
-    elif (
+        values = {name: _whole(name) for name in names}
+        return {
+            name: value if scale is None or (value or 0) < scale else None for name, value in values.items()
+        }
+    if (
         len(named) != len({spelling(name) for name in names})
         or not all(name.isdecimal() for name in names)
         or any(letter.isnumeric() for grade in named for letter in grade)
     ):
         raise ManifestError(
-            f"{folder}: its images have the labels {list(in_order)}, the grades are {list(named)}; rename "
+            f"{folder}: its images have the labels {names}, the grades are {list(named)}; rename "
             "the folders as the grades, or give data.grades the labels, lowest first"
         )
-    return named, {name: place for place, name in enumerate(in_order)}
+    return {name: place for place, name in enumerate(names)}
 
 
 def _list_arrays(file: Path, n_grades: int | None) -> Manifest:

@@ -252,7 +252,8 @@ def test_a_terminal_without_the_letters_shows_their_codes(
     words = ["tile", str(tmp_path / "images"), "--cache", str(tmp_path / "cache"), "--mpp", "1"]
     assert main([*words, "--mpp-override", "1", "--tile-size", "32", "--min-tissue", "0"]) == 0
     terminal.flush()
-    assert rb"labels by folder, in this order: --data.grades='['\u0434\u0430'" in terminal.buffer.getvalue()
+    said = rb"labels by folder: \u0434\u0430, \u043d\u0435\u0442; give them to --data.grades, lowest first"
+    assert said in terminal.buffer.getvalue()
     assert {row.slide_id for row in Ledger(tmp_path / "cache" / "ledger.csv").rows()} == {"да", "нет"}
 
 

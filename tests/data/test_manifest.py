@@ -297,32 +297,36 @@ def images(folder: Path, *names: str) -> Path:
     return folder
 
 
-def test_folders_of_images_are_labels_in_the_order_of_their_names(tmp_path: Path) -> None:
+def test_folders_of_images_are_labels(tmp_path: Path) -> None:
     images(tmp_path, "b/1.png", "a/1.JPG", "a/deep/2.jpeg", "c/3.bmp", "a/notes.txt", "a/.4.png")
-    manifest = read_manifest(tmp_path, 3)
-    assert manifest.grades == ("a", "b", "c")
-    assert {row.slide_id: row.grade for row in manifest.rows} == {"a_1": 0, "2": 0, "b_1": 1, "3": 2}
+    manifest = read_manifest(tmp_path, "cab")
+    assert manifest.labels == ("a", "b", "c")
+    assert {row.slide_id: row.grade for row in manifest.rows} == {"a_1": 1, "2": 1, "b_1": 2, "3": 0}
     assert all(row.patient_id == row.slide_id and not row.split for row in manifest.rows)
     with pytest.raises(ManifestError, match=r"3 labels, the scale has 2 grades.*--grades 3"):
         read_manifest(tmp_path, 2)
 
 
-def test_numbered_folders_are_in_the_order_of_their_values(tmp_path: Path) -> None:
-    images(tmp_path, *(f"{n}/{n}.png" for n in (10, 9, 2)))
-    assert read_manifest(tmp_path).grades == ("2", "9", "10")
+def test_labels_without_a_scale_are_their_numbers_and_words_are_no_grades(tmp_path: Path) -> None:
+    images(tmp_path, *(f"{n}/{n}.png" for n in (10, 9, 2, "mild", "none")))
+    manifest = read_manifest(tmp_path)
+    assert manifest.labels == ("2", "9", "10", "mild", "none")
+    grades = {row.slide_id: row.grade for row in manifest.rows}
+    assert grades == {"2": 2, "9": 9, "10": 10, "mild": None, "none": None}
+    # As many as a number of grades, some beyond them: their places are not known.
+    assert {row.grade for row in read_manifest(tmp_path, 5).rows} == {2, None}
 
 
 def test_labels_are_the_grades_of_their_names(tmp_path: Path) -> None:
     images(tmp_path, *(f"{n}/{n}.png" for n in "0124"))
     scale = ("0", "1", "2", "3", "4")
     manifest = read_manifest(tmp_path, scale)
-    assert [row.grade for row in manifest.rows] == [0, 1, 2, 4] and manifest.grades == scale
+    assert [row.grade for row in manifest.rows] == [0, 1, 2, 4] and manifest.labels == ("0", "1", "2", "4")
     for other in (("4", "3", "2", "1", "0"), ("none", "4", "2", "1", "0")):
         assert [other[row.grade or 0] for row in read_manifest(tmp_path, other).rows] == ["0", "1", "2", "4"]
     # Numbers on a scale of words, as many: by their values.
     words = read_manifest(tmp_path, ("none", "mild", "moderate", "severe"))
     assert [row.grade for row in words.rows] == [0, 1, 2, 3]
-    assert words.grades == ("none", "mild", "moderate", "severe")
 
 
 @pytest.mark.parametrize(
@@ -343,11 +347,10 @@ def test_the_spelling_of_a_label_moves_no_grade(tmp_path: Path, labels: list[str
     manifest = read_manifest(tmp_path, scale)
     found = {row.path.parent.name: scale[row.grade or 0] for row in manifest.rows}
     assert {name: spelling(name) for name in labels} == {a: spelling(b) for a, b in found.items()}
-    assert manifest.grades == tuple(scale)
 
 
 def test_labels_need_not_be_splits(tmp_path: Path) -> None:
-    assert read_manifest(images(tmp_path, "valid/1.png", "invalid/2.png")).grades == ("invalid", "valid")
+    assert read_manifest(images(tmp_path, "valid/1.png", "invalid/2.png")).labels == ("invalid", "valid")
 
 
 @pytest.mark.parametrize(
@@ -382,13 +385,13 @@ def test_splits_of_another_spelling_are_no_labels(tmp_path: Path, name: str) -> 
 
 def test_folders_of_splits_hold_folders_of_labels(tmp_path: Path) -> None:
     images(tmp_path, "train/a/1.png", "train/b/2.png", "test/a/3.png")
-    rows = {row.slide_id: (row.split, row.grade) for row in read_manifest(tmp_path).rows}
+    rows = {row.slide_id: (row.split, row.grade) for row in read_manifest(tmp_path, "ab").rows}
     assert rows == {"1": ("train", 0), "2": ("train", 1), "3": ("test", 0)}
 
 
 def test_images_beside_the_folders_leave_all_without_labels(tmp_path: Path) -> None:
     manifest = read_manifest(images(tmp_path, "1.png", "a/2.png"))
-    assert [row.grade for row in manifest.rows] == [None, None] and manifest.grades == ()
+    assert [row.grade for row in manifest.rows] == [None, None] and manifest.labels == ()
 
 
 def test_slides_come_first_unless_images_are_asked_for(tmp_path: Path) -> None:
@@ -445,8 +448,8 @@ def test_arrays_that_are_no_labelled_images_say_why(tmp_path: Path) -> None:
 
 
 def test_public_patch_sets_are_read(test_data: Path) -> None:
-    crc = read_manifest(test_data / "patches" / "crc5", 5)
-    assert crc.grades == ("AC", "H", "S", "T", "V") and len(crc) == 1200
+    crc = read_manifest(test_data / "patches" / "crc5", ("AC", "H", "S", "T", "V"))
+    assert len(crc) == 1200
     assert [sum(row.grade == k for row in crc.rows) for k in range(5)] == [240] * 5
     retina = read_manifest(test_data / "ordinal" / "retinamnist.npz", 5)
     counts = {s: sum(row.split == s for row in retina.rows) for s in ("train", "val", "test")}
