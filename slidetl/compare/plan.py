@@ -12,7 +12,7 @@ from typing import Any
 
 from slidetl.compare.config import EPOCHS, Comparison, with_values
 from slidetl.data.manifest import ManifestRow
-from slidetl.data.record import StudyRecord, stored_record
+from slidetl.data.record import StudyRecord, ancestors
 from slidetl.data.study import CachedSlide, Study, check_duplicates, check_identity, listed, read_study
 from slidetl.errors import CacheMissingError, UsageError
 from slidetl.evaluation.leakage import near_duplicates
@@ -319,19 +319,18 @@ def refuse_seen(comparison: Comparison, jobs: Iterable[Job], study: Study, allow
             part: [slide for slide in study.slides if slide.row.slide_id in names]
             for part, names in graded[arm].items()
         }
-        for record in _origins(recipe, study, allow):
-            (record.by_content if by_content else record).refuse_seen(
-                parts_of,
-                f"arm {arm!r}: its weights or features were",
-                "start from weights of other patients (if these only have the same names, set "
-                "data.split_from external in base)",
-            )
+        _past(recipe, study, allow, by_content).refuse_seen(
+            parts_of,
+            f"arm {arm!r}: its weights or features were",
+            "start from weights of other patients (if these only have the same names, set "
+            "data.split_from external in base)",
+        )
 
 
-def _origins(recipe: Mapping[str, Any], study: Study, allow: Sequence[str]) -> list[StudyRecord]:
+def _past(recipe: Mapping[str, Any], study: Study, allow: Sequence[str], by_content: bool) -> StudyRecord:
     """Reads the records of the checkpoints that an arm starts from."""
     features = [*recipe.get("features", ())] if "classical" in recipe else []
-    records: list[StudyRecord | None] = []
+    origins: list[StudyRecord | None] = []
     for trial in recipe.get("trials", ()):
         config = with_values(recipe["fit"], trial)
         features += filter(None, [config["data"].get("features")])
@@ -339,10 +338,9 @@ def _origins(recipe: Mapping[str, Any], study: Study, allow: Sequence[str]) -> l
             # imported here: torch takes seconds
             from slidetl.training.configured import build_grader, parse_training
 
-            records.append(build_grader(parse_training(config, ("0", "1"), 0, allow))[0].origin)
+            origins.append(build_grader(parse_training(config, ("0", "1"), 0, allow))[0].origin)
     sources = [common_source(name, study.caches) for name in dict.fromkeys(features)]
-    records += [stored_record(study.folder, source) for source in sources]
-    return [record for record in records if record is not None]
+    return ancestors(study.folder, origins, sources, by_content=by_content)
 
 
 def _data_of(study: Study) -> dict[str, list[Any]]:

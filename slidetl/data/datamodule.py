@@ -30,7 +30,7 @@ from slidetl.data.datasets import (
     collate_bags,
 )
 from slidetl.data.manifest import FIVE_GRADES, SPLITS, check_scale
-from slidetl.data.record import RecordedSlide, SplitFrom, StudyRecord, recorded_parts, stored_record
+from slidetl.data.record import RecordedSlide, SplitFrom, StudyRecord, ancestors, recorded_parts
 from slidetl.data.resuming import ResumableLoader
 from slidetl.data.sampling import Sampling, Uniform
 from slidetl.data.study import CachedSlide, Study, common_spec, read_study
@@ -49,7 +49,8 @@ _CHUNK_OF_VOLUMES = 32  # a first layer of 32 patches of 64 voxels takes 270 MB
 _PART_OF = {"validate": "val", "test": "test"}
 _KEEP_APART = (
     "put them into the training part by the manifest's column 'split', or start from other weights; if they "
-    "are of other patients with the same names, set data.split_from external"
+    "are of other patients with the same names, set data.split_from external (of a site of 'slidetl "
+    "federate': its split_from)"
 )
 
 DEFAULT_BATCH_SIZE = 4
@@ -214,23 +215,23 @@ class SlideDataModule(pl.LightningDataModule):
         for part in self._needed(stage):
             self._check_part(part)
 
-    def start_from(self, records: Sequence[StudyRecord]) -> None:
+    def start_from(self, records: Sequence[StudyRecord] = ()) -> None:
         """Refuses val and test slides that the start of a training has seen; records what it has.
 
         Args:
-            records: of the checkpoints with its initial weights; that of stored features is added.
+            records: of the checkpoints with its initial weights; :attr:`origin` and that of stored features
+                are added.
 
         Raises:
             UsageError: there are such slides; the message names them.
             CacheError: the record of the stored features cannot be read.
         """
-        if self.feature_source is not None:
-            of_features = stored_record(self.slides["predict"][0].cache.path.parent, self.feature_source)
-            records = [*records, of_features] if of_features is not None else records
-        for record in records:
-            counted = record.by_content if self.split_from == "external" else record
-            counted.refuse_seen(self.slides, "the initial weights were", _KEEP_APART)
-            self._before = tuple(dict.fromkeys((*self._before, *counted.used)))
+        folder = self.slides["predict"][0].cache.path.parent
+        sources = [self.feature_source] if self.feature_source is not None else []
+        by_content = self.split_from == "external"
+        past = ancestors(folder, (self.origin, *records), sources, by_content=by_content)
+        past.refuse_seen(self.slides, "the initial weights were", _KEEP_APART)
+        self._before = tuple(dict.fromkeys((*self._before, *past.used)))
 
     @property
     def record(self) -> StudyRecord:
@@ -268,9 +269,8 @@ class SlideDataModule(pl.LightningDataModule):
             parts = study.parts(
                 val_fraction=self.val_fraction, test_fraction=self.test_fraction, seed=self.seed
             )
-            for origin in self._origins(study) if self.split_from != "external" else ():
-                parts, moved = origin.keep_parts(parts)
-                note = note or moved
+            if self.split_from != "external":
+                parts = ancestors(study.folder, [self.origin], self._sources(study)).keep_parts(parts)
         else:
             resumes = stage == "fit"
             parts, note = recorded_parts(
@@ -283,13 +283,10 @@ class SlideDataModule(pl.LightningDataModule):
         if note:
             rank_zero_info(note)
 
-    def _origins(self, study: Study) -> list[StudyRecord]:
-        """Reads the known records of the networks behind the initial weights and the stored features."""
-        found = [self.origin]
-        if self.features:  # beside drawn tiles, some slides may have none
-            caches = [slide.cache for slide in study.slides if self.features in list_features(slide.cache)]
-            found += [stored_record(study.folder, common_source(self.features, caches))] if caches else []
-        return [record for record in found if record is not None]
+    def _sources(self, study: Study) -> list[FeatureSource]:
+        """Finds the network of the stored features, if any; beside drawn tiles, some slides may have none."""
+        caches = [cache for cache in study.caches if self.features and self.features in list_features(cache)]
+        return [common_source(self.features, caches)] if caches else []
 
     def _check_part(self, part: str) -> None:
         slides = self.slides[part]

@@ -246,17 +246,11 @@ class StudyRecord:
                     f"patients: {listed(seen)}; {remedy}"
                 )
 
-    def keep_parts(
-        self, parts: Mapping[str, Sequence[CachedSlide]]
-    ) -> tuple[dict[str, tuple[CachedSlide, ...]], str]:
-        """Moves known patients to their recorded parts, unless the manifest has a ``split``.
-
-        Returns:
-            The parts, and a note for the user, empty if nobody moved.
-        """
+    def keep_parts(self, parts: Mapping[str, Sequence[CachedSlide]]) -> dict[str, tuple[CachedSlide, ...]]:
+        """Moves known patients to their recorded parts, unless the manifest has a ``split``; warns of it."""
         everyone = [slide for part in SPLITS for slide in parts[part]]
         if any(slide.row.split for slide in everyone):
-            return {part: tuple(parts[part]) for part in SPLITS}, ""
+            return {part: tuple(parts[part]) for part in SPLITS}
         recorded: dict[str, set[str]] = defaultdict(set)
         for row, cache in ((slide.row, slide.cache) for slide in everyone):
             recorded[row.patient_id].add(self.part_of(row.slide_id, row.patient_id, cache.fingerprint))
@@ -268,11 +262,37 @@ class StudyRecord:
                 target = next((name for name in SPLITS if name in known), part)
                 kept[target].append(slide)
                 moved += target != part
-        note = (
-            f"{moved} of {len(everyone)} slides take the part that their patient had in the training of the "
-            "initial weights"
-        )
-        return {part: tuple(slides) for part, slides in kept.items()}, note if moved else ""
+        if moved:
+            warnings.warn(
+                f"{moved} of {len(everyone)} slides take the part that their patient had in the training of "
+                "the initial weights",
+                stacklevel=3,
+            )
+        return {part: tuple(slides) for part, slides in kept.items()}
+
+
+def ancestors(
+    folder: Path,
+    origins: Iterable[StudyRecord | None],
+    sources: Iterable[FeatureSource],
+    *,
+    by_content: bool = False,
+) -> StudyRecord:
+    """Joins the records of the trainings that initial weights and stored features come from.
+
+    Args:
+        folder: the cache of the features.
+        origins: of the checkpoints with the initial weights; None for other weights.
+        sources: the networks of the features.
+        by_content: leave out the patients, where others may have the same names.
+
+    Raises:
+        CacheError: as :func:`stored_record`.
+    """
+    records = [*origins, *(stored_record(folder, source) for source in sources)]
+    slides = (slide for record in records if record is not None for slide in (*record.slides, *record.before))
+    joined = StudyRecord(tuple(dict.fromkeys(slides)))
+    return joined.by_content if by_content else joined
 
 
 def recorded_parts(

@@ -91,9 +91,15 @@ class Study:
             seed: seed of the division.
 
         Raises:
+            CacheMissingError: the manifest has graded slides, and none is in the cache.
             UsageError: a fraction is out of range, patients are too few, or two share a slide's content.
         """
         graded = self.graded
+        if not graded and (count := sum(row.grade is not None for row in self.manifest)):
+            raise CacheMissingError(
+                f"{self.folder}: none of the {count} graded slides of the manifest is here; run 'slidetl tile' "
+                "first"
+            )
         check_duplicates(graded)
         if any(slide.row.split for slide in graded):
             split = {slide.row.slide_id: slide.row.split for slide in graded}

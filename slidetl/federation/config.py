@@ -35,6 +35,8 @@ class Site:
         examples: training slides that the site declares: the cap of what it claims for its updates.
         manifest: CSV of its slides; empty if the site itself has it (``SLIDETL_SITE``).
         cache: folder of ``slidetl tile``, likewise.
+        split_from: ``external`` where patients have the names of others in the checkpoint that the training
+            starts from: only the content of slides is compared with it, as by ``data.split_from``; likewise.
         local_epochs: passes over its slides in each round, instead of the federation's.
     """
 
@@ -42,12 +44,15 @@ class Site:
     manifest: str = ""
     cache: str = ""
     local_epochs: int | None = None
+    split_from: Literal["checkpoint", "external"] = "checkpoint"
 
     def __post_init__(self) -> None:
         if self.examples < 1 or (self.local_epochs is not None and self.local_epochs < 1):
             raise UsageError(f"a site needs examples and local_epochs of at least 1, not {self}")
         if bool(self.manifest) != bool(self.cache):
             raise UsageError(f"a site has a manifest and a cache, or neither, not {self}")
+        if self.split_from not in ("checkpoint", "external"):
+            raise UsageError(f"split_from of a site must be checkpoint or external, not {self.split_from!r}")
 
 
 @dataclass(frozen=True)
@@ -199,7 +204,7 @@ class Federation:
         for name in (*_PLACES, *_LENGTH):
             part, _, key = name.partition(".")
             if key in given[part]:
-                raise UsageError(f"{name} is set by the federation itself; leave it out")
+                raise UsageError(f"{name} is set by the federation itself or each of its sites; leave it out")
 
     @property
     def declared(self) -> dict[str, int]:

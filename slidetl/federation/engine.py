@@ -34,7 +34,7 @@ Report = Callable[[str, dict[str, Any]], None]  # a name or "", and the account 
 
 SITE_FILE = "SLIDETL_SITE"
 """Environment variable of a site's process: a YAML with ``manifest``, ``cache`` and ``folder`` of the site,
-or a folder with such a file for each site, ``NAME.yaml``."""
+and its ``split_from`` if needed, or a folder with such a file for each site, ``NAME.yaml``."""
 OUTCOME = "outcome.json"
 SAYS, RESULT = "slidetl says: ", "outcome "  # before our lines in the log of a job
 JOB = "slidetl"
@@ -83,9 +83,14 @@ def read_site(name: str, federation: Federation) -> tuple[Site, Path]:
     if not where or not path.is_file():
         raise UsageError(f"{SITE_FILE}={where!r}: expected a file with manifest, cache and folder of {name}")
     keys = ("manifest", "cache", "folder")
-    expected = f"{', '.join(keys)}, and its terms if it has some: privacy, encrypted: true"
+    expected = (
+        f"{', '.join(keys)}, split_from if needed, and its terms if it has some: privacy, encrypted: true"
+    )
     values = read_yaml(path, "a site", expected)
-    if set(values) - {"privacy", "encrypted"} != set(keys) or values.get("encrypted", True) is not True:
+    if (
+        set(values) - {"privacy", "encrypted", "split_from"} != set(keys)
+        or values.get("encrypted", True) is not True
+    ):
         raise UsageError(f"{path}: expected {expected}, found {one_line(str(values))[:200]}")
     if "privacy" in values:
         check_policy(values["privacy"], federation.privacy if federation.scheme not in BASELINES else None)
@@ -96,7 +101,12 @@ def read_site(name: str, federation: Federation) -> tuple[Site, Path]:
     declared = federation.sites.get(name)
     if declared is None:
         raise UsageError(f"{name} is no site of the federation; it has {', '.join(federation.sites)}")
-    site = Site(declared.examples, str(values["manifest"]), str(values["cache"]), declared.local_epochs)
+    site = replace(
+        declared,
+        manifest=str(values["manifest"]),
+        cache=str(values["cache"]),
+        split_from=values.get("split_from", "checkpoint"),
+    )
     return site, Path(str(values["folder"]))
 
 
@@ -160,6 +170,7 @@ def _simulate(federation: Federation, output: Path, report: Report) -> dict[str,
             "manifest": str(Path(site.manifest).absolute()),
             "cache": site.cache if "://" in site.cache else str(Path(site.cache).absolute()),
             "folder": str(folder),
+            "split_from": site.split_from,
         }
         write_whole(places / f"{name}.yaml", yaml.safe_dump(values))
     write_whole(engine / "federation.json", json.dumps(federation.to_dict()))

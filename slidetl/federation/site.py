@@ -57,17 +57,18 @@ def site_slides(federation: Federation, site: Site) -> Parts:
     """Reads the slides of a site, and divides its patients.
 
     Raises:
-        UsageError: the site names no slides, or a part has none.
+        UsageError: the site names no slides, a part has none, or the initial weights have seen some of them.
         SlidetlError: the manifest or the cache has faults.
     """
     if not site.manifest:
         raise UsageError("the site has no manifest and cache; name them in its file SLIDETL_SITE")
     parsed = _parse(federation, federation.seed)
     grader, options = build_grader(parsed)
-    data = SlideDataModule(site.manifest, site.cache, **options)
+    data = SlideDataModule(site.manifest, site.cache, **{**options, "split_from": site.split_from})
     data.origin = grader.origin
     with quiet():
         data.setup("fit")
+    data.start_from()  # with the names of patients, before slides of sites are joined
     return data.slides
 
 
@@ -165,12 +166,14 @@ class SiteTrainer:
         self.grader, options = build_grader(parsed)
         self._model: dict[str, Any] = parsed.model.as_dict()
         self._data_options = parsed.data.as_dict()
+        if name in federation.sites:
+            options["split_from"] = federation.sites[name].split_from
         self.data = SlideDataModule.from_slides(**{part: parts[part] for part in SPLITS}, **options)
         self.data.slides["predict"] = tuple(parts["predict"])
         with quiet():
             self.data.setup("fit")
-        origin = self.grader.origin
-        self.data.start_from([origin] if origin is not None else [])
+        self.data.origin = self.grader.origin
+        self.data.start_from()
         self.grader.whole_epochs = federation.rounds * federation.epochs_of(name)
         self._shared = tuple(_shared(self.grader))
         self.grader.transfer.start(self.grader.network.backbone)  # what never travels

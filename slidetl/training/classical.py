@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.data.manifest import check_scale
-from slidetl.data.record import StudyRecord, stored_record
+from slidetl.data.record import StudyRecord, ancestors
 from slidetl.data.study import CachedSlide, read_study
 from slidetl.data.tasks import LabelledPoints, read_points
 from slidetl.errors import UsageError
@@ -28,6 +27,7 @@ from slidetl.evaluation.classical import (
 )
 from slidetl.evaluation.metrics import GradeMetrics, grade_metrics, patient_intervals
 from slidetl.files import write_whole
+from slidetl.models.spec import BackboneSpec
 from slidetl.status import show_metrics, show_stage
 from slidetl.tiles.features import common_source, read_features
 from slidetl.tiles.store import SlideCache
@@ -54,10 +54,16 @@ class Scored:
     intervals: Mapping[str, tuple[float, float, float]]
 
 
-def _parts(study: FeatureStudy) -> tuple[tuple[CachedSlide, ...], tuple[CachedSlide, ...], StudyRecord]:
+def _parts(
+    study: FeatureStudy, pretrained: str = ""
+) -> tuple[tuple[CachedSlide, ...], tuple[CachedSlide, ...], StudyRecord]:
     """Returns the training slides (train and val), the test slides, and the record of both.
 
     Patients that the network of the features was trained on keep their parts.
+
+    Args:
+        study: slides and features.
+        pretrained: weights of the features' network, for their record where the features have none.
 
     Raises:
         CacheMismatchError: the features come from different networks.
@@ -68,14 +74,15 @@ def _parts(study: FeatureStudy) -> tuple[tuple[CachedSlide, ...], tuple[CachedSl
     whole = read_study(study.manifest, study.cache, study.grades)
     parts = whole.parts(val_fraction=study.val_fraction, test_fraction=study.test_fraction, seed=study.seed)
     sources = [common_source(name, [slide.cache for slide in whole.graded]) for name in study.names]
-    origins = [record for source in sources if (record := stored_record(whole.folder, source)) is not None]
-    for origin in origins:
-        parts, note = origin.keep_parts(parts)
-        if note:
-            warnings.warn(note, stacklevel=3)
+    origins = []
+    if pretrained:
+        from slidetl.training.grader import record_behind  # imported here: torch takes seconds
+
+        origins = [record_behind(BackboneSpec(name=sources[0].backbone, pretrained=pretrained))]
+    past = ancestors(whole.folder, origins, sources)
+    parts = past.keep_parts(parts)
     train, test = (*parts["train"], *parts["val"]), parts["test"]
-    for origin in origins:
-        origin.refuse_seen({"test": test}, "the network of the features was", _KEEP_APART)
+    past.refuse_seen({"test": test}, "the network of the features was", _KEEP_APART)
     if not test:
         raise UsageError("the test part has no slide; set --test-fraction or the manifest's 'split'")
     absent = [name for grade, name in enumerate(study.grades) if grade not in _grades(train)]
@@ -84,8 +91,8 @@ def _parts(study: FeatureStudy) -> tuple[tuple[CachedSlide, ...], tuple[CachedSl
             f"no training slide has grade {', '.join(absent)}; add some, choose another --seed, or merge "
             "grades"
         )
-    before = dict.fromkeys(slide for origin in origins for slide in origin.used)
-    record = StudyRecord.of({"train": train, "val": (), "test": test, "predict": whole.slides}, before=before)
+    by_part = {"train": train, "val": (), "test": test, "predict": whole.slides}
+    record = StudyRecord.of(by_part, before=past.used)
     return train, test, record
 
 
@@ -126,7 +133,7 @@ def fit_pooled(
         raise UsageError(f"--model must be one of {', '.join(MODELS)}, not {model!r}")
     if pretrained and (model != "ridge" or pool != "mean" or len(study.names) != 1):
         raise UsageError("--pretrained takes --model ridge, --pool mean and one name of --features")
-    train, test, record = _parts(study)
+    train, test, record = _parts(study, pretrained)
     pooled = []
     for number, slide in enumerate((*train, *test)):
         show_stage("reading features", number, len(train) + len(test), "slides")

@@ -153,11 +153,7 @@ class SlideGrader(pl.LightningModule):
     @property
     def origin(self) -> StudyRecord | None:
         """The record of the checkpoint that a new training starts from; None for other initial weights."""
-        spec = self.network.backbone.spec
-        if not self.transfer.from_pretrained or not spec.pretrained.endswith(".ckpt"):
-            return None
-        record = read_pretrained(spec).record
-        return StudyRecord.from_dict(record) if record else None
+        return record_behind(self.network.backbone.spec) if self.transfer.from_pretrained else None
 
     @property
     def _origins(self) -> list[StudyRecord]:
@@ -484,3 +480,9 @@ class SlideGrader(pl.LightningModule):
     def _data(self) -> SlideDataModule | None:
         data = getattr(self._trainer, "datamodule", None)
         return data if isinstance(data, SlideDataModule) else None
+
+
+def record_behind(spec: BackboneSpec) -> StudyRecord | None:
+    """Reads the record of the checkpoint that pretrained weights come from; None for other weights."""
+    record = read_pretrained(spec).record if spec.pretrained.endswith(".ckpt") else None
+    return StudyRecord.from_dict(record) if record else None

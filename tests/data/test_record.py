@@ -225,20 +225,20 @@ def test_patients_keep_the_parts_of_the_training_that_weights_come_from() -> Non
     parts = study(now).divided(
         dict(zip((one.row.slide_id for one in now), ["test", "train"] * 6, strict=True))
     )
-    kept, note = RECORD.keep_parts(parts)
+    with pytest.warns(UserWarning, match="^7 of 12 slides take the part that their patient had"):
+        kept = RECORD.keep_parts(parts)
     names = {part: {one.row.slide_id for one in slides} for part, slides in kept.items()}
     assert names == {
         "train": {*"abcd", "a2", "copy", "copy2", "x"},
         "val": set("ef"),
         "test": set("gh"),
     }
-    assert note.startswith("7 of 12 slides take the part that their patient had")
     RECORD.refuse_seen(kept)
-    assert RECORD.keep_parts(kept) == (kept, "")
+    assert RECORD.keep_parts(kept) == kept
     strangers = {"train": (slide("x"),), "val": (slide("y"),), "test": (slide("z"),)}
-    assert RECORD.keep_parts(strangers) == (strangers, "")
+    assert RECORD.keep_parts(strangers) == strangers
     given = {"train": (), "val": (), "test": tuple(slide(name, split="test") for name in "ab")}
-    assert RECORD.keep_parts(given) == (given, "")  # by the manifest
+    assert RECORD.keep_parts(given) == given  # by the manifest
 
 
 def test_the_record_behind_features_lies_in_their_cache_or_is_missed(tmp_path: Path) -> None:

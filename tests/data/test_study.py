@@ -18,7 +18,7 @@ from slidetl.data import study as data_study
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.manifest import read_manifest
 from slidetl.data.study import find_slides, read_study
-from slidetl.errors import CacheMismatchError, UsageError
+from slidetl.errors import CacheMismatchError, CacheMissingError, UsageError
 from slidetl.slides import Slide, open_slide
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.ledger import FAILED, Ledger, LedgerRow
@@ -286,6 +286,15 @@ def test_a_slide_of_two_patients_is_refused_where_patients_are_divided(
         assert main(words(command, there.manifest, there.cache, tmp_path, tmp_path)) == 2
         said = rf"1 pair of slides with the same content.*{one.slide_id} \(.*\) and {two.slide_id} \("
         assert re.search(said, capsys.readouterr().err)
+
+
+def test_graded_slides_of_which_none_is_tiled_have_no_parts(study: Study) -> None:
+    whole = read_study(study.manifest, study.cache)
+    ungraded = tuple(
+        dataclasses.replace(slide, row=dataclasses.replace(slide.row, grade=None)) for slide in whole.slides
+    )
+    with pytest.raises(CacheMissingError, match="none of the 20 graded slides of the manifest is here"):
+        dataclasses.replace(whole, slides=ungraded).parts(val_fraction=0.15, test_fraction=0.25, seed=0)
 
 
 def test_a_mix_of_whole_slides_and_regions_is_said(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -323,7 +323,12 @@ def test_the_file_of_a_site(three: Federation, tmp_path: Path, monkeypatch: pyte
         monkeypatch.setenv(SITE_FILE, str(named))
         site, folder = read_site("north", three)
         assert (site.manifest, site.cache, str(folder)) == ("m.csv", "c", "f")
-        assert site.examples == three.sites["north"].examples
+        assert site.examples == three.sites["north"].examples and site.split_from == "checkpoint"
+    (tmp_path / "north.yaml").write_text(yaml.safe_dump({**places, "split_from": "external"}))
+    assert read_site("north", three)[0].split_from == "external"
+    (tmp_path / "north.yaml").write_text(yaml.safe_dump({**places, "split_from": "manifest"}))
+    with pytest.raises(UsageError, match="must be checkpoint or external, not 'manifest'"):
+        read_site("north", three)
     with pytest.raises(UsageError, match="east is no site"):
         read_site("east", three)
     for wrong in ({"grades": 3}, {"encrypted": False}, {"encrypted": "yes"}):

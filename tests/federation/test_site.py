@@ -17,6 +17,7 @@ from slidetl.cli import main
 from slidetl.data.study import read_study
 from slidetl.errors import UsageError, WeightsError
 from slidetl.federation.config import Federation, Site
+from slidetl.federation.engine import run_baseline
 from slidetl.federation.participant import Participant
 from slidetl.federation.privacy import Privacy
 from slidetl.federation.site import (
@@ -362,7 +363,8 @@ def test_a_site_knows_whom_its_initial_weights_have_seen(
     assert record is not None
     backbone = {**federation.model["backbone"], "pretrained": str(best)}
     warm = replace(federation, model={**federation.model, "backbone": backbone}, seed=1)
-    own = site_slides(warm, site)  # without a split, patients keep their parts
+    with pytest.warns(UserWarning, match="of 20 slides take the part that their patient had"):
+        own = site_slides(warm, site)  # without a split, patients keep their parts
     for part in ("train", "val", "test"):
         was = {slide.slide_id for slide in record.slides if slide.part == part}
         assert {slide.row.slide_id for slide in own[part]} == was
@@ -382,6 +384,30 @@ def test_a_site_knows_whom_its_initial_weights_have_seen(
         assert "the initial weights were trained or chosen on 1 of the slides" in str(errors.pop())
         assert refused.train(initial_weights(one), 1) == {"failed": "UsageError"}
         assert not (folder / "privacy.json").exists()
+
+
+def test_a_site_tells_strangers_from_patients_of_its_initial_weights(
+    federation: Federation, trained: Path, three_sites: dict[str, Site], tmp_path: Path
+) -> None:
+    best = trained / "logs" / "version_0" / "checkpoints" / "best.ckpt"
+    checkpoint = torch.load(best, weights_only=True)
+    slides = [[*slide[:2], "f" * 64, "train"] for slide in checkpoint["record"]["slides"]]  # of other content
+    checkpoint["record"]["slides"] = slides
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    backbone = {**federation.model["backbone"], "pretrained": str(tmp_path / "a.ckpt")}
+    model = {**federation.model, "backbone": backbone}
+    warm = replace(federation, model=model, sites=three_sites, scheme="pooled")
+    # By the names of patients, before those of a site are put before them.
+    with pytest.raises(
+        UsageError, match=r"on their patients: .* \(of a site of 'slidetl federate': its split_from\)"
+    ):
+        run_baseline(warm, tmp_path / "refused", lambda name, account: None)
+    sites = {name: replace(site, split_from="external") for name, site in three_sites.items()}
+    warm = replace(warm, sites=sites)
+    parts_of = {name: site_slides(warm, site) for name, site in warm.sites.items()}
+    joined = {"pooled": pooled_slides(parts_of)}
+    for name, parts in {**parts_of, **joined}.items():
+        assert SiteTrainer(warm, name, parts, tmp_path / name).examples == len(parts["train"])
 
 
 @pytest.mark.slow

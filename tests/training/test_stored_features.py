@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 from slidetl.cli import main
 from slidetl.data.record import read_record
 from slidetl.models.backbones import read_pretrained
+from slidetl.tiles.features import read_features, read_source, write_features
+from slidetl.tiles.store import SlideCache
 from slidetl.training.checkpoint import load_grader, read_checkpoint
 from slidetl.training.predictions import read_predictions
 from tests.conftest import Study
@@ -127,9 +130,20 @@ def test_features_of_a_checkpoint_bring_its_patients(
     assert tested == {name for name in parts if parts[name] == "test"}
     ridge = read_record(read_checkpoint(tmp_path / "ridge" / "checkpoints" / "ridge.ckpt"))
     assert ridge is not None and set(ridge.before) == set(record.used)
+    for path in cache.glob("*.zarr"):  # as an earlier version stored them, without the record
+        stored_in = SlideCache.open(path)
+        unnamed = replace(read_source(stored_in, "own"), record="")
+        write_features(stored_in, {"own": (unnamed, read_features(stored_in, "own"))})
+    with pytest.warns(UserWarning, match="slides take the part that their patient had in the training"):
+        words = [*fit, "--seed", "1", "--output", str(tmp_path / "unnamed"), "--pretrained", str(best)]
+        assert main(words) == 0
+    again = read_record(read_checkpoint(tmp_path / "unnamed" / "checkpoints" / "ridge.ckpt"))
+    assert again is not None and again.before == ridge.before
+    assert main([*embed, "--device", "cpu"]) == 0
     stored = [FROZEN, "--model.backbone.name=stored_1024", "--data.features=own", "--data.bag_size=0"]
-    again = [*Study(study.manifest, cache).options(tmp_path / "again"), *stored, "--data.every_grade=false"]
-    assert main(["fit", *again, "--data.seed=1", "--trainer.max_epochs=1"]) == 0
+    options = [*Study(study.manifest, cache).options(tmp_path / "again"), *stored, "--data.every_grade=false"]
+    with pytest.warns(UserWarning, match="slides take the part that their patient had in the training"):
+        assert main(["fit", *options, "--data.seed=1", "--trainer.max_epochs=1"]) == 0
     kept = load_grader(tmp_path / "again" / "logs" / "version_0" / "checkpoints" / "last.ckpt").record
     assert kept is not None and {slide.slide_id: slide.part for slide in kept.slides} == parts
 
