@@ -88,6 +88,7 @@ def import_(
         backbone: the network of files that do not state it, as CLAM's.
         overwrite: replace other features of this name.
     """
+    from slidetl.data.study import listed
     from slidetl.errors import SlidetlError
     from slidetl.tiles.features import NOT_STATED, feature_name
     from slidetl.tiles.importing import import_features
@@ -99,6 +100,7 @@ def import_(
     ledger = Ledger(cache / "ledger.csv")
     known = {row.slide_id for row in ledger.rows()}
     unknown, failed, new = set[str](), 0, 0
+    told: dict[str, list[str]] = defaultdict(list)
     with Progress("files", len(jobs)) as progress, contextlib.ExitStack() as stack:
         stack.callback(lambda: ledger.record(rows) if rows else None)
         for slide_id, (file, slide, mpp) in jobs.items():
@@ -116,7 +118,7 @@ def import_(
                 new += done.is_new
                 state = f"{done.tiles} tiles" + ("" if done.is_new else ", there already")
                 for note in done.notes:
-                    print(one_line(f"{slide_id}: {note}"), file=sys.stderr)
+                    told[note].append(slide_id)
                 if done.source.backbone == NOT_STATED:
                     unknown.add(slide_id)
             except (SlidetlError, OSError) as error:
@@ -125,6 +127,8 @@ def import_(
                 print(one_line(f"failed: {slide_id}: {error}"), file=sys.stderr)
             progress.advance()
             progress.show(f"{slide_id}: {state}")
+    for note, names in told.items():
+        print(one_line(f"{listed(names, 3)}: {note}"), file=sys.stderr)
     if unknown:
         print(
             f"{len(unknown)} files do not state their network: nothing would notice files of two networks in "

@@ -54,28 +54,34 @@ def export_features(
         UsageError: h5py or anndata is not installed.
     """
     source = read_source(cache, name)
-    about = json.dumps(
-        {
-            "header": cache.header.to_attributes(),
-            "name": name,
-            "features": source.to_attributes(),
-            "checksum": feature_checksum(cache, name),  # imported features have no hash of their weights
-        },
-        sort_keys=True,
-    )
+    about = {
+        "header": cache.header.to_attributes(),
+        "name": name,
+        "features": source.to_attributes(),
+        "checksum": feature_checksum(cache, name),  # imported features have no hash of their weights
+    }
     if path.exists() and not overwrite:
-        if _about(path, form) == about:
+        then = _about(path, form)
+        has_hash = "checksum" in then or bool(then and source.weights_sha256)
+        if has_hash and _agrees(then, json.loads(json.dumps(about))):
             return False
         raise OutputError(f"{path}: it is there with other content; name another folder, or use --overwrite")
     values = read_features(cache, name).astype(np.float32)
     write: Callable[[Path, SlideCache, FeatureSource, NDArray[np.float32], str], None]
     write = _write_hdf5 if form == "hdf5" else _write_anndata
     with replaced_path(path) as partial:
-        write(partial, cache, source, values, about)
+        write(partial, cache, source, values, json.dumps(about, sort_keys=True))
     return True
 
 
-def _about(path: Path, form: Form) -> str:
+def _agrees(then: Any, now: Any) -> bool:
+    """Tells if values are those of an earlier description, which may lack some that were added since."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        return all(key in now and _agrees(value, now[key]) for key, value in then.items())
+    return bool(then == now)
+
+
+def _about(path: Path, form: Form) -> dict[str, Any]:
     """Reads the description that :func:`export_features` wrote; empty for a file of another origin."""
     try:
         import h5py
@@ -83,10 +89,10 @@ def _about(path: Path, form: Form) -> str:
         raise needs_formats() from error
     try:
         with h5py.File(path, "r", locking=False) as file:
-            found = file.attrs.get(OURS) if form == "hdf5" else file[f"uns/{OURS}"][()]
+            found = json.loads(file.attrs[OURS] if form == "hdf5" else file[f"uns/{OURS}"][()])
     except (OSError, KeyError, ValueError, TypeError, RuntimeError):
-        return ""
-    return found.decode() if isinstance(found, bytes) else str(found)
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _write_hdf5(

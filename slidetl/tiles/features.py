@@ -96,6 +96,17 @@ class FeatureSource:
         return (self.block, self.identity) == (other.block, other.identity)
 
 
+def record_path(cache_dir: Path, sha256: str) -> Path:
+    """Returns the place of the record that :attr:`FeatureSource.record` names.
+
+    Raises:
+        CacheCorruptError: it is no SHA-256.
+    """
+    if not re.fullmatch("[0-9a-f]{64}", sha256):  # it may come from the file of another
+        raise CacheCorruptError(f"expected the SHA-256 of a record, found {sha256!r:.100}")
+    return cache_dir / "records" / f"{sha256}.json"
+
+
 def feature_name(backbone: str, block: str = "") -> str:
     """Names stored embeddings: ``<backbone>``, or ``<backbone>.<block>``.
 

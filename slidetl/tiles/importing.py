@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 from slidetl.errors import CacheCorruptError, CacheMismatchError, CacheMissingError
 from slidetl.files import fsync_path
 from slidetl.slides import SlideInfo, open_slide
-from slidetl.tiles.features import NOT_STATED, FeatureSource, read_features, read_source, write_features
+from slidetl.tiles.features import (
+    NOT_STATED,
+    FeatureSource,
+    read_features,
+    read_source,
+    record_path,
+    write_features,
+)
 from slidetl.tiles.foreign import ForeignFeatures, read_foreign
 from slidetl.tiles.ledger import USED, LedgerRow, file_state
 from slidetl.tiles.lock import slide_lock
@@ -85,6 +92,14 @@ def import_features(
         with open_slide(slide, mpp_replace=mpp, channels="0") as opened:
             info = opened.info
     source = _source(found, backbone)
+    if source.record and not record_path(cache_dir, source.record).exists():
+        # An exported file goes to others, so it names no patients.
+        notes.append(
+            "of a network that a checkpoint trained, whose slides are not known here: nothing would show "
+            f"that yours were kept from it; copy records/{source.record[:12]}... of the features' cache to "
+            f"{cache_dir / 'records'}, and import them again"
+        )
+        source = replace(source, record="")
     if found.duplicates:
         notes.append(f"{found.duplicates} of {len(found.coords)} tiles lie at the place of another one")
     header, origins = _describe(found, slide_id, path, info)
@@ -224,8 +239,9 @@ def _is_there(
     """Tells if the same features are stored; refuses others of the name."""
     try:
         stored = read_source(cache, name)
-        if stored == source and np.array_equal(read_features(cache, name), values):
-            return True
+        is_same = replace(stored, record="") == replace(source, record="")
+        if is_same and np.array_equal(read_features(cache, name), values):
+            return source.record in ("", stored.record)  # else the record has been copied since
     except (CacheMissingError, CacheCorruptError):
         return False
     if not overwrite:

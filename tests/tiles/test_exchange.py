@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,6 +90,26 @@ def test_features_that_were_replaced_are_not_there_already(
     write_features(cache, {"uni": (imported, values(len(cache)) + 1)})
     with pytest.raises(OutputError, match="it is there with other content"):
         export_features(cache, "uni", file, form)
+
+
+@pytest.mark.parametrize(("weights", "is_kept"), [("a" * 64, True), ("", False)])
+def test_a_file_of_an_earlier_version_is_compared_by_what_it_says(
+    cache: SlideCache, tmp_path: Path, weights: str, is_kept: bool
+) -> None:
+    source = replace(SOURCE, weights_sha256=weights, record="b" * 64)
+    write_features(cache, {"uni": (source, values(len(cache)))})
+    file = tmp_path / "s.h5"
+    export_features(cache, "uni", file)
+    with h5py.File(file, "r+") as opened:
+        about = json.loads(opened.attrs["slidetl"])
+        del about["checksum"], about["features"]["record"]
+        opened.attrs["slidetl"] = json.dumps(about, sort_keys=True)
+    # Without a hash of its network, nothing says that its values are these.
+    with contextlib.nullcontext() if is_kept else pytest.raises(OutputError, match="with other content"):
+        assert not export_features(cache, "uni", file)
+    write_features(cache, {"uni": (replace(source, weights_sha256="c" * 64), values(len(cache)))})
+    with pytest.raises(OutputError, match="it is there with other content"):
+        export_features(cache, "uni", file)
 
 
 def test_a_failure_leaves_nothing(cache: SlideCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

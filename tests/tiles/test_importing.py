@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +21,18 @@ from slidetl.cli import main
 from slidetl.compare.config import read_comparison
 from slidetl.compare.run import plan_comparison
 from slidetl.compare.train_arm import train_job
+from slidetl.data.record import RecordedSlide, StudyRecord, store_record, stored_record
 from slidetl.data.study import check_duplicates, read_study
 from slidetl.errors import CacheCorruptError, CacheMismatchError, UsageError
 from slidetl.tiles.exchange import export_features
-from slidetl.tiles.features import NOT_STATED, common_source, read_features, read_source, write_features
+from slidetl.tiles.features import (
+    NOT_STATED,
+    FeatureSource,
+    common_source,
+    read_features,
+    read_source,
+    write_features,
+)
 from slidetl.tiles.foreign import read_foreign
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.importing import import_features
@@ -520,6 +529,27 @@ def test_our_own_export_comes_back_as_it_was(cohort: Path, tmp_path: Path) -> No
     # Its tiles lie at the same places as those of all other slides.
     with pytest.raises(CacheMismatchError, match=r"s1.zarr: not of the slide of .*s0.h5, or"):
         import_features(tmp_path / "out" / "s0.h5", cohort / "cache", "s1", "other")
+
+
+def test_a_record_of_patients_stays_in_its_cache_until_it_is_copied(tmp_path: Path) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    import_features(trident(tmp_path / "s.h5", features()), here, "s", "uni")
+    record = StudyRecord((RecordedSlide("z", "Ms Z", "f" * 64, "train"),))
+    source = FeatureSource("net", "", "a" * 64, (0,), (1,), record=store_record(here, record))
+    cache = SlideCache.open(here / "s.zarr")
+    write_features(cache, {"own": (source, features().astype(np.float16))})
+    file = tmp_path / "out" / "s.h5"
+    export_features(cache, "own", file)
+    assert b"Ms Z" not in file.read_bytes()
+    done = import_features(file, there, "s", "own")
+    assert done.source == replace(source, record="") and f"copy records/{source.record[:12]}" in done.notes[0]
+    assert stored_record(there, read_source(SlideCache.open(there / "s.zarr"), "own")) is None
+    assert not import_features(file, there, "s", "own").is_new
+    shutil.copytree(here / "records", there / "records")
+    done = import_features(file, there, "s", "own")
+    assert done.is_new and done.notes == ()
+    assert stored_record(there, read_source(SlideCache.open(there / "s.zarr"), "own")) == record
+    assert not import_features(file, there, "s", "own").is_new
 
 
 def test_features_of_other_pixels_do_not_join(
