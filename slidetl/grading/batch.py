@@ -335,7 +335,7 @@ def _read_result(
     try:
         text = (folder / f"{name}.json").read_text(encoding="utf-8")
         result: dict[str, Any] = json.loads(text, parse_constant=int)  # refuses NaN
-        same = (result["slide"], result["model_sha256"]) == (str(path), model.sha256)
+        same = result["model_sha256"] == model.sha256
         kinds = _RESULT if spec.is_volume else _RESULT | _OF_SLIDES
         same = same and all(isinstance(result[key], kind) for key, kind in kinds.items())
         same = same and (options.force or not _needs_force(result, model.card))
@@ -345,7 +345,7 @@ def _read_result(
             same = same and mpp in (None, result["mpp_level0"])
     except Exception:  # missing, cut off, or of another form
         return None
-    return result if same else None
+    return {**result, "slide": str(path)} if same else None  # it may have moved
 
 
 def _identify(
@@ -398,7 +398,7 @@ def output_names(slides: Sequence[Path], folder: Path | None = None) -> dict[Pat
         replaced = (target / f"{name}{suffix}" for suffix in (*_RESULTS, *PAGE))
         if not files.isdisjoint(replaced) or has_foreign_page(target, name):
             return False
-        return not (target / f"{name}.json").exists() or _slide_of(target, name) == path.resolve()
+        return not (target / f"{name}.json").exists() or _is_of(_recorded(target, name), path)
 
     for path in dict.fromkeys(slides):
         is_uid = re.fullmatch(r"\.\d+", path.suffix) is not None  # as a folder of DICOM is named
@@ -420,16 +420,32 @@ def output_names(slides: Sequence[Path], folder: Path | None = None) -> dict[Pat
 _RESULTS = (".json", ".png", ".patches.csv")
 
 
-def _slide_of(folder: Path, name: str) -> Path | None:
-    """Returns the slide with results of a name in a folder; None if there are none.
-
-    A relative path, of an earlier version, is left: it was relative to a folder that is not known.
-    """
+def _recorded(folder: Path, name: str) -> tuple[Path, object] | None:
+    """Returns the slide with results of a name in a folder, and its fingerprint; None if there are none."""
     try:
-        slide = Path(json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["slide"])
-    except (OSError, ValueError, KeyError, TypeError):
+        result = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        return Path(result["slide"]), result.get("fingerprint")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return slide.resolve() if slide.is_absolute() else slide
+
+
+def _is_of(recorded: tuple[Path, object] | None, path: Path) -> bool:
+    """Tells if results are of a slide: by its path, or by its content if no slide is at theirs any more.
+
+    A relative path, of an earlier version, was relative to a folder that is not known.
+    """
+    if recorded is None:
+        return False
+    slide, fingerprint = recorded
+    if slide.is_absolute() and (slide.resolve() == path.resolve() or slide.exists()):
+        return slide.resolve() == path.resolve()
+    with contextlib.suppress(Exception):  # it cannot be opened
+        if is_volume_file(path) or is_series(path):
+            return open_series(path).fingerprint == fingerprint
+        # No pixel is read: neither spacing nor channel matters.
+        with open_slide(path, mpp_replace=1.0, channels="0") as opened:
+            return opened.info.fingerprint == fingerprint
+    return False
 
 
 def _remove_results(
@@ -448,7 +464,7 @@ def _remove_results(
             if state is None or state[1] <= (folder / f"{name}.json").stat().st_mtime:
                 error.add_note("its results of an earlier run are kept")
                 raise
-    if _slide_of(folder, name) is not None:
+    if _recorded(folder, name) is not None:
         for suffix in _RESULTS:  # the JSON first: without it a slide is not finished
             (folder / f"{name}{suffix}").unlink(missing_ok=True)
     remove_page(folder, name)

@@ -758,6 +758,30 @@ def test_slides_of_one_relative_path_are_two(
     assert len(list(out.glob("*.json"))) == 2
 
 
+def test_slides_that_moved_keep_their_names_and_their_results(
+    study: Study, model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, before, after = tmp_path / "out", tmp_path / "before", tmp_path / "after"
+    slides = sorted((study.manifest.parent / "slides").glob("*.tiff"))[:2]
+    before.mkdir()
+    for name, slide in zip("ab", slides, strict=True):
+        shutil.copy(slide, before / f"{name}.tiff")
+    words = ["grade", str(model_path), "--output", str(out), "--resume"]
+    assert main([*words, str(before)]) == 0
+    before.rename(after)
+    shutil.copy(after / "a.tiff", after / "b.tiff")  # no longer the slide that b was
+    result = json.loads((out / "a.json").read_text())
+    capsys.readouterr()
+    for recorded in (result["slide"], "slides/a.tiff"):  # as of an earlier version
+        (out / "a.json").write_text(json.dumps({**result, "slide": recorded}))
+        assert main([*words, str(after / "a.tiff")]) == 0
+        assert "1 of 1 slides are graded already" in capsys.readouterr().err
+        assert str(after / "a.tiff") in (out / "results.csv").read_text()
+    with pytest.warns(UserWarning, match=r"after/b.tiff is after_b.tiff.json"):
+        assert main([*words, str(after / "b.tiff")]) == 0
+    assert {path.name for path in out.glob("*.json")} == {"a.json", "b.json", "after_b.tiff.json"}
+
+
 def test_a_resumed_run_takes_no_result_of_other_options(
     study: Study, model_path: Path, model: ModelFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
