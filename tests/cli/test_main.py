@@ -68,7 +68,7 @@ def test_module_and_version() -> None:
             ["fit", "--data.manifest=m", "--data.cache=c", "--data.augmentation.contrast=2"],
             "augmentation.contrast",
         ),
-        (["test", "--data.manifest=m", "--data.cache=c"], "no checkpoint of 'slidetl fit' below"),
+        (["test", "--data.manifest=m", "--data.cache=c"], "; name a file by --ckpt_path"),
         (
             ["test", "--data.manifest=m", "--data.cache=c", "--ckpt_path=none.ckpt"],
             "none.ckpt: no such checkpoint",
