@@ -9,8 +9,8 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,12 +21,21 @@ from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
-from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from slidetl.cli.shipped import with_shipped_configs
+from slidetl.data.augment import Augmentation
 from slidetl.data.datamodule import SlideDataModule
-from slidetl.data.record import NO_RECORD, StudyRecord, config_sha256, kept_options, read_record
+from slidetl.data.record import (
+    NO_RECORD,
+    StudyRecord,
+    changed_options,
+    config_sha256,
+    data_options,
+    read_record,
+)
 from slidetl.errors import CheckpointError, SlidetlError, UsageError
+from slidetl.files import read_yaml
 from slidetl.models.backbones import without_downloads
 from slidetl.models.spec import with_preset
 from slidetl.processor import postpone_collection
@@ -44,7 +53,6 @@ from slidetl.training.waiting import WaitingReport
 
 _PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}  # in Lightning's words
 _HIGHER_IS_BETTER = ("accuracy", "qwk", "f1")
-_OF_MACHINE = ("data.chunk_size",)  # as much as its memory holds; no result depends on it
 
 _SHIPPED = (
     "--config configs/NAME.yaml takes the file that comes with slidetl, unless there is one here. "
@@ -212,7 +220,10 @@ class GradingCLI(LightningCLI):
             root = Path(options.trainer.default_root_dir or ".")
             if not root.is_dir():
                 raise UsageError(f"no checkpoint of 'slidetl fit' below {root.absolute()}; give --ckpt_path")
-            options["ckpt_path"] = str(find_checkpoint(root, allow))
+            try:
+                options["ckpt_path"] = str(find_checkpoint(root, allow))
+            except UsageError as error:  # it ends with what to name
+                raise UsageError(f"{error} by --ckpt_path") from error
             rank_zero_info(f"checkpoint: {options['ckpt_path']}")
         path = Path(options["ckpt_path"])
         checkpoint = read_checkpoint(path, allow, resumable=command == "fit")
@@ -243,8 +254,7 @@ class GradingCLI(LightningCLI):
         if self.subcommand == "fit":
             written = json.loads(self._parser("fit").dump(self.config.fit, skip_none=False, format="json"))
             self.datamodule.config_sha256 = config_sha256(written)
-            options = kept_options(written)
-            self.datamodule.options = {"data": options["data"], "seed_everything": options["seed"]}
+            self.datamodule.options = data_options(written)
             if self._resumed is not None:
                 self._check_options()
             else:
@@ -253,17 +263,35 @@ class GradingCLI(LightningCLI):
 
     def _check_options(self) -> None:
         """Refuses to resume a training with other data options or another seed."""
-        assert self._resumed is not None
-        then, now, changed = self._resumed.get("options"), self.datamodule, list[str]()
-        if isinstance(then, dict):
-            changed = _changes(then, now.options)
-        elif self._past is not None and self._past.config_sha256 not in ("", now.config_sha256):
-            changed = ["other options of the data or another seed"]  # an older version kept their hash alone
-        if changed:
+        then, now = self._options_then(), self.datamodule.options
+        usual = asdict(Augmentation())  # 0.1.0 wrote the default out
+        if now["data"]["augmentation"] is None and then.get("data", {}).get("augmentation") == usual:
+            then["data"]["augmentation"] = None
+        if changed := changed_options(then, now):
             raise UsageError(
                 f"{self.config.fit.ckpt_path} was trained with {'; '.join(changed)}; use the configuration "
                 "of that training (config.yaml, where its logs are)"
             )
+
+    def _options_then(self) -> dict[str, Any]:
+        """Returns data options and seed of the training to resume; empty, with a warning, if unknown."""
+        assert self._resumed is not None
+        kept = self._resumed.get("options")
+        if isinstance(kept, dict):
+            return kept
+        # An older version kept the hash alone.
+        path, sha256 = Path(self.config.fit.ckpt_path), self._past.config_sha256 if self._past else ""
+        config = path.absolute().parent.parent / "config.yaml"
+        with suppress(UsageError):
+            values = read_yaml(config, "the configuration of a fit", "model and data")
+            if isinstance(values.get("data"), dict) and config_sha256(values) == sha256:
+                return data_options(values)
+        if sha256:
+            rank_zero_warn(
+                f"{path} is of an older version, and {config} is not its configuration: nothing shows that "
+                "data and seed are those of its training"
+            )
+        return {}
 
     def after_fit(self) -> None:
         """Refuses a network that told no slides apart after any epoch; its checkpoints stay."""
@@ -317,18 +345,6 @@ class RangeTestCLI(GradingCLI):
             print(f"the loss does not fall anywhere between these rates; see {folder}")
         else:
             print(f"the loss falls fastest at --model.lr {result.suggestion:.2g}; written to {folder}")
-
-
-def _changes(then: Mapping[str, Any], now: Mapping[str, Any], of: str = "") -> list[str]:
-    """Lists the options that differ, by dotted name; one that a newer version added does not."""
-    found = []
-    for key, value in then.items():
-        other = now.get(key)
-        if isinstance(value, dict) and isinstance(other, dict):
-            found += _changes(value, other, f"{of}{key}.")
-        elif value != other and f"{of}{key}" not in _OF_MACHINE:
-            found.append(f"{of}{key} {value!s:.60}, the configuration says {other!s:.60}")
-    return found
 
 
 def _take_allow(args: list[str]) -> tuple[list[str], list[str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,12 +16,13 @@ from slidetl.data.manifest import SPLITS, spelling
 from slidetl.data.study import CachedSlide, Study, check_duplicates, listed
 from slidetl.errors import CacheCorruptError, CacheMissingError, CheckpointError, UsageError
 from slidetl.files import write_whole
-from slidetl.tiles.features import FeatureSource
+from slidetl.tiles.features import FeatureSource, record_path
 
 SplitFrom = Literal["checkpoint", "manifest", "external"]
 
 # Options for the place and the reading of data; they change no result.
 _PLACES = ("manifest", "cache", "num_workers", "decode_threads", "prefetch", "fold", "split_from")
+_NO_RESULT = ("data.chunk_size",)  # likewise, but 0.1.0 has it in the hash of the configuration
 _OTHER_WAYS = (
     "--data.split_from manifest (by the manifest's 'split', or without one the recorded test part and every "
     "patient that the checkpoint has not seen) or --data.split_from external (everyone, as strangers)"
@@ -368,7 +368,7 @@ def store_record(cache: Path, record: StudyRecord) -> str:
     """
     content = json.dumps(record.to_dict())
     sha256 = hashlib.sha256(content.encode()).hexdigest()
-    path = _record_path(cache, sha256)
+    path = record_path(cache, sha256)
     path.parent.mkdir(exist_ok=True)
     write_whole(path, content)
     return sha256
@@ -383,7 +383,7 @@ def stored_record(cache: Path, source: FeatureSource) -> StudyRecord | None:
     """
     if not source.record:
         return None
-    path = _record_path(cache, source.record)
+    path = record_path(cache, source.record)
     again = "copy it from the cache of the features, or run 'slidetl embed' again"
     try:
         content = path.read_bytes()
@@ -396,26 +396,29 @@ def stored_record(cache: Path, source: FeatureSource) -> StudyRecord | None:
     return StudyRecord.from_dict(json.loads(content))
 
 
-def _record_path(cache: Path, sha256: str) -> Path:
-    if not re.fullmatch("[0-9a-f]{64}", sha256):  # it may come from the file of another
-        raise CacheCorruptError(f"expected the SHA-256 of a record, found {sha256!r:.100}")
-    return cache / "records" / f"{sha256}.json"
-
-
-def kept_options(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns model, data options and seed of a ``config.yaml``, which decide on the result of a training.
+def config_sha256(values: Mapping[str, Any]) -> str:
+    """Hashes model, data options and seed of a ``config.yaml`` by SHA-256.
 
     Paths are left out, and epochs too: a resumed training may have more, and keeps earlier checkpoints.
     """
-    data = values.get("data") or {}
-    return {
-        "model": values.get("model"),
-        "data": {key: value for key, value in data.items() if key not in _PLACES},
-        "seed": values.get("seed_everything"),
-    }
+    options = data_options(values)
+    kept = {"model": values.get("model"), "data": options["data"], "seed": options["seed_everything"]}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def config_sha256(values: Mapping[str, Any]) -> str:
-    """Hashes :func:`kept_options` of a ``config.yaml`` by SHA-256."""
-    kept = json.dumps(kept_options(values), sort_keys=True, default=str)
-    return hashlib.sha256(kept.encode()).hexdigest()
+def data_options(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns data options and seed of a ``config.yaml``, for a resumed training to keep."""
+    data = {key: value for key, value in (values.get("data") or {}).items() if key not in _PLACES}
+    return {"data": data, "seed_everything": values.get("seed_everything")}
+
+
+def changed_options(then: Mapping[str, Any], now: Mapping[str, Any], of: str = "") -> list[str]:
+    """Lists the options of :func:`data_options` that differ, by dotted name; one added since does not."""
+    found = []
+    for key, value in then.items():
+        other = now.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            found += changed_options(value, other, f"{of}{key}.")
+        elif value != other and f"{of}{key}" not in _NO_RESULT:
+            found.append(f"{of}{key} {value!s:.60}, the configuration says {other!s:.60}")
+    return found

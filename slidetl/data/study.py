@@ -97,8 +97,8 @@ class Study:
         graded = self.graded
         if not graded and (count := sum(row.grade is not None for row in self.manifest)):
             raise CacheMissingError(
-                f"{self.folder}: none of the {count} graded slides of the manifest is here; run 'slidetl tile' "
-                "first"
+                f"{self.folder}: none of the {count} graded slides of the manifest is here; run 'slidetl "
+                "tile' first"
             )
         check_duplicates(graded)
         if any(slide.row.split for slide in graded):

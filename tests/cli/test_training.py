@@ -4,15 +4,18 @@ import csv
 import json
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from slidetl.cli import main
 from slidetl.cli.training import GradingCLI
-from slidetl.data.record import StudyRecord, read_record
+from slidetl.data.augment import Augmentation
+from slidetl.data.record import StudyRecord, config_sha256, read_record
 from slidetl.errors import UsageError
 from slidetl.models.heads import CumulativeLink
 from slidetl.training.checkpoint import read_checkpoint
@@ -239,10 +242,31 @@ def test_a_resumed_training_keeps_its_data_and_seed(
         "says 3; use the configuration of that training"
     ) in capsys.readouterr().err
     assert run("fit", study, tmp_path / "b", best(trained), *more)[0] == 0
-    older = rewritten(trained, tmp_path / "older.ckpt", lambda checkpoint: checkpoint.pop("options"))
-    assert run("fit", study, tmp_path / "c", older, *others)[0] == 2
-    assert "was trained with other options of the data or another seed" in capsys.readouterr().err
-    assert run("fit", study, tmp_path / "d", older, *more[:2])[0] == 0
+
+
+@pytest.mark.slow
+def test_a_training_of_an_older_version_is_resumed_by_its_configuration(
+    study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = yaml.safe_load((best(trained).parents[1] / "config.yaml").read_text())
+    for added in ("pooling", "preset"):
+        del config["model"]["backbone"][added]
+    config["data"]["augmentation"] = asdict(Augmentation())
+
+    def age(checkpoint: dict[str, Any]) -> None:
+        checkpoint["record"]["config"] = config_sha256(config)
+        del checkpoint["options"]
+
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    older = rewritten(trained, tmp_path / "run" / "checkpoints" / "last.ckpt", age)
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(config))
+    more = ("--trainer.max_epochs=3", "--data.chunk_size=64")
+    assert run("fit", study, tmp_path / "a", older, *more, "--data.bag_size=4")[0] == 2
+    assert "was trained with data.bag_size 8, the configuration says 4" in capsys.readouterr().err
+    assert run("fit", study, tmp_path / "b", older, *more)[0] == 0
+    (tmp_path / "run" / "config.yaml").unlink()
+    with pytest.warns(UserWarning, match="nothing shows that data and seed are those of its training"):
+        assert run("fit", study, tmp_path / "c", older, *more)[0] == 0
 
 
 @pytest.mark.slow
