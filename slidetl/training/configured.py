@@ -23,6 +23,8 @@ from slidetl.text import first_lines
 from slidetl.training.grader import SlideGrader
 from slidetl.training.slots import own_error, parse
 
+_ANY_DEVICES = (None, "auto")  # nobody has chosen
+
 
 def parse_training(
     config: Mapping[str, Any], grades: Sequence[str], seed: int, allow: Sequence[str] = ()
@@ -36,15 +38,17 @@ def parse_training(
         allow: names outside slidetl that it may import.
 
     Raises:
-        UsageError: ``slidetl fit`` would refuse it.
+        UsageError: ``slidetl fit`` would refuse it, or it takes several devices.
     """
     tasks = config["model"].get("tasks", [])  # given once, as to 'slidetl fit'
     data = {"tasks": tasks, **config["data"], "grades": list(grades), "seed": seed}
     model = {**config["model"], "grades": list(grades)}
     try:
-        return parse(_parser(), {"model": model, "data": data, "trainer": config["trainer"]}, allow)
+        parsed = parse(_parser(), {"model": model, "data": data, "trainer": config["trainer"]}, allow)
     except ArgumentError as error:
         raise UsageError(first_lines(str(error))) from error
+    _check_alone(parsed.trainer)
+    return parsed
 
 
 def build_grader(parsed: Any) -> tuple[SlideGrader, dict[str, Any]]:
@@ -72,6 +76,7 @@ def build_trainer(options: Mapping[str, Any], folder: Path, callbacks: Sequence[
             "deterministic": "warn",
             "precision": default_precision(options.get("accelerator", "auto")),
             **options,
+            "devices": 1 if options.get("devices") in _ANY_DEVICES else options["devices"],
         },
         default_root_dir=folder,
         callbacks=list(callbacks),
@@ -103,6 +108,19 @@ def quiet() -> Iterator[None]:
         finally:
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)
+
+
+def _check_alone(trainer: Any) -> None:
+    """Refuses several devices: Lightning would start the whole command again for each further one."""
+    devices, nodes = trainer.devices, trainer.num_nodes
+    named = devices.strip(", ").split(",") if isinstance(devices, str) and "," in devices else devices
+    is_one = len(named) == 1 if isinstance(named, list) else named in (*_ANY_DEVICES, 1, "1")
+    if not is_one or nodes not in (None, 1):
+        raise UsageError(
+            "expected one device for each of many trainings, not "
+            f"trainer.devices {devices!r} with trainer.num_nodes {nodes}; leave both out, or name one card, "
+            "as in trainer.devices: [1]"
+        )
 
 
 @cache
