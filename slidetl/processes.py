@@ -56,6 +56,12 @@ def start_child(work: Callable[..., None], *arguments: Any, has_children: bool =
     return Child(process, ours)
 
 
+def see_one_card(number: int) -> None:
+    """Hides all GPUs from this process but one of those that it sees; CUDA must not have started in it."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = str(number) if visible is None else visible.split(",")[number]
+
+
 def end_with(parent: int) -> None:
     """Has the kernel kill this process when its parent dies."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -7,6 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from slidetl.processes import see_one_card
+
 PARENT = """
 import time
 from slidetl.processes import start_child
@@ -44,3 +48,14 @@ def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
     while is_running(child):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("visible", "left"), [(None, "1"), ("4,7", "7")])
+def test_one_card_is_left_of_those_that_a_process_sees(
+    visible: str | None, left: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    see_one_card(1)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == left

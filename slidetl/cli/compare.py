@@ -5,10 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from slidetl.processor import usable_cores
-
-_CORES = usable_cores()
-
 
 def compare(
     *,
@@ -16,7 +12,7 @@ def compare(
     output: Path,
     manifest: str | None = None,
     cache: str | None = None,
-    jobs: int = _CORES,
+    jobs: int | None = None,
     scheduler: str = "",
     only: tuple[str, ...] = (),
     report_only: bool = False,
@@ -33,7 +29,8 @@ def compare(
         output: folder for the report, the tables and the jobs.
         manifest: a manifest (CSV), instead of the configuration's.
         cache: folder of 'slidetl tile', instead of the configuration's.
-        jobs: trainings at a time on this machine; they share its cores.
+        jobs: trainings at a time on this machine; they share its cores and GPUs. By default as many as it
+            has GPUs, if an arm trains on one, or else cores.
         scheduler: address of a Dask scheduler, tcp://HOST:PORT; its workers train instead of this machine.
         only: arms to compute, instead of all.
         report_only: compute nothing, write the report of the finished jobs.
@@ -47,7 +44,8 @@ def compare(
     from slidetl.compare.config import read_comparison
     from slidetl.compare.progress import JobProgress
     from slidetl.compare.report.page import describe
-    from slidetl.compare.run import Options, plan_comparison, report_comparison, run_comparison
+    from slidetl.compare.run import Options, cards_for, plan_comparison, report_comparison, run_comparison
+    from slidetl.processor import usable_cores
     from slidetl.text import one_line
 
     configured = read_comparison(find_config(config))
@@ -65,6 +63,8 @@ def compare(
         result = report_comparison(plan, output)
         print(f"{describe(result)}\nwritten to {output}, report.html first")
         return 0
+    if jobs is None:
+        jobs = (0 if scheduler else cards_for(plan)) or usable_cores()
     with JobProgress(jobs) as progress:
         result, failed = run_comparison(
             plan, output, Options(jobs, scheduler, allow, progress.start, progress.done)

@@ -19,6 +19,7 @@ from pathlib import Path
 from slidetl.compare.plan import Job
 from slidetl.compare.records import JobResult, read_result, write_result
 from slidetl.errors import CacheError, SlidetlError, UsageError, describe_failure
+from slidetl.processes import see_one_card
 from slidetl.tiles.lock import slide_lock
 
 # Imported once, by the server that forks the processes: it takes seconds.
@@ -36,11 +37,15 @@ class Workplace:
         folder: of the results.
         threads: of each job.
         allow: names outside slidetl that a configuration may import.
+        readers: cores of each job for reading tiles for a GPU; None for all of the machine.
+        card: number of the GPU of a job whose configuration names none; None for the first.
     """
 
     folder: Path
     threads: int = 1
     allow: tuple[str, ...] = ()
+    readers: int | None = None
+    card: int | None = None
 
 
 def run_job(job: Job, place: Workplace) -> None:
@@ -60,12 +65,15 @@ def run_job(job: Job, place: Workplace) -> None:
         shutil.rmtree(building)
 
 
-def run_here(jobs: Iterable[tuple[Job, Workplace]], processes: int) -> Iterator[tuple[Job, str]]:
+def run_here(
+    jobs: Iterable[tuple[Job, Workplace]], processes: int, cards: int = 0
+) -> Iterator[tuple[Job, str]]:
     """Computes jobs on this machine, each in its own process, so that none can end another.
 
     Args:
         jobs: each with its place; the next is taken when a process is free.
         processes: at a time.
+        cards: GPUs of this machine, which the processes share out.
 
     Yields:
         Each finished job, with the reason of its failure; empty for success.
@@ -78,26 +86,30 @@ def run_here(jobs: Iterable[tuple[Job, Workplace]], processes: int) -> Iterator[
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     waiting = iter(jobs)
-    running: dict[int, tuple[ForkServerProcess, Job, Connection]] = {}
+    running: dict[int, tuple[ForkServerProcess, Job, Connection, int]] = {}
+    free = list(range(processes))
     try:
         while True:
             for job, place in islice(waiting, processes - len(running)):
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_run_in_process, args=(job, place, theirs))
+                number = free.pop(0)
+                there = replace(place, card=number % cards) if cards > 1 else place
+                process = context.Process(target=_run_in_process, args=(job, there, theirs))
                 process.start()
                 theirs.close()
-                running[process.sentinel] = (process, job, ours)
+                running[process.sentinel] = (process, job, ours, number)
             if not running:
                 return
             for sentinel in wait(list(running)):
                 assert isinstance(sentinel, int)
-                process, job, ours = running.pop(sentinel)
+                process, job, ours, number = running.pop(sentinel)
                 process.join()
+                free.append(number)
                 yield job, _reason(process, ours)
     finally:
-        for process, _, _ in running.values():
+        for process, *_ in running.values():
             process.terminate()
-        for process, _, _ in running.values():
+        for process, *_ in running.values():
             process.join()
 
 
@@ -142,7 +154,9 @@ def _compute(job: Job, place: Workplace, folder: Path) -> JobResult:
         if "fit" in job.recipe:  # imported here: reading results needs no torch
             from slidetl.compare.train_arm import train_job
 
-            return train_job(job, folder, place.threads, place.allow)
+            if place.card is not None and job.recipe["fit"]["trainer"].get("devices") in (None, "auto", 1):
+                see_one_card(place.card)
+            return train_job(job, folder, place.threads, place.allow, place.readers)
         from slidetl.compare.fixed_arms import grade_by_baseline, grade_by_features
 
         if "classical" in job.recipe:

@@ -102,11 +102,11 @@ def run_comparison(
         to_do = list({job.key: job for job in plan.jobs if found[job.key] is None}.values())
         options.on_start([job for job in plan.jobs if found[job.key] is not None], to_do)
         threads = max(1, usable_cores() // options.processes)
-        place = Workplace(folder, threads, options.allow)
+        place = Workplace(folder, threads, options.allow, None if options.scheduler else threads)
         done = (
             run_on_cluster(to_do, place, options.scheduler)
             if options.scheduler
-            else run_here([(job, place) for job in to_do], options.processes)
+            else run_here([(job, place) for job in to_do], options.processes, cards_for(plan))
         )
         for job, reason in done if to_do else ():
             if reason:
@@ -118,6 +118,16 @@ def run_comparison(
                 f"all {len(failed)} jobs failed, the first for this: {next(iter(failed.values()))}"
             )
         return _aggregate(plan, output, found, failed), failed
+
+
+def cards_for(plan: Plan) -> int:
+    """Counts the GPUs of this machine, if an arm trains on one; 0 otherwise."""
+    trainers = [job.recipe["fit"]["trainer"] for job in plan.jobs if "fit" in job.recipe]
+    if all(trainer.get("accelerator") == "cpu" for trainer in trainers):
+        return 0
+    import torch  # it takes seconds
+
+    return torch.cuda.device_count()
 
 
 def report_comparison(plan: Plan, output: Path) -> ComparisonResult:

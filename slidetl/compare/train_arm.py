@@ -69,7 +69,9 @@ def check_configs(configs: Mapping[str, Mapping[str, Any]], allow: Sequence[str]
             raise UsageError(f"arm {arm!r}: {error}") from error
 
 
-def train_job(job: Job, folder: Path, threads: int = 1, allow: Sequence[str] = ()) -> JobResult:
+def train_job(
+    job: Job, folder: Path, threads: int = 1, allow: Sequence[str] = (), readers: int | None = None
+) -> JobResult:
     """Chooses in the inner folds, trains on the training part, and predicts the test part.
 
     Args:
@@ -78,6 +80,7 @@ def train_job(job: Job, folder: Path, threads: int = 1, allow: Sequence[str] = (
         threads: to compute with.
         allow: as for :func:`check_configs`.
     """
+        readers: as for :class:`slidetl.compare.pool.Workplace`.
     fold, recipe = job.fold, job.recipe
     torch.set_num_threads(threads)
     chosen: dict[str, Any] = {}
@@ -87,7 +90,7 @@ def train_job(job: Job, folder: Path, threads: int = 1, allow: Sequence[str] = (
         for trial, values in enumerate(recipe["trials"]):
             for number, inner in enumerate(fold.inner):
                 place = folder / f"trial-{trial}-inner-{number}"
-                fit = _Fit(job, place, values, inner.train, inner.validation, allow)
+                fit = _Fit(job, place, values, inner.train, inner.validation, allow, readers)
                 trained.setdefault(trial, []).append(fit.run(f"inner-{number}", trial))
         curves = [point for trainings in trained.values() for one in trainings for point in one.points]
         trial = choose(recipe["trials"], curves)
@@ -98,7 +101,7 @@ def train_job(job: Job, folder: Path, threads: int = 1, allow: Sequence[str] = (
             [row.probabilities for row in held_out],
             [row.patient_id for row in held_out],
         )
-    final = _Fit(job, folder / "final", chosen, fold.train, fold.test, allow, fold.external)
+    final = _Fit(job, folder / "final", chosen, fold.train, fold.test, allow, readers, fold.external)
     curves = [*curves, *final.run("test", 0, keep_weights=True).points]
     predictions = final.predict()
     draws, pooled = final.examine(
@@ -189,6 +192,7 @@ class _Fit:
         monitored: slides to grade now and then; they do not influence the training.
         allow: as for :func:`check_configs`.
         external: slides to predict beside the monitored ones; None for a training that predicts none.
+        readers: as for :func:`train_job`.
     """
 
     def __init__(
@@ -200,8 +204,9 @@ class _Fit:
         monitored: Sequence[str],
         allow: Sequence[str],
         external: Sequence[str] | None = None,
+        readers: int | None = None,
     ) -> None:
-        self._job, self._folder, self._allow = job, folder, allow
+        self._job, self._folder, self._allow, self._readers = job, folder, allow, readers
         self._config = with_values(job.recipe["fit"], chosen)
         self._train, self._monitored = job.open(train), job.open(monitored)
         self._tested = () if external is None else (*self._monitored, *job.open(external))
@@ -215,7 +220,9 @@ class _Fit:
         config = parse_training(self._config, self._job.grades, seed, self._allow)
         model, data = build_grader(config)
         parts = {"train": self._train, "val": self._monitored, "test": self._tested}
-        return model, SlideDataModule.from_slides(**parts, **data)
+        module = SlideDataModule.from_slides(**parts, **data)
+        module.cores = self._readers
+        return model, module
 
     def run(self, part: str, trial: int, *, keep_weights: bool = False) -> _Training:
         """Trains, unless that was done before.

@@ -100,6 +100,7 @@ class SlideDataModule(pl.LightningDataModule):
             keep their parts where the manifest has no ``split``; None for other weights.
         config_sha256: SHA-256 of the configuration, for the record of a training.
         options: data options and seed of the configuration as plain values, likewise.
+        cores: cores that ``num_workers: auto`` shares out on a GPU; None for all.
     """
 
     def __init__(
@@ -150,6 +151,7 @@ class SlideDataModule(pl.LightningDataModule):
         self.origin: StudyRecord | None = None
         self._before: tuple[RecordedSlide, ...] = ()
         self.config_sha256 = ""
+        self.cores: int | None = None
         self.options: dict[str, Any] = {}
         self.feature_source: FeatureSource | None = None
         self.slides: dict[str, tuple[CachedSlide, ...]] = {}
@@ -486,7 +488,8 @@ class SlideDataModule(pl.LightningDataModule):
         """The number of processes meant by ``auto``."""
         if self.trainer is None or self.trainer.strategy.root_device.type != "cuda":
             return _WORKERS
-        return max(1, usable_cores() // self.trainer.num_devices - _THREADS_OF_A_GPU)
+        cores = usable_cores() if self.cores is None else self.cores
+        return max(1, cores // self.trainer.num_devices - _THREADS_OF_A_GPU)
 
     @property
     def _rank(self) -> int:

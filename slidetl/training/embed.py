@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 import warnings
@@ -28,7 +27,7 @@ from slidetl.models.precision import has_bfloat16
 from slidetl.models.runner import Rates, Runner
 from slidetl.models.spec import BackboneSpec
 from slidetl.models.volumes import unit_window
-from slidetl.processes import Child, start_child
+from slidetl.processes import Child, see_one_card, start_child
 from slidetl.processor import postpone_collection, usable_cores
 from slidetl.tiles.features import FeatureSource, feature_name, read_source, write_features
 from slidetl.tiles.readers import Readers
@@ -362,8 +361,7 @@ def _embed_share(
 ) -> None:
     """Embeds the slides of one device, and sends the arguments of the callbacks."""
     if options.device == "cuda":
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number) if visible is None else visible.split(",")[number]
+        see_one_card(number)
     torch.set_num_threads(cores)
     warnings.simplefilter("ignore")  # the first process has said it
     try:

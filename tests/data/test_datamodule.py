@@ -290,7 +290,15 @@ def test_workers_are_chosen_by_the_machine(study: Study, monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(16))
     data = SlideDataModule(str(study.manifest), str(study.cache))
     assert data._workers == 2
-    for name, devices, workers in (("cpu", 1, 2), ("cuda", 1, 14), ("cuda", 2, 6), ("cuda", 16, 1)):
+    for name, devices, cores, workers in (
+        ("cpu", 1, None, 2),
+        ("cuda", 1, None, 14),
+        ("cuda", 2, None, 6),
+        ("cuda", 16, None, 1),
+        ("cpu", 1, 4, 2),
+        ("cuda", 1, 4, 2),
+    ):
+        data.cores = cores
         data.trainer = SimpleNamespace(  # type: ignore[assignment] # what a training is told
             strategy=SimpleNamespace(root_device=torch.device(name)), num_devices=devices
         )
