@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from slidetl.errors import UsageError
+from slidetl.models import heads
 from slidetl.models.heads import CrossEntropy
 from slidetl.models.targets import (
     Targets,
@@ -120,3 +121,17 @@ def test_balanced_weights_give_each_grade_the_same_total() -> None:
     balanced = head.loss(logits, grades, class_weight=balanced_weights([3, 0, 1]))
     each = head.loss(logits[:3], grades[:3]), head.loss(logits[3:], grades[3:])
     torch.testing.assert_close(balanced, (each[0] + each[1]) / 2)
+
+
+@pytest.mark.parametrize(
+    "name", ["CumulativeLink", "Coral", "Corn", "RegressionWithThresholds", "CrossEntropy"]
+)
+def test_a_loss_reads_no_scalar_from_its_device(name: str) -> None:
+    """On a GPU each would wait for all work so far; a meta tensor has none to read."""
+    head = getattr(heads, name)(8, 5).to("meta")
+    logits = head(torch.empty(4, 8, device="meta"))
+    grades, readers = (torch.empty(shape, dtype=torch.long, device="meta") for shape in ((4,), (4, 2)))
+    targets = Targets(smoothing=0.1, readers=True, bootstrap="hard", bootstrap_after=0)
+    for target in (grades, targets(grades, readers, head.probabilities(logits.detach()), 1.0)):
+        head.loss(logits, target).backward(retain_graph=True)
+    assert all(weight.grad is not None for weight in head.parameters())
