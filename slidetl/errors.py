@@ -32,8 +32,9 @@ from collections.abc import Sequence
 
 from slidetl.text import one_line
 
-# Messages of a GPU: torch's, which TorchScript raises as a RuntimeError, and those of cuDNN and cuBLAS.
-_GPU_FULL = re.compile("out of memory|STATUS_ALLOC_FAILED", re.IGNORECASE)
+# Messages of a GPU: torch's, which TorchScript raises as a RuntimeError, and those of cuDNN and cuBLAS. Where
+# no plan of cuDNN has room, torch says "GET (or FIND) was unable to find an engine".
+_GPU_FULL = re.compile("out of memory|STATUS_ALLOC_FAILED|unable to find an engine", re.IGNORECASE)
 # Messages of libraries instead of MemoryError: torch, OpenCV, C++, a DataLoader with a killed worker.
 _NO_MEMORY = re.compile(
     "(can.?t|cannot|unable to) allocate|(not enough|insufficient|out of) (shared )?memory|bad_alloc"

@@ -28,13 +28,15 @@ def test_want_of_memory_is_known_whoever_says_it() -> None:
         OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
+        RuntimeError("FIND was unable to find an engine to execute this computation"),
         RuntimeError("std::bad_alloc"),
         RuntimeError("can't start new thread"),
         ImportError("libtorch_cpu.so: failed to map segment from shared object"),
         RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ..."),
     ]
     assert all(map(is_out_of_memory, errors))
-    assert [error for error in errors if is_gpu_full(error)] == errors[4:6]
+    assert [error for error in errors if is_gpu_full(error)] == errors[4:8]
     ended = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
     assert not is_out_of_memory(ended)
     ended.__cause__ = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
@@ -57,7 +59,12 @@ def test_a_failure_is_one_line_with_what_to_do() -> None:
 
 @pytest.mark.parametrize(
     ("command", "option"),
-    [("fit", "--data.bag_size"), ("test", "--data.chunk_size"), ("predict", "--data.chunk_size")],
+    [
+        ("fit", "--data.bag_size"),
+        ("fit", "--data.chunk_size"),
+        ("test", "--data.chunk_size"),
+        ("predict", "--data.chunk_size"),
+    ],
 )
 def test_want_of_memory_ends_a_command_with_one_line(
     command: str, option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

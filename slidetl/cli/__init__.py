@@ -52,7 +52,10 @@ COMMANDS = {
     "studio": "open a page in the browser that does all this without a command line",
 }
 _ELSEWHERE = {"studio": "slidetl.studio.command"}  # it stands above the command line
-_TRAINING_MEMORY = "lower --data.bag_size, --data.batch_size or --data.num_workers, or use a smaller backbone"
+_TRAINING_MEMORY = (
+    "lower --data.bag_size, --data.batch_size, --data.chunk_size (of validation) or --data.num_workers, "
+    "or use a smaller backbone"
+)
 _EVALUATION_MEMORY = "lower --data.chunk_size or --data.num_workers"
 # Advice for each command that runs out of memory.
 _LESS_MEMORY = {
@@ -61,8 +64,8 @@ _LESS_MEMORY = {
     **dict.fromkeys(("fit", "find-lr"), _TRAINING_MEMORY),
     "tile": "use fewer --workers, or a machine with more",
     "embed": "lower --batch-size",
-    "federate": "lower bag_size, batch_size or num_workers in its configuration",
-    "compare": "use fewer --jobs, or lower bag_size and batch_size in its configuration",
+    "federate": "lower bag_size, batch_size, chunk_size or num_workers in its configuration",
+    "compare": "use fewer --jobs, or lower bag_size, batch_size and chunk_size in its configuration",
     "grade": "lower --batch-size or --jobs",
 }
 NETWORK_COMMANDS = {

@@ -184,7 +184,7 @@ def _run(job: Job, place: Workplace) -> str:
     try:
         run_job(job, place)
     except Exception as error:  # no error of one job may end the others; all of it is kept
-        reason = describe_failure(error, "use fewer --jobs, or lower bag_size and batch_size")
+        reason = describe_failure(error, "use fewer --jobs, or lower bag_size, batch_size and chunk_size")
         if not isinstance(error, SlidetlError):
             reason += f" (all of it is in {failure})"
     else:

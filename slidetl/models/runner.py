@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slidetl.errors import UsageError, is_gpu_full
+from slidetl.text import one_line
 from slidetl.tiles.grid import TileSpec
 
 _T = TypeVar("_T")
@@ -378,9 +379,9 @@ class Runner:
             if not is_gpu_full(error):
                 raise
             if size == 1:
-                raise UsageError(
-                    f"{self.device} has no room for a single tile beside the network; use --device cpu, or "
-                    "free memory on the card"
+                raise UsageError(  # with its words: cuDNN may lack an engine for another reason
+                    f"{self.device} has no room for a single tile beside the network, or cannot run it; use "
+                    f"--device cpu, or free memory on the card ({one_line(str(error))[:200]})"
                 ) from error
         torch.cuda.empty_cache()
         halves = [self._pass(half, free) for half in (tiles[: size // 2], tiles[size // 2 :])]

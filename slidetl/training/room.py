@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from slidetl.errors import UsageError, is_gpu_full
+from slidetl.text import one_line
 
 
 class RoomOnDevice(pl.Callback):
@@ -37,19 +38,39 @@ class RoomOnDevice(pl.Callback):
         batch, self._batch = self._batch, None
         if not is_gpu_full(exception) or batch is None:
             return
+        shared = _used_by_others(pl_module.device)
         traceback.clear_frames(exception.__traceback__)  # its frames hold the activations of the step
         slides, tiles = batch["tiles"].shape[:2]
         alone = trainer.world_size == 1  # other processes would not join the trial steps
         sizes = _smaller(slides, tiles) if alone else []
         fits = next((size for size in sizes if _fits(trainer, pl_module, batch, *size)), None)
-        remedy = "not even one tile fits: use a smaller --model.backbone.name" if alone else "lower it"
+        remedy = "lower it"
+        if alone:  # with the card's words: cuDNN may lack an engine for another reason
+            remedy = "not even one tile fits, or the card cannot run the network: use a smaller "
+            remedy += f"--model.backbone.name ({one_line(str(exception))[:200]})"
         if fits:
             remedy = f"this fits: --data.batch_size {fits[0]}"
             remedy += f" --data.bag_size {fits[1]}" if fits[1] < tiles else ""
         raise UsageError(
-            f"{pl_module.device} has no room for --data.batch_size {slides} with --data.bag_size {tiles}; "
-            f"{remedy}"
+            f"{pl_module.device} has no room for --data.batch_size {slides} with --data.bag_size {tiles}"
+            f"{shared}; {remedy}"
         ) from exception
+
+
+def _used_by_others(device: torch.device) -> str:
+    """Describes the memory of a GPU that other processes use, if it is a large part."""
+    if device.type != "cuda":
+        return ""
+    free, total = torch.cuda.mem_get_info(device)
+    return describe_others(free, total, torch.cuda.memory_reserved(device))
+
+
+def describe_others(free: int, total: int, own: int) -> str:
+    """Describes the bytes of ``total`` that are neither free nor our own; empty for less than a quarter."""
+    others = total - free - own
+    if others < total / 4:  # CUDA itself takes half a GiB in each process
+        return ""
+    return f" (other processes use {others / 2**30:.0f} of its {total / 2**30:.0f} GiB)"
 
 
 def _smaller(slides: int, tiles: int) -> list[tuple[int, int]]:

@@ -16,6 +16,7 @@ from slidetl.models.spec import BackboneSpec
 from slidetl.models.transfer import WarmRestart
 from slidetl.training.checkpoint import load_grader
 from slidetl.training.grader import SlideGrader
+from slidetl.training.room import describe_others
 from slidetl.training.schedules import OneCycle
 from tests.conftest import Study
 
@@ -79,7 +80,11 @@ def test_a_configuration_switches_it_on(study: Study, tmp_path: Path) -> None:
     [
         (17, "this fits: --data.batch_size 2\n"),
         (3, "this fits: --data.batch_size 1 --data.bag_size 2\n"),
-        (0, "not even one tile fits: use a smaller --model.backbone.name\n"),
+        (
+            0,
+            "not even one tile fits, or the card cannot run the network: use a smaller --model.backbone.name "
+            "(GET was unable to find an engine to execute this computation)\n",
+        ),
     ],
 )
 def test_a_card_without_room_names_the_batch_that_fits(
@@ -91,7 +96,8 @@ def test_a_card_without_room_names_the_batch_that_fits(
     says: str,
 ) -> None:
     embed = Backbone.forward
-    full = torch.OutOfMemoryError("CUDA out of memory") if room else RuntimeError("CUDNN_STATUS_ALLOC_FAILED")
+    no_engine = RuntimeError("GET was unable to find an engine to execute this computation")
+    full = torch.OutOfMemoryError("CUDA out of memory") if room else no_engine
 
     def forward(self: Backbone, tiles: Tensor) -> Tensor:
         if len(tiles) > room:
@@ -103,3 +109,9 @@ def test_a_card_without_room_names_the_batch_that_fits(
     last = capsys.readouterr().err.splitlines(keepends=True)[-1]
     start = "slidetl: error: cpu has no room for --data.batch_size 4 with --data.bag_size 8; "
     assert last == start + says
+
+
+def test_memory_that_others_use_is_named_if_it_is_a_large_part() -> None:
+    gib = 2**30
+    assert describe_others(2 * gib, 80 * gib, 16 * gib) == " (other processes use 62 of its 80 GiB)"
+    assert describe_others(2 * gib, 80 * gib, 77 * gib) == ""
