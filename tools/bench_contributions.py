@@ -119,7 +119,12 @@ def maps_of(network: GradingNetwork, slide: Slide) -> tuple[float, dict[str, NDA
         mask = torch.ones(1, len(slide.embeddings), dtype=torch.bool)
         logits, attention, explained = network.explain(slide.embeddings[None], mask)
         if explained is None:
-            contributions = explain_by_occlusion(expected, slide.embeddings, slide.places).contributions
+            contributions = explain_by_occlusion(
+                lambda selections: np.array(
+                    [expected(slide.embeddings), *(expected(slide.embeddings[kept]) for kept in selections)]
+                ),
+                slide.places,
+            ).contributions
         else:
             contributions = explained[1][0].numpy()
         alone, _ = network.grade(slide.embeddings.unsqueeze(1), mask.T)

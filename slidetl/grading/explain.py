@@ -81,7 +81,7 @@ class Explanation:
 
 
 def explain_by_occlusion(
-    expected_grade: Callable[[Tensor], float], embeddings: Tensor, places: NDArray[np.int64]
+    expected_grades: Callable[[list[NDArray[np.int64]]], NDArray[np.float64]], places: NDArray[np.int64]
 ) -> Explanation:
     """Leaves out group after group of neighbouring tiles, and grades the rest.
 
@@ -90,21 +90,20 @@ def explain_by_occlusion(
     of a picture).
 
     Args:
-        expected_grade: of a slide's embeddings ``[n, D]``.
-        embeddings: ``[N, D]``, of all tiles; the contribution of a single tile is 0.
-        places: ``[N, 2]``, column and row of each tile.
+        expected_grades: of the slide by all its tiles, and by each selection of their numbers ``[n]``.
+        places: ``[N, 2]``, column and row of each tile; the contribution of a single tile is 0.
     """
     side = 1
     while len(np.unique(places // side, axis=0)) > _GROUPS:
         side += 1
     group = np.unique(places // side, axis=0, return_inverse=True)[1].reshape(-1)  # [N]
-    whole = expected_grade(embeddings)
-    contributions = np.zeros(len(embeddings), np.float32)
-    for number in range(group.max() + 1 if group.any() else 0):
+    n_groups = group.max() + 1 if group.any() else 0
+    whole, *others = expected_grades([np.flatnonzero(group != number) for number in range(n_groups)])
+    contributions = np.zeros(len(places), np.float32)
+    for number, other in enumerate(others):
         is_out = group == number
-        rest = embeddings[torch.from_numpy(~is_out).to(embeddings.device)]
-        contributions[is_out] = (whole - expected_grade(rest)) / is_out.sum()
-    return Explanation(contributions, "grades", whole, None)
+        contributions[is_out] = (whole - other) / is_out.sum()
+    return Explanation(contributions, "grades", float(whole), None)
 
 
 def find_voxels(

@@ -468,12 +468,20 @@ def _explanation(
         score, contributions = (value.cpu() for value in explained[0])
         baseline = float(score) - float(contributions.double().sum())
         return Explanation(contributions.numpy(), model.card.score_unit, float(score), baseline)
-    network = model.network
-    return runner.call(
-        lambda: explain_by_occlusion(
-            lambda rest: float(network.grade(rest)[1]), embeddings.to(runner.device), places
-        )
-    )
+
+    def expected_grades(selections: list[NDArray[np.int64]]) -> NDArray[np.float64]:
+        kept = [torch.from_numpy(numbers).to(runner.device) for numbers in selections]
+        grades = runner.call(lambda: _expected_grades(model.network, embeddings.to(runner.device), kept))
+        return grades.cpu().double().numpy()  # copied in this thread, as in `_graded`
+
+    return explain_by_occlusion(expected_grades, places)
+
+
+def _expected_grades(network: Any, rows: Tensor, selections: Sequence[Tensor]) -> Tensor:
+    """Grades all embeddings ``[N, D]``, and each selection of their numbers, as :func:`_pool` does."""
+    with torch.jit.optimized_execution(rows.device.type != "cuda"):  # type: ignore[attr-defined] # torch does not list it
+        others = (network.grade(rows.index_select(0, numbers))[1] for numbers in selections)
+        return torch.stack([network.grade(rows)[1], *others])
 
 
 def _grade_set(model: ModelFile, probabilities: Tensor) -> tuple[int, int] | None:

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from slidetl.grading.explain import Explanation, explain_by_occlusion, find_voxels
@@ -13,9 +16,18 @@ def grid(columns: int, rows: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int
     return np.stack(np.divmod(np.arange(columns * rows), columns)[::-1], axis=1)
 
 
+def graded(
+    embeddings: Tensor, expected_grade: Callable[[Tensor], float]
+) -> Callable[[list[NDArray[np.int64]]], NDArray[np.float64]]:
+    """Grades all embeddings of a slide, then selections of them."""
+    return lambda selections: np.array(
+        [expected_grade(embeddings), *(expected_grade(embeddings[kept]) for kept in selections)]
+    )
+
+
 def test_few_tiles_are_left_out_one_by_one() -> None:
     embeddings = torch.tensor([[0.0], [1.0], [5.0], [3.0]])
-    found = explain_by_occlusion(lambda rest: float(rest.max()), embeddings, grid(2, 2))
+    found = explain_by_occlusion(graded(embeddings, lambda rest: float(rest.max())), grid(2, 2))
     np.testing.assert_allclose(found.contributions, [0, 0, 2, 0])
     assert (found.score, found.baseline, found.unit) == (5, None, "grades")
 
@@ -31,14 +43,14 @@ def test_neighbours_are_left_out_together() -> None:
         sizes.append(len(rest))
         return float(rest.max())
 
-    found = explain_by_occlusion(expected_grade, embeddings, places)
+    found = explain_by_occlusion(graded(embeddings, expected_grade), places)
     assert sizes == [512] + [496] * 32
     np.testing.assert_allclose(found.contributions, np.where(is_lesion, 4 / 16, 0))
     assert found.relative.max() == pytest.approx(4 / 16 * 512)
 
 
 def test_a_single_tile_has_no_rest() -> None:
-    found = explain_by_occlusion(lambda rest: float(rest.mean()), torch.ones(1, 3), grid(1, 1))
+    found = explain_by_occlusion(graded(torch.ones(1, 3), lambda rest: float(rest.mean())), grid(1, 1))
     assert found.contributions.tolist() == [0] and found.score == 1
 
 

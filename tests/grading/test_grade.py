@@ -17,6 +17,7 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -29,7 +30,14 @@ from PIL import Image
 from slidetl.cli import main
 from slidetl.errors import ProcessEnded, SpacingError, UnfitSlideError, UsageError
 from slidetl.grading import batch, grade
-from slidetl.grading.grade import _ahead, _Embeddings, chosen_precision, draw_map, grade_slide
+from slidetl.grading.grade import (
+    _ahead,
+    _Embeddings,
+    _expected_grades,
+    chosen_precision,
+    draw_map,
+    grade_slide,
+)
 from slidetl.grading.options import GradeOptions
 from slidetl.library.model_card import TrainingData
 from slidetl.models.runner import Runner
@@ -348,6 +356,15 @@ def test_auto_takes_the_precision_that_the_export_compared(
 def test_several_processes_grade_as_one_does_and_a_run_goes_on(
     study: Study,
     model_path: Path,
+    assert set(asked) <= {device}  # the card that is named
+
+
+def test_an_explanation_by_occlusion_reads_no_scalar_from_its_device() -> None:
+    """The thread that owns a GPU would wait for each; a meta tensor has none to read."""
+    network = SimpleNamespace(grade=lambda rows: (None, rows.mean()))
+    rows = torch.empty(6, 3, device="meta")
+    selections = [torch.empty(n, dtype=torch.long, device="meta") for n in (5, 4)]
+    assert _expected_grades(network, rows, selections).shape == (3,)
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
