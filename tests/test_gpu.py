@@ -18,15 +18,22 @@ from safetensors.torch import save_file
 
 from slidetl.analysis.clusters import Kernel, bandwidth_of, mean_shift
 from slidetl.cli import main
+from slidetl.compare.pool import Workplace, run_job
+from slidetl.compare.records import read_result
+from slidetl.data.datasets import Bag
 from slidetl.doctor import examine
 from slidetl.grading import grade
+from slidetl.models.backbones import Backbone
 from slidetl.models.precision import has_bfloat16
+from slidetl.models.targets import Targets
 from slidetl.publish.model_file import load_model
 from slidetl.tiles.features import read_features
 from slidetl.tiles.store import SlideCache
+from slidetl.training.grader import SlideGrader
 from slidetl.training.predictions import read_predictions
+from tests.compare.test_run import SCRATCH, planned
 from tests.conftest import Study
-from tests.small import small_embed
+from tests.small import small_embed, small_spec
 from tests.volumes.studies import VolumeStudy
 
 DEVICES = [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -269,10 +276,51 @@ def test_grading_a_slide_does_not_wait_for_the_card(fitted: Path) -> None:
     network = load_model(fitted / "model.pt", "cuda").network
     with torch.inference_mode():
         rows = torch.rand(300, sum(network.widths), device="cuda")
+        kept = [torch.arange(n, device="cuda") for n in (40, 30)]
         grade._pool(network, rows, True)  # loads kernels
+        grade._expected_grades(network, rows, kept)
         torch.cuda.set_sync_debug_mode("error")
         try:
             for number in (50, 70, 299):
                 grade._pool(network, rows[:number], True)
+                grade._expected_grades(network, rows[:number], kept)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_training_step_does_not_wait_for_the_card() -> None:
+    grader = SlideGrader(small_spec(), targets=Targets(smoothing=0.1)).cuda().train()
+    bag: Bag = {
+        "tiles": torch.randint(0, 256, (2, 8, 3, 64, 64), dtype=torch.uint8, device="cuda"),
+        "mask": torch.ones(2, 8, dtype=torch.bool, device="cuda"),
+        "grade": torch.tensor([3, -1], device="cuda"),
+        "readers": torch.zeros(2, 0, dtype=torch.long, device="cuda"),
+        "labels": {},
+    }
+    grader.training_step(bag, 0).backward()  # loads kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        grader.training_step(bag, 0).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_job_of_a_comparison_embeds_its_tiles_where_it_trains(
+    study: Study, tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices, forward = set(), Backbone.forward
+
+    def noted(backbone: Backbone, tiles: torch.Tensor) -> torch.Tensor:
+        devices.add(tiles.device.type)
+        return forward(backbone, tiles)
+
+    monkeypatch.setattr(Backbone, "forward", noted)
+    trainer = {"accelerator": "cpu" if device == "cpu" else "gpu", "max_epochs": 1}
+    _, job = planned(study, tmp_path, {"fit": {**SCRATCH, "trainer": trainer}})
+    run_job(job, Workplace(tmp_path))
+    result = read_result(tmp_path, job.key)
+    assert result is not None and devices == {device}
+    for row in result.predictions:  # gradings by tiles drawn from a slide lie about that of the slide
+        assert abs(np.mean(result.draws[row.slide_id]) - row.expected_grade) < 0.5

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +41,7 @@ from slidetl.tiles.features import read_features
 from slidetl.tiles.store import SlideCache
 from slidetl.training.configured import build_grader, build_trainer, parse_training, quiet
 from slidetl.training.drift import distances
-from slidetl.training.evaluation import NOT_FINITE, Evaluation
+from slidetl.training.evaluation import NOT_FINITE, ChunkedEvaluation, Evaluation
 from slidetl.training.grader import SlideGrader
 from slidetl.training.predictions import SlidePrediction
 from slidetl.training.similarity import embed_layers
@@ -79,8 +80,8 @@ def train_job(
         folder: keeps each finished training, to resume a killed job.
         threads: to compute with.
         allow: as for :func:`check_configs`.
-    """
         readers: as for :class:`slidetl.compare.pool.Workplace`.
+    """
     fold, recipe = job.fold, job.recipe
     torch.set_num_threads(threads)
     chosen: dict[str, Any] = {}
@@ -191,8 +192,8 @@ class _Fit:
         train: slides.
         monitored: slides to grade now and then; they do not influence the training.
         allow: as for :func:`check_configs`.
-        external: slides to predict beside the monitored ones; None for a training that predicts none.
         readers: as for :func:`train_job`.
+        external: slides to predict beside the monitored ones; None for a training that predicts none.
     """
 
     def __init__(
@@ -203,8 +204,8 @@ class _Fit:
         train: Sequence[str],
         monitored: Sequence[str],
         allow: Sequence[str],
-        external: Sequence[str] | None = None,
         readers: int | None = None,
+        external: Sequence[str] | None = None,
     ) -> None:
         self._job, self._folder, self._allow, self._readers = job, folder, allow, readers
         self._config = with_values(job.recipe["fit"], chosen)
@@ -289,14 +290,13 @@ class _Fit:
         scores: dict[str, list[float]] = {}
         pooled: dict[str, NDArray[np.float32]] = {}
         rng = np.random.default_rng(self._job.fold.seed)
-        with quiet(), torch.inference_mode():
-            network, chunk_size = self._loaded(_LAST).network.eval(), self._built[1].chunk_size
+        with quiet(), self._embedding() as (network, embed), torch.inference_mode():
             for slide in (*self._train, *self._monitored) if pool else self._monitored:
                 n_tiles = len(slide.cache)
                 drawn = draws if slide in self._monitored and n_tiles > 1 else 0
                 if not (pool or drawn):
                     continue
-                tiles = _tile_embeddings(network, slide.cache, chunk_size, self._stored)
+                tiles = embed(slide.cache)
                 mask = torch.ones((1, n_tiles), dtype=torch.bool)
                 if pool:
                     embedding = network.aggregator(tiles[None], mask).embedding[0]
@@ -310,6 +310,34 @@ class _Fit:
                     tempered = with_temperature(rows, temperature)
                     scores[slide.row.slide_id] = (tempered @ np.arange(rows.shape[1])).tolist()
         return scores, pooled
+
+    @contextmanager
+    def _embedding(self) -> Iterator[tuple[GradingNetwork, Callable[[SlideCache], torch.Tensor]]]:
+        """Yields the network with the last weights, and a function that embeds all tiles of a slide.
+
+        The latter returns ``[N, D]`` on the CPU. If the training had a GPU, the backbone computes there, as
+        in a validation; the rest of the network stays on the CPU.
+        """
+        model = self._loaded(_LAST)
+        network, size = model.network.eval(), self._built[1].chunk_size
+        trainer, evaluation = self._trainer(1, []), ChunkedEvaluation(network, model.tasks)
+        device = trainer.strategy.root_device
+        on_gpu = device.type == "cuda"
+
+        def embed(cache: SlideCache) -> torch.Tensor:
+            if self._stored:
+                return torch.from_numpy(read_features(cache, self._stored)).float()
+            parts = np.array_split(np.arange(len(cache)), -(-len(cache) // size))
+            inputs = (network_input(cache.read(part), cache.spec).to(device) for part in parts)
+            with trainer.precision_plugin.forward_context() if on_gpu else nullcontext():
+                return torch.cat([evaluation.embed(tiles, size).cpu() for tiles in inputs])
+
+        if on_gpu:
+            network.backbone.to(device)
+        try:
+            yield network, embed
+        finally:
+            network.backbone.cpu()
 
     def similarity(self) -> dict[str, float]:
         """Computes the linear CKA of each block before and after training on monitored tiles, unbiased.
@@ -352,14 +380,6 @@ class _Fit:
             "check_val_every_n_epoch": every,
         }
         return build_trainer(options, self._folder, callbacks)
-
-
-def _tile_embeddings(network: GradingNetwork, cache: SlideCache, chunk: int, stored: str) -> torch.Tensor:
-    """Embeds all tiles of a slide, so many at a time, or reads their ``stored`` features: ``[N, D]``."""
-    if stored:
-        return torch.from_numpy(read_features(cache, stored)).float()
-    parts = np.array_split(np.arange(len(cache)), -(-len(cache) // chunk))
-    return torch.cat([network.backbone(network_input(cache.read(part), cache.spec)) for part in parts])
 
 
 class _Watch(Callback):

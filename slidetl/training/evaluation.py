@@ -173,13 +173,13 @@ class ChunkedEvaluation:
         if "stored" in chunk:
             self._embeddings.append(chunk["stored"].float())
         else:
-            self._embeddings.append(self._embed(chunk["tiles"], chunk["full"]))
+            self._embeddings.append(self.embed(chunk["tiles"], chunk["full"]))
         if not chunk["last"]:
             return None
         embeddings, self._embeddings = torch.cat(self._embeddings).unsqueeze(0), []
         return embeddings
 
-    def _embed(self, tiles: Tensor, full: int) -> Tensor:
+    def embed(self, tiles: Tensor, full: int) -> Tensor:
         """Embeds the tiles of a chunk, of ``full`` tiles unless it is a slide's last: ``[n, D]``."""
         on_gpu, count = tiles.device.type == "cuda", len(tiles)
         if (on_gpu if self._pads is None else self._pads) and count < full:
