@@ -21,7 +21,14 @@ from torch import Tensor, nn
 
 from slidetl.data.record import StudyRecord, store_record
 from slidetl.data.study import common_spec, find_slides, open_cache
-from slidetl.errors import CacheError, CacheMismatchError, ProcessEnded, SlidetlError, UsageError
+from slidetl.errors import (
+    CacheError,
+    CacheMismatchError,
+    ProcessEnded,
+    SlidetlError,
+    UsageError,
+    describe_failure,
+)
 from slidetl.models.backbones import Backbone, weights_sha256
 from slidetl.models.precision import has_bfloat16
 from slidetl.models.runner import Rates, Runner
@@ -56,6 +63,10 @@ class EmbeddedSlide:
     tiles: int = 0
     is_new: bool = False
     reason: str = ""
+
+
+class OtherTilesWarning(UserWarning):
+    """The weights were trained on other tiles than those of the cache."""
 
 
 class BlockEmbedder:
@@ -211,7 +222,7 @@ def embed_cache(
     for tile_spec in dict.fromkeys(cache.spec for cache in todo):
         backbone.check_tiles(tile_spec)
         for line in backbone.describe_other_tiles(tile_spec):
-            warnings.warn(line, stacklevel=2)
+            warnings.warn(line, OtherTilesWarning, stacklevel=2)
     on_plan(sum(len(cache) for cache in todo))
     if options.devices > 1:
         mine = replace(options, device="cuda" if place.type == "cuda" else "cpu")
@@ -363,11 +374,12 @@ def _embed_share(
     if options.device == "cuda":
         see_one_card(number)
     torch.set_num_threads(cores)
-    warnings.simplefilter("ignore")  # the first process has said it
+    warnings.simplefilter("ignore", OtherTilesWarning)  # the first process has said it
     try:
         embed_cache(cache_dir, spec, options, cores, on_batch=connection.send, on_slide=connection.send)
-    except SlidetlError as error:
-        connection.send(error)
+    except Exception as error:
+        is_ours = isinstance(error, SlidetlError)
+        connection.send(error if is_ours else SlidetlError(describe_failure(error, "lower --batch-size")))
 
 
 def _is_stored(cache: SlideCache, sources: Mapping[str, FeatureSource]) -> bool:

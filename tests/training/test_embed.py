@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -19,14 +21,21 @@ import torch
 
 from slidetl.cli import main
 from slidetl.cli.progress import Progress
-from slidetl.errors import CacheMismatchError, CacheMissingError, UsageError
+from slidetl.errors import CacheMismatchError, CacheMissingError, SlidetlError, UsageError
 from slidetl.models.backbones import Backbone, weights_sha256
 from slidetl.models.runner import Runner
 from slidetl.models.spec import BackboneSpec
 from slidetl.tiles.features import list_features, read_features, read_source, write_features
 from slidetl.tiles.store import SlideCache, cache_parts, shard_path
 from slidetl.training import embed
-from slidetl.training.embed import BlockEmbedder, EmbeddedSlide, _dtype, block_names, embed_cache
+from slidetl.training.embed import (
+    BlockEmbedder,
+    EmbeddedSlide,
+    _dtype,
+    _embed_share,
+    block_names,
+    embed_cache,
+)
 from slidetl.training.options import EmbedOptions
 from tests.conftest import Study
 from tests.small import small_embed, small_spec
@@ -296,6 +305,29 @@ def test_devices_share_out_the_slides(cache_dir: Path, monkeypatch: pytest.Monke
     shutil.rmtree(opened(cache_dir)[1].path / "features")
     lost = embed_cache(cache_dir, SPEC, EmbedOptions(device="cpu", devices=2))
     assert all("was ended by SIGKILL" in slide.reason for slide in lost[:2]) and not lost[2].reason
+
+
+def test_a_process_of_a_device_reports_warnings_and_errors(
+    cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(self: Backbone, tiles: torch.Tensor) -> torch.Tensor:
+        warnings.warn("cuda:0 has no room for 8 tiles at once", stacklevel=2)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\n")
+
+    monkeypatch.setattr(Backbone, "forward", forward)
+    monkeypatch.setattr(Backbone, "describe_other_tiles", lambda *_: ["trained on other tiles"])
+    ours, theirs = multiprocessing.Pipe()
+    threads = torch.get_num_threads()
+    try:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("default")  # as in a process of its own
+            _embed_share(theirs, 0, 1, cache_dir, SPEC, EmbedOptions(device="cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    error = ours.recv()
+    assert type(error) is SlidetlError
+    assert str(error).strip() == "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert {str(warning.message) for warning in told} == {"cuda:0 has no room for 8 tiles at once"}
 
 
 def killed(*arguments: object) -> None:
