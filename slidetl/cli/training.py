@@ -175,7 +175,8 @@ class GradingCLI(LightningCLI):
         for key, value in with_preset(config.model.backbone.as_dict()).items():
             config.model.backbone[key] = value
         accelerator, precision = config.trainer.accelerator, config.trainer.precision
-        usual, wanted = default_precision(accelerator), _PRECISIONS.get(config.get("precision"))
+        usual = default_precision(accelerator, config.trainer.devices)
+        wanted = _PRECISIONS.get(config.get("precision"))
         on_cpu = accelerator == "cpu" or not torch.cuda.is_available()
         if "precision" in config and on_cpu and str(precision).endswith("mixed"):
             precision = usual  # a fit on a GPU left that in its configuration

@@ -356,8 +356,9 @@ def chosen_precision(model: ModelFile, precision: Precision, device: str = "") -
     """
     if precision != "auto":
         return precision
-    is_covered = "cuda bfloat16" in model.card.precisions and (device or str(model.device)).startswith("cuda")
-    return "bfloat16" if is_covered and has_bfloat16(torch.device("cuda")) else "float32"
+    place = torch.device(device or model.device)
+    is_covered = "cuda bfloat16" in model.card.precisions and place.type == "cuda"
+    return "bfloat16" if is_covered and has_bfloat16(place) else "float32"
 
 
 class _Embeddings:

@@ -58,9 +58,17 @@ def build_grader(parsed: Any) -> tuple[SlideGrader, dict[str, Any]]:
     return ready.model, dict(ready.data)
 
 
-def default_precision(accelerator: object) -> str:
-    """Returns Lightning's name of a device's number format: bfloat16 on a GPU that has it, or float32."""
-    return "bf16-mixed" if accelerator != "cpu" and has_bfloat16(torch.device("cuda")) else "32-true"
+def default_precision(accelerator: object, devices: object) -> str:
+    """Returns Lightning's name of the devices' number format: bfloat16 on GPUs that have it, or float32."""
+    cards = [torch.device("cuda", int(card)) for card in _listed(devices) or [0]]
+    return "bf16-mixed" if accelerator != "cpu" and all(map(has_bfloat16, cards)) else "32-true"
+
+
+def _listed(devices: object) -> list[Any] | None:
+    """Returns the devices that ``trainer.devices`` lists, as ``[1]`` or ``"1,"``; None if it lists none."""
+    if isinstance(devices, str) and "," in devices:
+        return devices.strip(", ").split(",")
+    return devices if isinstance(devices, list) else None
 
 
 def build_trainer(options: Mapping[str, Any], folder: Path, callbacks: Sequence[Callback]) -> pl.Trainer:
@@ -74,7 +82,7 @@ def build_trainer(options: Mapping[str, Any], folder: Path, callbacks: Sequence[
     return pl.Trainer(
         **{
             "deterministic": "warn",
-            "precision": default_precision(options.get("accelerator", "auto")),
+            "precision": default_precision(options.get("accelerator", "auto"), options.get("devices")),
             **options,
             "devices": 1 if options.get("devices") in _ANY_DEVICES else options["devices"],
         },
@@ -113,8 +121,8 @@ def quiet() -> Iterator[None]:
 def _check_alone(trainer: Any) -> None:
     """Refuses several devices: Lightning would start the whole command again for each further one."""
     devices, nodes = trainer.devices, trainer.num_nodes
-    named = devices.strip(", ").split(",") if isinstance(devices, str) and "," in devices else devices
-    is_one = len(named) == 1 if isinstance(named, list) else named in (*_ANY_DEVICES, 1, "1")
+    listed = _listed(devices)
+    is_one = len(listed) == 1 if listed is not None else devices in (*_ANY_DEVICES, 1, "1")
     if not is_one or nodes not in (None, 1):
         raise UsageError(
             "expected one device for each of many trainings, not "

@@ -347,15 +347,15 @@ def test_auto_takes_the_precision_that_the_export_compared(
 ) -> None:
     model = load_model(model_path)
     there = replace(model, device=torch.device(device), card=replace(model.card, precisions=covered))
-    monkeypatch.setattr("slidetl.grading.grade.has_bfloat16", lambda _: has_it)
+    asked = []
+
+    def has_bfloat16(place: torch.device) -> bool:
+        asked.append(str(place))
+        return has_it
+
+    monkeypatch.setattr("slidetl.grading.grade.has_bfloat16", has_bfloat16)
     assert chosen_precision(there, wanted) == chosen
     assert chosen_precision(replace(there, device=torch.device("cpu")), wanted, device) == chosen
-
-
-@pytest.mark.slow
-def test_several_processes_grade_as_one_does_and_a_run_goes_on(
-    study: Study,
-    model_path: Path,
     assert set(asked) <= {device}  # the card that is named
 
 
@@ -365,6 +365,12 @@ def test_an_explanation_by_occlusion_reads_no_scalar_from_its_device() -> None:
     rows = torch.empty(6, 3, device="meta")
     selections = [torch.empty(n, dtype=torch.long, device="meta") for n in (5, 4)]
     assert _expected_grades(network, rows, selections).shape == (3,)
+
+
+@pytest.mark.slow
+def test_several_processes_grade_as_one_does_and_a_run_goes_on(
+    study: Study,
+    model_path: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pytorch_lightning.accelerators import CPUAccelerator
 
 from slidetl.errors import UsageError
-from slidetl.training.configured import build_trainer, parse_training
+from slidetl.training.configured import build_trainer, default_precision, parse_training
 
 
 def configured(**trainer: Any) -> Any:
@@ -18,7 +19,7 @@ def configured(**trainer: Any) -> Any:
     "several", [{"devices": 2}, {"devices": "0,1"}, {"devices": [0, 1]}, {"devices": -1}, {"num_nodes": 2}]
 )
 def test_several_devices_are_refused(several: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="one device for each of many trainings, not trainer.devices"):
+    with pytest.raises(UsageError, match=r"one device for each of many trainings, not trainer\.devices"):
         configured(**several)
 
 
@@ -36,3 +37,11 @@ def test_a_trainer_takes_one_device_of_several(
     monkeypatch.setattr(CPUAccelerator, "auto_device_count", staticmethod(lambda: 2))
     trainer = build_trainer({"accelerator": "cpu", **options}, tmp_path, [])
     assert (trainer.num_devices, trainer.world_size) == (1, 1)
+
+
+def test_the_precision_is_that_of_the_card_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    second = torch.device("cuda", 1)
+    monkeypatch.setattr("slidetl.training.configured.has_bfloat16", lambda card: card == second)
+    for named, precision in (([1], "bf16-mixed"), ("1,", "bf16-mixed"), ([0, 1], "32-true"), (1, "32-true")):
+        assert default_precision("auto", named) == precision
+    assert default_precision("cpu", [1]) == "32-true"
