@@ -126,11 +126,12 @@ def read_tiles(folder: Path) -> Tiles:
     Raises:
         UsageError: there are fewer than two classes, or tiles differ in size, or are not square, or not RGB.
     """
-    found = read_manifest(folder, images=True) if folder.is_dir() else None
-    if found is None or len(found.grades) < 2:
+    classes = read_manifest(folder, images=True).labels if folder.is_dir() else ()
+    if len(classes) < 2:
         raise UsageError(
             f"{folder}: expected a folder of tiles for each of two classes or more, CLASS/*.jpg or *.png"
         )
+    found = read_manifest(folder, classes, images=True)
     pixels = None
     for number, row in enumerate(found.rows):
         try:
@@ -157,7 +158,7 @@ def read_tiles(folder: Path) -> Tiles:
     assert pixels is not None
     labels = np.array([row.grade for row in found.rows], np.int64)
     names = tuple(os.path.relpath(row.path, folder.absolute()) for row in found.rows)
-    return Tiles(names, labels, found.grades, pixels)
+    return Tiles(names, labels, classes, pixels)
 
 
 def copies(*sets: Tiles) -> list[tuple[int, int]]:
