@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from slidetl.data.folder import SLIDE_SUFFIXES, find_files
-from slidetl.data.spreadsheet import Table, read_table
+from slidetl.data.spreadsheet import Table, is_error, read_table
 from slidetl.data.tasks import Task
 from slidetl.errors import ManifestError, SlideOpenError, UsageError
 from slidetl.slides.dicom import is_localizer, series_instance_uid
@@ -29,11 +29,13 @@ _SPLIT_NAMES = frozenset([*SPLITS, *_TRAINING, "valid", "validation", "testing"]
 REQUIRED = ("slide_id", "path", "patient_id", "grade")
 FIVE_GRADES = ("0", "1", "2", "3", "4")  # the default scale
 LOCATION = ("x_mm", "y_mm", "z_mm")
-OPTIONAL = ("site", "scanner", "stain", "block", "mpp", "split", *LOCATION)
+_TEXTS = ("site", "scanner", "stain", "block")
+OPTIONAL = (*_TEXTS, "mpp", "split", *LOCATION)
 _MOST_READERS = 100
-# Cells without a value, as written by R, pandas and spreadsheets.
-_MISSING = frozenset(["na", "n/a", "#n/a", "nan", "<na>", "null"])
-_SPREADSHEET_ERROR = re.compile(r"#[A-Z/0]+[!?]", re.IGNORECASE)
+# Cells without a value, as written by R, pandas, and spreadsheets in several languages.
+_MISSING = frozenset(
+    ["na", "n/a", "nan", "<na>", "null", "#n/a", "#nv", "#n/d", "#n/d!", "#n/b", "#i/t", "#н/д"]
+)
 # A long number cut to a few digits by a spreadsheet: it would merge many patients.
 _ROUNDED = re.compile(r"\d[.,]?\d*[Ee]\+\d+")
 _FAULTS_EACH = 3  # faults of one kind listed one by one; more are counted
@@ -211,6 +213,15 @@ def parse_table(table: Table, path: Path, n_grades: int | None, tasks: Sequence[
             faults.add(line, "expected {} cells as in the header, found {}", len(table.header), len(cells))
             continue
         values = dict(zip(table.header, cells, strict=True))
+        for task in tasks:
+            if task.numeric and table.may_have_thousands(number := values.get(task.column, "")):
+                mark = "comma" if table.separator == ";" else "point"
+                rule = (
+                    f"{task.column} {{!r}} may be {{}} or {{}}; export numbers without a separator of "
+                    f"thousands, and decimals with a {mark}"
+                )
+                whole = re.sub("[.,]", "", number)
+                faults.add(line, rule, number, whole, f"{int(whole) / 1000:g}")
         rows.append(_parse_row(line, values, path.parent, n_grades, tasks, faults))
     _check_between(rows, faults)
     faults.check(path)
@@ -267,10 +278,15 @@ def _parse_row(
         if _ROUNDED.fullmatch(values[column]):
             rule = f"{column} {{!r}} was rounded by a spreadsheet; make it text there, and export again"
             faults.add(line, rule, values[column])
+    names = {name: values[name] for name in ("slide_id", "path")}
+    for column, text in (names | {name: known(name) for name in ("patient_id", *_TEXTS)}).items():
+        if is_error(text):
+            rule = f"{column} {{!r}} is an error value of a spreadsheet; correct it there, and export again"
+            faults.add(line, rule, text)
     slide_id = safe_slide_id(values["slide_id"])
     if not slide_id:
         faults.add(line, "slide_id must have letters or digits, found {!r}", values["slide_id"])
-    if not known("patient_id") or _SPREADSHEET_ERROR.fullmatch(values["patient_id"]):
+    if not known("patient_id"):
         found = f" ({values['patient_id']!r})" if values["patient_id"] else ""
         faults.add(line, "patient_id is empty{}; without it patients would leak between splits", found)
     text = values["path"]

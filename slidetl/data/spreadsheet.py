@@ -23,6 +23,8 @@ _BYTE_ORDER_MARKS = {  # longer ones first: the mark of UTF-16 begins the one of
     codecs.BOM_UTF8: "utf-8-sig",
 }
 _FORMULA_OF_TEXT = re.compile(r'^="([^"]*)"$')  # ="0012", which keeps zeros in a spreadsheet
+# #REF!, German #BEZUG!, Spanish #¡REF!, Czech #NENÍ_K_DISPOZICI; LibreOffice's Err:502; a narrow column's ##.
+_ERROR = re.compile(r"#(#*|[¡¿]\S+|[^\W\d_](?:[^\W\d]|/0?)*[!?]?)|Err:\d{3}", re.IGNORECASE)
 _NO_TEXT = {
     b"PK\x03\x04": "a workbook (.xlsx, .ods) or another zip file",
     b"\xd0\xcf\x11\xe0": "an Excel workbook (.xls)",
@@ -39,10 +41,25 @@ class Table:
         header: names of the columns; known ones as requested, others as in the file.
         rows: first line (the header usually has 1) and cells of each row. Cells have no outer blanks, rows no
             empty cells beyond the header.
+        separator: of the cells.
     """
 
     header: tuple[str, ...]
     rows: tuple[tuple[int, tuple[str, ...]], ...]
+    separator: str = ","
+
+    def may_have_thousands(self, number: str) -> bool:
+        """Tells if a number may have a separator of thousands: 1,050, or 1.050 in a table of semicolons.
+
+        Such tables come from languages with a decimal comma.
+        """
+        mark = "[.]" if self.separator == ";" else ","
+        return re.fullmatch(rf"[+-]?[1-9]\d{{0,2}}{mark}\d{{3}}", number) is not None
+
+
+def is_error(cell: str) -> bool:
+    """Tells if a cell has the error value of a spreadsheet, in any language; ``#12`` and ``#P7`` are none."""
+    return _ERROR.fullmatch(cell) is not None
 
 
 def read_table(path: Path, required: Iterable[str], optional: Iterable[str] = ()) -> Table:
@@ -87,6 +104,7 @@ def read_table(path: Path, required: Iterable[str], optional: Iterable[str] = ()
     return Table(
         tuple(header[index] for index in named_columns),
         tuple((line, cells_of(cells)) for line, cells in lines[1:]),
+        separator,
     )
 
 

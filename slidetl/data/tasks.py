@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from slidetl.data.spreadsheet import read_table
+from slidetl.data.spreadsheet import is_error, read_table
 from slidetl.errors import ManifestError, UsageError
 from slidetl.tiles.identifier import safe_slide_id
 
@@ -147,14 +147,18 @@ def read_points(path: Path, n_labels: int | None = None) -> dict[str, LabelledPo
             row = dict(zip(table.header, cells, strict=True))
             point = float(row["x_level0"]), float(row["y_level0"])
             label = _number(row["label"], n_labels)
+            slide_id = row.get("slide_id", "")
             if not np.isfinite(point).all():
                 raise ValueError("not finite")
+            if is_error(slide_id):
+                raise ValueError("slide_id is an error value of a spreadsheet")
+            if any(table.may_have_thousands(row[name]) for name in TABLE_COLUMNS):
+                raise ValueError("1.050 may be 1050; export numbers without a separator of thousands")
         except ValueError as error:
             raise ManifestError(
                 f"{path}, line {line}: expected two numbers of level-0 pixels and "
-                f"{expected}, found {', '.join(cells)}"
+                f"{expected}, found {', '.join(cells)} ({error})"
             ) from error
-        slide_id = row.get("slide_id", "")
         found.setdefault(safe_slide_id(slide_id) or slide_id, []).append((*point, label))
     tables = {slide_id: np.array(rows, np.float64) for slide_id, rows in found.items()}
     return {slide_id: LabelledPoints(table[:, :2], table[:, 2]) for slide_id, table in tables.items()}

@@ -138,6 +138,13 @@ def _number(text: str, default: float) -> float:
         raise Refused(say("train.bad")) from error
 
 
+def _whole(text: str, default: int) -> int:
+    try:
+        return int(text) if text else default
+    except ValueError as error:
+        raise Refused(say("train.bad")) from error
+
+
 def _project(name: str, request: Request) -> Project:
     studio: Studio = request.app.state.studio
     return Project(studio.root, studio.home, name)
@@ -247,7 +254,7 @@ def create_app(studio: Studio) -> FastAPI:
     @app.post("/projects")
     def create(request: Request, form: FormOf) -> Response:
         grades = tuple(" ".join(name.split()) for name in _one(form, "grades").split(",") if name.strip())
-        size = int(_number(_one(form, "tile_size"), Settings.tile_size_px))
+        size = _whole(_one(form, "tile_size"), Settings.tile_size_px)
         settings = Settings("", grades, _number(_one(form, "mpp"), Settings.mpp), size)
         return go(request, Project.create(studio.root, studio.home, _one(form, "name"), settings), "slides")
 
@@ -362,7 +369,7 @@ def create_app(studio: Studio) -> FastAPI:
 
     @app.get("/p/{name}/train")
     def train(request: Request, project: ProjectOf, epochs: str = "") -> Response:
-        rounds = int(_number(epochs, 30))
+        rounds = _whole(epochs, 30)
         ways = []
         for preset in presets.PRESETS:
             run = project.free_run(preset)
@@ -389,7 +396,7 @@ def create_app(studio: Studio) -> FastAPI:
     def start(request: Request, project: ProjectOf, form: FormOf) -> Response:
         if not _is_ready(project):
             raise Refused(say("train.not_ready"))
-        preset, epochs = _one(form, "preset"), int(_number(_one(form, "epochs"), 30))
+        preset, epochs = _one(form, "preset"), _whole(_one(form, "epochs"), 30)
         if preset not in presets.PRESETS:
             raise Refused(say("train.bad"))
         run = project.free_run(preset)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slidetl.data.manifest import read_manifest, spelling
+from slidetl.data.tasks import Task
 from slidetl.errors import ManifestError
 
 
@@ -215,13 +217,67 @@ def test_cells_without_a_value(tmp_path: Path) -> None:
     assert (second.grade, second.mpp, second.site) == (None, 0.25, "x")
     for patient, said in (
         ("NA", "patient_id is empty \\('NA'\\)"),
-        ("#REF!", "#REF!"),
+        ("#N/A", "patient_id is empty \\('#N/A'\\)"),
+        ("#NV", "patient_id is empty \\('#NV'\\)"),
         ("1.2E+11", "rounded by a spread"),
         ("1.23e+15", "rounded by a spread"),
     ):
         path.write_text(f"{HEADER}\na,a.svs,{patient},1\n")
         with pytest.raises(ManifestError, match=said):
             read_manifest(path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        *("#REF!", "#DIV/0!", "#BEZUG!", "#\u00dcBERLAUF!", "#\u00a1REF!", "#\u00bfNOMBRE?", "#DZIEL/0!"),
+        *("#NEN\u00cd_K_DISPOZICI", "#\u0418\u041c\u042f?", "#HI\u00c1NYZIK", "Err:502", "########"),
+    ],
+)
+def test_an_error_value_of_a_spreadsheet_is_no_text(tmp_path: Path, error: str) -> None:
+    for column in ("slide_id", "path", "patient_id", "site", "scanner", "stain", "block"):
+        cells = dict.fromkeys([*HEADER.split(","), "site", "scanner", "stain", "block"], "1")
+        path = write(tmp_path, "\n".join([",".join(cells), ",".join((cells | {column: error}).values())]))
+        with pytest.raises(ManifestError) as caught:
+            read_manifest(path)
+        said = f"line 2: {column} {error!r} is an error value of a spreadsheet; correct it there"
+        assert said in str(caught.value)
+        assert "1 fault in" in str(caught.value) or (column, error) == ("slide_id", "########")
+
+
+def test_missing_values_of_several_languages_and_names_that_begin_with_a_hash(tmp_path: Path) -> None:
+    names = ["#NV", "#N/D", "#N/D!", "#N/B", "#I/T", "#\u041d/\u0414", "#12", "#P7", "# A"]
+    lines = [f"s{n},{n}.svs,{n if n < 6 else name},,{name}" for n, name in enumerate(names)]
+    rows = read_manifest(write(tmp_path, "\n".join([f"{HEADER},site", *lines]))).rows
+    assert [row.site for row in rows] == [""] * 6 + names[6:]
+    assert [row.patient_id for row in rows[6:]] == names[6:]
+    for column in ("slide_id", "path"):  # an identifier is made of it, and a file might have the name
+        path = write(tmp_path, f"{HEADER}\n{'#NV,a.svs' if column == 'slide_id' else 'a,#NV'},P,\n")
+        with pytest.raises(ManifestError, match=f"{column} '#NV' is an error value"):
+            read_manifest(path)
+
+
+@pytest.mark.parametrize(
+    ("separator", "read", "doubtful"),
+    [
+        (",", {"950": 950, '"0,253"': 0.253, '"1,5"': 1.5, "1.050": 1.05, "12345": 12345}, '"1,050"'),
+        (";", {"950": 950, "0.253": 0.253, "1.5": 1.5, "1,050": 1.05}, "1.050"),
+        ("\t", {"950": 950, "0,253": 0.253, "1.050": 1.05}, "-1,050"),
+    ],
+)
+def test_a_number_that_may_have_thousands_is_refused(
+    tmp_path: Path, separator: str, read: dict[str, float], doubtful: str
+) -> None:
+    task = Task("diameter", "diameter_mm", numeric=True)
+
+    def table(numbers: Iterable[str]) -> Path:
+        lines = [f"s{n},{n}.svs,P,,{number}" for n, number in enumerate(numbers)]
+        rows = [line.split(",", 4) for line in (f"{HEADER},diameter_mm", *lines)]
+        return write(tmp_path, "\n".join(map(separator.join, rows)))
+
+    assert [row.labels[0] for row in read_manifest(table(read), tasks=[task]).rows] == list(read.values())
+    with pytest.raises(ManifestError, match=r"line 2: diameter_mm '.*' may be -?1050 or -?1\.05; export"):
+        read_manifest(table([doubtful]), tasks=[task])
 
 
 def test_text_that_a_spreadsheet_kept_as_a_formula_is_that_text(tmp_path: Path) -> None:

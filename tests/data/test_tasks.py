@@ -76,6 +76,23 @@ def test_a_table_may_hold_the_slides_of_a_study(tmp_path: Path) -> None:
             read_points(path)
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("#NV;0;0;1", "slide_id is an error value"),
+        ("a;1.050;0;1", "1.050 may be 1050"),
+        ("a;0;0;2.500", "1050"),
+    ],
+)
+def test_a_table_with_errors_or_thousands_of_a_spreadsheet_is_refused(
+    tmp_path: Path, row: str, said: str
+) -> None:
+    path = tmp_path / "labels.csv"
+    path.write_text(f"slide_id;x_level0;y_level0;label\n{row}\n")
+    with pytest.raises(ManifestError, match=f"line 2: expected two numbers .*{said}"):
+        read_points(path)
+
+
 def test_the_lines_of_a_slide_are_its_own_labels(study: Study, tmp_path: Path) -> None:
     one, two, *_ = read_study(study.manifest, study.cache).slides
     table = tmp_path / "labels.csv"

@@ -356,6 +356,7 @@ def test_a_project_needs_a_name_and_grades(client: Client) -> None:
         {"name": "a", "grades": "0,1", "mpp": "-1"},
         {"name": "a", "grades": "0,1", "mpp": "nan"},
         {"name": "a", "grades": "0,1", "tile_size": "x"},
+        {"name": "a", "grades": "0,1", "tile_size": "1,024"},
     ):
         assert client.refused("/projects", **fields)[0] == 400
     assert client.http.get("/p/none/slides").status_code == 404
