@@ -26,9 +26,12 @@ Each inherits a fitting builtin, and each message states the expected and the fo
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from slidetl.text import one_line
 
@@ -130,6 +133,22 @@ class FederationError(SlidetlError, RuntimeError):
 
 class OutputError(SlidetlError, OSError):
     """A file cannot be written; its earlier version is kept."""
+
+
+def refuse_unused(source: Callable[..., Any], values: Mapping[str, Any], why: str) -> None:
+    """Raises a UsageError if options that have no effect differ from their defaults.
+
+    Args:
+        source: function or dataclass with the defaults; metadata ``option`` of a field is its name as option.
+        values: of the options, by the names of the parameters.
+        why: the reason, such as "without --evidence".
+    """
+    parameters = inspect.signature(source).parameters
+    fields = dataclasses.fields(source) if dataclasses.is_dataclass(source) else ()
+    names = {field.name: field.metadata.get("option", field.name) for field in fields}
+    if given := [name for name, value in values.items() if value != parameters[name].default]:
+        options = ", ".join("--" + names.get(name, name).replace("_", "-") for name in given)
+        raise UsageError(f"{options} would have no effect {why}; change one of them")
 
 
 def is_gpu_full(error: BaseException) -> bool:

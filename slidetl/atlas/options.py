@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from slidetl.errors import UsageError
+from slidetl.errors import UsageError, refuse_unused
+
+_BANDWIDTH = ("neighbour_share", "quantile")
+# Options without an effect, by method.
+_UNUSED = {
+    "mean-shift": ("clusters",),
+    "k-means": ("kernel", "bandwidth", *_BANDWIDTH, "seeds", "neighbours", "least", "device"),
+    "hdbscan": ("kernel", "bandwidth", *_BANDWIDTH, "seeds", "neighbours", "clusters", "device"),
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,8 @@ class SimilarOptions:
             raise UsageError(
                 f"--count and --most-each must be at least 1, not {self.count} and {self.most_each}"
             )
+        if self.image is None:
+            refuse_unused(SimilarOptions, {"pretrained": self.pretrained}, "without --image")
 
 
 @dataclass(frozen=True)
@@ -88,7 +98,7 @@ class ClusterOptions:
         device: of mean shift; auto takes a GPU if there is one.
 
     Raises:
-        UsageError: a number out of range.
+        UsageError: a number out of range, or an option of another method.
     """
 
     method: Literal["mean-shift", "k-means", "hdbscan"] = "mean-shift"
@@ -106,6 +116,11 @@ class ClusterOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
+        for names, why in (
+            (_UNUSED[self.method], f"with --method {self.method}"),
+            (_BANDWIDTH if self.bandwidth is not None else (), "with --bandwidth"),
+        ):
+            refuse_unused(ClusterOptions, {name: getattr(self, name) for name in names}, why)
         lowest = min(self.components, self.seeds, self.neighbours)
         is_share = 0 < self.neighbour_share < 1 and 0 <= self.quantile <= 1
         if lowest < 0 or not is_share or self.clusters < 2 or self.least < 2:

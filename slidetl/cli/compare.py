@@ -45,9 +45,12 @@ def compare(
     from slidetl.compare.progress import JobProgress
     from slidetl.compare.report.page import describe
     from slidetl.compare.run import Options, cards_for, plan_comparison, report_comparison, run_comparison
+    from slidetl.errors import refuse_unused
     from slidetl.processor import usable_cores
     from slidetl.text import one_line
 
+    if dry_run:
+        refuse_unused(compare, {"report_only": report_only}, "with --dry-run")
     configured = read_comparison(find_config(config))
     comparison = replace(
         configured, manifest=manifest or configured.manifest, cache=cache or configured.cache

@@ -40,7 +40,7 @@ def export(
         licence: licence of the weights.
         allow: package or class outside slidetl, for the checkpoint and its config.yaml to import.
     """
-    from slidetl.errors import SlidetlError, UsageError
+    from slidetl.errors import SlidetlError, UsageError, refuse_unused
     from slidetl.processor import postpone_collection
 
     with postpone_collection(of_a_command=True):
@@ -51,6 +51,10 @@ def export(
         from slidetl.publish.training_data import describe_training, learn_familiar, training_slides
         from slidetl.training.checkpoint import find_checkpoint, load_grader
 
+    if evidence is None:
+        refuse_unused(export, {"arm": arm, "coverage": coverage}, "without --evidence")
+    if no_training_data:
+        refuse_unused(export, {"config": config}, "with --no-training-data")
     given, checkpoints = checkpoints, tuple(find_checkpoint(path, allow) for path in checkpoints)
     for path in checkpoints:
         if path not in given:

@@ -19,7 +19,7 @@ def federate(*, config: Path, output: Path, simulate: bool = False, kit: Path | 
             then an absolute path on the server.
     """
     from slidetl.cli.shipped import find_config
-    from slidetl.errors import UsageError
+    from slidetl.errors import UsageError, refuse_unused
     from slidetl.federation.config import BASELINES, read_federation
     from slidetl.federation.engine import check_engine, run_baseline
     from slidetl.federation.engine import simulate as run_simulator
@@ -34,8 +34,11 @@ def federate(*, config: Path, output: Path, simulate: bool = False, kit: Path | 
         show_stage("training", int(str(account["round"])), federation.rounds, "rounds")
 
     if federation.scheme in BASELINES:
+        places = {"simulate": simulate, "kit": kit}
+        refuse_unused(federate, places, f"with scheme {federation.scheme}, which runs on this machine")
         outcomes = run_baseline(federation, output, report)
     elif simulate:
+        refuse_unused(federate, {"kit": kit}, "with --simulate")
         outcomes = {"": run_simulator(federation, output, report)}
     elif kit is not None:
         check_engine(federation)

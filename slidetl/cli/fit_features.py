@@ -31,14 +31,16 @@ def fit_features(
         pretrained: weights of the features' network, as for 'slidetl embed'; writes a ridge on the mean of
             all tiles as a checkpoint too, OUTPUT/checkpoints/ridge.ckpt, for 'slidetl export'.
     """
-    from slidetl.errors import UsageError
+    from slidetl.errors import refuse_unused
     from slidetl.training.classical import describe, fit_labelled_tiles, fit_pooled
 
     if tile_labels is not None:
-        if pretrained:
-            raise UsageError("--pretrained writes a ridge on slides; leave out --tile-labels")
+        of_slides = {"model": model, "pool": pool, "top_k": top_k, "pretrained": pretrained}
+        refuse_unused(fit_features, of_slides, "with --tile-labels, a classifier of tiles")
         scored = fit_labelled_tiles(study, output, tile_labels)
     else:
+        if pool != "top-k":
+            refuse_unused(fit_features, {"top_k": top_k}, f"with --pool {pool}")
         scored = fit_pooled(study, output, model, pool, top_k, pretrained)
     print(f"{describe(scored, study.grades)}\nwritten to {output}")
     return 0

@@ -33,9 +33,12 @@ def similarity(
         pretrained: with ``backbone``, the meaning of 'pretrained': imagenet, hub, zoo://NAME or a file.
         options: tiles and noise floor.
     """
+    from slidetl.errors import refuse_unused
     from slidetl.models.spec import BackboneSpec
     from slidetl.training.similarity import compare_networks, draw_curves, write_curves
 
+    if backbone is None:
+        refuse_unused(similarity, {"pretrained": pretrained}, "without --backbone")
     points = compare_networks(
         before,
         after,

@@ -57,13 +57,15 @@ def tile(
         overwrite: replace caches made with other options or from other slides; those that match are kept.
     """
     from slidetl.data.manifest import read_manifest
-    from slidetl.errors import UsageError
+    from slidetl.errors import UsageError, refuse_unused
     from slidetl.slides.spacing import check_given
     from slidetl.tiles.ledger import EXCLUDED, FAILED, USED, summarise_notes
     from slidetl.tiles.tile import SlideSource
 
     if workers < 1:
         raise UsageError(f"--workers must be at least 1, not {workers}")
+    if scheduler is not None:
+        refuse_unused(tile, {"workers": workers}, "with --scheduler, whose workers tile instead")
     if grades < 2:
         raise UsageError(f"--grades must be at least 2, not {grades}")
     check_given("--mpp-override", mpp_override)

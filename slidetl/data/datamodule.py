@@ -147,6 +147,8 @@ class SlideDataModule(pl.LightningDataModule):
         self.sampling, self.features, self.fold = sampling or Uniform(), features, fold
         self.decode_threads, self.prefetch = decode_threads, prefetch
         self.split_from: SplitFrom = split_from
+        given = {"augmentation": augmentation, "sampling": sampling}
+        self._of_tiles = [f"data.{name}" for name, value in given.items() if value is not None]
         self.past: StudyRecord | None = None
         self.origin: StudyRecord | None = None
         self._before: tuple[RecordedSlide, ...] = ()
@@ -193,6 +195,11 @@ class SlideDataModule(pl.LightningDataModule):
         """
         if self.tile_spec is not None:
             return
+        if stage == "fit" and not self.bag_size and self._of_tiles:
+            raise UsageError(
+                f"{', '.join(self._of_tiles)} would have no effect with data.bag_size 0, which reads no "
+                "tile; leave it out (null), or change bag_size"
+            )
         if not self.slides:
             self._read(stage)
         needed = self._needed(stage)

@@ -191,11 +191,12 @@ class Federation:
             )
         if self.scheme == "averaged":
             check_sites(self.averaged.rule, len(self.sites))
-        if self.averaged.encrypted and self.scheme != "averaged":
-            raise UsageError(
-                f"averaged.encrypted: scheme must be averaged, not {self.scheme}, in which no server adds "
-                "updates"
-            )
+        for scheme, unset in (("cyclic", Cyclic()), ("averaged", Averaged()), ("peer_to_peer", PeerToPeer())):
+            if self.scheme != scheme and getattr(self, scheme) != unset:
+                raise UsageError(
+                    f"{scheme}: scheme must be {scheme}, not {self.scheme}, for these options to have an "
+                    "effect; leave them out, or change the scheme"
+                )
         if self.scheme == "peer_to_peer":
             self.peer_to_peer.matrix(len(self.sites))
         if self.privacy is not None and self.proximal and self.privacy.level == "patient":

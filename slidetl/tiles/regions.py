@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from slidetl.errors import AnnotationError, UsageError
+from slidetl.errors import AnnotationError, UsageError, refuse_unused
 from slidetl.slides.turn import ViewerFrame
 from slidetl.tiles.annotations import Annotation, Annotations, base_name, is_annotation_file, read_annotations
 from slidetl.tiles.identifier import clash_key, safe_slide_id
@@ -54,11 +54,8 @@ class RegionOptions:
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise UsageError(f"--regions-share must be above 0, up to 1, not {self.share}")
-        if self.folder is None and (self.include, self.exclude, self.share, self.missing) != (
-            *((), (IGNORED,)),
-            *(0.25, "refuse"),
-        ):
-            raise UsageError("--regions-include, -exclude, -share and -missing need --regions DIR")
+        if self.folder is None:
+            refuse_unused(RegionOptions, vars(self), "without --regions DIR")
         if both := _keys(self.include) & _keys(self.exclude) - _keys([IGNORED]):
             raise UsageError(f"--regions-include and --regions-exclude both name {', '.join(sorted(both))}")
 

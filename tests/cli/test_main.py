@@ -44,6 +44,9 @@ def test_module_and_version() -> None:
     assert (done.returncode, done.stdout) == (0, f"slidetl {slidetl.__version__}\n")
 
 
+_STORED = ("--data.bag_size=0", "--data.features=f", "--model.transfer=FrozenFeatures")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -75,6 +78,14 @@ def test_module_and_version() -> None:
         ),
         (["export", "none.ckpt", "--output", "m.pt"], "none.ckpt: no such checkpoint"),
         (["grade", "none.pt", "slide.svs"], "none.pt: no such model file"),
+        (
+            ["fit", "--data.manifest=m", "--data.cache=c", *_STORED, "--data.augmentation.flips=false"],
+            "data.augmentation would have no effect with data.bag_size 0",
+        ),
+        (
+            ["fit", "--data.manifest=m", "--data.cache=c", *_STORED, "--data.sampling=TissueWeighted"],
+            "data.sampling would have no effect with data.bag_size 0",
+        ),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(
@@ -94,6 +105,76 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
     assert all(re.match("Seed set|GPU available|TPU available", line) for line in others), others
     assert not out
     assert not list(tmp_path.glob("*.pt"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "similarity --before pretrained --after x.ckpt --data c --output o --pretrained W",
+            "--pretrained would have no effect without --backbone",
+        ),
+        ("federate --config configs/federated/local.yaml --output o --simulate", "--simulate would have no"),
+        ("federate --config configs/federated/pooled.yaml --output o --kit k", "--kit would have no effect"),
+        (
+            "federate --config configs/federated/averaged.yaml --output o --simulate --kit k",
+            "--kit would have no effect with --simulate",
+        ),
+        (
+            "fit-features m --cache c --features f --output o --tile-labels l --model trees --top-k 5",
+            "--model, --top-k would have no effect with --tile-labels",
+        ),
+        (
+            "fit-features m --cache c --features f --output o --pool max --top-k 5",
+            "--top-k would have no effect with --pool max",
+        ),
+        (
+            "atlas cluster c --features f --output o --clusters 9",
+            "--clusters would have no effect with --method mean-shift",
+        ),
+        (
+            "atlas cluster c --features f --output o --method k-means --bandwidth 1 --least 5",
+            "--bandwidth, --least would have no effect with --method k-means",
+        ),
+        (
+            "atlas cluster c --features f --output o --method hdbscan --quantile 0.5",
+            "--quantile would have no effect with --method hdbscan",
+        ),
+        (
+            "atlas cluster c --features f --output o --bandwidth 1 --quantile 0.5",
+            "--quantile would have no effect with --bandwidth",
+        ),
+        (
+            "atlas similar c --features f --output o --tile s@1,1 --pretrained W",
+            "--pretrained would have no effect without --image",
+        ),
+        (
+            "export x.ckpt --output m.pt --arm warm --coverage .8",
+            "--arm, --coverage would have no effect without --evidence",
+        ),
+        (
+            "export x.ckpt --output m.pt --config c.yaml --no-training-data",
+            "--config would have no effect with --no-training-data",
+        ),
+        (
+            "compare --config c.yaml --output o --report-only --dry-run",
+            "--report-only would have no effect with --dry-run",
+        ),
+        (
+            "tile m.csv --cache c --mpp 1 --workers 77 --scheduler tcp://h:1",
+            "--workers would have no effect with --scheduler",
+        ),
+        ("tile m.csv --cache c --mpp 1 --regions-share 0.5", "--regions-share would have no effect without"),
+        ("augment c --output sheet.jpg", "--output must be a file with the ending .png, not sheet.jpg"),
+    ],
+)
+def test_an_option_without_an_effect_is_refused(
+    words: str, said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words.split()) == 2
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("words", [[], ["mow"], ["tile"], ["tile", "m.csv", "--cache", "c", "--mpp", "x"]])

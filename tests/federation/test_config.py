@@ -20,12 +20,13 @@ def test_values_survive_the_way_to_a_site() -> None:
         "averaged": {"rule": rule, "momentum": 0.5},
         "model": {"lr": 0.01, "transfer": {"class_path": "slidetl.models.transfer.Scratch"}},
         "data": {"bag_size": 4},
-        "peer_to_peer": {"mixing": "swarm"},
     }
     federation = federation_from(values)
     assert federation.averaged.rule == Krum(1)
     assert federation.model["transfer"] == {"class_path": "slidetl.models.transfer.Scratch"}
     assert federation_from(federation.to_dict()) == federation
+    swarm = federation_from({"sites": SITES, "scheme": "peer_to_peer", "peer_to_peer": {"mixing": "swarm"}})
+    assert swarm.peer_to_peer.mixing == "swarm" and federation_from(swarm.to_dict()) == swarm
     hidden = federation_from({"sites": SITES, "averaged": {"encrypted": True}})
     assert hidden.averaged.encrypted and federation_from(hidden.to_dict()) == hidden
 
@@ -57,6 +58,22 @@ def test_a_journey_has_its_order() -> None:
         ({"sites": SITES, "proximal": -1.0}, "proximal"),
         ({"sites": SITES, "scheme": "cyclic", "cyclic": {"order": ["a", "b"]}}, "each of a, b, c once"),
         ({"sites": SITES, "averaged": {"momentum": 1.0}}, "momentum"),
+        (
+            {"sites": SITES, "scheme": "cyclic", "averaged": {"momentum": 0.5}},
+            "averaged: scheme must be averaged, not cyclic",
+        ),
+        (
+            {"sites": SITES, "scheme": "pooled", "averaged": {"fewest": 2}},
+            "averaged: scheme must be averaged, not pooled",
+        ),
+        (
+            {"sites": SITES, "cyclic": {"order": ["c", "b", "a"]}},
+            "cyclic: scheme must be cyclic, not averaged",
+        ),
+        (
+            {"sites": SITES, "scheme": "cyclic", "peer_to_peer": {"mixing": "swarm"}},
+            "peer_to_peer: scheme must be peer_to_peer, not cyclic",
+        ),
         ({"sites": SITES, "data": {"manifest": "m.csv"}}, "data.manifest is set by the federation"),
         ({"sites": SITES, "trainer": {"max_epochs": 3}}, "trainer.max_epochs is set by the federation"),
         ({"sites": SITES, "model": [1]}, "model: expected options"),
@@ -97,9 +114,7 @@ def test_a_matrix_is_one_of_the_mixings() -> None:
     values = {"sites": SITES, "scheme": "peer_to_peer", "peer_to_peer": {"mixing": third}}
     matrix = federation_from(values).peer_to_peer.matrix(3)
     assert matrix is not None and matrix.tolist() == third
-    assert (
-        federation_from({"sites": SITES, "peer_to_peer": {"mixing": "swarm"}}).peer_to_peer.matrix(3) is None
-    )
+    assert federation_from({**values, "peer_to_peer": {"mixing": "swarm"}}).peer_to_peer.matrix(3) is None
 
 
 def test_defaults() -> None:

@@ -184,7 +184,8 @@ class Killed(Exception):
 def test_a_killed_federation_continues_from_its_last_round(
     scheme: Any, three: Federation, adders: Make, tmp_path: Path
 ) -> None:
-    federation = replace(three, scheme=scheme, averaged=Averaged(momentum=0.5), rounds=3)
+    averaged = Averaged(momentum=0.5 if scheme == "averaged" else 0.0)
+    federation = replace(three, scheme=scheme, averaged=averaged, rounds=3)
     at_once, whole = run(federation, adders(federation), tmp_path / "whole")
 
     def stop(account: dict[str, Any]) -> None:

@@ -192,7 +192,7 @@ def test_a_sum_with_other_keys_is_refused(cipher: Cipher, server: Cipher) -> Non
 def test_encryption_is_refused_where_the_server_cannot_add(
     scheme: Scheme, averaged: dict[str, Any], told: str, three: Federation
 ) -> None:
-    with pytest.raises(UsageError, match=f"averaged.encrypted: .*{told}"):
+    with pytest.raises(UsageError, match=f"averaged.*: .*{told}"):
         replace(three, scheme=scheme, averaged=Averaged(**averaged, encrypted=True))
 
 

@@ -94,7 +94,7 @@ class TestChoice:
     def test_options_that_contradict_themselves(self, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="both name tumor"):
             RegionOptions(tmp_path, include=("Tumor",), exclude=("tumor",))
-        with pytest.raises(UsageError, match="need --regions DIR"):
+        with pytest.raises(UsageError, match="--regions-share would have no effect without --regions DIR"):
             RegionOptions(share=0.5)
         for share in (0.0, 1.1, float("nan")):
             with pytest.raises(UsageError, match="regions-share must be above 0"):
