@@ -77,12 +77,7 @@ def run_here(
 
     Yields:
         Each finished job, with the reason of its failure; empty for success.
-
-    Raises:
-        UsageError: ``processes`` is less than 1.
     """
-    if processes < 1:
-        raise UsageError(f"--jobs must be at least 1, not {processes}")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     waiting = iter(jobs)

@@ -44,6 +44,9 @@ class Options:
         allow: names outside slidetl that the arms may import.
         on_start: called once with the finished jobs and the jobs to be computed.
         on_done: called with each job, the reason of its failure (empty for success), and its result.
+
+    Raises:
+        UsageError: ``processes`` is below 1.
     """
 
     processes: int = 1
@@ -51,6 +54,10 @@ class Options:
     allow: tuple[str, ...] = ()
     on_start: Callable[[Sequence[Job], Sequence[Job]], None] = field(default=lambda finished, to_do: None)
     on_done: Callable[[Job, str, JobResult | None], None] = field(default=lambda job, reason, result: None)
+
+    def __post_init__(self) -> None:
+        if self.processes < 1:
+            raise UsageError(f"--jobs must be at least 1, not {self.processes}")
 
 
 def plan_comparison(comparison: Comparison, only: Sequence[str] = ()) -> Plan:

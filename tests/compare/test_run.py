@@ -338,6 +338,16 @@ def test_a_dry_run_writes_nothing(study: Cohort, tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "out").exists()
 
 
+def test_at_least_one_job_at_a_time(
+    study: Cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = configuration(study, tmp_path)
+    words = ["compare", "--config", str(path), "--output", str(tmp_path / "out"), "--jobs", "0"]
+    assert main(words) == 2
+    assert "--jobs must be at least 1, not 0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_a_comparison_registered_after_its_first_result_stays_undeclared(
     study: Cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]
