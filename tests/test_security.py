@@ -31,6 +31,7 @@ import tifffile
 from numpy.typing import NDArray
 
 import slidetl
+from slidetl.analysis.similarity import Similarity
 from slidetl.data.manifest import read_manifest
 from slidetl.errors import CacheCorruptError, SlideError, SlideOpenError, SlideReadError, WeightsError
 from slidetl.grading.batch import FAILED, GradeRow, output_names, write_results
@@ -40,7 +41,10 @@ from slidetl.tiles.codec import tile_codec
 from slidetl.tiles.grid import Codec, TileSpec
 from slidetl.tiles.store import INDEX_BYTES, MISSING, Shard, building_path, cache_path, read_array
 from slidetl.tiles.writer import pack_shard
+from slidetl.training.drift import draw_drift, write_drift
 from slidetl.training.predictions import SlidePrediction, write_predictions
+from slidetl.training.range_test import RangeResult, write_range
+from slidetl.training.similarity import MEASURES, LayerSimilarity, draw_curves, write_curves
 from tests.small import SMALL
 
 LITTLE_BYTES = 64 * 2**20
@@ -389,3 +393,32 @@ def test_no_table_holds_a_formula(formula: str, tmp_path: Path) -> None:
         cells = cells_of(tmp_path / name)
         assert all(is_harmless(cell) for cell in cells)
         assert sum(formula.split()[-1] in cell for cell in cells) >= 3  # it is shown
+
+
+def test_tables_and_plots_of_trainings_replace_what_was_there(tmp_path: Path) -> None:
+    rows = [(0, "stem", 0.1), (1, "stem", 0.2)]
+    points = [
+        LayerSimilarity("a", "b", "stem", 0, measure, Similarity(0.9, 0.1, 0.2, 2), 8, (4, 4))
+        for measure in MEASURES
+    ]
+    writers: dict[str, Callable[[Path], None]] = {
+        "drift.csv": lambda path: write_drift(path, rows),
+        "drift.png": lambda path: draw_drift(path, rows),
+        "similarity.csv": lambda path: write_curves(points, path),
+        "similarity.png": lambda path: draw_curves(points, path),
+        "loss.csv": lambda path: write_range(path.parent, RangeResult((1e-3, 1e-2), (1.0, 0.5), None)),
+        "loss.png": lambda path: write_range(path.parent, RangeResult((1e-3, 1e-2), (1.0, 0.5), 1e-2)),
+    }
+    other = tmp_path / "other"
+    other.write_text("of somebody else")
+    for name, write in writers.items():
+        path = tmp_path / name.replace(".", "-") / name
+        path.parent.mkdir()
+        path.symlink_to(other)  # a file that is written in its place is written through a link, too
+        write(path)
+        assert other.read_text() == "of somebody else" and path.is_file() and not path.is_symlink()
+        assert path.read_bytes()[:4] == b"\x89PNG" or path.suffix == ".csv"
+        assert not list(path.parent.glob(".*"))
+    assert (tmp_path / "loss-csv/loss.csv").read_text() == "lr,loss\n0.001,1\n0.01,0.5\n"
+    table = (tmp_path / "drift-csv/drift.csv").read_text()
+    assert table == "epochs,layer,relative_distance\n0,stem,0.1\n1,stem,0.2\n"

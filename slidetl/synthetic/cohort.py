@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.errors import UsageError
+from slidetl.files import write_csv
 from slidetl.synthetic.pyramid import BAND_PX, write_pyramid
 from slidetl.synthetic.section import (
     GRADES,
@@ -256,10 +256,11 @@ def write_cohort(
 
 def _write_manifest(planned: list[CohortSlide], path: Path) -> None:
     columns = ["slide_id", "path", "patient_id", "grade", "site", "scanner", "stain"]
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow([*columns, "grade_reader1", "grade_reader2"])
-        for entry in planned:
-            about = (entry.slide_id, f"slides/{entry.slide_id}.tiff", entry.patient_id, entry.grade)
-            scanner = entry.site.replace("site", "scanner")
-            writer.writerow([*about, entry.site, scanner, entry.slide.stain, *entry.readers])
+    columns += ["grade_reader1", "grade_reader2"]
+    rows = []
+    for entry in planned:
+        about = (entry.slide_id, f"slides/{entry.slide_id}.tiff", entry.patient_id, entry.grade)
+        scanner = entry.site.replace("site", "scanner")
+        cells = (*about, entry.site, scanner, entry.slide.stain, *entry.readers)
+        rows.append(dict(zip(columns, cells, strict=True)))
+    write_csv(path, columns, rows)

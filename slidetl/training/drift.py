@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 
+from slidetl.files import replaced, write_csv
 from slidetl.models.blocks import pretrained_backbone
 from slidetl.models.lora import merged_parameters
 from slidetl.training.grader import SlideGrader
@@ -96,11 +96,9 @@ class DriftReport(pl.Callback):
 
 def write_drift(path: Path, rows: list[tuple[int, str, float]]) -> None:
     """Writes a CSV with ``epochs``, ``layer`` and ``relative_distance``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["epochs", "layer", "relative_distance"])
-        writer.writerows([epochs, layer, f"{distance:.6g}"] for epochs, layer, distance in rows)
+    columns = ("epochs", "layer", "relative_distance")
+    cells = ((epochs, layer, f"{distance:.6g}") for epochs, layer, distance in rows)
+    write_csv(path, columns, (dict(zip(columns, row, strict=True)) for row in cells))
 
 
 def draw_drift(path: Path, rows: list[tuple[int, str, float]]) -> None:
@@ -128,5 +126,5 @@ def draw_drift(path: Path, rows: list[tuple[int, str, float]]) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(axis="y", alpha=0.3)
     figure.colorbar(colours, ax=axes, label="epochs of training", ticks=MaxNLocator(integer=True))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with replaced(path) as file:
+        figure.savefig(file, dpi=120, format="png")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from pytorch_lightning.tuner.tuning import Tuner
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from slidetl.errors import UsageError
+from slidetl.files import replaced, write_csv
 from slidetl.training.grader import SlideGrader
 
 _SETTLING_STEPS = 10  # the mean of fewer losses reflects the slides more than the rate
@@ -148,12 +148,12 @@ def _without_hyper_parameters(grader: SlideGrader) -> Iterator[None]:
 
 def write_range(folder: Path, result: RangeResult) -> None:
     """Writes ``loss.csv`` (``lr``, ``loss``) and ``loss.png``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "loss.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["lr", "loss"])
-        rows = zip(result.rates, result.losses, strict=True)
-        writer.writerows([f"{lr:.6g}", f"{loss:.6g}"] for lr, loss in rows)
+    rows = zip(result.rates, result.losses, strict=True)
+    write_csv(
+        folder / "loss.csv",
+        ["lr", "loss"],
+        ({"lr": f"{lr:.6g}", "loss": f"{loss:.6g}"} for lr, loss in rows),
+    )
     _draw(folder / "loss.png", result.rates, result.losses, result.suggestion)
 
 
@@ -171,4 +171,5 @@ def _draw(path: Path, rates: Sequence[float], losses: Sequence[float], suggestio
         axes.axvline(suggestion, color="tab:red", linewidth=1, label=f"steepest fall: {suggestion:.2g}")
         axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    with replaced(path) as file:
+        figure.savefig(file, dpi=120, format="png")

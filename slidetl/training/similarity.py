@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,6 +16,7 @@ from torch import Tensor
 from slidetl.analysis.similarity import Similarity, linear_cka, pwcca, rbf_cka, svcca
 from slidetl.data.study import common_spec, find_slides, open_cache
 from slidetl.errors import CacheMismatchError, UsageError
+from slidetl.files import replaced, write_csv
 from slidetl.models.backbones import Backbone, without_downloads
 from slidetl.models.runner import channels_first
 from slidetl.models.spec import BackboneSpec
@@ -196,19 +196,16 @@ def embed_layers(backbone: Backbone, tiles: NDArray[np.uint8], batch_size: int =
 
 def write_curves(points: Sequence[LayerSimilarity], path: Path) -> None:
     """Writes one CSV row per point."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(_COLUMNS)
-        for point in points:
-            found = point.similarity
-            figures = (f"{x:.6f}" for x in (found.value, found.noise_floor, found.noise_floor_highest))
-            writer.writerow(
-                [
-                    *(point.first, point.second, point.layer, point.depth, point.measure, *figures),
-                    *(found.permutations, point.tiles, *point.channels),
-                ]
-            )
+    rows = []
+    for point in points:
+        found = point.similarity
+        figures = (f"{x:.6f}" for x in (found.value, found.noise_floor, found.noise_floor_highest))
+        cells = (
+            *(point.first, point.second, point.layer, point.depth, point.measure, *figures),
+            *(found.permutations, point.tiles, *point.channels),
+        )
+        rows.append(dict(zip(_COLUMNS, cells, strict=True)))
+    write_csv(path, _COLUMNS, rows)
 
 
 def draw_curves(points: Sequence[LayerSimilarity], path: Path) -> None:
@@ -242,8 +239,8 @@ def draw_curves(points: Sequence[LayerSimilarity], path: Path) -> None:
     handles, labels = panel.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=1, frameon=False)
     figure.suptitle(f"Similarity of representations, {points[0].tiles} tiles", fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    with replaced(path) as file:
+        figure.savefig(file, dpi=120, format="png")
 
 
 def _short_names(names: Sequence[str]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from slidetl.compare.report.tables import by_layer, forest
 from slidetl.compare.report.view import GREY, NAMES, Look, View
 from slidetl.compare.table import Table
 from slidetl.evaluation.bootstrap import Interval
+from slidetl.files import replaced
 from slidetl.text import plot_label
 
 if TYPE_CHECKING:
@@ -251,15 +252,16 @@ def _sheet(folder: Path, name: str, width: float, height: float) -> Iterator[tup
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.svg"
     with rc_context(_STYLE), warnings.catch_warnings():
         # A letter of a name outside the font is a box here, and correct in the table.
         warnings.filterwarnings("ignore", r"Glyph .* missing from")
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure, path
-        figure.savefig(path, metadata={"Date": None})
-        figure.savefig(path.with_suffix(".png"), dpi=160, metadata={"Software": None})
+        with replaced(path) as file:
+            figure.savefig(file, format="svg", metadata={"Date": None})
+        with replaced(path.with_suffix(".png")) as file:
+            figure.savefig(file, dpi=160, format="png", metadata={"Software": None})
 
 
 @contextmanager
