@@ -101,9 +101,9 @@ def show_metrics(metrics: Mapping[str, float]) -> None:
 
 
 def show_end(exit_code: int) -> None:
-    """Reports the exit code of the command; 130 is an interruption."""
+    """Reports the exit code of the command; 130 and 143 are interruptions, by Ctrl-C and SIGTERM."""
     if _current is not None:
-        state = DONE if exit_code == 0 else INTERRUPTED if exit_code == 130 else FAILED
+        state = DONE if exit_code == 0 else INTERRUPTED if exit_code in (130, 143) else FAILED
         _current.values |= {"state": state, "exit_code": exit_code}
 
 

@@ -41,7 +41,10 @@ def test_a_bar_keeps_the_file(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["status.json"]
 
 
-@pytest.mark.parametrize(("code", "state"), [(0, "done"), (1, "failed"), (2, "failed"), (130, "interrupted")])
+@pytest.mark.parametrize(
+    ("code", "state"),
+    [(0, "done"), (1, "failed"), (2, "failed"), (130, "interrupted"), (143, "interrupted")],
+)
 def test_the_end_has_its_exit_code(code: int, state: str, tmp_path: Path) -> None:
     with status_file(tmp_path / "s", "fit"):
         show_end(code)

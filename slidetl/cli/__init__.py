@@ -11,9 +11,12 @@ import argparse
 import importlib
 import io
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import slidetl
@@ -78,6 +81,11 @@ NETWORK_COMMANDS = {
     "export",
     "grade",
 }
+_TRAINS_HERE = {*TRAINING_COMMANDS, "federate"}  # by Lightning, in the process of the command
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a training as Ctrl-C does: Lightning's own way has exit code 0."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -87,7 +95,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: the words after ``slidetl``; those of the process by default.
 
     Returns:
-        The exit code: 0 done, 1 some slides failed, 2 a user's mistake, 130 interrupted.
+        The exit code: 0 done, 1 some slides failed, 2 a user's mistake, 130 interrupted by Ctrl-C, 143 by
+        SIGTERM.
     """
     words = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in words
@@ -106,16 +115,42 @@ def main(args: Sequence[str] | None = None) -> int:
 def _run(command: str, words: list[str], debug: bool) -> int:
     """Runs one command, and reports its end to the status file."""
     try:
-        code = _exit_code(command, words, debug)
+        with _interrupted_by_sigterm(command in _TRAINS_HERE):
+            code = _exit_code(command, words, debug)
     except SystemExit as end:
-        # On Ctrl-C Lightning ends a training by itself, with 1.
-        interrupted = isinstance(end.__context__, KeyboardInterrupt)
-        show_end(
-            130 if interrupted else end.code if isinstance(end.code, int) else 0 if end.code is None else 1
-        )
+        show_end(end.code if isinstance(end.code, int) else 0 if end.code is None else 1)
         raise
     show_end(code)
     return code
+
+
+@contextmanager
+def _interrupted_by_sigterm(trains: bool) -> Iterator[None]:
+    """Raises :class:`_Terminated` in a training on the first SIGTERM; other commands die of it at once."""
+    mine = threading.current_thread() is threading.main_thread()
+    if not (trains and mine and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL):
+        yield
+        return
+    is_ending = False
+
+    def end(*_: object) -> None:
+        nonlocal is_ending
+        if not is_ending:  # timeout(1) sends it twice
+            is_ending = True
+            raise _Terminated
+
+    signal.signal(signal.SIGTERM, end)  # Lightning calls it after its own
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _interruption(error: BaseException | None) -> KeyboardInterrupt | None:
+    """Finds the interruption that led to an exception, as Lightning's exit or the death of a worker."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error
 
 
 def _exit_code(command: str, words: list[str], debug: bool) -> int:
@@ -134,14 +169,15 @@ def _exit_code(command: str, words: list[str], debug: bool) -> int:
         options = parser.parse_args(words)
         code: int = options.run(options)
         return code
-    except KeyboardInterrupt:
-        print("slidetl: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output went away, e.g. `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except Exception as error:  # other than mistakes and lack of memory: a bug, with its traceback
-        is_memory = is_out_of_memory(error)
+    except BaseException as error:  # other than mistakes and lack of memory: a bug, with its traceback
+        if (interruption := _interruption(error)) is not None:
+            notes = getattr(interruption, "__notes__", [])
+            print("; ".join(["slidetl: interrupted", *notes]), file=sys.stderr)
+            return 143 if isinstance(interruption, _Terminated) else 130
+        if isinstance(error, BrokenPipeError):  # the reader of our output went away, e.g. `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        is_memory = isinstance(error, Exception) and is_out_of_memory(error)
         if debug or not (is_memory or isinstance(error, (SlidetlError, OSError))):
             raise
         if isinstance(error, OSError) and is_full(error) and not isinstance(error, SlidetlError):

@@ -18,7 +18,7 @@ import torch
 from jsonargparse import ArgumentError
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, EarlyStopping, LearningRateMonitor
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
@@ -39,7 +39,7 @@ from slidetl.files import read_yaml
 from slidetl.models.backbones import without_downloads
 from slidetl.models.spec import with_preset
 from slidetl.processor import postpone_collection
-from slidetl.training.best import BestCheckpoint, WholeCheckpoints
+from slidetl.training.best import BestCheckpoint, LastCheckpoint, WholeCheckpoints
 from slidetl.training.checkpoint import check_network, check_resumable, find_checkpoint, read_checkpoint
 from slidetl.training.configured import default_precision
 from slidetl.training.drift import DriftReport
@@ -128,7 +128,7 @@ class GradingCLI(LightningCLI):
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         # One callback for both would leave `last` at the epoch that was the best (Lightning 2.6). This one
         # comes second, so that it knows the best one's path.
-        parser.add_lightning_class_args(ModelCheckpoint, "last_checkpoint")
+        parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         parser.set_defaults(
             {
                 # A proper score: QWK of fifteen slides is coarse, and undefined for a single grade.

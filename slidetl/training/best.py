@@ -105,6 +105,18 @@ class BestCheckpoint(ModelCheckpoint):
             self.kth_value = self.best_k_models[self.kth_best_model_path]
 
 
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps the last epoch, from which an interrupted training resumes."""
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Notes in an interruption how to resume."""
+        super().on_exception(trainer, pl_module, exception)
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and self.best_model_path:
+            exception.add_note(f"resume with --ckpt_path {self.best_model_path}")
+
+
 def _step_of(path: str) -> float:
     """Returns the training step of a checkpoint; infinity if it is unreadable."""
     if not Path(path).is_file():

@@ -2,7 +2,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -405,3 +410,26 @@ def test_a_gpu_without_bfloat16_computes_in_the_precision_that_is_named(
     for has_gpu, precision in ((True, on_old_gpu), (False, on_cpu)):
         monkeypatch.setattr("torch.cuda.is_available", lambda found=has_gpu: found)
         assert parsed_precision(words, monkeypatch) == precision
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_training_is_not_done(study: Study, tmp_path: Path, sign: signal.Signals) -> None:
+    """Lightning ends a training on SIGTERM with exit code 0, and on Ctrl-C with 1."""
+    words = [*study.options(tmp_path), "--data.num_workers=1", "--trainer.max_epochs=1000"]
+    words += ["--early_stopping.patience=1000", f"--status={tmp_path / 'status.json'}"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "slidetl", "fit", *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        last, deadline = best(tmp_path).with_name("last.ckpt"), time.monotonic() + 120
+        while not last.is_file() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.killpg(process.pid, sign)  # as a scheduler does: the workers of the loader, too
+        _, said = process.communicate(timeout=60)
+    code = 128 + sign
+    assert process.returncode == code, said
+    assert said.splitlines()[-1] == f"slidetl: interrupted; resume with --ckpt_path {last}"
+    found = json.loads((tmp_path / "status.json").read_text())
+    assert (found["state"], found["exit_code"]) == ("interrupted", code)
