@@ -18,7 +18,7 @@ import torch
 from jsonargparse import ArgumentError
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Trainer
-from pytorch_lightning.callbacks import Callback, EarlyStopping, LearningRateMonitor
+from pytorch_lightning.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
@@ -43,7 +43,7 @@ from slidetl.training.best import BestCheckpoint, LastCheckpoint, WholeCheckpoin
 from slidetl.training.checkpoint import check_network, check_resumable, find_checkpoint, read_checkpoint
 from slidetl.training.configured import default_precision
 from slidetl.training.drift import DriftReport
-from slidetl.training.evaluation import SAME_FOR_ALL
+from slidetl.training.evaluation import SAME_FOR_ALL, better_mode
 from slidetl.training.grader import SlideGrader
 from slidetl.training.outputs import ResultFiles
 from slidetl.training.progress import StatusReport
@@ -52,7 +52,11 @@ from slidetl.training.slots import check_classes, check_import, own_error, permi
 from slidetl.training.waiting import WaitingReport
 
 _PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}  # in Lightning's words
-_HIGHER_IS_BETTER = ("accuracy", "qwk", "f1")
+_WATCHES = {
+    EarlyStopping: "early_stopping",
+    BestCheckpoint: "checkpoint",
+    LastCheckpoint: "last_checkpoint",
+}
 
 _SHIPPED = (
     "--config configs/NAME.yaml takes the file that comes with slidetl, unless there is one here. "
@@ -248,10 +252,15 @@ class GradingCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Hands the record of the checkpoint to the data, or the configuration's hash to be recorded."""
         self.datamodule.past = self._past
-        for name in ("early_stopping", "checkpoint"):
-            watch = self._get(self.config, name)
-            if watch.mode == "min" and (watch.monitor or "").endswith(_HIGHER_IS_BETTER):
-                raise UsageError(f"{name}.monitor {watch.monitor} is better when higher; set {name}.mode max")
+        for watch in self.trainer.callbacks:  # also those of trainer.callbacks
+            if isinstance(watch, (EarlyStopping, ModelCheckpoint)):
+                mode = better_mode(watch.monitor or "")
+                if mode not in (None, watch.mode):
+                    name = _WATCHES.get(type(watch), type(watch).__name__)
+                    higher = "higher" if mode == "max" else "lower"
+                    raise UsageError(
+                        f"{name}.monitor {watch.monitor} is better when {higher}; set {name}.mode {mode}"
+                    )
         if self.subcommand == "fit":
             written = json.loads(self._parser("fit").dump(self.config.fit, skip_none=False, format="json"))
             self.datamodule.config_sha256 = config_sha256(written)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -34,6 +35,19 @@ SAME_FOR_ALL = (
 )
 _OF_GRADES = ("accuracy", "balanced_accuracy", "qwk", "mae", "macro_f1")
 _OF_PROBABILITIES = ("rps", "calibration_error", "calibration_error_if_calibrated")
+_BETTER = {
+    "max": ("accuracy", "balanced_accuracy", "qwk", "macro_f1", "auroc_above"),
+    "min": ("mae", "rmse", "loss", *_OF_PROBABILITIES),
+}
+
+
+def better_mode(metric: str) -> str | None:
+    """Returns ``max`` if a logged metric is better when higher, ``min`` if lower.
+
+    None for a name that is not of :meth:`Evaluation.scalars`, with or without a part before it (``val/``).
+    """
+    name = re.sub(r"_\d+$", "", metric.rpartition("/")[2])
+    return next((mode for mode, names in _BETTER.items() if name in names), None)
 
 
 @dataclass(frozen=True, eq=False)

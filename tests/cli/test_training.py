@@ -321,8 +321,19 @@ def test_an_epoch_is_chosen_by_a_proper_score(
         if state.get("monitor")
     )
     assert state["monitor"] == "val/rps"
-    assert main(["fit", *study.options(tmp_path), "--checkpoint.monitor=val/qwk"]) == 2
-    assert "val/qwk is better when higher; set checkpoint.mode max" in capsys.readouterr().err
+    stopping = "--trainer.callbacks+=pytorch_lightning.callbacks.EarlyStopping"
+    for words, said in (
+        (["--checkpoint.monitor=val/qwk"], "val/qwk is better when higher; set checkpoint.mode max"),
+        (["--checkpoint.monitor=val/auroc_above_2"], "better when higher; set checkpoint.mode max"),
+        (["--checkpoint.mode=max"], "val/rps is better when lower; set checkpoint.mode min"),
+        (["--early_stopping.mode=max"], "val/rps is better when lower; set early_stopping.mode min"),
+        (
+            [stopping, "--trainer.callbacks.monitor=val/accuracy"],
+            "val/accuracy is better when higher; set early_stopping.mode max",
+        ),
+    ):
+        assert main(["fit", *study.options(tmp_path), *words]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_metrics_count_the_slides_that_are_not_graded(trained: Path) -> None:

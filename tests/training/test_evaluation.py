@@ -12,7 +12,7 @@ from slidetl.data.study import CachedSlide
 from slidetl.data.tasks import Task
 from slidetl.errors import UsageError
 from slidetl.tiles.store import SlideCache
-from slidetl.training.evaluation import NOT_FINITE, ChunkedEvaluation, evaluate
+from slidetl.training.evaluation import NOT_FINITE, ChunkedEvaluation, better_mode, evaluate
 from slidetl.training.grader import SlideGrader
 from slidetl.training.outputs import describe_metrics
 from slidetl.training.predictions import read_predictions, write_predictions
@@ -88,6 +88,23 @@ def test_a_slide_of_numbers_that_are_not_finite_is_not_graded(tmp_path: Path) ->
         assert slide.prediction_of(tasks[0]).probabilities == ()
     with pytest.raises(UsageError, match="none of 2 slides is graded: the network gives numbers"):
         evaluate(grading.slides[1:], tasks, 5)
+
+
+def test_every_logged_metric_has_a_direction() -> None:
+    tasks = [Task("second", "second", ("a", "b"), ordinal=True), Task("size", "size", numeric=True)]
+    grader = SlideGrader(small_spec(), tasks=tasks).eval()
+    grading = grader._evaluation
+    with torch.no_grad():
+        for grade in range(3):
+            one = chunk(str(grade), torch.full((2, grader.network.backbone.num_features), 0.5))
+            grading.take({**one, "grade": grade, "labels": {"second": grade % 2, "size": float(grade)}})
+    logged = evaluate(grading.slides, tasks, 5).scalars(tasks)
+    modes = {name: better_mode(f"val/{name}") for name in logged}
+    assert {"auroc_above_1", "second/qwk", "size/rmse", "calibration_error_if_calibrated"} <= modes.keys()
+    for name, mode in modes.items():
+        is_error = name.rpartition("/")[2] in ("loss", "mae", "rmse", "rps") or "calibration" in name
+        assert mode == ("min" if is_error else "max"), name
+    assert better_mode("time/data_wait") is None
 
 
 @pytest.mark.parametrize(
