@@ -252,7 +252,8 @@ class GradingCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Hands the record of the checkpoint to the data, or the configuration's hash to be recorded."""
         self.datamodule.past = self._past
-        for watch in self.trainer.callbacks:  # also those of trainer.callbacks
+        watches: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined] # set elsewhere
+        for watch in watches:
             if isinstance(watch, (EarlyStopping, ModelCheckpoint)):
                 mode = better_mode(watch.monitor or "")
                 if mode not in (None, watch.mode):

@@ -80,6 +80,8 @@ def write_files(project: Project, run: str, files: dict[str, str]) -> None:
 def export_steps(run: str, folder: Path, patients: int, licence: str) -> tuple[Step, ...]:
     """Returns the command that exports a run, with its test part as evidence if it is large enough.
 
+    The command finds the best checkpoint, and refuses a training that has not ended.
+
     Args:
         run: its name.
         folder: of the run.
@@ -90,11 +92,9 @@ def export_steps(run: str, folder: Path, patients: int, licence: str) -> tuple[S
         Refused: the run has no checkpoint.
     """
     ridge = folder / "checkpoints" / "ridge.ckpt"
-    logs = sorted(folder.glob("logs/version_*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime)
-    best = sorted(logs[-1].parent.glob("best*.ckpt")) if logs else []
-    found = ridge if ridge.is_file() else best[-1] if best else None
-    if found is None:
+    if not ridge.is_file() and not any(folder.glob("logs/version_*/checkpoints/last.ckpt")):
         raise Refused(say("model.no_checkpoint"))
+    found = ridge if ridge.is_file() else folder
     table = predictions_of(folder)
     words = ["export", str(found.relative_to(folder.parents[1])), "--output", f"models/{run}.pt"]
     if table is not None and patients >= _LEAST_PATIENTS:

@@ -14,9 +14,11 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
-from slidetl.files import replaced
+from slidetl.files import replaced, write_whole
 from slidetl.models.tensors import load_tensors, save_tensors
 
+COMPLETE = "complete"
+"""Name of the mark beside the checkpoints of a training that has ended by itself."""
 _LOSS = "val/loss"
 
 
@@ -106,7 +108,23 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps the last epoch, from which an interrupted training resumes."""
+    """Keeps the last epoch, to resume an interrupted training from, and marks a training that has ended."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Removes the mark of an earlier training in the same folder."""
+        if (mark := self._mark(trainer)) is not None:
+            mark.unlink(missing_ok=True)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes the mark: after the last epoch, early stopping, or ``max_time``."""
+        if (mark := self._mark(trainer)) is not None:
+            write_whole(mark, "")
+
+    def _mark(self, trainer: pl.Trainer) -> Path | None:
+        """Returns the place of the mark, in the process and the trainings that keep one."""
+        folder = str(self.dirpath or "")
+        keeps = trainer.is_global_zero and trainer.loggers and not trainer.fast_dev_run  # type: ignore[attr-defined] # set elsewhere
+        return Path(folder) / COMPLETE if keeps and folder and "://" not in folder else None
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException

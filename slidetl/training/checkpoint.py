@@ -22,6 +22,7 @@ from slidetl.models.backbones import without_downloads
 from slidetl.models.spec import BackboneSpec
 from slidetl.models.targets import Targets
 from slidetl.models.tensors import check_finite, is_state, load_tensors, save_tensors
+from slidetl.training.best import COMPLETE
 from slidetl.training.grader import SlideGrader
 from slidetl.training.slots import check_name, parse
 
@@ -98,23 +99,37 @@ def find_checkpoint(path: Path, allow: Sequence[str] = ()) -> Path:
     The last checkpoint of that fit names the best.
 
     Raises:
-        UsageError: the folder has no checkpoint, or the best one is gone.
+        UsageError: the folder has no checkpoint, the best one is gone, or the latest fit has not ended.
         CheckpointError: as :func:`read_checkpoint`.
     """
     if not path.is_dir():
         return path
-    found = sorted(
-        path.glob("logs/version_*/checkpoints/last.ckpt"), key=lambda last: int(last.parts[-3].split("_")[1])
-    )
-    if not found:
+    logs = [log for log in path.glob("logs/version_*") if log.name.removeprefix("version_").isdecimal()]
+    for log in sorted(logs, key=lambda log: int(log.name.removeprefix("version_")), reverse=True):
+        last, is_complete = log / "checkpoints" / "last.ckpt", (log / "checkpoints" / COMPLETE).is_file()
+        if last.is_file() or not is_complete:  # the mark alone: resumed with no epoch left
+            break
+    else:
         raise UsageError(f"no checkpoint of 'slidetl fit' below {path.absolute()}; name a file")
-    states = read_checkpoint(found[-1], allow).get("callbacks", {}).values()
+    if not last.is_file():
+        raise UsageError(
+            f"{log}: the latest fit has not ended its first epoch; run it again, remove its folder, or name "
+            "a checkpoint"
+        )
+    checkpoint = read_checkpoint(last, allow)
+    if not is_complete:
+        raise UsageError(
+            f"{log}: the latest fit is not marked as complete: it is running, was interrupted after epoch "
+            f"{checkpoint.get('epoch', 0) + 1}, or is of an older version of slidetl; resume it with "
+            f"--ckpt_path {last}, or name a checkpoint"
+        )
+    states = checkpoint.get("callbacks", {}).values()
     names = [  # further checkpoints, each so many steps, have a path but no metric
         Path(state["best_model_path"]).name
         for state in states
         if state.get("best_model_path") and state.get("monitor")
     ]
-    best = found[-1].with_name(names[0]) if names else found[-1]
+    best = last.with_name(names[0]) if names else last
     if not best.is_file():
         raise UsageError(f"{best}: the best checkpoint of that fit is gone; name another file")
     return best

@@ -23,7 +23,7 @@ from slidetl.data.augment import Augmentation
 from slidetl.data.record import StudyRecord, config_sha256, read_record
 from slidetl.errors import UsageError
 from slidetl.models.heads import CumulativeLink
-from slidetl.training.checkpoint import read_checkpoint
+from slidetl.training.checkpoint import find_checkpoint, read_checkpoint
 from slidetl.training.predictions import read_predictions
 from tests.conftest import Study
 
@@ -247,6 +247,10 @@ def test_a_resumed_training_keeps_its_data_and_seed(
         "says 3; use the configuration of that training"
     ) in capsys.readouterr().err
     assert run("fit", study, tmp_path / "b", best(trained), *more)[0] == 0
+    last = best(tmp_path / "b").with_name("last.ckpt")
+    assert run("fit", study, tmp_path / "b", last, *more)[0] == 0  # no epoch is left
+    assert (tmp_path / "b" / "logs" / "version_1").is_dir()
+    assert find_checkpoint(tmp_path / "b") == best(tmp_path / "b")
 
 
 @pytest.mark.slow
@@ -424,7 +428,9 @@ def test_a_gpu_without_bfloat16_computes_in_the_precision_that_is_named(
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_training_is_not_done(study: Study, tmp_path: Path, sign: signal.Signals) -> None:
+def test_an_interrupted_training_is_not_done(
+    study: Study, tmp_path: Path, sign: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Lightning ends a training on SIGTERM with exit code 0, and on Ctrl-C with 1."""
     words = [*study.options(tmp_path), "--data.num_workers=1", "--trainer.max_epochs=1000"]
     words += ["--early_stopping.patience=1000", f"--status={tmp_path / 'status.json'}"]
@@ -433,14 +439,22 @@ def test_an_interrupted_training_is_not_done(study: Study, tmp_path: Path, sign:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background ignores it
     ) as process:
-        last, deadline = best(tmp_path).with_name("last.ckpt"), time.monotonic() + 120
-        while not last.is_file() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.1)
-        os.killpg(process.pid, sign)  # as a scheduler does: the workers of the loader, too
-        _, said = process.communicate(timeout=60)
+        last, deadline = best(tmp_path).with_name("last.ckpt"), time.monotonic() + 240
+        try:
+            while not last.is_file() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.1)
+            os.killpg(process.pid, sign)  # as a scheduler does: the workers of the loader, too
+            _, said = process.communicate(timeout=120)
+        finally:
+            process.kill()
     code = 128 + sign
     assert process.returncode == code, said
     assert said.splitlines()[-1] == f"slidetl: interrupted; resume with --ckpt_path {last}"
     found = json.loads((tmp_path / "status.json").read_text())
     assert (found["state"], found["exit_code"]) == ("interrupted", code)
+    assert main(["export", str(tmp_path), "--output", str(tmp_path / "m.pt"), "--no-training-data"]) == 2
+    assert "the latest fit is not marked as complete" in capsys.readouterr().err
+    assert main(["test", *study.options(tmp_path)]) == 2
+    assert f"resume it with --ckpt_path {last}" in capsys.readouterr().err

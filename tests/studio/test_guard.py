@@ -145,6 +145,17 @@ def test_no_field_becomes_an_option(project: Client) -> None:
     assert project.studio.queue.jobs()[0].steps[0].words[-1] == "--licence=--allow os"
 
 
+def test_the_command_finds_the_best_checkpoint_of_a_run(project: Client) -> None:
+    """It refuses a training that has not ended."""
+    assert project.refused("/p/lung/export", run="r")[0] == 404
+    kept = project.root / "studio" / "lung" / "runs" / "r" / "logs" / "version_0" / "checkpoints"
+    kept.mkdir(parents=True)
+    assert "has no model to export" in project.refused("/p/lung/export", run="r")[1]
+    (kept / "last.ckpt").touch()
+    project.post("/p/lung/export", run="r")
+    assert project.studio.queue.jobs()[0].steps[0].words[:2] == ("export", "runs/r")
+
+
 def test_a_manifest_that_was_changed_to_lead_out_is_a_fault(project: Client) -> None:
     labels = project.root / "studio" / "lung" / "labels.csv"
     labels.write_text(labels.read_text().replace("../../study/a.svs", "/etc/passwd"))

@@ -10,6 +10,7 @@ from pytorch_lightning import Trainer
 
 from slidetl.cli import main
 from slidetl.errors import CheckpointError, UsageError
+from slidetl.training.best import COMPLETE
 from slidetl.training.checkpoint import check_resumable, find_checkpoint, load_grader, read_checkpoint
 
 
@@ -184,8 +185,13 @@ def test_a_runs_folder_stands_for_the_best_checkpoint_of_its_latest_fit(tmp_path
     def fit(version: int, best: str) -> Path:
         folder = tmp_path / "logs" / f"version_{version}" / "checkpoints"
         folder.mkdir(parents=True)
+        with pytest.raises(UsageError, match=f"version_{version}: the latest fit has not ended its first"):
+            find_checkpoint(tmp_path)
         callbacks = {"best": {"best_model_path": f"elsewhere/{best}", "monitor": "val/loss"}}
-        save(folder / "last.ckpt", {}, callbacks=callbacks)
+        last = save(folder / "last.ckpt", {}, callbacks=callbacks, epoch=1)
+        with pytest.raises(UsageError, match=f"interrupted after epoch 2, .* --ckpt_path {last}, or name"):
+            find_checkpoint(tmp_path)
+        (folder / COMPLETE).touch()
         return folder / best
 
     with pytest.raises(UsageError, match="no checkpoint of 'slidetl fit' below"):
@@ -196,4 +202,7 @@ def test_a_runs_folder_stands_for_the_best_checkpoint_of_its_latest_fit(tmp_path
             find_checkpoint(tmp_path)
         save(best, {})
         assert find_checkpoint(tmp_path) == best
-    assert find_checkpoint(best) == best
+    without = tmp_path / "logs" / "version_11" / "checkpoints"  # resumed with no epoch left
+    without.mkdir(parents=True)
+    (without / COMPLETE).touch()
+    assert find_checkpoint(tmp_path) == find_checkpoint(best) == best
