@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import ModelFileError, UsageError
 from slidetl.evaluation.metrics import probability_metrics
-from slidetl.files import check_stored, read_packed_array
+from slidetl.files import check_stored, read_packed_array, replaced
 
 Pool = Literal["mean", "max", "both", "top-k"]
 POOLS: tuple[Pool, ...] = get_args(Pool)
@@ -281,19 +281,20 @@ def fit_tile_grader(
 def save_grader(path: Path, grader: Grader) -> None:
     """Writes a linear model as ``.npz``: arrays and the name of its kind, without pickle."""
     scaler, model = grader.estimator["scale"], grader.estimator["model"]
-    np.savez(
-        path,
-        allow_pickle=False,
-        model=grader.model,
-        grades=grader.grades,
-        n_grades=grader.n_grades,
-        penalty=np.float64(grader.penalty or 0),
-        sigma=np.nan if grader.sigma is None else grader.sigma,
-        centre=scaler.mean_,
-        scale=scaler.scale_,
-        coefficients=model.coef_,
-        intercepts=model.intercept_,
-    )
+    with replaced(path) as file:
+        np.savez(
+            file,
+            allow_pickle=False,
+            model=grader.model,
+            grades=grader.grades,
+            n_grades=grader.n_grades,
+            penalty=np.float64(grader.penalty or 0),
+            sigma=np.nan if grader.sigma is None else grader.sigma,
+            centre=scaler.mean_,
+            scale=scaler.scale_,
+            coefficients=model.coef_,
+            intercepts=model.intercept_,
+        )
 
 
 def load_grader(path: Path) -> Grader:

@@ -142,20 +142,17 @@ def fit_pooled(
     show_stage("fitting", 0, None, "")
     grader = fit_grader(model, x, _grades(train), _patients(train), len(study.grades), seed=study.seed)
     probabilities = grader.probabilities(x_test)
-    checkpoint = ""
+    network = None
     if pretrained:
-        from slidetl.training.ridge import write_ridge  # imported here: it builds networks
+        from slidetl.training.ridge import build_ridge, write_ridge  # imported here: it builds networks
 
         source = common_source(study.names[0], [slide.cache for slide in train])
-        checkpoint = write_ridge(
-            output, study, grader, source, pretrained, train[0].cache.spec, record, x_test
-        )
-    scored = _write(study, test, probabilities, output, checkpoint)
-    if model == "trees":  # saving them needs pickle
-        (output / "model.npz").unlink(missing_ok=True)  # from an earlier model in this folder
-    else:
+        network = build_ridge(study, grader, source, pretrained, train[0].cache.spec, record, x_test)
+    _remove_results(output)
+    checkpoint = write_ridge(output, *network) if network else ""
+    if model != "trees":  # saving them needs pickle
         save_grader(output / "model.npz", grader)
-    return scored
+    return _write(study, test, probabilities, output, checkpoint)
 
 
 def fit_labelled_tiles(study: FeatureStudy, output: Path, labels: Path) -> Scored:
@@ -193,9 +190,9 @@ def fit_labelled_tiles(study: FeatureStudy, output: Path, labels: Path) -> Score
         len(study.grades),
         seed=study.seed,
     )
-    return _write(
-        study, test, grader.probabilities([_features(study, slide.cache) for slide in test]), output
-    )
+    probabilities = grader.probabilities([_features(study, slide.cache) for slide in test])
+    _remove_results(output)
+    return _write(study, test, probabilities, output)
 
 
 def _tile_labels(slide: CachedSlide, tables: Mapping[str, LabelledPoints]) -> NDArray[np.float64]:
@@ -219,6 +216,15 @@ def _grades(slides: Sequence[CachedSlide]) -> list[int]:
 
 def _patients(slides: Sequence[CachedSlide]) -> list[str]:
     return [slide.row.patient_id for slide in slides]
+
+
+def _remove_results(output: Path) -> None:
+    """Removes the files of an earlier run, so that none lies beside those of another model."""
+    names = ["metrics.json", "predictions.csv", "confusion.png", "model.npz", "checkpoints/ridge.ckpt"]
+    if (output / names[-1]).is_file():  # else the configuration is not ours
+        names.insert(1, "config.yaml")
+    for name in names:
+        (output / name).unlink(missing_ok=True)
 
 
 def _write(
@@ -247,8 +253,8 @@ def _write(
     figures = {**metrics.to_json(), **judged_probabilities(true, probabilities), "grades": study.grades}
     intervals = patient_intervals(true, probabilities, _patients(test))
     figures["intervals"] = intervals
-    write_whole(output / "metrics.json", json.dumps(figures, indent=2) + "\n")
     draw_confusion(output / "confusion.png", metrics, study.grades)
+    write_whole(output / "metrics.json", json.dumps(figures, indent=2) + "\n")  # last: only of whole results
     show_metrics({"test/accuracy": metrics.accuracy, "test/qwk": metrics.qwk, "test/mae": metrics.mae})
     return Scored(metrics, intervals)
 

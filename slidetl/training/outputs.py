@@ -35,6 +35,7 @@ class ResultFiles(pl.Callback):
         assert isinstance(pl_module, SlideGrader) and pl_module.tested is not None
         if trainer.is_global_zero:
             folder, evaluation = Path(trainer.default_root_dir) / "test", pl_module.tested
+            folder.joinpath("metrics.json").unlink(missing_ok=True)  # there only beside whole results
             _write_tables(folder, evaluation.slides, pl_module.tasks.tasks)
             figures = write_metrics(folder, evaluation, pl_module.grades, pl_module.tasks.tasks)
             told = describe_metrics(
@@ -102,8 +103,8 @@ def write_metrics(
     for task in tasks:
         if task.numeric and task.name in evaluation.tasks:
             figures["tasks"][task.name]["intervals"] = _number_intervals(task, evaluation.slides)
-    write_whole(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")
     draw_confusion(folder / "confusion.png", evaluation.metrics, grades)
+    write_whole(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")
     return figures
 
 

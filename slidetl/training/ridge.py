@@ -29,8 +29,7 @@ from slidetl.training.options import FeatureStudy
 _PARITY = 1e-3  # of a probability; the features have float16, the network float32
 
 
-def write_ridge(
-    output: Path,
+def build_ridge(
     study: FeatureStudy,
     ridge: Grader,
     source: FeatureSource,
@@ -38,13 +37,10 @@ def write_ridge(
     tile_spec: TileSpec,
     record: StudyRecord,
     pooled: NDArray[np.float64],
-) -> str:
-    """Writes ``checkpoints/ridge.ckpt`` and ``config.yaml`` of a ridge on mean features.
-
-    The network is the frozen backbone, the mean over all tiles, and the ridge as a linear head.
+) -> tuple[SlideGrader, dict[str, Any]]:
+    """Builds the network of a ridge on mean features: frozen backbone, mean over all tiles, linear head.
 
     Args:
-        output: the folder.
         study: slides, features and split; its paths become absolute.
         ridge: fitted to every grade of the study.
         source: the network of the features.
@@ -54,13 +50,12 @@ def write_ridge(
         pooled: ``[n, D]``, mean features of some slides, to compare network and ridge on.
 
     Returns:
-        The SHA-256 of the network's weights.
+        The network with its record, and its configuration.
 
     Raises:
         UsageError: the features are of an inner block.
         CacheMismatchError: the features are of other weights.
         WeightsError: the weights cannot be found.
-        OutputError: a file cannot be written.
     """
     if source.block:
         raise UsageError(
@@ -105,7 +100,19 @@ def write_ridge(
     config = {"seed_everything": study.seed, "model": model, "data": data}
     grader.tile_spec = tile_spec
     grader.record = replace(record, config_sha256=config_sha256(config))
-    write_grader(output / "checkpoints" / "ridge.ckpt", grader, model)
+    return grader, config
+
+
+def write_ridge(output: Path, grader: SlideGrader, config: dict[str, Any]) -> str:
+    """Writes ``checkpoints/ridge.ckpt`` and ``config.yaml`` of :func:`build_ridge` into a folder.
+
+    Returns:
+        The SHA-256 of the network's weights.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
+    write_grader(output / "checkpoints" / "ridge.ckpt", grader, config["model"])
     write_whole(output.joinpath("config.yaml"), yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     return weights_sha256(grader.network)
 

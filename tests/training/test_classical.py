@@ -201,8 +201,13 @@ def test_a_tile_classifier_grades_slides(
     stored: Study, tmp_path: Path, labels: Callable[[dict[str, str]], Path]
 ) -> None:
     more = ["--features", "labelled", "--tile-labels", str(labels({}))]
+    (tmp_path / "out").mkdir()
+    for name in ("model.npz", "config.yaml"):
+        (tmp_path / "out" / name).touch()
     assert main(words(stored, tmp_path / "out", *more)) == 0
     figures = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert not (tmp_path / "out" / "model.npz").exists()
+    assert (tmp_path / "out" / "config.yaml").is_file(), "without a checkpoint it is someone else's"
     assert figures["qwk"] > 0.8
     assert len(read_predictions(tmp_path / "out" / "predictions.csv")) == figures["n"]
 
@@ -258,6 +263,10 @@ def test_a_ridge_becomes_a_file_that_grades_slides(
     for wrong in (["--pool", "max"], ["--model", "ordinal"]):
         assert main([*fit, *wrong]) == 2
         assert "--pretrained takes --model ridge" in capsys.readouterr().err
+    assert ridge.is_file()
+    assert main([*fit[: fit.index("--pretrained")], "--model", "ordinal"]) == 0
+    left = {path.name for path in output.rglob("*") if path.is_file()}
+    assert left == {"predictions.csv", "metrics.json", "confusion.png", "model.npz"}
 
 
 def test_a_ridge_of_other_weights_is_refused(study: Study, tmp_path: Path) -> None:
