@@ -33,7 +33,6 @@ from slidetl.tiles.store import (
     SlideCache,
     describe_write_error,
     read_array,
-    read_header,
     read_sealed,
     seal_node,
 )
@@ -201,7 +200,7 @@ def read_features(cache: SlideCache, name: str, weights_sha256: str | None = Non
 
     Raises:
         CacheMissingError: there are none of this name.
-        CacheMismatchError: they are of another network, or of other tiles.
+        CacheMismatchError: they are of another network, or of other tiles, as the slide was tiled again.
         CacheCorruptError: they fail their checksum.
     """
     source = read_source(cache, name)
@@ -220,6 +219,7 @@ def read_features(cache: SlideCache, name: str, weights_sha256: str | None = Non
             f"{node}: expected [{len(cache)}, D] float16, found {values.shape} {values.dtype}; "
             f"{_AGAIN} --overwrite"
         )
+    cache.check_unchanged()
     return values
 
 
@@ -257,8 +257,7 @@ def write_features(
     building = cache_dir / ".building-features" / cache.path.stem
     try:
         with slide_lock(cache_dir, cache.path.stem):
-            if read_header(cache.path) != cache.header:
-                raise CacheMismatchError(f"{cache.path}: tiled anew while it was embedded; run again")
+            cache.check_unchanged()
             shutil.rmtree(building, ignore_errors=True)
             building.mkdir(parents=True)
             for name, (source, values) in arrays.items():

@@ -175,7 +175,7 @@ class SlideCache:
     _origins: NDArray[np.int32] = field(repr=False)
     tissue_fraction: NDArray[np.float32]
     _codec: TileCodec = field(repr=False)
-    _lifetime: _Lifetime = field(default_factory=lambda: _Lifetime(), repr=False)
+    _opening: _Opening = field(default_factory=lambda: _Opening(""), repr=False)
 
     @classmethod
     def open(cls, path: str | Path, spec: TileSpec | None = None) -> Self:
@@ -191,11 +191,12 @@ class SlideCache:
             CacheCorruptError: its metadata fail their checksum.
         """
         path = Path(path)
+        opening = _Opening(_seal_of(path))  # first: what replaces the rest meanwhile has another seal
         header = read_header(path)
         if spec is not None and header.spec != spec:
             raise CacheMismatchError(f"{path}: {describe_difference(header.spec, spec)}")
         origins, fraction = (read_array(path / n) for n in (origin_name(header.spec), "tissue_fraction"))
-        return cls(path, header, origins, fraction, tile_codec(header.spec))
+        return cls(path, header, origins, fraction, tile_codec(header.spec), opening)
 
     def __len__(self) -> int:
         return len(self._origins)
@@ -252,7 +253,7 @@ class SlideCache:
             CacheMismatchError: it has the tiles of a slide.
         """
         self.frame  # noqa: B018 # raises
-        return read_array(self.path / "overview")
+        return self._array("overview")
 
     @property
     def overview_mask(self) -> NDArray[np.bool_]:
@@ -262,7 +263,7 @@ class SlideCache:
             CacheMismatchError: it has the tiles of a slide.
         """
         self.frame  # noqa: B018 # raises
-        return read_array(self.path / "mask")
+        return self._array("mask")
 
     @property
     def overview_mm(self) -> float:
@@ -272,7 +273,7 @@ class SlideCache:
             CacheMismatchError: it has the tiles of a slide.
         """
         self.frame  # noqa: B018 # raises
-        return float(read_json(self.path / "overview")["attributes"]["spacing_mm"])
+        return float(self._attributes("overview")["spacing_mm"])
 
     def _check_slide(self) -> None:
         if self.header.frame is not None:
@@ -333,33 +334,46 @@ class SlideCache:
         """
         self._check_slide()
         self.check_tiles()
-        return read_array(self.path / "thumbnail")
+        return self._array("thumbnail")
 
     @property
     def thumbnail_mpp(self) -> float:
         """Spacing of :attr:`thumbnail`, micrometres per pixel."""
         self._check_slide()
-        return float(read_json(self.path / "thumbnail")["attributes"]["mpp"])
+        return float(self._attributes("thumbnail")["mpp"])
 
     @property
     def tissue_mask(self) -> TissueMask:
         """The tissue, in the frame of :attr:`thumbnail`."""
         self._check_slide()
         self.check_tiles()
-        mpp = float(read_json(self.path / "tissue_mask")["attributes"]["mpp"])
-        return TissueMask(read_array(self.path / "tissue_mask"), mpp)
+        return TissueMask(self._array("tissue_mask"), float(self._attributes("tissue_mask")["mpp"]))
 
     @property
     def areas_unreadable(self) -> int:
         """Number of areas that could not be read when the tiles were chosen, and count as tissue."""
         self._check_slide()
-        return int(read_json(self.path / "tissue_mask")["attributes"].get("areas_unreadable", 0))
+        return int(self._attributes("tissue_mask").get("areas_unreadable", 0))
 
     @property
     def quality(self) -> dict[str, NDArray[np.float32]]:
         """``[N] float32`` each, read at each access: see :attr:`slidetl.tiles.plan.TilePlan.quality`."""
         names = ("pen", "fold", "air", "focus")
-        return {name: read_array(self.path / name) for name in names if (self.path / name).is_dir()}
+        return {name: self._array(name) for name in names if (self.path / name).is_dir()}
+
+    def _array(self, name: str) -> NDArray[Any]:
+        values = read_array(self.path / name)
+        self.check_unchanged()
+        return values
+
+    def _attributes(self, name: str) -> dict[str, Any]:
+        attributes: dict[str, Any] = read_json(self.path / name)["attributes"]
+        self.check_unchanged()
+        return attributes
+
+    def check_unchanged(self) -> None:
+        """Raises a CacheMismatchError if the slide was tiled again since the cache was opened."""
+        self._opening.check(self.path)
 
     def check_tiles(self) -> None:
         """Raises a CacheMismatchError for imported features: the tiles behind them are not here."""
@@ -377,7 +391,8 @@ class SlideCache:
 
         Raises:
             IndexError: there is no such tile.
-            CacheMismatchError: the features were imported, without tiles.
+            CacheMismatchError: the features were imported, without tiles; or the slide was tiled again since
+                the cache was opened.
             CacheCorruptError: a tile fails its checksum; the message names it.
             CacheMissingError: a file of the cache is gone.
         """
@@ -399,8 +414,9 @@ class SlideCache:
     def _read_tile(self, tile: int, into: NDArray[Any] | None = None) -> NDArray[Any]:
         number, place = divmod(tile, TILES_PER_SHARD)
         try:
-            shard = _open_shard(self._lifetime, self.path, number)
+            shard = _open_shard(self._opening, self.path, number)
         except FileNotFoundError as error:
+            self.check_unchanged()
             raise CacheMissingError(f"{error.filename}: the shard is missing; {_REPAIR}") from error
         remedy = _REPAIR
         try:
@@ -430,8 +446,27 @@ def cache_parts(
     yield from map_in_order(read, range(0, len(cache), size), threads)
 
 
-class _Lifetime:
-    """Marks one opening of a cache in one process, so files opened for another are not used for it."""
+class _Opening:
+    """Marks one opening of a cache in one process, so files opened for another are not used for it.
+
+    Its header and places of tiles are those of then, and its files are opened later, by path: ``seal`` tells
+    if they are still of the same group. A repair that changes no byte keeps it.
+    """
+
+    def __init__(self, seal: str) -> None:
+        self.seal = seal
+
+    def check(self, group: Path) -> None:
+        """Raises a CacheMismatchError if another group is in its place; call it after reading from there."""
+        try:
+            is_same = _seal_of(group) == self.seal
+        except CacheMissingError:
+            is_same = False
+        if not is_same:
+            raise CacheMismatchError(
+                f"{group}: tiled again, or removed, since it was opened; what was read before is of the "
+                "former tiles: run again"
+            )
 
 
 class Shard:
@@ -495,8 +530,10 @@ class Shard:
 
 
 @functools.lru_cache(maxsize=_OPEN_SHARDS)
-def _open_shard(lifetime: _Lifetime, group: Path, number: int) -> Shard:
-    return Shard(shard_path(group, number))
+def _open_shard(opening: _Opening, group: Path, number: int) -> Shard:
+    shard = Shard(shard_path(group, number))
+    opening.check(group)
+    return shard
 
 
 open_cache = SlideCache.open  # a public name of the package
@@ -599,6 +636,16 @@ def shard_path(group: Path, shard: int) -> Path:
 def shard_name(shard: int) -> str:
     """Names a shard's file in the group."""
     return f"tiles/c/{shard}/0/0/0"
+
+
+def _seal_of(group: Path) -> str:
+    """Reads the seal of a group, which differs for any other content, without checking it."""
+    try:
+        with (group / "zarr.json").open("rb") as file:
+            found = _SEAL.search(file.read(1024))  # it stands in front
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CacheMissingError(f"{group}: no tile cache here; make it with 'slidetl tile'") from error
+    return found[1].decode() if found else ""
 
 
 def seal_node(node: Path) -> None:

@@ -144,8 +144,11 @@ def test_a_slide_tiled_anew_in_the_meantime_is_refused(
     tile_slides(
         [SlideSource("s", slide)], cache.path.parent, TileSpec(1.0, 32, jpeg_quality=50), 0, overwrite=True
     )
-    with pytest.raises(CacheMismatchError, match="tiled anew"):
+    with pytest.raises(CacheMismatchError, match="tiled again"):
         write_features(cache, {"resnet18": (SOURCE, values(len(cache)))})
+    write_features(SlideCache.open(cache.path), {"resnet18": (SOURCE, values(len(cache)))})
+    with pytest.raises(CacheMismatchError, match="tiled again"):
+        read_features(cache, "resnet18")
 
 
 def test_verification_takes_features_for_its_own_and_finds_damage_in_them(cache: SlideCache) -> None:

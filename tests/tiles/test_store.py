@@ -243,6 +243,28 @@ def test_another_cache_is_replaced_at_once_or_discarded(tmp_path: Path) -> None:
         SlideCache.open(cache_path(tmp_path, "S1"))
 
 
+def test_an_open_cache_reads_no_tile_that_replaced_its_own(tmp_path: Path) -> None:
+    opened = write(tmp_path, 600)
+    first = opened.read([0])
+    in_worker = pickle.loads(pickle.dumps(opened))
+    write(tmp_path, 600)  # byte for byte, as a repair does
+    np.testing.assert_array_equal(in_worker.read([0, 300]), opened.read([0, 300]))
+    write(tmp_path, 600, unreadable=(2,))  # other tiles under the same numbers
+    np.testing.assert_array_equal(opened.read([0]), first)  # from its own shard, still open
+    for cache in (opened, pickle.loads(pickle.dumps(opened))):
+        with pytest.raises(CacheMismatchError, match="tiled again, or removed, since it was opened"):
+            cache.read([599])
+    for name in ("thumbnail", "thumbnail_mpp", "tissue_mask", "areas_unreadable"):
+        with pytest.raises(CacheMismatchError, match="run again"):
+            getattr(opened, name)
+    write(tmp_path, 5)  # fewer, so that the shard is not there
+    with pytest.raises(CacheMismatchError, match="run again"):
+        in_worker.read([599])
+    discard(tmp_path, "S1", finished=True)
+    with pytest.raises(CacheMismatchError, match="removed"):
+        in_worker.read([599])
+
+
 def test_only_a_finished_cache_of_the_right_kind_opens(tmp_path: Path) -> None:
     with pytest.raises(CacheMissingError, match="slidetl tile"):
         SlideCache.open(tmp_path / "none.zarr")
