@@ -15,7 +15,7 @@ from slidetl.atlas.collection import Collection
 from slidetl.atlas.options import ClusterOptions, Selection
 from slidetl.atlas.pictures import describe_tile, draw_tile, similar_command
 from slidetl.data.study import CachedSlide, listed
-from slidetl.errors import CacheMismatchError, SlideError
+from slidetl.errors import CacheMismatchError, OutputError, SlideError
 from slidetl.evaluation.bootstrap import Interval
 from slidetl.files import write_csv
 from slidetl.page import script_json, write_page
@@ -32,6 +32,7 @@ _COLOURS = (
 )
 _REST = (150, 150, 150)
 _NONE = (255, 255, 255)
+_CLUSTER, _NO_CLUSTER = "Cluster ", "No cluster"  # classes in QuPath
 _SHEET = 12  # tiles of a contact sheet
 _SHEET_PX = 160
 _SECTIONS = 40  # clusters with a section of their own
@@ -195,17 +196,17 @@ def _say_site(pattern: Pattern) -> dict[str, Any] | None:
     found = pattern.site
     if found is None:
         return None
-    if not isinstance(found.share, Interval):
+    if not isinstance(found.share, Interval) or found.p is None:
         return {
             "stands_out": False,
             "text": f"Most at {found.site}: {100 * found.share:.0f} % of it if all sites had as much tissue "
             f"({100 * found.chance:.0f} % if they are alike); too few patients at a site for an interval.",
         }
-    differs = found.share.low > found.chance
+    differs = found.p < 0.05
     return {
         "stands_out": differs,
         "text": f"Most at {found.site}: {_interval(found.share, 100, '.0f', ' %')} of it if all sites had as "
-        f"much tissue; {100 * found.chance:.0f} % if sites are alike."
+        f"much tissue; {100 * found.chance:.0f} % if sites are alike (p {found.p:.3f})."
         + (" It differs between sites: stain, scanner or preparation may make it." if differs else ""),
     }
 
@@ -270,7 +271,9 @@ def _about(atlas: Atlas, collection: Collection, options: ClusterOptions) -> str
     else:
         parts.append(f"Clustered by {options.method}.")
     parts.append(
-        "No label was used. Numbers in brackets are 95 % intervals over patients; about one in twenty misses."
+        "No label was used. Numbers in brackets are 95 % intervals over patients; about one in twenty misses "
+        "(more of a site's, as it is chosen by its share). Whether sites differ is told by p, from "
+        "permutations of the sites over patients."
     )
     return " ".join(parts)
 
@@ -341,7 +344,7 @@ def _cluster_rows(atlas: Atlas) -> tuple[list[str], list[dict[str, Any]]]:
         }
         if pattern.site is not None:
             share = pattern.site.share
-            row |= {"site": pattern.site.site, "site_chance": pattern.site.chance}
+            row |= {"site": pattern.site.site, "site_chance": pattern.site.chance, "site_p": pattern.site.p}
             row |= _bounds("site_share", share)
         if pattern.grade is not None:
             row |= _bounds("grade_correlation", pattern.grade)
@@ -349,7 +352,7 @@ def _cluster_rows(atlas: Atlas) -> tuple[list[str], list[dict[str, Any]]]:
         row |= {f"share_grade_{grade}": share for grade, share in pattern.by_grade.items()}
         rows.append(row)
     first = ["cluster", "tiles", "share", "slides", "patients", "site", "site_share", "site_share_low"]
-    first += ["site_share_high", "site_chance", "grade_correlation", "grade_correlation_low"]
+    first += ["site_share_high", "site_chance", "site_p", "grade_correlation", "grade_correlation_low"]
     first += ["grade_correlation_high"]
     return list(dict.fromkeys([*first, *(name for row in rows for name in row)])), rows
 
@@ -377,9 +380,10 @@ def _slide_rows(atlas: Atlas, collection: Collection) -> tuple[list[str], list[d
 
 
 def _write_geojson(atlas: Atlas, collection: Collection, folder: Path) -> list[str]:
-    """Writes a map for each slide with its file at hand; returns the others."""
+    """Writes a map for each slide with its file at hand, in place of all earlier maps; returns the others."""
+    _remove_maps(folder)
     colours = [*_colours(len(atlas.patterns)), _NONE]
-    names = [*(f"Cluster {number + 1}" for number in range(len(atlas.patterns))), "No cluster"]
+    names = [*(f"{_CLUSTER}{number + 1}" for number in range(len(atlas.patterns))), _NO_CLUSTER]
 
     def properties(labels: NDArray[np.int64]) -> Iterator[dict[str, Any]]:
         for label in labels.tolist():
@@ -400,6 +404,22 @@ def _write_geojson(atlas: Atlas, collection: Collection, folder: Path) -> list[s
             properties(_labels(atlas, collection, number)),
         )
     return missing
+
+
+def _remove_maps(folder: Path) -> None:
+    """Removes the maps of an earlier clustering, whose numbers mean other patterns; spares foreign files."""
+    marks = [
+        f'"isLocked": true, "classification": {{"name": "{name}'.encode() for name in (_CLUSTER, _NO_CLUSTER)
+    ]
+    for path in folder.glob("*.geojson"):
+        try:
+            with path.open("rb") as file:
+                file.readline()
+                first_tile = file.readline(10_000)
+            if any(mark in first_tile for mark in marks):
+                path.unlink()
+        except OSError as error:
+            raise OutputError(f"{path}: cannot be replaced: {error.strerror}") from error
 
 
 def _viewer(slide: CachedSlide) -> ViewerFrame | None:

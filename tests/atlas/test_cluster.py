@@ -17,7 +17,7 @@ from slidetl.cli import main
 from slidetl.errors import UsageError
 from slidetl.evaluation.bootstrap import Interval
 from slidetl.evaluation.classical import pool_tiles
-from slidetl.evaluation.composition import grade_correlation, site_share
+from slidetl.evaluation.composition import SiteShare, grade_correlation, site_share
 from slidetl.tiles.features import read_features
 from tests.atlas.conftest import patterns
 from tests.conftest import Study
@@ -74,6 +74,15 @@ def test_few_patients_find_nothing_and_a_point_is_no_interval() -> None:
     site, grade = said(5)
     assert site.startswith("True Most at A: 100 % (the same in all resamples) of it")
     assert grade.startswith("True Rank correlation with the grade +1.00 (the same in all resamples).")
+
+
+def test_a_site_stands_out_by_its_p_and_not_by_the_interval_of_the_greatest() -> None:
+    share = Interval(0.4, 0.3, 0.5, 0.95)
+    patterns = [Pattern(1, 1.0, 9, 9, SiteShare("A", share, 0.125, p), None, {}, {}) for p in (0.2, 0.01)]
+    alike, differs = (_say_site(pattern) for pattern in patterns)
+    assert alike is not None and differs is not None
+    assert not alike["stands_out"] and alike["text"].endswith("12 % if sites are alike (p 0.200).")
+    assert differs["stands_out"] and "(p 0.010). It differs between sites" in differs["text"]
 
 
 def test_an_approximate_run_is_checked_against_an_exact_one(collection: Collection) -> None:
@@ -154,3 +163,22 @@ def test_a_slide_that_is_not_at_hand_has_no_map_and_the_page_says_so(
     assert "No GeoJSON for 2 slides" in page
     assert "each slide counts as a patient of its own" in page
     assert not (tmp_path / "geojson").exists()
+
+
+def test_maps_of_an_earlier_clustering_are_gone_and_other_files_stay(
+    patterned: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["atlas", "cluster", str(patterned.cache), "--features", "told", "--output", str(tmp_path)]
+    words += ["--method", "k-means", "--clusters", "4", "--slides"]
+    maps = tmp_path / "geojson"
+    assert main([*words, "slide-00", "slide-01"]) == 0
+    of_qupath = '{"type":"FeatureCollection","features":[{"type":"Feature"}]}'
+    (maps / "mine.geojson").write_text(of_qupath)
+    (maps / "notes.txt").write_text("mine")
+    assert main([*words, "slide-02", "slide-01"]) == 0
+    kept = {"mine.geojson", "notes.txt"}
+    assert {path.name for path in maps.iterdir()} == {"slide-01.geojson", "slide-02.geojson", *kept}
+    assert (maps / "mine.geojson").read_text() == of_qupath
+    monkeypatch.setattr("slidetl.atlas.cluster_page._viewer", lambda slide: None)
+    assert main([*words, "slide-01", "slide-02"]) == 0
+    assert {path.name for path in maps.iterdir()} == kept

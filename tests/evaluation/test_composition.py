@@ -26,6 +26,27 @@ def test_share_of_a_site_is_of_means_and_its_interval_tells_chance_from_a_batch(
     assert alike is not None
     assert isinstance(alike.share, Interval)
     assert alike.share.low < 0.5
+    assert found.p is not None and alike.p is not None
+    assert found.p == 1 / 1000 < 0.05 < alike.p
+
+
+def test_sites_that_are_alike_differ_in_one_of_twenty_studies_however_many_they_are() -> None:
+    """The site is the greatest of eight; an interval of 95 % says so of a third of these studies."""
+    rng = np.random.default_rng(1)
+    sites, patients = np.repeat(np.arange(8), 6), np.arange(48)
+    found = [site_share(rng.beta(2, 8, 48), sites, patients, n_draws=100) for _ in range(40)]
+    assert sum(one is not None and one.p is not None and one.p < 0.05 for one in found) <= 4
+    by_interval = [isinstance(o.share, Interval) and o.share.low > o.chance for o in found if o is not None]
+    assert sum(by_interval) > 8
+
+
+def test_sites_are_permuted_over_patients_and_not_over_slides() -> None:
+    rng = np.random.default_rng(0)
+    shares, sites = rng.beta(2, 8, 20), np.repeat(["a", "b"], 10)
+    apart = site_share(shares, sites, np.arange(20), n_draws=200)
+    together = site_share(np.repeat(shares, 9), np.repeat(sites, 9), np.repeat(np.arange(20), 9), n_draws=200)
+    assert apart is not None and together is not None
+    assert together.p == apart.p
 
 
 def test_slides_of_a_patient_are_drawn_together() -> None:
@@ -72,6 +93,7 @@ def test_what_cannot_be_told_is_none() -> None:
     lone = site_share(share, ["a", "a", "a", "b"], patients)
     assert lone is not None
     assert lone.share == pytest.approx(0.4 / (0.4 + 0.2))  # one patient at b: no interval
+    assert lone.p is None
     assert grade_correlation(share, [1, 1, 1, 1], patients) is None
     assert grade_correlation(share, [0, 1, 1, 2], [1, 1, 1, 2]) is None
     assert site_share(share, ["a", "b", "a", "b"], [1, 1, 2, 2], n_draws=200) is not None  # patients at both
