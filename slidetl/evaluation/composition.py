@@ -82,18 +82,17 @@ def site_share(
 def _permutation_p(
     values: NDArray[np.float64], site: NDArray[np.intp], who: NDArray[np.generic], seed: int
 ) -> float:
-    units, unit = np.unique(
-        np.stack([np.unique(who, return_inverse=True)[1], site]), axis=1, return_inverse=True
-    )
-    sums, counts = np.bincount(unit, values), np.bincount(unit)
+    n_sites = site.max() + 1
+    units, unit = np.unique(np.unique(who, return_inverse=True)[1] * n_sites + site, return_inverse=True)
+    of_units, sums, counts = units % n_sites, np.bincount(unit, values), np.bincount(unit)
 
     def greatest_share(of_unit: NDArray[np.intp]) -> float:
         means = np.bincount(of_unit, sums) / np.bincount(of_unit, counts)
         return float(means.max() / means.sum())
 
     rng = np.random.default_rng(seed)
-    null = [greatest_share(rng.permutation(units[1])) for _ in range(_PERMUTATIONS)]
-    return chance_p(greatest_share(units[1]), null)
+    null = [greatest_share(rng.permutation(of_units)) for _ in range(_PERMUTATIONS)]
+    return chance_p(greatest_share(of_units), null)
 
 
 def grade_correlation(
