@@ -21,6 +21,7 @@ from slidetl.training.grader import SlideGrader
 
 _SETTLING_STEPS = 10  # the mean of fewer losses reflects the slides more than the rate
 _MOMENTUM = 0.98  # of the running mean of the losses in Lightning's finder
+_ROUNDING = 1e-6  # relative, of losses in float32
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,16 @@ def find_rate(
         tried: the rates.
 
     Raises:
-        UsageError: the trainer runs no real training steps.
+        UsageError: the trainer runs no real training steps, or accumulates gradients over batches; or no loss
+            is finite.
     """
+    if trainer.accumulate_grad_batches != 1:
+        # Lightning's finder takes the loss of one of these batches, divided by their number, for a step's.
+        raise UsageError(
+            f"a range test makes a step of each batch; expected trainer.accumulate_grad_batches 1, not "
+            f"{trainer.accumulate_grad_batches}: leave it out here, and keep model.lr_scale_with_batch for a "
+            "rate that holds for larger steps"
+        )
     with _rates_in_proportion(grader), _without_hyper_parameters(grader):
         finder = Tuner(trainer).lr_find(
             grader,
@@ -97,13 +106,19 @@ def find_rate(
         for count, loss in enumerate(finder.results["loss"], start=1)
     ]
     rates = finder.results["lr"]
+    if not any(map(math.isfinite, losses)):
+        raise UsageError(
+            f"expected a training loss that is a number, found {len(losses)} that are not finite, the first "
+            "one before any step; check the data and the initial weights"
+        )
     return RangeResult(tuple(rates), tuple(losses), steepest_fall(rates, losses))
 
 
 def steepest_fall(rates: Sequence[float], losses: Sequence[float]) -> float | None:
     """Finds the rate of the steepest fall of the loss over the logarithm of the rate; None if it never falls.
 
-    Lightning takes the slope over the rate itself, and nearly always finds noise at the smallest rates.
+    A fall within rounding is none. Lightning takes the slope over the rate itself, and nearly always finds
+    noise at the smallest rates.
 
     Args:
         rates: increasing by the same factor.
@@ -112,9 +127,11 @@ def steepest_fall(rates: Sequence[float], losses: Sequence[float]) -> float | No
     steps = [step for step in range(_SETTLING_STEPS, len(losses)) if math.isfinite(losses[step])]
     if len(steps) < 2:
         return None
-    slopes = np.gradient([losses[step] for step in steps], np.log([rates[step] for step in steps]))
+    x, y = np.log([rates[step] for step in steps]), np.array([losses[step] for step in steps])
+    slopes = np.gradient(y, x)
     steepest = int(slopes.argmin())
-    return rates[steps[steepest]] if slopes[steepest] < 0 else None
+    fall = -slopes[steepest] * np.gradient(x)[steepest]  # in one step
+    return rates[steps[steepest]] if fall > _ROUNDING * abs(y[steepest]) else None
 
 
 @contextmanager

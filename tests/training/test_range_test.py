@@ -59,9 +59,18 @@ class Watched(SlideGrader):
         ]
 
 
-def run(root: Path, tried: RangeTest, accumulate: int = 1, **options: Any) -> tuple[Watched, RangeResult]:
+class Lost(Watched):
+    """Has no finite loss."""
+
+    def training_step(self, *args: Any) -> torch.Tensor:
+        return super().training_step(*args) * math.nan
+
+
+def run(
+    root: Path, tried: RangeTest, kind: type[Watched] = Watched, accumulate: int = 1, **options: Any
+) -> tuple[Watched, RangeResult]:
     torch.manual_seed(0)
-    grader = Watched(small_spec(), transfer=WarmRestart(backbone_lr_scale=0.25), **options)
+    grader = kind(small_spec(), transfer=WarmRestart(backbone_lr_scale=0.25), **options)
     trainer = pl.Trainer(
         accelerator="cpu",
         logger=False,
@@ -109,6 +118,17 @@ def test_every_group_keeps_its_rate_relative_to_the_new_layers(tmp_path: Path) -
 def test_weights_that_rest_have_a_level_loss(tmp_path: Path) -> None:
     _, result = run(tmp_path, RangeTest(1e-12, 1e-11, STEPS))
     assert result.losses == pytest.approx([result.losses[0]] * STEPS, rel=1e-5)
+    assert result.suggestion is None
+
+
+def test_gradients_of_several_batches_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"expected trainer\.accumulate_grad_batches 1, not 2"):
+        run(tmp_path, RangeTest(1e-4, 1e-1, STEPS), accumulate=2)
+
+
+def test_losses_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"found {STEPS} that are not finite"):
+        run(tmp_path, RangeTest(1e-4, 1e-1, STEPS), Lost)
 
 
 def test_the_steepest_fall_is_per_factor_of_the_rate() -> None:
@@ -118,6 +138,8 @@ def test_the_steepest_fall_is_per_factor_of_the_rate() -> None:
     losses[55:] = math.nan
     assert steepest_fall(rates.tolist(), losses.tolist()) == pytest.approx(1e-3)
     assert steepest_fall(rates.tolist(), np.arange(61.0).tolist()) is None
+    level = 1.5 + 1e-7 * np.random.default_rng(0).normal(size=61)
+    assert steepest_fall(rates.tolist(), level.tolist()) is None
     assert steepest_fall(rates[:11].tolist(), losses[:11].tolist()) is None
 
 
