@@ -298,11 +298,12 @@ class Backbone(nn.Module):
 
         The keys are names in ``net``, e.g. ``layer1`` to ``layer4`` of a ResNet after its stem.
         """
-        listed = getattr(self.net, "feature_info", None)
-        if not listed:
-            return dict(self.net.named_children())
-        names = dict.fromkeys(entry["module"] for entry in listed)
-        return {name: self.net.get_submodule(name) for name in names}
+        listed = getattr(self.net, "feature_info", None) or ()
+        modules = dict(
+            self.net.named_modules()
+        )  # of Twins, MViT and others timm lists some that are not there
+        names = dict.fromkeys(entry["module"] for entry in listed if entry["module"] in modules)
+        return {name: modules[name] for name in names} or dict(self.net.named_children())
 
 
 def _config(network: nn.Module) -> dict[str, Any]:

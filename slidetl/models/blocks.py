@@ -19,6 +19,27 @@ def batch_norms(module: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     return [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)]
 
 
+def channel_axis(shape: Sequence[int]) -> int | None:
+    """Finds the axis of the channels of maps ``[N, C, H, W]`` or ``[N, H, W, C]``.
+
+    The maps are of square tiles, or of cubes, so the other sides are equal. timm tells the layout of a whole
+    network, which its modules do not keep. None if all sides are equal, or no others.
+    """
+    is_first, is_last = len(set(shape[2:])) == 1, len(set(shape[1:-1])) == 1
+    return None if is_first == is_last else 1 if is_first else len(shape) - 1
+
+
+def leading_tokens(tokens: int, prefix: int) -> int | None:
+    """Counts the class and register tokens at the beginning of ``tokens``: ``prefix``, or 0 without them.
+
+    The others are a square grid. None if both or neither would be.
+    """
+    with_them, without = (n > 0 and math.isqrt(n) ** 2 == n for n in (tokens - prefix, tokens))
+    if not prefix:
+        return 0
+    return None if with_them == without else prefix if with_them else 0
+
+
 def pretrained_backbone(backbone: Backbone) -> Backbone:
     """Builds another backbone of the same specification, with the pretrained weights.
 

@@ -30,6 +30,8 @@ from slidetl.errors import (
     describe_failure,
 )
 from slidetl.models.backbones import Backbone, weights_sha256
+from slidetl.models.blocks import channel_axis, leading_tokens
+from slidetl.models.penalties import recorded
 from slidetl.models.precision import has_bfloat16
 from slidetl.models.runner import Rates, Runner
 from slidetl.models.spec import BackboneSpec
@@ -70,7 +72,7 @@ class OtherTilesWarning(UserWarning):
 
 
 class BlockEmbedder:
-    """A backbone with outputs of inner blocks, averaged over space.
+    """A backbone with outputs of inner blocks, averaged over space: of maps and of patch tokens.
 
     A context manager: on exit it removes its hooks from the network.
 
@@ -79,7 +81,8 @@ class BlockEmbedder:
         blocks: names of modules within it, e.g. ``blocks.3`` or ``layer3``.
 
     Raises:
-        UsageError: there is no such block; the message lists the available ones.
+        UsageError: there is no such block; the message lists the available ones. When called, that an output
+            has no axes of space, or that they cannot be told.
     """
 
     def __init__(self, backbone: Backbone, blocks: Sequence[str] = ()) -> None:
@@ -91,8 +94,7 @@ class BlockEmbedder:
                 )
         self._backbone = backbone
         self._outputs: dict[str, Tensor] = {}
-        self._is_channels_last = getattr(backbone.net, "output_fmt", "NCHW") == "NHWC"
-        self._prefix_tokens = int(getattr(backbone.net, "num_prefix_tokens", 0))
+        self._means: dict[str, Callable[[Tensor], Tensor]] = {}
         self._blocks = tuple(blocks)
         self._hooks = [modules[block].register_forward_hook(self._keep(block)) for block in blocks]
 
@@ -106,27 +108,58 @@ class BlockEmbedder:
             hook.remove()
 
     def __call__(self, tiles: Tensor) -> dict[str, Tensor]:
-        """Embeds tiles of a backbone: ``[n, D] float32`` by block, the final ones under ``""``."""
+        """Embeds square tiles of a backbone: ``[n, D] float32`` by block, the final ones under ``""``."""
+        if self._blocks and not self._means:
+            self._means = self._find_means(tiles[:1])
         self._outputs = {}
         last: Tensor = self._backbone(tiles)
         return {"": last.float(), **{block: self._outputs[block] for block in self._blocks}}
 
     def _keep(self, block: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            # Averaged at once: later layers may change the output in place.
-            self._outputs[block] = self._average(output, block)
+            if self._means:
+                # Averaged at once: later layers may change the output in place.
+                self._outputs[block] = self._means[block](output.float())
 
         return hook
 
-    def _average(self, output: Any, block: str) -> Tensor:
-        if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4, 5):
+    def _find_means(self, tile: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Finds the axes of space of each block's output for one tile."""
+        outputs: dict[str, Any]
+        with recorded(self._backbone, self._blocks) as outputs:
+            self._backbone(tile)
+        return {block: self._find_mean(block, outputs[block], tile) for block in self._blocks}
+
+    def _find_mean(self, block: str, output: Any, tile: Tensor) -> Callable[[Tensor], Tensor]:
+        if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4, 5) or len(output) != 1:
             raise UsageError(
-                f"the output of block {block!r} is no map, no tokens and no vector; choose another"
+                f"the output of block {block!r} is no map, no tokens and no vector of a tile; choose another"
             )
-        if output.ndim >= 4:
-            maps = output.float()
-            return maps.mean((1, 2)) if self._is_channels_last else maps.flatten(2).mean(2)
-        return output.float() if output.ndim == 2 else output[:, self._prefix_tokens :].float().mean(1)
+        if output.ndim == 2:
+            return lambda vectors: vectors
+        if output.ndim == 3:
+            prefix = int(getattr(self._backbone.net, "num_prefix_tokens", 0))
+            first = leading_tokens(output.shape[1], prefix)
+            if first is not None:
+                return lambda tokens: tokens[:, first:].mean(1)
+        else:
+            axis = channel_axis(output.shape) or self._axis_at_twice_the_size(block, tile)
+            if axis is not None:
+                axes = [other for other in range(1, output.ndim) if other != axis]
+                return lambda maps: maps.mean(axes)
+        raise UsageError(
+            f"the output of block {block!r} of {self._backbone.spec.name} is {list(output.shape)} for a tile "
+            f"{list(tile.shape)}: its axes of space cannot be told; choose another block"
+        )
+
+    def _axis_at_twice_the_size(self, block: str, tile: Tensor) -> int | None:
+        """Finds the axis of channels by a larger tile, as of maps that have as many channels as rows."""
+        try:
+            with recorded(self._backbone, [block]) as outputs:
+                self._backbone(tile.new_zeros((*tile.shape[:2], *(2 * side for side in tile.shape[2:]))))
+        except (AssertionError, RuntimeError, UsageError):  # a network of one size
+            return None
+        return channel_axis(outputs[block].shape)
 
 
 def block_names(backbone: Backbone) -> tuple[str, ...]:

@@ -86,8 +86,8 @@ def find_rate(
         # Lightning's finder takes the loss of one of these batches, divided by their number, for a step's.
         raise UsageError(
             f"a range test makes a step of each batch; expected trainer.accumulate_grad_batches 1, not "
-            f"{trainer.accumulate_grad_batches}: leave it out here, and keep model.lr_scale_with_batch for a "
-            "rate that holds for larger steps"
+            f"{trainer.accumulate_grad_batches}: leave it out here; a rate found with "
+            "model.lr_scale_with_batch holds for larger steps"
         )
     with _rates_in_proportion(grader), _without_hyper_parameters(grader):
         finder = Tuner(trainer).lr_find(

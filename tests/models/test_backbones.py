@@ -128,6 +128,12 @@ def test_every_family_takes_other_tiles_and_channels_trains_and_scripts_after_it
     assert len(backbone.blocks()) >= 4
 
 
+def test_blocks_are_children_where_timm_lists_modules_that_are_not_there() -> None:
+    with torch.device("meta"):
+        backbone = Backbone(BackboneSpec("twins_svt_small"))
+    assert list(backbone.blocks())[:3] == ["patch_embeds", "pos_drops", "blocks"]
+
+
 def test_gradient_checkpointing_changes_memory_and_nothing_else() -> None:
     tiles = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     gradients, kept = [], []

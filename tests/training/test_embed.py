@@ -13,16 +13,18 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from slidetl.cli import main
 from slidetl.cli.progress import Progress
 from slidetl.errors import CacheMismatchError, CacheMissingError, SlidetlError, UsageError
 from slidetl.models.backbones import Backbone, weights_sha256
+from slidetl.models.penalties import recorded
 from slidetl.models.runner import Runner
 from slidetl.models.spec import BackboneSpec
 from slidetl.tiles.features import list_features, read_features, read_source, write_features
@@ -391,6 +393,70 @@ def test_tokens_and_channels_last_maps_are_averaged_over_space(name: str, block:
     assert outputs[block].shape == (2, features)
     torch.testing.assert_close(outputs[block], maps[0].mean((2, 3)), atol=1e-4, rtol=1e-4)
     assert not dict(backbone.net.named_modules())[block]._forward_hooks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "side", "block", "channels_last"),
+    [
+        ("resnet18", 256, "layer1", False),  # 64 channels at 64 x 64
+        ("swin_tiny_patch4_window7_224", 64, "patch_embed.proj", False),
+        ("swin_tiny_patch4_window7_224", 64, "layers.0", True),
+        ("vit_tiny_patch16_224", 64, "patch_embed", True),
+        ("volo_d1_224", 224, "network.0", True),
+    ],
+)
+def test_the_layout_of_each_block_is_found(name: str, side: int, block: str, channels_last: bool) -> None:
+    torch.manual_seed(0)
+    backbone = Backbone(BackboneSpec(name)).eval()
+    tiles = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
+    with torch.inference_mode(), recorded(backbone, [block]) as maps:
+        with BlockEmbedder(backbone, [block]) as embedder:
+            found = embedder(tiles)[block]
+        backbone(tiles)
+    expected = maps[block].mean((1, 2) if channels_last else (2, 3))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+class Named(nn.Module):
+    """Stands for a network of square tiles with outputs of several forms."""
+
+    pretrained_cfg: ClassVar = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    num_prefix_tokens = 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one_size, self.windows, self.unused = nn.Identity(), nn.Identity(), nn.Identity()
+        self.patches, self.with_class, self.crowd = nn.Identity(), nn.Identity(), nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] != 8:
+            raise RuntimeError("one size alone")
+        self.one_size(x.repeat(1, 3, 1, 1)[:, :8])
+        self.windows(torch.cat([x, x]))
+        tokens = x.flatten(2).transpose(1, 2)
+        self.patches(tokens)
+        self.with_class(torch.cat([1000 + tokens[:, :1], tokens], 1))
+        self.crowd(tokens[:, :12])
+        return x.mean((2, 3))
+
+
+def test_patches_are_no_class_tokens_and_what_cannot_be_told_is_refused() -> None:
+    backbone = Backbone(small_spec()).eval()
+    backbone.net = Named()
+    tiles = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    with torch.inference_mode(), BlockEmbedder(backbone, ["patches", "with_class"]) as embedder:
+        found = embedder(tiles)
+    torch.testing.assert_close(found["patches"], found[""])
+    torch.testing.assert_close(found["with_class"], found[""])
+    for block, says in {
+        "one_size": r"is \[1, 8, 8, 8\] for a tile \[1, 3, 8, 8\]: its axes of space cannot be told",
+        "crowd": r"is \[1, 12, 3\] for a tile",
+        "windows": "no vector of a tile",
+        "unused": "never called as a whole",
+    }.items():
+        with BlockEmbedder(backbone, [block]) as embedder, pytest.raises(UsageError, match=says):
+            embedder(tiles)
 
 
 @pytest.mark.slow
