@@ -29,7 +29,7 @@ def similarity(
             random network.
         data: folder of 'slidetl tile'; tile images and slides first.
         output: folder for similarity.png and similarity.csv.
-        backbone: name of the network, instead of the first checkpoint's.
+        backbone: name of the network, instead of the checkpoints'.
         pretrained: with ``backbone``, the meaning of 'pretrained': imagenet, hub, zoo://NAME or a file.
         options: tiles and noise floor.
     """

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from slidetl.analysis.similarity import Similarity, linear_cka, pwcca, rbf_cka, svcca
 from slidetl.data.study import common_spec, find_slides, open_cache
-from slidetl.errors import CacheMismatchError, UsageError
+from slidetl.errors import CacheMismatchError, CheckpointError, UsageError
 from slidetl.files import replaced, write_csv
 from slidetl.models.backbones import Backbone, without_downloads
 from slidetl.models.runner import channels_first
@@ -101,17 +102,17 @@ def compare_networks(
         after: networks.
         cache_dir: the folder written by ``slidetl tile``.
         options: tiles, seed and noise floor.
-        spec: the backbone; None takes the one of the first checkpoint.
+        spec: the backbone of ``pretrained`` and ``random``; None takes the one of the checkpoints.
         on_step: called with a progress message for each network and comparison.
 
     Returns:
         Points, curve by curve, lowest layer first.
 
     Raises:
-        UsageError: no or unequally many networks, no checkpoint or specification, no common layer, or no
-            such slide.
+        UsageError: no or unequally many networks, no checkpoint or specification, checkpoints of several
+            backbones without one, no common layer, or no such slide.
         CacheError: there is no cache, or its tiles differ from a checkpoint's.
-        CheckpointError, WeightsError: a network cannot be loaded.
+        CheckpointError, WeightsError: a network cannot be loaded, or did not begin from its ``pretrained``.
     """
     if not after or len(before) != len(after):
         raise UsageError(
@@ -131,7 +132,7 @@ def compare_networks(
     if spec is None:
         if not checkpoints:
             raise UsageError("without a checkpoint it is not known which network is meant; give --backbone")
-        trained = next(iter(checkpoints.values()))
+        trained = _only_kind(checkpoints, PRETRAINED in names)
         spec, offline = trained.spec, without_downloads({"architecture": trained.architecture})
     tiles = _draw_tiles(caches, options.tiles, seed)
     layers: dict[str, Layers] = {}
@@ -139,6 +140,12 @@ def compare_networks(
         for name in names:
             on_step(f"embedding {len(tiles)} tiles with {name}")
             backbone = checkpoints.get(name) or _build(name, spec, seed)
+            backbone.check_network()
+            if name == PRETRAINED:
+                pairs = zip(before, after, strict=True)
+                _check_beginning(
+                    backbone, {b: checkpoints[b] for a, b in pairs if a == name and b in checkpoints}
+                )
             layers[name] = embed_layers(backbone, tiles, options.batch_size)
     curves = [
         *zip(before, after, strict=True),
@@ -259,6 +266,39 @@ def _load_checkpoint(name: str, tile_spec: TileSpec, allow: Sequence[str]) -> Ba
         difference = describe_difference(tile_spec, grader.tile_spec)
         raise CacheMismatchError(f"{name} was trained on other tiles: {difference}")
     return grader.network.backbone
+
+
+def _only_kind(checkpoints: Mapping[str, Backbone], same_weights: bool) -> Backbone:
+    """Returns a backbone of the checkpoints if one built like it stands for all of them before training."""
+    (name, first), *others = checkpoints.items()
+
+    def kind(backbone: Backbone) -> tuple[BackboneSpec, object]:
+        weights = backbone.spec.pretrained if same_weights else PRETRAINED
+        unlike = {"channels_last": True, "gradient_checkpointing": False, "pretrained": weights}
+        return replace(backbone.spec, **unlike), backbone.architecture
+
+    for other, backbone in others:
+        if kind(backbone) != kind(first):
+            raise UsageError(
+                f"expected checkpoints of one backbone, as '{PRETRAINED}' and '{RANDOM}' are one network: "
+                f"{name} has {first.spec.name} from {first.spec.pretrained!r}, {other} {backbone.spec.name} "
+                f"from {backbone.spec.pretrained!r}, or other options of it; compare one at a time, or give "
+                "--backbone"
+            )
+    return first
+
+
+def _check_beginning(pretrained: Backbone, trained: Mapping[str, Backbone]) -> None:
+    """Checks that trainings began from these weights, of which the file may have changed since."""
+    own = pretrained.lineage[0]
+    for name, backbone in trained.items():
+        about = f"'{PRETRAINED}' is {pretrained.spec.pretrained!r} with sha256 {own[:12]}..., and {name} "
+        if not backbone.lineage:
+            warnings.warn(f"{about}records none: nothing shows that it began there", stacklevel=3)
+        elif own not in backbone.lineage:
+            raise CheckpointError(
+                f"{about}began from weights with {backbone.lineage[0][:12]}...; name their file in its place"
+            )
 
 
 def _build(name: str, spec: BackboneSpec, seed: int) -> Backbone:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,12 @@ import torch
 from safetensors.torch import save_file
 
 from slidetl.analysis.similarity import linear_cka
-from slidetl.errors import CacheMismatchError, UsageError
+from slidetl.errors import CacheMismatchError, CheckpointError, UsageError
 from slidetl.models.backbones import Backbone
 from slidetl.models.spec import BackboneSpec
 from slidetl.tiles.store import SlideCache
+from slidetl.training.checkpoint import write_grader
+from slidetl.training.grader import SlideGrader
 from slidetl.training.options import SimilarityOptions
 from slidetl.training.similarity import (
     EMBEDDING,
@@ -126,6 +129,45 @@ def test_what_cannot_be_compared_is_refused(study: Study, trained: Path, tmp_pat
         compare_networks(["random"], [str(checkpoint)], cache, SimilarityOptions(tiles=8), spec=other)
     with pytest.raises(UsageError, match="at least 4 tiles"):
         compare_networks(["random"], ["pretrained"], cache, SimilarityOptions(tiles=3), spec=small_spec())
+
+
+@pytest.mark.slow
+def test_pretrained_is_what_each_training_began_from(study: Study, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    save_file(packed(Backbone(SPEC).net.state_dict()), tmp_path / "other.safetensors")
+    of_other = replace(SPEC, pretrained=str(tmp_path / "other.safetensors"))
+
+    def trained_from(name: str, spec: BackboneSpec, starts: bool = True) -> str:
+        grader = SlideGrader(spec)
+        if starts:
+            grader.network.backbone.load_pretrained()
+        write_grader(tmp_path / name, grader, {"backbone": asdict(spec)})
+        return str(tmp_path / name)
+
+    a, b = trained_from("a.ckpt", SPEC), trained_from("b.ckpt", of_other)
+    scratch = trained_from("scratch.ckpt", SPEC, starts=False)
+    grey = trained_from("grey.ckpt", replace(SPEC, in_channels=1))
+
+    def compare(
+        before: list[str], after: list[str], spec: BackboneSpec | None = None
+    ) -> set[tuple[str, str]]:
+        options = SimilarityOptions(tiles=8, permutations=1)
+        points = compare_networks(before, after, study.cache, options, spec=spec)
+        return {(point.first, point.second) for point in points}
+
+    with pytest.raises(UsageError, match=r"expected checkpoints of one backbone, .*b\.ckpt mobilenet"):
+        compare(["pretrained", "pretrained"], [a, b])
+    with pytest.raises(UsageError, match="expected checkpoints of one backbone"):
+        compare(["random", "random"], [a, grey])
+    assert compare(["random", "random"], [a, b]) == {("random", a), ("random", b), (a, b)}
+    assert ("pretrained", a) in compare(["pretrained", "random"], [a, b], SPEC)
+    with pytest.warns(UserWarning, match=r"scratch\.ckpt records none"):
+        assert ("pretrained", scratch) in compare(["pretrained", "random"], [scratch, a])
+    with pytest.raises(CheckpointError, match=r"b\.ckpt began from weights with"):
+        compare(["pretrained"], [b], SPEC)
+    save_file(packed(Backbone(SPEC).net.state_dict()), tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match=r"b\.ckpt began from weights with"):
+        compare(["pretrained"], [b])
 
 
 @pytest.mark.slow
