@@ -344,7 +344,9 @@ class SlideDataModule(pl.LightningDataModule):
                 "give data.features as that training had it"
             )
 
-    def check_features(self, sha256: str, trains_backbone: bool, width: int) -> str:
+    def check_features(
+        self, sha256: str, trains_backbone: bool, width: int, network: tuple[str, str] | None
+    ) -> str:
         """Refuses stored features unfit for a training.
 
         Args:
@@ -352,6 +354,8 @@ class SlideDataModule(pl.LightningDataModule):
                 features; empty for a backbone that only stands for stored features.
             trains_backbone: if the training changes them.
             width: length of its embeddings.
+            network: name of the backbone and hash of its configuration, as of a :class:`FeatureSource`; None
+                if it only stands for stored features.
 
         Returns:
             The identity of the features.
@@ -382,6 +386,11 @@ class SlideDataModule(pl.LightningDataModule):
                 f"data.features {self.features!r} are of weights {found.short_identity}, the training starts "
                 f"from {sha256[:12]}...; run 'slidetl embed' with the same backbone and pretrained weights, "
                 "and let the strategy start from them"
+            )
+        if network is not None and not found.may_be(*network):
+            raise UsageError(
+                f"data.features {self.features!r} are of {found.backbone}, the backbone is {network[0]}, "
+                "with equal weights but another architecture; use the backbone that made them"
             )
         return found.identity
 

@@ -735,6 +735,18 @@ def weights_sha256(module: nn.Module) -> str:
     return hashlib.sha256(f"{sha256} {module.spec.pooling}".encode()).hexdigest()
 
 
+def architecture_sha256(backbone: Backbone) -> str:
+    """Computes the SHA-256 of the configuration of a network of the hub or a folder; empty for others.
+
+    It covers what decides on the network alone, so that copies with other remarks agree.
+    """
+    if backbone.architecture is None:
+        return ""
+    found = backbone.architecture
+    decides = [found["architecture"], found["model_args"], found["pretrained_cfg"].get("global_pool")]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
 def state_sha256(state: Mapping[str, Tensor]) -> str:
     """Computes the SHA-256 of named tensors: names, dtypes, shapes and bytes, in the order of the names."""
     digest = hashlib.sha256()

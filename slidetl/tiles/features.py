@@ -58,6 +58,8 @@ class FeatureSource:
         precision: ``float32`` or ``bfloat16``, of the network; :data:`NOT_STATED` for imported features,
             with an empty hash and no mean and std. Not part of the identity: the two agree to
             about two digits, and several machines may embed one cohort.
+        architecture: of a network of the hub or a folder, the SHA-256 of its configuration
+            (:func:`slidetl.models.backbones.architecture_sha256`); empty for timm's own, and in older caches.
     """
 
     backbone: str
@@ -68,6 +70,7 @@ class FeatureSource:
     precision: str = "float32"
     pooling: str = "default"
     record: str = ""
+    architecture: str = ""
 
     def to_attributes(self) -> dict[str, Any]:
         """Returns plain JSON values."""
@@ -76,7 +79,7 @@ class FeatureSource:
     @classmethod
     def from_attributes(cls, attributes: Mapping[str, Any]) -> Self:
         """Inverts :meth:`to_attributes`."""
-        defaults = {"pooling": "default", "record": ""}  # older caches do not have them
+        defaults = {"pooling": "default", "record": "", "architecture": ""}  # older caches do not have them
         values: dict[str, Any] = {name: {**defaults, **attributes}[name] for name in cls.__dataclass_fields__}
         return cls(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
 
@@ -92,7 +95,19 @@ class FeatureSource:
 
     def same_network(self, other: Self) -> bool:
         """Returns True if both are of one network and block, at any precision."""
-        return (self.block, self.identity) == (other.block, other.identity)
+        is_equal = (self.block, self.identity) == (other.block, other.identity)
+        return is_equal and self.may_be(other.backbone, other.architecture)
+
+    def may_be(self, backbone: str, architecture: str) -> bool:
+        """Returns False for another architecture: equal weights may have other activations.
+
+        Names of the hub and of folders tell nothing without a hash, nor do timm's tags of weights.
+        """
+        if self.architecture and architecture:
+            return self.architecture == architecture
+        if ":" in self.backbone + backbone:
+            return True
+        return self.backbone.partition(".")[0] == backbone.partition(".")[0]
 
 
 def record_path(cache_dir: Path, sha256: str) -> Path:
@@ -162,9 +177,9 @@ def common_source(name: str, caches: Sequence[SlideCache]) -> FeatureSource:
         source = read_source(cache, name)
         if not source.same_network(first):
             raise CacheMismatchError(
-                f"features {name!r} of {cache.slide_id} are of other weights "
-                f"({source.short_identity}) than those of {caches[0].slide_id} "
-                f"({first.short_identity}); run 'slidetl embed --overwrite' for all"
+                f"features {name!r} of {cache.slide_id} are of another network or other weights "
+                f"({source.backbone}, {source.short_identity}) than those of {caches[0].slide_id} "
+                f"({first.backbone}, {first.short_identity}); run 'slidetl embed --overwrite' for all"
             )
         first = first if first.record else source
     return first

@@ -29,7 +29,7 @@ from slidetl.errors import (
     UsageError,
     describe_failure,
 )
-from slidetl.models.backbones import Backbone, weights_sha256
+from slidetl.models.backbones import Backbone, architecture_sha256, weights_sha256
 from slidetl.models.blocks import channel_axis, leading_tokens
 from slidetl.models.penalties import recorded
 from slidetl.models.precision import has_bfloat16
@@ -226,6 +226,7 @@ def embed_cache(
         precision=str(dtype).removeprefix("torch."),
         pooling=spec.pooling,
         record=store_record(cache_dir, StudyRecord.from_dict(backbone.record)) if backbone.record else "",
+        architecture=architecture_sha256(backbone),
     )
     sources = {
         feature_name(options.name or _short_name(spec.name), block): FeatureSource(
@@ -428,8 +429,9 @@ def _is_stored(cache: SlideCache, sources: Mapping[str, FeatureSource]) -> bool:
             is_stored = False  # of a version that kept no record
         if not stored.same_network(source):
             raise CacheMismatchError(
-                f"{cache.path}: features {name!r} are there from other weights "
-                f"({stored.weights_sha256[:12]}..., now {source.weights_sha256[:12]}...); "
+                f"{cache.path}: features {name!r} are there from other weights or another network "
+                f"({stored.backbone}, {stored.short_identity}, now {source.backbone}, "
+                f"{source.short_identity}); "
                 "store these under another --name, or replace them with --overwrite"
             )
     return is_stored

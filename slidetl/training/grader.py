@@ -21,7 +21,7 @@ from slidetl.data.record import StudyRecord, read_record
 from slidetl.data.tasks import Task
 from slidetl.errors import CacheMismatchError, UsageError
 from slidetl.models.aggregators import GatedAttention, Pooling
-from slidetl.models.backbones import Backbone, read_pretrained, weights_sha256
+from slidetl.models.backbones import Backbone, architecture_sha256, read_pretrained, weights_sha256
 from slidetl.models.heads import CumulativeLink, Head
 from slidetl.models.lora import without_low_rank
 from slidetl.models.network import GradingNetwork
@@ -205,7 +205,8 @@ class SlideGrader(pl.LightningModule):
         if self._data is not None and self._data.feature_source is not None:
             backbone = self.network.backbone
             trains = any(weight.requires_grad for weight in backbone.parameters())
-            self._features_sha256 = self._data.check_features(sha256, trains, backbone.num_features)
+            network = None if backbone.is_stored else (backbone.spec.name, architecture_sha256(backbone))
+            self._features_sha256 = self._data.check_features(sha256, trains, backbone.num_features, network)
 
     @property
     def _weights(self) -> str:

@@ -274,8 +274,8 @@ def _only_kind(checkpoints: Mapping[str, Backbone], same_weights: bool) -> Backb
 
     def kind(backbone: Backbone) -> tuple[BackboneSpec, object]:
         weights = backbone.spec.pretrained if same_weights else PRETRAINED
-        unlike = {"channels_last": True, "gradient_checkpointing": False, "pretrained": weights}
-        return replace(backbone.spec, **unlike), backbone.architecture
+        alike = replace(backbone.spec, pretrained=weights, channels_last=True, gradient_checkpointing=False)
+        return alike, backbone.architecture
 
     for other, backbone in others:
         if kind(backbone) != kind(first):

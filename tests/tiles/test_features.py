@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 from slidetl.errors import CacheCorruptError, CacheMismatchError, CacheMissingError, UsageError
 from slidetl.tiles.features import (
     FeatureSource,
+    common_source,
     feature_name,
     list_features,
     read_features,
@@ -169,6 +172,29 @@ def test_names_that_are_no_folder_are_refused(name: str) -> None:
 def test_blocks_have_names_of_their_own() -> None:
     assert feature_name("resnet18", "layer3") == "resnet18.layer3"
     assert feature_name("mobilenetv2_100") == "mobilenetv2_100"
+
+
+def test_equal_weights_of_another_architecture_are_another_network() -> None:
+    clip = replace(SOURCE, backbone="vit_base_patch16_clip_224")
+    assert not clip.same_network(replace(clip, backbone="vit_base_patch16_clip_quickgelu_224"))
+    assert clip.same_network(replace(clip, backbone="vit_base_patch16_clip_224.openai"))
+    folder, hub = (replace(SOURCE, backbone=name) for name in ("local-dir:/models/a", "hf-hub:lab/a"))
+    assert not replace(folder, architecture="a").same_network(replace(folder, architecture="b"))
+    assert replace(folder, architecture="a").same_network(replace(hub, architecture="a"))
+    # Caches of an earlier version have the name alone.
+    assert folder.same_network(replace(hub, architecture="a")) and clip.same_network(hub)
+    attributes = clip.to_attributes()
+    del attributes["architecture"]
+    assert FeatureSource.from_attributes(attributes) == clip
+
+
+def test_slides_of_two_architectures_have_no_common_network(cache: SlideCache) -> None:
+    write_features(cache, {"told": (SOURCE, values(len(cache)))})
+    other = shutil.copytree(cache.path, cache.path.with_name("other.zarr"))
+    of_other = SlideCache.open(other)
+    write_features(of_other, {"told": (replace(SOURCE, backbone="resnet18d"), values(len(cache)))})
+    with pytest.raises(CacheMismatchError, match=r"another network or other weights \(resnet18d, aaaa"):
+        common_source("told", [cache, of_other])
 
 
 def test_a_write_that_was_killed_leaves_nothing_in_the_way(cache: SlideCache) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import re
@@ -162,6 +163,23 @@ def test_another_pooling_is_another_network_and_is_recorded(cache_dir: Path, tmp
     assert (token.shape[1], found.shape[1]) == (64, 128)
     np.testing.assert_array_equal(found[:, :64], token)
     assert [read_source(cache, name).pooling for name in ("test_vit", "both")] == ["default", "token+mean"]
+
+
+def test_equal_weights_with_other_activations_are_another_network(cache_dir: Path, tmp_path: Path) -> None:
+    path, specs = tmp_path / "w.pth", []
+    for arguments in ({}, {"act_layer": "quick_gelu"}):  # written as on the hub
+        folder = tmp_path / f"model{len(arguments)}"
+        folder.mkdir()
+        known = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 160, 160]}
+        about = {"architecture": "test_vit", "model_args": arguments, "pretrained_cfg": known}
+        (folder / "config.json").write_text(json.dumps(about))
+        specs.append(BackboneSpec(f"local-dir:{folder}", str(path)))
+    torch.save(Backbone(specs[0]).net.state_dict(), path)
+    options = EmbedOptions(name="vit", device="cpu", slides=(opened(cache_dir)[0].slide_id,))
+    assert embed_cache(cache_dir, specs[0], options)[0].is_new
+    assert not embed_cache(cache_dir, specs[0], options)[0].is_new
+    with pytest.raises(CacheMismatchError, match=r"or another network \(local-dir:.*model0.*model1"):
+        embed_cache(cache_dir, specs[1], options)
 
 
 def test_a_damaged_slide_costs_itself(cache_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

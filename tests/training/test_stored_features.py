@@ -89,6 +89,21 @@ def test_features_of_other_weights_are_refused(
 
 
 @pytest.mark.slow
+def test_features_of_another_architecture_with_equal_weights_are_refused(
+    embedded: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(embedded.cache, tmp_path / "cache")
+    for path in (tmp_path / "cache").glob("*.zarr"):
+        cache = SlideCache.open(path)
+        source = replace(read_source(cache, "plain"), backbone=f"{SMALL}_silu")
+        write_features(cache, {"plain": (source, read_features(cache, "plain"))})
+    study = Study(embedded.manifest, tmp_path / "cache")
+    options = [*study.options(tmp_path), "--data.features=plain", "--trainer.max_epochs=1"]
+    assert main(["fit", *options]) == 2
+    assert f"are of {SMALL}_silu, the backbone is {SMALL}, with equal weights" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_training_goes_on_with_the_features_that_it_began_with(
     embedded: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
