@@ -196,12 +196,13 @@ def _say_site(pattern: Pattern) -> dict[str, Any] | None:
     found = pattern.site
     if found is None:
         return None
-    if not isinstance(found.share, Interval) or found.p is None:
+    if not isinstance(found.share, Interval):
         return {
             "stands_out": False,
             "text": f"Most at {found.site}: {100 * found.share:.0f} % of it if all sites had as much tissue "
             f"({100 * found.chance:.0f} % if they are alike); too few patients at a site for an interval.",
         }
+    assert found.p is not None  # it comes with the interval
     differs = found.p < 0.05
     return {
         "stands_out": differs,
