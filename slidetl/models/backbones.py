@@ -23,7 +23,7 @@ from slidetl.models import conv_stem
 from slidetl.models.cbr import CBR
 from slidetl.models.huggingface import convert_dinov2, is_dinov2
 from slidetl.models.packaged import check_packaged, packaged_weights
-from slidetl.models.presets import Preset, preset_of, tile_warnings
+from slidetl.models.presets import preset_of, tile_warnings
 from slidetl.models.spec import CONV3D, PUBLISHED, BackboneSpec
 from slidetl.models.stored import NO_NETWORK, PREFIX, StoredFeatures
 from slidetl.models.tensors import check_finite, is_state, load_tensors
@@ -449,7 +449,7 @@ def _not_found(name: str, wanted: str, error: Exception) -> WeightsError:
     )
 
 
-def _timm_network(name: str, spec: BackboneSpec, **options: Any) -> nn.Module:
+def _timm_network(name: str, spec: BackboneSpec, classes: int = 0, **options: Any) -> nn.Module:
     import timm
 
     if ":" not in name and not timm.is_model(name):
@@ -467,7 +467,7 @@ def _timm_network(name: str, spec: BackboneSpec, **options: Any) -> nn.Module:
     any_size: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
     for number, size in enumerate(any_size):
         try:
-            network: nn.Module = timm.create_model(name, **{**options, "num_classes": 0, **size})
+            network: nn.Module = timm.create_model(name, **{**options, "num_classes": classes, **size})
         except TypeError as error:
             if number + 1 < len(any_size):
                 continue
@@ -475,6 +475,12 @@ def _timm_network(name: str, spec: BackboneSpec, **options: Any) -> nn.Module:
                 f"{spec.name} cannot be built with {', '.join(sorted(options))}: {error}"
             ) from error
         except (OSError, RuntimeError, ValueError, KeyError) as error:
+            if "loading state_dict" in str(error):
+                differences = " ".join(str(error).partition(":")[2].split())
+                raise WeightsError(
+                    f"{spec.name}: its weights have other names or shapes than its network: "
+                    f"{differences:.200}; choose the backbone of these weights"
+                ) from error
             wanted = "the published weights" if options.get("pretrained") else "the configuration"
             raise _not_found(spec.name, wanted, error) from error
         break
@@ -515,7 +521,8 @@ def local_weights(name: str) -> Path | None:
     return None
 
 
-_HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # timm's names for weights, in its order
+# timm's names for weights, in its order
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
 
 
 def _hub_folder(name: str, file: str) -> Path | None:
@@ -580,7 +587,7 @@ def _published_weights(spec: BackboneSpec) -> dict[str, Tensor]:
         raise WeightsError(
             f"no weights were published for {spec.name}; give a file: pretrained: PATH.safetensors"
         )
-    name, options = spec.name, {}
+    name = spec.name
     path = packaged_weights(name)
     if path is not None:
         return _packaged_state(path, name)
@@ -591,22 +598,68 @@ def _published_weights(spec: BackboneSpec) -> dict[str, Tensor]:
             "machine; name the backbone and its weights"
         )
     if preset := preset_of(name):
-        return _file_weights(path or _downloaded(preset)).weights
-    if path is not None and name.startswith("hf-hub:") and (path.parent / "config.json").is_file():
-        name = f"local-dir:{path.parent}"
-    elif path is not None and ":" not in name:
-        options = {"pretrained_cfg_overlay": {"file": str(path)}}
-    return dict(_timm_network(name, spec, pretrained=True, **options).state_dict())
+        return _file_weights(path or _downloaded(name, (preset.file,))).weights
+    if path is None and name.startswith("hf-hub:"):
+        path = _downloaded(name, _HUB_FILES)
+    if path is None and ":" in name:
+        raise WeightsError(f"{name}: expected weights there, one of {', '.join(_HUB_FILES)}; found none")
+    return _timm_state(spec, path)
 
 
-def _downloaded(preset: Preset) -> Path:
-    """Downloads the weights of a published pathology backbone."""
+def _timm_state(spec: BackboneSpec, path: Path | None) -> dict[str, Tensor]:
+    """Reads weights under the names of timm's network; from no file it downloads timm's own.
+
+    timm converts their names and shapes. It does so strictly only for the number of classes that the
+    configuration states: for any other one it leaves what the file lacks as drawn at random.
+    """
+    import timm
+
+    name, options = spec.name, {}
+    if about := _architecture(name):
+        name = about["architecture"]
+        options = {**about["model_args"], "pretrained_cfg": about["pretrained_cfg"]}
+        stated = options.get("num_classes", about["pretrained_cfg"].get("num_classes", 1000))
+    else:
+        stated = timm.get_pretrained_cfg_value(name, "num_classes") or 0
+    given = {} if path is None else {"state_dict": _foreign_state(path)}
+    for classes in dict.fromkeys((stated, 0)):  # a file may lack the classifier that is stated
+        options["pretrained_cfg_overlay"] = {**given, "num_classes": classes}
+        try:
+            network = _timm_network(name, spec, classes, pretrained=True, **options)
+        except WeightsError as error:
+            if classes and isinstance(error.__cause__, RuntimeError):
+                continue
+            raise
+        network.reset_classifier(0)  # type: ignore[operator] # timm is untyped
+        return dict(network.state_dict())
+    raise AssertionError("without classes it returns or raises")
+
+
+def _foreign_state(path: Path) -> dict[str, Any]:
+    """Reads the tensors of a file that timm converts, with the weights that its training would evaluate."""
+    from timm.models import clean_state_dict
+
+    found = _safetensors(path)[0] if path.suffix == ".safetensors" else _torch_file(path)
+    if not isinstance(found, dict):
+        raise WeightsError(f"{path}: expected a dictionary of tensors; save the model's state_dict()")
+    parts: list[Any] = [found.get(key) for key in ("state_dict_ema", "model_ema", "state_dict", "model")]
+    return dict(clean_state_dict(next((part for part in parts if part is not None), found)))
+
+
+def _downloaded(name: str, files: Sequence[str]) -> Path:
+    """Downloads weights from the Hugging Face hub: the first of these files that the repository has."""
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    try:
-        return Path(hf_hub_download(preset.name.removeprefix("hf-hub:"), preset.file))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise _not_found(preset.name, "the published weights", error) from error
+    repository, _, revision = name.removeprefix("hf-hub:").partition("@")
+    for file in files:
+        try:
+            return Path(hf_hub_download(repository, file, revision=revision or None))
+        except (EntryNotFoundError, OSError, RuntimeError, ValueError) as error:
+            is_offline = isinstance(error, LocalEntryNotFoundError)
+            if file == files[-1] or is_offline or not isinstance(error, EntryNotFoundError):
+                raise _not_found(name, "the published weights", error) from error
+    raise AssertionError("files are named")
 
 
 def _packaged_state(path: Path, name: str) -> dict[str, Tensor]:
@@ -628,15 +681,7 @@ def _packaged_state(path: Path, name: str) -> dict[str, Tensor]:
 
 def _file_weights(path: Path) -> Pretrained:
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            check_safetensors(path)
-            with safe_open(path, framework="pt") as file:
-                metadata: dict[str, str] = file.metadata() or {}
-                weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise WeightsError(f"{path}: not a readable safetensors file: {error}") from error
+        weights, metadata = _safetensors(path)
         if any(key.startswith(_FIRST_MEMBER) for key in weights):
             return _backbone_of(weights, metadata, path)
         if is_dinov2(weights):
@@ -649,10 +694,7 @@ def _file_weights(path: Path) -> Pretrained:
         }
         return Pretrained(weights, normalisation, (state_sha256(weights),))
     if path.suffix in (".pth", ".pt", ".bin"):
-        try:
-            state = load_tensors(path)
-        except ValueError as error:
-            raise WeightsError(f"{path}: cannot be read as weights only: {error}") from error
+        state = _torch_file(path)
         state = state.get("state_dict", state) if isinstance(state, dict) else state
         if not is_state(state):
             raise WeightsError(f"{path}: expected a dictionary of tensors; save the model's state_dict()")
@@ -662,6 +704,27 @@ def _file_weights(path: Path) -> Pretrained:
     if path.suffix == ".ckpt":
         return _backbone_of_checkpoint(path)
     raise WeightsError(f"{path}: expected a .safetensors, .pth or .ckpt file")
+
+
+def _safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads the tensors of a safetensors file, and its metadata."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        check_safetensors(path)
+        with safe_open(path, framework="pt") as file:
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            return weights, file.metadata() or {}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def _torch_file(path: Path) -> Any:
+    """Reads the plain values and tensors of a file of ``torch.save``."""
+    try:
+        return load_tensors(path)
+    except ValueError as error:
+        raise WeightsError(f"{path}: cannot be read as weights only: {error}") from error
 
 
 def _statistic(path: Path, key: str, text: str) -> list[float]:

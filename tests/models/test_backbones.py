@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from pathlib import Path
 from typing import Any, get_args
 
@@ -252,6 +253,75 @@ def test_hub_models_come_from_the_folder_or_cache_without_a_connection(
         torch.testing.assert_close(backbone.net.state_dict()["cls_token"], stored["cls_token"])
         torch.testing.assert_close(backbone.mean.flatten(), torch.tensor([0.7, 0.5, 0.7]))
         assert backbone(tiles).shape == (2, 192)
+
+
+def lab_folder(folder: Path, state: dict[str, Any], file: str = "model.safetensors") -> str:
+    """The name of a lab's own ResNet of five classes, in a folder with these weights."""
+    folder.mkdir(parents=True)
+    about = {"mean": [0.5] * 3, "std": [0.5] * 3, "first_conv": "conv1.0", "classifier": "fc"}
+    config = {"architecture": "test_resnet", "num_classes": 5, "pretrained_cfg": about}
+    (folder / "config.json").write_text(json.dumps(config))
+    if file.endswith(".safetensors"):
+        save_file(state, folder / file)
+    else:
+        torch.save(state, folder / file)
+    return f"local-dir:{folder}"
+
+
+def test_weights_of_a_folder_fill_the_whole_network(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = timm.create_model("test_resnet", num_classes=5).state_dict()
+    headless = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    for name, given, file in (
+        ("whole", state, "model.safetensors"),
+        ("headless", headless, "model.safetensors"),  # though its configuration states five classes
+        ("training", {"state_dict": {f"module.{k}": v for k, v in state.items()}}, "pytorch_model.bin"),
+    ):
+        backbone = Backbone(BackboneSpec(lab_folder(tmp_path / name, given, file), "hub"))
+        backbone.load_pretrained()
+        found = backbone.net.state_dict()
+        assert found.keys() == headless.keys()
+        assert all(torch.equal(value, state[key]) for key, value in found.items())
+    half = {key: value for key, value in state.items() if not key.startswith(("layer3", "layer4"))}
+    for name, given, file in (
+        ("half", half, "model.safetensors"),
+        ("prefix", {f"backbone.{key}": value for key, value in state.items()}, "model.safetensors"),
+        ("other", {"x": torch.zeros(2)}, "pytorch_model.bin"),
+        ("shape", {**state, "fc.weight": torch.zeros(7, 256)}, "model.safetensors"),
+    ):
+        backbone = Backbone(BackboneSpec(lab_folder(tmp_path / name, given, file), "hub"))
+        with pytest.raises(
+            WeightsError, match="its weights have other names or shapes than its net"
+        ) as caught:
+            backbone.load_pretrained()
+        assert "\n" not in str(caught.value)
+    (tmp_path / "half" / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"expected weights there, one of model\.safetensors, pytorch"):
+        Backbone(BackboneSpec(f"local-dir:{tmp_path / 'half'}", "hub")).load_pretrained()
+
+
+def test_weights_of_a_folder_or_cache_do_not_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = timm.create_model("test_resnet", num_classes=5).state_dict()
+    lab = tmp_path / "lab"
+    name = lab_folder(lab, state, "plain.bin")
+    snapshot = tmp_path / "hf" / "models--timm--test_resnet.r160_in1k" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
+    for folder in (lab, snapshot):
+        with (
+            zipfile.ZipFile(lab / "plain.bin") as archive,
+            zipfile.ZipFile(folder / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as copy,
+        ):
+            for part in archive.namelist():
+                copy.writestr(part, archive.read(part))
+    for spec in (BackboneSpec(name, "hub"), BackboneSpec("test_resnet", "imagenet")):
+        with pytest.raises(WeightsError, match=r"pytorch_model\.bin: cannot be read .*packed"):
+            Backbone(spec).load_pretrained()
+    (lab / "model.safetensors").write_bytes((2**40).to_bytes(8, "little") + b"{}")
+    with pytest.raises(WeightsError, match="its header has 1099511627776 bytes"):
+        Backbone(BackboneSpec(name, "hub")).load_pretrained()
 
 
 @pytest.mark.slow
