@@ -34,7 +34,8 @@ def export(
             folder.
         no_training_data: export without the training slides; the file then cannot detect unfamiliar slides.
         evidence: predictions (CSV) of slides kept from the training ('slidetl test', or one arm of
-            'slidetl compare'): metrics, temperature and sets of grades are computed from them.
+            'slidetl compare' with the same model and data options, its table being in the folder of the
+            comparison): metrics, temperature and sets of grades are computed from them.
         arm: the arm of ``evidence``, if it has several.
         coverage: wanted share of patients with their grade in the set of grades, 0..1.
         licence: licence of the weights.
@@ -44,6 +45,7 @@ def export(
     from slidetl.processor import postpone_collection
 
     with postpone_collection(of_a_command=True):
+        from slidetl.compare.train_arm import check_arm
         from slidetl.models.backbones import weights_sha256
         from slidetl.publish.evidence import evidence_from
         from slidetl.publish.export import build_network, export_model
@@ -68,6 +70,8 @@ def export(
         if evidence is not None
         else None
     )
+    if evidence is not None and kept is not None and kept.arm:
+        check_arm(evidence, kept.arm, checkpoints, allow)
     if not no_training_data:
         try:
             slides = training_slides(config or _configs(checkpoints), graders, allow)
@@ -104,7 +108,7 @@ def export(
             f"{name} {a:.3f} ({low:.3f} to {high:.3f})" for name, (a, low, high) in kept.figures.items()
         )
         kept_from = (
-            "kept from it" if arm is None else f"graded by the networks of arm {arm}, not by this file"
+            f"graded by the networks of arm {kept.arm}, not by this file" if kept.arm else "kept from it"
         )
         print(f"{kept.slides} slides of {kept.patients} patients {kept_from}: {', '.join(metrics)}")
     for name, difference in worst.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import shutil
@@ -14,9 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.compare.plan import FORMAT_VERSION, Job
+from slidetl.errors import UsageError
 from slidetl.training.predictions import SlidePrediction
 from slidetl.version import VERSION
 
+JOBS = "jobs"  # folder of the jobs in the output of a comparison
 _ABOUT, _RESULT, _EMBEDDINGS = "job.json", "result.json", "embeddings.npy"
 
 
@@ -128,6 +131,24 @@ def write_result(job: Job, result: JobResult, building: Path, finished: Path) ->
     if finished.exists():  # it was there, but damaged
         shutil.rmtree(finished)
     work.rename(finished)
+
+
+def read_recipe(table: Path, arm: str) -> dict[str, Any]:
+    """Reads the recipe of an arm from the record beside the predictions of a comparison.
+
+    Raises:
+        UsageError: there is no such record.
+    """
+    try:
+        jobs = csv.DictReader((table.parent / "jobs.csv").read_text(encoding="utf-8").splitlines())
+        key = next((row["key"] for row in jobs if row["arm"] == arm), "")
+        recipe = json.loads((table.parent / JOBS / key / _ABOUT).read_text(encoding="utf-8"))["recipe"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{table}: no record of arm {arm!r} beside it, so nothing shows which networks these are; "
+            f"name the table in the folder of 'slidetl compare', with jobs.csv and {JOBS}/"
+        ) from error
+    return dict(recipe)
 
 
 def has_results(folder: Path) -> bool:

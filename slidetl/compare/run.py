@@ -11,7 +11,7 @@ from slidetl.compare.aggregate import ComparisonResult, combine
 from slidetl.compare.config import Comparison
 from slidetl.compare.plan import Job, plan_and_audit, plan_jobs, read_slides, refuse_seen
 from slidetl.compare.pool import Workplace, run_here, run_on_cluster
-from slidetl.compare.records import JobResult, has_results, read_result
+from slidetl.compare.records import JOBS, JobResult, has_results, read_result
 from slidetl.compare.tables import write_tables
 from slidetl.data.study import Study
 from slidetl.errors import UsageError
@@ -21,7 +21,7 @@ from slidetl.processor import postpone_collection, usable_cores
 from slidetl.tiles.lock import slide_lock
 from slidetl.version import VERSION
 
-_JOBS, _REGISTRATION = "jobs", "registration.json"
+_REGISTRATION = "registration.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ def run_comparison(
         SlidetlError: as :func:`plan_comparison`.
     """
     output = output.absolute()
-    folder = output / _JOBS
+    folder = output / JOBS
     folder.mkdir(parents=True, exist_ok=True)
     trained = {job.arm: job.recipe["fit"] for job in plan.jobs if "fit" in job.recipe}
     if trained:  # imported here: it takes seconds
@@ -143,7 +143,7 @@ def report_comparison(plan: Plan, output: Path) -> ComparisonResult:
     Raises:
         UsageError: no arm is complete.
     """
-    found = {job.key: read_result(output / _JOBS, job.key) for job in plan.jobs}
+    found = {job.key: read_result(output / JOBS, job.key) for job in plan.jobs}
     return _aggregate(plan, output, found, {})
 
 
@@ -162,7 +162,7 @@ def record_registration(comparison: Comparison, output: Path) -> None:
             f"registered: expected a file outside the output folder, not {registered}: the run writes the "
             "SHA-256 there itself; name a file that you commit before the run"
         )
-    if not has_results(output / _JOBS):
+    if not has_results(output / JOBS):
         about = {"sha256": comparison.sha256, "registered": registered, "found": found}
         output.mkdir(parents=True, exist_ok=True)
         write_whole(output / _REGISTRATION, json.dumps(about, indent=1) + "\n")

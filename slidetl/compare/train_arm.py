@@ -25,7 +25,7 @@ from pytorch_lightning.callbacks import Callback
 from slidetl.analysis.similarity import linear_cka
 from slidetl.compare.config import EPOCHS, LENGTH, with_values
 from slidetl.compare.plan import Job
-from slidetl.compare.records import CurvePoint, JobResult, predictions_from
+from slidetl.compare.records import CurvePoint, JobResult, predictions_from, read_recipe
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.datasets import network_input
 from slidetl.data.study import listed
@@ -39,6 +39,7 @@ from slidetl.models.network import GradingNetwork
 from slidetl.models.tensors import save_tensors
 from slidetl.tiles.features import read_features
 from slidetl.tiles.store import SlideCache
+from slidetl.training.checkpoint import read_checkpoint
 from slidetl.training.configured import build_grader, build_trainer, parse_training, quiet
 from slidetl.training.drift import distances
 from slidetl.training.evaluation import NOT_FINITE, ChunkedEvaluation, Evaluation
@@ -50,6 +51,8 @@ from slidetl.training.similarity import embed_layers
 # difference means nothing, and the shorter training has drifted less.
 _PLATEAU = 0.02
 _SIMILARITY_TILES = 512
+_DATA_OF_A_NETWORK = ("bag_size", "batch_size", "augmentation", "sampling", "features", "tasks")
+_SPEED = ("channels_last", "gradient_checkpointing")  # options of a backbone that leave its result
 _START, _LAST = "start", "last"  # names of the weights that are kept
 
 
@@ -68,6 +71,59 @@ def check_configs(configs: Mapping[str, Mapping[str, Any]], allow: Sequence[str]
             parse_training(config, ("0", "1"), 0, allow)
         except UsageError as error:
             raise UsageError(f"arm {arm!r}: {error}") from error
+
+
+def check_arm(table: Path, arm: str, checkpoints: Sequence[Path], allow: Sequence[str] = ()) -> None:
+    """Refuses predictions of an arm that says nothing of checkpoints: its networks are others.
+
+    Args:
+        table: predictions in the folder of a comparison.
+        arm: its name.
+        checkpoints: of ``slidetl fit``, each with the model and data options of a trial of the arm.
+        allow: names outside slidetl that these may import.
+
+    Raises:
+        UsageError: there is no record of the arm, or it has other options, or no network.
+    """
+    recipe = read_recipe(table, arm)
+    if "fit" not in recipe:
+        raise UsageError(
+            f"{table}: arm {arm!r} is no network that 'slidetl fit' trains: it says nothing of a checkpoint"
+        )
+    for path in checkpoints:
+        checkpoint = read_checkpoint(path, allow)
+        model, options = checkpoint["hyper_parameters"], checkpoint.get("options")
+        data = options["data"] if options else None  # an older checkpoint has none
+        found = _deciding(model, data or {}, model, allow)
+        trials = [with_values(recipe["fit"], trial) for trial in recipe["trials"]]
+        wanted = [_deciding(trial["model"], trial["data"], model, allow) for trial in trials]
+        differences = [
+            [
+                f"{name} {found[name]}, the arm {one[name]}"
+                for name in one
+                if found[name] != one[name] and (data is not None or not name.startswith("data."))
+            ]
+            for one in wanted
+        ]
+        if fewest := min(differences, key=len):
+            raise UsageError(
+                f"{table}: arm {arm!r} says nothing of {path}, which has {'; '.join(fewest):.500}; train it "
+                "with the options of the arm, or name another arm"
+            )
+
+
+def _deciding(
+    model: Mapping[str, Any], data: Mapping[str, Any], like: Mapping[str, Any], allow: Sequence[str]
+) -> dict[str, Any]:
+    """Returns the options of a training that decide on its network, with their defaults, by dotted name."""
+    kept = {name: data[name] for name in _DATA_OF_A_NETWORK if name in data}
+    grades = like.get("grades", ("0", "1"))
+    parsed = parse_training({"model": model, "data": kept, "trainer": {}}, grades, 0, allow)
+    options = {f"model.{name}": value for name, value in parsed.model.as_dict().items()}
+    options |= {f"data.{name}": parsed.data.as_dict()[name] for name in _DATA_OF_A_NETWORK}
+    backbone = options.pop("model.backbone")
+    options |= {f"model.backbone.{name}": value for name, value in backbone.items() if name not in _SPEED}
+    return options
 
 
 def train_job(

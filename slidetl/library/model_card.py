@@ -44,7 +44,7 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The grading of held-out slides, by the model or the models of its other folds.
+    """The grading of held-out slides, by the model or by networks of the same configuration.
 
     Attributes:
         slides, patients: numbers of graded ones.
@@ -55,6 +55,8 @@ class Evidence:
         quantile: a grade is in the set while the score of the set up to it is at most this; see
             :mod:`slidetl.evaluation.conformal`.
         predictions_sha256: of the predictions behind these numbers.
+        arm: of the comparison whose networks graded the slides, trained like the model on other patients;
+            empty if the model did.
     """
 
     slides: int
@@ -64,6 +66,7 @@ class Evidence:
     coverage: float
     quantile: float
     predictions_sha256: str
+    arm: str = ""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -50,9 +50,10 @@ def evidence_from(
         arm: of a comparison.
 
     Raises:
-        UsageError: no such table, too few graded patients in it, several arms and none named, a table of
-            an older ``slidetl compare`` with calibrated probabilities alone, or predictions on another scale,
-            of another checkpoint, of slides of its training or choice, or of arms on another study.
+        UsageError: no such table, too few graded patients in it, several arms and none named, several sizes
+            of the training part, a table of an older ``slidetl compare`` with calibrated probabilities alone,
+            or predictions on another scale, of another checkpoint, of slides of its training or choice, or of
+            arms on another study. :func:`slidetl.compare.train_arm.check_arm` compares the arm.
     """
     if not 0 < coverage < 1:
         raise UsageError(f"expected a coverage between 0 and 1, not {coverage}")
@@ -65,6 +66,8 @@ def evidence_from(
         if arm is not None and arm not in arms:
             raise UsageError(f"{path}: has no arm {arm!r}, only {', '.join(arms) or 'a single table'}")
         rows = [row for row in rows if row["grade"] and (arm is None or row["arm"] == arm)]
+        if len({row.get("train_slides") for row in rows}) > 1:
+            raise UsageError(f"{path}: of smaller training parts; expected predictions.csv of the comparison")
         repeats = sorted({row["repeat"] for row in rows if "repeat" in row}, key=int)
         rows = [row for row in rows if not repeats or row["repeat"] == repeats[0]]
         if lost := [row["slide_id"] for row in rows if row.get("reason")]:
@@ -122,6 +125,7 @@ def evidence_from(
         coverage=coverage,
         quantile=sets.quantile,
         predictions_sha256=hashlib.sha256(content).hexdigest(),
+        arm=arms[0] if arm is None and arms else arm or "",
     )
 
 

@@ -39,6 +39,8 @@ from slidetl.errors import CacheMismatchError, UsageError
 from slidetl.evaluation.calibration import fit_temperature, with_temperature
 from slidetl.evaluation.classical import fit_grader
 from slidetl.evaluation.protocol import Fold, canonical_sha256, plan_folds
+from slidetl.library.model_card import ModelCard
+from slidetl.models.tensors import load_tensors, save_tensors
 from slidetl.tiles.features import FeatureSource, read_features, write_features
 from slidetl.training.checkpoint import load_grader
 from slidetl.training.predictions import SlidePrediction
@@ -298,6 +300,48 @@ def test_weights_and_features_of_graded_patients_are_refused(
     scratch = {"fit": {"model": {**SCRATCH["model"], "backbone": {"pretrained": best}}}}
     comparison = read_comparison(configuration(study, tmp_path, arms={"scratch": scratch, **PRIOR}))
     refuse_seen(comparison, plan_comparison(comparison).jobs, read_slides(comparison))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*temperature of 20 slides:UserWarning")  # two epochs teach little
+def test_an_arm_is_evidence_of_a_checkpoint_of_its_configuration_alone(
+    compared: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = trained / "logs" / "version_0" / "checkpoints" / "best.ckpt"
+    words = ["--output", str(tmp_path / "m.pt"), "--no-training-data", "--evidence"]
+
+    def export(checkpoint: Path, table: Path, *arm: str) -> tuple[int, str]:
+        code = main(["export", str(checkpoint), *words, str(table), *arm])
+        found = capsys.readouterr()
+        return code, found.out + found.err
+
+    alone = tmp_path / "alone.csv"
+    lines = (compared / "predictions.csv").read_text().splitlines()
+    alone.write_text("\n".join([lines[0], *(line for line in lines if line.startswith("scratch,"))]) + "\n")
+    for checkpoint, path, arm, said in (
+        (best, compared / "predictions.csv", ("--arm", "prior"), "arm 'prior' is no network"),
+        (best, compared / "predictions_smaller.csv", (), "arm 'prior' is no network"),
+        (best, compared / "predictions.csv", ("--arm", "scratch"), "which has model.transfer "),
+        (best, alone, (), "no record of arm 'scratch' beside it"),
+    ):
+        code, text = export(checkpoint, path, *arm)
+        assert code == 2 and said in text and not (tmp_path / "m.pt").exists()
+
+    def scratch(bag_size: int) -> Path:
+        """The checkpoint as a training with the options of the arm leaves it, but for the bags."""
+        checkpoint = load_tensors(best)
+        checkpoint["hyper_parameters"]["transfer"] = {"class_path": "slidetl.models.transfer.Scratch"}
+        checkpoint["options"]["data"]["bag_size"] = bag_size
+        save_tensors(tmp_path / "scratch.ckpt", checkpoint)
+        return tmp_path / "scratch.ckpt"
+
+    code, text = export(scratch(8), compared / "predictions.csv", "--arm", "scratch")
+    assert code == 2 and "which has data.bag_size 8, the arm 4; train it with the options" in text
+    shutil.copy(alone, compared / "alone.csv")  # of one arm, which need not be named
+    code, text = export(scratch(4), compared / "alone.csv")
+    assert code == 0 and "graded by the networks of arm scratch, not by this file" in text
+    evidence = ModelCard.of_file(tmp_path / "m.pt").evidence
+    assert evidence is not None and evidence.arm == "scratch" and evidence.slides == 20
 
 
 @pytest.mark.slow

@@ -50,7 +50,11 @@ def test_evidence_of_a_comparison_is_of_the_uncalibrated_network(tmp_path: Path)
         expected = evidence_from(written(tmp_path / "plain.csv", plain), {SHA: record}, 3)
     with pytest.warns(UserWarning, match="temperature of 60 slides, 20, is at a bound: .* say nothing"):
         found = evidence_from(written(tmp_path / "compared.csv", compared), {SHA: record}, 3)
-    assert replace(found, predictions_sha256="") == replace(expected, predictions_sha256="")
+    assert (found.arm, expected.arm) == ("warm", "")  # whether or not it is named
+    assert replace(found, predictions_sha256="", arm="") == replace(expected, predictions_sha256="")
+    sizes = [row | {"train_slides": size} for row in compared for size in (8, 16)]
+    with pytest.raises(UsageError, match="of smaller training parts"):
+        evidence_from(written(tmp_path / "sizes.csv", sizes), {SHA: record}, 3)
     older = [{key: row[key] for key in row if not key.startswith("uncalibrated")} for row in compared]
     with pytest.raises(UsageError, match="expected columns uncalibrated_0"):
         evidence_from(written(tmp_path / "older.csv", older), {SHA: record}, 3)

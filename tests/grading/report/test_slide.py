@@ -86,6 +86,11 @@ def test_says_what_the_model_said_and_what_it_is(graded: Graded, card: ModelCard
     path = write_slide_report(graded(), point, tmp_path / "older", "s1")
     text = Page(path.read_text()).text
     assert "QWK 1.00 (the same in all resamples)" in text and "[1.00" not in text
+    assert "50 patients kept from the training" in text
+    arm = dataclasses.replace(card, evidence=dataclasses.replace(card.evidence, arm="warm"))
+    text = Page(write_slide_report(graded(), arm, tmp_path / "arm", "s1").read_text()).text
+    assert "graded by networks trained alike on other patients (arm warm of a comparison), not by" in text
+    assert "kept from the training" not in text
 
 
 def test_says_what_speaks_against_the_grade(graded: Graded, card: ModelCard, tmp_path: Path) -> None:
