@@ -71,7 +71,7 @@ class BagDataset(Dataset[Bag]):
 
     Args:
         slides: graded slides.
-        bag_size: tiles drawn per slide without replacement; slides with fewer are padded.
+        bag_size: tiles drawn per slide without replacement; slides with fewer are padded with repeats.
         augmentation: applied to each tile, or None.
         seed: seed of the draws and the augmentation.
         sampling: probabilities of the tiles.
@@ -132,10 +132,12 @@ class BagDataset(Dataset[Bag]):
         return bag
 
     def _read(self, cache: SlideCache, drawn: NDArray[np.int64], seed: int) -> NDArray[Any]:
-        """Reads the drawn tiles, augmented and padded with black to the size of a bag."""
+        """Reads the drawn tiles, augmented; they are repeated up to the size of a bag.
+
+        Batch norm sees padding too: tiles of the slide leave its statistics alone, as black would not.
+        """
         spec = cache.spec
-        nothing = int(spec.window_hu[0]) if spec.is_volume else 0
-        bag = np.full((self.bag_size, *spec.tile_shape), nothing, spec.dtype)
+        bag = np.empty((self.bag_size, *spec.tile_shape), spec.dtype)
         changes = self.augmentation.draw(len(drawn), seed) if self.augmentation is not None else None
 
         def fill(places: NDArray[np.intp]) -> None:
@@ -151,6 +153,8 @@ class BagDataset(Dataset[Bag]):
             fill(parts[0])
         else:
             list(_pool(os.getpid(), self.threads).map(fill, parts))  # waits, and raises their errors
+        for place in range(len(drawn), self.bag_size):
+            bag[place] = bag[place - len(drawn)]
         return bag
 
     def _attention(self, number: int) -> NDArray[np.float32] | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from slidetl.data.augment import Augmentation
 from slidetl.data.datasets import BagDataset, ChunkDataset, EpochSampler
@@ -41,7 +42,25 @@ def test_bag_draws_without_replacement_and_pads(study: Study) -> None:
     assert bag["mask"].tolist() == [True] * n + [False] * 5
     every = slide.cache.read(np.arange(n))
     np.testing.assert_array_equal(bag["tiles"][:n].permute(0, 2, 3, 1).numpy(), every)
-    assert not bag["tiles"][n:].any()
+    np.testing.assert_array_equal(bag["tiles"][n:], bag["tiles"][:5])
+
+
+@pytest.mark.parametrize("augmentation", [None, Augmentation()])
+def test_padding_leaves_the_statistics_of_a_batch_alone(
+    study: Study, augmentation: Augmentation | None
+) -> None:
+    """Filled up with black, two thirds of what batch norm counted were no tissue."""
+    (slide,) = slides(study, 1)
+    n = len(slide.cache)
+    norms = []
+    for size in (n, 3 * n):
+        bag = BagDataset([slide], size, augmentation, seed=0)[(0, 0)]
+        norm = nn.BatchNorm2d(3, momentum=None).double()
+        norm(bag["tiles"].double())
+        norms.append(norm)
+    assert norms[0].running_mean is not None and norms[1].running_mean is not None
+    torch.testing.assert_close(norms[1].running_mean, norms[0].running_mean)
+    torch.testing.assert_close(norms[1].running_var, norms[0].running_var, rtol=1e-3, atol=0)
 
 
 def test_threads_read_the_same_bags(study: Study) -> None:
