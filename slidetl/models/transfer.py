@@ -294,9 +294,11 @@ class _SharedRepresentation(TransferStrategy):
             _check_positive("backbone_lr_scale", self.backbone_lr_scale)
 
     def start(self, backbone: Backbone) -> None:
-        """Loads the pretrained weights, or leaves the random ones."""
+        """Loads the pretrained weights, or leaves the random ones, with the normalisation of the others."""
         if self.start_from == "pretrained":
             backbone.load_pretrained()
+        else:
+            copy_normalisation(pretrained_backbone(backbone), backbone)
 
     def set_training_mode(self, backbone: Backbone, epoch: int = 0) -> None:
         """Keeps the stored batch-norm statistics of a pretrained start."""

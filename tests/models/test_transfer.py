@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from slidetl.errors import UsageError
@@ -35,7 +36,7 @@ from slidetl.publish.export import build_network, export_model
 from slidetl.publish.model_file import load_model
 from slidetl.training.drift import distances
 from tests.contracts.strategy import Bags, StrategyContract, batch, is_pretrained, make_grader
-from tests.small import small_spec
+from tests.small import SMALL, small_spec, small_weights
 
 
 def batch_norms(module: nn.Module) -> list[nn.Module]:
@@ -251,6 +252,21 @@ class TestSharedWeightsFromRandom(StrategyContract):
             self.strategy.after_step(network, reference, groups, 0.0)["weights"].item() for _ in range(3)
         ]
         assert apart[1:] == pytest.approx([apart[0] * 0.8**2, apart[0] * 0.8**4], rel=1e-4)  # 1 - lr alpha
+
+    def test_sees_tiles_as_the_network_that_it_is_drawn_to(self, tmp_path: Path) -> None:
+        path = tmp_path / "w.safetensors"
+        statistics = {"mean": "[0.7, 0.58, 0.71]", "std": "[0.21, 0.23, 0.18]"}
+        save_file(load_file(small_weights()), path, statistics)
+        backbone = Backbone(BackboneSpec(SMALL, str(path)))
+        before = weights_sha256(backbone.net)
+        self.strategy.start(backbone)
+        reference = self.strategy.reference(backbone)
+        assert reference is not None and weights_sha256(backbone.net) == before
+        assert torch.equal(backbone.mean, reference.backbone.mean) and backbone.mean[
+            0, 0
+        ].item() == pytest.approx(0.7)
+        assert torch.equal(backbone.std, reference.backbone.std)
+        assert backbone.lineage == reference.backbone.lineage != ()
 
 
 class TestSharedActivations(StrategyContract):
