@@ -14,7 +14,7 @@ from torch.nn.functional import mse_loss
 
 from slidetl.errors import CheckpointError, UsageError
 from slidetl.models.backbones import Backbone, weights_sha256
-from slidetl.models.blocks import batch_norms
+from slidetl.models.blocks import batch_norms, channel_axis
 from slidetl.models.network import GradingNetwork
 
 Shape = Literal["linear", "cosine"]
@@ -145,6 +145,7 @@ def activation_distance(
     expected: Mapping[str, Tensor],
     mask: Tensor,
     attention: Mapping[str, Tensor],
+    backbone: Backbone,
 ) -> Tensor:
     """Sums the squared differences of activations over layers, a mean over the slides of a batch.
 
@@ -152,16 +153,19 @@ def activation_distance(
     tiles counts, so neither padding nor the split of slides over processes changes the result.
 
     Args:
-        found: activations ``[B*N, C, ...]`` (or ``[B*N, T, C]``, tokens) by layer; they get the gradient.
+        found: activations by layer, maps ``[B*N, C, ...]`` or ``[B*N, ..., C]``, tokens ``[B*N, T, C]`` or
+            vectors; they get the gradient.
         expected: activations of the reference.
         mask: ``[B, N]`` bool, False for padding.
         attention: ``[C]`` by layer; missing layers weigh their channels alike.
+        backbone: the network of the layers.
     """
     share = (mask / (mask.sum(1, keepdim=True) * len(mask))).flatten()  # [B*N], sums to one
     total = share.new_zeros(())
     for layer, activation in found.items():
         squares = mse_loss(_wide(activation), _wide(expected[layer]), reduction="none")
-        squares = squares.movedim(_channel_axis(squares), 1).flatten(2) if squares.ndim > 2 else squares
+        if squares.ndim > 2:
+            squares = squares.movedim(_axis_of_channels(squares, backbone), 1).flatten(2)
         by_channel = squares.mean(2) if squares.ndim == 3 else squares  # [B*N, C]
         by_tile = by_channel @ attention[layer] if layer in attention else by_channel.mean(1)
         total = total + by_tile.masked_fill(share == 0, 0.0) @ share.to(by_tile.dtype)
@@ -172,8 +176,12 @@ def _wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def _channel_axis(activation: Tensor) -> int:
-    return 2 if activation.ndim == 3 else 1  # tokens [N, T, C], images [N, C, H, W]
+def _axis_of_channels(activation: Tensor, backbone: Backbone) -> int:
+    """Returns the axis of the channels; of maps with equal sides as timm tells it of the network."""
+    if activation.ndim <= 3:
+        return activation.ndim - 1  # tokens [N, T, C], vectors [N, C]
+    is_last = getattr(backbone.net, "output_fmt", "NCHW") == "NHWC"
+    return channel_axis(activation.shape) or (activation.ndim - 1 if is_last else 1)
 
 
 def channel_attention(
@@ -226,7 +234,7 @@ def channel_attention(
     for layer in layers:
         with recorded(reference.backbone, [layer]) as found, torch.no_grad():
             classifier.embed(batches[0][0])
-        axis = _channel_axis(found[layer])
+        axis = _axis_of_channels(found[layer], reference.backbone)
         rises = []
         for channel in range(found[layer].shape[axis]):
             with _silenced(reference.backbone, layer, axis, channel), torch.no_grad():

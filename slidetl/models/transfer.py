@@ -468,7 +468,9 @@ class SharedActivations(_SharedRepresentation):
         """Computes ``activations``."""
         found = super().penalties(network, reference, seen, progress)
         expected = reference.activations(seen.tiles.flatten(0, 1), tuple(seen.activations), network.backbone)
-        distance = activation_distance(seen.activations, expected, seen.mask, reference.attention)
+        distance = activation_distance(
+            seen.activations, expected, seen.mask, reference.attention, network.backbone
+        )
         weight = ramp(self.weight, self.weight_end, self.schedule, progress)
         return {**found, "activations": weight * distance}
 

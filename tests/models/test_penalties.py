@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
 from slidetl.errors import UsageError
@@ -53,7 +55,12 @@ def tiles_and_mask(n_slides: int = 2) -> tuple[Tensor, Tensor]:
 
 
 def activation_penalty(strategy: SharedActivations, network: GradingNetwork, reference: Reference) -> Tensor:
-    tiles, mask = tiles_and_mask()
+    return activation_penalty_of(strategy, network, reference, *tiles_and_mask())
+
+
+def activation_penalty_of(
+    strategy: SharedActivations, network: GradingNetwork, reference: Reference, tiles: Tensor, mask: Tensor
+) -> Tensor:
     with recorded(network.backbone, strategy.watched(network.backbone)) as activations:
         network.embed(tiles)
     return strategy.penalties(network, reference, Seen(tiles, mask, activations), 0.0)["activations"]
@@ -138,7 +145,9 @@ def test_penalties_of_half_precision_are_computed_in_single() -> None:
     assert distance.dtype == torch.float32 and distance.item() == 1001
     activation = torch.full((1, 4, 2, 2), 1 + 1 / 128, dtype=torch.bfloat16)
     mask = torch.ones(1, 1, dtype=torch.bool)
-    found = activation_distance({"a": activation}, {"a": torch.zeros_like(activation)}, mask, {})
+    found = activation_distance(
+        {"a": activation}, {"a": torch.zeros_like(activation)}, mask, {}, two_layers(0)
+    )
     assert found.dtype == torch.float32 and found.item() == (1 + 1 / 128) ** 2
 
 
@@ -168,19 +177,21 @@ def test_what_padding_holds_does_not_count() -> None:
     here, there = (torch.randn(6, 5, 4, 4, generator=generator) for _ in range(2))
     mask = torch.tensor([[True, True, False], [True, True, True]])
     attention = {"l": torch.softmax(torch.randn(5, generator=generator), 0)}
-    found = activation_distance({"l": here}, {"l": there}, mask, attention)
+    found = activation_distance({"l": here}, {"l": there}, mask, attention, two_layers(0))
     by_tile = ((here - there) ** 2).mean((2, 3)) @ attention["l"]
     assert found.item() == pytest.approx(((by_tile[:2].mean() + by_tile[3:].mean()) / 2).item(), rel=1e-6)
     here[2] = float("nan")
-    assert activation_distance({"l": here}, {"l": there}, mask, attention).item() == found.item()
+    assert (
+        activation_distance({"l": here}, {"l": there}, mask, attention, two_layers(0)).item() == found.item()
+    )
 
 
-@pytest.mark.parametrize("shape", [(6, 5), (6, 7, 5), (6, 5, 4, 4)])
+@pytest.mark.parametrize("shape", [(6, 5), (6, 7, 5), (6, 5, 4, 4), (6, 4, 4, 5)])
 def test_equal_attention_is_the_plain_mean_for_vectors_tokens_and_images(shape: tuple[int, ...]) -> None:
     here, there = torch.randn(shape), torch.randn(shape)
     mask = torch.ones(2, 3, dtype=torch.bool)
-    plain = activation_distance({"l": here}, {"l": there}, mask, {})
-    alike = activation_distance({"l": here}, {"l": there}, mask, {"l": torch.full((5,), 0.2)})
+    plain = activation_distance({"l": here}, {"l": there}, mask, {}, two_layers(0))
+    alike = activation_distance({"l": here}, {"l": there}, mask, {"l": torch.full((5,), 0.2)}, two_layers(0))
     assert plain.item() == pytest.approx((here - there).square().mean().item(), rel=1e-5)
     assert alike.item() == pytest.approx(plain.item(), rel=1e-5)
 
@@ -204,6 +215,43 @@ def test_equal_weights_cost_exactly_nothing_whatever_norm_and_dropout_do(batch_s
         assert torch.equal(value, kept[name]), name
     moved = not torch.equal(backbone.net.state_dict()["3.running_mean"], kept["3.running_mean"])
     assert moved == batch_statistics
+
+
+def test_channels_of_maps_that_have_them_last_are_weighed() -> None:
+    """Maps of Swin are ``[N, H, W, C]``: the rows of the image had been weighed."""
+    backbones = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        backbone = Backbone(small_spec())
+        swin: dict[str, Any] = {
+            "img_size": 32,
+            "embed_dim": 8,  # as many as rows: only the network tells
+            "depths": (1, 1),
+            "num_heads": (1, 2),
+            "window_size": 4,
+        }
+        backbone.net, backbone.num_features = SwinTransformer(num_classes=0, **swin), 16
+        backbones.append(backbone)
+    reference = Reference(backbones[0])
+    network = GradingNetwork(backbones[1], MeanPooling(16), CumulativeLink(16, 5))
+    tiles = torch.randint(0, 256, (1, 2, 3, 32, 32), dtype=torch.uint8)
+    mask = torch.ones(1, 2, dtype=torch.bool)
+    strategy = SharedActivations(layers=("layers.0", "layers.1"))
+    weights = channel_attention(reference, network, strategy.layers, [(tiles, mask, torch.tensor([1]))], 1)
+    assert {layer: len(value) for layer, value in weights.items()} == {"layers.0": 8, "layers.1": 16}
+    kept: list[Tensor] = []
+    for of in (network.backbone, reference.backbone):
+        of.eval().net.get_submodule("layers.0").register_forward_hook(
+            lambda module, inputs, output: kept.append(output)
+        )
+    reference.attention = {"layers.0": torch.eye(8)[3]}
+    with torch.no_grad():
+        found = activation_penalty_of(
+            SharedActivations(layers=("layers.0",)), network, reference, tiles, mask
+        )
+    assert kept[0].shape == (2, 8, 8, 8)
+    expected = (kept[0] - kept[1])[..., 3].square().mean()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_reference_is_nowhere_but_moves_along() -> None:
