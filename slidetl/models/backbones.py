@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from slidetl.errors import ModelFileError, UsageError, WeightsError
 from slidetl.files import check_safetensors
 from slidetl.library.card import WEIGHTS
-from slidetl.library.local import SCHEME, pulled_file
+from slidetl.library.local import SCHEME, pulled_card, pulled_file
 from slidetl.models import conv_stem
 from slidetl.models.cbr import CBR
 from slidetl.models.huggingface import convert_dinov2, is_dinov2
@@ -57,7 +57,7 @@ class Backbone(nn.Module):
         architecture: configuration of a network of the hub or a folder, as plain values; None for others.
         lineage: SHA-256 of the initial weights and their ancestors, nearest first; see :class:`Pretrained`.
         starts_pretrained: True once :meth:`load_pretrained` has replaced all weights.
-        trained_on: tiles of the training that a checkpoint's weights come from; None for other weights.
+        trained_on: tiles of the training of a checkpoint or a model of a library; None for other weights.
         record: of the slides of that training (:class:`slidetl.data.record.StudyRecord`), as plain values;
             None for other weights.
 
@@ -546,7 +546,7 @@ class Pretrained:
         lineage: SHA-256 of the weights and their ancestors, nearest first. For a model exported by slidetl,
             its card's ``weights_sha256`` and ``lineage``; for other weights, of unknown ancestors, their own
             hash (:func:`state_sha256`).
-        trained_on: tiles of their training, of a checkpoint.
+        trained_on: tiles of their training, of a checkpoint or of a model of a library.
         record: of the slides of their training, likewise, as plain values.
     """
 
@@ -569,16 +569,23 @@ def read_pretrained(spec: BackboneSpec) -> Pretrained:
         return Pretrained(weights, {}, (state_sha256(weights),))
     if spec.pretrained.startswith(SCHEME):
         try:
-            path = pulled_file(spec.pretrained.removeprefix(SCHEME), WEIGHTS)
+            name = spec.pretrained.removeprefix(SCHEME)
+            path, card = pulled_file(name, WEIGHTS), pulled_card(name).model
         except (ModelFileError, UsageError) as error:
             raise WeightsError(f"pretrained: {spec.pretrained}: {error}") from error
-    else:
-        path = Path(spec.pretrained)
-        if not path.is_file():
+        found = _file_weights(path)
+        if found.lineage[0] != card.weights_sha256:
             raise WeightsError(
-                f"pretrained: expected 'imagenet', 'hub', 'zoo://NAME' or the path of a "
-                f".safetensors, .pth or .ckpt file, found {spec.pretrained!r}, which is no file"
+                f"pretrained: {spec.pretrained}: its weights have SHA-256 {found.lineage[0]}, its card says "
+                f"{card.weights_sha256}; they are of another network: remove {path.parent} and pull it again"
             )
+        return replace(found, trained_on=card.tile_spec)
+    path = Path(spec.pretrained)
+    if not path.is_file():
+        raise WeightsError(
+            f"pretrained: expected 'imagenet', 'hub', 'zoo://NAME' or the path of a "
+            f".safetensors, .pth or .ckpt file, found {spec.pretrained!r}, which is no file"
+        )
     return _file_weights(path)
 
 

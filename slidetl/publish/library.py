@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from slidetl.errors import ModelFileError, UsageError
+from slidetl.errors import ModelFileError, UsageError, WeightsError
 from slidetl.library.card import CARD, MODEL, WEIGHTS, FileRecord, LibraryCard, check_name, is_name
 from slidetl.library.fields import MAX_CARD_BYTES
 from slidetl.library.local import file_sha256, pulled_card, pulled_file, pulled_folder
@@ -176,6 +176,7 @@ class Library:
                 )
         if ModelCard.of_file(folder / MODEL) != card.model:
             raise ModelFileError(f"{place}: the card differs from the one inside {MODEL}; nothing was pulled")
+        _check_weights(folder / WEIGHTS, card.model, place)
         (folder / CARD).write_bytes(card.to_bytes())
         return folder
 
@@ -211,6 +212,22 @@ class Library:
 
     def _path(self, *parts: str) -> str:
         return "/".join((str(self._root).rstrip("/"), *parts))
+
+
+def _check_weights(path: Path, card: ModelCard, place: str) -> None:
+    """Refuses weights of another network than the card's; a hash in the same card would vouch for them."""
+    from slidetl.models.backbones import read_pretrained  # imports torch
+    from slidetl.models.spec import BackboneSpec
+
+    try:
+        found = read_pretrained(BackboneSpec(pretrained=str(path))).lineage[0]
+    except WeightsError as error:
+        raise ModelFileError(f"{place}/{WEIGHTS}: {error}; nothing was pulled") from error
+    if found != card.weights_sha256:
+        raise ModelFileError(
+            f"{place}/{WEIGHTS}: weights with SHA-256 {found}, the card says {card.weights_sha256}; "
+            "nothing was pulled. Ask whoever keeps the library"
+        )
 
 
 def _save_weights(path: Path, network: Any, card: ModelCard) -> None:

@@ -11,12 +11,13 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from slidetl.errors import ModelFileError, SlidetlError, UsageError, WeightsError
 from slidetl.library.local import pulled_file, pulled_folder
 from slidetl.library.trust import is_trusted
 from slidetl.models.aggregators import MeanPooling
-from slidetl.models.backbones import Backbone, read_pretrained
+from slidetl.models.backbones import Backbone, read_pretrained, state_sha256
 from slidetl.models.spec import BackboneSpec
 from slidetl.publish.export import build_network, export_model
 from slidetl.publish.library import Library
@@ -191,6 +192,37 @@ def test_a_card_that_praises_the_model_more_than_the_file_does_is_refused(
     with pytest.raises(ModelFileError, match=r"differs from the one inside model\.pt"):
         library.pull("lung-2")
     assert list((home / "zoo").iterdir()) == []
+
+
+def test_weights_of_another_network_than_the_model_are_refused(library: Library, home: Path) -> None:
+    """The file agrees with itself, and a changed card with the file: the card of the model tells."""
+    pulled = library.pull("lung-2")
+    own = read_pretrained(BackboneSpec(SMALL, "zoo://lung-2"))
+    assert own.lineage[0] == library.read("lung-2").model.weights_sha256
+    path = entry_of(library) / "weights.safetensors"
+    state = {key: value + 1 if "net." in key else value for key, value in load_file(path).items()}
+    save_file(state, path, {"lineage": json.dumps([state_sha256(state)])})
+    record = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    rewrite(library, lambda card: card["files"].update({"weights.safetensors": record}))
+    for name in ("card.json", "weights.safetensors"):  # pulled by an earlier version
+        shutil.copy(entry_of(library) / name, pulled / name)
+    with pytest.raises(WeightsError, match=r"its card says .* of another network: remove"):
+        read_pretrained(BackboneSpec(SMALL, "zoo://lung-2"))
+    shutil.rmtree(pulled)
+    with pytest.raises(
+        ModelFileError, match=r"weights\.safetensors: weights with SHA-256 .*nothing was pulled"
+    ):
+        library.pull("lung-2")
+    assert not list((home / "zoo").iterdir())
+
+
+def test_a_pulled_model_tells_of_other_tiles(library: Library) -> None:
+    library.pull("lung-2")
+    backbone = Backbone(BackboneSpec(SMALL, "zoo://lung-2"))
+    backbone.load_pretrained()
+    (line,) = backbone.describe_other_tiles(TileSpec(mpp=2, tile_size_px=64))
+    assert line == "zoo://lung-2 was trained on tiles of mpp 4, these have 2"
+    assert not backbone.describe_other_tiles(TileSpec(mpp=4, tile_size_px=64))
 
 
 def test_a_card_names_no_file_elsewhere(library: Library, home: Path) -> None:
