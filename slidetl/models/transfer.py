@@ -369,7 +369,8 @@ class SharedWeights(_SharedRepresentation):
         groups = super().parameter_groups(network, lr, weight_decay)
         for group in groups:
             is_new = id(group["params"][0]) in new
-            group["weight_decay"] = self.beta if is_new and self.decoupled and group["weight_decay"] else 0.0
+            are_kernels = group["params"][0].ndim > 1  # as `_groups` divides them
+            group["weight_decay"] = self.beta if is_new and self.decoupled and are_kernels else 0.0
         return groups
 
     def penalties(self, network: GradingNetwork, reference: Reference, seen: Seen, progress: float) -> Terms:

@@ -233,6 +233,16 @@ class TestWarmRestartStepwise(StrategyContract):
 class TestSharedWeights(StrategyContract):
     strategy = SharedWeights()
 
+    @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
+    def test_beta_decays_new_kernels_whatever_the_weight_decay(self, weight_decay: float) -> None:
+        network = self.network()
+        groups = SharedWeights(beta=0.3).parameter_groups(network, 1e-3, weight_decay)
+        new = {*network.aggregator.parameters(), *network.head.parameters()}
+        for group in groups:
+            for parameter in group["params"]:
+                is_decayed = parameter in new and parameter.ndim > 1
+                assert group["weight_decay"] == (0.3 if is_decayed else 0.0)
+
 
 class TestSharedWeightsInTheLoss(StrategyContract):
     strategy = SharedWeights(decoupled=False, parameters="all", alpha=0.1, alpha_end=0.0, schedule="cosine")
