@@ -386,7 +386,7 @@ def create_app(studio: Studio) -> FastAPI:
             project=project,
             ways=ways,
             epochs=rounds,
-            is_ready=_is_ready(project),
+            is_ready=_is_ready(project, project.check()),
             curve=fitted.target if fitted is not None else "",
             is_live=fitted is not None and fitted.is_active,
             **jobs_of(project, "train"),
@@ -394,15 +394,17 @@ def create_app(studio: Studio) -> FastAPI:
 
     @app.post("/p/{name}/train")
     def start(request: Request, project: ProjectOf, form: FormOf) -> Response:
-        if not _is_ready(project):
+        checked = project.check()
+        if not _is_ready(project, checked):
             raise Refused(say("train.not_ready"))
         preset, epochs = _one(form, "preset"), _whole(_one(form, "epochs"), 30)
         if preset not in presets.PRESETS:
             raise Refused(say("train.bad"))
         run = project.free_run(preset)
-        steps = presets.train_steps(project, preset, run, epochs)
-        presets.write_files(project, run, presets.train_files(project, preset, run, epochs))
-        (project.folder / "runs" / run).mkdir(parents=True, exist_ok=True)
+        manifest = f"runs/{run}/manifest.csv"
+        steps = presets.train_steps(project, preset, run, epochs, manifest)
+        presets.write_files(project, run, presets.train_files(project, preset, run, epochs, manifest))
+        project.write_manifest(manifest, checked)
         queue.add("train", project.name, run, steps, project.folder)
         return go(request, project, "train", say("train.started", run=run))
 
@@ -433,6 +435,7 @@ def create_app(studio: Studio) -> FastAPI:
             runs=runs,
             run=chosen,
             judged=judged,
+            relabelled=presets.relabelled(project, chosen) if chosen else [],
             shades=_shades(judged.metrics) if judged else [],
             verdict=results.verdict(folder) if chosen else None,
             format_p=format_p,
@@ -451,8 +454,9 @@ def create_app(studio: Studio) -> FastAPI:
         run = _one(form, "run")
         folder = _run(project, run)
         judged = results.judge(folder, len(project.settings.grades), 0.1)
+        patients = judged.patients if judged and not presets.relabelled(project, run) else 0
         licence = " ".join(_one(form, "licence").split())[:100]
-        steps = presets.export_steps(run, folder, judged.patients if judged else 0, licence)
+        steps = presets.export_steps(run, folder, patients, licence)
         (project.folder / "models").mkdir(exist_ok=True)
         job = queue.add("export", project.name, run, steps, project.folder)
         return go(request, project, "model", say("model.queued", what=_title(job)), run=run)
@@ -654,8 +658,7 @@ def _counts(checked: Checked, grades: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def _is_ready(project: Project) -> bool:
-    checked = project.check()
+def _is_ready(project: Project, checked: Checked) -> bool:
     return (
         checked.is_valid
         and checked.graded > 0

@@ -28,8 +28,10 @@ def tile_steps(project: Project) -> tuple[Step, ...]:
     return (Step((*words, *more), fine=(0, 1)),)
 
 
-def train_steps(project: Project, preset: str, run: str, epochs: int) -> tuple[Step, ...]:
-    """Returns the commands of a preset, and the files that they read, by name.
+def train_steps(
+    project: Project, preset: str, run: str, epochs: int, manifest: str = "manifest.csv"
+) -> tuple[Step, ...]:
+    """Returns the commands of a preset; a job has a manifest of its own, as the project's may change.
 
     Raises:
         Refused: an unknown preset, or an impossible number of epochs.
@@ -39,7 +41,7 @@ def train_steps(project: Project, preset: str, run: str, epochs: int) -> tuple[S
     folder, grades = f"runs/{run}", project.settings.grades
     embed = Step(("embed", "cache", "--backbone", _NETWORK.name, "--pretrained", _NETWORK.pretrained))
     if preset == "ridge":
-        words = ("fit-features", "manifest.csv", "--cache", "cache", "--features", _NETWORK.name)
+        words = ("fit-features", manifest, "--cache", "cache", "--features", _NETWORK.name)
         more = ("--output", folder, "--pretrained", _NETWORK.pretrained, "--test-fraction")
         return embed, Step((*words, *more, str(_FRACTIONS["test_fraction"]), "--grades", *grades))
     if preset == "compare":
@@ -49,16 +51,18 @@ def train_steps(project: Project, preset: str, run: str, epochs: int) -> tuple[S
     return fit, Step(("test", "--config", f"{folder}/training.yaml"))
 
 
-def train_files(project: Project, preset: str, run: str, epochs: int) -> dict[str, str]:
+def train_files(
+    project: Project, preset: str, run: str, epochs: int, manifest: str = "manifest.csv"
+) -> dict[str, str]:
     """Returns the configurations that :func:`train_steps` name, as YAML by file name."""
     if preset == "compare":
-        return {"comparison.yaml": _yaml(_comparison(project, epochs))}
+        return {"comparison.yaml": _yaml(_comparison(project, epochs, manifest))}
     if preset == "ridge":
         return {}
     values = {
         "seed_everything": 0,
         "data": {
-            "manifest": "manifest.csv",
+            "manifest": manifest,
             "cache": "cache",
             "grades": list(project.settings.grades),
             **_DATA,
@@ -108,6 +112,14 @@ def predictions_of(folder: Path) -> Path | None:
     return next((path for path in places if path.is_file()), None)
 
 
+def relabelled(project: Project, run: str) -> list[str]:
+    """Names slides of a run whose patient or grade has changed since it was queued."""
+    folder = project.folder / "runs" / run
+    manifest = folder / "manifest.csv"  # a run of an older studio has none
+    table = manifest if manifest.is_file() else predictions_of(folder)
+    return project.relabelled(table) if table is not None else []
+
+
 _DATA = {"bag_size": 32, "batch_size": 4, "num_workers": 0}
 _TRANSFER: dict[str, dict[str, Any]] = {
     "warm": {
@@ -125,10 +137,10 @@ def _model() -> dict[str, Any]:
     return {"backbone": {"name": _NETWORK.name, "pretrained": _NETWORK.pretrained}, "lr": 2.0e-3}
 
 
-def _comparison(project: Project, epochs: int) -> dict[str, Any]:
+def _comparison(project: Project, epochs: int, manifest: str) -> dict[str, Any]:
     fits = {name: {"fit": {"model": {"transfer": transfer}}} for name, transfer in _TRANSFER.items()}
     return {
-        "manifest": "manifest.csv",
+        "manifest": manifest,
         "cache": "cache",
         "grades": list(project.settings.grades),
         "protocol": {"repeats": 1, "outer_folds": 5, "inner_folds": 0, "seed": 0, "unit": "worst"},

@@ -39,6 +39,7 @@ from slidetl.tiles.ledger import Ledger, LedgerRow
 
 COLUMNS = (*REQUIRED, *OPTIONAL)
 EDITED = ("patient_id", "grade", "site")
+_JUDGED = ("patient_id", "grade")  # of the results of a training
 _TAKEN = (*EDITED, "scanner", "stain", "block", "mpp", "split")  # from a table
 _ASIDE = "aside"  # a column of labels.csv alone, "yes" for a slide that is not there now
 SUFFIXES = SLIDE_SUFFIXES | IMAGE_SUFFIXES
@@ -374,6 +375,36 @@ class Project:
         except CacheError:
             return {}
 
+    def write_manifest(self, place: str, checked: Checked) -> None:
+        """Writes labels as a manifest of one training, which later changes do not reach."""
+        path = self.folder / place
+        rows = (
+            {**row, "path": self._place(self.folder / row["path"], path.parent)}
+            for row in self._for_commands(checked.rows)
+        )
+        write_csv(path, COLUMNS, rows)
+
+    def relabelled(self, table: Path) -> list[str]:
+        """Names slides whose patient or grade differs now from a manifest or predictions of a training.
+
+        Raises:
+            Refused: the table cannot be read.
+        """
+        # As such a table has them, so that cells compare as texts.
+        rows = csv.DictReader(csv_text(COLUMNS, self._for_commands(self._read()[0])).split("\n"))
+        now = {row[name]: row for row in rows for name in ("slide_id", "path")}
+        found = []
+        try:
+            with table.open(newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    place = self._place(table.parent / row["path"]) if "path" in row else ""
+                    mine = now.get(place) or now.get(row["slide_id"])  # it may be named anew
+                    if row["grade"] and mine and any(row[name] != mine[name] for name in _JUDGED):
+                        found.append(row["slide_id"])
+        except (OSError, KeyError, TypeError, UnicodeDecodeError, csv.Error) as error:
+            raise Refused(say("labels.unreadable")) from error
+        return found
+
     def copies(self) -> list[str]:
         """Names slides of the same content under different patients; known once they are tiled."""
         patients = {row["slide_id"]: row["patient_id"] for row in self._read()[0]}
@@ -389,9 +420,15 @@ class Project:
         taken = {path.name for path in (self.folder / "runs").glob("*")}
         return next(name for n in range(1, 10_000) if (name := f"{preset}-{n}") not in taken)
 
-    def _place(self, path: Path) -> str:
-        """Returns the path of a slide as tables have it: from the project, as both may move with the root."""
-        return os.path.relpath(path, self.folder) if path.is_relative_to(self.root.folder) else str(path)
+    def _place(self, path: Path, start: Path | None = None) -> str:
+        """Returns the path of a slide as tables have it: from the project, as both may move with the root.
+
+        Args:
+            path: of the slide.
+            start: folder of the table; None for the project's.
+        """
+        is_inside = path.is_relative_to(self.root.folder)
+        return os.path.relpath(path, start or self.folder) if is_inside else str(path)
 
     def _meant(self, column: str, text: str) -> str:
         """Returns what a cell means: the same, if it is asked of that again."""

@@ -335,6 +335,13 @@ TEXTS: Mapping[str, str] = {
     "model.evidence_few": (
         "With fewer than 10 test patients the file carries no evidence, and gives no sets of grades."
     ),
+    "model.relabelled": (
+        "{n} slides have another patient or grade now than in this training: {names}. The results below are "
+        "of the labels of then, and may be of patients that it has seen. Train again."
+    ),
+    "model.evidence_relabelled": (
+        "As labels have changed since, the file carries no evidence, and gives no sets of grades."
+    ),
     "model.no_checkpoint": "this training has no model to export",
     "model.publish": "Publish",
     "model.publish_hint": (

@@ -22,6 +22,7 @@ from slidetl.studio.presets import tile_steps
 from slidetl.studio.project import Project
 from slidetl.studio.results import judge
 from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.ledger import USED, Ledger, LedgerRow
 from slidetl.training.predictions import SlidePrediction, write_predictions
 from tests.library.test_model_card import CARD
 from tests.studio.conftest import Client
@@ -431,6 +432,93 @@ def test_slides_without_a_grade_are_named(project: Client) -> None:
     page = project.http.get("/p/lung/model?run=ridge-1").text
     assert "12 of 12 test slides" in page and "Of 1 more test slides the model gives no grade" in page
     assert "in no number here: s12" in page
+
+
+def tiled(client: Client, folder: str = "study") -> None:
+    """Notes the slides as tiled, as the command does."""
+    lung = project_of(client)
+    rows = [LedgerRow(name, str(client.root / folder / f"{name}.svs"), USED, tiles=9) for name in "abc"]
+    lung.cache.mkdir(exist_ok=True)
+    Ledger(lung.cache / "ledger.csv").record(rows)
+
+
+@pytest.mark.parametrize("preset", ["ridge", "warm", "compare"])
+def test_a_training_keeps_the_labels_of_its_moment(preset: str, project: Client) -> None:
+    tiled(project)
+    project.label({"grade:0": "mild", "grade:1": "severe", "patient_id:0": "P1"})
+    project.post("/p/lung/train", preset=preset)
+    lung = project_of(project)
+    before = read_manifest(lung.manifest).rows
+    words = project.studio.queue.jobs()[0].steps[-1].words
+    config = lung.folder / words[2] if words[1] == "--config" else None
+    text = config.read_text() if config else " ".join(words)
+    place = re.search(r"\S+manifest\.csv", text)
+    assert place is not None
+    manifest = lung.folder / place[0]
+    project.label({"grade:0": "none", "patient_id:1": "P1"})
+    kept = read_manifest(manifest).rows
+    said = [(row.slide_id, row.patient_id, row.grade) for row in kept]
+    assert said == [("a", "P1", 1), ("b", "b", 2), ("c", "c", None)]
+    assert [row.path.resolve() for row in kept] == [row.path.resolve() for row in before]
+    # The command that the page shows is to be run on the present labels.
+    assert "fit-features manifest.csv" in project.http.get("/p/lung/train").text
+
+
+def write_run(client: Client, run: str, patients: int = 12) -> None:
+    """Writes the test part of a training, as the commands do: first the project's slides, then others."""
+    lung = project_of(client)
+    kept = {row["slide_id"]: row for row in lung.check().rows}
+    grades = [n % 3 for n in range(patients)]
+    names = [*"abc", *(f"s{n}" for n in range(3, patients))]
+    rows = [
+        SlidePrediction(
+            name,
+            kept.get(name, {}).get("patient_id", name),
+            grade,
+            tuple(float(k == grade) for k in range(3)),
+            10,
+        )
+        for name, grade in zip(names, grades, strict=True)
+    ]
+    folder = lung.folder / "runs" / run
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (folder / "checkpoints" / "ridge.ckpt").write_bytes(b"")
+    write_predictions(folder / "predictions.csv", rows)
+
+
+@pytest.mark.parametrize("has_manifest", [True, False])
+@pytest.mark.parametrize("change", [{"patient_id:1": "a"}, {"grade:2": "none"}])
+def test_results_of_other_labels_say_so_and_are_no_evidence(
+    change: dict[str, str], has_manifest: bool, project: Client
+) -> None:
+    tiled(project)
+    project.label({"grade:0": "none", "grade:1": "mild", "grade:2": "severe", "patient_id:2": "'=c"})
+    project.post("/p/lung/train", preset="ridge")
+    write_run(project, "ridge-1")
+    if not has_manifest:  # of an older studio
+        (project_of(project).folder / "runs" / "ridge-1" / "manifest.csv").unlink()
+    page = "/p/lung/model?run=ridge-1"
+    assert "another patient or grade" not in project.http.get(page).text
+    project.post("/p/lung/export", run="ridge-1")
+    assert "--evidence" in project.studio.queue.jobs()[0].steps[0].words
+    project.studio.queue.stop(project.studio.queue.jobs()[0].id)
+    project.label(change)
+    text = project.http.get(page).text
+    slide = "bc"["grade:2" in change]
+    assert f"1 slides have another patient or grade now than in this training: {slide}." in text
+    assert "12 of 12 test slides" in text and "carries no evidence" in text
+    project.post("/p/lung/export", run="ridge-1")
+    assert "--evidence" not in project.studio.queue.jobs()[0].steps[0].words
+
+
+def test_a_patient_of_the_training_part_counts_too(project: Client) -> None:
+    tiled(project)
+    project.label({"grade:0": "none", "grade:1": "mild"})
+    project.post("/p/lung/train", preset="compare")
+    write_verdict(project, estimate="0.1", p="0.5")
+    assert "now than in this training" not in project.http.get("/p/lung/model").text
+    project.label({"patient_id:0": "b", "patient_id:2": "b"})  # c had no grade, and was not trained on
+    assert "1 slides have another patient or grade now" in project.http.get("/p/lung/model").text
 
 
 def test_sets_of_grades_have_the_names_of_the_model(project: Client) -> None:
