@@ -21,6 +21,8 @@ MAX_SOURCE_PX = 8 * 2**20
 
 # Relative difference of equal spacings, written with other digits.
 _SAME = 1e-9
+# Most pixels by which rounding, of both sides, makes a level too long along its shorter side.
+_ROUNDED_PX = 2
 # Greatest relative difference for which the error message suggests a tolerance.
 _NEAR = 0.1
 
@@ -177,6 +179,12 @@ def scale_of(
     if all(s in (s0 // whole, -(-s0 // whole)) for s, s0 in zip(size_px, size_level0, strict=True)):
         return float(whole), float(whole)
     return size_level0[0] / size_px[0], size_level0[1] / size_px[1]
+
+
+def is_same_picture(size_level0: tuple[int, int], size_px: tuple[int, int]) -> bool:
+    """Tells by its sides if a reduced picture may be a level, up to rounding, or is a label or overview."""
+    (width, height), (across, down) = size_level0, size_px
+    return abs(across * height - down * width) <= _ROUNDED_PX * max(width, height)
 
 
 def nominal_mpp(mpp_level0: tuple[float, float], levels: tuple[Level, ...]) -> tuple[float, ...]:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from slidetl.errors import SlideOpenError
 from slidetl.slides.base import WHOLE_BYTES, file_digest
 from slidetl.slides.depth import full_of, sample_windows, to_8_bits
+from slidetl.slides.levels import is_same_picture
 from slidetl.slides.ome import choose_channels, note_of_others, rgb_planes
 from slidetl.slides.spacing import Pair
 from slidetl.slides.turn import ReadPixels
@@ -253,12 +254,11 @@ def _colour(text: Any) -> int | None:
 
 def _pyramid(arrays: list[Any]) -> Iterator[Any]:
     """Yields the finest array, and the smaller ones of the same picture."""
-    (height, width), last = arrays[0].shape[-2:], 0
+    size0, last = arrays[0].shape[:-3:-1], 0
     for array in arrays:
-        down, across = array.shape[-2:]
-        is_smaller = across < last and abs(across * height / width - down) <= 2
-        if array is arrays[0] or is_smaller:
-            last = across
+        size = array.shape[:-3:-1]
+        if array is arrays[0] or (size[0] < last and is_same_picture(size0, size)):
+            last = size[0]
             yield array
 
 

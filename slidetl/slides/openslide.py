@@ -26,6 +26,7 @@ from slidetl.slides.levels import (
     Level,
     PyramidSlide,
     View,
+    is_same_picture,
     nominal_mpp,
     scale_of,
 )
@@ -457,10 +458,14 @@ def _open(path: Path) -> openslide.OpenSlide:
 
 
 def _levels(handle: openslide.OpenSlide) -> tuple[_Level, ...]:
+    """Lists the levels; of a plain TIFF, OpenSlide counts every tiled picture, so labels are left out."""
     size0 = handle.dimensions
+    is_plain = handle.properties.get(openslide.PROPERTY_NAME_VENDOR) in PLAIN_TIFFS
     levels = []
     every = zip(handle.level_dimensions, handle.level_downsamples, strict=True)
     for index, (size, downsample) in enumerate(every):
+        if is_plain and not is_same_picture(size0, size):
+            continue
         scale = scale_of(size0, size, downsample)
         sides = [handle.properties.get(f"openslide.level[{index}].tile-{s}") for s in ("width", "height")]
         tile_px = (int(sides[0]), int(sides[1])) if sides[0] and sides[1] else None
@@ -487,6 +492,12 @@ def _describe(
         notes = (*notes, said)
     if properties.get(openslide.PROPERTY_NAME_VENDOR) == GENERIC_TIFF:
         notes = (*notes, *note_of_others(count_others(path)))
+    used = {level.index for level in levels}
+    notes += tuple(
+        f"a picture of {width} x {height} pixels in it is no level of the slide, and is not read"
+        for index, (width, height) in enumerate(handle.level_dimensions)
+        if index not in used
+    )
     background = properties.get(openslide.PROPERTY_NAME_BACKGROUND_COLOR, "FFFFFF")
     return SlideInfo(
         path=path,

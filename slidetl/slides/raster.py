@@ -24,7 +24,7 @@ from slidetl.errors import SlideOpenError, SlideReadError
 from slidetl.slides.base import SlideInfo, check_there, fingerprint_of
 from slidetl.slides.declared import JPEG_2000, READABLE, check_declared
 from slidetl.slides.depth import full_of, sample_windows, to_8_bits
-from slidetl.slides.levels import Level, PyramidSlide, nominal_mpp, scale_of
+from slidetl.slides.levels import Level, PyramidSlide, is_same_picture, nominal_mpp, scale_of
 from slidetl.slides.ngff import is_ngff, read_ngff
 from slidetl.slides.npz import NpzItem
 from slidetl.slides.ome import AS_LARGE, OmeImage, choose_channels, is_ome, note_of_others, read_ome
@@ -584,13 +584,13 @@ def _ratio(value: Any) -> float:
 
 def _pyramid(planes: list[Any], reduced: list[list[Any]]) -> list[list[Any]]:
     """Lists the levels of planes: the finest, and the reduced pages with the same picture."""
-    width, height = int(planes[0].imagewidth), int(planes[0].imagelength)
+    size0 = int(planes[0].imagewidth), int(planes[0].imagelength)
     levels = [planes]
     for pages in zip(*reduced, strict=False):
         sizes = {(int(page.imagewidth), int(page.imagelength)) for page in pages}
-        across, down = min(sizes)
-        is_smaller = len(sizes) == 1 and 0 < across < int(levels[-1][0].imagewidth)
-        if is_smaller and abs(across * height / width - down) <= 2:
+        size = min(sizes)
+        is_smaller = len(sizes) == 1 and 0 < size[0] < int(levels[-1][0].imagewidth)
+        if is_smaller and is_same_picture(size0, size):
             levels.append(list(pages))
     return levels
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from slidetl.errors import SlideOpenError, SlideReadError, SpacingError
 from slidetl.slides import levels, open_slide
 from slidetl.slides.base import Slide
+from slidetl.slides.levels import is_same_picture
 from slidetl.slides.openslide import _corner, composite
 from tests.conftest import Picture, PyramidTiff
 from tests.contracts.slide import SlideContract
@@ -196,6 +197,41 @@ def test_what_is_not_a_slide_says_so(tmp_path: Path) -> None:
     (tmp_path / "text.svs").write_text("not a slide")
     with pytest.raises(SlideOpenError, match="not a slide in a format that OpenSlide reads"):
         open_slide(tmp_path / "text.svs")
+
+
+@pytest.mark.parametrize("vendor", ["generic-tiff", "aperio"])
+def test_a_tiled_overview_is_no_level(tmp_path: Path, vendor: str) -> None:
+    text = "Aperio Image Library v11\r\n640x320 (64x64) JPEG/RGB Q=70|AppMag = 20|MPP = 0.5"
+    shared: dict[str, Any] = {"tile": (64, 64), "photometric": "rgb", "compression": "jpeg", "metadata": None}
+    slide, overview = noise(320, 640), np.zeros((70, 120, 3), np.uint8)
+    path = tmp_path / "a.tiff"
+    with tifffile.TiffWriter(path) as file:
+        for picture, is_reduced in ((slide, 0), (slide[::4, ::4], 1), (overview, 1)):
+            file.write(
+                picture,
+                **shared,
+                subfiletype=is_reduced if vendor != "aperio" else 0,
+                description=text if vendor == "aperio" else None,
+                resolution=(2e4, 2e4),
+                resolutionunit="CENTIMETER",
+            )
+    with openslide.OpenSlide(path) as shown:
+        assert (120, 70) in shown.level_dimensions
+    with open_slide(path) as opened:
+        assert opened.info.vendor == vendor
+        assert opened.info.mpp_levels == (0.5, 2.0)
+        (note,) = opened.info.notes
+        assert note == "a picture of 120 x 70 pixels in it is no level of the slide, and is not read"
+        assert opened.read((0, 0), (100, 50), 3.0).mean() > 64  # not black, as the overview is
+
+
+@pytest.mark.parametrize(
+    ("size", "is_level"),
+    [((156, 781), True), ((157, 782), True), ((156, 768), False), ((781, 156), False), ((256, 1024), False)],
+)
+def test_rounding_along_the_longer_side_is_no_other_picture(size: tuple[int, int], is_level: bool) -> None:
+    for turn in (1, -1):
+        assert is_same_picture((10007, 50021)[::turn], size[::turn]) == is_level
 
 
 def test_a_slide_without_spacing_names_the_remedies(pyramid_tiff: PyramidTiff) -> None:
