@@ -13,9 +13,10 @@ import os
 import re
 import stat
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ _MAX_LEVELS = 64
 _MAX_CHANNELS = 256
 _MAX_CHUNK_BYTES = 2**28  # is decoded at once, all its channels
 _KEPT_BYTES = 48 * 2**20  # of decoded chunks, shared by neighbours
-_PIECE = re.compile(r"(c/)?\d+([./]\d+)*")  # the file of a chunk or shard, in its array
+_MAX_PIECES = 2**26  # of a level
+_PIECE = re.compile(r"(c[./])?[0-9]+([./][0-9]+)*")  # the file of a chunk or shard, in its array
 _SAMPLED_FILES = 64  # of a larger image, for its fingerprint
 
 # Of zarr 2 (numcodecs) and zarr 3. Not among them: pickle, JSON, msgpack, and whatever is installed.
@@ -103,9 +105,10 @@ def read_ngff(path: Path, channels: str) -> NgffImage:
     if "plate" in about:
         raise SlideOpenError("a plate of many images; name the folder of one field")
     if "multiscales" not in about and "bioformats2raw.layout" in about:
-        path, others = path / "0", sum(1 for other in path.iterdir() if other.name.isdecimal()) - 1
+        others = sorted(other for other in path.iterdir() if other.name.isdecimal() and other.name != "0")
+        path = path / "0"
         about = _ome(path)
-        notes += note_of_others(others)
+        notes += note_of_others([_size(one) for one in (path, *others)], "name the folder of the one meant")
     if "image-label" in about:
         raise SlideOpenError("labels, not an image")
     scales = about.get("multiscales")
@@ -114,7 +117,8 @@ def read_ngff(path: Path, channels: str) -> NgffImage:
     sets, axes = scales[0].get("datasets"), _axes(scales[0].get("axes"))
     if not isinstance(sets, list) or not 1 <= len(sets) <= _MAX_LEVELS:
         raise SlideOpenError(f"expected 1 to {_MAX_LEVELS} levels in its multiscales")
-    arrays = [_array(path, entry) for entry in sets]
+    nodes = [_node(path, entry) for entry in sets]
+    arrays = [_array(node) for node in nodes]
     first = arrays[0]
     for array in arrays:
         if array.ndim != len(axes) or array.dtype != first.dtype:
@@ -129,8 +133,9 @@ def read_ngff(path: Path, channels: str) -> NgffImage:
             "meant to a folder of its own"
         )
     chosen = _channels(channels, about.get("omero"), counts.get("c", 1))
-    notes += _note_of_absent(path / sets[0]["path"], first)
-    levels = [_Level(array, axes, chosen) for array in _pyramid(arrays)]
+    every = (_Level(node, array, axes, chosen) for node, array in zip(nodes, arrays, strict=True))
+    levels = list(_pyramid(every))
+    notes += _note_of_absent(levels)
     full = 255.0
     if first.dtype != np.uint8:
         full, note = levels[-1].full_scale()
@@ -151,6 +156,18 @@ def _ome(path: Path) -> dict[str, Any]:
     about = about if isinstance(about, dict) else {}
     inner = about.get("ome")
     return inner if isinstance(inner, dict) else about
+
+
+def _size(path: Path) -> tuple[int, int]:
+    """Reads width and height of the finest level of one of several images."""
+    try:
+        node = _node(path, _ome(path)["multiscales"][0]["datasets"][0])
+        height, width = (_json(node / "zarr.json") or _json(node / ".zarray"))["shape"][-2:]
+        return int(width), int(height)
+    except (LookupError, TypeError, ValueError) as error:
+        raise SlideOpenError(
+            f"picture {path.name} in it has no sizes, and may be the slide; copy it again"
+        ) from error
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -180,15 +197,19 @@ def _axes(found: Any) -> str:
     return axes
 
 
-def _array(path: Path, entry: Any) -> Any:
-    """Opens the array of a level, once its codecs are known to be harmless."""
-    import zarr
-
+def _node(path: Path, entry: Any) -> Path:
+    """Returns the folder of a level."""
     name = entry.get("path") if isinstance(entry, dict) else None
     parts = name.split("/") if isinstance(name, str) else []
     if not parts or not all(re.fullmatch(r"[^\\:\0]+", part) and part.strip(".") for part in parts):
         raise SlideOpenError(f"expected the path of a level in its folder, found {name!r:.80}")
-    node = path.joinpath(*parts)
+    return path.joinpath(*parts)
+
+
+def _array(node: Path) -> Any:
+    """Opens the array of a level, once its codecs are known to be harmless."""
+    import zarr
+
     about = _json(node / "zarr.json") or _json(node / ".zarray")
     _check_codecs(about)
     array: Any = zarr.open_array(zarr.storage.LocalStore(node, read_only=True), mode="r")
@@ -199,13 +220,25 @@ def _array(path: Path, entry: Any) -> Any:
     return array
 
 
-def _note_of_absent(node: Path, array: Any) -> list[str]:
-    """Notes pieces without a file, of a sparse image or lost in copying."""
-    files = (Path(folder, name).relative_to(node) for folder, _, names in os.walk(node) for name in names)
-    there = sum(_PIECE.fullmatch(file.as_posix()) is not None for file in files)
-    sides = array.shards or array.chunks
-    count = math.prod(-(-length // side) for length, side in zip(array.shape, sides, strict=True))
-    if there >= count:
+def _note_of_absent(levels: list[_Level]) -> list[str]:
+    """Notes pieces without a file, which a sparse image leaves out of all its levels.
+
+    Raises:
+        SlideOpenError: the next finer level shows something there, so the piece was lost.
+    """
+    for finer, level in pairwise(levels):
+        scale = [f / s for f, s in zip(finer.size_px, level.size_px, strict=True)]
+        for plane, row, column in np.argwhere(~level.there).tolist():
+            places = zip((column, row), level.piece_px, level.size_px, strict=True)
+            ends = ((at * side, min((at + 1) * side, size)) for at, side, size in places)
+            x, y = ((math.ceil(a * s), math.floor(b * s)) for (a, b), s in zip(ends, scale, strict=True))
+            if finer.shows(plane, x, y):
+                raise SlideOpenError(
+                    f"a piece of level {level.name} (row {row}, column {column}) is not in its folder, and "
+                    f"level {finer.name} shows something there; copy it again"
+                )
+    there, count = levels[0].count_pieces()
+    if there == count:
         return []
     return [
         f"{count - there} of {count} pieces of level 0 are not in its folder, and count as blank (right for "
@@ -252,14 +285,13 @@ def _colour(text: Any) -> int | None:
     return int(found[1], 16) if found else None
 
 
-def _pyramid(arrays: list[Any]) -> Iterator[Any]:
-    """Yields the finest array, and the smaller ones of the same picture."""
-    size0, last = arrays[0].shape[:-3:-1], 0
-    for array in arrays:
-        size = array.shape[:-3:-1]
-        if array is arrays[0] or (size[0] < last and is_same_picture(size0, size)):
-            last = size[0]
-            yield array
+def _pyramid(levels: Iterable[_Level]) -> Iterator[_Level]:
+    """Yields the finest level, and the smaller ones of the same picture."""
+    first, *coarser = levels
+    yield (last := first)
+    for level in coarser:
+        if level.size_px[0] < last.size_px[0] and is_same_picture(first.size_px, level.size_px):
+            yield (last := level)
 
 
 def _spacing(scales: Mapping[str, Any], axes: str) -> Pair | None:
@@ -284,12 +316,58 @@ def _spacing(scales: Mapping[str, Any], axes: str) -> Pair | None:
 
 
 class _Level:
-    """One level, read chunk by chunk."""
+    """One level, read chunk by chunk; its pieces are files, of a chunk or a shard each."""
 
-    def __init__(self, array: Any, axes: str, channels: tuple[int, ...]) -> None:
-        self._array, self._axes, self._channels = array, axes, channels
+    def __init__(self, node: Path, array: Any, axes: str, channels: tuple[int, ...]) -> None:
+        self._node, self._array, self._axes, self._channels = node, array, axes, channels
         self._kept: OrderedDict[tuple[int, int], NDArray[Any]] = OrderedDict()
+        self.name = node.name
         self.size_px = (int(array.shape[-1]), int(array.shape[-2]))
+        self._sides: tuple[int, ...] = array.shards or array.chunks
+        self.piece_px = (self._sides[-1], self._sides[-2])
+
+    @cached_property
+    def _files(self) -> NDArray[np.bool_]:
+        """Marks the pieces with a file, along all axes."""
+        counts = [-(-length // side) for length, side in zip(self._array.shape, self._sides, strict=True)]
+        if math.prod(counts) > _MAX_PIECES:
+            raise SlideOpenError(f"expected at most {_MAX_PIECES} pieces, level {self.name} has more")
+        files = np.zeros(counts, bool)
+        for folder, _, names in os.walk(self._node):
+            inner = Path(folder).relative_to(self._node)
+            for file in (f"{inner.as_posix()}/{name}".removeprefix("./") for name in names):
+                place = tuple(map(int, re.findall("[0-9]+", file))) if _PIECE.fullmatch(file) else ()
+                if len(place) == len(counts) and all(np.less(place, counts)):
+                    files[place] = True
+        return files
+
+    def count_pieces(self) -> tuple[int, int]:
+        """Counts the pieces with a file, and all."""
+        return int(self._files.sum()), self._files.size
+
+    @cached_property
+    def there(self) -> NDArray[np.bool_]:
+        """The pieces of the chosen planes with a file, ``[planes, rows, columns]``."""
+        at = self._axes.find("c")
+        places = (
+            tuple(channel // self._sides[at] if axis == "c" else 0 for axis in self._axes[:-2])
+            for channel in self._channels
+        )
+        return np.stack([self._files[place] for place in places])
+
+    def shows(self, plane: int, x: tuple[int, int], y: tuple[int, int]) -> bool:
+        """Tells if one of its pieces is not blank on average, within the range from ``x[0]`` to ``x[1]``."""
+        fill = float(self._array.fill_value or 0)
+        (across, down), there = self.piece_px, self.there[plane]
+        for row in range(y[0] // down, -(-y[1] // down)):
+            for column in range(x[0] // across, -(-x[1] // across)):
+                left, right = max(x[0], column * across), min(x[1], (column + 1) * across)
+                top, bottom = max(y[0], row * down), min(y[1], (row + 1) * down)
+                if there[row, column] and left < right and top < bottom:
+                    pixels = self._read(left, top, right - left, bottom - top)[plane]
+                    if abs(pixels.mean(dtype=np.float64) - fill) > 1:
+                        return True
+        return False
 
     def rgb(self, full: float, x: int, y: int, width: int, height: int) -> NDArray[np.uint8]:
         """Reads a rectangle as ``[height, width, 3]``; ``full`` is the value of white."""

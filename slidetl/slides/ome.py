@@ -15,8 +15,8 @@ _ROOT = re.compile(r"<(\w+:)?OME[\s>]")
 _RGB_NAMES = ({"r", "red"}, {"g", "green"}, {"b", "blue"})
 # Signed RGBA without alpha.
 _RGB_COLOURS = (0xFF0000, 0x00FF00, 0x0000FF)
-AS_LARGE = 0.3
-"""Least share of the first picture's area for another picture; a level has a quarter at most."""
+# Least share of the first picture's area for another picture; a level has a quarter at most.
+_AS_LARGE = 0.3
 _SHOWN = 12  # channels listed in a message
 
 
@@ -31,7 +31,7 @@ class OmeImage:
         channels: name of each plane; the empty string if it has none.
         directories: of each plane, counted from 0.
         rgb: the planes of red, green and blue by names or colours; None if unknown.
-        others: number of further pictures of similar size, except labels and levels.
+        sizes_px: width and height of each picture of the file, its own first.
     """
 
     mpp: Pair | None
@@ -40,7 +40,7 @@ class OmeImage:
     channels: tuple[str, ...]
     directories: tuple[int, ...]
     rgb: tuple[int, int, int] | None
-    others: int
+    sizes_px: tuple[tuple[int, int], ...]
 
 
 def is_ome(description: str) -> bool:
@@ -99,13 +99,33 @@ def read_ome(xml: str, name: str, samples: int, n_directories: int) -> OmeImage:
         channels=names + ("",) * (n_planes - len(names)),
         directories=directories,
         rgb=rgb_planes(names, list(map(_colour, channels))) if n_planes == len(channels) else None,
-        others=sum(_area(other) > AS_LARGE * _area(pixels) for other in _find(root, "Pixels")) - 1,
+        sizes_px=tuple(
+            (_whole(other, "SizeX", 0), _whole(other, "SizeY", 0)) for other in _find(root, "Pixels")
+        ),
     )
 
 
-def note_of_others(others: int) -> tuple[str, ...]:
-    """Notes the pictures of a file that are not read."""
-    return (f"of {others + 1} pictures in it the first alone is read",) if others > 0 else ()
+def note_of_others(
+    sizes_px: Sequence[tuple[int, int]], remedy: str = "write the one that is meant to a file of its own"
+) -> tuple[str, ...]:
+    """Notes pictures that are not read, of a size similar to the first's; labels and previews are smaller.
+
+    Args:
+        sizes_px: width and height of each picture, except levels and masks; the first is read.
+        remedy: for a preview before the slide.
+
+    Raises:
+        SlideOpenError: another is larger than the first, a preview of other scale.
+    """
+    areas = [width * height for width, height in sizes_px]
+    if areas and (most := max(areas)) > areas[0]:
+        (width, height), (wider, higher) = sizes_px[0], sizes_px[areas.index(most)]
+        raise SlideOpenError(
+            f"expected the slide as its first picture, found one of {width} x {height} pixels before one of "
+            f"{wider} x {higher}; {remedy}"
+        )
+    others = sum(area > _AS_LARGE * areas[0] for area in areas[1:])
+    return (f"of {others + 1} pictures in it the first alone is read",) if others else ()
 
 
 def choose_channels(wanted: str, names: tuple[str, ...], rgb: tuple[int, int, int] | None) -> tuple[int, ...]:
@@ -148,10 +168,6 @@ def _whole(element: ElementTree.Element, attribute: str, default: int) -> int:
     if value < 0:
         raise ValueError(f"{attribute} of its OME-XML is {text[:20]!r}")
     return value
-
-
-def _area(pixels: ElementTree.Element) -> int:
-    return _whole(pixels, "SizeX", 0) * _whole(pixels, "SizeY", 0)
 
 
 def _directories(pixels: ElementTree.Element, n_planes: int, n_directories: int) -> tuple[int, ...]:

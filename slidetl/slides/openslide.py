@@ -37,7 +37,7 @@ from slidetl.slides.tiff import (
     GENERIC_TIFF,
     PLAIN_TIFFS,
     JpegTiles,
-    count_others,
+    picture_sizes,
     read_jpeg_level,
     stored_orientation,
 )
@@ -491,7 +491,7 @@ def _describe(
         said = f"orientation {orientation}, which its TIFF tag says, is not applied to a scanner's file"
         notes = (*notes, said)
     if properties.get(openslide.PROPERTY_NAME_VENDOR) == GENERIC_TIFF:
-        notes = (*notes, *note_of_others(count_others(path)))
+        notes = (*notes, *note_of_others(picture_sizes(path)))
     used = {level.index for level in levels}
     notes += tuple(
         f"a picture of {width} x {height} pixels in it is no level of the slide, and is not read"

@@ -27,7 +27,7 @@ from slidetl.slides.depth import full_of, sample_windows, to_8_bits
 from slidetl.slides.levels import Level, PyramidSlide, is_same_picture, nominal_mpp, scale_of
 from slidetl.slides.ngff import is_ngff, read_ngff
 from slidetl.slides.npz import NpzItem
-from slidetl.slides.ome import AS_LARGE, OmeImage, choose_channels, is_ome, note_of_others, read_ome
+from slidetl.slides.ome import OmeImage, choose_channels, is_ome, note_of_others, read_ome
 from slidetl.slides.spacing import PRINTER_UM, Pair, settle_spacing
 from slidetl.slides.tiff import GENERIC_TIFF, NO_PICTURE, PLAIN_TIFFS, is_damaged_jpeg, is_plain, is_tiff
 from slidetl.slides.turn import ReadPixels, Turn
@@ -325,7 +325,7 @@ class _Tiff:
             count = len(pages)
             try:
                 self._ome = read_ome(first.description, self._path.name, int(first.samplesperpixel), count)
-                self._notes += note_of_others(self._ome.others)
+                self._notes += note_of_others(self._ome.sizes_px)
             except SlideOpenError as error:
                 raise SlideOpenError(f"{self._path}: {error}") from error
             numbers = self._choose(channels, self._ome.channels, self._ome.rgb)
@@ -337,7 +337,12 @@ class _Tiff:
                 ]
             return _pyramid(chosen, reduced)
         series = self._file.series
-        self._notes += note_of_others(self._others([one.keyframe for one in series]))
+        first, *further = (one.keyframe for one in series)
+        pictures = [first, *(page for page in further if not _tag(page, _SUBFILE_TYPE, 0) & NO_PICTURE)]
+        try:
+            self._notes += note_of_others([(int(p.imagewidth), int(p.imagelength)) for p in pictures])
+        except SlideOpenError as error:
+            raise SlideOpenError(f"{self._path}: {error}") from error
         levels = list(series[0].levels)
         stacks = [list(level.pages) for level in levels]
         n_planes = len(stacks[0])
@@ -363,20 +368,6 @@ class _Tiff:
         handle.seek(self._file.pages.next_page_offset or 0)
         if handle.read(self._file.tiff.offsetsize) != bytes(self._file.tiff.offsetsize):
             raise SlideOpenError(f"{self._path}: it ends early, its list of pictures is cut off; {_AGAIN}")
-
-    def _others(self, pages: list[Any]) -> int:
-        """Counts the further pictures of similar size; refuses a larger one than the first, a preview."""
-        first, *further = pages
-        pictures = [page for page in further if not _tag(page, _SUBFILE_TYPE, 0) & NO_PICTURE]
-        areas = [int(page.imagewidth) * int(page.imagelength) for page in (first, *pictures)]
-        largest = int(np.argmax(areas))
-        if largest > 0:
-            sizes = [f"{page.imagewidth} x {page.imagelength}" for page in (first, pictures[largest - 1])]
-            raise SlideOpenError(
-                f"{self._path}: expected the slide as its first picture, found one of {sizes[0]} pixels "
-                f"before one of {sizes[1]}; write the one that is meant to a file of its own"
-            )
-        return sum(area > AS_LARGE * areas[0] for area in areas[1:])
 
     def _choose(
         self, channels: str, names: tuple[str, ...], rgb: tuple[int, int, int] | None

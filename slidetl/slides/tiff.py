@@ -19,7 +19,7 @@ from typing import IO, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from slidetl.slides.ome import AS_LARGE, is_ome
+from slidetl.slides.ome import is_ome
 
 # TIFF 6.0 and BigTIFF: tag numbers, and types of whole numbers.
 _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
@@ -168,14 +168,14 @@ def is_plain(path: Path, is_generic: bool) -> bool:
     return True
 
 
-def count_others(path: Path) -> int:
-    """Counts the further pictures of a TIFF of a size similar to the first's, except its levels and masks."""
+def picture_sizes(path: Path) -> list[tuple[int, int]]:
+    """Lists width and height of the pictures of a TIFF, except levels and masks; none if it is unusual."""
     with path.open("rb", buffering=0) as file:
         try:
             first, *further = _directories(file)
-            return sum(other.is_picture and other.area_px > AS_LARGE * first.area_px for other in further)
+            return [first.size_px, *(other.size_px for other in further if other.is_picture)]
         except (_UnusualError, ValueError):
-            return 0
+            return []
 
 
 def is_damaged_jpeg(data: bytes, tables: bytes | None = None) -> bool:

@@ -173,9 +173,20 @@ def test_the_first_of_several_pictures_is_read(tmp_path: Path) -> None:
     root.attrs["bioformats2raw.layout"] = 3
     write(tmp_path / "a.zarr" / "0", [planes(picture)], version="0.4")
     write(tmp_path / "a.zarr" / "1", [planes(picture[:50, :60])], version="0.4")
+    write(tmp_path / "a.zarr" / "2", [planes(picture[:150])], version="0.4")
     with open_slide(tmp_path / "a.zarr") as slide:
         assert np.array_equal(slide.read((0, 0), (300, 200), 0.5), picture)
         assert slide.info.notes == ("of 2 pictures in it the first alone is read",)
+    (tmp_path / "a.zarr" / "0").rename(tmp_path / "a.zarr" / "3")
+    (tmp_path / "a.zarr" / "1").rename(tmp_path / "a.zarr" / "0")
+    says = "one of 60 x 50 pixels before one of 300 x 200; name the folder of the one meant"
+    with pytest.raises(SlideOpenError, match=says):
+        open_slide(tmp_path / "a.zarr")
+    with open_slide(tmp_path / "a.zarr" / "3") as slide:
+        assert slide.info.size_level0 == (300, 200)
+    (tmp_path / "a.zarr" / "3" / "0" / ".zarray").unlink()
+    with pytest.raises(SlideOpenError, match="picture 3 in it has no sizes, and may be the slide"):
+        open_slide(tmp_path / "a.zarr")
 
 
 def test_depth_and_time_are_refused(tmp_path: Path) -> None:
@@ -319,3 +330,48 @@ def test_pieces_that_are_not_there_are_noted(tmp_path: Path, version: str, optio
             f"2 of {len(pieces)} pieces of level 0 are not in its folder, and count as blank (right for a "
             "sparse image, else copy it again)",
         )
+
+
+def pyramid(path: Path, picture: Picture, version: str = "0.5", **options: Any) -> Path:
+    levels = [planes(block_means(picture, factor)) for factor in (1, 2, 4)]
+    return write(path, levels, version=version, chunks=(1, 32, 32), **options)
+
+
+def piece(path: Path, level: int, *place: int, version: str = "0.5") -> Path:
+    return (
+        path
+        / str(level)
+        / ("c/" if version == "0.5" else "")
+        / ("/" if version == "0.5" else ".").join(map(str, place))
+    )
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_piece_lost_from_a_coarser_level_is_refused(tmp_path: Path, version: str, level: int) -> None:
+    path = pyramid(tmp_path / "a.zarr", noise(256, 256), version)
+    piece(path, level, 2, 1, 1, version=version).unlink()
+    says = f"a piece of level {level} .row 1, column 1. is not in its folder, and level {level - 1} shows"
+    with pytest.raises(SlideOpenError, match=says):
+        open_slide(path)
+
+
+def test_holes_that_all_levels_share_are_noted(tmp_path: Path) -> None:
+    picture = noise(256, 256)
+    picture[128:, 128:] = 0
+    picture[200, 200] = 1  # and vanishes in the next level
+    path = pyramid(tmp_path / "a.zarr", picture)
+    assert not piece(path, 1, 0, 3, 3).exists() and piece(path, 0, 0, 6, 6).exists()
+    with open_slide(path) as slide:
+        (note,) = slide.info.notes
+        assert note.startswith("45 of 192 pieces of level 0 are not in its folder")
+        assert not slide.read((128, 128), (64, 64), 1.0).any()
+
+
+def test_pieces_may_be_named_with_points(tmp_path: Path) -> None:
+    path = pyramid(
+        tmp_path / "a.zarr", noise(64, 64), chunk_key_encoding={"name": "default", "separator": "."}
+    )
+    assert (path / "0" / "c.0.1.1").exists()
+    with open_slide(path) as slide:
+        assert slide.info.notes == ()

@@ -9,7 +9,7 @@ import tifffile
 
 from slidetl.errors import SlideOpenError
 from slidetl.slides import open_slide
-from slidetl.slides.ome import is_ome, read_ome
+from slidetl.slides.ome import is_ome, note_of_others, read_ome
 
 
 def xml(pixels: str = "", inside: str = "<TiffData/>", root: str = "", before: str = "") -> str:
@@ -64,12 +64,24 @@ def test_the_objective_of_the_image_is_read() -> None:
     )
     text = xml('SizeC="1" SignificantBits="12"', before=f"<Instrument>{instrument}</Instrument>")
     found = read_ome(text, "a.tif", 1, 1)
-    assert (found.objective_power, found.significant_bits, found.others) == (20.0, 12, 0)
+    assert (found.objective_power, found.significant_bits, found.sizes_px) == (20.0, 12, ((9, 9),))
 
 
-def test_another_scene_is_counted_and_a_label_is_not() -> None:
+def test_another_scene_is_noted_and_a_label_is_not() -> None:
     scene = '<Image><Pixels SizeX="8" SizeY="9"/></Image><Image><Pixels SizeX="4" SizeY="4"/></Image></OME>'
-    assert read_ome(xml().replace("</OME>", scene), "a.tif", 1, 1).others == 1
+    sizes = read_ome(xml().replace("</OME>", scene), "a.tif", 1, 1).sizes_px
+    assert sizes == ((9, 9), (8, 9), (4, 4))
+    assert note_of_others(sizes) == ("of 2 pictures in it the first alone is read",)
+    assert note_of_others(sizes[::2]) == note_of_others([]) == ()
+
+
+def test_a_preview_before_the_slide_is_refused(tmp_path: Path) -> None:
+    with tifffile.TiffWriter(tmp_path / "a.ome.tif", ome=True) as file:
+        for side in (64, 256):
+            picture = np.zeros((side, side, 3), np.uint8)
+            file.write(picture, tile=(64, 64), photometric="rgb", metadata={"axes": "YXS"})
+    with pytest.raises(SlideOpenError, match=r"a.ome.tif: .* one of 64 x 64 pixels before one of 256 x 256"):
+        open_slide(tmp_path / "a.ome.tif", 0.5)
 
 
 @pytest.mark.parametrize(
