@@ -198,6 +198,9 @@ WHOLE_BYTES = 64 * 2**20
 _BLOCKS = 64
 _BLOCK_BYTES = 2**20
 
+# Windows and Synology; those of macOS and Linux are hidden.
+_LEFT_BEHIND = frozenset(["thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir"])
+
 
 def fingerprint_of(files: Iterable[Path]) -> str:
     """Identifies a slide's content: SHA-256, hexadecimal, independent of file names.
@@ -213,6 +216,12 @@ def fingerprint_of(files: Iterable[Path]) -> str:
     """
     digests = sorted(file_digest(path) for path in files)
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def is_left_behind(name: str) -> bool:
+    """Tells by its name if a file or folder belongs to a system that showed the folder, not to the slide."""
+    is_hidden = name.startswith(".") and not name.startswith(".z")  # of zarr: .zarray and others
+    return is_hidden or name.lower() in _LEFT_BEHIND
 
 
 def file_digest(path: Path) -> str:

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.errors import SlideOpenError
-from slidetl.slides.base import WHOLE_BYTES, file_digest
+from slidetl.slides.base import WHOLE_BYTES, file_digest, is_left_behind
 from slidetl.slides.depth import full_of, sample_windows, to_8_bits
 from slidetl.slides.levels import is_same_picture
 from slidetl.slides.ome import choose_channels, note_of_others, rgb_planes
@@ -201,7 +201,7 @@ def _node(path: Path, entry: Any) -> Path:
     """Returns the folder of a level."""
     name = entry.get("path") if isinstance(entry, dict) else None
     parts = name.split("/") if isinstance(name, str) else []
-    if not parts or not all(re.fullmatch(r"[^\\:\0]+", part) and part.strip(".") for part in parts):
+    if not parts or not all(re.fullmatch(r"[^\\:\0]+", p) and not is_left_behind(p) for p in parts):
         raise SlideOpenError(f"expected the path of a level in its folder, found {name!r:.80}")
     return path.joinpath(*parts)
 
@@ -429,8 +429,9 @@ def _fingerprint(path: Path) -> str:
             about = Path(folder, name).lstat()
             if not (stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode)):
                 raise SlideOpenError(f"{name} in it is a link or a pipe; nothing outside the folder is read")
-            if stat.S_ISREG(about.st_mode):
-                files.append((str(Path(folder, name).relative_to(path)), about.st_size))
+            place = Path(folder, name).relative_to(path)
+            if stat.S_ISREG(about.st_mode) and not any(map(is_left_behind, place.parts)):
+                files.append((str(place), about.st_size))
     files.sort()
     every = len(files) <= _SAMPLED_FILES or sum(size for _, size in files) <= WHOLE_BYTES
     described = [file for file in files if Path(file[0]).name in _METADATA]

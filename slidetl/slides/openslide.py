@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from slidetl.errors import SlideOpenError, SlideReadError
 from slidetl.slides.area import average_areas
-from slidetl.slides.base import SlideInfo, check_there, fingerprint_of
+from slidetl.slides.base import SlideInfo, check_there, fingerprint_of, is_left_behind
 from slidetl.slides.decoding import JpegCutter, Placement, map_in_order, reduction_for
 from slidetl.slides.dicom import series_instance_uid
 from slidetl.slides.levels import (
@@ -556,7 +556,9 @@ def _files(path: Path, dicom_series: str | None) -> Iterable[Path]:
         beside = (p for p in path.parent.iterdir() if p != path and p.is_file())
         return [path, *(p for p in beside if series_instance_uid(p) == dicom_series)]
     if path.suffix.lower() == ".mrxs":
-        return [path, *(p for p in path.with_suffix("").rglob("*") if p.is_file())]
+        folder = path.with_suffix("")
+        beside = (p for p in folder.rglob("*") if p.is_file())
+        return [path, *(p for p in beside if not any(map(is_left_behind, p.relative_to(folder).parts)))]
     if path.suffix.lower() in (".vms", ".vmu"):
         values = (line.partition("=")[2].strip() for line in path.read_text("latin-1").splitlines())
         return [path, *(path.parent / v for v in values if v and (path.parent / v).is_file())]

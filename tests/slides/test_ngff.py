@@ -291,6 +291,12 @@ def test_the_fingerprint_is_of_the_content_and_not_of_the_place(tmp_path: Path) 
     ]
     one, two, other = (open_slide(path).info.fingerprint for path in paths)
     assert one == two != other
+    (paths[1] / "0" / ".AppleDouble").mkdir()
+    for name in (".DS_Store", "0/._c", "0/.AppleDouble/zarr.json", "Thumbs.db", "0/desktop.ini"):
+        (paths[1] / name).write_bytes(b"x")
+    assert open_slide(paths[1]).info.fingerprint == one
+    (paths[1] / "labels.xml").write_bytes(b"x")
+    assert open_slide(paths[1]).info.fingerprint != one
 
 
 def test_a_folder_of_them_is_listed_and_a_cache_is_not(tmp_path: Path) -> None:

@@ -361,6 +361,10 @@ def test_a_mirax_slide_is_all_of_its_files(tmp_path: Path) -> None:
     paths.append(write_mirax(tmp_path / "c.mrxs", picture, {(1, 1)}))
     prints = [open_slide(path).info.fingerprint for path in paths]
     assert prints[0] == prints[1] != prints[2]
+    (tmp_path / "b" / "@eaDir").mkdir()
+    for name in (".DS_Store", "._Index.dat", "Thumbs.db", "@eaDir/Index.dat"):
+        (tmp_path / "b" / name).write_bytes(b"x")
+    assert open_slide(paths[1]).info.fingerprint == prints[0]
     (tmp_path / "a" / "Index.dat").unlink()
     with pytest.raises(SlideOpenError, match=r"a\.mrxs: the slide cannot be opened; OpenSlide says: .*Index"):
         open_slide(paths[0])
