@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,14 @@ from slidetl.slides.opencv import opencv
 Polygon = tuple[NDArray[np.float64], ...]
 """Rings ``[P, 2]`` of ``(x, y)``; inside is what an odd number of them encloses, so holes are rings, too."""
 
+
+class Layer(NamedTuple):
+    """Areas, and areas cut out of them, but not out of other layers."""
+
+    areas: Sequence[Polygon]
+    holes: Sequence[Polygon] = ()
+
+
 # Scan lines in a pixel, and the most places at which edges cross them; fewer lines where more are needed.
 _LINES = 8
 _MOST_CROSSINGS = 5 * 10**6
@@ -21,20 +30,20 @@ _BAND = 256  # rows of pixels at a time
 
 
 def coverage(
-    polygons: Sequence[Polygon],
-    without: Sequence[Polygon],
+    layers: Sequence[Layer],
+    without: Sequence[Layer],
     size_px: tuple[int, int],
     pixels_per_unit: tuple[float, float],
 ) -> NDArray[np.float32]:
-    """Computes the share of each pixel inside any of some polygons and outside of all others.
+    """Computes the share of each pixel inside any of some layers and outside of all others.
 
     Exact along x; along y the mean of eight scan lines. Each polygon is filled by the even-odd rule, so
     rings may touch or cross themselves, and polygons may overlap. The time grows with the length of their
     edges, not with their number times the pixels.
 
     Args:
-        polygons: the areas, in any unit.
-        without: areas to cut out of them.
+        layers: the areas, in any unit.
+        without: layers to cut out of all of them.
         size_px: width and height of the result.
         pixels_per_unit: pixels along x and y per unit of the polygons.
 
@@ -46,7 +55,9 @@ def coverage(
     """
     width, height = size_px
     shares = np.zeros((height, width), np.float32)
-    start, end, polygon = _edges((*polygons, *without))
+    every = (*layers, *without)
+    start, end, polygon = _edges([one for layer in every for part in layer for one in part])
+    part_of = np.repeat(np.arange(2 * len(every)), [len(part) for layer in every for part in layer])
     start, end = start * pixels_per_unit, end * pixels_per_unit
     for lines in (_LINES, 2, 1):
         first, last = (
@@ -69,8 +80,12 @@ def coverage(
     x, line, of = x[order], line[order], of[order]
     step = np.where(np.arange(total) % 2 == 0, 1, -1)
     order = np.lexsort((x, line))
-    x, line, step, is_hole = x[order], line[order], step[order], of[order] >= len(polygons)
-    is_inside = (np.cumsum(np.where(is_hole, 0, step)) > 0) & (np.cumsum(np.where(is_hole, step, 0)) == 0)
+    x, line, step, part = x[order], line[order], step[order], part_of[of[order]]
+    is_inside = np.zeros(total, bool)
+    for number in range(len(every)):
+        areas, holes = (np.cumsum(np.where(part == 2 * number + kind, step, 0)) for kind in (0, 1))
+        is_covered = (areas > 0) & (holes == 0)
+        is_inside = is_inside | is_covered if number < len(layers) else is_inside & ~is_covered
     is_inside[-1:] = False
     (before,) = np.nonzero(is_inside)  # from this crossing to the next, on the same line
     left, right, row = x[before], x[before + 1], line[before] // lines
@@ -80,10 +95,10 @@ def coverage(
         places = np.concatenate([left[chosen], right[chosen]])
         sign = np.repeat([1.0, -1.0], len(places) // 2)
         column = np.floor(places)
-        part = places - column
+        fraction = places - column
         cell = np.tile(row[chosen] - top, 2) * (width + 2) + column.astype(np.int64)
-        steps = np.bincount(cell, sign * (1 - part), rows * (width + 2))
-        steps += np.bincount(cell + 1, sign * part, rows * (width + 2))
+        steps = np.bincount(cell, sign * (1 - fraction), rows * (width + 2))
+        steps += np.bincount(cell + 1, sign * fraction, rows * (width + 2))
         sums = steps.reshape(rows, width + 2).cumsum(1)[:, :width]
         shares[top : top + rows] = np.clip(sums / lines, 0, 1)
     # Sums of fractions leave rounding errors where nothing, or all, is inside.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,7 @@ from slidetl.errors import AnnotationError, UsageError, refuse_unused
 from slidetl.slides.turn import ViewerFrame
 from slidetl.tiles.annotations import Annotation, Annotations, base_name, is_annotation_file, read_annotations
 from slidetl.tiles.identifier import clash_key, safe_slide_id
-from slidetl.tiles.polygons import Polygon, coverage
+from slidetl.tiles.polygons import Layer, Polygon, coverage
 from slidetl.tiles.tissue import area_means, mask_size
 
 # QuPath's class for what must not be used.
@@ -83,28 +83,26 @@ class Regions:
 
     Attributes:
         path: the file they come from.
-        inside: polygons, level-0 pixels; a tile may lie in several.
-        without: polygons cut out of them.
+        layers: polygons, level-0 pixels; a tile may lie in several.
+        without: polygons cut out of all of them.
         share: least share of a tile inside.
         notes: doubts about them, one line each.
     """
 
     path: Path
-    inside: tuple[Polygon, ...]
-    without: tuple[Polygon, ...]
+    layers: tuple[Layer, ...]
+    without: tuple[Layer, ...]
     share: float
     notes: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
         """SHA-256 of the areas used and of the least share, in any order; hexadecimal."""
-        parts = []
-        for kind, polygons in ((b"+", self.inside), (b"-", self.without)):
-            for polygon in polygons:
-                one = hashlib.sha256(kind)
-                for ring in polygon:
-                    one.update(len(ring).to_bytes(8, "little") + ring.astype("<f8").tobytes())
-                parts.append(one.hexdigest())
+        groups = [[*_digests(b"+", areas), *_digests(b"-", holes)] for areas, holes in self.layers]
+        groups += [[*_digests(b"-", areas), *_digests(b"0", holes)] for areas, holes in self.without]
+        if len(self.layers) > 1 or any(layer.holes for layer in self.without):  # which hole is in which layer
+            groups = [[hashlib.sha256(" ".join(sorted(group)).encode()).hexdigest()] for group in groups]
+        parts = [one for group in groups for one in group]
         return hashlib.sha256(f"{self.share!r} {' '.join(sorted(parts))}".encode()).hexdigest()
 
     def cover(
@@ -115,7 +113,7 @@ class Regions:
         Raises:
             AnnotationError: the edges are too many for a bounded time.
         """
-        return _cover(self.path, self.inside, self.without, size_px, mpp, mpp_level0)
+        return _cover(self.path, self.layers, self.without, size_px, mpp, mpp_level0)
 
 
 def find_regions(options: RegionOptions, slides: Sequence[tuple[str, Path]]) -> dict[str, RegionSource]:
@@ -190,10 +188,8 @@ def read_regions(path: Path, options: RegionOptions, viewer: ViewerFrame, vendor
     include, exclude = _keys(options.include), _keys(options.exclude) - _keys(options.include)
     chosen = [area for area in read.areas if not include or _key(area.class_name) in include]
     chosen = [area for area in chosen if _key(area.class_name) not in exclude]
-    cut = [area for area in read.areas if _key(area.class_name) in exclude and not area.is_negative]
-    cut += [area for area in chosen if area.is_negative]
-    inside = [area for area in chosen if not area.is_negative]
-    if not inside:
+    cut = [area for area in read.areas if _key(area.class_name) in exclude]
+    if all(area.is_negative for area in chosen):
         wanted = f"of class {' or '.join(options.include)}" if include else "that may be a region"
         raise AnnotationError(f"{path}: no area {wanted}; it has {read.describe()}")
     known = _keys(area.class_name for area in read.areas)
@@ -205,10 +201,8 @@ def read_regions(path: Path, options: RegionOptions, viewer: ViewerFrame, vendor
         notes.append(
             "regions are placed as QuPath shows the slide, cropped to the scanned area and not turned"
         )
-    placed = [
-        tuple(area.polygon for area in _in_level0(read, areas, viewer, vendor)) for areas in (inside, cut)
-    ]
-    return Regions(path, placed[0], placed[1], options.share, tuple(notes))
+    layers, without = (_layers(_in_level0(read, areas, viewer, vendor)) for areas in (chosen, cut))
+    return Regions(path, layers, without, options.share, tuple(notes))
 
 
 def label_tiles(
@@ -245,14 +239,12 @@ def label_tiles(
     size_px = mask_size(viewer.size_level0, mpp_level0, mpp)
     known = _keys(classes)
     ignored = [area for area in read.areas if _key(area.class_name) in _keys([IGNORED]) - known]
-    unlabelled = [area.polygon for area in _in_level0(read, ignored, viewer, vendor)]
+    unlabelled = _layers(_in_level0(read, ignored, viewer, vendor))
     shares = np.zeros((len(classes), len(origins_level0)), np.float32)
     for number, name in enumerate(classes):
         areas = [area for area in read.areas if _key(area.class_name) == _key(name)]
-        placed = _in_level0(read, areas, viewer, vendor)
-        inside, cut = ([a.polygon for a in placed if a.is_negative == is_cut] for is_cut in (False, True))
-        if inside:
-            covered = _cover(path, inside, [*cut, *unlabelled], size_px, mpp, mpp_level0)
+        if layers := _layers(_in_level0(read, areas, viewer, vendor)):
+            covered = _cover(path, layers, unlabelled, size_px, mpp, mpp_level0)
             shares[number] = area_means(covered, mpp, origins_level0, extent_level0, mpp_level0)
     labels = np.where(shares.max(0) >= least_share - 1e-6, shares.argmax(0), -1).astype(np.int64)
     return labels, frozenset(
@@ -262,16 +254,34 @@ def label_tiles(
 
 def _cover(
     path: Path,
-    inside: Sequence[Polygon],
-    without: Sequence[Polygon],
+    layers: Sequence[Layer],
+    without: Sequence[Layer],
     size_px: tuple[int, int],
     mpp: float,
     mpp_level0: tuple[float, float],
 ) -> NDArray[np.float32]:
     try:
-        return coverage(inside, without, size_px, (mpp_level0[0] / mpp, mpp_level0[1] / mpp))
+        return coverage(layers, without, size_px, (mpp_level0[0] / mpp, mpp_level0[1] / mpp))
     except AnnotationError as error:
         raise AnnotationError(f"{path}: {error}") from error
+
+
+def _layers(areas: Sequence[Annotation]) -> tuple[Layer, ...]:
+    """Sorts areas into layers: of each class with negative areas, which cut it alone, and of all others."""
+    own = {_key(area.class_name) for area in areas if area.is_negative}
+    layers: dict[str | None, tuple[list[Polygon], list[Polygon]]] = defaultdict(lambda: ([], []))
+    for area in areas:
+        key = _key(area.class_name)
+        layers[key if key in own else None][area.is_negative].append(area.polygon)
+    return tuple(Layer(*layer) for layer in layers.values() if layer[0])
+
+
+def _digests(kind: bytes, polygons: Sequence[Polygon]) -> Iterator[str]:
+    for polygon in polygons:
+        one = hashlib.sha256(kind)
+        for ring in polygon:
+            one.update(len(ring).to_bytes(8, "little") + ring.astype("<f8").tobytes())
+        yield one.hexdigest()
 
 
 def _in_level0(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -13,7 +14,16 @@ from shapely.geometry import Polygon as Shape
 
 from slidetl.errors import AnnotationError
 from slidetl.tiles import polygons
-from slidetl.tiles.polygons import coverage, outlines
+from slidetl.tiles.polygons import Layer, Polygon, coverage, outlines
+
+
+def cover(
+    inside: Sequence[Polygon],
+    without: Sequence[Polygon],
+    size_px: tuple[int, int],
+    pixels_per_unit: tuple[float, float],
+) -> NDArray[np.float32]:
+    return coverage([Layer(inside)], [Layer(without)], size_px, pixels_per_unit)
 
 
 def ring(*points: tuple[float, float]) -> NDArray[np.float64]:
@@ -44,7 +54,7 @@ def test_shares_agree_with_a_count_of_many_points(
     inside: list[NDArray[np.float64]], without: list[NDArray[np.float64]]
 ) -> None:
     """Against shapely, an independent implementation, at 24 by 24 points of each pixel."""
-    found = coverage([(one,) for one in inside], [(one,) for one in without], (8, 6), (0.5, 0.4))
+    found = cover([(one,) for one in inside], [(one,) for one in without], (8, 6), (0.5, 0.4))
     x, y = (np.arange(0, size, 1 / 24) + 1 / 48 for size in (8, 6))
     points = np.meshgrid(x / 0.5, y / 0.4)
     expected = shapely.contains_xy(shapely.union_all([Shape(one) for one in inside]), *points)
@@ -60,23 +70,33 @@ def test_sides_along_whole_pixels_are_exact() -> None:
     expected = np.zeros((6, 7))
     expected[1:5, 1:5] = 1
     expected[2:4, 2:4] = 0
-    assert np.array_equal(coverage([donut], [], (7, 6), (1, 1)), expected)
+    assert np.array_equal(cover([donut], [], (7, 6), (1, 1)), expected)
     closed = tuple(np.vstack([one, one[:1]]) for one in donut)
-    assert np.array_equal(coverage([closed, closed], [], (7, 6), (1, 1)), expected)  # twice is not nothing
-    filled = coverage([donut, (box(2, 2, 2, 2),)], [], (7, 6), (1, 1))
+    assert np.array_equal(cover([closed, closed], [], (7, 6), (1, 1)), expected)  # twice is not nothing
+    filled = cover([donut, (box(2, 2, 2, 2),)], [], (7, 6), (1, 1))
     assert filled[1:5, 1:5].all() and filled.sum() == 16
-    assert coverage([donut], [(box(-5, -5, 20, 20),)], (7, 6), (1, 1)).sum() == 0
-    assert coverage([], [donut], (7, 6), (1, 1)).sum() == 0
+    assert cover([donut], [(box(-5, -5, 20, 20),)], (7, 6), (1, 1)).sum() == 0
+    assert cover([], [donut], (7, 6), (1, 1)).sum() == 0
+
+
+def test_a_hole_is_cut_out_of_its_layer_alone() -> None:
+    wide, left, middle = (box(0, 0, 6, 6),), (box(0, 0, 3, 6),), (box(2, 2, 2, 2),)
+    holed, plain = Layer([wide], [middle]), Layer([left])
+    for layers in ([holed, plain], [plain, holed]):
+        assert coverage(layers, [], (6, 6), (1, 1)).sum() == 36 - 2
+        assert coverage(layers, [Layer([middle])], (6, 6), (1, 1)).sum() == 36 - 4
+        assert coverage(layers, [plain], (6, 6), (1, 1)).sum() == 18 - 2
+        assert coverage(layers, [holed], (6, 6), (1, 1)).sum() == 2
 
 
 def test_parts_of_pixels_and_what_lies_beyond_the_border() -> None:
-    found = coverage([(box(0.25, -9, 1, 9.5),)], [], (2, 2), (1, 1))
+    found = cover([(box(0.25, -9, 1, 9.5),)], [], (2, 2), (1, 1))
     assert found == pytest.approx(np.array([[0.375, 0.125], [0, 0]]))
-    assert coverage([(box(-9, -9, 99, 99),)], [], (3, 2), (1, 1)).min() == 1
+    assert cover([(box(-9, -9, 99, 99),)], [], (3, 2), (1, 1)).min() == 1
 
 
 def test_both_lobes_of_a_bow_tie_count() -> None:
-    found = coverage([(ring((0, 0), (8, 8), (8, 0), (0, 8)),)], [], (8, 8), (1, 1))
+    found = cover([(ring((0, 0), (8, 8), (8, 0), (0, 8)),)], [], (8, 8), (1, 1))
     assert found.sum() == pytest.approx(32, rel=0.02)
     assert found[4, 0] == found[4, 7] == 1 and found[0, 4] == 0
 
@@ -86,7 +106,7 @@ def test_twenty_thousand_cells_take_a_moment() -> None:
     centres = np.random.default_rng(0).uniform(0, 90_000, (20_000, 1, 2))
     cells = [(cell,) for cell in centres + 30 * np.stack([np.cos(angle), np.sin(angle)], 1)]
     started = time.process_time()
-    found = coverage(cells, [], (1400, 1400), (1 / 64, 1 / 64))
+    found = cover(cells, [], (1400, 1400), (1 / 64, 1 / 64))
     assert time.process_time() - started < 3
     one = 0.5 * 20 * 30**2 * np.sin(2 * np.pi / 20)
     # Overlapping cells count once.
@@ -95,12 +115,12 @@ def test_twenty_thousand_cells_take_a_moment() -> None:
 
 def test_edges_without_end_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     comb = ring(*((x, y) for x in range(100) for y in (0.0, 100.0)))
-    assert coverage([(comb,)], [], (100, 100), (1, 1)).any()
+    assert cover([(comb,)], [], (100, 100), (1, 1)).any()
     monkeypatch.setattr(polygons, "_MOST_CROSSINGS", 25_000)
-    assert coverage([(comb,)], [], (100, 100), (1, 1)).any()  # with fewer lines
+    assert cover([(comb,)], [], (100, 100), (1, 1)).any()  # with fewer lines
     monkeypatch.setattr(polygons, "_MOST_CROSSINGS", 5000)
     with pytest.raises(AnnotationError, match="cross 20000 lines of pixels, more than 5000"):
-        coverage([(comb,)], [], (100, 100), (1, 1))
+        cover([(comb,)], [], (100, 100), (1, 1))
 
 
 @given(arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9))))
@@ -109,4 +129,4 @@ def test_outlines_are_valid_and_fill_the_mask_again(mask: NDArray[np.bool_]) -> 
     shapes = [Shape(polygon[0], list(polygon[1:])) for polygon in found]
     assert all(shape.is_valid for shape in shapes)
     assert sum(shape.area for shape in shapes) == mask.sum()
-    assert np.array_equal(coverage(found, [], mask.shape[::-1], (1, 1)), mask)
+    assert np.array_equal(cover(found, [], mask.shape[::-1], (1, 1)), mask)

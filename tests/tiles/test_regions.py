@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from slidetl.errors import AnnotationError, CacheMismatchError, UsageError
 from slidetl.slides.turn import ViewerFrame
 from slidetl.tiles.geojson import write_tissue
 from slidetl.tiles.ledger import EXCLUDED, FAILED, USED, LedgerRow
+from slidetl.tiles.polygons import Layer, Polygon
 from slidetl.tiles.regions import (
     RegionOptions,
     Regions,
@@ -132,7 +133,7 @@ class TestFrame:
     def test_qupath_crops_and_others_do_not(self, tmp_path: Path) -> None:
         viewer = ViewerFrame((1024, 1024), (100, 200))
         found = read(tmp_path, {None: [[box(1, 2, 10, 10)]]}, viewer)
-        assert found.inside[0][0][0].tolist() == [101, 202]
+        assert found.layers[0].areas[0][0][0].tolist() == [101, 202]
         assert found.notes == (
             "regions are placed as QuPath shows the slide, cropped to the scanned area and not turned",
         )
@@ -145,10 +146,10 @@ class TestFrame:
             "</ASAP_Annotations>"
         )
         asap = read_regions(path, RegionOptions(tmp_path), viewer, "mirax")
-        assert asap.inside[0][0][0].tolist() == [1, 2] and asap.notes == ()
+        assert asap.layers[0].areas[0][0][0].tolist() == [1, 2] and asap.notes == ()
 
     def test_another_slide_is_found_out(self, tmp_path: Path) -> None:
-        assert read(tmp_path, {None: [[box(-5, -5, 1034, 1034)]]}).inside  # a brush at the border
+        assert read(tmp_path, {None: [[box(-5, -5, 1034, 1034)]]}).layers  # a brush at the border
         with pytest.raises(
             AnnotationError, match=r"reach to \(5010, 10\), the slide has 1024 x 1024 pixels at"
         ):
@@ -160,9 +161,58 @@ class TestFrame:
         vertices = "".join(f'<Vertex X="{x}" Y="{y}"/>' for x, y in box(0, 0, 9, 9))
         path = tmp_path / "S1.xml"
         path.write_text(f"<Annotations><Annotation><Region>{vertices}</Region></Annotation></Annotations>")
-        assert read_regions(path, RegionOptions(tmp_path), PLAIN, "aperio").inside
+        assert read_regions(path, RegionOptions(tmp_path), PLAIN, "aperio").layers
         with pytest.raises(AnnotationError, match="ImageScope turns and crops Leica slides"):
             read_regions(path, RegionOptions(tmp_path), PLAIN, "leica")
+
+
+class TestNegative:
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        regions = [
+            ("Tumor", box(0, 0, 320, 320), 0),
+            ("Tumor", box(64, 64, 128, 128), 1),
+            ("Stroma", box(64, 64, 64, 64), 0),
+            ("Ignore*", box(0, 0, 64, 320), 0),
+            ("Ignore*", box(0, 0, 64, 160), 1),
+        ]
+        text = ""
+        for name, corners, negative in regions:
+            vertices = "".join(f'<Vertex X="{x}" Y="{y}"/>' for x, y in corners)
+            text += (
+                f'<Annotation Name="{name}"><Region NegativeROA="{negative}">{vertices}</Region></Annotation>'
+            )
+        path = tmp_path / "S1.xml"
+        path.write_text(f"<Annotations>{text}</Annotations>")
+        return path
+
+    def test_it_is_cut_out_of_its_own_class_alone(self, path: Path) -> None:
+        def regions(**options: Any) -> Regions:
+            return read_regions(path, RegionOptions(path.parent, **options), PLAIN, "aperio")
+
+        tumor, stroma, ignored = 320 * 320 - 128 * 128, 64 * 64, 64 * 160
+        assert area(regions(exclude=())) == tumor + stroma
+        assert area(regions()) == tumor + stroma - ignored
+        assert area(regions(include=("Tumor",), exclude=())) == tumor
+        assert area(regions(include=("Stroma",))) == stroma
+        assert area(regions(include=("Stroma",), exclude=("Tumor",))) == stroma
+        assert area(regions(include=("Tumor",), exclude=("Stroma",))) == tumor
+        found = regions()
+        assert found.digest != replace(found, layers=found.layers[:1]).digest
+        assert (
+            found.digest
+            != replace(found, layers=(Layer(*map(_joined, zip(*found.layers, strict=True))),)).digest
+        )
+        assert replace(found, layers=found.layers[::-1]).digest == found.digest
+
+    def test_labels_know_it_too(self, path: Path) -> None:
+        at = np.array([[0, 0], [0, 192], [64, 64]], np.int32)
+        found, _ = label_tiles(path, ["Tumor", "Stroma"], 0.5, PLAIN, "aperio", at, (64, 64), (0.5, 0.5), 8.0)
+        assert found.tolist() == [0, -1, 1]
+
+
+def _joined(parts: Iterable[Sequence[Polygon]]) -> list[Polygon]:
+    return [one for part in parts for one in part]
 
 
 class TestNames:

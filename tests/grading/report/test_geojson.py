@@ -86,7 +86,7 @@ def test_a_map_read_as_regions_has_the_tiles_of_a_turned_slide(
     info = replace(result.plan.info, orientation=orientation, corner_level0=(0, 0))
     write_geojson(replace(result, plan=replace(result.plan, info=info)), tmp_path / "map.geojson")
     found = read_regions(tmp_path / "map.geojson", RegionOptions(tmp_path), info.viewer, "")
-    squares = np.array([np.concatenate([ring.min(0), ring.max(0)]) for (ring,) in found.inside])
+    squares = np.array([np.concatenate([ring.min(0), ring.max(0)]) for (ring,) in found.layers[0].areas])
     assert squares == pytest.approx(np.hstack([result.origins_level0, result.origins_level0 + 100]))
     feature = json.loads((tmp_path / "map.geojson").read_text())["features"][0]
     x, y = result.origins_level0[0]
