@@ -320,7 +320,7 @@ def test_a_job_of_a_comparison_embeds_its_tiles_where_it_trains(
     trainer = {"accelerator": "cpu" if device == "cpu" else "gpu", "max_epochs": 1}
     _, job = planned(study, tmp_path, {"fit": {**SCRATCH, "trainer": trainer}})
     run_job(job, Workplace(tmp_path))
-    result = read_result(tmp_path, job.key)
+    result = read_result(tmp_path, job)
     assert result is not None and devices == {device}
     for row in result.predictions:  # gradings by tiles drawn from a slide lie about that of the slide
         assert abs(np.mean(result.draws[row.slide_id]) - row.expected_grade) < 0.5

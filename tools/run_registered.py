@@ -155,7 +155,7 @@ def restore(plan: Plan, folder: Path, results: Path) -> None:
     jobs = folder / "compare" / "jobs"
     for job in plan.jobs:
         kept = results / f"{job.key}.json.gz"
-        if kept.exists() and read_result(jobs, job.key) is None:
+        if kept.exists() and read_result(jobs, job) is None:
             jobs.mkdir(parents=True, exist_ok=True)
             result = result_from(json.loads(gzip.decompress(kept.read_bytes())))
             write_result(job, result, jobs, jobs / job.key)
@@ -164,7 +164,7 @@ def restore(plan: Plan, folder: Path, results: Path) -> None:
 def keep(plan: Plan, folder: Path, results: Path) -> None:
     """Keeps the results of the trained arms of a redraw."""
     for job in plan.jobs:
-        found = read_result(folder / "compare" / "jobs", job.key) if "fit" in job.recipe else None
+        found = read_result(folder / "compare" / "jobs", job) if "fit" in job.recipe else None
         kept = results / f"{job.key}.json.gz"
         if found is not None and not kept.exists():
             results.mkdir(parents=True, exist_ok=True)
@@ -198,7 +198,7 @@ def compute(
     to_do = [
         (redraw, job)
         for redraw, job in in_order(plans, stages)
-        if read_result(places[redraw].folder, job.key) is None
+        if read_result(places[redraw].folder, job) is None
     ]
     print(f"{len(to_do)} jobs to compute", file=sys.stderr)
     labels = {job.key: f"redraw {number_of(folders[redraw])}: {job.label}" for redraw, job in to_do}
@@ -223,7 +223,7 @@ def redrawn(plan: Plan, folder: Path) -> Redrawn:
     """Reads the finished jobs of a redraw; an arm with an unfinished job is left out."""
     one = Redrawn({}, {}, {}, {})
     for job in plan.jobs:  # of a single fold: one job for each arm and size
-        found = read_result(folder / "compare" / "jobs", job.key)
+        found = read_result(folder / "compare" / "jobs", job)
         if found is None:
             continue
         key, outside = (job.arm, job.n_slides), set(job.fold.external)

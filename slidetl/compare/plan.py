@@ -6,6 +6,7 @@ import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ class Job:
         recipe: the computation, as JSON values.
         key: SHA-256, shortened, of the recipe, the fold, the data and the format; it names the job's folder.
             The arm's name is no part of it: a renamed arm finds its results.
+        tiles: SHA-256 of the places of the tiles of its slides. It is kept beside a result and compared, so
+            that slides that were tiled again elsewhere, as many tiles each, are computed again.
         rows: of the manifest, of the fold's slides; their grades are permuted where the labels are.
         fingerprints: SHA-256 of the content of these slides when the study was read, by slide.
         cache: the folder of the tile caches.
@@ -65,6 +68,7 @@ class Job:
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     cache: Path = Path()
     grades: tuple[str, ...] = ()
+    tiles: str = ""
 
     @property
     def label(self) -> str:
@@ -161,7 +165,7 @@ def plan_and_audit(comparison: Comparison, study: Study) -> tuple[Study, tuple[F
         check_duplicates(study.slides)
     cases = cases_of(study)
     folds = plan_folds(cases, comparison.protocol, len(comparison.grades))
-    fingerprints = {cache.slide_id: cache.fingerprint for cache in study.caches}
+    fingerprints = {tiles.slide_id: tiles.fingerprint for tiles in study.caches}
     audit_folds(folds, cases, fingerprints, alike)
     _check_patients(folds, cases, comparison.protocol)
     return study, folds
@@ -246,6 +250,7 @@ def plan_jobs(
         number: permuted(study, comparison.protocol, number) for number in range(comparison.permutations.n)
     }
     data_of = {number: _data_of(labelled) for number, labelled in studies.items()}
+    places = {tiles.slide_id: tiles.places_sha256 for tiles in study.caches}
 
     def job(
         name: str,
@@ -276,6 +281,7 @@ def plan_jobs(
             fingerprints={slide.row.slide_id: slide.cache.fingerprint for slide in slides},
             cache=study.folder,
             grades=tuple(comparison.grades),
+            tiles=canonical_sha256([places[slide.row.slide_id] for slide in slides]),
         )
 
     jobs = [job(name, fold) for fold in folds for name in names]
@@ -347,21 +353,22 @@ def _data_of(study: Study) -> dict[str, list[Any]]:
     """Lists the data of each slide that a result depends on."""
     return {
         row.slide_id: [
-            *(cache.fingerprint, len(cache), row.patient_id, row.grade, row.site, row.stain),
+            *(tiles.fingerprint, len(tiles), row.patient_id, row.grade, row.site, row.stain),
             list(row.reader_grades),
         ]
-        for row, cache in zip(study.rows, study.caches, strict=True)
+        for row, tiles in zip(study.rows, study.caches, strict=True)
     }
 
 
 def _recipe(comparison: Comparison, study: Study, name: str) -> dict[str, Any]:
+    @cache
     def source(features: str) -> str:
         found = common_source(features, study.caches)
         if found.weights_sha256:
             return found.weights_sha256
         digest = hashlib.sha256()  # imported: nothing but their values tells them apart
-        for cache in study.caches:
-            digest.update(read_features(cache, features).tobytes())
+        for tiles in study.caches:
+            digest.update(read_features(tiles, features).tobytes())
         return digest.hexdigest()
 
     arm = comparison.arms[name]
@@ -370,17 +377,26 @@ def _recipe(comparison: Comparison, study: Study, name: str) -> dict[str, Any]:
     if arm.classical is not None:
         sources = {features: source(features) for features in arm.classical.features}
         return {"classical": asdict(arm.classical), "features": sources}
-    config = comparison.fit_config(name)
-    stored = config["data"].get("features")
-    return {
+
+    def origins(config: dict[str, Any]) -> dict[str, str]:
+        backbone, usual = config["model"].get("backbone", {}), BackboneSpec()
+        weights = str(backbone.get("name", usual.name)), str(backbone.get("pretrained", usual.pretrained))
+        stored = config["data"].get("features")
+        return {"weights": weights_sha256(*weights), "features": source(stored) if stored else ""}
+
+    weights_sha256 = cache(_weights_sha256)
+    config, trials = comparison.fit_config(name), comparison.trials(name)
+    recipe = {
         "fit": config,
-        "trials": comparison.trials(name),
+        "trials": trials,
         "validate_every": comparison.validate_every,
         "tile_draws": comparison.tile_draws,
         "unit": comparison.protocol.unit,
-        "weights": _weights_sha256(config),
-        "features": source(stored) if stored else "",
+        **origins(config),
     }
+    of_trials = [origins(with_values(config, trial)) for trial in trials]
+    # Left out where no choice names weights or features, so that such jobs keep their keys.
+    return recipe | ({"of_trials": of_trials} if any(each != origins(config) for each in of_trials) else {})
 
 
 def _longer(recipe: dict[str, Any], factor: float) -> dict[str, Any]:
@@ -392,12 +408,9 @@ def _longer(recipe: dict[str, Any], factor: float) -> dict[str, Any]:
     return {**recipe, "fit": fit, "validate_every": max(1, round(recipe["validate_every"] * factor))}
 
 
-def _weights_sha256(config: dict[str, Any]) -> str:
-    """Hashes the file of the pretrained weights; empty if they are in a cache or are downloaded."""
-    backbone, usual = config["model"].get("backbone", {}), BackboneSpec()
-    source = str(backbone.get("pretrained", usual.pretrained))
+def _weights_sha256(name: str, source: str) -> str:
+    """Hashes the file of a backbone's weights; empty if they are in a cache or are downloaded."""
     if source.startswith(SCHEME):
         return pulled_card(source.removeprefix(SCHEME)).model.weights_sha256
-    name = str(backbone.get("name", usual.name))
     path = packaged_weights(name) if source in PUBLISHED else Path(source)
     return hashlib.sha256(path.read_bytes()).hexdigest() if path is not None and path.is_file() else ""

@@ -55,7 +55,7 @@ def run_job(job: Job, place: Workplace) -> None:
         SlidetlError: the arm cannot be fitted; the message says why.
     """
     with slide_lock(place.folder, job.key):  # another machine may be at it
-        if read_result(place.folder, job.key) is not None:
+        if read_result(place.folder, job) is not None:
             return
         building = place.folder / ".building" / job.key
         building.mkdir(parents=True, exist_ok=True)

@@ -125,6 +125,7 @@ def write_result(job: Job, result: JobResult, building: Path, finished: Path) ->
         "seed": job.fold.seed,
         "train_slides": len(job.fold.train),
         "test_slides": len(job.fold.test),
+        "tiles": job.tiles,
         "sha256": {name: _sha256(work / name) for name in (_RESULT, _EMBEDDINGS)},
     }
     (work / _ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
@@ -156,12 +157,17 @@ def has_results(folder: Path) -> bool:
     return any(any(folder.glob(pattern)) for pattern in (f"*/{_ABOUT}", ".building/**/training.json"))
 
 
-def read_result(folder: Path, key: str) -> JobResult | None:
-    """Reads a finished job; None if there is none, or if its files were changed since."""
-    finished = folder / key
+def is_of_tiles(about: Mapping[str, Any], job: Job) -> bool:
+    """Returns True if a record is of the job's tiles, or of a version that did not record them."""
+    return bool(about.get("tiles", job.tiles) == job.tiles)
+
+
+def read_result(folder: Path, job: Job) -> JobResult | None:
+    """Reads the result of a job; None if there is none, it is of other tiles, or its files were changed."""
+    finished = folder / job.key
     try:
         about = json.loads((finished / _ABOUT).read_text(encoding="utf-8"))
-        if about["format"] != FORMAT_VERSION:
+        if about["format"] != FORMAT_VERSION or not is_of_tiles(about, job):
             return None
         if any(_sha256(finished / name) != sha256 for name, sha256 in about["sha256"].items()):
             return None

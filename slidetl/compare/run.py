@@ -104,7 +104,7 @@ def run_comparison(
     with slide_lock(folder, "comparison"):
         _write_splits(plan.folds, output / "splits.json")
         record_registration(plan.comparison, output)
-        found = {job.key: read_result(folder, job.key) for job in plan.jobs}
+        found = {job.key: read_result(folder, job) for job in plan.jobs}
         # Two arms of one configuration share a job.
         to_do = list({job.key: job for job in plan.jobs if found[job.key] is None}.values())
         options.on_start([job for job in plan.jobs if found[job.key] is not None], to_do)
@@ -118,7 +118,7 @@ def run_comparison(
         for job, reason in done if to_do else ():
             if reason:
                 failed[job.label] = reason
-            found[job.key] = read_result(folder, job.key)
+            found[job.key] = read_result(folder, job)
             options.on_done(job, reason, found[job.key])
         if failed and not any(found.values()):
             raise UsageError(
@@ -143,7 +143,7 @@ def report_comparison(plan: Plan, output: Path) -> ComparisonResult:
     Raises:
         UsageError: no arm is complete.
     """
-    found = {job.key: read_result(output / JOBS, job.key) for job in plan.jobs}
+    found = {job.key: read_result(output / JOBS, job) for job in plan.jobs}
     return _aggregate(plan, output, found, {})
 
 

@@ -25,7 +25,7 @@ from pytorch_lightning.callbacks import Callback
 from slidetl.analysis.similarity import linear_cka
 from slidetl.compare.config import EPOCHS, LENGTH, with_values
 from slidetl.compare.plan import Job
-from slidetl.compare.records import CurvePoint, JobResult, predictions_from, read_recipe
+from slidetl.compare.records import CurvePoint, JobResult, is_of_tiles, predictions_from, read_recipe
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.datasets import network_input
 from slidetl.data.study import listed
@@ -290,8 +290,8 @@ class _Fit:
             keep_weights: keep the first and the last weights, for the other methods.
         """
         done = self._folder / "training.json"
-        if done.exists():
-            found = json.loads(done.read_text(encoding="utf-8"))
+        found = json.loads(done.read_text(encoding="utf-8")) if done.exists() else None
+        if found is not None and is_of_tiles(found, self._job):
             return _Training(
                 tuple(CurvePoint(**point) for point in found["points"]),
                 tuple(predictions_from(rows) for rows in found["predictions"]),
@@ -308,7 +308,7 @@ class _Fit:
                 trainer.validate(*self._built, verbose=False)
                 watch.add_point(trainer.current_epoch, self._built[0])
         training = _Training(tuple(watch.points), tuple(watch.predictions))
-        write_whole(done, json.dumps(asdict(training)))
+        write_whole(done, json.dumps({**asdict(training), "tiles": self._job.tiles}))
         return training
 
     def predict(self) -> tuple[SlidePrediction, ...]:

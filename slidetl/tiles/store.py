@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import functools
+import hashlib
 import json
 import math
 import os
@@ -324,6 +325,12 @@ class SlideCache:
                 "tile, so nothing can be placed on them; import a file that states it"
             )
         return self.header.extent_level0
+
+    @property
+    def places_sha256(self) -> str:
+        """SHA-256 of the header and of the place of every tile; it changes if the slide is cut elsewhere."""
+        about = json.dumps(self.header.identity(), sort_keys=True).encode()
+        return hashlib.sha256(about + self._origins.tobytes()).hexdigest()
 
     @property
     def thumbnail(self) -> NDArray[np.uint8]:

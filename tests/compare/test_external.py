@@ -85,7 +85,7 @@ def test_an_external_site_is_graded_by_every_fold_and_counted_apart(study: Study
     place.folder.mkdir(parents=True)
     for job in plan.jobs:
         run_job(job, place)
-    found_jobs = [(job, read_result(place.folder, job.key)) for job in plan.jobs]
+    found_jobs = [(job, read_result(place.folder, job)) for job in plan.jobs]
     result = combine(plan.comparison, plan.study, plan.folds, found_jobs)
     write_tables(result, tmp_path / "out")
 

@@ -31,7 +31,7 @@ from slidetl.compare.plan import Job, cases_of, permuted, read_slides, refuse_se
 from slidetl.compare.pool import Workplace, run_job
 from slidetl.compare.records import CurvePoint, JobResult, predictions_from, read_result
 from slidetl.compare.run import _was_registered, plan_comparison, record_registration
-from slidetl.compare.train_arm import choose, draw_evenly, train_job
+from slidetl.compare.train_arm import _Fit, choose, draw_evenly, train_job
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.record import RecordedSlide, StudyRecord, store_record
 from slidetl.data.study import Study, read_study
@@ -42,10 +42,12 @@ from slidetl.evaluation.protocol import Fold, canonical_sha256, plan_folds
 from slidetl.library.model_card import ModelCard
 from slidetl.models.tensors import load_tensors, save_tensors
 from slidetl.tiles.features import FeatureSource, read_features, write_features
+from slidetl.tiles.store import SlideCache
 from slidetl.training.checkpoint import load_grader
 from slidetl.training.predictions import SlidePrediction
 from tests.conftest import Study as Cohort
 from tests.small import SMALL, small_embed, small_weights
+from tests.volumes.studies import VolumeStudy
 
 PATIENCE_S = 900  # a busy machine starts Python with torch in a minute
 PRIOR = {"prior": {"baseline": "prior"}}
@@ -224,6 +226,102 @@ def test_a_damaged_job_is_computed_again(
     assert "3 jobs are done, 1 to be computed" in capfd.readouterr().err
     again = json.loads(result.read_text())
     assert again | {"seconds": 0} == whole | {"seconds": 0}
+
+
+def test_series_that_were_cut_elsewhere_are_computed_again(
+    nodules: VolumeStudy, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The files, the numbers of patches and the names of the jobs are the same."""
+    manifest, cache = tmp_path / "manifest.csv", tmp_path / "cache"
+    shutil.copytree(nodules.cache, cache)
+    path = configuration(
+        Cohort(manifest, cache),
+        tmp_path,
+        grades=["0", "1"],
+        near_duplicates=0,
+        arms={**PRIOR, "site": {"baseline": "site"}},
+        primary={"arm": "site", "against": "prior"},
+    )
+    compare = ["compare", "--config", str(path), "--output", str(tmp_path / "out")]
+
+    def cut(at_mm: float) -> None:
+        columns = ("slide_id", "path", "patient_id", "grade", "x_mm", "y_mm", "z_mm")
+        rows = [{column: row[column] for column in columns} for row in table(nodules.manifest)]
+        for row in rows:
+            row |= {"path": str(nodules.manifest.parent / row["path"]), "x_mm": str(at_mm)}
+        with manifest.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        words = ["--spacing-mm", "1", "--tile-size", "16", "--stride", "8", "--mask", "none"]
+        words += ["--min-tissue", "0", "--overwrite", "--workers", "1"]
+        assert main(["tile", str(manifest), "--cache", str(cache), *words]) == 0
+        assert main(compare) == 0
+
+    cut(11.5)
+    cut(11.5)
+    assert "4 jobs are done, 0 to be computed" in capfd.readouterr().err
+    cut(9.5)
+    assert "0 jobs are done, 4 to be computed" in capfd.readouterr().err
+    assert main([*compare, "--report-only"]) == 0
+    for about in (tmp_path / "out" / "jobs").glob("*/job.json"):  # of a version that did not record tiles
+        values = json.loads(about.read_text())
+        del values["tiles"]
+        about.write_text(json.dumps(values))
+    assert main(compare) == 0
+    assert "4 jobs are done, 0 to be computed" in capfd.readouterr().err
+
+
+def test_a_training_on_tiles_cut_elsewhere_is_not_taken_for_that_of_a_job(
+    study: Cohort, tmp_path: Path
+) -> None:
+    plan = plan_comparison(read_comparison(configuration(study, tmp_path)))
+    job = next(job for job in plan.jobs if job.arm == "scratch")
+    done = tmp_path / "work" / "final" / "training.json"
+
+    def point(tiles: str) -> float:
+        fit = _Fit(replace(job, tiles=tiles), done.parent, {}, job.fold.train, job.fold.test, ())
+        return fit.run("test", 0).points[-1].train_loss
+
+    loss = point(job.tiles)
+    values = json.loads(done.read_text())
+    values["points"][-1]["train_loss"] = -1.0  # to tell what is read from what is trained
+    done.write_text(json.dumps(values))
+    assert point(job.tiles) == -1.0 and point("elsewhere") == pytest.approx(loss)
+
+
+def test_weights_and_features_that_are_choices_are_in_the_key(study: Cohort, tmp_path: Path) -> None:
+    cache, other = tmp_path / "cache", tmp_path / "other.safetensors"
+    shutil.copytree(study.cache, cache)
+
+    def store(value: float) -> None:
+        for folder in cache.glob("*.zarr"):
+            tiles = SlideCache.open(folder)
+            source = FeatureSource("stored_4", "", "", (0.5,) * 3, (0.5,) * 3)  # as imported: no weights
+            values = np.full((len(tiles), 4), value, np.float16)
+            write_features(tiles, {"first": (source, values * 0), "second": (source, values)})
+
+    def keys(choices: dict[str, Any]) -> set[str]:
+        fit = {"model": {"backbone": {"pretrained": str(small_weights())}}, "data": {"features": "first"}}
+        path = configuration(
+            Cohort(study.manifest, cache),
+            tmp_path,
+            protocol={"outer_folds": 2, "inner_folds": 2},
+            arms={"chosen": {"fit": fit, "choices": choices}, **PRIOR},
+            primary={"arm": "chosen", "against": "prior"},
+        )
+        jobs = plan_comparison(read_comparison(path)).jobs
+        return {job.key for job in jobs if job.arm == "chosen"}
+
+    weights = {"model.backbone.pretrained": [str(small_weights()), str(other)]}
+    features, rates = {"data.features": ["first", "second"]}, {"model.lr": [0.1, 0.2]}
+    store(1)
+    other.write_bytes(b"some")
+    before = [keys(choices) for choices in (weights, features, rates)]
+    store(2)
+    other.write_bytes(b"others")
+    after = [keys(choices) for choices in (weights, features, rates)]
+    assert not before[0] & after[0] and not before[1] & after[1] and before[2] == after[2]
 
 
 def test_a_killed_run_resumes_to_the_same_metrics(compared: Path, study: Cohort, tmp_path: Path) -> None:
@@ -611,7 +709,7 @@ def first_job(path: Path, arm: str, folder: Path) -> tuple[Study, Job, JobResult
     plan = plan_comparison(read_comparison(path))
     job = next(job for job in plan.jobs if job.arm == arm)
     run_job(job, Workplace(folder))
-    found = read_result(folder, job.key)
+    found = read_result(folder, job)
     assert found is not None
     return plan.study, job, found
 
@@ -817,7 +915,7 @@ def planned(study: Cohort, folder: Path, arm: dict[str, Any]) -> tuple[Study, Jo
 
 def computed(job: Job, folder: Path) -> tuple[SlidePrediction, ...]:
     run_job(job, Workplace(folder))
-    found = read_result(folder, job.key)
+    found = read_result(folder, job)
     assert found is not None
     return found.predictions
 

@@ -159,8 +159,11 @@ def test_a_kept_result_is_not_computed_again(tmp_path: Path) -> None:
     row = SlidePrediction("s", "p", 2, (0.1, 0.2, 0.4, 0.2, 0.1), 40, site="home")
     point = CurvePoint("inner-0", 1, 10, 50, 3.0, 1.0, 0.5, 0.1 + 0.2, 0.1, float("nan"))
     result = JobResult((row,), (point,), chosen={"model.lr": 0.001, "epochs": 10}, temperature=1.3)
-    job = SimpleNamespace(
-        key="k", recipe={"fit": {}}, fold=SimpleNamespace(seed=0, train=("t",), test=("s",), external=())
+    job: Any = SimpleNamespace(
+        key="k",
+        tiles="t",
+        recipe={"fit": {}},
+        fold=SimpleNamespace(seed=0, train=("t",), test=("s",), external=()),
     )
     other = SimpleNamespace(**{**vars(job), "key": "colour", "recipe": {"baseline": "colour_area"}})
     plan = SimpleNamespace(jobs=(job, other))
@@ -173,7 +176,7 @@ def test_a_kept_result_is_not_computed_again(tmp_path: Path) -> None:
     tool.keep(plan, tmp_path / "here", tmp_path / "results")
     assert [file.name for file in (tmp_path / "results").iterdir()] == ["k.json.gz"]
     tool.restore(plan, tmp_path / "there", tmp_path / "results")
-    found = read_result(tmp_path / "there" / "compare" / "jobs", "k")
+    found = read_result(tmp_path / "there" / "compare" / "jobs", job)
     assert found is not None and found.predictions == (row,) and found.chosen == result.chosen
     assert repr(found.curves) == repr((point,)) and found.embeddings.size == 0
     before = (tmp_path / "results" / "k.json.gz").read_bytes()
