@@ -44,6 +44,7 @@ from slidetl.studio.project import (
     check_upload,
     list_folder,
     list_projects,
+    read_form,
     row_key,
     row_state,
 )
@@ -70,6 +71,7 @@ _SERVED = re.compile(
 )
 
 Form = dict[str, list[str]]
+Cells = dict[str, dict[str, str]]  # of the labels, by row and column
 
 
 @dataclass(frozen=True)
@@ -320,12 +322,14 @@ def create_app(studio: Studio) -> FastAPI:
 
     # --- labels ---
 
-    @app.get("/p/{name}/labels")
-    def labels(request: Request, project: ProjectOf) -> Response:
+    def show_labels(request: Request, project: Project, cells: Cells, refusal: Refused | None) -> Response:
         checked = project.check()
         return show(
             request,
             "labels.html",
+            refusal.status if refusal is not None else 200,
+            refusal=refusal,
+            form=read_form(checked.rows, cells),
             project=project,
             checked=checked,
             counts=_counts(checked, project.settings.grades),
@@ -335,14 +339,21 @@ def create_app(studio: Studio) -> FastAPI:
             own=bool(checked.rows) and all(row["patient_id"] == row["slide_id"] for row in checked.rows),
         )
 
+    @app.get("/p/{name}/labels")
+    def labels(request: Request, project: ProjectOf) -> Response:
+        return show_labels(request, project, {}, None)
+
     @app.post("/p/{name}/labels")
     def save(request: Request, project: ProjectOf, form: FormOf) -> Response:
-        cells: dict[str, dict[str, str]] = {}
+        cells: Cells = {}
         for name, values in form.items():
             column, colon, key = name.partition(":")
             if colon:
                 cells.setdefault(key, {})[column] = values[0]
-        checked = project.edit(cells)
+        try:
+            checked = project.edit(cells)
+        except Refused as refusal:  # what was typed stays on the page
+            return show_labels(request, project, cells, refusal)
         return go(request, project, "labels", *([say("labels.saved")] if checked.is_valid else []))
 
     @app.put("/p/{name}/table")

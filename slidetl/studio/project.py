@@ -145,6 +145,41 @@ def row_state(row: Mapping[str, str]) -> str:
     return hashlib.sha256("\0".join(row[column] for column in EDITED).encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class LabelForm:
+    """The rows that a page has changed.
+
+    Attributes:
+        rows: by :func:`row_key`, with the cells of the page.
+        clashes: keys of those that someone else has changed too.
+        strange: cells of rows that are of no slide now.
+    """
+
+    rows: Mapping[str, Mapping[str, str]]
+    clashes: frozenset[str]
+    strange: tuple[str, ...]
+
+
+def read_form(rows: Sequence[Mapping[str, str]], cells: Mapping[str, Mapping[str, str]]) -> LabelForm:
+    """Compares the cells of a page with the rows of now, and with those that the page was opened with."""
+    by_key = {row_key(row): row for row in rows}
+    changed: dict[str, Mapping[str, str]] = {}
+    clashes, strange = set(), []
+    for key, given in cells.items():
+        row = by_key.get(key, _EMPTY)
+        new = {**row, **{name: given[name] for name in EDITED if name in given}}
+        was = given.get("was", row_state(row))
+        if row_state(new) == was:
+            continue
+        if key not in by_key:
+            strange.append(", ".join(new[name] for name in EDITED if new[name]))
+            continue
+        changed[key] = new
+        if row_state(row) not in (was, row_state(new)):
+            clashes.add(key)
+    return LabelForm(changed, frozenset(clashes), tuple(strange))
+
+
 class Project:
     """A folder of the studio.
 
@@ -287,21 +322,20 @@ class Project:
         """
         with _changes:
             rows, aside = self._read()
-            by_key = {row_key(row): row for row in rows}
-            if not cells.keys() <= by_key.keys():
+            if not cells.keys() <= {row_key(row) for row in rows}:
                 raise Refused(say("labels.other_slides"), 409)
-            clashes: list[str] = []
-            for key, given in cells.items():
-                row = by_key[key]
-                new = {**row, **{name: self._typed(name, given[name]) for name in EDITED if name in given}}
-                was = given.get("was", row_state(row))
-                if row_state(new) == was:
-                    continue
-                if row_state(row) not in (was, row_state(new)):
-                    clashes.append(row["slide_id"])
-                row.update(new)
-            if clashes:
-                raise Refused(say("labels.clash", names=listed(clashes)), 409)
+            typed = {
+                key: {
+                    name: self._typed(name, text) if name in EDITED else text for name, text in given.items()
+                }
+                for key, given in cells.items()
+            }
+            form = read_form(rows, typed)
+            if form.clashes:
+                names = [row["slide_id"] for row in rows if row_key(row) in form.clashes]
+                raise Refused(say("labels.clash", names=listed(names)), 409)
+            for row in rows:
+                row.update(form.rows.get(row_key(row), {}))
             return self._save(rows, aside)
 
     def bring(self, content: bytes) -> tuple[Checked, list[str]]:

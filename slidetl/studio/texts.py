@@ -166,13 +166,17 @@ TEXTS: Mapping[str, str] = {
     "labels.bad_grade": "grade must be one of {grades} (empty: not graded), found {found}",
     "labels.long": "a cell has at most {most} letters; shorten the one that begins with: {found}",
     "labels.other_slides": (
-        "Nothing is saved: the slides of this project have changed since this page was opened. Go back, "
-        "copy what you typed, and open the page again."
+        "Nothing is saved: the slides of this project have changed since this page was opened. What you "
+        "typed for those that are here is in the cells below; check it, and save again."
     ),
     "labels.clash": (
-        "Nothing is saved: someone else has changed {names} since this page was opened. Go back, copy "
-        "what you typed, and open the page again."
+        "Nothing is saved: someone else has changed {names} since this page was opened. What you typed is "
+        "in the cells below; check the marked rows, and save again."
     ),
+    "labels.strange_cells": "Typed for slides that are not here now: {texts}",
+    "labels.now": "someone else has typed: {texts}. Saving again replaces that by your cells",
+    "labels.nothing": "nothing",
+    "labels.restored": "What you typed was not saved. It is in the cells below; check it, and save it.",
     "labels.outside": "this slide's file lies outside of the studio's folder",
     "labels.unreadable": "the labels of this project cannot be read",
     "labels.no_slides": "Choose the folder of the slides first.",

@@ -47,9 +47,7 @@ class Client:
 
     def grid(self) -> dict[str, str]:
         """Reads the fields of the page Labels, as a browser would send them."""
-        text = self.http.get("/p/lung/labels").text
-        found = re.findall(r'<input [^>]*?name="(\w+:\w+)" value="([^"]*)"', text)
-        return {name: unescape(value) for name, value in found}
+        return cells_of(self.http.get("/p/lung/labels").text)
 
     def typed(self, cells: Mapping[str, str], shown: Mapping[str, str] = {}) -> dict[str, str]:
         """Changes cells of the page Labels, by column and number of their row: ``grade:0``."""
@@ -68,6 +66,12 @@ class Client:
         headers = {"Origin": ORIGIN, "X-CSRF-Token": self.csrf}
         answer = self.http.put("/p/lung/table", content=content, headers=headers)
         return answer.status_code, answer.text
+
+
+def cells_of(page: str) -> dict[str, str]:
+    """Reads the cells of a page Labels."""
+    found = re.findall(r'<input [^>]*?name="(\w+:\w+)" value="([^"]*)"', page)
+    return {name: unescape(value) for name, value in found}
 
 
 @pytest.fixture

@@ -61,7 +61,8 @@ class Visit:
     """A browser's page; complaints and requests to elsewhere are noted."""
 
     def __init__(self, browser: Browser, server: Server) -> None:
-        self.page: Page = browser.new_page(viewport={"width": 1280, "height": 900})
+        context = browser.new_context(viewport={"width": 1280, "height": 900})
+        self.page: Page = context.new_page()
         self.page.set_default_timeout(60_000)
         self.complaints: list[str] = []
         self._server = server

@@ -25,7 +25,7 @@ from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.ledger import USED, Ledger, LedgerRow
 from slidetl.training.predictions import SlidePrediction, write_predictions
 from tests.library.test_model_card import CARD
-from tests.studio.conftest import Client
+from tests.studio.conftest import Client, cells_of
 
 PAGES = ("slides", "labels", "train", "model", "grade")
 
@@ -180,8 +180,10 @@ def test_a_page_left_open_writes_to_no_other_slide(project: Client) -> None:
     (project.root / "else").mkdir()
     (project.root / "else" / "a.svs").write_bytes(b"no slide")
     project.post("/p/lung/folder", folder="else")
-    status, said = project.refused("/p/lung/labels", **project.typed({"grade:0": "severe"}, left))
-    assert status == 409 and "copy what you typed" in said and graded(project) == [""]
+    typed = project.typed({"grade:0": "severe", "patient_id:0": "P<9>"}, left)
+    status, said = project.refused("/p/lung/labels", **typed)
+    assert status == 409 and "slides of this project have changed" in said and graded(project) == [""]
+    assert "Typed for slides that are not here now: P&lt;9&gt;, severe<" in said
 
 
 def test_a_page_left_open_undoes_no_work_of_another(project: Client) -> None:
@@ -189,11 +191,26 @@ def test_a_page_left_open_undoes_no_work_of_another(project: Client) -> None:
     project.label({"grade:0": "mild", "patient_id:0": "P1"})
     project.post("/p/lung/labels", **project.typed({"grade:1": "severe"}, left))
     assert graded(project) == ["mild", "severe", ""]
-    status, said = project.refused(
-        "/p/lung/labels", **project.typed({"grade:0": "none", "grade:2": "none"}, left)
-    )
+    typed = project.typed({"grade:0": "none", "site:0": "north", "grade:2": "'&<"}, left)
+    status, said = project.refused("/p/lung/labels", **typed)
     assert status == 409 and "someone else has changed a since" in said
     assert graded(project) == ["mild", "severe", ""]
+    # What was typed is there still, with the other's work; to save it again is a decision.
+    assert said.count('class="wrong"') == 1 and "someone else has typed: P1, mild." in said
+    again = cells_of(said)
+    cells = [text for name, text in again.items() if not name.startswith("was:")]
+    assert cells == ["a", "none", "north", "b", "severe", "", "c", "'&<", ""]
+    assert "Rows with a fault: 1" in project.post("/p/lung/labels", **again)
+    assert graded(project) == ["none", "severe", "'&<"]
+    status, said = project.refused(
+        "/p/lung/labels", **project.typed({"grade:1": "x" * 201, "site:2": "south"})
+    )
+    assert status == 400 and "at most 200 letters" in said and 'value="south"' in said
+
+
+def test_two_pages_may_type_the_same(project: Client) -> None:
+    left = project.grid()
+    project.label({"grade:0": "mild", "patient_id:0": "P1"})
     project.post("/p/lung/labels", **project.typed({"grade:0": "mild", "patient_id:0": "P1"}, left))
 
 

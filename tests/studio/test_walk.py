@@ -7,6 +7,7 @@ import json
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -163,3 +164,49 @@ def test_a_training_is_stopped_and_resumed_by_a_restarted_server(tmp_path: Path)
         page.get_by_role("button", name="Stop Training warm-1").click()
         page.locator(".job.stopped").wait_for()
         assert not visit.complaints
+
+
+def test_what_was_typed_outlives_a_refused_save_and_a_session(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    (root / "study").mkdir(parents=True)
+    for name in "abc":
+        (root / "study" / f"{name}.svs").write_bytes(b"no slide")
+    with chromium() as browser, served(root, tmp_path / "home") as server:
+        visit = Visit(browser, server)
+        page = visit.page
+        page.goto(server.start())
+        page.get_by_label("Name", exact=True).fill("lung")
+        page.get_by_role("button", name="Create the project").click()
+        page.get_by_role("link", name="study").click()
+        page.get_by_role("button", name="Use this folder").click()
+        visit.go("Labels")
+
+        def typed() -> list[str]:
+            return [page.get_by_label(f"Grade of {name}").input_value() for name in "abc"]
+
+        other = page.context.new_page()
+        other.goto(page.url)
+        other.get_by_label("Grade of a").fill("1")
+        other.get_by_role("button", name="Save the labels").click()
+        for name, grade in zip("abc", "234", strict=True):
+            page.get_by_label(f"Grade of {name}").fill(grade)
+        page.get_by_role("button", name="Save the labels").click()
+        page.get_by_text("someone else has changed a since").wait_for()
+        assert "someone else has typed: a, 1." in page.locator("tr.wrong").inner_text()
+        assert typed() == ["2", "3", "4"]
+        visit.picture("clash")
+
+        cookies: list[Any] = page.context.cookies()
+        page.context.clear_cookies()  # as after twelve hours
+        page.get_by_label("Grade of c").fill("0")
+        page.get_by_role("button", name="Save the labels").click()
+        page.get_by_text("Open the address that the studio printed").wait_for()
+        page.context.add_cookies(cookies)
+        page.goto(f"{server.address}/p/lung/labels")
+        page.get_by_text("What you typed was not saved.").wait_for()
+        assert typed() == ["2", "3", "0"]
+        visit.picture("restored")
+        page.get_by_role("button", name="Save the labels").click()
+        page.get_by_text("Saved: no fault found.").wait_for()
+        page.reload()
+        assert typed() == ["2", "3", "0"] and page.get_by_text("was not saved").is_hidden()

@@ -25,6 +25,25 @@
     if (back && history.length > 1) { event.preventDefault(); history.back(); }
   });
 
+  // Where a Save finds no session any more, its answer is another page: what was typed outlives that.
+  for (const form of document.querySelectorAll("[data-keep]")) {
+    const name = `typed in ${form.action}`;
+    const kept = JSON.parse(sessionStorage.getItem(name) || "{}");
+    sessionStorage.removeItem(name);
+    for (const [key, text] of Object.entries(kept)) {
+      const input = form.elements[key], row = "was:" + key.split(":")[1];
+      const isMine = input && input.type !== "hidden" && form.elements[row].value === kept[row];
+      if (isMine && text.trim().toLowerCase() !== input.value.toLowerCase()) {
+        input.value = text;
+        document.getElementById(form.dataset.keep).hidden = false;
+      }
+    }
+    form.addEventListener("submit", () => {
+      const cells = [...new FormData(form)].filter(([key]) => key.includes(":"));
+      try { sessionStorage.setItem(name, JSON.stringify(Object.fromEntries(cells))); } catch { /* full */ }
+    });
+  }
+
   document.addEventListener("change", event => {
     const all = event.target.closest("[data-all]");
     if (all) for (const box of all.form.querySelectorAll(`[name=${all.dataset.all}]`)) box.checked = all.checked;
