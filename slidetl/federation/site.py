@@ -6,6 +6,7 @@ Nothing here knows an engine: arrays come in, arrays and counts go out.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +22,9 @@ from torch import Tensor
 
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.manifest import SPLITS
-from slidetl.data.record import config_sha256
-from slidetl.data.study import CachedSlide
-from slidetl.errors import UsageError, WeightsError
+from slidetl.data.record import StudyRecord, config_sha256, recorded_parts
+from slidetl.data.study import CachedSlide, Study
+from slidetl.errors import CheckpointError, FederationError, UsageError, WeightsError
 from slidetl.federation.config import BASELINES, Federation, Site
 from slidetl.federation.privacy import (
     Account,
@@ -150,14 +151,20 @@ class SiteTrainer:
         federation: the configuration.
         name: of the site.
         parts: its slides, of :func:`site_slides`.
-        folder: for files of this site; what stays here after each round (FedBN) survives a restart in it.
+        folder: for files of this site; the parts of its slides, and what stays here after each round (FedBN),
+            survive a restart in it.
 
     Attributes:
         examples: training slides, the number that the site claims.
+
+    Raises:
+        CheckpointError: the slides are not those with which an earlier round of this federation was trained.
     """
 
     def __init__(self, federation: Federation, name: str, parts: Parts, folder: Path) -> None:
         self.federation, self.name, self.folder = federation, name, folder
+        self._study = folder / "study" / f"{federation.sha256[:16]}.json"
+        parts = self._as_recorded(parts)
         self.examples = len(parts["train"])
         place = list(federation.sites).index(name) if name in federation.sites else 0
         self._seed = federation.seed + place  # sites draw differently; one site draws as 'slidetl fit'
@@ -186,6 +193,26 @@ class SiteTrainer:
             planned = federation.rounds * self._releases
             self.account = Account(federation.privacy, planned, folder / "privacy.json")
             self._patients = self._prepare_private(federation.privacy)
+
+    def _as_recorded(self, parts: Parts) -> Parts:
+        """Divides the slides as in the first round that this site trained, once there is one.
+
+        Divided again, after a patient was added or a grade corrected, some would be tested after training.
+        """
+        if not self._study.is_file():
+            return parts
+        try:
+            record = StudyRecord.from_dict(json.loads(self._study.read_text(encoding="utf-8")))
+            if record.slides == StudyRecord.of(parts).slides:
+                return parts
+            slides = tuple(parts["predict"])
+            study = Study(tuple(slide.row for slide in slides), slides, self.folder)
+            divided, _ = recorded_parts(study, record, resumes=True)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self._study}: {error}. If no round of this federation is to be resumed, remove this file"
+            ) from error
+        return {**divided, "predict": slides}
 
     def _prepare_private(self, privacy: Privacy) -> list[PatientSlides]:
         """Checks that the training can be private; returns the samples of DP-SGD, none at site level."""
@@ -218,7 +245,16 @@ class SiteTrainer:
         ]
 
     def resume(self, round_number: int, last: int) -> None:
-        """Forgets the rounds after one, as :meth:`~slidetl.federation.records.Rounds.resume`."""
+        """Forgets the rounds after one, as :meth:`~slidetl.federation.records.Rounds.resume`.
+
+        Raises:
+            FederationError: what this site kept of its ``last`` round is gone.
+        """
+        if last and not self._study.is_file():
+            raise FederationError(
+                f"{self._study}: expected the parts of this site's slides in round {last}; without them, "
+                "slides that were trained on could be tested: restore it, or start again in another --output"
+            )
         self._stays.resume(round_number, last if self._start else 0)
 
     def train(self, weights: Weights, round_number: int) -> SiteUpdate:
@@ -235,6 +271,8 @@ class SiteTrainer:
             SlidetlError: the network does not fit, or the data cannot be read.
         """
         self._arrive(weights, round_number - 1)
+        if not self._study.is_file():
+            write_whole(self._study, json.dumps(self.data.record.to_dict()))
         if self.account is not None:
             self.account.spend(self._releases)
         metrics = self._train_private() if self._patients else self._train_round(round_number)

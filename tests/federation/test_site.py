@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from slidetl.cli import main
 from slidetl.data.study import read_study
-from slidetl.errors import UsageError, WeightsError
+from slidetl.errors import CheckpointError, FederationError, UsageError, WeightsError
 from slidetl.federation.config import Federation, Site
 from slidetl.federation.engine import run_baseline
 from slidetl.federation.participant import Participant
@@ -70,6 +70,21 @@ def start(federation: Federation) -> ArrayDict:
 
 def distance(a: ArrayDict, b: ArrayDict) -> float:
     return float(np.sqrt(sum(np.square(a[name] - b[name].astype(np.float64)).sum() for name in a)))
+
+
+def rows_of(study: Study) -> list[dict[str, str]]:
+    """Reads the manifest of a study, with the whole paths of its slides."""
+    with study.manifest.open() as file:
+        return [{**row, "path": str(study.manifest.parent / row["path"])} for row in csv.DictReader(file)]
+
+
+def write_rows(rows: list[dict[str, str]], folder: Path) -> Path:
+    path = folder / "manifest.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0]])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
 
 
 def trained(trainer: SiteTrainer, weights: ArrayDict, number: int = 1) -> ArrayDict:
@@ -254,7 +269,80 @@ def test_a_site_goes_on_with_its_own_normalisation_or_not_at_all(
     assert not hello(own, 1, {"here": 1})
     assert "expected what this site kept of round 1" in str(errors.pop())
     assert hello(own, 1, {"there": 1})  # a site that has not trained yet has kept nothing
-    assert hello(federation, 1, {"here": 1}) and not errors  # all travels
+    # All travels: nothing stays but the parts of the slides.
+    assert not hello(federation, 1, {"here": 1})
+    assert "expected the parts of this site's slides in round 1" in str(errors.pop())
+    trained(SiteTrainer(federation, "here", parts, tmp_path), initial_weights(federation))
+    assert hello(federation, 1, {"here": 1}) and not errors
+
+
+def parts_by_id(parts: Parts) -> dict[str, str]:
+    return {slide.row.slide_id: part for part in ("train", "val", "test") for slide in parts[part]}
+
+
+def test_a_resumed_site_keeps_the_parts_of_its_slides(
+    federation: Federation, site: Site, start: ArrayDict, study: Study, tmp_path: Path
+) -> None:
+    rows = rows_of(study)
+
+    def read() -> Parts:
+        return site_slides(federation, replace(site, manifest=str(write_rows(rows, tmp_path))))
+
+    began = parts_by_id(read())
+    record_of = tmp_path / "study" / f"{federation.sha256[:16]}.json"
+    trainer = SiteTrainer(federation, "here", read(), tmp_path)
+    assert not record_of.exists()  # nobody was trained on
+    after = trained(trainer, start)
+    rows[4]["grade"] = str((int(rows[4]["grade"]) + 1) % 5)
+    now = read()
+    assert parts_by_id(now) != began  # a corrected grade divides others, too
+    again = SiteTrainer(federation, "here", now, tmp_path)
+    assert parts_by_id(again.data.slides) == began and again.examples == len(again.data.slides["train"])
+    record = load_grader(again.write_checkpoint(after, 1, [])).record
+    assert record is not None and {was.slide_id: was.part for was in record.slides} == began
+    other = replace(federation, seed=1)
+    assert SiteTrainer(other, "here", now, tmp_path).data.slides["train"] == now["train"]
+    left_out = {**now, "predict": now["predict"][1:]}
+    with pytest.raises(CheckpointError, match=rf"{record_of}: .* 1 gone: .*remove this file"):
+        SiteTrainer(federation, "here", left_out, tmp_path)
+    record_of.write_text("{")
+    with pytest.raises(CheckpointError, match=str(record_of)):
+        SiteTrainer(federation, "here", now, tmp_path)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("scheme", ["local", "pooled"])
+def test_a_baseline_is_not_resumed_with_other_slides(
+    scheme: Any,
+    federation: Federation,
+    site: Site,
+    study: Study,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = rows_of(study)
+
+    def run(report: Any) -> dict[str, Any]:
+        manifest = write_rows(rows, tmp_path)
+        sites = {"here": replace(site, manifest=str(manifest))}
+        return run_baseline(replace(federation, sites=sites, scheme=scheme), tmp_path / "out", report)
+
+    def kill(name: str, account: dict[str, Any]) -> None:
+        raise Killed
+
+    added = [rows.pop() for _ in range(3)]
+    with pytest.raises(Killed):
+        run(kill)
+    rows += added
+    with pytest.raises(FederationError, match=r"no site answered .*: failed with CheckpointError"):
+        run(lambda name, account: None)
+    assert "3 added: " in capsys.readouterr().out
+    del rows[-3:]
+    ((name, outcome),) = run(lambda name, account: None).items()
+    assert outcome["kept"] == [name]
 
 
 def test_a_network_that_does_not_fit_is_refused(
@@ -337,16 +425,9 @@ def test_a_site_learns_a_task_that_is_given_once(federation: Federation, site: S
 def test_the_checkpoint_records_slides_without_a_grade(
     federation: Federation, site: Site, study: Study, tmp_path: Path
 ) -> None:
-    with study.manifest.open() as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        row["path"] = str(study.manifest.parent / row["path"])
+    rows = rows_of(study)
     rows[0]["grade"] = ""
-    manifest = tmp_path / "manifest.csv"
-    with manifest.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0]])
-        writer.writeheader()
-        writer.writerows(rows)
+    manifest = write_rows(rows, tmp_path)
     with pytest.warns(UserWarning, match="1 of 20 slides have no grade"):
         parts = site_slides(federation, replace(site, manifest=str(manifest)))
     trainer = SiteTrainer(federation, "here", parts, tmp_path)
