@@ -14,11 +14,14 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
+from slidetl.errors import UsageError
 from slidetl.files import replaced, write_whole
 from slidetl.models.tensors import load_tensors, save_tensors
 
 COMPLETE = "complete"
 """Name of the mark beside the checkpoints of a training that has ended by itself."""
+NOTHING_LEFT = "resumed with no epoch left\n"
+"""Content of the mark of a resumed training that made no step and so keeps no checkpoint."""
 _LOSS = "val/loss"
 
 
@@ -108,17 +111,66 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps the last epoch, to resume an interrupted training from, and marks a training that has ended."""
+    """Keeps the last epoch, to resume an interrupted training from, and marks a training that has ended.
+
+    The end of a training is validated and kept too, if ``max_steps`` or ``max_time`` ends it within an epoch
+    or ``max_epochs`` between two validations; Lightning (2.6) would drop these last steps.
+    """
+
+    _has_begun = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Removes the mark of an earlier training in the same folder."""
+        """Removes the mark of an earlier training in the same folder.
+
+        Raises:
+            UsageError: its checkpoints are elsewhere than those of earlier fits, which a test would take.
+        """
+        self._has_begun = False
+        home, here = Path(trainer.default_root_dir).absolute() / "logs", Path(self.dirpath or "").absolute()
+        is_found = here.name == "checkpoints" and here.parent.parent == home and _is_fit(here.parent)
+        if not (is_found or trainer.fast_dev_run) and logs_of_fits(home.parent):  # type: ignore[attr-defined] # set elsewhere
+            raise UsageError(
+                f"the checkpoints of this fit would be in {self.dirpath}, and 'slidetl test' and 'export' "
+                f"would take those of an earlier fit in {home}; leave out trainer.logger and "
+                "last_checkpoint.dirpath, or choose another trainer.default_root_dir"
+            )
         if (mark := self._mark(trainer)) is not None:
             mark.unlink(missing_ok=True)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Notes that there are steps to make."""
+        super().on_train_start(trainer, pl_module)
+        self._has_begun = True
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Asks for a validation after the last step of the training."""
+        loop, limit = trainer.fit_loop, trainer.max_epochs or -1
+        is_last_epoch = trainer.is_last_batch and 0 <= limit <= trainer.current_epoch + 1
+        is_stopped = trainer.should_stop and loop._can_stop_early
+        if is_last_epoch or is_stopped or 0 <= trainer.max_steps <= trainer.global_step:
+            trainer.should_stop, trainer.check_val_every_n_epoch = True, 1
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes the mark: after the last epoch, early stopping, or ``max_time``."""
+        """Writes the mark: after the last epoch, early stopping, or ``max_time``.
+
+        Raises:
+            UsageError: no checkpoint is kept, though epochs were left.
+        """
+        has_nothing_left = trainer.ckpt_path is not None and not self._has_begun
+        if not (self._last_checkpoint_saved or has_nothing_left or trainer.fast_dev_run):  # type: ignore[attr-defined] # set elsewhere
+            raise UsageError(
+                f"the training ended after {trainer.global_step} steps and has kept no checkpoint; "
+                + (
+                    "see the options last_checkpoint"
+                    if self._has_begun
+                    else "raise trainer.max_time, max_epochs, max_steps or limit_train_batches"
+                )
+            )
         if (mark := self._mark(trainer)) is not None:
-            write_whole(mark, "")
+            write_whole(mark, "" if self._last_checkpoint_saved else NOTHING_LEFT)
 
     def _mark(self, trainer: pl.Trainer) -> Path | None:
         """Returns the place of the mark, in the process and the trainings that keep one."""
@@ -133,6 +185,16 @@ class LastCheckpoint(ModelCheckpoint):
         super().on_exception(trainer, pl_module, exception)
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and self.best_model_path:
             exception.add_note(f"resume with --ckpt_path {self.best_model_path}")
+
+
+def logs_of_fits(root: Path) -> list[Path]:
+    """Lists the log folders of the fits below a run's folder, the latest first."""
+    found = filter(_is_fit, root.glob("logs/version_*"))
+    return sorted(found, key=lambda log: int(log.name.removeprefix("version_")), reverse=True)
+
+
+def _is_fit(log: Path) -> bool:
+    return log.name.startswith("version_") and log.name.removeprefix("version_").isdecimal()
 
 
 def _step_of(path: str) -> float:

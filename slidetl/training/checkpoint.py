@@ -22,7 +22,7 @@ from slidetl.models.backbones import without_downloads
 from slidetl.models.spec import BackboneSpec
 from slidetl.models.targets import Targets
 from slidetl.models.tensors import check_finite, is_state, load_tensors, save_tensors
-from slidetl.training.best import COMPLETE
+from slidetl.training.best import COMPLETE, NOTHING_LEFT, logs_of_fits
 from slidetl.training.grader import SlideGrader
 from slidetl.training.slots import check_name, parse
 
@@ -104,17 +104,17 @@ def find_checkpoint(path: Path, allow: Sequence[str] = ()) -> Path:
     """
     if not path.is_dir():
         return path
-    logs = [log for log in path.glob("logs/version_*") if log.name.removeprefix("version_").isdecimal()]
-    for log in sorted(logs, key=lambda log: int(log.name.removeprefix("version_")), reverse=True):
-        last, is_complete = log / "checkpoints" / "last.ckpt", (log / "checkpoints" / COMPLETE).is_file()
-        if last.is_file() or not is_complete:  # the mark alone: resumed with no epoch left
+    for log in logs_of_fits(path):
+        last, mark = log / "checkpoints" / "last.ckpt", log / "checkpoints" / COMPLETE
+        is_complete = mark.is_file()
+        if last.is_file() or not is_complete or mark.read_text() != NOTHING_LEFT:
             break
     else:
         raise UsageError(f"no checkpoint of 'slidetl fit' below {path.absolute()}; name a file")
     if not last.is_file():
         raise UsageError(
-            f"{log}: the latest fit has not ended its first epoch; run it again, remove its folder, or name "
-            "a checkpoint"
+            f"{log}: the latest fit has not ended its first epoch, or its last.ckpt is gone; run it again, "
+            "remove its folder, or name a checkpoint"
         )
     checkpoint = read_checkpoint(last, allow)
     if not is_complete:

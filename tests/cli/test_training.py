@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -338,6 +339,56 @@ def test_an_epoch_is_chosen_by_a_proper_score(
     ):
         assert main(["fit", *study.options(tmp_path), *words]) == 2
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "steps", "validated"),
+    [
+        (["--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=2"], 9, [5, 8]),
+        (["--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=8"], 3, [2]),
+        (["--trainer.max_steps=5"], 5, [2, 4]),
+        (["--trainer.max_steps=2"], 2, [1]),  # before, a traceback
+    ],
+)
+def test_the_end_of_a_training_is_validated(
+    study: Study, tmp_path: Path, words: list[str], steps: int, validated: list[int]
+) -> None:
+    assert main(["fit", *study.options(tmp_path), *words]) == 0
+    last = best(tmp_path).with_name("last.ckpt")
+    assert torch.load(last, weights_only=True)["global_step"] == steps
+    with best(tmp_path).parents[1].joinpath("metrics.csv").open(newline="") as file:
+        scores = {int(row["step"]): float(row["val/rps"]) for row in csv.DictReader(file) if row["val/rps"]}
+    assert list(scores) == validated  # steps from 0
+    chosen = torch.load(find_checkpoint(tmp_path), weights_only=True)
+    assert chosen["global_step"] - 1 == min(scores, key=scores.__getitem__)
+
+
+def test_a_training_without_a_checkpoint_of_its_own_fails(
+    study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before, it was marked as complete, and a test took the network of an earlier fit."""
+    root = tmp_path / "run"
+    shutil.copytree(trained, root)
+    for words, said in (
+        (["--trainer.max_time=00:00:00:00"], "after 0 steps and has kept no checkpoint; raise trainer.max_t"),
+        (
+            ["--trainer.limit_train_batches=0"],
+            "after 0 steps and has kept no checkpoint; raise trainer.max_t",
+        ),
+        (
+            ["--trainer.max_epochs=1", "--last_checkpoint.every_n_epochs=2"],
+            "after 3 steps and has kept no checkpoint; see the options last_checkpoint",
+        ),
+    ):
+        assert main(["fit", *study.options(root), *words]) == 2
+        assert said in capsys.readouterr().err.splitlines()[-1]
+        assert main(["test", *study.options(root)]) == 2
+        assert "the latest fit has not ended its first epoch" in capsys.readouterr().err
+    for words in (["--trainer.logger=false"], [f"--last_checkpoint.dirpath={tmp_path / 'elsewhere'}"]):
+        assert main(["fit", *study.options(root), *words]) == 2
+        assert "would take those of an earlier fit" in capsys.readouterr().err
+    elsewhere = [*study.options(tmp_path / "new"), "--trainer.logger=false", "--trainer.max_epochs=1"]
+    assert main(["fit", *elsewhere]) == 0
 
 
 def test_metrics_count_the_slides_that_are_not_graded(trained: Path) -> None:

@@ -10,7 +10,7 @@ from pytorch_lightning import Trainer
 
 from slidetl.cli import main
 from slidetl.errors import CheckpointError, UsageError
-from slidetl.training.best import COMPLETE
+from slidetl.training.best import COMPLETE, NOTHING_LEFT
 from slidetl.training.checkpoint import check_resumable, find_checkpoint, load_grader, read_checkpoint
 
 
@@ -204,5 +204,8 @@ def test_a_runs_folder_stands_for_the_best_checkpoint_of_its_latest_fit(tmp_path
         assert find_checkpoint(tmp_path) == best
     without = tmp_path / "logs" / "version_11" / "checkpoints"  # resumed with no epoch left
     without.mkdir(parents=True)
-    (without / COMPLETE).touch()
+    (without / COMPLETE).write_text(NOTHING_LEFT)
     assert find_checkpoint(tmp_path) == find_checkpoint(best) == best
+    (without / COMPLETE).write_text("")  # its checkpoint is gone
+    with pytest.raises(UsageError, match=r"version_11: the latest fit has .*, or its last\.ckpt is gone"):
+        find_checkpoint(tmp_path)
