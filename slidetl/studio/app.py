@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import shlex
@@ -97,7 +98,11 @@ class Studio:
 def open_studio(folder: Path, upload_gb: float) -> Studio:
     """Opens a folder; raises Refused if another studio has it."""
     root = Root(folder)
-    return Studio(root, JobQueue(root.find("studio") / ".jobs"), int(upload_gb * 1e9))
+    queue = JobQueue(root.find("studio") / ".jobs")
+    for part in root.find("studio").glob(f"*/slides/{_part_name('*', '*')}"):  # of a studio that was killed
+        if root.holds(part):
+            part.unlink(missing_ok=True)
+    return Studio(root, queue, int(upload_gb * 1e9))
 
 
 def _session(request: Request) -> Session:
@@ -171,7 +176,7 @@ def create_app(studio: Studio) -> FastAPI:
         shared = {
             "say": say,
             "csrf": session.csrf if session is not None else "",
-            "notes": session.take_notes() if session is not None else [],
+            "take_notes": session.take_notes if session is not None else None,  # of whole pages alone
             "path": request.url.path,
             "project": values.get("project"),
         }
@@ -179,7 +184,7 @@ def create_app(studio: Studio) -> FastAPI:
         return HTMLResponse(text.encode("utf-8", "backslashreplace"), status)  # as a terminal would have it
 
     def go(request: Request, project: Project, page: str, *notes: str, **query: str) -> RedirectResponse:
-        _session(request).notes += notes
+        _session(request).add_notes(project.name, notes)
         more = "&".join(f"{key}={quote(value)}" for key, value in query.items())
         return RedirectResponse(f"/p/{project.name}/{page}" + (f"?{more}" if more else ""), 303)
 
@@ -298,7 +303,7 @@ def create_app(studio: Studio) -> FastAPI:
     @app.post("/p/{name}/tile")
     def tile(request: Request, project: ProjectOf, form: FormOf) -> Response:
         if project.settings.slides:  # others may have come since
-            _session(request).notes += project.choose(project.settings.slides)
+            _session(request).add_notes(project.name, project.choose(project.settings.slides))
         if not project.check().is_valid:
             raise Refused(say("slides.mistakes"))
         queue.add("tile", project.name, "", presets.tile_steps(project), project.folder)
@@ -365,7 +370,9 @@ def create_app(studio: Studio) -> FastAPI:
             if len(content) > _FORM_BYTES:
                 raise Refused(say("form.size"), 413)
         checked, notes = await run_in_threadpool(project.bring, bytes(content))
-        _session(request).notes += [*notes, *([say("labels.saved")] if checked.is_valid else [])]
+        _session(request).add_notes(
+            project.name, [*notes, *([say("labels.saved")] if checked.is_valid else [])]
+        )
         return PlainTextResponse("", 201)
 
     @app.get("/p/{name}/labels.csv")
@@ -600,10 +607,10 @@ async def _receive(request: Request, project: Project, name: str, most: int) -> 
     room = shutil.disk_usage(project.uploads).free - _ROOM_BYTES
     if length is not None and length > room:
         raise Refused(say("upload.no_room"), 507)
-    part = path.with_name(f".{name}.partial")
+    part = path.with_name(_part_name(name, secrets.token_hex(8)))  # of this upload: another may have the name
     written = 0
     try:
-        with part.open("wb") as file:
+        with part.open("xb") as file:
             async for chunk in request.stream():
                 written += len(chunk)
                 if written > most:
@@ -611,11 +618,29 @@ async def _receive(request: Request, project: Project, name: str, most: int) -> 
                 if written > room:
                     raise Refused(say("upload.no_room"), 507)
                 await run_in_threadpool(file.write, chunk)
-        if length is not None and written != length:
+        if part.stat().st_size != written or length not in (None, written):
             raise Refused(say("upload.short"))
-        part.rename(path)
+        _take_name(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _part_name(name: str, token: str) -> str:
+    return f".{name}.{token}.partial"
+
+
+def _take_name(part: Path, path: Path) -> None:
+    """Puts a whole upload into its place; raises Refused if another came first."""
+    try:
+        try:
+            os.link(part, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a share without hard links
+            path.touch(exist_ok=False)
+            part.rename(path)
+    except FileExistsError as error:
+        raise Refused(say("upload.exists"), 409) from error
 
 
 def _commands(steps: tuple[Step, ...]) -> str:

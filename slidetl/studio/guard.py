@@ -7,6 +7,7 @@ import json
 import secrets
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,17 +57,20 @@ class Session:
     Attributes:
         csrf: must come back with every change.
         since: monotonic seconds.
-        notes: messages for the next page.
+        notes: messages for the next page of a project.
     """
 
     csrf: str = field(default_factory=lambda: secrets.token_urlsafe(32))
     since: float = field(default_factory=time.monotonic)
-    notes: list[str] = field(default_factory=list)
+    notes: dict[str, list[str]] = field(default_factory=dict)
 
-    def take_notes(self) -> list[str]:
-        """Returns the messages, once."""
-        notes, self.notes = self.notes, []
-        return notes
+    def add_notes(self, project: str, notes: Iterable[str]) -> None:
+        """Keeps messages for the next page of a project."""
+        self.notes.setdefault(project, []).extend(notes)
+
+    def take_notes(self, project: str) -> list[str]:
+        """Returns the messages of a project, once."""
+        return self.notes.pop(project, [])
 
 
 class Guard:

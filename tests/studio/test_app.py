@@ -302,6 +302,17 @@ def test_what_a_table_does_not_give_or_takes_away_is_said(project: Client) -> No
     assert status == 400 and "at most 200 letters" in said
 
 
+def test_what_is_said_of_a_table_waits_for_a_page_of_its_project(project: Client) -> None:
+    project.post("/projects", name="other", grades="0, 1")
+    project.label({"grade:0": "mild"})
+    project.bring("slide_id,grade\na,\n")
+    lost = "1 slides have lost a label"
+    for path in ("/p/lung/jobs?kinds=train&watch=", "/", "/p/other/labels", "/p/lung/none", "/p/none/labels"):
+        assert lost not in project.http.get(path).text, path
+    assert lost in project.http.get("/p/lung/train").text
+    assert lost not in project.http.get("/p/lung/labels").text
+
+
 def test_the_commands_of_every_preset_are_shown(project: Client) -> None:
     page = project.http.get("/p/lung/train").text
     for said in (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -343,6 +344,40 @@ def test_an_upload_arrives_whole_or_not_at_all(project: Client) -> None:
     assert asyncio.run(put(project, "/p/lung/upload/d.svs", {}, b"other", 1))[0] == 409
     assert asyncio.run(put(project, "/p/lung/upload/e.svs", {"content-length": "9"}, b"cut", 1))[0] == 400
     assert [path.name for path in folder.iterdir()] == ["d.svs"]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_of_two_uploads_of_one_name_the_first_whole_one_stays(
+    has_links: bool, project: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*paths: Path) -> None:
+        raise PermissionError(errno.EPERM, "no hard links on this share")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", refuse)
+
+    async def both() -> list[tuple[int, int]]:
+        sent = ((b"a" * 1000, 40), (b"b" * 1000, 9))
+        one, two = (put(project, "/p/lung/upload/d.svs", {}, chunk, count) for chunk, count in sent)
+        return list(await asyncio.gather(one, two))
+
+    statuses = [status for status, _ in asyncio.run(both())]
+    assert sorted(statuses) == [201, 409]
+    folder = project.root / "studio" / "lung" / "slides"
+    whole = (b"a" * 40_000, b"b" * 9_000)[statuses.index(201)]
+    assert (folder / "d.svs").read_bytes() == whole and len(list(folder.iterdir())) == 1
+
+
+def test_what_a_killed_studio_had_taken_of_an_upload_is_removed(
+    project: Client, opened: Callable[..., Client]
+) -> None:
+    folder = project.root / "studio" / "lung" / "slides"
+    folder.mkdir()
+    for name in (".d.svs.0123456789abcdef.partial", "e.svs"):
+        (folder / name).write_bytes(b"x")
+    project.studio.queue.close()
+    opened()
+    assert [path.name for path in folder.iterdir()] == ["e.svs"]
 
 
 @pytest.mark.parametrize(
