@@ -317,7 +317,8 @@ def create_app(studio: Studio) -> FastAPI:
 
     @app.get("/p/{name}/thumbnail/{slide_id}.jpg")
     def thumbnail(project: ProjectOf, slide_id: str) -> Response:
-        if slide_id not in project.ledger():
+        entry = project.ledger().get(slide_id)
+        if entry is None or entry.status != USED:
             raise HTTPException(404)
         try:
             picture = draw_thumbnail(SlideCache.open(cache_path(project.cache, slide_id)))

@@ -35,7 +35,7 @@ from slidetl.studio.texts import say
 from slidetl.text import csv_cell, one_line
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.identifier import safe_slide_id
-from slidetl.tiles.ledger import Ledger, LedgerRow
+from slidetl.tiles.ledger import FAILED, Ledger, LedgerRow, file_state
 
 COLUMNS = (*REQUIRED, *OPTIONAL)
 EDITED = ("patient_id", "grade", "site")
@@ -403,11 +403,20 @@ class Project:
         return csv_text(COLUMNS, self._read()[aside])
 
     def ledger(self) -> dict[str, LedgerRow]:
-        """Reads the outcome of tiling, by slide; empty before it."""
+        """Reads the outcome of tiling of the slides of now, by slide; one of another file has failed."""
         try:
-            return {row.slide_id: row for row in Ledger(self.cache / "ledger.csv").rows()}
+            entries = {entry.slide_id: entry for entry in Ledger(self.cache / "ledger.csv").rows()}
         except CacheError:
             return {}
+        found = {}
+        for row in self._read()[0]:
+            if entry := entries.get(row["slide_id"]):
+                path = Path(os.path.normpath(self.folder / row["path"]))
+                # Elsewhere by its path where the root or the slides have moved.
+                is_same = entry.path == str(path) or file_state(path) == (entry.bytes, entry.modified)
+                other = LedgerRow(entry.slide_id, entry.path, FAILED, say("slides.other_file"))
+                found[entry.slide_id] = entry if is_same else other
+        return found
 
     def write_manifest(self, place: str, checked: Checked) -> None:
         """Writes labels as a manifest of one training, which later changes do not reach."""

@@ -100,6 +100,10 @@ TEXTS: Mapping[str, str] = {
     "slides.used": "{n} tiles",
     "slides.excluded": "left out",
     "slides.failed": "cannot be used",
+    "slides.other_file": (
+        "the last tiling was of another file of this name; cut the slides into tiles again. If that fails, "
+        "rename the file, or make another project for these slides"
+    ),
     "slides.spacing": "{mpp} µm per pixel",
     "slides.picture": "{name}: the slide from afar; its tissue is outlined",
     "slides.detail": "Show which tiles are kept",

@@ -22,7 +22,7 @@ from slidetl.studio.presets import tile_steps
 from slidetl.studio.project import Project
 from slidetl.studio.results import judge
 from slidetl.tiles.grid import TileSpec
-from slidetl.tiles.ledger import USED, Ledger, LedgerRow
+from slidetl.tiles.ledger import USED, Ledger, LedgerRow, file_state
 from slidetl.training.predictions import SlidePrediction, write_predictions
 from tests.library.test_model_card import CARD
 from tests.studio.conftest import Client, cells_of
@@ -32,6 +32,17 @@ PAGES = ("slides", "labels", "train", "model", "grade")
 
 def project_of(client: Client) -> Project:
     return Project(client.studio.root, client.studio.home, "lung")
+
+
+def tiled(client: Client) -> None:
+    """Notes the slides as tiled, as the command does."""
+    lung, rows = project_of(client), []
+    for name in "abc":
+        path = client.root / "study" / f"{name}.svs"
+        size, modified = file_state(path) or (0, 0.0)
+        rows.append(LedgerRow(name, str(path), USED, tiles=9, bytes=size, modified=modified))
+    lung.cache.mkdir(exist_ok=True)
+    Ledger(lung.cache / "ledger.csv").record(rows)
 
 
 def test_the_server_never_loads_torch() -> None:
@@ -238,6 +249,26 @@ def test_labels_outlive_their_slides(project: Client) -> None:
     (project.root / "a.svs").rename(project.root / "study" / "a.svs")
     project.post("/p/lung/folder", folder="study")
     assert lung.manifest.read_bytes() == before[1]
+
+
+def test_tiles_of_another_file_are_no_slides_of_this_folder(project: Client) -> None:
+    tiled(project)
+    project.label({"grade:0": "mild"})
+    assert project.http.get("/p/lung/slides").text.count("/thumbnail/") == 3
+    # Moved, with its time: the same slides. Then others of the same names.
+    (project.root / "study").rename(project.root / "archive")
+    project.post("/p/lung/folder", folder="archive")
+    assert "3 of 3 slides are ready" in project.http.get("/p/lung/slides").text
+    (project.root / "other").mkdir()
+    for name in "ab":
+        (project.root / "other" / f"{name}.svs").write_bytes(b"not it")
+    project.post("/p/lung/folder", folder="other")
+    project.label({"grade:0": "mild"})
+    page = project.http.get("/p/lung/slides").text
+    assert "0 of 2 slides are ready, 2 with a problem." in page and "of another file of this name" in page
+    assert "/thumbnail/" not in page and "/previews/" not in page
+    assert project.http.get("/p/lung/thumbnail/a.jpg").status_code == 404
+    assert "Before training" in project.refused("/p/lung/train", preset="ridge")[1]
 
 
 def test_labels_of_slides_that_moved_are_brought(project: Client) -> None:
@@ -460,14 +491,6 @@ def test_slides_without_a_grade_are_named(project: Client) -> None:
     page = project.http.get("/p/lung/model?run=ridge-1").text
     assert "12 of 12 test slides" in page and "Of 1 more test slides the model gives no grade" in page
     assert "in no number here: s12" in page
-
-
-def tiled(client: Client, folder: str = "study") -> None:
-    """Notes the slides as tiled, as the command does."""
-    lung = project_of(client)
-    rows = [LedgerRow(name, str(client.root / folder / f"{name}.svs"), USED, tiles=9) for name in "abc"]
-    lung.cache.mkdir(exist_ok=True)
-    Ledger(lung.cache / "ledger.csv").record(rows)
 
 
 @pytest.mark.parametrize("preset", ["ridge", "warm", "compare"])
