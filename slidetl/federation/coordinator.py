@@ -5,7 +5,6 @@ It knows no engine: :class:`Sites` carries the messages. Answers are untrusted.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,11 +17,20 @@ from slidetl.errors import FederationError, UsageError
 from slidetl.federation.combine import accept, combine_round, middle_value
 from slidetl.federation.config import BASELINES, Federation
 from slidetl.federation.encryption import Cipher
+from slidetl.federation.message import read_hello
 from slidetl.federation.participant import Answer, Participant, read_update
 from slidetl.federation.records import SCORE, Rounds, best_round, only_job, pooled
 from slidetl.federation.rounds import cyclic
 from slidetl.federation.site import METRICS, initial_weights, write_shared_checkpoint
-from slidetl.federation.weights import SiteUpdate, Weights, counters, find_fault, is_floating
+from slidetl.federation.weights import (
+    SiteUpdate,
+    Weights,
+    counters,
+    find_fault,
+    find_metric_fault,
+    is_floating,
+    shown,
+)
 from slidetl.text import one_line
 from slidetl.tiles.grid import TileSpec
 
@@ -187,12 +195,16 @@ class _AlikeSites:
         answers, failed = _split(found)
         other = {}
         for name, answer in answers.items():
-            self.alike = self.alike or {"site": name, **{key: answer.get(key) for key in _ALIKE}}
+            try:
+                told = read_hello(answer)
+            except FederationError as error:
+                failed[name] = str(error)
+                continue
+            self.alike = self.alike or {"site": name, **told}
             for key, (what, remedy) in _ALIKE.items():
-                first, here, there = self.alike["site"], self.alike[key], answer.get(key)
+                first, here, there = self.alike["site"], self.alike[key], told[key]
                 if here != there:
-                    shown = one_line(str(there))[:300]
-                    other[name] = f"sites have other {what}: {first} {here}, {name} {shown}; {remedy}"
+                    other[name] = f"sites have other {what}: {first} {here}, {name} {there}; {remedy}"
         self.left_out = lost | failed | other
         return other
 
@@ -413,12 +425,12 @@ def _peer_to_peer(
         left_out = dict(lost)
         answers, late = sites.ask(list(begun), "train_own", number=number)
         trained, failed = _split(answers)
-        left_out |= late | failed
-        if len(trained) < 2:
+        metrics, unusable = _split_metrics(trained)
+        left_out |= late | failed | unusable
+        if len(metrics) < 2:
             raise FederationError(f"round {number}: fewer than two sites have trained: {left_out}")
-        metrics = {name: _finite(answer.get("metrics")) for name, answer in trained.items()}
         exchange = _swarm if federation.peer_to_peer.mixing == "swarm" else _neighbours
-        left_out |= exchange(sites, list(trained), number)
+        left_out |= exchange(sites, list(metrics), number)
         yield {"round": number, "trained": metrics, "left_out": left_out, "notes": {}}, {}
 
 
@@ -459,15 +471,15 @@ def _ask_metrics(
     """
     answers, lost = sites.ask(list(federation.declared), message, **arguments)
     answers, failed = _split(answers)
+    found, unusable = _split_metrics(answers)
+    failed |= unusable
     validated = {}
-    for name, answer in answers.items():
-        metrics = _finite(answer.get("metrics"))
-        if (
-            not metrics.keys() >= {"slides", *METRICS}
-            or metrics["slides"] < 1
-            or not 0 <= metrics[SCORE] <= 1
-        ):
-            failed[name] = "its validation has no usable metrics"
+    for name, metrics in found.items():
+        if lacking := {"slides", *METRICS} - metrics.keys():
+            failed[name] = f"no usable metrics: without {', '.join(sorted(lacking))}"
+            continue
+        if metrics["slides"] < 1 or metrics["mae"] > len(federation.grades) - 1:
+            failed[name] = "no usable metrics: expected slides, and an mae of at most the highest grade"
             continue
         slides = min(metrics["slides"], float(federation.declared[name]))
         validated[name] = {**{metric: metrics[metric] for metric in METRICS}, "slides": slides}
@@ -481,23 +493,22 @@ def _split(answers: Mapping[str, Any]) -> tuple[dict[str, Answer], dict[str, str
         if not isinstance(answer, dict):
             failed[name] = "its answer has another form"
         elif "failed" in answer:
-            failed[name] = f"failed with {one_line(str(answer['failed']))[:40]}; its log says why"
+            failed[name] = f"failed with {shown(answer['failed'])}; its log says why"
         else:
             good[name] = answer
     return good, failed
 
 
-def _finite(metrics: object) -> dict[str, float]:
-    """Returns the finite numbers of an untrusted answer, by name."""
-    values = metrics.items() if isinstance(metrics, dict) else ()
-    return {
-        name: float(value)
-        for name, value in values
-        if isinstance(name, str)
-        and len(name) <= 40
-        and isinstance(value, (int, float, np.floating, np.integer))
-        and math.isfinite(value)
-    }
+def _split_metrics(answers: Mapping[str, Answer]) -> tuple[dict[str, dict[str, float]], dict[str, str]]:
+    """Divides the metrics of answers into usable ones and reasons of failures."""
+    good, failed = {}, {}
+    for name, answer in answers.items():
+        metrics: Any = answer.get("metrics")
+        if fault := find_metric_fault(metrics):
+            failed[name] = f"no usable metrics: {fault}"
+        else:
+            good[name] = {metric: float(value) for metric, value in metrics.items()}
+    return good, failed
 
 
 def _names(found: object, known: Sequence[str]) -> list[str]:

@@ -176,7 +176,7 @@ def serialised(ciphertexts: object, network: Weights) -> list[bytes]:
         or any(type(vector) is not kind for vector in ciphertexts)
         or [vector.size() for vector in ciphertexts] != _sizes(network)
     ):
-        raise FederationError("this site sends nothing: expected the ciphertexts of an update")
+        raise FederationError("expected the ciphertexts of an update")
     return [bytes(vector.serialize()) for vector in ciphertexts]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
@@ -12,12 +12,20 @@ from numpy.typing import NDArray
 
 from slidetl.errors import FederationError
 from slidetl.federation.encryption import serialised
-from slidetl.federation.weights import SiteUpdate, Weights, counters, find_fault
+from slidetl.federation.weights import (
+    METRIC_BOUNDS,
+    SiteUpdate,
+    Weights,
+    counters,
+    find_fault,
+    find_metric_fault,
+)
 from slidetl.text import one_line
 from slidetl.tiles.grid import TileSpec
 
-METRICS = frozenset({"slides", "rps", "accuracy", "mae", "loss", "train_loss", "epsilon"})
-"""Metrics that may leave a site: the number of graded slides, means over slides, and the privacy spent."""
+METRICS = frozenset(METRIC_BOUNDS)
+"""Metrics that may leave a site."""
+_LONGEST_SPEC = 4000  # letters, as JSON
 
 
 class _Known(NamedTuple):
@@ -56,8 +64,24 @@ def outgoing(answer: Mapping[str, Any], network: Weights, sites: Collection[str]
     for field, value in answer.items():
         if field not in _FIELDS:
             raise FederationError(f"this site sends nothing: the field {_name(field)} is not on the list")
-        built[str(field)] = _FIELDS[field](value, known)
+        try:
+            built[str(field)] = _FIELDS[field](value, known)
+        except FederationError as error:
+            raise FederationError(f"this site sends nothing: {error}") from error
     return built
+
+
+def read_hello(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads what must be the same at all sites in an answer, ``tile_spec`` and ``frozen_sha256``.
+
+    Args:
+        answer: came from a site; nothing in it is trusted.
+
+    Raises:
+        FederationError: a field has another form.
+    """
+    fields = ("tile_spec", "frozen_sha256")
+    return {field: _FIELDS[field](answer.get(field), _Known({}, ())) for field in fields}
 
 
 def _weights(value: Any, known: _Known) -> dict[str, NDArray[Any]]:
@@ -65,7 +89,7 @@ def _weights(value: Any, known: _Known) -> dict[str, NDArray[Any]]:
         find_fault(SiteUpdate("", value, 1), known.network) if isinstance(value, Mapping) else "no weights"
     )
     if fault:
-        raise FederationError(f"this site sends nothing: {fault}")
+        raise FederationError(fault)
     # New arrays: a view or a subclass could carry more than its values.
     return {str(name): np.array(array, copy=True, subok=False) for name, array in value.items()}
 
@@ -80,43 +104,40 @@ def _ciphertexts(value: Any, known: _Known) -> list[bytes]:
 
 def _count(value: Any, known: _Known) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
-        raise FederationError("this site sends nothing: examples is no count")
+        raise FederationError("examples is no count")
     return int(value)
 
 
 def _metrics(value: Any, known: _Known) -> dict[str, float]:
-    for name, number in _mapping(value, "metrics").items():
-        if name not in METRICS:
-            raise FederationError(
-                f"this site sends nothing: the metric {_name(name)} is not one of "
-                f"{', '.join(sorted(METRICS))}"
-            )
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
-            raise FederationError(f"this site sends nothing: the metric {name} is no finite number")
+    if fault := find_metric_fault(value):
+        raise FederationError(fault)
     return {str(name): float(number) for name, number in value.items()}
 
 
 def _tile_spec(value: Any, known: _Known) -> dict[str, Any]:
     try:
         spec = TileSpec.from_dict(dict(_mapping(value, "tile_spec"))).to_dict()
-    except (KeyError, TypeError, ValueError) as error:
-        raise FederationError("this site sends nothing: tile_spec has another form") from error
+        is_plain = all(isinstance(v, (int, float, str)) for name, v in spec.items() if name != "window_hu")
+        if not is_plain or len(json.dumps(spec, allow_nan=False)) > _LONGEST_SPEC:
+            raise ValueError("expected few plain values")
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise FederationError("tile_spec has another form") from error
     if any(isinstance(text, str) and re.search(r"[/\\]", text) for text in spec.values()):
-        raise FederationError("this site sends nothing: tile_spec names a path")
+        raise FederationError("tile_spec names a path")
     return spec
 
 
 def _site_names(value: Any, known: _Known) -> dict[str, str]:
     """Keeps names of sites; the reasons stay here, since their texts could hold anything."""
     if any(name not in known.sites for name in _mapping(value, "left_out")):
-        raise FederationError("this site sends nothing: left_out names no site")
+        raise FederationError("left_out names no site")
     return {str(name): "" for name in value}
 
 
-def _text(pattern: str) -> Callable[[Any, _Known], str]:
+def _text(field: str, pattern: str) -> Callable[[Any, _Known], str]:
     def check(value: Any, known: _Known) -> str:
         if not isinstance(value, str) or not re.fullmatch(pattern, value):
-            raise FederationError("this site sends nothing: a text has another form")
+            raise FederationError(f"{field} has another form")
         return str(value)
 
     return check
@@ -124,7 +145,7 @@ def _text(pattern: str) -> Callable[[Any, _Known], str]:
 
 def _mapping(value: Any, field: str) -> Mapping[Any, Any]:
     if not isinstance(value, Mapping):
-        raise FederationError(f"this site sends nothing: {field} has another form")
+        raise FederationError(f"{field} has another form")
     return value
 
 
@@ -139,7 +160,7 @@ _FIELDS: dict[str, Callable[[Any, _Known], Any]] = {
     "examples": _count,
     "metrics": _metrics,
     "tile_spec": _tile_spec,
-    "frozen_sha256": _text(r"([0-9a-f]{64})?"),
+    "frozen_sha256": _text("frozen_sha256", r"([0-9a-f]{64})?"),
     "left_out": _site_names,
-    "failed": _text(r"[A-Za-z_]\w{0,60}"),
+    "failed": _text("failed", r"[A-Za-z_]\w{0,60}"),
 }

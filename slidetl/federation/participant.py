@@ -21,7 +21,7 @@ from slidetl.federation.message import outgoing
 from slidetl.federation.mixing import mix, without
 from slidetl.federation.records import Rounds
 from slidetl.federation.site import Parts, SiteTrainer
-from slidetl.federation.weights import SiteUpdate, Weights, counters, find_fault
+from slidetl.federation.weights import SiteUpdate, Weights, counters, find_fault, shown
 
 Answer = dict[str, Any]
 AskSite = Callable[..., Answer]  # (name of a site, number of a round, "update" or "network") -> its answer
@@ -289,7 +289,7 @@ def read_update(site: str, answer: object, entries: str = "weights") -> SiteUpda
     if not isinstance(answer, dict):
         raise FederationError("its answer has another form")
     if "failed" in answer:
-        raise FederationError(f"failed with {str(answer['failed'])[:40]}; its log says why")
+        raise FederationError(f"failed with {shown(answer['failed'])}; its log says why")
     weights, metrics = answer.get(entries), answer.get("metrics")
     if not isinstance(weights, dict) or not isinstance(metrics, dict):
         raise FederationError(f"its answer has no {entries} and metrics")

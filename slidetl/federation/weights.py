@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -20,6 +19,19 @@ Travel = Literal["all", "all-but-normalisation"]
 """Entries that leave a site. ``all-but-normalisation`` is FedBN (Li et al., ICLR 2021, arXiv:2102.07623):
 each site keeps scale, shift and running statistics of its batch normalisation."""
 
+_MOST = 3.5e38  # above all of float32; sums over sites stay finite
+METRIC_BOUNDS = {
+    "slides": (0.0, _MOST),
+    "rps": (0.0, 1.0),
+    "accuracy": (0.0, 1.0),
+    "mae": (0.0, _MOST),
+    "loss": (-_MOST, _MOST),
+    "train_loss": (-_MOST, _MOST),
+    "epsilon": (0.0, _MOST),
+}
+"""Metrics that may leave a site, with lowest and highest value: graded slides, means over slides, and
+the privacy spent."""
+
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -31,7 +43,7 @@ class SiteUpdate:
         site: name in the configuration.
         weights: the whole travelling entries after training, not their change.
         examples: slides (or bags) that the site claims to have trained with.
-        metrics: finite numbers by name; a metric without a value is left out.
+        metrics: numbers of :data:`METRIC_BOUNDS`; a metric without a value is left out.
     """
 
     site: str
@@ -86,7 +98,8 @@ def find_fault(update: SiteUpdate, reference: Weights) -> str | None:
     """Returns the reason to leave an update out of its round, or None.
 
     An update must have the names, shapes and types of the network that was sent, finite values, running
-    variances of 0 or more, a whole number of examples above 0, and finite metrics.
+    variances of 0 or more, a whole number of examples above 0, and metrics of
+    :data:`METRIC_BOUNDS`.
 
     Args:
         update: came from a site; nothing in it is trusted.
@@ -95,7 +108,7 @@ def find_fault(update: SiteUpdate, reference: Weights) -> str | None:
     missing, foreign = reference.keys() - update.weights.keys(), update.weights.keys() - reference.keys()
     if missing or foreign:
         return "; ".join(
-            f"{len(names)} {word} entries, such as {one_line(str(min(names, key=str)))[:80]}"
+            f"{len(names)} {word} entries, such as {shown(min(names, key=shown))}"
             for word, names in (("missing", missing), ("foreign", foreign))
             if names
         )
@@ -110,10 +123,30 @@ def find_fault(update: SiteUpdate, reference: Weights) -> str | None:
         if name.endswith("running_var") and (came < 0).any():
             return f"{name} has negative variances"
     claimed: Any = update.examples
-    if isinstance(claimed, bool) or not isinstance(claimed, int) or claimed < 1:
-        return f"claims {one_line(str(claimed))[:40]} examples, expected a whole number above 0"
-    value: Any
-    for metric, value in update.metrics.items():
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            return f"metric {one_line(str(metric))[:80]} is no finite number"
+    if isinstance(claimed, bool) or not isinstance(claimed, int) or not 1 <= claimed <= 2**53:
+        return f"claims {shown(claimed)} examples, expected a whole number above 0"
+    return find_metric_fault(update.metrics)
+
+
+def find_metric_fault(metrics: object) -> str | None:
+    """Returns the reason why metrics are not numbers within :data:`METRIC_BOUNDS`, or None.
+
+    Args:
+        metrics: came from a site; nothing in them is trusted.
+    """
+    if not isinstance(metrics, Mapping):
+        return "metrics has another form"
+    for name, value in metrics.items():
+        if not isinstance(name, str) or name not in METRIC_BOUNDS:
+            return f"the metric {shown(name)!r} is not one of {', '.join(sorted(METRIC_BOUNDS))}"
+        low, high = METRIC_BOUNDS[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            return f"the metric {name} is no finite number from {low:g} to {high:g}: {shown(value)}"
     return None
+
+
+def shown(value: object) -> str:
+    """Shows a value of an untrusted answer in a short line; its type if it is no text and no usual number."""
+    if isinstance(value, (int, float)) and not abs(value) > 2**53:
+        return str(value)
+    return one_line(value[:80]) if isinstance(value, str) else type(value).__name__

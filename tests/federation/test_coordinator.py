@@ -152,7 +152,19 @@ def test_a_site_cannot_choose_the_best_round_by_its_claims(
     assert account["validated"]["south"]["slides"] == 4
 
 
-@pytest.mark.parametrize("wrong", [{"rps": -5.0}, {"rps": float("nan")}, {"slides": 0}, {"accuracy": "1"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rps": -5.0},
+        {"rps": float("nan")},
+        {"slides": 0},
+        {"accuracy": "1"},
+        {"accuracy": 1e308},
+        {"mae": 4.5},
+        {"loss": 10**400},
+        {"a": 1.0},
+    ],
+)
 def test_metrics_that_cannot_be_are_left_out(
     wrong: dict[str, Any], three: Federation, adders: Make, tmp_path: Path
 ) -> None:
@@ -164,6 +176,44 @@ def test_metrics_that_cannot_be_are_left_out(
     _, (account,) = run(federation, Watched(adders(federation), lie), tmp_path)
     assert account["validated"].keys() == {"north", "west"}
     assert "no usable metrics" in account["left_out"]["south"]
+
+
+METRICS_OF_NO_SITE: list[Any] = [
+    {b"x": 1.0},
+    {"train_loss": 1e308},
+    {"train_loss": 10**400},
+    {str(number): 1.0 for number in range(200_000)},
+]
+
+
+@pytest.mark.parametrize("scheme", ["averaged", "cyclic", "peer_to_peer"])
+@pytest.mark.parametrize("metrics", METRICS_OF_NO_SITE, ids=["bytes", "huge", "int", "many"])
+def test_metrics_of_a_training_that_cannot_be_leave_the_site_out(
+    scheme: Any, metrics: Any, three: Federation, adders: Make, tmp_path: Path
+) -> None:
+    def lie(site: str, message: str, answer: Any) -> Any:
+        lies = site == "south" and message in ("train", "train_own")
+        return {**answer, "metrics": metrics} if lies else answer
+
+    federation = replace(three, scheme=scheme, rounds=1)
+    outcome, (account,) = run(federation, Watched(adders(federation), lie), tmp_path)
+    assert outcome["best"] == 1 and account["trained"].keys() == {"north", "west"}
+    assert account["left_out"].keys() == {"south"} and "metric" in account["left_out"]["south"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("frozen_sha256", np.zeros(2)), ("tile_spec", {b"x": 1.0}), ("tile_spec", 3)]
+)
+@pytest.mark.parametrize("site", ["north", "west"])  # the first to answer, the last
+def test_a_hello_that_cannot_be_leaves_the_site_out(
+    site: str, field: str, value: Any, three: Federation, adders: Make, tmp_path: Path
+) -> None:
+    def lie(name: str, message: str, answer: Any) -> Any:
+        return {**answer, field: value} if (name, message) == (site, "hello") else answer
+
+    outcome, accounts = run(three, Watched(adders(three), lie), tmp_path)
+    assert {account["left_out"][site] for account in accounts} == {f"{field} has another form"}
+    assert sorted({*outcome["kept"], site}) == ["north", "south", "west"] != outcome["kept"]
 
 
 def peer_rounds(site: Path, federation: Federation) -> Path:

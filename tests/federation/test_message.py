@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from slidetl.errors import FederationError
-from slidetl.federation.message import METRICS, outgoing
+from slidetl.federation.message import METRICS, outgoing, read_hello
 from slidetl.tiles.grid import TileSpec
 
 NETWORK = {"head.score.weight": np.zeros((1, 4), np.float32), "norm.num_batches_tracked": np.array(2)}
@@ -73,8 +73,8 @@ def test_arrays_carry_nothing_beside_their_values() -> None:
         ({"metrics": ["P0012"]}, "metrics has another form"),
         ({"tile_spec": {**SPEC, "slide": "P0012"}}, "tile_spec has another form"),
         ({"tile_spec": {**SPEC, "foreign": "/data/slides/P0012"}}, "tile_spec names a path"),
-        ({"frozen_sha256": "P0012"}, "a text has another form"),
-        ({"failed": "KeyError: 'P0012'"}, "a text has another form"),
+        ({"frozen_sha256": "P0012"}, "frozen_sha256 has another form"),
+        ({"failed": "KeyError: 'P0012'"}, "failed has another form"),
         ({"left_out": {"P0012": "gone"}}, "left_out names no site"),
         ({"slides": ["P0012"]}, "the field 'slides' is not on the list"),
         ({"thumbnail": TILE}, "the field 'thumbnail' is not on the list"),
@@ -83,3 +83,26 @@ def test_arrays_carry_nothing_beside_their_values() -> None:
 def test_pixels_paths_and_identifiers_stop_a_message(answer: dict[str, Any], reason: str) -> None:
     with pytest.raises(FederationError, match=f"this site sends nothing: .*{reason}"):
         outgoing(answer, NETWORK, SITES)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tile_spec": None},
+        {"tile_spec": {**SPEC, "mpp": np.ones(2)}},
+        {"tile_spec": {**SPEC, "mpp": float("inf")}},
+        {"tile_spec": {**SPEC, "channels": 3}},
+        {"tile_spec": {**SPEC, "icc": ["P0012"]}},
+        {"tile_spec": {**SPEC, "tile_size_px": 10**5000}},
+        {"tile_spec": {**SPEC, "foreign": "x" * 10**5}},
+        {"tile_spec": {**SPEC, "window_hu": [10**400, 0]}},
+        {"tile_spec": {**SPEC, b"mpp": 1.0}},
+        {"frozen_sha256": np.zeros(2)},
+        {"frozen_sha256": "f" * 63},
+    ],
+)
+def test_a_hello_of_another_form_is_refused(changes: dict[str, Any]) -> None:
+    hello = {"tile_spec": SPEC, "frozen_sha256": "a" * 64}
+    assert read_hello({**hello, "examples": 4}) == hello
+    with pytest.raises(FederationError, match=f"^{next(iter(changes))} has another form"):
+        read_hello({**hello, **changes})

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from slidetl.errors import UsageError
-from slidetl.federation.weights import SiteUpdate, Weights, find_fault, travelling
+from slidetl.federation.weights import SiteUpdate, Weights, find_fault, shown, travelling
 
 NETWORK: Weights = {
     "conv.weight": np.ones((2, 3), np.float32),
@@ -35,6 +35,7 @@ def test_fedbn_without_batch_normalisation_is_refused() -> None:
     [
         ({"conv.weight": None}, "1 missing entries, such as conv.weight"),
         ({"b\nd": np.ones(1)}, "1 foreign entries, such as b d"),
+        ({10**5000: np.ones(1)}, "1 foreign entries, such as int"),
         (
             {"conv.weight": np.ones((3, 2), np.float32)},
             r"conv.weight is float32 \[3, 2\], expected float32 \[2, 3",
@@ -47,20 +48,35 @@ def test_fedbn_without_batch_normalisation_is_refused() -> None:
         ({"bn.running_var": np.array([1, -1e-6], np.float32)}, "bn.running_var has negative variances"),
     ],
 )
-def test_an_update_that_does_not_fit_has_a_reason(changes: dict[str, Any], reason: str) -> None:
+def test_an_update_that_does_not_fit_has_a_reason(changes: dict[Any, Any], reason: str) -> None:
     weights = {name: value for name, value in {**NETWORK, **changes}.items() if value is not None}
     found = find_fault(SiteUpdate("site", weights, 5), NETWORK)
     assert found is not None
     assert re.search(reason, found)
 
 
-@pytest.mark.parametrize("examples", [0, -3, True, 5.0, float("nan"), "many"])
+@pytest.mark.parametrize("examples", [0, -3, True, 5.0, float("nan"), "many", 10**5000], ids=shown)
 def test_examples_are_a_whole_number_above_0(examples: Any) -> None:
     assert "expected a whole number above 0" in (
         find_fault(SiteUpdate("site", NETWORK, examples), NETWORK) or ""
     )
 
 
-def test_metrics_are_finite() -> None:
-    assert find_fault(SiteUpdate("site", NETWORK, 5, {"qwk": 0.5}), NETWORK) is None
-    assert find_fault(SiteUpdate("site", NETWORK, 5, {"qwk": float("nan")}), NETWORK) is not None
+@pytest.mark.parametrize(
+    ("metrics", "reason"),
+    [
+        ({"train_loss": float("nan")}, "train_loss is no finite number .*: nan"),
+        ({"accuracy": 1e308}, "accuracy is no finite number from 0 to 1: float"),
+        ({"rps": -0.1}, "rps is no finite number from 0 to 1: -0.1"),
+        ({"mae": 10**5000}, "mae is no finite number .*: int"),
+        ({"loss": 1e308}, "loss is no finite number"),
+        ({"epsilon": True}, "epsilon is no finite number"),
+        ({"epsilon": np.ones(2)}, "epsilon is no finite number .*: ndarray"),
+        ({b"x": 1.0}, "metric 'bytes' is not one of accuracy, epsilon"),
+        ({str(number): 1.0 for number in range(200_000)}, "metric '0' is not one of"),
+        ([1.0], "metrics has another form"),
+    ],
+)
+def test_metrics_are_known_and_within_bounds(metrics: Any, reason: str) -> None:
+    assert find_fault(SiteUpdate("site", NETWORK, 5, {"train_loss": 3.4e38, "epsilon": 0}), NETWORK) is None
+    assert re.search(reason, find_fault(SiteUpdate("site", NETWORK, 5, metrics), NETWORK) or "")
