@@ -7,7 +7,9 @@ import errno
 import hashlib
 import io
 import os
+import socket
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,7 +43,7 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
 @contextmanager
 def replaced_path(path: Path) -> Iterator[Path]:
     """Gives the name of a file to write, and puts it in the place of ``path``; see :func:`replaced`."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = partial_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.unlink(missing_ok=True)
@@ -56,6 +58,12 @@ def replaced_path(path: Path) -> Iterator[Path]:
         raise
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {describe_full(error)}") from error
+
+
+def partial_path(path: Path) -> Path:
+    """Names the file that this process writes to replace ``path``: no other machine or container has it."""
+    host = zlib.crc32(socket.gethostname().encode())
+    return path.with_name(f".{path.name}.{host:08x}-{os.getpid()}.partial")
 
 
 def write_whole(path: Path, content: str | bytes | memoryview) -> None:

@@ -15,6 +15,7 @@ from slidetl.errors import OutputError, SlideReadError, UsageError
 from slidetl.files import (
     check_safetensors,
     check_stored,
+    partial_path,
     read_packed_array,
     read_yaml,
     replaced,
@@ -51,7 +52,7 @@ def test_no_link_is_followed(tmp_path: Path) -> None:
     victim, path = tmp_path / "victim", tmp_path / "a"
     victim.write_text("mine")
     path.symlink_to(victim)
-    path.with_name(f".a.{os.getpid()}.partial").symlink_to(victim)
+    partial_path(path).symlink_to(victim)
     write_whole(path, "new")
     assert victim.read_text() == "mine" and path.read_text() == "new" and not path.is_symlink()
 

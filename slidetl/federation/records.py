@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slidetl.errors import FederationError, OutputError, UsageError
+from slidetl.errors import FederationError, UsageError
 from slidetl.federation.weights import Weights
-from slidetl.files import check_safetensors, describe_full, file_sha256, replaced, write_whole
-from slidetl.tiles.lock import kernel_lock
+from slidetl.files import check_safetensors, file_sha256, replaced, write_whole
+from slidetl.tiles.lock import only_process
 
 SCORE = "rps"
 """The metric that chooses the best round, lower is better: a proper score."""
@@ -149,16 +149,11 @@ def only_job(folder: Path) -> Iterator[None]:
         FederationError: another job is at work in it.
         OutputError: nothing can be written there.
     """
-    with ExitStack() as held:
-        try:
-            held.enter_context(kernel_lock(folder / ".lock", wait=False))
-        except BlockingIOError as error:
-            raise FederationError(
-                f"{folder}: another training is at work in it; wait for its end, or abort its job, which "
-                "goes on when 'slidetl federate --kit' is interrupted"
-            ) from error
-        except OSError as error:
-            raise OutputError(f"{folder}: cannot be written: {describe_full(error)}") from error
+    busy = FederationError(
+        f"{folder}: another training is at work in it; wait for its end, or abort its job, which goes on "
+        "when 'slidetl federate --kit' is interrupted"
+    )
+    with only_process(folder, busy):
         yield
 
 

@@ -25,7 +25,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from slidetl.errors import CacheError
+from slidetl.errors import CacheError, OutputError, SlidetlError
+from slidetl.files import describe_full
 
 HEARTBEAT_S = 10.0
 STALE_S = 60.0  # no renewal for so long: its owner is dead
@@ -264,6 +265,24 @@ def kernel_lock(path: Path, wait: bool = True) -> Iterator[bool]:
         except OSError:  # such file systems say so by many numbers: ENOLCK, ENOSYS, ENOTSUP, EINVAL, EPERM
             is_locked = False
         yield is_locked
+
+
+@contextlib.contextmanager
+def only_process(folder: Path, busy: SlidetlError) -> Iterator[None]:
+    """Keeps other processes out of a folder, made if missing, while the context is open or this one lives.
+
+    Raises:
+        SlidetlError: ``busy``, as another process has it.
+        OutputError: nothing can be written there.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(kernel_lock(folder / ".lock", wait=False))
+        except BlockingIOError as error:
+            raise busy from error
+        except OSError as error:
+            raise OutputError(f"{folder}: cannot be written: {describe_full(error)}") from error
+        yield
 
 
 def _is_free(lock: Path) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from slidetl.files import partial_path
 from slidetl.studio.jobs import Job, JobQueue, Step, _Process, _resumed
 
 QUICK = Step(("backbones", "--help"))
@@ -118,7 +119,7 @@ def test_a_job_without_a_record_runs_on_as_no_process(
 
     def of(pid: int) -> _Process | None:  # the command runs by now; the disk fills
         started.append(pid)
-        (tmp_path / "jobs" / job.id / f".{blocked}.{os.getpid()}.partial").mkdir(exist_ok=True)
+        partial_path(tmp_path / "jobs" / job.id / blocked).mkdir(exist_ok=True)
         return identify(pid)
 
     monkeypatch.setattr(_Process, "of", of)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 
 from slidetl.errors import OutputError
+from slidetl.files import partial_path
 from slidetl.grading.report.slide import has_foreign_page, has_slide_report, remove_page, write_slide_report
 from slidetl.library.model_card import ModelCard
 from slidetl.page import script_json
@@ -175,7 +175,7 @@ def test_a_page_is_known_by_the_result_it_shows(graded: Graded, card: ModelCard,
     read = json.loads(json.dumps(result.to_dict()))
     assert has_slide_report(tmp_path, "s1", read)
     assert not has_foreign_page(tmp_path, "s1") and not has_foreign_page(tmp_path, "s2")
-    blocked = tmp_path / f".s2.geojson.{os.getpid()}.partial"
+    blocked = partial_path(tmp_path / "s2.geojson")
     blocked.mkdir()  # it ends before all is written
     with pytest.raises(OutputError):
         write_slide_report(result, card, tmp_path, "s2")
