@@ -58,7 +58,7 @@ def verify(cache: Path, *, repair: bool = False, decode: bool = False, slides: P
                     print(one_line(f"{slide_id}: {'mended' if found.is_sound else 'still damaged'}"))
                     _record(ledger, rows.get(slide_id), found)
                 damaged += not found.is_sound
-            except (CacheError, SlideError, UsageError) as error:
+            except (CacheError, SlideError, UsageError, OSError) as error:  # OSError: of a disk or a share
                 print(one_line(f"{slide_id}: {error}"))
                 damaged += 1
             progress.advance()

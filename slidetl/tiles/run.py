@@ -10,7 +10,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,9 +28,9 @@ from slidetl.processes import Child, start_child
 from slidetl.slides.npz import NpzItem
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.identifier import clash_key
-from slidetl.tiles.ledger import FAILED, USED, Ledger, LedgerRow
+from slidetl.tiles.ledger import FAILED, USED, Ledger, LedgerRow, file_state
 from slidetl.tiles.regions import RegionSource
-from slidetl.tiles.store import cache_path, describe_difference, read_header
+from slidetl.tiles.store import SlideCache, cache_path, describe_difference, read_header
 from slidetl.tiles.tile import SlideSource, release_series, stamped, tile_slide
 from slidetl.volumes import is_series
 
@@ -97,8 +97,9 @@ def record_as_done(
 ) -> list[LedgerRow]:
     """Checks if the slides can be tiled into a cache, starts the work, and records each row when it comes.
 
-    ``start`` yields a row for each finished slide, in any order. A slide with a missing file (a share not
-    mounted) keeps its tiles of an earlier run from the same path.
+    ``start`` yields a row for each finished slide, in any order. A failure that says nothing against the
+    finished tiles of an earlier run (another file under this identifier, a share not mounted, lack of memory)
+    leaves their row in the ledger. It is returned, and if the file is just missing, the earlier row is.
     """
     named = Counter(clash_key(source.slide_id) for source in sources)
     if twice := [source.slide_id for source in sources if named[clash_key(source.slide_id)] > 1]:
@@ -123,12 +124,15 @@ def record_as_done(
             stack.enter_context(contextlib.closing(done))  # whatever is raised in here ends the workers
         for row in done:
             regions = regions_of[row.slide_id]
-            kept = _kept_without_file(row, before.get(row.slide_id), cache_dir, spec, regions)
-            if kept is not None:
+            kept = _kept_row(row, before.get(row.slide_id), cache_dir, spec, regions)
+            if kept is None:
+                waiting.append(row)
+            elif kept.path == row.path and _is_gone(Path(row.path)):
                 gone.append(row.slide_id)
                 row = kept
-            waiting.append(row)
-            if time.monotonic() - written >= _LEDGER_SECONDS:
+            else:
+                row = replace(row, reason=f"{row.reason}; the tiles of {kept.path} are kept, and stay in use")
+            if waiting and time.monotonic() - written >= _LEDGER_SECONDS:
                 ledger.record(waiting)
                 waiting.clear()
                 written = time.monotonic()
@@ -172,26 +176,38 @@ def _named(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" ... ({len(names)} in all)" if len(names) > 3 else "")
 
 
-def _kept_without_file(
+def _kept_row(
     row: LedgerRow,
     before: LedgerRow | None,
     cache_dir: Path,
     spec: TileSpec,
     regions: RegionSource | None,
 ) -> LedgerRow | None:
-    """Returns the row of an earlier run with finished tiles for a slide with a missing file."""
-    if row.status != FAILED or before is None or before.status != USED or before.path != row.path:
+    """Returns the row of an earlier run with finished tiles, if a failure says nothing against them.
+
+    Of the same path it does not if the file is as it was, or cannot be looked at; of another it never does.
+    """
+    if row.status != FAILED or before is None or before.status != USED:
         return None
-    item = NpzItem.of(Path(row.path))
-    # Of the cache, of a folder that must not be looked into, or of annotations.
-    with contextlib.suppress(OSError, AnnotationError):
-        if (item.file if item else Path(row.path)).exists():
-            return None
-        header = read_header(cache_path(cache_dir, row.slide_id))
-        wanted = "" if regions is None else regions.digest(header.viewer, header.vendor)
-        if (header.spec, header.fingerprint, header.regions) == (spec, before.fingerprint, wanted):
+    is_same = before.path == row.path
+    if is_same and file_state(Path(row.path)) not in (None, (before.bytes, before.modified)):
+        return None
+    with contextlib.suppress(OSError, CacheError, AnnotationError):
+        header = SlideCache.open(cache_path(cache_dir, row.slide_id), spec).header
+        wanted = header.regions
+        if is_same:
+            wanted = "" if regions is None else regions.digest(header.viewer, header.vendor)
+        if (header.fingerprint, header.regions) == (before.fingerprint, wanted):
             return before
     return None
+
+
+def _is_gone(path: Path) -> bool:
+    item = NpzItem.of(path)
+    try:
+        return not (item.file if item else path).exists()
+    except OSError:  # in a folder that must not be looked into
+        return False
 
 
 def _sync_file_system(folder: Path) -> None:

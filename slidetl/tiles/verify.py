@@ -22,6 +22,7 @@ from slidetl.errors import (
     CacheMissingError,
     SlideReadError,
 )
+from slidetl.files import fsync_path
 from slidetl.slides import Slide, open_slide
 from slidetl.slides.decoding import map_in_order
 from slidetl.tiles.codec import TileCodec, tile_codec
@@ -161,6 +162,8 @@ def repair_cache(found: Verification, slide_path: Path) -> Verification:
         )
     slide_id = path.name.removesuffix(".zarr")
     with slide_lock(path.parent, slide_id) as lock, _planned(found, header, slide_path) as (plan, encode):
+        if _read_root(path, [])[0] != header:
+            raise CacheMismatchError(f"{path}: tiled again since it was verified; run again")
         kept = _kept_in_plan(found, header, plan)
         damaged = {tile for finding in found.findings for tile in finding.tiles}
         tile_of = {wanted: tile for tile, wanted in enumerate(kept) if tile not in damaged}
@@ -180,7 +183,7 @@ def repair_cache(found: Verification, slide_path: Path) -> Verification:
                     if error is not None:
                         check_unreadable(plan, writer.unreadable, error)
             if writer.unreadable == len(left_out):
-                _link_sound_features(found, building_path(path.parent, slide_id) / "group")
+                _keep_sound_features(found, building_path(path.parent, slide_id) / "group")
             writer.finish()
     return verify_cache(path)
 
@@ -308,18 +311,27 @@ def _check_features(path: Path, files: set[str]) -> Iterator[Finding]:
         yield Finding(name, "not part of the cache")
 
 
-def _link_sound_features(found: Verification, group: Path) -> None:
+def _keep_sound_features(found: Verification, group: Path) -> None:
     """Keeps sound features, since a repair of the tiles changes no pixel."""
     source = found.path / FEATURES
-    if not source.is_dir() or (group / FEATURES).exists():
+    shutil.rmtree(group / FEATURES, ignore_errors=True)  # a run killed in here left some of them
+    if not source.is_dir():
         return
     damaged = {Path(finding.file) for finding in found.findings}
     (group / FEATURES).mkdir(parents=True)
     if Path(FEATURES) not in damaged:
-        os.link(source / "zarr.json", group / FEATURES / "zarr.json")
+        _link_or_copy(source / "zarr.json", group / FEATURES / "zarr.json")
     for node in sorted(source.iterdir()):
         if node.is_dir() and not any(p.is_relative_to(node.relative_to(found.path)) for p in damaged):
-            shutil.copytree(node, group / FEATURES / node.name, copy_function=os.link)
+            shutil.copytree(node, group / FEATURES / node.name, copy_function=_link_or_copy)
+
+
+def _link_or_copy(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # many shares have no hard links
+        shutil.copy2(source, target)
+        fsync_path(Path(target))
 
 
 _Made = Iterator[tuple[bytes | None, SlideReadError | None]]

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ from slidetl.errors import CacheCorruptError
 from slidetl.slides import open_slide
 from slidetl.slides.tiff import read_jpeg_level
 from slidetl.tiles.cut import stream_tiles
+from slidetl.tiles.features import FeatureSource, read_features, write_features
 from slidetl.tiles.ledger import Ledger
 from slidetl.tiles.plan import plan_tiles
 from slidetl.tiles.store import SlideCache, shard_path
@@ -64,6 +67,37 @@ def test_damage_is_printed_and_mended(cache: Path, capsys: pytest.CaptureFixture
     assert capsys.readouterr().out.count("mended") == 2
     assert shard_path(first, 0).read_bytes() == shard
     assert (second / "zarr.json").read_bytes() == about
+
+
+def test_a_repair_needs_no_hard_links_and_an_error_of_the_disk_costs_its_slide_alone(
+    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = [SlideCache.open(path) for path in slides(cache)[:2]]
+    source = FeatureSource("x", "", "0" * 64, (0.5,) * 3, (0.5,) * 3)
+    rows = [np.random.default_rng(0).random((len(each), 4)).astype(np.float16) for each in opened]
+    for each, values in zip(opened, rows, strict=True):
+        write_features(each, {"x": (source, values)})
+        flip(shard_path(each.path, 0), 5)
+    copied: list[object] = []
+
+    def link(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def copy(*paths: Path) -> None:  # the disk fails under the first
+        copied.append(paths)
+        if len(copied) == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        shutil.copyfile(*paths)
+
+    monkeypatch.setattr(os, "link", link)
+    monkeypatch.setattr(shutil, "copy2", copy)
+    assert main(["cache", "verify", str(cache), "--repair"]) == 1
+    out = capsys.readouterr().out
+    assert f"{opened[0].slide_id}: [Errno 5]" in out and f"{opened[1].slide_id}: mended" in out
+    assert "1 damaged" in out
+    assert main(["cache", "verify", str(cache), "--repair"]) == 0
+    for each, values in zip(opened, rows, strict=True):
+        np.testing.assert_array_equal(read_features(each, "x"), values)
 
 
 def test_slides_that_moved_are_named(

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -191,9 +192,36 @@ def test_tiles_of_a_slide_whose_file_is_gone_are_kept(source: SlideSource, tmp_p
     with pytest.warns(UserWarning, match="1 slides are not where they were; their tiles are kept: S1"):
         assert tile_slides([source], cache, SPEC, workers=0) == [before]
     assert Ledger(cache / "ledger.csv").rows() == [before] and tree(cache_path(cache, "S1")) == tiles
-    # Tiles of another path may be another slide's.
+    # Tiles of another path may be another slide's: it fails, and takes nothing from the first.
     (row,) = tile_slides([SlideSource("S1", tmp_path / "other.tiff")], cache, SPEC, workers=0)
-    assert row.status == FAILED and row.reason.endswith("no such file")
+    assert row.status == FAILED and "no such file; the tiles of" in row.reason
+    assert Ledger(cache / "ledger.csv").rows() == [before]
+
+
+def test_a_failure_that_says_nothing_against_finished_tiles_leaves_them_in_use(
+    source: SlideSource,
+    pyramid_tiff: PyramidTiff,
+    tissue_picture: Draw,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache, other = tmp_path / "cache", pyramid_tiff(tissue_picture(512, 1), name="other")
+    (before,) = tile_slides([source], cache, SPEC, workers=0)
+    (row,) = tile_slides([replace(source, path=other)], cache, SPEC, workers=0)  # of another study
+    assert row.status == FAILED and "made from another slide" in row.reason
+    assert row.reason.endswith(f"the tiles of {source.path} are kept, and stay in use")
+
+    def fail(*_: Any, **__: Any) -> LedgerRow:
+        raise MemoryError
+
+    monkeypatch.setattr("slidetl.tiles.run.tile_slide", fail)
+    (row,) = tile_slides([source], cache, SPEC, workers=0)
+    assert row.status == FAILED and row.reason.startswith("out of memory") and "stay in use" in row.reason
+    assert Ledger(cache / "ledger.csv").rows() == [before]
+    os.utime(source.path, (1, 1))  # it may be another file by now
+    (row,) = tile_slides([source], cache, SPEC, workers=0)
+    assert row.status == FAILED and "stay in use" not in row.reason
+    assert Ledger(cache / "ledger.csv").rows() == [row]
 
 
 def test_identifiers_must_differ_and_do_as_folder_names(source: SlideSource, tmp_path: Path) -> None:
