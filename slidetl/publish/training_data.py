@@ -139,10 +139,10 @@ def learn_familiar(network: Any, slides: Sequence[CachedSlide], tiles_per_slide:
 
 
 def _tissue_mm2(slide: CachedSlide) -> float:
-    spec = slide.cache.spec
-    if spec.is_volume:
+    cache = slide.cache
+    if cache.spec.is_volume:
         return 0.0
-    return float(slide.cache.tissue_fraction.sum()) * (spec.stride_px * spec.mpp / 1000) ** 2
+    return float(cache.tissue_fraction.sum()) * cache.spec.tile_mm2(cache.mpp_read)
 
 
 def _data_module(config: Path, record: StudyRecord, allow: Sequence[str]) -> SlideDataModule:

@@ -160,6 +160,13 @@ class TileSpec:
         """Type of a tile's numbers: ``uint8``; of a patch, ``int16`` Hounsfield units."""
         return np.dtype(np.int16 if self.is_volume else np.uint8)
 
+    def tile_mm2(self, mpp_read: tuple[float, float]) -> float:
+        """Returns a tile's share of the area, square millimetres; overlapping tiles count by their stride.
+
+        ``mpp_read`` is the spacing really read along x and y, within :attr:`mpp_tolerance` of :attr:`mpp`.
+        """
+        return self.stride_px**2 * mpp_read[0] * mpp_read[1] / 1e6
+
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON values, as stored beside the tiles, without the fields of the other kind.
 

@@ -98,6 +98,24 @@ class TilePlan:
         }
 
     @property
+    def spoilt(self) -> str:
+        """Numbers of tiles with tissue left out, by the reason, as words; empty if none is."""
+        return ", ".join(f"{reason} {len(o)}" for reason, o in self.left_out_level0.items() if len(o))
+
+    def describe_empty(self, regions: Regions | None = None) -> str:
+        """Describes why there is no tile; ``regions`` are those of the plan."""
+        if regions is not None and len(self.left_out_level0["outside regions"]):
+            return (
+                f"no tile with tissue is good enough and {regions.share:.0%} inside the regions "
+                f"({self.spoilt})"
+            )
+        if self.spoilt:
+            return f"no tile with tissue is good enough ({self.spoilt})"
+        if self.tiles_without_tissue:
+            return f"no tile has {self.spec.min_tissue:.0%} tissue"
+        return "the slide is smaller than one tile"
+
+    @property
     def left_out(self) -> dict[str, Any]:
         """Numbers (int) of tiles left out, by the names of the ledger's columns."""
         spoilt = {f"tiles_{reason.replace(' ', '_')}": len(o) for reason, o in self.left_out_level0.items()}

@@ -551,6 +551,11 @@ def cache_path(cache_dir: Path, slide_id: str) -> Path:
     return cache_dir / f"{slide_id}.zarr"
 
 
+def preview_path(cache_dir: Path, slide_id: str) -> Path:
+    """Returns the picture of a slide's tiles by ``--preview``."""
+    return cache_dir / "previews" / f"{slide_id}.png"
+
+
 def origin_name(spec: TileSpec) -> str:
     """Names the array with the places of tiles."""
     return "origin_voxel" if spec.is_volume else "origin_level0"

@@ -39,6 +39,7 @@ from slidetl.tiles.store import (
     discard,
     is_intact,
     is_small,
+    preview_path,
     read_header,
 )
 from slidetl.tiles.writer import CacheWriter
@@ -193,7 +194,7 @@ def tile_slide(
         preview: draw ``previews/<slide_id>.png``, :mod:`slidetl.tiles.preview`.
     """
     started, cache_dir = time.monotonic(), Path(cache_dir)
-    picture = cache_dir / "previews" / f"{source.slide_id}.png" if preview else None
+    picture = preview_path(cache_dir, source.slide_id) if preview else None
     row = LedgerRow(source.slide_id, str(source.path), FAILED)
     try:
         with slide_lock(cache_dir, source.slide_id) as lock:
@@ -251,6 +252,7 @@ def _tile_open_slide(
                 f"{path}: its slide has no file of annotations; remove it with --overwrite"
             )
         discard(cache_dir, row.slide_id, finished=True)
+        preview_path(cache_dir, row.slide_id).unlink(missing_ok=True)
         return replace(row, status=EXCLUDED, reason="no file of annotations")
     info = slide.info
     kept = _kept_cache(path, info.fingerprint, info.mpp_level0, spec, digest, None, overwrite)
@@ -269,19 +271,12 @@ def _tile_open_slide(
     plan = plan_tiles(slide, spec, threads, regions)
     row = replace(row, mpp_x=plan.mpp_read[0], mpp_y=plan.mpp_read[1], **plan.left_out)
     row = replace(row, note="; ".join([*plan.notes, *doubts]))
+    preview_path(cache_dir, row.slide_id).unlink(missing_ok=True)  # of an earlier tiling
     if preview is not None:
         draw_preview(preview, plan, row.slide_id)
     if not len(plan):
         discard(cache_dir, row.slide_id, finished=True)
-        if regions is not None and len(plan.left_out_level0["outside regions"]):
-            reason = f"no tile with tissue is good enough and {regions.share:.0%} inside the regions"
-        elif any(map(len, plan.left_out_level0.values())):
-            reason = "no tile with tissue is good enough"
-        elif plan.tiles_without_tissue:
-            reason = f"no tile has {spec.min_tissue:.0%} tissue"
-        else:
-            reason = "the slide is smaller than one tile"
-        return replace(row, status=EXCLUDED, reason=reason)
+        return replace(row, status=EXCLUDED, reason=plan.describe_empty(regions))
     return _used(row, write_tiles(slide, plan, cache_dir, row.slide_id, threads, check, digest))
 
 
@@ -317,6 +312,7 @@ def _tile_open_series(
         discard(cache_dir, row.slide_id)
         return _used_series(row, series, kept)
     plan = plan_patches(series, spec, source.location_mm, _held if source.location_mm else prepare_series)
+    preview_path(cache_dir, row.slide_id).unlink(missing_ok=True)  # of an earlier tiling
     if preview is not None:
         draw_patches(preview, plan, row.slide_id)
     if kept is not None:

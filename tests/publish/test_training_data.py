@@ -35,6 +35,17 @@ def test_an_export_says_if_the_training_saw_regions_only(study: Study) -> None:
         assert describe_training([placed, other]) == found
 
 
+def test_the_area_of_tissue_goes_by_the_spacing_really_read(study: Study) -> None:
+    one, *_ = read_study(study.manifest, study.cache).slides
+    header = replace(one.cache.header, mpp_read=(6.0, 5.0))  # within a tolerance of 0.5 of 4.0
+    found = [
+        describe_training([replace(one, cache=replace(one.cache, header=about))]).least_tissue_mm2
+        for about in (header, one.cache.header)
+    ]
+    x, y = one.cache.mpp_read
+    assert found[0] == pytest.approx(found[1] * 30 / (x * y))
+
+
 def test_training_slides_are_tiled_as_for_the_checkpoint(study: Study, tmp_path: Path) -> None:
     slides = read_study(study.manifest, study.cache).slides
     grader = SlideGrader(BackboneSpec("mobilenetv3_small_050"), MeanPooling)

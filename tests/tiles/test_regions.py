@@ -333,7 +333,10 @@ class TestTiling:
         assert row.status == FAILED and "reach to (5000, 0), the slide has 1024 x 1024" in row.reason
         row = tiled({None: [[box(900, 0, 100, 100)]]})  # on glass
         assert (row.status, row.tiles_outside_regions) == (EXCLUDED, 192)
-        assert row.reason == "no tile with tissue is good enough and 25% inside the regions"
+        assert (
+            row.reason
+            == "no tile with tissue is good enough and 25% inside the regions (outside regions 192)"
+        )
 
     def test_slides_without_a_file(self, source: SlideSource, tmp_path: Path) -> None:
         def run(missing: Any, overwrite: bool = False) -> LedgerRow:

@@ -11,7 +11,7 @@ from slidetl.errors import SlideReadError
 from slidetl.slides.openslide import _Level, _Regions
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.ledger import EXCLUDED, FAILED, USED
-from slidetl.tiles.store import SlideCache, cache_path
+from slidetl.tiles.store import SlideCache, cache_path, preview_path
 from slidetl.tiles.tile import SlideSource, tile_slide
 from tests.conftest import PyramidTiff
 from tests.tiles.conftest import SPEC, Draw, damaged, tree
@@ -130,6 +130,19 @@ def test_a_finished_cache_is_kept(source: SlideSource, tmp_path: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in cache_path(tmp_path, "S1").rglob("*")} == before
     for name in ("status", "tiles", "tiles_without_tissue", "mpp_x", "fingerprint", "vendor"):
         assert getattr(again, name) == getattr(first, name)
+
+
+def test_a_preview_is_never_of_an_earlier_tiling(source: SlideSource, tmp_path: Path) -> None:
+    picture = preview_path(tmp_path, "S1")
+    tile_slide(source, tmp_path, SPEC, preview=True)
+    before = picture.read_bytes()
+    tile_slide(source, tmp_path, SPEC)
+    assert picture.read_bytes() == before  # the same tiles
+    coarser = TileSpec(2 * SPEC.mpp, SPEC.tile_size_px)
+    tile_slide(source, tmp_path, coarser, overwrite=True)
+    assert not picture.exists()
+    tile_slide(source, tmp_path, coarser, preview=True)
+    assert picture.read_bytes() != before
 
 
 def test_a_small_cache_that_a_power_cut_tore_is_made_again(source: SlideSource, tmp_path: Path) -> None:
