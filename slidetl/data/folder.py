@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
@@ -93,7 +94,8 @@ def find_files(folder: Path) -> FoundFiles:
 
     Links may lead out of the folder, since sites are often mounted elsewhere, but not to a parent of it. Each
     file and folder is listed once, under its own path if it is below ``folder``. Hidden files and folders,
-    the content of tile caches, and data folders beside a ``.mrxs`` are skipped silently.
+    the content of tile caches, pictures by ``slidetl grade``, and data folders beside a ``.mrxs`` are skipped
+    silently.
     """
     folder = folder.absolute()
     root = os.path.realpath(folder)
@@ -127,6 +129,8 @@ def find_files(folder: Path) -> FoundFiles:
                     real[path] = path  # an OME-Zarr, or a format that is not read
                 elif f"{entry.name.lower()}.mrxs" not in names:
                     (linked_folders if entry.is_symlink() else waiting).append(path)
+            elif _is_of_grade(path, names):
+                continue
             elif entry.is_symlink():
                 links.append(path)
             elif entry.is_file():
@@ -145,6 +149,18 @@ def find_files(folder: Path) -> FoundFiles:
             again.append(path)
     kinds = (real.values(), dangling, unreadable, odd, again)
     return FoundFiles(folder, *(tuple(sorted(paths)) for paths in kinds))
+
+
+def _is_of_grade(path: Path, names: set[str]) -> bool:
+    """Tells if a picture lies beside its result of ``slidetl grade``; ``names`` are in lower case."""
+    found = re.fullmatch(r"(.+?)(\.thumbnail\.jpg|\.png)", path.name)
+    if found is None or f"{found[1].lower()}.json" not in names:
+        return False
+    try:
+        result = json.loads(path.with_name(f"{found[1]}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(result, dict) and "model_sha256" in result
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

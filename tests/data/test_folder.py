@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from slidetl.data.folder import find_files
 from slidetl.data.manifest import read_manifest
 from slidetl.errors import ManifestError, SlideOpenError
 from slidetl.slides import open_slide
@@ -76,6 +77,14 @@ def test_companions_and_caches_are_no_slides(tmp_path: Path) -> None:
     touch(tmp_path, "other.zarr/zarr.json")
     with pytest.warns(UserWarning, match=r"not read here \(1: \.zarr 1\)"):
         read_manifest(tmp_path)
+
+
+def test_pictures_of_grade_are_no_slides(tmp_path: Path) -> None:
+    touch(tmp_path, "a.png", "b.png", "b.json", "out/a.png", "out/a.thumbnail.jpg", "out/own.png")
+    (tmp_path / "out" / "a.json").write_text('{"slide": "a.png", "model_sha256": "00"}')
+    (tmp_path / "b.json").write_text('{"annotations": []}')  # of another program
+    found = [str(path.relative_to(tmp_path)) for path in find_files(tmp_path).paths]
+    assert found == ["a.png", "b.json", "b.png", "out/a.json", "out/own.png"]
 
 
 def test_dicom_needs_no_suffix(tmp_path: Path, test_data: Path) -> None:
