@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from slidetl.grading.options import GradeOptions
 
 if TYPE_CHECKING:
     from slidetl.grading.batch import GradeRow
+    from slidetl.publish.model_file import ModelFile
 
 
 def grade(
@@ -45,23 +47,10 @@ def grade(
     import torch
 
     from slidetl.errors import UsageError
-    from slidetl.grading.batch import (
-        GRADED,
-        describe,
-        find_slides,
-        grade_slides,
-        output_names,
-        places_of,
-        read_finished,
-        write_index_page,
-        write_results,
-    )
+    from slidetl.grading.batch import find_slides, places_of, results_folder
     from slidetl.grading.grade import chosen_precision
-    from slidetl.grading.report.slide import remove_page
     from slidetl.library.trust import trust as record_trust
     from slidetl.publish.model_file import load_model
-    from slidetl.slides.spacing import cohort_notes
-    from slidetl.text import one_line
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,8 +65,36 @@ def grade(
         record_trust(loaded.sha256, model.name)
     options = replace(options, precision=chosen_precision(loaded, options.precision, device))
     found, spacings = find_slides(slides)
+    with contextlib.nullcontext() if output is None else results_folder(output, options.report):
+        return _grade_found(loaded, found, spacings, options, places, resume)
+
+
+def _grade_found(
+    loaded: ModelFile,
+    found: list[Path],
+    spacings: dict[Path, float],
+    options: GradeOptions,
+    places: list[str],
+    resume: bool,
+) -> int:
+    from slidetl.grading.batch import (
+        GRADED,
+        describe,
+        grade_slides,
+        output_names,
+        read_earlier,
+        read_finished,
+        write_index_page,
+        write_results,
+    )
+    from slidetl.grading.report.slide import remove_page
+    from slidetl.slides.spacing import cohort_notes
+    from slidetl.text import one_line
+
+    output, n_grades = options.output, len(loaded.card.grades)
     names = output_names(found, output)
-    rows = []
+    earlier = {} if output is None else read_earlier(output, names)
+    rows: list[GradeRow] = []
     if output is not None and resume:
         finished_rows = read_finished(output, names, loaded, options, spacings)
         rows = list(finished_rows.values())
@@ -89,7 +106,7 @@ def grade(
     ):
         rows.append(row)
         if output is not None:
-            write_results(output / "results.csv", rows, len(loaded.card.grades))
+            write_results(output / "results.csv", [*earlier.values(), *rows], n_grades)
         if row.status != GRADED:
             failed += 1
             print(f"slidetl: failed: {row.reason}", file=sys.stderr, flush=True)
@@ -103,9 +120,12 @@ def grade(
     for name, note in far.items():
         print(f"slidetl: warning: {name}: {note}", file=sys.stderr)
     if output is not None:
-        write_results(output / "results.csv", rows, len(loaded.card.grades))  # also if none was left to grade
+        # Also if none was left to grade.
+        write_results(output / "results.csv", [*earlier.values(), *rows], n_grades)
+        if earlier:
+            print(f"slidetl: results.csv has {len(earlier)} slides of earlier runs as well", file=sys.stderr)
         if options.report:
-            write_index_page(output, rows, names, loaded)
+            write_index_page(output, rows, names, loaded, earlier)
         else:
             remove_page(output, "index")
     if failed:

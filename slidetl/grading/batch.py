@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import itertools
 import json
 import re
@@ -29,6 +30,7 @@ from slidetl.grading.grade import (
     draw_map,
     grade_series,
     grade_slide,
+    is_map,
     start_runner,
 )
 from slidetl.grading.options import GradeOptions
@@ -52,16 +54,23 @@ from slidetl.text import one_line
 from slidetl.tiles.cut import slide_parts
 from slidetl.tiles.identifier import clash_key, safe_slide_id
 from slidetl.tiles.ledger import file_state
+from slidetl.tiles.lock import only_process
 from slidetl.tiles.readers import Readers
 from slidetl.volumes import is_series, is_volume_file, open_series
 
 GRADED, FAILED = "graded", "failed"
 _THREADS_OF_A_GPU = 2  # to feed it and gather results; each other core reads a slide
 _PIECE = 32  # tiles handed over by a reader at once
+_LEFT_OUT = (
+    *("tiles_without_tissue", "tiles_without_data", "tiles_pen", "tiles_fold", "tiles_air"),
+    "tiles_out_of_focus",
+)
 _COLUMNS = ("slide", "status", "grade", "grade_name", "set_lowest", "set_highest", "expected_grade")
 _MORE = (
     "tiles",
     "tiles_unreadable",
+    "areas_unreadable",
+    *_LEFT_OUT,
     "tissue_mm2",
     "mask_ml",
     "novelty",
@@ -267,10 +276,73 @@ def describe(row: GradeRow, card: ModelCard) -> str:
     return "; ".join(parts)
 
 
+@contextlib.contextmanager
+def results_folder(folder: Path, report: bool) -> Iterator[None]:
+    """Keeps a folder of results to this run while the context is open.
+
+    Raises:
+        UsageError: another run is writing there, or it has a table or a page of another origin under the name
+            of one to be written.
+        OutputError: nothing can be written there.
+    """
+    busy = UsageError(
+        f"{folder}: another 'slidetl grade' is writing there; wait for its end, or name another --output"
+    )
+    with only_process(folder, busy):
+        table, page = folder / "results.csv", folder / "index.html"
+        foreign = [table] if table.exists() and not _is_results(table) else []
+        if report and has_foreign_page(folder, page.stem):
+            foreign.append(page)
+        if foreign:
+            raise UsageError(
+                f"{', '.join(map(str, foreign))}: not written by 'slidetl grade', which would replace it; "
+                "move it, or name another --output"
+            )
+        yield
+
+
+def _is_results(table: Path) -> bool:
+    try:
+        with table.open(newline="", encoding="utf-8") as file:
+            return {"slide", "status", "grade_name", "model_sha256"} <= set(next(csv.reader(file), ()))
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return False
+
+
+def read_earlier(folder: Path, names: Mapping[Path, str]) -> dict[str, GradeRow]:
+    """Reads the results of earlier runs in a folder, of other slides and under other names than ``names``.
+
+    Returns:
+        The rows by the names of their files, sorted.
+    """
+    slides, taken = {str(path) for path in names}, set(map(clash_key, names.values()))
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        if clash_key(path.stem) in taken:
+            continue
+        with contextlib.suppress(Exception):  # a file of another kind
+            result = _parsed(path)
+            if result["slide"] not in slides:
+                found[path.stem] = GradeRow(Path(result["slide"]), GRADED, result)
+    return found
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    """Reads the result of a slide or series; raises any error for a file that is none."""
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"), parse_constant=int)  # refuses NaN
+    kinds = _RESULT if "mask_ml" in result else _RESULT | _OF_SLIDES
+    if not all(isinstance(result[key], kind) for key, kind in kinds.items()):
+        raise TypeError(f"{path}: not the result of a slide")
+    return result
+
+
 def write_results(path: Path, rows: Sequence[GradeRow], n_grades: int) -> None:
-    """Writes the table of results, whole or not at all."""
-    is_volume = any("mask_ml" in row.result for row in rows)
-    more = [name for name in _MORE if name not in (_OF_SLIDES if is_volume else ("mask_ml",))]
+    """Writes the table of results, whole or not at all; it may have rows of several models."""
+    results = [row.result for row in rows if row.result]
+    are_volumes = {"mask_ml" in result for result in results} or {False}
+    unused = set() if len(are_volumes) > 1 else _NOT_OF_VOLUMES if are_volumes == {True} else {"mask_ml"}
+    n_grades = max(n_grades, *(len(result.get("probabilities", ())) for result in results), 0)
+    more = [name for name in _MORE if name not in unused]
     columns = [*_COLUMNS, *(f"probability_{grade}" for grade in range(n_grades)), *more]
     write_csv(path, columns, ({name: _cells(row).get(name) for name in columns} for row in rows))
 
@@ -284,10 +356,19 @@ def _cells(row: GradeRow) -> dict[str, Any]:
 
 
 def write_index_page(
-    folder: Path, rows: Sequence[GradeRow], names: dict[Path, str], model: ModelFile
+    folder: Path,
+    rows: Sequence[GradeRow],
+    names: Mapping[Path, str],
+    model: ModelFile,
+    earlier: Mapping[str, GradeRow],
 ) -> None:
-    """Writes ``index.html``, the table of results with a link to each slide's page."""
-    entries = [IndexEntry(row.slide, names[row.slide], row.result, row.reason) for row in rows]
+    """Writes ``index.html``: the results by this model, with a link to each slide's page."""
+    every = [*earlier.items(), *((names[row.slide], row) for row in rows)]
+    entries = [
+        IndexEntry(row.slide, name, row.result, row.reason)
+        for name, row in every
+        if row.result.get("model_sha256", model.sha256) == model.sha256
+    ]
     write_index(folder, entries, model.card)
 
 
@@ -301,8 +382,8 @@ def read_finished(
     """Finds the slides with results in a folder, as this model and these options would grade them.
 
     ``names`` are from :func:`output_names`. Content, spacing, its tolerance and channels must be equal; with
-    a report, a slide without its page is not finished, nor is one that needed ``force``, without it. One of
-    another precision is not either, and a warning counts them.
+    a report, a slide without its page is not finished, nor is one that needed ``force``, without it, nor one
+    with parts that could not be read then. One of another precision is not either, and a warning counts them.
     """
     precision, others = chosen_precision(model, options.precision), 0
     finished = {}
@@ -310,6 +391,8 @@ def read_finished(
         mpp = spacings.get(path, options.mpp_replace)
         result = _read_result(folder, name, path, model, options, mpp)
         if result is None or (options.report and not has_slide_report(folder, name, result)):
+            continue
+        if result.get("tiles_unreadable") or result.get("areas_unreadable"):
             continue
         if result.get("precision") != precision:
             others += 1
@@ -333,11 +416,8 @@ def _read_result(
     spec = model.card.tile_spec
     tolerance = spec.mpp_tolerance if options.mpp_tolerance is None else options.mpp_tolerance
     try:
-        text = (folder / f"{name}.json").read_text(encoding="utf-8")
-        result: dict[str, Any] = json.loads(text, parse_constant=int)  # refuses NaN
+        result = _parsed(folder / f"{name}.json")
         same = result["model_sha256"] == model.sha256
-        kinds = _RESULT if spec.is_volume else _RESULT | _OF_SLIDES
-        same = same and all(isinstance(result[key], kind) for key, kind in kinds.items())
         same = same and (options.force or not _needs_force(result, model.card))
         if same and not spec.is_volume:
             wanted = (options.channels or spec.channels, tolerance)
@@ -367,7 +447,7 @@ def _needs_force(result: Mapping[str, Any], card: ModelCard) -> bool:
 
 
 _RESULT: dict[str, Any] = {
-    **dict.fromkeys(("fingerprint", "grade_name"), str),
+    **dict.fromkeys(("slide", "fingerprint", "grade_name", "model_sha256"), str),
     **dict.fromkeys(("grade", "tiles"), int),
     "expected_grade": int | float,
     **dict.fromkeys(("probabilities", "notes"), list),
@@ -378,14 +458,15 @@ _OF_SLIDES: dict[str, Any] = {
     "tiles_unreadable": int,
     **dict.fromkeys(("tissue_mm2", "mpp_level0"), int | float),
 }
+_NOT_OF_VOLUMES = {*_OF_SLIDES, "areas_unreadable", *_LEFT_OUT}
 
 
 def output_names(slides: Sequence[Path], folder: Path | None = None) -> dict[Path, str]:
     """Names the output files of each slide: its own name, if taken with its folder's, then numbered.
 
     No two are equal, even on a file system without case. In ``folder`` they replace neither the results of
-    another slide, nor one of the slides, nor a JSON or page of another origin; a warning counts those that
-    are named otherwise for it.
+    another slide, nor one of the slides, nor a JSON, picture or page of another origin; a warning counts
+    those that are named otherwise for it.
     """
     names: dict[Path, str] = {}
     taken = {"index"}  # the page of all slides
@@ -397,6 +478,9 @@ def output_names(slides: Sequence[Path], folder: Path | None = None) -> dict[Pat
             return clash_key(name) not in taken
         replaced = (target / f"{name}{suffix}" for suffix in (*_RESULTS, *PAGE))
         if not files.isdisjoint(replaced) or has_foreign_page(target, name):
+            return False
+        drawn = target / f"{name}.png"
+        if drawn.exists() and not (is_map(drawn) or (target / f"{name}.json").exists()):
             return False
         return not (target / f"{name}.json").exists() or _is_of(_recorded(target, name), path)
 
@@ -467,6 +551,8 @@ def _remove_results(
     if _recorded(folder, name) is not None:
         for suffix in _RESULTS:  # the JSON first: without it a slide is not finished
             (folder / f"{name}{suffix}").unlink(missing_ok=True)
+    if is_map(folder / f"{name}.png"):  # of a run that ended before it wrote the JSON
+        (folder / f"{name}.png").unlink()
     remove_page(folder, name)
 
 

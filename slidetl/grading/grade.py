@@ -35,12 +35,15 @@ from slidetl.tiles.cut import TileBatch, read_slide
 from slidetl.tiles.patches import PatchPlan, plan_patches
 from slidetl.tiles.plan import TilePlan
 from slidetl.tiles.readers import Readers
+from slidetl.version import VERSION
 from slidetl.volumes import open_series
 
 _T = TypeVar("_T")
 _IN_MEMORY = 64 << 20  # bytes of a slide's embeddings, also on a GPU; larger ones lie in a file
 _BATCH_SIZE = {"cpu": 16, "cuda": 256}  # on a CPU more cost memory and gain nothing
+_OF_MODEL = "slidetl-model"  # in the text of a map
 Precision = Literal["auto", "float32", "bfloat16"]
+_MUCH_LEFT_OUT = 0.25  # a note is due if more of the tiles with tissue are
 _PLACE_MM = 6.0  # width of a place in a patch, about that of a small nodule
 
 
@@ -96,6 +99,8 @@ class SlideGrade:
             "expected_grade": round(self.expected_grade, 5),
             "tiles": len(self.attention),
             "tiles_unreadable": len(self.plan) - len(self.attention),
+            "areas_unreadable": self.plan.areas_unreadable,
+            **self.plan.left_out,
             "tissue_mm2": round(self.tissue_mm2, 4),
             "novelty": None if self.novelty is None else round(self.novelty, 4),
             "explanation": self.explanation.to_dict(),
@@ -104,8 +109,22 @@ class SlideGrade:
             "mpp_level0": max(self.plan.info.mpp_level0),
             "mpp_tolerance": self.plan.spec.mpp_tolerance,
             "channels": self.plan.spec.channels,
-            "notes": list(self.plan.notes),
+            "notes": list(self.notes),
         }
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Doubts about the slide, changes to its pixels, and tiles with tissue that were not graded."""
+        plan, notes = self.plan, []
+        if lost := len(plan) - len(self.attention):
+            notes.append(f"{lost} of {len(plan)} tiles cannot be read, and are not part of the grade")
+        spoilt = sum(map(len, plan.left_out_level0.values()))
+        if spoilt > _MUCH_LEFT_OUT * (spoilt + len(plan)):
+            notes.append(
+                f"{spoilt} of {spoilt + len(plan)} tiles with tissue are left out for their quality "
+                f"({plan.spoilt})"
+            )
+        return (*plan.notes, *notes)
 
 
 def grade_slide(
@@ -202,7 +221,7 @@ def grade_slide(
     return SlideGrade(
         slide=path,
         fingerprint=plan.info.fingerprint,
-        tissue_mm2=tissue * _tile_mm2(plan),
+        tissue_mm2=tissue * plan.spec.tile_mm2(plan.mpp_read),
         plan=plan,
         origins_level0=np.concatenate(origins),
         rates=rates,
@@ -420,11 +439,11 @@ def _check_tissue(model: ModelFile, path: Path, plan: TilePlan, force: bool) -> 
     spec = plan.spec
     if not len(plan):
         raise UnfitSlideError(
-            f"{path}: no tile of {spec.tile_size_px} px at {spec.mpp:g} um/px has at least "
-            f"{spec.min_tissue:.0%} tissue; there is nothing to grade"
+            f"{path}: {plan.describe_empty()}, of {spec.tile_size_px} px at {spec.mpp:g} um/px; there is "
+            "nothing to grade"
         )
     training = model.card.training
-    found = float(plan.tissue_fraction.sum()) * _tile_mm2(plan)
+    found = float(plan.tissue_fraction.sum()) * spec.tile_mm2(plan.mpp_read)
     if training and not force and found < training.least_tissue_mm2 / 2:
         raise UnfitSlideError(
             f"{path}: {found:.3g} mm2 of tissue is too little to grade; every slide that the model was "
@@ -494,11 +513,6 @@ def _grade_set(model: ModelFile, probabilities: Tensor) -> tuple[int, int] | Non
     exact = probabilities.double().cpu()
     lowest, highest = rule.sets((exact / exact.sum()).unsqueeze(0).numpy())[0].tolist()
     return lowest, highest
-
-
-def _tile_mm2(plan: TilePlan) -> float:
-    """Returns a tile's share of the area, square millimetres; overlapping tiles count by their stride."""
-    return (plan.spec.stride_px * plan.spec.mpp / 1000) ** 2
 
 
 @dataclass(frozen=True)
@@ -625,10 +639,10 @@ def draw_map(result: SlideGrade, path: Path) -> None:
     for panel, (title, unit, values, colours, (low, high), beyond) in zip(axes[1:], panels, strict=True):
         panel.imshow(plan.thumbnail)
         grid = _on_grid(result, values)
-        # The pixel centres of a picture lie at whole numbers, its border at -0.5.
+        left, top = _thumbnail_px(result, 0, 0)
         right, bottom = _thumbnail_px(result, grid.shape[1], grid.shape[0])
         shown = panel.imshow(
-            grid, cmap=colours, vmin=low, vmax=high, alpha=0.6, extent=(-0.5, right, bottom, -0.5)
+            grid, cmap=colours, vmin=low, vmax=high, alpha=0.6, extent=(left, right, bottom, top)
         )
         panel.set(title=title, xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
         figure.colorbar(shown, ax=panel, fraction=0.046, pad=0.02, extend=beyond, label=unit)
@@ -638,8 +652,18 @@ def draw_map(result: SlideGrade, path: Path) -> None:
     probabilities = ", ".join(f"{probability:.2f}" for probability in result.probabilities)
     grade = plot_label(result.grade_name)
     figure.suptitle(f"grade {grade}   (expected {result.expected_grade:.2f}; probabilities {probabilities})")
+    about = {"Software": f"slidetl {VERSION}", _OF_MODEL: result.model_sha256}
     with replaced(path) as file:
-        figure.savefig(file, dpi=100, format="png")
+        figure.savefig(file, dpi=100, format="png", metadata=about)
+
+
+def is_map(path: Path) -> bool:
+    """Tells if a file is of :func:`draw_map`; those of version 0.1.0 do not say so."""
+    try:
+        with path.open("rb") as file:
+            return f"tEXt{_OF_MODEL}\0".encode() in file.read(4096)  # it stands before the pixels
+    except OSError:
+        return False
 
 
 def _stride_level0(plan: TilePlan) -> tuple[float, float]:
@@ -661,8 +685,16 @@ def _on_grid(result: SlideGrade, values: NDArray[np.float32]) -> NDArray[np.floa
 
 
 def _thumbnail_px(result: SlideGrade, columns: int, rows: int) -> tuple[float, float]:
-    """Converts columns and rows of the grid to thumbnail pixels, with centres at whole numbers."""
+    """Converts corners of the grid's cells to thumbnail pixels, with centres at whole numbers.
+
+    If tiles overlap or leave gaps, a cell covers the points nearest to the centre of its tile, as in
+    :meth:`slidetl.tiles.pyramid.Pyramid.to_viewer`.
+    """
     height, width = result.plan.thumbnail.shape[:2]
     size_x, size_y = result.plan.info.size_level0
     stride_x, stride_y = _stride_level0(result.plan)
-    return columns * stride_x / size_x * width - 0.5, rows * stride_y / size_y * height - 0.5
+    extent_x, extent_y = result.plan.extent_level0
+    x = columns * stride_x + (extent_x - stride_x) / 2
+    y = rows * stride_y + (extent_y - stride_y) / 2
+    # The pixel centres of a picture lie at whole numbers, its border at -0.5.
+    return x / size_x * width - 0.5, y / size_y * height - 0.5

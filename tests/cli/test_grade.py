@@ -34,10 +34,11 @@ def test_names_replace_neither_results_of_another_slide_nor_a_slide(tmp_path: Pa
     (out / "u.json").write_text(json.dumps({"slide": "u.svs"}))  # of an earlier version, in any folder
     (out / "v.geojson").write_text("{}")
     (out / "w.html").write_text("<title>of somebody else</title>")
-    paths = [tmp_path / "b" / f"{name}.svs" for name in "xyzuvw"]
-    with pytest.warns(UserWarning, match=r"files of 5 slides are named otherwise.*b/x.svs is b_x.svs.json"):
+    (out / "t.png").write_bytes(b"\x89PNG of somebody else")
+    paths = [tmp_path / "b" / f"{name}.svs" for name in "xyzuvwt"]
+    with pytest.warns(UserWarning, match=r"files of 6 slides are named otherwise.*b/x.svs is b_x.svs.json"):
         names = output_names(paths, out)
-    assert list(names.values()) == ["b_x.svs", "y", "b_z.svs", "b_u.svs", "b_v.svs", "b_w.svs"]
+    assert list(names.values()) == ["b_x.svs", "y", *(f"b_{name}.svs" for name in "zuvwt")]
     (tmp_path / "link").symlink_to(out)
     with pytest.warns(UserWarning, match="named otherwise"):
         assert output_names([tmp_path / "link" / "p.png"], out) == {tmp_path / "link" / "p.png": "link_p.png"}

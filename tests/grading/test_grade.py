@@ -34,17 +34,22 @@ from slidetl.grading.grade import (
     _ahead,
     _Embeddings,
     _expected_grades,
+    _thumbnail_px,
     chosen_precision,
     draw_map,
     grade_slide,
 )
 from slidetl.grading.options import GradeOptions
+from slidetl.grading.report.slide import _warnings
 from slidetl.library.model_card import TrainingData
 from slidetl.models.runner import Runner
 from slidetl.processes import Child, start_child
 from slidetl.publish.export import build_network, export_model
 from slidetl.publish.model_file import ModelFile, load_model
 from slidetl.slides import open_slide
+from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.lock import kernel_lock
+from slidetl.tiles.plan import plan_tiles
 from slidetl.training.checkpoint import load_grader
 from slidetl.training.predictions import SlidePrediction, read_predictions, write_predictions
 from tests.conftest import Picture, PyramidTiff, Study
@@ -116,6 +121,52 @@ def test_map_lies_where_the_tiles_are(study: Study, model: ModelFile, tmp_path: 
     assert sum(result.probabilities) == pytest.approx(1, abs=1e-5)
     draw_map(result, tmp_path / "new" / "map.png")
     assert (tmp_path / "new" / "map.png").stat().st_size > 10_000
+
+
+def test_a_cell_of_the_map_lies_about_the_centre_of_its_tile(
+    pyramid_tiff: PyramidTiff, tissue_picture: Callable[..., Picture]
+) -> None:
+    path = pyramid_tiff(tissue_picture(1024), mpp=0.5)
+    for stride, first in ((64, 0), (16, 48), (96, -32)):  # level-0 pixels; a tile has 128
+        result = grade_of(path, TileSpec(1.0, 64, stride_px=stride))
+        per_px = 1024 / result.plan.thumbnail.shape[0]
+        corners = np.array([_thumbnail_px(result, *cell) for cell in ((0, 0), (3, 2))])
+        expected = [(first, first), (first + 3 * 2 * stride, first + 2 * 2 * stride)]
+        np.testing.assert_allclose((corners + 0.5) * per_px, expected)
+
+
+def test_tiles_that_are_not_graded_are_told(
+    study: Study, model: ModelFile, pyramid_tiff: PyramidTiff, tissue_picture: Callable[..., Picture]
+) -> None:
+    slide = next((study.manifest.parent / "slides").glob("*.tiff"))
+
+    def filtered(min_focus: float) -> ModelFile:
+        spec = replace(model.card.tile_spec, min_focus=min_focus)
+        return replace(model, card=replace(model.card, tile_spec=spec))
+
+    with open_slide(slide) as opened:
+        wanted = plan_tiles(opened, filtered(1e-9).card.tile_spec)
+        focus = wanted.quality["focus"]
+    with pytest.raises(
+        UnfitSlideError, match=rf"no tile with tissue is good enough \(out of focus {len(focus)}\)"
+    ):
+        grade_slide(filtered(2 * float(focus.max())), slide)
+    half = float(np.median(focus))
+    lost = int((focus < half).sum())
+    result = grade_slide(filtered(half), slide, force=True)
+    assert result.to_dict()["tiles_out_of_focus"] == lost > len(focus) / 4
+    (note,) = [note for note in result.to_dict()["notes"] if "left out" in note]
+    assert note == (
+        f"{lost} of {len(focus)} tiles with tissue are left out for their quality (out of focus {lost})"
+    )
+    assert not any("left out" in note for note in grade_slide(model, slide).notes)
+
+    whole = grade_of(pyramid_tiff(tissue_picture(1024), mpp=0.5))
+    assert not any("cannot be read" in note for note in whole.notes)
+    part = replace(whole, attention=whole.attention[3:])
+    assert f"3 of {len(whole.plan)} tiles cannot be read, and are not part of the grade" in part.notes
+    assert part.to_dict()["notes"] == list(part.notes)
+    assert _warnings(part, model.card)[: len(part.notes)] == list(part.notes)
 
 
 @pytest.mark.slow
@@ -693,6 +744,11 @@ def test_a_manifest_gives_slides_their_spacing(
     assert main(["grade", str(model_path), coarse, "--force"]) == 1
     assert "accept 5.0% with --mpp-tolerance 0.05" in capsys.readouterr().err
     assert main(["grade", str(model_path), coarse, "--force", "--mpp-tolerance=0.06"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    with open_slide(coarse) as slide:
+        plan = plan_tiles(slide, replace(load_model(model_path).card.tile_spec, mpp_tolerance=0.06))
+    side_mm = plan.spec.stride_px * plan.spec.mpp * 1.05 / 1000
+    assert found["tissue_mm2"] == pytest.approx(float(plan.tissue_fraction.sum()) * side_mm**2, rel=1e-3)
 
 
 def test_a_folder_has_no_result_of_another_run_or_slide_under_a_name(
@@ -716,20 +772,65 @@ def test_a_folder_has_no_result_of_another_run_or_slide_under_a_name(
 
     page = [".geojson", ".html", ".json", ".png", ".thumbnail.jpg"]
     assert run(x, "--report") == (0, ["x.tiff"]) and files("x") == page and files("index")
-    assert run(y) == (0, ["y.tiff"]) and files("x") == page and not files("index")
+    assert run(y) == (0, ["x.tiff", "y.tiff"]) and files("x") == page and not files("index")
     capsys.readouterr()
     assert run(x, y, "--resume") == (0, ["x.tiff", "y.tiff"])  # though nothing is left to grade
     assert "2 of 2 slides are graded already" in capsys.readouterr().err
 
-    assert run(x, "--mpp-replace", "3.6") == (0, ["x.tiff"]) and files("x") == [".json", ".png"]
+    assert run(x, "--mpp-replace", "3.6") == (0, ["y.tiff", "x.tiff"]) and files("x") == [".json", ".png"]
     before = (out / "x.json").read_bytes()
     with pytest.warns(UserWarning, match=r"files of 1 slides are named otherwise.*b/x.tiff is b_x.tiff.json"):
-        assert run(other) == (0, ["x.tiff"])
+        assert run(other) == (0, ["x.tiff", "y.tiff", "x.tiff"])
     assert json.loads((out / "b_x.tiff.json").read_text())["slide"] == str(other)
     assert (out / "x.json").read_bytes() == before
 
+    (out / "y.json").unlink()
+    y_map = (out / "y.png").read_bytes()
+    y.write_bytes(b"II*\0nothing")
+    assert run(y) == (1, ["x.tiff", "x.tiff"]) and not files("y")  # nor a map of a run that was killed
+    (out / "y.png").write_bytes(y_map.replace(b"slidetl-model", b"somebody-else"))
+    with pytest.warns(UserWarning, match="named otherwise"):
+        assert run(y)[0] == 1 and files("y") == [".png"]
+
     x.write_bytes(b"II*\0nothing")
-    assert run(x) == (1, []) and not files("x") and files("b_x.tiff") == [".json", ".png"]
+    assert run(x) == (1, ["x.tiff"]) and not files("x") and files("b_x.tiff") == [".json", ".png"]
+
+
+def test_a_folder_keeps_the_rows_of_earlier_runs_and_the_files_of_others(
+    study: Study, model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slides = sorted((study.manifest.parent / "slides").glob("*.tiff"))[:2]
+    out, table, index = tmp_path / "out", tmp_path / "out/results.csv", tmp_path / "out/index.html"
+    out.mkdir()
+
+    def run(slide: Path, *more: str) -> int:
+        return main(["grade", str(model_path), str(slide), "--output", str(out), *more])
+
+    for path, content in ((table, "patient,mine\n"), (index, "<title>mine</title>")):
+        path.write_text(content)
+        assert run(slides[0], "--report") == 2 and path.read_text() == content
+        assert f"{path}: not written by 'slidetl grade'" in capsys.readouterr().err
+        path.unlink()
+    assert [path.name for path in out.iterdir()] == [".lock"]
+    assert [run(slide, "--report") for slide in slides] == [0, 0]
+    page = index.read_text()
+    assert all(f'href="{slide.stem}.html"' in page for slide in slides) and "2 slides" in page
+    # A result by another model, with more grades, stays in the table alone.
+    result = json.loads((out / f"{slides[0].stem}.json").read_text())
+    other = {"slide": "/x/other.svs", "model_sha256": "0" * 64, "probabilities": [0.1] * 10}
+    (out / "other.json").write_text(json.dumps({**result, **other}))
+    (out / "not_ours.json").write_text('{"slide": "/x/z.svs"}')
+    assert run(slides[1], "--report") == 0
+    with table.open(newline="") as file:
+        rows = {Path(row["slide"]).name: row for row in csv.DictReader(file)}
+    assert sorted(rows) == ["other.svs", *(slide.name for slide in slides)]
+    assert rows["other.svs"]["probability_9"] == "0.1"
+    assert "2 slides" in index.read_text() and "other.svs" not in index.read_text()
+    capsys.readouterr()
+    with kernel_lock(out / ".lock"):
+        before = table.read_bytes()
+        assert run(slides[0]) == 2 and table.read_bytes() == before
+    assert "another 'slidetl grade' is writing there" in capsys.readouterr().err
 
 
 def test_a_slide_that_is_away_keeps_its_result(
@@ -824,6 +925,9 @@ def test_a_resumed_run_takes_no_result_of_other_options(
     needed = TrainingData(9, 9, (), (), (), 2 * result["tissue_mm2"] + 0.01, "")
     strict = replace(model, card=replace(model.card, training=needed))
     assert finished(model, False) and finished(strict, True) and not finished(strict, False)
+    for name in ("tiles_unreadable", "areas_unreadable"):  # the slide may be whole by now
+        path.write_text(json.dumps(result | {name: 1}))
+        assert not finished(model, True)
     for novelty, is_familiar in ((0.9999, True), (1.0, False), (2.5, False)):
         path.write_text(json.dumps(result | {"novelty": novelty}))
         assert (finished(model, False), finished(model, True)) == (is_familiar, True)

@@ -232,7 +232,7 @@ def doubts(novelty: float | None, card: ModelCard, noun: str) -> list[str]:
 
 
 def _warnings(result: SlideGrade, card: ModelCard) -> list[str]:
-    found = list(result.plan.notes)
+    found = list(result.notes)
     training = card.training
     if training and result.tissue_mm2 < training.least_tissue_mm2:
         found.append(
