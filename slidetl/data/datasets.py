@@ -32,7 +32,8 @@ class Bag(TypedDict):
     bool``, False for padding; ``grade`` int64; ``readers [R]`` int64, each reader's grade or -1; ``labels``
     by task name, int64, -1 for none: of the slide, or ``[N]`` of its tiles; of a number float32, NaN for
     none; ``votes`` likewise, ``[R]`` readers' labels of a task with readers. Stored features add
-    ``stored [M, D] float16`` of the other tiles, and ``stored_mask [M] bool``.
+    ``stored [M, D] float16`` of the other tiles, and ``stored_mask [M] bool``; if no tile is drawn, labels of
+    tiles are ``[M]`` of these.
     """
 
     tiles: Tensor
@@ -187,6 +188,11 @@ def collate_bags(bags: list[Bag]) -> Bag:
             missing = most - len(bag["stored"])
             bag["stored"] = functional.pad(bag["stored"], (0, 0, 0, missing))
             bag["stored_mask"] = functional.pad(bag["stored_mask"], (0, missing))
+            if not len(bag["mask"]):
+                bag["labels"] = {
+                    name: functional.pad(label, (0, missing), value=-1) if label.ndim else label
+                    for name, label in bag["labels"].items()
+                }
     # Stacked in memory order: a worker copies in the order of the axes, and would transpose them.
     stacked: Bag = default_collate([{**bag, "tiles": bag["tiles"].movedim(1, -1)} for bag in bags])
     stacked["tiles"] = stacked["tiles"].movedim(-1, 2)
@@ -195,10 +201,12 @@ def collate_bags(bags: list[Bag]) -> Bag:
 
 def with_stored(embeddings: Tensor | None, batch: Bag) -> tuple[Tensor, Bag]:
     """Appends stored embeddings to embeddings ``[B, N, D]``, and joins their masks."""
-    stored, missing = batch["stored"].float(), batch["stored"].shape[1]
+    stored = batch["stored"].float()
     joined = stored if embeddings is None else torch.cat([embeddings.float(), stored], dim=1)
-    labels = {  # stored tiles get no tile label: they serve the slide alone
-        name: functional.pad(label, (0, missing), value=-1) if label.ndim == 2 else label
+    labels = {  # beside drawn tiles, stored ones get no tile label: they serve the slide alone
+        name: functional.pad(label, (0, joined.shape[1] - label.shape[1]), value=-1)
+        if label.ndim == 2
+        else label
         for name, label in batch["labels"].items()
     }
     mask = torch.cat([batch["mask"], batch["stored_mask"]], dim=1)
@@ -308,9 +316,11 @@ def _votes(grades: Sequence[int | None]) -> Tensor:
 
 
 def _padded(label: int | float | NDArray[np.int64], drawn: NDArray[np.int64], bag_size: int) -> Tensor:
-    """Returns the slide's label, or the labels ``[N]`` of its drawn tiles, -1 for padding."""
+    """Returns the slide's label, or the labels ``[N]`` of its drawn tiles, -1 for padding; none drawn: all."""
     if not isinstance(label, np.ndarray):
         return torch.tensor(label)
+    if not bag_size:
+        return torch.from_numpy(label)
     padded = torch.full((bag_size,), -1)
     padded[: len(drawn)] = torch.from_numpy(label[drawn])
     return padded

@@ -59,6 +59,25 @@ def test_a_frozen_backbone_trains_alike_on_tiles_on_features_and_on_both(
         np.testing.assert_allclose(probabilities, whole[1], atol=2e-3)
 
 
+def test_tasks_of_tiles_learn_from_stored_features_alone(embedded: Study, tmp_path: Path) -> None:
+    """Before, no stored tile had a label: the head of the task stayed at random."""
+    tasks = (
+        "--model.tasks=[{name: tiles, column: grade, of_tiles: true, grades: ['0', '1', '2', '3', '4']},"
+        " {name: slides, column: grade, grades: ['0', '1', '2', '3', '4']}]"
+    )
+
+    def losses(root: Path, *options: str) -> list[list[float]]:
+        assert main(["fit", *embedded.options(root), FROZEN, tasks, "--trainer.max_epochs=2", *options]) == 0
+        with (root / "logs" / "version_0" / "metrics.csv").open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+        return [[float(row[f"train/{task}/loss"]) for row in rows] for task in ("tiles", "slides")]
+
+    plain = [f"--data.augmentation.{change}" for change in PLAIN]
+    on_tiles = losses(tmp_path / "tiles", "--data.bag_size=60", *plain)
+    on_features = losses(tmp_path / "stored", "--data.bag_size=0", "--data.features=plain")
+    np.testing.assert_allclose(on_features, on_tiles, rtol=5e-3)
+
+
 @pytest.mark.slow
 def test_fresh_tiles_train_the_backbone_beside_stored_ones(embedded: Study, tmp_path: Path) -> None:
     guided = "--data.sampling=slidetl.data.sampling.AttentionGuided"
