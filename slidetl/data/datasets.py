@@ -316,7 +316,7 @@ def _votes(grades: Sequence[int | None]) -> Tensor:
 
 
 def _padded(label: int | float | NDArray[np.int64], drawn: NDArray[np.int64], bag_size: int) -> Tensor:
-    """Returns the slide's label, or the labels ``[N]`` of its drawn tiles, -1 for padding; none drawn: all."""
+    """Returns the slide's label, or those ``[N]`` of drawn tiles, -1 for padding; all if none is drawn."""
     if not isinstance(label, np.ndarray):
         return torch.tensor(label)
     if not bag_size:

@@ -76,7 +76,9 @@ class Head(nn.Module):
             target: grades ``[B]`` int64, below 0 for none; or probabilities ``[B, K]``
                 (:mod:`slidetl.models.targets`), a row of zeros for none. The loss is linear in them.
             weight: ``[B]`` of the slides, not negative.
-            class_weight: ``[K]`` of the grades, not negative.
+            class_weight: ``[K]`` of the grades, not negative, of mean 1 over the training slides
+                (:func:`~slidetl.models.targets.balanced_weights`): it does not count in the mean, or small
+                batches would undo it.
 
         Returns:
             The mean over the slides with a grade; 0, with a gradient of 0, if there are none.
@@ -91,16 +93,17 @@ class Head(nn.Module):
         weight: Tensor | None = None,
         class_weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Computes weighted sum and sum of weights, to add up over processes; their quotient is the loss."""
+        """Computes the weighted sum and its divisor for the loss, both to add up over processes."""
         losses = self.grade_losses(logits)
         if not target.is_floating_point():
             target = one_hot_grades(target, self.n_grades)
         weights = target.to(losses.dtype)
-        if class_weight is not None:
-            weights = weights * class_weight.to(losses.dtype)
         if weight is not None:
             weights = weights * weight.to(losses.dtype).unsqueeze(1)
-        return (weights * losses).sum(), weights.sum()
+        total = weights.sum()
+        if class_weight is not None:
+            weights = weights * class_weight.to(losses.dtype)
+        return (weights * losses).sum(), total
 
 
 class _ScoreHead(Head):

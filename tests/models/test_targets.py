@@ -123,6 +123,26 @@ def test_balanced_weights_give_each_grade_the_same_total() -> None:
     torch.testing.assert_close(balanced, (each[0] + each[1]) / 2)
 
 
+def test_balance_does_not_depend_on_the_size_of_batches() -> None:
+    """Divided by the weights of a batch of one, every grade weighs the same as without balance."""
+    torch.manual_seed(0)
+    head, grades = CrossEntropy(2, 3), torch.tensor([0, 0, 0, 2, 0, 0])
+    weights, embeddings = balanced_weights([5, 0, 1]), torch.randn(6, 2)
+
+    def gradient(size: int) -> torch.Tensor:
+        head.zero_grad()
+        for rows in torch.arange(6).split(size):
+            loss = head.loss(head(embeddings[rows]), grades[rows], class_weight=weights)
+            (loss * len(rows) / 6).backward()
+        assert isinstance(head.classes.weight, torch.nn.Parameter)
+        found = head.classes.weight.grad
+        assert found is not None
+        return found.clone()
+
+    for size in (1, 2):
+        torch.testing.assert_close(gradient(size), gradient(6))
+
+
 @pytest.mark.parametrize(
     "name", ["CumulativeLink", "Coral", "Corn", "RegressionWithThresholds", "CrossEntropy"]
 )
