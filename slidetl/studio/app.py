@@ -34,7 +34,7 @@ from slidetl.evaluation.metrics import GradeMetrics
 from slidetl.page import environment
 from slidetl.studio import presets, results
 from slidetl.studio.guard import REPORT_POLICY, Guard, Session
-from slidetl.studio.jobs import WAITING, Job, JobQueue, Step
+from slidetl.studio.jobs import WAITING, Job, JobQueue, Step, project_id
 from slidetl.studio.paths import Refused, Root, check_name
 from slidetl.studio.pictures import draw_thumbnail
 from slidetl.studio.project import (
@@ -188,14 +188,17 @@ def create_app(studio: Studio) -> FastAPI:
         more = "&".join(f"{key}={quote(value)}" for key, value in query.items())
         return RedirectResponse(f"/p/{project.name}/{page}" + (f"?{more}" if more else ""), 303)
 
+    def targets_of(project: Project) -> list[str]:
+        return [job.target for job in queue.jobs(project.name, project.id)]
+
     def jobs_of(project: Project, *kinds: str) -> dict[str, Any]:
         """Returns what the list of jobs shows: the active ones, and the last of these kinds.
 
         Active jobs of projects that are gone are on every page: elsewhere nobody could stop them.
         """
         active = [job for job in reversed(queue.jobs()) if job.is_active]
-        projects = list_projects(studio.root, studio.home)
-        every = queue.jobs(project.name)
+        living = _living(studio.root, studio.home)
+        every = queue.jobs(project.name, project.id)
         mine = [job for job in every if job.kind in kinds]
         chosen = [
             *reversed([job for job in mine if job.is_active]),
@@ -204,16 +207,16 @@ def create_app(studio: Studio) -> FastAPI:
         other = [
             job
             for job in active
-            if job not in chosen and (job.project == project.name or job.project not in projects)
+            if job not in chosen and (job in every or (job.project, job.project_id) not in living)
         ]
-        ahead = next((job for job in active if job.state != WAITING and job.project != project.name), None)
+        ahead = next((job for job in active if job.state != WAITING and job not in every), None)
         held = say("jobs.behind", title=_title(ahead), project=ahead.project) if ahead is not None else ""
         if queue.trouble:
             held = say("jobs.trouble", reason=queue.trouble)
 
         def shown(job: Job) -> dict[str, Any]:
             found = _shown(job, queue.status(job))
-            if job.project not in projects:
+            if (job.project, job.project_id) not in living:
                 found["title"] = say("jobs.gone", title=found["title"], project=job.project)
             return found | ({"progress": held} if job.state == WAITING else {})
 
@@ -391,13 +394,13 @@ def create_app(studio: Studio) -> FastAPI:
         rounds = _whole(epochs, 30)
         ways = []
         for preset in presets.PRESETS:
-            run = project.free_run(preset)
+            run = project.free_name(preset, targets_of(project))
             files = presets.train_files(project, preset, run, rounds)
             steps = presets.train_steps(project, preset, run, rounds)
             ways.append(
                 (preset, _commands(steps), {f"runs/{run}/{name}": text for name, text in files.items()})
             )
-        every = queue.jobs(project.name)
+        every = queue.jobs(project.name, project.id)
         fitted = next((job for job in every if job.kind == "train" and job.steps[0].words[0] == "fit"), None)
         return show(
             request,
@@ -419,7 +422,7 @@ def create_app(studio: Studio) -> FastAPI:
         preset, epochs = _one(form, "preset"), _whole(_one(form, "epochs"), 30)
         if preset not in presets.PRESETS:
             raise Refused(say("train.bad"))
-        run = project.free_run(preset)
+        run = project.free_name(preset, targets_of(project))
         manifest = f"runs/{run}/manifest.csv"
         steps = presets.train_steps(project, preset, run, epochs, manifest)
         presets.write_files(project, run, presets.train_files(project, preset, run, epochs, manifest))
@@ -435,9 +438,13 @@ def create_app(studio: Studio) -> FastAPI:
 
     @app.get("/p/{name}/model")
     def model(request: Request, project: ProjectOf, run: str = "", risk: float = 0.1) -> Response:
-        latest = (job.target for job in queue.jobs(project.name) if job.kind == "train")
+        latest = (job.target for job in queue.jobs(project.name, project.id) if job.kind == "train")
         runs = [name for name in dict.fromkeys(latest) if (project.folder / "runs" / name).is_dir()]
-        done = {job.target for job in queue.jobs(project.name) if job.kind == "train" and job.state == "done"}
+        done = {
+            job.target
+            for job in queue.jobs(project.name, project.id)
+            if job.kind == "train" and job.state == "done"
+        }
         chosen = (
             run if run in runs else next((name for name in runs if name in done), runs[0] if runs else "")
         )
@@ -512,7 +519,7 @@ def create_app(studio: Studio) -> FastAPI:
     def grade(request: Request, project: ProjectOf, folder: str = "", target: str = "") -> Response:
         models = {
             job.target: project.folder / job.steps[0].words[1]
-            for job in queue.jobs(project.name)
+            for job in queue.jobs(project.name, project.id)
             if job.kind == "grade"
         }
         targets = list(models)
@@ -542,8 +549,7 @@ def create_app(studio: Studio) -> FastAPI:
         files = [studio.root.find(text) for text in named]
         if not all(path.suffix.lower() in SUFFIXES and path.is_file() for path in files):
             raise Refused(say("grade.no_slide"))  # a table could name files elsewhere
-        taken = {path.name for path in (project.folder / "grades").glob("*")}
-        target = next(name for n in range(1, 10_000) if (name := f"grades-{n}") not in taken)
+        target = project.free_name("grades", targets_of(project))
         inside = entry.path.is_relative_to(project.folder)
         file = str(entry.path.relative_to(project.folder)) if inside else str(entry.path)
         (project.folder / "grades" / target).mkdir(parents=True)
@@ -710,10 +716,16 @@ def _run(project: Project, run: str) -> Path:
     return folder
 
 
+def _living(root: Root, home: Path) -> set[tuple[str, str]]:
+    """Lists the projects by name and id."""
+    return {(name, project_id(home / name)) for name in list_projects(root, home)}
+
+
 def _job(queue: JobQueue, project: Project, job_id: str) -> Job:
     """Finds a job of this project, or of one that is gone."""
     job = queue.find(job_id)
-    if job.project != project.name and job.project in list_projects(project.root, project.folder.parent):
+    owner = (job.project, job.project_id)
+    if owner != (project.name, project.id) and owner in _living(project.root, project.folder.parent):
         raise HTTPException(404)
     return job
 

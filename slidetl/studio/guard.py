@@ -131,10 +131,12 @@ class Guard:
         if session is None and self._password and path == "/login":
             scope["state"]["session"] = None
         elif session is None and not path.startswith("/static/"):
-            if self._password:
+            is_page = "hx-request" not in headers and scope["method"] != "PUT"
+            if self._password and is_page:
                 await RedirectResponse("/login", 303)(scope, receive, send)
             else:
-                await PlainTextResponse(say("guard.token"), 401)(scope, receive, send)
+                said = say("guard.session" if self._password else "guard.token")
+                await PlainTextResponse(said, 401)(scope, receive, send)
             return
         else:
             scope["state"]["session"] = session

@@ -36,6 +36,7 @@ MOST_WAITING = 20
 _ID = re.compile(r"\d{6}-[a-z]+")
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _TAIL_BYTES = 16_000
+_PROMPT = "$ slidetl "  # before each command in a log
 # Seconds after SIGINT until SIGTERM, and until SIGKILL: a training writes its checkpoint first.
 _TERM_S, _KILL_S = 20.0, 30.0
 # Errors of a machine short of disk, memory or open files, or of a share that is away: of no one job.
@@ -68,6 +69,7 @@ class Job:
         id: its folder's name.
         kind: tile, train, export, publish, pull or grade.
         project: name of its project.
+        project_id: random id of its project, as another may get its name; empty for that of an older studio.
         target: the run, model or result that it makes.
         steps: its commands, in order.
         folder: working folder of the commands.
@@ -89,6 +91,7 @@ class Job:
     exit_code: int | None = None
     reason: str = ""
     stopping_since: float = 0.0
+    project_id: str = ""
 
     @property
     def is_active(self) -> bool:
@@ -124,6 +127,18 @@ class _Process:
         if self.is_alive:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.pid, number)
+
+
+def project_id(folder: Path) -> str:
+    """Reads the random id of the project in a folder; empty for one of an older studio, or for none.
+
+    Raises:
+        OSError: its share is away.
+    """
+    try:
+        return str(json.loads((folder / "project.json").read_text(encoding="utf-8")).get("id", ""))
+    except (FileNotFoundError, NotADirectoryError, PermissionError, ValueError, AttributeError):
+        return ""
 
 
 class JobQueue:
@@ -166,11 +181,12 @@ class JobQueue:
             self._thread.join()
         self._held.close()
 
-    def jobs(self, project: str | None = None) -> list[Job]:
-        """Lists jobs, the latest first."""
+    def jobs(self, project: str | None = None, project_id: str = "") -> list[Job]:
+        """Lists jobs, the latest first: all, or those of one project."""
         with self._lock:
             found = [job for name in self._names() if (job := self._read(name)) is not None]
-        return [job for job in found if project in (None, job.project)]
+        mine = (project, project_id)
+        return [job for job in found if project is None or (job.project, job.project_id) == mine]
 
     def add(self, kind: str, project: str, target: str, steps: tuple[Step, ...], folder: Path) -> Job:
         """Adds a job to the end of the queue.
@@ -182,10 +198,12 @@ class JobQueue:
             active = [job for job in self.jobs() if job.is_active]
             if len(active) >= MOST_WAITING:
                 raise Refused(f"{len(active)} jobs wait already; stop some, or come back later", 429)
-            if any((job.kind, job.project, job.target) == (kind, project, target) for job in active):
+            made_by = project_id(folder)
+            same = (kind, project, target, made_by)
+            if any((job.kind, job.project, job.target, job.project_id) == same for job in active):
                 raise Refused("this job is in the queue already", 409)
             number = 1 + max((int(name[:6]) for name in self._names()), default=0)
-            job = Job(f"{number:06d}-{kind}", kind, project, target, steps, str(folder))
+            job = Job(f"{number:06d}-{kind}", kind, project, target, steps, str(folder), project_id=made_by)
             (self._folder / job.id).mkdir()
             self._write(job)
             return job
@@ -299,13 +317,15 @@ class JobQueue:
                 raise
 
     def _launch(self, job: Job) -> None:
+        if project_id(Path(job.folder)) != job.project_id:
+            raise Refused("its project is gone")
         folder = self._folder / job.id
         (folder / f"status-{job.step}.json").unlink(missing_ok=True)
         (folder / "process.json").unlink(missing_ok=True)
         words = job.steps[job.step].words
         status = ("--status", str(folder / f"status-{job.step}.json"))
         with (folder / "log.txt").open("ab") as log:
-            log.write(f"$ slidetl {' '.join(words)}\n".encode("utf-8", "backslashreplace"))
+            log.write(f"{_PROMPT}{' '.join(words)}\n".encode("utf-8", "backslashreplace"))
             log.flush()
             self._child = child = subprocess.Popen(
                 [sys.executable, "-m", "slidetl", *words, *status],
@@ -349,7 +369,9 @@ class JobQueue:
             self._write(replace(job, state=DONE))
 
     def _reason(self, job: Job, code: int | None) -> str:
-        lines = [line for line in self.log(job).splitlines() if line.strip()]
+        lines: list[str] = []
+        for line in filter(str.strip, self.log(job).splitlines()):
+            lines = [] if line.startswith(_PROMPT) else [*lines, line]  # of the last command alone
         said = [line for line in lines if line.startswith("slidetl: error: ")]
         if said:
             return said[-1].removeprefix("slidetl: error: ")

@@ -7,10 +7,11 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import threading
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -191,6 +192,7 @@ class Project:
     Attributes:
         folder: of the project.
         cache: of its tiles.
+        id: random, as another project may get its name; empty in one of an older studio.
 
     Raises:
         Refused: there is no such project.
@@ -202,6 +204,7 @@ class Project:
         self.cache = self.folder / "cache"
         try:
             values = json.loads((self.folder / "project.json").read_text(encoding="utf-8"))
+            self.id = str(values.pop("id", ""))
             self.settings = Settings.of(values)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise Refused(say("project.none"), 404) from error
@@ -216,7 +219,7 @@ class Project:
         folder = root.find(home / check_name(name, say("name.project")))
         if folder.exists():
             raise Refused(say("project.exists"), 409)
-        write_whole(folder / "project.json", json.dumps(asdict(settings)))
+        _write_settings(folder, secrets.token_hex(8), settings)
         return cls(root, home, name)
 
     @property
@@ -278,7 +281,7 @@ class Project:
             if leaving:
                 notes.append(say("slides.aside", n=len(leaving), names=listed(leaving)))
             self.settings = Settings.of({**asdict(self.settings), "slides": self.root.show(folder)})
-            write_whole(self.folder / "project.json", json.dumps(asdict(self.settings)))
+            _write_settings(self.folder, self.id, self.settings)
             self._save(rows, away)
         return notes
 
@@ -458,10 +461,16 @@ class Project:
         groups = (names for names in alike.values() if len({patients[name] for name in names}) > 1)
         return [", ".join(f"{name} ({patients[name]})" for name in names) for names in groups]
 
-    def free_run(self, preset: str) -> str:
-        """Returns an unused name for a run."""
-        taken = {path.name for path in (self.folder / "runs").glob("*")}
-        return next(name for n in range(1, 10_000) if (name := f"{preset}-{n}") not in taken)
+    def free_name(self, prefix: str, targets: Iterable[str]) -> str:
+        """Returns a name that nothing has: its files may be deleted, and what others made of it not.
+
+        Args:
+            prefix: of the name.
+            targets: of the jobs of this project.
+        """
+        paths = (path for part in ("runs", "models", "grades") for path in (self.folder / part).glob("*"))
+        taken = {*targets, *(path.stem for path in paths)}
+        return next(name for n in range(1, 10_000) if (name := f"{prefix}-{n}") not in taken)
 
     def _place(self, path: Path, start: Path | None = None) -> str:
         """Returns the path of a slide as tables have it: from the project, as both may move with the root.
@@ -534,6 +543,10 @@ class Project:
 
 
 _EMPTY = dict.fromkeys(COLUMNS, "")
+
+
+def _write_settings(folder: Path, project_id: str, settings: Settings) -> None:
+    write_whole(folder / "project.json", json.dumps({"id": project_id, **asdict(settings)}))
 
 
 def list_projects(root: Root, home: Path) -> list[str]:

@@ -33,6 +33,7 @@ TEXTS: Mapping[str, str] = {
         "Open the address that the studio printed in its terminal; it works once. If it is used up, end "
         "the studio and start it again: no job is lost."
     ),
+    "guard.session": "You are not signed in any more; load the page again.",
     "login.title": "Sign in",
     "login.password": "Password",
     "login.enter": "Sign in",
@@ -258,6 +259,7 @@ TEXTS: Mapping[str, str] = {
     "jobs.kind_publish": "Publication of {target}",
     "jobs.kind_pull": "Model {target} from a library",
     "jobs.kind_grade": "Grading {target}",
+    "jobs.lost": "No connection to the studio: what you see here may be old. Load the page again.",
     "jobs.gone": "{title} of project {project}, which is gone",
     "jobs.behind": "behind {title} of project {project}",
     "jobs.trouble": "jobs cannot be looked after now: {reason}",

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -369,7 +370,7 @@ def test_a_job_is_queued_once_and_no_more_than_twenty(project: Client) -> None:
 def test_a_job_of_a_project_that_is_gone_can_be_stopped(project: Client) -> None:
     project.post("/projects", name="old", grades="0, 1")
     queue, root = project.studio.queue, project.root
-    job = queue.add("train", "old", "ridge-1", (), root)
+    job = queue.add("train", "old", "ridge-1", (), root / "studio" / "old")
     record = root / "studio" / ".jobs" / job.id / "job.json"
     record.write_text(json.dumps({**json.loads(record.read_text()), "state": "running"}))
     project.post("/p/lung/tile")
@@ -381,6 +382,42 @@ def test_a_job_of_a_project_that_is_gone_can_be_stopped(project: Client) -> None
     assert queue.find(job.id).state == "stopping"
     queue.trouble = "the disk is full"
     assert "cannot be looked after now: the disk is full" in project.http.get("/p/lung/slides").text
+
+
+def test_a_name_is_given_once(project: Client) -> None:
+    tiled(project)
+    project.label({"grade:0": "mild"})
+    queue, lung = project.studio.queue, project_of(project).folder
+
+    def trained() -> str:
+        project.post("/p/lung/train", preset="ridge")
+        return queue.jobs()[0].target
+
+    assert trained() == "ridge-1"
+    queue.stop(queue.jobs()[0].id)
+    shutil.rmtree(lung / "runs")
+    assert trained() == "ridge-2"  # there is a job of that name
+    (lung / "models").mkdir()
+    (lung / "models" / "ridge-3.pt").write_bytes(b"")
+    assert trained() == "ridge-4"
+
+
+def test_a_new_project_has_no_jobs_of_one_of_its_name(project: Client) -> None:
+    project.post("/p/lung/tile")
+    queue, place = project.studio.queue, project.root / "studio" / "lung"
+    job = queue.jobs()[0]
+    project.post("/p/lung/folder", folder="study")  # keeps its id
+    assert "Stop Tiles" in project.http.get("/p/lung/slides").text
+    shutil.rmtree(place)
+    project.post("/projects", name="lung", grades="0, 1")
+    project.post("/p/lung/folder", folder="study")
+    page = project.http.get("/p/lung/slides").text
+    assert "Tiles of project lung, which is gone" in page
+    project.post("/p/lung/tile")  # it is another
+    queue._turn()
+    assert queue.find(job.id).state == "failed" and "its project is gone" in queue.find(job.id).reason
+    assert not (place / "cache").exists()
+    assert "which is gone" not in project.http.get("/p/lung/slides").text
 
 
 @pytest.mark.parametrize(
@@ -487,7 +524,7 @@ def test_slides_without_a_grade_are_named(project: Client) -> None:
     lost = SlidePrediction("s12", "p12", 1, (), 0, reason="no tiles")
     folder.mkdir(parents=True)
     write_predictions(folder / "predictions.csv", [*rows, lost])
-    project.studio.queue.add("train", "lung", "ridge-1", (), folder)
+    project.studio.queue.add("train", "lung", "ridge-1", (), project_of(project).folder)
     page = project.http.get("/p/lung/model?run=ridge-1").text
     assert "12 of 12 test slides" in page and "Of 1 more test slides the model gives no grade" in page
     assert "in no number here: s12" in page

@@ -414,6 +414,10 @@ def test_a_password_lets_in_and_nothing_else_does(opened: Callable[..., Client],
     assert http.post("/login", data={"password": "correct horse batterY"}, headers=headers).status_code == 403
     assert http.post("/login", data={"password": "correct horse battery"}).status_code == 403
     assert http.get("/", follow_redirects=False).status_code == 303
+    # What a script asks for has no login page as its answer: an upload would pass for done.
+    asked = http.get("/p/lung/jobs", headers={"HX-Request": "true"}, follow_redirects=False)
+    brought = http.put("/p/lung/table", headers={"Origin": ORIGIN}, follow_redirects=False)
+    assert (asked.status_code, brought.status_code) == (401, 401) and "not signed in" in brought.text
     answer = http.post("/login", data={"password": "correct horse battery"}, headers=headers)
     assert answer.status_code == 200 and "New project" in answer.text
 

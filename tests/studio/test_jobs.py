@@ -201,6 +201,18 @@ def test_another_server_finds_the_jobs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_reason_is_of_the_last_command(queue: JobQueue, tmp_path: Path) -> None:
+    job = queue.add("train", "a", "r", (Step(("cache", "info", "none")),), tmp_path)
+    assert "none" in until(queue, job, is_over).reason
+    queue.resume(job.id)
+    queue._turn()
+    process = queue._process(queue.find(job.id))
+    assert process is not None
+    process.signal_group(signal.SIGKILL)
+    assert "ended from outside" in until(queue, job, is_over).reason
+
+
+@pytest.mark.slow
 def test_a_process_killed_from_outside_says_so_and_resumes(queue: JobQueue, tmp_path: Path) -> None:
     job, child = pretend(queue, tmp_path, "SIG_DFL")
     child.kill()

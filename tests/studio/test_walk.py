@@ -210,3 +210,19 @@ def test_what_was_typed_outlives_a_refused_save_and_a_session(tmp_path: Path) ->
         page.get_by_text("Saved: no fault found.").wait_for()
         page.reload()
         assert typed() == ["2", "3", "0"] and page.get_by_text("was not saved").is_hidden()
+
+        # A page that is left open says that it has no connection, and no longer once it has.
+        lost = page.get_by_text("No connection to the studio")
+        for cut, mend in (
+            (page.context.clear_cookies, lambda: page.context.add_cookies(cookies)),
+            (lambda: page.context.set_offline(True), lambda: page.context.set_offline(False)),
+        ):
+            visit.go("Slides")
+            page.get_by_role("button", name=re.compile("Cut the slides|tile again")).click()
+            page.locator(".job.waiting, .job.running").first.wait_for()
+            cut()
+            lost.wait_for()
+            visit.picture("lost")
+            mend()
+            lost.wait_for(state="detached")
+            visit.wait_for_jobs()

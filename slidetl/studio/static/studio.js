@@ -13,6 +13,18 @@
   announce();
   document.addEventListener("htmx:afterSwap", announce);
 
+  const lost = () => {
+    const jobs = document.getElementById("jobs");
+    if (!jobs || jobs.querySelector(".lost")) return;  // the next answer replaces it
+    const said = document.createElement("p");
+    said.className = "fault lost";
+    said.setAttribute("role", "alert");
+    said.textContent = jobs.dataset.lost;
+    jobs.prepend(said);
+  };
+  document.addEventListener("htmx:responseError", lost);
+  document.addEventListener("htmx:sendError", lost);
+
   document.addEventListener("click", event => {
     const button = event.target.closest("[data-copy]");
     if (button) {
@@ -87,7 +99,7 @@
     let plot = null, names = "";
     const draw = async () => {
       const response = await fetch(curve.dataset.src).catch(() => null);
-      if (!response || !response.ok) return;
+      if (!response || !response.ok || response.redirected) return;
       const found = await response.json(), keys = Object.keys(found).filter(key => key !== "epoch");
       const data = [found.epoch, ...keys.map(key => found[key])];
       if (!found.epoch.length) return;
