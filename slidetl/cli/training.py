@@ -43,7 +43,7 @@ from slidetl.training.best import BestCheckpoint, LastCheckpoint, WholeCheckpoin
 from slidetl.training.checkpoint import check_network, check_resumable, find_checkpoint, read_checkpoint
 from slidetl.training.configured import default_precision
 from slidetl.training.drift import DriftReport
-from slidetl.training.evaluation import SAME_FOR_ALL, better_mode
+from slidetl.training.evaluation import SAME_FOR_ALL, better_mode, scalar_names
 from slidetl.training.grader import SlideGrader
 from slidetl.training.outputs import ResultFiles
 from slidetl.training.progress import StatusReport
@@ -52,6 +52,7 @@ from slidetl.training.slots import check_classes, check_import, own_error, permi
 from slidetl.training.waiting import WaitingReport
 
 _PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}  # in Lightning's words
+_NOT_MEASURED = "Early stopping conditioned on metric"  # Lightning's words, such as for an AUROC of one side
 _WATCHES = {
     EarlyStopping: "early_stopping",
     BestCheckpoint: "checkpoint",
@@ -102,6 +103,10 @@ def run(command: str, args: list[str]) -> int:
         raise UsageError(_one_line(str(error))) from error
     except MisconfigurationException as error:
         raise UsageError(_one_line(str(error))) from error
+    except RuntimeError as error:
+        if str(error).startswith(_NOT_MEASURED):
+            raise UsageError(_one_line(str(error))) from error
+        raise
     finally:
         sys.argv = before
     return 0
@@ -255,13 +260,7 @@ class GradingCLI(LightningCLI):
         watches: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined] # set elsewhere
         for watch in watches:
             if isinstance(watch, (EarlyStopping, ModelCheckpoint)):
-                mode = better_mode(watch.monitor or "")
-                if mode not in (None, watch.mode):
-                    name = _WATCHES.get(type(watch), type(watch).__name__)
-                    higher = "higher" if mode == "max" else "lower"
-                    raise UsageError(
-                        f"{name}.monitor {watch.monitor} is better when {higher}; set {name}.mode {mode}"
-                    )
+                self._check_watch(watch)
         if self.subcommand == "fit":
             written = json.loads(self._parser("fit").dump(self.config.fit, skip_none=False, format="json"))
             self.datamodule.config_sha256 = config_sha256(written)
@@ -271,6 +270,24 @@ class GradingCLI(LightningCLI):
             else:
                 self.datamodule.origin = self.model.origin
         self._starting.close()
+
+    def _check_watch(self, watch: EarlyStopping | ModelCheckpoint) -> None:
+        """Refuses a monitored metric that is never measured, or whose worst value would be chosen."""
+        monitor, name = watch.monitor or "", _WATCHES.get(type(watch), type(watch).__name__)
+        mode = better_mode(monitor)
+        if mode not in (None, watch.mode):
+            higher = "higher" if mode == "max" else "lower"
+            raise UsageError(f"{name}.monitor {monitor} is better when {higher}; set {name}.mode {mode}")
+        if not (self.subcommand == "fit" and self.keeps_logs and monitor.startswith("val/")):
+            return
+        known = [f"val/{one}" for one in scalar_names(self.model.tasks.tasks, len(self.model.grades))]
+        if monitor not in known:
+            raise UsageError(f"{name}.monitor must be one of {', '.join(known)}, not {monitor}")
+        if not self.trainer.limit_val_batches:
+            raise UsageError(
+                f"{name}.monitor {monitor} needs the validation, which trainer.limit_val_batches 0 leaves "
+                "out; raise it, or monitor train/loss"
+            )
 
     def _check_options(self) -> None:
         """Refuses to resume a training with other data options or another seed."""
@@ -305,7 +322,13 @@ class GradingCLI(LightningCLI):
         return {}
 
     def after_fit(self) -> None:
-        """Refuses a network that told no slides apart after any epoch; its checkpoints stay."""
+        """Refuses a network that no epoch could judge, or that told no slides apart; its checkpoints stay."""
+        for watch in self.trainer.checkpoint_callbacks:
+            if isinstance(watch, BestCheckpoint) and not watch.has_judged:
+                raise UsageError(
+                    f"after no epoch was {watch.monitor} a number, so the best epoch is not known; see the "
+                    "warnings of slides that are not graded"
+                )
         if self.model.told_apart is False:
             raise UsageError(f"after every epoch all slides of the val part {SAME_FOR_ALL}")
 

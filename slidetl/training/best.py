@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,7 +72,14 @@ class BestCheckpoint(ModelCheckpoint):
         super()._save_checkpoint(trainer, filepath)
 
     def _loss(self, trainer: pl.Trainer) -> float:
-        return float(trainer.callback_metrics.get(_LOSS, float("inf")))
+        loss = float(trainer.callback_metrics.get(_LOSS, float("inf")))
+        return float("inf") if math.isnan(loss) else loss
+
+    @property
+    def has_judged(self) -> bool:
+        """False if the best epoch has neither a score nor a loss that is a number."""
+        score, loss = self.best_model_score, self._losses.get(Path(self.best_model_path).name, 0.0)
+        return score is None or bool(score.isfinite()) or math.isfinite(loss)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state for a resumed training."""

@@ -50,6 +50,19 @@ def better_mode(metric: str) -> str | None:
     return next((mode for mode, names in _BETTER.items() if name in names), None)
 
 
+def scalar_names(tasks: Iterable[Task], n_grades: int) -> list[str]:
+    """Lists the names of all metrics that :meth:`Evaluation.scalars` may return."""
+    above = (f"auroc_above_{threshold}" for threshold in range(n_grades - 1))
+    of_tasks = (f"{task.name}/{name}" for task in tasks for name in _names_of(task))
+    return [*_OF_GRADES, "loss", *_OF_PROBABILITIES, *above, *of_tasks]
+
+
+def _names_of(task: Task) -> tuple[str, ...]:
+    if task.numeric:
+        return ("mae", "rmse")
+    return ("accuracy", "balanced_accuracy", *(("qwk", "mae") if task.ordinal else ()))
+
+
 @dataclass(frozen=True, eq=False)
 class GradedSlide:
     """A slide after its last chunk.
@@ -108,10 +121,9 @@ class Evaluation:
             if value is not None:  # undefined if all slides lie on one side of the threshold
                 found[f"auroc_above_{threshold}"] = value
         for task in tasks:
-            names = ("accuracy", "balanced_accuracy", *(("qwk", "mae") if task.ordinal else ()))
-            names = ("mae", "rmse") if task.numeric else names
             if task.name in self.tasks:
-                found |= {f"{task.name}/{name}": getattr(self.tasks[task.name], name) for name in names}
+                of_task = self.tasks[task.name]
+                found |= {f"{task.name}/{name}": getattr(of_task, name) for name in _names_of(task)}
         return found
 
 

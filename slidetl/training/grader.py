@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,6 +19,7 @@ from slidetl.data.datamodule import DEFAULT_BATCH_SIZE, SlideDataModule
 from slidetl.data.datasets import Bag, Chunk, with_stored
 from slidetl.data.manifest import check_scale
 from slidetl.data.record import StudyRecord, read_record
+from slidetl.data.study import listed
 from slidetl.data.tasks import Task
 from slidetl.errors import CacheMismatchError, UsageError
 from slidetl.models.aggregators import GatedAttention, Pooling
@@ -32,6 +34,7 @@ from slidetl.models.transfer import TransferStrategy, WarmRestart
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.store import describe_difference
 from slidetl.training.evaluation import (
+    NOT_FINITE,
     SAME_FOR_ALL,
     ChunkedEvaluation,
     Evaluation,
@@ -282,11 +285,26 @@ class SlideGrader(pl.LightningModule):
             self._first_step = self.trainer.current_epoch * per_epoch
             self._total_steps = self.whole_epochs * per_epoch
         first = self._first_step
+        self._check_end()
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer,
             lambda step: self.schedule.rate((first + step) / per_epoch, self._total_steps / per_epoch),
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _check_end(self) -> None:
+        """Refuses options that follow the progress of a training if no end is planned: it would stay at 0."""
+        if not math.isinf(self._total_steps):
+            return
+        ramps = {name: value for name, value in vars(self.transfer).items() if name.endswith("_end")}
+        waits = [f"model.transfer.{name}" for name, value in ramps.items() if value is not None]
+        if self.targets.bootstrap != "none" and self.targets.bootstrap_after:
+            waits.append("model.targets.bootstrap_after")
+        if waits:
+            raise UsageError(
+                f"{', '.join(waits)} would have no effect in a training without a planned end; set "
+                "trainer.max_epochs or max_steps"
+            )
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """Returns the optimiser's parameter groups for a peak rate ``lr``."""
@@ -427,6 +445,11 @@ class SlideGrader(pl.LightningModule):
         self.told_apart = bool(self.told_apart) or evaluation.tells_apart
         if not evaluation.tells_apart:
             rank_zero_warn(f"all {len(evaluation.slides)} slides of the {part} part {SAME_FOR_ALL}")
+        if part == "val" and (lost := evaluation.not_graded):
+            rank_zero_warn(
+                f"{len(lost)} slides of the val part are not graded ({listed(lost)}), so this epoch is not "
+                f"chosen: {NOT_FINITE}"
+            )
         shown = ("accuracy", "qwk", "loss") if part == "val" else ()
         # Every process computes the same metrics from all predictions: no reduction needed.
         for name, value in evaluation.scalars(self.tasks.tasks).items():

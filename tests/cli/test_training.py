@@ -336,6 +336,10 @@ def test_an_epoch_is_chosen_by_a_proper_score(
             [stopping, "--trainer.callbacks.monitor=val/accuracy"],
             "val/accuracy is better when higher; set early_stopping.mode max",
         ),
+        # Before, a traceback after the first epoch.
+        (["--early_stopping.monitor=val/rsp"], "early_stopping.monitor must be one of val/accuracy, "),
+        (["--checkpoint.monitor=val/auroc_above_4", "--checkpoint.mode=max"], "val/auroc_above_3, not val/"),
+        (["--trainer.limit_val_batches=0"], "early_stopping.monitor val/rps needs the validation, which"),
     ):
         assert main(["fit", *study.options(tmp_path), *words]) == 2
         assert said in capsys.readouterr().err
@@ -389,6 +393,38 @@ def test_a_training_without_a_checkpoint_of_its_own_fails(
         assert "would take those of an earlier fit" in capsys.readouterr().err
     elsewhere = [*study.options(tmp_path / "new"), "--trainer.logger=false", "--trainer.max_epochs=1"]
     assert main(["fit", *elsewhere]) == 0
+
+
+def test_a_metric_that_the_part_leaves_undefined_is_one_line(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def give_part(row: dict[str, str]) -> dict[str, str]:
+        return {**row, "split": "val" if row["grade"] == "0" else "train"}
+
+    two = changed(study, tmp_path / "m.csv", give_part)
+    words = [*two.options(tmp_path), "--trainer.max_epochs=1", "--data.every_grade=false"]
+    words += ["--early_stopping.monitor=val/auroc_above_0", "--early_stopping.mode=max"]
+    assert main(["fit", *words]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "conditioned on metric `val/auroc_above_0` which is not available" in said and "`val/rps`" in said
+
+
+def test_a_validation_that_is_never_finite_chooses_no_epoch(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, the first epoch was kept, and the exit code was 0."""
+    found = CumulativeLink.probabilities
+    calls: list[int] = []
+
+    def overflow(self: CumulativeLink, logits: torch.Tensor) -> torch.Tensor:
+        calls.append(len(calls))
+        return found(self, logits * (float("nan") if calls[-1] % 5 == 0 else 1))  # one of five slides
+
+    monkeypatch.setattr(CumulativeLink, "probabilities", overflow)
+    with pytest.warns(UserWarning, match=r"1 slides of the val part are not graded \(slide-"):
+        assert main(["fit", *study.options(tmp_path), "--trainer.max_epochs=2"]) == 2
+    assert len(calls) == 10
+    assert "after no epoch was val/rps a number" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_metrics_count_the_slides_that_are_not_graded(trained: Path) -> None:

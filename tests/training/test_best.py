@@ -120,6 +120,8 @@ def test_equal_and_undefined_scores_are_told_apart_by_the_loss(tmp_path: Path, s
     worse = [*losses[:2], 2.5, 2.5, 2.5]
     resumed = fit(tmp_path / "b", [score] * 5, 5, tmp_path / "a" / "last.ckpt", worse)
     assert torch.load(resumed.best_model_path, weights_only=True)["epoch"] == 1
+    late = fit(tmp_path / "late", [score] * 3, 3, losses=[float("nan"), 2.0, 3.0])
+    assert torch.load(late.best_model_path, weights_only=True)["epoch"] == 1 and late.has_judged
     lowest = fit(tmp_path / "min", [score] * 5, 5, losses=losses, mode="min")
     assert torch.load(lowest.best_model_path, weights_only=True)["epoch"] == 3
 

@@ -15,7 +15,7 @@ from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.datasets import Bag
 from slidetl.errors import UsageError
 from slidetl.models.targets import Targets
-from slidetl.models.transfer import WarmRestart
+from slidetl.models.transfer import SharedActivations, SharedWeights, WarmRestart
 from slidetl.training.grader import SlideGrader
 from slidetl.training.schedules import Triangular2
 from tests.conftest import Study
@@ -81,7 +81,7 @@ def test_a_resumed_training_has_the_rates_and_targets_of_then(tmp_path: Path) ->
         assert loss == pytest.approx(by_hand)
 
 
-def short(root: Path) -> pl.Trainer:
+def short(root: Path, max_steps: int = 2) -> pl.Trainer:
     return pl.Trainer(
         accelerator="cpu",
         logger=False,
@@ -91,7 +91,8 @@ def short(root: Path) -> pl.Trainer:
         use_distributed_sampler=False,
         default_root_dir=root,
         limit_val_batches=0,
-        max_steps=2,
+        max_epochs=-1,
+        max_steps=max_steps,
         accumulate_grad_batches=2,
     )
 
@@ -127,3 +128,21 @@ def test_readers_who_said_nothing_are_missed(study: Study, tmp_path: Path) -> No
     data = SlideDataModule(str(path), str(study.cache), bag_size=2, num_workers=0)
     with pytest.raises(UsageError, match="no training slide has any; give the manifest the columns"):
         short(tmp_path).fit(make_grader(targets=Targets(readers=True)), data)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"transfer": SharedWeights(alpha_end=1.0)}, r"model\.transfer\.alpha_end would"),
+        ({"transfer": SharedActivations(weight_end=1.0)}, r"model\.transfer\.weight_end would"),
+        ({"targets": Targets(bootstrap="soft")}, r"model\.targets\.bootstrap_after would"),
+    ],
+)
+def test_what_follows_the_progress_needs_a_planned_end(
+    study: Study, tmp_path: Path, options: dict[str, Any], named: str
+) -> None:
+    """Without one, progress stayed at 0, and a ramp or bootstrapping never began."""
+    data = SlideDataModule(str(study.manifest), str(study.cache), bag_size=2, num_workers=0)
+    grader = SlideGrader(small_spec(), schedule=Triangular2(half_cycle_epochs=0.75), **options)
+    with pytest.raises(UsageError, match=named):
+        short(tmp_path, max_steps=-1).fit(grader, data)
