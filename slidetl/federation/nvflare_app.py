@@ -280,16 +280,21 @@ def _read_cipher(federation: Federation, file: str) -> Cipher | None:
     """Reads the keys of this process from its kit; None without encryption.
 
     Raises:
-        UsageError: the kit has none, or they are changed.
+        UsageError: the kit has none, they are changed, or others may read the secret one.
     """
     if not federation.averaged.encrypted:
         return None
     from nvflare.app_opt.he.homomorphic_encrypt import load_tenseal_context_from_workspace
+    from nvflare.fuel.sec.security_content_service import SecurityContentService
 
     try:
-        return Cipher(load_tenseal_context_from_workspace(file, collab.fl_ctx))
+        context = load_tenseal_context_from_workspace(file, collab.fl_ctx)
     except (ValueError, RuntimeError) as error:
         raise UsageError(
             f"averaged.encrypted needs the keys of slidetl's kits ({error}): make kits by "
             "'python -m slidetl.federation.provision'"
         ) from error
+    path = Path(SecurityContentService.security_content_manager.content_folder) / file
+    if context.is_private() and path.stat().st_mode & 0o077:
+        raise UsageError(f"{path}: others may read the secret key of the sites; chmod 600 {path}")
+    return Cipher(context)

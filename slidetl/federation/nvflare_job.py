@@ -122,6 +122,7 @@ def main(engine: Path, output: Path) -> None:
         startup = local.parent / "startup"
         startup.mkdir()
         for name, keys in zip((KEYS_OF_SITES, KEYS_OF_SERVER), make_keys(), strict=True):
+            (startup / name).touch(mode=0o600)
             (startup / name).write_bytes(keys)
     sites = list(federation["sites"])
     recipe = make_recipe(federation, output)

@@ -3,9 +3,10 @@
     python -m slidetl.federation.provision kits --server federation.example.org:8002 --site north south west
 
 Each kit goes to its machine by a safe way: its key proves who it is. Kits of sites share the secret key of
-homomorphic encryption ('averaged.encrypted'); the server's has none. Kits differ from those of
-'nvflare provision': sites and server take jobs of slidetl's installed classes alone, no code and no shell
-commands; no log of a site goes to the server; the server keeps its jobs in --storage.
+homomorphic encryption ('averaged.encrypted'); the server's has none. Key files are readable by their owner
+alone, and must stay so when they are copied. Kits differ from those of 'nvflare provision': sites and server
+take jobs of slidetl's installed classes alone, no code and no shell commands; no log of a site goes to the
+server; the server keeps its jobs in --storage.
 """
 
 from __future__ import annotations
@@ -67,12 +68,15 @@ def provision(
             {"path": f"{impl}.signature.SignatureBuilder"},
         ],
     }
-    folder.mkdir(parents=True)
+    folder.mkdir(mode=0o700, parents=True)
     (folder / "project.yml").write_text(yaml.safe_dump(project), encoding="utf-8")
     words = [sys.executable, "-m", "nvflare.cli", "provision", "-p", "project.yml", "-w", "workspace"]
     done = subprocess.run(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         sys.exit(f"nvflare provision has failed: {done.stdout.strip()}")
+    for path in folder.rglob("*"):
+        if path.name == "cert.json" or path.suffix in (".key", ".tenseal"):
+            path.chmod(0o600)  # NVFlare leaves most of them to all users
     made = folder / "workspace" / PROJECT / "prod_00"
     kits = {name: made / name for name in (host, *sites, admin)}
     for name in (host, *sites):

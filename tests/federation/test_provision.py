@@ -19,6 +19,11 @@ from slidetl.federation.nvflare_job import ALLOWED, make_recipe
 from slidetl.federation.provision import ADMIN, provision
 
 
+def holds_secret(path: Path) -> bool:
+    """Tells if a file has a private key of a certificate, or keys of encryption."""
+    return path.is_file() and (path.suffix == ".tenseal" or b"PRIVATE KEY" in path.read_bytes())
+
+
 def test_kits_let_in_no_code_and_out_no_log(tmp_path: Path) -> None:
     kits = provision(tmp_path / "kits", "localhost:18102", ["north", "south"])
     assert kits.keys() == {"localhost", "north", "south", ADMIN}
@@ -30,6 +35,11 @@ def test_kits_let_in_no_code_and_out_no_log(tmp_path: Path) -> None:
         rights = json.loads((kits[name] / "local" / "authorization.json").read_text())["permissions"]
         assert {right["byoc"] for right in rights.values()} == {"none"}
         assert {right["shell_commands"] for right in rights.values()} == {"none"}
+    modes = {path: path.stat().st_mode & 0o777 for path in (tmp_path / "kits").rglob("*")}
+    secret = {path.name: mode for path, mode in modes.items() if holds_secret(path)}
+    names = {"cert.json", "client.key", "server.key", KEYS_OF_SITES, KEYS_OF_SERVER}
+    assert secret == dict.fromkeys(names, 0o600)
+    assert (tmp_path / "kits").stat().st_mode & 0o777 == 0o700
     server = (kits["localhost"] / "local" / "resources.json").read_text()
     assert "/tmp/nvflare" not in server and str(kits["localhost"] / "storage") in server
     for name, file in (("localhost", "fed_server.json"), ("north", "fed_client.json")):
@@ -70,6 +80,11 @@ def test_kits_hold_the_keys_of_encryption(
     with pytest.raises(FederationError, match="secret_key"):
         of_server.decrypt(sent, sent_to)
     keys = kits["north"] / "startup" / KEYS_OF_SITES
+    keys.chmod(0o640)
+    with pytest.raises(UsageError, match=f"others may read the secret key of the sites; chmod 600 {keys}"):
+        read("north", KEYS_OF_SITES)
+    (kits["localhost"] / "startup" / KEYS_OF_SERVER).chmod(0o644)  # no secret
+    assert read("localhost", KEYS_OF_SERVER)
     keys.write_bytes(keys.read_bytes() + b" ")
     for kit in ("north", "localhost"):  # changed, and none
         with pytest.raises(UsageError, match=r"needs the keys of slidetl's kits \(Cannot load"):
