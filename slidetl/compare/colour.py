@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from slidetl.data.manifest import stain_kind
 from slidetl.tiles.store import SlideCache
 
 # Optical density by channel (red, green, blue) of two stains, that of collagen first. Haematoxylin and eosin:
@@ -45,7 +46,7 @@ def collagen_features(caches: Iterable[SlideCache], stains: Iterable[str]) -> ND
 
     Args:
         caches: the slides.
-        stains: of each: ``he``, ``trichrome`` or ``sirius``; an unknown one counts as ``he``.
+        stains: of each, as in the manifest; an unknown one counts as haematoxylin and eosin.
 
     Returns:
         ``[n, 3]``: collagen's share of the tissue, 0..1; its area in mm2; mean density of its stain over the
@@ -65,9 +66,9 @@ def collagen_features(caches: Iterable[SlideCache], stains: Iterable[str]) -> ND
 def collagen_density(rgb: NDArray[np.uint8], stain: str) -> NDArray[np.float64]:
     """Computes the optical density ``[n]`` of collagen's stain in pixels ``[n, 3] uint8``.
 
-    1 dims the light to a tenth. An unknown stain counts as ``he``.
+    1 dims the light to a tenth. An unknown stain counts as haematoxylin and eosin.
     """
-    collagen, other = (np.array(vector) for vector in _STAINS.get(stain, _STAINS["he"]))
+    collagen, other = (np.array(vector) for vector in _STAINS[stain_kind(stain) or "he"])
     basis = np.stack([collagen, other, np.cross(collagen, other)])
     basis /= np.linalg.norm(basis, axis=1, keepdims=True)
     absorbed = -np.log10((rgb.astype(np.float64) + 1) / 256)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from slidetl.compare.config import EPOCHS, Comparison, with_values
-from slidetl.data.manifest import ManifestRow
+from slidetl.data.manifest import ManifestRow, stain_kind
 from slidetl.data.record import StudyRecord, ancestors
 from slidetl.data.study import CachedSlide, Study, check_duplicates, check_identity, listed, read_study
 from slidetl.errors import CacheMissingError, UsageError
@@ -373,6 +373,13 @@ def _recipe(comparison: Comparison, study: Study, name: str) -> dict[str, Any]:
 
     arm = comparison.arms[name]
     if arm.baseline is not None:
+        strange = sorted({row.stain for row in study.rows if row.stain and not stain_kind(row.stain)})
+        if arm.baseline == "collagen" and strange:
+            warnings.warn(
+                f"arm {name!r}: the stain {listed(strange)} is none of H&E, trichrome and Sirius red; it "
+                "counts as H&E",
+                stacklevel=3,
+            )
         return {"baseline": arm.baseline}
     if arm.classical is not None:
         sources = {features: source(features) for features in arm.classical.features}

@@ -29,7 +29,7 @@ from slidetl.data.datasets import (
     EpochSampler,
     collate_bags,
 )
-from slidetl.data.manifest import FIVE_GRADES, SPLITS, check_scale
+from slidetl.data.manifest import FIVE_GRADES, SPLITS, check_scale, stain_kind
 from slidetl.data.record import RecordedSlide, SplitFrom, StudyRecord, ancestors, recorded_parts
 from slidetl.data.resuming import ResumableLoader
 from slidetl.data.sampling import Sampling, Uniform
@@ -305,7 +305,7 @@ class SlideDataModule(pl.LightningDataModule):
         rank_zero_info(f"{part}: {len(slides)} slides of {patients} patients ({mix})")
         if part != "train":
             return
-        stains = sorted({slide.row.stain for slide in slides} & {"trichrome", "sirius"})
+        stains = sorted({stain_kind(slide.row.stain) for slide in slides} & {"trichrome", "sirius"})
         if stains and isinstance(self.augmentation, Pipeline) and self.augmentation.moves_hue:
             rank_zero_warn(
                 f"data.augmentation: {', '.join(self.augmentation.moves_hue)} changes hue, and in "

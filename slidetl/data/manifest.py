@@ -38,7 +38,18 @@ _MISSING = frozenset(
 )
 # A long number cut to a few digits by a spreadsheet: it would merge many patients.
 _ROUNDED = re.compile(r"\d[.,]?\d*[Ee]\+\d+")
+# The first that is found in a lower-case name counts: a trichrome has haematoxylin too.
+_STAINS: dict[str, re.Pattern[str]] = {
+    "sirius": re.compile(r"sirius|\bpsr\b"),
+    "trichrome": re.compile(r"tri(ch|c|k)r[oó]m|masson"),
+    "he": re.compile(r"\bh\W*e\b|eosin"),
+}
 _FAULTS_EACH = 3  # faults of one kind listed one by one; more are counted
+
+
+def stain_kind(stain: str) -> str:
+    """Returns ``he``, ``trichrome`` or ``sirius`` for a manifest's ``stain``, empty for an unknown one."""
+    return next((kind for kind, names in _STAINS.items() if names.search(stain.casefold())), "")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def test_colour_and_area_of_the_tissue_alone(study: Study) -> None:
     [
         ("trichrome", (0.80, 0.59, 0.11), (0.10, 0.74, 0.67)),
         ("he", (0.07, 0.99, 0.11), (0.65, 0.70, 0.29)),
-        ("sirius", (0.10, 0.85, 0.52), (0.05, 0.20, 0.98)),
+        ("Sirius red", (0.10, 0.85, 0.52), (0.05, 0.20, 0.98)),
     ],
 )
 def test_collagen_is_what_its_stain_absorbs(

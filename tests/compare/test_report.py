@@ -1308,3 +1308,17 @@ def test_a_given_split_has_a_single_fold(tmp_path: Path) -> None:
     assert "With a single fold" in page.text["referral"]
     assert page.row("others", "warm")[-1] == "–"  # of a t over folds
     assert page.row("power", "warm")[1:3] == ["–", "–"]  # neither seed nor fold
+
+
+def test_stains_unknown_to_the_baseline_of_collagen_are_warned_of() -> None:
+    study = invented_study(12, sites=("north",), readers=0)
+    stained = [
+        replace(slide, row=replace(slide.row, stain=("Sirius red", "Giemsa")[number % 2]))
+        for number, slide in enumerate(study.slides)
+    ]
+    arms = {"prior": Arm(baseline="prior"), "colour": Arm(baseline="collagen")}
+    comparison = Comparison(
+        manifest="manifest.csv", cache="cache", arms=arms, primary=Primary("colour", "prior")
+    )
+    with pytest.warns(UserWarning, match=r"arm 'colour': the stain Giemsa is none of H&E"):
+        plan_jobs(comparison, replace(study, slides=tuple(stained)), ())

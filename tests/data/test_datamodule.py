@@ -74,7 +74,7 @@ def test_split_column_decides(study: Study, tmp_path: Path) -> None:
     assert [len(data.slides[part]) for part in ("train", "val", "test")] == [10, 4, 6]
 
 
-@pytest.mark.parametrize(("stain", "warns"), [("trichrome", True), ("he", False)])
+@pytest.mark.parametrize(("stain", "warns"), [("trichrome", True), ("Sirius red", True), ("he", False)])
 def test_a_pipeline_that_moves_hue_is_warned_of_where_hue_is_the_collagen(
     study: Study, tmp_path: Path, stain: str, warns: bool
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slidetl.data.manifest import read_manifest, spelling
+from slidetl.data.manifest import read_manifest, spelling, stain_kind
 from slidetl.data.tasks import Task
 from slidetl.errors import ManifestError
 
@@ -543,3 +543,19 @@ def test_different_patients_are_not_told_to_be_one(tmp_path: Path) -> None:
     names = ("1", "10", "100", "1.5", "1.05", "P1", "P10", "P-1", "Q1", "TCGA-A1")
     lines = [f"s{number},{number}.svs,{name},1\n" for number, name in enumerate(names)]
     read_manifest(write(tmp_path, "slide_id,path,patient_id,grade\n" + "".join(lines), ""))
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("he", ["he", "HE", "H&E", "H & E", "H.E.", "Haematoxylin and eosin", "Hämatoxylin-Eosin"]),
+        ("trichrome", ["trichrome", "Masson", "Masson's Trichrome", "Trichrom nach Masson", "Tricrómico"]),
+        (
+            "sirius",
+            ["sirius", "Sirius red", "Picro-Sirius Red", "PSR", "Picrosirius, haematoxylin and eosin"],
+        ),
+        ("", ["", "reticulin", "Giemsa", "CD8", "the", "PAS"]),
+    ],
+)
+def test_stains_are_known_by_their_usual_names(kind: str, names: list[str]) -> None:
+    assert [stain_kind(name) for name in names] == [kind] * len(names)
