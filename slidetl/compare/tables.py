@@ -160,7 +160,7 @@ def _arm_rows(arm: ArmResult, referral_risks: Sequence[float]) -> Iterator[dict[
         for name in ("qwk", "accuracy"):
             yield _row("reader", name, getattr(one.model, name), n=one.model.n, note=who)
         if one.qwk_less_peers is not None:
-            yield _row("reader", "qwk_less_peers", one.qwk_less_peers, n=one.model.n, note=who)
+            yield _row("reader", "qwk_less_peers", one.qwk_less_peers, n=one.n_shared, note=who)
     if arm.repeatability is not None:
         draws = f"{arm.repeatability.n_draws} draws of tiles"
         for name in ("within_sd", "icc", "minimal_detectable_change"):

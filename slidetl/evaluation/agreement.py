@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Unpack
@@ -54,15 +55,18 @@ class ModelAgainstReader:
     Attributes:
         reader: number of the reader to compare with, from 0; None for the consensus of all.
         model: the model's agreement with it.
-        peer_qwk: QWK of the other readers with it, averaged over them; None for the consensus (they are part
-            of it), without another reader, or if undefined.
-        qwk_less_peers: the model's QWK minus theirs, on the slides graded by all, paired; None as above.
+        n_shared: results read by it and by another reader, its peer.
+        peer_qwk: QWK of each peer with it on the results that both read, averaged over the peers; None for
+            the consensus (they are part of it), without a peer, or if undefined.
+        qwk_less_peers: the model's QWK minus the peer's on the same results, averaged likewise; None as
+            above.
     """
 
     reader: int | None
     model: Agreement
-    peer_qwk: Interval | None
-    qwk_less_peers: Interval | None
+    n_shared: int = 0
+    peer_qwk: Interval | None = None
+    qwk_less_peers: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -157,22 +161,29 @@ def model_against_readers(
         model = _agreement(None, reader, grades[own, reader], rows[:, own], who[own], n_grades, **how)
         if model is None:
             continue
-        others = [other for other in range(grades.shape[1]) if other != reader]
-        shared = (grades >= 0).all(axis=1)
-        if not others or len(np.unique(who[shared])) < 2:
-            against.append(ModelAgainstReader(reader, model, None, None))
+        # Not on the results that all read: one reader of disagreements alone would choose them for the others.
+        shared = {other: own & (grades[:, other] >= 0) for other in range(grades.shape[1]) if other != reader}
+        shared = {other: both for other, both in shared.items() if len(np.unique(who[both])) > 1}
+        if not shared:
+            against.append(ModelAgainstReader(reader, model))
             continue
-        true = grades[shared, reader]
-        peers = partial(qwk, true, grades[shared][:, others].T, n_grades)
-        gain = difference(_qwk_by_repeat(true, rows[:, shared], n_grades), peers)
-        peer_qwk, less = (bca_interval_if_defined(each, who[shared], **how) for each in (peers, gain))
-        against.append(ModelAgainstReader(reader, model, peer_qwk, less))
+        some = np.any(list(shared.values()), axis=0)
+        peers, gains = [], []
+        for other, both in shared.items():
+            true = grades[both, reader]
+            peers.append((both[some], partial(qwk, true, grades[both, other], n_grades)))
+            gain = difference(_qwk_by_repeat(true, rows[:, both], n_grades), peers[-1][1])
+            gains.append((both[some], gain))
+        peer_qwk, less = (
+            bca_interval_if_defined(partial(_mean, each), who[some], **how) for each in (peers, gains)
+        )
+        against.append(ModelAgainstReader(reader, model, int(some.sum()), peer_qwk, less))
     consensus = consensus_grades(grades)
     known = consensus >= 0
     if len(np.unique(who[known])) < 2:
         raise UsageError("a comparison with readers needs slides of two patients that were read")
     model = _agreement(None, None, consensus[known], rows[:, known], who[known], n_grades, **how)
-    return (*against, *([] if model is None else [ModelAgainstReader(None, model, None, None)]))
+    return (*against, *([] if model is None else [ModelAgainstReader(None, model)]))
 
 
 def reader_ceiling(
@@ -313,6 +324,13 @@ def _agreement(
 
 def _qwk_by_repeat(true: NDArray[np.int64], rows: NDArray[np.int64], n_grades: int) -> Metric:
     return by_repeat(lambda true, graded, weights: qwk(true, graded, n_grades, weights), true, rows)
+
+
+def _mean(
+    metrics: Sequence[tuple[NDArray[np.bool_], Metric]], weights: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Averages metrics, each of some of the results."""
+    return np.asarray(np.mean([metric(weights[:, members]) for members, metric in metrics], axis=0))
 
 
 def readings_given_truth(deviations: NDArray[np.float64], n_grades: int) -> NDArray[np.float64]:

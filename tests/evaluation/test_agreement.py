@@ -79,6 +79,32 @@ def test_the_model_takes_a_readers_place() -> None:
     assert against[0].qwk_less_peers is not None and against[0].qwk_less_peers.high < 0
 
 
+def test_a_reader_of_disagreements_alone_leaves_the_others_as_they_are() -> None:
+    """Each peer is compared on what both read, and the mean is over peers."""
+    rng = np.random.default_rng(1)
+    true = rng.integers(0, 5, 120)
+    first, second, third = (read(true, 0.6, rng) for _ in range(3))
+    predicted, patients = read(true, 0.8, rng), np.arange(120)
+    differ = first != second
+    (before, *_) = model_against_readers(predicted, np.stack([first, second], 1), patients, 5, n_draws=200)
+    readings = np.stack([first, second, np.where(differ, third, -1)], 1)
+    after, _, adjudicator, _ = model_against_readers(predicted, readings, patients, 5, n_draws=200)
+    assert before.qwk_less_peers is not None and before.n_shared == after.n_shared == 120
+    gains = [
+        qwk(first[both], predicted[both], 5) - qwk(first[both], peer[both], 5)
+        for both, peer in ((slice(None), second), (differ, third))
+    ]
+    assert before.qwk_less_peers.estimate == pytest.approx(gains[0])
+    assert after.qwk_less_peers is not None and after.peer_qwk is not None
+    assert after.qwk_less_peers.estimate == pytest.approx(np.mean(gains))
+    peers = [qwk(first, second, 5), qwk(first[differ], third[differ], 5)]
+    assert after.peer_qwk.estimate == pytest.approx(np.mean(peers))
+    assert adjudicator.n_shared == differ.sum() and adjudicator.n_shared == adjudicator.model.n
+    # Of two who never met, neither has a peer; a third who met one of them counts for that one alone.
+    apart = np.stack([np.where(differ, first, -1), np.where(differ, -1, second)], 1)
+    assert [row.peer_qwk for row in model_against_readers(predicted, apart, patients, 5)] == [None] * 3
+
+
 def test_a_single_reader_has_no_peers() -> None:
     against = model_against_readers([0, 1, 2, 3], [[0], [1], [2], [4]], range(4), 5)
     assert [(row.reader, row.peer_qwk) for row in against] == [(0, None), (None, None)]

@@ -131,13 +131,13 @@ def tables_of(view: View) -> dict[str, Table]:
         ),
         "against_readers": Table(
             (
-                *("Arm", "Against", view.units, "QWK", "Equal grades", "QWK of other readers"),
+                *("Arm", "Against", view.units, "QWK", "Equal grades", "Shared", "QWK of other readers"),
                 ("Model minus readers", "+.2f"),
             ),
             [
                 (
                     *(arm.arm, _reader(one.reader), one.model.n, one.model.qwk, one.model.accuracy),
-                    *(one.peer_qwk, one.qwk_less_peers),
+                    *(one.n_shared or None, one.peer_qwk, one.qwk_less_peers),
                 )
                 for arm in view.serious
                 for one in arm.readers
