@@ -302,6 +302,18 @@ def effects_of(
     return found
 
 
+def cell(
+    redraws: Sequence[Redrawn], part: str, key: Key, name: str = "qwk", against: Key | None = None
+) -> str:
+    """Formats the mean of an arm's effects over redraws, with their number if some have none."""
+    effects = effects_of(redraws, part, key, name, against)
+    if against is not None:
+        text = as_difference(effects)
+    else:
+        text = as_text(effects, least=0.0 if name == "accuracy" else -1.0)
+    return f"{text} ({len(effects)} of {len(redraws)})" if 0 < len(effects) < len(redraws) else text
+
+
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     lines = ["| " + " | ".join(map(str, row)) + " |" for row in (columns, ["---"] * len(columns), *rows)]
     return "\n".join(lines)
@@ -316,6 +328,12 @@ def write_page(redraws: Sequence[Redrawn], plans: Sequence[Plan], command: str) 
     n_home, n_external = len(plans[0].folds[0].test), len(plans[0].folds[0].external)
     complete = {name: sum((name, None) in one.home for one in redraws) for name in arms}
     missing = [name for name in trained if complete[name] < REDRAWS]
+    missing += [
+        f"{name} on {size} slides"
+        for name in comparison.sizes.arms
+        for size in comparison.sizes.slides
+        if name in trained and sum((name, size) in one.home for one in redraws) < REDRAWS
+    ]
     gaps = effects_of(redraws, "home", (primary.arm, None), against=(primary.against, None))
 
     declared = all(plan.comparison.is_declared for plan in plans)
@@ -370,9 +388,9 @@ def write_page(redraws: Sequence[Redrawn], plans: Sequence[Plan], command: str) 
         [
             name,
             f"{complete[name]} of {REDRAWS}",
-            as_text(effects_of(redraws, "home", (name, None))),
-            as_text(effects_of(redraws, "home", (name, None), "accuracy"), least=0.0),
-            *(as_text(effects_of(redraws, part, (name, None))) for part in ("external", "again")),
+            cell(redraws, "home", (name, None)),
+            cell(redraws, "home", (name, None), "accuracy"),
+            *(cell(redraws, part, (name, None)) for part in ("external", "again")),
         ]
         for name in arms
     ]
@@ -391,8 +409,7 @@ def write_page(redraws: Sequence[Redrawn], plans: Sequence[Plan], command: str) 
     rows = [
         [
             name,
-            *(as_text(effects_of(redraws, "home", (name, size))) for size in sized.slides),
-            as_text(effects_of(redraws, "home", (name, None))),
+            *(cell(redraws, "home", (name, size)) for size in (*sized.slides, None)),
         ]
         for name in sized.arms
     ]
@@ -400,9 +417,7 @@ def write_page(redraws: Sequence[Redrawn], plans: Sequence[Plan], command: str) 
         [
             f"{primary.arm} minus {primary.against}",
             *(
-                as_difference(
-                    effects_of(redraws, "home", (primary.arm, size), against=(primary.against, size))
-                )
+                cell(redraws, "home", (primary.arm, size), against=(primary.against, size))
                 for size in (*sized.slides, None)
             ),
         ]
@@ -410,7 +425,8 @@ def write_page(redraws: Sequence[Redrawn], plans: Sequence[Plan], command: str) 
     parts += [
         "## QWK by the number of training slides",
         markdown(["arm", *map(str, sized.slides), str(n_train)], rows),
-        "On fewer slides trained arms have a fixed rate and as many steps; ridges choose their penalty.",
+        "On fewer slides trained arms have a fixed rate and as many steps; ridges choose their penalty. "
+        "(n of N): cells of fewer redraws than the page has; they differ from others in more than the arm.",
     ]
     frozen = [name for name in arms if name not in trained]
     reference = next((name for name in frozen if comparison.arms[name].classical is not None), None)
@@ -419,7 +435,7 @@ def write_page(redraws: Sequence[Redrawn], plans: Sequence[Plan], command: str) 
             [
                 name,
                 *(
-                    as_difference(effects_of(redraws, part, (name, None), against=(reference, None)))
+                    cell(redraws, part, (name, None), against=(reference, None))
                     for part in ("home", "external", "again")
                 ),
             ]

@@ -154,6 +154,37 @@ def test_the_primary_pair_is_shown_redraw_by_redraw_until_all_are_run(
     assert "not yet the answer" not in five and "between redraws, a standard deviation of" in five
 
 
+def test_cells_of_fewer_redraws_have_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tool, "N_DRAWS", 50)
+    comparison = read_comparison(ROOT / "configs/compare/collage.yaml")
+    true = np.arange(60) % 5
+
+    def results(shift: int) -> Any:
+        graded = np.clip(true + (np.arange(60) % 4 < shift), 0, 4)
+        return patient_results(true, np.eye(5)[graded], np.arange(60), "slide")
+
+    first, second = comparison.sizes.slides[:2]
+    names = ("warm", "scratch", "frozen-ridge")
+    home = {(name, size): results(1 + n) for n, name in enumerate(names) for size in (None, first)}
+    fewer = {
+        key: found for key, found in home.items() if key not in (("warm", first), ("frozen-ridge", None))
+    }
+    redraws = [tool.Redrawn(each, each, each, {}) for each in (home, fewer)]
+    fold = SimpleNamespace(train=["a"] * 100, test=["b"] * 60, external=["c"] * 3)
+    plans = [SimpleNamespace(comparison=comparison, folds=[fold])] * 2
+    page = tool.write_page(redraws, plans, "command")
+    of_sizes = page[page.index("## QWK by") : page.index("## QWK minus")]
+    rows = {
+        line.split(" | ")[0]: line.split(" | ") for line in of_sizes.splitlines() if line.startswith("| ")
+    }
+    assert rows["| warm"][1].endswith("(1 of 2)") and "of 2" not in rows["| scratch"][1]
+    assert rows["| warm minus scratch"][1].endswith("(1 of 2)") and rows["| warm"][2] == "not run"
+    against = page[page.index("## QWK minus") :]
+    assert re.search(r"\| warm \| \+0\.\d\d \(1 of 2\) \|", against)
+    listed = " ".join(page.split())
+    assert f"scratch on {second} slides" in listed and f"warm on {first} slides" in listed
+
+
 def test_a_kept_result_is_not_computed_again(tmp_path: Path) -> None:
     """On another machine, which builds the same slides and has the results alone."""
     row = SlidePrediction("s", "p", 2, (0.1, 0.2, 0.4, 0.2, 0.1), 40, site="home")
