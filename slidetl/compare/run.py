@@ -120,11 +120,19 @@ def run_comparison(
                 failed[job.label] = reason
             found[job.key] = read_result(folder, job)
             options.on_done(job, reason, found[job.key])
-        if failed and not any(found.values()):
+        lacking = {job.arm for job in plan.jobs if _is_of_arm(job) and found[job.key] is None}
+        if failed and all(job.arm in lacking for job in plan.jobs):
+            first = {reason: label for label, reason in reversed(failed.items())}  # each reason once
             raise UsageError(
-                f"all {len(failed)} jobs failed, the first for this: {next(iter(failed.values()))}"
+                f"no arm is complete, since {len(failed)} jobs failed: "
+                + "; ".join(f"{label}: {reason}" for reason, label in reversed(first.items()))
             )
         return _aggregate(plan, output, found, failed), failed
+
+
+def _is_of_arm(job: Job) -> bool:
+    """Returns True for a job of an arm as it is, on all training slides and by the labels."""
+    return job.n_slides is None and job.permutation is None
 
 
 def cards_for(plan: Plan) -> int:
@@ -144,7 +152,9 @@ def report_comparison(plan: Plan, output: Path) -> ComparisonResult:
         UsageError: no arm is complete.
     """
     found = {job.key: read_result(output / JOBS, job) for job in plan.jobs}
-    return _aggregate(plan, output, found, {})
+    result = _aggregate(plan, output, found, {})
+    _write_splits(plan.folds, output / "splits.json")
+    return result
 
 
 def record_registration(comparison: Comparison, output: Path) -> None:

@@ -181,12 +181,14 @@ def test_a_report_of_what_is_there_computes_nothing(
     compared: Path, study: Cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(compared, tmp_path / "out")
+    (tmp_path / "out" / "splits.json").unlink()
     arms = {"scratch": {"fit": SCRATCH}, "prior": {"baseline": "prior"}, "site": {"baseline": "site"}}
     words = ["compare", "--config", str(configuration(study, tmp_path, arms=arms)), "--report-only"]
     assert main([*words, "--output", str(tmp_path / "out")]) == 0
     assert "site (0 of 2 jobs)" in capsys.readouterr().out
     assert len(list((tmp_path / "out" / "jobs").glob("*/job.json"))) == 6
     page = (tmp_path / "out" / "report.html").read_text()
+    assert json.loads((tmp_path / "out" / "splits.json").read_text())["sha256"] in page
     assert "This comparison is not finished" in page
     assert "site (0 of 2 jobs)" in page
     assert main([*words, "--output", str(tmp_path / "nothing")]) == 2
@@ -341,6 +343,23 @@ def test_a_killed_run_resumes_to_the_same_metrics(compared: Path, study: Cohort,
     assert {file: file.stat().st_mtime_ns for file in done} == done
     same = ("predictions.csv", "results.csv", "splits.json")
     assert all((tmp_path / "out" / name).read_bytes() == (compared / name).read_bytes() for name in same)
+
+
+def test_a_failed_fold_of_every_arm_ends_a_run_with_the_reasons(
+    study: Cohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = {**PRIOR, "site": {"baseline": "site"}}
+    path = configuration(study, tmp_path, arms=arms, primary={"arm": "site", "against": "prior"})
+    building = tmp_path / "out" / "jobs" / ".building"
+    building.mkdir(parents=True)
+    for job in plan_comparison(read_comparison(path)).jobs:
+        if job.fold.name == "1":
+            (building / job.key).touch()  # in the place of the job's folder
+    assert main(["compare", "--config", str(path), "--output", str(tmp_path / "out"), "--jobs", "2"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "no arm is complete" in line]
+    assert "2 jobs failed" in line and "go on" not in line
+    assert "prior, repeat 0, fold 1: " in line and "site, repeat 0, fold 1: " in line
+    assert not (tmp_path / "out" / "report.html").exists()
 
 
 @pytest.mark.slow
