@@ -99,6 +99,21 @@ _UNDEFINED = Interval(float("nan"), float("nan"), float("nan"), _LEVEL)
 Done = Sequence[tuple[Job, JobResult]]
 Place = Literal["site", "scanner"]
 PLACES: tuple[Place, ...] = ("site", "scanner")
+_PARTS = ("train", "test", "external")  # of a fold
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some slides of a study, counted.
+
+    Attributes:
+        slides, patients: their numbers.
+        sites: named ones, in order.
+    """
+
+    slides: int
+    patients: int
+    sites: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -236,9 +251,14 @@ class ComparisonResult:
         comparison: as configured.
         splits_sha256: of all folds.
         fold_sizes: slides to train and to test on, for each fold.
+        parts: slides of the folds: ``all``, those in any training part (``train``) or test part (``test``),
+            and those of the external site (``external``).
+        shared_sites: named sites with slides on both sides of a fold.
+        prepared: origins of the tiles or features of all slides, in words.
         rows: of the manifest, of the N tested slides, sorted by identifier.
         true: ``[N]`` grades.
         readings: ``[N, Q]`` of the readers, -1 for none; Q may be 0.
+        reader_numbers: of these readers, as in the manifest.
         primary: the declared comparison; None until both its arms are complete.
         arms: complete arms.
         smaller: arms on smaller training parts.
@@ -250,8 +270,9 @@ class ComparisonResult:
         places: grades by site and by scanner; None for a single one.
         site_in_embeddings: accuracy at telling the site from stored features, by their name, and from the
             trained networks of an arm in the first repeat, by its label.
-        power: to find a difference with as many results, about the observed accuracy of the declared pair's
-            reference.
+        power_of: the arm whose observed accuracy the power begins at: the declared pair's reference, or
+            another one until that is complete.
+        power: to find a difference with as many results, about that accuracy.
         design: the study of :attr:`power`; its arms correlate as the errors observed, if there are any.
         group_shift: of the true grades between the configured groups, if any.
         was_registered: True if the configuration was registered before the first result, by a record made
@@ -261,9 +282,13 @@ class ComparisonResult:
     comparison: Comparison
     splits_sha256: str
     fold_sizes: tuple[tuple[int, int], ...]
+    parts: Mapping[str, Part]
+    shared_sites: tuple[str, ...]
+    prepared: tuple[str, ...]
     rows: tuple[ManifestRow, ...]
     true: NDArray[np.int64]
     readings: NDArray[np.int64]
+    reader_numbers: tuple[int, ...]
     primary: PairedDifference | None
     arms: tuple[ArmResult, ...]
     smaller: tuple[ArmResult, ...]
@@ -274,10 +299,15 @@ class ComparisonResult:
     ceiling: ReaderCeiling | None
     places: Mapping[Place, SiteByGrade | None]
     site_in_embeddings: Mapping[str, SiteDecodability]
+    power_of: str
     power: tuple[PowerRow, ...]
     design: StudyDesign
     group_shift: ScoreShift | None
     was_registered: bool | None = None
+
+    def reader(self, place: int | None) -> str:
+        """Names a reader by its place in :attr:`readings`; None for the consensus of all."""
+        return "consensus" if place is None else f"reader {self.reader_numbers[place]}"
 
 
 def combine(
@@ -318,15 +348,19 @@ def combine(
     smaller = tuple(arm for arm in found_arms if arm.n_slides is not None)
     pairs = pooling.differences(arms)
     primary = next((pair for pair in pairs if pair.arm == comparison.primary.arm), None)
-    design, accuracies = pooling.observed_design(arms)
+    power_of, design, accuracies = pooling.observed_design(arms)
     agreements, ceiling = pooling.readers()
     return ComparisonResult(
         comparison=comparison,
         splits_sha256=splits_sha256(folds),
         fold_sizes=tuple((len(fold.train), len(fold.test)) for fold in folds),
+        parts=_parts(study, folds),
+        shared_sites=_shared_sites(study, folds),
+        prepared=_prepared(study, folds),
         rows=pooling.rows,
         true=pooling.true,
         readings=pooling.readings,
+        reader_numbers=pooling.rows[0].readers,
         primary=primary,
         arms=arms,
         smaller=smaller,
@@ -337,6 +371,7 @@ def combine(
         ceiling=ceiling,
         places={place: pooling.by_grade(place) for place in PLACES},
         site_in_embeddings=_site_in_embeddings(comparison, study, {job.arm for job, _ in done}, arms, folds),
+        power_of=power_of,
         power=_power(accuracies, design),
         design=design,
         group_shift=pooling.group_shift(pooling.true.astype(np.float64)),
@@ -439,8 +474,8 @@ class _Pooling:
 
     def observed_design(
         self, arms: Sequence[ArmResult]
-    ) -> tuple[StudyDesign, tuple[tuple[float, float], ...]]:
-        """Designs a study of as many results as these, and lists true accuracies from the observed one.
+    ) -> tuple[str, StudyDesign, tuple[tuple[float, float], ...]]:
+        """Designs a study of as many results as these, and lists true accuracies from an arm's observed one.
 
         The others are higher, or lower where the observed one is near the highest that can be simulated.
 
@@ -448,7 +483,8 @@ class _Pooling:
         too low, and the power with it.
         """
         by_name = {arm.arm: arm.results for arm in arms}
-        reference = by_name.get(self._primary.against, arms[0].results)
+        name = self._primary.against if self._primary.against in by_name else arms[0].arm
+        reference = by_name[name]
         design = StudyDesign(len(np.unique(reference.patients)), len(reference.true), self._n_grades)
         if self._primary.arm in by_name and self._primary.against in by_name:
             pair = (by_name[self._primary.arm], reference)
@@ -461,7 +497,7 @@ class _Pooling:
         start = round(min(max(observed, least), most), 2)
         sign = 1 if start + _DIFFERENCES[1] <= most else -1
         others = (round(start + sign * d, 2) for d in _DIFFERENCES)
-        return design, tuple((start, other) for other in others if least <= other <= most)
+        return name, design, tuple((start, other) for other in others if least <= other <= most)
 
     def readers(self) -> tuple[tuple[Agreement, ...], ReaderCeiling | None]:
         """Computes the agreement of the readers and their ceiling."""
@@ -579,6 +615,37 @@ class _Pooling:
             if len(np.unique(self._who[drawn])) > 1:
                 return repeatability(scores[drawn], self._who[drawn], **self._how)
         return None
+
+
+def _parts(study: Study, folds: Sequence[Fold]) -> dict[str, Part]:
+    """Counts the slides of all folds, and of each of their parts."""
+    found = {}
+    for part, of in {"all": _PARTS, **{name: (name,) for name in _PARTS}}.items():
+        names = {slide for fold in folds for name in of for slide in getattr(fold, name)}
+        rows = [row for row in study.rows if row.slide_id in names]
+        sites = tuple(sorted({row.site for row in rows} - {""}))
+        found[part] = Part(len(rows), len({row.patient_id for row in rows}), sites)
+    return found
+
+
+def _shared_sites(study: Study, folds: Sequence[Fold]) -> tuple[str, ...]:
+    """Finds the named sites with slides on both sides of a fold."""
+    site = {row.slide_id: row.site for row in study.rows}
+    shared = (
+        ({site[slide] for slide in fold.train} & {site[slide] for slide in fold.test}) for fold in folds
+    )
+    return tuple(sorted(set().union(*shared) - {""}))
+
+
+def _prepared(study: Study, folds: Sequence[Fold]) -> tuple[str, ...]:
+    """Names the software behind the tiles or features of the slides of all folds, by their caches."""
+    used = {slide for fold in folds for part in _PARTS for slide in getattr(fold, part)}
+    headers = [cache.header for cache in study.caches if cache.slide_id in used]
+    words = (
+        f"features imported from {header.imported}" if header.imported else f"tiles cut by {header.software}"
+        for header in headers
+    )
+    return tuple(sorted(set(words)))
 
 
 def metric_interval(

@@ -87,19 +87,35 @@ def format_cell(cell: Any, form: str = ".2f") -> str:
 
 
 def format_number(value: float, form: str = ".2f") -> str:
-    """Formats a number; zero has no minus sign, and NaN is ``undefined``."""
+    """Formats a number; zero has no minus sign, and NaN is ``undefined``.
+
+    A number with a plus or minus (a difference) gets more digits while it would be shown as zero.
+    """
     if math.isnan(value):
         return "undefined"
+    form = _with_digits(form, [value])
     sign, digits = ("+", form[1:]) if form[0] == "+" else ("", form)
     return f"{value:{sign}z{digits}}".replace("-", "\N{MINUS SIGN}")
 
 
 def format_interval(interval: Interval, form: str = ".2f") -> str:
-    """Formats an estimate with its bounds."""
+    """Formats an estimate with its bounds; none if all resamples agree, which is no certainty."""
+    if interval.is_point:
+        return f"{format_number(interval.estimate, form)} (no interval)"
+    form = _with_digits(form, [interval.estimate, interval.low, interval.high])
     estimate, low, high = (
         format_number(value, form) for value in (interval.estimate, interval.low, interval.high)
     )
     return f"{estimate} [{low}, {high}]"
+
+
+def _with_digits(form: str, values: Sequence[float]) -> str:
+    """Returns a format with digits enough to show the sign of differences, six at most."""
+    while form[0] == "+" and form != "+.6f":
+        if all(abs(value) < 1e-12 or float(format(value, form)) for value in values if math.isfinite(value)):
+            break
+        form = f"+.{int(form[2:-1]) + 1}f"
+    return form
 
 
 def format_p(value: float) -> str:

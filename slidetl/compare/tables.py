@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ def write_tables(result: ComparisonResult, folder: Path) -> None:
     """
     write_csv(folder / "results.csv", COLUMNS, _result_rows(result))
     grades = [f"probability_{grade}" for grade in range(len(result.comparison.grades))]
-    readers = [f"grade_reader{number + 1}" for number in range(result.readings.shape[1])]
+    readers = [f"grade_reader{number}" for number in result.reader_numbers]
     slide = ("slide_id", "patient_id", "site", "scanner", "grade", *readers, "predicted_grade", *grades)
     plain = [f"uncalibrated_{grade}" for grade in range(len(grades))]
     columns = (*_JOB, *slide, "expected_grade", "temperature", *plain)
@@ -84,7 +84,7 @@ def _result_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
             about = {"arm": result.primary.arm, "against": result.primary.against}
             yield about | _row("primary", "equivalent", result.primary.is_within(margin), note=note)
     for arm in (*result.arms, *result.smaller):
-        rows = [*_arm_rows(arm, result.comparison.referral_risks)]
+        rows = [*_arm_rows(arm, result)]
         if result.comparison.arms[arm.arm].fit is not None and arm.untold:
             note = "trainings that gave all slides they tested the same probabilities"
             rows.append(_row("training", "learned_nothing", arm.untold, n=len(arm.jobs), note=note))
@@ -94,7 +94,7 @@ def _result_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
     for pair in (*result.differences, *result.smaller_differences):
         yield from _difference_rows("difference", pair)
     for agreed in result.readers:
-        readers = f"readers {agreed.first} and {agreed.second}"
+        readers = f"{result.reader(agreed.first)} and {result.reader(agreed.second)}"
         for name in ("qwk", "kappa", "accuracy"):
             yield _row("agreement", name, getattr(agreed, name), n=agreed.n, note=readers)
     if result.ceiling is not None:
@@ -120,7 +120,7 @@ def _result_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
             yield _row("power", name, getattr(row, f"power_{name}"), note=note)
 
 
-def _arm_rows(arm: ArmResult, referral_risks: Sequence[float]) -> Iterator[dict[str, Any]]:
+def _arm_rows(arm: ArmResult, result: ComparisonResult) -> Iterator[dict[str, Any]]:
     n = len(arm.results.true)
     name: str
     for name, interval in arm.metrics.items():
@@ -147,16 +147,18 @@ def _arm_rows(arm: ArmResult, referral_risks: Sequence[float]) -> Iterator[dict[
         for name in ("patients_covered", "mean_size"):
             yield _row("sets", name, getattr(arm.sets, name), note=note)
     yield _row("sets", "area_under_risk_coverage", arm.referral.area)
-    for risk in referral_risks:
+    for risk in result.comparison.referral_risks:
         rule = referral_rule(arm.referral, risk)
         where = "all to a human" if rule is None else f"confidence from {rule.confidence:.6g}"
-        note = f"at most {risk:.0%} of patients with a wrong grade, {arm.referral.level:.0%} sure: {where}"
+        note = (
+            f"at most {100 * risk:g}% of patients with a wrong grade, {arm.referral.level:.0%} sure: {where}"
+        )
         yield _row("sets", "coverage_at_risk", 0.0 if rule is None else rule.coverage, note=note)
     for section, groups in arm.places.items():
         for name, found in groups.items():
             yield from (_row(section, name, each.estimate, n=each.n, note=each.group) for each in found)
     for one in arm.readers:
-        who = "consensus" if one.reader is None else f"reader {one.reader}"
+        who = result.reader(one.reader)
         for name in ("qwk", "accuracy"):
             yield _row("reader", name, getattr(one.model, name), n=one.model.n, note=who)
         if one.qwk_less_peers is not None:
@@ -227,6 +229,8 @@ def _row(
     note: str = "",
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"section": section, "metric": name, "p": _number(p), "n": n, "note": note}
+    if isinstance(value, Interval) and value.is_point:  # all resamples agree: there are no bounds
+        return row | {"estimate": _number(value.estimate), "level": _number(value.level)}
     if isinstance(value, Interval):
         return row | {bound: _number(getattr(value, bound)) for bound in ("estimate", "low", "high", "level")}
     return row | {"estimate": _number(value)}
@@ -260,7 +264,7 @@ def _predictions(
             continue
         number = numbers[prediction.slide_id]
         row = arm.probabilities[job.fold.repeat, number]
-        readings = enumerate(result.readings[number].tolist(), 1)
+        readings = zip(result.reader_numbers, result.readings[number].tolist(), strict=True)
         yield {
             "slide_id": prediction.slide_id,
             "patient_id": prediction.patient_id,

@@ -71,6 +71,7 @@ class ManifestRow:
         location_mm: patient coordinates ``(x, y, z)`` in a CT series, as in DICOM (LPS); the unit is then the
             patch around it, and other lines may have the same path.
         votes: readers' labels of each task, in the order of their numbers; empty for tasks without readers.
+        readers: numbers of the readers of :attr:`reader_grades`, as in the names of their columns.
     """
 
     line: int
@@ -88,6 +89,7 @@ class ManifestRow:
     labels: tuple[int | float | Path | None, ...] = ()
     location_mm: tuple[float, float, float] | None = None
     votes: tuple[tuple[int | None, ...], ...] = ()
+    readers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -318,11 +320,12 @@ def _parse_row(
     if split and split not in SPLITS:
         faults.add(line, "split must be train, val or test, found {!r}", split)
 
-    def of_readers(column: str) -> list[str]:
-        return [name for n in range(_MOST_READERS) if (name := f"{column}_reader{n}") in values]
+    def of_readers(column: str) -> dict[int, str]:
+        names = ((n, f"{column}_reader{n}") for n in range(_MOST_READERS))
+        return {n: name for n, name in names if name in values}
 
     def votes(task: Task) -> tuple[int | None, ...]:
-        given = (label(task, name) for name in of_readers(task.column))
+        given = (label(task, name) for name in of_readers(task.column).values())
         return tuple(vote if isinstance(vote, int) else None for vote in given)
 
     return ManifestRow(
@@ -335,12 +338,13 @@ def _parse_row(
         scanner=known("scanner"),
         stain=known("stain"),
         block=known("block"),
-        reader_grades=tuple(map(grade, of_readers("grade"))),
+        reader_grades=tuple(map(grade, of_readers("grade").values())),
         mpp=mpp,
         split=split,
         labels=tuple(label(task, task.column) for task in tasks),
         location_mm=location,
         votes=tuple(votes(task) if task.readers else () for task in tasks),
+        readers=tuple(of_readers("grade")),
     )
 
 

@@ -161,7 +161,7 @@ def model_against_readers(
         model = _agreement(None, reader, grades[own, reader], rows[:, own], who[own], n_grades, **how)
         if model is None:
             continue
-        # Not on the results that all read: one reader of disagreements alone would choose them for the others.
+        # Not on what all read: one reader of disagreements alone would choose these for the others.
         shared = {other: own & (grades[:, other] >= 0) for other in range(grades.shape[1]) if other != reader}
         shared = {other: both for other, both in shared.items() if len(np.unique(who[both])) > 1}
         if not shared:

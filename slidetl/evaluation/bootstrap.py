@@ -37,9 +37,14 @@ class Interval:
     high: float
     level: float
 
+    @property
+    def is_point(self) -> bool:
+        """True if nothing varied, which proves no certainty; resamples may differ by rounding."""
+        return abs(self.high - self.low) < 1e-12
+
     def __format__(self, form: str) -> str:
         """Formats the estimate and its bounds; a point is no interval: nothing varied, which is no proof."""
-        if self.low == self.high:
+        if self.is_point:
             return f"{self.estimate:{form}} (the same in all resamples)"
         return f"{self.estimate:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
@@ -52,7 +57,7 @@ def proven(intervals: Mapping[str, Interval | None]) -> dict[str, tuple[float, f
     return {
         name: (one.estimate, one.low, one.high)
         for name, one in intervals.items()
-        if one is not None and one.low < one.high
+        if one is not None and one.low < one.high and not one.is_point
     }
 
 

@@ -95,6 +95,7 @@ class CacheHeader:
         frame: the grid that patches of a CT series are cut from, at ``spec.spacing_mm``; None for a slide.
             Sizes and spacings of level 0 are then those of the series along x and y, 1000 um per millimetre.
         location_mm: patient coordinates of the centre of the only patch, if one was asked for.
+        software: release that wrote it; empty before it is written.
     """
 
     slide_id: str
@@ -119,6 +120,7 @@ class CacheHeader:
     orientation: int | None = None
     frame: VolumeFrame | None = None
     location_mm: Triple | None = None
+    software: str = field(default="", compare=False)
 
     @property
     def viewer(self) -> ViewerFrame:
@@ -138,6 +140,7 @@ class CacheHeader:
         """Returns plain JSON values."""
         about = {"format_version": FORMAT_VERSION, "software": f"slidetl {VERSION}"}
         values: dict[str, Any] = json.loads(json.dumps(asdict(self) | {"spec": self.spec.to_dict()}))
+        del values["software"]
         for name in _OPTIONAL:  # caches from before have none of them, and keep their bytes
             if getattr(self, name) == self.__dataclass_fields__[name].default:
                 del values[name]

@@ -119,6 +119,8 @@ def test_an_external_site_is_graded_by_every_fold_and_counted_apart(study: Study
     assert not any(note == "recalibrated" for _, note, _ in printed)
     view = View(result, {})
     sections = {section.anchor: section for section in document_of(view, tables_of(view), {}).sections}
+    assert result.parts["external"].slides == AWAY and result.parts["external"].sites == ("away",)
+    assert result.parts["all"].slides == HOME + AWAY and result.parts["test"].sites == ("home",)
     text, shown = sections["external"].parts
     assert isinstance(text, str) and f"{AWAY} slides of site away" in text
     assert isinstance(shown, Table) and shown.rows[0][3] == found["scratch"].metrics["accuracy"]

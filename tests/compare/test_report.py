@@ -46,6 +46,7 @@ from slidetl.compare.tables import write_tables
 from slidetl.data.manifest import ManifestRow
 from slidetl.data.study import CachedSlide, Study
 from slidetl.errors import UsageError
+from slidetl.evaluation.bootstrap import Interval
 from slidetl.evaluation.comparison import corrected_t, metric_per_fold
 from slidetl.evaluation.metrics import qwk
 from slidetl.evaluation.protocol import Fold, Protocol, plan_folds, subsample
@@ -60,6 +61,7 @@ SECTIONS = (
     *("sites", "external", "score", "power", "layers", "limits", "provenance"),
 )
 DRAWN = {"forest", "confusion", "learning", "sizes", "reliability", "referral", "drift", "similarity"}
+READERS = (2, 5)  # numbers in the manifest
 HOSTILE = '<img src=x onerror="alert(1)">'
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -86,6 +88,7 @@ def invented_study(n_patients: int, *, sites: tuple[str, ...], readers: int, see
                     site=site,
                     scanner=site and f"scanner of {site}",
                     reader_grades=tuple(readings.tolist()),
+                    readers=READERS[:readers],
                     split="test" if patient // 5 % 3 == 0 else "train",
                 )
             )
@@ -94,7 +97,9 @@ def invented_study(n_patients: int, *, sites: tuple[str, ...], readers: int, see
 
 def _no_tiles(row: ManifestRow) -> SlideCache:
     spec = TileSpec(mpp=4, tile_size_px=64)
-    header = CacheHeader(row.slide_id, row.slide_id, "", (1, 1), (4, 4), (4, 4), (64, 64), spec)
+    header = CacheHeader(
+        row.slide_id, row.slide_id, "", (1, 1), (4, 4), (4, 4), (64, 64), spec, software="slidetl 0.0.1"
+    )
     return SlideCache(
         Path(f"{row.slide_id}.zarr"),
         header,
@@ -186,6 +191,7 @@ def invented(
     reads: tuple[int, ...] | None = None,
     subsets: int = 1,
     test_grade: int | None = None,
+    test_site: str = "",
     metric: MetricName = "qwk",
     refits: int = 0,
 ) -> ComparisonResult:
@@ -227,6 +233,12 @@ def invented(
         slides = [
             replace(slide, row=replace(slide.row, grade=test_grade)) if held else slide
             for slide, held in zip(study.slides, of_test, strict=True)
+        ]
+        study = replace(study, slides=tuple(slides))
+    if test_site:
+        slides = [
+            replace(slide, row=replace(slide.row, site=test_site)) if slide.row.split == "test" else slide
+            for slide in study.slides
         ]
         study = replace(study, slides=tuple(slides))
     folds = plan_folds(cases_of(study), comparison.protocol, 5)
@@ -347,7 +359,7 @@ def table(path: Path) -> list[dict[str, str]]:
 
 def as_shown(row: dict[str, str], form: str = "{:.2f}") -> str:
     """An interval of results.csv as the page shows it."""
-    form = "{:.3f}" if row["metric"] == "rps" else form
+    form = "{:.3f}" if row["metric"] in ("rps", "log_loss") else form
     values = [
         form.format(round(float(row[name]), 3 if "3" in form else 2) + 0.0)
         for name in ("estimate", "low", "high")
@@ -433,6 +445,47 @@ def test_the_checklists_claim_what_was_done(small: tuple[ComparisonResult, Path]
     view.__dict__["external"] = (replace(few, recalibrated=arms[0].metrics),)
     assert cells_of(view)["tripod 12f"] == "recalibrated on east"
     assert cells_of(view)["tripod 24"] == "that of the external site"
+
+
+def test_the_checklists_and_limits_know_where_a_given_split_was_trained(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"given_split": True, "repeats": 1, "sizes": (), "nested": False, "readers": 0}
+    apart = invented(30, test_site="east", **given)
+    known, text = cells_of(View(apart, {})), worded(apart, tmp_path).text["limits"]
+    slides = apart.parts["all"].slides
+    assert slides > apart.parts["test"].slides == len(apart.rows)
+    whole, tested = f"{slides} slides of 30 patients at 4 sites", f"{len(apart.rows)} slides of 10 patients"
+    for item in ("tripod 5a", "tripod 10", "claim 7", "claim 21"):
+        assert whole in known[item] and f"{tested} at 1 site to test" in known[item]
+    assert "one source" not in known["tripod 5a"] and known["tripod 27c"] == "–"
+    assert known["tripod 6a"] == "named in the manifest: east, north, south, west"
+    assert known["tripod 16"] == "tested at sites without training slides: east"
+    assert known["claim 33"].startswith("sites without training slides: east")
+    assert "on both sides" not in text and "10 tested patients" in text
+    assert known["tripod 7"].startswith("tiles cut by slidetl 0.0.1; the ledger")
+    assert known["claim 9"].startswith("tiles cut by slidetl 0.0.1; spacing")
+
+    same = invented(30, **given)
+    known, text = cells_of(View(same, {})), worded(same, tmp_path).text["limits"]
+    assert "one source for both" in known["tripod 5a"] and "Sites are on both sides" in text
+    assert known["tripod 16"].startswith("none by design") and known["claim 33"] == "none"
+
+    unnamed = cells_of(View(invented(30, sites=("",), **given), {}))
+    assert "one source" not in unnamed["tripod 5a"] and unnamed["tripod 16"] == unnamed["claim 33"] == "–"
+
+
+def test_imported_features_are_not_said_to_be_tiles_of_slidetl() -> None:
+    study = invented_study(4, sites=("",), readers=0)
+    slides = [
+        replace(slide, cache=replace(slide.cache, header=replace(slide.cache.header, imported="TRIDENT")))
+        for slide in study.slides[:2]
+    ]
+    names = [row.slide_id for row in study.rows]
+    fold = Fold(0, "0", 0, tuple(names[2:4]), tuple(names[:2]))
+    mixed = replace(study, slides=(*slides, *study.slides[2:]))
+    assert aggregate._prepared(mixed, [fold]) == (
+        "features imported from TRIDENT",
+        "tiles cut by slidetl 0.0.1",
+    )
 
 
 @pytest.mark.parametrize("nested", [True, False])
@@ -570,7 +623,7 @@ def test_arms_that_agree_everywhere_are_not_shown_to_be_equivalent(
     assert ("all resamples of the patients have this difference" in text) == (metric == "qwk")
     assert ("there is no interval, so equivalence" in text) == (metric == "qwk")
     arms = Page(tmp_path / "report.html").text["arms"]
-    assert "An interval of a single point (of warm, scratch" in arms
+    assert "Without an interval (here of warm, scratch" in arms
 
 
 def test_an_arm_that_told_no_slides_apart_is_named_at_the_head(tmp_path: Path) -> None:
@@ -612,6 +665,13 @@ def test_power_counts_results_from_the_observed_accuracy(
     assert f"correlated by {result.design.arm_correlation:.2f} before rounding." in page
 
 
+def test_power_names_the_arm_whose_accuracy_it_begins_at(tmp_path: Path) -> None:
+    result = invented(20, repeats=1, sizes=(), missing=("scratch",))
+    warm = result.arms[0].results
+    assert result.power[0].accuracy_first == round(float((warm.predicted == warm.true).mean()), 2)
+    assert "begin at the one observed of warm," in worded(result, tmp_path).text["power"]
+
+
 @pytest.mark.parametrize("n_grades", range(2, 13))
 @pytest.mark.parametrize("right", [0, 2, 5, 10])
 def test_power_begins_with_no_difference(n_grades: int, right: int) -> None:
@@ -621,7 +681,7 @@ def test_power_begins_with_no_difference(n_grades: int, right: int) -> None:
     results = SimpleNamespace(patients=np.arange(10), true=grades, predicted=predicted[None])
     pooling: Any = SimpleNamespace(_primary=Primary("warm", "scratch"), _n_grades=n_grades)
     arms: Any = [SimpleNamespace(arm="scratch", results=results)]
-    _, accuracies = aggregate._Pooling.observed_design(pooling, arms)
+    *_, accuracies = aggregate._Pooling.observed_design(pooling, arms)
     start, other = accuracies[0]
     assert start == other and 1 / n_grades + 0.02 <= start + 1e-9 and len(accuracies) > 1
 
@@ -1030,9 +1090,58 @@ def test_curves_of_a_nested_comparison_are_those_of_the_inner_folds(
 
 
 @pytest.mark.slow
+def test_a_reader_has_the_number_of_the_manifest_everywhere(whole: tuple[ComparisonResult, Path]) -> None:
+    folder = whole[1]
+    rows = table(folder / "results.csv")
+    of_readers = {row["note"] for row in rows if row["section"] == "reader"}
+    assert of_readers == {"reader 2", "reader 5", "consensus"}
+    assert {row["note"] for row in rows if row["section"] == "agreement"} == {"reader 2 and reader 5"}
+    columns = [name for name in table(folder / "predictions.csv")[0] if name.startswith("grade_reader")]
+    assert columns == ["grade_reader2", "grade_reader5"]
+    shown = {
+        cell for where, row in Page(folder / "report.html").rows if where == "readers" for cell in row[:2]
+    }
+    assert {"reader 2 and reader 5", "reader 2", "reader 5"} <= shown
+
+
+@pytest.mark.parametrize("metric", ["rps", "log_loss"])
+def test_small_metrics_have_a_digit_more_wherever_they_are(metric: MetricName, tmp_path: Path) -> None:
+    result = invented(20, repeats=1, sizes=(), metric=metric)
+    page = worded(result, tmp_path)
+    assert result.primary is not None
+    interval = result.primary.interval
+    shown = f"warm minus scratch: {format_interval(interval, '+.3f')}, paired"
+    assert shown in page.text[""]
+    of_warm = format_interval(result.arms[0].metrics[metric], ".3f")
+    assert f"warm reaches {of_warm}" in page.text[""] and of_warm in page.row("arms", "warm")
+    assert format_interval(interval, "+.3f") in page.row("others", "warm")
+    assert of_warm in cells_of(View(result, {}))["claim 37"]
+
+
+def test_what_is_the_same_in_all_resamples_has_no_interval_in_any_table(tmp_path: Path) -> None:
+    """A network that gives each slide its grade, also on fewer slides."""
+    result = invented(30, repeats=1, noise=0.02, sizes=(20,), readers=2)
+    assert result.arms[0].metrics["qwk"].is_point
+    page = worded(result, tmp_path)
+    text = " ".join(page.text.values())
+    assert "[1.00, 1.00]" not in text
+    assert ("sites", ["warm", *["1.00 (no interval)"] * 3]) in page.rows
+    assert "of warm, scratch" in page.text["arms"]
+    points = [
+        row
+        for row in table(tmp_path / "results.csv")
+        if (row["arm"], row["train_slides"], row["metric"]) == ("warm", "", "qwk")
+        and row["section"] in ("metric", "site")
+    ]
+    assert points and all((row["estimate"], row["low"], row["high"]) == ("1", "", "") for row in points)
+    one = result.smaller[0]
+    fewer = replace(one, metrics={**one.metrics, "qwk": Interval(1.0, 1.0, 1.0, 0.95)})
+    assert one.label in View(replace(result, smaller=(fewer,)), {}).pointlike
+
+
 def test_slides_are_left_to_a_human_at_a_chosen_risk(tmp_path: Path) -> None:
     """What the table says is judged on the predictions, by SciPy's exact interval of a share."""
-    result, risks = invented(repeats=1, sizes=(), noise=0.3), [0.1, 0.25, 0.4]
+    result, risks = invented(repeats=1, sizes=(), noise=0.3), [0.1, 0.125, 0.4]
     page = worded(replace(result, comparison=replace(result.comparison, referral_risks=risks)), tmp_path)
     rules = [row for row in table(tmp_path / "results.csv") if row["metric"] == "coverage_at_risk"]
     graded = table(tmp_path / "predictions.csv")
@@ -1043,7 +1152,7 @@ def test_slides_are_left_to_a_human_at_a_chosen_risk(tmp_path: Path) -> None:
         shown = [row for where, row in page.rows if where == "referral" and row[0] == arm][-1]
         of_arm = [rule for rule in rules if rule["arm"] == arm and not rule["train_slides"]]
         for risk, rule, cell in zip(risks, of_arm, shown[1:], strict=True):
-            assert f"at most {risk:.0%} of patients" in rule["note"]
+            assert f"at most {100 * risk}% of patients".replace(".0%", "%") in rule["note"]
             if rule["note"].endswith("all to a human"):
                 assert cell == "none"
                 continue
@@ -1051,12 +1160,19 @@ def test_slides_are_left_to_a_human_at_a_chosen_risk(tmp_path: Path) -> None:
             kept = [row for row, value in zip(own, sure, strict=True) if value >= least]
             assert float(rule["estimate"]) == pytest.approx(len(kept) / len(own), abs=1e-5)
             assert cell.startswith(f"{100 * len(kept) / len(own):.0f}\N{NO-BREAK SPACE}%, from ")
+            assert f"from {least + 1e-6:.6g} up" in cell  # not rounded: a lower one has more risk
             wrong = {row["patient_id"] for row in kept if row["grade"] != row["predicted_grade"]}
             share = binomtest(len(wrong), len({row["patient_id"] for row in kept}), alternative="less")
             assert share.proportion_ci(1 - 0.05 / 10, "exact").high <= risk + 1e-9
             found += 1
     assert found  # else this tests nothing
-    assert "Even without an error, 60 patients cannot show a risk below 8" in page.text["referral"]
+    (heading,) = [row for where, row in page.rows if where == "referral" and "at most" in row[1]]
+    assert [cell.split("\N{NO-BREAK SPACE}")[0] for cell in heading[1:]] == [
+        f"at most {risk}" for risk in ("10", "12.5", "40")
+    ]
+    least_risk = binomtest(0, 60, alternative="less").proportion_ci(1 - 0.05 / 10, "exact").high
+    assert least_risk == pytest.approx(0.08451, abs=1e-5)
+    assert "60 patients cannot show a risk below 8.5\N{NO-BREAK SPACE}%" in page.text["referral"]
 
 
 def test_every_figure_counts_patients(whole: tuple[ComparisonResult, Path]) -> None:
@@ -1082,7 +1198,7 @@ def test_every_figure_counts_patients(whole: tuple[ComparisonResult, Path]) -> N
     assert warm.repeatability is not None and warm.repeatability.n == 60
     assert warm.referral.points[-1].risk == pytest.approx(np.mean(true != graded))
     for reader in (0, 1):
-        of_reader = np.array([int(row[f"grade_reader{reader + 1}"]) for row in patients])
+        of_reader = np.array([int(row[f"grade_reader{READERS[reader]}"]) for row in patients])
         (found,) = [one.model for one in warm.readers if one.reader == reader]
         assert found.n == 60
         kappas = []
@@ -1094,10 +1210,12 @@ def test_every_figure_counts_patients(whole: tuple[ComparisonResult, Path]) -> N
                     if (row["arm"], row["repeat"]) == ("warm", repeat)
                 ]
             )
-            assert {row["patient_id"]: row[f"grade_reader{reader + 1}"] for row in again} == {
+            assert {row["patient_id"]: row[f"grade_reader{READERS[reader]}"] for row in again} == {
                 row["patient_id"]: str(grade) for row, grade in zip(patients, of_reader, strict=True)
             }
-            pairs = [(int(row[f"grade_reader{reader + 1}"]), int(row["predicted_grade"])) for row in again]
+            pairs = [
+                (int(row[f"grade_reader{READERS[reader]}"]), int(row["predicted_grade"])) for row in again
+            ]
             kappas.append(cohen_kappa_score(*zip(*pairs, strict=True), weights="quadratic"))
         assert found.qwk.estimate == pytest.approx(np.mean(kappas))
     at = [int(row["n"]) for row in own if (row["section"], row["metric"]) == ("site", "qwk")]
@@ -1285,7 +1403,9 @@ def test_every_protocol_has_its_words(whole: tuple[ComparisonResult, Path]) -> N
     result = whole[0]
     protocol = replace(result.comparison.protocol, leave_one_site_out=True, repeats=1, unit="slide")
     comparison = replace(result.comparison, protocol=protocol, duplicates="join")
-    lacking = replace(result, comparison=comparison, primary=None, differences=(), site_in_embeddings={})
+    lacking = replace(
+        result, comparison=comparison, primary=None, differences=(), site_in_embeddings={}, shared_sites=()
+    )
     view = View(lacking, {})
     document = document_of(view, tables_of(view), {})
     text = " ".join(part for section in document.sections for part in section.parts if isinstance(part, str))

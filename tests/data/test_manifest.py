@@ -34,6 +34,7 @@ def test_reads_every_column(tmp_path: Path) -> None:
     assert (first.slide_id, first.path, first.patient_id, first.grade) == ("S_1", tmp_path / "a.svs", "P1", 4)
     assert (first.site, first.scanner, first.stain, first.block) == ("lab", "x", "he", "B2")
     assert (first.mpp, first.split, first.reader_grades) == (0.5, "train", (4, 3))
+    assert first.readers == (1, 2)
     assert (second.path, second.grade, second.mpp) == (tmp_path / "b.svs", None, None)
     assert second.reader_grades == (None, None)
 

@@ -8,7 +8,7 @@ from importlib import resources
 
 import numpy as np
 
-from slidetl.compare.aggregate import PLACES
+from slidetl.compare.aggregate import PLACES, Part
 from slidetl.compare.report.document import Document, Section
 from slidetl.compare.report.view import NAMES, View
 from slidetl.compare.table import NONE, Table, format_cell, format_range
@@ -73,6 +73,14 @@ def _values(view: View) -> dict[str, str]:
         )
     if view.own_choices:
         choices += f"; in folds of the training part's patients: {', '.join(view.own_choices)}"
+    all_slides, trained, tested, outside = (
+        result.parts[part] for part in ("all", "train", "test", "external")
+    )
+    sources = _counted(all_slides)
+    if tested.slides < all_slides.slides:  # else each slide is tested once
+        sources += f": {_counted(trained)} to train on, {_counted(tested)} to test"
+    if outside.slides:
+        sources += f", {_counted(outside)}, for evaluation alone"
     site = protocol.external_site
     updates = []
     if any(arm.untempered is not None for arm in result.arms):
@@ -89,6 +97,8 @@ def _values(view: View) -> dict[str, str]:
         "over_folds": "yes" if any(pair.corrected_t for pair in pairs) else "",
         "robustness": "; ".join(robust),
         "places": " and ".join(place for place in PLACES if result.places[place]),
+        "sources": sources,
+        "prepared": ", ".join(result.prepared),
         "version": VERSION,
         "parts": parts,
         "audited": f"a patient or a slide's content on both sides{alike} would have stopped the run",
@@ -97,6 +107,12 @@ def _values(view: View) -> dict[str, str]:
         ),
         "sizes": f"{format_range(train)} slides to train on and {format_range(test)} to test in each fold",
         "reached": "; ".join(
-            f"{arm.arm} {NAMES[metric]} {format_cell(arm.metrics[metric])}" for arm in view.arms
+            f"{arm.arm} {NAMES[metric]} {format_cell(arm.metrics[metric], view.form)}" for arm in view.arms
         ),
     }
+
+
+def _counted(part: Part) -> str:
+    """Counts the slides, patients and sites of a part, in words."""
+    sites = f" at {len(part.sites)} site{'s' * (len(part.sites) > 1)}" if part.sites else ""
+    return f"{part.slides} slides of {part.patients} patients{sites}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -136,8 +137,11 @@ def renderer(view: View, tables: Mapping[str, Table]) -> Callable[..., str]:
         "curve_part": held_out if view.protocol.is_nested else "the test parts, which chose nothing",
         "plateau": f"{PLATEAU:g}",
         "risk": RISK,
-        # the least upper bound for so many patients, all graded right, at one of the curve's points
-        "least_risk": 1 - ((1 - referral_level) / REFERRAL_POINTS) ** (1 / view.n_patients),
+        # the least upper bound for so many patients, all graded right, at one of the curve's points; above it
+        "least_risk": math.ceil(
+            1000 * (1 - ((1 - referral_level) / REFERRAL_POINTS) ** (1 / view.n_patients))
+        )
+        / 1000,
     }
 
     def say(template: str, **more: str) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from slidetl.compare.aggregate import ArmResult, PairedDifference, Place
 from slidetl.compare.config import LENGTH, METRICS, MetricName
 from slidetl.compare.learning import CurveMetric
-from slidetl.compare.report.view import COLOURS, NAMES, View
+from slidetl.compare.report.view import COLOURS, NAMES, View, form_of
 from slidetl.compare.table import Table, format_percent, format_range
 from slidetl.evaluation.calibration import is_at_bound
 from slidetl.evaluation.conformal import RiskCoverage, referral_rule
@@ -28,13 +28,6 @@ _BASELINES = {
     "colour_area": "mean colour and tissue area; the best of three classifiers",
     "collagen": "area stained as collagen, by colour deconvolution; the best of three classifiers",
 }
-_DIFFERENCE: tuple[str | tuple[str, str], ...] = (
-    ("Difference", "+.2f"),
-    ("p, sign flips", "p"),
-    ("p, after Holm", "p"),
-    ("Difference over folds", "+.2f"),
-    ("p, corrected t", "p"),
-)
 _GRADED: tuple[MetricName, ...] = ("qwk", "accuracy")
 _SOFTWARE = ("torch", "pytorch-lightning", "timm", "scikit-learn", "scipy", "numpy")
 _95 = "95\N{NO-BREAK SPACE}%"
@@ -46,7 +39,7 @@ def tables_of(view: View) -> dict[str, Table]:
     primary = view.comparison.primary
     return {
         "metrics": Table(
-            ("Arm", *(NAMES[name] if name != "rps" else (NAMES[name], ".3f") for name in METRICS)),
+            ("Arm", *((NAMES[name], form_of(name)) for name in METRICS)),
             [(arm.arm, *(arm.metrics[name] for name in METRICS)) for arm in view.arms],
             strong=(primary.arm, primary.against),
         ),
@@ -76,11 +69,11 @@ def tables_of(view: View) -> dict[str, Table]:
         ),
         "differences": _differences(view),
         "smaller_differences": Table(
-            ("Arm", "Training slides", *_DIFFERENCE),
+            ("Arm", "Training slides", *_difference_columns(view)),
             [(pair.arm, pair.n_slides, *_difference(pair)) for pair in result.smaller_differences],
         ),
         "chance": Table(
-            ("Arm", view.metric, "Refits", ("p", "p")),
+            ("Arm", (view.metric, view.form), "Refits", ("p", "p")),
             [
                 (arm.arm, arm.metrics[primary.metric], arm.n_permuted, arm.chance_p)
                 for arm in view.arms
@@ -125,7 +118,13 @@ def tables_of(view: View) -> dict[str, Table]:
         "reader_agreement": Table(
             ("Readers", view.units, "QWK", "Kappa", "Equal grades"),
             [
-                (f"{_reader(two.first)} and {_reader(two.second)}", two.n, two.qwk, two.kappa, two.accuracy)
+                (
+                    f"{result.reader(two.first)} and {result.reader(two.second)}",
+                    two.n,
+                    two.qwk,
+                    two.kappa,
+                    two.accuracy,
+                )
                 for two in result.readers
             ],
         ),
@@ -136,7 +135,7 @@ def tables_of(view: View) -> dict[str, Table]:
             ),
             [
                 (
-                    *(arm.arm, _reader(one.reader), one.model.n, one.model.qwk, one.model.accuracy),
+                    *(arm.arm, result.reader(one.reader), one.model.n, one.model.qwk, one.model.accuracy),
                     *(one.n_shared or None, one.peer_qwk, one.qwk_less_peers),
                 )
                 for arm in view.serious
@@ -210,7 +209,10 @@ def forest(view: View) -> Table:
     if view.result.primary is not None:
         pairs[primary.arm] = view.result.primary.interval
     return Table(
-        ("Arm", view.metric, (f"difference in {view.metric}, arm minus {primary.against}", "+.2f")),
+        (
+            *("Arm", (view.metric, view.form)),
+            (f"difference in {view.metric}, arm minus {primary.against}", f"+{view.form}"),
+        ),
         [(arm.arm, arm.metrics[primary.metric], pairs.get(arm.arm)) for arm in view.arms],
     )
 
@@ -235,7 +237,17 @@ def _differences(view: View) -> Table:
     pairs = sorted(view.result.differences, key=lambda pair: order.index(pair.arm))
     pairs = [*([declared] if declared else []), *pairs]
     strong = (declared.arm,) if declared else ()
-    return Table(("Arm", *_DIFFERENCE), [(pair.arm, *_difference(pair)) for pair in pairs], strong)
+    return Table(
+        ("Arm", *_difference_columns(view)), [(pair.arm, *_difference(pair)) for pair in pairs], strong
+    )
+
+
+def _difference_columns(view: View) -> tuple[tuple[str, str], ...]:
+    signed = f"+{view.form}"
+    return (
+        *(("Difference", signed), ("p, sign flips", "p"), ("p, after Holm", "p")),
+        *(("Difference over folds", signed), ("p, corrected t", "p")),
+    )
 
 
 def _difference(pair: PairedDifference) -> tuple[Any, ...]:
@@ -311,14 +323,12 @@ def _referral_rules(view: View) -> Table:
 
     def cell(curve: RiskCoverage, risk: float) -> str:
         rule = referral_rule(curve, risk)
-        return f"{format_percent(rule.coverage)}, from {rule.confidence:.2f} up" if rule else "none"
+        return f"{format_percent(rule.coverage)}, from {rule.confidence:.6g} up" if rule else "none"
 
     rows = [(arm.arm, *(cell(arm.referral, risk) for risk in risks)) for arm in view.serious]
-    return Table(("Arm", *(f"at most {format_percent(risk)} of patients wrong" for risk in risks)), rows)
-
-
-def _reader(number: int | None) -> str:
-    return "consensus" if number is None else f"reader {number + 1}"
+    return Table(
+        ("Arm", *(f"at most {100 * risk:g}\N{NO-BREAK SPACE}% of patients wrong" for risk in risks)), rows
+    )
 
 
 def _places_by_grade(view: View, name: Place) -> Table:

@@ -24,12 +24,18 @@ NAMES: dict[MetricName, str] = {
     "rps": "RPS",
     "log_loss": "Log loss",
 }
+_FINE: tuple[MetricName, ...] = ("rps", "log_loss")  # small numbers: a digit more
 # Okabe and Ito, "Color universal design" (2008), without yellow, which is too pale for lines.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _LINES = ("-", (0, (5, 1.5)), (0, (1, 1)))
 GREY = "#7A828B"
 COLOURS = ("colour_area", "collagen")  # baselines that choose their classifier
+
+
+def form_of(metric: MetricName) -> str:
+    """Returns the format of the values of a metric, and with ``+`` before it of their differences."""
+    return ".3f" if metric in _FINE else ".2f"
 
 
 @dataclass(frozen=True)
@@ -170,6 +176,11 @@ class View:
         return NAMES[self.comparison.primary.metric]
 
     @property
+    def form(self) -> str:
+        """Format of the metric of the primary comparison."""
+        return form_of(self.comparison.primary.metric)
+
+    @property
     def swapped(self) -> str:
         """Predictions that the sign flips swap: those that the metric judges."""
         return "probabilities" if self.comparison.primary.metric in ("rps", "log_loss") else "grades"
@@ -191,14 +202,16 @@ class View:
     @property
     def dead(self) -> tuple[str, ...]:
         """Trained arms of which a training gave all the slides it tested the same probabilities."""
-        trained = (arm for arm in self.arms if self.comparison.arms[arm.arm].fit is not None)
+        trained = (
+            arm for arm in (*self.arms, *self.result.smaller) if self.comparison.arms[arm.arm].fit is not None
+        )
         return tuple(arm.label for arm in trained if arm.untold)
 
     @property
     def pointlike(self) -> tuple[str, ...]:
-        """Arms with an interval of a single point."""
-        intervals = ((arm.label, found) for arm in self.arms for found in arm.metrics.values())
-        return tuple(dict.fromkeys(label for label, found in intervals if found.high - found.low < 1e-12))
+        """Arms with a metric that is the same in all resamples."""
+        arms = (*self.arms, *self.result.smaller)
+        return tuple(arm.label for arm in arms if any(found.is_point for found in arm.metrics.values()))
 
     @property
     def equivalent(self) -> bool:
@@ -268,8 +281,24 @@ class View:
 
     @property
     def n_sites(self) -> int:
-        """Number of sites, without the empty name."""
-        return len({row.site for row in self.result.rows} - {""})
+        """Number of named sites with tested slides."""
+        return len(self.result.parts["test"].sites)
+
+    @property
+    def unseen_sites(self) -> tuple[str, ...]:
+        """Named sites that are tested, and that no fold has on both sides."""
+        return tuple(site for site in self.result.parts["test"].sites if site not in self.result.shared_sites)
+
+    @property
+    def one_source(self) -> bool:
+        """True if training and test slides are of the same sites, or assigned to their parts by lot.
+
+        A given split of slides without sites may be of one source or of two: it is not known.
+        """
+        if self.protocol.leave_one_site_out or self.protocol.external_site:
+            return False
+        shared = self.result.shared_sites
+        return not self.protocol.given_split or all(row.site in shared for row in self.result.rows)
 
     @property
     def unit(self) -> str:
