@@ -93,6 +93,21 @@ def test_from_a_folder_of_slides_to_the_pages_of_new_ones(tmp_path: Path) -> Non
         visit.wait_for_jobs()
         page.get_by_text("Exported as ridge-1.pt").wait_for()
 
+        visit.go("Labels")
+        patient = page.get_by_label("Patient of slide-03")
+        before = patient.input_value()
+        for text in ("another", before):
+            patient.fill(text)
+            page.get_by_role("button", name="Save the labels").click()
+            page.get_by_text("Saved: no fault found.").wait_for()
+            visit.go("Model")
+            doubt = page.get_by_text(
+                "1 slides have another patient or grade now than in this training: slide-03"
+            )
+            assert doubt.is_visible() == (text != before)
+            visit.picture(f"model-{text}")
+            visit.go("Labels")
+
         visit.go("Grade")
         page.get_by_role("link", name="study").click()
         page.get_by_role("link", name="new").click()
@@ -156,6 +171,11 @@ def test_a_training_is_stopped_and_resumed_by_a_restarted_server(tmp_path: Path)
         assert page.locator(".job.running").count() == 1
         page.get_by_role("button", name="Stop Training warm-1").click()
         page.locator(".job.stopped").wait_for()
+        visit.go("Labels")  # it goes on with the labels that it has
+        page.get_by_label("Patient of slide-03").fill("another")
+        page.get_by_role("button", name="Save the labels").click()
+        page.get_by_text("Saved: no fault found.").wait_for()
+        visit.go("Train")
         epochs = int(re.search(r"(\d+) of 500", page.locator("body").inner_text() + " 0 of 500")[1])  # type: ignore[index]
         page.get_by_role("button", name="Resume Training warm-1").click()
         page.locator(".job.running", has_text="of 500 epochs").wait_for()
