@@ -97,7 +97,8 @@ class TaskHeads(nn.Module):
         """Returns the outcome of each task on one slide, from logits (B = 1) and the labels of its chunks."""
         found = {}
         for task, head in self._each():
-            told = [torch.as_tensor(chunk[task.name]).reshape(-1).cpu().numpy() for chunk in chunks]
+            kind = torch.float64 if task.numeric else torch.int64  # in float32, 12.3 would be another number
+            told = [np.atleast_1d(torch.as_tensor(chunk[task.name], dtype=kind).cpu()) for chunk in chunks]
             rows = logits[task.name].flatten(0, -2)
             predicted = head.probabilities(rows) if isinstance(head, Head) else head.values(rows)
             labels = np.concatenate(told if task.of_tiles else told[:1])

@@ -26,6 +26,8 @@ from slidetl.training.predictions import write_predictions
 
 _NUMBER_COLUMNS = ("slide_id", "patient_id", "value", "predicted", "checkpoint", "fingerprint", "reason")
 
+_COLUMNS_OF_ALL = {*_NUMBER_COLUMNS} - {"value", "predicted"}
+
 
 class ResultFiles(pl.Callback):
     """Writes into ``test`` and ``predict`` below ``trainer.default_root_dir``."""
@@ -61,7 +63,11 @@ class ResultFiles(pl.Callback):
 
 
 def _write_tables(folder: Path, slides: Sequence[GradedSlide], tasks: Iterable[Task]) -> None:
-    """Writes a table for the grade, and one for each further slide-level task."""
+    """Writes a table for the grade, and one for each further slide-level task; removes earlier ones."""
+    for path in folder.glob("predictions-*.csv"):  # of tasks that may be no more
+        with path.open(encoding="utf-8", errors="replace") as file:
+            if set(file.readline().rstrip("\n").split(",")) >= _COLUMNS_OF_ALL:
+                path.unlink()
     write_predictions(folder / "predictions.csv", [slide.prediction for slide in slides])
     for task in tasks:
         if task.numeric:

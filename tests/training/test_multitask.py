@@ -22,10 +22,11 @@ from slidetl.evaluation.metrics import NumberMetrics, grade_metrics
 from slidetl.models.heads import CrossEntropy, CumulativeLink
 from slidetl.publish.model_file import load_model
 from slidetl.training.checkpoint import load_grader
+from slidetl.training.evaluation import GradedSlide
 from slidetl.training.grader import SlideGrader
 from slidetl.training.multitask import TaskHeads, TaskOutcome, task_metrics
-from slidetl.training.outputs import _number_intervals
-from slidetl.training.predictions import read_predictions
+from slidetl.training.outputs import _number_intervals, _write_tables
+from slidetl.training.predictions import SlidePrediction, read_predictions
 from tests.conftest import Study
 from tests.data.test_datamodule import rewrite
 from tests.small import small_spec
@@ -151,6 +152,24 @@ def test_readers_share_the_target_and_numbers_are_standardised() -> None:
     ]
     assert task_metrics(size, outcomes) == NumberMetrics(2, 2.0, 5**0.5)
     assert task_metrics(size, outcomes[1:2]) is None
+
+
+def test_a_true_number_keeps_its_digits_and_tables_of_earlier_tasks_go(tmp_path: Path) -> None:
+    size, gone = Task("size", "size_mm", numeric=True), Task("gone", "gone", ("a", "b"))
+    heads = TaskHeads([size, gone], tile_features=2, slide_features=2)
+    with torch.no_grad():
+        logits = heads(torch.zeros(1, 1, 2), torch.zeros(1, 2))
+    prediction = SlidePrediction("s", "p", 1, (0.25, 0.75), 1)
+    slide = GradedSlide(prediction, heads.outcomes(logits, [{"size": 12.3, "gone": 1}]))
+    own = tmp_path / "predictions-and-more.csv"
+    own.write_text("slide_id,patient_id,note\ns,p,mine\n")
+    _write_tables(tmp_path, [slide], [size, gone])
+    with (tmp_path / "predictions-size.csv").open(newline="") as file:
+        assert [row["value"] for row in csv.DictReader(file)] == ["12.3"]
+    (row,) = read_predictions(tmp_path / "predictions-gone.csv")
+    assert row.grade == 1
+    _write_tables(tmp_path, [slide], [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [own.name, "predictions.csv"]
 
 
 @pytest.mark.slow
