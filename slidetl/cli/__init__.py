@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -84,10 +84,6 @@ NETWORK_COMMANDS = {
 _TRAINS_HERE = {*TRAINING_COMMANDS, "federate"}  # by Lightning, in the process of the command
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a training as Ctrl-C does: Lightning's own way has exit code 0."""
-
-
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one command.
 
@@ -115,8 +111,8 @@ def main(args: Sequence[str] | None = None) -> int:
 def _run(command: str, words: list[str], debug: bool) -> int:
     """Runs one command, and reports its end to the status file."""
     try:
-        with _interrupted_by_sigterm(command in _TRAINS_HERE):
-            code = _exit_code(command, words, debug)
+        with _interrupted_by_sigterm(command in _TRAINS_HERE) as was_terminated:
+            code = _exit_code(command, words, debug, was_terminated)
     except SystemExit as end:
         show_end(end.code if isinstance(end.code, int) else 0 if end.code is None else 1)
         raise
@@ -125,11 +121,17 @@ def _run(command: str, words: list[str], debug: bool) -> int:
 
 
 @contextmanager
-def _interrupted_by_sigterm(trains: bool) -> Iterator[None]:
-    """Raises :class:`_Terminated` in a training on the first SIGTERM; other commands die of it at once."""
+def _interrupted_by_sigterm(trains: bool) -> Iterator[Callable[[], bool]]:
+    """Ends a training on the first SIGTERM as Ctrl-C does, since Lightning's own way has exit code 0.
+
+    Other commands die of it at once.
+
+    Yields:
+        Tells whether SIGTERM has come. The exception alone does not: raised within a ``__del__`` it is lost.
+    """
     mine = threading.current_thread() is threading.main_thread()
     if not (trains and mine and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL):
-        yield
+        yield lambda: False
         return
     is_ending = False
 
@@ -137,23 +139,23 @@ def _interrupted_by_sigterm(trains: bool) -> Iterator[None]:
         nonlocal is_ending
         if not is_ending:  # timeout(1) sends it twice
             is_ending = True
-            raise _Terminated
+            raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, end)  # Lightning calls it after its own
     try:
-        yield
+        yield lambda: is_ending
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _interruption(error: BaseException | None) -> KeyboardInterrupt | None:
-    """Finds the interruption that led to an exception, as Lightning's exit or the death of a worker."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
+def _led_to(error: BaseException | None) -> Iterator[BaseException]:
+    """Lists an exception and what led to it: to Lightning's exit, or the death of a worker."""
+    while error is not None:
+        yield error
         error = error.__context__
-    return error
 
 
-def _exit_code(command: str, words: list[str], debug: bool) -> int:
+def _exit_code(command: str, words: list[str], debug: bool, was_terminated: Callable[[], bool]) -> int:
     if command in NETWORK_COMMANDS:
         prepare_for_networks()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a letter missing in the terminal must not end a run
@@ -170,10 +172,11 @@ def _exit_code(command: str, words: list[str], debug: bool) -> int:
         code: int = options.run(options)
         return code
     except BaseException as error:  # other than mistakes and lack of memory: a bug, with its traceback
-        if (interruption := _interruption(error)) is not None:
-            notes = getattr(interruption, "__notes__", [])
+        led = list(_led_to(error))
+        if was_terminated() or any(isinstance(one, KeyboardInterrupt) for one in led):
+            notes = dict.fromkeys(note for one in led for note in getattr(one, "__notes__", []))
             print("; ".join(["slidetl: interrupted", *notes]), file=sys.stderr)
-            return 143 if isinstance(interruption, _Terminated) else 130
+            return 143 if was_terminated() else 130
         if isinstance(error, BrokenPipeError):  # the reader of our output went away, e.g. `| head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141

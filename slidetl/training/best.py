@@ -191,7 +191,8 @@ class LastCheckpoint(ModelCheckpoint):
     ) -> None:
         """Notes in an interruption how to resume."""
         super().on_exception(trainer, pl_module, exception)
-        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and self.best_model_path:
+        is_interrupted = isinstance(exception, KeyboardInterrupt) or trainer.received_sigterm
+        if is_interrupted and trainer.is_global_zero and self.best_model_path:
             exception.add_note(f"resume with --ckpt_path {self.best_model_path}")
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -221,3 +222,26 @@ def test_nothing_asks_the_network_for_news() -> None:
         "    assert os.environ[name] == '1'"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_training_that_loses_the_exception_of_sigterm_is_interrupted_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python drops an exception within a ``__del__``, such as that of a loader whose epoch has ended."""
+
+    class Loader:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def run(*_: object) -> int:
+        loader = Loader()
+        del loader
+        error = RuntimeError("DataLoader worker is killed by signal: Terminated.")
+        error.add_note("resume with --ckpt_path last.ckpt")
+        raise error
+
+    monkeypatch.setattr("slidetl.cli.training.run", run)
+    assert main(["fit"]) == 143
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "slidetl: interrupted; resume with --ckpt_path last.ckpt"

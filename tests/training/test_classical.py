@@ -161,7 +161,8 @@ def test_features_of_two_networks_are_not_mixed(stored: Study, tmp_path: Path) -
     other = FeatureSource("net", "", "b" * 64, (0, 0, 0), (1, 1, 1))
     write_features(cache, {"told": (other, read_features(cache, "told"))})
     with pytest.raises(
-        CacheMismatchError, match=r"'told' of slide-03 are of another network or other weights \(net, b+\.\.\.\)"
+        CacheMismatchError,
+        match=r"'told' of slide-03 are of another network or other weights \(net, b+\.\.\.\)",
     ):
         fit_pooled(FeatureStudy(stored.manifest, stored.cache, ("told",)), tmp_path / "out")
     with pytest.raises(CacheMissingError, match="there are: noise, told"):
