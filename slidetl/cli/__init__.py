@@ -139,6 +139,7 @@ def _interrupted_by_sigterm(trains: bool) -> Iterator[Callable[[], bool]]:
         nonlocal is_ending
         if not is_ending:  # timeout(1) sends it twice
             is_ending = True
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader's workers may die of it, too
             raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, end)  # Lightning calls it after its own

@@ -242,6 +242,10 @@ def test_a_training_that_loses_the_exception_of_sigterm_is_interrupted_all_the_s
         raise error
 
     monkeypatch.setattr("slidetl.cli.training.run", run)
-    assert main(["fit"]) == 143
+    of_children = signal.getsignal(signal.SIGCHLD)
+    try:
+        assert main(["fit"]) == 143
+    finally:
+        signal.signal(signal.SIGCHLD, of_children)
     said = capsys.readouterr().err.splitlines()[-1]
     assert said == "slidetl: interrupted; resume with --ckpt_path last.ckpt"
