@@ -418,5 +418,5 @@ def test_regions_drawn_in_qupath(
         and "1 of 2 slides have no file of annotations: B;" in said
     )
     assert main([*words, str(tmp_path / "none"), "--regions-share", "0.5"]) == 2
-    assert "need --regions DIR" in capsys.readouterr().err
+    assert "would have no effect without --regions DIR" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
