@@ -29,7 +29,15 @@ from slidetl.slides.ngff import is_ngff, read_ngff
 from slidetl.slides.npz import NpzItem
 from slidetl.slides.ome import OmeImage, choose_channels, is_ome, note_of_others, read_ome
 from slidetl.slides.spacing import PRINTER_UM, Pair, settle_spacing
-from slidetl.slides.tiff import GENERIC_TIFF, NO_PICTURE, PLAIN_TIFFS, is_damaged_jpeg, is_plain, is_tiff
+from slidetl.slides.tiff import (
+    GENERIC_TIFF,
+    NO_PICTURE,
+    PLAIN_TIFFS,
+    decode_sound_jpeg,
+    is_damaged_jpeg,
+    is_plain,
+    is_tiff,
+)
 from slidetl.slides.turn import ReadPixels, Turn
 
 IMAGE_SUFFIXES = frozenset([".png", ".jpg", ".jpeg", ".bmp"])
@@ -477,10 +485,13 @@ class _Tiff:
         if data:
             samples = int(page.samplesperpixel) if int(page.planarconfig) == 1 else 1
             check_declared(int(page.compression), data, page.jpegtables, math.prod(page.chunks) // samples)
-            if _is_damaged(page, data, samples):
-                raise ValueError(f"it is damaged; {_AGAIN}")
-            decoded, _, shape = page.decode(data, index, jpegtables=page.jpegtables)
-            piece = None if decoded is None else decoded[0, : shape[1], : shape[2]]
+            try:
+                piece = _decode_sound(page, data, samples)
+            except ValueError as error:
+                raise ValueError(f"it is damaged; {_AGAIN}") from error
+            if piece is None:
+                decoded, _, shape = page.decode(data, index, jpegtables=page.jpegtables)
+                piece = None if decoded is None else decoded[0, : shape[1], : shape[2]]
         self._kept[key] = piece
         self._kept_bytes += 0 if piece is None else piece.nbytes
         while self._kept_bytes > _KEPT_BYTES and len(self._kept) > 1:
@@ -530,12 +541,23 @@ class _Tiff:
         return pixels[..., : n_colours + has_alpha]
 
 
-def _is_damaged(page: Any, data: bytes, samples: int) -> bool:
-    """Tells if a strip or tile is damaged, where its decoder might show it all the same."""
-    if int(page.compression) in JPEG_2000:
-        return data.startswith(_CODESTREAM) and not data.rstrip(b"\0").endswith(_END_OF_CODESTREAM)
-    is_known = int(page.compression) == _JPEG_COMPRESSION and page.dtype == np.uint8 and samples in (1, 3)
-    return is_known and is_damaged_jpeg(data, page.jpegtables)
+def _decode_sound(page: Any, data: bytes, samples: int) -> NDArray[np.uint8] | None:
+    """Decodes a strip or tile of the usual colours in JPEG, ``[h, w, 3]``; others are left to tifffile.
+
+    Raises:
+        ValueError: if it is damaged, and its decoder might show it all the same.
+    """
+    compression = int(page.compression)
+    if compression in JPEG_2000 and data.startswith(_CODESTREAM):
+        if not data.rstrip(b"\0").endswith(_END_OF_CODESTREAM):
+            raise ValueError("its codestream has no end")
+    elif compression == _JPEG_COMPRESSION and page.dtype == np.uint8 and samples in (1, 3):
+        if (int(page.photometric), samples) == (_YCBCR, 3):
+            pixels = decode_sound_jpeg(data, page.jpegtables)
+            return pixels if pixels is not None and pixels.shape == tuple(page.chunks) else None
+        if is_damaged_jpeg(data, page.jpegtables):
+            raise ValueError("it does not decode completely")
+    return None
 
 
 def _number(text: Any) -> float:

@@ -45,7 +45,7 @@ _MAX_DESCRIPTION_BYTES = 2**16
 # ITU-T T.81, table B.1.
 _SOI, _EOI = b"\xff\xd8", b"\xff\xd9"
 _CODES = 17  # bytes of a Huffman table before its symbols, those with the shortest codes first
-_EIGHTH = 8  # least of libjpeg's reductions, which spares the arithmetic, not the reading
+_EIGHTH = 8  # least of libjpeg's reductions
 _DHT, _SOF0, _RST0, _SOS, _DQT, _DRI, _COM = 0xC4, 0xC0, 0xD0, 0xDA, 0xDB, 0xDD, 0xFE
 
 # One read takes adjacent tiles, with gaps up to this size. Larger reads are slower: for each of them the
@@ -185,6 +185,29 @@ def is_damaged_jpeg(data: bytes, tables: bytes | None = None) -> bool:
         data: the JPEG, of 8 bits, and one component or three.
         tables: the stream of tables shared with others, if there is one (TIFF technical note 2).
     """
+    try:
+        decode_sound_jpeg(data, tables, least_factor=_EIGHTH)
+    except ValueError:
+        return True
+    return False
+
+
+def decode_sound_jpeg(
+    data: bytes, tables: bytes | None = None, least_factor: int = 1
+) -> NDArray[np.uint8] | None:
+    """Decodes a JPEG to RGB, ``[h, w, 3]``, its colours as libjpeg guesses them.
+
+    Args:
+        data: the JPEG, of 8 bits, and one component or three.
+        tables: the stream of tables shared with others, if there is one (TIFF technical note 2).
+        least_factor: 8 for a picture of an eighth, which spares the arithmetic, not the reading.
+
+    Returns:
+        None if the header is unknown.
+
+    Raises:
+        ValueError: if it does not decode completely.
+    """
     # Imported here: most commands need no decoder.
     import simplejpeg
 
@@ -193,12 +216,12 @@ def is_damaged_jpeg(data: bytes, tables: bytes | None = None) -> bool:
     try:
         simplejpeg.decode_jpeg_header(jpeg)
     except (ValueError, KeyError):  # left to the decoder of its pixels; KeyError for an unknown subsampling
-        return False
-    try:
-        simplejpeg.decode_jpeg(jpeg, min_width=1, min_height=1, min_factor=_EIGHTH, strict=True)
-    except ValueError:
-        return True
-    return _has_hole(jpeg)
+        return None
+    size = {"min_width": 1, "min_height": 1, "min_factor": least_factor} if least_factor > 1 else {}
+    pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(jpeg, strict=True, **size)
+    if _has_hole(jpeg):
+        raise ValueError("zeros interrupt its compressed data")
+    return pixels
 
 
 def _has_hole(jpeg: bytes) -> bool:

@@ -257,6 +257,18 @@ def test_damage_within_costs_the_region_only(tmp_path: Path) -> None:
         assert np.array_equal(slide.read((128, 0), (64, 64), 1.0), picture[:64, 128:192])
 
 
+@pytest.mark.parametrize("subsampling", [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize("pieces", [{"tile": (64, 64)}, {"rowsperstrip": 48}])
+def test_jpegs_are_decoded_as_tifffile_decodes_them(
+    tmp_path: Path, subsampling: tuple[int, int], pieces: dict[str, Any]
+) -> None:
+    path = tmp_path / "a.ome.tif"
+    kind: dict[str, Any] = {"photometric": "ycbcr", "compression": "jpeg", "subsampling": subsampling}
+    tifffile.imwrite(path, noise(150, 170), metadata={"axes": "YXS"}, **pieces, **kind)
+    with RasterSlide(path, 0.5) as slide:
+        assert np.array_equal(slide.read((0, 0), (170, 150), 0.5), tifffile.imread(path))
+
+
 @pytest.mark.parametrize("form", ["tiles", "strips", "grey", "jpeg", "jpeg2000"])
 def test_damage_that_decoders_show_is_refused(tmp_path: Path, form: str) -> None:
     picture = np.kron(noise(52, 52), np.ones((5, 5, 1), np.uint8))[:256, :256]
