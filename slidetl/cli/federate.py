@@ -15,8 +15,8 @@ def federate(*, config: Path, output: Path, simulate: bool = False, kit: Path | 
         config: the federation (YAML); configs/federated/averaged.yaml and others come with slidetl.
         output: folder for the rounds, the logs and the checkpoints.
         simulate: run server and sites in NVFlare's simulator on this machine, a process each.
-        kit: an administrator's folder of 'nvflare provision', to run on its server and sites; the output is
-            then an absolute path on the server.
+        kit: an administrator's folder of 'python -m slidetl.federation.provision', to run on its server and
+            sites; the output is then an absolute path on the server.
     """
     from slidetl.cli.shipped import find_config
     from slidetl.errors import UsageError, refuse_unused

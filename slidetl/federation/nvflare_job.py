@@ -60,7 +60,7 @@ def submit(federation: Federation, output: Path, kit: Path, say: Callable[[str],
     Args:
         federation: its sites have the places of their slides themselves.
         output: folder for the rounds, absolute, on the server.
-        kit: folder of the administrator, of ``nvflare provision``; it has the name of the user.
+        kit: folder of the administrator, of :mod:`slidetl.federation.provision`; it has the name of the user.
         say: called with each new line of the rounds.
 
     Returns:

@@ -32,8 +32,8 @@ class GradeOptions:
         batch_size: tiles per forward pass; by default 16 on a CPU (more cost memory and gain nothing), else
             256, and fewer if the GPU has too little memory.
         precision: number format of the backbone's forward pass; auto is float32 on a CPU, and on a GPU
-            bfloat16 if the model file was compared with its checkpoint in it on a GPU, by the export. On a
-            GPU float32 is float32, without TF32.
+            that computes in bfloat16, that if the model file was compared with its checkpoint in it on a GPU,
+            by the export. On a GPU float32 is float32, without TF32.
         devices: number of GPUs to share the slides, one process each; on a CPU, processes.
         profile: print tiles per second with everything on, and of the network alone.
 

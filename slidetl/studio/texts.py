@@ -9,7 +9,7 @@ TEXTS: Mapping[str, str] = {
     "app.name": "slidetl studio",
     "app.disclaimer": "For research; not a medical device.",
     "app.skip": "Skip to the content",
-    "app.local": "Everything stays on this machine.",
+    "app.local": "Nothing leaves this machine unless you publish a model to a bucket.",
     "nav.steps": "Steps of the project",
     "nav.slides": "Slides",
     "nav.labels": "Labels",

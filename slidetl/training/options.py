@@ -20,8 +20,8 @@ class EmbedOptions:
         slides: identifiers of the slides to embed, instead of all in the cache.
         batch_size: tiles per forward pass; by default 128, of volumes 16.
         device: auto takes a GPU if there is one.
-        precision: number format of the forward pass; auto is bfloat16 on a GPU, else float32. Features are
-            stored in float16.
+        precision: number format of the forward pass; auto is bfloat16 on a GPU that computes in it, else
+            float32. Features are stored in float16.
         devices: number of GPUs, one process each, to share the slides; on a CPU, number of processes.
         overwrite: replace stored features of the same name, even from other weights.
         profile: print tiles per second with everything on, and of the network alone, of one process.
