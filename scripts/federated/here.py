@@ -17,12 +17,10 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import MappingProxyType
 
-import yaml
-
 from slidetl.cli import main as slidetl
 from slidetl.cli.shipped import find_config
 from slidetl.federation.config import read_federation
-from slidetl.federation.engine import SITE_FILE, check_places, marked_process
+from slidetl.federation.engine import SITE_FILE, check_places, marked_process, write_site
 from slidetl.federation.provision import ADMIN, provision
 
 _START_SECONDS = 180.0
@@ -51,11 +49,7 @@ def run_here(config: Path, output: Path, of_server: Mapping[str, str] = MappingP
         _wait_for(engine / "server.txt", "Server started", processes["localhost"])
         for name, site in federation.sites.items():
             place = engine / f"{name}.yaml"
-            values = {
-                "manifest": str(Path(site.manifest).absolute()),
-                "cache": str(Path(site.cache).absolute()),
-            }
-            place.write_text(yaml.safe_dump({**values, "folder": str(output / "sites" / name)}))
+            write_site(place, site, output / "sites" / name)
             words = [f"{run}.client.client_train", "-m", str(kits[name]), "-s", "fed_client.json"]
             started = _started(words, f"uid={name}", engine / f"{name}.txt", {SITE_FILE: str(place)})
             processes[name] = running.enter_context(started)

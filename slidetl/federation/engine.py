@@ -110,6 +110,17 @@ def read_site(name: str, federation: Federation) -> tuple[Site, Path]:
     return site, Path(str(values["folder"]))
 
 
+def write_site(path: Path, site: Site, folder: Path) -> None:
+    """Writes the file that :func:`read_site` reads, of a site with slides on this machine."""
+    values = {
+        "manifest": str(Path(site.manifest).absolute()),
+        "cache": site.cache if "://" in site.cache else str(Path(site.cache).absolute()),
+        "folder": str(folder),
+        "split_from": site.split_from,
+    }
+    write_whole(path, yaml.safe_dump(values))
+
+
 def run_baseline(federation: Federation, output: Path, report: Report) -> dict[str, dict[str, Any]]:
     """Trains each site alone (``local``), or all slides in one place (``pooled``).
 
@@ -165,14 +176,7 @@ def _simulate(federation: Federation, output: Path, report: Report) -> dict[str,
     engine, places = output / "engine", output / "engine" / "sites"
     shutil.rmtree(engine, ignore_errors=True)
     for name, site in federation.sites.items():
-        folder = output / "sites" / name
-        values = {
-            "manifest": str(Path(site.manifest).absolute()),
-            "cache": site.cache if "://" in site.cache else str(Path(site.cache).absolute()),
-            "folder": str(folder),
-            "split_from": site.split_from,
-        }
-        write_whole(places / f"{name}.yaml", yaml.safe_dump(values))
+        write_site(places / f"{name}.yaml", site, output / "sites" / name)
     write_whole(engine / "federation.json", json.dumps(federation.to_dict()))
     (output / OUTCOME).unlink(missing_ok=True)
     threads = max(1, usable_cores() // len(federation.sites))

@@ -21,7 +21,7 @@ from slidetl.cli import main
 from slidetl.errors import FederationError, UsageError
 from slidetl.federation.config import Averaged, Federation, Site, read_federation
 from slidetl.federation.coordinator import SitesHere, run_rounds
-from slidetl.federation.engine import SITE_FILE, _read_outcome, marked_process, read_site
+from slidetl.federation.engine import SITE_FILE, _read_outcome, marked_process, read_site, write_site
 from slidetl.federation.participant import Participant
 from slidetl.federation.records import only_job, read_arrays
 from slidetl.federation.site import Parts
@@ -311,6 +311,16 @@ def running(script: Path) -> list[bytes]:
         with contextlib.suppress(OSError):
             commands.append(path.read_bytes())
     return [command for command in commands if command.endswith(f"\0{script}\0".encode())]
+
+
+@pytest.mark.parametrize("cache", ["/data/cache", "s3://bucket/cache"])
+def test_a_site_is_read_as_it_was_written(
+    three: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: str
+) -> None:
+    site = replace(three.sites["north"], manifest="/data/m.csv", cache=cache, split_from="external")
+    write_site(tmp_path / "north.yaml", site, tmp_path / "folder")
+    monkeypatch.setenv(SITE_FILE, str(tmp_path))
+    assert read_site("north", three) == (site, tmp_path / "folder")
 
 
 def test_the_file_of_a_site(three: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
