@@ -28,6 +28,7 @@ from slidetl.models.spec import CONV3D, PUBLISHED, BackboneSpec
 from slidetl.models.stored import NO_NETWORK, PREFIX, StoredFeatures
 from slidetl.models.tensors import check_finite, is_state, load_tensors
 from slidetl.models.volumes import Conv3dNetwork, inflate, inflate_kernel
+from slidetl.text import one_line
 from slidetl.tiles.grid import TileSpec
 
 # Named here, since TorchScript would parse the comment inside a function as a type comment.
@@ -443,10 +444,18 @@ def _is_json(value: object) -> bool:
 
 
 def _not_found(name: str, wanted: str, error: Exception) -> WeightsError:
-    return WeightsError(
-        f"{wanted} of {name!r} could not be downloaded or read ({type(error).__name__}); "
-        "without a network connection give local files: pretrained: PATH.safetensors, name: local-dir:FOLDER"
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
+
+    cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None  # it only names its own
+    found = cause or error
+    reason = f"{type(found).__name__}: {one_line(str(found))[:200]}"
+    remedy = (
+        "request access at the hub, then set HF_TOKEN to a token of that account"
+        if isinstance(error, GatedRepoError)
+        else "without a network connection give local files: pretrained: PATH.safetensors, "
+        "name: local-dir:FOLDER"
     )
+    return WeightsError(f"{wanted} of {name!r} could not be downloaded or read ({reason}); {remedy}")
 
 
 def _timm_network(name: str, spec: BackboneSpec, classes: int = 0, **options: Any) -> nn.Module:

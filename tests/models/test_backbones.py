@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, get_args
 
@@ -353,9 +355,55 @@ def test_without_a_connection_a_download_fails_in_one_line(
     backbone = Backbone(BackboneSpec("resnet18", "imagenet"))
     with pytest.raises(WeightsError, match="give local files: pretrained: PATH") as caught:
         backbone.load_pretrained()
-    assert "\n" not in str(caught.value)
+    assert "HF_HUB_OFFLINE" in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(WeightsError, match="the configuration of 'local-dir:/none' could not be"):
         Backbone(BackboneSpec("local-dir:/none"))
+
+
+class TestRefusedDownload:
+    @pytest.fixture
+    def no_network(self) -> None:
+        """Allows connections: the hub of these tests is on this machine."""
+
+    @pytest.mark.parametrize(
+        ("status", "header", "said"),
+        [
+            (
+                403,
+                "GatedRepo",
+                r"GatedRepoError: .*lab/gated.*; request access at the hub, then set HF_TOKEN",
+            ),
+            (407, "", r"Error: .*407.*; without a network connection give local files"),
+        ],
+    )
+    def test_says_why(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, header: str, said: str
+    ) -> None:
+        class Hub(BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                self.send_response(status)
+                self.send_header("X-Error-Code", header)
+                self.end_headers()
+
+            do_GET = do_HEAD
+
+            def log_message(self, *_: object) -> None:
+                return
+
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+        monkeypatch.setenv("NO_PROXY", "*")
+        with HTTPServer(("127.0.0.1", 0), Hub) as server:
+            address = f"http://127.0.0.1:{server.server_port}"
+            template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+            monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+            monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            try:
+                with pytest.raises(WeightsError, match=said) as caught:
+                    Backbone(BackboneSpec("hf-hub:lab/gated"))
+            finally:
+                server.shutdown()
+        assert "\n" not in str(caught.value)
 
 
 def test_transformers_are_built_as_asked() -> None:
