@@ -129,7 +129,12 @@ def own_error() -> Iterator[None]:
 
 
 def check_import(error: ArgumentError) -> None:
-    """Raises a UsageError if jsonargparse refused an import."""
+    """Raises a UsageError if jsonargparse refused an import, or an allowed module is not there."""
+    if missing := re.search(r"No module named '?(\w+)", str(error)):
+        raise UsageError(
+            f"there is no Python module {missing[1]!r}; install it, or set PYTHONPATH to the folder that "
+            "it is in"
+        ) from error
     if denied := re.search(r"Importing '(.+?)' is not allowed", str(error)):
         raise UsageError(
             f"it would import {denied[1]!r:.100}, which is neither slidetl's nor allowed; "

@@ -99,6 +99,9 @@ def test_an_allowed_class_must_fit_its_slot(
             parse(parser, {"model": {"aggregator": {"class_path": wrong}}}, ["fitlab"])
     with pytest.raises(UsageError, match="would import"):  # what one call allows, the next does not
         parse(parser, mine)
+    away = {"model": {"aggregator": {"class_path": "awaylab.pool.Mine"}}}
+    with pytest.raises(UsageError, match="no Python module 'awaylab'; install it, or set PYTHONPATH to"):
+        parse(parser, away, ["awaylab"])
 
 
 def test_a_slot_names_what_it_takes() -> None:
