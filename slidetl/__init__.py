@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from slidetl.publish.model_file import load_model as load_model
     from slidetl.slides import Slide as Slide
     from slidetl.slides import open_slide as open_slide
+    from slidetl.tiles.features import list_features as list_features
     from slidetl.tiles.features import read_features as read_features
     from slidetl.tiles.grid import TileSpec as TileSpec
     from slidetl.tiles.store import SlideCache as SlideCache
@@ -69,7 +70,7 @@ _MODULES = {
     "grading.grade": ("SlideGrade", "grade_slide"),
     "publish.model_file": ("ModelFile", "load_model"),
     "slides": ("Slide", "open_slide"),
-    "tiles.features": ("read_features",),
+    "tiles.features": ("list_features", "read_features"),
     "tiles.grid": ("TileSpec",),
     "tiles.store": ("SlideCache", "open_cache"),
     "tiles.tile": ("SlideSource", "tile_slide"),

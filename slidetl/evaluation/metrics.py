@@ -7,6 +7,8 @@ Accuracy, MAE, QWK, kappa, RPS and log loss take weights of the results, as resa
 - ``weights`` ``[N]`` or ``[B, N]`` float64, at least 0; by default all 1. Whole weights are copies.
 - They return float64 of shape ``[]`` or ``[B]``. **An undefined metric is NaN**, never a plausible number:
   without any weight, or a kappa of grades that are all the same.
+- Other shapes, grades that are not whole numbers on the scale, and probabilities that are not finite, in 0..1
+  and of sum one raise a :class:`~slidetl.errors.UsageError`.
 """
 
 from __future__ import annotations

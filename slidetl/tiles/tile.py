@@ -192,6 +192,10 @@ def tile_slide(
         overwrite: replace a cache of other parameters or of another slide, instead of failing.
         threads: parallel reads and compressions; the cache does not depend on it.
         preview: draw ``previews/<slide_id>.png``, :mod:`slidetl.tiles.preview`.
+
+    Returns:
+        The outcome. It is not written to ``ledger.csv``; that is left to ``slidetl tile``. Nothing that is
+        wrong with the slide, the options or the disk is raised: it is the ``reason`` of a row ``failed``.
     """
     started, cache_dir = time.monotonic(), Path(cache_dir)
     picture = preview_path(cache_dir, source.slide_id) if preview else None

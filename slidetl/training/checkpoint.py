@@ -138,6 +138,15 @@ def find_checkpoint(path: Path, allow: Sequence[str] = ()) -> Path:
 def load_grader(path: str | Path, allow: Sequence[str] = ()) -> SlideGrader:
     """Builds the grader of a checkpoint, on the CPU, in evaluation mode.
 
+    Called with bags of tiles it returns probabilities (:meth:`SlideGrader.forward
+    <slidetl.training.grader.SlideGrader.forward>`)::
+
+        grader = slidetl.load_grader("runs/fibrosis")
+        cache = slidetl.open_cache("cache/case-17.zarr")
+        tiles = torch.from_numpy(cache.read(range(len(cache)))).permute(0, 3, 1, 2)  # [N, 3, S, S]
+        with torch.inference_mode():
+            probabilities = grader(tiles[None], torch.ones(1, len(tiles), dtype=torch.bool))  # [1, K]
+
     Args:
         path: a ``.ckpt`` file, or the folder of a run, for the best of its latest fit.
         allow: as for :func:`read_checkpoint`.

@@ -128,6 +128,27 @@ class SlideGrader(pl.LightningModule):
         self._features_sha256 = ""  # of the network behind the stored features; empty without them
         self._evaluation = ChunkedEvaluation(self.network, self.tasks)
 
+    def forward(self, tiles: Tensor, mask: Tensor) -> Tensor:
+        """Grades bags of tiles.
+
+        Args:
+            tiles: ``[B, N, 3, S, S] uint8`` RGB, of the size and spacing of :attr:`tile_spec`; for volumes
+                ``[B, N, 1, S, S, S] float``, 0..1 over the window.
+            mask: ``[B, N]`` bool, False for padding.
+
+        Returns:
+            Probabilities of the grades ``[B, K]``; each row sums to one. NaN for a slide without tiles.
+
+        Raises:
+            UsageError: tiles of another kind or shape, or the network only stands for stored features.
+        """
+        backbone = self.network.backbone
+        backbone.check_network()
+        if not backbone.takes_volumes and tiles.dtype != torch.uint8:
+            raise UsageError(f"expected tiles of uint8, as SlideCache.read returns them, not {tiles.dtype}")
+        logits, _ = self.network(tiles, mask)
+        return self.network.head.probabilities(logits)
+
     def setup(self, stage: str) -> None:
         """Reads the tile specification from the data, and initialises the backbone by the strategy."""
         if self._data is not None and stage != "fit" and self.record is not None:
