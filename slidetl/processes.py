@@ -6,11 +6,14 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
+
+from slidetl.text import format_warning
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -73,4 +76,5 @@ def _run(work: Callable[..., None], connection: Connection, parent: int, argumen
     # Without this, children of a killed run would go on, hold locks and keep a GPU's memory.
     end_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    warnings.formatwarning = format_warning
     work(connection, *arguments)

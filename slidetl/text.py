@@ -31,6 +31,11 @@ def csv_cell(value: Any) -> Any:
     return line  # a negative number begins as a formula does
 
 
+def format_warning(message: Warning | str, *_: object, **__: object) -> str:
+    """Formats a Python warning for a user of the command line."""
+    return f"slidetl: warning: {message}\n"
+
+
 def plot_label(text: str) -> str:
     """Makes one line of text for matplotlib, with escaped ``$``: text between two would be a formula."""
     return one_line(text).replace("$", r"\$")

@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
-from slidetl.processes import see_one_card
+from slidetl.processes import see_one_card, start_child
 
 PARENT = """
 import time
@@ -48,6 +50,16 @@ def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
     while is_running(child):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def warn(connection: Connection) -> None:
+    warnings.simplefilter("default")
+    warnings.warn("S1 is held", stacklevel=1)
+
+
+def test_a_warning_of_a_child_is_a_line_as_of_its_parent(capfd: pytest.CaptureFixture[str]) -> None:
+    start_child(warn).process.join()
+    assert capfd.readouterr().err == "slidetl: warning: S1 is held\n"
 
 
 @pytest.mark.parametrize(("visible", "left"), [(None, "1"), ("4,7", "7")])

@@ -24,7 +24,7 @@ from slidetl.errors import OutputError, SlidetlError, describe_failure, is_out_o
 from slidetl.files import describe_full, is_full
 from slidetl.processor import postpone_collection, prepare_for_networks
 from slidetl.status import show_end, status_file
-from slidetl.text import one_line
+from slidetl.text import format_warning, one_line
 
 TRAINING_COMMANDS = {
     "fit": "train a network (LightningCLI; see 'slidetl fit --help')",
@@ -161,7 +161,7 @@ def _exit_code(command: str, words: list[str], debug: bool, was_terminated: Call
         prepare_for_networks()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a letter missing in the terminal must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
-    warnings.formatwarning = lambda message, *_, **__: f"slidetl: warning: {message}\n"
+    warnings.formatwarning = format_warning
     try:
         if command in TRAINING_COMMANDS:
             with postpone_collection(of_a_command=True):

@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -20,6 +21,7 @@ from slidetl.compare.plan import Job
 from slidetl.compare.records import JobResult, read_result, write_result
 from slidetl.errors import CacheError, SlidetlError, UsageError, describe_failure
 from slidetl.processes import see_one_card
+from slidetl.text import format_warning
 from slidetl.tiles.lock import slide_lock
 
 # Imported once, by the server that forks the processes: it takes seconds.
@@ -164,6 +166,7 @@ def _compute(job: Job, place: Workplace, folder: Path) -> JobResult:
 def _run_in_process(job: Job, place: Workplace, reply: Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries print; the table is the parent's
+    warnings.formatwarning = format_warning
     reply.send(_run(job, place))
 
 

@@ -21,12 +21,14 @@ import socket
 import stat
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from slidetl.errors import CacheError, OutputError, SlidetlError
 from slidetl.files import describe_full
+from slidetl.text import one_line
 
 HEARTBEAT_S = 10.0
 STALE_S = 60.0  # no renewal for so long: its owner is dead
@@ -91,7 +93,7 @@ class SlideLock:
         return bool(_parsed(content).get("owner") == self._about["owner"])
 
     def _acquire(self) -> None:
-        seen, since = b"", _now()
+        seen, since, waits = b"", _now(), False
         while self._file is None:
             try:
                 self._file = self._lease.open("xb", buffering=0)
@@ -112,6 +114,9 @@ class SlideLock:
             if is_dead or _now() - since > self._stale_s:
                 self._take_away(content, any_beat=is_dead)
             else:
+                if not waits:
+                    _warn_of_wait(self._lease, about, f"ends, or has been silent for {self._stale_s:g} s")
+                waits = True
                 time.sleep(min(1.0, self._heartbeat_s / 4))
         try:
             self._beat()
@@ -195,14 +200,31 @@ def slide_lock(
     """
     refuse_links(cache_dir, slide_id)
     locks = cache_dir / ".locks"
-    with kernel_lock(locks / f"{slide_id}.lock") as is_locked:
-        lease = locks / f"{slide_id}.lease"
+    path, lease = locks / f"{slide_id}.lock", locks / f"{slide_id}.lease"
+    with contextlib.ExitStack() as held:
+        try:
+            is_locked = held.enter_context(kernel_lock(path, wait=False))
+        except BlockingIOError:
+            _warn_of_wait(lease, _read(lease), "ends")
+            is_locked = held.enter_context(kernel_lock(path))
         lock = SlideLock(lease, machine or machine_id(), is_locked, heartbeat_s, stale_s)
         lock._acquire()
         try:
             yield lock
         finally:
             lock._release()
+
+
+def _warn_of_wait(lease: Path, about: dict[str, Any], until: str) -> None:
+    holder = f"process {about['pid']} on {about['host']}" if {"pid", "host"} <= about.keys() else "a process"
+    warnings.warn(one_line(f"{lease.stem} is held by {holder}; waiting until it {until}"), stacklevel=3)
+
+
+def _read(lease: Path) -> dict[str, Any]:
+    try:
+        return _parsed(lease.read_bytes())
+    except OSError:  # taken or released this moment
+        return {}
 
 
 def refuse_links(cache_dir: Path, slide_id: str) -> None:
@@ -232,10 +254,7 @@ def dead_leases(cache_dir: Path) -> tuple[str, ...]:
     """Lists the slides with a dead holder: it ran on this machine and lost its kernel lock."""
     found = []
     for path in sorted((cache_dir / ".locks").glob("*.lease")):
-        try:
-            about = _parsed(path.read_bytes())
-        except FileNotFoundError:
-            continue  # released this moment
+        about = _read(path)
         is_here = about.get("machine") == machine_id() and about.get("has_kernel_lock") is True
         if is_here and _is_free(path.with_suffix(".lock")):
             found.append(path.name.removesuffix(".lease"))
