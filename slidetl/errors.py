@@ -22,6 +22,7 @@ Each inherits a fitting builtin, and each message states the expected and the fo
     |-- ModelFileError (ValueError)         a foreign or damaged exported model
     |-- FederationError (RuntimeError)      too few sites are left in a round
     `-- OutputError (OSError)               a result cannot be written: no room, no permission
+        `-- FileHeldError                   the file to replace is open in another program
 """
 
 from __future__ import annotations
@@ -133,6 +134,10 @@ class FederationError(SlidetlError, RuntimeError):
 
 class OutputError(SlidetlError, OSError):
     """A file cannot be written; its earlier version is kept."""
+
+
+class FileHeldError(OutputError):
+    """A file cannot be replaced, as it is open in another program."""
 
 
 def refuse_unused(source: Callable[..., Any], values: Mapping[str, Any], why: str) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import errno
+import functools
 import hashlib
 import io
 import os
 import socket
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,12 +22,14 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from slidetl.errors import OutputError, SlidetlError, UsageError
+from slidetl.errors import FileHeldError, OutputError, SlidetlError, UsageError
 from slidetl.text import csv_cell
 
 # A network of a thousand tensors has 100 kB; the library would read up to 100 MB.
 _MAX_SAFETENSORS_HEADER_BYTES = 8 * 2**20
 _MAX_NPY_HEADER_BYTES = 10_000  # NumPy's own limit; three numbers and a type are 128
+# A share's answer to a rename onto a file that a program of Windows has open.
+_HELD = (errno.EACCES, errno.EBUSY, errno.ETXTBSY)
 
 
 @contextmanager
@@ -34,7 +39,7 @@ def replaced(path: Path) -> Iterator[IO[bytes]]:
     It is written beside ``path`` under another name. If anything fails, it is removed and ``path`` stays.
 
     Raises:
-        OutputError: the file cannot be written.
+        OutputError: the file cannot be written; a FileHeldError if another program has ``path`` open.
     """
     with replaced_path(path) as partial, partial.open("xb") as file:  # never through a link of someone else
         yield file
@@ -50,12 +55,55 @@ def replaced_path(path: Path) -> Iterator[Path]:
         try:
             yield partial
             fsync_path(partial)
-            partial.replace(path)
+            _put(partial, path)
         finally:
             partial.unlink(missing_ok=True)  # on a full disk it would take the missing room
         fsync_path(path.parent)
     except SlidetlError:
         raise
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {describe_full(error)}") from error
+
+
+def _put(partial: Path, path: Path) -> None:
+    try:
+        partial.replace(path)
+    except OSError as error:
+        if error.errno not in _HELD or not path.exists():
+            raise
+        raise FileHeldError(
+            f"{path}: cannot be replaced ({error.strerror}); is it open in another program? Close it there"
+        ) from error
+
+
+@contextmanager
+def postponed() -> Iterator[None]:
+    """Warns once of a file that another program has open, instead of ending a run that writes it again."""
+    try:
+        yield
+    except FileHeldError as error:
+        _warn_once(f"{error}; this run tries again")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)
+
+
+def check_writable(path: Path) -> None:
+    """Checks before long work that a file can be written, and makes its folder.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    if path.is_dir():
+        raise OutputError(f"{path}: expected the name of a file to write, not of a folder")
+    partial = partial_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)
+        partial.open("xb").close()
+        partial.unlink()
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {describe_full(error)}") from error
 
@@ -107,10 +155,33 @@ def file_sha256(path: Path) -> str:
 
 
 def fsync_path(path: Path) -> None:
-    """Makes a file's content, or the names in a folder, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Makes a file's content durable, or the names in a folder, as far as its file system can."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)  # SMB flushes nothing that was opened for reading
+    except OSError:  # a folder, or a file that is read-only
+        descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Shares that cannot sync a folder say so by many numbers: EINVAL, EBADF, ENOTSUP, EIO (WSL). At worst
+        # a power cut takes the newest names; the content of files is synced with them, and fails with them.
+        if is_full(error) or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_file_system(folder: Path) -> None:
+    """Makes durable all that was written to the file system of a folder.
+
+    Raises:
+        OSError: it cannot do so, or could not.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if ctypes.CDLL(None, use_errno=True).syncfs(descriptor):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), str(folder))
     finally:
         os.close(descriptor)
 

@@ -1,21 +1,29 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import shutil
+import stat
 import struct
+import subprocess
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from slidetl.errors import OutputError, SlideReadError, UsageError
+from slidetl.errors import FileHeldError, OutputError, SlideReadError, UsageError
 from slidetl.files import (
     check_safetensors,
     check_stored,
+    check_writable,
+    fsync_path,
     partial_path,
+    postponed,
     read_packed_array,
     read_yaml,
     replaced,
@@ -40,6 +48,90 @@ def test_a_full_disk_keeps_the_file_before_and_is_told_by_its_path(tmp_path: Pat
         file.write(b"half")
         raise OSError(number, os.strerror(number))
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def share(monkeypatch: pytest.MonkeyPatch, answer: Callable[[int, bool], int]) -> None:
+    """Makes fsync fail as on a share, by the number that ``answer`` gives to a mode and read-only access."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        is_read_only = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        if number := answer(os.fstat(descriptor).st_mode, is_read_only):
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EIO])
+def test_a_share_need_not_sync_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    share(monkeypatch, lambda mode, _: number if stat.S_ISDIR(mode) else 0)
+    write_whole(tmp_path / "a", "whole")
+    assert (tmp_path / "a").read_text() == "whole"
+
+
+def test_a_share_need_not_sync_what_was_opened_for_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share(monkeypatch, lambda mode, reads: errno.EACCES if stat.S_ISREG(mode) and reads else 0)
+    write_whole(tmp_path / "a", "whole")
+    assert (tmp_path / "a").read_text() == "whole"
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [(stat.S_ISREG, errno.EIO), (stat.S_ISREG, errno.EINVAL), (stat.S_ISDIR, errno.ENOSPC)],
+)
+def test_a_file_that_is_not_durable_and_a_full_disk_are_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: Callable[[int], bool], number: int
+) -> None:
+    share(monkeypatch, lambda mode, _: number if kind(mode) else 0)
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_whole(tmp_path / "a", "lost")
+
+
+def test_a_file_that_may_only_be_read_is_synced(tmp_path: Path) -> None:
+    program = tmp_path / "sleep"
+    shutil.copy(shutil.which("sleep") or "", program)
+    with subprocess.Popen([program, "60"]) as running:
+        with pytest.raises(OSError):  # it runs
+            program.open("r+b")
+        fsync_path(program)
+        running.kill()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EBUSY, errno.ETXTBSY])
+def test_a_table_that_is_open_in_a_spreadsheet_is_told_and_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    path = tmp_path / "a.csv"
+
+    def replace(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "replace", replace)
+    with pytest.raises(OutputError, match="cannot be written") as error:  # nothing is there to be open
+        write_whole(path, "new")
+    assert not isinstance(error.value, FileHeldError)
+    path.write_text("before")
+    said = r"a\.csv: cannot be replaced \(.*\); is it open in another program\? Close it there"
+    with pytest.raises(FileHeldError, match=f"{said}$"):
+        write_whole(path, "new")
+    with pytest.warns(UserWarning, match=f"{said}; this run tries again$"), postponed():
+        write_whole(path, "new")
+    with postponed():  # told once
+        write_whole(path, "new")
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_result_that_could_not_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new" / "a")
+    assert list((tmp_path / "new").iterdir()) == []
+    with pytest.raises(OutputError, match="new: expected the name of a file to write, not of a folder"):
+        check_writable(tmp_path / "new")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="a: cannot be written"):
+        check_writable(tmp_path / "file" / "a")
 
 
 def test_an_error_of_a_slide_is_handed_on(tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def _grade_found(
     places: list[str],
     resume: bool,
 ) -> int:
+    from slidetl.files import postponed
     from slidetl.grading.batch import (
         GRADED,
         describe,
@@ -106,7 +107,8 @@ def _grade_found(
     ):
         rows.append(row)
         if output is not None:
-            write_results(output / "results.csv", [*earlier.values(), *rows], n_grades)
+            with postponed():
+                write_results(output / "results.csv", [*earlier.values(), *rows], n_grades)
         if row.status != GRADED:
             failed += 1
             print(f"slidetl: failed: {row.reason}", file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Self
 
-from slidetl.errors import CacheError
+from slidetl.errors import CacheError, FileHeldError
 from slidetl.files import write_whole
 from slidetl.slides.ngff import metadata_file
 from slidetl.slides.npz import NpzItem
@@ -153,6 +153,7 @@ class Ledger:
 
         Raises:
             CacheError: the file is not a ledger, or cannot be written.
+            FileHeldError: another program has it open.
         """
         try:
             # No lease: a full disk has no space for it. Without kernel locks, the last of two simultaneous
@@ -161,7 +162,7 @@ class Ledger:
                 rows = {row.slide_id: row for row in self.rows()}
                 rows.update((row.slide_id, row) for row in new)
                 self._write(rows.values())
-        except CacheError:
+        except (CacheError, FileHeldError):
             raise
         except OSError as error:
             why = describe_write_error(error, self._path.parent)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import multiprocessing.connection
-import os
 import time
 import warnings
 from collections import Counter
@@ -24,13 +22,20 @@ from slidetl.errors import (
     UsageError,
     describe_failure,
 )
+from slidetl.files import is_full, postponed, sync_file_system
 from slidetl.processes import Child, start_child
 from slidetl.slides.npz import NpzItem
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.identifier import clash_key
 from slidetl.tiles.ledger import FAILED, USED, Ledger, LedgerRow, file_state
 from slidetl.tiles.regions import RegionSource
-from slidetl.tiles.store import SlideCache, cache_path, describe_difference, read_header
+from slidetl.tiles.store import (
+    SlideCache,
+    cache_path,
+    describe_difference,
+    describe_write_error,
+    read_header,
+)
 from slidetl.tiles.tile import SlideSource, release_series, stamped, tile_slide
 from slidetl.volumes import is_series
 
@@ -72,6 +77,7 @@ def tile_slides(
         CacheMismatchError: the cache holds slides with other parameters, and ``overwrite`` is not set; before
             any work.
         CacheError: the ledger cannot be read or written.
+        FileHeldError: another program still has the ledger open at the end.
     """
     tile = partial(tile_slide, cache_dir=cache_dir, spec=spec, overwrite=overwrite, preview=preview)
 
@@ -133,8 +139,9 @@ def record_as_done(
             else:
                 row = replace(row, reason=f"{row.reason}; the tiles of {kept.path} are kept, and stay in use")
             if waiting and time.monotonic() - written >= _LEDGER_SECONDS:
-                ledger.record(waiting)
-                waiting.clear()
+                with postponed():
+                    ledger.record(waiting)
+                    waiting.clear()
                 written = time.monotonic()
             rows[row.slide_id] = row
             if on_done is not None:
@@ -212,12 +219,16 @@ def _is_gone(path: Path) -> bool:
 
 def _sync_file_system(folder: Path) -> None:
     """Makes the many small caches durable at once, since they were written without waiting for the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        if ctypes.CDLL(None, use_errno=True).syncfs(descriptor):
-            raise CacheError(f"{folder}: cannot be made durable: {os.strerror(ctypes.get_errno())}")
-    finally:
-        os.close(descriptor)
+        sync_file_system(folder)
+    except OSError as error:
+        if is_full(error):
+            raise CacheError(describe_write_error(error, folder)) from error
+        warnings.warn(
+            f"{folder}: cannot be made durable ({error.strerror}); after a power cut run the same command "
+            "again, which makes torn caches again",
+            stacklevel=3,
+        )
 
 
 def _refuse_others(sources: Sequence[SlideSource], cache_dir: Path, spec: TileSpec) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import mmap
 import os
@@ -357,6 +358,30 @@ print(sorted((trains | draws) & sys.modules.keys()), file=sys.stderr)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_a_table_that_is_open_in_a_spreadsheet_ends_no_run(
+    study: Study,
+    model_path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    replace = Path.replace
+    refused: list[Path] = []
+
+    def refuse(self: Path, target: Path) -> Path:
+        if Path(target).name == "results.csv" and Path(target).exists() and not refused:
+            refused.append(target)
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    slides = sorted((study.manifest.parent / "slides").glob("*.tiff"))[:2]
+    with pytest.warns(UserWarning, match=r"results\.csv: .* open in another program\? .*tries again"):
+        assert main(["grade", str(model_path), *map(str, slides), "--output", str(tmp_path)]) == 0
+    assert refused and len(capsys.readouterr().out.splitlines()) == 2
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 3
 
 
 @pytest.mark.slow

@@ -1,18 +1,22 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import multiprocessing
 import os
 import threading
 import time
+import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from slidetl.errors import CacheError, CacheMismatchError, UsageError
+from slidetl.errors import CacheError, CacheMismatchError, FileHeldError, UsageError
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.ledger import FAILED, USED, Ledger, LedgerRow
 from slidetl.tiles.lock import slide_lock
@@ -80,6 +84,76 @@ def test_processes_give_the_same_bytes_and_the_ledger_all_rows(
     tile_slides(sources, tmp_path / "one", SPEC, workers=0)
     for name in ("S1", "T0", "T1", "T2"):
         assert tree(cache_path(tmp_path / "many", name)) == tree(cache_path(tmp_path / "one", name))
+
+
+@pytest.fixture
+def refusals(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of the errors of the next renames onto a ledger that is there; each write of the run is due."""
+    numbers: list[int] = []
+    replace = Path.replace
+
+    def refuse(self: Path, target: Path) -> Path:
+        if Path(target).name == "ledger.csv" and Path(target).exists() and numbers:
+            number = numbers.pop(0)
+            raise OSError(number, os.strerror(number))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr("slidetl.tiles.run._LEDGER_SECONDS", 0)
+    return numbers
+
+
+def test_a_ledger_that_is_open_in_a_spreadsheet_is_written_once_it_is_closed(
+    source: SlideSource, tmp_path: Path, refusals: list[int]
+) -> None:
+    refusals += [errno.EACCES, errno.EBUSY]
+    sources = [source, *(SlideSource(f"T{n}", source.path) for n in range(3))]
+    with pytest.warns(UserWarning, match=r"ledger\.csv: .* open in another program\? .*tries again"):
+        rows = tile_slides(sources, tmp_path, SPEC, workers=0)
+    assert not refusals and [row.status for row in rows] == [USED] * 4
+    assert Ledger(tmp_path / "ledger.csv").rows() == rows
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "done"), [(errno.EACCES, FileHeldError, 3), (errno.ENOSPC, CacheError, 2)]
+)
+def test_a_ledger_that_stays_open_costs_no_slide_and_a_full_disk_ends_the_run(
+    source: SlideSource,
+    tmp_path: Path,
+    refusals: list[int],
+    number: int,
+    error: type[Exception],
+    done: int,
+) -> None:
+    refusals += [number] * 9
+    sources = [source, *(SlideSource(f"T{n}", source.path) for n in range(2))]
+    with warnings.catch_warnings(), pytest.raises(error):
+        warnings.simplefilter("ignore")
+        tile_slides(sources, tmp_path, SPEC, workers=0)
+    assert len(list(tmp_path.glob("*.zarr"))) == done
+    refusals.clear()
+    rows = tile_slides(sources, tmp_path, SPEC, workers=0)  # finds them finished
+    assert Ledger(tmp_path / "ledger.csv").rows() == rows and len(rows) == 3
+
+
+@pytest.mark.parametrize(
+    ("number", "ends"), [(errno.ENOSYS, False), (errno.EIO, False), (errno.EDQUOT, True)]
+)
+def test_a_file_system_without_a_sync_of_its_own_loses_no_summary(
+    source: SlideSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, ends: bool
+) -> None:
+    def syncfs(descriptor: int) -> int:
+        ctypes.set_errno(number)
+        return -1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(syncfs=syncfs))
+    if ends:
+        with pytest.raises(CacheError, match="the disk is full"):
+            tile_slides([source], tmp_path, SPEC, workers=0)
+    else:
+        with pytest.warns(UserWarning, match=rf"cannot be made durable \({os.strerror(number)}\)"):
+            (row,) = tile_slides([source], tmp_path, SPEC, workers=0)
+        assert row.status == USED
 
 
 def waits_for_lock(pid: int | None) -> bool:
