@@ -6,7 +6,7 @@ path but the folders that it was asked about.
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import errno
 import fcntl
 import os
@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import Literal
 
 from slidetl import processor
+from slidetl.errors import UsageError
+from slidetl.files import fsync_path, sync_file_system
+from slidetl.library.trust import check_record
 from slidetl.text import one_line
 from slidetl.version import VERSION
 
@@ -109,6 +112,13 @@ def _system() -> Iterator[Check]:
         if is_few
         else "",
     )
+    try:
+        check_record()
+    except UsageError:
+        advice = "export and grade --trust fail: set SLIDETL_HOME to a folder of your own"
+        yield Check(topic, "SLIDETL_HOME", "cannot be written", "fails", advice)
+    else:
+        yield Check(topic, "SLIDETL_HOME", "can be written")
 
 
 def _packages() -> Iterator[Check]:
@@ -286,21 +296,20 @@ def _folder(folder: Path) -> Iterator[Check]:
             except OSError as error:
                 said = f"does not work ({errno.errorcode.get(error.errno or 0, error)})"
                 yield Check(topic, name, said, state, advice)
-        started = time.perf_counter()
-        _write(place / "synced", sync=True)
-        took = time.perf_counter() - started
-        advice = "tiling waits for it after each shard; a local disk is faster" if took > _SLOW_SYNC_S else ""
-        yield Check(topic, "sync to disk", f"{1e3 * took:.1f} ms", "slow" if advice else "", advice)
+        with contextlib.suppress(OSError):  # the attempts have said so
+            started = time.perf_counter()
+            _sync_of_a_file(place)
+            took = time.perf_counter() - started
+            is_slow = took > _SLOW_SYNC_S
+            advice = "tiling waits for it after each shard; a local disk is faster" if is_slow else ""
+            yield Check(topic, "sync to disk", f"{1e3 * took:.1f} ms", "slow" if advice else "", advice)
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _write(path: Path, sync: bool = False) -> None:
+def _write(path: Path) -> None:
     with path.open("xb") as file:
         file.write(b"slidetl")
-        if sync:
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def _locks(place: Path) -> str:
@@ -348,13 +357,24 @@ def _case(place: Path) -> str:
     return "does not matter" if (place / "CASE").exists() else "matters"
 
 
-def _whole_sync(place: Path) -> str:
+def _sync_of_a_file(place: Path) -> str:
+    (place / "synced").unlink(missing_ok=True)
+    _write(place / "synced")
+    fsync_path(place / "synced")
+    return ""
+
+
+def _sync_of_a_folder(place: Path) -> str:
     descriptor = os.open(place, os.O_RDONLY)
     try:
-        if ctypes.CDLL(None, use_errno=True).syncfs(descriptor):
-            raise OSError(ctypes.get_errno(), "syncfs")
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
+    return ""
+
+
+def _whole_sync(place: Path) -> str:
+    sync_file_system(place)
     return ""
 
 
@@ -370,6 +390,18 @@ _ATTEMPTS: tuple[tuple[str, Callable[[Path], str], State, str], ...] = (
     ("hard links", _hard_links, "", ""),
     ("names of 200 bytes", _long_names, "slow", "slides with long names fail; shorten them in the manifest"),
     ("upper and lower case", _case, "", ""),
+    (
+        "sync of a file opened again",
+        _sync_of_a_file,
+        "fails",
+        "no result can be written here; write elsewhere",
+    ),
+    (
+        "sync of a folder",
+        _sync_of_a_folder,
+        "slow",
+        "after a power cut, the latest files may be missing; run the last command again",
+    ),
     (
         "sync of the file system",
         _whole_sync,

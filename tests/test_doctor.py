@@ -6,7 +6,9 @@ import getpass
 import json
 import os
 import socket
+import stat
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -76,6 +78,35 @@ def test_a_share_without_locks_is_slow_and_one_without_renames_fails(
     assert (checks["locks (flock)"].state, checks["atomic rename"].state) == ("slow", "fails")
     assert "waits 60 s" in checks["locks (flock)"].advice
     assert checks["hard links"].value == "works"
+
+
+@pytest.mark.parametrize(
+    ("fails_on", "folder", "file"), [(stat.S_ISDIR, "slow", ""), (stat.S_ISREG, "", "fails")]
+)
+def test_a_share_that_cannot_sync_is_told_as_results_are_synced(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fails_on: Callable[[int], bool],
+    folder: str,
+    file: str,
+) -> None:
+    def fsync(descriptor: int) -> None:
+        if fails_on(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    states = {check.name: check.state for check in doctor._folder(tmp_path)}
+    assert (states["sync of a folder"], states["sync of a file opened again"]) == (folder, file)
+    assert states["hard links"] == "" and ("sync to disk" in states) == (file == "")
+
+
+def test_a_home_where_no_model_can_be_trusted_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checks = {check.name: check for check in doctor._system()}
+    assert (checks["SLIDETL_HOME"].value, checks["SLIDETL_HOME"].state) == ("can be written", "")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SLIDETL_HOME", str(tmp_path / "file"))
+    checks = {check.name: check for check in doctor._system()}
+    assert checks["SLIDETL_HOME"].state == "fails" and "set SLIDETL_HOME" in checks["SLIDETL_HOME"].advice
 
 
 def test_the_limits_of_a_container_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,6 +42,8 @@ def export(
         allow: package or class outside slidetl, for the checkpoint and its config.yaml to import.
     """
     from slidetl.errors import SlidetlError, UsageError, refuse_unused
+    from slidetl.files import check_writable
+    from slidetl.library.trust import check_record
     from slidetl.processor import postpone_collection
 
     with postpone_collection(of_a_command=True):
@@ -57,6 +59,9 @@ def export(
         refuse_unused(export, {"arm": arm, "coverage": coverage}, "without --evidence")
     if no_training_data:
         refuse_unused(export, {"config": config}, "with --no-training-data")
+    if format == "torchscript":
+        check_record()
+    check_writable(output)
     given, checkpoints = checkpoints, tuple(find_checkpoint(path, allow) for path in checkpoints)
     for path in checkpoints:
         if path not in given:

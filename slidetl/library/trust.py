@@ -43,12 +43,25 @@ def trust(sha256: str, name: str) -> None:
         raise UsageError(f"expected a SHA-256 of 64 hexadecimal digits, not {sha256!r}")
     if is_trusted(sha256):
         return
+    _append(f"{sha256}  {' '.join(name.split())}\n")
+
+
+def check_record() -> None:
+    """Checks, before long work, that a file can be recorded as trusted.
+
+    Raises:
+        UsageError: the list cannot be written.
+    """
+    _append("")
+
+
+def _append(line: str) -> None:
     path = record_path()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # One short write in append mode: several processes may record at the same time.
         with path.open("a", encoding="utf-8") as file:
-            file.write(f"{sha256}  {' '.join(name.split())}\n")
+            file.write(line)
     except OSError as error:
         raise UsageError(
             f"{path}: cannot record that the model is trusted ({error.strerror}); "
