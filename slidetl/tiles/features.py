@@ -6,6 +6,7 @@ crc32c against flipped bytes). Tiling the slide again deletes them together with
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from slidetl.errors import (
     SlidetlError,
     UsageError,
 )
-from slidetl.files import fsync_path, is_full
+from slidetl.files import fsync_path
 from slidetl.tiles.lock import slide_lock
 from slidetl.tiles.store import (
     FEATURES,
@@ -238,6 +239,21 @@ def read_features(cache: SlideCache, name: str, weights_sha256: str | None = Non
     return values
 
 
+def check_writable(cache: SlideCache) -> None:
+    """Checks, before long work, that this user may store features of a slide.
+
+    Raises:
+        CacheError: a folder or file cannot be written.
+    """
+    cache_dir = cache.path.parent
+    locks, building = cache_dir / ".locks", cache_dir / ".building-features"
+    lock = locks / f"{cache.path.stem}.lock"
+    for path in (cache_dir, locks, lock, building, cache.path, cache.path / FEATURES):
+        if path.exists() and not os.access(path, os.W_OK):
+            error = PermissionError(errno.EACCES, "this user may not write there", str(path))
+            raise CacheError(describe_write_error(error, cache_dir))
+
+
 def write_features(
     cache: SlideCache, arrays: Mapping[str, tuple[FeatureSource, NDArray[np.float16]]]
 ) -> None:
@@ -250,7 +266,7 @@ def write_features(
     Raises:
         CacheMismatchError: the slide was tiled again since ``cache`` was opened.
         UsageError: not a row for each tile, or values not finite in float16.
-        CacheError: the disk is full, or a link is in the way.
+        CacheError: the slide's folder cannot be written, the disk is full, or a link is in the way.
     """
     import zarr
     from zarr.codecs import Crc32cCodec, ZstdCodec
@@ -300,9 +316,9 @@ def write_features(
                 (building / name).rename(folder / name)
             _sync(folder, deep=False)
             shutil.rmtree(building)
+    except SlidetlError:
+        raise
     except OSError as error:
-        if isinstance(error, SlidetlError) or not is_full(error):
-            raise
         shutil.rmtree(building, ignore_errors=True)  # frees space on the full disk
         raise CacheError(describe_write_error(error, cache_dir)) from error
 

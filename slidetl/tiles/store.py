@@ -6,7 +6,6 @@ zarr's sharding specification, since a shard must be committed at once and a til
 
 from __future__ import annotations
 
-import errno
 import functools
 import hashlib
 import json
@@ -25,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.errors import CacheCorruptError, CacheMismatchError, CacheMissingError, UsageError
+from slidetl.files import is_full
 from slidetl.slides.decoding import map_in_order
 from slidetl.slides.turn import ViewerFrame
 from slidetl.tiles.codec import TileCodec, decode_zstd, tile_codec
@@ -46,6 +46,8 @@ INDEX_BYTES = TILES_PER_SHARD * 16 + 4
 # them.
 _TILE_AGAIN = "mend it with 'slidetl cache verify --repair', or tile the slide again with --overwrite"
 _REPAIR = "mend it with 'slidetl cache verify --repair'"
+
+_SHARED = "users who share a cache need a folder of their group, and umask 002 when they tile"
 
 # Its bytes are as written, so they were copied from a slide with damage there.
 _LEAVE_OUT = "so is the slide; leave out such tiles with 'slidetl cache verify --decode --repair'"
@@ -782,8 +784,14 @@ def read_array(node: Path) -> NDArray[Any]:
 
 
 def describe_write_error(error: Exception, folder: Path) -> str:
-    """Describes the error of a write below a folder in one line, with the remedy if the disk is full."""
-    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    """Describes the error of a write below a folder in one line.
+
+    It has the remedy if the disk is full, or if this user may not write there.
+    """
+    if not isinstance(error, OSError) or not is_full(error):
+        path = getattr(error, "filename", None)
+        if isinstance(error, PermissionError) and path and Path(path).is_relative_to(folder):
+            return f"{path}: {error.strerror}; {_SHARED}"
         return str(error)
     free = shutil.disk_usage(folder).free / 2**20
     return (

@@ -38,7 +38,13 @@ from slidetl.models.spec import BackboneSpec
 from slidetl.models.volumes import unit_window
 from slidetl.processes import Child, see_one_card, start_child
 from slidetl.processor import postpone_collection, usable_cores
-from slidetl.tiles.features import FeatureSource, feature_name, read_source, write_features
+from slidetl.tiles.features import (
+    FeatureSource,
+    check_writable,
+    feature_name,
+    read_source,
+    write_features,
+)
 from slidetl.tiles.readers import Readers
 from slidetl.tiles.store import SlideCache, cache_parts
 from slidetl.training.options import EmbedOptions
@@ -205,6 +211,7 @@ def embed_cache(
 
     Raises:
         CacheMissingError: there is no cache.
+        CacheError: this user may not write to it; nothing is computed then.
         CacheMismatchError: these names hold features of other weights; nothing is computed then.
         UsageError: a slide or block is unknown, or a device missing.
         WeightsError: the weights cannot be found or do not fit.
@@ -253,6 +260,8 @@ def embed_cache(
         else:
             todo.append(cache)
 
+    for cache in todo:
+        check_writable(cache)
     for tile_spec in dict.fromkeys(cache.spec for cache in todo):
         backbone.check_tiles(tile_spec)
         for line in backbone.describe_other_tiles(tile_spec):

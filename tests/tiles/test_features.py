@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import subprocess
 import sys
@@ -11,9 +13,10 @@ import pytest
 import zarr
 from numpy.typing import NDArray
 
-from slidetl.errors import CacheCorruptError, CacheMismatchError, CacheMissingError, UsageError
+from slidetl.errors import CacheCorruptError, CacheError, CacheMismatchError, CacheMissingError, UsageError
 from slidetl.tiles.features import (
     FeatureSource,
+    check_writable,
     common_source,
     feature_name,
     list_features,
@@ -23,7 +26,7 @@ from slidetl.tiles.features import (
 )
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.run import tile_slides
-from slidetl.tiles.store import SlideCache, cache_path, seal_node
+from slidetl.tiles.store import SlideCache, cache_path, describe_write_error, seal_node
 from slidetl.tiles.tile import SlideSource
 from slidetl.tiles.verify import verify_cache
 from tests.cli.test_tile import Draw
@@ -204,3 +207,37 @@ def test_a_write_that_was_killed_leaves_nothing_in_the_way(cache: SlideCache) ->
     write_features(cache, {"resnet18": (SOURCE, values(len(cache)))})
     assert read_features(cache, "resnet18").shape == (len(cache), 7)
     assert not any((cache.path.parent / ".building-features").iterdir())
+
+
+@pytest.mark.parametrize("place", [".", ".locks", ".locks/s.lock", "s.zarr", "s.zarr/features"])
+def test_a_cache_of_another_user_is_refused_with_the_remedy(
+    cache: SlideCache, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    write_features(cache, {"resnet18": (SOURCE, values(len(cache)))})
+    check_writable(cache)
+    closed = cache.path.parent / place
+    access = os.access
+
+    def refuse(path: Path, mode: int) -> bool:
+        return path != closed and access(path, mode)
+
+    monkeypatch.setattr(os, "access", refuse)
+    with pytest.raises(CacheError) as error:
+        check_writable(cache)
+    assert str(error.value).startswith(f"{closed}: this user may not write there; users who share a cache")
+
+
+def test_a_place_that_cannot_be_written_is_an_error_of_its_slide(cache: SlideCache) -> None:
+    (cache.path.parent / ".building-features").write_text("in the way")
+    with pytest.raises(CacheError, match="Not a directory"):
+        write_features(cache, {"resnet18": (SOURCE, values(len(cache)))})
+    assert list_features(cache) == ()
+
+
+def test_the_remedy_of_a_shared_cache_is_told_of_the_cache_alone(tmp_path: Path) -> None:
+    def said(path: Path) -> str:
+        return describe_write_error(PermissionError(errno.EACCES, "Permission denied", str(path)), tmp_path)
+
+    lock = tmp_path / ".locks" / "s1.lock"
+    assert said(lock).startswith(f"{lock}: Permission denied; users who share a cache need")
+    assert said(Path("/elsewhere/s1.svs")) == "[Errno 13] Permission denied: '/elsewhere/s1.svs'"

@@ -23,7 +23,7 @@ from torch import nn
 
 from slidetl.cli import main
 from slidetl.cli.progress import Progress
-from slidetl.errors import CacheMismatchError, CacheMissingError, SlidetlError, UsageError
+from slidetl.errors import CacheError, CacheMismatchError, CacheMissingError, SlidetlError, UsageError
 from slidetl.models.backbones import Backbone, weights_sha256
 from slidetl.models.penalties import recorded
 from slidetl.models.runner import Runner
@@ -496,6 +496,25 @@ def test_a_run_that_is_interrupted_loses_the_slides_it_was_at(
     slides = embed_cache(cache_dir, SPEC, EmbedOptions(device="cpu"))
     assert sum(slide.is_new for slide in slides) == len(slides) - len(stored)
     assert all(list_features(cache) == (NAME,) for cache in opened(cache_dir))
+
+
+def test_a_cache_that_cannot_be_written_is_refused_before_a_tile_is_embedded(
+    cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def may_write(path: Path, mode: int) -> bool:
+        return path != cache_dir
+
+    def embedded(tiles: int) -> None:
+        raise AssertionError("embedded before")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", may_write)
+        with pytest.raises(CacheError, match="this user may not write there"):
+            embed_cache(cache_dir, SPEC, EmbedOptions(device="cpu"), on_batch=embedded)
+    embed_cache(cache_dir, SPEC, EmbedOptions(device="cpu"))
+    monkeypatch.setattr(os, "access", may_write)
+    slides = embed_cache(cache_dir, SPEC, EmbedOptions(device="cpu"))  # nothing is left to write
+    assert [(slide.is_new, slide.reason) for slide in slides] == [(False, "")] * 3
 
 
 def test_features_beyond_half_precision_fail_the_slide(cache_dir: Path, tmp_path: Path) -> None:
