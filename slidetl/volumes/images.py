@@ -201,7 +201,7 @@ def _meta_planes(path: Path, header: _MetaHeader) -> Iterator[NDArray[np.generic
     except RuntimeError as error:
         raise VolumeError(f"{path}: it cannot be read; ITK says: {_reason(error)}") from error
     view = sitk.GetArrayViewFromImage(image)
-    if size != view.nbytes:
+    if size < view.nbytes or (size > view.nbytes and not header.is_end):
         raise VolumeError(
             f"{path}: its header says {view.nbytes} bytes of voxels, {header.voxels.name} has {size}; export "
             "it again"
@@ -211,11 +211,15 @@ def _meta_planes(path: Path, header: _MetaHeader) -> Iterator[NDArray[np.generic
 
 @dataclass(frozen=True)
 class _MetaHeader:
-    """The place of a MetaImage's voxels: file, first byte, and if zlib compresses them."""
+    """The place of a MetaImage's voxels: file, first byte or a byte before, and if zlib compresses them.
+
+    With ``is_end``, they are the last bytes of the file.
+    """
 
     voxels: Path
     start: int
     is_compressed: bool
+    is_end: bool
 
 
 def _read_meta(path: Path) -> _MetaHeader:
@@ -257,7 +261,17 @@ def _read_meta(path: Path) -> _MetaHeader:
     compressed = names.get("CompressedData", "False")
     if compressed.lower() not in ("true", "false"):
         raise VolumeError(f"{path}: CompressedData must be True or False, found {compressed[:20]!r}")
-    return _MetaHeader(voxels, found.end() if is_local else 0, compressed.lower() == "true")
+    is_compressed = compressed.lower() == "true"
+    start = found.end() if is_local else 0
+    skipped = names.get("HeaderSize", "0")
+    is_number = re.fullmatch(r"-1|\d{1,9}", skipped)
+    if not is_number or (int(skipped) > 0 and (is_compressed or int(skipped) < start)):
+        raise VolumeError(
+            f"{path}: HeaderSize must be the number of bytes before voxels that are not compressed, or -1 if "
+            f"they are the last ones of their file, found {skipped[:20]!r}; export it again"
+        )
+    is_end = skipped == "-1" and not is_compressed
+    return _MetaHeader(voxels, max(start, int(skipped)), is_compressed, is_end)
 
 
 def _unpacked_bytes(path: Path, start: int) -> int:

@@ -138,11 +138,12 @@ def _nifti(change: Callable[[bytearray], None]) -> Callable[[Path], Path]:
     return write
 
 
-def _meta(old: str, new: str) -> Callable[[Path], Path]:
+def _meta(old: str, new: str, name: str = "a.mhd", compress: bool = False) -> Callable[[Path], Path]:
     def write(folder: Path) -> Path:
-        path = write_image(folder / "a.mhd")
-        assert old in path.read_text()
-        path.write_text(path.read_text().replace(old, new))
+        path = write_image(folder / name, compress=compress)
+        data = path.read_bytes()
+        assert old.encode() in data
+        path.write_bytes(data.replace(old.encode(), new.encode(), 1))
         return path
 
     return write
@@ -241,6 +242,10 @@ NAN[1, 1, 1] = np.nan
         (_meta("NDims", "ElementToIntensityFunctionOffset = -1000\nNDims"), "FunctionOffset = -1000"),
         (_meta("NDims", "Modality = MET_MOD_MR\nNDims"), "found Modality = MET_MOD_MR"),
         (_meta("CompressedData = False", "CompressedData = Tralse"), "must be True or False"),
+        (_meta("NDims", "HeaderSize = 37\nNDims"), "it cannot be read; ITK says"),
+        (_meta("NDims", "HeaderSize = -2\nNDims"), "HeaderSize must be the number of bytes .* found '-2'"),
+        (_meta("NDims", "HeaderSize = 37\nNDims", "a.mha"), "found '37'"),  # within its own header
+        (_meta("NDims", "HeaderSize = 37\nNDims", compress=True), "not compressed, .* found '37'"),
         (_meta("DimSize = 6 5 4", "DimSize = 6000 5000 4000"), "6000, 5000, 4000\\) voxels are not in it"),
     ],
 )
@@ -256,6 +261,21 @@ def test_fields_of_a_metaimage_that_change_nothing_are_taken(tmp_path: Path, uni
     scale = "ElementToIntensityFunctionSlope = 1.0\nElementToIntensityFunctionOffset = -0\n"
     fields = f"DistanceUnits = {units}\nModality = MET_MOD_{kind}\n{scale}"
     assert np.array_equal(read_volume(_meta("NDims", f"{fields}NDims")(tmp_path)).hu, small().hu)
+
+
+@pytest.mark.parametrize("given", ["37", "-1"])
+def test_the_header_of_a_metaimages_voxels_is_skipped(tmp_path: Path, given: str) -> None:
+    path = _meta("NDims", f"HeaderSize = {given}\nNDims")(tmp_path)
+    voxels = path.with_suffix(".raw")
+    content = voxels.read_bytes()
+    voxels.write_bytes(b"h" * 37 + content)
+    assert np.array_equal(read_volume(path).hu, small().hu)
+    voxels.write_bytes(b"h" * 38 + content)
+    if given == "-1":
+        assert np.array_equal(read_volume(path).hu, small().hu)
+    else:
+        with pytest.raises(VolumeError, match=r"says 240 bytes of voxels, a\.raw has 241"):
+            read_volume(path)
 
 
 def test_a_few_bytes_after_the_voxels_of_a_nifti_are_taken(tmp_path: Path) -> None:
