@@ -221,16 +221,17 @@ def parse_table(table: Table, path: Path, n_grades: int | None, tasks: Sequence[
     if unknown:
         warnings.warn(f"{path}: unknown column {', '.join(unknown)} is ignored", stacklevel=4)
     faults, rows = _Faults(), []
+    unclear = {task.column: table.unclear_numbers(task.column) for task in tasks if task.numeric}
     for line, cells in table.rows:
         if len(cells) != len(table.header):
             faults.add(line, "expected {} cells as in the header, found {}", len(table.header), len(cells))
             continue
         values = dict(zip(table.header, cells, strict=True))
-        for task in tasks:
-            if task.numeric and table.may_have_thousands(number := values.get(task.column, "")):
+        for column, numbers in unclear.items():
+            if (number := values.get(column, "")) in numbers:
                 mark = "comma" if table.separator == ";" else "point"
                 rule = (
-                    f"{task.column} {{!r}} may be {{}} or {{}}; export numbers without a separator of "
+                    f"{column} {{!r}} may be {{}} or {{}}; export numbers without a separator of "
                     f"thousands, and decimals with a {mark}"
                 )
                 whole = re.sub("[.,]", "", number)

@@ -24,7 +24,10 @@ _BYTE_ORDER_MARKS = {  # longer ones first: the mark of UTF-16 begins the one of
 }
 _FORMULA_OF_TEXT = re.compile(r'^="([^"]*)"$')  # ="0012", which keeps zeros in a spreadsheet
 # #REF!, German #BEZUG!, Spanish #¡REF!, Czech #NENÍ_K_DISPOZICI; LibreOffice's Err:502; a narrow column's ##.
-_ERROR = re.compile(r"#(#*|[¡¿]\S+|[^\W\d_](?:[^\W\d]|/0?)*[!?]?)|Err:\d{3}", re.IGNORECASE)
+# Of two or three letters alone only German #NV and Turkish #YOK: #A and #B are the labels of blocks.
+_ERROR = re.compile(
+    r"#(#+|[¡¿]\S+|NV|YOK|[^\W\d_](?=.{3}|.*[/!?])(?:[^\W\d]|/0?)*[!?]?)|Err:\d{3}", re.IGNORECASE
+)
 _NO_TEXT = {
     b"PK\x03\x04": "a workbook (.xlsx, .ods) or another zip file",
     b"\xd0\xcf\x11\xe0": "an Excel workbook (.xls)",
@@ -48,17 +51,25 @@ class Table:
     rows: tuple[tuple[int, tuple[str, ...]], ...]
     separator: str = ","
 
-    def may_have_thousands(self, number: str) -> bool:
-        """Tells if a number may have a separator of thousands: 1,050, or 1.050 in a table of semicolons.
+    def unclear_numbers(self, column: str) -> set[str]:
+        """Finds the numbers of a column that may have a separator of thousands: 1,050, or 1.050 beside ``;``.
 
-        Such tables come from languages with a decimal comma.
+        Tables of semicolons come from languages with a decimal comma, but also from Switzerland and R. So
+        none is unclear if another, such as 0.253 or 12.5, shows a decimal mark, and no number has the other.
         """
-        mark = "[.]" if self.separator == ";" else ","
-        return re.fullmatch(rf"[+-]?[1-9]\d{{0,2}}{mark}\d{{3}}", number) is not None
+        if column not in self.header:
+            return set()
+        mark, other = ".," if self.separator == ";" else ",."
+        at = self.header.index(column)
+        found = {cells[at] for _, cells in self.rows if len(cells) == len(self.header)}
+        unclear = set(filter(re.compile(rf"[+-]?[1-9]\d{{0,2}}[{mark}]\d{{3}}").fullmatch, found))
+        decimal = re.compile(rf"[+-]?\d*[{mark}]\d*([Ee][+-]?\d+)?")
+        is_decimal = any(map(decimal.fullmatch, found - unclear)) and not any(other in cell for cell in found)
+        return set() if is_decimal else unclear
 
 
 def is_error(cell: str) -> bool:
-    """Tells if a cell has the error value of a spreadsheet, in any language; ``#12`` and ``#P7`` are none."""
+    """Tells if a cell has the error value of a spreadsheet, in any language; ``#12`` and ``#A`` are none."""
     return _ERROR.fullmatch(cell) is not None
 
 

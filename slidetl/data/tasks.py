@@ -142,6 +142,7 @@ def read_points(path: Path, n_labels: int | None = None) -> dict[str, LabelledPo
         table = read_table(path, TABLE_COLUMNS, ["slide_id"])
     except OSError as error:
         raise ManifestError(f"{path}: expected a CSV of tile labels: {error}") from error
+    unclear = {name: table.unclear_numbers(name) for name in TABLE_COLUMNS}
     for line, cells in table.rows:
         try:
             row = dict(zip(table.header, cells, strict=True))
@@ -152,7 +153,7 @@ def read_points(path: Path, n_labels: int | None = None) -> dict[str, LabelledPo
                 raise ValueError("not finite")
             if is_error(slide_id):
                 raise ValueError("slide_id is an error value of a spreadsheet")
-            if any(table.may_have_thousands(row[name]) for name in TABLE_COLUMNS):
+            if any(row[name] in unclear[name] for name in TABLE_COLUMNS):
                 raise ValueError("1.050 may be 1050; export numbers without a separator of thousands")
         except ValueError as error:
             raise ManifestError(

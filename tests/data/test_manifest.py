@@ -232,7 +232,7 @@ def test_cells_without_a_value(tmp_path: Path) -> None:
     "error",
     [
         *("#REF!", "#DIV/0!", "#BEZUG!", "#\u00dcBERLAUF!", "#\u00a1REF!", "#\u00bfNOMBRE?", "#DZIEL/0!"),
-        *("#NEN\u00cd_K_DISPOZICI", "#\u0418\u041c\u042f?", "#HI\u00c1NYZIK", "Err:502", "########"),
+        *("#NEN\u00cd_K_DISPOZICI", "#\u0418\u041c\u042f?", "#HI\u00c1NYZIK", "#YOK", "Err:502", "########"),
     ],
 )
 def test_an_error_value_of_a_spreadsheet_is_no_text(tmp_path: Path, error: str) -> None:
@@ -247,7 +247,7 @@ def test_an_error_value_of_a_spreadsheet_is_no_text(tmp_path: Path, error: str) 
 
 
 def test_missing_values_of_several_languages_and_names_that_begin_with_a_hash(tmp_path: Path) -> None:
-    names = ["#NV", "#N/D", "#N/D!", "#N/B", "#I/T", "#\u041d/\u0414", "#12", "#P7", "# A"]
+    names = ["#NV", "#N/D", "#N/D!", "#N/B", "#I/T", "#\u041d/\u0414", "#12", "#P7", "# A", "#B", "#LM", "#"]
     lines = [f"s{n},{n}.svs,{n if n < 6 else name},,{name}" for n, name in enumerate(names)]
     rows = read_manifest(write(tmp_path, "\n".join([f"{HEADER},site", *lines]))).rows
     assert [row.site for row in rows] == [""] * 6 + names[6:]
@@ -276,9 +276,20 @@ def test_a_number_that_may_have_thousands_is_refused(
         rows = [line.split(",", 4) for line in (f"{HEADER},diameter_mm", *lines)]
         return write(tmp_path, "\n".join(map(separator.join, rows)))
 
-    assert [row.labels[0] for row in read_manifest(table(read), tasks=[task]).rows] == list(read.values())
-    with pytest.raises(ManifestError, match=r"line 2: diameter_mm '.*' may be -?1050 or -?1\.05; export"):
-        read_manifest(table([doubtful]), tasks=[task])
+    def numbers(*cells: str) -> list[object]:
+        return [row.labels[0] for row in read_manifest(table(cells), tasks=[task]).rows]
+
+    assert numbers(*read) == list(read.values())
+    number = -1.05 if "-" in doubtful else 1.05
+    mark, other = ",." if "," in doubtful else ".,"
+    for digits in ("0_253", "12_5", "1234_567", "1_0e3"):  # the mark is decimal, here and so in its column
+        quote = '"' if separator == "," else ""
+        decimal, contrary = (f"{quote}{digits.replace('_', one)}{quote}" for one in (mark, other))
+        assert numbers(doubtful, decimal)[0] == number
+        for rest in ([], ["950"], [contrary], [decimal, contrary]):
+            said = r"line 2: diameter_mm '.*' may be -?1050 or -?1\.05; export"
+            with pytest.raises(ManifestError, match=said):
+                numbers(doubtful, *rest)
 
 
 def test_text_that_a_spreadsheet_kept_as_a_formula_is_that_text(tmp_path: Path) -> None:

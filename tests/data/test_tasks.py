@@ -91,6 +91,8 @@ def test_a_table_with_errors_or_thousands_of_a_spreadsheet_is_refused(
     path.write_text(f"slide_id;x_level0;y_level0;label\n{row}\n")
     with pytest.raises(ManifestError, match=f"line 2: expected two numbers .*{said}"):
         read_points(path)
+    path.write_text("slide_id;x_level0;y_level0;label\nA;1.050;0;2.500\nA;0.253;0;2.5\n")
+    assert read_points(path)["A"].labels.tolist() == [2.5, 2.5]
 
 
 def test_the_lines_of_a_slide_are_its_own_labels(study: Study, tmp_path: Path) -> None:
