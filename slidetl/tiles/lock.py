@@ -274,7 +274,14 @@ def kernel_lock(path: Path, wait: bool = True) -> Iterator[bool]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # The file stays: after an unlink, two processes could hold locks on two files of one name.
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    flags = os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | flags, 0o666)
+    except PermissionError:
+        # Another user's file serves too, for reading, in a folder that both may write to.
+        if not (path.exists() and os.access(path.parent, os.W_OK, effective_ids=True)):
+            raise
+        descriptor = os.open(path, os.O_RDONLY | flags)
     with os.fdopen(descriptor, "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from slidetl.errors import CacheError
-from slidetl.tiles.lock import STALE_S, LeaseLostError, dead_leases, machine_id, slide_lock
+from slidetl.errors import CacheError, OutputError
+from slidetl.tiles.lock import STALE_S, LeaseLostError, dead_leases, machine_id, only_process, slide_lock
 from tests.conftest import Picture, PyramidTiff
 
 BEAT, STALE = 0.05, 0.6
@@ -360,3 +361,30 @@ def test_a_cache_that_is_a_link_itself_is_the_users_choice(tmp_path: Path) -> No
     (tmp_path / "cache").symlink_to(tmp_path / "disk")
     with slide_lock(tmp_path / "cache", "a"):
         assert (tmp_path / "disk" / ".locks" / "a.lease").exists()
+
+
+@pytest.mark.parametrize(
+    ("folder_mode", "lock_mode", "serves"),
+    [(0o777, 0o444, True), (0o777, 0o000, False), (0o555, 0o444, False)],
+)
+def test_the_lock_file_of_another_user_serves_in_a_folder_of_both(
+    folder_mode: int, lock_mode: int, serves: bool
+) -> None:
+    busy, user = CacheError("busy"), os.geteuid()
+    with tempfile.TemporaryDirectory() as name:  # unlike tmp_path, below folders that any user may enter
+        folder, lock = Path(name), Path(name) / ".lock"
+        lock.touch()
+        lock.chmod(lock_mode)
+        folder.chmod(folder_mode)
+        if user == 0:
+            os.seteuid(65534)  # root may write anywhere
+        try:
+            if serves:
+                with only_process(folder, busy), pytest.raises(CacheError, match="busy"):
+                    only_process(folder, busy).__enter__()
+            else:
+                with pytest.raises(OutputError, match="cannot be written"):
+                    only_process(folder, busy).__enter__()
+        finally:
+            os.seteuid(user)
+            folder.chmod(0o700)
