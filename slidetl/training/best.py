@@ -208,8 +208,6 @@ def _is_fit(log: Path) -> bool:
 
 def _step_of(path: str) -> float:
     """Returns the training step of a checkpoint; infinity if it is unreadable."""
-    if not Path(path).is_file():
-        return float("inf")
     try:
         return float(load_tensors(Path(path))["global_step"])
     except (KeyError, TypeError, ValueError):

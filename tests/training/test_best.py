@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from slidetl.training.best import BestCheckpoint
+from slidetl.training.best import BestCheckpoint, _step_of
 
 QUIET = (
     "ignore:.*dirpath has changed",
@@ -90,6 +90,7 @@ def test_the_best_is_that_of_the_whole_training(tmp_path: Path, scores: list[flo
 
 @pytest.mark.parametrize("gone", [True, False])
 def test_a_best_that_is_gone_is_said_to_be(tmp_path: Path, gone: bool) -> None:
+    assert _step_of(str(tmp_path / ("x" * 300) / "best.ckpt")) == float("inf")  # no plain "not found"
     scores = [0.5, 0.4, 0.9, 0.3]
     fit(tmp_path / "a", scores, 2)
     (tmp_path / "a" / "last.ckpt").rename(tmp_path / "then.ckpt")
