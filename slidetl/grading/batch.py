@@ -6,6 +6,7 @@ import contextlib
 import csv
 import itertools
 import json
+import os
 import re
 import threading
 import warnings
@@ -384,6 +385,7 @@ def read_finished(
     ``names`` are from :func:`output_names`. Content, spacing, its tolerance and channels must be equal; with
     a report, a slide without its page is not finished, nor is one that needed ``force``, without it, nor one
     with parts that could not be read then. One of another precision is not either, and a warning counts them.
+    The result of a slide that has moved gets its new path.
     """
     precision, others = chosen_precision(model, options.precision), 0
     finished = {}
@@ -399,7 +401,9 @@ def read_finished(
             continue
         with contextlib.suppress(Exception):  # the slide is unreadable now
             if _identify(path, model, options, mpp) == (result["fingerprint"], result.get("mpp_level0")):
-                finished[path] = GradeRow(path, GRADED, result)
+                finished[path] = GradeRow(path, GRADED, {**result, "slide": str(path)})
+        if path in finished and result["slide"] != str(path):  # it has moved; the next run goes by its path
+            _write_result(folder, name, finished[path].result)
     if others:
         warnings.warn(
             f"{folder}: {others} of {len(names)} slides were not graded in {precision}, or by an earlier "
@@ -425,7 +429,7 @@ def _read_result(
             same = same and mpp in (None, result["mpp_level0"])
     except Exception:  # missing, cut off, or of another form
         return None
-    return {**result, "slide": str(path)} if same else None  # it may have moved
+    return result if same else None
 
 
 def _identify(
@@ -471,7 +475,8 @@ def output_names(slides: Sequence[Path], folder: Path | None = None) -> dict[Pat
     names: dict[Path, str] = {}
     taken = {"index"}  # the page of all slides
     target = folder.resolve() if folder is not None else None
-    files = {path.resolve() for path in slides} if folder is not None else set()
+    # Unlike Path.resolve, realpath takes a loop of links, which fails as a slide.
+    files = {Path(os.path.realpath(path)) for path in slides} if folder is not None else set()
 
     def is_free(name: str, path: Path) -> bool:
         if target is None or clash_key(name) in taken:
@@ -514,15 +519,18 @@ def _recorded(folder: Path, name: str) -> tuple[Path, object] | None:
 
 
 def _is_of(recorded: tuple[Path, object] | None, path: Path) -> bool:
-    """Tells if results are of a slide: by its path, or by its content if no slide is at theirs any more.
+    """Tells if results are of a slide: by its path, or by its content if none is found at theirs any more.
 
     A relative path, of an earlier version, was relative to a folder that is not known.
     """
     if recorded is None:
         return False
     slide, fingerprint = recorded
-    if slide.is_absolute() and (slide.resolve() == path.resolve() or slide.exists()):
-        return slide.resolve() == path.resolve()
+    if slide.is_absolute():
+        if os.path.realpath(slide) == os.path.realpath(path):
+            return True
+        if file_state(slide) is not None:
+            return False
     with contextlib.suppress(Exception):  # it cannot be opened
         if is_volume_file(path) or is_series(path):
             return open_series(path).fingerprint == fingerprint
@@ -618,8 +626,11 @@ def _write(
     else:
         patches = result.patch_rows()
         write_csv(folder / f"{name}.patches.csv", list(patches[0]), patches)
-    # Last and whole: a resumed run takes a slide with this file as finished.
-    write_whole(folder / f"{name}.json", json.dumps(result.to_dict(), allow_nan=False) + "\n")
+    _write_result(folder, name, result.to_dict())  # last: a resumed run takes a slide with it as finished
+
+
+def _write_result(folder: Path, name: str, result: Mapping[str, Any]) -> None:
+    write_whole(folder / f"{name}.json", json.dumps(result, allow_nan=False) + "\n")
 
 
 # Suffixes of manifests, and of tables refused with a clear message.

@@ -931,6 +931,45 @@ def test_slides_that_moved_keep_their_names_and_their_results(
     assert {path.name for path in out.glob("*.json")} == {"a.json", "b.json", "after_b.tiff.json"}
 
 
+def test_slides_that_moved_keep_their_pages(
+    study: Study, model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, before, after = tmp_path / "out", tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    shutil.copy(next((study.manifest.parent / "slides").glob("*.tiff")), before / "a.tiff")
+    words = ["grade", str(model_path), "--output", str(out), "--report", "--resume"]
+    assert main([*words, str(before)]) == 0
+    page, result = (out / "a.html").read_bytes(), json.loads((out / "a.json").read_text())
+    before.rename(after)
+    capsys.readouterr()
+    assert main([*words, str(after)]) == 0
+    assert "1 of 1 slides are graded already" in capsys.readouterr().err
+    assert (out / "a.html").read_bytes() == page and 'href="a.html"' in (out / "index.html").read_text()
+    moved = {**result, "slide": str(after / "a.tiff")}  # so the next run need not compare content
+    assert json.loads((out / "a.json").read_text()) == moved
+
+
+def test_an_earlier_place_that_cannot_be_looked_at_and_a_loop_of_links_end_no_run(
+    study: Study, model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slide, out, slides = tmp_path / "slides/a.tiff", tmp_path / "out", tmp_path / "slides"
+    slides.mkdir()
+    shutil.copy(next((study.manifest.parent / "slides").glob("*.tiff")), slide)
+    words = ["grade", str(model_path), str(slides), "--output", str(out), "--resume"]
+    assert main(words) == 0
+    gone = tmp_path / ("x" * 300) / "a.tiff"  # as of a share that fails: no plain "not found"
+    with pytest.raises(OSError):
+        gone.exists()
+    path = out / "a.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "slide": str(gone)}))
+    (slides / "loop.tiff").symlink_to("loop.tiff")
+    capsys.readouterr()
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert "1 of 2 slides are graded already" in said and f"failed: {slides}/loop.tiff" in said
+    assert json.loads(path.read_text())["slide"] == str(slide)
+
+
 def test_a_resumed_run_takes_no_result_of_other_options(
     study: Study, model_path: Path, model: ModelFile, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

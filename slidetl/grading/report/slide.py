@@ -120,17 +120,24 @@ def remove_page(folder: Path, name: str) -> None:
 
 
 def result_sha256(result: Mapping[str, Any]) -> str:
-    """Computes the hash by which the page of a result is known."""
-    return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
+    """Computes the hash by which the page of a result is known, wherever its slide is now."""
+    shown = {key: value for key, value in result.items() if key != "slide"}
+    return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
 
 
 def _shown_sha256(folder: Path, name: str) -> str:
-    """Reads the hash of the result that a page shows; empty if it is no page of a result."""
+    """Reads the hash of the result that a page shows; empty if it is no page of a result.
+
+    The index by 0.1.0 has no hash; its table stands for one.
+    """
     try:
         with (folder / f"{name}.html").open(encoding="utf-8") as file:
-            found = re.search(r'<meta name="slidetl-result" content="([^"]+)">', file.read(1000))
+            text = file.read(None if name == "index" else 1000)
     except (OSError, UnicodeDecodeError):
         return ""
+    found = re.search(r'<meta name="slidetl-result" content="([^"]+)">', text)
+    if found is None and name == "index":
+        found = re.search(r'<table id="(slides)">.* Made by slidetl\.</p></footer>', text, re.DOTALL)
     return found[1] if found else ""
 
 

@@ -172,7 +172,7 @@ def test_a_page_is_known_by_the_result_it_shows(graded: Graded, card: ModelCard,
     assert has_slide_report(tmp_path, "s1", result.to_dict())
     for other in ({"model_sha256": "00" * 32}, {"tissue_mm2": 0.9}, {"precision": "bfloat16"}):
         assert not has_slide_report(tmp_path, "s1", dataclasses.replace(result, **other).to_dict())
-    read = json.loads(json.dumps(result.to_dict()))
+    read = {**json.loads(json.dumps(result.to_dict())), "slide": "/where/it/is/now.tiff"}
     assert has_slide_report(tmp_path, "s1", read)
     assert not has_foreign_page(tmp_path, "s1") and not has_foreign_page(tmp_path, "s2")
     blocked = partial_path(tmp_path / "s2.geojson")
@@ -188,6 +188,17 @@ def test_a_page_is_known_by_the_result_it_shows(graded: Graded, card: ModelCard,
     for name in ("own", "s1"):
         remove_page(tmp_path, name)
     assert sorted(path.name for path in tmp_path.glob("*.*")) == ["own.geojson", "own.html", "slide.tiff"]
+
+
+def test_the_index_of_the_first_release_is_known(tmp_path: Path) -> None:
+    ours = '<table id="slides">\n</table>\n<footer><p>For research. Made by slidetl.</p></footer>'
+    for name, content in (("slide", ours), ("index", ours[:20]), ("index", ours)):
+        page = tmp_path / f"{name}.html"
+        page.write_text(content)
+        is_foreign = (name, content) != ("index", ours)
+        assert has_foreign_page(tmp_path, name) == is_foreign
+        remove_page(tmp_path, name)
+        assert page.exists() == is_foreign
 
 
 def test_a_slide_of_a_single_tile(pyramid_tiff: PyramidTiff, card: ModelCard, tmp_path: Path) -> None:
