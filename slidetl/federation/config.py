@@ -22,7 +22,8 @@ from slidetl.text import first_lines
 Scheme = Literal["cyclic", "averaged", "peer_to_peer", "local", "pooled"]
 BASELINES = ("local", "pooled")
 
-_PLACES = ("data.manifest", "data.cache", "data.seed", "data.split_from", "model.grades")
+_PLACES = ("data.manifest", "data.cache", "data.seed", "data.split_from")
+_LABELS = ("data.grades", "data.tasks", "model.grades")
 _LENGTH = ("trainer.max_epochs", "trainer.max_steps", "trainer.default_root_dir")
 _SITE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,40}")
 
@@ -132,7 +133,7 @@ class Federation:
         sites: by name.
         scheme: ``cyclic``, ``averaged`` or ``peer_to_peer``; or a baseline without the engine: ``local``
             trains each site alone, ``pooled`` all slides in one place.
-        model, data, trainer: as for ``slidetl fit``; manifests, caches and lengths are set here.
+        model, data, trainer: as for ``slidetl fit``; manifests, caches, grades and lengths are set here.
         rounds: of the training; the schedule of the learning rate runs over all of them.
         local_epochs: passes of a site over its slides in each round.
         grades: names, lowest first.
@@ -202,7 +203,7 @@ class Federation:
         if self.privacy is not None and self.proximal and self.privacy.level == "patient":
             raise UsageError("privacy.level patient trains without the pull of proximal; set proximal: 0")
         given = {"model": self.model, "data": self.data, "trainer": self.trainer}
-        for name in (*_PLACES, *_LENGTH):
+        for name in (*_PLACES, *_LABELS, *_LENGTH):
             part, _, key = name.partition(".")
             if key in given[part]:
                 raise UsageError(f"{name} is set by the federation itself or each of its sites; leave it out")

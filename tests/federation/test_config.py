@@ -74,8 +74,6 @@ def test_a_journey_has_its_order() -> None:
             {"sites": SITES, "scheme": "cyclic", "peer_to_peer": {"mixing": "swarm"}},
             "peer_to_peer: scheme must be peer_to_peer, not cyclic",
         ),
-        ({"sites": SITES, "data": {"manifest": "m.csv"}}, "data.manifest is set by the federation"),
-        ({"sites": SITES, "trainer": {"max_epochs": 3}}, "trainer.max_epochs is set by the federation"),
         ({"sites": SITES, "model": [1]}, "model: expected options"),
         (
             {
@@ -107,6 +105,20 @@ def test_wrong_values_are_one_line(values: dict[str, Any], told: str, tmp_path: 
         read_federation(path)
     assert str(error.value).startswith(f"{path}: ") and told in str(error.value)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("data.manifest", "data.cache", "data.split_from", "data.seed"),
+        *("data.grades", "data.tasks", "model.grades"),
+        *("trainer.max_epochs", "trainer.max_steps", "trainer.default_root_dir"),
+    ],
+)
+def test_what_the_federation_sets_is_refused(name: str) -> None:
+    part, _, key = name.partition(".")
+    with pytest.raises(UsageError, match=rf"^{name} is set by the federation"):
+        federation_from({"sites": SITES, part: {key: ["none", "mild", "severe"]}})
 
 
 def test_a_matrix_is_one_of_the_mixings() -> None:
