@@ -26,7 +26,9 @@ Baseline = Literal["prior", "colour_area", "site", "collagen"]
 EPOCHS = 30  # the default of ``trainer.max_epochs``, as in ``slidetl fit``
 LENGTH = "trainer.max_epochs"
 FIT_PARTS = ("model", "data", "trainer")  # of a configuration of ``slidetl fit``
-_RESERVED = ("data.manifest", "data.cache", "data.grades", "data.seed", "model.grades")
+_EVERY = "trainer.check_val_every_n_epoch"
+_RESERVED = ("data.manifest", "data.cache", "data.grades", "data.seed", "model.grades", _EVERY)
+_TASKS = ("data.tasks", "model.tasks")
 
 
 @dataclass(frozen=True)
@@ -252,10 +254,12 @@ class Comparison:
             _merge(config, source)
         if self.protocol.leave_one_site_out:  # the protocol warns of a grade that only one site has
             config["data"].setdefault("every_grade", False)
-        for name in _RESERVED:
+        chosen = with_values(config, self.trials(arm)[0])  # all trials have the same names
+        for name in (*_RESERVED, *_TASKS):
             part, _, key = name.partition(".")
-            if key in config[part]:
-                raise UsageError(f"arm {arm!r}: {name} is set by the comparison itself; leave it out")
+            if key in chosen[part]:
+                why = "would not be learned" if name in _TASKS else "is set by the comparison itself"
+                raise UsageError(f"arm {arm!r}: {name} {why}; leave it out")
         if isinstance(backbone := config["model"].get("backbone"), dict):
             config["model"]["backbone"] = with_preset(backbone)
         return config

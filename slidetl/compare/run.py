@@ -93,12 +93,12 @@ def run_comparison(
     output = output.absolute()
     folder = output / JOBS
     folder.mkdir(parents=True, exist_ok=True)
-    trained = {job.arm: job.recipe["fit"] for job in plan.jobs if "fit" in job.recipe}
+    trained = {job.arm: job.recipe for job in plan.jobs if "fit" in job.recipe}
     if trained:  # imported here: it takes seconds
         with postpone_collection():
-            from slidetl.compare.train_arm import check_configs
+            from slidetl.compare.train_arm import check_recipes
 
-        check_configs(trained, options.allow)
+        check_recipes(trained, options.allow)
     refuse_seen(plan.comparison, plan.jobs, plan.study, options.allow)
     failed: dict[str, str] = {}
     with slide_lock(folder, "comparison"):

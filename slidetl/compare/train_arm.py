@@ -36,6 +36,7 @@ from slidetl.evaluation.metrics import accuracy, log_loss, qwk, rps
 from slidetl.files import write_whole
 from slidetl.models.blocks import pretrained_backbone
 from slidetl.models.network import GradingNetwork
+from slidetl.models.spec import BackboneSpec
 from slidetl.models.tensors import save_tensors
 from slidetl.tiles.features import read_features
 from slidetl.tiles.store import SlideCache
@@ -56,21 +57,23 @@ _SPEED = ("channels_last", "gradient_checkpointing")  # options of a backbone th
 _START, _LAST = "start", "last"  # names of the weights that are kept
 
 
-def check_configs(configs: Mapping[str, Mapping[str, Any]], allow: Sequence[str] = ()) -> None:
-    """Checks configurations of arms before hours are spent on them.
+def check_recipes(recipes: Mapping[str, Mapping[str, Any]], allow: Sequence[str] = ()) -> None:
+    """Checks the configurations of arms and of all their trials before hours are spent on them.
 
     Args:
-        configs: by the names of the arms.
+        recipes: by the names of the arms; each has ``fit`` and ``trials``.
         allow: names outside slidetl that they may import.
 
     Raises:
         UsageError: ``slidetl fit`` would refuse one of them.
     """
-    for arm, config in configs.items():
-        try:
-            parse_training(config, ("0", "1"), 0, allow)
-        except UsageError as error:
-            raise UsageError(f"arm {arm!r}: {error}") from error
+    for arm, recipe in recipes.items():
+        for trial in ({}, *filter(None, recipe["trials"])):
+            try:
+                parsed = parse_training(with_values(recipe["fit"], trial), ("0", "1"), 0, allow)
+                BackboneSpec(**parsed.model.backbone.as_dict())
+            except UsageError as error:
+                raise UsageError(f"arm {arm!r}: {error}") from error
 
 
 def check_arm(table: Path, arm: str, checkpoints: Sequence[Path], allow: Sequence[str] = ()) -> None:
@@ -135,7 +138,7 @@ def train_job(
         job: its recipe has ``fit``, ``trials`` and ``validate_every``.
         folder: keeps each finished training, to resume a killed job.
         threads: to compute with.
-        allow: as for :func:`check_configs`.
+        allow: as for :func:`check_recipes`.
         readers: as for :class:`slidetl.compare.pool.Workplace`.
     """
     fold, recipe = job.fold, job.recipe
@@ -247,7 +250,7 @@ class _Fit:
         chosen: values to change in the configuration, by dotted name.
         train: slides.
         monitored: slides to grade now and then; they do not influence the training.
-        allow: as for :func:`check_configs`.
+        allow: as for :func:`check_recipes`.
         readers: as for :func:`train_job`.
         external: slides to predict beside the monitored ones; None for a training that predicts none.
     """

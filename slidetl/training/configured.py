@@ -24,6 +24,15 @@ from slidetl.training.grader import SlideGrader
 from slidetl.training.slots import own_error, parse
 
 _ANY_DEVICES = (None, "auto")  # nobody has chosen
+_OF_MANY: dict[str, Any] = {  # without logs, bars and checkpoints
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+_SET = ("default_root_dir", "callbacks", *_OF_MANY)  # by build_trainer
 
 
 def parse_training(
@@ -38,8 +47,12 @@ def parse_training(
         allow: names outside slidetl that it may import.
 
     Raises:
-        UsageError: ``slidetl fit`` would refuse it, or it takes several devices.
+        UsageError: ``slidetl fit`` would refuse it, or it has options that :func:`build_trainer` sets, or
+            takes several devices.
     """
+    for name in _SET:
+        if name in config["trainer"]:
+            raise UsageError(f"trainer.{name} is set by the command itself; leave it out")
     tasks = config["model"].get("tasks", [])  # given once, as to 'slidetl fit'
     data = {"tasks": tasks, **config["data"], "grades": list(grades), "seed": seed}
     model = {**config["model"], "grades": list(grades)}
@@ -75,7 +88,7 @@ def build_trainer(options: Mapping[str, Any], folder: Path, callbacks: Sequence[
     """Builds a trainer without logs, bars and checkpoints, for one of many trainings.
 
     Args:
-        options: of Lightning's trainer, before our defaults.
+        options: of Lightning's trainer, as :func:`parse_training` allows them; they go before our defaults.
         folder: its ``default_root_dir``.
         callbacks: what watches the training.
     """
@@ -88,12 +101,7 @@ def build_trainer(options: Mapping[str, Any], folder: Path, callbacks: Sequence[
         },
         default_root_dir=folder,
         callbacks=list(callbacks),
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+        **_OF_MANY,
     )
 
 

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from slidetl.compare.config import Classical, Comparison, read_comparison, with_values
-from slidetl.compare.train_arm import check_configs
+from slidetl.compare.train_arm import check_recipes
 from slidetl.errors import UsageError
 from slidetl.evaluation.protocol import Protocol
 
@@ -78,7 +79,6 @@ def test_choices_are_tried_in_every_combination(tmp_path: Path) -> None:
         ("baseline: prior", "baseline: pryor", "baseline"),
         ("{baseline: prior}", "{}", "exactly|one of fit, classical and baseline"),
         ("{baseline: prior}", "{baseline: prior, classical: {features: [r]}}", "one of fit, classical and"),
-        ("data: {bag_size: 8}", "data: {seed: 8}", "data.seed is set by the comparison itself"),
         ("  data: {bag_size: 8}", "  date: {bag_size: 8}", "base: expected model, data, trainer, found date"),
         ("model.lr: [1.0e-3, 1.0e-2]", "lr: [1.0e-3]", "a name such as model.lr"),
         ("features: [r]", "features: []", "expected stored features"),
@@ -95,6 +95,54 @@ def test_what_cannot_be_meant_is_one_line(old: str, new: str, message: str, tmp_
     with pytest.raises(UsageError, match=message) as caught:
         read(PLAIN.replace(old, new), tmp_path)
     assert "\n" not in str(caught.value)
+
+
+RESERVED = (
+    *("data.manifest", "data.cache", "data.grades", "data.seed", "model.grades"),
+    "trainer.check_val_every_n_epoch",
+)
+
+
+@pytest.mark.parametrize("name", [*RESERVED, "data.tasks", "model.tasks"])
+def test_what_the_comparison_sets_is_refused(name: str, tmp_path: Path) -> None:
+    part, _, key = name.partition(".")
+    why = "is set by the comparison itself" if name in RESERVED else "would not be learned"
+    for old, new in (
+        ("  data: {bag_size: 8}\n  model: {", f"  {part}: {{{key}: 1}}\n  # "),
+        ("trainer: {max_epochs: 2}}", f"{part}: {{{key}: 1}}}}"),
+        ("choices: {", f"choices: {{{name}: [1, 2, 3], "),
+        ("choices: {", f"choices: {{{name}.some: [1, 2, 3], "),
+    ):
+        assert old in PLAIN
+        with pytest.raises(UsageError, match=rf"arm '(scratch|warm)': {name} {why}; leave it out"):
+            read(PLAIN.replace(old, new), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ("model.lrr: [1.0e-3]", "lrr"),
+        ("model.lr: [1.0e-3, fast]", "fast"),
+        ("trainer.max_epochs: [10, ten]", r"trainer\.max_epochs"),
+        ("trainer.devices: [2]", r"not trainer\.devices 2"),
+        ("trainer.logger: [true]", r"trainer\.logger is set by the command itself"),
+        ("model.backbone.preset: [uni2-h, uni3-h]", "uni3-h"),
+    ],
+)
+def test_every_trial_is_checked_before_the_first_job(choices: str, message: str, tmp_path: Path) -> None:
+    arms = f"{{warm: {{fit: {{}}, choices: {{{choices}}}}}, prior: {{baseline: prior}}}}"
+    text = "manifest: m.csv\ncache: c\nprotocol: {inner_folds: 2}\nprimary: {arm: warm, against: prior}\n"
+    comparison = read(f"{text}arms: {arms}", tmp_path)
+    with pytest.raises(UsageError, match=rf"^arm 'warm': .*{message}"):
+        check_recipes(recipes(comparison))
+
+
+def recipes(comparison: Comparison) -> dict[str, dict[str, Any]]:
+    return {
+        name: {"fit": comparison.fit_config(name), "trials": comparison.trials(name)}
+        for name, arm in comparison.arms.items()
+        if arm.fit is not None
+    }
 
 
 def test_the_hash_is_of_all_that_is_run_and_of_no_path(tmp_path: Path) -> None:
@@ -125,9 +173,8 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_what_ships_can_be_read(path: Path) -> None:
     comparison = read_comparison(path)
-    fits = {name: comparison.fit_config(name) for name, arm in comparison.arms.items() if arm.fit is not None}
-    assert comparison.primary.arm in fits
-    check_configs(fits)  # it raises what 'slidetl fit' would
+    assert comparison.primary.arm in recipes(comparison)
+    check_recipes(recipes(comparison))  # it raises what 'slidetl fit' would
 
 
 def test_the_founding_experiment_is_there() -> None:

@@ -23,6 +23,18 @@ def test_several_devices_are_refused(several: dict[str, Any]) -> None:
         configured(**several)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("default_root_dir", "callbacks", "num_sanity_val_steps", "use_distributed_sampler", "logger"),
+        *("enable_checkpointing", "enable_progress_bar", "enable_model_summary"),
+    ],
+)
+def test_what_the_command_sets_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=rf"^trainer\.{name} is set by the command itself; leave it out"):
+        configured(**{name: False})
+
+
 def test_one_card_may_be_named() -> None:
     assert configured(devices=[1]).devices == [1]
     assert configured(devices="1,").devices == "1,"
