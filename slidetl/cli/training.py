@@ -85,6 +85,7 @@ def run(command: str, args: list[str]) -> int:
             seed_everything_default=0,
             trainer_defaults={
                 "max_epochs": 30,
+                "devices": _usual_devices(),
                 "deterministic": "warn",  # a GPU lacks some operations in a deterministic form
                 "use_distributed_sampler": False,  # the data module shares out whole slides
                 "num_sanity_val_steps": 0,  # a slide is several steps; half a slide cannot be graded
@@ -379,6 +380,15 @@ class RangeTestCLI(GradingCLI):
             print(f"the loss does not fall anywhere between these rates; see {folder}")
         else:
             print(f"the loss falls fastest at --model.lr {result.suggestion:.2g}; written to {folder}")
+
+
+def _usual_devices() -> int | str:
+    """Returns 1, or ``auto`` in one of several processes that srun or torchrun started, for one device each.
+
+    Lightning's auto takes every GPU of the machine, and so changes the slides per step and the result.
+    """
+    started = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("WORLD_SIZE") or "1"
+    return 1 if started == "1" else "auto"
 
 
 def _take_allow(args: list[str]) -> tuple[list[str], list[str]]:

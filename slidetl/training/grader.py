@@ -298,6 +298,11 @@ class SlideGrader(pl.LightningModule):
                 f"learning rate {lr:g}: model.lr {self.lr:g} is meant for {DEFAULT_BATCH_SIZE} slides per "
                 f"step, and there are {batch}"
             )
+        elif self._data is not None and (processes := self.trainer.world_size) > 1:
+            rank_zero_info(
+                f"{processes} processes, {processes} x {self._data.batch_size} slides per step, at the "
+                f"learning rate {lr:g} of one process; model.lr_scale_with_batch scales it with the slides"
+            )
         optimizer = torch.optim.AdamW(self.parameter_groups(lr), lr=lr)
         self._total_steps = self.trainer.estimated_stepping_batches
         accumulated = self.trainer.accumulate_grad_batches

@@ -459,18 +459,31 @@ def test_a_preset_is_recorded_as_its_fields_and_its_tiles_are_compared(
     assert (backbone["pretrained"], backbone["pooling"], backbone["preset"]) == ("hub", "token", "")
 
 
-def parsed_precision(words: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """Returns the ``trainer.precision`` that a command takes."""
+def parsed_trainer(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Returns the options ``trainer`` that a command takes."""
 
     def stop(cli: GradingCLI) -> None:
-        found.append(cli.config[cli.config.subcommand].trainer.precision)
+        found.append(cli.config[cli.config.subcommand].trainer)
         raise UsageError("parsed")
 
-    found: list[str] = []
+    found: list[Any] = []
     monkeypatch.setattr(GradingCLI, "_parse_ckpt_path", stop)
     assert main([*words, "--data.manifest=m.csv", "--data.cache=cache"]) == 2
-    (precision,) = found
-    return precision
+    (trainer,) = found
+    return trainer
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_a_command_takes_one_device_unless_told_otherwise(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning's default takes every GPU of a machine, with so many times the slides per step."""
+    assert parsed_trainer([command], monkeypatch).devices == 1
+    assert parsed_trainer([command, "--trainer.devices=2"], monkeypatch).devices == "2"
+    for started in ("SLURM_STEP_NUM_TASKS", "WORLD_SIZE"):  # by srun and torchrun
+        with monkeypatch.context() as patch:
+            patch.setenv(started, "4")
+            assert parsed_trainer([command], patch).devices == "auto"
 
 
 @pytest.mark.parametrize(
@@ -491,7 +504,7 @@ def test_the_precision_is_that_of_the_device(
     words: list[str], precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("slidetl.training.configured.has_bfloat16", lambda _: True)
-    assert parsed_precision(words, monkeypatch) == precision
+    assert parsed_trainer(words, monkeypatch).precision == precision
 
 
 @pytest.mark.parametrize(
@@ -511,7 +524,7 @@ def test_a_gpu_without_bfloat16_computes_in_the_precision_that_is_named(
     monkeypatch.setattr("slidetl.training.configured.has_bfloat16", lambda _: False)
     for has_gpu, precision in ((True, on_old_gpu), (False, on_cpu)):
         monkeypatch.setattr("torch.cuda.is_available", lambda found=has_gpu: found)
-        assert parsed_precision(words, monkeypatch) == precision
+        assert parsed_trainer(words, monkeypatch).precision == precision
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])

@@ -253,6 +253,7 @@ def test_two_processes_train_together(study: Study, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "MEMBER: 2/2" in done.stderr
+    assert "2 processes, 2 x 4 slides per step, at the learning rate 0.001 of one process" in done.stderr
     checkpoint = read_checkpoint(tmp_path / "logs" / "version_0" / "checkpoints" / "last.ckpt")
     assert checkpoint["global_step"] == 2  # ten slides, four to a step of each process
 
