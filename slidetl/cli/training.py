@@ -34,13 +34,19 @@ from slidetl.data.record import (
     data_options,
     read_record,
 )
-from slidetl.errors import CheckpointError, SlidetlError, UsageError
+from slidetl.errors import CheckpointError, ModelFileError, SlidetlError, UsageError
 from slidetl.files import read_yaml
 from slidetl.models.backbones import without_downloads
 from slidetl.models.spec import with_preset
 from slidetl.processor import postpone_collection
 from slidetl.training.best import BestCheckpoint, LastCheckpoint, WholeCheckpoints
-from slidetl.training.checkpoint import check_network, check_resumable, find_checkpoint, read_checkpoint
+from slidetl.training.checkpoint import (
+    check_hyper_parameters,
+    check_network,
+    check_resumable,
+    find_checkpoint,
+    read_checkpoint,
+)
 from slidetl.training.configured import default_precision
 from slidetl.training.drift import DriftReport
 from slidetl.training.evaluation import SAME_FOR_ALL, better_mode, scalar_names
@@ -270,6 +276,7 @@ class GradingCLI(LightningCLI):
                 self._check_options()
             else:
                 self.datamodule.origin = self.model.origin
+                self._check_network()
         self._starting.close()
 
     def _check_watch(self, watch: EarlyStopping | ModelCheckpoint) -> None:
@@ -289,6 +296,24 @@ class GradingCLI(LightningCLI):
                 f"{name}.monitor {monitor} needs the validation, which trainer.limit_val_batches 0 leaves "
                 "out; raise it, or monitor train/loss"
             )
+
+    def _check_network(self) -> None:
+        """Refuses a network that no checkpoint brings back, and warns of one that cannot be exported."""
+        values = {key: value for key, value in self.model.hparams.items() if key != "_instantiator"}
+        try:
+            check_hyper_parameters(values, self.config.fit.allow)
+        except CheckpointError as error:
+            raise UsageError(f"no checkpoint of this training could be read: {error}") from error
+        network = self.model.network
+        parts = (network.aggregator, network.head)
+        if all(type(part).__module__.startswith("slidetl.") for part in parts):
+            return
+        from slidetl.publish.export import check_scripts  # most trainings need none of it
+
+        try:
+            check_scripts(network)
+        except ModelFileError as error:
+            rank_zero_warn(str(error))
 
     def _check_options(self) -> None:
         """Refuses to resume a training with other data options or another seed."""

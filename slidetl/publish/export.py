@@ -13,6 +13,7 @@ from typing import IO, Any, Final, Optional
 
 import torch
 from torch import Tensor, nn
+from torch.jit.frontend import FrontendError
 
 from slidetl.analysis.novelty import Familiar
 from slidetl.errors import ModelFileError
@@ -26,6 +27,7 @@ from slidetl.models.precision import exact_float32, has_bfloat16
 from slidetl.models.spec import BackboneSpec
 from slidetl.models.volumes import unit_window
 from slidetl.publish.model_file import load_model, without_deprecation
+from slidetl.text import first_lines
 from slidetl.tiles.grid import TileSpec
 from slidetl.training.grader import SlideGrader
 from slidetl.version import VERSION
@@ -290,11 +292,40 @@ def _write(network: ExportedNetwork, card: ModelCard, file: IO[bytes]) -> None:
     """Writes a network without the debug records, which have the paths of source files on this machine."""
     packed = io.BytesIO()  # where a disk is full, torch ends the process
     with without_deprecation():
-        torch.jit.save(torch.jit.script(network), packed, _extra_files={METADATA: card.to_json()})
+        torch.jit.save(_scripted(network), packed, _extra_files={METADATA: card.to_json()})
     with zipfile.ZipFile(packed) as archive, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as copy:
         for name in archive.namelist():
             if not name.endswith(".debug_pkl"):
                 copy.writestr(zipfile.ZipInfo(name), archive.read(name))
+
+
+def check_scripts(network: GradingNetwork) -> None:
+    """Compiles the aggregator and the head of a network for :func:`export_model`, without its backbone.
+
+    Raises:
+        ModelFileError: TorchScript cannot express them; the message has its reason.
+    """
+    with without_deprecation():
+        _scripted(ExportedNetwork([GradingNetwork(_StandIn(), network.aggregator, network.head)]))  # type: ignore[arg-type] # like a backbone
+
+
+class _StandIn(nn.Module):
+    """Stands for a backbone, which takes seconds to compile."""
+
+    num_features, in_channels = 1, 3
+
+    def forward(self, tiles: Tensor) -> Tensor:
+        return tiles.flatten(1)
+
+
+def _scripted(network: ExportedNetwork) -> Any:
+    try:
+        return torch.jit.script(network)
+    except (RuntimeError, FrontendError, OSError, TypeError, ValueError) as error:
+        raise ModelFileError(
+            f"'slidetl export' cannot write this network, as TorchScript has no words for it: "
+            f"{first_lines(str(error)):.400}"
+        ) from error
 
 
 def random_tiles(

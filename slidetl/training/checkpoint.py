@@ -24,7 +24,7 @@ from slidetl.models.targets import Targets
 from slidetl.models.tensors import check_finite, is_state, load_tensors, save_tensors
 from slidetl.training.best import COMPLETE, NOTHING_LEFT, logs_of_fits
 from slidetl.training.grader import SlideGrader
-from slidetl.training.slots import check_name, parse
+from slidetl.training.slots import check_name, is_under, parse
 
 _CLASSES = ("aggregator", "head", "transfer", "schedule")
 _VALUES = {"backbone": BackboneSpec, "targets": Targets}
@@ -85,7 +85,7 @@ def read_checkpoint(path: Path, allow: Sequence[str] = (), resumable: bool = Fal
     values = loaded["hyper_parameters"]
     values.pop("_instantiator", None)  # Lightning builds modules by it; we build them ourselves
     try:
-        _check_hyper_parameters(values, allow)
+        check_hyper_parameters(values, allow)
         _check_state(loaded["state_dict"])
         _check_callbacks(loaded.get("callbacks", {}))
     except CheckpointError as error:
@@ -275,7 +275,16 @@ def _differs(expected: Any, found: Any, place: str) -> str:
     return "" if fits else f"{place} is {found!r:.60}, expected {type(expected).__name__}"
 
 
-def _check_hyper_parameters(values: dict[Any, Any], allow: Sequence[str]) -> None:
+def check_hyper_parameters(values: Mapping[Any, Any], allow: Sequence[str] = ()) -> None:
+    """Checks for the form of hyper-parameters that :func:`read_checkpoint` accepts.
+
+    Args:
+        values: the arguments of :class:`~slidetl.training.grader.SlideGrader`, as plain values.
+        allow: as for :func:`read_checkpoint`.
+
+    Raises:
+        CheckpointError: they have another form, or name a forbidden class.
+    """
     unknown = [key for key in values if key not in _PARAMETERS]
     if unknown:
         raise CheckpointError(
@@ -319,18 +328,16 @@ def _check_class(key: str, value: Any, allow: Sequence[str]) -> None:
         raise CheckpointError(str(error)) from error
     if not isinstance(arguments, dict):
         raise CheckpointError(f"expected the init_args of {key} to be names and values, found {arguments!r}")
-    texts = _text_arguments(name)
+    is_trusted, texts = is_under(name, allow), _text_arguments(name)
     for argument, content in arguments.items():
-        # A text could name a class or a configuration file, except in arguments declared as text.
-        is_text = argument in texts
-        values = content if is_text and isinstance(content, (list, tuple)) else [content]
-        if (
-            not isinstance(argument, str)
-            or not argument.isidentifier()
-            or not all(_is_scalar(value, text=is_text) for value in values)
-        ):
+        # A text could name a class or a configuration file, except in arguments declared as text, and of a
+        # class whose code the user trusts.
+        is_text = is_trusted or argument in texts
+        is_plain = _is_plain(content) if is_text else _is_scalar(content, text=False)
+        if not isinstance(argument, str) or not argument.isidentifier() or not is_plain:
+            kind = "values, or lists of them," if is_trusted else "numbers"
             raise CheckpointError(
-                f"expected plain numbers as init_args of {key}, found {argument!r}: {content!r}"
+                f"expected plain {kind} as init_args of {key}, found {argument!r}: {content!r:.200}"
             )
 
 

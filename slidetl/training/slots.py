@@ -174,7 +174,7 @@ def check_name(place: str, name: object, allow: Sequence[str] = ()) -> str:
     homes = slot.homes if slot else ()
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise UsageError(f"expected the class_path of {place} to be the name of a class, found {name!r:.100}")
-    if not _is_under(name, allow) and (_is_under(name, _NEVER) or not _is_under(name, homes)):
+    if not is_under(name, allow) and (is_under(name, _NEVER) or not is_under(name, homes)):
         expected = f"expected a class of {', '.join(homes)}" if homes else "expected no class"
         raise UsageError(
             f"{place} would import {name!r:.100}, which is neither slidetl's nor allowed: {expected}; "
@@ -194,7 +194,7 @@ def _check(place: str, slot: Slot | None, value: Any, allow: Sequence[str]) -> N
             _check(place, slot, entry, allow)
     elif callable(value):
         name = check_name(place, _defined_as(value), allow)
-        if not isinstance(value, type) and not _is_under(name, allow):
+        if not isinstance(value, type) and not is_under(name, allow):
             raise UsageError(
                 f"{place}: expected a class, {name!r} is none; if you trust it, add --allow {name}"
             )
@@ -227,5 +227,6 @@ def _defined_as(value: Any) -> str:
     return f"{named.__module__}.{named.__qualname__}"
 
 
-def _is_under(name: str, homes: Sequence[str]) -> bool:
+def is_under(name: str, homes: Sequence[str]) -> bool:
+    """Tells if a dotted name is one of some modules, packages and classes, or is in one."""
     return any(name == home or name.startswith(f"{home}.") for home in homes)

@@ -395,6 +395,66 @@ def test_a_training_without_a_checkpoint_of_its_own_fails(
     assert main(["fit", *elsewhere]) == 0
 
 
+LAB = """
+from torch import Tensor
+
+from slidetl.models.aggregators import Aggregated, MeanPooling
+
+
+class Named(MeanPooling):
+    def __init__(self, in_features: int, kind: str = "gelu", sizes: list[int] = [1, 2]) -> None:
+        super().__init__(in_features)
+
+
+class Starred(Named):
+    def forward(self, *bag: Tensor) -> Aggregated:
+        return super().forward(*bag)
+
+
+class Nested(MeanPooling):
+    def __init__(self, in_features: int, sizes: dict[str, int] = {"a": 1}) -> None:
+        super().__init__(in_features)
+"""
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    (tmp_path / "poollab.py").write_text(LAB)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "poollab", raising=False)
+    return ["--allow", "poollab"]
+
+
+def test_a_network_with_an_own_aggregator_is_tested_and_exported(
+    study: Study, tmp_path: Path, lab: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After the training, its texts were taken for names of classes in every command."""
+    root, model = tmp_path / "run", tmp_path / "m.pt"
+    few = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--data.chunk_size=8"]
+    words = [*study.options(root), *lab]
+    export = ["export", str(root), "--output", str(model), "--no-training-data", *lab]
+    assert main(["fit", *words, *few, "--model.aggregator=poollab.Named"]) == 0  # warnings are errors
+    assert main(["test", *words]) == 0
+    assert main(export) == 0 and model.is_file()
+    model.unlink()
+    with pytest.warns(UserWarning, match="'slidetl export' cannot write this network"):
+        assert main(["fit", *words, *few, "--model.aggregator=poollab.Starred"]) == 0
+    capsys.readouterr()
+    assert main(export) == 2 and not model.exists()
+    assert "can't take variable number of arguments" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_network_that_no_checkpoint_brings_back_is_not_trained(
+    study: Study, tmp_path: Path, lab: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", *study.options(tmp_path / "run"), *lab, "--model.aggregator=poollab.Nested"]) == 2
+    assert (
+        "no checkpoint of this training could be read: expected plain values, or lists of them, as init_args "
+        "of aggregator, found 'sizes': {'a': 1}"
+    ) in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_metric_that_the_part_leaves_undefined_is_one_line(
     study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -83,7 +83,8 @@ def test_keys_of_old_lightning_versions_are_not_read(key: str, tmp_path: Path) -
 
 
 def test_allowed_names_pass(tmp_path: Path) -> None:
-    path = save(tmp_path / "c.ckpt", {"head": {"class_path": "mylab.heads.Head", "init_args": {"width": 3}}})
+    arguments = {"width": 3, "kind": "gelu", "sizes": [1, "two"]}
+    path = save(tmp_path / "c.ckpt", {"head": {"class_path": "mylab.heads.Head", "init_args": arguments}})
     for allow in (["mylab"], ["mylab.heads"], ["mylab.heads.Head"]):
         assert read_checkpoint(path, allow)["state_dict"] == {}
     for refused in ([], ["mylab.head"]):
@@ -91,6 +92,13 @@ def test_allowed_names_pass(tmp_path: Path) -> None:
             CheckpointError, match=r"neither slidetl's nor allowed.*--allow mylab\.heads\.Head"
         ):
             read_checkpoint(path, refused)
+
+
+@pytest.mark.parametrize("content", [EVIL, [EVIL], {"width": 3}])
+def test_an_allowed_class_takes_plain_arguments_alone(content: object, tmp_path: Path) -> None:
+    head = {"class_path": "mylab.heads.Head", "init_args": {"x": content}}
+    with pytest.raises(CheckpointError, match="expected plain values, or lists of them, as init_args"):
+        read_checkpoint(save(tmp_path / "c.ckpt", {"head": head}), ["mylab"])
 
 
 class Evil:
