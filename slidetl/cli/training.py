@@ -375,7 +375,10 @@ class GradingCLI(LightningCLI):
         plugins = trainer.get("plugins") or []
         kwargs["plugins"] = [WholeCheckpoints(), *(plugins if isinstance(plugins, list) else [plugins])]
         kwargs["callbacks"] = [*(trainer.get("callbacks") or []), *ours]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except RuntimeError as error:  # of a Slurm job that Lightning refuses
+            raise UsageError(_one_line(str(error))) from error
 
 
 class RangeTestCLI(GradingCLI):

@@ -13,6 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from jsonargparse import ArgumentError
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.cli import LightningArgumentParser
 
@@ -98,6 +99,8 @@ def build_trainer(options: Mapping[str, Any], folder: Path, callbacks: Sequence[
             "precision": default_precision(options.get("accelerator", "auto"), options.get("devices")),
             **options,
             "devices": 1 if options.get("devices") in _ANY_DEVICES else options["devices"],
+            # One process, however many tasks its Slurm job has; Lightning refuses some of these.
+            "plugins": [LightningEnvironment(), *(options.get("plugins") or [])],
         },
         default_root_dir=folder,
         callbacks=list(callbacks),

@@ -395,6 +395,14 @@ def test_a_training_without_a_checkpoint_of_its_own_fails(
     assert main(["fit", *elsewhere]) == 0
 
 
+def test_a_slurm_job_that_lightning_refuses_is_one_line(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    assert main(["fit", *study.options(tmp_path)]) == 2
+    assert "You set `--ntasks=8` in your SLURM bash script" in capsys.readouterr().err.splitlines()[-1]
+
+
 LAB = """
 from torch import Tensor
 

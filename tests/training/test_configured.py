@@ -51,6 +51,15 @@ def test_a_trainer_takes_one_device_of_several(
     assert (trainer.num_devices, trainer.world_size) == (1, 1)
 
 
+def test_a_training_is_one_process_in_a_job_of_several_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning refused it: every training of a comparison failed."""
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    trainer = build_trainer({"accelerator": "cpu"}, tmp_path, [])
+    assert (trainer.num_devices, trainer.world_size, trainer.global_rank) == (1, 1, 0)
+
+
 def test_the_precision_is_that_of_the_card_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     second = torch.device("cuda", 1)
     monkeypatch.setattr("slidetl.training.configured.has_bfloat16", lambda card: card == second)
