@@ -142,6 +142,12 @@ class LastCheckpoint(ModelCheckpoint):
                 f"would take those of an earlier fit in {home}; leave out trainer.logger and "
                 "last_checkpoint.dirpath, or choose another trainer.default_root_dir"
             )
+        earlier = _unfinished(home.parent)
+        if earlier is not None and trainer.ckpt_path is None and not trainer.fast_dev_run:  # type: ignore[attr-defined] # set elsewhere
+            rank_zero_warn(
+                f"an earlier fit has not ended, or is still running: --ckpt_path {earlier} resumes it, and "
+                "this one starts from the beginning"
+            )
         if (mark := self._mark(trainer)) is not None:
             mark.unlink(missing_ok=True)
 
@@ -200,6 +206,13 @@ def logs_of_fits(root: Path) -> list[Path]:
     """Lists the log folders of the fits below a run's folder, the latest first."""
     found = filter(_is_fit, root.glob("logs/version_*"))
     return sorted(found, key=lambda log: int(log.name.removeprefix("version_")), reverse=True)
+
+
+def _unfinished(root: Path) -> Path | None:
+    """Finds the last checkpoint below a run's folder; None if there is none, or its fit has ended."""
+    found = (log / "checkpoints" / "last.ckpt" for log in logs_of_fits(root))
+    last = next((path for path in found if path.is_file()), None)
+    return None if last is None or last.with_name(COMPLETE).is_file() else last
 
 
 def _is_fit(log: Path) -> bool:

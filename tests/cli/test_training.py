@@ -24,6 +24,7 @@ from slidetl.data.augment import Augmentation
 from slidetl.data.record import StudyRecord, config_sha256, read_record
 from slidetl.errors import UsageError
 from slidetl.models.heads import CumulativeLink
+from slidetl.training.best import COMPLETE
 from slidetl.training.checkpoint import find_checkpoint, read_checkpoint
 from slidetl.training.predictions import read_predictions
 from tests.conftest import Study
@@ -393,6 +394,20 @@ def test_a_training_without_a_checkpoint_of_its_own_fails(
         assert "would take those of an earlier fit" in capsys.readouterr().err
     elsewhere = [*study.options(tmp_path / "new"), "--trainer.logger=false", "--trainer.max_epochs=1"]
     assert main(["fit", *elsewhere]) == 0
+
+
+def test_a_fit_beside_an_unfinished_one_says_how_to_resume(
+    study: Study, trained: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(trained, root)
+    last = best(root).with_name("last.ckpt")
+    last.with_name(COMPLETE).unlink()
+    words = ["fit", *study.options(root), "--trainer.limit_train_batches=1"]
+    assert main([*words, "--trainer.max_epochs=2", f"--ckpt_path={last}"]) == 0  # warnings are errors
+    with pytest.warns(UserWarning, match=f"--ckpt_path {re.escape(str(last))} resumes it, and this one"):
+        assert main([*words, "--trainer.max_epochs=1"]) == 0
+    assert main([*words, "--trainer.max_epochs=1"]) == 0
 
 
 def test_a_slurm_job_that_lightning_refuses_is_one_line(
