@@ -51,7 +51,7 @@ from slidetl.training.configured import default_precision
 from slidetl.training.drift import DriftReport
 from slidetl.training.evaluation import SAME_FOR_ALL, better_mode, scalar_names
 from slidetl.training.grader import SlideGrader
-from slidetl.training.outputs import ResultFiles
+from slidetl.training.outputs import ResultFiles, SplitTable
 from slidetl.training.progress import StatusReport
 from slidetl.training.range_test import RangeTest, find_rate, write_range
 from slidetl.training.slots import check_classes, check_import, own_error, permit
@@ -370,7 +370,7 @@ class GradingCLI(LightningCLI):
                 table = CSVLogger(root, name="logs")
                 board = TensorBoardLogger(root, name="logs", version=table.version, default_hp_metric=False)
                 kwargs["logger"] = [table, board]
-                ours += [LearningRateMonitor("epoch"), DriftReport(), WaitingReport()]
+                ours += [LearningRateMonitor("epoch"), SplitTable(), DriftReport(), WaitingReport()]
         trainer = self._get(self.config_init, "trainer")
         plugins = trainer.get("plugins") or []
         kwargs["plugins"] = [WholeCheckpoints(), *(plugins if isinstance(plugins, list) else [plugins])]

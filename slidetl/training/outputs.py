@@ -62,6 +62,25 @@ class ResultFiles(pl.Callback):
             rank_zero_info(f"{count}, written to {folder / 'predictions.csv'}")
 
 
+class SplitTable(pl.Callback):
+    """Writes the part of each slide of a training as ``split.csv`` into the log folder."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes the table, of a resumed training too."""
+        assert isinstance(pl_module, SlideGrader) and pl_module.record is not None
+        folder = trainer.log_dir  # every process must read it: they synchronise on it
+        if trainer.is_global_zero and folder:
+            slides = trainer.datamodule.slides["predict"]  # type: ignore[attr-defined] # set by fit
+            grades = {slide.row.slide_id: slide.row.grade for slide in slides}
+            rows = (
+                (slide.slide_id, slide.patient_id, grades[slide.slide_id], slide.part)
+                for slide in pl_module.record.slides
+            )
+            columns = ("slide_id", "patient_id", "grade", "part")
+            table = (dict(zip(columns, row, strict=True)) for row in rows)
+            write_csv(Path(folder) / "split.csv", columns, table)
+
+
 def _write_tables(folder: Path, slides: Sequence[GradedSlide], tasks: Iterable[Task]) -> None:
     """Writes a table for the grade, and one for each further slide-level task; removes earlier ones."""
     for path in folder.glob("predictions-*.csv"):  # of tasks that may be no more

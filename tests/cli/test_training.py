@@ -83,6 +83,11 @@ def test_a_checkpoint_records_the_study(study: Study, trained: Path) -> None:
         if slide.part == "test":
             row = tested[slide.slide_id]
             assert (row.patient_id, row.fingerprint) == (slide.patient_id, slide.fingerprint)
+    with study.manifest.open(newline="") as file:
+        grades = {row["slide_id"]: row["grade"] for row in csv.DictReader(file)}
+    lines = [f"{one.slide_id},{one.patient_id},{grades[one.slide_id]},{one.part}" for one in record.slides]
+    table = best(trained).parents[1].joinpath("split.csv").read_text().splitlines()
+    assert table == ["slide_id,patient_id,grade,part", *lines]
 
 
 @pytest.mark.slow
