@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from slidetl.data.manifest import SPLITS, ManifestRow, read_manifest
 from slidetl.data.splits import split_patients
-from slidetl.data.tasks import Task, read_points
-from slidetl.errors import CacheError, CacheMismatchError, CacheMissingError, UsageError
+from slidetl.data.tasks import LabelledPoints, Task, read_points
+from slidetl.errors import CacheError, CacheMismatchError, CacheMissingError, ManifestError, UsageError
 from slidetl.slides import open_slide
 from slidetl.slides.base import WHOLE_BYTES
 from slidetl.slides.spacing import differ
@@ -152,7 +152,7 @@ def read_study(
     rows = read_manifest(Path(manifest), scale, tasks=tasks).rows
     ledger = _read_ledger(folder)
     slides, lost = [], []
-    others: dict[str, set[str]] = defaultdict(set)
+    labels = _Labels(rows, tasks)
     for row in rows:
         try:
             opened = open_cache(folder, row.slide_id, ledger.get(row.slide_id))
@@ -172,17 +172,13 @@ def read_study(
                 f"slide {row.slide_id!r}: the manifest's mpp is {row.mpp:.6g}, its tiles were cut with "
                 f"{found} um per pixel of level 0; tile it again with --overwrite, or correct the manifest"
             )
-        slides.append(CachedSlide(row, opened, _read_labels(row, opened, tasks, others)))
+        slides.append(CachedSlide(row, opened, labels.of(row, opened)))
     if not slides:
         raise CacheMissingError(
             f"{cache}: none of the {len(rows)} slides of {manifest} is here; run 'slidetl tile' first"
         )
     _warn_of_lost(lost, len(rows))
-    for name, classes in others.items():
-        warnings.warn(
-            f"task {name}: annotations of class {listed(sorted(classes))} are no label, not in its grades",
-            stacklevel=2,
-        )
+    labels.warn()
     _check_files(folder, slides, ledger)
     study = Study(rows, tuple(slides), folder)
     common_spec(study.caches)
@@ -211,6 +207,16 @@ def check_duplicates(slides: Sequence[CachedSlide]) -> None:
         raise UsageError(
             f"{len(pairs)} pair{'s' * (len(pairs) > 1)} of slides with the same content, of different "
             f"patients: {listed(pairs)}; remove one of each, or give both one patient_id"
+        )
+
+
+def warn_of_unused(path: Path, slide_ids: Iterable[str], takers: Iterable[str]) -> None:
+    """Warns of slides in a table of labels that are none of those that take labels from it."""
+    if unused := sorted(set(slide_ids) - {"", *takers}):
+        warnings.warn(
+            f"{path}: labels of {len(unused)} slides have no effect, since no line of the manifest with such "
+            f"a slide_id takes them: {listed(unused)}",
+            stacklevel=3,
         )
 
 
@@ -377,17 +383,60 @@ def _warn_of_lost(lost: Sequence[str], n_slides: int) -> None:
         )
 
 
-def _read_labels(
-    row: ManifestRow, cache: SlideCache, tasks: Sequence[Task], others: Mapping[str, set[str]]
-) -> dict[str, int | float | NDArray[np.int64]]:
-    """Reads the label of each task, of the slide or of its tiles, -1 or NaN if none; adds others."""
-    labels: dict[str, int | float | NDArray[np.int64]] = {}
-    for task, label in zip(tasks, row.labels, strict=True):
-        if isinstance(label, Path) and cache.spec.is_volume:
-            raise UsageError(f"{label}: labels of tiles are in pixels of a slide, {row.slide_id} is a volume")
-        if isinstance(label, Path) and is_annotation_file(label):
-            labels[task.name], unknown = label_tiles(
-                label,
+class _Labels:
+    """Reads the labels of slides and of their tiles, each table once."""
+
+    def __init__(self, rows: Sequence[ManifestRow], tasks: Sequence[Task]) -> None:
+        self._tasks = tasks
+        self._rows = rows
+        self._named = [Counter(labels) for labels in zip(*(row.labels for row in rows), strict=True)]
+        self._tables: dict[tuple[Path, int], dict[str, LabelledPoints]] = {}
+        self._others: dict[str, set[str]] = defaultdict(set)
+        self._missed: dict[Path, list[str]] = defaultdict(list)
+
+    def of(self, row: ManifestRow, cache: SlideCache) -> dict[str, int | float | NDArray[np.int64]]:
+        """Returns the label of each task, of the slide or of its tiles, -1 or NaN if none."""
+        found: dict[str, int | float | NDArray[np.int64]] = {}
+        for task, label, named in zip(self._tasks, row.labels, self._named, strict=True):
+            if isinstance(label, Path):
+                found[task.name] = self._of_tiles(row, cache, task, label, named[label] > 1)
+            elif task.of_tiles:
+                found[task.name] = np.full(len(cache), -1 if label is None else label)
+            else:
+                nothing = np.nan if task.numeric else -1
+                found[task.name] = nothing if label is None else label
+        return found
+
+    def warn(self) -> None:
+        """Warns of labels without effect."""
+        for name, classes in self._others.items():
+            warnings.warn(
+                f"task {name}: annotations of class {listed(sorted(classes))} are no label, not in its "
+                "grades",
+                stacklevel=3,
+            )
+        for (path, _), table in self._tables.items():
+            warn_of_unused(path, table, (row.slide_id for row in self._rows if path in row.labels))
+        for path, slides in self._missed.items():
+            warnings.warn(
+                f"{path}: no point of {listed(slides)} lies in a tile of the cache; expected level-0 pixels",
+                stacklevel=3,
+            )
+
+    def _of_tiles(
+        self, row: ManifestRow, cache: SlideCache, task: Task, path: Path, is_shared: bool
+    ) -> NDArray[np.int64]:
+        if cache.spec.is_volume:
+            raise UsageError(f"{path}: labels of tiles are in pixels of a slide, {row.slide_id} is a volume")
+        table = None if is_annotation_file(path) else self._table(path, len(task.grades))
+        if is_shared and (table is None or "" in table):
+            raise ManifestError(
+                f"{path}: its labels are of one slide, and several lines of the manifest name it in "
+                f"{task.column}; give each slide its own file, or a table with a column slide_id"
+            )
+        if table is None:
+            labels, unknown = label_tiles(
+                path,
                 task.grades,
                 task.least_share,
                 cache.header.viewer,
@@ -397,16 +446,18 @@ def _read_labels(
                 cache.mpp_level0,
                 cache.thumbnail_mpp,
             )
-            others[task.name].update(unknown)
-        elif isinstance(label, Path):
-            tables = read_points(label, len(task.grades))
-            labels[task.name] = np.full(len(cache), -1)
-            if points := tables.get(row.slide_id) or tables.get(""):
-                of_tiles = points.of_tiles(cache.origins_level0, cache.extent_level0)
-                labels[task.name] = np.nan_to_num(of_tiles, nan=-1).astype(np.int64)
-        elif task.of_tiles:
-            labels[task.name] = np.full(len(cache), -1 if label is None else label)
-        else:
-            nothing = np.nan if task.numeric else -1
-            labels[task.name] = nothing if label is None else label
-    return labels
+            self._others[task.name].update(unknown)
+            return labels
+        points = table.get(row.slide_id) or table.get("")
+        if points is None:
+            return np.full(len(cache), -1)
+        of_tiles = points.of_tiles(cache.origins_level0, cache.extent_level0)
+        if np.isnan(of_tiles).all():
+            self._missed[path].append(row.slide_id)
+        return np.nan_to_num(of_tiles, nan=-1).astype(np.int64)
+
+    def _table(self, path: Path, n_labels: int) -> Mapping[str, LabelledPoints]:
+        key = path, n_labels
+        if key not in self._tables:
+            self._tables[key] = read_points(path, n_labels)
+        return self._tables[key]

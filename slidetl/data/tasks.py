@@ -112,9 +112,14 @@ class LabelledPoints:
         votes = np.zeros((len(origin_level0), len(known)), np.int64)
         # Corners are rounded to pixels; a whole size keeps a corner out of the neighbouring tile.
         end = origin_level0 + np.floor(extent_level0)
-        for point, label in zip(self.xy_level0, votes_for, strict=True):
-            inside = (origin_level0 <= point).all(1) & (point < end).all(1)
-            votes[inside, label] += 1
+        order = np.argsort(origin_level0[:, 0], kind="stable")  # tiles of one size: their ends too
+        x, y = self.xy_level0.T
+        first = np.searchsorted(end[order, 0], x, side="right").tolist()
+        stop = np.searchsorted(origin_level0[order, 0], x, side="right").tolist()
+        for point, label in enumerate(votes_for.tolist()):
+            near = order[first[point] : stop[point]]
+            inside = (origin_level0[near, 1] <= y[point]) & (y[point] < end[near, 1])
+            votes[near[inside], label] += 1
         if not len(known):
             return np.full(len(votes), np.nan)
         return np.where(votes.any(1), known[votes.argmax(1)], np.nan)
@@ -123,7 +128,7 @@ class LabelledPoints:
 def read_points(path: Path, n_labels: int | None = None) -> dict[str, LabelledPoints]:
     """Reads a table of labels: a CSV with ``x_level0``, ``y_level0`` and ``label``, one line for each point.
 
-    A column ``slide_id`` distinguishes the slides of a study; without it, the table is of one slide.
+    A column ``slide_id`` names the slide of each line; without it, the table is of one slide.
 
     Args:
         path: the table.
@@ -151,6 +156,8 @@ def read_points(path: Path, n_labels: int | None = None) -> dict[str, LabelledPo
             slide_id = row.get("slide_id", "")
             if not np.isfinite(point).all():
                 raise ValueError("not finite")
+            if "slide_id" in row and not slide_id:
+                raise ValueError("slide_id is empty; give it in each line, also of cells merged before")
             if is_error(slide_id):
                 raise ValueError("slide_id is an error value of a spreadsheet")
             if any(row[name] in unclear[name] for name in TABLE_COLUMNS):

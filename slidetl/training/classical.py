@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from slidetl.data.manifest import check_scale
+from slidetl.data.manifest import ManifestRow, check_scale
 from slidetl.data.record import StudyRecord, ancestors
-from slidetl.data.study import CachedSlide, read_study
+from slidetl.data.study import CachedSlide, read_study, warn_of_unused
 from slidetl.data.tasks import LabelledPoints, read_points
 from slidetl.errors import UsageError
 from slidetl.evaluation.calibration import judged_probabilities
@@ -56,8 +56,8 @@ class Scored:
 
 def _parts(
     study: FeatureStudy, pretrained: str = ""
-) -> tuple[tuple[CachedSlide, ...], tuple[CachedSlide, ...], StudyRecord]:
-    """Returns the training slides (train and val), the test slides, and the record of both.
+) -> tuple[tuple[CachedSlide, ...], tuple[CachedSlide, ...], StudyRecord, tuple[ManifestRow, ...]]:
+    """Returns the training slides (train and val), the test slides, the record of both, and the manifest.
 
     Patients that the network of the features was trained on keep their parts.
 
@@ -93,7 +93,7 @@ def _parts(
         )
     by_part = {"train": train, "val": (), "test": test, "predict": whole.slides}
     record = StudyRecord.of(by_part, before=past.used)
-    return train, test, record
+    return train, test, record, whole.manifest
 
 
 def _features(study: FeatureStudy, cache: SlideCache) -> NDArray[np.float64]:
@@ -133,7 +133,7 @@ def fit_pooled(
         raise UsageError(f"--model must be one of {', '.join(MODELS)}, not {model!r}")
     if pretrained and (model != "ridge" or pool != "mean" or len(study.names) != 1):
         raise UsageError("--pretrained takes --model ridge, --pool mean and one name of --features")
-    train, test, record = _parts(study, pretrained)
+    train, test, record, _ = _parts(study, pretrained)
     pooled = []
     for number, slide in enumerate((*train, *test)):
         show_stage("reading features", number, len(train) + len(test), "slides")
@@ -169,10 +169,11 @@ def fit_labelled_tiles(study: FeatureStudy, output: Path, labels: Path) -> Score
         UsageError: the points of a slide lie outside its tiles, or all labels are equal.
         SlidetlError: as :func:`fit_pooled`.
     """
-    train, test, _ = _parts(study)
+    train, test, _, rows = _parts(study)
     tables = read_points(labels)
     if "" in tables:
         raise UsageError(f"{labels}: expected a column slide_id with a slide in each line")
+    warn_of_unused(labels, tables, (row.slide_id for row in rows))
     of_tiles = [_tile_labels(slide, tables) for slide in train]
     known = np.unique(np.concatenate(of_tiles))
     known = known[~np.isnan(known)]

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
 
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.datasets import BagDataset, ChunkDataset
@@ -41,6 +44,37 @@ def test_a_table_of_the_tiles_corners_labels_each_tile(extent: float, n: int) ->
     labels = np.arange(n * n, dtype=float)
     found = LabelledPoints(origins.astype(float), labels).of_tiles(origins, (extent, extent))
     assert found.tolist() == labels.tolist()
+
+
+@given(
+    hnp.arrays(np.int32, st.tuples(st.integers(0, 30), st.just(2)), elements=st.integers(-9, 60)),
+    hnp.arrays(
+        float, st.tuples(st.integers(0, 40), st.just(2)), elements=st.integers(-30, 200).map((0.5).__mul__)
+    ),
+    st.tuples(st.floats(0.5, 40), st.floats(0.5, 40)),
+    st.integers(0, 2**32 - 1),
+)
+def test_tiles_at_any_places_are_labelled_as_by_comparing_every_point_with_every_tile(
+    origins: NDArray[np.int32], xy: NDArray[np.float64], extent: tuple[float, float], seed: int
+) -> None:
+    labels = np.random.default_rng(seed).integers(0, 3, len(xy)).astype(float)
+    votes = np.zeros((len(origins), 3))
+    for tile, origin in enumerate(origins):
+        inside = ((origin <= xy) & (xy < origin + np.floor(extent))).all(1)
+        votes[tile] = np.bincount(labels[inside].astype(int), minlength=3)
+    expected = np.where(votes.any(1), votes.argmax(1), np.nan)
+    np.testing.assert_array_equal(LabelledPoints(xy, labels).of_tiles(origins, extent), expected)
+
+
+def test_points_are_compared_with_near_tiles_only() -> None:
+    """Each with every tile took 20 seconds."""
+    steps = np.arange(320, dtype=np.int32) * 10
+    origins = np.stack(np.meshgrid(steps, steps), -1).reshape(-1, 2)
+    labels = np.tile([0.0, 1.0], 2500)
+    start = time.process_time()
+    found = LabelledPoints(origins[:5000].astype(float), labels).of_tiles(origins, (10.0, 10.0))
+    assert time.process_time() - start < 5
+    assert found[:5000].tolist() == labels.tolist()
 
 
 def test_a_table_is_read_and_its_faults_are_named(tmp_path: Path) -> None:
@@ -82,6 +116,7 @@ def test_a_table_may_hold_the_slides_of_a_study(tmp_path: Path) -> None:
         ("#NV;0;0;1", "slide_id is an error value"),
         ("a;1.050;0;1", "1.050 may be 1050"),
         ("a;0;0;2.500", "1050"),
+        (";0;0;1", "slide_id is empty; give it in each line"),
     ],
 )
 def test_a_table_with_errors_or_thousands_of_a_spreadsheet_is_refused(
@@ -110,6 +145,50 @@ def test_the_lines_of_a_slide_are_its_own_labels(study: Study, tmp_path: Path) -
     assert labels == [[0], [1], [-1]]
 
 
+def test_a_table_of_many_slides_is_read_once(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slide = read_study(study.manifest, study.cache).slides[0]
+    x, y = slide.cache.origins_level0[0]
+    (tmp_path / "labels.csv").write_text(
+        f"slide_id,x_level0,y_level0,label\n{slide.row.slide_id},{x},{y},1\n"
+    )
+    path = rewrite(study, tmp_path / "m.csv", nests=["labels.csv"] * 20)
+    read = []
+
+    def counted(path: Path, n_labels: int) -> dict[str, LabelledPoints]:
+        read.append((path, n_labels))
+        return read_points(path, n_labels)
+
+    monkeypatch.setattr("slidetl.data.study.read_points", counted)
+    read_study(path, study.cache, tasks=[NESTS])
+    assert read == [(tmp_path / "labels.csv", 2)]
+
+
+@pytest.mark.parametrize("name", ["labels.csv", "slide.geojson"])
+def test_labels_of_one_slide_are_refused_for_several(study: Study, tmp_path: Path, name: str) -> None:
+    (tmp_path / "labels.csv").write_text("x_level0,y_level0,label\n0,0,1\n")
+    (tmp_path / "slide.geojson").write_text('{"type": "FeatureCollection", "features": []}')
+    path = rewrite(study, tmp_path / "m.csv", nests=["1", name, name, *[""] * 17])
+    with pytest.raises(
+        ManifestError, match=rf"{name}: its labels are of one slide, and several lines of the"
+    ):
+        read_study(path, study.cache, tasks=[NESTS])
+
+
+def test_labels_without_effect_are_told(study: Study, tmp_path: Path) -> None:
+    one, two, *_, last = (row.slide_id for row in read_manifest(study.manifest).rows)
+    rows = f"{one.upper()},0,0,1\n{two}.svs,0,0,1\n{two},-70,0,1\n{last},0,0,1\n"
+    (tmp_path / "labels.csv").write_text(f"slide_id,x_level0,y_level0,label\n{rows}")
+    path = rewrite(study, tmp_path / "m.csv", nests=["labels.csv"] * 19 + [""])
+    with pytest.warns(UserWarning) as caught:
+        read_study(path, study.cache, tasks=[NESTS])
+    unused, missed = (str(warning.message) for warning in caught)
+    assert "labels.csv: labels of 3 slides have no effect, since no line of the manifest" in unused
+    assert unused.endswith(f"takes them: {one.upper()}, {two}.svs, {last}")
+    assert f"labels.csv: no point of {two} lies in a tile of the cache" in missed
+
+
 def test_the_manifest_has_the_labels_of_each_task(study: Study, tmp_path: Path) -> None:
     table = tmp_path / "labels.csv"
     table.write_text("x_level0,y_level0,label\n0,0,1\n")
@@ -133,7 +212,7 @@ def test_the_manifest_has_the_labels_of_each_task(study: Study, tmp_path: Path) 
 
 def test_annotations_of_qupath_label_tiles_by_class(study: Study, tmp_path: Path) -> None:
     """The upper part of a slide is of one class, the lower of an unknown one; another slide has a table."""
-    first, *_ = read_study(study.manifest, study.cache).slides
+    first, second, *_ = read_study(study.manifest, study.cache).slides
     width, height = first.cache.size_level0
     side = first.cache.extent_level0[1]
     upper = [[0, 0], [width, 0], [width, 2 * side], [0, 2 * side]]
@@ -147,7 +226,8 @@ def test_annotations_of_qupath_label_tiles_by_class(study: Study, tmp_path: Path
         for name, ring in (("tumor", upper), ("Necrosis", below))
     ]
     (tmp_path / "slide.geojson").write_text(json.dumps(features))
-    (tmp_path / "labels.csv").write_text("x_level0,y_level0,label\n0,0,0\n")
+    x, y = second.cache.origins_level0[0]
+    (tmp_path / "labels.csv").write_text(f"x_level0,y_level0,label\n{x},{y},0\n")
     path = rewrite(study, tmp_path / "m.csv", nests=["slide.geojson", "labels.csv", *[""] * 18])
     task = Task("nests", "nests", ("Stroma", "Tumor"), of_tiles=True, ordinal=False)
     with pytest.warns(UserWarning, match="task nests: annotations of class Necrosis are no label"):
