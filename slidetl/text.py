@@ -1,8 +1,14 @@
-"""Makes foreign text harmless for a terminal, a spreadsheet and a plot; Jinja escapes it for pages."""
+"""Makes foreign text harmless for a terminal, a spreadsheet and a plot, and compares names typed by hand.
+
+Jinja escapes text for pages.
+"""
 
 from __future__ import annotations
 
 import math
+import re
+import unicodedata
+from collections.abc import Iterable
 from typing import Any
 
 # A spreadsheet takes a cell that starts like this for a formula.
@@ -46,3 +52,28 @@ def first_lines(message: str) -> str:
     lines = [line.strip(" -:") for line in message.splitlines() if line.strip(" -:")]
     lines = [line for line in lines if not line.startswith(("Given value", "Expected a <class 'NoneType'"))]
     return " ".join(lines[:6])
+
+
+def spelling(name: str) -> str:
+    """Normalises the spelling of a name: 12, '12, 012 and 12.0, P7 and p7, composed or not."""
+    letters = (
+        "-" if unicodedata.category(letter) == "Pd" else letter
+        for letter in unicodedata.normalize("NFKC", name).casefold()
+        if not letter.isspace() and unicodedata.category(letter) != "Cf"
+    )
+    # A spreadsheet's mark of text may come along.
+    text = re.sub(r"(?<![\d.,])0+(?=\d)", "", "".join(letters).removeprefix("'"))
+    return re.sub(r"(\d+)[.,]0*", r"\1", text) if re.fullmatch(r"\d+[.,]0*", text) else text
+
+
+def spelled_twice(names: Iterable[str]) -> list[tuple[str, str]]:
+    """Finds names that may be one: each spelled otherwise than an earlier one, after that."""
+    first: dict[str, str] = {}
+    pairs = ((first.setdefault(spelling(name), name), name) for name in dict.fromkeys(names))
+    return [(one, two) for one, two in pairs if one != two]
+
+
+def distinct(one: str, two: str) -> tuple[str, str]:
+    """Quotes two names, escaped if they look equal."""
+    look_equal = unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", two)
+    return (ascii(one), ascii(two)) if look_equal else (repr(one), repr(two))

@@ -13,6 +13,7 @@ from slidetl.data.manifest import ManifestRow
 from slidetl.errors import UsageError
 from slidetl.evaluation.comparison import Unit, per_patient
 from slidetl.evaluation.repeatability import ScoreShift, compare_groups, compare_paired
+from slidetl.text import distinct, spelled_twice
 
 
 def members_of(comparison: Comparison, rows: Sequence[ManifestRow]) -> NDArray[np.int64]:
@@ -22,7 +23,7 @@ def members_of(comparison: Comparison, rows: Sequence[ManifestRow]) -> NDArray[n
         ``[N]``: 0 for the first, 1 for the second, -1 for neither, and without configured groups.
 
     Raises:
-        UsageError: no slide is in one of the groups.
+        UsageError: no slide is in one of the groups, or one is left out by the spelling of its group.
     """
     groups = comparison.groups
     if groups is None:
@@ -32,6 +33,13 @@ def members_of(comparison: Comparison, rows: Sequence[ManifestRow]) -> NDArray[n
         if name not in values:
             found = ", ".join(sorted(set(values))[:10])
             raise UsageError(f"groups: no slide has {name!r} as its {groups.column}; there are {found}")
+    for pair in spelled_twice([groups.first, groups.second, *values]):
+        if pair[0] in (groups.first, groups.second) and pair[1] not in (groups.first, groups.second):
+            named, other = distinct(*pair)
+            raise UsageError(
+                f"groups: {other}, the {groups.column} of some slides, may be {named}, spelled twice, and is "
+                f"in neither group; give it one name in the manifest's {groups.column!r}"
+            )
     return np.array([(value == groups.first) * 1 + (value == groups.second) * 2 - 1 for value in values])
 
 

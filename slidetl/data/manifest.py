@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from slidetl.slides.dicom import is_localizer, series_instance_uid
 from slidetl.slides.ngff import is_ngff
 from slidetl.slides.npz import NpzItem, read_labels
 from slidetl.slides.raster import IMAGE_SUFFIXES, TIFF_SUFFIXES
+from slidetl.text import distinct, spelled_twice, spelling
 from slidetl.tiles.identifier import clash_key, safe_slide_id, short_digest
 from slidetl.volumes import is_volume_file
 
@@ -44,6 +44,8 @@ _STAINS: dict[str, re.Pattern[str]] = {
     "trichrome": re.compile(r"tri(ch|c|k)r[oó]m|masson"),
     "he": re.compile(r"\bh\W*e\b|eosin"),
 }
+# Names that count as one only if spelled alike, unlike kinds of stains.
+_SPELLED = {"patient_id": "patients", "site": "sites", "scanner": "scanners", "block": "blocks"}
 _FAULTS_EACH = 3  # faults of one kind listed one by one; more are counted
 
 
@@ -401,38 +403,25 @@ def _check_between(rows: Iterable[ManifestRow], faults: _Faults) -> None:
             faults.add(row.line, "split is empty, though other lines have one; give all or none")
 
 
-def _warn_of_spellings(path: Path, rows: Iterable[ManifestRow]) -> None:
-    """Warns of patient names with different spellings only."""
-    first: dict[str, ManifestRow] = {}
-    seen: dict[str, str] = {}  # each name once
-    for row in rows:
-        other = first.setdefault(spelling(row.patient_id), row)
-        if other.patient_id != row.patient_id:
-            one, two = (unicodedata.normalize("NFC", name) for name in (other.patient_id, row.patient_id))
-            show = ascii if one == two else repr  # else they look equal
-            seen.setdefault(
-                row.patient_id,
-                f"{show(other.patient_id)} (line {other.line}) and {show(row.patient_id)} (line {row.line})",
+def _warn_of_spellings(path: Path, rows: Sequence[ManifestRow]) -> None:
+    """Warns of names with different spellings only, of patients and of what may divide a study."""
+    for column, plural in _SPELLED.items():
+        lines: dict[str, int] = {}  # the first of each name
+        for row in rows:
+            lines.setdefault(getattr(row, column), row.line)
+        pairs = [
+            " and ".join(
+                f"{name} (line {lines[one]})" for one, name in zip(pair, distinct(*pair), strict=True)
             )
-    if seen:
-        more = f"; and {len(seen) - 10} more" if len(seen) > 10 else ""
-        warnings.warn(
-            f"{path}: patients that may be one, spelled twice: {'; '.join(list(seen.values())[:10])}{more}. "
-            "They count as different ones; give one patient one patient_id, or it is in two parts",
-            stacklevel=5,
-        )
-
-
-def spelling(name: str) -> str:
-    """Normalises the spelling of a name: 12, '12, 012 and 12.0, P7 and p7, composed or not."""
-    letters = (
-        "-" if unicodedata.category(letter) == "Pd" else letter
-        for letter in unicodedata.normalize("NFKC", name).casefold()
-        if not letter.isspace() and unicodedata.category(letter) != "Cf"
-    )
-    # A spreadsheet's mark of text may come along.
-    text = re.sub(r"(?<![\d.,])0+(?=\d)", "", "".join(letters).removeprefix("'"))
-    return re.sub(r"(\d+)[.,]0*", r"\1", text) if re.fullmatch(r"\d+[.,]0*", text) else text
+            for pair in spelled_twice(lines)
+        ]
+        if pairs:
+            more = f"; and {len(pairs) - 10} more" if len(pairs) > 10 else ""
+            warnings.warn(
+                f"{path}: {plural} that may be one, spelled twice: {'; '.join(pairs[:10])}{more}. They count "
+                "as different ones, and may be in different parts; give each one spelling",
+                stacklevel=5,
+            )
 
 
 def _with_labels(manifest: Manifest, tasks: Sequence[Task]) -> Manifest:

@@ -12,10 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from slidetl.data.manifest import SPLITS, spelling
+from slidetl.data.manifest import SPLITS
 from slidetl.data.study import CachedSlide, Study, check_duplicates, listed
 from slidetl.errors import CacheCorruptError, CacheMissingError, CheckpointError, UsageError
 from slidetl.files import write_whole
+from slidetl.text import spelling
 from slidetl.tiles.features import FeatureSource, record_path
 
 SplitFrom = Literal["checkpoint", "manifest", "external"]

@@ -20,6 +20,7 @@ import numpy as np
 from slidetl.errors import UsageError
 from slidetl.evaluation.comparison import Unit
 from slidetl.evaluation.folds import stratified_folds
+from slidetl.text import distinct, spelled_twice
 
 UNITS: tuple[Unit, ...] = ("worst", "mean", "slide")
 
@@ -139,13 +140,15 @@ def plan_folds(cases: Sequence[Case], protocol: Protocol, n_grades: int) -> tupl
 
     Raises:
         UsageError: a training part lacks a grade, a part is empty, there are too few patients, or the
-            manifest has no such split or sites; the message names the remedy.
+            manifest has no such split or sites, or one site spelled twice; the message names the remedy.
     """
     cases = sorted(cases, key=lambda case: case.slide_id)
     strange = [case.slide_id for case in cases if not 0 <= case.grade < n_grades]
     if strange:
         raise UsageError(f"grades must be from 0 to {n_grades - 1}; slide {strange[0]!r} has another")
     site, external = protocol.external_site, tuple[str, ...]()
+    if site or protocol.leave_one_site_out:
+        _check_sites(cases)
     if site:
         external = _ids(case for case in cases if case.site == site)
         if not external:
@@ -338,6 +341,16 @@ def _outer(cases: list[Case], protocol: Protocol, repeat: int) -> list[tuple[str
         inside = {case.slide_id for case in test}
         parts.append((str(number), [case for case in cases if case.slide_id not in inside], test))
     return parts
+
+
+def _check_sites(cases: Iterable[Case]) -> None:
+    """Refuses two spellings of a site, which would be on both sides of a fold."""
+    for pair in spelled_twice(case.site for case in cases):
+        one, two = distinct(*pair)
+        raise UsageError(
+            f"protocol: sites {one} and {two} may be one, spelled twice, and would be trained and tested on; "
+            "give it one name in the manifest's 'site', or two that differ in more than spelling"
+        )
 
 
 def _part(case: Case, protocol: Protocol) -> str:

@@ -24,7 +24,6 @@ from slidetl.data.manifest import (
     is_missing,
     parse_table,
     read_manifest,
-    spelling,
 )
 from slidetl.data.spreadsheet import Table, read_table
 from slidetl.data.study import listed
@@ -33,7 +32,7 @@ from slidetl.files import csv_text, write_csv, write_whole
 from slidetl.slides.raster import IMAGE_SUFFIXES
 from slidetl.studio.paths import Refused, Root, check_name, is_text
 from slidetl.studio.texts import say
-from slidetl.text import csv_cell, one_line
+from slidetl.text import csv_cell, one_line, spelling
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.identifier import safe_slide_id
 from slidetl.tiles.ledger import FAILED, Ledger, LedgerRow, file_state

@@ -39,6 +39,14 @@ def test_a_group_without_slides_is_said() -> None:
         members_of(COMPARISON, [row("a", "p", "before"), row("b", "q", "other")])
 
 
+def test_a_group_spelled_twice_is_refused() -> None:
+    rows = [row("a", "p", "before"), row("b", "p", "after"), row("c", "q", "Before ")]
+    with pytest.raises(
+        UsageError, match="'Before ', the block of some slides, may be 'before', spelled twice"
+    ):
+        members_of(COMPARISON, rows)
+
+
 def test_a_group_is_not_compared_with_itself() -> None:
     with pytest.raises(UsageError, match="'x' is compared with itself"):
         Groups("site", "x", "x")

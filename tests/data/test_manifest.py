@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slidetl.data.manifest import read_manifest, spelling, stain_kind
+from slidetl.data.manifest import read_manifest, stain_kind
 from slidetl.data.tasks import Task
 from slidetl.errors import ManifestError
+from slidetl.text import spelling
 
 
 def write(folder: Path, text: str, slides: str = "a.svs b.svs c.svs d.svs") -> Path:
@@ -549,6 +550,19 @@ def test_spellings_of_one_patient_are_told(one: str, other: str, tmp_path: Path)
     show = ascii if one == "Müller" else repr
     assert f"{show(one)} (line 2) and {show(other)} (line 3)" in str(told[0].message)
     assert rows[0].patient_id != rows[1].patient_id == rows[2].patient_id  # nobody is joined
+
+
+@pytest.mark.parametrize("column", ["site", "scanner", "block"])
+def test_spellings_of_one_site_scanner_or_block_are_told(column: str, tmp_path: Path) -> None:
+    names = ("Berlin", "Köln", "berlin", "Ko\u0308ln", "Bonn")
+    lines = [f"s{number},{number}.svs,p{number},1,{name}\n" for number, name in enumerate(names)]
+    path = write(tmp_path, f"slide_id,path,patient_id,grade,{column}\n" + "".join(lines), "")
+    with pytest.warns(UserWarning, match=f"{column}s that may be one, spelled twice") as told:
+        read_manifest(path)
+    assert len(told) == 1
+    assert "'Berlin' (line 2) and 'berlin' (line 4); 'K\\xf6ln' (line 3) and 'Ko\\u0308ln' (line 5)" in str(
+        told[0].message
+    )
 
 
 def test_different_patients_are_not_told_to_be_one(tmp_path: Path) -> None:

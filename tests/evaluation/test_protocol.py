@@ -137,6 +137,19 @@ def test_one_site_is_left_out_and_a_grade_that_only_it_has_is_a_warning() -> Non
         plan_folds([replace(case, site="") for case in cases], Protocol(leave_one_site_out=True), 5)
 
 
+@pytest.mark.parametrize("other", ["Site-0", "site\u20130", "site-00"])
+@pytest.mark.parametrize(
+    "protocol", [Protocol(leave_one_site_out=True), Protocol(outer_folds=2, external_site="site-0")]
+)
+def test_a_site_spelled_twice_is_not_put_on_both_sides(protocol: Protocol, other: str) -> None:
+    cases = [*cohort(60, 60), Case("x", "x", 0, other)]
+    with pytest.raises(
+        UsageError, match=rf"sites '{other}' and 'site-0' may be one|sites 'site-0' and '{other}'"
+    ):
+        plan_folds(cases, protocol, 5)
+    assert plan_folds(cases, Protocol(outer_folds=2), 5), "no part depends on sites"
+
+
 def test_a_patient_at_two_sites_is_not_trained_on_when_either_is_tested() -> None:
     cases = [*cohort(60, 60, 2, 3), Case("a", "both", 0, "site-0"), Case("b", "both", 1, "site-1")]
     folds = plan_folds(cases, Protocol(1, 5, 0, leave_one_site_out=True), 2)
