@@ -135,7 +135,7 @@ def read_tiles(folder: Path) -> Tiles:
     pixels = None
     for number, row in enumerate(found.rows):
         try:
-            with Image.open(row.path) as picture:
+            with Image.open(row.path, formats=("PNG", "JPEG", "BMP", "TIFF")) as picture:
                 mode, size = picture.mode, picture.size
                 tile = np.asarray(picture) if mode == "RGB" else None
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:

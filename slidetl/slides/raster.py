@@ -610,16 +610,22 @@ def _pyramid(planes: list[Any], reduced: list[list[Any]]) -> list[list[Any]]:
 
 def _read_plain(path: Path, fingerprint: str) -> _Opened:
     """Reads a PNG, JPEG or BMP, turned as in viewers."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     with _damage_told(path):
         try:
             with warnings.catch_warnings():
                 # Our own limit is lower, and has a remedy.
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                opened = Image.open(path)
+                # Any format: Pillow would run Ghostscript on PostScript named .png.
+                opened = Image.open(path, formats=("PNG", "JPEG", "BMP"))
         except Image.DecompressionBombError as error:
             raise SlideOpenError(f"{path}: {_line(error)}; convert it to a tiled TIFF") from error
+        except UnidentifiedImageError as error:
+            raise SlideOpenError(
+                f"{path}: not a slide or image that can be read: expected a PNG, JPEG or BMP, found another "
+                f"format, or damage; convert it, or {_AGAIN}"
+            ) from error
         with opened as image:
             if image.width * image.height > _MAX_PLAIN_PX:
                 raise SlideOpenError(

@@ -195,6 +195,16 @@ def test_what_is_not_grey_or_rgb_is_refused(tmp_path: Path) -> None:
             RasterSlide(tmp_path / name, 1.0)
 
 
+@pytest.mark.parametrize("kind", ["EPS", "GIF", "TIFF"])
+def test_other_formats_named_like_images_are_not_opened(tmp_path: Path, kind: str) -> None:
+    """Pillow would hand PostScript over to Ghostscript."""
+    Image.fromarray(noise(64, 64)).save(tmp_path / "a.png", format=kind)
+    with pytest.raises(
+        SlideOpenError, match=r"a\.png: .*: expected a PNG, JPEG or BMP, found another format"
+    ):
+        RasterSlide(tmp_path / "a.png", 1.0)
+
+
 def test_files_that_are_missing_or_damaged_are_named(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "text.tif").write_text("not an image")
