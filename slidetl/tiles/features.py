@@ -146,7 +146,7 @@ def read_source(cache: SlideCache, name: str) -> FeatureSource:
 
     Raises:
         CacheMissingError: there are none; the message lists the others.
-        CacheMismatchError: their number of tiles differs from the cache's.
+        CacheMismatchError: they are of another slide, or of other tiles than the cache's.
         CacheCorruptError: their metadata cannot be understood.
     """
     node = cache.path / FEATURES / feature_name(name)
@@ -163,7 +163,27 @@ def read_source(cache: SlideCache, name: str) -> FeatureSource:
         raise CacheMismatchError(
             f"{node}: features of {tiles} tiles, the cache has {len(cache)}; {_AGAIN} --overwrite"
         )
+    if not are_of(attributes, cache.places_sha256):
+        cache.check_unchanged()
+        raise CacheMismatchError(
+            f"{node}: features of another slide than {cache.slide_id}, or of other tiles; "
+            f"{_AGAIN} --overwrite"
+        )
     return source
+
+
+def are_of(attributes: Mapping[str, Any], places_sha256: str) -> bool:
+    """Tells features of the same tiles from others by their attributes; those of older caches do not say."""
+    return bool(attributes.get("places_sha256", places_sha256) == places_sha256)
+
+
+def have_own_values(node: Path, attributes: Mapping[str, Any]) -> bool:
+    """Tells if the values of features are those that their attributes were written for, if these say so.
+
+    Raises:
+        CacheCorruptError: their file is missing.
+    """
+    return "values_crc32c" not in attributes or attributes["values_crc32c"] == _stored_crc(node)
 
 
 def common_source(name: str, caches: Sequence[SlideCache]) -> FeatureSource:
@@ -197,7 +217,11 @@ def feature_checksum(cache: SlideCache, name: str) -> str:
     Raises:
         CacheCorruptError: their file is missing.
     """
-    chunk = cache.path / FEATURES / feature_name(name) / "c" / "0" / "0"
+    return _stored_crc(cache.path / FEATURES / feature_name(name))
+
+
+def _stored_crc(node: Path) -> str:
+    chunk = node / "c" / "0" / "0"
     try:
         with chunk.open("rb") as file:
             file.seek(-4, os.SEEK_END)
@@ -228,6 +252,8 @@ def read_features(cache: SlideCache, name: str, weights_sha256: str | None = Non
         )
     try:
         values: NDArray[np.float16] = read_array(node)
+        if not have_own_values(node, read_sealed(node)["attributes"]):
+            raise CacheCorruptError("the values are of other features")
     except (CacheCorruptError, CacheMissingError) as error:
         raise CacheCorruptError(f"{node}: damaged, {_AGAIN} --overwrite: {error}") from error
     if values.dtype != np.float16 or values.ndim != 2 or len(values) != len(cache):
@@ -297,11 +323,16 @@ def write_features(
                     data=np.ascontiguousarray(values),
                     chunks=values.shape,
                     compressors=(ZstdCodec(level=3), Crc32cCodec()),
-                    attributes={**source.to_attributes(), "tiles": len(values), "complete": True},
+                    attributes={
+                        **source.to_attributes(),
+                        "tiles": len(values),
+                        "places_sha256": cache.places_sha256,
+                        "complete": True,
+                    },
                     dimension_names=("tile", "feature"),
                     config={"write_empty_chunks": True},
                 )
-                seal_node(building / name)
+                seal_node(building / name, values_crc32c=_stored_crc(building / name))
                 _sync(building / name)
             folder = cache.path / FEATURES
             if not (folder / "zarr.json").exists():

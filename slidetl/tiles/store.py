@@ -334,8 +334,7 @@ class SlideCache:
     @property
     def places_sha256(self) -> str:
         """SHA-256 of the header and of the place of every tile; it changes if the slide is cut elsewhere."""
-        about = json.dumps(self.header.identity(), sort_keys=True).encode()
-        return hashlib.sha256(about + self._origins.tobytes()).hexdigest()
+        return places_sha256(self.header, self._origins)
 
     @property
     def thumbnail(self) -> NDArray[np.uint8]:
@@ -439,6 +438,12 @@ class SlideCache:
             raise CacheCorruptError(
                 f"{shard.path}: tile {tile} of {self.slide_id} is damaged ({error}); {remedy}"
             ) from error
+
+
+def places_sha256(header: CacheHeader, origins: NDArray[np.int32]) -> str:
+    """Computes :attr:`SlideCache.places_sha256` of the corners of all tiles."""
+    about = json.dumps(header.identity(), sort_keys=True).encode()
+    return hashlib.sha256(about + origins.tobytes()).hexdigest()
 
 
 def cache_parts(
@@ -665,9 +670,14 @@ def _seal_of(group: Path) -> str:
     return found[1].decode() if found else ""
 
 
-def seal_node(node: Path) -> None:
-    """Seals the metadata of an array or group added to a finished cache, such as features."""
-    (node / "zarr.json").write_bytes(sealed(read_json(node)))
+def seal_node(node: Path, **attributes: str) -> None:
+    """Seals the metadata of an array or group added to a finished cache, such as features.
+
+    ``attributes`` are added to its own.
+    """
+    about = read_json(node)
+    about["attributes"] |= attributes
+    (node / "zarr.json").write_bytes(sealed(about))
 
 
 def read_sealed(node: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from slidetl.slides import Slide, open_slide
 from slidetl.slides.decoding import map_in_order
 from slidetl.tiles.codec import TileCodec, tile_codec
 from slidetl.tiles.cut import check_unreadable, encode_tile, encode_tiles
+from slidetl.tiles.features import are_of, have_own_values
 from slidetl.tiles.ledger import LedgerRow
 from slidetl.tiles.lock import slide_lock
 from slidetl.tiles.patches import PatchPlan, plan_patches
@@ -40,6 +41,8 @@ from slidetl.tiles.store import (
     Shard,
     building_path,
     file_digest,
+    origin_name,
+    places_sha256,
     read_array,
     read_header,
     read_json,
@@ -52,7 +55,8 @@ from slidetl.volumes import open_series
 
 _FAILS = "it fails its checksum"
 _OF_EACH_TILE = ("origin_level0", "origin_voxel", "tissue_fraction")  # what a plan is known by
-_FEATURES_FAIL = "these features fail their checksum; run 'slidetl embed' again"
+_EMBED = "run 'slidetl embed' again"
+_FEATURES_FAIL = f"these features fail their checksum; {_EMBED}"
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ def verify_cache(
         findings.extend(_check_file(path, name, listed, tiles))
     for name in sorted(set(listed or ()) - core):
         findings.append(Finding(name, "missing", _tiles_of(name, tiles)))
-    findings.extend(_check_features(path, files - core - {"zarr.json"}))
+    findings.extend(_check_features(path, files - core - {"zarr.json"}, header))
     if decode and header is not None and not header.imported:
         damaged = {tile for finding in findings for tile in finding.tiles}
         sound = [tile for tile in range(tiles) if tile not in damaged]
@@ -289,9 +293,13 @@ def _tiles_of(name: str, tiles: int) -> tuple[int, ...]:
     return tuple(range(first, min(first + TILES_PER_SHARD, tiles or first + TILES_PER_SHARD)))
 
 
-def _check_features(path: Path, files: set[str]) -> Iterator[Finding]:
-    """Checks each array of features: a sealed description and one chunk with its crc32c."""
+def _check_features(path: Path, files: set[str], header: CacheHeader | None) -> Iterator[Finding]:
+    """Checks each array of features: a sealed description, of these tiles, and one chunk with its crc32c."""
     known = set()
+    places = None
+    if header is not None:
+        with contextlib.suppress(CacheCorruptError, CacheMissingError):
+            places = places_sha256(header, read_array(path / origin_name(header.spec)))
     for name in sorted(files):
         if Path(name).name != "zarr.json":
             continue
@@ -303,6 +311,11 @@ def _check_features(path: Path, files: set[str]) -> Iterator[Finding]:
                 chunk = node.joinpath("c", *("0" for _ in about["shape"]))
                 known.add(str(chunk.relative_to(path)))
                 read_array(node)
+                attributes, name = about["attributes"], str(node.relative_to(path))
+                if places is not None and not are_of(attributes, places):
+                    yield Finding(name, f"features of another slide, or of other tiles; {_EMBED}")
+                elif not have_own_values(node, attributes):
+                    yield Finding(name, f"its values are of other features; {_EMBED}")
         except (CacheCorruptError, CacheMissingError, KeyError, TypeError):
             name = str(node.relative_to(path))
             known.update(file for file in files if file.startswith(f"{name}/") and name != FEATURES)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -109,6 +110,45 @@ def test_features_that_are_not_these_are_refused(cache: SlideCache) -> None:
     seal_node(about.parent)
     with pytest.raises(CacheMismatchError, match=f"of 1 tiles, the cache has {len(cache)}"):
         read_features(cache, "resnet18")
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("", "features of another slide than s"),
+        ("zarr.json", "features of another slide"),
+        ("c", "of other features"),
+    ],
+)
+def test_features_of_two_slides_in_each_others_place_are_found(
+    cache: SlideCache, pyramid_tiff: PyramidTiff, tissue_picture: Draw, tmp_path: Path, part: str, said: str
+) -> None:
+    """Both slides have as many tiles, at the same places."""
+    slide = pyramid_tiff(tissue_picture(512, 1), name="other")
+    tile_slides([SlideSource("t", slide)], tmp_path / "cache", cache.spec, workers=0)
+    other = SlideCache.open(cache_path(tmp_path / "cache", "t"))
+    for one, seed in ((cache, 0), (other, 1)):
+        rows = np.random.default_rng(seed).normal(size=(len(one), 7)).astype(np.float16)
+        write_features(one, {"resnet18": (SOURCE, rows)})
+    mine, theirs = (one.path / "features" / "resnet18" / part for one in (cache, other))
+    mine.rename(tmp_path / "kept")
+    theirs.rename(mine)
+    (tmp_path / "kept").rename(theirs)
+    with pytest.raises((CacheMismatchError, CacheCorruptError), match=said):
+        read_features(cache, "resnet18")
+    (finding,) = verify_cache(cache.path).findings
+    assert finding.file == "features/resnet18" and "run 'slidetl embed' again" in finding.what
+
+
+def test_features_of_an_older_cache_do_not_say_of_which_tiles_they_are(cache: SlideCache) -> None:
+    write_features(cache, {"resnet18": (SOURCE, values(len(cache)))})
+    node = cache.path / "features" / "resnet18"
+    about = json.loads((node / "zarr.json").read_text())
+    del about["attributes"]["places_sha256"], about["attributes"]["values_crc32c"]
+    (node / "zarr.json").write_text(json.dumps(about))
+    seal_node(node)
+    np.testing.assert_array_equal(read_features(cache, "resnet18"), values(len(cache)))
+    assert verify_cache(cache.path).is_sound
 
 
 @pytest.mark.parametrize("place", [10, -1])
