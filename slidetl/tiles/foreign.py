@@ -5,9 +5,11 @@ The files are untrusted: shapes are bounded before anything is read, and no link
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,7 +164,37 @@ def _dataset(file: Any, name: str) -> Any:
         raise CacheCorruptError(f"the values of {name} are in other files, which are not read; copy them in")
     if found.chunks and math.prod(found.chunks) * found.dtype.itemsize > _MOST_CHUNK_BYTES:
         raise CacheCorruptError(f"{name} is stored in pieces of {list(found.chunks)}, too large to unpack")
+    _check_packed(found, name)
     return found
+
+
+def _check_packed(dataset: Any, name: str) -> None:
+    """Refuses pieces that unpack to more than their shape: HDF5 would take any memory for them."""
+    import h5py
+
+    plan = dataset.id.get_create_plist()
+    filters = [plan.get_filter(number)[0] for number in range(plan.get_nfilters())]
+    shuffle, deflate, checksum = h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_FLETCHER32
+    if [one for one in filters if one != checksum] not in ([], [shuffle], [deflate], [shuffle, deflate]):
+        raise CacheCorruptError(
+            f"{name} is packed in a way that is not read; unpack it with 'h5repack -f NONE', or use gzip"
+        )
+    if deflate not in filters:
+        return
+    most = math.prod(dataset.chunks) * dataset.id.get_type().get_size() + 4 * len(filters)  # with checksums
+    pieces = list[Any]()
+    dataset.id.chunk_iter(pieces.append)
+    for piece in pieces:
+        is_plain = piece.filter_mask >> filters.index(deflate) & 1
+        size = piece.size if is_plain else 0
+        if not is_plain:
+            with contextlib.suppress(zlib.error):  # told by HDF5
+                _, packed = dataset.id.read_direct_chunk(piece.chunk_offset)
+                size = len(zlib.decompressobj().decompress(packed, most + 1))
+        if size > most:
+            raise CacheCorruptError(
+                f"a piece of {name} unpacks to more than its {list(dataset.chunks)} values"
+            )
 
 
 def _shape(dataset: Any) -> tuple[int, ...]:

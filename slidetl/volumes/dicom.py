@@ -139,10 +139,17 @@ def _header(dataset: Dataset) -> _Header:
 def _read(path: Path, take: Callable[[Dataset], _Taken], **options: Any) -> _Taken:
     """Reads a file and takes values of it; anything wrong with it is one error."""
     import pydicom
+    from pydicom.filereader import read_file_meta_info
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of values that are checked here, or not used
+            syntax = read_file_meta_info(path).get("TransferSyntaxUID")
+            if syntax == pydicom.uid.DeflatedExplicitVRLittleEndian:
+                raise VolumeError(
+                    f"{path}: packed as a whole (deflated), which may unpack to any size, and is not read; "
+                    "unpack it with 'dcmconv +te'"
+                )
             return take(pydicom.dcmread(path, **options))
     except VolumeError:
         raise

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from pydicom.dataelem import DataElement
-from pydicom.uid import UID, ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.uid import UID, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from slidetl.errors import UsageError, VolumeError
 from slidetl.slides.dicom import series_instance_uid
@@ -346,6 +346,15 @@ def test_a_compressed_series_is_read_without_loss(tmp_path: Path) -> None:
     corner, one = int(wanted.hu[0, 0, 0]), min(folder.iterdir())
     edit(one, lambda dataset: dataset.add(DataElement(0x00280120, "SS", corner + 1024)))
     assert read_volume(folder).hu[0, 0, 0] == -1024
+
+
+def test_a_file_packed_as_a_whole_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    def deflated(dataset: Any, number: int) -> None:
+        dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+
+    folder = write_series(tmp_path / "s", change=deflated)
+    with pytest.raises(VolumeError, match=r"deflated\), .* not read; unpack it with 'dcmconv \+te'"):
+        open_series(folder)
 
 
 def test_values_that_pydicom_cannot_parse_are_one_line(tmp_path: Path) -> None:
