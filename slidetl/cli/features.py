@@ -142,6 +142,7 @@ def import_(
 
 def _hdf5_files(paths: tuple[Path, ...]) -> list[Path]:
     """Lists the HDF5 files among paths and below folders."""
+    from slidetl.data.folder import find_files
     from slidetl.errors import UsageError
     from slidetl.tiles.foreign import SUFFIXES
 
@@ -149,14 +150,19 @@ def _hdf5_files(paths: tuple[Path, ...]) -> list[Path]:
     for path in paths:
         if not path.exists():
             raise UsageError(f"{path}: no such file or folder")
-        below = sorted(path.rglob("*")) if path.is_dir() else [path]
-        found += [file for file in below if file.suffix.lower() in SUFFIXES or not path.is_dir()]
-        if path.is_dir() and not any(file.suffix.lower() in SUFFIXES for file in below):
-            pickles = sum(file.suffix.lower() == ".pt" for file in below)
+        if not path.is_dir():
+            found.append(path)
+            continue
+        listed = find_files(path)
+        files = listed.slides(frozenset(SUFFIXES))
+        if not files:
+            pickles = sum(file.suffix.lower() == ".pt" for file in listed.paths)
             raise UsageError(
                 f"{path}: no .h5 files here"
                 + (f", and {pickles} .pt, which are pickles and not read; see --help" if pickles else "")
             )
+        listed.warn_of_rest(files)
+        found += files
     return found
 
 

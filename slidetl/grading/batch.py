@@ -127,14 +127,32 @@ def find_slides(named: Sequence[Path]) -> tuple[list[Path], dict[Path, float]]:
         elif path.is_dir() and path.suffix.lower() != ".mrxs":
             found += _with_series(row.path for row in read_manifest(path).rows)
         elif not path.exists() and any(letter in str(path) for letter in "*?["):
-            root = Path(path.anchor) if path.is_absolute() else Path()
-            matches = sorted(root.glob(str(path.relative_to(path.anchor))))
+            matches = sorted(_matches(path))
             if not matches:
                 raise UsageError(f"{path}: no file matches this pattern")
             found += matches
         else:
             found.append(path)
     return list(dict.fromkeys(path.absolute() for path in found)), spacings
+
+
+def _matches(pattern: Path) -> Iterator[Path]:
+    """Lists the matches of a pattern; ``**`` enters each folder once, and linked ones too."""
+    root, parts = Path(pattern.anchor), pattern.parts[bool(pattern.anchor) :]
+    if "**" not in parts:
+        yield from root.glob(str(Path(*parts)))
+        return
+    before, after = parts[: parts.index("**")], parts[parts.index("**") + 1 :]
+    if not after or "**" in after:
+        raise UsageError(f"{pattern}: expected one **, and a name after it; or name the folder without it")
+    entered = set[str]()
+    for top in root.glob(str(Path(*before))) if before else [root]:
+        for folder, below, _ in os.walk(top, followlinks=True):
+            if os.path.realpath(folder) in entered:
+                below.clear()
+                continue
+            entered.add(os.path.realpath(folder))
+            yield from Path(folder).glob(str(Path(*after)))
 
 
 def _with_series(paths: Iterable[Path]) -> list[Path]:

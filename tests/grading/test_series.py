@@ -188,3 +188,19 @@ def test_a_dicom_series_is_named_by_its_folder(tmp_path: Path) -> None:
     assert output_names(named) == {folder: folder.name for folder in named}
     write_dicom(folders[0], series="9")  # two in one folder
     assert [path.parent for path in find_slides([folders[0]])[0]] == [folders[0]] * 2
+
+
+def test_a_pattern_finds_slides_in_linked_folders_once(tmp_path: Path) -> None:
+    site, away = tmp_path / "study" / "a", tmp_path / "away" / "deep"
+    site.mkdir(parents=True)
+    away.mkdir(parents=True)
+    (tmp_path / "study" / "b").symlink_to(tmp_path / "away")
+    (site / "again").symlink_to(tmp_path / "study")
+    for path in (tmp_path / "study" / "1.svs", site / "2.svs", away / "3.svs", away / "4.txt"):
+        path.touch()
+    found, _ = find_slides([tmp_path / "study" / "**" / "*.svs"])
+    assert sorted(path.name for path in found) == ["1.svs", "2.svs", "3.svs"]
+    assert [path.name for path in find_slides([tmp_path / "s*" / "**" / "deep" / "*.svs"])[0]] == ["3.svs"]
+    for pattern in ("**", "**/deep/**/*.svs"):
+        with pytest.raises(UsageError, match=r"expected one \*\*, and a name after it"):
+            find_slides([tmp_path / pattern])

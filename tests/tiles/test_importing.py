@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -226,6 +227,24 @@ def _large_piece(file: h5py.File) -> None:
     file.create_dataset("features", (4, 6), "f4", maxshape=(None, None), chunks=(2**14, 2**14), compression=1)
 
 
+def _bomb(file: h5py.File) -> None:
+    """64 bytes by its shape, and 64 MiB of zeros."""
+    del file["coords"]
+    coords = file.create_dataset("coords", (4, 2), "i8", chunks=(4, 2), shuffle=True, compression=1)
+    coords.id.write_direct_chunk((0, 0), zlib.compress(bytes(2**26)), filter_mask=1)
+
+
+def _stored_large(file: h5py.File) -> None:
+    del file["coords"]
+    coords = file.create_dataset("coords", (4, 2), "i8", chunks=(4, 2), compression=1)
+    coords.id.write_direct_chunk((0, 0), bytes(2**20), filter_mask=1)
+
+
+def _by_lzf(file: h5py.File) -> None:
+    del file["coords"]
+    file.create_dataset("coords", data=COORDS, chunks=(4, 2), compression="lzf")
+
+
 def _text(file: h5py.File) -> None:
     del file["features"]
     file["features"] = np.array([[b"x"] * 6] * 4, "S1")
@@ -267,6 +286,9 @@ def _empty(file: h5py.File) -> None:  # TRIDENT writes this for a slide without 
         (_stored_outside, "values of coords are in other files"),
         (_huge, "more than the 2 GiB"),
         (_large_piece, "too large to unpack"),
+        (_bomb, r"a piece of coords unpacks to more than its \[4, 2\] values"),
+        (_stored_large, r"a piece of coords unpacks to more than its \[4, 2\] values"),
+        (_by_lzf, "coords is packed in a way that is not read; unpack it with 'h5repack"),
         (_text, "expected numbers"),
         (_slide_level, r"of shape \[768\]; those of a slide encoder"),
         (_rows, r"expected coords \[4, 2\], found \[3, 2\]"),
@@ -284,6 +306,19 @@ def test_a_hostile_or_damaged_file_is_refused(
     with pytest.raises(CacheCorruptError, match=said):
         import_features(path, tmp_path / "cache", "s", "u")
     assert not (tmp_path / "cache" / "s.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    "packing",
+    [{}, {"compression": 4}, {"compression": 4, "shuffle": True, "fletcher32": True}, {"fletcher32": True}],
+)
+def test_packed_values_are_read(tmp_path: Path, packing: dict[str, Any]) -> None:
+    noise, zeros = features(), np.zeros((4, 2))
+    for name, stored in (("noise", noise), ("zeros", np.zeros_like(noise))):
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            file.create_dataset("features", data=stored, chunks=(3, 6), **packing)
+            file.create_dataset("coords", data=zeros, chunks=(1, 2), **packing)
+        np.testing.assert_array_equal(read_foreign(tmp_path / f"{name}.h5").values, stored.astype(np.float16))
 
 
 @pytest.mark.parametrize("content", [b"", b"\x89HDF\r\n\x1a\n" + bytes(64), b"PK\x03\x04"])
@@ -339,6 +374,20 @@ def test_a_manifest_of_slides_that_are_elsewhere_serves_too(
         assert len(read_study(cohort / "slides.csv", tmp_path / "c").slides) == 2
     with pytest.raises(CacheMismatchError, match="nothing shows that the tiles are of /not/here"):
         read_study(cohort / "slides.csv", cohort / "cache")
+
+
+def test_linked_folders_are_imported_and_a_link_to_nothing_is_told(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trident(tmp_path / "h5" / "site" / "a.h5", features())
+    trident(tmp_path / "away" / "b.h5", features(1))
+    (tmp_path / "h5" / "linked").symlink_to(tmp_path / "away")
+    command = ["features", "import", str(tmp_path / "h5"), str(tmp_path / "cache"), "--name", "u"]
+    assert main(command) == 0
+    assert sorted(path.name for path in (tmp_path / "cache").glob("*.zarr")) == ["a.zarr", "b.zarr"]
+    (tmp_path / "h5" / "c.h5").symlink_to(tmp_path / "nowhere.h5")
+    assert main(command) == 1
+    assert "failed: c: " in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
