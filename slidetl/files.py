@@ -191,6 +191,14 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
+def full_disk(error: BaseException) -> OSError | None:
+    """Returns the error of a full disk behind an error; None if there is none."""
+    cause: BaseException | None = error
+    while cause is not None and not is_full(cause):
+        cause = cause.__cause__ or cause.__context__
+    return cause if isinstance(cause, OSError) else None
+
+
 def describe_full(error: OSError) -> str:
     """Describes an error of writing, with the remedy if the disk is full."""
     if not is_full(error):

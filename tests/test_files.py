@@ -22,6 +22,7 @@ from slidetl.files import (
     check_stored,
     check_writable,
     fsync_path,
+    full_disk,
     partial_path,
     postponed,
     read_packed_array,
@@ -122,6 +123,18 @@ def test_a_table_that_is_open_in_a_spreadsheet_is_told_and_waited_for(
     with postponed():  # told once
         write_whole(path, "new")
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_known_behind_other_errors() -> None:
+    try:
+        try:
+            raise OSError(errno.EDQUOT, "quota")
+        except OSError as error:
+            raise OutputError("a: cannot be written") from error
+    except OutputError as error:
+        found = full_disk(error)
+    assert found is not None and found.errno == errno.EDQUOT
+    assert full_disk(OutputError("b")) is None
 
 
 def test_a_result_that_could_not_be_written_is_told_before_the_work(tmp_path: Path) -> None:

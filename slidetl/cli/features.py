@@ -39,6 +39,7 @@ def export(
     """
     from slidetl.data.study import find_slides, open_cache
     from slidetl.errors import CacheError, OutputError
+    from slidetl.files import full_disk
     from slidetl.tiles.exchange import SUFFIXES, export_features
 
     found = find_slides(cache, slides)
@@ -53,6 +54,8 @@ def export(
                 written += is_new
                 state = "written" if is_new else "there already"
             except (CacheError, OutputError) as error:
+                if full_disk(error):
+                    raise
                 failed += 1
                 state = str(error)
                 print(one_line(f"failed: {slide_id}: {error}"), file=sys.stderr)
@@ -90,6 +93,7 @@ def import_(
     """
     from slidetl.data.study import listed
     from slidetl.errors import SlidetlError
+    from slidetl.files import full_disk
     from slidetl.tiles.features import NOT_STATED, feature_name
     from slidetl.tiles.importing import import_features
     from slidetl.tiles.ledger import Ledger
@@ -122,6 +126,8 @@ def import_(
                 if done.source.backbone == NOT_STATED:
                     unknown.add(slide_id)
             except (SlidetlError, OSError) as error:
+                if full_disk(error):
+                    raise
                 failed += 1
                 state = str(error)
                 print(one_line(f"failed: {slide_id}: {error}"), file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -19,7 +20,8 @@ from pathlib import Path
 
 from slidetl.compare.plan import Job
 from slidetl.compare.records import JobResult, read_result, write_result
-from slidetl.errors import CacheError, SlidetlError, UsageError, describe_failure
+from slidetl.errors import CacheError, OutputError, SlidetlError, UsageError, describe_failure
+from slidetl.files import describe_full, full_disk
 from slidetl.processes import see_one_card
 from slidetl.text import format_warning
 from slidetl.tiles.lock import slide_lock
@@ -79,15 +81,19 @@ def run_here(
 
     Yields:
         Each finished job, with the reason of its failure; empty for success.
+
+    Raises:
+        OutputError: the disk is full: no other job could keep its result. What runs is finished before.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     waiting = iter(jobs)
     running: dict[int, tuple[ForkServerProcess, Job, Connection, int]] = {}
     free = list(range(processes))
+    full: OutputError | None = None
     try:
         while True:
-            for job, place in islice(waiting, processes - len(running)):
+            for job, place in islice(waiting, 0 if full else processes - len(running)):
                 ours, theirs = context.Pipe(duplex=False)
                 number = free.pop(0)
                 there = replace(place, card=number % cards) if cards > 1 else place
@@ -96,13 +102,18 @@ def run_here(
                 theirs.close()
                 running[process.sentinel] = (process, job, ours, number)
             if not running:
+                if full is not None:
+                    raise full
                 return
             for sentinel in wait(list(running)):
                 assert isinstance(sentinel, int)
                 process, job, ours, number = running.pop(sentinel)
                 process.join()
                 free.append(number)
-                yield job, _reason(process, ours)
+                reason = _reason(process, ours)
+                if isinstance(reason, OutputError):
+                    full = reason
+                yield job, str(reason)
     finally:
         for process, *_ in running.values():
             process.terminate()
@@ -119,6 +130,7 @@ def run_on_cluster(jobs: Sequence[Job], place: Workplace, scheduler: str) -> Ite
     Raises:
         UsageError: Dask is not installed, or the scheduler does not answer.
         CacheError: the scheduler went away.
+        OutputError: the disk is full.
     """
     from slidetl.tiles.cluster import connect
 
@@ -129,7 +141,10 @@ def run_on_cluster(jobs: Sequence[Job], place: Workplace, scheduler: str) -> Ite
         for future in distributed.as_completed(futures, loop=client.loop):  # type: ignore[no-untyped-call]
             job = futures[future]
             if future.status == "finished":
-                yield job, future.result()
+                reason = future.result()
+                if isinstance(reason, OutputError):
+                    raise reason  # the end of the connection takes back what no worker has begun
+                yield job, reason
             elif future.status == "error":
                 error = future.exception()
                 yield (
@@ -170,27 +185,33 @@ def _run_in_process(job: Job, place: Workplace, reply: Connection) -> None:
     reply.send(_run(job, place))
 
 
-def _run_on_worker(job: Job, place: Workplace) -> str:
+def _run_on_worker(job: Job, place: Workplace) -> str | OutputError:
     if not job.cache.is_dir():
         return f"{socket.gethostname()} does not see {job.cache}; all workers must share its file system"
     return _run(job, place)
 
 
-def _run(job: Job, place: Workplace) -> str:
-    """Computes a job, and returns the reason of its failure."""
+def _run(job: Job, place: Workplace) -> str | OutputError:
+    """Computes a job, and returns the reason of its failure; a full disk, as an error, concerns all jobs."""
     failure = place.folder / ".failed" / f"{job.key}.txt"
     try:
         run_job(job, place)
     except Exception as error:  # no error of one job may end the others; all of it is kept
+        with contextlib.suppress(OSError):  # the reason counts more
+            failure.parent.mkdir(parents=True, exist_ok=True)
+            failure.write_text(traceback.format_exc(), encoding="utf-8")
+        if (full := full_disk(error)) is not None:
+            return OutputError(
+                str(error)
+                if isinstance(error, SlidetlError)
+                else f"{full.filename or place.folder}: {describe_full(full)}"
+            )
         reason = describe_failure(error, "use fewer --jobs, or lower bag_size, batch_size and chunk_size")
         if not isinstance(error, SlidetlError):
             reason += f" (all of it is in {failure})"
-    else:
-        failure.unlink(missing_ok=True)
-        return ""
-    failure.parent.mkdir(parents=True, exist_ok=True)
-    failure.write_text(traceback.format_exc(), encoding="utf-8")
-    return " ".join(reason.split())
+        return " ".join(reason.split())
+    failure.unlink(missing_ok=True)
+    return ""
 
 
 def _end_with_parent() -> None:
@@ -201,11 +222,12 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _reason(process: ForkServerProcess, reply: Connection) -> str:
+def _reason(process: ForkServerProcess, reply: Connection) -> str | OutputError:
     with reply:
         if reply.poll():
             try:
-                return str(reply.recv())
+                found: str | OutputError = reply.recv()
+                return found
             except EOFError:
                 pass
     return f"its process ended with code {process.exitcode}; if memory is short, use fewer --jobs"

@@ -29,6 +29,7 @@ from slidetl.errors import (
     UsageError,
     describe_failure,
 )
+from slidetl.files import full_disk
 from slidetl.models.backbones import Backbone, architecture_sha256, weights_sha256
 from slidetl.models.blocks import channel_axis, leading_tokens
 from slidetl.models.penalties import recorded
@@ -211,7 +212,7 @@ def embed_cache(
 
     Raises:
         CacheMissingError: there is no cache.
-        CacheError: this user may not write to it; nothing is computed then.
+        CacheError: this user may not write to it; nothing is computed then. Or the disk is full.
         CacheMismatchError: these names hold features of other weights; nothing is computed then.
         UsageError: a slide or block is unknown, or a device missing.
         WeightsError: the weights cannot be found or do not fit.
@@ -315,6 +316,8 @@ def embed_cache(
             except UsageError as error:  # it concerns this slide alone; errors of a forward pass concern all
                 return EmbeddedSlide(cache.path.stem, len(cache), reason=str(error))
         except (CacheError, ProcessEnded) as error:
+            if full_disk(error):
+                raise  # no other slide could be stored either
             return EmbeddedSlide(cache.path.stem, len(cache), reason=str(error))
         return EmbeddedSlide(cache.path.stem, len(cache), is_new=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,6 +17,7 @@ from slidetl.compare.plan import Job
 from slidetl.compare.pool import Workplace, run_here
 from slidetl.compare.run import cards_for, plan_comparison
 from slidetl.compare.train_arm import _Fit
+from slidetl.errors import OutputError
 from tests.compare.test_run import SCRATCH, configuration, planned
 from tests.conftest import Study
 
@@ -36,6 +38,31 @@ def test_cards_are_shared_out_among_the_processes(
     numbers: list[Any] = [job for job, _ in found]
     assert sorted(numbers) == [0, 1, 2, 3, 4]
     assert {card for _, card in found} == taken
+
+
+def compute_on_full_disk(job: Job, place: Workplace, reply: Connection) -> None:
+    """Computes a job in a process in which every file is on a full disk, but that of job 1."""
+
+    def refuse(*given: Any, **more: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(given[0]))
+
+    if job.key != "1":
+        Path.write_text = refuse  # type: ignore[method-assign, assignment]
+    pool.run_job = refuse if job.key != "1" else lambda *_: None
+    pool._run_in_process(job, place, reply)
+
+
+def test_a_full_disk_ends_the_jobs_after_those_that_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "_run_in_process", compute_on_full_disk)
+    jobs: list[Any] = [(SimpleNamespace(key=str(n), label=str(n)), Workplace(tmp_path)) for n in range(9)]
+    found: dict[str, str] = {}
+    with pytest.raises(OutputError, match="the disk is full; make room and run again"):
+        for job, reason in run_here(jobs, 2):
+            found[job.key] = reason
+    assert "the disk is full" in found.pop("0")
+    assert found.pop("1") == "" and len(found) < 2  # the one that took the place of job 1, if that was first
 
 
 @pytest.mark.parametrize(("trainer", "sees"), [({}, "7"), ({"devices": 1}, "7"), ({"devices": [0]}, "4,7")])

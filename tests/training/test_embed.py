@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -515,6 +516,19 @@ def test_a_cache_that_cannot_be_written_is_refused_before_a_tile_is_embedded(
     monkeypatch.setattr(os, "access", may_write)
     slides = embed_cache(cache_dir, SPEC, EmbedOptions(device="cpu"))  # nothing is left to write
     assert [(slide.is_new, slide.reason) for slide in slides] == [(False, "")] * 3
+
+
+def test_a_full_disk_ends_the_run(
+    cache_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(path: Path, target: Path) -> Path:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "rename", refuse)  # the features' into their place
+    assert main(["embed", str(cache_dir), *small_embed(), "--device", "cpu"]) == 2
+    assert "the disk is full" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert all(slide.is_new for slide in embed_cache(cache_dir, SPEC, EmbedOptions(device="cpu")))
 
 
 def test_features_beyond_half_precision_fail_the_slide(cache_dir: Path, tmp_path: Path) -> None:
