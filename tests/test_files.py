@@ -11,6 +11,7 @@ import subprocess
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from slidetl.files import (
     check_writable,
     fsync_path,
     full_disk,
+    paced,
     partial_path,
     postponed,
     read_packed_array,
@@ -123,6 +125,28 @@ def test_a_table_that_is_open_in_a_spreadsheet_is_told_and_waited_for(
     with postponed():  # told once
         write_whole(path, "new")
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_table_that_grows_is_written_a_tenth_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, duration, written = 0.0, 0.01, list[float]()
+
+    def write() -> None:
+        nonlocal clock
+        written.append(clock)
+        clock += duration
+
+    monkeypatch.setattr("slidetl.files.time", SimpleNamespace(monotonic=lambda: clock))
+    write_if_due = paced(write)
+    for _ in range(50):
+        write_if_due()
+        clock += 0.1
+    assert written == pytest.approx([0, 1.01, 2.02, 3.03, 4.04])
+    duration = 2  # by now the table is long
+    before = len(written)
+    for _ in range(1000):
+        write_if_due()
+        clock += 0.1
+    assert len(written) - before == 5
 
 
 def test_a_full_disk_is_known_behind_other_errors() -> None:

@@ -77,7 +77,7 @@ def _grade_found(
     places: list[str],
     resume: bool,
 ) -> int:
-    from slidetl.files import postponed
+    from slidetl.files import paced
     from slidetl.grading.batch import (
         GRADED,
         describe,
@@ -102,28 +102,32 @@ def _grade_found(
         print(f"slidetl: {len(rows)} of {len(found)} slides are graded already", file=sys.stderr)
     finished = {row.slide for row in rows}
     failed = 0
-    for row in _with_progress(
-        grade_slides(loaded, names, options, places, finished, spacings), len(found) - len(finished)
-    ):
-        rows.append(row)
-        if output is not None:
-            with postponed():
-                write_results(output / "results.csv", [*earlier.values(), *rows], n_grades)
-        if row.status != GRADED:
-            failed += 1
-            print(f"slidetl: failed: {row.reason}", file=sys.stderr, flush=True)
-            continue
-        if not sys.stdout.isatty():
-            print(json.dumps(row.result, allow_nan=False), flush=True)
-        print(f"slidetl: {one_line(describe(row, loaded.card))}", file=sys.stderr, flush=True)
-        for note in row.result["notes"]:
-            print(one_line(f"slidetl: warning: {row.slide}: {note}"), file=sys.stderr, flush=True)
+
+    def write() -> None:
+        if output is not None and rows:
+            write_results(output / "results.csv", [*earlier.values(), *rows], n_grades)
+
+    write_now_and_then = paced(write)
+    with contextlib.ExitStack() as stack:
+        stack.callback(write)  # also if none was left to grade, or something ends the run
+        for row in _with_progress(
+            grade_slides(loaded, names, options, places, finished, spacings), len(found) - len(finished)
+        ):
+            rows.append(row)
+            write_now_and_then()
+            if row.status != GRADED:
+                failed += 1
+                print(f"slidetl: failed: {row.reason}", file=sys.stderr, flush=True)
+                continue
+            if not sys.stdout.isatty():
+                print(json.dumps(row.result, allow_nan=False), flush=True)
+            print(f"slidetl: {one_line(describe(row, loaded.card))}", file=sys.stderr, flush=True)
+            for note in row.result["notes"]:
+                print(one_line(f"slidetl: warning: {row.slide}: {note}"), file=sys.stderr, flush=True)
     far = cohort_notes({str(row.slide): row.result.get("mpp_level0", 0.0) for row in rows})
     for name, note in far.items():
         print(f"slidetl: warning: {name}: {note}", file=sys.stderr)
     if output is not None:
-        # Also if none was left to grade.
-        write_results(output / "results.csv", [*earlier.values(), *rows], n_grades)
         if earlier:
             print(f"slidetl: results.csv has {len(earlier)} slides of earlier runs as well", file=sys.stderr)
         if options.report:

@@ -10,7 +10,7 @@ import os
 import re
 import threading
 import warnings
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -492,6 +492,7 @@ def output_names(slides: Sequence[Path], folder: Path | None = None) -> dict[Pat
     """
     names: dict[Path, str] = {}
     taken = {"index"}  # the page of all slides
+    lowest: dict[str, int] = defaultdict(lambda: 2)  # number that is not taken, by name
     target = folder.resolve() if folder is not None else None
     # Unlike Path.resolve, realpath takes a loop of links, which fails as a slide.
     files = {Path(os.path.realpath(path)) for path in slides} if folder is not None else set()
@@ -507,11 +508,16 @@ def output_names(slides: Sequence[Path], folder: Path | None = None) -> dict[Pat
             return False
         return not (target / f"{name}.json").exists() or _is_of(_recorded(target, name), path)
 
+    def numbered(name: str) -> Iterator[str]:
+        while clash_key(f"{name}_{lowest[name]}") in taken:
+            lowest[name] += 1
+        yield from (f"{name}_{n}" for n in itertools.count(lowest[name]))
+
     for path in dict.fromkeys(slides):
         is_uid = re.fullmatch(r"\.\d+", path.suffix) is not None  # as a folder of DICOM is named
         short = safe_slide_id(path.name if is_uid else path.stem) or "slide"
         long = safe_slide_id("_".join(path.parts[-2:])) or short
-        candidates = itertools.chain((short, long), (f"{long}_{n}" for n in itertools.count(2)))
+        candidates = itertools.chain((short, long), numbered(long))
         names[path] = next(name for name in candidates if is_free(name, path))
         taken.add(clash_key(names[path]))
     moved = [path for path, name in output_names(slides).items() if names[path] != name] if folder else []

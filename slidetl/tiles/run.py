@@ -22,7 +22,7 @@ from slidetl.errors import (
     UsageError,
     describe_failure,
 )
-from slidetl.files import is_full, postponed, sync_file_system
+from slidetl.files import is_full, paced, sync_file_system
 from slidetl.processes import Child, start_child
 from slidetl.slides.npz import NpzItem
 from slidetl.tiles.grid import TileSpec
@@ -40,9 +40,6 @@ from slidetl.tiles.tile import SlideSource, release_series, stamped, tile_slide
 from slidetl.volumes import is_series
 
 _LESS_MEMORY = "use fewer --workers, or a machine with more"
-
-# Least interval between writes of the ledger, seconds.
-_LEDGER_SECONDS = 1.0
 
 
 def tile_slides(
@@ -120,11 +117,16 @@ def record_as_done(
     regions_of = {source.slide_id: source.regions for source in sources}
     gone: list[str] = []
     rows: dict[str, LedgerRow] = {}
-    # Each write replaces the whole ledger, too slow after each of thousands of small images.
     waiting: list[LedgerRow] = []
-    written = -_LEDGER_SECONDS
+
+    def record() -> None:
+        if waiting:
+            ledger.record(waiting)
+            waiting.clear()
+
+    record_now_and_then = paced(record)
     with contextlib.ExitStack() as stack:
-        stack.callback(lambda: ledger.record(waiting) if waiting else None)
+        stack.callback(record)
         done = start()
         if isinstance(done, Generator):
             stack.enter_context(contextlib.closing(done))  # whatever is raised in here ends the workers
@@ -138,11 +140,7 @@ def record_as_done(
                 row = kept
             else:
                 row = replace(row, reason=f"{row.reason}; the tiles of {kept.path} are kept, and stay in use")
-            if waiting and time.monotonic() - written >= _LEDGER_SECONDS:
-                with postponed():
-                    ledger.record(waiting)
-                    waiting.clear()
-                written = time.monotonic()
+            record_now_and_then()
             rows[row.slide_id] = row
             if on_done is not None:
                 on_done(row)

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slidetl.grading.batch import output_names
+from slidetl.tiles.identifier import clash_key
 
 
 def test_slides_of_one_name_get_names_of_their_own() -> None:
@@ -42,6 +43,29 @@ def test_names_replace_neither_results_of_another_slide_nor_a_slide(tmp_path: Pa
     (tmp_path / "link").symlink_to(out)
     with pytest.warns(UserWarning, match="named otherwise"):
         assert output_names([tmp_path / "link" / "p.png"], out) == {tmp_path / "link" / "p.png": "link_p.png"}
+
+
+def test_many_slides_of_one_name_are_named_in_passing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / str(number) / "a" / "x.svs" for number in range(300)]
+    asked: list[str] = []
+
+    def key(name: str) -> str:
+        asked.append(name)
+        return clash_key(name)
+
+    monkeypatch.setattr("slidetl.grading.batch.clash_key", key)
+    names = output_names(paths)
+    assert list(names.values())[:3] == ["x", "a_x.svs", "a_x.svs_2"] and len(set(names.values())) == 300
+    assert len(asked) < 20 * len(paths)
+    few = paths[:20]  # results of an earlier run keep their names in any order
+    for path in few:
+        path.parent.mkdir(parents=True)
+        path.touch()
+        (tmp_path / f"{names[path]}.json").write_text(json.dumps({"slide": str(path)}))
+    with pytest.warns(UserWarning, match="named otherwise"):
+        assert output_names(few[::-1], tmp_path) == {path: names[path] for path in few}
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from slidetl.cli import main
+from slidetl.cli.progress import Progress
 from slidetl.errors import ProcessEnded, SpacingError, UnfitSlideError, UsageError
 from slidetl.grading import batch, grade
 from slidetl.grading.grade import (
@@ -377,10 +378,30 @@ def test_a_table_that_is_open_in_a_spreadsheet_ends_no_run(
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", refuse)
+    monkeypatch.setattr("slidetl.files._LEAST_SECONDS", 0)
+    monkeypatch.setattr("slidetl.files._LEAST_DURATIONS", 0)
     slides = sorted((study.manifest.parent / "slides").glob("*.tiff"))[:2]
     with pytest.warns(UserWarning, match=r"results\.csv: .* open in another program\? .*tries again"):
         assert main(["grade", str(model_path), *map(str, slides), "--output", str(tmp_path)]) == 0
     assert refused and len(capsys.readouterr().out.splitlines()) == 2
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 3
+
+
+def test_a_run_that_is_ended_leaves_a_whole_table(
+    study: Study, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graded = 0
+
+    def interrupt(progress: Progress, items: int = 1) -> None:
+        nonlocal graded
+        graded += 1
+        if graded == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Progress, "advance", interrupt)
+    monkeypatch.setattr("slidetl.files._LEAST_SECONDS", 1000)
+    slides = sorted((study.manifest.parent / "slides").glob("*.tiff"))[:3]
+    assert main(["grade", str(model_path), *map(str, slides), "--output", str(tmp_path)]) == 130
     assert len((tmp_path / "results.csv").read_text().splitlines()) == 3
 
 

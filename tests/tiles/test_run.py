@@ -99,7 +99,8 @@ def refusals(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", refuse)
-    monkeypatch.setattr("slidetl.tiles.run._LEDGER_SECONDS", 0)
+    monkeypatch.setattr("slidetl.files._LEAST_SECONDS", 0)
+    monkeypatch.setattr("slidetl.files._LEAST_DURATIONS", 0)
     return numbers
 
 
