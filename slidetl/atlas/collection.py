@@ -141,7 +141,8 @@ def open_collection(selection: Selection) -> Collection:
     Raises:
         UsageError: a named slide is missing, or no slide has a tile.
         CacheMissingError: there are no such features; the message names the others.
-        CacheMismatchError: features of different networks, or slides tiled differently.
+        CacheMismatchError: features of different networks, slides tiled differently, or no tiles of slides:
+            imported features, or patches of CT series.
         SlidetlError: the manifest or the cache cannot be read.
     """
     folder = Path(selection.cache).absolute()
@@ -163,6 +164,9 @@ def open_collection(selection: Selection) -> Collection:
         raise UsageError(f"{folder}: its slides have no tiles")
     caches: list[SlideCache] = [slide.cache for slide in slides]
     common_spec(caches)
+    for cache in caches:  # the pages need tiles of slides; a lack of them is told before any work
+        cache.check_tiles()
+        cache.origins_level0  # noqa: B018 # raises
     return Collection(
         slides, selection.features, common_source(selection.features, caches), selection.manifest is not None
     )

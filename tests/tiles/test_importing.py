@@ -465,6 +465,17 @@ def test_a_feature_file_that_changed_is_noticed(tmp_path: Path) -> None:
         read_study(tmp_path / "m.csv", tmp_path / "cache")
 
 
+def test_an_atlas_of_them_is_refused_before_any_work(
+    cohort: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(cohort / "cache"), "--features", "uni", "--output", str(tmp_path / "atlas")]
+    assert (
+        main(["atlas", "cluster", *words, "--method", "k-means", "--clusters", "2", "--store", "found"]) == 2
+    )
+    assert "features imported from trident, and no tiles" in capsys.readouterr().err
+    assert not (tmp_path / "atlas").exists() and not list((cohort / "cache").glob("*.zarr/features/found"))
+
+
 def test_a_linear_model_grades_by_them(cohort: Path, tmp_path: Path) -> None:
     words = [str(cohort / "manifest.csv"), "--cache", str(cohort / "cache"), "--features", "uni"]
     assert main(["fit-features", *words, "--output", str(tmp_path), "--grades", "0", "1"]) == 0

@@ -70,6 +70,10 @@ def test_one_command_tiles_a_manifest_of_series(
         assert {(20, 130, 40), (0, 170, 190)} <= set(
             map(tuple, np.asarray(picture.convert("RGB")).reshape(-1, 3).tolist())
         )
+    assert (
+        main(["atlas", "cluster", str(cache), "--features", "any", "--output", str(tmp_path / "atlas")]) == 2
+    )
+    assert "patches of a CT series" in capsys.readouterr().err
     before = tree(cache_path(cache, "C1"))
     (kept,) = tile_slides([SlideSource("C1", series)], cache, SPEC, 0)
     assert kept.tiles == entry.tiles and tree(cache_path(cache, "C1")) == before
