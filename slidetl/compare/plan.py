@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from slidetl.compare.config import EPOCHS, Comparison, with_values
 from slidetl.data.manifest import ManifestRow, stain_kind
@@ -154,7 +157,7 @@ def plan_and_audit(comparison: Comparison, study: Study) -> tuple[Study, tuple[F
                 "near-duplicates among them would go unnoticed; set near_duplicates: 0 if there are none"
             )
         found = near_duplicates(
-            [cache.thumbnail for cache in study.caches],
+            _Thumbnails(study.caches),
             [cache.thumbnail_mpp for cache in study.caches],
             comparison.near_duplicates,
         )
@@ -169,6 +172,16 @@ def plan_and_audit(comparison: Comparison, study: Study) -> tuple[Study, tuple[F
     audit_folds(folds, cases, fingerprints, alike)
     _check_patients(folds, cases, comparison.protocol)
     return study, folds
+
+
+@dataclass(frozen=True)
+class _Thumbnails:
+    """The thumbnails of slides, read one at a time, each time anew."""
+
+    caches: Sequence[SlideCache]
+
+    def __iter__(self) -> Iterator[NDArray[np.uint8]]:
+        return (cache.thumbnail for cache in self.caches)
 
 
 def _check_patients(folds: Sequence[Fold], cases: Sequence[Case], protocol: Protocol) -> None:

@@ -8,7 +8,7 @@ scikit-learn. Each chooses its strength of regularisation by cross-validation ov
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -122,7 +122,7 @@ class TileGrader:
         """Returns the score of a slide, in units of ``classes``, from features ``[N, D]`` of its tiles."""
         return slide_score(self.tiles.probabilities(tile_features), self.classes, self.ignore)
 
-    def probabilities(self, slides: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    def probabilities(self, slides: Iterable[NDArray[np.float64]]) -> NDArray[np.float64]:
         """Returns ``[n, K]`` from features ``[N_i, D]`` of the tiles of n slides."""
         return self.scale.probabilities(np.array([[self.score(slide)] for slide in slides]))
 
@@ -231,7 +231,7 @@ def slide_score(
 
 
 def fit_tile_grader(
-    slides: Sequence[NDArray[np.float64]],
+    features_of: Callable[[int], NDArray[np.float64]],
     labels: Sequence[NDArray[np.int64]],
     classes: Sequence[float],
     ignore: Sequence[bool],
@@ -243,7 +243,8 @@ def fit_tile_grader(
     """Fits :class:`TileGrader` to slides with labels of some tiles.
 
     Args:
-        slides: for each of n slides the features ``[N_i, D]`` of its tiles.
+        features_of: returns the features ``[N_i, D]`` of the tiles of slide i, of n. It is asked twice, since
+            those of all slides together can be larger than the memory.
         labels: for each slide ``[N_i]``, the class of each tile, 0..C-1, or -1 if unknown.
         classes: value of each of the C classes.
         ignore: C flags, True for classes to ignore.
@@ -258,7 +259,6 @@ def fit_tile_grader(
     from sklearn.base import clone
 
     y, groups = np.asarray(grades), np.asarray(patients)
-    x = np.concatenate([slide[label >= 0] for slide, label in zip(slides, labels, strict=True)])
     classed = np.concatenate([label[label >= 0] for label in labels])
     owner = np.repeat(groups, [int((label >= 0).sum()) for label in labels])
     absent = sorted(set(range(len(classes))) - set(classed.tolist()))
@@ -266,14 +266,15 @@ def fit_tile_grader(
         raise UsageError(
             f"no labelled tile of the training part is of class {absent[0]}; label some, or merge classes"
         )
+    x = np.concatenate([features_of(slide)[label >= 0] for slide, label in enumerate(labels)])
     # With many tiles, a grid of fewer penalties saves minutes.
     tiles = fit_grader("logistic", x, classed, owner, len(classes), seed, penalties=(1.0, 100.0, 10_000.0))
-    scores = np.empty((len(slides), 1))
+    scores = np.empty((len(labels), 1))
     for train, test in inner_folds(y, groups, seed):
         rows = np.isin(owner, groups[train])
         fitted = _fit("logistic", clone(tiles.estimator), x[rows], classed[rows], len(classes))
         for slide in test:
-            scores[slide] = slide_score(fitted.probabilities(slides[slide]), classes, ignore)
+            scores[slide] = slide_score(fitted.probabilities(features_of(slide)), classes, ignore)
     scale = fit_grader("ridge", scores, y, groups, n_grades, seed)
     return TileGrader(tiles, tuple(classes), tuple(ignore), scale)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,7 @@ _MOST_PAIRS = 100_000  # registered pairs, the most alike ones: seconds
 
 
 def near_duplicates(
-    thumbnails: Sequence[NDArray[np.uint8]], mpp: Sequence[float] | None = None, threshold: float = ALIKE
+    thumbnails: Iterable[NDArray[np.uint8]], mpp: Sequence[float] | None = None, threshold: float = ALIKE
 ) -> list[tuple[int, int, float]]:
     """Finds pairs of pictures that show the same: turned or mirrored, stained otherwise, moved or cropped.
 
@@ -41,7 +41,8 @@ def near_duplicates(
     are registered. Pictures below 64 px, and pictures without detail, are found in one frame only.
 
     Args:
-        thumbnails: ``[h, w, 3] uint8`` each, of any size.
+        thumbnails: ``[h, w, 3] uint8`` each, of any size. They are read twice, one after another, since
+            those of a thousand slides are 6 GB.
         mpp: spacing of each, micrometres per pixel; by default equal for all.
         threshold: least correlation in one frame, above 0 and up to 1, over the best of the eight symmetries
             of the square.
@@ -54,52 +55,64 @@ def near_duplicates(
     """
     if not 0 < threshold <= 1:
         raise UsageError(f"the least correlation must be above 0 and up to 1, not {threshold}")
-    spacings = np.ones(len(thumbnails)) if mpp is None else np.asarray(mpp, np.float64)
-    if spacings.shape != (len(thumbnails),) or not (spacings > 0).all():
+    small, squares, sizes = [], [], []
+    for thumbnail in thumbnails:
+        small.append(_grey(thumbnail, (_SIDE_PX, _SIDE_PX)))
+        squares.append(_grey(thumbnail, (_SIDE_CELLS, _SIDE_CELLS)))
+        sizes.append(thumbnail.shape[:2])
+    spacings = np.ones(len(small)) if mpp is None else np.asarray(mpp, np.float64)
+    if spacings.shape != (len(small),) or not (spacings > 0).all():
         raise UsageError("expected a spacing above 0 for each thumbnail")
-    if len(thumbnails) < 2:
+    if len(small) < 2:
         return []
-    found = {(i, j): likeness for i, j, likeness in _in_one_frame(thumbnails, threshold)}
-    for i, j, likeness in _moved(thumbnails, spacings):
+    found = {(i, j): likeness for i, j, likeness in _in_one_frame(np.stack(small), threshold)}
+    for i, j, likeness in _moved(thumbnails, squares, np.array(sizes), spacings):
         found.setdefault((i, j), likeness)
     pairs = [(i, j, likeness) for (i, j), likeness in found.items()]
     return sorted(pairs, key=lambda pair: (-pair[2], pair))
 
 
-def _in_one_frame(thumbnails: Sequence[NDArray[np.uint8]], threshold: float) -> list[tuple[int, int, float]]:
-    grey = np.stack([_grey(thumbnail, (_SIDE_PX, _SIDE_PX)) for thumbnail in thumbnails])
+def _in_one_frame(grey: NDArray[np.float32], threshold: float) -> list[tuple[int, int, float]]:
     grey = _normalised(grey).reshape(grey.shape)
     if len(grey) >= _ENOUGH:
         grey = grey - _symmetric_mean(grey)
     return [(i, j, likeness) for i, j, likeness, _ in _alike(grey, threshold)]
 
 
-def _moved(thumbnails: Sequence[NDArray[np.uint8]], mpp: NDArray[np.float64]) -> list[tuple[int, int, float]]:
-    """Finds pairs with shared detail under some shift and symmetry, at one scale."""
+def _moved(
+    thumbnails: Iterable[NDArray[np.uint8]],
+    squares: Sequence[NDArray[np.float32]],
+    sizes: NDArray[np.int64],
+    mpp: NDArray[np.float64],
+) -> list[tuple[int, int, float]]:
+    """Finds pairs with shared detail under some shift and symmetry, at one scale.
+
+    Takes the thumbnails, each reduced to a square of grey cells, their heights and widths ``[n, 2]``, and
+    their spacings ``[n]``.
+    """
     import cv2
     from scipy import fft
 
-    kept = [number for number, picture in enumerate(thumbnails) if min(picture.shape[:2]) >= _SMALLEST_PX]
+    kept = np.flatnonzero(sizes.min(axis=1) >= _SMALLEST_PX).tolist()
     if len(kept) < 2:
         return []
-    sides = np.array([max(thumbnails[number].shape[:2]) * mpp[number] for number in kept])
+    sides = (sizes.max(axis=1) * mpp)[kept]
     cell = max(float(np.median(sides)) / _SIDE_CELLS, float(sides.max()) / (2 * _SIDE_CELLS))  # micrometres
-    square = np.stack([_grey(thumbnails[number], (_SIDE_CELLS, _SIDE_CELLS)) for number in kept])
-    shared = _symmetric_mean(_standardised(square))[0] if len(kept) >= _ENOUGH else None
-    sizes = [
-        [max(4, round(side * mpp[number] / cell)) for side in thumbnails[number].shape[:2]] for number in kept
-    ]
-    n_cells = max(max(size) for size in sizes)
-    detail = np.zeros((len(kept), n_cells, n_cells), np.float32)
-    for number, (height, width) in enumerate(sizes):
-        picture = _standardised(_grey(thumbnails[kept[number]], (width, height))[None])[0]
+    shared = None
+    if len(kept) >= _ENOUGH:
+        shared = _symmetric_mean(_standardised(np.stack([squares[number] for number in kept])))[0]
+    cells = np.maximum(4, np.rint(sizes * mpp[:, None] / cell)).astype(np.int64)[kept]
+    detail = np.zeros((len(kept), cells.max(), cells.max()), np.float32)
+    large = (thumbnail for thumbnail in thumbnails if min(thumbnail.shape[:2]) >= _SMALLEST_PX)
+    for number, (thumbnail, (height, width)) in enumerate(zip(large, cells.tolist(), strict=True)):
+        picture = _standardised(_grey(thumbnail, (width, height))[None])[0]
         if shared is not None:
             picture -= cv2.resize(shared, (width, height), interpolation=cv2.INTER_LINEAR)
         band = cv2.GaussianBlur(picture, (0, 0), 0.7) - cv2.GaussianBlur(picture, (0, 0), 3)
         length = float(np.linalg.norm(band))
         if length > _LEAST_DETAIL * np.sqrt(band.size):
             detail[number, :height, :width] = band / length
-    side = fft.next_fast_len(2 * n_cells, real=True)
+    side = fft.next_fast_len(2 * detail.shape[1], real=True)
 
     # No shift and no half turn changes the magnitudes of a spectrum.
     low = side // 10  # every second frequency, up to a fifth of them

@@ -182,7 +182,7 @@ def fit_labelled_tiles(study: FeatureStudy, output: Path, labels: Path) -> Score
             f"{labels}: the training part's tiles need at least two different labels, not {known.tolist()}"
         )
     grader = fit_tile_grader(
-        [_features(study, slide.cache) for slide in train],
+        lambda number: _features(study, train[number].cache),
         [np.where(np.isnan(found), -1, np.searchsorted(known, found)) for found in of_tiles],
         np.where(np.isinf(known), 0.0, known).tolist(),
         np.isinf(known).tolist(),
@@ -191,7 +191,7 @@ def fit_labelled_tiles(study: FeatureStudy, output: Path, labels: Path) -> Score
         len(study.grades),
         seed=study.seed,
     )
-    probabilities = grader.probabilities([_features(study, slide.cache) for slide in test])
+    probabilities = grader.probabilities(_features(study, slide.cache) for slide in test)
     _remove_results(output)
     return _write(study, test, probabilities, output)
 

@@ -291,19 +291,19 @@ def test_a_tile_classifier_grades_slides_and_leaves_out_what_does_not_count() ->
         label = np.where(is_vessel, 5, classes)
         labels.append(np.where(rng.random(n_tiles) < 0.5, label, -1))
     values, ignore = [0, 1, 2, 3, 4, 0], [False] * 5 + [True]
-    grader = fit_tile_grader(slides[:40], labels[:40], values, ignore, grades[:40], patients[:40], 5)
+    grader = fit_tile_grader(slides.__getitem__, labels[:40], values, ignore, grades[:40], patients[:40], 5)
     probabilities = grader.probabilities(slides[40:])
     np.testing.assert_allclose(probabilities.sum(axis=1), 1)
     assert qwk(grades[40:], probabilities.argmax(axis=1), 5) > 0.9
     # Counted as the most fibrotic of all, vessels would drown the grade.
     counted = fit_tile_grader(
-        slides[:40], labels[:40], [0, 1, 2, 3, 4, 6], [False] * 6, grades[:40], patients[:40], 5
+        slides.__getitem__, labels[:40], [0, 1, 2, 3, 4, 6], [False] * 6, grades[:40], patients[:40], 5
     )
     assert counted.scale.sigma is not None and grader.scale.sigma is not None
     assert counted.scale.sigma > 2 * grader.scale.sigma
     with pytest.raises(UsageError, match="of class 6"):
         fit_tile_grader(
-            slides[:40], labels[:40], [*values, 1], [*ignore, False], grades[:40], patients[:40], 5
+            slides.__getitem__, labels[:40], [*values, 1], [*ignore, False], grades[:40], patients[:40], 5
         )
 
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -103,6 +106,24 @@ def test_pairs_come_most_alike_first() -> None:
     assert found[0][:2] == (0, 3)
     assert found[0][2] == pytest.approx(1)
     assert {pair[:2] for pair in found[1:]} == {(0, 2), (2, 3)}
+
+
+def test_few_pictures_are_held_at_a_time() -> None:
+    pictures = [tissue(seed) for seed in range(12)]
+    pictures.append(scanned_again(pictures[1]))
+    held, most = weakref.WeakValueDictionary[int, Picture](), 0
+
+    class Read:
+        def __iter__(self) -> Iterator[Picture]:
+            nonlocal most
+            for number in range(len(pictures)):
+                picture = pictures[number].copy()
+                held[id(picture)] = picture
+                most = max(most, len(held))
+                yield picture
+
+    assert near_duplicates(Read()) == near_duplicates(pictures) != []
+    assert 1 <= most <= 4  # loops keep the one before
 
 
 def test_pictures_of_one_colour_are_like_nothing() -> None:

@@ -3,8 +3,10 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from slidetl.evaluation.classical import ClassicalModel, fit_grader, load_grader
 from slidetl.publish.model_file import load_model
 from slidetl.tiles.features import FeatureSource, read_features, write_features
 from slidetl.tiles.store import SlideCache, cache_path
+from slidetl.training import classical
 from slidetl.training.checkpoint import load_grader as load_network
 from slidetl.training.classical import fit_pooled
 from slidetl.training.options import FeatureStudy
@@ -211,6 +214,28 @@ def test_a_tile_classifier_grades_slides(
     assert (tmp_path / "out" / "config.yaml").is_file(), "without a checkpoint it is someone else's"
     assert figures["qwk"] > 0.8
     assert len(read_predictions(tmp_path / "out" / "predictions.csv")) == figures["n"]
+
+
+def test_tiles_of_one_slide_are_held_at_a_time(
+    stored: Study,
+    tmp_path: Path,
+    labels: Callable[[dict[str, str]], Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = labels({})
+    held, most = weakref.WeakValueDictionary[int, Any](), 0
+    read = classical._features
+
+    def features(study: FeatureStudy, cache: SlideCache) -> Any:
+        nonlocal most
+        values = read(study, cache)
+        held[id(values)] = values
+        most = max(most, len(held))
+        return values
+
+    monkeypatch.setattr(classical, "_features", features)
+    assert main(words(stored, tmp_path / "out", "--features", "labelled", "--tile-labels", str(path))) == 0
+    assert 1 <= most <= 2
 
 
 def test_labels_of_tiles_that_are_not_there_are_refused(
