@@ -51,7 +51,7 @@ from slidetl.training.similarity import embed_layers
 # Relative distance of scores in the inner folds that counts as equal to the best: on twenty slides a smaller
 # difference means nothing, and the shorter training has drifted less.
 _PLATEAU = 0.02
-_SIMILARITY_TILES = 512
+_SIMILARITY_TILES, _SIMILARITY_PASS = 512, 64
 _DATA_OF_A_NETWORK = ("bag_size", "batch_size", "augmentation", "sampling", "features", "tasks")
 _SPEED = ("channels_last", "gradient_checkpointing")  # options of a backbone that leave its result
 _START, _LAST = "start", "last"  # names of the weights that are kept
@@ -378,18 +378,18 @@ class _Fit:
         in a validation; the rest of the network stays on the CPU.
         """
         model = self._loaded(_LAST)
-        network, size = model.network.eval(), self._built[1].chunk_size
+        network, data = model.network.eval(), self._built[1]
         trainer, evaluation = self._trainer(1, []), ChunkedEvaluation(network, model.tasks)
         device = trainer.strategy.root_device
         on_gpu = device.type == "cuda"
 
         def embed(cache: SlideCache) -> torch.Tensor:
-            if self._stored:
-                return torch.from_numpy(read_features(cache, self._stored)).float()
-            parts = np.array_split(np.arange(len(cache)), -(-len(cache) // size))
+            if data.features_instead:
+                return torch.from_numpy(read_features(cache, data.features_instead)).float()
+            parts = np.array_split(np.arange(len(cache)), -(-len(cache) // data.pass_size))
             inputs = (network_input(cache.read(part), cache.spec).to(device) for part in parts)
             with trainer.precision_plugin.forward_context() if on_gpu else nullcontext():
-                return torch.cat([evaluation.embed(tiles, size).cpu() for tiles in inputs])
+                return torch.cat([evaluation.embed(tiles, data.pass_size).cpu() for tiles in inputs])
 
         if on_gpu:
             network.backbone.to(device)
@@ -403,8 +403,8 @@ class _Fit:
 
         Blocks of constant output are left out; with fewer than four tiles all are.
         """
-        caches = [slide.cache for slide in self._monitored]
-        if self._stored and any(cache.header.imported for cache in caches):
+        data, caches = self._built[1], [slide.cache for slide in self._monitored]
+        if data.features_instead and any(cache.header.imported for cache in caches):
             return {}  # no tiles, and a frozen backbone is the same before and after
         drawn = draw_evenly([len(cache) for cache in caches], _SIMILARITY_TILES, self._job.fold.seed)
         tiles = np.concatenate([caches[number].read(part) for number, part in drawn.items()])
@@ -412,18 +412,18 @@ class _Fit:
             return {}
         with quiet():
             before, after = (
-                embed_layers(self._loaded(name).network.backbone, tiles) for name in (_START, _LAST)
+                embed_layers(
+                    self._loaded(name).network.backbone,
+                    tiles,
+                    caches[0].spec,
+                    min(_SIMILARITY_PASS, data.pass_size),
+                )
+                for name in (_START, _LAST)
             )
         found = {
             layer: linear_cka(values, after[layer], permutations=1).value for layer, values in before.items()
         }
         return {layer: value for layer, value in found.items() if np.isfinite(value)}
-
-    @property
-    def _stored(self) -> str:
-        """Name of the stored features instead of all tiles; empty for none."""
-        data = self._built[1]
-        return data.features if not data.bag_size else ""
 
     def _loaded(self, name: str) -> SlideGrader:
         """Returns the network with the weights saved under a name."""

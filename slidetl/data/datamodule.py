@@ -45,7 +45,7 @@ _Loader = TypeVar("_Loader", bound=DataLoader[Any])
 _ENDLESS = 2**31  # epochs
 _WORKERS = 2  # on a CPU: the network needs the other cores
 _THREADS_OF_A_GPU = 2  # to feed it; each other core reads tiles
-_CHUNK_OF_VOLUMES = 32  # a first layer of 32 patches of 64 voxels takes 270 MB
+_PASS_OF_VOLUMES = 32  # a first layer of 32 patches of 64 voxels takes 270 MB
 _PART_OF = {"validate": "val", "test": "test"}
 _KEEP_APART = (
     "put them into the training part by the manifest's column 'split', or start from other weights; if they "
@@ -461,20 +461,26 @@ class SlideDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Chunk]:
         """Builds the loader of whole slides of the validation part, in chunks."""
-        return self._evaluation_loader("val", self._instead)
+        return self._evaluation_loader("val", self.features_instead)
 
     def test_dataloader(self) -> DataLoader[Chunk]:
         """Builds the loader of whole slides of the test part, in chunks."""
-        return self._evaluation_loader("test", self._instead)
+        return self._evaluation_loader("test", self.features_instead)
 
     def predict_dataloader(self) -> DataLoader[Chunk]:
         """Builds the loader of every slide of the manifest, graded or not, in chunks."""
-        return self._evaluation_loader("predict", self._instead)
+        return self._evaluation_loader("predict", self.features_instead)
 
     @property
-    def _instead(self) -> str:
+    def features_instead(self) -> str:
         """Name of the stored features instead of all tiles; empty for none."""
         return self.features if not self.bag_size else ""
+
+    @property
+    def pass_size(self) -> int:
+        """Tiles in one pass of an evaluation: ``chunk_size``, fewer of volumes; known after :meth:`setup`."""
+        is_volume = self.tile_spec is not None and self.tile_spec.is_volume
+        return min(self.chunk_size, _PASS_OF_VOLUMES) if is_volume else self.chunk_size
 
     def _evaluation_loader(self, part: str, features: str) -> DataLoader[Chunk]:
         # With several processes a short part is padded from its start, to keep every process in step;
@@ -482,9 +488,7 @@ class SlideDataModule(pl.LightningDataModule):
         slides = self.slides[part]
         per_rank = -(-len(slides) // self._n_ranks)
         mine = [slides[(self._rank + step * self._n_ranks) % len(slides)] for step in range(per_rank)]
-        is_volume = self.tile_spec is not None and self.tile_spec.is_volume
-        chunk_size = min(self.chunk_size, _CHUNK_OF_VOLUMES) if is_volume else self.chunk_size
-        dataset = ChunkDataset(mine, chunk_size, features)
+        dataset = ChunkDataset(mine, self.pass_size, features)
         return self._loader(DataLoader, dataset, batch_size=None, shuffle=False)
 
     def _loader(self, kind: type[_Loader], dataset: Any, **options: Any) -> _Loader:

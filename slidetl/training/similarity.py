@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from slidetl.analysis.similarity import Similarity, linear_cka, pwcca, rbf_cka, svcca
+from slidetl.data.datasets import network_input
 from slidetl.data.study import common_spec, find_slides, open_cache
 from slidetl.errors import CacheMismatchError, CheckpointError, UsageError
 from slidetl.files import replaced, write_csv
 from slidetl.models.backbones import Backbone, without_downloads
-from slidetl.models.runner import channels_first
 from slidetl.models.spec import BackboneSpec
 from slidetl.text import plot_label
 from slidetl.tiles.grid import TileSpec
@@ -146,7 +147,7 @@ def compare_networks(
                 _check_beginning(
                     backbone, {b: checkpoints[b] for a, b in pairs if a == name and b in checkpoints}
                 )
-            layers[name] = embed_layers(backbone, tiles, options.batch_size)
+            layers[name] = embed_layers(backbone, tiles, tile_spec, options.batch_size)
     curves = [
         *zip(before, after, strict=True),
         *((name, RANDOM) for name in after),
@@ -178,12 +179,13 @@ def compare_networks(
     return points
 
 
-def embed_layers(backbone: Backbone, tiles: NDArray[np.uint8], batch_size: int = 64) -> Layers:
+def embed_layers(backbone: Backbone, tiles: NDArray[Any], spec: TileSpec, batch_size: int = 64) -> Layers:
     """Embeds tiles by each block of a backbone, averaged over space; on a GPU if there is one.
 
     Args:
         backbone: put into evaluation mode.
-        tiles: ``[n, S, S, C] uint8``.
+        tiles: ``[n, S, S, 3] uint8``, or patches ``[n, S, S, S] int16``, as a cache reads them.
+        spec: their specification.
         batch_size: tiles in one pass.
 
     Returns:
@@ -195,7 +197,7 @@ def embed_layers(backbone: Backbone, tiles: NDArray[np.uint8], batch_size: int =
     parts: dict[str, list[Tensor]] = {name: [] for name in (*blocks, "")}
     with BlockEmbedder(backbone, blocks) as embedder, torch.inference_mode():
         for first in range(0, len(tiles), batch_size):
-            batch = channels_first(torch.from_numpy(tiles[first : first + batch_size])).to(device)
+            batch = network_input(tiles[first : first + batch_size], spec).to(device)
             for name, values in embedder(batch).items():
                 parts[name].append(values.cpu())
     return {name or EMBEDDING: torch.cat(values).numpy() for name, values in parts.items()}

@@ -230,7 +230,7 @@ def test_a_damaged_job_is_computed_again(
     assert again | {"seconds": 0} == whole | {"seconds": 0}
 
 
-def test_series_that_were_cut_elsewhere_are_computed_again(
+def test_series_are_compared_and_those_cut_elsewhere_again(
     nodules: VolumeStudy, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The files, the numbers of patches and the names of the jobs are the same."""
@@ -241,8 +241,12 @@ def test_series_that_were_cut_elsewhere_are_computed_again(
         tmp_path,
         grades=["0", "1"],
         near_duplicates=0,
-        arms={**PRIOR, "site": {"baseline": "site"}},
-        primary={"arm": "site", "against": "prior"},
+        base={
+            "data": {"bag_size": 1, "num_workers": 0},
+            "model": {"backbone": {"name": "conv3d_8"}},
+            "trainer": {"max_epochs": 1, "accelerator": "cpu"},
+        },
+        arms={"scratch": {"fit": SCRATCH}, **PRIOR},
     )
     compare = ["compare", "--config", str(path), "--output", str(tmp_path / "out")]
 
@@ -263,6 +267,8 @@ def test_series_that_were_cut_elsewhere_are_computed_again(
     cut(11.5)
     cut(11.5)
     assert "4 jobs are done, 0 to be computed" in capfd.readouterr().err
+    layers = [row["layer"] for row in table(tmp_path / "out" / "similarity.csv") if row["fold"] == "0"]
+    assert layers[-1] == "embedding" and len(layers) > 1
     cut(9.5)
     assert "0 jobs are done, 4 to be computed" in capfd.readouterr().err
     assert main([*compare, "--report-only"]) == 0

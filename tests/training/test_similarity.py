@@ -12,6 +12,7 @@ from slidetl.analysis.similarity import linear_cka
 from slidetl.errors import CacheMismatchError, CheckpointError, UsageError
 from slidetl.models.backbones import Backbone
 from slidetl.models.spec import BackboneSpec
+from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.store import SlideCache
 from slidetl.training.checkpoint import write_grader
 from slidetl.training.grader import SlideGrader
@@ -37,7 +38,7 @@ def test_layers_are_averaged_over_space_whatever_their_form(name: str) -> None:
     torch.manual_seed(0)
     backbone = Backbone(BackboneSpec(name))
     tiles = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), dtype=np.uint8)
-    layers = embed_layers(backbone, tiles, batch_size=2)
+    layers = embed_layers(backbone, tiles, TileSpec(0.5, 64), batch_size=2)
     assert list(layers) == [*backbone.blocks(), EMBEDDING]
     assert {values.shape[0] for values in layers.values()} == {5}
     widths = [entry["num_chs"] for entry in backbone.net.feature_info]  # type: ignore[union-attr]
@@ -100,9 +101,9 @@ def test_curves_of_two_trainings(study: Study, tmp_path: Path) -> None:
                     same = [p.similarity.value > 1 - 1e-6 for p in line]
                     assert same == [True, True, True, True, False, False]
     tiles = _draw_tiles([SlideCache.open(path) for path in sorted(cache.glob("*.zarr"))], 200, 0)
-    by_hand = linear_cka(
-        embed_layers(other, tiles)["blocks.1"], embed_layers(started, tiles)["blocks.1"], permutations=2
-    )
+    spec = SlideCache.open(next(cache.glob("*.zarr"))).spec
+    one, two = (embed_layers(network, tiles, spec)["blocks.1"] for network in (other, started))
+    by_hand = linear_cka(one, two, permutations=2)
     (found,) = (
         p
         for p in points
