@@ -183,15 +183,6 @@ def _button(
     }
 
 
-def _interval(interval: Interval, scale: float = 1.0, form: str = ".2f", unit: str = "") -> str:
-    estimate, low, high = (
-        format(scale * value, form) for value in (interval.estimate, interval.low, interval.high)
-    )
-    # A point is no interval: nothing varied, which is no proof.
-    bounds = "(the same in all resamples)" if interval.low == interval.high else f"[{low}, {high}]"
-    return f"{estimate}{unit} {bounds}"
-
-
 def _say_site(pattern: Pattern) -> dict[str, Any] | None:
     found = pattern.site
     if found is None:
@@ -199,15 +190,15 @@ def _say_site(pattern: Pattern) -> dict[str, Any] | None:
     if not isinstance(found.share, Interval):
         return {
             "stands_out": False,
-            "text": f"Most at {found.site}: {100 * found.share:.0f} % of it if all sites had as much tissue "
-            f"({100 * found.chance:.0f} % if they are alike); too few patients at a site for an interval.",
+            "text": f"Most at {found.site}: {found.share:.0%} of it if all sites had as much tissue "
+            f"({found.chance:.0%} if they are alike); too few patients at a site for an interval.",
         }
     assert found.p is not None  # it comes with the interval
     differs = found.p < 0.05
     return {
         "stands_out": differs,
-        "text": f"Most at {found.site}: {_interval(found.share, 100, '.0f', ' %')} of it if all sites had as "
-        f"much tissue; {100 * found.chance:.0f} % if sites are alike (p {found.p:.3f})."
+        "text": f"Most at {found.site}: {found.share:.0%} of it if all sites had as much tissue; "
+        f"{found.chance:.0%} if sites are alike (p {found.p:.3f})."
         + (" It differs between sites: stain, scanner or preparation may make it." if differs else ""),
     }
 
@@ -222,11 +213,11 @@ def _say_grade(pattern: Pattern) -> dict[str, Any] | None:
             "text": f"Rank correlation with the grade {found:+.2f}; too few patients of other grades than "
             "the commonest for an interval.",
         }
-    goes = found.low > 0 or found.high < 0
+    goes = not found.is_point and (found.low > 0 or found.high < 0)
     word = "" if not goes else " It grows with the grade." if found.low > 0 else " It shrinks with the grade."
     return {
         "stands_out": goes,
-        "text": f"Rank correlation with the grade {_interval(found, form='+.2f')}.{word}",
+        "text": f"Rank correlation with the grade {found:+.2f}.{word}",
     }
 
 
@@ -361,6 +352,8 @@ def _cluster_rows(atlas: Atlas) -> tuple[list[str], list[dict[str, Any]]]:
 def _bounds(name: str, interval: Interval | float) -> dict[str, float]:
     if not isinstance(interval, Interval):
         return {name: interval}
+    if interval.is_point:
+        return {name: interval.estimate}
     return {name: interval.estimate, f"{name}_low": interval.low, f"{name}_high": interval.high}
 
 

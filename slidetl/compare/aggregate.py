@@ -567,7 +567,7 @@ class _Pooling:
                 t = corrected_t(means, _test_share(folds))
         gap = difference(*(self._metric(name, results) for results in both))
         interval = bca_interval_if_defined(gap, who, **self._how) or _UNDEFINED
-        if interval.high - interval.low < 1e-12:
+        if interval.is_point:
             low = high = float("nan")
             if name == "accuracy":
                 right, other_right = (rows == arm.results.true for rows in (one, other))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from slidetl.errors import ModelFileError, UsageError
+from slidetl.evaluation.bootstrap import Interval
 from slidetl.files import check_stored
 from slidetl.library.fields import MAX_CARD_BYTES, check_fields, from_json, to_json
 from slidetl.tiles.grid import TileSpec
@@ -67,6 +68,11 @@ class Evidence:
     quantile: float
     predictions_sha256: str
     arm: str = ""
+
+    @property
+    def intervals(self) -> dict[str, Interval]:
+        """The metrics with their intervals."""
+        return {name: Interval(*figure, level=0.95) for name, figure in self.figures.items()}
 
     def __post_init__(self) -> None:
         check_fields(self)

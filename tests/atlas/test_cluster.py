@@ -10,7 +10,7 @@ import pytest
 from sklearn.metrics import adjusted_rand_score
 
 from slidetl.atlas.cluster import Pattern, find_patterns, store_clusters
-from slidetl.atlas.cluster_page import _say_grade, _say_site, _sheet
+from slidetl.atlas.cluster_page import _bounds, _say_grade, _say_site, _sheet
 from slidetl.atlas.collection import Collection, open_collection
 from slidetl.atlas.options import ClusterOptions, Selection
 from slidetl.cli import main
@@ -69,11 +69,12 @@ def test_few_patients_find_nothing_and_a_point_is_no_interval() -> None:
         return [f"{each['stands_out']} {each['text']}" for each in found if each is not None]
 
     site, grade = said(2)
-    assert site.startswith("False Most at A: 100 % of it") and "too few patients" in site
+    assert site.startswith("False Most at A: 100% of it") and "too few patients" in site
     assert grade.startswith("False Rank correlation with the grade +1.00; too few patients")
     site, grade = said(5)
-    assert site.startswith("True Most at A: 100 % (the same in all resamples) of it")
-    assert grade.startswith("True Rank correlation with the grade +1.00 (the same in all resamples).")
+    assert site.startswith("True Most at A: 100% (the same in all resamples) of it")  # told by its p
+    assert _bounds("share", Interval(1.0, 1 - 1e-16, 1.0, 0.95)) == {"share": 1.0}  # but for rounding
+    assert grade == "False Rank correlation with the grade +1.00 (the same in all resamples)."
 
 
 def test_a_site_stands_out_by_its_p_and_not_by_the_interval_of_the_greatest() -> None:
@@ -81,7 +82,7 @@ def test_a_site_stands_out_by_its_p_and_not_by_the_interval_of_the_greatest() ->
     patterns = [Pattern(1, 1.0, 9, 9, SiteShare("A", share, 0.125, p), None, {}, {}) for p in (0.2, 0.01)]
     alike, differs = (_say_site(pattern) for pattern in patterns)
     assert alike is not None and differs is not None
-    assert not alike["stands_out"] and alike["text"].endswith("12 % if sites are alike (p 0.200).")
+    assert not alike["stands_out"] and alike["text"].endswith("12% if sites are alike (p 0.200).")
     assert differs["stands_out"] and "(p 0.010). It differs between sites" in differs["text"]
 
 
