@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,15 +24,18 @@ from slidetl.evaluation.classical import (
     pool_tiles,
     save_grader,
 )
-from slidetl.evaluation.metrics import GradeMetrics, grade_metrics, patient_intervals
-from slidetl.files import write_whole
+from slidetl.evaluation.metrics import GradeMetrics, grade_metrics
 from slidetl.models.spec import BackboneSpec
 from slidetl.status import show_metrics, show_stage
 from slidetl.tiles.features import common_source, read_features
 from slidetl.tiles.store import SlideCache
 from slidetl.training.options import FeatureStudy
-from slidetl.training.outputs import describe_metrics, draw_confusion
-from slidetl.training.predictions import SlidePrediction, write_predictions
+from slidetl.training.predictions import (
+    SlidePrediction,
+    describe_metrics,
+    write_metrics,
+    write_predictions,
+)
 
 _KEEP_APART = (
     "put them into the training part by the manifest's column 'split', or take features of other weights"
@@ -251,13 +253,10 @@ def _write(
     true = _grades(test)
     metrics = grade_metrics(true, [row.predicted_grade for row in predictions], len(study.grades))
     write_predictions(output / "predictions.csv", predictions)
-    figures = {**metrics.to_json(), **judged_probabilities(true, probabilities), "grades": study.grades}
-    intervals = patient_intervals(true, probabilities, _patients(test))
-    figures["intervals"] = intervals
-    draw_confusion(output / "confusion.png", metrics, study.grades)
-    write_whole(output / "metrics.json", json.dumps(figures, indent=2) + "\n")  # last: only of whole results
+    quality = judged_probabilities(true, probabilities)
+    figures = write_metrics(output, predictions, metrics, quality, study.grades)
     show_metrics({"test/accuracy": metrics.accuracy, "test/qwk": metrics.qwk, "test/mae": metrics.mae})
-    return Scored(metrics, intervals)
+    return Scored(metrics, figures["intervals"])
 
 
 def describe(scored: Scored, grades: tuple[str, ...]) -> str:

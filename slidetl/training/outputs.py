@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_info
 
 from slidetl.data.study import listed
 from slidetl.data.tasks import Task
 from slidetl.evaluation.bootstrap import bca_interval_if_defined, proven
-from slidetl.evaluation.metrics import GradeMetrics, patient_intervals, weighted_mean
-from slidetl.files import replaced, write_csv, write_whole
-from slidetl.text import plot_label
+from slidetl.evaluation.metrics import weighted_mean
+from slidetl.files import write_csv
 from slidetl.training.evaluation import Evaluation, GradedSlide
 from slidetl.training.grader import SlideGrader
-from slidetl.training.predictions import write_predictions
+from slidetl.training.predictions import describe_metrics, write_metrics, write_predictions
 
 _NUMBER_COLUMNS = ("slide_id", "patient_id", "value", "predicted", "checkpoint", "fingerprint", "reason")
 
@@ -39,11 +35,19 @@ class ResultFiles(pl.Callback):
             folder, evaluation = Path(trainer.default_root_dir) / "test", pl_module.tested
             folder.joinpath("metrics.json").unlink(missing_ok=True)  # there only beside whole results
             _write_tables(folder, evaluation.slides, pl_module.tasks.tasks)
-            figures = write_metrics(folder, evaluation, pl_module.grades, pl_module.tasks.tasks)
+            of_tasks = _task_metrics(evaluation, pl_module.tasks.tasks)
+            figures = write_metrics(
+                folder,
+                evaluation.predictions,
+                evaluation.metrics,
+                evaluation.quality,
+                pl_module.grades,
+                of_tasks,
+            )
             told = describe_metrics(
                 evaluation.metrics, pl_module.grades, evaluation.not_graded, figures["intervals"]
             )
-            for name, of_task in figures.get("tasks", {}).items():
+            for name, of_task in of_tasks.items():
                 if error := of_task.get("intervals", {}).get("mae"):
                     told += "\n{}: mean absolute error {:.3g} ({:.3g} to {:.3g})".format(name, *error)
             rank_zero_info(f"{told}\nwritten to {folder}")
@@ -111,25 +115,12 @@ def _numbers(task: Task, slide: GradedSlide) -> dict[str, Any]:
     }
 
 
-def write_metrics(
-    folder: Path, evaluation: Evaluation, grades: tuple[str, ...], tasks: Sequence[Task] = ()
-) -> dict[str, Any]:
-    """Writes ``metrics.json``, with intervals over patients, and ``confusion.png``; returns the former."""
-    figures = {**evaluation.quality, **evaluation.metrics.to_json(), "grades": grades}
-    figures["not_graded"] = evaluation.not_graded
-    graded = [one for one in evaluation.predictions if one.grade is not None and not one.reason]
-    figures["intervals"] = patient_intervals(
-        np.array([one.grade for one in graded]),
-        [one.probabilities for one in graded],
-        [one.patient_id for one in graded],
-    )
-    if evaluation.tasks:
-        figures["tasks"] = {name: found.to_json() for name, found in evaluation.tasks.items()}
+def _task_metrics(evaluation: Evaluation, tasks: Iterable[Task]) -> dict[str, dict[str, Any]]:
+    """Returns the metrics of the further tasks by name, of numbers with intervals over patients."""
+    figures = {name: found.to_json() for name, found in evaluation.tasks.items()}
     for task in tasks:
-        if task.numeric and task.name in evaluation.tasks:
-            figures["tasks"][task.name]["intervals"] = _number_intervals(task, evaluation.slides)
-    draw_confusion(folder / "confusion.png", evaluation.metrics, grades)
-    write_whole(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")
+        if task.numeric and task.name in figures:
+            figures[task.name]["intervals"] = _number_intervals(task, evaluation.slides)
     return figures
 
 
@@ -142,51 +133,3 @@ def _number_intervals(task: Task, slides: Sequence[GradedSlide]) -> dict[str, tu
     of_task = [one.outcomes[task.name] for one in known]
     errors = [abs(float(one.predicted[0, 0]) - float(one.labels[0])) for one in of_task]
     return proven({"mae": bca_interval_if_defined(partial(weighted_mean, errors), patients)})
-
-
-def describe_metrics(
-    metrics: GradeMetrics,
-    grades: tuple[str, ...],
-    not_graded: Sequence[str] = (),
-    intervals: Mapping[str, Sequence[float]] = MappingProxyType({}),
-) -> str:
-    """Formats accuracy, QWK, MAE, the confusion matrix and any intervals as lines of text."""
-    width = max(5, *(len(name) + 1 for name in grades))
-    lost = f" ({len(not_graded)} more not graded: {listed(not_graded)})" if not_graded else ""
-    lines = [
-        f"{metrics.n} slides{lost}: accuracy {metrics.accuracy:.3f}, QWK {metrics.format_qwk(3)}, "
-        f"mean absolute error {metrics.mae:.3f} grades",
-        "true \\ predicted".ljust(18) + "".join(name.rjust(width) for name in grades),
-    ]
-    for name, counts in zip(grades, metrics.confusion, strict=True):
-        lines.append(name.rjust(17) + " " + "".join(str(count).rjust(width) for count in counts))
-    if intervals:
-        told = (f"{name} {a:.3f} ({low:.3f} to {high:.3f})" for name, (a, low, high) in intervals.items())
-        lines.append(f"95 % intervals over patients: {', '.join(told)}")
-    return "\n".join(lines)
-
-
-def draw_confusion(path: Path, metrics: GradeMetrics, grades: tuple[str, ...]) -> None:
-    """Draws the confusion matrix as a PNG."""
-    from matplotlib.figure import Figure
-
-    names = list(map(plot_label, grades))
-    figure = Figure(figsize=(4.2, 4), layout="constrained")
-    axes = figure.add_subplot(
-        title=f"{metrics.n} slides: accuracy {metrics.accuracy:.2f}, QWK {metrics.format_qwk(2)}",
-        xlabel="predicted grade",
-        ylabel="true grade",
-        xticks=range(len(grades)),
-        yticks=range(len(grades)),
-        xticklabels=names,
-        yticklabels=names,
-    )
-    highest = max(max(row) for row in metrics.confusion)
-    axes.imshow(metrics.confusion, cmap="Blues", vmin=0)
-    for row, counts in enumerate(metrics.confusion):
-        for column, count in enumerate(counts):
-            axes.text(
-                column, row, str(count), ha="center", va="center", color="w" if count > highest / 2 else "k"
-            )
-    with replaced(path) as file:
-        figure.savefig(file, dpi=120, format="png")

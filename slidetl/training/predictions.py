@@ -1,16 +1,23 @@
-"""Tables of predictions of slides."""
+"""Tables and metrics of predictions of slides."""
 
 from __future__ import annotations
 
 import csv
+import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
+
+from slidetl.data.study import listed
 from slidetl.errors import UsageError
-from slidetl.files import write_csv
+from slidetl.evaluation.metrics import GradeMetrics, patient_intervals
+from slidetl.files import replaced, write_csv, write_whole
+from slidetl.text import plot_label
 
 
 @dataclass(frozen=True)
@@ -100,3 +107,88 @@ def read_predictions(path: Path) -> list[SlidePrediction]:
             ]
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise UsageError(f"{path}: expected predictions as 'slidetl test' writes them: {error!r}") from error
+
+
+def write_metrics(
+    folder: Path,
+    predictions: Sequence[SlidePrediction],
+    metrics: GradeMetrics,
+    quality: Mapping[str, Any],
+    grades: tuple[str, ...],
+    tasks: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Writes ``confusion.png`` and ``metrics.json``, the latter with intervals over patients; returns it.
+
+    Args:
+        folder: where they go.
+        predictions: of all slides.
+        metrics: of the predicted grades.
+        quality: of the probabilities, :func:`~slidetl.evaluation.calibration.judged_probabilities`.
+        grades: names, lowest first.
+        tasks: metrics of the further tasks, by name.
+    """
+    known = [one for one in predictions if one.grade is not None]
+    graded = [one for one in known if not one.reason]
+    figures = {
+        **quality,
+        **metrics.to_json(),
+        "grades": grades,
+        "not_graded": [one.slide_id for one in known if one.reason],
+        "intervals": patient_intervals(
+            np.array([one.grade for one in graded]),
+            [one.probabilities for one in graded],
+            [one.patient_id for one in graded],
+        ),
+        **({"tasks": tasks} if tasks else {}),
+    }
+    draw_confusion(folder / "confusion.png", metrics, grades)
+    write_whole(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")  # last: only of whole results
+    return figures
+
+
+def describe_metrics(
+    metrics: GradeMetrics,
+    grades: tuple[str, ...],
+    not_graded: Sequence[str] = (),
+    intervals: Mapping[str, Sequence[float]] = MappingProxyType({}),
+) -> str:
+    """Formats accuracy, QWK, MAE, the confusion matrix and any intervals as lines of text."""
+    width = max(5, *(len(name) + 1 for name in grades))
+    lost = f" ({len(not_graded)} more not graded: {listed(not_graded)})" if not_graded else ""
+    lines = [
+        f"{metrics.n} slides{lost}: accuracy {metrics.accuracy:.3f}, QWK {metrics.format_qwk(3)}, "
+        f"mean absolute error {metrics.mae:.3f} grades",
+        "true \\ predicted".ljust(18) + "".join(name.rjust(width) for name in grades),
+    ]
+    for name, counts in zip(grades, metrics.confusion, strict=True):
+        lines.append(name.rjust(17) + " " + "".join(str(count).rjust(width) for count in counts))
+    if intervals:
+        told = (f"{name} {a:.3f} ({low:.3f} to {high:.3f})" for name, (a, low, high) in intervals.items())
+        lines.append(f"95 % intervals over patients: {', '.join(told)}")
+    return "\n".join(lines)
+
+
+def draw_confusion(path: Path, metrics: GradeMetrics, grades: tuple[str, ...]) -> None:
+    """Draws the confusion matrix as a PNG."""
+    from matplotlib.figure import Figure
+
+    names = list(map(plot_label, grades))
+    figure = Figure(figsize=(4.2, 4), layout="constrained")
+    axes = figure.add_subplot(
+        title=f"{metrics.n} slides: accuracy {metrics.accuracy:.2f}, QWK {metrics.format_qwk(2)}",
+        xlabel="predicted grade",
+        ylabel="true grade",
+        xticks=range(len(grades)),
+        yticks=range(len(grades)),
+        xticklabels=names,
+        yticklabels=names,
+    )
+    highest = max(max(row) for row in metrics.confusion)
+    axes.imshow(metrics.confusion, cmap="Blues", vmin=0)
+    for row, counts in enumerate(metrics.confusion):
+        for column, count in enumerate(counts):
+            axes.text(
+                column, row, str(count), ha="center", va="center", color="w" if count > highest / 2 else "k"
+            )
+    with replaced(path) as file:
+        figure.savefig(file, dpi=120, format="png")

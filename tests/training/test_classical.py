@@ -3,6 +3,8 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +66,16 @@ def words(stored: Study, output: Path, *more: str) -> list[str]:
     ]
 
 
+def test_classical_graders_load_no_torch() -> None:
+    program = (
+        "import sys\nimport slidetl.training.classical\n"
+        "loaded = {'torch', 'pytorch_lightning', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(str(loaded) if loaded else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("model", ["ridge", "ordinal", "logistic", "trees"])
 def test_grades_the_test_part_of_the_common_split(
     stored: Study, tmp_path: Path, model: ClassicalModel, capsys: pytest.CaptureFixture[str]
@@ -82,6 +94,7 @@ def test_grades_the_test_part_of_the_common_split(
         assert row.tiles == len(SlideCache.open(cache_path(stored.cache, row.slide_id)))
     figures = json.loads((output / "metrics.json").read_text())
     assert figures["n"] == len(predictions) and figures["grades"] == ["0", "1", "2", "3", "4"]
+    assert figures["not_graded"] == []
     hits = [row.grade == row.predicted_grade for row in predictions]
     assert figures["accuracy"] == pytest.approx(np.mean(hits))
     true, predicted = ([getattr(row, name) for row in predictions] for name in ("grade", "predicted_grade"))

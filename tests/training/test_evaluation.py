@@ -14,8 +14,7 @@ from slidetl.errors import UsageError
 from slidetl.tiles.store import SlideCache
 from slidetl.training.evaluation import NOT_FINITE, ChunkedEvaluation, better_mode, evaluate
 from slidetl.training.grader import SlideGrader
-from slidetl.training.outputs import describe_metrics
-from slidetl.training.predictions import read_predictions, write_predictions
+from slidetl.training.predictions import describe_metrics, read_predictions, write_predictions
 from tests.conftest import Study
 from tests.small import small_spec
 
