@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.errors import FileHeldError, OutputError, SlidetlError, UsageError
-from slidetl.text import csv_cell
+from slidetl.text import csv_cell, plain_cell
 
 # A network of a thousand tensors has 100 kB; the library would read up to 100 MB.
 _MAX_SAFETENSORS_HEADER_BYTES = 8 * 2**20
@@ -172,6 +172,16 @@ def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     for row in rows:
         writer.writerow({name: csv_cell(value) for name, value in row.items()})
     return text.getvalue()
+
+
+def csv_rows(lines: Iterable[str]) -> list[dict[str, str]]:
+    """Reads rows of :func:`write_csv` by column, as they were given; a missing cell is empty.
+
+    Raises:
+        csv.Error: it is no CSV.
+    """
+    reader = csv.DictReader(lines, restval="")
+    return [{name: plain_cell(cell) for name, cell in row.items() if name is not None} for row in reader]
 
 
 def file_sha256(path: Path) -> str:

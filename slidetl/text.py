@@ -11,8 +11,9 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
-# A spreadsheet takes a cell that starts like this for a formula.
-_FORMULA = ("=", "+", "-", "@")
+# A spreadsheet takes a cell with such a beginning for a formula, blanks before it or not; the rest is for
+# what a mark of text before it would be taken for.
+_MARKED = re.compile(r"[\s']*[=+\-@]|''")
 
 
 def one_line(text: str) -> str:
@@ -24,7 +25,10 @@ def one_line(text: str) -> str:
 
 
 def csv_cell(value: Any) -> Any:
-    """Makes one line of text, never a spreadsheet's formula; None and NaN are empty, numbers stay."""
+    """Makes one line of text, never a spreadsheet's formula; None and NaN are empty, numbers stay.
+
+    A formula gets a ``'`` before it, a spreadsheet's mark of text; :func:`plain_cell` takes it away.
+    """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if not isinstance(value, str):
@@ -33,8 +37,13 @@ def csv_cell(value: Any) -> Any:
     try:
         float(line)
     except ValueError:
-        return f"'{line}" if line.lstrip().startswith(_FORMULA) else line
+        return f"'{line}" if _MARKED.match(line) else line
     return line  # a negative number begins as a formula does
+
+
+def plain_cell(cell: str) -> str:
+    """Inverts :func:`csv_cell` of one line of text."""
+    return cell[1:] if cell[:1] == "'" and _MARKED.match(cell) else cell
 
 
 def format_warning(message: Warning | str, *_: object, **__: object) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import shutil
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from slidetl.compare.plan import FORMAT_VERSION, Job
 from slidetl.errors import UsageError
+from slidetl.files import csv_rows
 from slidetl.training.predictions import SlidePrediction
 from slidetl.version import VERSION
 
@@ -141,7 +141,7 @@ def read_recipe(table: Path, arm: str) -> dict[str, Any]:
         UsageError: there is no such record.
     """
     try:
-        jobs = csv.DictReader((table.parent / "jobs.csv").read_text(encoding="utf-8").splitlines())
+        jobs = csv_rows((table.parent / "jobs.csv").read_text(encoding="utf-8").splitlines())
         key = next((row["key"] for row in jobs if row["arm"] == arm), "")
         recipe = json.loads((table.parent / JOBS / key / _ABOUT).read_text(encoding="utf-8"))["recipe"]
     except (OSError, KeyError, TypeError, ValueError) as error:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slidetl.errors import ManifestError
+from slidetl.text import plain_cell
 
 _SEPARATORS = ",;\t|"
 _BYTE_ORDER_MARKS = {  # longer ones first: the mark of UTF-16 begins the one of UTF-32
@@ -171,7 +172,8 @@ def _rows(
     begins = first  # an open quote extends a row to the end of the file
     try:
         for cells in reader:
-            row = tuple(_FORMULA_OF_TEXT.sub(r"\1", cell.strip()).strip() for cell in cells)
+            texts = (_FORMULA_OF_TEXT.sub(r"\1", cell.strip()).strip() for cell in cells)
+            row = tuple(plain_cell(text).strip() for text in texts)
             if any(row):
                 rows.append((begins, row))
                 if only_first:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,9 @@ from slidetl.evaluation.bootstrap import bca_interval, proven, share_interval
 from slidetl.evaluation.calibration import fit_temperature, is_at_bound, with_temperature
 from slidetl.evaluation.conformal import fit_grade_sets
 from slidetl.evaluation.metrics import check_finite, mae, qwk
+from slidetl.files import csv_rows
 from slidetl.library.model_card import Evidence
-from slidetl.text import csv_cell
+from slidetl.text import one_line
 
 _LEAST_PATIENTS = 10
 
@@ -59,7 +59,7 @@ def evidence_from(
         raise UsageError(f"expected a coverage between 0 and 1, not {coverage}")
     try:
         content = path.read_bytes()
-        rows = list(csv.DictReader(content.decode("utf-8").splitlines()))
+        rows = csv_rows(content.decode("utf-8").splitlines())
         arms = sorted({row["arm"] for row in rows if "arm" in row})
         if len(arms) > 1 and arm is None:
             raise UsageError(f"{path}: has several arms, name one with --arm: {', '.join(arms)}")
@@ -138,7 +138,7 @@ def _check_kept(
             "a checkpoint of an older version has no record of its slides, so nothing shows that those of "
             f"{path} were kept from it; train again"
         )
-    known = {sha256: _as_in_tables(record) for sha256, record in records.items() if record is not None}
+    known = {sha256: _in_lines(record) for sha256, record in records.items() if record is not None}
     if rows and "arm" in rows[0]:  # of networks that compare trained, each on other patients than it graded
         strangers = [
             row["slide_id"]
@@ -170,6 +170,7 @@ def _check_kept(
         )
 
 
-def _as_in_tables(record: StudyRecord) -> StudyRecord:
-    slides = (replace(slide, patient_id=str(csv_cell(slide.patient_id))) for slide in record.slides)
+def _in_lines(record: StudyRecord) -> StudyRecord:
+    """Makes one line of each patient's name, as a table does."""
+    slides = (replace(slide, patient_id=one_line(slide.patient_id)) for slide in record.slides)
     return replace(record, slides=tuple(slides))

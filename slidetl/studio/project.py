@@ -28,11 +28,11 @@ from slidetl.data.manifest import (
 from slidetl.data.spreadsheet import Table, read_table
 from slidetl.data.study import listed
 from slidetl.errors import CacheError, ManifestError
-from slidetl.files import csv_text, write_csv, write_whole
+from slidetl.files import csv_rows, csv_text, write_csv, write_whole
 from slidetl.slides.raster import IMAGE_SUFFIXES
 from slidetl.studio.paths import Refused, Root, check_name, is_text
 from slidetl.studio.texts import say
-from slidetl.text import csv_cell, one_line, spelling
+from slidetl.text import one_line, plain_cell, spelling
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.identifier import safe_slide_id
 from slidetl.tiles.ledger import FAILED, Ledger, LedgerRow, file_state
@@ -258,9 +258,8 @@ class Project:
         notes = [one_line(str(warning.message)) for warning in said]
         if len(inside) < len(found):
             notes.append(say("slides.outside", n=len(found) - len(inside)))
-        # A table would not give back such a path as it is.
         fresh = {self._place(row.path): row for row in inside}
-        fresh = {place: row for place, row in fresh.items() if csv_cell(place) == place}
+        fresh = {place: row for place, row in fresh.items() if one_line(place) == place}  # as in a table
         if len(fresh) < len(inside):
             notes.append(say("slides.unwritable", n=len(inside) - len(fresh)))
         if not fresh:
@@ -436,12 +435,12 @@ class Project:
             Refused: the table cannot be read.
         """
         # As such a table has them, so that cells compare as texts.
-        rows = csv.DictReader(csv_text(COLUMNS, self._for_commands(self._read()[0])).split("\n"))
+        rows = csv_rows(csv_text(COLUMNS, self._for_commands(self._read()[0])).split("\n"))
         now = {row[name]: row for row in rows for name in ("slide_id", "path")}
         found = []
         try:
             with table.open(newline="", encoding="utf-8") as file:
-                for row in csv.DictReader(file):
+                for row in csv_rows(file):
                     place = self._place(table.parent / row["path"]) if "path" in row else ""
                     mine = now.get(place) or now.get(row["slide_id"])  # it may be named anew
                     if row["grade"] and mine and any(row[name] != mine[name] for name in _JUDGED):
@@ -511,12 +510,9 @@ class Project:
         found: tuple[list[dict[str, str]], list[dict[str, str]]] = [], []
         try:
             with self.labels.open(newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file)
-                # In an older file numbers count from 0, under any names.
-                is_older = _ASIDE not in (reader.fieldnames or ())
-                for cells in reader:
+                for cells in csv_rows(file):
                     row = {name: cells.get(name) or "" for name in COLUMNS}
-                    if is_older:
+                    if _ASIDE not in cells:  # in an older file numbers count from 0, under any names
                         row["grade"] = self.settings.numbered_grade(row["grade"])
                     row |= {name: self._meant(name, row[name]) for name in _TAKEN}
                     row["path"] = self._place(self.folder / row["path"])
@@ -590,9 +586,8 @@ def check_upload(name: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """Returns a cell as it was typed: in one line, without the quote by which a table disarms a formula."""
-    text = re.sub(r"\s+", " ", text).strip()
-    return text[1:] if text[:1] == "'" and csv_cell(text[1:]) == text else text
+    """Returns a cell as it was typed: in one line, without a spreadsheet's mark of text."""
+    return plain_cell(re.sub(r"\s+", " ", text).strip())
 
 
 def _is_labelled(row: Mapping[str, str]) -> bool:

@@ -20,6 +20,7 @@ from slidetl.evaluation.bootstrap import Interval, bca_interval_if_defined, shar
 from slidetl.evaluation.calibration import ReliabilityBin, reliability
 from slidetl.evaluation.conformal import ReferralPoint, referral_rule, risk_coverage
 from slidetl.evaluation.metrics import GradeMetrics, grade_metrics, qwk
+from slidetl.files import csv_rows
 from slidetl.slides.spacing import cohort_notes
 from slidetl.studio.presets import predictions_of
 from slidetl.training.predictions import SlidePrediction, read_predictions
@@ -131,7 +132,7 @@ def verdict(folder: Path) -> Verdict | None:
     """Reads the verdict of a comparison; None before it has one."""
     try:
         with (folder / "results.csv").open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
+            rows = csv_rows(file)
     except (OSError, UnicodeDecodeError, csv.Error):
         return None
     arms = [
@@ -207,7 +208,7 @@ def graded(folder: Path, model: Path) -> list[dict[str, Any]]:
             continue
     try:
         with (folder / "results.csv").open(newline="", encoding="utf-8") as file:
-            rows: list[dict[str, Any]] = list(csv.DictReader(file))
+            rows: list[dict[str, Any]] = [*csv_rows(file)]
     except (OSError, UnicodeDecodeError, csv.Error):
         return []
     names = _names(model, rows)

@@ -81,7 +81,7 @@ TEXTS: Mapping[str, str] = {
     "slides.outside": "{n} slides are left out: they are links that lead out of the studio's folder",
     "slides.unwritable": (
         "{n} slides are left out: their names have letters that no table can hold (not UTF-8, a line break, "
-        "an odd blank, a formula); rename them"
+        "an odd blank); rename them"
     ),
     "slides.aside": (
         "Labels of {n} slides that are not there now are kept aside, and come back with the slides: {names}"

@@ -16,7 +16,7 @@ from slidetl.files import write_whole
 from slidetl.slides.ngff import metadata_file
 from slidetl.slides.npz import NpzItem
 from slidetl.slides.spacing import REMEDY, cohort_notes
-from slidetl.text import one_line
+from slidetl.text import csv_cell, plain_cell
 from slidetl.tiles.lock import kernel_lock
 from slidetl.tiles.store import describe_write_error
 
@@ -24,8 +24,6 @@ USED, EXCLUDED, FAILED = "used", "excluded", "failed"
 
 _NAMED = 5  # slides that a line on the screen names; the ledger names all
 _LINES = 12
-# A spreadsheet takes a cell with such a beginning for a formula, and slide names are untrusted.
-_FORMULA = ("=", "+", "-", "@", "'")
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ class LedgerRow:
 
     def to_cells(self) -> dict[str, str]:
         """Returns cells of one line each, with formulas made inert for spreadsheets."""
-        return {name: _safe(str(value)) for name, value in asdict(self).items()}
+        return {name: csv_cell(str(value)) for name, value in asdict(self).items()}
 
     @classmethod
     def from_cells(cls, cells: dict[str, str]) -> Self:
@@ -105,7 +103,7 @@ class LedgerRow:
         """
         try:
             known = [f for f in fields(cls) if f.name in cells]  # an older ledger lacks the newest columns
-            return cls(**{f.name: _PARSE[str(f.type)](_plain(cells[f.name])) for f in known})
+            return cls(**{f.name: _PARSE[str(f.type)](plain_cell(cells[f.name])) for f in known})
         except (KeyError, TypeError, ValueError) as error:
             raise CacheError(f"not a row of a ledger: {cells} ({error}); move the ledger away") from error
 
@@ -202,12 +200,3 @@ def summarise_notes(rows: Sequence[LedgerRow]) -> list[str]:
 
 
 _PARSE = {"str": str, "int": int, "float": float}
-
-
-def _safe(text: str) -> str:
-    line = one_line(text)
-    return f"'{line}" if line.startswith(_FORMULA) else line
-
-
-def _plain(cell: str) -> str:
-    return cell[1:] if cell.startswith("'") else cell

@@ -16,7 +16,7 @@ import numpy as np
 from slidetl.data.study import listed
 from slidetl.errors import UsageError
 from slidetl.evaluation.metrics import GradeMetrics, patient_intervals
-from slidetl.files import replaced, write_csv, write_whole
+from slidetl.files import csv_rows, replaced, write_csv, write_whole
 from slidetl.text import plot_label
 
 
@@ -103,7 +103,7 @@ def read_predictions(path: Path) -> list[SlidePrediction]:
                     fingerprint=row.get("fingerprint", ""),
                     reason=row.get("reason", ""),
                 )
-                for row in csv.DictReader(file)
+                for row in csv_rows(file)
             ]
     except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
         raise UsageError(f"{path}: expected predictions as 'slidetl test' writes them: {error!r}") from error

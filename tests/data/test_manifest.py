@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from slidetl.data.manifest import read_manifest, stain_kind
 from slidetl.data.tasks import Task
 from slidetl.errors import ManifestError
+from slidetl.files import write_csv
 from slidetl.text import spelling
 
 
@@ -291,6 +292,13 @@ def test_a_number_that_may_have_thousands_is_refused(
             said = r"line 2: diameter_mm '.*' may be -?1050 or -?1\.05; export"
             with pytest.raises(ManifestError, match=said):
                 numbers(doubtful, *rest)
+
+
+def test_a_mark_of_text_before_a_formula_is_no_part_of_it(tmp_path: Path) -> None:
+    row = {"slide_id": "a", "path": "=a.svs", "patient_id": "-A", "grade": 1, "site": "'s-H"}
+    write_csv(tmp_path / "m.csv", list(row), [row])
+    (found,) = read_manifest(tmp_path / "m.csv").rows
+    assert (found.path.name, found.patient_id, found.site) == ("=a.svs", "-A", "'s-H")
 
 
 def test_text_that_a_spreadsheet_kept_as_a_formula_is_that_text(tmp_path: Path) -> None:

@@ -113,6 +113,9 @@ def test_evidence_is_of_this_checkpoint_and_of_slides_that_it_has_not_seen(tmp_p
     formula = table(tmp_path / "f.csv", slide_id="x{n}", fingerprint="", patient_id="'=p{n}")
     with pytest.raises(UsageError, match="trained or chosen on 1"):
         evidence_from(formula, {SHA: StudyRecord((RecordedSlide("a", "=p3", "g", "train"),))}, 3)
+    odd = table(tmp_path / "odd.csv", slide_id="x{n}", fingerprint="", patient_id="p {n}")
+    with pytest.raises(UsageError, match="trained or chosen on 1"):
+        evidence_from(odd, {SHA: StudyRecord((RecordedSlide("a", "p\u00a03", "g", "train"),))}, 3)
     for more, said in (
         ({}, "another scale, with probability_0, probability_1, probability_2 and .* has 5 grades"),
         (

@@ -226,6 +226,13 @@ def test_two_pages_may_type_the_same(project: Client) -> None:
     project.post("/p/lung/labels", **project.typed({"grade:0": "mild", "patient_id:0": "P1"}, left))
 
 
+def test_a_patient_named_like_a_formula_is_that_patient_to_the_commands(project: Client) -> None:
+    project.label({"patient_id:0": "-A", "site:0": "=1", "patient_id:1": "'s-H"})
+    assert project_of(project).manifest.read_text().count("'") == 3
+    first, second, _ = read_manifest(project_of(project).manifest).rows
+    assert (first.patient_id, first.site, second.patient_id) == ("-A", "=1", "'s-H")
+
+
 def test_labels_outlive_their_slides(project: Client) -> None:
     project.label({"grade:0": "mild", "patient_id:1": "P2", "site:2": "north"})
     lung, elsewhere = project_of(project), project.root / "else"

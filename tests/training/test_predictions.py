@@ -39,8 +39,10 @@ def test_grade_and_expectation() -> None:
 
 def test_a_patient_or_a_site_is_no_formula(tmp_path: Path) -> None:
     for patient, site in (('=HYPERLINK("x")', "s"), ("p", '=HYPERLINK("x")')):
-        write_predictions(tmp_path / "p.csv", [SlidePrediction("a", patient, 0, (1.0,), 1, site)])
+        rows = [SlidePrediction("a", patient, 0, (1.0,), 1, site)]
+        write_predictions(tmp_path / "p.csv", rows)
         assert "\"'=HYPERLINK" in (tmp_path / "p.csv").read_text()
+        assert read_predictions(tmp_path / "p.csv") == rows
 
 
 def test_something_else_is_said_to_be(tmp_path: Path) -> None:

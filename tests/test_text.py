@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slidetl.text import csv_cell, plain_cell
+
+
+@given(st.text(st.characters() | st.sampled_from(" '=+-@1"), max_size=6).filter(str.isprintable))
+def test_a_cell_is_no_formula_and_reads_back(text: str) -> None:
+    cell = csv_cell(text)
+    assert plain_cell(cell) == text
+    if cell.lstrip().startswith(("=", "+", "-", "@")):
+        float(cell)  # a number is none
+
+
+@pytest.mark.parametrize(
+    ("cell", "text"),
+    [
+        ("'=1+1", "=1+1"),
+        ("' =1+1", " =1+1"),
+        ("'-5", "-5"),  # in ledgers of earlier versions, and so are the next two
+        ("''s-Hertogenbosch", "'s-Hertogenbosch"),
+        (" =1+1", " =1+1"),
+        ("'s-Hertogenbosch", "'s-Hertogenbosch"),  # in their other tables
+    ],
+)
+def test_cells_of_earlier_versions_read_back(cell: str, text: str) -> None:
+    assert plain_cell(cell) == text
