@@ -254,8 +254,8 @@ def grade_series(
     plan = plan_patches(series, spec)
     if not len(plan):
         raise UnfitSlideError(
-            f"{path}: no patch of {spec.tile_size_px} voxels at {spec.spacing_mm:g} mm has at least "
-            f"{spec.min_tissue:.0%} {spec.mask}; there is nothing to grade"
+            f"{path}: {plan.describe_empty()} (patches of {spec.tile_size_px} voxels at {spec.spacing_mm:g} "
+            "mm); there is nothing to grade"
         )
     starts = range(0, len(plan), size)
     parts = ((n, np.stack([plan.patch(i) for i in range(n, min(n + size, len(plan)))])) for n in starts)
@@ -459,15 +459,8 @@ def _check_novelty(model: ModelFile, path: Path, distance: float, force: bool) -
     if not math.isfinite(novelty):
         raise UnfitSlideError(f"{path}: not graded: its novelty is {novelty}; check the model file")
     if novelty > 1 and not force:
-        training = model.card.training
-        is_volume = model.card.tile_spec.is_volume
-        noun, doubts = (
-            ("series", "scanner and organ") if is_volume else ("slides", "stain, organ and spacing")
-        )
-        stains = f" (stains: {', '.join(training.stains)})" if training and training.stains else ""
         raise UnfitSlideError(
-            f"{path}: unlike the {noun} that the model was trained on{stains}: its novelty is {novelty:.3g}, "
-            f"where none of theirs is above 1; check {doubts}; --force grades it all the same"
+            f"{path}: {model.card.describe_novelty(novelty)}; --force grades it all the same"
         )
     return novelty
 

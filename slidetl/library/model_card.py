@@ -135,6 +135,16 @@ class ModelCard:
                 f"architecture: expected {sorted(_ARCHITECTURE)}, found {self.architecture!r:.200}"
             )
 
+    def describe_novelty(self, novelty: float) -> str:
+        """Describes a novelty above 1 of a slide or series, and what to check."""
+        is_volume, training = self.tile_spec.is_volume, self.training
+        noun, check = ("series", "scanner, contrast, organ") if is_volume else ("slides", "stain, organ")
+        stains = f" (stains: {', '.join(training.stains)})" if training and training.stains else ""
+        return (
+            f"unlike the {noun} that the model was trained on{stains}: its novelty is {novelty:.3g}, where "
+            f"none of theirs is above 1; check {check} and spacing"
+        )
+
     def to_json(self) -> str:
         """Returns the card as JSON."""
         return to_json(self)

@@ -57,6 +57,12 @@ class PatchPlan:
     def __len__(self) -> int:
         return len(self.origins_voxel)
 
+    def describe_empty(self) -> str:
+        """Describes why there is no patch."""
+        if not self.mask.any():
+            return f"no {self.spec.mask} is found in it"
+        return f"no patch has {self.spec.min_tissue:.0%} {self.spec.mask}"
+
     @property
     def identity(self) -> bytes:
         """Bytes that differ for other patches."""

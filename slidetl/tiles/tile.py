@@ -326,11 +326,8 @@ def _tile_open_series(
     row = replace(row, note="; ".join(plan.notes))
     if not len(plan):
         discard(cache_dir, row.slide_id, finished=True)
-        found = plan.mask.any()
-        reason = (
-            f"no patch has {spec.min_tissue:.0%} {spec.mask}" if found else f"no {spec.mask} is found in it"
-        )
-        return replace(row, status=EXCLUDED, reason=f"{reason}; --mask chooses another part, or none")
+        reason = f"{plan.describe_empty()}; --mask chooses another part, or none"
+        return replace(row, status=EXCLUDED, reason=reason)
     made = write_patches(plan, series, cache_dir, row.slide_id, threads, check, source.location_mm)
     return _used(row, made)
 

@@ -228,11 +228,8 @@ def doubts(novelty: float | None, card: ModelCard, noun: str) -> list[str]:
     """Lists the doubts about a grade from the model's card; ``noun`` is what the model grades."""
     found = []
     if novelty is not None and novelty > 1:
-        check = "scanner, contrast" if card.tile_spec.is_volume else "stain, organ"
-        found.append(
-            f"Unlike the {noun} of the training: novelty {novelty:.3g}, where none of theirs is above "
-            f"1. Check {check} and spacing."
-        )
+        said = card.describe_novelty(novelty)
+        found.append(f"{said[0].upper()}{said[1:]}.")
     if card.evidence is None:
         found.append(f"The model carries no evidence of how well it grades {noun} that were kept from it.")
     return found

@@ -98,7 +98,7 @@ def test_says_what_speaks_against_the_grade(graded: Graded, card: ModelCard, tmp
     bare = dataclasses.replace(card, evidence=None, licence="")
     text = Page(write_slide_report(result, bare, tmp_path, "s1").read_text()).text
     assert "Too little tissue: 0.3 mm². Every slide of the training had 0.5 mm² or more." in text
-    assert "Unlike the slides of the training: novelty 2.5" in text
+    assert "Unlike the slides that the model was trained on (stains: trichrome): its novelty is 2.5" in text
     assert "no evidence" in text and "Not ruled out" not in text and "Licence not stated" in text
 
 
