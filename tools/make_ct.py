@@ -24,13 +24,12 @@ normal error of --reader-sd, is above 3; 0 without a nodule.
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -583,7 +582,7 @@ def build(options: argparse.Namespace) -> None:
     Raises:
         UsageError: an option is out of range, or LIDC-IDRI has too few patients.
     """
-    lidc = _tool("lidc_readers")
+    lidc = importlib.import_module(f"{__package__}.lidc_readers" if __package__ else "lidc_readers")
     annotations = lidc.read_annotations(options.annotations or lidc.find_annotations())
     count = options.source + options.target
     if min(options.source, options.target, options.shifted) < 0 or not 0 < count <= len(annotations.patients):
@@ -637,16 +636,6 @@ def build(options: argparse.Namespace) -> None:
     for table, rows in tables.items():
         if rows:
             write_csv(options.out / f"{table}.csv", SERIES if table == "series" else LOCATED, rows)
-
-
-def _tool(name: str) -> ModuleType:
-    """Loads a program that lies beside this one."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

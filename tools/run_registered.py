@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import importlib.util
+import importlib
 import json
 import os
 import platform
@@ -29,7 +29,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
@@ -115,7 +114,8 @@ def prepare(home: Path, external: Path, folder: Path, collage: Sequence[str]) ->
     if not (folder / "manifest.csv").exists():  # it is written last
         shutil.rmtree(folder, ignore_errors=True)
         words = [str(home), str(folder), "--external", str(external), "--redraw", str(number_of(folder))]
-        step(_tool("make_collage").main([*words, "--target", TARGET, *collage]), "make_collage")
+        collages = importlib.import_module(f"{__package__}.make_collage" if __package__ else "make_collage")
+        step(collages.main([*words, "--target", TARGET, *collage]), "make_collage")
     cache = folder / "cache"
     step(slidetl(["tile", str(folder / "manifest.csv"), "--cache", str(cache), *TILING]), "slidetl tile")
     weights = folder.parent / "random.safetensors"
@@ -534,16 +534,6 @@ def _write_random_weights(path: Path) -> None:
     torch.manual_seed(0)
     network = timm.create_model(BACKBONE, pretrained=False, num_classes=0)
     write_whole(path, save({name: value.contiguous() for name, value in network.state_dict().items()}))
-
-
-def _tool(name: str) -> ModuleType:
-    """Loads a program that lies beside this one."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 def main(arguments: Sequence[str] | None = None, collage: Sequence[str] = ()) -> int:

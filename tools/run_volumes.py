@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.util
+import importlib
 import os
 import platform
 import sys
@@ -23,7 +23,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import yaml
@@ -177,7 +176,8 @@ def steps_of(folder: Path, redraw: int, drawn: Sequence[str]) -> dict[str, tuple
         ]
 
     def draw() -> int:
-        return int(_tool("make_ct").main([str(folder), "--seed", str(redraw), *DRAWN, *drawn]))
+        phantoms = importlib.import_module(f"{__package__}.make_ct" if __package__ else "make_ct")
+        return int(phantoms.main([str(folder), "--seed", str(redraw), *DRAWN, *drawn]))
 
     def done(part: str) -> Path:
         return folder / part / "test" / "predictions.csv"
@@ -477,16 +477,6 @@ def write_page(redraws: Mapping[int, dict[str, Graded]], command: str) -> str:
 
 def _auroc(graded: Graded) -> float:
     return float(metric_of([graded], "AUROC")(np.ones((1, len(graded.true))))[0])
-
-
-def _tool(name: str) -> ModuleType:
-    """Loads a program that lies beside this one."""
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-        assert spec is not None and spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
 
 
 def main(arguments: Sequence[str] | None = None, drawn: Sequence[str] = ()) -> int:

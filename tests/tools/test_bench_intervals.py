@@ -1,29 +1,14 @@
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
+import importlib
+from typing import Any
 
 import numpy as np
 import pytest
 
 from slidetl.evaluation.calibration import calibration_null
 
-ROOT = Path(__file__).parents[2]
-
-
-def load_tool() -> ModuleType:
-    # tools/ holds programs, not a package: it is loaded by path.
-    spec = importlib.util.spec_from_file_location("bench_intervals", ROOT / "tools/bench_intervals.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
+tool: Any = importlib.import_module("tools.bench_intervals")
 
 
 @pytest.mark.parametrize("accuracy", [0.58, 0.8])

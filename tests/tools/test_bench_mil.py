@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -11,20 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-ROOT = Path(__file__).parents[2]
-
-
-def load_tool() -> ModuleType:
-    # tools/ holds programs, not a package: it is loaded by path.
-    spec = importlib.util.spec_from_file_location("bench_mil", ROOT / "tools/bench_mil.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
+tool: Any = importlib.import_module("tools.bench_mil")
 
 
 def toy_set(path: Path) -> tuple[Path, NDArray[np.uint8]]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.tools.test_make_ct import load_tool, write_annotations
+from tests.tools.test_make_ct import write_annotations
 
-tool = load_tool("lidc_readers")
+tool: Any = importlib.import_module("tools.lidc_readers")
 
 
 def reading(number: int, x_mm: float) -> object:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
-import sys
+import importlib
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,23 +16,13 @@ from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.store import SlideCache, cache_path
 from slidetl.tiles.tile import SlideSource, tile_slide
 
-ROOT = Path(__file__).parents[2]
 CLASSES = {"a": (200, 40, 40), "b": (40, 200, 40), "c": (40, 40, 200)}
 SIDE = 48
 SMALL = ["--train", "10", "--test", "5", "--external-slides", "5", "--tiles-per-slide", "10"]
 SMALL += ["--train-tiles", "12", "--test-tiles", "10"]
 
 
-def load_tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_collage", ROOT / "tools/make_collage.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
+tool: Any = importlib.import_module("tools.make_collage")
 
 
 def draw_tiles(folder: Path, seed: int, n: int = 22) -> Path:

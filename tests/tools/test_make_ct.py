@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import csv
 import functools
-import importlib.util
+import importlib
 import sqlite3
-import sys
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -20,22 +18,12 @@ import pytest
 from slidetl.data.manifest import read_manifest
 from slidetl.volumes import read_volume
 
-ROOT = Path(__file__).parents[2]
 SMALL = ["--size", "96", "--slices", "48", "--source", "2", "--target", "2", "--seed", "4"]
 NODULES = {"A": 2, "B": 1, "C": 1, "D": 0, "E": 1}  # of each patient
 RADIUS_MM = 12.0
 
 
-def load_tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool("make_ct")
+tool: Any = importlib.import_module("tools.make_ct")
 
 
 def write_annotations(path: Path, nodules: dict[str, int], readers: int = 3) -> Path:
@@ -157,7 +145,7 @@ def test_source_and_target_share_no_patient(built: Path) -> None:
 @pytest.mark.parametrize(("readers", "label"), [(2, 0), (3, 0), (4, 1)])  # means of 2.5, 3 and 3.5
 def test_the_label_is_that_of_the_worst_nodule(readers: int, label: int, tmp_path: Path) -> None:
     path = write_annotations(tmp_path / "a.sqlite", {"A": 1}, readers)
-    nodules = load_tool("lidc_readers").read_annotations(path).nodules
+    nodules = importlib.import_module("tools.lidc_readers").read_annotations(path).nodules
     phantom = tool.make_phantom("p", nodules, tool.SCANNERS[0], (0, 1), 6)
     assert tool.patient_label(phantom, 0.0) == label
     seeds = (replace(phantom, seed=(0, number)) for number in range(20))

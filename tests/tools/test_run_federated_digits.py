@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import math
-import sys
-from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,22 +10,7 @@ import torch
 
 from slidetl.federation.weights import find_fault
 
-ROOT = Path(__file__).parents[2]
-
-
-def load_tool() -> ModuleType:
-    # tools/ holds programs, not a package: it is loaded by path.
-    spec = importlib.util.spec_from_file_location(
-        "run_federated_digits", ROOT / "tools/run_federated_digits.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
+tool: Any = importlib.import_module("tools.run_federated_digits")
 LABELS = torch.arange(10).repeat_interleave(100)
 
 

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import sys
+import importlib
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,22 +12,7 @@ import pytest
 from slidetl.evaluation.comparison import PatientResults, patient_results
 from tests.small import SMALL, small_weights
 
-ROOT = Path(__file__).parents[2]
-
-
-def load_tool() -> ModuleType:
-    # tools/ holds programs, not a package: it is loaded by path.
-    spec = importlib.util.spec_from_file_location(
-        "run_federated_slides", ROOT / "tools/run_federated_slides.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
+tool: Any = importlib.import_module("tools.run_federated_slides")
 
 
 def results(seed: int, noise: float) -> PatientResults:

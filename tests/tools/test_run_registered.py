@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
+import importlib
 import re
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,16 +29,7 @@ SMALL = ["--train", "20", "--test", "10", "--external-slides", "25", "--tiles-pe
 SMALL += ["--train-tiles", "14", "--test-tiles", "10", "--target", "b"]
 
 
-def load_tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("run_registered", ROOT / "tools/run_registered.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
+tool: Any = importlib.import_module("tools.run_registered")
 
 
 def draw_tiles(folder: Path, seed: int) -> Path:
