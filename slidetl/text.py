@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 # A spreadsheet takes a cell with such a beginning for a formula, blanks before it or not; the rest is for
@@ -54,6 +54,11 @@ def format_warning(message: Warning | str, *_: object, **__: object) -> str:
 def plot_label(text: str) -> str:
     """Makes one line of text for matplotlib, with escaped ``$``: text between two would be a formula."""
     return one_line(text).replace("$", r"\$")
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """Formats the first names of a list for a message."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def first_lines(message: str) -> str:

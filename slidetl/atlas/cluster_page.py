@@ -14,13 +14,14 @@ from slidetl.atlas.cluster import Atlas, Pattern
 from slidetl.atlas.collection import Collection
 from slidetl.atlas.options import ClusterOptions, Selection
 from slidetl.atlas.pictures import describe_tile, draw_tile, similar_command
-from slidetl.data.study import CachedSlide, listed
+from slidetl.data.study import CachedSlide
 from slidetl.errors import CacheMismatchError, OutputError, SlideError
 from slidetl.evaluation.bootstrap import Interval
 from slidetl.files import write_csv
 from slidetl.page import script_json, write_page
 from slidetl.slides import open_slide
 from slidetl.slides.turn import ViewerFrame
+from slidetl.text import listed
 from slidetl.tiles.geojson import write_tile_objects
 from slidetl.tiles.mosaic import Mosaic
 from slidetl.tiles.pyramid import Canvas, build_pyramid

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from slidetl.atlas.options import Selection
 from slidetl.data.manifest import ManifestRow
-from slidetl.data.study import CachedSlide, common_spec, find_slides, listed, open_cache, read_study
+from slidetl.data.study import CachedSlide, common_spec, find_slides, open_cache, read_study
 from slidetl.errors import CacheCorruptError, UsageError
+from slidetl.text import listed
 from slidetl.tiles.features import FeatureSource, common_source, feature_checksum, read_features
 from slidetl.tiles.store import SlideCache
 

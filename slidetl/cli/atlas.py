@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from slidetl.atlas.options import ClusterOptions, Selection, SimilarOptions
-from slidetl.data.study import listed
+from slidetl.text import listed
 
 _MANY = 1_000_000  # tiles: an exact search takes ten seconds of processor time (docs/evidence/atlas.md)
 

@@ -91,9 +91,9 @@ def import_(
         backbone: the network of files that do not state it, as CLAM's.
         overwrite: replace other features of this name.
     """
-    from slidetl.data.study import listed
     from slidetl.errors import SlidetlError
     from slidetl.files import full_disk
+    from slidetl.text import listed
     from slidetl.tiles.features import NOT_STATED, feature_name
     from slidetl.tiles.importing import import_features
     from slidetl.tiles.ledger import Ledger
@@ -178,8 +178,8 @@ def _match(files: list[Path], slides: Path | None) -> dict[str, tuple[Path, Path
     It is the slide's identifier, or the name of its own file; a file that could be of two slides is refused.
     """
     from slidetl.data.manifest import read_manifest
-    from slidetl.data.study import listed
     from slidetl.errors import UsageError
+    from slidetl.text import listed
     from slidetl.tiles.identifier import safe_slide_id
 
     named: dict[str, Path] = {}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from slidetl.cli.progress import Progress
 from slidetl.processor import usable_cores
-from slidetl.text import one_line
+from slidetl.text import listed, one_line
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.regions import RegionOptions, find_regions
 
@@ -123,6 +123,6 @@ def _failures(rows: list[LedgerRow]) -> list[str]:
         if len(group) <= 3:
             lines += [f"{row.slide_id}: {row.reason}" for row in group]
         else:
-            first = ", ".join(row.slide_id for row in group[:3])
-            lines.append(f"{first} ... ({len(group)} in all): {group[0].reason}")
+            first = listed([row.slide_id for row in group], 3)
+            lines.append(f"{first} ({len(group)} in all): {group[0].reason}")
     return lines

@@ -13,7 +13,7 @@ from slidetl.data.manifest import ManifestRow
 from slidetl.errors import UsageError
 from slidetl.evaluation.comparison import Unit, per_patient
 from slidetl.evaluation.repeatability import ScoreShift, compare_groups, compare_paired
-from slidetl.text import distinct, spelled_twice
+from slidetl.text import distinct, listed, spelled_twice
 
 
 def members_of(comparison: Comparison, rows: Sequence[ManifestRow]) -> NDArray[np.int64]:
@@ -31,7 +31,7 @@ def members_of(comparison: Comparison, rows: Sequence[ManifestRow]) -> NDArray[n
     values = [getattr(row, groups.column) for row in rows]
     for name in (groups.first, groups.second):
         if name not in values:
-            found = ", ".join(sorted(set(values))[:10])
+            found = listed(sorted(set(values)))
             raise UsageError(f"groups: no slide has {name!r} as its {groups.column}; there are {found}")
     for pair in spelled_twice([groups.first, groups.second, *values]):
         if pair[0] in (groups.first, groups.second) and pair[1] not in (groups.first, groups.second):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from slidetl.compare.config import EPOCHS, Comparison, with_values
 from slidetl.data.manifest import ManifestRow, stain_kind
 from slidetl.data.record import StudyRecord, ancestors
-from slidetl.data.study import CachedSlide, Study, check_duplicates, check_identity, listed, read_study
+from slidetl.data.study import CachedSlide, Study, check_duplicates, check_identity, read_study
 from slidetl.errors import CacheMissingError, UsageError
 from slidetl.evaluation.leakage import near_duplicates
 from slidetl.evaluation.protocol import (
@@ -34,6 +34,7 @@ from slidetl.evaluation.protocol import (
 from slidetl.library.local import SCHEME, pulled_card
 from slidetl.models.packaged import packaged_weights
 from slidetl.models.spec import PUBLISHED, BackboneSpec
+from slidetl.text import listed
 from slidetl.tiles.features import common_source, read_features
 from slidetl.tiles.store import SlideCache, cache_path
 

@@ -28,7 +28,6 @@ from slidetl.compare.plan import Job
 from slidetl.compare.records import CurvePoint, JobResult, is_of_tiles, predictions_from, read_recipe
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.datasets import network_input
-from slidetl.data.study import listed
 from slidetl.errors import UsageError
 from slidetl.evaluation.calibration import fit_temperature, with_temperature
 from slidetl.evaluation.comparison import Unit, patient_results
@@ -38,6 +37,7 @@ from slidetl.models.blocks import pretrained_backbone
 from slidetl.models.network import GradingNetwork
 from slidetl.models.spec import BackboneSpec
 from slidetl.models.tensors import save_tensors
+from slidetl.text import listed
 from slidetl.tiles.features import read_features
 from slidetl.tiles.store import SlideCache
 from slidetl.training.checkpoint import read_checkpoint

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slidetl.slides.ngff import is_ngff
+from slidetl.text import listed
 
 # Formats of OpenSlide 4 and OME-Zarr, by name; opening a file shows if it really is a slide.
 SLIDE_SUFFIXES = frozenset(
@@ -74,9 +75,8 @@ class FoundFiles:
             formats.pop(suffix, None)
         parts = []
         if formats:
-            listed = ", ".join(f"{suffix} {count}" for suffix, count in formats.most_common(2 * _NAMED))
-            more = " ..." * (len(formats) > 2 * _NAMED)
-            parts.append(f"files in formats that are not read here ({formats.total()}: {listed}{more})")
+            counts = listed([f"{suffix} {count}" for suffix, count in formats.most_common()], 2 * _NAMED)
+            parts.append(f"files in formats that are not read here ({formats.total()}: {counts})")
         for what, paths in (
             ("links to nothing", [path for path in self.dangling if path not in known]),
             ("folders that cannot be read", self.unreadable),
@@ -84,8 +84,8 @@ class FoundFiles:
             ("links to what is listed already", self.again),
         ):
             if paths:
-                names = ", ".join(str(path.relative_to(self.folder)) for path in paths[:_NAMED])
-                parts.append(f"{what} ({len(paths)}: {names}{' ...' * (len(paths) > _NAMED)})")
+                names = listed([str(path.relative_to(self.folder)) for path in paths], _NAMED)
+                parts.append(f"{what} ({len(paths)}: {names})")
         return "; ".join(parts)
 
 

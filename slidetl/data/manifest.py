@@ -19,7 +19,7 @@ from slidetl.slides.dicom import is_localizer, series_instance_uid
 from slidetl.slides.ngff import is_ngff
 from slidetl.slides.npz import NpzItem, read_labels
 from slidetl.slides.raster import IMAGE_SUFFIXES, TIFF_SUFFIXES
-from slidetl.text import distinct, spelled_twice, spelling
+from slidetl.text import distinct, listed, spelled_twice, spelling
 from slidetl.tiles.identifier import clash_key, safe_slide_id, short_digest
 from slidetl.volumes import is_volume_file
 
@@ -176,18 +176,18 @@ class _Faults:
 
     def check(self, path: Path) -> None:
         """Raises a ManifestError with all faults, if there are any."""
-        listed: list[tuple[int, str]] = []
+        found: list[tuple[int, str]] = []
         for faults in self._found.values():
             faults.sort()
             line, text = faults[0]
             if len(faults) <= _FAULTS_EACH:
-                listed += [(line, f"line {line}: {text}") for line, text in faults]
+                found += [(line, f"line {line}: {text}") for line, text in faults]
             else:
-                first = ", ".join(str(number) for number, _ in faults[:_FAULTS_EACH])
-                listed.append((line, f"lines {first} ... ({len(faults)} in all): {text}"))
-        if listed:
+                first = listed([str(number) for number, _ in faults], _FAULTS_EACH)
+                found.append((line, f"lines {first} ({len(faults)} in all): {text}"))
+        if found:
             count = sum(map(len, self._found.values()))
-            lines = "\n  ".join(text for _, text in sorted(listed))
+            lines = "\n  ".join(text for _, text in sorted(found))
             raise ManifestError(
                 f"{path}: {count} fault{'s' * (count > 1)} in the manifest:\n  {lines}",
                 sorted(fault for faults in self._found.values() for fault in faults),
@@ -449,9 +449,9 @@ def _list_folder(folder: Path, scale: Sequence[str] | int | None) -> Manifest:
         scouts = [key for key, paths in series.items() if key[1] and all(map(is_localizer, paths))]
         if 0 < len(scouts) < len(series):
             names = [str(series.pop(key)[0].relative_to(found.folder)) for key in scouts]
-            about = ", ".join(names[:5]) + " ..." * (len(names) > 5)
             warnings.warn(
-                f"{found.folder}: left out series of localizer images ({len(names)}: {about})", stacklevel=3
+                f"{found.folder}: left out series of localizer images ({len(names)}: {listed(names, 5)})",
+                stacklevel=3,
             )
         rows = [
             ManifestRow(0, safe_slide_id(uid) if len(paths) > 1 else _stem(paths[0]), paths[0], "")

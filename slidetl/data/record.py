@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from slidetl.data.manifest import SPLITS
-from slidetl.data.study import CachedSlide, Study, check_duplicates, listed
+from slidetl.data.study import CachedSlide, Study, check_duplicates
 from slidetl.errors import CacheCorruptError, CacheMissingError, CheckpointError, UsageError
 from slidetl.files import write_whole
-from slidetl.text import spelling
+from slidetl.text import listed, spelling
 from slidetl.tiles.features import FeatureSource, record_path
 
 SplitFrom = Literal["checkpoint", "manifest", "external"]

@@ -19,6 +19,7 @@ from slidetl.errors import CacheError, CacheMismatchError, CacheMissingError, Ma
 from slidetl.slides import open_slide
 from slidetl.slides.base import WHOLE_BYTES
 from slidetl.slides.spacing import differ
+from slidetl.text import listed
 from slidetl.tiles.annotations import is_annotation_file
 from slidetl.tiles.foreign import SUFFIXES as FEATURE_SUFFIXES
 from slidetl.tiles.foreign import read_foreign
@@ -218,11 +219,6 @@ def warn_of_unused(path: Path, slide_ids: Iterable[str], takers: Iterable[str]) 
             f"a slide_id takes them: {listed(unused)}",
             stacklevel=3,
         )
-
-
-def listed(names: Sequence[str], most: int = 10) -> str:
-    """Formats the first names of a list for a message."""
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def find_slides(cache: Path, slide_ids: Sequence[str] = ()) -> dict[str, LedgerRow | None]:

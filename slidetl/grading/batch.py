@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from slidetl.data.manifest import read_manifest
-from slidetl.data.study import listed
 from slidetl.errors import ProcessEnded, SlideError, SlidetlError, UsageError, describe_failure
 from slidetl.files import write_csv, write_whole
 from slidetl.grading.grade import (
@@ -51,7 +50,7 @@ from slidetl.processes import Child, start_child
 from slidetl.processor import hand_back_memory, usable_cores
 from slidetl.publish.model_file import ModelFile, load_model
 from slidetl.slides import open_slide
-from slidetl.text import one_line
+from slidetl.text import listed, one_line
 from slidetl.tiles.cut import slide_parts
 from slidetl.tiles.identifier import clash_key, safe_slide_id
 from slidetl.tiles.ledger import file_state

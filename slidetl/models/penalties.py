@@ -16,6 +16,7 @@ from slidetl.errors import CheckpointError, UsageError
 from slidetl.models.backbones import Backbone, weights_sha256
 from slidetl.models.blocks import batch_norms, channel_axis
 from slidetl.models.network import GradingNetwork
+from slidetl.text import listed
 
 Shape = Literal["linear", "cosine"]
 Batch = tuple[Tensor, Tensor, Tensor]  # tiles [B, N, 3, H, W] uint8, mask [B, N] bool, grades [B] int64
@@ -288,5 +289,5 @@ def find_module(backbone: Backbone, name: str) -> nn.Module:
     modules: dict[str, nn.Module] = dict(backbone.net.named_modules())
     if not name or name not in modules:
         some = [key for key in modules if key and key.count(".") <= 1]
-        raise UsageError(f"{backbone.spec.name} has no layer {name!r}; it has {', '.join(some[:30])}")
+        raise UsageError(f"{backbone.spec.name} has no layer {name!r}; it has {listed(some, 30)}")
     return modules[name]

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from slidetl.data.record import StudyRecord
-from slidetl.data.study import listed
 from slidetl.errors import CheckpointError, SlidetlError, UsageError
 from slidetl.evaluation.bootstrap import bca_interval, proven, share_interval
 from slidetl.evaluation.calibration import fit_temperature, is_at_bound, with_temperature
@@ -20,7 +19,7 @@ from slidetl.evaluation.conformal import fit_grade_sets
 from slidetl.evaluation.metrics import check_finite, mae, qwk
 from slidetl.files import csv_rows
 from slidetl.library.model_card import Evidence
-from slidetl.text import one_line
+from slidetl.text import listed, one_line
 
 _LEAST_PATIENTS = 10
 

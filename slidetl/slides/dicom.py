@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from slidetl.errors import SlideOpenError
+from slidetl.text import listed
 
 # StudyInstanceUID (0020,000D) and, next to it, SeriesInstanceUID (0020,000E), explicit or implicit little
 # endian. Only at the top level of a file are they neighbours: a reference to another series has no study
@@ -33,7 +34,7 @@ def first_instance(folder: Path) -> Path | None:
         if uid := series_instance_uid(path):
             series.setdefault(uid, path)
     if len(series) > 1:
-        names = ", ".join(path.name for path in list(series.values())[:5])
+        names = listed([path.name for path in series.values()], 5)
         raise SlideOpenError(
             f"{folder}: {len(series)} DICOM series, each a slide of its own; name a file of one ({names}), "
             "or give the folder to 'slidetl tile'"

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 from slidetl.errors import SlideOpenError
 from slidetl.files import parse_xml
 from slidetl.slides.spacing import UM_PER_UNIT, Pair
+from slidetl.text import listed
 
 _ROOT = re.compile(r"<(\w+:)?OME[\s>]")
 _RGB_NAMES = ({"r", "red"}, {"g", "green"}, {"b", "blue"})
@@ -141,11 +142,10 @@ def choose_channels(wanted: str, names: tuple[str, ...], rgb: tuple[int, int, in
     """
     if len(names) == 1 or (not wanted and rgb is not None):
         return rgb or (0,)
-    listed = ", ".join(f"{number} {name}".strip() for number, name in enumerate(names[:_SHOWN]))
-    listed += ", ..." if len(names) > _SHOWN else ""
+    shown = listed([f"{number} {name}".strip() for number, name in enumerate(names)], _SHOWN)
     if not wanted:
         raise SlideOpenError(
-            f"expected one grey or RGB image, found {len(names)} channels ({listed}); choose one, or three "
+            f"expected one grey or RGB image, found {len(names)} channels ({shown}); choose one, or three "
             "for red, green and blue, with --channels"
         )
     by_name = {name.casefold(): number for number, name in reversed(list(enumerate(names))) if name}
@@ -153,7 +153,7 @@ def choose_channels(wanted: str, names: tuple[str, ...], rgb: tuple[int, int, in
     for word in (part.strip() for part in wanted.split(",")):
         number = by_name.get(word.casefold(), int(word) if word.isdecimal() and len(word) < 6 else -1)
         if not 0 <= number < len(names):
-            raise SlideOpenError(f"--channels: no channel {word!r}; there are {listed}")
+            raise SlideOpenError(f"--channels: no channel {word!r}; there are {shown}")
         chosen.append(number)
     return tuple(chosen)
 

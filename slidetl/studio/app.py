@@ -28,7 +28,6 @@ from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
 from slidetl.compare.table import format_p
-from slidetl.data.study import listed
 from slidetl.errors import CacheError, SlidetlError
 from slidetl.evaluation.metrics import GradeMetrics
 from slidetl.page import environment
@@ -50,6 +49,7 @@ from slidetl.studio.project import (
     row_state,
 )
 from slidetl.studio.texts import say
+from slidetl.text import listed
 from slidetl.tiles.ledger import EXCLUDED, USED
 from slidetl.tiles.store import SlideCache, cache_path
 

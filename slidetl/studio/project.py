@@ -26,13 +26,12 @@ from slidetl.data.manifest import (
     read_manifest,
 )
 from slidetl.data.spreadsheet import Table, read_table
-from slidetl.data.study import listed
 from slidetl.errors import CacheError, ManifestError
 from slidetl.files import csv_rows, csv_text, write_csv, write_whole
 from slidetl.slides.raster import IMAGE_SUFFIXES
 from slidetl.studio.paths import Refused, Root, check_name, is_text
 from slidetl.studio.texts import say
-from slidetl.text import one_line, plain_cell, spelling
+from slidetl.text import listed, one_line, plain_cell, spelling
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.identifier import safe_slide_id
 from slidetl.tiles.ledger import FAILED, Ledger, LedgerRow, file_state

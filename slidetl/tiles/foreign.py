@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.errors import CacheCorruptError, UsageError
-from slidetl.text import one_line
+from slidetl.text import listed, one_line
 from slidetl.tiles.exchange import OURS, needs_formats
 from slidetl.tiles.features import NOT_STATED, FeatureSource
 from slidetl.tiles.grid import TileSpec
@@ -122,7 +122,7 @@ def read_foreign(path: Path) -> ForeignFeatures:
 def _read(file: Any) -> ForeignFeatures:
     names = [name for name in ("features", "feats") if name in file]
     if not names or "coords" not in file:
-        found = ", ".join(sorted(map(str, file))[:8]) or "nothing"
+        found = listed(sorted(map(str, file)), 8) or "nothing"
         raise CacheCorruptError(f"expected features (STAMP: feats) and coords of tiles, found {found}")
     stored, places = _dataset(file, names[0]), _dataset(file, "coords")
     root, about = _attributes(file), _attributes(places)

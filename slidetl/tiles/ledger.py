@@ -16,7 +16,7 @@ from slidetl.files import write_whole
 from slidetl.slides.ngff import metadata_file
 from slidetl.slides.npz import NpzItem
 from slidetl.slides.spacing import REMEDY, cohort_notes
-from slidetl.text import csv_cell, plain_cell
+from slidetl.text import csv_cell, listed, plain_cell
 from slidetl.tiles.lock import kernel_lock
 from slidetl.tiles.store import describe_write_error
 
@@ -190,9 +190,7 @@ def summarise_notes(rows: Sequence[LedgerRow]) -> list[str]:
         for note in notes:
             slides[note].append(row.slide_id)
     lines = [
-        f"{len(names)} slide{'s' * (len(names) > 1)}: {note}: "
-        + ", ".join(names[:_NAMED])
-        + (" ..." if len(names) > _NAMED else "")
+        f"{len(names)} slide{'s' * (len(names) > 1)}: {note}: {listed(names, _NAMED)}"
         for note, names in slides.items()
     ]
     more = len(lines) - _LINES

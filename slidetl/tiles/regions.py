@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from slidetl.errors import AnnotationError, UsageError, refuse_unused
 from slidetl.slides.turn import ViewerFrame
+from slidetl.text import listed
 from slidetl.tiles.annotations import Annotation, Annotations, base_name, is_annotation_file, read_annotations
 from slidetl.tiles.identifier import clash_key, safe_slide_id
 from slidetl.tiles.polygons import Layer, Polygon, coverage
@@ -165,8 +166,8 @@ def find_regions(options: RegionOptions, slides: Sequence[tuple[str, Path]]) -> 
         unused = [path.name for paths in files.values() for path in paths if path not in owners]
         raise UsageError(
             f"--regions {folder}: {len(without)} of {len(slides)} slides have no file of annotations: "
-            + _listed(without)
-            + (f" (files without a slide: {_listed(unused)})" if unused else "")
+            + listed(without, _NAMED)
+            + (f" (files without a slide: {listed(unused, _NAMED)})" if unused else "")
             + "; --regions-missing skip leaves them out, whole tiles all of them"
         )
     return {slide_id: RegionSource(paths[0] if paths else None, options) for slide_id, paths in found.items()}
@@ -312,10 +313,6 @@ def _in_level0(
                 + (" from the corner of the scanned area" if any(viewer.corner_level0) else "")
             )
     return placed
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (" ..." if len(names) > _NAMED else "")
 
 
 def _key(class_name: str) -> str:

@@ -25,6 +25,7 @@ from slidetl.errors import (
 from slidetl.files import is_full, paced, sync_file_system
 from slidetl.processes import Child, start_child
 from slidetl.slides.npz import NpzItem
+from slidetl.text import listed
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.identifier import clash_key
 from slidetl.tiles.ledger import FAILED, USED, Ledger, LedgerRow, file_state
@@ -106,7 +107,7 @@ def record_as_done(
     """
     named = Counter(clash_key(source.slide_id) for source in sources)
     if twice := [source.slide_id for source in sources if named[clash_key(source.slide_id)] > 1]:
-        raise UsageError(f"slide identifiers must differ, case ignored; clashing: {', '.join(twice[:10])}")
+        raise UsageError(f"slide identifiers must differ, case ignored; clashing: {listed(twice)}")
     _check_kind(sources, spec)
     if not overwrite:
         _refuse_others(sources, cache_dir, spec)
@@ -146,8 +147,7 @@ def record_as_done(
                 on_done(row)
     if gone:
         warnings.warn(
-            f"{len(gone)} slides are not where they were; their tiles are kept: {', '.join(gone[:5])}"
-            + " ..." * (len(gone) > 5),
+            f"{len(gone)} slides are not where they were; their tiles are kept: {listed(gone, 5)}",
             stacklevel=3,
         )
     return [rows[source.slide_id] for source in sources]
@@ -161,24 +161,20 @@ def _check_kind(sources: Sequence[SlideSource], spec: TileSpec) -> None:
     )
     if series and slides:
         raise UsageError(
-            f"slides ({_named(slides)}) and CT series ({_named(series)}) in one manifest; tile each kind by "
+            f"slides ({listed(slides)}) and CT series ({listed(series)}) in one manifest; tile each kind by "
             "its own manifest into its own folder"
         )
     if spec.is_volume and slides:
-        raise UsageError(f"--spacing-mm is for CT series; {_named(slides)}: slides, tiled with --mpp")
+        raise UsageError(f"--spacing-mm is for CT series; {listed(slides)}: slides, tiled with --mpp")
     if not spec.is_volume and series:
-        raise UsageError(f"--mpp is for slides; {_named(series)}: CT series, tiled with --spacing-mm")
+        raise UsageError(f"--mpp is for slides; {listed(series)}: CT series, tiled with --spacing-mm")
     if located := [source.slide_id for source in sources if source.location_mm and not spec.is_volume]:
-        raise UsageError(f"x_mm, y_mm and z_mm are for CT series, with --spacing-mm: {_named(located)}")
+        raise UsageError(f"x_mm, y_mm and z_mm are for CT series, with --spacing-mm: {listed(located)}")
     for source in sources:
         if spec.is_volume and (source.mpp_override or source.mpp_replace or source.regions):
             raise UsageError(
                 f"{source.slide_id}: a spacing or regions given for a slide, not for a CT series"
             )
-
-
-def _named(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" ... ({len(names)} in all)" if len(names) > 3 else "")
 
 
 def _kept_row(

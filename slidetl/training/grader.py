@@ -19,7 +19,6 @@ from slidetl.data.datamodule import DEFAULT_BATCH_SIZE, SlideDataModule
 from slidetl.data.datasets import Bag, Chunk, with_stored
 from slidetl.data.manifest import check_scale
 from slidetl.data.record import StudyRecord, read_record
-from slidetl.data.study import listed
 from slidetl.data.tasks import Task
 from slidetl.errors import CacheMismatchError, UsageError
 from slidetl.models.aggregators import GatedAttention, Pooling
@@ -31,6 +30,7 @@ from slidetl.models.penalties import Batch, Reference, Seen, recorded
 from slidetl.models.spec import BackboneSpec
 from slidetl.models.targets import Targets, balanced_weights
 from slidetl.models.transfer import TransferStrategy, WarmRestart
+from slidetl.text import listed
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.store import describe_difference
 from slidetl.training.evaluation import (

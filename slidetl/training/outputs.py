@@ -11,11 +11,11 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_info
 
-from slidetl.data.study import listed
 from slidetl.data.tasks import Task
 from slidetl.evaluation.bootstrap import bca_interval_if_defined, proven
 from slidetl.evaluation.metrics import weighted_mean
 from slidetl.files import write_csv
+from slidetl.text import listed
 from slidetl.training.evaluation import Evaluation, GradedSlide
 from slidetl.training.grader import SlideGrader
 from slidetl.training.predictions import describe_metrics, write_metrics, write_predictions

@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from slidetl.data.study import listed
 from slidetl.errors import UsageError
 from slidetl.evaluation.metrics import GradeMetrics, patient_intervals
 from slidetl.files import csv_rows, replaced, write_csv, write_whole
-from slidetl.text import plot_label
+from slidetl.text import listed, plot_label
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,7 @@ def test_missing_files_cost_their_slides_and_are_one_line(
     out, err = capfd.readouterr()
     assert "21 slides: 1 used, 0 excluded, 20 failed" in out
     failed = [line for line in err.splitlines() if line.startswith("failed")]
-    assert failed == [f"failed: gone0, gone1, gone2 ... (20 in all): {tmp_path / '0.svs'}: no such file"]
+    assert failed == [f"failed: gone0, gone1, gone2, ... (20 in all): {tmp_path / '0.svs'}: no such file"]
     rows = {row.slide_id: row for row in Ledger(cache / "ledger.csv").rows()}
     assert rows["gone7"].status == FAILED and rows["gone7"].reason.endswith("7.svs: no such file")
     assert rows["患者1"].status == USED and SlideCache.open(cache_path(cache, "患者1")).slide_id == "患者1"

@@ -321,7 +321,7 @@ def test_ten_thousand_equal_faults_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(ManifestError) as caught:
         read_manifest(path, 5)
     assert str(caught.value).splitlines()[1:] == [
-        "  lines 2, 3, 4 ... (10000 in all): grade must be a whole number from 0 to 4 (empty: not graded), "
+        "  lines 2, 3, 4, ... (10000 in all): grade must be a whole number from 0 to 4 (empty: not graded), "
         "found 'F3'",
         "  line 10002: slide_id 's1' is already on line 3",
         "  line 10002: the same file as on line 3",

@@ -97,5 +97,5 @@ def test_notes_of_many_slides_are_few_lines() -> None:
     lines = summarise_notes(rows)
     assert lines[0].startswith("40 slides: ")
     assert "tried again by the next run: t0 (1 of 6), t1 (1 of 6)" in lines[0]
-    assert lines[1] == "9 slides: a: s0, s1, s2, s3, s4 ..." and lines[2].startswith("9 slides: b: ")
+    assert lines[1] == "9 slides: a: s0, s1, s2, s3, s4, ..." and lines[2].startswith("9 slides: b: ")
     assert len(lines) == 13 and lines[-1] == "31 more, in the column note of ledger.csv"
