@@ -29,21 +29,23 @@ from slidetl.models.network import GradingNetwork
 WIDTH = 6
 
 
-def draw_patients(n: int, seed: int = 0) -> list[PatientSlides]:
+def draw_patients(n: int, seed: int = 0, width: int = WIDTH) -> list[PatientSlides]:
     rng = np.random.default_rng(seed)
     patients = []
     for number in range(n):
         slides = 1 + number % 3
         bags = tuple(
-            torch.from_numpy(rng.normal(size=(int(rng.integers(2, 7)), WIDTH))).float() for _ in range(slides)
+            torch.from_numpy(rng.normal(size=(int(rng.integers(2, 7)), width))).float() for _ in range(slides)
         )
         patients.append(PatientSlides(bags, tuple(int(grade) for grade in rng.integers(0, 5, slides))))
     return patients
 
 
-def build(pooling: type[Pooling] = MeanPooling, head: type[Head] = CumulativeLink) -> GradingNetwork:
+def build(
+    pooling: type[Pooling] = MeanPooling, head: type[Head] = CumulativeLink, width: int = WIDTH
+) -> GradingNetwork:
     torch.manual_seed(0)
-    aggregator = pooling(WIDTH)
+    aggregator = pooling(width)
     return GradingNetwork(nn.Identity(), aggregator, head(aggregator.out_features, 5))  # type: ignore[arg-type]
 
 
@@ -122,16 +124,56 @@ def test_gradients_are_those_of_each_patient_alone(pooling: type[Pooling], head:
         assert sorted(names) == sorted(gradients)
 
 
-def test_one_patient_moves_a_step_by_no_more_than_the_clip(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The gradients of all weights that the optimiser is given, step by step."""
+    gradients: list[Tensor] = []
+
+    def step(self: torch.optim.AdamW) -> None:
+        gradients.append(torch.cat([p.grad.ravel() for group in self.param_groups for p in group["params"]]))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    return gradients
+
+
+def clipped(network: GradingNetwork, patients: list[PatientSlides], clip: float) -> Tensor:
+    """The gradient of each patient ``[P, weights]``, its norm over all weights at most ``clip``."""
+    gradients = patient_gradients(network, patients).values()
+    each = torch.cat([value.flatten(1) for value in gradients], 1).double()
+    scale: Tensor = (clip / each.norm(dim=1, keepdim=True)).clamp(max=1)
+    return scale * each
+
+
+def test_a_step_is_the_clipped_sum_with_noise_over_the_expected_number(seen: list[Tensor]) -> None:
+    """Of 20 000 weights the standard deviation is known within half a per cent."""
+    width = 20_000
+    patients, network = draw_patients(3, width=width), build(width=width)
+    drawn = Privacy("patient", clip=0.5, noise=2.0, delta=1e-3, sample_rate=1.0)
+    nobody = Privacy("patient", clip=0.5, noise=2.0, delta=1e-3, sample_rate=1e-9)
+    for privacy in (drawn, drawn, nobody):
+        train_private(network, patients, privacy, 1, lr=0.1)
+    noise = [3 * seen[0] - clipped(network, patients, 0.5).sum(0), 3e-9 * seen[2]]
+    for values in noise:
+        assert float(values.std()) == pytest.approx(1.0, rel=0.03) and abs(float(values.mean())) < 0.03
+    assert not torch.equal(seen[0], seen[1])  # each is seeded by the system
+
+
+def test_a_step_of_few_or_many_patients_is_over_the_expected_number(seen: list[Tensor]) -> None:
+    patients, network = draw_patients(6), build()
+    privacy = Privacy("patient", clip=0.5, noise=1e-9, delta=1e-3, sample_rate=0.5)
+    each, numbers = clipped(network, patients, 0.5), set()
+    for seed in range(8):
+        train_private(network, patients, privacy, 1, lr=0.1, rng=np.random.default_rng(seed))
+        taken = torch.from_numpy(np.random.default_rng(seed).random(6) < 0.5)
+        numbers.add(int(taken.sum()))
+        torch.testing.assert_close(3 * seen[-1].double(), each[taken].sum(0), rtol=1e-4, atol=1e-6)
+    assert min(numbers) < 3 < max(numbers)
+
+
+def test_one_patient_moves_a_step_by_no_more_than_the_clip(seen: list[Tensor]) -> None:
     """Two trainings differ by one patient of huge features."""
     patients = draw_patients(4)
     huge = PatientSlides(tuple(1e3 * tiles for tiles in patients[0].features), patients[0].grades)
-    seen: list[Tensor] = []
-
-    def step(self: torch.optim.AdamW) -> None:
-        seen.append(torch.cat([p.grad.ravel() for group in self.param_groups for p in group["params"]]))
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
     privacy = Privacy("patient", clip=0.5, noise=1e-9, delta=1e-3, sample_rate=1.0)
     for first in (patients[0], huge):
         train_private(build(), [first, *patients[1:]], privacy, 1, lr=0.1)

@@ -173,6 +173,7 @@ def test_rounds_print_the_epsilon_beside_the_score(
         lines.append(describe(account, both.rounds))
 
     run_rounds(both, SitesHere(sites), tmp_path, tell, of_server)
+    assert len(lines) == both.rounds == 2
     for number, line in enumerate(lines, 1):
         assert line.startswith(f"round {number} of 2: rps 0.") and "accuracy" in line
         assert f"; epsilon up to {PATIENT.spent(4 * number):.3g}" in line  # of the site with more steps
