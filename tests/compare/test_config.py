@@ -4,11 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from slidetl.compare.config import Classical, Comparison, read_comparison, with_values
 from slidetl.compare.train_arm import check_recipes
 from slidetl.errors import UsageError
 from slidetl.evaluation.protocol import Protocol
+from slidetl.models.backbones import Backbone
+from slidetl.models.spec import BackboneSpec
+from slidetl.training.configured import build_grader, parse_training
+from tests.contracts.strategy import fit
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "compare").glob("*.yaml"))
 
@@ -175,6 +180,23 @@ def test_what_ships_can_be_read(path: Path) -> None:
     comparison = read_comparison(path)
     assert comparison.primary.arm in recipes(comparison)
     check_recipes(recipes(comparison))  # it raises what 'slidetl fit' would
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*have no `val_dataloader`")
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_arm_that_ships_can_be_trained(path: Path, tmp_path: Path) -> None:
+    """It names layers of its network, among others; its weights are drawn, as those named may not be here."""
+    for recipe in recipes(read_comparison(path)).values():
+        config = recipe["fit"]
+        backbone = config["model"]["backbone"]
+        weights = tmp_path / f"{backbone['name']}.pth"
+        if not weights.exists():
+            torch.save(Backbone(BackboneSpec(backbone["name"])).net.state_dict(), weights)
+        backbone["pretrained"] = str(weights)
+        grader, _ = build_grader(parse_training(config, tuple("01234"), 0))
+        fit(grader, tmp_path, max_epochs=1, limit_train_batches=1, callbacks=[], enable_checkpointing=False)
+        assert torch.isfinite(grader.trainer.callback_metrics["train/loss"])
 
 
 def test_the_founding_experiment_is_there() -> None:
