@@ -33,6 +33,8 @@ settings.register_profile("check", deadline=None, derandomize=True)
 settings.register_profile("explore", deadline=None)
 settings.load_profile(os.environ.get("SLIDETL_HYPOTHESIS", "check"))
 
+PATIENCE_S = 900  # a busy machine starts Python with torch in a minute
+
 # Whole comparisons, and trainings in several processes.
 SLOW_FIXTURES = {"compared", "runs", "together_and_alone"}
 

@@ -22,7 +22,7 @@ from slidetl.cli import main
 from slidetl.tiles.ledger import FAILED, USED, Ledger
 from slidetl.tiles.lock import slide_lock
 from slidetl.tiles.store import SlideCache, cache_path
-from tests.conftest import Picture, PyramidTiff
+from tests.conftest import PATIENCE_S, Picture, PyramidTiff
 
 Draw = Callable[..., Picture]
 
@@ -327,7 +327,7 @@ def _one_that_waits() -> int:
 
 
 def _wait_for(condition: Callable[[], int | bool]) -> int:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while not (value := condition()):
         assert time.monotonic() < deadline, "waited for too long"
         time.sleep(0.05)

@@ -45,11 +45,11 @@ from slidetl.tiles.features import FeatureSource, read_features, write_features
 from slidetl.tiles.store import SlideCache
 from slidetl.training.checkpoint import load_grader
 from slidetl.training.predictions import SlidePrediction
+from tests.conftest import PATIENCE_S
 from tests.conftest import Study as Cohort
 from tests.small import SMALL, small_embed, small_weights
 from tests.volumes.studies import VolumeStudy
 
-PATIENCE_S = 900  # a busy machine starts Python with torch in a minute
 PRIOR = {"prior": {"baseline": "prior"}}
 SCRATCH = {"model": {"transfer": {"class_path": "slidetl.models.transfer.Scratch"}}}
 

@@ -28,7 +28,7 @@ from slidetl.federation.site import Parts
 from slidetl.library.local import file_sha256
 from slidetl.training.checkpoint import load_grader
 from slidetl.training.predictions import read_predictions
-from tests.conftest import Study
+from tests.conftest import PATIENCE_S, Study
 from tests.small import SMALL, small_weights
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "federated").glob("*.yaml"))
@@ -294,12 +294,12 @@ def test_an_engine_without_a_result_has_failed(tmp_path: Path) -> None:
 
 def test_all_processes_of_an_engine_end_with_it(tmp_path: Path) -> None:
     sleeper = tmp_path / "sleeper.py"
-    sleeper.write_text("import time; time.sleep(60)")
+    sleeper.write_text("import time; time.sleep(600)")
     starter = (
         f"import subprocess, sys; subprocess.run([sys.executable, {str(sleeper)!r}], start_new_session=True)"
     )
     with marked_process([sys.executable, "-c", starter], {}, tmp_path / "log.txt"):
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while not (started := running(sleeper)) and time.monotonic() < deadline:
             time.sleep(0.05)
     assert started and not running(sleeper)  # though in a session of its own, as the simulator's

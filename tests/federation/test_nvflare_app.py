@@ -22,6 +22,7 @@ from slidetl.federation.engine import SITE_FILE
 from slidetl.federation.nvflare_app import Client, _ConnectedSites
 from slidetl.federation.records import read_arrays
 from slidetl.federation.weights import SiteUpdate, Weights
+from tests.conftest import PATIENCE_S
 from tests.federation.conftest import START
 
 Make = Callable[[Federation], SitesHere]
@@ -78,7 +79,7 @@ class Slow:
         if self.breaks:
             self.wire.broken.add(self.site)
         if round_number == 1:
-            assert self.released.wait(20)
+            assert self.released.wait(PATIENCE_S)
         return self._train(weights, round_number)
 
     def finish(self) -> None:
@@ -86,7 +87,7 @@ class Slow:
         self.released.set()
         for thread in threading.enumerate():
             if thread.name == "slidetl":
-                thread.join(20)
+                thread.join(PATIENCE_S)
 
 
 @pytest.fixture

@@ -15,9 +15,14 @@ import pytest
 
 from slidetl.files import partial_path
 from slidetl.studio.jobs import Job, JobQueue, Step, _Process, _resumed
+from tests.conftest import PATIENCE_S
 
 QUICK = Step(("backbones", "--help"))
-SLEEPS = "import signal, sys, time\nsignal.signal(signal.SIGINT, signal.{how})\ntime.sleep(60)\n"
+SLEEPS = """import signal, time
+signal.signal(signal.SIGINT, signal.{how})
+print(flush=True)
+time.sleep(600)
+"""
 
 
 @pytest.fixture
@@ -27,9 +32,9 @@ def queue(tmp_path: Path) -> Iterator[JobQueue]:
     queue.close()
 
 
-def until(queue: JobQueue, job: Job, done: Callable[[Job], bool], seconds: float = 60) -> Job:
+def until(queue: JobQueue, job: Job, done: Callable[[Job], bool]) -> Job:
     """Turns the queue by hand until a job is as wanted."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + PATIENCE_S
     while not done(found := queue.find(job.id)):
         assert time.monotonic() < end, found
         queue._turn()
@@ -61,8 +66,11 @@ def test_one_job_at_a_time_in_order(queue: JobQueue, tmp_path: Path) -> None:
 def pretend(queue: JobQueue, folder: Path, how: str) -> tuple[Job, subprocess.Popen[bytes]]:
     """A job with a process of ours: one that ends by SIGINT, or one that does not."""
     job = queue.add("train", "a", "r", (QUICK,), folder)
-    child = subprocess.Popen([sys.executable, "-c", SLEEPS.format(how=how)], start_new_session=True)
-    time.sleep(0.5)
+    command = [sys.executable, "-c", SLEEPS.format(how=how)]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+    assert child.stdout is not None
+    with child.stdout as said:
+        assert said.readline() == b"\n"  # the signal has its handler
     place = folder / "jobs" / job.id
     process = _Process.of(child.pid)
     assert process is not None
@@ -79,7 +87,7 @@ def test_a_job_that_cannot_start_holds_up_no_other(tmp_path: Path) -> None:
     strange = queue.add("grade", "a", "g", (Step(("grade", os.fsdecode(b"m\xe9.pt"))),), tmp_path)
     last = queue.add("tile", "a", "", (QUICK,), tmp_path)
     queue.start()
-    end = time.monotonic() + 60
+    end = time.monotonic() + PATIENCE_S
     while queue.find(last.id).is_active and time.monotonic() < end:
         time.sleep(0.1)
     queue.close()
@@ -96,7 +104,7 @@ def test_jobs_wait_for_a_machine_short_of_something(queue: JobQueue, tmp_path: P
     for step in (0, 1):
         log.unlink(missing_ok=True)
         log.symlink_to("/dev/full")
-        end = time.monotonic() + 60
+        end = time.monotonic() + PATIENCE_S
         with pytest.raises(OSError, match="No space left"):
             while time.monotonic() < end:
                 queue._turn()
@@ -140,7 +148,7 @@ def test_what_goes_wrong_ends_no_watch(queue: JobQueue, tmp_path: Path) -> None:
     record.write_text(json.dumps({**values, "state": "running", "step": 5}))  # there is one
     (record.parent / "process.json").write_text(json.dumps({"pid": 0, "started": 0, "boot": ""}))
     queue.start()
-    end = time.monotonic() + 20
+    end = time.monotonic() + PATIENCE_S
     while not queue.trouble and time.monotonic() < end:
         time.sleep(0.05)
     assert "out of range" in queue.trouble
@@ -163,7 +171,7 @@ def test_stop_asks_first_and_forces_later(
     job, child = pretend(queue, tmp_path, "SIG_IGN")
     queue.stop(job.id)
     assert queue.find(job.id).state == "stopping" and child.poll() is None
-    assert until(queue, job, is_over, 20).state == "stopped"
+    assert until(queue, job, is_over).state == "stopped"
     assert child.wait(10) == -signal.SIGTERM
 
 

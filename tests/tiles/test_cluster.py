@@ -20,11 +20,10 @@ from slidetl.tiles.run import tile_slides
 from slidetl.tiles.store import building_path, cache_path
 from slidetl.tiles.tile import SlideSource
 from tests.cli.test_tile import Draw, groups
-from tests.conftest import PyramidTiff
+from tests.conftest import PATIENCE_S, PyramidTiff
 
 Start = Callable[..., subprocess.Popen[str]]
 TILING = ["--mpp", "0.5", "--tile-size", "32", "--stride", "16"]
-PATIENCE_S = 600  # a busy machine starts Python in ten seconds
 SPEC = TileSpec(0.5, 32, stride_px=16)
 
 

@@ -23,7 +23,7 @@ from slidetl.tiles.lock import slide_lock
 from slidetl.tiles.run import _in_processes, tile_slides
 from slidetl.tiles.store import SlideCache, cache_path
 from slidetl.tiles.tile import SlideSource, tile_slide
-from tests.conftest import PyramidTiff
+from tests.conftest import PATIENCE_S, PyramidTiff
 from tests.tiles.conftest import SPEC, Draw, tree
 
 
@@ -165,7 +165,7 @@ def waits_for_lock(pid: int | None) -> bool:
 @pytest.mark.slow
 def test_a_process_that_dies_costs_its_slide_only(source: SlideSource, tmp_path: Path) -> None:
     def kill_the_one_that_waits() -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             for process in multiprocessing.active_children():
                 if waits_for_lock(process.pid):
@@ -191,7 +191,7 @@ def test_a_process_that_dies_beside_others_leaves_its_slide_to_the_end(
     lock.enter_context(slide_lock(tmp_path, "S1"))
 
     def kill_the_one_that_waits() -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             for process in multiprocessing.active_children():
                 if waits_for_lock(process.pid):
