@@ -39,6 +39,8 @@ class SlideContract:
         tile = slide.read((17, 30), (101, 64), self.mpp)
         assert tile.dtype == np.uint8
         assert np.array_equal(tile, picture[30:94, 17:118])
+        near = slide.read((17, 30), (101, 64), 1.02 * self.mpp, 0.03)  # within the tolerance
+        assert np.array_equal(near, tile)
 
     def test_half_and_quarter_are_block_means(self, slide: Slide, picture: Picture) -> None:
         for factor in (2, 4):
@@ -63,6 +65,12 @@ class SlideContract:
         assert np.array_equal(tile[3:, 4:], picture[:17, :16])
         assert (tile[:3] == self.glass_rgb).all()
         assert (slide.read((-500, 5 * height), (8, 8), 2 * self.mpp) == self.glass_rgb).all()
+
+    def test_nothing_of_it_is_missing(self, slide: Slide, picture: Picture) -> None:
+        height, width = picture.shape[0] // 2, picture.shape[1] // 2
+        missing = slide.missing((width, height), 2 * self.mpp)
+        if missing is not None:
+            assert missing.dtype == np.bool_ and missing.shape == (height, width) and not missing.any()
 
     def test_spacing_is_what_was_asked_or_that_of_a_level(self, slide: Slide) -> None:
         assert slide.mpp_read(1.3 * self.mpp) == (1.3 * self.mpp, 1.3 * self.mpp)

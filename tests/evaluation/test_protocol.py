@@ -261,6 +261,14 @@ def test_a_training_part_cannot_grow() -> None:
         subsample(fold, cohort(), 101, 5)
 
 
+def test_a_training_part_too_small_for_a_patient_of_each_grade_is_refused() -> None:
+    cases = [Case(f"{patient}-{slide}", f"{patient}", patient) for patient in range(2) for slide in range(5)]
+    (fold,) = handmade(tuple(case.slide_id for case in cases), ("x",))
+    with pytest.raises(UsageError, match=r"3 slides do not hold all 2 grades; raise 'sizes\.slides'"):
+        subsample(fold, cases, 3, 2)
+    assert len(subsample(fold, cases, 6, 2).train) == 6
+
+
 def test_permuted_grades_stay_together_by_patient() -> None:
     cases = [Case(f"{patient}-{slide}", f"{patient}", patient) for patient in range(20) for slide in "ab"]
     cases.append(Case("alone", "alone", 3))

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -49,13 +50,16 @@ from slidetl.processes import Child, start_child
 from slidetl.publish.export import build_network, export_model
 from slidetl.publish.model_file import ModelFile, load_model
 from slidetl.slides import open_slide
+from slidetl.tiles.cut import slide_parts
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.lock import kernel_lock
 from slidetl.tiles.plan import plan_tiles
+from slidetl.tiles.readers import Readers
 from slidetl.training.checkpoint import load_grader
 from slidetl.training.predictions import SlidePrediction, read_predictions, write_predictions
 from tests.conftest import Picture, PyramidTiff, Study
 from tests.grading.report.conftest import explanation_of, grade_of
+from tests.tiles.conftest import damaged
 
 
 @pytest.fixture(scope="module")
@@ -690,6 +694,41 @@ def test_a_network_that_gives_nan_grades_no_slide(study: Study, model: ModelFile
     slide = next((study.manifest.parent / "slides").glob("*.tiff"))
     with pytest.raises(UnfitSlideError, match="not graded: expected finite probabilities"):
         grade_slide(replace(model, network=Undefined()), slide, force=True)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_novelty_that_is_no_number_grades_no_slide(study: Study, model: ModelFile, value: float) -> None:
+    class Undefined:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(model.network, name)
+
+        def novelty(self, rows: torch.Tensor) -> torch.Tensor:
+            return torch.tensor(value)
+
+    slide = next((study.manifest.parent / "slides").glob("*.tiff"))
+    limited = replace(model, network=Undefined(), card=replace(model.card, novelty_limit=2.0))
+    for force in (False, True):
+        with pytest.raises(UnfitSlideError, match=f"not graded: its novelty is {value};"):
+            grade_slide(limited, slide, force=force)
+
+
+@pytest.mark.parametrize("by_process", [False, True])
+def test_tiles_that_cannot_be_read_are_no_part_of_the_grade(
+    by_process: bool, model: ModelFile, pyramid_tiff: PyramidTiff, tissue_picture: Callable[..., Picture]
+) -> None:
+    sound = pyramid_tiff(tissue_picture(512), mpp=4, factors=(4,), jpeg=True, tile_px=64)
+    lost = [9, 20, 37]  # of eight in a row
+    whole = grade_slide(model, sound, batch_size=5)
+    with Readers(slide_parts, 1, 5, 64, 8) if by_process else nullcontext() as readers:
+        result = grade_slide(model, damaged(sound, lost), batch_size=5, readers=readers)
+    columns, rows = whole.origins_level0.T // 64
+    is_kept = ~np.isin(columns + 8 * rows, lost)
+    assert result.to_dict()["tiles_unreadable"] == (~is_kept).sum() == 3
+    np.testing.assert_array_equal(result.origins_level0, whole.origins_level0[is_kept])
+    attention = whole.attention[is_kept] / whole.attention[is_kept].sum()
+    np.testing.assert_allclose(result.attention, attention, rtol=1e-3)
+    tissue = whole.plan.tissue_fraction[is_kept].sum() * whole.plan.spec.tile_mm2(whole.plan.mpp_read)
+    assert result.tissue_mm2 == pytest.approx(tissue)
 
 
 def test_a_file_of_before_contributions_is_explained_by_occlusion(study: Study, model: ModelFile) -> None:

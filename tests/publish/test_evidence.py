@@ -127,6 +127,26 @@ def test_evidence_is_of_this_checkpoint_and_of_slides_that_it_has_not_seen(tmp_p
             evidence_from(table(tmp_path / "scale.csv", **more), {SHA: record("test")}, 5)
 
 
+def test_evidence_is_of_one_arm_and_of_the_first_repeat(tmp_path: Path) -> None:
+    record = {SHA: StudyRecord(tuple(RecordedSlide(f"s{n}", f"p{n}", f"f{n}", "test") for n in range(12)))}
+    with table(tmp_path / "warm.csv", arm="warm", repeat="2").open(newline="") as file:
+        warm: list[dict[str, object]] = list(csv.DictReader(file))
+    one, other = "probability_0", "probability_1"
+    wrong = [row | {one: row[other], other: row[one]} for row in warm]
+    expected = evidence_from(tmp_path / "warm.csv", record, 3)
+    arms = written(tmp_path / "arms.csv", [*(row | {"arm": "shared"} for row in wrong), *warm])
+    with pytest.raises(UsageError, match=r"has several arms, name one with --arm: shared, warm$"):
+        evidence_from(arms, record, 3)
+    with pytest.raises(UsageError, match=r"has no arm 'x', only shared, warm$"):
+        evidence_from(arms, record, 3, arm="x")
+    with pytest.raises(UsageError, match=r"has no arm 'warm', only a single table$"):
+        evidence_from(table(tmp_path / "single.csv"), record, 3, arm="warm")
+    repeats = written(tmp_path / "repeats.csv", [*(row | {"repeat": "10"} for row in wrong), *warm])
+    for found in (evidence_from(arms, record, 3, arm="warm"), evidence_from(repeats, record, 3)):
+        assert replace(found, predictions_sha256="") == replace(expected, predictions_sha256="")
+    assert evidence_from(arms, record, 3, arm="shared").figures != expected.figures
+
+
 def test_a_flawless_small_set_certifies_no_certainty(tmp_path: Path) -> None:
     """All of twelve slides are graded right, with .8: not every new slide with 1, nor a QWK of 1 [1, 1]."""
     record = {SHA: StudyRecord(tuple(RecordedSlide(f"s{n}", f"p{n}", f"f{n}", "test") for n in range(12)))}

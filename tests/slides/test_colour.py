@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from PIL import Image, ImageCms
 
 from slidetl.errors import SlideOpenError, SlideReadError
 from slidetl.slides import open_slide
+from slidetl.slides.base import Slide
 from slidetl.slides.colour import SrgbSlide, to_srgb
 from slidetl.slides.openslide import OpenSlideSlide
 from slidetl.slides.raster import RasterSlide
@@ -18,8 +19,10 @@ from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.ledger import USED
 from slidetl.tiles.store import SlideCache, cache_path
 from slidetl.tiles.tile import SlideSource, tile_slide
-from tests.contracts.slide import Picture
+from tests.contracts.slide import Picture, SlideContract
 from tests.slides.jpeg_tiff import write_jpeg_tiff
+from tests.slides.test_openslide import noise
+from tests.slides.vendor_files import write_mirax
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -65,6 +68,27 @@ def picture() -> Picture:
 def image(folder: Path, profile: bytes | None) -> RasterSlide:
     Image.fromarray(picture()).save(folder / "a.png", icc_profile=profile)
     return RasterSlide(folder / "a.png", 1.0)
+
+
+class TestSrgb(SlideContract):
+    @pytest.fixture
+    def picture(self) -> Picture:
+        return noise(320, 360)
+
+    @pytest.fixture
+    def slide(self, picture: Picture, tmp_path: Path) -> Iterator[Slide]:
+        Image.fromarray(picture).save(tmp_path / "a.png")
+        with SrgbSlide(RasterSlide(tmp_path / "a.png", 0.5), SRGB) as slide:
+            yield slide
+
+
+def test_areas_that_were_not_scanned_are_those_of_the_slide_itself(tmp_path: Path) -> None:
+    slide = open_slide(write_mirax(tmp_path / "a.mrxs", noise(384, 512), {(2, 2), (5, 1)}))
+    own = slide.missing((512, 384), 0.5)
+    with SrgbSlide(slide, SRGB) as converted:
+        missing = converted.missing((512, 384), 0.5)
+    assert own is not None and missing is not None
+    assert own.any() and np.array_equal(missing, own)
 
 
 def test_srgb_itself_is_left_as_it_is() -> None:

@@ -23,6 +23,7 @@ from slidetl.tiles.tile import SlideSource, write_tiles
 from slidetl.tiles.verify import repair_cache, verify_cache
 from tests.conftest import Picture, PyramidTiff
 from tests.slides.jpeg_tiff import write_jpeg_tiff
+from tests.tiles.conftest import damaged
 
 Draw = Callable[..., Picture]
 Tiled = tuple[Path, SlideSource, LedgerRow]
@@ -261,20 +262,28 @@ def test_features_are_checked_and_outlive_a_repair(tiled: Tiled) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damaged", "more_glass"),
+    ("lost", "spoilt", "more_glass"),
     [
-        ([], 0),
-        ([], 1),
-        (["origin_level0"], 0),
-        (["origin_level0"], 1),
-        (["origin_level0", "tissue_fraction"], 0),  # one more, and nothing could tell one from another
+        ([], [], 0),
+        ([], [], 1),
+        ([], ["origin_level0"], 0),
+        ([], ["origin_level0"], 1),
+        ([], ["origin_level0", "tissue_fraction"], 0),  # one more, and nothing could tell one from another
+        ([9], [], 0),
+        ([9], [], 1),
     ],
 )
 def test_a_cache_of_other_tiles_than_are_planned_is_not_mended(
-    tmp_path: Path, pyramid_tiff: PyramidTiff, tissue_picture: Draw, damaged: list[str], more_glass: int
+    tmp_path: Path,
+    pyramid_tiff: PyramidTiff,
+    tissue_picture: Draw,
+    lost: list[int],
+    spoilt: list[str],
+    more_glass: int,
 ) -> None:
-    """As when the thumbnail could not be read completely at the time."""
-    path, spec = pyramid_tiff(tissue_picture(512)), TileSpec(mpp=0.5, tile_size_px=64)
+    """As when the thumbnail could not be read completely at the time; some tiles were ``lost`` too."""
+    path = damaged(pyramid_tiff(tissue_picture(512), factors=(4,), jpeg=True, tile_px=64), lost)
+    spec = TileSpec(mpp=0.5, tile_size_px=64)
     with open_slide(path) as slide:
         every = plan_tiles(slide, dataclasses.replace(spec, min_tissue=0.0))
         is_tissue = every.tissue_fraction >= spec.min_tissue
@@ -286,9 +295,11 @@ def test_a_cache_of_other_tiles_than_are_planned_is_not_mended(
             tissue_fraction=every.tissue_fraction[chosen],
             quality={name: values[chosen] for name, values in every.quality.items()},
         )
-        cache = write_tiles(slide, plan, tmp_path, "S1").path
+        written = write_tiles(slide, plan, tmp_path, "S1")
+    assert written.header.tiles_unreadable == len(lost)
+    cache = written.path
     flip(cache / "tiles/c/0/0/0/0", 100)
-    for name in damaged:
+    for name in spoilt:
         flip(cache / name / "c" / "/".join("0" * (1 + (name == "origin_level0"))), 20)
     before = tree(cache)
     with pytest.raises(
@@ -302,12 +313,7 @@ def test_a_cache_of_other_tiles_than_are_planned_is_not_mended(
 def test_tiles_that_were_left_out_stay_out(
     tmp_path: Path, pyramid_tiff: PyramidTiff, tissue_picture: Draw
 ) -> None:
-    slide = pyramid_tiff(tissue_picture(1024), mpp=1.0, jpeg=True, tile_px=64)
-    data = bytearray(slide.read_bytes())
-    heads = [n for n in range(len(data) - 2) if data[n : n + 3] == b"\xff\xd8\xff"]
-    for head in heads[5::40]:
-        data[head : head + 400] = bytes(400)
-    slide.write_bytes(data)
+    slide = damaged(pyramid_tiff(tissue_picture(1024), mpp=1.0, jpeg=True, tile_px=64), slice(5, None, 40))
     spec = TileSpec(mpp=1.0, tile_size_px=32, codec="zstd")
     (row,) = tile_slides([SlideSource("S1", slide)], tmp_path / "cache", spec, workers=0)
     assert row.status == USED and row.tiles_unreadable > 0
