@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 import shutil
 import sys
 from collections.abc import Callable
@@ -333,6 +334,7 @@ def test_an_empty_file_of_any_name_may_be_a_lost_slice(tmp_path: Path) -> None:
 def test_a_compressed_series_is_read_without_loss(tmp_path: Path) -> None:
     wanted = small((32, 32, 3))
     folder = write_series(tmp_path / "s", wanted)
+    locale_before = locale.setlocale(locale.LC_CTYPE)
     for path in folder.iterdir():
         image = sitk.ReadImage(str(path), sitk.sitkInt16)
         writer = sitk.ImageFileWriter()
@@ -341,8 +343,10 @@ def test_a_compressed_series_is_read_without_loss(tmp_path: Path) -> None:
         writer.SetFileName(str(path))
         writer.Execute(image)
         edit(path, lambda dataset: setattr(dataset, "RescaleType", "HU"))
+    locale.setlocale(locale.LC_CTYPE, locale_before)  # which this writer of ITK sets to "C"
     assert open_series(folder).frame.size_voxel == (32, 32, 3)
     assert np.array_equal(read_volume(folder).hu, wanted.hu)
+    assert locale.setlocale(locale.LC_CTYPE) == locale_before
     corner, one = int(wanted.hu[0, 0, 0]), min(folder.iterdir())
     edit(one, lambda dataset: dataset.add(DataElement(0x00280120, "SS", corner + 1024)))
     assert read_volume(folder).hu[0, 0, 0] == -1024
