@@ -514,8 +514,8 @@ def local_weights(name: str) -> Path | None:
     if path is not None:
         return path
     if name.startswith("local-dir:"):
-        files = (Path(name.removeprefix("local-dir:")) / file for file in _HUB_FILES)
-        return next((file for file in files if file.is_file()), None)
+        found = _weights_in(Path(name.removeprefix("local-dir:")))
+        return found[0] if found and (len(found) == 1 or found[0].name in _HUB_FILES) else None
     preset = preset_of(name)
     config = None if ":" in name or not timm.is_model(name) else timm.get_pretrained_cfg(name)
     repository = name if config is None else f"hf-hub:{config.hf_hub_id}" if config.hf_hub_id else ""
@@ -530,8 +530,25 @@ def local_weights(name: str) -> Path | None:
     return None
 
 
-# timm's names for weights, in its order
-_HUB_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+# timm's names for weights, in its order, and the endings of others
+_HUB_FILES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+)
+_WEIGHTS_ENDINGS = (".safetensors", ".pth", ".pth.tar", ".bin")
+
+
+def _weights_in(folder: Path) -> list[Path]:
+    """Lists the files of weights in a folder, those of timm's names first."""
+    usual = [folder / file for file in _HUB_FILES if (folder / file).is_file()]
+    others = sorted(path for path in folder.glob("*") if path.name.endswith(_WEIGHTS_ENDINGS))
+    return usual + [path for path in others if path not in usual and path.is_file()]
 
 
 def _hub_folder(name: str, file: str) -> Path | None:
@@ -618,7 +635,11 @@ def _published_weights(spec: BackboneSpec) -> dict[str, Tensor]:
     if path is None and name.startswith("hf-hub:"):
         path = _downloaded(name, _HUB_FILES)
     if path is None and ":" in name:
-        raise WeightsError(f"{name}: expected weights there, one of {', '.join(_HUB_FILES)}; found none")
+        found = [file.name for file in _weights_in(Path(name.removeprefix("local-dir:")))]
+        raise WeightsError(
+            f"{name}: expected weights there, {_HUB_FILES[0]} or one file that ends in "
+            f"{', '.join(_WEIGHTS_ENDINGS)}; found {', '.join(found) or 'none'}"
+        )
     return _timm_state(spec, path)
 
 

@@ -278,6 +278,8 @@ def test_weights_of_a_folder_fill_the_whole_network(tmp_path: Path) -> None:
         ("whole", state, "model.safetensors"),
         ("headless", headless, "model.safetensors"),  # though its configuration states five classes
         ("training", {"state_dict": {f"module.{k}": v for k, v in state.items()}}, "pytorch_model.bin"),
+        ("open", state, "open_clip_pytorch_model.bin"),
+        ("own", state, "resnet-2026.safetensors"),
     ):
         backbone = Backbone(BackboneSpec(lab_folder(tmp_path / name, given, file), "hub"))
         backbone.load_pretrained()
@@ -298,8 +300,11 @@ def test_weights_of_a_folder_fill_the_whole_network(tmp_path: Path) -> None:
             backbone.load_pretrained()
         assert "\n" not in str(caught.value)
     (tmp_path / "half" / "model.safetensors").unlink()
-    with pytest.raises(WeightsError, match=r"expected weights there, one of model\.safetensors, pytorch"):
+    with pytest.raises(WeightsError, match=r"expected weights there, model\.safetensors or .*; found none"):
         Backbone(BackboneSpec(f"local-dir:{tmp_path / 'half'}", "hub")).load_pretrained()
+    save_file(state, tmp_path / "own" / "again.safetensors")
+    with pytest.raises(WeightsError, match=r"; found again\.safetensors, resnet-2026\.safetensors"):
+        Backbone(BackboneSpec(f"local-dir:{tmp_path / 'own'}", "hub")).load_pretrained()
 
 
 def test_weights_of_a_folder_or_cache_do_not_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
