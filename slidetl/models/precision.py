@@ -9,10 +9,14 @@ import torch
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Returns True if it is a GPU that computes in bfloat16; older ones (V100, T4) emulate it, slowly."""
+    """Returns True if it is a GPU of this machine that computes in bfloat16.
+
+    Older ones (V100, T4) emulate it, slowly.
+    """
     on_gpu = device.type == "cuda" and torch.cuda.is_available()
+    is_there = on_gpu and (device.index or 0) < torch.cuda.device_count()
     # torch.cuda.is_bf16_supported asks the same, but only of the current device.
-    return on_gpu and torch.cuda.get_device_capability(device) >= (8, 0)
+    return is_there and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @contextmanager

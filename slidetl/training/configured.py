@@ -74,7 +74,8 @@ def build_grader(parsed: Any) -> tuple[SlideGrader, dict[str, Any]]:
 
 def default_precision(accelerator: object, devices: object) -> str:
     """Returns Lightning's name of the devices' number format: bfloat16 on GPUs that have it, or float32."""
-    cards = [torch.device("cuda", int(card)) for card in _listed(devices) or [0]]
+    numbers = [card for card in _listed(devices) or [0] if str(card).strip().isdecimal()]  # it refuses others
+    cards = [torch.device("cuda", int(number)) for number in numbers]
     return "bf16-mixed" if accelerator != "cpu" and all(map(has_bfloat16, cards)) else "32-true"
 
 

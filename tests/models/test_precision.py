@@ -20,7 +20,9 @@ def test_a_gpu_that_emulates_bfloat16_has_none(monkeypatch: pytest.MonkeyPatch) 
     capabilities = [(7, 5), (8, 0), (9, 0), (7, 0)]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index or 0])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
     assert [has_bfloat16(torch.device("cuda", index)) for index in range(4)] == [False, True, True, False]
     assert not has_bfloat16(torch.device("cuda")) and not has_bfloat16(torch.device("cpu"))
+    assert not has_bfloat16(torch.device("cuda", len(capabilities)))  # another machine's
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert not has_bfloat16(torch.device("cuda:1"))

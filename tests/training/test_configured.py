@@ -66,3 +66,4 @@ def test_the_precision_is_that_of_the_card_that_is_named(monkeypatch: pytest.Mon
     for named, precision in (([1], "bf16-mixed"), ("1,", "bf16-mixed"), ([0, 1], "32-true"), (1, "32-true")):
         assert default_precision("auto", named) == precision
     assert default_precision("cpu", [1]) == "32-true"
+    default_precision("auto", "0,first")  # Lightning refuses it in a line
