@@ -54,11 +54,12 @@ from slidetl.training.grader import SlideGrader
 from slidetl.training.outputs import ResultFiles, SplitTable
 from slidetl.training.progress import StatusReport
 from slidetl.training.range_test import RangeTest, find_rate, write_range
-from slidetl.training.slots import check_classes, check_import, own_error, permit
+from slidetl.training.slots import check_classes, check_import, is_under, own_error, permit
 from slidetl.training.waiting import WaitingReport
 
 _PRECISIONS = {"float32": "32-true", "bfloat16": "bf16-mixed"}  # in Lightning's words
 _NOT_MEASURED = "Early stopping conditioned on metric"  # Lightning's words, such as for an AUROC of one side
+_NO_METRICS = ("slidetl", "pytorch_lightning")  # their callbacks measure none of the val part
 _WATCHES = {
     EarlyStopping: "early_stopping",
     BestCheckpoint: "checkpoint",
@@ -289,7 +290,8 @@ class GradingCLI(LightningCLI):
         if not (self.subcommand == "fit" and self.keeps_logs and monitor.startswith("val/")):
             return
         known = [f"val/{one}" for one in scalar_names(self.model.tasks.tasks, len(self.model.grades))]
-        if monitor not in known:
+        own = (type(one).__module__ for one in self.trainer.callbacks)  # type: ignore[attr-defined] # set elsewhere
+        if monitor not in known and all(is_under(module, _NO_METRICS) for module in own):
             raise UsageError(f"{name}.monitor must be one of {', '.join(known)}, not {monitor}")
         if not self.trainer.limit_val_batches:
             raise UsageError(

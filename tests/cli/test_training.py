@@ -415,6 +415,12 @@ def test_a_fit_beside_an_unfinished_one_says_how_to_resume(
     assert main([*words, "--trainer.max_epochs=1"]) == 0
 
 
+def test_a_metric_of_an_own_callback_may_be_monitored(study: Study, tmp_path: Path, lab: list[str]) -> None:
+    own = [*lab, "--trainer.callbacks+=poollab.Kept", "--checkpoint.monitor=val/kept"]
+    assert main(["fit", *study.options(tmp_path), *own, "--trainer.max_epochs=1"]) == 0
+    assert find_checkpoint(tmp_path) == best(tmp_path)
+
+
 def test_a_slurm_job_that_lightning_refuses_is_one_line(
     study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -424,6 +430,7 @@ def test_a_slurm_job_that_lightning_refuses_is_one_line(
 
 
 LAB = """
+from pytorch_lightning import Callback
 from torch import Tensor
 
 from slidetl.models.aggregators import Aggregated, MeanPooling
@@ -437,6 +444,11 @@ class Named(MeanPooling):
 class Starred(Named):
     def forward(self, *bag: Tensor) -> Aggregated:
         return super().forward(*bag)
+
+
+class Kept(Callback):
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module.log("val/kept", 1.0, batch_size=1)
 
 
 class Nested(MeanPooling):
