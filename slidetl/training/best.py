@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -22,7 +23,10 @@ from slidetl.models.tensors import load_tensors, save_tensors
 COMPLETE = "complete"
 """Name of the mark beside the checkpoints of a training that has ended by itself."""
 NOTHING_LEFT = "resumed with no epoch left\n"
-"""Content of the mark of a resumed training that made no step and so keeps no checkpoint."""
+"""First line of the mark of a resumed training that made no step and so keeps no checkpoint.
+
+The second one is the resumed checkpoint, relative to the mark: its training has ended too.
+"""
 _LOSS = "val/loss"
 
 
@@ -134,16 +138,18 @@ class LastCheckpoint(ModelCheckpoint):
             UsageError: its checkpoints are elsewhere than those of earlier fits, which a test would take.
         """
         self._has_begun = False
-        home, here = Path(trainer.default_root_dir).absolute() / "logs", Path(self.dirpath or "").absolute()
-        is_found = here.name == "checkpoints" and here.parent.parent == home and _is_fit(here.parent)
-        if not (is_found or trainer.fast_dev_run) and logs_of_fits(home.parent):  # type: ignore[attr-defined] # set elsewhere
+        # Lightning normalises the one, not the other.
+        root, here = (Path(path or "").resolve() for path in (trainer.default_root_dir, self.dirpath))
+        is_found = here.name == "checkpoints" and here.parent.parent == root / "logs" and _is_fit(here.parent)
+        kept = ((last, has_ended) for last, has_ended in fits(root) if last.is_file())
+        earlier, has_ended = next(kept, (None, True))
+        if not (is_found or trainer.fast_dev_run) and earlier is not None:  # type: ignore[attr-defined] # set elsewhere
             raise UsageError(
                 f"the checkpoints of this fit would be in {self.dirpath}, and 'slidetl test' and 'export' "
-                f"would take those of an earlier fit in {home}; leave out trainer.logger and "
+                f"would take those of an earlier fit in {root / 'logs'}; leave out trainer.logger and "
                 "last_checkpoint.dirpath, or choose another trainer.default_root_dir"
             )
-        earlier = _unfinished(home.parent)
-        if earlier is not None and trainer.ckpt_path is None and not trainer.fast_dev_run:  # type: ignore[attr-defined] # set elsewhere
+        if not has_ended and trainer.ckpt_path is None and not trainer.fast_dev_run:  # type: ignore[attr-defined] # set elsewhere
             rank_zero_warn(
                 f"an earlier fit has not ended, or is still running: --ckpt_path {earlier} resumes it, and "
                 "this one starts from the beginning"
@@ -184,7 +190,8 @@ class LastCheckpoint(ModelCheckpoint):
                 )
             )
         if (mark := self._mark(trainer)) is not None:
-            write_whole(mark, "" if self._last_checkpoint_saved else NOTHING_LEFT)
+            resumed = os.path.relpath(os.path.realpath(trainer.ckpt_path or ""), mark.parent.resolve())
+            write_whole(mark, "" if self._last_checkpoint_saved else f"{NOTHING_LEFT}{resumed}\n")
 
     def _mark(self, trainer: pl.Trainer) -> Path | None:
         """Returns the place of the mark, in the process and the trainings that keep one."""
@@ -202,17 +209,22 @@ class LastCheckpoint(ModelCheckpoint):
             exception.add_note(f"resume with --ckpt_path {self.best_model_path}")
 
 
-def logs_of_fits(root: Path) -> list[Path]:
-    """Lists the log folders of the fits below a run's folder, the latest first."""
+def fits(root: Path) -> Iterator[tuple[Path, bool]]:
+    """Yields the place of the last checkpoint of each fit below a run's folder, and if the fit has ended.
+
+    The latest comes first. A resumed fit with no epoch left keeps no checkpoint: it ends the one
+    that it resumed, and is left out.
+    """
     found = filter(_is_fit, root.glob("logs/version_*"))
-    return sorted(found, key=lambda log: int(log.name.removeprefix("version_")), reverse=True)
-
-
-def _unfinished(root: Path) -> Path | None:
-    """Finds the last checkpoint below a run's folder; None if there is none, or its fit has ended."""
-    found = (log / "checkpoints" / "last.ckpt" for log in logs_of_fits(root))
-    last = next((path for path in found if path.is_file()), None)
-    return None if last is None or last.with_name(COMPLETE).is_file() else last
+    ended: set[Path] = set()
+    for log in sorted(found, key=lambda log: int(log.name.removeprefix("version_")), reverse=True):
+        last = log / "checkpoints" / "last.ckpt"
+        mark = last.with_name(COMPLETE)
+        text = mark.read_text(encoding="utf-8") if mark.is_file() else None
+        if text is not None and text.startswith(NOTHING_LEFT) and not last.is_file():
+            ended.add((mark.parent / text.removeprefix(NOTHING_LEFT).rstrip("\n")).resolve())
+        else:
+            yield last, text is not None or last.resolve() in ended
 
 
 def _is_fit(log: Path) -> bool:

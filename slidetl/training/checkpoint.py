@@ -22,7 +22,7 @@ from slidetl.models.backbones import without_downloads
 from slidetl.models.spec import BackboneSpec
 from slidetl.models.targets import Targets
 from slidetl.models.tensors import check_finite, is_state, load_tensors, save_tensors
-from slidetl.training.best import COMPLETE, NOTHING_LEFT, logs_of_fits
+from slidetl.training.best import BestCheckpoint, fits
 from slidetl.training.grader import SlideGrader
 from slidetl.training.slots import check_name, is_under, parse
 
@@ -104,13 +104,10 @@ def find_checkpoint(path: Path, allow: Sequence[str] = ()) -> Path:
     """
     if not path.is_dir():
         return path
-    for log in logs_of_fits(path):
-        last, mark = log / "checkpoints" / "last.ckpt", log / "checkpoints" / COMPLETE
-        is_complete = mark.is_file()
-        if last.is_file() or not is_complete or mark.read_text() != NOTHING_LEFT:
-            break
-    else:
+    last, is_complete = next(fits(path), (None, False))
+    if last is None:
         raise UsageError(f"no checkpoint of 'slidetl fit' below {path.absolute()}; name a file")
+    log = last.parents[1]
     if not last.is_file():
         raise UsageError(
             f"{log}: the latest fit has not ended its first epoch, or its last.ckpt is gone; run it again, "
@@ -123,13 +120,15 @@ def find_checkpoint(path: Path, allow: Sequence[str] = ()) -> Path:
             f"{checkpoint.get('epoch', 0) + 1}, or is of an older version of slidetl; resume it with "
             f"--ckpt_path {last}, or name a checkpoint"
         )
-    states = checkpoint.get("callbacks", {}).values()
-    names = [  # further checkpoints, each so many steps, have a path but no metric
+    states = checkpoint.get("callbacks", {})
+    # Further checkpoints of a user have a path too, and may have a metric; the command's own come last.
+    ours = [state for name, state in states.items() if name.startswith(f"{BestCheckpoint.__name__}{{")]
+    names = [
         Path(state["best_model_path"]).name
-        for state in states
+        for state in ours or states.values()
         if state.get("best_model_path") and state.get("monitor")
     ]
-    best = last.with_name(names[0]) if names else last
+    best = last.with_name(names[-1]) if names else last
     if not best.is_file():
         raise UsageError(f"{best}: the best checkpoint of that fit is gone; name another file")
     return best

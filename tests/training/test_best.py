@@ -6,9 +6,13 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import CSVLogger
 from torch.utils.data import DataLoader, Dataset
 
-from slidetl.training.best import BestCheckpoint, _step_of
+from slidetl.data.datasets import EpochBatches, EpochSampler
+from slidetl.data.resuming import ResumableLoader
+from slidetl.errors import UsageError
+from slidetl.training.best import COMPLETE, BestCheckpoint, LastCheckpoint, _step_of, fits
 
 QUIET = (
     "ignore:.*dirpath has changed",
@@ -131,3 +135,93 @@ def test_of_several_checkpoints_the_best_has_the_least_loss(tmp_path: Path) -> N
     best = fit(tmp_path, [0.5] * 4, 4, losses=[3.0, 1.0, 2.0, 4.0], filename="{epoch}", save_top_k=2)
     assert Path(best.best_model_path).name == "epoch=1.ckpt"
     assert {path.name for path in tmp_path.glob("epoch*")} == {"epoch=1.ckpt", "epoch=2.ckpt"}
+
+
+class Numbers(Dataset[int]):
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, index: tuple[int, int]) -> int:
+        epoch, number = index
+        return 100 * epoch + number
+
+
+class Counted(Scored):
+    """Whose batches are known afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__([0.5] * 9)
+        self.seen: list[int] = []
+
+    def training_step(self, batch: torch.Tensor) -> torch.Tensor:
+        self.seen += batch.tolist()
+        return super().training_step(torch.ones(1))
+
+
+class Ended(pl.Callback):
+    """Stops a training within an epoch, as ``max_time`` does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        trainer.should_stop = trainer.should_stop or trainer.global_step == self.step
+
+
+def train(
+    root: Path, *loggers: CSVLogger, resumed: Path | None = None, end: int = 0, **options: Any
+) -> list[int]:
+    """Returns what the training saw."""
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        default_root_dir=root,
+        logger=loggers or CSVLogger(root, name="logs"),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        callbacks=[Ended(end), LastCheckpoint(filename="last", enable_version_counter=False)],
+        **{"max_epochs": 1, **options},
+    )
+    model, data = Counted(), ResumableLoader(Numbers(), EpochBatches(EpochSampler(10, seed=0), 1))
+    trainer.fit(model, data, DataLoader(Ones()), ckpt_path=resumed, weights_only=True)
+    return model.seen
+
+
+def last_of(root: Path, version: int) -> Path:
+    return root / "logs" / f"version_{version}" / "checkpoints" / "last.ckpt"
+
+
+def test_a_run_of_several_spellings_is_one(tmp_path: Path) -> None:
+    """Before, its first fit was refused as beside an earlier one."""
+    (tmp_path / "a").mkdir()
+    train(tmp_path / "a" / ".." / "run")
+    train(tmp_path / "run")
+    root = tmp_path / "run"
+    assert list(fits(root)) == [(last_of(root, 1), True), (last_of(root, 0), True)]
+
+
+def test_checkpoints_elsewhere_are_refused_beside_earlier_ones_alone(tmp_path: Path) -> None:
+    """A logger of the fit itself has made ``logs/version_0`` before it looks there."""
+    root = tmp_path / "run"
+    loggers = CSVLogger(tmp_path / "elsewhere", name="x"), CSVLogger(root, name="logs")
+    train(root, *loggers)
+    assert (root / "logs" / "version_0").is_dir()
+    train(root)
+    with pytest.raises(UsageError, match="would take those of an earlier fit"):
+        train(root, *loggers)
+
+
+def test_a_training_that_only_lacks_its_mark_is_complete_once_resumed(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    train(root)
+    last_of(root, 0).with_name(COMPLETE).unlink()  # as in fits of older versions
+    assert next(fits(root)) == (last_of(root, 0), False)
+    assert train(root, resumed=last_of(root, 0)) == []
+    assert list(fits(root)) == [(last_of(root, 0), True)]
+    moved = root.rename(tmp_path / "moved")
+    assert list(fits(moved)) == [(last_of(moved, 0), True)]
+    train(root, end=3)
+    last_of(root, 0).with_name(COMPLETE).unlink()
+    assert train(root, resumed=last_of(moved, 0)) == []  # of another run
+    assert next(fits(root)) == (last_of(root, 0), False)

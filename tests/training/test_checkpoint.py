@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
 
 from slidetl.cli import main
 from slidetl.errors import CheckpointError, UsageError
-from slidetl.training.best import COMPLETE, NOTHING_LEFT
+from slidetl.training.best import COMPLETE, NOTHING_LEFT, BestCheckpoint
 from slidetl.training.checkpoint import check_resumable, find_checkpoint, load_grader, read_checkpoint
 
 
@@ -214,6 +215,35 @@ def test_a_runs_folder_stands_for_the_best_checkpoint_of_its_latest_fit(tmp_path
     without.mkdir(parents=True)
     (without / COMPLETE).write_text(NOTHING_LEFT)
     assert find_checkpoint(tmp_path) == find_checkpoint(best) == best
+    (best.parent / COMPLETE).unlink()
+    with pytest.raises(UsageError, match="version_10: the latest fit is not marked as complete"):
+        find_checkpoint(tmp_path)
+    (without / COMPLETE).write_text(f"{NOTHING_LEFT}../../version_10/checkpoints/last.ckpt\n")
+    assert find_checkpoint(tmp_path) == best
     (without / COMPLETE).write_text("")  # its checkpoint is gone
     with pytest.raises(UsageError, match=r"version_11: the latest fit has .*, or its last\.ckpt is gone"):
         find_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "path", "chosen"),
+    [
+        ({"monitor": "val/rps"}, "elsewhere/best.ckpt", "best.ckpt"),
+        ({"monitor": "val/rps", "save_top_k": 0}, "", "last.ckpt"),
+        ({}, "elsewhere/best.ckpt", "last.ckpt"),
+    ],
+)
+def test_a_users_own_checkpoints_are_not_taken_for_the_best(
+    options: dict[str, Any], path: str, chosen: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "logs" / "version_0" / "checkpoints"
+    folder.mkdir(parents=True)
+    own, best = ModelCheckpoint(monitor="val/loss"), BestCheckpoint(**options)
+    states = {
+        own.state_key: {"best_model_path": "elsewhere/own.ckpt", "monitor": "val/loss"},
+        best.state_key: {**best.state_dict(), "best_model_path": path},
+    }
+    save(folder / "last.ckpt", {}, callbacks=states)
+    for name in ("own.ckpt", "best.ckpt", COMPLETE):
+        (folder / name).touch()
+    assert find_checkpoint(tmp_path) == folder / chosen
