@@ -13,6 +13,7 @@ from typing import Any
 import pytorch_lightning as pl
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -156,6 +157,19 @@ class LastCheckpoint(ModelCheckpoint):
             )
         if (mark := self._mark(trainer)) is not None:
             mark.unlink(missing_ok=True)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Goes on with the epoch that the end of the training cut; Lightning (2.6) counts it as whole."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        loop = checkpoint["loops"]["fit_loop"]
+        epochs, is_whole = loop["epoch_progress"], loop["epoch_loop.batch_progress"]["is_last_batch"]
+        if not is_whole and 0 < epochs["current"]["ready"] == epochs["current"]["processed"]:
+            for counts in (epochs["current"], epochs["total"]):
+                counts["processed"] -= 1
+                counts["completed"] = min(counts["completed"], counts["processed"])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes that there are steps to make."""

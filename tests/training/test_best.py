@@ -225,3 +225,17 @@ def test_a_training_that_only_lacks_its_mark_is_complete_once_resumed(tmp_path: 
     last_of(root, 0).with_name(COMPLETE).unlink()
     assert train(root, resumed=last_of(moved, 0)) == []  # of another run
     assert next(fits(root)) == (last_of(root, 0), False)
+
+
+@pytest.mark.parametrize("options", [{"max_steps": 13}, {"end": 13}, {"end": 3}])
+@pytest.mark.parametrize("interval", [1.0, 3])
+def test_an_epoch_that_was_cut_goes_on(tmp_path: Path, options: dict[str, Any], interval: float) -> None:
+    """Before, its other batches were left out, and the training was complete without them."""
+    more: dict[str, Any] = {"max_epochs": 3, "val_check_interval": interval}
+    whole = train(tmp_path / "whole", **more)
+    cut = train(tmp_path / "cut", **more, **options)
+    assert cut == whole[: next(iter(options.values()))]
+    limits: list[dict[str, Any]] = [{}, {"max_steps": 25}]
+    for limit in limits:
+        rest = train(tmp_path / "cut", resumed=last_of(tmp_path / "cut", 0), **more, **limit)
+        assert cut + rest == whole[: limit.get("max_steps")]
