@@ -26,6 +26,7 @@ Baseline = Literal["prior", "colour_area", "site", "collagen"]
 EPOCHS = 30  # the default of ``trainer.max_epochs``, as in ``slidetl fit``
 LENGTH = "trainer.max_epochs"
 FIT_PARTS = ("model", "data", "trainer")  # of a configuration of ``slidetl fit``
+OF_TILES = ("augmentation", "sampling")  # options of ``data`` without an effect where no tile is read
 _EVERY = "trainer.check_val_every_n_epoch"
 _RESERVED = ("data.manifest", "data.cache", "data.grades", "data.seed", "model.grades", _EVERY)
 _TASKS = ("data.tasks", "model.tasks")
@@ -260,6 +261,14 @@ class Comparison:
             if key in chosen[part]:
                 why = "would not be learned" if name in _TASKS else "is set by the comparison itself"
                 raise UsageError(f"arm {arm!r}: {name} {why}; leave it out")
+        own = with_values(self.arms[arm].fit or {}, self.trials(arm)[0]).get("data", {})
+        unused = [f"data.{name}" for name in OF_TILES if own.get(name) is not None]
+        sizes = [with_values(config, trial)["data"].get("bag_size") for trial in self.trials(arm)]
+        if unused and all(size == 0 for size in sizes):
+            raise UsageError(
+                f"arm {arm!r}: {', '.join(unused)} would have no effect with data.bag_size 0, which reads no "
+                "tile; leave it out, or change bag_size"
+            )
         if isinstance(backbone := config["model"].get("backbone"), dict):
             config["model"]["backbone"] = with_preset(backbone)
         return config

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,20 @@ from numpy.typing import NDArray
 from pytorch_lightning.callbacks import Callback
 
 from slidetl.analysis.similarity import linear_cka
-from slidetl.compare.config import EPOCHS, LENGTH, with_values
+from slidetl.compare.config import EPOCHS, LENGTH, OF_TILES, with_values
 from slidetl.compare.plan import Job
 from slidetl.compare.records import CurvePoint, JobResult, is_of_tiles, predictions_from, read_recipe
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.datasets import network_input
-from slidetl.errors import UsageError
+from slidetl.errors import UsageError, WeightsError
 from slidetl.evaluation.calibration import fit_temperature, with_temperature
 from slidetl.evaluation.comparison import Unit, patient_results
 from slidetl.evaluation.metrics import accuracy, log_loss, qwk, rps
 from slidetl.files import write_whole
+from slidetl.models.backbones import read_pretrained, without_downloads
 from slidetl.models.blocks import pretrained_backbone
 from slidetl.models.network import GradingNetwork
-from slidetl.models.spec import BackboneSpec
+from slidetl.models.spec import PUBLISHED, BackboneSpec
 from slidetl.models.tensors import save_tensors
 from slidetl.text import listed
 from slidetl.tiles.features import read_features
@@ -54,6 +55,7 @@ _PLATEAU = 0.02
 _SIMILARITY_TILES, _SIMILARITY_PASS = 512, 64
 _DATA_OF_A_NETWORK = ("bag_size", "batch_size", "augmentation", "sampling", "features", "tasks")
 _SPEED = ("channels_last", "gradient_checkpointing")  # options of a backbone that leave its result
+_NAME, _WEIGHTS = "model.backbone.name", "model.backbone.pretrained"
 _START, _LAST = "start", "last"  # names of the weights that are kept
 
 
@@ -93,13 +95,16 @@ def check_arm(table: Path, arm: str, checkpoints: Sequence[Path], allow: Sequenc
         raise UsageError(
             f"{table}: arm {arm!r} is no network that 'slidetl fit' trains: it says nothing of a checkpoint"
         )
+    weights = cache(_weights_sha256)
     for path in checkpoints:
         checkpoint = read_checkpoint(path, allow)
         model, options = checkpoint["hyper_parameters"], checkpoint.get("options")
+        lineage = [str(sha256) for sha256 in checkpoint.get("lineage", ())]
         data = options["data"] if options else None  # an older checkpoint has none
         found = _deciding(model, data or {}, model, allow)
         trials = [with_values(recipe["fit"], trial) for trial in recipe["trials"]]
-        wanted = [_deciding(trial["model"], trial["data"], model, allow) for trial in trials]
+        deciding = (_deciding(trial["model"], trial["data"], model, allow) for trial in trials)
+        wanted = [_spelled_like(found, one, lineage, weights) for one in deciding]
         differences = [
             [
                 f"{name} {found[name]}, the arm {one[name]}"
@@ -121,12 +126,59 @@ def _deciding(
     """Returns the options of a training that decide on its network, with their defaults, by dotted name."""
     kept = {name: data[name] for name in _DATA_OF_A_NETWORK if name in data}
     grades = like.get("grades", ("0", "1"))
-    parsed = parse_training({"model": model, "data": kept, "trainer": {}}, grades, 0, allow)
+    config = _without_unused({"model": model, "data": kept, "trainer": {}})
+    parsed = parse_training(config, grades, 0, allow)
     options = {f"model.{name}": value for name, value in parsed.model.as_dict().items()}
     options |= {f"data.{name}": parsed.data.as_dict()[name] for name in _DATA_OF_A_NETWORK}
     backbone = options.pop("model.backbone")
     options |= {f"model.backbone.{name}": value for name, value in backbone.items() if name not in _SPEED}
     return options
+
+
+def _without_unused(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves out options of tiles where none is read: a base may have them for other arms or trials."""
+    data = config["data"]
+    unused = OF_TILES if data.get("bag_size") == 0 else ()
+    return {**config, "data": {name: value for name, value in data.items() if name not in unused}}
+
+
+def _spelled_like(
+    found: Mapping[str, Any], arm: Mapping[str, Any], lineage: Sequence[str], weights: Callable[..., str]
+) -> dict[str, Any]:
+    """Names the network and the weights of an arm as a checkpoint does, where they are the same.
+
+    Args:
+        found: options of the checkpoint, by dotted name.
+        arm: those of the arm.
+        lineage: of the checkpoint.
+        weights: computes the hash of a specification's weights.
+    """
+    spelled = dict(arm)
+    if _path_in(arm[_NAME]) == _path_in(found[_NAME]):
+        spelled[_NAME] = found[_NAME]
+    sources = arm[_WEIGHTS], found[_WEIGHTS]
+    are_published = [source in PUBLISHED for source in sources]
+    if spelled[_NAME] == found[_NAME] and (
+        all(are_published)
+        or (not any(are_published) and Path(sources[0]).resolve() == Path(sources[1]).resolve())
+        or (lineage and sources[0] != sources[1] and weights(arm[_NAME], sources[0]) == lineage[0])
+    ):
+        spelled[_WEIGHTS] = found[_WEIGHTS]
+    return spelled
+
+
+def _path_in(name: str) -> str | Path:
+    """Returns the folder of a network in one, or the name of another."""
+    return Path(name.removeprefix("local-dir:")).resolve() if name.startswith("local-dir:") else name
+
+
+def _weights_sha256(name: str, pretrained: str) -> str:
+    """Hashes the weights of a specification; empty if they are not on this machine."""
+    try:
+        with without_downloads({}):
+            return read_pretrained(BackboneSpec(name, pretrained)).lineage[0]
+    except WeightsError:
+        return ""
 
 
 def train_job(
@@ -267,7 +319,7 @@ class _Fit:
         external: Sequence[str] | None = None,
     ) -> None:
         self._job, self._folder, self._allow, self._readers = job, folder, allow, readers
-        self._config = with_values(job.recipe["fit"], chosen)
+        self._config = _without_unused(with_values(job.recipe["fit"], chosen))
         self._train, self._monitored = job.open(train), job.open(monitored)
         self._tested = () if external is None else (*self._monitored, *job.open(external))
         self._weights = folder / "weights"

@@ -195,7 +195,8 @@ class SlideDataModule(pl.LightningDataModule):
         """
         if self.tile_spec is not None:
             return
-        if stage == "fit" and not self.bag_size and self._of_tiles:
+        # Earlier versions trained with them, which resume.
+        if stage == "fit" and not self.bag_size and self._of_tiles and self.past is None:
             raise UsageError(
                 f"{', '.join(self._of_tiles)} would have no effect with data.bag_size 0, which reads no "
                 "tile; leave it out (null), or change bag_size"

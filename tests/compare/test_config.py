@@ -142,6 +142,29 @@ def test_every_trial_is_checked_before_the_first_job(choices: str, message: str,
         check_recipes(recipes(comparison))
 
 
+STORED = "{fit: {data: {features: own, bag_size: 0}}}"
+
+
+def test_options_of_tiles_in_the_base_are_for_the_arms_that_read_tiles(tmp_path: Path) -> None:
+    """An arm of its own with them would be the same without: ``slidetl fit`` refuses it too."""
+    own = "{fit: {data: {features: own, bag_size: 0, augmentation: {flips: false}}}"
+    text = "manifest: m.csv\ncache: c\nprotocol: {inner_folds: 2}\nprimary: {arm: a, against: b}\n"
+    base = "base: {data: {augmentation: {brightness: 0.05}}}\n"
+    for arm, is_refused in (
+        (STORED, False),
+        (f"{own}}}", True),
+        (f"{own}, choices: {{data.bag_size: [0, 16]}}}}", False),
+        (f"{STORED[:-1]}, choices: {{data.augmentation.flips: [true, false]}}}}", True),
+        (f"{STORED[:-1]}, choices: {{data.sampling: [null]}}}}", False),
+    ):
+        arms = f"arms: {{a: {arm}, b: {{baseline: prior}}}}\n"
+        if is_refused:
+            with pytest.raises(UsageError, match=r"arm 'a': data\.augmentation would have no effect with"):
+                read(text + base + arms, tmp_path)
+        else:
+            check_recipes(recipes(read(text + base + arms, tmp_path)))
+
+
 def recipes(comparison: Comparison) -> dict[str, dict[str, Any]]:
     return {
         name: {"fit": comparison.fit_config(name), "trials": comparison.trials(name)}

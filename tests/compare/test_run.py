@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,9 +20,11 @@ from typing import Any
 import numpy as np
 import pytest
 import pytorch_lightning as pl
+import torch
 import yaml
 from PIL import Image
 from pytorch_lightning.callbacks import Callback
+from safetensors.torch import save_file
 from sklearn.metrics import accuracy_score, cohen_kappa_score
 
 from slidetl.cli import main
@@ -31,7 +34,7 @@ from slidetl.compare.plan import Job, cases_of, permuted, read_slides, refuse_se
 from slidetl.compare.pool import Workplace, run_job
 from slidetl.compare.records import CurvePoint, JobResult, predictions_from, read_result
 from slidetl.compare.run import _was_registered, plan_comparison, record_registration
-from slidetl.compare.train_arm import _Fit, choose, draw_evenly, train_job
+from slidetl.compare.train_arm import _Fit, check_arm, choose, draw_evenly, train_job
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.record import RecordedSlide, StudyRecord, store_record
 from slidetl.data.study import Study, read_study
@@ -40,6 +43,8 @@ from slidetl.evaluation.calibration import fit_temperature, with_temperature
 from slidetl.evaluation.classical import fit_grader
 from slidetl.evaluation.protocol import Fold, canonical_sha256, plan_folds
 from slidetl.library.model_card import ModelCard
+from slidetl.models.backbones import read_pretrained
+from slidetl.models.spec import BackboneSpec
 from slidetl.models.tensors import load_tensors, save_tensors
 from slidetl.tiles.features import FeatureSource, read_features, write_features
 from slidetl.tiles.store import SlideCache
@@ -332,6 +337,28 @@ def test_weights_and_features_that_are_choices_are_in_the_key(study: Cohort, tmp
     assert not before[0] & after[0] and not before[1] & after[1] and before[2] == after[2]
 
 
+def test_an_augmentation_of_the_base_hinders_no_arm_on_stored_features(study: Cohort, tmp_path: Path) -> None:
+    """Each of its jobs failed, after those of the other arms."""
+    cache = tmp_path / "cache"
+    shutil.copytree(study.cache, cache)
+    assert main(["embed", str(cache), *small_embed(), "--name", "own", "--device", "cpu"]) == 0
+    frozen = {"class_path": "slidetl.models.transfer.FrozenFeatures"}
+    arm = {"data": {"features": "own", "bag_size": 0}, "model": {"transfer": frozen}}
+    path = configuration(
+        Cohort(study.manifest, cache),
+        tmp_path,
+        base={
+            "data": {"num_workers": 0, "augmentation": {"brightness": 0.05}},
+            "model": {"backbone": {"name": SMALL, "pretrained": str(small_weights())}},
+            "trainer": {"max_epochs": 1, "accelerator": "cpu"},
+        },
+        arms={"stored": {"fit": arm}, **PRIOR},
+        primary={"arm": "stored", "against": "prior"},
+    )
+    _, job, found = first_job(path, "stored", tmp_path / "jobs")
+    assert {row.slide_id for row in found.predictions} == set(job.fold.test)
+
+
 def test_a_killed_run_resumes_to_the_same_metrics(compared: Path, study: Cohort, tmp_path: Path) -> None:
     path = configuration(study, tmp_path, sizes={"slides": [8], "arms": ["prior"]})
     command = [sys.executable, "-m", "slidetl", "compare", "--config", str(path)]
@@ -465,6 +492,47 @@ def test_an_arm_is_evidence_of_a_checkpoint_of_its_configuration_alone(
     assert code == 0 and "graded by the networks of arm scratch, not by this file" in text
     evidence = ModelCard.of_file(tmp_path / "m.pt").evidence
     assert evidence is not None and evidence.arm == "scratch" and evidence.slides == 20
+
+
+def test_an_arm_of_the_same_weights_by_another_name_is_evidence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def weights(path: Path, value: float) -> str:
+        path.parent.mkdir(exist_ok=True)
+        save_file({"weight": torch.full((2,), value)}, path)
+        return read_pretrained(BackboneSpec(pretrained=str(path))).lineage[0]
+
+    def check(arm: dict[str, Any], checkpoint: dict[str, Any], lineage: tuple[str, ...] = ()) -> None:
+        recipe = {"fit": {"model": {"backbone": arm}, "data": {}, "trainer": {}}, "trials": [{}]}
+        (tmp_path / "jobs" / "k").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "jobs" / "k" / "job.json").write_text(json.dumps({"recipe": recipe}))
+        (tmp_path / "jobs.csv").write_text("arm,key\nwarm,k\n")
+        model = {"hyper_parameters": {"backbone": checkpoint}, "state_dict": {}, "lineage": list(lineage)}
+        torch.save(model, tmp_path / "c.ckpt")
+        check_arm(tmp_path / "predictions.csv", "warm", [tmp_path / "c.ckpt"])
+
+    def refused(arm: dict[str, Any], checkpoint: dict[str, Any], lineage: tuple[str, ...] = ()) -> None:
+        name = next(iter(arm))
+        said = f"c.ckpt, which has model.backbone.{name} {checkpoint[name]}, the arm {arm[name]}; train it"
+        with pytest.raises(UsageError, match=re.escape(said)):
+            check(arm, checkpoint, lineage)
+
+    monkeypatch.chdir(tmp_path)
+    first = weights(tmp_path / "w" / "first.safetensors", 1)
+    assert weights(tmp_path / "w" / "copy.safetensors", 1) == first
+    second = weights(tmp_path / "w" / "second.safetensors", 2)
+    full = {"pretrained": str(tmp_path / "w" / "first.safetensors")}
+    check({"pretrained": "imagenet"}, {"pretrained": "hub"})
+    check({"pretrained": "w/first.safetensors"}, full)
+    check({"name": "local-dir:w"}, {"name": f"local-dir:{tmp_path}/w"})
+    check({"pretrained": "w/copy.safetensors"}, full, (first,))
+    refused({"pretrained": "w/copy.safetensors"}, full)  # it began from none, or does not say
+    refused({"pretrained": "w/copy.safetensors"}, full, (second, first))  # trained on before
+    refused({"pretrained": "w/second.safetensors"}, full, (first,))
+    refused({"pretrained": "w/gone.safetensors"}, full, (first,))
+    refused({"pretrained": "imagenet"}, full, (first,))
+    refused({"name": "resnet18"}, {"name": "resnet34"})
+    refused({"name": "local-dir:w"}, {"name": "local-dir:v"})
 
 
 @pytest.mark.slow

@@ -6,13 +6,17 @@ import csv
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from slidetl.cli import main
+from slidetl.data.augment import Augmentation
+from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.record import read_record
+from slidetl.errors import UsageError
 from slidetl.models.backbones import read_pretrained
 from slidetl.tiles.features import read_features, read_source, write_features
 from slidetl.tiles.store import SlideCache
@@ -76,6 +80,19 @@ def test_tasks_of_tiles_learn_from_stored_features_alone(embedded: Study, tmp_pa
     on_tiles = losses(tmp_path / "tiles", "--data.bag_size=60", *plain)
     on_features = losses(tmp_path / "stored", "--data.bag_size=0", "--data.features=plain")
     np.testing.assert_allclose(on_features, on_tiles, rtol=5e-3)
+
+
+def test_an_augmentation_without_an_effect_is_no_reason_not_to_resume(embedded: Study) -> None:
+    """Versions before trained with it, and without it they refuse as with other options."""
+    words: dict[str, Any] = {"bag_size": 0, "features": "plain"}
+    new = SlideDataModule(str(embedded.manifest), str(embedded.cache), **words)
+    new.setup("fit")
+    data = SlideDataModule(str(embedded.manifest), str(embedded.cache), augmentation=Augmentation(), **words)
+    with pytest.raises(UsageError, match=r"data\.augmentation would have no effect"):
+        data.setup("fit")
+    data.past = new.record
+    data.setup("fit")
+    assert data.record.slides == new.record.slides
 
 
 @pytest.mark.slow
