@@ -21,6 +21,7 @@ from slidetl.errors import UsageError
 Points = NDArray[np.float32] | NDArray[np.float64]
 Kernel = Literal["flat", "gaussian"]
 
+_CPU = torch.device("cpu")
 _STOP = 1e-3  # of the bandwidth, as scikit-learn
 _SEEDS = 512  # moved together
 _DISTANCES = 2**22  # of a block: 16 MB; fewer seeds are compared with more points at once
@@ -94,7 +95,13 @@ def principal_components(points: Points, n: int, seed: int = 0) -> Projection:
 
 
 def bandwidth_of(
-    points: Points, k: int, quantile: float = 0.5, *, sample: int = 1000, seed: int = 0, device: str = "auto"
+    points: Points,
+    k: int,
+    quantile: float = 0.5,
+    *,
+    sample: int = 1000,
+    seed: int = 0,
+    device: torch.device = _CPU,
 ) -> float:
     """Computes a quantile of the distances from points ``[N, D]`` to their k-th nearest neighbour.
 
@@ -133,7 +140,7 @@ def mean_shift(
     max_iterations: int = 300,
     cluster_all: bool = True,
     seed: int = 0,
-    device: str = "auto",
+    device: torch.device = _CPU,
 ) -> Clusters:
     """Moves seeds uphill to the modes of the density, and gives each point to the nearest mode.
 
@@ -157,7 +164,7 @@ def mean_shift(
         max_iterations: of each seed.
         cluster_all: False leaves points farther than the bandwidth from every mode without a group.
         seed: of the draws.
-        device: ``auto``, ``cpu`` or ``cuda``.
+        device: where distances are computed.
 
     Raises:
         UsageError: arrays or numbers out of range; or no seed has ``min_points`` points around it.
@@ -175,10 +182,9 @@ def mean_shift(
     if seeds.shape[1] != points.shape[1]:
         raise UsageError(f"seeds have {seeds.shape[1]} columns, points {points.shape[1]}")
     kind = _Field if neighbours is None or neighbours == len(points) else _NearField
-    device = _device(device)
     if (
         kind is _Field
-        and (kernel, device) == ("flat", "cpu")
+        and (kernel, device.type) == ("flat", "cpu")
         and len(seeds) > _SHELLS
         and len(points) > _SPREAD
     ):
@@ -253,10 +259,10 @@ class _Field:
         self.counted = torch.cat([points, torch.ones_like(points[:, :1])], 1)
 
     @classmethod
-    def of(cls, points: Points, bandwidth: float, kernel: Kernel, device: str) -> Self:
+    def of(cls, points: Points, bandwidth: float, kernel: Kernel, device: torch.device) -> Self:
         if kernel not in ("flat", "gaussian"):
             raise UsageError(f"the kernel must be flat or gaussian, not {kernel!r}")
-        rows = torch.from_numpy(np.ascontiguousarray(points)).to(_device(device))
+        rows = torch.from_numpy(np.ascontiguousarray(points)).to(device)
         mean = rows.mean(0)
         # Distances are differences of squares: they are exact only around the origin.
         return cls(rows - mean, mean, bandwidth, kernel)
@@ -459,12 +465,6 @@ def _by_size(
     number = np.full(len(centres) + 1, -1, np.int64)  # the last stands for no group
     number[order] = np.arange(len(order))
     return Clusters(number[labels], np.asarray(centres)[order], bandwidth, cut)
-
-
-def _device(name: str) -> str:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: PyTorch finds no GPU here; use --device cpu")
-    return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def _draw(n: int, sample: int, seed: int) -> NDArray[np.int64]:

@@ -25,6 +25,7 @@ from slidetl.errors import CacheMissingError, UsageError
 from slidetl.evaluation.bootstrap import Interval
 from slidetl.evaluation.composition import SiteShare, grade_correlation, site_share
 from slidetl.evaluation.confounding import SiteByGrade, site_by_grade
+from slidetl.models.precision import chosen_device
 from slidetl.tiles.features import FeatureSource, feature_name, read_source, write_features
 
 _FITTED = 20_000  # tiles that fit the principal components
@@ -213,14 +214,15 @@ def cluster_points(points: NDArray[np.float32], options: ClusterOptions) -> tupl
                 "with their square; take --method mean-shift, or fewer --slides"
             )
         return hdbscan(points, options.least), None
+    device = chosen_device(options.device)
     bandwidth = options.bandwidth
     if bandwidth is None:
         k = min(len(points) - 1, max(options.least, round(options.neighbour_share * len(points))))
-        bandwidth = bandwidth_of(points, k, options.quantile, seed=options.seed, device=options.device)
+        bandwidth = bandwidth_of(points, k, options.quantile, seed=options.seed, device=device)
         if options.kernel == "gaussian":
             bandwidth /= 2  # at a third of it, seeds in 16 dimensions hardly move
     seeds: int | None = options.seeds or None
-    how: Any = {"kernel": options.kernel, "seed": options.seed, "device": options.device}
+    how: Any = {"kernel": options.kernel, "seed": options.seed, "device": device}
     least = 1 if options.kernel == "gaussian" else min(options.least, len(points))
     found = mean_shift(
         points, bandwidth, seeds=seeds, neighbours=options.neighbours or None, min_points=least, **how

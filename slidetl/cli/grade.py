@@ -44,16 +44,15 @@ def grade(
         device: cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.
         jobs: slides graded at a time.
     """
-    import torch
-
     from slidetl.errors import UsageError
     from slidetl.grading.batch import find_slides, places_of, results_folder
     from slidetl.grading.grade import chosen_precision
     from slidetl.library.trust import trust as record_trust
+    from slidetl.models.precision import chosen_device
     from slidetl.publish.model_file import load_model
 
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = chosen_device().type
     if jobs < 1:
         raise UsageError(f"--jobs must be at least 1, not {jobs}")
     output = options.output

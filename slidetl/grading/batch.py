@@ -45,6 +45,7 @@ from slidetl.grading.report.slide import (
 )
 from slidetl.grading.series import SeriesGrade
 from slidetl.library.model_card import ModelCard
+from slidetl.models.precision import chosen_device
 from slidetl.models.runner import Rates, Runner
 from slidetl.processes import Child, start_child
 from slidetl.processor import hand_back_memory, usable_cores
@@ -175,8 +176,7 @@ def places_of(device: str, devices: int, jobs: int) -> list[str]:
             raise UsageError(
                 f"--devices {devices} takes GPUs from the first on: use --device cuda, not {device}"
             )
-        if devices > torch.cuda.device_count():
-            raise UsageError(f"--devices {devices}: there are {torch.cuda.device_count()} GPUs here")
+        chosen_device(device, devices)
         return [f"cuda:{number % devices}" for number in range(max(jobs, devices))]
     return [device] * max(jobs, devices)
 

@@ -1,4 +1,4 @@
-"""Number formats of a network's forward pass on a GPU."""
+"""The device of a network, and number formats of its forward pass on a GPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from slidetl.errors import UsageError
+
+
+def chosen_device(name: str = "auto", devices: int = 1) -> torch.device:
+    """Returns the device that a user names: ``auto`` takes a GPU if there is one.
+
+    Args:
+        name: ``auto``, ``cpu`` or ``cuda``.
+        devices: GPUs to use, from the first on.
+
+    Raises:
+        UsageError: another name, or there are not so many GPUs.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"--device must be auto, cpu or cuda, not {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: PyTorch finds no GPU here; use --device cpu")
+    place = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if place.type == "cuda" and devices > torch.cuda.device_count():
+        raise UsageError(f"--devices {devices}: there are {torch.cuda.device_count()} GPUs here")
+    return place
 
 
 def has_bfloat16(device: torch.device) -> bool:

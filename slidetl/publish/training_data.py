@@ -23,7 +23,7 @@ from slidetl.data.study import CachedSlide, common_spec, read_study
 from slidetl.errors import CacheMismatchError, CheckpointError, UsageError
 from slidetl.evaluation.metrics import told_apart
 from slidetl.library.model_card import TrainingData
-from slidetl.models.precision import exact_float32
+from slidetl.models.precision import chosen_device, exact_float32
 from slidetl.models.runner import Runner
 from slidetl.status import show_stage
 from slidetl.tiles.store import describe_difference
@@ -111,7 +111,7 @@ def learn_familiar(network: Any, slides: Sequence[CachedSlide], tiles_per_slide:
     Raises:
         UsageError: slides of fewer than five patients, or a network that does not tell slides apart.
     """
-    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    place = chosen_device()
 
     def embed(tiles: Tensor) -> Tensor:
         with exact_float32(place):

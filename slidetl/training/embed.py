@@ -33,7 +33,7 @@ from slidetl.files import full_disk
 from slidetl.models.backbones import Backbone, architecture_sha256, weights_sha256
 from slidetl.models.blocks import channel_axis, leading_tokens
 from slidetl.models.penalties import recorded
-from slidetl.models.precision import has_bfloat16
+from slidetl.models.precision import chosen_device, has_bfloat16
 from slidetl.models.runner import Rates, Runner
 from slidetl.models.spec import BackboneSpec
 from slidetl.models.volumes import unit_window
@@ -218,7 +218,7 @@ def embed_cache(
         WeightsError: the weights cannot be found or do not fit.
     """
     blocks = tuple(options.blocks.split(",")) if options.blocks else ()
-    place = _device(options.device, options.devices)
+    place = chosen_device(options.device, options.devices)
     dtype = _dtype(options.precision, place)
     found = find_slides(cache_dir, options.slides)
     with postpone_collection():
@@ -451,17 +451,6 @@ def _is_stored(cache: SlideCache, sources: Mapping[str, FeatureSource]) -> bool:
 
 def _by_channel(values: Tensor) -> tuple[Any, ...]:
     return tuple(values.flatten().tolist())
-
-
-def _device(name: str, devices: int = 1) -> torch.device:
-    if name not in ("auto", "cpu", "cuda"):
-        raise UsageError(f"--device must be auto, cpu or cuda, not {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: PyTorch finds no GPU here; use --device cpu")
-    place = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-    if place.type == "cuda" and devices > torch.cuda.device_count():
-        raise UsageError(f"--devices {devices}: there are {torch.cuda.device_count()} GPUs here")
-    return place
 
 
 def _dtype(precision: str, place: torch.device) -> torch.dtype:

@@ -21,6 +21,7 @@ from slidetl.data.study import common_spec, find_slides, open_cache
 from slidetl.errors import CacheMismatchError, CheckpointError, UsageError
 from slidetl.files import replaced, write_csv
 from slidetl.models.backbones import Backbone, without_downloads
+from slidetl.models.precision import chosen_device
 from slidetl.models.spec import BackboneSpec
 from slidetl.text import plot_label
 from slidetl.tiles.grid import TileSpec
@@ -191,7 +192,7 @@ def embed_layers(backbone: Backbone, tiles: NDArray[Any], spec: TileSpec, batch_
     Returns:
         ``[n, D] float32`` by block, lowest first, and ``embedding`` last.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device()
     backbone = backbone.eval().to(device)
     blocks = tuple(backbone.blocks())
     parts: dict[str, list[Tensor]] = {name: [] for name in (*blocks, "")}

@@ -562,6 +562,7 @@ def test_a_process_that_dies_before_it_asks_ends_the_run(monkeypatch: pytest.Mon
 def test_processes_take_gpus_from_the_first_on_and_no_more_than_there_are(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert batch.places_of("cuda", 2, 1) == ["cuda:0", "cuda:1"]
     assert batch.places_of("cuda", 2, 3) == ["cuda:0", "cuda:1", "cuda:0"]

@@ -3,7 +3,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from slidetl.models.precision import exact_float32, has_bfloat16
+from slidetl.errors import UsageError
+from slidetl.models.precision import chosen_device, exact_float32, has_bfloat16
+
+
+@pytest.mark.parametrize(("is_there", "usual"), [(True, "cuda"), (False, "cpu")])
+def test_a_device_is_chosen_by_its_name(monkeypatch: pytest.MonkeyPatch, is_there: bool, usual: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_there)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert chosen_device() == chosen_device("auto", 2) == torch.device(usual)
+    assert chosen_device("cpu", 9) == torch.device("cpu")
+    with pytest.raises(UsageError, match="must be auto, cpu or cuda, not 'gpu'"):
+        chosen_device("gpu")
+    why = "--devices 3: there are 2 GPUs here" if is_there else "finds no GPU here; use --device cpu"
+    with pytest.raises(UsageError, match=why):
+        chosen_device("cuda", 3)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
