@@ -10,6 +10,7 @@ import hashlib
 import io
 import math
 import os
+import re
 import socket
 import time
 import warnings
@@ -182,6 +183,11 @@ def csv_rows(lines: Iterable[str]) -> list[dict[str, str]]:
     """
     reader = csv.DictReader(lines, restval="")
     return [{name: plain_cell(cell) for name, cell in row.items() if name is not None} for row in reader]
+
+
+def is_sha256(text: str) -> bool:
+    """Tells a SHA-256, in hexadecimal and small letters, from other text."""
+    return re.fullmatch("[0-9a-f]{64}", text) is not None
 
 
 def file_sha256(path: Path) -> str:

@@ -31,6 +31,7 @@ from slidetl.evaluation.protocol import (
     plan_folds,
     subsample,
 )
+from slidetl.files import file_sha256
 from slidetl.library.local import SCHEME, pulled_card
 from slidetl.models.packaged import packaged_weights
 from slidetl.models.spec import PUBLISHED, BackboneSpec
@@ -434,4 +435,4 @@ def _weights_sha256(name: str, source: str) -> str:
     if source.startswith(SCHEME):
         return pulled_card(source.removeprefix(SCHEME)).model.weights_sha256
     path = packaged_weights(name) if source in PUBLISHED else Path(source)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path is not None and path.is_file() else ""
+    return file_sha256(path) if path is not None and path.is_file() else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from slidetl.compare.plan import FORMAT_VERSION, Job
 from slidetl.errors import UsageError
-from slidetl.files import csv_rows
+from slidetl.files import csv_rows, file_sha256
 from slidetl.training.predictions import SlidePrediction
 from slidetl.version import VERSION
 
@@ -126,7 +125,7 @@ def write_result(job: Job, result: JobResult, building: Path, finished: Path) ->
         "train_slides": len(job.fold.train),
         "test_slides": len(job.fold.test),
         "tiles": job.tiles,
-        "sha256": {name: _sha256(work / name) for name in (_RESULT, _EMBEDDINGS)},
+        "sha256": {name: file_sha256(work / name) for name in (_RESULT, _EMBEDDINGS)},
     }
     (work / _ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     if finished.exists():  # it was there, but damaged
@@ -169,14 +168,10 @@ def read_result(folder: Path, job: Job) -> JobResult | None:
         about = json.loads((finished / _ABOUT).read_text(encoding="utf-8"))
         if about["format"] != FORMAT_VERSION or not is_of_tiles(about, job):
             return None
-        if any(_sha256(finished / name) != sha256 for name, sha256 in about["sha256"].items()):
+        if any(file_sha256(finished / name) != sha256 for name, sha256 in about["sha256"].items()):
             return None
         # By way of a map, which is no larger than the file.
         embeddings = np.array(np.load(finished / _EMBEDDINGS, mmap_mode="r", allow_pickle=False))
         return result_from(json.loads((finished / _RESULT).read_text(encoding="utf-8")), embeddings)
     except (OSError, KeyError, TypeError, ValueError):
         return None
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -38,7 +38,7 @@ from slidetl.federation.privacy import (
 from slidetl.federation.records import Rounds
 from slidetl.federation.weights import SiteUpdate, Weights, find_fault, travelling
 from slidetl.files import write_whole
-from slidetl.models.backbones import architecture_sha256, state_sha256, weights_sha256
+from slidetl.models.backbones import state_sha256
 from slidetl.models.penalties import pull
 from slidetl.models.targets import Targets
 from slidetl.tiles.features import read_features
@@ -231,11 +231,7 @@ class SiteTrainer:
         if grader.tasks.tasks or grader.balance or grader.targets != Targets():
             raise UsageError("privacy.level patient knows no model.tasks, model.balance and model.targets")
         check_unmixed(grader.network, backbone.num_features)
-        sha256 = "" if backbone.is_stored else weights_sha256(backbone)
-        network = None if backbone.is_stored else (backbone.spec.name, architecture_sha256(backbone))
-        trains = any(weight.requires_grad for weight in backbone.parameters())
-        # Lightning's fit would set it for the checkpoint.
-        grader._features_sha256 = self.data.check_features(sha256, trains, backbone.num_features, network)
+        grader.check_features(self.data)  # as Lightning's fit would
         return [
             PatientSlides(
                 tuple(torch.from_numpy(read_features(slide.cache, self.data.features)) for slide in slides),

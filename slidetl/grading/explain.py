@@ -17,6 +17,13 @@ DIVERGING = "RdBu_r"
 _GROUPS = 64  # to leave out in turn, at most
 _LEAST_REACH = 1.0  # of the colours: tiles that hardly differ look alike
 _BEYOND = 98  # percent of the tiles lie within the colours
+_EVEN = 1e-3  # below this range of relative attention a model weighs all tiles alike
+
+
+def relative_attention(attention: NDArray[np.float32]) -> NDArray[np.float32] | None:
+    """Computes attention ``[N]``, 1 for the average tile; None if the model weighs all tiles alike."""
+    relative = attention * np.float32(len(attention))
+    return relative if np.ptp(relative) > _EVEN else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,13 @@ from torch import Tensor
 from slidetl.errors import ProcessEnded, SlideError, UnfitSlideError, UsageError, is_gpu_full
 from slidetl.evaluation.conformal import GradeSets
 from slidetl.files import replaced
-from slidetl.grading.explain import DIVERGING, Explanation, explain_by_occlusion, find_voxels
+from slidetl.grading.explain import (
+    DIVERGING,
+    Explanation,
+    explain_by_occlusion,
+    find_voxels,
+    relative_attention,
+)
 from slidetl.grading.series import SeriesGrade, shown_patches
 from slidetl.models.precision import exact_float32, has_bfloat16
 from slidetl.models.runner import Rates, Runner
@@ -608,14 +614,13 @@ def draw_map(result: SlideGrade, path: Path) -> None:
 
     plan = result.plan
     height, width = plan.thumbnail.shape[:2]
-    relative = result.attention * len(result.attention)
     explanation = result.explanation
     reach = explanation.reach
     title = f"contribution to the {'expected grade' if explanation.baseline is None else 'score'}"
     panels = [
         (title, f"{explanation.unit} × tiles", explanation.relative, DIVERGING, (-reach, reach), "both")
     ]
-    if np.ptp(relative) > 1e-3:
+    if (relative := relative_attention(result.attention)) is not None:
         limits = (0.0, float(relative.max()))
         panels.append(("attention", "× the average tile", relative, "inferno", limits, "neither"))
     panel_width = 5.0

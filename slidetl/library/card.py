@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Self
 
 from slidetl.errors import ModelFileError, UsageError
+from slidetl.files import is_sha256
 from slidetl.library.fields import MAX_CARD_BYTES, check_fields, from_json, to_json
 from slidetl.library.model_card import ModelCard
 
 CARD, MODEL, WEIGHTS = "card.json", "model.pt", "weights.safetensors"
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class FileRecord:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.bytes < 0 or not _SHA256.fullmatch(self.sha256):
+        if self.bytes < 0 or not is_sha256(self.sha256):
             raise UsageError(f"expected a size and a SHA-256 of 64 hexadecimal digits, found {self}")
 
 

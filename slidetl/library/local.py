@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from slidetl.errors import ModelFileError
-from slidetl.files import file_sha256 as file_sha256  # publish/ takes it from here
+from slidetl.files import file_sha256
 from slidetl.library.card import CARD, LibraryCard, check_name
 from slidetl.library.fields import MAX_CARD_BYTES
 from slidetl.library.trust import record_path

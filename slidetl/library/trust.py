@@ -7,12 +7,10 @@ A model file is a program. ``slidetl export`` and ``slidetl zoo pull`` record th
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 from slidetl.errors import UsageError
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+from slidetl.files import is_sha256
 
 
 def record_path() -> Path:
@@ -39,7 +37,7 @@ def trust(sha256: str, name: str) -> None:
     Raises:
         UsageError: the list cannot be written, or the hash is not valid.
     """
-    if not _SHA256.fullmatch(sha256):
+    if not is_sha256(sha256):
         raise UsageError(f"expected a SHA-256 of 64 hexadecimal digits, not {sha256!r}")
     if is_trusted(sha256):
         return

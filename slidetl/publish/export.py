@@ -17,8 +17,7 @@ from torch.jit.frontend import FrontendError
 
 from slidetl.analysis.novelty import Familiar
 from slidetl.errors import ModelFileError
-from slidetl.files import replaced
-from slidetl.library.local import file_sha256
+from slidetl.files import file_sha256, replaced
 from slidetl.library.model_card import METADATA, Evidence, ModelCard, TrainingData
 from slidetl.library.trust import trust
 from slidetl.models.backbones import weights_sha256

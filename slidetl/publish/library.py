@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from slidetl.errors import ModelFileError, UsageError, WeightsError
+from slidetl.files import file_sha256
 from slidetl.library.card import CARD, MODEL, WEIGHTS, FileRecord, LibraryCard, check_name, is_name
 from slidetl.library.fields import MAX_CARD_BYTES
-from slidetl.library.local import file_sha256, pulled_card, pulled_file, pulled_folder
+from slidetl.library.local import pulled_card, pulled_file, pulled_folder
 from slidetl.library.model_card import ModelCard
 from slidetl.library.trust import trust
 

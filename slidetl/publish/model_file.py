@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from slidetl.errors import ModelFileError, UsageError, WeightsError
-from slidetl.library.local import file_sha256
+from slidetl.files import file_sha256
 from slidetl.library.model_card import ModelCard
 from slidetl.library.trust import is_trusted
 from slidetl.models.backbones import weights_sha256

@@ -27,7 +27,7 @@ from slidetl.errors import (
     SlidetlError,
     UsageError,
 )
-from slidetl.files import fsync_path
+from slidetl.files import fsync_path, is_sha256
 from slidetl.tiles.lock import slide_lock
 from slidetl.tiles.store import (
     FEATURES,
@@ -117,7 +117,7 @@ def record_path(cache_dir: Path, sha256: str) -> Path:
     Raises:
         CacheCorruptError: it is no SHA-256.
     """
-    if not re.fullmatch("[0-9a-f]{64}", sha256):  # it may come from the file of another
+    if not is_sha256(sha256):  # it may come from the file of another
         raise CacheCorruptError(f"expected the SHA-256 of a record, found {sha256!r:.100}")
     return cache_dir / "records" / f"{sha256}.json"
 

@@ -164,7 +164,7 @@ class SlideGrader(pl.LightningModule):
                     self._data.read_ahead()
                 self.transfer.start(self.network.backbone)
                 self._warn_of_tiles()
-                self._check_features(self._weights)
+                self.check_features(self._data)
             self.reference = self.transfer.reference(self.network.backbone)
             if self.reference is not None:  # equal in all processes; DDP need not broadcast it each step
                 names = [f"reference.{name}" for name, _ in self.reference.named_buffers()]
@@ -224,20 +224,25 @@ class SlideGrader(pl.LightningModule):
             weights = balanced_weights([counts[grade] for grade in range(len(self.grades))])
             self._class_weight = weights.to(self.device)
 
-    def _check_features(self, sha256: str) -> None:
-        """Refuses stored features of other weights than the initial ones of the training."""
-        if self._data is not None and self._data.feature_source is not None:
-            backbone = self.network.backbone
-            trains = any(weight.requires_grad for weight in backbone.parameters())
-            network = None if backbone.is_stored else (backbone.spec.name, architecture_sha256(backbone))
-            self._features_sha256 = self._data.check_features(sha256, trains, backbone.num_features, network)
+    def check_features(self, data: SlideDataModule | None, sha256: str | None = None) -> None:
+        """Refuses stored features of other weights than the initial ones of the training, if it reads any.
 
-    @property
-    def _weights(self) -> str:
-        """The hash of the backbone's weights; empty if it only stands for stored features."""
+        Args:
+            data: where they are stored.
+            sha256: of the initial weights; by default of those that the backbone has.
+
+        Raises:
+            UsageError: the features come from other weights, or would keep the backbone from training.
+        """
+        if data is None or data.feature_source is None:
+            return
         backbone = self.network.backbone
-        with without_low_rank(backbone):  # its updates are 0 at the start
-            return "" if backbone.is_stored else weights_sha256(backbone)
+        if sha256 is None:
+            with without_low_rank(backbone):  # its updates are 0 at the start
+                sha256 = "" if backbone.is_stored else weights_sha256(backbone)
+        trains = any(weight.requires_grad for weight in backbone.parameters())
+        network = None if backbone.is_stored else (backbone.spec.name, architecture_sha256(backbone))
+        self._features_sha256 = data.check_features(sha256, trains, backbone.num_features, network)
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Adds the callbacks of every training."""
@@ -437,7 +442,7 @@ class SlideGrader(pl.LightningModule):
     def validation_step(self, batch: Chunk, batch_idx: int) -> None:
         """Evaluates one chunk of a slide."""
         if "stored" in batch and not self._features_sha256:
-            self._check_features(self._weights)
+            self.check_features(self._data)
         self._evaluation.take(batch, self._data.fold if self._data is not None else "")
 
     test_step = predict_step = validation_step
@@ -522,7 +527,7 @@ class SlideGrader(pl.LightningModule):
         if self._data is not None and self.trainer.training:
             self._data.check_same_features(bool(features))
         if features:
-            self._check_features(features)
+            self.check_features(self._data, features)
         if self.reference is not None:
             self.reference.restore(checkpoint.get("reference") or {})
 

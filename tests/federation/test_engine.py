@@ -25,7 +25,7 @@ from slidetl.federation.engine import SITE_FILE, _read_outcome, marked_process, 
 from slidetl.federation.participant import Participant
 from slidetl.federation.records import only_job, read_arrays
 from slidetl.federation.site import Parts
-from slidetl.library.local import file_sha256
+from slidetl.files import file_sha256
 from slidetl.training.checkpoint import load_grader
 from slidetl.training.predictions import read_predictions
 from tests.conftest import PATIENCE_S, Study

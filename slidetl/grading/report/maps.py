@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from slidetl.grading.explain import DIVERGING
+from slidetl.grading.explain import DIVERGING, relative_attention
 from slidetl.tiles.preview import COLOURS
 
 if TYPE_CHECKING:
     from slidetl.grading.grade import SlideGrade
 
-# Below this range of attention, relative to the average tile, a model weighs all tiles alike.
-_FLAT = 1e-3
 # The scale of attention goes at least to so many times the average: almost even maps look even.
 _LEAST_REACH = 4.0
 
@@ -47,12 +45,6 @@ class TileMap:
     ticks: tuple[tuple[float, str], ...] = ()
 
 
-def relative_attention(result: SlideGrade) -> NDArray[np.float32] | None:
-    """Computes attention ``[N]``, 1 for the average tile; None if the model weighs all tiles alike."""
-    relative = result.attention * np.float32(len(result.attention))
-    return relative if np.ptp(relative) > _FLAT else None
-
-
 def maps_of(result: SlideGrade) -> list[TileMap]:
     """Makes the maps of a graded slide, the most important first."""
     explanation = result.explanation
@@ -69,7 +61,7 @@ def maps_of(result: SlideGrade) -> list[TileMap]:
             ticks=((0.0, f"≤ −{ends}"), (0.5, "0"), (1.0, f"≥ {ends}")),
         )
     ]
-    if (relative := relative_attention(result)) is not None:
+    if (relative := relative_attention(result.attention)) is not None:
         # A logarithmic scale with the average in the middle: on a linear one a few tiles are bright and all
         # others black.
         reach = max(_LEAST_REACH, float(relative.max()))

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from slidetl.files import write_csv, write_whole
+from slidetl.grading.explain import relative_attention
 from slidetl.grading.report.planes import Plane, planes_at
 from slidetl.grading.report.slide import doubts, grade_bars, result_sha256
 from slidetl.grading.series import SeriesGrade, shown_patches
@@ -19,7 +20,6 @@ from slidetl.tiles.pyramid import encode_jpeg
 
 _LONGEST_PX, _FACE_PX = 384, 192
 _THUMBNAIL_PX = 240
-_EVEN = 1e-3  # below this range of relative attention a model weighs all patches alike
 
 
 def write_series_report(result: SeriesGrade, card: ModelCard, folder: Path, name: str) -> Path:
@@ -41,11 +41,10 @@ def write_series_report(result: SeriesGrade, card: ModelCard, folder: Path, name
         OSError: a file cannot be written.
     """
     plan = result.plan
-    relative = result.attention * np.float32(len(result.attention))
-    varies = float(np.ptp(relative)) > _EVEN
+    relative = relative_attention(result.attention)
     most, least = shown_patches(result.explanation.contributions)
     galleries = [
-        {"title": title, "patches": [_patch(result, patch, relative if varies else None) for patch in kept]}
+        {"title": title, "patches": [_patch(result, patch, relative) for patch in kept]}
         for title, kept in (
             ("Patches that raise the score most", most),
             ("Patches that lower it most", least),
@@ -72,7 +71,7 @@ def write_series_report(result: SeriesGrade, card: ModelCard, folder: Path, name
         warnings=[*plan.notes, *doubts(result.novelty, card, "series")],
         bars=grade_bars(result.grade, result.grade_set, result.probabilities, card),
         galleries=galleries,
-        has_attention=varies,
+        has_attention=relative is not None,
         n_patches=len(plan),
         side_mm=plan.spec.tile_size_px * plan.spec.spacing_mm,
         stride_mm=plan.spec.stride_px * plan.spec.spacing_mm,

@@ -16,8 +16,9 @@ from slidetl.atlas.options import Selection
 from slidetl.atlas.pictures import similar_command
 from slidetl.errors import SlideReadError
 from slidetl.files import write_whole
+from slidetl.grading.explain import relative_attention
 from slidetl.grading.report.geojson import write_geojson
-from slidetl.grading.report.maps import TileMap, extreme_tiles, left_out_level0, maps_of, relative_attention
+from slidetl.grading.report.maps import TileMap, extreme_tiles, left_out_level0, maps_of
 from slidetl.library.model_card import ModelCard
 from slidetl.page import data_uri, script_json, write_page
 from slidetl.slides import Slide, open_slide
@@ -166,7 +167,7 @@ def _data(result: SlideGrade, pyramid: Pyramid, maps: list[TileMap]) -> dict[str
 
 def _galleries(slide: Slide, result: SlideGrade, pyramid: Pyramid, name: str) -> list[dict[str, Any]]:
     """Collects the tiles with the greatest and the least contributions."""
-    relative = relative_attention(result)
+    relative = relative_attention(result.attention)
     titles = ("Tiles that raise the score most", "Tiles that lower it most")
     most, least = extreme_tiles(result.explanation.contributions, _TILES_SHOWN)
     return [

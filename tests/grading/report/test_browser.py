@@ -16,9 +16,10 @@ from PIL import Image
 from playwright.sync_api import Browser, ConsoleMessage, Dialog, FloatRect, Request
 from playwright.sync_api import Page as BrowserPage
 
+from slidetl.grading.explain import relative_attention
 from slidetl.grading.grade import SlideGrade
 from slidetl.grading.report.index import IndexEntry, write_index
-from slidetl.grading.report.maps import colour_table, relative_attention
+from slidetl.grading.report.maps import colour_table
 from slidetl.grading.report.slide import write_slide_report
 from slidetl.library.model_card import ModelCard
 from slidetl.tiles.grid import TileSpec
@@ -276,7 +277,7 @@ def test_a_tile_leads_to_its_place_and_says_its_value(
     report: Path, result: SlideGrade, open_page: Open
 ) -> None:
     opened = open_page(report)
-    relative = relative_attention(result)
+    relative = relative_attention(result.attention)
     assert relative is not None
     contributions = result.explanation.relative
     first = opened.page.locator("button.tile").first

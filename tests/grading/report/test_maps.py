@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib import colormaps
 
-from slidetl.grading.report.maps import extreme_tiles, left_out_level0, maps_of, relative_attention
+from slidetl.grading.explain import relative_attention
+from slidetl.grading.report.maps import extreme_tiles, left_out_level0, maps_of
 from tests.grading.report.conftest import Graded, explanation_of
 
 
@@ -75,7 +76,7 @@ def test_a_model_that_weighs_all_tiles_alike_has_no_attention_to_show(graded: Gr
     result = graded()
     flat = np.full_like(result.attention, 1 / len(result.attention))
     result = dataclasses.replace(result, attention=flat)
-    assert relative_attention(result) is None
+    assert relative_attention(result.attention) is None
     assert [shown.name for shown in maps_of(result)] == ["Contribution"]
 
 
