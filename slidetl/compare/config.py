@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+from slidetl.data.manifest import FIVE_GRADES, check_scale
 from slidetl.errors import UsageError
 from slidetl.evaluation.classical import POOLS, ClassicalModel, Pool
 from slidetl.evaluation.protocol import Protocol, canonical_sha256
@@ -21,6 +22,7 @@ MetricName = Literal["qwk", "accuracy", "mae", "rps", "log_loss"]
 METRICS: tuple[MetricName, ...] = ("qwk", "accuracy", "mae", "rps", "log_loss")
 LOWER_IS_BETTER: tuple[MetricName, ...] = ("mae", "rps", "log_loss")
 ALPHA = 0.05  # of the test that decides
+PLATEAU = 0.02  # as good as the best, relative for RPS: on twenty slides a smaller difference says nothing
 Baseline = Literal["prior", "colour_area", "site", "collagen"]
 
 EPOCHS = 30  # the default of ``trainer.max_epochs``, as in ``slidetl fit``
@@ -198,7 +200,7 @@ class Comparison:
     arms: dict[str, Arm]
     primary: Primary
     protocol: Protocol = field(default_factory=Protocol)
-    grades: list[str] = field(default_factory=lambda: ["0", "1", "2", "3", "4"])
+    grades: list[str] = field(default_factory=lambda: list(FIVE_GRADES))
     base: dict[str, Any] = field(default_factory=dict)
     validate_every: int = 1
     sizes: Sizes = field(default_factory=Sizes)
@@ -212,8 +214,7 @@ class Comparison:
     registered: str | None = None
 
     def __post_init__(self) -> None:
-        if len(self.grades) < 2 or len(set(self.grades)) < len(self.grades):
-            raise UsageError(f"grades must be at least two different names, lowest first, not {self.grades}")
+        check_scale(self.grades, "grades")
         for name, least in (("validate_every", 1), ("bootstrap_draws", 100), ("tile_draws", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} must be at least {least}, not {getattr(self, name)}")

@@ -10,13 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.compare.aggregate import ArmResult
-from slidetl.compare.config import LENGTH, Comparison
+from slidetl.compare.config import LENGTH, PLATEAU, Comparison
 from slidetl.compare.records import CurvePoint, JobResult
 
 CurveMetric = Literal["qwk", "accuracy", "rps"]
 CURVE_METRICS: tuple[CurveMetric, ...] = ("qwk", "accuracy", "rps")
-
-PLATEAU = 0.02  # distance from the best value; relative for RPS, as in the choice of an epoch in inner folds
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pytorch_lightning.callbacks import Callback
 
 from slidetl.analysis.similarity import linear_cka
-from slidetl.compare.config import EPOCHS, LENGTH, OF_TILES, with_values
+from slidetl.compare.config import EPOCHS, LENGTH, OF_TILES, PLATEAU, with_values
 from slidetl.compare.plan import Job
 from slidetl.compare.records import CurvePoint, JobResult, is_of_tiles, predictions_from, read_recipe
 from slidetl.data.datamodule import SlideDataModule
@@ -49,9 +49,6 @@ from slidetl.training.grader import SlideGrader
 from slidetl.training.predictions import SlidePrediction
 from slidetl.training.similarity import embed_layers
 
-# Relative distance of scores in the inner folds that counts as equal to the best: on twenty slides a smaller
-# difference means nothing, and the shorter training has drifted less.
-_PLATEAU = 0.02
 _SIMILARITY_TILES, _SIMILARITY_PASS = 512, 64
 _DATA_OF_A_NETWORK = ("bag_size", "batch_size", "augmentation", "sampling", "features", "tasks")
 _SPEED = ("channels_last", "gradient_checkpointing")  # options of a backbone that leave its result
@@ -261,7 +258,7 @@ def choose(trials: Sequence[Mapping[str, Any]], curves: Sequence[CurvePoint]) ->
         number
         for number, trial in enumerate(trials)
         if {**trial, LENGTH: 0} == {**trials[best], LENGTH: 0}
-        and means[number] <= means[best] * (1 + _PLATEAU)
+        and means[number] <= means[best] * (1 + PLATEAU)
     ]
     return min(alike, key=lambda number: trials[number].get(LENGTH, 0))
 

@@ -151,12 +151,10 @@ def read_manifest(
     return _read_csv(path, n_grades, tasks)
 
 
-def check_scale(grades: Sequence[str]) -> None:
-    """Raises a UsageError unless a scale has at least two names, all different."""
+def check_scale(grades: Sequence[str], option: str = "data.grades") -> None:
+    """Raises a UsageError, which names the option, unless a scale has at least two names, all different."""
     if len(grades) < 2 or len(set(grades)) < len(grades):
-        raise UsageError(
-            f"data.grades must be at least two different names, lowest first, not {list(grades)}"
-        )
+        raise UsageError(f"{option} must be at least two different names, lowest first, not {list(grades)}")
 
 
 def is_missing(text: str) -> bool:

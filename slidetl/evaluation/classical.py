@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import ModelFileError, UsageError
-from slidetl.evaluation.metrics import probability_metrics
+from slidetl.evaluation.metrics import check_grades, probability_metrics
 from slidetl.files import check_stored, read_packed_array, replaced
 
 Pool = Literal["mean", "max", "both", "top-k"]
@@ -383,8 +383,7 @@ def _checked(
         )
     if not np.isfinite(x).all():
         raise UsageError("features must be finite numbers")
-    if not np.isin(y, np.arange(n_grades)).all():
-        raise UsageError(f"grades must be whole numbers from 0 to {n_grades - 1}")
+    check_grades(y, n_grades)
     if len(np.unique(groups)) < 2:
         raise UsageError("training slides are all of one patient; at least two patients are needed")
     return x, y.astype(np.int64), groups

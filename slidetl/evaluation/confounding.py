@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 from slidetl.errors import UsageError
 from slidetl.evaluation.bootstrap import Interval
 from slidetl.evaluation.comparison import chance_p
+from slidetl.evaluation.metrics import check_grades
 from slidetl.evaluation.shapes import check_lengths, value_of_patient
 
 
@@ -55,8 +56,7 @@ def site_by_grade(
     grade = np.asarray(grades)
     who = np.unique(np.asarray(patients), return_inverse=True)[1]
     check_lengths(sites=site, grades=grade, patients=who)
-    if not np.isin(grade, np.arange(n_grades)).all():
-        raise UsageError(f"grades must be whole numbers from 0 to {n_grades - 1}")
+    check_grades(grade, n_grades)
     grade = grade.astype(np.int64)
     slides = np.bincount(site * n_grades + grade, minlength=len(names) * n_grades).reshape(-1, n_grades)
     units, unit = np.unique(who * len(names) + site, return_inverse=True)

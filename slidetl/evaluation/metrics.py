@@ -358,7 +358,7 @@ def check_probabilities(
             f"expected grades [N] and probabilities [N, K] or [R, N, K], not {truth.shape} and "
             f"{np.shape(probabilities)}"
         )
-    _check_scale(truth, rows.shape[2])
+    check_grades(truth, rows.shape[2])
     sums = rows.sum(axis=2, keepdims=True)
     bad = ~(np.isfinite(rows) & (rows >= 0) & (abs(sums - 1) < 1e-3)).all(axis=2)
     if bad.any():
@@ -379,15 +379,16 @@ def _check_grades(
             f"expected grades [N] and [N] or [R, N], not {truth.shape} and {np.shape(predicted)}"
         )
     for grades in (truth, rows):
-        _check_scale(grades, n_grades)
+        check_grades(grades, n_grades)
     return truth.astype(np.int64), rows.astype(np.int64)
 
 
-def _check_scale(grades: NDArray[Any], n_grades: int | None) -> None:
-    if not np.isfinite(grades).all() or (grades % 1 != 0).any():
-        raise UsageError("grades must be whole numbers")
-    if n_grades is not None and not ((grades >= 0) & (grades < n_grades)).all():
-        raise UsageError(f"grades must be whole numbers from 0 to {n_grades - 1}")
+def check_grades(grades: NDArray[Any], n_grades: int | None) -> None:
+    """Raises a UsageError unless grades are whole numbers, from 0 to K-1 if K is given."""
+    is_whole = np.isfinite(grades).all() and not (grades % 1 != 0).any()
+    if not is_whole or (n_grades is not None and not ((grades >= 0) & (grades < n_grades)).all()):
+        reach = "" if n_grades is None else f" from 0 to {n_grades - 1}"
+        raise UsageError(f"grades must be whole numbers{reach}")
 
 
 def _squares(n_grades: int) -> NDArray[np.int64]:

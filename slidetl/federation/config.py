@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from slidetl.compare.config import FIT_PARTS, usage_error_in
+from slidetl.data.manifest import FIVE_GRADES, check_scale
 from slidetl.errors import UsageError
 from slidetl.evaluation.protocol import canonical_sha256
 from slidetl.federation.combine import Rule, WeightedMean, check_sites
@@ -157,7 +158,7 @@ class Federation:
     trainer: dict[str, Any] = field(default_factory=dict)
     rounds: int = 10
     local_epochs: int = 1
-    grades: list[str] = field(default_factory=lambda: ["0", "1", "2", "3", "4"])
+    grades: list[str] = field(default_factory=lambda: list(FIVE_GRADES))
     seed: int = 0
     travel: Travel = "all"
     proximal: float = 0.0
@@ -179,8 +180,7 @@ class Federation:
         for name, least in (("rounds", 1), ("local_epochs", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UsageError(f"{name} must be at least {least}, not {getattr(self, name)}")
-        if len(self.grades) < 2 or len(set(self.grades)) < len(self.grades):
-            raise UsageError(f"grades must be at least two different names, lowest first, not {self.grades}")
+        check_scale(self.grades, "grades")
         if not 0 <= self.proximal < float("inf") or not 0 < self.answer_seconds < float("inf"):
             raise UsageError(
                 f"expected proximal >= 0 and answer_seconds > 0, not {self.proximal}, {self.answer_seconds}"

@@ -21,7 +21,7 @@ from slidetl.files import csv_rows
 from slidetl.library.model_card import Evidence
 from slidetl.text import listed, one_line
 
-_LEAST_PATIENTS = 10
+LEAST_PATIENTS = 10
 
 
 def evidence_from(
@@ -96,10 +96,10 @@ def evidence_from(
             raise
         raise UsageError(f"{path}: expected predictions as 'slidetl test' writes them: {error!r}") from error
     check_finite(probabilities)
-    if len(set(patients)) < _LEAST_PATIENTS:
+    if len(set(patients)) < LEAST_PATIENTS:
         raise UsageError(
             f"{path}: graded slides of {len(set(patients))} patients say too little; "
-            f"expected at least {_LEAST_PATIENTS}"
+            f"expected at least {LEAST_PATIENTS}"
         )
     predicted = probabilities.argmax(1)
     intervals = {

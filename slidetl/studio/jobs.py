@@ -27,6 +27,7 @@ from slidetl.errors import OutputError
 from slidetl.files import write_whole
 from slidetl.studio.paths import Refused
 from slidetl.text import one_line
+from slidetl.tiles.lock import machine_id
 
 WAITING, RUNNING, STOPPING = "waiting", "running", "stopping"
 DONE, FAILED, STOPPED = "done", "failed", "stopped"
@@ -34,7 +35,6 @@ ACTIVE = (WAITING, RUNNING, STOPPING)
 
 MOST_WAITING = 20
 _ID = re.compile(r"\d{6}-[a-z]+")
-_BOOT = Path("/proc/sys/kernel/random/boot_id")
 _TAIL_BYTES = 16_000
 _PROMPT = "$ slidetl "  # before each command in a log
 # Seconds after SIGINT until SIGTERM, and until SIGKILL: a training writes its checkpoint first.
@@ -113,7 +113,7 @@ class _Process:
         try:
             # The name, in parentheses, may have blanks and parentheses itself.
             fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-            boot = _BOOT.read_text().strip()
+            boot = machine_id()
         except (OSError, ValueError):
             return None
         return None if fields[0] in "ZX" else cls(pid, int(fields[19]), boot)

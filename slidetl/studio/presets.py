@@ -9,6 +9,7 @@ import yaml
 
 from slidetl.files import write_whole
 from slidetl.models.spec import BackboneSpec
+from slidetl.publish.evidence import LEAST_PATIENTS
 from slidetl.studio.jobs import Step
 from slidetl.studio.paths import Refused
 from slidetl.studio.project import Project
@@ -16,7 +17,6 @@ from slidetl.studio.texts import say
 
 PRESETS = ("ridge", "warm", "shared", "compare")
 _FRACTIONS = {"val_fraction": 0.15, "test_fraction": 0.25}
-_LEAST_PATIENTS = 10  # of 'slidetl export --evidence'
 _NETWORK = BackboneSpec()  # weights of ImageNet come with slidetl
 
 
@@ -101,7 +101,7 @@ def export_steps(run: str, folder: Path, patients: int, licence: str) -> tuple[S
     found = ridge if ridge.is_file() else folder
     table = predictions_of(folder)
     words = ["export", str(found.relative_to(folder.parents[1])), "--output", f"models/{run}.pt"]
-    if table is not None and patients >= _LEAST_PATIENTS:
+    if table is not None and patients >= LEAST_PATIENTS:
         words += ["--evidence", str(table.relative_to(folder.parents[1]))]
     return (Step((*words, *([f"--licence={licence}"] if licence else []))),)
 

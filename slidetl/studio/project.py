@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from slidetl.data.folder import SLIDE_SUFFIXES
 from slidetl.data.manifest import (
+    FIVE_GRADES,
     OPTIONAL,
     REQUIRED,
     check_scale,
@@ -62,7 +63,7 @@ class Settings:
     """
 
     slides: str = ""
-    grades: tuple[str, ...] = ("0", "1", "2", "3", "4")
+    grades: tuple[str, ...] = FIVE_GRADES
     mpp: float = 1.0
     tile_size_px: int = 224
 

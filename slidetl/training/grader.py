@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from slidetl.data.datamodule import DEFAULT_BATCH_SIZE, SlideDataModule
 from slidetl.data.datasets import Bag, Chunk, with_stored
-from slidetl.data.manifest import check_scale
+from slidetl.data.manifest import FIVE_GRADES, check_scale
 from slidetl.data.record import StudyRecord, read_record
 from slidetl.data.tasks import Task
 from slidetl.errors import CacheMismatchError, UsageError
@@ -91,7 +91,7 @@ class SlideGrader(pl.LightningModule):
         aggregator: Callable[[int], Pooling] = GatedAttention,
         head: Callable[[int, int], Head] = CumulativeLink,
         transfer: TransferStrategy = _WARM_RESTART,
-        grades: list[str] = ["0", "1", "2", "3", "4"],  # noqa: B006 (never changed)
+        grades: list[str] = list(FIVE_GRADES),  # noqa: B006 (never changed)
         lr: float = 1e-3,
         weight_decay: float = 0.01,
         schedule: Schedule = _ONE_CYCLE,

@@ -13,8 +13,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 
 from slidetl.compare.aggregate import RISK, ComparisonResult
-from slidetl.compare.config import ALPHA
-from slidetl.compare.learning import PLATEAU
+from slidetl.compare.config import ALPHA, PLATEAU
 from slidetl.compare.report.checklists import checklists_of
 from slidetl.compare.report.document import Document, Part, Plot, Section, as_text, write_html, write_markdown
 from slidetl.compare.report.plots import draw_all
