@@ -131,7 +131,7 @@ def test_a_slide_smaller_than_a_tile_is_excluded(slides: Path, tmp_path: Path) -
 def test_a_folder_of_all_sorts_is_told_apart(slides: Path, tmp_path: Path) -> None:
     words = ["--cache", str(tmp_path), "--mpp", "0.5", "--tile-size", "224", "--workers", "2"]
     assert main(["tile", str(slides), *words]) == 1
-    rows = {row.slide_id: row for row in Ledger(tmp_path / "ledger.csv").rows()}
+    rows = Ledger(tmp_path / "ledger.csv").by_slide()
     assert {name for name, row in rows.items() if row.status == USED} == {
         "CMU-1-Small-Region",
         "petebankhead-OS-2-ndpi.ome",

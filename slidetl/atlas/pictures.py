@@ -27,18 +27,17 @@ def picture_of(rgb: NDArray[np.uint8], longest_px: int = _SHOWN_PX) -> str:
     return data_uri("jpeg", encode_jpeg(np.asarray(picture), _QUALITY))
 
 
-def describe_tile(collection: Collection, tile: int, grades: tuple[str, ...] = ()) -> dict[str, Any]:
+def describe_tile(collection: Collection, tile: int) -> dict[str, Any]:
     """Describes a tile: its slide, place, patient, site and grade, empty if unknown."""
     slide, number = collection.place(tile)
     x, y = slide.cache.origins_level0[number].tolist()
     row = slide.row
-    grade = "" if row.grade is None else str(row.grade)
     return {
         "tile": f"{row.slide_id}@{x},{y}",
         "slide": row.slide_id,
         "patient": row.patient_id if collection.has_manifest else "",
         "site": row.site,
-        "grade": grades[row.grade] if grades and row.grade is not None else grade,
+        "grade": "" if row.grade is None else str(row.grade),
         "x_level0": x,
         "y_level0": y,
     }

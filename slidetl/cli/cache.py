@@ -36,7 +36,7 @@ def verify(cache: Path, *, repair: bool = False, decode: bool = False, slides: P
 
     paths = groups(cache)
     ledger = Ledger(cache / "ledger.csv")
-    rows = {row.slide_id: row for row in ledger.rows()}
+    rows = ledger.by_slide()
     sources = {slide_id: Path(row.path) for slide_id, row in rows.items()}
     if slides is not None:
         if not repair:

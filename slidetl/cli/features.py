@@ -102,7 +102,7 @@ def import_(
     jobs = _match(_hdf5_files(files), slides)
     rows: list[LedgerRow] = []
     ledger = Ledger(cache / "ledger.csv")
-    known = {row.slide_id for row in ledger.rows()}
+    known = set(ledger.by_slide())
     unknown, failed, new = set[str](), 0, 0
     told: dict[str, list[str]] = defaultdict(list)
     with Progress("files", len(jobs)) as progress, contextlib.ExitStack() as stack:

@@ -367,7 +367,7 @@ def _is_unchanged(entry: LedgerRow, state: tuple[int, float], is_same: bool) -> 
 
 
 def _read_ledger(folder: Path) -> dict[str, LedgerRow]:
-    return {entry.slide_id: entry for entry in Ledger(folder / "ledger.csv").rows()}
+    return Ledger(folder / "ledger.csv").by_slide()
 
 
 def _warn_of_lost(lost: Sequence[str], n_slides: int) -> None:

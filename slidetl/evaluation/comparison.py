@@ -299,18 +299,18 @@ def holm(p_values: ArrayLike) -> NDArray[np.float64]:
     return adjusted
 
 
-def chance_p(observed: float, null_metrics: ArrayLike) -> float:
+def chance_p(observed: float, null_metrics: ArrayLike, tolerance: float = 1e-12) -> float:
     """Computes the p-value of a metric against its values ``[n]`` under the null hypothesis.
 
     ``(1 + hits) / (1 + n)`` (Phipson and Smyth, Statistical Applications in Genetics and Molecular Biology
     2010), a hit being a null metric at least as high; at least 19 are needed to reach 0.05. It tests a whole
     procedure if every null metric comes from labels permuted over patients *before* training, with all inner
-    choices made again. Higher metrics are better.
+    choices made again. Higher metrics are better; one that is less by the tolerance counts as equal.
     """
     null = np.asarray(null_metrics, np.float64)
     if null.ndim != 1 or not len(null) or not (np.isfinite(null).all() and np.isfinite(observed)):
         raise UsageError("expected a finite metric, and at least one of permuted labels")
-    return float((1 + (null >= observed - 1e-12).sum()) / (1 + len(null)))
+    return float((1 + (null >= observed - tolerance).sum()) / (1 + len(null)))
 
 
 @dataclass(frozen=True)

@@ -67,12 +67,12 @@ def site_by_grade(
         return SiteByGrade(tuple(names.tolist()), table, None, None, len(units))
     observed = _chi_square(unit_site, unit_grade, len(names), n_grades)
     rng = np.random.default_rng(seed)
-    hits = sum(
-        _chi_square(rng.permutation(unit_site), unit_grade, len(names), n_grades) >= observed - 1e-9
+    null = [
+        _chi_square(rng.permutation(unit_site), unit_grade, len(names), n_grades)
         for _ in range(n_permutations)
-    )
+    ]
     v = _cramers_v(observed, len(units), len(names), len(np.unique(unit_grade)))
-    return SiteByGrade(tuple(names.tolist()), table, v, (1 + hits) / (1 + n_permutations), len(units))
+    return SiteByGrade(tuple(names.tolist()), table, v, chance_p(observed, null, 1e-9), len(units))
 
 
 @dataclass(frozen=True)

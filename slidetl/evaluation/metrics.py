@@ -278,17 +278,12 @@ def difference(first: Metric, second: Metric) -> Metric:
 def auroc(positive: ArrayLike, scores: ArrayLike) -> float:
     """Computes the area under the ROC curve: how often positives score above negatives, ties counting half.
 
-    By ranks (Mann and Whitney, Annals of Mathematical Statistics 1947), of ``positive [N] bool`` and
-    ``scores [N]``. Returns 0..1, or NaN without a positive or without a negative.
+    Of ``positive [N] bool`` and ``scores [N]`` (Mann and Whitney, Annals of Mathematical Statistics 1947).
+    Returns 0..1, or NaN without a positive or without a negative.
     """
-    from scipy.stats import rankdata
-
-    positive = np.asarray(positive, bool)
-    check_finite(np.asarray(scores, np.float64))
-    n_positive = int(positive.sum())
-    n_pairs = n_positive * (len(positive) - n_positive)
-    above = rankdata(scores)[positive].sum() - n_positive * (n_positive + 1) / 2
-    return float(above / n_pairs) if n_pairs else float("nan")
+    values = np.asarray(scores, np.float64)
+    check_finite(values)
+    return float(auroc_metric(np.asarray(positive, bool), values)(np.ones((1, len(values))))[0])
 
 
 def calibration_error(

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from slidetl.errors import ModelFileError, UsageError
-from slidetl.library.model_card import ModelCard
-from slidetl.publish.export import ExportedNetwork
+from slidetl.library.model_card import METADATA, ModelCard
+from slidetl.publish.export import ExportedNetwork, random_tiles
 
-_METADATA = "slidetl.json"  # its name among the model's properties
 _GRADED = ["probabilities", "expected_grade", "attention"]
 _EXPLAINED = ["score", "contributions"]
 _MOST_INSIDE = (
@@ -102,10 +101,7 @@ def export_onnx(network: ExportedNetwork, card: ModelCard, path: Path) -> dict[s
     except ImportError as error:
         raise UsageError(f"ONNX needs more packages ({error.name}): pip install 'slidetl[onnx]'") from error
 
-    size = card.tile_spec.tile_size_px
-    generator = torch.Generator().manual_seed(0)
-    shape = (5, network.in_channels, size, size)
-    tiles = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    tiles = random_tiles(network, card.tile_spec, 5, torch.Generator().manual_seed(0))
     second = path.with_name(f"{path.stem}.grade.onnx")
     path.parent.mkdir(parents=True, exist_ok=True)
     # Under their own names, since a graph names the file of its weights.
@@ -163,7 +159,7 @@ def _write(
         program: Any = torch.onnx.export(
             traced, (example,), input_names=[name], output_names=outputs, dynamo=True, verbose=False
         )
-    program.model.metadata_props[_METADATA] = card.to_json()
+    program.model.metadata_props[METADATA] = card.to_json()
     weights = (value.const_value for value in program.model.graph.initializers.values())
     size = sum(value.nbytes for value in weights if value is not None)
     program.save(str(path), external_data=size > _MOST_INSIDE)

@@ -406,7 +406,7 @@ class Project:
     def ledger(self) -> dict[str, LedgerRow]:
         """Reads the outcome of tiling of the slides of now, by slide; one of another file has failed."""
         try:
-            entries = {entry.slide_id: entry for entry in Ledger(self.cache / "ledger.csv").rows()}
+            entries = Ledger(self.cache / "ledger.csv").by_slide()
         except CacheError:
             return {}
         found = {}

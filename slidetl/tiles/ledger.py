@@ -146,6 +146,10 @@ class Ledger:
         except (UnicodeDecodeError, csv.Error) as error:
             raise CacheError(f"{self._path}: not a ledger ({error}); move it away") from error
 
+    def by_slide(self) -> dict[str, LedgerRow]:
+        """Reads :meth:`rows`, by the slide's identifier."""
+        return {row.slide_id: row for row in self.rows()}
+
     def record(self, new: Iterable[LedgerRow]) -> None:
         """Adds rows, or replaces those of the same slide, and replaces the file atomically.
 
@@ -157,7 +161,7 @@ class Ledger:
             # No lease: a full disk has no space for it. Without kernel locks, the last of two simultaneous
             # writes wins.
             with kernel_lock(self._path.parent / ".locks" / f"{self._path.name}.lock"):
-                rows = {row.slide_id: row for row in self.rows()}
+                rows = self.by_slide()
                 rows.update((row.slide_id, row) for row in new)
                 self._write(rows.values())
         except (CacheError, FileHeldError):

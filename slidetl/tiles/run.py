@@ -114,7 +114,7 @@ def record_as_done(
     cache_dir.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(cache_dir / "ledger.csv")
     # A foreign file of this name is found before the work, not after it.
-    before = {row.slide_id: row for row in ledger.rows()}
+    before = ledger.by_slide()
     regions_of = {source.slide_id: source.regions for source in sources}
     gone: list[str] = []
     rows: dict[str, LedgerRow] = {}

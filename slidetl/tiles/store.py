@@ -798,7 +798,7 @@ def describe_write_error(error: Exception, folder: Path) -> str:
 
     It has the remedy if the disk is full, or if this user may not write there.
     """
-    if not isinstance(error, OSError) or not is_full(error):
+    if not is_full(error):
         path = getattr(error, "filename", None)
         if isinstance(error, PermissionError) and path and Path(path).is_relative_to(folder):
             return f"{path}: {error.strerror}; {_SHARED}"

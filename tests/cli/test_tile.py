@@ -65,7 +65,7 @@ def test_a_run_with_one_bad_slide_does_the_others_and_exits_with_1(
     assert "3 slides: 2 used, 0 excluded, 1 failed; " in out
     assert "failed: bad: " in err and "not a slide" in err
     assert err.count("[3/3]") == 1
-    rows = {row.slide_id: row for row in Ledger(tmp_path / "cache" / "ledger.csv").rows()}
+    rows = Ledger(tmp_path / "cache" / "ledger.csv").by_slide()
     assert [rows[name].status for name in slides] == [USED, FAILED, USED]
     # The manifest's spacing makes that slide half as wide.
     assert rows["good"].tiles == 48 and rows["scaled"].tiles == 12
@@ -235,7 +235,7 @@ def test_missing_files_cost_their_slides_and_are_one_line(
     assert "21 slides: 1 used, 0 excluded, 20 failed" in out
     failed = [line for line in err.splitlines() if line.startswith("failed")]
     assert failed == [f"failed: gone0, gone1, gone2, ... (20 in all): {tmp_path / '0.svs'}: no such file"]
-    rows = {row.slide_id: row for row in Ledger(cache / "ledger.csv").rows()}
+    rows = Ledger(cache / "ledger.csv").by_slide()
     assert rows["gone7"].status == FAILED and rows["gone7"].reason.endswith("7.svs: no such file")
     assert rows["患者1"].status == USED and SlideCache.open(cache_path(cache, "患者1")).slide_id == "患者1"
 

@@ -117,7 +117,7 @@ def test_a_worker_killed_in_mid_slide_loses_nothing(
     assert run.wait(timeout=PATIENCE_S) == 0, (tmp_path / "run.log").read_text()
     assert other.poll() is None
 
-    rows = {row.slide_id: row for row in Ledger(tmp_path / "cache" / "ledger.csv").rows()}
+    rows = Ledger(tmp_path / "cache" / "ledger.csv").by_slide()
     assert {name: rows[name].status for name in names} == dict.fromkeys(names, USED)
     assert groups(tmp_path / "cache") == groups(tmp_path / "undisturbed")
     log = (tmp_path / "run.log").read_text()
