@@ -222,5 +222,10 @@ def test_every_arm_that_ships_can_be_trained(path: Path, tmp_path: Path) -> None
         assert torch.isfinite(grader.trainer.callback_metrics["train/loss"])
 
 
-def test_the_founding_experiment_is_there() -> None:
+def test_the_founding_experiment_is_there_as_it_was_registered() -> None:
     assert {path.stem for path in CONFIGS} >= {"fibrosis", "fibrosis_quick"}
+    founding = read_comparison(next(path for path in CONFIGS if path.stem == "fibrosis"))
+    registered = Path(__file__).parents[2] / str(founding.registered)
+    assert founding.sha256 in registered.read_text(encoding="utf-8")
+    for arm in ("warm", "shared-weights", "shared-activations"):
+        assert founding.fit_config(arm)["model"]["transfer"]["init_args"]["batch_statistics"]
