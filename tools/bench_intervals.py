@@ -30,7 +30,7 @@ from slidetl.evaluation.bootstrap import Metric, bca_interval, resampled_metric,
 from slidetl.evaluation.calibration import calibration_null
 from slidetl.evaluation.comparison import chance_p, sign_flip_test
 from slidetl.evaluation.conformal import fit_grade_sets, referral_rule, risk_coverage
-from slidetl.evaluation.metrics import accuracy, by_repeat, difference, qwk
+from slidetl.evaluation.metrics import accuracy, auroc_metric, by_repeat, difference, qwk
 from slidetl.evaluation.power import StudyDesign, power_table
 from slidetl.evaluation.protocol import Case, Fold, Protocol, permute_grades, plan_folds
 
@@ -38,6 +38,8 @@ GRADES = 5
 COMMON_TO_ARMS, COMMON_TO_SLIDES = 0.7, 0.3
 ACCURACIES = (0.58, 0.66)  # of the two arms whose intervals are judged
 PATIENTS = (20, 60)
+FEW_PATIENTS = (2, 3, 4, 5, 10)
+RARE = (1, 2, 3, 5)  # patients above a grade, of 40
 SLIDES_A_PATIENT = 5 / 3
 PROMISING = 0.8  # accuracy of the arm whose promises are judged
 RISK, REFERRAL_RISK = 0.1, 0.3
@@ -119,6 +121,43 @@ def _metrics(one: Studied) -> list[Metric]:
     kappas = [partial(qwk, one.true, graded, GRADES) for graded in one.graded]
     shares = [partial(accuracy, one.true, graded) for graded in one.graded]
     return [kappas[0], shares[0], difference(kappas[1], kappas[0]), difference(shares[1], shares[0])]
+
+
+def few_patients(n_studies: int, n_draws: int, seed: int) -> Iterable[tuple[str, str]]:
+    """Shares of percentile intervals of QWK that hold the truth, by number of patients."""
+    deviations = [deviation_of(ACCURACIES[0])] * 2
+    whole = study(np.random.default_rng(seed), 400_000, deviations)
+    truth = float(_metrics(whole)[0](np.ones(len(whole.true))))
+    for n_patients in FEW_PATIENTS:
+        rng, held = np.random.default_rng((seed, n_patients)), list[bool]()
+        while len(held) < n_studies:
+            one = one_each(rng, n_patients, deviations)
+            held += _holds(_metrics(one)[0], one.patients, truth, n_draws, len(held))
+        yield str(n_patients), f"{np.mean(held):.3f}"
+
+
+def rare_grades(n_studies: int, n_draws: int, seed: int) -> Iterable[tuple[str, str]]:
+    """Shares of percentile intervals of an AUROC of .86 that hold it, by the number of positives among 40."""
+    shift = 2**0.5 * float(norm.ppf(0.86))  # of the positives, in standard deviations
+    for n_positive in RARE:
+        rng, held = np.random.default_rng((seed, n_positive)), list[bool]()
+        positive = np.arange(40) < n_positive
+        while len(held) < n_studies:
+            metric = auroc_metric(positive, rng.standard_normal(40) + shift * positive)
+            held += _holds(metric, np.arange(40), 0.86, n_draws, len(held))
+        yield str(n_positive), f"{np.mean(held):.3f}"
+
+
+def _holds(
+    metric: Metric, patients: NDArray[np.int64], truth: float, n_draws: int, seed: int
+) -> tuple[bool, ...]:
+    """Tells if the percentile interval holds the truth; empty where there is none, or a point."""
+    drawn = resampled_metric(metric, patients, n_draws=n_draws, seed=seed)
+    defined = drawn[~np.isnan(drawn)]
+    if 2 * len(defined) < n_draws:
+        return ()
+    low, high = np.quantile(defined, [0.025, 0.975])
+    return (bool(low <= truth <= high),) if high - low > 1e-12 else ()
 
 
 def shares(n_draws: int, seed: int) -> Iterable[tuple[str, ...]]:
@@ -326,6 +365,20 @@ def main() -> None:
     begin("patients", "QWK", "accuracy", "difference of QWK", "difference of accuracy")
     for patients, cells in coverage(n, draws, seed):
         row(patients, *cells)
+    print("\n## Few patients\n")
+    say(
+        f"Coverage of 95 % percentile intervals of the QWK of an arm of accuracy {ACCURACIES[0]}, one "
+        "result a patient, and of an AUROC of .86 of one grade against those below, by its patients among "
+        "40. Where the metric is undefined or the same in all resamples, a study is drawn anew. Below five "
+        "patients, on either side of an AUROC, slidetl gives no interval."
+    )
+    begin("patients", "QWK")
+    for cells_of_few in few_patients(n, draws, seed):
+        row(*cells_of_few)
+    print()
+    begin("patients of the grade", "AUROC")
+    for cells_of_rare in rare_grades(n, draws, seed):
+        row(*cells_of_rare)
     print("\n## Shares near 1\n")
     say(
         "Coverage of 95 % intervals of a share of patients, summed over all numbers of hits with their "

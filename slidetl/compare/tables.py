@@ -98,11 +98,10 @@ def _result_rows(result: ComparisonResult) -> Iterator[dict[str, Any]]:
         for name in ("qwk", "kappa", "accuracy"):
             yield _row("agreement", name, getattr(agreed, name), n=agreed.n, note=readers)
     if result.ceiling is not None:
-        values = asdict(result.ceiling)
-        bounds = [values.pop(name) for name in ("accuracy", "low", "high", "level")]
-        yield _row("ceiling", "accuracy", Interval(*bounds))
-        for name, value in values.items():
-            yield _row("ceiling", name, value)
+        yield _row("ceiling", "accuracy", result.ceiling.interval)
+        for name, value in asdict(result.ceiling).items():
+            if name not in ("accuracy", "low", "high", "level"):
+                yield _row("ceiling", name, value)
     for name, table in result.places.items():
         if table is not None:
             counts = {place: list(row) for place, row in zip(table.sites, table.slides, strict=True)}

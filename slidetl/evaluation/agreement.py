@@ -100,6 +100,11 @@ class ReaderCeiling:
     high: float
     level: float
 
+    @property
+    def interval(self) -> Interval:
+        """:attr:`accuracy` with its bounds: a point if the readers never disagreed."""
+        return Interval(self.accuracy, self.low, self.high, self.level)
+
 
 def reader_agreement(
     readings: ArrayLike, patients: ArrayLike, n_grades: int, **how: Unpack[Resampling]

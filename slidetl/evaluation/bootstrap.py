@@ -18,6 +18,10 @@ from slidetl.evaluation.shapes import check_lengths, value_of_patient
 # compute it from.
 Metric = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
+LEAST_PATIENTS = 5
+"""Of a bootstrap, and on either side of an AUROC: intervals of fewer are far too short
+(``docs/evidence/intervals.md``)."""
+
 _BLOCK = 1 << 21  # weights at a time: 16 MB
 _DECIMALS = 12
 
@@ -39,20 +43,20 @@ class Interval:
 
     @property
     def is_point(self) -> bool:
-        """True if nothing varied, which proves no certainty; resamples may differ by rounding."""
+        """True if there are no bounds: nothing varied but by rounding, or patients are too few to tell."""
         return abs(self.high - self.low) < 1e-12
 
     def __format__(self, form: str) -> str:
-        """Formats the estimate and its bounds; a point is no interval: nothing varied, which is no proof."""
+        """Formats the estimate and its bounds, if it has any."""
         if self.is_point:
-            return f"{self.estimate:{form}} (the same in all resamples)"
+            return f"{self.estimate:{form}} (no interval)"
         return f"{self.estimate:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
 
 def proven(intervals: Mapping[str, Interval | None]) -> dict[str, tuple[float, float, float]]:
     """Returns estimate, low and high by name, without undefined metrics (None) and without points.
 
-    Of a point all resamples agree, which proves no certainty.
+    A point proves no certainty.
     """
     return {
         name: (one.estimate, one.low, one.high)
@@ -96,8 +100,8 @@ def bca_interval(
     Without repeats the interval is conditional on the fitted models: it covers other patients, not another
     training. At 95 % it covers a metric of one arm 94 to 96 % of the time with 60 patients or 20, a
     difference of two 92 % with 60 and 90 to 92 % with 20 (``docs/evidence/intervals.md``). If all draws agree
-    it is the estimate itself, which is no proof of certainty: take :func:`share_interval` for a share. Draws
-    with an undefined metric (NaN) are left out.
+    or there are fewer than :data:`LEAST_PATIENTS`, it is the estimate itself, which is no proof of certainty:
+    take :func:`share_interval` for a share. Draws with an undefined metric (NaN) are left out.
 
     Args:
         metric: weights ``[B, N]`` -> ``[B]`` or ``[R, B]``; of a paired comparison, the difference of two.
@@ -136,6 +140,8 @@ def bca_interval_if_defined(
     estimate = float(metric(np.ones((1, len(member)))).mean())
     if np.isnan(estimate):
         return None
+    if len(stratum) < LEAST_PATIENTS:
+        return Interval(estimate, estimate, estimate, level)
     rng = np.random.default_rng(seed)
     draws = _with_repeats(_resampled(metric, member, stratum, n_draws, rng), rng)
     # Equal values differ in the last bits, by the order of their sums, and must tie. Adding 0 makes -0 a 0.

@@ -133,6 +133,8 @@ def recalibrate(
     found = np.zeros_like(rows)
     # Stratified, or a constant score gets the commonest grade of the other folds, the rarest one here.
     for held_out in stratified_folds(grades, who, n_folds, seed):
+        if not len(held_out):
+            continue
         train = np.setdiff1d(np.arange(len(grades)), held_out)
         if len(np.unique(grades[train])) < 2:
             raise UsageError("recalibration needs patients of two grades beside those of any fold")

@@ -9,13 +9,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import UsageError
-from slidetl.evaluation.bootstrap import Interval, Resampling, bca_interval_if_defined
+from slidetl.evaluation.bootstrap import LEAST_PATIENTS, Interval, Resampling, bca_interval_if_defined
 from slidetl.evaluation.comparison import chance_p
 from slidetl.evaluation.shapes import check_lengths
 
-# Patients on either side, for an interval. Of the ways to divide ten patients 2 in 252 keep the highest five
-# together, but 2 in 20 of six: a bootstrap is as sure of the latter.
-LEAST_PATIENTS = 5
 _PERMUTATIONS = 999
 
 

@@ -21,7 +21,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import UsageError
-from slidetl.evaluation.bootstrap import Metric, bca_interval_if_defined, proven, share_interval
+from slidetl.evaluation.bootstrap import (
+    LEAST_PATIENTS,
+    Metric,
+    bca_interval_if_defined,
+    proven,
+    share_interval,
+)
 
 # Floor of a probability in a logarithm, so that one slide cannot decide a log loss alone.
 LEAST_PROBABILITY = 1e-7
@@ -229,17 +235,21 @@ def patient_intervals(
         patients: ``[N]``.
 
     Returns:
-        The :func:`~slidetl.evaluation.bootstrap.proven` ones; none with a single patient.
+        The :func:`~slidetl.evaluation.bootstrap.proven` ones; none with a single patient, and no AUROC with
+        fewer than five patients on either side.
     """
     grades, (rows,) = check_probabilities(true, probabilities)
-    if len(set(np.asarray(patients).tolist())) < 2:
+    who = np.asarray(patients)
+    if len(np.unique(who)) < 2:
         return {}
     above = rows[:, ::-1].cumsum(1)[:, -2::-1].round(12)
     metrics: dict[str, Metric] = {"log_loss": lambda weights: log_loss(grades, rows, weights)}
     for k in range(above.shape[1]):
-        metrics[f"auroc_above_{k}"] = auroc_metric(grades > k, above[:, k])
-    found = {name: bca_interval_if_defined(metric, patients) for name, metric in metrics.items()}
-    return proven({"accuracy": share_interval(rows.argmax(1) == grades, patients), **found})
+        sides = (np.unique(who[(grades > k) == is_above]) for is_above in (True, False))
+        if min(map(len, sides)) >= LEAST_PATIENTS:  # of one alone, resamples never see its own variance
+            metrics[f"auroc_above_{k}"] = auroc_metric(grades > k, above[:, k])
+    found = {name: bca_interval_if_defined(metric, who) for name, metric in metrics.items()}
+    return proven({"accuracy": share_interval(rows.argmax(1) == grades, who), **found})
 
 
 def auroc_metric(positive: NDArray[np.bool_], scores: NDArray[np.float64]) -> Metric:

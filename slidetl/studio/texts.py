@@ -279,7 +279,7 @@ TEXTS: Mapping[str, str] = {
         "Of {n} more test slides the model gives no grade, and they are in no number here: {names}"
     ),
     "model.interval": "95 % interval {low} to {high}, over {n} patients",
-    "model.no_interval": "no interval: all samples of these patients give the same",
+    "model.no_interval": "no interval: too few patients, or all samples of them give the same",
     "model.undefined": "undefined on these slides",
     "model.accuracy": "Exactly right",
     "model.qwk": "Agreement (quadratic-weighted kappa)",

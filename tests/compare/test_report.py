@@ -620,7 +620,7 @@ def test_arms_that_agree_everywhere_are_not_shown_to_be_equivalent(
     comparison = replace(result.comparison, primary=replace(result.comparison.primary, margin=0.05))
     text = worded(replace(result, comparison=comparison), tmp_path).text[""]
     assert f"which differ in 0 of {n}" in text and "equivalence is not shown" in text
-    assert ("all resamples of the patients have this difference" in text) == (metric == "qwk")
+    assert ("there is no interval: all resamples of the patients agree" in text) == (metric == "qwk")
     assert ("there is no interval, so equivalence" in text) == (metric == "qwk")
     arms = Page(tmp_path / "report.html").text["arms"]
     assert "Without an interval (here of warm, scratch" in arms

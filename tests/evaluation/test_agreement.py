@@ -113,6 +113,7 @@ def test_a_single_reader_has_no_peers() -> None:
 def test_readers_who_gave_one_grade_leave_the_kappas_of_the_ceiling_undefined() -> None:
     ceiling = reader_ceiling([2] * 20, [2] * 20, np.arange(20), 5, n_draws=5)
     assert ceiling.accuracy == ceiling.consensus_accuracy == ceiling.together_accuracy == 1
+    assert ceiling.interval.is_point  # which is no certainty
     assert np.isnan([ceiling.qwk, ceiling.consensus_qwk, ceiling.together_qwk]).all()
 
 

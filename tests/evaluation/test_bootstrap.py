@@ -251,8 +251,15 @@ def test_a_share_of_slides_or_repeats_that_differ_is_covered() -> None:
 def test_where_nothing_varies_the_interval_is_a_point() -> None:
     interval = bca_interval(mean_of(np.ones(10)), range(10), n_draws=100)
     assert (interval.low, interval.estimate, interval.high) == (1, 1, 1)
-    assert f"{interval:.2f}" == "1.00 (the same in all resamples)"
+    assert f"{interval:.2f}" == "1.00 (no interval)"
     assert f"{Interval(0.1, -0.1, 0.2, 0.95):+.1f}" == "+0.1 [-0.1, +0.2]"
+
+
+@pytest.mark.parametrize(("n_patients", "is_point"), [(2, True), (4, True), (5, False)])
+def test_few_patients_have_no_interval(n_patients: int, is_point: bool) -> None:
+    values = np.random.default_rng(0).normal(size=2 * n_patients)
+    interval = bca_interval(mean_of(values), np.arange(2 * n_patients) % n_patients, n_draws=100)
+    assert interval.estimate == pytest.approx(values.mean()) and interval.is_point == is_point
 
 
 def test_many_slides_are_resampled_in_blocks_to_the_same_end(monkeypatch: pytest.MonkeyPatch) -> None:

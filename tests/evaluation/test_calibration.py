@@ -20,6 +20,7 @@ from slidetl.evaluation.calibration import (
     with_temperature,
 )
 from slidetl.evaluation.comparison import patient_results
+from slidetl.evaluation.folds import stratified_folds
 from slidetl.evaluation.metrics import calibration_error, log_loss
 from slidetl.evaluation.ordinal import ProportionalOdds
 
@@ -286,3 +287,7 @@ def test_recalibration_needs_enough_patients() -> None:
         with pytest.raises(UsageError, match=r"at least 5 patients .* as many slides of the commonest grade"):
             recalibrate(true, np.full((len(true), 3), 1 / 3), np.arange(len(true)))
     assert recalibrate([0] * 5 + [1, 2], np.full((7, 3), 1 / 3), np.arange(7)).shape == (7, 3)
+    patients = [0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2, 3, 3, 4, 4, 4]  # of whom one fold gets none
+    true = [0, 2, 0, 2, 0, 0, 2, 1, 2, 2, 1, 0, 1, 1, 1, 1]
+    assert 0 in map(len, stratified_folds(true, patients, 5, 0))
+    np.testing.assert_allclose(recalibrate(true, np.full((16, 3), 1 / 3), patients).sum(axis=1), 1)

@@ -286,6 +286,8 @@ def test_intervals_over_patients_weigh_as_scikit_learn_does() -> None:
     assert metric(weights[None])[0] == pytest.approx(copied)
     assert np.isnan(metric((true == 1).astype(float)[None])[0])  # no negative is left
     assert patient_intervals(true, rows, np.zeros(40)) == {}
+    rare = (np.arange(40) < 8).astype(int)  # of four patients
+    assert list(patient_intervals(rare, rows, who)) == ["accuracy", "log_loss"]
     # Grades that are told apart completely: an AUROC of 1 in all resamples is no interval.
     assert list(patient_intervals(true, np.eye(2)[true] * 0.8 + 0.1, who)) == ["accuracy"]
 

@@ -45,6 +45,8 @@ def test_the_page_has_its_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     rows = [line for line in page.splitlines() if line.startswith("| ") and line[2].isdigit()]
     assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == [
         *("20", "60"),
+        *("2", "3", "4", "5", "10"),
+        *("1", "2", "3", "5"),
         *["20"] * 3,
         *["60"] * 3,
         *("20", "60"),

@@ -193,7 +193,7 @@ class View:
 
     @property
     def is_constant(self) -> bool:
-        """True if the declared difference is the same on all resamples of the patients."""
+        """True if the declared difference has no interval: all resamples agree, or patients are few."""
         declared = self.result.primary
         return declared is not None and bool(
             np.isnan(declared.interval.low) and not np.isnan(declared.interval.estimate)
@@ -209,7 +209,7 @@ class View:
 
     @property
     def pointlike(self) -> tuple[str, ...]:
-        """Arms with a metric that is the same in all resamples."""
+        """Arms with a metric that has no interval."""
         arms = (*self.arms, *self.result.smaller)
         return tuple(arm.label for arm in arms if any(found.is_point for found in arm.metrics.values()))
 
