@@ -48,11 +48,13 @@ def cluster(connection: Connection, side: str, options: argparse.Namespace, band
         found = MeanShift(bandwidth=bandwidth, seeds=seeds, n_jobs=options.jobs).fit(points)
         labels, centres = found.labels_, found.cluster_centers_
     else:
+        import torch
+
         from slidetl.analysis.clusters import mean_shift
 
         near = int(side.split("=")[1]) if "=" in side else None
         kernel: Any = "gaussian" if side == "gaussian" else "flat"
-        device = "cuda" if side == "GPU" else "cpu"
+        device = torch.device("cuda" if side == "GPU" else "cpu")
         if kernel == "gaussian":
             bandwidth /= 3  # the edge of the flat kernel is three standard deviations
         started, processor = time.perf_counter(), time.process_time()
@@ -63,7 +65,7 @@ def cluster(connection: Connection, side: str, options: argparse.Namespace, band
     connection.send((labels, len(centres), seconds, processor, peak / 2**20, (peak - before) / 2**20))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0] if __doc__ else None,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -76,14 +78,14 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes of scikit-learn, over seeds")
     parser.add_argument("--sides", nargs="+", default=["scikit-learn", "flat", "gaussian", "k=512", "k=16"])
     parser.add_argument("--output", type=Path, help="text file to write the table to")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     from sklearn.metrics import adjusted_rand_score
 
     from slidetl.analysis.clusters import bandwidth_of
 
     points, truth = draw(options.points, options.columns, options.clusters, options.seed)
-    bandwidth = bandwidth_of(points, max(2, options.points // 100), device="cpu")
+    bandwidth = bandwidth_of(points, max(2, options.points // 100))
     lines = [
         f"{options.points} points of {options.columns} columns, {options.clusters} clusters drawn, "
         f"{options.seeds} seeds, bandwidth {bandwidth:.3f}",
