@@ -148,7 +148,7 @@ def plan_folds(cases: Sequence[Case], protocol: Protocol, n_grades: int) -> tupl
         raise UsageError(f"grades must be from 0 to {n_grades - 1}; slide {strange[0]!r} has another")
     site, external = protocol.external_site, tuple[str, ...]()
     if site or protocol.leave_one_site_out:
-        _check_sites(cases)
+        _check_sites(cases, site)
     if site:
         external = _ids(case for case in cases if case.site == site)
         if not external:
@@ -343,9 +343,11 @@ def _outer(cases: list[Case], protocol: Protocol, repeat: int) -> list[tuple[str
     return parts
 
 
-def _check_sites(cases: Iterable[Case]) -> None:
-    """Refuses two spellings of a site, which would be on both sides of a fold."""
+def _check_sites(cases: Iterable[Case], external: str) -> None:
+    """Refuses two spellings of a site on both sides of a fold: of the external one, without it of any."""
     for pair in spelled_twice(case.site for case in cases):
+        if external and external not in pair:
+            continue
         one, two = distinct(*pair)
         raise UsageError(
             f"protocol: sites {one} and {two} may be one, spelled twice, and would be trained and tested on; "
