@@ -34,7 +34,7 @@ from slidetl.evaluation.protocol import (
 from slidetl.files import file_sha256
 from slidetl.library.local import SCHEME, pulled_card
 from slidetl.models.packaged import packaged_weights
-from slidetl.models.spec import PUBLISHED, BackboneSpec
+from slidetl.models.spec import INFLATED, PUBLISHED, BackboneSpec
 from slidetl.text import listed
 from slidetl.tiles.features import common_source, read_features
 from slidetl.tiles.store import SlideCache, cache_path
@@ -431,8 +431,26 @@ def _longer(recipe: dict[str, Any], factor: float) -> dict[str, Any]:
 
 
 def _weights_sha256(name: str, source: str) -> str:
-    """Hashes the file of a backbone's weights; empty if they are in a cache or are downloaded."""
+    """Hashes the file of a backbone's weights; empty if they are in a cache or are downloaded.
+
+    The hash of a network in a folder covers its configuration, which decides on the network.
+    """
+    in_folder = name.removeprefix(INFLATED).startswith("local-dir:")
     if source.startswith(SCHEME):
-        return pulled_card(source.removeprefix(SCHEME)).model.weights_sha256
-    path = packaged_weights(name) if source in PUBLISHED else Path(source)
+        weights = pulled_card(source.removeprefix(SCHEME)).model.weights_sha256
+    elif source not in PUBLISHED:
+        weights = _sha256_of(Path(source))
+    elif in_folder:
+        from slidetl.models.backbones import local_weights  # imported here: torch takes seconds
+
+        weights = _sha256_of(local_weights(name.removeprefix(INFLATED)))
+    else:
+        weights = _sha256_of(packaged_weights(name))
+    if not in_folder:
+        return weights
+    folder = Path(name.removeprefix(INFLATED).removeprefix("local-dir:"))
+    return canonical_sha256([weights, _sha256_of(folder / "config.json")])
+
+
+def _sha256_of(path: Path | None) -> str:
     return file_sha256(path) if path is not None and path.is_file() else ""

@@ -337,6 +337,22 @@ def test_weights_and_features_that_are_choices_are_in_the_key(study: Cohort, tmp
     assert not before[0] & after[0] and not before[1] & after[1] and before[2] == after[2]
 
 
+@pytest.mark.parametrize("source", ["hub", "file"])
+def test_the_files_of_a_network_in_a_folder_are_in_the_key(
+    source: str, study: Cohort, tmp_path: Path
+) -> None:
+    folder = tmp_path / "lab"
+    folder.mkdir()
+    own, config = folder / "model.safetensors", folder / "config.json"
+    backbone = {"name": f"local-dir:{folder}", "pretrained": "hub" if source == "hub" else str(own)}
+    keys = []
+    for weights, about in (("a", "{}"), ("b", "{}"), ("b", "{ }"), ("a", "{}")):
+        own.write_text(weights)
+        config.write_text(about)
+        keys.append(planned(study, tmp_path, {"fit": {"model": {"backbone": backbone}}})[1].key)
+    assert len(set(keys)) == 3 and keys[0] == keys[3]
+
+
 def test_an_augmentation_of_the_base_hinders_no_arm_on_stored_features(study: Cohort, tmp_path: Path) -> None:
     """Each of its jobs failed, after those of the other arms."""
     cache = tmp_path / "cache"
