@@ -65,6 +65,11 @@ _LESS_MEMORY = {
     **dict.fromkeys(COMMANDS, "use a machine with more memory, or fewer slides at a time"),
     **dict.fromkeys(("validate", "test", "predict"), _EVALUATION_MEMORY),
     **dict.fromkeys(("fit", "find-lr"), _TRAINING_MEMORY),
+    **dict.fromkeys(
+        ("export", "similarity"),
+        "free the card's, or hide it with CUDA_VISIBLE_DEVICES= before the command; else use a machine with "
+        "more",
+    ),
     "tile": "use fewer --workers, or a machine with more",
     "embed": "lower --batch-size",
     "federate": "lower bag_size, batch_size, chunk_size or num_workers in its configuration",

@@ -466,6 +466,7 @@ class _Fit:
                     tiles,
                     caches[0].spec,
                     min(_SIMILARITY_PASS, data.pass_size),
+                    self._trainer(1, []).strategy.root_device,
                 )
                 for name in (_START, _LAST)
             )

@@ -47,7 +47,7 @@ from slidetl.grading.series import SeriesGrade
 from slidetl.library.model_card import ModelCard
 from slidetl.models.precision import chosen_device
 from slidetl.models.runner import Rates, Runner
-from slidetl.processes import Child, start_child
+from slidetl.processes import Child, see_one_card, start_child
 from slidetl.processor import hand_back_memory, usable_cores
 from slidetl.publish.model_file import ModelFile, load_model
 from slidetl.slides import open_slide
@@ -744,6 +744,9 @@ def _serve(
             yield slide
 
     torch.set_num_threads(threads)
+    if place.startswith("cuda:"):
+        see_one_card(int(place.removeprefix("cuda:")))
+        place = "cuda"
     try:
         model = _ready(load_model(path, place), options)
         for row in _grade_here(model, asked(), names, options, spacings, most, threads):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -43,17 +44,21 @@ def has_bfloat16(device: torch.device) -> bool:
 
 @contextmanager
 def exact_float32(device: torch.device) -> Iterator[None]:
-    """Computes float32 convolutions on a GPU in float32; torch's default is TF32, with 10 bits for 23.
+    """Computes float32 on a GPU in float32, where torch's default for convolutions is TF32: 10 bits for 23.
 
-    In TF32 a folded batch norm, or another batch length, changes a probability by up to 1e-3. The setting is
+    So is that of matrix products in some containers (``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE``). In TF32 a folded
+    batch norm, or another batch length, changes a probability by up to 1e-3. The setting is
     the whole process's, so only one thread may use it at a time; on a CPU nothing is set.
     """
     if device.type != "cuda":
         yield
         return
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    kinds: tuple[Any, ...] = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [kind.allow_tf32 for kind in kinds]
+    for kind in kinds:
+        kind.allow_tf32 = False
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        for kind, allowed in zip(kinds, before, strict=True):
+            kind.allow_tf32 = allowed

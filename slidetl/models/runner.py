@@ -265,6 +265,8 @@ class Runner:
         failed: BaseException | None = None
         try:
             if self._is_gpu:
+                if self.device.index is not None:  # or leaving the stream of copies opens the first card, too
+                    torch.cuda.set_device(self.device)
                 self._copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call] # torch's
             if self._spec is not None:
                 tile = np.zeros((1, *self._spec.tile_shape), self._spec.dtype)
@@ -381,7 +383,8 @@ class Runner:
             if size == 1:
                 raise UsageError(  # with its words: cuDNN may lack an engine for another reason
                     f"{self.device} has no room for a single tile beside the network, or cannot run it; use "
-                    f"--device cpu, or free memory on the card ({one_line(str(error))[:200]})"
+                    "--device cpu (or CUDA_VISIBLE_DEVICES= before the command), or free memory on the card "
+                    f"({one_line(str(error))[:200]})"
                 ) from error
         torch.cuda.empty_cache()
         halves = [self._pass(half, free) for half in (tiles[: size // 2], tiles[size // 2 :])]

@@ -28,6 +28,7 @@ from slidetl.errors import (
     SlidetlError,
     UsageError,
     describe_failure,
+    is_gpu_full,
 )
 from slidetl.files import full_disk
 from slidetl.models.backbones import Backbone, architecture_sha256, weights_sha256
@@ -309,7 +310,7 @@ def embed_cache(
                     rows.append(part.cpu() if is_large else part)
                     with counted:
                         on_batch(len(part))
-            slide: NDArray[np.float16] = torch.cat([part.cpu() for part in rows]).numpy()
+            slide: NDArray[np.float16] = _joined(rows).numpy()
             arrays = dict(zip(sources, np.split(slide, np.cumsum(widths)[:-1], axis=1), strict=True))
             try:
                 write_features(cache, {name: (sources[name], array) for name, array in arrays.items()})
@@ -447,6 +448,16 @@ def _is_stored(cache: SlideCache, sources: Mapping[str, FeatureSource]) -> bool:
                 "store these under another --name, or replace them with --overwrite"
             )
     return is_stored
+
+
+def _joined(rows: Sequence[Tensor]) -> Tensor:
+    """Joins the parts of a slide in host memory, by one copy: each would wait for the passes in the queue."""
+    try:
+        return torch.cat(list(rows)).cpu()
+    except Exception as error:
+        if not is_gpu_full(error):
+            raise
+        return torch.cat([part.cpu() for part in rows])
 
 
 def _by_channel(values: Tensor) -> tuple[Any, ...]:

@@ -153,6 +153,8 @@ class SlideGrader(pl.LightningModule):
         """Reads the tile specification from the data, and initialises the backbone by the strategy."""
         if self._data is not None and stage != "fit" and self.record is not None:
             self._data.follow(self.record, stage)
+        # Deterministic operations would fill each new tensor first, some 800 a step of a ResNet-18.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # a property
         if stage == "fit":
             self.record = self._data.record if self._data is not None else None
             self.tile_spec = self._data.tile_spec if self._data is not None else None

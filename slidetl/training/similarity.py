@@ -180,19 +180,26 @@ def compare_networks(
     return points
 
 
-def embed_layers(backbone: Backbone, tiles: NDArray[Any], spec: TileSpec, batch_size: int = 64) -> Layers:
-    """Embeds tiles by each block of a backbone, averaged over space; on a GPU if there is one.
+def embed_layers(
+    backbone: Backbone,
+    tiles: NDArray[Any],
+    spec: TileSpec,
+    batch_size: int = 64,
+    device: torch.device | None = None,
+) -> Layers:
+    """Embeds tiles by each block of a backbone, averaged over space.
 
     Args:
         backbone: put into evaluation mode.
         tiles: ``[n, S, S, 3] uint8``, or patches ``[n, S, S, S] int16``, as a cache reads them.
         spec: their specification.
         batch_size: tiles in one pass.
+        device: where; by default a GPU if there is one.
 
     Returns:
         ``[n, D] float32`` by block, lowest first, and ``embedding`` last.
     """
-    device = chosen_device()
+    device = device or chosen_device()
     backbone = backbone.eval().to(device)
     blocks = tuple(backbone.blocks())
     parts: dict[str, list[Tensor]] = {name: [] for name in (*blocks, "")}

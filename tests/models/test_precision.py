@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 
@@ -20,14 +23,25 @@ def test_a_device_is_chosen_by_its_name(monkeypatch: pytest.MonkeyPatch, is_ther
         chosen_device("cuda", 3)
 
 
+@pytest.fixture
+def tf32() -> Iterator[tuple[Any, ...]]:
+    """What may compute in TF32, all of it allowed to, as in some containers."""
+    kinds: tuple[Any, ...] = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [kind.allow_tf32 for kind in kinds]
+    for kind in kinds:
+        kind.allow_tf32 = True
+    yield kinds
+    for kind, allowed in zip(kinds, before, strict=True):
+        kind.allow_tf32 = allowed
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
-def test_convolutions_of_a_gpu_are_in_float32_for_a_while(device: str) -> None:
-    assert torch.backends.cudnn.allow_tf32
+def test_a_gpu_computes_in_float32_for_a_while(device: str, tf32: tuple[Any, ...]) -> None:
     with exact_float32(torch.device(device)):
-        assert torch.backends.cudnn.allow_tf32 == (device == "cpu")
+        assert [kind.allow_tf32 for kind in tf32] == [device == "cpu"] * 2
     with pytest.raises(RuntimeError), exact_float32(torch.device(device)):
         raise RuntimeError
-    assert torch.backends.cudnn.allow_tf32
+    assert all(kind.allow_tf32 for kind in tf32)
 
 
 def test_a_gpu_that_emulates_bfloat16_has_none(monkeypatch: pytest.MonkeyPatch) -> None:

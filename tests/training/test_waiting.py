@@ -79,19 +79,20 @@ def test_waiting_and_computing_are_told_apart(
     trainer.fit(Sleeper(clock), DataLoader(Slow(clock, READ_S)), DataLoader(Slow(clock, 0.0)))
     assert report.epochs == [
         EpochTimes(0, 4 * READ_S, 4 * STEP_S),
-        EpochTimes(1, 4 * READ_S + BOUNDARY_S, 4 * STEP_S),  # with what came before it
+        EpochTimes(1, 4 * READ_S, 4 * STEP_S, BOUNDARY_S),
     ]
     assert report.epochs[0].share == pytest.approx(READ_S / (READ_S + STEP_S))
     logged = trainer.callback_metrics
     assert logged["time/data_wait"].item() == pytest.approx(report.epochs[-1].data_wait_s, rel=1e-5)
+    assert logged["time/between"].item() == pytest.approx(BOUNDARY_S)
     assert logged["time/data_wait_share"].item() == pytest.approx(report.epochs[-1].share, rel=1e-5)
 
 
 def test_the_table_shows_the_first_and_the_last_epochs() -> None:
-    epochs = [EpochTimes(number, 1.0, 3.0) for number in range(12)]
+    epochs = [EpochTimes(number, 1.0, 3.0, 0.5) for number in range(12)]
     lines = describe_times(epochs).splitlines()
     assert [line.split()[0] for line in lines] == ["epoch", *"01234", "...", *"789", "10", "11", "all"]
-    assert lines[-1].split() == ["all", "12.0", "s", "36.0", "s", "25.0%"]
+    assert lines[-1].split() == ["all", "12.0", "s", "36.0", "s", "25.0%", "6.0", "s"]
     assert len(describe_times(epochs[:10]).splitlines()) == 12
 
 
