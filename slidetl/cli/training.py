@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import ArgumentError
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import Callback, EarlyStopping, LearningRateMonitor, ModelCheckpoint
@@ -39,7 +40,7 @@ from slidetl.files import read_yaml
 from slidetl.models.backbones import without_downloads
 from slidetl.models.spec import with_preset
 from slidetl.processor import postpone_collection
-from slidetl.training.best import BestCheckpoint, LastCheckpoint, WholeCheckpoints
+from slidetl.training.best import BestCheckpoint, LastCheckpoint, WholeCheckpoints, requeued
 from slidetl.training.checkpoint import (
     check_hyper_parameters,
     check_network,
@@ -232,6 +233,8 @@ class GradingCLI(LightningCLI):
         options["weights_only"] = True
         if command == "test":
             options["verbose"] = False  # ResultFiles prints the metrics, with the confusion matrix
+        if command == "fit" and self.keeps_logs:
+            options["ckpt_path"] = _path_to_resume(options)
         if options.get("ckpt_path") is None:
             if command == "fit":
                 return
@@ -397,19 +400,38 @@ class RangeTestCLI(GradingCLI):
         """Makes a trainer without validation, for as many epochs as it takes."""
         steps = self._get(self.config_init, "range").steps
         alone = {"max_epochs": steps, "max_steps": -1, "check_val_every_n_epoch": steps + 1}
-        return super().instantiate_trainer(**kwargs, **alone)
+        # Of its own: in that of a fit Lightning would go on from the checkpoint of a requeued Slurm job.
+        root = Path(self._get(self.config_init, "trainer").get("default_root_dir") or ".") / "find-lr"
+        return super().instantiate_trainer(**kwargs, **alone, default_root_dir=root)
 
     def fit(self, model: SlideGrader, datamodule: SlideDataModule, **_: Any) -> None:
         """Tests rates, writes the result, and prints the suggestion."""
         result = find_rate(self.trainer, model, datamodule, self._get(self.config_init, "range"))
         if not self.trainer.is_global_zero:
             return
-        folder = Path(self.trainer.default_root_dir) / "find-lr"
+        folder = Path(self.trainer.default_root_dir)
         write_range(folder, result)
         if result.suggestion is None:
             print(f"the loss does not fall anywhere between these rates; see {folder}")
         else:
             print(f"the loss falls fastest at --model.lr {result.suggestion:.2g}; written to {folder}")
+
+
+def _path_to_resume(options: Any) -> str | None:
+    """Returns ``--ckpt_path``, or the checkpoint for a requeued Slurm job.
+
+    Lightning would take the latter by itself, without a check of its configuration and data.
+    """
+    named: str | None = options.get("ckpt_path")
+    left = requeued(Path(options.trainer.default_root_dir or ".")) if SLURMEnvironment.detect() else []
+    if left and named is not None:
+        is_restart = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+        is_newer = Path(named).is_file() and left[-1].stat().st_mtime > Path(named).stat().st_mtime
+        left = left if is_restart and is_newer else []
+    if not left:
+        return named
+    rank_zero_info(f"going on from {left[-1]}, left by a requeued job; remove it to start from the beginning")
+    return str(left[-1])
 
 
 def _usual_devices() -> int | str:

@@ -203,6 +203,9 @@ class LastCheckpoint(ModelCheckpoint):
                     else "raise trainer.max_time, max_epochs, max_steps or limit_train_batches"
                 )
             )
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined] # set elsewhere
+            for left in requeued(Path(trainer.default_root_dir)):
+                left.unlink(missing_ok=True)  # a later job would go on from it
         if (mark := self._mark(trainer)) is not None:
             resumed = os.path.relpath(os.path.realpath(trainer.ckpt_path or ""), mark.parent.resolve())
             write_whole(mark, "" if self._last_checkpoint_saved else f"{NOTHING_LEFT}{resumed}\n")
@@ -239,6 +242,16 @@ def fits(root: Path) -> Iterator[tuple[Path, bool]]:
             ended.add((mark.parent / text.removeprefix(NOTHING_LEFT).rstrip("\n")).resolve())
         else:
             yield last, text is not None or last.resolve() in ended
+
+
+def requeued(root: Path) -> list[Path]:
+    """Lists the checkpoints that Lightning left in a run's folder for a requeued Slurm job, latest last."""
+    found = (path for path in root.glob("hpc_ckpt_*.ckpt") if _number_of(path).isdecimal())
+    return sorted(found, key=lambda path: int(_number_of(path)))
+
+
+def _number_of(path: Path) -> str:
+    return path.stem.removeprefix("hpc_ckpt_")
 
 
 def _is_fit(log: Path) -> bool:

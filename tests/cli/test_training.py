@@ -432,6 +432,43 @@ def test_a_slurm_job_that_lightning_refuses_is_one_line(
     assert "You set `--ntasks=8` in your SLURM bash script" in capsys.readouterr().err.splitlines()[-1]
 
 
+SLURM_JOB = {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "fit", "SLURM_PROCID": "0"}
+SLURM_JOB |= {"SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_RESTART_COUNT": "0"}
+
+
+def test_a_requeued_job_goes_on_from_its_checkpoint_as_from_any_other(
+    study: Study,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before, Lightning took the file by itself: with another configuration, and in a new training too."""
+    root = tmp_path / "run"
+    shutil.copytree(trained, root)
+    for number in (9, 10):  # Lightning counts on from the last
+        shutil.copy(best(trained).with_name("last.ckpt"), root / f"hpc_ckpt_{number}.ckpt")
+    left, named = root / "hpc_ckpt_10.ckpt", best(root)
+    for name, value in SLURM_JOB.items():
+        monkeypatch.setenv(name, value)
+
+    def resumed(*options: str) -> str:
+        assert main(["fit", *study.options(root), "--data.bag_size=4", *options]) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    said = "was trained with data.bag_size 8, the configuration says 4"
+    assert f"{left} {said}" in resumed()
+    assert f"{named} {said}" in resumed(f"--ckpt_path={named}")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert f"{left} {said}" in resumed(f"--ckpt_path={named}")
+    os.utime(named, (time.time() + 60,) * 2)
+    assert f"{named} {said}" in resumed(f"--ckpt_path={named}")
+    assert main(["fit", *study.options(root), "--trainer.max_epochs=3"]) == 0
+    with (root / "logs" / "version_1" / "metrics.csv").open(newline="") as file:
+        assert {row["epoch"] for row in csv.DictReader(file)} - {""} == {"2"}
+    assert not list(root.glob("hpc_ckpt_*"))
+
+
 LAB = """
 from pytorch_lightning import Callback
 from torch import Tensor

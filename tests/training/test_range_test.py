@@ -18,6 +18,7 @@ from slidetl.models.transfer import WarmRestart
 from slidetl.tiles.grid import TileSpec
 from slidetl.training.grader import SlideGrader
 from slidetl.training.range_test import RangeResult, RangeTest, find_rate, steepest_fall
+from tests.cli.test_training import SLURM_JOB
 from tests.conftest import Study
 from tests.small import small_spec
 
@@ -152,13 +153,20 @@ def test_what_cannot_be_meant_is_refused() -> None:
 
 @pytest.mark.slow
 def test_the_command_writes_a_table_and_a_picture(
-    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    study: Study,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for name, value in SLURM_JOB.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "hpc_ckpt_1.ckpt").write_bytes(b"of a fit")  # Lightning would go on from it
     options = ["--range.steps=12", "--range.lowest=1e-4", "--data.bag_size=2"]
     assert main(["find-lr", *study.options(tmp_path), *options]) == 0
     with (tmp_path / "find-lr" / "loss.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 12 and float(rows[0]["lr"]) == 1e-4
     assert (tmp_path / "find-lr" / "loss.png").stat().st_size > 5_000
-    assert [path.name for path in tmp_path.iterdir()] == ["find-lr"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["find-lr", "hpc_ckpt_1.ckpt"]
+    assert sorted(path.name for path in (tmp_path / "find-lr").iterdir()) == ["loss.csv", "loss.png"]
     assert str(tmp_path / "find-lr") in capsys.readouterr().out
