@@ -92,26 +92,31 @@ class BestCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the state of the earlier training, its best checkpoints included."""
-        super().load_state_dict(state_dict)
+        # Its paths are of then, and relative ones may agree by chance: none is kept that was not looked at.
+        super().load_state_dict({**state_dict, "dirpath": None})
         self._losses = state_dict.get("losses", {})
-        if state_dict.get("dirpath") != self.dirpath:
-            self._before = state_dict.get("best_k_models", {})
+        self._before = state_dict.get("best_k_models", {})
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Copies the best checkpoints of the earlier training, to complete this folder."""
         super().on_train_start(trainer, pl_module)
         before, self._before = self._before, {}
         assert self.dirpath is not None  # set up
-        # The file may be missing, or hold a later epoch than the resumed one.
-        found = {path: score for path, score in before.items() if _step_of(path) <= trainer.global_step}
+        found: dict[Path, Tensor] = {}
+        for then, score in before.items():
+            # The run may have been moved since, and another training may be in its place.
+            beside = Path(trainer.ckpt_path or then).with_name(Path(then).name)
+            held = (place for place in (beside, Path(then)) if self._holds(place, score, trainer.global_step))
+            if (place := next(held, None)) is not None:
+                found[place] = score
         if len(found) < len(before):
             rank_zero_warn(
                 "the best checkpoint so far is gone, or of a later epoch; the best is counted from here on"
             )
         for path, score in found.items():
-            copy = Path(self.dirpath) / Path(path).name
+            copy = Path(self.dirpath) / path.name
             if trainer.is_global_zero:
-                with Path(path).open("rb") as source, replaced(copy) as target:
+                with path.open("rb") as source, replaced(copy) as target:
                     shutil.copyfileobj(source, target)
             self.best_k_models[str(copy)] = score
         trainer.strategy.barrier()
@@ -121,6 +126,18 @@ class BestCheckpoint(ModelCheckpoint):
             self.best_model_score = self.best_k_models[self.best_model_path]
             self.kth_best_model_path = worst(self.best_k_models, key=self.best_k_models.__getitem__)
             self.kth_value = self.best_k_models[self.kth_best_model_path]
+
+    def _holds(self, path: Path, score: Tensor, step: int) -> bool:
+        """Tells if a file has a best epoch of the resumed training: no later step, equal score and loss."""
+        try:
+            checkpoint = load_tensors(path)
+            state = checkpoint["callbacks"][self.state_key]
+            scores = {Path(name).name: other for name, other in state["best_k_models"].items()}
+            loss = state.get("losses", {}).get(path.name)
+            is_same = bool(scores[path.name] == score) and loss == self._losses.get(path.name)
+            return is_same and bool(checkpoint["global_step"] <= step)
+        except (AttributeError, KeyError, TypeError, ValueError):  # unreadable, or of something else
+            return False
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -256,11 +273,3 @@ def _number_of(path: Path) -> str:
 
 def _is_fit(log: Path) -> bool:
     return log.name.startswith("version_") and log.name.removeprefix("version_").isdecimal()
-
-
-def _step_of(path: str) -> float:
-    """Returns the training step of a checkpoint; infinity if it is unreadable."""
-    try:
-        return float(load_tensors(Path(path))["global_step"])
-    except (KeyError, TypeError, ValueError):
-        return float("inf")

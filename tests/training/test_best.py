@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from slidetl.data.datasets import EpochBatches, EpochSampler
 from slidetl.data.resuming import ResumableLoader
 from slidetl.errors import UsageError
-from slidetl.training.best import COMPLETE, BestCheckpoint, LastCheckpoint, _step_of, fits
+from slidetl.training.best import COMPLETE, BestCheckpoint, LastCheckpoint, fits
 
 QUIET = (
     "ignore:.*dirpath has changed",
@@ -94,7 +94,6 @@ def test_the_best_is_that_of_the_whole_training(tmp_path: Path, scores: list[flo
 
 @pytest.mark.parametrize("gone", [True, False])
 def test_a_best_that_is_gone_is_said_to_be(tmp_path: Path, gone: bool) -> None:
-    assert _step_of(str(tmp_path / ("x" * 300) / "best.ckpt")) == float("inf")  # no plain "not found"
     scores = [0.5, 0.4, 0.9, 0.3]
     fit(tmp_path / "a", scores, 2)
     (tmp_path / "a" / "last.ckpt").rename(tmp_path / "then.ckpt")
@@ -105,6 +104,39 @@ def test_a_best_that_is_gone_is_said_to_be(tmp_path: Path, gone: bool) -> None:
     with pytest.warns(UserWarning, match="the best is counted from here on"):
         resumed = fit(tmp_path / "b", [*scores[:2], 0.2, 0.1], 4, tmp_path / "then.ckpt")
     assert resumed.best_model_score == torch.tensor(0.2)
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_run_that_was_moved_keeps_its_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_replaced: bool
+) -> None:
+    """Before, its best was gone, or was that of another training in its place, at the score of its own."""
+    monkeypatch.chdir(tmp_path)
+    scores = [0.1, 0.5, 0.3, 0.2]
+    fit(Path("a"), scores, 3)
+    Path("a").rename("moved")
+    if is_replaced:
+        fit(Path("a"), [0.6, 0.4, 0.4], 3)
+    resumed = fit(Path("b"), scores, 4, Path("moved/last.ckpt"))
+    best = torch.load(resumed.best_model_path, weights_only=True)
+    assert (Path(resumed.best_model_path).parent, best["epoch"]) == (tmp_path / "b", 1)
+    assert resumed.best_model_score == torch.tensor(0.5)
+
+
+@pytest.mark.parametrize("place", ["a", "b"])
+def test_the_best_of_another_training_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    scores = [0.5, 0.4, 0.1]
+    fit(Path("a"), scores, 2)
+    Path("a/last.ckpt").rename("then.ckpt")
+    Path("a").rename("moved")
+    fit(Path("a"), [0.6, 0.2], 2)
+    with pytest.warns(UserWarning, match="the best is counted from here on"):
+        resumed = fit(Path(place), scores, 3, Path("then.ckpt"))
+    assert resumed.best_model_score == torch.tensor(0.1)
+    assert torch.load(resumed.best_model_path, weights_only=True)["epoch"] == 2
 
 
 def test_an_undefined_score_is_never_the_best(tmp_path: Path) -> None:
