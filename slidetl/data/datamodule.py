@@ -283,6 +283,8 @@ class SlideDataModule(pl.LightningDataModule):
                 parts = ancestors(study.folder, [self.origin], self._sources(study)).keep_parts(parts)
         else:
             resumes = stage == "fit"
+            if resumes and self.past is not None:
+                study = self.past.in_order(study)
             parts, note = recorded_parts(
                 study, self.past, "checkpoint" if resumes else self.split_from, resumes=resumes
             )

@@ -133,6 +133,12 @@ class StudyRecord:
         found |= {"gone": gone} if gone else {}
         return [f"{len(names)} {kind}: {listed(names)}" for kind, names in found.items()]
 
+    def in_order(self, study: Study) -> Study:
+        """Puts the slides of a study in the recorded order, by which a training draws slides and tiles."""
+        places = {slide.slide_id: place for place, slide in enumerate(self.slides)}
+        slides = sorted(study.slides, key=lambda slide: places.get(slide.row.slide_id, len(places)))
+        return replace(study, slides=tuple(slides))
+
     def part_of(self, slide_id: str, patient_id: str, fingerprint: str) -> str:
         """Returns the part of a slide or its patient, the first of train, val and test; empty if unknown.
 

@@ -200,6 +200,24 @@ def test_processes_share_out_whole_slides(study: Study, n_ranks: int) -> None:
     assert set().union(*seen) == {slide.row.slide_id for slide in data.slides["test"]}
 
 
+def test_a_resumed_training_has_its_slides_in_the_order_of_then(study: Study, tmp_path: Path) -> None:
+    """Draws, and the kept attention, go by the place of a slide; before, a sorted manifest moved them."""
+    begun, resumed = (
+        SlideDataModule(str(manifest), str(study.cache), num_workers=0)
+        for manifest in (study.manifest, tmp_path / "sorted.csv")
+    )
+    with rewrite(study, tmp_path / "sorted.csv").open() as file:
+        header, *rows = file.readlines()
+    (tmp_path / "sorted.csv").write_text("".join([header, *rows[::-1]]))
+    begun.setup("fit")
+    resumed.past = begun.record
+    resumed.setup("fit")
+    for part in ("train", "val", "test"):
+        then, now = ([slide.row.slide_id for slide in data.slides[part]] for data in (begun, resumed))
+        assert then == now
+    assert resumed.record == begun.record  # for the next time
+
+
 def loaded(study: Study, workers: int) -> ResumableLoader[Bag]:
     """A loader that reads ahead over three epochs."""
     data = SlideDataModule(str(study.manifest), str(study.cache), bag_size=2, num_workers=0)
