@@ -268,6 +268,12 @@ class GradingCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Hands the record of the checkpoint to the data, or the configuration's hash to be recorded."""
         self.datamodule.past = self._past
+        if _is_many("WORLD_SIZE") and self.trainer.world_size == 1:
+            raise UsageError(
+                f"torchrun started {os.environ['WORLD_SIZE']} processes, and each would do all the work; set "
+                "--trainer.devices to the processes of a machine and --trainer.num_nodes to the machines, "
+                "on CPUs --trainer.strategy ddp too, or leave out torchrun"
+            )
         watches: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined] # set elsewhere
         for watch in watches:
             if isinstance(watch, (EarlyStopping, ModelCheckpoint)):
@@ -439,8 +445,12 @@ def _usual_devices() -> int | str:
 
     Lightning's auto takes every GPU of the machine, and so changes the slides per step and the result.
     """
-    started = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("WORLD_SIZE") or "1"
-    return 1 if started == "1" else "auto"
+    return "auto" if any(map(_is_many, ("SLURM_STEP_NUM_TASKS", "WORLD_SIZE"))) else 1
+
+
+def _is_many(name: str) -> bool:
+    """Tells if a variable of srun or torchrun counts several processes."""
+    return os.environ.get(name, "") not in ("", "1")
 
 
 def _take_allow(args: list[str]) -> tuple[list[str], list[str]]:

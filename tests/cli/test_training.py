@@ -624,6 +624,17 @@ def test_a_command_takes_one_device_unless_told_otherwise(
         with monkeypatch.context() as patch:
             patch.setenv(started, "4")
             assert parsed_trainer([command], patch).devices == "auto"
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # srun --ntasks=1 torchrun --nproc-per-node=4
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert parsed_trainer([command], monkeypatch).devices == "auto"
+
+
+def test_processes_of_torchrun_do_not_train_each_for_itself(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert main(["fit", *study.options(tmp_path), "--trainer.devices=1"]) == 2
+    assert "torchrun started 4 processes, and each would do all" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
