@@ -229,13 +229,12 @@ def parse_table(table: Table, path: Path, n_grades: int | None, tasks: Sequence[
         values = dict(zip(table.header, cells, strict=True))
         for column, numbers in unclear.items():
             if (number := values.get(column, "")) in numbers:
-                mark = "comma" if table.separator == ";" else "point"
                 rule = (
-                    f"{column} {{!r}} may be {{}} or {{}}; export numbers without a separator of "
-                    f"thousands, and decimals with a {mark}"
+                    f"{column} {{!r}} may be {{}} or {{}}; export numbers without a separator of thousands, "
+                    "or write {}0 if it has decimals"
                 )
                 whole = re.sub("[.,]", "", number)
-                faults.add(line, rule, number, whole, f"{int(whole) / 1000:g}")
+                faults.add(line, rule, number, whole, f"{int(whole) / 1000:g}", number)
         rows.append(_parse_row(line, values, path.parent, n_grades, tasks, faults))
     _check_between(rows, faults)
     faults.check(path)

@@ -53,20 +53,28 @@ class Table:
     separator: str = ","
 
     def unclear_numbers(self, column: str) -> set[str]:
-        """Finds the numbers of a column that may have a separator of thousands: 1,050, or 1.050 beside ``;``.
+        """Finds the numbers of a column that may have a separator of thousands, such as 1,050 or 1.050.
 
-        Tables of semicolons come from languages with a decimal comma, but also from Switzerland and R. So
-        none is unclear if another, such as 0.253 or 12.5, shows a decimal mark, and no number has the other.
+        None is unclear if another with the same mark, such as 0.253 or 12.5, shows that it is decimal, and no
+        number has the other mark. Commas usually come with decimal points and semicolons with decimal commas:
+        such marks are unclear only beside the other one, and beside whole numbers that are all below 1000
+        (950, 1.050).
         """
         if column not in self.header:
             return set()
-        mark, other = ".," if self.separator == ";" else ",."
         at = self.header.index(column)
         found = {cells[at] for _, cells in self.rows if len(cells) == len(self.header)}
-        unclear = set(filter(re.compile(rf"[+-]?[1-9]\d{{0,2}}[{mark}]\d{{3}}").fullmatch, found))
-        decimal = re.compile(rf"[+-]?\d*[{mark}]\d*([Ee][+-]?\d+)?")
-        is_decimal = any(map(decimal.fullmatch, found - unclear)) and not any(other in cell for cell in found)
-        return set() if is_decimal else unclear
+        wholes = set(filter(re.compile(r"[+-]?\d+").fullmatch, found))
+        is_mixed = bool(wholes) and all(abs(int(whole)) < 1000 for whole in wholes)
+        usual = {",": ".", ";": ","}.get(self.separator)
+        unclear: set[str] = set()
+        for mark, other in (".,", ",."):
+            grouped = set(filter(re.compile(rf"[+-]?[1-9]\d{{0,2}}[{mark}]\d{{3}}").fullmatch, found))
+            decimal = re.compile(rf"[+-]?\d*[{mark}]\d*([Ee][+-]?\d+)?")
+            is_decimal = any(map(decimal.fullmatch, found - grouped)) or (mark == usual and not is_mixed)
+            if not is_decimal or any(other in cell for cell in found):
+                unclear |= grouped
+        return unclear
 
 
 def is_error(cell: str) -> bool:

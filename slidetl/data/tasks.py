@@ -161,7 +161,9 @@ def read_points(path: Path, n_labels: int | None = None) -> dict[str, LabelledPo
             if is_error(slide_id):
                 raise ValueError("slide_id is an error value of a spreadsheet")
             if any(row[name] in unclear[name] for name in TABLE_COLUMNS):
-                raise ValueError("1.050 may be 1050; export numbers without a separator of thousands")
+                raise ValueError(
+                    "1.050 may be 1050; export numbers without a separator of thousands, or write 1.0500"
+                )
         except ValueError as error:
             raise ManifestError(
                 f"{path}, line {line}: expected two numbers of level-0 pixels and "

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -263,9 +264,16 @@ def test_missing_values_of_several_languages_and_names_that_begin_with_a_hash(tm
 @pytest.mark.parametrize(
     ("separator", "read", "doubtful"),
     [
-        (",", {"950": 950, '"0,253"': 0.253, '"1,5"': 1.5, "1.050": 1.05, "12345": 12345}, '"1,050"'),
-        (";", {"950": 950, "0.253": 0.253, "1.5": 1.5, "1,050": 1.05}, "1.050"),
-        ("\t", {"950": 950, "0,253": 0.253, "1.050": 1.05}, "-1,050"),
+        (",", {"950": 950, '"0,253"': 0.253, '"1,5"': 1.5, "12345": 12345}, '"1,050"'),
+        (",", {"1.050": 1.05, "3.450": 3.45}, '"1,050"'),
+        (",", {"950": 950, "0.125": 0.125, "1.250": 1.25}, '"1,050"'),
+        (",", {"950": 950, "1.250": 1.25, "12345": 12345}, '"1,050"'),
+        (";", {"950": 950, "0.253": 0.253, "1.5": 1.5}, "1.050"),
+        (";", {"1,050": 1.05, "3,450": 3.45}, "1.050"),
+        ("\t", {"950": 950, "0,253": 0.253, "1,050": 1.05}, "-1,050"),
+        ("\t", {"950": 950, "0.253": 0.253, "1.050": 1.05}, "-1,050"),
+        ("\t", {"950": 950, "1.0500": 1.05, "1.250": 1.25}, "1.050"),
+        ("|", {"950": 950, "12.5": 12.5, "3.450": 3.45}, "1.050"),
     ],
 )
 def test_a_number_that_may_have_thousands_is_refused(
@@ -292,6 +300,32 @@ def test_a_number_that_may_have_thousands_is_refused(
             said = r"line 2: diameter_mm '.*' may be -?1050 or -?1\.05; export"
             with pytest.raises(ManifestError, match=said):
                 numbers(doubtful, *rest)
+
+
+@pytest.mark.parametrize(
+    ("separator", "cells", "doubtful"),
+    [
+        ("\t", ("950", "1.050", "3.450"), "1.050"),  # German Excel's "Text (tab delimited)"
+        ("|", ("1.050", "3.450"), "1.050"),
+        (",", ("950", "1.050", "3.450"), "1.050"),
+        (";", ("950", "1,050", "3,450"), "1,050"),
+        (",", ("0,253", "12345", "1.050"), "1.050"),
+        (";", ("0.253", "12345", "1,050"), "1,050"),
+        ("\t", ("0,253", "12345", "1.050"), "1.050"),
+    ],
+)
+def test_a_mark_that_the_column_contradicts_is_refused_in_a_table_of_any_separator(
+    tmp_path: Path, separator: str, cells: tuple[str, ...], doubtful: str
+) -> None:
+    header = [*HEADER.split(","), "diameter_mm"]
+    rows = [header, *([f"s{n}", f"{n}.svs", "P", "", cell] for n, cell in enumerate(cells))]
+    path = tmp_path / "manifest.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file, delimiter=separator).writerows(rows)
+    task = Task("diameter", "diameter_mm", numeric=True)
+    said = rf"diameter_mm '{doubtful}' may be 1050 or 1\.05; .*, or write {doubtful}0 if it has decimals"
+    with pytest.raises(ManifestError, match=said):
+        read_manifest(path, tasks=[task])
 
 
 def test_a_mark_of_text_before_a_formula_is_no_part_of_it(tmp_path: Path) -> None:

@@ -115,6 +115,8 @@ def test_a_table_may_hold_the_slides_of_a_study(tmp_path: Path) -> None:
     [
         ("#NV;0;0;1", "slide_id is an error value"),
         ("a;1.050;0;1", "1.050 may be 1050"),
+        ("a\t1.050\t0\t1", "1.050 may be 1050"),
+        ("a,0,3.450,1\na,0,950,1", "1.050 may be 1050"),
         ("a;0;0;2.500", "1050"),
         (";0;0;1", "slide_id is empty; give it in each line"),
     ],
@@ -123,7 +125,8 @@ def test_a_table_with_errors_or_thousands_of_a_spreadsheet_is_refused(
     tmp_path: Path, row: str, said: str
 ) -> None:
     path = tmp_path / "labels.csv"
-    path.write_text(f"slide_id;x_level0;y_level0;label\n{row}\n")
+    separator = next(mark for mark in ";\t," if mark in row)
+    path.write_text("slide_id;x_level0;y_level0;label\n".replace(";", separator) + f"{row}\n")
     with pytest.raises(ManifestError, match=f"line 2: expected two numbers .*{said}"):
         read_points(path)
     path.write_text("slide_id;x_level0;y_level0;label\nA;1.050;0;2.500\nA;0.253;0;2.5\n")
