@@ -375,6 +375,7 @@ def export_rows(cache: Path, root: Path, device: str) -> list[Row]:
 
     started = time.perf_counter()
     with (
+        mock.patch.object(training_data, "training_studies", lambda *_: ()),
         mock.patch.object(training_data, "training_slides", lambda *_: tuple(slides)),
         mock.patch.object(training_data, "learn_familiar", learn),
         contextlib.redirect_stdout(sys.stderr),

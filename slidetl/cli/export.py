@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -49,10 +50,15 @@ def export(
     with postpone_collection(of_a_command=True):
         from slidetl.compare.train_arm import check_arm
         from slidetl.models.backbones import weights_sha256
-        from slidetl.publish.evidence import evidence_from
+        from slidetl.publish.evidence import check_grades, evidence_from
         from slidetl.publish.export import build_network, export_model
         from slidetl.publish.model_file import load_model
-        from slidetl.publish.training_data import describe_training, learn_familiar, training_slides
+        from slidetl.publish.training_data import (
+            describe_training,
+            learn_familiar,
+            training_slides,
+            training_studies,
+        )
         from slidetl.training.checkpoint import find_checkpoint, load_grader
 
     if evidence is None:
@@ -79,12 +85,15 @@ def export(
         check_arm(evidence, kept.arm, checkpoints, allow)
     if not no_training_data:
         try:
-            slides = training_slides(config or _configs(checkpoints), graders, allow)
+            studies = training_studies(config or _configs(checkpoints), graders, allow)
+            slides = training_slides(studies, graders)
         except SlidetlError as error:
             raise UsageError(
                 f"the training slides are not at hand ({error}); name the fit's configuration with --config, "
                 "or add --no-training-data"
             ) from error
+        if evidence is not None:
+            check_grades(evidence, itertools.chain.from_iterable(study.slides for study in studies))
         training = describe_training(slides)
         if training.patients >= 5:
             familiar = learn_familiar(build_network(graders)[0], slides)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from slidetl.data.record import StudyRecord
+from slidetl.data.study import CachedSlide
 from slidetl.errors import CheckpointError, SlidetlError, UsageError
 from slidetl.evaluation.bootstrap import bca_interval, proven, share_interval
 from slidetl.evaluation.calibration import fit_temperature, is_at_bound, with_temperature
@@ -126,6 +127,33 @@ def evidence_from(
         predictions_sha256=hashlib.sha256(content).hexdigest(),
         arm=arms[0] if arm is None and arms else arm or "",
     )
+
+
+def check_grades(path: Path, slides: Iterable[CachedSlide]) -> None:
+    """Refuses predictions of slides whose grades were corrected since.
+
+    Args:
+        path: a table that :func:`evidence_from` takes.
+        slides: with today's grades; those of other names or content do not count.
+
+    Raises:
+        UsageError: a slide has another grade now; the message names it.
+    """
+    rows = csv_rows(path.read_text(encoding="utf-8").splitlines())
+    tested = {row["slide_id"]: row for row in rows if row["grade"]}
+    changed = {}
+    for slide in slides:
+        row = tested.get(slide.row.slide_id)
+        if row is None or (row.get("fingerprint") or slide.cache.fingerprint) != slide.cache.fingerprint:
+            continue
+        if slide.row.grade != int(row["grade"]):
+            now = "no grade" if slide.row.grade is None else slide.row.grade
+            changed[slide.row.slide_id] = f"{slide.row.slide_id} ({now}, was {row['grade']})"
+    if changed:
+        raise UsageError(
+            f"{path}: {len(changed)} slides have another grade in the manifest now: "
+            f"{listed(sorted(changed.values()))}; run 'slidetl test' or 'slidetl compare' again"
+        )
 
 
 def _check_kept(

@@ -19,7 +19,7 @@ from torch import Tensor
 from slidetl.analysis.novelty import Familiar, fit_familiar
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.record import StudyRecord, config_sha256
-from slidetl.data.study import CachedSlide, common_spec, read_study
+from slidetl.data.study import CachedSlide, Study, common_spec, read_study
 from slidetl.errors import CacheMismatchError, CheckpointError, UsageError
 from slidetl.evaluation.metrics import told_apart
 from slidetl.library.model_card import TrainingData
@@ -32,31 +32,30 @@ from slidetl.training.grader import SlideGrader
 from slidetl.training.slots import parse
 
 
-def training_slides(
+def training_studies(
     configs: Sequence[Path], graders: Sequence[SlideGrader], allow: Sequence[str] = ()
-) -> tuple[CachedSlide, ...]:
-    """Lists the training slides of checkpoints, each once, in the order of their identifiers.
+) -> tuple[Study, ...]:
+    """Reads the study of each checkpoint, as it is today.
 
     Args:
         configs: ``config.yaml`` of each fit, as Lightning keeps it beside the logs, or one for all; they say
             where the slides are.
-        graders: of the checkpoints; their records say which slides.
+        graders: of the checkpoints.
         allow: names outside slidetl that the configurations may import.
 
     Raises:
         UsageError: no such configuration, or it is that of another training.
-        CheckpointError: a checkpoint has no record, or a slide that it was trained on is not as it was.
+        CheckpointError: a checkpoint has no record of its slides.
         CacheMismatchError: the slides are tiled otherwise than for a checkpoint.
         SlidetlError: the manifest or the cache is not there any more.
     """
     if len(configs) not in (1, len(graders)):
         raise UsageError(f"expected one configuration, or one for each of {len(graders)} checkpoints")
-    slides: dict[str, CachedSlide] = {}
+    studies = []
     for number, grader in enumerate(graders):
-        record = grader.record
-        if record is None:
+        if grader.record is None:
             raise CheckpointError("a checkpoint of an older version does not say which")
-        data = _data_module(configs[number % len(configs)], record, allow)
+        data = _data_module(configs[number % len(configs)], grader.record, allow)
         study = read_study(data.manifest, data.cache, data.grades, data.tasks)
         tiled = common_spec(study.caches)
         if grader.tile_spec is not None and grader.tile_spec != tiled:
@@ -64,7 +63,20 @@ def training_slides(
             raise CacheMismatchError(
                 f"{data.cache}: {difference} by the checkpoint; use its cache, or tile them again as then"
             )
-        slides |= {slide.row.slide_id: slide for slide in record.find(study, "train")}
+        studies.append(study)
+    return tuple(studies)
+
+
+def training_slides(studies: Sequence[Study], graders: Sequence[SlideGrader]) -> tuple[CachedSlide, ...]:
+    """Lists the training slides of checkpoints, each once, in the order of their identifiers.
+
+    Raises:
+        CheckpointError: a slide that a checkpoint was trained on is not as it was.
+    """
+    slides: dict[str, CachedSlide] = {}
+    for study, grader in zip(studies, graders, strict=True):
+        assert grader.record is not None  # from training_studies
+        slides |= {slide.row.slide_id: slide for slide in grader.record.find(study, "train")}
     return tuple(slides[slide_id] for slide_id in sorted(slides))
 
 

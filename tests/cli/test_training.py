@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from slidetl.errors import UsageError
 from slidetl.models.heads import CumulativeLink
 from slidetl.training.best import COMPLETE
 from slidetl.training.checkpoint import find_checkpoint, read_checkpoint
-from slidetl.training.predictions import read_predictions
+from slidetl.training.predictions import read_predictions, write_predictions
 from tests.conftest import Study
 
 
@@ -178,6 +178,38 @@ def test_predict_says_whom_the_checkpoint_has_seen(
     assert main([*words, str(tmp_path / "predict" / "predictions.csv")]) == 2
     assert "trained or chosen on 15 of these slides" in capsys.readouterr().err
     assert not (tmp_path / "m.pt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*temperature of 17 slides:UserWarning")  # two epochs teach little
+def test_grades_corrected_since_the_test_are_no_evidence(
+    study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tested = read_predictions(trained / "test" / "predictions.csv")
+    assert len(tested) == 5
+    others = [  # to make ten patients; of another cohort, and one has a name of the study
+        replace(tested[0], slide_id=name, patient_id=f"stranger-{n}", fingerprint="ab" * 32, grade=n % 5)
+        for n, name in enumerate((recorded(trained).used[0].slide_id, *map(str, range(11))))
+    ]
+    write_predictions(tmp_path / "kept.csv", [*tested, *others])
+    one = tested[0]
+    assert one.grade is not None
+    corrected = f"{(one.grade + 1) % 5}"
+    table = changed(
+        study,
+        tmp_path / "m.csv",
+        lambda row: {**row, "grade": corrected} if row["slide_id"] == one.slide_id else row,
+    )
+    values = yaml.safe_load((best(trained).parent.parent / "config.yaml").read_text())
+    values["data"]["manifest"] = str(table.manifest)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    words = ["export", str(best(trained)), "--output", str(tmp_path / "m.pt")]
+    words += ["--evidence", str(tmp_path / "kept.csv")]
+    assert main([*words, "--config", str(tmp_path / "config.yaml")]) == 2
+    said = f"1 slides have another grade in the manifest now: {one.slide_id} ({corrected}, was {one.grade});"
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "m.pt").exists()
+    assert main(words) == 0
 
 
 @pytest.mark.slow

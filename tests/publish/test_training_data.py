@@ -16,7 +16,12 @@ from slidetl.models.aggregators import MeanPooling
 from slidetl.models.runner import Runner
 from slidetl.models.spec import BackboneSpec
 from slidetl.publish.export import build_network
-from slidetl.publish.training_data import describe_training, learn_familiar, training_slides
+from slidetl.publish.training_data import (
+    describe_training,
+    learn_familiar,
+    training_slides,
+    training_studies,
+)
 from slidetl.training.checkpoint import load_grader
 from slidetl.training.grader import SlideGrader
 from tests.conftest import Study
@@ -54,10 +59,11 @@ def test_training_slides_are_tiled_as_for_the_checkpoint(study: Study, tmp_path:
     config.write_text(f"data: {{manifest: {study.manifest}, cache: {study.cache}}}\n")
     for spec in (slides[0].cache.spec, None):  # older checkpoints do not say
         grader.tile_spec = spec
-        assert len(training_slides([config], [grader])) == len(slides)
+        studies = training_studies([config], [grader])
+        assert len(training_slides(studies, [grader])) == len(slides)
     grader.tile_spec = replace(slides[0].cache.spec, mpp=2.0)
     with pytest.raises(CacheMismatchError, match=r"made with mpp 4.0 \(wanted: 2.0\) by the checkpoint;"):
-        training_slides([config], [grader])
+        training_studies([config], [grader])
 
 
 @pytest.mark.slow
