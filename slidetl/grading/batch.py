@@ -22,7 +22,14 @@ from typing import Any
 import torch
 
 from slidetl.data.manifest import read_manifest
-from slidetl.errors import ProcessEnded, SlideError, SlidetlError, UsageError, describe_failure
+from slidetl.errors import (
+    ModelFileError,
+    ProcessEnded,
+    SlideError,
+    SlidetlError,
+    UsageError,
+    describe_failure,
+)
 from slidetl.files import write_csv, write_whole
 from slidetl.grading.grade import (
     SlideGrade,
@@ -214,7 +221,7 @@ def grade_slides(
         yield from _grade_here(ready, waiting, names, options, spacings, len(waiting), usable_cores())
         return
     tasks = [(path, names[path], spacings.get(path)) for path in waiting]
-    yield from _grade_apart(model.path, places[: len(tasks)], tasks, options)
+    yield from _grade_apart(model.path, model.sha256, places[: len(tasks)], tasks, options)
 
 
 def _grade_here(
@@ -666,7 +673,7 @@ Task = tuple[Path, str, float | None]
 
 
 def _grade_apart(
-    model: Path, places: Sequence[str], tasks: Sequence[Task], options: GradeOptions
+    model: Path, sha256: str, places: Sequence[str], tasks: Sequence[Task], options: GradeOptions
 ) -> Iterator[GradeRow]:
     """Grades slides in a process for each place, which asks for the next when it has room for it.
 
@@ -682,7 +689,7 @@ def _grade_apart(
     most = -(-len(tasks) // len(places))
 
     def start(place: str) -> None:
-        child = start_child(_serve, model, place, options, most, threads, has_children=True)
+        child = start_child(_serve, model, sha256, place, options, most, threads, has_children=True)
         busy[child.connection] = child, place, {}
 
     try:
@@ -722,11 +729,11 @@ def _grade_apart(
         for child, _, _ in busy.values():
             child.end()
     for task in begun_twice:
-        yield from _grade_apart(model, places[:1], [task], options)
+        yield from _grade_apart(model, sha256, places[:1], [task], options)
 
 
 def _serve(
-    parent: Connection, path: Path, place: str, options: GradeOptions, most: int, threads: int
+    parent: Connection, path: Path, sha256: str, place: str, options: GradeOptions, most: int, threads: int
 ) -> None:
     """Grades the slides that it asks for, in a process of its own."""
     names: dict[Path, str] = {}
@@ -748,7 +755,13 @@ def _serve(
         see_one_card(int(place.removeprefix("cuda:")))
         place = "cuda"
     try:
-        model = _ready(load_model(path, place), options)
+        loaded = load_model(path, place)
+        if loaded.sha256 != sha256:
+            raise ModelFileError(
+                f"{path}: replaced during the run, which began with SHA-256 {sha256[:12]}..., by one with "
+                f"{loaded.sha256[:12]}...; grade all slides again by one of them"
+            )
+        model = _ready(loaded, options)
         for row in _grade_here(model, asked(), names, options, spacings, most, threads):
             parent.send(row)
     except SlidetlError as error:

@@ -31,7 +31,7 @@ from PIL import Image
 
 from slidetl.cli import main
 from slidetl.cli.progress import Progress
-from slidetl.errors import ProcessEnded, SpacingError, UnfitSlideError, UsageError
+from slidetl.errors import ModelFileError, ProcessEnded, SpacingError, UnfitSlideError, UsageError
 from slidetl.grading import batch, grade
 from slidetl.grading.grade import (
     _ahead,
@@ -534,18 +534,35 @@ def test_a_slide_that_kills_its_process_costs_itself_alone(monkeypatch: pytest.M
     slides = [Path(f"s{number}.tiff") for number in range(7)]
     started: list[str] = []
 
-    def start(work: Any, model: Path, place: str, *_: Any, has_children: bool) -> Child:
+    def start(work: Any, model: Path, sha256: str, place: str, *_: Any, has_children: bool) -> Child:
         started.append(place)
         return start_child(_die_with, "s3.tiff")
 
     monkeypatch.setattr(batch, "start_child", start)
     tasks = [(path, path.stem, None) for path in slides]
-    graded = list(batch._grade_apart(Path("m"), ["cuda:0", "cuda:1"], tasks, GradeOptions()))
+    graded = list(batch._grade_apart(Path("m"), "", ["cuda:0", "cuda:1"], tasks, GradeOptions()))
     rows = {row.slide: row for row in graded}
     assert sorted(rows) == slides and len(graded) == len(slides)
     assert [path.name for path, row in rows.items() if row.status != batch.GRADED] == ["s3.tiff"]
     assert "SIGKILL" in rows[slides[3]].reason and rows[slides[3]].reason.startswith("s3.tiff: ")
     assert set(started) == {"cuda:0", "cuda:1"}
+
+
+@pytest.mark.slow
+def test_a_model_file_replaced_during_the_run_ends_it(
+    study: Study, trained: Path, model_path: Path, tmp_path: Path
+) -> None:
+    """Each process reads the file again, also one that tries a slide alone at the end."""
+    path = tmp_path / "m.pt"
+    shutil.copy(model_path, path)
+    loaded = load_model(path)
+    grader = load_grader(trained / "logs" / "version_0" / "checkpoints" / "best.ckpt")
+    export_model(*build_network([grader], licence="CC-BY-4.0"), path)
+    assert load_model(path).sha256 != loaded.sha256  # trusted here too
+    slides = sorted((study.manifest.parent / "slides").glob("*.tiff"))[:2]
+    names = {slide: slide.stem for slide in slides}
+    with pytest.raises(ModelFileError, match=r"m\.pt: replaced during the run, which began with SHA-256 "):
+        list(batch.grade_slides(loaded, names, GradeOptions(), ["cpu", "cpu"]))
 
 
 def _die_at_once(_: Connection) -> None:
@@ -556,7 +573,7 @@ def _die_at_once(_: Connection) -> None:
 def test_a_process_that_dies_before_it_asks_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "start_child", lambda *_, has_children: start_child(_die_at_once))
     with pytest.raises(ProcessEnded, match="use fewer --jobs or --devices"):
-        list(batch._grade_apart(Path("m"), ["cuda:1"], [(Path("a"), "a", None)] * 2, GradeOptions()))
+        list(batch._grade_apart(Path("m"), "", ["cuda:1"], [(Path("a"), "a", None)] * 2, GradeOptions()))
 
 
 def test_processes_take_gpus_from_the_first_on_and_no_more_than_there_are(
