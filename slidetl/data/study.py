@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 from slidetl.data.manifest import SPLITS, ManifestRow, read_manifest
 from slidetl.data.splits import split_patients
 from slidetl.data.tasks import LabelledPoints, Task, read_points
-from slidetl.errors import CacheError, CacheMismatchError, CacheMissingError, ManifestError, UsageError
+from slidetl.errors import (
+    CacheError,
+    CacheMismatchError,
+    CacheMissingError,
+    FileHeldError,
+    ManifestError,
+    UsageError,
+)
 from slidetl.slides import open_slide
 from slidetl.slides.base import WHOLE_BYTES
 from slidetl.slides.spacing import differ
@@ -339,7 +346,7 @@ def _check_files(folder: Path, slides: Sequence[CachedSlide], ledger: Mapping[st
         check_identity(cache, row.slide_id, fingerprints[row.path], str(row.path))
         if entry is not None:
             found.append(replace(entry, path=str(row.path), bytes=size, modified=modified))
-    with contextlib.suppress(CacheError):  # a read-only cache: they are read again next time
+    with contextlib.suppress(CacheError, FileHeldError):  # read-only, or open: they are read again next time
         Ledger(folder / "ledger.csv").record(found)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import os
 import re
 import shutil
@@ -269,6 +270,28 @@ def test_slides_that_were_moved_are_read_only_where_they_look_changed(
         pytest.raises(CacheMismatchError, match="the cache holds the tiles of another file"),
     ):
         read_study(there.manifest, there.cache)
+
+
+def test_slides_that_were_moved_are_read_while_the_ledger_is_open_in_a_spreadsheet(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = moved(study, tmp_path)
+    shutil.copytree(study.manifest.parent / "slides", there.manifest.parent / "slides")
+    touched = min((there.manifest.parent / "slides").iterdir())
+    os.utime(touched, (1, 1))
+    opened, replace = opened_slides(monkeypatch), Path.replace
+
+    def refuse(self: Path, target: Path) -> Path:
+        if Path(target).name == "ledger.csv":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        return replace(self, target)
+
+    with monkeypatch.context() as held:
+        held.setattr(Path, "replace", refuse)
+        assert len(read_study(there.manifest, there.cache).slides) == 20
+    for _ in range(2):
+        read_study(there.manifest, there.cache)
+    assert opened == [touched, touched]  # once more, when the ledger is closed
 
 
 @pytest.mark.slow
