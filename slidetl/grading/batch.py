@@ -144,7 +144,7 @@ def find_slides(named: Sequence[Path]) -> tuple[list[Path], dict[Path, float]]:
 
 
 def _matches(pattern: Path) -> Iterator[Path]:
-    """Lists the matches of a pattern; ``**`` enters each folder once, and linked ones too."""
+    """Lists the matches of a pattern; ``**`` enters each folder once, and linked ones too, but no parent."""
     root, parts = Path(pattern.anchor), pattern.parts[bool(pattern.anchor) :]
     if "**" not in parts:
         yield from root.glob(str(Path(*parts)))
@@ -152,13 +152,15 @@ def _matches(pattern: Path) -> Iterator[Path]:
     before, after = parts[: parts.index("**")], parts[parts.index("**") + 1 :]
     if not after or "**" in after:
         raise UsageError(f"{pattern}: expected one **, and a name after it; or name the folder without it")
-    entered = set[str]()
+    entered = set[Path]()
     for top in root.glob(str(Path(*before))) if before else [root]:
+        start = Path(os.path.realpath(top))
         for folder, below, _ in os.walk(top, followlinks=True):
-            if os.path.realpath(folder) in entered:
+            place = Path(os.path.realpath(folder))
+            if place in entered or place in start.parents:
                 below.clear()
                 continue
-            entered.add(os.path.realpath(folder))
+            entered.add(place)
             yield from Path(folder).glob(str(Path(*after)))
 
 

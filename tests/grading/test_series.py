@@ -195,11 +195,14 @@ def test_a_pattern_finds_slides_in_linked_folders_once(tmp_path: Path) -> None:
     away.mkdir(parents=True)
     (tmp_path / "study" / "b").symlink_to(tmp_path / "away")
     (site / "again").symlink_to(tmp_path / "study")
-    for path in (tmp_path / "study" / "1.svs", site / "2.svs", away / "3.svs", away / "4.txt"):
+    (site / "above").symlink_to(tmp_path)
+    slides = (tmp_path / "5.svs", tmp_path / "study" / "1.svs", site / "2.svs", away / "3.svs")
+    for path in (*slides, away / "4.txt"):
         path.touch()
     found, _ = find_slides([tmp_path / "study" / "**" / "*.svs"])
     assert sorted(path.name for path in found) == ["1.svs", "2.svs", "3.svs"]
     assert [path.name for path in find_slides([tmp_path / "s*" / "**" / "deep" / "*.svs"])[0]] == ["3.svs"]
+    assert [path.name for path in find_slides([site / "**" / "*.svs"])[0]] == ["2.svs"]
     for pattern in ("**", "**/deep/**/*.svs"):
         with pytest.raises(UsageError, match=r"expected one \*\*, and a name after it"):
             find_slides([tmp_path / pattern])
