@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from slidetl.analysis.neighbours import Rows, best_of, cosines, in_blocks
 from slidetl.errors import CacheCorruptError, OutputError, UsageError
-from slidetl.files import file_sha256, replaced_path, write_whole
+from slidetl.files import check_writable, file_sha256, replaced_path, write_whole
 
 _CHECKED = 64  # rows searched exactly too; their cosines with a million rows take 256 MB
 _MOST = 100  # ranks of which the recall is measured
@@ -123,6 +123,7 @@ def open_index(
         except (OSError, KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise CacheCorruptError(f"{path}: not a whole index of slidetl ({error}); {remedy}") from error
         say(f"{path} is an index of other slides or features")
+    check_writable(path)
     say(f"building the index {path} of {len(group)} tiles: three passes over their features")
     index = build_index(blocks, group, owner, most_each)
     with replaced_path(path) as partial:

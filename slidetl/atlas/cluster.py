@@ -26,7 +26,13 @@ from slidetl.evaluation.bootstrap import Interval
 from slidetl.evaluation.composition import SiteShare, grade_correlation, site_share
 from slidetl.evaluation.confounding import SiteByGrade, site_by_grade
 from slidetl.models.precision import chosen_device
-from slidetl.tiles.features import FeatureSource, feature_name, read_source, write_features
+from slidetl.tiles.features import (
+    FeatureSource,
+    check_writable,
+    feature_name,
+    read_source,
+    write_features,
+)
 
 _FITTED = 20_000  # tiles that fit the principal components
 _CHECKED = 200  # seeds of the exact run beside the approximate one
@@ -134,17 +140,16 @@ def find_patterns(
     return Atlas(clusters, composition, patterns, kept, check, _confounding(collection))
 
 
-def store_clusters(collection: Collection, clusters: Clusters, name: str) -> None:
-    """Stores the cluster of each tile as features: a column per cluster, 1 in the tile's own.
-
-    Their mean over a slide is its composition. Their identity changes with the clusters.
+def check_store(collection: Collection, name: str) -> None:
+    """Checks before long work that clusters can be stored under a name.
 
     Raises:
         UsageError: the name holds other features.
-        CacheError: they cannot be written.
+        CacheError: a folder or file cannot be written.
     """
     feature_name(name)
     for slide in collection.slides:
+        check_writable(slide.cache)
         try:
             stored = read_source(slide.cache, name)
         except CacheMissingError:
@@ -154,6 +159,18 @@ def store_clusters(collection: Collection, clusters: Clusters, name: str) -> Non
                 f"--store {name}: slide {slide.row.slide_id!r} has features of this name, of "
                 f"{stored.backbone}; choose another name"
             )
+
+
+def store_clusters(collection: Collection, clusters: Clusters, name: str) -> None:
+    """Stores the cluster of each tile as features: a column per cluster, 1 in the tile's own.
+
+    Their mean over a slide is its composition. Their identity changes with the clusters.
+
+    Raises:
+        UsageError: the name holds other features.
+        CacheError: they cannot be written.
+    """
+    check_store(collection, name)
     source = collection.source
     identity = hashlib.sha256(f"{source.identity} {source.block} {collection.features}".encode())
     identity.update(np.ascontiguousarray(clusters.centres).tobytes())

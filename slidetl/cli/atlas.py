@@ -20,17 +20,21 @@ def cluster(selection: Selection, *, output: Path, options: ClusterOptions) -> i
             each slide's tiles) and geojson/ (maps for QuPath).
         options: of clustering.
     """
-    from slidetl.atlas.cluster import find_patterns, store_clusters
+    from slidetl.atlas.cluster import check_store, find_patterns, store_clusters
     from slidetl.atlas.cluster_page import write_atlas
     from slidetl.atlas.collection import open_collection
+    from slidetl.files import check_writable
 
     collection = open_collection(selection)
+    check_writable(output / "atlas.html")
+    if options.store:
+        check_store(collection, options.store)
     if not collection.has_manifest:
         _say("warning: without --manifest each slide counts as a patient of its own")
     atlas = find_patterns(collection, options, _say)
+    page, missing = write_atlas(atlas, collection, selection, options, output)
     if options.store:
         store_clusters(collection, atlas.clusters, options.store)
-    page, missing = write_atlas(atlas, collection, selection, options, output)
     if missing:
         _say(f"warning: no GeoJSON for {len(missing)} slides, whose files are not at hand: {listed(missing)}")
     if (check := atlas.check) is not None:
@@ -58,8 +62,10 @@ def similar(selection: Selection, *, output: Path, options: SimilarOptions) -> i
     from slidetl.atlas.collection import open_collection
     from slidetl.atlas.similar import find_similar
     from slidetl.atlas.similar_page import write_similar
+    from slidetl.files import check_writable
 
     collection = open_collection(selection)
+    check_writable(output / "similar.html")
     if not collection.has_manifest:
         _say("warning: without --manifest each slide counts as a patient of its own")
     if options.index is None and len(collection) > _MANY:

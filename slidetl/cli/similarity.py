@@ -34,11 +34,13 @@ def similarity(
         options: tiles and noise floor.
     """
     from slidetl.errors import refuse_unused
+    from slidetl.files import check_writable
     from slidetl.models.spec import BackboneSpec
     from slidetl.training.similarity import compare_networks, draw_curves, write_curves
 
     if backbone is None:
         refuse_unused(similarity, {"pretrained": pretrained}, "without --backbone")
+    check_writable(output / "similarity.csv")
     points = compare_networks(
         before,
         after,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from slidetl.analysis import index as module
 from slidetl.analysis.index import Index, build_index, open_index
 from slidetl.analysis.neighbours import best_of, concept, cosines
-from slidetl.errors import CacheCorruptError, UsageError
+from slidetl.errors import CacheCorruptError, OutputError, UsageError
 
 GROUP = np.repeat(np.arange(40), 100)
 OWNER = GROUP // 2
@@ -49,6 +49,16 @@ def test_the_recall_it_tells_is_that_of_other_queries(rows: NDArray[np.float16],
     assert 0.8 < np.mean(shares) < 1
     assert built.recalls[11] == pytest.approx(np.mean(shares), abs=0.06)
     assert built.checked == 64
+
+
+def test_a_place_that_cannot_be_written_is_said_before_the_index_is_built(
+    rows: NDArray[np.float16], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    said: list[str] = []
+    with pytest.raises(OutputError, match="cannot be written"):
+        open_index(tmp_path / "file" / "i", "a", [rows], GROUP, OWNER, 3, said.append)
+    assert not said
 
 
 def test_an_answer_that_few_groups_fill_is_left_to_the_caller(built: Index) -> None:

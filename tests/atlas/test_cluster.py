@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -126,6 +127,33 @@ def test_stored_clusters_are_features_whose_mean_is_the_composition(
     monkeypatch.setattr("slidetl.atlas.cluster.write_features", lambda cache, arrays: written.append(cache))
     store_clusters(collection, atlas.clusters, "patterns")  # replaces its own
     assert len(written) == 20
+
+
+def test_what_cannot_be_written_is_said_before_the_work(
+    patterned: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*_: object) -> None:
+        raise AssertionError("the work began")
+
+    for name in ("cluster.find_patterns", "similar.find_similar"):
+        monkeypatch.setattr(f"slidetl.atlas.{name}", work)
+    monkeypatch.setattr("slidetl.training.similarity.compare_networks", work)
+    (tmp_path / "file").touch()
+    told = [str(patterned.cache), "--features", "told", "--output"]
+    below = str(tmp_path / "file" / "out")
+    for words in (
+        ["atlas", "cluster", *told, below],
+        ["atlas", "similar", *told, below, "--tile", "slide-00@256,256"],
+        ["similarity", "--before=random", "--after=random", f"--data={patterned.cache}", f"--output={below}"],
+    ):
+        assert main(words) == 2
+        assert re.search(r"out/\w+\.(html|csv): cannot be written", capsys.readouterr().err)
+    words = ["atlas", "cluster", *told, str(tmp_path / "out"), "--store"]
+    assert main([*words, "told"]) == 2
+    assert "has features of this name, of net; choose another name" in capsys.readouterr().err
+    monkeypatch.setattr("os.access", lambda *_, **__: False)  # the tests may be run by root
+    assert main([*words, "patterns"]) == 2
+    assert "this user may not write there" in capsys.readouterr().err
 
 
 def test_the_command_writes_one_page_tables_and_maps(
