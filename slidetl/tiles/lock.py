@@ -13,6 +13,7 @@ later of the two sees the earlier. This needs exclusive creation and renaming, n
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -275,12 +276,16 @@ def kernel_lock(path: Path, wait: bool = True) -> Iterator[bool]:
     path.parent.mkdir(parents=True, exist_ok=True)
     # The file stays: after an unlink, two processes could hold locks on two files of one name.
     flags = os.O_NOFOLLOW | os.O_CLOEXEC
+    denied: PermissionError | None = None
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | flags, 0o666)
-    except PermissionError:
+        with contextlib.suppress(OSError):  # it is another user's, or without modes
+            os.fchmod(descriptor, 0o666)  # whatever the umask: NFS locks only what a user may write
+    except PermissionError as error:
         # Another user's file serves too, for reading, in a folder that both may write to.
         if not (path.exists() and os.access(path.parent, os.W_OK, effective_ids=True)):
             raise
+        denied = error
         descriptor = os.open(path, os.O_RDONLY | flags)
     with os.fdopen(descriptor, "ab") as file:
         try:
@@ -288,7 +293,10 @@ def kernel_lock(path: Path, wait: bool = True) -> Iterator[bool]:
             is_locked = True
         except BlockingIOError:
             raise
-        except OSError:  # such file systems say so by many numbers: ENOLCK, ENOSYS, ENOTSUP, EINVAL, EPERM
+        except OSError as error:
+            if denied is not None and error.errno == errno.EBADF:  # NFS, as the file is open for reading
+                raise denied from error
+            # File systems without locks say so by many numbers: ENOLCK, ENOSYS, ENOTSUP, EINVAL, EPERM.
             is_locked = False
         yield is_locked
 

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
 import re
@@ -12,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -363,6 +367,18 @@ def test_a_cache_that_is_a_link_itself_is_the_users_choice(tmp_path: Path) -> No
         assert (tmp_path / "disk" / ".locks" / "a.lease").exists()
 
 
+@contextlib.contextmanager
+def another_user() -> Iterator[None]:
+    """Takes the rights of another user, if the tests are run by root, who may write anywhere."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
 @pytest.mark.parametrize(
     ("folder_mode", "lock_mode", "serves"),
     [(0o777, 0o444, True), (0o777, 0o000, False), (0o555, 0o444, False)],
@@ -370,21 +386,43 @@ def test_a_cache_that_is_a_link_itself_is_the_users_choice(tmp_path: Path) -> No
 def test_the_lock_file_of_another_user_serves_in_a_folder_of_both(
     folder_mode: int, lock_mode: int, serves: bool
 ) -> None:
-    busy, user = CacheError("busy"), os.geteuid()
+    busy = CacheError("busy")
     with tempfile.TemporaryDirectory() as name:  # unlike tmp_path, below folders that any user may enter
         folder, lock = Path(name), Path(name) / ".lock"
         lock.touch()
         lock.chmod(lock_mode)
         folder.chmod(folder_mode)
-        if user == 0:
-            os.seteuid(65534)  # root may write anywhere
-        try:
+        with another_user():
             if serves:
                 with only_process(folder, busy), pytest.raises(CacheError, match="busy"):
                     only_process(folder, busy).__enter__()
             else:
                 with pytest.raises(OutputError, match="cannot be written"):
                     only_process(folder, busy).__enter__()
+        folder.chmod(0o700)
+
+
+def test_users_of_a_folder_on_nfs_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS turns an exclusive flock into a lock of fcntl, which needs a file that is open for writing."""
+
+    def of_nfs(file: IO[bytes], operation: int) -> None:
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(file, operation)
+
+    flock, busy = fcntl.flock, CacheError("busy")
+    monkeypatch.setattr(fcntl, "flock", of_nfs)
+    with tempfile.TemporaryDirectory() as name:
+        folder, lock = Path(name), Path(name) / ".lock"
+        folder.chmod(0o777)
+        umask = os.umask(0o022)
+        try:
+            with only_process(folder, busy):
+                assert lock.stat().st_mode & 0o777 == 0o666
+                with another_user(), pytest.raises(CacheError, match="busy"):
+                    only_process(folder, busy).__enter__()
         finally:
-            os.seteuid(user)
-            folder.chmod(0o700)
+            os.umask(umask)
+        lock.chmod(0o444)  # by another program
+        with another_user(), pytest.raises(OutputError, match="cannot be written"):
+            only_process(folder, busy).__enter__()
