@@ -273,9 +273,11 @@ def check_writable(cache: SlideCache) -> None:
     """
     cache_dir = cache.path.parent
     locks, building = cache_dir / ".locks", cache_dir / ".building-features"
-    lock = locks / f"{cache.path.stem}.lock"
-    for path in (cache_dir, locks, lock, building, cache.path, cache.path / FEATURES):
+    # Not the lock file: that of another user serves too.
+    for path in (cache_dir, locks, building, cache.path, cache.path / FEATURES):
         if path.exists() and not os.access(path, os.W_OK):
+            if os.statvfs(path).f_flag & os.ST_RDONLY:
+                raise CacheError(f"{path}: its disk is mounted read-only here; use a copy of the cache")
             error = PermissionError(errno.EACCES, "this user may not write there", str(path))
             raise CacheError(describe_write_error(error, cache_dir))
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -249,7 +250,7 @@ def test_a_write_that_was_killed_leaves_nothing_in_the_way(cache: SlideCache) ->
     assert not any((cache.path.parent / ".building-features").iterdir())
 
 
-@pytest.mark.parametrize("place", [".", ".locks", ".locks/s.lock", "s.zarr", "s.zarr/features"])
+@pytest.mark.parametrize("place", [".", ".locks", "s.zarr", "s.zarr/features"])
 def test_a_cache_of_another_user_is_refused_with_the_remedy(
     cache: SlideCache, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -265,6 +266,25 @@ def test_a_cache_of_another_user_is_refused_with_the_remedy(
     with pytest.raises(CacheError) as error:
         check_writable(cache)
     assert str(error.value).startswith(f"{closed}: this user may not write there; users who share a cache")
+
+
+def test_the_lock_of_another_user_is_not_in_the_way(
+    cache: SlideCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, access = cache.path.parent / ".locks" / "s.lock", os.access
+    write_features(cache, {"resnet18": (SOURCE, values(len(cache)))})
+    assert lock.exists()
+    monkeypatch.setattr(os, "access", lambda path, *_, **__: path != lock and access(path, os.W_OK))
+    check_writable(cache)
+
+
+def test_a_cache_that_is_mounted_read_only_is_refused_as_such(
+    cache: SlideCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=os.ST_RDONLY | os.ST_NOSUID))
+    with pytest.raises(CacheError, match=r"its disk is mounted read-only here; use a copy"):
+        check_writable(cache)
 
 
 def test_a_place_that_cannot_be_written_is_an_error_of_its_slide(cache: SlideCache) -> None:
