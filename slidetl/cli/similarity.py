@@ -40,14 +40,18 @@ def similarity(
 
     if backbone is None:
         refuse_unused(similarity, {"pretrained": pretrained}, "without --backbone")
-    check_writable(output / "similarity.csv")
+
+    def begin(message: str) -> None:
+        check_writable(output / "similarity.csv")  # once slides and options are known to be right
+        print(f"slidetl: {message}", file=sys.stderr)
+
     points = compare_networks(
         before,
         after,
         data,
         options,
         spec=BackboneSpec(backbone, pretrained) if backbone else None,
-        on_step=lambda message: print(f"slidetl: {message}", file=sys.stderr),
+        on_step=begin,
     )
     write_curves(points, output / "similarity.csv")
     draw_curves(points, output / "similarity.png")

@@ -57,7 +57,7 @@ class Table:
 
         None is unclear if another with the same mark, such as 0.253 or 12.5, shows that it is decimal, and no
         number has the other mark. Commas usually come with decimal points and semicolons with decimal commas:
-        such marks are unclear only beside the other one, and beside whole numbers that are all below 1000
+        such marks are unclear only beside the other one, or beside whole numbers that are all below 1000
         (950, 1.050).
         """
         if column not in self.header:

@@ -22,6 +22,7 @@ from slidetl.evaluation.composition import SiteShare, grade_correlation, site_sh
 from slidetl.tiles.features import read_features
 from tests.atlas.conftest import patterns
 from tests.conftest import Study
+from tests.small import small_embed
 
 
 @pytest.fixture
@@ -137,14 +138,15 @@ def test_what_cannot_be_written_is_said_before_the_work(
 
     for name in ("cluster.find_patterns", "similar.find_similar"):
         monkeypatch.setattr(f"slidetl.atlas.{name}", work)
-    monkeypatch.setattr("slidetl.training.similarity.compare_networks", work)
+    monkeypatch.setattr("slidetl.training.similarity.embed_layers", work)
     (tmp_path / "file").touch()
     told = [str(patterned.cache), "--features", "told", "--output"]
     below = str(tmp_path / "file" / "out")
+    networks = ["--before", "pretrained", "--after", "random", *small_embed()]
     for words in (
         ["atlas", "cluster", *told, below],
         ["atlas", "similar", *told, below, "--tile", "slide-00@256,256"],
-        ["similarity", "--before=random", "--after=random", f"--data={patterned.cache}", f"--output={below}"],
+        ["similarity", *networks, "--data", str(patterned.cache), "--output", below],
     ):
         assert main(words) == 2
         assert re.search(r"out/\w+\.(html|csv): cannot be written", capsys.readouterr().err)
