@@ -74,9 +74,9 @@ def test_few_patients_find_nothing_and_a_point_is_no_interval() -> None:
     assert site.startswith("False Most at A: 100% of it") and "too few patients" in site
     assert grade.startswith("False Rank correlation with the grade +1.00; too few patients")
     site, grade = said(5)
-    assert site.startswith("True Most at A: 100% (the same in all resamples) of it")  # told by its p
+    assert site.startswith("True Most at A: 100% (no interval) of it")  # told by its p
     assert _bounds("share", Interval(1.0, 1 - 1e-16, 1.0, 0.95)) == {"share": 1.0}  # but for rounding
-    assert grade == "False Rank correlation with the grade +1.00 (the same in all resamples)."
+    assert grade == "False Rank correlation with the grade +1.00 (no interval)."
 
 
 def test_a_site_stands_out_by_its_p_and_not_by_the_interval_of_the_greatest() -> None:
