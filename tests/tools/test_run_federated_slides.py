@@ -31,7 +31,7 @@ def test_the_page_names_the_primary_comparison_and_each_secondary_once() -> None
     text = tool.page(tool.EXPERIMENTS["frozen"], found)
     assert "2 of " in text and "120 test patients" in text
     # All right: a bootstrap has nothing to resample, the exact interval of 120 of 120 begins at .97.
-    always = "1.00 (the same in all resamples)"
+    always = "1.00 (no interval)"
     assert f"| cyclic | {always} | 1.00 [0.97, 1.00] | {always.replace('1', '0')} |" in text
     (primary,) = [line for line in text.splitlines() if line.startswith("| **averaged minus local**")]
     cells = [cell.strip() for cell in primary.split("|")]

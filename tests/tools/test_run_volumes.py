@@ -108,7 +108,7 @@ def test_an_undefined_difference_is_no_finding_and_a_point_no_interval() -> None
     assert "**undefined**, the test could not be computed; 120 test patients, 0 of grade 1." in page
     assert "The registered rule cannot be applied" in page and "not shown" not in page
     perfect = tool.Graded(one.patients, one.true, one.true.astype(float))
-    assert tool.as_text(tool.estimate([perfect], "AUROC")) == "1.00 (the same in all resamples)"
+    assert tool.as_text(tool.estimate([perfect], "AUROC")) == "1.00 (no interval)"
 
 
 def test_trainings_differ_in_what_their_names_say(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_says_what_the_model_said_and_what_it_is(graded: Graded, card: ModelCard
     point = dataclasses.replace(card, evidence=dataclasses.replace(card.evidence, figures=figures))
     path = write_slide_report(graded(), point, tmp_path / "older", "s1")
     text = Page(path.read_text()).text
-    assert "QWK 1.00 (the same in all resamples)" in text and "[1.00" not in text
+    assert "QWK 1.00 (no interval)" in text and "[1.00" not in text
     assert "50 patients kept from the training" in text
     arm = dataclasses.replace(card, evidence=dataclasses.replace(card.evidence, arm="warm"))
     text = Page(write_slide_report(graded(), arm, tmp_path / "arm", "s1").read_text()).text
