@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from slidetl.tiles.lock import slide_lock
 from slidetl.version import VERSION
 
 _REGISTRATION = "registration.json"
+_LATE_S = 60.0  # a shared file system may keep the absence of a file for as long
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,11 +117,11 @@ def run_comparison(
             if options.scheduler
             else run_here([(job, place) for job in to_do], options.processes, cards_for(plan))
         )
-        for job, reason in done if to_do else ():
+        for job, reason, result in _outcomes(done if to_do else (), folder):
             if reason:
                 failed[job.label] = reason
-            found[job.key] = read_result(folder, job)
-            options.on_done(job, reason, found[job.key])
+            found[job.key] = result
+            options.on_done(job, reason, result)
         lacking = {job.arm for job in plan.jobs if _is_of_arm(job) and found[job.key] is None}
         if failed and all(job.arm in lacking for job in plan.jobs):
             first = {reason: label for label, reason in reversed(failed.items())}  # each reason once
@@ -128,6 +130,26 @@ def run_comparison(
                 + "; ".join(f"{label}: {reason}" for reason, label in reversed(first.items()))
             )
         return _aggregate(plan, output, found, failed), failed
+
+
+def _outcomes(done: Iterable[tuple[Job, str]], folder: Path) -> Iterator[tuple[Job, str, JobResult | None]]:
+    """Reads the results of computed jobs; those that are not to be read yet come last, or failed."""
+    late = []
+    for job, reason in done:
+        result = read_result(folder, job)
+        if result is None and not reason:
+            late.append(job)
+        else:
+            yield job, reason, result
+    deadline = time.monotonic() + _LATE_S
+    for job in late:
+        while (result := read_result(folder, job)) is None and time.monotonic() < deadline:
+            time.sleep(1)
+        reason = (
+            f"it was computed, but {folder / job.key} cannot be read as a result of slidetl {VERSION}; give "
+            "all workers this version and one file system, and run again"
+        )
+        yield job, "" if result is not None else reason, result
 
 
 def _is_of_arm(job: Job) -> bool:

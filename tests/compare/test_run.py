@@ -28,12 +28,18 @@ from safetensors.torch import save_file
 from sklearn.metrics import accuracy_score, cohen_kappa_score
 
 from slidetl.cli import main
-from slidetl.compare import train_arm
+from slidetl.compare import records, run, train_arm
 from slidetl.compare.config import Arm, Comparison, Primary, read_comparison
-from slidetl.compare.plan import Job, cases_of, permuted, read_slides, refuse_seen
+from slidetl.compare.plan import FORMAT_VERSION, Job, cases_of, permuted, read_slides, refuse_seen
 from slidetl.compare.pool import Workplace, run_job
 from slidetl.compare.records import CurvePoint, JobResult, predictions_from, read_result
-from slidetl.compare.run import _was_registered, plan_comparison, record_registration
+from slidetl.compare.run import (
+    Options,
+    _was_registered,
+    plan_comparison,
+    record_registration,
+    run_comparison,
+)
 from slidetl.compare.train_arm import _Fit, check_arm, choose, draw_evenly, train_job
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.record import RecordedSlide, StudyRecord, store_record
@@ -409,6 +415,35 @@ def test_a_failed_fold_of_every_arm_ends_a_run_with_the_reasons(
     assert "2 jobs failed" in line and "go on" not in line
     assert "prior, repeat 0, fold 1: " in line and "site, repeat 0, fold 1: " in line
     assert not (tmp_path / "out" / "report.html").exists()
+
+
+@pytest.mark.parametrize("is_late", [True, False], ids=["late", "never"])
+def test_a_job_without_a_readable_result_has_failed(
+    is_late: bool, study: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process has another version of the format than this one; or this one sees the files later."""
+    arms = {**PRIOR, "site": {"baseline": "site"}}
+    path = configuration(study, tmp_path, arms=arms, primary={"arm": "site", "against": "prior"})
+    comparison = read_comparison(path)
+    run_comparison(plan_comparison(comparison, ("prior",)), tmp_path / "out")
+    told: list[tuple[str, str]] = []
+
+    def misread(finished: Any, to_do: Any) -> None:
+        assert {job.arm for job in finished} == {"prior"}
+        monkeypatch.setattr(records, "FORMAT_VERSION", -1)
+
+    monkeypatch.setattr(run, "_LATE_S", PATIENCE_S if is_late else 0)
+    monkeypatch.setattr(
+        "time.sleep", lambda seconds: monkeypatch.setattr(records, "FORMAT_VERSION", FORMAT_VERSION)
+    )
+    options = Options(on_start=misread, on_done=lambda job, reason, _: told.append((job.arm, reason)))
+    _, failed = run_comparison(plan_comparison(comparison), tmp_path / "out", options)
+    assert len(told) == 2
+    if is_late:
+        assert told == [("site", "")] * 2 and not failed
+    else:
+        assert list(failed.values()) == [reason for _, reason in told]
+        assert all("cannot be read as a result of slidetl" in reason for reason in failed.values())
 
 
 @pytest.mark.slow
