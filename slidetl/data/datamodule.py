@@ -418,6 +418,7 @@ class SlideDataModule(pl.LightningDataModule):
             self.sampling,
             self.features,
             self.decode_threads,
+            self._identity,
         )
         if len(dataset) < self._n_ranks:
             raise UsageError(
@@ -480,6 +481,11 @@ class SlideDataModule(pl.LightningDataModule):
         return self.features if not self.bag_size else ""
 
     @property
+    def _identity(self) -> str | None:
+        """The identity of the stored features; None before :meth:`setup`, and without them."""
+        return None if self.feature_source is None else self.feature_source.identity
+
+    @property
     def pass_size(self) -> int:
         """Tiles in one pass of an evaluation: ``chunk_size``, fewer of volumes; known after :meth:`setup`."""
         is_volume = self.tile_spec is not None and self.tile_spec.is_volume
@@ -491,7 +497,7 @@ class SlideDataModule(pl.LightningDataModule):
         slides = self.slides[part]
         per_rank = -(-len(slides) // self._n_ranks)
         mine = [slides[(self._rank + step * self._n_ranks) % len(slides)] for step in range(per_rank)]
-        dataset = ChunkDataset(mine, self.pass_size, features)
+        dataset = ChunkDataset(mine, self.pass_size, features, self._identity)
         return self._loader(DataLoader, dataset, batch_size=None, shuffle=False)
 
     def _loader(self, kind: type[_Loader], dataset: Any, **options: Any) -> _Loader:

@@ -78,6 +78,8 @@ class BagDataset(Dataset[Bag]):
         sampling: probabilities of the tiles.
         features: name of stored features, added to a bag for the tiles not drawn; empty for none.
         threads: number of threads to read and augment the tiles of a bag; it does not change the result.
+        identity: of the network of the features (:attr:`~slidetl.tiles.features.FeatureSource.identity`);
+            others are refused, also if they are stored in the middle of a training. None takes any.
     """
 
     def __init__(
@@ -89,13 +91,14 @@ class BagDataset(Dataset[Bag]):
         sampling: Sampling = Uniform(),  # noqa: B008 (frozen)
         features: str = "",
         threads: int = 1,
+        identity: str | None = None,
     ) -> None:
         self.slides = tuple(slides)
         self.bag_size = bag_size
         self.augmentation = augmentation
         self.seed = seed
         self.sampling = sampling
-        self.features = features
+        self.features, self.identity = features, identity
         self.threads = threads
         ends = np.cumsum([len(slide.cache) for slide in self.slides])
         # The latest attention of each tile, slide after slide, in memory shared with the workers.
@@ -128,7 +131,7 @@ class BagDataset(Dataset[Bag]):
             bag["votes"] = {name: _votes(votes) for name, votes in of_tasks if votes}
         if self.features:
             rest = np.setdiff1d(np.arange(len(slide.cache)), drawn, assume_unique=True)
-            bag["stored"] = torch.from_numpy(read_features(slide.cache, self.features)[rest])
+            bag["stored"] = torch.from_numpy(read_features(slide.cache, self.features, self.identity)[rest])
             bag["stored_mask"] = torch.ones(len(rest), dtype=torch.bool)
         return bag
 
@@ -220,12 +223,19 @@ class ChunkDataset(Dataset[Chunk]):
         slides: the slides, in order.
         chunk_size: greatest number of tiles in a chunk.
         features: name of stored features to use instead of tiles, a whole slide per chunk; empty for tiles.
+        identity: as for :class:`BagDataset`.
     """
 
-    def __init__(self, slides: Sequence[CachedSlide], chunk_size: int, features: str = "") -> None:
+    def __init__(
+        self,
+        slides: Sequence[CachedSlide],
+        chunk_size: int,
+        features: str = "",
+        identity: str | None = None,
+    ) -> None:
         self.slides = tuple(slides)
         self.chunk_size = max(len(slide.cache) for slide in self.slides) if features else chunk_size
-        self.features = features
+        self.features, self.identity = features, identity
         self._chunks = [
             (number, start)
             for number, slide in enumerate(self.slides)
@@ -252,7 +262,7 @@ class ChunkDataset(Dataset[Chunk]):
             "last": stop == len(cache),
         }
         if self.features:
-            chunk["stored"] = torch.from_numpy(read_features(cache, self.features))
+            chunk["stored"] = torch.from_numpy(read_features(cache, self.features, self.identity))
         else:
             chunk["tiles"] = network_input(cache.read(np.arange(start, stop)), cache.spec)
             chunk["full"] = self.chunk_size

@@ -232,9 +232,11 @@ class SiteTrainer:
             raise UsageError("privacy.level patient knows no model.tasks, model.balance and model.targets")
         check_unmixed(grader.network, backbone.num_features)
         grader.check_features(self.data)  # as Lightning's fit would
+        assert self.data.feature_source is not None
+        features, identity = self.data.features, self.data.feature_source.identity
         return [
             PatientSlides(
-                tuple(torch.from_numpy(read_features(slide.cache, self.data.features)) for slide in slides),
+                tuple(torch.from_numpy(read_features(slide.cache, features, identity)) for slide in slides),
                 tuple(int(slide.row.grade) for slide in slides),  # type: ignore[arg-type] # a training part is graded
             )
             for slides in groups.values()

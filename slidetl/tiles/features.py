@@ -230,10 +230,10 @@ def _stored_crc(node: Path) -> str:
         raise CacheCorruptError(f"{chunk}: {error.strerror}, {_AGAIN} --overwrite") from error
 
 
-def read_features(cache: SlideCache, name: str, weights_sha256: str | None = None) -> NDArray[np.float16]:
+def read_features(cache: SlideCache, name: str, identity: str | None = None) -> NDArray[np.float16]:
     """Reads the embeddings of all tiles of a slide, without zarr.
 
-    ``weights_sha256`` is the network required; None takes any.
+    ``identity`` is that of the network required (:attr:`FeatureSource.identity`); None takes any.
 
     Returns:
         ``[N, D] float16``, a row for each tile, in the order of the cache.
@@ -245,9 +245,9 @@ def read_features(cache: SlideCache, name: str, weights_sha256: str | None = Non
     """
     source = read_source(cache, name)
     node = cache.path / FEATURES / name
-    if weights_sha256 is not None and source.weights_sha256 != weights_sha256:
+    if identity is not None and source.identity != identity:
         raise CacheMismatchError(
-            f"{node}: made by weights {source.weights_sha256[:12]}..., wanted {weights_sha256[:12]}...; "
+            f"{node}: made by weights {source.short_identity}, wanted {identity:.100}; "
             "store them under another --name, or replace them with --overwrite"
         )
     try:

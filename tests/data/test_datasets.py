@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from slidetl.data.augment import Augmentation
+from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.datasets import BagDataset, ChunkDataset, EpochSampler
 from slidetl.data.manifest import read_manifest
 from slidetl.data.study import CachedSlide
-from slidetl.errors import CacheCorruptError
+from slidetl.errors import CacheCorruptError, CacheMismatchError
+from slidetl.tiles.features import FeatureSource, write_features
 from slidetl.tiles.store import SlideCache
 from tests.conftest import Study
 
@@ -111,3 +113,27 @@ def test_sampler_shuffles_each_epoch_and_shares_among_ranks() -> None:
     ranks = [list(EpochSampler(10, 0, rank, 3)) for rank in range(3)]
     assert [len(rank) for rank in ranks] == [3, 3, 3] == [len(EpochSampler(10, 0, 0, 3))] * 3
     assert len({number for rank in ranks for _, number in rank}) == 9
+
+
+@pytest.mark.parametrize("made", [True, False], ids=["made", "imported"])
+def test_features_of_another_network_in_the_middle_of_a_training_are_refused(
+    made: bool, study: Study, tmp_path: Path
+) -> None:
+    shutil.copytree(study.cache, tmp_path / "cache")
+    few = slides(Study(study.manifest, tmp_path / "cache"))
+
+    def store(network: str) -> None:
+        sha256 = network * 64 if made else ""
+        source = FeatureSource(network, "", sha256, (0.5,) * 3, (0.5,) * 3)
+        for slide in few:
+            write_features(slide.cache, {"own": (source, np.zeros((len(slide.cache), 4), np.float16))})
+
+    store("a")
+    data = SlideDataModule.from_slides(few, few, features="own", bag_size=0, num_workers=0, every_grade=False)
+    data.setup("fit")
+    loaders = data.train_dataloader(), data.val_dataloader()
+    assert all(next(iter(loader))["stored"].shape[-1] == 4 for loader in loaders)
+    store("b")
+    for loader in loaders:
+        with pytest.raises(CacheMismatchError, match="store them under another --name"):
+            next(iter(loader))
