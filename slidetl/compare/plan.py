@@ -18,7 +18,7 @@ from slidetl.compare.config import EPOCHS, Comparison, with_values
 from slidetl.data.manifest import ManifestRow, stain_kind
 from slidetl.data.record import StudyRecord, ancestors
 from slidetl.data.study import CachedSlide, Study, check_duplicates, check_identity, read_study
-from slidetl.errors import CacheMissingError, UsageError
+from slidetl.errors import CacheMismatchError, CacheMissingError, UsageError
 from slidetl.evaluation.leakage import near_duplicates
 from slidetl.evaluation.protocol import (
     Case,
@@ -36,7 +36,7 @@ from slidetl.library.local import SCHEME, pulled_card
 from slidetl.models.packaged import packaged_weights
 from slidetl.models.spec import INFLATED, PUBLISHED, BackboneSpec
 from slidetl.text import listed
-from slidetl.tiles.features import common_source, read_features
+from slidetl.tiles.features import common_source, feature_checksum, read_features
 from slidetl.tiles.store import SlideCache, cache_path
 
 # Raised with every change of the computation or of the files of a job.
@@ -55,10 +55,10 @@ class Job:
         recipe: the computation, as JSON values.
         key: SHA-256, shortened, of the recipe, the fold, the data and the format; it names the job's folder.
             The arm's name is no part of it: a renamed arm finds its results.
-        tiles: SHA-256 of the places of the tiles of its slides. It is kept beside a result and compared, so
-            that slides that were tiled again elsewhere, as many tiles each, are computed again.
         rows: of the manifest, of the fold's slides; their grades are permuted where the labels are.
         fingerprints: SHA-256 of the content of these slides when the study was read, by slide.
+        places: SHA-256 of the places of their tiles, likewise.
+        features: checksums of the stored features that the arm reads, likewise, by their name.
         cache: the folder of the tile caches.
         grades: names, lowest first.
     """
@@ -71,9 +71,10 @@ class Job:
     key: str
     rows: tuple[ManifestRow, ...] = ()
     fingerprints: Mapping[str, str] = field(default_factory=dict)
+    places: Mapping[str, str] = field(default_factory=dict)
+    features: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     cache: Path = Path()
     grades: tuple[str, ...] = ()
-    tiles: str = ""
 
     @property
     def label(self) -> str:
@@ -81,6 +82,15 @@ class Job:
         size = "" if self.n_slides is None else f" on {self.n_slides} slides"
         size += "" if self.permutation is None else f", labels permuted ({self.permutation})"
         return f"{self.arm}{size}, repeat {self.fold.repeat}, fold {self.fold.name}"
+
+    @property
+    def tiles(self) -> str:
+        """SHA-256 of the places of the tiles of its slides.
+
+        It is kept beside a result and compared, so that slides that were tiled again elsewhere, as many tiles
+        each, are computed again.
+        """
+        return canonical_sha256([self.places[row.slide_id] for row in self.rows])
 
     def part(self, slides: Iterable[str]) -> list[ManifestRow]:
         """Returns the rows of some slides, in the order of :attr:`rows`."""
@@ -91,15 +101,41 @@ class Job:
         """Opens some slides, in the order of the rows.
 
         Raises:
-            CacheMissingError: a cache is gone.
-            CacheMismatchError: a cache was replaced since the study was read.
+            CacheError: a cache is gone or was replaced since the study was read, or features of the arm.
         """
         opened = []
         for row in self.part(slides):
-            cache = SlideCache.open(cache_path(self.cache, row.slide_id))
-            check_identity(cache, row.slide_id, self.fingerprints[row.slide_id], "the study that was read")
+            name = row.slide_id
+            cache = SlideCache.open(cache_path(self.cache, name))
+            check_identity(cache, name, self.fingerprints[name], "the study that was read")
+            changed = ["tiles"] if cache.places_sha256 != self.places[name] else []
+            changed += [
+                f"features {stored!r}"
+                for stored, checksums in self.features.items()
+                if feature_checksum(cache, stored) != checksums[name]
+            ]
+            if changed:
+                raise CacheMismatchError(
+                    f"slide {name!r}: the cache has other {listed(changed)} than when the study was read; "
+                    "run again, and leave the cache alone meanwhile"
+                )
             opened.append(CachedSlide(row, cache))
         return tuple(opened)
+
+    def check(self) -> None:
+        """Checks that all that the key names is still there: slides, features and weights.
+
+        Raises:
+            CacheError: as :meth:`open`.
+            UsageError: the weights of the arm have changed.
+        """
+        self.open(row.slide_id for row in self.rows)
+        for (name, source), sha256 in _weights_of(self.recipe).items():
+            if _weights_sha256(name, source) != sha256:
+                raise UsageError(
+                    f"the weights {source!r} of {name} are not those that the comparison was planned with; "
+                    "run again, with the same files on all machines, and leave them alone meanwhile"
+                )
 
 
 def read_slides(comparison: Comparison) -> Study:
@@ -266,6 +302,10 @@ def plan_jobs(
     }
     data_of = {number: _data_of(labelled) for number, labelled in studies.items()}
     places = {tiles.slide_id: tiles.places_sha256 for tiles in study.caches}
+    checksums = {
+        features: {tiles.slide_id: feature_checksum(tiles, features) for tiles in study.caches}
+        for features in {features for recipe in recipes.values() for features in _features_of(recipe)}
+    }
 
     def job(
         name: str,
@@ -294,9 +334,13 @@ def plan_jobs(
             *(name, fold, n_slides, permutation, recipe, canonical_sha256(about)[:20]),
             rows=tuple(slide.row for slide in slides),
             fingerprints={slide.row.slide_id: slide.cache.fingerprint for slide in slides},
+            places={slide.row.slide_id: places[slide.row.slide_id] for slide in slides},
+            features={
+                features: {slide.row.slide_id: checksums[features][slide.row.slide_id] for slide in slides}
+                for features in _features_of(recipe)
+            },
             cache=study.folder,
             grades=tuple(comparison.grades),
-            tiles=canonical_sha256([places[slide.row.slide_id] for slide in slides]),
         )
 
     jobs = [job(name, fold) for fold in folds for name in names]
@@ -350,18 +394,47 @@ def refuse_seen(comparison: Comparison, jobs: Iterable[Job], study: Study, allow
 
 def _past(recipe: Mapping[str, Any], study: Study, allow: Sequence[str], by_content: bool) -> StudyRecord:
     """Reads the records of the checkpoints that an arm starts from."""
-    features = [*recipe.get("features", ())] if "classical" in recipe else []
     origins: list[StudyRecord | None] = []
-    for trial in recipe.get("trials", ()):
-        config = with_values(recipe["fit"], trial)
-        features += filter(None, [config["data"].get("features")])
-        if str(config["model"].get("backbone", {}).get("pretrained", "")).endswith(".ckpt"):
+    for config in _configurations(recipe):
+        if _backbone_of(config)[1].endswith(".ckpt"):
             # imported here: torch takes seconds
             from slidetl.training.configured import build_grader, parse_training
 
             origins.append(build_grader(parse_training(config, ("0", "1"), 0, allow))[0].origin)
-    sources = [common_source(name, study.caches) for name in dict.fromkeys(features)]
+    sources = [common_source(name, study.caches) for name in _features_of(recipe)]
     return ancestors(study.folder, origins, sources, by_content=by_content)
+
+
+def _configurations(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Lists the configurations that a job may train: the arm's own, and those of its trials."""
+    if "fit" not in recipe:
+        return []
+    return [with_values(recipe["fit"], values) for values in ({}, *filter(None, recipe["trials"]))]
+
+
+def _backbone_of(config: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns the name of a configuration's backbone, and the source of its weights."""
+    backbone, usual = config["model"].get("backbone", {}), BackboneSpec()
+    return str(backbone.get("name", usual.name)), str(backbone.get("pretrained", usual.pretrained))
+
+
+def _weights_of(recipe: Mapping[str, Any]) -> dict[tuple[str, str], str]:
+    """Returns the hash of weights that an arm was planned with, by name and source of the backbone."""
+    if "fit" not in recipe:
+        return {}
+    first, *others = _configurations(recipe)
+    # Without choices of weights or features the trials have those of the arm.
+    origins = recipe.get("of_trials", [recipe] * len(others))
+    planned = zip((first, *others), (recipe, *origins), strict=True)
+    return {_backbone_of(configuration): origin["weights"] for configuration, origin in planned}
+
+
+def _features_of(recipe: Mapping[str, Any]) -> list[str]:
+    """Lists the names of the stored features that an arm reads."""
+    if "classical" in recipe:
+        return list(recipe["features"])
+    named = (config["data"].get("features") for config in _configurations(recipe))
+    return list(dict.fromkeys(filter(None, named)))
 
 
 def _data_of(study: Study) -> dict[str, list[Any]]:
@@ -401,10 +474,11 @@ def _recipe(comparison: Comparison, study: Study, name: str) -> dict[str, Any]:
         return {"classical": asdict(arm.classical), "features": sources}
 
     def origins(config: dict[str, Any]) -> dict[str, str]:
-        backbone, usual = config["model"].get("backbone", {}), BackboneSpec()
-        weights = str(backbone.get("name", usual.name)), str(backbone.get("pretrained", usual.pretrained))
         stored = config["data"].get("features")
-        return {"weights": weights_sha256(*weights), "features": source(stored) if stored else ""}
+        return {
+            "weights": weights_sha256(*_backbone_of(config)),
+            "features": source(stored) if stored else "",
+        }
 
     weights_sha256 = cache(_weights_sha256)
     config, trials = comparison.fit_config(name), comparison.trials(name)

@@ -56,15 +56,17 @@ def run_job(job: Job, place: Workplace) -> None:
     """Computes a job, unless it is done; its folder appears whole or not at all.
 
     Raises:
-        SlidetlError: the arm cannot be fitted; the message says why.
+        SlidetlError: the arm cannot be fitted, or its data or weights have changed; the message says why.
     """
     with slide_lock(place.folder, job.key):  # another machine may be at it
         if read_result(place.folder, job) is not None:
             return
         building = place.folder / ".building" / job.key
         building.mkdir(parents=True, exist_ok=True)
+        job.check()
         started = time.monotonic()
         result = replace(_compute(job, place, building), seconds=round(time.monotonic() - started, 3))
+        job.check()  # what was read in between is what the key names
         write_result(job, result, building, place.folder / job.key)
         shutil.rmtree(building)
 

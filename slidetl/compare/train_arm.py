@@ -360,6 +360,7 @@ class _Fit:
                 trainer.validate(*self._built, verbose=False)
                 watch.add_point(trainer.current_epoch, self._built[0])
         training = _Training(tuple(watch.points), tuple(watch.predictions))
+        self._job.check()  # a later run takes it by the key, which names data and weights
         write_whole(done, json.dumps({**asdict(training), "tiles": self._job.tiles}))
         return training
 

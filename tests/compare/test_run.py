@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from sklearn.metrics import accuracy_score, cohen_kappa_score
 
 from slidetl.cli import main
-from slidetl.compare import records, run, train_arm
+from slidetl.compare import pool, records, run, train_arm
 from slidetl.compare.config import Arm, Comparison, Primary, read_comparison
 from slidetl.compare.plan import FORMAT_VERSION, Job, cases_of, permuted, read_slides, refuse_seen
 from slidetl.compare.pool import Workplace, run_job
@@ -291,22 +291,31 @@ def test_series_are_compared_and_those_cut_elsewhere_again(
     assert "4 jobs are done, 0 to be computed" in capfd.readouterr().err
 
 
-def test_a_training_on_tiles_cut_elsewhere_is_not_taken_for_that_of_a_job(
+def test_a_training_on_other_tiles_or_weights_is_not_taken_for_that_of_a_job(
     study: Cohort, tmp_path: Path
 ) -> None:
-    plan = plan_comparison(read_comparison(configuration(study, tmp_path)))
-    job = next(job for job in plan.jobs if job.arm == "scratch")
+    weights = tmp_path / "weights.safetensors"
+    shutil.copy(small_weights(), weights)
+    fit = {"model": {**SCRATCH["model"], "backbone": {"pretrained": str(weights)}}}
+    _, job = planned(study, tmp_path, {"fit": fit})
     done = tmp_path / "work" / "final" / "training.json"
 
-    def point(tiles: str) -> float:
-        fit = _Fit(replace(job, tiles=tiles), done.parent, {}, job.fold.train, job.fold.test, ())
+    def point() -> float:
+        fit = _Fit(job, done.parent, {}, job.fold.train, job.fold.test, ())
         return fit.run("test", 0).points[-1].train_loss
 
-    loss = point(job.tiles)
+    loss = point()
     values = json.loads(done.read_text())
     values["points"][-1]["train_loss"] = -1.0  # to tell what is read from what is trained
     done.write_text(json.dumps(values))
-    assert point(job.tiles) == -1.0 and point("elsewhere") == pytest.approx(loss)
+    assert point() == -1.0
+    done.write_text(json.dumps({**values, "tiles": "elsewhere"}))
+    assert point() == pytest.approx(loss)
+    shutil.rmtree(done.parent)
+    weights.write_bytes(b"others")
+    with pytest.raises(UsageError, match="are not those that the comparison was planned with"):
+        point()
+    assert not done.exists()
 
 
 def test_weights_and_features_that_are_choices_are_in_the_key(study: Cohort, tmp_path: Path) -> None:
@@ -501,6 +510,17 @@ def test_weights_and_features_of_graded_patients_are_refused(
     scratch = {"fit": {"model": {**SCRATCH["model"], "backbone": {"pretrained": best}}}}
     comparison = read_comparison(configuration(study, tmp_path, arms={"scratch": scratch, **PRIOR}))
     refuse_seen(comparison, plan_comparison(comparison).jobs, read_slides(comparison))
+    path = configuration(  # smaller parts have no choices: they start from the weights of the arm itself
+        study,
+        tmp_path,
+        protocol={"outer_folds": 2, "inner_folds": 2, "unit": "slide"},
+        sizes={"slides": [8], "arms": ["warm"]},
+        arms={"warm": {**warm, "choices": {"model.backbone.pretrained": [str(small_weights())]}}, **PRIOR},
+        primary={"arm": "warm", "against": "prior"},
+    )
+    comparison = read_comparison(path)
+    with pytest.raises(UsageError, match="arm 'warm': its weights or features were trained or chosen on"):
+        refuse_seen(comparison, plan_comparison(comparison).jobs, read_slides(comparison))
 
 
 @pytest.mark.slow
@@ -1074,6 +1094,71 @@ def test_tiles_exchanged_after_the_study_was_read_are_refused(study: Cohort, tmp
     (tmp_path / "kept").rename(other)
     with pytest.raises(CacheMismatchError, match="the tiles of another file than the study that was read"):
         run_job(job, Workplace(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("what", "message", "when"),
+    [
+        ("tiles", "the cache has other tiles than when the study was read", "before"),
+        ("features", "the cache has other features 'own' than when the study was read", "before"),
+        ("features", "the cache has other features 'own' than when the study was read", "meanwhile"),
+        ("weights", "are not those that the comparison was planned with", "before"),
+    ],
+    ids=["tiles", "features", "features-meanwhile", "weights"],
+)
+def test_a_job_is_not_computed_of_other_data_than_its_key_names(
+    what: str,
+    message: str,
+    when: str,
+    study: Cohort,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    moved, weights = replace(study, cache=tmp_path / "cache"), tmp_path / "weights.safetensors"
+    shutil.copytree(study.cache, moved.cache)
+    weights.write_bytes(b"some")
+
+    def store(slide: str, seed: int) -> None:
+        tiles = SlideCache.open(moved.cache / f"{slide}.zarr")
+        source = FeatureSource("stored_4", "", "", (0.5,) * 3, (0.5,) * 3)  # as imported: no weights
+        values = np.random.default_rng(seed).normal(size=(len(tiles), 4))
+        write_features(tiles, {"own": (source, values.astype(np.float16))})
+
+    def change() -> None:
+        if what == "tiles":
+            row = next(row for row in table(study.manifest) if row["slide_id"] == job.fold.train[0])
+            path = study.manifest.parent / row["path"]
+            line = f"{row['slide_id']},{path},{row['patient_id']},{row['grade']}"
+            (tmp_path / "one.csv").write_text(f"slide_id,path,patient_id,grade\n{line}\n")
+            options = ["--mpp", "4", "--tile-size", "64", "--stride", "48", "--overwrite", "--workers", "1"]
+            assert main(["tile", str(tmp_path / "one.csv"), "--cache", str(moved.cache), *options]) == 0
+        elif what == "features":
+            store(job.fold.train[0], 99)
+        else:
+            weights.write_bytes(b"others")
+
+    for number, row in enumerate(table(study.manifest)):
+        store(row["slide_id"], number)
+    arms: dict[str, dict[str, Any]] = {
+        "tiles": {"baseline": "prior"},  # it opens no training slide
+        "features": {"classical": {"features": ["own"]}},
+        "weights": {"fit": {"model": {"backbone": {"pretrained": str(weights)}}}},
+    }
+    _, job = planned(moved, tmp_path, arms[what])
+    if when == "before":
+        change()
+    else:
+        compute = pool._compute
+
+        def compute_and_change(*given: Any) -> JobResult:
+            result = compute(*given)
+            change()
+            return result
+
+        monkeypatch.setattr(pool, "_compute", compute_and_change)
+    with pytest.raises((CacheMismatchError, UsageError), match=message):
+        run_job(job, Workplace(tmp_path / "jobs"))
+    assert not (tmp_path / "jobs" / job.key).exists()
 
 
 @pytest.mark.parametrize(
