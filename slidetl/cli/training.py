@@ -40,7 +40,7 @@ from slidetl.files import read_yaml
 from slidetl.models.backbones import without_downloads
 from slidetl.models.spec import with_preset
 from slidetl.processor import postpone_collection
-from slidetl.training.best import BestCheckpoint, LastCheckpoint, WholeCheckpoints, requeued
+from slidetl.training.best import BestCheckpoint, LastCheckpoint, WholeCheckpoints, claimed_version, requeued
 from slidetl.training.checkpoint import (
     check_hyper_parameters,
     check_network,
@@ -130,7 +130,7 @@ class GradingCLI(LightningCLI):
 
     def __init__(self, command: str, args: list[str], **options: Any) -> None:
         self._command = command
-        with ExitStack() as self._starting:
+        with ExitStack() as self._running, ExitStack() as self._starting:
             self._starting.enter_context(postpone_collection())
             super().__init__(SlideGrader, SlideDataModule, args=[command, *args], **options)
 
@@ -378,7 +378,9 @@ class GradingCLI(LightningCLI):
             kwargs["logger"] = False
             if self.subcommand == "fit" and self.keeps_logs:
                 root = self._get(self.config_init, "trainer").get("default_root_dir") or "."
-                table = CSVLogger(root, name="logs")
+                table = CSVLogger(
+                    root, name="logs", version=self._running.enter_context(claimed_version(root))
+                )
                 board = TensorBoardLogger(root, name="logs", version=table.version, default_hp_metric=False)
                 kwargs["logger"] = [table, board]
                 ours += [LearningRateMonitor("epoch"), SplitTable(), DriftReport(), WaitingReport()]

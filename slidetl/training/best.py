@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,12 +14,13 @@ from typing import Any
 import pytorch_lightning as pl
 from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.trainer.states import TrainerFn
-from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 
-from slidetl.errors import UsageError
-from slidetl.files import replaced, write_whole
+from slidetl.errors import OutputError, UsageError
+from slidetl.files import describe_full, replaced, write_whole
 from slidetl.models.tensors import load_tensors, save_tensors
 
 COMPLETE = "complete"
@@ -259,6 +261,38 @@ def fits(root: Path) -> Iterator[tuple[Path, bool]]:
             ended.add((mark.parent / text.removeprefix(NOTHING_LEFT).rstrip("\n")).resolve())
         else:
             yield last, text is not None or last.resolve() in ended
+
+
+@contextmanager
+def claimed_version(root: str | Path) -> Iterator[int | None]:
+    """Makes the folder ``logs/version_N`` of a new fit: of two begun together, each has its own.
+
+    It is removed if the fit fails before its first file.
+
+    Yields:
+        N; None for a remote folder, and in further processes of a training, which take the first one's.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    if getattr(rank_zero_only, "rank", 0) or "://" in str(root):
+        yield None
+        return
+    logs, number = Path(root, "logs"), int(CSVLogger(root, name="logs").version)
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        while True:
+            with suppress(FileExistsError):
+                logs.joinpath(f"version_{number}").mkdir()
+                break
+            number += 1
+    except OSError as error:
+        raise OutputError(f"{logs}: cannot be written: {describe_full(error)}") from error
+    try:
+        yield number
+    finally:
+        with suppress(OSError):  # not empty
+            logs.joinpath(f"version_{number}").rmdir()
 
 
 def requeued(root: Path) -> list[Path]:

@@ -450,6 +450,25 @@ def test_a_fit_beside_an_unfinished_one_says_how_to_resume(
     assert main(words) == 0
 
 
+def test_two_fits_begun_together_have_a_folder_each(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, the second wrote over the checkpoints of the first, and both ended with exit code 0."""
+    words = ["fit", *study.options(tmp_path)]
+
+    def meet(cli: GradingCLI) -> None:
+        found.append([logger.version for logger in cli.trainer.loggers])
+        if len(found) == 1:
+            assert main(words) == 2
+        raise UsageError("before the first file")
+
+    found: list[list[Any]] = []
+    monkeypatch.setattr(GradingCLI, "before_fit", meet)
+    assert main(words) == 2
+    assert found == [[0, 0], [1, 1]]
+    assert not list(tmp_path.glob("logs/*"))  # no fit that a test would wait for
+
+
 def test_a_metric_of_an_own_callback_may_be_monitored(study: Study, tmp_path: Path, lab: list[str]) -> None:
     own = [*lab, "--trainer.callbacks+=poollab.Kept", "--checkpoint.monitor=val/kept"]
     assert main(["fit", *study.options(tmp_path), *own, "--trainer.max_epochs=1"]) == 0
