@@ -257,6 +257,8 @@ def check_resumable(checkpoint: Mapping[str, Any], trainer: Trainer) -> None:
         CheckpointError: it lacks the progress of the training, or the state of the optimiser.
     """
     expected: dict[str, Any] = {"epoch": 0, "global_step": 0, "optimizer_states": [], "lr_schedulers": []}
+    if checkpoint.get("step") is not None:
+        expected["step"] = {"processes": 1, "accumulate_grad_batches": 1}
     expected["loops"] = {"fit_loop": trainer.fit_loop.state_dict()}
     if wrong := _differs(expected, checkpoint, "the checkpoint"):
         raise CheckpointError(f"no training can go on from it: {wrong}")

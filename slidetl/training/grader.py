@@ -501,6 +501,8 @@ class SlideGrader(pl.LightningModule):
         checkpoint["told_apart"] = self.told_apart
         checkpoint["features_sha256"] = self._features_sha256
         checkpoint["options"] = self._data.options if self._data is not None else {}
+        if self._trainer is not None:
+            checkpoint["step"] = self._step
         checkpoint["architecture"] = self.network.backbone.architecture
         checkpoint["lineage"] = list(self.network.backbone.lineage)
         if self.reference is not None:  # its weights come from a file, identified by the hash
@@ -527,11 +529,32 @@ class SlideGrader(pl.LightningModule):
         self.network.backbone.lineage = tuple(str(sha256) for sha256 in checkpoint.get("lineage", []))
         features = checkpoint.get("features_sha256", "")
         if self._data is not None and self.trainer.training:
+            self._check_step(checkpoint.get("step"))
             self._data.check_same_features(bool(features))
         if features:
             self.check_features(self._data, features)
         if self.reference is not None:
             self.reference.restore(checkpoint.get("reference") or {})
+
+    @property
+    def _step(self) -> dict[str, int]:
+        """The numbers whose product is the batches of a step."""
+        accumulated = self.trainer.accumulate_grad_batches
+        return {"processes": self.trainer.world_size, "accumulate_grad_batches": accumulated}
+
+    def _check_step(self, then: dict[str, int] | None) -> None:
+        """Refuses to resume with other batches per step: the schedule counts steps; older ones do not say."""
+        now = self._step
+        if then is not None and math.prod(then.values()) != math.prod(now.values()):
+            was, has = (
+                f"{of['processes']} as trainer.devices x num_nodes and {of['accumulate_grad_batches']} as "
+                "accumulate_grad_batches"
+                for of in (then, now)
+            )
+            raise UsageError(
+                f"the checkpoint was trained with {was}, this training has {has}: it would go on at another "
+                "place of its schedule; set trainer.devices and the others as they were"
+            )
 
     @property
     def _data(self) -> SlideDataModule | None:

@@ -293,6 +293,26 @@ def test_a_resumed_training_keeps_its_data_and_seed(
 
 
 @pytest.mark.slow
+def test_a_resumed_training_keeps_its_processes(
+    study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before, rates and penalties went on at another place of the schedule."""
+    four = rewritten(trained, tmp_path / "4.ckpt", lambda found: found["step"].update(processes=4))
+    more = "--trainer.max_epochs=3"
+    for checkpoint, accumulated, then in ((four, 1, "4 as"), (best(trained), 2, "1 as")):
+        options = (more, f"--trainer.accumulate_grad_batches={accumulated}")
+        assert run("fit", study, tmp_path / "a", checkpoint, *options)[0] == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert f"was trained with {then} trainer.devices x num_nodes" in said
+        assert f"this training has 1 as trainer.devices x num_nodes and {accumulated} as" in said
+    older = rewritten(trained, tmp_path / "older.ckpt", lambda found: found.pop("step"))
+    assert run("fit", study, tmp_path / "b", older, more)[0] == 0
+    wrong = rewritten(trained, tmp_path / "wrong.ckpt", lambda found: found.update(step={"processes": 1}))
+    assert run("fit", study, tmp_path / "c", wrong, more)[0] == 2
+    assert "has no 'accumulate_grad_batches'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_training_of_an_older_version_is_resumed_by_its_configuration(
     study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
