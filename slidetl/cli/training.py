@@ -36,7 +36,7 @@ from slidetl.data.record import (
     read_record,
 )
 from slidetl.errors import CheckpointError, ModelFileError, SlidetlError, UsageError
-from slidetl.files import read_yaml
+from slidetl.files import check_writable, read_yaml
 from slidetl.models.backbones import without_downloads
 from slidetl.models.spec import with_preset
 from slidetl.processor import postpone_collection
@@ -414,10 +414,11 @@ class RangeTestCLI(GradingCLI):
 
     def fit(self, model: SlideGrader, datamodule: SlideDataModule, **_: Any) -> None:
         """Tests rates, writes the result, and prints the suggestion."""
+        folder = Path(self.trainer.default_root_dir)
+        check_writable(folder / "loss.csv")
         result = find_rate(self.trainer, model, datamodule, self._get(self.config_init, "range"))
         if not self.trainer.is_global_zero:
             return
-        folder = Path(self.trainer.default_root_dir)
         write_range(folder, result)
         if result.suggestion is None:
             print(f"the loss does not fall anywhere between these rates; see {folder}")

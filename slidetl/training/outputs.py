@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info
 
 from slidetl.data.tasks import Task
 from slidetl.evaluation.bootstrap import bca_interval_if_defined, proven
 from slidetl.evaluation.metrics import weighted_mean
-from slidetl.files import write_csv
+from slidetl.files import check_writable, write_csv
 from slidetl.text import listed
 from slidetl.training.evaluation import Evaluation, GradedSlide
 from slidetl.training.grader import SlideGrader
@@ -27,6 +28,11 @@ _COLUMNS_OF_ALL = {*_NUMBER_COLUMNS} - {"value", "predicted"}
 
 class ResultFiles(pl.Callback):
     """Writes into ``test`` and ``predict`` below ``trainer.default_root_dir``."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuses a folder that cannot be written before the work, in every process."""
+        if stage in ("test", "predict"):
+            check_writable(Path(trainer.default_root_dir) / TrainerFn(stage).value / "predictions.csv")
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes and prints the results of a test."""

@@ -26,6 +26,7 @@ from slidetl.errors import UsageError
 from slidetl.models.heads import CumulativeLink
 from slidetl.training.best import COMPLETE
 from slidetl.training.checkpoint import find_checkpoint, read_checkpoint
+from slidetl.training.grader import SlideGrader
 from slidetl.training.predictions import read_predictions, write_predictions
 from tests.conftest import Study
 
@@ -468,6 +469,23 @@ def test_a_fit_beside_an_unfinished_one_says_how_to_resume(
     assert main([*words, f"--ckpt_path={latest}"]) == 0  # warnings are errors
     assert find_checkpoint(root) == latest.with_name("best.ckpt")
     assert main(words) == 0
+
+
+@pytest.mark.parametrize("command", ["test", "predict"])
+def test_results_that_cannot_be_written_are_not_computed(
+    command: str,
+    study: Study,
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / command).write_text("in the way, as a folder of someone else")
+    graded: list[object] = []
+    monkeypatch.setattr(SlideGrader, f"{command}_step", lambda *batch: graded.append(batch))
+    assert main([command, *study.options(tmp_path), f"--ckpt_path={best(trained)}"]) == 2
+    assert "predictions.csv: cannot be written" in capsys.readouterr().err.splitlines()[-1]
+    assert not graded
 
 
 def test_two_fits_begun_together_have_a_folder_each(
