@@ -58,8 +58,8 @@ def test_shells_leave_no_point_out(seed: int, bandwidth: float, away: float) -> 
     rng = np.random.default_rng(seed)
     points = drawn((300, 90, 30))[0] + away * rng.normal(size=6)
     places = torch.from_numpy(rng.permutation(points)[:150] + rng.normal(size=(150, 6)))
-    every = _Field.of(points, bandwidth, "flat", "cpu")
-    shells = _ShellField.of(points, bandwidth, "flat", "cpu")
+    every = _Field.of(points, bandwidth, "flat", torch.device("cpu"))
+    shells = _ShellField.of(points, bandwidth, "flat", torch.device("cpu"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("slidetl.analysis.clusters._SPREAD", 200)
         patch.setattr("slidetl.analysis.clusters._FEW", 0)  # never all points
