@@ -279,6 +279,7 @@ def claimed_version(root: str | Path) -> Iterator[int | None]:
         yield None
         return
     logs, number = Path(root, "logs"), int(CSVLogger(root, name="logs").version)
+    new = [folder for folder in (logs, logs.parent) if not folder.exists()]
     try:
         logs.mkdir(parents=True, exist_ok=True)
         while True:
@@ -292,7 +293,8 @@ def claimed_version(root: str | Path) -> Iterator[int | None]:
         yield number
     finally:
         with suppress(OSError):  # not empty
-            logs.joinpath(f"version_{number}").rmdir()
+            for folder in (logs / f"version_{number}", *new):
+                folder.rmdir()
 
 
 def requeued(root: Path) -> list[Path]:
