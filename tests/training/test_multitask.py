@@ -37,7 +37,9 @@ SCALE = Task("scale", "scale", ("0", "1", "2"))
 NESTS = Task("nests", "nests", ("no", "yes"), of_tiles=True, ordinal=False)
 
 
-@pytest.mark.parametrize(("errors", "names"), [((0, 0, 0), []), ((0, 1, 3), ["mae"])])
+@pytest.mark.parametrize(
+    ("errors", "names"), [((0,) * 5, []), ((0, 1, 3, 1, 2), ["mae"]), ((0, 1, 3, 1), [])]
+)
 def test_an_error_with_an_interval_of_a_point_has_none(errors: Sequence[float], names: list[str]) -> None:
     size = Task("size", "size_mm", numeric=True)
     slides: Any = [

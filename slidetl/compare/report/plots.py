@@ -152,14 +152,17 @@ def _learning(view: View, table: Table, folder: Path) -> Plot:
                     if shaded and len(lines) > 1:
                         band, colour = (lines.min(axis=0), lines.max(axis=0)), view.looks[arm].colour
                         axes.fill_between(x, *band, color=colour, alpha=0.13, lw=0)
+                        if len(x) == 1:
+                            axes.vlines(x, *band, color=colour, alpha=0.4)
                     axes.plot(x, lines.mean(axis=0), zorder=2 + shaded, **_style(view, arm, 4, 1.6))
             row[0].set_ylabel(title)
             for axes in row:
                 axes.grid(axis="y")
         panels[-1, 0].set_xlabel("epochs of training")
         panels[-1, 1].set_xlabel(f"{unit} of training")
-        for axes in panels[-1]:
-            axes.set_xlim(left=0)
+        last = max(int(curve.epochs[-1]) for curve in curves.values())
+        for axes, end in zip(panels[-1], (last, longest / divisor), strict=True):
+            axes.set_xlim(0, 1.05 * end)  # single points would lie on the edge
         _legend(figure, panels[0, 0], "outside lower center")
     return Plot(path, table)
 
