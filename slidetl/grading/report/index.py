@@ -70,7 +70,7 @@ def _row(folder: Path, entry: IndexEntry, card: ModelCard) -> dict[str, Any]:
         "folder": str(entry.slide.parent),
         # A page of an earlier run would contradict the row.
         "page": quote(f"{entry.name}.html") if has_page else "",
-        "thumbnail": data_uri("jpeg", thumbnail.read_bytes()) if has_page else "",
+        "thumbnail": data_uri("jpeg", thumbnail.read_bytes()) if has_page and thumbnail.is_file() else "",
         "result": result,
         "set": [card.grades[grade] for grade in grade_set] if grade_set else [],
         "reason": entry.reason,

@@ -29,3 +29,14 @@ def test_a_folder_without_a_graded_slide(card: ModelCard, tmp_path: Path) -> Non
     entries = [IndexEntry(Path("a.svs"), "a", {}, "a.svs: not a slide")]
     text = Page(write_index(tmp_path / "new", entries, card).read_text()).text
     assert "1 slides" not in text and "a.svs: not a slide" in text
+
+
+def test_a_slide_whose_thumbnail_was_removed_has_no_picture(
+    graded: Graded, card: ModelCard, tmp_path: Path
+) -> None:
+    result = graded("a")
+    write_slide_report(result, card, tmp_path, "a")
+    (tmp_path / "a.thumbnail.jpg").unlink()
+    page = Page(write_index(tmp_path, [IndexEntry(result.slide, "a", result.to_dict())], card).read_text())
+    assert [attributes["href"] for tag, attributes in page.elements if tag == "a"] == ["a.html"]
+    assert not [tag for tag, _ in page.elements if tag == "img"]
