@@ -178,7 +178,7 @@ def places_of(device: str, devices: int, jobs: int) -> list[str]:
     """Lists the device of each process of a run: GPUs from the first on, or the one device again and again.
 
     Raises:
-        UsageError: there are not so many GPUs, or one of them was named.
+        UsageError: there is no such device, there are not so many GPUs, or one of them was named.
     """
     if devices > 1 and device.startswith("cuda"):
         if device != "cuda":
@@ -187,6 +187,10 @@ def places_of(device: str, devices: int, jobs: int) -> list[str]:
             )
         chosen_device(device, devices)
         return [f"cuda:{number % devices}" for number in range(max(jobs, devices))]
+    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    there = ["cpu", *(["cuda", *gpus] if gpus else [])]
+    if device not in there:
+        raise UsageError(f"--device must be {' or '.join(['auto', *there])} on this machine, not {device!r}")
     return [device] * max(jobs, devices)
 
 

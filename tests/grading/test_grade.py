@@ -589,6 +589,19 @@ def test_processes_take_gpus_from_the_first_on_and_no_more_than_there_are(
         batch.places_of("cuda", 3, 1)
     with pytest.raises(UsageError, match="use --device cuda, not cuda:1"):
         batch.places_of("cuda:1", 2, 1)
+    with pytest.raises(UsageError, match="must be auto or cpu or cuda or cuda:0 or cuda:1 on this"):
+        batch.places_of("cuda:2", 1, 2)
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.parametrize("device", ["cuda:9", "cuda:x", "gpu"])
+def test_a_device_that_is_not_there_is_refused_in_one_line(
+    device: str, jobs: str, tmp_path: Path, model_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    slides = [str(tmp_path / name) for name in ("a.svs", "b.svs")]
+    assert main(["grade", str(model_path), *slides, "--device", device, "--jobs", jobs]) == 2
+    (said,) = capfd.readouterr().err.splitlines()
+    assert "--device must be auto or cpu" in said and f"not '{device}'" in said
 
 
 @pytest.mark.slow
