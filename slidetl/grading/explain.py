@@ -26,6 +26,30 @@ def relative_attention(attention: NDArray[np.float32]) -> NDArray[np.float32] | 
     return relative if np.ptp(relative) > _EVEN else None
 
 
+def ranked_tiles(contributions: NDArray[np.float32], attention: NDArray[np.float32]) -> list[int]:
+    """Ranks tiles, the greatest contribution first, of equal ones the greatest attention."""
+    order: list[int] = np.lexsort((-attention, -contributions)).tolist()
+    return order
+
+
+def telling_tiles(
+    contributions: NDArray[np.float32], attention: NDArray[np.float32], count: int
+) -> dict[str, list[int]]:
+    """Finds the tiles to show, ``count`` of a kind at most.
+
+    Returns:
+        The numbers of the tiles that raise the score most and of those that lower it most, the most extreme
+        first, by the end of a heading; no list is empty. If none does either, those of most attention.
+    """
+    first = ranked_tiles(contributions, attention)[:count]
+    last = ranked_tiles(-contributions, attention)[:count]
+    kinds = {
+        " that raise the score most": [n for n in first if contributions[n] > 0],
+        " that lower the score most": [n for n in last if contributions[n] < 0],
+    }
+    return {heading: tiles for heading, tiles in kinds.items() if tiles} or {"": first}
+
+
 @dataclass(frozen=True, eq=False)
 class Explanation:
     """The contributions of a slide's tiles to its score.

@@ -272,7 +272,8 @@ def grade_series(
         places = plan.origins_voxel.astype(np.int64) // spec.stride_px
         graded = _graded(model, runner, path, embedded.of_all(), places, force)
     points = np.full((len(plan), 3), np.nan)
-    shown = [patch for part in shown_patches(graded["explanation"].contributions) for patch in part]
+    kinds = shown_patches(graded["explanation"].contributions, graded["attention"])
+    shown = [patch for kind in kinds.values() for patch in kind]
     for patch, place in _places_of(model, runner, embedded.of_all(), plan, shown).items():
         points[patch] = plan.origins_voxel[patch] + place
     return SeriesGrade(slide=path, fingerprint=series.fingerprint, plan=plan, points_voxel=points, **graded)

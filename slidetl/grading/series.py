@@ -9,17 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slidetl.grading.explain import Explanation
-from slidetl.grading.report.maps import extreme_tiles
+from slidetl.grading.explain import Explanation, ranked_tiles, telling_tiles
 from slidetl.tiles.patches import PatchPlan
 
 _SHOWN = 5  # patches of either sign; all are in the table
 
 
-def shown_patches(contributions: NDArray[np.float32]) -> tuple[list[int], list[int]]:
-    """Finds the patches that raise the score most, and those that lower it most, the most extreme first."""
-    most, least = extreme_tiles(contributions, _SHOWN)
-    return [n for n in most if contributions[n] > 0], [n for n in least if contributions[n] < 0]
+def shown_patches(contributions: NDArray[np.float32], attention: NDArray[np.float32]) -> dict[str, list[int]]:
+    """Finds the patches to show, as :func:`slidetl.grading.explain.telling_tiles`."""
+    return telling_tiles(contributions, attention, _SHOWN)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +70,8 @@ class SeriesGrade:
     def patch_rows(self) -> list[dict[str, Any]]:
         """Lists the patches, the greatest contribution first, as rows of a table.
 
-        Centres, and places if they were sought, are in patient coordinates (LPS), millimetres.
+        Of equal contributions the greatest attention is first. Centres, and places that were sought, are in
+        patient coordinates (LPS), millimetres.
         """
         contributions = self.explanation.contributions.astype(np.float64)
         relative = self.attention.astype(np.float64) * len(self.attention)
@@ -92,11 +91,13 @@ class SeriesGrade:
                     for axis, mm in zip("xyz", places[patch].tolist(), strict=True)
                 },
             }
-            for rank, patch in enumerate(np.argsort(-contributions, kind="stable").tolist(), 1)
+            for rank, patch in enumerate(ranked_tiles(self.explanation.contributions, self.attention), 1)
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the result as plain JSON values, with the patches that raised the score most."""
+        """Returns the result as plain JSON values, with the shown patches that do not lower the score."""
+        contributions = self.explanation.contributions
+        shown = [n for kind in shown_patches(contributions, self.attention).values() for n in kind]
         return {
             "slide": str(self.slide),
             "fingerprint": self.fingerprint,
@@ -109,7 +110,7 @@ class SeriesGrade:
             "mask_ml": round(self.mask_ml, 2),
             "novelty": None if self.novelty is None else round(self.novelty, 4),
             "explanation": self.explanation.to_dict(),
-            "patches": self.patch_rows()[: len(shown_patches(self.explanation.contributions)[0])],
+            "patches": self.patch_rows()[: int((contributions[shown] >= 0).sum())],
             "model_sha256": self.model_sha256,
             "precision": self.precision,
             "spacing_mm": self.plan.spec.spacing_mm,

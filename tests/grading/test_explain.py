@@ -5,10 +5,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slidetl.grading.explain import Explanation, explain_by_occlusion, find_voxels
+from slidetl.grading.explain import Explanation, explain_by_occlusion, find_voxels, telling_tiles
 
 
 def grid(columns: int, rows: int) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
@@ -98,3 +100,25 @@ def test_a_grade_that_reacts_to_no_voxel_of_a_patch_shows_its_centre() -> None:
     found = find_voxels(lambda rows: rows.max(), looks, embeddings, dict(enumerate(patches)), 3)
     assert found[0].tolist() == [4, 4, 4]  # the other patch decides
     assert found[1].tolist() == [1, 1, 1] and embeddings.grad is None
+
+
+pairs = st.tuples(st.floats(-5, 5, width=32), st.floats(0, 1, width=32))
+
+
+@given(st.lists(pairs, min_size=1, max_size=40), st.integers(1, 10))
+def test_tiles_are_shown_by_what_they_do_to_the_score(tiles: list[tuple[float, float]], count: int) -> None:
+    contributions, attention = np.array(tiles, np.float32).T
+    kinds = telling_tiles(contributions, attention, count)
+    shown = {heading: [tiles[n][0] for n in kind] for heading, kind in kinds.items()}
+    falling = sorted((value for value, _ in tiles), reverse=True)
+    raising, lowering = [v for v in falling if v > 0][:count], [v for v in falling[::-1] if v < 0][:count]
+    expected = {" that raise the score most": raising, " that lower the score most": lowering}
+    assert shown == (
+        {heading: values for heading, values in expected.items() if values} or {"": [0] * len(tiles[:count])}
+    )
+
+
+def test_of_equal_tiles_those_of_most_attention_are_shown() -> None:
+    attention = np.array([0.1, 0.4, 0.2, 0.3], np.float32)
+    assert telling_tiles(np.zeros(4, np.float32), attention, 3) == {"": [1, 3, 2]}
+    assert telling_tiles(np.full(4, -2, np.float32), attention, 2) == {" that lower the score most": [1, 3]}

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -79,7 +80,8 @@ def test_a_series_is_graded_as_its_cache_is(model: ModelFile, scans: VolumeStudy
     np.testing.assert_array_equal(graded.plan.origins_voxel, cache.origins_voxel)
     frame = graded.plan.volume.frame
     np.testing.assert_allclose(frame.to_patient_mm(graded.centres_voxel), cache.centres_mm)
-    shown = [patch for part in shown_patches(graded.explanation.contributions) for patch in part]
+    kinds = shown_patches(graded.explanation.contributions, graded.attention)
+    shown = [patch for kind in kinds.values() for patch in kind]
     assert shown and np.flatnonzero(np.isfinite(graded.points_voxel[:, 0])).tolist() == sorted(shown)
     within = graded.points_voxel[shown] - cache.origins_voxel[shown]
     assert (within >= 0).all() and (within < cache.spec.tile_size_px).all()
@@ -109,6 +111,35 @@ def test_without_a_sum_over_patches_they_are_left_out_in_turn(scans: VolumeStudy
     graded = grade_series(load_model(tmp_path / "model.pt"), scans.manifest.parent / "s02.mha")
     assert graded.explanation.to_dict()["method"] == "occlusion"
     assert len(graded.explanation.contributions) == 8 and graded.explanation.contributions.any()
+
+
+def test_a_series_of_one_patch_shows_it(model: ModelFile, scans: VolumeStudy, tmp_path: Path) -> None:
+    card = dataclasses.replace(model.card, tile_spec=dataclasses.replace(SPEC, tile_size_px=24, stride_px=24))
+    graded = grade_series(dataclasses.replace(model, card=card), scans.manifest.parent / "s02.mha")
+    assert graded.explanation.contributions.tolist() == [0] and np.isfinite(graded.points_voxel).all()
+    (patch,) = graded.to_dict()["patches"]
+    assert patch["place_x_mm"] is not None
+    text = write_series_report(graded, card, tmp_path, "s02").read_text("utf-8")
+    assert text.count("<img src") == 3 and "<h2>Patches</h2>" in text and "the score most" not in text
+
+
+def test_patches_in_the_result_have_a_place_if_equal_ones_have_none(
+    model: ModelFile, scans: VolumeStudy, tmp_path: Path
+) -> None:
+    class Even:
+        """Explains by equal contributions, as occlusion does within a group of patches."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(model.network, name)
+
+        def grade(self, embeddings: torch.Tensor) -> Any:
+            score = embeddings.new_ones(())
+            return *model.network.grade(embeddings)[:3], (score, embeddings.new_ones(len(embeddings)))
+
+    graded = grade_series(dataclasses.replace(model, network=Even()), scans.manifest.parent / "s02.mha")
+    patches = graded.to_dict()["patches"]
+    assert len(patches) == 5 < len(graded.attention)
+    assert all(patch["place_x_mm"] is not None for patch in patches)
 
 
 def test_what_is_no_series_and_what_is_unlike_is_refused(

@@ -105,14 +105,6 @@ def left_out_level0(result: SlideGrade) -> dict[str, NDArray[np.int32]]:
     return {reason: origins for reason, origins in found.items() if len(origins)}
 
 
-def extreme_tiles(values: NDArray[np.float32], count: int) -> tuple[list[int], list[int]]:
-    """Finds the tiles of the greatest and of the least values, the most extreme first; none is in both."""
-    order = np.argsort(values, kind="stable")
-    least = order[: min(count, len(order) // 2)]
-    most = order[len(least) :][::-1][:count]
-    return most.tolist(), least.tolist()
-
-
 def colour_table(name: str) -> NDArray[np.uint8]:
     """Returns a colour map of Matplotlib by name, ``[256, 3] uint8``."""
     from matplotlib import colormaps

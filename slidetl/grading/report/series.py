@@ -42,18 +42,14 @@ def write_series_report(result: SeriesGrade, card: ModelCard, folder: Path, name
     """
     plan = result.plan
     relative = relative_attention(result.attention)
-    most, least = shown_patches(result.explanation.contributions)
+    kinds = shown_patches(result.explanation.contributions, result.attention)
     galleries = [
-        {"title": title, "patches": [_patch(result, patch, relative) for patch in kept]}
-        for title, kept in (
-            ("Patches that raise the score most", most),
-            ("Patches that lower it most", least),
-        )
-        if kept
+        {"title": f"Patches{kind}", "patches": [_patch(result, patch, relative) for patch in patches]}
+        for kind, patches in kinds.items()
     ]
     rows = result.patch_rows()
     write_csv(folder / f"{name}.patches.csv", list(rows[0]), rows)
-    shown = _planes(result, int(result.explanation.contributions.argmax()))[1]
+    shown = _planes(result, next(iter(kinds.values()))[0])[1]
     page = folder / f"{name}.html"
     part = {"lung": "Lungs", "body": "Body", "none": "Series"}[plan.spec.mask]
     write_page(

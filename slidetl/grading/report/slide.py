@@ -16,9 +16,9 @@ from slidetl.atlas.options import Selection
 from slidetl.atlas.pictures import similar_command
 from slidetl.errors import SlideReadError
 from slidetl.files import write_whole
-from slidetl.grading.explain import relative_attention
+from slidetl.grading.explain import relative_attention, telling_tiles
 from slidetl.grading.report.geojson import write_geojson
-from slidetl.grading.report.maps import TileMap, extreme_tiles, left_out_level0, maps_of
+from slidetl.grading.report.maps import TileMap, left_out_level0, maps_of
 from slidetl.library.model_card import ModelCard
 from slidetl.page import data_uri, script_json, write_page
 from slidetl.slides import Slide, open_slide
@@ -166,14 +166,12 @@ def _data(result: SlideGrade, pyramid: Pyramid, maps: list[TileMap]) -> dict[str
 
 
 def _galleries(slide: Slide, result: SlideGrade, pyramid: Pyramid, name: str) -> list[dict[str, Any]]:
-    """Collects the tiles with the greatest and the least contributions."""
+    """Collects the tiles to show."""
     relative = relative_attention(result.attention)
-    titles = ("Tiles that raise the score most", "Tiles that lower it most")
-    most, least = extreme_tiles(result.explanation.contributions, _TILES_SHOWN)
+    kinds = telling_tiles(result.explanation.contributions, result.attention, _TILES_SHOWN)
     return [
-        {"title": title, "tiles": [_tile(slide, result, pyramid, tile, relative, name) for tile in tiles]}
-        for title, tiles in zip(titles, (most, least), strict=True)
-        if tiles
+        {"title": f"Tiles{kind}", "tiles": [_tile(slide, result, pyramid, n, relative, name) for n in tiles]}
+        for kind, tiles in kinds.items()
     ]
 
 

@@ -4,12 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from matplotlib import colormaps
 
 from slidetl.grading.explain import relative_attention
-from slidetl.grading.report.maps import extreme_tiles, left_out_level0, maps_of
+from slidetl.grading.report.maps import left_out_level0, maps_of
 from tests.grading.report.conftest import Graded, explanation_of
 
 
@@ -98,13 +96,3 @@ def test_tiles_left_out_are_shown_with_their_reason(graded: Graded) -> None:
     assert shown.categories == ("pen", "unreadable")
     assert shown.values.tolist() == shown.shades.tolist() == [0, 0, 0, 1, 1]
     np.testing.assert_array_equal(shown.origins_level0[:3], pen)
-
-
-@given(st.lists(st.floats(0, 5, width=32), min_size=1, max_size=40), st.integers(1, 10))
-def test_extreme_tiles(values: list[float], count: int) -> None:
-    array = np.array(values, np.float32)
-    most, least = extreme_tiles(array, count)
-    assert most and not set(most) & set(least)
-    assert len(most) == min(count, (len(values) + 1) // 2) and len(least) == min(count, len(values) // 2)
-    assert array[most].tolist() == sorted(values, reverse=True)[: len(most)]
-    assert array[least].tolist() == sorted(values)[: len(least)]

@@ -134,5 +134,5 @@ def test_patches_that_do_not_raise_the_score_are_not_shown_as_such(
     even = np.full(60, 1 / 60, np.float32)
     result = dataclasses.replace(graded, explanation=lowered, attention=even)
     text = Page(write_series_report(result, card_of_series(card), tmp_path, "p1").read_text()).text
-    assert "Patches that lower it most" in text and "raise the score most" not in text
+    assert "Patches that lower the score most" in text and "raise the score most" not in text
     assert "weighs all patches alike" in text and "-1 log-odds at" in text

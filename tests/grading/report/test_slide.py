@@ -10,6 +10,7 @@ import pytest
 
 from slidetl.errors import OutputError
 from slidetl.files import partial_path
+from slidetl.grading.grade import SlideGrade
 from slidetl.grading.report.slide import has_foreign_page, has_slide_report, remove_page, write_slide_report
 from slidetl.library.model_card import ModelCard
 from slidetl.page import script_json
@@ -207,3 +208,27 @@ def test_a_slide_of_a_single_tile(pyramid_tiff: PyramidTiff, card: ModelCard, tm
     assert len(result.attention) == 1
     text = Page(write_slide_report(result, card, tmp_path, "s1").read_text()).text
     assert "The model weighs all tiles alike." in text and "1 of 1 tiles graded" in text
+
+
+def test_tiles_that_do_not_raise_the_score_are_not_shown_as_such(
+    graded: Graded, card: ModelCard, tmp_path: Path
+) -> None:
+    def page_of(result: SlideGrade, contributions: list[float]) -> Page:
+        values = np.array([*contributions, *[0.0] * (len(result.attention) - len(contributions))])
+        result = dataclasses.replace(result, explanation=explanation_of(values))
+        return Page(write_slide_report(result, card, tmp_path, "s1").read_text())
+
+    result = graded()
+    n = len(result.attention)
+    text = page_of(result, [-0.02] * (n - 1) + [1.0]).text
+    raising, lowering = text.split("Tiles that raise the score most")[1].split(
+        "Tiles that lower the score most"
+    )
+    assert raising.count("×") == 1 and f"+{n:.2f}" in raising and lowering.count(f"-{n / 50:.2f}") == 8
+    page = page_of(result, [])  # as by occlusion, if no group of tiles is missed
+    assert "raise the score" not in page.text and "lower the score" not in page.text
+    most = np.argsort(-result.attention)[:8]
+    places = [about["aria-label"] for _, about in page.elements if about.get("class") == "tile"]
+    assert places == [
+        f"Show the tile at {x}, {y} in the slide" for x, y in result.origins_level0[most].tolist()
+    ]
