@@ -53,12 +53,21 @@ def exact_float32(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    kinds: tuple[Any, ...] = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [kind.allow_tf32 for kind in kinds]
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    # Torch 2.9 renamed these settings. Its old names raise an error once a process has used the new ones, and
+    # do not restore what torch.set_float32_matmul_precision chose.
+    kinds: tuple[Any, ...]
+    exact: str | bool
+    if hasattr(matmul, "fp32_precision"):
+        kinds, name, exact = (matmul, cudnn.conv, cudnn.rnn), "fp32_precision", "ieee"
+    else:
+        kinds, name, exact = (matmul, cudnn), "allow_tf32", False
+    before = [getattr(kind, name) for kind in kinds]
     for kind in kinds:
-        kind.allow_tf32 = False
+        setattr(kind, name, exact)
     try:
         yield
     finally:
-        for kind, allowed in zip(kinds, before, strict=True):
-            kind.allow_tf32 = allowed
+        for kind, value in zip(kinds, before, strict=True):
+            setattr(kind, name, value)

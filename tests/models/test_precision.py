@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from slidetl.errors import UsageError
-from slidetl.models.precision import chosen_device, exact_float32, has_bfloat16
+from slidetl.models.precision import chosen_device, has_bfloat16
 
 
 @pytest.mark.parametrize(("is_there", "usual"), [(True, "cuda"), (False, "cpu")])
@@ -23,25 +23,51 @@ def test_a_device_is_chosen_by_its_name(monkeypatch: pytest.MonkeyPatch, is_ther
         chosen_device("cuda", 3)
 
 
-@pytest.fixture
-def tf32() -> Iterator[tuple[Any, ...]]:
-    """What may compute in TF32, all of it allowed to, as in some containers."""
-    kinds: tuple[Any, ...] = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = [kind.allow_tf32 for kind in kinds]
-    for kind in kinds:
-        kind.allow_tf32 = True
-    yield kinds
-    for kind, allowed in zip(kinds, before, strict=True):
-        kind.allow_tf32 = allowed
+_FOR_A_WHILE = """
+import os
+import torch
+from slidetl.models.precision import exact_float32
+
+CHOICES = (
+    "",
+    "torch.backends.cuda.matmul.allow_tf32 = True",  # as in some containers
+    "torch.backends.cudnn.allow_tf32 = False",
+    "torch.set_float32_matmul_precision('medium')",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "torch.backends.fp32_precision = 'tf32'",
+)
+kinds = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+
+def chosen():
+    try:
+        return torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32
+    except RuntimeError:
+        return "by the new names"
+
+def precisions():
+    return [kind.fp32_precision for kind in kinds]
+
+for choice in CHOICES:
+    if child := os.fork():  # no setting of torch brings back the state before a choice
+        assert os.waitpid(child, 0)[1] == 0, choice
+        continue
+    exec(choice)
+    before = precisions(), chosen()
+    for device, within in (("cuda:0", ["ieee"] * 3), ("cpu", before[0])):
+        try:
+            with exact_float32(torch.device(device)):
+                assert precisions() == within, (device, precisions())
+                raise KeyError
+        except KeyError:
+            assert (precisions(), chosen()) == before, (device, precisions(), chosen(), before)
+    os._exit(0)
+"""
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
-def test_a_gpu_computes_in_float32_for_a_while(device: str, tf32: tuple[Any, ...]) -> None:
-    with exact_float32(torch.device(device)):
-        assert [kind.allow_tf32 for kind in tf32] == [device == "cpu"] * 2
-    with pytest.raises(RuntimeError), exact_float32(torch.device(device)):
-        raise RuntimeError
-    assert all(kind.allow_tf32 for kind in tf32)
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9")
+def test_a_gpu_computes_in_float32_for_a_while_whatever_the_process_chose() -> None:
+    done = subprocess.run([sys.executable, "-c", _FOR_A_WHILE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_gpu_that_emulates_bfloat16_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
