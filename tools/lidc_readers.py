@@ -297,11 +297,12 @@ def ceiling_rows(ratings: NDArray[np.int64], patients: Sequence[str]) -> list[li
             drawn.append(reader_ceiling(first, second, patients, GRADES, unit=unit, n_draws=few))
         one = drawn[0]
         qwks = [ceiling.qwk for ceiling in drawn]
-        accuracy = f"{one.accuracy:.2f} [{one.low:.2f}, {one.high:.2f}]"
         two, attenuated = f"{one.consensus_qwk:.2f}", one.qwk_by_attenuation
         by_formula = "undefined" if attenuated is None else f"{attenuated:.2f}"
         spread = f"{min(qwks):.2f} to {max(qwks):.2f}"
-        rows.append([name, f"{one.reader_sd:.2f}", accuracy, f"{one.qwk:.2f}", spread, two, by_formula])
+        rows.append(
+            [name, f"{one.reader_sd:.2f}", as_text(one.interval), f"{one.qwk:.2f}", spread, two, by_formula]
+        )
     return rows
 
 

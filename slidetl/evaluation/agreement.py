@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import UsageError
 from slidetl.evaluation.bootstrap import (
+    LEAST_PATIENTS,
     Interval,
     Metric,
     Resampling,
@@ -83,7 +84,7 @@ class ReaderCeiling:
             their scores before rounding, rounded; its error is smaller by the square root of two.
         qwk_by_attenuation: square root of the readers' QWK with each other; assumes only that readers err
             independently and alike. None if their QWK is not above 0.
-        low, high: percentile bounds of ``accuracy`` over resampled patients.
+        low, high: percentile bounds of ``accuracy`` over resampled patients; equal to it for fewer than five.
         level: their nominal coverage.
     """
 
@@ -102,7 +103,7 @@ class ReaderCeiling:
 
     @property
     def interval(self) -> Interval:
-        """:attr:`accuracy` with its bounds: a point if the readers never disagreed."""
+        """:attr:`accuracy` with its bounds, if it has any."""
         return Interval(self.accuracy, self.low, self.high, self.level)
 
 
@@ -276,12 +277,14 @@ def reader_ceiling(
     of_readers = per_patient(grades, who, unit)
     graded = np.floor(of_readers + 0.5).astype(np.int64)
     between = float(qwk(graded[:, 0], graded[:, 1], n_grades))
-    drawn = resampled_metric(reached, who, n_draws=n_draws, seed=seed)
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    low = high = accuracy = float(np.trace(alone))
+    if len(np.unique(who)) >= LEAST_PATIENTS:
+        drawn = resampled_metric(reached, who, n_draws=n_draws, seed=seed)
+        low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return ReaderCeiling(
         reader_sd=float(deviations[0]),
         at_bound=bool(deviations[0] in (_DEVIATIONS[0], _DEVIATIONS[-1])),
-        accuracy=float(np.trace(alone)),
+        accuracy=accuracy,
         qwk=float(qwk_of_table(alone)),
         consensus_accuracy=float(np.trace(agreed)),
         consensus_qwk=float(qwk_of_table(agreed)),

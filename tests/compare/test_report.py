@@ -46,6 +46,7 @@ from slidetl.compare.tables import write_tables
 from slidetl.data.manifest import ManifestRow
 from slidetl.data.study import CachedSlide, Study
 from slidetl.errors import UsageError
+from slidetl.evaluation.agreement import reader_ceiling
 from slidetl.evaluation.bootstrap import Interval
 from slidetl.evaluation.comparison import corrected_t, metric_per_fold
 from slidetl.evaluation.metrics import qwk
@@ -1063,6 +1064,27 @@ def test_an_undefined_ceiling_is_no_limit(whole: tuple[ComparisonResult, Path], 
     result = replace(whole[0], ceiling=ceiling)
     assert View(result, {}).limit is None
     assert "and an undefined QWK" in worded(result, tmp_path).text["readers"]
+
+
+def test_the_remarks_on_a_ceiling_say_why_it_has_no_interval_and_what_may_be_wrong(tmp_path: Path) -> None:
+    whole = invented(20, repeats=1, sizes=())
+    second, patients = whole.readings[:, 1], [row.patient_id for row in whole.rows]
+    never, few, other_way = "never disagreed", "There is no interval: all", "coded the other way round"
+    of_four = np.where(np.isin(patients, sorted(set(patients))[:4]), second, -1)
+    one_off = np.where(np.arange(len(second)) == 1, (second + 1) % 5, second)
+
+    def remarks(first: NDArray[np.int64], second: NDArray[np.int64]) -> set[str]:
+        ceiling = reader_ceiling(first, second, patients, 5, n_draws=20)
+        result = replace(whole, readings=np.stack([first, second], 1), ceiling=ceiling)
+        text = worded(result, tmp_path).text["readers"]
+        return {remark for remark in (never, few, other_way) if remark in text}
+
+    assert remarks(second, second) == remarks(second, of_four) == {never}
+    assert remarks(one_off, second) == set()
+    assert remarks(one_off, of_four) == {few}
+    assert remarks(4 - second, second) == {other_way}  # equal where both say 2
+    high = (second > 2).astype(np.int64)
+    assert remarks(1 - high, high) == {few, other_way}  # of two grades: none is equal
 
 
 def test_one_reader_sets_no_ceiling(tmp_path: Path) -> None:

@@ -199,6 +199,14 @@ def test_readers_who_never_differ_leave_no_ceiling() -> None:
     assert opposite.qwk_by_attenuation is None and opposite.accuracy < 0.5
 
 
+@pytest.mark.parametrize(("n_patients", "is_point"), [(2, True), (4, True), (5, False)])
+def test_few_patients_leave_the_ceiling_without_an_interval(n_patients: int, is_point: bool) -> None:
+    patients, second = np.repeat(np.arange(n_patients), 3), np.arange(3 * n_patients) % 5
+    first = np.where(np.arange(3 * n_patients) % 7, second, (second + 1) % 5)  # every seventh differs
+    ceiling = reader_ceiling(first, second, patients, 5, n_draws=50)
+    assert ceiling.accuracy < 1 and ceiling.interval.is_point == is_point
+
+
 def test_what_cannot_be_read_is_refused() -> None:
     with pytest.raises(UsageError, match="from 0 to 4, or below 0"):
         reader_agreement([[0, 5], [1, 1]], [0, 1], 5)

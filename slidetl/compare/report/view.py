@@ -9,12 +9,14 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from slidetl.compare.aggregate import ArmResult, ComparisonResult
 from slidetl.compare.config import ALPHA, Comparison, MetricName
 from slidetl.compare.external import External, external_results
 from slidetl.compare.learning import CurveMetric, Learning, equal_epochs, learning_of
 from slidetl.compare.table import format_number
+from slidetl.evaluation.metrics import qwk
 from slidetl.evaluation.protocol import Protocol
 
 NAMES: dict[MetricName, str] = {
@@ -255,6 +257,25 @@ class View:
         kind = {"consensus": "consensus_", "together": "together_"}.get(self.labels, "")
         limit = float(getattr(found, kind + name))
         return None if math.isnan(limit) else limit
+
+    @property
+    def equal_readings(self) -> float:
+        """Share of the slides read by the first two readers that both gave the same grade."""
+        first, second = self._twice_read
+        return float((first == second).mean())
+
+    @property
+    def contrary_readers(self) -> bool:
+        """True if the first two readers hardly ever agree, or less than by chance."""
+        agreement = qwk(*self._twice_read, len(self.comparison.grades))
+        return self.equal_readings <= 0.1 or float(agreement) < -1e-12  # not a rounded zero
+
+    @property
+    def _twice_read(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Grades of the first two readers, of the slides that both read."""
+        readings = self.result.readings[:, :2]
+        first, second = readings[(readings >= 0).all(axis=1)].T
+        return first, second
 
     @cached_property
     def labels(self) -> str:
