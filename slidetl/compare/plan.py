@@ -385,7 +385,7 @@ def refuse_seen(comparison: Comparison, jobs: Iterable[Job], study: Study, allow
             for part, names in graded[arm].items()
         }
         _past(recipe, study, allow, by_content).refuse_seen(
-            parts_of,
+            {**parts_of, "predict": study.slides},
             f"arm {arm!r}: its weights or features were",
             "start from weights of other patients (if these only have the same names, set "
             "data.split_from external in base)",

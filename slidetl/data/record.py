@@ -153,6 +153,22 @@ class StudyRecord:
         parts = {content, self._patients.get(spelling(patient_id), "")}
         return next((part for part in SPLITS if part in parts), "")
 
+    def parts_today(self, slides: Iterable[CachedSlide]) -> dict[str, str]:
+        """Returns the part of each slide's patient of today, by ``slide_id``.
+
+        It is the first part of any slide that the patient has now: by the names of then alone, a patient who
+        was given a slide of the training since would be a stranger.
+        """
+        found: dict[str, set[str]] = defaultdict(set)
+        patients: dict[str, str] = {}
+        for row, cache in ((slide.row, slide.cache) for slide in slides):
+            patients[row.slide_id] = patient = spelling(row.patient_id)
+            found[patient].add(self.part_of(row.slide_id, row.patient_id, cache.fingerprint))
+        return {
+            slide_id: next((part for part in SPLITS if part in found[patient]), "")
+            for slide_id, patient in patients.items()
+        }
+
     @cached_property
     def _contents(self) -> dict[str, str]:
         return self._first_part(lambda slide: slide.fingerprint)
@@ -206,11 +222,7 @@ class StudyRecord:
 
     def seen(self, study: Study) -> int:
         """Counts the slides used to train or choose the checkpoint, their patients' other slides included."""
-        return sum(
-            self.part_of(slide.row.slide_id, slide.row.patient_id, slide.cache.fingerprint)
-            in ("train", "val")
-            for slide in study.slides
-        )
+        return sum(part in ("train", "val") for part in self.parts_today(study.slides).values())
 
     @property
     def used(self) -> tuple[RecordedSlide, ...]:
@@ -227,26 +239,25 @@ class StudyRecord:
 
     def refuse_seen(
         self,
-        parts: Mapping[str, Iterable[CachedSlide]],
+        parts: Mapping[str, Sequence[CachedSlide]],
         seer: str = "the checkpoint was",
         remedy: str = "leave them out, or train again without them",
     ) -> None:
         """Refuses to test on slides of the training or its choice, or to choose on training slides.
 
         Args:
-            parts: slides to check, of the parts ``val`` and ``test``.
+            parts: slides to check, of the parts ``val`` and ``test``; others count only for what they tell
+                of the patients.
             seer: beginning of the message.
             remedy: end of the message.
 
         Raises:
             UsageError: some slides, or their patients, were seen; the message names them.
         """
+        part_of = self.parts_today(slide for slides in parts.values() for slide in slides)
         for part, recorded in (("test", ("train", "val")), ("val", ("train",))):
-            seen = [
-                row.slide_id
-                for row, cache in ((slide.row, slide.cache) for slide in parts.get(part, ()))
-                if self.part_of(row.slide_id, row.patient_id, cache.fingerprint) in recorded
-            ]
+            names = (slide.row.slide_id for slide in parts.get(part, ()))
+            seen = [name for name in names if part_of[name] in recorded]
             if seen:
                 raise UsageError(
                     f"{seer} trained or chosen on {len(seen)} of the slides of the {part} part, or on their "
@@ -258,15 +269,12 @@ class StudyRecord:
         everyone = [slide for part in SPLITS for slide in parts[part]]
         if any(slide.row.split for slide in everyone):
             return {part: tuple(parts[part]) for part in SPLITS}
-        recorded: dict[str, set[str]] = defaultdict(set)
-        for row, cache in ((slide.row, slide.cache) for slide in everyone):
-            recorded[row.patient_id].add(self.part_of(row.slide_id, row.patient_id, cache.fingerprint))
+        recorded = self.parts_today(everyone)
         kept: dict[str, list[CachedSlide]] = {part: [] for part in SPLITS}
         moved = 0
         for part in SPLITS:
             for slide in parts[part]:
-                known = recorded[slide.row.patient_id]
-                target = next((name for name in SPLITS if name in known), part)
+                target = recorded[slide.row.slide_id] or part
                 kept[target].append(slide)
                 moved += target != part
         if moved:
@@ -352,13 +360,10 @@ def recorded_parts(
     elif has_split:
         part_of = {slide.row.slide_id: slide.row.split for slide in graded}
     else:
-        part_of = {
-            row.slide_id: record.part_of(row.slide_id, row.patient_id, slide.cache.fingerprint) or "test"
-            for slide in graded
-            for row in (slide.row,)
-        }
+        part_of = {name: part or "test" for name, part in record.parts_today(study.slides).items()}
     parts = study.divided(part_of)
-    (record.by_content if split_from == "external" else record).refuse_seen(parts)
+    seen = record.by_content if split_from == "external" else record
+    seen.refuse_seen({**parts, "predict": study.slides})
     return parts, note
 
 

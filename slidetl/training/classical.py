@@ -84,7 +84,7 @@ def _parts(
     past = ancestors(whole.folder, origins, sources)
     parts = past.keep_parts(parts)
     train, test = (*parts["train"], *parts["val"]), parts["test"]
-    past.refuse_seen({"test": test}, "the network of the features was", _KEEP_APART)
+    past.refuse_seen({"test": test, "predict": whole.slides}, "the network of the features was", _KEEP_APART)
     if not test:
         raise UsageError("the test part has no slide; set --test-fraction or the manifest's 'split'")
     absent = [name for grade, name in enumerate(study.grades) if grade not in _grades(train)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -76,6 +77,13 @@ def test_the_recorded_parts_are_kept_whatever_the_grades_are_now() -> None:
         ([*THEN[1:], slide("new", "Pa", "a")], r"1 renamed: new \(was a\)", "gh"),
         ([slide("a", "Pa", "rescanned"), *THEN[1:]], "1 of other content: a", "gh"),
         ([slide("a", "Pb"), *THEN[1:]], r"1 of another patient: a \(Pb, was Pa\)", "gh"),
+        ([slide("a", "Pg"), *THEN[1:]], r"1 of another patient: a \(Pg, was Pa\)", "h"),
+        ([slide("a", "Pg", grade=None), *THEN[1:]], r"1 of another patient: a \(Pg, was Pa\)", "h"),
+        (
+            [slide("a", "Q"), *THEN[1:-1], slide("h", "q"), slide("x", "Q")],
+            r"2 of another patient: a \(Q, was Pa\), h \(q, was Ph\); 1 added: x",
+            "g",
+        ),
         (
             [slide("a", "Pa", "h"), *THEN[1:-1], slide("h", "Ph", "a")],
             r"2 renamed: a \(was h\), h \(was a\)",
@@ -89,7 +97,26 @@ def test_another_study_is_refused_by_the_names_of_its_slides(
     with pytest.raises(CheckpointError, match=f"{difference}.*split_from manifest"):
         who_is_tested(now)
     if by_manifest is not None:
-        assert who_is_tested(now, split_from="manifest") == by_manifest
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "1 of 8 slides have no grade")
+            assert who_is_tested(now, split_from="manifest") == by_manifest
+
+
+def test_a_corrected_patient_has_been_seen_by_any_of_its_slides() -> None:
+    """Slide ``a`` of the training turns out to be of a patient of the test part."""
+    now = [slide("a", "Pg"), *THEN[1:]]
+    assert RECORD.seen(study(now)) == 7 and RECORD.seen(study(THEN)) == 6
+    for record in (RECORD, RECORD.by_content):
+        for parts in ({"test": [now[0], now[6]]}, {"test": [now[6]], "predict": now}):
+            with pytest.raises(UsageError, match=r"of the slides of the test part.* g;"):
+                record.refuse_seen(parts)
+    marked = [replace(one, row=replace(one.row, split="test")) for one in (now[0], *now[6:])]
+    marked[0] = replace(marked[0], row=replace(marked[0].row, grade=None))
+    with (
+        pytest.warns(UserWarning, match="1 of 3 slides have no grade"),
+        pytest.raises(UsageError, match=r"on 1 of the slides of the test part.*: g;"),
+    ):
+        who_is_tested(marked, split_from="manifest")
 
 
 def test_a_slide_that_was_graded_since_is_a_difference() -> None:
