@@ -33,6 +33,40 @@ def test_a_public_name_is_documented_and_at_home_in_the_package(name: str) -> No
     assert name in dir(slidetl)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("SlideSource", "slide_id path mpp_override mpp_replace"),
+        (
+            "TileSpec",
+            "mpp tile_size_px stride_px min_tissue mpp_tolerance codec jpeg_quality edge icc min_focus "
+            "max_pen max_fold max_air channels",
+        ),
+        ("accuracy", "true predicted weights"),
+        ("confusion_matrix", "true predicted n_grades"),
+        (
+            "grade_slide",
+            "model path mpp_override batch_size threads force profile runner readers mpp_replace "
+            "mpp_tolerance channels",
+        ),
+        ("load_grader", "path allow"),
+        ("load_model", "path device trusted"),
+        ("log_loss", "true probabilities weights"),
+        ("mae", "true predicted weights"),
+        ("open_cache", "path spec"),
+        ("open_slide", "path mpp_override icc mpp_replace channels"),
+        ("qwk", "true predicted n_grades weights"),
+        ("read_features", "cache name weights_sha256"),
+        ("read_study", "manifest cache n_grades tasks"),
+        ("rps", "true probabilities weights"),
+        ("tile_slide", "source cache_dir spec overwrite threads preview"),
+    ],
+)
+def test_a_public_name_takes_the_arguments_of_release_0_1_0(name: str, arguments: str) -> None:
+    names = arguments.split()
+    assert list(inspect.signature(getattr(slidetl, name)).parameters)[: len(names)] == names
+
+
 def test_another_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'open_slides'"):
         slidetl.open_slides  # noqa: B018

@@ -131,7 +131,9 @@ class BagDataset(Dataset[Bag]):
             bag["votes"] = {name: _votes(votes) for name, votes in of_tasks if votes}
         if self.features:
             rest = np.setdiff1d(np.arange(len(slide.cache)), drawn, assume_unique=True)
-            bag["stored"] = torch.from_numpy(read_features(slide.cache, self.features, self.identity)[rest])
+            bag["stored"] = torch.from_numpy(
+                read_features(slide.cache, self.features, identity=self.identity)[rest]
+            )
             bag["stored_mask"] = torch.ones(len(rest), dtype=torch.bool)
         return bag
 
@@ -262,7 +264,7 @@ class ChunkDataset(Dataset[Chunk]):
             "last": stop == len(cache),
         }
         if self.features:
-            chunk["stored"] = torch.from_numpy(read_features(cache, self.features, self.identity))
+            chunk["stored"] = torch.from_numpy(read_features(cache, self.features, identity=self.identity))
         else:
             chunk["tiles"] = network_input(cache.read(np.arange(start, stop)), cache.spec)
             chunk["full"] = self.chunk_size

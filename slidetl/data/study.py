@@ -134,7 +134,7 @@ class Study:
 def read_study(
     manifest: str | Path,
     cache: str | Path,
-    scale: Sequence[str] | int | None = None,
+    n_grades: Sequence[str] | int | None = None,
     tasks: Sequence[Task] = (),
 ) -> Study:
     """Reads a manifest, opens the tiles of its slides, and checks their identity.
@@ -146,7 +146,7 @@ def read_study(
     Args:
         manifest: the CSV of the study, or a folder of slides.
         cache: the folder written by ``slidetl tile``.
-        scale: names of the grades, lowest first, or their number K; None accepts any whole number.
+        n_grades: number of grades K, or their names, lowest first; None accepts any whole number.
         tasks: label scales to read beside the grade.
 
     Raises:
@@ -157,7 +157,7 @@ def read_study(
             the manifest's, or slides were tiled differently.
     """
     folder = Path(cache).absolute()
-    rows = read_manifest(Path(manifest), scale, tasks=tasks).rows
+    rows = read_manifest(Path(manifest), n_grades, tasks=tasks).rows
     ledger = _read_ledger(folder)
     slides, lost = [], []
     labels = _Labels(rows, tasks)

@@ -236,7 +236,10 @@ class SiteTrainer:
         features, identity = self.data.features, self.data.feature_source.identity
         return [
             PatientSlides(
-                tuple(torch.from_numpy(read_features(slide.cache, features, identity)) for slide in slides),
+                tuple(
+                    torch.from_numpy(read_features(slide.cache, features, identity=identity))
+                    for slide in slides
+                ),
                 tuple(int(slide.row.grade) for slide in slides),  # type: ignore[arg-type] # a training part is graded
             )
             for slides in groups.values()

@@ -230,10 +230,16 @@ def _stored_crc(node: Path) -> str:
         raise CacheCorruptError(f"{chunk}: {error.strerror}, {_AGAIN} --overwrite") from error
 
 
-def read_features(cache: SlideCache, name: str, identity: str | None = None) -> NDArray[np.float16]:
+def read_features(
+    cache: SlideCache, name: str, weights_sha256: str | None = None, *, identity: str | None = None
+) -> NDArray[np.float16]:
     """Reads the embeddings of all tiles of a slide, without zarr.
 
-    ``identity`` is that of the network required (:attr:`FeatureSource.identity`); None takes any.
+    Args:
+        cache: the slide's cache.
+        name: of the features, :func:`feature_name`.
+        weights_sha256: of the network required, empty for imported features; None takes any.
+        identity: :attr:`FeatureSource.identity` of the network required, imported or not; None takes any.
 
     Returns:
         ``[N, D] float16``, a row for each tile, in the order of the cache.
@@ -245,11 +251,12 @@ def read_features(cache: SlideCache, name: str, identity: str | None = None) -> 
     """
     source = read_source(cache, name)
     node = cache.path / FEATURES / name
-    if identity is not None and source.identity != identity:
-        raise CacheMismatchError(
-            f"{node}: made by weights {source.short_identity}, wanted {identity:.100}; "
-            "store them under another --name, or replace them with --overwrite"
-        )
+    for found, wanted in ((source.weights_sha256, weights_sha256), (source.identity, identity)):
+        if wanted is not None and found != wanted:
+            raise CacheMismatchError(
+                f"{node}: made by weights {source.short_identity}, wanted {wanted or 'imported ones':.100}; "
+                "store them under another --name, or replace them with --overwrite"
+            )
     try:
         values: NDArray[np.float16] = read_array(node)
         if not have_own_values(node, read_sealed(node)["attributes"]):

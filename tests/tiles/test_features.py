@@ -102,8 +102,13 @@ def test_features_that_are_not_these_are_refused(cache: SlideCache) -> None:
     write_features(cache, {"resnet18": (SOURCE, values(len(cache)))})
     with pytest.raises(CacheMissingError, match="there are: resnet18"):
         read_features(cache, "resnet50")
-    with pytest.raises(CacheMismatchError, match=r"made by weights aaaaaaaaaaaa.*--overwrite"):
-        read_features(cache, "resnet18", "b" * 64)
+    for wanted in ({"weights_sha256": "b" * 64}, {"identity": "b" * 64}):
+        with pytest.raises(
+            CacheMismatchError, match=r"made by weights aaaaaaaaaaaa\.\.\., wanted bbb.*--overwrite"
+        ):
+            read_features(cache, "resnet18", **wanted)
+    with pytest.raises(CacheMismatchError, match=r"aaaaaaaaaaaa\.\.\., wanted imported ones;"):
+        read_features(cache, "resnet18", weights_sha256="")
     about = cache.path / "features" / "resnet18" / "zarr.json"
     about.write_text(about.read_text().replace(f'"tiles": {len(cache)}', '"tiles": 1'))
     with pytest.raises(CacheCorruptError, match="checksum"):

@@ -111,7 +111,13 @@ def test_a_file_of_trident_says_where_its_tiles_lie_and_not_their_spacing(tmp_pa
     assert (cache.spec.foreign, cache.spec.tile_size_px, cache.spec.mpp) == ("trident 20x", 224, 0)
     assert (cache.extent_level0, cache.size_level0, cache.mpp_level0) == ((448, 448), (1000, 900), (0, 0))
     np.testing.assert_array_equal(cache.origins_level0, COORDS)
-    np.testing.assert_array_equal(read_features(cache, "uni"), features().astype(np.float16))
+    for wanted in ({}, {"weights_sha256": ""}, {"identity": "imported: uni_v1"}):
+        np.testing.assert_array_equal(read_features(cache, "uni", **wanted), features().astype(np.float16))
+    for wanted in ({"weights_sha256": "a" * 64}, {"identity": "imported: uni_v2"}):
+        with pytest.raises(
+            CacheMismatchError, match=r"made by weights imported: uni_v1, wanted (aaa|imported: uni_v2)"
+        ):
+            read_features(cache, "uni", **wanted)
     assert np.isnan(cache.tissue_fraction).all()
     assert verify_cache(cache.path).is_sound and verify_cache(cache.path, decode=True).is_sound
 
