@@ -56,6 +56,27 @@ def plot_label(text: str) -> str:
     return one_line(text).replace("$", r"\$")
 
 
+def with_digits(form: str, limit: float, *values: float, most: int = 12) -> str:
+    """Returns a format such as ``.3g``, with more digits if it would show a value as a limit that it is not.
+
+    Args:
+        form: a format specification of a float.
+        limit: the number to tell the values from.
+        values: to be formatted.
+        most: number of digits at most; differences below 1e-12 do not count.
+    """
+    sign, rest = form.split(".")
+    digits, kind = int(rest[:-1]), rest[-1]
+
+    def hides(value: float) -> bool:
+        return abs(value - limit) > 1e-12 and float(format(value, form)) == float(format(limit, form))
+
+    while digits < most and any(map(hides, values)):
+        digits += 1
+        form = f"{sign}.{digits}{kind}"
+    return form
+
+
 def listed(names: Sequence[str], most: int = 10) -> str:
     """Formats the first names of a list for a message."""
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slidetl.text import csv_cell, plain_cell
+from slidetl.text import csv_cell, plain_cell, with_digits
 
 
 @given(st.text(st.characters() | st.sampled_from(" '=+-@1"), max_size=6).filter(str.isprintable))
@@ -28,3 +28,22 @@ def test_a_cell_is_no_formula_and_reads_back(text: str) -> None:
 )
 def test_cells_of_earlier_versions_read_back(cell: str, text: str) -> None:
     assert plain_cell(cell) == text
+
+
+@pytest.mark.parametrize(
+    ("form", "limit", "value", "said"),
+    [
+        (".3g", 1, 1.4, "1.4"),
+        (".3g", 1, 1.004, "1.004"),
+        (".2f", 1, 1.004, "1.004"),
+        (".2f", 1, 0.99996, "0.99996"),
+        (".2f", 1, 1.0000001, "1.0000001"),
+        (".2f", 1, 1.0, "1.00"),
+        (".3g", 0.5004, 0.4996, "0.4996"),
+        ("+.2f", 0, -0.0004, "-0.0004"),
+    ],
+)
+def test_a_value_does_not_look_like_a_limit_that_it_is_not(
+    form: str, limit: float, value: float, said: str
+) -> None:
+    assert format(value, with_digits(form, limit, value)) == said

@@ -10,6 +10,7 @@ from numbers import Integral
 from typing import Any
 
 from slidetl.evaluation.bootstrap import Interval
+from slidetl.text import with_digits
 
 NONE = "–"
 
@@ -111,11 +112,7 @@ def format_interval(interval: Interval, form: str = ".2f") -> str:
 
 def _with_digits(form: str, values: Sequence[float]) -> str:
     """Returns a format with digits enough to show the sign of differences, six at most."""
-    while form[0] == "+" and form != "+.6f":
-        if all(abs(value) < 1e-12 or float(format(value, form)) for value in values if math.isfinite(value)):
-            break
-        form = f"+.{int(form[2:-1]) + 1}f"
-    return form
+    return with_digits(form, 0, *values, most=6) if form[0] == "+" else form
 
 
 def format_p(value: float) -> str:

@@ -301,7 +301,7 @@ def describe(row: GradeRow, card: ModelCard) -> str:
         else f"{result['tissue_mm2']:.3g} mm2 of tissue"
     )
     if result["novelty"] is not None:
-        parts.append(f"novelty {result['novelty']:.2f}")
+        parts.append(f"novelty {card.format_novelty(result['novelty'])}")
     if row.rates:
         parts.append(str(row.rates))
     return "; ".join(parts)

@@ -32,6 +32,7 @@ from slidetl.grading.explain import (
     relative_attention,
 )
 from slidetl.grading.series import SeriesGrade, shown_patches
+from slidetl.library.model_card import ModelCard
 from slidetl.models.precision import exact_float32, has_bfloat16
 from slidetl.models.runner import Rates, Runner
 from slidetl.processor import hand_back_memory
@@ -108,7 +109,7 @@ class SlideGrade:
             "areas_unreadable": self.plan.areas_unreadable,
             **self.plan.left_out,
             "tissue_mm2": round(self.tissue_mm2, 4),
-            "novelty": None if self.novelty is None else round(self.novelty, 4),
+            "novelty": None if self.novelty is None else float(ModelCard.format_novelty(self.novelty, ".4f")),
             "explanation": self.explanation.to_dict(),
             "model_sha256": self.model_sha256,
             "precision": self.precision,

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.grading.explain import Explanation, ranked_tiles, telling_tiles
+from slidetl.library.model_card import ModelCard
 from slidetl.tiles.patches import PatchPlan
 
 _SHOWN = 5  # patches of either sign; all are in the table
@@ -108,7 +109,7 @@ class SeriesGrade:
             "expected_grade": round(self.expected_grade, 5),
             "tiles": len(self.attention),
             "mask_ml": round(self.mask_ml, 2),
-            "novelty": None if self.novelty is None else round(self.novelty, 4),
+            "novelty": None if self.novelty is None else float(ModelCard.format_novelty(self.novelty, ".4f")),
             "explanation": self.explanation.to_dict(),
             "patches": self.patch_rows()[: int((contributions[shown] >= 0).sum())],
             "model_sha256": self.model_sha256,

@@ -12,6 +12,7 @@ from slidetl.errors import ModelFileError, UsageError
 from slidetl.evaluation.bootstrap import Interval
 from slidetl.files import check_stored
 from slidetl.library.fields import MAX_CARD_BYTES, check_fields, from_json, to_json
+from slidetl.text import with_digits
 from slidetl.tiles.grid import TileSpec
 
 METADATA = "slidetl.json"
@@ -135,14 +136,20 @@ class ModelCard:
                 f"architecture: expected {sorted(_ARCHITECTURE)}, found {self.architecture!r:.200}"
             )
 
+    @staticmethod
+    def format_novelty(novelty: float, form: str = ".2f") -> str:
+        """Formats a novelty, with more digits if it would look like the limit of 1."""
+        return format(novelty, with_digits(form, 1, novelty))
+
     def describe_novelty(self, novelty: float) -> str:
         """Describes a novelty above 1 of a slide or series, and what to check."""
         is_volume, training = self.tile_spec.is_volume, self.training
         noun, check = ("series", "scanner, contrast, organ") if is_volume else ("slides", "stain, organ")
         stains = f" (stains: {', '.join(training.stains)})" if training and training.stains else ""
+        value = self.format_novelty(novelty, ".3g")
         return (
-            f"unlike the {noun} that the model was trained on{stains}: its novelty is {novelty:.3g}, where "
-            f"none of theirs is above 1; check {check} and spacing"
+            f"unlike the {noun} that the model was trained on{stains}: its novelty is {value}, where none of "
+            f"theirs is above 1; check {check} and spacing"
         )
 
     def to_json(self) -> str:

@@ -221,6 +221,7 @@ def graded(folder: Path, model: Path) -> list[dict[str, Any]]:
         row["page"], result = found.get(row["slide"], ("", {}))
         row["doubts"] = [str(note) for note in result.get("notes") or ()]
         row["doubts"] += [far[row["slide"]]] if row["slide"] in far else []
+        row["novelty"] = library.ModelCard.format_novelty(float(row["novelty"])) if row.get("novelty") else ""
         bounds = [int(row[name]) for name in ("set_lowest", "set_highest") if row.get(name)]
         row["set"] = (
             [names[grade] for grade in dict.fromkeys(bounds)] if bounds and max(bounds) < len(names) else []

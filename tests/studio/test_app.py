@@ -632,7 +632,7 @@ def test_sets_of_grades_have_the_names_of_the_model(project: Client) -> None:
         for name, grade, grade_set, lost, novelty, notes, mpp in (
             ("a", 1, [1, 2], 3, 0.83, ["<b>no spacing"], 0.25),
             ("b", 0, [0, 0], 0, None, [], 0.25),
-            ("c", 2, None, 0, None, [], 4.0),
+            ("c", 2, None, 0, 1.004, [], 4.0),
         )
     ]  # fmt: skip
     export("1", "2", "3")
@@ -652,7 +652,8 @@ def test_sets_of_grades_have_the_names_of_the_model(project: Client) -> None:
     assert "is away" in d and "no spacing" not in d and "novelty" not in d
     assert "<b>2</b>" in a and "<td>2 to 3</td>" in a and "<td>1</td>" in b and "<td>–</td>" in c
     assert "&lt;b&gt;no spacing" in a and "3 tiles could not be read" in a and "novelty 0.83" in a
-    assert "doubt" not in b and "novelty" not in b and "4 um per pixel is far from the median" in c
+    assert "doubt" not in b and "novelty" not in b and "novelty 1.004" in c
+    assert "4 um per pixel is far from the median" in c
     export("none", "mild", "severe")  # another model under its name
     assert "see its page" in rows()[0] and "mild" not in rows()[0]
 

@@ -22,6 +22,7 @@ from slidetl.grading.report.maps import TileMap, left_out_level0, maps_of
 from slidetl.library.model_card import ModelCard
 from slidetl.page import data_uri, script_json, write_page
 from slidetl.slides import Slide, open_slide
+from slidetl.text import with_digits
 from slidetl.tiles.pyramid import Canvas, Pyramid, build_pyramid, encode_jpeg
 
 if TYPE_CHECKING:
@@ -238,9 +239,11 @@ def _warnings(result: SlideGrade, card: ModelCard) -> list[str]:
     found = list(result.notes)
     training = card.training
     if training and result.tissue_mm2 < training.least_tissue_mm2:
+        least = training.least_tissue_mm2
+        form = with_digits(".3g", least, result.tissue_mm2)
         found.append(
-            f"Too little tissue: {result.tissue_mm2:.3g} mm². Every slide of the training had "
-            f"{training.least_tissue_mm2:.3g} mm² or more."
+            f"Too little tissue: {result.tissue_mm2:{form}} mm². Every slide of the training had "
+            f"{least:{form}} mm² or more."
         )
     return found + doubts(result.novelty, card, "slides")
 
@@ -257,7 +260,7 @@ def _quality(result: SlideGrade) -> list[dict[str, str]]:
     rows = []
     for name, most in (("pen", spec.max_pen), ("fold", spec.max_fold), ("air", spec.max_air)):
         share = result.plan.quality[name]
-        rule = "measured only" if most >= 1 else f"at most {100 * most:.0f} % of a tile"
+        rule = "measured only" if most >= 1 else f"at most {100 * most:.10g} % of a tile"
         rows.append(row(name, rule, f"{100 * float(share.mean()):.1f} %" if len(share) else ""))
     if spec.min_focus > 0:
         rows.append(row("out of focus", f"sharpness of at least {spec.min_focus:g}"))

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from slidetl.grading.batch import GRADED, GradeRow, describe
 from slidetl.grading.report.index import IndexEntry, write_index
 from slidetl.grading.report.slide import write_slide_report
 from slidetl.library.model_card import ModelCard
@@ -13,7 +14,9 @@ def test_lists_every_slide_and_links_its_page(graded: Graded, card: ModelCard, t
     result = graded("a slide")
     write_slide_report(result, card, tmp_path, "a_slide")
     hostile = IndexEntry(Path("study") / f"{HOSTILE}.svs", "img", {}, f"{HOSTILE}.svs: not a slide")
-    other = IndexEntry(Path("b.svs"), "a_slide", {**result.to_dict(), "model_sha256": "00" * 32})
+    other = IndexEntry(
+        Path("b.svs"), "a_slide", {**result.to_dict(), "model_sha256": "00" * 32, "novelty": 1.004}
+    )
     entries = [hostile, IndexEntry(result.slide, "a_slide", result.to_dict()), other]
     page = Page(write_index(tmp_path, entries, card).read_text())
     assert [attributes["href"] for tag, attributes in page.elements if tag == "a"] == ["a_slide.html"]
@@ -21,7 +24,9 @@ def test_lists_every_slide_and_links_its_page(graded: Graded, card: ModelCard, t
     assert len(images) == 1 and images[0].startswith("data:image/jpeg;base64,")
     assert "3 slides 1 could not be graded" in page.text
     assert f"{HOSTILE}.svs: not a slide" in page.text
-    assert "moderate 60 % mild to moderate 1.75" in page.text
+    assert "moderate 60 % mild to moderate 1.75 0.8 0.70" in page.text
+    assert "moderate 60 % mild to moderate 1.75 0.8 1.004" in page.text
+    assert describe(GradeRow(other.slide, GRADED, dict(other.result)), card).endswith("; novelty 1.004")
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
 
 

@@ -101,6 +101,14 @@ def test_says_what_speaks_against_the_grade(graded: Graded, card: ModelCard, tmp
     assert "Too little tissue: 0.3 mm². Every slide of the training had 0.5 mm² or more." in text
     assert "Unlike the slides that the model was trained on (stains: trichrome): its novelty is 2.5" in text
     assert "no evidence" in text and "Not ruled out" not in text and "Licence not stated" in text
+    training = dataclasses.replace(card.training, least_tissue_mm2=0.5004) if card.training else None
+    near = dataclasses.replace(result, tissue_mm2=0.4996, novelty=1.00004)
+    text = Page(
+        write_slide_report(near, dataclasses.replace(bare, training=training), tmp_path, "s1").read_text()
+    ).text
+    assert "Too little tissue: 0.4996 mm². Every slide of the training had 0.5004 mm² or more." in text
+    assert "its novelty is 1.00004, where none of theirs is above 1" in text
+    assert "Novelty 1.00004 (above 1" in text and near.to_dict()["novelty"] == 1.00004
 
 
 def test_counts_what_was_left_out(graded: Graded, card: ModelCard, tmp_path: Path) -> None:
