@@ -351,14 +351,51 @@ def read_yaml(path: Path, what: str, expected: str) -> dict[str, Any]:
         expected: names of values in it, and where there is an example, for messages.
 
     Raises:
-        UsageError: it cannot be read, or holds no named values.
+        UsageError: it cannot be read, holds no named values, or has a key twice.
     """
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        check_keys(text, path)
+        values = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: expected the YAML of {what}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise UsageError(f"{path}: expected {expected}")
     return values
+
+
+def check_keys(text: str, path: str | os.PathLike[str]) -> None:
+    """Refuses YAML with a key twice in one block, where a reader silently drops the first value.
+
+    Args:
+        text: the YAML.
+        path: its file, for messages.
+
+    Raises:
+        UsageError: a key is there twice; the message has its lines.
+        YAMLError: it is no YAML.
+    """
+    import yaml
+
+    # Of nodes, not values: a merge (<<) may repeat keys, as those of its own block then count.
+    nodes, seen = [yaml.compose(text, Loader=yaml.SafeLoader)], set[int]()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen.add(id(node))  # an alias stands for the node of its anchor, which may hold the alias
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+            continue
+        lines: dict[tuple[str, str], int] = {}
+        for key, value in node.value:
+            nodes.append(value)
+            name, line = (key.tag, str(key.value)), key.start_mark.line + 1
+            if name in lines and key.tag != "tag:yaml.org,2002:merge":
+                raise UsageError(
+                    f"{path}: {key.value!r} is on line {lines[name]} and again on line {line}, and only "
+                    "one of them would count; join the two"
+                )
+            lines[name] = line

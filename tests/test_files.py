@@ -253,3 +253,29 @@ def test_a_yaml_without_named_values_is_one_line(text: str, tmp_path: Path) -> N
         read_yaml(path, "a comparison", "arms and more")
     path.write_text("é: 1", encoding="utf-8")
     assert read_yaml(path, "a comparison", "arms and more") == {"é": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "base: {model: {lr: 0.3}}\narms: {}\nbase: {trainer: {}}",
+            "'base' is on line 1 and again on line 3",
+        ),
+        ("arms:\n  - warm: 1\n    'warm': 2", "'warm' is on line 2 and again on line 3"),
+        ("sites: {a: 1, a: 2}", "'a' is on line 1 and again on line 1"),
+        ("a: &b {c: 1, d: [*b]}\n<<: *b\nc: 2\nc: 3", "'c' is on line 3 and again on line 4"),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    """Before, the first block was dropped without a word."""
+    path = tmp_path / "x.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError, match=rf"x\.yaml: {said}, and only one of them would count"):
+        read_yaml(path, "a comparison", "arms and more")
+
+
+def test_merged_keys_may_be_there_again(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("a: &a {x: 1}\nb: &b {y: 2, x: 0}\nc: {<<: *a, <<: *b, x: 3}\n1: x\n'1': x")
+    assert read_yaml(path, "a comparison", "arms and more")["c"] == {"x": 3, "y": 2}

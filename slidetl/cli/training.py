@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentError
+import yaml
+from jsonargparse import ArgumentError, Namespace
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import Trainer
@@ -36,7 +37,7 @@ from slidetl.data.record import (
     read_record,
 )
 from slidetl.errors import CheckpointError, ModelFileError, SlidetlError, UsageError
-from slidetl.files import check_writable, read_yaml
+from slidetl.files import check_keys, check_writable, read_yaml
 from slidetl.models.backbones import without_downloads
 from slidetl.models.spec import with_preset
 from slidetl.processor import postpone_collection
@@ -67,6 +68,7 @@ _WATCHES = {
     LastCheckpoint: "last_checkpoint",
 }
 
+_LINKED = {"model.grades": "data.grades", "data.tasks": "model.tasks"}  # by target
 _SHIPPED = (
     "--config configs/NAME.yaml takes the file that comes with slidetl, unless there is one here. "
     "--status FILE keeps the progress in a small JSON file."
@@ -102,6 +104,7 @@ def run(command: str, args: list[str]) -> int:
             save_config_callback=SaveConfigCallback if command == "fit" else None,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
+            parser_class=_Parser,
             parser_kwargs={
                 "exit_on_error": False,
                 "fit" if finds else command: {"exit_on_error": False, "epilog": _SHIPPED},
@@ -119,6 +122,22 @@ def run(command: str, args: list[str]) -> int:
     finally:
         sys.argv = before
     return 0
+
+
+class _Parser(LightningArgumentParser):
+    """Refuses in configuration files what a parser would drop without a word."""
+
+    def parse_string(
+        self, content: str, path: str | os.PathLike[str] = "", *args: Any, **kwargs: Any
+    ) -> Namespace:
+        """Parses a configuration, of a file or of the command line."""
+        with suppress(yaml.YAMLError):  # the parser says it
+            check_keys(content, path or "--config")
+        found: Namespace = super().parse_string(content, path, *args, **kwargs)
+        for target, source in _LINKED.items():  # no links are applied yet
+            if target in found:
+                raise UsageError(f'{path or "--config"}: linked "{target}" must be given via "{source}"')
+        return found
 
 
 class GradingCLI(LightningCLI):
@@ -140,8 +159,8 @@ class GradingCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the options of every run: early stopping, the best checkpoint, and names to import."""
-        parser.link_arguments("data.grades", "model.grades")
-        parser.link_arguments("model.tasks", "data.tasks")
+        for target, source in _LINKED.items():
+            parser.link_arguments(source, target)
         parser.add_lightning_class_args(EarlyStopping, "early_stopping")
         parser.add_lightning_class_args(BestCheckpoint, "checkpoint")
         # One callback for both would leave `last` at the epoch that was the best (Lightning 2.6). This one

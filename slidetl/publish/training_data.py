@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from numpy.typing import NDArray
 from rich.progress import track
@@ -22,6 +21,7 @@ from slidetl.data.record import StudyRecord, config_sha256
 from slidetl.data.study import CachedSlide, Study, common_spec, read_study
 from slidetl.errors import CacheMismatchError, CheckpointError, UsageError
 from slidetl.evaluation.metrics import told_apart
+from slidetl.files import read_yaml
 from slidetl.library.model_card import TrainingData
 from slidetl.models.precision import chosen_device, exact_float32
 from slidetl.models.runner import Runner
@@ -158,11 +158,8 @@ def _tissue_mm2(slide: CachedSlide) -> float:
 
 
 def _data_module(config: Path, record: StudyRecord, allow: Sequence[str]) -> SlideDataModule:
-    try:
-        values = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"{config}: expected the config.yaml of a 'slidetl fit': {error}") from error
-    if not isinstance(values, dict) or not isinstance(values.get("data"), dict):
+    values = read_yaml(config, "a training", "the config.yaml of a 'slidetl fit'")
+    if not isinstance(values.get("data"), dict):
         raise UsageError(f"{config}: expected the config.yaml of a 'slidetl fit', found no 'data' in it")
     if record.config_sha256 not in ("", config_sha256(values)):
         raise UsageError(f"{config}: not the configuration that the checkpoint was trained with")

@@ -376,6 +376,27 @@ def test_weights_that_are_not_finite_grade_nothing(
     assert "has values that are not finite" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["fit", "test"])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "model: {lr: 0.5}\ntrainer: {}\nmodel: {tasks: []}",
+            "'model' is on line 1 and again on line 3, and",
+        ),
+        ("data: {tasks: []}", 'linked "data.tasks" must be given via "model.tasks"'),
+        ("model.grades: [F0, F1]", 'linked "model.grades" must be given via "data.grades"'),
+    ],
+)
+def test_nothing_in_a_configuration_is_dropped(
+    command: str, text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    words = ["--data.manifest=m.csv", f"--data.cache={tmp_path}", f"--trainer.default_root_dir={tmp_path}"]
+    assert main([command, "--config", str(tmp_path / "c.yaml"), *words]) == 2
+    assert f"c.yaml: {said}" in capsys.readouterr().err
+
+
 def test_an_epoch_is_chosen_by_a_proper_score(
     study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
