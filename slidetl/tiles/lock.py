@@ -276,11 +276,15 @@ def kernel_lock(path: Path, wait: bool = True) -> Iterator[bool]:
     path.parent.mkdir(parents=True, exist_ok=True)
     # The file stays: after an unlink, two processes could hold locks on two files of one name.
     flags = os.O_NOFOLLOW | os.O_CLOEXEC
+    appending = flags | os.O_WRONLY | os.O_APPEND | os.O_CREAT
     denied: PermissionError | None = None
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | flags, 0o666)
-        with contextlib.suppress(OSError):  # it is another user's, or without modes
-            os.fchmod(descriptor, 0o666)  # whatever the umask: NFS locks only what a user may write
+        try:
+            descriptor = os.open(path, appending | os.O_EXCL, 0o666)
+            with contextlib.suppress(OSError):  # a file system without modes
+                os.fchmod(descriptor, 0o666)  # whatever the umask: NFS locks only what a user may write
+        except FileExistsError:  # it may be anyone's: its mode stays
+            descriptor = os.open(path, appending, 0o666)
     except PermissionError as error:
         # Another user's file serves too, for reading, in a folder that both may write to.
         if not (path.exists() and os.access(path.parent, os.W_OK, effective_ids=True)):

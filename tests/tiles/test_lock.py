@@ -402,6 +402,15 @@ def test_the_lock_file_of_another_user_serves_in_a_folder_of_both(
         folder.chmod(0o700)
 
 
+def test_a_file_that_was_there_keeps_its_mode(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("private")
+    (tmp_path / "labels.csv").chmod(0o600)
+    (tmp_path / ".lock").hardlink_to(tmp_path / "labels.csv")
+    with only_process(tmp_path, CacheError("busy")):
+        assert (tmp_path / "labels.csv").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "labels.csv").read_text() == "private"
+
+
 def test_users_of_a_folder_on_nfs_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """NFS turns an exclusive flock into a lock of fcntl, which needs a file that is open for writing."""
 
