@@ -19,7 +19,7 @@ from slidetl.evaluation.shapes import check_lengths, value_of_patient
 Metric = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 LEAST_PATIENTS = 5
-"""Of a bootstrap, and on either side of an AUROC: intervals of fewer are far too short
+"""Of a bootstrap, and on either side of a comparison: intervals of fewer are far too short
 (``docs/evidence/intervals.md``)."""
 
 _BLOCK = 1 << 21  # weights at a time: 16 MB
@@ -80,7 +80,12 @@ class Resampling(TypedDict, total=False):
 
 
 def bca_interval(
-    metric: Metric, patients: ArrayLike, *, strata: ArrayLike | None = None, **how: Unpack[Resampling]
+    metric: Metric,
+    patients: ArrayLike,
+    *,
+    strata: ArrayLike | None = None,
+    sides: ArrayLike | None = None,
+    **how: Unpack[Resampling],
 ) -> Interval:
     """Computes the bias-corrected and accelerated bootstrap over patients, and repeats (Efron, JASA 1987).
 
@@ -108,13 +113,15 @@ def bca_interval(
         patients: ``[N]``.
         strata: ``[N]``, groups of patients sampled separately (treated and not): each is resampled at its own
             size. A patient lies in one stratum.
+        sides: ``[N]``, the two sides that the metric compares, as an AUROC does: fewer than
+            :data:`LEAST_PATIENTS` on either are too few, however many there are on the other.
         **how: options.
 
     Raises:
         UsageError: fewer than two patients in a stratum, a patient in two strata, or a metric undefined on
             the data or on more than half of the draws.
     """
-    interval = bca_interval_if_defined(metric, patients, strata=strata, **how)
+    interval = bca_interval_if_defined(metric, patients, strata=strata, sides=sides, **how)
     if interval is None:
         raise UsageError(
             "the metric is undefined on these results, or on most resamples of their patients: too few for it"
@@ -130,6 +137,7 @@ def bca_interval_if_defined(
     n_draws: int = 5000,
     seed: int = 0,
     strata: ArrayLike | None = None,
+    sides: ArrayLike | None = None,
 ) -> Interval | None:
     """Computes :func:`bca_interval`; None where the metric is undefined on the data or on most draws."""
     from scipy.special import ndtr, ndtri
@@ -140,7 +148,8 @@ def bca_interval_if_defined(
     estimate = float(metric(np.ones((1, len(member)))).mean())
     if np.isnan(estimate):
         return None
-    if len(stratum) < LEAST_PATIENTS:
+    side = np.zeros(len(member)) if sides is None else np.asarray(sides)
+    if min(len(np.unique(member[side == one])) for one in np.unique(side)) < LEAST_PATIENTS:
         return Interval(estimate, estimate, estimate, level)
     rng = np.random.default_rng(seed)
     draws = _with_repeats(_resampled(metric, member, stratum, n_draws, rng), rng)

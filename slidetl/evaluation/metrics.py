@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from slidetl.errors import UsageError
 from slidetl.evaluation.bootstrap import (
-    LEAST_PATIENTS,
+    Interval,
     Metric,
     bca_interval_if_defined,
     proven,
@@ -243,13 +243,14 @@ def patient_intervals(
     if len(np.unique(who)) < 2:
         return {}
     above = rows[:, ::-1].cumsum(1)[:, -2::-1].round(12)
-    metrics: dict[str, Metric] = {"log_loss": lambda weights: log_loss(grades, rows, weights)}
+    found: dict[str, Interval | None] = {
+        "accuracy": share_interval(rows.argmax(1) == grades, who),
+        "log_loss": bca_interval_if_defined(lambda weights: log_loss(grades, rows, weights), who),
+    }
     for k in range(above.shape[1]):
-        sides = (np.unique(who[(grades > k) == is_above]) for is_above in (True, False))
-        if min(map(len, sides)) >= LEAST_PATIENTS:  # of one alone, resamples never see its own variance
-            metrics[f"auroc_above_{k}"] = auroc_metric(grades > k, above[:, k])
-    found = {name: bca_interval_if_defined(metric, who) for name, metric in metrics.items()}
-    return proven({"accuracy": share_interval(rows.argmax(1) == grades, who), **found})
+        metric = auroc_metric(grades > k, above[:, k])
+        found[f"auroc_above_{k}"] = bca_interval_if_defined(metric, who, sides=grades > k)
+    return proven(found)
 
 
 def auroc_metric(positive: NDArray[np.bool_], scores: NDArray[np.float64]) -> Metric:

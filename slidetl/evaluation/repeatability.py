@@ -104,8 +104,9 @@ def compare_groups(
 
     A patient's score is the mean over its slides. The shift is the median of all differences between the
     groups (Hodges and Lehmann, Annals of Mathematical Statistics 1963), its interval resamples the patients
-    of each group; the test is that of Mann and Whitney (exact for a group of 8 patients or fewer without
-    ties, else normal, corrected for ties). Groups not drawn by lot differ in more than the treatment.
+    of each group (five or more; of fewer there is none); the test is that of Mann and Whitney (exact for a
+    group of 8 patients or fewer without ties, else normal, corrected for ties). Groups not drawn by lot
+    differ in more than the treatment.
     ``is_second [N] bool`` is True for slides of patients in the second group.
 
     Raises:
@@ -124,7 +125,7 @@ def compare_groups(
     means = np.bincount(member, values) / np.bincount(member)
     gaps = means[group][None, :] - means[~group][:, None]  # [first, second]
     metric = _median_of(gaps.ravel(), lambda row: np.outer(row[~group], row[group]).ravel())
-    shift = bca_interval(metric, who, strata=group, **how)
+    shift = bca_interval(metric, who, strata=group, sides=group, **how)
     p = float(mannwhitneyu(means[group], means[~group], alternative="two-sided").pvalue)
     superiority = float(((gaps > 0) + (gaps == 0) / 2).mean())
     return ScoreShift(False, gaps.shape[0], gaps.shape[1], shift, p, superiority)

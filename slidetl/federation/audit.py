@@ -136,7 +136,7 @@ def audit_membership(
     others = np.sort(flat[~inside])[::-1]
     threshold = np.append(others, -np.inf)[int(fpr * len(others))]
     return MembershipAudit(
-        bca_interval(auroc_metric(inside, flat), patients, n_draws=n_draws, seed=seed),
+        bca_interval(auroc_metric(inside, flat), patients, sides=inside, n_draws=n_draws, seed=seed),
         Interval(
             (found.estimate + spared.estimate) / 2,
             (found.low + spared.low) / 2,
@@ -180,5 +180,6 @@ def audit_count(
     model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-2, 5, 15), cv=5))
     guessed = cross_val_predict(model, x, y, groups=groups, cv=LeaveOneGroupOut())
     means = np.array([y[groups != group].mean() for group in groups])
-    interval = bca_interval(auroc_metric(above, guessed), np.arange(len(y)), n_draws=n_draws, seed=seed)
+    sites, metric = np.arange(len(y)), auroc_metric(above, guessed)
+    interval = bca_interval(metric, sites, sides=above, n_draws=n_draws, seed=seed)
     return CountAudit(interval, float(np.abs(guessed - y).mean()), float(np.abs(means - y).mean()))

@@ -97,6 +97,14 @@ def test_a_group_is_made_of_patients() -> None:
         compare_groups(scores * np.nan, group, range(8))
 
 
+@pytest.mark.parametrize(("sizes", "is_point"), [((4, 20), True), ((20, 4), True), ((5, 20), False)])
+def test_a_group_of_few_patients_has_no_interval(sizes: tuple[int, int], is_point: bool) -> None:
+    scores, group = np.random.default_rng(3).normal(size=sum(sizes)), np.repeat([False, True], sizes)
+    found = compare_groups(scores, group, range(sum(sizes)), n_draws=50).shift
+    assert found.estimate == pytest.approx(np.median(scores[group][:, None] - scores[~group]))
+    assert found.is_point == is_point
+
+
 def test_a_shift_is_the_median_over_copies_of_the_patients() -> None:
     """Weights of patients against the copies themselves, with many ties."""
     rng = np.random.default_rng(4)

@@ -92,6 +92,13 @@ def test_a_count_in_the_update_is_inferred_from_sites_of_other_patients() -> Non
     assert audit_count(secret, counts, np.arange(60) % 2, n_draws=200).auroc.estimate < 0.5
 
 
+@pytest.mark.parametrize(("n_above", "is_point"), [(4, True), (5, False)])
+def test_few_sites_above_the_median_leave_no_interval(n_above: int, is_point: bool) -> None:
+    counts = np.where(np.arange(20) < n_above, 9, 2)
+    messages = counts[:, None] + np.random.default_rng(1).normal(0, 5, (20, 1))
+    assert audit_count(messages, counts, np.arange(20) % 2, n_draws=50).auroc.is_point == is_point
+
+
 def test_confidence_is_the_logit_of_the_true_grade() -> None:
     found = logit_confidence([1, 0], [[0.2, 0.8], [0.0, 1.0]])
     assert found[0] == pytest.approx(np.log(4)) and np.isfinite(found).all() and found[1] < -20
