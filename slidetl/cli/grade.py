@@ -81,6 +81,7 @@ def _grade_found(
         GRADED,
         describe,
         grade_slides,
+        join_rows,
         output_names,
         read_earlier,
         read_finished,
@@ -88,7 +89,6 @@ def _grade_found(
         write_results,
     )
     from slidetl.grading.report.slide import remove_page
-    from slidetl.slides.spacing import cohort_notes
     from slidetl.text import one_line
 
     output, n_grades = options.output, len(loaded.card.grades)
@@ -104,7 +104,8 @@ def _grade_found(
 
     def write() -> None:
         if output is not None and rows:
-            write_results(output / "results.csv", [*earlier.values(), *rows], n_grades)
+            every = join_rows(earlier, rows, names)
+            write_results(output / "results.csv", list(every.values()), n_grades)
 
     write_now_and_then = paced(write)
     with contextlib.ExitStack() as stack:
@@ -123,14 +124,15 @@ def _grade_found(
             print(f"slidetl: {one_line(describe(row, loaded.card))}", file=sys.stderr, flush=True)
             for note in row.result["notes"]:
                 print(one_line(f"slidetl: warning: {row.slide}: {note}"), file=sys.stderr, flush=True)
-    far = cohort_notes({str(row.slide): row.result.get("mpp_level0", 0.0) for row in rows})
-    for name, note in far.items():
-        print(f"slidetl: warning: {name}: {note}", file=sys.stderr)
+    every = join_rows(earlier, rows, names)
+    for row in every.values():
+        if row.cohort_note and row.slide in names:
+            print(one_line(f"slidetl: warning: {row.slide}: {row.cohort_note}"), file=sys.stderr)
     if output is not None:
         if earlier:
             print(f"slidetl: results.csv has {len(earlier)} slides of earlier runs as well", file=sys.stderr)
         if options.report:
-            write_index_page(output, rows, names, loaded, earlier)
+            write_index_page(output, every, loaded)
         else:
             remove_page(output, "index")
     if failed:

@@ -13,7 +13,7 @@ import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -58,6 +58,7 @@ from slidetl.processes import Child, see_one_card, start_child
 from slidetl.processor import hand_back_memory, usable_cores
 from slidetl.publish.model_file import ModelFile, load_model
 from slidetl.slides import open_slide
+from slidetl.slides.spacing import cohort_notes
 from slidetl.text import listed, one_line
 from slidetl.tiles.cut import slide_parts
 from slidetl.tiles.identifier import clash_key, safe_slide_id
@@ -86,6 +87,7 @@ _MORE = (
     "model_sha256",
     "precision",
     "reason",
+    "notes",
 )
 
 
@@ -99,6 +101,7 @@ class GradeRow:
         result: as :meth:`slidetl.grading.grade.SlideGrade.to_dict`; empty for a failed slide.
         reason: cause of the failure, in one line.
         rates: throughput, if measured.
+        cohort_note: from :func:`slidetl.slides.spacing.cohort_notes`; empty if there is none.
     """
 
     slide: Path
@@ -106,6 +109,12 @@ class GradeRow:
     result: dict[str, Any]
     reason: str = ""
     rates: Rates | None = None
+    cohort_note: str = ""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Doubts about the slide."""
+        return (*self.result.get("notes", ()), *([self.cohort_note] if self.cohort_note else []))
 
 
 def find_slides(named: Sequence[Path]) -> tuple[list[Path], dict[Path, float]]:
@@ -367,6 +376,15 @@ def _parsed(path: Path) -> dict[str, Any]:
     return result
 
 
+def join_rows(
+    earlier: Mapping[str, GradeRow], rows: Iterable[GradeRow], names: Mapping[Path, str]
+) -> dict[str, GradeRow]:
+    """Joins the rows of earlier runs and of this one, by the names of their files, and compares spacings."""
+    every = {**earlier, **{names[row.slide]: row for row in rows}}
+    far = cohort_notes({name: row.result.get("mpp_level0", 0.0) for name, row in every.items()})
+    return {name: replace(row, cohort_note=far.get(name, "")) for name, row in every.items()}
+
+
 def write_results(path: Path, rows: Sequence[GradeRow], n_grades: int) -> None:
     """Writes the table of results, whole or not at all; it may have rows of several models."""
     results = [row.result for row in rows if row.result]
@@ -382,22 +400,19 @@ def _cells(row: GradeRow) -> dict[str, Any]:
     lowest, highest = row.result.get("grade_set") or (None, None)
     odds = enumerate(row.result.get("probabilities") or ())
     about = {"slide": str(row.slide), "status": row.status, "reason": row.reason}
+    about |= {"notes": "; ".join(row.notes)}
     about |= {f"probability_{grade}": probability for grade, probability in odds}
     return {**row.result, "set_lowest": lowest, "set_highest": highest, **about}
 
 
-def write_index_page(
-    folder: Path,
-    rows: Sequence[GradeRow],
-    names: Mapping[Path, str],
-    model: ModelFile,
-    earlier: Mapping[str, GradeRow],
-) -> None:
-    """Writes ``index.html``: the results by this model, with a link to each slide's page."""
-    every = [*earlier.items(), *((names[row.slide], row) for row in rows)]
+def write_index_page(folder: Path, rows: Mapping[str, GradeRow], model: ModelFile) -> None:
+    """Writes ``index.html``: the results by this model, with a link to each slide's page.
+
+    ``rows`` are from :func:`join_rows`.
+    """
     entries = [
-        IndexEntry(row.slide, name, row.result, row.reason)
-        for name, row in every
+        IndexEntry(row.slide, name, row.result, row.reason, row.notes)
+        for name, row in rows.items()
         if row.result.get("model_sha256", model.sha256) == model.sha256
     ]
     write_index(folder, entries, model.card)

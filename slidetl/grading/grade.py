@@ -75,6 +75,7 @@ class SlideGrade:
         attention: ``[N] float32``, weight of each tile; they sum to one.
         explanation: each tile's contribution to the score.
         rates: throughput, if measured.
+        doubts: from :meth:`slidetl.library.model_card.ModelCard.doubts_about`.
     """
 
     slide: Path
@@ -93,6 +94,7 @@ class SlideGrade:
     attention: NDArray[np.float32]
     explanation: Explanation
     rates: Rates | None = None
+    doubts: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the result as plain JSON values, without the map."""
@@ -131,7 +133,7 @@ class SlideGrade:
                 f"{spoilt} of {spoilt + len(plan)} tiles with tissue are left out for their quality "
                 f"({plan.spoilt})"
             )
-        return (*plan.notes, *notes)
+        return (*plan.notes, *notes, *self.doubts)
 
 
 def grade_slide(
@@ -225,13 +227,15 @@ def grade_slide(
         places = _places(plan, np.concatenate(origins))
         graded = _graded(model, runner, path, embeddings, places, force)
         rates = _rates(runner, kept, len(embeddings), started.since(runner)) if profile else None
+    tissue_mm2 = tissue * plan.spec.tile_mm2(plan.mpp_read)
     return SlideGrade(
         slide=path,
         fingerprint=plan.info.fingerprint,
-        tissue_mm2=tissue * plan.spec.tile_mm2(plan.mpp_read),
+        tissue_mm2=tissue_mm2,
         plan=plan,
         origins_level0=np.concatenate(origins),
         rates=rates,
+        doubts=card.doubts_about(graded["novelty"], tissue_mm2),
         **graded,
     )
 
@@ -277,7 +281,14 @@ def grade_series(
     shown = [patch for kind in kinds.values() for patch in kind]
     for patch, place in _places_of(model, runner, embedded.of_all(), plan, shown).items():
         points[patch] = plan.origins_voxel[patch] + place
-    return SeriesGrade(slide=path, fingerprint=series.fingerprint, plan=plan, points_voxel=points, **graded)
+    return SeriesGrade(
+        slide=path,
+        fingerprint=series.fingerprint,
+        plan=plan,
+        points_voxel=points,
+        doubts=model.card.doubts_about(graded["novelty"]),
+        **graded,
+    )
 
 
 def _places_of(
@@ -652,6 +663,8 @@ def draw_map(result: SlideGrade, path: Path) -> None:
     probabilities = ", ".join(f"{probability:.2f}" for probability in result.probabilities)
     grade = plot_label(result.grade_name)
     figure.suptitle(f"grade {grade}   (expected {result.expected_grade:.2f}; probabilities {probabilities})")
+    if result.notes:
+        figure.supxlabel(f"see the notes in {plot_label(path.stem)}.json", color="#9a3412")
     about = {"Software": f"slidetl {VERSION}", _OF_MODEL: result.model_sha256}
     with replaced(path) as file:
         figure.savefig(file, dpi=100, format="png", metadata=about)

@@ -41,6 +41,7 @@ class SeriesGrade:
         explanation: each patch's contribution to the score.
         points_voxel: ``[N, 3]`` the place ``(x, y, z)`` in each of :func:`shown_patches` to which the grade
             reacts most, voxels of ``plan.volume``; NaN for other patches.
+        doubts: from :meth:`slidetl.library.model_card.ModelCard.doubts_about`.
     """
 
     slide: Path
@@ -57,6 +58,12 @@ class SeriesGrade:
     attention: NDArray[np.float32]
     explanation: Explanation
     points_voxel: NDArray[np.float64]
+    doubts: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Doubts about the series."""
+        return (*self.plan.notes, *self.doubts)
 
     @property
     def centres_voxel(self) -> NDArray[np.float64]:
@@ -115,5 +122,5 @@ class SeriesGrade:
             "model_sha256": self.model_sha256,
             "precision": self.precision,
             "spacing_mm": self.plan.spec.spacing_mm,
-            "notes": list(self.plan.notes),
+            "notes": list(self.notes),
         }

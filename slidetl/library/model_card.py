@@ -152,6 +152,18 @@ class ModelCard:
             f"theirs is above 1; check {check} and spacing"
         )
 
+    def doubts_about(self, novelty: float | None, tissue_mm2: float | None = None) -> tuple[str, ...]:
+        """Lists the doubts about a slide or series that is unlike those of the training."""
+        found = [self.describe_novelty(novelty)] if novelty is not None and novelty > 1 else []
+        if tissue_mm2 is not None and self.training and tissue_mm2 < self.training.least_tissue_mm2:
+            least = self.training.least_tissue_mm2
+            form = with_digits(".3g", least, tissue_mm2)
+            found.append(
+                f"too little tissue: {tissue_mm2:{form}} mm2, where every slide that the model was trained "
+                f"on has {least:{form}} mm2 or more"
+            )
+        return tuple(found)
+
     def to_json(self) -> str:
         """Returns the card as JSON."""
         return to_json(self)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import html
 import json
 import mmap
 import os
@@ -43,7 +44,7 @@ from slidetl.grading.grade import (
     grade_slide,
 )
 from slidetl.grading.options import GradeOptions
-from slidetl.grading.report.slide import _warnings
+from slidetl.grading.report.slide import warnings_of
 from slidetl.library.model_card import TrainingData
 from slidetl.models.runner import Runner
 from slidetl.processes import Child, start_child
@@ -172,7 +173,17 @@ def test_tiles_that_are_not_graded_are_told(
     part = replace(whole, attention=whole.attention[3:])
     assert f"3 of {len(whole.plan)} tiles cannot be read, and are not part of the grade" in part.notes
     assert part.to_dict()["notes"] == list(part.notes)
-    assert _warnings(part, model.card)[: len(part.notes)] == list(part.notes)
+    assert warnings_of(part.notes, model.card, "slides")[: len(part.notes)] == list(part.notes)
+
+
+def test_the_map_refers_to_the_notes(
+    pyramid_tiff: PyramidTiff, tissue_picture: Callable[..., Picture], tmp_path: Path
+) -> None:
+    clean = grade_of(pyramid_tiff(tissue_picture(1024), mpp=0.5))
+    for result in (clean, replace(clean, doubts=("too little tissue",))):
+        draw_map(result, tmp_path / "map.png")
+        red, _, blue = np.asarray(Image.open(tmp_path / "map.png").convert("RGB"))[-20:].T.astype(int)
+        assert ((red - blue) > 90).any() == bool(result.notes)
 
 
 @pytest.mark.slow
@@ -300,10 +311,38 @@ def test_slides_unlike_the_training_are_refused_unless_forced(
     assert out == ""
     assert "strange.tiff: unlike the slides that the model was trained on" in err
     assert "little.tiff" in err and "of tissue is too little to grade" in err
-    assert main(["grade", str(path), str(strange), str(little), "--force"]) == 0
+    forced = ["--force", "--output", str(tmp_path / "out"), "--report"]
+    assert main(["grade", str(path), str(strange), str(little), *forced]) == 0
     strange_result, little_result = map(json.loads, capsys.readouterr().out.splitlines())
     assert strange_result["novelty"] > 1
     assert little_result["tissue_mm2"] < card.training.least_tissue_mm2 / 2
+    for result, doubt in (
+        (strange_result, "unlike the slides that the model was trained on"),
+        (little_result, "too little tissue: "),
+    ):
+        (note,) = [note for note in result["notes"] if note.startswith(doubt)]
+        assert note in html.unescape((tmp_path / "out" / "index.html").read_text())
+        assert note in html.unescape((tmp_path / "out" / f"{Path(result['slide']).stem}.html").read_text())
+    with (tmp_path / "out" / "results.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["notes"] for row in table] == [
+        "; ".join(result["notes"]) for result in (strange_result, little_result)
+    ]
+
+
+def test_rows_of_a_folder_note_which_spacing_is_far_from_the_others(tmp_path: Path) -> None:
+    def row(name: str, mpp: float, *notes: str) -> batch.GradeRow:
+        return batch.GradeRow(Path(name), batch.GRADED, {"mpp_level0": mpp, "notes": list(notes)})
+
+    earlier = {"a": row("a.svs", 0.25), "b": row("b.svs", 0.25, "gaps")}
+    late, failed = row("c.svs", 4.0, "thick"), batch.GradeRow(Path("d.svs"), batch.FAILED, {}, "damaged")
+    rows = batch.join_rows(earlier, [late, failed], {late.slide: "c", failed.slide: "d"})
+    batch.write_results(tmp_path / "results.csv", list(rows.values()), 2)
+    with (tmp_path / "results.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert list(table[0])[-1] == "notes"
+    assert [row["notes"] for row in table[:2] + table[3:]] == ["", "gaps", ""]
+    assert table[2]["notes"].startswith("thick; 4 um per pixel is far from the median of 0.25, ")
 
 
 @pytest.mark.slow

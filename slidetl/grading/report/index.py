@@ -22,12 +22,14 @@ class IndexEntry:
         name: name of its page, without ``.html``.
         result: as :meth:`slidetl.grading.grade.SlideGrade.to_dict`; empty for a failed slide.
         reason: cause of the failure.
+        notes: doubts about the slide.
     """
 
     slide: Path
     name: str
     result: Mapping[str, Any]
     reason: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def write_index(folder: Path, entries: Sequence[IndexEntry], card: ModelCard) -> Path:
@@ -74,4 +76,5 @@ def _row(folder: Path, entry: IndexEntry, card: ModelCard) -> dict[str, Any]:
         "result": result,
         "set": [card.grades[grade] for grade in grade_set] if grade_set else [],
         "reason": entry.reason,
+        "notes": entry.notes,
     }

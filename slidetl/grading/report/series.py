@@ -12,7 +12,7 @@ from PIL import Image
 from slidetl.files import write_csv, write_whole
 from slidetl.grading.explain import relative_attention
 from slidetl.grading.report.planes import Plane, planes_at
-from slidetl.grading.report.slide import doubts, grade_bars, result_sha256
+from slidetl.grading.report.slide import grade_bars, result_sha256, warnings_of
 from slidetl.grading.series import SeriesGrade, shown_patches
 from slidetl.library.model_card import ModelCard
 from slidetl.page import data_uri, write_page
@@ -64,7 +64,7 @@ def write_series_report(result: SeriesGrade, card: ModelCard, folder: Path, name
         card=card,
         noun="series",
         measured=[(part, f"{result.mask_ml:.0f} ml in {len(plan)} patches")],
-        warnings=[*plan.notes, *doubts(result.novelty, card, "series")],
+        warnings=warnings_of(result.notes, card, "series"),
         bars=grade_bars(result.grade, result.grade_set, result.probabilities, card),
         galleries=galleries,
         has_attention=relative is not None,

@@ -22,7 +22,6 @@ from slidetl.grading.report.maps import TileMap, left_out_level0, maps_of
 from slidetl.library.model_card import ModelCard
 from slidetl.page import data_uri, script_json, write_page
 from slidetl.slides import Slide, open_slide
-from slidetl.text import with_digits
 from slidetl.tiles.pyramid import Canvas, Pyramid, build_pyramid, encode_jpeg
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ def write_slide_report(
         n_graded=len(result.attention),
         noun="slides",
         measured=[("Tissue", f"{result.tissue_mm2:.3g} mm² in {len(result.attention)} tiles")],
-        warnings=_warnings(result, card),
+        warnings=warnings_of(result.notes, card, "slides"),
         bars=grade_bars(result.grade, result.grade_set, result.probabilities, card),
         galleries=galleries,
         maps=maps,
@@ -224,28 +223,11 @@ def grade_bars(
     ]
 
 
-def doubts(novelty: float | None, card: ModelCard, noun: str) -> list[str]:
-    """Lists the doubts about a grade from the model's card; ``noun`` is what the model grades."""
-    found = []
-    if novelty is not None and novelty > 1:
-        said = card.describe_novelty(novelty)
-        found.append(f"{said[0].upper()}{said[1:]}.")
-    if card.evidence is None:
-        found.append(f"The model carries no evidence of how well it grades {noun} that were kept from it.")
-    return found
-
-
-def _warnings(result: SlideGrade, card: ModelCard) -> list[str]:
-    found = list(result.notes)
-    training = card.training
-    if training and result.tissue_mm2 < training.least_tissue_mm2:
-        least = training.least_tissue_mm2
-        form = with_digits(".3g", least, result.tissue_mm2)
-        found.append(
-            f"Too little tissue: {result.tissue_mm2:{form}} mm². Every slide of the training had "
-            f"{least:{form}} mm² or more."
-        )
-    return found + doubts(result.novelty, card, "slides")
+def warnings_of(notes: Sequence[str], card: ModelCard, noun: str) -> list[str]:
+    """Lists the warnings of a page; ``noun`` is what the model grades."""
+    if card.evidence is not None:
+        return list(notes)
+    return [*notes, f"The model carries no evidence of how well it grades {noun} that were kept from it."]
 
 
 def _quality(result: SlideGrade) -> list[dict[str, str]]:

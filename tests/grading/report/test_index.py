@@ -17,13 +17,17 @@ def test_lists_every_slide_and_links_its_page(graded: Graded, card: ModelCard, t
     other = IndexEntry(
         Path("b.svs"), "a_slide", {**result.to_dict(), "model_sha256": "00" * 32, "novelty": 1.004}
     )
-    entries = [hostile, IndexEntry(result.slide, "a_slide", result.to_dict()), other]
+    doubtful = IndexEntry(
+        result.slide, "a_slide", result.to_dict(), notes=("3 tiles cannot be read", HOSTILE)
+    )
+    entries = [hostile, doubtful, other]
     page = Page(write_index(tmp_path, entries, card).read_text())
     assert [attributes["href"] for tag, attributes in page.elements if tag == "a"] == ["a_slide.html"]
     images = [attributes["src"] or "" for tag, attributes in page.elements if tag == "img"]
     assert len(images) == 1 and images[0].startswith("data:image/jpeg;base64,")
     assert "3 slides 1 could not be graded" in page.text
     assert f"{HOSTILE}.svs: not a slide" in page.text
+    assert f"a slide.tiff 3 tiles cannot be read {HOSTILE} moderate" in page.text
     assert "moderate 60 % mild to moderate 1.75 0.8 0.70" in page.text
     assert "moderate 60 % mild to moderate 1.75 0.8 1.004" in page.text
     assert describe(GradeRow(other.slide, GRADED, dict(other.result)), card).endswith("; novelty 1.004")

@@ -80,7 +80,8 @@ def test_says_what_the_model_said_and_what_it_is(graded: Graded, card: ModelCard
         "Finest detail on this page: 0.5 µm per pixel; the slide has 0.5.",
     ):
         assert said in text
-    assert "Too little" not in text and "Unlike" not in text
+    assert "too little" not in text and "unlike the slides that" not in text
+    assert not card.doubts_about(1.0, 0.5) and not card.doubts_about(None)
     assert card.evidence is not None
     figures = {"QWK": (1.0, 1.0, 1.0)}  # of an older file
     point = dataclasses.replace(card, evidence=dataclasses.replace(card.evidence, figures=figures))
@@ -95,18 +96,19 @@ def test_says_what_the_model_said_and_what_it_is(graded: Graded, card: ModelCard
 
 
 def test_says_what_speaks_against_the_grade(graded: Graded, card: ModelCard, tmp_path: Path) -> None:
-    result = dataclasses.replace(graded(), tissue_mm2=0.3, novelty=2.5, grade_set=None)
+    doubts = card.doubts_about(2.5, 0.3)
+    result = dataclasses.replace(graded(), tissue_mm2=0.3, novelty=2.5, grade_set=None, doubts=doubts)
     bare = dataclasses.replace(card, evidence=None, licence="")
     text = Page(write_slide_report(result, bare, tmp_path, "s1").read_text()).text
-    assert "Too little tissue: 0.3 mm². Every slide of the training had 0.5 mm² or more." in text
-    assert "Unlike the slides that the model was trained on (stains: trichrome): its novelty is 2.5" in text
+    assert "too little tissue: 0.3 mm2, where every slide that the model was trained on has 0.5 mm2" in text
+    assert "unlike the slides that the model was trained on (stains: trichrome): its novelty is 2.5" in text
     assert "no evidence" in text and "Not ruled out" not in text and "Licence not stated" in text
     training = dataclasses.replace(card.training, least_tissue_mm2=0.5004) if card.training else None
-    near = dataclasses.replace(result, tissue_mm2=0.4996, novelty=1.00004)
-    text = Page(
-        write_slide_report(near, dataclasses.replace(bare, training=training), tmp_path, "s1").read_text()
-    ).text
-    assert "Too little tissue: 0.4996 mm². Every slide of the training had 0.5004 mm² or more." in text
+    bare = dataclasses.replace(bare, training=training)
+    doubts = bare.doubts_about(1.00004, 0.4996)
+    near = dataclasses.replace(result, tissue_mm2=0.4996, novelty=1.00004, doubts=doubts)
+    text = Page(write_slide_report(near, bare, tmp_path, "s1").read_text()).text
+    assert "tissue: 0.4996 mm2, where every slide that the model was trained on has 0.5004 mm2" in text
     assert "its novelty is 1.00004, where none of theirs is above 1" in text
     assert "Novelty 1.00004 (above 1" in text and near.to_dict()["novelty"] == 1.00004
 
