@@ -28,7 +28,7 @@ from slidetl.errors import (
     UsageError,
 )
 from slidetl.files import fsync_path, is_sha256
-from slidetl.tiles.lock import slide_lock
+from slidetl.tiles.lock import kernel_lock, refuse_links, slide_lock
 from slidetl.tiles.store import (
     FEATURES,
     SlideCache,
@@ -276,17 +276,26 @@ def check_writable(cache: SlideCache) -> None:
     """Checks, before long work, that this user may store features of a slide.
 
     Raises:
-        CacheError: a folder or file cannot be written.
+        CacheError: a folder or file cannot be written, or a link is in the way.
     """
-    cache_dir = cache.path.parent
+    cache_dir, slide_id = cache.path.parent, cache.path.stem
     locks, building = cache_dir / ".locks", cache_dir / ".building-features"
-    # Not the lock file: that of another user serves too.
     for path in (cache_dir, locks, building, cache.path, cache.path / FEATURES):
         if path.exists() and not os.access(path, os.W_OK):
             if os.statvfs(path).f_flag & os.ST_RDONLY:
                 raise CacheError(f"{path}: its disk is mounted read-only here; use a copy of the cache")
             error = PermissionError(errno.EACCES, "this user may not write there", str(path))
             raise CacheError(describe_write_error(error, cache_dir))
+    refuse_links(cache_dir, slide_id)
+    lock = locks / f"{slide_id}.lock"
+    if lock.exists():
+        try:
+            with kernel_lock(lock, wait=False):  # that of another user serves too, if it can be locked
+                pass
+        except BlockingIOError:
+            pass  # the slide is being written
+        except OSError as error:
+            raise CacheError(describe_write_error(error, cache_dir)) from error
 
 
 def write_features(

@@ -289,8 +289,12 @@ def kernel_lock(path: Path, wait: bool = True) -> Iterator[bool]:
         # Another user's file serves too, for reading, in a folder that both may write to.
         if not (path.exists() and os.access(path.parent, os.W_OK, effective_ids=True)):
             raise
-        denied = error
-        descriptor = os.open(path, os.O_RDONLY | flags)
+        why = f"{error.strerror}: its owner must let other users lock it, by 'chmod a+w'"
+        denied = PermissionError(error.errno, why, str(path))
+        try:
+            descriptor = os.open(path, os.O_RDONLY | flags)
+        except PermissionError as unreadable:
+            raise denied from unreadable
     with os.fdopen(descriptor, "ab") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -319,7 +323,9 @@ def only_process(folder: Path, busy: SlidetlError) -> Iterator[None]:
         except BlockingIOError as error:
             raise busy from error
         except OSError as error:
-            raise OutputError(f"{folder}: cannot be written: {describe_full(error)}") from error
+            raise OutputError(
+                f"{error.filename or folder}: cannot be written: {describe_full(error)}"
+            ) from error
         yield
 
 

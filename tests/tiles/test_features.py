@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,12 +28,14 @@ from slidetl.tiles.features import (
     write_features,
 )
 from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.lock import slide_lock
 from slidetl.tiles.run import tile_slides
 from slidetl.tiles.store import SlideCache, cache_path, describe_write_error, seal_node
 from slidetl.tiles.tile import SlideSource
 from slidetl.tiles.verify import verify_cache
 from tests.cli.test_tile import Draw
 from tests.conftest import PyramidTiff
+from tests.tiles.test_lock import another_user, lock_as_nfs
 
 SOURCE = FeatureSource("resnet18", "", "a" * 64, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 BLOCK = FeatureSource("resnet18", "layer3", "a" * 64, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), "bfloat16")
@@ -273,14 +276,43 @@ def test_a_cache_of_another_user_is_refused_with_the_remedy(
     assert str(error.value).startswith(f"{closed}: this user may not write there; users who share a cache")
 
 
-def test_the_lock_of_another_user_is_not_in_the_way(
-    cache: SlideCache, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("mode", "on_nfs", "serves"), [(0o444, False, True), (0o444, True, False), (0o000, False, False)]
+)
+def test_the_lock_of_another_user_is_in_the_way_only_if_it_cannot_be_locked(
+    cache: SlideCache, monkeypatch: pytest.MonkeyPatch, mode: int, on_nfs: bool, serves: bool
 ) -> None:
-    lock, access = cache.path.parent / ".locks" / "s.lock", os.access
-    write_features(cache, {"resnet18": (SOURCE, values(len(cache)))})
-    assert lock.exists()
-    monkeypatch.setattr(os, "access", lambda path, *_, **__: path != lock and access(path, os.W_OK))
-    check_writable(cache)
+    with tempfile.TemporaryDirectory() as name:  # unlike tmp_path, below folders that any user may enter
+        shared = Path(shutil.copytree(cache.path.parent, Path(name) / "cache"))
+        for path in (Path(name), shared, *shared.rglob("*")):
+            path.chmod(0o777 if path.is_dir() else 0o666)
+        lock = shared / ".locks" / "s.lock"
+        lock.chmod(mode)
+        copy = SlideCache.open(cache_path(shared, "s"))
+        if on_nfs:
+            lock_as_nfs(monkeypatch)
+        with another_user():
+            if serves:
+                check_writable(copy)
+                write_features(copy, {"resnet18": (SOURCE, values(len(cache)))})
+            else:
+                with pytest.raises(
+                    CacheError, match=rf"{lock}: Permission denied: its owner .* 'chmod a\+w'"
+                ):
+                    check_writable(copy)
+
+
+def test_a_slide_that_is_being_written_can_be_embedded_after_that(cache: SlideCache) -> None:
+    with slide_lock(cache.path.parent, "s"):
+        check_writable(cache)
+
+
+def test_a_special_file_in_the_way_is_told_before_long_work(cache: SlideCache) -> None:
+    lock = cache.path.parent / ".locks" / "s.lock"
+    lock.unlink()
+    os.mkfifo(lock)
+    with pytest.raises(CacheError, match=r"s\.lock: a link or a special file"):
+        check_writable(cache)
 
 
 def test_a_cache_that_is_mounted_read_only_is_refused_as_such(

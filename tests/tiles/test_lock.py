@@ -380,11 +380,15 @@ def another_user() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("folder_mode", "lock_mode", "serves"),
-    [(0o777, 0o444, True), (0o777, 0o000, False), (0o555, 0o444, False)],
+    ("folder_mode", "lock_mode", "said"),
+    [
+        (0o777, 0o444, ""),
+        (0o777, 0o000, r"Permission denied: its owner must let other users lock it, by 'chmod a\+w'$"),
+        (0o555, 0o444, "Permission denied$"),
+    ],
 )
 def test_the_lock_file_of_another_user_serves_in_a_folder_of_both(
-    folder_mode: int, lock_mode: int, serves: bool
+    folder_mode: int, lock_mode: int, said: str
 ) -> None:
     busy = CacheError("busy")
     with tempfile.TemporaryDirectory() as name:  # unlike tmp_path, below folders that any user may enter
@@ -393,11 +397,11 @@ def test_the_lock_file_of_another_user_serves_in_a_folder_of_both(
         lock.chmod(lock_mode)
         folder.chmod(folder_mode)
         with another_user():
-            if serves:
+            if not said:
                 with only_process(folder, busy), pytest.raises(CacheError, match="busy"):
                     only_process(folder, busy).__enter__()
             else:
-                with pytest.raises(OutputError, match="cannot be written"):
+                with pytest.raises(OutputError, match=f"^{lock}: cannot be written: {said}"):
                     only_process(folder, busy).__enter__()
         folder.chmod(0o700)
 
@@ -411,7 +415,7 @@ def test_a_file_that_was_there_keeps_its_mode(tmp_path: Path) -> None:
     assert (tmp_path / "labels.csv").read_text() == "private"
 
 
-def test_users_of_a_folder_on_nfs_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def lock_as_nfs(monkeypatch: pytest.MonkeyPatch) -> None:
     """NFS turns an exclusive flock into a lock of fcntl, which needs a file that is open for writing."""
 
     def of_nfs(file: IO[bytes], operation: int) -> None:
@@ -419,8 +423,13 @@ def test_users_of_a_folder_on_nfs_exclude_each_other(monkeypatch: pytest.MonkeyP
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         flock(file, operation)
 
-    flock, busy = fcntl.flock, CacheError("busy")
+    flock = fcntl.flock
     monkeypatch.setattr(fcntl, "flock", of_nfs)
+
+
+def test_users_of_a_folder_on_nfs_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = CacheError("busy")
+    lock_as_nfs(monkeypatch)
     with tempfile.TemporaryDirectory() as name:
         folder, lock = Path(name), Path(name) / ".lock"
         folder.chmod(0o777)
@@ -433,5 +442,8 @@ def test_users_of_a_folder_on_nfs_exclude_each_other(monkeypatch: pytest.MonkeyP
         finally:
             os.umask(umask)
         lock.chmod(0o444)  # by another program
-        with another_user(), pytest.raises(OutputError, match="cannot be written"):
+        with (
+            another_user(),
+            pytest.raises(OutputError, match=rf"{lock}: .*denied: its owner .* 'chmod a\+w'"),
+        ):
             only_process(folder, busy).__enter__()
