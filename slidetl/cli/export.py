@@ -121,10 +121,8 @@ def export(
         metrics = (
             f"{name} {a:.3f} ({low:.3f} to {high:.3f})" for name, (a, low, high) in kept.figures.items()
         )
-        kept_from = (
-            f"graded by the networks of arm {kept.arm}, not by this file" if kept.arm else "kept from it"
-        )
-        print(f"{kept.slides} slides of {kept.patients} patients {kept_from}: {', '.join(metrics)}")
+        about = f"{kept.slides} slides of {kept.patients} patients {card.describe_test()}"
+        print(f"{about}: {', '.join(metrics)}")
     for name, difference in worst.items():
         print(f"greatest difference of a probability from the checkpoint, {name}: {difference:.1e}")
     if format == "torchscript":

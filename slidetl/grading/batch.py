@@ -301,7 +301,8 @@ def describe(row: GradeRow, card: ModelCard) -> str:
     parts = [f"{row.slide}: grade {result['grade_name']}, probability {probability:.2f}"]
     if card.evidence is not None and result["grade_set"]:
         names = dict.fromkeys(card.grades[grade] for grade in result["grade_set"])
-        parts.append(f"set of grades, coverage {card.evidence.coverage:.0%}: {' to '.join(names)}")
+        coverage = card.describe_coverage(result["novelty"])
+        parts.append(f"set of grades{coverage and f', {coverage}'}: {' to '.join(names)}")
     parts.append(f"expected grade {result['expected_grade']:.2f}")
     spec = card.tile_spec
     parts.append(

@@ -136,6 +136,26 @@ class ModelCard:
                 f"architecture: expected {sorted(_ARCHITECTURE)}, found {self.architecture!r:.200}"
             )
 
+    def describe_test(self) -> str:
+        """Describes the networks that graded the slides of the evidence, in a participle clause."""
+        if self.evidence is not None and self.evidence.arm:
+            arm = f"arm {self.evidence.arm} of a comparison"
+            return f"graded by networks trained alike on other patients ({arm}), not by this file"
+        if self.members > 1:
+            return "each graded by one of the networks, kept from its training, and not by their vote"
+        return "kept from the training"
+
+    def describe_coverage(self, novelty: float | None = None) -> str:
+        """Describes the wanted coverage of sets of grades; empty if unknown, as above a novelty of 1."""
+        if self.evidence is None or (novelty is not None and novelty > 1):
+            return ""
+        share = f"{100 * self.evidence.coverage:.10g} %"
+        by_others = self.evidence.arm or self.members > 1
+        return (
+            f"made to hold the true grade of {share} of patients like those of the evidence"
+            f"{', but not tried with this file' if by_others else ''}"
+        )
+
     @staticmethod
     def format_novelty(novelty: float, form: str = ".2f") -> str:
         """Formats a novelty, with more digits if it would look like the limit of 1."""

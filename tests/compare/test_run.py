@@ -560,7 +560,7 @@ def test_an_arm_is_evidence_of_a_checkpoint_of_its_configuration_alone(
     assert code == 2 and "which has data.bag_size 8, the arm 4; train it with the options" in text
     shutil.copy(alone, compared / "alone.csv")  # of one arm, which need not be named
     code, text = export(scratch(4), compared / "alone.csv")
-    assert code == 0 and "graded by the networks of arm scratch, not by this file" in text
+    assert code == 0 and "(arm scratch of a comparison), not by this file" in text
     evidence = ModelCard.of_file(tmp_path / "m.pt").evidence
     assert evidence is not None and evidence.arm == "scratch" and evidence.slides == 20
 

@@ -373,7 +373,8 @@ def test_evidence_gives_a_set_of_grades(
     assert 0 <= lowest <= result["grade"] <= highest <= 4
     names = f"{lowest} to {highest}" if lowest < highest else f"{lowest}"
     assert f"{slide.name}: grade {result['grade']}, probability " in err
-    assert f"; set of grades, coverage 80%: {names}; expected grade " in err
+    promise = "made to hold the true grade of 80 % of patients like those of the evidence"
+    assert f"; set of grades, {promise}: {names}; expected grade " in err
 
 
 @pytest.mark.slow

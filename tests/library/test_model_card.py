@@ -75,3 +75,24 @@ def test_the_card_of_a_strange_file_is_refused(parts: dict[str, bytes], said: st
             archive.writestr(name, content)
     with pytest.raises(ModelFileError, match=said):
         ModelCard.of_file(path)
+
+
+@pytest.mark.parametrize(
+    ("coverage", "share"), [(0.995, "99.5 %"), (0.975, "97.5 %"), (0.29, "29 %"), (0.9999999, "99.99999 %")]
+)
+def test_a_promised_share_is_not_rounded_up(coverage: float, share: str) -> None:
+    evidence = Evidence(12, 10, {}, 1.5, coverage, 0.4, "ef")
+    promise = f"made to hold the true grade of {share} of patients like those of the evidence"
+    assert replace(CARD, evidence=evidence).describe_coverage(1.0) == promise
+
+
+def test_nothing_is_promised_that_was_not_tried() -> None:
+    evidence = Evidence(12, 10, {}, 1.5, 0.9, 0.4, "ef")
+    one, arm = (replace(CARD, evidence=replace(evidence, arm=name)) for name in ("", "warm"))
+    vote = replace(one, members=5)
+    assert CARD.describe_coverage() == one.describe_coverage(1.001) == ""
+    assert "not tried with this file" not in one.describe_coverage()
+    assert all(card.describe_coverage().endswith("not tried with this file") for card in (arm, vote))
+    assert one.describe_test() == "kept from the training"
+    assert arm.describe_test().endswith("(arm warm of a comparison), not by this file")
+    assert vote.describe_test().endswith("and not by their vote")

@@ -31,6 +31,14 @@ def test_lists_every_slide_and_links_its_page(graded: Graded, card: ModelCard, t
     assert "moderate 60 % mild to moderate 1.75 0.8 0.70" in page.text
     assert "moderate 60 % mild to moderate 1.75 0.8 1.004" in page.text
     assert describe(GradeRow(other.slide, GRADED, dict(other.result)), card).endswith("; novelty 1.004")
+    promise = "made to hold the true grade of 90 % of patients like those of the evidence"
+    assert f"Not ruled out: a set of grades {promise}." in page.text
+    assert f"; set of grades, {promise}: mild to moderate; " in describe(
+        GradeRow(result.slide, GRADED, result.to_dict()), card
+    )
+    assert "; set of grades: mild to moderate; " in describe(
+        GradeRow(other.slide, GRADED, dict(other.result)), card
+    )
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
 
 

@@ -65,7 +65,8 @@ def test_says_what_the_model_said_and_what_it_is(graded: Graded, card: ModelCard
         "For research; not a medical device.",
         "Grade moderate",
         "Not ruled out: mild to moderate",
-        "90 % of patients",
+        "mild to moderate (such a set is made to hold the true grade of 90 % of patients like those of the "
+        "evidence)",
         "60.0 %",
         "1.75",
         "0.8 mm²",
@@ -93,6 +94,7 @@ def test_says_what_the_model_said_and_what_it_is(graded: Graded, card: ModelCard
     text = Page(write_slide_report(graded(), arm, tmp_path / "arm", "s1").read_text()).text
     assert "graded by networks trained alike on other patients (arm warm of a comparison), not by" in text
     assert "kept from the training" not in text
+    assert "like those of the evidence, but not tried with this file)" in text
 
 
 def test_says_what_speaks_against_the_grade(graded: Graded, card: ModelCard, tmp_path: Path) -> None:
@@ -111,6 +113,9 @@ def test_says_what_speaks_against_the_grade(graded: Graded, card: ModelCard, tmp
     assert "tissue: 0.4996 mm2, where every slide that the model was trained on has 0.5004 mm2" in text
     assert "its novelty is 1.00004, where none of theirs is above 1" in text
     assert "Novelty 1.00004 (above 1" in text and near.to_dict()["novelty"] == 1.00004
+    near = dataclasses.replace(near, grade_set=(1, 2))
+    text = Page(write_slide_report(near, card, tmp_path, "s1").read_text()).text
+    assert "Not ruled out: mild to moderate" in text and "90 %" not in text
 
 
 def test_counts_what_was_left_out(graded: Graded, card: ModelCard, tmp_path: Path) -> None:
