@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -50,7 +49,7 @@ def export(
     with postpone_collection(of_a_command=True):
         from slidetl.compare.train_arm import check_arm
         from slidetl.models.backbones import weights_sha256
-        from slidetl.publish.evidence import check_grades, evidence_from
+        from slidetl.publish.evidence import check_today, evidence_from
         from slidetl.publish.export import build_network, export_model
         from slidetl.publish.model_file import load_model
         from slidetl.publish.training_data import (
@@ -75,7 +74,8 @@ def export(
     graders = [load_grader(path, allow) for path in checkpoints]
     graders[0].network.backbone.check_network()
     training = familiar = None
-    records = {weights_sha256(grader.network): grader.record for grader in graders}
+    hashes = [weights_sha256(grader.network) for grader in graders]
+    records = {sha256: grader.record for sha256, grader in zip(hashes, graders, strict=True)}
     kept = (
         evidence_from(evidence, records, len(graders[0].grades), coverage, arm)
         if evidence is not None
@@ -83,6 +83,8 @@ def export(
     )
     if evidence is not None and kept is not None and kept.arm:
         check_arm(evidence, kept.arm, checkpoints, allow)
+    if evidence is not None and no_training_data:
+        check_today(evidence, graders[0].grades, {}, records)
     if not no_training_data:
         try:
             studies = training_studies(config or _configs(checkpoints), graders, allow)
@@ -93,7 +95,7 @@ def export(
                 "or add --no-training-data"
             ) from error
         if evidence is not None:
-            check_grades(evidence, itertools.chain.from_iterable(study.slides for study in studies))
+            check_today(evidence, graders[0].grades, dict(zip(hashes, studies, strict=True)), records)
         training = describe_training(slides)
         if training.patients >= 5:
             familiar = learn_familiar(build_network(graders)[0], slides)

@@ -104,7 +104,7 @@ def run_comparison(
     refuse_seen(plan.comparison, plan.jobs, plan.study, options.allow)
     failed: dict[str, str] = {}
     with slide_lock(folder, "comparison"):
-        _write_splits(plan.folds, output / "splits.json")
+        _write_splits(plan, output / "splits.json")
         record_registration(plan.comparison, output)
         found = {job.key: read_result(folder, job) for job in plan.jobs}
         # Two arms of one configuration share a job.
@@ -175,7 +175,7 @@ def report_comparison(plan: Plan, output: Path) -> ComparisonResult:
     """
     found = {job.key: read_result(output / JOBS, job) for job in plan.jobs}
     result = _aggregate(plan, output, found, {})
-    _write_splits(plan.folds, output / "splits.json")
+    _write_splits(plan, output / "splits.json")
     return result
 
 
@@ -225,10 +225,11 @@ def _aggregate(
     return result
 
 
-def _write_splits(folds: Sequence[Fold], path: Path) -> None:
+def _write_splits(plan: Plan, path: Path) -> None:
     about = {
-        "sha256": splits_sha256(folds),
+        "sha256": splits_sha256(plan.folds),
         "software": f"slidetl {VERSION}",
-        "folds": folds_to_json(folds),
+        "manifest": plan.comparison.manifest,
+        "folds": folds_to_json(plan.folds),
     }
     write_whole(path, json.dumps(about, indent=1) + "\n")

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from slidetl.data.manifest import ManifestRow, read_manifest
 from slidetl.data.record import StudyRecord
-from slidetl.data.study import CachedSlide
-from slidetl.errors import CheckpointError, SlidetlError, UsageError
+from slidetl.data.study import CachedSlide, Study
+from slidetl.errors import CheckpointError, ManifestError, SlidetlError, UsageError
 from slidetl.evaluation.bootstrap import bca_interval, proven, share_interval
 from slidetl.evaluation.calibration import fit_temperature, is_at_bound, with_temperature
 from slidetl.evaluation.conformal import fit_grade_sets
 from slidetl.evaluation.metrics import check_finite, mae, qwk
 from slidetl.files import csv_rows
 from slidetl.library.model_card import Evidence
-from slidetl.text import listed, one_line
+from slidetl.text import listed, one_line, spelling
 
 LEAST_PATIENTS = 10
 
@@ -129,31 +132,109 @@ def evidence_from(
     )
 
 
-def check_grades(path: Path, slides: Iterable[CachedSlide]) -> None:
-    """Refuses predictions of slides whose grades were corrected since.
+def check_today(
+    path: Path, grades: Sequence[str], studies: Mapping[str, Study], records: Mapping[str, StudyRecord | None]
+) -> None:
+    """Refuses predictions of slides whose grade or patient was corrected since, or that were withdrawn.
+
+    They are compared with the manifest that was tested, as the file beside the table names it, or without it
+    with the manifests of the trainings, as far as these have the slides.
 
     Args:
         path: a table that :func:`evidence_from` takes.
-        slides: with today's grades; those of other names or content do not count.
+        grades: names, lowest first.
+        studies: of the trainings, today, by the SHA-256 of the weights; none if they are not at hand, and
+            then the manifest of the test may be away, too.
+        records: as for :func:`evidence_from`.
 
     Raises:
-        UsageError: a slide has another grade now; the message names it.
+        UsageError: there are such slides, or a patient has a slide of the training now; the message names
+            them. Or the manifest that was tested cannot be read.
     """
-    rows = csv_rows(path.read_text(encoding="utf-8").splitlines())
-    tested = {row["slide_id"]: row for row in rows if row["grade"]}
-    changed = {}
-    for slide in slides:
-        row = tested.get(slide.row.slide_id)
-        if row is None or (row.get("fingerprint") or slide.cache.fingerprint) != slide.cache.fingerprint:
-            continue
-        if slide.row.grade != int(row["grade"]):
-            now = "no grade" if slide.row.grade is None else slide.row.grade
-            changed[slide.row.slide_id] = f"{slide.row.slide_id} ({now}, was {row['grade']})"
-    if changed:
+    table = csv_rows(path.read_text(encoding="utf-8").splitlines())
+    tested = {row["slide_id"]: row for row in table if row["grade"]}
+    known = {sha256: record for sha256, record in records.items() if record is not None}
+    manifest = _tested_manifest(path)
+    if manifest is None:
+        for sha256, study in studies.items():
+            ours = {(slide.row.slide_id, slide.cache.fingerprint) for slide in study.slides}
+            ours |= {(slide.slide_id, slide.fingerprint) for slide in known[sha256].slides}
+            names = {name for name, _ in ours}
+            own = {  # others are of another cohort, or of another network
+                name: row
+                for name, row in tested.items()
+                if row.get("checkpoint", sha256) == sha256
+                and ((name, row["fingerprint"]) in ours if row.get("fingerprint") else name in names)
+            }
+            one = {sha256: known[sha256]}
+            _check_rows(path, "the manifest of the training", own, study.manifest, study.slides, one)
+        return
+    try:
+        rows = read_manifest(manifest, grades).rows
+    except ManifestError as error:
+        if not studies:
+            return
         raise UsageError(
-            f"{path}: {len(changed)} slides have another grade in the manifest now: "
-            f"{listed(sorted(changed.values()))}; run 'slidetl test' or 'slidetl compare' again"
+            f"the manifest that {path} was tested with cannot be read, so nothing shows that its grades and "
+            f"patients are still the same ({error}); bring it there, test again, or add --no-training-data"
+        ) from error
+    cached = [slide for study in studies.values() for slide in study.slides]
+    _check_rows(path, str(manifest), tested, rows, cached, known)
+
+
+def _tested_manifest(path: Path) -> Path | None:
+    """Returns the manifest behind predictions by the file beside them; None if it does not say."""
+    for name in ("metrics.json", "splits.json"):  # of 'slidetl test', and of 'slidetl compare'
+        with suppress(OSError, ValueError):
+            about = json.loads((path.parent / name).read_text(encoding="utf-8"))
+            if isinstance(about, dict) and about.get("manifest"):
+                return Path(str(about["manifest"]))
+    return None
+
+
+def _check_rows(
+    path: Path,
+    source: str,
+    tested: Mapping[str, Mapping[str, str]],
+    rows: Sequence[ManifestRow],
+    slides: Sequence[CachedSlide],
+    records: Mapping[str, StudyRecord],
+) -> None:
+    """Compares rows of a table with the lines of a manifest; arguments as for :func:`check_today`.
+
+    ``slides`` tell the content of the manifest's lines with the same name and file.
+    """
+    now = {row.slide_id: row for row in rows}
+    changes: dict[str, list[str]] = {"gone": [], "of another patient": [], "of another grade": []}
+    for name, row in sorted(tested.items()):
+        today = now.get(name)
+        if today is None:
+            changes["gone"].append(name)
+        elif one_line(today.patient_id) != row["patient_id"]:
+            changes["of another patient"].append(f"{name} ({today.patient_id}, was {row['patient_id']})")
+        elif today.grade != int(row["grade"]):
+            grade = "none" if today.grade is None else today.grade
+            changes["of another grade"].append(f"{name} ({grade}, was {row['grade']})")
+    if found := [f"{len(names)} {kind}: {listed(names)}" for kind, names in changes.items() if names]:
+        raise UsageError(
+            f"{path}: {source} has changed since its slides were graded, {'; '.join(found)}; run "
+            "'slidetl test' or 'slidetl compare' again"
         )
+    contents = {(slide.row.slide_id, slide.row.path): slide.cache.fingerprint for slide in slides}
+    own = [(row, contents.get((row.slide_id, row.path), "")) for row in rows]
+    for sha256, record in records.items():
+        used = {
+            spelling(row.patient_id)
+            for row, fingerprint in own
+            if record.part_of("", row.patient_id, fingerprint) in ("train", "val")
+        }
+        of_it = [name for name, row in tested.items() if row.get("checkpoint") == sha256]
+        if seen := [name for name in of_it if spelling(now[name].patient_id) in used]:
+            raise UsageError(
+                f"{path}: the checkpoint was trained or chosen on slides that {source} now has of the "
+                f"patients of {len(seen)} of these: {listed(sorted(seen))}; run 'slidetl test' with "
+                "--data.split_from manifest"
+            )
 
 
 def _check_kept(

@@ -254,7 +254,9 @@ def _write(
     metrics = grade_metrics(true, [row.predicted_grade for row in predictions], len(study.grades))
     write_predictions(output / "predictions.csv", predictions)
     quality = judged_probabilities(true, probabilities)
-    figures = write_metrics(output, predictions, metrics, quality, study.grades)
+    figures = write_metrics(
+        output, predictions, metrics, quality, study.grades, manifest=Path(study.manifest)
+    )
     show_metrics({"test/accuracy": metrics.accuracy, "test/qwk": metrics.qwk, "test/mae": metrics.mae})
     return Scored(metrics, figures["intervals"])
 

@@ -49,6 +49,7 @@ class ResultFiles(pl.Callback):
                 evaluation.quality,
                 pl_module.grades,
                 of_tasks,
+                getattr(trainer.datamodule, "manifest", Path()),  # type: ignore[attr-defined] # set by test
             )
             told = describe_metrics(
                 evaluation.metrics, pl_module.grades, evaluation.not_graded, figures["intervals"]

@@ -115,6 +115,7 @@ def write_metrics(
     quality: Mapping[str, Any],
     grades: tuple[str, ...],
     tasks: Mapping[str, Any] = MappingProxyType({}),
+    manifest: Path = Path(),
 ) -> dict[str, Any]:
     """Writes ``confusion.png`` and ``metrics.json``, the latter with intervals over patients; returns it.
 
@@ -125,6 +126,7 @@ def write_metrics(
         quality: of the probabilities, :func:`~slidetl.evaluation.calibration.judged_probabilities`.
         grades: names, lowest first.
         tasks: metrics of the further tasks, by name.
+        manifest: of the slides, for an export to see if it has changed; empty for none.
     """
     known = [one for one in predictions if one.grade is not None]
     graded = [one for one in known if not one.reason]
@@ -139,6 +141,7 @@ def write_metrics(
             [one.patient_id for one in graded],
         ),
         **({"tasks": tasks} if tasks else {}),
+        **({"manifest": str(manifest)} if manifest != Path() else {}),
     }
     draw_confusion(folder / "confusion.png", metrics, grades)
     write_whole(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")  # last: only of whole results

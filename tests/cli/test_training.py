@@ -87,6 +87,8 @@ def test_a_checkpoint_records_the_study(study: Study, trained: Path) -> None:
     with study.manifest.open(newline="") as file:
         grades = {row["slide_id"]: row["grade"] for row in csv.DictReader(file)}
     lines = [f"{one.slide_id},{one.patient_id},{grades[one.slide_id]},{one.part}" for one in record.slides]
+    metrics = json.loads((trained / "test" / "metrics.json").read_text())
+    assert metrics["manifest"] == str(study.manifest)
     table = best(trained).parents[1].joinpath("split.csv").read_text().splitlines()
     assert table == ["slide_id,patient_id,grade,part", *lines]
 
@@ -207,7 +209,7 @@ def test_grades_corrected_since_the_test_are_no_evidence(
     words = ["export", str(best(trained)), "--output", str(tmp_path / "m.pt")]
     words += ["--evidence", str(tmp_path / "kept.csv")]
     assert main([*words, "--config", str(tmp_path / "config.yaml")]) == 2
-    said = f"1 slides have another grade in the manifest now: {one.slide_id} ({corrected}, was {one.grade});"
+    said = f"1 of another grade: {one.slide_id} ({corrected}, was {one.grade});"
     assert said in capsys.readouterr().err
     assert not (tmp_path / "m.pt").exists()
     assert main(words) == 0

@@ -143,8 +143,9 @@ def test_learning_curves_have_every_epoch_of_every_fold(compared: Path) -> None:
     assert all(0 < float(row["seconds"]) < 600 for row in rows)
 
 
-def test_the_splits_on_disk_are_those_that_were_used(compared: Path) -> None:
+def test_the_splits_on_disk_are_those_that_were_used(compared: Path, study: Cohort) -> None:
     splits = json.loads((compared / "splits.json").read_text())
+    assert splits["manifest"] == str(study.manifest)
     assert canonical_sha256(splits["folds"]) == splits["sha256"]
     of = {fold["name"]: set(fold["test"]) for fold in splits["folds"]}
     for row in table(compared / "predictions.csv"):

@@ -1,16 +1,23 @@
 from __future__ import annotations
 
 import csv
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from slidetl.data.manifest import read_manifest
 from slidetl.data.record import RecordedSlide, StudyRecord
+from slidetl.data.study import CachedSlide, Study
 from slidetl.errors import CheckpointError, UsageError
 from slidetl.evaluation.calibration import with_temperature
-from slidetl.publish.evidence import evidence_from
+from slidetl.publish.evidence import check_today, evidence_from
+from slidetl.tiles.codec import tile_codec
+from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.store import CacheHeader, SlideCache
 
 SHA = "a" * 64
 
@@ -177,3 +184,95 @@ def test_evidence_is_of_finite_numbers(tmp_path: Path) -> None:
     (tmp_path / "r.csv").write_text("\n".join(rows) + "\n")
     with pytest.warns(UserWarning, match="1 slides are not graded, left out: s0"):
         assert evidence_from(tmp_path / "r.csv", record, 3).slides == 11
+
+
+GRADES = ("0", "1", "2")
+THEN = StudyRecord(
+    (
+        *(RecordedSlide(f"s{n}", f"p{n}", f"f{n}", "test") for n in range(12)),
+        *(RecordedSlide(f"s{n}", f"p{n}", f"f{n}", "train") for n in range(12, 16)),
+    )
+)
+
+
+def manifest_of(path: Path, change: Callable[[dict[str, str]], object] = lambda row: None) -> Path:
+    """A manifest of the recorded slides, with something changed; a line without slide_id is left out."""
+    rows = [
+        {"slide_id": f"s{n}", "path": f"s{n}.svs", "patient_id": f"p{n}", "grade": f"{n % 3}"}
+        for n in range(16)
+    ]
+    for row in rows:
+        change(row)
+    return written(path, [{**row} for row in rows if row["slide_id"]])
+
+
+def study_of(manifest: Path) -> Study:
+    """The study of a manifest, without tiles."""
+    spec = TileSpec(1.0, 32)
+    rows = read_manifest(manifest, GRADES).rows
+    slides = []
+    for row in rows:
+        header = CacheHeader(row.slide_id, f"f{row.slide_id[1:]}", "", (1, 1), (1, 1), (1, 1), (1, 1), spec)
+        nowhere = np.zeros((0, 2), np.int32), np.zeros(0, np.float32)
+        slides.append(CachedSlide(row, SlideCache(Path(), header, *nowhere, tile_codec(spec))))
+    return Study(rows, tuple(slides), Path())
+
+
+CHANGES = [
+    (
+        {"s1": {"grade": "2"}, "s2": {"grade": ""}},
+        r"2 of another grade: s1 \(2, was 1\), s2 \(none, was 2\);",
+    ),
+    ({"s1": {"patient_id": "p2"}}, r"1 of another patient: s1 \(p2, was p1\); run 'slidetl test'"),
+    ({"s1": {"slide_id": ""}}, "has changed since .*, 1 gone: s1;"),
+    ({"s12": {"patient_id": "p3"}}, "now has of the patients of 1 of these: s3; .*split_from manifest"),
+    ({"s12": {"patient_id": "new", "grade": ""}, "s13": {"slide_id": ""}}, ""),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), CHANGES)
+@pytest.mark.parametrize("is_named", [True, False])
+def test_evidence_is_of_grades_and_patients_of_today(
+    changes: dict[str, dict[str, str]], said: str, is_named: bool, tmp_path: Path
+) -> None:
+    """By the manifest that the file beside the table names, or by that of the training."""
+    path = table(tmp_path / "predictions.csv")
+    now = manifest_of(tmp_path / "m.csv", lambda row: row.update(changes.get(row["slide_id"], {})))
+    if is_named:
+        (tmp_path / "metrics.json").write_text(json.dumps({"manifest": str(now)}))
+    if not said:
+        check_today(path, GRADES, {SHA: study_of(now)}, {SHA: THEN})
+        return
+    with pytest.raises(UsageError, match=said):
+        check_today(path, GRADES, {SHA: study_of(now)}, {SHA: THEN})
+    if is_named and "s12" not in changes:  # whose content only its tiles tell
+        with pytest.raises(UsageError, match=said):
+            check_today(path, GRADES, {}, {SHA: THEN})
+
+
+def test_evidence_by_the_grades_of_a_panel_is_compared_with_them(tmp_path: Path) -> None:
+    """The consensus of a panel stands in a manifest of its own, and that of the training stays."""
+    ours = study_of(manifest_of(tmp_path / "ours.csv", lambda row: row.update(grade="0")))
+    panel = manifest_of(tmp_path / "panel.csv")
+    path = table(tmp_path / "predictions.csv")
+    with pytest.raises(
+        UsageError, match=r"the manifest of the training has changed .* of another grade: s1 "
+    ):
+        check_today(path, GRADES, {SHA: ours}, {SHA: THEN})
+    for name in ("metrics.json", "splits.json"):
+        (tmp_path / name).write_text(json.dumps({"manifest": str(panel)}))
+        check_today(path, GRADES, {SHA: ours}, {SHA: THEN})
+        panel.rename(tmp_path / "away.csv")
+        check_today(path, GRADES, {}, {SHA: THEN})
+        with pytest.raises(UsageError, match=r"cannot be read, .*panel\.csv: .*--no-training-data"):
+            check_today(path, GRADES, {SHA: ours}, {SHA: THEN})
+        (tmp_path / "away.csv").rename(panel)
+        (tmp_path / name).unlink()
+
+
+def test_evidence_of_another_cohort_is_not_compared_with_the_training(tmp_path: Path) -> None:
+    """Its slides may have the names of ours; so may those of another member of an ensemble."""
+    ours = study_of(manifest_of(tmp_path / "m.csv", lambda row: row.update(grade="0")))
+    cohort = table(tmp_path / "cohort.csv", patient_id="ext{n}", fingerprint="z{n}")
+    check_today(cohort, GRADES, {SHA: ours}, {SHA: THEN})
+    check_today(table(tmp_path / "other.csv", checkpoint="b" * 64), GRADES, {SHA: ours}, {SHA: THEN})
