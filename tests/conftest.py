@@ -24,6 +24,8 @@ from xdist.scheduler import LoadFileScheduling
 from tests.small import small_backbone
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from tests.volumes.studies import VolumeStudy
 
 # "check", the default, draws the same examples in each run, so that a change is judged by what it changes.
@@ -239,3 +241,19 @@ def trained(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert main(["fit", *study.options(root), "--trainer.max_epochs=2", *kept]) == 0
     assert main(["test", *study.options(root)]) == 0
     return root
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are written."""
+    from matplotlib.figure import Figure
+
+    figures: list[Figure] = []
+    save = Figure.savefig
+
+    def keep(figure: Figure, *args: Any, **options: Any) -> None:
+        figures.append(figure)
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return figures

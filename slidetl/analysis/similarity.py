@@ -12,7 +12,7 @@ every tile is like nothing else: the value is then nan.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,6 +29,24 @@ _Order = NDArray[np.int64]
 BLOCK_ROWS = 2048
 # Up to here a whole kernel matrix stays in memory, 64 or 128 MiB, and a permutation costs next to nothing.
 _ROWS_KEPT = 4096
+
+
+def merge_layers(orders: Iterable[Iterable[str]]) -> list[str]:
+    """Merges layers of several networks into one order, in which those of each network keep their own.
+
+    A layer that earlier networks lack follows its predecessor in its own network; without one it comes before
+    its successor.
+    """
+    merged: list[str] = []
+    for order in dict.fromkeys(map(tuple, orders)):
+        place = next((merged.index(layer) for layer in order if layer in merged), len(merged))
+        for layer in order:
+            if layer in merged:
+                place = merged.index(layer)
+            else:
+                merged.insert(place, layer)
+            place += 1
+    return merged
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from slidetl.analysis.similarity import Similarity, linear_cka, pwcca, rbf_cka, svcca
+from slidetl.analysis.similarity import Similarity, linear_cka, merge_layers, pwcca, rbf_cka, svcca
 from slidetl.data.datasets import network_input
 from slidetl.data.study import common_spec, find_slides, open_cache
 from slidetl.errors import CacheMismatchError, CheckpointError, UsageError
@@ -230,7 +230,7 @@ def draw_curves(points: Sequence[LayerSimilarity], path: Path) -> None:
     from matplotlib.figure import Figure
 
     curves = list(dict.fromkeys((point.first, point.second) for point in points))
-    layers = list(dict.fromkeys(point.layer for point in points))
+    layers = merge_layers([p.layer for p in points if (p.first, p.second) == curve] for curve in curves)
     short = _short_names([name for curve in curves for name in curve])
     figure = Figure(
         figsize=(max(9.0, 2.4 + 0.9 * len(layers)), 7.2 + 0.25 * len(curves)), layout="constrained"

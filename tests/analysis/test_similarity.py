@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from slidetl.analysis import similarity
-from slidetl.analysis.similarity import Similarity, linear_cka, pwcca, rbf_cka, svcca
+from slidetl.analysis.similarity import Similarity, linear_cka, merge_layers, pwcca, rbf_cka, svcca
 from slidetl.errors import UsageError
 
 Array = NDArray[np.float64]
@@ -258,3 +258,19 @@ def test_what_cannot_be_meant_is_refused() -> None:
     ):
         with pytest.raises(UsageError, match=said):
             call()
+
+
+@pytest.mark.parametrize(
+    ("orders", "merged"),
+    [
+        (["abde", "abcde"], "abcde"),
+        (["abde", "bxydz"], "abxydze"),
+        (["cd", "abc"], "abcd"),  # without a predecessor: before the successor
+        (["ae", "be", "ce"], "abce"),
+        (["ab", "xy"], "abxy"),  # networks without a common layer
+        (["ab", ""], "ab"),
+    ],
+)
+def test_layers_of_several_networks_keep_the_order_of_each(orders: list[str], merged: str) -> None:
+    assert "".join(merge_layers(orders)) == merged
+    assert merge_layers([*orders, *orders]) == list(merged)

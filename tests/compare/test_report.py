@@ -17,12 +17,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.stats import binomtest
 from sklearn.metrics import cohen_kappa_score
 
 from slidetl.compare import aggregate
-from slidetl.compare.aggregate import ComparisonResult, combine
+from slidetl.compare.aggregate import ArmResult, ComparisonResult, combine
 from slidetl.compare.config import (
     Arm,
     Classical,
@@ -36,10 +37,11 @@ from slidetl.compare.config import (
 from slidetl.compare.external import External
 from slidetl.compare.plan import Job, cases_of, plan_jobs
 from slidetl.compare.records import CurvePoint, JobResult
+from slidetl.compare.report import plots
 from slidetl.compare.report.checklists import checklists_of
 from slidetl.compare.report.document import write_html
 from slidetl.compare.report.page import document_of, renderer, write_report
-from slidetl.compare.report.tables import tables_of
+from slidetl.compare.report.tables import by_layer, tables_of
 from slidetl.compare.report.view import View
 from slidetl.compare.table import Table, format_interval
 from slidetl.compare.tables import write_tables
@@ -1064,6 +1066,30 @@ def test_an_undefined_ceiling_is_no_limit(whole: tuple[ComparisonResult, Path], 
     result = replace(whole[0], ceiling=ceiling)
     assert View(result, {}).limit is None
     assert "and an undefined QWK" in worded(result, tmp_path).text["readers"]
+
+
+def test_layers_that_one_arm_lacks_are_drawn_at_their_depth(tmp_path: Path, drawn: list[Figure]) -> None:
+    names = ["stem", "layer1.0", "layer1.1", "layer2.0", "fc"]
+    deeper = [*names[:3], "layer1.2", *names[3:]]
+    result = invented(20, repeats=1, sizes=())
+    warm, scratch, *others = result.arms
+
+    def with_layers(arm: ArmResult, *layers: list[str]) -> ArmResult:
+        """Gives these to its jobs in turn, as where the backbone is a choice."""
+        jobs = [
+            (job, replace(found, similarity=dict.fromkeys(layers[n % len(layers)], 0.5)))
+            for n, (job, found) in enumerate(arm.jobs)
+        ]
+        return replace(arm, jobs=tuple(jobs))
+
+    arms = with_layers(warm, names), with_layers(scratch, names[1:], deeper)
+    view = View(replace(result, arms=(*arms, *others)), {})
+    plots._layers(view, "similarity", "linear CKA", tables_of(view)["similarity"], tmp_path)
+    (axes,) = drawn[0].axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == deeper
+    places = [np.asarray(line.get_xdata()).tolist() for line in axes.get_lines()]
+    assert places == [[0, 1, 2, 4, 5], [0, 1, 2, 3, 4, 5]]
+    assert list(by_layer(view, "similarity")["scratch"]) == deeper  # the thirds of the table
 
 
 def test_the_remarks_on_a_ceiling_say_why_it_has_no_interval_and_what_may_be_wrong(tmp_path: Path) -> None:

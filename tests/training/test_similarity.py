@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
-from slidetl.analysis.similarity import linear_cka
+from slidetl.analysis.similarity import Similarity, linear_cka
 from slidetl.errors import CacheMismatchError, CheckpointError, UsageError
 from slidetl.models.backbones import Backbone
 from slidetl.models.spec import BackboneSpec
@@ -20,8 +21,10 @@ from slidetl.training.options import SimilarityOptions
 from slidetl.training.similarity import (
     EMBEDDING,
     MEASURES,
+    LayerSimilarity,
     _draw_tiles,
     compare_networks,
+    draw_curves,
     embed_layers,
 )
 from tests.conftest import Study
@@ -180,3 +183,22 @@ def test_tiles_unlike_those_of_the_training_are_refused(study: Study, trained: P
     (checkpoint,) = trained.glob("logs/*/checkpoints/best*.ckpt")
     with pytest.raises(CacheMismatchError, match=r"trained on other tiles: .* mpp 8\.0 \(wanted: 4\.0\)"):
         compare_networks(["pretrained"], [str(checkpoint)], tmp_path, SimilarityOptions(tiles=8))
+
+
+def points_of(curves: dict[tuple[str, str], list[str]]) -> list[LayerSimilarity]:
+    """Curves by their networks and layers."""
+    return [
+        LayerSimilarity(first, second, layer, depth, measure, Similarity(0.9, 0.1, 0.2, 2), 8, (4, 4))
+        for (first, second), layers in curves.items()
+        for depth, layer in enumerate(layers)
+        for measure in MEASURES
+    ]
+
+
+def test_layers_of_one_curve_alone_are_drawn_at_their_depth(tmp_path: Path, drawn: list[Figure]) -> None:
+    points = points_of({("a", "b"): ["stem", "layer1", EMBEDDING], ("a", "c"): ["stem", "layer0", EMBEDDING]})
+    draw_curves(points, tmp_path / "similarity.png")
+    labels = [label.get_text() for label in drawn[0].axes[-1].get_xticklabels()]
+    assert labels == ["stem", "layer0", "layer1", EMBEDDING]
+    for line in drawn[0].axes[0].get_lines():
+        assert (np.diff(np.asarray(line.get_xdata(), float)) > 0).all()

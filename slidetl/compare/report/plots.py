@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from slidetl.analysis.similarity import merge_layers
 from slidetl.compare.report.document import Plot
 from slidetl.compare.report.tables import by_layer, forest
 from slidetl.compare.report.view import GREY, NAMES, Look, View
@@ -215,7 +216,7 @@ def _sizes(view: View, table: Table, folder: Path) -> Plot:
 def _layers(view: View, name: str, label: str, table: Table, folder: Path) -> Plot:
     """Draws a value of each layer of the trained networks."""
     layers = by_layer(view, name)
-    names = list(dict.fromkeys(layer for found in layers.values() for layer in found))
+    names = merge_layers(layers.values())
     width = min(11.0, max(6.0, 2.5 + 0.17 * len(names)))
     with _sheet(folder, name, width, 3.7) as (figure, path):
         axes = figure.add_subplot()

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from slidetl.analysis.similarity import merge_layers
 from slidetl.compare.aggregate import ArmResult, PairedDifference, Place
 from slidetl.compare.config import LENGTH, METRICS, MetricName
 from slidetl.compare.learning import CurveMetric
@@ -218,13 +219,16 @@ def forest(view: View) -> Table:
 
 
 def by_layer(view: View, name: str) -> dict[str, dict[str, list[float]]]:
-    """Collects ``drift`` or ``similarity`` of the jobs of each arm, by layer."""
-    arms: dict[str, dict[str, list[float]]] = {}
-    for arm in view.serious:
-        for _, found in arm.jobs:
-            for layer, value in getattr(found, name).items():
-                arms.setdefault(arm.arm, {}).setdefault(layer, []).append(float(value))
-    return arms
+    """Collects ``drift`` or ``similarity`` of the jobs of each arm, by layer, lowest first."""
+    jobs = {arm.arm: [getattr(found, name) for _, found in arm.jobs] for arm in view.serious}
+    return {
+        arm: {
+            layer: [float(values[layer]) for values in found if layer in values]
+            for layer in merge_layers(found)
+        }
+        for arm, found in jobs.items()
+        if any(found)
+    }
 
 
 def risk_at(curve: RiskCoverage, coverage: float) -> float:
