@@ -148,7 +148,7 @@ def read_manifest(
         raise ManifestError(
             f"{path}: expected a CSV manifest, an .npz or a folder of slides, found neither; check the path"
         )
-    return _read_csv(path, n_grades, tasks)
+    return parse_table(read_table(path, REQUIRED, _optional(tasks)), path, scale, tasks)
 
 
 def check_scale(grades: Sequence[str], option: str = "data.grades") -> None:
@@ -192,34 +192,32 @@ class _Faults:
             )
 
 
-def _read_csv(path: Path, n_grades: int | None, tasks: Sequence[Task]) -> Manifest:
-    return parse_table(read_table(path, REQUIRED, _optional(tasks)), path, n_grades, tasks)
-
-
 def _optional(tasks: Sequence[Task]) -> tuple[str, ...]:
     read_by_several = ("grade", *(task.column for task in tasks if task.readers))
     readers = (f"{column}_reader{n}" for column in read_by_several for n in range(_MOST_READERS))
     return (*OPTIONAL, *(task.column for task in tasks), *readers)
 
 
-def parse_table(table: Table, path: Path, n_grades: int | None, tasks: Sequence[Task] = ()) -> Manifest:
+def parse_table(
+    table: Table, path: Path, scale: Sequence[str] | int | None, tasks: Sequence[Task] = ()
+) -> Manifest:
     """Parses the table of a manifest, as :func:`read_manifest` does for a CSV.
 
     Args:
         table: with the required columns.
         path: its file, for messages; its folder is that of relative paths. It need not exist.
-        n_grades: number of grades K on the scale; None accepts any whole number.
+        scale: names of the grades, lowest first, or their number K; None accepts any whole number.
         tasks: label scales to read from their columns, if present.
 
     Raises:
         ManifestError: every fault found, with line numbers.
     """
-    columns = _optional(tasks)
+    columns, n_grades = _optional(tasks), len(scale) if isinstance(scale, Sequence) else scale
     if not table.rows:
         raise ManifestError(f"{path}: a header but no slides; expected one line per slide")
     unknown = [name for name in table.header if name not in {*REQUIRED, *columns}]
     if unknown:
-        warnings.warn(f"{path}: unknown column {', '.join(unknown)} is ignored", stacklevel=4)
+        warnings.warn(f"{path}: unknown column {', '.join(unknown)} is ignored", stacklevel=3)
     faults, rows = _Faults(), []
     unclear = {task.column: table.unclear_numbers(task.column) for task in tasks if task.numeric}
     for line, cells in table.rows:
@@ -236,6 +234,9 @@ def parse_table(table: Table, path: Path, n_grades: int | None, tasks: Sequence[
                 whole = re.sub("[.,]", "", number)
                 faults.add(line, rule, number, whole, f"{int(whole) / 1000:g}", number)
         rows.append(_parse_row(line, values, path.parent, n_grades, tasks, faults))
+    names = tuple(scale) if isinstance(scale, Sequence) else ()
+    for column, of_column in {("grade", names), *((task.column, tuple(task.grades)) for task in tasks)}:
+        _check_numbers(table, column, of_column, faults)
     _check_between(rows, faults)
     faults.check(path)
     _warn_of_spellings(path, rows)
@@ -259,7 +260,7 @@ def _parse_row(
         if not text:
             return None
         highest = "K-1" if n_grades is None else n_grades - 1
-        number = _whole(text)
+        number = _index(text)
         if number is None or (n_grades is not None and number >= n_grades):
             rule = f"{column} must be a whole number from 0 to {highest} (empty: not graded), found {{!r}}"
             faults.add(line, rule, text)
@@ -274,7 +275,7 @@ def _parse_row(
             if not math.isfinite(value := _number(text)):
                 faults.add(line, f"{column} must be a finite number (empty: no label), found {{!r}}", text)
             return value
-        number = _whole(text)
+        number = _index(text)
         if number is not None and number < len(task.grades):
             return number
         table = folder.absolute() / text
@@ -362,6 +363,35 @@ def _whole(text: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def _index(text: str) -> int | None:
+    """Parses the index of a grade, also as ``index 2``, which is no name even where names are numbers."""
+    return _whole(text.casefold().removeprefix("index "))
+
+
+def _check_numbers(table: Table, column: str, names: Sequence[str], faults: _Faults) -> None:
+    """Adds the numbers that may be names or indices, as on a scale of the names 1 to 5.
+
+    A number that is no name, such as 0 on that scale, shows that a column has indices.
+    """
+    places = {number: place for place, name in enumerate(names) if (number := _whole(name)) is not None}
+    of_column = re.compile(rf"{re.escape(column)}(_reader\d+)?")
+    found = [
+        (line, name, number)
+        for line, cells in table.rows
+        for name, cell in zip(table.header, cells, strict=False)  # others are faults already
+        if of_column.fullmatch(name) and (number := _whole(cell)) is not None
+    ]
+    if any(number not in places for *_, number in found):
+        return
+    for line, name, number in found:
+        if (place := places[number]) != number and number < len(names):
+            rule = (
+                "{} {} may be the name of a grade, or the index of grade {!r}, as no 0 shows that the column "
+                "has indices; write 'index {}' for the name, 'index {}' for the index"
+            )
+            faults.add(line, rule, name, number, names[number], place, number)
+
+
 def _slide_path(folder: Path, text: str) -> Path:
     """Returns the absolute path of a cell; the file need not exist."""
     path = folder.absolute() / (Path(text).expanduser() if text.startswith("~/") else text)
@@ -417,7 +447,7 @@ def _warn_of_spellings(path: Path, rows: Sequence[ManifestRow]) -> None:
             warnings.warn(
                 f"{path}: {plural} that may be one, spelled twice: {'; '.join(pairs[:10])}{more}. They count "
                 "as different ones, and may be in different parts; give each one spelling",
-                stacklevel=5,
+                stacklevel=4,
             )
 
 

@@ -80,6 +80,49 @@ def test_grade_range_follows_the_scale(tmp_path: Path) -> None:
         read_manifest(path, 7)
 
 
+FROM_ONE = ("1", "2", "3", "4", "5")
+
+
+@pytest.mark.parametrize(
+    ("scale", "cells", "read"),
+    [
+        (FROM_ONE, ["0", "1", "4", ""], [0, 1, 4, None]),
+        (FROM_ONE, ["index 1", "Index 4", "NA"], [1, 4, None]),
+        (FROM_ONE, ["", "NA"], [None, None]),
+        (("0", "1", "2", "3", "4"), ["1", "4"], [1, 4]),
+        (("grade 1", "grade 2", "grade 3"), ["1", "2"], [1, 2]),
+        (("10", "20", "30"), ["1", "2"], [1, 2]),
+        (5, ["1", "4"], [1, 4]),
+    ],
+)
+def test_numbers_in_a_column_are_indices(
+    scale: tuple[str, ...] | int, cells: list[str], read: list[int | None], tmp_path: Path
+) -> None:
+    path = write(tmp_path, "slide_id,path,patient_id,grade\n")
+    with path.open("a") as file:
+        file.writelines(f"{n},{n}.svs,{n},{cell}\n" for n, cell in enumerate(cells))
+    tasks = [Task("second", "grade", scale)] if isinstance(scale, tuple) else []
+    found = read_manifest(path, scale, tasks=tasks).rows
+    assert [row.grade for row in found] == read
+    assert [row.labels for row in found] == [(grade,) * len(tasks) for grade in read]
+
+
+@pytest.mark.parametrize("column", ["grade", "grade_reader2", "second"])
+def test_numbers_that_may_be_names_are_refused(column: str, tmp_path: Path) -> None:
+    """Before, all grades of a hospital without a 5, written by their names 1 to 4, were one too high."""
+    path, columns = tmp_path / "m.csv", ("slide_id", "path", "patient_id", "grade", "grade_reader2", "second")
+    cells = ("index 3", "1", "4")
+    rows = [{"slide_id": n, "path": n, "patient_id": n, column: cell} for n, cell in enumerate(cells)]
+    write_csv(path, columns, rows)
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(path, FROM_ONE, tasks=[Task("second", "second", FROM_ONE)])
+    assert [line for line, _ in caught.value.faults] == [3, 4]
+    assert (
+        f"line 3: {column} 1 may be the name of a grade, or the index of grade '2', as no 0 shows that the "
+        "column has indices; write 'index 0' for the name, 'index 1' for the index"
+    ) in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
