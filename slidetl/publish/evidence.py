@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -55,8 +56,8 @@ def evidence_from(
     Raises:
         UsageError: no such table, too few graded patients in it, several arms and none named, several sizes
             of the training part, a table of an older ``slidetl compare`` with calibrated probabilities alone,
-            or predictions on another scale, of another checkpoint, of slides of its training or choice, or of
-            arms on another study. :func:`slidetl.compare.train_arm.check_arm` compares the arm.
+            or predictions on another scale, of another checkpoint or not of all, of slides of its training or
+            choice, or of arms on another study. :func:`slidetl.compare.train_arm.check_arm` compares the arm.
     """
     if not 0 < coverage < 1:
         raise UsageError(f"expected a coverage between 0 and 1, not {coverage}")
@@ -152,7 +153,7 @@ def check_today(
             them. Or the manifest that was tested cannot be read.
     """
     table = csv_rows(path.read_text(encoding="utf-8").splitlines())
-    tested = {row["slide_id"]: row for row in table if row["grade"]}
+    tested = [row for row in table if row["grade"]]
     known = {sha256: record for sha256, record in records.items() if record is not None}
     manifest = _tested_manifest(path)
     if manifest is None:
@@ -160,12 +161,16 @@ def check_today(
             ours = {(slide.row.slide_id, slide.cache.fingerprint) for slide in study.slides}
             ours |= {(slide.slide_id, slide.fingerprint) for slide in known[sha256].slides}
             names = {name for name, _ in ours}
-            own = {  # others are of another cohort, or of another network
-                name: row
-                for name, row in tested.items()
+            own = [  # others are of another cohort, or of another network
+                row
+                for row in tested
                 if row.get("checkpoint", sha256) == sha256
-                and ((name, row["fingerprint"]) in ours if row.get("fingerprint") else name in names)
-            }
+                and (
+                    (row["slide_id"], row["fingerprint"]) in ours
+                    if row.get("fingerprint")
+                    else row["slide_id"] in names
+                )
+            ]
             one = {sha256: known[sha256]}
             _check_rows(path, "the manifest of the training", own, study.manifest, study.slides, one)
         return
@@ -195,7 +200,7 @@ def _tested_manifest(path: Path) -> Path | None:
 def _check_rows(
     path: Path,
     source: str,
-    tested: Mapping[str, Mapping[str, str]],
+    tested: Sequence[Mapping[str, str]],
     rows: Sequence[ManifestRow],
     slides: Sequence[CachedSlide],
     records: Mapping[str, StudyRecord],
@@ -205,17 +210,17 @@ def _check_rows(
     ``slides`` tell the content of the manifest's lines with the same name and file.
     """
     now = {row.slide_id: row for row in rows}
-    changes: dict[str, list[str]] = {"gone": [], "of another patient": [], "of another grade": []}
-    for name, row in sorted(tested.items()):
-        today = now.get(name)
+    changes: dict[str, set[str]] = defaultdict(set)
+    for row in tested:
+        name, today = row["slide_id"], now.get(row["slide_id"])
         if today is None:
-            changes["gone"].append(name)
+            changes["gone"].add(name)
         elif one_line(today.patient_id) != row["patient_id"]:
-            changes["of another patient"].append(f"{name} ({today.patient_id}, was {row['patient_id']})")
+            changes["of another patient"].add(f"{name} ({today.patient_id}, was {row['patient_id']})")
         elif today.grade != int(row["grade"]):
             grade = "none" if today.grade is None else today.grade
-            changes["of another grade"].append(f"{name} ({grade}, was {row['grade']})")
-    if found := [f"{len(names)} {kind}: {listed(names)}" for kind, names in changes.items() if names]:
+            changes["of another grade"].add(f"{name} ({grade}, was {row['grade']})")
+    if found := [f"{len(names)} {kind}: {listed(sorted(names))}" for kind, names in changes.items()]:
         raise UsageError(
             f"{path}: {source} has changed since its slides were graded, {'; '.join(found)}; run "
             "'slidetl test' or 'slidetl compare' again"
@@ -228,7 +233,7 @@ def _check_rows(
             for row, fingerprint in own
             if record.part_of("", row.patient_id, fingerprint) in ("train", "val")
         }
-        of_it = [name for name, row in tested.items() if row.get("checkpoint") == sha256]
+        of_it = {row["slide_id"] for row in tested if row.get("checkpoint") == sha256}
         if seen := [name for name in of_it if spelling(now[name].patient_id) in used]:
             raise UsageError(
                 f"{path}: the checkpoint was trained or chosen on slides that {source} now has of the "
@@ -258,12 +263,18 @@ def _check_kept(
                 f"{path}: compared on another study than the checkpoint was trained with: {listed(strangers)}"
             )
         return
-    others = sorted({row.get("checkpoint") or "" for row in rows} - known.keys())
+    graders = {row.get("checkpoint") or "" for row in rows}
+    others = sorted(graders - known.keys())
     if others:
         told = f"checkpoint {others[0][:12]}..." if others[0] else "no checkpoint"
         raise UsageError(
             f"{path}: predictions of {told}, the one to be exported is {next(iter(known))[:12]}...; "
             "write the table by 'slidetl test' with this checkpoint"
+        )
+    if rows and (without := sorted(known.keys() - graders)):
+        raise UsageError(
+            f"{path}: no predictions of {len(without)} of the {len(known)} checkpoints to be exported "
+            f"({without[0][:12]}...); run 'slidetl test' with each, and join the tables"
         )
     seen = [
         row["slide_id"]

@@ -14,6 +14,7 @@ from slidetl.data.record import RecordedSlide, StudyRecord
 from slidetl.data.study import CachedSlide, Study
 from slidetl.errors import CheckpointError, UsageError
 from slidetl.evaluation.calibration import with_temperature
+from slidetl.files import csv_rows
 from slidetl.publish.evidence import check_today, evidence_from
 from slidetl.tiles.codec import tile_codec
 from slidetl.tiles.grid import TileSpec
@@ -116,7 +117,14 @@ def test_evidence_is_of_this_checkpoint_and_of_slides_that_it_has_not_seen(tmp_p
     with pytest.raises(CheckpointError, match="older version"):
         evidence_from(path, {SHA: None}, 3)
     other = "b" * 64  # of an ensemble each row counts for its own checkpoint
-    assert evidence_from(path, {other: record("train"), SHA: record("test")}, 3).slides == 12
+    ensemble = {other: record("train"), SHA: record("test")}
+    with pytest.raises(UsageError, match=r"no predictions of 1 of the 2 checkpoints to be exported \(bbb"):
+        evidence_from(path, ensemble, 3)
+    lines = csv_rows(path.read_text().splitlines())
+    joined: list[dict[str, object]] = [
+        {**row, "checkpoint": other if row["slide_id"] < "s11" else SHA} for row in lines
+    ]
+    assert evidence_from(written(tmp_path / "e.csv", joined), ensemble, 3).slides == 12
     formula = table(tmp_path / "f.csv", slide_id="x{n}", fingerprint="", patient_id="'=p{n}")
     with pytest.raises(UsageError, match="trained or chosen on 1"):
         evidence_from(formula, {SHA: StudyRecord((RecordedSlide("a", "=p3", "g", "train"),))}, 3)
@@ -276,3 +284,22 @@ def test_evidence_of_another_cohort_is_not_compared_with_the_training(tmp_path: 
     cohort = table(tmp_path / "cohort.csv", patient_id="ext{n}", fingerprint="z{n}")
     check_today(cohort, GRADES, {SHA: ours}, {SHA: THEN})
     check_today(table(tmp_path / "other.csv", checkpoint="b" * 64), GRADES, {SHA: ours}, {SHA: THEN})
+
+
+def test_each_network_of_a_joined_table_counts(tmp_path: Path) -> None:
+    """Both graded the slides; the patient of one has a slide now that the first was trained on."""
+    other = "b" * 64
+    rows = [
+        row
+        for sha256 in (SHA, other)
+        for row in csv.DictReader(table(tmp_path / "t.csv", checkpoint=sha256).read_text().splitlines())
+    ]
+    path = written(tmp_path / "joined.csv", [{**row} for row in rows])
+    now = study_of(
+        manifest_of(tmp_path / "m.csv", lambda row: row.update(CHANGES[3][0].get(row["slide_id"], {})))
+    )
+    kept = StudyRecord(THEN.slides[:12])
+    check_today(path, GRADES, {SHA: now, other: now}, {SHA: kept, other: kept})
+    for records in ({SHA: THEN, other: kept}, {SHA: kept, other: THEN}):
+        with pytest.raises(UsageError, match=r"of the patients of 1 of these: s3;"):
+            check_today(path, GRADES, {SHA: now, other: now}, records)
