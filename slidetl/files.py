@@ -11,6 +11,7 @@ import io
 import math
 import os
 import re
+import shutil
 import socket
 import time
 import warnings
@@ -118,21 +119,28 @@ def _warn_once(message: str) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Checks before long work that a file can be written, and makes its folder.
+    """Checks before long work that a file can be written; leaves neither it nor a folder.
 
     Raises:
         OutputError: it cannot be written.
     """
     if path.is_dir():
         raise OutputError(f"{path}: expected the name of a file to write, not of a folder")
-    partial = partial_path(path)
+    trial = partial_path(path)
+    missing = [folder for folder in path.parents if not os.path.lexists(folder)]
+    top = partial_path(missing[-1]) if missing else None
+    if top is not None:  # not under its own name, as another process may be about to write there
+        trial = top / trial.relative_to(missing[-1])
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.unlink(missing_ok=True)
-        partial.open("xb").close()
-        partial.unlink()
+        trial.parent.mkdir(parents=True, exist_ok=True)
+        trial.unlink(missing_ok=True)
+        trial.open("xb").close()
+        trial.unlink()
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {describe_full(error)}") from error
+    finally:
+        if top is not None:
+            shutil.rmtree(top, ignore_errors=True)
 
 
 def partial_path(path: Path) -> Path:

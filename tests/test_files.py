@@ -162,13 +162,27 @@ def test_a_full_disk_is_known_behind_other_errors() -> None:
 
 
 def test_a_result_that_could_not_be_written_is_told_before_the_work(tmp_path: Path) -> None:
-    check_writable(tmp_path / "new" / "a")
-    assert list((tmp_path / "new").iterdir()) == []
-    with pytest.raises(OutputError, match="new: expected the name of a file to write, not of a folder"):
-        check_writable(tmp_path / "new")
+    check_writable(tmp_path / "a")
+    with pytest.raises(OutputError, match="expected the name of a file to write, not of a folder"):
+        check_writable(tmp_path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="a: cannot be written"):
-        check_writable(tmp_path / "file" / "a")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    for place in ("file", "file/new/new", "gone", "new/" + "n" * 300):
+        with pytest.raises(OutputError, match="a: cannot be written"):
+            check_writable(tmp_path / place / "a")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "gone"}
+
+
+def test_the_check_of_a_result_makes_and_removes_no_folder_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in (tmp_path / "new" / "deep" / "a", Path("new/deep/a"), Path("a")):
+        check_writable(path)
+        assert list(tmp_path.iterdir()) == []
+    (tmp_path / "new").mkdir()
+    check_writable(tmp_path / "new" / "deep" / "a")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "new"]
 
 
 def test_an_error_of_a_slide_is_handed_on(tmp_path: Path) -> None:

@@ -153,6 +153,7 @@ def test_what_cannot_be_written_is_said_before_the_work(
     words = ["atlas", "cluster", *told, str(tmp_path / "out"), "--store"]
     assert main([*words, "told"]) == 2
     assert "has features of this name, of net; choose another name" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     monkeypatch.setattr("os.access", lambda *_, **__: False)  # the tests may be run by root
     assert main([*words, "patterns"]) == 2
     assert "this user may not write there" in capsys.readouterr().err
