@@ -61,13 +61,13 @@ class BestCheckpoint(ModelCheckpoint):
             return True
         if current is None or self.kth_value is None or self.save_top_k < 1:
             return False
-        worst = float("-inf" if self.mode == "max" else "inf")  # as Lightning counts NaN
-        is_tie = (worst if current.isnan() else float(current)) == float(self.kth_value)
-        is_better = self._loss(trainer) < self._losses.get(Path(self.kth_best_model_path).name, float("inf"))
+        is_tie = self._counted(current) == float(self.kth_value)
+        of_worst = self._losses.get(Path(self.kth_best_model_path).name, float("inf"))
+        is_better = self._loss(trainer.callback_metrics) < of_worst
         return trainer.strategy.reduce_boolean_decision(is_tie and is_better)
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
-        self._losses = {**self._losses, Path(filepath).name: self._loss(trainer)}
+        self._losses = {**self._losses, Path(filepath).name: self._loss(trainer.callback_metrics)}
         if filepath in self.best_k_models:
             for name, score, choose in (
                 ("best_model_path", self.best_model_score, min),
@@ -78,8 +78,12 @@ class BestCheckpoint(ModelCheckpoint):
                     setattr(self, name, choose(tied, key=lambda path: self._losses.get(Path(path).name, 0.0)))
         super()._save_checkpoint(trainer, filepath)
 
-    def _loss(self, trainer: pl.Trainer) -> float:
-        loss = float(trainer.callback_metrics.get(_LOSS, float("inf")))
+    def _counted(self, score: Any) -> float:
+        """Returns a score, the worst for NaN, as Lightning counts it."""
+        return float("-inf" if self.mode == "max" else "inf") if math.isnan(score) else float(score)
+
+    def _loss(self, metrics: Mapping[str, Any]) -> float:
+        loss = float(metrics.get(_LOSS, float("inf")))
         return float("inf") if math.isnan(loss) else loss
 
     @property
@@ -113,7 +117,8 @@ class BestCheckpoint(ModelCheckpoint):
                 found[place] = score
         if len(found) < len(before):
             rank_zero_warn(
-                "the best checkpoint so far is gone, or of a later epoch; the best is counted from here on"
+                "the best checkpoint so far is gone, of a later epoch, or not known to be of this training; "
+                "the best is counted from here on"
             )
         for path, score in found.items():
             copy = Path(self.dirpath) / path.name
@@ -133,10 +138,14 @@ class BestCheckpoint(ModelCheckpoint):
         """Tells if a file has a best epoch of the resumed training: no later step, equal score and loss."""
         try:
             checkpoint = load_tensors(path)
-            state = checkpoint["callbacks"][self.state_key]
-            scores = {Path(name).name: other for name, other in state["best_k_models"].items()}
-            loss = state.get("losses", {}).get(path.name)
-            is_same = bool(scores[path.name] == score) and loss == self._losses.get(path.name)
+            if "callbacks" in checkpoint:
+                state = checkpoint["callbacks"][self.state_key]
+                scores = {Path(name).name: float(other) for name, other in state["best_k_models"].items()}
+                then, loss = scores[path.name], state.get("losses", {}).get(path.name)
+            else:  # of save_weights_only
+                then = self._counted(checkpoint["metrics"][self.monitor])
+                loss = self._loss(checkpoint["metrics"])
+            is_same = then == float(score) and loss == self._losses.get(path.name)
             return is_same and bool(checkpoint["global_step"] <= step)
         except (AttributeError, KeyError, TypeError, ValueError):  # unreadable, or of something else
             return False

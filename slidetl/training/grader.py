@@ -503,6 +503,8 @@ class SlideGrader(pl.LightningModule):
         checkpoint["options"] = self._data.options if self._data is not None else {}
         if self._trainer is not None:
             checkpoint["step"] = self._step
+            metrics = self.trainer.callback_metrics  # to tell a best epoch without the states of callbacks
+            checkpoint["metrics"] = {name: float(value) for name, value in metrics.items()}
         checkpoint["architecture"] = self.network.backbone.architecture
         checkpoint["lineage"] = list(self.network.backbone.lineage)
         if self.reference is not None:  # its weights come from a file, identified by the hash

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -293,6 +294,27 @@ def test_a_resumed_training_keeps_its_data_and_seed(
     assert run("fit", study, tmp_path / "b", last, *more)[0] == 0  # no epoch is left
     assert (tmp_path / "b" / "logs" / "version_1").is_dir()
     assert find_checkpoint(tmp_path / "b") == best(tmp_path / "b")
+
+
+def test_a_resumed_training_knows_a_best_epoch_of_weights_alone(study: Study, tmp_path: Path) -> None:
+    """Before, it was said to be gone, and the best of the other epochs was kept."""
+    options = ("--checkpoint.save_weights_only=true", "--trainer.limit_train_batches=1")
+    words = ["fit", *study.options(tmp_path), *options]
+    assert main([*words, "--trainer.max_epochs=1"]) == 0
+    first, last = best(tmp_path), best(tmp_path).with_name("last.ckpt")
+    kept, resumed = (torch.load(path, weights_only=True) for path in (first, last))
+    kept["metrics"]["val/rps"] = 0.0  # no other epoch is better
+    state = next(found for found in resumed["callbacks"].values() if found.get("monitor"))
+    score = torch.zeros(())
+    state.update(best_k_models={str(first): score}, best_model_score=score, kth_value=score)
+    torch.save(resumed, last)
+    more = [*words, "--trainer.max_epochs=2", f"--ckpt_path={last}"]
+    for is_other in (False, True):
+        kept["metrics"]["val/rps"] += 0.1 * is_other
+        torch.save(kept, first)
+        with pytest.warns(UserWarning, match="of this training") if is_other else nullcontext():
+            assert main(more) == 0  # warnings are errors
+        assert torch.load(find_checkpoint(tmp_path), weights_only=True)["epoch"] == is_other
 
 
 @pytest.mark.slow
