@@ -101,7 +101,7 @@ def run(command: str, args: list[str]) -> int:
                 "num_sanity_val_steps": 0,  # a slide is several steps; half a slide cannot be graded
                 "log_every_n_steps": 1,
             },
-            save_config_callback=SaveConfigCallback if command == "fit" else None,
+            save_config_callback=SavedConfiguration if command == "fit" else None,
             save_config_kwargs={"overwrite": True},
             auto_configure_optimizers=False,
             parser_class=_Parser,
@@ -138,6 +138,15 @@ class _Parser(LightningArgumentParser):
             if target in found:
                 raise UsageError(f'{path or "--config"}: linked "{target}" must be given via "{source}"')
         return found
+
+
+class SavedConfiguration(SaveConfigCallback):
+    """Saves the configuration without the checkpoint that is resumed: a test takes the file, too."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, **options: Any) -> None:
+        config = config.clone()
+        config.ckpt_path = None
+        super().__init__(parser, config, **options)
 
 
 class GradingCLI(LightningCLI):
@@ -206,9 +215,20 @@ class GradingCLI(LightningCLI):
         return parser
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Sets the fields of a backbone's preset, and the precision, which the configuration then records."""
+        """Sets the fields of a backbone's preset, and the precision, which the configuration then records.
+
+        Raises:
+            UsageError: a file names the checkpoint, as those of resumed fits once did.
+        """
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
+        if config.ckpt_path is not None and not any(word.startswith("--ckpt") for word in args):
+            instead = "start from the beginning" if self._command == "fit" else "take that of the latest fit"
+            raise UsageError(
+                f"a configuration file has ckpt_path {config.ckpt_path}, maybe as the checkpoint from which "
+                f"its fit was resumed; expected it on the command line: --ckpt_path {config.ckpt_path}, or "
+                f"--ckpt_path null to {instead}"
+            )
         for key, value in with_preset(config.model.backbone.as_dict()).items():
             config.model.backbone[key] = value
         accelerator, precision = config.trainer.accelerator, config.trainer.precision

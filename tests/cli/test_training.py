@@ -601,6 +601,23 @@ def test_a_requeued_job_goes_on_from_its_checkpoint_as_from_any_other(
     with (root / "logs" / "version_1" / "metrics.csv").open(newline="") as file:
         assert {row["epoch"] for row in csv.DictReader(file)} - {""} == {"2"}
     assert not list(root.glob("hpc_ckpt_*"))
+    # Before, a test with this file took the checkpoint that was resumed.
+    assert yaml.safe_load((root / "logs" / "version_1" / "config.yaml").read_text())["ckpt_path"] is None
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_a_checkpoint_is_named_on_the_command_line_alone(
+    command: str, study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = yaml.safe_load((best(trained).parents[1] / "config.yaml").read_text())
+    config["ckpt_path"] = str(best(trained))  # as resumed fits wrote
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    words = [command, f"--config={tmp_path / 'config.yaml'}", *study.options(tmp_path / "none")]
+    assert main(words) == 2
+    assert f"--ckpt_path {best(trained)}, or --ckpt_path null to " in capsys.readouterr().err
+    assert main([*words, "--ckpt_path=null", "--data.manifest=none.csv"]) == 2
+    said = "none.csv: " if command == "fit" else "no checkpoint of 'slidetl fit' below"
+    assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 LAB = """
