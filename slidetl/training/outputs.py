@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,20 @@ from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import rank_zero_info
 
 from slidetl.data.tasks import Task
+from slidetl.errors import UsageError
 from slidetl.evaluation.bootstrap import bca_interval_if_defined, proven
 from slidetl.evaluation.metrics import weighted_mean
 from slidetl.files import check_writable, write_csv
 from slidetl.text import listed
 from slidetl.training.evaluation import Evaluation, GradedSlide
 from slidetl.training.grader import SlideGrader
-from slidetl.training.predictions import describe_metrics, write_metrics, write_predictions
+from slidetl.training.predictions import (
+    SlidePrediction,
+    describe_metrics,
+    read_predictions,
+    write_metrics,
+    write_predictions,
+)
 
 _NUMBER_COLUMNS = ("slide_id", "patient_id", "value", "predicted", "checkpoint", "fingerprint", "reason")
 
@@ -37,8 +46,10 @@ class ResultFiles(pl.Callback):
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes and prints the results of a test."""
         assert isinstance(pl_module, SlideGrader) and pl_module.tested is not None
+        _check_whole(trainer, "test", pl_module.tested.slides)
         if trainer.is_global_zero:
             folder, evaluation = Path(trainer.default_root_dir) / "test", pl_module.tested
+            _keep_others(folder, evaluation.predictions)
             folder.joinpath("metrics.json").unlink(missing_ok=True)  # there only beside whole results
             _write_tables(folder, evaluation.slides, pl_module.tasks.tasks)
             of_tasks = _task_metrics(evaluation, pl_module.tasks.tasks)
@@ -62,8 +73,10 @@ class ResultFiles(pl.Callback):
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes the predictions."""
         assert isinstance(pl_module, SlideGrader)
+        _check_whole(trainer, "predict", pl_module.predicted)
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir) / "predict"
+            _keep_others(folder, [slide.prediction for slide in pl_module.predicted])
             _write_tables(folder, pl_module.predicted, pl_module.tasks.tasks)
             lost = [slide.prediction for slide in pl_module.predicted if slide.prediction.reason]
             count = f"{len(pl_module.predicted) - len(lost)} slides predicted"
@@ -90,6 +103,35 @@ class SplitTable(pl.Callback):
             columns = ("slide_id", "patient_id", "grade", "part")
             table = (dict(zip(columns, row, strict=True)) for row in rows)
             write_csv(Path(folder) / "split.csv", columns, table)
+
+
+def _check_whole(trainer: pl.Trainer, part: str, slides: Sequence[GradedSlide]) -> None:
+    """Refuses results without some slides of the part, which would look whole."""
+    whole = {slide.row.slide_id for slide in trainer.datamodule.slides[part]}  # type: ignore[attr-defined] # set elsewhere
+    lost = sorted(whole - {slide.prediction.slide_id for slide in slides})
+    if lost and not trainer.fast_dev_run:  # type: ignore[attr-defined] # set elsewhere
+        raise UsageError(
+            f"{len(lost)} of {len(whole)} slides were left out ({listed(lost)}), so nothing is written; "
+            f"leave out trainer.limit_{part}_batches"
+        )
+
+
+def _keep_others(folder: Path, predictions: Sequence[SlidePrediction]) -> None:
+    """Renames the folder if its results are of other slides or another checkpoint."""
+    table = folder / "predictions.csv"
+    if not table.is_file():
+        return
+    with suppress(UsageError):  # no such table: of someone else
+        then, now = (
+            {(one.slide_id, one.fingerprint, one.checkpoint) for one in rows}
+            for rows in (read_predictions(table), predictions)
+        )
+        if then == now:
+            return
+    names = (folder.with_name(f"{folder.name}.{number}") for number in count(1))
+    kept = next(name for name in names if not name.exists())
+    folder.rename(kept)
+    rank_zero_info(f"earlier results, of other slides or another checkpoint, are in {kept} now")
 
 
 def _write_tables(folder: Path, slides: Sequence[GradedSlide], tasks: Iterable[Task]) -> None:
