@@ -8,8 +8,12 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
+
+_Path = TypeVar("_Path", str, Path)
 
 # A spreadsheet takes a cell with such a beginning for a formula, blanks before it or not; the rest is for
 # what a mark of text before it would be taken for.
@@ -75,6 +79,21 @@ def with_digits(form: str, limit: float, *values: float, most: int = 12) -> str:
         digits += 1
         form = f"{sign}.{digits}{kind}"
     return form
+
+
+def short_names(paths: Iterable[_Path]) -> dict[_Path, str]:
+    """Shortens paths to their names; those of one name to as many last parts as distinguish them."""
+    alike: dict[str, list[_Path]] = defaultdict(list)
+    for path in dict.fromkeys(paths):
+        alike[Path(path).name].append(path)
+    short: dict[_Path, str] = {}
+    for group in alike.values():
+        for count in range(1, 2 + max(len(Path(path).parts) for path in group)):
+            names = [str(Path(*Path(path).parts[-count:])) for path in group]
+            if len(set(names)) == len(group):
+                break
+        short |= dict(zip(group, names, strict=True))
+    return short
 
 
 def listed(names: Sequence[str], most: int = 10) -> str:

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slidetl.text import csv_cell, plain_cell, with_digits
+from slidetl.text import csv_cell, plain_cell, short_names, with_digits
 
 
 @given(st.text(st.characters() | st.sampled_from(" '=+-@1"), max_size=6).filter(str.isprintable))
@@ -47,3 +49,16 @@ def test_a_value_does_not_look_like_a_limit_that_it_is_not(
     form: str, limit: float, value: float, said: str
 ) -> None:
     assert format(value, with_digits(form, limit, value)) == said
+
+
+def test_paths_of_one_name_are_shortened_to_what_tells_them_apart() -> None:
+    paths = ["/s/a/S1.png", "/s/b/S1.png", "/s/b/S2.png", "P1/ct/SE1", "P2/ct/SE1", "imagenet", "/s/b/S2.png"]
+    short = ["a/S1.png", "b/S1.png", "S2.png", "P1/ct/SE1", "P2/ct/SE1", "imagenet"]
+    assert short_names(paths) == dict(zip(paths, short, strict=False))
+    assert short_names(map(Path, paths)) == dict(zip(map(Path, paths), short, strict=False))
+    assert short_names(["a.svs", "./a.svs", "/a.svs", ""]) == {
+        "a.svs": "a.svs",
+        "./a.svs": "a.svs",
+        "/a.svs": "/a.svs",
+        "": ".",
+    }

@@ -94,6 +94,7 @@ def _grade_found(
     output, n_grades = options.output, len(loaded.card.grades)
     names = output_names(found, output)
     earlier = {} if output is None else read_earlier(output, names)
+    others = [row.slide for row in earlier.values()]
     rows: list[GradeRow] = []
     if output is not None and resume:
         finished_rows = read_finished(output, names, loaded, options, spacings)
@@ -111,7 +112,8 @@ def _grade_found(
     with contextlib.ExitStack() as stack:
         stack.callback(write)  # also if none was left to grade, or something ends the run
         for row in _with_progress(
-            grade_slides(loaded, names, options, places, finished, spacings), len(found) - len(finished)
+            grade_slides(loaded, names, options, places, finished, spacings, others),
+            len(found) - len(finished),
         ):
             rows.append(row)
             write_now_and_then()

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -59,7 +59,7 @@ from slidetl.processor import hand_back_memory, usable_cores
 from slidetl.publish.model_file import ModelFile, load_model
 from slidetl.slides import open_slide
 from slidetl.slides.spacing import cohort_notes
-from slidetl.text import listed, one_line
+from slidetl.text import listed, one_line, short_names
 from slidetl.tiles.cut import slide_parts
 from slidetl.tiles.identifier import clash_key, safe_slide_id
 from slidetl.tiles.ledger import file_state
@@ -210,6 +210,7 @@ def grade_slides(
     places: Sequence[str] = (),
     finished: Container[Path] = (),
     spacings: Mapping[Path, float] | None = None,
+    others: Iterable[Path] = (),
 ) -> Iterator[GradeRow]:
     """Grades slides, or CT series, and yields them in order of completion; a bad one does not affect others.
 
@@ -220,6 +221,7 @@ def grade_slides(
         places: devices of processes, from :func:`places_of`; none, or one, for this process.
         finished: slides to skip.
         spacings: spacing of level 0, micrometres per pixel, instead of the slides' own.
+        others: slides with results of earlier runs in the folder, to tell apart from these.
     """
     spacings = spacings or {}
     given = [options.mpp_override, options.mpp_replace, options.mpp_tolerance, options.channels or None]
@@ -228,25 +230,38 @@ def grade_slides(
             f"{model.path} grades CT series, which have a spacing of their own; leave out --mpp-override, "
             "--mpp-replace, --mpp-tolerance, --channels and --profile"
         )
-    waiting = [path for path in names if path not in finished]
-    if not waiting:
+    titles = short_names([*names, *others])
+    tasks = [
+        Task(path, name, titles[path], spacings.get(path, options.mpp_replace))
+        for path, name in names.items()
+        if path not in finished
+    ]
+    if not tasks:
         return
     if len(places) < 2:
-        ready = _ready(model, options)
-        yield from _grade_here(ready, waiting, names, options, spacings, len(waiting), usable_cores())
+        yield from _grade_here(_ready(model, options), tasks, options, len(tasks), usable_cores())
         return
-    tasks = [(path, names[path], spacings.get(path)) for path in waiting]
     yield from _grade_apart(model.path, model.sha256, places[: len(tasks)], tasks, options)
 
 
+class Task(NamedTuple):
+    """A slide to grade.
+
+    Attributes:
+        slide: the file.
+        name: of its output files.
+        title: name that tells it from the other slides in the folder, for people.
+        mpp: spacing of level 0 from a manifest or the options, micrometres per pixel; None for its own.
+    """
+
+    slide: Path
+    name: str
+    title: str
+    mpp: float | None
+
+
 def _grade_here(
-    model: ModelFile,
-    slides: Iterable[Path],
-    names: Mapping[Path, str],
-    options: GradeOptions,
-    spacings: Mapping[Path, float],
-    most: int,
-    threads: int,
+    model: ModelFile, tasks: Iterable[Task], options: GradeOptions, most: int, threads: int
 ) -> Iterator[GradeRow]:
     """Grades slides in this process: one at a time on a CPU, up to ``most`` on a GPU, in that many threads.
 
@@ -256,8 +271,8 @@ def _grade_here(
     """
     with _runner(model, options, threads) as runner:
         if not runner.packs or model.card.tile_spec.is_volume:
-            for path in slides:
-                yield _grade(model, path, names[path], options, spacings.get(path), runner, threads)
+            for task in tasks:
+                yield _grade(model, task, options, runner, threads)
             return
         free = max(1, threads - _THREADS_OF_A_GPU)
         count = min(most, free)
@@ -266,12 +281,11 @@ def _grade_here(
             ThreadPoolExecutor(count, "slide") as pool,  # ends last: a slide ends with its reader
             Readers(slide_parts, count, _PIECE, side_px, depth) as readers,
         ):
-            waiting, running = iter(slides), set[Future[GradeRow]]()
+            waiting, running = iter(tasks), set[Future[GradeRow]]()
 
             def fill() -> None:
-                for path in itertools.islice(waiting, count - len(running)):
-                    known = (model, path, names[path], options, spacings.get(path))
-                    running.add(pool.submit(_grade, *known, runner, free // count, readers))
+                for task in itertools.islice(waiting, count - len(running)):
+                    running.add(pool.submit(_grade, model, task, options, runner, free // count, readers))
 
             fill()
             while running:
@@ -592,14 +606,13 @@ def _is_of(recorded: tuple[Path, object] | None, path: Path) -> bool:
     return False
 
 
-def _remove_results(
-    folder: Path, name: str, path: Path, model: ModelFile, options: GradeOptions, mpp: float | None
-) -> None:
+def _remove_results(folder: Path, task: Task, model: ModelFile, options: GradeOptions) -> None:
     """Removes the results of an earlier run, which would pass for those of today's if that fails.
 
     Those of this model and these options stay if the slide cannot be opened (its disk is away), unless it was
     changed since; then the error of opening is raised.
     """
+    path, name, _, mpp = task
     if _read_result(folder, name, path, model, options, mpp) is not None:
         try:
             _identify(path, model, options, mpp)
@@ -618,18 +631,16 @@ def _remove_results(
 
 def _grade(
     model: ModelFile,
-    path: Path,
-    name: str,
+    task: Task,
     options: GradeOptions,
-    mpp: float | None,
     runner: Runner,
     threads: int,
     readers: Readers | None = None,
 ) -> GradeRow:
-    mpp = options.mpp_replace if mpp is None else mpp
+    path = task.slide
     try:
         if options.output is not None:
-            _remove_results(options.output, name, path, model, options, mpp)
+            _remove_results(options.output, task, model, options)
         result = (
             grade_series(model, path, threads=threads, force=options.force, runner=runner)
             if model.card.tile_spec.is_volume
@@ -642,7 +653,7 @@ def _grade(
                 profile=options.profile,
                 runner=runner,
                 readers=readers,
-                mpp_replace=mpp,
+                mpp_replace=task.mpp,
                 mpp_tolerance=options.mpp_tolerance,
                 channels=options.channels,
             )
@@ -650,7 +661,7 @@ def _grade(
         hand_back_memory()  # of embeddings and activations; a report needs some
         if options.output is not None:
             with _drawing:
-                _write(result, model, options, options.output, name, threads)
+                _write(result, model, options, options.output, task, threads)
     except Exception as error:  # of a decoder, a bug, or lack of memory: the other slides go on
         if isinstance(error, SlidetlError) and not isinstance(error, SlideError):
             raise
@@ -666,15 +677,16 @@ def _write(
     model: ModelFile,
     options: GradeOptions,
     folder: Path,
-    name: str,
+    task: Task,
     threads: int,
 ) -> None:
+    name, title = task.name, task.title
     if isinstance(result, SlideGrade):
-        draw_map(result, folder / f"{name}.png")
+        draw_map(result, folder / f"{name}.png", title)
         if options.report:
-            write_slide_report(result, model.card, folder, name, threads=threads)
+            write_slide_report(result, model.card, folder, name, title=title, threads=threads)
     elif options.report:
-        write_series_report(result, model.card, folder, name)
+        write_series_report(result, model.card, folder, name, title)
     else:
         patches = result.patch_rows()
         write_csv(folder / f"{name}.patches.csv", list(patches[0]), patches)
@@ -689,9 +701,6 @@ def _write_result(folder: Path, name: str, result: Mapping[str, Any]) -> None:
 _TABLES = frozenset([".csv", ".tsv", ".txt", ".xlsx", ".xls", ".ods"])
 
 _drawing = threading.Lock()  # matplotlib takes one thread at a time
-
-Task = tuple[Path, str, float | None]
-"""A slide, the name of its files, and its spacing of level 0 from a manifest."""
 
 
 def _grade_apart(
@@ -731,7 +740,9 @@ def _grade_apart(
                     if len(tasks) > 1:
                         begun_twice += begun.values()
                     elif begun:
-                        yield GradeRow(tasks[0][0], FAILED, {}, f"{tasks[0][0]}: {reason}; use fewer --jobs")
+                        yield GradeRow(
+                            tasks[0].slide, FAILED, {}, f"{tasks[0].slide}: {reason}; use fewer --jobs"
+                        )
                     if waiting:
                         start(place)
                     continue
@@ -746,7 +757,7 @@ def _grade_apart(
                 with contextlib.suppress(BrokenPipeError):  # its end is found above
                     ready.send(task)
                 if task is not None:
-                    begun[task[0]] = task
+                    begun[task.slide] = task
     finally:  # if no more can be written, the others need not be graded
         for child, _, _ in busy.values():
             child.end()
@@ -758,19 +769,14 @@ def _serve(
     parent: Connection, path: Path, sha256: str, place: str, options: GradeOptions, most: int, threads: int
 ) -> None:
     """Grades the slides that it asks for, in a process of its own."""
-    names: dict[Path, str] = {}
-    spacings: dict[Path, float] = {}
 
-    def asked() -> Iterator[Path]:
+    def asked() -> Iterator[Task]:
         while True:
             parent.send(None)
             task: Task | None = parent.recv()
             if task is None:
                 return
-            slide, names[slide], mpp = task
-            if mpp is not None:
-                spacings[slide] = mpp
-            yield slide
+            yield task
 
     torch.set_num_threads(threads)
     if place.startswith("cuda:"):
@@ -784,7 +790,7 @@ def _serve(
                 f"{loaded.sha256[:12]}...; grade all slides again by one of them"
             )
         model = _ready(loaded, options)
-        for row in _grade_here(model, asked(), names, options, spacings, most, threads):
+        for row in _grade_here(model, asked(), options, most, threads):
             parent.send(row)
     except SlidetlError as error:
         parent.send(error)

@@ -621,18 +621,19 @@ def _ahead(items: Generator[_T, None, None], depth: int = 4) -> Generator[_T, No
         thread.join()
 
 
-def draw_map(result: SlideGrade, path: Path) -> None:
-    """Draws contributions, and the relative attention if it varies, over the thumbnail, as a PNG."""
+def draw_map(result: SlideGrade, path: Path, title: str = "") -> None:
+    """Draws contributions, and the relative attention if it varies, over the thumbnail, as a PNG.
+
+    ``title`` names the slide; by default it is the name of its file.
+    """
     from matplotlib.figure import Figure
 
     plan = result.plan
     height, width = plan.thumbnail.shape[:2]
     explanation = result.explanation
     reach = explanation.reach
-    title = f"contribution to the {'expected grade' if explanation.baseline is None else 'score'}"
-    panels = [
-        (title, f"{explanation.unit} × tiles", explanation.relative, DIVERGING, (-reach, reach), "both")
-    ]
+    part = f"contribution to the {'expected grade' if explanation.baseline is None else 'score'}"
+    panels = [(part, f"{explanation.unit} × tiles", explanation.relative, DIVERGING, (-reach, reach), "both")]
     if (relative := relative_attention(result.attention)) is not None:
         limits = (0.0, float(relative.max()))
         panels.append(("attention", "× the average tile", relative, "inferno", limits, "neither"))
@@ -646,8 +647,8 @@ def draw_map(result: SlideGrade, path: Path) -> None:
     )
     axes = figure.subplots(1, 1 + len(panels))
     axes[0].imshow(plan.thumbnail)
-    axes[0].set_title(f"{plot_label(result.slide.name)}: {len(result.attention)} tiles")
-    for panel, (title, unit, values, colours, (low, high), beyond) in zip(axes[1:], panels, strict=True):
+    axes[0].set_title(f"{plot_label(title or result.slide.name)}: {len(result.attention)} tiles")
+    for panel, (part, unit, values, colours, (low, high), beyond) in zip(axes[1:], panels, strict=True):
         panel.imshow(plan.thumbnail)
         grid = _on_grid(result, values)
         left, top = _thumbnail_px(result, 0, 0)
@@ -655,7 +656,7 @@ def draw_map(result: SlideGrade, path: Path) -> None:
         shown = panel.imshow(
             grid, cmap=colours, vmin=low, vmax=high, alpha=0.6, extent=(left, right, bottom, top)
         )
-        panel.set(title=title, xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+        panel.set(title=part, xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
         figure.colorbar(shown, ax=panel, fraction=0.046, pad=0.02, extend=beyond, label=unit)
     for panel in axes:
         panel.set_xticks([])

@@ -23,6 +23,7 @@ from slidetl.evaluation.metrics import GradeMetrics, grade_metrics, qwk
 from slidetl.files import csv_rows
 from slidetl.slides.spacing import cohort_notes
 from slidetl.studio.presets import predictions_of
+from slidetl.text import short_names
 from slidetl.training.predictions import SlidePrediction, read_predictions
 
 CURVES = ("train/loss", "val/loss", "val/qwk", "val/rps", "val/accuracy")
@@ -217,6 +218,7 @@ def graded(folder: Path, model: Path) -> list[dict[str, Any]]:
     }  # others' results are of earlier runs
     found = {slide: result for slide, result in found.items() if slide in graded}
     far = cohort_notes({slide: float(result.get("mpp_level0", 0)) for slide, (_, result) in found.items()})
+    short = short_names(row["slide"] for row in rows)
     for row in rows:
         row["page"], result = found.get(row["slide"], ("", {}))
         row["doubts"] = [str(note) for note in result.get("notes") or ()]
@@ -226,7 +228,7 @@ def graded(folder: Path, model: Path) -> list[dict[str, Any]]:
         row["set"] = (
             [names[grade] for grade in dict.fromkeys(bounds)] if bounds and max(bounds) < len(names) else []
         )
-        row["name"] = Path(row["slide"]).name
+        row["name"] = short[row["slide"]]
         shares = [float(row[name]) for name in row if name.startswith("probability_") and row[name]]
         row["probability"] = max(shares, default=None)
     return rows

@@ -23,7 +23,7 @@ from slidetl.files import replaced, write_csv
 from slidetl.models.backbones import Backbone, without_downloads
 from slidetl.models.precision import chosen_device
 from slidetl.models.spec import BackboneSpec
-from slidetl.text import plot_label
+from slidetl.text import plot_label, short_names
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.store import SlideCache, describe_difference
 from slidetl.training.checkpoint import load_grader
@@ -231,7 +231,7 @@ def draw_curves(points: Sequence[LayerSimilarity], path: Path) -> None:
 
     curves = list(dict.fromkeys((point.first, point.second) for point in points))
     layers = merge_layers([p.layer for p in points if (p.first, p.second) == curve] for curve in curves)
-    short = _short_names([name for curve in curves for name in curve])
+    short = short_names(name for curve in curves for name in curve)
     figure = Figure(
         figsize=(max(9.0, 2.4 + 0.9 * len(layers)), 7.2 + 0.25 * len(curves)), layout="constrained"
     )
@@ -258,16 +258,6 @@ def draw_curves(points: Sequence[LayerSimilarity], path: Path) -> None:
     figure.suptitle(f"Similarity of representations, {points[0].tiles} tiles", fontsize=11)
     with replaced(path) as file:
         figure.savefig(file, dpi=120, format="png")
-
-
-def _short_names(names: Sequence[str]) -> dict[str, str]:
-    """Shortens paths to as many last parts as distinguish them."""
-    names = list(dict.fromkeys(names))
-    for parts in range(1, 1 + max(len(Path(name).parts) for name in names)):
-        short = ["/".join(Path(name).parts[-parts:]) for name in names]
-        if len(set(short)) == len(names):
-            break
-    return dict(zip(names, short, strict=True))
 
 
 def _load_checkpoint(name: str, tile_spec: TileSpec, allow: Sequence[str]) -> Backbone:

@@ -176,7 +176,7 @@ def test_tiles_that_are_not_graded_are_told(
     assert warnings_of(part.notes, model.card, "slides")[: len(part.notes)] == list(part.notes)
 
 
-def test_the_map_refers_to_the_notes(
+def test_the_map_has_the_title_of_the_slide_and_refers_to_the_notes(
     pyramid_tiff: PyramidTiff, tissue_picture: Callable[..., Picture], tmp_path: Path
 ) -> None:
     clean = grade_of(pyramid_tiff(tissue_picture(1024), mpp=0.5))
@@ -184,6 +184,10 @@ def test_the_map_refers_to_the_notes(
         draw_map(result, tmp_path / "map.png")
         red, _, blue = np.asarray(Image.open(tmp_path / "map.png").convert("RGB"))[-20:].T.astype(int)
         assert ((red - blue) > 90).any() == bool(result.notes)
+    draw_map(clean, tmp_path / "own.png")
+    draw_map(clean, tmp_path / "other.png", "b/S1.png")
+    top = [np.asarray(Image.open(tmp_path / f"{name}.png"))[:60, :500] for name in ("own", "other")]
+    assert (top[0] != top[1]).any()  # its title
 
 
 @pytest.mark.slow
@@ -579,7 +583,7 @@ def test_a_slide_that_kills_its_process_costs_itself_alone(monkeypatch: pytest.M
         return start_child(_die_with, "s3.tiff")
 
     monkeypatch.setattr(batch, "start_child", start)
-    tasks = [(path, path.stem, None) for path in slides]
+    tasks = [batch.Task(path, path.stem, path.name, None) for path in slides]
     graded = list(batch._grade_apart(Path("m"), "", ["cuda:0", "cuda:1"], tasks, GradeOptions()))
     rows = {row.slide: row for row in graded}
     assert sorted(rows) == slides and len(graded) == len(slides)
@@ -613,7 +617,8 @@ def _die_at_once(_: Connection) -> None:
 def test_a_process_that_dies_before_it_asks_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batch, "start_child", lambda *_, has_children: start_child(_die_at_once))
     with pytest.raises(ProcessEnded, match="use fewer --jobs or --devices"):
-        list(batch._grade_apart(Path("m"), "", ["cuda:1"], [(Path("a"), "a", None)] * 2, GradeOptions()))
+        tasks = [batch.Task(Path("a"), "a", "a", None)] * 2
+        list(batch._grade_apart(Path("m"), "", ["cuda:1"], tasks, GradeOptions()))
 
 
 def test_processes_take_gpus_from_the_first_on_and_no_more_than_there_are(

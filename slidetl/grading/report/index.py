@@ -11,6 +11,7 @@ from urllib.parse import quote
 from slidetl.grading.report.slide import has_slide_report, result_sha256
 from slidetl.library.model_card import ModelCard
 from slidetl.page import data_uri, write_page
+from slidetl.text import short_names
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ def write_index(folder: Path, entries: Sequence[IndexEntry], card: ModelCard) ->
     page = folder / "index.html"
     noun = "series" if card.tile_spec.is_volume else "slides"
     ordered = sorted(entries, key=lambda entry: (entry.slide.name.lower(), str(entry.slide)))
+    titles = short_names(entry.slide for entry in entries)
     write_page(
         page,
         __package__,
@@ -53,7 +55,7 @@ def write_index(folder: Path, entries: Sequence[IndexEntry], card: ModelCard) ->
         title=f"{len(entries)} {'slide' if noun == 'slides' and len(entries) == 1 else noun}",
         noun=noun,
         result_sha256=result_sha256({str(entry.slide): dict(entry.result) for entry in ordered}),
-        rows=[_row(folder, entry, card) for entry in ordered],
+        rows=[{"slide": titles[entry.slide], **_row(folder, entry, card)} for entry in ordered],
         n_failed=sum(not entry.result for entry in entries),
         card=card,
         has_sets=any(entry.result.get("grade_set") for entry in entries),
@@ -68,7 +70,6 @@ def _row(folder: Path, entry: IndexEntry, card: ModelCard) -> dict[str, Any]:
     has_page = bool(result) and has_slide_report(folder, entry.name, result)
     grade_set = result.get("grade_set")
     return {
-        "slide": entry.slide.name,
         "folder": str(entry.slide.parent),
         # A page of an earlier run would contradict the row.
         "page": quote(f"{entry.name}.html") if has_page else "",

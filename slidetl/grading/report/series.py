@@ -22,7 +22,9 @@ _LONGEST_PX, _FACE_PX = 384, 192
 _THUMBNAIL_PX = 240
 
 
-def write_series_report(result: SeriesGrade, card: ModelCard, folder: Path, name: str) -> Path:
+def write_series_report(
+    result: SeriesGrade, card: ModelCard, folder: Path, name: str, title: str = ""
+) -> Path:
     """Writes ``name.html``, ``name.patches.csv`` and ``name.thumbnail.jpg`` for a graded series.
 
     The page is self-contained. Its pictures are planes through the place of each patch
@@ -33,6 +35,7 @@ def write_series_report(result: SeriesGrade, card: ModelCard, folder: Path, name
         card: the model's card.
         folder: folder of the page.
         name: safe as the name of a file.
+        title: name of the series; by default that of its file or folder.
 
     Returns:
         The path of the page.
@@ -58,7 +61,8 @@ def write_series_report(result: SeriesGrade, card: ModelCard, folder: Path, name
         "series.html",
         "style.css",
         (),
-        title=result.slide.name,
+        title=title or result.slide.name,
+        name=name,
         result=result,
         result_sha256=result_sha256(result.to_dict()),
         card=card,

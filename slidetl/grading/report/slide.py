@@ -45,6 +45,7 @@ def write_slide_report(
     folder: Path,
     name: str,
     *,
+    title: str = "",
     threads: int = 1,
     budget_bytes: int = BUDGET_BYTES,
 ) -> Path:
@@ -57,6 +58,7 @@ def write_slide_report(
         card: the model's card.
         folder: folder of the page.
         name: safe as the name of a file.
+        title: name of the slide; by default that of its file.
         threads: number of threads to read and compress.
         budget_bytes: size of the slide's picture in the page; it sets the finest level.
 
@@ -82,7 +84,8 @@ def write_slide_report(
         "slide.html",
         "style.css",
         ("openseadragon/openseadragon.min.js", "viewer.js"),
-        title=result.slide.name,
+        title=title or result.slide.name,
+        name=name,
         result=result,
         result_sha256=result_sha256(result.to_dict()),
         card=card,

@@ -70,6 +70,25 @@ def test_a_run_that_goes_on_makes_the_pages_that_are_missing(
     assert links == [f"{slide.stem}.html" for slide in slides]
 
 
+@pytest.mark.slow
+def test_slides_of_one_name_are_told_apart(study: Study, model_path: Path, tmp_path: Path) -> None:
+    slides = sorted((study.manifest.parent / "slides").glob("*.tiff"))[:3]
+    out, places = tmp_path / "out", [tmp_path / patient / "S1.tiff" for patient in "abc"]
+    for slide, place in zip(slides, places, strict=True):
+        place.parent.mkdir()
+        shutil.copy(slide, place)
+    command = ["grade", str(model_path), "--output", str(out), "--report"]
+    assert main([*command, *map(str, places[:2])]) == 0
+    with pytest.warns(UserWarning, match="named otherwise"):
+        assert main([*command, str(places[2])]) == 0
+    for name, patient in (("S1", "a"), ("b_S1.tiff", "b"), ("c_S1.tiff", "c")):
+        text = (out / f"{name}.html").read_text()
+        assert f"<h1>{patient}/S1.tiff</h1>" in text and f"<title>{patient}/S1.tiff: " in text
+        assert f"{name}.html" in Page(text).text
+    index = Page((out / "index.html").read_text()).text
+    assert all(f"{patient}/S1.tiff" in index for patient in "abc")
+
+
 def test_a_report_needs_a_folder(study: Study, model_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     slide = str(next((study.manifest.parent / "slides").glob("*.tiff")))
     assert main(["grade", str(model_path), slide, "--report"]) == 2
