@@ -11,6 +11,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from numpy.typing import NDArray
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -125,6 +126,7 @@ class SlideGrader(pl.LightningModule):
         self._means = EpochMeans(self)
         self._kept_means: dict[str, Any] = {}  # of the epoch of the checkpoint
         self._seed = 0
+        self._step: dict[str, int] | None = None  # numbers whose product is the batches of a step
         self._features_sha256 = ""  # of the network behind the stored features; empty without them
         self._evaluation = ChunkedEvaluation(self.network, self.tasks)
 
@@ -160,6 +162,7 @@ class SlideGrader(pl.LightningModule):
             self.tile_spec = self._data.tile_spec if self._data is not None else None
             self._check_tiles()
             self._check_precision()
+            self._count_batches()
             self._weigh_grades()
             if self.trainer.ckpt_path is None:  # a resumed training loads its weights
                 if self._data is not None and self.trainer.limit_train_batches:
@@ -213,6 +216,21 @@ class SlideGrader(pl.LightningModule):
                 f"trainer.precision {self.trainer.precision}: on a CPU, gradients of 3-D convolutions are "
                 "wrong in it; use 32"
             )
+
+    def _count_batches(self) -> None:
+        """Notes the batches of a step as configured: callbacks may change them for some epochs.
+
+        Raises:
+            UsageError: a callback schedules them.
+        """
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined] # set elsewhere
+        if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
+            raise UsageError(
+                "expected no GradientAccumulationScheduler in trainer.callbacks: rates and penalties "
+                "would go by other steps than those made; set trainer.accumulate_grad_batches instead"
+            )
+        accumulated = self.trainer.accumulate_grad_batches
+        self._step = {"processes": self.trainer.world_size, "accumulate_grad_batches": accumulated}
 
     def _weigh_grades(self) -> None:
         """Computes the weights of the grades, the scale of numbers, and checks the readers' grades."""
@@ -531,32 +549,34 @@ class SlideGrader(pl.LightningModule):
         self.network.backbone.lineage = tuple(str(sha256) for sha256 in checkpoint.get("lineage", []))
         features = checkpoint.get("features_sha256", "")
         if self._data is not None and self.trainer.training:
-            self._check_step(checkpoint.get("step"))
+            self._check_step(checkpoint)
             self._data.check_same_features(bool(features))
         if features:
             self.check_features(self._data, features)
         if self.reference is not None:
             self.reference.restore(checkpoint.get("reference") or {})
 
-    @property
-    def _step(self) -> dict[str, int]:
-        """The numbers whose product is the batches of a step."""
-        accumulated = self.trainer.accumulate_grad_batches
-        return {"processes": self.trainer.world_size, "accumulate_grad_batches": accumulated}
+    def _check_step(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses to resume with other batches per step; older checkpoints do not say.
 
-    def _check_step(self, then: dict[str, int] | None) -> None:
-        """Refuses to resume with other batches per step: the schedule counts steps; older ones do not say."""
-        now = self._step
-        if then is not None and math.prod(then.values()) != math.prod(now.values()):
-            was, has = (
-                f"{of['processes']} as trainer.devices x num_nodes and {of['accumulate_grad_batches']} as "
-                "accumulate_grad_batches"
-                for of in (then, now)
-            )
-            raise UsageError(
-                f"the checkpoint was trained with {was}, this training has {has}: it would go on at another "
-                "place of its schedule; set trainer.devices and the others as they were"
-            )
+        The schedule counts steps, and within an epoch the loader of each process its batches.
+        """
+        then, now = checkpoint.get("step"), self._step
+        if then is None or now is None or then == now:
+            return
+        is_equal = math.prod(then.values()) == math.prod(now.values())
+        if is_equal and checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"]:
+            return
+        was, has = (
+            f"{of['processes']} as trainer.devices x num_nodes and {of['accumulate_grad_batches']} as "
+            "accumulate_grad_batches"
+            for of in (then, now)
+        )
+        raise UsageError(
+            f"the checkpoint was trained with {was}, this training has {has}: it would go on at another "
+            f"place of its {'epoch' if is_equal else 'schedule'}; set trainer.devices and the others as they "
+            "were"
+        )
 
     @property
     def _data(self) -> SlideDataModule | None:

@@ -330,11 +330,37 @@ def test_a_resumed_training_keeps_its_processes(
         said = capsys.readouterr().err.splitlines()[-1]
         assert f"was trained with {then} trainer.devices x num_nodes" in said
         assert f"this training has 1 as trainer.devices x num_nodes and {accumulated} as" in said
+    two = rewritten(trained, tmp_path / "2.ckpt", lambda found: found["step"].update(processes=2))
+    as_many = (more, "--trainer.accumulate_grad_batches=2")
+    assert run("fit", study, tmp_path / "two", two, *as_many)[0] == 0
+    within = torch.load(two, weights_only=True)
+    within["loops"]["fit_loop"]["epoch_loop.batch_progress"]["is_last_batch"] = False
+    torch.save(within, two)
+    assert run("fit", study, tmp_path / "within", two, *as_many)[0] == 2
+    assert "it would go on at another place of its epoch" in capsys.readouterr().err
     older = rewritten(trained, tmp_path / "older.ckpt", lambda found: found.pop("step"))
     assert run("fit", study, tmp_path / "b", older, more)[0] == 0
     wrong = rewritten(trained, tmp_path / "wrong.ckpt", lambda found: found.update(step={"processes": 1}))
     assert run("fit", study, tmp_path / "c", wrong, more)[0] == 2
     assert "has no 'accumulate_grad_batches'" in capsys.readouterr().err
+
+
+def test_the_batches_of_a_step_are_those_of_the_configuration(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str], lab: list[str]
+) -> None:
+    """Before, a schedule ended at another step than its training, which could not be resumed."""
+    callback = "--trainer.callbacks+="
+    scheduler = f"{callback}pytorch_lightning.callbacks.GradientAccumulationScheduler"
+    scheduled = [*study.options(tmp_path / "scheduled"), scheduler, "--trainer.callbacks.scheduling={0: 2}"]
+    assert main(["fit", *scheduled]) == 2
+    assert "set trainer.accumulate_grad_batches" in capsys.readouterr().err.splitlines()[-1]
+    words = ["fit", *study.options(tmp_path), *lab, f"{callback}poollab.Accumulated"]
+    words += ["--trainer.limit_train_batches=2"]
+    assert main([*words, "--trainer.max_epochs=1"]) == 0
+    last = best(tmp_path).with_name("last.ckpt")
+    kept = torch.load(last, weights_only=True)
+    assert (kept["global_step"], kept["step"]["accumulate_grad_batches"]) == (1, 1)
+    assert main([*words, "--trainer.max_epochs=2", f"--ckpt_path={last}"]) == 0
 
 
 @pytest.mark.slow
@@ -640,6 +666,11 @@ class Starred(Named):
 class Kept(Callback):
     def on_validation_epoch_end(self, trainer, pl_module):
         pl_module.log("val/kept", 1.0, batch_size=1)
+
+
+class Accumulated(Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        trainer.accumulate_grad_batches = 2
 
 
 class Nested(MeanPooling):
