@@ -231,12 +231,24 @@ class LastCheckpoint(ModelCheckpoint):
                     else "raise trainer.max_time, max_epochs, max_steps or limit_train_batches"
                 )
             )
-        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined] # set elsewhere
-            for left in requeued(Path(trainer.default_root_dir)):
-                left.unlink(missing_ok=True)  # a later job would go on from it
         if (mark := self._mark(trainer)) is not None:
             resumed = os.path.relpath(os.path.realpath(trainer.ckpt_path or ""), mark.parent.resolve())
             write_whole(mark, "" if self._last_checkpoint_saved else f"{NOTHING_LEFT}{resumed}\n")
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined] # set elsewhere
+            self._remove_requeued(trainer)
+
+    def _remove_requeued(self, trainer: pl.Trainer) -> None:
+        """Removes the checkpoint that a requeued job went on from, and its earlier ones: a later would, too.
+
+        Others may be of a training that is still running.
+        """
+        left = requeued(Path(trainer.default_root_dir).resolve())
+        resumed = Path(trainer.ckpt_path or "").resolve()
+        for path in left[: left.index(resumed) + 1] if resumed in left else ():
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                rank_zero_warn(f"{describe_full(error)}; remove {path}, or a later job would go on from it")
 
     def _mark(self, trainer: pl.Trainer) -> Path | None:
         """Returns the place of the mark, in the process and the trainings that keep one."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,23 @@ def test_a_training_that_only_lacks_its_mark_is_complete_once_resumed(tmp_path: 
     last_of(root, 0).with_name(COMPLETE).unlink()
     assert train(root, resumed=last_of(moved, 0)) == []  # of another run
     assert next(fits(root)) == (last_of(root, 0), False)
+
+
+def test_a_complete_training_removes_what_it_went_on_from_alone(tmp_path: Path) -> None:
+    """Before, the only checkpoint of another training in the folder, too."""
+    root = tmp_path / "run"
+    train(root, end=3)
+    left = [root / f"hpc_ckpt_{number}.ckpt" for number in (8, 9, 10)]
+    left[0].mkdir()  # cannot be removed
+    for path in left[1:]:
+        shutil.copy(last_of(root, 0), path)
+    train(root)
+    assert all(path.exists() for path in left)
+    last_of(root, 1).with_name(COMPLETE).unlink()
+    with pytest.warns(UserWarning, match=r"remove .*hpc_ckpt_8\.ckpt, or a later job would"):
+        train(root, resumed=left[1])
+    assert [path.exists() for path in left] == [True, False, True]
+    assert next(fits(root)) == (last_of(root, 2), True)
 
 
 @pytest.mark.parametrize("options", [{"max_steps": 13}, {"end": 13}, {"end": 3}])
