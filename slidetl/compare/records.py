@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 from slidetl.compare.plan import FORMAT_VERSION, Job
 from slidetl.errors import UsageError
 from slidetl.files import csv_rows, file_sha256
+from slidetl.tiles.grid import TileSpec
 from slidetl.training.predictions import SlidePrediction
 from slidetl.version import VERSION
 
 JOBS = "jobs"  # folder of the jobs in the output of a comparison
+SPLITS = "splits.json"  # beside them: folds, and the data behind the tables
 _ABOUT, _RESULT, _EMBEDDINGS = "job.json", "result.json", "embeddings.npy"
 
 
@@ -149,6 +151,23 @@ def read_recipe(table: Path, arm: str) -> dict[str, Any]:
             f"name the table in the folder of 'slidetl compare', with jobs.csv and {JOBS}/"
         ) from error
     return dict(recipe)
+
+
+def read_data(table: Path) -> tuple[TileSpec, dict[str, str]]:
+    """Reads the tiles behind the predictions of a comparison, and the fingerprint of each slide.
+
+    Raises:
+        UsageError: there is no such record.
+    """
+    try:
+        about = json.loads((table.parent / SPLITS).read_text(encoding="utf-8"))
+        fingerprints = {str(name): str(sha256) for name, sha256 in about["fingerprints"].items()}
+        return TileSpec.from_dict(about["spec"]), fingerprints
+    except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{table}: {SPLITS} beside it does not say of which slides and tiles; run 'slidetl compare "
+            "--report-only', or to its end, with this version (jobs of the same tiles are kept)"
+        ) from error
 
 
 def has_results(folder: Path) -> bool:

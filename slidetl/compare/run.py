@@ -12,7 +12,7 @@ from slidetl.compare.aggregate import ComparisonResult, combine
 from slidetl.compare.config import Comparison
 from slidetl.compare.plan import Job, plan_and_audit, plan_jobs, read_slides, refuse_seen
 from slidetl.compare.pool import Workplace, run_here, run_on_cluster
-from slidetl.compare.records import JOBS, JobResult, has_results, read_result
+from slidetl.compare.records import JOBS, SPLITS, JobResult, has_results, read_result
 from slidetl.compare.tables import write_tables
 from slidetl.data.study import Study
 from slidetl.errors import UsageError
@@ -104,7 +104,7 @@ def run_comparison(
     refuse_seen(plan.comparison, plan.jobs, plan.study, options.allow)
     failed: dict[str, str] = {}
     with slide_lock(folder, "comparison"):
-        _write_splits(plan, output / "splits.json")
+        _write_splits(plan, output)
         record_registration(plan.comparison, output)
         found = {job.key: read_result(folder, job) for job in plan.jobs}
         # Two arms of one configuration share a job.
@@ -174,9 +174,7 @@ def report_comparison(plan: Plan, output: Path) -> ComparisonResult:
         UsageError: no arm is complete.
     """
     found = {job.key: read_result(output / JOBS, job) for job in plan.jobs}
-    result = _aggregate(plan, output, found, {})
-    _write_splits(plan, output / "splits.json")
-    return result
+    return _aggregate(plan, output, found, {})
 
 
 def record_registration(comparison: Comparison, output: Path) -> None:
@@ -220,16 +218,25 @@ def _aggregate(
     jobs = [(job, found[job.key]) for job in plan.jobs]
     result = combine(plan.comparison, plan.study, plan.folds, jobs)
     result = replace(result, was_registered=_was_registered(plan.comparison, output))
+    _write_splits(plan, output)  # not yet of these tables, should they not be written as a whole
     write_tables(result, output)
+    _write_splits(plan, output, are_tables_whole=True)
     write_report(result, output, failed)
     return result
 
 
-def _write_splits(plan: Plan, path: Path) -> None:
+def _write_splits(plan: Plan, output: Path, *, are_tables_whole: bool = False) -> None:
+    """Writes the folds, and the data behind the tables once these are there, for the export of a network."""
+    study = plan.study
+    data = {
+        "manifest": plan.comparison.manifest,
+        "spec": study.caches[0].spec.to_dict(),
+        "fingerprints": {cache.slide_id: cache.fingerprint for cache in study.caches},
+    }
     about = {
         "sha256": splits_sha256(plan.folds),
         "software": f"slidetl {VERSION}",
-        "manifest": plan.comparison.manifest,
+        **(data if are_tables_whole else {}),
         "folds": folds_to_json(plan.folds),
     }
-    write_whole(path, json.dumps(about, indent=1) + "\n")
+    write_whole(output / SPLITS, json.dumps(about, indent=1) + "\n")

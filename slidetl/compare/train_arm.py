@@ -7,6 +7,7 @@ column. A killed job resumes after its last whole training.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,9 +26,17 @@ from pytorch_lightning.callbacks import Callback
 from slidetl.analysis.similarity import linear_cka
 from slidetl.compare.config import EPOCHS, LENGTH, OF_TILES, PLATEAU, with_values
 from slidetl.compare.plan import Job
-from slidetl.compare.records import CurvePoint, JobResult, is_of_tiles, predictions_from, read_recipe
+from slidetl.compare.records import (
+    CurvePoint,
+    JobResult,
+    is_of_tiles,
+    predictions_from,
+    read_data,
+    read_recipe,
+)
 from slidetl.data.datamodule import SlideDataModule
 from slidetl.data.datasets import network_input
+from slidetl.data.record import read_record
 from slidetl.errors import UsageError, WeightsError
 from slidetl.evaluation.calibration import fit_temperature, with_temperature
 from slidetl.evaluation.comparison import Unit, patient_results
@@ -40,7 +49,8 @@ from slidetl.models.spec import PUBLISHED, BackboneSpec
 from slidetl.models.tensors import save_tensors
 from slidetl.text import listed
 from slidetl.tiles.features import read_features
-from slidetl.tiles.store import SlideCache
+from slidetl.tiles.grid import TileSpec
+from slidetl.tiles.store import SlideCache, describe_difference
 from slidetl.training.checkpoint import read_checkpoint
 from slidetl.training.configured import build_grader, build_trainer, parse_training, quiet
 from slidetl.training.drift import distances
@@ -81,32 +91,40 @@ def check_arm(table: Path, arm: str, checkpoints: Sequence[Path], allow: Sequenc
     Args:
         table: predictions in the folder of a comparison.
         arm: its name.
-        checkpoints: of ``slidetl fit``, each with the model and data options of a trial of the arm.
+        checkpoints: of ``slidetl fit``, each with the model and data options of a trial of the arm, its
+            length of training as far as the checkpoint says, and its tiles and slides.
         allow: names outside slidetl that these may import.
 
     Raises:
-        UsageError: there is no record of the arm, or it has other options, or no network.
+        UsageError: there is no record of the arm, or it has other options, slides or tiles, or no network.
     """
     recipe = read_recipe(table, arm)
     if "fit" not in recipe:
         raise UsageError(
             f"{table}: arm {arm!r} is no network that 'slidetl fit' trains: it says nothing of a checkpoint"
         )
+    spec, fingerprints = read_data(table)
     weights = cache(_weights_sha256)
     for path in checkpoints:
         checkpoint = read_checkpoint(path, allow)
+        _check_data(f"{table}: arm {arm!r} says nothing of {path}", checkpoint, spec, fingerprints)
         model, options = checkpoint["hyper_parameters"], checkpoint.get("options")
         lineage = [str(sha256) for sha256 in checkpoint.get("lineage", ())]
         data = options["data"] if options else None  # an older checkpoint has none
-        found = _deciding(model, data or {}, model, allow)
+        found = _deciding(model, data or {}, model, allow) | _length_of(checkpoint)
         trials = [with_values(recipe["fit"], trial) for trial in recipe["trials"]]
-        deciding = (_deciding(trial["model"], trial["data"], model, allow) for trial in trials)
+        deciding = (
+            _deciding(trial["model"], trial["data"], model, allow) | _length(trial["trainer"])
+            for trial in trials
+        )
         wanted = [_spelled_like(found, one, lineage, weights) for one in deciding]
         differences = [
             [
                 f"{name} {found[name]}, the arm {one[name]}"
                 for name in one
-                if found[name] != one[name] and (data is not None or not name.startswith("data."))
+                if name in found
+                and found[name] != one[name]
+                and (data is not None or not name.startswith("data."))
             ]
             for one in wanted
         ]
@@ -130,6 +148,43 @@ def _deciding(
     backbone = options.pop("model.backbone")
     options |= {f"model.backbone.{name}": value for name, value in backbone.items() if name not in _SPEED}
     return options
+
+
+def _length(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of a trainer that decide on steps and their size, with their defaults."""
+    usual = {"max_epochs": EPOCHS, "max_steps": -1, "limit_train_batches": 1.0, "gradient_clip_val": None}
+    options = {f"trainer.{name}": trainer.get(name, value) for name, value in usual.items()}
+    return {**options, "batches per step": trainer.get("accumulate_grad_batches", 1)}
+
+
+def _length_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values of :func:`_length` that a checkpoint has; one of an older version has none."""
+    found = {f"trainer.{name}": value for name, value in (checkpoint.get("trainer") or {}).items()}
+    if step := checkpoint.get("step"):
+        found["batches per step"] = math.prod(step.values())
+    return found
+
+
+def _check_data(
+    what: str, checkpoint: Mapping[str, Any], spec: TileSpec, fingerprints: Mapping[str, str]
+) -> None:
+    """Refuses a checkpoint of other tiles or slides than a comparison; ``what`` begins the message."""
+    if checkpoint.get("tile_spec"):
+        trained_on = TileSpec.from_dict(checkpoint["tile_spec"])
+        if trained_on != spec:
+            difference = describe_difference(spec, trained_on)
+            raise UsageError(f"{what}, trained on other tiles than those compared: {difference}")
+    record = read_record(checkpoint)
+    others = [
+        slide.slide_id
+        for slide in (record.slides if record is not None else ())
+        if fingerprints.get(slide.slide_id, slide.fingerprint) != slide.fingerprint
+    ]
+    if others:
+        raise UsageError(
+            f"{what}: {len(others)} slides had another content in the comparison: {listed(others)}; compare "
+            "and train on the same scans"
+        )
 
 
 def _without_unused(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,6 +51,7 @@ from slidetl.training.schedules import OneCycle, Schedule, rate_for_batch
 
 _WARM_RESTART = WarmRestart()
 _ONE_CYCLE = OneCycle()
+_LENGTH = ("max_epochs", "max_steps", "limit_train_batches", "gradient_clip_val")  # of a trainer
 
 
 class SlideGrader(pl.LightningModule):
@@ -523,6 +524,7 @@ class SlideGrader(pl.LightningModule):
             checkpoint["step"] = self._step
             metrics = self.trainer.callback_metrics  # to tell a best epoch without the states of callbacks
             checkpoint["metrics"] = {name: float(value) for name, value in metrics.items()}
+            checkpoint["trainer"] = {name: getattr(self.trainer, name) for name in _LENGTH}
         checkpoint["architecture"] = self.network.backbone.architecture
         checkpoint["lineage"] = list(self.network.backbone.lineage)
         if self.reference is not None:  # its weights come from a file, identified by the hash

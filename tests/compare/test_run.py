@@ -53,6 +53,7 @@ from slidetl.models.backbones import read_pretrained
 from slidetl.models.spec import BackboneSpec
 from slidetl.models.tensors import load_tensors, save_tensors
 from slidetl.tiles.features import FeatureSource, read_features, write_features
+from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.store import SlideCache
 from slidetl.training.checkpoint import load_grader
 from slidetl.training.predictions import SlidePrediction
@@ -146,6 +147,9 @@ def test_learning_curves_have_every_epoch_of_every_fold(compared: Path) -> None:
 def test_the_splits_on_disk_are_those_that_were_used(compared: Path, study: Cohort) -> None:
     splits = json.loads((compared / "splits.json").read_text())
     assert splits["manifest"] == str(study.manifest)
+    caches = read_study(study.manifest, study.cache).caches
+    assert splits["spec"] == caches[0].spec.to_dict()
+    assert splits["fingerprints"] == {cache.slide_id: cache.fingerprint for cache in caches}
     assert canonical_sha256(splits["folds"]) == splits["sha256"]
     of = {fold["name"]: set(fold["test"]) for fold in splits["folds"]}
     for row in table(compared / "predictions.csv"):
@@ -579,6 +583,8 @@ def test_an_arm_of_the_same_weights_by_another_name_is_evidence(
         (tmp_path / "jobs" / "k").mkdir(parents=True, exist_ok=True)
         (tmp_path / "jobs" / "k" / "job.json").write_text(json.dumps({"recipe": recipe}))
         (tmp_path / "jobs.csv").write_text("arm,key\nwarm,k\n")
+        data = {"spec": TileSpec(2.0, 64).to_dict(), "fingerprints": {"s": "f"}}
+        (tmp_path / "splits.json").write_text(json.dumps(data))
         model = {"hyper_parameters": {"backbone": checkpoint}, "state_dict": {}, "lineage": list(lineage)}
         torch.save(model, tmp_path / "c.ckpt")
         check_arm(tmp_path / "predictions.csv", "warm", [tmp_path / "c.ckpt"])
@@ -605,6 +611,55 @@ def test_an_arm_of_the_same_weights_by_another_name_is_evidence(
     refused({"pretrained": "imagenet"}, full, (first,))
     refused({"name": "resnet18"}, {"name": "resnet34"})
     refused({"name": "local-dir:w"}, {"name": "local-dir:v"})
+
+
+def test_an_arm_is_evidence_of_a_checkpoint_of_its_tiles_scans_and_length_alone(tmp_path: Path) -> None:
+    """A cache that was tiled again, or has rescans of the same names, keeps the options of a training."""
+    table, path = tmp_path / "predictions.csv", tmp_path / "c.ckpt"
+    trainer = {"max_epochs": 7, "accumulate_grad_batches": 2}
+    recipe = {"fit": {"model": {}, "data": {}, "trainer": trainer}, "trials": [{}, {"trainer.max_epochs": 9}]}
+    (tmp_path / "jobs" / "k").mkdir(parents=True)
+    (tmp_path / "jobs" / "k" / "job.json").write_text(json.dumps({"recipe": recipe}))
+    (tmp_path / "jobs.csv").write_text("arm,key\nwarm,k\n")
+    spec = TileSpec(2.0, 64)
+
+    def check(tiles: TileSpec = spec, content: str = "f", batches: int = 2, **length: object) -> None:
+        record = StudyRecord(
+            (RecordedSlide("s", "p", content, "train"), RecordedSlide("new", "q", "g", "train"))
+        )
+        kept = {"max_epochs": 9, "max_steps": -1, "limit_train_batches": 1.0, "gradient_clip_val": None}
+        checkpoint = {
+            "hyper_parameters": {},
+            "state_dict": {},
+            "tile_spec": tiles.to_dict(),
+            "record": record.to_dict(),
+            "trainer": {**kept, **length},
+            "step": {"processes": batches, "accumulate_grad_batches": 1},
+        }
+        torch.save(checkpoint, path)
+        check_arm(table, "warm", [path])
+
+    with pytest.raises(UsageError, match=r"splits\.json beside it does not say .*--report-only"):
+        check()
+    data = {"spec": spec.to_dict(), "fingerprints": {"s": "f"}}
+    (tmp_path / "splits.json").write_text(json.dumps(data))
+    check()
+    check(max_epochs=7)
+    with pytest.raises(UsageError, match=r"other tiles than those compared: .* mpp 2\.0 \(wanted: 0\.5\)"):
+        check(TileSpec(0.5, 64))
+    with pytest.raises(UsageError, match="1 slides had another content in the comparison: s;"):
+        check(content="rescanned")
+    others: list[tuple[str, Any, Any]] = [
+        ("max_epochs", 8, 7),
+        ("gradient_clip_val", 0.5, None),
+        ("limit_train_batches", 3, 1.0),
+    ]
+    for name, value, usual in others:
+        said = re.escape(f"which has trainer.{name} {value}, the arm {usual};")
+        with pytest.raises(UsageError, match=said):
+            check(**{"max_epochs": 7, name: value})
+    with pytest.raises(UsageError, match="which has batches per step 4, the arm 2;"):
+        check(batches=4)
 
 
 @pytest.mark.slow
