@@ -96,6 +96,23 @@ def short_names(paths: Iterable[_Path]) -> dict[_Path, str]:
     return short
 
 
+def cut_names(names: Iterable[str], most: int) -> dict[str, str]:
+    """Cuts names for a plot to ``most`` letters, with an ellipsis in the middle.
+
+    All are cut at the place next to the middle that keeps them different, or less if there is none.
+    """
+    names = list(dict.fromkeys(names))
+    for length in range(most, max(map(len, names), default=most)):
+        for head in sorted(range(length), key=lambda head: abs(2 * head + 1 - length)):
+            tail = length - 1 - head
+            short = [
+                name if len(name) <= length else f"{name[:head]}…{name[len(name) - tail :]}" for name in names
+            ]
+            if len(set(short)) == len(names):
+                return dict(zip(names, short, strict=True))
+    return dict(zip(names, names, strict=True))
+
+
 def listed(names: Sequence[str], most: int = 10) -> str:
     """Formats the first names of a list for a message."""
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

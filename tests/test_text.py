@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slidetl.text import csv_cell, plain_cell, short_names, with_digits
+from slidetl.text import csv_cell, cut_names, plain_cell, short_names, with_digits
 
 
 @given(st.text(st.characters() | st.sampled_from(" '=+-@1"), max_size=6).filter(str.isprintable))
@@ -62,3 +62,26 @@ def test_paths_of_one_name_are_shortened_to_what_tells_them_apart() -> None:
         "/a.svs": "/a.svs",
         "": ".",
     }
+
+
+@pytest.mark.parametrize(
+    ("names", "most", "short"),
+    [
+        (["none", "moderate"], 8, ["none", "moderate"]),
+        (["ISUP group 1", "ISUP group 2"], 8, ["ISU…up 1", "ISU…up 2"]),
+        (["warm-shared-all-of-it", "warm-thawed-all-of-it"], 8, ["warm-s…t", "warm-t…t"]),
+        (["12345", "abcde"], 4, ["1…45", "a…de"]),
+        (["abcdefgh", "xbcdefgh", "abcdxfgh"], 3, ["a…efgh", "x…efgh", "a…xfgh"]),  # no three letters do
+        (["ab", "ab"], 2, ["ab"]),
+        ([], 8, []),
+    ],
+)
+def test_shortened_names_stay_different(names: list[str], most: int, short: list[str]) -> None:
+    assert cut_names(names, most) == dict(zip(dict.fromkeys(names), short, strict=True))
+
+
+@given(st.lists(st.text("ab", max_size=12), unique=True), st.integers(1, 12))
+def test_any_names_are_shortened_to_as_many(names: list[str], most: int) -> None:
+    short = cut_names(names, most)
+    assert list(short) == names and len(set(short.values())) == len(names)
+    assert all(short[name] == name for name in names if len(name) <= most)

@@ -31,6 +31,7 @@ from slidetl.training.embed import BlockEmbedder
 from slidetl.training.options import SimilarityOptions
 
 RANDOM, PRETRAINED = "random", "pretrained"
+_MARKERS = "osD^vPX"  # of ten curves each, as there are ten colours
 EMBEDDING = "embedding"  # output of the whole backbone, beside its blocks
 
 Layers = dict[str, NDArray[np.float32]]
@@ -248,11 +249,17 @@ def draw_curves(points: Sequence[LayerSimilarity], path: Path) -> None:
             places = [layers.index(point.layer) for point in line]
             label = plot_label(f"{short[first]}  and  {short[second]}")
             values = [point.similarity.value for point in line]
-            panel.plot(places, values, "o-", color=f"C{number}", label=label)
+            look: dict[str, Any] = {
+                "color": f"C{number % 10}",
+                "marker": _MARKERS[number // 10 % len(_MARKERS)],
+            }
+            panel.plot(places, values, "-", label=label, **look)
             floors = [point.similarity.noise_floor for point in line]
-            panel.plot(places, floors, "--", color=f"C{number}", alpha=0.6)
+            panel.plot(places, floors, "--", markersize=3, alpha=0.6, **look)
         panel.set_xticks(range(len(layers)), layers, rotation=45, ha="right")
-    panel.plot([], [], "--", color="grey", label="same colour, dashed: noise floor (tiles shuffled)")
+    panel.plot(
+        [], [], "--", color="grey", label="same colour and marker, dashed: noise floor (tiles shuffled)"
+    )
     handles, labels = panel.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=1, frameon=False)
     figure.suptitle(f"Similarity of representations, {points[0].tiles} tiles", fontsize=11)

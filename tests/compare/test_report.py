@@ -1092,6 +1092,31 @@ def test_layers_that_one_arm_lacks_are_drawn_at_their_depth(tmp_path: Path, draw
     assert list(by_layer(view, "similarity")["scratch"]) == deeper  # the thirds of the table
 
 
+def test_long_names_stay_different_and_whole_in_figures(tmp_path: Path, drawn: list[Figure]) -> None:
+    arms = {
+        f"efficientnet-warm-shared-{end}": Arm(fit=fit("WarmRestart")) for end in ("weights", "both", "a")
+    }
+    grades = [f"ISUP group {number}" for number in range(1, 6)]
+    view = View(invented(20, repeats=1, sizes=(), arms=arms, grades=grades), {})
+    tables = tables_of(view)
+    plots._confusion(view, tmp_path)
+    for axes in drawn[0].axes:
+        labels = {label.get_text() for label in axes.get_xticklabels()}
+        assert len(labels) == len(grades) and max(map(len, labels)) == 8
+        assert axes.title.get_window_extent().y1 <= drawn[0].bbox.y1
+    assert len({axes.get_title(loc="left") for axes in drawn[0].axes}) == len(arms)
+    drawn.clear()
+    plots._referral(view, tables["wrong_grades"], tmp_path)
+    plots._layers(view, "similarity", "linear CKA", tables["similarity"], tmp_path)
+    assert len(drawn) == 4  # each as SVG and PNG
+    for figure in drawn:
+        (legend,) = figure.legends
+        texts = [text.get_text() for text in legend.get_texts()]
+        assert len(set(texts)) == len(texts) >= len(arms)
+        box = legend.get_window_extent()
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+
+
 def test_the_remarks_on_a_ceiling_say_why_it_has_no_interval_and_what_may_be_wrong(tmp_path: Path) -> None:
     whole = invented(20, repeats=1, sizes=())
     second, patients = whole.readings[:, 1], [row.patient_id for row in whole.rows]

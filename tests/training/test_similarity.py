@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -202,3 +204,14 @@ def test_layers_of_one_curve_alone_are_drawn_at_their_depth(tmp_path: Path, draw
     assert labels == ["stem", "layer0", "layer1", EMBEDDING]
     for line in drawn[0].axes[0].get_lines():
         assert (np.diff(np.asarray(line.get_xdata(), float)) > 0).all()
+
+
+def test_many_curves_differ_in_look(tmp_path: Path, drawn: list[Figure]) -> None:
+    after = [f"after-{number}" for number in range(4)]
+    pairs = [*((f"before-{name}", name) for name in after), *((name, "random") for name in after)]
+    pairs += itertools.combinations(after, 2)
+    draw_curves(points_of({pair: ["stem", EMBEDDING] for pair in pairs}), tmp_path / "similarity.png")
+    for axes in drawn[0].axes:
+        lines = [line for line in axes.get_lines() if len(np.asarray(line.get_xdata()))]
+        looks = Counter((line.get_color(), line.get_marker()) for line in lines)
+        assert list(looks.values()) == [2] * 14  # with its noise floor

@@ -20,7 +20,7 @@ from slidetl.compare.report.view import GREY, NAMES, Look, View
 from slidetl.compare.table import Table
 from slidetl.evaluation.bootstrap import Interval
 from slidetl.files import replaced
-from slidetl.text import plot_label
+from slidetl.text import cut_names, one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,8 +113,10 @@ def _forest(view: View, folder: Path) -> Plot:
 def _confusion(view: View, folder: Path) -> Plot:
     """Draws confusion matrices, true by predicted, one for each arm."""
     grades, rows = view.comparison.grades, []
-    short = [plot_label(grade if len(grade) <= 8 else f"{grade[:7]}…") for grade in grades]
-    side, margin = 1.75 + 0.06 * len(grades), (0.7, 0.55)
+    names = list(map(one_line, grades))
+    short = [cut_names(names, 8)[name] for name in names]
+    turned = 0 if max(map(len, short)) < 4 else 90
+    side, margin = 1.75 + 0.06 * len(grades), (0.7, 0.85 if turned else 0.55)
     arms = [arm.arm for arm in view.arms]
     with _panels(folder, "confusion", arms, (side, side + 0.25), margin) as (figure, path, panels):
         for panel, arm in zip(panels, view.arms, strict=True):
@@ -125,7 +127,6 @@ def _confusion(view: View, folder: Path) -> Plot:
                 if count:
                     colour = "white" if shares[row, column] > 0.55 else "black"
                     panel.text(column, row, str(count), ha="center", va="center", fontsize=7.5, color=colour)
-            turned = 0 if max(map(len, short)) < 4 else 90
             panel.set_xticks(range(len(grades)), short, fontsize=7.5, rotation=turned)
             panel.set_yticks(range(len(grades)), short, fontsize=7.5)
             panel.tick_params(length=0)
@@ -242,7 +243,7 @@ def _referral(view: View, table: Table, folder: Path) -> Plot:
             coverage, risk, upper = np.array([(p.coverage, p.risk, p.upper) for p in arm.referral.points]).T
             axes.plot(coverage, risk, **_style(view, arm.arm, 3.5, 1.4))
             if arm is view.serious[0]:
-                colour, label = view.looks[arm.arm].colour, f"{_short(arm.arm, 28)}, bound"
+                colour, label = view.looks[arm.arm].colour, f"{_names(view)[arm.arm]}, bound"
                 axes.plot(coverage, upper, ":", color=colour, linewidth=1.6, label=label)
         axes.set(xlim=(0, 1), ylim=(0, 1))
         axes.grid()
@@ -279,30 +280,32 @@ def _panels(
     width, height = margin[0] + columns * size[0], margin[1] + lines * size[1]
     with _sheet(folder, name, width, height) as (figure, path):
         panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
-        for panel, arm in zip(panels, arms, strict=False):
-            panel.set_title(_short(arm, 22), fontsize=8.5)
+        for panel, title in zip(panels, cut_names(arms, 22).values(), strict=False):
+            panel.set_title(title, fontsize=8.5)
         yield figure, path, list(panels[: len(arms)])
         for number in range(len(arms), len(panels)):
             panels[number].set_visible(False)
             panels[number - columns].tick_params(labelbottom=True)  # the one above gets the labels
 
 
+def _names(view: View) -> dict[str, str]:
+    """Shortens the names of all arms for legends."""
+    return cut_names(view.looks, 28)
+
+
 def _style(view: View, arm: str, size: float, width: float) -> dict[str, Any]:
     look = view.looks[arm]
-    line = {"linestyle": look.line, "linewidth": width, "label": _short(arm, 28)}
+    line = {"linestyle": look.line, "linewidth": width, "label": _names(view)[arm]}
     return {"color": look.colour, "marker": look.marker, "markersize": size, **line}
 
 
 def _legend(figure: Figure, axes: Axes, place: Any, columns: int = 4) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc=place, ncols=min(columns, len(labels)), fontsize=8)
+    fitting = int(figure.get_figwidth() / (0.6 + 0.065 * max(map(len, labels))))  # inches of a column
+    figure.legend(handles, labels, loc=place, ncols=max(1, min(columns, fitting, len(labels))), fontsize=8)
 
 
 def _whisker(axes: Axes, place: float, interval: Interval, look: Look, *, hollow: bool) -> None:
     axes.plot([interval.low, interval.high], [place, place], color=look.colour, linewidth=1.6)
     marker, face = ("D", "white") if hollow else (look.marker, look.colour)
     axes.plot(interval.estimate, place, marker=marker, color=look.colour, mfc=face, markersize=5.5)
-
-
-def _short(name: str, length: int) -> str:
-    return name if len(name) <= length else f"{name[: length - 1]}…"
