@@ -37,7 +37,7 @@ from slidetl.data.study import CachedSlide, Study, common_spec, read_study
 from slidetl.data.tasks import Task, check_tasks
 from slidetl.errors import UsageError
 from slidetl.processor import usable_cores
-from slidetl.tiles.features import FeatureSource, common_source, feature_width, list_features
+from slidetl.tiles.features import NOT_STATED, FeatureSource, common_source, feature_width, list_features
 from slidetl.tiles.grid import TileSpec
 
 _Loader = TypeVar("_Loader", bound=DataLoader[Any])
@@ -394,6 +394,12 @@ class SlideDataModule(pl.LightningDataModule):
             raise UsageError(
                 f"data.features {self.features!r} are of {found.backbone}, the backbone is {network[0]}, "
                 "with equal weights but another architecture; use the backbone that made them"
+            )
+        if sha256 and found.backbone == NOT_STATED:
+            rank_zero_warn(
+                f"data.features {self.features!r} do not state their network, nor did those of the training: "
+                "nothing shows that it is the same. To have them compared, import both with --backbone NAME "
+                "and train again"
             )
         return found.identity
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from slidetl.cli import main
 from slidetl.compare.config import read_comparison
 from slidetl.compare.run import plan_comparison
 from slidetl.compare.train_arm import train_job
+from slidetl.data.datamodule import SlideDataModule
+from slidetl.data.manifest import ManifestRow
 from slidetl.data.record import RecordedSlide, StudyRecord, store_record, stored_record
-from slidetl.data.study import check_duplicates, read_study
+from slidetl.data.study import CachedSlide, check_duplicates, read_study
 from slidetl.errors import CacheCorruptError, CacheMismatchError, UsageError
 from slidetl.tiles.exchange import export_features
 from slidetl.tiles.features import (
@@ -486,6 +489,23 @@ def test_a_linear_model_grades_by_them(cohort: Path, tmp_path: Path) -> None:
     words = [str(cohort / "manifest.csv"), "--cache", str(cohort / "cache"), "--features", "uni"]
     assert main(["fit-features", *words, "--output", str(tmp_path), "--grades", "0", "1"]) == 0
     assert json.loads((tmp_path / "metrics.json").read_text())["accuracy"] == 1
+
+
+def test_a_test_on_features_of_an_unstated_network_says_that_nothing_is_compared(tmp_path: Path) -> None:
+    """Files of CLAM state no network, and those of two encoders may have one length."""
+    for name, backbone in (("unstated", ""), ("stated", "uni")):
+        file = clam(tmp_path / f"{name}.h5", features())
+        import_features(file, tmp_path / name, "s", "f", backbone=backbone)
+        row = ManifestRow(2, "s", file, "p", 0)
+        slide = CachedSlide(row, SlideCache.open(tmp_path / name / "s.zarr"))
+        data = SlideDataModule.from_slides(test=[slide], features="f", bag_size=0, num_workers=0)
+        data.setup("test")
+        assert data.feature_source is not None
+        identity = data.feature_source.identity
+        assert data.check_features("", False, 6, None) == identity  # a new training
+        said = pytest.warns(UserWarning, match="do not state their network, nor did .* --backbone NAME")
+        with nullcontext() if backbone else said:
+            data.check_features(identity, False, 6, None)
 
 
 @pytest.mark.slow
