@@ -157,10 +157,10 @@ class GradingCLI(LightningCLI):
     _resumed: dict[str, Any] | None = None
 
     def __init__(self, command: str, args: list[str], **options: Any) -> None:
-        self._command = command
+        self._command, self._words = command, [command, *args]
         with ExitStack() as self._running, ExitStack() as self._starting:
             self._starting.enter_context(postpone_collection())
-            super().__init__(SlideGrader, SlideDataModule, args=[command, *args], **options)
+            super().__init__(SlideGrader, SlideDataModule, args=self._words, **options)
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override] # static there
         """Returns the running command only: the parsers of the others take half a second to build."""
@@ -274,7 +274,8 @@ class GradingCLI(LightningCLI):
             options["verbose"] = False  # ResultFiles prints the metrics, with the confusion matrix
         if command == "fit" and self.keeps_logs:
             options["ckpt_path"] = _path_to_resume(options)
-        if options.get("ckpt_path") is None:
+        is_found = options.get("ckpt_path") is None
+        if is_found:
             if command == "fit":
                 return
             root = Path(options.trainer.default_root_dir or ".")
@@ -303,6 +304,26 @@ class GradingCLI(LightningCLI):
                     f"{path} was trained with {key} {found[key]}, the configuration says {wanted[key]}; "
                     "use the configuration of that training (config.yaml, where its logs are)"
                 )
+        if is_found:
+            self._check_latest(path, found)
+
+    def _check_latest(self, path: Path, found: dict[str, Any]) -> None:
+        """Refuses model options other than those of the latest fit: another one of the folder may be meant.
+
+        Args:
+            path: the checkpoint of the latest fit.
+            found: its model options.
+        """
+        command, then = self.config.subcommand, {key: found[key] for key in found if key != "grades"}
+        # With its options as defaults, only what the user gives can differ.
+        self._parser(command).set_defaults({f"model.{key}": value for key, value in then.items()})
+        given = self.parser.parse_args(self._words)[command].model.as_dict()
+        given["backbone"] |= with_preset(given["backbone"])
+        if changed := changed_options(then, given, "model."):
+            raise UsageError(
+                f"{path}, of the latest fit in this folder, was trained with {'; '.join(changed)}; name the "
+                "checkpoint of another fit by --ckpt_path, or leave these options out to take this one"
+            )
 
     def after_instantiate_classes(self) -> None:
         """Hands the record of the checkpoint to the data, or the configuration's hash to be recorded."""

@@ -430,6 +430,8 @@ def changed_options(then: Mapping[str, Any], now: Mapping[str, Any], of: str = "
     for key, value in then.items():
         other = now.get(key)
         if isinstance(value, dict) and isinstance(other, dict):
+            if value.get("class_path") != other.get("class_path"):  # which has other arguments
+                value, other = ({"class_path": one.get("class_path")} for one in (value, other))
             found += changed_options(value, other, f"{of}{key}.")
         elif value != other and f"{of}{key}" not in _NO_RESULT:
             found.append(f"{of}{key} {value!s:.60}, the configuration says {other!s:.60}")

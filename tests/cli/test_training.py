@@ -447,6 +447,26 @@ def test_nothing_in_a_configuration_is_dropped(
     assert f"c.yaml: {said}" in capsys.readouterr().err
 
 
+def test_the_network_of_another_fit_in_the_folder_is_not_tested(
+    study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before, whatever model a configuration named, the latest network of the folder was tested."""
+    (tmp_path / "c.yaml").write_text(
+        "model: {lr: 0.5, transfer: {class_path: slidetl.models.transfer.Scratch}}"
+    )
+    words = study.options(trained)
+    for command in ("test", "predict"):
+        assert main([command, "--config", str(tmp_path / "c.yaml"), *words]) == 2
+        assert (
+            f"{best(trained)}, of the latest fit in this folder, was trained with model.transfer.class_path "
+            "slidetl.models.transfer.WarmRestart, the configuration says slidetl.models.transfer.Scratch; "
+            "model.lr 0.001, the configuration says 0.5; name the checkpoint of another fit by --ckpt_path"
+        ) in capsys.readouterr().err
+    named = [*study.options(tmp_path), f"--ckpt_path={best(trained)}"]
+    assert main(["validate", "--config", str(tmp_path / "c.yaml"), *named]) == 0
+    assert main(["validate", "--config", str(best(trained).parents[1] / "config.yaml")]) == 0
+
+
 def test_an_epoch_is_chosen_by_a_proper_score(
     study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
