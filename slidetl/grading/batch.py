@@ -317,7 +317,7 @@ def describe(row: GradeRow, card: ModelCard) -> str:
         names = dict.fromkeys(card.grades[grade] for grade in result["grade_set"])
         coverage = card.describe_coverage(result["novelty"])
         parts.append(f"set of grades{coverage and f', {coverage}'}: {' to '.join(names)}")
-    parts.append(f"expected grade {result['expected_grade']:.2f}")
+    parts.append(card.describe_score(result["expected_grade"]))
     spec = card.tile_spec
     parts.append(
         f"{result['mask_ml']:.0f} ml ({'all' if spec.mask == 'none' else spec.mask})"
@@ -682,7 +682,7 @@ def _write(
 ) -> None:
     name, title = task.name, task.title
     if isinstance(result, SlideGrade):
-        draw_map(result, folder / f"{name}.png", title)
+        draw_map(result, model.card, folder / f"{name}.png", title)
         if options.report:
             write_slide_report(result, model.card, folder, name, title=title, threads=threads)
     elif options.report:

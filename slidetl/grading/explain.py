@@ -58,7 +58,7 @@ class Explanation:
         contributions: ``[N] float32``. With a ``baseline`` they are exact: they sum to ``score - baseline``.
             Without, each tile has an even part of the change when its group of neighbours is left out.
         unit: of score and contributions.
-        score: the slide's latent score, or by occlusion its expected grade.
+        score: the slide's latent score, or by occlusion its expected grade: the continuous score.
         baseline: the score if all tiles of the slide counted alike; None by occlusion.
     """
 
@@ -84,18 +84,25 @@ class Explanation:
         return np.asarray(np.round(255 * np.clip(place, 0, 1)), np.int64)
 
     @property
+    def score_name(self) -> str:
+        """The name of the score: only by occlusion it is the one beside the grade."""
+        if self.baseline is None:
+            return "continuous score"
+        return f"latent score ({'grades from 0' if self.unit == 'grades' else self.unit})"
+
+    @property
     def description(self) -> str:
         """The meaning of a map of :attr:`relative`, in two sentences."""
         if self.baseline is None:
             return (
-                "How much the expected grade drops (red) or rises (blue) without a group of neighbouring "
+                f"How much the {self.score_name} drops (red) or rises (blue) without a group of neighbouring "
                 "tiles, shared among the group, times the number of tiles. Such shares need not sum to the "
                 "grade."
             )
         return (
-            "How much each tile raises (red) or lowers (blue) the slide's score, times the number of tiles; "
-            f"0 is the slide's average tile. The mean is the score, {self.score:.2f}, less "
-            f"{self.baseline:.2f}, the score if all tiles counted alike."
+            f"How much each tile raises (red) or lowers (blue) the slide's {self.score_name}, times the "
+            f"number of tiles; 0 is the slide's average tile. The mean is the latent score, "
+            f"{self.score:.2f}, less {self.baseline:.2f}, the latent score if all tiles counted alike."
         )
 
     def to_dict(self) -> dict[str, Any]:

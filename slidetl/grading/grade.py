@@ -621,7 +621,7 @@ def _ahead(items: Generator[_T, None, None], depth: int = 4) -> Generator[_T, No
         thread.join()
 
 
-def draw_map(result: SlideGrade, path: Path, title: str = "") -> None:
+def draw_map(result: SlideGrade, card: ModelCard, path: Path, title: str = "") -> None:
     """Draws contributions, and the relative attention if it varies, over the thumbnail, as a PNG.
 
     ``title`` names the slide; by default it is the name of its file.
@@ -632,7 +632,7 @@ def draw_map(result: SlideGrade, path: Path, title: str = "") -> None:
     height, width = plan.thumbnail.shape[:2]
     explanation = result.explanation
     reach = explanation.reach
-    part = f"contribution to the {'expected grade' if explanation.baseline is None else 'score'}"
+    part = f"contribution to the {explanation.score_name}"
     panels = [(part, f"{explanation.unit} × tiles", explanation.relative, DIVERGING, (-reach, reach), "both")]
     if (relative := relative_attention(result.attention)) is not None:
         limits = (0.0, float(relative.max()))
@@ -641,7 +641,7 @@ def draw_map(result: SlideGrade, path: Path, title: str = "") -> None:
     figure = Figure(
         figsize=(
             (1 + len(panels)) * panel_width,
-            0.9 * panel_width * min(2.0, max(0.5, height / width)) + 0.9,
+            0.9 * panel_width * min(2.0, max(0.5, height / width)) + 1.3,
         ),
         layout="constrained",
     )
@@ -662,8 +662,8 @@ def draw_map(result: SlideGrade, path: Path, title: str = "") -> None:
         panel.set_xticks([])
         panel.set_yticks([])
     probabilities = ", ".join(f"{probability:.2f}" for probability in result.probabilities)
-    grade = plot_label(result.grade_name)
-    figure.suptitle(f"grade {grade}   (expected {result.expected_grade:.2f}; probabilities {probabilities})")
+    grade, score = map(plot_label, (result.grade_name, card.describe_score(result.expected_grade)))
+    figure.suptitle(f"grade {grade}\n{score}\nprobabilities {probabilities}")
     if result.notes:
         figure.supxlabel(f"see the notes in {plot_label(path.stem)}.json", color="#9a3412")
     about = {"Software": f"slidetl {VERSION}", _OF_MODEL: result.model_sha256}

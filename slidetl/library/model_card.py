@@ -156,6 +156,18 @@ class ModelCard:
             f"{', but not tried with this file' if by_others else ''}"
         )
 
+    @property
+    def score_scale(self) -> str:
+        """The range of the continuous score, with the grades at its ends if their names are other numbers."""
+        last = len(self.grades) - 1
+        if self.grades == tuple(map(str, range(last + 1))):
+            return f"0 to {last}"
+        return f"0 to {last}, where 0 is grade {self.grades[0]} and {last} grade {self.grades[-1]}"
+
+    def describe_score(self, expected_grade: float) -> str:
+        """Describes the continuous score of a slide or series, the mean of the grades by probability."""
+        return f"continuous score {expected_grade:.2f} of {self.score_scale}"
+
     @staticmethod
     def format_novelty(novelty: float, form: str = ".2f") -> str:
         """Formats a novelty, with more digits if it would look like the limit of 1."""

@@ -126,7 +126,7 @@ def test_map_lies_where_the_tiles_are(study: Study, model: ModelFile, tmp_path: 
     assert (said["method"], said["unit"]) == ("additive", "log-odds")
     assert said["baseline"] + said["raised"] + said["lowered"] == pytest.approx(said["score"], abs=2e-5)
     assert sum(result.probabilities) == pytest.approx(1, abs=1e-5)
-    draw_map(result, tmp_path / "new" / "map.png")
+    draw_map(result, model.card, tmp_path / "new" / "map.png")
     assert (tmp_path / "new" / "map.png").stat().st_size > 10_000
 
 
@@ -177,22 +177,23 @@ def test_tiles_that_are_not_graded_are_told(
 
 
 def test_the_map_has_the_title_of_the_slide_and_refers_to_the_notes(
-    pyramid_tiff: PyramidTiff, tissue_picture: Callable[..., Picture], tmp_path: Path
+    model: ModelFile, pyramid_tiff: PyramidTiff, tissue_picture: Callable[..., Picture], tmp_path: Path
 ) -> None:
     clean = grade_of(pyramid_tiff(tissue_picture(1024), mpp=0.5))
     for result in (clean, replace(clean, doubts=("too little tissue",))):
-        draw_map(result, tmp_path / "map.png")
+        draw_map(result, model.card, tmp_path / "map.png")
         red, _, blue = np.asarray(Image.open(tmp_path / "map.png").convert("RGB"))[-20:].T.astype(int)
         assert ((red - blue) > 90).any() == bool(result.notes)
-    draw_map(clean, tmp_path / "own.png")
-    draw_map(clean, tmp_path / "other.png", "b/S1.png")
-    top = [np.asarray(Image.open(tmp_path / f"{name}.png"))[:60, :500] for name in ("own", "other")]
+    draw_map(clean, model.card, tmp_path / "own.png")
+    draw_map(clean, model.card, tmp_path / "other.png", "b/S1.png")
+    top = [np.asarray(Image.open(tmp_path / f"{name}.png"))[:, :500] for name in ("own", "other")]
     assert (top[0] != top[1]).any()  # its title
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("first", "second"), [((0, 0), (5, 7)), ((5, 0), (0, 7))])
 def test_the_map_is_bright_where_the_network_looked(
+    model: ModelFile,
     pyramid_tiff: PyramidTiff,
     tissue_picture: Callable[..., Picture],
     tmp_path: Path,
@@ -207,7 +208,7 @@ def test_the_map_is_bright_where_the_network_looked(
         assert is_there.sum() == 1
         attention = np.where(is_there, 0.9, 0.1 / (len(is_there) - 1)).astype(np.float32)
         even = explanation_of(np.zeros(len(is_there)))
-        draw_map(replace(result, attention=attention, explanation=even), tmp_path / "map.png")
+        draw_map(replace(result, attention=attention, explanation=even), model.card, tmp_path / "map.png")
         with Image.open(tmp_path / "map.png") as picture:
             return np.asarray(picture.convert("L"), np.float64)
 
@@ -378,7 +379,8 @@ def test_evidence_gives_a_set_of_grades(
     names = f"{lowest} to {highest}" if lowest < highest else f"{lowest}"
     assert f"{slide.name}: grade {result['grade']}, probability " in err
     promise = "made to hold the true grade of 80 % of patients like those of the evidence"
-    assert f"; set of grades, {promise}: {names}; expected grade " in err
+    score = f"continuous score {result['expected_grade']:.2f} of 0 to 4"
+    assert f"; set of grades, {promise}: {names}; {score}; " in err
 
 
 @pytest.mark.slow

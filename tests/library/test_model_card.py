@@ -37,6 +37,18 @@ def test_round_trip(card: ModelCard) -> None:
     assert ModelCard.from_json(card.to_json()) == card
 
 
+@pytest.mark.parametrize(
+    ("grades", "scale"),
+    [
+        (("0", "1", "2", "3", "4"), "0 to 4"),
+        (("1", "2", "3", "4", "5"), "0 to 4, where 0 is grade 1 and 4 grade 5"),
+        (("none", "mild", "severe"), "0 to 2, where 0 is grade none and 2 grade severe"),
+    ],
+)
+def test_a_continuous_score_is_said_with_its_range(grades: tuple[str, ...], scale: str) -> None:
+    assert replace(CARD, grades=grades).describe_score(2.047) == f"continuous score 2.05 of {scale}"
+
+
 @pytest.mark.parametrize(("temperature", "coverage"), [(0, 0.9), (float("nan"), 0.9), (1, 1), (1, 0)])
 def test_impossible_evidence_is_refused(temperature: float, coverage: float) -> None:
     with pytest.raises(UsageError):

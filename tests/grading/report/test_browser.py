@@ -263,7 +263,7 @@ def test_another_map_is_another_picture_with_its_legend(report: Path, open_page:
     contribution = opened.overlay()
     legend = opened.page.locator(".legend:visible")
     assert legend.inner_text().startswith(
-        "How much each tile raises (red) or lowers (blue) the slide's score"
+        "How much each tile raises (red) or lowers (blue) the slide's latent score (log-odds), "
     )
     assert "log-odds × tiles" in legend.inner_text()
     opened.page.get_by_text("Attention", exact=True).click()

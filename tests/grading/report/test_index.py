@@ -28,6 +28,8 @@ def test_lists_every_slide_and_links_its_page(graded: Graded, card: ModelCard, t
     assert "3 slides 1 could not be graded" in page.text
     assert f"{HOSTILE}.svs: not a slide" in page.text
     assert f"a slide.tiff 3 tiles cannot be read {HOSTILE} moderate" in page.text
+    assert "Score, 0 to 3 Tissue" in page.text
+    assert "Score, 0 to 3, where 0 is grade none and 3 grade severe: the continuous score" in page.text
     assert "moderate 60 % mild to moderate 1.75 0.8 0.70" in page.text
     assert "moderate 60 % mild to moderate 1.75 0.8 1.004" in page.text
     assert describe(GradeRow(other.slide, GRADED, dict(other.result)), card).endswith("; novelty 1.004")

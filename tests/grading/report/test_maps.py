@@ -31,7 +31,9 @@ def test_contributions_lie_evenly_about_zero(graded: Graded) -> None:
     assert [place for place, _ in shown.ticks] == [0, 0.5, 1]
     assert [text for _, text in shown.ticks] == ["≤ −4", "0", "≥ 4"]
     assert shown.unit == "log-odds × tiles"
-    assert f"the score, {1.2 + contributions.sum():.2f}, less 1.20," in shown.description
+    assert f"is the latent score, {1.2 + contributions.sum():.2f}, less 1.20," in shown.description
+    in_grades = dataclasses.replace(explanation_of(contributions), unit="grades")  # of a regression
+    assert "lowers (blue) the slide's latent score (grades from 0), times" in in_grades.description
 
 
 def test_contributions_that_hardly_differ_look_alike(graded: Graded) -> None:

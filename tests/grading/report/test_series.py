@@ -86,7 +86,7 @@ def test_the_page_says_what_the_model_said(graded: SeriesGrade, card: ModelCard,
         "Patches that raise the score most",
         "60 patches of 32 mm were graded, every 16 mm; all are in p1.patches.csv.",
         "60 series of 50 patients",
-        "the score, 1.00, less",
+        "lowers (−) the latent score (log-odds). The sum over all patches is the latent score, 1.00, less",
     ):
         assert said in text
     assert "tissue" not in text and "stains" in text

@@ -68,7 +68,7 @@ def test_says_what_the_model_said_and_what_it_is(graded: Graded, card: ModelCard
         "mild to moderate (such a set is made to hold the true grade of 90 % of patients like those of the "
         "evidence)",
         "60.0 %",
-        "1.75",
+        "Continuous score 1.75 of 0 to 3, where 0 is grade none and 3 grade severe: the mean of the grades",
         "0.8 mm²",
         "0.70 (above 1",
         "60 slides of 50 patients; sites: north, south; scanners: GT450; stains: trichrome",
@@ -77,7 +77,7 @@ def test_says_what_the_model_said_and_what_it_is(graded: Graded, card: ModelCard
         "ab" * 32,
         "23" * 32,
         "Tiles that raise the score most",
-        "Contribution to the score (log-odds × tiles), and attention relative to the average tile.",
+        "Contribution to the latent score (log-odds), times the number of tiles, and attention",
         "Finest detail on this page: 0.5 µm per pixel; the slide has 0.5.",
     ):
         assert said in text
