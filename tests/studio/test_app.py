@@ -639,7 +639,8 @@ def test_sets_of_grades_have_the_names_of_the_model(project: Client) -> None:
     project.studio.queue.add("grade", "lung", "grades-1", (Step(("grade", "models/m.pt")),), lung.folder)
     graded = [GradeRow(Path(one["slide"]), GRADED, one) for one in results]
     failed = GradeRow(Path("/x/d.svs"), FAILED, {}, "is away")
-    write_results(output / "results.csv", [*graded, failed], 3)
+    of_one_name = GradeRow(Path("/y/a.svs"), FAILED, {}, "is away too")
+    write_results(output / "results.csv", [*graded, failed, of_one_name], 3)
     earlier = {**results[0], "slide": "/x/d.svs"}
     for one in (*results, earlier):
         (output / f"{Path(one['slide']).stem}.json").write_text(json.dumps(one))
@@ -648,7 +649,8 @@ def test_sets_of_grades_have_the_names_of_the_model(project: Client) -> None:
         page = project.http.get("/p/lung/grade").text
         return re.findall(r"<tr>(.*?)</tr>", page.partition('class="results"')[2], re.DOTALL)[1:]
 
-    a, b, c, d = rows()
+    a, b, c, d, other = rows()
+    assert "x/a.svs" in a and "y/a.svs" in other and "x/b.svs" not in b
     assert "is away" in d and "no spacing" not in d and "novelty" not in d
     assert "<b>2</b>" in a and "<td>2 to 3</td>" in a and "<td>1</td>" in b and "<td>–</td>" in c
     assert "&lt;b&gt;no spacing" in a and "3 tiles could not be read" in a and "novelty 0.83" in a
