@@ -114,7 +114,7 @@ def test_what_the_comparison_sets_is_refused(name: str, tmp_path: Path) -> None:
     why = "is set by the comparison itself" if name in RESERVED else "would not be learned"
     for old, new in (
         ("  data: {bag_size: 8}\n  model: {", f"  {part}: {{{key}: 1}}\n  # "),
-        ("trainer: {max_epochs: 2}}", f"{part}: {{{key}: 1}}}}"),
+        ("model: {transfer: {init_args: {x: 3}}}, trainer: {max_epochs: 2}", f"{part}: {{{key}: 1}}"),
         ("choices: {", f"choices: {{{name}: [1, 2, 3], "),
         ("choices: {", f"choices: {{{name}.some: [1, 2, 3], "),
     ):
