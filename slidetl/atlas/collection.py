@@ -75,7 +75,7 @@ class Collection:
         """
         columns = None
         for slide in self.slides:
-            rows = read_features(slide.cache, self.features)
+            rows = self.read(slide)
             columns = columns or rows.shape[1]
             finite = np.isfinite(rows).all(1)
             if not finite.all() or rows.shape[1] != columns:
@@ -89,6 +89,14 @@ class Collection:
                     "again with 'slidetl embed --overwrite'"
                 )
             yield rows
+
+    def read(self, slide: CachedSlide) -> NDArray[np.float16]:
+        """Reads the features of a slide, ``[n, D]``.
+
+        Raises:
+            CacheMismatchError: they are of another network than the source; they were replaced.
+        """
+        return read_features(slide.cache, self.features, identity=self.source.identity)
 
     def place(self, tile: int) -> tuple[CachedSlide, int]:
         """Returns the slide of a tile, and the number of the tile in its cache."""

@@ -16,7 +16,7 @@ from slidetl.atlas.collection import Collection
 from slidetl.atlas.options import SimilarOptions
 from slidetl.data.study import check_duplicates
 from slidetl.errors import UsageError, WeightsError
-from slidetl.tiles.features import FeatureSource, read_features
+from slidetl.tiles.features import FeatureSource
 from slidetl.tiles.grid import TileSpec
 
 
@@ -152,7 +152,7 @@ def _distances(
     distances = np.zeros(len(tiles), np.float32)
     slides = collection.slide_of[tiles]
     for number in np.unique(slides):
-        rows = read_features(collection.slides[number].cache, collection.features)
+        rows = collection.read(collection.slides[number])
         chosen = slides == number
         places = tiles[chosen] - collection.starts[number]
         distances[chosen] = 1 - cosines(direction[None], [rows[places]])[0]
@@ -161,7 +161,7 @@ def _distances(
 
 def _vector(collection: Collection, tile: int) -> NDArray[np.float16]:
     slide, number = collection.place(tile)
-    vector: NDArray[np.float16] = read_features(slide.cache, collection.features)[number]
+    vector: NDArray[np.float16] = collection.read(slide)[number]
     if not np.isfinite(vector).all():
         raise UsageError(
             f"features of tile {number} of slide {slide.row.slide_id!r} are not finite; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -370,7 +370,7 @@ def combine(
         readers=agreements,
         ceiling=ceiling,
         places={place: pooling.by_grade(place) for place in PLACES},
-        site_in_embeddings=_site_in_embeddings(comparison, study, {job.arm for job, _ in done}, arms, folds),
+        site_in_embeddings=_site_in_embeddings(comparison, study, [job for job, _ in done], arms, folds),
         power_of=power_of,
         power=_power(accuracies, design),
         design=design,
@@ -670,11 +670,18 @@ def _power(accuracies: tuple[tuple[float, float], ...], design: StudyDesign) -> 
 
 
 def _site_in_embeddings(
-    comparison: Comparison, study: Study, planned: Set[str], arms: Sequence[ArmResult], folds: Sequence[Fold]
+    comparison: Comparison,
+    study: Study,
+    jobs: Sequence[Job],
+    arms: Sequence[ArmResult],
+    folds: Sequence[Fold],
 ) -> dict[str, SiteDecodability]:
-    """Measures how well stored features of planned arms, and trained networks of arms, tell the site.
+    """Measures how well stored features of jobs, and trained networks of arms, tell the site.
 
     Empty if a site has a single patient, a patient several sites, or folds leave a site out.
+
+    Raises:
+        CacheError: the features are not those of the jobs; they were replaced.
     """
     if site := comparison.protocol.external_site:  # no fold trains on it
         study = replace(study, slides=tuple(slide for slide in study.slides if slide.row.site != site))
@@ -687,15 +694,13 @@ def _site_in_embeddings(
     is_torn = len(pairs) > len({patient for patient, _ in pairs})
     if len(n_patients) < 2 or min(n_patients.values()) < 2 or is_torn or left_out:
         return {}
-    names = {
-        name
-        for arm_name, arm in comparison.arms.items()
-        if arm_name in planned and arm.classical is not None
-        for name in arm.classical.features
-    }
+    whole = [job for job in jobs if job.n_slides is None and job.permutation is None]
+    readers = {name: job for job in whole if "classical" in job.recipe for name in job.features}
     found = {}
-    for name in sorted(names):
-        means = [read_features(cache, name).astype(np.float64).mean(0) for cache in study.caches]
+    for name in sorted(readers):
+        opened = readers[name].open(row.slide_id for row in study.rows)
+        caches = {slide.row.slide_id: slide.cache for slide in opened}
+        means = [read_features(caches[row.slide_id], name).astype(np.float64).mean(0) for row in study.rows]
         found[f"stored features {name}"] = site_decodability(np.stack(means), sites, patients)
     number = {row.slide_id: place for place, row in enumerate(study.rows)}
     for arm in arms:

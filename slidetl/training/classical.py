@@ -25,9 +25,10 @@ from slidetl.evaluation.classical import (
     save_grader,
 )
 from slidetl.evaluation.metrics import GradeMetrics, grade_metrics
+from slidetl.files import check_writable
 from slidetl.models.spec import BackboneSpec
 from slidetl.status import show_metrics, show_stage
-from slidetl.tiles.features import common_source, read_features
+from slidetl.tiles.features import FeatureSource, common_source, read_features
 from slidetl.tiles.store import SlideCache
 from slidetl.training.options import FeatureStudy
 from slidetl.training.predictions import (
@@ -56,10 +57,17 @@ class Scored:
     intervals: Mapping[str, tuple[float, float, float]]
 
 
-def _parts(
-    study: FeatureStudy, pretrained: str = ""
-) -> tuple[tuple[CachedSlide, ...], tuple[CachedSlide, ...], StudyRecord, tuple[ManifestRow, ...]]:
-    """Returns the training slides (train and val), the test slides, the record of both, and the manifest.
+@dataclass(frozen=True)
+class _Parts:
+    train: tuple[CachedSlide, ...]
+    test: tuple[CachedSlide, ...]
+    record: StudyRecord
+    manifest: tuple[ManifestRow, ...]
+    sources: tuple[FeatureSource, ...]
+
+
+def _parts(study: FeatureStudy, pretrained: str = "") -> _Parts:
+    """Returns the training slides (train and val), the test slides, and the networks of their features.
 
     Patients that the network of the features was trained on keep their parts.
 
@@ -75,7 +83,7 @@ def _parts(
     check_scale(study.grades)
     whole = read_study(study.manifest, study.cache, study.grades)
     parts = whole.parts(val_fraction=study.val_fraction, test_fraction=study.test_fraction, seed=study.seed)
-    sources = [common_source(name, [slide.cache for slide in whole.graded]) for name in study.names]
+    sources = tuple(common_source(name, [slide.cache for slide in whole.graded]) for name in study.names)
     origins = []
     if pretrained:
         from slidetl.training.grader import record_behind  # imported here: torch takes seconds
@@ -95,12 +103,19 @@ def _parts(
         )
     by_part = {"train": train, "val": (), "test": test, "predict": whole.slides}
     record = StudyRecord.of(by_part, before=past.used)
-    return train, test, record, whole.manifest
+    return _Parts(train, test, record, whole.manifest, sources)
 
 
-def _features(study: FeatureStudy, cache: SlideCache) -> NDArray[np.float64]:
-    """Reads the named features of a slide's tiles, joined: ``[N, D]``."""
-    arrays = [read_features(cache, name) for name in study.names]
+def _features(
+    study: FeatureStudy, sources: Sequence[FeatureSource], cache: SlideCache
+) -> NDArray[np.float64]:
+    """Reads the named features of a slide's tiles, joined: ``[N, D]``.
+
+    Raises:
+        CacheMismatchError: they are of another network than the source; they were replaced.
+    """
+    named = zip(study.names, sources, strict=True)
+    arrays = [read_features(cache, name, identity=source.identity) for name, source in named]
     return np.concatenate(arrays, axis=1).astype(np.float64)
 
 
@@ -135,11 +150,13 @@ def fit_pooled(
         raise UsageError(f"--model must be one of {', '.join(MODELS)}, not {model!r}")
     if pretrained and (model != "ridge" or pool != "mean" or len(study.names) != 1):
         raise UsageError("--pretrained takes --model ridge, --pool mean and one name of --features")
-    train, test, record, _ = _parts(study, pretrained)
+    parts = _parts(study, pretrained)
+    train, test = parts.train, parts.test
+    check_writable(output / "predictions.csv")
     pooled = []
     for number, slide in enumerate((*train, *test)):
         show_stage("reading features", number, len(train) + len(test), "slides")
-        pooled.append(pool_tiles(_features(study, slide.cache), pool, k))
+        pooled.append(pool_tiles(_features(study, parts.sources, slide.cache), pool, k))
     x, x_test = np.stack(pooled[: len(train)]), np.stack(pooled[len(train) :])
     show_stage("fitting", 0, None, "")
     grader = fit_grader(model, x, _grades(train), _patients(train), len(study.grades), seed=study.seed)
@@ -148,8 +165,8 @@ def fit_pooled(
     if pretrained:
         from slidetl.training.ridge import build_ridge, write_ridge  # imported here: it builds networks
 
-        source = common_source(study.names[0], [slide.cache for slide in train])
-        network = build_ridge(study, grader, source, pretrained, train[0].cache.spec, record, x_test)
+        source, spec = parts.sources[0], train[0].cache.spec
+        network = build_ridge(study, grader, source, pretrained, spec, parts.record, x_test)
     _remove_results(output)
     checkpoint = write_ridge(output, *network) if network else ""
     if model != "trees":  # saving them needs pickle
@@ -171,11 +188,13 @@ def fit_labelled_tiles(study: FeatureStudy, output: Path, labels: Path) -> Score
         UsageError: the points of a slide lie outside its tiles, or all labels are equal.
         SlidetlError: as :func:`fit_pooled`.
     """
-    train, test, _, rows = _parts(study)
+    parts = _parts(study)
+    train, test = parts.train, parts.test
+    check_writable(output / "predictions.csv")
     tables = read_points(labels)
     if "" in tables:
         raise UsageError(f"{labels}: expected a column slide_id with a slide in each line")
-    warn_of_unused(labels, tables, (row.slide_id for row in rows))
+    warn_of_unused(labels, tables, (row.slide_id for row in parts.manifest))
     of_tiles = [_tile_labels(slide, tables) for slide in train]
     known = np.unique(np.concatenate(of_tiles))
     known = known[~np.isnan(known)]
@@ -184,7 +203,7 @@ def fit_labelled_tiles(study: FeatureStudy, output: Path, labels: Path) -> Score
             f"{labels}: the training part's tiles need at least two different labels, not {known.tolist()}"
         )
     grader = fit_tile_grader(
-        lambda number: _features(study, train[number].cache),
+        lambda number: _features(study, parts.sources, train[number].cache),
         [np.where(np.isnan(found), -1, np.searchsorted(known, found)) for found in of_tiles],
         np.where(np.isinf(known), 0.0, known).tolist(),
         np.isinf(known).tolist(),
@@ -193,7 +212,7 @@ def fit_labelled_tiles(study: FeatureStudy, output: Path, labels: Path) -> Score
         len(study.grades),
         seed=study.seed,
     )
-    probabilities = grader.probabilities(_features(study, slide.cache) for slide in test)
+    probabilities = grader.probabilities(_features(study, parts.sources, slide.cache) for slide in test)
     _remove_results(output)
     return _write(study, test, probabilities, output)
 

@@ -14,7 +14,7 @@ from slidetl.atlas.collection import Collection, open_collection
 from slidetl.atlas.options import Selection, SimilarOptions
 from slidetl.atlas.similar import find_similar
 from slidetl.cli import main
-from slidetl.errors import CacheCorruptError, CacheMissingError, UsageError, WeightsError
+from slidetl.errors import CacheCorruptError, CacheMismatchError, CacheMissingError, UsageError, WeightsError
 from slidetl.tiles.features import read_features, write_features
 from slidetl.training.embed import embed_cache
 from slidetl.training.options import EmbedOptions
@@ -48,6 +48,21 @@ def test_hits_have_the_pattern_of_other_patients_and_few_of_a_slide(collection: 
         assert (np.diff(found.distances) >= 0).all()
         assert found.distances[-1] < found.quantiles[2]
         assert 1 <= found.random_rank <= found.searched
+
+
+def test_features_of_another_network_in_the_middle_are_refused(patterned: Study, tmp_path: Path) -> None:
+    shutil.copytree(patterned.cache, tmp_path / "cache")
+    collection = open_collection(Selection(tmp_path / "cache", "told", patterned.manifest))
+    read = iter(collection)
+    first = next(read)
+    options = SimilarOptions((name_of(collection, len(first)),))  # of the second slide
+    cache = collection.slides[1].cache
+    other = replace(collection.source, weights_sha256="b" * 64)
+    write_features(cache, {"told": (other, read_features(cache, "told"))})
+    with pytest.raises(CacheMismatchError, match="store them under another --name"):
+        next(read)
+    with pytest.raises(CacheMismatchError, match="store them under another --name"):
+        find_similar(collection, options)
 
 
 def test_the_same_patient_is_searched_on_request_but_never_the_example(collection: Collection) -> None:
@@ -99,7 +114,7 @@ def test_missing_features_name_those_that_exist_and_nan_is_refused(
         open_collection(Selection(patterned.cache, "told", patterned.manifest, ("nobody",)))
     rows = next(iter(collection))
     rows[3, 1] = np.nan
-    monkeypatch.setattr("slidetl.atlas.collection.read_features", lambda cache, name: rows)
+    monkeypatch.setattr("slidetl.atlas.collection.read_features", lambda *_, **__: rows)
     with pytest.raises(CacheCorruptError, match="those of tile 3 are not finite"):
         next(iter(collection))
 

@@ -29,6 +29,7 @@ from sklearn.metrics import accuracy_score, cohen_kappa_score
 
 from slidetl.cli import main
 from slidetl.compare import pool, records, run, train_arm
+from slidetl.compare.aggregate import _site_in_embeddings
 from slidetl.compare.config import Arm, Comparison, Primary, read_comparison
 from slidetl.compare.plan import FORMAT_VERSION, Job, cases_of, permuted, read_slides, refuse_seen
 from slidetl.compare.pool import Workplace, run_job
@@ -355,6 +356,28 @@ def test_weights_and_features_that_are_choices_are_in_the_key(study: Cohort, tmp
     other.write_bytes(b"others")
     after = [keys(choices) for choices in (weights, features, rates)]
     assert not before[0] & after[0] and not before[1] & after[1] and before[2] == after[2]
+
+
+def test_features_replaced_since_a_run_began_tell_no_site(study: Cohort, tmp_path: Path) -> None:
+    shutil.copytree(study.cache, tmp_path / "cache")
+
+    def store(scale: float) -> None:
+        source = FeatureSource("net", "", "a" * 64, (0.5,) * 3, (0.5,) * 3)
+        for number, folder in enumerate(sorted((tmp_path / "cache").glob("*.zarr"))):
+            tiles = SlideCache.open(folder)
+            write_features(tiles, {"told": (source, np.full((len(tiles), 2), scale * number, np.float16))})
+
+    store(1)
+    arms = {"ridge": {"classical": {"features": ["told"], "model": "ridge"}}, **PRIOR}
+    primary = {"arm": "ridge", "against": "prior"}
+    moved = Cohort(study.manifest, tmp_path / "cache")
+    comparison = read_comparison(configuration(moved, tmp_path, arms=arms, primary=primary))
+    plan = plan_comparison(comparison)
+    of_plan = comparison, plan.study, plan.jobs, (), plan.folds
+    assert _site_in_embeddings(*of_plan).keys() == {"stored features told"}
+    store(2)
+    with pytest.raises(CacheMismatchError, match="other features 'told' than when the study was read"):
+        _site_in_embeddings(*of_plan)
 
 
 @pytest.mark.parametrize("source", ["hub", "file"])

@@ -76,6 +76,40 @@ def test_classical_graders_load_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("made", [True, False], ids=["made", "imported"])
+def test_features_of_another_network_in_the_middle_are_refused(
+    stored: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: bool
+) -> None:
+    caches = [SlideCache.open(path) for path in sorted(stored.cache.glob("*.zarr"))]
+
+    def store(network: str) -> None:
+        source = FeatureSource(network, "", network * 64 if made else "", (0, 0, 0), (1, 1, 1))
+        for cache in caches:
+            write_features(cache, {"told": (source, read_features(cache, "told"))})
+
+    store("a")
+    steps = iter(("a", "b"))
+    monkeypatch.setattr(classical, "show_stage", lambda *_: store(next(steps)))  # before each slide
+    study = FeatureStudy(stored.manifest, stored.cache, ("told",), test_fraction=0.34)
+    with pytest.raises(CacheMismatchError, match="store them under another --name"):
+        fit_pooled(study, tmp_path / "out")
+    assert not list(steps) and not (tmp_path / "out").exists()
+
+
+def test_results_that_cannot_be_written_are_not_computed(
+    stored: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("in the way, as a folder of someone else")
+    (tmp_path / "labels.csv").write_text("slide_id,x_level0,y_level0,label\n")
+    read: list[object] = []
+    monkeypatch.setattr(classical, "read_features", lambda *of, **_: read.append(of))
+    command = words(stored, tmp_path / "out", "--features", "told")
+    for more in ([], [f"--tile-labels={tmp_path / 'labels.csv'}"]):
+        assert main([*command, *more]) == 2
+        assert "predictions.csv: cannot be written" in capsys.readouterr().err.splitlines()[-1]
+    assert not read
+
+
 @pytest.mark.parametrize("model", ["ridge", "ordinal", "logistic", "trees"])
 def test_grades_the_test_part_of_the_common_split(
     stored: Study, tmp_path: Path, model: ClassicalModel, capsys: pytest.CaptureFixture[str]
@@ -239,9 +273,9 @@ def test_tiles_of_one_slide_are_held_at_a_time(
     held, most = weakref.WeakValueDictionary[int, Any](), 0
     read = classical._features
 
-    def features(study: FeatureStudy, cache: SlideCache) -> Any:
+    def features(*of: Any) -> Any:
         nonlocal most
-        values = read(study, cache)
+        values = read(*of)
         held[id(values)] = values
         most = max(most, len(held))
         return values
