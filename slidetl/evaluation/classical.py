@@ -7,19 +7,18 @@ scikit-learn. Each chooses its strength of regularisation by cross-validation ov
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
-from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from slidetl.errors import ModelFileError, UsageError
+from slidetl.errors import UsageError
+from slidetl.evaluation.folds import stratified_folds
 from slidetl.evaluation.metrics import check_grades, probability_metrics
-from slidetl.files import check_stored, read_packed_array, replaced
+from slidetl.files import replaced
 
 Pool = Literal["mean", "max", "both", "top-k"]
 POOLS: tuple[Pool, ...] = get_args(Pool)
@@ -298,30 +297,6 @@ def save_grader(path: Path, grader: Grader) -> None:
         )
 
 
-def load_grader(path: Path) -> Grader:
-    """Reads the file of :func:`save_grader`.
-
-    Raises:
-        ModelFileError: not such a file.
-    """
-    try:
-        check_stored(path)
-        size = path.stat().st_size
-        with ZipFile(path) as file:
-            names = (name.removesuffix(".npy") for name in file.namelist())
-            values = {name: read_packed_array(file, name, size) for name in names}
-        model, sigma, ranks = values["model"].item(), values["sigma"].item(), np.arange(len(values["grades"]))
-        pipeline = _linear(model)
-        vars(pipeline["scale"]).update(mean_=values["centre"], scale_=values["scale"])
-        vars(pipeline["model"]).update(
-            coef_=values["coefficients"], intercept_=values["intercepts"], classes_=ranks
-        )
-        grades, n_grades, penalty = values["grades"], values["n_grades"].item(), values["penalty"].item()
-    except (OSError, KeyError, ValueError, TypeError, EOFError, BadZipFile) as error:
-        raise ModelFileError(f"{path}: expected a model of 'slidetl fit-features': {error!r}") from error
-    return Grader(model, pipeline, grades, n_grades, penalty, sigma if np.isfinite(sigma) else None)
-
-
 def inner_folds(
     grades: ArrayLike, patients: ArrayLike, seed: int
 ) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
@@ -330,19 +305,15 @@ def inner_folds(
     Takes grades ``[n]`` and at least two patients ``[n]``; ``seed`` shuffles. Returns rows to train on and to
     test: no patient is on both sides, every row is tested once, no part is empty.
     """
-    from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
+    from sklearn.model_selection import GroupKFold
 
     classes, groups = np.asarray(grades), np.asarray(patients)
     most = int(np.unique(classes, return_counts=True)[1].max())
     n_splits = max(2, min(_FOLDS, len(np.unique(groups)), most))
     if most > 1:  # else there is nothing to stratify by
-        folds = StratifiedGroupKFold(n_splits, shuffle=True, random_state=seed)
-        with warnings.catch_warnings():
-            # A grade with fewer slides than folds cannot be in each; a choice of penalty tolerates it.
-            warnings.filterwarnings("ignore", "The least populated class", UserWarning)
-            parts = list(folds.split(classes, classes, groups))
-        if all(len(test) for _, test in parts):  # with few patients a fold may be left empty
-            return parts
+        tests = stratified_folds(classes, groups, n_splits, seed)
+        if all(len(test) for test in tests):  # with few patients a fold may be left empty
+            return [(np.setdiff1d(np.arange(len(classes)), test), test) for test in tests]
     return list(GroupKFold(n_splits, shuffle=True, random_state=seed).split(classes, classes, groups))
 
 
