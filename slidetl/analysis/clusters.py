@@ -22,6 +22,7 @@ Points = NDArray[np.float32] | NDArray[np.float64]
 Kernel = Literal["flat", "gaussian"]
 
 _CPU = torch.device("cpu")
+_QUERIES = 1000  # points with distances that tell the bandwidth
 _STOP = 1e-3  # of the bandwidth, as scikit-learn
 _SEEDS = 512  # moved together
 _DISTANCES = 2**22  # of a block: 16 MB; fewer seeds are compared with more points at once
@@ -99,14 +100,13 @@ def bandwidth_of(
     k: int,
     quantile: float = 0.5,
     *,
-    sample: int = 1000,
     seed: int = 0,
     device: torch.device = _CPU,
 ) -> float:
     """Computes a quantile of the distances from points ``[N, D]`` to their k-th nearest neighbour.
 
     ``k`` is about the size of the smallest group worth finding: a ball of this radius around half of the
-    points (``quantile`` 0.5) holds at least as many. Distances of ``sample`` points are taken, to all.
+    points (``quantile`` 0.5) holds at least as many. Distances of 1000 points are taken, to all.
 
     Raises:
         UsageError: k is not between 1 and N - 1, a quantile outside 0..1, or all these distances are zero.
@@ -118,7 +118,7 @@ def bandwidth_of(
             f"not {k} and {quantile}"
         )
     field = _Field.of(points, 1.0, "flat", device)
-    queries = field.points[torch.from_numpy(_draw(len(points), sample, seed)).to(field.points.device)]
+    queries = field.points[torch.from_numpy(_draw(len(points), _QUERIES, seed)).to(field.points.device)]
     found = []
     for block in torch.split(queries, max(1, 2**24 // len(points))):
         squared = torch.cat([part for _, part in field.distances(block)], 1)

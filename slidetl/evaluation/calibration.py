@@ -28,6 +28,8 @@ from slidetl.evaluation.metrics import (
 )
 from slidetl.evaluation.shapes import check_lengths
 
+_BINS = 10
+_FOLDS = 5  # of patients, to recalibrate
 _RECALIBRATION_PENALTY = 1e-3  # keeps the slope finite where the grades are separated
 _TEMPERATURES = (0.05, 20.0)  # beyond these a model is always, or never, sure
 _OWN_PATIENTS = 2.0  # weight of a model's own probabilities in the targets of its temperature, as Platt's
@@ -96,22 +98,18 @@ def is_at_bound(temperature: float) -> bool:
     return not 1.05 * low < temperature < high / 1.05
 
 
-def recalibrate(
-    true: ArrayLike, probabilities: ArrayLike, patients: ArrayLike, *, n_folds: int = 5, seed: int = 0
-) -> NDArray[np.float64]:
+def recalibrate(true: ArrayLike, probabilities: ArrayLike, patients: ArrayLike) -> NDArray[np.float64]:
     """Recalibrates a model on a new cohort, each patient by the grades of the others.
 
     The expected grade is the one feature of an ordinal regression
-    (:class:`~slidetl.evaluation.ordinal.ProportionalOdds`), fitted to all folds of patients but one and
-    applied to that one: a new offset, slope and thresholds. The order of the slides stays, except between
+    (:class:`~slidetl.evaluation.ordinal.ProportionalOdds`), fitted to all of five folds of patients but one
+    and applied to that one: a new offset, slope and thresholds. The order of the slides stays, except between
     folds, and turns round where the expected grade falls with the grade.
 
     Args:
         true: ``[N]`` grades.
         probabilities: ``[N, K]`` by the model.
         patients: ``[N]``.
-        n_folds: of patients; a patient is in one.
-        seed: of the folds.
 
     Returns:
         ``[N, K]`` probabilities; 0 for a grade that the other folds lack.
@@ -124,15 +122,15 @@ def recalibrate(
 
     grades, (rows,) = check_probabilities(true, probabilities)
     who = np.unique(np.asarray(patients), return_inverse=True)[1]
-    if min(len(np.unique(who)), np.bincount(grades).max()) < n_folds:
+    if min(len(np.unique(who)), np.bincount(grades).max()) < _FOLDS:
         raise UsageError(
-            f"expected at least {n_folds} patients to recalibrate on, and as many slides of the commonest "
+            f"expected at least {_FOLDS} patients to recalibrate on, and as many slides of the commonest "
             f"grade, found {len(np.unique(who))} and {np.bincount(grades).max()}"
         )
     scores = (rows @ np.arange(rows.shape[1]))[:, None]
     found = np.zeros_like(rows)
     # Stratified, or a constant score gets the commonest grade of the other folds, the rarest one here.
-    for held_out in stratified_folds(grades, who, n_folds, seed):
+    for held_out in stratified_folds(grades, who, _FOLDS, seed=0):
         if not len(held_out):
             continue
         train = np.setdiff1d(np.arange(len(grades)), held_out)
@@ -200,9 +198,7 @@ def calibration_null(
     probabilities: ArrayLike,
     predicted: ArrayLike | None = None,
     *,
-    n_bins: int = 10,
     n_draws: int = 1000,
-    seed: int = 0,
 ) -> CalibrationNull:
     """Computes the calibration error, and its distribution under perfect calibration of as many slides.
 
@@ -211,9 +207,9 @@ def calibration_null(
     several a patient the null is somewhat too narrow, and p somewhat too small. Arguments are those of
     :func:`~slidetl.evaluation.metrics.calibration_error`.
     """
-    error = calibration_error(true, probabilities, n_bins, predicted)
+    error = calibration_error(true, probabilities, _BINS, predicted)
     confidence, _ = confidence_of(true, probabilities, predicted)
-    null = abs(_null_gaps(confidence, n_bins, n_draws, seed)).sum(axis=1) / len(confidence)
+    null = abs(_null_gaps(confidence, _BINS, n_draws)).sum(axis=1) / len(confidence)
     return CalibrationNull(
         error=error,
         null_mean=float(null.mean()),
@@ -257,9 +253,8 @@ def reliability(
     probabilities: ArrayLike,
     predicted: ArrayLike | None = None,
     *,
-    n_bins: int = 10,
+    n_bins: int = _BINS,
     n_draws: int = 1000,
-    seed: int = 0,
 ) -> tuple[ReliabilityBin, ...]:
     """Computes a reliability diagram with consistency bars (Bröcker and Smith 2007), in the error's bins.
 
@@ -267,7 +262,7 @@ def reliability(
     outside; they take slides for independent. Returns the bins with slides, in rising confidence.
     """
     confidence, right = confidence_of(true, probabilities, predicted)
-    bins, gaps = confidence_bins(confidence, n_bins), _null_gaps(confidence, n_bins, n_draws, seed)
+    bins, gaps = confidence_bins(confidence, n_bins), _null_gaps(confidence, n_bins, n_draws)
     points = []
     for number in np.unique(bins):
         held = bins == number
@@ -279,9 +274,9 @@ def reliability(
     return tuple(points)
 
 
-def _null_gaps(confidence: NDArray[np.float64], n_bins: int, n_draws: int, seed: int) -> NDArray[np.float64]:
+def _null_gaps(confidence: NDArray[np.float64], n_bins: int, n_draws: int) -> NDArray[np.float64]:
     """Draws right minus expected ones by bin, ``[n_draws, n_bins]``, as if the confidence were the truth."""
-    right = np.random.default_rng(seed).random((n_draws, len(confidence))) < confidence
+    right = np.random.default_rng(0).random((n_draws, len(confidence))) < confidence
     return np.asarray(
         (right - confidence) @ (confidence_bins(confidence, n_bins)[:, None] == np.arange(n_bins))
     )

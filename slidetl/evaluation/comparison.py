@@ -19,6 +19,7 @@ Unit = Literal["worst", "mean", "slide"]
 
 # So many discordant patients give 2^14 ways to swap them: all are tried.
 _EXACT_PATIENTS = 14
+_LEVEL = 0.95  # of the interval of the corrected t-test
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +161,7 @@ class CorrectedT:
     p: float
 
 
-def corrected_t(differences: ArrayLike, test_share: float, *, level: float = 0.95) -> CorrectedT:
+def corrected_t(differences: ArrayLike, test_share: float) -> CorrectedT:
     """Tests differences of two arms over the folds of a repeated cross-validation.
 
     Nadeau and Bengio, Machine Learning 52 (2003), for R repeats of K folds as in Bouckaert and Frank, PAKDD
@@ -174,7 +175,6 @@ def corrected_t(differences: ArrayLike, test_share: float, *, level: float = 0.9
     Args:
         differences: ``[R, K]`` of the metric, first arm minus second, by fold; no test part twice.
         test_share: share of the results in a test part, as 0.2 for five folds.
-        level: of the interval.
 
     Raises:
         UsageError: fewer than two differences, or a share outside of 0..1.
@@ -192,10 +192,10 @@ def corrected_t(differences: ArrayLike, test_share: float, *, level: float = 0.9
     error = float(np.sqrt((1 / len(values) + test_share / (1 - test_share)) * values.var(ddof=1)))
     if error <= 1e-12:
         error = float("nan")
-    half = float(student.ppf((1 + level) / 2, degrees)) * error
+    half = float(student.ppf((1 + _LEVEL) / 2, degrees)) * error
     ratio = mean / error
     p = float(2 * student.sf(abs(ratio), degrees))
-    return CorrectedT(Interval(mean, mean - half, mean + half, level), error, ratio, degrees, p)
+    return CorrectedT(Interval(mean, mean - half, mean + half, _LEVEL), error, ratio, degrees, p)
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,6 @@ def sign_flip_test(
     patients: ArrayLike,
     *,
     n_flips: int = 10_000,
-    seed: int = 0,
 ) -> SignFlip:
     """Swaps two arms' predictions of whole patients, and counts how often the difference gets as large.
 
@@ -244,7 +243,6 @@ def sign_flip_test(
         second: those of the other.
         patients: ``[N]``.
         n_flips: number of random swaps.
-        seed: of the swaps.
     """
     truth, a, b = np.asarray(true), np.atleast_2d(first), np.atleast_2d(second)
     names, member = np.unique(np.asarray(patients), return_inverse=True)
@@ -269,7 +267,7 @@ def sign_flip_test(
     if exact:
         keeps = np.array(list(itertools.product([True, False], repeat=n)), bool).reshape(2**n, n)
     else:
-        keeps = np.random.default_rng(seed).random((n_flips, n)) < 0.5
+        keeps = np.random.default_rng(0).random((n_flips, n)) < 0.5
     # Sums in another order differ in the last bit; a tie must count.
     step = max(1, (1 << 22) // len(truth))
     hits = sum(
@@ -344,7 +342,6 @@ def variance_split(
     patients: ArrayLike,
     *,
     n_draws: int = 2000,
-    seed: int = 0,
 ) -> VarianceSplit:
     """Splits the variance of a metric into seed, fold and patient.
 
@@ -365,7 +362,6 @@ def variance_split(
         folds: ``[R, N]`` whole numbers 0..K-1.
         patients: ``[N]``; no patient is in two folds of a repeat.
         n_draws: resamples of the patients.
-        seed: of the resampling.
 
     Raises:
         UsageError: a fold of fewer than two patients.
@@ -379,18 +375,18 @@ def variance_split(
     for of_repeat, number in itertools.product(range(n_repeats), range(n_folds)):
         held = numbers[of_repeat] == number
         of_fold = partial(metric, truth[held], rows[of_repeat][held])
-        within.append(_patient_variance(of_fold, who[held], n_draws, seed))
+        within.append(_patient_variance(of_fold, who[held], n_draws))
     fold = float(by_fold.var(axis=1, ddof=1).mean() - np.mean(within)) if n_folds > 1 else None
     return VarianceSplit(
         seed=float(pooled.var(ddof=1)) if n_repeats > 1 else None,
         fold=fold if fold is not None and np.isfinite(fold) else None,
-        patient=_patient_variance(partial(metric, truth, rows), who, n_draws, seed),
+        patient=_patient_variance(partial(metric, truth, rows), who, n_draws),
         n_repeats=n_repeats,
     )
 
 
-def _patient_variance(metric: Metric, patients: NDArray[Any], n_draws: int, seed: int) -> float:
+def _patient_variance(metric: Metric, patients: NDArray[Any], n_draws: int) -> float:
     n_patients = len(np.unique(patients))
-    drawn = resampled_metric(metric, patients, n_draws=n_draws, seed=seed)
+    drawn = resampled_metric(metric, patients, n_draws=n_draws)
     drawn = drawn[~np.isnan(drawn)]
     return float(drawn.var(ddof=1) * n_patients / (n_patients - 1)) if len(drawn) > 1 else float("nan")

@@ -15,6 +15,7 @@ from slidetl.evaluation.metrics import check_finite, check_probabilities, weight
 from slidetl.evaluation.shapes import check_lengths, value_of_patient
 
 REFERRAL_POINTS = 10  # thresholds of a risk-coverage curve: its bounds hold for all of them together
+_LEVEL = 0.95  # at which they hold
 
 
 @dataclass(frozen=True)
@@ -171,13 +172,12 @@ def risk_coverage(
     confidence: ArrayLike,
     patients: ArrayLike,
     *,
-    level: float = 0.95,
     n_points: int = REFERRAL_POINTS,
 ) -> RiskCoverage:
     """Computes the risk-coverage curve (El-Yaniv and Wiener, JMLR 2010), with simultaneous bounds.
 
-    Bounds are one-sided and exact for a binomial share (Clopper and Pearson, Biometrika 1934), at ``1 - (1
-    - level) / n_points`` each, as Geifman and El-Yaniv (NeurIPS 2017) do for thresholds tried on one
+    Bounds are one-sided and exact for a binomial share (Clopper and Pearson, Biometrika 1934), at
+    ``1 - 0.05 / n_points`` each, as Geifman and El-Yaniv (NeurIPS 2017) do for thresholds tried on one
     sample. Since slides of a patient are not independent, they count patients: one is wrong if any of its
     graded slides is. This exceeds the share of slides, so the bound errs upwards.
 
@@ -185,19 +185,18 @@ def risk_coverage(
         wrong: ``[N]`` bool, the event to be rare: not the true grade, or two grades off.
         confidence: ``[N]``, higher is surer, such as the highest probability, out of fold.
         patients: ``[N]``.
-        level: at which all bounds hold together.
         n_points: points at coverages of ``1 / n_points``, ..., 1; points at one threshold are merged.
     """
     from scipy.stats import beta
 
     errs, sure, who = np.asarray(wrong, bool), np.asarray(confidence, np.float64), np.asarray(patients)
     check_lengths(errors=errs, confidence=sure, patients=who)
-    if not np.isfinite(sure).all() or n_points < 1 or not 0 < level < 1:
-        raise UsageError("expected finite confidence, a level between 0 and 1, and one point at least")
+    if not np.isfinite(sure).all() or n_points < 1:
+        raise UsageError("expected finite confidence, and one point at least")
     falling = np.sort(sure)[::-1]
     steps = np.ceil(len(sure) * np.arange(1, n_points + 1) / n_points).astype(int)
     thresholds = np.unique(falling[steps - 1])[::-1]
-    each, points = 1 - (1 - level) / n_points, []
+    each, points = 1 - (1 - _LEVEL) / n_points, []
     for threshold in thresholds:
         graded = sure >= threshold
         n, k = (len(np.unique(who[some])) for some in (graded, graded & errs))
@@ -206,7 +205,7 @@ def risk_coverage(
         points.append(ReferralPoint(float(threshold), coverage, risk, upper))
     # Slides of equal confidence are graded together: the risk at each is the risk of all of them.
     area = float(np.mean([errs[sure >= value].mean() for value in falling]))
-    return RiskCoverage(tuple(points), area, level)
+    return RiskCoverage(tuple(points), area, _LEVEL)
 
 
 def referral_rule(curve: RiskCoverage, risk: float) -> ReferralPoint | None:

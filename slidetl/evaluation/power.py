@@ -12,6 +12,8 @@ from slidetl.errors import UsageError
 from slidetl.evaluation.agreement import readings_given_truth
 from slidetl.evaluation.metrics import qwk_of_table
 
+_ALPHA = 0.05  # level of the tests
+
 
 @dataclass(frozen=True)
 class StudyDesign:
@@ -69,7 +71,6 @@ def power_table(
     accuracies: Sequence[tuple[float, float]],
     design: StudyDesign | None = None,
     *,
-    alpha: float = 0.05,
     n_studies: int = 1000,
     n_flips: int = 500,
     seed: int = 0,
@@ -86,7 +87,6 @@ def power_table(
     Args:
         accuracies: pairs of true accuracies, above chance and below 1.
         design: the study; 60 patients with 100 slides in five grades by default.
-        alpha: level of the tests, between 0 and 1.
         n_studies: simulated for each pair; 1000 give a standard error of 0.016 at most.
         n_flips: random swaps for each study.
         seed: of everything.
@@ -109,7 +109,7 @@ def power_table(
             both, kept = (first + second).sum(axis=0), np.tensordot(keeps, first - second, 1)
             one = kept + second.sum(axis=0)
             apart = abs(np.stack(_metrics(one)) - np.stack(_metrics(both - one)))  # [2, 1 + n_flips]
-            found += (~(apart < apart[:, :1] - 1e-12)).mean(axis=1) <= alpha  # the share counts itself
+            found += (~(apart < apart[:, :1] - 1e-12)).mean(axis=1) <= _ALPHA  # the share counts itself
         own, other = (_true_qwk(deviation, design.n_grades) for deviation in deviations)
         by_accuracy, by_qwk = (found / n_studies).tolist()
         rows.append(PowerRow(*pair, own, other, by_accuracy, by_qwk, 0.5 / n_studies**0.5))

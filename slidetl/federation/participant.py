@@ -186,7 +186,7 @@ class Participant:
         assert matrix is not None  # not a swarm
         matrix = without(matrix, [place for place, name in enumerate(names) if name not in present])
         mine = names.index(self.name)
-        networks: dict[str, Weights] = {self.name: self._offer("update", number)["weights"]}
+        networks: dict[str, Weights] = {self.name: self._own_update(number)["weights"]}
         left_out = {}
         for place, name in enumerate(names):
             if name != self.name and matrix[mine, place]:
@@ -206,7 +206,7 @@ class Participant:
         updates, left_out = [], {}
         for name in present:
             if name == self.name:
-                answer = self._offer("update", number)
+                answer = self._own_update(number)
                 updates.append(SiteUpdate(name, answer["weights"], answer["examples"]))
                 continue
             update, fault = self._fetch(name, number)
@@ -250,10 +250,10 @@ class Participant:
         self._network = weights
         self._rounds.write(number, weights, {})
 
-    def _offer(self, what: str, number: int) -> Answer:
-        answer = self.give(number, what)
+    def _own_update(self, number: int) -> Answer:
+        answer = self.give(number, "update")
         if "failed" in answer:
-            raise FederationError(f"this site has no {what} of round {number}")
+            raise FederationError(f"this site has no update of round {number}")
         return answer
 
     def _fetch(self, name: str, number: int) -> tuple[SiteUpdate | None, str]:

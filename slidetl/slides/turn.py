@@ -87,14 +87,13 @@ class ViewerFrame:
         y = stored[1] - y if turn.mirror_y else y
         return np.stack((y, x) if turn.is_transposed else (x, y), axis=1)
 
-    def from_level0(self, places: NDArray[np.float64], is_cropped: bool = True) -> NDArray[np.float64]:
-        """Inverts :meth:`to_level0`."""
+    def from_level0(self, places: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Inverts :meth:`to_level0` of a viewer that crops to the scanned area."""
         turn, stored = self._stored()
         x, y = places.T[::-1] if turn.is_transposed else places.T
         x = stored[0] - x if turn.mirror_x else x
         y = stored[1] - y if turn.mirror_y else y
-        found = np.stack((x, y), axis=1)
-        return found - self.corner_level0 if is_cropped else found
+        return np.stack((x, y), axis=1) - self.corner_level0
 
     def _stored(self) -> tuple[Turn, tuple[int, int]]:
         turn, _ = Turn.of(self.orientation)

@@ -120,7 +120,7 @@ class Guard:
         scope.setdefault("state", {})
         session = self._session(headers)
         if self.token and session is None and scope["method"] == "GET" and path == "/":
-            token = _query(scope, "token")
+            token = _token(scope)
             with self._lock:
                 is_right = bool(token) and secrets.compare_digest(token.encode(), self.token.encode())
                 if is_right:
@@ -175,10 +175,10 @@ class Guard:
         return headers.get("origin") in self._origins and fetched == "same-origin"
 
 
-def _query(scope: Scope, name: str) -> str:
+def _token(scope: Scope) -> str:
     query: bytes = scope.get("query_string", b"")
     try:
-        return parse_qs(query.decode("latin-1"), max_num_fields=10).get(name, [""])[0]
+        return parse_qs(query.decode("latin-1"), max_num_fields=10).get("token", [""])[0]
     except ValueError:  # too many of them
         return ""
 

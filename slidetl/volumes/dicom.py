@@ -70,7 +70,7 @@ def open_dicom(path: Path) -> Series:
         chosen = found[path]["SeriesInstanceUID"]
         found = {p: header for p, header in found.items() if header["SeriesInstanceUID"] == chosen}
     notes = []
-    localizers = [p for p, header in found.items() if "LOCALIZER" in _words(header, "ImageType")]
+    localizers = [p for p, header in found.items() if "LOCALIZER" in _image_type(header)]
     if localizers:
         found = {p: header for p, header in found.items() if p not in localizers}
         notes.append(f"localizer images are left out ({len(localizers)})")
@@ -157,8 +157,8 @@ def _read(path: Path, take: Callable[[Dataset], _Taken], **options: Any) -> _Tak
         raise VolumeError(f"{path}: damaged, or not DICOM: {one_line(str(error))[:200]}") from error
 
 
-def _words(header: _Header, keyword: str) -> list[str]:
-    value = header.get(keyword)
+def _image_type(header: _Header) -> list[str]:
+    value = header.get("ImageType")
     return [] if value is None else [str(v) for v in ([value] if isinstance(value, str) else value)]
 
 
