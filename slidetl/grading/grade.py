@@ -178,20 +178,6 @@ def grade_slide(
             or is unlike them.
     """
     path = Path(path)
-    if runner is None:
-        with start_runner(model, batch_size, threads) as own:
-            return grade_slide(
-                model,
-                path,
-                mpp_override,
-                threads=threads,
-                force=force,
-                profile=profile,
-                runner=own,
-                mpp_replace=mpp_replace,
-                mpp_tolerance=mpp_tolerance,
-                channels=channels,
-            )
     card = model.card
     if card.tile_spec.is_volume:
         raise UsageError(f"{model.path} grades CT series; use grade_series")
@@ -202,31 +188,34 @@ def grade_slide(
     origins: list[NDArray[np.int32]] = []
     tissue = 0.0
     of = (path, mpp_override, mpp_replace, spec)
-    # Closed in any case: a thread or process uses the slide to read ahead.
-    source = (
-        contextlib.closing(_ahead(read_slide(*of, runner.batch_size, threads)))
-        if readers is None
-        else _in_reader(readers, *of, readers.tiles, threads)
-    )
-    with source as parts, torch.inference_mode():
-        plan = next(parts)
-        assert isinstance(plan, TilePlan)  # it comes first
-        _check_tissue(model, path, plan, force)
-        started = _Clocks.now(runner)
-        embedded = _Embeddings(len(plan))
-        depth = readers.held if readers is not None else 0
-        for batch, part in runner.stream(_with_pixels(parts), depth):
-            embedded.add(part)
-            tissue += float(batch.tissue_fraction.sum())
-            origins.append(batch.origins_level0)
-            kept = batch.pixels if kept is None and readers is None else kept
-    if not origins:
-        raise UnfitSlideError(f"{path}: none of its {len(plan)} tiles with tissue can be read")
-    with torch.inference_mode():
-        embeddings = embedded.of_all()
-        places = _places(plan, np.concatenate(origins))
-        graded = _graded(model, runner, path, embeddings, places, force)
-        rates = _rates(runner, kept, len(embeddings), started.since(runner)) if profile else None
+    with contextlib.ExitStack() as own:
+        if runner is None:
+            runner = own.enter_context(start_runner(model, batch_size, threads))
+        # Closed in any case: a thread or process uses the slide to read ahead.
+        source = (
+            contextlib.closing(_ahead(read_slide(*of, runner.batch_size, threads)))
+            if readers is None
+            else _in_reader(readers, *of, readers.tiles, threads)
+        )
+        with source as parts, torch.inference_mode():
+            plan = next(parts)
+            assert isinstance(plan, TilePlan)  # it comes first
+            _check_tissue(model, path, plan, force)
+            started = _Clocks.now(runner)
+            embedded = _Embeddings(len(plan))
+            depth = readers.held if readers is not None else 0
+            for batch, part in runner.stream(_with_pixels(parts), depth):
+                embedded.add(part)
+                tissue += float(batch.tissue_fraction.sum())
+                origins.append(batch.origins_level0)
+                kept = batch.pixels if kept is None and readers is None else kept
+        if not origins:
+            raise UnfitSlideError(f"{path}: none of its {len(plan)} tiles with tissue can be read")
+        with torch.inference_mode():
+            embeddings = embedded.of_all()
+            places = _places(plan, np.concatenate(origins))
+            graded = _graded(model, runner, path, embeddings, places, force)
+            rates = _rates(runner, kept, len(embeddings), started.since(runner)) if profile else None
     tissue_mm2 = tissue * plan.spec.tile_mm2(plan.mpp_read)
     return SlideGrade(
         slide=path,
@@ -257,10 +246,7 @@ def grade_series(
         UnfitSlideError: no patch has enough of the mask; or, unless forced, it is unlike the training series.
     """
     path = Path(path)
-    if runner is None:
-        with start_runner(model, threads=threads) as own:
-            return grade_series(model, path, threads=threads, force=force, runner=own)
-    spec, size = model.card.tile_spec, runner.batch_size
+    spec = model.card.tile_spec
     series = open_series(path)
     plan = plan_patches(series, spec)
     if not len(plan):
@@ -268,19 +254,23 @@ def grade_series(
             f"{path}: {plan.describe_empty()} (patches of {spec.tile_size_px} voxels at {spec.spacing_mm:g} "
             "mm); there is nothing to grade"
         )
-    starts = range(0, len(plan), size)
-    parts = ((n, np.stack([plan.patch(i) for i in range(n, min(n + size, len(plan)))])) for n in starts)
-    embedded = _Embeddings(len(plan))
-    with torch.inference_mode():
-        for _, rows in runner.stream(parts):
-            embedded.add(rows)
-        places = plan.origins_voxel.astype(np.int64) // spec.stride_px
-        graded = _graded(model, runner, path, embedded.of_all(), places, force)
-    points = np.full((len(plan), 3), np.nan)
-    kinds = shown_patches(graded["explanation"].contributions, graded["attention"])
-    shown = [patch for kind in kinds.values() for patch in kind]
-    for patch, place in _places_of(model, runner, embedded.of_all(), plan, shown).items():
-        points[patch] = plan.origins_voxel[patch] + place
+    with contextlib.ExitStack() as own:
+        if runner is None:
+            runner = own.enter_context(start_runner(model, threads=threads))
+        size = runner.batch_size
+        starts = range(0, len(plan), size)
+        parts = ((n, np.stack([plan.patch(i) for i in range(n, min(n + size, len(plan)))])) for n in starts)
+        embedded = _Embeddings(len(plan))
+        with torch.inference_mode():
+            for _, rows in runner.stream(parts):
+                embedded.add(rows)
+            places = plan.origins_voxel.astype(np.int64) // spec.stride_px
+            graded = _graded(model, runner, path, embedded.of_all(), places, force)
+        points = np.full((len(plan), 3), np.nan)
+        kinds = shown_patches(graded["explanation"].contributions, graded["attention"])
+        shown = [patch for kind in kinds.values() for patch in kind]
+        for patch, place in _places_of(model, runner, embedded.of_all(), plan, shown).items():
+            points[patch] = plan.origins_voxel[patch] + place
     return SeriesGrade(
         slide=path,
         fingerprint=series.fingerprint,

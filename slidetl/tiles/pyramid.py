@@ -16,7 +16,7 @@ from slidetl.tiles.grid import TileGrid, TileSpec
 from slidetl.tiles.mosaic import Mosaic
 from slidetl.tiles.plan import TilePlan
 from slidetl.tiles.store import SlideCache
-from slidetl.tiles.tissue import TissueMask
+from slidetl.tiles.tissue import TissueMask, mask_size
 
 TILE_PX = 512
 _QUALITY = 75
@@ -130,7 +130,8 @@ def build_pyramid(
         threads: number of threads to read and compress.
     """
     mpp_slide = canvas.mpp_finest
-    coarsest = max(0, math.ceil(math.log2(max(_size_px(canvas, mpp_slide)) / TILE_PX)))
+    longest = max(mask_size(canvas.size_level0, canvas.mpp_level0, mpp_slide))
+    coarsest = max(0, math.ceil(math.log2(longest / TILE_PX)))
     levels: list[dict[tuple[int, int], bytes]] = []
     left = math.inf
     unreadable = 0
@@ -155,7 +156,8 @@ def build_pyramid(
             break
         mpp_everywhere = level.mpp
         left = max(0, budget_bytes - sum(map(_bytes, levels)))
-    return Pyramid(_size_px(canvas, mpp), mpp, mpp_everywhere, mpp_slide, tuple(levels), unreadable)
+    size_px = mask_size(canvas.size_level0, canvas.mpp_level0, mpp)
+    return Pyramid(size_px, mpp, mpp_everywhere, mpp_slide, tuple(levels), unreadable)
 
 
 def encode_jpeg(rgb: NDArray[np.uint8], quality: int = _QUALITY) -> bytes:
@@ -163,14 +165,6 @@ def encode_jpeg(rgb: NDArray[np.uint8], quality: int = _QUALITY) -> bytes:
     import simplejpeg
 
     return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(rgb), quality, "RGB", "420"))
-
-
-def _size_px(canvas: Canvas, mpp: float) -> tuple[int, int]:
-    width, height = (
-        math.ceil(size * own / mpp - 1e-6)
-        for size, own in zip(canvas.size_level0, canvas.mpp_level0, strict=True)
-    )
-    return width, height
 
 
 def _bytes(jpegs: dict[tuple[int, int], bytes]) -> int:
