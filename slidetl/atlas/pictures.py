@@ -12,7 +12,7 @@ from slidetl.atlas.collection import Collection
 from slidetl.atlas.options import Selection
 from slidetl.page import data_uri
 from slidetl.tiles.mosaic import Mosaic
-from slidetl.tiles.pyramid import encode_jpeg
+from slidetl.tiles.pyramid import encode_thumbnail
 
 _SHOWN_PX = 224
 _QUALITY = 80
@@ -20,11 +20,7 @@ _QUALITY = 80
 
 def picture_of(rgb: NDArray[np.uint8], longest_px: int = _SHOWN_PX) -> str:
     """Encodes a picture, at most so large, for a page."""
-    from PIL import Image
-
-    picture = Image.fromarray(rgb)
-    picture.thumbnail((longest_px, longest_px))
-    return data_uri("jpeg", encode_jpeg(np.asarray(picture), _QUALITY))
+    return data_uri("jpeg", encode_thumbnail(rgb, longest_px, _QUALITY))
 
 
 def describe_tile(collection: Collection, tile: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import traceback
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from slidetl.compare.plan import Job
 from slidetl.compare.records import JobResult, read_result, write_result
-from slidetl.errors import CacheError, OutputError, SlidetlError, UsageError, describe_failure
+from slidetl.errors import OutputError, SlidetlError, UsageError, describe_failure
 from slidetl.files import describe_full, full_disk
 from slidetl.processes import see_one_card
 from slidetl.text import format_warning
@@ -134,31 +135,14 @@ def run_on_cluster(jobs: Sequence[Job], place: Workplace, scheduler: str) -> Ite
         CacheError: the scheduler went away.
         OutputError: the disk is full.
     """
-    from slidetl.tiles.cluster import connect
+    from slidetl.tiles.cluster import connect, finished
 
     with connect(scheduler) as client:
-        import distributed
-
-        futures = {client.submit(_run_on_worker, job, place, pure=False): job for job in jobs}
-        for future in distributed.as_completed(futures, loop=client.loop):  # type: ignore[no-untyped-call]
-            job = futures[future]
-            if future.status == "finished":
-                reason = future.result()
-                if isinstance(reason, OutputError):
-                    raise reason  # the end of the connection takes back what no worker has begun
-                yield job, reason
-            elif future.status == "error":
-                error = future.exception()
-                yield (
-                    job,
-                    f"on the cluster: {describe_failure(error, 'start workers with more, or fewer threads')}",
-                )
-            else:
-                raise CacheError(
-                    f"the scheduler went away before {job.label} was done; what was done is kept: start "
-                    "it and its workers anew, and run the same command again"
-                )
-            future.release()
+        work = partial(_run_on_worker, place=place)
+        for job, found in finished(client, work, jobs, lambda job: job.label):
+            if isinstance(found, OutputError):
+                raise found  # the end of the connection takes back what no worker has begun
+            yield job, found
 
 
 def _compute(job: Job, place: Workplace, folder: Path) -> JobResult:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
-
 import numpy as np
 
 from slidetl.tiles.preview import OUTLINE, outline
+from slidetl.tiles.pyramid import encode_view
 from slidetl.tiles.store import SlideCache
 
 _LONGEST_PX = 360
@@ -22,6 +21,4 @@ def draw_thumbnail(cache: SlideCache) -> bytes:
     pixels = np.array(picture.resize(size, Image.Resampling.BOX if zoom < 1 else Image.Resampling.BILINEAR))
     mask = Image.fromarray(cache.tissue_mask.mask).resize(size, Image.Resampling.NEAREST)
     pixels[outline(np.asarray(mask))] = OUTLINE
-    content = io.BytesIO()
-    Image.fromarray(pixels).save(content, format="JPEG", quality=85)
-    return content.getvalue()
+    return encode_view(pixels, 85)

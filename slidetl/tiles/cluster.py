@@ -11,11 +11,11 @@ import re
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from slidetl.errors import CacheError, CacheMissingError, UsageError, describe_failure
 from slidetl.tiles.grid import TileSpec
@@ -25,6 +25,9 @@ from slidetl.tiles.tile import SlideSource, release_series, stamped, tile_slide
 
 if TYPE_CHECKING:
     from distributed import Client
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 # Longest wait for a scheduler to answer, seconds.
 CONNECT_TIMEOUT = 10
@@ -96,28 +99,46 @@ def connect(address: str) -> Client:
     return client
 
 
-def _rows(
-    client: Client, sources: Sequence[SlideSource], tile: Callable[[Job], list[LedgerRow]]
-) -> Iterator[LedgerRow]:
+def finished(
+    client: Client,
+    work: Callable[[_Item], _Result],
+    jobs: Iterable[_Item],
+    name: Callable[[_Item], str],
+    retries: int = 0,
+) -> Iterator[tuple[_Item, _Result | str]]:
+    """Yields each job as workers have done it, with its result or the reason of its failure.
+
+    Raises:
+        CacheError: the scheduler went away.
+    """
     import distributed
 
-    # Not pure: a second run must tile again, not receive the rows of the first.
-    futures = {client.submit(tile, job, pure=False, retries=RETRIES): job for job in jobs_of(sources)}
+    # Not pure: a second run must work again, not receive the results of the first.
+    futures = {client.submit(work, job, pure=False, retries=retries): job for job in jobs}
     for future in distributed.as_completed(futures, loop=client.loop):  # type: ignore[no-untyped-call]
         job = futures[future]
         if future.status == "finished":
-            yield from future.result()
+            yield job, future.result()
         elif future.status == "error":
-            error = future.exception()
-            reason = f"on the cluster: {describe_failure(error, 'start workers with more, or fewer threads')}"
-            for source in job:
-                yield stamped(LedgerRow(source.slide_id, str(source.path), FAILED, reason), time.monotonic())
+            failure = describe_failure(future.exception(), "start workers with more, or fewer threads")
+            yield job, f"on the cluster: {failure}"
         else:
             raise CacheError(
-                f"the scheduler went away before {job[0].slide_id} was done; what was tiled is kept: start "
+                f"the scheduler went away before {name(job)} was done; what was done is kept: start "
                 "it and its workers anew, and run the same command again"
             )
         future.release()
+
+
+def _rows(
+    client: Client, sources: Sequence[SlideSource], tile: Callable[[Job], list[LedgerRow]]
+) -> Iterator[LedgerRow]:
+    for job, rows in finished(client, tile, jobs_of(sources), lambda job: job[0].slide_id, RETRIES):
+        if isinstance(rows, str):
+            failed = (LedgerRow(source.slide_id, str(source.path), FAILED, rows) for source in job)
+            yield from (stamped(row, time.monotonic()) for row in failed)
+        else:
+            yield from rows
 
 
 def _tile_job(job: Job, cache_dir: Path, spec: TileSpec, overwrite: bool, preview: bool) -> list[LedgerRow]:

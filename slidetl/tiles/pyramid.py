@@ -160,11 +160,20 @@ def build_pyramid(
     return Pyramid(size_px, mpp, mpp_everywhere, mpp_slide, tuple(levels), unreadable)
 
 
-def encode_jpeg(rgb: NDArray[np.uint8], quality: int = _QUALITY) -> bytes:
+def encode_view(rgb: NDArray[np.uint8], quality: int = _QUALITY) -> bytes:
     """Compresses ``[h, w, 3] uint8`` for viewing, with colour at half the resolution."""
     import simplejpeg
 
     return bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(rgb), quality, "RGB", "420"))
+
+
+def encode_thumbnail(rgb: NDArray[np.uint8], longest_px: int, quality: int) -> bytes:
+    """Compresses a picture for viewing, at most so large."""
+    from PIL import Image
+
+    picture = Image.fromarray(rgb)
+    picture.thumbnail((longest_px, longest_px))
+    return encode_view(np.asarray(picture), quality)
 
 
 def _bytes(jpegs: dict[tuple[int, int], bytes]) -> int:
@@ -216,7 +225,7 @@ def _read(
     jpegs: dict[tuple[int, int], bytes] = {}
     taken = unreadable = 0
     where = (level.origins_level0, TILE_PX, level.mpp, _MPP_TOLERANCE)
-    results = slide.map_tiles(encode_jpeg, *where, threads=threads)
+    results = slide.map_tiles(encode_view, *where, threads=threads)
     for (column, row), result in zip(level.places.tolist(), results, strict=False):
         if isinstance(result, SlideReadError):
             unreadable += 1

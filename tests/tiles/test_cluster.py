@@ -174,7 +174,7 @@ def test_a_scheduler_that_goes_away_ends_the_run_with_one_line(
     assert run.wait(timeout=PATIENCE_S) == 2
     lines = log.read_text().splitlines()
     assert [line for line in lines if "warning" not in line] == [
-        "slidetl: error: the scheduler went away before slide was done; what was tiled is kept: start it and "
+        "slidetl: error: the scheduler went away before slide was done; what was done is kept: start it and "
         "its workers anew, and run the same command again"
     ]
 

@@ -16,7 +16,7 @@ from slidetl.grading.report.slide import grade_bars, result_sha256, warnings_of
 from slidetl.grading.series import SeriesGrade, shown_patches
 from slidetl.library.model_card import ModelCard
 from slidetl.page import data_uri, write_page
-from slidetl.tiles.pyramid import encode_jpeg
+from slidetl.tiles.pyramid import encode_view
 
 _LONGEST_PX, _FACE_PX = 384, 192
 _THUMBNAIL_PX = 240
@@ -77,7 +77,7 @@ def write_series_report(
         stride_mm=plan.spec.stride_px * plan.spec.spacing_mm,
         table=f"{name}.patches.csv",
     )
-    write_whole(folder / f"{name}.thumbnail.jpg", encode_jpeg(shown.marked(_THUMBNAIL_PX), 85))
+    write_whole(folder / f"{name}.thumbnail.jpg", encode_view(shown.marked(_THUMBNAIL_PX), 85))
     return page
 
 
@@ -102,7 +102,7 @@ def _patch(result: SeriesGrade, patch: int, relative: NDArray[np.float32] | None
             {
                 "name": plane.name,
                 "sides": plane.sides,
-                "picture": data_uri("jpeg", encode_jpeg(plane.marked(_LONGEST_PX), 85)),
+                "picture": data_uri("jpeg", encode_view(plane.marked(_LONGEST_PX), 85)),
                 "width": plane.pixels.shape[1],
                 "height": plane.pixels.shape[0],
                 "face": data_uri("jpeg", _enlarged(plane.within_box())),
@@ -114,4 +114,4 @@ def _patch(result: SeriesGrade, patch: int, relative: NDArray[np.float32] | None
 
 def _enlarged(face: NDArray[np.uint8]) -> bytes:
     picture = Image.fromarray(face).convert("RGB").resize((_FACE_PX, _FACE_PX), Image.Resampling.BICUBIC)
-    return encode_jpeg(np.asarray(picture), 85)
+    return encode_view(np.asarray(picture), 85)

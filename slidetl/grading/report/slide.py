@@ -22,7 +22,7 @@ from slidetl.grading.report.maps import TileMap, left_out_level0, maps_of
 from slidetl.library.model_card import ModelCard
 from slidetl.page import data_uri, script_json, write_page
 from slidetl.slides import Slide, open_slide
-from slidetl.tiles.pyramid import Canvas, Pyramid, build_pyramid, encode_jpeg
+from slidetl.tiles.pyramid import Canvas, Pyramid, build_pyramid, encode_thumbnail
 
 if TYPE_CHECKING:
     from slidetl.grading.grade import SlideGrade
@@ -101,7 +101,7 @@ def write_slide_report(
         quality=_quality(result),
         data=script_json(_data(result, pyramid, maps)),
     )
-    write_whole(folder / f"{name}.thumbnail.jpg", _jpeg(plan.thumbnail, _THUMBNAIL_PX, 80))
+    write_whole(folder / f"{name}.thumbnail.jpg", encode_thumbnail(plan.thumbnail, _THUMBNAIL_PX, 80))
     write_geojson(result, folder / f"{name}.geojson")
     return page
 
@@ -192,7 +192,7 @@ def _tile(
     side = (spec.tile_size_px, spec.tile_size_px)
     try:
         pixels = slide.read((x, y), side, spec.mpp, spec.mpp_tolerance)
-        picture = data_uri("jpeg", _jpeg(pixels, _TILE_SHOWN_PX, 85))
+        picture = data_uri("jpeg", encode_thumbnail(pixels, _TILE_SHOWN_PX, 85))
     except SlideReadError:  # it was readable before; the page is useful without it
         picture = ""
     return {
@@ -204,14 +204,6 @@ def _tile(
         "x_level0": x,
         "y_level0": y,
     }
-
-
-def _jpeg(rgb: NDArray[np.uint8], longest_px: int, quality: int) -> bytes:
-    from PIL import Image
-
-    picture = Image.fromarray(rgb)
-    picture.thumbnail((longest_px, longest_px))
-    return encode_jpeg(np.asarray(picture), quality)
 
 
 def grade_bars(
