@@ -269,7 +269,7 @@ def _grade_here(
     wait for the interpreter lock; the last tiles of one slide share a batch with the first of the next.
     Series are read one at a time: each is 100 MB.
     """
-    with _runner(model, options, threads) as runner:
+    with start_runner(model, options.batch_size, threads, options.precision, options.profile) as runner:
         if not runner.packs or model.card.tile_spec.is_volume:
             for task in tasks:
                 yield _grade(model, task, options, runner, threads)
@@ -301,11 +301,6 @@ def _ready(model: ModelFile, options: GradeOptions) -> ModelFile:
     In bfloat16 a folded batch norm rounds otherwise than in ``slidetl test``.
     """
     return model if chosen_precision(model, options.precision) == "bfloat16" else model.frozen()
-
-
-def _runner(model: ModelFile, options: GradeOptions, threads: int) -> Runner:
-    precision = chosen_precision(model, options.precision)
-    return start_runner(model, options.batch_size, threads, precision, options.profile)
 
 
 def describe(row: GradeRow, card: ModelCard) -> str:
