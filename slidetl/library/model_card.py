@@ -142,7 +142,10 @@ class ModelCard:
             arm = f"arm {self.evidence.arm} of a comparison"
             return f"graded by networks trained alike on other patients ({arm}), not by this file"
         if self.members > 1:
-            return "each graded by one of the networks, kept from its training, and not by their vote"
+            return (
+                "graded by the single networks, each kept from the training of those that graded it, and not "
+                "by their vote"
+            )
         return "kept from the training"
 
     def describe_coverage(self, novelty: float | None = None) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -74,7 +74,7 @@ def evidence_from(
             raise UsageError(f"{path}: of smaller training parts; expected predictions.csv of the comparison")
         repeats = sorted({row["repeat"] for row in rows if "repeat" in row}, key=int)
         rows = [row for row in rows if not repeats or row["repeat"] == repeats[0]]
-        if lost := [row["slide_id"] for row in rows if row.get("reason")]:
+        if lost := _slide_ids(row for row in rows if row.get("reason")):
             warnings.warn(
                 f"{path}: {len(lost)} slides are not graded, left out: {listed(lost)}", stacklevel=3
             )
@@ -112,17 +112,18 @@ def evidence_from(
         "accuracy": share_interval(predicted == true, patients),
         "MAE": bca_interval(partial(mae, true, predicted), patients),
     }
+    n_slides = len(_slide_ids(rows))
     temperature = fit_temperature(true, probabilities, patients)
     if is_at_bound(temperature):
         why = "say nothing about the grades" if temperature > 1 else "hardly differ, and yet are right"
         warnings.warn(
-            f"{path}: the temperature of {len(rows)} slides, {temperature:.2g}, is at a bound: "
+            f"{path}: the temperature of {n_slides} slides, {temperature:.2g}, is at a bound: "
             f"the probabilities {why}",
             stacklevel=3,
         )
     sets = fit_grade_sets(true, with_temperature(probabilities, temperature), patients, risk=1 - coverage)
     return Evidence(
-        slides=len(rows),
+        slides=n_slides,
         patients=sets.n_patients,
         figures=proven(intervals),
         temperature=temperature,
@@ -276,17 +277,22 @@ def _check_kept(
             f"{path}: no predictions of {len(without)} of the {len(known)} checkpoints to be exported "
             f"({without[0][:12]}...); run 'slidetl test' with each, and join the tables"
         )
-    seen = [
-        row["slide_id"]
+    seen = _slide_ids(
+        row
         for row in rows
         if known[row["checkpoint"]].part_of(row["slide_id"], row["patient_id"], row.get("fingerprint") or "")
         in ("train", "val")
-    ]
+    )
     if seen:
         raise UsageError(
             f"{path}: the checkpoint was trained or chosen on {len(seen)} of these slides or their patients: "
             f"{listed(seen)}; write the table by 'slidetl test'"
         )
+
+
+def _slide_ids(rows: Iterable[Mapping[str, str]]) -> list[str]:
+    """Lists the slides of rows, each once; a joined table has a row for each network that graded one."""
+    return list(dict.fromkeys(row["slide_id"] for row in rows))
 
 
 def _in_lines(record: StudyRecord) -> StudyRecord:

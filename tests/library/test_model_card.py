@@ -107,4 +107,5 @@ def test_nothing_is_promised_that_was_not_tried() -> None:
     assert all(card.describe_coverage().endswith("not tried with this file") for card in (arm, vote))
     assert one.describe_test() == "kept from the training"
     assert arm.describe_test().endswith("(arm warm of a comparison), not by this file")
+    assert vote.describe_test().startswith("graded by the single networks, each kept from the training of")
     assert vote.describe_test().endswith("and not by their vote")

@@ -299,6 +299,8 @@ def test_each_network_of_a_joined_table_counts(tmp_path: Path) -> None:
         manifest_of(tmp_path / "m.csv", lambda row: row.update(CHANGES[3][0].get(row["slide_id"], {})))
     )
     kept = StudyRecord(THEN.slides[:12])
+    evidence = evidence_from(path, {SHA: kept, other: kept}, 3)
+    assert (evidence.slides, evidence.patients) == (12, 12)  # not the rows
     check_today(path, GRADES, {SHA: now, other: now}, {SHA: kept, other: kept})
     for records in ({SHA: THEN, other: kept}, {SHA: kept, other: THEN}):
         with pytest.raises(UsageError, match=r"of the patients of 1 of these: s3;"):
