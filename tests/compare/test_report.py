@@ -1134,8 +1134,11 @@ def test_the_remarks_on_a_ceiling_say_why_it_has_no_interval_and_what_may_be_wro
     assert remarks(one_off, second) == set()
     assert remarks(one_off, of_four) == {few}
     assert remarks(4 - second, second) == {other_way}  # equal where both say 2
-    high = (second > 2).astype(np.int64)
-    assert remarks(1 - high, high) == {few, other_way}  # of two grades: none is equal
+    high = 4 * (second > 2).astype(np.int64)
+    assert remarks(4 - high, high) == {few, other_way}  # of two grades: none is equal
+    rare = np.eye(2, len(second), dtype=np.int64)  # each calls one other slide positive: a QWK below zero
+    assert other_way not in remarks(rare[0], rare[1])
+    assert other_way in remarks(rare[0], 4 - rare[1])
 
 
 def test_one_reader_sets_no_ceiling(tmp_path: Path) -> None:

@@ -266,9 +266,15 @@ class View:
 
     @property
     def contrary_readers(self) -> bool:
-        """True if the first two readers hardly ever agree, or less than by chance."""
-        agreement = qwk(*self._twice_read, len(self.comparison.grades))
-        return self.equal_readings <= 0.1 or float(agreement) < -1e-12  # not a rounded zero
+        """True if the first two readers hardly ever agree, or less than by chance, but more if one is turned.
+
+        Readers who nearly always give the same grade may agree less than by chance without any mistake.
+        """
+        first, second = self._twice_read
+        n_grades = len(self.comparison.grades)
+        if (first == n_grades - 1 - second).mean() <= self.equal_readings:
+            return False
+        return self.equal_readings <= 0.1 or float(qwk(first, second, n_grades)) < -1e-12  # no rounded zero
 
     @property
     def _twice_read(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
