@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from slidetl.atlas.collection import Collection
+from slidetl.atlas.collection import Collection, open_collection
+from slidetl.atlas.options import Selection
 from slidetl.data.manifest import read_manifest
 from slidetl.tiles.features import FeatureSource, write_features
 from slidetl.tiles.store import SlideCache, cache_path
@@ -43,3 +44,8 @@ def patterned(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Study:
         values = DIRECTIONS[pattern_of(cache, row.grade or 0)] + 0.05 * rng.normal(size=(len(cache), 8))
         write_features(cache, {"told": (SOURCE, values.astype(np.float16))})
     return Study(study.manifest, folder)
+
+
+@pytest.fixture
+def collection(patterned: Study) -> Collection:
+    return open_collection(Selection(patterned.cache, "told", patterned.manifest))

@@ -25,11 +25,6 @@ from tests.conftest import Study
 from tests.small import small_embed
 
 
-@pytest.fixture
-def collection(patterned: Study) -> Collection:
-    return open_collection(Selection(patterned.cache, "told", patterned.manifest))
-
-
 @pytest.mark.parametrize(
     "options",
     [

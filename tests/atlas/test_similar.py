@@ -23,11 +23,6 @@ from tests.conftest import Study
 from tests.small import small_spec, small_weights
 
 
-@pytest.fixture
-def collection(patterned: Study) -> Collection:
-    return open_collection(Selection(patterned.cache, "told", patterned.manifest))
-
-
 def name_of(collection: Collection, tile: int) -> str:
     slide, number = collection.place(tile)
     x, y = slide.cache.origins_level0[number].tolist()

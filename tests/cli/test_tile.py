@@ -23,6 +23,7 @@ from slidetl.tiles.ledger import FAILED, USED, Ledger
 from slidetl.tiles.lock import slide_lock
 from slidetl.tiles.store import SlideCache, cache_path
 from tests.conftest import PATIENCE_S, Picture, PyramidTiff
+from tests.tiles.conftest import tree
 
 Draw = Callable[..., Picture]
 
@@ -38,10 +39,6 @@ def write_manifest(path: Path, slides: dict[str, Path], mpp: dict[str, float] | 
         for name, slide in slides.items():
             writer.writerow([name, slide, f"P-{name}", 1, (mpp or {}).get(name, "")])
     return path
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def groups(cache: Path) -> dict[str, dict[str, bytes]]:

@@ -162,17 +162,20 @@ def waits_for_lock(pid: int | None) -> bool:
     return any(f" {pid} " in line for line in Path("/proc/locks").read_text().splitlines() if "->" in line)
 
 
+def kill_the_one_that_waits() -> None:
+    """Kills the first process that waits for a lock."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        for process in multiprocessing.active_children():
+            if waits_for_lock(process.pid):
+                process.kill()
+                process.join()
+                return
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_a_process_that_dies_costs_its_slide_only(source: SlideSource, tmp_path: Path) -> None:
-    def kill_the_one_that_waits() -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline:
-            for process in multiprocessing.active_children():
-                if waits_for_lock(process.pid):
-                    process.kill()
-                    return
-            time.sleep(0.05)
-
     killer = threading.Thread(target=kill_the_one_that_waits)
     with slide_lock(tmp_path, "S1"):
         killer.start()
@@ -190,18 +193,11 @@ def test_a_process_that_dies_beside_others_leaves_its_slide_to_the_end(
     lock = contextlib.ExitStack()
     lock.enter_context(slide_lock(tmp_path, "S1"))
 
-    def kill_the_one_that_waits() -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline:
-            for process in multiprocessing.active_children():
-                if waits_for_lock(process.pid):
-                    process.kill()
-                    process.join()
-                    lock.close()
-                    return
-            time.sleep(0.05)
+    def kill() -> None:
+        kill_the_one_that_waits()
+        lock.close()
 
-    killer = threading.Thread(target=kill_the_one_that_waits)
+    killer = threading.Thread(target=kill)
     killer.start()
     rows = tile_slides([source, SlideSource("S2", source.path)], tmp_path, SPEC, workers=2)
     killer.join()

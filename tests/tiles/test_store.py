@@ -34,6 +34,7 @@ from slidetl.tiles.store import (
 )
 from slidetl.tiles.tissue import TissueMask
 from slidetl.tiles.writer import CacheWriter, pack_shard
+from tests.tiles.conftest import tree
 
 SIZE = 16
 
@@ -93,10 +94,6 @@ def write(cache: Path, count: int, codec: Codec = "jpeg", unreadable: tuple[int,
     for tile in range(into.next_tile, count):
         into.add(tile, None if tile in unreadable else encode(tiles[tile]))
     return into.finish()
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.mark.parametrize("count", [5, TILES_PER_SHARD, 600])

@@ -23,7 +23,7 @@ from slidetl.tiles.tile import SlideSource, write_tiles
 from slidetl.tiles.verify import repair_cache, verify_cache
 from tests.conftest import Picture, PyramidTiff
 from tests.slides.jpeg_tiff import write_jpeg_tiff
-from tests.tiles.conftest import damaged
+from tests.tiles.conftest import damaged, tree
 
 Draw = Callable[..., Picture]
 Tiled = tuple[Path, SlideSource, LedgerRow]
@@ -57,10 +57,6 @@ def sound(
 def tiled(sound: Tiled, tmp_path: Path) -> Tiled:
     path, source, row = sound
     return Path(shutil.copytree(path, tmp_path / path.name)), source, row
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def flip(path: Path, place: int, with_: int = 1) -> None:
