@@ -27,11 +27,12 @@ Each inherits a fitting builtin, and each message states the expected and the fo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from slidetl.text import one_line
@@ -154,6 +155,15 @@ def refuse_unused(source: Callable[..., Any], values: Mapping[str, Any], why: st
     if given := [name for name, value in values.items() if value != parameters[name].default]:
         options = ", ".join("--" + names.get(name, name).replace("_", "-") for name in given)
         raise UsageError(f"{options} would have no effect {why}; change one of them")
+
+
+@contextlib.contextmanager
+def needs_extra(what: str, extra: str) -> Iterator[None]:
+    """Tells how to install a package whose import fails within."""
+    try:
+        yield
+    except ImportError as error:
+        raise UsageError(f"{what}: pip install 'slidetl[{extra}]'") from error
 
 
 def is_gpu_full(error: BaseException) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slidetl.analysis.neighbours import Rows, best_of, cosines, in_blocks
-from slidetl.errors import CacheCorruptError, OutputError, UsageError
+from slidetl.errors import CacheCorruptError, OutputError, UsageError, needs_extra
 from slidetl.files import check_writable, file_sha256, replaced_path, write_whole
 
 _CHECKED = 64  # rows searched exactly too; their cosines with a million rows take 256 MB
@@ -186,8 +186,6 @@ def build_index(
 
 
 def _faiss() -> Any:
-    try:
+    with needs_extra("an index needs faiss", "atlas"):
         import faiss
-    except ImportError as error:
-        raise UsageError("an index needs faiss: pip install 'slidetl[atlas]'") from error
     return faiss

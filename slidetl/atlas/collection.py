@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from slidetl.atlas.options import Selection
 from slidetl.data.manifest import ManifestRow
-from slidetl.data.study import CachedSlide, common_spec, find_slides, open_cache, read_study
+from slidetl.data.study import CachedSlide, common_spec, find_slides, open_listed, read_study
 from slidetl.errors import CacheCorruptError, UsageError
 from slidetl.text import listed
 from slidetl.tiles.features import FeatureSource, common_source, feature_checksum, read_features
@@ -166,7 +166,7 @@ def open_collection(selection: Selection) -> Collection:
         for slide_id, entry in find_slides(folder, selection.slides).items():
             path = Path(entry.path) if entry is not None else Path(slide_id)
             row = ManifestRow(0, slide_id, path, slide_id)
-            found.append(CachedSlide(row, open_cache(folder, slide_id, entry)))
+            found.append(CachedSlide(row, open_listed(folder, slide_id, entry)))
         slides = tuple(found)
     slides = tuple(slide for slide in slides if len(slide.cache))
     if not slides:

@@ -37,7 +37,7 @@ def export(
         slides: identifiers of slides, instead of all in the cache.
         overwrite: replace files with other content.
     """
-    from slidetl.data.study import find_slides, open_cache
+    from slidetl.data.study import find_slides, open_listed
     from slidetl.errors import CacheError, OutputError
     from slidetl.files import full_disk
     from slidetl.tiles.exchange import SUFFIXES, export_features
@@ -49,7 +49,7 @@ def export(
             try:
                 path = output / f"{slide_id}{SUFFIXES[to]}"
                 is_new = export_features(
-                    open_cache(cache, slide_id, entry), features, path, to, overwrite=overwrite
+                    open_listed(cache, slide_id, entry), features, path, to, overwrite=overwrite
                 )
                 written += is_new
                 state = "written" if is_new else "there already"

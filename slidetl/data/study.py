@@ -163,7 +163,7 @@ def read_study(
     labels = _Labels(rows, tasks)
     for row in rows:
         try:
-            opened = open_cache(folder, row.slide_id, ledger.get(row.slide_id))
+            opened = open_listed(folder, row.slide_id, ledger.get(row.slide_id))
         except CacheMissingError:
             lost.append(row.slide_id)
             continue
@@ -255,7 +255,7 @@ def find_slides(cache: Path, slide_ids: Sequence[str] = ()) -> dict[str, LedgerR
     return used
 
 
-def open_cache(folder: Path, slide_id: str, entry: LedgerRow | None) -> SlideCache:
+def open_listed(folder: Path, slide_id: str, entry: LedgerRow | None) -> SlideCache:
     """Opens the tiles of a slide, and compares them with the ledger.
 
     Raises:

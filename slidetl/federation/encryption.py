@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from slidetl.errors import FederationError, UsageError
+from slidetl.errors import FederationError, UsageError, needs_extra
 from slidetl.federation.weights import Weights, is_floating
 
 PLACES = 4096
@@ -192,7 +192,5 @@ def _sizes(network: Weights) -> list[int]:
 
 
 def _tenseal() -> ModuleType:
-    try:
+    with needs_extra("averaged.encrypted needs TenSEAL", "federated"):
         return importlib.import_module("tenseal")
-    except ImportError as error:
-        raise UsageError("averaged.encrypted needs TenSEAL; install 'slidetl[federated]'") from error

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from slidetl.errors import FederationError
 from slidetl.federation.encryption import serialised
 from slidetl.federation.weights import (
-    METRIC_BOUNDS,
     SiteUpdate,
     Weights,
     counters,
@@ -23,8 +22,6 @@ from slidetl.federation.weights import (
 from slidetl.text import one_line
 from slidetl.tiles.grid import TileSpec
 
-METRICS = frozenset(METRIC_BOUNDS)
-"""Metrics that may leave a site."""
 _LONGEST_SPEC = 4000  # letters, as JSON
 
 
@@ -45,8 +42,8 @@ def outgoing(answer: Mapping[str, Any], network: Weights, sites: Collection[str]
 
     The list: ``weights`` of the names, shapes and types of the network; of an encrypted update instead
     ``ciphertexts``, which are serialised here, and ``counters``, the entries of integers; ``examples``, a
-    count; ``metrics`` of :data:`METRICS`; ``tile_spec``, the options of tiling; ``frozen_sha256``, a hash;
-    ``left_out``, names of sites; ``failed``, the class of an error.
+    count; ``metrics`` of :data:`~slidetl.federation.weights.METRIC_BOUNDS`; ``tile_spec``, the options of
+    tiling; ``frozen_sha256``, a hash; ``left_out``, names of sites; ``failed``, the class of an error.
 
     Args:
         answer: of the site.

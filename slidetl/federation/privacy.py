@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from slidetl.errors import FederationError, UsageError
+from slidetl.errors import FederationError, UsageError, needs_extra
 from slidetl.federation.weights import Weights, is_floating
 from slidetl.files import write_whole
 from slidetl.models.network import GradingNetwork
@@ -237,12 +237,8 @@ def _epsilon(history: Sequence[Release], delta: float) -> float:
 
 
 def _opacus(name: str) -> ModuleType:
-    try:
+    with needs_extra("differential privacy needs Opacus for its account", "federated"):
         return importlib.import_module(name)
-    except ImportError as error:
-        raise UsageError(
-            "differential privacy needs Opacus for its account; install 'slidetl[federated]'"
-        ) from error
 
 
 def check_variances(names: Iterable[str]) -> None:

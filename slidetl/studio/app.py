@@ -110,13 +110,19 @@ def _session(request: Request) -> Session:
     return session
 
 
-async def _form(request: Request) -> Form:
-    """Reads a form, at most 4 MiB of it, and checks that it comes from a page of this session."""
+async def _body(request: Request) -> bytes:
+    """Reads the body of a request, of at most 4 MiB."""
     content = bytearray()
     async for chunk in request.stream():
         content += chunk
         if len(content) > _FORM_BYTES:
             raise Refused(say("form.size"), 413)
+    return bytes(content)
+
+
+async def _form(request: Request) -> Form:
+    """Reads a form, and checks that it comes from a page of this session."""
+    content = await _body(request)
     found: Form = {}
     try:
         for key, value in parse_qsl(content.decode(), keep_blank_values=True, max_num_fields=_MOST_FIELDS):
@@ -368,12 +374,7 @@ def create_app(studio: Studio) -> FastAPI:
     @app.put("/p/{name}/table")
     async def bring(request: Request, project: ProjectOf) -> Response:
         _check_csrf(_session(request), request.headers.get("x-csrf-token", ""))
-        content = bytearray()
-        async for chunk in request.stream():
-            content += chunk
-            if len(content) > _FORM_BYTES:
-                raise Refused(say("form.size"), 413)
-        checked, notes = await run_in_threadpool(project.bring, bytes(content))
+        checked, notes = await run_in_threadpool(project.bring, await _body(request))
         _session(request).add_notes(
             project.name, [*notes, *([say("labels.saved")] if checked.is_valid else [])]
         )

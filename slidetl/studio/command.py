@@ -36,15 +36,12 @@ def studio(
         new_password: ask for a password, write its hash to ``password_file``, and end.
         max_upload_gb: largest upload of a slide, GB.
     """
-    try:
+    from slidetl.errors import UsageError, needs_extra
+
+    with needs_extra("the studio needs its extra", "studio"):
         import uvicorn
         from fastapi import FastAPI  # noqa: F401 (is it there?)
-    except ImportError as error:
-        from slidetl.errors import UsageError
 
-        raise UsageError("the studio needs its extra: pip install 'slidetl[studio]'") from error
-
-    from slidetl.errors import UsageError
     from slidetl.studio.app import create_app, open_studio
     from slidetl.studio.guard import LOOPBACK, Guard, read_password, write_password
 

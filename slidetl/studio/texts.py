@@ -189,7 +189,6 @@ TEXTS: Mapping[str, str] = {
     "labels.count_grade": "Slides",
     "labels.ungraded": "not graded",
     "labels.patients": "Patients",
-    "labels.sites": "Sites",
     "labels.leaks": "What would leak",
     "labels.leaks_hint": (
         "A network that has seen a patient in training grades that patient's other slides too well."
@@ -239,7 +238,6 @@ TEXTS: Mapping[str, str] = {
         "val/qwk: agreement with your grades on patients kept aside, 1 is perfect; train/loss and "
         "val/rps: errors, lower is better."
     ),
-    "train.config": "Configuration of {run}",
     # jobs
     "jobs.none": "Nothing is running.",
     "jobs.stop": "Stop",

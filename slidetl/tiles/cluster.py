@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from slidetl.errors import CacheError, CacheMissingError, UsageError, describe_failure
+from slidetl.errors import CacheError, CacheMissingError, UsageError, describe_failure, needs_extra
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.ledger import FAILED, LedgerRow
 from slidetl.tiles.run import Job, jobs_of, record_as_done
@@ -75,10 +75,8 @@ def connect(address: str) -> Client:
     found = re.fullmatch(r"(?:tcp|tls)://\[?([^\[\]]+)\]?:(\d{1,5})", address)
     if found is None:
         raise UsageError(f"--scheduler: expected an address such as tcp://HOST:8786, not {address!r}")
-    try:
+    with needs_extra("--scheduler needs Dask", "cluster"):
         import distributed
-    except ImportError as error:
-        raise UsageError("--scheduler needs Dask: pip install 'slidetl[cluster]'") from error
     # Dask reports a lost scheduler in fifty lines; the error below does so in one.
     for name in ("distributed", "distributed.client"):
         logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from slidetl.errors import OutputError, UsageError
+from slidetl.errors import OutputError, needs_extra
 from slidetl.files import replaced_path
 from slidetl.tiles.features import FeatureSource, feature_checksum, read_features, read_source
 from slidetl.tiles.store import SlideCache
@@ -22,10 +22,7 @@ OURS = "slidetl"  # the attribute, or the entry of ``uns``, with all that is kno
 # A magnification is 10 / micrometres per pixel; 20 is written as a whole number.
 _UM_TIMES_POWER = 10.0
 
-
-def needs_formats() -> UsageError:
-    """Makes the error for a missing package."""
-    return UsageError("files of other tools need h5py and anndata: pip install 'slidetl[formats]'")
+NEEDS_FORMATS = ("files of other tools need h5py and anndata", "formats")
 
 
 def export_features(
@@ -83,10 +80,8 @@ def _agrees(then: Any, now: Any) -> bool:
 
 def _about(path: Path, form: Form) -> dict[str, Any]:
     """Reads the description that :func:`export_features` wrote; empty for a file of another origin."""
-    try:
+    with needs_extra(*NEEDS_FORMATS):
         import h5py
-    except ImportError as error:
-        raise needs_formats() from error
     try:
         with h5py.File(path, "r", locking=False) as file:
             found = json.loads(file.attrs[OURS] if form == "hdf5" else file[f"uns/{OURS}"][()])
@@ -98,10 +93,8 @@ def _about(path: Path, form: Form) -> dict[str, Any]:
 def _write_hdf5(
     path: Path, cache: SlideCache, source: FeatureSource, values: NDArray[np.float32], about: str
 ) -> None:
-    try:
+    with needs_extra(*NEEDS_FORMATS):
         import h5py
-    except ImportError as error:
-        raise needs_formats() from error
     with h5py.File(path, "x", locking=False) as file:  # nobody else knows its name
         features = file.create_dataset("features", data=values)
         coords = file.create_dataset("coords", data=cache.origins_level0.astype(np.int64))
@@ -135,11 +128,9 @@ def _magnification(mpp: float) -> int | float:
 def _write_anndata(
     path: Path, cache: SlideCache, source: FeatureSource, values: NDArray[np.float32], about: str
 ) -> None:
-    try:
+    with needs_extra(*NEEDS_FORMATS):
         import anndata
         import pandas as pd
-    except ImportError as error:
-        raise needs_formats() from error
     origins = cache.origins_level0
     names = [f"{cache.slide_id}_{tile}" for tile in range(len(origins))]
     obs = pd.DataFrame(

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slidetl.errors import CacheCorruptError, UsageError
+from slidetl.errors import CacheCorruptError, UsageError, needs_extra
 from slidetl.text import listed, one_line
-from slidetl.tiles.exchange import OURS, needs_formats
+from slidetl.tiles.exchange import NEEDS_FORMATS, OURS
 from slidetl.tiles.features import NOT_STATED, FeatureSource
 from slidetl.tiles.grid import TileSpec
 from slidetl.tiles.store import CacheHeader
@@ -104,10 +104,8 @@ def read_foreign(path: Path) -> ForeignFeatures:
             f"{path}: pickles can run code, and are not read; give the .h5 of the tool (CLAM: h5_files "
             "beside pt_files; TRIDENT: --saveas h5), which has the coordinates too"
         )
-    try:
+    with needs_extra(*NEEDS_FORMATS):
         import h5py
-    except ImportError as error:
-        raise needs_formats() from error
     try:
         with h5py.File(path, "r", locking=False) as file:  # shares without locks refuse them
             return _read(file)

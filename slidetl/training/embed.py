@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from slidetl.data.record import StudyRecord, store_record
-from slidetl.data.study import common_spec, find_slides, open_cache
+from slidetl.data.study import common_spec, find_slides, open_listed
 from slidetl.errors import (
     CacheError,
     CacheMismatchError,
@@ -253,7 +253,7 @@ def embed_cache(
     todo: list[SlideCache] = []
     for slide_id, entry in found.items():
         try:
-            cache = open_cache(cache_dir, slide_id, entry)
+            cache = open_listed(cache_dir, slide_id, entry)
         except CacheError as error:
             done(EmbeddedSlide(slide_id, reason=str(error)))
             continue

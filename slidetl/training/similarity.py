@@ -17,7 +17,7 @@ from torch import Tensor
 
 from slidetl.analysis.similarity import Similarity, linear_cka, merge_layers, pwcca, rbf_cka, svcca
 from slidetl.data.datasets import network_input
-from slidetl.data.study import common_spec, find_slides, open_cache
+from slidetl.data.study import common_spec, find_slides, open_listed
 from slidetl.errors import CacheMismatchError, CheckpointError, UsageError
 from slidetl.files import replaced, write_csv
 from slidetl.models.backbones import Backbone, without_downloads
@@ -123,7 +123,7 @@ def compare_networks(
             f"found {len(before)} and {len(after)}; repeat --before and --after in pairs"
         )
     seed = options.seed
-    caches = [open_cache(cache_dir, *found) for found in find_slides(cache_dir, options.slides).items()]
+    caches = [open_listed(cache_dir, *found) for found in find_slides(cache_dir, options.slides).items()]
     tile_spec = common_spec(caches)
     if tile_spec.is_volume:
         raise UsageError(f"{cache_dir} has patches of volumes; networks are compared on tiles of slides")

@@ -321,9 +321,9 @@ def test_graded_slides_of_which_none_is_tiled_have_no_parts(study: Study) -> Non
 
 
 def test_a_mix_of_whole_slides_and_regions_is_said(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = data_study.open_cache
+    opened = data_study.open_listed
 
-    def open_cache(folder: Path, slide_id: str, entry: LedgerRow | None) -> SlideCache:
+    def open_listed(folder: Path, slide_id: str, entry: LedgerRow | None) -> SlideCache:
         cache = opened(folder, slide_id, entry)
         is_confined = slide_id.endswith("00")
         return (
@@ -332,6 +332,6 @@ def test_a_mix_of_whole_slides_and_regions_is_said(study: Study, monkeypatch: py
             else cache
         )
 
-    monkeypatch.setattr(data_study, "open_cache", open_cache)
+    monkeypatch.setattr(data_study, "open_listed", open_listed)
     with pytest.warns(UserWarning, match="1 of 20 slides have tiles of --regions only, the others of all"):
         read_study(study.manifest, study.cache)

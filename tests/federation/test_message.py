@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from slidetl.errors import FederationError
-from slidetl.federation.message import METRICS, outgoing, read_hello
+from slidetl.federation.message import outgoing, read_hello
+from slidetl.federation.weights import METRIC_BOUNDS
 from slidetl.tiles.grid import TileSpec
 
 NETWORK = {"head.score.weight": np.zeros((1, 4), np.float32), "norm.num_batches_tracked": np.array(2)}
@@ -23,7 +24,7 @@ def test_allowed_fields_leave_as_plain_values() -> None:
     for name, value in sent["weights"].items():
         assert type(value) is np.ndarray and value.base is None
         assert value.dtype == NETWORK[name].dtype and value.shape == NETWORK[name].shape
-    assert sent["weights"].keys() == NETWORK.keys() and sent["metrics"].keys() <= METRICS
+    assert sent["weights"].keys() == NETWORK.keys() and sent["metrics"].keys() <= METRIC_BOUNDS.keys()
     assert type(sent["examples"]) is int and all(type(value) is float for value in sent["metrics"].values())
     assert send(counters={"norm.num_batches_tracked": np.array(9)}) == {
         "counters": {"norm.num_batches_tracked": np.array(9)}

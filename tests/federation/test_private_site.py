@@ -20,10 +20,10 @@ from slidetl.federation.config import Averaged, Federation, Site, federation_fro
 from slidetl.federation.coordinator import SitesHere, describe, run_rounds
 from slidetl.federation.encryption import Cipher, make_keys
 from slidetl.federation.engine import SITE_FILE, read_site
-from slidetl.federation.message import METRICS
 from slidetl.federation.participant import Participant
 from slidetl.federation.privacy import Account, Privacy
 from slidetl.federation.site import SiteTrainer, initial_weights, site_slides
+from slidetl.federation.weights import METRIC_BOUNDS
 from slidetl.tiles.features import NOT_STATED, FeatureSource, write_features
 from slidetl.training.configured import parse_training
 from tests.conftest import Study
@@ -77,7 +77,7 @@ def test_patients_train_privately_and_the_account_survives_a_restart(
     update = trainer.train(start, 1)
     assert update.weights.keys() == start.keys() and all("backbone" not in name for name in start)
     assert update.metrics == {"epsilon": pytest.approx(PATIENT.spent(10))}  # no loss of the training
-    assert update.metrics.keys() <= METRICS
+    assert update.metrics.keys() <= METRIC_BOUNDS.keys()
     assert trainer.validate(update.weights, 1)["rps"] < before["rps"]
 
     again, _ = build(federation, tmp_path)
