@@ -190,8 +190,9 @@ class ModelCard:
     def doubts_about(self, novelty: float | None, tissue_mm2: float | None = None) -> tuple[str, ...]:
         """Lists the doubts about a slide or series that is unlike those of the training."""
         found = [self.describe_novelty(novelty)] if novelty is not None and novelty > 1 else []
-        if tissue_mm2 is not None and self.training and tissue_mm2 < self.training.least_tissue_mm2:
-            least = self.training.least_tissue_mm2
+        least = self.training.least_tissue_mm2 if self.training else 0.0
+        # Equal tissue differs by the order of a float32 sum, and by the four decimals of a stored result.
+        if tissue_mm2 is not None and tissue_mm2 < least * (1 - 1e-5) - 5e-5:
             form = with_digits(".3g", least, tissue_mm2)
             found.append(
                 f"too little tissue: {tissue_mm2:{form}} mm2, where every slide that the model was trained "

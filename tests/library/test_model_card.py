@@ -98,6 +98,19 @@ def test_a_promised_share_is_not_rounded_up(coverage: float, share: str) -> None
     assert replace(CARD, evidence=evidence).describe_coverage(1.0) == promise
 
 
+def test_tissue_as_little_as_in_the_training_is_no_doubt() -> None:
+    def doubts(least: float, tissue_mm2: float) -> tuple[str, ...]:
+        training = TrainingData(12, 10, (), (), (), least, "ab")
+        return replace(CARD, training=training).doubts_about(None, tissue_mm2)
+
+    least = 39.8391
+    assert not doubts(least, least) and not doubts(least, least * (1 - 1e-6))  # summed in another order
+    assert not doubts(0.50004, round(0.50004, 4))  # of a stored result
+    (doubt,) = doubts(least, 39.8384)
+    assert doubt.startswith("too little tissue: 39.838 mm2, where ") and "39.839 mm2 or more" in doubt
+    assert doubts(0.0002, 0.0001)
+
+
 def test_nothing_is_promised_that_was_not_tried() -> None:
     evidence = Evidence(12, 10, {}, 1.5, 0.9, 0.4, "ef")
     one, arm = (replace(CARD, evidence=replace(evidence, arm=name)) for name in ("", "warm"))
