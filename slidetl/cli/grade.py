@@ -105,7 +105,7 @@ def _grade_found(
 
     def write() -> None:
         if output is not None and rows:
-            every = join_rows(earlier, rows, names)
+            every = join_rows(earlier, rows, names, loaded)
             write_results(output / "results.csv", list(every.values()), n_grades)
 
     write_now_and_then = paced(write)
@@ -126,10 +126,10 @@ def _grade_found(
             print(f"slidetl: {one_line(describe(row, loaded.card))}", file=sys.stderr, flush=True)
             for note in row.result["notes"]:
                 print(one_line(f"slidetl: warning: {row.slide}: {note}"), file=sys.stderr, flush=True)
-    every = join_rows(earlier, rows, names)
+    every = join_rows(earlier, rows, names, loaded)
     for row in every.values():
-        if row.cohort_note and row.slide in names:
-            print(one_line(f"slidetl: warning: {row.slide}: {row.cohort_note}"), file=sys.stderr)
+        for note in row.later_notes if row.slide in names else ():
+            print(one_line(f"slidetl: warning: {row.slide}: {note}"), file=sys.stderr)
     if output is not None:
         if earlier:
             print(f"slidetl: results.csv has {len(earlier)} slides of earlier runs as well", file=sys.stderr)

@@ -101,7 +101,7 @@ class GradeRow:
         result: as :meth:`slidetl.grading.grade.SlideGrade.to_dict`; empty for a failed slide.
         reason: cause of the failure, in one line.
         rates: throughput, if measured.
-        cohort_note: from :func:`slidetl.slides.spacing.cohort_notes`; empty if there is none.
+        later_notes: notes that the result does not have, from :func:`join_rows`.
     """
 
     slide: Path
@@ -109,12 +109,12 @@ class GradeRow:
     result: dict[str, Any]
     reason: str = ""
     rates: Rates | None = None
-    cohort_note: str = ""
+    later_notes: tuple[str, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Doubts about the slide."""
-        return (*self.result.get("notes", ()), *([self.cohort_note] if self.cohort_note else []))
+        return (*self.result.get("notes", ()), *self.later_notes)
 
 
 def find_slides(named: Sequence[Path]) -> tuple[list[Path], dict[Path, float]]:
@@ -387,12 +387,31 @@ def _parsed(path: Path) -> dict[str, Any]:
 
 
 def join_rows(
-    earlier: Mapping[str, GradeRow], rows: Iterable[GradeRow], names: Mapping[Path, str]
+    earlier: Mapping[str, GradeRow], rows: Iterable[GradeRow], names: Mapping[Path, str], model: ModelFile
 ) -> dict[str, GradeRow]:
-    """Joins the rows of earlier runs and of this one, by the names of their files, and compares spacings."""
+    """Joins the rows of earlier runs and of this one, by the names of their files.
+
+    Their notes get spacings that are far from the others, and doubts that results by this model of an earlier
+    version of slidetl do not state.
+    """
     every = {**earlier, **{names[row.slide]: row for row in rows}}
     far = cohort_notes({name: row.result.get("mpp_level0", 0.0) for name, row in every.items()})
-    return {name: replace(row, cohort_note=far.get(name, "")) for name, row in every.items()}
+    return {
+        name: replace(
+            row,
+            later_notes=(*_unstated_doubts(row.result, model), *([far[name]] if name in far else [])),
+        )
+        for name, row in every.items()
+    }
+
+
+def _unstated_doubts(result: Mapping[str, Any], model: ModelFile) -> tuple[str, ...]:
+    """Lists the doubts about a slide or series by this model of which its result has no note."""
+    if result.get("model_sha256") != model.sha256:
+        return ()
+    stated = {tuple(note.split()[:2]) for note in result["notes"]}  # the numbers after it may be rounded
+    doubts = model.card.doubts_about(result["novelty"], result.get("tissue_mm2"))
+    return tuple(doubt for doubt in doubts if tuple(doubt.split()[:2]) not in stated)
 
 
 def write_results(path: Path, rows: Sequence[GradeRow], n_grades: int) -> None:

@@ -335,19 +335,44 @@ def test_slides_unlike_the_training_are_refused_unless_forced(
     ]
 
 
-def test_rows_of_a_folder_note_which_spacing_is_far_from_the_others(tmp_path: Path) -> None:
+def test_rows_of_a_folder_note_which_spacing_is_far_from_the_others(model: ModelFile, tmp_path: Path) -> None:
     def row(name: str, mpp: float, *notes: str) -> batch.GradeRow:
         return batch.GradeRow(Path(name), batch.GRADED, {"mpp_level0": mpp, "notes": list(notes)})
 
     earlier = {"a": row("a.svs", 0.25), "b": row("b.svs", 0.25, "gaps")}
     late, failed = row("c.svs", 4.0, "thick"), batch.GradeRow(Path("d.svs"), batch.FAILED, {}, "damaged")
-    rows = batch.join_rows(earlier, [late, failed], {late.slide: "c", failed.slide: "d"})
+    rows = batch.join_rows(earlier, [late, failed], {late.slide: "c", failed.slide: "d"}, model)
     batch.write_results(tmp_path / "results.csv", list(rows.values()), 2)
     with (tmp_path / "results.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert list(table[0])[-1] == "notes"
     assert [row["notes"] for row in table[:2] + table[3:]] == ["", "gaps", ""]
     assert table[2]["notes"].startswith("thick; 4 um per pixel is far from the median of 0.25, ")
+
+
+def test_results_of_an_earlier_version_are_doubted_in_the_table_and_the_index(
+    model: ModelFile, pyramid_tiff: PyramidTiff, tissue_picture: Callable[..., Picture], tmp_path: Path
+) -> None:
+    """Their JSON has no note of a slide unlike the training, or with little tissue; it stays as it is."""
+    training = TrainingData(12, 10, (), (), (), 0.9, "ab")
+    model = replace(model, card=replace(model.card, training=training))
+    slide = grade_of(pyramid_tiff(tissue_picture(512), mpp=0.5))
+    strange = replace(slide, novelty=2.3, model_sha256=model.sha256)
+    doubts = model.card.doubts_about(2.3, slide.tissue_mm2)
+    noted = replace(strange, doubts=("too little tissue: next to none",))
+    results = {"old": strange, "noted": noted, "foreign": replace(strange, model_sha256="0" * 64)}
+    earlier = {
+        name: batch.GradeRow(tmp_path / f"{name}.tiff", batch.GRADED, result.to_dict())
+        for name, result in results.items()
+    }
+    rows = batch.join_rows(earlier, [], {}, model)
+    assert len(doubts) == 2 and rows["old"].later_notes == doubts
+    assert rows["noted"].notes == (*noted.notes, doubts[0]) and rows["foreign"].later_notes == ()
+    assert all(rows[name].result == earlier[name].result for name in rows)
+    batch.write_results(tmp_path / "results.csv", list(rows.values()), 4)
+    batch.write_index_page(tmp_path, rows, model)
+    page = html.unescape((tmp_path / "index.html").read_text())
+    assert all(doubt in page and doubt in (tmp_path / "results.csv").read_text() for doubt in doubts)
 
 
 @pytest.mark.slow
