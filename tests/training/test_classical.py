@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
 from sklearn.metrics import cohen_kappa_score
 
 from slidetl.cli import main
@@ -20,12 +21,12 @@ from slidetl.data.manifest import read_manifest
 from slidetl.data.splits import split_patients
 from slidetl.errors import CacheMismatchError, CacheMissingError, UsageError
 from slidetl.evaluation.calibration import judged_probabilities
-from slidetl.evaluation.classical import ClassicalModel, fit_grader, load_grader, pool_tiles
+from slidetl.evaluation.classical import ClassicalModel, fit_grader, pool_tiles
 from slidetl.publish.model_file import load_model
 from slidetl.tiles.features import FeatureSource, read_features, write_features
 from slidetl.tiles.store import SlideCache, cache_path
 from slidetl.training import classical
-from slidetl.training.checkpoint import load_grader as load_network
+from slidetl.training.checkpoint import load_grader
 from slidetl.training.classical import fit_pooled
 from slidetl.training.options import FeatureStudy
 from slidetl.training.predictions import read_predictions
@@ -164,11 +165,15 @@ def test_grades_the_test_part_of_the_common_split(
 
 def test_the_saved_model_gives_the_predictions(stored: Study, tmp_path: Path) -> None:
     assert main(words(stored, tmp_path / "out", "--features", "told", "--pool", "both")) == 0
-    grader = load_grader(tmp_path / "out" / "model.npz")
-    assert grader.model == "ridge"
+    with np.load(tmp_path / "out" / "model.npz", allow_pickle=False) as file:
+        saved = dict(file)
+    assert saved["model"] == "ridge"
     for row in read_predictions(tmp_path / "out" / "predictions.csv"):
         features = read_features(SlideCache.open(cache_path(stored.cache, row.slide_id)), "told")
-        found = grader.probabilities(pool_tiles(features, "both")[None])[0]
+        scaled = (pool_tiles(features, "both") - saved["centre"]) / saved["scale"]
+        distance = np.arange(len(saved["grades"])) - scaled @ saved["coefficients"] - saved["intercepts"]
+        found = np.zeros(saved["n_grades"])
+        found[saved["grades"]] = softmax(-(distance**2) / (2 * saved["sigma"] ** 2))
         np.testing.assert_allclose(found, row.probabilities, atol=1e-6)
     # Another model in the same folder does not leave that of the first beside its figures.
     assert main(words(stored, tmp_path / "out", "--features", "told", "--model", "trees")) == 0
@@ -321,7 +326,7 @@ def test_a_ridge_becomes_a_file_that_grades_slides(
             grades = loaded.network.grade(loaded.network.embed(tiles))
         np.testing.assert_allclose(grades[0].numpy(), row.probabilities, atol=2e-3)
     # Those it was trained on are recorded, and its own predictions are taken as evidence.
-    record = load_network(ridge).record
+    record = load_grader(ridge).record
     assert record is not None
     assert {slide.slide_id for slide in record.slides if slide.part == "test"} == {
         row.slide_id for row in predictions
