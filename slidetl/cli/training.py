@@ -125,7 +125,14 @@ def run(command: str, args: list[str]) -> int:
 
 
 class _Parser(LightningArgumentParser):
-    """Refuses in configuration files what a parser would drop without a word."""
+    """Refuses in configuration files what a parser would drop without a word.
+
+    Attributes:
+        file_checkpoint: the ``ckpt_path`` of the last file that has one; not taken, as even its ``null``
+            would replace a ``--ckpt_path`` that stands before the file on the command line.
+    """
+
+    file_checkpoint: str | None = None
 
     def parse_string(
         self, content: str, path: str | os.PathLike[str] = "", *args: Any, **kwargs: Any
@@ -137,6 +144,7 @@ class _Parser(LightningArgumentParser):
         for target, source in _LINKED.items():  # no links are applied yet
             if target in found:
                 raise UsageError(f'{path or "--config"}: linked "{target}" must be given via "{source}"')
+        self.file_checkpoint = found.pop("ckpt_path", self.file_checkpoint)
         return found
 
 
@@ -222,11 +230,13 @@ class GradingCLI(LightningCLI):
         """
         super().parse_arguments(parser, args)
         config = self.config[self.config.subcommand]
-        if config.ckpt_path is not None and not any(word.startswith("--ckpt") for word in args):
+        own = self._parser(self._command)
+        assert isinstance(own, _Parser)  # as given to the command line
+        if (named := own.file_checkpoint) is not None and not any(word.startswith("--ckpt") for word in args):
             instead = "start from the beginning" if self._command == "fit" else "take that of the latest fit"
             raise UsageError(
-                f"a configuration file has ckpt_path {config.ckpt_path}, maybe as the checkpoint from which "
-                f"its fit was resumed; expected it on the command line: --ckpt_path {config.ckpt_path}, or "
+                f"a configuration file has ckpt_path {named}, maybe as the checkpoint from which "
+                f"its fit was resumed; expected it on the command line: --ckpt_path {named}, or "
                 f"--ckpt_path null to {instead}"
             )
         for key, value in with_preset(config.model.backbone.as_dict()).items():

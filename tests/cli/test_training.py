@@ -658,12 +658,29 @@ def test_a_checkpoint_is_named_on_the_command_line_alone(
     config = yaml.safe_load((best(trained).parents[1] / "config.yaml").read_text())
     config["ckpt_path"] = str(best(trained))  # as resumed fits wrote
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    words = [command, f"--config={tmp_path / 'config.yaml'}", *study.options(tmp_path / "none")]
-    assert main(words) == 2
+    words = [f"--config={tmp_path / 'config.yaml'}", *study.options(tmp_path / "none")]
+    assert main([command, *words]) == 2
     assert f"--ckpt_path {best(trained)}, or --ckpt_path null to " in capsys.readouterr().err
-    assert main([*words, "--ckpt_path=null", "--data.manifest=none.csv"]) == 2
-    said = "none.csv: " if command == "fit" else "no checkpoint of 'slidetl fit' below"
-    assert said in capsys.readouterr().err.splitlines()[-1]
+    words.append("--data.manifest=none.csv")
+    for null in ([*words, "--ckpt_path=null"], ["--ckpt_path=null", *words]):
+        assert main([command, *null]) == 2
+        said = "none.csv: " if command == "fit" else "no checkpoint of 'slidetl fit' below"
+        assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+@pytest.mark.parametrize("of_file", [None, "other.ckpt"])
+def test_a_file_after_the_checkpoint_does_not_replace_it(
+    command: str, of_file: str | None, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before, another network was tested, or a training began anew, without a word."""
+    config = yaml.safe_load((best(trained).parents[1] / "config.yaml").read_text())
+    config["trainer"]["default_root_dir"] = str(tmp_path)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "ckpt_path": of_file}))
+    words = ["--ckpt_path", "named.ckpt", "--config", str(tmp_path / "config.yaml")]
+    for ordered in (words, words[2:] + words[:2]):
+        assert main([command, *ordered]) == 2
+        assert "named.ckpt: " in capsys.readouterr().err.splitlines()[-1]
 
 
 LAB = """
