@@ -229,7 +229,7 @@ def _write_splits(plan: Plan, output: Path, *, are_tables_whole: bool = False) -
     """Writes the folds, and the data behind the tables once these are there, for the export of a network."""
     study = plan.study
     data = {
-        "manifest": plan.comparison.manifest,
+        "manifest": str(Path(plan.comparison.manifest).absolute()),
         "spec": study.caches[0].spec.to_dict(),
         "fingerprints": {cache.slide_id: cache.fingerprint for cache in study.caches},
     }

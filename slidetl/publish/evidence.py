@@ -139,14 +139,15 @@ def check_today(
 ) -> None:
     """Refuses predictions of slides whose grade or patient was corrected since, or that were withdrawn.
 
-    They are compared with the manifest that was tested, as the file beside the table names it, or without it
-    with the manifests of the trainings, as far as these have the slides.
+    They are compared with the manifest that was tested, as the file beside the table names it. If it names
+    none, or one that is not here (of another hospital, say; a warning), they are compared with the manifests
+    of the trainings, as far as these have the slides.
 
     Args:
         path: a table that :func:`evidence_from` takes.
         grades: names, lowest first.
         studies: of the trainings, today, by the SHA-256 of the weights; none if they are not at hand, and
-            then the manifest of the test may be away, too.
+            then a manifest of the test that cannot be read is skipped, too.
         records: as for :func:`evidence_from`.
 
     Raises:
@@ -157,6 +158,16 @@ def check_today(
     tested = [row for row in table if row["grade"]]
     known = {sha256: record for sha256, record in records.items() if record is not None}
     manifest = _tested_manifest(path)
+    if manifest is not None:
+        try:
+            manifest.stat()
+        except (OSError, ValueError):  # it may be in a folder that is closed here, or another system's path
+            warnings.warn(
+                f"the manifest that {path} was tested with is not here ({manifest}): grades and patients are "
+                "compared with those of today only for slides in a manifest of the training at hand",
+                stacklevel=2,
+            )
+            manifest = None
     if manifest is None:
         for sha256, study in studies.items():
             ours = {(slide.row.slide_id, slide.cache.fingerprint) for slide in study.slides}
@@ -182,7 +193,7 @@ def check_today(
             return
         raise UsageError(
             f"the manifest that {path} was tested with cannot be read, so nothing shows that its grades and "
-            f"patients are still the same ({error}); bring it there, test again, or add --no-training-data"
+            f"patients are still the same ({error}); mend it, test again, or add --no-training-data"
         ) from error
     cached = [slide for study in studies.values() for slide in study.slides]
     _check_rows(path, str(manifest), tested, rows, cached, known)

@@ -141,7 +141,7 @@ def write_metrics(
             [one.patient_id for one in graded],
         ),
         **({"tasks": tasks} if tasks else {}),
-        **({"manifest": str(manifest)} if manifest != Path() else {}),
+        **({"manifest": str(manifest.absolute())} if manifest != Path() else {}),
     }
     draw_confusion(folder / "confusion.png", metrics, grades)
     write_whole(folder / "metrics.json", json.dumps(figures, indent=2) + "\n")  # last: only of whole results

@@ -157,6 +157,17 @@ def test_the_splits_on_disk_are_those_that_were_used(compared: Path, study: Coho
         assert row["slide_id"] in of[row["fold"]]
 
 
+def test_the_manifest_is_recorded_for_a_reader_in_another_folder(
+    study: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(study.manifest.parent)
+    arms = {**PRIOR, "site": {"baseline": "site"}}
+    primary = {"arm": "site", "against": "prior"}
+    path = configuration(study, tmp_path, manifest=study.manifest.name, arms=arms, primary=primary)
+    run_comparison(plan_comparison(read_comparison(path)), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "splits.json").read_text())["manifest"] == str(study.manifest)
+
+
 def test_a_prior_is_the_share_of_each_grade_in_its_training_part(compared: Path, study: Cohort) -> None:
     grade = {row["slide_id"]: int(row["grade"]) for row in table(study.manifest)}
     folds = {fold["name"]: fold for fold in json.loads((compared / "splits.json").read_text())["folds"]}

@@ -270,12 +270,33 @@ def test_evidence_by_the_grades_of_a_panel_is_compared_with_them(tmp_path: Path)
     for name in ("metrics.json", "splits.json"):
         (tmp_path / name).write_text(json.dumps({"manifest": str(panel)}))
         check_today(path, GRADES, {SHA: ours}, {SHA: THEN})
-        panel.rename(tmp_path / "away.csv")
+        whole = panel.read_text()
+        panel.write_text("slide_id\n")
         check_today(path, GRADES, {}, {SHA: THEN})
-        with pytest.raises(UsageError, match=r"cannot be read, .*panel\.csv: .*--no-training-data"):
+        with pytest.raises(UsageError, match=r"cannot be read, .*panel\.csv, line 1: .*--no-training-data"):
             check_today(path, GRADES, {SHA: ours}, {SHA: THEN})
-        (tmp_path / "away.csv").rename(panel)
+        panel.write_text(whole)
         (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("away", ["gone/manifest.csv", "file/manifest.csv", f"{'x' * 300}/m.csv"])
+def test_evidence_of_another_hospital_needs_no_manifest_of_its_patients(away: str, tmp_path: Path) -> None:
+    """Slides of the training are compared with its manifest all the same."""
+    (tmp_path / "file").touch()
+    (tmp_path / "metrics.json").write_text(json.dumps({"manifest": str(tmp_path / away)}))
+    ours = {SHA: study_of(manifest_of(tmp_path / "ours.csv", lambda row: row.update(grade="0")))}
+    said = (
+        f"predictions.csv was tested with is not here .{tmp_path / away}.: grades and patients are compared"
+    )
+    theirs = table(tmp_path / "predictions.csv", patient_id="ext{n}", fingerprint="z{n}")
+    for studies in (ours, {}):
+        with pytest.warns(UserWarning, match=said):
+            check_today(theirs, GRADES, studies, {SHA: THEN})
+    with (
+        pytest.warns(UserWarning, match=said),
+        pytest.raises(UsageError, match="of another grade: s1 "),
+    ):
+        check_today(table(tmp_path / "predictions.csv"), GRADES, ours, {SHA: THEN})
 
 
 def test_evidence_of_another_cohort_is_not_compared_with_the_training(tmp_path: Path) -> None:

@@ -188,6 +188,15 @@ def test_several_features_are_joined(stored: Study, tmp_path: Path) -> None:
             assert model["centre"].shape == (6 * len(names),)
 
 
+def test_the_manifest_is_recorded_for_a_reader_in_another_folder(
+    stored: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(stored.manifest.parent)
+    fit_pooled(FeatureStudy(Path(stored.manifest.name), stored.cache, ("told",)), tmp_path / "out")
+    figures = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert figures["manifest"] == str(stored.manifest)
+
+
 def test_the_test_part_has_no_say(stored: Study, tmp_path: Path) -> None:
     """Whatever the grades of the test part are, the model is the same."""
     names = ("told", "noise")
