@@ -8,6 +8,7 @@ import mmap
 import os
 import queue
 import tempfile
+import textwrap
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -37,7 +38,7 @@ from slidetl.models.precision import exact_float32, has_bfloat16
 from slidetl.models.runner import Rates, Runner
 from slidetl.processor import hand_back_memory
 from slidetl.publish.model_file import ModelFile
-from slidetl.text import plot_label
+from slidetl.text import one_line, plot_label
 from slidetl.tiles.cut import TileBatch, read_slide
 from slidetl.tiles.patches import PatchPlan, plan_patches
 from slidetl.tiles.plan import TilePlan
@@ -628,16 +629,26 @@ def draw_map(result: SlideGrade, card: ModelCard, path: Path, title: str = "") -
         limits = (0.0, float(relative.max()))
         panels.append(("attention", "× the average tile", relative, "inferno", limits, "neither"))
     panel_width = 5.0
+    probabilities = ", ".join(f"{probability:.2f}" for probability in result.probabilities)
+    score = card.describe_score(result.expected_grade)
+    about = (
+        title or result.slide.name,
+        f"grade {result.grade_name}",
+        score,
+        f"probabilities {probabilities}",
+    )
+    letters = 28 * (1 + len(panels))  # of W, the widest
+    lines = [plot_label(line) for text in about for line in textwrap.wrap(one_line(text), letters)]
     figure = Figure(
         figsize=(
             (1 + len(panels)) * panel_width,
-            0.9 * panel_width * min(2.0, max(0.5, height / width)) + 1.3,
+            0.9 * panel_width * min(2.0, max(0.5, height / width)) + 0.7 + 0.2 * len(lines),
         ),
         layout="constrained",
     )
     axes = figure.subplots(1, 1 + len(panels))
     axes[0].imshow(plan.thumbnail)
-    axes[0].set_title(f"{plot_label(title or result.slide.name)}: {len(result.attention)} tiles")
+    axes[0].set_title(f"{len(result.attention)} tiles")
     for panel, (part, unit, values, colours, (low, high), beyond) in zip(axes[1:], panels, strict=True):
         panel.imshow(plan.thumbnail)
         grid = _on_grid(result, values)
@@ -651,14 +662,12 @@ def draw_map(result: SlideGrade, card: ModelCard, path: Path, title: str = "") -
     for panel in axes:
         panel.set_xticks([])
         panel.set_yticks([])
-    probabilities = ", ".join(f"{probability:.2f}" for probability in result.probabilities)
-    grade, score = map(plot_label, (result.grade_name, card.describe_score(result.expected_grade)))
-    figure.suptitle(f"grade {grade}\n{score}\nprobabilities {probabilities}")
+    figure.suptitle("\n".join(lines))
     if result.notes:
         figure.supxlabel(f"see the notes in {plot_label(path.stem)}.json", color="#9a3412")
-    about = {"Software": f"slidetl {VERSION}", _OF_MODEL: result.model_sha256}
+    origin = {"Software": f"slidetl {VERSION}", _OF_MODEL: result.model_sha256}
     with replaced(path) as file:
-        figure.savefig(file, dpi=100, format="png", metadata=about)
+        figure.savefig(file, dpi=100, format="png", metadata=origin)
 
 
 def is_map(path: Path) -> bool:

@@ -184,10 +184,12 @@ def test_the_map_has_the_title_of_the_slide_and_refers_to_the_notes(
         draw_map(result, model.card, tmp_path / "map.png")
         red, _, blue = np.asarray(Image.open(tmp_path / "map.png").convert("RGB"))[-20:].T.astype(int)
         assert ((red - blue) > 90).any() == bool(result.notes)
-    draw_map(clean, model.card, tmp_path / "own.png")
-    draw_map(clean, model.card, tmp_path / "other.png", "b/S1.png")
-    top = [np.asarray(Image.open(tmp_path / f"{name}.png"))[:, :500] for name in ("own", "other")]
-    assert (top[0] != top[1]).any()  # its title
+    pictures = []
+    for title in ("", "b/S1.png", "north/" + "W" * 100 + "/S1.tiff"):
+        draw_map(clean, model.card, tmp_path / "titled.png", title)
+        pictures.append(np.asarray(Image.open(tmp_path / "titled.png").convert("L")))
+    assert (pictures[0] != pictures[1]).any()
+    assert pictures[2][:100, :4].min() == pictures[2][:100, -4:].min() == 255  # not cut off, above the panels
 
 
 @pytest.mark.slow
