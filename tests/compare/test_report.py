@@ -1117,6 +1117,26 @@ def test_long_names_stay_different_and_whole_in_figures(tmp_path: Path, drawn: l
         assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
 
 
+def test_panels_keep_their_height_above_a_legend_of_many_rows(tmp_path: Path, drawn: list[Figure]) -> None:
+    base = invented(20, repeats=1, sizes=())
+
+    def heights(prefix: str, n_arms: int) -> list[float]:
+        """Returns those of the panels of each figure, in inches."""
+        drawn.clear()
+        names = [f"{prefix}{number}" for number in range(n_arms)]
+        arms = base.comparison.arms | dict.fromkeys(names, base.comparison.arms[base.arms[0].arm])
+        results = tuple(replace(base.arms[0], arm=name) for name in names)
+        view = View(replace(base, comparison=replace(base.comparison, arms=arms), arms=results), {})
+        sizes = Table(("Arm", "slides", "QWK"), [(name, 8, Interval(0.5, 0.4, 0.6, 0.95)) for name in names])
+        plots._learning(view, sizes, tmp_path)
+        plots._sizes(view, sizes, tmp_path)
+        plots._layers(view, "similarity", "linear CKA", sizes, tmp_path)
+        assert len(drawn) == 6  # each as SVG and PNG
+        return [figure.axes[0].get_window_extent().height / figure.dpi for figure in drawn]
+
+    np.testing.assert_allclose(heights("efficientnet-warm-shared-", 7), heights("a", 4), atol=0.15)
+
+
 def test_the_remarks_on_a_ceiling_say_why_it_has_no_interval_and_what_may_be_wrong(tmp_path: Path) -> None:
     whole = invented(20, repeats=1, sizes=())
     second, patients = whole.readings[:, 1], [row.patient_id for row in whole.rows]

@@ -6,7 +6,7 @@ Equal results give equal files. Titles and notes are in ``templates/report.txt``
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,7 +144,8 @@ def _learning(view: View, table: Table, folder: Path) -> Plot:
     metrics = {view.learned[0]: NAMES[view.learned[0]], "rps": "RPS (lower is better)"}
     longest = max(curve.seconds[-1] for curve in curves.values())
     unit, divisor = ("minutes", 60) if longest > 300 else ("seconds", 1)
-    height = 0.75 + 2.35 * len(metrics) + 0.17 * -(-len(curves) // 4)
+    columns, legend_height = _legend_size(view, curves, 8.6)
+    height = 0.75 + 2.35 * len(metrics) + legend_height
     with _sheet(folder, "learning", 8.6, height) as (figure, path):
         panels = figure.subplots(len(metrics), 2, sharey="row", sharex="col", squeeze=False)
         for row, (key, title) in zip(panels, metrics.items(), strict=True):
@@ -165,7 +166,7 @@ def _learning(view: View, table: Table, folder: Path) -> Plot:
         last = max(int(curve.epochs[-1]) for curve in curves.values())
         for axes, end in zip(panels[-1], (last, longest / divisor), strict=True):
             axes.set_xlim(0, 1.05 * end)  # single points would lie on the edge
-        _legend(figure, panels[0, 0], "outside lower center")
+        _legend(figure, panels[0, 0], "outside lower center", columns)
     return Plot(path, table)
 
 
@@ -196,7 +197,8 @@ def _sizes(view: View, table: Table, folder: Path) -> Plot:
     """Draws metrics against the number of training slides, a panel each."""
     arms = list(dict.fromkeys(row[0] for row in table.rows))
     width = 0.006 * max(row[1] for row in table.rows)
-    with _sheet(folder, "sizes", 8.6, 3.3) as (figure, path):
+    columns, legend_height = _legend_size(view, arms, 8.6)
+    with _sheet(folder, "sizes", 8.6, 3.13 + legend_height) as (figure, path):
         panels = figure.subplots(1, len(table.columns) - 2, squeeze=False)[0]
         for column, axes in enumerate(panels, 2):
             for number, arm in enumerate(arms):
@@ -210,7 +212,7 @@ def _sizes(view: View, table: Table, folder: Path) -> Plot:
             axes.set(xlabel="training slides", title=table.headings[column])
             axes.set_xlim(0, 1.05 * axes.get_xlim()[1])  # no point on the edge
             axes.grid(axis="y")
-        _legend(figure, panels[0], "outside lower center")
+        _legend(figure, panels[0], "outside lower center", columns)
     return Plot(path, table)
 
 
@@ -219,7 +221,8 @@ def _layers(view: View, name: str, label: str, table: Table, folder: Path) -> Pl
     layers = by_layer(view, name)
     names = merge_layers(layers.values())
     width = min(11.0, max(6.0, 2.5 + 0.17 * len(names)))
-    with _sheet(folder, name, width, 3.7) as (figure, path):
+    columns, legend_height = _legend_size(view, layers, width)
+    with _sheet(folder, name, width, 3.53 + legend_height) as (figure, path):
         axes = figure.add_subplot()
         for arm, found in layers.items():
             x = np.array([names.index(layer) for layer in found])
@@ -230,7 +233,7 @@ def _layers(view: View, name: str, label: str, table: Table, folder: Path) -> Pl
         axes.set(ylabel=label, xlim=(-0.6, len(names) - 0.4))
         axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
         axes.grid(axis="y")
-        _legend(figure, axes, "outside upper center")
+        _legend(figure, axes, "outside upper center", columns)
     return Plot(path, table)
 
 
@@ -299,10 +302,16 @@ def _style(view: View, arm: str, size: float, width: float) -> dict[str, Any]:
     return {"color": look.colour, "marker": look.marker, "markersize": size, **line}
 
 
-def _legend(figure: Figure, axes: Axes, place: Any, columns: int = 4) -> None:
+def _legend_size(view: View, arms: Collection[str], width: float) -> tuple[int, float]:
+    """Returns the columns and the height of a legend of arms in a figure of this width, in inches."""
+    longest = max(len(_names(view)[arm]) for arm in arms)
+    columns = max(1, min(4, int(width / (0.6 + 0.065 * longest)), len(arms)))
+    return columns, 0.17 * -(-len(arms) // columns)
+
+
+def _legend(figure: Figure, axes: Axes, place: Any, columns: int) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    fitting = int(figure.get_figwidth() / (0.6 + 0.065 * max(map(len, labels))))  # inches of a column
-    figure.legend(handles, labels, loc=place, ncols=max(1, min(columns, fitting, len(labels))), fontsize=8)
+    figure.legend(handles, labels, loc=place, ncols=columns, fontsize=8)
 
 
 def _whisker(axes: Axes, place: float, interval: Interval, look: Look, *, hollow: bool) -> None:
