@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -82,7 +83,7 @@ def export(
         else None
     )
     if evidence is not None and kept is not None and kept.arm:
-        check_arm(evidence, kept.arm, checkpoints, allow)
+        kept = replace(kept, is_alike=check_arm(evidence, kept.arm, checkpoints, allow))
     if evidence is not None and no_training_data:
         check_today(evidence, graders[0].grades, {}, records)
     if not no_training_data:

@@ -153,14 +153,18 @@ def read_recipe(table: Path, arm: str) -> dict[str, Any]:
     return dict(recipe)
 
 
-def read_data(table: Path) -> tuple[TileSpec, dict[str, str]]:
+def read_data(table: Path) -> tuple[TileSpec, dict[str, str]] | None:
     """Reads the tiles behind the predictions of a comparison, and the fingerprint of each slide.
+
+    Returns None for a comparison of a version that did not record them, or with tables not written whole.
 
     Raises:
         UsageError: there is no such record.
     """
     try:
         about = json.loads((table.parent / SPLITS).read_text(encoding="utf-8"))
+        if not {"spec", "fingerprints"} & about.keys():
+            return None
         fingerprints = {str(name): str(sha256) for name, sha256 in about["fingerprints"].items()}
         return TileSpec.from_dict(about["spec"]), fingerprints
     except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:

@@ -104,7 +104,8 @@ def run_comparison(
     refuse_seen(plan.comparison, plan.jobs, plan.study, options.allow)
     failed: dict[str, str] = {}
     with slide_lock(folder, "comparison"):
-        _write_splits(plan, output)
+        if not _has_splits(plan, output):  # else they may tell the data behind the tables of an earlier run
+            _write_splits(plan, output)
         record_registration(plan.comparison, output)
         found = {job.key: read_result(folder, job) for job in plan.jobs}
         # Two arms of one configuration share a job.
@@ -223,6 +224,15 @@ def _aggregate(
     _write_splits(plan, output, are_tables_whole=True)
     write_report(result, output, failed)
     return result
+
+
+def _has_splits(plan: Plan, output: Path) -> bool:
+    """Returns True if the folds of the plan are those on disk."""
+    try:
+        about = json.loads((output / SPLITS).read_text(encoding="utf-8"))
+        return bool(about["folds"] == folds_to_json(plan.folds))
+    except (OSError, KeyError, TypeError, ValueError):
+        return False
 
 
 def _write_splits(plan: Plan, output: Path, *, are_tables_whole: bool = False) -> None:

@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -85,7 +86,7 @@ def check_recipes(recipes: Mapping[str, Mapping[str, Any]], allow: Sequence[str]
                 raise UsageError(f"arm {arm!r}: {error}") from error
 
 
-def check_arm(table: Path, arm: str, checkpoints: Sequence[Path], allow: Sequence[str] = ()) -> None:
+def check_arm(table: Path, arm: str, checkpoints: Sequence[Path], allow: Sequence[str] = ()) -> bool:
     """Refuses predictions of an arm that says nothing of checkpoints: its networks are others.
 
     Args:
@@ -95,6 +96,9 @@ def check_arm(table: Path, arm: str, checkpoints: Sequence[Path], allow: Sequenc
             length of training as far as the checkpoint says, and its tiles and slides.
         allow: names outside slidetl that these may import.
 
+    Returns:
+        True if the tiles and slides are the same, False if the comparison does not tell its own.
+
     Raises:
         UsageError: there is no record of the arm, or it has other options, slides or tiles, or no network.
     """
@@ -103,11 +107,18 @@ def check_arm(table: Path, arm: str, checkpoints: Sequence[Path], allow: Sequenc
         raise UsageError(
             f"{table}: arm {arm!r} is no network that 'slidetl fit' trains: it says nothing of a checkpoint"
         )
-    spec, fingerprints = read_data(table)
+    compared = read_data(table)
+    if compared is None:
+        warnings.warn(
+            f"{table}: nothing beside it says of which slides and tiles, so the card does not call the "
+            f"networks of arm {arm!r} trained alike; 'slidetl compare --report-only' records them",
+            stacklevel=2,
+        )
     weights = cache(_weights_sha256)
     for path in checkpoints:
         checkpoint = read_checkpoint(path, allow)
-        _check_data(f"{table}: arm {arm!r} says nothing of {path}", checkpoint, spec, fingerprints)
+        if compared is not None:
+            _check_data(f"{table}: arm {arm!r} says nothing of {path}", checkpoint, *compared)
         model, options = checkpoint["hyper_parameters"], checkpoint.get("options")
         lineage = [str(sha256) for sha256 in checkpoint.get("lineage", ())]
         data = options["data"] if options else None  # an older checkpoint has none
@@ -133,6 +144,7 @@ def check_arm(table: Path, arm: str, checkpoints: Sequence[Path], allow: Sequenc
                 f"{table}: arm {arm!r} says nothing of {path}, which has {'; '.join(fewest):.500}; train it "
                 "with the options of the arm, or name another arm"
             )
+    return compared is not None
 
 
 def _deciding(

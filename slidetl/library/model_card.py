@@ -57,8 +57,10 @@ class Evidence:
         quantile: a grade is in the set while the score of the set up to it is at most this; see
             :mod:`slidetl.evaluation.conformal`.
         predictions_sha256: of the predictions behind these numbers.
-        arm: of the comparison whose networks graded the slides, trained like the model on other patients;
-            empty if the model did.
+        arm: of the comparison whose networks graded the slides, trained with the options of the model on
+            other patients; empty if the model did.
+        is_alike: the networks of the arm were trained on the same tiles and scans, too; False if the
+            comparison does not tell its own.
     """
 
     slides: int
@@ -69,6 +71,7 @@ class Evidence:
     quantile: float
     predictions_sha256: str
     arm: str = ""
+    is_alike: bool = True
 
     @property
     def intervals(self) -> dict[str, Interval]:
@@ -140,7 +143,8 @@ class ModelCard:
         """Describes the networks that graded the slides of the evidence, in a participle clause."""
         if self.evidence is not None and self.evidence.arm:
             arm = f"arm {self.evidence.arm} of a comparison"
-            return f"graded by networks trained alike on other patients ({arm}), not by this file"
+            alike = "alike " if self.evidence.is_alike else ""
+            return f"graded by networks trained {alike}on other patients ({arm}), not by this file"
         if self.members > 1:
             return (
                 "graded by the single networks, each kept from the training of those that graded it, and not "

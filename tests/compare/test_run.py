@@ -465,6 +465,34 @@ def test_a_failed_fold_of_every_arm_ends_a_run_with_the_reasons(
     assert not (tmp_path / "out" / "report.html").exists()
 
 
+def test_a_run_keeps_the_data_behind_the_tables_until_it_writes_its_own(
+    study: Cohort, tmp_path: Path
+) -> None:
+    """Before, an arm was no evidence while the comparison ran again."""
+    path = tmp_path / "out" / "splits.json"
+    during: list[dict[str, Any]] = []
+
+    def splits() -> dict[str, Any]:
+        return dict(json.loads(path.read_text()))
+
+    def compare(*, seed: int = 0) -> None:
+        protocol = {"outer_folds": 2, "inner_folds": 0, "unit": "slide", "seed": seed}
+        arms = {**PRIOR, "site": {"baseline": "site"}}
+        primary = {"arm": "site", "against": "prior"}
+        configured = configuration(study, tmp_path, protocol=protocol, arms=arms, primary=primary)
+        options = Options(on_start=lambda finished, to_do: during.append(splits()))
+        run_comparison(plan_comparison(read_comparison(configured)), tmp_path / "out", options)
+
+    compare()
+    written = splits()
+    earlier = {**written, "fingerprints": {"slide": "of the earlier tables"}}
+    path.write_text(json.dumps(earlier))
+    compare()
+    assert (during.pop(), splits()) == (earlier, written)
+    compare(seed=1)
+    assert during.pop().keys() == {"sha256", "software", "folds"} and splits()["folds"] != written["folds"]
+
+
 @pytest.mark.parametrize("is_late", [True, False], ids=["late", "never"])
 def test_a_job_without_a_readable_result_has_failed(
     is_late: bool, study: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -657,7 +685,7 @@ def test_an_arm_is_evidence_of_a_checkpoint_of_its_tiles_scans_and_length_alone(
     (tmp_path / "jobs.csv").write_text("arm,key\nwarm,k\n")
     spec = TileSpec(2.0, 64)
 
-    def check(tiles: TileSpec = spec, content: str = "f", batches: int = 2, **length: object) -> None:
+    def check(tiles: TileSpec = spec, content: str = "f", batches: int = 2, **length: object) -> bool:
         record = StudyRecord(
             (RecordedSlide("s", "p", content, "train"), RecordedSlide("new", "q", "g", "train"))
         )
@@ -671,13 +699,23 @@ def test_an_arm_is_evidence_of_a_checkpoint_of_its_tiles_scans_and_length_alone(
             "step": {"processes": batches, "accumulate_grad_batches": 1},
         }
         torch.save(checkpoint, path)
-        check_arm(table, "warm", [path])
+        return check_arm(table, "warm", [path])
 
-    with pytest.raises(UsageError, match=r"splits\.json beside it does not say .*--report-only"):
-        check()
     data = {"spec": spec.to_dict(), "fingerprints": {"s": "f"}}
+    for text in (None, "[]", json.dumps({**data, "spec": 1}), json.dumps({"spec": data["spec"]})):
+        if text is not None:
+            (tmp_path / "splits.json").write_text(text)
+        with pytest.raises(UsageError, match=r"splits\.json beside it does not say .*--report-only"):
+            check()
+    (tmp_path / "splits.json").write_text(json.dumps({"folds": []}))  # of a version that did not record them
+    with pytest.warns(
+        UserWarning, match=r"does not call the networks of arm 'warm' trained alike; .*--report"
+    ):
+        assert not check(TileSpec(0.5, 64))
+    with pytest.warns(UserWarning, match="trained alike"), pytest.raises(UsageError, match="max_epochs 8"):
+        check(max_epochs=8)
     (tmp_path / "splits.json").write_text(json.dumps(data))
-    check()
+    assert check()
     check(max_epochs=7)
     with pytest.raises(UsageError, match=r"other tiles than those compared: .* mpp 2\.0 \(wanted: 0\.5\)"):
         check(TileSpec(0.5, 64))

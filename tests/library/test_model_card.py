@@ -119,6 +119,9 @@ def test_nothing_is_promised_that_was_not_tried() -> None:
     assert "not tried with this file" not in one.describe_coverage()
     assert all(card.describe_coverage().endswith("not tried with this file") for card in (arm, vote))
     assert one.describe_test() == "kept from the training"
-    assert arm.describe_test().endswith("(arm warm of a comparison), not by this file")
+    told = arm.describe_test()
+    assert told.endswith("trained alike on other patients (arm warm of a comparison), not by this file")
+    unlike = replace(arm, evidence=replace(evidence, arm="warm", is_alike=False))
+    assert unlike.describe_test() == told.replace("alike ", "")
     assert vote.describe_test().startswith("graded by the single networks, each kept from the training of")
     assert vote.describe_test().endswith("and not by their vote")
