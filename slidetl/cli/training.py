@@ -39,9 +39,17 @@ from slidetl.data.record import (
 from slidetl.errors import CheckpointError, ModelFileError, SlidetlError, UsageError
 from slidetl.files import check_keys, check_writable, read_yaml
 from slidetl.models.backbones import without_downloads
+from slidetl.models.presets import find_preset
 from slidetl.models.spec import with_preset
 from slidetl.processor import postpone_collection
-from slidetl.training.best import BestCheckpoint, LastCheckpoint, WholeCheckpoints, claimed_version, requeued
+from slidetl.training.best import (
+    BestCheckpoint,
+    LastCheckpoint,
+    WholeCheckpoints,
+    claimed_version,
+    fits,
+    requeued,
+)
 from slidetl.training.checkpoint import (
     check_hyper_parameters,
     check_network,
@@ -315,25 +323,37 @@ class GradingCLI(LightningCLI):
                     "use the configuration of that training (config.yaml, where its logs are)"
                 )
         if is_found:
-            self._check_latest(path, found)
+            self._check_latest(path, found, wanted)
 
-    def _check_latest(self, path: Path, found: dict[str, Any]) -> None:
+    def _check_latest(self, path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
         """Refuses model options other than those of the latest fit: another one of the folder may be meant.
+
+        Of a folder's only fit they are a warning: options of a fit may have replaced those of its file.
 
         Args:
             path: the checkpoint of the latest fit.
             found: its model options.
+            wanted: those of the configuration.
         """
         command, then = self.config.subcommand, {key: found[key] for key in found if key != "grades"}
         # With its options as defaults, only what the user gives can differ.
         self._parser(command).set_defaults({f"model.{key}": value for key, value in then.items()})
         given = self.parser.parse_args(self._words)[command].model.as_dict()
-        given["backbone"] |= with_preset(given["backbone"])
-        if changed := changed_options(then, given, "model."):
+        try:
+            given["backbone"] |= with_preset(given["backbone"])
+        except UsageError:  # another preset than that of the fit
+            fields = find_preset(given["backbone"]["preset"]).fields
+            given["backbone"] |= {"preset": "", **{key: wanted["backbone"][key] for key in fields}}
+        if not (changed := changed_options(then, given, "model.")):
+            return
+        root = Path(self.config[command].trainer.default_root_dir or ".")
+        differs = f"fit in this folder, was trained with {'; '.join(changed)}"
+        if len(list(fits(root))) > 1:
             raise UsageError(
-                f"{path}, of the latest fit in this folder, was trained with {'; '.join(changed)}; name the "
-                "checkpoint of another fit by --ckpt_path, or leave these options out to take this one"
+                f"{path}, of the latest {differs}; name the checkpoint of another fit by --ckpt_path, or "
+                "leave these options out to take this one"
             )
+        rank_zero_warn(f"{path}, of the only {differs}; the options of its training are taken")
 
     def after_instantiate_classes(self) -> None:
         """Hands the record of the checkpoint to the data, or the configuration's hash to be recorded."""

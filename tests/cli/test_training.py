@@ -451,20 +451,48 @@ def test_the_network_of_another_fit_in_the_folder_is_not_tested(
     study: Study, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Before, whatever model a configuration named, the latest network of the folder was tested."""
+    root = tmp_path / "run"
+    shutil.copytree(trained, root)
+    shutil.copytree(root / "logs" / "version_0", root / "logs" / "version_1")
+    latest = root / "logs" / "version_1" / "checkpoints" / "best.ckpt"
     (tmp_path / "c.yaml").write_text(
         "model: {lr: 0.5, transfer: {class_path: slidetl.models.transfer.Scratch}}"
     )
-    words = study.options(trained)
+    words = study.options(root)
+    said = f"{latest}, of the latest fit in this folder, was trained with model."
     for command in ("test", "predict"):
         assert main([command, "--config", str(tmp_path / "c.yaml"), *words]) == 2
         assert (
-            f"{best(trained)}, of the latest fit in this folder, was trained with model.transfer.class_path "
-            "slidetl.models.transfer.WarmRestart, the configuration says slidetl.models.transfer.Scratch; "
-            "model.lr 0.001, the configuration says 0.5; name the checkpoint of another fit by --ckpt_path"
+            f"{said}transfer.class_path slidetl.models.transfer.WarmRestart, the configuration says "
+            "slidetl.models.transfer.Scratch; model.lr 0.001, the configuration says 0.5; "
+            "name the checkpoint of another fit by --ckpt_path"
         ) in capsys.readouterr().err
+    words = [word for word in words if not word.startswith("--model.backbone")]
+    assert main(["test", *words, "--model.backbone.preset=kaiko-s16"]) == 2
+    assert (
+        f"{said}backbone.name mobilenetv3_small_050, the configuration says hf-hub:"
+        in capsys.readouterr().err
+    )
     named = [*study.options(tmp_path), f"--ckpt_path={best(trained)}"]
     assert main(["validate", "--config", str(tmp_path / "c.yaml"), *named]) == 0
-    assert main(["validate", "--config", str(best(trained).parents[1] / "config.yaml")]) == 0
+    assert main(["validate", "--config", str(latest.parents[1] / "config.yaml")]) == 0
+
+
+def test_the_only_fit_of_a_folder_is_tested_whatever_options_of_it_replaced_those_of_a_file(
+    study: Study, trained: Path, tmp_path: Path
+) -> None:
+    """Before, the shipped file of a fit with ``--model.backbone.pretrained`` could not test it."""
+    words = [word for word in study.options(trained) if not word.startswith("--model.backbone")]
+    (tmp_path / "c.yaml").write_text(
+        "model: {lr: 0.5, backbone: {preset: kaiko-s16, pretrained: source.ckpt}}"
+    )
+    said = (
+        "best.ckpt, of the only fit in this folder, was trained with model.backbone.name mobilenetv3_.*, "
+        "the configuration says hf-hub:1aurent/.*; model.backbone.pretrained .*, the configuration says "
+        "source.ckpt; .*; model.lr 0.001, the configuration says 0.5; the options of its training are taken"
+    )
+    with pytest.warns(UserWarning, match=said):
+        assert main(["validate", "--config", str(tmp_path / "c.yaml"), *words]) == 0
 
 
 def test_an_epoch_is_chosen_by_a_proper_score(
