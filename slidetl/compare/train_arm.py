@@ -165,8 +165,9 @@ def _deciding(
 def _length(trainer: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the options of a trainer that decide on steps and their size, with their defaults."""
     usual = {"max_epochs": EPOCHS, "max_steps": -1, "limit_train_batches": 1.0, "gradient_clip_val": None}
-    options = {f"trainer.{name}": trainer.get(name, value) for name, value in usual.items()}
-    return {**options, "batches per step": trainer.get("accumulate_grad_batches", 1)}
+    given = {name: value for name, value in trainer.items() if value is not None}  # null: the default
+    options = {f"trainer.{name}": given.get(name, value) for name, value in usual.items()}
+    return {**options, "batches per step": given.get("accumulate_grad_batches", 1)}
 
 
 def _length_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

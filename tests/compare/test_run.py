@@ -678,7 +678,7 @@ def test_an_arm_of_the_same_weights_by_another_name_is_evidence(
 def test_an_arm_is_evidence_of_a_checkpoint_of_its_tiles_scans_and_length_alone(tmp_path: Path) -> None:
     """A cache that was tiled again, or has rescans of the same names, keeps the options of a training."""
     table, path = tmp_path / "predictions.csv", tmp_path / "c.ckpt"
-    trainer = {"max_epochs": 7, "accumulate_grad_batches": 2}
+    trainer = {"max_epochs": 7, "accumulate_grad_batches": 2, "limit_train_batches": None}
     recipe = {"fit": {"model": {}, "data": {}, "trainer": trainer}, "trials": [{}, {"trainer.max_epochs": 9}]}
     (tmp_path / "jobs" / "k").mkdir(parents=True)
     (tmp_path / "jobs" / "k" / "job.json").write_text(json.dumps({"recipe": recipe}))
