@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
@@ -159,6 +159,7 @@ class LastCheckpoint(ModelCheckpoint):
     """
 
     _has_begun = False
+    _before: Sequence[str | None] = ()  # folders of the trainings that were resumed, earliest first
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Removes the mark of an earlier training in the same folder.
@@ -237,18 +238,37 @@ class LastCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined] # set elsewhere
             self._remove_requeued(trainer)
 
-    def _remove_requeued(self, trainer: pl.Trainer) -> None:
-        """Removes the checkpoint that a requeued job went on from, and its earlier ones: a later would, too.
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state for a resumed training."""
+        return {**super().state_dict(), "before": self._before}
 
-        Others may be of a training that is still running.
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the state of the earlier training, and notes its folder beside those before it."""
+        super().load_state_dict(state_dict)
+        self._before = [*state_dict.get("before", []), state_dict.get("dirpath")]
+
+    def _remove_requeued(self, trainer: pl.Trainer) -> None:
+        """Removes the checkpoints for a requeued job of this training: a later one would go on from them.
+
+        These are the one that it went on from, earlier ones, and those that it, or a training that it was
+        resumed from, has saved. Others may be of a training that is still running.
         """
         left = requeued(Path(trainer.default_root_dir).resolve())
         resumed = Path(trainer.ckpt_path or "").resolve()
-        for path in left[: left.index(resumed) + 1] if resumed in left else ():
+        done = left[: left.index(resumed) + 1] if resumed in left else []
+        folders = {Path(folder).resolve() for folder in (*self._before, self.dirpath) if folder}
+        for path in [path for path in left if path in done or self._folder_in(path) in folders]:
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
                 rank_zero_warn(f"{describe_full(error)}; remove {path}, or a later job would go on from it")
+
+    def _folder_in(self, path: Path) -> Path | None:
+        """Returns the folder of the training that saved a checkpoint; None if it is not known."""
+        try:
+            return Path(load_tensors(path)["callbacks"][self.state_key]["dirpath"]).resolve()
+        except (KeyError, TypeError, ValueError):  # unreadable, or of something else
+            return None
 
     def _mark(self, trainer: pl.Trainer) -> Path | None:
         """Returns the place of the mark, in the process and the trainings that keep one."""

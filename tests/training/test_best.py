@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from slidetl.data.datasets import EpochBatches, EpochSampler
 from slidetl.data.resuming import ResumableLoader
 from slidetl.errors import UsageError
-from slidetl.training.best import COMPLETE, BestCheckpoint, LastCheckpoint, fits
+from slidetl.training.best import COMPLETE, BestCheckpoint, LastCheckpoint, fits, requeued
 
 QUIET = (
     "ignore:.*dirpath has changed",
@@ -201,8 +201,24 @@ class Ended(pl.Callback):
         trainer.should_stop = trainer.should_stop or trainer.global_step == self.step
 
 
+class Signalled(pl.Callback):
+    """Saves a checkpoint for a requeued job, as SIGUSR1 does; the cluster then refuses to queue the job."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any, **__: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir))
+
+
 def train(
-    root: Path, *loggers: CSVLogger, resumed: Path | None = None, end: int = 0, **options: Any
+    root: Path,
+    *loggers: CSVLogger,
+    resumed: Path | None = None,
+    end: int = 0,
+    signal: int = 0,
+    **options: Any,
 ) -> list[int]:
     """Returns what the training saw."""
     trainer = pl.Trainer(
@@ -213,7 +229,11 @@ def train(
         enable_model_summary=False,
         num_sanity_val_steps=0,
         use_distributed_sampler=False,
-        callbacks=[Ended(end), LastCheckpoint(filename="last", enable_version_counter=False)],
+        callbacks=[
+            Ended(end),
+            Signalled(signal),
+            LastCheckpoint(filename="last", enable_version_counter=False),
+        ],
         **{"max_epochs": 1, **options},
     )
     model, data = Counted(), ResumableLoader(Numbers(), EpochBatches(EpochSampler(10, seed=0), 1))
@@ -263,18 +283,33 @@ def test_a_training_that_only_lacks_its_mark_is_complete_once_resumed(tmp_path: 
 def test_a_complete_training_removes_what_it_went_on_from_alone(tmp_path: Path) -> None:
     """Before, the only checkpoint of another training in the folder, too."""
     root = tmp_path / "run"
-    train(root, end=3)
     left = [root / f"hpc_ckpt_{number}.ckpt" for number in (8, 9, 10)]
+    for version, path in enumerate(left[1:]):
+        train(root, end=3)
+        shutil.copy(last_of(root, version), path)
     left[0].mkdir()  # cannot be removed
-    for path in left[1:]:
-        shutil.copy(last_of(root, 0), path)
     train(root)
     assert all(path.exists() for path in left)
-    last_of(root, 1).with_name(COMPLETE).unlink()
+    last_of(root, 2).with_name(COMPLETE).unlink()
     with pytest.warns(UserWarning, match=r"remove .*hpc_ckpt_8\.ckpt, or a later job would"):
         train(root, resumed=left[1])
     assert [path.exists() for path in left] == [True, False, True]
-    assert next(fits(root)) == (last_of(root, 2), True)
+    assert next(fits(root)) == (last_of(root, 3), True)
+
+
+def test_a_complete_training_removes_what_it_left_for_a_job_that_was_not_queued(tmp_path: Path) -> None:
+    """Before, it stayed, and the next fit in the folder went on from it or was refused."""
+    root = tmp_path / "run"
+    train(root, end=3)
+    other = root / "hpc_ckpt_1.ckpt"
+    shutil.copy(last_of(root, 0), other)
+    train(root, signal=5)
+    assert requeued(root) == [other]
+    train(root, resumed=last_of(root, 0), end=6)
+    assert requeued(root) == []
+    shutil.copy(last_of(root, 0), other)
+    train(root, resumed=last_of(root, 2))  # which was resumed itself
+    assert requeued(root) == []
 
 
 @pytest.mark.parametrize("options", [{"max_steps": 13}, {"end": 13}, {"end": 3}])
