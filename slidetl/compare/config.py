@@ -270,6 +270,12 @@ class Comparison:
                 f"arm {arm!r}: {', '.join(unused)} would have no effect with data.bag_size 0, which reads no "
                 "tile; leave it out, or change bag_size"
             )
+        for trial in self.trials(arm):
+            epochs = with_values(config, trial)["trainer"].get("max_epochs", EPOCHS)
+            if epochs in (None, -1, 0):  # to Lightning: as many as it likes, endless, none
+                raise UsageError(
+                    f"arm {arm!r}: {LENGTH} must be at least 1, not {epochs}; the default is {EPOCHS}"
+                )
         if isinstance(backbone := config["model"].get("backbone"), dict):
             config["model"]["backbone"] = with_preset(backbone)
         return config

@@ -93,6 +93,8 @@ def test_choices_are_tried_in_every_combination(tmp_path: Path) -> None:
         ("cache: c", "cache: c\nreferral_risks: [0.1, 1]", "referral_risks must lie between 0 and 1, not 1"),
         ("cache: c", "cache: c\nsizes: {subsets: 0}", "sizes.subsets must be at least 1, not 0"),
         ("against: scratch", "against: scratch, margin: 0", "primary.margin must be a number above 0, not 0"),
+        ("choices: {", "choices: {trainer.max_epochs: [9, null], ", "must be at least 1, not None"),
+        ("max_epochs: 2", "max_epochs: -1", "max_epochs must be at least 1, not -1"),
     ],
 )
 def test_what_cannot_be_meant_is_one_line(old: str, new: str, message: str, tmp_path: Path) -> None:
