@@ -150,7 +150,8 @@ class _Parser(LightningArgumentParser):
             check_keys(content, path or "--config")
         found: Namespace = super().parse_string(content, path, *args, **kwargs)
         for target, source in _LINKED.items():  # no links are applied yet
-            if target in found:
+            taken = found[source] if source in found else self.get_default(source)
+            if target in found and list(found[target] or []) != list(taken or []):
                 raise UsageError(f'{path or "--config"}: linked "{target}" must be given via "{source}"')
         self.file_checkpoint = found.pop("ckpt_path", self.file_checkpoint)
         return found

@@ -434,7 +434,10 @@ def test_weights_that_are_not_finite_grade_nothing(
             "model: {lr: 0.5}\ntrainer: {}\nmodel: {tasks: []}",
             "'model' is on line 1 and again on line 3, and",
         ),
-        ("data: {tasks: []}", 'linked "data.tasks" must be given via "model.tasks"'),
+        (
+            "data: {tasks: [{name: site, column: site, grades: [a, b]}]}",
+            'linked "data.tasks" must be given via "model.tasks"',
+        ),
         ("model.grades: [F0, F1]", 'linked "model.grades" must be given via "data.grades"'),
     ],
 )
